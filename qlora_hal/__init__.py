@@ -1,0 +1,34 @@
+"""QLoRA fine-tuning with one call on NVIDIA, AMD, Apple and CPU; each backend proved by one conformance suite.
+
+Names are loaded on first use: `import qlora_hal` costs milliseconds and imports no tensor library.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qlora_hal.api import backends, resume, train
+    from qlora_hal.config import RunConfig
+    from qlora_hal.errors import QloraHalError
+    from qlora_hal.observing import TrainResult
+
+__version__ = "0.1.0"
+__all__ = ["QloraHalError", "RunConfig", "TrainResult", "__version__", "backends", "resume", "train"]
+
+_HOME = {
+    "train": "qlora_hal.api",
+    "resume": "qlora_hal.api",
+    "backends": "qlora_hal.api",
+    "RunConfig": "qlora_hal.config",
+    "QloraHalError": "qlora_hal.errors",
+    "TrainResult": "qlora_hal.observing",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,220 @@
+"""The contract of a backend: a light `BackendSpec` that is data, and a trainer class imported only when it runs.
+
+The core owns the loop, a backend owns one whole optimizer step. What a backend cannot be looked at for cannot be
+certified, so the views (`logits`, `gradients`, `dequantized_weight`) belong to the contract.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from types import TracebackType
+from typing import TYPE_CHECKING, ClassVar
+
+from qlora_hal.capabilities import Capabilities, WeightFormat
+
+if TYPE_CHECKING:
+    from qlora_hal.model.source import ModelSource
+    from qlora_hal.values import (
+        Adapter,
+        Batch,
+        ComputeDtype,
+        Float32,
+        Int32,
+        LossSum,
+        OptimizerSnapshot,
+        PendingStep,
+        StepSettings,
+    )
+
+CONTRACT_VERSION = 1
+"""Major version of this contract; discovery refuses a spec of another one."""
+
+
+class Availability(str, Enum):
+    """The answer of a probe."""
+
+    READY = "ready"
+    MISSING_PACKAGE = "missing_package"
+    NO_DEVICE = "no_device"
+    WRONG_BUILD = "wrong_build"
+    BROKEN = "broken"
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeReport:
+    """Whether one backend can run here. Everything but READY carries a `reason` and a `fix`."""
+
+    backend: str
+    availability: Availability
+    reason: str
+    fix: str = ""
+    devices: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    distribution: str = ""
+
+    @property
+    def ready(self) -> bool:
+        return self.availability is Availability.READY
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "backend": self.backend,
+            "availability": self.availability.value,
+            "reason": self.reason,
+            "fix": self.fix,
+            "devices": list(self.devices),
+            "versions": dict(self.versions),
+            "distribution": self.distribution,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class BackendSpec:
+    """A backend before anything of it is imported.
+
+    `probe` may read package metadata, device nodes and `find_spec`, and imports no tensor library. `trainer` is
+    `package.module:Name`: a class, or a function without arguments, that gives a `QuantizedLoRATrainer`.
+    `uses_accelerator` False keeps `auto` from choosing the backend silently (see `selection`).
+    """
+
+    name: str
+    title: str
+    priority: int
+    capabilities: Capabilities
+    probe: Callable[[], ProbeReport]
+    trainer: str
+    uses_accelerator: bool = True
+    contract: int = CONTRACT_VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """How the base is stored, as resolved: no `auto`, no level."""
+
+    weight_format: WeightFormat
+    block_size: int | None = None
+    double_quant: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """How the backend computes. `options` are the backend's own settings, from `backend.options`."""
+
+    dtype: ComputeDtype = "float32"
+    gradient_checkpointing: bool = False
+    options: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFacts:
+    """What the trainer really runs on, for `run.json` and certificates.
+
+    `kernel_path` names what multiplies (for example `bitsandbytes dequantize + cuBLAS`).
+    """
+
+    device: str
+    versions: Mapping[str, str]
+    kernel_path: str = ""
+    driver: str = ""
+    memory_limit_bytes: int | None = None
+
+
+class QuantizedLoRATrainer(ABC):
+    """One model, quantized and frozen, with one trainable LoRA adapter on it.
+
+    Meaning of a step, on every backend: minimise (sum of token losses) / (counted tokens) over the whole window;
+    add the adapter's product to the base product before anything is rounded to the compute dtype; clip by the global
+    norm of all adapter gradients; AdamW with decoupled decay and bias correction, epsilon outside the root; learning
+    rate given by the core; master adapter weights and moments in float32. A step whose loss or gradient is not finite
+    changes nothing and says so in its stats.
+    """
+
+    spec: ClassVar[BackendSpec]
+
+    # life ----------------------------------------------------------------------------------------------------------
+    @abstractmethod
+    def load(self, source: ModelSource, quantization: Quantization, compute: Compute) -> None:
+        """Load and quantize the frozen base, shard by shard. Raises ModelError, UnsupportedFeatureError."""
+
+    @abstractmethod
+    def linear_modules(self) -> Mapping[str, tuple[int, int]]:
+        """Module path -> (in, out) of every linear layer that can carry LoRA, the output head left out."""
+
+    @abstractmethod
+    def attach(self, adapter: Adapter, optimizer: str = "adamw") -> None:
+        """Put the adapter on the base with a fresh optimizer. A second call replaces both. Raises AdapterError."""
+
+    @abstractmethod
+    def device_facts(self) -> DeviceFacts:
+        """What this trainer runs on."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the device. Safe to call twice."""
+
+    # training ------------------------------------------------------------------------------------------------------
+    @abstractmethod
+    def train_step(self, window: Sequence[Batch], settings: StepSettings) -> PendingStep:
+        """Queue one whole optimizer step over the window and return without waiting for the device."""
+
+    @abstractmethod
+    def evaluate(self, batches: Sequence[Batch]) -> LossSum:
+        """Sum of token losses, without dropout and without any effect on later steps."""
+
+    # state: host float32, canonical names --------------------------------------------------------------------------
+    @abstractmethod
+    def export_adapter(self) -> Adapter:
+        """The adapter as it stands."""
+
+    @abstractmethod
+    def export_optimizer(self) -> OptimizerSnapshot:
+        """The optimizer as it stands."""
+
+    @abstractmethod
+    def import_optimizer(self, snapshot: OptimizerSnapshot) -> None:
+        """Continue from a snapshot, of this backend or another. Raises AdapterError when tensors do not fit."""
+
+    # views for the conformance suite -------------------------------------------------------------------------------
+    @abstractmethod
+    def logits(self, batch: Batch) -> Float32:
+        """Logits `[batch, time, vocabulary]`, without dropout."""
+
+    @abstractmethod
+    def gradients(self, window: Sequence[Batch]) -> Mapping[str, Float32]:
+        """Gradient of the window's token mean for every adapter tensor, unclipped, without dropout; state untouched."""
+
+    @abstractmethod
+    def dequantized_weight(self, module: str) -> Float32:
+        """The base weight `[out, in]` exactly as the products see it."""
+
+    # optional, guarded by Feature ----------------------------------------------------------------------------------
+    def generate(
+        self, prompt: Int32, *, max_new_tokens: int, stop_tokens: Sequence[int] = (), adapter: bool = True
+    ) -> Int32:
+        """Greedy continuation of one prompt `[time]`, new tokens only. Feature.GENERATE."""
+        raise _undeclared(self, "generate")
+
+    def peak_memory_bytes(self) -> int:
+        """Highest memory of the device since load, in bytes. Feature.PEAK_MEMORY."""
+        raise _undeclared(self, "peak_memory")
+
+    def __enter__(self) -> QuantizedLoRATrainer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _undeclared(trainer: QuantizedLoRATrainer, feature: str) -> Exception:
+    from qlora_hal.errors import UnsupportedFeatureError
+
+    return UnsupportedFeatureError(
+        "QH-B01",
+        f"Backend {trainer.spec.name} does not offer {feature}.",
+        fix="Run qlora-hal backends to see which backend does.",
+    )

@@ -1,0 +1,124 @@
+"""What a backend can do, as data: it prints, compares, serialises into a certificate, and is checked before any import.
+
+The one central check is `missing(needs, capabilities)`; backend code holds no capability `if`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class WeightFormat(str, Enum):
+    """How the frozen base weights are stored."""
+
+    NONE = "none"
+    """Not quantized: the compute dtype."""
+    INT8 = "int8"
+    """8-bit integers with one absmax per output row (LLM.int8, Dettmers et al. 2022)."""
+    NF4 = "nf4"
+    """16-entry normal-float codebook with an absmax per block (QLoRA, Dettmers et al. 2023)."""
+    FP4 = "fp4"
+    """4-bit floats (sign, 2-bit exponent, 1-bit mantissa) with an absmax per block."""
+    INT4_GPTQ = "int4_gptq"
+    """4-bit integers, per-group scale and zero point (GPTQ, Frantar et al. 2022)."""
+    INT4_AFFINE = "int4_affine"
+    """MLX: 4-bit integers, per-group scale and bias."""
+    INT8_AFFINE = "int8_affine"
+    """MLX: 8-bit integers, per-group scale and bias."""
+
+
+class Feature(str, Enum):
+    """What a backend may offer beyond the minimum contract."""
+
+    DOUBLE_QUANT = "double_quant"
+    QUANTIZE_ON_LOAD = "quantize_on_load"
+    LOAD_PREQUANTIZED = "load_prequantized"
+    GRADIENT_CHECKPOINTING = "gradient_checkpointing"
+    LORA_DROPOUT = "lora_dropout"
+    PACKING = "packing"
+    ADAMW_8BIT = "adamw_8bit"
+    PAGED_ADAMW = "paged_adamw"
+    PAGED_ADAMW_8BIT = "paged_adamw_8bit"
+    BITWISE_DETERMINISM = "bitwise_determinism"
+    PEAK_MEMORY = "peak_memory"
+    GENERATE = "generate"
+
+
+OPTIMIZER_FEATURE: Mapping[str, Feature | None] = {
+    "adamw": None,
+    "adamw_8bit": Feature.ADAMW_8BIT,
+    "paged_adamw": Feature.PAGED_ADAMW,
+    "paged_adamw_8bit": Feature.PAGED_ADAMW_8BIT,
+}
+"""The feature an optimizer needs; plain AdamW is part of the minimum contract."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """The widest claim of a backend; a device may narrow it after it was proved.
+
+    `levels` maps the portable quantization levels (`none`, `8bit`, `4bit`) to this backend's own formats.
+    `block_sizes` lists, per format, the sizes it quantizes with; the first is the default and is always written down.
+    `architectures` are Hugging Face `model_type` values; empty means whatever the model library knows.
+    """
+
+    weight_formats: frozenset[WeightFormat]
+    compute_dtypes: frozenset[str]
+    features: frozenset[Feature]
+    block_sizes: Mapping[WeightFormat, tuple[int, ...]] = field(default_factory=dict)
+    levels: Mapping[str, WeightFormat] = field(default_factory=dict)
+    architectures: frozenset[str] = frozenset()
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "weight_formats": sorted(f.value for f in self.weight_formats),
+            "compute_dtypes": sorted(self.compute_dtypes),
+            "features": sorted(f.value for f in self.features),
+            "block_sizes": {f.value: list(sizes) for f, sizes in sorted(self.block_sizes.items())},
+            "levels": {level: f.value for level, f in sorted(self.levels.items())},
+            "architectures": sorted(self.architectures),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What one run asks of a backend.
+
+    `level` is a portable level (`none`, `8bit`, `4bit`) or "" when `weight_format` names one format exactly.
+    """
+
+    features: frozenset[Feature] = frozenset()
+    level: str = ""
+    weight_format: WeightFormat | None = None
+    block_size: int | None = None
+    compute_dtype: str | None = None
+    architecture: str = ""
+
+
+def missing(needs: Needs, capabilities: Capabilities) -> tuple[str, ...]:
+    """Everything in `needs` that `capabilities` lack, each as a phrase for a message; empty when all are met."""
+    lacks: list[str] = []
+    weight_format = needs.weight_format
+    if needs.level:
+        weight_format = capabilities.levels.get(needs.level)
+        if weight_format is None:
+            lacks.append(f"quantization level {needs.level} (has {_listing(capabilities.levels)})")
+    if weight_format is not None and weight_format not in capabilities.weight_formats:
+        have = _listing(f.value for f in capabilities.weight_formats)
+        lacks.append(f"weight format {weight_format.value} (has {have})")
+    elif weight_format is not None and needs.block_size is not None:
+        sizes = capabilities.block_sizes.get(weight_format, ())
+        if needs.block_size not in sizes:
+            lacks.append(f"block size {needs.block_size} for {weight_format.value} (has {_listing(map(str, sizes))})")
+    if needs.compute_dtype is not None and needs.compute_dtype not in capabilities.compute_dtypes:
+        lacks.append(f"compute dtype {needs.compute_dtype} (has {_listing(capabilities.compute_dtypes)})")
+    if capabilities.architectures and needs.architecture and needs.architecture not in capabilities.architectures:
+        lacks.append(f"architecture {needs.architecture} (has {_listing(capabilities.architectures)})")
+    lacks.extend(f"feature {f.value}" for f in sorted(needs.features - capabilities.features))
+    return tuple(lacks)
+
+
+def _listing(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "none"

@@ -1,0 +1,170 @@
+"""The configuration of a run: one tree for YAML, command line, Python and JSON schema.
+
+Groups are ours, the names inside are Hugging Face's. Unknown keys are errors; every value is honoured, translated with
+a note, or refused by the backend. pydantic is used at this border only.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+
+class ModelConfig(_Part):
+    """Which base model."""
+
+    name_or_path: str = Field("", description="A folder, or a Hugging Face model id.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    trust_remote_code: bool = Field(
+        False, description="Run Python files of the model's repository. Needs `revision` as a 40-digit commit."
+    )
+
+
+class QuantizationConfig(_Part):
+    """How the frozen base is stored."""
+
+    weight_format: Literal["auto", "none", "8bit", "4bit", "nf4", "fp4", "int8", "int4_gptq", "int4_affine"] = Field(
+        "auto",
+        description="A portable level (none, 8bit, 4bit; auto is 4bit or what a pre-quantized model has), or one format.",
+    )
+    block_size: PositiveInt | None = Field(None, description="Weights that share one scale; default: the format's own.")
+    double_quant: bool | None = Field(
+        None, description="Quantize the scales too (QLoRA section 3). Default: yes where the format has it."
+    )
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="auto: bfloat16 where computing proves it, else float16 with loss scaling; float32 on CPU."
+    )
+
+
+class LoraConfig(_Part):
+    """The trainable adapter."""
+
+    r: PositiveInt = Field(16, description="Rank.")
+    alpha: Annotated[float, Field(gt=0)] = Field(16.0, description="The adapter's product is scaled by alpha / r.")
+    dropout: Fraction = Field(0.0, description="Dropout on the adapter's input.")
+    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead (rsLoRA).")
+    target_modules: str | tuple[str, ...] = Field(
+        "all-linear", description="all-linear, a list of names (q_proj), or a regular expression over full paths."
+    )
+    bias: Literal["none"] = Field("none", description="Biases are not trained.")
+
+
+class DataConfig(_Part):
+    """What is trained on."""
+
+    path: str = Field(
+        "", description="JSONL, JSON, CSV or Parquet file, a folder of them, or a Hugging Face dataset id."
+    )
+    split: str = Field("train", description="Split of a Hugging Face dataset.")
+    validation_path: str | None = Field(None, description="Rows for evaluation.")
+    validation_fraction: Fraction = Field(0.0, description="Hold out this share of the rows when no path is given.")
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = Field(
+        "auto", description="Shape of a row; auto recognises it and says so."
+    )
+    chat_template: str | None = Field(
+        None, description="A built-in template's name or a Jinja file; default: the tokenizer's own."
+    )
+    train_on: Literal["assistant", "all"] = Field(
+        "assistant", description="Loss on all assistant turns, or all tokens."
+    )
+    max_seq_length: PositiveInt = Field(1024, description="Longest row in tokens.")
+    truncation: Literal["right", "left", "drop", "split"] = Field("right", description="What happens to longer rows.")
+    packing: bool = Field(False, description="Several rows in one sequence, without attention across them.")
+    group_by_length: bool = Field(True, description="Batches of rows of similar length.")
+    on_bad_row: Literal["fail", "skip"] = Field("fail", description="A malformed row stops the run, or is counted.")
+    shuffle: bool = Field(True, description="A new order in each epoch, a pure function of the seed.")
+
+
+class TrainingConfig(_Part):
+    """How long, how fast, how judged."""
+
+    learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 2e-4
+    num_train_epochs: Annotated[float, Field(gt=0.0)] = 1.0
+    max_steps: PositiveInt | None = Field(None, description="Optimizer steps; overrides num_train_epochs.")
+    per_device_train_batch_size: PositiveInt = 4
+    per_device_eval_batch_size: PositiveInt = 8
+    gradient_accumulation_steps: PositiveInt = 1
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
+    warmup_ratio: Fraction = 0.03
+    warmup_steps: NonNegativeInt | None = Field(None, description="Overrides warmup_ratio.")
+    optim: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    max_grad_norm: Annotated[float, Field(ge=0.0)] = Field(1.0, description="0 turns clipping off.")
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.999
+    adam_epsilon: Annotated[float, Field(gt=0.0)] = 1e-8
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+    seed: NonNegativeInt | None = Field(None, description="Drawn, printed and stored when unset.")
+    logging_steps: PositiveInt = 1
+    eval_steps: PositiveInt | None = Field(None, description="Evaluate every so many steps; before and after always.")
+    early_stopping_patience: PositiveInt | None = Field(
+        None, description="Stop after so many evaluations without improvement. Needs eval_steps."
+    )
+    load_best_adapter_at_end: bool = Field(True, description="Keep the adapter with the lowest evaluation loss.")
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    sample_prompts: tuple[str, ...] = Field((), description="Answered before and after training.")
+
+    @field_validator("seed")
+    @classmethod
+    def _seed_fits_63_bits(cls, seed: int | None) -> int | None:
+        if seed is not None and seed >= 2**63:
+            raise ValueError("a seed below 2**63 is expected")
+        return seed
+
+
+class CheckpointConfig(_Part):
+    """When the run is saved."""
+
+    save_steps: PositiveInt | None = Field(None, description="Every so many steps; at the end always.")
+    save_total_limit: Annotated[int, Field(ge=2)] = Field(2, description="Older ones are removed; never below 2.")
+
+
+class BackendConfig(_Part):
+    """Which backend, and its own settings."""
+
+    name: str = Field("auto", description="A backend's name, or auto.")
+    allow_cpu: bool = Field(False, description="Let auto choose the CPU when no accelerator is ready.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Settings of the backend itself.")
+
+
+class RunConfig(_Part):
+    """A whole run."""
+
+    output_dir: str = Field("", description="A new folder for this run.")
+    model: ModelConfig = ModelConfig()
+    quantization: QuantizationConfig = QuantizationConfig()
+    lora: LoraConfig = LoraConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    backend: BackendConfig = BackendConfig()
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> RunConfig:
+        training, data = self.training, self.data
+        if training.early_stopping_patience and not training.eval_steps:
+            raise ValueError("training.early_stopping_patience needs training.eval_steps")
+        if training.eval_steps and not (data.validation_path or data.validation_fraction):
+            raise ValueError("training.eval_steps needs data.validation_path or data.validation_fraction")
+        if training.max_steps and training.warmup_steps and training.warmup_steps > training.max_steps:
+            raise ValueError("training.warmup_steps is larger than training.max_steps")
+        if self.model.trust_remote_code and not _is_commit(self.model.revision):
+            raise ValueError("model.trust_remote_code needs model.revision as a 40-digit commit")
+        return self
+
+
+def _is_commit(revision: str | None) -> bool:
+    return revision is not None and len(revision) == 40 and all(c in "0123456789abcdef" for c in revision)
+
+
+ConfigInput = RunConfig | dict[str, object] | str | Path
