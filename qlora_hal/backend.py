@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar
 
@@ -33,7 +33,7 @@ CONTRACT_VERSION = 1
 """Major version of this contract; discovery refuses a spec of another one."""
 
 
-class Availability(str, Enum):
+class Availability(StrEnum):
     """The answer of a probe."""
 
     READY = "ready"

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 
-class WeightFormat(str, Enum):
+class WeightFormat(StrEnum):
     """How the frozen base weights are stored."""
 
     NONE = "none"
@@ -29,7 +29,7 @@ class WeightFormat(str, Enum):
     """MLX: 8-bit integers, per-group scale and bias."""
 
 
-class Feature(str, Enum):
+class Feature(StrEnum):
     """What a backend may offer beyond the minimum contract."""
 
     DOUBLE_QUANT = "double_quant"

@@ -35,7 +35,7 @@ class QuantizationConfig(_Part):
 
     weight_format: Literal["auto", "none", "8bit", "4bit", "nf4", "fp4", "int8", "int4_gptq", "int4_affine"] = Field(
         "auto",
-        description="A portable level (none, 8bit, 4bit; auto is 4bit or what a pre-quantized model has), or one format.",
+        description="A level (none, 8bit, 4bit; auto: 4bit, or what a pre-quantized model has), or one format.",
     )
     block_size: PositiveInt | None = Field(None, description="Weights that share one scale; default: the format's own.")
     double_quant: bool | None = Field(
@@ -62,9 +62,7 @@ class LoraConfig(_Part):
 class DataConfig(_Part):
     """What is trained on."""
 
-    path: str = Field(
-        "", description="JSONL, JSON, CSV or Parquet file, a folder of them, or a Hugging Face dataset id."
-    )
+    path: str = Field("", description="A JSONL, JSON, CSV or Parquet file, a folder, or a Hugging Face dataset id.")
     split: str = Field("train", description="Split of a Hugging Face dataset.")
     validation_path: str | None = Field(None, description="Rows for evaluation.")
     validation_fraction: Fraction = Field(0.0, description="Hold out this share of the rows when no path is given.")
@@ -75,7 +73,7 @@ class DataConfig(_Part):
         None, description="A built-in template's name or a Jinja file; default: the tokenizer's own."
     )
     train_on: Literal["assistant", "all"] = Field(
-        "assistant", description="Loss on all assistant turns, or all tokens."
+        "assistant", description="Loss on all assistant turns, or on all tokens."
     )
     max_seq_length: PositiveInt = Field(1024, description="Longest row in tokens.")
     truncation: Literal["right", "left", "drop", "split"] = Field("right", description="What happens to longer rows.")
