@@ -77,7 +77,9 @@ class BackendSpec:
 
     `probe` may read package metadata, device nodes and `find_spec`, and imports no tensor library. `trainer` is
     `package.module:Name`: a class, or a function without arguments, that gives a `QuantizedLoRATrainer`.
-    `uses_accelerator` False keeps `auto` from choosing the backend silently (see `selection`).
+    `uses_accelerator` False keeps `auto` from choosing the backend silently (see `selection`). `option_choices` lists
+    what `backend.options` may hold, the first choice being the default. `notes` maps an optimizer's name to what it
+    becomes here; the note is printed.
     """
 
     name: str
@@ -87,6 +89,8 @@ class BackendSpec:
     probe: Callable[[], ProbeReport]
     trainer: str
     uses_accelerator: bool = True
+    option_choices: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
     contract: int = CONTRACT_VERSION
 
 
@@ -135,6 +139,10 @@ class QuantizedLoRATrainer(ABC):
     spec: ClassVar[BackendSpec]
 
     # life ----------------------------------------------------------------------------------------------------------
+    @abstractmethod
+    def proved_compute_dtypes(self) -> Sequence[str]:
+        """The compute dtypes that this device has, found by computing, best first. Called before `load`."""
+
     @abstractmethod
     def load(self, source: ModelSource, quantization: Quantization, compute: Compute) -> None:
         """Load and quantize the frozen base, shard by shard. Raises ModelError, UnsupportedFeatureError."""

@@ -1,0 +1,1 @@
+"""The backends that come with qlora_hal. Each subpackage is light until its trainer is opened."""

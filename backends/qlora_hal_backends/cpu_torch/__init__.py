@@ -1,0 +1,26 @@
+"""`cpu_torch`: the torch family on CPU. Light: nothing of torch is imported until the trainer is opened."""
+
+from __future__ import annotations
+
+from qlora_hal.backend import BackendSpec, ProbeReport
+from qlora_hal_backends.torch_family.platform import CPU, TORCH_OPTIONS
+
+
+def probe() -> ProbeReport:
+    """Package metadata and device nodes only."""
+    from qlora_hal_backends.probing import probe_here
+
+    return probe_here(CPU.backend, CPU.device)
+
+
+SPEC = BackendSpec(
+    name=CPU.backend,
+    title=CPU.title,
+    priority=CPU.priority,
+    capabilities=CPU.capabilities(),
+    probe=probe,
+    trainer="qlora_hal_backends.cpu_torch.trainer:open_trainer",
+    uses_accelerator=CPU.uses_accelerator,
+    option_choices=TORCH_OPTIONS,
+    notes=CPU.optimizer_notes,
+)

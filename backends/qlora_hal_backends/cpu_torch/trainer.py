@@ -1,0 +1,11 @@
+"""Opens the family's trainer on this platform."""
+
+from __future__ import annotations
+
+from qlora_hal_backends.cpu_torch import SPEC
+from qlora_hal_backends.torch_family.platform import CPU
+from qlora_hal_backends.torch_family.trainer import TorchLoRATrainer
+
+
+def open_trainer() -> TorchLoRATrainer:
+    return TorchLoRATrainer(SPEC, CPU)

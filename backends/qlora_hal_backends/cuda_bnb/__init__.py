@@ -1,0 +1,26 @@
+"""`cuda_bnb`: the torch family on NVIDIA. Light: nothing of torch is imported until the trainer is opened."""
+
+from __future__ import annotations
+
+from qlora_hal.backend import BackendSpec, ProbeReport
+from qlora_hal_backends.torch_family.platform import CUDA, TORCH_OPTIONS
+
+
+def probe() -> ProbeReport:
+    """Package metadata and device nodes only."""
+    from qlora_hal_backends.probing import probe_here
+
+    return probe_here(CUDA.backend, CUDA.device)
+
+
+SPEC = BackendSpec(
+    name=CUDA.backend,
+    title=CUDA.title,
+    priority=CUDA.priority,
+    capabilities=CUDA.capabilities(),
+    probe=probe,
+    trainer="qlora_hal_backends.cuda_bnb.trainer:open_trainer",
+    uses_accelerator=CUDA.uses_accelerator,
+    option_choices=TORCH_OPTIONS,
+    notes=CUDA.optimizer_notes,
+)

@@ -1,0 +1,26 @@
+"""`mps_bnb`: the torch family on Apple. Light: nothing of torch is imported until the trainer is opened."""
+
+from __future__ import annotations
+
+from qlora_hal.backend import BackendSpec, ProbeReport
+from qlora_hal_backends.torch_family.platform import MPS, TORCH_OPTIONS
+
+
+def probe() -> ProbeReport:
+    """Package metadata and device nodes only."""
+    from qlora_hal_backends.probing import probe_here
+
+    return probe_here(MPS.backend, MPS.device)
+
+
+SPEC = BackendSpec(
+    name=MPS.backend,
+    title=MPS.title,
+    priority=MPS.priority,
+    capabilities=MPS.capabilities(),
+    probe=probe,
+    trainer="qlora_hal_backends.mps_bnb.trainer:open_trainer",
+    uses_accelerator=MPS.uses_accelerator,
+    option_choices=TORCH_OPTIONS,
+    notes=MPS.optimizer_notes,
+)

@@ -1,0 +1,26 @@
+"""`rocm_bnb`: the torch family on AMD. Light: nothing of torch is imported until the trainer is opened."""
+
+from __future__ import annotations
+
+from qlora_hal.backend import BackendSpec, ProbeReport
+from qlora_hal_backends.torch_family.platform import ROCM, TORCH_OPTIONS
+
+
+def probe() -> ProbeReport:
+    """Package metadata and device nodes only."""
+    from qlora_hal_backends.probing import probe_here
+
+    return probe_here(ROCM.backend, ROCM.device)
+
+
+SPEC = BackendSpec(
+    name=ROCM.backend,
+    title=ROCM.title,
+    priority=ROCM.priority,
+    capabilities=ROCM.capabilities(),
+    probe=probe,
+    trainer="qlora_hal_backends.rocm_bnb.trainer:open_trainer",
+    uses_accelerator=ROCM.uses_accelerator,
+    option_choices=TORCH_OPTIONS,
+    notes=ROCM.optimizer_notes,
+)

@@ -1,0 +1,120 @@
+"""The frozen weights of one linear layer, packed; `dense()` gives them as the products see them.
+
+Only the functional codec of bitsandbytes is used, never its `Linear4bit`: in eval mode that module repacks its weight
+in place on AVX512-BF16 CPUs and later passes wrong gradients (measured with 0.50.2; upstream issue 2078).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from bitsandbytes import functional as codec
+from torch import Tensor
+
+from qlora_hal.backend import Quantization
+from qlora_hal.capabilities import WeightFormat
+
+INT8_LEVELS = 127.0
+
+
+class BaseWeight(Protocol):
+    """A frozen weight of shape `[out, in]`."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def stored_bytes(self) -> int: ...
+
+    def dense(self) -> Tensor:
+        """The weight `[out, in]` in the compute dtype. The caller must not write to it."""
+        ...
+
+
+@dataclass(slots=True)
+class DenseWeight:
+    """Not quantized."""
+
+    weight: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+    @property
+    def stored_bytes(self) -> int:
+        return self.weight.nbytes
+
+    def dense(self) -> Tensor:
+        return self.weight
+
+
+@dataclass(slots=True)
+class Blockwise4BitWeight:
+    """NF4 or FP4 in bitsandbytes' layout: two codes a byte, one absmax a block, absmax quantized again if nested."""
+
+    packed: Tensor
+    state: codec.QuantState
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.state.shape[0], self.state.shape[1]
+
+    @property
+    def stored_bytes(self) -> int:
+        nested = self.state.state2
+        return self.packed.nbytes + self.state.absmax.nbytes + (nested.absmax.nbytes if nested is not None else 0)
+
+    def dense(self) -> Tensor:
+        weight: Tensor = codec.dequantize_4bit(self.packed, self.state)
+        return weight
+
+
+@dataclass(slots=True)
+class Int8Weight:
+    """Integers with one absmax per output row: the storage of LLM.int8 (Dettmers et al. 2022).
+
+    The product is computed on dequantized weights. LLM.int8's rounding of the *activations* is left out: it would make
+    the same layer compute something else on each device.
+    """
+
+    integers: Tensor
+    row_absmax: Tensor
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.integers.shape[0], self.integers.shape[1]
+
+    @property
+    def stored_bytes(self) -> int:
+        return self.integers.nbytes + self.row_absmax.nbytes
+
+    def dense(self) -> Tensor:
+        return (self.integers.to(torch.float32) * (self.row_absmax / INT8_LEVELS)[:, None]).to(self.dtype)
+
+
+def quantize(weight: Tensor, quantization: Quantization, dtype: torch.dtype) -> BaseWeight:
+    """Pack a `[out, in]` weight; the products will see it in `dtype`."""
+    match quantization.weight_format:
+        case WeightFormat.NONE:
+            return DenseWeight(weight.to(dtype))
+        case WeightFormat.INT8:
+            exact = weight.to(torch.float32)
+            row_absmax = exact.abs().amax(dim=1)
+            # A row of zeros stays zero whatever its scale; the floor keeps 0/0 out.
+            integers = (exact * (INT8_LEVELS / row_absmax.clamp_min(torch.finfo(torch.float32).tiny))[:, None]).round()
+            return Int8Weight(integers.to(torch.int8), row_absmax, dtype)
+        case WeightFormat.NF4 | WeightFormat.FP4:
+            assert quantization.block_size is not None, "the core resolves the block size before a backend loads"
+            packed, state = codec.quantize_4bit(
+                weight.to(dtype).contiguous(),
+                blocksize=quantization.block_size,
+                compress_statistics=quantization.double_quant,
+                quant_type=quantization.weight_format.value,
+            )
+            return Blockwise4BitWeight(packed, state)
+        case other:
+            raise AssertionError(f"{other} is not in this family's capabilities")

@@ -1,0 +1,77 @@
+"""The device under a trainer: which one, what it is called, how much memory it used."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform as python_platform
+import resource
+import sys
+
+import torch
+
+from qlora_hal.backend import DeviceFacts
+from qlora_hal.errors import BackendUnavailableError
+from qlora_hal_backends.torch_family.platform import TorchPlatform
+
+_PACKAGES = ("torch", "bitsandbytes", "transformers", "accelerate", "safetensors", "numpy")
+
+
+def first_device(platform: TorchPlatform) -> torch.device:
+    """The first visible device of the platform. Raises BackendUnavailableError: torch never falls back here."""
+    if platform.torch_device == "cpu":
+        return torch.device("cpu")
+    available = torch.cuda.is_available() if platform.torch_device == "cuda" else torch.backends.mps.is_available()
+    if not available:
+        raise BackendUnavailableError(
+            "QH-E04",
+            f"torch {torch.__version__} sees no {platform.torch_device} device.",
+            cause="The driver or the device is hidden from this process.",
+            fix="Run qlora-hal doctor.",
+        )
+    return torch.device(platform.torch_device, 0) if platform.torch_device == "cuda" else torch.device("mps")
+
+
+def describe_device(platform: TorchPlatform, device: torch.device) -> DeviceFacts:
+    versions = {name: version for name in _PACKAGES if (version := _version(name))}
+    versions["python"] = python_platform.python_version()
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        runtime = torch.version.hip or torch.version.cuda or ""
+        return DeviceFacts(
+            device=properties.name,
+            versions=versions,
+            kernel_path=f"bitsandbytes dequantize, {'hipBLAS' if torch.version.hip else 'cuBLAS'} products",
+            driver=runtime,
+            memory_limit_bytes=properties.total_memory,
+        )
+    if device.type == "mps":
+        return DeviceFacts("Apple GPU (MPS)", versions, "bitsandbytes dequantize, Metal products")
+    return DeviceFacts(_processor_name(), versions, "bitsandbytes dequantize, torch CPU products")
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Highest memory since load: allocated on a GPU, resident in this process on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    if device.type == "mps":
+        return int(torch.mps.driver_allocated_memory())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)  # bytes on macOS, KiB on Linux (getrusage(2))
+
+
+def _processor_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return python_platform.processor() or python_platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

@@ -1,0 +1,27 @@
+"""Greedy continuation with a key-value cache."""
+
+from __future__ import annotations
+
+import torch
+
+from qlora_hal.values import Int32
+from qlora_hal_backends.torch_family.loading import BaseModel
+
+
+def greedy(
+    base: BaseModel, prompt: Int32, max_new_tokens: int, stop_tokens: frozenset[int], device: torch.device
+) -> list[int]:
+    """New tokens after `prompt` `[time]`, up to and without the first stop token."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=base.causal.config)
+    step_input = torch.from_numpy(prompt).long().to(device)[None]
+    generated: list[int] = []
+    while len(generated) < max_new_tokens:
+        output = base.body(input_ids=step_input, past_key_values=cache, use_cache=True)
+        token = int(base.head.logits(output.last_hidden_state[0, -1:]).argmax(dim=-1))
+        if token in stop_tokens:
+            break
+        generated.append(token)
+        step_input = torch.tensor([[token]], device=device)
+    return generated

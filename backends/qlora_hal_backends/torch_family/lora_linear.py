@@ -1,0 +1,128 @@
+"""A frozen linear layer with a LoRA adapter, forward and backward written by hand.
+
+    y  = x W^T + scale * drop(x) A^T B^T                        (Hu et al. 2021, equation 3)
+    dx = dy W  + drop'(v A)          with v = scale * dy B
+    dA = v^T drop(x)                 dB = scale * dy^T (drop(x) A^T)
+
+The adapter's product is written first and the base product is accumulated onto it inside the matrix product, so that
+one rounding to the compute dtype happens after the sum. Added the other way round, onto a base output that is already
+bfloat16, a young update is under half a unit in the last place and vanishes.
+
+The dequantized weight lives for the length of one product; backward makes it again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_hal_backends.torch_family.base_weights import BaseWeight
+
+
+@dataclass(slots=True)
+class LoRASwitches:
+    """What all adapted layers of one model share. `dropout_key` None means no dropout (evaluation)."""
+
+    enabled: bool = True
+    dropout_key: int | None = None
+
+
+@dataclass(slots=True)
+class LoRAWeights:
+    """One layer's adapter: float32 master parameters and their copies in the compute dtype, refreshed each step."""
+
+    a: nn.Parameter  # [r, in]
+    b: nn.Parameter  # [out, r]
+    a_compute: Tensor
+    b_compute: Tensor
+    scale: float
+    dropout: float
+    index: int
+    switches: LoRASwitches
+
+
+class FrozenLinear(nn.Module):
+    """`x W^T + bias` with a packed, frozen W, plus the adapter once one is attached."""
+
+    def __init__(self, in_features: int, out_features: int, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.base: BaseWeight | None = None
+        self.lora: LoRAWeights | None = None
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lora = self.lora
+        if lora is None or not lora.switches.enabled:
+            y: Tensor = _FrozenProduct.apply(x, self.base)
+        else:
+            y = _AdaptedProduct.apply(x, lora.a, lora.b, self.base, lora, lora.switches.dropout_key)
+        return y if self.bias is None else y + self.bias
+
+
+class _FrozenProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, base: BaseWeight) -> Tensor:
+        ctx.base = base
+        return x @ base.dense().t()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy @ ctx.base.dense(), None
+
+
+class _AdaptedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: BaseWeight, lora: LoRAWeights, dropout_key: int | None
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        keep = _dropout_mask(rows, lora, dropout_key)
+        dropped = rows if keep is None else rows * keep
+        low_rank = dropped @ lora.a_compute.t()  # [rows, r]
+        y = (low_rank * lora.scale) @ lora.b_compute.t()
+        y.addmm_(rows, base.dense().t())
+        ctx.save_for_backward(rows, low_rank)
+        ctx.base, ctx.lora, ctx.dropout_key, ctx.shape = base, lora, dropout_key, x.shape
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None, None]:
+        rows, low_rank = ctx.saved_tensors
+        lora: LoRAWeights = ctx.lora
+        dy_rows = dy.reshape(-1, dy.shape[-1])
+        keep = _dropout_mask(rows, lora, ctx.dropout_key)
+        v = (dy_rows @ lora.b_compute) * lora.scale
+        grad_a = product_in_float32(v.t(), rows if keep is None else rows * keep)
+        grad_b = product_in_float32(dy_rows.t(), low_rank).mul_(lora.scale)
+        if not ctx.needs_input_grad[0]:
+            return None, grad_a, grad_b, None, None, None
+        dx = v @ lora.a_compute
+        if keep is not None:
+            dx *= keep
+        dx.addmm_(dy_rows, ctx.base.dense())
+        return dx.view(ctx.shape), grad_a, grad_b, None, None, None
+
+
+def _dropout_mask(rows: Tensor, lora: LoRAWeights, dropout_key: int | None) -> Tensor | None:
+    """The kept inputs scaled by 1/(1-p), a pure function of (key, layer): recomputation and resume draw it again."""
+    if dropout_key is None or lora.dropout == 0.0:
+        return None
+    generator = torch.Generator(device=rows.device)
+    generator.manual_seed((dropout_key * 1_000_003 + lora.index) & (2**63 - 1))
+    kept = torch.rand(rows.shape, generator=generator, device=rows.device) >= lora.dropout
+    return kept.to(rows.dtype).div_(1.0 - lora.dropout)
+
+
+def product_in_float32(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right` as float32: gradients of the master weights keep the accumulator's digits."""
+    if left.dtype == torch.float32:
+        return left @ right
+    if left.device.type == "cuda":
+        product: Tensor = torch.mm(left, right, out_dtype=torch.float32)
+        return product
+    return left.float() @ right.float()

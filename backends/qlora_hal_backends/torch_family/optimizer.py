@@ -1,0 +1,210 @@
+"""AdamW over the flat adapter: float32 in plain torch, 8-bit and paged through bitsandbytes.
+
+AdamW (Loshchilov & Hutter 2019), with bias correction and epsilon outside the root, as torch has it:
+
+    m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2
+    p = p (1 - lr wd) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from qlora_hal.errors import AdapterError
+from qlora_hal.values import OptimizerSnapshot, StepSettings
+from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Optimizer(Protocol):
+    """One update of the flat parameters from the flat gradients."""
+
+    def update(self, settings: StepSettings, norm: Tensor) -> Tensor:
+        """Clip by `norm`, update, and return a scalar: 1 where applied, 0 where refused as not finite."""
+        ...
+
+    def snapshot(self) -> OptimizerSnapshot: ...
+
+    def restore(self, snapshot: OptimizerSnapshot) -> None: ...
+
+
+def make_optimizer(name: str, flat: FlatAdapter) -> Optimizer:
+    """`adamw`, or one of bitsandbytes' by its name in the configuration."""
+    if name == "adamw" or (name == "paged_adamw" and flat.parameters.device.type == "cpu"):
+        return FlatAdamW(flat)
+    return BitsandbytesAdamW(flat, eight_bit=name.endswith("8bit"), paged=name.startswith("paged"))
+
+
+def clip_factor(norm: Tensor, max_norm: float | None) -> Tensor:
+    """torch's clip_grad_norm_: max_norm / (norm + 1e-6), at most 1."""
+    return torch.ones_like(norm) if not max_norm else (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+class FlatAdamW:
+    """Float32 moments. A refused step is decided on the device: nothing waits for the host."""
+
+    def __init__(self, flat: FlatAdapter) -> None:
+        self._flat = flat
+        self._first = torch.zeros_like(flat.parameters)
+        self._second = torch.zeros_like(flat.parameters)
+        self._step = torch.zeros((), dtype=torch.float32, device=flat.parameters.device)
+
+    @torch.no_grad()
+    def update(self, settings: StepSettings, norm: Tensor) -> Tensor:
+        applied = torch.isfinite(norm).to(torch.float32)
+        factor = torch.where(applied > 0, clip_factor(norm, settings.max_grad_norm), torch.zeros_like(norm))
+        # nan_to_num first: 0 * inf would be NaN. It changes nothing in a finite gradient.
+        gradient = torch.nan_to_num(self._flat.gradients, nan=0.0, posinf=0.0, neginf=0.0).mul_(factor)
+        self._step += applied
+        self._first.lerp_(gradient, applied * (1.0 - settings.beta1))
+        self._second.lerp_(gradient.square_(), applied * (1.0 - settings.beta2))
+        # expm1 keeps the digits that 1 - b^t loses in float32 for small t.
+        first_correction = -torch.expm1(self._step * math.log(settings.beta1)) if settings.beta1 else 1.0
+        second_correction = -torch.expm1(self._step * math.log(settings.beta2)) if settings.beta2 else 1.0
+        denominator = (self._second / second_correction).sqrt_().add_(settings.epsilon)
+        rate = applied * settings.learning_rate
+        update = (self._first / first_correction).div_(denominator).mul_(rate)
+        # Before the first applied step both corrections are 0 and the quotient is NaN; the rate 0 must win.
+        update = torch.where(applied > 0, update, torch.zeros_like(update))
+        self._flat.parameters.mul_(1.0 - rate * settings.weight_decay).sub_(update)
+        self._flat.refresh_compute()
+        return applied
+
+    def snapshot(self) -> OptimizerSnapshot:
+        return OptimizerSnapshot(int(self._step.item()), named_moments(self._flat, self._first, self._second))
+
+    def restore(self, snapshot: OptimizerSnapshot) -> None:
+        first, second = flat_moments(self._flat, snapshot)
+        self._first.copy_(first)
+        self._second.copy_(second)
+        self._step.fill_(float(snapshot.step))
+
+
+class BitsandbytesAdamW:
+    """bitsandbytes' AdamW; 8-bit state is blockwise (Dettmers et al. 2021), paged state lives in managed memory.
+
+    Its kernel cannot refuse on the device, so the norm is read before each update: one wait a step.
+    """
+
+    def __init__(self, flat: FlatAdapter, *, eight_bit: bool, paged: bool) -> None:
+        import bitsandbytes
+
+        self._flat = flat
+        self._parameter = torch.nn.Parameter(flat.parameters)
+        self._kind = f"bitsandbytes.adamw{'8bit' if eight_bit else '32bit'}"
+        self._eight_bit = eight_bit
+        name = ("Paged" if paged else "") + ("AdamW8bit" if eight_bit else "AdamW32bit")
+        self._inner: Any = getattr(bitsandbytes.optim, name)([self._parameter], lr=1.0)
+
+    @torch.no_grad()
+    def update(self, settings: StepSettings, norm: Tensor) -> Tensor:
+        if not math.isfinite(norm.item()):
+            return torch.zeros_like(norm)
+        group = self._inner.param_groups[0]
+        group.update(
+            lr=settings.learning_rate,
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.epsilon,
+            weight_decay=settings.weight_decay,
+        )
+        self._parameter.grad = self._flat.gradients * clip_factor(norm, settings.max_grad_norm)
+        self._inner.step()
+        self._parameter.grad = None
+        self._flat.refresh_compute()
+        return torch.ones_like(norm)
+
+    def snapshot(self) -> OptimizerSnapshot:
+        state = self._inner.state.get(self._parameter)
+        if not state:
+            zeros = torch.zeros_like(self._flat.parameters)
+            return OptimizerSnapshot(0, named_moments(self._flat, zeros, zeros))
+        first, second = (_dequantized(state, index) for index in (1, 2))
+        return OptimizerSnapshot(
+            step=int(state["step"]),
+            moments=named_moments(self._flat, first, second),
+            exact=not self._eight_bit,
+            native_kind=self._kind,
+            native=_native_arrays(state),
+        )
+
+    def restore(self, snapshot: OptimizerSnapshot) -> None:
+        # The state's tensors are made by the inner optimizer at its first step; a step at rate 0 makes them.
+        self._parameter.grad = torch.zeros_like(self._parameter)
+        self._inner.param_groups[0].update(lr=0.0, weight_decay=0.0)
+        self._inner.step()
+        self._parameter.grad = None
+        state = self._inner.state[self._parameter]
+        if snapshot.native_kind == self._kind:
+            for key, array in snapshot.native.items():
+                state[key].copy_(torch.from_numpy(np.ascontiguousarray(array)))
+        else:
+            for index, moment in enumerate(flat_moments(self._flat, snapshot), start=1):
+                _store_moment(state, index, moment)
+        state["step"] = snapshot.step
+
+
+_NATIVE_KEYS = ("state1", "state2", "absmax1", "absmax2")
+
+
+def _native_arrays(state: Mapping[str, Any]) -> dict[str, npt.NDArray[np.generic]]:
+    return {key: state[key].detach().cpu().numpy().copy() for key in _NATIVE_KEYS if key in state}
+
+
+def _dequantized(state: Mapping[str, Any], index: int) -> Tensor:
+    from bitsandbytes import functional
+
+    codes: Tensor = state[f"state{index}"]
+    if codes.dtype == torch.float32:
+        return codes
+    moment: Tensor = functional.dequantize_blockwise(
+        codes, absmax=state[f"absmax{index}"], code=state[f"qmap{index}"], blocksize=256
+    )
+    return moment
+
+
+def _store_moment(state: Mapping[str, Any], index: int, moment: Tensor) -> None:
+    from bitsandbytes import functional
+
+    if state[f"state{index}"].dtype == torch.float32:
+        state[f"state{index}"].copy_(moment)
+        return
+    codes, quant_state = functional.quantize_blockwise(moment, code=state[f"qmap{index}"], blocksize=256)
+    state[f"state{index}"].copy_(codes)
+    state[f"absmax{index}"].copy_(quant_state.absmax)
+
+
+def named_moments(flat: FlatAdapter, first: Tensor, second: Tensor) -> dict[str, npt.NDArray[np.float32]]:
+    moments: dict[str, npt.NDArray[np.float32]] = {}
+    for kind, buffer in zip(MOMENTS, (first, second), strict=True):
+        moments.update({f"{name}.{kind}": array for name, array in flat.to_host(buffer).items()})
+    return moments
+
+
+def flat_moments(flat: FlatAdapter, snapshot: OptimizerSnapshot) -> tuple[Tensor, Tensor]:
+    """Raises AdapterError with every moment that is missing or misshapen."""
+    wrong = [
+        f"{name}.{kind}"
+        for name, (_, shape) in flat.slices.items()
+        for kind in MOMENTS
+        if f"{name}.{kind}" not in snapshot.moments or snapshot.moments[f"{name}.{kind}"].shape != shape
+    ]
+    if wrong:
+        raise AdapterError(
+            "QH-C09",
+            f"{len(wrong)} of {2 * len(flat.slices)} optimizer tensors are missing or misshapen: "
+            f"{', '.join(wrong[:5])}.",
+            fix="Resume with the adapter that this optimizer state was saved with.",
+            context={"tensors": wrong},
+        )
+    first, second = (
+        flat.from_host({name: snapshot.moments[f"{name}.{kind}"] for name in flat.slices}) for kind in MOMENTS
+    )
+    return first, second

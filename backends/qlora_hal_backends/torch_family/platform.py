@@ -1,0 +1,108 @@
+"""What tells one torch platform from another, as data. An `if platform.backend == ...` elsewhere is a review error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from qlora_hal.capabilities import Capabilities, Feature, WeightFormat
+
+TorchDevice = Literal["cuda", "rocm", "mps", "cpu"]
+
+BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
+"""Block sizes that bitsandbytes 0.50 quantizes 4-bit weights with on every device; 64 is its default everywhere."""
+
+TORCH_OPTIONS: Mapping[str, tuple[object, ...]] = {"attention": ("auto", "sdpa", "eager")}
+"""`backend.options` of this family. Eager attention is the cure where a device's fused attention gives NaN."""
+
+
+@dataclass(frozen=True, slots=True)
+class TorchPlatform:
+    """One row of the family.
+
+    `device` is what the probe looks for; `torch_device` is torch's word for it (ROCm answers to "cuda").
+    `preferred_dtypes` is the order in which `auto` tries compute dtypes; each is proved by computing before it is used.
+    `optimizer_notes` says what an optimizer becomes where the device has no use for paging.
+    """
+
+    backend: str
+    title: str
+    device: TorchDevice
+    torch_device: str
+    priority: int
+    preferred_dtypes: tuple[str, ...]
+    features: frozenset[Feature]
+    optimizer_notes: Mapping[str, str]
+    uses_accelerator: bool = True
+
+    def capabilities(self) -> Capabilities:
+        four_bit = (WeightFormat.NF4, WeightFormat.FP4)
+        return Capabilities(
+            weight_formats=frozenset({WeightFormat.NONE, WeightFormat.INT8, *four_bit}),
+            compute_dtypes=frozenset(self.preferred_dtypes),
+            features=self.features,
+            block_sizes={f: BLOCK_SIZES for f in four_bit},
+            levels={"none": WeightFormat.NONE, "8bit": WeightFormat.INT8, "4bit": WeightFormat.NF4},
+        )
+
+
+_EVERYWHERE = frozenset(
+    {
+        Feature.DOUBLE_QUANT,
+        Feature.QUANTIZE_ON_LOAD,
+        Feature.LOAD_PREQUANTIZED,
+        Feature.GRADIENT_CHECKPOINTING,
+        Feature.LORA_DROPOUT,
+        Feature.PACKING,
+        Feature.GENERATE,
+    }
+)
+_EIGHT_BIT = frozenset({Feature.ADAMW_8BIT, Feature.PAGED_ADAMW, Feature.PAGED_ADAMW_8BIT})
+_ACCELERATOR_DTYPES = ("bfloat16", "float16", "float32")
+
+CUDA = TorchPlatform(
+    backend="cuda_bnb",
+    title="bitsandbytes on NVIDIA CUDA",
+    device="cuda",
+    torch_device="cuda",
+    priority=100,
+    preferred_dtypes=_ACCELERATOR_DTYPES,
+    features=_EVERYWHERE | _EIGHT_BIT | {Feature.PEAK_MEMORY},
+    optimizer_notes={},
+)
+ROCM = TorchPlatform(
+    backend="rocm_bnb",
+    title="bitsandbytes on AMD ROCm",
+    device="rocm",
+    torch_device="cuda",
+    priority=100,
+    preferred_dtypes=_ACCELERATOR_DTYPES,
+    features=_EVERYWHERE | _EIGHT_BIT | {Feature.PEAK_MEMORY},
+    optimizer_notes={},
+)
+MPS = TorchPlatform(
+    backend="mps_bnb",
+    title="bitsandbytes on Apple MPS",
+    device="mps",
+    torch_device="mps",
+    priority=50,
+    preferred_dtypes=_ACCELERATOR_DTYPES,
+    # bitsandbytes 0.50 has no 8-bit optimizers on MPS (its README: planned), and nothing to page to.
+    features=_EVERYWHERE | {Feature.PEAK_MEMORY},
+    optimizer_notes={},
+)
+CPU = TorchPlatform(
+    backend="cpu_torch",
+    title="bitsandbytes on a plain CPU",
+    device="cpu",
+    torch_device="cpu",
+    priority=0,
+    preferred_dtypes=("float32", "bfloat16"),
+    features=_EVERYWHERE | _EIGHT_BIT | {Feature.BITWISE_DETERMINISM, Feature.PEAK_MEMORY},
+    optimizer_notes={
+        "paged_adamw": "paged_adamw is adamw here: a CPU has nothing to page to",
+        "paged_adamw_8bit": "paged_adamw_8bit is adamw_8bit here: a CPU has nothing to page to",
+    },
+    uses_accelerator=False,
+)

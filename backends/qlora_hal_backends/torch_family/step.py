@@ -1,0 +1,103 @@
+"""From a window of numpy batches to gradients: one forward and backward for each micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from qlora_hal.values import IGNORE_LABEL, Batch
+from qlora_hal_backends.torch_family.head_loss import loss_sum
+from qlora_hal_backends.torch_family.loading import BaseModel
+
+MICRO_BATCH_KEY_STRIDE = 1_000_003
+"""Spreads the dropout keys of the micro-batches of one window."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceBatch:
+    """A batch on the device. `counted` indexes the flattened hidden states whose next token carries loss."""
+
+    input_ids: Tensor  # [batch, time]
+    position_ids: Tensor | None  # [batch, time]; None where every row is one sample from position 0
+    counted: Tensor  # [counted]
+    targets: Tensor  # [counted]
+
+
+def to_device(batch: Batch, device: torch.device) -> DeviceBatch:
+    """Copy a batch without waiting; which positions count is decided here, on the host."""
+    next_labels = np.full_like(batch.labels, IGNORE_LABEL)
+    next_labels[:, :-1] = batch.labels[:, 1:]
+    flat = next_labels.reshape(-1)
+    counted = np.flatnonzero(flat != IGNORE_LABEL)
+    return DeviceBatch(
+        input_ids=_copy(batch.input_ids, device),
+        # transformers finds packed samples by positions that restart, and masks attention across them. Rows that are
+        # one sample padded on the right need no mask: causal attention never looks at what follows.
+        position_ids=_copy(batch.position_ids, device) if batch.is_packed else None,
+        counted=_copy(counted, device),
+        targets=_copy(flat[counted], device),
+    )
+
+
+def _copy(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
+    host = torch.from_numpy(np.ascontiguousarray(array)).long()
+    if device.type != "cuda":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
+
+
+def hidden_states(base: BaseModel, batch: DeviceBatch) -> Tensor:
+    """The body's last hidden states `[batch, time, hidden]`."""
+    output = base.body(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+    states: Tensor = output.last_hidden_state
+    return states
+
+
+def batch_loss(base: BaseModel, batch: DeviceBatch, gradient_scale: float) -> Tensor:
+    """Sum of token losses; its backward gives the gradient of `gradient_scale` times the sum."""
+    states = hidden_states(base, batch)
+    return loss_sum(states.reshape(-1, states.shape[-1])[batch.counted], batch.targets, base.head, gradient_scale)
+
+
+def accumulate_gradients(
+    base: BaseModel,
+    window: Sequence[Batch],
+    device: torch.device,
+    *,
+    gradient_scale: float,
+    set_dropout_key: Any,
+) -> Tensor:
+    """Backward through every micro-batch; gradients add up where the adapter keeps them. Returns the loss sum."""
+    total = torch.zeros((), dtype=torch.float32, device=device)
+    for index, batch in enumerate(window):
+        if batch.counted_tokens == 0:
+            continue
+        set_dropout_key(index)
+        loss = batch_loss(base, to_device(batch, device), gradient_scale)
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    return total
+
+
+@contextmanager
+def recomputed_layers(base: BaseModel) -> Iterator[None]:
+    """Gradient checkpointing (Chen et al. 2016) of each decoder layer, for the time of one window.
+
+    The layers' own `forward` is wrapped on the instance: nothing stays patched, and no class is touched. Dropout masks
+    are keyed, so no generator state needs to be kept for the recomputation.
+    """
+    for layer in base.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for layer in base.layers:
+            del layer.forward

@@ -1,0 +1,270 @@
+"""The trainer of the torch family: rooms put together, no vendor's name in it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qlora_hal.backend import BackendSpec, Compute, DeviceFacts, Quantization, QuantizedLoRATrainer
+from qlora_hal.errors import BackendContractError, OutOfMemoryError
+from qlora_hal.model.source import ModelSource
+from qlora_hal.values import (
+    Adapter,
+    Batch,
+    Float32,
+    Int32,
+    LossSum,
+    OptimizerSnapshot,
+    PendingStep,
+    StepSettings,
+    StepStats,
+)
+from qlora_hal_backends.torch_family import loading, step
+from qlora_hal_backends.torch_family.device import describe_device, first_device, peak_memory_bytes
+from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
+from qlora_hal_backends.torch_family.generation import greedy
+from qlora_hal_backends.torch_family.optimizer import Optimizer, make_optimizer
+from qlora_hal_backends.torch_family.platform import TorchPlatform
+from qlora_hal_backends.torch_family.precision import proved_dtypes
+
+FIRST_LOSS_SCALE = 2.0**16
+"""Where float16 loss scaling starts (Micikevicius et al. 2018); halved at each overflow, the step is redone."""
+SMALLEST_LOSS_SCALE = 2.0**-4
+"""Below this an overflow is no matter of scaling: the step is refused."""
+
+
+@dataclass(slots=True)
+class _QueuedStep:
+    """Figures `[loss_sum, grad_norm, applied]` on their way to the host."""
+
+    figures: Tensor
+    token_count: int
+    arrived: Any = None
+
+    def resolve(self) -> StepStats:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        loss_sum, grad_norm, applied = self.figures.tolist()
+        return StepStats(loss_sum, self.token_count, grad_norm, applied > 0)
+
+
+class TorchLoRATrainer(QuantizedLoRATrainer):
+    """QLoRA on one torch device. `platform` and `load_base` are all that differs between backends."""
+
+    spec: ClassVar[BackendSpec]
+
+    def __init__(self, spec: BackendSpec, platform: TorchPlatform, load_base: loading.LoadBase | None = None) -> None:
+        self.spec = spec  # type: ignore[misc]  # one class serves four specs
+        self._platform = platform
+        self._load_base = load_base or loading.load_base
+        self._device = first_device(platform)
+        self._base: loading.BaseModel | None = None
+        self._flat: FlatAdapter | None = None
+        self._optimizer: Optimizer | None = None
+        self._compute = Compute()
+        self._loss_scale = 1.0
+
+    # life ----------------------------------------------------------------------------------------------------------
+    def proved_compute_dtypes(self) -> tuple[str, ...]:
+        return proved_dtypes(self._platform, self._device)
+
+    def load(self, source: ModelSource, quantization: Quantization, compute: Compute) -> None:
+        self.close()
+        self._compute = compute
+        self._loss_scale = FIRST_LOSS_SCALE if compute.dtype == "float16" else 1.0
+        with self._memory_named("loading the base"), torch.no_grad():
+            self._base = self._load_base(source, quantization, compute, self._device)
+
+    def linear_modules(self) -> Mapping[str, tuple[int, int]]:
+        return {name: (linear.in_features, linear.out_features) for name, linear in self._loaded.linears.items()}
+
+    def attach(self, adapter: Adapter, optimizer: str = "adamw") -> None:
+        with self._memory_named("attaching the adapter"):
+            self._loaded_without_adapter()
+            dtype = getattr(torch, self._compute.dtype)
+            self._flat = FlatAdapter.place(adapter, self._loaded.linears, dtype, self._device)
+            self._optimizer = make_optimizer(optimizer, self._flat)
+
+    def device_facts(self) -> DeviceFacts:
+        return describe_device(self._platform, self._device)
+
+    def close(self) -> None:
+        self._base = self._flat = self._optimizer = None
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # training ------------------------------------------------------------------------------------------------------
+    def train_step(self, window: Sequence[Batch], settings: StepSettings) -> PendingStep:
+        with self._memory_named("a training step"):
+            total, norm = self._window_gradient(window, settings.token_count, settings.dropout_key)
+            while self._overflowed(norm):
+                self._loss_scale /= 2
+                total, norm = self._window_gradient(window, settings.token_count, settings.dropout_key)
+            applied = self._attached_optimizer.update(settings, norm)
+            return self._queue(torch.stack((total, norm, applied)), settings.token_count)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> LossSum:
+        total = torch.zeros((), dtype=torch.float64 if self._device.type != "mps" else torch.float32)
+        tokens = 0
+        with self._memory_named("evaluation"):
+            for batch in batches:
+                if batch.counted_tokens:
+                    loss = step.batch_loss(self._loaded, step.to_device(batch, self._device), 1.0)
+                    total += loss.cpu()
+                    tokens += batch.counted_tokens
+        return LossSum(float(total), tokens)
+
+    def _window_gradient(
+        self, window: Sequence[Batch], token_count: int, dropout_key: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Leave the gradient of the token mean in the flat buffer; return (loss sum, norm), norm NaN if not finite."""
+        flat = self._attached
+        flat.gradients.zero_()
+        checkpointing = step.recomputed_layers(self._loaded) if self._compute.gradient_checkpointing else nullcontext()
+        with checkpointing, self._dropout(flat, dropout_key) as set_key:
+            total = step.accumulate_gradients(
+                self._loaded,
+                window,
+                self._device,
+                gradient_scale=self._loss_scale / max(token_count, 1),
+                set_dropout_key=set_key,
+            )
+        if self._loss_scale != 1.0:
+            flat.gradients.div_(self._loss_scale)
+        norm = torch.linalg.vector_norm(flat.gradients)
+        return total, torch.where(torch.isfinite(total), norm, torch.full_like(norm, float("nan")))
+
+    @contextmanager
+    def _dropout(self, flat: FlatAdapter, key: int | None) -> Iterator[Callable[[int], None]]:
+        def set_key(micro_batch: int) -> None:
+            flat.switches.dropout_key = None if key is None else key * step.MICRO_BATCH_KEY_STRIDE + micro_batch
+
+        try:
+            yield set_key
+        finally:
+            flat.switches.dropout_key = None
+
+    def _overflowed(self, norm: Tensor) -> bool:
+        if self._compute.dtype != "float16" or self._loss_scale <= SMALLEST_LOSS_SCALE:
+            return False
+        return not bool(torch.isfinite(norm))
+
+    def _queue(self, figures: Tensor, token_count: int) -> _QueuedStep:
+        if figures.device.type != "cuda":
+            return _QueuedStep(figures.detach(), token_count)
+        host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
+        host.copy_(figures.detach(), non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return _QueuedStep(host, token_count, arrived)
+
+    # state ---------------------------------------------------------------------------------------------------------
+    def export_adapter(self) -> Adapter:
+        flat = self._attached
+        return Adapter(flat.to_host(flat.parameters), flat.adapter.config)
+
+    def export_optimizer(self) -> OptimizerSnapshot:
+        return self._attached_optimizer.snapshot()
+
+    def import_optimizer(self, snapshot: OptimizerSnapshot) -> None:
+        self._attached_optimizer.restore(snapshot)
+
+    # views ---------------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Float32:
+        states = step.hidden_states(self._loaded, step.to_device(batch, self._device))
+        return self._loaded.head.logits(states).cpu().numpy()
+
+    def gradients(self, window: Sequence[Batch]) -> Mapping[str, Float32]:
+        token_count = sum(batch.counted_tokens for batch in window)
+        self._window_gradient(window, token_count, dropout_key=None)
+        flat = self._attached
+        named = flat.to_host(flat.gradients)
+        flat.gradients.zero_()
+        return named
+
+    @torch.no_grad()
+    def dequantized_weight(self, module: str) -> Float32:
+        base = self._loaded.linears[module].base
+        assert base is not None
+        return base.dense().float().cpu().numpy()
+
+    # optional ------------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def generate(
+        self, prompt: Int32, *, max_new_tokens: int, stop_tokens: Sequence[int] = (), adapter: bool = True
+    ) -> Int32:
+        switches = self._flat.switches if self._flat is not None else None
+        if switches is not None:
+            switches.enabled = adapter
+        try:
+            tokens = greedy(self._loaded, prompt, max_new_tokens, frozenset(stop_tokens), self._device)
+        finally:
+            if switches is not None:
+                switches.enabled = True
+        return np.asarray(tokens, dtype=np.int32)
+
+    def peak_memory_bytes(self) -> int:
+        return peak_memory_bytes(self._device)
+
+    # inside --------------------------------------------------------------------------------------------------------
+    @property
+    def _loaded(self) -> loading.BaseModel:
+        if self._base is None:
+            raise _out_of_order("load")
+        return self._base
+
+    @property
+    def _attached(self) -> FlatAdapter:
+        if self._flat is None:
+            raise _out_of_order("attach")
+        return self._flat
+
+    @property
+    def _attached_optimizer(self) -> Optimizer:
+        if self._optimizer is None:
+            raise _out_of_order("attach")
+        return self._optimizer
+
+    def _loaded_without_adapter(self) -> None:
+        if self._flat is not None:
+            self._flat.detach_from(self._loaded.linears)
+        self._flat = self._optimizer = None
+
+    @contextmanager
+    def _memory_named(self, phase: str) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            # The traceback holds the frames that hold the activations; the core retries only after they are gone.
+            reason = str(error).splitlines()[0]
+        else:
+            return
+        if self._flat is not None:
+            self._flat.gradients.zero_()
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        raise OutOfMemoryError(
+            "QH-N07",
+            f"{self._device} ran out of memory in {phase}.",
+            cause=reason,
+            fix="Lower training.per_device_train_batch_size or data.max_seq_length, or set "
+            "training.gradient_checkpointing true.",
+            context={"phase": phase},
+        )
+
+
+def _out_of_order(first: str) -> BackendContractError:
+    return BackendContractError(
+        "QH-B02", f"The trainer was used before {first}().", fix=f"Call {first}() first; this is a bug of the caller."
+    )
