@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from qlora_hal.values import LossSum, StepStats
 
 PROJECT = "qlora_hal"
+ENTRY_POINT_GROUP = "qlora_hal.hooks"
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
@@ -63,3 +67,57 @@ def qlora_hal_run_finished(run: RunView, result: TrainResult) -> None:
 @hookspec
 def qlora_hal_conformance_sections() -> Iterable[Path]:  # type: ignore[empty-body]
     """Offer extra conformance sections of a plugin; they never count towards a certificate."""
+
+
+class Hooks:
+    """The plugins of one run: entry points of `qlora_hal.hooks`, and observers given in Python.
+
+    An observer that raises is reported once through `note` and heard no more; it never stops training.
+    """
+
+    def __init__(self, observers: Iterable[object] = (), *, note: Callable[[str], None] = lambda text: None) -> None:
+        self._note = note
+        self._manager = pluggy.PluginManager(PROJECT)
+        self._manager.add_hookspecs(sys.modules[__name__])
+        for point in entry_points(group=ENTRY_POINT_GROUP):
+            self._add(point.name, point.load)
+        for number, observer in enumerate(observers, start=1):
+            self._add(f"observer {number} ({type(observer).__name__})", partial(_itself, observer))
+
+    def offered_backends(self) -> tuple[BackendSpec, ...]:
+        return tuple(spec for offered in self._manager.hook.qlora_hal_backends() for spec in offered)
+
+    def chosen_backend(self, reports: tuple[ProbeReport, ...], needs: Needs) -> str | None:
+        name: str | None = self._manager.hook.qlora_hal_choose_backend(reports=reports, needs=needs)
+        return name
+
+    def ready_config(self, config: RunConfig) -> RunConfig:
+        replaced: RunConfig | None = self._manager.hook.qlora_hal_config_ready(config=config)
+        return replaced if replaced is not None else config
+
+    def tell(self, hook: str, **facts: object) -> None:
+        """Call one observing hook of every plugin, each behind its own wall."""
+        plugins = self._manager.get_plugins()
+        for plugin in plugins:
+            call = self._manager.subset_hook_caller(hook, [other for other in plugins if other is not plugin])
+            try:
+                call(**facts)
+            except Exception as error:
+                name = self._manager.get_name(plugin)
+                self._manager.unregister(plugin)
+                self._note(f"{name} failed in {hook} and is heard no more: {type(error).__name__}: {error}")
+
+    def _add(self, name: str, load: Callable[[], object]) -> None:
+        """Register one plugin, or say why not: the stock loader lets one broken plugin stop all others."""
+        try:
+            plugin = load()
+            self._manager.register(plugin, name=name)
+            self._manager.check_pending()
+        except (Exception, SystemExit) as error:
+            if self._manager.has_plugin(name):
+                self._manager.unregister(name=name)
+            self._note(f"plugin {name} is left out: {type(error).__name__}: {error}")
+
+
+def _itself(plugin: object) -> object:
+    return plugin

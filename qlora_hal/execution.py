@@ -1,0 +1,373 @@
+"""A prepared run, carried out: load, attach, train, judge, write. The only place where core and backend meet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from qlora_hal.backend import Compute
+from qlora_hal.capabilities import Feature
+from qlora_hal.errors import ConfigError, StoppedError
+from qlora_hal.observing import RunView, TrainResult
+from qlora_hal.values import Adapter, LossSum
+
+if TYPE_CHECKING:
+    from qlora_hal.checkpoint import TrainingState
+    from qlora_hal.data.sampling import WindowSampler
+    from qlora_hal.guard import GuardedTrainer
+    from qlora_hal.hooks import Hooks
+    from qlora_hal.loop import LoopPlan, Progress
+    from qlora_hal.preparation import PreparedRun
+    from qlora_hal.recording import Recorder
+    from qlora_hal.report.console import RunConsole
+    from qlora_hal.report.run_file import RunRecord
+    from qlora_hal.run_directory import RunDirectory
+
+Samples = tuple[Mapping[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What every chapter of one call needs at hand. `state` is where a resumed run goes on from."""
+
+    prepared: PreparedRun
+    directory: RunDirectory
+    console: RunConsole
+    hooks: Hooks
+    record: RunRecord
+    state: TrainingState | None = None
+
+
+def execute(stage: Stage) -> TrainResult:
+    """Train to the end or to a stop. Raises StoppedError QH-S19 when a signal ended it, with the state saved."""
+    from qlora_hal.discovery import open_trainer
+    from qlora_hal.guard import GuardedTrainer
+
+    trainer = GuardedTrainer(open_trainer(stage.prepared.machinery.choice.spec))
+    try:
+        result = Execution(stage, trainer).carry_out()
+    except BaseException as error:
+        write_record(stage, replace(stage.record, status="failed", stopped_because=type(error).__name__))
+        raise
+    finally:
+        trainer.close()
+    if result.stopped_because.startswith("SIG"):
+        raise StoppedError(
+            "QH-S19",
+            f"Stopped by {result.stopped_because} after step {result.steps}; the state is saved.",
+            where=str(stage.directory.path),
+            fix=f"Go on with: qlora-hal resume {stage.directory.path}",
+            context={"step": result.steps},
+        )
+    return result
+
+
+class Execution:
+    """One call of train or resume, chapter by chapter."""
+
+    def __init__(self, stage: Stage, trainer: GuardedTrainer) -> None:
+        self._stage = stage
+        self._prepared = stage.prepared
+        self._config = stage.prepared.config
+        self._trainer = trainer
+        self._features = stage.prepared.machinery.choice.spec.capabilities.features
+        self._started = time.perf_counter()
+
+    def carry_out(self) -> TrainResult:
+        compute = self._load()
+        initial = self._attach()
+        windows = window_sampler(self._prepared)
+        training = self._config.training
+        run = self._view(compute, windows.total_steps(training.num_train_epochs, training.max_steps))
+        record = replace(self._stage.record, resolved=run.resolved, started_at=_now())
+        write_record(self._stage, record)
+        with self._recorder(run) as recorder:
+            result, progress = self._train(run, recorder, windows, initial)
+        record = replace(record, eval_loss_best=progress.best_loss, best_step=progress.best_step)
+        self._finish(record, run, result)
+        return result
+
+    def _load(self) -> Compute:
+        config, machinery = self._config, self._prepared.machinery
+        compute = Compute(
+            dtype=chosen_dtype(  # type: ignore[arg-type]
+                config.quantization.compute_dtype, self._trainer.proved_compute_dtypes(), machinery.choice.spec.name
+            ),
+            gradient_checkpointing=config.training.gradient_checkpointing,
+            options=config.backend.options,
+        )
+        self._trainer.load(machinery.source, machinery.quantization, compute)
+        return compute
+
+    def _attach(self) -> Adapter:
+        from qlora_hal.adapter.fitting import check_fits
+        from qlora_hal.adapter.initial import initial_adapter
+
+        state, modules = self._stage.state, self._trainer.linear_modules()
+        if state is None:
+            adapter = initial_adapter(self._prepared.machinery.adapter, modules, self._prepared.seed)
+        else:
+            adapter = state.adapter
+        check_fits(adapter, modules, where=str(self._stage.directory.path))
+        if note := self._stage.directory.free_space_note(sum(t.size for t in adapter.tensors.values())):
+            self._stage.console.note(note)
+        self._trainer.attach(adapter, self._config.training.optim)
+        if state is not None:
+            self._trainer.import_optimizer(state.optimizer)
+        return adapter
+
+    def _view(self, compute: Compute, total_steps: int) -> RunView:
+        quantization, spec = self._prepared.machinery.quantization, self._prepared.machinery.choice.spec
+        facts = self._trainer.device_facts()
+        resolved: dict[str, object] = {
+            "backend": spec.name,
+            "device": facts.device,
+            "weight_format": quantization.weight_format.value,
+            "block_size": quantization.block_size,
+            "double_quant": quantization.double_quant,
+            "compute_dtype": compute.dtype,
+            "kernel_path": facts.kernel_path,
+            "driver": facts.driver,
+            "seed": self._prepared.seed,
+            "total_steps": total_steps,
+            "versions": dict(facts.versions),
+            "memory_limit_bytes": facts.memory_limit_bytes,
+        }
+        first = self._stage.state.step if self._stage.state else 0
+        return RunView(self._stage.directory.path, self._config, resolved, total_steps, first)
+
+    @contextmanager
+    def _recorder(self, run: RunView) -> Iterator[Recorder]:
+        from qlora_hal.recording import Recorder
+        from qlora_hal.report.metrics import MetricsFile
+
+        stage = self._stage
+        with MetricsFile(stage.directory.metrics_path) as metrics:
+            for note in metrics.notes:
+                stage.console.note(note)
+            metrics.truncate_after(run.first_step if stage.state else -1)
+            limit = run.resolved["memory_limit_bytes"]
+            yield Recorder(
+                run=run,
+                trainer=self._trainer,
+                metrics=metrics,
+                console=stage.console,
+                hooks=stage.hooks,
+                provenance=provenance_of(self._prepared, run.resolved),
+                keep_checkpoints=self._config.checkpoint.save_total_limit,
+                measures_memory=Feature.PEAK_MEMORY in self._features,
+                memory_limit=limit if isinstance(limit, int) else None,
+                resumed_from=stage.state.step if stage.state else None,
+            )
+
+    def _train(
+        self, run: RunView, recorder: Recorder, windows: WindowSampler, initial: Adapter
+    ) -> tuple[TrainResult, Progress]:
+        from qlora_hal import loop
+        from qlora_hal.stopping import stop_on_signals
+
+        progress = loop.Progress.from_json(dict(self._stage.state.loop)) if self._stage.state else loop.Progress()
+        self._stage.console.run_started(run)
+        self._stage.hooks.tell("qlora_hal_run_started", run=run)
+        before = self._loss_before(recorder, progress)
+        samples = self._sampled("before", [{"prompt": prompt} for prompt in self._config.training.sample_prompts])
+        with stop_on_signals(self._stage.console.note) as stop_requested:
+            stopped = loop.run(self._trainer, windows, self._plan(run, stop_requested), progress, recorder)
+        after: float | None = None
+        if not stopped.startswith("SIG"):
+            after = self._judged(recorder, progress, initial)
+            samples = self._sampled("after", samples)
+        peak = self._trainer.peak_memory_bytes() if Feature.PEAK_MEMORY in self._features else None
+        result = TrainResult(
+            backend=str(run.resolved["backend"]),
+            device=str(run.resolved["device"]),
+            weight_format=str(run.resolved["weight_format"]),
+            block_size=self._prepared.machinery.quantization.block_size,
+            run_dir=run.run_dir,
+            adapter_dir=self._stage.directory.adapter_dir,
+            steps=progress.step,
+            tokens=progress.tokens_seen,
+            losses=tuple(recorder.losses),
+            eval_loss_before=before,
+            eval_loss_after=after,
+            wall_seconds=time.perf_counter() - self._started,
+            peak_memory_bytes=peak,
+            stopped_because=stopped,
+            notes=tuple(recorder.notes),
+            samples=tuple(samples),
+        )
+        return result, progress
+
+    def _plan(self, run: RunView, stop_requested: Callable[[], str]) -> LoopPlan:
+        from qlora_hal.loop import LoopPlan
+        from qlora_hal.schedule import Schedule, warmup_steps
+
+        training = self._config.training
+        warmup = warmup_steps(run.total_steps, ratio=training.warmup_ratio, steps=training.warmup_steps)
+        return LoopPlan(
+            total_steps=run.total_steps,
+            seed=self._prepared.seed,
+            schedule=Schedule(training.lr_scheduler_type, training.learning_rate, warmup, run.total_steps),
+            training=training,
+            save_steps=self._config.checkpoint.save_steps,
+            evaluation=self._evaluation if self._prepared.data.validation is not None else None,
+            stop_requested=stop_requested,
+        )
+
+    def _evaluation(self) -> LossSum:
+        from qlora_hal.data.sampling import evaluation_batches
+
+        assert self._prepared.data.validation is not None
+        batches = evaluation_batches(
+            self._prepared.data.validation,
+            batch_size=self._config.training.per_device_eval_batch_size,
+            pad_id=self._prepared.tokenizer.pad_id,
+        )
+        return self._trainer.evaluate(list(batches))
+
+    def _loss_before(self, recorder: Recorder, progress: Progress) -> float | None:
+        """The validation loss of the base; a resumed run has it already."""
+        if self._prepared.data.validation is None:
+            return None
+        if self._stage.state is not None:
+            return self._stage.record.eval_loss_before
+        evaluation = self._evaluation()
+        recorder.evaluated(progress.step, evaluation, "before")
+        return evaluation.loss
+
+    def _judged(self, recorder: Recorder, progress: Progress, initial: Adapter) -> float | None:
+        """Evaluate the end, choose between it and the best on the way, write the adapter; its validation loss."""
+        from qlora_hal.adapter.fitting import check_changed
+        from qlora_hal.loop import keep_best
+        from qlora_hal.recording import write_run_adapter
+
+        adapter, loss = self._trainer.export_adapter(), None
+        for module in check_changed(initial, adapter, steps=progress.step) if self._stage.state is None else ():
+            recorder.note(f"{module}: B is still zero, no gradient reached it")
+        step = progress.step
+        if self._prepared.data.validation is not None:
+            evaluation = self._evaluation()
+            loss = evaluation.loss
+            recorder.evaluated(step, evaluation, "after")
+            keep_best(self._trainer, progress, recorder, step, evaluation)
+            if self._config.training.load_best_adapter_at_end and progress.best_step != step:
+                adapter, loss, step = self._best(recorder, progress)
+        write_run_adapter(self._stage.directory.adapter_dir, adapter, {**recorder.provenance, "step": step})
+        return loss
+
+    def _best(self, recorder: Recorder, progress: Progress) -> tuple[Adapter, float, int]:
+        from qlora_hal.adapter.peft_files import read_adapter
+        from qlora_hal.recording import BEST_ADAPTER_FOLDER
+
+        assert progress.best_loss is not None
+        assert progress.best_step is not None
+        best = read_adapter(self._stage.directory.path / BEST_ADAPTER_FOLDER)
+        self._trainer.attach(best, self._config.training.optim)
+        recorder.note(
+            f"the adapter of step {progress.best_step} is kept: its validation loss {progress.best_loss:.4f} is lowest"
+        )
+        return best, progress.best_loss, progress.best_step
+
+    def _sampled(self, when: str, rows: Sequence[Mapping[str, str]]) -> Samples:
+        """Each row with the answer of the model as it is now."""
+        from qlora_hal.generation import answer
+
+        if Feature.GENERATE not in self._features:
+            return tuple(rows)
+        return tuple(
+            {**row, when: answer(self._trainer, self._prepared.tokenizer, row["prompt"], adapter=when == "after")}
+            for row in rows
+        )
+
+    def _finish(self, record: RunRecord, run: RunView, result: TrainResult) -> None:
+        from qlora_hal.report.curves import write_loss_png
+        from qlora_hal.report.html import write_report
+
+        finished = not result.stopped_because.startswith("SIG")
+        record = replace(
+            record,
+            status="finished" if finished else "stopped",
+            stopped_because=result.stopped_because,
+            finished_at=_now(),
+            steps=result.steps,
+            tokens=result.tokens,
+            eval_loss_before=result.eval_loss_before,
+            eval_loss_after=result.eval_loss_after,
+            samples=result.samples,
+            timings={"wall_seconds": result.wall_seconds},
+            peak_memory_bytes=result.peak_memory_bytes,
+            adapter_dir=self._stage.directory.adapter_dir.name if finished else "",
+            notes=(*record.notes, *result.notes),
+        )
+        write_record(self._stage, record)
+        paths = {"run": run.run_dir / "run.json", "metrics": self._stage.directory.metrics_path}
+        paths |= {"report": write_report(run.run_dir), "curve": write_loss_png(run.run_dir)}
+        if finished:
+            paths["adapter"] = self._stage.directory.adapter_dir
+        self._stage.console.finished(result, paths)
+        self._stage.hooks.tell("qlora_hal_run_finished", run=run, result=result)
+
+
+def window_sampler(prepared: PreparedRun) -> WindowSampler:
+    """Which rows each step sees: a pure function of (seed, epoch, step)."""
+    from qlora_hal.data.sampling import WindowSampler
+
+    training, data = prepared.config.training, prepared.config.data
+    return WindowSampler(
+        prepared.data.train,
+        batch_size=training.per_device_train_batch_size,
+        accumulation=training.gradient_accumulation_steps,
+        seed=prepared.seed,
+        shuffle=data.shuffle,
+        group_by_length=data.group_by_length,
+        packing=data.packing,
+        max_seq_length=data.max_seq_length,
+        pad_id=prepared.tokenizer.pad_id,
+    )
+
+
+def chosen_dtype(wanted: str, proved: Sequence[str], backend: str) -> str:
+    """The compute dtype: the best that computing proved, or the one asked for. Raises ConfigError QH-N10."""
+    if wanted == "auto":
+        return proved[0]
+    if wanted in proved:
+        return wanted
+    raise ConfigError(
+        "QH-N10",
+        f"quantization.compute_dtype is {wanted}; on this device {backend} computes {' and '.join(proved)} only.",
+        where="quantization.compute_dtype",
+        cause="The hardware has no such arithmetic, or computing with it gave wrong numbers.",
+        fix=f"Set it to {proved[0]}{' (with loss scaling)' if proved[0] == 'float16' else ''}, or to auto.",
+    )
+
+
+def provenance_of(prepared: PreparedRun, resolved: Mapping[str, object]) -> dict[str, object]:
+    """What an adapter or a checkpoint must match to be continued or judged."""
+    from qlora_hal.run_directory import config_hash
+
+    source = prepared.machinery.source
+    kept = ("backend", "device", "weight_format", "block_size", "double_quant", "compute_dtype", "seed", "versions")
+    return {
+        "base_name": source.name,
+        "base_revision": source.revision,
+        "base_fingerprint": source.facts.fingerprint,
+        "config_hash": config_hash(prepared.config.model_dump(mode="json")),
+        "tokenizer_hash": prepared.tokenizer.hash,
+        "data_fingerprint": prepared.data.fingerprint,
+        **{name: resolved[name] for name in kept},
+    }
+
+
+def write_record(stage: Stage, record: RunRecord) -> None:
+    """Put the record into run.json."""
+    from qlora_hal.report.run_file import run_facts
+
+    stage.directory.record(run_facts(record))
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

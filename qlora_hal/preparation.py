@@ -1,0 +1,163 @@
+"""Everything before the first heavy import: model facts, backend, target modules, data, memory. Fails early."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_hal.backend import ProbeReport, Quantization
+from qlora_hal.errors import ConfigError
+from qlora_hal.selection import Choice
+from qlora_hal.values import AdapterConfig, ComputeDtype, MemoryEstimate
+
+if TYPE_CHECKING:
+    from qlora_hal.config import RunConfig
+    from qlora_hal.data import ChatTokenizer, PreparedData
+    from qlora_hal.hooks import Hooks
+    from qlora_hal.model.source import ModelSource
+    from qlora_hal.report.console import RunConsole
+
+Rows = Sequence[Mapping[str, object]]
+
+
+@dataclass(frozen=True, slots=True)
+class Machinery:
+    """Which backend will run which base; known before any data is read."""
+
+    source: ModelSource
+    choice: Choice
+    reports: tuple[ProbeReport, ...]
+    quantization: Quantization
+    adapter: AdapterConfig
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRun:
+    """A run that is ready to load its model."""
+
+    config: RunConfig
+    seed: int
+    machinery: Machinery
+    tokenizer: ChatTokenizer
+    data: PreparedData
+    estimate: MemoryEstimate
+
+
+def require_settings(config: RunConfig, *, has_rows: bool) -> None:
+    """Name every setting that a run cannot do without. Raises ConfigError QH-U12."""
+    wanted = {"model.name_or_path": config.model.name_or_path, "output_dir": config.output_dir}
+    if not has_rows:
+        wanted["data.path"] = config.data.path
+    absent = [name for name, value in wanted.items() if not value]
+    if absent:
+        raise ConfigError(
+            "QH-U12",
+            f"{', '.join(absent)} {'is' if len(absent) == 1 else 'are'} not set.",
+            fix="Give train(model=..., data=..., output_dir=...), or run qlora-hal init for a commented run.yaml.",
+            context={"absent": absent},
+        )
+
+
+def drawn_seed(config: RunConfig) -> int:
+    """The seed of the run; one is drawn where none is set (31 bits, easy to retype)."""
+    return config.training.seed if config.training.seed is not None else secrets.randbits(31)
+
+
+def choose_machinery(config: RunConfig, hooks: Hooks, console: RunConsole) -> Machinery:
+    """Model facts, then needs, then the backend, then what of it is trained."""
+    from qlora_hal.adapter.targets import resolve_targets
+    from qlora_hal.discovery import listed, reports
+    from qlora_hal.model.source import resolve_model
+    from qlora_hal.needs import needs_of, quantization_of
+    from qlora_hal.selection import choose
+
+    source = resolve_model(
+        config.model.name_or_path, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
+    )
+    needs = needs_of(config, source.facts)
+    entries = listed(hooks.offered_backends())
+    probed = reports(entries)
+    choice = choose(
+        config.backend.name,
+        needs,
+        entries,
+        probed,
+        allow_cpu=config.backend.allow_cpu,
+        ask_hook=hooks.chosen_backend,
+    )
+    console.detection(choice.spec.name, choice.reason, probed, choice.rejections)
+    check_options(config, choice)
+    if note := choice.spec.notes.get(config.training.optim):
+        console.note(f"{choice.spec.name}: {note}")
+    targets = resolve_targets(config.lora.target_modules, source.facts.linear_modules)
+    lora = config.lora
+    adapter = AdapterConfig(lora.r, lora.alpha, lora.dropout, lora.use_rslora, targets)
+    quantization = quantization_of(config, source.facts, choice.spec.capabilities)
+    return Machinery(source, choice, probed, quantization, adapter)
+
+
+def check_options(config: RunConfig, choice: Choice) -> None:
+    """Settings of the backend itself: known names and values only. Raises ConfigError QH-U13."""
+    choices = choice.spec.option_choices
+    wrong = [
+        f"{name} = {value!r} ({'one of ' + ', '.join(map(repr, choices[name])) if name in choices else 'unknown'})"
+        for name, value in config.backend.options.items()
+        if value not in choices.get(name, ())
+    ]
+    if wrong:
+        raise ConfigError(
+            "QH-U13",
+            f"backend.options has settings that {choice.spec.name} does not know: {'; '.join(wrong)}.",
+            where="backend.options",
+            fix=f"Use {', '.join(choices) or 'no options'} with {choice.spec.name}.",
+        )
+
+
+def prepare_run(
+    config: RunConfig, seed: int, machinery: Machinery, run_dir: Path, rows: Rows | None, console: RunConsole
+) -> PreparedRun:
+    """Tokenizer, data and memory."""
+    from qlora_hal.data import ChatTokenizer, prepare
+
+    facts = machinery.source.facts
+    tokenizer = ChatTokenizer.from_folder(machinery.source.path, chat_template=config.data.chat_template)
+    for note in tokenizer.notes:
+        console.note(note)
+    data = prepare(
+        config.data,
+        tokenizer,
+        cache_dir=run_dir / "tokens",
+        seed=seed,
+        rows=rows,
+        model_max_length=facts.max_position_embeddings,
+    )
+    console.data_report(data.report.lines())
+    return PreparedRun(config, seed, machinery, tokenizer, data, estimated_memory(config, machinery))
+
+
+def estimated_memory(config: RunConfig, machinery: Machinery) -> MemoryEstimate:
+    """The peak by arithmetic, for the longest batch this configuration allows."""
+    from qlora_hal.memory import estimate
+
+    facts, quantization = machinery.source.facts, machinery.quantization
+    dtype = config.quantization.compute_dtype
+    return estimate(
+        facts,
+        weight_format=quantization.weight_format,
+        block_size=quantization.block_size,
+        double_quant=quantization.double_quant,
+        compute_dtype=dtype if dtype != "auto" else _usual_dtype(machinery.choice),
+        r=machinery.adapter.r,
+        targets={name: facts.linear_modules[name] for name in machinery.adapter.target_modules},
+        optimizer=config.training.optim,
+        batch_size=config.training.per_device_train_batch_size,
+        sequence_length=config.data.max_seq_length,
+        gradient_checkpointing=config.training.gradient_checkpointing,
+    )
+
+
+def _usual_dtype(choice: Choice) -> ComputeDtype:
+    return "bfloat16" if choice.spec.uses_accelerator else "float32"

@@ -1,0 +1,124 @@
+"""What the loop tells, written down: metrics, console, observers, checkpoints, the best adapter."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_hal.report.metrics import MetricsFile, evaluation_record, step_record
+
+if TYPE_CHECKING:
+    from qlora_hal.guard import GuardedTrainer
+    from qlora_hal.hooks import Hooks
+    from qlora_hal.loop import FinishedStep, Progress
+    from qlora_hal.observing import RunView
+    from qlora_hal.report.console import RunConsole
+    from qlora_hal.values import Adapter, LossSum
+
+BEST_ADAPTER_FOLDER = "best_adapter"
+_SPEED_WINDOW = 20
+
+
+@dataclass(slots=True)
+class Recorder:
+    """Implements `loop.LoopEvents` for one call of train or resume."""
+
+    run: RunView
+    trainer: GuardedTrainer
+    metrics: MetricsFile
+    console: RunConsole
+    hooks: Hooks
+    provenance: Mapping[str, object]
+    keep_checkpoints: int
+    measures_memory: bool
+    memory_limit: int | None
+    resumed_from: int | None = None
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    _recent: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_SPEED_WINDOW))
+
+    def step(self, finished: FinishedStep) -> None:
+        self.losses.append((finished.step, finished.stats.loss))
+        self._recent.append((finished.real_tokens, finished.seconds))
+        seconds = sum(took for _, took in self._recent) / len(self._recent)
+        speed = sum(tokens for tokens, _ in self._recent) / max(sum(took for _, took in self._recent), 1e-9)
+        memory = self.trainer.peak_memory_bytes() if self.measures_memory else None
+        self.metrics.append(
+            step_record(
+                finished.step,
+                finished.stats,
+                learning_rate=finished.learning_rate,
+                epoch=finished.epoch,
+                tokens_seen=finished.tokens_seen,
+                tokens_per_second=finished.real_tokens / max(finished.seconds, 1e-9),
+                seconds_per_step=finished.seconds,
+                memory_bytes=memory,
+            )
+        )
+        self.console.step(
+            self.run,
+            finished.step,
+            finished.stats,
+            learning_rate=finished.learning_rate,
+            tokens_per_second=speed,
+            seconds_per_step=seconds,
+            epoch=finished.epoch,
+            tokens_seen=finished.tokens_seen,
+            memory_bytes=memory,
+            memory_limit=self.memory_limit,
+            eta_seconds=seconds * (self.run.total_steps - finished.step),
+        )
+        self.hooks.tell(
+            "qlora_hal_step_finished",
+            run=self.run,
+            step=finished.step,
+            stats=finished.stats,
+            learning_rate=finished.learning_rate,
+        )
+
+    def evaluated(self, step: int, evaluation: LossSum, label: str) -> None:
+        self.metrics.append(evaluation_record(step, evaluation, label))
+        self.console.evaluated(step, evaluation.loss, label)
+        self.hooks.tell("qlora_hal_evaluated", run=self.run, step=step, evaluation=evaluation)
+
+    def save(self, step: int, progress: Progress) -> None:
+        from qlora_hal.checkpoint import TrainingState, save_checkpoint
+
+        self.metrics.sync()
+        state = TrainingState(
+            step=step,
+            epoch=0.0,
+            tokens_seen=progress.tokens_seen,
+            adapter=self.trainer.export_adapter(),
+            optimizer=self.trainer.export_optimizer(),
+            loop={**progress.as_json(), "notes": list(self.notes)},
+            provenance=self.provenance,
+        )
+        protect = () if self.resumed_from is None else (self.resumed_from,)
+        path = save_checkpoint(self.run.run_dir, state, keep=self.keep_checkpoints, protect=protect)
+        self.console.checkpoint(step, path)
+        self.hooks.tell("qlora_hal_checkpoint_saved", run=self.run, step=step, path=path)
+
+    def best(self, step: int, adapter: Adapter) -> None:
+        write_run_adapter(self.run.run_dir / BEST_ADAPTER_FOLDER, adapter, {**self.provenance, "step": step})
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+        self.console.note(text)
+
+
+def write_run_adapter(folder: Path, adapter: Adapter, provenance: Mapping[str, object]) -> None:
+    """The adapter in PEFT layout with this run's provenance."""
+    from qlora_hal.adapter.peft_files import write_adapter
+
+    revision = provenance.get("base_revision")
+    write_adapter(
+        folder,
+        adapter,
+        base_name=str(provenance["base_name"]),
+        base_revision=str(revision) if revision else None,
+        provenance=provenance,
+    )

@@ -1,0 +1,261 @@
+"""The folder of one run: checked before anything heavy starts, locked while the run lives, swept of leftovers.
+
+run.json       configuration as given, its hash, and what the run resolved
+run.lock       the lock; run.lock.json tells who holds it
+metrics.jsonl  one line per step
+checkpoints/   see `qlora_hal.checkpoint`
+adapter/       the trained adapter
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+from qlora_hal import durable_files, strict_json
+from qlora_hal.checkpoint.reading import checkpoints, restore_replaced, unfinished_saves
+from qlora_hal.checkpoint.state import CHECKPOINTS_FOLDER, PRUNING, REPLACED, STAGING, checkpoints_folder, entries
+from qlora_hal.checkpoint.writing import LATEST_LINK, expected_checkpoint_bytes
+from qlora_hal.durable_files import write_json_atomically
+from qlora_hal.errors import ConfigError
+from qlora_hal.output_path import writable_folder
+from qlora_hal.run_lock import RunLock
+
+__all__ = ["RunDirectory", "config_hash", "write_json_atomically"]
+
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+ADAPTER_FOLDER = "adapter"
+SCHEMA_VERSION = 1
+
+_OUTPUTS = (CHECKPOINTS_FOLDER, LATEST_LINK, ADAPTER_FOLDER, METRICS_FILE, "report.html", "loss.png")
+"""What an overwritten run leaves; other files in the folder are the user's and are never touched."""
+_LEFTOVERS = (STAGING, PRUNING, REPLACED, ".tmp")
+_PLACE_KEYS = frozenset({"output_dir"})
+"""Keys that say where a run lies, not what it is."""
+
+
+class RunDirectory:
+    """A run's folder, locked until `close`.
+
+    `notes` are for the user, `unfinished_saves` the steps whose save broke off.
+    """
+
+    def __init__(self, path: Path, lock: RunLock, content: Mapping[str, object]) -> None:
+        self.path = path
+        self.notes: list[str] = [lock.note] if lock.note else []
+        self.unfinished_saves: tuple[int, ...] = ()
+        self._lock = lock
+        self._content = dict(content)
+
+    @classmethod
+    def open_new(
+        cls,
+        output_dir: str | Path,
+        *,
+        config: Mapping[str, object],
+        overwrite: bool = False,
+        force_unlock: bool = False,
+    ) -> RunDirectory:
+        """Create or reuse a folder for a new run and write its first `run.json`.
+
+        `config` is JSON (`RunConfig.model_dump(mode="json")`), as the user gave it: before a seed is drawn.
+        Raises StorageError QH-S14 (no usable kind of path), QH-S12 (cannot be written), QH-S09 (no space),
+        OutputLockedError QH-S15 and QH-S17, ConfigError QH-S13 when an earlier run is there and `overwrite` is not set.
+        """
+        path = writable_folder(Path(output_dir))
+        lock = RunLock.take(path, force=force_unlock)
+        try:
+            created = datetime.now(UTC).isoformat(timespec="seconds")
+            content = {"schema_version": SCHEMA_VERSION, "config": dict(config), "created": created}
+            run = cls(path, lock, {**content, "config_hash": config_hash(config)})
+            run._settle_with_earlier_run(config, overwrite=overwrite)
+            run._sweep()
+            run.record({})
+        except BaseException:
+            lock.release()
+            raise
+        return run
+
+    @classmethod
+    def open_existing(cls, run_dir: str | Path, *, force_unlock: bool = False) -> RunDirectory:
+        """Lock and sweep the folder of a run that is to go on.
+
+        Raises ConfigError QH-S50 when it is no run's folder, and StorageError and OutputLockedError as `open_new`.
+        """
+        path = Path(run_dir).expanduser()
+        if not os.path.lexists(path / RUN_FILE):
+            _refuse_foreign(path, f"has no {RUN_FILE}")
+        path = writable_folder(path)
+        lock = RunLock.take(path, force=force_unlock)
+        try:
+            run = cls(path, lock, _read_run_file(path))
+            run._sweep()
+        except BaseException:
+            lock.release()
+            raise
+        return run
+
+    @property
+    def content(self) -> Mapping[str, object]:
+        """What `run.json` holds."""
+        return self._content
+
+    @property
+    def adapter_dir(self) -> Path:
+        return self.path / ADAPTER_FOLDER
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / METRICS_FILE
+
+    def record(self, facts: Mapping[str, object]) -> None:
+        """Add facts to `run.json`, as one act. Raises StorageError; JsonProblem for facts that are not JSON."""
+        content = {**self._content, **facts}
+        try:
+            write_json_atomically(self.path / RUN_FILE, content)
+        except OSError as problem:
+            raise durable_files.storage_error(problem, self.path, what=RUN_FILE) from problem
+        self._content = content
+
+    def free_space_note(self, adapter_parameters: int) -> str | None:
+        """A warning when the disk has not room for two checkpoints of an adapter of this size, else None (row S10)."""
+        size = expected_checkpoint_bytes(adapter_parameters)
+        free = durable_files.free_bytes(self.path)
+        if free is None or free >= 2 * size:
+            return None
+        return (
+            f"QH-S10: {_readable(free)} are free at {self.path}, a checkpoint needs about {_readable(size)} and two "
+            "are kept; a save may fail. Free space or choose another output folder."
+        )
+
+    def close(self) -> None:
+        """Release the lock. Safe to call twice."""
+        self._lock.release()
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _settle_with_earlier_run(self, config: Mapping[str, object], *, overwrite: bool) -> None:
+        """Refuse, clear away, or find nothing of an earlier run here."""
+        outputs = [name for name in _OUTPUTS if os.path.lexists(self.path / name)]
+        if not os.path.lexists(self.path / RUN_FILE):
+            if outputs:
+                _refuse_foreign_outputs(self.path, outputs)
+            return
+        if not overwrite:
+            earlier = _read_run_file(self.path).get("config")
+            differing = _differing_keys(earlier if isinstance(earlier, dict) else {}, config)
+            saved = checkpoints(self.path)
+            if differing or saved or ADAPTER_FOLDER in outputs:
+                _refuse_earlier_run(self.path, differing, len(saved))
+            self.notes.append("An earlier run with this configuration stopped before its first save; starting again.")
+        # run.json goes last, by replacement: until then a crash leaves the old run recognisable as such.
+        for name in outputs:
+            try:
+                durable_files.remove_tree(self.path / name)
+            except OSError as problem:
+                raise durable_files.storage_error(problem, self.path / name, what="a new run") from problem
+
+    def _sweep(self) -> None:
+        """Remove what interrupted saves left, and say how much it was."""
+        self.notes += restore_replaced(self.path)
+        _restore_replaced_adapter(self.path)
+        self.unfinished_saves = unfinished_saves(self.path)
+        count = freed = 0
+        for folder in (self.path, checkpoints_folder(self.path)):
+            for entry in entries(folder):
+                if entry.name.startswith(_LEFTOVERS):
+                    with suppress(OSError):  # stays for the next sweep
+                        freed += durable_files.remove_tree(Path(entry.path))
+                        count += 1
+        if count:
+            self.notes.append(f"Removed {count} leftovers of interrupted saves, {_readable(freed)} freed.")
+
+
+def config_hash(config: Mapping[str, object]) -> str:
+    """SHA-256 of a configuration, equal for equal training: the place of the output does not count."""
+    trained = {key: value for key, value in config.items() if key not in _PLACE_KEYS}
+    return hashlib.sha256(strict_json.encode(trained)).hexdigest()
+
+
+def _restore_replaced_adapter(path: Path) -> None:
+    for entry in entries(path):
+        if entry.name.startswith(f"{REPLACED}{ADAPTER_FOLDER}-") and not os.path.lexists(path / ADAPTER_FOLDER):
+            with suppress(OSError):
+                Path(entry.path).rename(path / ADAPTER_FOLDER)
+
+
+def _read_run_file(path: Path) -> dict[str, object]:
+    try:
+        return strict_json.read_object(path / RUN_FILE)
+    except (OSError, strict_json.JsonProblem) as problem:
+        _refuse_foreign(path, f"has a {RUN_FILE} that cannot be read ({problem})", problem)
+
+
+def _flat(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _differing_keys(earlier: Mapping[str, object], config: Mapping[str, object]) -> dict[str, tuple[object, object]]:
+    # Through JSON, so that a tuple equals the list that was read back.
+    now = dict(_flat(strict_json.decode_object(strict_json.encode(dict(config)))))
+    then = dict(_flat(earlier))
+    keys = (key for key in sorted({*now, *then}) if key not in _PLACE_KEYS)
+    return {key: (then.get(key), now.get(key)) for key in keys if then.get(key) != now.get(key)}
+
+
+def _readable(count: int) -> str:
+    value = float(count)
+    for unit in ("bytes", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} GB"
+
+
+def _refuse_earlier_run(path: Path, differing: Mapping[str, tuple[object, object]], saved: int) -> NoReturn:
+    listed = ", ".join(f"{key} (there {then!r}, now {now!r})" for key, (then, now) in list(differing.items())[:8])
+    what = f"another configuration; {len(differing)} keys differ: {listed}" if differing else "this same configuration"
+    raise ConfigError(
+        "QH-S13",
+        f"{path} holds a run with {what}; it has {saved} checkpoints. An empty or new folder is expected.",
+        where="output_dir",
+        cause="A new run there would mix with the old one, or replace it.",
+        fix=f"Resume the old run (qlora-hal resume {path}), replace it (--overwrite), or choose another output_dir.",
+        context={"differing": {key: list(pair) for key, pair in differing.items()}, "checkpoints": saved},
+    )
+
+
+def _refuse_foreign_outputs(path: Path, outputs: list[str]) -> NoReturn:
+    raise ConfigError(
+        "QH-S13",
+        f"{path} holds {', '.join(outputs)} but no {RUN_FILE}, so no run of qlora_hal made them.",
+        where="output_dir",
+        cause="Nothing is overwritten that may be somebody else's, not even with --overwrite.",
+        fix="Choose another output_dir.",
+    )
+
+
+def _refuse_foreign(path: Path, problem: str, cause: BaseException | None = None) -> NoReturn:
+    raise ConfigError(
+        "QH-S50",
+        f"{path} {problem}; the output folder of an earlier run is expected.",
+        where=str(path),
+        fix="Name the folder that was output_dir of the run, or start a new run in another folder.",
+    ) from cause
