@@ -9,7 +9,6 @@ _SETTINGS: Mapping[str, object] = {
     "backend.allow_cpu": True,
     "lora.r": 16,
     "lora.alpha": 32.0,
-    "data.validation_fraction": 0.1,
     "data.max_seq_length": 256,
     "training.learning_rate": 1e-3,
     "training.per_device_train_batch_size": 16,
@@ -26,4 +25,9 @@ def demo_settings() -> Mapping[str, object]:
     """Dotted key -> value, with the places of the demo's model and rows."""
     from qlora_hal.demo import data_path, model_path
 
-    return {**_SETTINGS, "model.name_or_path": str(model_path()), "data.path": str(data_path())}
+    return {
+        **_SETTINGS,
+        "model.name_or_path": str(model_path()),
+        "data.path": str(data_path("train")),
+        "data.validation_path": str(data_path("validation")),
+    }

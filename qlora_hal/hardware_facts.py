@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +109,8 @@ class LiveFacts:
 
     def sysctl(self) -> Mapping[str, str]:
         """`sysctl` prints `name: value` lines; names that a machine lacks go to its error stream."""
+        import subprocess
+
         try:
             done = subprocess.run(
                 ["/usr/sbin/sysctl", *_SYSCTL_NAMES], capture_output=True, text=True, timeout=5, check=False
@@ -124,6 +126,11 @@ class LiveFacts:
         return self._nvml
 
     def memory(self) -> tuple[int, int]:
+        """From the kernel where it tells; importing psutil would cost a third of a probe's time."""
+        lines = re.findall(r"^(MemTotal|MemAvailable):\s+(\d+) kB$", self.read("/proc/meminfo") or "", re.MULTILINE)
+        if len(lines) == 2:
+            kilobytes = dict(lines)
+            return int(kilobytes["MemTotal"]) * 1024, int(kilobytes["MemAvailable"]) * 1024
         import psutil
 
         memory = psutil.virtual_memory()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qlora_hal.config import RunConfig
+from qlora_hal.errors import ConfigError
 from qlora_hal.settings_file import read_settings_file
 from qlora_hal.settings_problems import Problem, config_error, problems_of_validation
 from qlora_hal.settings_schema import (
@@ -25,7 +26,7 @@ from qlora_hal.settings_schema import (
     settings,
 )
 
-OTHER_ENVIRONMENT_NAMES = frozenset({"QLORA_HAL_FAULTS", "QLORA_HAL_PLUGINS"})
+OTHER_ENVIRONMENT_NAMES = frozenset({"QLORA_HAL_FAULTS", "QLORA_HAL_PLUGINS", "QLORA_HAL_TRACEBACK"})
 """Variables with our prefix that are no settings of a run."""
 
 _KEYWORD_SETTINGS = {"model": "model.name_or_path", "data": "data.path", "backend": "backend.name"}
@@ -89,7 +90,7 @@ def resolve_settings(
     UnsafeInputError (X07).
     """
     if isinstance(config, ResolvedSettings):
-        if not any(value is not None for value in {**(keywords or {}), **(flags or {})}.values()):
+        if not dict(_given_keywords(keywords or {})) and not flags:
             return config
         layers = _Layers(dict(config.values()), dict(config.origins))
     else:
@@ -104,6 +105,19 @@ def resolve_settings(
         if value is not None:
             _put_text(layers, key, value, f"command line --{key}")
     return _validated(layers)
+
+
+def require_settings(settings: ResolvedSettings, *paths: str) -> None:
+    """Refuse a configuration in which one of these is empty. Raises ConfigError (U12)."""
+    values = settings.values()
+    absent = [path for path in paths if not values[path]]
+    if absent:
+        raise ConfigError(
+            "QH-U12",
+            f"{', '.join(absent)} {'is' if len(absent) == 1 else 'are'} not set.",
+            fix="Give them as flags, or run qlora-hal init for a settings file.",
+            context={"absent": absent},
+        )
 
 
 def flatten_config(config: RunConfig) -> Iterator[tuple[str, object]]:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+
+FLOATING_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+"""Safetensors names of the dtypes of weights that are not quantized."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,3 +51,76 @@ class ModelFacts:
     prequantized: Prequantized | None = None
     vocabulary_size: int = 0
     max_position_embeddings: int | None = None
+
+
+def read_facts(folder: Path) -> ModelFacts:
+    """Read config.json and the headers of the weight files; no weight is loaded.
+
+    Raises ModelError (QH-C70 config.json missing or broken, QH-C71 no weights, QH-C04 a missing shard, QH-C01 a
+    truncated file, QH-C72 a quantization that no backend reads, QH-C73 a contradictory quantized checkpoint) and
+    UnsafeInputError (QH-C15, QH-C16 malformed headers).
+    """
+    # Imported here because these rooms build on the values above.
+    from qlora_hal.model.fingerprint import fingerprint
+    from qlora_hal.model.linear_shapes import linear_modules
+    from qlora_hal.model.prequantized import read_packing
+    from qlora_hal.model.weight_files import read_headers, read_json
+
+    config = read_json(folder / "config.json")
+    headers = read_headers(folder)
+    tensors = {
+        name: TensorFacts(tensor.dtype, tensor.shape, tensor.byte_count, header.path.name)
+        for header in headers
+        for name, tensor in header.tensors.items()
+    }
+    packing = read_packing(folder, config, headers)
+    packed_shapes = dict(packing.shapes) if packing else {}
+    model_type = str(config.get("model_type", ""))
+    vocabulary_size = _whole_number(config, "vocab_size") or 0
+    shapes = _plain_shapes(tensors) | packed_shapes
+    return ModelFacts(
+        architecture=_architecture(config),
+        model_type=model_type,
+        config=config,
+        tensors=tensors,
+        linear_modules=linear_modules(shapes, model_type, vocabulary_size),
+        parameter_count=_parameter_count(tensors, packed_shapes, packing.belongings if packing else ()),
+        fingerprint=fingerprint(headers),
+        prequantized=packing.prequantized if packing else None,
+        vocabulary_size=vocabulary_size,
+        max_position_embeddings=_whole_number(config, "max_position_embeddings", "n_positions", "n_ctx"),
+    )
+
+
+def text_config(config: Mapping[str, object]) -> Mapping[str, object]:
+    """The part of a config that describes the language model: itself, or its `text_config`."""
+    nested = config.get("text_config")
+    return {**config, **nested} if isinstance(nested, dict) else config
+
+
+def _architecture(config: Mapping[str, object]) -> str:
+    names = config.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else ""
+
+
+def _whole_number(config: Mapping[str, object], *names: str) -> int | None:
+    described = text_config(config)
+    values = (described.get(name) for name in names)
+    return next((value for value in values if type(value) is int and value > 0), None)
+
+
+def _plain_shapes(tensors: Mapping[str, TensorFacts]) -> dict[str, tuple[int, int]]:
+    """Module path -> (in, out) of every two-dimensional floating-point weight, stored as [out, in]."""
+    return {
+        name.removesuffix(".weight"): (tensor.shape[1], tensor.shape[0])
+        for name, tensor in tensors.items()
+        if name.endswith(".weight") and len(tensor.shape) == 2 and tensor.dtype in FLOATING_DTYPES
+    }
+
+
+def _parameter_count(
+    tensors: Mapping[str, TensorFacts], packed_shapes: Mapping[str, tuple[int, int]], belongings: tuple[str, ...]
+) -> int:
+    packed_tensors = {module + suffix for module in packed_shapes for suffix in (".weight", *belongings)}
+    plain = sum(math.prod(tensor.shape) for name, tensor in tensors.items() if name not in packed_tensors)
+    return plain + sum(inputs * outputs for inputs, outputs in packed_shapes.values())

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from qlora_hal.model.facts import ModelFacts
+from qlora_hal.errors import HubError, ModelError
+from qlora_hal.model.facts import ModelFacts, read_facts
+from qlora_hal.model.safety import is_commit, refuse_pickle_only, refuse_remote_code, unpinned_code
+from qlora_hal.model.weight_files import read_json
+
+_HUB_ID = re.compile(
+    r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?(?:/[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?)?"
+)
+_HUB_ADDRESS = "https://huggingface.co/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,3 +27,111 @@ class ModelSource:
     facts: ModelFacts
     revision: str | None = None
     trust_remote_code: bool = False
+
+
+def resolve_model(name_or_path: str, *, revision: str | None, trust_remote_code: bool) -> ModelSource:
+    """A folder as it is, or the snapshot of a hub model; checked, with its facts.
+
+    Raises ModelError (QH-E70 nothing there, QH-E71 a file, and what `read_facts` raises), UnsafeInputError (QH-C17
+    pickle weights only, QH-E14 the model's own Python files) and HubError (QH-E11 unreachable, QH-E12 gated or
+    missing, QH-E13 incomplete).
+    """
+    folder = _local_folder(name_or_path)
+    commit = None
+    if folder is None:
+        folder, commit = _from_hub(name_or_path, revision, trust_remote_code)
+    if not (folder / "config.json").is_file():
+        refuse_pickle_only(_file_names(folder), where=str(folder))
+        raise _no_config(folder)
+    refuse_remote_code(
+        read_json(folder / "config.json"), where=name_or_path, revision=commit, trust_remote_code=trust_remote_code
+    )
+    refuse_pickle_only(_file_names(folder), where=str(folder))
+    return ModelSource(name_or_path, folder, read_facts(folder), commit, trust_remote_code)
+
+
+def _local_folder(name: str) -> Path | None:
+    """The folder that `name` means, or None when it can only be a hub id."""
+    if name.startswith(_HUB_ADDRESS):
+        return None
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise _is_a_file(path)
+    if not _HUB_ID.fullmatch(name) or name.startswith("."):
+        raise _nothing_there(name, path, may_be_hub_id=False)
+    # `models/llama` with a folder `models` here is more likely a slip than an account of the hub named `models`.
+    if "/" in name and path.parent.is_dir():
+        raise _nothing_there(name, path, may_be_hub_id=True)
+    return None
+
+
+def _from_hub(name: str, revision: str | None, trust_remote_code: bool) -> tuple[Path, str]:
+    from qlora_hal.model.hub import fetch_snapshot
+
+    repository = name.removeprefix(_HUB_ADDRESS).strip("/")
+    if trust_remote_code and not is_commit(revision):
+        raise unpinned_code(repository, revision)
+    try:
+        snapshot = fetch_snapshot(repository, revision=revision, trust_remote_code=trust_remote_code)
+    except HubError as error:
+        if error.code != "QH-E13" and not name.startswith(_HUB_ADDRESS):
+            error.message = f"There is no folder {name} here, so it was taken for a hub model. {error.message}"
+            error.args = (error.message,)
+            error.cause = " ".join(filter(None, [error.cause, _close_names(Path(name))]))
+        raise
+    return snapshot.path, snapshot.commit
+
+
+def _nothing_there(name: str, path: Path, *, may_be_hub_id: bool) -> ModelError:
+    close = _close_names(path)
+    hub = f", or {_HUB_ADDRESS}{name} for the hub model of that name" if may_be_hub_id else ""
+    missing = "" if path.parent.is_dir() else f" Its parent folder {path.parent} does not exist either."
+    return ModelError(
+        "QH-E70",
+        f"There is no folder {name}.{missing}",
+        where=name,
+        cause=close or "It is written like a path, so it was not looked up on the hub.",
+        fix=f"Name a folder that exists{hub}.",
+        context={"close": close},
+    )
+
+
+def _is_a_file(path: Path) -> ModelError:
+    kinds = {
+        ".gguf": "A GGUF file is made for llama.cpp; train the model it was made from.",
+        ".safetensors": f"Name its folder instead: {path.parent}.",
+    }
+    return ModelError(
+        "QH-E71",
+        f"{path.name} is a file; the folder of a model is expected.",
+        where=str(path),
+        fix=kinds.get(path.suffix.lower(), "Name the folder that holds config.json and the weights."),
+    )
+
+
+def _no_config(folder: Path) -> ModelError:
+    below = sorted(p.parent.name for p in folder.glob("*/config.json"))
+    snapshots = sorted(str(p.parent.relative_to(folder)) for p in folder.glob("snapshots/*/config.json"))
+    inside = below or snapshots
+    return ModelError(
+        "QH-C70",
+        f"{folder.name} is no model folder: it has no config.json.",
+        where=str(folder),
+        cause=f"Models lie deeper: {', '.join(inside[:5])}." if inside else "",
+        fix=f"Name {folder / inside[0]}." if inside else "Name the folder that holds config.json and the weights.",
+    )
+
+
+def _close_names(path: Path) -> str:
+    try:
+        names = [p.name for p in path.parent.iterdir() if p.is_dir()]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)
+    return f"Folders with a close name in {path.parent}: {', '.join(close)}." if close else ""
+
+
+def _file_names(folder: Path) -> list[str]:
+    return [p.name for p in folder.iterdir()]

@@ -68,8 +68,23 @@ class Blockwise4BitWeight:
         return self.packed.nbytes + self.state.absmax.nbytes + (nested.absmax.nbytes if nested is not None else 0)
 
     def dense(self) -> Tensor:
+        if self.packed.device.type == "cpu" and self.state.shape[-1] % self.state.blocksize:
+            return _decoded_by_lookup(self.packed, self.state)
         weight: Tensor = codec.dequantize_4bit(self.packed, self.state)
         return weight
+
+
+def _decoded_by_lookup(packed: Tensor, state: codec.QuantState) -> Tensor:
+    """The definition, in plain torch. bitsandbytes 0.50.2 decodes wrongly on AVX-512 CPUs, without a word, where a row
+    does not hold a whole number of blocks: its kernel starts a new block with each row."""
+    absmax = state.absmax
+    if state.nested:
+        absmax = codec.dequantize_blockwise(absmax, state.state2) + state.offset
+    count = state.shape.numel()
+    pairs = packed.view(torch.uint8).reshape(-1)
+    codes = torch.stack((pairs >> 4, pairs & 15), dim=1).reshape(-1)[:count]  # the high nibble comes first
+    scales = absmax.float().repeat_interleave(state.blocksize)[:count]
+    return (state.code[codes.int()] * scales).reshape(state.shape).to(state.dtype)
 
 
 @dataclass(slots=True)

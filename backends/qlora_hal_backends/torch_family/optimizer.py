@@ -38,9 +38,12 @@ class Optimizer(Protocol):
 
 def make_optimizer(name: str, flat: FlatAdapter) -> Optimizer:
     """`adamw`, or one of bitsandbytes' by its name in the configuration."""
-    if name == "adamw" or (name == "paged_adamw" and flat.parameters.device.type == "cpu"):
+    # A CPU has nothing to page to; the platform's note says so to the user.
+    paged = name.startswith("paged") and flat.parameters.device.type != "cpu"
+    eight_bit = name.endswith("8bit")
+    if not (eight_bit or paged):
         return FlatAdamW(flat)
-    return BitsandbytesAdamW(flat, eight_bit=name.endswith("8bit"), paged=name.startswith("paged"))
+    return BitsandbytesAdamW(flat, eight_bit=eight_bit, paged=paged)
 
 
 def clip_factor(norm: Tensor, max_norm: float | None) -> Tensor:

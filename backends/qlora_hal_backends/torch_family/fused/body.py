@@ -1,0 +1,143 @@
+"""The fused body of a model: from token ids to hidden states, and back to the adapter's gradients.
+
+One autograd function spans all layers. Its backward adds the adapter's gradients into the flat buffer itself and
+returns none: the input is embeddings, which are frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_hal_backends.torch_family import step
+from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
+from qlora_hal_backends.torch_family.fused.decoder_layer import DecoderLayer, Keep, LayerTape, Sequences
+from qlora_hal_backends.torch_family.fused.head_loss import loss_sum_with, select_rows
+from qlora_hal_backends.torch_family.fused.layer_weights import LayerWeights
+from qlora_hal_backends.torch_family.fused.operations import Rotary
+from qlora_hal_backends.torch_family.loading import BaseModel
+from qlora_hal_backends.torch_family.step import DeviceBatch
+
+RotaryTables = Callable[[int], tuple[Tensor, Tensor]]
+
+
+@dataclass(slots=True)
+class _Tape:
+    """One forward pass, until its backward has read it. Layers are taken off as they are done with."""
+
+    sequences: Sequences
+    layers: list[LayerTape] = field(default_factory=list)
+    last_h: Tensor | None = None
+
+
+@dataclass(slots=True)
+class FusedBody:
+    """`hidden_states` and `batch_loss` of `step`, for a base whose layers the fused schedule computes.
+
+    `keep` is what layers keep for backward. `longest` is the longest row that attention without a window equals, or
+    None; a longer batch, and one with the adapter switched off, takes the plain layers.
+    """
+
+    base: BaseModel
+    flat: FlatAdapter
+    schedule: DecoderLayer
+    layers: Sequence[LayerWeights]
+    final_norm: Tensor
+    rotary_tables: RotaryTables
+    keep: Keep
+    residual_dtype: torch.dtype
+    longest: int | None = None
+    _anchor: Tensor = field(init=False)
+    _tables: tuple[Tensor, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        # Autograd records a function when an input wants a gradient; the adapter's parameters are not its inputs.
+        self._anchor = torch.zeros((), device=self.flat.parameters.device, requires_grad=True)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of the dequantized layer that stands in memory for as long as this body."""
+        return self.schedule.buffers.nbytes
+
+    def serves(self, batch: DeviceBatch) -> bool:
+        return self.flat.switches.enabled and (self.longest is None or batch.input_ids.shape[1] <= self.longest)
+
+    def hidden_states(self, batch: DeviceBatch) -> Tensor:
+        """The last hidden states `[batch, time, hidden]`."""
+        if not self.serves(batch):
+            return step.hidden_states(self.base, batch)
+        if torch.is_grad_enabled():
+            states: Tensor = _BodyFunction.apply(self._anchor, self, batch)
+            return states
+        return self._forward(batch, None)[0]
+
+    def batch_loss(self, batch: DeviceBatch, gradient_scale: float) -> Tensor:
+        """What `step.batch_loss` computes."""
+        states = self.hidden_states(batch)
+        rows = select_rows(states.flatten(0, 1), batch.counted)
+        return loss_sum_with(self.schedule.operations, rows, batch.targets, self.base.head, gradient_scale)
+
+    def _forward(self, batch: DeviceBatch, keep: Keep | None) -> tuple[Tensor, _Tape]:
+        sequences = self._sequences(batch)
+        tape = _Tape(sequences)
+        self.schedule.buffers.forget_adapter()
+        embedded = self.base.body.embed_tokens(batch.input_ids).detach()
+        residual: Tensor = embedded.flatten(0, 1).to(self.residual_dtype)
+        pending: Tensor | None = None
+        for layer in self.layers:
+            residual, pending, layer_tape = self.schedule.forward(layer, residual, pending, sequences, keep)
+            if layer_tape is not None:
+                tape.layers.append(layer_tape)
+        assert pending is not None
+        tape.last_h, states = self.schedule.final_norm(self.final_norm, residual, pending, embedded.dtype)
+        return states.unflatten(0, (sequences.batch, sequences.time)), tape
+
+    def _backward(self, tape: _Tape, gradient: Tensor) -> None:
+        assert tape.last_h is not None, "a tape is read once"
+        rows = gradient.flatten(0, 1).contiguous()
+        stream = self.schedule.final_norm_backward(self.final_norm, tape.last_h, rows)
+        tape.last_h = None
+        del rows, gradient
+        for index in reversed(range(len(self.layers))):
+            below = self.schedule.backward(
+                self.layers[index], tape.layers.pop(), stream, tape.sequences, is_lowest=index == 0
+            )
+            if below is not None:
+                stream = below
+
+    def _sequences(self, batch: DeviceBatch) -> Sequences:
+        size, time = batch.input_ids.shape
+        if self._tables is None or self._tables[0].shape[0] < time:
+            self._tables = self.rotary_tables(time)
+        positions = batch.position_ids
+        if positions is None:
+            every_row = torch.arange(time, device=batch.input_ids.device).repeat(size)
+            return Sequences(size, time, Rotary(*self._tables, every_row), None)
+        return Sequences(size, time, Rotary(*self._tables, positions.flatten()), packed_mask(positions))
+
+
+class _BodyFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, body: FusedBody, batch: DeviceBatch) -> Tensor:
+        states, ctx.tape = body._forward(batch, body.keep)
+        ctx.body = body
+        return states
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
+        tape, ctx.tape = ctx.tape, None
+        assert tape is not None, "the fused body's backward runs once for each forward"
+        ctx.body._backward(tape, gradient)
+        return None, None, None
+
+
+def packed_mask(positions: Tensor) -> Tensor:
+    """Who attends to whom `[batch, 1, time, time]`: causally, within the sample that a restart at position 0 began."""
+    sample = (positions == 0).cumsum(dim=1)
+    same = sample[:, :, None] == sample[:, None, :]
+    time = torch.arange(positions.shape[1], device=positions.device)
+    return (same & (time[:, None] >= time[None, :]))[:, None]

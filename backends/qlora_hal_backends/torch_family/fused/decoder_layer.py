@@ -1,0 +1,332 @@
+"""Forward and backward of one decoder layer, scheduled by hand; autograd works inside the attention only.
+
+A layer receives the residual stream and the branch output that is still to be added to it, so that the addition, the
+norm and the cast happen in one pass over memory:
+
+    h1 = residual + pending                        h2 = h1 + attention(norm(h1))
+    out = feed_forward(norm(h2))                   the next layer adds `out` to h2
+
+Nothing elementwise is kept for backward: norms and the gated product are computed again where their inputs are read
+anyway. `Keep` says which matrix products are kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from qlora_hal_backends.torch_family.fused.layer_weights import AdapterGradients, LayerBuffers, LayerWeights
+from qlora_hal_backends.torch_family.fused.operations import HeadCounts, Operations, Rotary
+
+
+class Keep(Enum):
+    """What a layer keeps for backward; the rest is computed again there."""
+
+    PRODUCTS = "products"
+    ALL_BUT_GATE_UP = "all_but_gate_up"  # the two largest products: 2F of 2F + 2D + 2 (h + kv) d columns
+    RESIDUAL = "residual"  # gradient checkpointing of whole layers (Chen et al. 2016)
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """What all layers need to know of a batch. `mask` `[batch, 1, time, time]` where samples share a row."""
+
+    batch: int
+    time: int
+    rotary: Rotary
+    mask: Tensor | None
+
+    @property
+    def rows(self) -> int:
+        return self.batch * self.time
+
+
+@dataclass(slots=True)
+class AttentionTape:
+    h1: Tensor  # [M, D]
+    input_low_rank: Tensor | None
+    projected: Tensor  # [M, (h + 2 kv) d]; queries and keys before norm and rotation where heads are normed
+    query: Tensor  # [batch, h, time, d], leaves of the attention's own graph
+    key: Tensor
+    value: Tensor
+    mixed: Tensor  # [batch, h, time, d], with that graph behind it
+    output_low_rank: Tensor | None
+
+
+@dataclass(slots=True)
+class FeedForwardTape:
+    h2: Tensor  # [M, D]
+    input_low_rank: Tensor | None
+    gate_up: Tensor | None  # [M, 2F]; None: computed again from h2
+    output_low_rank: Tensor | None
+
+
+@dataclass(slots=True)
+class LayerTape:
+    """What backward needs. Both parts None: computed again from `h1`."""
+
+    h1: Tensor
+    attention: AttentionTape | None
+    feed_forward: FeedForwardTape | None
+
+
+@dataclass(slots=True)
+class StreamGradient:
+    """Gradient of the residual stream: `exact` `[M, D]` in the residual's dtype, and the same in the compute dtype in
+    the first D columns of `extended`, whose last columns the consuming group fills."""
+
+    exact: Tensor
+    extended: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """The schedule. One object serves all layers of a model; their weights come as an argument."""
+
+    heads: HeadCounts
+    epsilon: float
+    attention_scale: float
+    buffers: LayerBuffers
+    operations: Operations
+
+    # forward -------------------------------------------------------------------------------------------------------
+    def forward(
+        self, layer: LayerWeights, residual: Tensor, pending: Tensor | None, sequences: Sequences, keep: Keep | None
+    ) -> tuple[Tensor, Tensor, LayerTape | None]:
+        """Return (h2, output still to be added, tape). `keep` None is evaluation: no tape."""
+        self.buffers.hold(layer)
+        branch, attention = self._attend(layer, residual, pending, sequences, with_graph=keep is not None)
+        h2, gate_up, low_rank = self._gate_up(layer, attention.h1, branch)
+        output, output_low_rank = self._feed_forward_out(layer, gate_up)
+        tape = None
+        if keep is Keep.RESIDUAL:
+            tape = LayerTape(attention.h1, None, None)
+        elif keep is not None:
+            kept = gate_up if keep is Keep.PRODUCTS else None
+            tape = LayerTape(attention.h1, attention, FeedForwardTape(h2, low_rank, kept, output_low_rank))
+        return h2, output, tape
+
+    def _attend(
+        self, layer: LayerWeights, residual: Tensor, pending: Tensor | None, sequences: Sequences, with_graph: bool
+    ) -> tuple[Tensor, AttentionTape]:
+        into, out = self.buffers.groups["attention_in"], self.buffers.groups["attention_out"]
+        extended = into.new_input(sequences.rows)
+        x = extended[:, : into.columns]
+        h1 = self.operations.add_norm(residual, pending, layer.input_norm, self.epsilon, x)
+        low_rank = _kept_apart(into.low_rank(x, extended[:, into.columns :]))
+        projected = into.product(extended, layer.groups["attention_in"].bias)
+        del extended, x
+        query, key, value = self._heads(layer, projected, sequences)
+        with torch.set_grad_enabled(with_graph):
+            mixed = self._attention(query, key, value, sequences.mask)
+        rows = _rows_of(mixed)
+        output_low_rank = out.low_rank(rows)
+        branch = out.product_apart(rows, output_low_rank, layer.groups["attention_out"].bias)
+        return branch, AttentionTape(h1, low_rank, projected, query, key, value, mixed, output_low_rank)
+
+    def _heads(self, layer: LayerWeights, projected: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values: leaves `[batch, heads, time, d]` that share memory with the products.
+
+        Rotation is linear and works in place; a norm before it is not, so its input is left standing for backward.
+        """
+        heads, keys_end = self.heads, self.heads.query_columns + self.heads.key_columns
+        rotated = projected if layer.head_norm is None else projected.new_empty(projected.shape[0], keys_end)
+        self.operations.rotate(projected, rotated, heads, sequences.rotary, layer.head_norm)
+        parts = (rotated[:, : heads.query_columns], rotated[:, heads.query_columns : keys_end], projected[:, keys_end:])
+        shape = (sequences.batch, sequences.time, -1, heads.size)
+        query, key, value = (part.unflatten(0, shape[:2]).unflatten(2, shape[2:]).transpose(1, 2) for part in parts)
+        return query.detach().requires_grad_(), key.detach().requires_grad_(), value.detach().requires_grad_()
+
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        grouped = self.heads.query != self.heads.key_value
+        if grouped and (mask is not None or query.dtype == torch.float32):
+            # The kernels that take a mask or float32 know no grouped heads; torch would fall back to whole matrices.
+            repeats = self.heads.query // self.heads.key_value
+            key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+            grouped = False
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.attention_scale, enable_gqa=grouped
+        )
+
+    def _gate_up(self, layer: LayerWeights, h1: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(h2, gate and up products, low-rank input). Without `branch`, `h1` is h2 already."""
+        into = self.buffers.groups["feed_forward_in"]
+        extended = into.new_input(h1.shape[0])
+        x = extended[:, : into.columns]
+        h2 = self.operations.add_norm(h1, branch, layer.middle_norm, self.epsilon, x)
+        low_rank = _kept_apart(into.low_rank(x, extended[:, into.columns :]))
+        return h2, into.product(extended, layer.groups["feed_forward_in"].bias), low_rank
+
+    def _feed_forward_out(self, layer: LayerWeights, gate_up: Tensor) -> tuple[Tensor, Tensor | None]:
+        out = self.buffers.groups["feed_forward_out"]
+        extended = out.new_input(gate_up.shape[0])
+        x = extended[:, : out.columns]
+        self.operations.swiglu(gate_up, x)
+        low_rank = _kept_apart(out.low_rank(x, extended[:, out.columns :]))
+        return out.product(extended, layer.groups["feed_forward_out"].bias), low_rank
+
+    # backward ------------------------------------------------------------------------------------------------------
+    def backward(
+        self,
+        layer: LayerWeights,
+        tape: LayerTape,
+        above: StreamGradient,
+        sequences: Sequences,
+        is_lowest: bool,
+    ) -> StreamGradient | None:
+        """Add this layer's adapter gradients and return the stream's gradient below it.
+
+        Nothing below the lowest layer is trained: its input's gradient is not computed, and None is returned.
+        """
+        self.buffers.hold(layer)
+        gradients = AdapterGradients()
+        attention, feed_forward, gate_up = self._replayed(layer, tape, sequences)
+        middle = self._feed_forward_backward(layer, feed_forward, gate_up, above, gradients)
+        del gate_up, feed_forward
+        below = self._attention_backward(layer, attention, middle, sequences, gradients, is_lowest)
+        gradients.add()
+        return below
+
+    def _replayed(
+        self, layer: LayerWeights, tape: LayerTape, sequences: Sequences
+    ) -> tuple[AttentionTape, FeedForwardTape, Tensor]:
+        """Compute again what was not kept. The last product of a layer is never needed again."""
+        attention, feed_forward = tape.attention, tape.feed_forward
+        tape.attention = tape.feed_forward = None
+        if attention is None:
+            branch, attention = self._attend(layer, tape.h1, None, sequences, with_graph=True)
+            h2, gate_up, low_rank = self._gate_up(layer, attention.h1, branch)
+            return attention, FeedForwardTape(h2, low_rank, None, None), gate_up
+        assert feed_forward is not None
+        if feed_forward.gate_up is None:
+            _, gate_up, _ = self._gate_up(layer, feed_forward.h2, None)
+        else:
+            gate_up, feed_forward.gate_up = feed_forward.gate_up, None
+        return attention, feed_forward, gate_up
+
+    def _feed_forward_backward(
+        self,
+        layer: LayerWeights,
+        tape: FeedForwardTape,
+        gate_up: Tensor,
+        above: StreamGradient,
+        gradients: AdapterGradients,
+    ) -> StreamGradient:
+        into, out = self.buffers.groups["feed_forward_in"], self.buffers.groups["feed_forward_out"]
+        v = out.low_rank_gradient(above.extended)
+        product_gradient = out.input_gradient(above.extended)
+        extended = into.new_gradient(gate_up.shape[0])
+        product = torch.empty_like(product_gradient)
+        self.operations.swiglu_backward(gate_up, product_gradient, extended[:, : into.rows], product)
+        low_rank = tape.output_low_rank
+        gradients.of_b(
+            layer.groups["feed_forward_out"], above.extended, out.low_rank(product) if low_rank is None else low_rank
+        )
+        gradients.of_a(layer.groups["feed_forward_out"], v, product)
+        del product, product_gradient, gate_up
+        v = into.low_rank_gradient(extended)
+        x_gradient = into.input_gradient(extended)
+        gradients.of_b(layer.groups["feed_forward_in"], extended, tape.input_low_rank)
+        middle, x = self._norm_backward(
+            x_gradient, tape.h2, layer.middle_norm, above, "attention_out", wants_x=v is not None
+        )
+        gradients.of_a(layer.groups["feed_forward_in"], v, x)
+        return middle
+
+    def _attention_backward(
+        self,
+        layer: LayerWeights,
+        tape: AttentionTape,
+        middle: StreamGradient,
+        sequences: Sequences,
+        gradients: AdapterGradients,
+        is_lowest: bool,
+    ) -> StreamGradient | None:
+        into, out = self.buffers.groups["attention_in"], self.buffers.groups["attention_out"]
+        v = out.low_rank_gradient(middle.extended)
+        mixed_gradient = out.input_gradient(middle.extended)
+        gradients.of_b(layer.groups["attention_out"], middle.extended, tape.output_low_rank)
+        gradients.of_a(layer.groups["attention_out"], v, _rows_of(tape.mixed.detach()))
+        extended = self._heads_backward(layer, tape, mixed_gradient, sequences)
+        v = into.low_rank_gradient(extended)
+        gradients.of_b(layer.groups["attention_in"], extended, tape.input_low_rank)
+        if is_lowest:
+            x = middle.extended.new_empty(tape.h1.shape)
+            self.operations.add_norm(tape.h1, None, layer.input_norm, self.epsilon, x)
+            gradients.of_a(layer.groups["attention_in"], v, x)
+            return None
+        x_gradient = into.input_gradient(extended)
+        below, x = self._norm_backward(
+            x_gradient, tape.h1, layer.input_norm, middle, "feed_forward_out", wants_x=v is not None
+        )
+        gradients.of_a(layer.groups["attention_in"], v, x)
+        return below
+
+    def _heads_backward(
+        self, layer: LayerWeights, tape: AttentionTape, mixed_gradient: Tensor, sequences: Sequences
+    ) -> Tensor:
+        """Through the attention and the rotation, into the group's gradient buffer."""
+        heads, rotary = self.heads, sequences.rotary
+        keys_start, keys_end = heads.query_columns, heads.query_columns + heads.key_columns
+        upstream = mixed_gradient.view(sequences.batch, sequences.time, heads.query, heads.size).transpose(1, 2)
+        query, key, value = torch.autograd.grad(tape.mixed, (tape.query, tape.key, tape.value), upstream)
+        extended = self.buffers.groups["attention_in"].new_gradient(sequences.rows)
+        for gradient, columns, is_key in (
+            (query, slice(0, keys_start), False),
+            (key, slice(keys_start, keys_end), True),
+        ):
+            self.operations.rotate_backward(
+                gradient, extended[:, columns], rotary, layer.head_norm, tape.projected[:, columns], is_key
+            )
+        values = extended[:, keys_end : keys_end + heads.key_columns]
+        values.unflatten(0, (sequences.batch, sequences.time)).unflatten(2, (heads.key_value, heads.size)).copy_(
+            value.transpose(1, 2)
+        )
+        return extended
+
+    def _norm_backward(
+        self,
+        x_gradient: Tensor,
+        h: Tensor,
+        weight: Tensor,
+        above: StreamGradient | None,
+        consumer: str,
+        *,
+        wants_x: bool,
+    ) -> tuple[StreamGradient, Tensor]:
+        """Gradient of the stream below a norm, in the gradient buffer of the group that consumes it; and norm(h)."""
+        group = self.buffers.groups[consumer]
+        extended = group.new_gradient(h.shape[0])
+        rounded = extended[:, : group.rows]
+        exact = None if h.dtype == rounded.dtype else torch.empty_like(h)
+        x = torch.empty_like(x_gradient) if wants_x else None
+        self.operations.norm_backward(
+            x_gradient, h, weight, self.epsilon, None if above is None else above.exact, rounded, exact, x
+        )
+        return StreamGradient(rounded if exact is None else exact, extended), x if x is not None else rounded
+
+    def final_norm(
+        self, weight: Tensor, residual: Tensor, pending: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """(h, states) after the last layer."""
+        states = torch.empty_like(residual, dtype=dtype)
+        h = self.operations.add_norm(residual, pending, weight, self.epsilon, states)
+        return h, states
+
+    def final_norm_backward(self, weight: Tensor, h: Tensor, gradient: Tensor) -> StreamGradient:
+        """The stream's gradient at the top."""
+        return self._norm_backward(gradient, h, weight, None, "feed_forward_out", wants_x=False)[0]
+
+
+def _kept_apart(tail: Tensor | None) -> Tensor | None:
+    """A copy of the thin tail, so that the wide buffer behind it can be freed."""
+    return None if tail is None else tail.clone()
+
+
+def _rows_of(mixed: Tensor) -> Tensor:
+    """`[batch, heads, time, d]` as `[M, heads * d]`; fused attention lays its output out so that this is a view."""
+    return mixed.detach().transpose(1, 2).flatten(0, 1).flatten(1)

@@ -1,0 +1,437 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
+"""The operations of the fused step as Triton kernels.
+
+Importing this module needs Triton. Every kernel reads its inputs once, computes in float32 and rounds when it stores;
+index arithmetic on rows is 64-bit, because `rows * columns` passes 2^31 for long batches.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qlora_hal_backends.torch_family.base_weights import BaseWeight, Blockwise4BitWeight
+from qlora_hal_backends.torch_family.fused.operations import HeadCounts, HeadNorm, Rotary
+
+HEADS_PER_PROGRAM = 8
+SWIGLU_COLUMNS = 2048
+VOCABULARY_COLUMNS = 8192
+DEQUANTIZED_ELEMENTS = 4096
+NORM_ELEMENTS_PER_WARP = 512
+
+
+@triton.jit
+def _dequantize(
+    packed,
+    absmax,
+    nested_absmax,
+    nested_code,
+    offset,
+    code,
+    out,
+    columns,
+    out_stride,
+    block_count,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    NESTED_BLOCK: tl.constexpr,
+    NESTED: tl.constexpr,
+):
+    """Two codes a byte, the high half first; one scale a block, itself a code of a second table where nested.
+
+    A block lies within one row (the caller sees to it), so rows and columns are found once a block.
+    """
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    valid = block < block_count
+    if NESTED:
+        index = tl.load(absmax + block, mask=valid, other=0).to(tl.int32)
+        scale = tl.load(nested_code + index) * tl.load(nested_absmax + block // NESTED_BLOCK, mask=valid, other=0.0)
+        scale += offset
+    else:
+        scale = tl.load(absmax + block, mask=valid, other=0.0)
+    within = tl.arange(0, BLOCK // 2)
+    pair = tl.load(packed + block.to(tl.int64)[:, None] * (BLOCK // 2) + within[None, :], mask=valid[:, None], other=0)
+    pair = pair.to(tl.int32)
+    high = tl.load(code + (pair >> 4)) * scale[:, None]
+    low = tl.load(code + (pair & 15)) * scale[:, None]
+    element = block.to(tl.int64) * BLOCK
+    row = element // columns
+    start = row * out_stride + (element - row * columns)
+    target = out + start[:, None] + tl.arange(0, BLOCK)[None, :]
+    tl.store(target, tl.interleave(high, low).to(out.dtype.element_ty), mask=valid[:, None])
+
+
+@triton.jit
+def _add_norm(
+    residual, pending, h, weight, out, out_stride, epsilon, D: tl.constexpr, PENDING: tl.constexpr, WIDTH: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    inside = column < D
+    x = tl.load(residual + row * D + column, mask=inside, other=0.0).to(tl.float32)
+    if PENDING:
+        x += tl.load(pending + row * D + column, mask=inside, other=0.0).to(tl.float32)
+        rounded = x.to(h.dtype.element_ty)
+        tl.store(h + row * D + column, rounded, mask=inside)
+        x = rounded.to(tl.float32)
+    inverse_rms = 1.0 / tl.sqrt(tl.sum(x * x) / D + epsilon)
+    y = x * inverse_rms * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * out_stride + column, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _norm_backward(
+    gradient,
+    h,
+    weight,
+    residual_gradient,
+    residual_stride,
+    out,
+    out_stride,
+    out_exact,
+    normed,
+    epsilon,
+    D: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    EXACT: tl.constexpr,
+    NORMED: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    inside = column < D
+    x = tl.load(h + row * D + column, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gradient + row * D + column, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    inverse_rms = 1.0 / tl.sqrt(tl.sum(x * x) / D + epsilon)
+    unit = x * inverse_rms
+    if NORMED:
+        tl.store(normed + row * D + column, (unit * w).to(normed.dtype.element_ty), mask=inside)
+    weighted = g * w
+    d = inverse_rms * (weighted - unit * (tl.sum(weighted * unit) / D))
+    if RESIDUAL:
+        d += tl.load(residual_gradient + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
+    if EXACT:
+        tl.store(out_exact + row * D + column, d.to(out_exact.dtype.element_ty), mask=inside)
+    tl.store(out + row * out_stride + column, d.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _swiglu(gate_up, out, F, out_stride, WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    inside = column < F
+    gate = tl.load(gate_up + row * 2 * F + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * F + F + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * out_stride + column, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _swiglu_backward(gate_up, gradient, out, product, F, out_stride, WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    inside = column < F
+    gate = tl.load(gate_up + row * 2 * F + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * F + F + column, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gradient + row * F + column, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    gate_gradient = g * up * (sigmoid + silu * (1.0 - sigmoid))
+    tl.store(product + row * F + column, (silu * up).to(product.dtype.element_ty), mask=inside)
+    tl.store(out + row * out_stride + column, gate_gradient.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * out_stride + F + column, (g * silu).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rotate(
+    source,
+    source_stride,
+    out,
+    out_stride,
+    cos,
+    sin,
+    positions,
+    weights,
+    epsilon,
+    heads,
+    query_heads,
+    HALF: tl.constexpr,
+    NORM: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """One row's tile of heads; the halves of a head are the two coordinates that rotate together."""
+    row = tl.program_id(0).to(tl.int64)
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
+    column = tl.arange(0, WIDTH)[None, :]
+    inside = (head < heads) & (column < HALF)
+    place = head * (2 * HALF) + column
+    first = tl.load(source + row * source_stride + place, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source + row * source_stride + place + HALF, mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        inverse_rms = 1.0 / tl.sqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF) + epsilon)
+        weight = weights + tl.where(head >= query_heads, 2 * HALF, 0) + column
+        first = first * inverse_rms[:, None] * tl.load(weight, mask=inside, other=0.0).to(tl.float32)
+        second = second * inverse_rms[:, None] * tl.load(weight + HALF, mask=inside, other=0.0).to(tl.float32)
+    angle = tl.load(positions + row) * HALF + column
+    c = tl.load(cos + angle, mask=column < HALF, other=0.0)
+    s = tl.load(sin + angle, mask=column < HALF, other=0.0)
+    target = out + row * out_stride + place
+    tl.store(target, (first * c - second * s).to(out.dtype.element_ty), mask=inside)
+    tl.store(target + HALF, (second * c + first * s).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rotate_backward(
+    gradient,
+    batch_stride,
+    head_stride,
+    time_stride,
+    time,
+    out,
+    out_stride,
+    source,
+    source_stride,
+    cos,
+    sin,
+    positions,
+    weight,
+    epsilon,
+    heads,
+    HALF: tl.constexpr,
+    NORM: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
+    column = tl.arange(0, WIDTH)[None, :]
+    inside = (head < heads) & (column < HALF)
+    origin = gradient + (row // time) * batch_stride + (row % time) * time_stride + head * head_stride + column
+    first = tl.load(origin, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(origin + HALF, mask=inside, other=0.0).to(tl.float32)
+    angle = tl.load(positions + row) * HALF + column
+    c = tl.load(cos + angle, mask=column < HALF, other=0.0)
+    s = tl.load(sin + angle, mask=column < HALF, other=0.0)
+    rotated = first
+    first = first * c + second * s
+    second = second * c - rotated * s
+    place = head * (2 * HALF) + column
+    if NORM:
+        x1 = tl.load(source + row * source_stride + place, mask=inside, other=0.0).to(tl.float32)
+        x2 = tl.load(source + row * source_stride + place + HALF, mask=inside, other=0.0).to(tl.float32)
+        first *= tl.load(weight + column, mask=column < HALF, other=0.0).to(tl.float32)
+        second *= tl.load(weight + HALF + column, mask=column < HALF, other=0.0).to(tl.float32)
+        inverse_rms = 1.0 / tl.sqrt((tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)) / (2 * HALF) + epsilon)[:, None]
+        x1 *= inverse_rms
+        x2 *= inverse_rms
+        along = ((tl.sum(first * x1, 1) + tl.sum(second * x2, 1)) / (2 * HALF))[:, None]
+        first = inverse_rms * (first - x1 * along)
+        second = inverse_rms * (second - x2 * along)
+    target = out + row * out_stride + place
+    tl.store(target, first.to(out.dtype.element_ty), mask=inside)
+    tl.store(target + HALF, second.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _cross_entropy(logits, targets, losses, vocabulary, scale, GRADIENT: tl.constexpr, WIDTH: tl.constexpr):
+    """Running maximum and sum (Milakov & Gimelshein 2018), then the gradient over the same row, in place."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets + row)
+    origin = logits + row * vocabulary
+    column = tl.arange(0, WIDTH)
+    highest = float("-inf")
+    total = 0.0
+    picked = 0.0
+    for start in range(0, vocabulary, WIDTH):
+        x = tl.load(origin + start + column, mask=start + column < vocabulary, other=float("-inf")).to(tl.float32)
+        raised = tl.maximum(highest, tl.max(x))
+        total = total * tl.exp(highest - raised) + tl.sum(tl.exp(x - raised))
+        highest = raised
+        picked += tl.sum(tl.where(start + column == target, x, 0.0))
+    normalizer = highest + tl.log(total)
+    tl.store(losses + row, normalizer - picked)
+    if GRADIENT:
+        for start in range(0, vocabulary, WIDTH):
+            inside = start + column < vocabulary
+            x = tl.load(origin + start + column, mask=inside, other=0.0).to(tl.float32)
+            g = (tl.exp(x - normalizer) - tl.where(start + column == target, 1.0, 0.0)) * scale
+            tl.store(origin + start + column, g.to(logits.dtype.element_ty), mask=inside)
+
+
+class TritonOperations:
+    """See `operations.Operations`."""
+
+    def __init__(self) -> None:
+        # Offsets of nested absmax on the host, read once instead of at each launch. The state is kept beside its
+        # offset, so that no other object can take its id.
+        self._offsets: dict[int, tuple[Any, float]] = {}
+
+    def dequantize(self, base: BaseWeight, out: Tensor) -> None:
+        if not isinstance(base, Blockwise4BitWeight) or base.shape[1] % base.state.blocksize:
+            out.copy_(base.dense())
+            return
+        state = base.state
+        nested = state.state2
+        block_count = base.shape[0] * base.shape[1] // state.blocksize
+        blocks = max(1, DEQUANTIZED_ELEMENTS // state.blocksize)
+        _dequantize[(triton.cdiv(block_count, blocks),)](
+            base.packed,
+            state.absmax,
+            nested.absmax if nested is not None else state.absmax,
+            nested.code if nested is not None else state.code,
+            self._offset(state) if nested is not None else 0.0,
+            state.code,
+            out,
+            base.shape[1],
+            out.stride(0),
+            block_count,
+            BLOCK=state.blocksize,
+            BLOCKS=blocks,
+            NESTED_BLOCK=nested.blocksize if nested is not None else 1,
+            NESTED=nested is not None,
+            num_warps=8,
+            # bitsandbytes rounds the product of the nested scale before it adds the offset; fused they differ.
+            enable_fp_fusion=False,
+        )
+
+    def _offset(self, state: Any) -> float:
+        key = id(state)
+        if key not in self._offsets:
+            self._offsets[key] = (state, float(state.offset))
+        return self._offsets[key][1]
+
+    def add_norm(self, residual: Tensor, pending: Tensor | None, weight: Tensor, epsilon: float, out: Tensor) -> Tensor:
+        rows, width = residual.shape
+        h = residual if pending is None else torch.empty_like(residual)
+        _add_norm[(rows,)](
+            residual,
+            residual if pending is None else pending,
+            h,
+            weight,
+            out,
+            out.stride(0),
+            epsilon,
+            D=width,
+            PENDING=pending is not None,
+            **_row_shape(width),
+        )
+        return h
+
+    def norm_backward(
+        self,
+        gradient: Tensor,
+        h: Tensor,
+        weight: Tensor,
+        epsilon: float,
+        residual_gradient: Tensor | None,
+        out: Tensor,
+        out_exact: Tensor | None,
+        normed: Tensor | None,
+    ) -> None:
+        rows, width = h.shape
+        upstream = gradient if residual_gradient is None else residual_gradient
+        _norm_backward[(rows,)](
+            gradient,
+            h,
+            weight,
+            upstream,
+            upstream.stride(0),
+            out,
+            out.stride(0),
+            out if out_exact is None else out_exact,
+            out if normed is None else normed,
+            epsilon,
+            D=width,
+            RESIDUAL=residual_gradient is not None,
+            EXACT=out_exact is not None,
+            NORMED=normed is not None,
+            **_row_shape(width),
+        )
+
+    def swiglu(self, gate_up: Tensor, out: Tensor) -> None:
+        rows, width = out.shape
+        block = min(SWIGLU_COLUMNS, triton.next_power_of_2(width))
+        _swiglu[(rows, triton.cdiv(width, block))](gate_up, out, width, out.stride(0), WIDTH=block, num_warps=4)
+
+    def swiglu_backward(self, gate_up: Tensor, gradient: Tensor, out: Tensor, product: Tensor) -> None:
+        rows, width = product.shape
+        block = min(SWIGLU_COLUMNS, triton.next_power_of_2(width))
+        _swiglu_backward[(rows, triton.cdiv(width, block))](
+            gate_up, gradient, out, product, width, out.stride(0), WIDTH=block, num_warps=4
+        )
+
+    def rotate(self, source: Tensor, out: Tensor, heads: HeadCounts, rotary: Rotary, norm: HeadNorm | None) -> None:
+        count = heads.query + heads.key_value
+        _rotate[(source.shape[0], triton.cdiv(count, HEADS_PER_PROGRAM))](
+            source,
+            source.stride(0),
+            out,
+            out.stride(0),
+            rotary.cos,
+            rotary.sin,
+            rotary.positions,
+            rotary.cos if norm is None else norm.weights,
+            0.0 if norm is None else norm.epsilon,
+            count,
+            heads.query,
+            HALF=heads.size // 2,
+            NORM=norm is not None,
+            HEADS=HEADS_PER_PROGRAM,
+            WIDTH=triton.next_power_of_2(heads.size // 2),
+            num_warps=4,
+        )
+
+    def rotate_backward(
+        self,
+        gradient: Tensor,
+        out: Tensor,
+        rotary: Rotary,
+        norm: HeadNorm | None,
+        source: Tensor,
+        is_key: bool,
+    ) -> None:
+        _, count, time, size = gradient.shape
+        if gradient.stride(3) != 1:
+            gradient = gradient.contiguous()
+        _rotate_backward[(out.shape[0], triton.cdiv(count, HEADS_PER_PROGRAM))](
+            gradient,
+            gradient.stride(0),
+            gradient.stride(1),
+            gradient.stride(2),
+            time,
+            out,
+            out.stride(0),
+            source,
+            source.stride(0),
+            rotary.cos,
+            rotary.sin,
+            rotary.positions,
+            rotary.cos if norm is None else norm.weights[int(is_key)],
+            0.0 if norm is None else norm.epsilon,
+            count,
+            HALF=size // 2,
+            NORM=norm is not None,
+            HEADS=HEADS_PER_PROGRAM,
+            WIDTH=triton.next_power_of_2(size // 2),
+            num_warps=4,
+        )
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor, scale: float, with_gradient: bool) -> Tensor:
+        rows, vocabulary = logits.shape
+        losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
+        width = min(VOCABULARY_COLUMNS, triton.next_power_of_2(vocabulary))
+        _cross_entropy[(rows,)](
+            logits, targets, losses, vocabulary, scale, GRADIENT=with_gradient, WIDTH=width, num_warps=16
+        )
+        return losses
+
+
+def _row_shape(width: int) -> dict[str, int]:
+    """One program a row; a warp for each few hundred elements."""
+    padded = triton.next_power_of_2(width)
+    return {"WIDTH": padded, "num_warps": min(16, max(1, padded // NORM_ELEMENTS_PER_WARP))}

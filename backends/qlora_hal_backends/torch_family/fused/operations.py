@@ -1,0 +1,111 @@
+"""The elementwise operations of the fused step, as one interface with two implementations.
+
+`kernels` computes them with Triton on a GPU. `reference` computes them with plain torch anywhere: the schedule of a
+layer is tested with it where there is no GPU, and the kernels are tested against it.
+
+Shapes: M = batch * time rows, D hidden size, F feed-forward size, h heads, d head size. "Strided" tensors are views
+`[M, n]` of a wider buffer whose last dimension is contiguous. Statistics and sums are float32 inside each operation,
+and each result is rounded once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from qlora_hal_backends.torch_family.base_weights import BaseWeight
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """Angles of the rotary embedding: float32 tables `[longest, d / 2]`, and each row's position `[M]` in them."""
+
+    cos: Tensor
+    sin: Tensor
+    positions: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorm:
+    """RMS norm of each query and key head before the rotation (Qwen 3). `weights` is `[2, d]`: query, key."""
+
+    weights: Tensor
+    epsilon: float
+
+
+@dataclass(frozen=True, slots=True)
+class HeadCounts:
+    query: int
+    key_value: int
+    size: int
+
+    @property
+    def query_columns(self) -> int:
+        return self.query * self.size
+
+    @property
+    def key_columns(self) -> int:
+        return self.key_value * self.size
+
+
+class Operations(Protocol):
+    """What a decoder layer needs beside matrix products and attention."""
+
+    def dequantize(self, base: BaseWeight, out: Tensor) -> None:
+        """Write the weight `[rows, columns]` into a strided `out`."""
+        ...
+
+    def add_norm(self, residual: Tensor, pending: Tensor | None, weight: Tensor, epsilon: float, out: Tensor) -> Tensor:
+        """Return h = residual + pending `[M, D]` and write rms_norm(h) * weight into a strided `out`."""
+        ...
+
+    def norm_backward(
+        self,
+        gradient: Tensor,
+        h: Tensor,
+        weight: Tensor,
+        epsilon: float,
+        residual_gradient: Tensor | None,
+        out: Tensor,
+        out_exact: Tensor | None,
+        normed: Tensor | None,
+    ) -> None:
+        """Gradient of h: the norm's, plus `residual_gradient` (strided).
+
+        Written to the strided `out` in the compute dtype and, where given, to `out_exact` `[M, D]`. `normed` receives
+        the forward output again.
+        """
+        ...
+
+    def swiglu(self, gate_up: Tensor, out: Tensor) -> None:
+        """silu(gate) * up of `gate_up` `[M, 2F]` into a strided `out` `[M, F]`."""
+        ...
+
+    def swiglu_backward(self, gate_up: Tensor, gradient: Tensor, out: Tensor, product: Tensor) -> None:
+        """Gradient of `gate_up` into a strided `out`; `product` `[M, F]` receives the forward output again."""
+        ...
+
+    def rotate(self, source: Tensor, out: Tensor, heads: HeadCounts, rotary: Rotary, norm: HeadNorm | None) -> None:
+        """Norm (where given) and rotate the query and key columns of the strided `source`; `out` may be `source`."""
+        ...
+
+    def rotate_backward(
+        self,
+        gradient: Tensor,
+        out: Tensor,
+        rotary: Rotary,
+        norm: HeadNorm | None,
+        source: Tensor,
+        is_key: bool,
+    ) -> None:
+        """Gradient of the columns before `rotate`, from `[batch, heads, time, d]` of any strides.
+
+        `out` and `source` are the strided columns of these heads; `source` (before the norm) is read with a norm only.
+        """
+        ...
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor, scale: float, with_gradient: bool) -> Tensor:
+        """Losses `[rows]` in float32; with a gradient, `logits` is overwritten by that of `scale * sum(losses)`."""
+        ...

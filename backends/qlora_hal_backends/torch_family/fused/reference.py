@@ -1,0 +1,104 @@
+"""The operations of the fused step in plain torch, written for reading."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qlora_hal_backends.torch_family.base_weights import BaseWeight
+from qlora_hal_backends.torch_family.fused.operations import HeadCounts, HeadNorm, Rotary
+
+
+class ReferenceOperations:
+    """See `operations.Operations`."""
+
+    def dequantize(self, base: BaseWeight, out: Tensor) -> None:
+        out.copy_(base.dense())
+
+    def add_norm(self, residual: Tensor, pending: Tensor | None, weight: Tensor, epsilon: float, out: Tensor) -> Tensor:
+        h = residual if pending is None else (residual.float() + pending.float()).to(residual.dtype)
+        out.copy_(_normed(h.float(), epsilon) * weight.float())
+        return h
+
+    def norm_backward(
+        self,
+        gradient: Tensor,
+        h: Tensor,
+        weight: Tensor,
+        epsilon: float,
+        residual_gradient: Tensor | None,
+        out: Tensor,
+        out_exact: Tensor | None,
+        normed: Tensor | None,
+    ) -> None:
+        exact = _norm_gradient(gradient.float(), h.float(), weight.float(), epsilon)
+        if residual_gradient is not None:
+            exact += residual_gradient
+        if normed is not None:
+            normed.copy_(_normed(h.float(), epsilon) * weight.float())
+        if out_exact is not None:
+            out_exact.copy_(exact)
+        out.copy_(exact)
+
+    def swiglu(self, gate_up: Tensor, out: Tensor) -> None:
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        out.copy_(gate * torch.sigmoid(gate) * up)
+
+    def swiglu_backward(self, gate_up: Tensor, gradient: Tensor, out: Tensor, product: Tensor) -> None:
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        upstream, sigmoid = gradient.float(), torch.sigmoid(gate)
+        silu = gate * sigmoid
+        product.copy_(silu * up)
+        out.copy_(torch.cat((upstream * up * (sigmoid + silu * (1.0 - sigmoid)), upstream * silu), dim=-1))
+
+    def rotate(self, source: Tensor, out: Tensor, heads: HeadCounts, rotary: Rotary, norm: HeadNorm | None) -> None:
+        columns = heads.query_columns + heads.key_columns
+        x = source[:, :columns].float().unflatten(-1, (-1, heads.size))
+        if norm is not None:
+            weights = norm.weights.float().repeat_interleave(torch.tensor([heads.query, heads.key_value]), dim=0)
+            x = _normed(x, norm.epsilon) * weights
+        out[:, :columns].copy_(_rotated(x, rotary, 1.0).flatten(1))
+
+    def rotate_backward(
+        self,
+        gradient: Tensor,
+        out: Tensor,
+        rotary: Rotary,
+        norm: HeadNorm | None,
+        source: Tensor,
+        is_key: bool,
+    ) -> None:
+        upstream = gradient.float().transpose(1, 2).flatten(0, 1)
+        unrotated = _rotated(upstream, rotary, -1.0)
+        if norm is not None:
+            x = source.float().unflatten(-1, (-1, gradient.shape[-1]))
+            unrotated = _norm_gradient(unrotated, x, norm.weights[int(is_key)].float(), norm.epsilon)
+        out.copy_(unrotated.flatten(1))
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor, scale: float, with_gradient: bool) -> Tensor:
+        exact = logits.float()
+        normalizer = torch.logsumexp(exact, dim=-1, keepdim=True)
+        losses = (normalizer - exact.gather(1, targets[:, None]))[:, 0]
+        if with_gradient:
+            gradient = torch.exp(exact - normalizer)
+            gradient.scatter_add_(1, targets[:, None], torch.full_like(losses, -1.0)[:, None])
+            logits.copy_(gradient * scale)
+        return losses
+
+
+def _normed(x: Tensor, epsilon: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + epsilon)
+
+
+def _norm_gradient(gradient: Tensor, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    inverse_rms = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + epsilon)
+    normed, weighted = x * inverse_rms, gradient * weight
+    return inverse_rms * (weighted - normed * (weighted * normed).mean(dim=-1, keepdim=True))
+
+
+def _rotated(x: Tensor, rotary: Rotary, direction: float) -> Tensor:
+    """Rotate pairs (i, i + d/2) of `[M, heads, d]` by the row's angles; direction -1 is the transpose."""
+    cos = rotary.cos[rotary.positions][:, None]
+    sin = rotary.sin[rotary.positions][:, None] * direction
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

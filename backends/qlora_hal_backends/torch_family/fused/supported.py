@@ -1,0 +1,113 @@
+"""Which models the fused step serves. The question is asked once, when an adapter is attached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from qlora_hal.backend import Compute
+from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
+from qlora_hal_backends.torch_family.fused.layer_weights import GROUPS
+from qlora_hal_backends.torch_family.loading import BaseModel
+from qlora_hal_backends.torch_family.lora_linear import FrozenLinear
+
+LAYERS = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"})
+"""transformers' layers that are: norm, attention with rotary halves, add, norm, gated SiLU, add. Named, not guessed:
+a layer that differs in one line (Gemma's 1 + w, Granite's multipliers) would be computed wrong without an error."""
+
+STATIC_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})
+"""Rotary kinds whose angles do not depend on the length of the batch."""
+
+OLDEST_CAPABILITY = (8, 0)
+"""NVIDIA compute capability of the oldest devices that Triton 3 is made for (Ampere)."""
+
+WIDTH_MULTIPLE = 16
+"""Of every matrix dimension: rows must start at multiples of 16 bytes in each dtype."""
+
+
+def device_refusal(device: torch.device) -> str | None:
+    """Why the kernels cannot run on this device, or None."""
+    if device.type != "cuda":
+        return f"no Triton kernels on {device.type}"
+    if torch.version.hip is not None:
+        return "the kernels have not been run on ROCm"
+    if torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
+        return "the device is older than Triton's kernels"
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    return None
+
+
+def model_refusal(base: BaseModel, flat: FlatAdapter, compute: Compute) -> str | None:
+    """Why this model keeps its plain layers, or None. The first reason found is given."""
+    return next(_refusals(base, flat, compute), None)
+
+
+def _refusals(base: BaseModel, flat: FlatAdapter, compute: Compute) -> Iterator[str]:
+    kinds = {type(layer).__name__ for layer in base.layers}
+    if not kinds <= LAYERS or type(base.body).__module__.partition(".")[0] != "transformers":
+        yield f"layers of type {', '.join(sorted(kinds))} are not in the fused schedule"
+        return
+    config = base.causal.config.get_text_config()
+    if config.hidden_act not in ("silu", "swish"):
+        yield f"feed-forward activation {config.hidden_act}, not silu"
+    if compute.options.get("attention") == "eager":
+        yield "backend.options.attention is eager"
+    if compute.options.get("layers") == "plain":
+        yield "backend.options.layers is plain"
+    if flat.adapter.config.dropout > 0:
+        yield f"LoRA dropout {flat.adapter.config.dropout}"
+    yield from _rotary_refusals(base, config)
+    yield from _linear_refusals(base, flat)
+
+
+def _rotary_refusals(base: BaseModel, config: Any) -> Iterator[str]:
+    kind = getattr(base.body.rotary_emb, "rope_type", None)
+    if kind not in STATIC_ROTARY:
+        yield f"rotary embedding of kind {kind}"
+    size = attention_of(base).head_dim
+    if 2 * base.body.rotary_emb.inv_freq.numel() != size:
+        yield "rotary embedding over part of a head"
+    if size % WIDTH_MULTIPLE:
+        yield f"head size {size} is no multiple of {WIDTH_MULTIPLE}"
+
+
+def _linear_refusals(base: BaseModel, flat: FlatAdapter) -> Iterator[str]:
+    modules = [module for group in GROUPS.values() for module in group]
+    layers: Any = base.layers
+    shapes: set[tuple[tuple[int, int], ...]] = set()
+    paths = {linear: path for path, linear in base.linears.items()}
+    known: set[str] = set()
+    for layer in layers:
+        linears = [layer.get_submodule(module) for module in modules]
+        if not all(isinstance(linear, FrozenLinear) and linear.base is not None for linear in linears):
+            yield "a projection that is no frozen linear layer"
+            return
+        shapes.add(tuple((linear.out_features, linear.in_features) for linear in linears))
+        known.update(paths[linear] for linear in linears)
+    if len(shapes) != 1:
+        yield "layers of different shapes"
+    if any(width % WIDTH_MULTIPLE for shape in shapes for pair in shape for width in pair):
+        yield f"a width that is no multiple of {WIDTH_MULTIPLE}"
+    outside = sorted(set(flat.adapter.config.target_modules) - known)
+    if outside:
+        yield f"an adapter outside the decoder layers ({outside[0]})"
+
+
+def longest_without_window(base: BaseModel) -> int | None:
+    """The longest row for which a sliding window hides nothing, or None where no layer has a window."""
+    config = base.causal.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if window is None or (kinds is not None and "sliding_attention" not in kinds):
+        return None
+    return int(window)
+
+
+def attention_of(base: BaseModel) -> Any:
+    """The attention module of the first layer; the layers are of one shape."""
+    layers: Any = base.layers
+    return layers[0].self_attn

@@ -1,0 +1,186 @@
+"""The oracle as a trainer: the same verbs as a backend, in float64, one optimizer step at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .adamw import AdamWState, adamw_update, clip_factor, global_norm
+from .arithmetic import EXACT, Arithmetic, ErrorScale, MagnitudeRecorder
+from .arrays import AnyFloat, Float64, TokenBatch
+from .llama import DropoutMasks, OracleLlama
+from .lora import LoraScale
+from .loss import count_tokens, token_loss_gradient, token_loss_sum
+from .shape import LlamaShape
+
+EXP_AVG = "exp_avg"
+EXP_AVG_SQ = "exp_avg_sq"
+
+
+@dataclass(frozen=True, slots=True)
+class OracleStep:
+    """One step: loss sum and counted tokens of the window, and the gradient norm before clipping.
+
+    `applied` is False when the gradient norm was not finite; then adapter and moments are unchanged.
+    """
+
+    loss_sum: float
+    token_count: int
+    grad_norm: float
+    applied: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WindowGradients:
+    """Loss sum and counted tokens of a window, and the gradient of their quotient by adapter tensor name."""
+
+    loss_sum: float
+    token_count: int
+    gradients: dict[str, Float64]
+
+
+class OracleTrainer:
+    """Trains adapters on a frozen float64 Llama.
+
+    A window is the list of micro-batches of one optimizer step. Its loss is (sum of token losses over the window) /
+    (counted tokens of the window), never a mean of means. Give a `RandomRounding` as `arithmetic` to see what a
+    compute dtype would do to the same run.
+    """
+
+    def __init__(
+        self,
+        shape: LlamaShape,
+        base: Mapping[str, AnyFloat],
+        adapter: Mapping[str, AnyFloat],
+        scale: LoraScale,
+        arithmetic: Arithmetic = EXACT,
+    ) -> None:
+        self._adapter = _as_float64(adapter)
+        self.model = OracleLlama(shape, base, self._adapter, scale)
+        self._optimizer = AdamWState()
+        self._arithmetic = arithmetic
+
+    def logits(self, batch: TokenBatch) -> Float64:
+        """`[batch, time, vocabulary]`, without dropout."""
+        return self.model.forward(batch, self._arithmetic).logits
+
+    def evaluate(self, batches: Sequence[TokenBatch]) -> tuple[float, int]:
+        """(loss sum, counted tokens) without dropout and without an update."""
+        losses = (token_loss_sum(self.logits(batch), batch.labels, self._arithmetic) for batch in batches)
+        return math.fsum(losses), count_tokens(batches)
+
+    def window_gradients(
+        self,
+        window: Sequence[TokenBatch],
+        *,
+        masks: Sequence[DropoutMasks] | None = None,
+        token_count: int | None = None,
+        with_base: bool = False,
+        arithmetic: Arithmetic | None = None,
+    ) -> WindowGradients:
+        """Loss and gradients of a window.
+
+        `masks` holds one dropout mapping to each micro-batch. `token_count` is the divisor, by default the counted
+        tokens of this window; give the global number when the window is one rank's share. Raises ValueError if the
+        divisor is 0.
+        """
+        used = self._arithmetic if arithmetic is None else arithmetic
+        divisor = count_tokens(window) if token_count is None else token_count
+        if divisor == 0:
+            raise ValueError("no token of this window carries loss: its mean loss is undefined")
+        losses: list[float] = []
+        total: dict[str, Float64] = {}
+        for batch, batch_masks in zip(window, masks or [{}] * len(window), strict=True):
+            forward = self.model.forward(batch, used, batch_masks)
+            losses.append(token_loss_sum(forward.logits, batch.labels, used))
+            grad_logits = used.store(token_loss_gradient(forward.logits, batch.labels, divisor))
+            for name, gradient in self.model.backward(forward, grad_logits, used, with_base=with_base).items():
+                total[name] = total[name] + gradient if name in total else gradient
+        return WindowGradients(math.fsum(losses), divisor, total)
+
+    def gradients(self, window: Sequence[TokenBatch]) -> dict[str, Float64]:
+        """Gradient of the window's mean token loss by adapter tensor name, before clipping."""
+        return self.window_gradients(window).gradients
+
+    def train_step(
+        self,
+        window: Sequence[TokenBatch],
+        *,
+        learning_rate: float,
+        weight_decay: float = 0.0,
+        max_grad_norm: float | None = 1.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        masks: Sequence[DropoutMasks] | None = None,
+        token_count: int | None = None,
+    ) -> OracleStep:
+        """Gradient of the window, global-norm clip over all adapter tensors, one AdamW update."""
+        result = self.window_gradients(window, masks=masks, token_count=token_count)
+        norm = global_norm(result.gradients)
+        if math.isfinite(norm):
+            factor = clip_factor(norm, max_grad_norm)
+            clipped = {name: gradient * factor for name, gradient in result.gradients.items()}
+            adamw_update(
+                self._adapter,
+                clipped,
+                self._optimizer,
+                learning_rate=learning_rate,
+                weight_decay=weight_decay,
+                betas=betas,
+                eps=eps,
+                arithmetic=self._arithmetic,
+            )
+        return OracleStep(result.loss_sum, result.token_count, norm, math.isfinite(norm))
+
+    def error_scales(self, window: Sequence[TokenBatch]) -> dict[str, ErrorScale]:
+        """Scale of the rounding error of each product of this window's forward and backward pass.
+
+        Keys: an adapter tensor's name for its gradient, `lm_head` for the logits, a module path for its base product.
+        """
+        recorder = MagnitudeRecorder()
+        for batch in window:
+            recorder.start_pass()
+            self.window_gradients([batch], token_count=count_tokens(window), arithmetic=recorder)
+        return recorder.scales
+
+    def export_adapter(self) -> dict[str, Float64]:
+        """A copy of the adapter tensors by PEFT name."""
+        return {name: tensor.copy() for name, tensor in self._adapter.items()}
+
+    def import_adapter(self, tensors: Mapping[str, AnyFloat]) -> None:
+        """Replace all adapter tensors. Raises ValueError, changing nothing, unless names and shapes are the same."""
+        _check_shapes("adapter", self._adapter, tensors)
+        self._adapter.update(_as_float64(tensors))
+
+    def export_optimizer(self) -> tuple[int, dict[str, Float64]]:
+        """(applied steps, moments named `<tensor>.exp_avg` and `<tensor>.exp_avg_sq`); zeros before the first step."""
+        moments: dict[str, Float64] = {}
+        for name, tensor in self._adapter.items():
+            zeros = np.zeros_like(tensor)
+            moments[f"{name}.{EXP_AVG}"] = self._optimizer.exp_avg.get(name, zeros).copy()
+            moments[f"{name}.{EXP_AVG_SQ}"] = self._optimizer.exp_avg_sq.get(name, zeros).copy()
+        return self._optimizer.step, moments
+
+    def import_optimizer(self, step: int, tensors: Mapping[str, AnyFloat]) -> None:
+        """Replace step and all moments. Raises ValueError, changing nothing, unless names and shapes are right."""
+        _check_shapes("optimizer", self.export_optimizer()[1], tensors)
+        moments = _as_float64(tensors)
+        self._optimizer = AdamWState(
+            step=step,
+            exp_avg={name: moments[f"{name}.{EXP_AVG}"] for name in self._adapter},
+            exp_avg_sq={name: moments[f"{name}.{EXP_AVG_SQ}"] for name in self._adapter},
+        )
+
+
+def _as_float64(tensors: Mapping[str, AnyFloat]) -> dict[str, Float64]:
+    return {name: np.array(tensor, dtype=np.float64) for name, tensor in tensors.items()}
+
+
+def _check_shapes(what: str, expected: Mapping[str, Float64], given: Mapping[str, AnyFloat]) -> None:
+    wrong = sorted(expected.keys() ^ given.keys())
+    wrong += sorted(name for name in expected.keys() & given.keys() if expected[name].shape != given[name].shape)
+    if wrong:
+        raise ValueError(f"{what} tensors missing, unknown or of another shape: {wrong}")

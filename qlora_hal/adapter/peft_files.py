@@ -1,0 +1,333 @@
+"""Adapters on disk in PEFT's layout, written and read without PEFT, so that every backend gives the same bytes.
+
+`adapter_model.safetensors` and `adapter_config.json` are PEFT's; `qlora_hal.json` says how the adapter came to be;
+`README.md` is the model card. Whatever of PEFT an adapter could use beyond plain LoRA is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+from qlora_hal import durable_files, safe_tensors_file, strict_json
+from qlora_hal.adapter.fitting import check_base, check_fits
+from qlora_hal.adapter.naming import module_of
+from qlora_hal.adapter.targets import shortest_names
+from qlora_hal.durable_files import Chunk
+from qlora_hal.errors import AdapterError, StorageError, UnsafeInputError
+from qlora_hal.values import Adapter, AdapterConfig
+
+__all__ = ["adapter_files", "check_base", "check_fits", "read_adapter", "read_provenance", "write_adapter"]
+
+TENSORS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+PROVENANCE_FILE = "qlora_hal.json"
+CARD_FILE = "README.md"
+
+_HARMLESS = frozenset(
+    {
+        "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern",
+        "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_type", "peft_version",
+        "qalora_group_size", "r", "revision", "target_modules", "task_type", "use_rslora",
+    }
+)  # fmt: skip
+"""Fields that are read, or that say nothing about tensors already trained. `auto_mapping` names imports: never used."""
+_PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "orthogonal", "eva")
+"""Ways to start A and B; the others (pissa, olora, loftq, corda, ...) also change the base, which the file lacks."""
+
+
+def write_adapter(
+    folder: Path,
+    adapter: Adapter,
+    *,
+    base_name: str,
+    base_revision: str | None,
+    provenance: Mapping[str, object],
+    linear_modules: Collection[str] | None = None,
+) -> None:
+    """Write the adapter's folder as one act, replacing an earlier adapter there; byte-identical for equal input.
+
+    With `linear_modules` (all of the model's), `target_modules` is the list of leaf names where that is exact; without,
+    full paths, which PEFT takes as well. Raises StorageError QH-S09 (no space), QH-S11, or QH-S14 when the folder
+    holds foreign files.
+    """
+    files = adapter_files(
+        adapter, base_name=base_name, base_revision=base_revision, provenance=provenance, linear_modules=linear_modules
+    )
+    files[CARD_FILE] = [_model_card(adapter.config, base_name, provenance).encode("utf-8")]
+    _require_replaceable(folder, files)
+    staging = folder.with_name(f".staging-{folder.name}-{durable_files.unique_name()}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir()
+        for name, chunks in files.items():
+            durable_files.write_new(staging / name, chunks)
+        durable_files.flush_folder(staging)
+        _put_in_place(staging, folder)
+    except OSError as problem:
+        raise durable_files.storage_error(problem, folder, what="the adapter") from problem
+    finally:
+        with suppress(OSError):
+            durable_files.remove_tree(staging)
+
+
+def adapter_files(
+    adapter: Adapter,
+    *,
+    base_name: str,
+    base_revision: str | None,
+    provenance: Mapping[str, object],
+    linear_modules: Collection[str] | None = None,
+) -> dict[str, Iterable[Chunk]]:
+    """File name -> bytes of the adapter without its model card: what a checkpoint holds too."""
+    config = _peft_config(adapter.config, base_name, base_revision, linear_modules)
+    facts = {**provenance, "base_name": base_name, "base_revision": base_revision}
+    return {
+        TENSORS_FILE: safe_tensors_file.file_chunks(adapter.tensors, {"format": "pt"}),
+        CONFIG_FILE: [strict_json.encode(config)],
+        PROVENANCE_FILE: [strict_json.encode(facts)],
+    }
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """An adapter written here or by PEFT. The tensors decide which modules it has, float16 and bfloat16 become float32.
+
+    Raises AdapterError: QH-C50 (a file is missing or malformed), QH-C51 (features beyond plain LoRA, all named),
+    QH-C09 (tensors that are not LoRA's, or of another rank), QH-C11 (a dtype that float32 cannot hold exactly).
+    QH-C01 (truncated). Raises UnsafeInputError: QH-C15, QH-C16 (see `safe_tensors_file`), QH-C17 (pickle only).
+    """
+    raw_config = _read_config(folder)
+    _refuse_unsupported(raw_config, folder)
+    tensors = _read_tensors(folder)
+    modules = _modules_of(tensors.arrays, folder)
+    config = _adapter_config(raw_config, modules, folder)
+    _refuse_other_ranks(tensors.arrays, config.r, folder)
+    lossy = {name: dtype for name, dtype in tensors.dtypes.items() if dtype not in ("F32", "F16", "BF16")}
+    if lossy:
+        name, dtype = next(iter(lossy.items()))
+        raise AdapterError(
+            "QH-C11",
+            f"{len(lossy)} tensors cannot become float32 without loss, the first is {name} with {dtype}.",
+            where=str(folder / TENSORS_FILE),
+            fix="Save the adapter in float32, float16 or bfloat16.",
+            context={"tensors": lossy},
+        )
+    floats = {name: array.astype("float32", copy=False) for name, array in tensors.arrays.items()}
+    return Adapter({name: floats[name] for name in sorted(floats)}, config)
+
+
+def read_provenance(folder: Path) -> Mapping[str, object]:
+    """What `qlora_hal.json` records; for an adapter of another tool, the base that `adapter_config.json` names.
+
+    Raises AdapterError QH-C50 when a file is there but malformed.
+    """
+    if os.path.lexists(folder / PROVENANCE_FILE):
+        return _read_json(folder / PROVENANCE_FILE)
+    config = _read_config(folder)
+    return {"base_name": config.get("base_model_name_or_path"), "base_revision": config.get("revision")}
+
+
+def _peft_config(
+    config: AdapterConfig, base_name: str, base_revision: str | None, linear_modules: Collection[str] | None
+) -> dict[str, object]:
+    return {
+        "base_model_name_or_path": base_name,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
+        "lora_dropout": config.dropout,
+        "peft_type": "LORA",
+        "r": config.r,
+        "revision": base_revision,
+        "target_modules": shortest_names(config.target_modules, linear_modules),
+        "task_type": "CAUSAL_LM",
+        "use_rslora": config.use_rslora,
+    }
+
+
+def _model_card(config: AdapterConfig, base_name: str, provenance: Mapping[str, object]) -> str:
+    hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", base_name) is not None
+    front = ["---", "library_name: peft", "pipeline_tag: text-generation", "tags: [lora, qlora, qlora_hal]"]
+    front += [f"base_model: {json.dumps(base_name)}"] if hub_id else []
+    # A card is made to be published; of a local base it says the folder's name, not where somebody keeps it.
+    shown = Path(base_name).name if Path(base_name).is_absolute() else base_name
+    rows: list[tuple[str, object]] = [
+        ("base", shown),
+        ("r", config.r),
+        ("alpha", config.alpha),
+        ("dropout", config.dropout),
+    ]
+    rows += [("rsLoRA", config.use_rslora), ("modules", len(config.target_modules))]
+    rows += sorted((key, value) for key, value in provenance.items() if key != "base_name")
+    table = [f"| {key} | {_cell(value)} |" for key, value in rows]
+    text = ["---", "", "# LoRA adapter", "", "Trained with qlora_hal; open it with PEFT:", "", "```python"]
+    text += ["from peft import PeftModel", "model = PeftModel.from_pretrained(base_model, this_folder)", "```", ""]
+    return "\n".join([*front, *text, "| | |", "|---|---|", *table, ""])
+
+
+def _cell(value: object) -> str:
+    text = value if isinstance(value, str) else strict_json.encode(value).decode("utf-8")
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _require_replaceable(folder: Path, files: Collection[str]) -> None:
+    if not os.path.lexists(folder):
+        return
+    foreign = ["not a folder"] if folder.is_symlink() or not folder.is_dir() else []
+    foreign = foreign or sorted(entry.name for entry in folder.iterdir() if entry.name not in files)
+    if foreign:
+        raise StorageError(
+            "QH-S14",
+            f"{folder} cannot be replaced by the adapter: {', '.join(foreign[:5])}; a new or earlier adapter folder is "
+            "expected.",
+            where=str(folder),
+            fix="Choose another folder for the adapter.",
+        )
+
+
+def _put_in_place(staging: Path, folder: Path) -> None:
+    """Two renames when a folder is replaced; a crash between them leaves it as `.replaced-...`, which is put back."""
+    if folder.is_dir():
+        aside = folder.with_name(f".replaced-{folder.name}-{durable_files.unique_name()}")
+        folder.rename(aside)
+        staging.rename(folder)
+        durable_files.flush_folder(folder.parent)
+        with suppress(OSError):  # swept at the next start
+            durable_files.remove_tree(aside)
+    else:
+        staging.rename(folder)
+        durable_files.flush_folder(folder.parent)
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    try:
+        return strict_json.read_object(path)
+    except OSError as problem:
+        _refuse_file(path, f"cannot be read ({problem.strerror or problem})", problem)
+    except strict_json.JsonProblem as problem:
+        _refuse_file(path, f"is not valid JSON ({problem})", problem)
+
+
+def _read_config(folder: Path) -> dict[str, object]:
+    config = _read_json(folder / CONFIG_FILE)
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        _refuse_file(folder / CONFIG_FILE, f"has peft_type {kind!r}, LORA is expected")
+    return config
+
+
+def _read_tensors(folder: Path) -> safe_tensors_file.TensorFile:
+    path = folder / TENSORS_FILE
+    pickled = [name for name in ("adapter_model.bin", "adapter_model.pt") if os.path.lexists(folder / name)]
+    if pickled and not os.path.lexists(path):
+        raise UnsafeInputError(
+            "QH-C17",
+            f"{folder} holds its tensors only as {pickled[0]}, a pickle, which can run code when opened.",
+            where=str(folder / pickled[0]),
+            fix=f"Ask its author for {TENSORS_FILE}, or convert it in a sandbox with torch.load(weights_only=True).",
+        )
+    try:
+        return safe_tensors_file.read_arrays(path)
+    except OSError as problem:
+        _refuse_file(path, f"cannot be read ({problem.strerror or problem})", problem)
+
+
+def _refuse_unsupported(config: Mapping[str, object], folder: Path) -> None:
+    """Everything set that plain LoRA does not have, unknown fields included: ignoring one could change the result."""
+    found = [name for name in sorted(config) if name not in (*_HARMLESS, "bias", "init_lora_weights") and config[name]]
+    if config.get("bias", "none") != "none":
+        found.append("bias")
+    if config.get("init_lora_weights") not in _PLAIN_INITIALISATIONS:
+        found.append("init_lora_weights")
+    if found:
+        settings = ", ".join(f"{name}={_short(config[name])}" for name in found)
+        raise AdapterError(
+            "QH-C51",
+            f"The adapter uses {len(found)} settings beyond plain LoRA: {settings}.",
+            where=str(folder / CONFIG_FILE),
+            cause="They change what the tensors mean, so they are not dropped silently.",
+            fix="Merge the adapter with PEFT, or train one without these settings.",
+            context={"unsupported": found},
+        )
+
+
+def _modules_of(tensors: Collection[str], folder: Path) -> tuple[str, ...]:
+    halves: dict[str, set[str]] = {}
+    foreign = []
+    for key in tensors:
+        try:
+            module, half = module_of(key)
+        except ValueError:
+            foreign.append(key)
+        else:
+            halves.setdefault(module, set()).add(half)
+    single = sorted(module for module, found in halves.items() if found != {"A", "B"})
+    if not halves:
+        first = ascii(min(tensors, default="nothing"))
+        code, problem = "QH-C08", f"0 of {len(tensors)} tensors matched LoRA names of PEFT, it has {first}"
+    elif foreign or single:
+        listed = [*map(ascii, sorted(foreign)), *(f"{module} without its other half" for module in single)]
+        code = "QH-C09"
+        problem = f"{len(foreign)} unexpected tensors, {len(single)} missing; first: {', '.join(listed[:5])}"
+    else:
+        return tuple(sorted(halves))
+    raise AdapterError(
+        code,
+        f"The adapter's tensors are not those of plain LoRA: {problem}.",
+        where=str(folder / TENSORS_FILE),
+        cause="Names such as base_model.model.<module>.lora_A.weight are expected.",
+        fix="Save the adapter with PEFT, or with qlora_hal.",
+        context={"unexpected": sorted(foreign), "incomplete_modules": single},
+    )
+
+
+def _refuse_other_ranks(tensors: Mapping[str, safe_tensors_file.Array], r: int, folder: Path) -> None:
+    wrong = []
+    for key, tensor in tensors.items():
+        rank_axis = 0 if module_of(key)[1] == "A" else 1
+        if tensor.ndim != 2 or tensor.shape[rank_axis] != r:
+            wrong.append(f"{key} {list(tensor.shape)}")
+    if wrong:
+        raise AdapterError(
+            "QH-C09",
+            f"{len(wrong)} of {len(tensors)} tensors are not of rank {r}, which adapter_config.json states; first: "
+            f"{', '.join(wrong[:5])}.",
+            where=str(folder / TENSORS_FILE),
+            fix="Take both files from the same adapter.",
+            context={"misshapen": sorted(wrong)},
+        )
+
+
+def _adapter_config(raw: Mapping[str, object], modules: tuple[str, ...], folder: Path) -> AdapterConfig:
+    r, alpha, dropout = raw.get("r"), raw.get("lora_alpha"), raw.get("lora_dropout", 0.0)
+    rslora = raw.get("use_rslora") or False
+    if type(r) is not int or r < 1:
+        _refuse_file(folder / CONFIG_FILE, f"has r = {_short(r)}, a positive whole number is expected")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < 1e9:
+        _refuse_file(folder / CONFIG_FILE, f"has lora_alpha = {_short(alpha)}, a positive number is expected")
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        _refuse_file(folder / CONFIG_FILE, f"has lora_dropout = {_short(dropout)}, a number in [0, 1) is expected")
+    if not isinstance(rslora, bool):
+        _refuse_file(folder / CONFIG_FILE, f"has use_rslora = {_short(rslora)}, true or false is expected")
+    return AdapterConfig(r, float(alpha), float(dropout), rslora, modules)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return ascii(text)[1:-1] if len(text) <= 60 else ascii(text[:57])[1:-1] + "..."
+
+
+def _refuse_file(path: Path, problem: str, cause: BaseException | None = None) -> NoReturn:
+    raise AdapterError(
+        "QH-C50",
+        f"{path.name} {problem}.",
+        where=str(path),
+        fix="Name a folder with adapter_model.safetensors and adapter_config.json.",
+    ) from cause

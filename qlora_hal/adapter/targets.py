@@ -1,0 +1,110 @@
+"""Which modules carry LoRA: PEFT's rules for `target_modules`, with a refusal where PEFT would match too little."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import NoReturn
+
+from qlora_hal.errors import ConfigError, ModelError
+
+ALL_LINEAR = "all-linear"
+
+
+def resolve_targets(requested: str | tuple[str, ...], linear_modules: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
+    """Full paths of the modules that `requested` means, sorted.
+
+    `all-linear` is every one; names match a whole path or its end (`q_proj`, `self_attn.q_proj`); any other string is
+    a regular expression that must match the whole path. Raises ConfigError QH-N13 for an empty request or a model
+    without linear layers, QH-S53 for a broken expression; ModelError QH-C07 for a name or expression without a match.
+    """
+    if not requested or not linear_modules:
+        _refuse_nothing_to_train(requested, linear_modules)
+    if isinstance(requested, str):
+        if requested.lower() == ALL_LINEAR:
+            return tuple(sorted(linear_modules))
+        return _matching_expression(requested, linear_modules)
+    matches = {name: [path for path in linear_modules if names_module(name, path)] for name in requested}
+    unmatched = [name for name, paths in matches.items() if not paths]
+    if unmatched:
+        _refuse_unmatched(unmatched, linear_modules)
+    return tuple(sorted({path for paths in matches.values() for path in paths}))
+
+
+def require_modules(paths: tuple[str, ...], linear_modules: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
+    """`paths` again, when each is the full path of a linear layer. Raises as `resolve_targets` does."""
+    if not paths:
+        _refuse_nothing_to_train(paths, linear_modules)
+    unmatched = [path for path in paths if path not in linear_modules]
+    if unmatched:
+        _refuse_unmatched(unmatched, linear_modules)
+    return paths
+
+
+def names_module(name: str, path: str) -> bool:
+    """Whether an entry of a `target_modules` list means this path (peft tuners_utils.check_target_module_exists)."""
+    return bool(name) and (path == name or path.endswith(f".{name}"))
+
+
+def shortest_names(targets: Collection[str], linear_modules: Collection[str] | None) -> list[str]:
+    """The list to write as `target_modules`: leaf names where they mean exactly `targets`, else full paths.
+
+    Without `linear_modules` nothing is known of the modules left out, and full paths are the only exact form.
+    """
+    if linear_modules is not None:
+        leaves = {path.rpartition(".")[2] for path in targets}
+        if {path for path in linear_modules if path.rpartition(".")[2] in leaves} == set(targets):
+            return sorted(leaves)
+    return sorted(targets)
+
+
+def _matching_expression(expression: str, linear_modules: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
+    try:
+        pattern = re.compile(expression)
+    except re.error as problem:
+        raise ConfigError(
+            "QH-S53",
+            f"lora.target_modules is {expression!r}, which is not a regular expression: {problem}.",
+            where="lora.target_modules",
+            fix="Correct the expression, or write a list of names such as [q_proj, v_proj].",
+        ) from problem
+    paths = tuple(sorted(path for path in linear_modules if pattern.fullmatch(path)))
+    if not paths:
+        _refuse_unmatched([expression], linear_modules)
+    return paths
+
+
+def _refuse_unmatched(names: list[str], linear_modules: Mapping[str, tuple[int, int]]) -> NoReturn:
+    leaves = Counter(path.rpartition(".")[2] for path in linear_modules)
+    candidates = [*leaves, *linear_modules]
+    closest = {name: difflib.get_close_matches(name, candidates, n=3, cutoff=0.5) for name in names}
+    hints = [f"{name} (closest: {', '.join(found) or 'nothing similar'})" for name, found in closest.items()]
+    present = ", ".join(f"{leaf} ({count})" for leaf, count in sorted(leaves.items())[:20])
+    listed = next((n for n in names if any(names_module(n, path) for path in linear_modules)), None)
+    raise ModelError(
+        "QH-C07",
+        f"{len(names)} of the requested target modules match no linear layer: {'; '.join(hints)}. "
+        f"The model has: {present}.",
+        where="lora.target_modules",
+        cause=f"A single string is a regular expression over full paths such as {min(linear_modules)}."
+        if listed
+        else "Names match whole parts of a path; the output head and embeddings carry no adapter.",
+        fix=f"Write it as a list: target_modules: [{listed}]."
+        if listed
+        else f"Use names from the list above, or target_modules: {ALL_LINEAR}.",
+        context={"unmatched": names, "closest": closest, "present": dict(sorted(leaves.items()))},
+    )
+
+
+def _refuse_nothing_to_train(
+    requested: str | tuple[str, ...], linear_modules: Mapping[str, tuple[int, int]]
+) -> NoReturn:
+    raise ConfigError(
+        "QH-N13",
+        f"Nothing would be trained: target_modules is {requested!r} and the model has {len(linear_modules)} linear "
+        "layers; at least one module is expected.",
+        where="lora.target_modules",
+        fix=f"Set target_modules: {ALL_LINEAR}, or name at least one layer.",
+    )

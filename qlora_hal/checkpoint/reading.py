@@ -1,0 +1,193 @@
+"""Finding the newest checkpoint that verifies, and loading it. Newest means by step: clocks and modification times lie.
+
+What fails verification is never deleted, only renamed to `.corrupt-...`, and always reported.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from qlora_hal import durable_files, strict_json
+from qlora_hal.adapter.peft_files import CONFIG_FILE, TENSORS_FILE
+from qlora_hal.checkpoint.manifest import (
+    BrokenCheckpoint,
+    ForeignSchema,
+    Manifest,
+    check_hashes,
+    file_sha256,
+    is_sound,
+    read_manifest,
+)
+from qlora_hal.checkpoint.state import (
+    CORRUPT,
+    OPTIMIZER_FILE,
+    REPLACED,
+    STAGING,
+    STATE_FILE,
+    TrainingState,
+    checkpoints_folder,
+    entries,
+    state_from,
+    step_name,
+    step_of,
+)
+from qlora_hal.errors import CheckpointError, QloraHalError
+from qlora_hal.safe_tensors_file import TensorFile, read_arrays
+
+
+def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
+    """Step and folder of everything named as a checkpoint, by rising step, unverified. Links are not among them."""
+    found = []
+    for entry in entries(checkpoints_folder(run_dir)):
+        step = step_of(entry.name)
+        if step is not None and entry.is_dir(follow_symlinks=False):
+            found.append((step, Path(entry.path)))
+    return sorted(found)
+
+
+def latest_valid_checkpoint(run_dir: Path, *, set_aside_broken: bool = True) -> tuple[Path, list[str]]:
+    """The newest checkpoint whose manifest and hashes verify, and notes on everything passed over.
+
+    Broken ones are renamed to `.corrupt-...`, which only the holder of the run's lock may do; `set_aside_broken` False
+    is for readers beside a live run. Raises CheckpointError QH-C04 (exit status 9) when none verifies.
+    """
+    notes = restore_replaced(run_dir) if set_aside_broken else []
+    failures: dict[str, str] = {}
+    for step, path in reversed(checkpoints(run_dir)):
+        try:
+            manifest = read_manifest(path)
+            _check_step(path, manifest)
+            check_hashes(path, manifest)
+        except ForeignSchema as problem:
+            failures[path.name] = str(problem)
+            notes.append(f"Passed over {path.name}: {problem}; it was left as it is.")
+        except BrokenCheckpoint as problem:
+            failures[path.name] = str(problem)
+            kept = set_aside(path) if set_aside_broken else path
+            notes.append(f"Passed over {path.name}: {problem}; it is kept as {kept.name}.")
+        else:
+            notes += unfinished_notes(step, unfinished_saves(run_dir))
+            return path, notes
+    raise _no_checkpoint(run_dir, failures)
+
+
+def load_checkpoint(path: Path) -> TrainingState:
+    """The state saved in a checkpoint folder, every byte checked against the manifest as it is read.
+
+    Raises CheckpointError: QH-C04 (a file is missing or altered, all are named), QH-C13 (another schema version).
+    """
+    try:
+        manifest = read_manifest(path)
+        _check_step(path, manifest)
+        check_hashes(path, manifest)
+        document = _verified_document(path / STATE_FILE, manifest)
+        adapter = _verified_arrays(path / TENSORS_FILE, manifest)
+        optimizer = _verified_arrays(path / OPTIMIZER_FILE, manifest)
+        return state_from(document, adapter.arrays, optimizer.arrays)
+    except ForeignSchema as problem:
+        raise CheckpointError(
+            "QH-C13",
+            f"{path.name} was saved by another version of qlora_hal: {problem}.",
+            where=str(path),
+            fix="Resume with the version that saved it.",
+        ) from problem
+    except (BrokenCheckpoint, OSError, QloraHalError, ValueError) as problem:
+        reason = problem.message if isinstance(problem, QloraHalError) else f"{problem}"
+        raise CheckpointError(
+            "QH-C04",
+            f"{path.name} does not verify: {reason}.".replace("..", "."),
+            where=str(path),
+            cause="A file is missing or changed after the save; going on would reset or corrupt the optimizer.",
+            fix=f"Resume from an earlier checkpoint.{_weights_only_hint(path)}",
+        ) from problem
+
+
+def unfinished_saves(run_dir: Path) -> tuple[int, ...]:
+    """Steps whose save was begun and never finished, by rising step."""
+    names = (entry.name for entry in entries(checkpoints_folder(run_dir)))
+    found = (re.fullmatch(re.escape(STAGING) + r"([0-9]{1,15})-[0-9a-f]+", name) for name in names)
+    return tuple(sorted({int(match[1]) for match in found if match}))
+
+
+def unfinished_notes(resumed_step: int, unfinished: tuple[int, ...]) -> list[str]:
+    """What a user is told when a later save did not finish."""
+    begun = f"Resumed from step {resumed_step}: the save of step "
+    return [
+        f"{begun}{step} did not finish; {step - resumed_step} steps are redone."
+        for step in unfinished
+        if step > resumed_step
+    ]
+
+
+def restore_replaced(run_dir: Path) -> list[str]:
+    """Put back a checkpoint that was moved aside for a newer save of its step, unless that save is there and sound."""
+    notes = []
+    for entry in entries(checkpoints_folder(run_dir)):
+        match = re.fullmatch(re.escape(REPLACED) + r"(step-[0-9]+)-[0-9a-f]+", entry.name)
+        if match is None or not entry.is_dir(follow_symlinks=False):
+            continue
+        aside = Path(entry.path)
+        final = aside.parent / match[1]
+        if os.path.lexists(final) and (is_sound(final) or set_aside(final) == final):
+            continue
+        with suppress(OSError):  # a folder that cannot be written keeps it under the other name, unread
+            aside.rename(final)
+            durable_files.flush_folder(aside.parent)
+            notes.append(f"Put {match[1]} back, whose replacement did not finish.")
+    return notes
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a broken checkpoint to `.corrupt-...`; where that is impossible it stays, and its path is returned."""
+    target = path.with_name(f"{CORRUPT}{path.name}-{durable_files.unique_name()}")
+    try:
+        path.rename(target)
+    except OSError:
+        return path
+    return target
+
+
+def _check_step(path: Path, manifest: Manifest) -> None:
+    named = step_of(path.name)
+    if named is not None and named != manifest.step:
+        raise BrokenCheckpoint(f"its manifest is of step {manifest.step}")
+
+
+def _verified_document(path: Path, manifest: Manifest) -> dict[str, object]:
+    if file_sha256(path) != manifest.files[path.name].sha256:
+        raise BrokenCheckpoint(f"{path.name} does not match its hash")
+    return strict_json.read_object(path)
+
+
+def _verified_arrays(path: Path, manifest: Manifest) -> TensorFile:
+    # The digest is of the very bytes in the arrays: nothing can change between check and use.
+    contents = read_arrays(path)
+    if contents.sha256 != manifest.files[path.name].sha256:
+        raise BrokenCheckpoint(f"{path.name} does not match its hash")
+    return contents
+
+
+def _no_checkpoint(run_dir: Path, failures: Mapping[str, str]) -> CheckpointError:
+    listed = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
+    return CheckpointError(
+        "QH-C04",
+        f"No checkpoint in {run_dir} verifies ({len(failures)} tried). {listed}".rstrip() + "." * bool(failures),
+        where=str(run_dir / step_name(0)).rpartition("step-")[0],
+        cause="" if failures else "The run stopped before its first save.",
+        fix="Start the run again with --overwrite, or in another folder.",
+        context={"failures": dict(failures)},
+    )
+
+
+def _weights_only_hint(path: Path) -> str:
+    """Offered only when the adapter itself is whole."""
+    try:
+        manifest = read_manifest(path)
+        whole = all(file_sha256(path / name) == manifest.files[name].sha256 for name in (TENSORS_FILE, CONFIG_FILE))
+    except (BrokenCheckpoint, ForeignSchema, OSError):
+        return ""
+    return " Its adapter alone is whole (--resume weights-only starts a fresh optimizer)." if whole else ""

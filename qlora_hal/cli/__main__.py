@@ -1,0 +1,48 @@
+"""The entry point: parse, run one verb, turn every failure into its text (or JSON) and its exit status."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from qlora_hal.cli.failures import report_interrupt, report_unexpected, report_usage, reported
+from qlora_hal.errors import QloraHalError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status (docs/cli.md)."""
+    tokens = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in tokens
+    try:
+        status = _run(tokens)
+        sys.stdout.flush()
+        return status
+    except QloraHalError as error:
+        return reported(error, as_json=as_json)
+    except KeyboardInterrupt:
+        return report_interrupt()
+    except BrokenPipeError:
+        # The reader of our output went away (`qlora-hal schema | head`); Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        return report_unexpected(error, as_json=as_json)
+
+
+def _run(tokens: list[str]) -> int:
+    from cyclopts import CycloptsError
+
+    from qlora_hal.cli.application import application
+    from qlora_hal.cli.arguments import canonical
+
+    try:
+        app = application()
+        status = app(canonical(tokens), exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        raise report_usage(error, tokens) from error
+    return status if isinstance(status, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""Which verbs there are. Each is registered by its import path, so that `--help` imports none of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cyclopts import App, Group
+
+TRAINING = "Training"
+MACHINE = "This machine"
+SETTINGS = "Settings and help"
+
+VERBS: Mapping[str, tuple[str, str]] = {
+    "train": (TRAINING, "Train an adapter."),
+    "resume": (TRAINING, "Go on with a run that was stopped."),
+    "chat": (TRAINING, "Talk to the base model and the trained one, side by side."),
+    "generate": (TRAINING, "Answer one prompt with and without the adapter."),
+    "backends": (MACHINE, "List the backends and whether each can run here."),
+    "doctor": (MACHINE, "Check the machine, and have every ready backend prove that it computes correctly."),
+    "estimate": (MACHINE, "Estimate the memory of a run."),
+    "init": (SETTINGS, "Write a commented settings file."),
+    "schema": (SETTINGS, "Print the JSON schema of the settings."),
+    "explain": (SETTINGS, "Explain a fault code."),
+}
+"""Verb -> (panel, sentence); the verb `x` is the function `x` in `qlora_hal.cli.x`."""
+
+
+def application() -> App:
+    """The parser. Verbs are functions that return their exit status."""
+    import qlora_hal
+
+    app = App(
+        name="qlora-hal",
+        help="QLoRA fine-tuning with one call on NVIDIA, AMD, Apple and CPU.",
+        version=qlora_hal.__version__,
+        help_format="plaintext",
+        group_commands=Group("Also", sort_key=9),
+    )
+    panels = {title: Group(title, sort_key=n) for n, title in enumerate((TRAINING, MACHINE, SETTINGS))}
+    for number, (verb, (panel, sentence)) in enumerate(VERBS.items()):
+        app.command(f"qlora_hal.cli.{verb}:{verb}", name=verb, help=sentence, group=panels[panel], sort_key=number)
+    return app

@@ -1,0 +1,149 @@
+"""`qlora-hal chat`: a conversation with two models at once, to see what the adapter changed."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TextIO
+
+from qlora_hal.cli.generate import AdapterOption, BackendOption, LengthOption, ModelOption, RunOption
+from qlora_hal.errors import StorageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Message = dict[str, str]
+
+_HELP = "/reset begins again, /save FILE keeps the conversation as JSON, /stats counts, /quit ends."
+
+
+class Answers(Protocol):
+    """What answers: `qlora_hal.generation.GenerationPair`."""
+
+    def answer(self, messages: Sequence[Message], *, max_new_tokens: int) -> tuple[str, str]: ...
+
+
+@dataclass(slots=True)
+class Conversation:
+    """Two conversations that share the user's turns; each model sees its own answers."""
+
+    base: list[Message] = field(default_factory=list)
+    adapter: list[Message] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def turns(self) -> int:
+        return sum(message["role"] == "user" for message in self.adapter)
+
+    def ask(self, answers: Answers, text: str, *, max_new_tokens: int) -> tuple[str, str]:
+        """Both answers to the next turn of the user."""
+        turn = {"role": "user", "content": text}
+        started = time.perf_counter()
+        if self.base == self.adapter:
+            base, adapter = answers.answer([*self.base, turn], max_new_tokens=max_new_tokens)
+        else:
+            base = answers.answer([*self.base, turn], max_new_tokens=max_new_tokens)[0]
+            adapter = answers.answer([*self.adapter, turn], max_new_tokens=max_new_tokens)[1]
+        self.seconds += time.perf_counter() - started
+        self.base += [turn, {"role": "assistant", "content": base}]
+        self.adapter += [turn, {"role": "assistant", "content": adapter}]
+        return base, adapter
+
+
+def chat(
+    *,
+    run: RunOption = None,
+    adapter: AdapterOption = None,
+    model: ModelOption = None,
+    backend: BackendOption = "auto",
+    max_new_tokens: LengthOption = 256,
+) -> int:
+    """Talk to the base model and the trained one, side by side. Ends with /quit or the end of input."""
+    from rich.console import Console
+
+    from qlora_hal.generation import open_generation
+
+    with closing(open_generation(run_dir=run, adapter_dir=adapter, model=model, backend=backend)) as pair:
+        converse(pair, sys.stdin, Console(highlight=False, markup=False), max_new_tokens=max_new_tokens)
+    return 0
+
+
+def converse(answers: Answers, source: TextIO, console: Console, *, max_new_tokens: int) -> None:
+    """Read turns until /quit or the end, and show both answers to each."""
+    conversation = Conversation()
+    if source.isatty():
+        console.print(_HELP, style="dim")
+    for line in _lines(source, console):
+        if line == "/quit":
+            return
+        if line == "/reset":
+            conversation = Conversation()
+            console.print("The conversation begins again.", style="dim")
+        elif line == "/stats":
+            console.print(_stats(conversation), style="dim")
+        elif line.startswith("/save"):
+            _try_to_save(conversation, line.removeprefix("/save").strip(), console)
+        elif line.startswith("/"):
+            console.print(_HELP, style="dim")
+        elif line:
+            _show(console, *conversation.ask(answers, line, max_new_tokens=max_new_tokens))
+
+
+def save_conversation(conversation: Conversation, file: Path) -> None:
+    """Write both conversations as JSON. Raises StorageError; an existing file is never replaced."""
+    content = {"base": conversation.base, "adapter": conversation.adapter}
+    try:
+        with file.open("x", encoding="utf-8") as stream:
+            json.dump(content, stream, ensure_ascii=False, indent=2)
+    except OSError as error:
+        raise StorageError(
+            "QH-S12", f"{file} cannot be written: {error.strerror}.", where=str(file), fix="Give another name."
+        ) from error
+
+
+def _lines(source: TextIO, console: Console) -> Iterator[str]:
+    watched = source.isatty()
+    while True:
+        if watched:
+            console.print("you> ", end="", style="bold")
+        line = source.readline()
+        if not line:
+            return
+        yield line.strip()
+
+
+def _show(console: Console, base: str, adapter: str) -> None:
+    if not console.is_terminal:
+        console.print(f"base:    {base}\nadapter: {adapter}", soft_wrap=True)
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(expand=True)
+    table.add_column("base", ratio=1, overflow="fold")
+    table.add_column("adapter", ratio=1, overflow="fold")
+    table.add_row(Text(base), Text(adapter))
+    console.print(table)
+
+
+def _stats(conversation: Conversation) -> str:
+    characters = sum(len(m["content"]) for m in conversation.adapter if m["role"] == "assistant")
+    return (
+        f"{conversation.turns} turns, {characters} characters answered with the adapter, {conversation.seconds:.1f} s"
+    )
+
+
+def _try_to_save(conversation: Conversation, name: str, console: Console) -> None:
+    if not name:
+        console.print("/save needs the name of a file.", style="dim")
+        return
+    try:
+        save_conversation(conversation, Path(name))
+        console.print(f"saved {name}", style="dim")
+    except StorageError as error:
+        console.print(error.message, style="red")

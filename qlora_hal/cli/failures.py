@@ -1,0 +1,120 @@
+"""How a failure looks: one block of text on stderr, or one JSON object on stdout; the exit status says its kind."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from qlora_hal.errors import ConfigError, QloraHalError
+
+if TYPE_CHECKING:
+    from cyclopts import CycloptsError
+
+INTERRUPTED = 130
+
+
+def reported(error: QloraHalError, *, as_json: bool) -> int:
+    """Show one of our errors and give its exit status."""
+    if as_json:
+        print(json.dumps({**error.as_json(), "exit_status": error.exit_status}, default=str, ensure_ascii=False))
+    else:
+        _print_error(error)
+    return error.exit_status
+
+
+def report_interrupt() -> int:
+    """Ctrl-C outside a run, or the second one inside."""
+    print("\nstopped from the keyboard; nothing more was saved.", file=sys.stderr)
+    return INTERRUPTED
+
+
+def report_unexpected(error: Exception, *, as_json: bool) -> int:
+    """A defect of ours: the last line of the story, and where the whole of it can be had."""
+    place = _place(error)
+    if os.environ.get("QLORA_HAL_TRACEBACK"):
+        import traceback
+
+        traceback.print_exception(error)
+    if as_json:
+        content = {"code": "QH-I01", "message": f"{type(error).__name__}: {error}", "where": place, "exit_status": 1}
+        print(json.dumps(content, ensure_ascii=False))
+        return 1
+    _print_lines(
+        f"error[QH-I01]: {type(error).__name__}: {error}",
+        [
+            ("where", place),
+            ("why", "this is a defect of qlora-hal, not of your input"),
+            ("help", "run again with QLORA_HAL_TRACEBACK=1 and report what it prints"),
+        ],
+    )
+    return 1
+
+
+def report_usage(error: CycloptsError, tokens: list[str]) -> ConfigError:
+    """A parser's complaint as our error, with the nearest known word."""
+    import difflib
+
+    from cyclopts.exceptions import UnknownCommandError, UnknownOptionError
+
+    from qlora_hal.cli.application import VERBS
+
+    text = " ".join(str(error).split())
+    verb = tokens[0] if tokens and tokens[0] in VERBS else ""
+    fix = f"Run qlora-hal {verb} --help." if verb else "Run qlora-hal --help."
+    if isinstance(error, UnknownOptionError):
+        flag = (error.token.keyword or error.token.value).partition("=")[0]
+        nearest = _nearest_flag(flag)
+        text = f"{flag} is not a flag of qlora-hal {verb}".rstrip()
+        text += f"; did you mean {nearest}?" if nearest else "."
+    elif isinstance(error, UnknownCommandError) and tokens:
+        close = difflib.get_close_matches(tokens[0], VERBS, n=1)
+        text = f"{tokens[0]} is not a command; did you mean {close[0]}?" if close else f"{tokens[0]} is not a command."
+    return ConfigError("QH-U04", text, where="command line", fix=fix)
+
+
+def _nearest_flag(flag: str) -> str | None:
+    import difflib
+
+    from qlora_hal.settings_schema import nearest_setting, settings
+
+    own = ["--demo", "--smoke", "--dry-run", "--print-config", "--show-batch", "--overwrite", "--json", "--run"]
+    names = [*own, *(f"--{path}" for path in settings()), "--adapter", "--model", "--prompt", "--max-new-tokens"]
+    close = difflib.get_close_matches(flag, names, n=1, cutoff=0.75)
+    if close:
+        return close[0]
+    nearest = nearest_setting(flag.lstrip("-"))
+    return f"--{nearest}" if nearest else None
+
+
+def _print_error(error: QloraHalError) -> None:
+    rows = [("where", error.where), ("why", error.cause), ("help", error.fix)]
+    _print_lines(f"error[{error.code}]: {error.message}", [*rows, ("more", f"qlora-hal explain {error.code}")])
+
+
+def _print_lines(headline: str, rows: list[tuple[str, str]]) -> None:
+    from rich.text import Text
+
+    from qlora_hal.report.console import stderr_console
+
+    console = stderr_console()
+    head, separator, rest = headline.partition("]: ")
+    console.print(Text.assemble((f"{head}{separator}", "bold red"), (rest, "bold")), soft_wrap=True)
+    for name, text in rows:
+        if text:
+            console.print(Text.assemble((f"  {name + ':':<7}", "cyan"), text), soft_wrap=True)
+
+
+def _place(error: BaseException) -> str:
+    """File and line of the innermost frame that is ours, without the path of the installation."""
+    import traceback
+
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if "qlora_hal" in frame.filename] or list(frames)
+    if not ours:
+        return ""
+    frame = ours[-1]
+    parts = frame.filename.replace("\\", "/").split("/")
+    start = next((i for i, part in enumerate(parts) if part.startswith("qlora_hal")), max(len(parts) - 1, 0))
+    return f"{'/'.join(parts[start:])}:{frame.lineno} in {frame.name}"

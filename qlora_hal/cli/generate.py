@@ -1,0 +1,43 @@
+"""`qlora-hal generate`: one prompt, answered by the base and by the base with its adapter."""
+
+from __future__ import annotations
+
+import json as json_format
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from qlora_hal.cli.train import Switch
+
+RunOption = Annotated[Path | None, Parameter(help="A run's folder: its model, its settings, its adapter.")]
+AdapterOption = Annotated[Path | None, Parameter(help="An adapter in PEFT layout; needs --model.")]
+ModelOption = Annotated[str | None, Parameter(help="The base model of the adapter.")]
+BackendOption = Annotated[str, Parameter(help="A backend's name, or auto.")]
+LengthOption = Annotated[int, Parameter(help="Longest answer in tokens.")]
+
+
+def generate(
+    *,
+    prompt: Annotated[str, Parameter(help="The user's turn.", allow_leading_hyphen=True)],
+    run: RunOption = None,
+    adapter: AdapterOption = None,
+    model: ModelOption = None,
+    backend: BackendOption = "auto",
+    max_new_tokens: LengthOption = 128,
+    base_only: Annotated[bool, Switch, Parameter(help="Print the base model's answer alone.")] = False,
+    json: Annotated[bool, Switch, Parameter(help="Print both answers as JSON.")] = False,
+) -> int:
+    """Answer one prompt: qlora-hal generate --run runs/first --prompt "..."."""
+    from qlora_hal.generation import open_generation
+
+    with closing(open_generation(run_dir=run, adapter_dir=adapter, model=model, backend=backend)) as pair:
+        base, tuned = pair.answer([{"role": "user", "content": prompt}], max_new_tokens=max_new_tokens)
+    if json:
+        print(json_format.dumps({"prompt": prompt, "base": base, "adapter": tuned}, ensure_ascii=False))
+    elif base_only:
+        print(base)
+    else:
+        print(f"base:    {base}\nadapter: {tuned}")
+    return 0

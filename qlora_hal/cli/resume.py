@@ -1,0 +1,31 @@
+"""`qlora-hal resume`: go on from the newest checkpoint that is whole."""
+
+from __future__ import annotations
+
+import json as json_format
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from qlora_hal.cli.train import Switch, result_as_json
+
+
+def resume(
+    run_dir: Annotated[Path, Parameter(help="The folder of the run.")],
+    /,
+    *,
+    backend: Annotated[
+        str | None, Parameter(help="Go on with another backend; what is not exact then is said.")
+    ] = None,
+    quiet: Annotated[bool, Switch, Parameter(help="Notes and errors only.")] = False,
+    json: Annotated[bool, Switch, Parameter(help="Print the result as JSON.")] = False,
+) -> int:
+    """Go on with a run that was stopped, as if it had never stopped."""
+    from qlora_hal import api
+    from qlora_hal.report.console import RunConsole
+
+    result = api.resume(run_dir, backend=backend, console=RunConsole(quiet=quiet, json=json))
+    if json:
+        print(json_format.dumps(result_as_json(result), ensure_ascii=False))
+    return 0

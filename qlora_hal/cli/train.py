@@ -1,0 +1,127 @@
+"""`qlora-hal train`: settings from file and flags, then one call of the API."""
+
+from __future__ import annotations
+
+import json as json_format
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from qlora_hal.cli.flags import with_settings
+from qlora_hal.settings import ResolvedSettings, resolve_settings
+
+if TYPE_CHECKING:
+    from qlora_hal.observing import TrainResult
+
+Switch = Parameter(negative="", show_default=False)
+
+
+@with_settings()
+def train(
+    config: Annotated[Path | None, Parameter(help="Settings file: YAML, TOML or JSON.")] = None,
+    /,
+    *,
+    demo: Annotated[
+        bool, Switch, Parameter(help="Train the small model that comes with the package, on the CPU.")
+    ] = False,
+    smoke: Annotated[
+        bool, Switch, Parameter(help="Three steps, save, resume, generate: does everything work here?")
+    ] = False,
+    dry_run: Annotated[bool, Switch, Parameter(help="Do everything up to step 1 and stop.")] = False,
+    print_config: Annotated[bool, Switch, Parameter(help="Print every setting with its origin and stop.")] = False,
+    show_batch: Annotated[
+        bool, Switch, Parameter(help="Print one batch with the trained tokens marked and stop.")
+    ] = False,
+    overwrite: Annotated[bool, Switch, Parameter(help="Replace an earlier run in output_dir.")] = False,
+    quiet: Annotated[bool, Switch, Parameter(help="Notes and errors only.")] = False,
+    json: Annotated[bool, Switch, Parameter(help="Print the result as JSON.")] = False,
+    flags: Mapping[str, object],
+) -> int:
+    """Train an adapter: qlora-hal train run.yaml, or qlora-hal train --model M --data D --output_dir O."""
+    settings = resolved(config, flags, demo=demo)
+    if print_config:
+        print(settings_as_json(settings) if json else settings_as_text(settings))
+        return 0
+    if show_batch:
+        print(batch_as_text(settings))
+        return 0
+    if smoke:
+        from qlora_hal.cli.smoke import run_smoke
+
+        return run_smoke(settings, json=json)
+    from qlora_hal import api
+    from qlora_hal.report.console import RunConsole
+
+    console = RunConsole(quiet=quiet, json=json)
+    result = api.train(settings, overwrite=overwrite, dry_run=dry_run, console=console)
+    if json:
+        print(json_format.dumps(result_as_json(result), ensure_ascii=False))
+    return 0
+
+
+def resolved(config: Path | None, flags: Mapping[str, object], *, demo: bool) -> ResolvedSettings:
+    """File, environment and flags, over the demo's settings where it is asked for."""
+    if not demo:
+        return resolve_settings(config, flags=flags)
+    from qlora_hal.demo_settings import demo_settings
+
+    return resolve_settings(config, flags=flags, defaults=demo_settings(), defaults_name="demo")
+
+
+def settings_as_text(settings: ResolvedSettings) -> str:
+    """One line a setting: name, value, origin."""
+    rows = [(path, _shown(value), settings.origins[path]) for path, value in settings.values().items()]
+    wide, wider = max(len(row[0]) for row in rows), min(40, max(len(row[1]) for row in rows))
+    return "\n".join(f"{path:<{wide}}  {value:<{wider}}  {origin}" for path, value, origin in rows)
+
+
+def settings_as_json(settings: ResolvedSettings) -> str:
+    """`{"config": nested, "origins": by dotted key}`."""
+    content = {"config": settings.config.model_dump(mode="json"), "origins": dict(settings.origins)}
+    return json_format.dumps(content, ensure_ascii=False)
+
+
+def batch_as_text(settings: ResolvedSettings) -> str:
+    """The first batch as tokens, trained ones marked; coloured on a terminal."""
+    from qlora_hal import api
+    from qlora_hal.data.show import show_batch
+    from qlora_hal.report.console import wants_color
+
+    batch, tokenizer = api.first_batch(settings)
+    return str(show_batch(batch, tokenizer, color=wants_color(sys.stdout)))
+
+
+def result_as_json(result: TrainResult) -> dict[str, object]:
+    """The result without the loss of every step, which metrics.jsonl has."""
+    return {
+        "backend": result.backend,
+        "device": result.device,
+        "weight_format": result.weight_format,
+        "block_size": result.block_size,
+        "run_dir": str(result.run_dir),
+        "adapter_dir": str(result.adapter_dir),
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "first_loss": result.losses[0][1] if result.losses else None,
+        "last_loss": result.losses[-1][1] if result.losses else None,
+        "eval_loss_before": result.eval_loss_before,
+        "eval_loss_after": result.eval_loss_after,
+        "wall_seconds": result.wall_seconds,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "stopped_because": result.stopped_because,
+        "notes": list(result.notes),
+        "samples": [dict(sample) for sample in result.samples],
+    }
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (tuple, dict)):
+        return json_format.dumps(value, ensure_ascii=False)
+    return str(value) or '""'

@@ -1,0 +1,341 @@
+"""From rendered rows to token ids and the mask of what is trained, a chunk of rows at a time.
+
+Ids always come from encoding the whole text of a row, so they are those of `apply_chat_template(tokenize=True)`.
+Where loss begins and ends is read off the special tokens, for all rows of one outline at once; a row whose special
+tokens are not exactly those of its outline (someone wrote one in a message, or a heading merged with the text behind
+it) is encoded again with character offsets.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from qlora_hal.data.outlines import Outline
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+
+    from qlora_hal.data.tokenizer import ChatTokenizer
+    from qlora_hal.values import Int32
+
+Int64 = npt.NDArray[np.int64]
+UInt8 = npt.NDArray[np.uint8]
+UInt64 = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True, slots=True)
+class Anchors:
+    """How to find the targets of an outline among a row's special tokens.
+
+    `specials` are the ids of all special tokens in order. Each target is (number of the special token before it, ids
+    between that token and the target, number of the special token that ends it).
+    """
+
+    specials: Int64
+    targets: tuple[tuple[int, tuple[int, ...], int], ...]
+
+
+@dataclass(slots=True)
+class RenderedRow:
+    """One row as text. Exactly one of `outline` (with `contents`) and `pieces` says what is trained.
+
+    A piece is (text, trained, whether a person wrote it). `is_writing` rows get bos and eos here; `protected` pieces
+    carry aliases for the template's special tokens.
+    """
+
+    number: int
+    where: str
+    text: str
+    digest: bytes
+    outline: Outline | None = None
+    contents: Sequence[str] = ()
+    pieces: list[tuple[str, bool, bool]] = field(default_factory=list)
+    is_writing: bool = False
+    protected: bool = False
+
+
+@dataclass(slots=True)
+class TokenRows:
+    """Rows of tokens, one after the other: ids and mask `[tokens]`, the rest `[rows]`."""
+
+    ids: Int32
+    trained: UInt8
+    lengths: Int64
+    numbers: Int64
+    digests: UInt64
+
+
+@dataclass(slots=True)
+class EncodingCounts:
+    """What encoding changed or met, for the report."""
+
+    special_in_text: Counter[str] = field(default_factory=Counter)
+    rows_with_special: int = 0
+    double_bos_rows: int = 0
+    eos_appended: int = 0
+    unanchored_rows: int = 0
+
+
+class RowEncoder:
+    """Encodes chunks of rows. `encode_texts` may run in another thread; `finish` belongs to one."""
+
+    def __init__(self, tokenizer: ChatTokenizer, *, train_on_all: bool) -> None:
+        self._tokenizer = tokenizer
+        self._train_on_all = train_on_all
+        self._is_special = np.zeros(tokenizer.vocabulary_size, dtype=bool)
+        self._is_special[list(tokenizer.special.ids.values())] = True
+        self.counts = EncodingCounts()
+
+    def prepare_outline(self, outline: Outline) -> None:
+        """Give an outline its anchors, if its targets lie between special tokens."""
+        outline.anchors, outline.anchored = anchors_of(outline, self._tokenizer), True
+
+    def encode_texts(self, rows: Sequence[RenderedRow]) -> list[Encoding | None]:
+        """Encodings of the rows that need no offsets; None for the others. The Rust threads work without the lock."""
+        fast = [self._needs_no_offsets(row) for row in rows]
+        encodings = iter(
+            self._tokenizer.encode_batch([row.text for row, yes in zip(rows, fast, strict=True) if yes], offsets=False)
+        )
+        return [next(encodings) if yes else None for yes in fast]
+
+    def finish(self, rows: Sequence[RenderedRow], encodings: Sequence[Encoding | None]) -> TokenRows:
+        """Ids and masks of a chunk, in row order."""
+        ids: list[list[int]] = []
+        targets = _Targets()
+        groups: dict[int, list[int]] = {}
+        for index, (row, encoding) in enumerate(zip(rows, encodings, strict=True)):
+            if encoding is not None and row.outline is not None:
+                groups.setdefault(id(row.outline), []).append(index)
+                ids.append(encoding.ids)
+                continue
+            found, ranges = self._with_offsets(row) if encoding is None else (encoding.ids, [(0, len(encoding.ids))])
+            if row.is_writing:
+                found, ranges = self._with_ends(found, ranges)
+            targets.add(index, ranges)
+            ids.append(found)
+        flat, starts = _flat(ids)
+        failed = self._anchored_targets(rows, groups, flat, starts, targets)
+        if failed:
+            for index in failed:
+                self.counts.unanchored_rows += 1
+                ids[index], ranges = self._with_offsets(rows[index])
+                targets.add(index, ranges)
+            flat, starts = _flat(ids)
+        trained = _mask(len(flat), starts, targets, everything=self._train_on_all)
+        tokens = TokenRows(
+            flat,
+            trained,
+            np.diff(starts),
+            np.fromiter((row.number for row in rows), np.int64, len(rows)),
+            np.frombuffer(b"".join([row.digest for row in rows]), np.uint64),
+        )
+        return self._without_double_bos(tokens, starts)
+
+    def _needs_no_offsets(self, row: RenderedRow) -> bool:
+        if row.outline is not None:
+            return row.outline.anchors is not None
+        return not row.protected and (len(row.pieces) == 1 or (self._train_on_all and row.is_writing))
+
+    # targets between special tokens -------------------------------------------------------------------------------
+    def _anchored_targets(
+        self,
+        rows: Sequence[RenderedRow],
+        groups: Mapping[int, list[int]],
+        flat: Int32,
+        starts: Int64,
+        targets: _Targets,
+    ) -> list[int]:
+        """Find the targets of all rows with anchors; the rows whose special tokens are not those of their outline."""
+        places = np.flatnonzero(self._is_special[flat])
+        bounds = np.searchsorted(places, starts)
+        failed: list[int] = []
+        for group in groups.values():
+            outline = rows[group[0]].outline
+            assert outline is not None
+            assert outline.anchors is not None
+            members = np.array(group, np.int64)
+            good, found = _anchored(flat, places, bounds[members], bounds[members + 1], outline.anchors)
+            failed += members[~good].tolist()
+            fitting = members[good]
+            for begins, ends in found:
+                targets.add_many(fitting, begins - starts[fitting], ends - starts[fitting])
+        return failed
+
+    # targets by character offsets ---------------------------------------------------------------------------------
+    def _with_offsets(self, row: RenderedRow) -> tuple[list[int], list[tuple[int, int]]]:
+        special = self._tokenizer.special
+        pieces = row.pieces if row.outline is None else row.outline.pieces(row.contents)
+        protected = row.protected
+        if not protected and not row.is_writing:
+            met = special.found_in(text for text, _, human in pieces if human)
+            if met:
+                self.counts.special_in_text.update(met)
+                self.counts.rows_with_special += 1
+                pieces = [(text if human else special.alias(text), trained, human) for text, trained, human in pieces]
+                protected = True
+        text = "".join(text for text, _, _ in pieces)
+        if protected:
+            ids, encoding = self._tokenizer.encode_protected(text)
+        else:
+            encoding = self._tokenizer.encode_batch([text])[0]
+            ids = encoding.ids
+        return ids, _token_ranges(encoding, pieces)
+
+    def _with_ends(self, ids: list[int], ranges: list[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Text that is trained as it stands gets the bos its tokenizer sets, and an eos; neither twice."""
+        tokenizer = self._tokenizer
+        if tokenizer.adds_bos:
+            if ids[:1] == [tokenizer.bos_id]:
+                self.counts.double_bos_rows += 1
+            else:
+                ids = [tokenizer.bos_id, *ids]
+                ranges = [(start + 1, stop + 1) for start, stop in ranges]
+        if ids[-1:] != [tokenizer.eos_id]:
+            self.counts.eos_appended += 1
+            ranges = [*ranges, (len(ids), len(ids) + 1)]
+            ids = [*ids, tokenizer.eos_id]
+        return ids, ranges
+
+    def _without_double_bos(self, rows: TokenRows, starts: Int64) -> TokenRows:
+        bos = self._tokenizer.bos_id
+        if bos == self._tokenizer.eos_id or len(rows.ids) < 2:
+            return rows
+        first = starts[:-1]
+        twice = (rows.lengths > 1) & (rows.ids[np.minimum(first, len(rows.ids) - 1)] == bos)
+        twice &= rows.ids[np.minimum(first + 1, len(rows.ids) - 1)] == bos
+        if not twice.any():
+            return rows
+        self.counts.double_bos_rows += int(twice.sum())
+        keep = np.ones(len(rows.ids), dtype=bool)
+        keep[first[twice]] = False
+        trained = rows.trained[keep]
+        lengths = rows.lengths - twice
+        begins = np.cumsum(lengths) - lengths
+        trained[begins[lengths > 0]] = 0
+        return TokenRows(rows.ids[keep], trained, lengths, rows.numbers, rows.digests)
+
+
+class _Targets:
+    """Token ranges that are trained: (row, first, one past last), counted from the row's beginning."""
+
+    def __init__(self) -> None:
+        self._rows: list[Int64] = []
+        self._bounds: list[tuple[Int64, Int64]] = []
+
+    def add(self, row: int, ranges: Sequence[tuple[int, int]]) -> None:
+        pairs = np.array(ranges, np.int64).reshape(-1, 2)
+        self.add_many(np.full(len(pairs), row), pairs[:, 0], pairs[:, 1])
+
+    def add_many(self, rows: Int64, begins: Int64, ends: Int64) -> None:
+        self._rows.append(rows)
+        self._bounds.append((begins, ends))
+
+    def places(self, starts: Int64) -> tuple[Int64, Int64]:
+        """First and one-past-last positions in the flat array of all rows."""
+        if not self._rows:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        offset = starts[np.concatenate(self._rows)]
+        begins, ends = (np.concatenate(side) for side in zip(*self._bounds, strict=True))
+        return offset + begins, offset + ends
+
+
+def _anchored(
+    flat: Int32, places: Int64, first: Int64, last: Int64, anchors: Anchors
+) -> tuple[npt.NDArray[np.bool_], list[tuple[Int64, Int64]]]:
+    """(which rows have the anchors' special tokens and headings, flat bounds of each target in those rows).
+
+    `places` are the flat positions of all special tokens; row i has those from `first[i]` to `last[i]`.
+    """
+    wanted = len(anchors.specials)
+    good = (last - first) == wanted
+    if len(places) < wanted:
+        return np.zeros(len(good), dtype=bool), []
+    grid = places[np.where(good, first, 0)[:, None] + np.arange(wanted)]  # [rows, specials]
+    good &= (flat[grid] == anchors.specials).all(axis=1)
+    for before, heading, _ in anchors.targets:
+        for step, number in enumerate(heading, start=1):
+            good &= flat[np.minimum(grid[:, before] + step, len(flat) - 1)] == number
+    grid = grid[good]
+    return good, [
+        (grid[:, before] + 1 + len(heading), grid[:, closing] + 1) for before, heading, closing in anchors.targets
+    ]
+
+
+def _flat(ids: Sequence[list[int]]) -> tuple[Int32, Int64]:
+    """Rows of ids in one array, and where each begins, with the end of the last."""
+    starts = np.zeros(len(ids) + 1, np.int64)
+    np.cumsum([len(row) for row in ids], out=starts[1:])
+    return np.fromiter(chain.from_iterable(ids), np.int32, int(starts[-1])), starts
+
+
+def _mask(size: int, starts: Int64, targets: _Targets, *, everything: bool) -> UInt8:
+    """1 where a token is trained. The first token of a row never is: nothing stands before it to predict it from."""
+    if everything:
+        trained: UInt8 = np.ones(size, np.uint8)
+    else:
+        change = np.zeros(size + 1, np.int8)
+        begins, ends = targets.places(starts)
+        np.add.at(change, begins, 1)
+        np.subtract.at(change, ends, 1)
+        # Neighbouring pieces may share a token, which then counts twice here.
+        trained = (np.cumsum(change[:-1], dtype=np.int8) > 0).view(np.uint8)
+    beginnings = starts[:-1]
+    trained[beginnings[beginnings < starts[1:]]] = 0
+    return trained
+
+
+def _token_ranges(encoding: Encoding, pieces: Sequence[tuple[str, bool, bool]]) -> list[tuple[int, int]]:
+    """Token ranges that cover the trained pieces. A token that reaches over a border into a target belongs to it."""
+    offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+    found: list[tuple[int, int]] = []
+    at = 0
+    for text, trained, _ in pieces:
+        if trained and text:
+            inside = np.flatnonzero((offsets[:, 0] < at + len(text)) & (offsets[:, 1] > at))
+            if len(inside):
+                found.append((int(inside[0]), int(inside[-1]) + 1))
+        at += len(text)
+    return found
+
+
+def anchors_of(outline: Outline, tokenizer: ChatTokenizer) -> Anchors | None:
+    """The anchors of an outline; None when a target does not lie between special tokens that the template writes."""
+    special = tokenizer.special
+    specials: list[int] = []
+    targets: list[tuple[int, tuple[int, ...], int]] = []
+    literal, inside, opening = "", False, (-1, "")
+    closing: int | None = None
+    for part, trained in [*outline.parts, ("", False)]:
+        if trained and not inside:
+            matches = list(special.pattern.finditer(literal))
+            if not matches:
+                return None
+            opening, closing = (len(specials) - 1, literal[matches[-1].start() :]), None
+        if inside and not trained:
+            if closing is None:
+                return None
+            targets.append((opening[0], _heading(opening[1], tokenizer), closing))
+        inside = trained
+        if not isinstance(part, str):
+            literal, closing = "", None
+            continue
+        literal += part
+        end = 0
+        for match in special.pattern.finditer(part):
+            specials.append(special.ids[match.group()])
+            end = match.end()
+        if trained and part:
+            closing = len(specials) - 1 if end == len(part) else None
+    return Anchors(np.array(specials, np.int64), tuple(targets)) if specials else None
+
+
+def _heading(text: str, tokenizer: ChatTokenizer) -> tuple[int, ...]:
+    """Ids of the literal text between a special token (with which `text` begins) and a target."""
+    return tuple(tokenizer.encode(text)[1:])

@@ -1,0 +1,187 @@
+"""What a template does with messages of given roles, found once and then filled in row by row.
+
+The template is run with contents that it can join and strip but not look at. If it did nothing else with them, its
+output for every other content is known without running it again: the same literal text with other contents in the same
+places. A template that looks (splits off a thinking part, counts, compares) is run on every row.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from qlora_hal.data.chat import ConversationWriter, Piece, TurnNotFound
+from qlora_hal.data.templates import TemplateFault
+
+if TYPE_CHECKING:
+    from qlora_hal.data.encoding import Anchors
+
+_POISON = "\ufdd2"
+_SLOT = re.compile("\ufdd0(\\d+)(-?)\ufdd1")
+_STAND_IN_NUMBER = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where the content of message `index` goes; `stripped` of white space at both ends, if the template does so."""
+
+    index: int
+    stripped: bool
+
+
+@dataclass(slots=True)
+class Outline:
+    """The literal text and the slots of conversations with the same roles, and what of it is trained.
+
+    `needs_content` says that the template asked whether a content is empty, so that the outline holds for contents
+    that are not. `anchors` are added by the encoder, once (`anchored`), if the targets lie between special tokens.
+    """
+
+    parts: tuple[tuple[str | Slot, bool], ...]
+    eos_added: bool
+    needs_content: bool
+    anchors: Anchors | None = None
+    anchored: bool = False
+    _filled: list[str] = field(default_factory=list)
+    _slots: list[tuple[int, int, bool]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._filled = [part if isinstance(part, str) else "" for part, _ in self.parts]
+        self._slots = [
+            (place, part.index, part.stripped) for place, (part, _) in enumerate(self.parts) if isinstance(part, Slot)
+        ]
+
+    def text(self, contents: Sequence[str]) -> str | None:
+        """The rendered conversation; None when the outline does not hold for these contents."""
+        if self.needs_content and not all(map(str.strip, contents)):
+            return None
+        filled = self._filled
+        for place, index, stripped in self._slots:
+            filled[place] = contents[index].strip() if stripped else contents[index]
+        return "".join(filled)
+
+    def pieces(self, contents: Sequence[str]) -> list[tuple[str, bool, bool]]:
+        """(text, trained, whether a person wrote it) of each part."""
+        found: list[tuple[str, bool, bool]] = []
+        for part, trained in self.parts:
+            if isinstance(part, str):
+                found.append((part, trained, False))
+            else:
+                content = contents[part.index]
+                found.append((content.strip() if part.stripped else content, trained, True))
+        return found
+
+
+def outline_of(writer: ConversationWriter, roles: Sequence[str], first_target: int) -> Outline | None:
+    """The outline of conversations with these roles, or None when the template looks into contents or refuses."""
+    watch = _Watch()
+    messages = [{"role": role, "content": _Unread(f"\ufdd0{i}\ufdd1", watch)} for i, role in enumerate(roles)]
+    stand_in = _Unread(f"\ufdd0{_STAND_IN_NUMBER}\ufdd1", watch)
+    try:
+        written = writer.write(messages, first_target, stand_in=stand_in)
+    except (_Looked, TemplateFault, TurnNotFound):
+        return None
+    if watch.looked or _POISON in written.text:
+        return None
+    parts = tuple(part for piece in written.pieces for part in _parts_of(piece))
+    return Outline(parts, written.eos_added, watch.asked_for_content)
+
+
+def _parts_of(piece: Piece) -> list[tuple[str | Slot, bool]]:
+    text, trained = piece
+    parts: list[tuple[str | Slot, bool]] = []
+    at = 0
+    for match in _SLOT.finditer(text):
+        if match.start() > at:
+            parts.append((text[at : match.start()], trained))
+        parts.append((Slot(int(match.group(1)), stripped=bool(match.group(2))), trained))
+        at = match.end()
+    if at < len(text):
+        parts.append((text[at:], trained))
+    return parts
+
+
+@dataclass(slots=True)
+class _Watch:
+    looked: bool = False
+    asked_for_content: bool = False
+
+
+class _Looked(Exception):
+    """The template did more with a content than to join or strip it."""
+
+
+class _Unread(str):
+    """A content whose characters stay unknown to the template.
+
+    Its own characters are a poison sign: if that reaches the output, compiled code read them past these methods.
+    """
+
+    _shown: str
+    _watch: _Watch
+
+    def __new__(cls, shown: str, watch: _Watch) -> _Unread:
+        self = super().__new__(cls, _POISON)
+        self._shown, self._watch = shown, watch
+        return self
+
+    def __str__(self) -> str:
+        return self._shown
+
+    def __format__(self, form: str) -> str:
+        return self._shown if not form else _look(self)
+
+    def __add__(self, other: Any) -> _Unread:
+        return _Unread(self._shown + _text_of(self, other), self._watch)
+
+    def __radd__(self, other: Any) -> _Unread:
+        return _Unread(_text_of(self, other) + self._shown, self._watch)
+
+    def __bool__(self) -> bool:
+        self._watch.asked_for_content = True
+        return True
+
+    def strip(self, characters: str | None = None, /) -> _Unread:
+        match = _SLOT.fullmatch(self._shown)
+        if match is None or characters is not None:
+            _look(self)
+        return _Unread(f"\ufdd0{match.group(1)}-\ufdd1", self._watch)
+
+
+def _text_of(unread: _Unread, other: object) -> str:
+    if type(other) is str or type(other) is _Unread:
+        return str(other)
+    _look(unread)
+
+
+def _look(unread: _Unread, *_: object, **__: object) -> NoReturn:
+    unread._watch.looked = True
+    raise _Looked
+
+
+_OWN = frozenset(vars(_Unread)) | frozenset(dir(object)) - {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"}
+for _name in dir(str):
+    if _name not in _OWN - {"__hash__"}:
+        setattr(_Unread, _name, _look)
+setattr(_Unread, "__rmod__", _look)  # noqa: B010
+
+
+class Outlines:
+    """The outlines of one template, each found when its roles are first met."""
+
+    def __init__(self, writer: ConversationWriter) -> None:
+        self._writer = writer
+        self._known: dict[tuple[object, ...], Outline | None] = {}
+
+    def of(self, messages: Sequence[Mapping[str, object]], first_target: int) -> Outline | None:
+        key = (first_target, *[message["role"] for message in messages])
+        try:
+            return self._known[key]
+        except KeyError:
+            outline = outline_of(self._writer, [str(role) for role in key[1:]], first_target)
+            # Each length of conversation has its own outline; beyond some thousands the rest is rendered.
+            if len(self._known) < 4096:
+                self._known[key] = outline
+            return outline

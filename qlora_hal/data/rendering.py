@@ -1,0 +1,161 @@
+"""From a row to its text, with what is trained in it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from qlora_hal.data.chat import ConversationWriter, TurnNotFound
+from qlora_hal.data.encoding import RenderedRow, RowEncoder
+from qlora_hal.data.outlines import Outlines
+from qlora_hal.data.reading import Row
+from qlora_hal.data.shapes import Conversation, Shape, Writing, example_of, shape_of, unrecognised
+from qlora_hal.data.templates import TemplateFault
+from qlora_hal.data.tokenizer import ChatTokenizer, mask_messages, no_template, template_refused
+from qlora_hal.errors import DataError
+
+_USED_COLUMNS = {
+    "messages": {"messages", "conversations", "tools"},
+    "sharegpt": {"conversations", "system"},
+    "alpaca": {"instruction", "input", "output", "system"},
+    "prompt_completion": {"prompt", "completion"},
+    "text": {"text"},
+}
+
+
+@dataclass(slots=True)
+class RenderingCounts:
+    """What rendering met, for the report."""
+
+    shapes: Counter[Shape] = field(default_factory=Counter)
+    columns: set[str] = field(default_factory=set)
+    eos_added_rows: int = 0
+    special_in_text: Counter[str] = field(default_factory=Counter)
+    rows_with_special: int = 0
+
+    @property
+    def unused_columns(self) -> list[str]:
+        used = set().union(*(_USED_COLUMNS[shape] for shape in self.shapes))
+        return sorted(self.columns - used)
+
+
+class RowRenderer:
+    """Renders rows of any shape for one tokenizer. Rows in Alpaca's shape have a text form of their own, which is used
+    when the tokenizer has no template."""
+
+    def __init__(self, tokenizer: ChatTokenizer, encoder: RowEncoder, shape: Shape | None) -> None:
+        self._tokenizer, self._encoder, self._shape = tokenizer, encoder, shape
+        self._alpaca = tokenizer if tokenizer.template is not None else tokenizer.with_template("alpaca")
+        self._input_heading = "### Input:\n" if self._alpaca.template_name == "alpaca" else ""
+        self.counts = RenderingCounts()
+
+    def render(self, row: Row) -> RenderedRow:
+        """Raises DataError: QH-D03 (field), QH-D08 (characters), QH-D12 (template, roles)."""
+        value = row.value
+        if isinstance(value, DataError):
+            raise value
+        shape = self._shape or shape_of(value)
+        if shape is None:
+            raise unrecognised(row, value)
+        example = example_of(row, shape, self._input_heading)
+        if isinstance(example, Writing):
+            rendered = _written(row, example)
+        else:
+            rendered = self._conversation(row, example, self._alpaca if shape == "alpaca" else self._tokenizer)
+        self.counts.shapes[shape] += 1
+        self.counts.columns.update(value)
+        return rendered
+
+    def _conversation(self, row: Row, example: Conversation, tokenizer: ChatTokenizer) -> RenderedRow:
+        if tokenizer.outlines is None or tokenizer.writer is None:
+            raise no_template("rows of messages", row.where)
+        if example.plain and (rendered := self._by_outline(row, example, tokenizer.outlines)) is not None:
+            return rendered
+        return self._by_template(row, example, tokenizer, tokenizer.writer)
+
+    def _by_outline(self, row: Row, example: Conversation, outlines: Outlines) -> RenderedRow | None:
+        outline = outlines.of(example.messages, example.first_target)
+        if outline is None:
+            return None
+        contents = [message["content"] for message in example.messages]
+        text = outline.text(contents)  # type: ignore[arg-type]
+        if text is None:
+            return None
+        if not outline.anchored:
+            self._encoder.prepare_outline(outline)
+        self.counts.eos_added_rows += outline.eos_added
+        return RenderedRow(row.number, row.where, text, _digest(row, text), outline, contents)  # type: ignore[arg-type]
+
+    def _by_template(
+        self, row: Row, example: Conversation, tokenizer: ChatTokenizer, writer: ConversationWriter
+    ) -> RenderedRow:
+        special = tokenizer.special
+        try:
+            messages = mask_messages(special, example.messages)
+            written = writer.write(messages, example.first_target, example.tools)
+        except TemplateFault as fault:
+            raise template_refused(tokenizer, example.messages, fault, row.where, row.number) from fault
+        except TurnNotFound as fault:
+            raise _turn_not_found(row, fault) from fault
+        except DataError as error:
+            error.where = error.where or row.where
+            raise
+        self.counts.eos_added_rows += written.eos_added
+        met = special.found_in(_strings(example.messages))
+        pieces = written.pieces
+        if met:
+            self.counts.special_in_text.update(met)
+            self.counts.rows_with_special += 1
+            pieces = [(special.restore(text), trained) for text, trained in pieces]
+        text = "".join(piece for piece, _ in pieces)
+        return RenderedRow(
+            row.number,
+            row.where,
+            text,
+            _digest(row, text),
+            pieces=[(piece, trained, False) for piece, trained in pieces],
+            protected=bool(met),
+        )
+
+
+def _written(row: Row, example: Writing) -> RenderedRow:
+    pieces = [(example.prompt, False, True)] if example.prompt else []
+    pieces.append((example.target, True, True))
+    text = example.prompt + example.target
+    return RenderedRow(row.number, row.where, text, _digest(row, text), pieces=pieces, is_writing=True)
+
+
+def _digest(row: Row, text: str) -> bytes:
+    """8 bytes that tell equal texts. Raises DataError (QH-D08) for text that has no UTF-8 form."""
+    try:
+        return hashlib.blake2b(text.encode(), digest_size=8).digest()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            "QH-D08",
+            f"The text holds the lone surrogate U+{ord(text[error.start]):04X}, half of a character.",
+            where=row.where,
+            cause="It has no UTF-8 form; half of an emoji is left when a text is cut by UTF-16 units.",
+            fix="Correct the row, or set data.on_bad_row to skip to count such rows and go on.",
+            context={"row": row.number},
+        ) from error
+
+
+def _turn_not_found(row: Row, fault: TurnNotFound) -> DataError:
+    return DataError(
+        "QH-D12",
+        f"The chat template rewrites message {fault.turn + 1} (role assistant) so that its place cannot be told.",
+        where=row.where,
+        cause="Where the answer stands in the rendered text decides what is trained.",
+        fix="Use a template with {% generation %} marks, or name a built-in one in data.chat_template.",
+        context={"row": row.number, "message": fault.turn + 1},
+    )
+
+
+def _strings(value: object) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [text for item in value for text in _strings(item)] if isinstance(value, list | tuple) else []

@@ -1,0 +1,40 @@
+"""One batch as a person reads it: what is trained stands out."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import numpy as np
+
+from qlora_hal.data.tokenizer import ChatTokenizer
+from qlora_hal.values import IGNORE_LABEL, PADDING_SEGMENT, Batch
+
+_GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"
+
+
+def show_batch(batch: Batch, tokenizer: ChatTokenizer, *, color: bool) -> str:
+    """The text of each sample, with special tokens; trained parts in green, or in ⟦ ⟧ without colour."""
+    opening, closing = (_GREEN, _PLAIN) if color else ("⟦", "⟧")
+    lines = [
+        f"{batch.input_ids.shape[0]} sequences of {batch.input_ids.shape[1]} positions; "
+        f"{batch.counted_tokens} of {batch.real_tokens} tokens are trained"
+    ]
+    for number in range(batch.input_ids.shape[0]):
+        segments = batch.segment_ids[number]
+        for segment in range(1, int(segments.max(initial=0)) + 1):
+            here = segments == segment
+            ids, trained = batch.input_ids[number][here], batch.labels[number][here] != IGNORE_LABEL
+            runs = groupby(range(len(ids)), key=lambda place, trained=trained: bool(trained[place]))  # type: ignore[misc]
+            text = ""
+            for is_trained, places in runs:
+                # A run is decoded together: one character may be spread over several tokens.
+                part = _safe(tokenizer.decode(ids[list(places)].tolist(), skip_special_tokens=False))
+                text += f"{opening}{part}{closing}" if is_trained else part
+            lines.append(f"--- sequence {number + 1}, sample {segment}: {len(ids)} tokens ---\n{text}")
+    padding = int(np.count_nonzero(batch.segment_ids == PADDING_SEGMENT))
+    return "\n".join([*lines, f"--- padding: {padding} positions ---"])
+
+
+def _safe(text: str) -> str:
+    """Control characters of a row must not reach the terminal."""
+    return "".join(sign if sign.isprintable() or sign in "\n\t" else f"\\x{ord(sign):02x}" for sign in text)

@@ -1,0 +1,257 @@
+"""The tokenizer of a base model with its chat template, on the Rust `tokenizers` library alone.
+
+Nothing here adds special tokens by itself: a chat template writes all of its own, and plain text gets its bos and eos
+where rows are prepared. So a bos can never appear twice by two parties adding it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_hal.data.chat import ConversationWriter, TurnNotFound
+from qlora_hal.data.outlines import Outlines
+from qlora_hal.data.special_text import NONCHARACTERS, ProtectedTokenizer, SpecialText
+from qlora_hal.data.templates import BUILT_IN, ChatTemplate, TemplateFault
+from qlora_hal.data.tokenizer_files import TokenizerFiles, broken, read_folder
+from qlora_hal.errors import DataError
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+
+    from qlora_hal.data.chat import Message
+
+_ENCODING_VERSION = "1"
+
+
+class ChatTokenizer:
+    """Text to ids and back, conversations to text, and which tokens open, close and pad a row.
+
+    `stop_ids` end generation: the eos ids of the model and the token with which the template ends a turn. `pad_id` is
+    never an end token; padding is told by segment ids, so the pad token's own meaning never matters. `hash` changes
+    with anything that could change a row's tokens.
+    """
+
+    def __init__(self, files: TokenizerFiles, *, template: str | None, template_name: str) -> None:
+        """Raises DataError (QH-D12), UnsafeInputError (QH-X04), ModelError (QH-D52)."""
+        self._rust = files.tokenizer
+        self.vocabulary_size: int = self._rust.get_vocab_size(with_added_tokens=True)
+        self.special = SpecialText(
+            {token.content: number for number, token in self._rust.get_added_tokens_decoder().items() if token.special}
+        )
+        self._named = dict(files.named)
+        self.eos_id = self._eos(files)
+        self.bos_id = self._id_of("bos_token", self.eos_id)
+        self.adds_bos = self._bos_is_added(files)
+        notes: list[str] = []
+        self.pad_id = self._pad(files, notes)
+        self.template_name = template_name if template is not None else "none"
+        self.template = None if template is None else ChatTemplate(template, template_name, self._variables())
+        self.writer = (
+            None
+            if self.template is None
+            else ConversationWriter(self.template, self.special, self._rust.id_to_token(self.eos_id) or "")
+        )
+        self.outlines = None if self.writer is None else Outlines(self.writer)
+        self._protected: ProtectedTokenizer | None = None
+        self.stop_ids = self._stops(files)
+        if self.template is not None and self.template.tells_date:
+            notes.append("the chat template writes today's date; a fixed day stands there, so that runs repeat")
+        self.notes = tuple(notes)
+        self.hash = self._hash(template)
+
+    @classmethod
+    def from_folder(cls, folder: Path, *, chat_template: str | None = None) -> ChatTokenizer:
+        """The tokenizer of a model folder; `chat_template` is a built-in name or a Jinja file that replaces its own.
+
+        Raises ModelError (QH-D52), DataError (QH-D12), UnsafeInputError (QH-X04).
+        """
+        files = read_folder(Path(folder))
+        if chat_template is None:
+            return cls(files, template=files.template, template_name="of the tokenizer")
+        if chat_template in BUILT_IN:
+            return cls(files, template=BUILT_IN[chat_template], template_name=chat_template)
+        path = Path(chat_template).expanduser()
+        if not path.is_file():
+            raise DataError(
+                "QH-D12",
+                f"There is no chat template {chat_template!r}, neither built in nor as a file.",
+                where="data.chat_template",
+                fix=f"Name one of {', '.join(BUILT_IN)}, or a Jinja file.",
+            )
+        return cls(files, template=path.read_text("utf-8"), template_name=path.name)
+
+    def with_template(self, name: str) -> ChatTokenizer:
+        """The same tokenizer with a built-in template."""
+        other = object.__new__(ChatTokenizer)
+        files = TokenizerFiles(self._rust, self._named, None, tuple(self.stop_ids), self.adds_bos)
+        ChatTokenizer.__init__(other, files, template=BUILT_IN[name], template_name=name)
+        return other
+
+    # text ----------------------------------------------------------------------------------------------------------
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; special tokens in it become tokens, none is added."""
+        ids: list[int] = self._rust.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str], *, offsets: bool = True) -> list[Encoding]:
+        """Encodings of many texts on all cores; without offsets it is faster. The ids are the same."""
+        encode = self._rust.encode_batch if offsets else self._rust.encode_batch_fast
+        encodings: list[Encoding] = encode(list(texts), add_special_tokens=False)
+        return encodings
+
+    def encode_protected(self, text: str) -> tuple[list[int], Encoding]:
+        """Ids of a text in which `special.alias` and `special.restore` marked what is a special token."""
+        if self._protected is None:
+            self._protected = ProtectedTokenizer(self._rust, self.special)
+        return self._protected.encode(text)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of ids."""
+        text: str = self._rust.decode([int(number) for number in ids], skip_special_tokens=skip_special_tokens)
+        return text
+
+    # conversations -------------------------------------------------------------------------------------------------
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        """The template's text. Raises DataError (QH-D12) without a template or when it refuses the messages."""
+        if self.template is None:
+            raise no_template("these messages")
+        try:
+            text = self.template.render(messages, add_generation_prompt=add_generation_prompt)
+        except TemplateFault as fault:
+            raise template_refused(self, messages, fault, "") from fault
+        return text.replace("\ufdd3", "").replace("\ufdd4", "")
+
+    def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
+        """Ids of a conversation, for generation. Special tokens inside contents are text; a bos never stands twice."""
+        contents = [content for message in messages if isinstance(content := message.get("content"), str)]
+        if not self.special.found_in(contents):
+            ids = self.encode(self.render(messages, add_generation_prompt=add_generation_prompt))
+        else:
+            masked = mask_messages(self.special, messages)
+            text = self.render(masked, add_generation_prompt=add_generation_prompt)
+            ids, _ = self.encode_protected(self.special.restore(text))
+        return ids[1:] if ids[:2] == [self.bos_id] * 2 and self.bos_id != self.eos_id else ids
+
+    # what the folder says ------------------------------------------------------------------------------------------
+    def _id_of(self, name: str, otherwise: int) -> int:
+        number = self._rust.token_to_id(self._named[name]) if name in self._named else None
+        return otherwise if number is None else int(number)
+
+    def _eos(self, files: TokenizerFiles) -> int:
+        number = self._id_of("eos_token", files.eos_ids[0] if files.eos_ids else -1)
+        if not 0 <= number < self.vocabulary_size:
+            raise broken(Path("tokenizer_config.json"), "it names no eos_token, and a row must end with one")
+        return number
+
+    def _bos_is_added(self, files: TokenizerFiles) -> bool:
+        if "bos_token" not in self._named:
+            return False
+        if files.adds_bos is not None:
+            return files.adds_bos
+        with_special = self._rust.encode("a", add_special_tokens=True).ids
+        return with_special[:1] == [self.bos_id]
+
+    def _pad(self, files: TokenizerFiles, notes: list[str]) -> int:
+        ends = {self.eos_id, *files.eos_ids}
+        declared = self._id_of("pad_token", -1)
+        if declared >= 0 and declared not in ends:
+            return declared
+        fallback = self._id_of("unk_token", -1)
+        if fallback < 0 or fallback in ends:
+            fallback = next(number for number in range(self.vocabulary_size) if number not in ends)
+        why = "the tokenizer has no pad token" if declared < 0 else "the tokenizer's pad token is also an end token"
+        text = self._rust.id_to_token(fallback)
+        notes.append(f"{why}; id {fallback} ({text}) pads, and the eos stays trained")
+        return fallback
+
+    def _variables(self) -> Mapping[str, object]:
+        return {"bos_token": "", **self._named, "tokenizer_adds_bos": self.adds_bos, "eos_token": self._eos_text()}
+
+    def _eos_text(self) -> str:
+        return str(self._rust.id_to_token(self.eos_id))
+
+    def _stops(self, files: TokenizerFiles) -> tuple[int, ...]:
+        stops = [self.eos_id, *files.eos_ids]
+        if self.writer is not None:
+            try:
+                written = self.writer.write([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+            except (TemplateFault, TurnNotFound):
+                return tuple(dict.fromkeys(stops))  # what the template does not take, the first row will say
+            target = "".join(text for text, trained in written.pieces if trained)
+            stops += [self.special.ids[token] for token in self.special.pattern.findall(target)[-1:]]
+        return tuple(dict.fromkeys(stops))
+
+    def _hash(self, template: str | None) -> str:
+        digest = hashlib.sha256(self._rust.to_str().encode("utf-8", "replace"))
+        for part in (template or "", self.bos_id, self.eos_id, self.adds_bos, _ENCODING_VERSION):
+            digest.update(f"\0{part}".encode("utf-8", "replace"))
+        return digest.hexdigest()
+
+
+def no_template(what: str, where: str = "") -> DataError:
+    """The error when a conversation has to be rendered and the tokenizer has no template (QH-D12)."""
+    return DataError(
+        "QH-D12",
+        f"The tokenizer has no chat template, and {what} need one.",
+        where=where,
+        cause="Every model family has its own way to write turns; a wrong guess would train without an error.",
+        fix=f"Set data.chat_template to one of {', '.join(BUILT_IN)}, or to a Jinja file.",
+        context={"built_in_templates": list(BUILT_IN)},
+    )
+
+
+def template_refused(
+    tokenizer: ChatTokenizer, messages: Sequence[Message], fault: Exception, where: str, row: int | None = None
+) -> DataError:
+    """The error when a template fails on a conversation (QH-D12): which row, and at which message it began to fail."""
+    turn = _first_refused(tokenizer, messages)
+    roles = " ".join(str(message.get("role")) for message in messages)
+    which = f"message {turn + 1} (role {messages[turn].get('role')})" if messages else "a conversation without messages"
+    return DataError(
+        "QH-D12",
+        f"The chat template {tokenizer.template_name} refuses {which}: {fault}.",
+        where=where,
+        cause=f"The roles of the row are: {roles}.",
+        fix="Correct the order of the roles, or set data.chat_template to a template that takes them.",
+        context={"row": row, "message": turn + 1, "roles": roles},
+    )
+
+
+def _first_refused(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> int:
+    assert tokenizer.template is not None
+    for count in range(1, len(messages)):
+        try:
+            tokenizer.template.render(messages[:count])
+        except TemplateFault:
+            return count - 1
+    return max(0, len(messages) - 1)
+
+
+def mask_messages(special: SpecialText, messages: Sequence[Message]) -> list[Message]:
+    """Messages in which the special tokens of every string are masked; `special.restore` brings them back as text.
+
+    Raises DataError (QH-D08) when a text holds the signs that masks are made of.
+    """
+    masked: list[Message] = []
+    for message in messages:
+        masked.append({key: value if key == "role" else _masked(special, value) for key, value in message.items()})
+    return masked
+
+
+def _masked(special: SpecialText, value: object) -> object:
+    if isinstance(value, str):
+        if NONCHARACTERS.search(value):
+            raise DataError(
+                "QH-D08",
+                "A text holds code points between U+FDD0 and U+FDEF, which are no characters.",
+                fix="Remove them from the row, or set data.on_bad_row to skip.",
+            )
+        return special.mask(value)
+    if isinstance(value, Mapping):
+        return {key: _masked(special, item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_masked(special, item) for item in value]
+    return value

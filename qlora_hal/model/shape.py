@@ -1,0 +1,53 @@
+"""The sizes of a decoder that decide its activation memory, read from config.json under any family's names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qlora_hal.model.facts import ModelFacts
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderShape:
+    """Widths in elements per token. `key_value` is the width of keys (and of values) together over all heads."""
+
+    layers: int
+    hidden: int
+    feed_forward: int
+    heads: int
+    key_value: int
+
+
+def decoder_shape(facts: ModelFacts) -> DecoderShape:
+    """Sizes from config.json; what it does not say comes from the linear layers' shapes."""
+    from qlora_hal.model.facts import text_config
+
+    config = text_config(facts.config)
+    inputs = [shape[0] for shape in facts.linear_modules.values()]
+    outputs = [shape[1] for shape in facts.linear_modules.values()]
+    hidden = _first(config, "hidden_size", "n_embd", "d_model", "dim") or min(inputs, default=0)
+    layers = _first(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers") or _numbered_blocks(facts)
+    heads = _first(config, "num_attention_heads", "n_head", "n_heads") or 1
+    key_value_heads = _first(config, "num_key_value_heads") or heads
+    head_size = _first(config, "head_dim") or hidden // heads
+    feed_forward = _first(config, "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+    return DecoderShape(
+        layers=layers,
+        hidden=hidden,
+        feed_forward=feed_forward or max([4 * hidden, *outputs]),
+        heads=heads,
+        key_value=key_value_heads * head_size,
+    )
+
+
+def _first(config: Mapping[str, object], *names: str) -> int | None:
+    values = (config.get(name) for name in names)
+    return next((value for value in values if type(value) is int and value > 0), None)
+
+
+def _numbered_blocks(facts: ModelFacts) -> int:
+    numbers = {int(part) for name in facts.tensors for part in name.split(".") if part.isdigit()}
+    return max(numbers, default=-1) + 1

@@ -1,0 +1,274 @@
+"""What a run shows in the terminal. Everything goes to stderr: a live line where a person watches, else plain lines."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from qlora_hal.report import figures
+from qlora_hal.report.metrics import Smoother
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.live import Live
+
+    from qlora_hal.backend import ProbeReport
+    from qlora_hal.observing import RunView, TrainResult
+    from qlora_hal.values import StepStats
+
+_REFRESH_SECONDS = 0.1
+
+
+def stderr_console(stream: TextIO | None = None, environ: Mapping[str, str] | None = None) -> Console:
+    """A rich console on stderr. NO_COLOR and FORCE_COLOR decide about colour before the terminal does."""
+    from rich.console import Console
+
+    variables = os.environ if environ is None else environ
+    stream = sys.stderr if stream is None else stream
+    no_color = bool(variables.get("NO_COLOR"))
+    forced = not no_color and bool(variables.get("FORCE_COLOR"))
+    return Console(
+        file=stream,
+        no_color=no_color,
+        force_terminal=True if forced else None,
+        highlight=False,
+        _environ=dict(variables),
+    )
+
+
+def wants_color(stream: TextIO, environ: Mapping[str, str] | None = None) -> bool:
+    """Whether text for this stream should carry colour."""
+    variables = os.environ if environ is None else environ
+    if variables.get("NO_COLOR"):
+        return False
+    return bool(variables.get("FORCE_COLOR")) or is_watched(stream, {**variables, "CI": ""})
+
+
+def is_watched(stream: TextIO, environ: Mapping[str, str]) -> bool:
+    """Whether a person sits before the stream: a terminal that can move its cursor, outside CI."""
+    return stream.isatty() and not environ.get("CI") and environ.get("TERM") not in (None, "", "dumb")
+
+
+class RunConsole:
+    """Shows one run.
+
+    `quiet` keeps only notes, `json` keeps stderr free of the live line and of tables; stdout is never written here.
+    """
+
+    def __init__(
+        self,
+        *,
+        quiet: bool = False,
+        json: bool = False,
+        stream: TextIO | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        variables = os.environ if environ is None else environ
+        self.quiet = quiet
+        self.json = json
+        self._stream = sys.stderr if stream is None else stream
+        self._console = stderr_console(self._stream, variables)
+        self._watched = is_watched(self._stream, variables) and not quiet and not json
+        self._live: Live | None = None
+        self._shown_at = 0.0
+        self._smoother = Smoother()
+
+    # before the first step -----------------------------------------------------------------------------------------
+    def note(self, text: str) -> None:
+        """One sentence that the user should know; shown even when quiet."""
+        self._print(_styled("note: ", "yellow", text), always=True)
+
+    def detection(self, chosen: str, why: str, reports: Sequence[ProbeReport], rejections: Mapping[str, str]) -> None:
+        """Which backend was taken, and of every other why not."""
+        devices = next((", ".join(r.devices) for r in reports if r.backend == chosen), "")
+        self._print(_styled("backend: ", "bold", f"{chosen}{f' on {devices}' if devices else ''} ({why})"))
+        for report in reports:
+            if report.backend != chosen:
+                reason = rejections.get(report.backend) or report.reason or report.availability.value
+                self._print(_styled(f"  not {report.backend}: ", "dim", reason))
+
+    def data_report(self, lines: Iterable[str]) -> None:
+        """What the data room counted, a line each."""
+        for number, line in enumerate(lines):
+            self._print(_styled("data: " if number == 0 else "      ", "bold", line))
+
+    def run_started(self, run: RunView) -> None:
+        """The model is loaded and the first step is about to run."""
+        facts = [str(run.resolved[key]) for key in ("weight_format", "compute_dtype") if run.resolved.get(key)]
+        left = run.total_steps - run.first_step
+        start = f" from step {run.first_step}" if run.first_step else ""
+        self._print(_styled("run: ", "bold", f"{left} steps{start}, {', '.join(facts)}, into {run.run_dir}"))
+
+    # while it runs -------------------------------------------------------------------------------------------------
+    def step(
+        self,
+        run: RunView,
+        step: int,
+        stats: StepStats,
+        *,
+        learning_rate: float,
+        tokens_per_second: float,
+        seconds_per_step: float,
+        epoch: float,
+        tokens_seen: int,
+        memory_bytes: int | None,
+        memory_limit: int | None,
+        eta_seconds: float | None,
+    ) -> None:
+        """One optimizer step; `step` counts from 1."""
+        average = self._smoother.add(stats.loss)
+        if self.quiet:
+            return
+        memory = "" if memory_bytes is None else f"mem {figures.size(memory_bytes)}"
+        if memory and memory_limit:
+            memory += f" of {figures.size(memory_limit)}"
+        parts = [
+            f"epoch {epoch:.2f}",
+            f"loss {figures.loss(stats.loss)} (ema {figures.loss(average)})",
+            f"grad {stats.grad_norm:.3g}{'' if stats.applied else ' NOT APPLIED'}",
+            f"lr {figures.rate(learning_rate)}",
+            f"{figures.count(tokens_per_second)} tok/s",
+            f"{seconds_per_step:.3g} s/step",
+            f"eta {figures.duration(eta_seconds)}",
+            memory,
+            f"{figures.count(tokens_seen)} tokens",
+        ]
+        if self._watched:
+            self._show_live(step, run.total_steps, [part for part in parts if part])
+        elif step % run.config.training.logging_steps == 0 or step == run.total_steps:
+            self._print("  ".join([f"step {step}/{run.total_steps}", *filter(None, parts)]))
+
+    def evaluated(self, step: int, loss: float, label: str) -> None:
+        """An evaluation ended; `label` is `before`, `during` or `after`."""
+        self._print(_styled("eval: ", "bold", f"step {step} ({label})  loss {figures.loss(loss)}{_perplexity(loss)}"))
+
+    def checkpoint(self, step: int, path: Path) -> None:
+        """A checkpoint is durable."""
+        self._print(_styled("saved: ", "bold", f"step {step} in {path}"))
+
+    # at the end ----------------------------------------------------------------------------------------------------
+    def samples(self, rows: Sequence[Mapping[str, str]]) -> None:
+        """Answers before and after training. A row has `prompt`, `before`, `after`."""
+        self._stop_live()
+        if self.quiet or not rows:
+            return
+        if self._watched:
+            self._console.print(_sample_table(rows))
+            return
+        for row in rows:
+            for key in ("prompt", "before", "after"):
+                self._print(f"sample {key}: {' '.join(row.get(key, '').split())}")
+
+    def finished(self, result: TrainResult, paths: Mapping[str, Path]) -> None:
+        """The summary, and the three commands that make sense next. `paths` names what was written."""
+        self._stop_live()
+        if self.quiet:
+            return
+        for name, text in summary(result, paths):
+            self._print(_styled(f"{name:<12}", "bold", text))
+        self._print(_styled("next:", "bold", ""))
+        for command in next_commands(result):
+            self._print(f"  {command}")
+
+    def close(self) -> None:
+        """Give the terminal back; safe to call twice, and right to call when a run fails."""
+        self._stop_live()
+
+    # drawing -------------------------------------------------------------------------------------------------------
+    def _print(self, content: RenderableType, *, always: bool = False) -> None:
+        from rich.text import Text
+
+        if self.quiet and not always:
+            return
+        # Text keeps square brackets of users' data from being read as markup; soft wrap keeps paths whole.
+        content = Text(content) if isinstance(content, str) else content
+        (self._live.console if self._live else self._console).print(content, soft_wrap=True)
+
+    def _show_live(self, step: int, total: int, parts: Sequence[str]) -> None:
+        from rich.live import Live
+
+        now = time.monotonic()
+        if self._live is not None and now - self._shown_at < _REFRESH_SECONDS and step < total:
+            return
+        self._shown_at = now
+        if self._live is None:
+            self._live = Live(console=self._console, auto_refresh=False, transient=False, redirect_stdout=False)
+            self._live.start()
+        self._live.update(_live_line(step, total, parts), refresh=True)
+
+    def _stop_live(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+def summary(result: TrainResult, paths: Mapping[str, Path]) -> list[tuple[str, str]]:
+    """The end of a run as (name, text)."""
+    speed = result.tokens / result.wall_seconds if result.wall_seconds > 0 else None
+    ended = "" if result.stopped_because == "finished" else f", stopped: {result.stopped_because}"
+    block = f" in blocks of {result.block_size}" if result.block_size else ""
+    rows = [
+        ("trained", f"{result.steps} steps, {figures.count(result.tokens)} tokens{ended}"),
+        ("took", f"{figures.duration(result.wall_seconds)}, {figures.count(speed)} tok/s"),
+        ("on", f"{result.backend} ({result.device}), base stored as {result.weight_format}{block}"),
+    ]
+    if result.losses:
+        first, last = result.losses[0], result.losses[-1]
+        rows.append(("train loss", f"{figures.loss(first[1])} (step {first[0]}) -> {figures.loss(last[1])}"))
+    if result.eval_loss_after is not None:
+        before, after = figures.loss(result.eval_loss_before), figures.loss(result.eval_loss_after)
+        rows.append(("eval loss", f"{before} -> {after}"))
+    if result.peak_memory_bytes is not None:
+        rows.append(("peak memory", figures.size(result.peak_memory_bytes)))
+    rows.append(("adapter", str(result.adapter_dir)))
+    rows.extend((name, str(path)) for name, path in paths.items() if name != "adapter")
+    return rows
+
+
+def next_commands(result: TrainResult) -> tuple[str, ...]:
+    """The three commands that make sense after this result, ready to be pasted."""
+    from shlex import quote
+
+    run = quote(str(result.run_dir))
+    report = quote(str(result.run_dir / "report.html"))
+    first = f"qlora-hal chat --run {run}" if result.stopped_because == "finished" else f"qlora-hal resume {run}"
+    return (first, f'qlora-hal generate --run {run} --prompt "..."', f"python -m webbrowser -t {report}")
+
+
+def _styled(head: str, style: str, text: str) -> RenderableType:
+    from rich.text import Text
+
+    return Text.assemble((head, style), text)
+
+
+def _perplexity(loss: float) -> str:
+    from math import exp
+
+    return f"  perplexity {exp(loss):.2f}" if 0 <= loss < 20 else ""
+
+
+def _live_line(step: int, total: int, parts: Sequence[str]) -> RenderableType:
+    from rich.console import Group
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 1))
+    grid.add_row(ProgressBar(total=total, completed=step, width=24), Text(f"step {step}/{total}", "bold"))
+    return Group(grid, Text("  ".join(parts)))
+
+
+def _sample_table(rows: Sequence[Mapping[str, str]]) -> RenderableType:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="Answers", title_justify="left", show_lines=True, expand=True)
+    for heading in ("prompt", "before", "after"):
+        table.add_column(heading, ratio=1, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(row.get(key, "")) for key in ("prompt", "before", "after")))
+    return table

@@ -1,0 +1,192 @@
+"""run.json: how a run was set up, what it resolved to, and how it ended. The keys are explained in docs/run-folder.md.
+
+Secrets never enter: values of token-like environment variables and token-like texts are replaced, and the home folder
+is written as `~`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_hal.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qlora_hal.backend import ProbeReport
+    from qlora_hal.config import RunConfig
+
+SCHEMA_VERSION = 1
+RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Detection:
+    """Which backend was taken and why; `rejections` maps every other backend to its reason."""
+
+    chosen: str
+    why: str
+    reports: tuple[Mapping[str, object], ...] = ()
+    rejections: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, chosen: str, why: str, reports: Sequence[ProbeReport], rejections: Mapping[str, str]) -> Detection:
+        return cls(chosen, why, tuple(report.as_json() for report in reports), dict(rejections))
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """The content of run.json. Start with what is known, and write again with `dataclasses.replace` at the end.
+
+    `resolved` holds backend, device, weight_format, block_size, double_quant, compute_dtype, kernel_path, driver, seed,
+    total_steps. `model` holds name, revision, architecture, parameter_count, fingerprint. `timings` are seconds.
+    `status` is `running`, `finished`, `stopped` or `failed`.
+    """
+
+    config: Mapping[str, object]
+    origins: Mapping[str, str]
+    resolved: Mapping[str, object] = field(default_factory=dict)
+    model: Mapping[str, object] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, object] = field(default_factory=dict)
+    detection: Detection | None = None
+    data_report: Mapping[str, object] = field(default_factory=dict)
+    memory_estimate: Mapping[str, int] = field(default_factory=dict)
+    status: str = "running"
+    stopped_because: str = ""
+    started_at: str = ""
+    finished_at: str = ""
+    steps: int = 0
+    tokens: int = 0
+    eval_loss_before: float | None = None
+    eval_loss_after: float | None = None
+    eval_loss_best: float | None = None
+    best_step: int | None = None
+    samples: tuple[Mapping[str, str], ...] = ()
+    timings: Mapping[str, float] = field(default_factory=dict)
+    peak_memory_bytes: int | None = None
+    adapter_dir: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def given_config(config: RunConfig) -> dict[str, object]:
+    """The configuration as the user gave it, as JSON and redacted: what run.json holds and later runs compare with."""
+    tree = redacted(config.model_dump(mode="json"))
+    return tree if isinstance(tree, dict) else {}
+
+
+def run_facts(record: RunRecord) -> dict[str, object]:
+    """The record as JSON values, redacted: the keys of run.json."""
+    content = {"schema_version": SCHEMA_VERSION, **asdict(record)}
+    facts = _plain(redacted(content))
+    return facts if isinstance(facts, dict) else {}
+
+
+def write_run_file(run_dir: Path, record: RunRecord) -> Path:
+    """Replace run.json in one move. Raises StorageError."""
+    from qlora_hal.report.durable import replace_file
+
+    text = json.dumps(run_facts(record), indent=2, ensure_ascii=False, allow_nan=False)
+    path = run_dir / RUN_FILE
+    replace_file(path, f"{text}\n".encode())
+    return path
+
+
+def read_run_file(run_dir: Path) -> dict[str, object]:
+    """run.json as written. Raises ConfigError (S50) when the folder holds none or it is damaged."""
+    path = run_dir / RUN_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _no_run(path, str(getattr(error, "strerror", None) or error)) from error
+    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+        raise _no_run(path, "it holds no configuration")
+    return content
+
+
+def record_from(content: Mapping[str, object]) -> RunRecord:
+    """The record that run.json was written from; a resumed run goes on with it."""
+    known = {name: content[name] for name in RunRecord.__slots__ if name in content}
+    detection = known.get("detection")
+    if isinstance(detection, Mapping):
+        known["detection"] = Detection(**{**detection, "reports": tuple(detection.get("reports", ()))})
+    for name in ("samples", "notes"):
+        known[name] = tuple(known.get(name) or ())  # type: ignore[arg-type]
+    return RunRecord(**known)  # type: ignore[arg-type]
+
+
+def read_run_config(run_dir: Path) -> RunConfig:
+    """The configuration of a run, with `~` written out in its paths. Raises ConfigError."""
+    from qlora_hal.settings import resolve_settings
+
+    tree = read_run_file(run_dir)["config"]
+    config = dict(tree) if isinstance(tree, Mapping) else {}
+    for path in _PATHS:
+        group, _, name = path.rpartition(".")
+        home = config.get(group) if group else config
+        if isinstance(home, dict) and isinstance(home.get(name), str):
+            home[name] = os.path.expanduser(home[name])
+    return resolve_settings(config, environ={}).config
+
+
+_PATHS = ("output_dir", "model.name_or_path", "data.path", "data.validation_path", "data.chat_template")
+
+
+def redacted(value: object, secrets: Sequence[str] | None = None) -> object:
+    """The value with secrets replaced and the home folder written as `~`, through all lists and mappings."""
+    known = environment_secrets(os.environ) if secrets is None else secrets
+    if isinstance(value, Mapping):
+        return {
+            str(key): "[removed]" if _SECRET_KEY.search(str(key)) and isinstance(item, str) else redacted(item, known)
+            for key, item in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [redacted(item, known) for item in value]
+    if isinstance(value, (str, Path)):
+        return _redacted_text(str(value), known)
+    return value
+
+
+def environment_secrets(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Values of environment variables whose names say that they are secret, longest first."""
+    values = (value for name, value in environ.items() if _SECRET_KEY.search(name) and len(value) >= 8)
+    return tuple(sorted(values, key=len, reverse=True))
+
+
+_SECRET_KEY = re.compile(r"(?i)(^|_|-|\.)(token|api_?key|secret|password|passwd|credential)s?$")
+_SECRET_TEXT = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,})")
+_URL_LOGIN = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+
+
+def _redacted_text(text: str, secrets: Sequence[str]) -> str:
+    for secret in secrets:
+        text = text.replace(secret, "[removed]")
+    text = _URL_LOGIN.sub("[removed]", _SECRET_TEXT.sub("[removed]", text))
+    home = str(Path.home())
+    if home in ("", "/", "\\"):
+        return text
+    return re.sub(rf"(?<![\w/\\]){re.escape(home)}(?=$|[/\\\s\"',:;)\]])", "~", text)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def _no_run(path: Path, why: str) -> ConfigError:
+    return ConfigError(
+        "QH-S50",
+        f"{path.parent} is no run folder: {RUN_FILE} cannot be used ({why}).",
+        where=str(path),
+        fix="Name the folder that train wrote, the one that holds run.json and checkpoints.",
+    )

@@ -1,0 +1,58 @@
+"""A conversation with two models."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from qlora_hal.cli.chat import converse
+
+
+class Echo:
+    """Answers with the number of turns it was shown: a stand-in for two loaded models, small enough to check."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[dict[str, str]]] = []
+
+    def answer(self, messages: Sequence[dict[str, str]], *, max_new_tokens: int) -> tuple[str, str]:
+        self.asked.append(list(messages))
+        text = f"{len(messages)} messages, last {messages[-1]['content']} [x]"
+        return f"base {text}", f"adapter {text}"
+
+
+def talk(typed: str) -> tuple[str, Echo]:
+    shown, echo = io.StringIO(), Echo()
+    console = Console(file=shown, force_terminal=False, highlight=False, markup=False, width=200)
+    converse(echo, io.StringIO(typed), console, max_new_tokens=8)
+    return shown.getvalue(), echo
+
+
+def test_both_answers_are_shown_and_each_model_sees_its_own_history() -> None:
+    shown, echo = talk("one\ntwo\n/quit\nnever\n")
+    assert "base:    base 1 messages, last one [x]" in shown
+    assert "adapter: adapter 3 messages, last two [x]" in shown
+    assert "never" not in shown
+    histories = [[m["content"] for m in asked if m["role"] == "assistant"] for asked in echo.asked]
+    assert histories == [[], ["base 1 messages, last one [x]"], ["adapter 1 messages, last one [x]"]]
+
+
+def test_reset_begins_again_and_stats_count() -> None:
+    shown, _ = talk("one\n/reset\n/stats\ntwo\n/stats\n")
+    assert "0 turns" in shown
+    assert "1 turns" in shown
+    assert "adapter 1 messages, last two" in shown
+
+
+def test_save_writes_both_conversations_and_never_replaces_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "talk.json"
+    shown, _ = talk(f"one\n/save {file}\n/save {file}\n/save\n/what\n")
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    assert [m["role"] for m in saved["base"]] == ["user", "assistant"]
+    assert saved["adapter"][1]["content"].startswith("adapter")
+    assert "cannot be written" in shown
+    assert "/save needs the name" in shown
+    assert "/reset begins again" in shown

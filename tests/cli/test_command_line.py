@@ -1,0 +1,225 @@
+"""What people type, and what comes back: the real program in a child process."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qlora_hal.cli.application import VERBS
+from qlora_hal.settings_schema import settings
+
+CommandLine = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def test_help_lists_every_verb(qlora_hal: CommandLine) -> None:
+    done = qlora_hal("--help")
+    assert done.returncode == 0
+    assert all(re.search(rf"\b{verb}\b", done.stdout) for verb in VERBS)
+    assert done.stderr == ""
+
+
+def test_help_of_train_has_a_flag_for_every_setting(qlora_hal: CommandLine) -> None:
+    shown = qlora_hal("train", "--help").stdout
+    assert [path for path in settings() if f"--{path}" not in shown] == []
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "train"])
+def test_every_verb_has_help(qlora_hal: CommandLine, verb: str) -> None:
+    done = qlora_hal(verb, "--help")
+    assert done.returncode == 0
+    assert f"qlora-hal {verb}" in done.stdout
+
+
+def test_version_is_the_packages(qlora_hal: CommandLine) -> None:
+    import qlora_hal as package
+
+    assert qlora_hal("--version").stdout.strip() == package.__version__
+
+
+def test_print_config_shows_value_and_origin_of_every_setting(qlora_hal: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("lora:\n  r: 4\n", encoding="utf-8")
+    done = qlora_hal(
+        "train",
+        "run.yaml",
+        "--model=some/model",
+        "--training.learning-rate",
+        "3e-4",
+        "--data.shuffle",
+        "false",
+        "--data.packing",
+        "--print-config",
+        QLORA_HAL_TRAINING__SEED="7",
+    )
+    rows = {line.split()[0]: line.split(maxsplit=2)[1:] for line in done.stdout.splitlines()}
+    assert done.returncode == 0, done.stderr
+    assert set(rows) == set(settings())
+    assert rows["lora.r"] == ["4", "run.yaml:2"]
+    assert rows["model.name_or_path"] == ["some/model", "command line --model.name_or_path"]
+    assert rows["training.learning_rate"] == ["0.0003", "command line --training.learning_rate"]
+    assert rows["data.shuffle"][0] == "false"
+    assert rows["data.packing"][0] == "true"
+    assert rows["training.seed"] == ["7", "environment QLORA_HAL_TRAINING__SEED"]
+    assert rows["lora.alpha"][1] == "default"
+
+
+def test_print_config_as_json_is_a_configuration_again(qlora_hal: CommandLine, tmp_path: Path) -> None:
+    printed = json.loads(qlora_hal("train", "--lora.r", "3", "--print-config", "--json").stdout)
+    (tmp_path / "again.json").write_text(json.dumps(printed["config"]), encoding="utf-8")
+    again = json.loads(qlora_hal("train", "again.json", "--print-config", "--json").stdout)
+    assert again["config"] == printed["config"]
+    assert again["config"]["lora"]["r"] == 3
+
+
+@pytest.mark.fault("U04")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("train", "--lora.rr", "8"), "did you mean --lora.r?"),
+        (("train", "--trainig.seed", "8"), "did you mean --training.seed?"),
+        (("train", "--learning-rate", "8"), "did you mean --training.learning_rate?"),
+        (("train", "--dry-rum"), "did you mean --dry-run?"),
+        (("trian",), "did you mean train?"),
+        (("train", "--lora.r"), "--lora.r requires an argument"),
+        (("train", "a.yaml", "b.yaml"), "b.yaml"),
+        (("resume",), "RUN_DIR"),
+    ],
+)
+def test_a_wrong_command_line_is_exit_2_with_the_nearest_word(
+    qlora_hal: CommandLine, arguments: tuple[str, ...], words: str
+) -> None:
+    done = qlora_hal(*arguments)
+    assert done.returncode == 2
+    assert "error[QH-U04]" in done.stderr
+    assert words in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.fault("U01")
+def test_wrong_values_are_listed_on_stderr_with_a_hint_to_explain(qlora_hal: CommandLine) -> None:
+    done = qlora_hal("train", "--lora.r", "ten", "--training.learning_rate", "5")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "error[QH-U01]: 2 settings are wrong." in done.stderr
+    assert 'lora.r = "ten": a whole number above 0 is expected' in done.stderr
+    assert "qlora-hal explain QH-U01" in done.stderr
+
+
+def test_json_errors_go_to_stdout_as_one_object(qlora_hal: CommandLine) -> None:
+    done = qlora_hal("train", "--lora.r", "ten", "--json")
+    error = json.loads(done.stdout)
+    assert done.returncode == 2
+    assert (error["code"], error["exit_status"]) == ("QH-U01", 2)
+    assert {"message", "where", "cause", "help", "problems"} <= set(error)
+
+
+@pytest.mark.fault("U12")
+def test_a_run_without_model_and_data_is_refused_before_anything_loads(qlora_hal: CommandLine) -> None:
+    done = qlora_hal("estimate")
+    assert done.returncode == 2
+    assert "model.name_or_path" in done.stderr
+
+
+def test_the_schema_describes_every_setting(qlora_hal: CommandLine) -> None:
+    schema = json.loads(qlora_hal("schema").stdout)
+
+    def leaves(node: dict[str, object], prefix: str = "") -> set[str]:
+        found: set[str] = set()
+        properties = node["properties"]
+        assert isinstance(properties, dict)
+        for name, item in properties.items():
+            reference = item.get("$ref") or (item.get("allOf") or [{}])[0].get("$ref")
+            inner = schema["$defs"][reference.rpartition("/")[2]] if reference else None
+            found |= leaves(inner, f"{prefix}{name}.") if inner else {f"{prefix}{name}"}
+        return found
+
+    assert leaves(schema) == set(settings())
+
+
+def test_init_writes_a_file_that_train_reads(qlora_hal: CommandLine, tmp_path: Path) -> None:
+    assert qlora_hal("init").returncode == 0
+    first = (tmp_path / "run.yaml").read_text(encoding="utf-8").splitlines()[0]
+    assert first == "# yaml-language-server: $schema=qlora-hal.schema.json"
+    assert json.loads((tmp_path / "qlora-hal.schema.json").read_text(encoding="utf-8"))["properties"]
+    printed = qlora_hal("train", "run.yaml", "--print-config").stdout
+    assert "runs/first" in printed
+
+
+def test_the_defaults_in_the_file_of_init_are_the_defaults(qlora_hal: CommandLine, tmp_path: Path) -> None:
+    commented = qlora_hal("init", "-").stdout
+    (tmp_path / "a.yaml").write_text(commented, encoding="utf-8")
+    (tmp_path / "b.yaml").write_text(re.sub(r"(?m)^( *)# (\w+:)", r"\1\2", commented), encoding="utf-8")
+    first, second = (
+        json.loads(qlora_hal("train", name, "--print-config", "--json").stdout) for name in ("a.yaml", "b.yaml")
+    )
+    assert first["config"] == second["config"]
+    assert all(origin.startswith("b.yaml:") for origin in second["origins"].values())
+
+
+@pytest.mark.fault("U07")
+def test_init_never_replaces_a_file(qlora_hal: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("mine", encoding="utf-8")
+    done = qlora_hal("init")
+    assert done.returncode == 2
+    assert (tmp_path / "run.yaml").read_text(encoding="utf-8") == "mine"
+
+
+def test_explain_takes_a_code_as_people_type_it(qlora_hal: CommandLine) -> None:
+    for code in ("QH-D05", "d05"):
+        done = qlora_hal("explain", code)
+        assert done.returncode == 0
+        assert done.stdout.startswith("QH-D05: ")
+    assert json.loads(qlora_hal("explain", "D05", "--json").stdout)["exit_status"] == 4
+
+
+@pytest.mark.fault("U06")
+def test_an_unknown_code_is_refused_with_near_ones(qlora_hal: CommandLine) -> None:
+    done = qlora_hal("explain", "D99")
+    assert done.returncode == 2
+    assert "QH-D" in done.stderr
+
+
+@pytest.mark.fault("S50")
+def test_generating_from_a_folder_that_is_no_run_names_it(qlora_hal: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    done = qlora_hal("generate", "--run", "empty", "--prompt", "-hello")
+    assert done.returncode == 2
+    assert "error[QH-S50]: empty is no run folder" in done.stderr
+
+
+@pytest.mark.fault("I01")
+def test_a_defect_shows_one_place_and_how_to_get_the_whole_story(qlora_hal: CommandLine, tmp_path: Path) -> None:
+    # A module that fails on import stands before the real one: an error that nobody foresaw.
+    (tmp_path / "ruamel" / "yaml").mkdir(parents=True)
+    (tmp_path / "ruamel" / "yaml" / "__init__.py").write_text(
+        "raise RuntimeError('broken on purpose')", encoding="utf-8"
+    )
+    (tmp_path / "run.yaml").write_text("lora: {r: 1}", encoding="utf-8")
+    done = qlora_hal("train", "run.yaml", "--print-config", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert "error[QH-I01]: RuntimeError: broken on purpose" in done.stderr
+    assert "QLORA_HAL_TRACEBACK=1" in done.stderr
+    assert "Traceback" not in done.stderr
+    loud = qlora_hal("train", "run.yaml", "--print-config", PYTHONPATH=str(tmp_path), QLORA_HAL_TRACEBACK="1")
+    assert "Traceback" in loud.stderr
+
+
+def test_colour_follows_no_color_and_force_color(qlora_hal: CommandLine) -> None:
+    assert "\x1b[" not in qlora_hal("explain", "D99").stderr
+    assert "\x1b[" in qlora_hal("explain", "D99", NO_COLOR="", FORCE_COLOR="1").stderr
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
+    done = subprocess.run(
+        "set -o pipefail; qlora-hal schema | head -1",
+        shell=True,
+        executable="/bin/bash",
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0
+    assert done.stderr == ""

@@ -1,0 +1,276 @@
+"""Settings from all layers, and the errors that name every wrong one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qlora_hal.config import RunConfig
+from qlora_hal.errors import ConfigError, UnsafeInputError
+from qlora_hal.settings import require_settings, resolve_settings
+
+
+def written(folder: Path, text: str, name: str = "run.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_each_layer_wins_over_the_one_below(tmp_path: Path) -> None:
+    file = written(tmp_path, "lora:\n  r: 4\n  alpha: 4\ntraining:\n  seed: 4\n  max_steps: 4\n")
+    settings = resolve_settings(
+        file,
+        environ={
+            "QLORA_HAL_LORA__ALPHA": "3",
+            "QLORA_HAL_TRAINING__SEED": "3",
+            "QLORA_HAL_TRAINING__MAX_STEPS": "3",
+        },
+        keywords={"training.seed": 2, "training.max_steps": 2},
+        flags={"training.max_steps": "1"},
+        defaults={"lora.r": 5, "data.path": "demo.jsonl"},
+    )
+    config = settings.config
+    assert (config.lora.r, config.lora.alpha, config.training.seed, config.training.max_steps) == (4, 3.0, 2, 1)
+    assert config.data.path == "demo.jsonl"
+    named = ("lora.r", "lora.alpha", "training.seed", "training.max_steps", "data.path", "lora.dropout")
+    assert [settings.origins[name] for name in named] == [
+        "run.yaml:2",
+        "environment QLORA_HAL_LORA__ALPHA",
+        "keyword",
+        "command line --training.max_steps",
+        "demo",
+        "default",
+    ]
+
+
+def test_the_few_keywords_of_train_name_settings_and_auto_means_not_given() -> None:
+    settings = resolve_settings(
+        {"backend": {"name": "cpu_torch"}},
+        keywords={"model": Path("m"), "data": "d.jsonl", "output_dir": None, "backend": "auto"},
+        environ={},
+    )
+    config = settings.config
+    assert (config.model.name_or_path, config.data.path, config.backend.name) == ("m", "d.jsonl", "cpu_torch")
+
+
+def test_resolving_twice_keeps_values_and_origins() -> None:
+    first = resolve_settings(None, flags={"lora.r": "8"}, environ={})
+    assert (
+        resolve_settings(first, keywords={"backend": "auto", "model": None}, environ={"QLORA_HAL_LORA__R": "4"})
+        is first
+    )
+    second = resolve_settings(first, keywords={"model": "m"}, environ={"QLORA_HAL_LORA__R": "4"})
+    assert (second.config.lora.r, second.origins["lora.r"]) == (8, "command line --lora.r")
+    assert second.origins["model.name_or_path"] == "keyword"
+
+
+def test_a_run_config_given_in_python_counts_as_the_file() -> None:
+    config = RunConfig.model_validate({"lora": {"r": 2}})
+    settings = resolve_settings(config, environ={"QLORA_HAL_LORA__ALPHA": "9"})
+    assert (settings.config.lora.r, settings.config.lora.alpha) == (2, 9.0)
+    assert settings.origins["lora.r"] == "config argument"
+
+
+@pytest.mark.fault("U01")
+def test_every_wrong_setting_is_listed_with_place_value_and_expectation(tmp_path: Path) -> None:
+    file = written(tmp_path, "lora:\n  rr: 8\n  alpha: -1\nlearning_rate: 1e-4\ndata: 5\nbakend: {name: x}\n")
+    with pytest.raises(ConfigError) as caught:
+        resolve_settings(file, flags={"lora.r": "ten"}, environ={"QLORA_HAL_LORA_ALPHA": "1"})
+    error = caught.value
+    assert (error.code, error.exit_status) == ("QH-U01", 2)
+    for words in (
+        "7 settings are wrong",
+        "run.yaml:2  lora.rr = 8: no setting has that name; did you mean lora.r?",
+        "run.yaml:3  lora.alpha = -1: a number above 0 is expected",
+        "run.yaml:4  learning_rate = 0.0001: no setting has that name; did you mean training.learning_rate?",
+        "run.yaml:5  data = 5: data is a group",
+        "run.yaml:6  bakend = {'name': 'x'}: no group has that name; did you mean backend?",
+        'command line --lora.r  lora.r = "ten": a whole number above 0 is expected',
+        "did you mean QLORA_HAL_LORA__ALPHA?",
+    ):
+        assert words in error.message
+    problems = error.context["problems"]
+    assert isinstance(problems, list)
+    assert len(problems) == 7
+
+
+@pytest.mark.fault("N18")
+@pytest.mark.parametrize("text", ["1e-4", '"1e-4"', "1E-4", "0.0001", "1.0e-4"])
+def test_a_learning_rate_is_a_number_however_yaml_spells_it(tmp_path: Path, text: str) -> None:
+    file = written(tmp_path, f"training:\n  learning_rate: {text}\n")
+    assert resolve_settings(file, environ={}).config.training.learning_rate == 1e-4
+
+
+@pytest.mark.fault("N18")
+def test_a_learning_rate_that_is_no_number_is_an_error_with_its_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a number above 0 and up to 1") as caught:
+        resolve_settings(written(tmp_path, "training:\n  learning_rate: fast\n"), environ={})
+    assert (caught.value.code, caught.value.where, caught.value.exit_status) == ("QH-U01", "run.yaml:2", 2)
+
+
+@pytest.mark.fault("N19")
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("training.learning_rate", "0"),
+        ("training.learning_rate", "1.5"),
+        ("training.learning_rate", "nan"),
+        ("training.max_steps", "0"),
+        ("training.num_train_epochs", "0"),
+        ("training.warmup_ratio", "1"),
+        ("lora.r", "0"),
+        ("lora.dropout", "1"),
+        ("checkpoint.save_total_limit", "1"),
+    ],
+)
+def test_a_value_outside_its_range_is_refused_with_the_range(path: str, value: str) -> None:
+    with pytest.raises(ConfigError, match="is expected") as caught:
+        resolve_settings(None, flags={path: value}, environ={})
+    assert path in caught.value.message
+    assert caught.value.exit_status == 2
+
+
+@pytest.mark.fault("N19")
+def test_settings_that_contradict_each_other_are_refused_at_their_origin() -> None:
+    flags = {"training.max_steps": "5", "training.warmup_steps": "6"}
+    with pytest.raises(ConfigError, match=r"training\.warmup_steps is larger than training.max_steps") as caught:
+        resolve_settings(None, flags=flags, environ={})
+    assert caught.value.where == "command line --training.warmup_steps"
+
+
+def test_true_is_not_read_as_the_number_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"lora.r = true: a whole number above 0 is expected"):
+        resolve_settings(written(tmp_path, "lora:\n  r: true\n"), environ={})
+
+
+@pytest.mark.fault("X13")
+def test_remote_code_is_not_allowed_by_the_environment() -> None:
+    with pytest.raises(ConfigError, match="not taken from the environment"):
+        resolve_settings(None, environ={"QLORA_HAL_MODEL__TRUST_REMOTE_CODE": "1"})
+    assert not resolve_settings(None, environ={"TRUST_REMOTE_CODE": "1"}).config.model.trust_remote_code
+
+
+def test_lists_and_mappings_can_be_typed_as_text() -> None:
+    settings = resolve_settings(
+        None,
+        flags={
+            "lora.target_modules": ["q_proj", "v_proj"],
+            "training.report_to": "wandb, mlflow",
+            "training.sample_prompts": ["one, two"],
+            "backend.options": {"compile": "true", "name": "x"},
+            "training.seed": "none",
+        },
+        environ={"QLORA_HAL_BACKEND__OPTIONS": '{"depth": 3}'},
+    )
+    config = settings.config
+    assert config.lora.target_modules == ("q_proj", "v_proj")
+    assert config.training.report_to == ("wandb", "mlflow")
+    assert config.training.sample_prompts == ("one, two",)
+    assert config.backend.options == {"depth": 3, "compile": True, "name": "x"}
+    assert config.training.seed is None
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("q_proj", ("q_proj",)),
+        ("q_proj,v_proj", ("q_proj", "v_proj")),
+        (r".*\.layers\.[0-3]\..*", r".*\.layers\.[0-3]\..*"),
+        ('["q_proj"]', ("q_proj",)),
+    ],
+)
+def test_target_modules_are_names_unless_they_look_like_a_pattern(typed: str, meant: object) -> None:
+    settings = resolve_settings(None, flags={"lora.target_modules": typed}, environ={})
+    assert settings.config.lora.target_modules == meant
+
+
+def test_all_linear_stays_the_word() -> None:
+    settings = resolve_settings(None, flags={"lora.target_modules": "all-linear"}, environ={})
+    assert settings.config.lora.target_modules == "all-linear"
+
+
+@pytest.mark.fault("U12")
+def test_settings_that_a_verb_needs_are_all_named() -> None:
+    with pytest.raises(ConfigError, match=r"model\.name_or_path, data\.path are not set") as caught:
+        require_settings(resolve_settings(None, environ={}), "model.name_or_path", "data.path")
+    assert caught.value.exit_status == 2
+
+
+# Files -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("run.yaml", "lora:\n  r: 4\n", 2),
+        ("run.yml", "\ufefflora:\r\n  r: 4\r\n", 2),
+        ("run.toml", "[lora]\nr = 4\n", 2),
+        ("run.json", '{\n  "lora": {\n    "r": 4\n  }\n}\n', 3),
+    ],
+)
+def test_yaml_toml_and_json_give_values_and_lines(tmp_path: Path, name: str, text: str, line: int) -> None:
+    path = tmp_path / name
+    path.write_bytes(text.encode())
+    settings = resolve_settings(path, environ={})
+    assert (settings.config.lora.r, settings.origins["lora.r"]) == (4, f"{name}:{line}")
+
+
+@pytest.mark.fault("U03")
+@pytest.mark.parametrize(
+    ("name", "text", "place"),
+    [
+        ("run.yaml", "lora:\n  r: 3\n  r: 4\n", ":3"),
+        ("run.yaml", "lora: [\n", ":2"),
+        ("run.toml", "[lora]\nr = 3\nr = 4\n", ":3"),
+        ("run.json", '{\n"lora": {,}}', ":2"),
+        ("run.json", '{"lora": {"r": 1, "r": 2}}', ""),
+        ("run.json", '{"lora": {"alpha": NaN}}', ""),
+        ("run.yaml", "- a\n- b\n", ""),
+    ],
+)
+def test_a_malformed_file_is_an_error_with_its_line(tmp_path: Path, name: str, text: str, place: str) -> None:
+    path = written(tmp_path, text, name)
+    with pytest.raises(ConfigError) as caught:
+        resolve_settings(path, environ={})
+    assert (caught.value.code, caught.value.exit_status) == ("QH-U03", 2)
+    assert caught.value.where == f"{path}{place}"
+
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{this}: &{this} [{','.join([f'*{before}'] * 9)}]\n" for before, this in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.fault("X07")
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (BOMB, "aliases"),
+        ("a: &a [*a]\n", "contains itself"),
+        ("lora: !!python/object/apply:os.system [echo]\n", "tag"),
+        ("lora: !custom 3\n", "tag"),
+        ("[" * 50_000, "nested too deeply"),
+        ("# " + "x" * 1_000_001, "more than the limit"),
+    ],
+)
+def test_a_hostile_file_is_refused_for_safety(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(UnsafeInputError, match=words) as caught:
+        resolve_settings(written(tmp_path, text), environ={})
+    assert (caught.value.code, caught.value.exit_status) == ("QH-X07", 10)
+
+
+@pytest.mark.fault("U02")
+def test_a_file_that_is_absent_or_of_unknown_kind_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent.yaml", written(tmp_path, "x", "run.ini")):
+        with pytest.raises(ConfigError) as caught:
+            resolve_settings(path, environ={})
+        assert caught.value.code == "QH-U02"
+        assert path.name in caught.value.message
+
+
+def test_yaml_words_keep_their_meaning(tmp_path: Path) -> None:
+    # Under YAML 1.1 `no` is false; a model may well be called no.
+    file = written(tmp_path, "model:\n  name_or_path: no\ndata:\n  packing: true\n")
+    config = resolve_settings(file, environ={}).config
+    assert (config.model.name_or_path, config.data.packing) == ("no", True)

@@ -1,0 +1,242 @@
+"""Hub models through a real huggingface_hub client in a child process, against a server on 127.0.0.1."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.model.fake_hub import COMMIT, FakeHub, serving
+
+WriteModel = Callable[..., Path]
+
+CHILD = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+from qlora_hal.errors import QloraHalError
+from qlora_hal.model import hub
+from qlora_hal.model.source import resolve_model
+
+asked = json.loads(sys.argv[1])
+waits = []
+patient = hub.Retries(sleep=waits.append)
+hub.Retries = lambda: patient
+try:
+    source = resolve_model(asked["name"], revision=asked["revision"], trust_remote_code=asked["trust"])
+    print(json.dumps({
+        "files": sorted(p.name for p in source.path.iterdir()), "revision": source.revision, "waits": waits,
+        "linear": len(source.facts.linear_modules), "path": str(source.path),
+    }))
+except QloraHalError as error:
+    print(json.dumps({**error.as_json(), "exit_status": error.exit_status, "waits": waits}))
+"""
+
+
+class Client:
+    """Resolves a model in a child that has its own cache; retries do not really sleep, their waits are reported."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.cache = folder / "hf"
+
+    def resolve(
+        self,
+        address: str,
+        name: str = "org/tiny",
+        *,
+        revision: str | None = None,
+        trust: bool = False,
+        offline: bool = False,
+    ) -> dict[str, Any]:
+        environment = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
+        environment |= {
+            "HF_ENDPOINT": address, "HF_HOME": str(self.cache), "HF_HUB_OFFLINE": str(int(offline)),
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1",
+        }  # fmt: skip
+        asked = json.dumps({"name": name, "revision": revision, "trust": trust})
+        done = subprocess.run(
+            [sys.executable, "-c", CHILD, asked],
+            env=environment,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return answer
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Client:
+    folder = tmp_path / "work"
+    folder.mkdir()
+    return Client(folder)
+
+
+@pytest.fixture
+def files(write_model: WriteModel) -> dict[str, bytes]:
+    folder = write_model("served")
+    served = {path.name: path.read_bytes() for path in folder.iterdir()}
+    return served | {
+        "tokenizer.json": b"{}", "chat_template.jinja": b"{{ messages }}", "pytorch_model.bin": b"pickle",
+        "modeling_tiny.py": b"raise SystemExit", "README.md": b"# tiny",
+    }  # fmt: skip
+
+
+NOWHERE = "http://127.0.0.1:9"
+"""Port 9 (discard) refuses connections."""
+
+
+def test_a_hub_model_is_fetched_without_pickles_or_python_and_then_found_offline(
+    client: Client, files: dict[str, bytes]
+) -> None:
+    with serving(FakeHub(files)) as hub:
+        answer = client.resolve(hub.address)
+        assert answer["files"] == ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"]
+        assert (answer["revision"], answer["linear"], answer["waits"]) == (COMMIT, 14, [])
+        assert not any(name in path for path in hub.requests for name in ("pytorch_model", ".py", "README"))
+        before = dict(hub.requests)
+        assert client.resolve(hub.address, offline=True)["path"] == answer["path"]
+        assert hub.requests == before
+
+
+@pytest.mark.fault("E14")
+def test_python_files_come_only_with_trust_and_a_pinned_commit(client: Client, files: dict[str, bytes]) -> None:
+    files["config.json"] = json.dumps(
+        {**json.loads(files["config.json"]), "auto_map": {"AutoModel": "modeling_tiny.M"}}
+    ).encode()
+    with serving(FakeHub(files)) as hub:
+        refused = client.resolve(hub.address)
+        assert (refused["code"], refused["exit_status"]) == ("QH-E14", 10)
+        assert "modeling_tiny.py" in refused["message"]
+        assert COMMIT in refused["message"]
+        unpinned = client.resolve(hub.address, revision="main", trust=True)
+        assert (unpinned["code"], unpinned["exit_status"]) == ("QH-E14", 10)
+        assert "40-digit commit" in unpinned["help"]
+        allowed = client.resolve(hub.address, revision=COMMIT, trust=True)
+        assert "modeling_tiny.py" in allowed["files"]
+
+
+@pytest.mark.fault("C17")
+def test_a_pickle_only_hub_model_is_refused_before_anything_is_fetched(client: Client, files: dict[str, bytes]) -> None:
+    del files["model.safetensors"]
+    with serving(FakeHub(files)) as hub:
+        answer = client.resolve(hub.address)
+        assert (answer["code"], answer["exit_status"]) == ("QH-C17", 10)
+        assert "pytorch_model.bin" in answer["message"]
+        assert not any("/resolve/" in path for path in hub.requests)
+
+
+@pytest.mark.fault("E12")
+def test_a_missing_model_says_hub_and_folder(client: Client, files: dict[str, bytes]) -> None:
+    (client.folder / "tiny-llama").mkdir()
+    with serving(FakeHub(files)) as hub:
+        answer = client.resolve(hub.address, "tiny-lama")
+    assert (answer["code"], answer["exit_status"]) == ("QH-E12", 11)
+    assert "There is no folder tiny-lama here" in answer["message"]
+    assert "has no model tiny-lama, or it is private" in answer["message"]
+    assert "tiny-llama" in answer["cause"]
+    assert "hf auth login" in answer["help"]
+
+
+@pytest.mark.fault("E12")
+def test_a_gated_model_is_told_from_a_missing_one(client: Client, files: dict[str, bytes]) -> None:
+    with serving(FakeHub(files, gated=True)) as hub:
+        answer = client.resolve(hub.address)
+    assert (answer["code"], answer["exit_status"]) == ("QH-E12", 11)
+    assert "is gated: it exists" in answer["message"]
+    assert "hf auth login" in answer["help"]
+
+
+@pytest.mark.fault("E12")
+def test_a_missing_revision_is_named(client: Client, files: dict[str, bytes]) -> None:
+    with serving(FakeHub(files)) as hub:
+        answer = client.resolve(hub.address, revision="v9")
+    assert (answer["code"], answer["exit_status"]) == ("QH-E12", 11)
+    assert "no revision 'v9'" in answer["message"]
+
+
+@pytest.mark.fault("E11")
+def test_too_many_requests_and_server_errors_are_waited_out(client: Client, files: dict[str, bytes]) -> None:
+    answers = [(429, {"Retry-After": "7"}), (503, {}), (429, {})]
+    with serving(FakeHub(files, answers=answers)) as hub:
+        answer = client.resolve(hub.address)
+    # The server's own wish first, then doubling: attempt 1 waits 2 s, attempt 2 waits 4 s.
+    assert answer["waits"] == [7.0, 2.0, 4.0]
+    assert answer["linear"] == 14
+
+
+@pytest.mark.fault("E11")
+def test_an_endless_429_falls_back_to_the_cache_or_ends_with_code_11(client: Client, files: dict[str, bytes]) -> None:
+    busy = [(429, {})] * 50
+    with serving(FakeHub(files, answers=list(busy))) as hub:
+        answer = client.resolve(hub.address)
+        assert (answer["code"], answer["exit_status"]) == ("QH-E11", 11)
+        assert "answered 429" in answer["cause"]
+        hub.answers.clear()
+        fetched = client.resolve(hub.address)
+        hub.answers.extend(busy)
+        assert client.resolve(hub.address)["path"] == fetched["path"]
+
+
+@pytest.mark.fault("E11")
+@pytest.mark.parametrize("address", [NOWHERE, "http://no-such-host.invalid"])
+def test_an_unreachable_hub_is_retried_then_named(client: Client, address: str) -> None:
+    answer = client.resolve(address)
+    assert (answer["code"], answer["exit_status"]) == ("QH-E11", 11)
+    assert answer["waits"] == [1.0, 2.0, 4.0]
+    assert "no copy" in answer["message"]
+    assert "proxy" in answer["help"]
+
+
+@pytest.mark.fault("E11")
+def test_offline_without_a_copy_is_told_at_once(client: Client) -> None:
+    answer = client.resolve(NOWHERE, offline=True)
+    assert (answer["code"], answer["waits"]) == ("QH-E11", [])
+    assert "HF_HUB_OFFLINE is set" in answer["cause"]
+
+
+@pytest.mark.fault("E13")
+def test_a_download_that_comes_short_once_is_fetched_again(client: Client, files: dict[str, bytes]) -> None:
+    with serving(FakeHub(files, cut=1)) as hub:
+        answer = client.resolve(hub.address)
+    assert answer["linear"] == 14
+    assert Path(answer["path"], "model.safetensors").stat().st_size == len(files["model.safetensors"])
+
+
+@pytest.mark.fault("E13")
+def test_a_download_that_always_comes_short_leaves_nothing_and_names_the_file(
+    client: Client, files: dict[str, bytes]
+) -> None:
+    with serving(FakeHub(files, cut=1000)) as hub:
+        answer = client.resolve(hub.address)
+    assert (answer["code"], answer["exit_status"]) == ("QH-E13", 11)
+    assert "model.safetensors" in answer["message"]
+    assert not list(client.cache.rglob("model.safetensors"))
+    assert not [p for p in client.cache.rglob("*.incomplete") if p.stat().st_size]
+
+
+@pytest.mark.fault("E13")
+def test_a_partial_file_in_the_cache_is_replaced(client: Client, files: dict[str, bytes]) -> None:
+    with serving(FakeHub(files)) as hub:
+        path = Path(client.resolve(hub.address)["path"], "model.safetensors")
+        blob = path.resolve()
+        blob.write_bytes(blob.read_bytes()[: len(files["model.safetensors"]) // 2])
+        assert client.resolve(hub.address)["linear"] == 14
+    assert path.read_bytes() == files["model.safetensors"]
+
+
+@pytest.mark.fault("C01")
+def test_a_partial_file_in_the_cache_is_never_loaded_offline(client: Client, files: dict[str, bytes]) -> None:
+    with serving(FakeHub(files)) as hub:
+        blob = Path(client.resolve(hub.address)["path"], "model.safetensors").resolve()
+    blob.write_bytes(blob.read_bytes()[:-1])
+    answer = client.resolve(NOWHERE, offline=True)
+    assert (answer["code"], answer["exit_status"]) == ("QH-C01", 5)

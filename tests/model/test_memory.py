@@ -1,0 +1,265 @@
+"""The estimate is arithmetic: checked by hand, against real quantized bytes, and against peaks measured on an H200."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_hal.capabilities import WeightFormat
+from qlora_hal.memory import (
+    FUSED_KERNELS,
+    MemoryConstants,
+    adapter_parameters,
+    estimate,
+    fits,
+    largest_batch,
+    linear_bytes,
+    optimizer_bytes,
+    parameter_table,
+    weight_bytes,
+)
+from qlora_hal.memory_cards import GIB, KNOWN_CARDS, apple_working_set, find_card
+from qlora_hal.model.facts import ModelFacts, TensorFacts, read_facts
+
+
+def llama_facts(layers: int, hidden: int, feed_forward: int, vocabulary: int, heads: int, kv_heads: int) -> ModelFacts:
+    """Facts of a Llama of that shape, as bf16 headers would give them."""
+    kv = hidden // heads * kv_heads
+    linear: dict[str, tuple[int, int]] = {}
+    for layer in range(layers):
+        at = f"model.layers.{layer}"
+        linear |= {
+            f"{at}.self_attn.q_proj": (hidden, hidden), f"{at}.self_attn.k_proj": (hidden, kv),
+            f"{at}.self_attn.v_proj": (hidden, kv), f"{at}.self_attn.o_proj": (hidden, hidden),
+            f"{at}.mlp.gate_proj": (hidden, feed_forward), f"{at}.mlp.up_proj": (hidden, feed_forward),
+            f"{at}.mlp.down_proj": (feed_forward, hidden),
+        }  # fmt: skip
+    others = {"model.embed_tokens": (vocabulary, hidden), "lm_head": (vocabulary, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {f"{m}.weight": (o, i) for m, (i, o) in linear.items()}
+    shapes |= {f"{module}.weight": shape for module, shape in others.items()}
+    shapes |= {f"model.layers.{layer}.norms.weight": (2 * hidden,) for layer in range(layers)}
+    count = sum(s[0] * (s[1] if len(s) == 2 else 1) for s in shapes.values())
+    config = {
+        "hidden_size": hidden, "intermediate_size": feed_forward, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocabulary,
+    }  # fmt: skip
+    tensors = {name: TensorFacts("BF16", shape, 0, "model.safetensors") for name, shape in shapes.items()}
+    return ModelFacts("LlamaForCausalLM", "llama", config, tensors, linear, count, "", vocabulary_size=vocabulary)
+
+
+LLAMA_8B = llama_facts(32, 4096, 14336, 128256, 32, 8)
+LLAMA_7B = llama_facts(32, 4096, 11008, 32000, 32, 32)
+LLAMA_33B = llama_facts(60, 6656, 17920, 32000, 52, 52)
+LLAMA_65B = llama_facts(80, 8192, 22016, 32000, 64, 64)
+
+
+def qlora(facts: ModelFacts, **changes: Any) -> Any:
+    settings: dict[str, Any] = {
+        "weight_format": "nf4", "block_size": 64, "double_quant": True, "compute_dtype": "bfloat16", "r": 16,
+        "targets": facts.linear_modules, "optimizer": "adamw_8bit", "batch_size": 4, "sequence_length": 2048,
+        "gradient_checkpointing": True,
+    }  # fmt: skip
+    return estimate(facts, **{**settings, **changes})
+
+
+# by hand ------------------------------------------------------------------------------------------------------------
+def test_nf4_with_double_quantization_takes_4_127_bits_a_weight() -> None:
+    # 4 + 8/64 + 32/(64*256) = 4.126953 bits; 4096 x 4096 has whole blocks of both sizes.
+    assert linear_bytes(4096, 4096, WeightFormat.NF4, 64, True) * 8 / 4096**2 == 4 + 8 / 64 + 32 / (64 * 256)
+    # Without: 4 + 32/64 = 4.5 bits.
+    assert linear_bytes(4096, 4096, WeightFormat.NF4, 64, False) * 8 / 4096**2 == 4.5
+
+
+def test_double_quantization_saves_3_gigabytes_on_65b() -> None:
+    single = weight_bytes(LLAMA_65B, WeightFormat.NF4, 64, False, "bfloat16")
+    double = weight_bytes(LLAMA_65B, WeightFormat.NF4, 64, True, "bfloat16")
+    # QLoRA section 3 counts 0.373 bits a weight, 3 GB on 65B: (0.5 - 0.126953) bits x 64.76e9 linear weights.
+    assert (single - double) / 1e9 == pytest.approx(3.02, abs=0.01)
+
+
+def test_32b_in_16_bits_takes_64_gigabytes() -> None:
+    facts = llama_facts(64, 5120, 27648, 152064, 40, 8)
+    assert facts.parameter_count / 1e9 == pytest.approx(32.76, abs=0.01)
+    assert weight_bytes(facts, WeightFormat.NONE, None, False, "bfloat16") == 2 * facts.parameter_count
+    assert weight_bytes(facts, WeightFormat.NONE, None, False, "float32") == 4 * facts.parameter_count
+
+
+def test_other_formats_by_hand() -> None:
+    # 128 inputs, 64 outputs, 8192 weights.
+    assert linear_bytes(128, 64, WeightFormat.INT8) == 8192 + 64 * 4
+    # GPTQ group 32: 4 groups x 64 columns x (2 + 0.5) bytes, 128 indices x 4.
+    assert linear_bytes(128, 64, WeightFormat.INT4_GPTQ, 32) == 4096 + 640 + 512
+    # MLX group 64, 16-bit scale and bias: 2 groups x 64 rows x 4 bytes; float32 doubles them.
+    assert linear_bytes(128, 64, WeightFormat.INT4_AFFINE, 64) == 4096 + 512
+    assert linear_bytes(128, 64, WeightFormat.INT4_AFFINE, 64, compute_bytes=4) == 4096 + 1024
+    assert linear_bytes(128, 64, WeightFormat.INT8_AFFINE, 64) == 8192 + 512
+
+
+def test_a_tied_head_that_is_stored_counts_once() -> None:
+    tied = llama_facts(1, 64, 128, 100, 4, 4)
+    tied.config["tie_word_embeddings"] = True  # type: ignore[index]
+    untied = llama_facts(1, 64, 128, 100, 4, 4)
+    saved = weight_bytes(untied, WeightFormat.NONE, None, False, "bfloat16") - weight_bytes(
+        tied, WeightFormat.NONE, None, False, "bfloat16"
+    )
+    assert saved == 100 * 64 * 2
+
+
+def test_adapter_gradients_and_moments_by_hand() -> None:
+    targets = {"a": (1024, 2048), "b": (64, 64)}
+    # r = 16: a has 16384 and 32768 weights, b twice 1024.
+    assert adapter_parameters(targets, 16) == 16384 + 32768 + 2048
+    needed = qlora(LLAMA_8B, targets=targets, optimizer="adamw")
+    assert (needed.adapter, needed.gradients, needed.optimizer) == (4 * 51200, 4 * 51200, 8 * 51200)
+    # 8 bits: two bytes a weight and two float32 to 256 of them; b stays in float32, below 4096 weights a tensor.
+    assert optimizer_bytes(targets, 16, "paged_adamw_8bit") == 2 * 49152 + 8 * (64 + 128) + 8 * 2048
+
+
+def test_logits_by_hand_and_in_chunks() -> None:
+    # bf16 logits, float32 copy, float32 gradient: 10 bytes; so at a vocabulary of 152k 4096 tokens take 6.2 GB.
+    assert qlora(LLAMA_8B, batch_size=2).logits == 4096 * 128256 * 10
+    assert qlora(LLAMA_8B, batch_size=2, compute_dtype="float32").logits == 4096 * 128256 * 8
+    chunked = MemoryConstants(cross_entropy_rows=512)
+    assert qlora(LLAMA_8B, batch_size=2, constants=chunked).logits == 512 * 128256 * 10
+    assert qlora(LLAMA_8B, batch_size=1, sequence_length=100, constants=chunked).logits == 100 * 128256 * 10
+
+
+def test_checkpointing_keeps_layer_inputs_and_one_layer() -> None:
+    plain = MemoryConstants(hidden_copies=1.0, feed_forward_copies=0.0)
+    kept = qlora(LLAMA_7B, constants=plain, targets={}, gradient_checkpointing=True).activations
+    everything = qlora(LLAMA_7B, constants=plain, targets={}, gradient_checkpointing=False).activations
+    # 8192 tokens x 4096 x 2 bytes = 67.1 MB a width; a layer keeps one hidden width, keys and values: 3 widths.
+    width = 8192 * 4096 * 2
+    assert kept == 32 * width + 3 * width
+    assert everything == 32 * 3 * width
+
+
+def test_scores_are_quadratic_in_length_only_where_they_are_kept() -> None:
+    kept = MemoryConstants(attention_scores_kept=True)
+    short, long = (qlora(LLAMA_7B, constants=kept, sequence_length=s).activations for s in (1024, 2048))
+    linear_short, linear_long = (qlora(LLAMA_7B, sequence_length=s).activations for s in (1024, 2048))
+    assert linear_long == pytest.approx(2 * linear_short)
+    assert long - linear_long == pytest.approx(4 * (short - linear_short))
+
+
+# against real bytes -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("settings", "weight_format", "double_quant"),
+    [
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}, "nf4", True),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "nf4", False),
+        ({"load_in_8bit": True}, "int8", False),
+    ],
+)
+def test_weights_agree_with_bitsandbytes_within_one_percent(
+    tmp_path: Path, settings: dict[str, Any], weight_format: str, double_quant: bool
+) -> None:
+    """One percent leaves room for the two codebooks (64 and 1024 bytes) of each of the 14 layers, which the formula
+    leaves out: 14 x 1088 = 15 kB of 2.6 MB."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=512, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4,
+        vocab_size=256, tie_word_embeddings=False,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "plain")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain", quantization_config=BitsAndBytesConfig(**settings), device_map="cpu", dtype=torch.bfloat16
+    )
+    real = model.get_memory_footprint() + sum(_state_bytes(module.weight) for module in _quantized(model))
+    model.save_pretrained(tmp_path / "quantized")
+    plain, stored = read_facts(tmp_path / "plain"), read_facts(tmp_path / "quantized")
+    form = WeightFormat(weight_format)
+    assert weight_bytes(plain, form, None, double_quant, "bfloat16") == pytest.approx(real, rel=0.01)
+    assert weight_bytes(stored, form, None, double_quant, "bfloat16") == pytest.approx(real, rel=0.01)
+
+
+def _quantized(model: Any) -> list[Any]:
+    import bitsandbytes
+
+    return [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit | bitsandbytes.nn.Linear8bitLt)]
+
+
+def _state_bytes(weight: Any) -> int:
+    """The scales and codebooks, which `get_memory_footprint` leaves out: they are neither parameters nor buffers."""
+    if getattr(weight, "SCB", None) is not None:
+        return int(weight.SCB.nbytes)
+    state = weight.quant_state
+    nested = state.state2.absmax.nbytes + state.state2.code.nbytes if state.nested else 0
+    return int(state.absmax.nbytes + state.code.nbytes + nested)
+
+
+# against measured peaks ---------------------------------------------------------------------------------------------
+# One NVIDIA H200, torch 2.11, bitsandbytes 0.50.2 NF4 with double quantization, LoRA r=16 on all linear layers,
+# AdamW8bit, sequence 2048; peak allocated in GB, so without the CUDA context. Rows: bf16 without upcast; the same
+# with fused kernels; fused without checkpointing; the large shapes of the QLoRA paper, micro-batch 1, fused.
+MEASURED: dict[str, tuple[ModelFacts, dict[str, Any], MemoryConstants, float]] = {
+    "8B, plain modules, checkpointing": (LLAMA_8B, {}, MemoryConstants(runtime_bytes=0), 20.9),
+    "8B, fused, checkpointing": (LLAMA_8B, {}, FUSED_KERNELS, 9.8),
+    "8B, fused, no checkpointing": (LLAMA_8B, {"gradient_checkpointing": False}, FUSED_KERNELS, 43.3),
+    "8B, fused, micro-batch 1": (LLAMA_8B, {"batch_size": 1}, FUSED_KERNELS, 7.1),
+    "65B, fused, micro-batch 1": (LLAMA_65B, {"batch_size": 1}, FUSED_KERNELS, 39.5),
+}
+
+
+@pytest.mark.parametrize("run", MEASURED)
+def test_estimate_is_within_its_stated_error_of_a_measured_peak(run: str) -> None:
+    facts, changes, constants, measured = MEASURED[run]
+    needed = qlora(facts, constants=constants, **changes)
+    allocated = (needed.total - needed.runtime) / 1e9
+    assert allocated == pytest.approx(measured, rel=needed.relative_error)
+
+
+@pytest.mark.parametrize(("facts", "measured"), [(LLAMA_7B, 3.90), (LLAMA_33B, 17.45), (LLAMA_65B, 34.49)])
+def test_base_weights_agree_with_what_was_measured_on_a_device(facts: ModelFacts, measured: float) -> None:
+    assert weight_bytes(facts, WeightFormat.NF4, 64, True, "bfloat16") / 1e9 == pytest.approx(measured, rel=0.01)
+
+
+# answers ------------------------------------------------------------------------------------------------------------
+def test_the_largest_batch_fits_and_one_more_does_not() -> None:
+    def needed(batch_size: int) -> Any:
+        return qlora(LLAMA_8B, batch_size=batch_size, sequence_length=1024)
+
+    card = find_card("4090")
+    assert card is not None
+    batch, needs = largest_batch(needed, card.memory_bytes)
+    assert batch > 1
+    assert needs == needed(batch)
+    assert fits(needed(batch), card.memory_bytes)
+    assert not fits(needed(batch + 1), card.memory_bytes)
+    assert largest_batch(needed, 5 * 10**9) == (0, None)
+    assert largest_batch(needed, 10**15, limit=100)[0] == 100
+
+
+def test_65b_fits_a_48_gigabyte_card_and_not_a_24_gigabyte_card() -> None:
+    needed = qlora(LLAMA_65B, batch_size=1, sequence_length=512, constants=FUSED_KERNELS)
+    l40s, rtx_3090 = find_card("L40S"), find_card("rtx 3090")
+    assert l40s is not None
+    assert rtx_3090 is not None
+    assert fits(needed, l40s.memory_bytes)
+    assert not fits(needed, rtx_3090.memory_bytes)
+
+
+@pytest.mark.fault("N10")
+def test_the_table_knows_the_cards_without_bfloat16() -> None:
+    assert {card.name for card in KNOWN_CARDS if not card.bf16} == {
+        "NVIDIA T4",
+        "NVIDIA V100 16 GB",
+        "NVIDIA V100 32 GB",
+    }
+    assert find_card("quantum 9000") is None
+
+
+def test_apple_working_set_is_below_the_memory() -> None:
+    assert apple_working_set(16 * GIB) == 16 * GIB * 2 // 3
+    assert apple_working_set(64 * GIB) == 48 * GIB
+
+
+def test_parameter_table_adds_up() -> None:
+    rows = parameter_table(LLAMA_7B, LLAMA_7B.linear_modules, 16)
+    assert sum(row.parameters for row in rows if not row.trainable) == LLAMA_7B.parameter_count
+    # The count that QLoRA tools print for Llama-7B, r=16, all linear layers.
+    assert [row.parameters for row in rows if row.trainable] == [39_976_960]

@@ -1,0 +1,246 @@
+"""A quantized checkpoint shows its true shapes; bitsandbytes and MLX checkpoints here are made by those libraries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from qlora_hal.errors import ModelError, UnsafeInputError
+from qlora_hal.model.facts import read_facts
+
+WriteModel = Callable[..., Path]
+Tensors = dict[str, np.ndarray]
+
+
+# bitsandbytes, written by transformers ------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def plain_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=128, intermediate_size=192, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=256, tie_word_embeddings=False,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("plain")
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def quantized(plain: Path, target: Path, **settings: object) -> Path:
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    how = BitsAndBytesConfig(bnb_4bit_compute_dtype=torch.float32, **settings)
+    AutoModelForCausalLM.from_pretrained(plain, quantization_config=how, device_map="cpu").save_pretrained(target)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("settings", "weight_format", "block_size", "double_quant"),
+    [
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}, "nf4", 64, True),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "fp4", 64, False),
+        ({"load_in_8bit": True}, "int8", None, False),
+    ],
+)
+def test_a_bitsandbytes_checkpoint_has_the_shapes_of_the_plain_model(
+    plain_model: Path,
+    tmp_path: Path,
+    settings: dict[str, object],
+    weight_format: str,
+    block_size: int | None,
+    double_quant: bool,
+) -> None:
+    plain = read_facts(plain_model)
+    facts = read_facts(quantized(plain_model, tmp_path / "quantized", **settings))
+    assert facts.linear_modules == plain.linear_modules
+    assert facts.parameter_count == plain.parameter_count
+    assert facts.prequantized is not None
+    assert facts.prequantized.method == "bitsandbytes"
+    assert facts.prequantized.weight_format == weight_format
+    assert facts.prequantized.block_size == block_size
+    assert facts.prequantized.double_quant is double_quant
+
+
+@pytest.fixture(scope="module")
+def nf4_model(plain_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantized(
+        plain_model, tmp_path_factory.mktemp("nf4") / "model", load_in_4bit=True, bnb_4bit_quant_type="nf4"
+    )
+
+
+STATE = "model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"shape": [128, 128]}, "4 bits needs another number"),
+        ({"shape": "os.system"}, "not \\[out, in\\]"),
+        ({"shape": [-1, 5]}, "positive whole number"),
+        ({"blocksize": 128}, "quantized in different ways"),
+        (None, "not the JSON"),
+    ],
+)
+def test_a_quantization_state_that_lies_is_refused(
+    nf4_model: Path, tmp_path: Path, change: dict[str, object] | None, words: str
+) -> None:
+    tensors = _load(nf4_model)
+    state = json.loads(tensors[STATE].tobytes())
+    raw = b"\x80\x04." if change is None else json.dumps({**state, **change}).encode()
+    tensors[STATE] = np.frombuffer(raw, np.uint8)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((nf4_model / "config.json").read_text())
+    with pytest.raises(ModelError, match=words) as caught:
+        read_facts(tmp_path)
+    assert (caught.value.code, caught.value.exit_status) == ("QH-C73", 5)
+
+
+@pytest.mark.fault("C15")
+def test_a_huge_quantization_state_is_not_read(nf4_model: Path, tmp_path: Path) -> None:
+    tensors = _load(nf4_model)
+    tensors[STATE] = np.zeros(70_000, np.uint8)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((nf4_model / "config.json").read_text())
+    with pytest.raises(UnsafeInputError, match="70000 bytes"):
+        read_facts(tmp_path)
+
+
+def _load(folder: Path) -> Tensors:
+    """All tensors as numpy; bfloat16, which numpy lacks, as float16 of the same size."""
+    from safetensors.torch import load_file as load_torch_file
+
+    tensors = load_torch_file(folder / "model.safetensors")
+    return {k: (v.half() if v.dtype.is_floating_point and v.itemsize == 2 else v).numpy() for k, v in tensors.items()}
+
+
+# MLX, quantized by MLX ----------------------------------------------------------------------------------------------
+def mlx_packed(weight: np.ndarray, group_size: int, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    import mlx.core as mx
+
+    packed, scales, biases = mx.quantize(mx.array(weight), group_size=group_size, bits=bits)
+    return np.array(packed), np.array(scales), np.array(biases)
+
+
+def mlx_model(write_model: WriteModel, tensors: Tensors, quantization: dict[str, object], bits: int) -> Path:
+    stored: Tensors = {}
+    for name, array in tensors.items():
+        if array.ndim == 2:
+            module = name.removesuffix(".weight")
+            parts = mlx_packed(array, 32, bits)
+            stored |= {
+                f"{module}.{kind}": part for kind, part in zip(("weight", "scales", "biases"), parts, strict=True)
+            }
+        else:
+            stored[name] = array
+    config = {"model_type": "llama", "vocab_size": 96, "quantization": quantization}
+    return write_model("mlx", tensors=stored, config=config)
+
+
+def mlx_sized(weights: Tensors) -> Tensors:
+    """The tiny Llama with every width a multiple of the smallest MLX group, 32."""
+    return {
+        name: np.resize(array, tuple(-(-side // 32) * 32 for side in array.shape)) for name, array in weights.items()
+    }
+
+
+@pytest.mark.parametrize(("bits", "weight_format"), [(4, "int4_affine"), (8, "int8_affine")])
+def test_an_mlx_checkpoint_has_true_shapes_and_quantized_embeddings_are_no_target(
+    write_model: WriteModel, llama_weights: Callable[..., Tensors], bits: int, weight_format: str
+) -> None:
+    weights = mlx_sized(llama_weights())
+    plain = read_facts(write_model("plain", tensors=weights, config={"model_type": "llama", "vocab_size": 96}))
+    facts = read_facts(mlx_model(write_model, weights, {"group_size": 32, "bits": bits, "mode": "affine"}, bits))
+    assert facts.linear_modules == plain.linear_modules
+    assert facts.parameter_count == plain.parameter_count
+    assert facts.prequantized is not None
+    assert (facts.prequantized.method, facts.prequantized.weight_format) == ("mlx", weight_format)
+    assert facts.prequantized.block_size == 32
+
+
+def test_an_mlx_checkpoint_with_another_group_size_than_it_says_is_refused(
+    write_model: WriteModel, llama_weights: Callable[..., Tensors]
+) -> None:
+    with pytest.raises(ModelError, match="groups of 64") as caught:
+        read_facts(mlx_model(write_model, mlx_sized(llama_weights()), {"group_size": 64, "bits": 4}, 4))
+    assert caught.value.code == "QH-C73"
+
+
+# GPTQ, in the layout of auto-gptq -----------------------------------------------------------------------------------
+def gptq_tensors(weights: Tensors, group_size: int, bits: int = 4) -> Tensors:
+    stored: Tensors = {}
+    for name, array in weights.items():
+        if array.ndim == 2 and ".layers." in name:
+            rows, columns = array.shape
+            groups = -(-columns // group_size) if group_size > 0 else 1
+            module = name.removesuffix(".weight")
+            stored[f"{module}.qweight"] = np.zeros((columns * bits // 32, rows), np.int32)
+            stored[f"{module}.qzeros"] = np.zeros((groups, rows * bits // 32), np.int32)
+            stored[f"{module}.scales"] = np.ones((groups, rows), np.float16)
+            stored[f"{module}.g_idx"] = np.zeros(columns, np.int32)
+        else:
+            stored[name] = array
+    return stored
+
+
+@pytest.mark.parametrize("group_size", [16, -1])
+@pytest.mark.parametrize("described_in", ["config.json", "quantize_config.json"])
+def test_a_gptq_checkpoint_has_true_shapes(
+    write_model: WriteModel, llama_weights: Callable[..., Tensors], described_in: str, group_size: int
+) -> None:
+    description = {"bits": 4, "group_size": group_size, "sym": True, "desc_act": False, "checkpoint_format": "gptq"}
+    config: dict[str, object] = {"model_type": "llama", "vocab_size": 96}
+    if described_in == "config.json":
+        config["quantization_config"] = {"quant_method": "gptq", **description, "dataset": ["private text"]}
+    folder = write_model("gptq", tensors=gptq_tensors(llama_weights(), group_size), config=config)
+    if described_in == "quantize_config.json":
+        (folder / described_in).write_text(json.dumps(description))
+    facts, plain = read_facts(folder), read_facts(write_model("plain"))
+    assert facts.linear_modules == plain.linear_modules
+    assert facts.parameter_count == plain.parameter_count
+    assert facts.prequantized is not None
+    assert (facts.prequantized.method, facts.prequantized.weight_format) == ("gptq", "int4_gptq")
+    assert facts.prequantized.block_size == (16 if group_size > 0 else None)
+    assert dict(facts.prequantized.settings) == description
+
+
+def test_a_gptq_checkpoint_whose_bits_do_not_fit_is_refused(
+    write_model: WriteModel, llama_weights: Callable[..., Tensors]
+) -> None:
+    folder = write_model(tensors=gptq_tensors(llama_weights(), 16, bits=8), config={"vocab_size": 96})
+    (folder / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 16}))
+    with pytest.raises(ModelError, match="4 bits give 96 inputs") as caught:
+        read_facts(folder)
+    assert caught.value.code == "QH-C73"
+
+
+@pytest.mark.parametrize(
+    ("description", "words"),
+    [
+        ({"bits": 8, "group_size": 16, "quant_method": "gptq"}, "GPTQ in 8 bits"),
+        ({"bits": 4, "group_size": 16, "quant_method": "awq"}, "quantized with awq"),
+    ],
+)
+def test_a_method_or_width_that_no_backend_has_is_refused_with_the_readable_ones(
+    write_model: WriteModel, llama_weights: Callable[..., Tensors], description: dict[str, object], words: str
+) -> None:
+    bits = int(str(description["bits"]))
+    config = {"vocab_size": 96, "quantization_config": description}
+    folder = write_model(tensors=gptq_tensors(llama_weights(), 16, bits), config=config)
+    with pytest.raises(ModelError, match=words) as caught:
+        read_facts(folder)
+    assert (caught.value.code, caught.value.exit_status) == ("QH-C72", 5)
+    assert "bitsandbytes" in caught.value.message
+
+
+def test_plain_weights_under_another_method_are_refused(write_model: WriteModel) -> None:
+    config = {"vocab_size": 96, "quantization_config": {"quant_method": "fp8"}}
+    with pytest.raises(ModelError, match="quantized with fp8"):
+        read_facts(write_model(config=config))

@@ -1,0 +1,182 @@
+"""What the user names becomes a folder that is safe to open, or an error that says what else it may have meant."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qlora_hal.errors import ModelError, UnsafeInputError
+from qlora_hal.model.safety import conversion_command
+from qlora_hal.model.source import ModelSource, resolve_model
+
+WriteModel = Callable[..., Path]
+
+
+def resolve(name: str | Path, **settings: object) -> ModelSource:
+    return resolve_model(str(name), **{"revision": None, "trust_remote_code": False, **settings})  # type: ignore[arg-type]
+
+
+def test_a_local_folder_is_taken_as_it_is(write_model: WriteModel) -> None:
+    folder = write_model()
+    source = resolve(folder)
+    assert (source.path, source.name, source.revision) == (folder, str(folder), None)
+    assert len(source.facts.linear_modules) == 14
+
+
+def test_a_relative_folder_and_the_home_folder_are_understood(
+    write_model: WriteModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_model("org/model")
+    monkeypatch.chdir(folder.parent.parent)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert resolve("org/model").path == Path("org/model")
+    assert resolve("~/model").path == folder
+
+
+@pytest.mark.parametrize("slip", ["{parent}/tiny-lama", "./tiny-lama", "../{last}/tiny-lama", "tiny-lama/"])
+def test_a_slip_in_a_path_is_not_taken_for_a_hub_id(
+    write_model: WriteModel, monkeypatch: pytest.MonkeyPatch, slip: str
+) -> None:
+    parent = write_model("tiny-llama").parent
+    monkeypatch.chdir(parent)
+    with pytest.raises(ModelError, match="There is no folder") as caught:
+        resolve(slip.format(parent=parent, last=parent.name))
+    assert (caught.value.code, caught.value.exit_status) == ("QH-E70", 5)
+    assert "tiny-llama" in caught.value.cause
+
+
+def test_a_path_that_exists_partly_names_both_readings(
+    write_model: WriteModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(write_model("models/tiny-llama").parent.parent)
+    with pytest.raises(ModelError) as caught:
+        resolve("models/tiny-lama")
+    assert "tiny-llama" in caught.value.cause
+    assert "https://huggingface.co/models/tiny-lama" in caught.value.fix
+
+
+@pytest.mark.parametrize(("name", "words"), [("model.gguf", "GGUF"), ("model.safetensors", "Name its folder")])
+def test_a_file_is_refused_with_what_to_name_instead(tmp_path: Path, name: str, words: str) -> None:
+    (tmp_path / name).write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match="is a file") as caught:
+        resolve(tmp_path / name)
+    assert caught.value.code == "QH-E71"
+    assert words in caught.value.fix
+
+
+def test_a_folder_without_config_names_the_model_below_it(write_model: WriteModel) -> None:
+    folder = write_model("cache/snapshots/0123abc")
+    with pytest.raises(ModelError, match=r"no config\.json") as caught:
+        resolve(folder.parent.parent)
+    assert caught.value.code == "QH-C70"
+    assert "snapshots/0123abc" in caught.value.fix
+
+
+@pytest.mark.fault("C17")
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt", "consolidated.00.pth"]
+)
+def test_pickle_only_weights_are_refused_unopened(write_model: WriteModel, tmp_path: Path, name: str) -> None:
+    folder = write_model()
+    (folder / "model.safetensors").unlink()
+    canary = tmp_path / "canary"
+    # A pickle that would create the canary if anything unpickled it.
+    (folder / name).write_bytes(b"cos\nsystem\n(S'touch " + str(canary).encode() + b"'\ntR.")
+    with pytest.raises(UnsafeInputError, match="pickle files only") as caught:
+        resolve(folder)
+    assert (caught.value.code, caught.value.exit_status) == ("QH-C17", 10)
+    assert name in caught.value.message
+    assert "weights_only=True" in caught.value.fix
+    assert not canary.exists()
+
+
+@pytest.mark.fault("C17")
+def test_the_printed_conversion_command_makes_a_model_and_runs_no_code(write_model: WriteModel, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    folder = write_model()
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    halves = [dict(sorted(weights.items())[i::2]) for i in range(2)]
+    for number, half in enumerate(halves, 1):
+        torch.save(half, folder / f"pytorch_model-0000{number}-of-00002.bin")
+    with pytest.raises(UnsafeInputError) as caught:
+        resolve(folder)
+    command = shlex.split(caught.value.fix.partition("convert them once: ")[2])
+    command[0] = sys.executable
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    converted = load_file(folder / "model.safetensors")
+    assert all(torch.equal(converted[name], weight) for name, weight in weights.items())
+    assert len(resolve(folder).facts.linear_modules) == 14
+
+    canary = tmp_path / "canary"
+    hostile = b"cos\nsystem\n(S'touch " + str(canary).encode() + b"'\ntR."
+    (folder / "pytorch_model-00003-of-00003.bin").write_bytes(hostile)
+    assert subprocess.run(command, cwd=folder, check=False, capture_output=True).returncode != 0
+    assert not canary.exists()
+
+
+@pytest.mark.fault("C17")
+def test_a_foreign_file_name_is_never_part_of_the_command() -> None:
+    assert "rm -rf" not in conversion_command(["x'; rm -rf ~; '.bin"])
+
+
+@pytest.mark.fault("C17")
+def test_pickles_beside_safetensors_and_training_leftovers_do_not_count(write_model: WriteModel) -> None:
+    folder = write_model()
+    (folder / "pytorch_model.bin").write_bytes(b"not read")
+    assert resolve(folder).path == folder
+    (folder / "pytorch_model.bin").rename(folder / "training_args.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="no safetensors weights"):
+        resolve(folder)
+
+
+REMOTE_CODE: dict[str, tuple[dict[str, object], str]] = {
+    "auto_map": ({"auto_map": {"AutoConfig": "configuration_x.XConfig", "AutoModelForCausalLM": "modeling_x.X"}},
+                 "configuration_x.py, modeling_x.py"),
+    "auto_map of another repository": ({"auto_map": {"AutoModel": "org/code--modeling_y.Y"}}, "org/code/modeling_y.py"),
+    "auto_map with a pair": ({"auto_map": {"AutoTokenizer": ["tok.Slow", None]}}, "tok.py"),
+    "model_file of mlx-lm": ({"model_file": "evil.py"}, "evil.py"),
+}  # fmt: skip
+
+
+@pytest.mark.fault("E14")
+@pytest.mark.parametrize("case", REMOTE_CODE)
+def test_a_model_with_its_own_code_is_refused_with_files_and_revision(
+    write_model: WriteModel, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    entry, files = REMOTE_CODE[case]
+    folder = write_model(config={"model_type": "x", "vocab_size": 96, **entry})
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    with pytest.raises(UnsafeInputError, match="its own Python files") as caught:
+        resolve(folder)
+    assert (caught.value.code, caught.value.exit_status) == ("QH-E14", 10)
+    assert files in caught.value.message
+    assert "revision of this folder" in caught.value.message
+    assert "40-digit commit" in caught.value.fix
+
+
+@pytest.mark.fault("E14")
+def test_allowed_code_and_unneeded_python_files_pass(write_model: WriteModel) -> None:
+    named = write_model("named", config={"auto_map": {"AutoModel": "m.M"}})
+    assert resolve(named, trust_remote_code=True).trust_remote_code
+    unneeded = write_model("unneeded")
+    shutil.copy(__file__, unneeded / "convert.py")
+    assert not resolve(unneeded).trust_remote_code
+
+
+def test_config_is_read_before_weights_so_that_safety_comes_first(write_model: WriteModel) -> None:
+    folder = write_model()
+    (folder / "config.json").write_text(json.dumps({"model_file": "x.py"}))
+    (folder / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(UnsafeInputError):
+        resolve(folder)

@@ -1,0 +1,168 @@
+"""What a run shows: plain lines in a pipe, a live line on a terminal."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from qlora_hal.backend import Availability, ProbeReport
+from qlora_hal.config import RunConfig
+from qlora_hal.observing import RunView, TrainResult
+from qlora_hal.report.console import RunConsole, next_commands
+from qlora_hal.values import StepStats
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def view(logging_steps: int = 1) -> RunView:
+    config = RunConfig.model_validate({"training": {"logging_steps": logging_steps}})
+    return RunView(Path("runs/a"), config, {"weight_format": "nf4", "compute_dtype": "float32"}, total_steps=10)
+
+
+def show_steps(console: RunConsole, run: RunView, *, applied: bool = True) -> None:
+    for step in range(1, run.total_steps + 1):
+        console.step(
+            run,
+            step,
+            StepStats(100.0, 50, 0.5, applied),
+            learning_rate=1e-4,
+            tokens_per_second=1234.0,
+            seconds_per_step=0.25,
+            epoch=step / 10,
+            tokens_seen=step * 60,
+            memory_bytes=2**30,
+            memory_limit=2**33,
+            eta_seconds=2.5,
+        )
+
+
+def result(stopped_because: str = "finished") -> TrainResult:
+    return TrainResult(
+        backend="cpu_torch",
+        device="CPU",
+        weight_format="nf4",
+        block_size=64,
+        run_dir=Path("runs/my run"),
+        adapter_dir=Path("runs/my run/adapter"),
+        steps=10,
+        tokens=600,
+        losses=((1, 3.0), (10, 2.0)),
+        eval_loss_before=3.5,
+        eval_loss_after=2.5,
+        wall_seconds=2.5,
+        peak_memory_bytes=2**30,
+        stopped_because=stopped_because,
+    )
+
+
+def shown(
+    environ: Mapping[str, str] | None = None, stream: io.StringIO | None = None
+) -> tuple[RunConsole, io.StringIO]:
+    stream = stream or io.StringIO()
+    return RunConsole(stream=stream, environ=dict(environ or {})), stream
+
+
+def test_a_pipe_gets_one_plain_line_for_each_log_interval() -> None:
+    console, stream = shown()
+    show_steps(console, view(logging_steps=4))
+    lines = stream.getvalue().splitlines()
+    assert [line.split()[1] for line in lines] == ["4/10", "8/10", "10/10"]
+    assert lines[0] == (
+        "step 4/10  epoch 0.40  loss 2.0000 (ema 2.0000)  grad 0.5  lr 1e-04  1,234 tok/s  0.25 s/step  "
+        "eta 2.5 s  mem 1 GiB of 8 GiB  240 tokens"
+    )
+
+
+@pytest.mark.parametrize("environ", [{"CI": "true", "TERM": "xterm"}, {"TERM": "dumb"}])
+def test_ci_and_a_dumb_terminal_get_plain_lines_too(environ: dict[str, str]) -> None:
+    console, stream = shown(environ, Terminal())
+    show_steps(console, view(logging_steps=10))
+    console.close()
+    assert "\x1b[2K" not in stream.getvalue()
+    assert "step 10/10" in stream.getvalue()
+
+
+def test_a_terminal_gets_one_line_that_is_redrawn() -> None:
+    console, stream = shown({"TERM": "xterm-256color", "COLUMNS": "200"}, Terminal())
+    show_steps(console, view())
+    console.evaluated(10, 2.0, "after")
+    console.close()
+    console.close()
+    plain = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", stream.getvalue())
+    assert "step 10/10" in plain
+    assert "eval: step 10 (after)  loss 2.0000  perplexity 7.39" in plain
+    assert "\x1b[2K" in stream.getvalue()
+
+
+def test_no_color_wins_over_force_color() -> None:
+    for environ, coloured in (({"FORCE_COLOR": "1"}, True), ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, False)):
+        console, stream = shown(environ)
+        console.note("a note")
+        assert ("\x1b[" in stream.getvalue()) is coloured
+
+
+def test_a_step_that_was_not_applied_says_so() -> None:
+    console, stream = shown()
+    show_steps(console, view(logging_steps=10), applied=False)
+    assert "NOT APPLIED" in stream.getvalue()
+
+
+def test_the_choice_of_the_backend_is_told_with_every_rejection() -> None:
+    console, stream = shown()
+    reports = [
+        ProbeReport("cpu_torch", Availability.READY, "", devices=("a processor",)),
+        ProbeReport("cuda_bnb", Availability.NO_DEVICE, "no driver answers", "install it"),
+        ProbeReport("mlx_lora", Availability.READY, "ready"),
+    ]
+    console.detection("cpu_torch", "named by the user", reports, {"mlx_lora": "lacks nf4"})
+    assert stream.getvalue().splitlines() == [
+        "backend: cpu_torch on a processor (named by the user)",
+        "  not cuda_bnb: no driver answers",
+        "  not mlx_lora: lacks nf4",
+    ]
+
+
+def test_square_brackets_of_data_are_not_read_as_markup() -> None:
+    console, stream = shown()
+    console.note("[bold]kept[/bold]")
+    console.samples([{"prompt": "[red]p", "before": "b", "after": "a\nb"}])
+    assert stream.getvalue().splitlines() == [
+        "note: [bold]kept[/bold]",
+        "sample prompt: [red]p",
+        "sample before: b",
+        "sample after: a b",
+    ]
+
+
+def test_quiet_keeps_notes_alone() -> None:
+    stream = io.StringIO()
+    console = RunConsole(quiet=True, stream=stream, environ={})
+    console.run_started(view())
+    show_steps(console, view())
+    console.finished(result(), {})
+    console.note("kept")
+    assert stream.getvalue() == "note: kept\n"
+
+
+def test_the_end_names_the_figures_and_the_next_three_commands() -> None:
+    console, stream = shown()
+    console.finished(result(), {"report": Path("runs/my run/report.html")})
+    text = stream.getvalue()
+    for words in ("10 steps, 600 tokens", "240 tok/s", "3.5000 -> 2.5000", "3.0000 (step 1) -> 2.0000", "1 GiB"):
+        assert words in text
+    assert text.rstrip().splitlines()[-3:] == [f"  {command}" for command in next_commands(result())]
+
+
+def test_the_next_commands_can_be_pasted_and_a_stopped_run_is_resumed_first() -> None:
+    assert next_commands(result())[0] == "qlora-hal chat --run 'runs/my run'"
+    assert next_commands(result("SIGTERM"))[0] == "qlora-hal resume 'runs/my run'"
+    assert len(next_commands(result())) == 3

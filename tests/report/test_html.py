@@ -1,0 +1,186 @@
+"""report.html and loss.png from a run folder."""
+
+from __future__ import annotations
+
+import re
+import struct
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from qlora_hal.report import figures
+from qlora_hal.report.curves import write_loss_png
+from qlora_hal.report.html import flat_rows, write_report
+from qlora_hal.report.svg import Curve, chart, round_ticks
+
+VOID = {"meta", "link", "br", "img", "hr", "input"}
+
+
+class Outline(HTMLParser):
+    """Tags that are open, every tag met, and every text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.texts: list[str] = []
+        self.wrong: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data.strip())
+
+
+def outline_of(page: str) -> Outline:
+    outline = Outline()
+    outline.feed(page)
+    return outline
+
+
+def test_the_page_is_well_formed_and_tells_the_run(run_dir: Path) -> None:
+    page = write_report(run_dir).read_text(encoding="utf-8")
+    outline = outline_of(page)
+    assert (outline.open, outline.wrong) == ([], [])
+    for text in (
+        "first-run",
+        "finished",
+        "1.1000",
+        "from 3.0000 before training",
+        "lora.r",
+        "config argument",
+        "it is not ready",
+        "named by the user",
+        "rows read",
+        "dropped: too long",
+        "median 41 tokens\nlongest 90 tokens",
+        "before the run",
+        "after the run",
+        "A note on the run.",
+    ):
+        assert text in outline.texts, text
+
+
+def test_the_page_needs_no_network_and_runs_no_script(run_dir: Path) -> None:
+    page = write_report(run_dir).read_text(encoding="utf-8")
+    assert not {"script", "link", "img", "iframe", "object", "form"} & set(outline_of(page).tags)
+    addresses = set(re.findall(r"https?://[^\s\"'<>]+", page))
+    assert addresses == {"http://www.w3.org/2000/svg"}
+    assert "url(" not in page
+    assert "default-src 'none'" in page
+
+
+def test_texts_of_users_stay_texts(run_dir: Path) -> None:
+    page = write_report(run_dir).read_text(encoding="utf-8")
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert" in page
+
+
+def test_a_step_that_was_not_finite_is_announced(run_dir: Path) -> None:
+    assert "was not finite at step 7" in write_report(run_dir).read_text(encoding="utf-8")
+
+
+def test_every_curve_is_drawn_with_one_mark_for_each_evaluation(run_dir: Path) -> None:
+    page = write_report(run_dir).read_text(encoding="utf-8")
+    drawings = [ElementTree.fromstring(text) for text in re.findall(r"<svg.*?</svg>", page, flags=re.S)]
+    assert [drawing.attrib["aria-label"] for drawing in drawings] == [
+        "Loss by step",
+        "Gradient norm before clipping by step",
+        "Learning rate by step",
+        "Tokens per second by step",
+        "Memory by step",
+    ]
+    assert sum(element.tag.endswith("circle") for element in drawings[0].iter()) == 2
+
+
+def test_a_run_that_has_not_begun_has_a_report_too(run_dir: Path) -> None:
+    (run_dir / "metrics.jsonl").unlink()
+    page = write_report(run_dir).read_text(encoding="utf-8")
+    assert "<svg" not in page
+    assert outline_of(page).wrong == []
+
+
+def test_a_run_json_of_another_writer_with_fewer_keys_is_shown(run_dir: Path) -> None:
+    (run_dir / "run.json").write_text('{"config": {"lora": {"r": 3}}}', encoding="utf-8")
+    assert "lora.r" in outline_of(write_report(run_dir).read_text(encoding="utf-8")).texts
+
+
+@pytest.mark.parametrize("with_metrics", [True, False])
+def test_loss_png_is_a_picture(run_dir: Path, with_metrics: bool) -> None:
+    if not with_metrics:
+        (run_dir / "metrics.jsonl").unlink()
+    content = write_loss_png(run_dir).read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", content[16:24])
+    assert (width, height) == (960, 540)  # 8 x 4.5 inches at 120 dots per inch
+
+
+# Drawing -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_long_curve_is_thinned_without_losing_its_spike() -> None:
+    points = [(float(step), 100.0 if step == 54_321 else 1.0) for step in range(100_000)]
+    drawing = chart("x", [Curve("x", points)], number=str)
+    heights = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", drawing)]
+    assert len(heights) < 1000
+    assert min(heights) < 25  # the spike reaches the top of the chart
+
+
+def test_equal_values_and_a_single_point_can_be_drawn() -> None:
+    for points in ([(1.0, 2.0)], [(1.0, 0.0), (2.0, 0.0)], [(1.0, -3.0), (2.0, -3.0)]):
+        ElementTree.fromstring(chart("x", [Curve("x", points)], number=str))
+
+
+def test_a_chart_without_finite_points_is_empty() -> None:
+    assert chart("x", [Curve("x", [(1.0, float("nan"))])], number=str) == ""
+
+
+def test_ticks_are_round_numbers_inside_the_range() -> None:
+    assert round_ticks(0.13, 1.02, 4) == [0.2, 0.4, 0.6, 0.8, 1.0]
+    assert round_ticks(0, 400, 5) == [0, 100, 200, 300, 400]
+
+
+def test_nested_facts_become_rows_without_empty_ones() -> None:
+    assert flat_rows({"a_b": {"c": 1}, "d": None, "e": [], "f": [1, 2], "g": ["x", "y"]}) == [
+        ("a b: c", "1"),
+        ("f", "1, 2"),
+        ("g", "x\ny"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        (figures.duration(9.96), "10.0 s"),
+        (figures.duration(151), "2 min 31 s"),
+        (figures.duration(11_100), "3 h 05 min"),
+        (figures.duration(None), "?"),
+        (figures.duration(float("inf")), "?"),
+        (figures.size(512 * 2**20), "512 MiB"),
+        (figures.size(int(7.43 * 2**30)), "7.43 GiB"),
+        (figures.count(812), "812"),
+        (figures.count(12_345), "12.3k"),
+        (figures.count(4_060_000), "4.06M"),
+        (figures.rate(2e-4), "2e-04"),
+        (figures.rate(1.5e-5), "1.5e-05"),
+        (figures.loss(float("nan")), "nan"),
+    ],
+)
+def test_numbers_read_as_people_write_them(said: str, meant: str) -> None:
+    assert said == meant
+
+
+def test_a_long_list_is_cut_with_its_count() -> None:
+    assert flat_rows({"rows": list(range(20))}) == [("rows", "0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11\n... and 8 more")]

@@ -1,0 +1,74 @@
+"""Trackers: named ones must be installed; the figures are the same everywhere."""
+
+from __future__ import annotations
+
+import math
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from qlora_hal.config import RunConfig
+from qlora_hal.errors import ConfigError
+from qlora_hal.hooks import Hooks
+from qlora_hal.observers import figures_of_run, observers_for
+from qlora_hal.observing import RunView
+from qlora_hal.values import LossSum, StepStats
+
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+
+
+def test_no_tracker_is_used_unless_named() -> None:
+    assert observers_for(()) == ()
+
+
+@pytest.mark.fault("U05")
+def test_trackers_that_are_absent_are_all_named_with_one_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlora_hal.observers.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="names tensorboard, wandb, not installed here") as caught:
+        observers_for(("tensorboard", "wandb"))
+    assert (caught.value.code, caught.value.exit_status) == ("QH-U05", 2)
+    assert caught.value.fix == "Run: pip install tensorboard wandb"
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_every_tracker_is_either_made_or_refused(name: str) -> None:
+    if find_spec(name) is None:
+        with pytest.raises(ConfigError, match=name):
+            observers_for((name,))
+    else:
+        assert len(observers_for((name,))) == 1
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_the_hooks_of_every_tracker_fit_their_specification(name: str) -> None:
+    from importlib import import_module
+
+    notes: list[str] = []
+    observer = import_module(f"qlora_hal.observers.{name}").make_observer()
+    hooks = Hooks((observer,), note=notes.append)
+    # Before a run has started there is nothing to write to, and nothing fails.
+    run = RunView(Path("runs/a"), RunConfig(), {}, 1)
+    hooks.tell("qlora_hal_step_finished", run=run, step=1, stats=StepStats(1.0, 1, 1.0), learning_rate=1e-4)
+    hooks.tell("qlora_hal_evaluated", run=run, step=1, evaluation=LossSum(1.0, 1))
+    assert notes == []
+
+
+def test_figures_that_are_not_finite_are_left_out() -> None:
+    assert figures_of_run.of_step(StepStats(math.nan, 1, 2.0), 1e-4) == {
+        "train/grad_norm": 2.0,
+        "train/learning_rate": 1e-4,
+    }
+    assert figures_of_run.of_evaluation(LossSum(0.0, 0)) == {}
+
+
+@pytest.mark.fault("X11")
+def test_settings_go_to_a_tracker_without_secrets_and_without_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "canary-hub-1234567")
+    config = RunConfig.model_validate(
+        {"model": {"name_or_path": str(Path.home() / "m")}, "data": {"path": "x/canary-hub-1234567"}}
+    )
+    sent = figures_of_run.settings_of(RunView(Path("runs/a"), config, {"block_size": None}, 1))
+    assert sent["model.name_or_path"] == "~/m"
+    assert sent["data.path"] == "x/[removed]"
+    assert sent["resolved.block_size"] == "None"
