@@ -37,7 +37,7 @@ def is_plain(text: str, fewest: int, most: int) -> bool:
 
 def options_of(text: str) -> tuple[tuple[str, str], ...]:
     """Options with the first sentence of their description, where that is short and says something particular."""
-    found = {}
+    found: dict[str, str] = {}
     for flags, inline, below in OPTION.findall(text):
         meaning = first_sentence(inline or below)
         if len(flags) <= 36 and not GENERIC.search(flags) and is_plain(meaning, 4, 18) and meaning[:1].isupper():

@@ -63,7 +63,7 @@ def manual_page(path: Path, mandoc: Path) -> str:
     source = read_file(path)
     if len(source) < 200 or source.lstrip().startswith(".so "):
         return ""
-    command = [mandoc, "-T", "ascii", "-O", "width=1000"]
+    command = [str(mandoc), "-T", "ascii", "-O", "width=1000"]
     result = subprocess.run(command, input=source.encode(), capture_output=True, timeout=20, check=False)
     text = re.sub(r".\x08", "", result.stdout.decode("ascii", errors="replace"))
     return tidy("\n".join(line[2:] if line.startswith("   ") else line for line in text.split("\n")[1:-2]))

@@ -62,8 +62,9 @@ def batches(tokens: Tensor, rows: int, length: int, seed: int) -> Iterator[Tenso
         offset = int(torch.randint(length, (1,), generator=generator))
         count = (tokens.numel() - offset - 1) // length
         starts = torch.randperm(count, generator=generator) * length + offset
-        for chosen in starts[: count - count % rows].split(rows):
-            yield tokens[chosen.to(tokens.device)[:, None] + positions].long()
+        for first in range(0, count - count % rows, rows):
+            chosen = starts[first : first + rows].to(tokens.device)
+            yield tokens[chosen[:, None] + positions].long()
 
 
 @torch.no_grad()
@@ -86,7 +87,7 @@ def train(model: Llama, loss: Loss, tokens: dict[str, Tensor], recipe: Recipe, l
     for step in range(recipe.steps):
         batch = next(stream)
         value = loss(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())
-        value.backward()
+        torch.autograd.backward(value)
         optimizer.step(learning_rate_factor(step, recipe))
         recent.append(value.detach())
         if (step + 1) % recipe.validate_every == 0 or step + 1 == recipe.steps:
@@ -169,12 +170,13 @@ def run(arguments: argparse.Namespace, matrix_rate: float) -> tuple[Llama, dict[
     model = Llama(shape, device)
     loss = make_loss(model, device)
     log = train(model, loss, tokens, recipe, length)
-    head = {"run": description(device), "shape": asdict(shape), "recipe": asdict(recipe)}
+    head: dict[str, Any] = {"run": description(device), "shape": asdict(shape), "recipe": asdict(recipe)}
     head["tokens"] = {name: tensor.numel() for name, tensor in tokens.items()}
     head["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-    final = {"weights": round_to_bfloat16(model), "loss": validation_loss(loss, tokens["validation"], 16, length)}
-    head["validation_loss_of_bfloat16_weights"] = round(final["loss"], 5)
-    save_file(final["weights"], arguments.out / "weights.safetensors", metadata={"format": "pt"})
+    weights = round_to_bfloat16(model)
+    final = validation_loss(loss, tokens["validation"], 16, length)
+    head["validation_loss_of_bfloat16_weights"] = round(final, 5)
+    save_file(weights, arguments.out / "weights.safetensors", metadata={"format": "pt"})
     return model, head | {"log": log}
 
 

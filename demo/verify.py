@@ -69,7 +69,7 @@ def main() -> None:
     tokens: Tensor = load(lzma.decompress(parser.parse_args().tokens.read_bytes()))["validation"].long()
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     check_chat(tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     record = json.loads((MODEL / "pretraining.json").read_text(encoding="utf-8"))
     expected = record["validation_loss_of_bfloat16_weights"]
     measured = mean_loss(model, tokens, record["shape"]["context"])

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar
 
 from qlora_hal.capabilities import Capabilities, WeightFormat
+from qlora_hal.memory import MemoryConstants
 
 if TYPE_CHECKING:
     from qlora_hal.model.source import ModelSource
@@ -79,7 +80,7 @@ class BackendSpec:
     `package.module:Name`: a class, or a function without arguments, that gives a `QuantizedLoRATrainer`.
     `uses_accelerator` False keeps `auto` from choosing the backend silently (see `selection`). `option_choices` lists
     what `backend.options` may hold, the first choice being the default. `notes` maps an optimizer's name to what it
-    becomes here; the note is printed.
+    becomes here; the note is printed. `memory` holds what the estimate must know of the backend's code.
     """
 
     name: str
@@ -91,6 +92,7 @@ class BackendSpec:
     uses_accelerator: bool = True
     option_choices: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
+    memory: MemoryConstants = field(default_factory=MemoryConstants)
     contract: int = CONTRACT_VERSION
 
 

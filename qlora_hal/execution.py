@@ -197,6 +197,7 @@ class Execution:
             wall_seconds=time.perf_counter() - self._started,
             peak_memory_bytes=peak,
             stopped_because=stopped,
+            tokens_per_second=recorder.tokens_per_second,
             notes=tuple(recorder.notes),
             samples=tuple(samples),
         )
@@ -298,7 +299,7 @@ class Execution:
             eval_loss_before=result.eval_loss_before,
             eval_loss_after=result.eval_loss_after,
             samples=result.samples,
-            timings={"wall_seconds": result.wall_seconds},
+            timings=_timings(result),
             peak_memory_bytes=result.peak_memory_bytes,
             adapter_dir=self._stage.directory.adapter_dir.name if finished else "",
             notes=(*record.notes, *result.notes),
@@ -367,6 +368,11 @@ def write_record(stage: Stage, record: RunRecord) -> None:
     from qlora_hal.report.run_file import run_facts
 
     stage.directory.record(run_facts(record))
+
+
+def _timings(result: TrainResult) -> dict[str, float]:
+    timings = {"wall_seconds": result.wall_seconds}
+    return timings if result.tokens_per_second is None else {**timings, "tokens_per_second": result.tokens_per_second}
 
 
 def _now() -> str:

@@ -44,7 +44,7 @@ class LoopEvents(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FinishedStep:
-    """Everything known of one step. `seconds` is the time from the step before; `real_tokens` are not padding."""
+    """Everything known of one step. `real_tokens` are not padding."""
 
     step: int
     stats: StepStats
@@ -119,10 +119,13 @@ def run(trainer: GuardedTrainer, windows: Windows, plan: LoopPlan, progress: Pro
 
 @dataclass(slots=True)
 class _Queued:
+    """A step under way; it lasts until the next one is queued, which is when its device work ends at the latest."""
+
     step: int
     pending: PendingStep
     window: Sequence[Batch]
     learning_rate: float
+    started: float
 
 
 class _Loop:
@@ -135,11 +138,10 @@ class _Loop:
         self._progress = progress
         self._events = events
         self._queued: _Queued | None = None
-        self._first_of_call = progress.step
-        self._last_time = time.perf_counter()
 
     def queue(self, window: list[Batch]) -> None:
         """Queue the next step, then read the one before it."""
+        started = time.perf_counter()
         step = self._progress.step
         rate = self._plan.schedule.learning_rate(step)
         training = self._plan.training
@@ -154,9 +156,9 @@ class _Loop:
             epsilon=training.adam_epsilon,
         )
         pending = self._fitted_step(window, settings)
-        before, self._queued = self._queued, _Queued(step, pending, window, rate)
+        before, self._queued = self._queued, _Queued(step, pending, window, rate, started)
         if before is not None:
-            self._read(before)
+            self._read(before, ended=started)
         self._progress.step = step + 1
 
     def settle(self) -> None:
@@ -180,7 +182,6 @@ class _Loop:
             saves = True
         if saves:
             self._events.save(step, self._progress)
-        self._last_time = time.perf_counter()
         return stop
 
     def _evaluate(self, step: int) -> bool:
@@ -210,13 +211,13 @@ class _Loop:
                     "and so the step, is the same."
                 )
 
-    def _read(self, queued: _Queued) -> None:
+    def _read(self, queued: _Queued, ended: float | None = None) -> None:
         stats = queued.pending.resolve()
+        ended = ended or time.perf_counter()
         if not (stats.applied and math.isfinite(stats.loss_sum) and math.isfinite(stats.grad_norm)):
             raise self._not_finite(queued, stats)
         if queued.step == 0 and stats.grad_norm == 0.0:
             raise _no_gradient()
-        now = time.perf_counter()
         real_tokens = sum(batch.real_tokens for batch in queued.window)
         self._progress.tokens_seen += real_tokens
         self._events.step(
@@ -225,12 +226,11 @@ class _Loop:
                 stats=stats,
                 learning_rate=queued.learning_rate,
                 epoch=self._windows.epoch_of(queued.step + 1),
-                seconds=now - self._last_time,
+                seconds=ended - queued.started,
                 real_tokens=real_tokens,
                 tokens_seen=self._progress.tokens_seen,
             )
         )
-        self._last_time = now
 
     def _not_finite(self, queued: _Queued, stats: StepStats) -> NumericsError:
         rows = self._windows.rows_of(queued.step)

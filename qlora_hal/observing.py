@@ -30,7 +30,8 @@ class TrainResult:
     """What a finished (or stopped) run gives back.
 
     `losses` is (step, mean loss per counted token) for every step of this call; `stopped_because` is `finished`,
-    `early stopping`, or the signal's name.
+    `early stopping`, or the signal's name. `tokens` counts the whole run without padding, `tokens_per_second` only the
+    training steps of this call.
     """
 
     backend: str
@@ -47,5 +48,6 @@ class TrainResult:
     wall_seconds: float
     peak_memory_bytes: int | None
     stopped_because: str
+    tokens_per_second: float | None = None
     notes: tuple[str, ...] = ()
     samples: tuple[Mapping[str, str], ...] = field(default=())

@@ -121,6 +121,7 @@ def prepare_run(
 ) -> PreparedRun:
     """Tokenizer, data and memory."""
     from qlora_hal.data import ChatTokenizer, prepare
+    from qlora_hal.model.linear_shapes import left_out_notes
 
     facts = machinery.source.facts
     tokenizer = ChatTokenizer.from_folder(machinery.source.path, chat_template=config.data.chat_template)
@@ -135,6 +136,8 @@ def prepare_run(
         model_max_length=facts.max_position_embeddings,
     )
     console.data_report(data.report.lines())
+    for note in left_out_notes(facts):
+        console.note(note)
     return PreparedRun(config, seed, machinery, tokenizer, data, estimated_memory(config, machinery))
 
 
@@ -156,6 +159,7 @@ def estimated_memory(config: RunConfig, machinery: Machinery) -> MemoryEstimate:
         batch_size=config.training.per_device_train_batch_size,
         sequence_length=config.data.max_seq_length,
         gradient_checkpointing=config.training.gradient_checkpointing,
+        constants=machinery.choice.spec.memory,
     )
 
 

@@ -38,11 +38,15 @@ class Recorder:
     resumed_from: int | None = None
     losses: list[tuple[int, float]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    trained_tokens: int = 0
+    trained_seconds: float = 0.0
     _recent: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_SPEED_WINDOW))
 
     def step(self, finished: FinishedStep) -> None:
         self.losses.append((finished.step, finished.stats.loss))
         self._recent.append((finished.real_tokens, finished.seconds))
+        self.trained_tokens += finished.real_tokens
+        self.trained_seconds += finished.seconds
         seconds = sum(took for _, took in self._recent) / len(self._recent)
         speed = sum(tokens for tokens, _ in self._recent) / max(sum(took for _, took in self._recent), 1e-9)
         memory = self.trainer.peak_memory_bytes() if self.measures_memory else None
@@ -78,6 +82,10 @@ class Recorder:
             stats=finished.stats,
             learning_rate=finished.learning_rate,
         )
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return self.trained_tokens / self.trained_seconds if self.trained_seconds > 0 else None
 
     def evaluated(self, step: int, evaluation: LossSum, label: str) -> None:
         self.metrics.append(evaluation_record(step, evaluation, label))

@@ -114,9 +114,28 @@ def _first_record(config: RunConfig, origins: Mapping[str, str], prepared: Prepa
         },
         versions=next(r.versions for r in machinery.reports if r.backend == choice.spec.name),
         detection=Detection.of(choice.spec.name, choice.reason, machinery.reports, choice.rejections),
-        data_report=prepared.data.report.as_json(),
+        data_report={"lines": prepared.data.report.lines(), **prepared.data.report.as_json()},
+        environment=_environment(),
         memory_estimate={**asdict(prepared.estimate), "total": prepared.estimate.total},
     )
+
+
+def _environment() -> dict[str, object]:
+    import platform
+
+    from qlora_hal import __version__
+    from qlora_hal.hardware import inventory
+
+    machine = inventory()
+    return {
+        "qlora_hal": __version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "processor": machine.cpu.name,
+        "cores": machine.cpu.logical_cores,
+        "memory_bytes": machine.memory_bytes,
+        "gpus": [gpu.name for gpu in machine.gpus],
+    }
 
 
 def _planned(prepared: PreparedRun, run_dir: Path) -> TrainResult:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
 
-from qlora_hal.data.encoding import Int64
+from qlora_hal.data.token_rows import Int64
 
 PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
 

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from qlora_hal.data.encoding import Int64, TokenRows
+from qlora_hal.data.token_rows import Int64, TokenRows
 
 Truncation = Literal["right", "left", "drop", "split"]
 LISTED_ROWS = 20

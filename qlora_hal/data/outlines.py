@@ -16,7 +16,7 @@ from qlora_hal.data.chat import ConversationWriter, Piece, TurnNotFound
 from qlora_hal.data.templates import TemplateFault
 
 if TYPE_CHECKING:
-    from qlora_hal.data.encoding import Anchors
+    from qlora_hal.data.targets import Anchors
 
 _POISON = "\ufdd2"
 _SLOT = re.compile("\ufdd0(\\d+)(-?)\ufdd1")

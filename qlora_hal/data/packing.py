@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qlora_hal.data.encoding import Int64
+from qlora_hal.data.token_rows import Int64
 
 
 def pack(lengths: Int64, capacity: int, order: Int64) -> list[list[int]]:

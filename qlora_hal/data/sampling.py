@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from qlora_hal.data.batching import batch_of, without_labels
-from qlora_hal.data.encoding import Int64
 from qlora_hal.data.order import Purpose, permutation
 from qlora_hal.data.packing import pack
+from qlora_hal.data.token_rows import Int64
 from qlora_hal.data.tokens import TokenStore
 from qlora_hal.errors import DataError
 from qlora_hal.values import Batch, World

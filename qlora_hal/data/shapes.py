@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from qlora_hal.data.reading import Row, type_name
+from qlora_hal.data.reading import Row
+from qlora_hal.data.row_files import type_name
 from qlora_hal.errors import DataError
 
 Shape = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
@@ -136,7 +137,7 @@ def _string(row: Row, value: Mapping[str, object], field: str, *, may_be_absent:
 
 
 def _messages(row: Row, value: Mapping[str, object]) -> Conversation:
-    key = "messages" if "messages" in value else "conversations"
+    key = "conversations" if "conversations" in value and "messages" not in value else "messages"
     turns = value.get(key, _MISSING)
     conversation = _conversation(row, turns, key)
     tools = value.get("tools")
@@ -154,9 +155,11 @@ def _conversation(row: Row, turns: object, field: str) -> Conversation:
     messages: list[Message] = []
     known = _ROLES
     for index, turn in enumerate(turns):
-        if type(turn) is dict and len(turn) == 2 and type(turn.get("content")) is str and turn.get("role") in known:
-            messages.append(turn)
-            continue
+        if type(turn) is dict and len(turn) == 2 and type(turn.get("content")) is str:
+            role = turn.get("role")
+            if type(role) is str and role in known:
+                messages.append(turn)
+                continue
         message = _message(row, turn, f"{field}[{index}]")
         plain = plain and message.keys() == {"role", "content"}
         messages.append(message)

@@ -21,7 +21,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from qlora_hal.data.encoding import Int64, TokenRows, UInt8, UInt64
+from qlora_hal.data.token_rows import Int64, TokenRows, UInt8, UInt64
 from qlora_hal.errors import StorageError
 from qlora_hal.values import Int32
 

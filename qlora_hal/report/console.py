@@ -208,12 +208,12 @@ class RunConsole:
 
 def summary(result: TrainResult, paths: Mapping[str, Path]) -> list[tuple[str, str]]:
     """The end of a run as (name, text)."""
-    speed = result.tokens / result.wall_seconds if result.wall_seconds > 0 else None
     ended = "" if result.stopped_because == "finished" else f", stopped: {result.stopped_because}"
     block = f" in blocks of {result.block_size}" if result.block_size else ""
+    speed = f"{figures.count(result.tokens_per_second)} tok/s while training"
     rows = [
         ("trained", f"{result.steps} steps, {figures.count(result.tokens)} tokens{ended}"),
-        ("took", f"{figures.duration(result.wall_seconds)}, {figures.count(speed)} tok/s"),
+        ("took", f"{figures.duration(result.wall_seconds)}, {speed}"),
         ("on", f"{result.backend} ({result.device}), base stored as {result.weight_format}{block}"),
     ]
     if result.losses:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -154,10 +153,15 @@ def test_template_that_looks_into_contents_has_no_outline(folders: Mapping[str, 
     tokenizer = ChatTokenizer.from_folder(folders["thinking"])
     assert tokenizer.writer is not None
     assert outline_of(tokenizer.writer, ["user", "assistant"], 0) is None
-    for look in ("content | length", "content[0]", "content | upper", "'a' in content", "content == ''", "[m] | tojson"):
+    for look in (
+        "content | length",
+        "content[0]",
+        "content | upper",
+        "'a' in content",
+        "content == ''",
+        "[m] | tojson",
+    ):
         source = "{% for m in messages %}{% set content = m['content'] %}{{ content ~ (" + look + ") }}{% endfor %}"
-        files = json.loads((folders["chatml"] / "tokenizer_config.json").read_text())
-        assert files["chat_template"] != source
         looking = _with_source(folders["chatml"], source)
         assert looking.writer is not None
         assert outline_of(looking.writer, ["user"], 0) is None, look
@@ -203,8 +207,10 @@ def test_pad_id_is_never_an_end_token(folders: Mapping[str, Path]) -> None:
         tokenizer = ChatTokenizer.from_folder(folders[kind])
         assert tokenizer.pad_id not in tokenizer.stop_ids
         assert "eos stays trained" in tokenizer.notes[0]
-    assert ChatTokenizer.from_folder(folders["metaspace"]).notes[0].startswith(
-        "the tokenizer has no pad token; id 0 (<unk>) pads"
+    assert (
+        ChatTokenizer.from_folder(folders["metaspace"])
+        .notes[0]
+        .startswith("the tokenizer has no pad token; id 0 (<unk>) pads")
     )
     assert "also an end token" in ChatTokenizer.from_folder(folders["pad_is_eos"]).notes[0]
     assert not ChatTokenizer.from_folder(folders["chatml"]).notes

@@ -23,4 +23,5 @@ SPEC = BackendSpec(
     uses_accelerator=CPU.uses_accelerator,
     option_choices=TORCH_OPTIONS,
     notes=CPU.optimizer_notes,
+    memory=CPU.memory(),
 )

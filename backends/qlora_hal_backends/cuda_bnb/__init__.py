@@ -23,4 +23,5 @@ SPEC = BackendSpec(
     uses_accelerator=CUDA.uses_accelerator,
     option_choices=TORCH_OPTIONS,
     notes=CUDA.optimizer_notes,
+    memory=CUDA.memory(),
 )

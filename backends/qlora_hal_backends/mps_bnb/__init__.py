@@ -23,4 +23,5 @@ SPEC = BackendSpec(
     uses_accelerator=MPS.uses_accelerator,
     option_choices=TORCH_OPTIONS,
     notes=MPS.optimizer_notes,
+    memory=MPS.memory(),
 )

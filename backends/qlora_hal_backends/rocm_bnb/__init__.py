@@ -23,4 +23,5 @@ SPEC = BackendSpec(
     uses_accelerator=ROCM.uses_accelerator,
     option_choices=TORCH_OPTIONS,
     notes=ROCM.optimizer_notes,
+    memory=ROCM.memory(),
 )

@@ -65,7 +65,8 @@ class Blockwise4BitWeight:
     @property
     def stored_bytes(self) -> int:
         nested = self.state.state2
-        return self.packed.nbytes + self.state.absmax.nbytes + (nested.absmax.nbytes if nested is not None else 0)
+        nested_bytes: int = nested.absmax.nbytes if nested is not None else 0
+        return self.packed.nbytes + int(self.state.absmax.nbytes) + nested_bytes
 
     def dense(self) -> Tensor:
         if self.packed.device.type == "cpu" and self.state.shape[-1] % self.state.blocksize:
@@ -84,7 +85,8 @@ def _decoded_by_lookup(packed: Tensor, state: codec.QuantState) -> Tensor:
     pairs = packed.view(torch.uint8).reshape(-1)
     codes = torch.stack((pairs >> 4, pairs & 15), dim=1).reshape(-1)[:count]  # the high nibble comes first
     scales = absmax.float().repeat_interleave(state.blocksize)[:count]
-    return (state.code[codes.int()] * scales).reshape(state.shape).to(state.dtype)
+    weight: Tensor = (state.code[codes.int()] * scales).reshape(state.shape).to(state.dtype)
+    return weight
 
 
 @dataclass(slots=True)

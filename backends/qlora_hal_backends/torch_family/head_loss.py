@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_ROWS = 2048
+from qlora_hal_backends.torch_family.platform import LOSS_CHUNK_ROWS
+
+CHUNK_ROWS = LOSS_CHUNK_ROWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ def loss_sum(hidden: Tensor, targets: Tensor, head: Head, gradient_scale: float)
     Its backward gives the gradient of `gradient_scale * loss_sum`: the scale (1 / tokens of the window, times the loss
     scale of float16) enters in float32, before anything is rounded.
     """
-    result: Tensor = _HeadLoss.apply(hidden, targets, head, gradient_scale)
+    result: Tensor = _HeadLoss.apply(hidden, targets, head, gradient_scale)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -48,8 +50,8 @@ class _HeadLoss(torch.autograd.Function):
         wants_gradient = ctx.needs_input_grad[0]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if wants_gradient else None
-        for start in range(0, hidden.shape[0], CHUNK_ROWS):
-            rows = slice(start, start + CHUNK_ROWS)
+        for start in range(0, hidden.shape[0], LOSS_CHUNK_ROWS):
+            rows = slice(start, start + LOSS_CHUNK_ROWS)
             logits = head.logits(hidden[rows])
             log_normalizer = torch.logsumexp(logits, dim=-1, keepdim=True)
             target = targets[rows, None]

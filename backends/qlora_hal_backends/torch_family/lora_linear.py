@@ -47,6 +47,8 @@ class LoRAWeights:
 class FrozenLinear(nn.Module):
     """`x W^T + bias` with a packed, frozen W, plus the adapter once one is attached."""
 
+    bias: Tensor | None
+
     def __init__(self, in_features: int, out_features: int, bias: Tensor | None = None) -> None:
         super().__init__()
         self.in_features = in_features
@@ -58,9 +60,10 @@ class FrozenLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         lora = self.lora
         if lora is None or not lora.switches.enabled:
-            y: Tensor = _FrozenProduct.apply(x, self.base)
+            y: Tensor = _FrozenProduct.apply(x, self.base)  # type: ignore[no-untyped-call]
         else:
-            y = _AdaptedProduct.apply(x, lora.a, lora.b, self.base, lora, lora.switches.dropout_key)
+            key = lora.switches.dropout_key
+            y = _AdaptedProduct.apply(x, lora.a, lora.b, self.base, lora, key)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias
 
 

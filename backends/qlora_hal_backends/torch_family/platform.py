@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qlora_hal.capabilities import Capabilities, Feature, WeightFormat
+from qlora_hal.memory import MemoryConstants
 
 TorchDevice = Literal["cuda", "rocm", "mps", "cpu"]
 
@@ -15,6 +16,10 @@ BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 
 TORCH_OPTIONS: Mapping[str, tuple[object, ...]] = {"attention": ("auto", "sdpa", "eager")}
 """`backend.options` of this family. Eager attention is the cure where a device's fused attention gives NaN."""
+
+
+LOSS_CHUNK_ROWS = 2048
+"""Rows of hidden states whose logits are made at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,10 @@ class TorchPlatform:
     features: frozenset[Feature]
     optimizer_notes: Mapping[str, str]
     uses_accelerator: bool = True
+
+    def memory(self) -> MemoryConstants:
+        """The head's loss is computed in chunks (`head_loss`), so the logits of a batch never stand whole."""
+        return MemoryConstants(cross_entropy_rows=LOSS_CHUNK_ROWS)
 
     def capabilities(self) -> Capabilities:
         four_bit = (WeightFormat.NF4, WeightFormat.FP4)

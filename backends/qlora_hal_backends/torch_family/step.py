@@ -82,7 +82,7 @@ def accumulate_gradients(
             continue
         set_dropout_key(index)
         loss = batch_loss(base, to_device(batch, device), gradient_scale)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         total += loss.detach()
     return total
 

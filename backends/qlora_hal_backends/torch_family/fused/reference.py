@@ -55,7 +55,8 @@ class ReferenceOperations:
         columns = heads.query_columns + heads.key_columns
         x = source[:, :columns].float().unflatten(-1, (-1, heads.size))
         if norm is not None:
-            weights = norm.weights.float().repeat_interleave(torch.tensor([heads.query, heads.key_value]), dim=0)
+            query, key = norm.weights.float()
+            weights = torch.cat((query.expand(heads.query, -1), key.expand(heads.key_value, -1)))
             x = _normed(x, norm.epsilon) * weights
         out[:, :columns].copy_(_rotated(x, rotary, 1.0).flatten(1))
 

@@ -1,0 +1,503 @@
+"""Training speed of one GPU: our step against a plain QLoRA loop, same packed weights, same data, same settings.
+
+    PYTHONPATH=.:backends python benchmarks/h200_step.py --shape 8b --micro-batch 4,1 --json result.json
+    PYTHONPATH=.:backends python benchmarks/h200_step.py --shape 8b --check
+
+Needs a CUDA device, and `transformers`, `peft`, `accelerate` and `bitsandbytes` beside this project's torch family.
+
+What is measured: the wall clock of a whole optimizer step (forward, backward, clipping at 1.0, AdamW with float32
+moments), the device synchronised on both sides; the median of the steps after the third. Peak memory is torch's
+allocator's, reset after loading. The weights are random, NF4 with double quantization in blocks of 64, written once as
+a pre-quantized checkpoint that every system loads. LoRA r = 16, alpha = 16, no dropout, on all seven projections, with
+the same first values everywhere. The data are two batches of random tokens that alternate; every position is a label.
+
+The plain loop is what the packages' documentation shows: `AutoModelForCausalLM.from_pretrained` with sdpa attention,
+`prepare_model_for_kbit_training`, `get_peft_model`, bfloat16 autocast. Two faster variants of it stand beside it:
+without the float32 upcast that `prepare_model_for_kbit_training` does, and also without gradient checkpointing.
+
+`--check` compares all adapter gradients with a float32 computation by transformers' layers on the same bfloat16
+weights, and ten losses of the fused layers with ten of the plain layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import statistics
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qlora_hal.backend import Compute, Quantization
+from qlora_hal.capabilities import WeightFormat
+from qlora_hal.model.facts import read_facts
+from qlora_hal.model.source import ModelSource
+from qlora_hal.values import Adapter, AdapterConfig, Batch, StepSettings
+from qlora_hal_backends.torch_family.base_weights import BaseWeight
+from qlora_hal_backends.torch_family.trainer import TorchLoRATrainer
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": dict(
+        hidden_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        intermediate_size=512,
+        vocab_size=1024,
+        tie_word_embeddings=False,
+    ),
+    "1b": dict(  # Llama 3.2 1B
+        hidden_size=2048,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        intermediate_size=8192,
+        vocab_size=128256,
+        tie_word_embeddings=True,
+    ),
+    "8b": dict(  # Llama 3.1 8B
+        hidden_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=14336,
+        vocab_size=128256,
+        tie_word_embeddings=False,
+    ),
+}
+RANK, ALPHA, CLIP = 16, 16.0, 1.0
+WARM_UP_STEPS = 3
+QUANTIZATION = Quantization(WeightFormat.NF4, 64, True)
+
+
+@dataclass(slots=True)
+class Result:
+    """One system at one micro-batch."""
+
+    system: str
+    micro_batch: int
+    tokens_per_second: float
+    step_ms: float
+    fastest_ms: float
+    first_step_s: float
+    peak_allocated_gb: float
+    peak_reserved_gb: float
+    loaded_gb: float
+    losses: list[float]
+    kernel_path: str = ""
+
+
+@dataclass(slots=True)
+class Bench:
+    arguments: argparse.Namespace
+    folder: Path
+    device: torch.device
+    shape: dict[str, Any]
+    results: list[Result] = field(default_factory=list)
+    checks: dict[str, Any] = field(default_factory=dict)
+
+
+# the checkpoint -------------------------------------------------------------------------------------------------------
+def write_checkpoint(folder: Path, shape: Mapping[str, Any], device: torch.device) -> None:
+    """Random weights N(0, 0.02), the projections packed by bitsandbytes, in transformers' pre-quantized layout."""
+    from bitsandbytes import functional
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig
+
+    if (folder / "config.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator(device=device).manual_seed(0)
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(*size, device=device, generator=generator).mul_(0.02).bfloat16()
+
+    tensors: dict[str, torch.Tensor] = {}
+    hidden = shape["hidden_size"]
+    for layer in range(shape["num_hidden_layers"]):
+        for module, (rows, columns) in projections(shape).items():
+            name = f"model.layers.{layer}.{module}.weight"
+            packed, state = functional.quantize_4bit(
+                random(rows, columns), blocksize=64, compress_statistics=True, quant_type="nf4"
+            )
+            tensors[name] = packed.cpu()
+            tensors |= {f"{name}.{part}": value.cpu() for part, value in state.as_dict(packed=True).items()}
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"model.layers.{layer}.{norm}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+    tensors["model.norm.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+    tensors["model.embed_tokens.weight"] = random(shape["vocab_size"], hidden).cpu()
+    if not shape["tie_word_embeddings"]:
+        tensors["lm_head.weight"] = random(shape["vocab_size"], hidden).cpu()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = LlamaConfig(
+        **shape,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+    )
+    config.architectures = ["LlamaForCausalLM"]
+    config.dtype = torch.bfloat16
+    config.quantization_config = dict(
+        quant_method="bitsandbytes",
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype="bfloat16",
+        bnb_4bit_quant_storage="uint8",
+        llm_int8_skip_modules=["lm_head"],
+    )
+    config.save_pretrained(folder)
+
+
+def projections(shape: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Module below a layer -> (out, in)."""
+    hidden, inner, size = shape["hidden_size"], shape["intermediate_size"], shape["head_dim"]
+    query, key = shape["num_attention_heads"] * size, shape["num_key_value_heads"] * size
+    return {
+        "self_attn.q_proj": (query, hidden),
+        "self_attn.k_proj": (key, hidden),
+        "self_attn.v_proj": (key, hidden),
+        "self_attn.o_proj": (hidden, query),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+
+
+def first_adapter(shape: Mapping[str, Any], random_b: float = 0.0) -> Adapter:
+    """A uniform with PEFT's bound, seeded by the tensor's name; B zero, or normal for the gradient check."""
+    tensors: dict[str, np.ndarray[Any, Any]] = {}
+    modules = []
+    for layer in range(shape["num_hidden_layers"]):
+        for module, (rows, columns) in projections(shape).items():
+            path = f"model.layers.{layer}.{module}"
+            modules.append(path)
+            name = f"base_model.model.{path}.lora_A.weight"
+            random = np.random.default_rng(zlib.crc32(name.encode()))
+            bound = columns**-0.5
+            tensors[name] = random.uniform(-bound, bound, (RANK, columns)).astype(np.float32)
+            b = random.standard_normal((rows, RANK), dtype=np.float32) * random_b
+            tensors[f"base_model.model.{path}.lora_B.weight"] = b.astype(np.float32)
+    return Adapter(tensors, AdapterConfig(RANK, ALPHA, 0.0, False, tuple(sorted(modules))))
+
+
+def token_batches(shape: Mapping[str, Any], micro_batch: int, length: int) -> list[np.ndarray[Any, Any]]:
+    random = np.random.default_rng(1234)
+    return [random.integers(10, shape["vocab_size"], (micro_batch, length), dtype=np.int32) for _ in range(2)]
+
+
+def as_batch(tokens: np.ndarray[Any, Any]) -> Batch:
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape).copy()
+    return Batch(tokens, tokens.copy(), positions, np.ones_like(tokens))
+
+
+# the systems ----------------------------------------------------------------------------------------------------------
+Step = Callable[[np.ndarray[Any, Any]], float]
+
+
+@contextlib.contextmanager
+def plain_loop(bench: Bench, *, upcast: bool, checkpointing: bool) -> Iterator[tuple[Step, str]]:
+    """transformers + PEFT + bitsandbytes, by hand."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        bench.folder, dtype=torch.bfloat16, device_map={"": bench.device}, attn_implementation="sdpa"
+    )
+    if upcast:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
+    else:
+        model.requires_grad_(False)
+        model.enable_input_require_grads()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    names = [module.rpartition(".")[2] for module in projections(bench.shape)]
+    model = get_peft_model(
+        model, LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, task_type="CAUSAL_LM", target_modules=names)
+    )
+    model.config.use_cache = False
+    model.train()
+    first = first_adapter(bench.shape)
+    parameters = []
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+                parameter.copy_(torch.from_numpy(first.tensors[name.replace(".default.", ".")]))
+                parameters.append(parameter)
+    optimizer = torch.optim.AdamW(parameters, lr=bench.arguments.learning_rate, weight_decay=0.0, fused=True)
+
+    def step(tokens: np.ndarray[Any, Any]) -> float:
+        ids = torch.from_numpy(tokens).long().to(bench.device)
+        with torch.autocast(bench.device.type, torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    yield step, "transformers + peft + bitsandbytes"
+
+
+@contextlib.contextmanager
+def our_trainer(
+    bench: Bench, *, checkpointing: bool = False, layers: str = "auto", dtype: Any = "bfloat16", random_b: float = 0.0
+) -> Iterator[tuple[TorchLoRATrainer, str]]:
+    with open_trainer() as trainer:
+        source = ModelSource(bench.folder.name, bench.folder, read_facts(bench.folder))
+        trainer.load(source, QUANTIZATION, Compute(dtype, checkpointing, {"layers": layers}))
+        trainer.attach(first_adapter(bench.shape, random_b), "adamw")
+        yield trainer, trainer.device_facts().kernel_path
+
+
+def open_trainer() -> TorchLoRATrainer:
+    if torch.cuda.is_available():
+        from qlora_hal_backends.cuda_bnb import SPEC
+        from qlora_hal_backends.torch_family.platform import CUDA
+
+        return TorchLoRATrainer(SPEC, CUDA)
+    from qlora_hal_backends.cpu_torch import SPEC
+    from qlora_hal_backends.torch_family.platform import CPU
+
+    return TorchLoRATrainer(SPEC, CPU)
+
+
+@contextlib.contextmanager
+def our_step(bench: Bench, *, checkpointing: bool, layers: str = "auto") -> Iterator[tuple[Step, str]]:
+    with our_trainer(bench, checkpointing=checkpointing, layers=layers) as (trainer, kernel_path):
+
+        def step(tokens: np.ndarray[Any, Any]) -> float:
+            batch = as_batch(tokens)
+            settings = StepSettings(bench.arguments.learning_rate, batch.counted_tokens, max_grad_norm=CLIP)
+            return trainer.train_step([batch], settings).resolve().loss
+
+        yield step, kernel_path
+
+
+SYSTEMS: dict[str, Callable[[Bench], Any]] = {
+    "plain": lambda bench: plain_loop(bench, upcast=True, checkpointing=True),
+    "plain, no upcast": lambda bench: plain_loop(bench, upcast=False, checkpointing=True),
+    "plain, no upcast, no checkpointing": lambda bench: plain_loop(bench, upcast=False, checkpointing=False),
+    "ours, plain layers": lambda bench: our_step(bench, checkpointing=False, layers="plain"),
+    "ours, checkpointing": lambda bench: our_step(bench, checkpointing=True),
+    "ours": lambda bench: our_step(bench, checkpointing=False),
+}
+
+
+# measuring ------------------------------------------------------------------------------------------------------------
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def empty_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def allocated_gb(device: torch.device, figure: str) -> float:
+    return getattr(torch.cuda, figure)(device) / 1e9 if device.type == "cuda" else 0.0
+
+
+def measure(bench: Bench, system: str, step: Step, micro_batch: int, kernel_path: str) -> Result:
+    device, length = bench.device, bench.arguments.length
+    batches = token_batches(bench.shape, micro_batch, length)
+    empty_memory(device)
+    loaded = allocated_gb(device, "memory_allocated")
+    seconds, losses = [], []
+    for index in range(bench.arguments.steps):
+        synchronize(device)
+        start = time.perf_counter()
+        loss = step(batches[index % 2])
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+        losses.append(loss)
+    typical = statistics.median(seconds[WARM_UP_STEPS:] or seconds)
+    return Result(
+        system=system,
+        micro_batch=micro_batch,
+        tokens_per_second=round(micro_batch * length / typical, 1),
+        step_ms=round(typical * 1e3, 2),
+        fastest_ms=round(min(seconds) * 1e3, 2),
+        first_step_s=round(seconds[0], 2),
+        peak_allocated_gb=round(allocated_gb(device, "max_memory_allocated"), 2),
+        peak_reserved_gb=round(allocated_gb(device, "max_memory_reserved"), 2),
+        loaded_gb=round(loaded, 2),
+        losses=[round(float(loss), 4) for loss in losses],
+        kernel_path=kernel_path,
+    )
+
+
+def run_system(bench: Bench, system: str) -> None:
+    started = time.perf_counter()
+    with SYSTEMS[system](bench) as (step, kernel_path):
+        print(f"# {system}: loaded in {time.perf_counter() - started:.1f} s; {kernel_path}", flush=True)
+        for micro_batch in bench.arguments.micro_batch:
+            try:
+                result = measure(bench, system, step, micro_batch, kernel_path)
+            except torch.OutOfMemoryError as error:
+                print(f"# {system}, micro-batch {micro_batch}: {str(error).splitlines()[0]}", flush=True)
+                continue
+            bench.results.append(result)
+            print(f"# {json.dumps(asdict(result))}", flush=True)
+        if bench.arguments.profile and system.startswith("ours"):
+            profile(bench, system, step)
+    del step
+    empty_memory(bench.device)
+
+
+def profile(bench: Bench, system: str, step: Step) -> None:
+    """Kernel times of one step; after the timings, because a profiled process runs slower."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    for micro_batch in bench.arguments.micro_batch:
+        tokens = token_batches(bench.shape, micro_batch, bench.arguments.length)[0]
+        with record(activities=[ProfilerActivity.CUDA]) as found:
+            step(tokens)
+            synchronize(bench.device)
+        rows = sorted(found.key_averages(), key=lambda row: -row.self_device_time_total)
+        total = sum(row.self_device_time_total for row in rows)
+        lines = [f"{system}, micro-batch {micro_batch}: {total / 1e3:.1f} ms in {sum(r.count for r in rows)} launches"]
+        lines += [f"{r.self_device_time_total / 1e3:9.2f} ms {r.count:6d}  {r.key[:120]}" for r in rows[:40]]
+        with open(bench.arguments.profile, "a", encoding="utf-8") as file:
+            file.write("\n".join(lines) + "\n\n")
+
+
+# checking -------------------------------------------------------------------------------------------------------------
+@dataclass(slots=True)
+class Bfloat16Weight:
+    """The weight that bfloat16 products see, in float32."""
+
+    packed: BaseWeight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.packed.shape
+
+    @property
+    def stored_bytes(self) -> int:
+        return self.packed.stored_bytes
+
+    def dense(self) -> torch.Tensor:
+        return self.packed.dense().bfloat16().float()
+
+
+def gradient_of(bench: Bench, *, reference: bool = False, **options: Any) -> tuple[torch.Tensor, float, str]:
+    """(all adapter gradients in one vector, evaluation loss, kernel path) at B != 0 on one row."""
+    batch = as_batch(token_batches(bench.shape, 1, bench.arguments.length)[0])
+    with our_trainer(bench, random_b=0.01, **options) as (trainer, kernel_path):
+        if reference:
+            assert trainer._base is not None
+            for linear in trainer._base.linears.values():
+                assert linear.base is not None
+                linear.base = Bfloat16Weight(linear.base)
+        named = trainer.gradients([batch])
+        loss = trainer.evaluate([batch]).loss
+    vector = torch.from_numpy(np.concatenate([named[name].ravel() for name in sorted(named)]))
+    empty_memory(bench.device)
+    return vector, loss, kernel_path
+
+
+def check(bench: Bench) -> None:
+    exact, exact_loss, _ = gradient_of(bench, reference=True, checkpointing=True, layers="plain", dtype="float32")
+    bench.checks["gradients"] = {"float32, plain layers": {"loss": exact_loss, "norm": float(exact.norm())}}
+    for name, options in {
+        "bfloat16, plain layers": {"checkpointing": True, "layers": "plain"},
+        "bfloat16, fused layers": {},
+        "bfloat16, fused layers, checkpointing": {"checkpointing": True},
+    }.items():
+        found, loss, kernel_path = gradient_of(bench, **options)
+        bench.checks["gradients"][name] = {
+            "loss": loss,
+            "relative_error": float((found - exact).norm() / exact.norm()),
+            "cosine": float(torch.dot(found, exact) / (found.norm() * exact.norm())),
+            "kernel_path": kernel_path,
+        }
+        print(f"# {name}: {json.dumps(bench.checks['gradients'][name])}", flush=True)
+    curves = bench.checks["losses"] = {}
+    for name in ("ours, plain layers", "ours", "ours, checkpointing"):
+        with SYSTEMS[name](bench) as (step, _):
+            batches = token_batches(bench.shape, 1, bench.arguments.length)
+            curves[name] = [round(float(step(batches[index % 2])), 4) for index in range(10)]
+        print(f"# {name}: {curves[name]}", flush=True)
+        del step
+        empty_memory(bench.device)
+
+
+# the command ----------------------------------------------------------------------------------------------------------
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="8b")
+    parser.add_argument("--micro-batch", type=lambda text: [int(part) for part in text.split(",")], default=[4, 1])
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a row")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--systems", type=lambda text: text.split(";"), default=list(SYSTEMS), help="separated by ;")
+    parser.add_argument("--checkpoint", type=Path, default=None, help="where the random weights are written")
+    parser.add_argument("--check", action="store_true", help="compare gradients and losses too")
+    parser.add_argument("--profile", default="", help="file that receives kernel times")
+    parser.add_argument("--json", default="", help="file that receives the results")
+    return parser.parse_args()
+
+
+def table(bench: Bench) -> str:
+    lines = [f"{'system':36} {'mb':>3} {'tok/s':>9} {'x plain':>8} {'ms':>9} {'alloc GB':>9} {'reserved':>9}  losses"]
+    for result in bench.results:
+        plain = [r for r in bench.results if r.system == "plain" and r.micro_batch == result.micro_batch]
+        ratio = f"{result.tokens_per_second / plain[0].tokens_per_second:.2f}" if plain else "-"
+        lines.append(
+            f"{result.system:36} {result.micro_batch:3d} {result.tokens_per_second:9.1f} {ratio:>8} "
+            f"{result.step_ms:9.2f} {result.peak_allocated_gb:9.2f} {result.peak_reserved_gb:9.2f}  "
+            + " ".join(f"{loss:.3f}" for loss in result.losses[:6])
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    options = arguments()
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    folder = options.checkpoint or Path(f"/tmp/qlora-hal-bench-{options.shape}")
+    bench = Bench(options, folder, device, SHAPES[options.shape])
+    started = time.perf_counter()
+    write_checkpoint(folder, bench.shape, device)
+    empty_memory(device)
+    print(f"# checkpoint ready in {time.perf_counter() - started:.1f} s", flush=True)
+    if options.check:
+        check(bench)
+    for system in options.systems:
+        if system:
+            run_system(bench, system)
+    facts = {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "torch": torch.__version__}
+    report = {
+        **facts,
+        "shape": options.shape,
+        "length": options.length,
+        "results": [asdict(result) for result in bench.results],
+        "checks": bench.checks,
+    }
+    if options.json:
+        Path(options.json).write_text(json.dumps(report, indent=1))
+    print(json.dumps(report))
+    print(table(bench))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""The lines of data files of each kind, one at a time, each as an object or as the error that it is."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from qlora_hal.data.json_array import ArrayFault, array_elements
+from qlora_hal.errors import DataError
+
+MAX_ROW_BYTES = 32 * 2**20
+"""The largest row that is read; a longer line is an error, so that a file without line ends cannot fill the memory."""
+
+KINDS: Mapping[str, str] = {
+    ".jsonl": "JSONL",
+    ".ndjson": "JSONL",
+    ".json": "JSON",
+    ".csv": "CSV",
+    ".tsv": "CSV",
+    ".parquet": "Parquet",
+}
+"""Kind of a file by how its name ends."""
+
+
+def not_an_object(value: object, number: int, file: str = "data") -> DataError:
+    """The error for a row that is no mapping of fields (QH-D03)."""
+    return DataError(
+        "QH-D03",
+        f"A row is {type_name(value)}; an object with named fields was expected.",
+        where=f"{file}:{number}",
+        fix='Write each row as an object, for example {"messages": [...]}.',
+    )
+
+
+def type_name(value: object) -> str:
+    """How a message names the kind of a JSON value."""
+    names = {type(None): "null", bool: "a boolean", str: "a string", int: "a number", float: "a number"}
+    if isinstance(value, Mapping):
+        return "an object"
+    return names.get(type(value), "a list" if isinstance(value, list | tuple) else type(value).__name__)
+
+
+_Value = Mapping[str, object] | DataError
+_Lines = Iterator[tuple[int, _Value]]
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
+def malformed(file: str, line: int, column: int, reason: str) -> DataError:
+    """The error for text that is not JSON (QH-D04), with line and column from 1."""
+    return DataError(
+        "QH-D04",
+        f"This is not JSON: {reason}.",
+        where=f"{file}:{line}:{column}",
+        fix="Correct the line, or set data.on_bad_row to skip to count such rows and go on.",
+        context={"line": line, "column": column},
+    )
+
+
+def _too_long(file: str, line: int) -> DataError:
+    return DataError(
+        "QH-D07",
+        f"A row has more than {MAX_ROW_BYTES // 2**20} MiB, the most that is read as one row.",
+        where=f"{file}:{line}",
+        cause="The memory of the reader stays bounded, whatever the file holds.",
+        fix="Split the row, or write one JSON object on each line.",
+    )
+
+
+def _jsonl_lines(path: Path) -> _Lines:
+    with path.open("rb", buffering=2**20) as stream:
+        line = 0
+        while raw := stream.readline(MAX_ROW_BYTES + 1):
+            line += 1
+            if len(raw) > MAX_ROW_BYTES:
+                while not raw.endswith(b"\n") and (raw := stream.readline(MAX_ROW_BYTES)):
+                    pass
+                yield line, _too_long(path.name, line)
+                continue
+            if line == 1:
+                raw = _without_byte_order_mark(raw, path)
+            if (value := _parse_line(raw, path.name, line)) is not None:
+                yield line, value
+
+
+def _without_byte_order_mark(raw: bytes, path: Path) -> bytes:
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise malformed(path.name, 1, 1, "the file is UTF-16 text, and UTF-8 was expected")
+    return raw.removeprefix(b"\xef\xbb\xbf")
+
+
+def _parse_line(raw: bytes, file: str, line: int) -> _Value | None:
+    """One line as an object, as an error, or None when it is blank."""
+    try:
+        text = raw.decode("utf-8")
+        value = _DECODER.decode(text)
+    except UnicodeDecodeError as error:
+        return malformed(file, line, error.start + 1, f"byte 0x{raw[error.start]:02x} is not UTF-8 text")
+    except json.JSONDecodeError as error:
+        if not raw.strip():
+            return None
+        return malformed(file, line, min(error.pos, len(text.rstrip())) + 1, _reason(error))
+    except ValueError as error:
+        return malformed(file, line, max(1, _column_of(text, str(error))), str(error).split(";")[0])
+    except RecursionError:
+        return malformed(file, line, 1, "values are nested too deeply")
+    return value if isinstance(value, dict) else not_an_object(value, line, file)
+
+
+def _column_of(text: str, message: str) -> int:
+    return text.find(message.split(" ", 1)[0]) + 1
+
+
+def _reason(error: json.JSONDecodeError) -> str:
+    before = error.doc[: error.pos].rstrip()
+    after = error.doc[error.pos :].lstrip()
+    if before.endswith(",") and after[:1] in ("}", "]", ""):
+        return "a comma stands before the end of the list or object"
+    if after.startswith("'"):
+        return "strings are written in single quotes; JSON has double quotes"
+    return error.msg[:1].lower() + error.msg[1:]
+
+
+def _json_lines(path: Path) -> _Lines:
+    with path.open("rb") as stream:
+        start = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    return _array_lines(path) if start.startswith(b"[") else _jsonl_lines(path)
+
+
+def _array_lines(path: Path) -> _Lines:
+    with path.open("r", encoding="utf-8-sig") as stream:
+        line = 1
+        try:
+            for line, value in array_elements(stream, _DECODER, MAX_ROW_BYTES, _reason):
+                yield line, value if isinstance(value, dict) else not_an_object(value, line, path.name)
+        except ArrayFault as fault:
+            if fault.too_long:
+                raise _too_long(path.name, fault.line) from fault
+            raise malformed(path.name, fault.line, fault.column, fault.reason) from fault
+        except UnicodeDecodeError as error:
+            raise malformed(path.name, line, 1, "a byte on this line or a later one is not UTF-8 text") from error
+
+
+def _csv_lines(path: Path) -> _Lines:
+    separator = "\t" if path.suffix.lower() == ".tsv" else ","
+    before = csv.field_size_limit(MAX_ROW_BYTES)  # a limit of the csv module itself; put back below
+    try:
+        with path.open("r", encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream, delimiter=separator, strict=True)
+            for value in reader:
+                if None in value or None in value.values():
+                    yield reader.line_num, _ragged(path.name, reader.line_num, reader.fieldnames or ())
+                else:
+                    yield reader.line_num, value
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise malformed(path.name, reader.line_num + 1, 1, f"the CSV cannot be read ({error})") from error
+    finally:
+        csv.field_size_limit(before)
+
+
+def _ragged(file: str, line: int, names: Sequence[str]) -> DataError:
+    return DataError(
+        "QH-D04",
+        f"The line has more or fewer fields than the header, which names {len(names)} ({', '.join(names)}).",
+        where=f"{file}:{line}:1",
+        fix="Quote fields that hold commas or line ends.",
+    )
+
+
+def _parquet_lines(path: Path) -> _Lines:
+    try:
+        import pyarrow as arrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise missing_library("pyarrow", "Parquet files") from error
+    try:
+        line = 0
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for value in batch.to_pylist():
+                    line += 1
+                    yield line, value
+    except (arrow.ArrowException, OSError) as error:
+        raise DataError(
+            "QH-D04",
+            f"The Parquet file cannot be read ({str(error).splitlines()[0]}).",
+            where=f"{path.name}:{line + 1}:1",
+            fix="Write the file again; it may be cut off.",
+        ) from error
+
+
+def missing_library(name: str, what: str) -> DataError:
+    """The error when an optional library is not installed (QH-D51)."""
+    return DataError(
+        "QH-D51",
+        f"Reading {what} needs the library {name}, which is not installed.",
+        where="data.path",
+        fix="Run: pip install 'qlora-hal[data]'",
+    )
+
+
+READ: Mapping[str, Callable[[Path], _Lines]] = {
+    "JSONL": _jsonl_lines,
+    "JSON": _json_lines,
+    "CSV": _csv_lines,
+    "Parquet": _parquet_lines,
+}

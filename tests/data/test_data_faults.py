@@ -1,0 +1,435 @@
+"""The data rows of the fault catalogue: what a user sees, and what must not happen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qlora_hal.config import DataConfig
+from qlora_hal.data import ChatTokenizer, PreparedData, WindowSampler, prepare, reading, row_files
+from qlora_hal.errors import ConfigError, DataError, HubError, QloraHalError, StorageError
+
+Prepare = Callable[..., PreparedData]
+Conversation = Callable[..., dict[str, Any]]
+Trained = Callable[..., list[str]]
+
+
+def lines(*rows: object) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.mark.fault("D01")
+def test_source_without_rows_is_refused_with_counts(prepared: Prepare, conversation: Conversation) -> None:
+    for text in ("", "\n\n"):
+        with pytest.raises(DataError, match=r"QH-D01.*0 of 0 rows usable: the source is empty") as caught:
+            prepared(text)
+        assert caught.value.exit_status == 4
+    rows = [conversation("a " * 60, "b")] * 3
+    with pytest.raises(DataError, match=r"QH-D01.*0 of 3 rows usable: 3 over max length 16"):
+        prepared(rows, max_seq_length=16, truncation="drop")
+
+
+@pytest.mark.fault("D02")
+def test_fewer_rows_than_a_batch_run_with_a_note(
+    prepared: Prepare, conversation: Conversation, chatml: ChatTokenizer
+) -> None:
+    data = prepared([conversation("a", f"b {n}") for n in range(3)])
+    sampler = WindowSampler(
+        data.train, batch_size=8, accumulation=2, seed=0, shuffle=True, group_by_length=True, packing=False,
+        max_seq_length=64, pad_id=chatml.pad_id,
+    )  # fmt: skip
+    assert sampler.steps_per_epoch == 1
+    window = sampler.window(0)
+    assert [batch.input_ids.shape[0] for batch in window] == [3]
+    assert "3 sequences are fewer than the 16 of one step" in sampler.notes[0]
+
+
+@pytest.mark.fault("D03")
+@pytest.mark.parametrize(
+    ("row", "field", "got", "wanted"),
+    [
+        ({"messages": None}, "messages", "null", "a list of at least one message"),
+        ({"messages": []}, "messages", "a list", "a list of at least one message"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "null", "a string"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "nothing (the key is missing)", "a string"),
+        ({"messages": [{"content": "x"}]}, "messages[0].role", "nothing (the key is missing)", "a string"),
+        ({"messages": [{"role": [], "content": "x"}]}, "messages[0].role", "a list", "a string"),
+        ({"messages": ["x"]}, "messages[0]", "a string", "an object with role and content"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content", "a number", "a string"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "messages[0].content[0]",
+            "an object",
+            "a p",
+        ),
+        ({"conversations": [{"from": "robot", "value": "x"}]}, "conversations[0].from", "a string", "one of human"),
+        ({"conversations": [{"from": "gpt", "value": None}]}, "conversations[0].value", "null", "a string"),
+        ({"instruction": "x", "output": 1.5}, "output", "a number", "a string"),
+        ({"prompt": "x", "completion": []}, "completion", "a list", "a string, as prompt is"),
+        ({"prompt": [], "completion": []}, "prompt", "a list", "a list of at least one message"),
+        ({"text": True}, "text", "a boolean", "a string"),
+    ],
+)
+def test_wrong_field_names_file_line_field_got_and_wanted(
+    row: object, field: str, got: str, wanted: str, prepared: Prepare, conversation: Conversation
+) -> None:
+    text = lines(conversation("a", "b"), row, conversation("c", "d"))
+    with pytest.raises(DataError) as caught:
+        prepared(text)
+    error = caught.value
+    assert error.code == "QH-D03"
+    assert error.where == "rows.jsonl:2"
+    assert f"The field {field} holds {got}; {wanted}" in error.message
+    report = prepared(text, on_bad_row="skip").report.train
+    assert (report.rows_read, report.rows_used, report.bad_row_count) == (3, 2, 1)
+    assert report.bad_rows[0].startswith("rows.jsonl:2: The field")
+
+
+@pytest.mark.fault("D03")
+def test_row_without_known_keys_lists_the_shapes(prepared: Prepare) -> None:
+    with pytest.raises(DataError, match=r"QH-D03.*keys answer, question.*keys prompt and completion"):
+        prepared([{"question": "a", "answer": "b"}])
+    with pytest.raises(DataError, match=r"QH-D03.*A row is a list"):
+        prepared("[1]\n")
+
+
+@pytest.mark.fault("D04")
+@pytest.mark.parametrize(
+    ("line", "column", "reason"),
+    [
+        (b'{"text": "a",}', 14, "a comma stands before the end"),
+        (b'{"text": NaN}', 10, "NaN is not JSON"),
+        (b'{"text": "a"', 13, "delimiter"),
+        (b"{'text': 'a'}", 2, "single quotes"),
+        (b'{"text": "\xff"}', 11, "byte 0xff is not UTF-8 text"),
+        (b'{"text": "a"} x', 15, "extra data"),
+        (b"[" * 100_000, 1, "nested too deeply"),
+    ],
+)
+def test_malformed_line_names_file_line_and_column(line: bytes, column: int, reason: str, prepared: Prepare) -> None:
+    good = b'{"text": "good"}\n'
+    with pytest.raises(DataError, match="QH-D04") as caught:
+        prepared(good + line + b"\n" + good)
+    assert caught.value.where == f"rows.jsonl:2:{column}"
+    assert reason in caught.value.message
+    report = prepared(good + line + b"\n" + good, on_bad_row="skip").report.train
+    assert (report.rows_used, report.bad_row_count) == (2, 1)
+
+
+@pytest.mark.fault("D04")
+def test_byte_order_mark_and_crlf_change_nothing(prepared: Prepare) -> None:
+    plain = prepared(b'{"text": "a b"}\n{"text": "c d"}\n')
+    odd = prepared(b'\xef\xbb\xbf{"text": "a b"}\r\n\r\n{"text": "c d"}\r\n')
+    assert odd.train.tokens.tolist() == plain.train.tokens.tolist()
+    with pytest.raises(DataError, match=r"QH-D04.*UTF-16"):
+        prepared('{"text": "a"}\n'.encode("utf-16"))
+
+
+@pytest.mark.fault("D04")
+@pytest.mark.parametrize(
+    ("text", "where", "reason"),
+    [
+        ('[{"text": "a"},\n {"text": "b"},\n]', "3:1", "a comma stands before the end of the list"),
+        ('[{"text": "a"}\n {"text": "b"}]', "2:2", "was expected"),
+        ('[{"text": "a"},\n {"text": b}]', "2:11", "expecting value"),
+        ('[{"text": "a"}] x', "1:17", "something follows"),
+        ('[{"text": "a"}', "1:15", "was expected"),
+    ],
+)
+def test_malformed_array_names_line_and_column(text: str, where: str, reason: str, prepared: Prepare) -> None:
+    with pytest.raises(DataError, match="QH-D04") as caught:
+        prepared(text, name="rows.json")
+    assert caught.value.where == f"rows.json:{where}"
+    assert reason in caught.value.message
+
+
+@pytest.mark.fault("D05")
+def test_row_without_trained_token_is_dropped_counted_and_listed(prepared: Prepare, conversation: Conversation) -> None:
+    rows = [conversation("short", "answer"), conversation("long " * 40, "answer"), conversation("no answer at all")]
+    report = prepared(rows, max_seq_length=32).report.train
+    assert (report.rows_used, report.dropped_untrained, report.untrained_rows) == (1, 2, [2, 3])
+    assert "no trained token: 2 rows; first: 2, 3" in prepared(rows, max_seq_length=32).report.lines()
+    with pytest.raises(DataError, match=r"QH-D05.*0 of 2 rows usable: 2 without a trained token") as caught:
+        prepared(rows[1:], max_seq_length=32)
+    assert caught.value.exit_status == 4
+    assert "prompts alone fill max_seq_length" in caught.value.cause
+
+
+@pytest.mark.fault("D06")
+@pytest.mark.parametrize("policy", ["right", "left", "drop", "split"])
+def test_long_rows_follow_the_policy_and_are_counted(
+    policy: str, prepared: Prepare, conversation: Conversation
+) -> None:
+    rows = [conversation("a", "one two three four five six seven eight nine ten " * 4), conversation("b", "short")]
+    whole = prepared(rows, max_seq_length=512).train.row(0)[0].tolist()
+    data = prepared(rows, max_seq_length=32, truncation=policy)
+    report, store = data.report.train, data.train
+    assert int(store.lengths.max()) <= 32
+    assert (report.too_long, report.too_long_rows) == (1, [1])
+    first = store.row(0)[0].tolist()
+    if policy == "right":
+        assert first == whole[:32]
+        assert (report.answers_cut, report.eos_trained) == (1, "partly")
+    if policy == "left":
+        assert first == whole[-32:]
+        assert report.answers_cut == 1
+    if policy == "drop":
+        assert (len(store), report.dropped_too_long) == (1, 1)
+    if policy == "split":
+        assert report.split_into == -(-len(whole) // 32)
+        assert [n for row in range(len(store) - 1) for n in store.row(row)[0].tolist()] == whole
+    assert sum(count for _, count in report.histogram) == 2
+    assert any(line.startswith("over 32 tokens: 1 rows") for line in report.lines())
+
+
+@pytest.mark.fault("D06")
+def test_left_truncation_keeps_the_bos(
+    folders: Mapping[str, Path], prepared: Prepare, conversation: Conversation
+) -> None:
+    tokenizer = ChatTokenizer.from_folder(folders["llama3"])
+    data = prepared(
+        [conversation("long " * 40, "the answer")], tokenizer=tokenizer, max_seq_length=24, truncation="left"
+    )
+    ids = data.train.row(0)[0].tolist()
+    assert ids[0] == tokenizer.bos_id
+    assert len(ids) == 24
+    assert data.report.train.answers_cut == 0
+
+
+@pytest.mark.fault("D07")
+def test_huge_line_is_an_error_and_never_in_memory_whole(prepared: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_files, "MAX_ROW_BYTES", 1 << 20)
+    huge = b'{"text": "' + b"a" * (3 << 20) + b'"}\n'
+    good = b'{"text": "good"}\n'
+    with pytest.raises(DataError, match=r"QH-D07.*more than 1 MiB") as caught:
+        prepared(good + huge + good)
+    assert caught.value.where == "rows.jsonl:2"
+    report = prepared(good + huge + good, on_bad_row="skip").report.train
+    assert (report.rows_used, report.bad_row_count) == (2, 1)
+    with pytest.raises(DataError, match="QH-D07"):
+        prepared(b"[" + huge + b"]", name="rows.json")
+
+
+@pytest.mark.fault("D08")
+@pytest.mark.parametrize(
+    "text", ["🙂👨‍👩‍👧", "שלום עולם", "e\u0301 é", "a\u0000b", "\ufdd0\ufdd3\ufdd9\uffff", "\u2028\x85"]
+)
+def test_unicode_survives_the_round_trip(
+    text: str, prepared: Prepare, chatml: ChatTokenizer, trained_text: Trained
+) -> None:
+    rows = [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": text}]}]
+    assert trained_text(prepared(lines(*rows)), chatml) == [text + "<|im_end|>"]
+
+
+@pytest.mark.fault("D08")
+def test_lone_surrogate_is_a_row_error(prepared: Prepare, conversation: Conversation) -> None:
+    rows = [conversation("a", "b"), conversation("a", "\ud83d")]
+    with pytest.raises(DataError, match=r"QH-D08.*lone surrogate U\+D83D") as caught:
+        prepared(lines(*rows))
+    assert caught.value.where == "rows.jsonl:2"
+    assert prepared(lines(*rows), on_bad_row="skip").report.train.rows_used == 1
+
+
+@pytest.mark.fault("D10")
+def test_missing_end_token_is_added_trained_and_reported(
+    folders: Mapping[str, Path], prepared: Prepare, conversation: Conversation, trained_text: Trained, tmp_path: Path
+) -> None:
+    template = tmp_path / "open.jinja"
+    template.write_text("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}")
+    tokenizer = ChatTokenizer.from_folder(folders["bare"], chat_template=str(template))
+    data = prepared([conversation("a", "one", "b", "two")], tokenizer=tokenizer)
+    # The space before an answer belongs to the token of its first word, so that token is trained with it.
+    assert [part.lstrip() for part in trained_text(data, tokenizer)] == ["one<|endoftext|>", "two<|endoftext|>"]
+    report = data.report.train
+    assert (report.eos_trained, report.eos_added_rows) == ("yes", 1)
+    assert any("eos was put there" in note for note in report.notes)
+    assert any(line.startswith("eos trained: yes (1 of 1") for line in report.lines())
+    for row in ({"text": "one two"}, {"prompt": "one ", "completion": "two"}):
+        data = prepared([row], tokenizer=tokenizer)
+        assert data.train.row(0)[0].tolist()[-1] == tokenizer.eos_id
+        assert data.train.row(0)[1].tolist()[-1] == 1
+
+
+@pytest.mark.fault("D11")
+def test_double_bos_is_removed_and_reported(
+    folders: Mapping[str, Path], prepared: Prepare, conversation: Conversation, tmp_path: Path
+) -> None:
+    template = tmp_path / "twice.jinja"
+    source = "{{ bos_token }}{{ bos_token }}{% for m in messages %}{{ m['content'] + '<|eot_id|>' }}{% endfor %}"
+    template.write_text(source)
+    twice = ChatTokenizer.from_folder(folders["llama3"], chat_template=str(template))
+    data = prepared([conversation("a", "b")], tokenizer=twice)
+    assert data.train.row(0)[0].tolist()[:3].count(twice.bos_id) == 1
+    assert data.report.train.double_bos_rows == 1
+    assert any("bos stood twice" in line for line in data.report.lines())
+    assert data.report.train.trained_tokens == 2  # b and its end token
+    llama = ChatTokenizer.from_folder(folders["llama3"])
+    for text in ("one", "<|begin|>one"):
+        ids = prepared([{"text": text}], tokenizer=llama).train.row(0)[0].tolist()
+        assert ids.count(llama.bos_id) == 1
+
+
+@pytest.mark.fault("D13")
+def test_token_beyond_the_models_vocabulary_names_row_and_token(prepared: Prepare, conversation: Conversation) -> None:
+    rows = [conversation("a", "b"), conversation("the", "quick brown fox")]
+    limit = int(prepared(rows[:1]).train.tokens.max()) + 1
+    with pytest.raises(DataError, match=r"QH-D13.*Row 2 holds token \d+ .*the model has \d+ tokens") as caught:
+        prepared(rows, model_vocabulary_size=limit)
+    assert caught.value.context["row"] == 2
+
+
+@pytest.mark.fault("D14")
+def test_duplicates_and_leaks_are_counted(prepared: Prepare, conversation: Conversation, tmp_path: Path) -> None:
+    rows = [conversation("a", "b"), conversation("c", "d"), conversation("a", "b"), conversation("a", "b")]
+    held = tmp_path / "held.jsonl"
+    held.write_text(lines(conversation("c", "d"), conversation("new", "row")))
+    report = prepared(rows, validation_path=str(held)).report
+    assert (report.train.duplicate_rows, report.leaked_rows) == (2, 1)
+    assert "duplicate rows: 2" in report.lines()
+    assert prepared(rows, validation_path=str(held)).report.train.duplicate_rows == 2  # from the cache
+
+
+@pytest.mark.fault("D14")
+def test_held_out_rows_share_no_text_with_training(prepared: Prepare, conversation: Conversation) -> None:
+    rows = [conversation("a", f"b {n % 20}") for n in range(60)]
+    data = prepared(rows, validation_fraction=0.25, seed=3)
+    assert data.validation is not None
+    assert len(data.train) + len(data.validation) == 60
+    assert 15 <= len(data.validation) <= 17  # 25 % of 60, up to whole groups of three equal rows
+    assert data.report.leaked_rows == 0
+    again = prepared(rows, validation_fraction=0.25, seed=3)
+    assert again.train.row_numbers.tolist() == data.train.row_numbers.tolist()
+    other = prepared(rows, validation_fraction=0.25, seed=4)
+    assert other.train.row_numbers.tolist() != data.train.row_numbers.tolist()
+    assert other.fingerprint != data.fingerprint
+    with pytest.raises(DataError, match=r"QH-D01.*the same text"):
+        prepared([conversation("a", "b")] * 4, validation_fraction=0.5)
+
+
+@pytest.mark.fault("D15")
+def test_mixed_shapes_are_counted_not_guessed_from_the_first_row(prepared: Prepare, conversation: Conversation) -> None:
+    rows = [
+        conversation("a", "b"),
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"instruction": "a", "input": "", "output": "b", "source": "web"},
+        {"prompt": "a ", "completion": "b"},
+        {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
+        {"text": "a b"},
+    ]
+    data = prepared(rows)
+    report = data.report.train
+    assert report.shapes == {"prompt_completion": 2, "messages": 1, "sharegpt": 1, "alpaca": 1, "text": 1}
+    assert any("the rows have 5 shapes" in note for note in report.notes)
+    assert report.unused_columns == ["source"]
+    same = [data.train.row(row)[0].tolist() for row in (0, 1, 2, 4)]
+    assert all(ids == same[0] for ids in same)
+    with pytest.raises(DataError, match=r"QH-D03.*field messages holds nothing"):
+        prepared(rows[2:], format="messages")
+
+
+@pytest.mark.fault("D16")
+def test_fingerprint_changes_with_a_byte_the_tokenizer_and_the_settings(
+    prepared: Prepare, folders: Mapping[str, Path], conversation: Conversation
+) -> None:
+    text = lines(conversation("a", "b"))
+    first = prepared(text).fingerprint
+    assert prepared(text).fingerprint == first
+    assert prepared(text.replace('"b"', '"c"')).fingerprint != first
+    assert prepared(text, max_seq_length=512).fingerprint != first
+    assert prepared(text, train_on="all").fingerprint != first
+    other = ChatTokenizer.from_folder(folders["chatml"], chat_template="plain")
+    assert prepared(text, tokenizer=other).fingerprint != first
+
+
+@pytest.mark.fault("D16")
+def test_file_that_changes_while_it_is_read_is_refused(
+    tmp_path: Path, chatml: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n')
+    digest = reading.digest_of_files
+
+    def slow(files: Any) -> str:
+        found = digest(files)
+        path.write_text('{"text": "a"}\n{"text": "b"}\n')
+        return found
+
+    monkeypatch.setattr(reading, "digest_of_files", slow)
+    with pytest.raises(DataError, match=r"QH-D16.*changed while it was read"):
+        prepare(DataConfig(path=str(path)), chatml, cache_dir=tmp_path / "cache", seed=0)
+    assert not list((tmp_path / "cache").glob("*.safetensors"))
+
+
+@pytest.mark.fault("E11")
+def test_dataset_that_cannot_be_reached_is_a_hub_error(prepared: Prepare) -> None:
+    with pytest.raises(HubError, match=r"QH-E11.*not in the cache") as caught:
+        prepared(None, path="someone/no-such-dataset")
+    assert caught.value.exit_status == 11
+    with pytest.raises(DataError, match=r"QH-D50.*no file, folder or dataset"):
+        prepared(None, path="./no/such/file.jsonl")
+
+
+def test_sequence_longer_than_the_model_allows_is_refused(prepared: Prepare) -> None:
+    with pytest.raises(ConfigError, match=r"QH-D54.*2048.*positions up to 1024") as caught:
+        prepared([{"text": "a"}], max_seq_length=2048, model_max_length=1024)
+    assert caught.value.exit_status == 2
+
+
+def test_place_that_cannot_be_written_is_a_storage_error(tmp_path: Path, chatml: ChatTokenizer) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="QH-S09") as caught:
+        prepare(DataConfig(), chatml, cache_dir=tmp_path / "file" / "cache", seed=0, rows=[{"text": "a"}])
+    assert caught.value.exit_status == 8
+
+
+@pytest.mark.fault("D03", "D04", "D08")
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(line=st.binary(max_size=60) | st.text(max_size=30).map(lambda text: json.dumps({"text": text}).encode()))
+def test_any_bytes_in_a_line_give_rows_or_our_errors(line: bytes, prepared: Prepare) -> None:
+    for name in ("rows.jsonl", "rows.json", "rows.csv"):
+        for on_bad_row in ("fail", "skip"):
+            used, code = outcome(lambda: prepared(b'{"text": "good"}\n' + line, name=name, on_bad_row=on_bad_row))  # noqa: B023
+            assert used >= 1 or code.startswith("QH-D")
+
+
+def outcome(action: Callable[[], PreparedData]) -> tuple[int, str]:
+    """(rows used, ""), or (0, code) for one of our errors; any other exception goes through."""
+    try:
+        return action().report.train.rows_used, ""
+    except QloraHalError as error:
+        return 0, error.code if error.fix else "no remedy"
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "x"]), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+keys = [
+    "messages",
+    "conversations",
+    "prompt",
+    "completion",
+    "instruction",
+    "input",
+    "output",
+    "text",
+    "tools",
+    "system",
+]
+
+
+@pytest.mark.fault("D03")
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(row=st.dictionaries(st.sampled_from(keys), json_values, max_size=4))
+def test_any_json_row_gives_tokens_or_our_errors(row: dict[str, object], prepared: Prepare) -> None:
+    used, code = outcome(lambda: prepared([row]))
+    assert used == 1 or code in {"QH-D01", "QH-D03", "QH-D05", "QH-D08", "QH-D12"}
