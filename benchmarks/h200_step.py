@@ -15,8 +15,8 @@ The plain loop is what the packages' documentation shows: `AutoModelForCausalLM.
 `prepare_model_for_kbit_training`, `get_peft_model`, bfloat16 autocast. Two faster variants of it stand beside it:
 without the float32 upcast that `prepare_model_for_kbit_training` does, and also without gradient checkpointing.
 
-`--check` compares all adapter gradients with a float32 computation by transformers' layers on the same bfloat16
-weights, and ten losses of the fused layers with ten of the plain layers.
+`--check` compares all adapter gradients, at B != 0, with a float32 computation by transformers' layers on the same
+bfloat16 weights; and ten losses of the fused layers with ten of the plain layers, in bfloat16 and in float32.
 """
 
 from __future__ import annotations
@@ -411,7 +411,7 @@ def gradient_of(bench: Bench, *, reference: bool = False, **options: Any) -> tup
                 linear.base = Bfloat16Weight(linear.base)
         named = trainer.gradients([batch])
         loss = trainer.evaluate([batch]).loss
-    vector = torch.from_numpy(np.concatenate([named[name].ravel() for name in sorted(named)]))
+    vector = torch.from_numpy(np.concatenate([named[name].ravel() for name in sorted(named)])).double()
     empty_memory(bench.device)
     return vector, loss, kernel_path
 
@@ -433,13 +433,26 @@ def check(bench: Bench) -> None:
         }
         print(f"# {name}: {json.dumps(bench.checks['gradients'][name])}", flush=True)
     curves = bench.checks["losses"] = {}
-    for name in ("ours, plain layers", "ours", "ours, checkpointing"):
-        with SYSTEMS[name](bench) as (step, _):
-            batches = token_batches(bench.shape, 1, bench.arguments.length)
-            curves[name] = [round(float(step(batches[index % 2])), 4) for index in range(10)]
+    for name, options in {
+        "float32, plain layers": {"checkpointing": True, "layers": "plain", "dtype": "float32"},
+        "bfloat16, plain layers": {"layers": "plain"},
+        "bfloat16, fused layers": {},
+        "bfloat16, fused layers, checkpointing": {"checkpointing": True},
+    }.items():
+        curves[name] = loss_curve(bench, **options)
         print(f"# {name}: {curves[name]}", flush=True)
-        del step
-        empty_memory(bench.device)
+
+
+def loss_curve(bench: Bench, **options: Any) -> list[float]:
+    batches = [as_batch(tokens) for tokens in token_batches(bench.shape, 1, bench.arguments.length)]
+    with our_trainer(bench, **options) as (trainer, _):
+        losses = []
+        for index in range(10):
+            batch = batches[index % 2]
+            settings = StepSettings(bench.arguments.learning_rate, batch.counted_tokens, max_grad_norm=CLIP)
+            losses.append(round(trainer.train_step([batch], settings).resolve().loss, 4))
+    empty_memory(bench.device)
+    return losses
 
 
 # the command ----------------------------------------------------------------------------------------------------------

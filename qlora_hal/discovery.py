@@ -18,7 +18,13 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
 from qlora_hal.backend import CONTRACT_VERSION, Availability, BackendSpec, ProbeReport
-from qlora_hal.errors import BackendConflictError, BackendContractError, BackendError, BackendNotFoundError
+from qlora_hal.errors import (
+    BackendConflictError,
+    BackendContractError,
+    BackendError,
+    BackendNotFoundError,
+    QloraHalError,
+)
 
 if TYPE_CHECKING:
     from qlora_hal.backend import QuantizedLoRATrainer
@@ -77,7 +83,8 @@ def probe(entry: Listed) -> ProbeReport:
         with contextlib.redirect_stdout(printed):  # stdout belongs to --json
             report = load_spec(entry).probe()
     except (Exception, SystemExit) as error:
-        return _broken(entry, f"{type(error).__name__}: {error}")
+        reason = error.message if isinstance(error, QloraHalError) else f"{type(error).__name__}: {error}"
+        return _broken(entry, " ".join(reason.split()))
     if not isinstance(report, ProbeReport):
         return _broken(entry, f"probe() returned {type(report).__name__}, not a ProbeReport")
     return ProbeReport(
@@ -127,7 +134,6 @@ def open_trainer(spec: BackendSpec) -> QuantizedLoRATrainer:
     from importlib import import_module
 
     from qlora_hal.backend import QuantizedLoRATrainer
-    from qlora_hal.errors import QloraHalError
 
     module_name, _, attribute = spec.trainer.partition(":")
     try:

@@ -134,6 +134,7 @@ def prepare_run(
         seed=seed,
         rows=rows,
         model_max_length=facts.max_position_embeddings,
+        model_vocabulary_size=facts.vocabulary_size or None,
     )
     console.data_report(data.report.lines())
     for note in left_out_notes(facts):

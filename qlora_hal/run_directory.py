@@ -34,7 +34,10 @@ METRICS_FILE = "metrics.jsonl"
 ADAPTER_FOLDER = "adapter"
 SCHEMA_VERSION = 1
 
-_OUTPUTS = (CHECKPOINTS_FOLDER, LATEST_LINK, ADAPTER_FOLDER, METRICS_FILE, "report.html", "loss.png")
+_OUTPUTS = (
+    *(CHECKPOINTS_FOLDER, LATEST_LINK, ADAPTER_FOLDER, "best_adapter", METRICS_FILE, "report.html", "loss.png"),
+    *("tokens", "rows.jsonl"),
+)
 """What an overwritten run leaves; other files in the folder are the user's and are never touched."""
 _LEFTOVERS = (STAGING, PRUNING, REPLACED, ".tmp")
 _PLACE_KEYS = frozenset({"output_dir"})

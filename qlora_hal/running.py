@@ -176,7 +176,9 @@ def _stored_rows(run_dir: Path) -> Rows | None:
     import json
 
     path = run_dir / ROWS_FILE
-    return [json.loads(line) for line in path.open(encoding="utf-8")] if path.exists() else None
+    if not path.exists():
+        return None
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _check_same_run(state: TrainingState, prepared: PreparedRun) -> None:

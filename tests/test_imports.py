@@ -53,7 +53,5 @@ def test_core_knows_no_backend_by_name(file: Path) -> None:
         if isinstance(node, ast.Compare):
             constants = [c.value for c in ast.walk(node) if isinstance(c, ast.Constant)]
             assert not any(name == constant for name in BACKEND_NAMES for constant in constants)
-    imported = [
-        node.module or "" for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)
-    ]
+    imported = [node.module or "" for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
     assert not any(module.startswith("qlora_hal_backends") for module in imported)

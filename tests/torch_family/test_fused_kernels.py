@@ -37,7 +37,7 @@ def kernels() -> Operations:
     assert DEVICE.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1", (
         "run with TRITON_INTERPRET=1 without a GPU"
     )
-    from qlora_hal_backends.torch_family.fused.kernels import TritonOperations
+    from qlora_hal_backends.torch_family.fused.triton_operations import TritonOperations
 
     return TritonOperations()
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from qlora_hal.backend import Compute
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
 from qlora_hal_backends.torch_family.fused.body import FusedBody, RotaryTables
-from qlora_hal_backends.torch_family.fused.decoder_layer import DecoderLayer, Keep
-from qlora_hal_backends.torch_family.fused.layer_weights import layer_weights, make_buffers
+from qlora_hal_backends.torch_family.fused.collecting import layer_weights, make_buffers
+from qlora_hal_backends.torch_family.fused.decoder_layer import DecoderLayer
 from qlora_hal_backends.torch_family.fused.operations import HeadCounts, Operations
 from qlora_hal_backends.torch_family.fused.supported import (
     attention_of,
@@ -20,6 +20,7 @@ from qlora_hal_backends.torch_family.fused.supported import (
     longest_without_window,
     model_refusal,
 )
+from qlora_hal_backends.torch_family.fused.tape import Keep
 from qlora_hal_backends.torch_family.loading import BaseModel
 
 
@@ -44,8 +45,8 @@ def try_attach(base: BaseModel, flat: FlatAdapter, compute: Compute, device: tor
 
 def _proved_kernels(device: torch.device) -> Operations:
     """Triton's operations, after one of them has computed what the reference does. Raises whatever Triton raises."""
-    from qlora_hal_backends.torch_family.fused.kernels import TritonOperations
     from qlora_hal_backends.torch_family.fused.reference import ReferenceOperations
+    from qlora_hal_backends.torch_family.fused.triton_operations import TritonOperations
 
     gate_up = torch.linspace(-4, 4, 8 * 64, device=device).view(8, 64)
     found, expected = gate_up.new_empty(8, 32), gate_up.new_empty(8, 32)

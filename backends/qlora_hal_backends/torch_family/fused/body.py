@@ -15,10 +15,11 @@ from torch import Tensor
 
 from qlora_hal_backends.torch_family import step
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
-from qlora_hal_backends.torch_family.fused.decoder_layer import DecoderLayer, Keep, LayerTape, Sequences
+from qlora_hal_backends.torch_family.fused.decoder_layer import DecoderLayer
 from qlora_hal_backends.torch_family.fused.head_loss import loss_sum_with, select_rows
 from qlora_hal_backends.torch_family.fused.layer_weights import LayerWeights
 from qlora_hal_backends.torch_family.fused.operations import Rotary
+from qlora_hal_backends.torch_family.fused.tape import Keep, LayerTape, Sequences
 from qlora_hal_backends.torch_family.loading import BaseModel
 from qlora_hal_backends.torch_family.step import DeviceBatch
 
@@ -71,7 +72,7 @@ class FusedBody:
         if not self.serves(batch):
             return step.hidden_states(self.base, batch)
         if torch.is_grad_enabled():
-            states: Tensor = _BodyFunction.apply(self._anchor, self, batch)
+            states: Tensor = _BodyFunction.apply(self._anchor, self, batch)  # type: ignore[no-untyped-call]
             return states
         return self._forward(batch, None)[0]
 

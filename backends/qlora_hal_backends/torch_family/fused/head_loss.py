@@ -16,13 +16,13 @@ def loss_sum_with(operations: Operations, hidden: Tensor, targets: Tensor, head:
     """`head_loss.loss_sum`, computed with `operations`. Heads that reshape their logits take the plain function."""
     if head.softcap is not None or head.multiplier != 1.0 or head.bias is not None:
         return plain.loss_sum(hidden, targets, head, gradient_scale)
-    result: Tensor = _HeadLoss.apply(hidden, targets, head.weight, gradient_scale, operations)
+    result: Tensor = _HeadLoss.apply(hidden, targets, head.weight, gradient_scale, operations)  # type: ignore[no-untyped-call]
     return result
 
 
 def select_rows(states: Tensor, rows: Tensor) -> Tensor:
     """`states[rows]` for rows that are all different: the gradient is a copy, where indexing would sort and add."""
-    selected: Tensor = _SelectRows.apply(states, rows)
+    selected: Tensor = _SelectRows.apply(states, rows)  # type: ignore[no-untyped-call]
     return selected
 
 

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
-"""The operations of the fused step as Triton kernels.
+"""Triton kernels of the fused step; `triton_operations` launches them.
 
 Importing this module needs Triton. Every kernel reads its inputs once, computes in float32 and rounds when it stores;
 index arithmetic on rows is 64-bit, because `rows * columns` passes 2^31 for long batches.
@@ -7,25 +7,12 @@ index arithmetic on rows is 64-bit, because `rows * columns` passes 2^31 for lon
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from qlora_hal_backends.torch_family.base_weights import BaseWeight, Blockwise4BitWeight
-from qlora_hal_backends.torch_family.fused.operations import HeadCounts, HeadNorm, Rotary
-
-HEADS_PER_PROGRAM = 8
-SWIGLU_COLUMNS = 2048
-VOCABULARY_COLUMNS = 8192
-DEQUANTIZED_ELEMENTS = 4096
-NORM_ELEMENTS_PER_WARP = 512
 
 
 @triton.jit
-def _dequantize(
+def dequantize(
     packed,
     absmax,
     nested_absmax,
@@ -66,7 +53,21 @@ def _dequantize(
 
 
 @triton.jit
-def _add_norm(
+def place(source, target, table, ELEMENTS: tl.constexpr):
+    entry = table + tl.program_id(0) * 5
+    start = tl.load(entry)
+    place = tl.load(entry + 1)
+    columns = tl.load(entry + 3)
+    count = tl.load(entry + 2) * columns
+    stride = tl.load(entry + 4)
+    element = tl.program_id(1) * ELEMENTS + tl.arange(0, ELEMENTS)
+    row = element // columns
+    x = tl.load(source + start + element, mask=(element < count) & (start >= 0), other=0.0)
+    tl.store(target + place + row * stride + (element - row * columns), x, mask=element < count)
+
+
+@triton.jit
+def add_norm(
     residual, pending, h, weight, out, out_stride, epsilon, D: tl.constexpr, PENDING: tl.constexpr, WIDTH: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -84,7 +85,7 @@ def _add_norm(
 
 
 @triton.jit
-def _norm_backward(
+def norm_backward(
     gradient,
     h,
     weight,
@@ -121,7 +122,7 @@ def _norm_backward(
 
 
 @triton.jit
-def _swiglu(gate_up, out, F, out_stride, WIDTH: tl.constexpr):
+def swiglu(gate_up, out, F, out_stride, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < F
@@ -131,7 +132,7 @@ def _swiglu(gate_up, out, F, out_stride, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _swiglu_backward(gate_up, gradient, out, product, F, out_stride, WIDTH: tl.constexpr):
+def swiglu_backward(gate_up, gradient, out, product, F, out_stride, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < F
@@ -147,7 +148,7 @@ def _swiglu_backward(gate_up, gradient, out, product, F, out_stride, WIDTH: tl.c
 
 
 @triton.jit
-def _rotate(
+def rotate(
     source,
     source_stride,
     out,
@@ -186,7 +187,7 @@ def _rotate(
 
 
 @triton.jit
-def _rotate_backward(
+def rotate_backward(
     gradient,
     batch_stride,
     head_stride,
@@ -238,7 +239,7 @@ def _rotate_backward(
 
 
 @triton.jit
-def _cross_entropy(logits, targets, losses, vocabulary, scale, GRADIENT: tl.constexpr, WIDTH: tl.constexpr):
+def cross_entropy(logits, targets, losses, vocabulary, scale, GRADIENT: tl.constexpr, WIDTH: tl.constexpr):
     """Running maximum and sum (Milakov & Gimelshein 2018), then the gradient over the same row, in place."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
@@ -261,177 +262,3 @@ def _cross_entropy(logits, targets, losses, vocabulary, scale, GRADIENT: tl.cons
             x = tl.load(origin + start + column, mask=inside, other=0.0).to(tl.float32)
             g = (tl.exp(x - normalizer) - tl.where(start + column == target, 1.0, 0.0)) * scale
             tl.store(origin + start + column, g.to(logits.dtype.element_ty), mask=inside)
-
-
-class TritonOperations:
-    """See `operations.Operations`."""
-
-    def __init__(self) -> None:
-        # Offsets of nested absmax on the host, read once instead of at each launch. The state is kept beside its
-        # offset, so that no other object can take its id.
-        self._offsets: dict[int, tuple[Any, float]] = {}
-
-    def dequantize(self, base: BaseWeight, out: Tensor) -> None:
-        if not isinstance(base, Blockwise4BitWeight) or base.shape[1] % base.state.blocksize:
-            out.copy_(base.dense())
-            return
-        state = base.state
-        nested = state.state2
-        block_count = base.shape[0] * base.shape[1] // state.blocksize
-        blocks = max(1, DEQUANTIZED_ELEMENTS // state.blocksize)
-        _dequantize[(triton.cdiv(block_count, blocks),)](
-            base.packed,
-            state.absmax,
-            nested.absmax if nested is not None else state.absmax,
-            nested.code if nested is not None else state.code,
-            self._offset(state) if nested is not None else 0.0,
-            state.code,
-            out,
-            base.shape[1],
-            out.stride(0),
-            block_count,
-            BLOCK=state.blocksize,
-            BLOCKS=blocks,
-            NESTED_BLOCK=nested.blocksize if nested is not None else 1,
-            NESTED=nested is not None,
-            num_warps=8,
-            # bitsandbytes rounds the product of the nested scale before it adds the offset; fused they differ.
-            enable_fp_fusion=False,
-        )
-
-    def _offset(self, state: Any) -> float:
-        key = id(state)
-        if key not in self._offsets:
-            self._offsets[key] = (state, float(state.offset))
-        return self._offsets[key][1]
-
-    def add_norm(self, residual: Tensor, pending: Tensor | None, weight: Tensor, epsilon: float, out: Tensor) -> Tensor:
-        rows, width = residual.shape
-        h = residual if pending is None else torch.empty_like(residual)
-        _add_norm[(rows,)](
-            residual,
-            residual if pending is None else pending,
-            h,
-            weight,
-            out,
-            out.stride(0),
-            epsilon,
-            D=width,
-            PENDING=pending is not None,
-            **_row_shape(width),
-        )
-        return h
-
-    def norm_backward(
-        self,
-        gradient: Tensor,
-        h: Tensor,
-        weight: Tensor,
-        epsilon: float,
-        residual_gradient: Tensor | None,
-        out: Tensor,
-        out_exact: Tensor | None,
-        normed: Tensor | None,
-    ) -> None:
-        rows, width = h.shape
-        upstream = gradient if residual_gradient is None else residual_gradient
-        _norm_backward[(rows,)](
-            gradient,
-            h,
-            weight,
-            upstream,
-            upstream.stride(0),
-            out,
-            out.stride(0),
-            out if out_exact is None else out_exact,
-            out if normed is None else normed,
-            epsilon,
-            D=width,
-            RESIDUAL=residual_gradient is not None,
-            EXACT=out_exact is not None,
-            NORMED=normed is not None,
-            **_row_shape(width),
-        )
-
-    def swiglu(self, gate_up: Tensor, out: Tensor) -> None:
-        rows, width = out.shape
-        block = min(SWIGLU_COLUMNS, triton.next_power_of_2(width))
-        _swiglu[(rows, triton.cdiv(width, block))](gate_up, out, width, out.stride(0), WIDTH=block, num_warps=4)
-
-    def swiglu_backward(self, gate_up: Tensor, gradient: Tensor, out: Tensor, product: Tensor) -> None:
-        rows, width = product.shape
-        block = min(SWIGLU_COLUMNS, triton.next_power_of_2(width))
-        _swiglu_backward[(rows, triton.cdiv(width, block))](
-            gate_up, gradient, out, product, width, out.stride(0), WIDTH=block, num_warps=4
-        )
-
-    def rotate(self, source: Tensor, out: Tensor, heads: HeadCounts, rotary: Rotary, norm: HeadNorm | None) -> None:
-        count = heads.query + heads.key_value
-        _rotate[(source.shape[0], triton.cdiv(count, HEADS_PER_PROGRAM))](
-            source,
-            source.stride(0),
-            out,
-            out.stride(0),
-            rotary.cos,
-            rotary.sin,
-            rotary.positions,
-            rotary.cos if norm is None else norm.weights,
-            0.0 if norm is None else norm.epsilon,
-            count,
-            heads.query,
-            HALF=heads.size // 2,
-            NORM=norm is not None,
-            HEADS=HEADS_PER_PROGRAM,
-            WIDTH=triton.next_power_of_2(heads.size // 2),
-            num_warps=4,
-        )
-
-    def rotate_backward(
-        self,
-        gradient: Tensor,
-        out: Tensor,
-        rotary: Rotary,
-        norm: HeadNorm | None,
-        source: Tensor,
-        is_key: bool,
-    ) -> None:
-        _, count, time, size = gradient.shape
-        if gradient.stride(3) != 1:
-            gradient = gradient.contiguous()
-        _rotate_backward[(out.shape[0], triton.cdiv(count, HEADS_PER_PROGRAM))](
-            gradient,
-            gradient.stride(0),
-            gradient.stride(1),
-            gradient.stride(2),
-            time,
-            out,
-            out.stride(0),
-            source,
-            source.stride(0),
-            rotary.cos,
-            rotary.sin,
-            rotary.positions,
-            rotary.cos if norm is None else norm.weights[int(is_key)],
-            0.0 if norm is None else norm.epsilon,
-            count,
-            HALF=size // 2,
-            NORM=norm is not None,
-            HEADS=HEADS_PER_PROGRAM,
-            WIDTH=triton.next_power_of_2(size // 2),
-            num_warps=4,
-        )
-
-    def cross_entropy(self, logits: Tensor, targets: Tensor, scale: float, with_gradient: bool) -> Tensor:
-        rows, vocabulary = logits.shape
-        losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
-        width = min(VOCABULARY_COLUMNS, triton.next_power_of_2(vocabulary))
-        _cross_entropy[(rows,)](
-            logits, targets, losses, vocabulary, scale, GRADIENT=with_gradient, WIDTH=width, num_warps=16
-        )
-        return losses
-
-
-def _row_shape(width: int) -> dict[str, int]:
-    """One program a row; a warp for each few hundred elements."""
-    padded = triton.next_power_of_2(width)
-    return {"WIDTH": padded, "num_warps": min(16, max(1, padded // NORM_ELEMENTS_PER_WARP))}

@@ -17,6 +17,7 @@ The four buffers hold one layer at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,9 +25,9 @@ import torch
 from torch import Tensor
 
 from qlora_hal_backends.torch_family.base_weights import BaseWeight
-from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
-from qlora_hal_backends.torch_family.fused.operations import HeadNorm, Operations
-from qlora_hal_backends.torch_family.lora_linear import FrozenLinear, product_in_float32
+from qlora_hal_backends.torch_family.flat_adapter import ALIGNMENT, FlatAdapter
+from qlora_hal_backends.torch_family.fused.operations import HeadNorm, Operations, Placements
+from qlora_hal_backends.torch_family.lora_linear import product_in_float32
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "attention_in": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -49,48 +50,57 @@ class Slot:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupShape:
+    """What a group multiplies. `ranks` is R, padded."""
+
+    slots: Sequence[Slot]
+    columns: int
+    ranks: int
+
+    @property
+    def rows(self) -> int:
+        return sum(slot.rows.stop - slot.rows.start for slot in self.slots)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.rows + self.ranks, self.columns + self.ranks
+
+
+@dataclass(frozen=True, slots=True)
 class GroupWeights:
-    """One layer's share of a group. The lists run over the group's slots, and over the adapted slots."""
+    """One layer's share of a group: its bases in the order of the slots, and the gradients of its adapted ones."""
 
     rows: int
     bases: Sequence[BaseWeight]
     bias: Tensor | None
-    adapter_sources: Sequence[Tensor]
-    adapter_targets: Sequence[Tensor]
     a_gradients: Sequence[tuple[Tensor, slice]]
     b_gradients: Sequence[tuple[Tensor, slice, slice]]
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """All that is constant in one decoder layer, and where its adapter's gradients go."""
+    """All that is constant in one decoder layer, and where its adapter comes from and its gradients go."""
 
     input_norm: Tensor
     middle_norm: Tensor
     head_norm: HeadNorm | None
     groups: Mapping[str, GroupWeights]
+    adapter: Placements
 
 
 class GroupBuffer:
-    """The buffer of one group and the four products that read it."""
+    """The buffer of one group and the products that read it."""
 
-    def __init__(self, slots: Sequence[Slot], columns: int, ranks: int, scale: float, like: Tensor) -> None:
-        self.slots = slots
-        self.rows = slots[-1].rows.stop
-        self.columns = columns
-        self.ranks = -(-ranks // RANK_MULTIPLE) * RANK_MULTIPLE
+    def __init__(self, shape: GroupShape, scale: float, buffer: Tensor) -> None:
+        self.slots = shape.slots
+        self.rows, self.columns, self.ranks = shape.rows, shape.columns, shape.ranks
         self._scale = scale
-        # Zero where no projection writes: off the diagonal of B, and in the padded ranks.
-        self._buffer = torch.zeros(self.rows + self.ranks, columns + self.ranks, dtype=like.dtype, device=like.device)
-        self.w = self._buffer[: self.rows, :columns]
-        self.a = self._buffer[self.rows :, :columns]
-        self.b = self._buffer[: self.rows, columns:]
-        self._forward = self._buffer[: self.rows].t()
-        self._backward = self._buffer[:, :columns]
-
-    @property
-    def nbytes(self) -> int:
-        return self._buffer.nbytes
+        self._buffer = buffer
+        self.w = buffer[: self.rows, : self.columns]
+        self.a = buffer[self.rows :, : self.columns]
+        self.b = buffer[: self.rows, self.columns :]
+        self._forward = buffer[: self.rows].t()
+        self._backward = buffer[:, : self.columns]
 
     def new_input(self, rows: int) -> Tensor:
         """Uninitialized `[rows, K + R]`: the caller fills the first K columns, `low_rank` the rest."""
@@ -136,17 +146,27 @@ class GroupBuffer:
 
 
 class LayerBuffers:
-    """The four buffers, and whose weights are in them."""
+    """The four buffers in one flat tensor, and whose weights are in them."""
 
-    def __init__(self, groups: Mapping[str, GroupBuffer], operations: Operations) -> None:
-        self.groups = groups
+    def __init__(
+        self, shapes: Mapping[str, GroupShape], flat: FlatAdapter, like: Tensor, operations: Operations
+    ) -> None:
+        sizes = [-(-math.prod(shape.size) // ALIGNMENT) * ALIGNMENT for shape in shapes.values()]
+        # Zeros stay where no projection writes: off the diagonal of B, and in the padded ranks.
+        self._memory = torch.zeros(sum(sizes), dtype=like.dtype, device=like.device)
+        scale = flat.adapter.config.scale
+        self.groups = {
+            name: GroupBuffer(shape, scale, part[: math.prod(shape.size)].view(shape.size))
+            for (name, shape), part in zip(shapes.items(), self._memory.split(sizes), strict=True)
+        }
+        self._adapter = flat.compute
         self._operations = operations
         self._base_of: LayerWeights | None = None
         self._adapter_of: LayerWeights | None = None
 
     @property
     def nbytes(self) -> int:
-        return sum(group.nbytes for group in self.groups.values())
+        return self._memory.nbytes
 
     def hold(self, layer: LayerWeights) -> None:
         """Dequantize a layer and copy its adapter beside it, unless it is there already."""
@@ -157,91 +177,12 @@ class LayerBuffers:
                     self._operations.dequantize(base, buffer.w[slot.rows])
             self._base_of = layer
         if self._adapter_of is not layer:
-            targets = [target for group in layer.groups.values() for target in group.adapter_targets]
-            sources = [source for group in layer.groups.values() for source in group.adapter_sources]
-            if targets:
-                torch._foreach_copy_(targets, sources)  # one call for the seven pairs
+            self._operations.place(self._adapter, self._memory, layer.adapter)
             self._adapter_of = layer
 
     def forget_adapter(self) -> None:
         """The adapter was updated, or may have been."""
         self._adapter_of = None
-
-
-def make_buffers(layers: Sequence[object], flat: FlatAdapter, like: Tensor, operations: Operations) -> LayerBuffers:
-    """Buffers for layers of one shape. A projection that any layer adapts has its ranks in every layer."""
-    adapted = set(flat.adapter.config.target_modules)
-    groups = {}
-    for name, modules in GROUPS.items():
-        linears = [linear_of(layers[0], module) for module in modules]
-        anywhere = [any(path.endswith(f".{module}") for path in adapted) for module in modules]
-        slots, ranks = _slots(modules, linears, anywhere, flat.adapter.config.r)
-        groups[name] = GroupBuffer(slots, linears[0].in_features, ranks, flat.adapter.config.scale, like)
-    return LayerBuffers(groups, operations)
-
-
-def _slots(
-    modules: Sequence[str], linears: Sequence[FrozenLinear], adapted: Sequence[bool], r: int
-) -> tuple[list[Slot], int]:
-    slots: list[Slot] = []
-    row = ranks = 0
-    for module, linear, has_rank in zip(modules, linears, adapted, strict=True):
-        slots.append(Slot(module, slice(row, row + linear.out_features), slice(ranks, ranks + r) if has_rank else None))
-        row += linear.out_features
-        ranks += r if has_rank else 0
-    return slots, ranks
-
-
-def layer_weights(layer: object, path: str, buffers: LayerBuffers, flat: FlatAdapter) -> LayerWeights:
-    """Collect one layer. `path` is its module path, as the adapter names it."""
-    attention = layer.self_attn  # type: ignore[attr-defined]
-    head_norm = None
-    if hasattr(attention, "q_norm"):
-        weights = torch.stack((attention.q_norm.weight.detach(), attention.k_norm.weight.detach()))
-        head_norm = HeadNorm(weights, float(attention.q_norm.variance_epsilon))
-    return LayerWeights(
-        input_norm=layer.input_layernorm.weight.detach(),  # type: ignore[attr-defined]
-        middle_norm=layer.post_attention_layernorm.weight.detach(),  # type: ignore[attr-defined]
-        head_norm=head_norm,
-        groups={name: _group_weights(layer, path, buffer, flat) for name, buffer in buffers.groups.items()},
-    )
-
-
-def _group_weights(layer: object, path: str, buffer: GroupBuffer, flat: FlatAdapter) -> GroupWeights:
-    linears = [linear_of(layer, slot.module) for slot in buffer.slots]
-    sources: list[Tensor] = []
-    targets: list[Tensor] = []
-    a_gradients: list[tuple[Tensor, slice]] = []
-    b_gradients: list[tuple[Tensor, slice, slice]] = []
-    for slot in buffer.slots:
-        if slot.rank is None:
-            continue
-        a_target, b_target = buffer.a[slot.rank], buffer.b[slot.rows, slot.rank]
-        targets += (a_target, b_target)
-        a_name, b_name = (f"base_model.model.{path}.{slot.module}.lora_{side}.weight" for side in "AB")
-        if a_name in flat.slices:
-            sources += (flat.view(flat.compute, a_name), flat.view(flat.compute, b_name))
-            a_gradients.append((flat.view(flat.gradients, a_name), slot.rank))
-            b_gradients.append((flat.view(flat.gradients, b_name), slot.rows, slot.rank))
-        else:  # adapted in other layers only
-            sources += (a_target.new_zeros(1, 1).expand_as(a_target), b_target.new_zeros(1, 1).expand_as(b_target))
-    return GroupWeights(
-        rows=buffer.rows,
-        bases=[_base_of(linear) for linear in linears],
-        bias=_group_bias(linears, buffer.w),
-        adapter_sources=sources,
-        adapter_targets=targets,
-        a_gradients=a_gradients,
-        b_gradients=b_gradients,
-    )
-
-
-def _group_bias(linears: Sequence[FrozenLinear], like: Tensor) -> Tensor | None:
-    if all(linear.bias is None for linear in linears):
-        return None
-    return torch.cat(
-        [like.new_zeros(linear.out_features) if linear.bias is None else linear.bias for linear in linears]
-    )
 
 
 class AdapterGradients:
@@ -276,14 +217,3 @@ class AdapterGradients:
     def add(self) -> None:
         if self._gradients:
             torch._foreach_add_(self._gradients, self._terms)
-
-
-def linear_of(layer: object, module: str) -> FrozenLinear:
-    linear = layer.get_submodule(module)  # type: ignore[attr-defined]
-    assert isinstance(linear, FrozenLinear), f"{module} was checked when the layer was accepted"
-    return linear
-
-
-def _base_of(linear: FrozenLinear) -> BaseWeight:
-    assert linear.base is not None, "the base is loaded before an adapter is attached"
-    return linear.base

@@ -10,6 +10,7 @@ and each result is rounded once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,11 +51,31 @@ class HeadCounts:
         return self.key_value * self.size
 
 
+@dataclass(frozen=True, slots=True)
+class Placements:
+    """Matrices to copy from one flat tensor into another, as rows of
+    (first source element, first target element, rows, columns, elements from target row to target row).
+
+    Source rows are contiguous; a negative source writes zeros. `table` holds `entries` on the device, int64.
+    """
+
+    entries: Sequence[tuple[int, int, int, int, int]]
+    table: Tensor
+
+    @property
+    def largest(self) -> int:
+        return max((rows * columns for _, _, rows, columns, _ in self.entries), default=0)
+
+
 class Operations(Protocol):
     """What a decoder layer needs beside matrix products and attention."""
 
     def dequantize(self, base: BaseWeight, out: Tensor) -> None:
         """Write the weight `[rows, columns]` into a strided `out`."""
+        ...
+
+    def place(self, source: Tensor, target: Tensor, placements: Placements) -> None:
+        """Copy all matrices of `placements` between two flat tensors of one dtype."""
         ...
 
     def add_norm(self, residual: Tensor, pending: Tensor | None, weight: Tensor, epsilon: float, out: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qlora_hal_backends.torch_family.base_weights import BaseWeight
-from qlora_hal_backends.torch_family.fused.operations import HeadCounts, HeadNorm, Rotary
+from qlora_hal_backends.torch_family.fused.operations import HeadCounts, HeadNorm, Placements, Rotary
 
 
 class ReferenceOperations:
@@ -14,6 +14,14 @@ class ReferenceOperations:
 
     def dequantize(self, base: BaseWeight, out: Tensor) -> None:
         out.copy_(base.dense())
+
+    def place(self, source: Tensor, target: Tensor, placements: Placements) -> None:
+        for start, place, rows, columns, stride in placements.entries:
+            matrix = target.as_strided((rows, columns), (stride, 1), place)
+            if start < 0:
+                matrix.zero_()
+            else:
+                matrix.copy_(source[start : start + rows * columns].view(rows, columns))
 
     def add_norm(self, residual: Tensor, pending: Tensor | None, weight: Tensor, epsilon: float, out: Tensor) -> Tensor:
         h = residual if pending is None else (residual.float() + pending.float()).to(residual.dtype)

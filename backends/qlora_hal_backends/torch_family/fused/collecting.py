@@ -1,0 +1,125 @@
+"""From transformers' modules and the flat adapter to the weights and buffers of the fused layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_hal_backends.torch_family.base_weights import BaseWeight
+from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
+from qlora_hal_backends.torch_family.fused.layer_weights import (
+    GROUPS,
+    RANK_MULTIPLE,
+    GroupBuffer,
+    GroupShape,
+    GroupWeights,
+    LayerBuffers,
+    LayerWeights,
+    Slot,
+)
+from qlora_hal_backends.torch_family.fused.operations import HeadNorm, Operations, Placements
+from qlora_hal_backends.torch_family.lora_linear import FrozenLinear
+
+
+def make_buffers(layers: Sequence[object], flat: FlatAdapter, like: Tensor, operations: Operations) -> LayerBuffers:
+    """Buffers for layers of one shape. A projection that any layer adapts has its ranks in every layer."""
+    adapted = flat.adapter.config.target_modules
+    shapes = {}
+    for name, modules in GROUPS.items():
+        linears = [linear_of(layers[0], module) for module in modules]
+        anywhere = [any(path.endswith(f".{module}") for path in adapted) for module in modules]
+        shapes[name] = _group_shape(modules, linears, anywhere, flat.adapter.config.r)
+    return LayerBuffers(shapes, flat, like, operations)
+
+
+def _group_shape(
+    modules: Sequence[str], linears: Sequence[FrozenLinear], adapted: Sequence[bool], r: int
+) -> GroupShape:
+    slots: list[Slot] = []
+    row = ranks = 0
+    for module, linear, has_rank in zip(modules, linears, adapted, strict=True):
+        rank = slice(ranks, ranks + r) if has_rank else None
+        slots.append(Slot(module, slice(row, row + linear.out_features), rank))
+        row += linear.out_features
+        ranks += r if has_rank else 0
+    return GroupShape(slots, linears[0].in_features, -(-ranks // RANK_MULTIPLE) * RANK_MULTIPLE)
+
+
+def layer_weights(layer: Any, path: str, buffers: LayerBuffers, flat: FlatAdapter) -> LayerWeights:
+    """Collect one layer. `path` is its module path, as the adapter names it."""
+    attention = layer.self_attn
+    head_norm = None
+    if hasattr(attention, "q_norm"):
+        weights = torch.stack((attention.q_norm.weight.detach(), attention.k_norm.weight.detach()))
+        head_norm = HeadNorm(weights, float(attention.q_norm.variance_epsilon))
+    entries = [
+        entry
+        for buffer in buffers.groups.values()
+        for slot in buffer.slots
+        if slot.rank is not None
+        for entry in _placements(buffer, slot, path, flat)
+    ]
+    return LayerWeights(
+        input_norm=layer.input_layernorm.weight.detach(),
+        middle_norm=layer.post_attention_layernorm.weight.detach(),
+        head_norm=head_norm,
+        groups={name: _group_weights(layer, path, buffer, flat) for name, buffer in buffers.groups.items()},
+        adapter=Placements(entries, torch.tensor(entries, dtype=torch.int64).to(flat.compute.device)),
+    )
+
+
+def _placements(
+    buffer: GroupBuffer, slot: Slot, path: str, flat: FlatAdapter
+) -> Iterator[tuple[int, int, int, int, int]]:
+    """A and B of one projection; zeros where other layers adapt it and this one does not."""
+    targets = (buffer.a[slot.rank], buffer.b[slot.rows, slot.rank])
+    for name, target in zip(_tensor_names(path, slot), targets, strict=True):
+        start = flat.slices[name][0] if name in flat.slices else -1
+        yield start, int(target.storage_offset()), target.shape[0], target.shape[1], target.stride(0)
+
+
+def _tensor_names(path: str, slot: Slot) -> tuple[str, str]:
+    prefix = f"base_model.model.{path}.{slot.module}"
+    return f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
+
+
+def _group_weights(layer: Any, path: str, buffer: GroupBuffer, flat: FlatAdapter) -> GroupWeights:
+    linears = [linear_of(layer, slot.module) for slot in buffer.slots]
+    a_gradients: list[tuple[Tensor, slice]] = []
+    b_gradients: list[tuple[Tensor, slice, slice]] = []
+    for slot in buffer.slots:
+        a, b = _tensor_names(path, slot)
+        if slot.rank is not None and a in flat.slices:
+            a_gradients.append((flat.view(flat.gradients, a), slot.rank))
+            b_gradients.append((flat.view(flat.gradients, b), slot.rows, slot.rank))
+    return GroupWeights(
+        rows=buffer.rows,
+        bases=[_base_of(linear) for linear in linears],
+        bias=_group_bias(linears, buffer.w),
+        a_gradients=a_gradients,
+        b_gradients=b_gradients,
+    )
+
+
+def _group_bias(linears: Sequence[FrozenLinear], like: Tensor) -> Tensor | None:
+    biases: list[Tensor | None] = [linear.bias for linear in linears]
+    if all(bias is None for bias in biases):
+        return None
+    widths = [linear.out_features for linear in linears]
+    return torch.cat(
+        [like.new_zeros(width) if bias is None else bias for bias, width in zip(biases, widths, strict=True)]
+    )
+
+
+def linear_of(layer: Any, module: str) -> FrozenLinear:
+    linear = layer.get_submodule(module)
+    assert isinstance(linear, FrozenLinear), f"{module} was checked when the layer was accepted"
+    return linear
+
+
+def _base_of(linear: FrozenLinear) -> BaseWeight:
+    assert linear.base is not None, "the base is loaded before an adapter is attached"
+    return linear.base

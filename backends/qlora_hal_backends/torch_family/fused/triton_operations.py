@@ -1,0 +1,200 @@
+"""The operations of the fused step on a GPU: shapes and strides for the Triton kernels. Importing it needs Triton."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from qlora_hal_backends.torch_family.base_weights import BaseWeight, Blockwise4BitWeight
+from qlora_hal_backends.torch_family.fused import kernels
+from qlora_hal_backends.torch_family.fused.operations import HeadCounts, HeadNorm, Placements, Rotary
+
+HEADS_PER_PROGRAM = 8
+SWIGLU_COLUMNS = 2048
+VOCABULARY_COLUMNS = 8192
+DEQUANTIZED_ELEMENTS = 2048  # with two warps the fastest of 1024-8192 elements and 2-16 warps on an H200
+DEQUANTIZE_WARPS = 2
+PLACED_ELEMENTS = 4096
+NORM_ELEMENTS_PER_WARP = 512
+
+
+class TritonOperations:
+    """See `operations.Operations`."""
+
+    def __init__(self) -> None:
+        # Offsets of nested absmax on the host, read once instead of at each launch. The state is kept beside its
+        # offset, so that no other object can take its id.
+        self._offsets: dict[int, tuple[Any, float]] = {}
+
+    def dequantize(self, base: BaseWeight, out: Tensor) -> None:
+        if not isinstance(base, Blockwise4BitWeight) or base.shape[1] % base.state.blocksize:
+            out.copy_(base.dense())
+            return
+        state = base.state
+        nested = state.state2
+        block_count = base.shape[0] * base.shape[1] // state.blocksize
+        blocks = max(1, DEQUANTIZED_ELEMENTS // state.blocksize)
+        kernels.dequantize[(triton.cdiv(block_count, blocks),)](
+            base.packed,
+            state.absmax,
+            nested.absmax if nested is not None else state.absmax,
+            nested.code if nested is not None else state.code,
+            self._offset(state) if nested is not None else 0.0,
+            state.code,
+            out,
+            base.shape[1],
+            out.stride(0),
+            block_count,
+            BLOCK=state.blocksize,
+            BLOCKS=blocks,
+            NESTED_BLOCK=nested.blocksize if nested is not None else 1,
+            NESTED=nested is not None,
+            num_warps=DEQUANTIZE_WARPS,
+            # bitsandbytes rounds the product of the nested scale before it adds the offset; fused they differ.
+            enable_fp_fusion=False,
+        )
+
+    def _offset(self, state: Any) -> float:
+        key = id(state)
+        if key not in self._offsets:
+            self._offsets[key] = (state, float(state.offset))
+        return self._offsets[key][1]
+
+    def place(self, source: Tensor, target: Tensor, placements: Placements) -> None:
+        if placements.entries:
+            grid = (len(placements.entries), triton.cdiv(placements.largest, PLACED_ELEMENTS))
+            kernels.place[grid](source, target, placements.table, ELEMENTS=PLACED_ELEMENTS, num_warps=4)
+
+    def add_norm(self, residual: Tensor, pending: Tensor | None, weight: Tensor, epsilon: float, out: Tensor) -> Tensor:
+        rows, width = residual.shape
+        h = residual if pending is None else torch.empty_like(residual)
+        kernels.add_norm[(rows,)](
+            residual,
+            residual if pending is None else pending,
+            h,
+            weight,
+            out,
+            out.stride(0),
+            epsilon,
+            D=width,
+            PENDING=pending is not None,
+            **_row_shape(width),
+        )
+        return h
+
+    def norm_backward(
+        self,
+        gradient: Tensor,
+        h: Tensor,
+        weight: Tensor,
+        epsilon: float,
+        residual_gradient: Tensor | None,
+        out: Tensor,
+        out_exact: Tensor | None,
+        normed: Tensor | None,
+    ) -> None:
+        rows, width = h.shape
+        upstream = gradient if residual_gradient is None else residual_gradient
+        kernels.norm_backward[(rows,)](
+            gradient,
+            h,
+            weight,
+            upstream,
+            upstream.stride(0),
+            out,
+            out.stride(0),
+            out if out_exact is None else out_exact,
+            out if normed is None else normed,
+            epsilon,
+            D=width,
+            RESIDUAL=residual_gradient is not None,
+            EXACT=out_exact is not None,
+            NORMED=normed is not None,
+            **_row_shape(width),
+        )
+
+    def swiglu(self, gate_up: Tensor, out: Tensor) -> None:
+        rows, width = out.shape
+        block = min(SWIGLU_COLUMNS, triton.next_power_of_2(width))
+        kernels.swiglu[(rows, triton.cdiv(width, block))](gate_up, out, width, out.stride(0), WIDTH=block, num_warps=4)
+
+    def swiglu_backward(self, gate_up: Tensor, gradient: Tensor, out: Tensor, product: Tensor) -> None:
+        rows, width = product.shape
+        block = min(SWIGLU_COLUMNS, triton.next_power_of_2(width))
+        kernels.swiglu_backward[(rows, triton.cdiv(width, block))](
+            gate_up, gradient, out, product, width, out.stride(0), WIDTH=block, num_warps=4
+        )
+
+    def rotate(self, source: Tensor, out: Tensor, heads: HeadCounts, rotary: Rotary, norm: HeadNorm | None) -> None:
+        count = heads.query + heads.key_value
+        kernels.rotate[(source.shape[0], triton.cdiv(count, HEADS_PER_PROGRAM))](
+            source,
+            source.stride(0),
+            out,
+            out.stride(0),
+            rotary.cos,
+            rotary.sin,
+            rotary.positions,
+            rotary.cos if norm is None else norm.weights,
+            0.0 if norm is None else norm.epsilon,
+            count,
+            heads.query,
+            HALF=heads.size // 2,
+            NORM=norm is not None,
+            HEADS=HEADS_PER_PROGRAM,
+            WIDTH=triton.next_power_of_2(heads.size // 2),
+            num_warps=4,
+        )
+
+    def rotate_backward(
+        self,
+        gradient: Tensor,
+        out: Tensor,
+        rotary: Rotary,
+        norm: HeadNorm | None,
+        source: Tensor,
+        is_key: bool,
+    ) -> None:
+        _, count, time, size = gradient.shape
+        if gradient.stride(3) != 1:
+            gradient = gradient.contiguous()
+        kernels.rotate_backward[(out.shape[0], triton.cdiv(count, HEADS_PER_PROGRAM))](
+            gradient,
+            gradient.stride(0),
+            gradient.stride(1),
+            gradient.stride(2),
+            time,
+            out,
+            out.stride(0),
+            source,
+            source.stride(0),
+            rotary.cos,
+            rotary.sin,
+            rotary.positions,
+            rotary.cos if norm is None else norm.weights[int(is_key)],
+            0.0 if norm is None else norm.epsilon,
+            count,
+            HALF=size // 2,
+            NORM=norm is not None,
+            HEADS=HEADS_PER_PROGRAM,
+            WIDTH=triton.next_power_of_2(size // 2),
+            num_warps=4,
+        )
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor, scale: float, with_gradient: bool) -> Tensor:
+        rows, vocabulary = logits.shape
+        losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
+        width = min(VOCABULARY_COLUMNS, triton.next_power_of_2(vocabulary))
+        kernels.cross_entropy[(rows,)](
+            logits, targets, losses, vocabulary, scale, GRADIENT=with_gradient, WIDTH=width, num_warps=16
+        )
+        return losses
+
+
+def _row_shape(width: int) -> dict[str, int]:
+    """One program a row; a warp for each few hundred elements."""
+    padded = triton.next_power_of_2(width)
+    return {"WIDTH": padded, "num_warps": min(16, max(1, padded // NORM_ELEMENTS_PER_WARP))}

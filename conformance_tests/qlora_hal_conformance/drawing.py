@@ -1,0 +1,116 @@
+"""Fresh inputs: every case draws its own from the run's seed and its id, so none depends on another's order."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from qlora_hal.adapter.naming import lora_a_key, lora_b_key
+from qlora_hal.values import IGNORE_LABEL, Adapter, AdapterConfig, Batch, Int32
+from qlora_hal_conformance.oracle import LlamaShape
+from qlora_hal_conformance.tiny_models import FIRST_ORDINARY_TOKEN, linear_shapes
+
+RANKS = (2, 4, 8)
+SCALES = (0.75, 1.5, 3.0)
+"""alpha / r. None is 1, 2 or a power that would make a dropped or a squared scale look right."""
+
+
+def stream(seed: int, name: str) -> np.random.Generator:
+    """The generator of one case or model: a function of the run's seed and the name alone."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
+
+
+def draw_batch(
+    random: np.random.Generator,
+    shape: LlamaShape,
+    *,
+    lengths: Sequence[int] = (24, 17),
+    time: int | None = None,
+    prompt: int | None = None,
+) -> Batch:
+    """One sample to a row, padded on the right to `time`; each row's first `prompt` tokens carry no loss (at least
+    one, by default drawn). Padding holds random tokens: they must not matter."""
+    width = time or max(lengths)
+    input_ids = random.integers(FIRST_ORDINARY_TOKEN, shape.vocab_size, (len(lengths), width)).astype(np.int32)
+    places = np.arange(width, dtype=np.int32)
+    segment_ids = (places < np.asarray(lengths)[:, None]).astype(np.int32)
+    labels = np.where(segment_ids > 0, input_ids, IGNORE_LABEL).astype(np.int32)
+    for row in range(len(lengths)):
+        labels[row, : int(random.integers(1, 5)) if prompt is None else prompt] = IGNORE_LABEL
+    return Batch(input_ids, labels, (places * segment_ids).astype(np.int32), segment_ids)
+
+
+def draw_window(random: np.random.Generator, shape: LlamaShape) -> list[Batch]:
+    """Two micro-batches with very different numbers of counted tokens: a mean of means would show."""
+    long = draw_batch(random, shape, lengths=(int(random.integers(20, 28)), int(random.integers(14, 20))))
+    short = draw_batch(random, shape, lengths=(int(random.integers(5, 8)),), time=12, prompt=2)
+    return [long, short]
+
+
+def rows_of(batch: Batch) -> list[Batch]:
+    """Each row as a batch of its own."""
+    return [
+        Batch(*(field[row : row + 1] for field in (batch.input_ids, batch.labels, batch.position_ids, batch.segment_ids)))
+        for row in range(len(batch.labels))
+    ]
+
+
+def packed(batches: Sequence[Batch], *, time: int | None = None) -> Batch:
+    """Every row of every batch, without its padding, in one row; padded to `time`."""
+    pieces = [
+        (row, int(np.count_nonzero(row.segment_ids))) for batch in batches for row in rows_of(batch)
+    ]
+    width = time or sum(length for _, length in pieces)
+    joined = [np.zeros((1, width), np.int32) for _ in range(4)]
+    input_ids, labels, position_ids, segment_ids = joined
+    labels[:] = IGNORE_LABEL
+    start = 0
+    for number, (row, length) in enumerate(pieces, start=1):
+        place = slice(start, start + length)
+        input_ids[0, place], labels[0, place] = row.input_ids[0, :length], row.labels[0, :length]
+        position_ids[0, place], segment_ids[0, place] = row.position_ids[0, :length], number
+        start += length
+    return Batch(input_ids, labels, position_ids, segment_ids)
+
+
+def with_field(batch: Batch, **fields: Int32) -> Batch:
+    """The batch with copies of some arrays replaced; the others are copied too."""
+    names = ("input_ids", "labels", "position_ids", "segment_ids")
+    return Batch(*(np.array(fields.get(name, getattr(batch, name)), dtype=np.int32) for name in names))
+
+
+def draw_adapter(
+    random: np.random.Generator,
+    shape: LlamaShape,
+    *,
+    targets: Sequence[str] | None = None,
+    dropout: float = 0.0,
+    use_rslora: bool = False,
+    rank: int | None = None,
+) -> Adapter:
+    """An adapter in mid-training: with B = 0 half of all mistakes are invisible. Its product is about a quarter of
+    the base's: A keeps the variance of its input, B brings it to 1/4 / scale."""
+    sides = linear_shapes(shape)
+    modules = tuple(sorted(sides if targets is None else targets))
+    r = int(random.choice(RANKS)) if rank is None else rank
+    config = AdapterConfig(r, float(random.choice(SCALES)) * r, dropout, use_rslora, modules)
+    spread = 0.25 / (config.scale * r**0.5)
+    tensors = {}
+    for module in modules:
+        out_features, in_features = sides[module]
+        tensors[lora_a_key(module)] = (random.normal(size=(r, in_features)) / in_features**0.5).astype(np.float32)
+        tensors[lora_b_key(module)] = (spread * random.normal(size=(out_features, r))).astype(np.float32)
+    return Adapter(tensors, config)
+
+
+def with_zero(adapter: Adapter, half: str) -> Adapter:
+    """The adapter with every A, or every B, set to zero."""
+    ending = f".lora_{half}.weight"
+    return Adapter({n: np.zeros_like(t) if n.endswith(ending) else t.copy() for n, t in adapter.tensors.items()}, adapter.config)
+
+
+def total_tokens(window: Sequence[Batch]) -> int:
+    return sum(batch.counted_tokens for batch in window)

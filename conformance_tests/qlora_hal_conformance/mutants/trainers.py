@@ -1,0 +1,13 @@
+"""The trainer factory of each mutant by its name, for `--trainer qlora_hal_conformance.mutants.trainers:NAME`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+def __getattr__(name: str) -> Callable[[], object]:
+    from .population import BY_NAME
+
+    if name not in BY_NAME:
+        raise AttributeError(name)
+    return BY_NAME[name].trainer

@@ -1,0 +1,195 @@
+"""Opening a trainer on a tiny model, and the oracle that knows the backend's own weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from qlora_hal.backend import Compute, Quantization, QuantizedLoRATrainer
+from qlora_hal.capabilities import Feature, WeightFormat
+from qlora_hal.values import Adapter, Batch, Float32, StepSettings, StepStats
+from qlora_hal_conformance.drawing import stream, total_tokens
+from qlora_hal_conformance.oracle import LlamaShape, LoraScale, OracleStep, OracleTrainer
+from qlora_hal_conformance.oracle.arrays import Float64
+from qlora_hal_conformance.subject import Subject
+from qlora_hal_conformance.tiny_models import (
+    SHAPES,
+    UNEVEN_SHAPE,
+    TinyModel,
+    draw_tensors,
+    tied,
+    write_model,
+    write_quantized,
+)
+
+AFFINE_GROUP, GPTQ_GROUP, FOUR_BIT_BLOCK = 64, 128, 64
+
+
+@dataclass(slots=True, eq=False)
+class Opened:
+    """A loaded trainer, with an adapter once one is attached."""
+
+    trainer: QuantizedLoRATrainer
+    model: TinyModel
+    quantization: Quantization
+    dtype: str
+    adapter: Adapter | None = None
+
+    def attach(self, adapter: Adapter, optimizer: str = "adamw") -> None:
+        self.trainer.attach(adapter, optimizer)
+        self.adapter = adapter
+
+    def step(self, window: Sequence[Batch], learning_rate: float, **settings: object) -> StepStats:
+        """One resolved step over the whole window."""
+        given = {"token_count": total_tokens(window), **settings}
+        return self.trainer.train_step(window, StepSettings(learning_rate, **given)).resolve()  # type: ignore[arg-type]
+
+    def trained_gradient(self, window: Sequence[Batch], **settings: object) -> dict[str, Float32]:
+        """The gradient that a *training step* used, unclipped: with beta1 = 0 the first moment is the gradient, and
+        with a learning rate of 0 the step leaves the adapter alone."""
+        stats = self.step(window, 0.0, beta1=0.0, max_grad_norm=None, **settings)
+        assert stats.applied, "an ordinary step was not applied"
+        moments = self.trainer.export_optimizer().moments
+        return {n.removesuffix(".exp_avg"): m for n, m in moments.items() if n.endswith(".exp_avg")}
+
+    def own_base(self) -> dict[str, Float32]:
+        """The weights as the backend's products see them; what is never quantized, as stored."""
+        own = {f"{m}.weight": self.trainer.dequantized_weight(m) for m in self.trainer.linear_modules()}
+        return {**self.model.tensors, **own}
+
+    def oracle(self, adapter: Adapter | None = None) -> OracleTrainer:
+        """The float64 reference on the backend's own weights, so that format error and arithmetic error stay apart."""
+        given = adapter or self.adapter
+        assert given is not None
+        return make_oracle(self.model.shape, self.own_base(), given)
+
+
+def make_oracle(shape: LlamaShape, base: Mapping[str, Float32], adapter: Adapter) -> OracleTrainer:
+    config = adapter.config
+    return OracleTrainer(shape, base, adapter.tensors, LoraScale(config.alpha, config.r, config.use_rslora))
+
+
+def oracle_step(oracle: OracleTrainer, window: Sequence[Batch], learning_rate: float, **settings: object) -> OracleStep:
+    """The oracle's step with the names of `StepSettings`."""
+    given = {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, **settings}
+    return oracle.train_step(
+        window,
+        learning_rate=learning_rate,
+        betas=(given.pop("beta1"), given.pop("beta2")),  # type: ignore[arg-type]
+        eps=given.pop("epsilon"),  # type: ignore[arg-type]
+        **given,  # type: ignore[arg-type]
+    )
+
+
+@dataclass(slots=True)
+class Models:
+    """Tiny models of one run, each drawn from its name and written once for each way of storing it."""
+
+    folder: Path
+    seed: int
+    _drawn: dict[str, tuple[LlamaShape, dict[str, Float32]]] = field(default_factory=dict)
+    _written: dict[str, TinyModel] = field(default_factory=dict)
+
+    def drawn(self, name: str) -> tuple[LlamaShape, dict[str, Float32]]:
+        """Shape and weights. A name with `tied` has a tied head, one with `uneven` widths that blocks do not divide."""
+        if name not in self._drawn:
+            random = stream(self.seed, f"model/{name}")
+            shape = UNEVEN_SHAPE if "uneven" in name else SHAPES[int(random.integers(len(SHAPES)))]
+            shape = tied(shape) if "tied" in name else shape
+            self._drawn[name] = shape, draw_tensors(shape, random)
+        return self._drawn[name]
+
+    def plain(self, name: str, *, stored_dtype: str = "float32") -> TinyModel:
+        key = f"{name}-{stored_dtype}"
+        if key not in self._written:
+            shape, tensors = self.drawn(name)
+            self._written[key] = write_model(self.folder / key, shape, tensors, stored_dtype=stored_dtype)
+        return self._written[key]
+
+    def quantized(self, name: str, quantization: Quantization) -> TinyModel:
+        double = "-double" if quantization.double_quant else ""
+        key = f"{name}-{quantization.weight_format.value}-{quantization.block_size}{double}"
+        if key not in self._written:
+            shape, tensors = self.drawn(name)
+            self._written[key] = write_quantized(self.folder / key, shape, tensors, quantization)
+        return self._written[key]
+
+
+@dataclass(slots=True)
+class Opener:
+    """Opens trainers for one case and closes them after it; notes what was run."""
+
+    subject: Subject
+    models: Models
+    note_device: Callable[[QuantizedLoRATrainer], None]
+    ran: set[str] = field(default_factory=set)
+    _open: list[QuantizedLoRATrainer] = field(default_factory=list)
+
+    def __call__(
+        self,
+        model: TinyModel | str = "main",
+        *,
+        weight_format: WeightFormat | None = None,
+        block_size: int | None = None,
+        double_quant: bool = False,
+        dtype: str | None = None,
+        checkpointing: bool = False,
+        adapter: Adapter | None = None,
+        optimizer: str = "adamw",
+        prequantized: bool | None = None,
+    ) -> Opened:
+        """Load a model by name or as written, and attach the adapter if one is given.
+
+        A backend that does not quantize on load gets the model in the layout of the format, already quantized.
+        """
+        chosen = weight_format or self.subject.main_format
+        quantization = Quantization(chosen, block_size or self.default_block(chosen), double_quant)
+        dtype = dtype or self.subject.main_dtype
+        if prequantized is None:
+            on_load = self.subject.declares(Feature.QUANTIZE_ON_LOAD)
+            prequantized = chosen is not WeightFormat.NONE and not on_load
+        if isinstance(model, str):
+            model = self.models.quantized(model, quantization) if prequantized else self.models.plain(model)
+        trainer = self.trainer()
+        trainer.load(model.source, quantization, Compute(dtype, checkpointing))  # type: ignore[arg-type]
+        block = f"/{quantization.block_size}" if quantization.block_size else ""
+        self.ran.add(f"{chosen.value}{block}{'+double_quant' if double_quant else ''} in {dtype}")
+        self.note_device(trainer)
+        opened = Opened(trainer, model, quantization, dtype)
+        if adapter is not None:
+            opened.attach(adapter, optimizer)
+        return opened
+
+    def trainer(self) -> QuantizedLoRATrainer:
+        """An opened trainer without a base."""
+        trainer = self.subject.open()
+        self._open.append(trainer)
+        return trainer
+
+    def default_block(self, weight_format: WeightFormat) -> int | None:
+        """The first declared block size; the format's usual one where none is declared, None where it has no blocks."""
+        declared = self.subject.capabilities.block_sizes.get(weight_format, ())
+        if declared:
+            return declared[0]
+        match weight_format:
+            case WeightFormat.NF4 | WeightFormat.FP4:
+                return FOUR_BIT_BLOCK
+            case WeightFormat.INT4_GPTQ:
+                return GPTQ_GROUP
+            case WeightFormat.INT4_AFFINE | WeightFormat.INT8_AFFINE:
+                return AFFINE_GROUP
+            case _:
+                return None
+
+    def close(self) -> None:
+        while self._open:
+            self._open.pop().close()
+
+
+def difference(found: Mapping[str, Float32], expected: Mapping[str, Float64 | Float32], name: str) -> Float64:
+    """|found - expected| of one tensor in float64."""
+    apart: Float64 = np.abs(found[name].astype(np.float64) - np.asarray(expected[name], dtype=np.float64))
+    return apart

@@ -1,0 +1,140 @@
+"""From a folder of safetensors to the base weights of a Llama, quantized here or already in the file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from qlora_hal.backend import Quantization
+from qlora_hal.errors import ModelError
+from qlora_hal.model.source import ModelSource
+from qlora_hal.safe_tensors_file import Array, read_arrays
+from qlora_hal_conformance.oracle import FourBitFormat, FourBitLayout, FourBitWeight, LlamaShape, QuantizedAbsmax
+from qlora_hal_conformance.oracle.arrays import Float64
+
+from .rounding import Round
+from .storage import BlockwiseFourBit, RowwiseInt8, Stored
+
+Pack = Callable[[Array, Quantization], Stored]
+Unpack = Callable[[Stored], Float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedBase:
+    """`weights` as the products see them, by Hugging Face's names; `linear_modules` (in, out) by module path."""
+
+    shape: LlamaShape
+    weights: dict[str, Float64]
+    linear_modules: Mapping[str, tuple[int, int]]
+
+
+def load_base(
+    source: ModelSource, quantization: Quantization, rounded: Round, pack: Pack, unpack: Unpack
+) -> LoadedBase:
+    """Read every tensor, quantize the linear layers, keep the rest in the compute dtype.
+
+    Raises ModelError (QH-M50) with every tensor that is missing, left over or of another shape.
+    """
+    tensors: dict[str, Array] = {}
+    for file in sorted({facts.file for facts in source.facts.tensors.values()}):
+        tensors.update(read_arrays(source.path / file).arrays)
+    linear_modules = dict(source.facts.linear_modules)
+    weights: dict[str, Float64] = {}
+    for module in linear_modules:
+        if f"{module}.weight" in tensors:
+            stored = _take_packed(tensors, module) or pack(tensors.pop(f"{module}.weight"), quantization)
+            weights[f"{module}.weight"] = rounded(unpack(stored))
+    weights |= {name: rounded(tensor.astype(np.float64)) for name, tensor in tensors.items() if _is_weight(name)}
+    shape = _shape(source)
+    _check_complete(source, shape, weights)
+    return LoadedBase(shape, weights, linear_modules)
+
+
+def _take_packed(tensors: dict[str, Array], module: str) -> Stored | None:
+    """What bitsandbytes stored of a module, taken out of `tensors`; None for an ordinary weight."""
+    parts = {name.removeprefix(f"{module}."): name for name in tensors if name.startswith(f"{module}.weight.")}
+    described = next((part for part in parts if "quant_state.bitsandbytes__" in part), None)
+    if described is not None:
+        arrays = {part: tensors.pop(name) for part, name in parts.items()}
+        return _four_bit(tensors.pop(f"{module}.weight"), json.loads(arrays[described].tobytes()), arrays)
+    if f"{module}.SCB" in tensors:
+        tensors.pop(f"{module}.weight_format", None)
+        return RowwiseInt8(tensors.pop(f"{module}.weight").view(np.int8), tensors.pop(f"{module}.SCB"))
+    return None
+
+
+def _four_bit(packed: Array, state: Mapping[str, object], arrays: Mapping[str, Array]) -> BlockwiseFourBit:
+    """bitsandbytes 0.50.2, `functional.QuantState.as_dict(packed=True)`."""
+    shape = tuple(int(side) for side in state["shape"])  # type: ignore[attr-defined]
+    layout = FourBitLayout(FourBitFormat(state["quant_type"]), int(str(state["blocksize"])), shape)
+    absmax = arrays["weight.absmax"]
+    if "weight.nested_absmax" not in arrays:
+        return BlockwiseFourBit(FourBitWeight(packed.reshape(-1), absmax, layout))
+    nested = QuantizedAbsmax(absmax, arrays["weight.nested_absmax"], np.float32(str(state["nested_offset"])))
+    return BlockwiseFourBit(FourBitWeight(packed.reshape(-1), np.zeros(0, np.float32), layout), nested)
+
+
+def _is_weight(name: str) -> bool:
+    # Rotary frequencies that older checkpoints carry are computed anew.
+    return not name.endswith("rotary_emb.inv_freq")
+
+
+def _shape(source: ModelSource) -> LlamaShape:
+    try:
+        return LlamaShape.from_config(source.facts.config)
+    except ValueError as error:
+        raise ModelError(
+            "QH-M50",
+            f"config.json describes a Llama that is not computed here: {error}.",
+            where=source.name,
+            fix="Use a backend that is not limited to plain Llamas.",
+        ) from error
+
+
+def _check_complete(source: ModelSource, shape: LlamaShape, weights: Mapping[str, Float64]) -> None:
+    expected = expected_shapes(shape)
+    wrong = [f"{name} is missing" for name in expected if name not in weights]
+    wrong += [
+        f"{name} is {list(weight.shape)}, config.json asks for {list(expected[name])}"
+        for name, weight in weights.items()
+        if name in expected and weight.shape != expected[name]
+    ]
+    allowed = {f"{name.removesuffix('weight')}bias" for name in expected} | {"lm_head.weight", *expected}
+    wrong += [f"{name} is left over" for name in weights if name not in allowed]
+    if wrong:
+        raise ModelError(
+            "QH-M50",
+            f"The checkpoint and config.json do not match in {len(wrong)} tensors: {'; '.join(wrong[:5])}.",
+            where=source.name,
+            fix="Check that the folder is complete and that config.json belongs to it.",
+            context={"wrong": wrong},
+        )
+
+
+def expected_shapes(shape: LlamaShape) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor a Llama must have."""
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    heads, key_heads = (count * shape.head_dim for count in (shape.num_attention_heads, shape.num_key_value_heads))
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (shape.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not shape.tie_word_embeddings:
+        shapes["lm_head.weight"] = (shape.vocab_size, hidden)
+    for layer in range(shape.num_hidden_layers):
+        sides = {
+            "self_attn.q_proj": (heads, hidden),
+            "self_attn.k_proj": (key_heads, hidden),
+            "self_attn.v_proj": (key_heads, hidden),
+            "self_attn.o_proj": (hidden, heads),
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+            "input_layernorm": (hidden,),
+            "post_attention_layernorm": (hidden,),
+        }
+        shapes |= {f"model.layers.{layer}.{name}.weight": side for name, side in sides.items()}
+    return shapes

@@ -1,0 +1,67 @@
+"""One optimizer step in three rooms: the gradient of a window, the clip, the AdamW update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from qlora_hal.values import Batch, StepSettings
+from qlora_hal_conformance.oracle import Arithmetic, DropoutMasks, OracleLlama
+from qlora_hal_conformance.oracle.adamw import AdamWState, adamw_update, clip_factor
+from qlora_hal_conformance.oracle.arrays import Float64
+from qlora_hal_conformance.oracle.loss import token_loss_gradient, token_loss_sum
+
+MasksOf = Callable[[Batch, int], DropoutMasks]
+"""The dropout masks of (batch, index of the micro-batch in its window)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WindowResult:
+    """Loss sum of a window, and the gradient of loss sum / divisor by adapter tensor."""
+
+    loss_sum: float
+    gradients: dict[str, Float64]
+
+
+def window_gradient(
+    model: OracleLlama, window: Sequence[Batch], divisor: int, masks_of: MasksOf, arithmetic: Arithmetic
+) -> WindowResult:
+    """Sums over the micro-batches; a micro-batch without a counted token is passed over."""
+    losses: list[float] = []
+    total = {name: 0.0 * tensor for name, tensor in model.adapter.items()}
+    for index, batch in enumerate(window):
+        if batch.counted_tokens == 0:
+            continue
+        forward = model.forward(batch, arithmetic, masks_of(batch, index))
+        losses.append(token_loss_sum(forward.logits, batch.labels, arithmetic))
+        grad_logits = arithmetic.store(token_loss_gradient(forward.logits, batch.labels, divisor))
+        for name, gradient in model.backward(forward, grad_logits, arithmetic).items():
+            total[name] = arithmetic.store_wide(total[name] + gradient)
+    return WindowResult(math.fsum(losses), total)
+
+
+def clip(gradients: dict[str, Float64], norm: float, max_norm: float | None) -> dict[str, Float64]:
+    """Scaled down by the global norm of all adapter tensors."""
+    factor = clip_factor(norm, max_norm)
+    return {name: gradient * factor for name, gradient in gradients.items()}
+
+
+def update(
+    parameters: dict[str, Float64],
+    gradients: dict[str, Float64],
+    state: AdamWState,
+    settings: StepSettings,
+    arithmetic: Arithmetic,
+) -> None:
+    """AdamW in place, parameters and moments kept in float32."""
+    adamw_update(
+        parameters,
+        gradients,
+        state,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.epsilon,
+        arithmetic=arithmetic,
+    )

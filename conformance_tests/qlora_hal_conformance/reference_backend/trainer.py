@@ -1,0 +1,245 @@
+"""The reference trainer: the contract's verbs, put together from the rooms of `rooms.py`."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from qlora_hal.adapter.fitting import check_fits
+from qlora_hal.backend import BackendSpec, Compute, DeviceFacts, Quantization, QuantizedLoRATrainer
+from qlora_hal.errors import AdapterError, BackendContractError
+from qlora_hal.model.source import ModelSource
+from qlora_hal.values import (
+    IGNORE_LABEL,
+    Adapter,
+    AdapterConfig,
+    Batch,
+    Float32,
+    Int32,
+    LossSum,
+    OptimizerSnapshot,
+    PendingStep,
+    StepSettings,
+    StepStats,
+)
+from qlora_hal_conformance.oracle import DropoutMasks, OracleLlama
+from qlora_hal_conformance.oracle.adamw import AdamWState, global_norm
+from qlora_hal_conformance.oracle.arrays import Float64
+from qlora_hal_conformance.oracle.loss import token_loss_sum
+
+from . import SPEC
+from .loading import LoadedBase, load_base
+from .refusals import refuse_adapter, refuse_batches, refuse_load
+from .rooms import HONEST, Rooms
+from .step import MasksOf, WindowResult
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A step that needs no waiting for."""
+
+    stats: StepStats
+
+    def resolve(self) -> StepStats:
+        return self.stats
+
+
+@dataclass(slots=True, eq=False)
+class Attached:
+    """An adapter on the base, and its optimizer. `parameters` are the tensors that `model` reads."""
+
+    adapter: Adapter
+    parameters: dict[str, Float64]
+    model: OracleLlama
+    state: AdamWState
+
+
+class ReferenceTrainer(QuantizedLoRATrainer):
+    """Trains one adapter in NumPy. `rooms` are all that a mutant changes."""
+
+    spec: ClassVar[BackendSpec] = SPEC
+
+    def __init__(self, rooms: Rooms = HONEST, spec: BackendSpec = SPEC) -> None:
+        self.spec = spec  # type: ignore[misc]  # one class serves the mutants' specs too
+        self.rooms = rooms
+        self.arithmetic = rooms.arithmetic("float32")
+        self.compute = Compute()
+        self._base: LoadedBase | None = None
+        self._attached: Attached | None = None
+
+    # life ----------------------------------------------------------------------------------------------------------
+    def proved_compute_dtypes(self) -> tuple[str, ...]:
+        return tuple(dtype for dtype in ("float32", "bfloat16") if dtype in self.spec.capabilities.compute_dtypes)
+
+    def load(self, source: ModelSource, quantization: Quantization, compute: Compute) -> None:
+        refuse_load(self.spec, source, quantization, compute)
+        self.close()
+        self.compute = compute
+        self.arithmetic = self.rooms.arithmetic(compute.dtype)
+        with _quiet():
+            self._base = load_base(source, quantization, self.arithmetic.store, self.rooms.pack, self.rooms.unpack)
+
+    def linear_modules(self) -> Mapping[str, tuple[int, int]]:
+        return dict(self.base.linear_modules)
+
+    def attach(self, adapter: Adapter, optimizer: str = "adamw") -> None:
+        refuse_adapter(self.spec, adapter, optimizer)
+        check_fits(adapter, self.base.linear_modules, where="attach")
+        parameters = {name: self.rooms.adapter_in(tensor) for name, tensor in sorted(adapter.tensors.items())}
+        model = self.rooms.model(self.base.shape, self.base.weights, parameters, self.rooms.scale(adapter.config))
+        self._attached = Attached(adapter, parameters, model, AdamWState())
+
+    def device_facts(self) -> DeviceFacts:
+        versions = {"numpy": np.__version__, "python": platform.python_version()}
+        return DeviceFacts(f"NumPy on {platform.machine()}", versions, kernel_path="NumPy float64, rounded when stored")
+
+    def close(self) -> None:
+        self._base = self._attached = None
+
+    # training ------------------------------------------------------------------------------------------------------
+    def train_step(self, window: Sequence[Batch], settings: StepSettings) -> PendingStep:
+        attached = self.attached
+        found = self.gradient_of(window, settings.token_count, self._masks_of(settings.dropout_key))
+        norm = global_norm(found.gradients) if math.isfinite(found.loss_sum) else math.nan
+        applied = math.isfinite(norm)
+        if applied:
+            with _quiet():
+                clipped = self.rooms.clip(found.gradients, norm, settings.max_grad_norm)
+                self.rooms.update(attached.parameters, clipped, attached.state, settings, self.arithmetic)
+        return Done(StepStats(found.loss_sum, settings.token_count, norm, applied))
+
+    def evaluate(self, batches: Sequence[Batch]) -> LossSum:
+        refuse_batches(self.spec, batches)
+        counted = [self.rooms.read_batch(batch) for batch in batches if batch.counted_tokens]
+        with _quiet():
+            losses = [token_loss_sum(self.logits_of(batch), batch.labels, self.arithmetic) for batch in counted]
+        return LossSum(math.fsum(losses), sum(batch.counted_tokens for batch in batches))
+
+    def gradient_of(self, window: Sequence[Batch], divisor: int, masks_of: MasksOf) -> WindowResult:
+        """What both `train_step` and `gradients` are made of."""
+        refuse_batches(self.spec, window)
+        read = [self.rooms.read_batch(batch) for batch in window]
+        with _quiet():
+            return self.rooms.window_gradient(self.attached.model, read, max(divisor, 1), masks_of, self.arithmetic)
+
+    def _masks_of(self, key: int) -> MasksOf:
+        def masks_of(batch: Batch, micro_batch: int) -> DropoutMasks:
+            rows, time = batch.input_ids.shape
+            return self.rooms.masks(
+                self.attached.adapter.config, self.base.linear_modules, (rows, time), key, micro_batch
+            )
+
+        return masks_of
+
+    # state ---------------------------------------------------------------------------------------------------------
+    def export_adapter(self) -> Adapter:
+        tensors = {name: self.rooms.adapter_out(tensor) for name, tensor in self.attached.parameters.items()}
+        return Adapter(tensors, self.attached.adapter.config)
+
+    def export_optimizer(self) -> OptimizerSnapshot:
+        state, moments = self.attached.state, {}
+        for name, tensor in self.attached.parameters.items():
+            for kind, held in zip(MOMENTS, (state.exp_avg, state.exp_avg_sq), strict=True):
+                moments[f"{name}.{kind}"] = self.rooms.adapter_out(held.get(name, np.zeros_like(tensor)))
+        return OptimizerSnapshot(state.step, moments)
+
+    def import_optimizer(self, snapshot: OptimizerSnapshot) -> None:
+        parameters = self.attached.parameters
+        expected = {f"{name}.{kind}": tensor.shape for name, tensor in parameters.items() for kind in MOMENTS}
+        wrong = sorted(expected.keys() ^ snapshot.moments.keys())
+        wrong += sorted(n for n, moment in snapshot.moments.items() if n in expected and moment.shape != expected[n])
+        if wrong:
+            raise AdapterError(
+                "QH-C09",
+                f"{len(wrong)} of {len(expected)} optimizer tensors are missing, unknown or misshapen: "
+                f"{', '.join(wrong[:5])}.",
+                fix="Resume with the adapter that this optimizer state was saved with.",
+                context={"tensors": wrong},
+            )
+        first, second = (
+            {name: self.rooms.adapter_in(snapshot.moments[f"{name}.{kind}"]) for name in parameters} for kind in MOMENTS
+        )
+        self.attached.state = AdamWState(snapshot.step, first, second)
+
+    # views ---------------------------------------------------------------------------------------------------------
+    def logits(self, batch: Batch) -> Float32:
+        refuse_batches(self.spec, [batch])
+        with _quiet():
+            return self.logits_of(self.rooms.read_batch(batch)).astype(np.float32)
+
+    def logits_of(self, batch: Batch, *, adapter: bool = True) -> Float64:
+        """`[batch, time, vocabulary]` without dropout; before `attach`, those of the base."""
+        if adapter and self._attached is not None:
+            return self._attached.model.forward(batch, self.arithmetic).logits
+        bare = self.rooms.model(self.base.shape, self.base.weights, {}, self.rooms.scale(_NO_ADAPTER))
+        return bare.forward(batch, self.arithmetic).logits
+
+    def gradients(self, window: Sequence[Batch]) -> Mapping[str, Float32]:
+        divisor = sum(batch.counted_tokens for batch in window)
+        found = self.gradient_of(window, divisor, lambda batch, micro_batch: {})
+        return {name: self.rooms.adapter_out(gradient) for name, gradient in found.gradients.items()}
+
+    def dequantized_weight(self, module: str) -> Float32:
+        return self.base.weights[f"{module}.weight"].astype(np.float32)
+
+    # optional ------------------------------------------------------------------------------------------------------
+    def generate(
+        self, prompt: Int32, *, max_new_tokens: int, stop_tokens: Sequence[int] = (), adapter: bool = True
+    ) -> Int32:
+        tokens = [int(token) for token in prompt]
+        while len(tokens) < len(prompt) + max_new_tokens:
+            with _quiet():
+                token = int(self.logits_of(_one_row(tokens), adapter=adapter)[0, -1].argmax())
+            if token in stop_tokens:
+                break
+            tokens.append(token)
+        return np.array(tokens[len(prompt) :], dtype=np.int32)
+
+    # inside --------------------------------------------------------------------------------------------------------
+    @property
+    def base(self) -> LoadedBase:
+        """Raises BackendContractError before `load`."""
+        if self._base is None:
+            raise _out_of_order("load")
+        return self._base
+
+    @property
+    def attached(self) -> Attached:
+        """Raises BackendContractError before `attach`."""
+        if self._attached is None:
+            raise _out_of_order("attach")
+        return self._attached
+
+
+def open_trainer() -> ReferenceTrainer:
+    return ReferenceTrainer()
+
+
+_NO_ADAPTER = AdapterConfig(r=1, alpha=1.0)
+
+
+def _one_row(tokens: Sequence[int]) -> Batch:
+    input_ids = np.array([tokens], dtype=np.int32)
+    positions = np.arange(len(tokens), dtype=np.int32)[None]
+    return Batch(input_ids, np.full_like(input_ids, IGNORE_LABEL), positions, np.ones_like(input_ids))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Non-finite values are answered by `StepStats.applied`, not by NumPy's warnings."""
+    with np.errstate(all="ignore"):
+        yield
+
+
+def _out_of_order(first: str) -> BackendContractError:
+    return BackendContractError(
+        "QH-B02", f"The trainer was used before {first}().", fix=f"Call {first}() first; this is a bug of the caller."
+    )

@@ -1,0 +1,148 @@
+"""The backend under judgement: which one, what it declares, and how it is opened."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+
+from qlora_hal.backend import BackendSpec, ProbeReport, QuantizedLoRATrainer
+from qlora_hal.capabilities import Capabilities, Feature, WeightFormat
+from qlora_hal.errors import BackendContractError
+from qlora_hal_conformance.oracle import UNIT_ROUNDOFF
+from qlora_hal_conformance.verdicts import Claim
+
+Need = Feature | WeightFormat | str | tuple[WeightFormat, int]
+"""A feature, a weight format, a compute dtype by name, or a block size of a format."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """How to find the backend: by its listed name, or by import paths while it is under development."""
+
+    backend: str = ""
+    trainer: str = ""
+    spec: str = ""
+
+    @property
+    def is_listed(self) -> bool:
+        return bool(self.backend) and not (self.trainer or self.spec)
+
+    def as_json(self) -> dict[str, str]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """An imported spec, and the compute dtypes its device proved."""
+
+    reference: Reference
+    spec: BackendSpec
+    distribution: str = ""
+    proved_dtypes: tuple[str, ...] = ()
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self.spec.capabilities
+
+    @property
+    def main_format(self) -> WeightFormat:
+        """The format of cases that are about something else: the backend's 4-bit one, else its first."""
+        declared = self.capabilities.weight_formats
+        chosen = self.capabilities.levels.get("4bit")
+        return chosen if chosen in declared else min(declared, key=lambda f: f.value)  # type: ignore[return-value]
+
+    @property
+    def main_dtype(self) -> str:
+        """The most exact compute dtype that is declared and proved: bounds are sharpest there."""
+        usable = [d for d in self.capabilities.compute_dtypes if d in self.proved_dtypes] or list(
+            self.capabilities.compute_dtypes
+        )
+        return min(usable, key=lambda dtype: UNIT_ROUNDOFF.get(dtype, 1.0))
+
+    def declares(self, need: Need) -> bool:
+        match need:
+            case Feature():
+                return need in self.capabilities.features
+            case WeightFormat():
+                return need in self.capabilities.weight_formats
+            case (weight_format, block_size):
+                sizes = self.capabilities.block_sizes.get(weight_format, ())
+                return weight_format in self.capabilities.weight_formats and block_size in sizes
+            case _:
+                return need in self.capabilities.compute_dtypes
+
+    def claim(self, needs: tuple[Need, ...]) -> Claim:
+        """Whether all of `needs` are declared, and proved where a device has a say."""
+        if not all(self.declares(need) for need in needs):
+            return Claim.UNDECLARED
+        dtypes = [need for need in needs if type(need) is str]
+        if self.proved_dtypes and any(dtype not in self.proved_dtypes for dtype in dtypes):
+            return Claim.NARROWED
+        return Claim.DECLARED
+
+    def open(self) -> QuantizedLoRATrainer:
+        """A fresh trainer. Raises BackendError, BackendContractError."""
+        from qlora_hal.discovery import open_trainer
+
+        return open_trainer(self.spec)
+
+    def with_proof(self) -> Subject:
+        """Ask the device which compute dtypes it has; the first heavy import."""
+        trainer = self.open()
+        try:
+            return replace(self, proved_dtypes=tuple(trainer.proved_compute_dtypes()))
+        finally:
+            trainer.close()
+
+
+def import_subject(reference: Reference) -> Subject:
+    """Import the light module of a backend. Raises BackendNotFoundError, BackendConflictError, BackendContractError."""
+    if reference.is_listed:
+        from qlora_hal.discovery import find, listed, load_spec
+
+        entry = find(reference.backend, listed())
+        return Subject(reference, load_spec(entry), entry.distribution)
+    spec = _imported(reference.spec) if reference.spec else getattr(_imported(reference.trainer), "spec", None)
+    if not isinstance(spec, BackendSpec):
+        raise BackendContractError(
+            "QH-B02",
+            f"{reference.spec or reference.trainer} gave a {type(spec).__name__}, not a BackendSpec.",
+            fix="Name it as --spec package.module:SPEC.",
+        )
+    if reference.trainer:
+        spec = replace(spec, trainer=reference.trainer)
+    return Subject(reference, spec, "under development")
+
+
+def _imported(path: str) -> object:
+    module, _, attribute = path.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def spec_record(subject: Subject) -> dict[str, object]:
+    """The spec as a certificate keeps it."""
+    spec = subject.spec
+    return {
+        "name": spec.name,
+        "title": spec.title,
+        "trainer": spec.trainer,
+        "contract": spec.contract,
+        "distribution": subject.distribution,
+        "distribution_version": _version_of(subject.distribution),
+        "listed": subject.reference.is_listed,
+        "capabilities": spec.capabilities.as_json(),
+        "proved_dtypes": list(subject.proved_dtypes),
+    }
+
+
+def probe_record(report: ProbeReport) -> Mapping[str, object]:
+    return report.as_json()
+
+
+def _version_of(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return ""

@@ -1,0 +1,297 @@
+"""Every bound of the suite: its formula, its constants, and why. No section holds a tolerance of its own.
+
+Notation: u = unit roundoff of the compute dtype (2^-24 float32, 2^-11 float16, 2^-8 bfloat16), u32 = 2^-24,
+k = length of the longest reduction on the way, depth = number of products that follow one another,
+|L||R| = the largest entry of the product of magnitudes. All three come from the oracle, for the very tensors at hand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from qlora_hal_conformance.oracle import UNIT_ROUNDOFF, ErrorScale, OracleTrainer
+from qlora_hal_conformance.oracle.adamw import AdamWState, adamw_update, clip_factor, global_norm
+from qlora_hal_conformance.oracle.arrays import AnyFloat, Float64, TokenBatch
+
+U32 = UNIT_ROUNDOFF["float32"]
+
+ROUNDING_CONSTANT = 8.0
+"""c of the forward and gradient bounds, one for all backends. Honest float32 programs were measured at c <= 1.7,
+honest bfloat16 ones at c <= 2.5 with two layers; the rest is for amplification by norms and softmax in other draws."""
+
+LOSS_CURVE_WIDENING = 3.0
+"""A loss curve may lie this many times as far from the exact one as the oracle's randomly rounded runs do."""
+LOSS_CURVE_RUNS = 3
+"""Randomly rounded runs behind an envelope; it never narrows along the steps, so few suffice."""
+
+SMOOTHNESS = 2.0
+"""AdamW's quotient is evaluated at both ends of the gradient's error interval; between the ends it may bulge."""
+UPDATE_ROUNDINGS = 16.0
+"""Float32 operations of one AdamW update on one number, each at most u32 relative to |p| or to the update."""
+MOMENT_ROUNDINGS = 8.0
+"""The same for a moment: two products, a sum, and a square."""
+
+PROBE_SECONDS = 0.050
+"""The detection budget: what a user waits for each backend at each start."""
+
+YOUNG_UPDATE_SHORTFALL = 0.5
+"""The largest part of the exact fall of the loss that the compute dtype may hide. Added onto an output that is already
+rounded, an update below half a unit in the last place loses 82 to 98 % of its effect; added before, it loses none in
+the mean, and the noise of rounding is what the other half is for."""
+
+MASTER_SHORTFALL = 0.25
+"""The largest part of many tiny updates that may be missing. A 16-bit master weight loses all of them, a float32 one
+none; the gradient's own sign may be undecided for a few numbers out of a hundred."""
+
+BINOMIAL_DEVIATIONS = 6.0
+"""A count of independent draws leaves mean +- 6 standard deviations once in 5e8 runs."""
+
+LEAK_SHARE = 0.5
+"""A step that keeps one array of logits is a leak; half of that for every step is noise of the allocator."""
+
+GRID_LEVELS = 16
+"""A 4-bit code has this many values."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bound:
+    """A number, or one for each place of an array, and the formula it came from."""
+
+    value: float | Float64
+    formula: str
+
+    def plus(self, other: Bound) -> Bound:
+        """The bound of a difference between two results that each keep their own bound."""
+        return Bound(self.value + other.value, f"{self.formula} + {other.formula}")
+
+    def times(self, factor: float, why: str) -> Bound:
+        return Bound(self.value * factor, f"{factor:g} ({why}) * {self.formula}")
+
+
+EXACT = Bound(0.0, "equal, bit for bit")
+
+
+# forward and gradients ------------------------------------------------------------------------------------------------
+def rounding(scale: ErrorScale, dtype: str) -> Bound:
+    """c sqrt(depth) (u + u32 sqrt(k)) |L||R|: derived in `oracle.arithmetic.ErrorScale.bound`."""
+    return Bound(
+        scale.bound(UNIT_ROUNDOFF[dtype], constant=ROUNDING_CONSTANT),
+        f"8 sqrt({scale.depth}) (u[{dtype}] + 2^-24 sqrt({scale.reduction_length})) * {scale.magnitude:.3g}",
+    )
+
+
+def logits_bound(oracle: OracleTrainer, batch: TokenBatch, dtype: str) -> Bound:
+    """The rounding bound of the head's product."""
+    return rounding(oracle.error_scales([batch])["lm_head"], dtype)
+
+
+def gradient_bounds(oracle: OracleTrainer, window: Sequence[TokenBatch], dtype: str) -> dict[str, Bound]:
+    """The rounding bound of each adapter tensor's gradient."""
+    scales = oracle.error_scales(window)
+    return {name: rounding(scales[name], dtype) for name in oracle.export_adapter()}
+
+
+def loss_bound(oracle: OracleTrainer, window: Sequence[TokenBatch], dtype: str) -> Bound:
+    """2 b sqrt(n) + u32 n * mean loss, with b the bound of the logits and n the counted tokens.
+
+    One token's loss is log sum exp(z) - z[label]; each term moves by at most the largest error of z, so by 2 b
+    together. The tokens' errors are of either sign and b is never reached by many, hence sqrt(n) and not n. Summing
+    n losses in float32 costs at most u32 n relative.
+    """
+    losses = [oracle.evaluate([batch]) for batch in window]
+    count = sum(tokens for _, tokens in losses)
+    logits = max(float(logits_bound(oracle, batch, dtype).value) for batch in window)
+    summing = U32 * count * abs(sum(loss for loss, _ in losses))
+    return Bound(2.0 * logits * math.sqrt(count) + summing, f"2 * {logits:.3g} * sqrt({count}) + 2^-24 * n * loss")
+
+
+def norm_bound(bounds: Mapping[str, Bound], gradients: Mapping[str, Float64]) -> Bound:
+    """sqrt(sum over tensors of size * bound^2): a norm moves by no more than the norm of the error. Plus its own
+    float32 sum."""
+    squares = sum(gradients[name].size * float(bound.value) ** 2 for name, bound in bounds.items())
+    own = MOMENT_ROUNDINGS * U32 * global_norm(gradients)
+    return Bound(math.sqrt(squares) + own, "sqrt(sum size * gradient bound^2) + 8 u32 norm")
+
+
+def copied(values: AnyFloat) -> Bound:
+    """One float32 rounding of values that were handed over."""
+    return Bound(U32 * np.abs(np.asarray(values, dtype=np.float64)), "u32 |x|")
+
+
+# quantization ---------------------------------------------------------------------------------------------------------
+def stored_rounding(weight: AnyFloat, dtype: str) -> Float64:
+    """What reading a weight into the compute dtype and writing the decoded one in it may cost: 2 u |w| and one
+    subnormal."""
+    tiny = 2.0**-25 if dtype == "float16" else 0.0
+    rounded: Float64 = 2.0 * UNIT_ROUNDOFF[dtype] * np.abs(np.asarray(weight, dtype=np.float64)) + tiny
+    return rounded
+
+
+def format_error(codec_bound: Float64, weight: AnyFloat, dtype: str) -> Bound:
+    """The codec's own bound (`oracle.four_bit`, `oracle.int8`, `oracle.mlx_affine`), and two roundings to the compute
+    dtype: 2 u (|w| + codec bound)."""
+    return Bound(
+        codec_bound * (1.0 + 2.0 * UNIT_ROUNDOFF[dtype]) + stored_rounding(weight, dtype),
+        f"codec bound of the block + 2 u[{dtype}] |w|",
+    )
+
+
+def decoded_exactly(decoded: AnyFloat, dtype: str) -> Bound:
+    """A product of a code and a scale in float32, perhaps with an offset: 4 u32 |w|; then one rounding to the compute
+    dtype."""
+    magnitude = np.abs(np.asarray(decoded, dtype=np.float64))
+    largest = magnitude.max(initial=0.0)
+    return Bound(
+        4.0 * U32 * largest + stored_rounding(decoded, dtype) / 2.0, f"4 u32 max|w| + u[{dtype}] |w|"
+    )
+
+
+def codebook_distance(dtype: str) -> Bound:
+    """How far decoded / absmax may lie from a codebook entry: both are rounded to the compute dtype, the quotient of
+    two such numbers is off by 2 u + 4 u32."""
+    return Bound(2.0 * UNIT_ROUNDOFF[dtype] + 4.0 * U32, f"2 u[{dtype}] + 4 u32")
+
+
+def nearest_entry(absmax: Float64, weight: AnyFloat, dtype: str) -> Bound:
+    """How much further than the nearest entry the chosen one may lie: where a value is within rounding of a midpoint
+    the encoder may take either neighbour. 8 u32 a, and the value itself is rounded to the compute dtype first, as is
+    absmax: 4 u a."""
+    return Bound(
+        (8.0 * U32 + 4.0 * UNIT_ROUNDOFF[dtype]) * absmax + 2.0 * stored_rounding(weight, dtype),
+        f"(8 u32 + 4 u[{dtype}]) absmax + 4 u |w|",
+    )
+
+
+def grid_spacing(step: Float64, dtype: str) -> Bound:
+    """Levels of an affine code are whole steps apart, up to rounding of the levels to float16 scales and the dtype."""
+    return Bound(
+        GRID_LEVELS * (UNIT_ROUNDOFF["float16"] + UNIT_ROUNDOFF[dtype]) * step, f"16 (u16 + u[{dtype}]) step"
+    )
+
+
+# optimizer ------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class UpdateSettings:
+    """What one AdamW update is given."""
+
+    learning_rate: float
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class UpdateBounds:
+    """Bounds after one step, by tensor name: parameters, and moments under `<tensor>.exp_avg` / `.exp_avg_sq`."""
+
+    parameters: dict[str, Bound]
+    moments: dict[str, Bound]
+
+
+def update_bounds(oracle: OracleTrainer, window: Sequence[TokenBatch], dtype: str, given: UpdateSettings) -> UpdateBounds:
+    """Bounds of the step that `oracle` is about to take.
+
+    Let e be the gradient's bound. The clip factor f moves by at most f * (norm bound / norm), so the clipped gradient
+    by E = f (e + |g| norm bound / norm). The update is evaluated at g - E, g and g + E; the larger distance, twice
+    (SMOOTHNESS), is the bound: where |g| <= E an early Adam step has an undecided sign, and this says so by itself.
+    Float32 adds 16 u32 (|p| + |update|). Moments: (1 - b1) E and (1 - b2) (2 |g| E + E^2), plus 8 u32.
+    """
+    gradients = oracle.gradients(window)
+    bounds = gradient_bounds(oracle, window, dtype)
+    norm = global_norm(gradients)
+    relative_norm = float(norm_bound(bounds, gradients).value) / norm
+    factor = clip_factor(norm, given.max_grad_norm)
+    center = {name: gradient * factor for name, gradient in gradients.items()}
+    error = {
+        name: factor * (float(bounds[name].value) + np.abs(gradient) * relative_norm)
+        for name, gradient in gradients.items()
+    }
+    start, (step, moments) = oracle.export_adapter(), oracle.export_optimizer()
+    exact, state = _updated(start, center, step, moments, given)
+    low, _ = _updated(start, {n: center[n] - error[n] for n in center}, step, moments, given)
+    high, _ = _updated(start, {n: center[n] + error[n] for n in center}, step, moments, given)
+    parameters: dict[str, Bound] = {}
+    of_moments: dict[str, Bound] = {}
+    for name, gradient in center.items():
+        bulge = np.maximum(np.abs(low[name] - exact[name]), np.abs(high[name] - exact[name]))
+        own = UPDATE_ROUNDINGS * U32 * (np.abs(start[name]) + np.abs(exact[name] - start[name]))
+        parameters[name] = Bound(SMOOTHNESS * bulge + own, "2 |update(g +- E) - update(g)| + 16 u32 (|p| + |update|)")
+        first, second = state.exp_avg[name], state.exp_avg_sq[name]
+        kept_first = np.abs(moments[f"{name}.exp_avg"])
+        of_moments[f"{name}.exp_avg"] = Bound(
+            (1 - given.beta1) * error[name] + MOMENT_ROUNDINGS * U32 * (np.abs(first) + kept_first + np.abs(gradient)),
+            "(1 - b1) E + 8 u32 (|m| + |g|)",
+        )
+        squares = 2.0 * np.abs(gradient) * error[name] + error[name] ** 2
+        of_moments[f"{name}.exp_avg_sq"] = Bound(
+            (1 - given.beta2) * squares + MOMENT_ROUNDINGS * U32 * (second + moments[f"{name}.exp_avg_sq"]),
+            "(1 - b2) (2 |g| E + E^2) + 8 u32 v",
+        )
+    return UpdateBounds(parameters, of_moments)
+
+
+def _updated(
+    start: Mapping[str, Float64],
+    gradients: Mapping[str, Float64],
+    step: int,
+    moments: Mapping[str, Float64],
+    given: UpdateSettings,
+) -> tuple[dict[str, Float64], AdamWState]:
+    parameters = {name: tensor.copy() for name, tensor in start.items()}
+    state = AdamWState(
+        step,
+        {name: moments[f"{name}.exp_avg"] for name in start},
+        {name: moments[f"{name}.exp_avg_sq"] for name in start},
+    )
+    adamw_update(
+        parameters,
+        gradients,
+        state,
+        learning_rate=given.learning_rate,
+        weight_decay=given.weight_decay,
+        betas=(given.beta1, given.beta2),
+        eps=given.epsilon,
+    )
+    return parameters, state
+
+
+# counts, memory, time -------------------------------------------------------------------------------------------------
+def loss_curve() -> Bound:
+    """3 times the widest deviation that the oracle's randomly rounded runs showed up to each step."""
+    return Bound(1.0, "distance from the exact curve / (3 * deviation of randomly rounded runs)")
+
+
+def kept_share(draws: int, probability: float) -> Bound:
+    """6 sqrt(p (1 - p) / n): six standard deviations of a share of n independent draws."""
+    deviation = math.sqrt(probability * (1.0 - probability) / draws)
+    return Bound(BINOMIAL_DEVIATIONS * deviation, f"6 sqrt(p (1 - p) / {draws})")
+
+
+def agreement_of_masks(draws: int, probability: float) -> Bound:
+    """Two independent masks agree with probability p^2 + (1 - p)^2; six deviations above that is no chance."""
+    expected = probability**2 + (1.0 - probability) ** 2
+    deviation = math.sqrt(expected * (1.0 - expected) / draws)
+    return Bound(expected + BINOMIAL_DEVIATIONS * deviation, f"p^2 + (1-p)^2 + 6 deviations of {draws} draws")
+
+
+def memory_growth(logits_bytes: int, steps: int) -> Bound:
+    """Half of one array of logits for every step."""
+    return Bound(LEAK_SHARE * logits_bytes * steps, f"0.5 * {logits_bytes} bytes of logits * {steps} steps")
+
+
+def young_update() -> Bound:
+    return Bound(YOUNG_UPDATE_SHORTFALL, "half of the exact fall of the loss")
+
+
+def master_weights() -> Bound:
+    return Bound(MASTER_SHORTFALL, "a quarter of the distance of all updates")
+
+
+def probe_time() -> Bound:
+    return Bound(PROBE_SECONDS, "50 ms")

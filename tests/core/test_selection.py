@@ -1,0 +1,111 @@
+"""Which backend a run gets, and what it says of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from qlora_hal.backend import Availability, BackendSpec, ProbeReport
+from qlora_hal.capabilities import Capabilities, Feature, Needs, WeightFormat
+from qlora_hal.discovery import Listed, reports
+from qlora_hal.errors import BackendNotFoundError, BackendUnavailableError, UnsupportedFeatureError
+from qlora_hal.selection import Choice, choose
+
+FOUR_BIT = Needs(level="4bit")
+
+
+def spec(
+    name: str, priority: int = 1, *, ready: bool = True, accelerator: bool = True, **changes: object
+) -> BackendSpec:
+    capabilities = Capabilities(
+        weight_formats=frozenset({WeightFormat.NONE, WeightFormat.NF4}),
+        compute_dtypes=frozenset({"float32"}),
+        features=frozenset({Feature.LORA_DROPOUT}),
+        block_sizes={WeightFormat.NF4: (64,)},
+        levels={"none": WeightFormat.NONE, "4bit": WeightFormat.NF4},
+    )
+
+    def probe() -> ProbeReport:
+        if ready:
+            return ProbeReport(name, Availability.READY, "found")
+        return ProbeReport(name, Availability.NO_DEVICE, f"no device for {name}", f"buy a device for {name}")
+
+    made = BackendSpec(name, name, priority, capabilities, probe, "nowhere:Nothing", uses_accelerator=accelerator)
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+def chosen(name: str, needs: Needs, *specs: BackendSpec, allow_cpu: bool = False, **more: object) -> Choice:
+    entries = [Listed(s.name, "this process", spec=s) for s in specs]
+    return choose(name, needs, entries, reports(entries), allow_cpu=allow_cpu, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.fault("E06")
+def test_auto_takes_the_highest_priority_and_says_why_not_the_others() -> None:
+    choice = chosen("auto", FOUR_BIT, spec("slow", 1), spec("fast", 9), spec("absent", 99, ready=False))
+    assert choice.spec.name == "fast"
+    assert "highest priority" in choice.reason
+    assert choice.rejections["slow"] == "ready, but fast has the higher priority"
+    assert choice.rejections["absent"] == "no device for absent"
+
+
+@pytest.mark.fault("E01")
+def test_auto_never_falls_to_the_cpu_silently() -> None:
+    with pytest.raises(BackendUnavailableError) as refusal:
+        chosen("auto", FOUR_BIT, spec("gpu", 9, ready=False), spec("cpu", 0, accelerator=False))
+    error = refusal.value
+    assert (error.code, error.exit_status) == ("QH-E01", 3)
+    assert "no device for gpu" in error.message
+    assert "allow_cpu" in error.fix
+
+
+def test_auto_takes_the_cpu_when_it_is_allowed() -> None:
+    choice = chosen("auto", FOUR_BIT, spec("gpu", 9, ready=False), spec("cpu", 0, accelerator=False), allow_cpu=True)
+    assert choice.spec.name == "cpu"
+    assert "no accelerator" in choice.reason
+
+
+def test_able_is_asked_before_fast() -> None:
+    needs = replace(FOUR_BIT, features=frozenset({Feature.PACKING}))
+    packing = spec("able", 1)
+    packing = replace(packing, capabilities=replace(packing.capabilities, features=frozenset({Feature.PACKING})))
+    choice = chosen("auto", needs, packing, spec("fast", 9))
+    assert choice.spec.name == "able"
+    assert choice.rejections["fast"] == "lacks feature packing"
+
+
+@pytest.mark.parametrize(
+    ("needs", "said"),
+    [
+        (Needs(level="8bit"), "quantization level 8bit"),
+        (Needs(weight_format=WeightFormat.FP4), "weight format fp4"),
+        (Needs(weight_format=WeightFormat.NF4, block_size=96), "block size 96 for nf4 (has 64)"),
+        (Needs(level="4bit", compute_dtype="float16"), "compute dtype float16"),
+        (Needs(level="4bit", features=frozenset({Feature.PAGED_ADAMW})), "feature paged_adamw"),
+    ],
+)
+def test_named_backend_is_refused_with_everything_it_lacks(needs: Needs, said: str) -> None:
+    with pytest.raises(UnsupportedFeatureError) as refusal:
+        chosen("only", needs, spec("only"))
+    assert said in refusal.value.message
+    assert refusal.value.exit_status == 2
+
+
+def test_named_backend_that_cannot_run_is_refused_with_its_fix() -> None:
+    with pytest.raises(BackendUnavailableError, match="no device for gpu") as refusal:
+        chosen("gpu", FOUR_BIT, spec("gpu", ready=False), spec("cpu", accelerator=False), allow_cpu=True)
+    assert refusal.value.fix == "buy a device for gpu"
+
+
+def test_misspelled_name_gets_the_close_one() -> None:
+    with pytest.raises(BackendNotFoundError) as refusal:
+        chosen("cuda_bnd", FOUR_BIT, spec("cuda_bnb"))
+    assert "Did you mean --backend cuda_bnb?" in refusal.value.fix
+
+
+def test_hook_overrides_auto_but_not_readiness() -> None:
+    ask: Callable[[object, object], str] = lambda reports, needs: "slow"  # noqa: E731
+    assert chosen("auto", FOUR_BIT, spec("slow", 1), spec("fast", 9), ask_hook=ask).spec.name == "slow"
+    with pytest.raises(BackendUnavailableError):
+        chosen("auto", FOUR_BIT, spec("slow", 1, ready=False), spec("fast", 9), ask_hook=ask)
