@@ -11,6 +11,7 @@ from qlora_hal_conformance.oracle import FourBitFormat, dequantize_four_bit
 from qlora_hal_conformance.oracle.arrays import AnyFloat, Float64
 from qlora_hal_conformance.reference_backend.storage import (
     BlockwiseFourBit,
+    Plain,
     RowwiseInt8,
     Stored,
     absmax_of,
@@ -31,8 +32,8 @@ def nibbles_swapped(stored: Stored) -> Float64:
 def blocks_of_128_read_as_64(stored: Stored) -> Float64:
     if isinstance(stored, BlockwiseFourBit) and stored.packed.layout.block_size == 128:
         layout = replace(stored.packed.layout, block_size=64)
-        absmax = absmax_of(stored.packed, stored.nested)
-        return dequantize_four_bit(stored.packed.packed, np.resize(absmax, 2 * absmax.size), layout)
+        absmax = absmax_of(stored.packed, stored.nested).astype(np.float64)
+        return dequantize_four_bit(stored.packed.packed, np.tile(absmax, 2), layout)
     return unpack(stored)
 
 
@@ -71,8 +72,6 @@ def double_quant_ignored(weight: AnyFloat, quantization: Quantization) -> Stored
 
 
 def never_quantized(weight: AnyFloat, quantization: Quantization) -> Stored:
-    from qlora_hal_conformance.reference_backend.storage import Plain
-
     return Plain(np.asarray(weight, dtype=np.float64))
 
 

@@ -55,7 +55,7 @@ class KernelWritesNothing(OracleLlama):
         return replace(honest, weight=np.zeros_like(honest.weight)) if module.endswith("down_proj") else honest
 
 
-class KernelWritesNothingInBfloat16(OracleLlama):
+class MultipliesAnotherLayout(OracleLlama):
     def linear(self, module: str) -> AdaptedLinear:
         honest = super().linear(module)
         transposed = honest.weight.reshape(honest.weight.shape[::-1]).T
@@ -85,11 +85,6 @@ def samples_see_each_other(batch: Batch) -> Batch:
 def positions_run_on(batch: Batch) -> Batch:
     everywhere = np.broadcast_to(np.arange(batch.input_ids.shape[1], dtype=np.int32), batch.input_ids.shape)
     return replace(batch, position_ids=np.ascontiguousarray(everywhere))
-
-
-def padding_is_attended(batch: Batch) -> Batch:
-    """Padding on the left is what a causal mask does not hide; here a row is read back to front of its padding."""
-    return replace(batch, segment_ids=np.ones_like(batch.segment_ids))
 
 
 def to_float16(values: Float64) -> Float64:
@@ -165,7 +160,7 @@ MUTANTS = (
         "multiplies_another_layout",
         "Shows the right weight but multiplies gate_proj in column order.",
         ("30", "31"),
-        with_rooms(model=KernelWritesNothingInBfloat16),
+        with_rooms(model=MultipliesAnotherLayout),
         recreates="bitsandbytes#1887",
     ),
     Mutant(

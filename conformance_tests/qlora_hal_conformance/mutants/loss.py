@@ -10,6 +10,7 @@ import numpy as np
 
 from qlora_hal.values import IGNORE_LABEL, PADDING_SEGMENT, Batch, LossSum, PendingStep, StepSettings, StepStats
 from qlora_hal_conformance.oracle import Arithmetic, OracleLlama
+from qlora_hal_conformance.oracle.arrays import Float64
 from qlora_hal_conformance.reference_backend.step import MasksOf, WindowResult, window_gradient
 from qlora_hal_conformance.reference_backend.trainer import Done, ReferenceTrainer
 
@@ -39,15 +40,19 @@ def eos_never_trained(batch: Batch) -> Batch:
     return replace(batch, labels=np.where(batch.labels == EOS, IGNORE_LABEL, batch.labels).astype(np.int32))
 
 
+def _uncounted(batch: Batch) -> Batch:
+    return replace(batch, labels=np.full_like(batch.labels, IGNORE_LABEL))
+
+
 def mean_of_means(
     model: OracleLlama, window: Sequence[Batch], divisor: int, masks_of: MasksOf, arithmetic: Arithmetic
 ) -> WindowResult:
-    total: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float64]]] = {}
+    total: dict[str, Float64] = {}
     losses = []
     for index, batch in enumerate(window):
-        one = window_gradient(
-            model, [batch], batch.counted_tokens, lambda batch, _, index=index: masks_of(batch, index), arithmetic
-        )
+        # Only this micro-batch; the others are emptied, so that masks keep their index.
+        alone = [batch if other == index else _uncounted(batch_there) for other, batch_there in enumerate(window)]
+        one = window_gradient(model, alone, max(batch.counted_tokens, 1), masks_of, arithmetic)
         losses.append(one.loss_sum)
         for name, gradient in one.gradients.items():
             total[name] = total.get(name, 0.0) + gradient / len(window)

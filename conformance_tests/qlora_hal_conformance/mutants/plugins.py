@@ -27,6 +27,7 @@ from qlora_hal.values import (
     OptimizerSnapshot,
     PendingStep,
     StepSettings,
+    StepStats,
 )
 from qlora_hal_conformance.oracle.adamw import AdamWState
 from qlora_hal_conformance.reference_backend import CAPABILITIES, probe
@@ -79,7 +80,7 @@ class CrashesInGradients(ReferenceTrainer):
 
 class Float64Out(ReferenceTrainer):
     def logits(self, batch: Batch) -> Float32:
-        return super().logits(batch).astype(np.float64)  # type: ignore[return-value]
+        return super().logits(batch).astype(np.float64)
 
 
 class LastPositionOnly(ReferenceTrainer):
@@ -177,7 +178,7 @@ class _Later:
     def __init__(self, trainer: StepsWhenResolved, window: Sequence[Batch], settings: StepSettings) -> None:
         self._work = (trainer, window, settings)
 
-    def resolve(self) -> object:
+    def resolve(self) -> StepStats:
         trainer, window, settings = self._work
         return trainer.now(window, settings).resolve()
 
@@ -258,7 +259,14 @@ def honest(spec: BackendSpec) -> ReferenceTrainer:
 HONEST_OPEN: Open = honest
 
 MUTANTS = (
-    Mutant("probe_imports_torch", "Imports torch to answer a probe.", ("10",), honest, "", with_probe(probe_that_imports_torch)),
+    Mutant(
+        "probe_imports_torch",
+        "Imports torch to answer a probe.",
+        ("10",),
+        honest,
+        "",
+        with_probe(probe_that_imports_torch),
+    ),
     Mutant("probe_is_slow", "Takes 0.3 s to answer a probe.", ("10",), honest, "", with_probe(slow_probe)),
     Mutant(
         "probe_without_fix",
@@ -268,7 +276,14 @@ MUTANTS = (
         "amd/playbooks#250",
         with_probe(probe_without_fix),
     ),
-    Mutant("probe_raises", "Raises in its probe.", ("10",), honest, "unslothai/unsloth#10273", with_probe(probe_that_raises)),
+    Mutant(
+        "probe_raises",
+        "Raises in its probe.",
+        ("10",),
+        honest,
+        "unslothai/unsloth#10273",
+        with_probe(probe_that_raises),
+    ),
     Mutant(
         "written_for_another_contract",
         "Was written for contract 2.",
@@ -281,14 +296,35 @@ MUTANTS = (
     Mutant("is_no_trainer", "Gives an object of another class.", ("11",), open_not_a_trainer),
     Mutant("prints_to_stdout", "Prints progress to standard output.", ("11",), with_trainer(Prints)),
     Mutant("gives_float64", "Gives logits in float64.", ("11", "30"), with_trainer(Float64Out)),
-    Mutant("gives_the_last_logits_only", "Gives logits of the last position.", ("11", "30"), with_trainer(LastPositionOnly)),
+    Mutant(
+        "gives_the_last_logits_only", "Gives logits of the last position.", ("11", "30"), with_trainer(LastPositionOnly)
+    ),
     Mutant("counts_padding", "Counts padding in evaluate.", ("11", "30", "31"), with_trainer(PaddingInTheCount)),
-    Mutant("leaves_a_tensor_out", "Exports an adapter with a tensor missing.", ("11", "51"), with_trainer(TensorsLeftOut)),
+    Mutant(
+        "leaves_a_tensor_out", "Exports an adapter with a tensor missing.", ("11", "51"), with_trainer(TensorsLeftOut)
+    ),
     Mutant("closes_once", "Raises when closed twice.", ("11",), with_trainer(ClosesOnce)),
-    Mutant("steps_when_resolved", "Does a step only when its figures are asked for.", ("11", "40"), with_trainer(StepsWhenResolved)),
+    Mutant(
+        "steps_when_resolved",
+        "Does a step only when its figures are asked for.",
+        ("11", "40"),
+        with_trainer(StepsWhenResolved),
+    ),
     Mutant("stats_as_tuple", "Gives a tuple where StepStats are due.", ("11", "40"), with_trainer(StatsAsTuple)),
-    Mutant("crashes_in_gradients", "Ends the process by a signal in gradients.", ("11", "31"), with_trainer(CrashesInGradients), "unslothai/unsloth#10273"),
-    Mutant("exits_in_evaluate", "Calls sys.exit(0) in evaluate.", ("11", "30"), with_trainer(ExitsInEvaluate), "ml-explore/mlx-lm#236"),
+    Mutant(
+        "crashes_in_gradients",
+        "Ends the process by a signal in gradients.",
+        ("11", "31"),
+        with_trainer(CrashesInGradients),
+        "unslothai/unsloth#10273",
+    ),
+    Mutant(
+        "exits_in_evaluate",
+        "Calls sys.exit(0) in evaluate.",
+        ("11", "30"),
+        with_trainer(ExitsInEvaluate),
+        "ml-explore/mlx-lm#236",
+    ),
     Mutant("hangs_in_train_step", "Never returns from train_step.", ("11", "40"), with_trainer(HangsInTrainStep)),
     Mutant(
         "declares_too_little",
@@ -318,7 +354,13 @@ MUTANTS = (
         honest,
         change_spec=with_features(Feature.PEAK_MEMORY),
     ),
-    Mutant("keeps_every_step", "Keeps the logits of every step alive.", ("60",), with_trainer(KeepsEveryStep), "bitsandbytes#1569"),
+    Mutant(
+        "keeps_every_step",
+        "Keeps the logits of every step alive.",
+        ("60",),
+        with_trainer(KeepsEveryStep),
+        "bitsandbytes#1569",
+    ),
     Mutant("foreign_errors", "Answers bad input with untyped errors.", ("70",), with_trainer(ForeignErrors)),
     Mutant(
         "unknown_modules_left_out",
@@ -327,5 +369,10 @@ MUTANTS = (
         with_trainer(AnyModuleWillDo),
         "ml-explore/mlx-lm#1120",
     ),
-    Mutant("any_moments_will_do", "Starts afresh when imported moments do not fit.", ("50", "70"), with_trainer(AnyMomentsWillDo)),
+    Mutant(
+        "any_moments_will_do",
+        "Starts afresh when imported moments do not fit.",
+        ("50", "70"),
+        with_trainer(AnyMomentsWillDo),
+    ),
 )

@@ -93,9 +93,7 @@ class ScaleFolded(ReferenceTrainer):
     def export_adapter(self) -> Adapter:
         exported = super().export_adapter()
         scale = np.float32(exported.config.scale)
-        return Adapter(
-            {n: t * scale if "lora_B" in n else t for n, t in exported.tensors.items()}, exported.config
-        )
+        return Adapter({n: t * scale if "lora_B" in n else t for n, t in exported.tensors.items()}, exported.config)
 
 
 class MomentsSwapped(ReferenceTrainer):
@@ -110,11 +108,6 @@ class MomentsSwapped(ReferenceTrainer):
 
 def transposed_out(tensor: Float64) -> Float32:
     return np.ascontiguousarray(tensor.T).reshape(tensor.shape).astype(np.float32)
-
-
-def shared_memory(tensor: Float64) -> Float32:
-    """float32 where it can be seen: a view that the next step changes."""
-    return tensor
 
 
 class Aliasing(ReferenceTrainer):

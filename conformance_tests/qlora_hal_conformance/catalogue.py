@@ -1,0 +1,66 @@
+"""The list of all cases of this contract version, and what a case's id says.
+
+`mustpass/v1.txt` is that list. A run is counted against it, so a case that vanished cannot go unnoticed; a test fails
+when the file and the sections differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from pathlib import Path
+
+SECTIONS_FOLDER = Path(__file__).parent / "sections"
+MUSTPASS = Path(__file__).parent / "mustpass" / "v1.txt"
+
+LEVELS: dict[str, tuple[str, ...]] = {
+    "L0": ("10", "11"),
+    "L1": ("20", "30", "31"),
+    "L2": ("40", "41", "42", "43", "44"),
+    "L3": ("50", "51", "52"),
+    "L4": ("60", "70", "80", "90", "95"),
+}
+"""present, numbers, training, state, trust"""
+
+
+@cache
+def all_cases() -> tuple[str, ...]:
+    """Every case id, in the order of the sections."""
+    lines = MUSTPASS.read_text(encoding="utf-8").splitlines()
+    return tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+
+
+def case_id(node_id: str) -> str:
+    """`.../test_30_forward.py::test_b_of_zero[nf4]` is `30_forward/b_of_zero[nf4]`."""
+    file, _, name = node_id.partition("::")
+    return f"{Path(file).stem.removeprefix('test_')}/{name.removeprefix('test_')}"
+
+
+def section_of(case: str) -> str:
+    """`30_forward` of `30_forward/b_of_zero[nf4]`."""
+    return case.partition("/")[0]
+
+
+def number_of(case: str) -> str:
+    """`30` of `30_forward/b_of_zero[nf4]`."""
+    return case.partition("_")[0]
+
+
+def level_of(case: str) -> str:
+    """`L1` of `30_forward/...`; an unknown section has none."""
+    number = number_of(case)
+    return next((level for level, sections in LEVELS.items() if number in sections), "")
+
+
+@cache
+def suite_hash() -> str:
+    """SHA-256 over every source that decides a verdict: all of this package but the backends made for its own tests."""
+    root = Path(__file__).parent
+    apart = ("mutants", "reference_backend", "__pycache__")
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*")):
+        relative = path.relative_to(root)
+        if path.suffix in (".py", ".txt") and relative.parts[0] not in apart and "__pycache__" not in relative.parts:
+            digest.update(f"{relative.as_posix()}\0".encode())
+            digest.update(hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).digest())
+    return digest.hexdigest()

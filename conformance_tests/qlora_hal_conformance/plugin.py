@@ -1,0 +1,209 @@
+"""The pytest plugin: fixtures for cases, and the verdict of each case written to the journal as soon as it is known.
+
+Only the journal counts. pytest's own outcome, exit status and output decide nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qlora_hal.backend import QuantizedLoRATrainer
+from qlora_hal_conformance.catalogue import case_id
+from qlora_hal_conformance.drawing import stream
+from qlora_hal_conformance.journal import Journal, result_as_json
+from qlora_hal_conformance.judging import Judge
+from qlora_hal_conformance.opening import Models, Opened, Opener
+from qlora_hal_conformance.oracle import OracleTrainer
+from qlora_hal_conformance.request import Request, read_request
+from qlora_hal_conformance.subject import Need, Subject, import_subject, probe_record, spec_record
+from qlora_hal_conformance.verdicts import CaseResult, Claim, Phase, judge
+
+
+@dataclass(slots=True)
+class CaseNotes:
+    """What a case leaves behind while it runs."""
+
+    started: float = 0.0
+    phases: list[Phase] = field(default_factory=list)
+    judge: Judge = field(default_factory=Judge)
+    ran: set[str] = field(default_factory=set)
+
+
+_REQUEST = pytest.StashKey[Request]()
+_JOURNAL = pytest.StashKey[Journal]()
+_NOTES = pytest.StashKey[CaseNotes]()
+_SUBJECT = pytest.StashKey[Subject]()
+
+
+# the run --------------------------------------------------------------------------------------------------------------
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs(*needs): features, weight formats, dtypes and block sizes a case asks for")
+    request = read_request()
+    config.stash[_REQUEST] = request
+    config.stash[_JOURNAL] = Journal(request.journal_path)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Import the backend's light module and ask its probe; a machine without the hardware is "not run", no verdict."""
+    request, journal = session.config.stash[_REQUEST], session.config.stash[_JOURNAL]
+    if request.collect_only:
+        return
+    journal.write("opening")
+    # What goes wrong here comes again, as a failed case, when the fixture asks for the subject.
+    with contextlib.suppress(Exception):
+        subject = import_subject(request.reference)
+        report = subject.spec.probe()
+        session.config.stash[_SUBJECT] = subject
+        journal.write("subject", spec=spec_record(subject), probe=dict(probe_record(report)))
+        if not report.ready:
+            journal.write("not_ready", reason=report.reason, fix=report.fix)
+            pytest.exit("the backend cannot run on this machine", returncode=0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    request, journal = config.stash[_REQUEST], config.stash[_JOURNAL]
+    journal.write("collected", cases=[case_id(item.nodeid) for item in items])
+    done = set(request.done)
+    items[:] = [
+        item
+        for item in items
+        if case_id(item.nodeid) not in done and (request.extra or request.wants(case_id(item.nodeid)))
+    ]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    session.config.stash[_JOURNAL].write("finished")
+
+
+# one case -------------------------------------------------------------------------------------------------------------
+def pytest_runtest_logstart(nodeid: str) -> None:
+    """Nothing: the start is written where the item is at hand."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    journal, notes = item.config.stash[_JOURNAL], CaseNotes(started=time.perf_counter())
+    item.stash[_NOTES] = notes
+    journal.write("started", case=case_id(item.nodeid))
+    outcome = yield
+    result = _result(item, notes)
+    journal.write("ended", **result_as_json(result))
+    return outcome
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    skipped = report.outcome == "skipped" or hasattr(report, "wasxfail")
+    error = call.excinfo.value if call.excinfo is not None and not skipped else None
+    item.stash[_NOTES].phases.append(Phase(call.when or "", error, skipped))
+    return report
+
+
+def _result(item: pytest.Item, notes: CaseNotes) -> CaseResult:
+    subject = item.config.stash.get(_SUBJECT, None)
+    claim = subject.claim(needs_of(item)) if subject is not None else Claim.DECLARED
+    judgement = judge(notes.phases, claim)
+    return CaseResult(
+        case=case_id(item.nodeid),
+        verdict=judgement.verdict,
+        message=judgement.message,
+        claim=claim,
+        seconds=time.perf_counter() - notes.started,
+        measures=tuple(notes.judge.measures),
+        ran=tuple(sorted(notes.ran)),
+    )
+
+
+def needs_of(item: pytest.Item) -> tuple[Need, ...]:
+    """Everything the marks of a case ask for."""
+    return tuple(need for mark in item.iter_markers("needs") for need in mark.args)
+
+
+# fixtures -------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="session")
+def run_request(pytestconfig: pytest.Config) -> Request:
+    """What this run was asked for."""
+    return pytestconfig.stash[_REQUEST]
+
+
+@pytest.fixture(scope="session")
+def subject(pytestconfig: pytest.Config) -> Subject:
+    """The backend under judgement, with the dtypes its device proved."""
+    request, journal = pytestconfig.stash[_REQUEST], pytestconfig.stash[_JOURNAL]
+    imported = pytestconfig.stash.get(_SUBJECT, None) or import_subject(request.reference)
+    proved = imported.with_proof()
+    pytestconfig.stash[_SUBJECT] = proved
+    journal.write("subject", spec=spec_record(proved))
+    return proved
+
+
+@pytest.fixture(scope="session")
+def models(run_request: Request, tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """Tiny models drawn from the run's seed."""
+    return Models(tmp_path_factory.mktemp("models"), run_request.seed)
+
+
+@pytest.fixture
+def seeded(request: pytest.FixtureRequest, run_request: Request) -> np.random.Generator:
+    """This case's own generator, a function of the run's seed and the case's id."""
+    return stream(run_request.seed, case_id(request.node.nodeid))
+
+
+@pytest.fixture
+def judging(request: pytest.FixtureRequest) -> Judge:
+    """Takes every comparison of the case."""
+    judge_of_case: Judge = request.node.stash[_NOTES].judge
+    return judge_of_case
+
+
+@pytest.fixture
+def opened(
+    request: pytest.FixtureRequest, subject: Subject, models: Models, _note_device: Callable[[QuantizedLoRATrainer], None]
+) -> Iterator[Opener]:
+    """Opens trainers; closes them when the case is over."""
+    opener = Opener(subject, models, _note_device, request.node.stash[_NOTES].ran)
+    yield opener
+    opener.close()
+
+
+@pytest.fixture
+def oracle() -> Callable[[Opened], OracleTrainer]:
+    """The reference on an opened trainer's own weights."""
+    return Opened.oracle
+
+
+@pytest.fixture(scope="session")
+def _note_device(pytestconfig: pytest.Config) -> Callable[[QuantizedLoRATrainer], None]:
+    noted: list[bool] = []
+
+    def note(trainer: QuantizedLoRATrainer) -> None:
+        if not noted:
+            noted.append(True)
+            facts = trainer.device_facts()
+            pytestconfig.stash[_JOURNAL].write(
+                "device",
+                device=facts.device,
+                driver=facts.driver,
+                kernel_path=facts.kernel_path,
+                versions=dict(facts.versions),
+                memory_limit_bytes=facts.memory_limit_bytes,
+            )
+
+    return note
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Path:
+    """A folder of the case's own."""
+    return tmp_path

@@ -1,0 +1,62 @@
+"""What the parent asks of a child: written as JSON, read by the pytest plugin and by continuing processes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from qlora_hal_conformance.subject import Reference
+
+REQUEST_VARIABLE = "QLORA_HAL_CONFORMANCE_REQUEST"
+DEFAULT_TIMEOUT_SECONDS = 180.0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One run. `folder` is the run's own temporary folder; `done` are the cases that a restarted child leaves out."""
+
+    reference: Reference
+    seed: int
+    folder: str
+    sections: tuple[str, ...] = ()
+    levels: tuple[str, ...] = ()
+    keyword: str = ""
+    timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS
+    done: tuple[str, ...] = ()
+    extra: bool = False
+    collect_only: bool = False
+
+    @property
+    def is_filtered(self) -> bool:
+        return bool(self.sections or self.levels or self.keyword)
+
+    @property
+    def journal_path(self) -> Path:
+        return Path(self.folder) / ("journal-extra.jsonl" if self.extra else "journal.jsonl")
+
+    def wants(self, case: str) -> bool:
+        """Whether section and level filters let a case through."""
+        from qlora_hal_conformance.catalogue import level_of, number_of, section_of
+
+        by_section = not self.sections or number_of(case) in self.sections or section_of(case) in self.sections
+        return by_section and (not self.levels or level_of(case) in self.levels)
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+
+def read_request(path: Path | None = None) -> Request:
+    """The request of this process: of `path`, or of the file that the environment names."""
+    chosen = path or Path(os.environ[REQUEST_VARIABLE])
+    return _from_json(json.loads(chosen.read_text(encoding="utf-8")))
+
+
+def _from_json(record: Mapping[str, object]) -> Request:
+    fields = dict(record)
+    reference = fields.pop("reference")
+    assert isinstance(reference, dict)
+    made = Request(reference=Reference(**reference), **fields)  # type: ignore[arg-type]
+    return replace(made, **{n: tuple(fields[n]) for n in ("sections", "levels", "done")})  # type: ignore[arg-type]

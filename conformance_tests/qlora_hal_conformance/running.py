@@ -1,0 +1,160 @@
+"""The parent's side of a run: children that may crash, hang or exit, and a journal that is complete all the same.
+
+The backend is never imported here. A child that dies is replaced by one that goes on after the case that killed it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from qlora_hal_conformance.catalogue import SECTIONS_FOLDER
+from qlora_hal_conformance.journal import Journal, result_as_json
+from qlora_hal_conformance.request import REQUEST_VARIABLE, Request
+from qlora_hal_conformance.verdicts import CaseResult, Verdict
+
+MOST_RESTARTS = 12
+"""A backend that dies in more cases than this is judged by what it did so far; the rest is inconclusive."""
+OPENING_SECONDS = 240.0
+"""Time for collection and the first heavy import, before any case has started."""
+POLL_SECONDS = 0.02
+
+Progress = Callable[[Mapping[str, object]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How one child ended: `stuck` is the case it was in, `how` says what happened to the process."""
+
+    finished: bool
+    stuck: str = ""
+    how: str = ""
+
+
+def run_cases(request: Request, progress: Progress, *, sections: tuple[Path, ...] = (SECTIONS_FOLDER,)) -> None:
+    """Run every case that the request lets through; whatever the backend does, the journal says it."""
+    journal = Journal(request.journal_path)
+    for _ in range(MOST_RESTARTS + 1):
+        left = replace(request, done=_done(journal))
+        ending = _one_child(left, journal, progress, sections)
+        if ending.finished:
+            return
+        if not ending.stuck:
+            # It died outside of any case: at import, at collection, or between two. Another child would do the same.
+            journal.write("broke_off", how=ending.how)
+            return
+        died = CaseResult(ending.stuck, Verdict.FAILED, ending.how)
+        journal.write("ended", **result_as_json(died))
+        progress({"event": "ended", **result_as_json(died)})
+    journal.write("broke_off", how=f"more than {MOST_RESTARTS} cases ended the process")
+
+
+def _done(journal: Journal) -> tuple[str, ...]:
+    return tuple(str(event["case"]) for event in journal.read() if event["event"] == "ended")
+
+
+def _one_child(request: Request, journal: Journal, progress: Progress, sections: tuple[Path, ...]) -> Ending:
+    folder = Path(request.folder)
+    request.write(folder / "request.json")
+    journal.path.touch()
+    with open(folder / "child.log", "ab") as log, open(journal.path, "rb") as events:
+        events.seek(0, os.SEEK_END)
+        child = subprocess.Popen(
+            _command(request, folder, sections),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=folder,
+            env=_environment(request, folder),
+            start_new_session=True,
+        )
+        try:
+            return _watched(child, events, request, progress)
+        finally:
+            _kill(child)
+
+
+def _watched(child: subprocess.Popen[bytes], events: object, request: Request, progress: Progress) -> Ending:
+    """Follow the journal until the child ends, or a case takes longer than its time."""
+    import json
+
+    running, since, finished = "", time.monotonic(), False
+    partial = b""
+    while True:
+        ended = child.poll() is not None
+        partial += events.read()  # type: ignore[attr-defined]
+        *lines, partial = partial.split(b"\n")
+        for line in filter(None, lines):
+            with contextlib.suppress(ValueError):
+                event = json.loads(line)
+                since = time.monotonic()
+                if event["event"] == "started":
+                    running = str(event["case"])
+                elif event["event"] == "ended":
+                    running = ""
+                finished = finished or event["event"] == "finished"
+                progress(event)
+        if ended:
+            return Ending(finished and not running, running, f"crashed: the process {_how(child.returncode)}")
+        limit = request.timeout_seconds if running else max(OPENING_SECONDS, request.timeout_seconds)
+        if time.monotonic() - since > limit:
+            what = f"hung: no answer within {limit:g} s" + ("" if running else " before the first case")
+            return Ending(False, running, what)
+        time.sleep(POLL_SECONDS)
+
+
+def _how(status: int) -> str:
+    if status < 0:
+        with contextlib.suppress(ValueError):
+            return f"was ended by {signal.Signals(-status).name}"
+    return f"exited with status {status}"
+
+
+def _kill(child: subprocess.Popen[bytes]) -> None:
+    """End the child and whatever it started."""
+    if child.poll() is None:
+        with contextlib.suppress(OSError):
+            if hasattr(os, "killpg"):
+                os.killpg(child.pid, signal.SIGKILL)
+            else:
+                child.kill()
+    child.wait()
+
+
+def _command(request: Request, folder: Path, sections: tuple[Path, ...]) -> list[str]:
+    """pytest with a configuration of its own: no ini file, conftest or plugin of the user takes part."""
+    empty = folder / "pytest.ini"
+    empty.write_text("[pytest]\nxfail_strict = true\naddopts = --strict-markers\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-c", str(empty), "--rootdir", str(sections[0]), "--noconftest"]
+    command += ["-p", "qlora_hal_conformance.plugin", "-p", "no:cacheprovider", "-p", "no:warnings", "--tb=short"]
+    command += [f"--basetemp={folder / f'pytest-{time.monotonic_ns()}'}", "-q"]
+    if request.keyword and not request.extra:
+        command += ["-k", request.keyword]
+    if request.collect_only:
+        command += ["--collect-only"]
+    return command + [str(path) for path in sections]
+
+
+def _environment(request: Request, folder: Path) -> dict[str, str]:
+    environment = {n: v for n, v in os.environ.items() if n not in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS")}
+    environment |= {
+        REQUEST_VARIABLE: str(folder / "request.json"),
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "TMPDIR": str(folder),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if not request.reference.is_listed:
+        # A plugin under development lies where its author runs the suite.
+        paths = [os.getcwd(), environment.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    return environment

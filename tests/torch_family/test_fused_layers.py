@@ -1,0 +1,292 @@
+"""The fused layers against transformers' own layers on tiny real models: one function, two schedules.
+
+With plain torch in place of the kernels these run anywhere; with the kernels, on a GPU or in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import VOCABULARY, write_model
+from torch import Tensor
+from trainers import moved_adapter, random_batch, source_of
+
+from qlora_hal.backend import Compute, Quantization
+from qlora_hal.capabilities import WeightFormat
+from qlora_hal.values import AdapterConfig, Batch
+from qlora_hal_backends.torch_family import fused, head_loss, loading, step
+from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
+from qlora_hal_backends.torch_family.fused.attach import attach_with
+from qlora_hal_backends.torch_family.fused.head_loss import loss_sum_with
+from qlora_hal_backends.torch_family.fused.layer_weights import GroupBuffer, GroupShape, Slot
+from qlora_hal_backends.torch_family.fused.operations import Operations
+from qlora_hal_backends.torch_family.fused.reference import ReferenceOperations
+from qlora_hal_backends.torch_family.fused.supported import model_refusal
+from qlora_hal_backends.torch_family.fused.tape import Keep
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FAMILIES = {
+    "llama": {},
+    "llama with biases": {"attention_bias": True, "mlp_bias": True},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": 64},
+}
+# Two float32 schedules of a two-layer model differ by rounding in other orders: 2^-24 for each of some hundred terms.
+SAME_FUNCTION = 1e-5
+
+pytestmark = pytest.mark.filterwarnings(
+    # Triton's interpreter on NumPy 2.
+    "ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning"
+)
+
+
+@pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.needs_triton)])
+def operations(request: pytest.FixtureRequest) -> Operations:
+    if request.param == "torch":
+        return ReferenceOperations()
+    assert DEVICE.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1", "without a GPU, set TRITON_INTERPRET=1"
+    from qlora_hal_backends.torch_family.fused.triton_operations import TritonOperations
+
+    return TritonOperations()
+
+
+@dataclass
+class Model:
+    """A loaded base with an adapter whose B is not zero."""
+
+    base: loading.BaseModel
+    flat: FlatAdapter
+    compute: Compute
+
+    def gradient(self, loss: step.BatchLoss | Callable[..., Tensor], *batches: Batch) -> tuple[float, Tensor]:
+        self.flat.gradients.zero_()
+        total = 0.0
+        for batch in batches:
+            value = loss(step.to_device(batch, DEVICE), 1 / 40)
+            value.backward()
+            total += value.item()
+        return total, self.flat.gradients.clone()
+
+    def plain(self, batch: step.DeviceBatch, scale: float) -> Tensor:
+        return step.batch_loss(self.base, batch, scale)
+
+
+def load(
+    folder: Path,
+    family: str = "llama",
+    *,
+    dtype: str = "float32",
+    weight_format: WeightFormat = WeightFormat.NF4,
+    targets: Callable[[str], bool] = lambda module: True,
+    r: int = 4,
+    dropout: float = 0.0,
+    **options: object,
+) -> Model:
+    path = write_model(folder, family.partition(" ")[0], **FAMILIES.get(family, {}))
+    four_bit = weight_format is WeightFormat.NF4
+    compute = Compute(dtype, False, options)  # type: ignore[arg-type]
+    quantization = Quantization(weight_format, 64 if four_bit else None, four_bit)
+    with torch.no_grad():
+        base = loading.load_base(source_of(path), quantization, compute, DEVICE)
+    shapes = {name: (linear.in_features, linear.out_features) for name, linear in base.linears.items()}
+    config = AdapterConfig(r, 2.0 * r, dropout, False, tuple(sorted(filter(targets, shapes))))
+    flat = FlatAdapter.place(moved_adapter(config, shapes), base.linears, getattr(torch, dtype), DEVICE)
+    return Model(base, flat, compute)
+
+
+def packed(batch: Batch) -> Batch:
+    """Two samples in each row."""
+    half = batch.input_ids.shape[1] // 2
+    positions, segments, labels = batch.position_ids.copy(), batch.segment_ids.copy(), batch.labels.copy()
+    positions[:, half:] -= half
+    segments[:, half:] = np.where(segments[:, half:] > 0, 2, 0)
+    labels[:, half] = -100
+    return replace(batch, position_ids=positions, segment_ids=segments, labels=labels)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("arrange", [lambda batch: batch, packed], ids=["one sample a row", "packed"])
+def test_loss_and_gradients_equal_those_of_the_plain_layers(
+    family: str, arrange: Callable[[Batch], Batch], operations: Operations, tmp_path: Path
+) -> None:
+    model = load(tmp_path, family)
+    assert model_refusal(model.base, model.flat, model.compute) is None
+    batch = arrange(random_batch(3))
+    expected_loss, expected = model.gradient(model.plain, batch)
+    for keep in Keep:
+        body = attach_with(operations, model.base, model.flat, model.compute, keep=keep)
+        loss, found = model.gradient(body.batch_loss, batch)
+        assert loss == pytest.approx(expected_loss, rel=SAME_FUNCTION)
+        assert relative(found, expected) < SAME_FUNCTION, keep
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        lambda module: "q_proj" in module or "v_proj" in module,
+        lambda module: "down_proj" in module,
+        lambda module: "layers.1." in module and "up_proj" in module,  # layer 0 has ranks of zeros
+        lambda module: "layers.0." in module or "o_proj" in module,
+    ],
+    ids=["query and value", "down", "one layer", "uneven"],
+)
+def test_any_choice_of_projections_can_be_adapted(
+    targets: Callable[[str], bool], operations: Operations, tmp_path: Path
+) -> None:
+    model = load(tmp_path, targets=targets, r=3)  # three ranks: padded to eight
+    body = attach_with(operations, model.base, model.flat, model.compute)
+    _, expected = model.gradient(model.plain, random_batch(3))
+    _, found = model.gradient(body.batch_loss, random_batch(3))
+    assert relative(found, expected) < SAME_FUNCTION
+
+
+@pytest.mark.parametrize("weight_format", [WeightFormat.NONE, WeightFormat.INT8])
+def test_other_weight_formats_are_served_too(
+    weight_format: WeightFormat, operations: Operations, tmp_path: Path
+) -> None:
+    model = load(tmp_path, weight_format=weight_format)
+    body = attach_with(operations, model.base, model.flat, model.compute)
+    _, expected = model.gradient(model.plain, random_batch(3))
+    _, found = model.gradient(body.batch_loss, random_batch(3))
+    assert relative(found, expected) < SAME_FUNCTION
+
+
+def test_gradients_of_the_micro_batches_of_a_window_add_up(tmp_path: Path) -> None:
+    model = load(tmp_path)
+    body = attach_with(ReferenceOperations(), model.base, model.flat, model.compute)
+    window: Sequence[Batch] = (random_batch(1), packed(random_batch(2)))
+    separate = [model.gradient(body.batch_loss, batch)[1] for batch in window]
+    _, together = model.gradient(body.batch_loss, *window)
+    assert torch.equal(together, separate[0] + separate[1])
+
+
+def test_updated_adapter_is_used_at_the_next_forward(tmp_path: Path) -> None:
+    model = load(tmp_path)
+    body = attach_with(ReferenceOperations(), model.base, model.flat, model.compute)
+    model.gradient(body.batch_loss, random_batch(1))
+    model.flat.parameters.mul_(1.5)
+    model.flat.refresh_compute()
+    _, expected = model.gradient(model.plain, random_batch(1))
+    _, found = model.gradient(body.batch_loss, random_batch(1))
+    assert relative(found, expected) < SAME_FUNCTION
+
+
+def test_evaluation_gives_the_same_loss_and_touches_no_gradient(tmp_path: Path) -> None:
+    model = load(tmp_path)
+    body = attach_with(ReferenceOperations(), model.base, model.flat, model.compute)
+    loss, gradient = model.gradient(body.batch_loss, random_batch(1))
+    with torch.no_grad():
+        evaluated = body.batch_loss(step.to_device(random_batch(1), DEVICE), 1.0)
+    assert evaluated.item() == loss
+    assert not evaluated.requires_grad
+    assert torch.equal(model.flat.gradients, gradient)
+
+
+def test_bfloat16_gradients_are_no_worse_than_those_of_the_plain_layers(tmp_path: Path) -> None:
+    exact = load(tmp_path / "exact", weight_format=WeightFormat.NONE)
+    rounded = load(tmp_path / "rounded", weight_format=WeightFormat.NONE, dtype="bfloat16")
+    for parameter, source in zip(exact.base.causal.parameters(), rounded.base.causal.parameters(), strict=True):
+        parameter.data.copy_(source.data)
+    for name, linear in exact.base.linears.items():
+        linear.base.weight.copy_(rounded.base.linears[name].base.weight)  # type: ignore[union-attr]
+    exact.flat.parameters.copy_(rounded.flat.compute)
+    body = attach_with(ReferenceOperations(), rounded.base, rounded.flat, rounded.compute)
+    batches = [random_batch(seed) for seed in range(4)]
+    _, expected = exact.gradient(exact.plain, *batches)
+    _, plain = rounded.gradient(rounded.plain, *batches)
+    _, found = rounded.gradient(body.batch_loss, *batches)
+    # Both errors are draws of rounding noise; the fused one rounds less often, and half as much again is a bound on
+    # the draw, not on the method.
+    assert relative(found, expected) < 1.5 * relative(plain, expected)
+    assert relative(found, expected) < 0.1
+
+
+def test_adapter_is_added_before_the_sum_is_rounded() -> None:
+    rows, columns, r = 64, 128, 8
+    generator = torch.Generator().manual_seed(0)
+    memory = torch.randn(rows + r, columns + r, generator=generator).bfloat16()
+    buffer = GroupBuffer(GroupShape([Slot("only", slice(0, rows), slice(0, r))], columns, r), 2.0, memory)
+    buffer.b.mul_(0.002)  # a young adapter: its product is below the spacing of bfloat16 at the base product
+    extended = torch.randn(32, columns + r, generator=generator).bfloat16()
+    low_rank = buffer.low_rank(extended[:, :columns], extended[:, columns:])
+    assert low_rank is not None
+    adapted = low_rank.double() @ buffer.b.double().t()
+    exact = extended[:, :columns].double() @ buffer.w.double().t() + adapted
+    # One rounding of the sum, 2^-8 of it at most, and float32 accumulation of 136 terms of size 1. Apart, the adapter's
+    # own product is rounded too: 2^-8 of a hundredth. Added to a rounded sum it would err by another 2^-8 of the whole.
+    bound = 2.0**-8 * exact.abs() + 136 * 2.0**-24 * 8
+    apart = buffer.product_apart(extended[:, :columns].clone(), low_rank.clone(), None)
+    assert ((buffer.product(extended, None).double() - exact).abs() <= bound).all()
+    assert ((apart.double() - exact).abs() <= bound + 2.0**-8 * adapted.abs()).all()
+
+
+@pytest.mark.parametrize("time", [8, 9])
+def test_rows_longer_than_the_sliding_window_take_the_plain_layers(time: int, tmp_path: Path) -> None:
+    FAMILIES["mistral with a short window"] = {"sliding_window": 8}
+    model = load(tmp_path, "mistral with a short window")
+    body = attach_with(ReferenceOperations(), model.base, model.flat, model.compute)
+    tokens = np.arange(3, 3 + 2 * time, dtype=np.int32).reshape(2, time)
+    positions = np.tile(np.arange(time, dtype=np.int32), (2, 1))
+    batch = Batch(tokens, tokens.copy(), positions, np.ones_like(tokens))
+    assert body.serves(step.to_device(batch, DEVICE)) == (time <= 8)
+    _, expected = model.gradient(model.plain, batch)
+    _, found = model.gradient(body.batch_loss, batch)
+    assert relative(found, expected) < SAME_FUNCTION
+
+
+def test_adapter_that_is_switched_off_leaves_the_base_alone(tmp_path: Path) -> None:
+    model = load(tmp_path)
+    body = attach_with(ReferenceOperations(), model.base, model.flat, model.compute)
+    batch = step.to_device(random_batch(1), DEVICE)
+    with torch.no_grad():
+        adapted = body.hidden_states(batch)
+        model.flat.switches.enabled = False
+        alone = body.hidden_states(batch)
+    model.flat.detach_from(model.base.linears)
+    with torch.no_grad():
+        assert torch.equal(alone, step.hidden_states(model.base, batch))
+    assert relative(adapted, alone) > 0.01
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_head_loss_equals_the_plain_one(softcap: float | None, operations: Operations) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(9, 16, generator=generator), torch.randn(VOCABULARY, 16, generator=generator)
+    targets = torch.arange(9, device=DEVICE) * 7
+    head = head_loss.Head(weight.to(DEVICE), softcap=softcap)
+    results = []
+    for function in (head_loss.loss_sum, lambda *given: loss_sum_with(operations, *given)):
+        leaf = hidden.to(DEVICE).requires_grad_()
+        loss = function(leaf, targets, head, 0.5)
+        loss.backward()
+        results.append((loss.item(), leaf.grad))
+    assert results[1][0] == pytest.approx(results[0][0], rel=SAME_FUNCTION)
+    assert relative(results[1][1], results[0][1]) < SAME_FUNCTION
+
+
+def test_refusals_name_their_reason(tmp_path: Path) -> None:
+    cases = [
+        ("GemmaDecoderLayer", load(tmp_path / "1", "gemma")),
+        ("dropout 0.1", load(tmp_path / "2", dropout=0.1)),
+        ("attention is eager", load(tmp_path / "3", attention="eager")),
+        ("layers is plain", load(tmp_path / "4", layers="plain")),
+    ]
+    for words, model in cases:
+        assert words in str(model_refusal(model.base, model.flat, model.compute))
+
+
+def test_a_cpu_keeps_the_plain_layers(tmp_path: Path) -> None:
+    model = load(tmp_path)
+    refusal = fused.try_attach(model.base, model.flat, model.compute, torch.device("cpu"))
+    assert refusal == fused.Refusal("no Triton kernels on cpu")
