@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar
 
 from qlora_hal.capabilities import Capabilities, WeightFormat
-from qlora_hal.memory import MemoryConstants
+from qlora_hal.memory_constants import MemoryConstants
 
 if TYPE_CHECKING:
     from qlora_hal.model.source import ModelSource

@@ -31,4 +31,4 @@ def test_promised_rows_are_shown() -> None:
 def test_shown_rows_are_rows_of_the_catalogue() -> None:
     from qlora_hal.fault_catalogue import faults
 
-    assert shown_rows() <= {fault.code.removeprefix("QH-") for fault in faults()}
+    assert shown_rows() <= {code.removeprefix("QH-") for code in faults()}

@@ -55,6 +55,7 @@ class Client:
         offline: bool = False,
     ) -> dict[str, Any]:
         environment = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
+        environment.pop("HF_HUB_OFFLINE", None)
         environment |= {
             "HF_ENDPOINT": address, "HF_HOME": str(self.cache), "HF_HUB_OFFLINE": str(int(offline)),
             "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1",

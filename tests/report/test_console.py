@@ -61,6 +61,7 @@ def result(stopped_because: str = "finished") -> TrainResult:
         wall_seconds=2.5,
         peak_memory_bytes=2**30,
         stopped_because=stopped_because,
+        tokens_per_second=240.0,
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qlora_hal.capabilities import Capabilities, Feature, WeightFormat
-from qlora_hal.memory import MemoryConstants
+from qlora_hal.memory_constants import MemoryConstants
 
 TorchDevice = Literal["cuda", "rocm", "mps", "cpu"]
 

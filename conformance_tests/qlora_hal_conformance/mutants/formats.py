@@ -32,15 +32,15 @@ def nibbles_swapped(stored: Stored) -> Float64:
 def blocks_of_128_read_as_64(stored: Stored) -> Float64:
     if isinstance(stored, BlockwiseFourBit) and stored.packed.layout.block_size == 128:
         layout = replace(stored.packed.layout, block_size=64)
-        absmax = absmax_of(stored.packed, stored.nested).astype(np.float64)
-        return dequantize_four_bit(stored.packed.packed, np.tile(absmax, 2), layout)
+        absmax: Float64 = np.asarray(absmax_of(stored.packed, stored.nested), dtype=np.float64)
+        return dequantize_four_bit(stored.packed.packed, np.concatenate([absmax, absmax]), layout)
     return unpack(stored)
 
 
 def absmax_of_the_block_before(stored: Stored) -> Float64:
     if isinstance(stored, BlockwiseFourBit):
-        absmax = np.roll(absmax_of(stored.packed, stored.nested), 1)
-        return dequantize_four_bit(stored.packed.packed, absmax, stored.packed.layout)
+        absmax: Float64 = np.asarray(absmax_of(stored.packed, stored.nested), dtype=np.float64)
+        return dequantize_four_bit(stored.packed.packed, np.roll(absmax, 1), stored.packed.layout)
     return unpack(stored)
 
 

@@ -1,4 +1,4 @@
-"""What the backend is, as data. Nothing heavy is imported here: qlora_hal reads this file whenever it lists backends."""
+"""What the backend is, as data. Nothing heavy is imported here: listing backends reads this file."""
 
 from __future__ import annotations
 

@@ -1,0 +1,96 @@
+"""`python -m qlora_hal_conformance --backend NAME`: the whole suite against one backend."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from qlora_hal.errors import QloraHalError
+from qlora_hal_conformance.request import DEFAULT_TIMEOUT_SECONDS
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 only when the backend is conformant, 20 when it is not, 3 when it cannot run here; 0 and 20 for --verify."""
+    given = _parser().parse_args(argv)
+    try:
+        if given.verify is not None:
+            return verify_and_print(given.verify)
+        if given.list:
+            return print_cases()
+        return run_from(given)
+    except QloraHalError as error:
+        print(error, file=sys.stderr)
+        return error.exit_status
+
+
+def run_from(given: argparse.Namespace) -> int:
+    """Run what the parsed flags ask for."""
+    from qlora_hal_conformance.conformance_run import Options, run
+    from qlora_hal_conformance.subject import Reference
+
+    if not (given.backend or given.trainer or given.spec):
+        _parser().error("name a backend: --backend NAME, or --trainer and --spec for one under development")
+    reference = Reference(given.backend or "", given.trainer or "", given.spec or "")
+    name = reference.backend or (reference.trainer or reference.spec).partition(":")[0]
+    options = Options(
+        reference=reference,
+        out=given.out or Path("conformance") / name,
+        seed=given.seed,
+        keyword=given.keyword or "",
+        sections=tuple(given.section),
+        levels=tuple(level.upper() for level in given.level),
+        timeout_seconds=given.timeout,
+        waivers=given.waivers,
+        quiet=given.quiet,
+    )
+    return run(options).status
+
+
+def verify_and_print(path: Path) -> int:
+    """Check a certificate and say what does not add up."""
+    from qlora_hal_conformance.certificate import read_certificate
+    from qlora_hal_conformance.conformance_run import CONFORMANT, NOT_CONFORMANT, verify
+
+    found = verify(path)
+    if found:
+        print(f"{path}: does not verify", *found, sep="\n  - ")
+        return NOT_CONFORMANT
+    conformant = read_certificate(path)["conformant"] is True
+    print(f"{path}: verifies, {'conformant' if conformant else 'not conformant'}")
+    return CONFORMANT if conformant else NOT_CONFORMANT
+
+
+def print_cases() -> int:
+    """The ids of all cases as the sections have them, in the form of `mustpass/v1.txt`."""
+    from qlora_hal_conformance.collecting import collected_cases
+
+    print("\n".join(collected_cases()))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m qlora_hal_conformance",
+        description="Run the conformance suite against one backend. Exit 0 only when it is conformant, else 20.",
+    )
+    parser.add_argument("--backend", metavar="NAME", help="a listed backend")
+    parser.add_argument("--trainer", metavar="MODULE:NAME", help="the trainer of a backend that is not listed")
+    parser.add_argument("--spec", metavar="MODULE:SPEC", help="the spec of a backend that is not listed")
+    parser.add_argument("--seed", type=int, help="repeat a run; a fresh one is drawn and printed otherwise")
+    parser.add_argument("--out", type=Path, help="where the certificate and reports go [conformance/NAME]")
+    parser.add_argument("--verify", type=Path, metavar="FILE", help="check a certificate instead of running")
+    parser.add_argument("--list", action="store_true", help="print the ids of all cases")
+    parser.add_argument("--timeout", type=float, default=DEFAULT_TIMEOUT_SECONDS, help="seconds for each case")
+    parser.add_argument("--waivers", type=Path, help="known failures [waivers.toml, if it is there]")
+    parser.add_argument("--quiet", action="store_true", help="print nothing")
+    work = parser.add_argument_group("for work; a filtered run never yields a certificate, and its status is 20")
+    work.add_argument("-k", dest="keyword", metavar="EXPR", help="only cases whose name matches")
+    work.add_argument("--section", action="append", default=[], help="only this section, by number or name")
+    work.add_argument("--level", action="append", default=[], help="only this level, L0 to L4")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""A whole run: cases, count, certificate, reports. The command line and `qlora-hal conformance` both call `run`."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import secrets
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_hal.backend import CONTRACT_VERSION
+from qlora_hal_conformance import SUITE_VERSION
+from qlora_hal_conformance.catalogue import all_cases, suite_hash
+from qlora_hal_conformance.certificate import Document, make_certificate, problems, read_certificate, write_certificate
+from qlora_hal_conformance.counting import Count, count
+from qlora_hal_conformance.journal import Journal, result_as_json, result_from_json
+from qlora_hal_conformance.machine import machine_record
+from qlora_hal_conformance.request import DEFAULT_TIMEOUT_SECONDS, Request
+from qlora_hal_conformance.running import run_cases
+from qlora_hal_conformance.subject import Reference
+from qlora_hal_conformance.verdicts import CaseResult
+from qlora_hal_conformance.waivers import WAIVERS_FILE, apply_waivers, read_waivers
+
+CONFORMANT, NOT_RUN, NOT_CONFORMANT = 0, 3, 20
+"""Exit statuses: 3 where the backend cannot run on this machine, which is no verdict at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the user asked for. Any of `keyword`, `sections`, `levels` makes it a run without a certificate."""
+
+    reference: Reference
+    out: Path
+    seed: int | None = None
+    keyword: str = ""
+    sections: tuple[str, ...] = ()
+    levels: tuple[str, ...] = ()
+    timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS
+    waivers: Path | None = None
+    quiet: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Exit status, every result, and the document that was written (unsigned when the run was filtered)."""
+
+    status: int
+    count: Count
+    document: Document
+
+
+def run(options: Options) -> Outcome:
+    """Run the suite against one backend and write everything into `options.out`.
+
+    Raises BackendNotFoundError, BackendConflictError, ConfigError before anything runs. Whatever the backend does
+    after that is a verdict.
+    """
+    _require_listed(options.reference)
+    waivers = _waivers(options)
+    seed = secrets.randbits(48) if options.seed is None else options.seed
+    console = Console(quiet=options.quiet)
+    console.say(f"seed {seed}")
+    started = datetime.datetime.now(datetime.UTC)
+    with tempfile.TemporaryDirectory(prefix="qlora-hal-conformance-", ignore_cleanup_errors=True) as folder:
+        request = Request(
+            reference=options.reference,
+            seed=seed,
+            folder=folder,
+            sections=options.sections,
+            levels=options.levels,
+            keyword=options.keyword,
+            timeout_seconds=options.timeout_seconds,
+        )
+        run_cases(request, console.heard)
+        journal = Journal(request.journal_path)
+        events = list(journal.read())
+        refusal = next((event for event in events if event["event"] == "not_ready"), None)
+        if refusal is not None:
+            console.say(f"not run on this machine: {refusal['reason']}\n  fix: {refusal['fix']}")
+            return Outcome(NOT_RUN, Count(()), {})
+        counted = apply_waivers(count(journal, _wanted(request, events)), waivers, started.date())
+        extra = _extra_sections(request, console) if not request.is_filtered else []
+        log = (Path(folder) / "child.log").read_text(encoding="utf-8", errors="replace")
+    facts = {
+        **_facts(events, options, seed),
+        "started": started.isoformat(timespec="seconds"),
+        "wall_seconds": round((datetime.datetime.now(datetime.UTC) - started).total_seconds(), 1),
+        "extra_cases": [result_as_json(result) for result in extra],
+    }
+    return _write(options, request, counted, facts, log, console)
+
+
+def verify(path: Path) -> list[str]:
+    """What does not add up in a certificate; empty when it verifies. Raises ConfigError when it is none."""
+    return problems(read_certificate(path))
+
+
+def _require_listed(reference: Reference) -> None:
+    """Refuse a name that nothing offers; a backend that cannot be imported is judged, not refused."""
+    if reference.is_listed:
+        from qlora_hal.discovery import find, listed
+
+        find(reference.backend, listed())
+
+
+def _waivers(options: Options) -> tuple[object, ...]:  # type: ignore[type-arg]
+    path = options.waivers or Path(WAIVERS_FILE)
+    if options.waivers is None and not path.is_file():
+        return ()
+    return read_waivers(path)
+
+
+def _wanted(request: Request, events: Sequence[Mapping[str, object]]) -> list[str]:
+    """The catalogue; for a filtered run its part that the filters let through."""
+    if not request.is_filtered:
+        return list(all_cases())
+    selected = [case for case in all_cases() if request.wants(case)]
+    if not request.keyword:
+        return selected
+    ran = {str(event["case"]) for event in events if event["event"] == "started"}
+    return [case for case in selected if case in ran]
+
+
+def _extra_sections(request: Request, console: Console) -> list[CaseResult]:
+    from qlora_hal_conformance.extra_sections import offered_sections, run_extra
+
+    offered = offered_sections(console.say)
+    return run_extra(request, offered, console.heard) if offered else []
+
+
+def _facts(events: Sequence[Mapping[str, object]], options: Options, seed: int) -> Document:
+    """Everything of a certificate that is not a result."""
+    backend: Document = {"name": options.reference.backend or options.reference.trainer}
+    device: Document = {}
+    probe: object = {}
+    for event in events:
+        if event["event"] == "subject" and isinstance(event.get("spec"), dict):
+            backend = dict(event["spec"])  # type: ignore[arg-type]
+            probe = event.get("probe", probe)
+        elif event["event"] == "device":
+            device = {key: value for key, value in event.items() if key != "event"}
+    return {
+        "contract": CONTRACT_VERSION,
+        "suite": {"version": SUITE_VERSION, "sha256": suite_hash()},
+        "backend": backend,
+        "probe": probe,
+        "device": device,
+        "machine": machine_record(),
+        "seed": seed,
+        "seed_was_given": options.seed is not None,
+    }
+
+
+def _write(
+    options: Options, request: Request, counted: Count, facts: Document, log: str, console: Console
+) -> Outcome:
+    from qlora_hal_conformance.report import write_reports
+
+    document = make_certificate(counted, facts)
+    if request.is_filtered:
+        document = {**document, "conformant": False, "filtered": True}
+        document.pop("sha256")
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "run.log").write_text(log, encoding="utf-8")
+    write_certificate(options.out / "results.json", document)
+    stale = options.out / "certificate.json"
+    if request.is_filtered:
+        # A certificate of an earlier run beside the reports of this one would mislead.
+        stale.unlink(missing_ok=True)
+        (options.out / "badge.json").unlink(missing_ok=True)
+    else:
+        write_certificate(stale, document)
+    write_reports(options.out, document, counted.results)
+    console.summary(counted, document, options.out)
+    status = CONFORMANT if document["conformant"] is True else NOT_CONFORMANT
+    return Outcome(status, counted, document)
+
+
+class Console:
+    """Progress on stderr: a line for each section, and for each case that is not green."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._section = ""
+        self._verdicts: dict[str, int] = {}
+
+    def say(self, text: str) -> None:
+        if not self._quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def heard(self, event: Mapping[str, object]) -> None:
+        if event["event"] != "ended":
+            return
+        section = str(event["case"]).partition("/")[0]
+        if section != self._section:
+            self._end_section()
+            self._section = section
+        verdict = str(event["verdict"])
+        self._verdicts[verdict] = self._verdicts.get(verdict, 0) + 1
+        if not result_from_json(event).verdict.is_green:
+            self.say(f"{verdict:<12} {event['case']}\n             {event['message']}")
+
+    def _end_section(self) -> None:
+        if self._section:
+            counts = ", ".join(f"{number} {verdict}" for verdict, number in self._verdicts.items())
+            self.say(f"{self._section:<20} {counts}")
+        self._verdicts = {}
+
+    def summary(self, counted: Count, document: Mapping[str, object], out: Path) -> None:
+        self._end_section()
+        totals = ", ".join(f"{number} {verdict}" for verdict, number in counted.totals.items() if number)
+        if document.get("filtered"):
+            state = "filtered: no certificate"
+        else:
+            state = "conformant" if document["conformant"] else "not conformant"
+        self.say(f"{state}: {totals}; {document['wall_seconds']} s; see {out}{os.sep}report.html")

@@ -1,0 +1,115 @@
+"""Running a mutant through the suite, as any backend is run, until a case catches it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_hal_conformance.catalogue import all_cases, number_of
+from qlora_hal_conformance.request import Request
+from qlora_hal_conformance.running import run_cases
+from qlora_hal_conformance.subject import Reference
+from qlora_hal_conformance.verdicts import Verdict
+
+from .registry import Mutant
+
+CASE_SECONDS = 20.0
+"""Time for one case: enough for every honest one on a busy machine, short for the mutant that hangs."""
+HONEST = "qlora_hal_conformance.reference_backend:SPEC"
+_SMALL_PRODUCTS = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+
+
+@dataclass(frozen=True, slots=True)
+class Hunt:
+    """What became of one mutant. `caught_by` are failed cases of its own sections, `too_early` those of sections
+    before them."""
+
+    mutant: str
+    caught_by: tuple[str, ...]
+    too_early: tuple[str, ...]
+    reason: str
+    seconds: float
+
+    @property
+    def survived(self) -> bool:
+        return not self.caught_by
+
+
+class _Caught(Exception):
+    """Ends a hunt at the first failed case."""
+
+
+def hunt(mutant: Mutant, *, seed: int, full: bool = False) -> Hunt:
+    """Run the sections that must catch it, the earliest first; with `full` all up to the last of them, to the end."""
+    sections = sections_up_to(mutant) if full else mutant.caught_by
+    started = time.monotonic()
+    failed: dict[str, str] = {}
+
+    def progress(event: Mapping[str, object]) -> None:
+        if event["event"] == "ended" and not Verdict(str(event["verdict"])).is_green:
+            failed[str(event["case"])] = str(event["message"])
+            if not full and number_of(str(event["case"])) in mutant.caught_by:
+                raise _Caught
+
+    rounds = [sections] if full else [(section,) for section in sections]
+    for chosen in rounds:
+        try:
+            run(f"{__package__}.specs:{mutant.name}", chosen, progress, seed=seed)
+        except _Caught:
+            break
+    own = tuple(case for case in failed if number_of(case) in mutant.caught_by)
+    early = tuple(case for case in failed if number_of(case) < min(mutant.caught_by))
+    return Hunt(mutant.name, own, early, failed[own[0]] if own else "", time.monotonic() - started)
+
+
+def hunt_all(
+    mutants: Sequence[Mutant], *, seed: int, jobs: int, full: bool, told: Callable[[Hunt], None]
+) -> list[Hunt]:
+    """Several at once; `told` hears of each as it ends."""
+
+    def one(mutant: Mutant) -> Hunt:
+        found = hunt(mutant, seed=seed, full=full)
+        told(found)
+        return found
+
+    with ThreadPoolExecutor(max_workers=jobs) as pool:
+        return list(pool.map(one, mutants))
+
+
+def failures_of_the_honest(sections: Iterable[str] = (), *, seed: int) -> dict[str, str]:
+    """Failed cases of the reference backend, with their reasons; it must have none."""
+    failed: dict[str, str] = {}
+
+    def progress(event: Mapping[str, object]) -> None:
+        if event["event"] == "ended" and not Verdict(str(event["verdict"])).is_green:
+            failed[str(event["case"])] = str(event["message"])
+
+    run(HONEST, tuple(sections), progress, seed=seed)
+    return failed
+
+
+def run(spec: str, sections: Sequence[str], progress: Callable[[Mapping[str, object]], None], *, seed: int) -> None:
+    """One run of some sections on the backend that `spec` names."""
+    # The tiny models' products are far below what a second thread is worth, and hunts run side by side.
+    os.environ.update({name: value for name, value in _SMALL_PRODUCTS.items() if name not in os.environ})
+    with tempfile.TemporaryDirectory(prefix="qlora-hal-mutant-") as folder:
+        request = Request(Reference(spec=spec), seed, folder, sections=tuple(sections), timeout_seconds=CASE_SECONDS)
+        run_cases(request, progress, sections=section_files(sections))
+
+
+def section_files(sections: Sequence[str]) -> tuple[Path, ...]:
+    """Only the files of these sections, which saves importing the others; all when none is named."""
+    from qlora_hal_conformance.catalogue import SECTIONS_FOLDER
+
+    files = [path for path in sorted(SECTIONS_FOLDER.glob("test_*.py")) if path.name.split("_")[1] in sections]
+    return tuple(files) or (SECTIONS_FOLDER,)
+
+
+def sections_up_to(mutant: Mutant) -> tuple[str, ...]:
+    """The numbers of all sections up to the last one that must catch it."""
+    return tuple(sorted({number_of(case) for case in all_cases() if number_of(case) <= max(mutant.caught_by)}))

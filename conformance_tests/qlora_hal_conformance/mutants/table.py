@@ -1,0 +1,39 @@
+"""The table of mutants: what each does wrong, which bug it re-creates, and which case catches it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .hunting import Hunt
+from .registry import Mutant
+
+HEADING = """# Mutants
+
+Backends that are wrong in one place. Each is the NumPy reference backend with one room changed
+(`conformance_tests/qlora_hal_conformance/mutants/`), and each must fail in one of the sections named here, in none
+before them. A mutant that no section catches is a hole in the suite. This file is written by
+`python -m qlora_hal_conformance.mutants --out docs/mutants.md`.
+
+"Re-creates" names the public thread of the bug; a dash is a slip that every author can make.
+
+| mutant | what is wrong | re-creates | sections | caught by |
+| --- | --- | --- | --- | --- |
+"""
+
+
+def write_table(path: Path, mutants: Sequence[Mutant], hunts: Mapping[str, Hunt]) -> None:
+    """Write the whole table."""
+    path.write_text(HEADING + "\n".join(row(m, hunts[m.name]) for m in mutants) + "\n", encoding="utf-8")
+
+
+def row(mutant: Mutant, found: Hunt) -> str:
+    """One mutant as a row."""
+    cells = (
+        f"`{mutant.name}`",
+        mutant.defect,
+        mutant.recreates or "-",
+        ", ".join(mutant.caught_by),
+        f"`{found.caught_by[0]}`" if found.caught_by else "**nothing**",
+    )
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

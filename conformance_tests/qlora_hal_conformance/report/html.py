@@ -1,0 +1,3 @@
+"""placeholder"""
+def html_text(document, results):
+    return "<html></html>"

@@ -1,0 +1,46 @@
+"""A table of sections and verdicts, and every case that is not green."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from qlora_hal_conformance.catalogue import level_of, section_of
+from qlora_hal_conformance.verdicts import CaseResult, Verdict
+
+
+def markdown_text(document: Mapping[str, object], results: Sequence[CaseResult]) -> str:
+    """The matrix as a page of Markdown."""
+    backend = document.get("backend")
+    device = document.get("device")
+    name = backend.get("name") if isinstance(backend, dict) else ""
+    place = device.get("device", "") if isinstance(device, dict) else ""
+    state = "conformant" if document.get("conformant") is True else "not conformant"
+    if document.get("filtered"):
+        state = "filtered run, no certificate"
+    lines = [f"# {name}: {state}", "", f"Device: {_cell(str(place))}. Seed {document.get('seed')}.", ""]
+    lines += ["| level | section | passed | refused | failed | inconclusive | waived | most used of a bound |"]
+    lines += ["|---|---|--:|--:|--:|--:|--:|---|"]
+    for section in dict.fromkeys(section_of(result.case) for result in results):
+        lines.append(_row(section, [result for result in results if section_of(result.case) == section]))
+    red = [result for result in results if not result.verdict.is_green]
+    if red:
+        lines += ["", "## Not green", "", "| case | verdict | why |", "|---|---|---|"]
+        lines += [f"| `{result.case}` | {result.verdict.value} | {_cell(result.message)} |" for result in red]
+    return "\n".join(lines) + "\n"
+
+
+def _row(section: str, results: Sequence[CaseResult]) -> str:
+    counted = Counter(result.verdict for result in results)
+    tightest = max(
+        (result.tightest for result in results if result.tightest is not None and result.verdict is Verdict.PASSED),
+        key=lambda measure: measure.used,
+        default=None,
+    )
+    used = "exact" if tightest is None or not tightest.used else f"{100 * tightest.used:.2g} %, {_cell(tightest.what)}"
+    numbers = " | ".join(str(counted[verdict]) for verdict in Verdict)
+    return f"| {level_of(results[0].case)} | {section} | {numbers} | {used} |"
+
+
+def _cell(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
