@@ -27,6 +27,7 @@ def train(
     backend: str = "auto",
     observers: Sequence[object] = (),
     overwrite: bool = False,
+    force_unlock: bool = False,
     dry_run: bool = False,
     console: RunConsole | None = None,
 ) -> TrainResult:
@@ -34,7 +35,8 @@ def train(
 
     Give one `config` (a YAML, TOML or JSON file, a mapping, a `RunConfig`), or the keywords, or both: keywords win.
     `data` may be rows in memory. `dry_run` stops before the model loads. The adapter is written to
-    `<output_dir>/adapter` in PEFT layout.
+    `<output_dir>/adapter` in PEFT layout. `overwrite` replaces an earlier run there; `force_unlock` takes a lock whose
+    owner on another host has ended.
 
     Raises the errors of `qlora_hal.errors`; whatever can be found wrong before the model loads is found there.
     """
@@ -44,7 +46,9 @@ def train(
     rows = data if isinstance(data, Sequence) and not isinstance(data, str) else None
     keywords = {"model": model, "data": None if rows is not None else data, "output_dir": output_dir}
     settings = resolve_settings(config, keywords={**keywords, "backend": backend})
-    return run_new(settings, rows, observers, overwrite=overwrite, dry_run=dry_run, console=console)
+    return run_new(
+        settings, rows, observers, overwrite=overwrite, force_unlock=force_unlock, dry_run=dry_run, console=console
+    )
 
 
 def resume(
@@ -52,6 +56,7 @@ def resume(
     *,
     backend: str | None = None,
     observers: Sequence[object] = (),
+    force_unlock: bool = False,
     console: RunConsole | None = None,
 ) -> TrainResult:
     """Go on with a run from its newest valid checkpoint, exactly where the backend can (`docs/resume.md`).
@@ -60,7 +65,7 @@ def resume(
     """
     from qlora_hal.running import run_resumed
 
-    return run_resumed(Path(run_dir), backend=backend, observers=observers, console=console)
+    return run_resumed(Path(run_dir), backend=backend, observers=observers, force_unlock=force_unlock, console=console)
 
 
 def backends() -> tuple[ProbeReport, ...]:

@@ -27,6 +27,7 @@ def run_new(
     observers: Sequence[object],
     *,
     overwrite: bool,
+    force_unlock: bool,
     dry_run: bool,
     console: RunConsole | None,
 ) -> TrainResult:
@@ -44,7 +45,9 @@ def run_new(
     hooks = Hooks([*observers_for(settings.config.training.report_to), *observers], note=console.note)
     config = hooks.ready_config(settings.config)
     try:
-        with RunDirectory.open_new(config.output_dir, config=given_config(config), overwrite=overwrite) as directory:
+        with RunDirectory.open_new(
+            config.output_dir, config=given_config(config), overwrite=overwrite, force_unlock=force_unlock
+        ) as directory:
             for note in directory.notes:
                 console.note(note)
             machinery = choose_machinery(config, hooks, console)
@@ -63,7 +66,12 @@ def run_new(
 
 
 def run_resumed(
-    run_dir: Path, *, backend: str | None, observers: Sequence[object], console: RunConsole | None
+    run_dir: Path,
+    *,
+    backend: str | None,
+    observers: Sequence[object],
+    force_unlock: bool,
+    console: RunConsole | None,
 ) -> TrainResult:
     """Go on from the newest checkpoint that verifies."""
     from qlora_hal.checkpoint import latest_valid_checkpoint, load_checkpoint
@@ -78,7 +86,7 @@ def run_resumed(
 
     console = console or RunConsole()
     try:
-        with RunDirectory.open_existing(run_dir) as directory:
+        with RunDirectory.open_existing(run_dir, force_unlock=force_unlock) as directory:
             path, notes = latest_valid_checkpoint(directory.path)
             state = load_checkpoint(path)
             for note in (*directory.notes, *notes, *unfinished_notes(state.step, directory.unfinished_saves)):

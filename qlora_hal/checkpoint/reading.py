@@ -190,4 +190,4 @@ def _weights_only_hint(path: Path) -> str:
         whole = all(file_sha256(path / name) == manifest.files[name].sha256 for name in (TENSORS_FILE, CONFIG_FILE))
     except (BrokenCheckpoint, ForeignSchema, OSError):
         return ""
-    return " Its adapter alone is whole (--resume weights-only starts a fresh optimizer)." if whole else ""
+    return f" Its adapter alone is whole: qlora-hal generate --adapter {path} opens it." if whole else ""

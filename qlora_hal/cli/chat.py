@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO
 
-from qlora_hal.cli.generate import AdapterOption, BackendOption, LengthOption, ModelOption, RunOption
+from qlora_hal.cli.generate import AdapterOption, BackendOption,
+    MismatchOption, LengthOption, ModelOption, RunOption
 from qlora_hal.errors import StorageError
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def chat(
     adapter: AdapterOption = None,
     model: ModelOption = None,
     backend: BackendOption = "auto",
+    allow_base_mismatch: MismatchOption = False,
     max_new_tokens: LengthOption = 256,
 ) -> int:
     """Talk to the base model and the trained one, side by side. Ends with /quit or the end of input."""
@@ -68,7 +70,7 @@ def chat(
 
     from qlora_hal.generation import open_generation
 
-    with closing(open_generation(run_dir=run, adapter_dir=adapter, model=model, backend=backend)) as pair:
+    with closing(open_generation(run_dir=run, adapter_dir=adapter, model=model, backend=backend, allow_base_mismatch=allow_base_mismatch)) as pair:
         converse(pair, sys.stdin, Console(highlight=False, markup=False), max_new_tokens=max_new_tokens)
     return 0
 

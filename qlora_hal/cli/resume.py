@@ -18,6 +18,9 @@ def resume(
     backend: Annotated[
         str | None, Parameter(help="Go on with another backend; what is not exact then is said.")
     ] = None,
+    force_unlock: Annotated[
+        bool, Switch, Parameter(help="Take the lock of a run on another host that has ended.")
+    ] = False,
     quiet: Annotated[bool, Switch, Parameter(help="Notes and errors only.")] = False,
     json: Annotated[bool, Switch, Parameter(help="Print the result as JSON.")] = False,
 ) -> int:
@@ -25,7 +28,7 @@ def resume(
     from qlora_hal import api
     from qlora_hal.report.console import RunConsole
 
-    result = api.resume(run_dir, backend=backend, console=RunConsole(quiet=quiet, json=json))
+    result = api.resume(run_dir, backend=backend, force_unlock=force_unlock, console=RunConsole(quiet=quiet, json=json))
     if json:
         print(json_format.dumps(result_as_json(result), ensure_ascii=False))
     return 0

@@ -36,6 +36,9 @@ def train(
         bool, Switch, Parameter(help="Print one batch with the trained tokens marked and stop.")
     ] = False,
     overwrite: Annotated[bool, Switch, Parameter(help="Replace an earlier run in output_dir.")] = False,
+    force_unlock: Annotated[
+        bool, Switch, Parameter(help="Take the lock of a run on another host that has ended.")
+    ] = False,
     quiet: Annotated[bool, Switch, Parameter(help="Notes and errors only.")] = False,
     json: Annotated[bool, Switch, Parameter(help="Print the result as JSON.")] = False,
     flags: Mapping[str, object],
@@ -56,7 +59,7 @@ def train(
     from qlora_hal.report.console import RunConsole
 
     console = RunConsole(quiet=quiet, json=json)
-    result = api.train(settings, overwrite=overwrite, dry_run=dry_run, console=console)
+    result = api.train(settings, overwrite=overwrite, force_unlock=force_unlock, dry_run=dry_run, console=console)
     if json:
         print(json_format.dumps(result_as_json(result), ensure_ascii=False))
     return 0

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 from qlora_hal_conformance.catalogue import all_cases, number_of
 from qlora_hal_conformance.request import Request
@@ -99,15 +98,7 @@ def run(spec: str, sections: Sequence[str], progress: Callable[[Mapping[str, obj
     os.environ.update({name: value for name, value in _SMALL_PRODUCTS.items() if name not in os.environ})
     with tempfile.TemporaryDirectory(prefix="qlora-hal-mutant-") as folder:
         request = Request(Reference(spec=spec), seed, folder, sections=tuple(sections), timeout_seconds=CASE_SECONDS)
-        run_cases(request, progress, sections=section_files(sections))
-
-
-def section_files(sections: Sequence[str]) -> tuple[Path, ...]:
-    """Only the files of these sections, which saves importing the others; all when none is named."""
-    from qlora_hal_conformance.catalogue import SECTIONS_FOLDER
-
-    files = [path for path in sorted(SECTIONS_FOLDER.glob("test_*.py")) if path.name.split("_")[1] in sections]
-    return tuple(files) or (SECTIONS_FOLDER,)
+        run_cases(request, progress)
 
 
 def sections_up_to(mutant: Mutant) -> tuple[str, ...]:
