@@ -11,8 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO
 
-from qlora_hal.cli.generate import AdapterOption, BackendOption,
-    MismatchOption, LengthOption, ModelOption, RunOption
+from qlora_hal.cli.generate import (
+    AdapterOption,
+    BackendOption,
+    LengthOption,
+    MismatchOption,
+    ModelOption,
+    RunOption,
+)
 from qlora_hal.errors import StorageError
 
 if TYPE_CHECKING:
@@ -70,7 +76,10 @@ def chat(
 
     from qlora_hal.generation import open_generation
 
-    with closing(open_generation(run_dir=run, adapter_dir=adapter, model=model, backend=backend, allow_base_mismatch=allow_base_mismatch)) as pair:
+    opened = open_generation(
+        run_dir=run, adapter_dir=adapter, model=model, backend=backend, allow_base_mismatch=allow_base_mismatch
+    )
+    with closing(opened) as pair:
         converse(pair, sys.stdin, Console(highlight=False, markup=False), max_new_tokens=max_new_tokens)
     return 0
 

@@ -28,10 +28,7 @@ def generate(
     adapter: AdapterOption = None,
     model: ModelOption = None,
     backend: BackendOption = "auto",
-    max_new_tokens: MismatchOption = Annotated[
-    bool, Switch, Parameter(help="Open an adapter on another base than the one it was trained on.")
-]
-LengthOption = 128,
+    max_new_tokens: LengthOption = 128,
     allow_base_mismatch: MismatchOption = False,
     base_only: Annotated[bool, Switch, Parameter(help="Print the base model's answer alone.")] = False,
     json: Annotated[bool, Switch, Parameter(help="Print both answers as JSON.")] = False,
@@ -39,7 +36,10 @@ LengthOption = 128,
     """Answer one prompt: qlora-hal generate --run runs/first --prompt "..."."""
     from qlora_hal.generation import open_generation
 
-    with closing(open_generation(run_dir=run, adapter_dir=adapter, model=model, backend=backend, allow_base_mismatch=allow_base_mismatch)) as pair:
+    opened = open_generation(
+        run_dir=run, adapter_dir=adapter, model=model, backend=backend, allow_base_mismatch=allow_base_mismatch
+    )
+    with closing(opened) as pair:
         base, tuned = pair.answer([{"role": "user", "content": prompt}], max_new_tokens=max_new_tokens)
     if json:
         print(json_format.dumps({"prompt": prompt, "base": base, "adapter": tuned}, ensure_ascii=False))
