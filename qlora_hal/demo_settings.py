@@ -16,7 +16,11 @@ _SETTINGS: Mapping[str, object] = {
     "training.eval_steps": 50,
     "training.logging_steps": 10,
     "training.lr_scheduler_type": "cosine",
-    "training.sample_prompts": ("How do I show the last lines of a file?", "What does the option -r of grep do?"),
+    "training.sample_prompts": (
+        "What does the command tail do?",
+        "The synopsis of tac says: tac [OPTION]... [FILE]...\nHow is tac called?",
+        "lagoon means: a body of water cut off from a larger body by a reef. What kind of thing is that?",
+    ),
     "checkpoint.save_steps": 100,
 }
 

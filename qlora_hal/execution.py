@@ -181,6 +181,7 @@ class Execution:
         if not stopped.startswith("SIG"):
             after = self._judged(recorder, progress, initial)
             samples = self._sampled("after", samples)
+            self._stage.console.samples(samples)
         peak = self._trainer.peak_memory_bytes() if Feature.PEAK_MEMORY in self._features else None
         result = TrainResult(
             backend=str(run.resolved["backend"]),

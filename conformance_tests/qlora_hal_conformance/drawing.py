@@ -6,9 +6,10 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key
-from qlora_hal.values import IGNORE_LABEL, Adapter, AdapterConfig, Batch, Int32
+from qlora_hal.values import IGNORE_LABEL, PADDING_SEGMENT, Adapter, AdapterConfig, Batch, Int32
 from qlora_hal_conformance.oracle import LlamaShape
 from qlora_hal_conformance.tiny_models import FIRST_ORDINARY_TOKEN, linear_shapes
 
@@ -114,3 +115,8 @@ def with_zero(adapter: Adapter, half: str) -> Adapter:
 
 def total_tokens(window: Sequence[Batch]) -> int:
     return sum(batch.counted_tokens for batch in window)
+
+
+def at_real_tokens(values: npt.NDArray[np.floating], batch: Batch) -> npt.NDArray[np.floating]:
+    """Rows of `values` `[batch, time, ...]` that are not padding: what stands at padding is nobody's business."""
+    return values[batch.segment_ids != PADDING_SEGMENT]

@@ -15,7 +15,7 @@ import torch
 from qlora_hal.backend import Quantization
 from qlora_hal.capabilities import WeightFormat
 from qlora_hal_backends.torch_family.base_weights import quantize
-from qlora_hal_backends.torch_family.fused.operations import HeadCounts, HeadNorm, Operations, Rotary
+from qlora_hal_backends.torch_family.fused.operations import HeadCounts, HeadNorm, Operations, Placements, Rotary
 from qlora_hal_backends.torch_family.fused.reference import ReferenceOperations
 
 pytestmark = [
@@ -70,6 +70,23 @@ def test_dequantized_weights_equal_those_of_bitsandbytes(
     # (2^-8), where the interpreter truncates or float32 fell on the other side of a rounding boundary.
     tolerance = 2.0**-22 if dtype is torch.float32 else 2.0**-7
     torch.testing.assert_close(out, base.dense(), rtol=tolerance, atol=1e-7)
+
+
+def test_copied_rows_keep_their_place(kernels: Operations) -> None:
+    source, out = random(ROWS, WIDTH + 8)[:, :WIDTH], poisoned(ROWS, WIDTH)
+    kernels.copy_rows(source, out)
+    assert torch.equal(out, source)
+
+
+def test_placed_matrices_land_where_the_table_says(kernels: Operations) -> None:
+    source = random(200)
+    entries = [(0, 3, 4, 6, 10), (24, 100, 16, 8, 8), (-1, 60, 3, 5, 9)]
+    placements = Placements(entries, torch.tensor(entries, device=DEVICE))
+    found, expected = torch.ones(300, device=DEVICE), torch.ones(300, device=DEVICE)
+    kernels.place(source, found, placements)
+    REFERENCE.place(source, expected, placements)
+    assert torch.equal(found, expected)
+    assert not expected[60:65].any()
 
 
 @pytest.mark.parametrize("with_pending", [True, False])

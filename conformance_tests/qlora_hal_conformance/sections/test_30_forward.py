@@ -1,25 +1,227 @@
-"""The forward pass: logits and losses against the float64 oracle on the backend's own weights."""
+"""L1: the forward pass. Logits and losses against the float64 oracle on the backend's own weights."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from qlora_hal_conformance.drawing import draw_adapter, draw_batch
+from qlora_hal.capabilities import Feature, WeightFormat
+from qlora_hal.values import Adapter, Batch
+from qlora_hal_conformance.drawing import (
+    at_real_tokens,
+    draw_adapter,
+    draw_batch,
+    draw_window,
+    packed,
+    total_tokens,
+    with_field,
+    with_zero,
+)
 from qlora_hal_conformance.judging import Judge
 from qlora_hal_conformance.opening import Opened, Opener
 from qlora_hal_conformance.oracle import OracleTrainer
-from qlora_hal_conformance.tolerances import logits_bound
+from qlora_hal_conformance.parameters import OracleOf, each_format_and_dtype
+from qlora_hal_conformance.tiny_models import FIRST_ORDINARY_TOKEN, SHAPES, draw_tensors, linear_shapes
+from qlora_hal_conformance.tolerances import logits_bound, loss_bound
 
-Oracle = Callable[[Opened], OracleTrainer]
+LARGE = 400.0
+"""Gate and up projections this many times larger make products beyond 65504, the largest float16."""
 
 
-def test_logits_equal_the_oracle(opened: Opener, oracle: Oracle, seeded: np.random.Generator, judging: Judge) -> None:
+@pytest.mark.parametrize(("weight_format", "dtype"), each_format_and_dtype())
+def test_logits_equal_the_oracle(
+    weight_format: WeightFormat, dtype: str, opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    shape, _ = opened.models.drawn("main")
+    ready = opened(weight_format=weight_format, dtype=dtype, adapter=draw_adapter(seeded, shape))
+    _judge_logits(ready, oracle(ready), draw_batch(seeded, shape), judging)
+
+
+@pytest.mark.parametrize("layout", range(len(SHAPES)))
+def test_every_head_layout(
+    layout: int, opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    """Two, four and all query heads to a key head; heads narrower and wider together than the hidden size."""
+    shape = SHAPES[layout]
+    opened.models._drawn.setdefault(f"layout{layout}", (shape, draw_tensors(shape, seeded)))
+    ready = opened(f"layout{layout}", adapter=draw_adapter(seeded, shape))
+    _judge_logits(ready, oracle(ready), draw_batch(seeded, shape), judging)
+
+
+def test_widths_that_blocks_do_not_divide(
+    opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    """The product sees the weights that `dequantized_weight` shows. In a format with groups, the unquantized model."""
+    shape, _ = opened.models.drawn("uneven")
+    chosen = opened.subject.main_format
+    grouped = chosen in (WeightFormat.INT4_AFFINE, WeightFormat.INT8_AFFINE, WeightFormat.INT4_GPTQ)
+    if grouped and not opened.subject.declares(WeightFormat.NONE):
+        shape, _ = opened.models.drawn("main")
+        ready = opened(adapter=draw_adapter(seeded, shape))
+    else:
+        ready = opened("uneven", weight_format=WeightFormat.NONE if grouped else None, adapter=draw_adapter(seeded, shape))
+    _judge_logits(ready, oracle(ready), draw_batch(seeded, shape), judging)
+
+
+def test_tied_head(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
+    shape, _ = opened.models.drawn("tied")
+    ready = opened("tied", adapter=draw_adapter(seeded, shape))
+    _judge_logits(ready, oracle(ready), draw_batch(seeded, shape), judging)
+
+
+def test_long_rows(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
+    """Far positions turn far: a wrong rotary frequency shows here."""
     shape, _ = opened.models.drawn("main")
     ready = opened(adapter=draw_adapter(seeded, shape))
+    _judge_logits(ready, oracle(ready), draw_batch(seeded, shape, lengths=(150, 97)), judging)
+
+
+def test_one_token(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
+    shape, _ = opened.models.drawn("main")
+    ready = opened(adapter=draw_adapter(seeded, shape))
+    _judge_logits(ready, oracle(ready), draw_batch(seeded, shape, lengths=(1,), prompt=1), judging)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True], ids=["alpha_over_r", "alpha_over_root_r"])
+def test_scale_of_the_adapter(
+    use_rslora: bool, opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    shape, _ = opened.models.drawn("main")
+    ready = opened(adapter=draw_adapter(seeded, shape, use_rslora=use_rslora, rank=8))
     batch = draw_batch(seeded, shape)
-    found = ready.trainer.logits(batch)
+    found = _judge_logits(ready, oracle(ready), batch, judging)
+    config = ready.adapter.config  # type: ignore[union-attr]
+    wrong = draw_adapter(seeded, shape, rank=8)
+    other = oracle_with_scale(ready, Adapter(ready.adapter.tensors, wrong.config), not use_rslora, config.alpha)  # type: ignore[union-attr]
+    bound = logits_bound(other, batch, ready.dtype)
+    judging.apart("logits with the other scale", found, at_real_tokens(other.logits(batch), batch), bound)
+
+
+def oracle_with_scale(ready: Opened, adapter: Adapter, use_rslora: bool, alpha: float) -> OracleTrainer:
+    from dataclasses import replace
+
+    return ready.oracle(Adapter(adapter.tensors, replace(adapter.config, use_rslora=use_rslora, alpha=alpha)))
+
+
+def test_b_of_zero_changes_nothing(
+    opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    """Training starts at the base model: with B = 0 the logits are those of the base."""
+    shape, _ = opened.models.drawn("main")
+    adapter, batch = draw_adapter(seeded, shape), draw_batch(seeded, shape)
+    ready = opened(adapter=with_zero(adapter, "B"))
+    found = _judge_logits(ready, oracle(ready), batch, judging)
+    ready.attach(adapter)
+    moved = at_real_tokens(ready.trainer.logits(batch), batch)
+    judging.apart("logits with B", moved, found, logits_bound(oracle(ready), batch, ready.dtype))
+
+
+@pytest.mark.parametrize("leaf", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+def test_adapter_on_one_kind_of_module(
+    leaf: str, opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    """A target module that is missed does not hide behind the others."""
+    shape, _ = opened.models.drawn("main")
+    targets = [module for module in linear_shapes(shape) if module.endswith(leaf)]
+    ready, batch = opened(adapter=draw_adapter(seeded, shape, targets=targets)), draw_batch(seeded, shape)
+    found = _judge_logits(ready, oracle(ready), batch, judging)
+    ready.attach(with_zero(ready.adapter, "B"))  # type: ignore[arg-type]
+    without = at_real_tokens(ready.trainer.logits(batch), batch)
+    judging.apart(f"logits with {leaf}", found, without, logits_bound(oracle(ready), batch, ready.dtype))
+
+
+def test_adapter_on_few_modules(
+    opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    shape, _ = opened.models.drawn("main")
+    targets = seeded.choice(sorted(linear_shapes(shape)), size=3, replace=False).tolist()
+    ready = opened(adapter=draw_adapter(seeded, shape, targets=targets))
+    _judge_logits(ready, oracle(ready), draw_batch(seeded, shape), judging)
+
+
+def test_what_stands_at_padding_does_not_matter(
+    opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    shape, _ = opened.models.drawn("main")
+    ready, batch = opened(adapter=draw_adapter(seeded, shape)), draw_batch(seeded, shape, lengths=(9, 20, 14))
+    noise = seeded.integers(FIRST_ORDINARY_TOKEN, shape.vocab_size, batch.input_ids.shape)
+    other = with_field(batch, input_ids=np.where(batch.segment_ids > 0, batch.input_ids, noise).astype(np.int32))
+    bound = logits_bound(oracle(ready), batch, ready.dtype).times(2, "two results")
+    found, again = (at_real_tokens(ready.trainer.logits(b), b) for b in (batch, other))
+    judging.within("logits", found, again, bound)
+
+
+@pytest.mark.needs(Feature.PACKING)
+def test_packed_samples_do_not_see_each_other(
+    opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    shape, _ = opened.models.drawn("main")
+    ready = opened(adapter=draw_adapter(seeded, shape))
+    together = packed([draw_batch(seeded, shape, lengths=(11, 7, 13))], time=36)
+    assert together.is_packed
+    _judge_logits(ready, oracle(ready), together, judging)
+
+
+def test_evaluation_sums_token_losses(
+    opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    """A sum over all counted tokens of all batches, in nats."""
+    shape, _ = opened.models.drawn("main")
+    ready, window = opened(adapter=draw_adapter(seeded, shape)), draw_window(seeded, shape)
+    found = ready.trainer.evaluate(window)
     reference = oracle(ready)
-    judging.within("logits", found, reference.logits(batch), logits_bound(reference, batch, ready.dtype))
+    assert found.token_count == total_tokens(window)
+    judging.within("loss sum", np.array(found.loss_sum), np.array(reference.evaluate(window)[0]), loss_bound(reference, window, ready.dtype))
+
+
+def test_evaluation_of_nothing_is_zero(opened: Opener, seeded: np.random.Generator) -> None:
+    """A batch without a counted token adds nothing, and no NaN."""
+    shape, _ = opened.models.drawn("main")
+    ready, batch = opened(adapter=draw_adapter(seeded, shape)), draw_batch(seeded, shape)
+    silent = with_field(batch, labels=np.full_like(batch.labels, -100))
+    found = ready.trainer.evaluate([silent])
+    assert (found.loss_sum, found.token_count) == (0.0, 0), f"{found}"
+
+
+@pytest.mark.needs(Feature.LORA_DROPOUT)
+def test_evaluation_has_no_dropout(
+    opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    """Neither `evaluate` nor `logits`, not even after a step that had dropout."""
+    shape, _ = opened.models.drawn("main")
+    ready, window = opened(adapter=draw_adapter(seeded, shape, dropout=0.5)), draw_window(seeded, shape)
+    ready.step(window, 0.0, dropout_key=3)
+    reference = oracle(ready)
+    bound = loss_bound(reference, window, ready.dtype)
+    found = np.array(ready.trainer.evaluate(window).loss_sum)
+    judging.within("loss sum", found, np.array(reference.evaluate(window)[0]), bound)
+    _judge_logits(ready, reference, window[0], judging)
+
+
+@pytest.mark.needs("bfloat16")
+def test_bfloat16_keeps_its_range(
+    opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    """Activations beyond 65504 are ordinary numbers in bfloat16, and infinities in a float16 in disguise."""
+    shape, tensors = opened.models.drawn("main")
+    factors = {"gate_proj": LARGE, "up_proj": LARGE, "down_proj": LARGE**-2}
+    large = {
+        name: (tensor * factors.get(name.split(".")[-2], 1.0)).astype(np.float32) for name, tensor in tensors.items()
+    }
+    opened.models._drawn["large"] = shape, large
+    ready = opened("large", dtype="bfloat16", adapter=draw_adapter(seeded, shape, targets=_attention(shape)))
+    _judge_logits(ready, oracle(ready), draw_batch(seeded, shape), judging)
+
+
+def _attention(shape: object) -> list[str]:
+    return [module for module in linear_shapes(shape) if "self_attn" in module]  # type: ignore[arg-type]
+
+
+def _judge_logits(
+    ready: Opened, reference: OracleTrainer, batch: Batch, judging: Judge
+) -> np.ndarray:  # type: ignore[type-arg]
+    """Logits at every token that is not padding, within the rounding bound; they are given back."""
+    found = at_real_tokens(ready.trainer.logits(batch), batch)
+    expected = at_real_tokens(reference.logits(batch), batch)
+    judging.within("logits", found, expected, logits_bound(reference, batch, ready.dtype))
+    return found

@@ -70,9 +70,10 @@ class DecoderLayer:
         query, key, value = self._heads(layer, projected, sequences)
         with torch.set_grad_enabled(with_graph):
             mixed = self._attention(query, key, value, sequences.mask)
-        rows = _rows_of(mixed)
-        output_low_rank = out.low_rank(rows)
-        branch = out.product_apart(rows, output_low_rank, layer.groups["attention_out"].bias)
+        extended = out.new_input(sequences.rows)
+        self.operations.copy_rows(_rows_of(mixed), extended[:, : out.columns])
+        output_low_rank = _kept_apart(out.low_rank(extended[:, : out.columns], extended[:, out.columns :]))
+        branch = out.product(extended, layer.groups["attention_out"].bias)
         return branch, AttentionTape(h1, low_rank, projected, query, key, value, mixed, output_low_rank)
 
     def _heads(self, layer: LayerWeights, projected: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor, Tensor]:

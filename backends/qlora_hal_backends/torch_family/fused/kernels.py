@@ -67,6 +67,14 @@ def place(source, target, table, ELEMENTS: tl.constexpr):
 
 
 @triton.jit
+def copy_rows(source, source_stride, out, out_stride, N, WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    x = tl.load(source + row * source_stride + column, mask=column < N, other=0.0)
+    tl.store(out + row * out_stride + column, x, mask=column < N)
+
+
+@triton.jit
 def add_norm(
     residual, pending, h, weight, out, out_stride, epsilon, D: tl.constexpr, PENDING: tl.constexpr, WIDTH: tl.constexpr
 ):

@@ -6,6 +6,10 @@ in the same product, as further terms of its sum:
     forward    y  = [x | t] [W | B]^T          t = scale * x A^T
     backward   dx = [dy | v] [W ; A]           v = scale * dy B
 
+It must ride inside: cuBLAS rounds a bfloat16 product before it adds `beta * C` (seen on an H200 with CUDA 13.0 for
+`addmm` of every kind), so a young adapter that is added to the product afterwards, or before as C, loses half of its
+effect and more to rounding.
+
 One buffer `[N + R, K + R]` holds W, B beside it and A below it, so both products read views of it. The sum runs in
 the product's float32 accumulator and is rounded once, at no measurable cost (R is 16 to 64 of thousands of columns).
 The four buffers hold one layer at a time.
@@ -111,7 +115,7 @@ class GroupBuffer:
         return self._buffer.new_empty(rows, self.rows + self.ranks)
 
     def low_rank(self, x: Tensor, tail: Tensor | None = None) -> Tensor | None:
-        """t = scale * x A^T `[rows, R]`, in `tail` where given."""
+        """t = scale * x A^T `[rows, R]`, in `tail` where given; None where nothing of the group is adapted."""
         return self._thin(x, self.a.t(), tail)
 
     def low_rank_gradient(self, gradient: Tensor) -> Tensor | None:
@@ -121,16 +125,6 @@ class GroupBuffer:
     def product(self, extended: Tensor, bias: Tensor | None) -> Tensor:
         """y of an input made by `new_input`."""
         return extended @ self._forward if bias is None else torch.addmm(bias, extended, self._forward)
-
-    def product_apart(self, x: Tensor, low_rank: Tensor | None, bias: Tensor | None) -> Tensor:
-        """y of an input that could not be written into an extended buffer.
-
-        The adapter's product comes first and the base product accumulates onto it, so the sum is still in float32.
-        """
-        if low_rank is None:
-            return x @ self.w.t() if bias is None else torch.addmm(bias, x, self.w.t())
-        y = low_rank @ self.b.t() if bias is None else torch.addmm(bias, low_rank, self.b.t())
-        return y.addmm_(x, self.w.t())
 
     def input_gradient(self, gradient: Tensor) -> Tensor:
         """dx of a gradient whose last R columns hold v."""

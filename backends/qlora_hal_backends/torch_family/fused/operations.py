@@ -78,6 +78,10 @@ class Operations(Protocol):
         """Copy all matrices of `placements` between two flat tensors of one dtype."""
         ...
 
+    def copy_rows(self, source: Tensor, out: Tensor) -> None:
+        """Copy `[M, n]` into a strided `out`."""
+        ...
+
     def add_norm(self, residual: Tensor, pending: Tensor | None, weight: Tensor, epsilon: float, out: Tensor) -> Tensor:
         """Return h = residual + pending `[M, D]` and write rms_norm(h) * weight into a strided `out`."""
         ...

@@ -23,6 +23,9 @@ class ReferenceOperations:
             else:
                 matrix.copy_(source[start : start + rows * columns].view(rows, columns))
 
+    def copy_rows(self, source: Tensor, out: Tensor) -> None:
+        out.copy_(source)
+
     def add_norm(self, residual: Tensor, pending: Tensor | None, weight: Tensor, epsilon: float, out: Tensor) -> Tensor:
         h = residual if pending is None else (residual.float() + pending.float()).to(residual.dtype)
         out.copy_(_normed(h.float(), epsilon) * weight.float())

@@ -14,6 +14,7 @@ from qlora_hal_backends.torch_family.fused.operations import HeadCounts, HeadNor
 
 HEADS_PER_PROGRAM = 8
 SWIGLU_COLUMNS = 2048
+COPIED_COLUMNS = 4096
 VOCABULARY_COLUMNS = 8192
 DEQUANTIZED_ELEMENTS = 2048  # with two warps the fastest of 1024-8192 elements and 2-16 warps on an H200
 DEQUANTIZE_WARPS = 2
@@ -67,6 +68,13 @@ class TritonOperations:
         if placements.entries:
             grid = (len(placements.entries), triton.cdiv(placements.largest, PLACED_ELEMENTS))
             kernels.place[grid](source, target, placements.table, ELEMENTS=PLACED_ELEMENTS, num_warps=4)
+
+    def copy_rows(self, source: Tensor, out: Tensor) -> None:
+        rows, width = out.shape
+        block = min(COPIED_COLUMNS, triton.next_power_of_2(width))
+        kernels.copy_rows[(rows, triton.cdiv(width, block))](
+            source, source.stride(0), out, out.stride(0), width, WIDTH=block, num_warps=4
+        )
 
     def add_norm(self, residual: Tensor, pending: Tensor | None, weight: Tensor, epsilon: float, out: Tensor) -> Tensor:
         rows, width = residual.shape

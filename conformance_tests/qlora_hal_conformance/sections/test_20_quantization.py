@@ -1,0 +1,281 @@
+"""L1: the stored base. Format error is judged here against the codec, and nowhere else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from qlora_hal.backend import Compute, Quantization
+from qlora_hal.capabilities import Feature, WeightFormat
+from qlora_hal.errors import QloraHalError
+from qlora_hal_conformance.judging import Judge
+from qlora_hal_conformance.opening import GPTQ_GROUP, Opened, Opener
+from qlora_hal_conformance.oracle import (
+    FourBitFormat,
+    FourBitLayout,
+    FourBitWeight,
+    MlxAffineWeight,
+    absmax_error_bound,
+    four_bit_error_bound,
+    int8_error_bound,
+    mlx_affine_error_bound,
+    quantize_absmax,
+    quantize_four_bit,
+    quantize_mlx_affine,
+    round_to_bfloat16,
+)
+from qlora_hal_conformance.oracle.arrays import Float32, Float64
+from qlora_hal_conformance.oracle.codebooks import FOUR_BIT_CODEBOOKS
+from qlora_hal_conformance.parameters import AFFINE_FORMATS, FOUR_BIT_FORMATS, each_block_size, each_format
+from qlora_hal_conformance.tiny_models import linear_shapes, write_model
+from qlora_hal_conformance.tolerances import (
+    Bound,
+    codebook_distance,
+    decoded_exactly,
+    format_error,
+    grid_spacing,
+    nearest_entry,
+)
+
+WRONG_BLOCK_SIZE = 48
+"""No library has it."""
+
+PREQUANTIZED = (
+    (WeightFormat.NF4, 64, False),
+    (WeightFormat.NF4, 128, False),
+    (WeightFormat.NF4, 64, True),
+    (WeightFormat.FP4, 64, False),
+    (WeightFormat.INT8, None, False),
+    (WeightFormat.INT4_GPTQ, 128, False),
+    (WeightFormat.INT4_GPTQ, 32, False),
+    (WeightFormat.INT4_AFFINE, 64, False),
+    (WeightFormat.INT8_AFFINE, 64, False),
+)
+
+
+@pytest.mark.parametrize("weight_format", each_format(*FOUR_BIT_FORMATS))
+def test_codebook_is_exact(weight_format: WeightFormat, opened: Opener, judging: Judge) -> None:
+    """In every block, decoded values divided by the largest are entries of the published codebook."""
+    ready = opened(weight_format=weight_format)
+    codebook = FOUR_BIT_CODEBOOKS[FourBitFormat(weight_format.value)].astype(np.float64)
+    size = ready.quantization.block_size or 0
+    for module in linear_shapes(ready.model.shape):
+        blocks = ready.trainer.dequantized_weight(module).astype(np.float64).reshape(-1, size)
+        ratios = blocks / np.abs(blocks).max(axis=1, keepdims=True)
+        nearest = codebook[np.abs(ratios[..., None] - codebook).argmin(axis=-1)]
+        judging.within(f"entries of {module}", ratios, nearest, codebook_distance(ready.dtype))
+
+
+@pytest.mark.parametrize("weight_format", each_format())
+def test_every_weight_is_within_the_bound_of_its_format(
+    weight_format: WeightFormat, opened: Opener, judging: Judge
+) -> None:
+    ready = opened(weight_format=weight_format)
+    for module in linear_shapes(ready.model.shape):
+        _judge_format_error(module, ready, judging)
+
+
+@pytest.mark.parametrize(("weight_format", "size"), each_block_size())
+def test_blocks_have_the_size_that_was_asked_for(
+    weight_format: WeightFormat, size: int, opened: Opener, judging: Judge
+) -> None:
+    """Every decoded weight lies on the grid of its own block, and on the nearest point of it."""
+    ready = opened(weight_format=weight_format, block_size=size)
+    for module in linear_shapes(ready.model.shape):
+        weight, decoded = _weight(module, ready), ready.trainer.dequantized_weight(module).astype(np.float64)
+        if weight_format in AFFINE_FORMATS:
+            _judge_affine_grid(module, ready, weight, decoded, judging)
+        else:
+            _judge_four_bit_grid(module, ready, weight, decoded, judging)
+
+
+@pytest.mark.needs(Feature.DOUBLE_QUANT)
+@pytest.mark.parametrize("weight_format", each_format(*FOUR_BIT_FORMATS))
+def test_double_quantization_keeps_its_bound(weight_format: WeightFormat, opened: Opener, judging: Judge) -> None:
+    """The absmax of each block is an 8-bit code around a mean: off by at most the codec's bound, and really coded."""
+    ready = opened(weight_format=weight_format, double_quant=True)
+    coded = 0
+    for module in linear_shapes(ready.model.shape):
+        _judge_format_error(module, ready, judging)
+        stored = _four_bit(module, ready)
+        decoded = ready.trainer.dequantized_weight(module).astype(np.float64)
+        found = np.abs(decoded.reshape(stored.absmax.size, -1)).max(axis=1)
+        allowed = _absmax_bound(stored.absmax) + decoded_exactly(found, ready.dtype).value
+        judging.within(f"absmax of {module}", found, stored.absmax, Bound(allowed, "bound of the 8-bit codec + u |a|"))
+        coded += int(np.count_nonzero(np.abs(found - stored.absmax) > decoded_exactly(found, ready.dtype).value))
+    assert coded, "every absmax is exact: double quantization was ignored"
+
+
+@pytest.mark.needs(Feature.LOAD_PREQUANTIZED)
+@pytest.mark.parametrize(
+    ("weight_format", "size", "double"),
+    [
+        pytest.param(f, size, double, id=f"{f.value}-{size}{'-double' if double else ''}", marks=pytest.mark.needs(f))
+        for f, size, double in PREQUANTIZED
+    ],
+)
+def test_quantized_checkpoint_is_taken_as_it_is(
+    weight_format: WeightFormat, size: int | None, double: bool, opened: Opener, judging: Judge
+) -> None:
+    """The weights are those that the stored codes decode to, not those of a second quantization."""
+    ready = opened(weight_format=weight_format, block_size=size, double_quant=double, prequantized=True)
+    assert ready.model.stored is not None
+    for module, expected in ready.model.stored.items():
+        found = ready.trainer.dequantized_weight(module)
+        judging.within(module, found, expected, decoded_exactly(expected, ready.dtype))
+
+
+@pytest.mark.needs(Feature.QUANTIZE_ON_LOAD)
+@pytest.mark.parametrize("stored_dtype", ["float16", "bfloat16"])
+def test_checkpoint_in_half_precision_is_quantized_from_its_own_values(
+    stored_dtype: str, opened: Opener, judging: Judge
+) -> None:
+    ready = opened(opened.models.plain("main", stored_dtype=stored_dtype))
+    for module in linear_shapes(ready.model.shape):
+        _judge_format_error(module, ready, judging)
+
+
+@pytest.mark.parametrize("weight_format", each_format())
+def test_weights_of_zero_stay_zero(weight_format: WeightFormat, opened: Opener, judging: Judge) -> None:
+    """A block, a row and a whole matrix of zeros: no 0/0, no offset."""
+    shape, tensors = opened.models.drawn("main")
+    names = list(linear_shapes(shape))
+    zeroed = {name: tensor.copy() for name, tensor in tensors.items()}
+    zeroed[f"{names[0]}.weight"][:] = 0.0
+    zeroed[f"{names[1]}.weight"][0] = 0.0
+    opened.models._drawn["zeros"] = shape, zeroed
+    ready = opened("zeros", weight_format=weight_format)
+    nothing = Bound(0.0, "zero is kept exactly")
+    whole, row = (ready.trainer.dequantized_weight(name) for name in names[:2])
+    judging.within("matrix of zeros", whole, np.zeros_like(whole), nothing)
+    judging.within("row of zeros", row[0], np.zeros_like(row[0]), nothing)
+
+
+@pytest.mark.parametrize("weight_format", each_format())
+def test_rows_without_a_whole_number_of_blocks(weight_format: WeightFormat, opened: Opener, judging: Judge) -> None:
+    """Blocks run over the ends of rows in NF4 and FP4, and the last may be short; a format whose groups lie within
+    rows may refuse such a model, by our error."""
+    grouped = weight_format in (*AFFINE_FORMATS, WeightFormat.INT4_GPTQ)
+    if grouped and opened.subject.declares(weight_format):
+        shape, tensors = opened.models.drawn("uneven")
+        plain = write_model(opened.models.folder / f"uneven-{weight_format.value}", shape, tensors)
+        try:
+            ready = opened(plain, weight_format=weight_format)
+        except QloraHalError as error:
+            assert error.fix, "the refusal has no fix"
+            return
+    else:
+        ready = opened("uneven", weight_format=weight_format)
+    for module in linear_shapes(ready.model.shape):
+        _judge_format_error(module, ready, judging)
+
+
+def test_unknown_block_size_is_refused(opened: Opener) -> None:
+    """For every declared format with blocks: 48 is nobody's block size, and must not become another one silently."""
+    model = opened.models.plain("main")
+    tried = [f for f in opened.subject.capabilities.block_sizes if f is not WeightFormat.NONE]
+    for weight_format in tried or [opened.subject.main_format]:
+        if weight_format in (WeightFormat.NONE, WeightFormat.INT8):
+            continue
+        quantization = Quantization(weight_format, WRONG_BLOCK_SIZE)
+        try:
+            opened.trainer().load(model.source, quantization, Compute(opened.subject.main_dtype))  # type: ignore[arg-type]
+        except QloraHalError as error:
+            assert error.fix, "the refusal has no fix"
+        else:
+            raise AssertionError(f"{weight_format.value} with block size {WRONG_BLOCK_SIZE} was taken")
+
+
+def test_same_weights_are_stored_the_same_way_twice(opened: Opener) -> None:
+    first, second = opened(), opened()
+    for module in linear_shapes(first.model.shape):
+        one, two = (ready.trainer.dequantized_weight(module) for ready in (first, second))
+        assert np.array_equal(one, two), f"{module} was quantized to other numbers the second time"
+
+
+# the formats ----------------------------------------------------------------------------------------------------------
+def _judge_format_error(module: str, ready: Opened, judging: Judge) -> None:
+    weight, decoded = _weight(module, ready), ready.trainer.dequantized_weight(module)
+    if ready.quantization.weight_format is WeightFormat.INT4_GPTQ:
+        _judge_gptq(module, ready, weight, decoded, judging)
+        return
+    judging.within(module, decoded, weight, format_error(_codec_bound(module, ready), weight, ready.dtype))
+
+
+def _codec_bound(module: str, ready: Opened) -> Float64:
+    """The bound of the format alone, as the codec proves it for this very weight."""
+    weight, quantization = _weight(module, ready), ready.quantization
+    match quantization.weight_format:
+        case WeightFormat.NONE:
+            return np.zeros(weight.shape)
+        case WeightFormat.INT8:
+            return int8_error_bound(weight, np.abs(weight).max(axis=1))
+        case WeightFormat.NF4 | WeightFormat.FP4:
+            stored = _four_bit(module, ready)
+            nested = _absmax_bound(stored.absmax) if quantization.double_quant else 0.0
+            return four_bit_error_bound(stored.absmax, stored.layout, absmax_error=nested)
+        case _:
+            return mlx_affine_error_bound(_affine(module, ready))
+
+
+def _weight(module: str, ready: Opened) -> Float32:
+    """What there is to quantize: the weight in the compute dtype, as a backend may read it."""
+    weight = ready.model.tensors[f"{module}.weight"]
+    if ready.dtype == "bfloat16":
+        return round_to_bfloat16(weight)
+    return weight.astype(ready.dtype).astype(np.float32)
+
+
+def _four_bit(module: str, ready: Opened) -> FourBitWeight:
+    kind = FourBitFormat(ready.quantization.weight_format.value)
+    size = ready.quantization.block_size or 0
+    return quantize_four_bit(_weight(module, ready), weight_format=kind, block_size=size)
+
+
+def _affine(module: str, ready: Opened) -> MlxAffineWeight:
+    bits = 4 if ready.quantization.weight_format is WeightFormat.INT4_AFFINE else 8
+    return quantize_mlx_affine(_weight(module, ready), bits=bits, group_size=ready.quantization.block_size or 0)
+
+
+def _absmax_bound(absmax: Float32) -> Float64:
+    nested = quantize_absmax(absmax)
+    return absmax_error_bound(nested.nested_absmax, nested.offset, absmax.size)
+
+
+def _judge_four_bit_grid(module: str, ready: Opened, weight: Float32, decoded: Float64, judging: Judge) -> None:
+    stored = _four_bit(module, ready)
+    codebook = FOUR_BIT_CODEBOOKS[stored.layout.weight_format].astype(np.float64)
+    absmax = _per_value(stored.absmax, stored.layout)
+    ratios = decoded / absmax
+    chosen = codebook[np.abs(ratios[..., None] - codebook).argmin(axis=-1)]
+    judging.within(f"entries of {module}", ratios, chosen, codebook_distance(ready.dtype))
+    best = np.abs(weight[..., None] / absmax[..., None] - codebook).min(axis=-1) * absmax
+    further = np.maximum(np.abs(weight - decoded) - best, 0.0)
+    judging.within(f"distance of {module}", further, np.zeros_like(further), nearest_entry(absmax, weight, ready.dtype))
+
+
+def _per_value(absmax: Float32, layout: FourBitLayout) -> Float64:
+    spread = np.repeat(absmax.astype(np.float64), layout.block_size)
+    return spread[: layout.count].reshape(layout.shape)
+
+
+def _judge_affine_grid(module: str, ready: Opened, weight: Float32, decoded: Float64, judging: Judge) -> None:
+    stored = _affine(module, ready)
+    scale, bias = (np.repeat(v.astype(np.float64), stored.group_size, axis=1) for v in (stored.scales, stored.biases))
+    codes = (decoded - bias) / scale
+    spacing = grid_spacing(np.ones_like(codes), ready.dtype)
+    judging.within(f"codes of {module}", codes, np.rint(codes), spacing)
+    _judge_format_error(module, ready, judging)
+
+
+def _judge_gptq(module: str, ready: Opened, weight: Float32, decoded: Float32, judging: Judge) -> None:
+    """Which code the solver picks is its own affair; that each group has at most 16 evenly spaced levels, and that the
+    whole is no further from the weights than one step in the mean, is not."""
+    size = ready.quantization.block_size or GPTQ_GROUP
+    for start in range(0, weight.shape[1], size):
+        group, original = decoded[:, start : start + size].astype(np.float64), weight[:, start : start + size]
+        step = np.maximum(original.max(axis=1) - original.min(axis=1), np.abs(original).max(axis=1) * 2.0) / 15.0
+        error = np.sqrt(((group - original) ** 2).mean(axis=1))
+        judging.within(f"mean error of {module}", error, np.zeros_like(error), Bound(step, "one step of the group"))
+        levels = max(len(np.unique(row)) for row in group)
+        assert levels <= 16, f"{module} has {levels} levels in a group of 4-bit codes"

@@ -1,0 +1,254 @@
+"""L1: the gradient of every adapter tensor, and what must not have one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pytest
+
+from qlora_hal.capabilities import Feature, WeightFormat
+from qlora_hal.values import IGNORE_LABEL, Batch, Float32
+from qlora_hal_conformance.drawing import (
+    draw_adapter,
+    draw_batch,
+    draw_window,
+    packed,
+    with_field,
+    with_zero,
+)
+from qlora_hal_conformance.judging import Judge
+from qlora_hal_conformance.opening import Opened, Opener
+from qlora_hal_conformance.oracle import OracleTrainer
+from qlora_hal_conformance.parameters import OracleOf, each_format, each_format_and_dtype
+from qlora_hal_conformance.tiny_models import FIRST_ORDINARY_TOKEN, linear_shapes
+from qlora_hal_conformance.tolerances import Bound, gradient_bounds
+
+
+@pytest.mark.parametrize(("weight_format", "dtype"), each_format_and_dtype())
+def test_every_gradient_equals_the_oracle(
+    weight_format: WeightFormat, dtype: str, opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    shape, _ = opened.models.drawn("main")
+    ready = opened(weight_format=weight_format, dtype=dtype, adapter=draw_adapter(seeded, shape))
+    window = draw_window(seeded, shape)
+    _judge(ready.trainer.gradients(window), oracle(ready), window, ready, judging)
+
+
+@pytest.mark.parametrize("weight_format", each_format())
+def test_a_training_step_uses_the_same_gradient(
+    weight_format: WeightFormat, opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    """What `gradients` shows is what `train_step` trains with: read back from the first moment."""
+    shape, _ = opened.models.drawn("main")
+    ready, window = opened(weight_format=weight_format, adapter=draw_adapter(seeded, shape)), draw_window(seeded, shape)
+    _judge(ready.trained_gradient(window), oracle(ready), window, ready, judging)
+
+
+@pytest.mark.needs(Feature.GRADIENT_CHECKPOINTING)
+def test_checkpointing_changes_no_gradient(
+    opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    """Recomputed activations give the same gradient, and every tensor gets one."""
+    shape, _ = opened.models.drawn("main")
+    ready, window = opened(checkpointing=True, adapter=draw_adapter(seeded, shape)), draw_window(seeded, shape)
+    _judge(ready.trained_gradient(window), oracle(ready), window, ready, judging)
+    _judge(ready.trainer.gradients(window), oracle(ready), window, ready, judging)
+
+
+@pytest.mark.needs(Feature.GRADIENT_CHECKPOINTING, Feature.LORA_DROPOUT)
+def test_checkpointing_draws_the_same_dropout_again(
+    opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    """A mask drawn anew in the recomputation would train with another function than the loss was taken of."""
+    shape, _ = opened.models.drawn("main")
+    adapter, window = draw_adapter(seeded, shape, dropout=0.4), draw_window(seeded, shape)
+    kept, recomputed = opened(adapter=adapter), opened(adapter=adapter, checkpointing=True)
+    reference = oracle(kept)
+    # Kept inputs are larger by 1 / (1 - p): so may errors be, twice on the way forward and back.
+    bounds = _widened(gradient_bounds(reference, window, kept.dtype), 2.0 / (1.0 - 0.4) ** 2)
+    found, expected = (ready.trained_gradient(window, dropout_key=11) for ready in (recomputed, kept))
+    judging.all_within("gradients", found, expected, bounds)
+
+
+def test_tied_head_has_no_gradient_of_its_own(
+    opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    shape, _ = opened.models.drawn("tied")
+    ready, window = opened("tied", adapter=draw_adapter(seeded, shape)), draw_window(seeded, shape)
+    _judge(ready.trainer.gradients(window), oracle(ready), window, ready, judging)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True], ids=["alpha_over_r", "alpha_over_root_r"])
+def test_scale_of_the_adapter(
+    use_rslora: bool, opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    shape, _ = opened.models.drawn("main")
+    ready = opened(adapter=draw_adapter(seeded, shape, use_rslora=use_rslora, rank=8))
+    window = draw_window(seeded, shape)
+    _judge(ready.trainer.gradients(window), oracle(ready), window, ready, judging)
+
+
+def test_young_adapter(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
+    """At B = 0 every A has a gradient of exactly zero, and every B one that is not."""
+    shape, _ = opened.models.drawn("main")
+    ready, window = opened(adapter=with_zero(draw_adapter(seeded, shape), "B")), draw_window(seeded, shape)
+    found = ready.trainer.gradients(window)
+    _judge(found, oracle(ready), window, ready, judging)
+    for name, gradient in found.items():
+        assert gradient.any() == ("lora_B" in name), f"{name} has {'no' if 'lora_B' in name else 'a'} gradient"
+
+
+def test_adapter_on_few_modules(
+    opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    """Only the targets get gradients; one below others gets its own through them."""
+    shape, _ = opened.models.drawn("main")
+    targets = seeded.choice(sorted(linear_shapes(shape)), size=4, replace=False).tolist()
+    ready = opened(adapter=draw_adapter(seeded, shape, targets=targets))
+    window = draw_window(seeded, shape)
+    _judge(ready.trainer.gradients(window), oracle(ready), window, ready, judging)
+
+
+@pytest.mark.parametrize("prompt", [1, 6, 15], ids=["short", "medium", "long"])
+def test_prompt_tokens_do_not_count(
+    prompt: int, opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    shape, _ = opened.models.drawn("main")
+    ready = opened(adapter=draw_adapter(seeded, shape))
+    window = [draw_batch(seeded, shape, lengths=(20, 18), prompt=prompt)]
+    _judge(ready.trainer.gradients(window), oracle(ready), window, ready, judging)
+
+
+def test_scattered_labels(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
+    """Any token may or may not count, as in conversations with several turns."""
+    shape, _ = opened.models.drawn("main")
+    ready, batch = opened(adapter=draw_adapter(seeded, shape)), draw_batch(seeded, shape)
+    counts = seeded.random(batch.labels.shape) < 0.4
+    counts[:, 3] = True
+    scattered = with_field(batch, labels=np.where(counts, batch.labels, IGNORE_LABEL).astype(np.int32))
+    _judge(ready.trainer.gradients([scattered]), oracle(ready), [scattered], ready, judging)
+
+
+def test_last_token_is_trained(
+    opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    """The end of the text is what teaches a model to stop: rows where it alone counts, in full and padded rows."""
+    shape, _ = opened.models.drawn("main")
+    ready, batch = opened(adapter=draw_adapter(seeded, shape)), draw_batch(seeded, shape, lengths=(16, 11))
+    labels = np.full_like(batch.labels, IGNORE_LABEL)
+    input_ids = batch.input_ids.copy()
+    for row, last in enumerate((15, 10)):
+        input_ids[row, last] = labels[row, last] = 2
+    window = [with_field(batch, labels=labels, input_ids=input_ids)]
+    found = ready.trainer.gradients(window)
+    _judge(found, oracle(ready), window, ready, judging)
+    assert any(gradient.any() for gradient in found.values()), "the last token has no gradient"
+
+
+def test_what_stands_at_padding_does_not_matter(
+    opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    shape, _ = opened.models.drawn("main")
+    ready, batch = opened(adapter=draw_adapter(seeded, shape)), draw_batch(seeded, shape, lengths=(9, 20, 14))
+    noise = seeded.integers(FIRST_ORDINARY_TOKEN, shape.vocab_size, batch.input_ids.shape)
+    other = with_field(batch, input_ids=np.where(batch.segment_ids > 0, batch.input_ids, noise).astype(np.int32))
+    bounds = _widened(gradient_bounds(oracle(ready), [batch], ready.dtype), 2.0)
+    found, again = (ready.trainer.gradients([b]) for b in (batch, other))
+    judging.all_within("gradients", found, again, bounds)
+
+
+def test_width_of_the_padding_does_not_matter(
+    opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    shape, _ = opened.models.drawn("main")
+    ready, state = opened(adapter=draw_adapter(seeded, shape)), seeded.bit_generator.state
+    window = [draw_batch(seeded, shape, lengths=(9, 14))]
+    seeded.bit_generator.state = state
+    narrow = window[0]
+    wide = [_padded(narrow, 40)]
+    bounds = _widened(gradient_bounds(oracle(ready), window, ready.dtype), 2.0)
+    judging.all_within("gradients", ready.trainer.gradients(wide), ready.trainer.gradients(window), bounds)
+
+
+def _padded(batch: Batch, time: int) -> Batch:
+    more = ((0, 0), (0, time - batch.labels.shape[1]))
+    return Batch(
+        np.pad(batch.input_ids, more),
+        np.pad(batch.labels, more, constant_values=IGNORE_LABEL),
+        np.pad(batch.position_ids, more),
+        np.pad(batch.segment_ids, more),
+    )
+
+
+@pytest.mark.needs(Feature.PACKING)
+def test_packed_samples_equal_separate_ones(
+    opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    """Cross-sample attention, or positions that go on, would show."""
+    shape, _ = opened.models.drawn("main")
+    ready, apart = opened(adapter=draw_adapter(seeded, shape)), [draw_batch(seeded, shape, lengths=(11, 7, 13))]
+    together = [packed(apart, time=36)]
+    reference = oracle(ready)
+    _judge(ready.trainer.gradients(together), reference, together, ready, judging)
+    _judge(ready.trained_gradient(together), reference, apart, ready, judging)
+
+
+def test_looking_leaves_the_next_gradient_alone(
+    opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    """Evaluation and logits between two steps: a layer that repacks itself in evaluation loses gradients."""
+    shape, _ = opened.models.drawn("main")
+    ready, window = opened(adapter=draw_adapter(seeded, shape)), draw_window(seeded, shape)
+    ready.trainer.evaluate(window)
+    ready.trainer.logits(window[0])
+    reference = oracle(ready)
+    _judge(ready.trainer.gradients(window), reference, window, ready, judging)
+    ready.trainer.evaluate(window)
+    _judge(ready.trained_gradient(window), reference, window, ready, judging)
+
+
+@pytest.mark.needs(Feature.GENERATE)
+def test_generation_leaves_the_next_gradient_alone(
+    opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    shape, _ = opened.models.drawn("main")
+    ready, window = opened(adapter=draw_adapter(seeded, shape)), draw_window(seeded, shape)
+    for adapter in (True, False):
+        ready.trainer.generate(window[0].input_ids[0, :8], max_new_tokens=3, adapter=adapter)
+    _judge(ready.trained_gradient(window), oracle(ready), window, ready, judging)
+
+
+def test_gradients_twice_are_not_added_up(
+    opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    shape, _ = opened.models.drawn("main")
+    ready, window = opened(adapter=draw_adapter(seeded, shape)), draw_window(seeded, shape)
+    for _ in range(2):
+        found = ready.trainer.gradients(window)
+    _judge(found, oracle(ready), window, ready, judging)
+    _judge(ready.trained_gradient(window), oracle(ready), window, ready, judging)
+
+
+def test_looking_changes_no_state(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
+    """Adapter and moments are the same bits after every view."""
+    shape, _ = opened.models.drawn("main")
+    ready, window = opened(adapter=draw_adapter(seeded, shape)), draw_window(seeded, shape)
+    ready.step(window, 1e-3)
+    adapter, moments = ready.trainer.export_adapter().tensors, ready.trainer.export_optimizer().moments
+    ready.trainer.gradients(window)
+    ready.trainer.evaluate(window)
+    ready.trainer.logits(window[0])
+    judging.equal("adapter", ready.trainer.export_adapter().tensors, adapter)
+    judging.equal("moments", ready.trainer.export_optimizer().moments, moments)
+
+
+def _widened(bounds: Mapping[str, Bound], factor: float) -> dict[str, Bound]:
+    return {name: bound.times(factor, "two results") for name, bound in bounds.items()}
+
+
+def _judge(
+    found: Mapping[str, Float32], reference: OracleTrainer, window: Sequence[Batch], ready: Opened, judging: Judge
+) -> None:
+    expected = reference.gradients(window)
+    judging.all_within("gradients", found, expected, gradient_bounds(reference, window, ready.dtype))
