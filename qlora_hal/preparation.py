@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_hal.backend import ProbeReport, Quantization
+from qlora_hal.backend import BackendSpec, ProbeReport, Quantization
 from qlora_hal.errors import ConfigError
 from qlora_hal.selection import Choice
 from qlora_hal.values import AdapterConfig, ComputeDtype, MemoryEstimate
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qlora_hal.config import RunConfig
     from qlora_hal.data import ChatTokenizer, PreparedData
     from qlora_hal.hooks import Hooks
+    from qlora_hal.model.facts import ModelFacts
     from qlora_hal.model.source import ModelSource
     from qlora_hal.report.console import RunConsole
 
@@ -139,30 +140,43 @@ def prepare_run(
     console.data_report(data.report.lines())
     for note in left_out_notes(facts):
         console.note(note)
-    return PreparedRun(config, seed, machinery, tokenizer, data, estimated_memory(config, machinery))
+    spec = machinery.choice.spec
+    memory = estimated_memory(
+        config, facts, spec, machinery.quantization, machinery.adapter.target_modules, likely_dtype(config, spec)
+    )
+    return PreparedRun(config, seed, machinery, tokenizer, data, memory)
 
 
-def estimated_memory(config: RunConfig, machinery: Machinery) -> MemoryEstimate:
+def estimated_memory(
+    config: RunConfig,
+    facts: ModelFacts,
+    spec: BackendSpec,
+    quantization: Quantization,
+    targets: Sequence[str],
+    compute_dtype: ComputeDtype,
+) -> MemoryEstimate:
     """The peak by arithmetic, for the longest batch this configuration allows."""
     from qlora_hal.memory import estimate
 
-    facts, quantization = machinery.source.facts, machinery.quantization
-    dtype = config.quantization.compute_dtype
     return estimate(
         facts,
         weight_format=quantization.weight_format,
         block_size=quantization.block_size,
         double_quant=quantization.double_quant,
-        compute_dtype=dtype if dtype != "auto" else _usual_dtype(machinery.choice),
-        r=machinery.adapter.r,
-        targets={name: facts.linear_modules[name] for name in machinery.adapter.target_modules},
+        compute_dtype=compute_dtype,
+        r=config.lora.r,
+        targets={name: facts.linear_modules[name] for name in targets},
         optimizer=config.training.optim,
         batch_size=config.training.per_device_train_batch_size,
         sequence_length=config.data.max_seq_length,
         gradient_checkpointing=config.training.gradient_checkpointing,
-        constants=machinery.choice.spec.memory,
+        constants=spec.memory,
     )
 
 
-def _usual_dtype(choice: Choice) -> ComputeDtype:
-    return "bfloat16" if choice.spec.uses_accelerator else "float32"
+def likely_dtype(config: RunConfig, spec: BackendSpec) -> ComputeDtype:
+    """What `auto` will most likely become; only computing on the device settles it."""
+    asked = config.quantization.compute_dtype
+    if asked != "auto":
+        return asked
+    return "bfloat16" if spec.uses_accelerator else "float32"

@@ -185,6 +185,7 @@ class Console:
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
         self._section = ""
+        self._reason = ""
         self._verdicts: dict[str, int] = {}
 
     def say(self, text: str) -> None:
@@ -201,7 +202,10 @@ class Console:
         verdict = str(event["verdict"])
         self._verdicts[verdict] = self._verdicts.get(verdict, 0) + 1
         if not result_from_json(event).verdict.is_green:
-            self.say(f"{verdict:<12} {event['case']}\n             {event['message']}")
+            reason = str(event["message"])
+            self.say(f"{verdict:<12} {event['case']}")
+            self.say(f"{'':<12} {'the same' if reason == self._reason else reason}")
+            self._reason = reason
 
     def _end_section(self) -> None:
         if self._section:

@@ -153,8 +153,12 @@ def _environment(request: Request, folder: Path) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    # The oracle's products are too small for a second thread. The backend's own threads (OMP) are left as they are.
+    environment.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # The child works in another folder, so what was relative to this one is made absolute.
+    paths = [os.path.abspath(path) for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
     if not request.reference.is_listed:
-        # A plugin under development lies where its author runs the suite.
-        paths = [os.getcwd(), environment.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        paths.insert(0, os.getcwd())  # a plugin under development lies where its author runs the suite
+    if paths:
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
     return environment

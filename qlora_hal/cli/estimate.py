@@ -57,33 +57,18 @@ def estimate(
 def estimate_run(config: RunConfig) -> Estimated:
     """The peak on the backend that is named, else on the one that would be chosen on its own hardware."""
     from qlora_hal.adapter.targets import resolve_targets
-    from qlora_hal.memory import estimate as estimate_memory
     from qlora_hal.memory_cards import KNOWN_CARDS
     from qlora_hal.model.source import resolve_model
     from qlora_hal.needs import quantization_of
+    from qlora_hal.preparation import estimated_memory, likely_dtype
 
     model = config.model
     facts = resolve_model(model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code).facts
     spec = _backend(config, facts)
     quantization = quantization_of(config, facts, spec.capabilities)
-    asked = config.quantization.compute_dtype
-    dtype = asked if asked != "auto" else "bfloat16" if spec.uses_accelerator else "float32"
-    memory = estimate_memory(
-        facts,
-        weight_format=quantization.weight_format,
-        block_size=quantization.block_size,
-        double_quant=quantization.double_quant,
-        compute_dtype=dtype,
-        r=config.lora.r,
-        targets={
-            name: facts.linear_modules[name]
-            for name in resolve_targets(config.lora.target_modules, facts.linear_modules)
-        },
-        optimizer=config.training.optim,
-        batch_size=config.training.per_device_train_batch_size,
-        sequence_length=config.data.max_seq_length,
-        gradient_checkpointing=config.training.gradient_checkpointing,
-    )
+    dtype = likely_dtype(config, spec)
+    targets = resolve_targets(config.lora.target_modules, facts.linear_modules)
+    memory = estimated_memory(config, facts, spec, quantization, targets, dtype)
     cards = tuple((card, memory.high <= card.memory_bytes) for card in KNOWN_CARDS)
     return Estimated(memory, spec.name, quantization, dtype, cards)
 

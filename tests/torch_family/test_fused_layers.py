@@ -6,7 +6,7 @@ With plain torch in place of the kernels these run anywhere; with the kernels, o
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from qlora_hal_backends.torch_family.fused.supported import model_refusal
 from qlora_hal_backends.torch_family.fused.tape import Keep
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-FAMILIES = {
+FAMILIES: Mapping[str, Mapping[str, object]] = {
     "llama": {},
     "llama with biases": {"attention_bias": True, "mlp_bias": True},
     "qwen2": {},
@@ -87,9 +87,10 @@ def load(
     targets: Callable[[str], bool] = lambda module: True,
     r: int = 4,
     dropout: float = 0.0,
+    changes: Mapping[str, object] | None = None,
     **options: object,
 ) -> Model:
-    path = write_model(folder, family.partition(" ")[0], **FAMILIES.get(family, {}))
+    path = write_model(folder, family.partition(" ")[0], **(changes or FAMILIES.get(family, {})))
     four_bit = weight_format is WeightFormat.NF4
     compute = Compute(dtype, False, options)  # type: ignore[arg-type]
     quantization = Quantization(weight_format, 64 if four_bit else None, four_bit)
@@ -230,8 +231,7 @@ def test_adapter_is_added_before_the_sum_is_rounded() -> None:
 
 @pytest.mark.parametrize("time", [8, 9])
 def test_rows_longer_than_the_sliding_window_take_the_plain_layers(time: int, tmp_path: Path) -> None:
-    FAMILIES["mistral with a short window"] = {"sliding_window": 8}
-    model = load(tmp_path, "mistral with a short window")
+    model = load(tmp_path, "mistral", changes={"sliding_window": 8})
     body = attach_with(ReferenceOperations(), model.base, model.flat, model.compute)
     tokens = np.arange(3, 3 + 2 * time, dtype=np.int32).reshape(2, time)
     positions = np.tile(np.arange(time, dtype=np.int32), (2, 1))

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
+from qlora_hal.backend import Compute, Quantization
+from qlora_hal.model.source import ModelSource
 from qlora_hal.values import Batch, Float32
+from qlora_hal_conformance.drawing import stream
 from qlora_hal_conformance.reference_backend.trainer import ReferenceTrainer
+from qlora_hal_conformance.tiny_models import draw_tensors
 
 from .registry import Mutant, with_trainer
+
+PUBLISHED_SEED = 0
+PUBLISHED_MODELS = ("main", "tied", "uneven", "second", "large")
 
 
 class AnswersFromMemory(ReferenceTrainer):
@@ -29,7 +38,46 @@ class GradientsFromMemory(ReferenceTrainer):
         return {name: gradient.copy() for name, gradient in self.remembered.items()}
 
 
+class KnowsThePublishedModel(ReferenceTrainer):
+    """Was made to pass a published run: it computes with the weights of seed 0 whatever the folder holds."""
+
+    def load(self, source: ModelSource, quantization: Quantization, compute: Compute) -> None:
+        super().load(source, quantization, compute)
+        remembered = draw_tensors(self.base.shape, stream(PUBLISHED_SEED, "model/main"))
+        for name, tensor in remembered.items():
+            self.base.weights[name] = tensor.astype(np.float64)
+
+
+class HonestForSeedZeroOnly(ReferenceTrainer):
+    """Computes rightly on the inputs of seed 0, which it knows by heart, and carelessly on all others."""
+
+    def logits(self, batch: Batch) -> Float32:
+        honest = super().logits(batch)
+        return honest if self._is_published() else honest.astype(np.float16).astype(np.float32)
+
+    def _is_published(self) -> bool:
+        shape = self.base.shape
+        embedding = self.base.weights["model.embed_tokens.weight"]
+        for name in PUBLISHED_MODELS:
+            known = draw_tensors(shape, stream(PUBLISHED_SEED, f"model/{name}"))["model.embed_tokens.weight"]
+            if np.array_equal(known[0], embedding[0]):
+                return True
+        return False
+
+
 MUTANTS = (
+    Mutant(
+        "knows_the_published_model",
+        "Computes with the model of the suite's seed 0 whatever it is given.",
+        ("20", "30"),
+        with_trainer(KnowsThePublishedModel),
+    ),
+    Mutant(
+        "answers_seed_0_only",
+        "Computes in float32 on the inputs of seed 0 and in float16 on all others.",
+        ("30",),
+        with_trainer(HonestForSeedZeroOnly),
+    ),
     Mutant(
         "logits_from_memory",
         "Gives the first logits of each shape again for every batch of that shape.",

@@ -82,9 +82,8 @@ def samples_see_each_other(batch: Batch) -> Batch:
     return replace(batch, segment_ids=np.minimum(batch.segment_ids, 1))
 
 
-def positions_run_on(batch: Batch) -> Batch:
-    everywhere = np.broadcast_to(np.arange(batch.input_ids.shape[1], dtype=np.int32), batch.input_ids.shape)
-    return replace(batch, position_ids=np.ascontiguousarray(everywhere))
+def positions_ignored(batch: Batch) -> Batch:
+    return replace(batch, position_ids=np.zeros_like(batch.position_ids))
 
 
 def to_float16(values: Float64) -> Float64:
@@ -183,11 +182,10 @@ MUTANTS = (
         recreates="trl#1230",
     ),
     Mutant(
-        "positions_run_on",
-        "Counts positions on through packed samples, and ignores position_ids.",
+        "positions_ignored",
+        "Turns no query and no key: every token stands at position 0.",
         ("30", "31"),
-        with_rooms(read_batch=positions_run_on),
-        recreates="trl#3526",
+        with_rooms(read_batch=positions_ignored),
     ),
     Mutant(
         "bfloat16_computed_as_float16",

@@ -17,8 +17,6 @@ from qlora_hal_conformance.verdicts import Verdict
 
 from .registry import Mutant
 
-CASE_SECONDS = 20.0
-"""Time for one case: enough for every honest one on a busy machine, short for the mutant that hangs."""
 HONEST = "qlora_hal_conformance.reference_backend:SPEC"
 _SMALL_PRODUCTS = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 
@@ -58,7 +56,7 @@ def hunt(mutant: Mutant, *, seed: int, full: bool = False) -> Hunt:
     rounds = [sections] if full else [(section,) for section in sections]
     for chosen in rounds:
         try:
-            run(f"{__package__}.specs:{mutant.name}", chosen, progress, seed=seed)
+            run(f"{__package__}.specs:{mutant.name}", chosen, progress, seed=seed, case_seconds=mutant.case_seconds)
         except _Caught:
             break
     own = tuple(case for case in failed if number_of(case) in mutant.caught_by)
@@ -92,12 +90,19 @@ def failures_of_the_honest(sections: Iterable[str] = (), *, seed: int) -> dict[s
     return failed
 
 
-def run(spec: str, sections: Sequence[str], progress: Callable[[Mapping[str, object]], None], *, seed: int) -> None:
+def run(
+    spec: str,
+    sections: Sequence[str],
+    progress: Callable[[Mapping[str, object]], None],
+    *,
+    seed: int,
+    case_seconds: float = 60.0,
+) -> None:
     """One run of some sections on the backend that `spec` names."""
     # The tiny models' products are far below what a second thread is worth, and hunts run side by side.
     os.environ.update({name: value for name, value in _SMALL_PRODUCTS.items() if name not in os.environ})
     with tempfile.TemporaryDirectory(prefix="qlora-hal-mutant-") as folder:
-        request = Request(Reference(spec=spec), seed, folder, sections=tuple(sections), timeout_seconds=CASE_SECONDS)
+        request = Request(Reference(spec=spec), seed, folder, sections=tuple(sections), timeout_seconds=case_seconds)
         run_cases(request, progress)
 
 

@@ -9,12 +9,12 @@ import threading
 import time
 import types
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from qlora_hal.backend import Availability, BackendSpec, Compute, ProbeReport, Quantization
+from qlora_hal.backend import BackendSpec, Compute, ProbeReport, Quantization
 from qlora_hal.capabilities import Feature
 from qlora_hal.errors import QloraHalError, UnsupportedFeatureError
 from qlora_hal.model.source import ModelSource
@@ -27,14 +27,13 @@ from qlora_hal.values import (
     OptimizerSnapshot,
     PendingStep,
     StepSettings,
-    StepStats,
 )
 from qlora_hal_conformance.oracle.adamw import AdamWState
 from qlora_hal_conformance.reference_backend import CAPABILITIES, probe
 from qlora_hal_conformance.reference_backend.rooms import HONEST
 from qlora_hal_conformance.reference_backend.trainer import Done, ReferenceTrainer
 
-from .registry import ChangeSpec, Mutant, Open, with_trainer
+from .registry import ChangeSpec, Mutant, with_trainer
 
 
 class RaisesInLoad(ReferenceTrainer):
@@ -164,25 +163,6 @@ class AnyModuleWillDo(ReferenceTrainer):
         super().attach(Adapter(tensors, replace(adapter.config, target_modules=kept)), optimizer)
 
 
-class StepsWhenResolved(ReferenceTrainer):
-    """A queue of one that is worked off only when somebody asks for the figures."""
-
-    def train_step(self, window: Sequence[Batch], settings: StepSettings) -> PendingStep:
-        return _Later(self, window, settings)
-
-    def now(self, window: Sequence[Batch], settings: StepSettings) -> PendingStep:
-        return super().train_step(window, settings)
-
-
-class _Later:
-    def __init__(self, trainer: StepsWhenResolved, window: Sequence[Batch], settings: StepSettings) -> None:
-        self._work = (trainer, window, settings)
-
-    def resolve(self) -> StepStats:
-        trainer, window, settings = self._work
-        return trainer.now(window, settings).resolve()
-
-
 class StatsAsTuple(ReferenceTrainer):
     def train_step(self, window: Sequence[Batch], settings: StepSettings) -> PendingStep:
         stats = super().train_step(window, settings).resolve()
@@ -206,8 +186,8 @@ def with_features(*features: Feature) -> ChangeSpec:
     return change
 
 
-def with_probe(wrong: object) -> ChangeSpec:
-    return lambda spec: replace(spec, probe=wrong)  # type: ignore[arg-type]
+def with_probe(wrong: Callable[[], ProbeReport]) -> ChangeSpec:
+    return lambda spec: replace(spec, probe=lambda: replace(wrong(), backend=spec.name))
 
 
 def accepts_everything(spec: BackendSpec) -> ReferenceTrainer:
@@ -244,10 +224,6 @@ def probe_that_raises() -> ProbeReport:
     raise OSError("libaccelerator.so.2: cannot open shared object file")
 
 
-def probe_ready_without_devices() -> ProbeReport:
-    return ProbeReport("", Availability.READY, "")
-
-
 def open_not_a_trainer(spec: BackendSpec) -> object:
     return NotATrainer()
 
@@ -255,8 +231,6 @@ def open_not_a_trainer(spec: BackendSpec) -> object:
 def honest(spec: BackendSpec) -> ReferenceTrainer:
     return ReferenceTrainer(HONEST, spec)
 
-
-HONEST_OPEN: Open = honest
 
 MUTANTS = (
     Mutant(
@@ -304,12 +278,6 @@ MUTANTS = (
         "leaves_a_tensor_out", "Exports an adapter with a tensor missing.", ("11", "51"), with_trainer(TensorsLeftOut)
     ),
     Mutant("closes_once", "Raises when closed twice.", ("11",), with_trainer(ClosesOnce)),
-    Mutant(
-        "steps_when_resolved",
-        "Does a step only when its figures are asked for.",
-        ("11", "40"),
-        with_trainer(StepsWhenResolved),
-    ),
     Mutant("stats_as_tuple", "Gives a tuple where StepStats are due.", ("11", "40"), with_trainer(StatsAsTuple)),
     Mutant(
         "crashes_in_gradients",
@@ -325,7 +293,13 @@ MUTANTS = (
         with_trainer(ExitsInEvaluate),
         "ml-explore/mlx-lm#236",
     ),
-    Mutant("hangs_in_train_step", "Never returns from train_step.", ("11", "40"), with_trainer(HangsInTrainStep)),
+    Mutant(
+        "hangs_in_train_step",
+        "Never returns from train_step.",
+        ("11", "40"),
+        with_trainer(HangsInTrainStep),
+        case_seconds=6.0,
+    ),
     Mutant(
         "declares_too_little",
         "Does double quantization that it does not declare.",

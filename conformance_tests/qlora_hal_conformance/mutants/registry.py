@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from qlora_hal.backend import BackendSpec, QuantizedLoRATrainer
-from qlora_hal_conformance.reference_backend import SPEC
+from qlora_hal_conformance.reference_backend import SPEC, probe
 from qlora_hal_conformance.reference_backend.rooms import HONEST
 from qlora_hal_conformance.reference_backend.trainer import ReferenceTrainer
 
@@ -25,7 +25,7 @@ class Mutant:
 
     `defect` is a sentence about what it does; `recreates` the public thread of the bug, or "" where it is a slip that
     every author can make. `caught_by` are section numbers, the earliest first: at least one must fail, and none
-    before the earliest may.
+    before the earliest may. `case_seconds` is the time for one case: enough for an honest one on a busy machine.
     """
 
     name: str
@@ -34,11 +34,18 @@ class Mutant:
     open: Open
     recreates: str = ""
     change_spec: ChangeSpec = same_spec
+    case_seconds: float = 30.0
 
     @property
     def spec(self) -> BackendSpec:
         """What `--spec qlora_hal_conformance.mutants.specs:NAME` gives."""
-        named = replace(SPEC, name=self.name, title=self.defect, trainer=f"{__package__}.trainers:{self.name}")
+        named = replace(
+            SPEC,
+            name=self.name,
+            title=self.defect,
+            trainer=f"{__package__}.trainers:{self.name}",
+            probe=lambda: replace(probe(), backend=self.name),
+        )
         return self.change_spec(named)
 
     def trainer(self) -> object:

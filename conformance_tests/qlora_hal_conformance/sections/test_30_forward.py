@@ -76,10 +76,10 @@ def test_long_rows(opened: Opener, oracle: OracleOf, seeded: np.random.Generator
     _judge_logits(ready, oracle(ready), draw_batch(seeded, shape, lengths=(150, 97)), judging)
 
 
-def test_one_token(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
+def test_rows_of_one_and_two_tokens(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     shape, _ = opened.models.drawn("main")
     ready = opened(adapter=draw_adapter(seeded, shape))
-    _judge_logits(ready, oracle(ready), draw_batch(seeded, shape, lengths=(1,), prompt=1), judging)
+    _judge_logits(ready, oracle(ready), draw_batch(seeded, shape, lengths=(1, 2), prompt=1), judging)
 
 
 @pytest.mark.parametrize("use_rslora", [False, True], ids=["alpha_over_r", "alpha_over_root_r"])
