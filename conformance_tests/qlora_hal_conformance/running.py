@@ -155,6 +155,8 @@ def _environment(request: Request, folder: Path) -> dict[str, str]:
     }
     # The oracle's products are too small for a second thread. The backend's own threads (OMP) are left as they are.
     environment.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # On a busy machine, threads that wait by spinning turn a product of milliseconds into seconds.
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # The child works in another folder, so what was relative to this one is made absolute.
     paths = [os.path.abspath(path) for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
     if not request.reference.is_listed:

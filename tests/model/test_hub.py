@@ -54,8 +54,9 @@ class Client:
         trust: bool = False,
         offline: bool = False,
     ) -> dict[str, Any]:
-        environment = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
-        environment.pop("HF_HUB_OFFLINE", None)
+        # Nothing of this process's settings: libraries that other tests import change the environment.
+        kept = ("PATH", "HOME", "LANG", "TMPDIR", "SYSTEMROOT")
+        environment = {key: os.environ[key] for key in kept if key in os.environ}
         environment |= {
             "HF_ENDPOINT": address, "HF_HOME": str(self.cache), "HF_HUB_OFFLINE": str(int(offline)),
             "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1",

@@ -10,13 +10,22 @@ from qlora_hal.backend import Compute, Quantization
 from qlora_hal.model.source import ModelSource
 from qlora_hal.values import Batch, Float32
 from qlora_hal_conformance.drawing import stream
+from qlora_hal_conformance.oracle import LlamaShape
 from qlora_hal_conformance.reference_backend.trainer import ReferenceTrainer
-from qlora_hal_conformance.tiny_models import draw_tensors
+from qlora_hal_conformance.tiny_models import SHAPES, UNEVEN_SHAPE, draw_tensors
 
 from .registry import Mutant, with_trainer
 
 PUBLISHED_SEED = 0
 PUBLISHED_MODELS = ("main", "tied", "uneven", "second", "large")
+
+
+def published_tensors(shape: LlamaShape, name: str) -> dict[str, Float32]:
+    """The weights that the suite draws from its seed 0; the first draw of a model is its shape."""
+    random = stream(PUBLISHED_SEED, f"model/{name}")
+    if shape != UNEVEN_SHAPE:
+        random.integers(len(SHAPES))
+    return draw_tensors(shape, random)
 
 
 class AnswersFromMemory(ReferenceTrainer):
@@ -43,8 +52,7 @@ class KnowsThePublishedModel(ReferenceTrainer):
 
     def load(self, source: ModelSource, quantization: Quantization, compute: Compute) -> None:
         super().load(source, quantization, compute)
-        remembered = draw_tensors(self.base.shape, stream(PUBLISHED_SEED, "model/main"))
-        for name, tensor in remembered.items():
+        for name, tensor in published_tensors(self.base.shape, "main").items():
             self.base.weights[name] = tensor.astype(np.float64)
 
 
@@ -59,7 +67,7 @@ class HonestForSeedZeroOnly(ReferenceTrainer):
         shape = self.base.shape
         embedding = self.base.weights["model.embed_tokens.weight"]
         for name in PUBLISHED_MODELS:
-            known = draw_tensors(shape, stream(PUBLISHED_SEED, f"model/{name}"))["model.embed_tokens.weight"]
+            known = published_tensors(shape, name)["model.embed_tokens.weight"]
             if np.array_equal(known[0], embedding[0]):
                 return True
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
 import threading
@@ -11,10 +12,11 @@ import types
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
-from qlora_hal.backend import BackendSpec, Compute, ProbeReport, Quantization
+from qlora_hal.backend import Availability, BackendSpec, Compute, ProbeReport, Quantization
 from qlora_hal.capabilities import Feature
 from qlora_hal.errors import QloraHalError, UnsupportedFeatureError
 from qlora_hal.model.source import ModelSource
@@ -34,6 +36,8 @@ from qlora_hal_conformance.reference_backend.rooms import HONEST
 from qlora_hal_conformance.reference_backend.trainer import Done, ReferenceTrainer
 
 from .registry import ChangeSpec, Mutant, with_trainer
+
+STUB_LIBRARIES = str(Path(__file__).parent / "stub_libraries")
 
 
 class RaisesInLoad(ReferenceTrainer):
@@ -216,8 +220,12 @@ def slow_probe() -> ProbeReport:
 
 
 def probe_without_fix() -> ProbeReport:
-    report = probe()
-    return report if report.ready else replace(report, fix="")
+    sys.path.append(STUB_LIBRARIES)
+    try:
+        found = importlib.util.find_spec("tinygrad")
+    finally:
+        sys.path.remove(STUB_LIBRARIES)
+    return probe() if found else ProbeReport("", Availability.MISSING_PACKAGE, "tinygrad is not installed.")
 
 
 def probe_that_raises() -> ProbeReport:

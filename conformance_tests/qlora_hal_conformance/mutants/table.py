@@ -29,11 +29,14 @@ def write_table(path: Path, mutants: Sequence[Mutant], hunts: Mapping[str, Hunt]
 
 def row(mutant: Mutant, found: Hunt) -> str:
     """One mutant as a row."""
-    cells = (
-        f"`{mutant.name}`",
-        mutant.defect,
-        mutant.recreates or "-",
-        ", ".join(mutant.caught_by),
-        f"`{found.caught_by[0]}`" if found.caught_by else "**nothing**",
-    )
+    return f"{about(mutant)} {f'`{found.caught_by[0]}`' if found.caught_by else '**nothing**'} |"
+
+
+def rows_of_registry(mutants: Sequence[Mutant]) -> list[str]:
+    """What each row starts with, whatever a run found: a document that lacks one of them is out of date."""
+    return [about(mutant) for mutant in mutants]
+
+
+def about(mutant: Mutant) -> str:
+    cells = (f"`{mutant.name}`", mutant.defect, mutant.recreates or "-", ", ".join(mutant.caught_by))
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

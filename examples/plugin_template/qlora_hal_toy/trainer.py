@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from qlora_hal.adapter import check_fits, lora_a_key, lora_b_key
 from qlora_hal.backend import Compute, DeviceFacts, Quantization, QuantizedLoRATrainer
 from qlora_hal.capabilities import OPTIMIZER_FEATURE, Feature, Needs, WeightFormat, missing
-from qlora_hal.errors import AdapterError, ModelError, UnsupportedFeatureError
+from qlora_hal.errors import AdapterError, BackendContractError, ModelError, UnsupportedFeatureError
 from qlora_hal.model.source import ModelSource
 from qlora_hal.values import IGNORE_LABEL, Adapter, Batch, LossSum, OptimizerSnapshot, StepSettings, StepStats
 from qlora_hal_toy import SPEC
@@ -119,6 +119,12 @@ class ToyTrainer(QuantizedLoRATrainer):
 
     def close(self) -> None:
         self.__dict__.clear()
+
+    def __getattr__(self, name: str) -> Any:
+        """Only for what is not there: `load` and `attach` set it, `close` takes it away."""
+        if name in ("model", "layers", "config", "parameters", "optimizer"):
+            raise BackendContractError("QH-B02", f"There is no {name} yet.", fix="Call load(), then attach().")
+        raise AttributeError(name)
 
     # training
     def train_step(self, window: Sequence[Batch], settings: StepSettings) -> Done:

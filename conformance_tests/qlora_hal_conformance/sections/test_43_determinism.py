@@ -1,0 +1,161 @@
+"""L2: the same start gives the same run; dropout is a function of its key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+
+from qlora_hal.capabilities import Feature
+from qlora_hal.values import Batch, Float32
+from qlora_hal_conformance.drawing import draw_adapter, draw_batch, draw_window, with_zero
+from qlora_hal_conformance.judging import Judge
+from qlora_hal_conformance.opening import Opened, Opener
+from qlora_hal_conformance.parameters import OracleOf
+from qlora_hal_conformance.tolerances import (
+    Bound,
+    UpdateSettings,
+    agreement_of_masks,
+    gradient_bounds,
+    kept_share,
+    update_bounds,
+)
+
+RATE = 1e-3
+DROP = 0.3
+KEYS = (1, 2, 77, 2**31 + 5, 2**62 + 11, 2**63 - 1)
+"""The core's keys have 63 bits."""
+
+
+def test_same_start_gives_the_same_run(
+    opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    """Bit for bit where that is declared; within twice the rounding bound of a step elsewhere."""
+    shape, _ = opened.models.drawn("main")
+    adapter, window = draw_adapter(seeded, shape), draw_window(seeded, shape)
+    first, second = opened(adapter=adapter), opened(adapter=adapter)
+    bounds = _twice(update_bounds(oracle(first), window, first.dtype, UpdateSettings(RATE)).parameters)
+    exactly = opened.subject.declares(Feature.BITWISE_DETERMINISM)
+    for _ in range(3 if exactly else 1):
+        losses = [ready.step(window, RATE, dropout_key=5).loss_sum for ready in (first, second)]
+    found, expected = (ready.trainer.export_adapter().tensors for ready in (first, second))
+    if exactly:
+        judging.equal("adapter", found, expected)
+        assert losses[0] == losses[1], f"losses {losses} of the same step"
+    else:
+        judging.all_within("adapter", found, expected, bounds)
+
+
+@pytest.mark.needs(Feature.LORA_DROPOUT)
+def test_same_key_gives_the_same_masks(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
+    """In another trainer, after other steps: nothing but the key decides."""
+    shape, _ = opened.models.drawn("main")
+    adapter, window = draw_adapter(seeded, shape, dropout=DROP), draw_window(seeded, shape)
+    fresh, used = opened(adapter=adapter), opened(adapter=adapter)
+    for key in (9, 10):
+        used.step(draw_window(seeded, shape), 0.0, dropout_key=key)
+    used.trainer.evaluate(window)
+    expected, found = (ready.trained_gradient(window, dropout_key=123) for ready in (fresh, used))
+    if opened.subject.declares(Feature.BITWISE_DETERMINISM):
+        judging.equal("gradients", found, expected)
+    else:
+        bounds = gradient_bounds(oracle(fresh), window, fresh.dtype)
+        judging.all_within("gradients", found, expected, _twice(bounds, 2.0 / (1.0 - DROP) ** 2))
+
+
+@pytest.mark.needs(Feature.LORA_DROPOUT)
+def test_other_key_gives_other_masks(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
+    shape, _ = opened.models.drawn("main")
+    probe = _MaskProbe(opened, seeded)
+    for one, other in zip(KEYS, KEYS[1:], strict=False):
+        judging.at_most("agreement of two keys' masks", *_agreement(probe.masks(one), probe.masks(other)))
+
+
+@pytest.mark.needs(Feature.LORA_DROPOUT)
+def test_layers_and_micro_batches_have_masks_of_their_own(
+    opened: Opener, seeded: np.random.Generator, judging: Judge
+) -> None:
+    shape, _ = opened.models.drawn("main")
+    probe = _MaskProbe(opened, seeded)
+    masks = probe.masks(41)
+    of_equal_width = [name for name, mask in masks.items() if mask.size == shape.hidden_size]
+    for one, other in zip(of_equal_width, of_equal_width[1:], strict=False):
+        judging.at_most("agreement of two layers' masks", *_agreement({"": masks[one]}, {"": masks[other]}))
+    judging.at_most("agreement of two micro-batches' masks", *_agreement(masks, probe.masks_of_second(41)))
+
+
+@pytest.mark.needs(Feature.LORA_DROPOUT)
+def test_share_and_scale_of_what_is_kept(
+    opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    """Of the adapter's inputs a share 1 - p is kept, and multiplied by 1 / (1 - p); the others are exactly 0."""
+    probe = _MaskProbe(opened, seeded)
+    bounds = gradient_bounds(oracle(probe.ready), [probe.batch], probe.ready.dtype)
+    kept, drawn = 0, 0
+    for key in KEYS:
+        found = probe.gradient(key)
+        for name, mask in probe.masks_in(found).items():
+            kept, drawn = kept + int(mask.sum()), drawn + mask.size
+            expected = probe.plain[name] * mask / (1.0 - DROP)
+            judging.within(f"gradient of {name}", found[name], expected, bounds[name].times(1 / (1 - DROP) + 1, "kept"))
+    assert drawn, "no gradient shows the masks"
+    judging.at_most("|share kept - (1 - p)|", abs(kept / drawn - (1.0 - DROP)), kept_share(drawn, DROP))
+
+
+@pytest.mark.needs(Feature.LORA_DROPOUT)
+def test_dropout_of_zero_needs_no_key(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
+    shape, _ = opened.models.drawn("main")
+    ready, window = opened(adapter=draw_adapter(seeded, shape)), draw_window(seeded, shape)
+    reference = oracle(ready)
+    bounds = gradient_bounds(reference, window, ready.dtype)
+    judging.all_within("gradients", ready.trained_gradient(window, dropout_key=8), reference.gradients(window), bounds)
+
+
+class _MaskProbe:
+    """Reads dropout masks off a training step.
+
+    With A = 0 the adapter adds nothing, so no mask changes what later layers see; the gradient of A is v drop(x) with
+    v = scale dy B untouched by any mask. In a window whose only counted prediction is made at the first token of a
+    row, drop(x) is one vector: column j of the gradient is 0 where input j was dropped.
+    """
+
+    def __init__(self, opened: Opener, seeded: np.random.Generator) -> None:
+        shape, _ = opened.models.drawn("main")
+        self.batch = draw_batch(seeded, shape, lengths=(2,), prompt=1)
+        adapter = with_zero(draw_adapter(seeded, shape, dropout=DROP, rank=4), "A")
+        self.ready: Opened = opened(adapter=adapter)
+        plain = self.ready.trainer.gradients([self.batch])
+        self.plain = {name: gradient for name, gradient in plain.items() if _shows_masks(name, gradient)}
+
+    def gradient(self, key: int, window: list[Batch] | None = None) -> dict[str, Float32]:
+        return self.ready.trained_gradient(window or [self.batch], dropout_key=key)
+
+    def masks(self, key: int) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+        """Tensor name -> which inputs were kept."""
+        return self.masks_in(self.gradient(key))
+
+    def masks_of_second(self, key: int) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+        """The masks of the second of two micro-batches that are the same, found by taking away the first's part."""
+        both = self.gradient(key, [self.batch, self.batch])
+        first = self.gradient(key)
+        return self.masks_in({name: 2.0 * both[name] - first[name] for name in self.plain})
+
+    def masks_in(self, gradient: Mapping[str, Float32]) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+        # Half of what a kept column would have tells it from a dropped one with any rounding.
+        sizes = {name: np.abs(plain).sum(axis=0) for name, plain in self.plain.items()}
+        return {name: np.abs(gradient[name]).sum(axis=0) > 0.5 * size for name, size in sizes.items()}
+
+
+def _shows_masks(name: str, gradient: Float32) -> bool:
+    """Tensors A whose gradient is not zero: with one token there is nothing for queries and keys to choose from."""
+    return "lora_A" in name and "q_proj" not in name and "k_proj" not in name and bool(np.abs(gradient).any())
+
+
+def _agreement(left: Mapping[str, np.ndarray], right: Mapping[str, np.ndarray]) -> tuple[float, Bound]:  # type: ignore[type-arg]
+    one, other = (np.concatenate([masks[name] for name in left]) for masks in (left, right))
+    return float((one == other).mean()), agreement_of_masks(one.size, DROP)
+
+
+def _twice(bounds: Mapping[str, Bound], factor: float = 2.0) -> dict[str, Bound]:
+    return {name: bound.times(factor, "two results") for name, bound in bounds.items()}

@@ -1,0 +1,59 @@
+"""One optimizer step of a backend beside the oracle's, each from the same state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import numpy as np
+
+from qlora_hal.values import Batch, OptimizerSnapshot, StepStats
+from qlora_hal_conformance.judging import Judge
+from qlora_hal_conformance.opening import Opened, oracle_step
+from qlora_hal_conformance.oracle import OracleTrainer
+from qlora_hal_conformance.tolerances import UpdateSettings, gradient_bounds, loss_bound, norm_bound, update_bounds
+
+
+def oracle_at_state_of(ready: Opened) -> OracleTrainer:
+    """The oracle with the backend's own weights, adapter and moments as they stand."""
+    exported = ready.trainer.export_adapter()
+    oracle = ready.oracle(exported)
+    snapshot = ready.trainer.export_optimizer()
+    oracle.import_optimizer(snapshot.step, snapshot.moments)
+    return oracle
+
+
+def judge_step(
+    ready: Opened, reference: OracleTrainer, window: Sequence[Batch], given: UpdateSettings, judging: Judge
+) -> StepStats:
+    """Take one step on both sides and compare figures, adapter and moments. `reference` is left one step on."""
+    bounds = update_bounds(reference, window, ready.dtype, given)
+    gradients = reference.gradients(window)
+    of_norm = norm_bound(gradient_bounds(reference, window, ready.dtype), gradients)
+    of_loss = loss_bound(reference, window, ready.dtype)
+    settings = asdict(given)
+    stats = ready.step(window, settings.pop("learning_rate"), **settings)
+    adapter, snapshot = ready.trainer.export_adapter().tensors, ready.trainer.export_optimizer()
+    expected = oracle_step(reference, window, given.learning_rate, **settings)
+    assert stats.applied, "the step was not applied"
+    assert stats.token_count == expected.token_count, f"{stats.token_count} tokens, {expected.token_count} count"
+    judging.within("loss sum", np.array(stats.loss_sum), np.array(expected.loss_sum), of_loss)
+    judging.within("gradient norm before clipping", np.array(stats.grad_norm), np.array(expected.grad_norm), of_norm)
+    step, moments = reference.export_optimizer()
+    assert snapshot.step == step, f"the optimizer says step {snapshot.step} after {step}"
+    judging.all_within("adapter after the step", adapter, reference.export_adapter(), bounds.parameters)
+    judging.all_within("moments after the step", snapshot.moments, moments, bounds.moments)
+    return stats
+
+
+def drawn_moments(ready: Opened, window: Sequence[Batch], step: int, random: np.random.Generator) -> OptimizerSnapshot:
+    """Moments as after `step` updates, of the size of this window's gradients: neither young nor converged."""
+    gradients = ready.trainer.gradients(window)
+    moments = {}
+    for name, gradient in gradients.items():
+        size = float(np.sqrt((gradient.astype(np.float64) ** 2).mean())) + 1e-12
+        first = random.normal(size=gradient.shape) * size * 0.3
+        moments[f"{name}.exp_avg"] = first.astype(np.float32)
+        second = (first**2 + size**2 * random.uniform(0.2, 1.0, gradient.shape)) * (1.0 - 0.999**step)
+        moments[f"{name}.exp_avg_sq"] = second.astype(np.float32)
+    return OptimizerSnapshot(step, moments)

@@ -1,0 +1,68 @@
+"""The suite catches every wrong backend in one of the sections that name its defect, and no honest one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from qlora_hal_conformance.mutants.__main__ import main
+from qlora_hal_conformance.mutants.hunting import Hunt, failures_of_the_honest, hunt, hunt_all
+from qlora_hal_conformance.mutants.population import BY_NAME, MUTANTS
+from qlora_hal_conformance.mutants.table import rows_of_registry
+
+SEED = 20261121
+"""Any would do: the command line draws one afresh in each run; here a failure must come again."""
+JOBS = 2
+FEWEST = 44
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "mutants.md"
+
+
+@pytest.fixture(scope="session")
+def hunts(request: pytest.FixtureRequest) -> Mapping[str, Hunt]:
+    """Every mutant that a selected test asks for, hunted two at a time."""
+    chosen = {item.callspec.params["name"] for item in request.session.items if "hunts" in item.fixturenames}
+    mutants = [BY_NAME[name] for name in sorted(chosen, key=list(BY_NAME).index)]
+    found = hunt_all(mutants, seed=SEED, jobs=JOBS, full=False, told=lambda _: None)
+    return {one.mutant: one for one in found}
+
+
+@pytest.mark.parametrize("name", list(BY_NAME))
+def test_mutant_is_caught_in_a_section_that_names_its_defect(name: str, hunts: Mapping[str, Hunt]) -> None:
+    sections = ", ".join(BY_NAME[name].caught_by)
+    assert hunts[name].caught_by, f"{name} passed sections {sections}: {BY_NAME[name].defect}"
+    assert not hunts[name].too_early, f"{name} also failed {hunts[name].too_early}, before section {sections}"
+
+
+def test_honest_reference_backend_fails_nothing() -> None:
+    assert failures_of_the_honest(seed=SEED) == {}
+
+
+def test_there_are_enough_mutants_each_with_a_sentence_and_a_section() -> None:
+    assert len(MUTANTS) >= FEWEST
+    for mutant in MUTANTS:
+        assert mutant.defect.endswith("."), mutant.name
+        assert mutant.caught_by == tuple(sorted(mutant.caught_by)), f"{mutant.name}: the earliest section comes first"
+
+
+def test_cheat_that_knows_seed_0_is_caught_by_a_fresh_seed_alone() -> None:
+    """What it answers for the inputs it knows is right: only fresh inputs tell."""
+    known = hunt(BY_NAME["answers_seed_0_only"], seed=0)
+    fresh = hunt(BY_NAME["answers_seed_0_only"], seed=SEED)
+    first = "30_forward/logits_equal_the_oracle[none-float32]"
+    assert first not in known.caught_by
+    assert first in fresh.caught_by
+
+
+def test_document_lists_every_mutant() -> None:
+    listed = [line for line in DOCUMENT.read_text().splitlines() if line.startswith("| `")]
+    expected = rows_of_registry(MUTANTS)
+    told = "run: python -m qlora_hal_conformance.mutants --out docs/mutants.md"
+    assert len(listed) == len(expected), told
+    assert all(line.startswith(start) for line, start in zip(listed, expected, strict=True)), told
+
+
+def test_unknown_name_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--only", "no_such_mutant"]) == 2
+    assert "no_such_mutant" in capsys.readouterr().err
