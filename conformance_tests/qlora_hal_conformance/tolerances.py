@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qlora_hal_conformance.oracle import UNIT_ROUNDOFF, ErrorScale, OracleTrainer
+from qlora_hal_conformance.oracle import UNIT_ROUNDOFF, ErrorScale, LossCurveEnvelope, OracleTrainer
 from qlora_hal_conformance.oracle.adamw import AdamWState, adamw_update, clip_factor, global_norm
 from qlora_hal_conformance.oracle.arrays import AnyFloat, Float64, TokenBatch
 
@@ -240,6 +240,29 @@ def update_bounds(oracle: OracleTrainer, window: Sequence[TokenBatch], dtype: st
     return UpdateBounds(parameters, of_moments)
 
 
+def resumed_bounds(
+    oracle: OracleTrainer, windows: Sequence[Sequence[TokenBatch]], dtype: str, given: UpdateSettings
+) -> dict[str, Bound]:
+    """For a backend that does not claim equal bits: two runs of several steps from one state part by at most the sum,
+    over the steps, of twice the bound of that step. `oracle` walks along. An error of one step also bends the gradient
+    of the next; it is far below that step's own rounding bound, because a bound of an update is far below a weight."""
+    total: dict[str, Bound] = {}
+    for window in windows:
+        step = update_bounds(oracle, window, dtype, given).parameters
+        for name, bound in step.items():
+            twice = bound.times(2.0, "two runs")
+            total[name] = twice if name not in total else total[name].plus(twice)
+        oracle.train_step(
+            window,
+            learning_rate=given.learning_rate,
+            weight_decay=given.weight_decay,
+            max_grad_norm=given.max_grad_norm,
+            betas=(given.beta1, given.beta2),
+            eps=given.epsilon,
+        )
+    return {name: Bound(bound.value, "sum over steps of 2 * bound of one step") for name, bound in total.items()}
+
+
 def _updated(
     start: Mapping[str, Float64],
     gradients: Mapping[str, Float64],
@@ -266,9 +289,14 @@ def _updated(
 
 
 # counts, memory, time -------------------------------------------------------------------------------------------------
-def loss_curve() -> Bound:
-    """3 times the widest deviation that the oracle's randomly rounded runs showed up to each step."""
-    return Bound(1.0, "distance from the exact curve / (3 * deviation of randomly rounded runs)")
+def loss_curve_bound(envelope: LossCurveEnvelope, tokens: int) -> Bound:
+    """3 times the widest deviation that the oracle's randomly rounded runs showed up to each step, and what summing n
+    losses in float32 costs, which those runs do not know of: 2 sqrt(n) u32 * loss."""
+    summing = 2.0 * math.sqrt(tokens) * U32 * np.abs(envelope.exact)
+    return Bound(
+        LOSS_CURVE_WIDENING * envelope.deviation + summing,
+        f"3 * deviation of randomly rounded runs + 2 sqrt({tokens}) u32 loss",
+    )
 
 
 def kept_share(draws: int, probability: float) -> Bound:

@@ -318,7 +318,7 @@ MUTANTS = (
     Mutant(
         "refuses_in_its_own_words",
         "Refuses undeclared dropout with NotImplementedError.",
-        ("40", "43"),
+        ("31", "43"),
         with_trainer(RefusesInItsOwnWords),
         change_spec=without(Feature.LORA_DROPOUT),
     ),
