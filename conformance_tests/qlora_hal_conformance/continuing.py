@@ -104,6 +104,7 @@ def carry_on(record: dict[str, object]) -> None:
             adapter=trainer.export_adapter(),
             optimizer=trainer.export_optimizer(),
         )
+        (folder / "continued").mkdir()
         save_checkpoint(folder / "continued", after, keep=2)
         np.save(folder / "logits.npy", trainer.logits(windows[0][0]), allow_pickle=False)
 

@@ -51,6 +51,10 @@ LEARNING_SHORTFALL = 0.5
 """The part of the exact fall of the loss that 8-bit moments, or a whole run's rounding, may cost. Dettmers et al.
 2022 find none in the mean; eight steps are few, and a wrong sign, a frozen half or a tenth of the rate cost more."""
 
+EIGHT_BIT_DRIFT = 0.1
+"""Where gradients differ in their last bits, few 8-bit codes fall to the other side of a midpoint. Three steps from the
+same codes then part by a few per cent of their way; from fresh or wrong moments by all of it."""
+
 BINOMIAL_DEVIATIONS = 6.0
 """A count of independent draws leaves mean +- 6 standard deviations once in 5e8 runs."""
 
@@ -323,6 +327,10 @@ def young_update() -> Bound:
 
 def learning_shortfall() -> Bound:
     return Bound(LEARNING_SHORTFALL, "half of the exact fall of the loss")
+
+
+def eight_bit_drift() -> Bound:
+    return Bound(EIGHT_BIT_DRIFT, "a tenth of the way")
 
 
 def master_weights() -> Bound:

@@ -130,9 +130,7 @@ def test_built_in_templates_train_the_answer_and_an_end_token(
 
 # U+FDD0..FDEF are no characters; rows that hold them are refused before they come here (D08).
 NONCHARACTERS = "".join(map(chr, range(0xFDD0, 0xFDF0)))
-words = st.text(
-    st.characters(codec="utf-8", exclude_categories=["Cs"], exclude_characters=NONCHARACTERS), max_size=12
-)
+words = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"], exclude_characters=NONCHARACTERS), max_size=12)
 
 
 @settings(deadline=None, max_examples=40)

@@ -18,8 +18,8 @@ from qlora_hal.memory import (
     parameter_table,
     weight_bytes,
 )
-from qlora_hal.memory_constants import FUSED_KERNELS, MemoryConstants
 from qlora_hal.memory_cards import GIB, KNOWN_CARDS, apple_working_set, find_card
+from qlora_hal.memory_constants import FUSED_KERNELS, MemoryConstants
 from qlora_hal.model.facts import ModelFacts, TensorFacts, read_facts
 
 

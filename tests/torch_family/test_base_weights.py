@@ -116,9 +116,7 @@ print(peak[0] - before)
 """
     # A fixed threshold makes glibc give every freed tensor back at once; by default it learns to keep them.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    child = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment
-    )
+    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
     unquantized = source_of(folder).facts.parameter_count * 4
     # 100 million parameters take 400 MB in float32 and 52 MB in 4 bits; half of the first tells the two apart with
     # room for the allocator and the code that is loaded on first use.

@@ -4,9 +4,10 @@
     dx = dy W  + drop'(v A)          with v = scale * dy B
     dA = v^T drop(x)                 dB = scale * dy^T (drop(x) A^T)
 
-The adapter's product is written first and the base product is accumulated onto it inside the matrix product, so that
-one rounding to the compute dtype happens after the sum. Added the other way round, onto a base output that is already
-bfloat16, a young update is under half a unit in the last place and vanishes.
+Both products are one matrix product over a longer inner dimension, `[x | t] [W | B]^T` with `t = scale * drop(x) A^T`,
+so that the sum is made in the float32 accumulator and rounded once. Added onto an output that is already bfloat16, a
+young update is under half a unit in the last place and vanishes. `addmm` is no way out: cuBLAS rounds the product
+before it adds `beta * C` (measured: 27 to 48 % of a young update survives it).
 
 The dequantized weight lives for the length of one product; backward makes it again.
 """
@@ -87,8 +88,7 @@ class _AdaptedProduct(torch.autograd.Function):
         keep = _dropout_mask(rows, lora, dropout_key)
         dropped = rows if keep is None else rows * keep
         low_rank = dropped @ lora.a_compute.t()  # [rows, r]
-        y = (low_rank * lora.scale) @ lora.b_compute.t()
-        y.addmm_(rows, base.dense().t())
+        y = _sum_of_products(rows, base.dense().t(), low_rank * lora.scale, lora.b_compute.t())
         ctx.save_for_backward(rows, low_rank)
         ctx.base, ctx.lora, ctx.dropout_key, ctx.shape = base, lora, dropout_key, x.shape
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -104,11 +104,21 @@ class _AdaptedProduct(torch.autograd.Function):
         grad_b = product_in_float32(dy_rows.t(), low_rank).mul_(lora.scale)
         if not ctx.needs_input_grad[0]:
             return None, grad_a, grad_b, None, None, None
-        dx = v @ lora.a_compute
-        if keep is not None:
-            dx *= keep
-        dx.addmm_(dy_rows, ctx.base.dense())
+        if keep is None:
+            dx = _sum_of_products(dy_rows, ctx.base.dense(), v, lora.a_compute)
+        else:
+            both = product_in_float32(dy_rows, ctx.base.dense())
+            dx = both.addcmul_(product_in_float32(v, lora.a_compute), keep).to(dy.dtype)
         return dx.view(ctx.shape), grad_a, grad_b, None, None, None
+
+
+def _sum_of_products(rows: Tensor, weight: Tensor, low_rank: Tensor, adapter: Tensor) -> Tensor:
+    """`rows @ weight + low_rank @ adapter`, rounded once. In float32 two roundings are far below what matters."""
+    if rows.dtype == torch.float32:
+        return (low_rank @ adapter).addmm_(rows, weight)
+    # Joined as they lie in memory: a transposed weight is joined transposed.
+    joined = torch.cat((weight.t(), adapter.t()), dim=1).t() if weight.stride(0) == 1 else torch.cat((weight, adapter))
+    return torch.cat((rows, low_rank), dim=1) @ joined
 
 
 def _dropout_mask(rows: Tensor, lora: LoRAWeights, dropout_key: int | None) -> Tensor | None:

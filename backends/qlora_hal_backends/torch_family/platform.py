@@ -14,8 +14,12 @@ TorchDevice = Literal["cuda", "rocm", "mps", "cpu"]
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 """Block sizes that bitsandbytes 0.50 quantizes 4-bit weights with on every device; 64 is its default everywhere."""
 
-TORCH_OPTIONS: Mapping[str, tuple[object, ...]] = {"attention": ("auto", "sdpa", "eager")}
-"""`backend.options` of this family. Eager attention is the cure where a device's fused attention gives NaN."""
+TORCH_OPTIONS: Mapping[str, tuple[object, ...]] = {
+    "attention": ("auto", "sdpa", "eager"),
+    "layers": ("auto", "plain"),
+}
+"""`backend.options` of this family. Eager attention is the cure where a device's fused attention gives NaN; `layers`
+plain keeps transformers' own layers where the fused ones would serve."""
 
 
 LOSS_CHUNK_ROWS = 2048

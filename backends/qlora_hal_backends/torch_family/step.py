@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +29,10 @@ class DeviceBatch:
     position_ids: Tensor | None  # [batch, time]; None where every row is one sample from position 0
     counted: Tensor  # [counted]
     targets: Tensor  # [counted]
+
+
+BatchLoss = Callable[[DeviceBatch, float], Tensor]
+"""`batch_loss` with its base bound: of the plain layers here, or of the fused ones."""
 
 
 def to_device(batch: Batch, device: torch.device) -> DeviceBatch:
@@ -68,7 +72,7 @@ def batch_loss(base: BaseModel, batch: DeviceBatch, gradient_scale: float) -> Te
 
 
 def accumulate_gradients(
-    base: BaseModel,
+    batch_loss: BatchLoss,
     window: Sequence[Batch],
     device: torch.device,
     *,
@@ -81,7 +85,7 @@ def accumulate_gradients(
         if batch.counted_tokens == 0:
             continue
         set_dropout_key(index)
-        loss = batch_loss(base, to_device(batch, device), gradient_scale)
+        loss = batch_loss(to_device(batch, device), gradient_scale)
         loss.backward()
         total += loss.detach()
     return total

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,7 +27,7 @@ from qlora_hal.values import (
     StepSettings,
     StepStats,
 )
-from qlora_hal_backends.torch_family import loading, step
+from qlora_hal_backends.torch_family import fused, loading, step
 from qlora_hal_backends.torch_family.device import describe_device, first_device, peak_memory_bytes
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
 from qlora_hal_backends.torch_family.generation import greedy
@@ -67,6 +68,7 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         self._device = first_device(platform)
         self._base: loading.BaseModel | None = None
         self._flat: FlatAdapter | None = None
+        self._fused: fused.FusedBody | fused.Refusal = fused.Refusal("no adapter is attached")
         self._optimizer: Optimizer | None = None
         self._compute = Compute()
         self._loss_scale = 1.0
@@ -91,12 +93,16 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
             dtype = getattr(torch, self._compute.dtype)
             self._flat = FlatAdapter.place(adapter, self._loaded.linears, dtype, self._device)
             self._optimizer = make_optimizer(optimizer, self._flat)
+            self._fused = fused.try_attach(self._loaded, self._flat, self._compute, self._device)
 
     def device_facts(self) -> DeviceFacts:
-        return describe_device(self._platform, self._device)
+        facts = describe_device(self._platform, self._device)
+        layers = "fused layers" if isinstance(self._fused, fused.FusedBody) else f"plain layers: {self._fused.reason}"
+        return replace(facts, kernel_path=f"{facts.kernel_path}; {layers}")
 
     def close(self) -> None:
         self._base = self._flat = self._optimizer = None
+        self._fused = fused.Refusal("no adapter is attached")
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -118,7 +124,7 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         with self._memory_named("evaluation"):
             for batch in batches:
                 if batch.counted_tokens:
-                    loss = step.batch_loss(self._loaded, step.to_device(batch, self._device), 1.0)
+                    loss = self._batch_loss(step.to_device(batch, self._device), 1.0)
                     total += loss.cpu()
                     tokens += batch.counted_tokens
         return LossSum(float(total), tokens)
@@ -132,7 +138,7 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         checkpointing = step.recomputed_layers(self._loaded) if self._compute.gradient_checkpointing else nullcontext()
         with checkpointing, self._dropout(flat, dropout_key) as set_key:
             total = step.accumulate_gradients(
-                self._loaded,
+                self._batch_loss,
                 window,
                 self._device,
                 gradient_scale=self._loss_scale / max(token_count, 1),
@@ -181,7 +187,11 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
     # views ---------------------------------------------------------------------------------------------------------
     @torch.no_grad()
     def logits(self, batch: Batch) -> Float32:
-        states = step.hidden_states(self._loaded, step.to_device(batch, self._device))
+        on_device = step.to_device(batch, self._device)
+        if isinstance(self._fused, fused.FusedBody):
+            states = self._fused.hidden_states(on_device)
+        else:
+            states = step.hidden_states(self._loaded, on_device)
         return self._loaded.head.logits(states).cpu().numpy()
 
     def gradients(self, window: Sequence[Batch]) -> Mapping[str, Float32]:
@@ -224,6 +234,12 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         return self._base
 
     @property
+    def _batch_loss(self) -> step.BatchLoss:
+        if isinstance(self._fused, fused.FusedBody):
+            return self._fused.batch_loss
+        return partial(step.batch_loss, self._loaded)
+
+    @property
     def _attached(self) -> FlatAdapter:
         if self._flat is None:
             raise _out_of_order("attach")
@@ -239,6 +255,7 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         if self._flat is not None:
             self._flat.detach_from(self._loaded.linears)
         self._flat = self._optimizer = None
+        self._fused = fused.Refusal("no adapter is attached")
 
     @contextmanager
     def _memory_named(self, phase: str) -> Iterator[None]:

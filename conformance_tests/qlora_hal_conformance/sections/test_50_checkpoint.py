@@ -17,7 +17,7 @@ from qlora_hal_conformance.drawing import draw_adapter, draw_window
 from qlora_hal_conformance.judging import Judge
 from qlora_hal_conformance.opening import Opened, Opener
 from qlora_hal_conformance.request import Request
-from qlora_hal_conformance.tolerances import UpdateSettings, resumed_bounds
+from qlora_hal_conformance.tolerances import UpdateSettings, eight_bit_drift, resumed_bounds
 from qlora_hal_conformance.updating import drawn_moments, judge_step, oracle_at_state_of
 
 RATE = 1e-2
@@ -41,7 +41,10 @@ def test_resumed_run_equals_the_uninterrupted_one(
     _train(stopped, windows[:K], 0)
     resumed = opened(adapter=stopped.trainer.export_adapter(), optimizer=optimizer)
     resumed.trainer.import_optimizer(stopped.trainer.export_optimizer())
-    _judge_continuation(resumed, through, windows[K:], opened, judging)
+    if optimizer.endswith("8bit") and not opened.subject.declares(Feature.BITWISE_DETERMINISM):
+        _judge_drift(resumed, through, windows[K:], judging)
+    else:
+        _judge_continuation(resumed, through, windows[K:], opened, judging)
 
 
 @pytest.mark.needs(Feature.LORA_DROPOUT)
@@ -67,6 +70,7 @@ def test_resume_through_files_in_another_process(
     _train(through, windows, 0)
     _train(stopped, windows[:K], 0)
     state = TrainingState(K, 0.5, 100, stopped.trainer.export_adapter(), stopped.trainer.export_optimizer())
+    (scratch / "run").mkdir()
     checkpoint = save_checkpoint(scratch / "run", state, keep=2)
     work = Continuation(
         run_request.reference, stopped.model.folder, stopped.quantization, stopped.dtype, checkpoint, RATE
@@ -78,7 +82,8 @@ def test_resume_through_files_in_another_process(
         judging.equal("moments", after.optimizer.moments, through.trainer.export_optimizer().moments)
         judging.equal("logits", {"": logits}, {"": through.trainer.logits(windows[K][0])})
     else:
-        bounds = resumed_bounds(oracle_at_state_of(stopped), windows[K:], stopped.dtype, UpdateSettings(RATE))
+        given = UpdateSettings(RATE, weight_decay=0.1)
+        bounds = resumed_bounds(oracle_at_state_of(stopped), windows[K:], stopped.dtype, given)
         judging.all_within("adapter", after.adapter.tensors, expected, bounds)
     assert after.optimizer.step == K + M
 
@@ -166,6 +171,19 @@ def test_moments_that_do_not_fit_are_refused(damage: str, opened: Opener, seeded
     after = ready.trainer.export_optimizer()
     assert after.step == before.step, "the step changed"
     assert all(np.array_equal(after.moments[n], before.moments[n]) for n in before.moments), "the moments changed"
+
+
+def _judge_drift(
+    resumed: Opened, through: Opened, windows: Sequence[Sequence[Batch]], judging: Judge
+) -> None:
+    """Where a last bit of a gradient can turn an 8-bit code: the two runs part by little of the way they went."""
+    start = resumed.trainer.export_adapter().tensors
+    _train(resumed, windows, K)
+    found, expected = (ready.trainer.export_adapter().tensors for ready in (resumed, through))
+    way = np.concatenate([(expected[name] - start[name]).ravel() for name in start])
+    apart = np.concatenate([(expected[name] - found[name]).ravel() for name in start])
+    share = float(np.linalg.norm(apart) / np.linalg.norm(way))
+    judging.at_most("distance of the two runs / way they went", share, eight_bit_drift())
 
 
 def _train(ready: Opened, windows: Sequence[Sequence[Batch]], first_step: int) -> list[float]:

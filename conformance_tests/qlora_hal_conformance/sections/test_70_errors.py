@@ -1,0 +1,180 @@
+"""L4: what users get wrong ends as one of our errors with a fix, and the trainer works afterwards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qlora_hal.adapter.naming import lora_a_key, lora_b_key
+from qlora_hal.backend import Compute, QuantizedLoRATrainer
+from qlora_hal.errors import AdapterError, ModelError, QloraHalError
+from qlora_hal.values import Adapter
+from qlora_hal_conformance.drawing import at_real_tokens, draw_adapter, draw_batch
+from qlora_hal_conformance.judging import Judge
+from qlora_hal_conformance.opening import Opened, Opener
+from qlora_hal_conformance.tiny_models import TinyModel, linear_shapes, write_model
+from qlora_hal_conformance.tolerances import logits_bound
+
+MODULE = "model.layers.1.mlp.down_proj"
+
+
+@pytest.mark.parametrize("name", [f"{MODULE}.weight", "model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"])
+def test_missing_tensor(name: str, opened: Opener, scratch: Path, seeded: np.random.Generator, judging: Judge) -> None:
+    shape, tensors = opened.models.drawn("main")
+    left = {key: tensor for key, tensor in tensors.items() if key != name}
+    _check_load(write_model(scratch / "model", shape, left), opened, seeded, judging, ModelError)
+
+
+@pytest.mark.parametrize("name", [f"{MODULE}.weight", "model.norm.weight"])
+def test_tensor_of_another_shape(
+    name: str, opened: Opener, scratch: Path, seeded: np.random.Generator, judging: Judge
+) -> None:
+    shape, tensors = opened.models.drawn("main")
+    wrong = {**tensors, name: np.ascontiguousarray(tensors[name][:-32])}
+    _check_load(write_model(scratch / "model", shape, wrong), opened, seeded, judging, ModelError)
+
+
+def test_configuration_of_another_model(
+    opened: Opener, scratch: Path, seeded: np.random.Generator, judging: Judge
+) -> None:
+    """Weights of two layers under a config.json with three."""
+    shape, tensors = opened.models.drawn("main")
+    model = write_model(scratch / "model", shape, tensors)
+    _edit_config(model, num_hidden_layers=3)
+    _check_load(model, opened, seeded, judging, ModelError)
+
+
+def test_left_over_tensors(opened: Opener, scratch: Path, seeded: np.random.Generator, judging: Judge) -> None:
+    """Weights of two layers under a config.json with one: silently dropping a layer is no way to load."""
+    shape, tensors = opened.models.drawn("main")
+    model = write_model(scratch / "model", shape, tensors)
+    _edit_config(model, num_hidden_layers=1)
+    _check_load(model, opened, seeded, judging, ModelError)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"model_type": "llama"}'], ids=["torn", "list", "empty"])
+def test_broken_configuration(
+    text: str, opened: Opener, scratch: Path, seeded: np.random.Generator, judging: Judge
+) -> None:
+    shape, tensors = opened.models.drawn("main")
+    model = write_model(scratch / "model", shape, tensors)
+    (model.folder / "config.json").write_text(text, encoding="utf-8")
+    _check_load(model, opened, seeded, judging, QloraHalError)
+
+
+def test_truncated_weights(opened: Opener, scratch: Path, seeded: np.random.Generator, judging: Judge) -> None:
+    shape, tensors = opened.models.drawn("main")
+    model = write_model(scratch / "model", shape, tensors)
+    path = model.folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4096])
+    _check_load(model, opened, seeded, judging, QloraHalError)
+
+
+def test_unknown_target_module(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
+    shape, _ = opened.models.drawn("main")
+    adapter = draw_adapter(seeded, shape, targets=[MODULE])
+    elsewhere = "model.layers.9.mlp.down_proj"
+    renamed = {name.replace(MODULE, elsewhere): tensor for name, tensor in adapter.tensors.items()}
+    _check_attach(Adapter(renamed, replace(adapter.config, target_modules=(elsewhere,))), opened, seeded, judging)
+
+
+@pytest.mark.parametrize("half", ["A", "B"])
+def test_missing_adapter_tensor(half: str, opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
+    shape, _ = opened.models.drawn("main")
+    adapter = draw_adapter(seeded, shape)
+    key = lora_a_key(MODULE) if half == "A" else lora_b_key(MODULE)
+    left = {name: tensor for name, tensor in adapter.tensors.items() if name != key}
+    _check_attach(Adapter(left, adapter.config), opened, seeded, judging)
+
+
+@pytest.mark.parametrize("half", ["A", "B"])
+def test_adapter_tensor_of_another_shape(
+    half: str, opened: Opener, seeded: np.random.Generator, judging: Judge
+) -> None:
+    """Also where the number of values is right: a transposed tensor."""
+    shape, _ = opened.models.drawn("main")
+    adapter = draw_adapter(seeded, shape, rank=4)
+    key = lora_a_key(MODULE) if half == "A" else lora_b_key(MODULE)
+    wrong = {**adapter.tensors, key: np.ascontiguousarray(adapter.tensors[key].T)}
+    _check_attach(Adapter(wrong, adapter.config), opened, seeded, judging)
+
+
+def test_adapter_tensor_too_many(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
+    """A tensor that no target uses would be trained on paper only."""
+    shape, _ = opened.models.drawn("main")
+    adapter = draw_adapter(seeded, shape)
+    fewer = tuple(module for module in adapter.config.target_modules if module != MODULE)
+    _check_attach(Adapter(adapter.tensors, replace(adapter.config, target_modules=fewer)), opened, seeded, judging)
+
+
+def test_unknown_optimizer(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
+    """An optimizer that does not exist must not become another one."""
+    shape, _ = opened.models.drawn("main")
+    adapter = draw_adapter(seeded, shape)
+    ready = opened(adapter=adapter)
+    _check_raises(lambda: ready.trainer.attach(adapter, "sgd_of_nobody"), QloraHalError)
+    _check_works(ready, seeded, judging)
+
+
+def test_unknown_module_is_named(opened: Opener) -> None:
+    """Asking for the weight of a module that is not there."""
+    ready = opened()
+    _check_raises(lambda: ready.trainer.dequantized_weight("model.layers.9.mlp.down_proj"), QloraHalError)
+
+
+def _edit_config(model: TinyModel, **changes: object) -> None:
+    path = model.folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
+
+
+def _check_load(
+    model: TinyModel, opened: Opener, seeded: np.random.Generator, judging: Judge, kind: type[QloraHalError]
+) -> None:
+    """Loading as the core does it, facts first, fails as it should; then the same trainer loads a good model."""
+    ready = opened()
+    ready.trainer.close()
+
+    def load(which: TinyModel) -> None:
+        ready.trainer.load(which.source, ready.quantization, Compute(ready.dtype))  # type: ignore[arg-type]
+
+    _check_raises(lambda: load(model), kind)
+    load(ready.model)
+    _check_works(ready, seeded, judging)
+
+
+def _check_attach(adapter: Adapter, opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
+    ready = opened()
+    _check_raises(lambda: _attach_and_use(ready.trainer, adapter), (AdapterError, ModelError))
+    _check_works(ready, seeded, judging)
+
+
+def _attach_and_use(trainer: QuantizedLoRATrainer, adapter: Adapter) -> None:
+    trainer.attach(adapter)
+
+
+def _check_raises(call: Callable[[], object], kind: type[QloraHalError] | tuple[type[QloraHalError], ...]) -> None:
+    names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+    try:
+        call()
+    except kind as error:
+        assert error.fix.strip(), "the error has no fix"
+        assert error.message.strip(), "the error has no message"
+    except Exception as error:
+        raise AssertionError(f"{names} is due; it raised {type(error).__name__}: {error}") from error
+    else:
+        raise AssertionError(f"{names} is due; nothing was raised")
+
+
+def _check_works(ready: Opened, seeded: np.random.Generator, judging: Judge) -> None:
+    """The trainer gives right logits with a good adapter."""
+    shape = ready.model.shape
+    assert set(ready.trainer.linear_modules()) == set(linear_shapes(shape))
+    ready.attach(draw_adapter(seeded, shape))
+    batch, reference = draw_batch(seeded, shape), ready.oracle()
+    found, expected = (at_real_tokens(logits, batch) for logits in (ready.trainer.logits(batch), reference.logits(batch)))
+    judging.within("logits afterwards", found, expected, logits_bound(reference, batch, ready.dtype))

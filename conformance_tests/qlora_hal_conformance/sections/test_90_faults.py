@@ -1,0 +1,97 @@
+"""L4: hostile numbers. Nothing that is not finite reaches a weight, and nothing is reported as if all were well."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from qlora_hal.errors import QloraHalError
+from qlora_hal.values import Adapter, Batch
+from qlora_hal_conformance.drawing import draw_adapter, draw_batch, draw_window
+from qlora_hal_conformance.judging import Judge
+from qlora_hal_conformance.opening import Opened, Opener
+from qlora_hal_conformance.tiny_models import HEAD
+from qlora_hal_conformance.tolerances import UpdateSettings
+from qlora_hal_conformance.updating import judge_step, oracle_at_state_of
+
+RATE = 1e-2
+NOT_FINITE = {"nan": np.nan, "infinity": np.inf}
+
+
+@pytest.mark.parametrize("value", NOT_FINITE.values(), ids=NOT_FINITE)
+@pytest.mark.parametrize("tensor", ["model.layers.0.mlp.down_proj.weight", HEAD, "model.norm.weight"])
+def test_base_weight_that_is_not_finite(
+    tensor: str, value: float, opened: Opener, seeded: np.random.Generator, judging: Judge
+) -> None:
+    """Refused while loading by our error, or every step is reported as not finite and changes nothing."""
+    shape, tensors = opened.models.drawn("main")
+    broken = {name: array.copy() for name, array in tensors.items()}
+    broken[tensor].flat[int(seeded.integers(broken[tensor].size))] = value
+    name = f"broken-{tensor}-{value}"
+    opened.models._drawn[name] = shape, broken
+    try:
+        ready = opened(name, adapter=draw_adapter(seeded, shape))
+    except QloraHalError as error:
+        assert error.fix, "the refusal has no fix"
+        return
+    _judge_refused(ready, [draw_batch(seeded, shape)], judging)
+
+
+@pytest.mark.parametrize("value", NOT_FINITE.values(), ids=NOT_FINITE)
+@pytest.mark.parametrize("half", ["A", "B"])
+def test_adapter_that_is_not_finite(
+    half: str, value: float, opened: Opener, seeded: np.random.Generator, judging: Judge
+) -> None:
+    """The same for an adapter; afterwards a good adapter trains as if nothing had been."""
+    shape, _ = opened.models.drawn("main")
+    good = draw_adapter(seeded, shape)
+    tensors = {name: tensor.copy() for name, tensor in good.tensors.items()}
+    names = sorted(name for name in tensors if name.endswith(f"lora_{half}.weight"))
+    chosen = tensors[names[int(seeded.integers(len(names)))]]
+    chosen.flat[int(seeded.integers(chosen.size))] = value
+    ready, window = opened(), draw_window(seeded, shape)
+    try:
+        ready.attach(Adapter(tensors, good.config))
+    except QloraHalError as error:
+        assert error.fix, "the refusal has no fix"
+    else:
+        _judge_refused(ready, window, judging)
+    ready.attach(good)
+    judge_step(ready, oracle_at_state_of(ready), window, UpdateSettings(RATE), judging)
+
+
+def test_steps_after_many_refused_ones(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
+    """Whatever a backend adapts at a refused step (a loss scale, say) finds its way back."""
+    shape, _ = opened.models.drawn("main")
+    good, window = draw_adapter(seeded, shape), draw_window(seeded, shape)
+    ready = opened()
+    broken = {name: np.full_like(tensor, np.nan) for name, tensor in good.tensors.items()}
+    try:
+        ready.attach(Adapter(broken, good.config))
+        for _ in range(5):
+            ready.step(window, RATE)
+    except QloraHalError as error:
+        assert error.fix, "the refusal has no fix"
+    ready.attach(good)
+    for _ in range(2):
+        judge_step(ready, oracle_at_state_of(ready), draw_window(seeded, shape), UpdateSettings(RATE), judging)
+
+
+def test_huge_but_finite_gradients_are_clipped(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
+    """A loss that has run away is clipped by its norm, not refused: the step moves no weight further than the rate."""
+    shape, _ = opened.models.drawn("main")
+    adapter = draw_adapter(seeded, shape)
+    ready = opened(adapter=Adapter({n: t * 30 for n, t in adapter.tensors.items()}, adapter.config))
+    judge_step(ready, oracle_at_state_of(ready), draw_window(seeded, shape), UpdateSettings(RATE), judging)
+
+
+def _judge_refused(ready: Opened, window: list[Batch], judging: Judge) -> None:
+    adapter, snapshot = ready.trainer.export_adapter().tensors, ready.trainer.export_optimizer()
+    stats = ready.step(window, RATE, weight_decay=0.1)
+    assert not stats.applied, f"a step with loss {stats.loss_sum} and norm {stats.grad_norm} was applied"
+    finite = np.isfinite(stats.loss_sum) and np.isfinite(stats.grad_norm)
+    assert not finite, f"refused, but reported as loss {stats.loss_sum}, norm {stats.grad_norm}"
+    after, moments = ready.trainer.export_adapter().tensors, ready.trainer.export_optimizer().moments
+    same = [np.array_equal(after[name], adapter[name], equal_nan=True) for name in adapter]
+    assert all(same), "the refused step changed the adapter"
+    judging.equal("moments", moments, snapshot.moments)

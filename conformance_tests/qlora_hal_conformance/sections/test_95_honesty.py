@@ -1,0 +1,139 @@
+"""L4: answers come from the inputs. Whoever looks them up, or computes something else than it shows, fails here."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+
+import numpy as np
+
+from qlora_hal.capabilities import Feature
+from qlora_hal.checkpoint import TrainingState, save_checkpoint
+from qlora_hal.values import Adapter, IGNORE_LABEL
+from qlora_hal_conformance.continuing import Continuation, continue_in_child
+from qlora_hal_conformance.drawing import at_real_tokens, draw_adapter, draw_batch, draw_window, with_field
+from qlora_hal_conformance.judging import Judge
+from qlora_hal_conformance.opening import Opener
+from qlora_hal_conformance.request import Request
+from qlora_hal_conformance.tiny_models import EMBEDDING, SHAPES, draw_tensors, linear_shapes, write_model
+from qlora_hal_conformance.tolerances import UpdateSettings, gradient_bounds, logits_bound, loss_bound
+from qlora_hal_conformance.updating import judge_step, oracle_at_state_of
+
+RATE = 1e-2
+
+
+def test_weights_on_disk_decide(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
+    """One layer changed in the file, all else equal: the weights shown and the logits both follow."""
+    shape, tensors = opened.models.drawn("main")
+    module = sorted(linear_shapes(shape))[int(seeded.integers(len(linear_shapes(shape))))]
+    changed = {**tensors, f"{module}.weight": np.ascontiguousarray(tensors[f"{module}.weight"][::-1])}
+    opened.models._drawn["changed"] = shape, changed
+    opened.models._written = {k: m for k, m in opened.models._written.items() if not k.startswith("changed")}
+    adapter, batch = draw_adapter(seeded, shape), draw_batch(seeded, shape)
+    before, after = opened(adapter=adapter), opened("changed", adapter=adapter)
+    found = [at_real_tokens(ready.trainer.logits(batch), batch) for ready in (before, after)]
+    reference = after.oracle()
+    bound = logits_bound(reference, batch, after.dtype)
+    judging.apart("logits of the two models", found[0], found[1], bound)
+    judging.within("logits", found[1], at_real_tokens(reference.logits(batch), batch), bound)
+    same = np.array_equal(before.trainer.dequantized_weight(module), after.trainer.dequantized_weight(module))
+    assert not same, f"{module} was changed on disk, and is shown unchanged"
+
+
+def test_embedding_on_disk_decides(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
+    """Weights that no view shows are read too."""
+    shape, tensors = opened.models.drawn("main")
+    opened.models._drawn["embedded"] = shape, {**tensors, EMBEDDING: np.ascontiguousarray(tensors[EMBEDDING][::-1])}
+    opened.models._written = {k: m for k, m in opened.models._written.items() if not k.startswith("embedded")}
+    ready, batch = opened("embedded", adapter=draw_adapter(seeded, shape)), draw_batch(seeded, shape)
+    found, reference = at_real_tokens(ready.trainer.logits(batch), batch), ready.oracle()
+    judging.within("logits", found, at_real_tokens(reference.logits(batch), batch), logits_bound(reference, batch, ready.dtype))
+
+
+def test_model_that_no_seed_gives(opened: Opener, scratch: Path, judging: Judge) -> None:
+    """Model, adapter and tokens from the operating system's own randomness: nobody can know these answers."""
+    random = np.random.default_rng(secrets.randbits(128))
+    shape = SHAPES[int(random.integers(len(SHAPES)))]
+    opened.models._drawn["unknown"] = shape, draw_tensors(shape, random)
+    opened.models._written = {k: m for k, m in opened.models._written.items() if not k.startswith("unknown")}
+    ready = opened("unknown", adapter=draw_adapter(random, shape))
+    window = draw_window(random, shape)
+    logits, gradients = ready.trainer.logits(window[0]), ready.trainer.gradients(window)
+    reference = ready.oracle()
+    bound = logits_bound(reference, window[0], ready.dtype)
+    found, expected = (at_real_tokens(values, window[0]) for values in (logits, reference.logits(window[0])))
+    judging.within("logits", found, expected, bound)
+    bounds = gradient_bounds(reference, window, ready.dtype)
+    judging.all_within("gradients", gradients, reference.gradients(window), bounds)
+    judge_step(ready, oracle_at_state_of(ready), window, UpdateSettings(RATE), judging)
+
+
+def test_two_models_at_once(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
+    """Two trainers in one process, used by turns: nothing is shared."""
+    readies = []
+    for name in ("main", "second"):
+        shape, _ = opened.models.drawn(name)
+        readies.append(opened(name, adapter=draw_adapter(seeded, shape)))
+    for _ in range(2):
+        for ready in readies:
+            window = draw_window(seeded, ready.model.shape)
+            judge_step(ready, oracle_at_state_of(ready), window, UpdateSettings(RATE), judging)
+
+
+def test_views_and_training_agree(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
+    """The loss that a step reports is the loss of the logits that are shown, and the one that is evaluated."""
+    shape, _ = opened.models.drawn("main")
+    ready, window = opened(adapter=draw_adapter(seeded, shape)), draw_window(seeded, shape)
+    shown = sum(_loss_of(ready.trainer.logits(batch), batch.labels) for batch in window)
+    evaluated = ready.trainer.evaluate(window).loss_sum
+    bound = loss_bound(ready.oracle(), window, ready.dtype).times(2, "two results")
+    trained = ready.step(window, RATE).loss_sum
+    judging.within("loss of the logits, evaluated", np.array(shown), np.array(evaluated), bound)
+    judging.within("loss of the logits, trained", np.array(shown), np.array(trained), bound)
+
+
+def test_tokens_decide(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
+    """One token changed: everything from there on follows, nothing before it does."""
+    shape, _ = opened.models.drawn("main")
+    ready, batch = opened(adapter=draw_adapter(seeded, shape)), draw_batch(seeded, shape, lengths=(20,))
+    place = int(seeded.integers(5, 15))
+    input_ids = batch.input_ids.copy()
+    input_ids[0, place] = (input_ids[0, place] + 7) % shape.vocab_size
+    one, other = (ready.trainer.logits(b)[0] for b in (batch, with_field(batch, input_ids=input_ids)))
+    bound = logits_bound(ready.oracle(), batch, ready.dtype).times(2, "two results")
+    judging.within("logits before the token", other[:place], one[:place], bound)
+    judging.apart("logits from the token on", other[place:], one[place:], bound)
+
+
+def test_labels_decide(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
+    """Other labels on the same tokens give another loss and other gradients: the labels are read, not the tokens."""
+    shape, _ = opened.models.drawn("main")
+    ready, batch = opened(adapter=draw_adapter(seeded, shape)), draw_batch(seeded, shape)
+    labels = np.where(batch.labels == IGNORE_LABEL, IGNORE_LABEL, (batch.labels + 5) % shape.vocab_size)
+    window = [with_field(batch, labels=labels.astype(np.int32))]
+    reference = ready.oracle()
+    bounds = gradient_bounds(reference, window, ready.dtype)
+    judging.all_within("gradients", ready.trainer.gradients(window), reference.gradients(window), bounds)
+
+
+def test_same_answers_in_a_process_without_a_test(
+    opened: Opener, seeded: np.random.Generator, judging: Judge, scratch: Path, run_request: Request
+) -> None:
+    """A fresh process that holds no case, no oracle's result and no pytest gives the same logits."""
+    random = np.random.default_rng(secrets.randbits(128))
+    shape = SHAPES[int(random.integers(len(SHAPES)))]
+    model = write_model(scratch / "model", shape, draw_tensors(shape, random))
+    chosen = None if opened.subject.declares(Feature.QUANTIZE_ON_LOAD) else opened.subject.main_format
+    ready = opened(model) if chosen is None else opened("main")
+    adapter = draw_adapter(random, ready.model.shape)
+    ready.attach(adapter)
+    state = TrainingState(0, 0.0, 0, adapter, ready.trainer.export_optimizer())
+    (scratch / "run").mkdir()
+    checkpoint = save_checkpoint(scratch / "run", state, keep=2)
+    work = Continuation(run_request.reference, ready.model.folder, ready.quantization, ready.dtype, checkpoint, 0.0, 0.0)
+    window = draw_window(random, ready.model.shape)
+    after, logits = continue_in_child(work, [window], scratch)
+    reference = ready.oracle(Adapter(after.adapter.tensors, adapter.config))
+    found, expected = (at_real_tokens(values, window[0]) for values in (logits, reference.logits(window[0])))
+    judging.within("logits", found, expected, logits_bound(reference, window[0], ready.dtype))
+    judging.equal("adapter after a step at rate 0", after.adapter.tensors, adapter.tensors)
