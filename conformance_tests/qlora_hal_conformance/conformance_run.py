@@ -22,7 +22,7 @@ from qlora_hal_conformance.request import DEFAULT_TIMEOUT_SECONDS, Request
 from qlora_hal_conformance.running import run_cases
 from qlora_hal_conformance.subject import Reference
 from qlora_hal_conformance.verdicts import CaseResult
-from qlora_hal_conformance.waivers import WAIVERS_FILE, apply_waivers, read_waivers
+from qlora_hal_conformance.waivers import WAIVERS_FILE, Waiver, apply_waivers, read_waivers
 
 CONFORMANT, NOT_RUN, NOT_CONFORMANT = 0, 3, 20
 """Exit statuses: 3 where the backend cannot run on this machine, which is no verdict at all."""
@@ -106,7 +106,7 @@ def _require_listed(reference: Reference) -> None:
         find(reference.backend, listed())
 
 
-def _waivers(options: Options) -> tuple[object, ...]:  # type: ignore[type-arg]
+def _waivers(options: Options) -> tuple[Waiver, ...]:
     path = options.waivers or Path(WAIVERS_FILE)
     if options.waivers is None and not path.is_file():
         return ()
@@ -137,8 +137,9 @@ def _facts(events: Sequence[Mapping[str, object]], options: Options, seed: int) 
     device: Document = {}
     probe: object = {}
     for event in events:
-        if event["event"] == "subject" and isinstance(event.get("spec"), dict):
-            backend = dict(event["spec"])  # type: ignore[arg-type]
+        spec = event.get("spec")
+        if event["event"] == "subject" and isinstance(spec, dict):
+            backend = spec
             probe = event.get("probe", probe)
         elif event["event"] == "device":
             device = {key: value for key, value in event.items() if key != "event"}
@@ -154,9 +155,7 @@ def _facts(events: Sequence[Mapping[str, object]], options: Options, seed: int) 
     }
 
 
-def _write(
-    options: Options, request: Request, counted: Count, facts: Document, log: str, console: Console
-) -> Outcome:
+def _write(options: Options, request: Request, counted: Count, facts: Document, log: str, console: Console) -> Outcome:
     from qlora_hal_conformance.report import write_reports
 
     document = make_certificate(counted, facts)

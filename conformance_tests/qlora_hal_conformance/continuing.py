@@ -80,13 +80,14 @@ def carry_on(record: dict[str, object]) -> None:
     """What the child does."""
     folder, model = Path(str(record["folder"])), Path(str(record["model"]))
     reference = record["reference"]
-    weight_format, block_size, double_quant = record["quantization"]  # type: ignore[misc]
+    stored = record["quantization"]
     assert isinstance(reference, dict)
+    assert isinstance(stored, list)
     state = load_checkpoint(Path(str(record["checkpoint"])))
     windows = _read_windows(folder / "windows.npz")
     with import_subject(Reference(**reference)).open() as trainer:
         source = ModelSource(str(model), model, read_facts(model))
-        quantization = Quantization(WeightFormat(weight_format), block_size, double_quant)
+        quantization = Quantization(WeightFormat(stored[0]), stored[1], stored[2])
         trainer.load(source, quantization, Compute(str(record["dtype"])))  # type: ignore[arg-type]
         trainer.attach(state.adapter)
         trainer.import_optimizer(state.optimizer)

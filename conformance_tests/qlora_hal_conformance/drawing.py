@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key
-from qlora_hal.values import IGNORE_LABEL, PADDING_SEGMENT, Adapter, AdapterConfig, Batch, Int32
+from qlora_hal.values import IGNORE_LABEL, PADDING_SEGMENT, Adapter, AdapterConfig, Batch, Float32, Int32
 from qlora_hal_conformance.oracle import LlamaShape
 from qlora_hal_conformance.tiny_models import FIRST_ORDINARY_TOKEN, linear_shapes
 
@@ -54,16 +54,16 @@ def draw_window(random: np.random.Generator, shape: LlamaShape) -> list[Batch]:
 def rows_of(batch: Batch) -> list[Batch]:
     """Each row as a batch of its own."""
     return [
-        Batch(*(field[row : row + 1] for field in (batch.input_ids, batch.labels, batch.position_ids, batch.segment_ids)))
+        Batch(
+            *(field[row : row + 1] for field in (batch.input_ids, batch.labels, batch.position_ids, batch.segment_ids))
+        )
         for row in range(len(batch.labels))
     ]
 
 
 def packed(batches: Sequence[Batch], *, time: int | None = None) -> Batch:
     """Every row of every batch, without its padding, in one row; padded to `time`."""
-    pieces = [
-        (row, int(np.count_nonzero(row.segment_ids))) for batch in batches for row in rows_of(batch)
-    ]
+    pieces = [(row, int(np.count_nonzero(row.segment_ids))) for batch in batches for row in rows_of(batch)]
     width = time or sum(length for _, length in pieces)
     joined = [np.zeros((1, width), np.int32) for _ in range(4)]
     input_ids, labels, position_ids, segment_ids = joined
@@ -110,13 +110,16 @@ def draw_adapter(
 def with_zero(adapter: Adapter, half: str) -> Adapter:
     """The adapter with every A, or every B, set to zero."""
     ending = f".lora_{half}.weight"
-    return Adapter({n: np.zeros_like(t) if n.endswith(ending) else t.copy() for n, t in adapter.tensors.items()}, adapter.config)
+    return Adapter(
+        {n: np.zeros_like(t) if n.endswith(ending) else t.copy() for n, t in adapter.tensors.items()}, adapter.config
+    )
 
 
 def total_tokens(window: Sequence[Batch]) -> int:
     return sum(batch.counted_tokens for batch in window)
 
 
-def at_real_tokens(values: npt.NDArray[np.floating], batch: Batch) -> npt.NDArray[np.floating]:
+def at_real_tokens(values: npt.NDArray[np.floating], batch: Batch) -> Float32:
     """Rows of `values` `[batch, time, ...]` that are not padding: what stands at padding is nobody's business."""
-    return values[batch.segment_ids != PADDING_SEGMENT]
+    real: Float32 = values[batch.segment_ids != PADDING_SEGMENT]
+    return real

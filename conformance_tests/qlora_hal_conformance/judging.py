@@ -42,7 +42,7 @@ class Judge:
     ) -> None:
         """`within` for each named tensor; the names must be the same. The tightest tensor is the one written down."""
         missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-        assert not (missing or extra), f"{what}: tensors missing {missing[:3]}, unexpected {extra[:3]}"
+        assert missing == extra == [], f"{what}: tensors missing {missing[:3]}, unexpected {extra[:3]}"
         each = Judge()
         for name in expected:
             try:

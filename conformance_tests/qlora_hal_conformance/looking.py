@@ -1,6 +1,6 @@
 """A backend's light module looked at in a process of its own: how long its probe takes and what it imports.
 
-    python -m qlora_hal_conformance.looking '{"backend": "cpu_torch", ...}' [--without-libraries]
+python -m qlora_hal_conformance.looking '{"backend": "cpu_torch", ...}' [--without-libraries]
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def hide(names: Sequence[str]) -> None:
             raise importlib.metadata.PackageNotFoundError(name)
         return from_name(name)
 
-    importlib.metadata.Distribution.from_name = staticmethod(without)  # type: ignore[assignment,method-assign]
+    importlib.metadata.Distribution.from_name = staticmethod(without)  # type: ignore[method-assign]
 
 
 def look(reference: Reference, *, without_libraries: bool) -> dict[str, object]:
@@ -88,7 +88,9 @@ def look_in_child(reference: Reference, *, without_libraries: bool = False) -> M
         raise AssertionError(f"the probe did not answer within {LOOK_SECONDS:.0f} s") from error
     lines = child.stdout.strip().splitlines()
     reason = (child.stderr.strip().splitlines() or ["no message"])[-1]
-    assert child.returncode == 0 and lines, f"the probe's process ended with status {child.returncode}: {reason}"
+    assert (child.returncode, bool(lines)) == (0, True), (
+        f"the probe's process ended with status {child.returncode}: {reason}"
+    )
     answer = json.loads(lines[-1])
     assert isinstance(answer, dict)
     return answer

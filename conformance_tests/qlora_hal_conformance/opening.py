@@ -102,6 +102,11 @@ class Models:
             self._drawn[name] = shape, draw_tensors(shape, random)
         return self._drawn[name]
 
+    def define(self, name: str, shape: LlamaShape, tensors: dict[str, Float32]) -> None:
+        """Give a name to weights that a case made itself; what was written under it before is forgotten."""
+        self._drawn[name] = shape, tensors
+        self._written = {key: model for key, model in self._written.items() if not key.startswith(f"{name}-")}
+
     def plain(self, name: str, *, stored_dtype: str = "float32") -> TinyModel:
         key = f"{name}-{stored_dtype}"
         if key not in self._written:

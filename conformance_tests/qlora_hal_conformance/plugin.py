@@ -45,7 +45,9 @@ _SUBJECT = pytest.StashKey[Subject]()
 
 # the run --------------------------------------------------------------------------------------------------------------
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "needs(*needs): features, weight formats, dtypes and block sizes a case asks for")
+    config.addinivalue_line(
+        "markers", "needs(*needs): features, weight formats, dtypes and block sizes a case asks for"
+    )
     request = read_request()
     config.stash[_REQUEST] = request
     config.stash[_JOURNAL] = Journal(request.journal_path)
@@ -170,7 +172,10 @@ def judging(request: pytest.FixtureRequest) -> Judge:
 
 @pytest.fixture
 def opened(
-    request: pytest.FixtureRequest, subject: Subject, models: Models, _note_device: Callable[[QuantizedLoRATrainer], None]
+    request: pytest.FixtureRequest,
+    subject: Subject,
+    models: Models,
+    _note_device: Callable[[QuantizedLoRATrainer], None],
 ) -> Iterator[Opener]:
     """Opens trainers; closes them when the case is over."""
     opener = Opener(subject, models, _note_device, request.node.stash[_NOTES].ran)

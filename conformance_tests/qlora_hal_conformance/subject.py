@@ -51,7 +51,7 @@ class Subject:
         """The format of cases that are about something else: the backend's 4-bit one, else its first."""
         declared = self.capabilities.weight_formats
         chosen = self.capabilities.levels.get("4bit")
-        return chosen if chosen in declared else min(declared, key=lambda f: f.value)  # type: ignore[return-value]
+        return chosen if chosen in declared else min(declared, key=lambda f: f.value)
 
     @property
     def main_dtype(self) -> str:

@@ -139,7 +139,9 @@ def write_model(
     return TinyModel(folder, shape, kept)
 
 
-def write_config(folder: Path, shape: LlamaShape, *, dtype: str = "float32", **more: object) -> None:
+def write_config(
+    folder: Path, shape: LlamaShape, *, dtype: str = "float32", more: Mapping[str, object] | None = None
+) -> None:
     """`config.json` with the names of transformers 4 and 5 and of mlx-lm."""
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -163,7 +165,7 @@ def write_config(folder: Path, shape: LlamaShape, *, dtype: str = "float32", **m
         "eos_token_id": 2,
         "pad_token_id": 0,
         "torch_dtype": dtype,
-        **more,
+        **(more or {}),
     }
     (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
 
@@ -180,7 +182,7 @@ def write_quantized(
         arrays.update(packed)
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / "model.safetensors", {name: (_safe_name(a), a) for name, a in arrays.items()})
-    write_config(folder, shape, **_described(quantization))
+    write_config(folder, shape, more=_described(quantization))
     return TinyModel(folder, shape, dict(tensors), stored)
 
 
@@ -278,6 +280,8 @@ def write_safetensors(path: Path, arrays: Mapping[str, tuple[str, Array]]) -> No
         start += array.nbytes
     text = json.dumps(header).encode("utf-8")
     text += b" " * (-len(text) % 8)
+    # A new file, never new contents: a backend may still have the old one mapped.
+    path.unlink(missing_ok=True)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for _, array in arrays.values():

@@ -153,9 +153,7 @@ def decoded_exactly(decoded: AnyFloat, dtype: str) -> Bound:
     dtype."""
     magnitude = np.abs(np.asarray(decoded, dtype=np.float64))
     largest = magnitude.max(initial=0.0)
-    return Bound(
-        4.0 * U32 * largest + stored_rounding(decoded, dtype) / 2.0, f"4 u32 max|w| + u[{dtype}] |w|"
-    )
+    return Bound(4.0 * U32 * largest + stored_rounding(decoded, dtype) / 2.0, f"4 u32 max|w| + u[{dtype}] |w|")
 
 
 def codebook_distance(dtype: str) -> Bound:
@@ -176,9 +174,7 @@ def nearest_entry(absmax: Float64, weight: AnyFloat, dtype: str) -> Bound:
 
 def grid_spacing(step: Float64, dtype: str) -> Bound:
     """Levels of an affine code are whole steps apart, up to rounding of the levels to float16 scales and the dtype."""
-    return Bound(
-        GRID_LEVELS * (UNIT_ROUNDOFF["float16"] + UNIT_ROUNDOFF[dtype]) * step, f"16 (u16 + u[{dtype}]) step"
-    )
+    return Bound(GRID_LEVELS * (UNIT_ROUNDOFF["float16"] + UNIT_ROUNDOFF[dtype]) * step, f"16 (u16 + u[{dtype}]) step")
 
 
 # optimizer ------------------------------------------------------------------------------------------------------------
@@ -202,7 +198,9 @@ class UpdateBounds:
     moments: dict[str, Bound]
 
 
-def update_bounds(oracle: OracleTrainer, window: Sequence[TokenBatch], dtype: str, given: UpdateSettings) -> UpdateBounds:
+def update_bounds(
+    oracle: OracleTrainer, window: Sequence[TokenBatch], dtype: str, given: UpdateSettings
+) -> UpdateBounds:
     """Bounds of the step that `oracle` is about to take.
 
     Let e be the gradient's bound. The clip factor f moves by at most f * (norm bound / norm), so the clipped gradient
@@ -242,6 +240,12 @@ def update_bounds(oracle: OracleTrainer, window: Sequence[TokenBatch], dtype: st
             "(1 - b2) (2 |g| E + E^2) + 8 u32 v",
         )
     return UpdateBounds(parameters, of_moments)
+
+
+def first_update(learning_rate: float, parameters: AnyFloat) -> Bound:
+    """AdamW's first step without decay is rate * g / (|g| + eps): at most the rate. Plus 16 u32 (|p| + rate)."""
+    own = UPDATE_ROUNDINGS * U32 * (np.abs(np.asarray(parameters, dtype=np.float64)) + learning_rate)
+    return Bound(learning_rate + own, "learning rate + 16 u32 (|p| + rate)")
 
 
 def resumed_bounds(

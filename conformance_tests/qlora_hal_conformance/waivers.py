@@ -1,9 +1,9 @@
 """Known failures that a plugin's author has written down: shown as `waived`, never green.
 
-    [[waiver]]
-    case = "60_memory/peak_is_reported"
-    issue = "https://example.org/toy/issues/7"
-    expires = 2030-01-31
+[[waiver]]
+case = "60_memory/peak_is_reported"
+issue = "https://example.org/toy/issues/7"
+expires = 2030-01-31
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def read_waivers(path: Path) -> tuple[Waiver, ...]:
 def apply_waivers(count: Count, waivers: Sequence[Waiver], today: datetime.date) -> Count:
     """Failed cases with a waiver that still holds become `waived`."""
     valid = {waiver.case: waiver for waiver in waivers if waiver.expires >= today}
-    return Count(tuple(_waived(result, valid[result.case]) if _applies(result, valid) else result for result in count.results))
+    return Count(
+        tuple(_waived(result, valid[result.case]) if _applies(result, valid) else result for result in count.results)
+    )
 
 
 def _applies(result: CaseResult, valid: dict[str, Waiver]) -> bool:

@@ -125,6 +125,8 @@ class BitsandbytesAdamW:
         return torch.ones_like(norm)
 
     def snapshot(self) -> OptimizerSnapshot:
+        if self._flat.parameters.device.type == "cuda":
+            torch.cuda.synchronize()  # paged state lies in managed memory, which the host reads directly
         state = self._inner.state.get(self._parameter)
         if not state:
             zeros = torch.zeros_like(self._flat.parameters)
@@ -167,9 +169,10 @@ def _dequantized(state: Mapping[str, Any], index: int) -> Tensor:
     codes: Tensor = state[f"state{index}"]
     if codes.dtype == torch.float32:
         return codes
-    moment: Tensor = functional.dequantize_blockwise(
-        codes, absmax=state[f"absmax{index}"], code=state[f"qmap{index}"], blocksize=256
-    )
+    absmax: Tensor = state[f"absmax{index}"]
+    code = state[f"qmap{index}"].to(absmax.device)
+    # Paged codes call themselves host tensors.
+    moment: Tensor = functional.dequantize_blockwise(codes.to(absmax.device), absmax=absmax, code=code, blocksize=256)
     return moment
 
 
@@ -179,7 +182,8 @@ def _store_moment(state: Mapping[str, Any], index: int, moment: Tensor) -> None:
     if state[f"state{index}"].dtype == torch.float32:
         state[f"state{index}"].copy_(moment)
         return
-    codes, quant_state = functional.quantize_blockwise(moment, code=state[f"qmap{index}"], blocksize=256)
+    code = state[f"qmap{index}"].to(moment.device)
+    codes, quant_state = functional.quantize_blockwise(moment, code=code, blocksize=256)
     state[f"state{index}"].copy_(codes)
     state[f"absmax{index}"].copy_(quant_state.absmax)
 

@@ -60,7 +60,8 @@ def hunt(mutant: Mutant, *, seed: int, full: bool = False) -> Hunt:
         except _Caught:
             break
     own = tuple(case for case in failed if number_of(case) in mutant.caught_by)
-    early = tuple(case for case in failed if number_of(case) < min(mutant.caught_by))
+    allowed = {*mutant.caught_by, *mutant.may_fail}
+    early = tuple(case for case in failed if number_of(case) < mutant.caught_by[0] and number_of(case) not in allowed)
     return Hunt(mutant.name, own, early, failed[own[0]] if own else "", time.monotonic() - started)
 
 

@@ -24,8 +24,9 @@ class Mutant:
     """One wrong backend.
 
     `defect` is a sentence about what it does; `recreates` the public thread of the bug, or "" where it is a slip that
-    every author can make. `caught_by` are section numbers, the earliest first: at least one must fail, and none
-    before the earliest may. `case_seconds` is the time for one case: enough for an honest one on a busy machine.
+    every author can make. `caught_by` are section numbers, the earliest first: at least one must fail. Of the sections
+    before them only those in `may_fail` may fail too: there the defect shows by the way. `case_seconds` is the time for
+    one case: enough for an honest one on a busy machine.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Mutant:
     open: Open
     recreates: str = ""
     change_spec: ChangeSpec = same_spec
+    may_fail: tuple[str, ...] = ()
     case_seconds: float = 30.0
 
     @property

@@ -248,6 +248,7 @@ MUTANTS = (
         "Uses AdamW's usual betas and epsilon whatever the settings say.",
         ("40",),
         with_rooms(update=default_betas),
+        may_fail=("31",),
     ),
     Mutant("rate_one_step_late", "Uses the learning rate of the step before.", ("40", "42"), open_with_late_rate),
     Mutant(
@@ -255,6 +256,7 @@ MUTANTS = (
         "Keeps the adapter in bfloat16.",
         ("40", "42"),
         with_rooms(update=bfloat16_master),
+        may_fail=("30", "31"),
     ),
     Mutant("a_never_trained", "Trains B alone.", ("40",), with_rooms(update=a_never_trained)),
     Mutant(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
+from qlora_hal.adapter.naming import lora_a_key, lora_b_key
 from qlora_hal.backend import BackendSpec, Compute, Quantization
 from qlora_hal.capabilities import OPTIMIZER_FEATURE, Feature, Needs, WeightFormat, missing
-from qlora_hal.errors import ConfigError, UnsupportedFeatureError
+from qlora_hal.errors import AdapterError, ConfigError, ModelError, UnsupportedFeatureError
 from qlora_hal.model.source import ModelSource
 from qlora_hal.values import Adapter, Batch
 
@@ -47,6 +48,30 @@ def refuse_adapter(spec: BackendSpec, adapter: Adapter, optimizer: str) -> None:
         raise ConfigError("QH-B01", f"No optimizer is called {optimizer!r}; known are {known}.", fix="Use adamw.")
     wanted = {OPTIMIZER_FEATURE[optimizer], Feature.LORA_DROPOUT if adapter.config.dropout else None}
     refuse(spec, Needs(features=frozenset(feature for feature in wanted if feature is not None)))
+
+
+def refuse_untargeted(adapter: Adapter) -> None:
+    """Raises AdapterError for tensors of modules that the adapter's settings do not name: nothing would train them."""
+    used = {key(module) for module in adapter.config.target_modules for key in (lora_a_key, lora_b_key)}
+    unused = sorted(set(adapter.tensors) - used)
+    if unused:
+        raise AdapterError(
+            "QH-C09",
+            f"{len(unused)} adapter tensors belong to no target module: {', '.join(unused[:5])}.",
+            fix="Name their modules in target_modules, or leave the tensors out.",
+            context={"tensors": unused},
+        )
+
+
+def refuse_unknown_module(module: str, linear_modules: Collection[str]) -> None:
+    """Raises ModelError for a path without a linear layer."""
+    if module not in linear_modules:
+        raise ModelError(
+            "QH-C07",
+            f"The model has no linear layer {module!r}.",
+            fix="Use a path that linear_modules() names.",
+            context={"present": sorted(linear_modules)},
+        )
 
 
 def refuse_batches(spec: BackendSpec, batches: Sequence[Batch]) -> None:

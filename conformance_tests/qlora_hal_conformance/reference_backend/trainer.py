@@ -35,7 +35,7 @@ from qlora_hal_conformance.oracle.loss import token_loss_sum
 
 from . import SPEC
 from .loading import LoadedBase, load_base
-from .refusals import refuse_adapter, refuse_batches, refuse_load
+from .refusals import refuse_adapter, refuse_batches, refuse_load, refuse_unknown_module, refuse_untargeted
 from .rooms import HONEST, Rooms
 from .step import MasksOf, WindowResult
 
@@ -93,6 +93,7 @@ class ReferenceTrainer(QuantizedLoRATrainer):
     def attach(self, adapter: Adapter, optimizer: str = "adamw") -> None:
         refuse_adapter(self.spec, adapter, optimizer)
         check_fits(adapter, self.base.linear_modules, where="attach")
+        refuse_untargeted(adapter)
         parameters = {name: self.rooms.adapter_in(tensor) for name, tensor in sorted(adapter.tensors.items())}
         model = self.rooms.model(self.base.shape, self.base.weights, parameters, self.rooms.scale(adapter.config))
         self._attached = Attached(adapter, parameters, model, AdamWState())
@@ -188,6 +189,7 @@ class ReferenceTrainer(QuantizedLoRATrainer):
         return {name: self.rooms.adapter_out(gradient) for name, gradient in found.gradients.items()}
 
     def dequantized_weight(self, module: str) -> Float32:
+        refuse_unknown_module(module, self.base.linear_modules)
         return self.base.weights[f"{module}.weight"].astype(np.float32)
 
     # optional ------------------------------------------------------------------------------------------------------

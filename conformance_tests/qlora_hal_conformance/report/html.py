@@ -1,3 +1,246 @@
-"""placeholder"""
-def html_text(document, results):
-    return "<html></html>"
+"""The report for people: one HTML file that needs nothing else. Every margin is a bar on a logarithmic scale."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+
+from qlora_hal_conformance.catalogue import LEVELS, level_of, number_of, section_of
+from qlora_hal_conformance.report.style import STYLE
+from qlora_hal_conformance.verdicts import CaseResult, Measure, Verdict
+
+DECADES = 8
+"""The bar shows measured / bound from 1e-8 (left) to 1 (right, the bound)."""
+
+LEVEL_TITLES = {"L0": "present", "L1": "numbers", "L2": "training", "L3": "state", "L4": "trust"}
+SECTION_TITLES = {
+    "10": "Detection", "11": "Contract", "20": "Quantization", "30": "Forward pass", "31": "Gradients",
+    "40": "Optimizer step", "41": "Accumulation", "42": "Loss curve", "43": "Determinism and dropout",
+    "44": "Young update", "50": "Checkpoint", "51": "Adapter", "52": "Portability", "60": "Memory", "70": "Errors",
+    "80": "Generation", "90": "Faults", "95": "Honesty",
+}  # fmt: skip
+MARKS = {
+    Verdict.PASSED: "&#10003;",
+    Verdict.REFUSED: "&#8856;",
+    Verdict.FAILED: "&#10007;",
+    Verdict.INCONCLUSIVE: "?",
+    Verdict.WAIVED: "&#9888;",
+}
+
+
+def html_text(document: Mapping[str, object], results: Sequence[CaseResult]) -> str:
+    """The whole page."""
+    name = _of(document, "backend", "name") or "backend"
+    parts = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{escape(name)} conformance</title>",
+        f"<style>{STYLE}</style></head><body><main>",
+        _head(document, results, name),
+        _levels(document, results),
+        _not_green(results),
+        _legend(),
+        *_sections(results),
+        _extra(document),
+        _record(document),
+        "</main></body></html>",
+    ]
+    return "\n".join(part for part in parts if part) + "\n"
+
+
+# head -----------------------------------------------------------------------------------------------------------------
+def _head(document: Mapping[str, object], results: Sequence[CaseResult], name: str) -> str:
+    state, tone = _state(document, results)
+    counted = Counter(result.verdict for result in results)
+    tiles = "".join(
+        f'<div class="tile {verdict.value}"><b>{counted[verdict]}</b><span>{verdict.value}</span></div>'
+        for verdict in Verdict
+        if counted[verdict] or verdict in (Verdict.PASSED, Verdict.FAILED)
+    )
+    title = _of(document, "backend", "title")
+    about = [_of(document, "device", "device"), _of(document, "device", "kernel_path")]
+    facts = " &middot; ".join(escape(text) for text in about if text)
+    when = escape(str(document.get("started", "")))
+    return (
+        f'<header><p class="eyebrow">qlora_hal conformance</p><h1>{escape(name)}</h1>'
+        f'<p class="subtitle">{escape(title)}</p><p class="state {tone}">{escape(state)}</p>'
+        f'<p class="facts">{facts}</p><p class="facts">{when} &middot; seed {escape(str(document.get("seed")))}'
+        f" &middot; {escape(str(document.get('wall_seconds')))} s</p>"
+        f'<div class="tiles">{tiles}</div></header>'
+    )
+
+
+def _state(document: Mapping[str, object], results: Sequence[CaseResult]) -> tuple[str, str]:
+    if document.get("filtered"):
+        return "filtered run: no certificate", "neutral"
+    if document.get("conformant") is True:
+        return "conformant", "good"
+    only_waived = all(result.verdict.is_green or result.verdict is Verdict.WAIVED for result in results)
+    return "not conformant" + (", failures waived" if only_waived else ""), "warn" if only_waived else "bad"
+
+
+def _levels(document: Mapping[str, object], results: Sequence[CaseResult]) -> str:
+    cells = []
+    for level in LEVELS:
+        of_level = [result for result in results if level_of(result.case) == level]
+        green = sum(result.verdict.is_green for result in of_level)
+        tone = "neutral" if not of_level else "good" if green == len(of_level) else "bad"
+        share = f"<span>{green} / {len(of_level)}</span>"
+        cells.append(f'<div class="level {tone}"><b>{level}</b> {LEVEL_TITLES[level]}{share}</div>')
+    return f'<div class="levels">{"".join(cells)}</div>'
+
+
+def _not_green(results: Sequence[CaseResult]) -> str:
+    red = [result for result in results if not result.verdict.is_green]
+    if not red:
+        return ""
+    items = "".join(
+        f'<li><span class="verdict {result.verdict.value}">{result.verdict.value}</span> '
+        f"<code>{escape(result.case)}</code>{_waiver(result)}<p>{escape(result.message)}</p></li>"
+        for result in red
+    )
+    return f'<section class="red"><h2>Not green, in the order to work down</h2><ol>{items}</ol></section>'
+
+
+def _waiver(result: CaseResult) -> str:
+    if not result.waiver:
+        return ""
+    issue = escape(result.waiver.get("issue", ""), quote=True)
+    until = escape(result.waiver.get("expires", ""))
+    return f' <a href="{issue}" rel="noreferrer">{issue}</a> until {until}'
+
+
+def _legend() -> str:
+    ticks = "".join(
+        f'<span style="left:{100 * decade / DECADES:.1f}%">{_tick(decade)}</span>'
+        for decade in range(0, DECADES + 1, 2)
+    )
+    return (
+        '<section class="legend"><p>Each bar is the largest measured error of a case as a part of its bound, on a '
+        "logarithmic scale: short bars are far from the bound, a bar that reaches the line uses all of it. "
+        "<i>exact</i> is equal bit for bit. Point at a bar for the formula.</p>"
+        f'<div class="axis">{ticks}</div></section>'
+    )
+
+
+def _tick(decade: int) -> str:
+    return "bound" if decade == DECADES else f"10<sup>-{DECADES - decade}</sup>"
+
+
+# cases ----------------------------------------------------------------------------------------------------------------
+def _sections(results: Sequence[CaseResult]) -> Iterable[str]:
+    for section in dict.fromkeys(section_of(result.case) for result in results):
+        chosen = [result for result in results if section_of(result.case) == section]
+        yield _section(section, chosen)
+
+
+def _section(section: str, results: Sequence[CaseResult]) -> str:
+    green = sum(result.verdict.is_green for result in results)
+    tone = "good" if green == len(results) else "bad"
+    seconds = sum(result.seconds for result in results)
+    rows = "".join(_row(result) for result in results)
+    title = SECTION_TITLES.get(number_of(section), section)
+    is_open = "" if tone == "good" and len(results) > 30 else " open"
+    return (
+        f'<details class="cases"{is_open}><summary><span class="number">{escape(number_of(section))}</span> '
+        f'{escape(title)} <span class="count {tone}">{green} / {len(results)}</span>'
+        f'<span class="time">{seconds:.1f} s</span></summary><table><thead><tr><th>case</th><th>measured</th>'
+        f"<th>bound</th><th>used of the bound</th></tr></thead><tbody>{rows}</tbody></table></details>"
+    )
+
+
+def _row(result: CaseResult) -> str:
+    mark = f'<span class="mark {result.verdict.value}" title="{result.verdict.value}">{MARKS[result.verdict]}</span>'
+    name = escape(result.case.partition("/")[2]).replace("_", "_<wbr>")
+    why = f'<p class="why">{escape(result.message)}</p>' if result.message else ""
+    tightest = result.tightest
+    if tightest is None:
+        figures = "<td></td><td></td><td></td>"
+    else:
+        figures = f"<td>{_number(tightest.measured)}</td><td>{_number(tightest.bound)}</td><td>{_bar(tightest)}</td>"
+    return f"<tr><td>{mark} <code>{name}</code>{why}</td>{figures}</tr>"
+
+
+def _bar(measure: Measure) -> str:
+    hint = escape(f"{measure.what}: {measure.measured:.3g} of {measure.bound:.3g} = {measure.formula}", quote=True)
+    if measure.used <= 0.0:
+        return f'<span class="exact" title="{hint}">exact</span>'
+    width = _width(measure.used)
+    tone = "over" if not measure.holds else "near" if measure.used > 0.5 else "within"
+    share = "over" if not measure.holds else f"{100 * measure.used:.2g} %"
+    return (
+        f'<span class="bar" title="{hint}"><i class="{tone}" style="width:{width:.1f}%"></i></span>'
+        f'<span class="share">{share}</span>'
+    )
+
+
+def _width(used: float) -> float:
+    """Per cent of the bar's length: 100 at the bound, 0 at 1e-8 of it."""
+    if not math.isfinite(used) or used >= 1.0:
+        return 100.0
+    return max(100.0 * (1.0 + math.log10(used) / DECADES), 1.0)
+
+
+def _number(value: float) -> str:
+    if value == 0.0:
+        return "0"
+    return escape(f"{value:.2e}" if abs(value) < 0.01 or abs(value) >= 1e5 else f"{value:.4g}")
+
+
+# the rest -------------------------------------------------------------------------------------------------------------
+def _extra(document: Mapping[str, object]) -> str:
+    from qlora_hal_conformance.journal import result_from_json
+
+    records = document.get("extra_cases")
+    if not isinstance(records, list) or not records:
+        return ""
+    rows = "".join(_row(result_from_json(record)) for record in records)
+    return (
+        '<details class="cases" open><summary>Sections of plugins, not counted</summary><table><thead><tr><th>case</th>'
+        f"<th>measured</th><th>bound</th><th>used of the bound</th></tr></thead><tbody>{rows}</tbody></table></details>"
+    )
+
+
+def _record(document: Mapping[str, object]) -> str:
+    rows = "".join(
+        f"<tr><th>{escape(label)}</th><td>{escape(value)}</td></tr>" for label, value in _record_rows(document) if value
+    )
+    return f'<details class="record"><summary>Record</summary><table><tbody>{rows}</tbody></table></details>'
+
+
+def _record_rows(document: Mapping[str, object]) -> Iterable[tuple[str, str]]:
+    yield "backend", f"{_of(document, 'backend', 'name')} ({_of(document, 'backend', 'trainer')})"
+    yield (
+        "distribution",
+        f"{_of(document, 'backend', 'distribution')} {_of(document, 'backend', 'distribution_version')}",
+    )
+    yield "contract", str(document.get("contract", ""))
+    yield "suite", f"version {_of(document, 'suite', 'version')}, sha256 {_of(document, 'suite', 'sha256')}"
+    for part in ("device", "machine"):
+        section = document.get(part)
+        for key, value in (section if isinstance(section, dict) else {}).items():
+            yield f"{part}: {key}", _flat(value)
+    backend = document.get("backend")
+    capabilities = backend.get("capabilities", {}) if isinstance(backend, dict) else {}
+    for key, value in capabilities.items():
+        yield f"declared: {key}", _flat(value)
+    ran = document.get("ran")
+    yield "formats and dtypes run", _flat(ran)
+    yield "certificate sha256", str(document.get("sha256", "none: filtered run"))
+
+
+def _flat(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_flat(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(_flat(item) for item in value)
+    return "" if value is None else str(value)
+
+
+def _of(document: Mapping[str, object], part: str, key: str) -> str:
+    section = document.get(part)
+    value = section.get(key) if isinstance(section, dict) else None
+    return "" if value is None else str(value)

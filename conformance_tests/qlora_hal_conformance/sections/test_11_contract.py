@@ -10,8 +10,8 @@ import pytest
 
 from qlora_hal.backend import DeviceFacts, QuantizedLoRATrainer
 from qlora_hal.capabilities import Feature
-from qlora_hal.errors import QloraHalError
 from qlora_hal.values import Adapter, Batch, LossSum, StepSettings, StepStats
+from qlora_hal_conformance.comparing import must_refuse
 from qlora_hal_conformance.drawing import draw_adapter, draw_batch, draw_window, total_tokens, with_field
 from qlora_hal_conformance.opening import Opener
 from qlora_hal_conformance.tiny_models import linear_shapes
@@ -185,7 +185,7 @@ def test_trainer_is_a_context_manager(opened: Opener) -> None:
     trainer = opened().trainer
     with trainer as entered:
         assert entered is trainer
-    _check_raises(trainer.linear_modules, "linear_modules after the with block")
+    must_refuse(trainer.linear_modules, "linear_modules after the with block")
 
 
 def test_second_load_replaces_the_first(opened: Opener, seeded: np.random.Generator) -> None:
@@ -234,18 +234,7 @@ def _check_refuses(trainer: QuantizedLoRATrainer, adapter: Adapter, batch: Batch
             ("dequantized_weight", lambda: trainer.dequantized_weight(adapter.config.target_modules[0])),
         ]
     for name, call in calls:
-        _check_raises(call, name)
-
-
-def _check_raises(call: Callable[[], object], what: str) -> None:
-    try:
-        call()
-    except QloraHalError as error:
-        assert error.fix, f"{what}: the error has no fix"
-    except Exception as error:
-        raise AssertionError(f"{what} raised {type(error).__name__}: {error}; one of qlora_hal.errors is due") from error
-    else:
-        raise AssertionError(f"{what} went through out of order")
+        must_refuse(call, name)
 
 
 def _check_named(found: object, adapter: Adapter, what: str) -> None:

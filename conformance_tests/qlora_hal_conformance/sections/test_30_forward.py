@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from qlora_hal.capabilities import Feature, WeightFormat
-from qlora_hal.values import Adapter, Batch
+from qlora_hal.values import Adapter
+from qlora_hal_conformance.comparing import judge_logits
 from qlora_hal_conformance.drawing import (
     at_real_tokens,
     draw_adapter,
@@ -30,11 +31,16 @@ LARGE = 400.0
 
 @pytest.mark.parametrize(("weight_format", "dtype"), each_format_and_dtype())
 def test_logits_equal_the_oracle(
-    weight_format: WeightFormat, dtype: str, opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+    weight_format: WeightFormat,
+    dtype: str,
+    opened: Opener,
+    oracle: OracleOf,
+    seeded: np.random.Generator,
+    judging: Judge,
 ) -> None:
     shape, _ = opened.models.drawn("main")
     ready = opened(weight_format=weight_format, dtype=dtype, adapter=draw_adapter(seeded, shape))
-    _judge_logits(ready, oracle(ready), draw_batch(seeded, shape), judging)
+    judge_logits(ready, oracle(ready), draw_batch(seeded, shape), judging)
 
 
 @pytest.mark.parametrize("layout", range(len(SHAPES)))
@@ -43,9 +49,9 @@ def test_every_head_layout(
 ) -> None:
     """Two, four and all query heads to a key head; heads narrower and wider together than the hidden size."""
     shape = SHAPES[layout]
-    opened.models._drawn.setdefault(f"layout{layout}", (shape, draw_tensors(shape, seeded)))
+    opened.models.define(f"layout{layout}", shape, draw_tensors(shape, seeded))
     ready = opened(f"layout{layout}", adapter=draw_adapter(seeded, shape))
-    _judge_logits(ready, oracle(ready), draw_batch(seeded, shape), judging)
+    judge_logits(ready, oracle(ready), draw_batch(seeded, shape), judging)
 
 
 def test_widths_that_blocks_do_not_divide(
@@ -59,27 +65,31 @@ def test_widths_that_blocks_do_not_divide(
         shape, _ = opened.models.drawn("main")
         ready = opened(adapter=draw_adapter(seeded, shape))
     else:
-        ready = opened("uneven", weight_format=WeightFormat.NONE if grouped else None, adapter=draw_adapter(seeded, shape))
-    _judge_logits(ready, oracle(ready), draw_batch(seeded, shape), judging)
+        ready = opened(
+            "uneven", weight_format=WeightFormat.NONE if grouped else None, adapter=draw_adapter(seeded, shape)
+        )
+    judge_logits(ready, oracle(ready), draw_batch(seeded, shape), judging)
 
 
 def test_tied_head(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     shape, _ = opened.models.drawn("tied")
     ready = opened("tied", adapter=draw_adapter(seeded, shape))
-    _judge_logits(ready, oracle(ready), draw_batch(seeded, shape), judging)
+    judge_logits(ready, oracle(ready), draw_batch(seeded, shape), judging)
 
 
 def test_long_rows(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     """Far positions turn far: a wrong rotary frequency shows here."""
     shape, _ = opened.models.drawn("main")
     ready = opened(adapter=draw_adapter(seeded, shape))
-    _judge_logits(ready, oracle(ready), draw_batch(seeded, shape, lengths=(150, 97)), judging)
+    judge_logits(ready, oracle(ready), draw_batch(seeded, shape, lengths=(150, 97)), judging)
 
 
-def test_rows_of_one_and_two_tokens(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
+def test_rows_of_one_and_two_tokens(
+    opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
     shape, _ = opened.models.drawn("main")
     ready = opened(adapter=draw_adapter(seeded, shape))
-    _judge_logits(ready, oracle(ready), draw_batch(seeded, shape, lengths=(1, 2), prompt=1), judging)
+    judge_logits(ready, oracle(ready), draw_batch(seeded, shape, lengths=(1, 2), prompt=1), judging)
 
 
 @pytest.mark.parametrize("use_rslora", [False, True], ids=["alpha_over_r", "alpha_over_root_r"])
@@ -89,7 +99,7 @@ def test_scale_of_the_adapter(
     shape, _ = opened.models.drawn("main")
     ready = opened(adapter=draw_adapter(seeded, shape, use_rslora=use_rslora, rank=8))
     batch = draw_batch(seeded, shape)
-    found = _judge_logits(ready, oracle(ready), batch, judging)
+    found = judge_logits(ready, oracle(ready), batch, judging)
     config = ready.adapter.config  # type: ignore[union-attr]
     wrong = draw_adapter(seeded, shape, rank=8)
     other = oracle_with_scale(ready, Adapter(ready.adapter.tensors, wrong.config), not use_rslora, config.alpha)  # type: ignore[union-attr]
@@ -110,7 +120,7 @@ def test_b_of_zero_changes_nothing(
     shape, _ = opened.models.drawn("main")
     adapter, batch = draw_adapter(seeded, shape), draw_batch(seeded, shape)
     ready = opened(adapter=with_zero(adapter, "B"))
-    found = _judge_logits(ready, oracle(ready), batch, judging)
+    found = judge_logits(ready, oracle(ready), batch, judging)
     ready.attach(adapter)
     moved = at_real_tokens(ready.trainer.logits(batch), batch)
     judging.apart("logits with B", moved, found, logits_bound(oracle(ready), batch, ready.dtype))
@@ -124,19 +134,17 @@ def test_adapter_on_one_kind_of_module(
     shape, _ = opened.models.drawn("main")
     targets = [module for module in linear_shapes(shape) if module.endswith(leaf)]
     ready, batch = opened(adapter=draw_adapter(seeded, shape, targets=targets)), draw_batch(seeded, shape)
-    found = _judge_logits(ready, oracle(ready), batch, judging)
+    found = judge_logits(ready, oracle(ready), batch, judging)
     ready.attach(with_zero(ready.adapter, "B"))  # type: ignore[arg-type]
     without = at_real_tokens(ready.trainer.logits(batch), batch)
     judging.apart(f"logits with {leaf}", found, without, logits_bound(oracle(ready), batch, ready.dtype))
 
 
-def test_adapter_on_few_modules(
-    opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
-) -> None:
+def test_adapter_on_few_modules(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     shape, _ = opened.models.drawn("main")
     targets = seeded.choice(sorted(linear_shapes(shape)), size=3, replace=False).tolist()
     ready = opened(adapter=draw_adapter(seeded, shape, targets=targets))
-    _judge_logits(ready, oracle(ready), draw_batch(seeded, shape), judging)
+    judge_logits(ready, oracle(ready), draw_batch(seeded, shape), judging)
 
 
 def test_what_stands_at_padding_does_not_matter(
@@ -159,7 +167,7 @@ def test_packed_samples_do_not_see_each_other(
     ready = opened(adapter=draw_adapter(seeded, shape))
     together = packed([draw_batch(seeded, shape, lengths=(11, 7, 13))], time=36)
     assert together.is_packed
-    _judge_logits(ready, oracle(ready), together, judging)
+    judge_logits(ready, oracle(ready), together, judging)
 
 
 def test_evaluation_sums_token_losses(
@@ -171,7 +179,12 @@ def test_evaluation_sums_token_losses(
     found = ready.trainer.evaluate(window)
     reference = oracle(ready)
     assert found.token_count == total_tokens(window)
-    judging.within("loss sum", np.array(found.loss_sum), np.array(reference.evaluate(window)[0]), loss_bound(reference, window, ready.dtype))
+    judging.within(
+        "loss sum",
+        np.array(found.loss_sum),
+        np.array(reference.evaluate(window)[0]),
+        loss_bound(reference, window, ready.dtype),
+    )
 
 
 def test_evaluation_of_nothing_is_zero(opened: Opener, seeded: np.random.Generator) -> None:
@@ -195,7 +208,7 @@ def test_evaluation_has_no_dropout(
     bound = loss_bound(reference, window, ready.dtype)
     found = np.array(ready.trainer.evaluate(window).loss_sum)
     judging.within("loss sum", found, np.array(reference.evaluate(window)[0]), bound)
-    _judge_logits(ready, reference, window[0], judging)
+    judge_logits(ready, reference, window[0], judging)
 
 
 @pytest.mark.needs("bfloat16")
@@ -208,20 +221,10 @@ def test_bfloat16_keeps_its_range(
     large = {
         name: (tensor * factors.get(name.split(".")[-2], 1.0)).astype(np.float32) for name, tensor in tensors.items()
     }
-    opened.models._drawn["large"] = shape, large
+    opened.models.define("large", shape, large)
     ready = opened("large", dtype="bfloat16", adapter=draw_adapter(seeded, shape, targets=_attention(shape)))
-    _judge_logits(ready, oracle(ready), draw_batch(seeded, shape), judging)
+    judge_logits(ready, oracle(ready), draw_batch(seeded, shape), judging)
 
 
 def _attention(shape: object) -> list[str]:
     return [module for module in linear_shapes(shape) if "self_attn" in module]  # type: ignore[arg-type]
-
-
-def _judge_logits(
-    ready: Opened, reference: OracleTrainer, batch: Batch, judging: Judge
-) -> np.ndarray:  # type: ignore[type-arg]
-    """Logits at every token that is not padding, within the rounding bound; they are given back."""
-    found = at_real_tokens(ready.trainer.logits(batch), batch)
-    expected = at_real_tokens(reference.logits(batch), batch)
-    judging.within("logits", found, expected, logits_bound(reference, batch, ready.dtype))
-    return found

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
 
 from qlora_hal.capabilities import Feature, WeightFormat
-from qlora_hal.values import IGNORE_LABEL, Batch, Float32
+from qlora_hal.values import IGNORE_LABEL, Batch
+from qlora_hal_conformance.comparing import judge_gradients
 from qlora_hal_conformance.drawing import (
     draw_adapter,
     draw_batch,
@@ -18,8 +19,7 @@ from qlora_hal_conformance.drawing import (
     with_zero,
 )
 from qlora_hal_conformance.judging import Judge
-from qlora_hal_conformance.opening import Opened, Opener
-from qlora_hal_conformance.oracle import OracleTrainer
+from qlora_hal_conformance.opening import Opener
 from qlora_hal_conformance.parameters import OracleOf, each_format, each_format_and_dtype
 from qlora_hal_conformance.tiny_models import FIRST_ORDINARY_TOKEN, linear_shapes
 from qlora_hal_conformance.tolerances import Bound, gradient_bounds
@@ -27,12 +27,17 @@ from qlora_hal_conformance.tolerances import Bound, gradient_bounds
 
 @pytest.mark.parametrize(("weight_format", "dtype"), each_format_and_dtype())
 def test_every_gradient_equals_the_oracle(
-    weight_format: WeightFormat, dtype: str, opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+    weight_format: WeightFormat,
+    dtype: str,
+    opened: Opener,
+    oracle: OracleOf,
+    seeded: np.random.Generator,
+    judging: Judge,
 ) -> None:
     shape, _ = opened.models.drawn("main")
     ready = opened(weight_format=weight_format, dtype=dtype, adapter=draw_adapter(seeded, shape))
     window = draw_window(seeded, shape)
-    _judge(ready.trainer.gradients(window), oracle(ready), window, ready, judging)
+    judge_gradients(ready.trainer.gradients(window), oracle(ready), window, ready, judging)
 
 
 @pytest.mark.parametrize("weight_format", each_format())
@@ -42,7 +47,7 @@ def test_a_training_step_uses_the_same_gradient(
     """What `gradients` shows is what `train_step` trains with: read back from the first moment."""
     shape, _ = opened.models.drawn("main")
     ready, window = opened(weight_format=weight_format, adapter=draw_adapter(seeded, shape)), draw_window(seeded, shape)
-    _judge(ready.trained_gradient(window), oracle(ready), window, ready, judging)
+    judge_gradients(ready.trained_gradient(window), oracle(ready), window, ready, judging)
 
 
 @pytest.mark.needs(Feature.GRADIENT_CHECKPOINTING)
@@ -52,8 +57,8 @@ def test_checkpointing_changes_no_gradient(
     """Recomputed activations give the same gradient, and every tensor gets one."""
     shape, _ = opened.models.drawn("main")
     ready, window = opened(checkpointing=True, adapter=draw_adapter(seeded, shape)), draw_window(seeded, shape)
-    _judge(ready.trained_gradient(window), oracle(ready), window, ready, judging)
-    _judge(ready.trainer.gradients(window), oracle(ready), window, ready, judging)
+    judge_gradients(ready.trained_gradient(window), oracle(ready), window, ready, judging)
+    judge_gradients(ready.trainer.gradients(window), oracle(ready), window, ready, judging)
 
 
 @pytest.mark.needs(Feature.GRADIENT_CHECKPOINTING, Feature.LORA_DROPOUT)
@@ -76,7 +81,7 @@ def test_tied_head_has_no_gradient_of_its_own(
 ) -> None:
     shape, _ = opened.models.drawn("tied")
     ready, window = opened("tied", adapter=draw_adapter(seeded, shape)), draw_window(seeded, shape)
-    _judge(ready.trainer.gradients(window), oracle(ready), window, ready, judging)
+    judge_gradients(ready.trainer.gradients(window), oracle(ready), window, ready, judging)
 
 
 @pytest.mark.parametrize("use_rslora", [False, True], ids=["alpha_over_r", "alpha_over_root_r"])
@@ -86,7 +91,7 @@ def test_scale_of_the_adapter(
     shape, _ = opened.models.drawn("main")
     ready = opened(adapter=draw_adapter(seeded, shape, use_rslora=use_rslora, rank=8))
     window = draw_window(seeded, shape)
-    _judge(ready.trainer.gradients(window), oracle(ready), window, ready, judging)
+    judge_gradients(ready.trainer.gradients(window), oracle(ready), window, ready, judging)
 
 
 def test_young_adapter(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
@@ -94,20 +99,18 @@ def test_young_adapter(opened: Opener, oracle: OracleOf, seeded: np.random.Gener
     shape, _ = opened.models.drawn("main")
     ready, window = opened(adapter=with_zero(draw_adapter(seeded, shape), "B")), draw_window(seeded, shape)
     found = ready.trainer.gradients(window)
-    _judge(found, oracle(ready), window, ready, judging)
+    judge_gradients(found, oracle(ready), window, ready, judging)
     for name, gradient in found.items():
         assert gradient.any() == ("lora_B" in name), f"{name} has {'no' if 'lora_B' in name else 'a'} gradient"
 
 
-def test_adapter_on_few_modules(
-    opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
-) -> None:
+def test_adapter_on_few_modules(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     """Only the targets get gradients; one below others gets its own through them."""
     shape, _ = opened.models.drawn("main")
     targets = seeded.choice(sorted(linear_shapes(shape)), size=4, replace=False).tolist()
     ready = opened(adapter=draw_adapter(seeded, shape, targets=targets))
     window = draw_window(seeded, shape)
-    _judge(ready.trainer.gradients(window), oracle(ready), window, ready, judging)
+    judge_gradients(ready.trainer.gradients(window), oracle(ready), window, ready, judging)
 
 
 @pytest.mark.parametrize("prompt", [1, 6, 15], ids=["short", "medium", "long"])
@@ -117,7 +120,7 @@ def test_prompt_tokens_do_not_count(
     shape, _ = opened.models.drawn("main")
     ready = opened(adapter=draw_adapter(seeded, shape))
     window = [draw_batch(seeded, shape, lengths=(20, 18), prompt=prompt)]
-    _judge(ready.trainer.gradients(window), oracle(ready), window, ready, judging)
+    judge_gradients(ready.trainer.gradients(window), oracle(ready), window, ready, judging)
 
 
 def test_scattered_labels(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
@@ -127,12 +130,10 @@ def test_scattered_labels(opened: Opener, oracle: OracleOf, seeded: np.random.Ge
     counts = seeded.random(batch.labels.shape) < 0.4
     counts[:, 3] = True
     scattered = with_field(batch, labels=np.where(counts, batch.labels, IGNORE_LABEL).astype(np.int32))
-    _judge(ready.trainer.gradients([scattered]), oracle(ready), [scattered], ready, judging)
+    judge_gradients(ready.trainer.gradients([scattered]), oracle(ready), [scattered], ready, judging)
 
 
-def test_last_token_is_trained(
-    opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
-) -> None:
+def test_last_token_is_trained(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     """The end of the text is what teaches a model to stop: rows where it alone counts, in full and padded rows."""
     shape, _ = opened.models.drawn("main")
     ready, batch = opened(adapter=draw_adapter(seeded, shape)), draw_batch(seeded, shape, lengths=(16, 11))
@@ -142,7 +143,7 @@ def test_last_token_is_trained(
         input_ids[row, last] = labels[row, last] = 2
     window = [with_field(batch, labels=labels, input_ids=input_ids)]
     found = ready.trainer.gradients(window)
-    _judge(found, oracle(ready), window, ready, judging)
+    judge_gradients(found, oracle(ready), window, ready, judging)
     assert any(gradient.any() for gradient in found.values()), "the last token has no gradient"
 
 
@@ -190,8 +191,8 @@ def test_packed_samples_equal_separate_ones(
     ready, apart = opened(adapter=draw_adapter(seeded, shape)), [draw_batch(seeded, shape, lengths=(11, 7, 13))]
     together = [packed(apart, time=36)]
     reference = oracle(ready)
-    _judge(ready.trainer.gradients(together), reference, together, ready, judging)
-    _judge(ready.trained_gradient(together), reference, apart, ready, judging)
+    judge_gradients(ready.trainer.gradients(together), reference, together, ready, judging)
+    judge_gradients(ready.trained_gradient(together), reference, apart, ready, judging)
 
 
 def test_looking_leaves_the_next_gradient_alone(
@@ -203,9 +204,9 @@ def test_looking_leaves_the_next_gradient_alone(
     ready.trainer.evaluate(window)
     ready.trainer.logits(window[0])
     reference = oracle(ready)
-    _judge(ready.trainer.gradients(window), reference, window, ready, judging)
+    judge_gradients(ready.trainer.gradients(window), reference, window, ready, judging)
     ready.trainer.evaluate(window)
-    _judge(ready.trained_gradient(window), reference, window, ready, judging)
+    judge_gradients(ready.trained_gradient(window), reference, window, ready, judging)
 
 
 @pytest.mark.needs(Feature.GENERATE)
@@ -216,7 +217,7 @@ def test_generation_leaves_the_next_gradient_alone(
     ready, window = opened(adapter=draw_adapter(seeded, shape)), draw_window(seeded, shape)
     for adapter in (True, False):
         ready.trainer.generate(window[0].input_ids[0, :8], max_new_tokens=3, adapter=adapter)
-    _judge(ready.trained_gradient(window), oracle(ready), window, ready, judging)
+    judge_gradients(ready.trained_gradient(window), oracle(ready), window, ready, judging)
 
 
 def test_gradients_twice_are_not_added_up(
@@ -226,8 +227,8 @@ def test_gradients_twice_are_not_added_up(
     ready, window = opened(adapter=draw_adapter(seeded, shape)), draw_window(seeded, shape)
     for _ in range(2):
         found = ready.trainer.gradients(window)
-    _judge(found, oracle(ready), window, ready, judging)
-    _judge(ready.trained_gradient(window), oracle(ready), window, ready, judging)
+    judge_gradients(found, oracle(ready), window, ready, judging)
+    judge_gradients(ready.trained_gradient(window), oracle(ready), window, ready, judging)
 
 
 def test_looking_changes_no_state(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
@@ -245,10 +246,3 @@ def test_looking_changes_no_state(opened: Opener, seeded: np.random.Generator, j
 
 def _widened(bounds: Mapping[str, Bound], factor: float) -> dict[str, Bound]:
     return {name: bound.times(factor, "two results") for name, bound in bounds.items()}
-
-
-def _judge(
-    found: Mapping[str, Float32], reference: OracleTrainer, window: Sequence[Batch], ready: Opened, judging: Judge
-) -> None:
-    expected = reference.gradients(window)
-    judging.all_within("gradients", found, expected, gradient_bounds(reference, window, ready.dtype))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import numpy as np
 import pytest
 
-from qlora_hal.values import IGNORE_LABEL, Batch, Float32
+from qlora_hal.values import IGNORE_LABEL, Batch
+from qlora_hal_conformance.comparing import judge_gradients
 from qlora_hal_conformance.drawing import draw_adapter, draw_batch, rows_of, total_tokens, with_field
 from qlora_hal_conformance.judging import Judge
-from qlora_hal_conformance.opening import Opened, Opener
+from qlora_hal_conformance.opening import Opener
 from qlora_hal_conformance.parameters import OracleOf, each_format
-from qlora_hal_conformance.tolerances import UpdateSettings, gradient_bounds
+from qlora_hal_conformance.tolerances import UpdateSettings
 from qlora_hal_conformance.updating import judge_step, oracle_at_state_of
 
 RATE = 1e-2
@@ -36,14 +35,14 @@ def test_window_of_unequal_batches_equals_one_batch(  # type: ignore[no-untyped-
     ready = opened(weight_format=weight_format, adapter=draw_adapter(seeded, shape))
     whole = _unequal(seeded, opened)
     for window in (rows_of(whole), [whole]):
-        _judge(ready.trainer.gradients(window), ready, oracle, [whole], judging)
-        _judge(ready.trained_gradient(window), ready, oracle, [whole], judging)
+        judge_gradients(ready.trainer.gradients(window), oracle(ready), [whole], ready, judging)
+        judge_gradients(ready.trained_gradient(window), oracle(ready), [whole], ready, judging)
 
 
 def test_eight_micro_batches(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     shape, _ = opened.models.drawn("main")
     ready, whole = opened(adapter=draw_adapter(seeded, shape)), _unequal(seeded, opened, rows=8)
-    _judge(ready.trained_gradient(rows_of(whole)), ready, oracle, [whole], judging)
+    judge_gradients(ready.trained_gradient(rows_of(whole)), oracle(ready), [whole], ready, judging)
 
 
 def test_order_of_micro_batches_does_not_matter(
@@ -51,7 +50,7 @@ def test_order_of_micro_batches_does_not_matter(
 ) -> None:
     shape, _ = opened.models.drawn("main")
     ready, whole = opened(adapter=draw_adapter(seeded, shape)), _unequal(seeded, opened)
-    _judge(ready.trained_gradient(rows_of(whole)[::-1]), ready, oracle, [whole], judging)
+    judge_gradients(ready.trained_gradient(rows_of(whole)[::-1]), oracle(ready), [whole], ready, judging)
 
 
 def test_last_partial_window_is_a_window(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
@@ -72,8 +71,8 @@ def test_micro_batch_without_a_counted_token(
     ready, window = opened(adapter=draw_adapter(seeded, shape)), rows_of(_unequal(seeded, opened, rows=2))
     silent = with_field(window[1], labels=np.full_like(window[1].labels, IGNORE_LABEL))
     with_silent = [*window[:place], silent, *window[place:]]
-    _judge(ready.trainer.gradients(with_silent), ready, oracle, window, judging)
-    _judge(ready.trained_gradient(with_silent), ready, oracle, window, judging)
+    judge_gradients(ready.trainer.gradients(with_silent), oracle(ready), window, ready, judging)
+    judge_gradients(ready.trained_gradient(with_silent), oracle(ready), window, ready, judging)
 
 
 def test_token_count_is_that_of_the_global_window(
@@ -83,7 +82,7 @@ def test_token_count_is_that_of_the_global_window(
     shape, _ = opened.models.drawn("main")
     ready, window = opened(adapter=draw_adapter(seeded, shape)), rows_of(_unequal(seeded, opened))
     found = ready.trained_gradient(window, token_count=4 * total_tokens(window))
-    _judge({name: 4 * gradient for name, gradient in found.items()}, ready, oracle, window, judging)
+    judge_gradients({name: 4 * gradient for name, gradient in found.items()}, oracle(ready), window, ready, judging)
 
 
 def test_loss_is_summed_over_the_window(
@@ -94,11 +93,3 @@ def test_loss_is_summed_over_the_window(
     ready = opened(adapter=draw_adapter(seeded, shape))
     window = rows_of(_unequal(seeded, opened, rows=6))
     judge_step(ready, oracle(ready), window, UpdateSettings(RATE), judging)
-
-
-def _judge(
-    found: Mapping[str, Float32], ready: Opened, oracle: OracleOf, window: Sequence[Batch], judging: Judge
-) -> None:
-    reference = oracle(ready)
-    bounds = gradient_bounds(reference, window, ready.dtype)
-    judging.all_within("gradients", found, reference.gradients(window), bounds)

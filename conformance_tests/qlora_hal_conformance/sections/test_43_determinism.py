@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -48,7 +49,9 @@ def test_same_start_gives_the_same_run(
 
 
 @pytest.mark.needs(Feature.LORA_DROPOUT)
-def test_same_key_gives_the_same_masks(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
+def test_same_key_gives_the_same_masks(
+    opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
     """In another trainer, after other steps: nothing but the key decides."""
     shape, _ = opened.models.drawn("main")
     adapter, window = draw_adapter(seeded, shape, dropout=DROP), draw_window(seeded, shape)
@@ -66,9 +69,8 @@ def test_same_key_gives_the_same_masks(opened: Opener, oracle: OracleOf, seeded:
 
 @pytest.mark.needs(Feature.LORA_DROPOUT)
 def test_other_key_gives_other_masks(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
-    shape, _ = opened.models.drawn("main")
     probe = _MaskProbe(opened, seeded)
-    for one, other in zip(KEYS, KEYS[1:], strict=False):
+    for one, other in pairwise(KEYS):
         judging.at_most("agreement of two keys' masks", *_agreement(probe.masks(one), probe.masks(other)))
 
 
@@ -80,7 +82,7 @@ def test_layers_and_micro_batches_have_masks_of_their_own(
     probe = _MaskProbe(opened, seeded)
     masks = probe.masks(41)
     of_equal_width = [name for name, mask in masks.items() if mask.size == shape.hidden_size]
-    for one, other in zip(of_equal_width, of_equal_width[1:], strict=False):
+    for one, other in pairwise(of_equal_width):
         judging.at_most("agreement of two layers' masks", *_agreement({"": masks[one]}, {"": masks[other]}))
     judging.at_most("agreement of two micro-batches' masks", *_agreement(masks, probe.masks_of_second(41)))
 
@@ -104,7 +106,9 @@ def test_share_and_scale_of_what_is_kept(
 
 
 @pytest.mark.needs(Feature.LORA_DROPOUT)
-def test_dropout_of_zero_needs_no_key(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
+def test_dropout_of_zero_needs_no_key(
+    opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
     shape, _ = opened.models.drawn("main")
     ready, window = opened(adapter=draw_adapter(seeded, shape)), draw_window(seeded, shape)
     reference = oracle(ready)

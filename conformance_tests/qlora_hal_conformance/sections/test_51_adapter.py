@@ -11,6 +11,7 @@ import pytest
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key
 from qlora_hal.adapter.peft_files import read_adapter, write_adapter
 from qlora_hal.values import Adapter
+from qlora_hal_conformance.comparing import judge_logits
 from qlora_hal_conformance.drawing import at_real_tokens, draw_adapter, draw_batch, draw_window
 from qlora_hal_conformance.judging import Judge
 from qlora_hal_conformance.opening import Opener
@@ -59,8 +60,7 @@ def test_adapter_through_peft_files(
     assert read.config.scale == exported.config.scale
     other, batch = opened(adapter=read), draw_batch(seeded, shape)
     reference = other.oracle(exported)
-    found = at_real_tokens(other.trainer.logits(batch), batch)
-    judging.within("logits", found, at_real_tokens(reference.logits(batch), batch), logits_bound(reference, batch, ready.dtype))
+    judge_logits(other, reference, batch, judging)
 
 
 def test_layout_of_a_and_b(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
@@ -75,8 +75,7 @@ def test_layout_of_a_and_b(opened: Opener, oracle: OracleOf, seeded: np.random.G
         assert adapter.tensors[lora_b_key(module)].shape == (outputs, shape.hidden_size)
     ready, batch = opened(adapter=adapter), draw_batch(seeded, shape)
     reference = oracle(ready)
-    found = at_real_tokens(ready.trainer.logits(batch), batch)
-    judging.within("logits", found, at_real_tokens(reference.logits(batch), batch), logits_bound(reference, batch, ready.dtype))
+    judge_logits(ready, reference, batch, judging)
     exported = ready.trainer.export_adapter().tensors
     judging.equal("tensors", exported, adapter.tensors)
 
@@ -93,8 +92,7 @@ def test_second_attach_replaces_the_first(
     assert ready.adapter is not None
     judging.equal("tensors", ready.trainer.export_adapter().tensors, ready.adapter.tensors)
     batch, reference = draw_batch(seeded, shape), oracle(ready)
-    found = at_real_tokens(ready.trainer.logits(batch), batch)
-    judging.within("logits", found, at_real_tokens(reference.logits(batch), batch), logits_bound(reference, batch, ready.dtype))
+    judge_logits(ready, reference, batch, judging)
 
 
 def test_scale_is_that_of_the_settings(
@@ -107,10 +105,7 @@ def test_scale_is_that_of_the_settings(
     ready, batch = opened(adapter=once), draw_batch(seeded, shape)
     for adapter in (once, twice):
         ready.attach(adapter)
-        reference = oracle(ready)
-        bound = logits_bound(reference, batch, ready.dtype)
-        found = at_real_tokens(ready.trainer.logits(batch), batch)
-        judging.within("logits", found, at_real_tokens(reference.logits(batch), batch), bound)
+        judge_logits(ready, oracle(ready), batch, judging)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 16, 64])
@@ -118,8 +113,7 @@ def test_any_rank(rank: int, opened: Opener, oracle: OracleOf, seeded: np.random
     shape, _ = opened.models.drawn("main")
     ready, batch = opened(adapter=draw_adapter(seeded, shape, rank=rank)), draw_batch(seeded, shape)
     reference = oracle(ready)
-    found = at_real_tokens(ready.trainer.logits(batch), batch)
-    judging.within("logits", found, at_real_tokens(reference.logits(batch), batch), logits_bound(reference, batch, ready.dtype))
+    judge_logits(ready, reference, batch, judging)
     exported = ready.trainer.export_adapter().tensors
     assert ready.adapter is not None
     judging.equal("tensors", exported, ready.adapter.tensors)

@@ -19,7 +19,8 @@ NEW_TOKENS = 12
 
 def _prompt(seeded: np.random.Generator, opened: Opener) -> Int32:
     shape, _ = opened.models.drawn("main")
-    return draw_batch(seeded, shape, lengths=(int(seeded.integers(4, 12)),)).input_ids[0]
+    prompt: Int32 = draw_batch(seeded, shape, lengths=(int(seeded.integers(4, 12)),)).input_ids[0]
+    return prompt
 
 
 def _judge_greedy(ready: Opened, prompt: Int32, tokens: Int32, judging: Judge) -> None:

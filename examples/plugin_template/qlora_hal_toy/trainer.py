@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_hal.adapter import check_fits, lora_a_key, lora_b_key
 from qlora_hal.backend import Compute, DeviceFacts, Quantization, QuantizedLoRATrainer
 from qlora_hal.capabilities import OPTIMIZER_FEATURE, Feature, Needs, WeightFormat, missing
-from qlora_hal.errors import AdapterError, BackendContractError, ModelError, UnsupportedFeatureError
+from qlora_hal.errors import AdapterError, BackendContractError, ConfigError, ModelError, UnsupportedFeatureError
 from qlora_hal.model.source import ModelSource
 from qlora_hal.values import IGNORE_LABEL, Adapter, Batch, LossSum, OptimizerSnapshot, StepSettings, StepStats
 from qlora_hal_toy import SPEC
@@ -76,21 +76,13 @@ class ToyTrainer(QuantizedLoRATrainer):
         )
         self.close()
         try:
-            self.model, report = AutoModelForCausalLM.from_pretrained(
-                source.path, dtype=torch.float32, output_loading_info=True
-            )
-        except Exception as error:
+            config = AutoConfig.from_pretrained(source.path)
+            check_tensors(config, source)
+            self.model = AutoModelForCausalLM.from_pretrained(source.path, config=config, dtype=torch.float32)
+        except (OSError, ValueError, RuntimeError) as error:
             raise ModelError(
                 "QH-TOY1", f"The weights cannot be loaded: {error}", where=source.name, fix="Get the model again."
             ) from error
-        if report["missing_keys"] or report["unexpected_keys"]:
-            names = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"])
-            raise ModelError(
-                "QH-TOY2",
-                f"Missing or unknown tensors: {', '.join(names[:5])}.",
-                where=source.name,
-                fix="Get them again.",
-            )
         self.model.requires_grad_(False).eval()
         self.layers: dict[str, LoRALinear] = {}
         for module in source.facts.linear_modules:
@@ -103,9 +95,13 @@ class ToyTrainer(QuantizedLoRATrainer):
         return {module: (layer.stored.shape[1], layer.stored.shape[0]) for module, layer in self.layers.items()}
 
     def attach(self, adapter: Adapter, optimizer: str = "adamw") -> None:
+        if optimizer not in OPTIMIZER_FEATURE:
+            raise ConfigError("QH-TOY3", f"There is no optimizer {optimizer!r}.", fix="Use adamw.")
         wanted = OPTIMIZER_FEATURE[optimizer]
         refuse_undeclared({Feature.LORA_DROPOUT: bool(adapter.config.dropout), wanted: wanted is not None})
         check_fits(adapter, self.linear_modules(), where="attach")
+        if len(adapter.tensors) != 2 * len(adapter.config.target_modules):
+            raise AdapterError("QH-TOY4", "There are tensors that no target uses.", fix="Leave them out.")
         self.config = adapter.config
         self.parameters = {n: nn.Parameter(torch.tensor(t)) for n, t in sorted(adapter.tensors.items())}
         for module, layer in self.layers.items():
@@ -188,7 +184,7 @@ class ToyTrainer(QuantizedLoRATrainer):
     def import_optimizer(self, snapshot: OptimizerSnapshot) -> None:
         expected = {f"{n}.{kind}": tuple(p.shape) for n, p in self.parameters.items() for kind in MOMENTS}
         if expected != {name: moment.shape for name, moment in snapshot.moments.items()}:
-            raise AdapterError("QH-TOY3", "The moments do not fit the adapter.", fix="Resume with the saved adapter.")
+            raise AdapterError("QH-TOY5", "The moments do not fit the adapter.", fix="Resume with the saved adapter.")
         for name, parameter in self.parameters.items():
             moments: dict[str, Any] = {kind: torch.tensor(snapshot.moments[f"{name}.{kind}"]) for kind in MOMENTS}
             self.optimizer.state[parameter] = {"step": torch.tensor(float(snapshot.step)), **moments}
@@ -203,7 +199,27 @@ class ToyTrainer(QuantizedLoRATrainer):
         return {name: to_host(gradient) for name, gradient in gradients.items()}
 
     def dequantized_weight(self, module: str) -> np.ndarray:
+        if module not in self.layers:
+            raise ModelError("QH-TOY6", f"There is no layer {module!r}.", fix="Ask linear_modules() for their names.")
         return to_host(self.layers[module].dense())
+
+
+def check_tensors(config: Any, source: ModelSource) -> None:
+    """transformers draws missing weights at random, and a config.json that says little means a model of 7 billion."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: facts.shape for name, facts in source.facts.tensors.items()}
+    wrong = [name for name, shape in expected.items() if found.get(name) != shape] + sorted(found.keys() - expected)
+    if config.tie_word_embeddings:
+        wrong = [name for name in wrong if name != "lm_head.weight"]
+    if wrong:
+        raise ModelError(
+            "QH-TOY2",
+            f"Weights and config.json differ: {', '.join(wrong[:5])}.",
+            where=source.name,
+            fix="Get both again.",
+        )
 
 
 def to_host(tensor: Tensor) -> np.ndarray:

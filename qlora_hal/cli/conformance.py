@@ -1,0 +1,79 @@
+"""`qlora-hal conformance`: prove that a backend computes what the others compute, or check a certificate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from qlora_hal.cli.train import Switch
+
+CASE_SECONDS = 180.0
+
+
+def conformance(
+    backend: Annotated[str | None, Parameter(help="The backend to judge.")] = None,
+    *,
+    verify: Annotated[Path | None, Parameter(help="Check this certificate instead of running.")] = None,
+    out: Annotated[
+        Path | None, Parameter(help="Where certificate and reports go; conformance/BACKEND if not given.")
+    ] = None,
+    seed: Annotated[int | None, Parameter(help="Repeat a run; a fresh seed is drawn and printed otherwise.")] = None,
+    timeout: Annotated[float, Parameter(help="Seconds for each case.")] = CASE_SECONDS,
+    waivers: Annotated[Path | None, Parameter(help="Known failures; waivers.toml if it is there.")] = None,
+    trainer: Annotated[str | None, Parameter(help="package.module:Name of a backend that is not installed.")] = None,
+    spec: Annotated[str | None, Parameter(help="package.module:SPEC of a backend that is not installed.")] = None,
+    section: Annotated[tuple[str, ...], Parameter(help="For work: only this section. No certificate.")] = (),
+    level: Annotated[tuple[str, ...], Parameter(help="For work: only this level, L0 to L4. No certificate.")] = (),
+    keyword: Annotated[str | None, Parameter(help="For work: only cases whose name matches. No certificate.")] = None,
+    quiet: Annotated[bool, Switch, Parameter(help="Print nothing.")] = False,
+) -> int:
+    """Run the conformance suite against one backend. Exit 0 only when it is conformant, 20 when not, 3 when it cannot
+    run on this machine."""
+    _require_pytest()
+    from qlora_hal_conformance.__main__ import verify_and_print
+    from qlora_hal_conformance.conformance_run import Options, run
+    from qlora_hal_conformance.subject import Reference
+
+    if verify is not None:
+        return verify_and_print(verify)
+    if not (backend or trainer or spec):
+        raise _nothing_named()
+    reference = Reference(backend or "", trainer or "", spec or "")
+    name = reference.backend or (reference.trainer or reference.spec).partition(":")[0]
+    options = Options(
+        reference=reference,
+        out=out or Path("conformance") / name,
+        seed=seed,
+        keyword=keyword or "",
+        sections=section,
+        levels=tuple(chosen.upper() for chosen in level),
+        timeout_seconds=timeout,
+        waivers=waivers,
+        quiet=quiet,
+    )
+    return run(options).status
+
+
+def _require_pytest() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("pytest") is None:
+        from qlora_hal.errors import ConfigError
+
+        raise ConfigError(
+            "QH-U50",
+            "The conformance suite runs on pytest, which is not installed.",
+            fix='Run: pip install "qlora-hal[conformance]"',
+        )
+
+
+def _nothing_named() -> Exception:
+    from qlora_hal.errors import ConfigError
+
+    return ConfigError(
+        "QH-U51",
+        "No backend was named, and no certificate to check.",
+        fix="Run qlora-hal conformance BACKEND; qlora-hal backends lists them.",
+    )
