@@ -173,10 +173,8 @@ def test_rows_without_a_whole_number_of_blocks(weight_format: WeightFormat, open
 def test_unknown_block_size_is_refused(opened: Opener) -> None:
     """For every declared format with blocks: 48 is nobody's block size, and must not become another one silently."""
     model = opened.models.plain("main")
-    tried = [f for f in opened.subject.capabilities.block_sizes if f is not WeightFormat.NONE]
-    for weight_format in tried or [opened.subject.main_format]:
-        if weight_format in (WeightFormat.NONE, WeightFormat.INT8):
-            continue
+    declared = opened.subject.capabilities.weight_formats
+    for weight_format in sorted(declared - {WeightFormat.NONE, WeightFormat.INT8}, key=lambda f: f.value):
         quantization = Quantization(weight_format, WRONG_BLOCK_SIZE)
         compute = Compute(opened.subject.main_dtype)  # type: ignore[arg-type]
         load = partial(opened.trainer().load, model.source, quantization, compute)
