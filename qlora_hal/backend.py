@@ -220,6 +220,39 @@ class QuantizedLoRATrainer(ABC):
         self.close()
 
 
+def check_served(
+    spec: BackendSpec, quantization: Quantization, compute: Compute, *, prequantized: bool = False
+) -> None:
+    """What a trainer asks first in `load`: raises UnsupportedFeatureError QH-B01 naming all that the spec lacks.
+
+    The core asks the same before it opens a trainer; this keeps a caller without the core from getting another format
+    or dtype than the one it named.
+    """
+    from qlora_hal.capabilities import Feature, Needs, missing
+    from qlora_hal.errors import UnsupportedFeatureError
+
+    weight_format = quantization.weight_format
+    features = {
+        Feature.DOUBLE_QUANT: quantization.double_quant,
+        Feature.GRADIENT_CHECKPOINTING: compute.gradient_checkpointing,
+        Feature.LOAD_PREQUANTIZED: prequantized,
+        Feature.QUANTIZE_ON_LOAD: not prequantized and weight_format is not WeightFormat.NONE,
+    }
+    needs = Needs(
+        features=frozenset(feature for feature, is_needed in features.items() if is_needed),
+        weight_format=weight_format,
+        block_size=quantization.block_size,
+        compute_dtype=compute.dtype,
+    )
+    if lacks := missing(needs, spec.capabilities):
+        raise UnsupportedFeatureError(
+            "QH-B01",
+            f"Backend {spec.name} lacks what was asked: {'; '.join(lacks)}.",
+            fix="Run qlora-hal backends to see which backend has it.",
+            context={"lacks": list(lacks)},
+        )
+
+
 def _undeclared(trainer: QuantizedLoRATrainer, feature: str) -> Exception:
     from qlora_hal.errors import UnsupportedFeatureError
 

@@ -162,10 +162,10 @@ class Opener:
         trainer.load(model.source, quantization, Compute(dtype, checkpointing))  # type: ignore[arg-type]
         block = f"/{quantization.block_size}" if quantization.block_size else ""
         self.ran.add(f"{chosen.value}{block}{'+double_quant' if double_quant else ''} in {dtype}")
-        self.note_device(trainer)
         opened = Opened(trainer, model, quantization, dtype)
         if adapter is not None:
             opened.attach(adapter, optimizer)
+            self.note_device(trainer)  # only now is it known which kernels will multiply
         return opened
 
     def trainer(self) -> QuantizedLoRATrainer:

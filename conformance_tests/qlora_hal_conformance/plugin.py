@@ -191,22 +191,23 @@ def oracle() -> Callable[[Opened], OracleTrainer]:
 
 @pytest.fixture(scope="session")
 def _note_device(pytestconfig: pytest.Config) -> Callable[[QuantizedLoRATrainer], None]:
-    noted: list[bool] = []
+    paths: set[str] = set()
 
     def note(trainer: QuantizedLoRATrainer) -> None:
-        if not noted:
-            noted.append(True)
-            facts = trainer.device_facts()
+        facts = trainer.device_facts()
+        if not paths:
             # The libraries are loaded by now. Their objects stay to the end; leaving them out of every later
             # collection (some backends collect at each close) saves a quarter of a second for each trainer.
             gc.freeze()
+        if facts.kernel_path not in paths:
+            paths.add(facts.kernel_path)
             pytestconfig.stash[_JOURNAL].write(
                 "device",
                 device=facts.device,
                 driver=facts.driver,
-                kernel_path=facts.kernel_path,
                 versions=dict(facts.versions),
                 memory_limit_bytes=facts.memory_limit_bytes,
+                kernel_paths=sorted(paths),
             )
 
     return note

@@ -132,7 +132,8 @@ def _command(request: Request, folder: Path, sections: tuple[Path, ...]) -> list
     """pytest with a configuration of its own: no ini file, conftest or plugin of the user takes part."""
     empty = folder / "pytest.ini"
     empty.write_text("[pytest]\nxfail_strict = true\naddopts = --strict-markers\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-c", str(empty), "--rootdir", str(sections[0]), "--noconftest"]
+    root = sections[0] if sections[0].is_dir() else sections[0].parent
+    command = [sys.executable, "-m", "pytest", "-c", str(empty), "--rootdir", str(root), "--noconftest"]
     command += ["-p", "qlora_hal_conformance.plugin", "-p", "no:cacheprovider", "-p", "no:warnings", "--tb=short"]
     command += [f"--basetemp={folder / f'pytest-{time.monotonic_ns()}'}", "-q"]
     if request.keyword and not request.extra:

@@ -51,7 +51,17 @@ FIRST_ORDINARY_TOKEN = 3
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def _shape(hidden: int, heads: int, key_heads: int, head_dim: int, inner: int, vocabulary: int) -> LlamaShape:
+def _shape(
+    hidden: int,
+    heads: int,
+    key_heads: int,
+    head_dim: int,
+    inner: int,
+    vocabulary: int,
+    *,
+    rope_theta: float,
+    rms_norm_eps: float,
+) -> LlamaShape:
     return LlamaShape(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -60,18 +70,21 @@ def _shape(hidden: int, heads: int, key_heads: int, head_dim: int, inner: int, v
         num_attention_heads=heads,
         num_key_value_heads=key_heads,
         head_dim=head_dim,
-        rms_norm_eps=1e-5,
+        rope_theta=rope_theta,
+        rms_norm_eps=rms_norm_eps,
     )
 
 
 SHAPES = (
-    _shape(128, 4, 2, 32, 256, 320),
-    _shape(128, 8, 2, 16, 384, 288),
-    _shape(128, 4, 1, 64, 256, 352),  # one key head for all, and heads wider together than the hidden size
+    _shape(128, 4, 2, 32, 256, 320, rope_theta=500.0, rms_norm_eps=1e-5),
+    _shape(128, 8, 2, 16, 384, 288, rope_theta=10000.0, rms_norm_eps=1e-2),
+    # One key head for all, and heads wider together than the hidden size.
+    _shape(128, 4, 1, 64, 256, 352, rope_theta=1e6, rms_norm_eps=1e-6),
 )
-"""Every width is a multiple of 128: whole blocks of 32, 64 and 128 in each row, whole GPTQ groups."""
+"""Every width is a multiple of 128: whole blocks of 32, 64 and 128 in each row, whole GPTQ groups. Rotary base and
+norm epsilon differ, and are not all a library's defaults: one that ignores config.json shows."""
 
-UNEVEN_SHAPE = _shape(72, 4, 2, 18, 104, 300)
+UNEVEN_SHAPE = _shape(72, 4, 2, 18, 104, 300, rope_theta=2000.0, rms_norm_eps=1e-5)
 """No row holds a whole number of blocks, and some tensors end in half a block of 64."""
 
 

@@ -23,13 +23,16 @@ def check_fits(adapter: Adapter, linear_modules: Mapping[str, tuple[int, int]], 
     """
     wrong: dict[str, list[str]] = {"missing": [], "unexpected": [], "misshapen": [], "not finite": []}
     wrong["missing"] = [key for key in _expected_keys(adapter, linear_modules) if key not in adapter.tensors]
-    matched = 0
+    matched, targets = 0, set(adapter.config.target_modules)
     for key, tensor in adapter.tensors.items():
         expected = _expected_shape(key, adapter.config.r, linear_modules)
         if expected is None:
             wrong["unexpected"].append(key)
             continue
         matched += 1
+        if module_of(key)[0] not in targets:
+            wrong["unexpected"].append(key)  # a tensor that no target uses would be trained on paper only
+            continue
         if tensor.shape != expected or tensor.dtype != np.float32:
             wrong["misshapen"].append(f"{key} {tensor.dtype}{list(tensor.shape)}, expected float32{list(expected)}")
         elif not np.isfinite(tensor).all():

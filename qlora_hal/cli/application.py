@@ -18,6 +18,7 @@ VERBS: Mapping[str, tuple[str, str]] = {
     "backends": (MACHINE, "List the backends and whether each can run here."),
     "doctor": (MACHINE, "Check the machine, and have every ready backend prove that it computes correctly."),
     "estimate": (MACHINE, "Estimate the memory of a run."),
+    "conformance": (MACHINE, "Prove that a backend computes what the others compute."),
     "init": (SETTINGS, "Write a commented settings file."),
     "schema": (SETTINGS, "Print the JSON schema of the settings."),
     "explain": (SETTINGS, "Explain a fault code."),

@@ -24,8 +24,12 @@ def conformance(
     waivers: Annotated[Path | None, Parameter(help="Known failures; waivers.toml if it is there.")] = None,
     trainer: Annotated[str | None, Parameter(help="package.module:Name of a backend that is not installed.")] = None,
     spec: Annotated[str | None, Parameter(help="package.module:SPEC of a backend that is not installed.")] = None,
-    section: Annotated[tuple[str, ...], Parameter(help="For work: only this section. No certificate.")] = (),
-    level: Annotated[tuple[str, ...], Parameter(help="For work: only this level, L0 to L4. No certificate.")] = (),
+    section: Annotated[
+        tuple[str, ...], Parameter(help="For work: only this section. No certificate.", negative="")
+    ] = (),
+    level: Annotated[
+        tuple[str, ...], Parameter(help="For work: only this level, L0 to L4. No certificate.", negative="")
+    ] = (),
     keyword: Annotated[str | None, Parameter(help="For work: only cases whose name matches. No certificate.")] = None,
     quiet: Annotated[bool, Switch, Parameter(help="Print nothing.")] = False,
 ) -> int:

@@ -65,7 +65,8 @@ def load_with(
         for name, linear in linears.items():
             linear.base = read_weight(checkpoint, name, quantization, dtype, device)
             if linear.base.shape != (linear.out_features, linear.in_features):
-                raise _shape_mismatch(source, name, linear, linear.base.shape)
+                expected = (linear.out_features, linear.in_features)
+                raise _shape_mismatch(source.name, name, linear.base.shape, expected)
             if checkpoint.has(f"{name}.bias"):
                 linear.bias = checkpoint.take(f"{name}.bias", device).to(dtype)
         _fill_parameters(causal, checkpoint, dtype, device)
@@ -86,6 +87,10 @@ class Checkpoint:
         self._left = set(tensors)
         self._stack = ExitStack()
         self._open: dict[str, Any] = {}
+
+    @property
+    def where(self) -> str:
+        return str(self._folder)
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -192,7 +197,10 @@ def _read_bitsandbytes(
 def _fill_parameters(causal: Any, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
     for name, parameter in list(causal.named_parameters()):
         if parameter.is_meta and checkpoint.has(name):
-            _set(causal, name, nn.Parameter(checkpoint.take(name, device).to(dtype), requires_grad=False))
+            tensor = checkpoint.take(name, device)
+            if tensor.shape != parameter.shape:
+                raise _shape_mismatch(checkpoint.where, name, tuple(tensor.shape), tuple(parameter.shape))
+            _set(causal, name, nn.Parameter(tensor.to(dtype), requires_grad=False))
     for name, buffer in list(causal.named_buffers()):
         if checkpoint.has(name) and not name.endswith(".bias"):
             buffer.copy_(checkpoint.take(name, buffer.device))
@@ -225,11 +233,11 @@ def _check_complete(causal: Any, checkpoint: Checkpoint, source: ModelSource) ->
         )
 
 
-def _shape_mismatch(source: ModelSource, name: str, linear: FrozenLinear, found: tuple[int, int]) -> ModelError:
+def _shape_mismatch(where: str, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> ModelError:
     return ModelError(
         "QH-M50",
-        f"{name} has shape {list(found)}; config.json asks for {[linear.out_features, linear.in_features]}.",
-        where=source.name,
+        f"{name} has shape {list(found)}; config.json asks for {list(expected)}.",
+        where=where,
         fix="Check that config.json belongs to these weights.",
     )
 

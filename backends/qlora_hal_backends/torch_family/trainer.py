@@ -13,8 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qlora_hal.backend import BackendSpec, Compute, DeviceFacts, Quantization, QuantizedLoRATrainer
-from qlora_hal.errors import BackendContractError, OutOfMemoryError
+from qlora_hal.adapter.fitting import check_fits
+from qlora_hal.backend import (
+    BackendSpec,
+    Compute,
+    DeviceFacts,
+    Quantization,
+    QuantizedLoRATrainer,
+    check_served,
+)
+from qlora_hal.errors import BackendContractError, ModelError, OutOfMemoryError
 from qlora_hal.model.source import ModelSource
 from qlora_hal.values import (
     Adapter,
@@ -31,7 +39,7 @@ from qlora_hal_backends.torch_family import fused, loading, step
 from qlora_hal_backends.torch_family.device import describe_device, first_device, peak_memory_bytes
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
 from qlora_hal_backends.torch_family.generation import greedy
-from qlora_hal_backends.torch_family.optimizer import Optimizer, make_optimizer
+from qlora_hal_backends.torch_family.optimizer import Optimizer, check_optimizer, make_optimizer
 from qlora_hal_backends.torch_family.platform import TorchPlatform
 from qlora_hal_backends.torch_family.precision import proved_dtypes
 
@@ -78,6 +86,7 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         return proved_dtypes(self._platform, self._device)
 
     def load(self, source: ModelSource, quantization: Quantization, compute: Compute) -> None:
+        check_served(self.spec, quantization, compute, prequantized=source.facts.prequantized is not None)
         self.close()
         self._compute = compute
         self._loss_scale = FIRST_LOSS_SCALE if compute.dtype == "float16" else 1.0
@@ -88,6 +97,8 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         return {name: (linear.in_features, linear.out_features) for name, linear in self._loaded.linears.items()}
 
     def attach(self, adapter: Adapter, optimizer: str = "adamw") -> None:
+        check_fits(adapter, self.linear_modules(), where=f"the adapter for {self.spec.name}")
+        check_optimizer(optimizer, self.spec)
         with self._memory_named("attaching the adapter"):
             self._loaded_without_adapter()
             dtype = getattr(torch, self._compute.dtype)
@@ -204,7 +215,14 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
 
     @torch.no_grad()
     def dequantized_weight(self, module: str) -> Float32:
-        base = self._loaded.linears[module].base
+        linears = self._loaded.linears
+        if module not in linears:
+            raise ModelError(
+                "QH-C07",
+                f"There is no linear layer {module}; the base has {len(linears)}, the first is {next(iter(linears))}.",
+                fix="Name one of linear_modules().",
+            )
+        base = linears[module].base
         assert base is not None
         return base.dense().float().cpu().numpy()
 

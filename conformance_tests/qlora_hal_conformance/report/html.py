@@ -61,7 +61,7 @@ def _head(document: Mapping[str, object], results: Sequence[CaseResult], name: s
         if counted[verdict] or verdict in (Verdict.PASSED, Verdict.FAILED)
     )
     title = _of(document, "backend", "title")
-    about = [_of(document, "device", "device"), _of(document, "device", "kernel_path")]
+    about = [_of(document, "device", "device"), _flat(_part(document, "device").get("kernel_paths"))]
     facts = " &middot; ".join(escape(text) for text in about if text)
     when = escape(str(document.get("started", "")))
     return (
@@ -220,12 +220,10 @@ def _record_rows(document: Mapping[str, object]) -> Iterable[tuple[str, str]]:
     yield "contract", str(document.get("contract", ""))
     yield "suite", f"version {_of(document, 'suite', 'version')}, sha256 {_of(document, 'suite', 'sha256')}"
     for part in ("device", "machine"):
-        section = document.get(part)
-        for key, value in (section if isinstance(section, dict) else {}).items():
+        for key, value in _part(document, part).items():
             yield f"{part}: {key}", _flat(value)
-    backend = document.get("backend")
-    capabilities = backend.get("capabilities", {}) if isinstance(backend, dict) else {}
-    for key, value in capabilities.items():
+    capabilities = _part(document, "backend").get("capabilities")
+    for key, value in (capabilities if isinstance(capabilities, dict) else {}).items():
         yield f"declared: {key}", _flat(value)
     ran = document.get("ran")
     yield "formats and dtypes run", _flat(ran)
@@ -240,7 +238,11 @@ def _flat(value: object) -> str:
     return "" if value is None else str(value)
 
 
-def _of(document: Mapping[str, object], part: str, key: str) -> str:
+def _part(document: Mapping[str, object], part: str) -> Mapping[str, object]:
     section = document.get(part)
-    value = section.get(key) if isinstance(section, dict) else None
+    return section if isinstance(section, dict) else {}
+
+
+def _of(document: Mapping[str, object], part: str, key: str) -> str:
+    value = _part(document, part).get(key)
     return "" if value is None else str(value)

@@ -149,6 +149,21 @@ def test_what_is_handed_out_is_a_copy(opened: Opener, seeded: np.random.Generato
     assert not any(moment.any() for moment in moments.values()), "the moments were shared"
 
 
+def test_nothing_is_printed_on_stdout(
+    opened: Opener, seeded: np.random.Generator, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Standard output belongs to the command line: one stray line breaks `--json`."""
+    shape, _ = opened.models.drawn("main")
+    capfd.readouterr()
+    ready, window = opened(adapter=draw_adapter(seeded, shape)), draw_window(seeded, shape)
+    ready.step(window, 1e-3)
+    ready.trainer.evaluate(window)
+    ready.trainer.export_adapter()
+    opened.close()
+    printed = capfd.readouterr().out.strip().splitlines()
+    assert not printed, f"{len(printed)} lines, the first is {printed[0][:80]!r}"
+
+
 def test_batches_are_left_alone(opened: Opener, seeded: np.random.Generator) -> None:
     shape, _ = opened.models.drawn("main")
     ready, window = opened(adapter=draw_adapter(seeded, shape)), draw_window(seeded, shape)

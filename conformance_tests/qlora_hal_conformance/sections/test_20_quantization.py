@@ -31,12 +31,14 @@ from qlora_hal_conformance.oracle.codebooks import FOUR_BIT_CODEBOOKS
 from qlora_hal_conformance.parameters import AFFINE_FORMATS, FOUR_BIT_FORMATS, each_block_size, each_format
 from qlora_hal_conformance.tiny_models import linear_shapes, write_model
 from qlora_hal_conformance.tolerances import (
+    GRID_LEVELS,
     Bound,
     codebook_distance,
     decoded_exactly,
     format_error,
     grid_spacing,
     nearest_entry,
+    solver_error,
 )
 
 WRONG_BLOCK_SIZE = 48
@@ -269,8 +271,7 @@ def _judge_gptq(module: str, ready: Opened, weight: Float32, decoded: Float32, j
     size = ready.quantization.block_size or GPTQ_GROUP
     for start in range(0, weight.shape[1], size):
         group, original = decoded[:, start : start + size].astype(np.float64), weight[:, start : start + size]
-        step = np.maximum(original.max(axis=1) - original.min(axis=1), np.abs(original).max(axis=1) * 2.0) / 15.0
         error = np.sqrt(((group - original) ** 2).mean(axis=1))
-        judging.within(f"mean error of {module}", error, np.zeros_like(error), Bound(step, "one step of the group"))
+        judging.within(f"mean error of {module}", error, np.zeros_like(error), solver_error(original))
         levels = max(len(np.unique(row)) for row in group)
-        assert levels <= 16, f"{module} has {levels} levels in a group of 4-bit codes"
+        assert levels <= GRID_LEVELS, f"{module} has {levels} levels in a group of 4-bit codes"

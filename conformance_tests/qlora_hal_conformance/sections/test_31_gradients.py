@@ -24,6 +24,9 @@ from qlora_hal_conformance.parameters import OracleOf, each_format, each_format_
 from qlora_hal_conformance.tiny_models import FIRST_ORDINARY_TOKEN, linear_shapes
 from qlora_hal_conformance.tolerances import Bound, gradient_bounds
 
+DROP = 0.4
+COUNTED_SHARE = 0.4
+
 
 @pytest.mark.parametrize(("weight_format", "dtype"), each_format_and_dtype())
 def test_every_gradient_equals_the_oracle(
@@ -67,11 +70,11 @@ def test_checkpointing_draws_the_same_dropout_again(
 ) -> None:
     """A mask drawn anew in the recomputation would train with another function than the loss was taken of."""
     shape, _ = opened.models.drawn("main")
-    adapter, window = draw_adapter(seeded, shape, dropout=0.4), draw_window(seeded, shape)
+    adapter, window = draw_adapter(seeded, shape, dropout=DROP), draw_window(seeded, shape)
     kept, recomputed = opened(adapter=adapter), opened(adapter=adapter, checkpointing=True)
     reference = oracle(kept)
     # Kept inputs are larger by 1 / (1 - p): so may errors be, twice on the way forward and back.
-    bounds = _widened(gradient_bounds(reference, window, kept.dtype), 2.0 / (1.0 - 0.4) ** 2)
+    bounds = _widened(gradient_bounds(reference, window, kept.dtype), 2.0 / (1.0 - DROP) ** 2)
     found, expected = (ready.trained_gradient(window, dropout_key=11) for ready in (recomputed, kept))
     judging.all_within("gradients", found, expected, bounds)
 
@@ -127,7 +130,7 @@ def test_scattered_labels(opened: Opener, oracle: OracleOf, seeded: np.random.Ge
     """Any token may or may not count, as in conversations with several turns."""
     shape, _ = opened.models.drawn("main")
     ready, batch = opened(adapter=draw_adapter(seeded, shape)), draw_batch(seeded, shape)
-    counts = seeded.random(batch.labels.shape) < 0.4
+    counts = seeded.random(batch.labels.shape) < COUNTED_SHARE
     counts[:, 3] = True
     scattered = with_field(batch, labels=np.where(counts, batch.labels, IGNORE_LABEL).astype(np.int32))
     judge_gradients(ready.trainer.gradients([scattered]), oracle(ready), [scattered], ready, judging)

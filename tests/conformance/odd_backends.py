@@ -1,0 +1,102 @@
+"""Backends that misbehave outside of arithmetic: each is the reference backend with one bad habit. Tests only."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from qlora_hal.backend import Availability, BackendSpec
+from qlora_hal.values import Batch, LossSum
+from qlora_hal_conformance.reference_backend import SPEC as HONEST
+from qlora_hal_conformance.reference_backend import probe
+
+
+def _named(name: str) -> BackendSpec:
+    spec = replace(HONEST, name=name, trainer=f"odd_backends:{name}", probe=lambda: replace(probe(), backend=name))
+    return spec
+
+
+def _honest() -> object:
+    from qlora_hal_conformance.reference_backend.trainer import ReferenceTrainer
+
+    return ReferenceTrainer()
+
+
+def _with_evaluate(name: str, act: Callable[[], None]) -> object:
+    from qlora_hal_conformance.reference_backend.trainer import ReferenceTrainer
+
+    class Odd(ReferenceTrainer):
+        def evaluate(self, batches: Sequence[Batch]) -> LossSum:
+            act()
+            return super().evaluate(batches)
+
+    trainer = Odd()
+    trainer.spec = _named(name)  # type: ignore[misc]
+    return trainer
+
+
+def _skip() -> None:
+    import pytest
+
+    pytest.skip("no time today")
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def _end_session() -> None:
+    import pytest
+
+    pytest.exit("that is enough", returncode=0)
+
+
+def dies() -> object:
+    return _with_evaluate("dies", os.abort)
+
+
+def leaves() -> object:
+    return _with_evaluate("leaves", lambda: os._exit(0))
+
+
+def exits() -> object:
+    return _with_evaluate("exits", lambda: sys.exit(0))
+
+
+def hangs() -> object:
+    return _with_evaluate("hangs", lambda: time.sleep(3600))
+
+
+def skips() -> object:
+    return _with_evaluate("skips", _skip)
+
+
+def interrupts() -> object:
+    return _with_evaluate("interrupts", _interrupt)
+
+
+def ends_the_session() -> object:
+    return _with_evaluate("ends_the_session", _end_session)
+
+
+def dies_at_once() -> object:
+    os._exit(7)
+
+
+def absent() -> object:
+    raise AssertionError("a backend that cannot run here was opened")
+
+
+DIES, LEAVES, EXITS, HANGS, SKIPS, INTERRUPTS, ENDS, AT_ONCE = (
+    _named(name)
+    for name in ("dies", "leaves", "exits", "hangs", "skips", "interrupts", "ends_the_session", "dies_at_once")
+)
+ABSENT = replace(
+    _named("absent"),
+    probe=lambda: replace(
+        probe(), backend="absent", availability=Availability.NO_DEVICE, reason="No such card.", fix="Buy one."
+    ),
+)

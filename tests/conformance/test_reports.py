@@ -1,0 +1,118 @@
+"""What a run leaves for people and programs."""
+
+from __future__ import annotations
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from conformance.conftest import certificate_of
+
+from qlora_hal_conformance.report import write_reports
+from qlora_hal_conformance.report.badge import badge_text
+from qlora_hal_conformance.verdicts import CaseResult, Measure, Verdict
+
+HOSTILE = "<script>alert(1)</script> & \x00 | \"quoted\" 'it'"
+
+
+@pytest.fixture
+def mixed(results: list[CaseResult]) -> list[CaseResult]:
+    """Every verdict, a message that means harm, and measures of every kind."""
+    results[0] = replace(results[0], verdict=Verdict.FAILED, message=HOSTILE)
+    results[1] = replace(results[1], verdict=Verdict.INCONCLUSIVE, message="not run")
+    results[2] = replace(results[2], verdict=Verdict.WAIVED, waiver={"issue": "https://a.b/1", "expires": "2030-01-01"})
+    results[3] = replace(results[3], verdict=Verdict.REFUSED, message="has none", measures=())
+    odd = (Measure("nan", float("nan"), 1.0, "one"), Measure("infinity", float("inf"), 0.0, "equal"))
+    results[4] = replace(results[4], verdict=Verdict.FAILED, measures=odd)
+    results[5] = replace(results[5], measures=(Measure("exact", 0.0, 0.0, "equal"),))
+    results[6] = replace(results[6], measures=(Measure("nearly", 0.99, 1.0, "one"),))
+    return results
+
+
+def test_every_report_is_written_and_shows_every_case(mixed: list[CaseResult], tmp_path: Path) -> None:
+    write_reports(tmp_path, certificate_of(mixed), mixed)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    shown = page.replace("<wbr>", "")
+    assert [r.case for r in mixed if r.case.partition("/")[2] not in shown] == []
+    assert json.loads((tmp_path / "badge.json").read_text())["schemaVersion"] == 1
+    assert "| case | verdict | why |" in (tmp_path / "matrix.md").read_text(encoding="utf-8")
+
+
+def test_page_is_well_formed_and_needs_nothing_from_elsewhere(mixed: list[CaseResult], tmp_path: Path) -> None:
+    write_reports(tmp_path, certificate_of(mixed), mixed)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert not re.search(r'(src|@import|url\()\s*=?\s*["\']?http', page)
+    assert _Balance.unbalanced(page) == []
+
+
+class _Balance(HTMLParser):
+    """Notes every tag that is closed out of order or never."""
+
+    _VOID = frozenset({"meta", "wbr", "br"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.wrong: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self._VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+        else:
+            self.wrong.append(f"</{tag}> where {self.open[-1:]} is open, {self.getpos()}")
+
+    @classmethod
+    def unbalanced(cls, page: str) -> list[str]:
+        parser = cls()
+        parser.feed(page)
+        return parser.wrong + parser.open
+
+
+def test_junit_counts_everything_that_is_not_green_as_a_failure(mixed: list[CaseResult], tmp_path: Path) -> None:
+    write_reports(tmp_path, certificate_of(mixed), mixed)
+    suite = ElementTree.parse(tmp_path / "junit.xml").getroot()[0]
+    assert int(suite.attrib["tests"]) == len(mixed) == len(suite)
+    assert int(suite.attrib["failures"]) == 4 == len(suite.findall("./testcase/failure"))
+    assert suite.attrib["skipped"] == "0"
+
+
+def test_bars_are_longer_the_more_of_the_bound_is_used() -> None:
+    from qlora_hal_conformance.report.html import _width
+
+    used = [1e-9, 1e-6, 1e-3, 0.1, 0.5, 1.0, 50.0, float("inf"), float("nan")]
+    widths = [_width(part) for part in used]
+    assert widths == sorted(widths)
+    assert widths[5:] == [100.0] * 4
+    assert _width(1e-4) == pytest.approx(50.0)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "color", "words"),
+    [
+        (Verdict.PASSED, "brightgreen", "L4 + packing"),
+        (Verdict.REFUSED, "brightgreen", "L4 + packing"),
+        (Verdict.WAIVED, "yellow", "1 waived"),
+        (Verdict.FAILED, "red", "1 failed"),
+        (Verdict.INCONCLUSIVE, "red", "1 inconclusive"),
+    ],
+)
+def test_badge(verdict: Verdict, color: str, words: str, results: list[CaseResult]) -> None:
+    results[7] = replace(results[7], verdict=verdict)
+    badge = json.loads(badge_text(certificate_of(results)))
+    assert (badge["color"], badge["label"]) == (color, "toy conformance")
+    assert words in badge["message"]
+
+
+def test_filtered_run_has_no_badge(results: list[CaseResult], tmp_path: Path) -> None:
+    write_reports(tmp_path, {**certificate_of(results), "filtered": True}, results)
+    assert not (tmp_path / "badge.json").exists()
+    assert "no certificate" in (tmp_path / "report.html").read_text(encoding="utf-8")
