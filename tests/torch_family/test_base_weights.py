@@ -142,3 +142,18 @@ def test_compute_dtypes_are_proved_by_computing() -> None:
 
     assert open_trainer().proved_compute_dtypes()[0] == "float32"
     assert Compute().dtype == "float32"
+
+
+@pytest.mark.parametrize("weight_format", ["nf4", "int8", "none"])
+def test_base_weight_that_is_not_finite_is_named(weight_format: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from qlora_hal.errors import ModelError
+
+    folder = write_model(tmp_path, "llama")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN") as refusal:
+        open_cpu_trainer(folder, weight_format=weight_format)
+    assert refusal.value.code == "QH-M52"

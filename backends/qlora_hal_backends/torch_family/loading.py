@@ -173,7 +173,17 @@ def _place_frozen_linears(causal: Any) -> dict[str, FrozenLinear]:
 def _read_and_quantize(
     checkpoint: Checkpoint, name: str, quantization: Quantization, dtype: torch.dtype, device: torch.device
 ) -> BaseWeight:
-    return quantize(checkpoint.take(f"{name}.weight", device), quantization, dtype)
+    weight = checkpoint.take(f"{name}.weight", device)
+    # A codec may turn NaN into an ordinary code (bitsandbytes on CUDA does): nothing later would show it.
+    if not bool(torch.isfinite(weight).all()):
+        raise ModelError(
+            "QH-M52",
+            f"{name}.weight holds NaN or infinity; finite numbers are expected.",
+            where=checkpoint.where,
+            cause="The checkpoint is damaged, or overflowed when it was converted to 16 bits.",
+            fix="Fetch the checkpoint again, or convert it from float32 to bfloat16.",
+        )
+    return quantize(weight, quantization, dtype)
 
 
 def _read_bitsandbytes(

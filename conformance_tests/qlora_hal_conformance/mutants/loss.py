@@ -175,7 +175,7 @@ MUTANTS = (
     Mutant(
         "nan_reported_as_zero",
         "Reports a loss that is not a number as 0, as an applied step.",
-        ("90",),
+        ("40", "90"),
         with_trainer(NanReportedAsZero),
         recreates="unslothai/unsloth#3385",
     ),

@@ -290,7 +290,7 @@ MUTANTS = (
     Mutant(
         "poisoned_step_applied",
         "A step with a gradient that is not finite still changes the adapter.",
-        ("90",),
+        ("40", "90"),
         with_trainer(PoisonedStepApplied),
         recreates="AutoGPTQ#346",
     ),
