@@ -204,7 +204,8 @@ class QuantizedLoRATrainer(ABC):
     def generate(
         self, prompt: Int32, *, max_new_tokens: int, stop_tokens: Sequence[int] = (), adapter: bool = True
     ) -> Int32:
-        """Greedy continuation of one prompt `[time]`, new tokens only. Feature.GENERATE."""
+        """Greedy continuation of one prompt `[time]`: new tokens up to and without the first stop token.
+        Feature.GENERATE."""
         raise _undeclared(self, "generate")
 
     def peak_memory_bytes(self) -> int:

@@ -31,6 +31,7 @@ from qlora_hal.values import (
     StepSettings,
 )
 from qlora_hal_conformance.oracle.adamw import AdamWState
+from qlora_hal_conformance.oracle.llama import ForwardPass
 from qlora_hal_conformance.reference_backend import CAPABILITIES, probe
 from qlora_hal_conformance.reference_backend.rooms import HONEST
 from qlora_hal_conformance.reference_backend.trainer import Done, ReferenceTrainer
@@ -114,14 +115,14 @@ class ClosesOnce(ReferenceTrainer):
 
 
 class KeepsEveryStep(ReferenceTrainer):
-    """Keeps the logits of every step alive, as a loss with its graph does."""
+    """Keeps every activation of every step, as a loss does that still holds its graph."""
 
     def __init__(self, *, spec: BackendSpec) -> None:
         super().__init__(HONEST, spec)
-        self.kept: list[Float32] = []
+        self.kept: list[ForwardPass] = []
 
     def train_step(self, window: Sequence[Batch], settings: StepSettings) -> PendingStep:
-        self.kept.extend(self.logits(batch).copy() for batch in window)
+        self.kept.extend(self.attached.model.forward(batch) for batch in window)
         return super().train_step(window, settings)
 
 
@@ -341,7 +342,7 @@ MUTANTS = (
     ),
     Mutant(
         "keeps_every_step",
-        "Keeps the logits of every step alive.",
+        "Keeps the activations of every step alive.",
         ("60",),
         with_trainer(KeepsEveryStep),
         "bitsandbytes#1569",
