@@ -7,7 +7,7 @@ export GPTQMODEL_CPU_WORKERS ?= 2
 # One thread in each test process: many small products gain nothing from more, and waiting threads cost others.
 export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
-PYTEST = TMPDIR=$(CURDIR)/.tmp $(BIN)/python -m pytest -q
+PYTEST = PATH="$(CURDIR)/$(BIN):$$PATH" TMPDIR=$(CURDIR)/.tmp $(BIN)/python -m pytest -q
 
 .PHONY: demo test check environment test-environment
 

@@ -19,19 +19,27 @@ def stop_on_signals(announce: Callable[[str], None]) -> Iterator[Callable[[], st
     Handlers are only possible in the main thread; elsewhere the owner of the process decides, and nothing is caught.
     """
     asked: list[str] = []
+    announced: list[str] = []
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         if asked:
             raise KeyboardInterrupt
         asked.append(signal.Signals(number).name)
-        announce(f"{asked[0]}: stopping after this step; the state will be saved. Once more ends at once.")
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: ""
         return
+
+    def requested() -> str:
+        # Announced here and not in the handler: that may interrupt a print, which must not be entered twice.
+        if asked and not announced:
+            announced.append(asked[0])
+            announce(f"{asked[0]}: stopping after this step; the state will be saved. Once more ends at once.")
+        return asked[0] if asked else ""
+
     before = {number: signal.signal(number, on_signal) for number in _SIGNALS}
     try:
-        yield lambda: asked[0] if asked else ""
+        yield requested
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -43,6 +43,16 @@ def test_every_gradient_equals_the_oracle(
     judge_gradients(ready.trainer.gradients(window), oracle(ready), window, ready, judging)
 
 
+def test_each_window_has_its_own_gradient(
+    opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    """Asked again with another window, a trainer that remembers its first answer would give that."""
+    shape, _ = opened.models.drawn("main")
+    ready = opened(adapter=draw_adapter(seeded, shape))
+    for window in (draw_window(seeded, shape), draw_window(seeded, shape)):
+        judge_gradients(ready.trainer.gradients(window), oracle(ready), window, ready, judging)
+
+
 @pytest.mark.parametrize("weight_format", each_format())
 def test_a_training_step_uses_the_same_gradient(
     weight_format: WeightFormat, opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge

@@ -188,3 +188,12 @@ def _good_and_bad(shape: LlamaShape, seeded: np.random.Generator) -> tuple[Batch
     poisoned = clean.copy()
     poisoned[0, 2] = POISONED_TOKEN
     return good, with_field(good, input_ids=poisoned)
+
+
+def test_tied_model_moves_only_its_adapter(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
+    """After steps on a tied model its logits are still those of the embedding on disk."""
+    shape, _ = opened.models.drawn("tied")
+    ready, window = opened("tied", adapter=draw_adapter(seeded, shape)), draw_window(seeded, shape)
+    for _ in range(3):
+        ready.step(window, RATE)
+    judge_logits(ready, oracle_at_state_of(ready), window[0], judging)
