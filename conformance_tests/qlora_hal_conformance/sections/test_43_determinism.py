@@ -112,7 +112,6 @@ def test_share_and_scale_of_what_is_kept(
     judging.at_most("|share kept - (1 - p)|", abs(kept / drawn - (1.0 - DROP)), kept_share(drawn, DROP))
 
 
-@pytest.mark.needs(Feature.LORA_DROPOUT)
 def test_dropout_of_zero_needs_no_key(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
