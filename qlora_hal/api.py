@@ -55,17 +55,33 @@ def resume(
     run_dir: str | Path,
     *,
     backend: str | None = None,
+    transfer: bool = False,
+    model: str | Path | None = None,
+    data: str | Path | None = None,
     observers: Sequence[object] = (),
     force_unlock: bool = False,
     console: RunConsole | None = None,
 ) -> TrainResult:
     """Go on with a run from its newest valid checkpoint, exactly where the backend can (`docs/resume.md`).
 
+    `backend` moves the run to another one: adapter, moments, schedule and data order go along. What would change the
+    model or its optimizer (another weight format, 8-bit moments) is done only with `transfer`. `model` and `data` say
+    where these lie on this machine; they must be the same ones.
+
     Raises CheckpointError when no checkpoint verifies, and the errors of `train`.
     """
     from qlora_hal.running import run_resumed
 
-    return run_resumed(Path(run_dir), backend=backend, observers=observers, force_unlock=force_unlock, console=console)
+    return run_resumed(
+        Path(run_dir),
+        backend=backend,
+        transfer=transfer,
+        model=None if model is None else str(model),
+        data=None if data is None else str(data),
+        observers=observers,
+        force_unlock=force_unlock,
+        console=console,
+    )
 
 
 def backends() -> tuple[ProbeReport, ...]:

@@ -13,12 +13,13 @@ from qlora_hal.backend import Compute
 from qlora_hal.capabilities import Feature
 from qlora_hal.errors import ConfigError, StoppedError
 from qlora_hal.observing import RunView, TrainResult
-from qlora_hal.values import Adapter, LossSum
+from qlora_hal.values import Adapter, Batch, LossSum
 
 if TYPE_CHECKING:
     from qlora_hal.checkpoint import TrainingState
     from qlora_hal.data.sampling import WindowSampler
     from qlora_hal.guard import GuardedTrainer
+    from qlora_hal.hand_over import HandOver
     from qlora_hal.hooks import Hooks
     from qlora_hal.loop import LoopPlan, Progress
     from qlora_hal.preparation import PreparedRun
@@ -32,7 +33,8 @@ Samples = tuple[Mapping[str, str], ...]
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What every chapter of one call needs at hand. `state` is where a resumed run goes on from."""
+    """What every chapter of one call needs at hand. `state` is where a resumed run goes on from, `changes` what its new
+    backend has otherwise."""
 
     prepared: PreparedRun
     directory: RunDirectory
@@ -40,6 +42,7 @@ class Stage:
     hooks: Hooks
     record: RunRecord
     state: TrainingState | None = None
+    changes: tuple[str, ...] = ()
 
 
 def execute(stage: Stage) -> TrainResult:
@@ -84,6 +87,8 @@ class Execution:
         training = self._config.training
         run = self._view(compute, windows.total_steps(training.num_train_epochs, training.max_steps))
         record = replace(self._stage.record, resolved=run.resolved, started_at=_now())
+        if (moved := self._handed_over(run.resolved)) is not None:
+            record = replace(record, hand_overs=(*record.hand_overs, moved.as_json()))
         write_record(self._stage, record)
         with self._recorder(run) as recorder:
             result, progress = self._train(run, recorder, windows, initial)
@@ -119,6 +124,22 @@ class Execution:
         if state is not None:
             self._trainer.import_optimizer(state.optimizer)
         return adapter
+
+    def _handed_over(self, resolved: Mapping[str, object]) -> HandOver | None:
+        """Say beforehand what stays exact on another backend and what does not, measured."""
+        from qlora_hal.hand_over import check_near, measured_gap, planned
+
+        state = self._stage.state
+        if state is None:
+            return None
+        dropout = self._config.lora.dropout
+        moved = planned(state.step, state.provenance, resolved, self._stage.changes, dropout)
+        if moved is not None:
+            moved = replace(moved, gap=measured_gap(self._trainer, state.answers))
+            for line in moved.lines():
+                self._stage.console.note(line)
+            check_near(moved.gap)
+        return moved
 
     def _view(self, compute: Compute, total_steps: int) -> RunView:
         quantization, spec = self._prepared.machinery.quantization, self._prepared.machinery.choice.spec
@@ -161,6 +182,7 @@ class Execution:
                 keep_checkpoints=self._config.checkpoint.save_total_limit,
                 measures_memory=Feature.PEAK_MEMORY in self._features,
                 memory_limit=limit if isinstance(limit, int) else None,
+                questions=questions(self._prepared),
                 resumed_from=stage.state.step if stage.state else None,
             )
 
@@ -312,6 +334,14 @@ class Execution:
             paths["adapter"] = self._stage.directory.adapter_dir
         self._stage.console.finished(result, paths)
         self._stage.hooks.tell("qlora_hal_run_finished", run=run, result=result)
+
+
+def questions(prepared: PreparedRun) -> list[Batch]:
+    """The beginnings of a few rows, held out where any are: each checkpoint keeps what the model says to them."""
+    from qlora_hal.hand_over import ROWS, TOKENS, batch_of_tokens
+
+    store = prepared.data.validation if prepared.data.validation is not None else prepared.data.train
+    return [batch_of_tokens(store.row(row)[0][:TOKENS]) for row in range(min(ROWS, len(store)))]
 
 
 def window_sampler(prepared: PreparedRun) -> WindowSampler:

@@ -13,6 +13,7 @@ from qlora_hal.model.source import ModelSource
 from qlora_hal.values import (
     Adapter,
     Batch,
+    Float32,
     Int32,
     LossSum,
     OptimizerSnapshot,
@@ -80,6 +81,21 @@ class GuardedTrainer:
         with self._wall("import_optimizer"):
             self._trainer.import_optimizer(snapshot)
 
+    def logits(self, batch: Batch) -> Float32:
+        with self._wall("logits"):
+            found = self._trainer.logits(batch)
+            if not isinstance(found, np.ndarray) or found.ndim != 3 or found.shape[:2] != batch.input_ids.shape:
+                raise self._broken(f"logits gave {_kind(found)} for a batch {list(batch.input_ids.shape)}")
+            return found
+
+    def dequantized_weight(self, module: str) -> Float32:
+        with self._wall("dequantized_weight"):
+            inputs, outputs = self._trainer.linear_modules()[module]
+            found = self._trainer.dequantized_weight(module)
+            if not isinstance(found, np.ndarray) or found.shape != (outputs, inputs) or found.dtype != np.float32:
+                raise self._broken(f"dequantized_weight gave {_kind(found)} for {module}, [{outputs}, {inputs}]")
+            return found
+
     def generate(
         self, prompt: Int32, *, max_new_tokens: int, stop_tokens: Sequence[int] = (), adapter: bool = True
     ) -> Int32:
@@ -125,6 +141,10 @@ class GuardedTrainer:
         return BackendContractError(
             "QH-B02", f"Backend {self._name} broke the contract: {what}.", fix="Report this to the backend's author."
         )
+
+
+def _kind(found: object) -> str:
+    return f"{found.dtype}{list(found.shape)}" if isinstance(found, np.ndarray) else f"a {type(found).__name__}"
 
 
 class _GuardedStep:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from qlora_hal.loop import FinishedStep, Progress
     from qlora_hal.observing import RunView
     from qlora_hal.report.console import RunConsole
-    from qlora_hal.values import Adapter, LossSum
+    from qlora_hal.safe_tensors_file import Array
+    from qlora_hal.values import Adapter, Batch, LossSum
 
 BEST_ADAPTER_FOLDER = "best_adapter"
 _SPEED_WINDOW = 20
@@ -35,6 +36,7 @@ class Recorder:
     keep_checkpoints: int
     measures_memory: bool
     memory_limit: int | None
+    questions: Sequence[Batch] = ()
     resumed_from: int | None = None
     losses: list[tuple[int, float]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -104,11 +106,23 @@ class Recorder:
             optimizer=self.trainer.export_optimizer(),
             loop={**progress.as_json(), "notes": list(self.notes)},
             provenance=self.provenance,
+            answers=self._answers(),
         )
         protect = () if self.resumed_from is None else (self.resumed_from,)
         path = save_checkpoint(self.run.run_dir, state, keep=self.keep_checkpoints, protect=protect)
         self.console.checkpoint(step, path)
         self.hooks.tell("qlora_hal_checkpoint_saved", run=self.run, step=step, path=path)
+
+    def _answers(self) -> Mapping[str, Array]:
+        """Never a reason for a save to fail: a device that is full may have no room for logits."""
+        from qlora_hal.errors import QloraHalError
+        from qlora_hal.hand_over import saved_answers
+
+        try:
+            return saved_answers(self.trainer, self.questions)
+        except QloraHalError as problem:
+            self.note(f"no answers were saved with the checkpoint: {problem.message}")
+            return {}
 
     def best(self, step: int, adapter: Adapter) -> None:
         write_run_adapter(self.run.run_dir / BEST_ADAPTER_FOLDER, adapter, {**self.provenance, "step": step})

@@ -69,14 +69,19 @@ def run_resumed(
     run_dir: Path,
     *,
     backend: str | None,
+    transfer: bool,
+    model: str | None,
+    data: str | None,
     observers: Sequence[object],
     force_unlock: bool,
     console: RunConsole | None,
 ) -> TrainResult:
-    """Go on from the newest checkpoint that verifies."""
+    """Go on from the newest checkpoint that verifies, on the backend that saved it or on another."""
     from qlora_hal.checkpoint import latest_valid_checkpoint, load_checkpoint
     from qlora_hal.checkpoint.reading import unfinished_notes
+    from qlora_hal.discovery import find, listed, load_spec
     from qlora_hal.execution import Stage, execute
+    from qlora_hal.hand_over import carried_config, check_allowed
     from qlora_hal.hooks import Hooks
     from qlora_hal.observers import observers_for
     from qlora_hal.preparation import choose_machinery, prepare_run
@@ -93,13 +98,17 @@ def run_resumed(
                 console.note(note)
             console.note(f"resumed from step {state.step}")
             record = record_from(directory.content)
-            config = _with_backend(read_run_config(directory.path), backend or str(state.provenance["backend"]))
-            hooks = Hooks([*observers_for(config.training.report_to), *observers], note=console.note)
+            given = _found_again(read_run_config(directory.path), model, data)
+            hooks = Hooks([*observers_for(given.training.report_to), *observers], note=console.note)
+            name = backend or str(state.provenance["backend"])
+            capabilities = load_spec(find(name, listed(hooks.offered_backends()))).capabilities
+            config, changes = carried_config(given, state.provenance, name, capabilities)
+            check_allowed(state.step, changes, transfer=transfer)
             machinery = choose_machinery(config, hooks, console)
             seed = int(str(state.provenance["seed"]))
-            prepared = prepare_run(config, seed, machinery, directory.path, _stored_rows(directory.path), console)
-            _check_same_run(state, prepared)
-            return execute(Stage(prepared, directory, console, hooks, record, state))
+            prepared = prepare_run(config, seed, machinery, directory.path, stored_rows(directory.path), console)
+            _check_same_run(state, prepared, changes)
+            return execute(Stage(prepared, directory, console, hooks, record, state, changes))
     finally:
         console.close()
 
@@ -166,9 +175,13 @@ def _planned(prepared: PreparedRun, run_dir: Path) -> TrainResult:
     )
 
 
-def _with_backend(config: RunConfig, name: str) -> RunConfig:
-    backend = type(config.backend).model_validate({**config.backend.model_dump(), "name": name})
-    return config.model_copy(update={"backend": backend})
+def _found_again(config: RunConfig, model: str | None, data: str | None) -> RunConfig:
+    """The configuration with the places of model and data on this machine; that they are the same is checked later."""
+    if model is not None:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"name_or_path": model})})
+    if data is not None:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"path": data})})
+    return config
 
 
 def _keep_rows(rows: Rows, run_dir: Path) -> None:
@@ -179,7 +192,7 @@ def _keep_rows(rows: Rows, run_dir: Path) -> None:
     (run_dir / ROWS_FILE).write_text(text, encoding="utf-8")
 
 
-def _stored_rows(run_dir: Path) -> Rows | None:
+def stored_rows(run_dir: Path) -> Rows | None:
     """Rows that were given in memory were kept beside the run; the data file is read again otherwise."""
     import json
 
@@ -189,17 +202,21 @@ def _stored_rows(run_dir: Path) -> Rows | None:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _check_same_run(state: TrainingState, prepared: PreparedRun) -> None:
-    """A resume is exact only on the same base, tokens and storage. Raises CheckpointError naming what differs."""
+def _check_same_run(state: TrainingState, prepared: PreparedRun, changes: Sequence[str]) -> None:
+    """The base, the tokens and, where no change was allowed, the storage are those of the checkpoint. Raises
+    CheckpointError naming what differs."""
     quantization = prepared.machinery.quantization
     now: dict[str, object] = {
         "base_fingerprint": prepared.machinery.source.facts.fingerprint,
         "tokenizer_hash": prepared.tokenizer.hash,
         "data_fingerprint": prepared.data.fingerprint,
-        "weight_format": quantization.weight_format.value,
-        "block_size": quantization.block_size,
-        "double_quant": quantization.double_quant,
     }
+    if not changes:
+        now |= {
+            "weight_format": quantization.weight_format.value,
+            "block_size": quantization.block_size,
+            "double_quant": quantization.double_quant,
+        }
     differing = [name for name, value in now.items() if state.provenance.get(name) != value]
     if not differing:
         return

@@ -23,6 +23,7 @@ from qlora_hal.checkpoint.manifest import (
     read_manifest,
 )
 from qlora_hal.checkpoint.state import (
+    ANSWERS_FILE,
     CORRUPT,
     OPTIMIZER_FILE,
     REPLACED,
@@ -87,7 +88,8 @@ def load_checkpoint(path: Path) -> TrainingState:
         document = _verified_document(path / STATE_FILE, manifest)
         adapter = _verified_arrays(path / TENSORS_FILE, manifest)
         optimizer = _verified_arrays(path / OPTIMIZER_FILE, manifest)
-        return state_from(document, adapter.arrays, optimizer.arrays)
+        answers = _verified_arrays(path / ANSWERS_FILE, manifest).arrays if ANSWERS_FILE in manifest.files else {}
+        return state_from(document, adapter.arrays, optimizer.arrays, answers)
     except ForeignSchema as problem:
         raise CheckpointError(
             "QH-C13",

@@ -15,6 +15,7 @@ from qlora_hal.values import Adapter, AdapterConfig, OptimizerSnapshot
 
 CHECKPOINTS_FOLDER = "checkpoints"
 OPTIMIZER_FILE = "optimizer.safetensors"
+ANSWERS_FILE = "answers.safetensors"
 STATE_FILE = "trainer_state.json"
 NATIVE_PREFIX = "native."
 
@@ -33,6 +34,7 @@ class TrainingState:
     `loop` is JSON of the training loop (best evaluation, patience, losses so far); tuples come back as lists.
     `provenance` is JSON too: `base_name`, `base_revision`, `base_fingerprint`, `config_hash`, `tokenizer_hash`,
     `data_fingerprint`, `weight_format`, `block_size`, `double_quant`, `backend`, `device`, `versions`.
+    `answers` are what the model said when it was saved (`hand_over.saved_answers`); empty where nothing was asked.
     """
 
     step: int
@@ -42,6 +44,7 @@ class TrainingState:
     optimizer: OptimizerSnapshot
     loop: Mapping[str, object] = field(default_factory=dict)
     provenance: Mapping[str, object] = field(default_factory=dict)
+    answers: Mapping[str, Array] = field(default_factory=dict)
 
 
 def state_document(state: TrainingState) -> dict[str, object]:
@@ -64,7 +67,10 @@ def optimizer_arrays(optimizer: OptimizerSnapshot) -> dict[str, Array]:
 
 
 def state_from(
-    document: Mapping[str, object], adapter: Mapping[str, Array], optimizer: Mapping[str, Array]
+    document: Mapping[str, object],
+    adapter: Mapping[str, Array],
+    optimizer: Mapping[str, Array],
+    answers: Mapping[str, Array],
 ) -> TrainingState:
     """The inverse of `state_document` and `optimizer_arrays`. Raises ValueError naming the field that is wrong."""
     settings, counters = _field(document, "adapter", dict), _field(document, "optimizer", dict)
@@ -93,6 +99,7 @@ def state_from(
         optimizer=snapshot,
         loop=_field(document, "loop", dict),
         provenance=_field(document, "provenance", dict),
+        answers=dict(answers),
     )
 
 

@@ -17,6 +17,7 @@ from qlora_hal.checkpoint.faults import fault_point
 from qlora_hal.checkpoint.manifest import MANIFEST_FILE, encode_manifest, is_complete, is_sound
 from qlora_hal.checkpoint.reading import checkpoints
 from qlora_hal.checkpoint.state import (
+    ANSWERS_FILE,
     CORRUPT,
     OPTIMIZER_FILE,
     PRUNING,
@@ -88,6 +89,9 @@ def _write_files(staging: Path, state: TrainingState, state_bytes: bytes) -> Non
     chunks = safe_tensors_file.file_chunks(optimizer_arrays(state.optimizer), {"format": "np"})
     written[OPTIMIZER_FILE] = durable_files.write_new(staging / OPTIMIZER_FILE, chunks, midway=_inside_write)
     fault_point("ckpt.after_optimizer_write", staging / OPTIMIZER_FILE)
+    if state.answers:
+        chunks = safe_tensors_file.file_chunks(dict(state.answers), {"format": "np"})
+        written[ANSWERS_FILE] = durable_files.write_new(staging / ANSWERS_FILE, chunks, midway=_inside_write)
     written[STATE_FILE] = durable_files.write_new(staging / STATE_FILE, [state_bytes], midway=_inside_write)
     fault_point("ckpt.after_state_write", staging / STATE_FILE)
     manifest = encode_manifest(state.step, written, _summary(state))

@@ -18,6 +18,11 @@ def resume(
     backend: Annotated[
         str | None, Parameter(help="Go on with another backend; what is not exact then is said.")
     ] = None,
+    transfer: Annotated[
+        bool, Switch, Parameter(help="Allow another weight format or optimizer; the gap is measured first.")
+    ] = False,
+    model: Annotated[str | None, Parameter(help="Where the same model lies on this machine.")] = None,
+    data: Annotated[str | None, Parameter(help="Where the same data lie on this machine.")] = None,
     force_unlock: Annotated[
         bool, Switch, Parameter(help="Take the lock of a run on another host that has ended.")
     ] = False,
@@ -28,7 +33,15 @@ def resume(
     from qlora_hal import api
     from qlora_hal.report.console import RunConsole
 
-    result = api.resume(run_dir, backend=backend, force_unlock=force_unlock, console=RunConsole(quiet=quiet, json=json))
+    result = api.resume(
+        run_dir,
+        backend=backend,
+        transfer=transfer,
+        model=model,
+        data=data,
+        force_unlock=force_unlock,
+        console=RunConsole(quiet=quiet, json=json),
+    )
     if json:
         print(json_format.dumps(result_as_json(result), ensure_ascii=False))
     return 0

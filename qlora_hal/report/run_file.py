@@ -72,6 +72,7 @@ class RunRecord:
     peak_memory_bytes: int | None = None
     adapter_dir: str = ""
     notes: tuple[str, ...] = ()
+    hand_overs: tuple[Mapping[str, object], ...] = ()
 
 
 def given_config(config: RunConfig) -> dict[str, object]:
@@ -115,7 +116,7 @@ def record_from(content: Mapping[str, object]) -> RunRecord:
     detection = known.get("detection")
     if isinstance(detection, Mapping):
         known["detection"] = Detection(**{**detection, "reports": tuple(detection.get("reports", ()))})
-    for name in ("samples", "notes"):
+    for name in ("samples", "notes", "hand_overs"):
         known[name] = tuple(known.get(name) or ())  # type: ignore[arg-type]
     return RunRecord(**known)  # type: ignore[arg-type]
 
