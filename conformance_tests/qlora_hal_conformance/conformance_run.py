@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_hal.backend import CONTRACT_VERSION
+from qlora_hal.errors import ConfigError
 from qlora_hal_conformance import SUITE_VERSION
-from qlora_hal_conformance.catalogue import all_cases, suite_hash
+from qlora_hal_conformance.catalogue import LEVELS, all_cases, section_of, suite_hash
 from qlora_hal_conformance.certificate import Document, make_certificate, problems, read_certificate, write_certificate
 from qlora_hal_conformance.counting import Count, count
 from qlora_hal_conformance.journal import Journal, result_as_json, result_from_json
@@ -59,6 +60,7 @@ def run(options: Options) -> Outcome:
     after that is a verdict.
     """
     _require_listed(options.reference)
+    _require_known_filters(options)
     waivers = _waivers(options)
     seed = secrets.randbits(48) if options.seed is None else options.seed
     console = Console(quiet=options.quiet)
@@ -104,6 +106,19 @@ def _require_listed(reference: Reference) -> None:
         from qlora_hal.discovery import find, listed
 
         find(reference.backend, listed())
+
+
+def _require_known_filters(options: Options) -> None:
+    """A misspelled section would select nothing, and say nothing. Raises ConfigError QH-U52."""
+    known = {section_of(case) for case in all_cases()}
+    wrong = [s for s in options.sections if s not in known and s not in {name.partition("_")[0] for name in known}]
+    wrong += [level for level in options.levels if level not in LEVELS]
+    if wrong:
+        raise ConfigError(
+            "QH-U52",
+            f"The suite has no section or level {', '.join(wrong)}.",
+            fix=f"Sections: {', '.join(sorted(known))}. Levels: {', '.join(LEVELS)}.",
+        )
 
 
 def _waivers(options: Options) -> tuple[Waiver, ...]:
