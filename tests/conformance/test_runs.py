@@ -74,6 +74,15 @@ def test_name_that_nothing_offers_is_refused(tmp_path: Path) -> None:
     assert "Did you mean --backend cpu_torch?" in ended.stderr
 
 
+@pytest.mark.fault("U52")
+def test_section_that_does_not_exist_is_refused_with_those_that_do(tmp_path: Path) -> None:
+    ended = suite("--spec", REFERENCE, "--section", "foward", "--out", "out", cwd=tmp_path)
+    assert ended.returncode == 2
+    assert "no section or level foward" in ended.stderr
+    assert "30_forward" in ended.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_filtered_run_yields_no_certificate_and_removes_an_old_one(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
