@@ -92,6 +92,13 @@ class HandOver:
         return asdict(self)
 
 
+def hand_over_from(record: Mapping[str, Any]) -> HandOver:
+    """The inverse of `as_json`."""
+    gap = record.get("gap")
+    lists = {name: tuple(record[name]) for name in ("exact", "inexact")}
+    return HandOver(**{**record, **lists, "gap": None if gap is None else Gap(**gap)})
+
+
 # the plan, before anything loads ----------------------------------------------------------------------------------
 
 

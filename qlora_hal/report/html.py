@@ -78,6 +78,7 @@ def render_report(run: Mapping[str, object], series: RunSeries, name: str) -> st
         facts=_facts(run),
         data_lines=_data_lines(run),
         data_rows=flat_rows(_mapping(run, "data_report")),
+        hand_overs=_hand_overs(run),
         notes=run.get("notes") or [],
     )
 
@@ -98,6 +99,15 @@ def _data_lines(run: Mapping[str, object]) -> list[str]:
     """The data report as it was printed, where the run kept it."""
     lines = _mapping(run, "data_report").get("lines")
     return [str(line) for line in lines] if isinstance(lines, list) else []
+
+
+def _hand_overs(run: Mapping[str, object]) -> list[dict[str, object]]:
+    """Where the run went on with another backend: a title and what was said then."""
+    from qlora_hal.hand_over import hand_over_from
+
+    moves = run.get("hand_overs")
+    told = [hand_over_from(move).lines() for move in moves] if isinstance(moves, list) else []
+    return [{"title": lines[0].capitalize(), "lines": lines[1:]} for lines in told]
 
 
 # Headline ----------------------------------------------------------------------------------------------------------

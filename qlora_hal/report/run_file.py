@@ -135,7 +135,14 @@ def read_run_config(run_dir: Path) -> RunConfig:
     return resolve_settings(config, environ={}).config
 
 
-_PATHS = ("output_dir", "model.name_or_path", "data.path", "data.validation_path", "data.chat_template")
+_PATHS = (
+    "output_dir",
+    "model.name_or_path",
+    "quantization.calibration_path",
+    "data.path",
+    "data.validation_path",
+    "data.chat_template",
+)
 
 
 def redacted(value: object, secrets: Sequence[str] | None = None) -> object:

@@ -57,7 +57,8 @@ def test_run_killed_during_a_save_goes_on_to_the_same_bits(optimizer: str, tmp_p
 
 @pytest.mark.fault("S19", "S21")
 def test_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
-    config = merged(SMALL, {**SETTINGS, "training.max_steps": 400, "output_dir": str(tmp_path / "run")})
+    asked = {"training.max_steps": 400, "training.sample_prompts": ["What does ls do?"]}
+    config = merged(SMALL, {**SETTINGS, **asked, "output_dir": str(tmp_path / "run")})
     (tmp_path / "run.yaml").write_text(json.dumps(config))
     child = subprocess.Popen(
         [sys.executable, "-m", "qlora_hal.cli", "train", str(tmp_path / "run.yaml")],
@@ -78,6 +79,7 @@ def test_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path: Path) ->
     assert "qlora-hal resume" in "".join(said)
     saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.startswith("step-"))
     assert len(saved) >= 1
+    assert "the run was stopped before" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_finished_run_resumed_changes_nothing(trained: Trained) -> None:

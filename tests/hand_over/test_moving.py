@@ -93,6 +93,7 @@ def test_same_format_elsewhere_goes_on_to_the_same_bits(half: Path, whole: Train
     assert gap["top1"] == 1.0
     # The same arithmetic on the same weights: nothing is left but the rounding of the stored float32.
     assert gap["kl_max"] < 1e-6
+    assert "Handed over at step 3: cpu_torch to second" in (half / "report.html").read_text()
 
 
 @pytest.mark.fault("C12")
