@@ -8,20 +8,33 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from qlora_hal.api import backends, resume, train
+    from qlora_hal.api import backends, merge, resume, train
     from qlora_hal.config import RunConfig
     from qlora_hal.errors import QloraHalError
+    from qlora_hal.merging.request import MergeResult
     from qlora_hal.observing import TrainResult
 
 __version__ = "0.1.0"
-__all__ = ["QloraHalError", "RunConfig", "TrainResult", "__version__", "backends", "resume", "train"]
+__all__ = [
+    "MergeResult",
+    "QloraHalError",
+    "RunConfig",
+    "TrainResult",
+    "__version__",
+    "backends",
+    "merge",
+    "resume",
+    "train",
+]
 
 _HOME = {
     "train": "qlora_hal.api",
     "resume": "qlora_hal.api",
+    "merge": "qlora_hal.api",
     "backends": "qlora_hal.api",
     "RunConfig": "qlora_hal.config",
     "QloraHalError": "qlora_hal.errors",
+    "MergeResult": "qlora_hal.merging.request",
     "TrainResult": "qlora_hal.observing",
 }
 

@@ -1,4 +1,4 @@
-"""`train`, `resume` and `backends`: the whole story in one page."""
+"""`train`, `resume`, `merge` and `backends`: the whole story in one page."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from qlora_hal.backend import ProbeReport
     from qlora_hal.config import RunConfig
     from qlora_hal.data import ChatTokenizer
+    from qlora_hal.merging.request import BaseChoice, MergeResult, OutputDtype
     from qlora_hal.observing import TrainResult
     from qlora_hal.report.console import RunConsole
     from qlora_hal.settings import ResolvedSettings
@@ -42,10 +43,20 @@ def train(
     """
     from qlora_hal.running import run_new
     from qlora_hal.settings import resolve_settings
+    from qlora_hal.supervising import is_supervised, run_in_child
 
     rows = data if isinstance(data, Sequence) and not isinstance(data, str) else None
     keywords = {"model": model, "data": None if rows is not None else data, "output_dir": output_dir}
     settings = resolve_settings(config, keywords={**keywords, "backend": backend})
+    if not dry_run and is_supervised(settings.config.backend.name, observers):
+        request = {
+            "config": settings.config.model_dump(mode="json"),
+            "origins": dict(settings.origins),
+            "rows": rows,
+            "overwrite": overwrite,
+            "force_unlock": force_unlock,
+        }
+        return run_in_child("train", request, Path(settings.config.output_dir), console)
     return run_new(
         settings, rows, observers, overwrite=overwrite, force_unlock=force_unlock, dry_run=dry_run, console=console
     )
@@ -71,7 +82,18 @@ def resume(
     Raises CheckpointError when no checkpoint verifies, and the errors of `train`.
     """
     from qlora_hal.running import run_resumed
+    from qlora_hal.supervising import is_supervised, run_in_child
 
+    if is_supervised(backend or "auto", observers):
+        request = {
+            "run_dir": str(run_dir),
+            "backend": backend,
+            "transfer": transfer,
+            "model": None if model is None else str(model),
+            "data": None if data is None else str(data),
+            "force_unlock": force_unlock,
+        }
+        return run_in_child("resume", request, Path(run_dir), console)
     return run_resumed(
         Path(run_dir),
         backend=backend,
@@ -82,6 +104,56 @@ def resume(
         force_unlock=force_unlock,
         console=console,
     )
+
+
+def merge(
+    target: str | Path,
+    out: str | Path,
+    *,
+    model: str | Path | None = None,
+    base: BaseChoice = "auto",
+    dtype: OutputDtype = "bfloat16",
+    requantize: str | None = None,
+    max_kl: float | None = None,
+    min_top1: float | None = None,
+    rows: str | Path | None = None,
+    row_limit: int = 64,
+    weight_format: str | None = None,
+    double_quant: bool | None = None,
+    backend: str = "auto",
+    allow_base_mismatch: bool = False,
+    console: RunConsole | None = None,
+) -> MergeResult:
+    """Merge a run's adapter, or any adapter in PEFT layout, into its base: one model in 16 or 32 bits at `out`.
+
+    The merged model's logits are compared with those of base and adapter, as they were trained, on held-out rows; a
+    merge beyond the limits (`max_kl` nats per token, `min_top1` share of tokens; derived from rounding when not given)
+    raises and leaves nothing. `base` "auto" merges into the dequantized and the original weights and keeps the closer.
+    See docs/merge.md.
+
+    Raises NumericsError QH-C21 (too far) and QH-C63 (not finite in `dtype`), AdapterError (QH-C61 no finished adapter,
+    QH-C05, QH-C08, QH-C09), ConfigError (QH-C62, QH-C64), StorageError (QH-C60 `out` is taken, QH-S09 no space).
+    """
+    from qlora_hal.merging import MergeRequest, carry_out
+    from qlora_hal.report.console import RunConsole
+
+    request = MergeRequest(
+        target=Path(target),
+        out=Path(out).expanduser(),
+        model=None if model is None else str(model),
+        base=base,
+        dtype=dtype,
+        requantize=requantize,
+        max_kl=max_kl,
+        min_top1=min_top1,
+        rows=None if rows is None else str(rows),
+        row_limit=row_limit,
+        weight_format=weight_format,
+        double_quant=double_quant,
+        backend=backend,
+        allow_base_mismatch=allow_base_mismatch,
+    )
+    return carry_out(request, console or RunConsole(quiet=True))
 
 
 def backends() -> tuple[ProbeReport, ...]:

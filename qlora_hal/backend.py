@@ -10,8 +10,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from qlora_hal.capabilities import Capabilities, WeightFormat
 from qlora_hal.memory_constants import MemoryConstants
@@ -46,7 +47,11 @@ class Availability(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ProbeReport:
-    """Whether one backend can run here. Everything but READY carries a `reason` and a `fix`."""
+    """Whether one backend can run here. Everything but READY carries a `reason` and a `fix`.
+
+    `uses_accelerator` is for backends that run on several kinds of device: what holds here. None: as the spec says.
+    `notes` are sentences for who looks closer (`qlora-hal doctor`), nothing that has to be mended.
+    """
 
     backend: str
     availability: Availability
@@ -55,6 +60,8 @@ class ProbeReport:
     devices: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     distribution: str = ""
+    uses_accelerator: bool | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def ready(self) -> bool:
@@ -69,6 +76,8 @@ class ProbeReport:
             "devices": list(self.devices),
             "versions": dict(self.versions),
             "distribution": self.distribution,
+            "uses_accelerator": self.uses_accelerator,
+            "notes": list(self.notes),
         }
 
 
@@ -79,8 +88,11 @@ class BackendSpec:
     `probe` may read package metadata, device nodes and `find_spec`, and imports no tensor library. `trainer` is
     `package.module:Name`: a class, or a function without arguments, that gives a `QuantizedLoRATrainer`.
     `uses_accelerator` False keeps `auto` from choosing the backend silently (see `selection`). `option_choices` lists
-    what `backend.options` may hold, the first choice being the default. `notes` maps an optimizer's name to what it
-    becomes here; the note is printed. `memory` holds what the estimate must know of the backend's code.
+    what `backend.options` may hold, the first choice being the default. `notes` maps the name of an optimizer or a
+    compute dtype to what it becomes here; the note is printed. `memory` holds what the estimate must know of the
+    backend's code. `quantizer` is `package.module:Name` of a `Quantizer` for `capabilities.calibrated_formats`.
+    `supervised` asks for a run in a child process, where the device's driver may end it. `environment` maps an option,
+    and a choice of it, to variables that must be set before the trainer is imported; what the user has set stays.
     """
 
     name: str
@@ -93,7 +105,41 @@ class BackendSpec:
     option_choices: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
     memory: MemoryConstants = field(default_factory=MemoryConstants)
+    quantizer: str = ""
+    supervised: bool = False
+    environment: Mapping[str, Mapping[object, Mapping[str, str]]] = field(default_factory=dict)
     contract: int = CONTRACT_VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationJob:
+    """What a `Quantizer` is asked for: a 16-bit model folder, quantized with the help of these rows of token ids.
+
+    `output` exists and is empty; `config.json` and safetensors weights are to be written into it. `options` are
+    `backend.options`. No text of a row is known here, so none can be left in the result.
+    """
+
+    model: Path
+    output: Path
+    rows: Sequence[Sequence[int]]
+    quantization: Quantization
+    symmetric: bool = True
+    act_order: bool = False
+    seed: int = 0
+    options: Mapping[str, object] = field(default_factory=dict)
+
+
+class Quantizer(Protocol):
+    """Quantizes with calibration; a class without arguments. A library that changes its process runs in a child."""
+
+    def versions(self, options: Mapping[str, object]) -> Mapping[str, str]:
+        """Packages that decide about the result, with their versions. Imports none of them. Raises
+        UnsupportedFeatureError where none is there."""
+        ...
+
+    def quantize(self, job: CalibrationJob, tell: Callable[[str], None]) -> None:
+        """Do the job, saying from time to time how far it is. Raises ModelError, BackendError, ConfigError."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

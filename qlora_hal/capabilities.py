@@ -23,10 +23,35 @@ class WeightFormat(StrEnum):
     """4-bit floats (sign, 2-bit exponent, 1-bit mantissa) with an absmax per block."""
     INT4_GPTQ = "int4_gptq"
     """4-bit integers, per-group scale and zero point (GPTQ, Frantar et al. 2022)."""
+    INT2_AFFINE = "int2_affine"
+    """MLX: 2-bit integers, per-group scale and bias."""
+    INT3_AFFINE = "int3_affine"
+    """MLX: 3-bit integers, per-group scale and bias."""
     INT4_AFFINE = "int4_affine"
     """MLX: 4-bit integers, per-group scale and bias."""
+    INT5_AFFINE = "int5_affine"
+    """MLX: 5-bit integers, per-group scale and bias."""
+    INT6_AFFINE = "int6_affine"
+    """MLX: 6-bit integers, per-group scale and bias."""
     INT8_AFFINE = "int8_affine"
     """MLX: 8-bit integers, per-group scale and bias."""
+    MXFP4 = "mxfp4"
+    """4-bit floats (E2M1), one power of two to 32 of them (OCP Microscaling Formats 1.0)."""
+    NVFP4 = "nvfp4"
+    """4-bit floats (E2M1), one 8-bit float (E4M3) to 16 of them (NVIDIA)."""
+    MXFP8 = "mxfp8"
+    """8-bit floats (E4M3), one power of two to 32 of them (OCP Microscaling Formats 1.0)."""
+
+
+AFFINE_BITS: Mapping[WeightFormat, int] = {
+    WeightFormat.INT2_AFFINE: 2,
+    WeightFormat.INT3_AFFINE: 3,
+    WeightFormat.INT4_AFFINE: 4,
+    WeightFormat.INT5_AFFINE: 5,
+    WeightFormat.INT6_AFFINE: 6,
+    WeightFormat.INT8_AFFINE: 8,
+}
+"""MLX's formats of integers with a scale and a bias to a group, and the bits of each integer."""
 
 
 class Feature(StrEnum):
@@ -62,6 +87,7 @@ class Capabilities:
     `levels` maps the portable quantization levels (`none`, `8bit`, `4bit`) to this backend's own formats.
     `block_sizes` lists, per format, the sizes it quantizes with; the first is the default and is always written down.
     `architectures` are Hugging Face `model_type` values; empty means whatever the model library knows.
+    `calibrated_formats` are those that a 16-bit model is brought into before it is loaded, with calibration rows.
     """
 
     weight_formats: frozenset[WeightFormat]
@@ -70,6 +96,7 @@ class Capabilities:
     block_sizes: Mapping[WeightFormat, tuple[int, ...]] = field(default_factory=dict)
     levels: Mapping[str, WeightFormat] = field(default_factory=dict)
     architectures: frozenset[str] = frozenset()
+    calibrated_formats: frozenset[WeightFormat] = frozenset()
 
     def as_json(self) -> dict[str, object]:
         return {
@@ -79,6 +106,7 @@ class Capabilities:
             "block_sizes": {f.value: list(sizes) for f, sizes in sorted(self.block_sizes.items())},
             "levels": {level: f.value for level, f in sorted(self.levels.items())},
             "architectures": sorted(self.architectures),
+            "calibrated_formats": sorted(f.value for f in self.calibrated_formats),
         }
 
 
@@ -87,6 +115,7 @@ class Needs:
     """What one run asks of a backend.
 
     `level` is a portable level (`none`, `8bit`, `4bit`) or "" when `weight_format` names one format exactly.
+    `may_calibrate`: where the format has to be calibrated, QUANTIZE_ON_LOAD is met by quantizing before loading.
     """
 
     features: frozenset[Feature] = frozenset()
@@ -95,6 +124,7 @@ class Needs:
     block_size: int | None = None
     compute_dtype: str | None = None
     architecture: str = ""
+    may_calibrate: bool = False
 
 
 def missing(needs: Needs, capabilities: Capabilities) -> tuple[str, ...]:
@@ -116,7 +146,10 @@ def missing(needs: Needs, capabilities: Capabilities) -> tuple[str, ...]:
         lacks.append(f"compute dtype {needs.compute_dtype} (has {_listing(capabilities.compute_dtypes)})")
     if capabilities.architectures and needs.architecture and needs.architecture not in capabilities.architectures:
         lacks.append(f"architecture {needs.architecture} (has {_listing(capabilities.architectures)})")
-    lacks.extend(f"feature {f.value}" for f in sorted(needs.features - capabilities.features))
+    absent = needs.features - capabilities.features
+    if needs.may_calibrate and weight_format in capabilities.calibrated_formats:
+        absent -= {Feature.QUANTIZE_ON_LOAD}
+    lacks.extend(f"feature {f.value}" for f in sorted(absent))
     return tuple(lacks)
 
 

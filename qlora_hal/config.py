@@ -20,6 +20,13 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
+LevelName = Literal["auto", "none", "8bit", "4bit"]
+IntegerFormatName = Literal["int8", "int4_gptq"]
+AffineFormatName = Literal["int2_affine", "int3_affine", "int4_affine", "int5_affine", "int6_affine", "int8_affine"]
+FloatFormatName = Literal["nf4", "fp4", "mxfp4", "nvfp4", "mxfp8"]
+WeightFormatName = Literal[LevelName, FloatFormatName, IntegerFormatName, AffineFormatName]
+
+
 class ModelConfig(_Part):
     """Which base model."""
 
@@ -33,7 +40,7 @@ class ModelConfig(_Part):
 class QuantizationConfig(_Part):
     """How the frozen base is stored."""
 
-    weight_format: Literal["auto", "none", "8bit", "4bit", "nf4", "fp4", "int8", "int4_gptq", "int4_affine"] = Field(
+    weight_format: WeightFormatName = Field(
         "auto",
         description="A level (none, 8bit, 4bit; auto: 4bit, or what a pre-quantized model has), or one format.",
     )
@@ -41,6 +48,10 @@ class QuantizationConfig(_Part):
     double_quant: bool | None = Field(
         None, description="Quantize the scales too (QLoRA section 3). Default: yes where the format has it."
     )
+    calibration_path: str | None = Field(
+        None, description="Rows that int4_gptq is calibrated on when the model is not quantized yet; default: data.path."
+    )
+    calibration_rows: PositiveInt = Field(256, description="At most so many rows are calibrated on.")
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="auto: bfloat16 where computing proves it, else float16 with loss scaling; float32 on CPU."
     )

@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
@@ -87,9 +88,7 @@ def probe(entry: Listed) -> ProbeReport:
         return _broken(entry, " ".join(reason.split()))
     if not isinstance(report, ProbeReport):
         return _broken(entry, f"probe() returned {type(report).__name__}, not a ProbeReport")
-    return ProbeReport(
-        entry.name, report.availability, report.reason, report.fix, report.devices, report.versions, entry.distribution
-    )
+    return replace(report, backend=entry.name, distribution=entry.distribution)
 
 
 def load_spec(entry: Listed) -> BackendSpec:
@@ -129,12 +128,16 @@ def find(name: str, entries: Sequence[Listed]) -> Listed:
     return matches[0]
 
 
-def open_trainer(spec: BackendSpec) -> QuantizedLoRATrainer:
-    """Import the trainer: the first heavy import of a run. Foreign exceptions come out as BackendError."""
+def open_trainer(spec: BackendSpec, options: Mapping[str, object] | None = None) -> QuantizedLoRATrainer:
+    """Import the trainer: the first heavy import of a run. Foreign exceptions come out as BackendError. `options` are
+    `backend.options`: some become variables of the environment first."""
     from importlib import import_module
 
     from qlora_hal.backend import QuantizedLoRATrainer
 
+    for option, choice in (options or {}).items():
+        for variable, value in spec.environment.get(option, {}).get(choice, {}).items():
+            os.environ.setdefault(variable, value)
     module_name, _, attribute = spec.trainer.partition(":")
     try:
         trainer = getattr(import_module(module_name), attribute)()
@@ -192,6 +195,8 @@ def _probe_in_child(entry: Listed) -> ProbeReport:
             tuple(answer["devices"]),
             dict(answer["versions"]),
             entry.distribution,
+            answer.get("uses_accelerator"),
+            tuple(answer.get("notes", ())),
         )
     except (ValueError, KeyError, IndexError, TypeError) as error:
         return _broken(entry, f"its probe gave no report: {error}")

@@ -50,7 +50,7 @@ def execute(stage: Stage) -> TrainResult:
     from qlora_hal.discovery import open_trainer
     from qlora_hal.guard import GuardedTrainer
 
-    trainer = GuardedTrainer(open_trainer(stage.prepared.machinery.choice.spec))
+    trainer = GuardedTrainer(open_trainer(stage.prepared.machinery.choice.spec, stage.prepared.config.backend.options))
     try:
         result = Execution(stage, trainer).carry_out()
     except BaseException as error:
@@ -381,7 +381,8 @@ def provenance_of(prepared: PreparedRun, resolved: Mapping[str, object]) -> dict
     """What an adapter or a checkpoint must match to be continued or judged."""
     from qlora_hal.run_directory import config_hash
 
-    source = prepared.machinery.source
+    base = prepared.machinery.source
+    source = base.origin
     kept = ("backend", "device", "weight_format", "block_size", "double_quant", "compute_dtype", "seed", "versions")
     return {
         "base_name": source.name,
@@ -390,6 +391,7 @@ def provenance_of(prepared: PreparedRun, resolved: Mapping[str, object]) -> dict
         "config_hash": config_hash(prepared.config.model_dump(mode="json")),
         "tokenizer_hash": prepared.tokenizer.hash,
         "data_fingerprint": prepared.data.fingerprint,
+        **({"quantized_fingerprint": base.facts.fingerprint} if base.made_from else {}),
         **{name: resolved[name] for name in kept},
     }
 

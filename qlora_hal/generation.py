@@ -80,6 +80,7 @@ def open_generation(
     from qlora_hal.guard import GuardedTrainer
     from qlora_hal.hooks import Hooks
     from qlora_hal.preparation import choose_machinery
+    from qlora_hal.quantizing import base_of_run
     from qlora_hal.report.console import RunConsole
 
     config, adapter_dir = _generation_config(run_dir, adapter_dir, model, backend)
@@ -87,9 +88,10 @@ def open_generation(
     machinery = choose_machinery(config, Hooks(), RunConsole(quiet=True))
     check_base(read_provenance(adapter_dir), machinery.source.facts, allow_mismatch=allow_base_mismatch)
     tokenizer = ChatTokenizer.from_folder(machinery.source.path, chat_template=config.data.chat_template)
+    source = base_of_run(machinery, run_dir)
     trainer = GuardedTrainer(open_trainer(machinery.choice.spec))
     dtype = chosen_dtype(config.quantization.compute_dtype, trainer.proved_compute_dtypes(), machinery.choice.spec.name)
-    trainer.load(machinery.source, machinery.quantization, Compute(dtype=dtype, options=config.backend.options))  # type: ignore[arg-type]
+    trainer.load(source, machinery.quantization, Compute(dtype=dtype, options=config.backend.options))  # type: ignore[arg-type]
     check_fits(adapter, trainer.linear_modules(), where=str(adapter_dir))
     trainer.attach(adapter, "adamw")
     return GenerationPair(trainer, tokenizer)

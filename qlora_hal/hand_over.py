@@ -246,10 +246,10 @@ def measured_gap(trainer: Answering, answers: Mapping[str, Array]) -> Gap | None
 
 
 def check_near(gap: Gap | None) -> None:
-    """Raises CheckpointError QH-C60 when the model is too far from the one that was saved to be the same run."""
+    """Raises CheckpointError QH-C66 when the model is too far from the one that was saved to be the same run."""
     if gap is not None and not gap.kl_mean <= FARTHEST_KL:
         raise CheckpointError(
-            "QH-C60",
+            "QH-C66",
             f"The model here is {gap.kl_mean:.3g} nats per token from the one that was saved, "
             f"at most {FARTHEST_KL} is expected of another weight format.",
             cause="The base differs, or one of the two backends computes wrongly.",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qlora_hal.capabilities import WeightFormat
+from qlora_hal.capabilities import AFFINE_BITS, WeightFormat
 from qlora_hal.memory_constants import MemoryConstants
 from qlora_hal.model.facts import FLOATING_DTYPES
 from qlora_hal.model.shape import DecoderShape, decoder_shape
@@ -26,8 +26,10 @@ DEFAULT_BLOCK_SIZES: Mapping[WeightFormat, int] = {
     WeightFormat.NF4: 64,
     WeightFormat.FP4: 64,
     WeightFormat.INT4_GPTQ: 128,
-    WeightFormat.INT4_AFFINE: 64,
-    WeightFormat.INT8_AFFINE: 64,
+    **dict.fromkeys(AFFINE_BITS, 64),
+    WeightFormat.MXFP4: 32,
+    WeightFormat.NVFP4: 16,
+    WeightFormat.MXFP8: 32,
 }
 NESTED_BLOCK_SIZE = 256
 """Scales that share one scale of their own under double quantization (QLoRA section 3)."""
@@ -135,7 +137,7 @@ def linear_bytes(
     NF4, FP4: half a byte a weight and an absmax a block, float32, or one byte and a float32 to 256 under double
     quantization (QLoRA section 3: 4.127 bits a weight at block 64). INT8: a byte a weight and a float32 a row. GPTQ:
     half a byte, per group and column a float16 scale and half a byte of zero point, a 4-byte group index an input.
-    MLX affine: scale and bias per group, in the model's dtype.
+    MLX affine: scale and bias per group, in the model's dtype. MXFP4, NVFP4, MXFP8: a byte of scale per group.
     """
     count = inputs * outputs
     block = block_size or DEFAULT_BLOCK_SIZES.get(weight_format, 0)
@@ -150,8 +152,9 @@ def linear_bytes(
     groups = math.ceil(inputs / block) * outputs
     if weight_format is WeightFormat.INT4_GPTQ:
         return count // 2 + groups * 5 // 2 + 4 * inputs
-    bits = 8 if weight_format is WeightFormat.INT8_AFFINE else 4
-    return count * bits // 8 + groups * 2 * compute_bytes
+    if weight_format in AFFINE_BITS:
+        return count * AFFINE_BITS[weight_format] // 8 + groups * 2 * compute_bytes
+    return count * (8 if weight_format is WeightFormat.MXFP8 else 4) // 8 + groups
 
 
 def _stored_bytes(facts: ModelFacts, compute_bytes: int) -> int:

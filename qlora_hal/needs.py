@@ -9,6 +9,11 @@ from qlora_hal.errors import ConfigError
 from qlora_hal.model.facts import ModelFacts, Prequantized
 
 LEVELS = ("none", "8bit", "4bit")
+STORED_AT_LEVEL = {
+    "4bit": ("nf4", "fp4", "int4_gptq", "int4_affine", "mxfp4", "nvfp4"),
+    "8bit": ("int8", "int8_affine", "mxfp8"),
+}
+"""Formats of a pre-quantized checkpoint that a portable level is content with."""
 DOUBLE_QUANT_FORMATS = (WeightFormat.NF4, WeightFormat.FP4)
 
 
@@ -30,7 +35,15 @@ def needs_of(config: RunConfig, facts: ModelFacts) -> Needs:
         block_size=config.quantization.block_size if stored is None else stored.block_size,
         compute_dtype=None if config.quantization.compute_dtype == "auto" else config.quantization.compute_dtype,
         architecture=facts.model_type,
+        may_calibrate=stored is None,
     )
+
+
+def needs_calibration(facts: ModelFacts, quantization: Quantization, capabilities: Capabilities) -> bool:
+    """Whether the model has to be quantized with calibration rows before this backend can load it."""
+    if facts.prequantized is not None or Feature.QUANTIZE_ON_LOAD in capabilities.features:
+        return False
+    return quantization.weight_format in capabilities.calibrated_formats
 
 
 def quantization_of(config: RunConfig, facts: ModelFacts, capabilities: Capabilities) -> Quantization:
@@ -75,9 +88,8 @@ def _check_stored(config: RunConfig, stored: Prequantized) -> None:
     """A pre-quantized checkpoint is taken as it is: asking for another storage is a contradiction."""
     asked = config.quantization
     wrong: list[str] = []
-    four_bit = asked.weight_format == "4bit" and stored.weight_format != "int8"
-    eight_bit = asked.weight_format == "8bit" and stored.weight_format == "int8"
-    if asked.weight_format not in ("auto", stored.weight_format) and not (four_bit or eight_bit):
+    has_the_level = stored.weight_format in STORED_AT_LEVEL.get(asked.weight_format, ())
+    if asked.weight_format not in ("auto", stored.weight_format) and not has_the_level:
         wrong.append(f"weight_format {asked.weight_format} (it is {stored.weight_format})")
     if asked.block_size is not None and asked.block_size != stored.block_size:
         wrong.append(f"block_size {asked.block_size} (it is {stored.block_size})")

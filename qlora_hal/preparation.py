@@ -91,7 +91,7 @@ def choose_machinery(config: RunConfig, hooks: Hooks, console: RunConsole) -> Ma
     )
     console.detection(choice.spec.name, choice.reason, probed, choice.rejections)
     check_options(config, choice)
-    if note := choice.spec.notes.get(config.training.optim):
+    for note in filter(None, map(choice.spec.notes.get, (config.training.optim, config.quantization.compute_dtype))):
         console.note(f"{choice.spec.name}: {note}")
     targets = resolve_targets(config.lora.target_modules, source.facts.linear_modules)
     lora = config.lora

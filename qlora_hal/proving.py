@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from qlora_hal.backend import BackendSpec, QuantizedLoRATrainer
+    from qlora_hal.backend import BackendSpec, Quantization, QuantizedLoRATrainer
     from qlora_hal.values import Adapter, Batch, Float32
     from qlora_hal_conformance.oracle import OracleTrainer
 
@@ -92,7 +92,7 @@ class _Proof:
     def loads(self) -> tuple[bool, str]:
         from qlora_hal.adapter.initial import initial_adapter
         from qlora_hal.backend import Compute, Quantization
-        from qlora_hal.capabilities import Feature
+        from qlora_hal.capabilities import Feature, WeightFormat
         from qlora_hal.model.facts import read_facts
         from qlora_hal.model.source import ModelSource
         from qlora_hal.values import Adapter, AdapterConfig
@@ -100,10 +100,10 @@ class _Proof:
         capabilities = self.spec.capabilities
         stored = capabilities.levels.get("4bit") or sorted(capabilities.weight_formats)[0]
         sizes = capabilities.block_sizes.get(stored, (None,))
-        source = ModelSource("a tiny model", self.folder, read_facts(self.folder))
-        self.trainer.load(
-            source, Quantization(stored, sizes[0], Feature.DOUBLE_QUANT in capabilities.features), Compute("float32")
-        )
+        storage = Quantization(stored, sizes[0], Feature.DOUBLE_QUANT in capabilities.features)
+        on_load = stored is WeightFormat.NONE or Feature.QUANTIZE_ON_LOAD in capabilities.features
+        folder = self.folder if on_load else self._packed(storage)
+        self.trainer.load(ModelSource("a tiny model", folder, read_facts(folder)), storage, Compute("float32"))
         modules = self.trainer.linear_modules()
         config = AdapterConfig(4, 8.0, 0.0, False, tuple(sorted(modules)))
         start = initial_adapter(config, modules, 0)
@@ -114,6 +114,14 @@ class _Proof:
         self.adapter: Adapter = Adapter(moved, config)
         self.trainer.attach(self.adapter, "adamw")
         return True, f"{stored.value} in blocks of {sizes[0]}"
+
+    def _packed(self, storage: Quantization) -> Path:
+        """The same weights, stored as a backend gets them that does not quantize while loading."""
+        from qlora_hal_conformance.oracle import LlamaShape
+        from qlora_hal_conformance.tiny_models import write_quantized
+
+        shape = LlamaShape.from_config(TINY_CONFIG)
+        return write_quantized(self.folder / "packed", shape, self.weights, storage).folder
 
     def quantizes(self) -> tuple[bool, str]:
         errors = []

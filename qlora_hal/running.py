@@ -13,6 +13,7 @@ from qlora_hal.observing import TrainResult
 if TYPE_CHECKING:
     from qlora_hal.checkpoint import TrainingState
     from qlora_hal.config import RunConfig
+    from qlora_hal.model.source import ModelSource
     from qlora_hal.preparation import PreparedRun, Rows
     from qlora_hal.report.console import RunConsole
     from qlora_hal.report.run_file import RunRecord
@@ -36,6 +37,7 @@ def run_new(
     from qlora_hal.hooks import Hooks
     from qlora_hal.observers import observers_for
     from qlora_hal.preparation import choose_machinery, drawn_seed, prepare_run, require_settings
+    from qlora_hal.quantizing import with_quantized_base
     from qlora_hal.report.console import RunConsole
     from qlora_hal.report.run_file import given_config
     from qlora_hal.run_directory import RunDirectory
@@ -59,6 +61,7 @@ def run_new(
             prepared = prepare_run(config, seed, machinery, directory.path, rows, console)
             if dry_run:
                 return _planned(prepared, directory.path)
+            prepared = with_quantized_base(prepared, directory.path, console)
             record = _first_record(config, settings.origins, prepared)
             return execute(Stage(prepared, directory, console, hooks, record))
     finally:
@@ -85,6 +88,7 @@ def run_resumed(
     from qlora_hal.hooks import Hooks
     from qlora_hal.observers import observers_for
     from qlora_hal.preparation import choose_machinery, prepare_run
+    from qlora_hal.quantizing import with_quantized_base
     from qlora_hal.report.console import RunConsole
     from qlora_hal.report.run_file import read_run_config, record_from
     from qlora_hal.run_directory import RunDirectory
@@ -107,6 +111,7 @@ def run_resumed(
             machinery = choose_machinery(config, hooks, console)
             seed = int(str(state.provenance["seed"]))
             prepared = prepare_run(config, seed, machinery, directory.path, stored_rows(directory.path), console)
+            prepared = with_quantized_base(prepared, directory.path, console)
             _check_same_run(state, prepared, changes)
             return execute(Stage(prepared, directory, console, hooks, record, state, changes))
     finally:
@@ -116,7 +121,7 @@ def run_resumed(
 def _first_record(config: RunConfig, origins: Mapping[str, str], prepared: PreparedRun) -> RunRecord:
     from qlora_hal.report.run_file import Detection, RunRecord, given_config
 
-    machinery, facts = prepared.machinery, prepared.machinery.source.facts
+    machinery, facts = prepared.machinery, prepared.machinery.source.origin.facts
     choice = machinery.choice
     return RunRecord(
         config=given_config(config),
@@ -128,6 +133,7 @@ def _first_record(config: RunConfig, origins: Mapping[str, str], prepared: Prepa
             "parameter_count": facts.parameter_count,
             "fingerprint": facts.fingerprint,
             "target_modules": list(machinery.adapter.target_modules),
+            **_quantized_for_the_run(machinery.source),
         },
         versions=next(r.versions for r in machinery.reports if r.backend == choice.spec.name),
         detection=Detection.of(choice.spec.name, choice.reason, machinery.reports, choice.rejections),
@@ -135,6 +141,13 @@ def _first_record(config: RunConfig, origins: Mapping[str, str], prepared: Prepa
         environment=_environment(),
         memory_estimate={**asdict(prepared.estimate), "total": prepared.estimate.total},
     )
+
+
+def _quantized_for_the_run(source: ModelSource) -> dict[str, object]:
+    """Where the base lies that was quantized for this run, so that the trained model can be opened again."""
+    if source.made_from is None:
+        return {}
+    return {"quantized": {"folder": str(source.path), "fingerprint": source.facts.fingerprint}}
 
 
 def _environment() -> dict[str, object]:
@@ -205,9 +218,9 @@ def stored_rows(run_dir: Path) -> Rows | None:
 def _check_same_run(state: TrainingState, prepared: PreparedRun, changes: Sequence[str]) -> None:
     """The base, the tokens and, where no change was allowed, the storage are those of the checkpoint. Raises
     CheckpointError naming what differs."""
-    quantization = prepared.machinery.quantization
+    quantization, base = prepared.machinery.quantization, prepared.machinery.source
     now: dict[str, object] = {
-        "base_fingerprint": prepared.machinery.source.facts.fingerprint,
+        "base_fingerprint": base.origin.facts.fingerprint,
         "tokenizer_hash": prepared.tokenizer.hash,
         "data_fingerprint": prepared.data.fingerprint,
     }
@@ -217,6 +230,8 @@ def _check_same_run(state: TrainingState, prepared: PreparedRun, changes: Sequen
             "block_size": quantization.block_size,
             "double_quant": quantization.double_quant,
         }
+        if base.made_from is not None:
+            now["quantized_fingerprint"] = base.facts.fingerprint
     differing = [name for name, value in now.items() if state.provenance.get(name) != value]
     if not differing:
         return

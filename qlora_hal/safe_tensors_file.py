@@ -205,7 +205,9 @@ def _entries(raw: bytes, path: Path) -> tuple[dict[str, TensorEntry], dict[str, 
         parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=strict_json.unique_keys)
     except (ValueError, RecursionError) as problem:
         _refuse(path, "QH-C15", f"has a header that is not strict JSON ({problem})", problem)
-    metadata = parsed.pop("__metadata__", {})
+    # mx.save_safetensors writes null where there is no metadata; every adapter of mlx-lm has that.
+    metadata = parsed.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         _refuse(path, "QH-C15", "has __metadata__ that is not a table of strings")
     return {name: _entry(name, entry, path) for name, entry in parsed.items()}, metadata

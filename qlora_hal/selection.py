@@ -43,7 +43,7 @@ def choose(
     if overridden is not None:
         choice = _named(overridden, needs, entries, reports)
         return Choice(choice.spec, "the qlora_hal_choose_backend hook named it", rejections)
-    accelerated = [spec for spec in able if spec.uses_accelerator]
+    accelerated = [spec for spec in able if _has_accelerator(spec, reports)]
     if accelerated:
         return _highest(accelerated, able, rejections, "it is ready and has the highest priority")
     if able and allow_cpu:
@@ -91,6 +91,12 @@ def _able_backends(
         else:
             able.append(spec)
     return able, rejections
+
+
+def _has_accelerator(spec: BackendSpec, reports: Sequence[ProbeReport]) -> bool:
+    """What the probe found here, where it says; else what the spec says of the backend everywhere."""
+    found = next(report.uses_accelerator for report in reports if report.backend == spec.name)
+    return spec.uses_accelerator if found is None else found
 
 
 def _highest(

@@ -26,7 +26,7 @@ from qlora_hal.settings_schema import (
     settings,
 )
 
-OTHER_ENVIRONMENT_NAMES = frozenset({"QLORA_HAL_FAULTS", "QLORA_HAL_PLUGINS", "QLORA_HAL_TRACEBACK"})
+OTHER_ENVIRONMENT_NAMES = frozenset({"QLORA_HAL_CACHE", "QLORA_HAL_FAULTS", "QLORA_HAL_PLUGINS", "QLORA_HAL_TRACEBACK"})
 """Variables with our prefix that are no settings of a run."""
 
 _KEYWORD_SETTINGS = {"model": "model.name_or_path", "data": "data.path", "backend": "backend.name"}

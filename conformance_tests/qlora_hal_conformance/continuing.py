@@ -51,7 +51,8 @@ def continue_in_child(
         for m, batch in enumerate(window)
         for name in FIELDS
     }
-    np.savez(folder / "windows.npz", allow_pickle=False, **arrays)
+    # Only object arrays would be pickled, and these are none; numpy 1 takes `allow_pickle` for the name of an array.
+    np.savez(folder / "windows.npz", **arrays)
     quantization = work.quantization
     record = {
         "reference": work.reference.as_json(),

@@ -12,10 +12,11 @@ from qlora_hal.backend import Compute, Quantization, QuantizedLoRATrainer
 from qlora_hal.capabilities import Feature, WeightFormat
 from qlora_hal.values import Adapter, Batch, Float32, StepSettings, StepStats
 from qlora_hal_conformance.drawing import stream, total_tokens
-from qlora_hal_conformance.oracle import LlamaShape, LoraScale, OracleStep, OracleTrainer
+from qlora_hal_conformance.oracle import LlamaShape, LoraScale, MicroscalingFormat, OracleStep, OracleTrainer
 from qlora_hal_conformance.oracle.arrays import Float64
 from qlora_hal_conformance.subject import Subject
 from qlora_hal_conformance.tiny_models import (
+    MICROSCALING_FORMATS,
     SHAPES,
     UNEVEN_SHAPE,
     TinyModel,
@@ -168,6 +169,13 @@ class Opener:
             self.note_device(trainer)  # only now is it known which kernels will multiply
         return opened
 
+    def written(self, folder: Path, shape: LlamaShape, tensors: Mapping[str, Float32]) -> TinyModel:
+        """A model of a case's own, in the way that a backend gets it: packed where it does not quantize on load."""
+        main = self.subject.main_format
+        if main is WeightFormat.NONE or self.subject.declares(Feature.QUANTIZE_ON_LOAD):
+            return write_model(folder, shape, tensors)
+        return write_quantized(folder, shape, tensors, Quantization(main, self.default_block(main)))
+
     def trainer(self) -> QuantizedLoRATrainer:
         """An opened trainer without a base."""
         trainer = self.subject.open()
@@ -184,10 +192,12 @@ class Opener:
                 return FOUR_BIT_BLOCK
             case WeightFormat.INT4_GPTQ:
                 return GPTQ_GROUP
-            case WeightFormat.INT4_AFFINE | WeightFormat.INT8_AFFINE:
-                return AFFINE_GROUP
-            case _:
+            case WeightFormat.NONE | WeightFormat.INT8:
                 return None
+            case mlx_format if mlx_format in MICROSCALING_FORMATS:
+                return MicroscalingFormat(mlx_format.value).group_size
+            case _:
+                return AFFINE_GROUP
 
     def close(self) -> None:
         while self._open:

@@ -9,7 +9,8 @@ from _pytest.mark.structures import ParameterSet
 
 from qlora_hal.capabilities import Feature, WeightFormat
 from qlora_hal_conformance.opening import Opened
-from qlora_hal_conformance.oracle import OracleTrainer
+from qlora_hal_conformance.oracle import MicroscalingFormat, OracleTrainer
+from qlora_hal_conformance.tiny_models import AFFINE_BITS, MICROSCALING_FORMATS
 
 OracleOf = Callable[[Opened], OracleTrainer]
 """The fixture `oracle`."""
@@ -17,10 +18,13 @@ OracleOf = Callable[[Opened], OracleTrainer]
 DTYPES = ("float32", "float16", "bfloat16")
 HALF_DTYPES = ("float16", "bfloat16")
 FOUR_BIT_FORMATS = (WeightFormat.NF4, WeightFormat.FP4)
-AFFINE_FORMATS = (WeightFormat.INT4_AFFINE, WeightFormat.INT8_AFFINE)
+AFFINE_FORMATS = tuple(AFFINE_BITS)
+GROUPED_FORMATS = (*AFFINE_FORMATS, *MICROSCALING_FORMATS, WeightFormat.INT4_GPTQ)
+"""Their groups lie within rows, and must divide them."""
 BLOCK_SIZES = {
     **dict.fromkeys(FOUR_BIT_FORMATS, (32, 64, 128, 256, 4096)),
     **dict.fromkeys(AFFINE_FORMATS, (32, 64, 128)),
+    **{f: (MicroscalingFormat(f.value).group_size,) for f in MICROSCALING_FORMATS},
 }
 """The sizes that are tried; a backend may declare more."""
 

@@ -26,11 +26,13 @@ from qlora_hal_conformance.oracle import (
     FourBitFormat,
     FourBitLayout,
     LlamaShape,
+    MicroscalingFormat,
     ZeroPointConvention,
     dequantize_absmax,
     dequantize_four_bit,
     dequantize_gptq,
     dequantize_int8_rows,
+    dequantize_microscaling,
     dequantize_mlx_affine,
     dynamic_8bit,
     min_max_grid,
@@ -38,6 +40,7 @@ from qlora_hal_conformance.oracle import (
     quantize_absmax,
     quantize_four_bit,
     quantize_int8_rows,
+    quantize_microscaling,
     quantize_mlx_affine,
     round_to_bfloat16,
     round_to_grid,
@@ -47,6 +50,15 @@ from qlora_hal_conformance.oracle.arrays import Float32, Float64
 Array = npt.NDArray[Any]
 Tensors = dict[str, Float32]
 
+AFFINE_BITS: Mapping[WeightFormat, int] = {
+    WeightFormat.INT2_AFFINE: 2,
+    WeightFormat.INT3_AFFINE: 3,
+    WeightFormat.INT4_AFFINE: 4,
+    WeightFormat.INT5_AFFINE: 5,
+    WeightFormat.INT6_AFFINE: 6,
+    WeightFormat.INT8_AFFINE: 8,
+}
+MICROSCALING_FORMATS = (WeightFormat.MXFP4, WeightFormat.NVFP4, WeightFormat.MXFP8)
 FIRST_ORDINARY_TOKEN = 3
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -186,13 +198,15 @@ def write_config(
 def write_quantized(
     folder: Path, shape: LlamaShape, tensors: Mapping[str, Float32], quantization: Quantization
 ) -> TinyModel:
-    """The linear layers already packed, in the layout that belongs to the format; the rest in float32."""
+    """The linear layers already packed, in the layout that belongs to the format; the rest in float32. A tensor that is
+    left out is left out."""
     linears = linear_shapes(shape)
     arrays: dict[str, Array] = {n: t for n, t in tensors.items() if n.removesuffix(".weight") not in linears}
     stored: dict[str, Float64] = {}
     for module in linears:
-        packed, stored[module] = _packed(module, tensors[f"{module}.weight"], quantization)
-        arrays.update(packed)
+        if f"{module}.weight" in tensors:
+            packed, stored[module] = _packed(module, tensors[f"{module}.weight"], quantization)
+            arrays.update(packed)
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / "model.safetensors", {name: (_safe_name(a), a) for name, a in arrays.items()})
     write_config(folder, shape, more=_described(quantization))
@@ -208,17 +222,26 @@ def _packed(module: str, weight: Float32, quantization: Quantization) -> tuple[d
             return {f"{module}.weight": codes, f"{module}.SCB": row_absmax}, dequantize_int8_rows(codes, row_absmax)
         case WeightFormat.INT4_GPTQ:
             return _packed_gptq(module, weight, quantization)
-        case WeightFormat.INT4_AFFINE | WeightFormat.INT8_AFFINE:
-            bits = 4 if quantization.weight_format is WeightFormat.INT4_AFFINE else 8
-            affine = quantize_mlx_affine(weight, bits=bits, group_size=quantization.block_size or 64)
-            arrays: dict[str, Array] = {
-                f"{module}.weight": affine.packed,
-                f"{module}.scales": affine.scales,
-                f"{module}.biases": affine.biases,
-            }
-            return arrays, dequantize_mlx_affine(affine)
         case WeightFormat.NONE:
             raise ValueError("there is no packed layout of weights that are not quantized")
+        case mlx_format:
+            return _packed_by_mlx(module, weight, mlx_format, quantization.block_size)
+
+
+def _packed_by_mlx(
+    module: str, weight: Float32, weight_format: WeightFormat, group_size: int | None
+) -> tuple[dict[str, Array], Float64]:
+    if weight_format in MICROSCALING_FORMATS:
+        floats = quantize_microscaling(weight, MicroscalingFormat(weight_format.value))
+        arrays: dict[str, Array] = {f"{module}.weight": floats.packed, f"{module}.scales": floats.scale_codes}
+        return arrays, dequantize_microscaling(floats)
+    affine = quantize_mlx_affine(weight, bits=AFFINE_BITS[weight_format], group_size=group_size or 64)
+    arrays = {
+        f"{module}.weight": affine.packed,
+        f"{module}.scales": affine.scales,
+        f"{module}.biases": affine.biases,
+    }
+    return arrays, dequantize_mlx_affine(affine)
 
 
 def _packed_four_bit(module: str, weight: Float32, quantization: Quantization) -> tuple[dict[str, Array], Float64]:
@@ -248,9 +271,13 @@ def _packed_four_bit(module: str, weight: Float32, quantization: Quantization) -
 
 
 def _packed_gptq(module: str, weight: Float32, quantization: Quantization) -> tuple[dict[str, Array], Float64]:
+    """Four bits have no NaN: a value that is not finite becomes the scale of its group."""
     groups = (np.arange(weight.shape[1]) // (quantization.block_size or 128)).astype(np.int32)
-    grid = min_max_grid(weight, groups, bits=4, symmetric=True)
-    codes = round_to_grid(weight, grid, groups, bits=4)
+    finite = np.where(np.isfinite(weight), weight, np.float32(0.0))
+    grid = min_max_grid(finite, groups, bits=4, symmetric=True)
+    codes = round_to_grid(finite, grid, groups, bits=4)
+    for row, column in np.argwhere(~np.isfinite(weight)):
+        grid.steps[groups[column], row] = weight[row, column]
     gptq = pack_gptq(codes, grid, groups, bits=4, convention=ZeroPointConvention.V1)
     arrays: dict[str, Array] = {
         f"{module}.qweight": gptq.qweight,
@@ -279,8 +306,9 @@ def _described(quantization: Quantization) -> dict[str, object]:
             described = {"quant_method": "gptq", "bits": 4, "group_size": size, "sym": True, "desc_act": False}
             described["checkpoint_format"] = ZeroPointConvention.V1.value
         case _:
-            bits = 4 if weight_format is WeightFormat.INT4_AFFINE else 8
-            return {"quantization": {"group_size": size, "bits": bits}}
+            bits = 8 if weight_format is WeightFormat.MXFP8 else AFFINE_BITS.get(weight_format, 4)
+            mode = weight_format.value if weight_format in MICROSCALING_FORMATS else "affine"
+            return {"quantization": {"group_size": size, "bits": bits, "mode": mode}}
     return {"quantization_config": described}
 
 

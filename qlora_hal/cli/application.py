@@ -13,8 +13,11 @@ SETTINGS = "Settings and help"
 VERBS: Mapping[str, tuple[str, str]] = {
     "train": (TRAINING, "Train an adapter."),
     "resume": (TRAINING, "Go on with a run that was stopped."),
+    "quantize": (TRAINING, "Quantize a model with calibration (int4_gptq)."),
     "chat": (TRAINING, "Talk to the base model and the trained one, side by side."),
     "generate": (TRAINING, "Answer one prompt with and without the adapter."),
+    "merge": (TRAINING, "Merge an adapter into its base, and prove that the result is the same model."),
+    "adapter": (TRAINING, "Convert an adapter between PEFT's layout and mlx-lm's."),
     "backends": (MACHINE, "List the backends and whether each can run here."),
     "doctor": (MACHINE, "Check the machine, and have every ready backend prove that it computes correctly."),
     "estimate": (MACHINE, "Estimate the memory of a run."),

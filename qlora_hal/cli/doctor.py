@@ -116,6 +116,7 @@ def as_text(machine: Machine, reports: Sequence[ProbeReport], findings: Sequence
         if report.ready and report.versions:
             versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
             lines.append(f"{report.backend}: {versions}")
+        lines += [f"{report.backend}: {note}" for note in report.notes]
     lines.append("")
     wide = max((len(finding.name) for finding in findings), default=0)
     for finding in findings:

@@ -68,7 +68,7 @@ def report_usage(error: CycloptsError, tokens: list[str]) -> ConfigError:
         nearest = _nearest_flag(flag)
         text = f"{flag} is not a flag of qlora-hal {verb}".rstrip()
         text += f"; did you mean {nearest}?" if nearest else "."
-    elif isinstance(error, UnknownCommandError) and tokens:
+    elif isinstance(error, UnknownCommandError) and tokens and not verb:
         close = difflib.get_close_matches(tokens[0], VERBS, n=1)
         text = f"{tokens[0]} is not a command; did you mean {close[0]}?" if close else f"{tokens[0]} is not a command."
     return ConfigError("QH-U04", text, where="command line", fix=fix)

@@ -138,14 +138,14 @@ def _cached(
     repository: str, revision: str | None, patterns: Sequence[str], reason: str, cause: Exception | None
 ) -> Snapshot:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         path = Path(
             snapshot_download(repository, revision=revision, allow_patterns=list(patterns), local_files_only=True)
         )
     except LocalEntryNotFoundError as error:
-        partly = isinstance(error, IncompleteSnapshotError)
+        partly = type(error).__name__ == "IncompleteSnapshotError"  # huggingface_hub 0 has no such class
         raise HubError(
             "QH-E11",
             f"The model {repository} cannot be fetched, and this machine's cache has "
@@ -163,8 +163,10 @@ def _hub_errors(repository: str, revision: str | None) -> Iterator[None]:
     """Turn what huggingface_hub raises into a HubError for good, or into a passing failure."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    # The HTTP library's own base class, whichever library huggingface_hub is built on.
-    http_error: type[Exception] = HfHubHTTPError.__bases__[0]
+    # The widest class of the HTTP library, whichever library huggingface_hub is built on.
+    own = ("builtins", HfHubHTTPError.__module__)
+    kinds = [kind for kind in HfHubHTTPError.__mro__ if issubclass(kind, Exception) and kind.__module__ not in own]
+    http_error: type[Exception] = kinds[-1]
     try:
         yield
     except HfHubHTTPError as error:

@@ -15,7 +15,7 @@ from qlora_hal.model.weight_files import read_json
 from qlora_hal.safe_tensors_file import TensorEntry
 
 _BNB_STATE = ".weight.quant_state.bitsandbytes__"
-_READABLE = "bitsandbytes (nf4, fp4, int8), gptq (4 bits), mlx affine (4 or 8 bits)"
+_READABLE = "bitsandbytes (nf4, fp4, int8), gptq (4 bits), mlx (affine in 2, 3, 4, 5, 6 or 8 bits, mxfp4, nvfp4, mxfp8)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,8 @@ def _method(checkpoint: _Checkpoint) -> str:
         return "bitsandbytes int8"
     if any(name.endswith(".qweight") for name in names) and declared in {"", "gptq"}:
         return "gptq"
+    if any(name.endswith(".B") and f"{name[:-1]}s" in names for name in names):
+        raise _only_for_marlin(checkpoint)
     if isinstance(checkpoint.config.get("quantization"), dict) and checkpoint.modules_with(".scales"):
         return "mlx"
     # Ordinary weights under a bitsandbytes description: the run's own configuration decides how to quantize them.
@@ -92,6 +94,17 @@ def _unsupported(checkpoint: _Checkpoint, what: str) -> ModelError:
         f"The model is {what}; readable are {_READABLE}.",
         where=str(checkpoint.folder),
         fix="Name the model's unquantized version; it is quantized while loading.",
+    )
+
+
+def _only_for_marlin(checkpoint: _Checkpoint) -> ModelError:
+    """Marlin's repacking (IST-DASLab/marlin) serves its own inference kernel, which has no backward pass."""
+    return ModelError(
+        "QH-C72",
+        f"The model is packed for the Marlin kernel only; readable are {_READABLE}.",
+        where=str(checkpoint.folder),
+        cause="Marlin computes the forward pass only, and its layout is read by no other kernel.",
+        fix="Choose a GPTQ version of the model in format gptq or gptq_v2; inference can repack that for Marlin.",
     )
 
 
@@ -173,9 +186,13 @@ def _gptq(checkpoint: _Checkpoint) -> Packing:
     bits = _whole(checkpoint, "bits", described.get("bits"))
     if bits != 4:
         raise _unsupported(checkpoint, f"quantized with GPTQ in {bits} bits")
+    layout = _gptq_layout(checkpoint, described)
     group_size = described.get("group_size", -1)
     shapes: dict[str, Shape] = {}
     for module in checkpoint.modules_with(".qweight"):
+        absent = [part for part in ("qzeros", "scales", "g_idx") if f"{module}.{part}" not in checkpoint.tensors]
+        if absent:
+            raise checkpoint.contradiction(f"{module} has a qweight but no {', '.join(absent)}")
         rows, columns = _two(checkpoint, f"{module}.qweight")
         inputs = rows * 32 // bits
         groups = checkpoint.shape(f"{module}.scales")[0]
@@ -190,10 +207,33 @@ def _gptq(checkpoint: _Checkpoint) -> Packing:
             )
         shapes[module] = (inputs, columns)
     block_size = group_size if isinstance(group_size, int) and group_size > 0 else None
-    kept = ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "true_sequential", "is_marlin_format")
+    kept = ("bits", "group_size", "sym", "desc_act", "true_sequential")
     settings = {key: described[key] for key in kept if key in described}
+    settings["checkpoint_format"] = layout
+    if writer := _written_by(described):
+        settings["quantizer"] = writer
     facts = Prequantized("gptq", "int4_gptq", block_size, False, settings)
     return Packing(facts, shapes, (".qweight", ".qzeros", ".scales", ".g_idx"))
+
+
+def _gptq_layout(checkpoint: _Checkpoint, described: Mapping[str, object]) -> str:
+    """`gptq` (v1, also where old files do not say) or `gptq_v2`."""
+    layout = described.get("checkpoint_format") or described.get("format") or "gptq"
+    if described.get("is_marlin_format") or layout == "marlin":
+        raise _only_for_marlin(checkpoint)
+    if layout not in ("gptq", "gptq_v2"):
+        raise _unsupported(checkpoint, f"quantized with GPTQ in the layout {layout}")
+    if described.get("pack_dtype", "int32") != "int32":
+        raise _unsupported(checkpoint, f"quantized with GPTQ in words of {described['pack_dtype']}")
+    return str(layout)
+
+
+def _written_by(described: Mapping[str, object]) -> str:
+    """`gptqmodel:7.6.0` and the like, "" where the description does not tell."""
+    meta = described.get("meta")
+    told = meta.get("quantizer") if isinstance(meta, dict) else None
+    first = told[0] if isinstance(told, list) and told else told
+    return first if isinstance(first, str) else ""
 
 
 def _gptq_description(checkpoint: _Checkpoint) -> Mapping[str, object]:
@@ -207,15 +247,26 @@ def _gptq_description(checkpoint: _Checkpoint) -> Mapping[str, object]:
 
 
 # MLX ----------------------------------------------------------------------------------------------------------------
+_MLX_FORMATS: Mapping[str, tuple[int, int]] = {
+    **{f"int{bits}_affine": (bits, 0) for bits in (2, 3, 4, 5, 6, 8)},
+    "mxfp4": (4, 32),
+    "nvfp4": (4, 16),
+    "mxfp8": (8, 32),
+}
+"""Weight format -> bits and its only group size; 0: any that MLX has."""
+
+
 def _mlx(checkpoint: _Checkpoint) -> Packing:
-    """`weight` uint32 [out, in * bits / 32], `scales` and `biases` [out, in / group] (mlx 0.32, `nn.quantize`)."""
+    """`weight` uint32 [out, in * bits / 32], `scales` and, in the affine mode, `biases` [out, in / group]
+    (mlx 0.32, `nn.quantize`)."""
     described = checkpoint.config["quantization"]
     assert isinstance(described, dict)
     mode = described.get("mode", "affine")
     bits = _whole(checkpoint, "quantization.bits", described.get("bits"))
     group_size = _whole(checkpoint, "quantization.group_size", described.get("group_size"))
-    if mode != "affine" or bits not in (4, 8):
-        raise _unsupported(checkpoint, f"quantized with MLX {mode} in {bits} bits")
+    weight_format = f"int{bits}_affine" if mode == "affine" else str(mode)
+    if weight_format not in _MLX_FORMATS or (mode != "affine" and (bits, group_size) != _MLX_FORMATS[weight_format]):
+        raise _unsupported(checkpoint, f"quantized with MLX {mode} in {bits} bits and groups of {group_size}")
     shapes: dict[str, Shape] = {}
     for module in checkpoint.modules_with(".scales"):
         own = described.get(module)
@@ -223,11 +274,14 @@ def _mlx(checkpoint: _Checkpoint) -> Packing:
             raise _unsupported(checkpoint, f"quantized in several widths ({module}: {own.get('bits')} bits)")
         rows, words = _two(checkpoint, f"{module}.weight")
         inputs = words * 32 // bits
-        if checkpoint.shape(f"{module}.scales") != (rows, inputs // group_size):
-            raise checkpoint.contradiction(f"{module}.scales does not fit {bits} bits in groups of {group_size}")
+        for part in (".scales", ".biases") if mode == "affine" else (".scales",):
+            if checkpoint.shape(module + part) != (rows, inputs // group_size):
+                raise checkpoint.contradiction(f"{module}{part} does not fit {bits} bits in groups of {group_size}")
+        if checkpoint.tensors.get(f"{module}.global_scale") is not None:
+            raise _unsupported(checkpoint, f"quantized with a global scale ({module})")
         shapes[module] = (inputs, rows)
     facts = Prequantized(
-        "mlx", f"int{bits}_affine", group_size, False, {"bits": bits, "group_size": group_size, "mode": mode}
+        "mlx", weight_format, group_size, False, {"bits": bits, "group_size": group_size, "mode": mode}
     )
     return Packing(facts, shapes, (".scales", ".biases"))
 

@@ -20,13 +20,22 @@ _HUB_ADDRESS = "https://huggingface.co/"
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """A base model on this disk. `name` is what the user wrote; `revision` the resolved commit of a hub model."""
+    """A base model on this disk. `name` is what the user wrote; `revision` the resolved commit of a hub model.
+
+    `made_from` is the model that was quantized into this one, where that was done for the run.
+    """
 
     name: str
     path: Path
     facts: ModelFacts
     revision: str | None = None
     trust_remote_code: bool = False
+    made_from: ModelSource | None = None
+
+    @property
+    def origin(self) -> ModelSource:
+        """The model that adapters are named after."""
+        return self.made_from or self
 
 
 def resolve_model(name_or_path: str, *, revision: str | None, trust_remote_code: bool) -> ModelSource:

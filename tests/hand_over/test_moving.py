@@ -147,7 +147,7 @@ def test_other_data_under_the_new_place_are_refused(half: Path, tmp_path: Path) 
         resume(half, data=tmp_path / "rows.jsonl")
 
 
-@pytest.mark.fault("C60")
+@pytest.mark.fault("C66")
 def test_model_too_far_from_the_saved_one_is_refused_before_the_first_step(half: Path) -> None:
     """Answers of another model: every log-probability belongs to the wrong token."""
     from qlora_hal import hand_over
@@ -164,7 +164,7 @@ def test_model_too_far_from_the_saved_one_is_refused_before_the_first_step(half:
     gap = hand_over.measured_gap(SaysWhatWasSaved(), {**answers, "likeliest": shifted})
     with pytest.raises(CheckpointError, match="nats per token") as caught:
         hand_over.check_near(gap)
-    assert (caught.value.code, caught.value.exit_status) == ("QH-C60", 9)
+    assert (caught.value.code, caught.value.exit_status) == ("QH-C66", 9)
 
 
 def test_divergence_of_a_known_pair_is_the_one_by_formula() -> None:

@@ -31,7 +31,8 @@ def first_device(platform: TorchPlatform) -> torch.device:
     return torch.device(platform.torch_device, 0) if platform.torch_device == "cuda" else torch.device("mps")
 
 
-def describe_device(platform: TorchPlatform, device: torch.device) -> DeviceFacts:
+def describe_device(platform: TorchPlatform, device: torch.device, decoding: str) -> DeviceFacts:
+    """`decoding` names what unpacks the weights; the products are torch's."""
     versions = {name: version for name in _PACKAGES if (version := _version(name))}
     versions["python"] = python_platform.python_version()
     if device.type == "cuda":
@@ -40,13 +41,13 @@ def describe_device(platform: TorchPlatform, device: torch.device) -> DeviceFact
         return DeviceFacts(
             device=properties.name,
             versions=versions,
-            kernel_path=f"bitsandbytes dequantize, {'hipBLAS' if torch.version.hip else 'cuBLAS'} products",
+            kernel_path=f"{decoding}, {'hipBLAS' if torch.version.hip else 'cuBLAS'} products",
             driver=runtime,
             memory_limit_bytes=properties.total_memory,
         )
     if device.type == "mps":
-        return DeviceFacts("Apple GPU (MPS)", versions, "bitsandbytes dequantize, Metal products")
-    return DeviceFacts(_processor_name(), versions, "bitsandbytes dequantize, torch CPU products")
+        return DeviceFacts("Apple GPU (MPS)", versions, f"{decoding}, Metal products")
+    return DeviceFacts(_processor_name(), versions, f"{decoding}, torch CPU products")
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -6,15 +6,14 @@ import torch
 
 from qlora_hal.values import Int32
 from qlora_hal_backends.torch_family.loading import BaseModel
+from qlora_hal_backends.torch_family.transformers_versions import new_cache
 
 
 def greedy(
     base: BaseModel, prompt: Int32, max_new_tokens: int, stop_tokens: frozenset[int], device: torch.device
 ) -> list[int]:
     """New tokens after `prompt` `[time]`, up to and without the first stop token."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=base.causal.config)
+    cache = new_cache(base.causal.config)
     step_input = torch.from_numpy(prompt).long().to(device)[None]
     generated: list[int] = []
     while len(generated) < max_new_tokens:

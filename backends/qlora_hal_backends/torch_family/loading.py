@@ -6,9 +6,9 @@ dropped before the next, so the 16-bit model never stands whole in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +29,25 @@ from qlora_hal_backends.torch_family.base_weights import (
 )
 from qlora_hal_backends.torch_family.head_loss import Head
 from qlora_hal_backends.torch_family.lora_linear import FrozenLinear
+from qlora_hal_backends.torch_family.transformers_versions import build_causal, read_config
+
+BITSANDBYTES = "bitsandbytes dequantize"
 
 
 @dataclass(slots=True)
 class BaseModel:
-    """A loaded base. `body` gives hidden states, `head` turns them into logits."""
+    """A loaded base. `body` gives hidden states, `head` turns them into logits.
+
+    `decoding` names what unpacks the weights, `versions` the packages that are needed for it beside the family's own.
+    """
 
     causal: Any
     body: Any
     head: Head
     linears: Mapping[str, FrozenLinear]
     layers: nn.ModuleList
+    decoding: str = BITSANDBYTES
+    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 LoadBase = Callable[[ModelSource, Quantization, Compute, torch.device], BaseModel]
@@ -127,20 +135,17 @@ class Checkpoint:
 
 def _architecture(source: ModelSource, compute: Compute, dtype: torch.dtype) -> Any:
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
+    config = read_config(source.path, trust_remote_code=source.trust_remote_code)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # packing is done here, not by transformers
     wanted = str(compute.options.get("attention", "auto"))
     # Left to choose, transformers takes the fused attention wherever the architecture has it (Gemma 2 has not).
     attention = None if wanted == "auto" else wanted
     # Buffers (rotary frequencies) are computed for real: no checkpoint holds them.
-    with init_empty_weights(include_buffers=False), _no_initialization():
+    with init_empty_weights(include_buffers=False):
         try:
-            return AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=attention, trust_remote_code=source.trust_remote_code
-            )
+            return build_causal(config, dtype=dtype, attention=attention, trust_remote_code=source.trust_remote_code)
         except ValueError as error:
             raise ModelError(
                 "QH-M51",
@@ -149,14 +154,6 @@ def _architecture(source: ModelSource, compute: Compute, dtype: torch.dtype) -> 
                 cause=str(error).splitlines()[0],
                 fix="Choose another model, or update transformers.",
             ) from error
-
-
-@contextmanager
-def _no_initialization() -> Iterator[None]:
-    from transformers.initialization import no_init_weights
-
-    with no_init_weights():
-        yield
 
 
 def _place_frozen_linears(causal: Any) -> dict[str, FrozenLinear]:

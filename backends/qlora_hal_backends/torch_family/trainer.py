@@ -107,9 +107,11 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
             self._fused = fused.try_attach(self._loaded, self._flat, self._compute, self._device)
 
     def device_facts(self) -> DeviceFacts:
-        facts = describe_device(self._platform, self._device)
+        base = self._base
+        facts = describe_device(self._platform, self._device, base.decoding if base else loading.BITSANDBYTES)
+        versions = {**facts.versions, **(base.versions if base else {})}
         layers = "fused layers" if isinstance(self._fused, fused.FusedBody) else f"plain layers: {self._fused.reason}"
-        return replace(facts, kernel_path=f"{facts.kernel_path}; {layers}")
+        return replace(facts, versions=versions, kernel_path=f"{facts.kernel_path}; {layers}")
 
     def close(self) -> None:
         self._base = self._flat = self._optimizer = None

@@ -29,6 +29,13 @@ from .gptq import (
 from .int8 import dequantize_int8_rows, int8_error_bound, quantize_int8_rows
 from .llama import DropoutMasks, OracleLlama
 from .lora import LoraScale, adapted_modules, lora_a_name, lora_b_name
+from .microscaling import (
+    MicroscalingFormat,
+    MicroscalingWeight,
+    dequantize_microscaling,
+    microscaling_error_bound,
+    quantize_microscaling,
+)
 from .mlx_affine import MlxAffineWeight, dequantize_mlx_affine, mlx_affine_error_bound, quantize_mlx_affine
 from .roundoff import UNIT_ROUNDOFF, round_to_bfloat16
 from .shape import LlamaShape
@@ -53,6 +60,8 @@ __all__ = [
     "LoraScale",
     "LossCurveEnvelope",
     "MagnitudeRecorder",
+    "MicroscalingFormat",
+    "MicroscalingWeight",
     "MlxAffineWeight",
     "OracleLlama",
     "OracleStep",
@@ -69,6 +78,7 @@ __all__ = [
     "dequantize_four_bit",
     "dequantize_gptq",
     "dequantize_int8_rows",
+    "dequantize_microscaling",
     "dequantize_mlx_affine",
     "dynamic_8bit",
     "four_bit_error_bound",
@@ -78,12 +88,14 @@ __all__ = [
     "lora_a_name",
     "lora_b_name",
     "loss_curve_envelope",
+    "microscaling_error_bound",
     "min_max_grid",
     "mlx_affine_error_bound",
     "pack_gptq",
     "quantize_absmax",
     "quantize_four_bit",
     "quantize_int8_rows",
+    "quantize_microscaling",
     "quantize_mlx_affine",
     "round_to_bfloat16",
     "round_to_grid",

@@ -16,20 +16,30 @@ from qlora_hal_conformance.oracle import (
     FourBitFormat,
     FourBitLayout,
     FourBitWeight,
+    MicroscalingFormat,
+    MicroscalingWeight,
     MlxAffineWeight,
     absmax_error_bound,
     four_bit_error_bound,
     int8_error_bound,
+    microscaling_error_bound,
     mlx_affine_error_bound,
     quantize_absmax,
     quantize_four_bit,
+    quantize_microscaling,
     quantize_mlx_affine,
     round_to_bfloat16,
 )
 from qlora_hal_conformance.oracle.arrays import Float32, Float64
 from qlora_hal_conformance.oracle.codebooks import FOUR_BIT_CODEBOOKS
-from qlora_hal_conformance.parameters import AFFINE_FORMATS, FOUR_BIT_FORMATS, each_block_size, each_format
-from qlora_hal_conformance.tiny_models import linear_shapes, write_model
+from qlora_hal_conformance.parameters import (
+    AFFINE_FORMATS,
+    FOUR_BIT_FORMATS,
+    GROUPED_FORMATS,
+    each_block_size,
+    each_format,
+)
+from qlora_hal_conformance.tiny_models import AFFINE_BITS, MICROSCALING_FORMATS, linear_shapes, write_model
 from qlora_hal_conformance.tolerances import (
     GRID_LEVELS,
     Bound,
@@ -54,6 +64,11 @@ PREQUANTIZED = (
     (WeightFormat.INT4_GPTQ, 32, False),
     (WeightFormat.INT4_AFFINE, 64, False),
     (WeightFormat.INT8_AFFINE, 64, False),
+    (WeightFormat.INT3_AFFINE, 64, False),
+    (WeightFormat.INT6_AFFINE, 32, False),
+    (WeightFormat.MXFP4, 32, False),
+    (WeightFormat.NVFP4, 16, False),
+    (WeightFormat.MXFP8, 32, False),
 )
 
 
@@ -89,6 +104,8 @@ def test_blocks_have_the_size_that_was_asked_for(
         weight, decoded = _weight(module, ready), ready.trainer.dequantized_weight(module).astype(np.float64)
         if weight_format in AFFINE_FORMATS:
             _judge_affine_grid(module, ready, weight, decoded, judging)
+        elif weight_format in MICROSCALING_FORMATS:
+            _judge_microscaling_grid(module, ready, decoded, judging)
         else:
             _judge_four_bit_grid(module, ready, weight, decoded, judging)
 
@@ -159,13 +176,14 @@ def test_weights_of_zero_stay_zero(weight_format: WeightFormat, opened: Opener, 
 def test_rows_without_a_whole_number_of_blocks(weight_format: WeightFormat, opened: Opener, judging: Judge) -> None:
     """Blocks run over the ends of rows in NF4 and FP4, and the last may be short; a format whose groups lie within
     rows may refuse such a model, by our error."""
-    grouped = weight_format in (*AFFINE_FORMATS, WeightFormat.INT4_GPTQ)
-    if grouped and opened.subject.declares(weight_format):
+    if weight_format not in GROUPED_FORMATS:
+        ready: Opened | None = opened("uneven", weight_format=weight_format)
+    else:
+        # Not packed by the oracle: its codecs refuse such rows themselves.
         shape, tensors = opened.models.drawn("uneven")
         plain = write_model(opened.models.folder / f"uneven-{weight_format.value}", shape, tensors)
-        ready = unless_refused(lambda: opened(plain, weight_format=weight_format))
-    else:
-        ready = opened("uneven", weight_format=weight_format)
+        open_plain = partial(opened, plain, weight_format=weight_format)
+        ready = unless_refused(open_plain) if opened.subject.declares(weight_format) else open_plain()
     if ready is None:
         return
     for module in linear_shapes(ready.model.shape):
@@ -211,6 +229,8 @@ def _codec_bound(module: str, ready: Opened) -> Float64:
             stored = _four_bit(module, ready)
             nested = _absmax_bound(stored.absmax) if quantization.double_quant else 0.0
             return four_bit_error_bound(stored.absmax, stored.layout, absmax_error=nested)
+        case mlx_format if mlx_format in MICROSCALING_FORMATS:
+            return microscaling_error_bound(_microscaling(module, ready), weight)
         case _:
             return mlx_affine_error_bound(_affine(module, ready))
 
@@ -230,8 +250,12 @@ def _four_bit(module: str, ready: Opened) -> FourBitWeight:
 
 
 def _affine(module: str, ready: Opened) -> MlxAffineWeight:
-    bits = 4 if ready.quantization.weight_format is WeightFormat.INT4_AFFINE else 8
+    bits = AFFINE_BITS[ready.quantization.weight_format]
     return quantize_mlx_affine(_weight(module, ready), bits=bits, group_size=ready.quantization.block_size or 0)
+
+
+def _microscaling(module: str, ready: Opened) -> MicroscalingWeight:
+    return quantize_microscaling(_weight(module, ready), MicroscalingFormat(ready.quantization.weight_format.value))
 
 
 def _absmax_bound(absmax: Float32) -> Float64:
@@ -262,6 +286,17 @@ def _judge_affine_grid(module: str, ready: Opened, weight: Float32, decoded: Flo
     codes = (decoded - bias) / scale
     spacing = grid_spacing(np.ones_like(codes), ready.dtype)
     judging.within(f"codes of {module}", codes, np.rint(codes), spacing)
+    _judge_format_error(module, ready, judging)
+
+
+def _judge_microscaling_grid(module: str, ready: Opened, decoded: Float64, judging: Judge) -> None:
+    """Every decoded weight is an element of the format times the scale of its own group."""
+    stored = _microscaling(module, ready)
+    elements = stored.weight_format.elements
+    elements = elements[~np.isnan(elements)]
+    ratios = decoded / np.repeat(stored.scales, stored.weight_format.group_size, axis=1)
+    chosen = elements[np.abs(ratios[..., None] - elements).argmin(axis=-1)]
+    judging.within(f"elements of {module}", ratios, chosen, codebook_distance(ready.dtype))
     _judge_format_error(module, ready, judging)
 
 

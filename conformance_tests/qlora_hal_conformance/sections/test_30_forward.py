@@ -21,7 +21,7 @@ from qlora_hal_conformance.drawing import (
 from qlora_hal_conformance.judging import Judge
 from qlora_hal_conformance.opening import Opened, Opener
 from qlora_hal_conformance.oracle import OracleTrainer
-from qlora_hal_conformance.parameters import OracleOf, each_format_and_dtype
+from qlora_hal_conformance.parameters import GROUPED_FORMATS, OracleOf, each_format_and_dtype
 from qlora_hal_conformance.tiny_models import FIRST_ORDINARY_TOKEN, SHAPES, draw_tensors, linear_shapes
 from qlora_hal_conformance.tolerances import logits_bound, loss_bound
 
@@ -60,7 +60,7 @@ def test_widths_that_blocks_do_not_divide(
     """The product sees the weights that `dequantized_weight` shows. In a format with groups, the unquantized model."""
     shape, _ = opened.models.drawn("uneven")
     chosen = opened.subject.main_format
-    grouped = chosen in (WeightFormat.INT4_AFFINE, WeightFormat.INT8_AFFINE, WeightFormat.INT4_GPTQ)
+    grouped = chosen in GROUPED_FORMATS
     if grouped and not opened.subject.declares(WeightFormat.NONE):
         shape, _ = opened.models.drawn("main")
         ready = opened(adapter=draw_adapter(seeded, shape))

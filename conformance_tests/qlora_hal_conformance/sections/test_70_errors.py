@@ -17,7 +17,7 @@ from qlora_hal_conformance.comparing import judge_logits, must_refuse
 from qlora_hal_conformance.drawing import draw_adapter, draw_batch
 from qlora_hal_conformance.judging import Judge
 from qlora_hal_conformance.opening import Opened, Opener
-from qlora_hal_conformance.tiny_models import TinyModel, linear_shapes, write_model
+from qlora_hal_conformance.tiny_models import TinyModel, linear_shapes
 
 MODULE = "model.layers.1.mlp.down_proj"
 ELSEWHERE = "model.layers.9.mlp.down_proj"
@@ -29,7 +29,7 @@ ELSEWHERE = "model.layers.9.mlp.down_proj"
 def test_missing_tensor(name: str, opened: Opener, scratch: Path, seeded: np.random.Generator, judging: Judge) -> None:
     shape, tensors = opened.models.drawn("main")
     left = {key: tensor for key, tensor in tensors.items() if key != name}
-    _check_load(write_model(scratch / "model", shape, left), opened, seeded, judging, ModelError)
+    _check_load(opened.written(scratch / "model", shape, left), opened, seeded, judging, ModelError)
 
 
 @pytest.mark.parametrize("name", [f"{MODULE}.weight", "model.norm.weight"])
@@ -38,7 +38,7 @@ def test_tensor_of_another_shape(
 ) -> None:
     shape, tensors = opened.models.drawn("main")
     wrong = {**tensors, name: np.ascontiguousarray(tensors[name][:-32])}
-    _check_load(write_model(scratch / "model", shape, wrong), opened, seeded, judging, ModelError)
+    _check_load(opened.written(scratch / "model", shape, wrong), opened, seeded, judging, ModelError)
 
 
 def test_configuration_of_another_model(
@@ -46,7 +46,7 @@ def test_configuration_of_another_model(
 ) -> None:
     """Weights of two layers under a config.json with three."""
     shape, tensors = opened.models.drawn("main")
-    model = write_model(scratch / "model", shape, tensors)
+    model = opened.written(scratch / "model", shape, tensors)
     _edit_config(model, num_hidden_layers=3)
     _check_load(model, opened, seeded, judging, ModelError)
 
@@ -54,7 +54,7 @@ def test_configuration_of_another_model(
 def test_left_over_tensors(opened: Opener, scratch: Path, seeded: np.random.Generator, judging: Judge) -> None:
     """Weights of two layers under a config.json with one: silently dropping a layer is no way to load."""
     shape, tensors = opened.models.drawn("main")
-    model = write_model(scratch / "model", shape, tensors)
+    model = opened.written(scratch / "model", shape, tensors)
     _edit_config(model, num_hidden_layers=1)
     _check_load(model, opened, seeded, judging, ModelError)
 
@@ -64,14 +64,14 @@ def test_broken_configuration(
     text: str, opened: Opener, scratch: Path, seeded: np.random.Generator, judging: Judge
 ) -> None:
     shape, tensors = opened.models.drawn("main")
-    model = write_model(scratch / "model", shape, tensors)
+    model = opened.written(scratch / "model", shape, tensors)
     (model.folder / "config.json").write_text(text, encoding="utf-8")
     _check_load(model, opened, seeded, judging, QloraHalError)
 
 
 def test_truncated_weights(opened: Opener, scratch: Path, seeded: np.random.Generator, judging: Judge) -> None:
     shape, tensors = opened.models.drawn("main")
-    model = write_model(scratch / "model", shape, tensors)
+    model = opened.written(scratch / "model", shape, tensors)
     path = model.folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-4096])
     _check_load(model, opened, seeded, judging, QloraHalError)

@@ -1,0 +1,97 @@
+"""The stored tensors of a GPTQ layer, read and checked before any engine sees them.
+
+An engine's kernel indexes groups by what the file says, without a guard: a damaged or hostile `g_idx` would read
+outside its buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from qlora_hal.errors import ModelError
+from qlora_hal.model.facts import Prequantized
+from qlora_hal_backends.gptq_int4.engines import CODES_PER_WORD, GptqSettings, PackedLinear
+from qlora_hal_backends.torch_family.loading import Checkpoint
+
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+ZERO_OF_NOTHING = 15
+"""In v1 a zero point of 0 is stored as -1, which is 15 in four bits."""
+
+
+def read_settings(prequantized: Prequantized) -> GptqSettings:
+    """The settings of a checkpoint as `read_facts` found and checked them; old configurations lack some keys."""
+    stored = prequantized.settings
+    group_size = stored.get("group_size", -1)
+    return GptqSettings(
+        group_size=group_size if isinstance(group_size, int) and group_size > 0 else None,
+        symmetric=bool(stored.get("sym", True)),
+        act_order=bool(stored.get("desc_act", False)),
+        checkpoint_format="gptq_v2" if stored.get("checkpoint_format") == "gptq_v2" else "gptq",
+        quantizer=str(stored.get("quantizer", "")),
+    )
+
+
+def read_packed(checkpoint: Checkpoint, name: str, settings: GptqSettings, device: torch.device) -> PackedLinear:
+    """One layer's tensors. Raises ModelError QH-C73 naming everything in them that contradicts the rest."""
+    absent = [part for part in PARTS if not checkpoint.has(f"{name}.{part}")]
+    if absent:
+        raise contradiction(
+            checkpoint.where,
+            f"{name} lacks {', '.join(absent)}",
+            "Both GPTQ libraries write qweight, qzeros, scales and g_idx for each layer.",
+        )
+    tensors = {part: checkpoint.take(f"{name}.{part}", device) for part in PARTS}
+    wrong = list(_wrong(tensors, settings))
+    if wrong:
+        raise contradiction(checkpoint.where, f"{name}: {'; '.join(wrong)}")
+    return PackedLinear(name, tensors["qweight"], tensors["qzeros"], tensors["scales"], tensors["g_idx"])
+
+
+def _wrong(tensors: Mapping[str, Tensor], settings: GptqSettings) -> Iterator[str]:
+    qweight, qzeros, scales, g_idx = (tensors[part] for part in PARTS)
+    for part in ("qweight", "qzeros", "g_idx"):
+        if tensors[part].dtype != torch.int32:
+            yield f"{part} is {str(tensors[part].dtype).removeprefix('torch.')}, int32 is expected"
+    if not scales.dtype.is_floating_point:
+        yield f"scales are {str(scales.dtype).removeprefix('torch.')}, floating point is expected"
+        return
+    groups, outputs = scales.shape
+    words = -(-outputs // CODES_PER_WORD)
+    if qweight.shape != (g_idx.shape[0] // CODES_PER_WORD, outputs):
+        yield f"qweight has shape {list(qweight.shape)}, g_idx {list(g_idx.shape)} and scales {list(scales.shape)}"
+    if qzeros.shape != (groups, words):
+        yield f"qzeros have shape {list(qzeros.shape)}, [{groups}, {words}] is expected"
+    if not bool(torch.isfinite(scales).all()):
+        yield "scales hold NaN or infinity"
+    lowest, highest = int(g_idx.min()), int(g_idx.max())
+    if lowest < 0 or highest >= groups:
+        yield f"g_idx holds groups {lowest} to {highest} of {groups}"
+    elif not settings.act_order and settings.group_size is not None and not _in_order(g_idx, settings.group_size):
+        yield "g_idx is not in order, but desc_act is false"
+
+
+def _in_order(g_idx: Tensor, group_size: int) -> bool:
+    inputs = torch.arange(g_idx.shape[0], device=g_idx.device)
+    return bool((g_idx == inputs // group_size).all())
+
+
+def has_undefined_zeros(packed: PackedLinear, settings: GptqSettings) -> bool:
+    """Whether v1 stores a zero point of 0, as -1: libraries disagree whether it borrows from the field beside it."""
+    if settings.checkpoint_format != "gptq" or settings.symmetric:
+        return False
+    shifts = torch.arange(0, 32, 4, device=packed.qzeros.device, dtype=torch.int32)
+    fields = (packed.qzeros[..., None] >> shifts) & 15
+    return bool((fields == ZERO_OF_NOTHING).any())
+
+
+def contradiction(where: str, what: str, cause: str = "") -> ModelError:
+    return ModelError(
+        "QH-C73",
+        f"The checkpoint contradicts its own description: {what}.",
+        where=where,
+        cause=cause,
+        fix="Get the model again from its source, all files from one revision.",
+    )

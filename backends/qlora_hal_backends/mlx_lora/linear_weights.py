@@ -1,0 +1,71 @@
+"""One linear layer's tensors in a checkpoint, as the packed weight they become."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from qlora_hal.backend import Quantization
+from qlora_hal.capabilities import WeightFormat
+from qlora_hal.errors import ModelError
+from qlora_hal.model.source import ModelSource
+from qlora_hal_backends.mlx_lora.base_weights import BaseWeight, CodebookWeight, DenseWeight, GroupedWeight, quantize
+from qlora_hal_backends.mlx_lora.nf4 import NF4Weight
+from qlora_hal_backends.mlx_lora.offered import MLX_FORMATS
+
+if TYPE_CHECKING:
+    from qlora_hal_backends.mlx_lora.loading import Weights
+
+
+def read_base_weight(
+    weights: Weights, path: str, source: ModelSource, quantization: Quantization, dtype: Any
+) -> BaseWeight:
+    """Quantize an ordinary weight, or take a packed one as it is."""
+    stored = source.facts.prequantized
+    if stored is None:
+        return _quantized(weights.take(f"{path}.weight"), path, source.name, quantization, dtype)
+    if stored.method == "mlx":
+        return _packed_by_mlx(weights, path, quantization, dtype)
+    return _packed_by_bitsandbytes(weights, path, dtype)
+
+
+def _packed_by_bitsandbytes(weights: Weights, path: str, dtype: Any) -> BaseWeight:
+    """Only NF4 comes here: of bitsandbytes' formats no other is declared."""
+    parts = [name for name in weights.arrays if name.startswith(f"{path}.weight.")]
+    if not parts:
+        return DenseWeight(weights.take(f"{path}.weight").astype(dtype))
+    tensors = {name: weights.take(name) for name in (f"{path}.weight", *parts)}
+    return CodebookWeight(NF4Weight.from_bitsandbytes(tensors, path), dtype)
+
+
+def _quantized(weight: mx.array, path: str, where: str, quantization: Quantization, dtype: Any) -> BaseWeight:
+    size = quantization.block_size
+    grouped = quantization.weight_format in MLX_FORMATS
+    if grouped and size and (weight.ndim != 2 or weight.shape[-1] % size):
+        raise ModelError(
+            "QH-M53",
+            f"{path} has rows of {weight.shape[-1]} weights, which groups of {size} do not divide.",
+            where=where,
+            fix="Set quantization.block_size to a smaller size, or quantization.weight_format to none.",
+        )
+    if quantization.weight_format is not WeightFormat.NONE and not bool(mx.isfinite(weight).all()):
+        raise ModelError(
+            "QH-M52",
+            f"{path} holds a weight that is not finite.",
+            where=where,
+            cause="A NaN or an infinity spoils its whole group when it is quantized.",
+            fix="Get the checkpoint again from its source.",
+        )
+    return quantize(weight, quantization, dtype)
+
+
+def _packed_by_mlx(weights: Weights, path: str, quantization: Quantization, dtype: Any) -> BaseWeight:
+    packed = weights.take(f"{path}.weight")
+    if not weights.has(f"{path}.scales"):
+        return DenseWeight(packed.astype(dtype))
+    scales = weights.take(f"{path}.scales")
+    biases = weights.take(f"{path}.biases") if weights.has(f"{path}.biases") else None
+    known = MLX_FORMATS[quantization.weight_format]
+    assert quantization.block_size is not None
+    return GroupedWeight(packed, scales, biases, quantization.block_size, known.bits, known.mode)

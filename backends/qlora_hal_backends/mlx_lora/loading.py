@@ -1,0 +1,259 @@
+"""From a folder of safetensors to a frozen, quantized model, one tensor at a time.
+
+The architecture is mlx-lm's own code. The weight files' headers were checked by the core; MLX opens the files lazily,
+and each weight is read, packed and dropped before the next: the 16-bit model never stands whole in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx.nn.layers.linear import Linear
+from mlx.nn.layers.quantized import quantize
+from mlx.utils import tree_flatten
+
+from qlora_hal.backend import Compute, Quantization
+from qlora_hal.errors import ModelError
+from qlora_hal.model.source import ModelSource
+from qlora_hal_backends.mlx_lora.architecture import build_model
+from qlora_hal_backends.mlx_lora.base_weights import BaseWeight
+from qlora_hal_backends.mlx_lora.head import Head, find_head
+from qlora_hal_backends.mlx_lora.linear_weights import read_base_weight
+from qlora_hal_backends.mlx_lora.lora_linear import FrozenLinear, LoRASlots
+from qlora_hal_backends.mlx_lora.recomputing import RecomputedLayer
+from qlora_hal_backends.mlx_lora.sliding import MissingWindow
+
+
+@dataclass(slots=True)
+class BaseModel:
+    """A loaded base. `linears` are by the names of the checkpoint, which are the canonical ones."""
+
+    causal: Any
+    head: Head | None
+    linears: Mapping[str, FrozenLinear]
+    slots: LoRASlots
+    architecture: str
+    window: MissingWindow
+
+
+@dataclass(slots=True)
+class Weights:
+    """The tensors of all shards under mlx-lm's names, lazy until evaluated; `origin` gives the checkpoint's name."""
+
+    arrays: dict[str, mx.array]
+    origin: Mapping[str, str]
+    where: str
+    unread: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.unread = set(self.arrays)
+
+    def has(self, name: str) -> bool:
+        return name in self.arrays
+
+    def take(self, name: str) -> mx.array:
+        """Hand one tensor over; nothing here holds it any longer. Raises ModelError QH-M50 when it is missing."""
+        if name not in self.arrays:
+            raise mismatch(self.where, missing=[name], left=[])
+        self.unread.discard(name)
+        return self.arrays.pop(name)
+
+
+def load_base(source: ModelSource, quantization: Quantization, compute: Compute) -> BaseModel:
+    """Load and pack. Raises ModelError with every tensor that is missing or left over."""
+    dtype = getattr(mx, compute.dtype)
+    causal, window = build_model(source)
+    weights = _open(source, causal)
+    names = _linear_names(causal, weights, source)
+    _check_complete(causal, weights, source)
+    slots = LoRASlots()
+    linears = {}
+    for path, module in names.items():
+        base = _packed(weights, path, source, quantization, dtype, expected=_sides(module))
+        bias = weights.take(f"{path}.bias").astype(mx.float32) if weights.has(f"{path}.bias") else None
+        mx.eval(*base.arrays, *([] if bias is None else [bias]))
+        frozen = FrozenLinear(base, bias, slots)
+        _place(causal, path, frozen)
+        linears[weights.origin.get(path, path)] = frozen
+    _fill_parameters(causal, weights, source, dtype)
+    causal.freeze()
+    causal.eval()
+    base_model = BaseModel(causal, find_head(causal), linears, slots, source.facts.architecture, window)
+    if compute.gradient_checkpointing:
+        _recompute_layers(base_model)
+    return base_model
+
+
+def _open(source: ModelSource, causal: Any) -> Weights:
+    """All shards, lazily, renamed by mlx-lm's `sanitize`."""
+    arrays: dict[str, mx.array] = {}
+    for file in sorted({tensor.file for tensor in source.facts.tensors.values()}):
+        # Contents decide what MLX reads, not the name: blobs of the hub's cache have none.
+        path = (source.path / file).resolve(strict=True)
+        try:
+            arrays.update(cast("dict[str, mx.array]", mx.load(str(path), format="safetensors")))
+        except (RuntimeError, ValueError) as error:
+            raise ModelError(
+                "QH-M50",
+                f"MLX cannot read {file}.",
+                where=source.name,
+                cause=str(error).splitlines()[0],
+                fix="Name a version of the model in bfloat16, float16 or float32.",
+            ) from error
+    names = {id(array): name for name, array in arrays.items()}
+    # Rotary frequencies that older checkpoints carry are recomputed.
+    kept = {name: array for name, array in arrays.items() if not name.endswith("rotary_emb.inv_freq")}
+    if hasattr(causal, "sanitize"):
+        try:
+            kept = causal.sanitize(dict(kept))
+        except (KeyError, ValueError) as error:
+            raise mismatch(source.name, missing=[str(error)], left=[]) from error
+    origin = {
+        name.removesuffix(".weight"): names[id(array)].removesuffix(".weight")
+        for name, array in kept.items()
+        if name.endswith(".weight") and id(array) in names
+    }
+    return Weights(kept, origin, source.name)
+
+
+def _linear_names(causal: Any, weights: Weights, source: ModelSource) -> dict[str, Module]:
+    """Path -> module of every linear layer that can carry LoRA. One whose weight `sanitize` fused or stacked has no
+    name in the checkpoint, and stays as it is; so do the output head and routers."""
+    return {
+        path: module
+        for path, module in reversed(causal.named_modules())
+        if type(module) is Linear and weights.origin.get(path) in source.facts.linear_modules
+    }
+
+
+def _sides(linear: Module) -> tuple[int, int]:
+    rows, columns = linear.weight.shape
+    return rows, columns
+
+
+def _packed(
+    weights: Weights, path: str, source: ModelSource, quantization: Quantization, dtype: Any, expected: tuple[int, int]
+) -> BaseWeight:
+    base = read_base_weight(weights, path, source, quantization, dtype)
+    if base.shape != expected:
+        raise _shape_mismatch(source.name, f"{path}.weight", base.shape, expected)
+    return base
+
+
+def _place(causal: Any, path: str, frozen: FrozenLinear) -> None:
+    *parents, leaf = path.split(".")
+    owner = causal
+    for part in parents:
+        owner = owner[int(part)] if part.isdigit() else getattr(owner, part)
+    setattr(owner, leaf, frozen)
+
+
+def _quantized_places(causal: Any, weights: Weights) -> frozenset[str]:
+    """Embeddings, heads and routers that the checkpoint holds in MLX's packed form."""
+    return frozenset(
+        path
+        for path, module in causal.named_modules()
+        if hasattr(module, "to_quantized") and weights.has(f"{path}.scales")
+    )
+
+
+def _fill_parameters(causal: Any, weights: Weights, source: ModelSource, dtype: Any) -> None:
+    _quantize_places(causal, weights, source)
+    for name, parameter in _parameters(causal):
+        array = weights.take(name)
+        if array.shape != parameter.shape:
+            raise _shape_mismatch(source.name, name, tuple(array.shape), tuple(parameter.shape))
+        if mx.issubdtype(array.dtype, mx.floating):
+            array = array.astype(dtype)
+        causal.load_weights([(name, array)], strict=False)
+        mx.eval(array)
+
+
+def _parameters(causal: Any) -> list[tuple[str, mx.array]]:
+    return cast("list[tuple[str, mx.array]]", tree_flatten(causal.parameters()))
+
+
+def _quantize_places(causal: Any, weights: Weights, source: ModelSource) -> None:
+    stored = source.facts.prequantized
+    if stored is None or stored.method != "mlx":
+        return
+    places = _quantized_places(causal, weights)
+    quantize(
+        causal,
+        group_size=int(str(stored.settings["group_size"])),
+        bits=int(str(stored.settings["bits"])),
+        mode=str(stored.settings.get("mode", "affine")),
+        class_predicate=lambda path, module: path in places,
+    )
+
+
+def _check_complete(causal: Any, weights: Weights, source: ModelSource) -> None:
+    """Raises ModelError QH-M50 with all that is missing or left over, before anything is read."""
+    packed = source.facts.prequantized is not None
+    expected = {name for name, _ in _parameters(causal)}
+    missing = sorted(name for name in expected if not weights.has(name))
+    left = [
+        name
+        for name in sorted(weights.arrays)
+        if name not in expected and not (packed and _belongs_to_packed(name, expected))
+    ]
+    if missing or left:
+        raise mismatch(source.name, missing, left)
+
+
+def _belongs_to_packed(name: str, expected: set[str]) -> bool:
+    """Whether a tensor describes the packed weight of a module that the model has."""
+    module, _, rest = name.partition(".weight.")
+    if rest:
+        return f"{module}.weight" in expected
+    module, _, leaf = name.rpartition(".")
+    return leaf in ("scales", "biases") and f"{module}.weight" in expected
+
+
+def mismatch(where: str, missing: list[str], left: list[str]) -> ModelError:
+    return ModelError(
+        "QH-M50",
+        f"The checkpoint and its config.json do not match: {len(missing)} tensors missing "
+        f"({', '.join(missing[:5]) or 'none'}), {len(left)} left over ({', '.join(left[:5]) or 'none'}).",
+        where=where,
+        fix="Check that config.json belongs to these weights.",
+        context={"missing": missing, "left_over": left},
+    )
+
+
+def _shape_mismatch(where: str, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> ModelError:
+    return ModelError(
+        "QH-M50",
+        f"{name} has shape {list(found)}; config.json asks for {list(expected)}.",
+        where=where,
+        fix="Check that config.json belongs to these weights.",
+    )
+
+
+def _recompute_layers(base: BaseModel) -> None:
+    layers = decoder_layers(base.causal)
+    by_identity = {id(linear): linear for linear in base.linears.values()}
+    for index, layer in enumerate(layers):
+        inside = [by_identity[id(part)] for part in _parts(layer) if id(part) in by_identity]
+        layers[index] = RecomputedLayer(layer, inside, base.slots)
+
+
+def _parts(module: Any) -> list[Any]:
+    """The frozen layers below a module: they are attributes, not children that MLX knows."""
+    return [value for child in module.modules() for value in vars(child).values() if isinstance(value, FrozenLinear)]
+
+
+def decoder_layers(causal: Any) -> list[Any]:
+    """The model's own list of decoder layers, to be changed in place."""
+    layers = causal.layers
+    if not isinstance(layers, list):
+        raise ModelError(
+            "QH-M51",
+            f"No list of decoder layers was found in {type(causal).__module__}.",
+            fix="Set training.gradient_checkpointing false, or choose another model.",
+        )
+    return layers

@@ -1,0 +1,96 @@
+"""What this backend offers, as data. Nothing of MLX is imported here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from qlora_hal.capabilities import Capabilities, Feature, WeightFormat
+from qlora_hal.memory_constants import MemoryConstants
+
+LOSS_CHUNK_ROWS = 1024
+"""Rows of hidden states whose logits are made at a time."""
+
+MLX_OPTIONS: Mapping[str, tuple[object, ...]] = {"compile": ("auto", "off"), "command_buffers": ("auto", "small")}
+"""`backend.options`: `compile` off computes without `mx.compile`, for finding a fault in it. `command_buffers` small is
+for a Mac whose display stutters, or whose watchdog ends a run: Metal then gets its work in smaller pieces."""
+
+MLX_ENVIRONMENT: Mapping[str, Mapping[object, Mapping[str, str]]] = {
+    "command_buffers": {"small": {"MLX_MAX_OPS_PER_BUFFER": "4", "MLX_MAX_MB_PER_BUFFER": "10"}}
+}
+"""Read once by MLX, when it first opens the GPU; its own defaults depend on the GPU, and are several times as large."""
+
+
+@dataclass(frozen=True, slots=True)
+class MLXFormat:
+    """MLX's own words for a weight format. Group sizes: the first is the default."""
+
+    mode: str
+    bits: int
+    group_sizes: tuple[int, ...]
+
+
+_AFFINE_GROUPS = (64, 32, 128)
+MLX_FORMATS: Mapping[WeightFormat, MLXFormat] = {
+    WeightFormat.INT2_AFFINE: MLXFormat("affine", 2, _AFFINE_GROUPS),
+    WeightFormat.INT3_AFFINE: MLXFormat("affine", 3, _AFFINE_GROUPS),
+    WeightFormat.INT4_AFFINE: MLXFormat("affine", 4, _AFFINE_GROUPS),
+    WeightFormat.INT5_AFFINE: MLXFormat("affine", 5, _AFFINE_GROUPS),
+    WeightFormat.INT6_AFFINE: MLXFormat("affine", 6, _AFFINE_GROUPS),
+    WeightFormat.INT8_AFFINE: MLXFormat("affine", 8, _AFFINE_GROUPS),
+    WeightFormat.MXFP4: MLXFormat("mxfp4", 4, (32,)),
+    WeightFormat.NVFP4: MLXFormat("nvfp4", 4, (16,)),
+    WeightFormat.MXFP8: MLXFormat("mxfp8", 8, (32,)),
+}
+
+NF4_BLOCK_SIZES = (64, 32, 128, 256, 512, 1024, 2048, 4096)
+"""Those of bitsandbytes 0.50, whose bits these are."""
+
+_FEATURES = frozenset(
+    {
+        Feature.DOUBLE_QUANT,
+        Feature.QUANTIZE_ON_LOAD,
+        Feature.LOAD_PREQUANTIZED,
+        Feature.GRADIENT_CHECKPOINTING,
+        Feature.LORA_DROPOUT,
+        Feature.PACKING,
+        Feature.PEAK_MEMORY,
+        Feature.GENERATE,
+    }
+)
+
+
+def computes_on_a_cpu() -> bool:
+    """Whether MLX has nothing but its CPU library here."""
+    return sys.platform != "darwin" and not _installed("mlx-cuda-12", "mlx-cuda-13")
+
+
+def _installed(*distributions: str) -> bool:
+    from importlib.metadata import PackageNotFoundError, version
+
+    for distribution in distributions:
+        try:
+            version(distribution)
+        except PackageNotFoundError:
+            continue
+        return True
+    return False
+
+
+IS_CPU = computes_on_a_cpu()
+"""Only there are equal bits from equal starts claimed: one thread computes. Of Metal's and CUDA's kernels it is not
+known."""
+
+MLX_NOTES: Mapping[str, str] = (
+    {"bfloat16": "MLX emulates bfloat16 on a CPU: right numbers, many times slower than float32"} if IS_CPU else {}
+)
+
+CAPABILITIES = Capabilities(
+    weight_formats=frozenset({WeightFormat.NONE, WeightFormat.NF4, *MLX_FORMATS}),
+    compute_dtypes=frozenset({"bfloat16", "float32"}),
+    features=_FEATURES | ({Feature.BITWISE_DETERMINISM} if IS_CPU else set()),
+    block_sizes={WeightFormat.NF4: NF4_BLOCK_SIZES, **{f: known.group_sizes for f, known in MLX_FORMATS.items()}},
+    levels={"none": WeightFormat.NONE, "8bit": WeightFormat.INT8_AFFINE, "4bit": WeightFormat.INT4_AFFINE},
+)
+MEMORY = MemoryConstants(cross_entropy_rows=LOSS_CHUNK_ROWS)

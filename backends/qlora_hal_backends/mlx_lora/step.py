@@ -1,0 +1,199 @@
+"""From a window of numpy batches to gradients: one traced function for each micro-batch, sums carried along.
+
+Nothing here waits for the device. The function is traced once for each shape; numbers that change from step to step
+are arrays, so they never cause a new trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from qlora_hal.errors import UnsupportedFeatureError
+from qlora_hal.values import IGNORE_LABEL, Batch
+from qlora_hal_backends.mlx_lora.loading import BaseModel
+from qlora_hal_backends.mlx_lora.offered import LOSS_CHUNK_ROWS
+from qlora_hal_backends.mlx_lora.optimizer import queue
+from qlora_hal_backends.mlx_lora.packing import MaskingCache, check_all_used
+
+MICRO_BATCH_KEY_STRIDE = 1_000_003
+"""Spreads the dropout keys of the micro-batches of one window."""
+
+SMALLEST_COUNTED_SHARE = 8
+"""Counted positions are padded to an eighth, a quarter, half or all of the batch: few shapes to trace."""
+
+Tensors = dict[str, mx.array]
+Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceBatch:
+    """A batch on the device. `counted` indexes the flattened positions whose next token carries loss, padded; `weights`
+    is 0 at the padding."""
+
+    input_ids: mx.array  # [batch, time]
+    counted: mx.array  # [counted]
+    targets: mx.array  # [counted]
+    weights: mx.array  # [counted]
+    segments: mx.array | None  # [batch, time]; None where every row is one sample
+
+    def arrays(self) -> tuple[mx.array | None, ...]:
+        return self.input_ids, self.counted, self.targets, self.weights, self.segments
+
+
+def to_device(batch: Batch) -> DeviceBatch:
+    """Which positions count is decided here, on the host."""
+    next_labels = np.full_like(batch.labels, IGNORE_LABEL)
+    next_labels[:, :-1] = batch.labels[:, 1:]
+    flat = next_labels.reshape(-1)
+    counted = np.flatnonzero(flat != IGNORE_LABEL)
+    room = _padded(len(counted), flat.size)
+    places, targets, weights = np.zeros(room, np.int32), np.zeros(room, np.int32), np.zeros(room, np.float32)
+    places[: len(counted)], targets[: len(counted)], weights[: len(counted)] = counted, flat[counted], 1.0
+    return DeviceBatch(
+        mx.array(batch.input_ids),
+        mx.array(places),
+        mx.array(targets),
+        mx.array(weights),
+        # Rows that are one sample padded on the right need no mask: causal attention never looks at what follows.
+        mx.array(batch.segment_ids) if batch.is_packed else None,
+    )
+
+
+def _padded(count: int, size: int) -> int:
+    room = -(-size // SMALLEST_COUNTED_SHARE)
+    while room < count:
+        room *= 2
+    return room
+
+
+def hidden_states(base: BaseModel, input_ids: mx.array, segments: mx.array | None, *, whole: bool) -> mx.array:
+    """The body's last hidden states `[batch, time, hidden]`; with `whole`, the model's logits."""
+    window = base.window.applied_to(input_ids.shape[1])
+    forward = base.causal if whole or base.head is None else base.head.body
+    if segments is None and window is None:
+        states: mx.array = forward(input_ids)
+        return states
+    caches = [MaskingCache(segments, window) for _ in base.causal.layers]
+    try:
+        states = forward(input_ids, cache=caches)
+    except (TypeError, AttributeError) as error:
+        raise UnsupportedFeatureError(
+            "QH-B60",
+            f"Packing is not possible with {base.architecture}: its layers keep another state than keys and values.",
+            cause=f"{type(error).__name__}: {error}".splitlines()[0],
+            fix="Set data.packing false.",
+        ) from error
+    check_all_used(caches, base.architecture)
+    return states
+
+
+def logits(base: BaseModel, batch: DeviceBatch) -> mx.array:
+    """Float32 logits `[batch, time, vocabulary]`."""
+    return hidden_states(base, batch.input_ids, batch.segments, whole=True).astype(mx.float32)
+
+
+def _token_losses(rows: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
+    """Sum of the weighted token losses in nats, for float32 logits `[rows, vocabulary]`."""
+    picked = mx.take_along_axis(rows, targets[:, None], axis=-1)[:, 0]
+    losses = mx.logsumexp(rows, axis=-1) - picked
+    # `where`, not a product: a padding place may hold anything.
+    return mx.where(weights > 0, losses, 0.0).sum()
+
+
+def loss_sum(base: BaseModel, batch: DeviceBatch, *, differentiated: bool) -> tuple[mx.array, mx.array]:
+    """(what to differentiate, sum of token losses).
+
+    The head is frozen, so the gradient of its input is computed while a chunk's logits are at hand, and its product
+    with the hidden states is what is differentiated: the logits of a batch never stand whole in memory.
+    """
+    states = hidden_states(base, batch.input_ids, batch.segments, whole=False)
+    rows = states.reshape(-1, states.shape[-1])[batch.counted]
+    if base.head is None:
+        total = _token_losses(rows.astype(mx.float32), batch.targets, batch.weights)
+        return total, total
+    total, followed = mx.array(0.0), mx.array(0.0)
+    for start in range(0, rows.shape[0], LOSS_CHUNK_ROWS):
+        chunk = slice(start, start + LOSS_CHUNK_ROWS)
+        targets, weights, head = batch.targets[chunk], batch.weights[chunk], base.head
+
+        def chunk_loss(
+            hidden: mx.array, targets: mx.array = targets, weights: mx.array = weights, head: Any = head
+        ) -> mx.array:
+            return _token_losses(head.logits(hidden), targets, weights)
+
+        still = mx.stop_gradient(rows[chunk])
+        if not differentiated:
+            total = total + chunk_loss(still)
+            continue
+        value, gradient = mx.value_and_grad(chunk_loss)(still)
+        total = total + value
+        followed = followed + (rows[chunk].astype(mx.float32) * gradient.astype(mx.float32)).sum()
+    return followed, total
+
+
+class WindowGradient:
+    """Traced functions over one attached adapter. `names` fixes the order of its tensors."""
+
+    def __init__(self, base: BaseModel, names: Sequence[str], *, recompute: bool, compiled: Compile) -> None:
+        self._base = base
+        self._names = tuple(names)
+        self._recompute = recompute
+        self._accumulate = compiled(self._micro_batch)
+        self._evaluate = compiled(self._micro_batch_loss)
+        self._modules = len(base.linears)
+
+    def of_window(
+        self, tensors: Mapping[str, mx.array], window: Sequence[Batch], token_count: int, dropout_key: int | None
+    ) -> tuple[list[mx.array], mx.array]:
+        """(gradient of the token mean for each tensor, loss sum), queued. Each micro-batch is handed to the device
+        before the next is traced, so that the activations of two never need to stand side by side."""
+        values = [tensors[name] for name in self._names]
+        sums = [mx.zeros_like(value) for value in values]
+        total = mx.array(0.0)
+        share = mx.array(1.0 / max(token_count, 1), dtype=mx.float32)
+        for index, batch in enumerate(window):
+            if batch.counted_tokens == 0:
+                continue
+            key = None if dropout_key is None else _key_of(dropout_key, index)
+            sums, total = self._accumulate(values, sums, total, share, key, *to_device(batch).arrays())
+            queue(*sums, total)
+        return sums, total
+
+    def loss_of(self, tensors: Mapping[str, mx.array], batch: Batch) -> mx.array:
+        """Loss sum of one batch, without dropout."""
+        values = [tensors[name] for name in self._names]
+        loss: mx.array = self._evaluate(values, *to_device(batch).arrays())
+        return loss
+
+    def _micro_batch(
+        self,
+        values: list[mx.array],
+        sums: list[mx.array],
+        total: mx.array,
+        share: mx.array,
+        key: mx.array | None,
+        *batch: mx.array,
+    ) -> tuple[list[mx.array], mx.array]:
+        keys = None if key is None else mx.random.split(key, self._modules)
+
+        def loss(values: list[mx.array]) -> tuple[mx.array, mx.array]:
+            named = dict(zip(self._names, values, strict=True))
+            with self._base.slots.holding(named, dropout_keys=keys, recompute=self._recompute):
+                followed, found = loss_sum(self._base, DeviceBatch(*batch), differentiated=True)
+            return followed * share, found
+
+        (_, found), gradients = mx.value_and_grad(loss)(values)
+        return [one + other for one, other in zip(sums, gradients, strict=True)], total + found
+
+    def _micro_batch_loss(self, values: list[mx.array], *batch: mx.array) -> mx.array:
+        with self._base.slots.holding(dict(zip(self._names, values, strict=True))):
+            return loss_sum(self._base, DeviceBatch(*batch), differentiated=False)[1]
+
+
+def _key_of(dropout_key: int, micro_batch: int) -> mx.array:
+    return mx.random.key((dropout_key * MICRO_BATCH_KEY_STRIDE + micro_batch) % 2**64)

@@ -1,0 +1,244 @@
+"""The MLX trainer: rooms put together."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import numpy as np
+
+from qlora_hal.adapter.fitting import check_fits
+from qlora_hal.adapter.naming import lora_a_key, lora_b_key
+from qlora_hal.backend import BackendSpec, Compute, DeviceFacts, Quantization, QuantizedLoRATrainer, check_served
+from qlora_hal.errors import BackendContractError, ModelError, OutOfMemoryError
+from qlora_hal.model.source import ModelSource
+from qlora_hal.values import (
+    Adapter,
+    Batch,
+    Float32,
+    Int32,
+    LossSum,
+    OptimizerSnapshot,
+    PendingStep,
+    StepSettings,
+    StepStats,
+)
+from qlora_hal_backends.mlx_lora import SPEC, device, loading, step
+from qlora_hal_backends.mlx_lora.generation import greedy
+from qlora_hal_backends.mlx_lora.lora_linear import LoRAPlace
+from qlora_hal_backends.mlx_lora.optimizer import AdamW, check_optimizer, to_device, to_host
+
+_OUT_OF_MEMORY = ("insufficient memory", "attempting to allocate", "unable to allocate", "out of memory", "bad_alloc")
+"""How MLX's allocators on Metal, CUDA and CPU word it; they share no exception class."""
+
+
+@dataclass(slots=True)
+class _QueuedStep:
+    """Figures `[loss sum, gradient norm, applied]` on their way to the host."""
+
+    figures: mx.array
+    token_count: int
+
+    def resolve(self) -> StepStats:
+        loss_sum, grad_norm, applied = (float(figure) for figure in np.array(self.figures))
+        return StepStats(loss_sum, self.token_count, grad_norm, applied > 0)
+
+
+@dataclass(slots=True)
+class _Attached:
+    adapter: Adapter
+    optimizer: AdamW
+    gradient: step.WindowGradient
+
+
+class MLXLoRATrainer(QuantizedLoRATrainer):
+    """QLoRA on MLX's default device."""
+
+    spec: ClassVar[BackendSpec] = SPEC
+
+    def __init__(self) -> None:
+        self._base: loading.BaseModel | None = None
+        self._attached: _Attached | None = None
+        self._compute = Compute()
+        self._kernel_path = "no base is loaded"
+
+    # life ----------------------------------------------------------------------------------------------------------
+    def proved_compute_dtypes(self) -> tuple[str, ...]:
+        return device.proved_dtypes()
+
+    def load(self, source: ModelSource, quantization: Quantization, compute: Compute) -> None:
+        check_served(self.spec, quantization, compute, prequantized=source.facts.prequantized is not None)
+        self.close()
+        self._compute = compute
+        device.respect_memory_limit()
+        mx.reset_peak_memory()
+        with self._memory_named("loading the base"):
+            self._base = loading.load_base(source, quantization, compute)
+        self._kernel_path = kernel_path(quantization)
+
+    def linear_modules(self) -> Mapping[str, tuple[int, int]]:
+        shapes = {name: linear.base.shape for name, linear in self._loaded.linears.items()}
+        return {name: (inputs, outputs) for name, (outputs, inputs) in shapes.items()}
+
+    def attach(self, adapter: Adapter, optimizer: str = "adamw") -> None:
+        check_fits(adapter, self.linear_modules(), where=f"the adapter for {self.spec.name}")
+        check_optimizer(optimizer, self.spec)
+        with self._memory_named("attaching the adapter"):
+            self._place(adapter)
+            tensors = {name: to_device(tensor) for name, tensor in adapter.tensors.items()}
+            mx.eval(*tensors.values())
+            adamw = AdamW(tensors, self._compiled)
+            gradient = step.WindowGradient(
+                self._loaded,
+                adamw.names,
+                recompute=self._compute.gradient_checkpointing,
+                compiled=self._compiled,
+            )
+            self._attached = _Attached(adapter, adamw, gradient)
+
+    def device_facts(self) -> DeviceFacts:
+        return device.describe_device(self._kernel_path)
+
+    def close(self) -> None:
+        self._base = self._attached = None
+        gc.collect()
+        mx.clear_cache()
+
+    # training ------------------------------------------------------------------------------------------------------
+    def train_step(self, window: Sequence[Batch], settings: StepSettings) -> PendingStep:
+        at = self._at_work
+        with self._memory_named("a training step"):
+            key = settings.dropout_key if at.adapter.config.dropout > 0.0 else None
+            gradients, total = at.gradient.of_window(at.optimizer.tensors, window, settings.token_count, key)
+            figures = at.optimizer.update(gradients, total, settings)
+        return _QueuedStep(figures, settings.token_count)
+
+    def evaluate(self, batches: Sequence[Batch]) -> LossSum:
+        at = self._at_work
+        total, tokens = 0.0, 0
+        with self._memory_named("evaluation"):
+            for batch in batches:
+                if batch.counted_tokens:
+                    total += float(at.gradient.loss_of(at.optimizer.tensors, batch))
+                    tokens += batch.counted_tokens
+        return LossSum(total, tokens)
+
+    # state ---------------------------------------------------------------------------------------------------------
+    def export_adapter(self) -> Adapter:
+        at = self._at_work
+        return Adapter({name: to_host(array) for name, array in at.optimizer.tensors.items()}, at.adapter.config)
+
+    def export_optimizer(self) -> OptimizerSnapshot:
+        return self._at_work.optimizer.snapshot()
+
+    def import_optimizer(self, snapshot: OptimizerSnapshot) -> None:
+        self._at_work.optimizer.restore(snapshot)
+
+    # views ---------------------------------------------------------------------------------------------------------
+    def logits(self, batch: Batch) -> Float32:
+        at = self._at_work
+        with self._memory_named("a forward pass"), self._loaded.slots.holding(at.optimizer.tensors):
+            return to_host(step.logits(self._loaded, step.to_device(batch)))
+
+    def gradients(self, window: Sequence[Batch]) -> Mapping[str, Float32]:
+        at = self._at_work
+        token_count = sum(batch.counted_tokens for batch in window)
+        with self._memory_named("a backward pass"):
+            gradients, _ = at.gradient.of_window(at.optimizer.tensors, window, token_count, None)
+            return {name: to_host(array) for name, array in zip(at.optimizer.names, gradients, strict=True)}
+
+    def dequantized_weight(self, module: str) -> Float32:
+        linears = self._loaded.linears
+        if module not in linears:
+            raise ModelError(
+                "QH-C07",
+                f"There is no linear layer {module}; the base has {len(linears)}, the first is {next(iter(linears))}.",
+                fix="Name one of linear_modules().",
+            )
+        return to_host(linears[module].base.dense())
+
+    # optional ------------------------------------------------------------------------------------------------------
+    def generate(
+        self, prompt: Int32, *, max_new_tokens: int, stop_tokens: Sequence[int] = (), adapter: bool = True
+    ) -> Int32:
+        base = self._loaded
+        tensors = self._attached.optimizer.tensors if self._attached is not None else {}
+        base.slots.enabled = adapter
+        try:
+            with self._memory_named("generation"), base.slots.holding(tensors):
+                tokens = greedy(base, prompt, max_new_tokens, frozenset(stop_tokens))
+        finally:
+            base.slots.enabled = True
+        return np.asarray(tokens, dtype=np.int32)
+
+    def peak_memory_bytes(self) -> int:
+        return int(mx.get_peak_memory())
+
+    # inside --------------------------------------------------------------------------------------------------------
+    @property
+    def _loaded(self) -> loading.BaseModel:
+        if self._base is None:
+            raise _out_of_order("load")
+        return self._base
+
+    @property
+    def _at_work(self) -> _Attached:
+        if self._attached is None:
+            raise _out_of_order("attach")
+        return self._attached
+
+    def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        wanted = self._compute.options.get("compile", "auto")
+        compiled: Callable[..., Any] = mx.compile(function) if wanted == "auto" else function
+        return compiled
+
+    def _place(self, adapter: Adapter) -> None:
+        config = adapter.config
+        index = {module: number for number, module in enumerate(config.target_modules)}
+        self._attached = None
+        for name, linear in self._loaded.linears.items():
+            linear.place = None
+            if name in index:
+                a_name, b_name = lora_a_key(name), lora_b_key(name)
+                linear.place = LoRAPlace(a_name, b_name, config.scale, config.dropout, index[name])
+
+    @contextmanager
+    def _memory_named(self, phase: str) -> Iterator[None]:
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            reason = (str(error).splitlines() or ["no message"])[0]
+            if isinstance(error, RuntimeError) and not any(word in reason.lower() for word in _OUT_OF_MEMORY):
+                raise
+        else:
+            return
+        # Out of the except block: the error's frames hold the activations.
+        gc.collect()
+        mx.clear_cache()
+        raise OutOfMemoryError(
+            "QH-N07",
+            f"MLX ran out of memory in {phase}.",
+            cause=reason,
+            fix="Lower training.per_device_train_batch_size or data.max_seq_length, or set "
+            "training.gradient_checkpointing true.",
+            context={"phase": phase},
+        )
+
+
+def kernel_path(quantization: Quantization) -> str:
+    """What multiplies, for device facts."""
+    if quantization.weight_format.value == "none":
+        return "MLX float32 products"
+    if device.is_cpu():
+        return f"MLX {quantization.weight_format.value}: unpacked forward, packed backward, on the CPU"
+    return f"MLX {quantization.weight_format.value}: quantized_matmul"
+
+
+def _out_of_order(first: str) -> BackendContractError:
+    return BackendContractError(
+        "QH-B02", f"The trainer was used before {first}().", fix=f"Call {first}() first; this is a bug of the caller."
+    )

@@ -1,0 +1,80 @@
+"""Where transformers 4 and 5 differ, and nothing else: the rest of the family writes as if there were only 5.
+
+Major 5 is what the family is made for. Major 4 is here because auto-gptq 0.7.1 imports names that 5 no longer has.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_hal.errors import ModelError
+from qlora_hal.model.weight_files import read_json
+
+
+def read_config(folder: Path, *, trust_remote_code: bool) -> Any:
+    """The model's configuration. Raises ModelError QH-M51 when an older transformers cannot express it."""
+    from transformers import AutoConfig
+
+    renamed = {} if _major() >= 5 else older_names(read_json(folder / "config.json"), where=str(folder))
+    return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **renamed)
+
+
+def older_names(config: Mapping[str, object], *, where: str) -> dict[str, object]:
+    """What transformers 5 writes as `rope_parameters`, in the names that 4 reads; 4 would fall back to its defaults
+    without a word."""
+    text = config.get("text_config")
+    nested = isinstance(text, dict) and "rope_parameters" in text
+    rotary = config.get("rope_parameters")
+    if rotary is None and not nested:
+        return {}
+    if nested or not isinstance(rotary, dict) or "rope_theta" not in rotary:
+        raise ModelError(
+            "QH-M51",
+            "config.json describes rotary positions for several kinds of layers (rope_parameters), which this version "
+            "of transformers has no names for.",
+            where=where,
+            fix="Use an environment with transformers 5.",
+        )
+    scaling = {name: value for name, value in rotary.items() if name not in ("rope_theta", "partial_rotary_factor")}
+    names = {"rope_theta": rotary["rope_theta"]}
+    names["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    if "partial_rotary_factor" in rotary:
+        names["partial_rotary_factor"] = rotary["partial_rotary_factor"]
+    return names
+
+
+def build_causal(config: Any, *, dtype: torch.dtype, attention: str | None, trust_remote_code: bool) -> Any:
+    """The architecture with parameters of `dtype`. Raises ValueError, as transformers does, for an unknown one."""
+    from transformers import AutoModelForCausalLM
+
+    named = {"dtype" if _major() >= 5 else "torch_dtype": dtype}
+    with _no_initialization():
+        return AutoModelForCausalLM.from_config(
+            config, attn_implementation=attention, trust_remote_code=trust_remote_code, **named
+        )
+
+
+def new_cache(config: Any) -> Any:
+    """An empty key-value cache."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=config) if _major() >= 5 else DynamicCache()
+
+
+@contextmanager
+def _no_initialization() -> Iterator[None]:
+    module = importlib.import_module(f"transformers.{'initialization' if _major() >= 5 else 'modeling_utils'}")
+    with module.no_init_weights():
+        yield
+
+
+def _major() -> int:
+    import transformers
+
+    return int(transformers.__version__.partition(".")[0])

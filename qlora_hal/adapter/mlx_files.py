@@ -1,0 +1,153 @@
+"""Adapters on disk in mlx-lm's layout, written without MLX; `mlx_reading` reads them.
+
+`adapters.safetensors` holds `<module>.lora_a` `[in, r]` and `.lora_b` `[r, out]`, the transposes of PEFT's A and B;
+`adapter_config.json` says where they go. mlx-lm multiplies the product by `scale` as it stands, so for it
+scale = alpha / r, or alpha / sqrt(r) with rsLoRA. Source: mlx-lm 0.32.2, `tuner/utils.py` and `tuner/lora.py`.
+`qlora_hal.json` keeps what mlx-lm has no place for, so that a way there and back changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from qlora_hal import durable_files, safe_tensors_file, strict_json
+from qlora_hal.adapter.naming import module_of
+from qlora_hal.durable_files import Chunk
+from qlora_hal.errors import AdapterError, StorageError
+from qlora_hal.values import Adapter, Float32
+
+TENSORS_FILE = "adapters.safetensors"
+CONFIG_FILE = "adapter_config.json"
+PROVENANCE_FILE = "qlora_hal.json"
+CARD_FILE = "README.md"
+
+_PLACE = re.compile(r"model\.layers\.(\d+)\.([\w.-]+)")
+"""Paths that Hugging Face and mlx-lm write alike: layer number, name within the layer."""
+_EVERY_LAYER = -1
+
+
+def write_mlx_adapter(
+    folder: Path,
+    adapter: Adapter,
+    *,
+    base_name: str,
+    base_revision: str | None,
+    provenance: Mapping[str, object],
+    linear_modules: Collection[str] | None = None,
+) -> None:
+    """Write a new folder that `mlx_lm.load(base, adapter_path=folder)` opens; byte-identical for equal input.
+
+    With `linear_modules` (all of the model's), modules are given as `num_layers` and names within a layer where that is
+    exact; otherwise by their full paths, which mlx-lm takes as well. Raises AdapterError QH-C65 for modules that
+    mlx-lm cannot place, StorageError QH-S14 (the folder is there already), QH-S09, QH-S11, QH-S12.
+    """
+    files = _mlx_files(adapter, base_name, base_revision, provenance, linear_modules)
+    if os.path.lexists(folder):
+        raise StorageError(
+            "QH-S14", f"{folder} is there already; a new folder is expected.", where=str(folder), fix="Name another."
+        )
+    staging = folder.with_name(f".staging-{folder.name}-{durable_files.unique_name()}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir()
+        for name, chunks in files.items():
+            durable_files.write_new(staging / name, chunks)
+        durable_files.flush_folder(staging)
+        staging.rename(folder)
+        durable_files.flush_folder(folder.parent)
+    except OSError as problem:
+        raise durable_files.storage_error(problem, folder, what="the adapter") from problem
+    finally:
+        with suppress(OSError):
+            durable_files.remove_tree(staging)
+
+
+def layers_of(modules: Iterable[str]) -> list[int]:
+    """Numbers of the layers that these modules are in, ascending."""
+    return sorted({int(place[1]) for module in modules if (place := _PLACE.fullmatch(module))})
+
+
+def _mlx_files(
+    adapter: Adapter,
+    base_name: str,
+    base_revision: str | None,
+    provenance: Mapping[str, object],
+    linear_modules: Collection[str] | None,
+) -> dict[str, Iterable[Chunk]]:
+    config = adapter.config
+    require_placeable(config.target_modules, "target_modules")
+    tensors = {
+        f"{module}.lora_{half.lower()}": transposed(tensor)
+        for (module, half), tensor in ((module_of(key), tensor) for key, tensor in adapter.tensors.items())
+    }
+    num_layers, keys = _placing(config.target_modules, linear_modules)
+    parameters = {"rank": config.r, "scale": config.scale, "dropout": config.dropout, "keys": keys}
+    mlx_config = {
+        "fine_tune_type": "lora",
+        "lora_parameters": parameters,
+        "model": base_name,
+        "num_layers": num_layers,
+    }
+    lora = {"alpha": config.alpha, "r": config.r, "use_rslora": config.use_rslora}
+    facts = {**provenance, "base_name": base_name, "base_revision": base_revision, "lora": lora}
+    return {
+        TENSORS_FILE: safe_tensors_file.file_chunks(tensors, {"format": "mlx"}),
+        CONFIG_FILE: [strict_json.encode(mlx_config)],
+        PROVENANCE_FILE: [strict_json.encode(facts)],
+        CARD_FILE: [_CARD.encode("utf-8")],
+    }
+
+
+_CARD = """---
+library_name: mlx
+pipeline_tag: text-generation
+tags: [lora, qlora, qlora_hal]
+---
+
+# LoRA adapter
+
+In mlx-lm's layout; `adapter_config.json` names its base. Open it with mlx-lm:
+
+```sh
+mlx_lm.generate --model BASE --adapter-path THIS_FOLDER --prompt "..."
+```
+"""
+
+
+def _placing(targets: Collection[str], linear_modules: Collection[str] | None) -> tuple[int, list[str]]:
+    """(`num_layers`, `keys`): the last layers and names within them where they mean exactly `targets`, else paths."""
+    places = {
+        module: (int(place[1]), place[2]) for module in linear_modules or () if (place := _PLACE.fullmatch(module))
+    }
+    if places and set(targets) <= set(places):
+        first = min(places[module][0] for module in targets)
+        names = {places[module][1] for module in targets}
+        reached = {module for module, (layer, name) in places.items() if layer >= first and name in names}
+        if reached == set(targets):
+            return 1 + max(layer for layer, _ in places.values()) - first, sorted(names)
+    return _EVERY_LAYER, sorted(targets)
+
+
+def require_placeable(modules: Collection[str], where: str) -> None:
+    foreign = sorted(module for module in modules if not _PLACE.fullmatch(module))
+    if foreign:
+        raise AdapterError(
+            "QH-C65",
+            f"{len(foreign)} of {len(modules)} modules have no known counterpart in the other layout, the first is "
+            f"{foreign[0]!a}; paths such as model.layers.0.self_attn.q_proj are expected.",
+            where=where,
+            cause="Outside model.layers Hugging Face and mlx-lm name modules differently.",
+            fix="Train an adapter on the linear layers of model.layers.",
+            context={"modules": foreign},
+        )
+
+
+def transposed(tensor: safe_tensors_file.Array) -> Float32:
+    # A transposed view would be written with the bytes of the original.
+    return np.ascontiguousarray(tensor.T.astype(np.float32, copy=False))

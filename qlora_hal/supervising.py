@@ -1,0 +1,169 @@
+"""A run in a child process, for devices whose driver ends a process rather than raise (Metal does).
+
+The child is a fresh interpreter that takes its request as JSON from standard input, runs `train` or `resume` as always,
+and leaves its answer as JSON in a file. It stands in a session of its own: signals reach it once, through its parent.
+Observers that are Python objects cannot follow it, so a run with any is not supervised.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_hal.errors import OutOfMemoryError, QloraHalError
+
+if TYPE_CHECKING:
+    from qlora_hal.observing import TrainResult
+    from qlora_hal.report.console import RunConsole
+
+SUPERVISED_VARIABLE = "QLORA_HAL_SUPERVISED"
+"""Set in the child, which does the work itself."""
+
+_LIKELY_CAUSES: Mapping[int, str] = {
+    6: "A driver ends a process that asks for more memory than the device gives, or whose command runs longer than the "
+    "display's watchdog allows; its own message stands above.",
+    9: "The system ends the largest process when memory runs out.",
+    11: "A library below the backend read memory that is not there.",
+}
+
+
+def is_supervised(backend: str, observers: Sequence[object]) -> bool:
+    """Whether a run on `backend` (or `auto`) may meet a backend that asks for supervision here."""
+    if observers or os.environ.get(SUPERVISED_VARIABLE):
+        return False
+    from qlora_hal.discovery import listed, load_spec
+
+    # Specs alone: what cannot be loaded is told by selection, and asks for nothing.
+    for entry in listed():
+        if backend in ("auto", entry.name):
+            try:
+                if load_spec(entry).supervised:
+                    return True
+            except Exception:
+                continue
+    return False
+
+
+def run_in_child(verb: str, request: Mapping[str, object], run_dir: Path, console: RunConsole | None) -> TrainResult:
+    """Carry out `train` or `resume` in a child. Raises what the child raised, and OutOfMemoryError QH-S24 when it was
+    ended from outside, with the way to go on."""
+    shown = {"quiet": console.quiet, "json": console.json} if console is not None else {}
+    with tempfile.TemporaryDirectory(prefix="qlora-hal-run-") as scratch:
+        answer = Path(scratch) / "answer.json"
+        text = json.dumps({"verb": verb, "request": request, "console": shown, "answer": str(answer)})
+        child = subprocess.Popen(
+            [sys.executable, "-m", "qlora_hal.supervising"],
+            stdin=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, SUPERVISED_VARIABLE: "1"},
+        )
+        with _signals_handed_to(child):
+            child.communicate(text)
+        if not answer.exists():
+            raise _ended(child.returncode, run_dir)
+        found: Mapping[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+    if "error" in found:
+        raise _error_from(found["error"])
+    return _result_from(found["result"])
+
+
+@contextmanager
+def _signals_handed_to(child: subprocess.Popen[str]) -> Iterator[None]:
+    """The parent outlives a request to stop: the child saves its state and ends by itself."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {n: signal.signal(getattr(signal, n), lambda number, frame: child.send_signal(number)) for n in names}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
+
+
+def _ended(status: int, run_dir: Path) -> OutOfMemoryError:
+    how = f"exit status {status}"
+    if status < 0:
+        how = signal.Signals(-status).name
+    saved = any((run_dir / "checkpoints").glob("step-*"))
+    return OutOfMemoryError(
+        "QH-S24",
+        f"The training process was ended by {how}.",
+        where=str(run_dir),
+        cause=_LIKELY_CAUSES.get(-status, "Its last message stands above."),
+        fix=f"Go on with: qlora-hal resume {run_dir}"
+        if saved
+        else "Lower training.per_device_train_batch_size or data.max_seq_length, set training.gradient_checkpointing "
+        "true, and start again; no checkpoint was saved yet.",
+        context={"ended_by": how, "has_checkpoint": saved},
+    )
+
+
+def _error_from(told: Mapping[str, Any]) -> QloraHalError:
+    from qlora_hal import errors
+
+    kind = getattr(errors, told["class"], QloraHalError)
+    error: QloraHalError = kind(
+        told["code"],
+        told["message"],
+        where=told["where"],
+        cause=told["cause"],
+        fix=told["fix"],
+        context=told["context"],
+    )
+    return error
+
+
+def _result_from(told: dict[str, Any]) -> TrainResult:
+    from qlora_hal.observing import TrainResult
+
+    told["run_dir"], told["adapter_dir"] = Path(told["run_dir"]), Path(told["adapter_dir"])
+    told["losses"] = tuple((int(step), float(loss)) for step, loss in told["losses"])
+    told["notes"], told["samples"] = tuple(told["notes"]), tuple(told["samples"])
+    return TrainResult(**told)
+
+
+# in the child -------------------------------------------------------------------------------------------------------
+def main() -> int:
+    """Answers on a file; what people read goes to standard error as always."""
+    given: Mapping[str, Any] = json.load(sys.stdin)
+    try:
+        result = _carried_out(given["verb"], given["request"], given["console"])
+    except QloraHalError as error:
+        told = {name: getattr(error, name) for name in ("code", "message", "where", "cause", "fix", "context")}
+        content: dict[str, object] = {"error": {"class": type(error).__name__, **told}}
+    else:
+        content = {"result": asdict(result)}
+    Path(given["answer"]).write_text(json.dumps(content, default=str), encoding="utf-8")
+    return 0
+
+
+def _carried_out(verb: str, request: dict[str, Any], shown: Mapping[str, bool]) -> TrainResult:
+    from qlora_hal.config import RunConfig
+    from qlora_hal.report.console import RunConsole
+    from qlora_hal.running import run_new, run_resumed
+    from qlora_hal.settings import ResolvedSettings
+
+    console = RunConsole(quiet=shown.get("quiet", False), json=shown.get("json", False))
+    if verb == "resume":
+        return run_resumed(Path(request.pop("run_dir")), observers=(), console=console, **request)
+    config, origins = RunConfig.model_validate(request.pop("config")), request.pop("origins")
+    return run_new(
+        ResolvedSettings(config, origins), request.pop("rows"), (), dry_run=False, console=console, **request
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""`train()` on MLX: the same call, data, start and files as on torch; and the limits that Metal recommends."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from small_runs import SMALL, merged
+
+from qlora_hal import TrainResult, resume, train
+from qlora_hal.report.console import RunConsole
+from qlora_hal_backends.mlx_lora import SPEC, device
+
+
+def run(folder: Path, backend: str, **changes: Any) -> TrainResult:
+    small = {"training.per_device_train_batch_size": 2, "data.max_seq_length": 64, "training.max_steps": 2}
+    dotted = {key.replace("__", "."): value for key, value in changes.items()}
+    settings = merged(SMALL, {"output_dir": str(folder), "backend.name": backend, **small, **dotted})
+    return train(settings, console=RunConsole(quiet=True))
+
+
+def adapter_bytes(result: TrainResult) -> bytes:
+    return (result.adapter_dir / "adapter_model.safetensors").read_bytes()
+
+
+def test_the_same_call_gives_the_losses_of_torch(tmp_path: Path) -> None:
+    """Unquantized in float32, where both store the same numbers: the same rows, order, LoRA start and steps."""
+    ours, theirs = (
+        run(tmp_path / name, name, quantization__weight_format="none") for name in ("mlx_lora", "cpu_torch")
+    )
+    assert ours.tokens == theirs.tokens
+    assert [path.name for path in sorted(ours.adapter_dir.iterdir())] == [
+        path.name for path in sorted(theirs.adapter_dir.iterdir())
+    ]
+    # A loss is a mean of about 60 differences of logits, each off by at most 2.2e-5 of the largest (test_architectures).
+    assert np.allclose([loss for _, loss in ours.losses], [loss for _, loss in theirs.losses], rtol=0, atol=1e-4)
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
+    """With dropout and recomputed layers; the second half is trained by a trainer that never saw the first."""
+    settings = {"lora__dropout": 0.2, "training__gradient_checkpointing": True, "checkpoint__save_steps": 1}
+    through = run(tmp_path / "through", "mlx_lora", **settings)
+    stopped = run(tmp_path / "stopped", "mlx_lora", **settings)
+    last = stopped.run_dir / "checkpoints" / "step-00000002"
+    for file in sorted(last.rglob("*"), reverse=True):
+        file.unlink() if file.is_file() else file.rmdir()
+    last.rmdir()
+    (stopped.run_dir / "latest").unlink(missing_ok=True)
+    resumed = resume(stopped.run_dir, console=RunConsole(quiet=True))
+    assert resumed.losses[-1] == through.losses[-1]
+    assert adapter_bytes(resumed) == adapter_bytes(through)
+
+
+def test_bfloat16_asked_for_on_a_cpu_is_said_to_be_slow(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = run(tmp_path / "run", "mlx_lora", quantization__compute_dtype="bfloat16", training__max_steps=1)
+    assert result.steps == 1
+    assert re.search(r"mlx_lora: MLX emulates bfloat16 on a CPU", " ".join(capsys.readouterr().err.split()))
+
+
+def test_auto_takes_float32_where_bfloat16_is_emulated() -> None:
+    assert device.proved_dtypes() == ("float32", "bfloat16")
+
+
+def test_what_metal_recommends_is_kept_to_and_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls that a Mac would see; only its answers are made up here."""
+    asked: dict[str, int] = {}
+    monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "M4", "max_recommended_working_set_size": 12_000})
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "set_wired_limit", lambda limit: asked.update(wired=limit))
+    monkeypatch.setattr(mx, "set_memory_limit", lambda limit: asked.update(memory=limit))
+    device.respect_memory_limit()
+    assert asked == {"wired": 12_000, "memory": 12_000}
+    assert device.describe_device("products").memory_limit_bytes == 12_000
+
+
+def test_without_a_gpu_auto_prefers_torch_and_never_takes_a_cpu_silently() -> None:
+    assert not SPEC.uses_accelerator
+    assert SPEC.priority < 0
+
+
+def test_small_command_buffers_are_variables_that_mlx_reads_at_its_start() -> None:
+    small = SPEC.environment["command_buffers"]["small"]
+    assert set(small) == {"MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER"}
+    assert "small" in SPEC.option_choices["command_buffers"]
