@@ -94,6 +94,11 @@ def test_other_formats_by_hand() -> None:
     assert linear_bytes(128, 64, WeightFormat.INT4_AFFINE, 64) == 4096 + 512
     assert linear_bytes(128, 64, WeightFormat.INT4_AFFINE, 64, compute_bytes=4) == 4096 + 1024
     assert linear_bytes(128, 64, WeightFormat.INT8_AFFINE, 64) == 8192 + 512
+    assert linear_bytes(128, 64, WeightFormat.INT3_AFFINE, 64) == 3072 + 512
+    # A byte of scale to 32 or 16 weights.
+    assert linear_bytes(128, 64, WeightFormat.MXFP4) == 4096 + 256
+    assert linear_bytes(128, 64, WeightFormat.NVFP4) == 4096 + 512
+    assert linear_bytes(128, 64, WeightFormat.MXFP8) == 8192 + 256
 
 
 def test_a_tied_head_that_is_stored_counts_once() -> None:

@@ -122,22 +122,22 @@ def _load(folder: Path) -> Tensors:
 
 
 # MLX, quantized by MLX ----------------------------------------------------------------------------------------------
-def mlx_packed(weight: np.ndarray, group_size: int, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def mlx_packed(weight: np.ndarray, group_size: int, bits: int, mode: str) -> list[np.ndarray]:
     import mlx.core as mx
 
-    packed, scales, biases = mx.quantize(mx.array(weight), group_size=group_size, bits=bits)
-    return np.array(packed), np.array(scales), np.array(biases)
+    return [np.array(part) for part in mx.quantize(mx.array(weight), group_size=group_size, bits=bits, mode=mode)]
 
 
-def mlx_model(write_model: WriteModel, tensors: Tensors, quantization: dict[str, object], bits: int) -> Path:
+def mlx_model(
+    write_model: WriteModel, tensors: Tensors, quantization: dict[str, object], bits: int, mode: str = "affine"
+) -> Path:
     stored: Tensors = {}
     for name, array in tensors.items():
         if array.ndim == 2:
             module = name.removesuffix(".weight")
-            parts = mlx_packed(array, 32, bits)
-            stored |= {
-                f"{module}.{kind}": part for kind, part in zip(("weight", "scales", "biases"), parts, strict=True)
-            }
+            parts = mlx_packed(array, 16 if mode == "nvfp4" else 32, bits, mode)
+            kinds = ("weight", "scales", "biases")[: len(parts)]
+            stored |= {f"{module}.{kind}": part for kind, part in zip(kinds, parts, strict=True)}
         else:
             stored[name] = array
     config = {"model_type": "llama", "vocab_size": 96, "quantization": quantization}
@@ -151,7 +151,9 @@ def mlx_sized(weights: Tensors) -> Tensors:
     }
 
 
-@pytest.mark.parametrize(("bits", "weight_format"), [(4, "int4_affine"), (8, "int8_affine")])
+@pytest.mark.parametrize(
+    ("bits", "weight_format"), [(bits, f"int{bits}_affine") for bits in (2, 3, 4, 5, 6, 8)], ids=str
+)
 def test_an_mlx_checkpoint_has_true_shapes_and_quantized_embeddings_are_no_target(
     write_model: WriteModel, llama_weights: Callable[..., Tensors], bits: int, weight_format: str
 ) -> None:
@@ -163,6 +165,28 @@ def test_an_mlx_checkpoint_has_true_shapes_and_quantized_embeddings_are_no_targe
     assert facts.prequantized is not None
     assert (facts.prequantized.method, facts.prequantized.weight_format) == ("mlx", weight_format)
     assert facts.prequantized.block_size == 32
+
+
+@pytest.mark.parametrize(("mode", "bits", "group_size"), [("mxfp4", 4, 32), ("nvfp4", 4, 16), ("mxfp8", 8, 32)])
+def test_an_mlx_checkpoint_of_floats_has_true_shapes(
+    write_model: WriteModel, llama_weights: Callable[..., Tensors], mode: str, bits: int, group_size: int
+) -> None:
+    weights = mlx_sized(llama_weights())
+    plain = read_facts(write_model("plain", tensors=weights, config={"model_type": "llama", "vocab_size": 96}))
+    described: dict[str, object] = {"group_size": group_size, "bits": bits, "mode": mode}
+    facts = read_facts(mlx_model(write_model, weights, described, bits, mode))
+    assert facts.linear_modules == plain.linear_modules
+    assert facts.prequantized is not None
+    assert (facts.prequantized.weight_format, facts.prequantized.block_size) == (mode, group_size)
+
+
+@pytest.mark.parametrize("described", [{"mode": "mxfp4", "group_size": 64, "bits": 4}, {"mode": "nf4", "bits": 4}])
+def test_an_mlx_checkpoint_in_a_form_that_mlx_lacks_is_refused(
+    write_model: WriteModel, llama_weights: Callable[..., Tensors], described: dict[str, object]
+) -> None:
+    with pytest.raises(ModelError, match=r"MLX (mxfp4|nf4)") as caught:
+        read_facts(mlx_model(write_model, mlx_sized(llama_weights()), {"group_size": 32, **described}, 4))
+    assert caught.value.code == "QH-C72"
 
 
 def test_an_mlx_checkpoint_with_another_group_size_than_it_says_is_refused(

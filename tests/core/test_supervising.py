@@ -1,0 +1,115 @@
+"""A run in a child process: the same result, the same errors, and a named end where the system ends it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from small_runs import SMALL, merged, small_run
+
+from qlora_hal import discovery, resume, train
+from qlora_hal.backend import BackendSpec
+from qlora_hal.discovery import find, listed, load_spec
+from qlora_hal.errors import ConfigError, ModelError, OutOfMemoryError
+from qlora_hal.report.console import RunConsole
+from qlora_hal.supervising import SUPERVISED_VARIABLE, is_supervised
+
+
+@pytest.fixture
+def supervised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cpu_torch, asking for supervision as mlx_lora does on a Mac."""
+    entry = find("cpu_torch", listed())
+    spec: BackendSpec = replace(load_spec(entry), supervised=True)
+    monkeypatch.setattr(discovery, "listed", lambda *more: (replace(entry, spec=spec),))
+    monkeypatch.delenv(SUPERVISED_VARIABLE, raising=False)
+
+
+def settings(folder: Path, **changes: object) -> dict[str, object]:
+    return merged(SMALL, {"output_dir": str(folder), **changes})
+
+
+def test_only_a_backend_that_asks_for_it_is_supervised(supervised: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert is_supervised("cpu_torch", ())
+    assert is_supervised("auto", ())
+    assert not is_supervised("another", ())
+    assert not is_supervised("cpu_torch", (object(),))  # an observer cannot follow
+    monkeypatch.setenv(SUPERVISED_VARIABLE, "1")
+    assert not is_supervised("cpu_torch", ())
+
+
+def test_a_supervised_run_gives_what_a_run_in_this_process_gives(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    alone = small_run(tmp_path / "alone", {"training.max_steps": 3})
+    request.getfixturevalue("supervised")
+    apart = train(settings(tmp_path / "apart", **{"training.max_steps": 3}), console=RunConsole(quiet=True))
+    assert apart.losses == alone.losses
+    assert type(apart) is type(alone)
+    assert (tmp_path / "apart" / "adapter" / "adapter_model.safetensors").read_bytes() == (
+        tmp_path / "alone" / "adapter" / "adapter_model.safetensors"
+    ).read_bytes()
+    assert {"run_dir": apart.run_dir.name, "steps": apart.steps} == {"run_dir": "apart", "steps": 3}
+
+
+def test_an_error_of_the_child_comes_out_as_it_was(supervised: None, tmp_path: Path) -> None:
+    broken = tmp_path / "model"
+    broken.mkdir()
+    with pytest.raises(ModelError, match="has no config") as caught:
+        train(settings(tmp_path / "run", **{"model.name_or_path": str(broken)}))
+    assert (caught.value.code, caught.value.exit_status) == ("QH-C70", 5)
+    with pytest.raises(ConfigError):
+        train(settings(tmp_path / "run", **{"training.max_steps": -1}))
+
+
+@pytest.mark.fault("S24")
+def test_a_run_that_the_driver_aborts_is_named_and_goes_on(supervised: None, tmp_path: Path) -> None:
+    """A child that dies by SIGABRT in mid-training, as Metal ends it; then the same command goes on."""
+    run = tmp_path / "run"
+    changes = {"training.max_steps": 40, "checkpoint.save_steps": 2}
+    killer = threading.Thread(target=abort_after_a_checkpoint, args=(run,))
+    killer.start()
+    with pytest.raises(OutOfMemoryError, match="ended by SIGABRT") as caught:
+        train(settings(run, **changes), console=RunConsole(quiet=True))
+    killer.join()
+    assert (caught.value.code, caught.value.exit_status) == ("QH-S24", 7)
+    assert "memory" in caught.value.cause
+    assert caught.value.fix == f"Go on with: qlora-hal resume {run}"
+    result = resume(run, console=RunConsole(quiet=True))
+    assert (result.steps, result.stopped_because) == (40, "finished")
+
+
+def abort_after_a_checkpoint(run: Path) -> None:
+    owner = run / "run.lock.json"
+    for _ in range(1200):
+        if (run / "checkpoints" / "step-00000002").is_dir():
+            os.kill(json.loads(owner.read_text())["pid"], signal.SIGABRT)
+            return
+        time.sleep(0.05)
+
+
+@pytest.mark.fault("S24")
+def test_without_a_checkpoint_the_way_out_is_a_smaller_run(supervised: None, tmp_path: Path) -> None:
+    from qlora_hal.supervising import _ended
+
+    error = _ended(-signal.SIGKILL, tmp_path)
+    assert "per_device_train_batch_size" in error.fix
+    assert "memory runs out" in error.cause
+
+
+def test_an_option_becomes_a_variable_before_the_trainer_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the user has set stays."""
+    monkeypatch.setenv("QLORA_HAL_TEST_KEPT", "theirs")
+    monkeypatch.delenv("QLORA_HAL_TEST_SET", raising=False)
+    spec = replace(
+        load_spec(find("cpu_torch", listed())),
+        environment={"pieces": {"small": {"QLORA_HAL_TEST_SET": "8", "QLORA_HAL_TEST_KEPT": "ours"}}},
+    )
+    discovery.open_trainer(spec, {"pieces": "small"}).close()
+    assert (os.environ.pop("QLORA_HAL_TEST_SET"), os.environ["QLORA_HAL_TEST_KEPT"]) == ("8", "theirs")
+

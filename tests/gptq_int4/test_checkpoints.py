@@ -1,0 +1,293 @@
+"""Checkpoints of either library load as they are; damaged ones are refused before an engine sees them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gptq_int4.gptq_checkpoints import (
+    KINDS,
+    SHAPE,
+    Kind,
+    adapter_for,
+    opened,
+    source_of,
+    storage_of,
+    write_checkpoint,
+)
+
+from qlora_hal.backend import Availability, Compute, ProbeReport, Quantization
+from qlora_hal.capabilities import WeightFormat
+from qlora_hal.config import RunConfig
+from qlora_hal.discovery import listed
+from qlora_hal.errors import ConfigError, ModelError, QloraHalError, UnsafeInputError, UnsupportedFeatureError
+from qlora_hal.needs import needs_of, quantization_of
+from qlora_hal.selection import choose
+from qlora_hal_backends.gptq_int4 import SPEC
+from qlora_hal_backends.gptq_int4.loading import checked_settings
+
+MODULE = "model.layers.1.mlp.down_proj"
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_checkpoint_of_each_kind_has_the_weights_that_were_packed(kind: Kind, tmp_path: Path) -> None:
+    decoded = write_checkpoint(tmp_path / "model", kind)
+    with opened(tmp_path / "model") as trainer:
+        for module, expected in decoded.items():
+            assert np.array_equal(trainer.dequantized_weight(module).astype(np.float64), expected), module
+
+
+@pytest.mark.parametrize(
+    ("weights_file", "config_file"),
+    [
+        ("gptq_model-4bit-128g.safetensors", "quantize_config.json"),
+        ("gptq_model-4bit-128g.safetensors", "config.json"),
+        ("model.safetensors", "quantize_config.json"),
+    ],
+)
+def test_the_files_of_auto_gptq_are_found_under_their_own_names(
+    weights_file: str, config_file: str, tmp_path: Path
+) -> None:
+    decoded = write_checkpoint(tmp_path, Kind(128), weights_file=weights_file, config_file=config_file)
+    with opened(tmp_path) as trainer:
+        assert np.array_equal(trainer.dequantized_weight(MODULE).astype(np.float64), decoded[MODULE])
+
+
+def test_an_old_description_is_understood(tmp_path: Path) -> None:
+    """auto-gptq 0.7: no checkpoint_format, keys that nobody reads any more."""
+    old = {
+        "bits": 4,
+        "group_size": 64,
+        "damp_percent": 0.01,
+        "desc_act": False,
+        "static_groups": False,
+        "sym": True,
+        "true_sequential": True,
+        "model_name_or_path": None,
+        "model_file_base_name": "gptq_model-4bit-64g",
+        "is_marlin_format": False,
+        "quant_method": "gptq",
+    }
+    name = "gptq_model-4bit-64g.safetensors"
+    decoded = write_checkpoint(tmp_path, Kind(64), weights_file=name, config_file="quantize_config.json", described=old)
+    with opened(tmp_path) as trainer:
+        assert np.array_equal(trainer.dequantized_weight(MODULE).astype(np.float64), decoded[MODULE])
+
+
+def test_the_kernel_is_named_in_the_facts_of_the_device(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, Kind())
+    with opened(tmp_path) as trainer:
+        trainer.attach(adapter_for(trainer))
+        facts = trainer.device_facts()
+    assert facts.kernel_path.startswith("gptqmodel 7.")
+    assert "torch dequantize, torch CPU products" in facts.kernel_path
+    assert facts.versions["gptqmodel"].startswith("7.")
+
+
+def test_a_layer_left_out_of_quantization_stays_as_it_is(tmp_path: Path) -> None:
+    plain = np.random.default_rng(0).normal(size=(SHAPE.hidden_size, SHAPE.intermediate_size)).astype(np.float32)
+    dropped: dict[str, Any] = {f"{MODULE}.{part}": None for part in ("qweight", "qzeros", "scales", "g_idx")}
+    write_checkpoint(tmp_path, Kind(), changed={**dropped, f"{MODULE}.weight": plain})
+    with opened(tmp_path) as trainer:
+        assert np.array_equal(trainer.dequantized_weight(MODULE), plain)
+
+
+# selection ------------------------------------------------------------------------------------------------------------
+def reports(accelerated: bool, ready: tuple[str, ...]) -> tuple[ProbeReport, ...]:
+    return tuple(
+        ProbeReport(
+            entry.name,
+            Availability.READY if entry.name in ready else Availability.NO_DEVICE,
+            "a test says so",
+            "nothing",
+            uses_accelerator=accelerated if entry.name == "gptq_int4" else None,
+        )
+        for entry in listed()
+    )
+
+
+@pytest.mark.parametrize(
+    ("device", "accelerated"), [("cuda_bnb", True), ("rocm_bnb", True), ("cpu_torch", False), ("mps_bnb", False)]
+)
+def test_a_gptq_checkpoint_chooses_this_backend_on_every_device(device: str, accelerated: bool, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, Kind(128))
+    needs = needs_of(RunConfig(), source_of(tmp_path).facts)
+    probed = reports(accelerated, (device, "gptq_int4", "cpu_torch"))
+    choice = choose("auto", needs, listed(), probed, allow_cpu=not accelerated)
+    assert choice.spec.name == "gptq_int4"
+    assert "int4_gptq" in choice.rejections[device]
+
+
+def test_on_the_cpu_auto_asks_for_leave(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, Kind(128))
+    needs = needs_of(RunConfig(), source_of(tmp_path).facts)
+    with pytest.raises(QloraHalError, match="ready, but auto takes the CPU only when"):
+        choose("auto", needs, listed(), reports(False, ("gptq_int4",)), allow_cpu=False)
+
+
+def test_a_16_bit_model_goes_to_a_backend_that_quantizes_while_loading(tmp_path: Path) -> None:
+    from qlora_hal.demo import model_path
+
+    needs = needs_of(RunConfig(), source_of(model_path()).facts)
+    probed = reports(False, ("cpu_torch", "gptq_int4"))
+    assert choose("auto", needs, listed(), probed, allow_cpu=True).spec.name == "cpu_torch"
+    named = needs_of(
+        RunConfig.model_validate({"quantization": {"weight_format": "int4_gptq"}}), source_of(model_path()).facts
+    )
+    assert choose("auto", named, listed(), probed, allow_cpu=True).spec.name == "gptq_int4"
+
+
+def test_one_group_over_all_inputs_has_no_block_size(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, Kind(-1))
+    facts = source_of(tmp_path).facts
+    assert quantization_of(RunConfig(), facts, SPEC.capabilities) == Quantization(WeightFormat.INT4_GPTQ, None, False)
+
+
+# what is refused ------------------------------------------------------------------------------------------------------
+def refused(folder: Path, code: str, *words: str, kind: type[QloraHalError] = ModelError, **options: object) -> None:
+    with pytest.raises(kind) as raised:
+        opened(folder, **options)
+    assert raised.value.code == code, str(raised.value)
+    for word in words:
+        assert word in str(raised.value), str(raised.value)
+
+
+@pytest.mark.parametrize("part", ["g_idx", "qzeros", "scales"])
+def test_a_layer_without_one_of_its_tensors_is_refused(part: str, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, Kind(), changed={f"{MODULE}.{part}": None})
+    refused(tmp_path, "QH-C73", MODULE, part)
+
+
+def g_idx(**entries: int) -> np.ndarray[Any, Any]:
+    groups = (np.arange(SHAPE.intermediate_size) // 64).astype(np.int32)
+    for place, group in entries.items():
+        groups[int(place[1:])] = group
+    return groups
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"g_idx": g_idx(_7=99)}, "groups 0 to 99 of 4"),
+        ({"g_idx": g_idx(_7=-1)}, "groups -1 to 3 of 4"),
+        ({"g_idx": g_idx(_7=2)}, "g_idx is not in order, but desc_act is false"),
+        ({"g_idx": np.zeros(8, np.int32)}, "inputs"),
+        ({"scales": np.full((4, SHAPE.hidden_size), np.nan, np.float16)}, "NaN or infinity"),
+        ({"scales": np.ones((4, SHAPE.hidden_size), np.int32)}, "floating point is expected"),
+        ({"scales": np.ones((7, SHAPE.hidden_size), np.float16)}, "7 groups"),
+        ({"qzeros": np.zeros((4, 3), np.int32)}, "qzeros have shape [4, 3]"),
+        ({"qweight": np.zeros((SHAPE.intermediate_size // 8, SHAPE.hidden_size), np.float32)}, "int32 is expected"),
+    ],
+)
+def test_tensors_that_contradict_each_other_are_refused(changed: dict[str, Any], words: str, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, Kind(64), changed={f"{MODULE}.{part}": array for part, array in changed.items()})
+    refused(tmp_path, "QH-C73", MODULE, words)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_other_widths_than_four_bits_are_refused(bits: int, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, Kind(), described={**Kind().described, "bits": bits})
+    refused(tmp_path, "QH-C72", f"in {bits} bits")
+
+
+@pytest.mark.parametrize("told", [{"is_marlin_format": True}, {"checkpoint_format": "marlin"}])
+def test_a_checkpoint_packed_for_marlin_is_refused(told: dict[str, Any], tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, Kind(), described={**Kind().described, **told})
+    refused(tmp_path, "QH-C72", "Marlin kernel only")
+
+
+def test_marlins_own_tensors_are_known(tmp_path: Path) -> None:
+    dropped: dict[str, Any] = {f"{MODULE}.{part}": None for part in ("qweight", "qzeros", "scales", "g_idx")}
+    tensors = {f"{MODULE}.B": np.zeros((8, 8), np.int32), f"{MODULE}.s": np.ones((2, 8), np.float16)}
+    write_checkpoint(tmp_path, Kind(), changed={**dropped, **tensors})
+    for name in list(read_names(tmp_path)):
+        if name.endswith(".qweight"):
+            break
+    else:
+        raise AssertionError("the other layers are packed as usual")
+    # One Marlin layer among GPTQ ones is left over; a checkpoint of Marlin layers only is named as such.
+    refused(tmp_path, "QH-M50", MODULE)
+
+
+def read_names(folder: Path) -> tuple[str, ...]:
+    from qlora_hal.model.weight_files import read_headers
+
+    return tuple(name for header in read_headers(folder) for name in header.tensors)
+
+
+@pytest.mark.parametrize("layout", ["gptq_p", "exl2"])
+def test_another_layout_is_refused(layout: str, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, Kind(), described={**Kind().described, "checkpoint_format": layout})
+    refused(tmp_path, "QH-C72", layout)
+
+
+def test_a_quantized_head_is_refused(tmp_path: Path) -> None:
+    parts: dict[str, Any] = {
+        "lm_head.qweight": np.zeros((SHAPE.hidden_size // 8, SHAPE.vocab_size), np.int32),
+        "lm_head.qzeros": np.zeros((SHAPE.hidden_size // 64, SHAPE.vocab_size // 8), np.int32),
+        "lm_head.scales": np.ones((SHAPE.hidden_size // 64, SHAPE.vocab_size), np.float16),
+        "lm_head.g_idx": (np.arange(SHAPE.hidden_size) // 64).astype(np.int32),
+        "lm_head.weight": None,
+    }
+    write_checkpoint(tmp_path, Kind(64), changed=parts)
+    refused(tmp_path, "QH-C72", "lm_head: false")
+
+
+@pytest.mark.fault("C17")
+def test_pickled_weights_are_refused_with_the_command_that_converts_them(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, Kind(), config_file="quantize_config.json")
+    (tmp_path / "model.safetensors").rename(tmp_path / "gptq_model-4bit-128g.bin")
+    with pytest.raises(UnsafeInputError) as raised:
+        source_of(tmp_path)
+    assert (raised.value.code, raised.value.exit_status) == ("QH-C17", 10)
+    assert "weights_only=True" in raised.value.fix
+    assert "*.bin" in raised.value.fix
+
+
+def test_truncated_weights_are_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, Kind())
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4096])
+    refused(tmp_path, "QH-C01")
+
+
+@pytest.mark.fault("N15")
+@pytest.mark.parametrize("kernel", ["marlin", "exllama"])
+def test_an_inference_kernel_in_the_options_is_refused_at_load(kernel: str, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, Kind())
+    refused(tmp_path, "QH-N15", kernel, "trainable are: torch", kind=UnsupportedFeatureError, kernel=kernel)
+
+
+def test_an_engine_that_is_not_installed_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, Kind())
+    refused(tmp_path, "QH-E60", "auto-gptq is not installed", kind=UnsupportedFeatureError, engine="auto_gptq")
+
+
+def test_another_group_size_than_the_stored_one_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, Kind(64))
+    with pytest.raises(ConfigError, match="128 was asked for") as raised:
+        checked_settings(source_of(tmp_path), Quantization(WeightFormat.INT4_GPTQ, 128))
+    assert raised.value.code == "QH-U11"
+
+
+def test_weights_that_are_not_quantized_are_refused_by_the_trainer(tmp_path: Path) -> None:
+    from qlora_hal.demo import model_path
+    from qlora_hal_backends.gptq_int4.trainer import open_trainer
+
+    with open_trainer() as trainer, pytest.raises(UnsupportedFeatureError, match="quantize_on_load"):
+        trainer.load(source_of(model_path()), Quantization(WeightFormat.INT4_GPTQ, 128), Compute("float32"))
+
+
+def test_an_unknown_description_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, Kind(), config_file="quantize_config.json")
+    (tmp_path / "quantize_config.json").unlink()
+    refused(tmp_path, "QH-C73", "neither quantization_config nor quantize_config.json")
+    assert not json.loads((tmp_path / "config.json").read_text()).get("quantization_config")
+
+
+def test_storage_of_a_checkpoint_is_its_own(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, Kind(32))
+    assert storage_of(source_of(tmp_path)).block_size == 32
