@@ -10,9 +10,8 @@ python=${PYTHON:-$(command -v python3.11 || command -v python3)}
 bin=$environment/bin
 index=$("$python" -c 'import sys; sys.path.insert(0, "ci"); import setup_environment as s; print(*s.torch_index("cpu"))')
 # shellcheck disable=SC2086  # two words or none
-"$bin/pip" install --quiet --requirement ci/auto_gptq_constraints.txt $index
-# Without dependencies: the floors in pyproject.toml are those of the ordinary environment.
-"$bin/pip" install --quiet --no-deps --editable .
+"$bin/pip" install --quiet --constraint ci/auto_gptq_constraints.txt --editable '.[auto-gptq,conformance]' pytest-timeout $index
+"$bin/pip" check
 
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONDONTWRITEBYTECODE=1
 "$bin/python" -m pytest -q -p no:cacheprovider tests/gptq_auto/with_auto_gptq.py

@@ -49,7 +49,7 @@ class QuantizationConfig(_Part):
         None, description="Quantize the scales too (QLoRA section 3). Default: yes where the format has it."
     )
     calibration_path: str | None = Field(
-        None, description="Rows that int4_gptq is calibrated on when the model is not quantized yet; default: data.path."
+        None, description="Rows that a 16-bit model is calibrated on for int4_gptq; default: the training rows."
     )
     calibration_rows: PositiveInt = Field(256, description="At most so many rows are calibrated on.")
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(

@@ -23,6 +23,7 @@ from qlora_hal.errors import BackendContractError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from qlora_hal.backend import BackendSpec, Quantization, Quantizer
+    from qlora_hal.config import RunConfig
     from qlora_hal.data.tokens import TokenStore
     from qlora_hal.model.source import ModelSource
     from qlora_hal.preparation import Machinery, PreparedRun
@@ -108,7 +109,6 @@ def with_quantized_base(prepared: PreparedRun, run_dir: Path, console: RunConsol
     machinery, config = prepared.machinery, prepared.config
     source, spec = machinery.source, machinery.choice.spec
     if not needs_calibration(source.facts, machinery.quantization, spec.capabilities):
-        _refuse_idle_settings(prepared)
         return prepared
     store, where = prepared.data.train, "data.path"
     if config.quantization.calibration_path:
@@ -136,12 +136,16 @@ def _named_store(prepared: PreparedRun, run_dir: Path) -> TokenStore:
     ).train
 
 
-def _refuse_idle_settings(prepared: PreparedRun) -> None:
+def refuse_idle_calibration(config: RunConfig, machinery: Machinery) -> None:
     """A calibration that nothing would use is a mistake of the user's. Raises ConfigError QH-U15."""
-    if not prepared.config.quantization.calibration_path:
+    from qlora_hal.needs import needs_calibration
+
+    facts, capabilities = machinery.source.facts, machinery.choice.spec.capabilities
+    used = needs_calibration(facts, machinery.quantization, capabilities)
+    if used or not config.quantization.calibration_path:
         return
-    stored = prepared.machinery.source.facts.prequantized is not None
-    weight_format = prepared.machinery.quantization.weight_format.value
+    stored = facts.prequantized is not None
+    weight_format = machinery.quantization.weight_format.value
     raise ConfigError(
         "QH-U15",
         "quantization.calibration_path is set, but nothing is calibrated: "

@@ -37,7 +37,7 @@ def run_new(
     from qlora_hal.hooks import Hooks
     from qlora_hal.observers import observers_for
     from qlora_hal.preparation import choose_machinery, drawn_seed, prepare_run, require_settings
-    from qlora_hal.quantizing import with_quantized_base
+    from qlora_hal.quantizing import refuse_idle_calibration, with_quantized_base
     from qlora_hal.report.console import RunConsole
     from qlora_hal.report.run_file import given_config
     from qlora_hal.run_directory import RunDirectory
@@ -53,6 +53,7 @@ def run_new(
             for note in directory.notes:
                 console.note(note)
             machinery = choose_machinery(config, hooks, console)
+            refuse_idle_calibration(config, machinery)
             if rows is not None:
                 _keep_rows(rows, directory.path)
             seed = drawn_seed(config)

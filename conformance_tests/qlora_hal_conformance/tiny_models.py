@@ -45,7 +45,7 @@ from qlora_hal_conformance.oracle import (
     round_to_bfloat16,
     round_to_grid,
 )
-from qlora_hal_conformance.oracle.arrays import Float32, Float64
+from qlora_hal_conformance.oracle.arrays import Float32, Float64, Int32
 
 Array = npt.NDArray[Any]
 Tensors = dict[str, Float32]
@@ -98,6 +98,18 @@ norm epsilon differ, and are not all a library's defaults: one that ignores conf
 
 UNEVEN_SHAPE = _shape(72, 4, 2, 18, 104, 300, rope_theta=2000.0, rms_norm_eps=1e-5)
 """No row holds a whole number of blocks, and some tensors end in half a block of 64."""
+
+
+@dataclass(frozen=True, slots=True)
+class GptqKind:
+    """How a GPTQ checkpoint is packed. `act_order` scatters the inputs of a group over the layer."""
+
+    symmetric: bool = True
+    act_order: bool = False
+    convention: ZeroPointConvention = ZeroPointConvention.V1
+
+
+USUAL_GPTQ = GptqKind()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -196,7 +208,12 @@ def write_config(
 
 
 def write_quantized(
-    folder: Path, shape: LlamaShape, tensors: Mapping[str, Float32], quantization: Quantization
+    folder: Path,
+    shape: LlamaShape,
+    tensors: Mapping[str, Float32],
+    quantization: Quantization,
+    *,
+    gptq: GptqKind = USUAL_GPTQ,
 ) -> TinyModel:
     """The linear layers already packed, in the layout that belongs to the format; the rest in float32. A tensor that is
     left out is left out."""
@@ -205,15 +222,17 @@ def write_quantized(
     stored: dict[str, Float64] = {}
     for module in linears:
         if f"{module}.weight" in tensors:
-            packed, stored[module] = _packed(module, tensors[f"{module}.weight"], quantization)
+            packed, stored[module] = _packed(module, tensors[f"{module}.weight"], quantization, gptq)
             arrays.update(packed)
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / "model.safetensors", {name: (_safe_name(a), a) for name, a in arrays.items()})
-    write_config(folder, shape, more=_described(quantization))
+    write_config(folder, shape, more=_described(quantization, gptq))
     return TinyModel(folder, shape, dict(tensors), stored)
 
 
-def _packed(module: str, weight: Float32, quantization: Quantization) -> tuple[dict[str, Array], Float64]:
+def _packed(
+    module: str, weight: Float32, quantization: Quantization, gptq: GptqKind
+) -> tuple[dict[str, Array], Float64]:
     match quantization.weight_format:
         case WeightFormat.NF4 | WeightFormat.FP4:
             return _packed_four_bit(module, weight, quantization)
@@ -221,7 +240,7 @@ def _packed(module: str, weight: Float32, quantization: Quantization) -> tuple[d
             codes, row_absmax = quantize_int8_rows(weight)
             return {f"{module}.weight": codes, f"{module}.SCB": row_absmax}, dequantize_int8_rows(codes, row_absmax)
         case WeightFormat.INT4_GPTQ:
-            return _packed_gptq(module, weight, quantization)
+            return _packed_gptq(module, weight, quantization, gptq)
         case WeightFormat.NONE:
             raise ValueError("there is no packed layout of weights that are not quantized")
         case mlx_format:
@@ -270,15 +289,19 @@ def _packed_four_bit(module: str, weight: Float32, quantization: Quantization) -
     return arrays, dequantize_four_bit(four_bit.packed, decoded_absmax, FourBitLayout(kind, size, weight.shape))
 
 
-def _packed_gptq(module: str, weight: Float32, quantization: Quantization) -> tuple[dict[str, Array], Float64]:
+def _packed_gptq(
+    module: str, weight: Float32, quantization: Quantization, kind: GptqKind
+) -> tuple[dict[str, Array], Float64]:
     """Four bits have no NaN: a value that is not finite becomes the scale of its group."""
-    groups = (np.arange(weight.shape[1]) // (quantization.block_size or 128)).astype(np.int32)
+    groups: Int32 = (np.arange(weight.shape[1]) // (quantization.block_size or 128)).astype(np.int32)
+    if kind.act_order:
+        groups = np.random.default_rng(len(groups)).permutation(groups)
     finite = np.where(np.isfinite(weight), weight, np.float32(0.0))
-    grid = min_max_grid(finite, groups, bits=4, symmetric=True)
+    grid = min_max_grid(finite, groups, bits=4, symmetric=kind.symmetric)
     codes = round_to_grid(finite, grid, groups, bits=4)
     for row, column in np.argwhere(~np.isfinite(weight)):
         grid.steps[groups[column], row] = weight[row, column]
-    gptq = pack_gptq(codes, grid, groups, bits=4, convention=ZeroPointConvention.V1)
+    gptq = pack_gptq(codes, grid, groups, bits=4, convention=kind.convention)
     arrays: dict[str, Array] = {
         f"{module}.qweight": gptq.qweight,
         f"{module}.qzeros": gptq.qzeros,
@@ -288,7 +311,7 @@ def _packed_gptq(module: str, weight: Float32, quantization: Quantization) -> tu
     return arrays, dequantize_gptq(gptq)
 
 
-def _described(quantization: Quantization) -> dict[str, object]:
+def _described(quantization: Quantization, gptq: GptqKind) -> dict[str, object]:
     """How config.json tells of the format."""
     weight_format, size = quantization.weight_format, quantization.block_size
     match weight_format:
@@ -303,8 +326,9 @@ def _described(quantization: Quantization) -> dict[str, object]:
         case WeightFormat.INT8:
             described = {"quant_method": "bitsandbytes", "load_in_8bit": True}
         case WeightFormat.INT4_GPTQ:
-            described = {"quant_method": "gptq", "bits": 4, "group_size": size, "sym": True, "desc_act": False}
-            described["checkpoint_format"] = ZeroPointConvention.V1.value
+            described = {"quant_method": "gptq", "bits": 4, "group_size": size}
+            described |= {"sym": gptq.symmetric, "desc_act": gptq.act_order}
+            described["checkpoint_format"] = gptq.convention.value
         case _:
             bits = 8 if weight_format is WeightFormat.MXFP8 else AFFINE_BITS.get(weight_format, 4)
             mode = weight_format.value if weight_format in MICROSCALING_FORMATS else "affine"

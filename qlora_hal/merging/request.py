@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,7 @@ def check_request(request: MergeRequest) -> None:
         )
         if value is not None and value not in known
     ]
-    if request.max_kl is not None and not request.max_kl >= 0:
+    if request.max_kl is not None and not 0 <= request.max_kl < math.inf:
         wrong.append(f"max_kl is {request.max_kl} (nats per token, 0 or more)")
     if request.min_top1 is not None and not 0 <= request.min_top1 <= 1:
         wrong.append(f"min_top1 is {request.min_top1} (a share from 0 to 1)")

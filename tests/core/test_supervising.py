@@ -112,4 +112,3 @@ def test_an_option_becomes_a_variable_before_the_trainer_is_imported(monkeypatch
     )
     discovery.open_trainer(spec, {"pieces": "small"}).close()
     assert (os.environ.pop("QLORA_HAL_TEST_SET"), os.environ["QLORA_HAL_TEST_KEPT"]) == ("8", "theirs")
-

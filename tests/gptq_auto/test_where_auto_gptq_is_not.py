@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,9 @@ import pytest
 import torch
 
 from qlora_hal.errors import BackendUnavailableError, ModelError, UnsupportedFeatureError
-from qlora_hal_backends.gptq_int4.auto_gptq_engine import load_weight, quantize
+from qlora_hal_backends.gptq_int4.auto_gptq_engine import load_weight
+from qlora_hal_backends.gptq_int4.auto_gptq_solver import quantize
 from qlora_hal_backends.gptq_int4.engines import (
-    AUTO_GPTQ,
     GptqSettings,
     PackedLinear,
     QuantizationJob,
@@ -30,6 +31,8 @@ from qlora_hal_conformance.oracle import (
 
 IN_ORDER = GptqSettings(32, True, False, "gptq")
 ACT_ORDER_V2 = GptqSettings(32, False, True, "gptq_v2")
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def packed_linear(
@@ -79,14 +82,24 @@ def test_doctor_says_who_needs_auto_gptq_and_how_it_is_installed() -> None:
 
     text = as_text(inventory(), [probe()], [])
     assert "Only to quantize or train with auto-gptq 0.7.1 itself" in text
-    assert ".venv-auto-gptq/bin/pip install -r ci/auto_gptq_constraints.txt" in text
+    assert ".venv-auto-gptq/bin/pip install 'qlora-hal[auto-gptq,conformance]'" in text
 
 
-def test_install_line_is_what_the_script_does() -> None:
-    script = (Path(__file__).resolve().parents[2] / "ci" / "run_auto_gptq.sh").read_text()
-    short = {"-m venv": "-m venv", "-r ci/auto": "--requirement ci/auto", "--no-deps -e .": "--no-deps --editable ."}
-    assert all(part in AUTO_GPTQ.install for part in short)
-    assert all(part in script for part in (*short.values(), ".venv-auto-gptq"))
+def test_environment_of_the_script_is_what_the_extra_asks_for() -> None:
+    """Every pin of ci/auto_gptq_constraints.txt lies in the range that pyproject.toml gives for it."""
+    from packaging.requirements import Requirement
+
+    pins = dict(
+        line.split("==")
+        for line in (ROOT / "ci" / "auto_gptq_constraints.txt").read_text().splitlines()
+        if not line.startswith("#")
+    )
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *project["optional-dependencies"]["auto-gptq"]]
+    wanted = [Requirement(line) for line in asked]
+    outside = [r for r in wanted if r.name in pins and not r.specifier.contains(pins[r.name])]
+    assert not outside, f"{[(str(r), pins[r.name]) for r in outside]}"
+    assert {"auto-gptq", "transformers", "numpy", "tokenizers"} <= {r.name for r in wanted if r.name in pins}
 
 
 def test_detection_leaves_auto_gptq_alone(trap: Path) -> None:
@@ -107,7 +120,7 @@ def test_layer_for_auto_gptq_is_refused_without_an_attempt(trap: Path, monkeypat
     with pytest.raises(BackendUnavailableError, match="transformers") as caught:
         load_weight(packed_linear(), IN_ORDER, "cuda_old", torch.float32)
     assert caught.value.code == "QH-E61"
-    assert "pip install -r ci/auto_gptq_constraints.txt" in caught.value.fix
+    assert "pip install 'qlora-hal[auto-gptq,conformance]'" in caught.value.fix
     assert not was_imported(trap)
 
 

@@ -17,7 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from qlora_hal.errors import ModelError
-from qlora_hal_backends.gptq_int4.auto_gptq_engine import load_weight, quantize
+from qlora_hal_backends.gptq_int4.auto_gptq_engine import load_weight
+from qlora_hal_backends.gptq_int4.auto_gptq_solver import quantize
 from qlora_hal_backends.gptq_int4.engines import GptqSettings, PackedLinear, QuantizationJob
 from qlora_hal_backends.torch_family.transformers_versions import read_config
 from qlora_hal_conformance.oracle import GptqWeight, ZeroPointConvention, dequantize_gptq

@@ -28,8 +28,10 @@ from qlora_hal.needs import needs_of, quantization_of
 from qlora_hal.selection import choose
 from qlora_hal_backends.gptq_int4 import SPEC
 from qlora_hal_backends.gptq_int4.loading import checked_settings
+from qlora_hal_conformance.tiny_models import linear_shapes
 
 MODULE = "model.layers.1.mlp.down_proj"
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -89,7 +91,7 @@ def test_the_kernel_is_named_in_the_facts_of_the_device(tmp_path: Path) -> None:
 
 def test_a_layer_left_out_of_quantization_stays_as_it_is(tmp_path: Path) -> None:
     plain = np.random.default_rng(0).normal(size=(SHAPE.hidden_size, SHAPE.intermediate_size)).astype(np.float32)
-    dropped: dict[str, Any] = {f"{MODULE}.{part}": None for part in ("qweight", "qzeros", "scales", "g_idx")}
+    dropped: dict[str, Any] = {f"{MODULE}.{part}": None for part in PARTS}
     write_checkpoint(tmp_path, Kind(), changed={**dropped, f"{MODULE}.weight": plain})
     with opened(tmp_path) as trainer:
         assert np.array_equal(trainer.dequantized_weight(MODULE), plain)
@@ -200,22 +202,12 @@ def test_a_checkpoint_packed_for_marlin_is_refused(told: dict[str, Any], tmp_pat
 
 
 def test_marlins_own_tensors_are_known(tmp_path: Path) -> None:
-    dropped: dict[str, Any] = {f"{MODULE}.{part}": None for part in ("qweight", "qzeros", "scales", "g_idx")}
-    tensors = {f"{MODULE}.B": np.zeros((8, 8), np.int32), f"{MODULE}.s": np.ones((2, 8), np.float16)}
-    write_checkpoint(tmp_path, Kind(), changed={**dropped, **tensors})
-    for name in list(read_names(tmp_path)):
-        if name.endswith(".qweight"):
-            break
-    else:
-        raise AssertionError("the other layers are packed as usual")
-    # One Marlin layer among GPTQ ones is left over; a checkpoint of Marlin layers only is named as such.
-    refused(tmp_path, "QH-M50", MODULE)
-
-
-def read_names(folder: Path) -> tuple[str, ...]:
-    from qlora_hal.model.weight_files import read_headers
-
-    return tuple(name for header in read_headers(folder) for name in header.tensors)
+    changed: dict[str, Any] = {}
+    for module in linear_shapes(SHAPE):
+        changed |= {f"{module}.{part}": None for part in PARTS}
+        changed |= {f"{module}.B": np.zeros((8, 8), np.int32), f"{module}.s": np.ones((2, 8), np.float16)}
+    write_checkpoint(tmp_path, Kind(), changed=changed)
+    refused(tmp_path, "QH-C72", "Marlin kernel only")
 
 
 @pytest.mark.parametrize("layout", ["gptq_p", "exl2"])

@@ -30,7 +30,6 @@ from qlora_hal.quantizing import Recipe, cached, checked_calibration, quantize_i
 from qlora_hal_backends.gptq_int4 import SPEC
 from qlora_hal_backends.gptq_int4.quantizing import check_group_size
 from qlora_hal_conformance.oracle import min_max_grid, round_to_grid
-from qlora_hal_conformance.oracle.arrays import Float64
 from qlora_hal_conformance.tiny_models import SHAPES, TinyModel, draw_tensors, linear_shapes, write_model
 
 STORAGE = Quantization(WeightFormat.INT4_GPTQ, GROUP)
@@ -115,7 +114,7 @@ def test_calibrated_codes_serve_the_layers_input_better_than_rounded_ones(
             assert _product_error(seen, weight, chosen) < _product_error(seen, weight, rounded)
 
 
-def _product_error(seen: Any, weight: Any, stored: Float64) -> float:
+def _product_error(seen: Any, weight: Any, stored: Any) -> float:
     return float(((seen @ (stored - weight).T) ** 2).sum())
 
 

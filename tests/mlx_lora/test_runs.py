@@ -12,15 +12,20 @@ import pytest
 from small_runs import SMALL, merged
 
 from qlora_hal import TrainResult, resume, train
+from qlora_hal.demo import data_path
 from qlora_hal.report.console import RunConsole
 from qlora_hal_backends.mlx_lora import SPEC, device
 
 
-def run(folder: Path, backend: str, **changes: Any) -> TrainResult:
-    small = {"training.per_device_train_batch_size": 2, "data.max_seq_length": 64, "training.max_steps": 2}
+def run(folder: Path, backend: str, *, dry_run: bool = False, **changes: Any) -> TrainResult:
+    rows = folder.parent / "rows.jsonl"
+    rows.write_text("".join(data_path("train").read_text().splitlines(keepends=True)[:60]))
+    small = {"training.per_device_train_batch_size": 1, "data.max_seq_length": 64, "training.max_steps": 2}
+    # Uncompiled: the compiled functions are what the conformance suite runs.
+    options = {"compile": "off"} if backend == "mlx_lora" else {}
     dotted = {key.replace("__", "."): value for key, value in changes.items()}
-    settings = merged(SMALL, {"output_dir": str(folder), "backend.name": backend, **small, **dotted})
-    return train(settings, console=RunConsole(quiet=True))
+    places = {"output_dir": str(folder), "data.path": str(rows), "backend.name": backend, "backend.options": options}
+    return train(merged(SMALL, {**places, **small, **dotted}), console=RunConsole(quiet=True), dry_run=dry_run)
 
 
 def adapter_bytes(result: TrainResult) -> bytes:
@@ -36,7 +41,8 @@ def test_the_same_call_gives_the_losses_of_torch(tmp_path: Path) -> None:
     assert [path.name for path in sorted(ours.adapter_dir.iterdir())] == [
         path.name for path in sorted(theirs.adapter_dir.iterdir())
     ]
-    # A loss is a mean of about 60 differences of logits, each off by at most 2.2e-5 of the largest (test_architectures).
+    # A loss is a mean of some 60 differences of logits, each off by at most 2.2e-5 of the largest, which is about 10
+    # (test_architectures); their errors are of either sign.
     assert np.allclose([loss for _, loss in ours.losses], [loss for _, loss in theirs.losses], rtol=0, atol=1e-4)
 
 
@@ -56,8 +62,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path) 
 
 
 def test_bfloat16_asked_for_on_a_cpu_is_said_to_be_slow(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = run(tmp_path / "run", "mlx_lora", quantization__compute_dtype="bfloat16", training__max_steps=1)
-    assert result.steps == 1
+    run(tmp_path / "run", "mlx_lora", dry_run=True, quantization__compute_dtype="bfloat16")
     assert re.search(r"mlx_lora: MLX emulates bfloat16 on a CPU", " ".join(capsys.readouterr().err.split()))
 
 

@@ -160,21 +160,20 @@ GPTQMODEL = Engine(
     },
 )
 _AUTO_GPTQ_INSTALL = (
-    "python3.11 -m venv .venv-auto-gptq && .venv-auto-gptq/bin/pip install -r ci/auto_gptq_constraints.txt "
-    "&& .venv-auto-gptq/bin/pip install --no-deps -e ."
+    "python3.11 -m venv .venv-auto-gptq && .venv-auto-gptq/bin/pip install 'qlora-hal[auto-gptq,conformance]'"
 )
-"""What ci/run_auto_gptq.sh does. transformers 4.53 is the newest whose decoder layers return the tuples that
+"""Linux x86-64 and Python 3.11 only. transformers 4.53 is the newest whose decoder layers return the tuples that
 auto-gptq's solver indexes, and the oldest that masks packed samples."""
 AUTO_GPTQ = Engine(
     name="auto_gptq",
     requires={"auto-gptq": ("0.7.1", "0.8"), "transformers": ("4.53", "4.54")},
     load_weight="qlora_hal_backends.gptq_int4.auto_gptq_engine:load_weight",
-    quantize="qlora_hal_backends.gptq_int4.auto_gptq_engine:quantize",
+    quantize="qlora_hal_backends.gptq_int4.auto_gptq_solver:quantize",
     kernels=(Kernel("cuda_old", ("cpu", "cuda"), act_order=False), Kernel("cuda", ("cpu", "cuda"))),
     inference_only_kernels=("marlin", "exllama", "exllamav2", "qigen"),
     install=_AUTO_GPTQ_INSTALL,
     needed_for="Checkpoints of auto-gptq load here as they are. Only to quantize or train with auto-gptq 0.7.1 itself "
-    f"an environment of its own is needed, made in a clone of qlora_hal by: {_AUTO_GPTQ_INSTALL}",
+    f"an environment of its own is needed: {_AUTO_GPTQ_INSTALL}",
 )
 
 ENGINES: Mapping[str, Engine] = {engine.name: engine for engine in (GPTQMODEL, AUTO_GPTQ)}

@@ -24,7 +24,7 @@ class TanhGeluMLP(Module):
     """
 
     def __init__(self, mlp: Any) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
 
     def __call__(self, x: mx.array) -> mx.array:

@@ -14,6 +14,7 @@ import numpy as np
 from qlora_hal.adapter.fitting import check_fits
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key
 from qlora_hal.backend import BackendSpec, Compute, DeviceFacts, Quantization, QuantizedLoRATrainer, check_served
+from qlora_hal.capabilities import WeightFormat
 from qlora_hal.errors import BackendContractError, ModelError, OutOfMemoryError
 from qlora_hal.model.source import ModelSource
 from qlora_hal.values import (
@@ -30,6 +31,7 @@ from qlora_hal.values import (
 from qlora_hal_backends.mlx_lora import SPEC, device, loading, step
 from qlora_hal_backends.mlx_lora.generation import greedy
 from qlora_hal_backends.mlx_lora.lora_linear import LoRAPlace
+from qlora_hal_backends.mlx_lora.nf4 import kernel_path as nf4_kernel_path
 from qlora_hal_backends.mlx_lora.optimizer import AdamW, check_optimizer, to_device, to_host
 
 _OUT_OF_MEMORY = ("insufficient memory", "attempting to allocate", "unable to allocate", "out of memory", "bad_alloc")
@@ -231,8 +233,10 @@ class MLXLoRATrainer(QuantizedLoRATrainer):
 
 def kernel_path(quantization: Quantization) -> str:
     """What multiplies, for device facts."""
-    if quantization.weight_format.value == "none":
+    if quantization.weight_format is WeightFormat.NONE:
         return "MLX float32 products"
+    if quantization.weight_format is WeightFormat.NF4:
+        return f"NF4 {nf4_kernel_path()}, MLX float32 products"
     if device.is_cpu():
         return f"MLX {quantization.weight_format.value}: unpacked forward, packed backward, on the CPU"
     return f"MLX {quantization.weight_format.value}: quantized_matmul"

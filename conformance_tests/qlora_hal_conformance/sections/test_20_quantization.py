@@ -19,6 +19,7 @@ from qlora_hal_conformance.oracle import (
     MicroscalingFormat,
     MicroscalingWeight,
     MlxAffineWeight,
+    ZeroPointConvention,
     absmax_error_bound,
     four_bit_error_bound,
     int8_error_bound,
@@ -39,7 +40,14 @@ from qlora_hal_conformance.parameters import (
     each_block_size,
     each_format,
 )
-from qlora_hal_conformance.tiny_models import AFFINE_BITS, MICROSCALING_FORMATS, linear_shapes, write_model
+from qlora_hal_conformance.tiny_models import (
+    AFFINE_BITS,
+    MICROSCALING_FORMATS,
+    GptqKind,
+    linear_shapes,
+    write_model,
+    write_quantized,
+)
 from qlora_hal_conformance.tolerances import (
     GRID_LEVELS,
     Bound,
@@ -142,6 +150,31 @@ def test_quantized_checkpoint_is_taken_as_it_is(
     ready = opened(weight_format=weight_format, block_size=size, double_quant=double, prequantized=True)
     assert ready.model.stored is not None
     for module, expected in ready.model.stored.items():
+        found = ready.trainer.dequantized_weight(module)
+        judging.within(module, found, expected, decoded_exactly(expected, ready.dtype))
+
+
+@pytest.mark.needs(Feature.LOAD_PREQUANTIZED)
+@pytest.mark.needs(WeightFormat.INT4_GPTQ)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(GptqKind(convention=ZeroPointConvention.V2), id="v2"),
+        pytest.param(GptqKind(symmetric=False, convention=ZeroPointConvention.V2), id="v2-asymmetric"),
+        pytest.param(GptqKind(act_order=True), id="v1-act_order"),
+        pytest.param(GptqKind(False, True, ZeroPointConvention.V2), id="v2-asymmetric-act_order"),
+    ],
+)
+def test_gptq_checkpoint_is_read_in_its_own_convention(kind: GptqKind, opened: Opener, judging: Judge) -> None:
+    """Zero points as they are or less one, one for each group or one for all, groups in order or scattered by g_idx:
+    read by another rule, each gives weights of the right size that are wrong."""
+    shape, tensors = opened.models.drawn("main")
+    storage = Quantization(WeightFormat.INT4_GPTQ, opened.default_block(WeightFormat.INT4_GPTQ))
+    name = f"gptq-{kind.convention.value}-{kind.symmetric}-{kind.act_order}"
+    model = write_quantized(opened.models.folder / name, shape, tensors, storage, gptq=kind)
+    ready = opened(model, weight_format=storage.weight_format, block_size=storage.block_size, prequantized=True)
+    assert model.stored is not None
+    for module, expected in model.stored.items():
         found = ready.trainer.dequantized_weight(module)
         judging.within(module, found, expected, decoded_exactly(expected, ready.dtype))
 
