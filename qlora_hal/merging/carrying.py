@@ -21,7 +21,7 @@ from qlora_hal.merging.comparing import (
     opened_merged,
     without_effect,
 )
-from qlora_hal.merging.limits import derived_limits, require_close
+from qlora_hal.merging.limits import Limits, derived_limits, require_close
 from qlora_hal.merging.planning import MergePlan, planned
 from qlora_hal.merging.recording import record_of, report_rows, shown_name
 from qlora_hal.merging.reference import Closeness, Reference
@@ -89,8 +89,7 @@ class Merge:
         self._written: dict[str, dict[str, str]] = {}
 
     def carry_out(self) -> MergeResult:
-        vocabulary = self._source.facts.vocabulary_size
-        rows = self._plan.rows
+        vocabulary, rows = self._source.facts.vocabulary_size, self._plan.rows
         with Reference(
             self._staging / REFERENCE_FILE, rows.positions, lambda: rows.batches(vocabulary, BATCH_ROWS)
         ) as reference:
@@ -99,15 +98,7 @@ class Merge:
                 self._write("original", self._source, self._files, model.linear_modules, self._original_weight)
             closeness = {base: self._compared(base, model, reference) for base in self._written}
             base = min(closeness, key=lambda name: closeness[name].kl_mean)
-            limits = derived_limits(
-                spread=reference.spread,
-                effect=model.effect,
-                linear_modules=model.linear_modules,
-                dtype=self._request.dtype,
-                compute_dtype=model.chosen.compute.dtype,
-                max_kl=self._request.max_kl,
-                min_top1=self._request.min_top1,
-            )
+            limits = self._limits(model, reference)
             require_close(
                 closeness[base],
                 limits,
@@ -115,23 +106,46 @@ class Merge:
                 dtype=self._request.dtype,
                 trained_on_original=self._plan.trained_on_original,
             )
-            record = record_of(
-                self._plan,
-                base=base,
-                closeness=closeness,
-                effect=model.effect,
-                spread=reference.spread,
-                limits=limits,
-                chosen=model.chosen,
-                device=model.device,
-                merged_on=model.merged_backend.name,
-                files=self._written[base],
-                notes=self._notes,
-            )
+            record = self._record(base, closeness, model, reference, limits)
             if self._request.requantize is not None:
                 record["requantized"] = self._requantized(self._request.requantize, base, model, reference)
         self._finish(self._staging / base, record)
-        found = closeness[base]
+        return self._result(base, closeness[base], limits, record)
+
+    def _limits(self, model: AdapterModel, reference: Reference) -> Limits:
+        return derived_limits(
+            spread=reference.spread,
+            effect=model.effect,
+            linear_modules=model.linear_modules,
+            dtype=self._request.dtype,
+            compute_dtype=model.chosen.compute.dtype,
+            max_kl=self._request.max_kl,
+            min_top1=self._request.min_top1,
+        )
+
+    def _record(
+        self,
+        base: str,
+        closeness: Mapping[str, Closeness],
+        model: AdapterModel,
+        reference: Reference,
+        limits: Limits,
+    ) -> dict[str, object]:
+        return record_of(
+            self._plan,
+            base=base,
+            closeness=closeness,
+            effect=model.effect,
+            spread=reference.spread,
+            limits=limits,
+            chosen=model.chosen,
+            device=model.device,
+            merged_on=model.merged_backend.name,
+            files=self._written[base],
+            notes=self._notes,
+        )
+
+    def _result(self, base: str, found: Closeness, limits: Limits, record: Mapping[str, object]) -> MergeResult:
         return MergeResult(
             path=self._request.out,
             base=base,

@@ -344,6 +344,16 @@ def test_a_calibration_that_nothing_uses_is_refused(tmp_path: Path) -> None:
     assert (raised.value.code, raised.value.exit_status) == ("QH-U15", 2)
 
 
+@pytest.mark.fault("N15")
+def test_a_kernel_without_gradients_is_refused_before_the_model_is_quantized(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QLORA_HAL_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ConfigError, match="kernel marlin of gptqmodel cannot train"):
+        train(config(tmp_path, {"backend": {"name": "gptq_int4", "options": {"kernel": "marlin"}}}))
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_dry_run_does_not_quantize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QLORA_HAL_CACHE", str(tmp_path / "cache"))
     train(config(tmp_path, {}), dry_run=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from qlora_hal.backend import CalibrationJob
 from qlora_hal.errors import BackendError, ModelError
-from qlora_hal_backends.gptq_int4.engines import Engine, GptqSettings, QuantizationJob, installed_engine
+from qlora_hal_backends.gptq_int4.engines import Engine, GptqSettings, QuantizationJob, chosen_kernel, installed_engine
 
 CHILD = "qlora_hal_backends.gptq_int4.quantizing_child"
 _TOLD_OF_FAILURE = 20
@@ -28,8 +28,13 @@ class GptqQuantizer:
     """GPTQ with the installed engine."""
 
     def versions(self, options: Mapping[str, object]) -> Mapping[str, str]:
-        """The engine and what computes under it. Raises UnsupportedFeatureError QH-E60."""
+        """The engine and what computes under it.
+
+        Raises UnsupportedFeatureError: QH-E60, and QH-N15 for a kernel that could not train on the result.
+        """
         engine = installed_engine(options.get("engine", "auto"))
+        if (kernel := options.get("kernel", "auto")) in engine.inference_only_kernels:
+            chosen_kernel(engine, kernel, "cpu", act_order=False)
         return {name: importlib.metadata.version(name) for name in (engine.distribution, "torch", "transformers")}
 
     def quantize(self, job: CalibrationJob, tell: Callable[[str], None]) -> None:
