@@ -97,7 +97,8 @@ print(json.dumps([digest.hexdigest(), [s.loss_sum for s in stats]]))
 
 
 def ran(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    cleared = {name: value for name, value in os.environ.items() if name != "GPTQMODEL_CPU_WORKERS"}
+    # Other tests import gptqmodel unguarded (PEFT does, too), which leaves HF_HOME in this process's environment.
+    cleared = {name: value for name, value in os.environ.items() if name not in ("GPTQMODEL_CPU_WORKERS", "HF_HOME")}
     return subprocess.run(
         [sys.executable, "-c", script, *arguments],
         env={**cleared, "PYTHONPATH": str(TESTS), **environment},
