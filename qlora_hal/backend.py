@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from qlora_hal.capabilities import Capabilities, WeightFormat
-from qlora_hal.memory_constants import MemoryConstants
+from qlora_hal.memory_constants import FastPath, MemoryConstants
 
 if TYPE_CHECKING:
     from qlora_hal.model.source import ModelSource
@@ -90,7 +90,8 @@ class BackendSpec:
     `uses_accelerator` False keeps `auto` from choosing the backend silently (see `selection`). `option_choices` lists
     what `backend.options` may hold, the first choice being the default. `notes` maps the name of an optimizer or a
     compute dtype to what it becomes here; the note is printed. `memory` holds what the estimate must know of the
-    backend's code. `quantizer` is `package.module:Name` of a `Quantizer` for `capabilities.calibrated_formats`.
+    backend's code, `fast_path` what is different where it has faster code. `quantizer` is `package.module:Name` of a
+    `Quantizer` for `capabilities.calibrated_formats`.
     `supervised` asks for a run in a child process, where the device's driver may end it. `environment` maps an option,
     and a choice of it, to variables that must be set before the trainer is imported; what the user has set stays.
     """
@@ -105,10 +106,25 @@ class BackendSpec:
     option_choices: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
     memory: MemoryConstants = field(default_factory=MemoryConstants)
+    fast_path: FastPath | None = None
     quantizer: str = ""
     supervised: bool = False
     environment: Mapping[str, Mapping[object, Mapping[str, str]]] = field(default_factory=dict)
     contract: int = CONTRACT_VERSION
+
+    def memory_for(
+        self,
+        architecture: str,
+        compute_dtype: str,
+        *,
+        dropout: float = 0.0,
+        options: Mapping[str, object] | None = None,
+    ) -> MemoryConstants:
+        """The constants of the code that will run."""
+        fast = self.fast_path
+        if fast is not None and fast.serves(architecture, compute_dtype, dropout=dropout, options=options or {}):
+            return fast.memory
+        return self.memory
 
 
 @dataclass(frozen=True, slots=True)

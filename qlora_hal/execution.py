@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from qlora_hal.backend import Compute
 from qlora_hal.capabilities import Feature
 from qlora_hal.errors import ConfigError, StoppedError
+from qlora_hal.mac_memory import pressure_note
 from qlora_hal.observing import RunView, TrainResult
 from qlora_hal.values import Adapter, Batch, LossSum
 
@@ -105,6 +106,8 @@ class Execution:
             gradient_checkpointing=config.training.gradient_checkpointing,
             options=config.backend.options,
         )
+        if note := pressure_note():
+            self._stage.console.note(note)
         self._trainer.load(machinery.source, machinery.quantization, compute)
         return compute
 

@@ -13,6 +13,7 @@ from typing import Literal
 
 from qlora_hal.hardware_amd import amd_gpus
 from qlora_hal.hardware_facts import LiveFacts, MachineFacts
+from qlora_hal.mac_memory import pressure
 
 Vendor = Literal["nvidia", "amd", "apple", "intel"]
 
@@ -62,7 +63,8 @@ class Machine:
 
     `architecture` is the hardware's (`arm64` also under Rosetta). `unusable_cards` names vendors whose card is on the
     bus although no driver answers. `memory_limit_bytes` is the container's. `environment` holds the variables that
-    hide devices or choose libraries. `cuda_version` is the highest that the NVIDIA driver runs.
+    hide devices or choose libraries. `cuda_version` is the highest that the NVIDIA driver runs. `memory_pressure` is
+    what a Mac says of it, "" where it is normal.
     """
 
     system: str
@@ -74,6 +76,7 @@ class Machine:
     memory_bytes: int
     memory_available_bytes: int | None = None
     memory_limit_bytes: int | None = None
+    memory_pressure: str = ""
     gpus: tuple[Gpu, ...] = ()
     unusable_cards: tuple[Vendor, ...] = ()
     nvidia_driver: str = ""
@@ -111,6 +114,7 @@ def inventory(facts: MachineFacts | None = None) -> Machine:
         memory_bytes=total,
         memory_available_bytes=available,
         memory_limit_bytes=_container_limit(facts, total),
+        memory_pressure=pressure(sysctl),
         gpus=gpus,
         unusable_cards=tuple(vendor for vendor in _cards_on_the_bus(facts) if vendor not in seen),
         nvidia_driver=_nvidia_driver(facts),

@@ -18,7 +18,7 @@ WATCHED_VARIABLES = (
 
 _SYSCTL_NAMES = (
     "machdep.cpu.brand_string", "hw.physicalcpu", "hw.memsize", "hw.optional.arm64", "hw.optional.arm.FEAT_BF16",
-    "sysctl.proc_translated",
+    "sysctl.proc_translated", "kern.memorystatus_vm_pressure_level", "vm.swapusage",
 )  # fmt: skip
 
 

@@ -67,16 +67,19 @@ def estimate(
     adapter_weights = adapter_parameters(targets, r)
     largest = max((inputs * outputs for inputs, outputs in facts.linear_modules.values()), default=0)
     is_quantized = weight_format is not WeightFormat.NONE
+    logits = _logits_bytes(facts.vocabulary_size, tokens, compute_bytes, constants)
     dequantized = constants.dequantized_copies * largest * compute_bytes if is_quantized else 0
+    kept, working = _activation_bytes(
+        shape, batch_size, sequence_length, r * len(targets), compute_bytes, gradient_checkpointing, constants
+    )
     return MemoryEstimate(
         weights=weight_bytes(facts, weight_format, block_size, double_quant, compute_dtype),
         adapter=constants.master_bytes * adapter_weights,
         gradients=constants.gradient_bytes * adapter_weights,
         optimizer=optimizer_bytes(targets, r, optimizer),
-        activations=_activation_bytes(
-            shape, batch_size, sequence_length, r * len(targets), compute_bytes, gradient_checkpointing, constants
-        ),
-        logits=_logits_bytes(facts.vocabulary_size, tokens, compute_bytes, constants),
+        # Logits are gone before a layer is differentiated.
+        activations=kept + max(working - logits, 0),
+        logits=logits,
         workspace=constants.workspace_bytes + dequantized,
         runtime=constants.runtime_bytes,
         relative_error=constants.relative_error,
@@ -190,16 +193,18 @@ def _activation_bytes(
     compute_bytes: int,
     gradient_checkpointing: bool,
     constants: MemoryConstants,
-) -> int:
+) -> tuple[int, int]:
+    """What is kept for backward, and what is alive beyond it while one layer is differentiated."""
     tokens = batch_size * sequence_length
     widths = constants.hidden_copies * shape.hidden + constants.feed_forward_copies * shape.feed_forward
     one_layer = tokens * (widths + 2 * shape.key_value) * compute_bytes
     if constants.attention_scores_kept:
         one_layer += batch_size * shape.heads * sequence_length**2 * compute_bytes
     one_layer += tokens * adapter_ranks * compute_bytes / max(shape.layers, 1)
+    working = int(constants.working_layers * one_layer)
     if gradient_checkpointing:
-        return int(shape.layers * tokens * shape.hidden * compute_bytes + one_layer)
-    return int(shape.layers * one_layer)
+        return int(shape.layers * tokens * shape.hidden * compute_bytes + one_layer), working
+    return int(shape.layers * one_layer), working
 
 
 def _logits_bytes(vocabulary_size: int, tokens: int, compute_bytes: int, constants: MemoryConstants) -> int:

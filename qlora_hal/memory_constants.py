@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,6 +13,7 @@ class MemoryConstants:
     `hidden_copies` and `feed_forward_copies` count the tensors of those widths that one decoder layer keeps for its
     backward pass, per token, in the compute dtype. The defaults are those of unfused modules: two norm inputs kept in
     float32 (4), two norm outputs, the query and the attention output (4); gate, its SiLU, up and their product (4).
+    `working_layers` is what is alive beyond that while one layer is differentiated, in units of what a layer keeps.
     `cross_entropy_rows` is the chunk of a chunked cross-entropy, None when all logits exist at once.
     """
 
@@ -19,6 +21,7 @@ class MemoryConstants:
     workspace_bytes: int = 128 * 2**20
     hidden_copies: float = 8.0
     feed_forward_copies: float = 4.0
+    working_layers: float = 0.0
     dequantized_copies: int = 1
     cross_entropy_rows: int | None = None
     attention_scores_kept: bool = False
@@ -27,5 +30,18 @@ class MemoryConstants:
     relative_error: float = 0.15
 
 
-FUSED_KERNELS = MemoryConstants(hidden_copies=6.0, feed_forward_copies=3.0, cross_entropy_rows=256)
-"""Fused norm and SwiGLU kernels that keep only their inputs, and a cross-entropy in chunks of 256 tokens."""
+@dataclass(frozen=True, slots=True)
+class FastPath:
+    """Where a backend has faster code that keeps other tensors: for these architectures (`model_type`) in these compute
+    dtypes, without LoRA dropout, and with none of these choices of `backend.options`."""
+
+    memory: MemoryConstants
+    architectures: frozenset[str]
+    compute_dtypes: frozenset[str]
+    unless_options: Mapping[str, object] = field(default_factory=dict)
+
+    def serves(self, architecture: str, compute_dtype: str, *, dropout: float, options: Mapping[str, object]) -> bool:
+        refused = any(options.get(name) == choice for name, choice in self.unless_options.items())
+        return (
+            architecture in self.architectures and compute_dtype in self.compute_dtypes and not dropout and not refused
+        )

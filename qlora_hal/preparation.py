@@ -170,7 +170,9 @@ def estimated_memory(
         batch_size=config.training.per_device_train_batch_size,
         sequence_length=config.data.max_seq_length,
         gradient_checkpointing=config.training.gradient_checkpointing,
-        constants=spec.memory,
+        constants=spec.memory_for(
+            facts.model_type, compute_dtype, dropout=config.lora.dropout, options=config.backend.options
+        ),
     )
 
 

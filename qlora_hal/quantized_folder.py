@@ -80,6 +80,21 @@ def read_quantized(folder: Path, source: ModelSource, identity: Mapping[str, obj
     return replace(source, path=folder, facts=facts, made_from=source)
 
 
+def set_aside(folder: Path) -> Path | None:
+    """Rename a folder that holds something, so that its name is free; its new name. Nothing of it is deleted.
+
+    Raises StorageError QH-S11 or QH-S12.
+    """
+    try:
+        if not folder.is_dir() or not any(folder.iterdir()):
+            return None
+        aside = folder.with_name(f".damaged-{folder.name}-{durable_files.unique_name()}")
+        folder.rename(aside)
+    except OSError as problem:
+        raise durable_files.storage_error(problem, folder, what="the damaged folder's new name") from problem
+    return aside
+
+
 def quantized_for(source: ModelSource, run_dir: Path | None) -> ModelSource:
     """The folder that a run's record names, if it still holds what the run was trained on. Raises ModelError QH-E63."""
     recorded = _recorded(run_dir) if run_dir is not None else {}

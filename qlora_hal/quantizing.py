@@ -178,8 +178,8 @@ def cached(
     options: Mapping[str, object],
     tell: Tell,
 ) -> ModelSource:
-    """The quantized model out of the cache, made first where it is not there."""
-    from qlora_hal.quantized_folder import read_quantized
+    """The quantized model out of the cache, made first where it is not there, or not whole any more."""
+    from qlora_hal.quantized_folder import read_quantized, set_aside
 
     quantizer = open_quantizer(spec)
     identity = identity_of(source, spec, recipe, calibration, quantizer.versions(options))
@@ -189,6 +189,8 @@ def cached(
     if found is not None:
         tell(f"the base was quantized before, found again in {folder}")
         return found
+    if aside := set_aside(folder):
+        tell(f"the base was quantized before, but {folder} is damaged: kept as {aside.name}, remove it when you like")
     return quantize_into(folder, source, spec, recipe, calibration, options, tell)
 
 

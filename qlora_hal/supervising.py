@@ -74,7 +74,7 @@ def run_in_child(verb: str, request: Mapping[str, object], run_dir: Path, consol
             raise _ended(child.returncode, run_dir)
         found: Mapping[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
     if "error" in found:
-        raise _error_from(found["error"])
+        raise error_from(found["error"])
     return _result_from(found["result"])
 
 
@@ -111,7 +111,14 @@ def _ended(status: int, run_dir: Path) -> OutOfMemoryError:
     )
 
 
-def _error_from(told: Mapping[str, Any]) -> QloraHalError:
+def told_of(error: QloraHalError) -> dict[str, object]:
+    """An error as JSON holds it on its way between processes; `error_from` reads it."""
+    told = {name: getattr(error, name) for name in ("code", "message", "where", "cause", "fix", "context")}
+    return {"class": type(error).__name__, **told}
+
+
+def error_from(told: Mapping[str, Any]) -> QloraHalError:
+    """The error that `told_of` wrote down in another process."""
     from qlora_hal import errors
 
     kind = getattr(errors, told["class"], QloraHalError)
@@ -142,8 +149,7 @@ def main() -> int:
     try:
         result = _carried_out(given["verb"], given["request"], given["console"])
     except QloraHalError as error:
-        told = {name: getattr(error, name) for name in ("code", "message", "where", "cause", "fix", "context")}
-        content: dict[str, object] = {"error": {"class": type(error).__name__, **told}}
+        content: dict[str, object] = {"error": told_of(error)}
     else:
         content = {"result": asdict(result)}
     Path(given["answer"]).write_text(json.dumps(content, default=str), encoding="utf-8")

@@ -46,7 +46,7 @@ class Batch:
     @property
     def is_packed(self) -> bool:
         """Whether any row holds more than one sample."""
-        return bool(self.segment_ids.size) and int(self.segment_ids.max()) > 1
+        return bool((self.segment_ids > 1).any())
 
 
 @dataclass(frozen=True, slots=True)

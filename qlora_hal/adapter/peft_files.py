@@ -20,6 +20,7 @@ from qlora_hal.adapter.naming import module_of
 from qlora_hal.adapter.targets import shortest_names
 from qlora_hal.durable_files import Chunk
 from qlora_hal.errors import AdapterError, StorageError, UnsafeInputError
+from qlora_hal.model.safety import conversion_command
 from qlora_hal.values import Adapter, AdapterConfig
 
 __all__ = ["adapter_files", "check_base", "check_fits", "read_adapter", "read_provenance", "write_adapter"]
@@ -231,7 +232,7 @@ def _read_tensors(folder: Path) -> safe_tensors_file.TensorFile:
             "QH-C17",
             f"{folder} holds its tensors only as {pickled[0]}, a pickle, which can run code when opened.",
             where=str(folder / pickled[0]),
-            fix=f"Ask its author for {TENSORS_FILE}, or convert it in a sandbox with torch.load(weights_only=True).",
+            fix=f"Convert it once: {conversion_command(str(folder))}",
         )
     try:
         return safe_tensors_file.read_arrays(path)

@@ -13,6 +13,7 @@ SETTINGS = "Settings and help"
 VERBS: Mapping[str, tuple[str, str]] = {
     "train": (TRAINING, "Train an adapter."),
     "resume": (TRAINING, "Go on with a run that was stopped."),
+    "unpickle": (TRAINING, "Turn pickled weights into safetensors, without running what they hold."),
     "quantize": (TRAINING, "Quantize a model with calibration (int4_gptq)."),
     "chat": (TRAINING, "Talk to the base model and the trained one, side by side."),
     "generate": (TRAINING, "Answer one prompt with and without the adapter."),

@@ -42,7 +42,7 @@ def doctor(
         *proofs(reports, timeout),
         storage_finding(output_dir),
         disk_finding(output_dir),
-        memory_finding(machine.memory_available_bytes),
+        memory_finding(machine.memory_available_bytes, machine.memory_pressure),
     ]
     if backend is None:
         findings.append(accelerator_finding(reports))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from qlora_hal.mac_memory import REMEDY
 from qlora_hal.report import figures
 
 FREE_DISK_BYTES = 5 * 2**30
@@ -79,8 +80,10 @@ def disk_finding(folder: Path) -> Finding:
     return Finding("disk", verdict, f"{figures.size(free)} free", "Free space, or choose another disk.")
 
 
-def memory_finding(available: int | None) -> Finding:
-    """Room in the machine's own memory, which loading passes through."""
+def memory_finding(available: int | None, pressure: str = "") -> Finding:
+    """Room in the machine's own memory, which loading passes through; `pressure` is what a Mac says of it."""
+    if pressure:
+        return Finding("memory", Verdict.WARN, f"{figures.size(available)} available; {pressure}", REMEDY)
     if available is None:
         return Finding("memory", Verdict.WARN, "the system does not say how much is available")
     verdict = Verdict.PASS if available >= FREE_MEMORY_BYTES else Verdict.WARN

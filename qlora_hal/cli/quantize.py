@@ -32,7 +32,9 @@ def quantize(
     format: Annotated[str, Parameter(help="The format; int4_gptq is the one that needs calibration.")] = "int4_gptq",
     group_size: Annotated[int, Parameter(help="Inputs that share a scale; -1: all of them.")] = 128,
     bits: Annotated[int, Parameter(help="4; others are refused.")] = BITS,
-    asymmetric: Annotated[bool, Switch, Parameter(help="Zero points of their own (format gptq_v2).")] = False,
+    asymmetric: Annotated[
+        bool, Switch, Parameter(help="Zero points of their own (format gptq_v2; with auto_gptq: gptq).")
+    ] = False,
     act_order: Annotated[bool, Switch, Parameter(help="Solve inputs in order of activation (desc_act).")] = False,
     rows: Annotated[int, Parameter(help="At most so many rows.")] = CALIBRATION_ROWS,
     max_seq_length: Annotated[int, Parameter(help="Longest row in tokens.")] = CALIBRATION_TOKENS,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qlora_hal import durable_files, strict_json
+from qlora_hal import durable_files, new_folder, strict_json
 from qlora_hal.adapter.fitting import check_fits
 from qlora_hal.merging import folder as model_folder
 from qlora_hal.merging import placing
@@ -28,9 +28,9 @@ from qlora_hal.merging.reference import Closeness, Reference
 from qlora_hal.merging.requantizing import opened_requantized, requantized
 from qlora_hal.merging.request import MergeRequest, MergeResult, check_request
 from qlora_hal.merging.rounding import DTYPE_BYTES
-from qlora_hal.merging.shards import SHARD_BYTES, write_shards
 from qlora_hal.merging.weights import BaseFiles, BaseWeight, MergedModel
 from qlora_hal.model.facts import read_facts
+from qlora_hal.model.shards import SHARD_BYTES, write_shards
 from qlora_hal.model.source import ModelSource
 from qlora_hal.model.weight_files import read_headers
 from qlora_hal.values import Float32
@@ -238,7 +238,7 @@ class Merge:
         card = model_folder.model_card(record, shown_name(self._source.name), report_rows(record))
         durable_files.write_new(folder / model_folder.RECORD_FILE, [strict_json.encode(record)])
         (folder / model_folder.CARD_FILE).write_text(card, encoding="utf-8")
-        placing.put_in_place(folder, self._request.out)
+        new_folder.put_in_place(folder, self._request.out)
 
 
 def _dequantized_weight(trainer: GuardedTrainer) -> BaseWeight:

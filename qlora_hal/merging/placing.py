@@ -1,13 +1,12 @@
-"""Where the merged model goes: checked before any work, built beside its place, and put there by one rename."""
+"""Where the merged model goes, checked before any work."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from qlora_hal import durable_files
+from qlora_hal import durable_files, new_folder
 from qlora_hal.errors import StorageError
 from qlora_hal.output_path import writable_folder
 from qlora_hal.report import figures
@@ -26,11 +25,8 @@ def check_free(out: Path) -> list[str]:
             cause="A merged model never replaces another, or mixes with other files.",
             fix="Name another folder, or remove this one.",
         )
-    parent = writable_folder(out.absolute().parent)
-    left = sorted(path for path in parent.glob(f"{_STAGING}{out.name}-*") if path.is_dir())
-    return [
-        f"an interrupted merge left {path} ({figures.size(durable_files.tree_bytes(path))}); remove it" for path in left
-    ]
+    writable_folder(out.absolute().parent)
+    return new_folder.left_behind(out, prefix=_STAGING, what="an interrupted merge")
 
 
 def check_space(out: Path, needed: int, *, candidates: int) -> None:
@@ -51,28 +47,6 @@ def check_space(out: Path, needed: int, *, candidates: int) -> None:
     )
 
 
-@contextmanager
-def staging(out: Path) -> Iterator[Path]:
+def staging(out: Path) -> AbstractContextManager[Path]:
     """A folder beside `out`, gone at the end whatever happens. OSError inside becomes StorageError QH-S09 or QH-S11."""
-    folder = out.absolute().parent / f"{_STAGING}{out.name}-{durable_files.unique_name()}"
-    try:
-        folder.mkdir()
-        yield folder
-    except OSError as problem:
-        raise durable_files.storage_error(problem, out, what="the merged model") from problem
-    finally:
-        with suppress(OSError):
-            durable_files.remove_tree(folder)
-
-
-def put_in_place(folder: Path, out: Path) -> None:
-    """Give a finished folder its name. Raises OSError."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with path.open("rb+") as stream:
-                durable_files.flush_to_medium(stream.fileno())
-    durable_files.flush_folder(folder)
-    if out.is_dir():
-        out.rmdir()  # empty, or it fails
-    folder.rename(out)
-    durable_files.flush_folder(out.absolute().parent)
+    return new_folder.staging(out, prefix=_STAGING, what="the merged model")

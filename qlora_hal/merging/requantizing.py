@@ -21,9 +21,9 @@ from qlora_hal.capabilities import Feature, Needs, WeightFormat
 from qlora_hal.errors import UnsupportedFeatureError
 from qlora_hal.merging import nf4_codes
 from qlora_hal.merging.comparing import without_effect
-from qlora_hal.merging.shards import write_shards
-from qlora_hal.merging.weights import Array, BaseFiles, MergedTensor
+from qlora_hal.merging.weights import BaseFiles, MergedTensor
 from qlora_hal.model.facts import ModelFacts, read_facts
+from qlora_hal.model.shards import Array, write_shards
 from qlora_hal.model.source import ModelSource
 from qlora_hal.model.weight_files import read_headers
 

@@ -10,10 +10,8 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key
 from qlora_hal.errors import ModelError, NumericsError
@@ -21,10 +19,10 @@ from qlora_hal.merging.packed_modules import PackedModules
 from qlora_hal.merging.rounding import DTYPE_BYTES, SAFETENSORS_DTYPE, is_finite, rounded
 from qlora_hal.model.facts import FLOATING_DTYPES, ModelFacts
 from qlora_hal.model.safetensors_headers import Header
+from qlora_hal.model.shards import Array, PlannedTensor
 from qlora_hal.safe_tensors_file import TensorEntry
 from qlora_hal.values import Adapter, Float32
 
-Array = npt.NDArray[Any]
 BaseWeight = Callable[[str], Float32]
 """Module path -> its base weight `[out, in]` in float32, in an array of the caller's own."""
 
@@ -36,13 +34,9 @@ _NUMPY_DTYPES: Mapping[str, str] = {
 
 
 @dataclass(frozen=True, slots=True)
-class MergedTensor:
-    """A tensor of the merged model before it is made. `module` is the linear layer whose weight it is, else ""."""
+class MergedTensor(PlannedTensor):
+    """A tensor of the merged model. `module` is the linear layer whose weight it is, else ""."""
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    byte_count: int
     module: str = ""
 
 

@@ -63,7 +63,7 @@ def fetch_snapshot(
         return _cached(repository, revision, patterns, "HF_HUB_OFFLINE is set", None)
     try:
         sizes = _with_retries(lambda: _listed(repository, revision), retries)
-        refuse_pickle_only(sizes, where=repository)
+        refuse_pickle_only(sizes, where=repository, on_hub=True)
         path = _with_retries(lambda: _downloaded(repository, revision, patterns), retries)
         _complete(repository, path, sizes, retries)
     except _PassingFailure as failure:

@@ -2,46 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import shlex
+from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 
 from qlora_hal.errors import UnsafeInputError
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
-_NO_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "scheduler.bin", "scaler.pt", "scheduler.pt"})
+NO_WEIGHTS = frozenset(
+    {
+        "training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.bin", "scheduler.pt", "scaler.pt",
+        "rng_state.pth", "random_states_0.pkl",
+    }
+)  # fmt: skip
+"""Pickles that trainers leave beside a model."""
 
 
-def refuse_pickle_only(file_names: Iterable[str], where: str) -> None:
-    """Raise UnsafeInputError QH-C17 when the only weights among `file_names` are pickle files."""
+def refuse_pickle_only(file_names: Iterable[str], where: str, *, on_hub: bool = False) -> None:
+    """Raise UnsafeInputError QH-C17 when the only weights among `file_names` are pickle files; `where` they lie is a
+    folder, or with `on_hub` a repository."""
     names = [PurePosixPath(name) for name in file_names]
     if any(name.suffix == ".safetensors" for name in names):
         return
-    pickles = [n.name for n in names if n.suffix in PICKLE_SUFFIXES and n.name not in _NO_WEIGHTS]
+    pickles = [n.name for n in names if n.suffix in PICKLE_SUFFIXES and n.name not in NO_WEIGHTS]
     if pickles:
         raise UnsafeInputError(
             "QH-C17",
             f"The model's weights are pickle files only ({', '.join(pickles[:4])}); safetensors are expected.",
             where=where,
             cause="Unpickling runs any code that the file holds, so this process never does it.",
-            fix="Choose a version with safetensors; or, in a copy of its folder, in a process without network and with "
-            f"torch 2.6 or newer, convert them once: {conversion_command(pickles)}",
+            fix=f"Choose a version with safetensors, or convert them once: {conversion_command(where, on_hub=on_hub)}",
             context={"files": pickles},
         )
 
 
-def conversion_command(pickles: Sequence[str]) -> str:
-    """A command that turns the pickle weights of the current folder into model.safetensors without running their code.
-
-    It names files by pattern only: a name out of a foreign repository has no place in a line that people paste.
-    """
-    usual = all(name.startswith("pytorch_model") for name in pickles)
-    pattern = "pytorch_model*.bin" if usual else "*" + PurePosixPath(pickles[0]).suffix
-    return (
-        'python -c "import glob, torch; from safetensors.torch import save_file; '
-        f"parts = [torch.load(f, map_location='cpu', weights_only=True) for f in sorted(glob.glob('{pattern}'))]; "
-        "save_file({k: v.clone().contiguous() for part in parts for k, v in part.items()}, 'model.safetensors', "
-        "metadata={'format': 'pt'})\""
-    )
+def conversion_command(where: str, *, on_hub: bool = False) -> str:
+    """The command that turns pickled weights into safetensors without running what they hold."""
+    if on_hub:
+        return f"hf download {shlex.quote(where)} --local-dir pickled, then qlora-hal unpickle pickled converted"
+    return f"qlora-hal unpickle {shlex.quote(where)} {shlex.quote(where.rstrip('/') + '-safetensors')}"
 
 
 def refuse_remote_code(

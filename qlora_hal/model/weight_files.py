@@ -47,7 +47,19 @@ def read_headers(folder: Path) -> tuple[Header, ...]:
 
 
 def _sharded(folder: Path, index: Path) -> tuple[Header, ...]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_weight_map(index)
+    headers = tuple(read_header(folder / name) for name in sorted(set(weight_map.values())))
+    _check_index(folder, weight_map, headers)
+    return headers
+
+
+def read_weight_map(index: Path) -> Mapping[str, str]:
+    """Tensor name -> file name of an index whose files are all in its folder.
+
+    Raises ModelError QH-C04 for files that are not, QH-C70; UnsafeInputError QH-C15 for a map that is none, or names a
+    file elsewhere.
+    """
+    folder, weight_map = index.parent, read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise malformed(index, "no weight_map from tensor names to file names")
     shards = sorted(set(weight_map.values()))
@@ -63,9 +75,7 @@ def _sharded(folder: Path, index: Path) -> tuple[Header, ...]:
             fix="Get the missing files from the model's source.",
             context={"missing": missing},
         )
-    headers = tuple(read_header(folder / name) for name in shards)
-    _check_index(folder, weight_map, headers)
-    return headers
+    return weight_map
 
 
 def _check_index(folder: Path, weight_map: Mapping[str, str], headers: tuple[Header, ...]) -> None:
@@ -75,6 +85,11 @@ def _check_index(folder: Path, weight_map: Mapping[str, str], headers: tuple[Hea
             if name in found:
                 raise malformed(header.path, f"the tensor {name!r} that {found[name]} holds too")
             found[name] = header.path.name
+    refuse_absent(folder, weight_map, found)
+
+
+def refuse_absent(folder: Path, weight_map: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Raise ModelError QH-C04 for tensors that are not in the file that the index names; `found` is where they are."""
     absent = [name for name, shard in weight_map.items() if found.get(name) != shard]
     if absent:
         raise ModelError(

@@ -162,8 +162,13 @@ def redacted(value: object, secrets: Sequence[str] | None = None) -> object:
 
 def environment_secrets(environ: Mapping[str, str]) -> tuple[str, ...]:
     """Values of environment variables whose names say that they are secret, longest first."""
-    values = (value for name, value in environ.items() if _SECRET_KEY.search(name) and len(value) >= 8)
+    values = (value for name, value in environ.items() if is_secret_name(name) and len(value) >= 8)
     return tuple(sorted(values, key=len, reverse=True))
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether the name of a setting or of an environment variable says that its value is secret."""
+    return _SECRET_KEY.search(name) is not None
 
 
 _SECRET_KEY = re.compile(r"(?i)(^|_|-|\.)(token|api_?key|secret|password|passwd|credential)s?$")

@@ -16,10 +16,13 @@ from gptq_auto.checkpoints import DATA, KINDS, largest_gap_to_the_library, losse
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from qlora_hal.backend import CalibrationJob, Quantization
+from qlora_hal.capabilities import WeightFormat
 from qlora_hal.errors import ModelError
 from qlora_hal_backends.gptq_int4.auto_gptq_engine import load_weight
 from qlora_hal_backends.gptq_int4.auto_gptq_solver import quantize
 from qlora_hal_backends.gptq_int4.engines import GptqSettings, PackedLinear, QuantizationJob
+from qlora_hal_backends.gptq_int4.quantizing import GptqQuantizer
 from qlora_hal_backends.torch_family.transformers_versions import read_config
 from qlora_hal_conformance.oracle import GptqWeight, ZeroPointConvention, dequantize_gptq
 from qlora_hal_conformance.tiny_models import SHAPES, TinyModel, draw_tensors, linear_shapes, write_model
@@ -121,6 +124,43 @@ def test_solver_fits_the_weights_to_the_calibration(
         # A 4-bit grid over a whole row of normal weights (range about 6 sigma) leaves a step of 0.4 sigma, and 0.12
         # sigma of rounding error; the solver trades up to twice of it for a better product.
         assert np.linalg.norm(weight - original) < 0.25 * np.linalg.norm(original)
+
+
+def recipe_in_a_child(model: TinyModel, folder: Path, *, symmetric: bool) -> None:
+    """What `qlora-hal quantize --engine auto_gptq` does."""
+    folder.mkdir()
+    calibration, storage = rows(model.shape.vocab_size, *[32] * 12), Quantization(WeightFormat.INT4_GPTQ, 64)
+    job = CalibrationJob(
+        model.folder, folder, calibration, storage, symmetric=symmetric, options={"engine": "auto_gptq"}
+    )
+    GptqQuantizer().quantize(job, lambda text: None)
+
+
+def test_asymmetric_weights_are_written_in_the_format_that_the_library_has(plain: TinyModel, tmp_path: Path) -> None:
+    """Sixteen levels from the smallest to the largest weight lie closer than sixteen around zero."""
+    errors = {}
+    for symmetric in (True, False):
+        folder = tmp_path / str(symmetric)
+        recipe_in_a_child(plain, folder, symmetric=symmetric)
+        told = json.loads((folder / "config.json").read_text())["quantization_config"]
+        assert (told["checkpoint_format"], told["sym"]) == ("gptq", symmetric)
+        with opened(folder) as trainer:
+            found = weights_of(trainer)
+        originals = {name: plain.tensors[f"{name}.weight"] for name in found}
+        errors[symmetric] = sum(np.linalg.norm(found[name] - original) for name, original in originals.items())
+    assert errors[False] < errors[True]
+
+
+def test_a_group_without_a_negative_weight_is_refused_for_asymmetric_codes(tmp_path: Path) -> None:
+    """Its zero point is 0, which v1 cannot hold; the error comes out of the child as it is."""
+    tensors = draw_tensors(SHAPES[2], np.random.default_rng(5))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors[name][:, :64] = np.abs(tensors[name][:, :64]) + 0.1
+    model = write_model(tmp_path / "positive", SHAPES[2], tensors, stored_dtype="bfloat16")
+    with pytest.raises(ModelError, match="zero point of 0") as caught:
+        recipe_in_a_child(model, tmp_path / "out", symmetric=False)
+    assert (caught.value.code, caught.value.exit_status) == ("QH-C74", 5)
+    assert "symmetric groups, or use the engine gptqmodel" in caught.value.fix
 
 
 def test_everything_but_the_linear_layers_is_kept_as_it_was(plain: TinyModel, tmp_path: Path) -> None:

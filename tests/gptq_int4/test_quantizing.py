@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,9 +135,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 STAND_IN = replace(SPEC, quantizer="gptq_int4.stand_in:StandIn")
 
 
-def found(plain: TinyModel, rows: list[list[int]] = ROWS, spec: BackendSpec = STAND_IN, **recipe: Any) -> ModelSource:
+def found(
+    plain: TinyModel,
+    rows: list[list[int]] = ROWS,
+    spec: BackendSpec = STAND_IN,
+    tell: Callable[[str], None] = lambda text: None,
+    **recipe: Any,
+) -> ModelSource:
     calibration = checked_calibration(rows, context=512, where="a test")
-    return cached(plain.source, spec, Recipe(STORAGE, **recipe), calibration, {}, lambda text: None)
+    return cached(plain.source, spec, Recipe(STORAGE, **recipe), calibration, {}, tell)
 
 
 def test_a_result_is_found_again_until_something_that_matters_changes(plain: TinyModel, cache: Path) -> None:
@@ -151,12 +157,21 @@ def test_a_result_is_found_again_until_something_that_matters_changes(plain: Tin
     assert len({first.path, *(other.path for other in others)}) == 5
 
 
-def test_a_damaged_result_is_not_taken(plain: TinyModel, cache: Path) -> None:
+@pytest.mark.parametrize("damaged", ["model.safetensors", MANIFEST_FILE])
+def test_a_damaged_result_is_set_aside_and_made_again(plain: TinyModel, cache: Path, damaged: str) -> None:
     first = found(plain)
-    weights = first.path / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-64])
-    with pytest.raises(QloraHalError, match="is not empty"):
-        found(plain)
+    before = (first.path / "model.safetensors").read_bytes()
+    short = (first.path / damaged).read_bytes()[:-64]
+    (first.path / damaged).write_bytes(short)
+    told: list[str] = []
+    again = found(plain, tell=told.append)
+    assert (again.path, StandIn.asked) == (first.path, 2)
+    assert (again.path / "model.safetensors").read_bytes() == before
+    (aside,) = (path for path in cache.iterdir() if path != again.path)
+    assert (aside / damaged).read_bytes() == short
+    assert f"{again.path} is damaged: kept as {aside.name}" in told[0]
+    assert found(plain).path == again.path
+    assert StandIn.asked == 2
 
 
 def test_what_an_engine_leaves_beside_the_model_is_dropped(plain: TinyModel, cache: Path) -> None:

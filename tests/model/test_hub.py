@@ -133,6 +133,7 @@ def test_a_pickle_only_hub_model_is_refused_before_anything_is_fetched(client: C
         answer = client.resolve(hub.address)
         assert (answer["code"], answer["exit_status"]) == ("QH-C17", 10)
         assert "pytorch_model.bin" in answer["message"]
+        assert "--local-dir pickled, then qlora-hal unpickle pickled converted" in answer["help"]
         assert not any("/resolve/" in path for path in hub.requests)
 
 

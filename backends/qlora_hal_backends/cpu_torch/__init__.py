@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qlora_hal.backend import BackendSpec, ProbeReport
-from qlora_hal_backends.torch_family.platform import CPU, TORCH_OPTIONS
+from qlora_hal_backends.torch_family.platform import CPU, MEMORY, TORCH_OPTIONS
 
 
 def probe() -> ProbeReport:
@@ -23,5 +23,5 @@ SPEC = BackendSpec(
     uses_accelerator=CPU.uses_accelerator,
     option_choices=TORCH_OPTIONS,
     notes=CPU.optimizer_notes,
-    memory=CPU.memory(),
+    memory=MEMORY,
 )

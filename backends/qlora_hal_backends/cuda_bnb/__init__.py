@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qlora_hal.backend import BackendSpec, ProbeReport
-from qlora_hal_backends.torch_family.platform import CUDA, TORCH_OPTIONS
+from qlora_hal_backends.torch_family.platform import CUDA, MEMORY, TORCH_OPTIONS, fused_path
 
 
 def probe() -> ProbeReport:
@@ -23,5 +23,6 @@ SPEC = BackendSpec(
     uses_accelerator=CUDA.uses_accelerator,
     option_choices=TORCH_OPTIONS,
     notes=CUDA.optimizer_notes,
-    memory=CUDA.memory(),
+    memory=MEMORY,
+    fast_path=fused_path(MEMORY),
 )

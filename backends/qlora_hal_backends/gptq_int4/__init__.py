@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qlora_hal.backend import BackendSpec, ProbeReport
 from qlora_hal_backends.gptq_int4.platforms import CAPABILITIES, CPU, MEMORY, NAME, OPTIONS, PRIORITY, TITLE
+from qlora_hal_backends.torch_family.platform import fused_path
 
 
 def probe() -> ProbeReport:
@@ -23,5 +24,6 @@ SPEC = BackendSpec(
     option_choices=OPTIONS,
     notes=CPU.optimizer_notes,
     memory=MEMORY,
+    fast_path=fused_path(MEMORY),
     quantizer="qlora_hal_backends.gptq_int4.quantizing:GptqQuantizer",
 )

@@ -112,7 +112,7 @@ class Engine:
     own. `kernels` are those that training can run on, best first; `inference_only_kernels` are the names that people
     ask for and that have no backward pass. `environment` is set in a process that quantizes, before it imports the
     library. `install` is the line that helps where the engine is missing, `needed_for` says who needs it where another
-    engine is there.
+    engine is there. `asymmetric_format` is what it writes asymmetric weights in.
     """
 
     name: str
@@ -124,6 +124,7 @@ class Engine:
     install: str
     environment: Mapping[str, str] = field(default_factory=dict)
     needed_for: str = ""
+    asymmetric_format: CheckpointFormat = "gptq_v2"
 
     @property
     def distribution(self) -> str:
@@ -172,6 +173,7 @@ AUTO_GPTQ = Engine(
     kernels=(Kernel("cuda_old", ("cpu", "cuda"), act_order=False), Kernel("cuda", ("cpu", "cuda"))),
     inference_only_kernels=("marlin", "exllama", "exllamav2", "qigen"),
     install=_AUTO_GPTQ_INSTALL,
+    asymmetric_format="gptq",  # it knows no other, and refuses to write a zero point of 0
     needed_for="Checkpoints of auto-gptq load here as they are. Only to quantize or train with auto-gptq 0.7.1 itself "
     f"an environment of its own is needed: {_AUTO_GPTQ_INSTALL}",
 )

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from qlora_hal.backend import CalibrationJob
 from qlora_hal.errors import BackendError, ModelError
+from qlora_hal.supervising import error_from
 from qlora_hal_backends.gptq_int4.engines import Engine, GptqSettings, QuantizationJob, chosen_kernel, installed_engine
 
 CHILD = "qlora_hal_backends.gptq_int4.quantizing_child"
@@ -38,7 +39,8 @@ class GptqQuantizer:
         return {name: importlib.metadata.version(name) for name in (engine.distribution, "torch", "transformers")}
 
     def quantize(self, job: CalibrationJob, tell: Callable[[str], None]) -> None:
-        """Run the engine in a child. Raises ModelError QH-C75, BackendError QH-E62, UnsupportedFeatureError QH-E60."""
+        """Run the engine in a child. Raises ModelError (QH-C75; of auto-gptq QH-M55, QH-C74), BackendError QH-E62,
+        UnsupportedFeatureError QH-E60."""
         engine = installed_engine(job.options.get("engine", "auto"))
         check_group_size(job)
         settings = GptqSettings(
@@ -46,7 +48,7 @@ class GptqQuantizer:
             symmetric=job.symmetric,
             act_order=job.act_order,
             # v1 cannot hold a zero point of 0, which only asymmetric groups have; v1 is what every reader knows.
-            checkpoint_format="gptq" if job.symmetric else "gptq_v2",
+            checkpoint_format="gptq" if job.symmetric else engine.asymmetric_format,
         )
         with tempfile.TemporaryDirectory(prefix="qlora_hal-gptq-") as folder:
             path = Path(folder) / "job.json"
@@ -126,25 +128,29 @@ def _run_child(engine: Engine, job: Path, folder: Path, tell: Callable[[str], No
         ) as child,
     ):
         try:
-            failure = _followed(child, tell)
+            last = _followed(child, tell)
             status = child.wait()
         finally:
             child.kill()  # where this process is being stopped; a finished child takes no harm
-    if status or failure:
+    if refusal := last.get("refusal"):
+        raise error_from(refusal)
+    if status or last:
+        failure = last.get("failure", {})
         raise _failed(engine, status, failure, errors.read_text(encoding="utf-8", errors="replace"))
 
 
-def _followed(child: subprocess.Popen[str], tell: Callable[[str], None]) -> Mapping[str, str]:
-    """Pass on what the child says of its progress; what it says of its failure, if it fails."""
-    failure: Mapping[str, str] = {}
+def _followed(child: subprocess.Popen[str], tell: Callable[[str], None]) -> Mapping[str, Mapping[str, str]]:
+    """Pass on what the child says of its progress; what it says of its failure, if it fails: `refusal` is an error of
+    ours, `failure` one of the engine's."""
+    last: Mapping[str, Mapping[str, str]] = {}
     assert child.stdout is not None
     for line in child.stdout:
         said = json.loads(line)
-        if "failure" in said:
-            failure = said["failure"]
-        else:
+        if "what" in said:
             tell(f"{said['what']}: {said['done']} of {said['total']}")
-    return failure
+        else:
+            last = said
+    return last
 
 
 def _failed(engine: Engine, status: int, failure: Mapping[str, str], stderr: str) -> BackendError:

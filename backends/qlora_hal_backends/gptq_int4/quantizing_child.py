@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import TextIO, cast
 
+from qlora_hal.errors import QloraHalError
+from qlora_hal.supervising import told_of
 from qlora_hal_backends.gptq_int4.engines import Quantize, installed_engine, load_function
 from qlora_hal_backends.gptq_int4.quantizing import job_from_json
 
@@ -29,6 +31,9 @@ def main(path: Path) -> int:
 
     try:
         cast(Quantize, load_function(installed_engine(name).quantize))(job, report)
+    except QloraHalError as error:
+        print(json.dumps({"refusal": told_of(error)}), file=said, flush=True)
+        return 1
     except Exception as error:
         import traceback
 

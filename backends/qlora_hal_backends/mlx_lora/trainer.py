@@ -76,6 +76,7 @@ class MLXLoRATrainer(QuantizedLoRATrainer):
         check_served(self.spec, quantization, compute, prequantized=source.facts.prequantized is not None)
         self.close()
         self._compute = compute
+        device.keep_compiled_code_private()
         device.respect_memory_limit()
         mx.reset_peak_memory()
         with self._memory_named("loading the base"):
@@ -87,9 +88,9 @@ class MLXLoRATrainer(QuantizedLoRATrainer):
         return {name: (inputs, outputs) for name, (outputs, inputs) in shapes.items()}
 
     def attach(self, adapter: Adapter, optimizer: str = "adamw") -> None:
-        check_fits(adapter, self.linear_modules(), where=f"the adapter for {self.spec.name}")
         check_optimizer(optimizer, self.spec)
         with self._memory_named("attaching the adapter"):
+            check_fits(adapter, self.linear_modules(), where=f"the adapter for {self.spec.name}")
             self._place(adapter)
             tensors = {name: to_device(tensor) for name, tensor in adapter.tensors.items()}
             mx.eval(*tensors.values())

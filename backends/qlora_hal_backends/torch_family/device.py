@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform as python_platform
-import resource
 import sys
+from contextlib import suppress
 
 import torch
 
@@ -50,12 +50,27 @@ def describe_device(platform: TorchPlatform, device: torch.device, decoding: str
     return DeviceFacts(_processor_name(), versions, f"{decoding}, torch CPU products")
 
 
+def forget_peak_memory(device: torch.device) -> None:
+    """From here on `peak_memory_bytes` counts anew, where the system allows it: macOS and MPS do not."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif device.type == "cpu" and sys.platform == "linux":
+        with suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as counters:
+            counters.write("5")  # the peak resident size becomes the present one (proc(5))
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Highest memory since load: allocated on a GPU, resident in this process on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     if device.type == "mps":
         return int(torch.mps.driver_allocated_memory())
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)  # bytes on macOS, KiB on Linux (getrusage(2))
 

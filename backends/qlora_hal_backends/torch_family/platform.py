@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Literal
 
 from qlora_hal.capabilities import Capabilities, Feature, WeightFormat
-from qlora_hal.memory_constants import MemoryConstants
+from qlora_hal.memory_constants import FastPath, MemoryConstants
 
 TorchDevice = Literal["cuda", "rocm", "mps", "cpu"]
 
@@ -24,6 +25,29 @@ plain keeps transformers' own layers where the fused ones would serve."""
 
 LOSS_CHUNK_ROWS = 2048
 """Rows of hidden states whose logits are made at a time."""
+
+
+MEMORY = MemoryConstants(cross_entropy_rows=LOSS_CHUNK_ROWS)
+"""Of transformers' layers. The head's loss is computed in chunks, so the logits of a batch never stand whole."""
+
+FUSED_ARCHITECTURES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+"""`model_type` of the layers that `fused.supported` names."""
+
+
+def fused_path(memory: MemoryConstants) -> FastPath | None:
+    """What the fused layers change: they keep their matrix products and nothing elementwise (`fused.decoder_layer`).
+    Gate, up, their product and the gradients of all three are alive in one layer's backward.
+
+    None without Triton. float16 stands for devices that are too old for the kernels: `auto` takes bfloat16 elsewhere.
+    """
+    if find_spec("triton") is None:
+        return None
+    return FastPath(
+        replace(memory, hidden_copies=4.0, feed_forward_copies=2.0, working_layers=1.5),
+        FUSED_ARCHITECTURES,
+        frozenset({"bfloat16"}),
+        unless_options={"layers": "plain", "attention": "eager"},
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +68,6 @@ class TorchPlatform:
     features: frozenset[Feature]
     optimizer_notes: Mapping[str, str]
     uses_accelerator: bool = True
-
-    def memory(self) -> MemoryConstants:
-        """The head's loss is computed in chunks (`head_loss`), so the logits of a batch never stand whole."""
-        return MemoryConstants(cross_entropy_rows=LOSS_CHUNK_ROWS)
 
     def capabilities(self) -> Capabilities:
         four_bit = (WeightFormat.NF4, WeightFormat.FP4)

@@ -36,7 +36,12 @@ from qlora_hal.values import (
     StepStats,
 )
 from qlora_hal_backends.torch_family import fused, loading, step
-from qlora_hal_backends.torch_family.device import describe_device, first_device, peak_memory_bytes
+from qlora_hal_backends.torch_family.device import (
+    describe_device,
+    first_device,
+    forget_peak_memory,
+    peak_memory_bytes,
+)
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
 from qlora_hal_backends.torch_family.generation import greedy
 from qlora_hal_backends.torch_family.optimizer import Optimizer, check_optimizer, make_optimizer
@@ -47,6 +52,9 @@ FIRST_LOSS_SCALE = 2.0**16
 """Where float16 loss scaling starts (Micikevicius et al. 2018); halved at each overflow, the step is redone."""
 SMALLEST_LOSS_SCALE = 2.0**-4
 """Below this an overflow is no matter of scaling: the step is refused."""
+
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "alloc_failed")
+"""How torch's CPU and MPS allocators and cuBLAS word it."""
 
 
 @dataclass(slots=True)
@@ -90,6 +98,7 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         self.close()
         self._compute = compute
         self._loss_scale = FIRST_LOSS_SCALE if compute.dtype == "float16" else 1.0
+        forget_peak_memory(self._device)
         with self._memory_named("loading the base"), torch.no_grad():
             self._base = self._load_base(source, quantization, compute, self._device)
 
@@ -97,9 +106,9 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         return {name: (linear.in_features, linear.out_features) for name, linear in self._loaded.linears.items()}
 
     def attach(self, adapter: Adapter, optimizer: str = "adamw") -> None:
-        check_fits(adapter, self.linear_modules(), where=f"the adapter for {self.spec.name}")
         check_optimizer(optimizer, self.spec)
         with self._memory_named("attaching the adapter"):
+            check_fits(adapter, self.linear_modules(), where=f"the adapter for {self.spec.name}")
             self._loaded_without_adapter()
             dtype = getattr(torch, self._compute.dtype)
             self._flat = FlatAdapter.place(adapter, self._loaded.linears, dtype, self._device)
@@ -200,16 +209,18 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
     # views ---------------------------------------------------------------------------------------------------------
     @torch.no_grad()
     def logits(self, batch: Batch) -> Float32:
-        on_device = step.to_device(batch, self._device)
-        if isinstance(self._fused, fused.FusedBody):
-            states = self._fused.hidden_states(on_device)
-        else:
-            states = step.hidden_states(self._loaded, on_device)
-        return self._loaded.head.logits(states).cpu().numpy()
+        with self._memory_named("a forward pass"):
+            on_device = step.to_device(batch, self._device)
+            if isinstance(self._fused, fused.FusedBody):
+                states = self._fused.hidden_states(on_device)
+            else:
+                states = step.hidden_states(self._loaded, on_device)
+            return self._loaded.head.logits(states).cpu().numpy()
 
     def gradients(self, window: Sequence[Batch]) -> Mapping[str, Float32]:
         token_count = sum(batch.counted_tokens for batch in window)
-        self._window_gradient(window, token_count, dropout_key=None)
+        with self._memory_named("a backward pass"):
+            self._window_gradient(window, token_count, dropout_key=None)
         flat = self._attached
         named = flat.to_host(flat.gradients)
         flat.gradients.zero_()
@@ -237,7 +248,8 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         if switches is not None:
             switches.enabled = adapter
         try:
-            tokens = greedy(self._loaded, prompt, max_new_tokens, frozenset(stop_tokens), self._device)
+            with self._memory_named("generation"):
+                tokens = greedy(self._loaded, prompt, max_new_tokens, frozenset(stop_tokens), self._device)
         finally:
             if switches is not None:
                 switches.enabled = True
@@ -281,9 +293,11 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
     def _memory_named(self, phase: str) -> Iterator[None]:
         try:
             yield
-        except torch.OutOfMemoryError as error:
+        except (MemoryError, RuntimeError) as error:
             # The traceback holds the frames that hold the activations; the core retries only after they are gone.
-            reason = str(error).splitlines()[0]
+            reason = (str(error).splitlines() or ["no message"])[0]
+            if not _tells_of_memory(error):
+                raise
         else:
             return
         if self._flat is not None:
@@ -299,6 +313,12 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
             "training.gradient_checkpointing true.",
             context={"phase": phase},
         )
+
+
+def _tells_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """torch has a class for it on CUDA and ROCm only."""
+    told = str(error).lower()
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in told for words in _OUT_OF_MEMORY)
 
 
 def _out_of_order(first: str) -> BackendContractError:

@@ -13,7 +13,7 @@ import numpy as np
 
 from qlora_hal.adapter.fitting import check_fits
 from qlora_hal.backend import BackendSpec, Compute, DeviceFacts, Quantization, QuantizedLoRATrainer
-from qlora_hal.errors import AdapterError, BackendContractError
+from qlora_hal.errors import AdapterError, BackendContractError, OutOfMemoryError
 from qlora_hal.model.source import ModelSource
 from qlora_hal.values import (
     IGNORE_LABEL,
@@ -92,9 +92,10 @@ class ReferenceTrainer(QuantizedLoRATrainer):
 
     def attach(self, adapter: Adapter, optimizer: str = "adamw") -> None:
         refuse_adapter(self.spec, adapter, optimizer)
-        check_fits(adapter, self.base.linear_modules, where="attach")
-        refuse_untargeted(adapter)
-        parameters = {name: self.rooms.adapter_in(tensor) for name, tensor in sorted(adapter.tensors.items())}
+        with self.memory_named("attaching the adapter"):
+            check_fits(adapter, self.base.linear_modules, where="attach")
+            refuse_untargeted(adapter)
+            parameters = {name: self.rooms.adapter_in(tensor) for name, tensor in sorted(adapter.tensors.items())}
         model = self.rooms.model(self.base.shape, self.base.weights, parameters, self.rooms.scale(adapter.config))
         self._attached = Attached(adapter, parameters, model, AdamWState())
 
@@ -126,9 +127,9 @@ class ReferenceTrainer(QuantizedLoRATrainer):
 
     def gradient_of(self, window: Sequence[Batch], divisor: int, masks_of: MasksOf) -> WindowResult:
         """What both `train_step` and `gradients` are made of."""
-        refuse_batches(self.spec, window)
-        read = [self.rooms.read_batch(batch) for batch in window]
-        with _quiet():
+        with self.memory_named("a training step"), _quiet():
+            refuse_batches(self.spec, window)
+            read = [self.rooms.read_batch(batch) for batch in window]
             return self.rooms.window_gradient(self.attached.model, read, max(divisor, 1), masks_of, self.arithmetic)
 
     def _masks_of(self, key: int) -> MasksOf:
@@ -206,6 +207,19 @@ class ReferenceTrainer(QuantizedLoRATrainer):
         return np.array(tokens[len(prompt) :], dtype=np.int32)
 
     # inside --------------------------------------------------------------------------------------------------------
+    @contextmanager
+    def memory_named(self, phase: str) -> Iterator[None]:
+        """Raises OutOfMemoryError for NumPy's MemoryError."""
+        try:
+            yield
+        except MemoryError as error:
+            raise OutOfMemoryError(
+                "QH-N07",
+                f"{self.spec.name} ran out of memory in {phase}.",
+                cause=str(error),
+                fix="Use smaller batches.",
+            ) from error
+
     @property
     def base(self) -> LoadedBase:
         """Raises BackendContractError before `load`."""

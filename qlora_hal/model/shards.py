@@ -1,32 +1,49 @@
-"""Merged tensors into safetensors files of at most 5 GB, each tensor made, written and dropped."""
+"""A model's tensors into safetensors files of at most 5 GB, each tensor made, written and dropped."""
 
 from __future__ import annotations
 
 import json
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from qlora_hal import durable_files, strict_json
 from qlora_hal.durable_files import Chunk
-from qlora_hal.merging.weights import Array, MergedTensor
 from qlora_hal.model.weight_files import INDEX_FILE, SINGLE_FILE
 
 SHARD_BYTES = 5_000_000_000
 HEADER_BYTES_PER_TENSOR = 200
 
+Array = npt.NDArray[Any]
 
-def total_bytes(tensors: Sequence[MergedTensor]) -> int:
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """A tensor before it is made; `dtype` as safetensors names it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    byte_count: int
+
+
+Planned = TypeVar("Planned", bound=PlannedTensor)
+
+
+def total_bytes(tensors: Sequence[PlannedTensor]) -> int:
     """Bytes of the tensors, and about those of their headers."""
     return sum(tensor.byte_count + HEADER_BYTES_PER_TENSOR for tensor in tensors)
 
 
 def write_shards(
     folder: Path,
-    tensors: Sequence[MergedTensor],
-    value: Callable[[MergedTensor], Array],
+    tensors: Sequence[Planned],
+    value: Callable[[Planned], Array],
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, str]:
@@ -48,8 +65,8 @@ def write_shards(
     return written
 
 
-def _split(tensors: Sequence[MergedTensor], shard_bytes: int) -> list[list[MergedTensor]]:
-    shards: list[list[MergedTensor]] = [[]]
+def _split(tensors: Sequence[Planned], shard_bytes: int) -> list[list[Planned]]:
+    shards: list[list[Planned]] = [[]]
     filled = 0
     for tensor in tensors:
         if shards[-1] and filled + tensor.byte_count > shard_bytes:
@@ -64,7 +81,7 @@ def _shard_names(count: int) -> list[str]:
     return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
 
 
-def _file_chunks(tensors: Sequence[MergedTensor], value: Callable[[MergedTensor], Array]) -> Iterator[Chunk]:
+def _file_chunks(tensors: Sequence[Planned], value: Callable[[Planned], Array]) -> Iterator[Chunk]:
     """The header, then the tensors as they are made; wide dtypes first where the given order would misalign one."""
     ordered = tensors if _is_aligned(tensors) else sorted(tensors, key=lambda tensor: -_item_bytes(tensor))
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -83,7 +100,7 @@ def _file_chunks(tensors: Sequence[MergedTensor], value: Callable[[MergedTensor]
             yield flat.view(np.uint8).data
 
 
-def _is_aligned(tensors: Sequence[MergedTensor]) -> bool:
+def _is_aligned(tensors: Sequence[PlannedTensor]) -> bool:
     begin = 0
     for tensor in tensors:
         if begin % max(_item_bytes(tensor), 1):
@@ -92,7 +109,7 @@ def _is_aligned(tensors: Sequence[MergedTensor]) -> bool:
     return True
 
 
-def _item_bytes(tensor: MergedTensor) -> int:
+def _item_bytes(tensor: PlannedTensor) -> int:
     count = 1
     for side in tensor.shape:
         count *= side
