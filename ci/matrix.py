@@ -38,6 +38,7 @@ class Platform:
     hardware: str
     library: str = ""
     devices: tuple[str, ...] = ()
+    seen: str = ""
 
     def takes(self, document: Document) -> bool:
         device = _mapping(document, "device")
@@ -101,8 +102,8 @@ def support_table(wanted: Sequence[Platform], certificates: Sequence[Document]) 
 
 
 def row_not_run(platform: Platform) -> str:
-    command = f"certify it with `qlora-hal conformance {platform.backend}`"
-    return f"| `{platform.backend}` | {platform.hardware} | {NOT_RUN}: {command} | - | - | - | - | - | - | - |"
+    state = platform.seen or f"{NOT_RUN}: certify it with `qlora-hal conformance {platform.backend}`"
+    return f"| `{platform.backend}` | {platform.hardware} | {state} | - | - | - | - | - | - | - |"
 
 
 def row(platform: Platform, document: Document) -> str:

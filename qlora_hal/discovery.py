@@ -130,12 +130,13 @@ def find(name: str, entries: Sequence[Listed]) -> Listed:
 
 def open_trainer(spec: BackendSpec, options: Mapping[str, object] | None = None) -> QuantizedLoRATrainer:
     """Import the trainer: the first heavy import of a run. Foreign exceptions come out as BackendError. `options` are
-    `backend.options`: some become variables of the environment first."""
+    `backend.options`: some choices, the defaults among them, become variables of the environment first."""
     from importlib import import_module
 
     from qlora_hal.backend import QuantizedLoRATrainer
 
-    for option, choice in (options or {}).items():
+    defaults = {option: choices[0] for option, choices in spec.option_choices.items()}
+    for option, choice in {**defaults, **(options or {})}.items():
         for variable, value in spec.environment.get(option, {}).get(choice, {}).items():
             os.environ.setdefault(variable, value)
     module_name, _, attribute = spec.trainer.partition(":")

@@ -112,7 +112,7 @@ def _check(name: object, value: Any, path: Path) -> None:
 
 
 def plan(pickles: Pickles, job: Mapping[str, Any]) -> tuple[dict[str, list[PlannedTensor]], list[str]]:
-    """(file -> its tensors in order, notes). Raises as `opened`; ModelError QH-C04, QH-C71."""
+    """(file -> its tensors in order, notes). Raises as `opened`; ModelError QH-C79, QH-C71."""
     planned: dict[str, list[PlannedTensor]] = {}
     found: dict[str, str] = {}
     notes: list[str] = []

@@ -131,3 +131,12 @@ def test_readme_without_marks_is_refused(project: Path) -> None:
     result = matrix("--root", str(project))
     assert result.returncode == 1
     assert "end of support table" in result.stderr
+
+
+def test_what_was_seen_without_a_certificate_is_said_in_its_words(project: Path) -> None:
+    listed = project / "ci" / "platforms.toml"
+    listed.write_text(PLATFORMS + 'seen = "not certified: half of it passed"\n')
+    assert matrix("--root", str(project)).returncode == 0
+    (row,) = (line for line in rows(project) if line.startswith("| `far`"))
+    assert "not certified: half of it passed" in row
+    assert "not run" not in row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from qlora_hal.memory import (
     weight_bytes,
 )
 from qlora_hal.memory_cards import GIB, KNOWN_CARDS, apple_working_set, find_card
-from qlora_hal.memory_constants import MemoryConstants
+from qlora_hal.memory_constants import FastPath, MemoryConstants
 from qlora_hal.model.facts import ModelFacts, TensorFacts, read_facts
+from qlora_hal_backends.cuda_bnb import SPEC as CUDA_SPEC
+from qlora_hal_backends.torch_family.platform import FUSED_ARCHITECTURES, fused_memory
 
 
 def llama_facts(layers: int, hidden: int, feed_forward: int, vocabulary: int, heads: int, kv_heads: int) -> ModelFacts:
@@ -196,6 +199,8 @@ def _state_bytes(weight: Any) -> int:
     return int(state.absmax.nbytes + state.code.nbytes + nested)
 
 
+TORCH = CUDA_SPEC.memory
+OURS = fused_memory(TORCH)
 LIGER = MemoryConstants(hidden_copies=6.0, feed_forward_copies=3.0, cross_entropy_rows=256)
 """Fused norm and SwiGLU kernels that keep only their inputs, and a cross-entropy in chunks of 256 tokens."""
 
@@ -210,6 +215,12 @@ MEASURED: dict[str, tuple[ModelFacts, dict[str, Any], MemoryConstants, float]] =
     "8B, fused, no checkpointing": (LLAMA_8B, {"gradient_checkpointing": False}, LIGER, 43.3),
     "8B, fused, micro-batch 1": (LLAMA_8B, {"batch_size": 1}, LIGER, 7.1),
     "65B, fused, micro-batch 1": (LLAMA_65B, {"batch_size": 1}, LIGER, 39.5),
+    # Our own layers, docs/runs/h200_step_8b.json.
+    "8B, our plain layers": (LLAMA_8B, {"gradient_checkpointing": False}, TORCH, 57.77),
+    "8B, our plain layers, micro-batch 1": (LLAMA_8B, {"gradient_checkpointing": False, "batch_size": 1}, TORCH, 20.78),
+    "8B, our fused layers": (LLAMA_8B, {"gradient_checkpointing": False}, OURS, 32.84),
+    "8B, our fused layers, micro-batch 1": (LLAMA_8B, {"gradient_checkpointing": False, "batch_size": 1}, OURS, 13.76),
+    "8B, our fused layers, checkpointing": (LLAMA_8B, {}, OURS, 10.9),
 }
 
 
@@ -224,6 +235,41 @@ def test_estimate_is_within_its_stated_error_of_a_measured_peak(run: str) -> Non
 @pytest.mark.parametrize(("facts", "measured"), [(LLAMA_7B, 3.90), (LLAMA_33B, 17.45), (LLAMA_65B, 34.49)])
 def test_base_weights_agree_with_what_was_measured_on_a_device(facts: ModelFacts, measured: float) -> None:
     assert weight_bytes(facts, WeightFormat.NF4, 64, True, "bfloat16") / 1e9 == pytest.approx(measured, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fast"),
+    [
+        ({}, True),
+        ({"architecture": "gemma"}, False),
+        ({"compute_dtype": "float16"}, False),
+        ({"dropout": 0.1}, False),
+        ({"options": {"layers": "plain"}}, False),
+        ({"options": {"attention": "eager"}}, False),
+        ({"options": {"attention": "sdpa", "layers": "auto"}}, True),
+    ],
+)
+def test_the_fast_path_counts_only_where_it_serves(settings: dict[str, Any], fast: bool) -> None:
+    path = FastPath(OURS, FUSED_ARCHITECTURES, frozenset({"bfloat16"}), {"layers": "plain", "attention": "eager"})
+    asked = {"architecture": "llama", "compute_dtype": "bfloat16", **settings}
+    constants = replace(CUDA_SPEC, fast_path=path).memory_for(
+        asked["architecture"],
+        asked["compute_dtype"],
+        dropout=asked.get("dropout", 0.0),
+        options=asked.get("options"),
+    )
+    assert constants == (OURS if fast else TORCH)
+
+
+def test_logits_and_a_layers_work_are_not_counted_at_once() -> None:
+    """The head is done before the first layer is differentiated; the larger of the two counts."""
+    still = MemoryConstants(cross_entropy_rows=512)
+    little, much = replace(still, working_layers=0.01), replace(still, working_layers=100.0)
+    assert qlora(LLAMA_8B, constants=little).total == qlora(LLAMA_8B, constants=still).total
+    both = qlora(LLAMA_8B, constants=much)
+    kept = qlora(LLAMA_8B, constants=still)
+    one_layer = kept.activations - 32 * 8192 * 4096 * 2  # checkpointing keeps 32 inputs beside one layer
+    assert both.activations + both.logits == pytest.approx(kept.activations + 100 * one_layer, rel=1e-6)
 
 
 # answers ------------------------------------------------------------------------------------------------------------

@@ -11,12 +11,12 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from qlora_hal.backend import CalibrationJob
 from qlora_hal.errors import BackendError, ModelError
+from qlora_hal.scratch_folder import scratch_folder
 from qlora_hal.supervising import error_from
 from qlora_hal_backends.gptq_int4.engines import Engine, GptqSettings, QuantizationJob, chosen_kernel, installed_engine
 
@@ -50,10 +50,10 @@ class GptqQuantizer:
             # v1 cannot hold a zero point of 0, which only asymmetric groups have; v1 is what every reader knows.
             checkpoint_format="gptq" if job.symmetric else engine.asymmetric_format,
         )
-        with tempfile.TemporaryDirectory(prefix="qlora_hal-gptq-") as folder:
-            path = Path(folder) / "job.json"
+        with scratch_folder("qlora_hal-gptq-") as folder:
+            path = folder / "job.json"
             path.write_text(json.dumps(_as_json(job, settings)), encoding="utf-8")
-            _run_child(engine, path, Path(folder), tell)
+            _run_child(engine, path, folder, tell)
 
 
 def check_group_size(job: CalibrationJob) -> None:

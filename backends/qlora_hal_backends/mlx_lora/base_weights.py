@@ -176,5 +176,12 @@ def quantize(weight: mx.array, quantization: Quantization, dtype: Any) -> BaseWe
         codes = quantize_nf4(weight.astype(dtype), block_size=group_size, double_quant=quantization.double_quant)
         return CodebookWeight(codes, dtype)
     known = MLX_FORMATS[weight_format]
-    packed, scales, *biases = mx.quantize(weight.astype(dtype), group_size=group_size, bits=known.bits, mode=known.mode)
+    packed, scales, *biases = mx.quantize(
+        weight.astype(dtype), group_size=group_size, bits=known.bits, mode=known.mode, stream=_quantizing_device()
+    )
     return GroupedWeight(packed, scales, biases[0] if biases else None, group_size, known.bits, known.mode)
+
+
+def _quantizing_device() -> Any:
+    """MLX's CUDA kernel finds other scales than its CPU and Metal kernels do: half a step of some codes on an H200."""
+    return mx.cpu if mx.cuda.is_available() else mx.default_device()

@@ -12,14 +12,21 @@ from qlora_hal.memory_constants import MemoryConstants
 LOSS_CHUNK_ROWS = 1024
 """Rows of hidden states whose logits are made at a time."""
 
-MLX_OPTIONS: Mapping[str, tuple[object, ...]] = {"compile": ("auto", "off"), "command_buffers": ("auto", "small")}
+MLX_OPTIONS: Mapping[str, tuple[object, ...]] = {
+    "compile": ("auto", "off"),
+    "command_buffers": ("auto", "small"),
+    "tf32": ("off", "on"),
+}
 """`backend.options`: `compile` off computes without `mx.compile`, for finding a fault in it. `command_buffers` small is
-for a Mac whose display stutters, or whose watchdog ends a run: Metal then gets its work in smaller pieces."""
+for a Mac whose display stutters, or whose watchdog ends a run: Metal then gets its work in smaller pieces. `tf32` on
+lets a GPU that can multiply float32 with 10 bits of mantissa, which is MLX's own default and not what float32 says."""
 
 MLX_ENVIRONMENT: Mapping[str, Mapping[object, Mapping[str, str]]] = {
-    "command_buffers": {"small": {"MLX_MAX_OPS_PER_BUFFER": "4", "MLX_MAX_MB_PER_BUFFER": "10"}}
+    "command_buffers": {"small": {"MLX_MAX_OPS_PER_BUFFER": "4", "MLX_MAX_MB_PER_BUFFER": "10"}},
+    "tf32": {"off": {"MLX_ENABLE_TF32": "0"}, "on": {"MLX_ENABLE_TF32": "1"}},
 }
-"""Read once by MLX, when it first opens the GPU; its own defaults depend on the GPU, and are several times as large."""
+"""Read once by MLX, when it first opens the GPU; its defaults for buffers depend on the GPU, and are several times as
+large."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +103,8 @@ CAPABILITIES = Capabilities(
 MEMORY = MemoryConstants(
     cross_entropy_rows=LOSS_CHUNK_ROWS,
     attention_scores_kept=True,
-    working_layers=2.25,
+    working_layers=2.25 if IS_CPU else 5.5,
     dequantized_copies=10,
 )
-"""MLX's fused attention has no gradient of its own outside CUDA: the scores of a layer are kept. The other two were
-measured on a CPU with lengths of 32 to 1024: MLX queues up to ten pieces of work, and what they read stays alive."""
+"""MLX's attention keeps the scores of a layer for its gradient. The rest was measured, on a CPU with lengths of 32 to
+1024 and on an NVIDIA H200: MLX queues several pieces of work, and what they read stays alive; on a GPU more of it."""

@@ -29,7 +29,11 @@ from qlora_hal_backends.torch_family.base_weights import (
 )
 from qlora_hal_backends.torch_family.head_loss import Head
 from qlora_hal_backends.torch_family.lora_linear import FrozenLinear
-from qlora_hal_backends.torch_family.transformers_versions import build_causal, read_config
+from qlora_hal_backends.torch_family.transformers_versions import (
+    build_causal,
+    optional_libraries_unheard,
+    read_config,
+)
 
 BITSANDBYTES = "bitsandbytes dequantize"
 
@@ -67,7 +71,8 @@ def load_with(
 ) -> BaseModel:
     """The story of loading; `read_weight` turns one linear layer's tensors into its packed weight."""
     dtype = getattr(torch, compute.dtype)
-    causal = _architecture(source, compute, dtype)
+    with optional_libraries_unheard():
+        causal = _architecture(source, compute, dtype)
     linears = _place_frozen_linears(causal)
     with Checkpoint(source.path, source.facts.tensors) as checkpoint:
         for name, linear in linears.items():

@@ -34,16 +34,21 @@ FUSED_ARCHITECTURES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """`model_type` of the layers that `fused.supported` names."""
 
 
-def fused_path(memory: MemoryConstants) -> FastPath | None:
+def fused_memory(memory: MemoryConstants) -> MemoryConstants:
     """What the fused layers change: they keep their matrix products and nothing elementwise (`fused.decoder_layer`).
-    Gate, up, their product and the gradients of all three are alive in one layer's backward.
+    Gate, up, their product and the gradients of all three are alive in one layer's backward."""
+    return replace(memory, hidden_copies=4.0, feed_forward_copies=2.0, working_layers=1.5)
 
-    None without Triton. float16 stands for devices that are too old for the kernels: `auto` takes bfloat16 elsewhere.
+
+def fused_path(memory: MemoryConstants) -> FastPath | None:
+    """Where the fused layers serve. None without Triton.
+
+    float16 stands for devices that are too old for the kernels: `auto` takes bfloat16 elsewhere.
     """
     if find_spec("triton") is None:
         return None
     return FastPath(
-        replace(memory, hidden_copies=4.0, feed_forward_copies=2.0, working_layers=1.5),
+        fused_memory(memory),
         FUSED_ARCHITECTURES,
         frozenset({"bfloat16"}),
         unless_options={"layers": "plain", "attention": "eager"},

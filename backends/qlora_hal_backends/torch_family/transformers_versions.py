@@ -6,6 +6,7 @@ Major 5 is what the family is made for. Major 4 is here because auto-gptq 0.7.1 
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,21 @@ import torch
 
 from qlora_hal.errors import ModelError
 from qlora_hal.model.weight_files import read_json
+
+
+@contextmanager
+def optional_libraries_unheard() -> Iterator[None]:
+    """Where torchao is installed, transformers imports it with its model classes, and it tells of kernels for other
+    machines that it could not load: four lines on stderr that look like errors and are none."""
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def read_config(folder: Path, *, trust_remote_code: bool) -> Any:
