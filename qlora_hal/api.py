@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from qlora_hal.settings import ResolvedSettings
     from qlora_hal.values import Batch
 
-Rows = Sequence[Mapping[str, object]]
+Rows = Iterable[Mapping[str, object]]
 
 
 def train(
@@ -35,17 +36,19 @@ def train(
     """Fine-tune a quantized model with LoRA; the same call on every backend.
 
     Give one `config` (a YAML, TOML or JSON file, a mapping, a `RunConfig`), or the keywords, or both: keywords win.
-    `data` may be rows in memory. `dry_run` stops before the model loads. The adapter is written to
+    `data` may be rows in memory: a list, a generator or a dataset of mappings. `dry_run` stops before the model loads,
+    leaves nothing behind, and says in the result's `plan` what would run. The adapter is written to
     `<output_dir>/adapter` in PEFT layout. `overwrite` replaces an earlier run there; `force_unlock` takes a lock whose
     owner on another host has ended.
 
     Raises the errors of `qlora_hal.errors`; whatever can be found wrong before the model loads is found there.
     """
+    from qlora_hal.rows_in_memory import rows_in_memory
     from qlora_hal.running import run_new
     from qlora_hal.settings import resolve_settings
     from qlora_hal.supervising import is_supervised, run_in_child
 
-    rows = data if isinstance(data, Sequence) and not isinstance(data, str) else None
+    rows = None if data is None or isinstance(data, str | Path) else rows_in_memory(data)
     keywords = {"model": model, "data": None if rows is not None else data, "output_dir": output_dir}
     settings = resolve_settings(config, keywords={**keywords, "backend": backend})
     if not dry_run and is_supervised(settings.config.backend.name, observers):
@@ -69,6 +72,7 @@ def resume(
     transfer: bool = False,
     model: str | Path | None = None,
     data: str | Path | None = None,
+    validation_data: str | Path | None = None,
     observers: Sequence[object] = (),
     force_unlock: bool = False,
     console: RunConsole | None = None,
@@ -76,21 +80,22 @@ def resume(
     """Go on with a run from its newest valid checkpoint, exactly where the backend can (`docs/resume.md`).
 
     `backend` moves the run to another one: adapter, moments, schedule and data order go along. What would change the
-    model or its optimizer (another weight format, 8-bit moments) is done only with `transfer`. `model` and `data` say
-    where these lie on this machine; they must be the same ones.
+    model or its optimizer (another weight format, 8-bit moments) is done only with `transfer`. `model`, `data` and
+    `validation_data` say where these lie on this machine; they must be the same ones, and are remembered.
 
     Raises CheckpointError when no checkpoint verifies, and the errors of `train`.
     """
+    from qlora_hal.places import Relocation
     from qlora_hal.running import run_resumed
     from qlora_hal.supervising import is_supervised, run_in_child
 
+    relocation = Relocation(*(None if place is None else str(place) for place in (model, data, validation_data)))
     if is_supervised(backend or "auto", observers):
         request = {
             "run_dir": str(run_dir),
             "backend": backend,
             "transfer": transfer,
-            "model": None if model is None else str(model),
-            "data": None if data is None else str(data),
+            "relocation": asdict(relocation),
             "force_unlock": force_unlock,
         }
         return run_in_child("resume", request, Path(run_dir), console)
@@ -98,8 +103,7 @@ def resume(
         Path(run_dir),
         backend=backend,
         transfer=transfer,
-        model=None if model is None else str(model),
-        data=None if data is None else str(data),
+        relocation=relocation,
         observers=observers,
         force_unlock=force_unlock,
         console=console,
@@ -163,8 +167,8 @@ def backends() -> tuple[ProbeReport, ...]:
     return reports(listed())
 
 
-def first_batch(settings: ResolvedSettings) -> tuple[Batch, ChatTokenizer]:
-    """The first batch that `train` would see, for looking at; nothing is written beside a temporary folder."""
+def first_batch(settings: ResolvedSettings) -> tuple[Batch, ChatTokenizer, int]:
+    """The first batch that `train` would see, and the seed it is drawn with; only a temporary folder is written to."""
     import tempfile
 
     from qlora_hal.execution import window_sampler
@@ -177,4 +181,4 @@ def first_batch(settings: ResolvedSettings) -> tuple[Batch, ChatTokenizer]:
         machinery = choose_machinery(settings.config, Hooks(), console)
         seed = drawn_seed(settings.config)
         prepared = prepare_run(settings.config, seed, machinery, Path(folder), None, console)
-        return window_sampler(prepared).window(0)[0], prepared.tokenizer
+        return window_sampler(prepared).window(0)[0], prepared.tokenizer, seed

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from qlora_hal.backend import Compute
 from qlora_hal.capabilities import Feature
+from qlora_hal.ending import result_of_ended, show_ended, worse_note, written
 from qlora_hal.errors import ConfigError, StoppedError
+from qlora_hal.journal import Journal
 from qlora_hal.mac_memory import pressure_note
 from qlora_hal.observing import RunView, TrainResult
 from qlora_hal.values import Adapter, Batch, LossSum
@@ -47,19 +47,24 @@ class Stage:
 
 
 def execute(stage: Stage) -> TrainResult:
-    """Train to the end or to a stop. Raises StoppedError QH-S19 when a signal ended it, with the state saved."""
+    """Train to the end or to a stop; a run that has ended already is left as it is. Raises StoppedError QH-S19 when a
+    signal ended it, with the state saved."""
     from qlora_hal.discovery import open_trainer
     from qlora_hal.guard import GuardedTrainer
 
+    if stage.state is not None and (ended := result_of_ended(stage.directory, stage.record, stage.state)) is not None:
+        show_ended(ended, stage.console)
+        return ended
     trainer = GuardedTrainer(open_trainer(stage.prepared.machinery.choice.spec, stage.prepared.config.backend.options))
+    journal = Journal(stage.directory, stage.console, stage.record, stage.state)
     try:
-        result = Execution(stage, trainer).carry_out()
+        result = Execution(stage, trainer, journal).carry_out()
     except BaseException as error:
-        write_record(stage, replace(stage.record, status="failed", stopped_because=type(error).__name__))
+        journal.failed(error)
         raise
     finally:
         trainer.close()
-    if result.stopped_because.startswith("SIG"):
+    if result.stopped_by_signal:
         raise StoppedError(
             "QH-S19",
             f"Stopped by {result.stopped_because} after step {result.steps}; the state is saved.",
@@ -73,13 +78,13 @@ def execute(stage: Stage) -> TrainResult:
 class Execution:
     """One call of train or resume, chapter by chapter."""
 
-    def __init__(self, stage: Stage, trainer: GuardedTrainer) -> None:
+    def __init__(self, stage: Stage, trainer: GuardedTrainer, journal: Journal) -> None:
         self._stage = stage
+        self._journal = journal
         self._prepared = stage.prepared
         self._config = stage.prepared.config
         self._trainer = trainer
         self._features = stage.prepared.machinery.choice.spec.capabilities.features
-        self._started = time.perf_counter()
 
     def carry_out(self) -> TrainResult:
         compute = self._load()
@@ -87,14 +92,12 @@ class Execution:
         windows = window_sampler(self._prepared)
         training = self._config.training
         run = self._view(compute, windows.total_steps(training.num_train_epochs, training.max_steps))
-        record = replace(self._stage.record, resolved=run.resolved, started_at=_now())
-        if (moved := self._handed_over(run.resolved)) is not None:
-            record = replace(record, hand_overs=(*record.hand_overs, moved.as_json()))
-        write_record(self._stage, record)
-        with self._recorder(run) as recorder:
+        self._journal.begin(self._prepared, run.resolved, self._handed_over(run.resolved))
+        with self._recorder(run, windows) as recorder:
+            for note in windows.notes:
+                recorder.note(note)
             result, progress = self._train(run, recorder, windows, initial)
-        record = replace(record, eval_loss_best=progress.best_loss, best_step=progress.best_step)
-        self._finish(record, run, result)
+        self._finish(run, result, progress)
         return result
 
     def _load(self) -> Compute:
@@ -165,15 +168,16 @@ class Execution:
         return RunView(self._stage.directory.path, self._config, resolved, total_steps, first)
 
     @contextmanager
-    def _recorder(self, run: RunView) -> Iterator[Recorder]:
+    def _recorder(self, run: RunView, windows: WindowSampler) -> Iterator[Recorder]:
         from qlora_hal.recording import Recorder
-        from qlora_hal.report.metrics import MetricsFile
+        from qlora_hal.report.metrics import MetricsFile, trained_seconds
 
         stage = self._stage
         with MetricsFile(stage.directory.metrics_path) as metrics:
             for note in metrics.notes:
                 stage.console.note(note)
             metrics.truncate_after(run.first_step if stage.state else -1)
+            self._journal.trained_before(trained_seconds(metrics.path))
             limit = run.resolved["memory_limit_bytes"]
             yield Recorder(
                 run=run,
@@ -181,10 +185,12 @@ class Execution:
                 metrics=metrics,
                 console=stage.console,
                 hooks=stage.hooks,
+                journal=self._journal,
                 provenance=provenance_of(self._prepared, run.resolved),
                 keep_checkpoints=self._config.checkpoint.save_total_limit,
                 measures_memory=Feature.PEAK_MEMORY in self._features,
                 memory_limit=limit if isinstance(limit, int) else None,
+                epoch_of=windows.epoch_of,
                 questions=questions(self._prepared),
                 resumed_from=stage.state.step if stage.state else None,
             )
@@ -200,11 +206,14 @@ class Execution:
         self._stage.hooks.tell("qlora_hal_run_started", run=run)
         before = self._loss_before(recorder, progress)
         samples = self._sampled("before", [{"prompt": prompt} for prompt in self._config.training.sample_prompts])
+        self._journal.write(eval_loss_before=before, samples=samples)
         with stop_on_signals(self._stage.console.note) as stop_requested:
             stopped = loop.run(self._trainer, windows, self._plan(run, stop_requested), progress, recorder)
         after: float | None = None
         if not stopped.startswith("SIG"):
             after = self._judged(recorder, progress, initial)
+            if note := worse_note(before, after, progress):
+                recorder.note(note)
             samples = self._sampled("after", samples)
             self._stage.console.samples(samples)
         peak = self._trainer.peak_memory_bytes() if Feature.PEAK_MEMORY in self._features else None
@@ -220,11 +229,11 @@ class Execution:
             losses=tuple(recorder.losses),
             eval_loss_before=before,
             eval_loss_after=after,
-            wall_seconds=time.perf_counter() - self._started,
+            wall_seconds=self._journal.wall_seconds,
             peak_memory_bytes=peak,
             stopped_because=stopped,
             tokens_per_second=recorder.tokens_per_second,
-            notes=tuple(recorder.notes),
+            notes=tuple(self._stage.console.notes),
             samples=tuple(samples),
         )
         return result, progress
@@ -257,11 +266,14 @@ class Execution:
         return self._trainer.evaluate(list(batches))
 
     def _loss_before(self, recorder: Recorder, progress: Progress) -> float | None:
-        """The validation loss of the base; a resumed run has it already."""
+        """The validation loss of the base; a resumed run has it already, in its record or in its log."""
+        from qlora_hal.report.metrics import loss_before
+
         if self._prepared.data.validation is None:
             return None
         if self._stage.state is not None:
-            return self._stage.record.eval_loss_before
+            known = self._stage.record.eval_loss_before
+            return known if known is not None else loss_before(self._stage.directory.metrics_path)
         evaluation = self._evaluation()
         recorder.evaluated(progress.step, evaluation, "before")
         return evaluation.loss
@@ -310,32 +322,14 @@ class Execution:
             for row in rows
         )
 
-    def _finish(self, record: RunRecord, run: RunView, result: TrainResult) -> None:
+    def _finish(self, run: RunView, result: TrainResult, progress: Progress) -> None:
         from qlora_hal.report.curves import write_loss_png
         from qlora_hal.report.html import write_report
 
-        finished = not result.stopped_because.startswith("SIG")
-        record = replace(
-            record,
-            status="finished" if finished else "stopped",
-            stopped_because=result.stopped_because,
-            finished_at=_now(),
-            steps=result.steps,
-            tokens=result.tokens,
-            eval_loss_before=result.eval_loss_before,
-            eval_loss_after=result.eval_loss_after,
-            samples=result.samples,
-            timings=_timings(result),
-            peak_memory_bytes=result.peak_memory_bytes,
-            adapter_dir=self._stage.directory.adapter_dir.name if finished else "",
-            notes=(*record.notes, *result.notes),
-        )
-        write_record(self._stage, record)
-        paths = {"run": run.run_dir / "run.json", "metrics": self._stage.directory.metrics_path}
-        paths |= {"report": write_report(run.run_dir), "curve": write_loss_png(run.run_dir)}
-        if finished:
-            paths["adapter"] = self._stage.directory.adapter_dir
-        self._stage.console.finished(result, paths)
+        self._journal.finish(result, progress)
+        write_report(run.run_dir)
+        write_loss_png(run.run_dir)
+        self._stage.console.finished(result, written(run.run_dir))
         self._stage.hooks.tell("qlora_hal_run_finished", run=run, result=result)
 
 
@@ -394,22 +388,7 @@ def provenance_of(prepared: PreparedRun, resolved: Mapping[str, object]) -> dict
         "config_hash": config_hash(prepared.config.model_dump(mode="json")),
         "tokenizer_hash": prepared.tokenizer.hash,
         "data_fingerprint": prepared.data.fingerprint,
+        "backend_options": dict(prepared.config.backend.options),
         **({"quantized_fingerprint": base.facts.fingerprint} if base.made_from else {}),
         **{name: resolved[name] for name in kept},
     }
-
-
-def write_record(stage: Stage, record: RunRecord) -> None:
-    """Put the record into run.json."""
-    from qlora_hal.report.run_file import run_facts
-
-    stage.directory.record(run_facts(record))
-
-
-def _timings(result: TrainResult) -> dict[str, float]:
-    timings = {"wall_seconds": result.wall_seconds}
-    return timings if result.tokens_per_second is None else {**timings, "tokens_per_second": result.tokens_per_second}
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

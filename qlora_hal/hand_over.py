@@ -25,8 +25,8 @@ ROWS, TOKENS, LIKELIEST = 8, 32, 16
 """Rows that are answered, tokens of each, and how many of the likeliest next tokens are kept for each place."""
 
 FARTHEST_KL = 0.5
-"""Nats per token. The 4-bit formats lie 0.01 to 0.1 from the weights they were made of (docs/resume.md); a model at
-half a nat is a damaged one, or another one."""
+"""Nats per token. Two 4-bit formats of a model as small as the demo's lie 0.2 to 0.25 apart (docs/resume.md), larger
+models less; twice that is a damaged base, or another one."""
 
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 
@@ -109,6 +109,8 @@ def carried_config(
 
     The stored weight format is kept wherever `backend` has it; else the level's own format takes its place.
     """
+    from qlora_hal.trained_base import options_of_training
+
     same = provenance.get("backend") == backend
     changes: list[str] = []
     quantization, changed = _carried_quantization(provenance, capabilities)
@@ -123,7 +125,7 @@ def carried_config(
         optimizer = unpaged if _has_optimizer(unpaged, capabilities) else "adamw"
         if optimizer != _UNPAGED.get(config.training.optim):  # pages are only where the moments lie
             changes.append(f"optimizer {config.training.optim} is {optimizer}")
-    options = dict(config.backend.options) if same else {}
+    options = options_of_training(config, provenance) if same else {}
     updated = config.model_copy(
         update={
             "backend": _with(config.backend, name=backend, options=options),
@@ -170,11 +172,15 @@ def planned(
 def _carried_quantization(
     provenance: Mapping[str, object], capabilities: Capabilities
 ) -> tuple[dict[str, Any], list[str]]:
+    from qlora_hal.needs import DOUBLE_QUANT_FORMATS
+
     stored, block, double = (provenance.get(name) for name in ("weight_format", "block_size", "double_quant"))
     weight_format = WeightFormat(str(stored))
     sizes = capabilities.block_sizes.get(weight_format, ())
     if weight_format in capabilities.weight_formats and (block is None or block in sizes):
-        return {"weight_format": weight_format.value, "block_size": block, "double_quant": bool(double) or None}, []
+        # Where a format has it, false is a choice like true: left open it would become the default.
+        kept = double if weight_format in DOUBLE_QUANT_FORMATS else None
+        return {"weight_format": weight_format.value, "block_size": block, "double_quant": kept}, []
     level = _LEVELS.get(weight_format, "4bit")
     other = capabilities.levels.get(level)
     if other is None:

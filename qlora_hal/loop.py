@@ -96,12 +96,19 @@ def dropout_key(seed: int, step: int) -> int:
     return (mixed ^ (mixed >> 31)) >> 1
 
 
+EARLY_STOPPING = "early stopping"
+
+
 def run(trainer: GuardedTrainer, windows: Windows, plan: LoopPlan, progress: Progress, events: LoopEvents) -> str:
     """Train from `progress.step` to the end; return why it stopped.
 
     One step is always queued ahead of the one that is read, and the next window is made while the device computes.
-    Raises NumericsError (a non-finite step changed nothing), OutOfMemoryError, and what the events raise.
+    A run that early stopping ended takes no further step, however often it is resumed. Raises NumericsError (a
+    non-finite step changed nothing), OutOfMemoryError, and what the events raise.
     """
+    if progress.step < plan.total_steps and _patience_ran_out(plan, progress):
+        events.note(f"early stopping ended the run after step {progress.step}; no further step is taken")
+        return EARLY_STOPPING
     loop = _Loop(trainer, windows, plan, progress, events)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="windows") as maker:
         ahead = maker.submit(windows.window, progress.step)
@@ -178,7 +185,7 @@ class _Loop:
             return ""
         self.settle()  # a step that was not finite must never reach a checkpoint
         if evaluates and not is_last and self._evaluate(step):
-            stop = stop or "early stopping"
+            stop = stop or EARLY_STOPPING
             saves = True
         if saves:
             self._events.save(step, self._progress)
@@ -190,8 +197,7 @@ class _Loop:
         evaluation = self._plan.evaluation()
         keep_best(self._trainer, self._progress, self._events, step, evaluation)
         self._events.evaluated(step, evaluation, "during")
-        patience = self._plan.training.early_stopping_patience
-        return patience is not None and self._progress.evaluations_without_improvement >= patience
+        return _patience_ran_out(self._plan, self._progress)
 
     def _fitted_step(self, window: list[Batch], settings: StepSettings) -> PendingStep:
         """The step, with micro-batches halved as often as memory asks; the window's meaning stays the same."""
@@ -244,6 +250,11 @@ class _Loop:
             fix="Lower training.learning_rate, or set quantization.compute_dtype to float32 to find the cause.",
             context={"step": queued.step + 1, "rows": rows, "loss_sum": str(stats.loss_sum)},
         )
+
+
+def _patience_ran_out(plan: LoopPlan, progress: Progress) -> bool:
+    patience = plan.training.early_stopping_patience
+    return patience is not None and progress.evaluations_without_improvement >= patience
 
 
 def keep_best(trainer: GuardedTrainer, progress: Progress, events: LoopEvents, step: int, evaluation: LossSum) -> None:

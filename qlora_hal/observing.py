@@ -31,7 +31,7 @@ class TrainResult:
 
     `losses` is (step, mean loss per counted token) for every step of this call; `stopped_because` is `finished`,
     `early stopping`, or the signal's name. `tokens` counts the whole run without padding, `tokens_per_second` only the
-    training steps of this call.
+    training steps of this call. `plan` is what a dry run found out: steps, sequences, memory in bytes by cause.
     """
 
     backend: str
@@ -51,3 +51,9 @@ class TrainResult:
     tokens_per_second: float | None = None
     notes: tuple[str, ...] = ()
     samples: tuple[Mapping[str, str], ...] = field(default=())
+    plan: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def stopped_by_signal(self) -> bool:
+        """Whether the run was told to stop and can go on; else it has ended, and its adapter is written."""
+        return self.stopped_because.startswith("SIG")

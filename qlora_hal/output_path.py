@@ -64,4 +64,7 @@ def _refuse_unwritable(path: Path, problem: OSError) -> NoReturn:
     if error.code == "QH-S11":
         # Before a run, any other failure (no such device, an unwritable pseudo file system) is a wrong place as well.
         error.code = "QH-S12"
+        error.fix = "Choose an output_dir on a disk where this user may write."
+    elif error.code == "QH-S09":
+        error.fix = "Free space, raise the quota, or choose an output_dir on another disk."
     raise error from problem

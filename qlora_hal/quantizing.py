@@ -23,7 +23,7 @@ from qlora_hal.errors import BackendContractError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from qlora_hal.backend import BackendSpec, Quantization, Quantizer
-    from qlora_hal.config import RunConfig
+    from qlora_hal.config import QuantizationConfig, RunConfig
     from qlora_hal.data.tokens import TokenStore
     from qlora_hal.model.source import ModelSource
     from qlora_hal.preparation import Machinery, PreparedRun
@@ -123,17 +123,19 @@ def with_quantized_base(prepared: PreparedRun, run_dir: Path, console: RunConsol
 def _named_store(prepared: PreparedRun, run_dir: Path) -> TokenStore:
     """The rows of `quantization.calibration_path`, read as the training rows are."""
     from qlora_hal.data import prepare
+    from qlora_hal.data.reading import blamed_on
 
     config, facts = prepared.config, prepared.machinery.source.facts
     update = {"path": config.quantization.calibration_path, "validation_path": None, "validation_fraction": 0.0}
-    return prepare(
-        config.data.model_copy(update={**update, "train_on": "all"}),
-        prepared.tokenizer,
-        cache_dir=run_dir / "tokens",
-        seed=prepared.seed,
-        model_max_length=facts.max_position_embeddings,
-        model_vocabulary_size=facts.vocabulary_size or None,
-    ).train
+    with blamed_on("quantization.calibration_path"):
+        return prepare(
+            config.data.model_copy(update={**update, "train_on": "all"}),
+            prepared.tokenizer,
+            cache_dir=run_dir / "tokens",
+            seed=prepared.seed,
+            model_max_length=facts.max_position_embeddings,
+            model_vocabulary_size=facts.vocabulary_size or None,
+        ).train
 
 
 def refuse_idle_calibration(config: RunConfig, machinery: Machinery) -> None:
@@ -142,17 +144,25 @@ def refuse_idle_calibration(config: RunConfig, machinery: Machinery) -> None:
 
     facts, capabilities = machinery.source.facts, machinery.choice.spec.capabilities
     used = needs_calibration(facts, machinery.quantization, capabilities)
-    if used or not config.quantization.calibration_path:
+    given = [name for name in ("calibration_path", "calibration_rows") if _is_given(config.quantization, name)]
+    if used or not given:
         return
     stored = facts.prequantized is not None
     weight_format = machinery.quantization.weight_format.value
+    names = " and ".join(f"quantization.{name}" for name in given)
     raise ConfigError(
         "QH-U15",
-        "quantization.calibration_path is set, but nothing is calibrated: "
+        f"{names} {'is' if len(given) == 1 else 'are'} set, but nothing is calibrated: "
         + ("the model is quantized already." if stored else f"{weight_format} needs no calibration."),
-        where="quantization.calibration_path",
+        where=names.replace(" and ", ", "),
         fix="Remove it, or set quantization.weight_format: int4_gptq with a 16-bit model.",
     )
+
+
+def _is_given(settings: QuantizationConfig, name: str) -> bool:
+    given: object = getattr(settings, name)
+    default: object = type(settings).model_fields[name].default
+    return given != default
 
 
 def base_of_run(machinery: Machinery, run_dir: Path | None) -> ModelSource:

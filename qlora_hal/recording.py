@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ from qlora_hal.report.metrics import MetricsFile, evaluation_record, step_record
 if TYPE_CHECKING:
     from qlora_hal.guard import GuardedTrainer
     from qlora_hal.hooks import Hooks
+    from qlora_hal.journal import Journal
     from qlora_hal.loop import FinishedStep, Progress
     from qlora_hal.observing import RunView
     from qlora_hal.report.console import RunConsole
@@ -32,20 +33,22 @@ class Recorder:
     metrics: MetricsFile
     console: RunConsole
     hooks: Hooks
+    journal: Journal
     provenance: Mapping[str, object]
     keep_checkpoints: int
     measures_memory: bool
     memory_limit: int | None
+    epoch_of: Callable[[int], float]
     questions: Sequence[Batch] = ()
     resumed_from: int | None = None
     losses: list[tuple[int, float]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
     trained_tokens: int = 0
     trained_seconds: float = 0.0
     _recent: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_SPEED_WINDOW))
 
     def step(self, finished: FinishedStep) -> None:
         self.losses.append((finished.step, finished.stats.loss))
+        self.journal.reached(finished)
         self._recent.append((finished.real_tokens, finished.seconds))
         self.trained_tokens += finished.real_tokens
         self.trained_seconds += finished.seconds
@@ -98,13 +101,14 @@ class Recorder:
         from qlora_hal.checkpoint import TrainingState, save_checkpoint
 
         self.metrics.sync()
+        self.journal.saving(progress)
         state = TrainingState(
             step=step,
-            epoch=0.0,
+            epoch=self.epoch_of(step),
             tokens_seen=progress.tokens_seen,
             adapter=self.trainer.export_adapter(),
             optimizer=self.trainer.export_optimizer(),
-            loop={**progress.as_json(), "notes": list(self.notes)},
+            loop=progress.as_json(),
             provenance=self.provenance,
             answers=self._answers(),
         )
@@ -128,7 +132,6 @@ class Recorder:
         write_run_adapter(self.run.run_dir / BEST_ADAPTER_FOLDER, adapter, {**self.provenance, "step": step})
 
     def note(self, text: str) -> None:
-        self.notes.append(text)
         self.console.note(text)
 
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +28,7 @@ from qlora_hal.errors import ConfigError
 from qlora_hal.output_path import writable_folder
 from qlora_hal.run_lock import RunLock
 
-__all__ = ["RunDirectory", "config_hash", "write_json_atomically"]
+__all__ = ["RunDirectory", "config_hash", "rehearsed", "write_json_atomically"]
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -152,18 +153,11 @@ class RunDirectory:
 
     def _settle_with_earlier_run(self, config: Mapping[str, object], *, overwrite: bool) -> None:
         """Refuse, clear away, or find nothing of an earlier run here."""
-        outputs = [name for name in _OUTPUTS if os.path.lexists(self.path / name)]
+        outputs = _outputs_in(self.path)
         if not os.path.lexists(self.path / RUN_FILE):
-            if outputs:
-                _refuse_foreign_outputs(self.path, outputs)
             return
         if not overwrite:
-            earlier = _read_run_file(self.path).get("config")
-            differing = _differing_keys(earlier if isinstance(earlier, dict) else {}, config)
-            saved = checkpoints(self.path)
-            if differing or saved or ADAPTER_FOLDER in outputs:
-                _refuse_earlier_run(self.path, differing, len(saved))
-            self.notes.append("An earlier run with this configuration stopped before its first save; starting again.")
+            self.notes += _refuse_unless_it_never_began(self.path, config, outputs)
         # run.json goes last, by replacement: until then a crash leaves the old run recognisable as such.
         for name in outputs:
             try:
@@ -185,6 +179,25 @@ class RunDirectory:
                         count += 1
         if count:
             self.notes.append(f"Removed {count} leftovers of interrupted saves, {_readable(freed)} freed.")
+
+
+@contextmanager
+def rehearsed(output_dir: str | Path, *, config: Mapping[str, object], overwrite: bool = False) -> Iterator[Path]:
+    """A folder for a run that stops before it begins: `output_dir` is judged as `RunDirectory.open_new` would, and
+    nothing is left there, nor taken away. Raises as that does, but for the lock."""
+    given = Path(output_dir).expanduser()
+    absent = [folder for folder in (given, *given.parents) if not os.path.lexists(folder)]
+    try:
+        path = writable_folder(given)
+        outputs = _outputs_in(path)
+        if os.path.lexists(path / RUN_FILE) and not overwrite:
+            _refuse_unless_it_never_began(path, config, outputs)
+    finally:
+        for folder in absent:  # the innermost first
+            with suppress(OSError):
+                folder.rmdir()
+    with tempfile.TemporaryDirectory(prefix="qlora-hal-dry-run-") as scratch:
+        yield Path(scratch)
 
 
 def config_hash(config: Mapping[str, object]) -> str:
@@ -232,20 +245,50 @@ def _readable(count: int) -> str:
     return f"{value:.1f} GB"
 
 
+def _outputs_in(path: Path) -> list[str]:
+    """What runs write there. Raises ConfigError QH-S13 where there is some, and no run."""
+    outputs = [name for name in _OUTPUTS if os.path.lexists(path / name)]
+    if outputs and not os.path.lexists(path / RUN_FILE):
+        _refuse_foreign_outputs(path, outputs)
+    return outputs
+
+
+def _refuse_unless_it_never_began(path: Path, config: Mapping[str, object], outputs: Sequence[str]) -> list[str]:
+    """Notes on an earlier run that may be started over. Raises ConfigError QH-S13 for any that is worth something."""
+    earlier = _read_run_file(path).get("config")
+    differing = _differing_keys(earlier if isinstance(earlier, dict) else {}, config)
+    saved = len(checkpoints(path))
+    if saved or ADAPTER_FOLDER in outputs or (differing and _has_content(path / METRICS_FILE)):
+        _refuse_earlier_run(path, differing, saved)
+    if not _has_content(path / METRICS_FILE):
+        return ["An earlier attempt in this folder ended before its first step; starting again."]
+    return ["An earlier run with this configuration stopped before its first save; starting again."]
+
+
+def _has_content(file: Path) -> bool:
+    try:
+        return file.stat().st_size > 0
+    except OSError:
+        return False
+
+
 def _refuse_earlier_run(path: Path, differing: Mapping[str, tuple[object, object]], saved: int) -> NoReturn:
     listed = ", ".join(f"{key} (there {then!r}, now {now!r})" for key, (then, now) in list(differing.items())[:8])
-    what = f"another configuration; {len(differing)} keys differ: {listed}" if differing else "this same configuration"
+    counted = f"{len(differing)} {'key differs' if len(differing) == 1 else 'keys differ'}"
+    what = f"another configuration; {counted}: {listed}" if differing else "this same configuration"
+    going_on = f"Resume the old run (qlora-hal resume {path}), replace it" if saved else "Replace the old run"
     raise ConfigError(
         "QH-S13",
-        f"{path} holds a run with {what}; it has {saved} checkpoints. An empty or new folder is expected.",
+        f"{path} holds a run with {what}; it has {saved} checkpoint{'' if saved == 1 else 's'}. An empty or new folder "
+        "is expected.",
         where="output_dir",
         cause="A new run there would mix with the old one, or replace it.",
-        fix=f"Resume the old run (qlora-hal resume {path}), replace it (--overwrite), or choose another output_dir.",
+        fix=f"{going_on} (--overwrite), or choose another output_dir.",
         context={"differing": {key: list(pair) for key, pair in differing.items()}, "checkpoints": saved},
     )
 
 
-def _refuse_foreign_outputs(path: Path, outputs: list[str]) -> NoReturn:
+def _refuse_foreign_outputs(path: Path, outputs: Sequence[str]) -> NoReturn:
     raise ConfigError(
         "QH-S13",
         f"{path} holds {', '.join(outputs)} but no {RUN_FILE}, so no run of qlora_hal made them.",

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_hal.errors import CheckpointError
 from qlora_hal.observing import TrainResult
+from qlora_hal.places import Relocation, require_places, with_absolute_places
+from qlora_hal.rows_in_memory import keep_rows, kept_rows
 
 if TYPE_CHECKING:
     from qlora_hal.checkpoint import TrainingState
     from qlora_hal.config import RunConfig
-    from qlora_hal.model.source import ModelSource
+    from qlora_hal.hooks import Hooks
     from qlora_hal.preparation import PreparedRun, Rows
     from qlora_hal.report.console import RunConsole
     from qlora_hal.report.run_file import RunRecord
+    from qlora_hal.run_directory import RunDirectory
     from qlora_hal.settings import ResolvedSettings
-
-ROWS_FILE = "rows.jsonl"
 
 
 def run_new(
@@ -32,41 +34,62 @@ def run_new(
     dry_run: bool,
     console: RunConsole | None,
 ) -> TrainResult:
-    """Train from the start. `dry_run` ends before the model loads."""
-    from qlora_hal.execution import Stage, execute
+    """Train from the start. `dry_run` ends before the model loads, and leaves nothing behind."""
     from qlora_hal.hooks import Hooks
     from qlora_hal.observers import observers_for
-    from qlora_hal.preparation import choose_machinery, drawn_seed, prepare_run, require_settings
-    from qlora_hal.quantizing import refuse_idle_calibration, with_quantized_base
+    from qlora_hal.preparation import require_settings
     from qlora_hal.report.console import RunConsole
     from qlora_hal.report.run_file import given_config
-    from qlora_hal.run_directory import RunDirectory
+    from qlora_hal.run_directory import RunDirectory, rehearsed
 
     console = console or RunConsole()
     require_settings(settings.config, has_rows=rows is not None)
     hooks = Hooks([*observers_for(settings.config.training.report_to), *observers], note=console.note)
     config = hooks.ready_config(settings.config)
+    recorded = given_config(with_absolute_places(config))
     try:
+        if dry_run:
+            with rehearsed(config.output_dir, config=recorded, overwrite=overwrite) as scratch:
+                return _planned(_prepared(config, rows, hooks, scratch, console))
         with RunDirectory.open_new(
-            config.output_dir, config=given_config(config), overwrite=overwrite, force_unlock=force_unlock
+            config.output_dir, config=recorded, overwrite=overwrite, force_unlock=force_unlock
         ) as directory:
             for note in directory.notes:
                 console.note(note)
-            machinery = choose_machinery(config, hooks, console)
-            refuse_idle_calibration(config, machinery)
-            if rows is not None:
-                _keep_rows(rows, directory.path)
-            seed = drawn_seed(config)
-            if config.training.seed is None:
-                console.note(f"no seed was given; {seed} was drawn")
-            prepared = prepare_run(config, seed, machinery, directory.path, rows, console)
-            if dry_run:
-                return _planned(prepared, directory.path)
-            prepared = with_quantized_base(prepared, directory.path, console)
-            record = _first_record(config, settings.origins, prepared)
-            return execute(Stage(prepared, directory, console, hooks, record))
+            prepared = _prepared(config, rows, hooks, directory.path, console)
+            return _trained(prepared, settings.origins, directory, hooks, console)
     finally:
         console.close()
+
+
+def _prepared(config: RunConfig, rows: Rows | None, hooks: Hooks, run_dir: Path, console: RunConsole) -> PreparedRun:
+    """All that can be found wrong before the model loads, found; rows in memory are kept in `run_dir`."""
+    from qlora_hal.preparation import choose_machinery, drawn_seed, prepare_run
+    from qlora_hal.quantizing import refuse_idle_calibration
+
+    for note in idle_settings(config, has_rows=rows is not None):
+        console.note(note)
+    machinery = choose_machinery(config, hooks, console)
+    refuse_idle_calibration(config, machinery)
+    if rows is not None:
+        keep_rows(rows, run_dir)
+    seed = drawn_seed(config)
+    if config.training.seed is None:
+        console.note(f"no seed was given; {seed} was drawn")
+    return prepare_run(config, seed, machinery, run_dir, rows, console)
+
+
+def _trained(
+    prepared: PreparedRun, origins: Mapping[str, str], directory: RunDirectory, hooks: Hooks, console: RunConsole
+) -> TrainResult:
+    from qlora_hal.execution import Stage, execute
+    from qlora_hal.journal import first_record
+    from qlora_hal.quantizing import with_quantized_base
+
+    prepared = with_quantized_base(prepared, directory.path, console)
+    record = first_record(with_absolute_places(prepared.config), origins, prepared)
+    with _told_when_ended(directory.path):
+        return execute(Stage(prepared, directory, console, hooks, record))
 
 
 def run_resumed(
@@ -74,18 +97,13 @@ def run_resumed(
     *,
     backend: str | None,
     transfer: bool,
-    model: str | None,
-    data: str | None,
+    relocation: Relocation,
     observers: Sequence[object],
     force_unlock: bool,
     console: RunConsole | None,
 ) -> TrainResult:
     """Go on from the newest checkpoint that verifies, on the backend that saved it or on another."""
-    from qlora_hal.checkpoint import latest_valid_checkpoint, load_checkpoint
-    from qlora_hal.checkpoint.reading import unfinished_notes
-    from qlora_hal.discovery import find, listed, load_spec
     from qlora_hal.execution import Stage, execute
-    from qlora_hal.hand_over import carried_config, check_allowed
     from qlora_hal.hooks import Hooks
     from qlora_hal.observers import observers_for
     from qlora_hal.preparation import choose_machinery, prepare_run
@@ -97,82 +115,131 @@ def run_resumed(
     console = console or RunConsole()
     try:
         with RunDirectory.open_existing(run_dir, force_unlock=force_unlock) as directory:
-            path, notes = latest_valid_checkpoint(directory.path)
-            state = load_checkpoint(path)
-            for note in (*directory.notes, *notes, *unfinished_notes(state.step, directory.unfinished_saves)):
-                console.note(note)
-            console.note(f"resumed from step {state.step}")
-            record = record_from(directory.content)
-            given = _found_again(read_run_config(directory.path), model, data)
+            state = _newest_state(directory, console)
+            given = relocation.applied(read_run_config(directory.path))
+            rows = kept_rows(directory.path)
+            require_places(given, run_dir, reads_data=rows is None)
+            record = _relocated(record_from(directory.content), relocation, given)
             hooks = Hooks([*observers_for(given.training.report_to), *observers], note=console.note)
-            name = backend or str(state.provenance["backend"])
-            capabilities = load_spec(find(name, listed(hooks.offered_backends()))).capabilities
-            config, changes = carried_config(given, state.provenance, name, capabilities)
-            check_allowed(state.step, changes, transfer=transfer)
+            config, changes = _carried(given, state, backend, hooks, console, transfer=transfer)
             machinery = choose_machinery(config, hooks, console)
             seed = int(str(state.provenance["seed"]))
-            prepared = prepare_run(config, seed, machinery, directory.path, stored_rows(directory.path), console)
+            prepared = prepare_run(config, seed, machinery, directory.path, rows, console)
             prepared = with_quantized_base(prepared, directory.path, console)
             _check_same_run(state, prepared, changes)
-            return execute(Stage(prepared, directory, console, hooks, record, state, changes))
+            if relocation != Relocation():  # the places hold what they should, and are remembered
+                directory.record({"config": record.config})
+            with _told_when_ended(directory.path):
+                return execute(Stage(prepared, directory, console, hooks, record, state, changes))
     finally:
         console.close()
 
 
-def _first_record(config: RunConfig, origins: Mapping[str, str], prepared: PreparedRun) -> RunRecord:
-    from qlora_hal.report.run_file import Detection, RunRecord, given_config
+def _newest_state(directory: RunDirectory, console: RunConsole) -> TrainingState:
+    """The newest state that verifies, with notes on what is not in it."""
+    from qlora_hal.checkpoint import latest_valid_checkpoint, load_checkpoint
+    from qlora_hal.checkpoint.reading import unfinished_notes
 
-    machinery, facts = prepared.machinery, prepared.machinery.source.origin.facts
-    choice = machinery.choice
-    return RunRecord(
-        config=given_config(config),
-        origins=origins,
-        model={
-            "name": machinery.source.name,
-            "revision": machinery.source.revision,
-            "architecture": facts.architecture,
-            "parameter_count": facts.parameter_count,
-            "fingerprint": facts.fingerprint,
-            "target_modules": list(machinery.adapter.target_modules),
-            **_quantized_for_the_run(machinery.source),
-        },
-        versions=next(r.versions for r in machinery.reports if r.backend == choice.spec.name),
-        detection=Detection.of(choice.spec.name, choice.reason, machinery.reports, choice.rejections),
-        data_report={"lines": prepared.data.report.lines(), **prepared.data.report.as_json()},
-        environment=_environment(),
-        memory_estimate={**asdict(prepared.estimate), "total": prepared.estimate.total},
+    path, notes = latest_valid_checkpoint(directory.path)
+    state = load_checkpoint(path)
+    for note in (*directory.notes, *notes, *unfinished_notes(state.step, directory.unfinished_saves)):
+        console.note(note)
+    console.note(f"resumed from step {state.step}")
+    return state
+
+
+def _carried(
+    given: RunConfig, state: TrainingState, backend: str | None, hooks: Hooks, console: RunConsole, *, transfer: bool
+) -> tuple[RunConfig, tuple[str, ...]]:
+    """The run's configuration for the backend that goes on with it, and what that changes. Raises CheckpointError
+    QH-C12 for what is not allowed, or cannot be."""
+    from qlora_hal.discovery import find, listed, load_spec
+    from qlora_hal.hand_over import carried_config, check_allowed
+
+    name = backend or str(state.provenance["backend"])
+    capabilities = load_spec(find(name, listed(hooks.offered_backends()))).capabilities
+    config, changes = carried_config(given, state.provenance, name, capabilities)
+    _refuse_to_store_anew(state.step, given, changes)
+    check_allowed(state.step, changes, transfer=transfer)
+    if name != state.provenance["backend"] and config.backend.options != given.backend.options:
+        console.note(f"backend.options are those of {state.provenance['backend']}; {name} has its defaults")
+    return config, changes
+
+
+@contextmanager
+def _told_when_ended(run_dir: Path) -> Iterator[None]:
+    """A second signal ends a run in the middle of a step; what it leaves is told with it."""
+    from qlora_hal.checkpoint.reading import checkpoints
+    from qlora_hal.stopping import EndedAtOnce
+
+    try:
+        yield
+    except EndedAtOnce as ended:
+        saved = [step for step, _ in checkpoints(run_dir)]
+        ended.run_dir, ended.safe_step = run_dir, max(saved, default=None)
+        raise
+
+
+def idle_settings(config: RunConfig, *, has_rows: bool) -> Iterator[str]:
+    """Notes on settings that this model and these data leave without a meaning; none is passed over in silence."""
+    from qlora_hal.data.reading import has_splits
+
+    if config.model.revision and Path(config.model.name_or_path).expanduser().is_dir():
+        yield "model.revision is of hub models; a local folder is taken as it is"
+    if has_rows and config.data.path:
+        yield "data.path is not read: rows were given in memory"
+    places = [place for place in (None if has_rows else config.data.path, config.data.validation_path) if place]
+    if config.data.split != "train" and not any(map(has_splits, places)):
+        yield "data.split is of Hugging Face datasets; all rows are read"
+
+
+def _relocated(record: RunRecord, relocation: Relocation, config: RunConfig) -> RunRecord:
+    """run.json with the places that were given anew, so that they need not be given again."""
+    from qlora_hal.report.run_file import given_config
+
+    if relocation == Relocation():
+        return record
+    return replace(record, config=given_config(with_absolute_places(config)))
+
+
+def _refuse_to_store_anew(step: int, config: RunConfig, changes: Sequence[str]) -> None:
+    """A base that comes quantized has no other weights to make a format of. Raises CheckpointError QH-C12."""
+    from qlora_hal.model.source import resolve_model
+
+    change = next((change for change in changes if change.startswith("weight format")), None)
+    if change is None:
+        return
+    named = config.model
+    facts = resolve_model(named.name_or_path, revision=named.revision, trust_remote_code=named.trust_remote_code).facts
+    if facts.prequantized is None:
+        return
+    stored = facts.prequantized.weight_format
+    raise CheckpointError(
+        "QH-C12",
+        f"Step {step} cannot go on there: {change}, and the base comes quantized to {stored}.",
+        cause="It holds no 16-bit weights to store in another format, not even with --transfer.",
+        fix=f"Resume on a backend that reads {stored}: qlora-hal backends lists them.",
     )
 
 
-def _quantized_for_the_run(source: ModelSource) -> dict[str, object]:
-    """Where the base lies that was quantized for this run, so that the trained model can be opened again."""
-    if source.made_from is None:
-        return {}
-    return {"quantized": {"folder": str(source.path), "fingerprint": source.facts.fingerprint}}
+def _planned(prepared: PreparedRun) -> TrainResult:
+    """What a dry run found out, in the form of a result without a step."""
+    from qlora_hal.execution import window_sampler
+    from qlora_hal.preparation import likely_dtype
 
-
-def _environment() -> dict[str, object]:
-    import platform
-
-    from qlora_hal import __version__
-    from qlora_hal.hardware import inventory
-
-    machine = inventory()
-    return {
-        "qlora_hal": __version__,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "processor": machine.cpu.name,
-        "cores": machine.cpu.logical_cores,
-        "memory_bytes": machine.memory_bytes,
-        "gpus": [gpu.name for gpu in machine.gpus],
+    machinery, training = prepared.machinery, prepared.config.training
+    quantization, memory = machinery.quantization, prepared.estimate
+    run_dir = Path(prepared.config.output_dir).expanduser()
+    plan = {
+        "steps": window_sampler(prepared).total_steps(training.num_train_epochs, training.max_steps),
+        "sequences": len(prepared.data.train),
+        "sequences_per_step": training.per_device_train_batch_size * training.gradient_accumulation_steps,
+        "target_modules": len(machinery.adapter.target_modules),
+        "compute_dtype": likely_dtype(prepared.config, machinery.choice.spec),
+        "memory": {**asdict(memory), "total": memory.total, "high": memory.high},
     }
-
-
-def _planned(prepared: PreparedRun, run_dir: Path) -> TrainResult:
-    quantization = prepared.machinery.quantization
     return TrainResult(
-        backend=prepared.machinery.choice.spec.name,
+        backend=machinery.choice.spec.name,
         device="",
         weight_format=quantization.weight_format.value,
         block_size=quantization.block_size,
@@ -186,34 +253,8 @@ def _planned(prepared: PreparedRun, run_dir: Path) -> TrainResult:
         wall_seconds=0.0,
         peak_memory_bytes=None,
         stopped_because="dry run",
+        plan=plan,
     )
-
-
-def _found_again(config: RunConfig, model: str | None, data: str | None) -> RunConfig:
-    """The configuration with the places of model and data on this machine; that they are the same is checked later."""
-    if model is not None:
-        config = config.model_copy(update={"model": config.model.model_copy(update={"name_or_path": model})})
-    if data is not None:
-        config = config.model_copy(update={"data": config.data.model_copy(update={"path": data})})
-    return config
-
-
-def _keep_rows(rows: Rows, run_dir: Path) -> None:
-    """Rows given in memory, written beside the run so that it can be resumed."""
-    import json
-
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (run_dir / ROWS_FILE).write_text(text, encoding="utf-8")
-
-
-def stored_rows(run_dir: Path) -> Rows | None:
-    """Rows that were given in memory were kept beside the run; the data file is read again otherwise."""
-    import json
-
-    path = run_dir / ROWS_FILE
-    if not path.exists():
-        return None
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _check_same_run(state: TrainingState, prepared: PreparedRun, changes: Sequence[str]) -> None:
@@ -237,7 +278,7 @@ def _check_same_run(state: TrainingState, prepared: PreparedRun, changes: Sequen
     if not differing:
         return
     listing = "; ".join(f"{name} was {state.provenance.get(name)}, is {now[name]}" for name in differing)
-    code = "QH-C05" if "base_fingerprint" in differing else "QH-D16" if "data_fingerprint" in differing else "QH-C12"
+    code = "QH-E15" if "base_fingerprint" in differing else "QH-D16" if "data_fingerprint" in differing else "QH-C12"
     raise CheckpointError(
         code,
         f"This is not the run that the checkpoint of step {state.step} belongs to: {listing}.",

@@ -50,7 +50,7 @@ def choose(
         return _highest(able, able, rejections, "no accelerator is ready and the CPU is allowed")
     for spec in able:
         rejections[spec.name] = "ready, but auto takes the CPU only when backend.allow_cpu is true"
-    raise _nothing_fits(rejections, reports, cpu_ready=bool(able))
+    raise _nothing_fits(rejections, reports, able)
 
 
 def _named(name: str, needs: Needs, entries: Sequence[Listed], reports: Sequence[ProbeReport]) -> Choice:
@@ -110,23 +110,34 @@ def _highest(
 
 
 def _who_can(needs: Needs, entries: Sequence[Listed], reports: Sequence[ProbeReport], *, but_not: str) -> str:
-    able = [spec.name for spec in _able_backends(needs, entries, reports)[0] if spec.name != but_not]
+    able = [
+        spec.name
+        for spec in _able_backends(needs, entries, reports)[0]
+        if spec.name != but_not and not _lacks_arithmetic(spec, needs, reports)
+    ]
     if able:
         return f"Choose --backend {able[0]}, or change the setting."
     return "Change the setting; no ready backend here has it."
 
 
+def _lacks_arithmetic(spec: BackendSpec, needs: Needs, reports: Sequence[ProbeReport]) -> bool:
+    """Whether a dtype that is asked for by name is one that `spec` may well not compute on what is here: a backend
+    declares what its accelerators can, and only proving it on the device tells the rest."""
+    return needs.compute_dtype == "float16" and not _has_accelerator(spec, reports)
+
+
 def _nothing_fits(
-    rejections: Mapping[str, str], reports: Sequence[ProbeReport], *, cpu_ready: bool
+    rejections: Mapping[str, str], reports: Sequence[ProbeReport], on_cpu: Sequence[BackendSpec]
 ) -> BackendUnavailableError:
     listing = "\n".join(f"    {name}: {reason}" for name, reason in sorted(rejections.items()))
     fixes = {report.backend: report.fix for report in reports if report.fix}
-    fix = "Set backend.allow_cpu: true (or --backend cpu_torch) to train on the CPU"
+    named = f" (or --backend {max(on_cpu, key=lambda spec: (spec.priority, spec.name)).name})" if on_cpu else ""
+    fix = f"Set backend.allow_cpu: true{named} to train on the CPU"
     return BackendUnavailableError(
         "QH-E01",
         f"No backend with an accelerator can serve this run:\n{listing}",
         fix=f"{fix}, or run qlora-hal doctor for the fix of each."
-        if cpu_ready
+        if on_cpu
         else "Run qlora-hal doctor: it prints one fix for each.",
         context={"reports": [report.as_json() for report in reports], "fixes": fixes},
     )

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_hal.errors import OutOfMemoryError, QloraHalError
+from qlora_hal.stopping import EndedAtOnce, signals_to_handle
 
 if TYPE_CHECKING:
     from qlora_hal.observing import TrainResult
@@ -75,6 +76,8 @@ def run_in_child(verb: str, request: Mapping[str, object], run_dir: Path, consol
         found: Mapping[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
     if "error" in found:
         raise error_from(found["error"])
+    if "ended" in found:
+        raise _ended_at_once(found["ended"])
     return _result_from(found["result"])
 
 
@@ -84,13 +87,13 @@ def _signals_handed_to(child: subprocess.Popen[str]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {n: signal.signal(getattr(signal, n), lambda number, frame: child.send_signal(number)) for n in names}
+    handled = signals_to_handle()  # the child inherits what is ignored
+    before = {n: signal.signal(n, lambda number, frame: child.send_signal(number)) for n in handled}
     try:
         yield
     finally:
-        for name, handler in before.items():
-            signal.signal(getattr(signal, name), handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _ended(status: int, run_dir: Path) -> OutOfMemoryError:
@@ -133,6 +136,13 @@ def error_from(told: Mapping[str, Any]) -> QloraHalError:
     return error
 
 
+def _ended_at_once(told: Mapping[str, Any]) -> EndedAtOnce:
+    ended = EndedAtOnce(told["number"])
+    ended.run_dir = None if told["run_dir"] is None else Path(told["run_dir"])
+    ended.safe_step = told["safe_step"]
+    return ended
+
+
 def _result_from(told: dict[str, Any]) -> TrainResult:
     from qlora_hal.observing import TrainResult
 
@@ -150,6 +160,9 @@ def main() -> int:
         result = _carried_out(given["verb"], given["request"], given["console"])
     except QloraHalError as error:
         content: dict[str, object] = {"error": told_of(error)}
+    except EndedAtOnce as ended:
+        run_dir = None if ended.run_dir is None else str(ended.run_dir)
+        content = {"ended": {"number": ended.number, "run_dir": run_dir, "safe_step": ended.safe_step}}
     else:
         content = {"result": asdict(result)}
     Path(given["answer"]).write_text(json.dumps(content, default=str), encoding="utf-8")
@@ -158,13 +171,15 @@ def main() -> int:
 
 def _carried_out(verb: str, request: dict[str, Any], shown: Mapping[str, bool]) -> TrainResult:
     from qlora_hal.config import RunConfig
+    from qlora_hal.places import Relocation
     from qlora_hal.report.console import RunConsole
     from qlora_hal.running import run_new, run_resumed
     from qlora_hal.settings import ResolvedSettings
 
     console = RunConsole(quiet=shown.get("quiet", False), json=shown.get("json", False))
     if verb == "resume":
-        return run_resumed(Path(request.pop("run_dir")), observers=(), console=console, **request)
+        run_dir, relocation = Path(request.pop("run_dir")), Relocation(**request.pop("relocation"))
+        return run_resumed(run_dir, relocation=relocation, observers=(), console=console, **request)
     config, origins = RunConfig.model_validate(request.pop("config")), request.pop("origins")
     return run_new(
         ResolvedSettings(config, origins), request.pop("rows"), (), dry_run=False, console=console, **request

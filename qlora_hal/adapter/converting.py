@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 
 Layout = Literal["peft", "mlx"]
 
-RUN_ADAPTER = "adapter"
-"""The folder of a run that holds its adapter."""
-
 SAME_NAMES = frozenset({"gemma", "gemma2", "gemma3_text", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3"})
 """Model types whose modules have one name in Hugging Face and in mlx-lm, compared by running both."""
 
@@ -62,9 +59,9 @@ def convert_adapter(source: Path, out: Path, *, to: Layout, model: ModelSource |
     """Write the adapter in `source` (its folder, or a run's) as the new folder `out` in the other layout.
 
     With `model`, names and shapes are checked against it, and module names are written in their short form where that
-    is exact. Raises AdapterError as `read_adapter`, `read_mlx_adapter` and `check_fits` do, QH-C65 for modules that
-    mlx-lm names differently; ConfigError QH-U53 when `source` is in that layout already; StorageError QH-S14 when
-    `out` is there, QH-S09, QH-S11, QH-S12.
+    is exact. Raises AdapterError as `read_adapter`, `read_mlx_adapter` and `check_fits` do, QH-C61 for a run without a
+    finished adapter, QH-C65 for modules that mlx-lm names differently; ConfigError QH-U53 when `source` is in that
+    layout already; StorageError QH-S14 when `out` is there, QH-S09, QH-S11, QH-S12.
     """
     folder = _adapter_folder(source)
     found = _layout_of(folder)
@@ -97,10 +94,16 @@ def convert_adapter(source: Path, out: Path, *, to: Layout, model: ModelSource |
 
 
 def _adapter_folder(source: Path) -> Path:
-    """A run's folder stands for the adapter in it."""
-    inside = source / RUN_ADAPTER
-    has_own = os.path.lexists(source / mlx_files.CONFIG_FILE)
-    return inside if not has_own and os.path.lexists(inside / mlx_files.CONFIG_FILE) else source
+    """A run's folder stands for the adapter in it. Raises AdapterError QH-C61 for a run that has none yet."""
+    from qlora_hal.run_directory import ADAPTER_FOLDER, RUN_FILE
+    from qlora_hal.trained_base import finished_adapter
+
+    if os.path.lexists(source / mlx_files.CONFIG_FILE):
+        return source
+    if os.path.lexists(source / RUN_FILE):
+        return finished_adapter(source)
+    inside = source / ADAPTER_FOLDER
+    return inside if os.path.lexists(inside / mlx_files.CONFIG_FILE) else source
 
 
 def _layout_of(folder: Path) -> Layout:

@@ -31,7 +31,8 @@ _STEP_NAME = re.compile(r"step-([0-9]{8,15})")
 class TrainingState:
     """Everything a resume needs; taken between steps, so there are no gradients.
 
-    `loop` is JSON of the training loop (best evaluation, patience, losses so far); tuples come back as lists.
+    `epoch` is how many epochs the steps make. `loop` is JSON of the training loop (best evaluation, patience); tuples
+    come back as lists.
     `provenance` is JSON too: `base_name`, `base_revision`, `base_fingerprint`, `config_hash`, `tokenizer_hash`,
     `data_fingerprint`, `weight_format`, `block_size`, `double_quant`, `backend`, `device`, `versions`.
     `answers` are what the model said when it was saved (`hand_over.saved_answers`); empty where nothing was asked.

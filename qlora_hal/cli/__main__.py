@@ -20,8 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except QloraHalError as error:
         return reported(error, as_json=as_json)
-    except KeyboardInterrupt:
-        return report_interrupt()
+    except KeyboardInterrupt as interrupt:
+        return report_interrupt(interrupt, as_json=as_json)
     except BrokenPipeError:
         # The reader of our output went away (`qlora-hal schema | head`); Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

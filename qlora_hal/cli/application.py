@@ -39,6 +39,7 @@ def application() -> App:
         help="QLoRA fine-tuning with one call on NVIDIA, AMD, Apple and CPU.",
         version=qlora_hal.__version__,
         help_format="plaintext",
+        suppress_keyboard_interrupt=False,  # the entry point says what is safe, and ends with the signal's own status
         group_commands=Group("Also", sort_key=9),
     )
     panels = {title: Group(title, sort_key=n) for n, title in enumerate((TRAINING, MACHINE, SETTINGS))}

@@ -19,7 +19,7 @@ from qlora_hal.cli.generate import (
     ModelOption,
     RunOption,
 )
-from qlora_hal.errors import StorageError
+from qlora_hal.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -102,7 +102,10 @@ def converse(answers: Answers, source: TextIO, console: Console, *, max_new_toke
         elif line.startswith("/"):
             console.print(_HELP, style="dim")
         elif line:
-            _show(console, *conversation.ask(answers, line, max_new_tokens=max_new_tokens))
+            try:
+                _show(console, *conversation.ask(answers, line, max_new_tokens=max_new_tokens))
+            except ConfigError as error:  # the conversation has grown beyond the model's positions
+                console.print(f"{error.message} {error.fix}", style="red")
 
 
 def save_conversation(conversation: Conversation, file: Path) -> None:
@@ -144,9 +147,8 @@ def _show(console: Console, base: str, adapter: str) -> None:
 
 def _stats(conversation: Conversation) -> str:
     characters = sum(len(m["content"]) for m in conversation.adapter if m["role"] == "assistant")
-    return (
-        f"{conversation.turns} turns, {characters} characters answered with the adapter, {conversation.seconds:.1f} s"
-    )
+    turns = f"{conversation.turns} turn{'' if conversation.turns == 1 else 's'}"
+    return f"{turns}, {characters} characters answered with the adapter, {conversation.seconds:.1f} s"
 
 
 def _try_to_save(conversation: Conversation, name: str, console: Console) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as json_format
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -82,8 +82,7 @@ def estimate_as_text(estimated: Estimated, config: RunConfig) -> str:
         f"{config.model.name_or_path} on {estimated.backend}: base {stored.weight_format.value}{block}, computes in "
         f"{estimated.compute_dtype}, {batch} x {length} tokens, rank {config.lora.r}",
         "",
-        *(f"  {part:<12} {figures.size(getattr(memory, part)):>10}" for part in _PARTS),
-        f"  {'total':<12} {figures.size(memory.total):>10}   up to {figures.size(memory.high)}",
+        *memory_lines({**asdict(memory), "total": memory.total, "high": memory.high}),
         "",
     ]
     for title, fits in (("fits", True), ("too small", False)):
@@ -91,6 +90,14 @@ def estimate_as_text(estimated: Estimated, config: RunConfig) -> str:
         if names:
             lines.append(f"{title + ':':<10} {', '.join(names)}")
     return "\n".join(lines)
+
+
+def memory_lines(memory: Mapping[str, int]) -> list[str]:
+    """Bytes by cause, and in all with the margin of the arithmetic."""
+    return [
+        *(f"  {part:<12} {figures.size(memory[part]):>10}" for part in _PARTS),
+        f"  {'total':<12} {figures.size(memory['total']):>10}   up to {figures.size(memory['high'])}",
+    ]
 
 
 def estimate_as_json(estimated: Estimated) -> dict[str, object]:
@@ -112,7 +119,7 @@ def _backend(config: RunConfig, facts: ModelFacts) -> BackendSpec:
     """The named backend; else the first by priority that can store this model, ready here or not."""
     from qlora_hal.capabilities import missing
     from qlora_hal.discovery import find, listed, load_spec
-    from qlora_hal.errors import BackendUnavailableError
+    from qlora_hal.errors import UnsupportedFeatureError
     from qlora_hal.needs import needs_of
 
     entries = listed()
@@ -122,7 +129,7 @@ def _backend(config: RunConfig, facts: ModelFacts) -> BackendSpec:
     needs = needs_of(config, facts)
     able = [spec for spec in specs if not missing(needs, spec.capabilities)]
     if not able:
-        raise BackendUnavailableError(
+        raise UnsupportedFeatureError(
             "QH-B01",
             "No built-in backend can serve these settings.",
             cause="; ".join(f"{spec.name}: {', '.join(missing(needs, spec.capabilities))}" for spec in specs),

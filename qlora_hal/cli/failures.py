@@ -24,10 +24,20 @@ def reported(error: QloraHalError, *, as_json: bool) -> int:
     return error.exit_status
 
 
-def report_interrupt() -> int:
-    """Ctrl-C outside a run, or the second one inside."""
-    print("\nstopped from the keyboard; nothing more was saved.", file=sys.stderr)
-    return INTERRUPTED
+def report_interrupt(interrupt: KeyboardInterrupt, *, as_json: bool) -> int:
+    """Ctrl-C outside a run, or the second signal inside: what is safe, and how to go on."""
+    from qlora_hal.stopping import EndedAtOnce
+
+    status, text = INTERRUPTED, "stopped from the keyboard; nothing more was saved."
+    context: dict[str, object] = {}
+    if isinstance(interrupt, EndedAtOnce):
+        run_dir = None if interrupt.run_dir is None else str(interrupt.run_dir)
+        status, text, context = interrupt.exit_status, str(interrupt), {"run_dir": run_dir, "step": interrupt.safe_step}
+    if as_json:
+        print(json.dumps({"code": "QH-S21", "message": text, **context, "exit_status": status}, ensure_ascii=False))
+    else:
+        print(f"\n{text}", file=sys.stderr)
+    return status
 
 
 def report_unexpected(error: Exception, *, as_json: bool) -> int:

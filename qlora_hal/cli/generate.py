@@ -7,18 +7,18 @@ from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import Parameter
+from cyclopts import Parameter, validators
 
 from qlora_hal.cli.train import Switch
 
 RunOption = Annotated[Path | None, Parameter(help="A run's folder: its model, its settings, its adapter.")]
 AdapterOption = Annotated[Path | None, Parameter(help="An adapter in PEFT layout; needs --model.")]
-ModelOption = Annotated[str | None, Parameter(help="The base model of the adapter.")]
+ModelOption = Annotated[str | None, Parameter(help="The base model of the adapter, or where a run's model lies now.")]
 BackendOption = Annotated[str, Parameter(help="A backend's name, or auto.")]
 MismatchOption = Annotated[
     bool, Switch, Parameter(help="Open an adapter on another base than the one it was trained on.")
 ]
-LengthOption = Annotated[int, Parameter(help="Longest answer in tokens.")]
+LengthOption = Annotated[int, Parameter(help="Longest answer in tokens.", validator=validators.Number(gte=1))]
 
 
 def generate(

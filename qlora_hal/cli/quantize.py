@@ -130,11 +130,12 @@ def calibration_of(source: ModelSource, data: str, *, rows: int, max_seq_length:
     """The rows of a file as token ids. Raises DataError, ConfigError QH-D54."""
     from qlora_hal.config import DataConfig
     from qlora_hal.data import ChatTokenizer, prepare
+    from qlora_hal.data.reading import blamed_on
     from qlora_hal.quantizing import calibration_from
 
     facts = source.facts
     config = DataConfig(path=data, max_seq_length=max_seq_length, train_on="all")
-    with tempfile.TemporaryDirectory(prefix="qlora_hal-calibration-") as folder:
+    with tempfile.TemporaryDirectory(prefix="qlora_hal-calibration-") as folder, blamed_on("--data"):
         prepared = prepare(
             config,
             ChatTokenizer.from_folder(source.path),

@@ -23,6 +23,9 @@ def resume(
     ] = False,
     model: Annotated[str | None, Parameter(help="Where the same model lies on this machine.")] = None,
     data: Annotated[str | None, Parameter(help="Where the same data lie on this machine.")] = None,
+    validation_data: Annotated[
+        str | None, Parameter(help="Where the same validation data lie on this machine.")
+    ] = None,
     force_unlock: Annotated[
         bool, Switch, Parameter(help="Take the lock of a run on another host that has ended.")
     ] = False,
@@ -39,6 +42,7 @@ def resume(
         transfer=transfer,
         model=model,
         data=data,
+        validation_data=validation_data,
         force_unlock=force_unlock,
         console=RunConsole(quiet=quiet, json=json),
     )

@@ -6,7 +6,7 @@ import json as json_format
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -30,7 +30,11 @@ def train(
     smoke: Annotated[
         bool, Switch, Parameter(help="Three steps, save, resume, generate: does everything work here?")
     ] = False,
-    dry_run: Annotated[bool, Switch, Parameter(help="Do everything up to step 1 and stop.")] = False,
+    dry_run: Annotated[
+        bool,
+        Switch,
+        Parameter(help="Check settings, backend, data and memory, print the plan and stop; nothing is written."),
+    ] = False,
     print_config: Annotated[bool, Switch, Parameter(help="Print every setting with its origin and stop.")] = False,
     show_batch: Annotated[
         bool, Switch, Parameter(help="Print one batch with the trained tokens marked and stop.")
@@ -62,6 +66,8 @@ def train(
     result = api.train(settings, overwrite=overwrite, force_unlock=force_unlock, dry_run=dry_run, console=console)
     if json:
         print(json_format.dumps(result_as_json(result), ensure_ascii=False))
+    elif dry_run:
+        print(plan_as_text(result))
     return 0
 
 
@@ -93,8 +99,28 @@ def batch_as_text(settings: ResolvedSettings) -> str:
     from qlora_hal.data.show import show_batch
     from qlora_hal.report.console import wants_color
 
-    batch, tokenizer = api.first_batch(settings)
-    return str(show_batch(batch, tokenizer, color=wants_color(sys.stdout)))
+    batch, tokenizer, seed = api.first_batch(settings)
+    shown = str(show_batch(batch, tokenizer, color=wants_color(sys.stdout)))
+    drawn = " was drawn; training.seed gives this batch again" if settings.config.training.seed is None else ""
+    return f"seed {seed}{drawn}\n{shown}"
+
+
+def plan_as_text(result: TrainResult) -> str:
+    """What a dry run found: one line for the work, one for the base, and the memory by cause."""
+    from qlora_hal.cli.estimate import memory_lines
+
+    plan: Mapping[str, Any] = result.plan
+    block = f" in blocks of {result.block_size}" if result.block_size else ""
+    return "\n".join(
+        [
+            f"plan: {plan['steps']} steps of {plan['sequences_per_step']} sequences, from {plan['sequences']}, "
+            f"on {result.backend}; nothing was written",
+            f"base: {result.weight_format}{block}, computes in {plan['compute_dtype']}; "
+            f"adapters on {plan['target_modules']} modules",
+            "memory by arithmetic:",
+            *memory_lines(plan["memory"]),
+        ]
+    )
 
 
 def result_as_json(result: TrainResult) -> dict[str, object]:
@@ -117,6 +143,7 @@ def result_as_json(result: TrainResult) -> dict[str, object]:
         "stopped_because": result.stopped_because,
         "notes": list(result.notes),
         "samples": [dict(sample) for sample in result.samples],
+        **({"plan": dict(result.plan)} if result.plan else {}),
     }
 
 

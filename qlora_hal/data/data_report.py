@@ -80,7 +80,9 @@ class SourceReport:
             )
             lines += [f"  up to {edge:>6} tokens: {count} rows" for edge, count in self.histogram]
         if self.dropped_untrained:
-            lines.append(f"no trained token: {self.dropped_untrained} rows; first: {_listed(self.untrained_rows)}")
+            what = "pieces of rows" if self.truncation == "split" else "rows"
+            listed = _listed(self.untrained_rows)
+            lines.append(f"no trained token: {self.dropped_untrained} {what}; first rows: {listed}")
         lines += [f"bad row: {text}" for text in self.bad_rows]
         return [*lines, *self._remarks()]
 
@@ -95,7 +97,7 @@ class SourceReport:
         reasons = {
             "malformed": self.bad_row_count,
             f"over {self.max_seq_length} tokens": self.dropped_too_long,
-            "without a trained token": self.dropped_untrained,
+            f"{'pieces ' if self.truncation == 'split' else ''}without a trained token": self.dropped_untrained,
         }
         text = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
         return f"; dropped: {text}" if text else ""

@@ -102,8 +102,9 @@ def _trained_only(rows: TokenRows, counts: FittingCounts) -> TokenRows:
     if keep.all():
         return rows
     counts.dropped_untrained += int((~keep).sum())
-    room = LISTED_ROWS - len(counts.untrained_rows)
-    counts.untrained_rows += rows.numbers[~keep][: max(0, room)].tolist()
+    # A row that was split is met once for each of its pieces.
+    met = dict.fromkeys([*counts.untrained_rows, *rows.numbers[~keep].tolist()])
+    counts.untrained_rows = list(met)[:LISTED_ROWS]
     places = np.flatnonzero(np.repeat(keep, rows.lengths))
     return _taken(rows, places, rows.lengths[keep], np.flatnonzero(keep))
 

@@ -17,7 +17,7 @@ import numpy as np
 from qlora_hal.data.data_report import DataReport, SourceReport
 from qlora_hal.data.order import Purpose, permutation
 from qlora_hal.data.packing import pack
-from qlora_hal.data.reading import Source, memory_source, open_source
+from qlora_hal.data.reading import Source, blamed_on, memory_source, open_source
 from qlora_hal.data.tokenising import Preparation
 from qlora_hal.data.tokens import NotAStore, TokenStore, open_store
 from qlora_hal.errors import ConfigError, DataError
@@ -59,8 +59,10 @@ def prepare(
     train, report, fingerprint = _tokenised(source, config, tokenizer, cache_dir, model_vocabulary_size)
     validation, validation_report, parts = None, None, [fingerprint]
     if config.validation_path:
-        held = open_source(config.validation_path, config.split)
-        validation, validation_report, second = _tokenised(held, config, tokenizer, cache_dir, model_vocabulary_size)
+        with blamed_on("data.validation_path"):
+            held = open_source(config.validation_path, config.split)
+            found = _tokenised(held, config, tokenizer, cache_dir, model_vocabulary_size)
+        validation, validation_report, second = found
         parts.append(second)
     elif config.validation_fraction:
         train, validation = hold_out(train, config.validation_fraction, seed)
@@ -124,7 +126,7 @@ def _tokenised(
         if source.stamp() != stamp:
             path.unlink(missing_ok=True)
             raise DataError(
-                "QH-D16",
+                "QH-D64",
                 f"The data {source.name!r} changed while it was read.",
                 where="data.path",
                 fix="Wait until the file is written, then start again.",

@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from qlora_hal.data.row_files import KINDS, READ, not_an_object
-from qlora_hal.errors import DataError
+from qlora_hal.data.row_files import KINDS, READ, not_an_object, separator_note
+from qlora_hal.errors import DataError, QloraHalError
 
 
 class Row(NamedTuple):
@@ -32,13 +33,15 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Rows with a name and an identity. `digest` is a SHA-256 of the contents; `rows` may be called again."""
+    """Rows with a name and an identity. `digest` is a SHA-256 of the contents; `rows` may be called again;
+    `notes` are for the user."""
 
     name: str
     kind: str
     rows: Callable[[], Iterator[Row]]
     digest: Callable[[], str]
     stamp: Callable[[], object] = lambda: None
+    notes: tuple[str, ...] = ()
 
 
 def open_source(path: str, split: str = "train") -> Source:
@@ -64,6 +67,23 @@ def open_source(path: str, split: str = "train") -> Source:
         cause="The name is neither a path on this disk nor a dataset id of the form owner/name.",
         fix="Give data.path the path of a JSONL, JSON, CSV or Parquet file.",
     )
+
+
+def has_splits(path: str) -> bool:
+    """Whether what is named may hold several splits: a dataset of the hub, or several that were saved together."""
+    here = Path(path).expanduser()
+    return (here / "dataset_dict.json").is_file() or not here.exists()
+
+
+@contextmanager
+def blamed_on(setting: str) -> Iterator[None]:
+    """Let errors about the file that is read name the setting that it comes from; readers know only `data.path`."""
+    try:
+        yield
+    except QloraHalError as error:
+        error.where = setting if error.where == "data.path" else error.where
+        error.fix = error.fix.replace("data.path", setting)
+        raise
 
 
 def memory_source(rows: Sequence[Mapping[str, object]]) -> Source:
@@ -126,7 +146,8 @@ def _files_source(name: str, files: Sequence[Path]) -> Source:
                 yield Row(number, file.name, line, value)
 
     kinds = sorted({KINDS[file.suffix.lower()] for file in files})
-    return Source(name, "+".join(kinds), read, lambda: digest_of_files(files), lambda: _stamp(files))
+    notes = tuple(filter(None, (separator_note(file) for file in files if KINDS[file.suffix.lower()] == "CSV")))
+    return Source(name, "+".join(kinds), read, lambda: digest_of_files(files), lambda: _stamp(files), notes)
 
 
 def _stamp(files: Sequence[Path]) -> object:

@@ -149,8 +149,34 @@ def _array_lines(path: Path) -> _Lines:
             raise malformed(path.name, line, 1, "a byte on this line or a later one is not UTF-8 text") from error
 
 
+def separator_of(path: Path) -> str:
+    """What parts the fields: the suffix's own sign; where the header lacks that, another of , ; and tab."""
+    usual = _usual_separator(path)
+    try:
+        with path.open("r", encoding="utf-8-sig", newline="") as stream:
+            header = stream.readline(2**16)
+    except (OSError, UnicodeDecodeError):
+        return usual  # told when the rows are read
+    most = max((",", ";", "\t"), key=header.count)
+    return usual if usual in header or most not in header else most
+
+
+def separator_note(path: Path) -> str:
+    """What to say of a file whose fields are parted otherwise than its name says; empty where there is nothing."""
+    found = separator_of(path)
+    return f"{path.name}: fields are separated by {_shown(found)}" if found != _usual_separator(path) else ""
+
+
+def _usual_separator(path: Path) -> str:
+    return "\t" if path.suffix.lower() == ".tsv" else ","
+
+
+def _shown(separator: str) -> str:
+    return "tabs" if separator == "\t" else f"{separator!r}"
+
+
 def _csv_lines(path: Path) -> _Lines:
-    separator = "\t" if path.suffix.lower() == ".tsv" else ","
+    separator = separator_of(path)
     before = csv.field_size_limit(MAX_ROW_BYTES)  # a limit of the csv module itself; put back below
     try:
         with path.open("r", encoding="utf-8-sig", newline="") as stream:
@@ -160,10 +186,25 @@ def _csv_lines(path: Path) -> _Lines:
                     yield reader.line_num, _ragged(path.name, reader.line_num, reader.fieldnames or ())
                 else:
                     yield reader.line_num, value
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise malformed(path.name, reader.line_num + 1, 1, f"the CSV cannot be read ({error})") from error
+    except UnicodeDecodeError as error:
+        raise _broken_csv(
+            path.name, reader.line_num + 1, f"byte 0x{error.object[error.start]:02x} is not UTF-8 text"
+        ) from error
+    except csv.Error as error:
+        raise _broken_csv(path.name, reader.line_num + 1, str(error)) from error
     finally:
         csv.field_size_limit(before)
+
+
+def _broken_csv(file: str, line: int, reason: str) -> DataError:
+    return DataError(
+        "QH-D04",
+        f"This is not CSV: {reason}.",
+        where=f"{file}:{line}:1",
+        cause="Rows after a broken quotation cannot be told apart, so on_bad_row cannot skip it.",
+        fix='Write a quotation mark inside a quoted field twice (""), and the file as UTF-8.',
+        context={"line": line},
+    )
 
 
 def _ragged(file: str, line: int, names: Sequence[str]) -> DataError:

@@ -192,7 +192,7 @@ class Preparation:
 
     def _notes(self) -> list[str]:
         shapes = self._renderer.counts.shapes
-        notes = []
+        notes = list(self._source.notes)
         if len(shapes) > 1:
             notes.append(
                 f"the rows have {len(shapes)} shapes: " + ", ".join(f"{s} {n}" for s, n in shapes.most_common())

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qlora_hal.adapter.fitting import check_base
 from qlora_hal.capabilities import WeightFormat
-from qlora_hal.errors import BackendError, ConfigError, UnsupportedFeatureError
+from qlora_hal.errors import ConfigError
 from qlora_hal.merging.requantizing import calibrating_backend
 from qlora_hal.merging.request import MergeRequest
 from qlora_hal.merging.rows import HeldOutRows, held_out_rows
 from qlora_hal.merging.subject import Subject, read_subject, require_known_storage
+from qlora_hal.trained_base import machinery_of_training
 
 if TYPE_CHECKING:
-    from qlora_hal.config import RunConfig
     from qlora_hal.model.source import ModelSource
     from qlora_hal.preparation import Machinery
     from qlora_hal.report.console import RunConsole
@@ -47,56 +47,22 @@ def planned(request: MergeRequest, console: RunConsole, note: Callable[[str], No
     subject = read_subject(request)
     model = subject.config.model
     source = resolve_model(model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    stored = source.facts.prequantized
-    require_known_storage(subject, request, prequantized=stored is not None)
+    require_known_storage(subject, request, prequantized=source.facts.prequantized is not None)
     mismatch = check_base(
         subject.provenance, source.facts, allow_mismatch=request.allow_base_mismatch, name=source.name
     )
     if mismatch:
         note(mismatch)
-    config = _as_stored(subject.config) if stored is not None else subject.config
-    machinery = _machinery(request, subject, config, console, note)
+    machinery = machinery_of_training(subject.config, source.facts, subject.provenance, request.backend, console, note)
     if request.requantize not in (None, WeightFormat.NF4.value):
         calibrating_backend(WeightFormat(request.requantize))  # refused now, not after the merge
     trained_base = base_of_run(machinery, subject.run_dir)
     candidates = _candidates(request.base, machinery)
-    tokenizer = ChatTokenizer.from_folder(source.path, chat_template=config.data.chat_template)
+    tokenizer = ChatTokenizer.from_folder(source.path, chat_template=subject.config.data.chat_template)
     rows = held_out_rows(request, subject, tokenizer, source.facts)
     if rows.note:
         note(rows.note)
     return MergePlan(request, subject, machinery, trained_base, rows, candidates)
-
-
-def _as_stored(config: RunConfig) -> RunConfig:
-    """A pre-quantized checkpoint is taken as it is."""
-    return config.model_copy(update={"quantization": type(config.quantization)()})
-
-
-def _machinery(
-    request: MergeRequest, subject: Subject, config: RunConfig, console: RunConsole, note: Callable[[str], None]
-) -> Machinery:
-    """The backend named; else the one that trained, where it is ready; else any that serves the format."""
-    from qlora_hal.hooks import Hooks
-    from qlora_hal.preparation import choose_machinery
-
-    if request.backend != "auto":
-        return choose_machinery(_on(config, request.backend, subject), Hooks(), console)
-    if subject.recorded_backend:
-        try:
-            return choose_machinery(_on(config, subject.recorded_backend, subject), Hooks(), console)
-        except (BackendError, UnsupportedFeatureError) as error:
-            note(f"{subject.recorded_backend}, which trained the adapter, cannot be used here: {error.message}")
-    return choose_machinery(_on(config, "auto", subject), Hooks(), console)
-
-
-def _on(config: RunConfig, name: str, subject: Subject) -> RunConfig:
-    settings: Mapping[str, object] = {
-        **config.backend.model_dump(),
-        "name": name,
-        # Options are one backend's own.
-        "options": config.backend.options if name == subject.recorded_backend else {},
-    }
-    return config.model_copy(update={"backend": type(config.backend).model_validate(settings)})
 
 
 def _candidates(base: str, machinery: Machinery) -> tuple[str, ...]:

@@ -71,13 +71,13 @@ class Reference:
         self._path.unlink(missing_ok=True)
 
     def record(self, logits: Logits) -> None:
-        """Take the adapter model's logits. Raises NumericsError QH-N03 when they are not finite, OSError."""
+        """Take the adapter model's logits. Raises NumericsError QH-C80 when they are not finite, OSError."""
         loss_sum = variance_sum = 0.0
         margins = []
         for part, found, labels in self._scored(logits):
             if not np.isfinite(found).all():
                 raise NumericsError(
-                    "QH-N03",
+                    "QH-C80",
                     "The adapter model gives logits that are not finite; there is nothing to compare a merge with.",
                     fix="Merge an earlier checkpoint of the run.",
                 )

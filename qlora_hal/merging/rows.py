@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -74,10 +73,12 @@ def held_out_rows(request: MergeRequest, subject: Subject, tokenizer: ChatTokeni
     Raises ConfigError QH-C64 when there are none, or the run's own cannot be read any more.
     """
     if request.rows is not None:
+        from qlora_hal.data.reading import blamed_on
+
         data = subject.config.data.model_copy(
             update={"path": request.rows, "validation_path": None, "validation_fraction": 0.0}
         )
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, blamed_on("--rows"):
             store, _ = _prepared(data, tokenizer, Path(folder), subject, facts, rows=None)
             return _limited(store, store, request.row_limit, "named", Path(request.rows).name, tokenizer)
     if subject.run_dir is None:
@@ -91,26 +92,18 @@ def held_out_rows(request: MergeRequest, subject: Subject, tokenizer: ChatTokeni
 
 
 def _rows_of_run(subject: Subject, tokenizer: ChatTokenizer, facts: ModelFacts) -> tuple[TokenStore, TokenStore | None]:
+    from qlora_hal.rows_in_memory import kept_rows
+
     assert subject.run_dir is not None
     cache = subject.run_dir / "tokens"
     try:
         if cache.is_dir():
-            return _prepared(subject.config.data, tokenizer, cache, subject, facts, _kept_rows(subject.run_dir))
+            return _prepared(subject.config.data, tokenizer, cache, subject, facts, kept_rows(subject.run_dir))
         with tempfile.TemporaryDirectory() as folder:
-            rows = _kept_rows(subject.run_dir)
+            rows = kept_rows(subject.run_dir)
             return _prepared(subject.config.data, tokenizer, Path(folder), subject, facts, rows)
     except (DataError, OSError) as error:
         raise _no_rows(f"the run's own rows cannot be read any more ({error})") from error
-
-
-def _kept_rows(run_dir: Path) -> list[Mapping[str, object]] | None:
-    """Rows that were given to train in memory lie beside the run."""
-    from qlora_hal.running import ROWS_FILE
-
-    path = run_dir / ROWS_FILE
-    if not path.is_file():
-        return None
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _prepared(

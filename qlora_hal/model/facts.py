@@ -56,7 +56,7 @@ class ModelFacts:
 def read_facts(folder: Path) -> ModelFacts:
     """Read config.json and the headers of the weight files; no weight is loaded.
 
-    Raises ModelError (QH-C70 config.json missing or broken, QH-C71 no weights, QH-C04 a missing shard, QH-C01 a
+    Raises ModelError (QH-C70 config.json missing or broken, QH-C71 no weights, QH-C79 a missing shard, QH-C01 a
     truncated file, QH-C72 a quantization that no backend reads, QH-C73 a contradictory quantized checkpoint) and
     UnsafeInputError (QH-C15, QH-C16 malformed headers).
     """

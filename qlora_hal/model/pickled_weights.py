@@ -12,7 +12,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -27,6 +26,7 @@ from qlora_hal.model.safety import NO_WEIGHTS, PICKLE_SUFFIXES
 from qlora_hal.model.weight_files import SINGLE_FILE, read_json, read_weight_map
 from qlora_hal.output_path import writable_folder
 from qlora_hal.report.run_file import is_secret_name
+from qlora_hal.scratch_folder import scratch_folder
 from qlora_hal.supervising import error_from
 
 CHILD = "qlora_hal_backends.unpickling_child"
@@ -88,7 +88,7 @@ def unpickle(folder: Path, out: Path, tell: Tell) -> Unpickled:
     """Write the model or adapter in `folder` as the new folder `out`, its weights as safetensors.
 
     Every tensor in `out` was compared with the pickle's, bit by bit. Nothing is left of an attempt that fails. Raises
-    ModelError (QH-C01 a damaged pickle, QH-C04, QH-C71, QH-C78), UnsafeInputError (QH-C77 more than tensors, QH-C15),
+    ModelError (QH-C01 a damaged pickle, QH-C79, QH-C71, QH-C78), UnsafeInputError (QH-C77 more than tensors, QH-C15),
     ConfigError QH-U17, BackendError (QH-E64 no torch that is safe enough, QH-E65), StorageError (QH-S09, QH-S11,
     QH-S12, QH-S14, QH-S56).
     """
@@ -117,7 +117,7 @@ def find_pickled(folder: Path) -> PickledWeights:
     """The pickles of a folder that hold its weights.
 
     Raises ConfigError QH-U17 when it has safetensors, ModelError QH-C71 when it has no pickles, or several of which
-    nothing says that they belong together, QH-C04 when some are missing.
+    nothing says that they belong together, QH-C79 when some are missing.
     """
     if not folder.is_dir():
         raise ModelError(
@@ -190,8 +190,8 @@ def _written_by_child(folder: Path, pickled: PickledWeights, staging: Path, tell
         "is_tied": _is_tied(folder),
         "out": str(staging),
     }
-    with tempfile.TemporaryDirectory(prefix="qlora_hal-unpickling-") as scratch:
-        errors = Path(scratch) / "stderr.txt"
+    with scratch_folder("qlora_hal-unpickling-") as scratch:
+        errors = scratch / "stderr.txt"
         with (
             errors.open("wb") as stderr,
             subprocess.Popen(
@@ -203,7 +203,7 @@ def _written_by_child(folder: Path, pickled: PickledWeights, staging: Path, tell
                 text=True,
                 encoding="utf-8",
                 cwd=scratch,
-                env=_environment(scratch),
+                env=_environment(str(scratch)),
             ) as child,
         ):
             try:

@@ -35,7 +35,7 @@ def read_json(path: Path) -> dict[str, object]:
 def read_headers(folder: Path) -> tuple[Header, ...]:
     """Checked headers of all weight files, in order of file name.
 
-    Raises ModelError QH-C04 for a shard or tensor that the index names and the folder lacks, QH-C71 for a folder
+    Raises ModelError QH-C79 for a shard or tensor that the index names and the folder lacks, QH-C71 for a folder
     without weights, and what `read_header` raises.
     """
     index = folder / INDEX_FILE
@@ -56,7 +56,7 @@ def _sharded(folder: Path, index: Path) -> tuple[Header, ...]:
 def read_weight_map(index: Path) -> Mapping[str, str]:
     """Tensor name -> file name of an index whose files are all in its folder.
 
-    Raises ModelError QH-C04 for files that are not, QH-C70; UnsafeInputError QH-C15 for a map that is none, or names a
+    Raises ModelError QH-C79 for files that are not, QH-C70; UnsafeInputError QH-C15 for a map that is none, or names a
     file elsewhere.
     """
     folder, weight_map = index.parent, read_json(index).get("weight_map")
@@ -69,7 +69,7 @@ def read_weight_map(index: Path) -> Mapping[str, str]:
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing:
         raise ModelError(
-            "QH-C04",
+            "QH-C79",
             f"{len(missing)} of {len(shards)} weight files are missing: {', '.join(missing[:5])}.",
             where=str(folder),
             fix="Get the missing files from the model's source.",
@@ -89,11 +89,11 @@ def _check_index(folder: Path, weight_map: Mapping[str, str], headers: tuple[Hea
 
 
 def refuse_absent(folder: Path, weight_map: Mapping[str, str], found: Mapping[str, str]) -> None:
-    """Raise ModelError QH-C04 for tensors that are not in the file that the index names; `found` is where they are."""
+    """Raise ModelError QH-C79 for tensors that are not in the file that the index names; `found` is where they are."""
     absent = [name for name, shard in weight_map.items() if found.get(name) != shard]
     if absent:
         raise ModelError(
-            "QH-C04",
+            "QH-C79",
             f"{len(absent)} tensors are not in the file that the index names, first {absent[0]} "
             f"in {weight_map[absent[0]]}.",
             where=str(folder),

@@ -70,6 +70,8 @@ class RunConsole:
         variables = os.environ if environ is None else environ
         self.quiet = quiet
         self.json = json
+        self.notes: list[str] = []
+        """Every note that was shown since the last `close`."""
         self._stream = sys.stderr if stream is None else stream
         self._console = stderr_console(self._stream, variables)
         self._watched = is_watched(self._stream, variables) and not quiet and not json
@@ -80,6 +82,7 @@ class RunConsole:
     # before the first step -----------------------------------------------------------------------------------------
     def note(self, text: str) -> None:
         """One sentence that the user should know; shown even when quiet."""
+        self.notes.append(text)
         self._print(_styled("note: ", "yellow", text), always=True)
 
     def detection(self, chosen: str, why: str, reports: Sequence[ProbeReport], rejections: Mapping[str, str]) -> None:
@@ -164,7 +167,7 @@ class RunConsole:
                 self._print(f"sample {key}: {' '.join(row.get(key, '').split())}")
 
     def finished(self, result: TrainResult, paths: Mapping[str, Path]) -> None:
-        """The summary, and the three commands that make sense next. `paths` names what was written."""
+        """The summary, and the commands that make sense next. `paths` names what was written."""
         self._stop_live()
         if self.quiet:
             return
@@ -177,6 +180,7 @@ class RunConsole:
     def close(self) -> None:
         """Give the terminal back; safe to call twice, and right to call when a run fails."""
         self._stop_live()
+        self.notes.clear()
 
     # drawing -------------------------------------------------------------------------------------------------------
     def _print(self, content: RenderableType, *, always: bool = False) -> None:
@@ -224,19 +228,19 @@ def summary(result: TrainResult, paths: Mapping[str, Path]) -> list[tuple[str, s
         rows.append(("eval loss", f"{before} -> {after}"))
     if result.peak_memory_bytes is not None:
         rows.append(("peak memory", figures.size(result.peak_memory_bytes)))
-    rows.append(("adapter", str(result.adapter_dir)))
-    rows.extend((name, str(path)) for name, path in paths.items() if name != "adapter")
-    return rows
+    adapter_first = sorted(paths.items(), key=lambda named: named[0] != "adapter")
+    return rows + [(name, str(path)) for name, path in adapter_first]
 
 
 def next_commands(result: TrainResult) -> tuple[str, ...]:
-    """The three commands that make sense after this result, ready to be pasted."""
+    """The commands that make sense after this result, ready to be pasted. A stopped run has no adapter to ask yet."""
     from shlex import quote
 
     run = quote(str(result.run_dir))
-    report = quote(str(result.run_dir / "report.html"))
-    first = f"qlora-hal chat --run {run}" if result.stopped_because == "finished" else f"qlora-hal resume {run}"
-    return (first, f'qlora-hal generate --run {run} --prompt "..."', f"python -m webbrowser -t {report}")
+    report = f"python -m webbrowser -t {quote(str(result.run_dir / 'report.html'))}"
+    if result.stopped_by_signal:
+        return (f"qlora-hal resume {run}", report)
+    return (f"qlora-hal chat --run {run}", f'qlora-hal generate --run {run} --prompt "..."', report)
 
 
 def _styled(head: str, style: str, text: str) -> RenderableType:

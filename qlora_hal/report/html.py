@@ -237,7 +237,7 @@ def _facts(run: Mapping[str, object]) -> dict[str, list[tuple[str, str]]]:
     timings = {
         key.removesuffix("_seconds"): figures.duration(float(value))
         for key, value in _mapping(run, "timings").items()
-        if isinstance(value, (int, float))
+        if isinstance(value, (int, float)) and key.endswith("_seconds")
     }
     estimate = {
         key: figures.size(float(value))

@@ -86,10 +86,11 @@ class MetricsFile:
         os.fsync(self._file.fileno())
 
     def truncate_after(self, step: int) -> int:
-        """Drop the lines of later steps, which a resumed run takes again. Returns how many were dropped."""
+        """Drop the lines of later steps, which a resumed run takes again, and of the end that an earlier call came to.
+        Returns how many were dropped."""
         self._file.flush()
         lines = self.path.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if _step_of(line) <= step]
+        kept = [line for line in lines if _step_of(line) <= step and _label_of(line) != "after"]
         if len(kept) < len(lines):
             self._file.close()
             replace_file(self.path, b"".join(kept))
@@ -116,6 +117,21 @@ def read_metrics(path: Path) -> list[dict[str, object]]:
     if not path.exists():
         return []
     return [record for line in path.read_bytes().splitlines() if (record := _parsed(line)) is not None]
+
+
+def loss_before(path: Path) -> float | None:
+    """The validation loss of the base, from the line of the evaluation before the first step."""
+    for record in read_metrics(path):
+        loss = record.get("eval_loss")
+        if record.get("label") == "before" and isinstance(loss, float):
+            return loss
+    return None
+
+
+def trained_seconds(path: Path) -> float:
+    """What all steps in the log took together."""
+    seconds = (record.get("seconds_per_step") for record in read_metrics(path))
+    return sum(value for value in seconds if isinstance(value, (int, float)))
 
 
 def smoothed(values: Sequence[float | None], weight: float = 0.9) -> list[float | None]:
@@ -163,6 +179,10 @@ def _step_of(line: bytes) -> int:
     record = _parsed(line) or {}
     step = record.get("step", 0)
     return step if isinstance(step, int) else 0
+
+
+def _label_of(line: bytes) -> object:
+    return (_parsed(line) or {}).get("label")
 
 
 def _cut_torn_line(path: Path) -> int:

@@ -16,7 +16,7 @@ import pytest
 
 from qlora_hal.checkpoint import latest_valid_checkpoint, load_checkpoint, save_checkpoint
 from qlora_hal.errors import ConfigError, OutputLockedError, StorageError
-from qlora_hal.run_directory import RunDirectory, config_hash, write_json_atomically
+from qlora_hal.run_directory import RunDirectory, config_hash, rehearsed, write_json_atomically
 from tests.checkpoint.small_states import assert_same_state, small_state
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +84,7 @@ def test_a_place_where_nothing_can_be_created_is_refused_with_status_8() -> None
         RunDirectory.open_new("/dev/null/run" if sys.platform != "linux" else "/proc/self/run", config=CONFIG)
     assert refused.value.code in ("QH-S12", "QH-S14")
     assert refused.value.exit_status == 8
+    assert "resume" not in refused.value.fix, "there is no run yet"
 
 
 @pytest.mark.fault("S09")
@@ -96,6 +97,7 @@ def test_a_folder_that_takes_no_byte_is_found_out_at_the_start(tmp_path: Path) -
 @pytest.mark.fault("S13")
 def test_another_runs_folder_is_refused_with_the_differing_keys_and_three_ways_out(tmp_path: Path) -> None:
     RunDirectory.open_new(tmp_path, config=CONFIG).close()
+    save_checkpoint(tmp_path, small_state(5), keep=2)
     before = (tmp_path / "run.json").read_bytes()
     with pytest.raises(ConfigError, match="2 keys differ") as refused:
         RunDirectory.open_new(tmp_path, config={**CHANGED, "output_dir": "y"})
@@ -111,7 +113,7 @@ def test_another_runs_folder_is_refused_with_the_differing_keys_and_three_ways_o
 def test_the_same_run_with_checkpoints_is_refused_and_resume_is_offered(tmp_path: Path) -> None:
     RunDirectory.open_new(tmp_path, config=CONFIG).close()
     save_checkpoint(tmp_path, small_state(5), keep=2)
-    with pytest.raises(ConfigError, match="same configuration; it has 1 checkpoints") as refused:
+    with pytest.raises(ConfigError, match=r"same configuration; it has 1 checkpoint\.") as refused:
         RunDirectory.open_new(tmp_path, config=CONFIG)
     assert "resume" in refused.value.fix
     with RunDirectory.open_existing(tmp_path):
@@ -316,3 +318,40 @@ def test_killing_a_process_that_rewrites_json_never_leaves_half_a_file(tmp_path:
         child.kill()
         child.communicate(timeout=60)
         assert len(set(json.loads(path.read_bytes())["n"])) == 1
+
+
+@pytest.mark.fault("S13")
+def test_an_attempt_that_ended_before_its_first_step_is_started_over_with_another_configuration(tmp_path: Path) -> None:
+    RunDirectory.open_new(tmp_path, config=CONFIG).close()
+    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "tokens").mkdir()
+    with RunDirectory.open_new(tmp_path, config=CHANGED) as run:
+        assert run.notes == ["An earlier attempt in this folder ended before its first step; starting again."]
+        assert run.content["config"] == CHANGED
+    assert not (tmp_path / "tokens").exists()
+
+
+@pytest.mark.fault("S13")
+def test_a_run_that_took_steps_without_a_checkpoint_is_not_told_to_resume(tmp_path: Path) -> None:
+    RunDirectory.open_new(tmp_path, config=CONFIG).close()
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    one = {**CONFIG, "lora": {**CONFIG["lora"], "r": 99}}
+    with pytest.raises(ConfigError, match=r"1 key differs: lora\.r") as refused:
+        RunDirectory.open_new(tmp_path, config=one)
+    assert "resume" not in refused.value.fix
+    assert "--overwrite" in refused.value.fix
+
+
+def test_a_rehearsal_judges_the_folder_and_leaves_nothing(tmp_path: Path) -> None:
+    with rehearsed(tmp_path / "a" / "b", config=CONFIG) as scratch:
+        assert scratch.is_dir()
+        assert list(tmp_path.iterdir()) == []
+    assert not scratch.exists()
+    RunDirectory.open_new(tmp_path / "run", config=CONFIG).close()
+    save_checkpoint(tmp_path / "run", small_state(5), keep=2)
+    with pytest.raises(ConfigError, match="QH-S13"), rehearsed(tmp_path / "run", config=CHANGED):
+        pass
+    with rehearsed(tmp_path / "run", config=CHANGED, overwrite=True):
+        assert (tmp_path / "run" / "checkpoints").is_dir()
+    with pytest.raises(StorageError, match="QH-S14"), rehearsed(a_file(tmp_path / "file"), config=CONFIG):
+        pass

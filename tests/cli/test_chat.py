@@ -43,7 +43,7 @@ def test_both_answers_are_shown_and_each_model_sees_its_own_history() -> None:
 def test_reset_begins_again_and_stats_count() -> None:
     shown, _ = talk("one\n/reset\n/stats\ntwo\n/stats\n")
     assert "0 turns" in shown
-    assert "1 turns" in shown
+    assert "1 turn," in shown
     assert "adapter 1 messages, last two" in shown
 
 

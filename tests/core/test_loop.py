@@ -163,6 +163,20 @@ def test_patience_stops_after_evaluations_without_improvement() -> None:
     assert events.log[-1] == "saved 8"
 
 
+def test_patience_that_ran_out_before_a_resume_stays_out() -> None:
+    trainer = Trainer()
+    ended, events = carried_out(
+        trainer,
+        20,
+        progress=Progress(step=8, best_loss=2.0, best_step=4, evaluations_without_improvement=2),
+        evaluation=lambda: LossSum(1.0, 1),
+        training={"eval_steps": 2, "early_stopping_patience": 2},
+    )
+    assert ended == "early stopping"
+    assert trainer.settings == []
+    assert events.notes == ["early stopping ended the run after step 8; no further step is taken"]
+
+
 def test_request_to_stop_finishes_the_step_and_saves() -> None:
     trainer = Trainer()
     ended, events = carried_out(trainer, 9, stop_requested=lambda: "SIGTERM" if len(trainer.settings) == 4 else "")

@@ -109,3 +109,28 @@ def test_hook_overrides_auto_but_not_readiness() -> None:
     assert chosen("auto", FOUR_BIT, spec("slow", 1), spec("fast", 9), ask_hook=ask).spec.name == "slow"
     with pytest.raises(BackendUnavailableError):
         chosen("auto", FOUR_BIT, spec("slow", 1, ready=False), spec("fast", 9), ask_hook=ask)
+
+
+def test_on_the_cpu_the_backend_named_is_one_that_can_serve_the_run() -> None:
+    gptq = replace(FOUR_BIT, weight_format=WeightFormat.INT4_GPTQ, level="")
+    reader = spec("reader", 1, accelerator=False)
+    formats = reader.capabilities.weight_formats | {WeightFormat.INT4_GPTQ}
+    reader = replace(reader, capabilities=replace(reader.capabilities, weight_formats=formats))
+    with pytest.raises(BackendUnavailableError) as refusal:
+        chosen("auto", gptq, spec("other", 9, accelerator=False), reader)
+    assert "--backend reader" in refusal.value.fix
+    assert "other" not in refusal.value.fix
+
+
+def test_float16_on_a_device_without_an_accelerator_is_nobodys_advice() -> None:
+    """A backend declares what its GPUs compute; on this CPU it would refuse float16 once it has tried."""
+    half = replace(FOUR_BIT, compute_dtype="float16")
+    declares = spec("declares", 5, accelerator=False)
+    dtypes = declares.capabilities.compute_dtypes | {"float16"}
+    declares = replace(declares, capabilities=replace(declares.capabilities, compute_dtypes=dtypes))
+    with pytest.raises(UnsupportedFeatureError) as refusal:
+        chosen("plain", half, spec("plain", accelerator=False), declares)
+    assert "declares" not in refusal.value.fix
+    with pytest.raises(UnsupportedFeatureError) as refusal:
+        chosen("plain", half, spec("plain", accelerator=False), replace(declares, uses_accelerator=True))
+    assert "--backend declares" in refusal.value.fix

@@ -154,7 +154,7 @@ def test_row_without_trained_token_is_dropped_counted_and_listed(prepared: Prepa
     rows = [conversation("short", "answer"), conversation("long " * 40, "answer"), conversation("no answer at all")]
     report = prepared(rows, max_seq_length=32).report.train
     assert (report.rows_used, report.dropped_untrained, report.untrained_rows) == (1, 2, [2, 3])
-    assert "no trained token: 2 rows; first: 2, 3" in prepared(rows, max_seq_length=32).report.lines()
+    assert "no trained token: 2 rows; first rows: 2, 3" in prepared(rows, max_seq_length=32).report.lines()
     with pytest.raises(DataError, match=r"QH-D05.*0 of 2 rows usable: 2 without a trained token") as caught:
         prepared(rows[1:], max_seq_length=32)
     assert caught.value.exit_status == 4
@@ -347,7 +347,7 @@ def test_fingerprint_changes_with_a_byte_the_tokenizer_and_the_settings(
     assert prepared(text, tokenizer=other).fingerprint != first
 
 
-@pytest.mark.fault("D16")
+@pytest.mark.fault("D64")
 def test_file_that_changes_while_it_is_read_is_refused(
     tmp_path: Path, chatml: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -361,7 +361,7 @@ def test_file_that_changes_while_it_is_read_is_refused(
         return found
 
     monkeypatch.setattr(reading, "digest_of_files", slow)
-    with pytest.raises(DataError, match=r"QH-D16.*changed while it was read"):
+    with pytest.raises(DataError, match=r"QH-D64.*changed while it was read"):
         prepare(DataConfig(path=str(path)), chatml, cache_dir=tmp_path / "cache", seed=0)
     assert not list((tmp_path / "cache").glob("*.safetensors"))
 
@@ -433,3 +433,48 @@ keys = [
 def test_any_json_row_gives_tokens_or_our_errors(row: dict[str, object], prepared: Prepare) -> None:
     used, code = outcome(lambda: prepared([row]))
     assert used == 1 or code in {"QH-D01", "QH-D03", "QH-D05", "QH-D08", "QH-D12"}
+
+
+@pytest.mark.fault("D04")
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_fields_that_are_separated_otherwise_are_read_with_a_note(separator: str, prepared: Prepare) -> None:
+    text = f"prompt{separator}completion\none, two{separator}three\nfour{separator}five\n"
+    report = prepared(text, name="rows.csv").report.train
+    assert report.rows_used == 2
+    named = "tabs" if separator == "\t" else "';'"
+    assert f"rows.csv: fields are separated by {named}" in report.lines()
+
+
+def test_a_comma_in_the_header_is_the_separator_whatever_the_rows_hold(prepared: Prepare) -> None:
+    report = prepared("prompt,completion\na; b; c,d; e\n", name="rows.csv").report.train
+    assert report.rows_used == 1
+    assert not [line for line in report.lines() if "separated" in line]
+
+
+@pytest.mark.fault("D04")
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('prompt,completion\n"a "b",c\n', "expected after"),
+        ('prompt,completion\na,"b\n', "unexpected end of data"),
+        (b"prompt,completion\na,\xff\n", "0xff is not UTF-8"),
+    ],
+)
+def test_broken_csv_is_not_called_json(text: str | bytes, reason: str, prepared: Prepare) -> None:
+    with pytest.raises(DataError, match=r"QH-D04.*This is not CSV") as caught:
+        prepared(text, name="rows.csv")
+    assert reason in caught.value.message
+    assert caught.value.where.startswith("rows.csv:")
+
+
+@pytest.mark.fault("D05")
+def test_a_row_in_many_pieces_is_listed_once(prepared: Prepare, conversation: Conversation) -> None:
+    rows = [
+        conversation("short", "answer"),
+        conversation("long " * 200, "answer"),
+        conversation("more " * 99, "answer"),
+    ]
+    report = prepared(rows, max_seq_length=32, truncation="split").report.train
+    assert report.untrained_rows == [2, 3]
+    assert report.dropped_untrained > 4
+    assert any("pieces of rows; first rows: 2, 3" in line for line in report.lines())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -348,8 +349,10 @@ def test_a_quantized_base_that_is_gone_is_named(run_dir: Path) -> None:
 
 
 def test_a_run_goes_on_with_the_same_base(run_dir: Path) -> None:
+    shutil.rmtree(run_dir / "run" / "adapter")  # with it, nothing would be left to do
     result = resume(run_dir / "run")
     assert result.steps == 2
+    assert (result.adapter_dir / "adapter_model.safetensors").is_file()
 
 
 def test_a_calibration_that_nothing_uses_is_refused(tmp_path: Path) -> None:
@@ -357,6 +360,14 @@ def test_a_calibration_that_nothing_uses_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nf4 needs no calibration") as raised:
         train(asked)
     assert (raised.value.code, raised.value.exit_status) == ("QH-U15", 2)
+
+
+def test_a_calibration_file_that_is_missing_is_blamed_on_its_own_setting(tmp_path: Path) -> None:
+    asked = config(tmp_path, {"quantization.calibration_path": str(tmp_path / "nowhere.jsonl")})
+    with pytest.raises(DataError, match="QH-D50") as raised:
+        train(asked)
+    assert raised.value.where == "quantization.calibration_path"
+    assert "quantization.calibration_path" in raised.value.fix
 
 
 @pytest.mark.fault("N15")

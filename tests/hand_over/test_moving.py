@@ -106,6 +106,8 @@ def test_other_weight_format_is_refused_with_both_names_until_it_is_asked_for(ha
 def test_transfer_goes_on_with_the_other_format_and_says_how_far_it_is(half: Path) -> None:
     moved = resume(half, backend="second", transfer=True, observers=[Offering(WITHOUT_NF4)])
     assert (moved.weight_format, moved.steps) == ("fp4", 6)
+    run = json.loads((half / "run.json").read_text())
+    assert run["resolved"]["backend"] == run["detection"]["chosen"] == "second"
     (told,) = hand_overs(half)
     assert "weight format" not in told["exact"]  # type: ignore[operator]
     assert any("nf4" in change and "fp4" in change for change in told["inexact"])  # type: ignore[union-attr]
@@ -189,3 +191,11 @@ def test_divergence_of_a_known_pair_is_the_one_by_formula() -> None:
     # Log-softmax in float32: a few roundings of 2**-24 on numbers below 8, for each of 20 terms.
     assert abs(gap.kl_mean - expected) < 20 * 8 * 2.0**-22
     assert gap.top1 == float((before[0].argmax(-1) == now[0].argmax(-1)).mean())
+
+
+def test_options_of_the_backend_left_behind_are_said_to_be(half: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = json.loads((half / "run.json").read_text())
+    content["config"]["backend"]["options"] = {"threads": 1}
+    (half / "run.json").write_text(json.dumps(content))
+    resume(half, backend="second", observers=[Offering(second())])
+    assert "backend.options are those of cpu_torch; second has its defaults" in capsys.readouterr().err

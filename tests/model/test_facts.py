@@ -171,7 +171,7 @@ def test_a_missing_shard_is_named(write_model: WriteModel) -> None:
         ModelError, match=r"1 of 3 weight files are missing: model-00002-of-00003\.safetensors"
     ) as caught:
         read_facts(folder)
-    assert (caught.value.code, caught.value.exit_status) == ("QH-C04", 5)
+    assert (caught.value.code, caught.value.exit_status) == ("QH-C79", 5)
 
 
 @pytest.mark.fault("C04")
@@ -183,7 +183,7 @@ def test_an_index_of_another_version_is_refused(write_model: WriteModel) -> None
     index.write_text(json.dumps(content))
     with pytest.raises(ModelError, match=r"model\.layers\.9\.new\.weight") as caught:
         read_facts(folder)
-    assert caught.value.code == "QH-C04"
+    assert caught.value.code == "QH-C79"
 
 
 @pytest.mark.fault("C15")

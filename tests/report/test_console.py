@@ -12,7 +12,7 @@ import pytest
 from qlora_hal.backend import Availability, ProbeReport
 from qlora_hal.config import RunConfig
 from qlora_hal.observing import RunView, TrainResult
-from qlora_hal.report.console import RunConsole, next_commands
+from qlora_hal.report.console import RunConsole, next_commands, summary
 from qlora_hal.values import StepStats
 
 
@@ -165,5 +165,26 @@ def test_the_end_names_the_figures_and_the_next_three_commands() -> None:
 
 def test_the_next_commands_can_be_pasted_and_a_stopped_run_is_resumed_first() -> None:
     assert next_commands(result())[0] == "qlora-hal chat --run 'runs/my run'"
-    assert next_commands(result("SIGTERM"))[0] == "qlora-hal resume 'runs/my run'"
     assert len(next_commands(result())) == 3
+    stopped = next_commands(result("SIGTERM"))
+    assert stopped[0] == "qlora-hal resume 'runs/my run'"
+    assert not any("generate" in command for command in stopped), "it has no adapter yet"
+
+
+def test_a_run_that_early_stopping_ended_has_nothing_to_resume() -> None:
+    assert next_commands(result("early stopping")) == next_commands(result())
+
+
+def test_the_summary_names_only_what_was_written() -> None:
+    adapter = ("adapter", "runs/my run/adapter")
+    assert adapter not in summary(result("SIGTERM"), {"report": Path("report.html")})
+    assert adapter in summary(result(), {"adapter": Path("runs/my run/adapter")})
+
+
+def test_notes_are_kept_until_the_run_is_closed() -> None:
+    console, _ = shown()
+    console.note("one")
+    console.note("two")
+    assert console.notes == ["one", "two"]
+    console.close()
+    assert console.notes == []

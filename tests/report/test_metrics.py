@@ -10,9 +10,18 @@ from pathlib import Path
 import pytest
 
 from qlora_hal.errors import StorageError
-from qlora_hal.report.metrics import MetricsFile, Smoother, read_metrics, smoothed, step_record
+from qlora_hal.report.metrics import (
+    MetricsFile,
+    Smoother,
+    evaluation_record,
+    loss_before,
+    read_metrics,
+    smoothed,
+    step_record,
+    trained_seconds,
+)
 from qlora_hal.report.series import read_series
-from qlora_hal.values import StepStats
+from qlora_hal.values import LossSum, StepStats
 
 
 def lines_of(path: Path) -> list[dict[str, object]]:
@@ -66,6 +75,25 @@ def test_a_resume_drops_the_steps_that_it_takes_again(tmp_path: Path) -> None:
         metrics.append({"step": 3, "again": True})
     assert lines_of(path) == [{"step": 0}, {"step": 1}, {"step": 2}, {"step": 3, "again": True}]
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_resume_drops_the_evaluation_of_an_end_that_was_none(tmp_path: Path) -> None:
+    with MetricsFile(tmp_path / "metrics.jsonl") as metrics:
+        for step, label in ((0, "before"), (2, "during"), (2, "after")):
+            metrics.append(evaluation_record(step, LossSum(3.0, 2), label))
+        assert metrics.truncate_after(2) == 1
+    assert [line["label"] for line in lines_of(metrics.path)] == ["before", "during"]
+    assert loss_before(metrics.path) == 1.5
+
+
+def test_the_seconds_of_all_steps_are_summed_from_the_log(tmp_path: Path) -> None:
+    with MetricsFile(tmp_path / "metrics.jsonl") as metrics:
+        metrics.append(evaluation_record(0, LossSum(3.0, 2), "during"))
+        for step, seconds in ((1, 0.5), (2, 0.25)):
+            metrics.append({"step": step, "loss": 1.0, "seconds_per_step": seconds})
+    assert trained_seconds(metrics.path) == 0.75
+    assert loss_before(metrics.path) is None
+    assert trained_seconds(tmp_path / "absent.jsonl") == 0
 
 
 def test_reading_leaves_torn_lines_out_and_an_absent_file_is_empty(tmp_path: Path) -> None:

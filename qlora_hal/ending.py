@@ -1,0 +1,80 @@
+"""How a run ended: what is said of it, and what is left of one that has nothing more to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_hal.observing import TrainResult
+
+if TYPE_CHECKING:
+    from qlora_hal.checkpoint import TrainingState
+    from qlora_hal.loop import Progress
+    from qlora_hal.report.console import RunConsole
+    from qlora_hal.report.run_file import RunRecord
+    from qlora_hal.run_directory import RunDirectory
+
+
+def result_of_ended(directory: RunDirectory, record: RunRecord, state: TrainingState) -> TrainResult | None:
+    """What a run gave that has ended with this very state; None while anything is left to do."""
+    if record.status != "finished" or record.steps != state.step or not directory.adapter_dir.is_dir():
+        return None
+    resolved, block_size = record.resolved, record.resolved.get("block_size")
+    return TrainResult(
+        backend=str(resolved.get("backend")),
+        device=str(resolved.get("device")),
+        weight_format=str(resolved.get("weight_format")),
+        block_size=block_size if isinstance(block_size, int) else None,
+        run_dir=directory.path,
+        adapter_dir=directory.adapter_dir,
+        steps=record.steps,
+        tokens=record.tokens,
+        losses=(),
+        eval_loss_before=record.eval_loss_before,
+        eval_loss_after=record.eval_loss_after,
+        wall_seconds=record.timings.get("wall_seconds", 0.0),
+        peak_memory_bytes=record.peak_memory_bytes,
+        stopped_because=record.stopped_because,
+        tokens_per_second=record.timings.get("tokens_per_second"),
+        notes=record.notes,
+        samples=record.samples,
+    )
+
+
+def show_ended(result: TrainResult, console: RunConsole) -> None:
+    """Say that a run has nothing left to do, and show once more what it gave."""
+    why = "" if result.stopped_because == "finished" else f" by {result.stopped_because}"
+    console.note(f"the run ended{why} after step {result.steps}; nothing is left to do")
+    console.finished(result, written(result.run_dir))
+
+
+def written(run_dir: Path) -> dict[str, Path]:
+    """What lies in the folder of a run of that which is shown at its end."""
+    from qlora_hal.report.curves import LOSS_PICTURE
+    from qlora_hal.report.html import REPORT_FILE
+    from qlora_hal.run_directory import ADAPTER_FOLDER, METRICS_FILE, RUN_FILE
+
+    names = {
+        "run": RUN_FILE,
+        "metrics": METRICS_FILE,
+        "report": REPORT_FILE,
+        "curve": LOSS_PICTURE,
+        "adapter": ADAPTER_FOLDER,
+    }
+    return {shown: run_dir / name for shown, name in names.items() if (run_dir / name).exists()}
+
+
+def worse_note(before: float | None, after: float | None, progress: Progress) -> str:
+    """What to say of an adapter that answers held-out rows worse than its base does; empty where it does not."""
+    if before is None or after is None or after <= before:
+        return ""
+    best = progress.best_loss
+    way_out = (
+        f" At step {progress.best_step} it was {best:.4f}: training.load_best_adapter_at_end true keeps that one."
+        if best is not None and best < before
+        else " A lower training.learning_rate, or fewer steps, may help."
+    )
+    return (
+        f"the adapter is worse than the base on the validation rows: their loss was {before:.4f} before training, "
+        f"and is {after:.4f} with the adapter.{way_out}"
+    )

@@ -1,0 +1,91 @@
+"""Rows given to `train` as Python objects: taken in once, checked, and kept beside the run for a resume."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora_hal.errors import DataError
+
+ROWS_FILE = "rows.jsonl"
+
+
+def rows_in_memory(data: object) -> list[Mapping[str, object]]:
+    """The rows of a list, a generator, a Hugging Face dataset, or any other iterable of mappings.
+
+    A row of another kind stays as it is: `data.on_bad_row` decides on it later. Raises DataError QH-D03 for what holds
+    no rows, and for a row that JSON cannot hold.
+    """
+    if isinstance(data, Mapping):
+        raise _no_rows(f"a mapping with the keys {', '.join(map(repr, list(data)[:5]))}", splits=True)
+    if isinstance(data, bytes | bytearray | memoryview) or not isinstance(data, Iterable):
+        raise _no_rows(f"a value of type {type(data).__name__}")
+    rows: list[Any] = [dict(row) if isinstance(row, Mapping) else row for row in data]
+    for number, row in enumerate(rows, start=1):
+        try:
+            json.dumps(row)
+        except (TypeError, ValueError, RecursionError) as problem:
+            raise _not_json(row, number, problem) from problem
+    return rows
+
+
+def keep_rows(rows: Sequence[Mapping[str, object]], run_dir: Path) -> None:
+    """Write the rows beside the run, one JSON text a line. Raises StorageError (QH-S09, QH-S11, QH-S12)."""
+    from qlora_hal.report.durable import replace_file
+
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    # JSON escapes no lone surrogate when it keeps other characters as they are; the row comes back as it was given.
+    replace_file(run_dir / ROWS_FILE, text.encode("utf-8", "surrogatepass"))
+
+
+def kept_rows(run_dir: Path) -> list[Mapping[str, object]] | None:
+    """The rows that `keep_rows` wrote, or None where the run reads a file. Raises DataError QH-D04."""
+    path = run_dir / ROWS_FILE
+    if not path.is_file():
+        return None
+    # Only a line feed ends a row: str.splitlines would also break at U+2028 and its like, which JSON leaves in texts.
+    lines = path.read_bytes().decode("utf-8", "surrogatepass").split("\n")
+    try:
+        return [json.loads(line) for line in lines if line]
+    except json.JSONDecodeError as problem:
+        raise DataError(
+            "QH-D04",
+            f"The rows kept with the run cannot be read ({problem.msg}).",
+            where=str(path),
+            cause="The file was changed, or cut off, after train wrote it.",
+            fix="Restore the file, or start a new run.",
+        ) from problem
+
+
+def _no_rows(what: str, *, splits: bool = False) -> DataError:
+    return DataError(
+        "QH-D03",
+        f"data is {what}; a path, or rows to go through (a list of mappings), was expected.",
+        where="data",
+        fix="Give one split of it: data=dataset['train']."
+        if splits
+        else 'Give a list of rows such as {"messages": [...]}, a dataset, or the path of a file.',
+    )
+
+
+def _not_json(row: object, number: int, problem: Exception) -> DataError:
+    field = next((str(key) for key, value in row.items() if not _is_json(value)), "") if isinstance(row, dict) else ""
+    named = f"The field {field!r} of the row" if field else "The row"
+    return DataError(
+        "QH-D03",
+        f"{named} cannot be written as JSON ({problem}); text, numbers, lists and mappings were expected.",
+        where=f"data:{number}",
+        cause="Rows given in memory are kept beside the run, so that it can be resumed.",
+        fix="Turn the value into text or numbers, or remove the field.",
+        context={"field": field},
+    )
+
+
+def _is_json(value: object) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True

@@ -1,0 +1,75 @@
+"""Verbs that look before anything trains, and options that are refused rather than passed over."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qlora_hal.demo import data_path, model_path
+
+CommandLine = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> tuple[str, ...]:
+    """Flags of a small run."""
+    (tmp_path / "rows.jsonl").write_text("".join(data_path("train").read_text().splitlines(keepends=True)[:12]))
+    return ("--model", str(model_path()), "--data", "rows.jsonl", "--backend", "cpu_torch", "--output_dir", "out/run")
+
+
+def test_a_dry_run_prints_plan_and_memory_and_writes_nothing(
+    qlora_hal: CommandLine, place: tuple[str, ...], tmp_path: Path
+) -> None:
+    done = qlora_hal("train", *place, "--training.per_device_train_batch_size", "5", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("plan: 3 steps of 5 sequences, from 12, on cpu_torch; nothing was written")
+    assert re.search(r"  total +[\d.]+ [MG]iB   up to", done.stdout)
+    assert not (tmp_path / "out").exists()
+    told = json.loads(qlora_hal("train", *place, "--dry-run", "--json").stdout)["plan"]
+    assert told["memory"]["total"] == sum(
+        told["memory"][part]
+        for part in (
+            *("weights", "adapter", "gradients", "optimizer"),
+            *("activations", "logits", "workspace", "runtime"),
+        )
+    )
+    assert told["sequences"] == 12
+
+
+def test_a_shown_batch_can_be_shown_again_by_its_seed(qlora_hal: CommandLine, place: tuple[str, ...]) -> None:
+    first = qlora_hal("train", *place, "--show-batch").stdout
+    seed = re.match(r"seed (\d+) was drawn; training\.seed gives this batch again\n", first)
+    assert seed is not None
+    again = qlora_hal("train", *place, "--show-batch", "--training.seed", seed[1]).stdout
+    assert again.splitlines()[1:] == first.splitlines()[1:]
+
+
+@pytest.mark.fault("U15")
+def test_calibration_rows_without_a_calibration_are_refused(qlora_hal: CommandLine, place: tuple[str, ...]) -> None:
+    done = qlora_hal("train", *place, "--quantization.calibration_rows", "5", "--dry-run")
+    assert done.returncode == 2
+    assert "QH-U15]: quantization.calibration_rows is set, but nothing is calibrated" in done.stderr
+
+
+@pytest.mark.fault("U04")
+@pytest.mark.parametrize("count", ["0", "-1"])
+@pytest.mark.parametrize("verb", [("generate", "--prompt", "ls"), ("chat",)])
+def test_an_answer_has_at_least_one_token(qlora_hal: CommandLine, verb: tuple[str, ...], count: str) -> None:
+    done = qlora_hal(*verb, "--run", "nowhere", f"--max-new-tokens={count}")
+    assert done.returncode == 2
+    assert "QH-U04" in done.stderr
+    assert "Must be >= 1" in done.stderr
+
+
+@pytest.mark.fault("B01")
+def test_an_estimate_that_no_backend_can_serve_has_the_status_of_its_code(
+    qlora_hal: CommandLine, place: tuple[str, ...]
+) -> None:
+    done = qlora_hal("estimate", *place[:2], "--quantization.weight_format", "nf4", "--quantization.block_size", "96")
+    assert done.returncode == 2
+    assert "QH-B01" in done.stderr
