@@ -93,7 +93,8 @@ class BackendSpec:
     backend's code, `fast_path` what is different where it has faster code. `quantizer` is `package.module:Name` of a
     `Quantizer` for `capabilities.calibrated_formats`.
     `supervised` asks for a run in a child process, where the device's driver may end it. `environment` maps an option,
-    and a choice of it, to variables that must be set before the trainer is imported; what the user has set stays.
+    and a choice of it, to variables that must be set before the trainer is imported; a default choice leaves alone what
+    the user has set.
     """
 
     name: str

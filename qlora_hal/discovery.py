@@ -130,15 +130,18 @@ def find(name: str, entries: Sequence[Listed]) -> Listed:
 
 def open_trainer(spec: BackendSpec, options: Mapping[str, object] | None = None) -> QuantizedLoRATrainer:
     """Import the trainer: the first heavy import of a run. Foreign exceptions come out as BackendError. `options` are
-    `backend.options`: some choices, the defaults among them, become variables of the environment first."""
+    `backend.options`: some choices become variables of the environment first. A choice that is asked for
+    wins over a variable that is set already; a default does not."""
     from importlib import import_module
 
     from qlora_hal.backend import QuantizedLoRATrainer
 
-    defaults = {option: choices[0] for option, choices in spec.option_choices.items()}
-    for option, choice in {**defaults, **(options or {})}.items():
+    for option, choices in spec.option_choices.items():
+        asked = options is not None and option in options
+        choice = options[option] if options is not None and asked else choices[0]
         for variable, value in spec.environment.get(option, {}).get(choice, {}).items():
-            os.environ.setdefault(variable, value)
+            if asked or variable not in os.environ:
+                os.environ[variable] = value
     module_name, _, attribute = spec.trainer.partition(":")
     try:
         trainer = getattr(import_module(module_name), attribute)()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from small_runs import SMALL, merged
 
 from qlora_hal import TrainResult, resume, train
 from qlora_hal.demo import data_path
+from qlora_hal.discovery import open_trainer
 from qlora_hal.report.console import RunConsole
 from qlora_hal_backends.mlx_lora import SPEC, device
 
@@ -91,3 +93,16 @@ def test_small_command_buffers_are_variables_that_mlx_reads_at_its_start() -> No
     small = SPEC.environment["command_buffers"]["small"]
     assert set(small) == {"MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER"}
     assert "small" in SPEC.option_choices["command_buffers"]
+
+
+def test_float32_products_are_float32_unless_tf32_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX's own default on a GPU is TF32, 10 bits of mantissa. A variable set by the user wins over a default only."""
+    monkeypatch.setenv("MLX_ENABLE_TF32", "for monkeypatch to restore")
+    for options, before, after in (
+        ({}, None, "0"), ({"tf32": "on"}, None, "1"), ({}, "1", "1"), ({"tf32": "off"}, "1", "0"),
+    ):  # fmt: skip
+        monkeypatch.delenv("MLX_ENABLE_TF32")
+        if before is not None:
+            os.environ["MLX_ENABLE_TF32"] = before
+        open_trainer(SPEC, options).close()
+        assert os.environ["MLX_ENABLE_TF32"] == after
