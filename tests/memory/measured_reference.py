@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 from qlora_hal.backend import BackendSpec
 from qlora_hal.capabilities import Feature
@@ -17,8 +18,10 @@ class MeasuredReference(ReferenceTrainer):
     """Takes gradient checkpointing and keeps every activation all the same."""
 
     def peak_memory_bytes(self) -> int:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        if sys.platform == "darwin":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def _with(memory: MemoryConstants) -> BackendSpec:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from memory.measuring import Peaks, peaks
 
@@ -40,6 +41,13 @@ def test_a_backend_that_tells_of_half_its_activations_is_caught(tmp_path: Path) 
 
 def test_a_backend_whose_checkpointing_saves_nothing_is_caught(tmp_path: Path) -> None:
     assert not stays_within(peaks(_reference("FORESEEN"), tmp_path / "model", checkpointing=True))
+
+
+def test_a_peak_is_that_of_the_process_alone(tmp_path: Path) -> None:
+    """A program that holds 3 GB and starts a run does not make it one of 3 GB."""
+    ballast = np.ones(3 * 2**30 // 8)
+    found = peaks(Reference("cpu_torch"), tmp_path / "model", checkpointing=False)
+    assert found.large < ballast.nbytes / 2
 
 
 def _reference(name: str) -> Reference:
