@@ -69,8 +69,8 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def _peak_resident_bytes() -> int:
-    """The most that this process held. Linux's `ru_maxrss` survives exec: in a child it is no less than what the process
-    that started it held."""
+    """The most that this process held. Linux's `ru_maxrss` survives exec: in a child it is no less than what the
+    process that started it held."""
     if sys.platform == "win32":
         import psutil
 
