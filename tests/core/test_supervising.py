@@ -102,13 +102,18 @@ def test_without_a_checkpoint_the_way_out_is_a_smaller_run(supervised: None, tmp
     assert "memory runs out" in error.cause
 
 
-def test_an_option_becomes_a_variable_before_the_trainer_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the user has set stays."""
+@pytest.mark.parametrize(("options", "kept"), [({}, "theirs"), ({"pieces": "small"}, "ours")])
+def test_an_option_becomes_a_variable_before_the_trainer_is_imported(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, object], kept: str
+) -> None:
+    """What the user has set stays under a default, and gives way to an option that the user asked for."""
     monkeypatch.setenv("QLORA_HAL_TEST_KEPT", "theirs")
-    monkeypatch.delenv("QLORA_HAL_TEST_SET", raising=False)
+    monkeypatch.setenv("QLORA_HAL_TEST_SET", "")
+    monkeypatch.delenv("QLORA_HAL_TEST_SET")
     spec = replace(
         load_spec(find("cpu_torch", listed())),
+        option_choices={"pieces": ("small", "large")},
         environment={"pieces": {"small": {"QLORA_HAL_TEST_SET": "8", "QLORA_HAL_TEST_KEPT": "ours"}}},
     )
-    discovery.open_trainer(spec, {"pieces": "small"}).close()
-    assert (os.environ.pop("QLORA_HAL_TEST_SET"), os.environ["QLORA_HAL_TEST_KEPT"]) == ("8", "theirs")
+    discovery.open_trainer(spec, options).close()
+    assert (os.environ["QLORA_HAL_TEST_SET"], os.environ["QLORA_HAL_TEST_KEPT"]) == ("8", kept)
