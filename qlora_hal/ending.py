@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_hal.errors import QloraHalError
 from qlora_hal.observing import TrainResult
 
 if TYPE_CHECKING:
@@ -46,6 +48,15 @@ def show_ended(result: TrainResult, console: RunConsole) -> None:
     why = "" if result.stopped_because == "finished" else f" by {result.stopped_because}"
     console.note(f"the run ended{why} after step {result.steps}; nothing is left to do")
     console.finished(result, written(result.run_dir))
+
+
+def write_report_of_failed(run_dir: Path) -> None:
+    """The report of a run up to where it broke off. What ended the run is told to the user, not what stands in the
+    way of the report: a full disk, or memory that ran out, is likely both."""
+    from qlora_hal.report.html import write_report
+
+    with suppress(QloraHalError, OSError, MemoryError):
+        write_report(run_dir)
 
 
 def written(run_dir: Path) -> dict[str, Path]:

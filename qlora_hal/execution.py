@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from qlora_hal.backend import Compute
 from qlora_hal.capabilities import Feature
-from qlora_hal.ending import result_of_ended, show_ended, worse_note, written
+from qlora_hal.ending import result_of_ended, show_ended, worse_note, write_report_of_failed, written
 from qlora_hal.errors import ConfigError, StoppedError
 from qlora_hal.journal import Journal
 from qlora_hal.mac_memory import pressure_note
@@ -60,7 +60,8 @@ def execute(stage: Stage) -> TrainResult:
     try:
         result = Execution(stage, trainer, journal).carry_out()
     except BaseException as error:
-        journal.failed(error)
+        if journal.failed(error) and isinstance(error, Exception):
+            write_report_of_failed(stage.directory.path)
         raise
     finally:
         trainer.close()

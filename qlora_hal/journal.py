@@ -91,13 +91,15 @@ class Journal:
         )
         self._directory.record(run_facts(self._record))
 
-    def failed(self, error: BaseException) -> None:
-        """The call ended by an exception. A resume that was refused before it began leaves the record as it was."""
+    def failed(self, error: BaseException) -> bool:
+        """The call ended by an exception; whether it had begun to train. A resume that was refused before it began
+        leaves the record as it was."""
         if self._resumed and not self._begun:
-            return
+            return False
         with suppress(StorageError):  # a full disk is likely the very error that ended the run
             status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
             self.write(status=status, stopped_because=type(error).__name__, finished_at=_now())
+        return self._begun
 
     def finish(self, result: TrainResult, progress: Progress) -> None:
         """The call ended by itself or by a signal."""

@@ -103,6 +103,7 @@ def run_resumed(
     console: RunConsole | None,
 ) -> TrainResult:
     """Go on from the newest checkpoint that verifies, on the backend that saved it or on another."""
+    from qlora_hal.ending import result_of_ended, show_ended
     from qlora_hal.execution import Stage, execute
     from qlora_hal.hooks import Hooks
     from qlora_hal.observers import observers_for
@@ -116,6 +117,10 @@ def run_resumed(
     try:
         with RunDirectory.open_existing(run_dir, force_unlock=force_unlock) as directory:
             state = _newest_state(directory, console)
+            ended = result_of_ended(directory, record_from(directory.content), state)
+            if ended is not None and relocation == Relocation():  # nothing that it was made from need be there still
+                show_ended(ended, console)
+                return ended
             given = relocation.applied(read_run_config(directory.path))
             rows = kept_rows(directory.path)
             require_places(given, run_dir, reads_data=rows is None)

@@ -83,6 +83,7 @@ def test_failure_keeps_all_that_was_known(settings: dict[str, Any], monkeypatch:
     assert found["eval_loss_before"] > 0
     assert found["samples"][0]["before"]
     assert found["timings"]["train_seconds"] < found["timings"]["wall_seconds"]
+    assert "failed: InjectedFault" in (Path(settings["output_dir"]) / "report.html").read_text()
 
 
 def test_killed_run_keeps_the_loss_before_training(settings: dict[str, Any]) -> None:
@@ -133,9 +134,11 @@ def test_resumed_run_sums_its_times_and_keeps_its_start(settings: dict[str, Any]
 
 
 def test_finished_run_has_nothing_left_to_do_and_its_record_stays(
-    settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    settings: dict[str, Any], validation: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Not even its data need be there still."""
     done = train(settings)
+    validation.unlink()
     before = {name: (done.run_dir / name).read_bytes() for name in ("run.json", "metrics.jsonl", "report.html")}
     capsys.readouterr()
     again = resume(done.run_dir)
