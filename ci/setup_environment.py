@@ -15,6 +15,7 @@ import platform
 import socket
 import subprocess
 import sys
+import tempfile
 import venv
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def main() -> None:
         sys.exit(f"Python {platform.python_version()} is too old: qlora_hal needs 3.11 or newer.")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tests", action="store_true")
-    extras = [hardware_extra(), *(["dev"] if parser.parse_args().tests else [])]
+    extras = wanted_extras(hardware_extra(), tests=parser.parse_args().tests)
     wanted = fingerprint(extras)
     if STAMP.exists() and wanted in STAMP.read_text().splitlines():
         return
@@ -37,6 +38,13 @@ def main() -> None:
     install(extras)
     with STAMP.open("a") as stamp:
         stamp.write(wanted + "\n")
+
+
+def wanted_extras(hardware: str, *, tests: bool) -> list[str]:
+    """The extras to install, that of the hardware first."""
+    if not tests:
+        return [hardware]
+    return [hardware, "dev", *(["triton-interpreter"] if hardware == "cpu" else [])]
 
 
 def hardware_extra() -> str:
@@ -65,10 +73,21 @@ def install(extras: list[str]) -> None:
         venv.create(ENVIRONMENT, with_pip=True)
     python = ENVIRONMENT / ("Scripts" if os.name == "nt" else "bin") / "python"
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    constraints = ["--constraint", str(ROOT / "constraints.txt")]
-    if extras[0] in ("cpu", "rocm", "cuda"):
-        subprocess.run([*pip, *constraints, "torch", *torch_index(extras[0])], check=True)
-    subprocess.run([*pip, *constraints, "--editable", f"{ROOT}[{','.join(extras)}]"], check=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "constraints.txt"
+        file.write_text(constraints(extras[0]))
+        pip += ["--constraint", str(file)]
+        if extras[0] in ("cpu", "rocm", "cuda"):
+            subprocess.run([*pip, "torch", *torch_index(extras[0])], check=True)
+        subprocess.run([*pip, "--editable", f"{ROOT}[{','.join(extras)}]"], check=True)
+
+
+def constraints(extra: str) -> str:
+    """The tested versions. PyTorch's index for ROCm holds a few versions of torch, each with a Triton of its own: on an
+    AMD GPU the newest there is taken."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines(keepends=True)
+    free = ("torch==", "triton==") if extra == "rocm" else ()
+    return "".join(line for line in lines if not line.startswith(free))
 
 
 def torch_index(extra: str) -> list[str]:

@@ -1,0 +1,56 @@
+"""What `make demo` and `make test` install: the tested versions, and a torch that fits the hardware."""
+
+from __future__ import annotations
+
+import importlib.util
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def setup() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("setup_environment", ROOT / "ci" / "setup_environment.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def pins(text: str) -> dict[str, str]:
+    rows = (line.split("==") for line in text.splitlines() if "==" in line)
+    return {name.lower().replace("_", "-"): pinned for name, pinned in rows}
+
+
+def test_every_pin_lies_in_the_range_that_pyproject_gives(setup: ModuleType) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = {name: rows for name, rows in project["optional-dependencies"].items() if name != "auto-gptq"}
+    pinned = pins(setup.constraints("cuda"))
+    for text in (*project["dependencies"], *(row for rows in extras.values() for row in rows)):
+        requirement = Requirement(text)
+        name = requirement.name.lower().replace("_", "-")
+        if name not in ("qlora-hal", "nvidia-ml-py"):  # itself; and what only a machine with an NVIDIA GPU installs
+            assert pinned[name] in requirement.specifier, text
+
+
+def test_pins_are_the_environment_that_is_tested_here(setup: ModuleType) -> None:
+    for name in ("torch", "transformers", "bitsandbytes", "gptqmodel", "mlx", "mlx-lm", "peft", "triton"):
+        assert version(name).split("+")[0] == pins(setup.constraints("cpu"))[name]
+
+
+def test_amd_gpu_takes_the_torch_that_its_own_index_holds(setup: ModuleType) -> None:
+    assert pins(setup.constraints("cpu")).keys() - pins(setup.constraints("rocm")).keys() == {"torch", "triton"}
+
+
+@pytest.mark.parametrize("hardware", ["cuda", "rocm", "mlx"])
+def test_triton_of_a_gpu_build_is_never_replaced(setup: ModuleType, hardware: str) -> None:
+    assert setup.wanted_extras(hardware, tests=True) == [hardware, "dev"]
+    assert setup.wanted_extras("cpu", tests=True) == ["cpu", "dev", "triton-interpreter"]
+    assert setup.wanted_extras(hardware, tests=False) == [hardware]
