@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora_hal_conformance import SUITE_VERSION
 from qlora_hal_conformance.certificate import content_hash, read_certificate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,7 +89,8 @@ def kept_certificates(root: Path) -> list[Document]:
 
 
 def support_table(wanted: Sequence[Platform], certificates: Sequence[Document]) -> str:
-    """One row to a certificate, one to hardware without; certificates of other backends come last."""
+    """One row to a certificate, one to hardware without; certificates of other backends come last. A sentence below
+    says what a certificate of an earlier revision of the suite is worth, where there is one."""
     left, rows = list(certificates), []
     # Rows with words first, so that a row without takes only what they leave.
     taken: dict[Platform, list[Document]] = {}
@@ -98,7 +100,20 @@ def support_table(wanted: Sequence[Platform], certificates: Sequence[Document]) 
     for platform in wanted:
         rows += [row(platform, document) for document in taken[platform]] or [row_not_run(platform)]
     rows += [row(Platform(backend_of(document), "-"), document) for document in left]
-    return "\n".join([HEADER, *rows])
+    return "\n".join([HEADER, *rows, *on_revisions(certificates)])
+
+
+def on_revisions(certificates: Sequence[Document]) -> list[str]:
+    """An empty line and the sentence; nothing when every certificate is of the present revision."""
+    versions = {str(_mapping(document, "suite").get("version")) for document in certificates}
+    earlier = " and ".join(sorted(versions - {SUITE_VERSION}))
+    if not earlier:
+        return []
+    return [
+        "",
+        f"The column *suite* is the revision of the suite and the start of its hash: rows of revision {earlier} were "
+        f"judged by the cases and bounds of that revision, not by those of the present one, {SUITE_VERSION}.",
+    ]
 
 
 def row_not_run(platform: Platform) -> str:

@@ -92,7 +92,7 @@ def constraints(extra: str) -> str:
 
 def torch_index(extra: str) -> list[str]:
     """PyPI's torch for Linux carries CUDA: the CPU build and the ROCm build come from PyTorch's own index."""
-    folder = {"cpu": "cpu", "rocm": "rocm7.1"}.get(extra)
+    folder = {"cpu": "cpu", "rocm": "rocm7.2"}.get(extra)
     if folder is None or not is_reachable(PYTORCH_INDEX):
         return []
     url = f"https://{PYTORCH_INDEX}/whl/{folder}"

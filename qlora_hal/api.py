@@ -85,11 +85,12 @@ def resume(
 
     Raises CheckpointError when no checkpoint verifies, and the errors of `train`.
     """
-    from qlora_hal.places import Relocation
+    from qlora_hal.places import Relocation, require_path
     from qlora_hal.running import run_resumed
     from qlora_hal.supervising import is_supervised, run_in_child
 
-    relocation = Relocation(*(None if place is None else str(place) for place in (model, data, validation_data)))
+    require_path("run_dir", run_dir)
+    relocation = Relocation.of(model=model, data=data, validation_data=validation_data)
     if is_supervised(backend or "auto", observers):
         request = {
             "run_dir": str(run_dir),
@@ -168,14 +169,19 @@ def backends() -> tuple[ProbeReport, ...]:
 
 
 def first_batch(settings: ResolvedSettings) -> tuple[Batch, ChatTokenizer, int]:
-    """The first batch that `train` would see, and the seed it is drawn with; only a temporary folder is written to."""
+    """The first batch that `train` would see, and the seed it is drawn with; only a temporary folder is written to.
+
+    Raises ConfigError QH-U12 where model or data are not named, and as `train` does of both.
+    """
     import tempfile
 
     from qlora_hal.execution import window_sampler
     from qlora_hal.hooks import Hooks
     from qlora_hal.preparation import choose_machinery, drawn_seed, prepare_run
     from qlora_hal.report.console import RunConsole
+    from qlora_hal.settings import require_settings
 
+    require_settings(settings.config, "model.name_or_path", "data.path")
     console = RunConsole(quiet=True)
     with tempfile.TemporaryDirectory() as folder:
         machinery = choose_machinery(settings.config, Hooks(), console)

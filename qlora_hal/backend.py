@@ -50,6 +50,8 @@ class ProbeReport:
     """Whether one backend can run here. Everything but READY carries a `reason` and a `fix`.
 
     `uses_accelerator` is for backends that run on several kinds of device: what holds here. None: as the spec says.
+    `device_kind` (`cuda`, `rocm`, `mps`, `cpu`) and `compute_dtype`, what `auto` will most likely become on it, are for
+    the memory estimate; empty and None where the probe cannot tell.
     `notes` are sentences for who looks closer (`qlora-hal doctor`), nothing that has to be mended.
     """
 
@@ -62,6 +64,8 @@ class ProbeReport:
     distribution: str = ""
     uses_accelerator: bool | None = None
     notes: tuple[str, ...] = ()
+    device_kind: str = ""
+    compute_dtype: ComputeDtype | None = None
 
     @property
     def ready(self) -> bool:
@@ -78,6 +82,8 @@ class ProbeReport:
             "distribution": self.distribution,
             "uses_accelerator": self.uses_accelerator,
             "notes": list(self.notes),
+            "device_kind": self.device_kind,
+            "compute_dtype": self.compute_dtype,
         }
 
 
@@ -87,7 +93,8 @@ class BackendSpec:
 
     `probe` may read package metadata, device nodes and `find_spec`, and imports no tensor library. `trainer` is
     `package.module:Name`: a class, or a function without arguments, that gives a `QuantizedLoRATrainer`.
-    `uses_accelerator` False keeps `auto` from choosing the backend silently (see `selection`). `option_choices` lists
+    `uses_accelerator` False keeps `auto` from choosing the backend silently (see `selection`). `card_vendors` are those
+    whose cards it runs on, in the words of `memory_cards.Card`. `option_choices` lists
     what `backend.options` may hold, the first choice being the default. `notes` maps the name of an optimizer or a
     compute dtype to what it becomes here; the note is printed. `memory` holds what the estimate must know of the
     backend's code, `fast_path` what is different where it has faster code. `quantizer` is `package.module:Name` of a
@@ -104,6 +111,7 @@ class BackendSpec:
     probe: Callable[[], ProbeReport]
     trainer: str
     uses_accelerator: bool = True
+    card_vendors: frozenset[str] = frozenset({"nvidia", "amd", "apple"})
     option_choices: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
     memory: MemoryConstants = field(default_factory=MemoryConstants)
@@ -120,12 +128,14 @@ class BackendSpec:
         *,
         dropout: float = 0.0,
         options: Mapping[str, object] | None = None,
+        device_kind: str = "",
     ) -> MemoryConstants:
-        """The constants of the code that will run."""
+        """The constants of the code that will run; where `device_kind` is not known, on the hardware it is made for."""
         fast = self.fast_path
-        if fast is not None and fast.serves(architecture, compute_dtype, dropout=dropout, options=options or {}):
-            return fast.memory
-        return self.memory
+        if fast is None or (device_kind and device_kind not in fast.device_kinds):
+            return self.memory
+        serves = fast.serves(architecture, compute_dtype, dropout=dropout, options=options or {})
+        return fast.memory if serves else self.memory
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ a note, or refused by the backend. pydantic is used at this border only.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -74,8 +73,11 @@ class DataConfig(_Part):
     """What is trained on."""
 
     path: str = Field("", description="A JSONL, JSON, CSV or Parquet file, a folder, or a Hugging Face dataset id.")
-    split: str = Field("train", description="Split of a Hugging Face dataset.")
+    split: str = Field("train", description="Split of a Hugging Face dataset, or of a folder whose files name theirs.")
     validation_path: str | None = Field(None, description="Rows for evaluation.")
+    validation_split: str | None = Field(
+        None, description="Split of validation_path; default: validation, where it has splits."
+    )
     validation_fraction: Fraction = Field(0.0, description="Hold out this share of the rows when no path is given.")
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = Field(
         "auto", description="Shape of a row; auto recognises it and says so."
@@ -134,7 +136,9 @@ class TrainingConfig(_Part):
 class CheckpointConfig(_Part):
     """When the run is saved."""
 
-    save_steps: PositiveInt | None = Field(None, description="Every so many steps; at the end always.")
+    save_steps: NonNegativeInt | None = Field(
+        100, description="Every so many steps, and at the end; none or 0: only there, and where the run is stopped."
+    )
     save_total_limit: Annotated[int, Field(ge=2)] = Field(2, description="Older ones are removed; never below 2.")
 
 
@@ -165,6 +169,10 @@ class RunConfig(_Part):
             raise ValueError("training.early_stopping_patience needs training.eval_steps")
         if training.eval_steps and not (data.validation_path or data.validation_fraction):
             raise ValueError("training.eval_steps needs data.validation_path or data.validation_fraction")
+        if data.validation_path and data.validation_fraction:
+            raise ValueError("data.validation_path and data.validation_fraction exclude each other")
+        if data.validation_split and not data.validation_path:
+            raise ValueError("data.validation_split needs data.validation_path")
         if training.max_steps and training.warmup_steps and training.warmup_steps > training.max_steps:
             raise ValueError("training.warmup_steps is larger than training.max_steps")
         if self.model.trust_remote_code and not _is_commit(self.model.revision):
@@ -174,6 +182,3 @@ class RunConfig(_Part):
 
 def _is_commit(revision: str | None) -> bool:
     return revision is not None and len(revision) == 40 and all(c in "0123456789abcdef" for c in revision)
-
-
-ConfigInput = RunConfig | dict[str, object] | str | Path

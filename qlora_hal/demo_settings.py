@@ -21,7 +21,6 @@ _SETTINGS: Mapping[str, object] = {
         "The synopsis of tac says: tac [OPTION]... [FILE]...\nHow is tac called?",
         "lagoon means: a body of water cut off from a larger body by a reef. What kind of thing is that?",
     ),
-    "checkpoint.save_steps": 100,
 }
 
 

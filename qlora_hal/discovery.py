@@ -1,7 +1,8 @@
 """From entry points to backends, one by one: a broken plugin becomes a report, the others go on.
 
 Built-in backends are probed here. A third party's plugin is first imported in a child process with a time limit, so
-that a crash, a hang, an exit or prints of its import are its own; it enters this process only when it is chosen.
+that a crash, a hang, an exit or prints of its import are its own; it enters this process when it was found ready there
+and backends are compared (`auto`), or when it is named.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import contextlib
 import io
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
+from qlora_hal.asking import NoAnswerError, answer_stream, ask, one_line
 from qlora_hal.backend import CONTRACT_VERSION, Availability, BackendSpec, ProbeReport
 from qlora_hal.errors import (
     BackendConflictError,
@@ -26,6 +27,7 @@ from qlora_hal.errors import (
     BackendNotFoundError,
     QloraHalError,
 )
+from qlora_hal.typed_fields import wrong_fields
 
 if TYPE_CHECKING:
     from qlora_hal.backend import QuantizedLoRATrainer
@@ -61,7 +63,9 @@ def listed(registered: Iterable[BackendSpec] = ()) -> tuple[Listed, ...]:
 
 
 def reports(entries: Sequence[Listed]) -> tuple[ProbeReport, ...]:
-    """One report for each name; a name that two distributions offer is refused for both."""
+    """One report for each name; a name that two distributions offer is refused for both. A name of ours is refused to
+    all others, which are reported beside it."""
+    entries, impostors = _without_impostors(entries)
     clashes = _clashing_names(entries)
     outside = [entry for entry in entries if not entry.built_in and entry.name not in clashes]
     with ThreadPoolExecutor(max_workers=max(1, len(outside))) as pool:
@@ -74,6 +78,9 @@ def reports(entries: Sequence[Listed]) -> tuple[ProbeReport, ...]:
             collected[entry.name] = probed_outside[entry.name]
         else:
             collected[entry.name] = probe(entry)
+    for entry in impostors:
+        report = _impostor_report(entry)
+        collected[report.backend] = report
     return tuple(collected[name] for name in sorted(collected))
 
 
@@ -92,24 +99,40 @@ def probe(entry: Listed) -> ProbeReport:
 
 
 def load_spec(entry: Listed) -> BackendSpec:
-    """Import the light module of a backend. Raises BackendContractError when it is not what the contract says."""
-    if entry.spec is not None:
-        return entry.spec
-    assert entry.entry_point is not None
-    spec = entry.entry_point.load()
+    """Import the light module of a backend. Raises BackendContractError when it is not what the contract says, and
+    BackendError QH-E08 when it cannot be imported."""
+    spec = _imported(entry) if entry.spec is None else entry.spec
     if not isinstance(spec, BackendSpec):
-        raise _contract_error(entry, f"{entry.entry_point.value} is a {type(spec).__name__}, not a BackendSpec")
+        raise _contract_error(entry, f"it is a {type(spec).__name__}, not a BackendSpec")
     if spec.contract != CONTRACT_VERSION:
         raise _contract_error(
             entry, f"it was written for contract {spec.contract}; this is contract {CONTRACT_VERSION}"
         )
     if spec.name != entry.name:
         raise _contract_error(entry, f"its entry point says {entry.name}, its spec says {spec.name}")
+    if wrong := wrong_fields(spec):
+        raise _contract_error(entry, "; ".join(wrong))
     return spec
 
 
+def _imported(entry: Listed) -> object:
+    assert entry.entry_point is not None
+    try:
+        return entry.entry_point.load()
+    except QloraHalError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise BackendError(
+            "QH-E08",
+            f"Backend {entry.name} of {entry.distribution} cannot be imported: {type(error).__name__}: {error}",
+            where=entry.entry_point.value,
+            fix=f"Update or uninstall it: pip install -U {entry.distribution}.",
+        ) from error
+
+
 def find(name: str, entries: Sequence[Listed]) -> Listed:
-    """The one entry of a name. Raises BackendNotFoundError, BackendConflictError."""
+    """The one entry of a name, or ours of that name. Raises BackendNotFoundError, BackendConflictError."""
+    entries, _ = _without_impostors(entries)
     matches = [entry for entry in entries if entry.name == name]
     if not matches:
         import difflib
@@ -147,7 +170,7 @@ def open_trainer(spec: BackendSpec, options: Mapping[str, object] | None = None)
         trainer = getattr(import_module(module_name), attribute)()
     except QloraHalError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise BackendError(
             "QH-B04",
             f"Backend {spec.name} could not be opened: {type(error).__name__}: {error}",
@@ -161,6 +184,24 @@ def open_trainer(spec: BackendSpec, options: Mapping[str, object] | None = None)
             fix=f"Report this to the author of {spec.name}.",
         )
     return trainer
+
+
+def _without_impostors(entries: Sequence[Listed]) -> tuple[list[Listed], list[Listed]]:
+    """The entries that keep their names, and those of others that take a name of ours."""
+    ours = {entry.name for entry in entries if entry.distribution == OWN_DISTRIBUTION}
+    impostors = [entry for entry in entries if entry.name in ours and entry.distribution != OWN_DISTRIBUTION]
+    return [entry for entry in entries if entry not in impostors], impostors
+
+
+def _impostor_report(entry: Listed) -> ProbeReport:
+    fix = "Give the backend another name." if entry.spec else f"Uninstall it: pip uninstall {entry.distribution}."
+    return ProbeReport(
+        f"{entry.name} ({entry.distribution})",
+        Availability.BROKEN,
+        f"{entry.distribution} offers a backend called {entry.name}, which is the name of a built-in one.",
+        fix,
+        distribution=entry.distribution,
+    )
 
 
 def _clashing_names(entries: Sequence[Listed]) -> dict[str, list[str]]:
@@ -180,29 +221,24 @@ def _clash_report(name: str, distributions: Sequence[str]) -> ProbeReport:
 
 
 def _probe_in_child(entry: Listed) -> ProbeReport:
-    command = [sys.executable, "-m", "qlora_hal.discovery", entry.name]
     try:
-        child = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return _broken(entry, f"its probe did not answer within {PROBE_SECONDS:.0f} s")
-    if child.returncode != 0:
-        last = (child.stderr.strip().splitlines() or ["no message"])[-1]
-        ending = f"signal {-child.returncode}" if child.returncode < 0 else f"exit status {child.returncode}"
-        return _broken(entry, f"its probe ended with {ending}: {last}")
-    try:
-        answer = json.loads(child.stdout.splitlines()[-1])
+        answer = ask("qlora_hal.discovery", entry.name, seconds=PROBE_SECONDS)
         return ProbeReport(
             entry.name,
             Availability(answer["availability"]),
-            str(answer["reason"]),
-            str(answer["fix"]),
-            tuple(answer["devices"]),
-            dict(answer["versions"]),
+            one_line(answer["reason"]),
+            one_line(answer["fix"]),
+            tuple(map(one_line, answer["devices"])),
+            {one_line(package): one_line(version) for package, version in answer["versions"].items()},
             entry.distribution,
             answer.get("uses_accelerator"),
-            tuple(answer.get("notes", ())),
+            tuple(map(one_line, answer.get("notes", ()))),
+            one_line(answer.get("device_kind", "")),
+            answer.get("compute_dtype"),
         )
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+    except NoAnswerError as silence:
+        return _broken(entry, f"its probe {silence}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return _broken(entry, f"its probe gave no report: {error}")
 
 
@@ -225,11 +261,5 @@ def _contract_error(entry: Listed, reason: str) -> BackendContractError:
 
 
 if __name__ == "__main__":
-    import os
-
-    # Whatever the plugin prints, at import or from native code, goes to stderr; the answer alone goes to stdout.
-    answer_stream = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    (named,) = [entry for entry in listed() if entry.name == sys.argv[1]]
-    answer_stream.write(json.dumps(probe(named).as_json()) + "\n")
-    answer_stream.flush()
+    with answer_stream() as stream:
+        json.dump(probe(find(sys.argv[1], listed())).as_json(), stream)

@@ -77,7 +77,7 @@ def written(run_dir: Path) -> dict[str, Path]:
 
 def worse_note(before: float | None, after: float | None, progress: Progress) -> str:
     """What to say of an adapter that answers held-out rows worse than its base does; empty where it does not."""
-    if before is None or after is None or after <= before:
+    if before is None or after is None or not after > before:  # nor where one is not a number
         return ""
     best = progress.best_loss
     way_out = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ from qlora_hal.backend import Compute
 from qlora_hal.capabilities import Feature
 from qlora_hal.ending import result_of_ended, show_ended, worse_note, write_report_of_failed, written
 from qlora_hal.errors import ConfigError, StoppedError
+from qlora_hal.heartbeat import Heartbeat
 from qlora_hal.journal import Journal
 from qlora_hal.mac_memory import pressure_note
 from qlora_hal.observing import RunView, TrainResult
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from qlora_hal.report.console import RunConsole
     from qlora_hal.report.run_file import RunRecord
     from qlora_hal.run_directory import RunDirectory
+    from qlora_hal.stopping import Requests
 
 Samples = tuple[Mapping[str, str], ...]
 
@@ -55,13 +57,16 @@ def execute(stage: Stage) -> TrainResult:
     if stage.state is not None and (ended := result_of_ended(stage.directory, stage.record, stage.state)) is not None:
         show_ended(ended, stage.console)
         return ended
-    trainer = GuardedTrainer(open_trainer(stage.prepared.machinery.choice.spec, stage.prepared.config.backend.options))
+    choice, options = stage.prepared.machinery.choice, stage.prepared.config.backend.options
+    trainer = GuardedTrainer(open_trainer(choice.spec, options), stage.console.note)
     journal = Journal(stage.directory, stage.console, stage.record, stage.state)
+    execution = Execution(stage, trainer, journal)
     try:
-        result = Execution(stage, trainer, journal).carry_out()
+        result = execution.carry_out()
     except BaseException as error:
         if journal.failed(error) and isinstance(error, Exception):
             write_report_of_failed(stage.directory.path)
+        execution.tell_failed(error)
         raise
     finally:
         trainer.close()
@@ -86,6 +91,7 @@ class Execution:
         self._config = stage.prepared.config
         self._trainer = trainer
         self._features = stage.prepared.machinery.choice.spec.capabilities.features
+        self._observed: RunView | None = None
 
     def carry_out(self) -> TrainResult:
         compute = self._load()
@@ -187,6 +193,7 @@ class Execution:
                 console=stage.console,
                 hooks=stage.hooks,
                 journal=self._journal,
+                heartbeat=Heartbeat(stage.console.note),
                 provenance=provenance_of(self._prepared, run.resolved),
                 keep_checkpoints=self._config.checkpoint.save_total_limit,
                 measures_memory=Feature.PEAK_MEMORY in self._features,
@@ -200,16 +207,17 @@ class Execution:
         self, run: RunView, recorder: Recorder, windows: WindowSampler, initial: Adapter
     ) -> tuple[TrainResult, Progress]:
         from qlora_hal import loop
-        from qlora_hal.stopping import stop_on_signals
+        from qlora_hal.stopping import requests_by_signal
 
         progress = loop.Progress.from_json(dict(self._stage.state.loop)) if self._stage.state else loop.Progress()
         self._stage.console.run_started(run)
+        self._observed = run
         self._stage.hooks.tell("qlora_hal_run_started", run=run)
         before = self._loss_before(recorder, progress)
         samples = self._sampled("before", [{"prompt": prompt} for prompt in self._config.training.sample_prompts])
         self._journal.write(eval_loss_before=before, samples=samples)
-        with stop_on_signals(self._stage.console.note) as stop_requested:
-            stopped = loop.run(self._trainer, windows, self._plan(run, stop_requested), progress, recorder)
+        with requests_by_signal(self._stage.console.note) as requests, recorder.heartbeat:
+            stopped = loop.run(self._trainer, windows, self._plan(run, requests), progress, recorder)
         after: float | None = None
         if not stopped.startswith("SIG"):
             after = self._judged(recorder, progress, initial)
@@ -239,7 +247,7 @@ class Execution:
         )
         return result, progress
 
-    def _plan(self, run: RunView, stop_requested: Callable[[], str]) -> LoopPlan:
+    def _plan(self, run: RunView, requests: Requests) -> LoopPlan:
         from qlora_hal.loop import LoopPlan
         from qlora_hal.schedule import Schedule, warmup_steps
 
@@ -252,7 +260,8 @@ class Execution:
             training=training,
             save_steps=self._config.checkpoint.save_steps,
             evaluation=self._evaluation if self._prepared.data.validation is not None else None,
-            stop_requested=stop_requested,
+            stop_requested=requests.stop,
+            save_requested=requests.save,
         )
 
     def _evaluation(self) -> LossSum:
@@ -294,18 +303,28 @@ class Execution:
             loss = evaluation.loss
             recorder.evaluated(step, evaluation, "after")
             keep_best(self._trainer, progress, recorder, step, evaluation)
-            if self._config.training.load_best_adapter_at_end and progress.best_step != step:
-                adapter, loss, step = self._best(recorder, progress)
+            if self._config.training.load_best_adapter_at_end and progress.best_step not in (None, step):
+                adapter, loss, step = self._best(recorder, progress) or (adapter, loss, step)
         write_run_adapter(self._stage.directory.adapter_dir, adapter, {**recorder.provenance, "step": step})
         return loss
 
-    def _best(self, recorder: Recorder, progress: Progress) -> tuple[Adapter, float, int]:
-        from qlora_hal.adapter.peft_files import read_adapter
-        from qlora_hal.recording import BEST_ADAPTER_FOLDER
+    def _best(self, recorder: Recorder, progress: Progress) -> tuple[Adapter, float, int] | None:
+        """The best adapter on the way. None when a part of the run that was lost, and went otherwise when another
+        backend did it anew, had put its own best there."""
+        from qlora_hal.adapter.peft_files import read_adapter, read_provenance
+        from qlora_hal.run_directory import BEST_ADAPTER_FOLDER
 
         assert progress.best_loss is not None
         assert progress.best_step is not None
-        best = read_adapter(self._stage.directory.path / BEST_ADAPTER_FOLDER)
+        folder = self._stage.directory.path / BEST_ADAPTER_FOLDER
+        kept = read_provenance(folder).get("step")
+        if kept != progress.best_step:
+            recorder.note(
+                f"the adapter of step {progress.best_step}, with the lowest validation loss, is gone: before it was "
+                f"interrupted the run replaced it by that of step {kept}; the last adapter is kept"
+            )
+            return None
+        best = read_adapter(folder)
         self._trainer.attach(best, self._config.training.optim)
         recorder.note(
             f"the adapter of step {progress.best_step} is kept: its validation loss {progress.best_loss:.4f} is lowest"
@@ -332,6 +351,11 @@ class Execution:
         write_loss_png(run.run_dir)
         self._stage.console.finished(result, written(run.run_dir))
         self._stage.hooks.tell("qlora_hal_run_finished", run=run, result=result)
+
+    def tell_failed(self, error: BaseException) -> None:
+        """Tell observers of the end, if they were told of the start."""
+        if self._observed is not None:
+            self._stage.hooks.tell("qlora_hal_run_failed", run=self._observed, error=error)
 
 
 def questions(prepared: PreparedRun) -> list[Batch]:

@@ -57,15 +57,18 @@ class GenerationPair:
     positions: int | None = None
 
     def answer(self, messages: Messages, *, max_new_tokens: int = SAMPLE_TOKENS) -> tuple[str, str]:
-        """(base's answer, adapter's answer), which end where the model's positions do. Raises ConfigError QH-U19 when
-        the prompt leaves none."""
-        if self.positions is not None:
-            max_new_tokens = min(max_new_tokens, self._room(messages, self.positions))
+        """(base's answer, adapter's answer). Raises as `answer_with`."""
         base, tuned = (
-            answer(self.trainer, self.tokenizer, messages, adapter=adapter, max_new_tokens=max_new_tokens)
-            for adapter in (False, True)
+            self.answer_with(messages, adapter=adapter, max_new_tokens=max_new_tokens) for adapter in (False, True)
         )
         return base, tuned
+
+    def answer_with(self, messages: Messages, *, adapter: bool, max_new_tokens: int = SAMPLE_TOKENS) -> str:
+        """The answer of the adapter or of the base alone, which ends where the model's positions do. Raises ConfigError
+        QH-U19 when the prompt leaves none."""
+        if self.positions is not None:
+            max_new_tokens = min(max_new_tokens, self._room(messages, self.positions))
+        return answer(self.trainer, self.tokenizer, messages, adapter=adapter, max_new_tokens=max_new_tokens)
 
     def _room(self, messages: Messages, positions: int) -> int:
         taken = len(prompt_tokens(self.tokenizer, messages))
@@ -108,7 +111,7 @@ def open_generation(
     from qlora_hal.model.source import resolve_model
     from qlora_hal.quantizing import base_of_run
     from qlora_hal.report.console import RunConsole
-    from qlora_hal.trained_base import machinery_of_training, storage_of_training
+    from qlora_hal.trained_base import machinery_of_training, options_on, storage_of_training
 
     console = console or RunConsole(quiet=True)
     trained = _trained(run_dir, adapter_dir, model)
@@ -121,15 +124,23 @@ def open_generation(
     if facts.prequantized is None and storage_of_training(provenance) is None:
         console.note("the adapter does not record how its base was stored in training; it is opened in 4 bits")
     machinery = machinery_of_training(config, facts, provenance, backend, console, console.note)
-    tokenizer = ChatTokenizer.from_folder(machinery.source.path, chat_template=config.data.chat_template)
+    tokenizer = ChatTokenizer.from_folder(
+        machinery.source.path,
+        chat_template=config.data.chat_template,
+        model_vocabulary_size=facts.vocabulary_size or None,
+    )
     source = base_of_run(machinery, trained.run_dir)
     spec = machinery.choice.spec
-    trainer = GuardedTrainer(open_trainer(spec))
-    dtype = _dtype(provenance, spec.name, trainer.proved_compute_dtypes(), console)
-    options = config.backend.options if spec.name == provenance.get("backend") else {}
-    trainer.load(source, machinery.quantization, Compute(dtype=dtype, options=options))
-    check_fits(adapter, trainer.linear_modules(), where=str(trained.adapter_dir))
-    trainer.attach(adapter, "adamw")
+    options = options_on(config, spec.name, str(provenance.get("backend") or ""))
+    trainer = GuardedTrainer(open_trainer(spec, options))
+    try:
+        dtype = _dtype(provenance, spec.name, trainer.proved_compute_dtypes(), console)
+        trainer.load(source, machinery.quantization, Compute(dtype=dtype, options=options))
+        check_fits(adapter, trainer.linear_modules(), where=str(trained.adapter_dir))
+        trainer.attach(adapter, "adamw")
+    except BaseException:
+        trainer.close()
+        raise
     return GenerationPair(trainer, tokenizer, source.facts.max_position_embeddings)
 
 

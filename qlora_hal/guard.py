@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 
 import numpy as np
 
 from qlora_hal.backend import Compute, DeviceFacts, Quantization, QuantizedLoRATrainer
 from qlora_hal.errors import BackendContractError, BackendError, QloraHalError
 from qlora_hal.model.source import ModelSource
+from qlora_hal.typed_fields import wrong_fields
 from qlora_hal.values import (
     Adapter,
+    AdapterConfig,
     Batch,
     Float32,
     Int32,
@@ -23,17 +27,27 @@ from qlora_hal.values import (
 )
 
 
-class GuardedTrainer:
-    """A trainer behind the wall. Every method names the backend when it fails."""
+def _to_stderr(note: str) -> None:
+    print(f"note: {note}", file=sys.stderr)
 
-    def __init__(self, trainer: QuantizedLoRATrainer) -> None:
+
+class GuardedTrainer:
+    """A trainer behind the wall. Every method names the backend when it fails; `note` hears what is no failure."""
+
+    def __init__(self, trainer: QuantizedLoRATrainer, note: Callable[[str], None] = _to_stderr) -> None:
         self._trainer = trainer
+        self._note = note
         self._name = trainer.spec.name
+        self._config: AdapterConfig | None = None
         self._expected: Mapping[str, tuple[int, ...]] = {}
+        self._steps_applied = 0
 
     def proved_compute_dtypes(self) -> tuple[str, ...]:
         with self._wall("proved_compute_dtypes"):
-            return tuple(self._trainer.proved_compute_dtypes())
+            found, declared = self._trainer.proved_compute_dtypes(), self._trainer.spec.capabilities.compute_dtypes
+            if not found or isinstance(found, str) or not declared.issuperset(found):
+                raise self._broken(f"proved_compute_dtypes gave {found!r}; it declares {', '.join(sorted(declared))}")
+            return tuple(found)
 
     def load(self, source: ModelSource, quantization: Quantization, compute: Compute) -> None:
         with self._wall("load"):
@@ -46,19 +60,24 @@ class GuardedTrainer:
     def attach(self, adapter: Adapter, optimizer: str) -> None:
         with self._wall("attach"):
             self._trainer.attach(adapter, optimizer)
+        self._config = adapter.config
         self._expected = {name: tensor.shape for name, tensor in adapter.tensors.items()}
+        self._steps_applied = 0
 
     def device_facts(self) -> DeviceFacts:
         with self._wall("device_facts"):
-            return self._trainer.device_facts()
+            facts = self._trainer.device_facts()
+            self._require(DeviceFacts, facts, "device_facts")
+            return facts
 
     def train_step(self, window: Sequence[Batch], settings: StepSettings) -> PendingStep:
         with self._wall("train_step"):
-            return _GuardedStep(self._trainer.train_step(window, settings), self)
+            return _GuardedStep(self._trainer.train_step(window, settings), settings.token_count, self)
 
     def evaluate(self, batches: Sequence[Batch]) -> LossSum:
         with self._wall("evaluate"):
             result = self._trainer.evaluate(batches)
+            self._require(LossSum, result, "evaluate")
             counted = sum(batch.counted_tokens for batch in batches)
             if result.token_count != counted:
                 raise self._broken(f"evaluate counted {result.token_count} tokens of {counted}")
@@ -67,12 +86,22 @@ class GuardedTrainer:
     def export_adapter(self) -> Adapter:
         with self._wall("export_adapter"):
             adapter = self._trainer.export_adapter()
+            self._require(Adapter, adapter, "export_adapter")
             self._check_tensors(adapter.tensors, self._expected, "export_adapter")
+            if adapter.config != self._config:
+                names = [f.name for f in fields(AdapterConfig)]
+                other = [name for name in names if getattr(adapter.config, name) != getattr(self._config, name, None)]
+                raise self._broken(f"export_adapter gave another {', '.join(other)} than was attached")
+            if strange := [name for name, tensor in adapter.tensors.items() if not np.isfinite(tensor).all()]:
+                raise self._broken(f"export_adapter gave numbers that are not finite in {', '.join(strange[:5])}")
             return adapter
 
     def export_optimizer(self) -> OptimizerSnapshot:
         with self._wall("export_optimizer"):
             snapshot = self._trainer.export_optimizer()
+            self._require(OptimizerSnapshot, snapshot, "export_optimizer")
+            if snapshot.step != self._steps_applied:
+                raise self._broken(f"export_optimizer gave step {snapshot.step} after {self._steps_applied} updates")
             moments = {f"{n}.{k}": s for n, s in self._expected.items() for k in ("exp_avg", "exp_avg_sq")}
             self._check_tensors(snapshot.moments, moments, "export_optimizer")
             return snapshot
@@ -80,6 +109,7 @@ class GuardedTrainer:
     def import_optimizer(self, snapshot: OptimizerSnapshot) -> None:
         with self._wall("import_optimizer"):
             self._trainer.import_optimizer(snapshot)
+        self._steps_applied = snapshot.step
 
     def logits(self, batch: Batch) -> Float32:
         with self._wall("logits"):
@@ -109,8 +139,12 @@ class GuardedTrainer:
             return self._trainer.peak_memory_bytes()
 
     def close(self) -> None:
-        with self._wall("close"):
-            self._trainer.close()
+        """A failure is told and not raised: it would fail what is done, or stand before the error that ended it."""
+        try:
+            with self._wall("close"):
+                self._trainer.close()
+        except QloraHalError as failure:
+            self._note(f"the device may not be free yet: {failure.message}")
 
     @contextmanager
     def _wall(self, method: str) -> Iterator[None]:
@@ -118,12 +152,18 @@ class GuardedTrainer:
             yield
         except QloraHalError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a backend that leaves has not done what it was asked for
             raise BackendError(
                 "QH-B04",
                 f"Backend {self._name} failed in {method}: {type(error).__name__}: {error}",
                 fix="Run qlora-hal doctor; if it names no cause, report this with the traceback.",
             ) from error
+
+    def _require(self, kind: type, found: object, method: str) -> None:
+        if not isinstance(found, kind):
+            raise self._broken(f"{method} gave a {type(found).__name__}, not {kind.__name__}")
+        if wrong := wrong_fields(found):
+            raise self._broken(f"{method} gave {kind.__name__} with wrong fields: {'; '.join(wrong)}")
 
     def _check_tensors(self, found: Mapping[str, object], expected: Mapping[str, tuple[int, ...]], method: str) -> None:
         wrong = [
@@ -148,13 +188,19 @@ def _kind(found: object) -> str:
 
 
 class _GuardedStep:
-    def __init__(self, pending: PendingStep, guard: GuardedTrainer) -> None:
+    def __init__(self, pending: PendingStep, token_count: int, guard: GuardedTrainer) -> None:
         self._pending = pending
+        self._token_count = token_count
         self._guard = guard
 
     def resolve(self) -> StepStats:
-        with self._guard._wall("resolve"):
+        guard = self._guard
+        with guard._wall("resolve"):
             stats = self._pending.resolve()
-            if not isinstance(stats, StepStats):
-                raise self._guard._broken(f"resolve gave a {type(stats).__name__}, not StepStats")
+            guard._require(StepStats, stats, "resolve")
+            if stats.token_count != self._token_count:
+                raise guard._broken(f"resolve counted {stats.token_count} tokens of {self._token_count}")
+            if stats.grad_norm < 0:
+                raise guard._broken(f"resolve gave the gradient norm {stats.grad_norm}")
+            guard._steps_applied += stats.applied
             return stats

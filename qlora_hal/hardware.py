@@ -128,6 +128,12 @@ def inventory(facts: MachineFacts | None = None) -> Machine:
 
 
 # NVIDIA -------------------------------------------------------------------------------------------------------------
+def memory_here() -> int:
+    """Bytes of memory that a process of this machine can have: the machine's, or the container's."""
+    machine = inventory()
+    return min(machine.memory_bytes, machine.memory_limit_bytes or machine.memory_bytes)
+
+
 def _nvidia_gpus(facts: MachineFacts) -> tuple[Gpu, ...]:
     """From NVML; where that does not answer, from the driver's own files, without memory or compute capability."""
     nvml = facts.nvml()
@@ -217,11 +223,22 @@ def _cpu(facts: MachineFacts, sysctl: Mapping[str, str], logical_cores: int) -> 
 
 
 def _container_limit(facts: MachineFacts, total: int) -> int | None:
-    """The tightest memory limit of this process's control groups, version 2 or 1; None when it is no limit."""
-    own = re.search(r"^0::(/.*)$", facts.read("/proc/self/cgroup") or "", re.MULTILINE)
-    paths = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"]
-    if own and own[1] != "/":
-        paths.append(f"/sys/fs/cgroup{own[1]}/memory.max")
-    values = [(facts.read(path) or "").strip() for path in paths]
+    """The tightest memory limit of this process's control groups and of those around them, version 2 or 1; None when
+    it is no limit."""
+    groups = facts.read("/proc/self/cgroup") or ""
+    files = [
+        *_from_root_to_own(groups, r"^0::(/.*)$", "/sys/fs/cgroup", "memory.max"),
+        *_from_root_to_own(
+            groups, r"^\d+:[^:]*\bmemory\b[^:]*:(/.*)$", "/sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        ),
+    ]
+    values = [(facts.read(file) or "").strip() for file in files]
     limits = [int(value) for value in values if value.isdigit() and int(value) < _NO_CGROUP_LIMIT]
     return min(limits) if limits and min(limits) < total else None
+
+
+def _from_root_to_own(groups: str, pattern: str, root: str, file: str) -> list[str]:
+    """A file of every control group above this process, that of its own last; `groups` is /proc/self/cgroup."""
+    own = re.search(pattern, groups, re.MULTILINE)
+    names = [name for name in own[1].split("/") if name] if own else []
+    return ["/".join([root, *names[:depth], file]) for depth in range(len(names) + 1)]

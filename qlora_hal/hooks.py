@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from functools import partial
+from difflib import get_close_matches
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pluggy
+
+from qlora_hal.errors import ConfigError
 
 if TYPE_CHECKING:
     from qlora_hal.backend import BackendSpec, ProbeReport
@@ -65,6 +67,12 @@ def qlora_hal_run_finished(run: RunView, result: TrainResult) -> None:
 
 
 @hookspec
+def qlora_hal_run_failed(run: RunView, error: BaseException) -> None:
+    """Observe: an exception ended the run after `qlora_hal_run_started`, so `qlora_hal_run_finished` is not to come.
+    Record and report are written where they could be. `error` is what `train` raises."""
+
+
+@hookspec
 def qlora_hal_conformance_sections() -> Iterable[Path]:  # type: ignore[empty-body]
     """Offer extra conformance sections of a plugin; they never count towards a certificate."""
 
@@ -72,7 +80,8 @@ def qlora_hal_conformance_sections() -> Iterable[Path]:  # type: ignore[empty-bo
 class Hooks:
     """The plugins of one run: entry points of `qlora_hal.hooks`, and observers given in Python.
 
-    An observer that raises is reported once through `note` and heard no more; it never stops training.
+    An observer that raises is reported once through `note` and heard no more; it never stops training. One that would
+    never be called is refused at the start: raises ConfigError QH-U20.
     """
 
     def __init__(self, observers: Iterable[object] = (), *, note: Callable[[str], None] = lambda text: None) -> None:
@@ -82,7 +91,7 @@ class Hooks:
         for point in entry_points(group=ENTRY_POINT_GROUP):
             self._add(point.name, point.load)
         for number, observer in enumerate(observers, start=1):
-            self._add(f"observer {number} ({type(observer).__name__})", partial(_itself, observer))
+            self._observe(f"observer {number} ({type(observer).__name__})", observer)
 
     def offered_backends(self) -> tuple[BackendSpec, ...]:
         return tuple(spec for offered in self._manager.hook.qlora_hal_backends() for spec in offered)
@@ -107,6 +116,19 @@ class Hooks:
                 self._manager.unregister(plugin)
                 self._note(f"{name} failed in {hook} and is heard no more: {type(error).__name__}: {error}")
 
+    def _observe(self, name: str, observer: object) -> None:
+        """Register what the caller gave. Raises ConfigError QH-U20 when it has no hook, or one that nobody calls."""
+        try:
+            self._manager.register(observer, name=name)
+        except Exception as error:
+            raise _unfit(name, f"cannot be called: {str(error).splitlines()[-1]}") from error
+        calls = self._manager.get_hookcallers(observer) or []
+        if not calls:
+            raise _unfit(name, "has no hook; mark its methods with qlora_hal.hooks.hookimpl")
+        if unknown := [call.name for call in calls if not call.has_spec()]:
+            nearest = get_close_matches(unknown[0], _hook_names(), n=1)
+            raise _unfit(name, f"has {unknown[0]}, and no hook has that name" + "".join(f"; {n} has" for n in nearest))
+
     def _add(self, name: str, load: Callable[[], object]) -> None:
         """Register one plugin, or say why not: the stock loader lets one broken plugin stop all others."""
         try:
@@ -119,5 +141,14 @@ class Hooks:
             self._note(f"plugin {name} is left out: {type(error).__name__}: {error}")
 
 
-def _itself(plugin: object) -> object:
-    return plugin
+def _hook_names() -> list[str]:
+    return [name for name in globals() if name.startswith(f"{PROJECT}_")]
+
+
+def _unfit(name: str, problem: str) -> ConfigError:
+    return ConfigError(
+        "QH-U20",
+        f"{name[0].upper()}{name[1:]} {problem}.",
+        where="observers",
+        fix=f"Mark with hookimpl one of {', '.join(_hook_names())}.",
+    )

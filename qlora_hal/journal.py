@@ -158,7 +158,7 @@ def facts_of_here(prepared: PreparedRun) -> dict[str, Any]:
         model["quantized"] = {"folder": str(base.path), "fingerprint": base.facts.fingerprint}
     return {
         "model": model,
-        "versions": next(report.versions for report in machinery.reports if report.backend == choice.spec.name),
+        "versions": machinery.report.versions,
         "detection": Detection.of(choice.spec.name, choice.reason, machinery.reports, choice.rejections),
         "environment": _environment(),
         "memory_estimate": {**asdict(prepared.estimate), "total": prepared.estimate.total},

@@ -86,6 +86,7 @@ class LoopPlan:
     save_steps: int | None
     evaluation: Callable[[], LossSum] | None = None
     stop_requested: Callable[[], str] = field(default=lambda: "")
+    save_requested: Callable[[], bool] = field(default=lambda: False)
 
 
 def dropout_key(seed: int, step: int) -> int:
@@ -180,7 +181,7 @@ class _Loop:
         stop = plan.stop_requested()
         is_last = step == plan.total_steps
         evaluates = plan.evaluation is not None and training.eval_steps and step % training.eval_steps == 0
-        saves = bool(plan.save_steps and step % plan.save_steps == 0) or is_last or bool(stop)
+        saves = plan.save_requested() or bool(plan.save_steps and step % plan.save_steps == 0) or is_last or bool(stop)
         if not (evaluates or saves or stop):
             return ""
         self.settle()  # a step that was not finite must never reach a checkpoint
@@ -258,8 +259,11 @@ def _patience_ran_out(plan: LoopPlan, progress: Progress) -> bool:
 
 
 def keep_best(trainer: GuardedTrainer, progress: Progress, events: LoopEvents, step: int, evaluation: LossSum) -> None:
-    """Remember the adapter with the lowest evaluation loss."""
-    if progress.best_loss is not None and not evaluation.loss < progress.best_loss:
+    """Remember the adapter with the lowest evaluation loss; one that is not finite is never the best."""
+    is_finite = math.isfinite(evaluation.loss)
+    if not is_finite:
+        events.note(f"step {step}: the validation loss is {evaluation.loss}; it counts as no improvement")
+    if not is_finite or (progress.best_loss is not None and evaluation.loss >= progress.best_loss):
         progress.evaluations_without_improvement += 1
         return
     progress.best_loss, progress.best_step = evaluation.loss, step

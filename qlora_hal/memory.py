@@ -7,8 +7,7 @@ are added although not all of them are alive at one moment, so the total leans t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from qlora_hal.capabilities import AFFINE_BITS, WeightFormat
@@ -212,44 +211,3 @@ def _logits_bytes(vocabulary_size: int, tokens: int, compute_bytes: int, constan
     rows = tokens if constants.cross_entropy_rows is None else min(tokens, constants.cross_entropy_rows)
     per_logit = compute_bytes + (4 if compute_bytes != 4 else 0) + 4
     return rows * vocabulary_size * per_logit
-
-
-# answers ------------------------------------------------------------------------------------------------------------
-def fits(needed: MemoryEstimate, memory_bytes: int) -> bool:
-    """Whether the upper end of an estimate stays within a device's memory."""
-    return needed.high <= memory_bytes
-
-
-def largest_batch(
-    estimate_for: Callable[[int], MemoryEstimate], memory_bytes: int, *, limit: int = 4096
-) -> tuple[int, MemoryEstimate | None]:
-    """The largest batch size up to `limit` that fits, with its estimate; (0, None) when not even one row fits."""
-    if not fits(estimate_for(1), memory_bytes):
-        return 0, None
-    low, high = 1, 2
-    while high <= limit and fits(estimate_for(high), memory_bytes):
-        low, high = high, high * 2
-    high = min(high, limit + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(estimate_for(middle), memory_bytes) else (low, middle)
-    return low, estimate_for(low)
-
-
-@dataclass(frozen=True, slots=True)
-class ParameterRow:
-    """One line of a parameter table."""
-
-    part: str
-    parameters: int
-    trainable: bool
-
-
-def parameter_table(facts: ModelFacts, targets: Targets, r: int) -> tuple[ParameterRow, ...]:
-    """Parameters by part: linear layers (quantized), all other base weights, and the trainable adapter."""
-    linear = sum(inputs * outputs for inputs, outputs in facts.linear_modules.values())
-    return (
-        ParameterRow("linear layers", linear, trainable=False),
-        ParameterRow("embeddings, head, norms, biases", facts.parameter_count - linear, trainable=False),
-        ParameterRow(f"LoRA adapter, rank {r}", adapter_parameters(targets, r), trainable=True),
-    )

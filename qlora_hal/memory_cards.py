@@ -10,12 +10,11 @@ GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One accelerator: the memory its driver reports, and whether its matrix units compute in bfloat16."""
+    """One accelerator, with the memory that its driver reports."""
 
     name: str
     vendor: str
     memory_bytes: int
-    bf16: bool
 
 
 def apple_working_set(unified_bytes: int) -> int:
@@ -27,32 +26,26 @@ def apple_working_set(unified_bytes: int) -> int:
 
 
 KNOWN_CARDS: tuple[Card, ...] = (
-    Card("NVIDIA T4", "nvidia", 15360 * MIB, bf16=False),
-    Card("NVIDIA V100 16 GB", "nvidia", 16384 * MIB, bf16=False),
-    Card("NVIDIA V100 32 GB", "nvidia", 32768 * MIB, bf16=False),
-    Card("NVIDIA L4", "nvidia", 23034 * MIB, bf16=True),
-    Card("NVIDIA A10G", "nvidia", 23028 * MIB, bf16=True),
-    Card("NVIDIA L40S", "nvidia", 46068 * MIB, bf16=True),
-    Card("NVIDIA RTX 3090", "nvidia", 24576 * MIB, bf16=True),
-    Card("NVIDIA RTX 4090", "nvidia", 24564 * MIB, bf16=True),
-    Card("NVIDIA RTX 5090", "nvidia", 32607 * MIB, bf16=True),
-    Card("NVIDIA A100 40 GB", "nvidia", 40960 * MIB, bf16=True),
-    Card("NVIDIA A100 80 GB", "nvidia", 81920 * MIB, bf16=True),
-    Card("NVIDIA H100 80 GB", "nvidia", 81559 * MIB, bf16=True),
-    Card("NVIDIA H200", "nvidia", 143771 * MIB, bf16=True),
-    Card("AMD Instinct MI210", "amd", 64 * GIB, bf16=True),
-    Card("AMD Instinct MI250 (one die)", "amd", 64 * GIB, bf16=True),
-    Card("AMD Instinct MI300X", "amd", 192 * GIB, bf16=True),
-    Card("AMD Radeon RX 7900 XTX", "amd", 24 * GIB, bf16=True),
-    Card("Apple M-series, 16 GB", "apple", apple_working_set(16 * GIB), bf16=True),
-    Card("Apple M-series, 32 GB", "apple", apple_working_set(32 * GIB), bf16=True),
-    Card("Apple M-series, 64 GB", "apple", apple_working_set(64 * GIB), bf16=True),
-    Card("Apple M-series, 128 GB", "apple", apple_working_set(128 * GIB), bf16=True),
+    Card("NVIDIA T4", "nvidia", 15360 * MIB),
+    Card("NVIDIA V100 16 GB", "nvidia", 16384 * MIB),
+    Card("NVIDIA V100 32 GB", "nvidia", 32768 * MIB),
+    Card("NVIDIA L4", "nvidia", 23034 * MIB),
+    Card("NVIDIA A10G", "nvidia", 23028 * MIB),
+    Card("NVIDIA L40S", "nvidia", 46068 * MIB),
+    Card("NVIDIA RTX 3090", "nvidia", 24576 * MIB),
+    Card("NVIDIA RTX 4090", "nvidia", 24564 * MIB),
+    Card("NVIDIA RTX 5090", "nvidia", 32607 * MIB),
+    Card("NVIDIA A100 40 GB", "nvidia", 40960 * MIB),
+    Card("NVIDIA A100 80 GB", "nvidia", 81920 * MIB),
+    Card("NVIDIA H100 80 GB", "nvidia", 81559 * MIB),
+    Card("NVIDIA H200", "nvidia", 143771 * MIB),
+    Card("AMD Instinct MI210", "amd", 64 * GIB),
+    Card("AMD Instinct MI250 (one die)", "amd", 64 * GIB),
+    Card("AMD Instinct MI300X", "amd", 192 * GIB),
+    Card("AMD Radeon RX 7900 XTX", "amd", 24 * GIB),
+    Card("Apple M-series, 16 GB", "apple", apple_working_set(16 * GIB)),
+    Card("Apple M-series, 32 GB", "apple", apple_working_set(32 * GIB)),
+    Card("Apple M-series, 64 GB", "apple", apple_working_set(64 * GIB)),
+    Card("Apple M-series, 128 GB", "apple", apple_working_set(128 * GIB)),
 )
 """As `nvidia-smi` and amdgpu report the totals; Apple: the working set, of unified memory."""
-
-
-def find_card(name: str) -> Card | None:
-    """The first known card whose name holds every word of `name`, without regard to case."""
-    words = name.lower().split()
-    return next((card for card in KNOWN_CARDS if words and all(word in card.name.lower() for word in words)), None)

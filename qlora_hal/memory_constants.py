@@ -32,13 +32,14 @@ class MemoryConstants:
 
 @dataclass(frozen=True, slots=True)
 class FastPath:
-    """Where a backend has faster code that keeps other tensors: for these architectures (`model_type`) in these compute
-    dtypes, without LoRA dropout, and with none of these choices of `backend.options`."""
+    """Where a backend has faster code that keeps other tensors: on these kinds of device, for these architectures
+    (`model_type`) in these compute dtypes, without LoRA dropout, with none of these choices of `backend.options`."""
 
     memory: MemoryConstants
     architectures: frozenset[str]
     compute_dtypes: frozenset[str]
     unless_options: Mapping[str, object] = field(default_factory=dict)
+    device_kinds: frozenset[str] = frozenset({"cuda"})
 
     def serves(self, architecture: str, compute_dtype: str, *, dropout: float, options: Mapping[str, object]) -> bool:
         refused = any(options.get(name) == choice for name, choice in self.unless_options.items())

@@ -30,10 +30,29 @@ class Relocation:
     data: str | None = None
     validation_data: str | None = None
 
+    @classmethod
+    def of(cls, **places: object) -> Relocation:
+        """The places as a caller of `resume` gave them. Raises ConfigError QH-U01 for what is no path."""
+        for name, place in places.items():
+            require_path(name, place or "")
+        return cls(**{name: None if place is None else str(place) for name, place in places.items()})
+
     def applied(self, config: RunConfig) -> RunConfig:
         """The configuration with the new places; that they hold the same things is checked later."""
         given = {"model.name_or_path": self.model, "data.path": self.data, "data.validation_path": self.validation_data}
         return _with_places(config, {path: place for path, place in given.items() if place is not None})
+
+
+def require_path(name: str, place: object) -> None:
+    """Refuse a value of another type under the name of an argument. Raises ConfigError QH-U01."""
+    if not isinstance(place, str | Path):
+        raise ConfigError(
+            "QH-U01",
+            f"{name} is a value of type {type(place).__name__}; a path was expected.",
+            where=name,
+            cause="A run goes on with what it began with; rows given in memory were kept beside it.",
+            fix=f"Leave {name} out, or give the path where it lies now.",
+        )
 
 
 def with_absolute_places(config: RunConfig) -> RunConfig:

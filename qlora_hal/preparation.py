@@ -34,6 +34,11 @@ class Machinery:
     quantization: Quantization
     adapter: AdapterConfig
 
+    @property
+    def report(self) -> ProbeReport:
+        """What the chosen backend's probe found."""
+        return next(report for report in self.reports if report.backend == self.choice.spec.name)
+
 
 @dataclass(frozen=True, slots=True)
 class PreparedRun:
@@ -45,21 +50,6 @@ class PreparedRun:
     tokenizer: ChatTokenizer
     data: PreparedData
     estimate: MemoryEstimate
-
-
-def require_settings(config: RunConfig, *, has_rows: bool) -> None:
-    """Name every setting that a run cannot do without. Raises ConfigError QH-U12."""
-    wanted = {"model.name_or_path": config.model.name_or_path, "output_dir": config.output_dir}
-    if not has_rows:
-        wanted["data.path"] = config.data.path
-    absent = [name for name, value in wanted.items() if not value]
-    if absent:
-        raise ConfigError(
-            "QH-U12",
-            f"{', '.join(absent)} {'is' if len(absent) == 1 else 'are'} not set.",
-            fix="Give train(model=..., data=..., output_dir=...), or run qlora-hal init for a commented run.yaml.",
-            context={"absent": absent},
-        )
 
 
 def drawn_seed(config: RunConfig) -> int:
@@ -125,7 +115,10 @@ def prepare_run(
     from qlora_hal.model.linear_shapes import left_out_notes
 
     facts = machinery.source.facts
-    tokenizer = ChatTokenizer.from_folder(machinery.source.path, chat_template=config.data.chat_template)
+    vocabulary_size = facts.vocabulary_size or None
+    tokenizer = ChatTokenizer.from_folder(
+        machinery.source.path, chat_template=config.data.chat_template, model_vocabulary_size=vocabulary_size
+    )
     for note in tokenizer.notes:
         console.note(note)
     data = prepare(
@@ -135,14 +128,20 @@ def prepare_run(
         seed=seed,
         rows=rows,
         model_max_length=facts.max_position_embeddings,
-        model_vocabulary_size=facts.vocabulary_size or None,
+        model_vocabulary_size=vocabulary_size,
     )
     console.data_report(data.report.lines())
+    for alert in data.report.alerts:
+        console.note(alert)
     for note in left_out_notes(facts):
         console.note(note)
-    spec = machinery.choice.spec
     memory = estimated_memory(
-        config, facts, spec, machinery.quantization, machinery.adapter.target_modules, likely_dtype(config, spec)
+        config,
+        facts,
+        machinery.choice.spec,
+        machinery.quantization,
+        machinery.adapter.target_modules,
+        machinery.report,
     )
     return PreparedRun(config, seed, machinery, tokenizer, data, memory)
 
@@ -153,11 +152,13 @@ def estimated_memory(
     spec: BackendSpec,
     quantization: Quantization,
     targets: Sequence[str],
-    compute_dtype: ComputeDtype,
+    report: ProbeReport | None = None,
 ) -> MemoryEstimate:
-    """The peak by arithmetic, for the longest batch this configuration allows."""
+    """The peak by arithmetic, for the longest batch this configuration allows, on the device that `report` tells of;
+    without one on the hardware that the backend is made for."""
     from qlora_hal.memory import estimate
 
+    compute_dtype = likely_dtype(config, spec, report)
     return estimate(
         facts,
         weight_format=quantization.weight_format,
@@ -171,14 +172,20 @@ def estimated_memory(
         sequence_length=config.data.max_seq_length,
         gradient_checkpointing=config.training.gradient_checkpointing,
         constants=spec.memory_for(
-            facts.model_type, compute_dtype, dropout=config.lora.dropout, options=config.backend.options
+            facts.model_type,
+            compute_dtype,
+            dropout=config.lora.dropout,
+            options=config.backend.options,
+            device_kind=report.device_kind if report is not None else "",
         ),
     )
 
 
-def likely_dtype(config: RunConfig, spec: BackendSpec) -> ComputeDtype:
+def likely_dtype(config: RunConfig, spec: BackendSpec, report: ProbeReport | None = None) -> ComputeDtype:
     """What `auto` will most likely become; only computing on the device settles it."""
     asked = config.quantization.compute_dtype
     if asked != "auto":
         return asked
+    if report is not None and report.compute_dtype is not None:
+        return report.compute_dtype
     return "bfloat16" if spec.uses_accelerator else "float32"

@@ -7,7 +7,6 @@ Finding a package is not enough: kernels that write nothing, read the wrong bloc
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -15,6 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from qlora_hal.asking import NoAnswerError, answer_stream, ask, one_line
+from qlora_hal.errors import QloraHalError
 
 if TYPE_CHECKING:
     from qlora_hal.backend import BackendSpec, Quantization, QuantizedLoRATrainer
@@ -27,18 +29,10 @@ LEARNING_RATE, STEPS = 1e-2, 8
 
 def prove(backend: str, *, timeout_seconds: float = 120.0) -> Mapping[str, object]:
     """`{"verdict": "pass" | "fail", "reason", "fix", "checks": [{"name", "verdict", "detail"}]}`. Never raises."""
-    command = [sys.executable, "-m", "qlora_hal.proving", backend]
     try:
-        child = subprocess.run(command, capture_output=True, text=True, timeout=timeout_seconds, check=False)
-    except subprocess.TimeoutExpired:
-        return _failed(f"no answer within {timeout_seconds:.0f} s")
-    for line in reversed(child.stdout.splitlines()):
-        if line.startswith("{"):
-            answer: Mapping[str, object] = json.loads(line)
-            return answer
-    ending = f"signal {-child.returncode}" if child.returncode < 0 else f"exit status {child.returncode}"
-    last = (child.stderr.strip().splitlines() or ["no message"])[-1]
-    return _failed(f"the proving process ended with {ending}: {last}")
+        return ask("qlora_hal.proving", backend, seconds=timeout_seconds)
+    except NoAnswerError as silence:
+        return _failed(f"the proving process {silence}")
 
 
 def _failed(reason: str) -> Mapping[str, object]:
@@ -80,8 +74,8 @@ class _Proof:
     def _passes(self, name: str, check: Callable[[], tuple[bool, str]]) -> bool:
         try:
             passed, detail = check()
-        except Exception as error:
-            passed, detail = False, f"{type(error).__name__}: {error}".splitlines()[0]
+        except (Exception, SystemExit) as error:
+            passed, detail = False, one_line(f"{type(error).__name__}: {error}")
         self.checks.append({"name": name, "verdict": "pass" if passed else "fail", "detail": detail})
         return passed
 
@@ -224,6 +218,9 @@ def _batch() -> Batch:
 if __name__ == "__main__":
     from qlora_hal.discovery import find, listed, load_spec
 
-    with tempfile.TemporaryDirectory() as scratch:
-        answer = _Proof(load_spec(find(sys.argv[1], listed())), Path(scratch)).run()
-    print(json.dumps(answer), flush=True)
+    with answer_stream() as stream, tempfile.TemporaryDirectory() as scratch:
+        try:
+            answer = _Proof(load_spec(find(sys.argv[1], listed())), Path(scratch)).run()
+        except QloraHalError as error:
+            answer = _failed(error.message)
+        json.dump(answer, stream)

@@ -43,17 +43,12 @@ _META_KEPT = ("quantizer",)
 def staged(folder: Path, source: ModelSource, identity: Mapping[str, object]) -> Iterator[Path]:
     """A folder to write into that becomes `folder` when the block ends well, and goes away when it does not.
 
-    Raises StorageError QH-S14 when `folder` is there already and holds something else, and for failing writes.
+    Raises StorageError QH-S14 when `folder` is there already and is no empty folder, and for failing writes.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise StorageError(
-            "QH-S14",
-            f"{folder} is not empty.",
-            where=str(folder),
-            fix="Name a folder that is not there yet.",
-        )
+    folder = folder.absolute()
     staging = folder.with_name(f".quantizing-{folder.name[:60]}-{durable_files.unique_name()}")
     try:
+        _require_free(folder)
         staging.mkdir(parents=True)
         yield staging
         _complete(staging, source, identity)
@@ -121,6 +116,20 @@ def _recorded(run_dir: Path) -> Mapping[str, object]:
     model = read_json(run_dir / RUN_FILE).get("model")
     kept = model.get("quantized") if isinstance(model, dict) else None
     return kept if isinstance(kept, dict) else {}
+
+
+def _require_free(folder: Path) -> None:
+    """Only an empty folder can be replaced by a rename."""
+    if folder.is_symlink():
+        kind = "a link"
+    elif folder.is_dir():
+        kind = "not empty" if any(folder.iterdir()) else ""
+    else:
+        kind = "a file" if folder.exists() else ""
+    if kind:
+        raise StorageError(
+            "QH-S14", f"{folder} is {kind}.", where=str(folder), fix="Name a folder that is not there yet."
+        )
 
 
 def _complete(staging: Path, source: ModelSource, identity: Mapping[str, object]) -> None:

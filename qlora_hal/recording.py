@@ -6,12 +6,14 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import TYPE_CHECKING
 
 from qlora_hal.report.metrics import MetricsFile, evaluation_record, step_record
 
 if TYPE_CHECKING:
     from qlora_hal.guard import GuardedTrainer
+    from qlora_hal.heartbeat import Heartbeat
     from qlora_hal.hooks import Hooks
     from qlora_hal.journal import Journal
     from qlora_hal.loop import FinishedStep, Progress
@@ -20,8 +22,9 @@ if TYPE_CHECKING:
     from qlora_hal.safe_tensors_file import Array
     from qlora_hal.values import Adapter, Batch, LossSum
 
-BEST_ADAPTER_FOLDER = "best_adapter"
 _SPEED_WINDOW = 20
+_JUMP_WINDOW, _JUMP_DEVIATIONS = 50, 6.0
+"""A loss is told to have jumped when it lies so many standard deviations above the mean of so many steps before it."""
 
 
 @dataclass(slots=True)
@@ -34,6 +37,7 @@ class Recorder:
     console: RunConsole
     hooks: Hooks
     journal: Journal
+    heartbeat: Heartbeat
     provenance: Mapping[str, object]
     keep_checkpoints: int
     measures_memory: bool
@@ -47,6 +51,8 @@ class Recorder:
     _recent: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_SPEED_WINDOW))
 
     def step(self, finished: FinishedStep) -> None:
+        if jump := loss_jump([loss for _, loss in self.losses[-_JUMP_WINDOW:]], finished.stats.loss):
+            self.note(f"step {finished.step}: {jump}")
         self.losses.append((finished.step, finished.stats.loss))
         self.journal.reached(finished)
         self._recent.append((finished.real_tokens, finished.seconds))
@@ -54,6 +60,7 @@ class Recorder:
         self.trained_seconds += finished.seconds
         seconds = sum(took for _, took in self._recent) / len(self._recent)
         speed = sum(tokens for tokens, _ in self._recent) / max(sum(took for _, took in self._recent), 1e-9)
+        self.heartbeat.beat(seconds)
         memory = self.trainer.peak_memory_bytes() if self.measures_memory else None
         self.metrics.append(
             step_record(
@@ -129,10 +136,22 @@ class Recorder:
             return {}
 
     def best(self, step: int, adapter: Adapter) -> None:
+        from qlora_hal.run_directory import BEST_ADAPTER_FOLDER
+
         write_run_adapter(self.run.run_dir / BEST_ADAPTER_FOLDER, adapter, {**self.provenance, "step": step})
 
     def note(self, text: str) -> None:
         self.console.note(text)
+
+
+def loss_jump(before: Sequence[float], loss: float) -> str:
+    """What to say of a loss far above those of the steps before it; nothing while these are too few to tell."""
+    if len(before) < _JUMP_WINDOW:
+        return ""
+    mean, deviation = fmean(before), pstdev(before)
+    if loss <= mean + _JUMP_DEVIATIONS * deviation:
+        return ""
+    return f"the loss jumped to {loss:.4f}; the {len(before)} steps before had {mean:.4f} on average"
 
 
 def write_run_adapter(folder: Path, adapter: Adapter, provenance: Mapping[str, object]) -> None:

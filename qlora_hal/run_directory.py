@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -33,14 +34,16 @@ __all__ = ["RunDirectory", "config_hash", "rehearsed", "write_json_atomically"]
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 ADAPTER_FOLDER = "adapter"
+BEST_ADAPTER_FOLDER = "best_adapter"
 SCHEMA_VERSION = 1
 
 _OUTPUTS = (
-    *(CHECKPOINTS_FOLDER, LATEST_LINK, ADAPTER_FOLDER, "best_adapter", METRICS_FILE, "report.html", "loss.png"),
+    *(CHECKPOINTS_FOLDER, LATEST_LINK, ADAPTER_FOLDER, BEST_ADAPTER_FOLDER, METRICS_FILE, "report.html", "loss.png"),
     *("tokens", "rows.jsonl"),
 )
 """What an overwritten run leaves; other files in the folder are the user's and are never touched."""
-_LEFTOVERS = (STAGING, PRUNING, REPLACED, ".tmp")
+_LEFTOVER = re.compile(rf"({re.escape(STAGING)}|{re.escape(PRUNING)}|{re.escape(REPLACED)}|\.tmp-).+-[0-9a-f]{{8}}")
+"""Names that end as `durable_files.unique_name` ends them; what is called `.tmp` otherwise is the user's."""
 _PLACE_KEYS = frozenset({"output_dir"})
 """Keys that say where a run lies, not what it is."""
 
@@ -168,17 +171,18 @@ class RunDirectory:
     def _sweep(self) -> None:
         """Remove what interrupted saves left, and say how much it was."""
         self.notes += restore_replaced(self.path)
-        _restore_replaced_adapter(self.path)
+        _restore_replaced_adapters(self.path)
         self.unfinished_saves = unfinished_saves(self.path)
         count = freed = 0
         for folder in (self.path, checkpoints_folder(self.path)):
             for entry in entries(folder):
-                if entry.name.startswith(_LEFTOVERS):
+                if _LEFTOVER.fullmatch(entry.name):
                     with suppress(OSError):  # stays for the next sweep
                         freed += durable_files.remove_tree(Path(entry.path))
                         count += 1
         if count:
-            self.notes.append(f"Removed {count} leftovers of interrupted saves, {_readable(freed)} freed.")
+            noun = "leftover" if count == 1 else "leftovers"
+            self.notes.append(f"Removed {count} {noun} of interrupted saves, {_readable(freed)} freed.")
 
 
 @contextmanager
@@ -206,11 +210,15 @@ def config_hash(config: Mapping[str, object]) -> str:
     return hashlib.sha256(strict_json.encode(trained)).hexdigest()
 
 
-def _restore_replaced_adapter(path: Path) -> None:
-    for entry in entries(path):
-        if entry.name.startswith(f"{REPLACED}{ADAPTER_FOLDER}-") and not os.path.lexists(path / ADAPTER_FOLDER):
-            with suppress(OSError):
-                Path(entry.path).rename(path / ADAPTER_FOLDER)
+def _restore_replaced_adapters(path: Path) -> None:
+    """Put back what a crash between two renames left aside (`adapter.peft_files.write_adapter`)."""
+    for name in (ADAPTER_FOLDER, BEST_ADAPTER_FOLDER):
+        for entry in entries(path):
+            if re.fullmatch(rf"{re.escape(REPLACED + name)}-[0-9a-f]+", entry.name) and not os.path.lexists(
+                path / name
+            ):
+                with suppress(OSError):
+                    Path(entry.path).rename(path / name)
 
 
 def _read_run_file(path: Path) -> dict[str, object]:
@@ -273,7 +281,8 @@ def _has_content(file: Path) -> bool:
 
 
 def _refuse_earlier_run(path: Path, differing: Mapping[str, tuple[object, object]], saved: int) -> NoReturn:
-    listed = ", ".join(f"{key} (there {then!r}, now {now!r})" for key, (then, now) in list(differing.items())[:8])
+    pairs = list(differing.items())[:8]
+    listed = ", ".join(f"{key} (there {_shown(then)}, now {_shown(now)})" for key, (then, now) in pairs)
     counted = f"{len(differing)} {'key differs' if len(differing) == 1 else 'keys differ'}"
     what = f"another configuration; {counted}: {listed}" if differing else "this same configuration"
     going_on = f"Resume the old run (qlora-hal resume {path}), replace it" if saved else "Replace the old run"
@@ -286,6 +295,10 @@ def _refuse_earlier_run(path: Path, differing: Mapping[str, tuple[object, object
         fix=f"{going_on} (--overwrite), or choose another output_dir.",
         context={"differing": {key: list(pair) for key, pair in differing.items()}, "checkpoints": saved},
     )
+
+
+def _shown(value: object) -> str:
+    return "not set" if value is None else repr(value)
 
 
 def _refuse_foreign_outputs(path: Path, outputs: Sequence[str]) -> NoReturn:

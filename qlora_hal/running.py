@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_hal.errors import CheckpointError
+from qlora_hal.errors import CheckpointError, ConfigError
 from qlora_hal.observing import TrainResult
 from qlora_hal.places import Relocation, require_places, with_absolute_places
 from qlora_hal.rows_in_memory import keep_rows, kept_rows
@@ -37,13 +37,13 @@ def run_new(
     """Train from the start. `dry_run` ends before the model loads, and leaves nothing behind."""
     from qlora_hal.hooks import Hooks
     from qlora_hal.observers import observers_for
-    from qlora_hal.preparation import require_settings
     from qlora_hal.report.console import RunConsole
     from qlora_hal.report.run_file import given_config
     from qlora_hal.run_directory import RunDirectory, rehearsed
+    from qlora_hal.settings import require_settings
 
     console = console or RunConsole()
-    require_settings(settings.config, has_rows=rows is not None)
+    require_settings(settings.config, "model.name_or_path", "output_dir", *(["data.path"] if rows is None else []))
     hooks = Hooks([*observers_for(settings.config.training.report_to), *observers], note=console.note)
     config = hooks.ready_config(settings.config)
     recorded = given_config(with_absolute_places(config))
@@ -76,7 +76,9 @@ def _prepared(config: RunConfig, rows: Rows | None, hooks: Hooks, run_dir: Path,
     seed = drawn_seed(config)
     if config.training.seed is None:
         console.note(f"no seed was given; {seed} was drawn")
-    return prepare_run(config, seed, machinery, run_dir, rows, console)
+    prepared = prepare_run(config, seed, machinery, run_dir, rows, console)
+    _refuse_endless_warmup(prepared)
+    return prepared
 
 
 def _trained(
@@ -111,7 +113,7 @@ def run_resumed(
     from qlora_hal.quantizing import with_quantized_base
     from qlora_hal.report.console import RunConsole
     from qlora_hal.report.run_file import read_run_config, record_from
-    from qlora_hal.run_directory import RunDirectory
+    from qlora_hal.run_directory import RunDirectory, config_hash
 
     console = console or RunConsole()
     try:
@@ -121,6 +123,7 @@ def run_resumed(
             if ended is not None and relocation == Relocation():  # nothing that it was made from need be there still
                 show_ended(ended, console)
                 return ended
+            require_config_unchanged(directory)
             given = relocation.applied(read_run_config(directory.path))
             rows = kept_rows(directory.path)
             require_places(given, run_dir, reads_data=rows is None)
@@ -133,11 +136,27 @@ def run_resumed(
             prepared = with_quantized_base(prepared, directory.path, console)
             _check_same_run(state, prepared, changes)
             if relocation != Relocation():  # the places hold what they should, and are remembered
-                directory.record({"config": record.config})
+                directory.record({"config": record.config, "config_hash": config_hash(record.config)})
             with _told_when_ended(directory.path):
                 return execute(Stage(prepared, directory, console, hooks, record, state, changes))
     finally:
         console.close()
+
+
+def require_config_unchanged(directory: RunDirectory) -> None:
+    """A resumed run equals one that was never interrupted. Raises CheckpointError QH-C20 when run.json was edited."""
+    from qlora_hal.run_directory import RUN_FILE, config_hash
+
+    recorded, config = directory.content.get("config_hash"), directory.content.get("config")
+    if recorded is None or not isinstance(config, dict) or config_hash(config) == recorded:
+        return
+    raise CheckpointError(
+        "QH-C20",
+        f"The configuration in {RUN_FILE} is not the one that the run began with.",
+        where=str(directory.path / RUN_FILE),
+        cause="Another schedule, batch or adapter from here on would be a run that nobody can repeat.",
+        fix="Undo the edit, or start a new run with the new settings; --model and --data of resume name new places.",
+    )
 
 
 def _newest_state(directory: RunDirectory, console: RunConsole) -> TrainingState:
@@ -193,9 +212,26 @@ def idle_settings(config: RunConfig, *, has_rows: bool) -> Iterator[str]:
         yield "model.revision is of hub models; a local folder is taken as it is"
     if has_rows and config.data.path:
         yield "data.path is not read: rows were given in memory"
-    places = [place for place in (None if has_rows else config.data.path, config.data.validation_path) if place]
-    if config.data.split != "train" and not any(map(has_splits, places)):
-        yield "data.split is of Hugging Face datasets; all rows are read"
+    if config.data.split != "train" and (has_rows or not has_splits(config.data.path)):
+        yield "data.split is of what has splits; all rows are read"
+
+
+def _refuse_endless_warmup(prepared: PreparedRun) -> None:
+    """A warm-up that is longer than the run would be cut to it. Raises ConfigError QH-U01."""
+    from qlora_hal.execution import window_sampler
+
+    training = prepared.config.training
+    if not training.warmup_steps:
+        return
+    steps = window_sampler(prepared).total_steps(training.num_train_epochs, training.max_steps)
+    if training.warmup_steps > steps:
+        raise ConfigError(
+            "QH-U01",
+            f"training.warmup_steps is {training.warmup_steps}, and the run has {steps} steps.",
+            where="training.warmup_steps",
+            cause="The learning rate would never reach the one that is set.",
+            fix=f"Set training.warmup_steps to less than {steps}, or train for longer.",
+        )
 
 
 def _relocated(record: RunRecord, relocation: Relocation, config: RunConfig) -> RunRecord:
@@ -240,7 +276,7 @@ def _planned(prepared: PreparedRun) -> TrainResult:
         "sequences": len(prepared.data.train),
         "sequences_per_step": training.per_device_train_batch_size * training.gradient_accumulation_steps,
         "target_modules": len(machinery.adapter.target_modules),
-        "compute_dtype": likely_dtype(prepared.config, machinery.choice.spec),
+        "compute_dtype": likely_dtype(prepared.config, machinery.choice.spec, machinery.report),
         "memory": {**asdict(memory), "total": memory.total, "high": memory.high},
     }
     return TrainResult(
@@ -263,8 +299,11 @@ def _planned(prepared: PreparedRun) -> TrainResult:
 
 
 def _check_same_run(state: TrainingState, prepared: PreparedRun, changes: Sequence[str]) -> None:
-    """The base, the tokens and, where no change was allowed, the storage are those of the checkpoint. Raises
-    CheckpointError naming what differs."""
+    """The adapter's settings, the base, the tokens and, where no change was allowed, the storage are those of the
+    checkpoint. Raises AdapterError QH-C06 and CheckpointError, naming what differs."""
+    from qlora_hal.adapter.fitting import check_same_settings
+
+    check_same_settings(state.adapter.config, prepared.machinery.adapter, where=f"checkpoint of step {state.step}")
     quantization, base = prepared.machinery.quantization, prepared.machinery.source
     now: dict[str, object] = {
         "base_fingerprint": base.origin.facts.fingerprint,
@@ -283,9 +322,10 @@ def _check_same_run(state: TrainingState, prepared: PreparedRun, changes: Sequen
     if not differing:
         return
     listing = "; ".join(f"{name} was {state.provenance.get(name)}, is {now[name]}" for name in differing)
-    code = "QH-E15" if "base_fingerprint" in differing else "QH-D16" if "data_fingerprint" in differing else "QH-C12"
+    # Another tokenizer makes other tokens of the same rows, so it comes before the data.
+    codes = {"base_fingerprint": "QH-E15", "tokenizer_hash": "QH-C14", "data_fingerprint": "QH-D16"}
     raise CheckpointError(
-        code,
+        next((code for name, code in codes.items() if name in differing), "QH-C12"),
         f"This is not the run that the checkpoint of step {state.step} belongs to: {listing}.",
         cause="The base, the data, the tokenizer or the storage changed since it was saved.",
         fix="Restore what changed, or start a new run.",

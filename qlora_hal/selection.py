@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from qlora_hal.backend import BackendSpec, ProbeReport
 from qlora_hal.capabilities import Needs, missing
 from qlora_hal.discovery import Listed, find, load_spec
-from qlora_hal.errors import BackendUnavailableError, UnsupportedFeatureError
+from qlora_hal.errors import BackendUnavailableError, QloraHalError, UnsupportedFeatureError
 
 AskHook = Callable[[tuple[ProbeReport, ...], Needs], str | None]
 
@@ -43,7 +43,7 @@ def choose(
     if overridden is not None:
         choice = _named(overridden, needs, entries, reports)
         return Choice(choice.spec, "the qlora_hal_choose_backend hook named it", rejections)
-    accelerated = [spec for spec in able if _has_accelerator(spec, reports)]
+    accelerated = [spec for spec in able if has_accelerator(spec, reports)]
     if accelerated:
         return _highest(accelerated, able, rejections, "it is ready and has the highest priority")
     if able and allow_cpu:
@@ -84,7 +84,11 @@ def _able_backends(
         if not report.ready:
             rejections[report.backend] = report.reason
             continue
-        spec = load_spec(find(report.backend, entries))
+        try:
+            spec = load_spec(find(report.backend, entries))
+        except QloraHalError as error:  # what was ready in its probe's own process may fail in this one
+            rejections[report.backend] = error.message
+            continue
         lacks = missing(needs, spec.capabilities)
         if lacks:
             rejections[spec.name] = f"lacks {'; '.join(lacks)}"
@@ -93,7 +97,7 @@ def _able_backends(
     return able, rejections
 
 
-def _has_accelerator(spec: BackendSpec, reports: Sequence[ProbeReport]) -> bool:
+def has_accelerator(spec: BackendSpec, reports: Sequence[ProbeReport]) -> bool:
     """What the probe found here, where it says; else what the spec says of the backend everywhere."""
     found = next(report.uses_accelerator for report in reports if report.backend == spec.name)
     return spec.uses_accelerator if found is None else found
@@ -123,7 +127,7 @@ def _who_can(needs: Needs, entries: Sequence[Listed], reports: Sequence[ProbeRep
 def _lacks_arithmetic(spec: BackendSpec, needs: Needs, reports: Sequence[ProbeReport]) -> bool:
     """Whether a dtype that is asked for by name is one that `spec` may well not compute on what is here: a backend
     declares what its accelerators can, and only proving it on the device tells the rest."""
-    return needs.compute_dtype == "float16" and not _has_accelerator(spec, reports)
+    return needs.compute_dtype == "float16" and not has_accelerator(spec, reports)
 
 
 def _nothing_fits(

@@ -26,7 +26,7 @@ from qlora_hal.settings_schema import (
     settings,
 )
 
-OTHER_ENVIRONMENT_NAMES = frozenset({"QLORA_HAL_CACHE", "QLORA_HAL_FAULTS", "QLORA_HAL_PLUGINS", "QLORA_HAL_TRACEBACK"})
+OTHER_ENVIRONMENT_NAMES = frozenset({"QLORA_HAL_CACHE", "QLORA_HAL_FAULTS", "QLORA_HAL_TRACEBACK"})
 """Variables with our prefix that are no settings of a run."""
 
 _KEYWORD_SETTINGS = {"model": "model.name_or_path", "data": "data.path", "backend": "backend.name"}
@@ -107,15 +107,16 @@ def resolve_settings(
     return _validated(layers)
 
 
-def require_settings(settings: ResolvedSettings, *paths: str) -> None:
-    """Refuse a configuration in which one of these is empty. Raises ConfigError (U12)."""
-    values = settings.values()
+def require_settings(config: RunConfig, *paths: str) -> None:
+    """Refuse a configuration in which one of these is empty, naming all that are. Raises ConfigError QH-U12."""
+    values = dict(flatten_config(config))
     absent = [path for path in paths if not values[path]]
     if absent:
         raise ConfigError(
             "QH-U12",
             f"{', '.join(absent)} {'is' if len(absent) == 1 else 'are'} not set.",
-            fix="Give them as flags, or run qlora-hal init for a settings file.",
+            fix="Give them as flags or to train(model=..., data=..., output_dir=...), or run qlora-hal init for a "
+            "commented run.yaml.",
             context={"absent": absent},
         )
 
@@ -148,6 +149,10 @@ def _put_configuration(layers: _Layers, config: RunConfig | Mapping[str, object]
         _put_tree(layers, config.model_dump(exclude_unset=True), lambda key: "config argument")
     elif isinstance(config, Mapping):
         _put_tree(layers, config, lambda key: "config argument")
+    elif not isinstance(config, str | Path):
+        received = type(config).__name__
+        expected = f"a settings file, a mapping or a RunConfig is expected, not a value of type {received}"
+        layers.problems.append(Problem("config", "config argument", config, expected))
     else:
         file = read_settings_file(Path(config))
         _put_tree(layers, file.values, file.origin)

@@ -80,6 +80,9 @@ def _text(path: Path) -> str:
             "QH-U02",
             f"Settings file {path} cannot be read: {error.strerror or error}.",
             where=str(path),
+            cause=""
+            if path.suffix
+            else "A word that belongs to no flag is the settings file; yes-no flags take true or false.",
             fix="Check the path, or run qlora-hal init to create one.",
         ) from error
     except UnicodeDecodeError as error:

@@ -1,4 +1,5 @@
-"""Stopping on request: the first signal finishes the step and saves, a second one ends at once."""
+"""Stopping on request: the first signal finishes the step and saves, a second one ends at once. SIGUSR1, a scheduler's
+early warning, saves and goes on."""
 
 from __future__ import annotations
 
@@ -6,11 +7,15 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 # SIGHUP (a closed terminal) does not exist on Windows.
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+_SAVE = getattr(signal, "SIGUSR1", None)
 
 
 class EndedAtOnce(KeyboardInterrupt):
@@ -41,34 +46,50 @@ def signals_to_handle() -> tuple[signal.Signals, ...]:
     return tuple(number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN)
 
 
-@contextmanager
-def stop_on_signals(announce: Callable[[str], None]) -> Iterator[Callable[[], str]]:
-    """Gives a function that returns the name of the signal that asked to stop, or an empty text.
+@dataclass(slots=True)
+class Requests:
+    """What signals asked for. Announced when the loop asks, and not in the handler: that may interrupt a print, which
+    must not be entered twice."""
 
-    Handlers are only possible in the main thread; elsewhere the owner of the process decides, and nothing is caught.
-    """
-    asked: list[str] = []
-    announced: list[str] = []
+    announce: Callable[[str], None]
+    _stop: str = ""
+    _save: bool = False
+    _announced: bool = False
 
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if asked:
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == _SAVE:
+            self._save = True
+            return
+        if self._stop:
             raise EndedAtOnce(number)
-        asked.append(signal.Signals(number).name)
+        self._stop = signal.Signals(number).name
 
+    def stop(self) -> str:
+        """The name of the signal that asked to stop, or an empty text."""
+        if self._stop and not self._announced:
+            self._announced = True
+            self.announce(f"{self._stop}: stopping after this step; the state will be saved. Once more ends at once.")
+        return self._stop
+
+    def save(self) -> bool:
+        """Whether a save was asked for since the last call."""
+        asked, self._save = self._save, False
+        if asked:
+            self.announce("SIGUSR1: saving after this step, and going on.")
+        return asked
+
+
+@contextmanager
+def requests_by_signal(announce: Callable[[str], None]) -> Iterator[Requests]:
+    """Only the main thread can have handlers; elsewhere the owner of the process decides, and nothing is caught."""
+    requests = Requests(announce)
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: ""
+        yield requests
         return
-
-    def requested() -> str:
-        # Announced here and not in the handler: that may interrupt a print, which must not be entered twice.
-        if asked and not announced:
-            announced.append(asked[0])
-            announce(f"{asked[0]}: stopping after this step; the state will be saved. Once more ends at once.")
-        return asked[0] if asked else ""
-
-    before = {number: signal.signal(number, on_signal) for number in signals_to_handle()}
+    handled = [*signals_to_handle(), *([_SAVE] if _SAVE is not None else [])]
+    before = {number: signal.signal(number, requests.on_signal) for number in handled}
     try:
-        yield requested
+        yield requests
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -14,12 +14,15 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from qlora_hal.checkpoint.reading import checkpoints
 from qlora_hal.errors import OutOfMemoryError, QloraHalError
 from qlora_hal.stopping import EndedAtOnce, signals_to_handle
 
@@ -42,22 +45,21 @@ def is_supervised(backend: str, observers: Sequence[object]) -> bool:
     """Whether a run on `backend` (or `auto`) may meet a backend that asks for supervision here."""
     if observers or os.environ.get(SUPERVISED_VARIABLE):
         return False
-    from qlora_hal.discovery import listed, load_spec
+    from qlora_hal.discovery import find, listed, load_spec, reports
 
-    # Specs alone: what cannot be loaded is told by selection, and asks for nothing.
-    for entry in listed():
-        if backend in ("auto", entry.name):
-            try:
-                if load_spec(entry).supervised:
+    entries = [entry for entry in listed() if backend in ("auto", entry.name)]
+    for report in reports(entries):
+        if report.ready:
+            with suppress(QloraHalError):  # told by selection
+                if load_spec(find(report.backend, entries)).supervised:
                     return True
-            except Exception:
-                continue
     return False
 
 
 def run_in_child(verb: str, request: Mapping[str, object], run_dir: Path, console: RunConsole | None) -> TrainResult:
-    """Carry out `train` or `resume` in a child. Raises what the child raised, and OutOfMemoryError QH-S24 when it was
-    ended from outside, with the way to go on."""
+    """Carry out `train` or `resume` in a child. Raises what the child raised (RuntimeError for what is not ours),
+    EndedAtOnce when a signal handed on ended it, and OutOfMemoryError QH-S24 when it was ended from outside, with the
+    way to go on."""
     shown = {"quiet": console.quiet, "json": console.json} if console is not None else {}
     with tempfile.TemporaryDirectory(prefix="qlora-hal-run-") as scratch:
         answer = Path(scratch) / "answer.json"
@@ -69,38 +71,56 @@ def run_in_child(verb: str, request: Mapping[str, object], run_dir: Path, consol
             start_new_session=True,
             env={**os.environ, SUPERVISED_VARIABLE: "1"},
         )
-        with _signals_handed_to(child):
+        with _signals_handed_to(child) as handed:
             child.communicate(text)
         if not answer.exists():
+            if -child.returncode in handed:
+                raise _ended_early(-child.returncode, run_dir)
             raise _ended(child.returncode, run_dir)
         found: Mapping[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
     if "error" in found:
         raise error_from(found["error"])
     if "ended" in found:
         raise _ended_at_once(found["ended"])
+    if "defect" in found:
+        raise _defect(found["defect"])
     return _result_from(found["result"])
 
 
 @contextmanager
-def _signals_handed_to(child: subprocess.Popen[str]) -> Iterator[None]:
-    """The parent outlives a request to stop: the child saves its state and ends by itself."""
+def _signals_handed_to(child: subprocess.Popen[str]) -> Iterator[set[int]]:
+    """The parent outlives a request to stop: the child saves its state and ends by itself. Gives the signals that were
+    handed on."""
+    handed: set[int] = set()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield handed
         return
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        handed.add(number)
+        child.send_signal(number)
+
     handled = signals_to_handle()  # the child inherits what is ignored
-    before = {n: signal.signal(n, lambda number, frame: child.send_signal(number)) for n in handled}
+    before = {number: signal.signal(number, hand_on) for number in handled}
     try:
-        yield
+        yield handed
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _ended_early(number: int, run_dir: Path) -> EndedAtOnce:
+    """The child was asked to stop before it was ready to stop well: while it loaded the model, say."""
+    ended, saved = EndedAtOnce(number), [step for step, _ in checkpoints(run_dir)]
+    ended.run_dir, ended.safe_step = run_dir, max(saved, default=None)
+    return ended
 
 
 def _ended(status: int, run_dir: Path) -> OutOfMemoryError:
     how = f"exit status {status}"
     if status < 0:
         how = signal.Signals(-status).name
-    saved = any((run_dir / "checkpoints").glob("step-*"))
+    saved = bool(checkpoints(run_dir))
     return OutOfMemoryError(
         "QH-S24",
         f"The training process was ended by {how}.",
@@ -143,6 +163,12 @@ def _ended_at_once(told: Mapping[str, Any]) -> EndedAtOnce:
     return ended
 
 
+def _defect(told: Mapping[str, str]) -> RuntimeError:
+    error = RuntimeError(f"in the training process: {told['summary']}")
+    error.add_note(told["trace"])
+    return error
+
+
 def _result_from(told: dict[str, Any]) -> TrainResult:
     from qlora_hal.observing import TrainResult
 
@@ -163,6 +189,11 @@ def main() -> int:
     except EndedAtOnce as ended:
         run_dir = None if ended.run_dir is None else str(ended.run_dir)
         content = {"ended": {"number": ended.number, "run_dir": run_dir, "safe_step": ended.safe_step}}
+    except KeyboardInterrupt:
+        content = {"ended": {"number": signal.SIGINT, "run_dir": None, "safe_step": None}}
+    except Exception as error:
+        trace = "".join(traceback.format_exception(error))
+        content = {"defect": {"summary": f"{type(error).__name__}: {error}", "trace": trace}}
     else:
         content = {"result": asdict(result)}
     Path(given["answer"]).write_text(json.dumps(content, default=str), encoding="utf-8")

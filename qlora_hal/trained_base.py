@@ -108,6 +108,11 @@ def options_of_training(config: RunConfig, provenance: Mapping[str, object]) -> 
     return recorded if isinstance(recorded, Mapping) else config.backend.options
 
 
+def options_on(config: RunConfig, backend: str, trained_on: str) -> Mapping[str, object]:
+    """The options with which `backend` opens the base: they are one backend's own, so another one has none."""
+    return config.backend.options if backend == trained_on else {}
+
+
 def storage_of_training(provenance: Mapping[str, object]) -> dict[str, object] | None:
     """How the base was stored, as settings: the format by its own name, not by a backend's level. None where it is not
     recorded."""
@@ -169,7 +174,6 @@ def _on(config: RunConfig, name: str, trained_on: str) -> RunConfig:
     settings: Mapping[str, object] = {
         **config.backend.model_dump(),
         "name": name,
-        # Options are one backend's own.
-        "options": config.backend.options if name == trained_on else {},
+        "options": options_on(config, name, trained_on),
     }
     return config.model_copy(update={"backend": type(config.backend).model_validate(settings)})

@@ -1,34 +1,54 @@
-"""Every row of the fault catalogue that is promised today is shown by at least one test."""
+"""Every row of the fault catalogue is shown by a test, or says here why none can."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+from qlora_hal.fault_catalogue import faults
+
 TESTS = Path(__file__).resolve().parent
 
-PROMISED = {
-    *("S12", "S13", "S14", "C05", "C07", "C08", "C17", "N03", "N04", "N05", "N10", "N13", "N18"),
-    *(f"D{number:02}" for number in range(1, 13)),
-    *("E01", "E04", "E05", "E06", "E07", "E08", "E11", "E12", "E14"),
+NOT_SHOWN = {
+    "S20": "one thread saves; a signal is only looked at between steps",
+    "S23": "what a kill in the middle of a save leaves is shown by S01 to S07",
+    "S28": "states that nothing is saved in the background",
+    "S55": "needs a file system without locks",
+    "N11": "what is computed in float32 is a property of each backend; section 30 of the suite shows float16 to bfloat16",
+    "D17": "needs a hub that answers; E11 shows the way without one",
+    "C80": "needs an adapter that overflows and whose tensors are finite",
+    "E16": "needs a GPU that others use",
+    "E17": "states what is not looked for",
+    "X08": "states what is not read",
+    "X09": "states that nothing is opened",
+    "X12": "states that nothing listens",
+    "X14": "states that nothing is unpacked",
+    "U50": "needs an environment without pytest, in which no test runs",
 }
+"""Row -> why there is no test that shows it."""
 
 
 def shown_rows() -> set[str]:
-    marks = re.compile(r"mark\.fault\(([^)]*)\)")
-    return {
-        row
-        for file in TESTS.rglob("test_*.py")
-        for arguments in marks.findall(file.read_text())
-        for row in re.findall(r'"([A-Z]\d\d)"', arguments)
-    }
+    """Rows that a test carries as a mark, or whose code it expects."""
+    shown: set[str] = set()
+    for file in TESTS.rglob("test_*.py"):
+        text = file.read_text(encoding="utf-8")
+        marks = " ".join(re.findall(r"mark\.fault\(([^)]*)\)", text))
+        shown |= {*re.findall(r'"([A-Z]\d\d)"', marks), *re.findall(r"QH-([A-Z]\d\d)", text)}
+    return shown
 
 
-def test_promised_rows_are_shown() -> None:
-    assert not PROMISED - shown_rows()
+def rows() -> set[str]:
+    return {code.removeprefix("QH-") for code in faults()}
+
+
+def test_every_row_is_shown_or_says_why_not() -> None:
+    assert rows() - shown_rows() == NOT_SHOWN.keys()
 
 
 def test_shown_rows_are_rows_of_the_catalogue() -> None:
-    from qlora_hal.fault_catalogue import faults
-
-    assert shown_rows() <= {code.removeprefix("QH-") for code in faults()}
+    marked = set()
+    for file in TESTS.rglob("test_*.py"):
+        marks = " ".join(re.findall(r"mark\.fault\(([^)]*)\)", file.read_text(encoding="utf-8")))
+        marked |= set(re.findall(r'"([A-Z]\d\d)"', marks))
+    assert marked <= rows()

@@ -11,6 +11,8 @@ from types import ModuleType
 import pytest
 from packaging.requirements import Requirement
 
+from qlora_hal_backends.probing_torch import _ROCM_WHEEL, _TORCH_INDEX
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -47,6 +49,13 @@ def test_pins_are_the_environment_that_is_tested_here(setup: ModuleType) -> None
 
 def test_amd_gpu_takes_the_torch_that_its_own_index_holds(setup: ModuleType) -> None:
     assert pins(setup.constraints("cpu")).keys() - pins(setup.constraints("rocm")).keys() == {"torch", "triton"}
+
+
+def test_setup_and_doctor_name_the_same_place_for_an_amd_torch(
+    setup: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup, "is_reachable", lambda host: True)
+    assert setup.torch_index("rocm") == ["--index-url", f"{_TORCH_INDEX}/{_ROCM_WHEEL}"]
 
 
 @pytest.mark.parametrize("hardware", ["cuda", "rocm", "mlx"])

@@ -18,7 +18,7 @@ from qlora_hal_backends.probing_devices import (
     cpu_is_usable,
     nvidia_is_there,
 )
-from qlora_hal_backends.probing_limits import Device, bf16_supported
+from qlora_hal_backends.probing_limits import Device, likely_dtype
 from qlora_hal_backends.probing_mlx import MLX_FAMILY, MLX_LIBRARIES, mlx_device
 from qlora_hal_backends.probing_packages import InstalledPackages, Packages
 from qlora_hal_backends.probing_torch import (
@@ -33,7 +33,7 @@ from qlora_hal_backends.probing_torch import (
     usable_gpus,
 )
 
-__all__ = ["bf16_supported", "probe_here", "probe_mlx", "probe_torch"]
+__all__ = ["probe_here", "probe_mlx", "probe_torch"]
 
 _CHECKS: Mapping[Device, tuple[Callable[[Place], Obstacle | None], ...]] = {
     "cuda": (
@@ -74,7 +74,15 @@ def probe_torch(platform_name: str, *, device: Device, packages: Packages, machi
     if device == "cuda" and machine.nvidia_driver:
         versions["driver"] = machine.nvidia_driver
     reason = f"{', '.join(devices)}; torch {build.version} ({build.toolkit_name})."
-    return ProbeReport(platform_name, Availability.READY, reason, devices=devices, versions=versions)
+    return ProbeReport(
+        platform_name,
+        Availability.READY,
+        reason,
+        devices=devices,
+        versions=versions,
+        device_kind=device,
+        compute_dtype=likely_dtype(machine, device),
+    )
 
 
 def probe_mlx(

@@ -8,7 +8,7 @@ from qlora_hal.backend import Availability, ProbeReport
 from qlora_hal.hardware import Machine, inventory
 from qlora_hal_backends.gptq_int4.engines import ENGINES, GPTQMODEL, engine_obstacle
 from qlora_hal_backends.probing_devices import Obstacle, Place, amd_is_there, cpu_is_usable, nvidia_is_there
-from qlora_hal_backends.probing_limits import Device
+from qlora_hal_backends.probing_limits import Device, likely_dtype
 from qlora_hal_backends.probing_packages import InstalledPackages, Packages, torch_build
 from qlora_hal_backends.probing_torch import (
     cards_are_in_the_cuda_wheel,
@@ -50,6 +50,8 @@ def probe_gptq(
         devices=gpus or (here,),
         versions=versions,
         uses_accelerator=device != "cpu",
+        device_kind=device,
+        compute_dtype=likely_dtype(machine, device),
         notes=tuple(other.needed_for for other in ENGINES.values() if other is not engine and other.needed_for),
     )
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from qlora_hal.hardware import Gpu, Machine
 from qlora_hal_backends.probing_packages import TorchBuild, Version, version_numbers
+
+if TYPE_CHECKING:
+    from qlora_hal.values import ComputeDtype
 
 Device = Literal["cuda", "rocm", "mps", "cpu"]
 Capability = tuple[int, int]
@@ -94,6 +97,15 @@ def bf16_supported(machine: Machine, device: Device | None = None) -> tuple[bool
     if found:
         return True, f"The processor has {', '.join(sorted(found))}."
     return False, "bf16 has no hardware support on this processor; use float32 compute."
+
+
+def likely_dtype(machine: Machine, device: Device) -> ComputeDtype | None:
+    """What `auto` will most likely become on a device; None where its age is not known."""
+    if device == "cpu":
+        return "float32"
+    if device == "cuda" and not any(gpu.compute_capability for gpu in machine.gpus_of("nvidia")):
+        return None
+    return "bfloat16" if bf16_supported(machine, device)[0] else "float16"
 
 
 def _first_device(machine: Machine) -> Device:

@@ -50,20 +50,26 @@ def run_from(given: argparse.Namespace) -> int:
 
 def verify_and_print(path: Path) -> int:
     """Check a certificate and say what does not add up."""
-    from qlora_hal_conformance.certificate import read_certificate
-    from qlora_hal_conformance.conformance_run import CONFORMANT, NOT_CONFORMANT, verify
+    from qlora_hal_conformance import SUITE_VERSION
+    from qlora_hal_conformance.certificate import problems, read_certificate, revision_that_made
+    from qlora_hal_conformance.conformance_run import CONFORMANT, NOT_CONFORMANT
 
-    found = verify(path)
+    document = read_certificate(path)
+    found = problems(document)
     if found:
         print(f"{path}: does not verify", *found, sep="\n  - ")
         return NOT_CONFORMANT
-    conformant = read_certificate(path)["conformant"] is True
-    print(f"{path}: verifies, {'conformant' if conformant else 'not conformant'}")
+    conformant, revision = document["conformant"] is True, revision_that_made(document)
+    state = "conformant" if conformant else "not conformant"
+    if revision == SUITE_VERSION:
+        print(f"{path}: verifies, {state}")
+    else:
+        print(f"{path}: verifies: {state} to revision {revision} of the suite; the present one is {SUITE_VERSION}")
     return CONFORMANT if conformant else NOT_CONFORMANT
 
 
 def print_cases() -> int:
-    """The ids of all cases as the sections have them, in the form of `mustpass/v1.txt`."""
+    """The ids of all cases as the sections have them, in the form of `mustpass/vN.txt`."""
     from qlora_hal_conformance.collecting import collected_cases
 
     print("\n".join(collected_cases()))

@@ -1,7 +1,7 @@
-"""The list of all cases of this contract version, and what a case's id says.
+"""The list of all cases of each revision of the suite, and what a case's id says.
 
-`mustpass/v1.txt` is that list. A run is counted against it, so a case that vanished cannot go unnoticed; a test fails
-when the file and the sections differ.
+`mustpass/vN.txt` is that list. A run is counted against the present one, so a case that vanished cannot go unnoticed; a
+test fails when the file and the sections differ.
 """
 
 from __future__ import annotations
@@ -10,8 +10,14 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
+from qlora_hal_conformance import SUITE_VERSION
+
 SECTIONS_FOLDER = Path(__file__).parent / "sections"
-MUSTPASS = Path(__file__).parent / "mustpass" / "v1.txt"
+MUSTPASS = Path(__file__).parent / "mustpass"
+
+EARLIER_REVISIONS = (("1", "0c36b05f01bad756058822fca57db8616083e761ff1033b0c5e7194b2097ec0b"),)
+"""Each published revision before the present one, with the SHA-256 of its suite. A certificate of one is checked
+against that revision's list of cases."""
 
 LEVELS: dict[str, tuple[str, ...]] = {
     "L0": ("10", "11"),
@@ -24,9 +30,9 @@ LEVELS: dict[str, tuple[str, ...]] = {
 
 
 @cache
-def all_cases() -> tuple[str, ...]:
-    """Every case id, in the order of the sections."""
-    lines = MUSTPASS.read_text(encoding="utf-8").splitlines()
+def all_cases(revision: str = SUITE_VERSION) -> tuple[str, ...]:
+    """Every case id of a revision, in the order of the sections."""
+    lines = (MUSTPASS / f"v{revision}.txt").read_text(encoding="utf-8").splitlines()
     return tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
 
 
@@ -50,6 +56,11 @@ def level_of(case: str) -> str:
     """`L1` of `30_forward/...`; an unknown section has none."""
     number = number_of(case)
     return next((level for level, sections in LEVELS.items() if number in sections), "")
+
+
+def revision_of(sha256: object) -> str:
+    """The revision whose suite has this hash; empty for sources that were never published."""
+    return next((name for name, known in ((SUITE_VERSION, suite_hash()), *EARLIER_REVISIONS) if known == sha256), "")
 
 
 @cache

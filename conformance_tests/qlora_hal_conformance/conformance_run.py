@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_hal.backend import CONTRACT_VERSION
-from qlora_hal.errors import ConfigError
+from qlora_hal.errors import ConfigError, StorageError
+from qlora_hal.output_path import writable_folder
 from qlora_hal_conformance import SUITE_VERSION
 from qlora_hal_conformance.catalogue import LEVELS, all_cases, section_of, suite_hash
-from qlora_hal_conformance.certificate import Document, make_certificate, problems, read_certificate, write_certificate
+from qlora_hal_conformance.certificate import Document, make_certificate, write_certificate
 from qlora_hal_conformance.counting import Count, count
 from qlora_hal_conformance.journal import Journal, result_as_json, result_from_json
 from qlora_hal_conformance.machine import machine_record
@@ -27,6 +28,9 @@ from qlora_hal_conformance.waivers import WAIVERS_FILE, Waiver, apply_waivers, r
 
 CONFORMANT, NOT_RUN, NOT_CONFORMANT = 0, 3, 20
 """Exit statuses: 3 where the backend cannot run on this machine, which is no verdict at all."""
+LONGEST_TIMEOUT_SECONDS = 86400.0
+BESIDE_A_CERTIFICATE = "filtered"
+"""The folder in `--out` that a filtered run writes into where `--out` holds the certificate of a whole run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +58,17 @@ class Outcome:
 
 
 def run(options: Options) -> Outcome:
-    """Run the suite against one backend and write everything into `options.out`.
+    """Run the suite against one backend and write everything into `options.out`; a filtered run never touches a
+    certificate, and writes into `filtered` beside it.
 
-    Raises BackendNotFoundError, BackendConflictError, ConfigError before anything runs. Whatever the backend does
-    after that is a verdict.
+    Raises BackendNotFoundError, BackendConflictError, ConfigError, StorageError before any case runs. Whatever the
+    backend does after that is a verdict.
     """
     _require_listed(options.reference)
     _require_known_filters(options)
+    _require_usable_timeout(options.timeout_seconds)
     waivers = _waivers(options)
+    out = _usable(options.out)
     seed = secrets.randbits(48) if options.seed is None else options.seed
     console = Console(quiet=options.quiet)
     console.say(f"seed {seed}")
@@ -76,6 +83,11 @@ def run(options: Options) -> Outcome:
             keyword=options.keyword,
             timeout_seconds=options.timeout_seconds,
         )
+        if not any(request.wants(case) for case in all_cases()):
+            raise _nothing_selected("in both the sections and the levels given")
+        if request.is_filtered and (out / "certificate.json").exists():
+            out = _usable(out / BESIDE_A_CERTIFICATE)
+            console.say(f"{options.out} holds the certificate of a whole run, which stays: this run goes to {out}")
         run_cases(request, console.heard)
         journal = Journal(request.journal_path)
         events = list(journal.read())
@@ -83,6 +95,7 @@ def run(options: Options) -> Outcome:
         if refusal is not None:
             console.say(f"not run on this machine: {refusal['reason']}\n  fix: {refusal['fix']}")
             return Outcome(NOT_RUN, Count(()), {})
+        _require_a_match(request, events)
         counted = apply_waivers(count(journal, _wanted(request, events)), waivers, started.date())
         extra = _extra_sections(request, console) if not request.is_filtered else []
         log = (Path(folder) / "child.log").read_text(encoding="utf-8", errors="replace")
@@ -92,12 +105,7 @@ def run(options: Options) -> Outcome:
         "wall_seconds": round((datetime.datetime.now(datetime.UTC) - started).total_seconds(), 1),
         "extra_cases": [result_as_json(result) for result in extra],
     }
-    return _write(options, request, counted, facts, log, console)
-
-
-def verify(path: Path) -> list[str]:
-    """What does not add up in a certificate; empty when it verifies. Raises ConfigError when it is none."""
-    return problems(read_certificate(path))
+    return _write(out, request, counted, facts, log, console)
 
 
 def _require_listed(reference: Reference) -> None:
@@ -119,6 +127,41 @@ def _require_known_filters(options: Options) -> None:
             f"The suite has no section or level {', '.join(wrong)}.",
             fix=f"Sections: {', '.join(sorted(known))}. Levels: {', '.join(LEVELS)}.",
         )
+
+
+def _require_usable_timeout(seconds: float) -> None:
+    """Raises ConfigError QH-N19; NaN would never end a case, and 0 every one."""
+    if not 0.0 < seconds <= LONGEST_TIMEOUT_SECONDS:
+        raise ConfigError(
+            "QH-N19",
+            f"A case cannot have {seconds:g} seconds.",
+            where="--timeout",
+            fix=f"Give a number above 0 and up to {LONGEST_TIMEOUT_SECONDS:g}.",
+        )
+
+
+def _require_a_match(request: Request, events: Sequence[Mapping[str, object]]) -> None:
+    """A keyword that selects nothing is misspelled, as a section would be. Raises ConfigError QH-U52."""
+    names = {event["event"] for event in events}
+    if request.keyword and "finished" in names and not names & {"started", "broke_off"}:
+        raise _nothing_selected(f"that matches -k {request.keyword!r}")
+
+
+def _nothing_selected(which: str) -> ConfigError:
+    return ConfigError(
+        "QH-U52",
+        f"The suite has no case {which}.",
+        fix="List the cases: python -m qlora_hal_conformance --list",
+    )
+
+
+def _usable(folder: Path) -> Path:
+    """The folder, made and written to. Raises StorageError QH-S14, QH-S12, QH-S09."""
+    try:
+        return writable_folder(folder)
+    except StorageError as error:
+        error.where, error.fix = "--out", "Name another folder with --out."
+        raise
 
 
 def _waivers(options: Options) -> tuple[Waiver, ...]:
@@ -170,25 +213,19 @@ def _facts(events: Sequence[Mapping[str, object]], options: Options, seed: int) 
     }
 
 
-def _write(options: Options, request: Request, counted: Count, facts: Document, log: str, console: Console) -> Outcome:
+def _write(out: Path, request: Request, counted: Count, facts: Document, log: str, console: Console) -> Outcome:
     from qlora_hal_conformance.report import write_reports
 
     document = make_certificate(counted, facts)
     if request.is_filtered:
         document = {**document, "conformant": False, "filtered": True}
         document.pop("sha256")
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "run.log").write_text(log, encoding="utf-8")
-    write_certificate(options.out / "results.json", document)
-    stale = options.out / "certificate.json"
-    if request.is_filtered:
-        # A certificate of an earlier run beside the reports of this one would mislead.
-        stale.unlink(missing_ok=True)
-        (options.out / "badge.json").unlink(missing_ok=True)
-    else:
-        write_certificate(stale, document)
-    write_reports(options.out, document, counted.results)
-    console.summary(counted, document, options.out)
+    (out / "run.log").write_text(log, encoding="utf-8")
+    write_certificate(out / "results.json", document)
+    if not request.is_filtered:
+        write_certificate(out / "certificate.json", document)
+    write_reports(out, document, counted.results)
+    console.summary(counted, document, out)
     status = CONFORMANT if document["conformant"] is True else NOT_CONFORMANT
     return Outcome(status, counted, document)
 
@@ -207,6 +244,8 @@ class Console:
             print(text, file=sys.stderr, flush=True)
 
     def heard(self, event: Mapping[str, object]) -> None:
+        if event["event"] == "broke_off":
+            self.say(f"broke off: {event['how']}; what the process said is in run.log")
         if event["event"] != "ended":
             return
         section = str(event["case"]).partition("/")[0]
@@ -229,7 +268,8 @@ class Console:
 
     def summary(self, counted: Count, document: Mapping[str, object], out: Path) -> None:
         self._end_section()
-        totals = ", ".join(f"{number} {verdict}" for verdict, number in counted.totals.items() if number)
+        counts = [f"{number} {verdict}" for verdict, number in counted.totals.items() if number]
+        totals = ", ".join(counts) or "no case ran"
         if document.get("filtered"):
             state = "filtered: no certificate"
         else:

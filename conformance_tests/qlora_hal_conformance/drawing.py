@@ -18,6 +18,9 @@ SCALES = (0.75, 1.5, 3.0)
 """alpha / r. None is 1, 2 or a power that would make a dropped or a squared scale look right."""
 
 
+SPECIAL_SHARE = 0.4
+
+
 def stream(seed: int, name: str) -> np.random.Generator:
     """The generator of one case or model: a function of the run's seed and the name alone."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
@@ -42,6 +45,24 @@ def draw_batch(
     for row in range(len(lengths)):
         labels[row, : int(random.integers(1, 5)) if prompt is None else prompt] = IGNORE_LABEL
     return Batch(input_ids, labels, (places * segment_ids).astype(np.int32), segment_ids)
+
+
+def draw_many_rows(random: np.random.Generator, shape: LlamaShape, rows: int = 16) -> Batch:
+    """As many rows as a GPU gets at once, short ones, so that all lengths occur."""
+    return draw_batch(random, shape, lengths=[int(length) for length in random.integers(4, 20, rows)])
+
+
+def with_special_tokens(random: np.random.Generator, batch: Batch) -> Batch:
+    """Pad, bos and eos in the middle of the text, where they are tokens like any other: `segment_ids` says what is
+    padding, and labels say what counts."""
+    special = random.integers(0, FIRST_ORDINARY_TOKEN, batch.input_ids.shape).astype(np.int32)
+    chosen = random.random(batch.input_ids.shape) < SPECIAL_SHARE
+    chosen[0, 2:5] = True
+    special[0, 2:5] = range(FIRST_ORDINARY_TOKEN)
+    counted = batch.labels != IGNORE_LABEL
+    counted[0, 2:5] = True
+    input_ids = np.where(chosen, special, batch.input_ids)
+    return with_field(batch, input_ids=input_ids, labels=np.where(counted, input_ids, IGNORE_LABEL))
 
 
 def draw_window(random: np.random.Generator, shape: LlamaShape) -> list[Batch]:

@@ -16,6 +16,7 @@ from qlora_hal_conformance.oracle import LlamaShape, LoraScale, MicroscalingForm
 from qlora_hal_conformance.oracle.arrays import Float64
 from qlora_hal_conformance.subject import Subject
 from qlora_hal_conformance.tiny_models import (
+    DEEP_SHAPE,
     MICROSCALING_FORMATS,
     SHAPES,
     UNEVEN_SHAPE,
@@ -95,11 +96,12 @@ class Models:
     _written: dict[str, TinyModel] = field(default_factory=dict)
 
     def drawn(self, name: str) -> tuple[LlamaShape, dict[str, Float32]]:
-        """Shape and weights. A name with `tied` has a tied head, one with `uneven` widths that blocks do not divide."""
+        """Shape and weights. `deep` has `DEEP_SHAPE`; a name with `tied` has a tied head, one with `uneven` widths that
+        blocks do not divide."""
         if name not in self._drawn:
             random = stream(self.seed, f"model/{name}")
             shape = UNEVEN_SHAPE if "uneven" in name else SHAPES[int(random.integers(len(SHAPES)))]
-            shape = tied(shape) if "tied" in name else shape
+            shape = DEEP_SHAPE if name == "deep" else tied(shape) if "tied" in name else shape
             self._drawn[name] = shape, draw_tensors(shape, random)
         return self._drawn[name]
 

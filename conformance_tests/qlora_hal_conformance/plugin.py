@@ -59,15 +59,19 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     if request.collect_only:
         return
     journal.write("opening")
+    can_run = True
     # What goes wrong here comes again, as a failed case, when the fixture asks for the subject.
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception, SystemExit):
         subject = import_subject(request.reference)
         report = subject.spec.probe()
         session.config.stash[_SUBJECT] = subject
         journal.write("subject", spec=spec_record(subject), probe=dict(probe_record(report)))
         if not report.ready:
             journal.write("not_ready", reason=report.reason, fix=report.fix)
-            pytest.exit("the backend cannot run on this machine", returncode=0)
+            can_run = False
+    if not can_run:  # `pytest.exit` raises an Exception: it stands outside of what is suppressed
+        journal.write("finished")
+        pytest.exit("the backend cannot run on this machine", returncode=0)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -48,12 +48,17 @@ def run_cases(request: Request, progress: Progress, *, sections: tuple[Path, ...
             return
         if not ending.stuck:
             # It died outside of any case: at import, at collection, or between two. Another child would do the same.
-            journal.write("broke_off", how=ending.how)
+            _break_off(journal, progress, ending.how)
             return
         died = CaseResult(ending.stuck, Verdict.FAILED, ending.how)
         journal.write("ended", **result_as_json(died))
         progress({"event": "ended", **result_as_json(died)})
-    journal.write("broke_off", how=f"more than {MOST_RESTARTS} cases ended the process")
+    _break_off(journal, progress, f"more than {MOST_RESTARTS} cases ended the process")
+
+
+def _break_off(journal: Journal, progress: Progress, how: str) -> None:
+    journal.write("broke_off", how=how)
+    progress({"event": "broke_off", "how": how})
 
 
 def _done(journal: Journal) -> tuple[str, ...]:
@@ -118,13 +123,12 @@ def _how(status: int) -> str:
 
 
 def _kill(child: subprocess.Popen[bytes]) -> None:
-    """End the child and whatever it started."""
-    if child.poll() is None:
-        with contextlib.suppress(OSError):
-            if hasattr(os, "killpg"):
-                os.killpg(child.pid, signal.SIGKILL)
-            else:
-                child.kill()
+    """End the child and whatever it started in its group, which outlives a child that crashed."""
+    with contextlib.suppress(OSError):
+        if hasattr(os, "killpg"):
+            os.killpg(child.pid, signal.SIGKILL)
+        else:
+            child.kill()
     child.wait()
 
 

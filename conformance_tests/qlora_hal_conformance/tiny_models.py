@@ -1,4 +1,4 @@
-"""Two-layer Llamas with grouped-query attention, drawn from a generator and written with NumPy alone.
+"""Small Llamas with grouped-query attention, drawn from a generator and written with NumPy alone.
 
 A model is a folder as a hub would hold it: `config.json` and `model.safetensors`, plain or already quantized in the
 layout of bitsandbytes, GPTQ or MLX.
@@ -95,6 +95,9 @@ SHAPES = (
 )
 """Every width is a multiple of 128: whole blocks of 32, 64 and 128 in each row, whole GPTQ groups. Rotary base and
 norm epsilon differ, and are not all a library's defaults: one that ignores config.json shows."""
+
+DEEP_SHAPE = replace(_shape(128, 2, 1, 128, 256, 40_000, rope_theta=5e5, rms_norm_eps=1e-5), num_hidden_layers=4)
+"""Past the sizes at which short cuts end: four layers, heads of 128, and more tokens than 15 bits can name."""
 
 UNEVEN_SHAPE = _shape(72, 4, 2, 18, 104, 300, rope_theta=2000.0, rms_norm_eps=1e-5)
 """No row holds a whole number of blocks, and some tensors end in half a block of 64."""
@@ -197,7 +200,7 @@ def write_config(
         "tie_word_embeddings": shape.tie_word_embeddings,
         "attention_bias": False,
         "mlp_bias": False,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": 1024,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,

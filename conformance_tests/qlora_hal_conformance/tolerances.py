@@ -61,6 +61,9 @@ BINOMIAL_DEVIATIONS = 6.0
 LEAK_SHARE = 0.5
 """A step that keeps one array of logits is a leak; half of that for every step is noise of the allocator."""
 
+ESTIMATE_MARGIN = 1.1
+"""A peak may be this many times the estimate. Users plan with it: a tenth is what allocators round up."""
+
 GRID_LEVELS = 16
 """A 4-bit code has this many values."""
 
@@ -336,6 +339,11 @@ def agreement_above_chance(draws: int, probability: float) -> Bound:
 def memory_growth(logits_bytes: int, steps: int) -> Bound:
     """Half of one array of logits for every step."""
     return Bound(LEAK_SHARE * logits_bytes * steps, f"0.5 * {logits_bytes} bytes of logits * {steps} steps")
+
+
+def estimated_peak(estimated_bytes: int) -> Bound:
+    """What the memory estimate allows."""
+    return Bound(ESTIMATE_MARGIN * estimated_bytes, f"{ESTIMATE_MARGIN} * {estimated_bytes} estimated bytes")
 
 
 def young_update() -> Bound:

@@ -1,7 +1,7 @@
 """Known failures that a plugin's author has written down: shown as `waived`, never green.
 
 [[waiver]]
-case = "60_memory/peak_is_reported"
+case = "60_memory/reported_peak_does_not_grow"
 issue = "https://example.org/toy/issues/7"
 expires = 2030-01-31
 """

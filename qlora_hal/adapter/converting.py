@@ -75,6 +75,7 @@ def convert_adapter(source: Path, out: Path, *, to: Layout, model: ModelSource |
             fix="Name another folder; nothing was written.",
         )
     adapter = read_adapter(folder) if found == "peft" else read_mlx_adapter(folder)
+    mlx_files.require_placeable(adapter.config.target_modules, "target_modules")
     provenance = dict(read_provenance(folder) if found == "peft" else read_mlx_provenance(folder))
     notes = [*_fit_notes(adapter, provenance, model, folder), *_layer_notes(adapter, model)]
     base_name = model.name if model else str(provenance.get("base_name") or "")

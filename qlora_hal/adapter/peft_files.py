@@ -168,9 +168,33 @@ def _model_card(config: AdapterConfig, base_name: str, provenance: Mapping[str, 
     rows += [("rsLoRA", config.use_rslora), ("modules", len(config.target_modules))]
     rows += sorted((key, value) for key, value in provenance.items() if key != "base_name")
     table = [f"| {key} | {_cell(value)} |" for key, value in rows]
-    text = ["---", "", "# LoRA adapter", "", "Trained with qlora_hal; open it with PEFT:", "", "```python"]
-    text += ["from peft import PeftModel", "model = PeftModel.from_pretrained(base_model, this_folder)", "```", ""]
+    text = ["---", "", "# LoRA adapter", "", *_how_to_open(shown, provenance), ""]
     return "\n".join([*front, *text, "| | |", "|---|---|", *table, ""])
+
+
+def _how_to_open(base: str, provenance: Mapping[str, object]) -> list[str]:
+    """Lines that open the adapter, on the 4-bit base where transformers can make the one that it was trained on."""
+    weight_format, dtype = provenance.get("weight_format"), provenance.get("compute_dtype")
+    is_64 = provenance.get("block_size") == 64  # transformers makes no other blocks
+    if weight_format not in ("nf4", "fp4") or not is_64 or dtype is None:
+        opening = ["from peft import PeftModel", "model = PeftModel.from_pretrained(base_model, this_folder)"]
+        return ["Trained with qlora_hal; open it with PEFT:", "", "```python", *opening, "```"]
+    return [
+        f"Trained with qlora_hal on the base in {weight_format}, whose rounding it makes up for; open it on that base:",
+        "",
+        "```python",
+        "import torch",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, BitsAndBytesConfig",
+        "",
+        "four_bit = BitsAndBytesConfig(",
+        f'    load_in_4bit=True, bnb_4bit_quant_type="{weight_format}",',
+        f"    bnb_4bit_use_double_quant={bool(provenance.get('double_quant'))}, bnb_4bit_compute_dtype=torch.{dtype},",
+        ")",
+        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)}, quantization_config=four_bit)",
+        "model = PeftModel.from_pretrained(base, this_folder)",
+        "```",
+    ]
 
 
 def _cell(value: object) -> str:

@@ -33,7 +33,6 @@ from qlora_hal.checkpoint.state import (
     checkpoints_folder,
     entries,
     state_from,
-    step_name,
     step_of,
 )
 from qlora_hal.errors import CheckpointError, QloraHalError
@@ -69,7 +68,8 @@ def latest_valid_checkpoint(run_dir: Path, *, set_aside_broken: bool = True) -> 
         except BrokenCheckpoint as problem:
             failures[path.name] = str(problem)
             kept = set_aside(path) if set_aside_broken else path
-            notes.append(f"Passed over {path.name}: {problem}; it is kept as {kept.name}.")
+            left = "left as it is" if kept == path else f"kept as {kept.name}"
+            notes.append(f"Passed over {path.name}: {problem}; it is {left}.")
         else:
             notes += unfinished_notes(step, unfinished_saves(run_dir))
             return path, notes
@@ -101,7 +101,7 @@ def load_checkpoint(path: Path) -> TrainingState:
         reason = problem.message if isinstance(problem, QloraHalError) else f"{problem}"
         raise CheckpointError(
             "QH-C04",
-            f"{path.name} does not verify: {reason}.".replace("..", "."),
+            f"{path.name} does not verify: {reason.rstrip('.')}.",
             where=str(path),
             cause="A file is missing or changed after the save; going on would reset or corrupt the optimizer.",
             fix=f"Resume from an earlier checkpoint.{_weights_only_hint(path)}",
@@ -178,7 +178,7 @@ def _no_checkpoint(run_dir: Path, failures: Mapping[str, str]) -> CheckpointErro
     return CheckpointError(
         "QH-C04",
         f"No checkpoint in {run_dir} verifies ({len(failures)} tried). {listed}".rstrip() + "." * bool(failures),
-        where=str(run_dir / step_name(0)).rpartition("step-")[0],
+        where=str(checkpoints_folder(run_dir)),
         cause="" if failures else "The run stopped before its first save.",
         fix="Start the run again with --overwrite, or in another folder.",
         context={"failures": dict(failures)},

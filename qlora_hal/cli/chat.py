@@ -32,7 +32,7 @@ _HELP = "/reset begins again, /save FILE keeps the conversation as JSON, /stats 
 class Answers(Protocol):
     """What answers: `qlora_hal.generation.GenerationPair`."""
 
-    def answer(self, messages: Sequence[Message], *, max_new_tokens: int) -> tuple[str, str]: ...
+    def answer_with(self, messages: Sequence[Message], *, adapter: bool, max_new_tokens: int) -> str: ...
 
 
 @dataclass(slots=True)
@@ -51,11 +51,8 @@ class Conversation:
         """Both answers to the next turn of the user."""
         turn = {"role": "user", "content": text}
         started = time.perf_counter()
-        if self.base == self.adapter:
-            base, adapter = answers.answer([*self.base, turn], max_new_tokens=max_new_tokens)
-        else:
-            base = answers.answer([*self.base, turn], max_new_tokens=max_new_tokens)[0]
-            adapter = answers.answer([*self.adapter, turn], max_new_tokens=max_new_tokens)[1]
+        base = answers.answer_with([*self.base, turn], adapter=False, max_new_tokens=max_new_tokens)
+        adapter = answers.answer_with([*self.adapter, turn], adapter=True, max_new_tokens=max_new_tokens)
         self.seconds += time.perf_counter() - started
         self.base += [turn, {"role": "assistant", "content": base}]
         self.adapter += [turn, {"role": "assistant", "content": adapter}]

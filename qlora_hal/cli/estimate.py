@@ -26,13 +26,23 @@ _PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits
 
 @dataclass(frozen=True, slots=True)
 class Estimated:
-    """An estimate and what it was made for."""
+    """An estimate and what it was made for.
+
+    `not_ready` is why the backend cannot run here, empty where it can. A backend that computes on the CPU here has no
+    `cards`, but this machine's memory in bytes.
+    """
 
     memory: MemoryEstimate
     backend: str
+    not_ready: str
     quantization: Quantization
     compute_dtype: str
-    cards: tuple[tuple[Card, bool], ...]
+    cards: tuple[Card, ...]
+    machine_bytes: int | None
+
+    def fits(self, memory_bytes: int) -> bool:
+        """Whether the peak fits, with the margin of the arithmetic."""
+        return self.memory.high <= memory_bytes
 
 
 @with_settings()
@@ -48,45 +58,61 @@ def estimate(
     from qlora_hal.settings import require_settings
 
     settings = resolved(config, flags, demo=demo)
-    require_settings(settings, "model.name_or_path")
+    require_settings(settings.config, "model.name_or_path")
     estimated = estimate_run(settings.config)
     print(json_format.dumps(estimate_as_json(estimated)) if json else estimate_as_text(estimated, settings.config))
     return 0
 
 
 def estimate_run(config: RunConfig) -> Estimated:
-    """The peak on the backend that is named, else on the one that would be chosen on its own hardware."""
+    """The peak on the backend that is named, else on the one that would be chosen on its own hardware; where a backend
+    is ready here, on this machine's."""
     from qlora_hal.adapter.targets import resolve_targets
+    from qlora_hal.discovery import listed, reports
+    from qlora_hal.hardware import memory_here
     from qlora_hal.memory_cards import KNOWN_CARDS
     from qlora_hal.model.source import resolve_model
     from qlora_hal.needs import quantization_of
     from qlora_hal.preparation import estimated_memory, likely_dtype
+    from qlora_hal.selection import has_accelerator
 
     model = config.model
     facts = resolve_model(model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code).facts
     spec = _backend(config, facts)
     quantization = quantization_of(config, facts, spec.capabilities)
-    dtype = likely_dtype(config, spec)
     targets = resolve_targets(config.lora.target_modules, facts.linear_modules)
-    memory = estimated_memory(config, facts, spec, quantization, targets, dtype)
-    cards = tuple((card, memory.high <= card.memory_bytes) for card in KNOWN_CARDS)
-    return Estimated(memory, spec.name, quantization, dtype, cards)
+    probed = next(report for report in reports(listed()) if report.backend == spec.name)
+    report = probed if probed.ready else None
+    accelerated = has_accelerator(spec, (probed,))
+    return Estimated(
+        memory=estimated_memory(config, facts, spec, quantization, targets, report),
+        backend=spec.name,
+        not_ready="" if probed.ready else probed.reason,
+        quantization=quantization,
+        compute_dtype=likely_dtype(config, spec, report),
+        cards=tuple(card for card in KNOWN_CARDS if accelerated and card.vendor in spec.card_vendors),
+        machine_bytes=None if accelerated else memory_here(),
+    )
 
 
 def estimate_as_text(estimated: Estimated, config: RunConfig) -> str:
-    """A table of the parts, the total with its margin, and the cards on both sides of it."""
+    """A table of the parts, the total with its margin, and the cards on both sides of it, or this machine."""
     memory, stored = estimated.memory, estimated.quantization
     block = f" in blocks of {stored.block_size}" if stored.block_size else ""
+    here = f"not ready here: {estimated.not_ready.rstrip('.')}" if estimated.not_ready else "ready here"
     batch, length = config.training.per_device_train_batch_size, config.data.max_seq_length
     lines = [
-        f"{config.model.name_or_path} on {estimated.backend}: base {stored.weight_format.value}{block}, computes in "
-        f"{estimated.compute_dtype}, {batch} x {length} tokens, rank {config.lora.r}",
+        f"{config.model.name_or_path} on {estimated.backend} ({here}): base {stored.weight_format.value}{block}, "
+        f"computes in {estimated.compute_dtype}, {batch} x {length} tokens, rank {config.lora.r}",
         "",
         *memory_lines({**asdict(memory), "total": memory.total, "high": memory.high}),
         "",
     ]
     for title, fits in (("fits", True), ("too small", False)):
-        names = [f"{card.name} ({figures.size(card.memory_bytes)})" for card, ok in estimated.cards if ok is fits]
+        places = [(card.name, card.memory_bytes) for card in estimated.cards]
+        if estimated.machine_bytes is not None:
+            places.append(("the memory of this machine", estimated.machine_bytes))
+        names = [f"{name} ({figures.size(size)})" for name, size in places if estimated.fits(size) is fits]
         if names:
             lines.append(f"{title + ':':<10} {', '.join(names)}")
     return "\n".join(lines)
@@ -104,6 +130,7 @@ def estimate_as_json(estimated: Estimated) -> dict[str, object]:
     memory, stored = estimated.memory, estimated.quantization
     return {
         "backend": estimated.backend,
+        "not_ready": estimated.not_ready,
         "weight_format": stored.weight_format.value,
         "block_size": stored.block_size,
         "double_quant": stored.double_quant,
@@ -111,7 +138,13 @@ def estimate_as_json(estimated: Estimated) -> dict[str, object]:
         "bytes": {part: getattr(memory, part) for part in _PARTS},
         "total": memory.total,
         "high": memory.high,
-        "cards": [{"name": c.name, "memory_bytes": c.memory_bytes, "fits": fits} for c, fits in estimated.cards],
+        "cards": [
+            {"name": card.name, "memory_bytes": card.memory_bytes, "fits": estimated.fits(card.memory_bytes)}
+            for card in estimated.cards
+        ],
+        "machine": None
+        if (size := estimated.machine_bytes) is None
+        else {"memory_bytes": size, "fits": estimated.fits(size)},
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qlora_hal.errors import ConfigError, QloraHalError
@@ -75,8 +76,9 @@ def report_usage(error: CycloptsError, tokens: list[str]) -> ConfigError:
     fix = f"Run qlora-hal {verb} --help." if verb else "Run qlora-hal --help."
     if isinstance(error, UnknownOptionError):
         flag = (error.token.keyword or error.token.value).partition("=")[0]
-        nearest = _nearest_flag(flag)
-        text = f"{flag} is not a flag of qlora-hal {verb}".rstrip()
+        own = [name for argument in error.argument_collection for name in argument.names if name.startswith("--")]
+        nearest = _nearest_flag(flag, own)
+        text = f"{_as_typed(flag, tokens)} is not a flag of qlora-hal {verb}".rstrip()
         text += f"; did you mean {nearest}?" if nearest else "."
     elif isinstance(error, UnknownCommandError) and tokens and not verb:
         close = difflib.get_close_matches(tokens[0], VERBS, n=1)
@@ -84,23 +86,32 @@ def report_usage(error: CycloptsError, tokens: list[str]) -> ConfigError:
     return ConfigError("QH-U04", text, where="command line", fix=fix)
 
 
-def _nearest_flag(flag: str) -> str | None:
+def _as_typed(flag: str, tokens: Sequence[str]) -> str:
+    """The flag with the dashes and underscores that the user gave it."""
+    from qlora_hal.cli.arguments import canonical
+
+    typed = (token.partition("=")[0] for token in tokens)
+    return next((token for token in typed if canonical([token]) == [flag]), flag)
+
+
+def _nearest_flag(flag: str, own: Sequence[str]) -> str | None:
+    """The flag of the same verb that was most likely meant."""
     import difflib
 
-    from qlora_hal.settings_schema import nearest_setting, settings
+    from qlora_hal.settings_schema import nearest_setting
 
-    own = ["--demo", "--smoke", "--dry-run", "--print-config", "--show-batch", "--overwrite", "--json", "--run"]
-    names = [*own, *(f"--{path}" for path in settings()), "--adapter", "--model", "--prompt", "--max-new-tokens"]
-    close = difflib.get_close_matches(flag, names, n=1, cutoff=0.75)
-    if close:
+    if close := difflib.get_close_matches(flag, own, n=1, cutoff=0.75):
         return close[0]
-    nearest = nearest_setting(flag.lstrip("-"))
-    return f"--{nearest}" if nearest else None
+    setting = f"--{nearest_setting(flag.lstrip('-'))}"
+    return setting if setting in own else None
 
 
 def _print_error(error: QloraHalError) -> None:
-    rows = [("where", error.where), ("why", error.cause), ("help", error.fix)]
-    _print_lines(f"error[{error.code}]: {error.message}", [*rows, ("more", f"qlora-hal explain {error.code}")])
+    from qlora_hal.fault_catalogue import find_fault
+
+    more = f"qlora-hal explain {error.code}" if find_fault(error.code) else ""  # a plugin's codes are its own
+    rows = [("where", error.where), ("why", error.cause), ("help", error.fix), ("more", more)]
+    _print_lines(f"error[{error.code}]: {error.message}", rows)
 
 
 def _print_lines(headline: str, rows: list[tuple[str, str]]) -> None:

@@ -31,20 +31,25 @@ def generate(
     max_new_tokens: LengthOption = 128,
     allow_base_mismatch: MismatchOption = False,
     base_only: Annotated[bool, Switch, Parameter(help="Print the base model's answer alone.")] = False,
-    json: Annotated[bool, Switch, Parameter(help="Print both answers as JSON.")] = False,
+    json: Annotated[bool, Switch, Parameter(help="Print as JSON.")] = False,
 ) -> int:
     """Answer one prompt: qlora-hal generate --run runs/first --prompt "..."."""
+    from qlora_hal.cli.json_output import kept_for_json
     from qlora_hal.generation import open_generation
 
-    opened = open_generation(
-        run_dir=run, adapter_dir=adapter, model=model, backend=backend, allow_base_mismatch=allow_base_mismatch
-    )
-    with closing(opened) as pair:
-        base, tuned = pair.answer([{"role": "user", "content": prompt}], max_new_tokens=max_new_tokens)
+    asked = [{"role": "user", "content": prompt}]
+    with kept_for_json(json):
+        opened = open_generation(
+            run_dir=run, adapter_dir=adapter, model=model, backend=backend, allow_base_mismatch=allow_base_mismatch
+        )
+        with closing(opened) as pair:
+            answers = {"base": pair.answer_with(asked, adapter=False, max_new_tokens=max_new_tokens)}
+            if not base_only:
+                answers["adapter"] = pair.answer_with(asked, adapter=True, max_new_tokens=max_new_tokens)
     if json:
-        print(json_format.dumps({"prompt": prompt, "base": base, "adapter": tuned}, ensure_ascii=False))
+        print(json_format.dumps({"prompt": prompt, **answers}, ensure_ascii=False))
     elif base_only:
-        print(base)
+        print(answers["base"])
     else:
-        print(f"base:    {base}\nadapter: {tuned}")
+        print(f"base:    {answers['base']}\nadapter: {answers['adapter']}")
     return 0

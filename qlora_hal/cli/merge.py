@@ -50,26 +50,28 @@ def merge(
 ) -> int:
     """Merge an adapter into its base: qlora-hal merge runs/first merged."""
     from qlora_hal import api
+    from qlora_hal.cli.json_output import kept_for_json
     from qlora_hal.merging.recording import report_rows
     from qlora_hal.report.console import RunConsole
 
-    result = api.merge(
-        target,
-        out,
-        model=model,
-        base=base,
-        dtype=dtype,
-        requantize=requantize,
-        max_kl=max_kl,
-        min_top1=min_top1,
-        rows=rows,
-        row_limit=row_limit,
-        weight_format=weight_format,
-        double_quant=double_quant,
-        backend=backend,
-        allow_base_mismatch=allow_base_mismatch,
-        console=RunConsole(quiet=quiet, json=json),
-    )
+    with kept_for_json(json):
+        result = api.merge(
+            target,
+            out,
+            model=model,
+            base=base,
+            dtype=dtype,
+            requantize=requantize,
+            max_kl=max_kl,
+            min_top1=min_top1,
+            rows=rows,
+            row_limit=row_limit,
+            weight_format=weight_format,
+            double_quant=double_quant,
+            backend=backend,
+            allow_base_mismatch=allow_base_mismatch,
+            console=RunConsole(quiet=quiet, json=json),
+        )
     if json:
         print(json_format.dumps(dict(result.record), ensure_ascii=False))
     else:

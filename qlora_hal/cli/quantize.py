@@ -44,6 +44,7 @@ def quantize(
     json: Annotated[bool, Switch, Parameter(help="Print the result as JSON.")] = False,
 ) -> int:
     """Quantize a model with calibration: qlora-hal quantize MODEL OUT --data rows.jsonl."""
+    from qlora_hal.cli.json_output import kept_for_json
     from qlora_hal.model.source import resolve_model
     from qlora_hal.quantizing import Recipe, quantize_into
     from qlora_hal.report.console import RunConsole
@@ -55,7 +56,8 @@ def quantize(
     spec = able_backend(backend, quantization)
     calibration = calibration_of(source, data, rows=rows, max_seq_length=max_seq_length)
     recipe = Recipe(quantization, symmetric=not asymmetric, act_order=act_order)
-    made = quantize_into(out, source, spec, recipe, calibration, {"engine": engine}, console.note)
+    with kept_for_json(json):
+        made = quantize_into(out, source, spec, recipe, calibration, {"engine": engine}, console.note)
     result = {"folder": str(out), "fingerprint": made.facts.fingerprint, "backend": spec.name}
     print(json_format.dumps(result) if json else f"{out}\nTrain on it: qlora-hal train --model {out} --data ...")
     return 0
@@ -138,7 +140,7 @@ def calibration_of(source: ModelSource, data: str, *, rows: int, max_seq_length:
     with tempfile.TemporaryDirectory(prefix="qlora_hal-calibration-") as folder, blamed_on("--data"):
         prepared = prepare(
             config,
-            ChatTokenizer.from_folder(source.path),
+            ChatTokenizer.from_folder(source.path, model_vocabulary_size=facts.vocabulary_size or None),
             cache_dir=Path(folder),
             seed=0,
             model_max_length=facts.max_position_embeddings,

@@ -34,18 +34,20 @@ def resume(
 ) -> int:
     """Go on with a run that was stopped, as if it had never stopped."""
     from qlora_hal import api
+    from qlora_hal.cli.json_output import kept_for_json
     from qlora_hal.report.console import RunConsole
 
-    result = api.resume(
-        run_dir,
-        backend=backend,
-        transfer=transfer,
-        model=model,
-        data=data,
-        validation_data=validation_data,
-        force_unlock=force_unlock,
-        console=RunConsole(quiet=quiet, json=json),
-    )
+    with kept_for_json(json):
+        result = api.resume(
+            run_dir,
+            backend=backend,
+            transfer=transfer,
+            model=model,
+            data=data,
+            validation_data=validation_data,
+            force_unlock=force_unlock,
+            console=RunConsole(quiet=quiet, json=json),
+        )
     if json:
         print(json_format.dumps(result_as_json(result), ensure_ascii=False))
     return 0

@@ -49,10 +49,11 @@ class StopAfterFirstStep:
 def run_smoke(settings: ResolvedSettings, *, json: bool) -> int:
     """Train, be stopped, resume to the end, answer a prompt. Raises what any of these raises."""
     from qlora_hal import api
+    from qlora_hal.cli.json_output import kept_for_json
     from qlora_hal.generation import open_generation
     from qlora_hal.report.console import RunConsole
 
-    with _output_folder(settings) as folder:
+    with kept_for_json(json), _output_folder(settings) as folder:
         short = resolve_settings(settings, flags={**_SHORT, "output_dir": str(folder)})
         console = RunConsole(json=json)
         stopped_at = 0

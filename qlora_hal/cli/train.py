@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_format
 import sys
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,17 +54,19 @@ def train(
         print(settings_as_json(settings) if json else settings_as_text(settings))
         return 0
     if show_batch:
-        print(batch_as_text(settings))
+        print(batch_as_json(settings) if json else batch_as_text(settings))
         return 0
     if smoke:
         from qlora_hal.cli.smoke import run_smoke
 
         return run_smoke(settings, json=json)
     from qlora_hal import api
+    from qlora_hal.cli.json_output import kept_for_json
     from qlora_hal.report.console import RunConsole
 
     console = RunConsole(quiet=quiet, json=json)
-    result = api.train(settings, overwrite=overwrite, force_unlock=force_unlock, dry_run=dry_run, console=console)
+    with kept_for_json(json):
+        result = api.train(settings, overwrite=overwrite, force_unlock=force_unlock, dry_run=dry_run, console=console)
     if json:
         print(json_format.dumps(result_as_json(result), ensure_ascii=False))
     elif dry_run:
@@ -105,6 +108,15 @@ def batch_as_text(settings: ResolvedSettings) -> str:
     return f"seed {seed}{drawn}\n{shown}"
 
 
+def batch_as_json(settings: ResolvedSettings) -> str:
+    """`{"seed": drawn or set, "sequences": one for each sample of the first batch}`."""
+    from qlora_hal import api
+    from qlora_hal.data import show
+
+    batch, tokenizer, seed = api.first_batch(settings)
+    return json_format.dumps({"seed": seed, "sequences": show.batch_as_json(batch, tokenizer)}, ensure_ascii=False)
+
+
 def plan_as_text(result: TrainResult) -> str:
     """What a dry run found: one line for the work, one for the base, and the memory by cause."""
     from qlora_hal.cli.estimate import memory_lines
@@ -124,8 +136,8 @@ def plan_as_text(result: TrainResult) -> str:
 
 
 def result_as_json(result: TrainResult) -> dict[str, object]:
-    """The result without the loss of every step, which metrics.jsonl has."""
-    return {
+    """The result without the loss of every step, which metrics.jsonl has; null for what is not finite."""
+    facts: dict[str, object] = {
         "backend": result.backend,
         "device": result.device,
         "weight_format": result.weight_format,
@@ -145,6 +157,7 @@ def result_as_json(result: TrainResult) -> dict[str, object]:
         "samples": [dict(sample) for sample in result.samples],
         **({"plan": dict(result.plan)} if result.plan else {}),
     }
+    return {name: None if isinstance(fact, float) and not isfinite(fact) else fact for name, fact in facts.items()}
 
 
 def _shown(value: object) -> str:

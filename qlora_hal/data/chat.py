@@ -9,12 +9,13 @@ shows its place. `{% generation %}` marks, when a template has them, decide inst
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qlora_hal.data.special_text import SpecialText
-from qlora_hal.data.templates import GENERATION_END, GENERATION_START, TemplateFault
+from qlora_hal.data.template_sandbox import GENERATION_END, GENERATION_START, shown
+from qlora_hal.data.templates import TemplateFault
 
 if TYPE_CHECKING:
     from qlora_hal.data.templates import ChatTemplate
@@ -69,18 +70,25 @@ class ConversationWriter:
         first_target: int = 0,
         tools: Sequence[object] | None = None,
         stand_in: str = STAND_IN,
+        untrained: Collection[int] = (),
     ) -> Written:
-        """Pieces whose text together is the template's own output, with the eos put in after a turn that has no end
-        token. Raises TemplateFault, TurnNotFound, UnsafeInputError."""
+        """Pieces whose text together is the template's own output, with the eos put in after a trained turn that has no
+        end token; assistant turns before `first_target` and those `untrained` carry no loss.
+
+        Raises TemplateFault, TurnNotFound, UnsafeInputError.
+        """
         marked = self._template.render(messages, tools=tools)
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= first_target]
+        assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = [i for i in assistant if i >= first_target and i not in untrained]
         text = _MARKS.sub("", marked)
-        targets = self._marked_targets(marked, text, messages, len(turns))
-        if targets is None:
+        of_all = self._marked_targets(marked, text, len(assistant))
+        if of_all is not None:
+            targets = [target for i, target in zip(assistant, of_all, strict=True) if i in turns]
+        else:
             targets = [self._target(text, messages, turn, tools, stand_in) for turn in turns]
         return self._cut(text, targets, turns)
 
-    def _marked_targets(self, marked: str, text: str, messages: Sequence[Message], wanted: int) -> list[Target] | None:
+    def _marked_targets(self, marked: str, text: str, assistant_turns: int) -> list[Target] | None:
         """Targets from generation marks; None when there are not as many as assistant turns."""
         if not self._template.marks_generation:
             return None
@@ -98,9 +106,7 @@ class ConversationWriter:
                 targets.append(Target(start, after, closed=True))
             else:
                 targets.append(Target(start, start + len(inside.rstrip()), closed=False))
-        if len(targets) != sum(message["role"] == "assistant" for message in messages):
-            return None
-        return targets[len(targets) - wanted :]
+        return targets if len(targets) == assistant_turns else None
 
     def _target(
         self, text: str, messages: Sequence[Message], turn: int, tools: Sequence[object] | None, stand_in: str
@@ -129,10 +135,10 @@ class ConversationWriter:
         """Where the content of a turn stands, from what changes when another content takes its place."""
         changed = [*messages[:turn], {**messages[turn], "content": stand_in}, *messages[turn + 1 :]]
         other = self._rendered(changed, tools)
-        shown = [form for form in (str(stand_in), str(stand_in.strip())) if other and other.count(form) == 1]
-        if other is None or not shown:
+        forms = [form for form in (shown(stand_in), shown(stand_in.strip())) if other and other.count(form) == 1]
+        if other is None or not forms:
             return None
-        before, _, after = other.partition(shown[0])
+        before, _, after = other.partition(forms[0])
         fits = text.startswith(before) and text.endswith(after) and len(before) + len(after) <= len(text)
         return (len(before), len(text) - len(after)) if fits else None
 

@@ -17,7 +17,8 @@ class SourceReport:
     """One source of rows. All token figures are after truncation, `length_percentiles` and `histogram` before it.
 
     `shapes` counts rows by shape; `bad_rows` lists the first malformed rows as text; row numbers count from 1.
-    `histogram` is (longest length in the bin, rows).
+    `histogram` is (longest length in the bin, rows). `empty_turns` are assistant turns that say nothing; `alerts` are
+    what of this the user is told at once.
     """
 
     source: str
@@ -51,7 +52,10 @@ class SourceReport:
     unused_columns: Sequence[str]
     length_percentiles: Mapping[str, int]
     histogram: Sequence[Sequence[int]]
+    empty_rows: int = 0
+    empty_turns: int = 0
     notes: Sequence[str] = ()
+    alerts: Sequence[str] = ()
 
     def as_json(self) -> dict[str, object]:
         return asdict(self)
@@ -96,6 +100,7 @@ class SourceReport:
     def _dropped(self) -> str:
         reasons = {
             "malformed": self.bad_row_count,
+            "empty": self.empty_rows,
             f"over {self.max_seq_length} tokens": self.dropped_too_long,
             f"{'pieces ' if self.truncation == 'split' else ''}without a trained token": self.dropped_untrained,
         }
@@ -111,11 +116,13 @@ class SourceReport:
             )
         if self.double_bos_rows:
             remarks.append(f"bos stood twice at the beginning of {self.double_bos_rows} rows; one was removed")
+        if self.empty_turns:
+            remarks.append(f"assistant turns without content, which carry no loss: {self.empty_turns}")
         if self.duplicate_rows:
             remarks.append(f"duplicate rows: {self.duplicate_rows}")
         if self.unused_columns:
             remarks.append(f"columns not used: {', '.join(self.unused_columns)}")
-        return [*remarks, *self.notes]
+        return [*remarks, *self.notes, *self.alerts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +157,14 @@ class DataReport:
         if self.packing_efficiency is not None:
             lines.append(f"packing: {100 * self.packing_efficiency:.1f} % of the positions hold tokens")
         return [*lines, *self.notes]
+
+    @property
+    def alerts(self) -> list[str]:
+        """What the user is told even where no report is shown."""
+        held = self.validation.alerts if self.validation else ()
+        leaked = f"{self.leaked_rows} validation rows are also trained on; their loss says nothing of other rows"
+        alerts = [*self.train.alerts, *(f"validation {text}" for text in held)]
+        return [*alerts, leaked] if self.leaked_rows else alerts
 
     def __str__(self) -> str:
         return "\n".join(self.lines())

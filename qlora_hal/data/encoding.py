@@ -62,7 +62,7 @@ class RowEncoder:
 
     def __init__(self, tokenizer: ChatTokenizer, *, train_on_all: bool) -> None:
         self._tokenizer = tokenizer
-        self._train_on_all = train_on_all
+        self.train_on_all = train_on_all
         self._is_special = np.zeros(tokenizer.vocabulary_size, dtype=bool)
         self._is_special[list(tokenizer.special.ids.values())] = True
         self.counts = EncodingCounts()
@@ -102,7 +102,7 @@ class RowEncoder:
                 ids[index], ranges = self._with_offsets(rows[index])
                 targets.add(index, ranges)
             flat, starts = _flat(ids)
-        trained = mask_of(len(flat), starts, targets, everything=self._train_on_all)
+        trained = mask_of(len(flat), starts, targets, everything=self.train_on_all)
         tokens = TokenRows(
             flat,
             trained,
@@ -115,7 +115,8 @@ class RowEncoder:
     def _needs_no_offsets(self, row: RenderedRow) -> bool:
         if row.outline is not None:
             return row.outline.anchors is not None
-        return not row.protected and (len(row.pieces) == 1 or (self._train_on_all and row.is_writing))
+        is_all_trained = len(row.pieces) == 1 and row.pieces[0][1]
+        return not row.protected and (is_all_trained or (self.train_on_all and row.is_writing))
 
     # targets between special tokens -------------------------------------------------------------------------------
     def _anchored_targets(

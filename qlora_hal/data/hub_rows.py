@@ -27,7 +27,10 @@ def is_saved_dataset(folder: Path) -> bool:
 
 
 def saved_source(folder: Path, split: str) -> Source:
-    """The rows of a folder that `save_to_disk` wrote. Raises DataError (QH-D50, QH-D51)."""
+    """The rows of a folder that `save_to_disk` wrote.
+
+    Raises DataError (QH-D50 cannot be opened or no such split, QH-D51 missing library).
+    """
     datasets = _library()
     try:
         loaded = datasets.load_from_disk(str(folder))
@@ -38,17 +41,20 @@ def saved_source(folder: Path, split: str) -> Source:
             where="data.path",
             fix="Save it again with save_to_disk.",
         ) from error
-    return _dataset_source(str(folder), _split_of(loaded, split, str(folder)))
+    return dataset_source(str(folder), _split_of(loaded, split, str(folder)), split)
 
 
 def hub_source(name: str, split: str) -> Source:
-    """The rows of a hub dataset, from the cache when offline. Raises HubError (QH-E11, QH-D17), DataError (QH-D51)."""
+    """The rows of a hub dataset, from the cache when offline.
+
+    Raises HubError (QH-E11, QH-D17), DataError (QH-D50 no such split, QH-D51 missing library).
+    """
     datasets = _library()
     try:
         loaded = datasets.load_dataset(name, split=split)
     except (OSError, ValueError, RuntimeError) as error:
         raise _unreachable(name, split, error) from error
-    return _dataset_source(name, loaded)
+    return dataset_source(name, loaded, split)
 
 
 def _library() -> Any:
@@ -103,18 +109,20 @@ def _split_of(loaded: Any, split: str, name: str) -> Any:
     return loaded[split]
 
 
-def _dataset_source(name: str, dataset: Any) -> Source:
+def dataset_source(name: str, dataset: Any, split: str) -> Source:
+    """The rows of what `datasets` loaded as `split`, which may cut rows out (`train[:10%]`)."""
+
     def read() -> Iterator[Row]:
         for number, value in enumerate(dataset, start=1):
             found = value if isinstance(value, dict) else not_an_object(value, number, name)
             yield Row(number, name, number, found)
 
-    return Source(name, "dataset", read, _digest(dataset))
+    return Source(name, "dataset", read, _digest(dataset, split))
 
 
-def _digest(dataset: Any) -> Callable[[], str]:
+def _digest(dataset: Any, split: str) -> Callable[[], str]:
     files = [Path(str(entry["filename"])) for entry in dataset.cache_files]
-    # A selection or filter on top of the files would not show in their bytes; then the rows themselves are hashed.
-    if files and dataset._indices is None:
+    # A cut, a selection or a filter would not show in the bytes of the files; then the rows themselves are hashed.
+    if files and dataset._indices is None and "[" not in split:
         return lambda: digest_of_files(files)
-    return lambda: digest_of_values(list(dataset))
+    return lambda: digest_of_values(dataset)

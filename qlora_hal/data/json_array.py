@@ -73,20 +73,21 @@ class _SlidingText:
         return sign
 
     def element(self) -> object:
-        self._text, self._at = self._text[self._at :], 0
         while True:
             try:
-                value, end = self._decoder.raw_decode(self._text)
+                value, end = self._decoder.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
-                if len(self._text) > self._limit:
+                held = len(self._text) - self._at
+                if held > self._limit:
                     raise ArrayFault("too long", self.line, self._column, too_long=True) from error
+                ahead = error.pos - self._at
                 # Doubling keeps the repeated decoding linear in the size of the element.
-                if not self._refill(max(2**20, len(self._text))):
-                    raise self.fault(self._describe(error), error.pos) from error
+                if not self._refill(max(2**20, held)):
+                    raise self.fault(self._describe(error), ahead) from error
             except (ValueError, RecursionError) as error:
                 raise self.fault(str(error).split(";")[0]) from error
             else:
-                self._advance(end)
+                self._advance(end - self._at)
                 return value
 
     def _refill(self, count: int) -> bool:

@@ -13,12 +13,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from qlora_hal.data.chat import ConversationWriter, Piece, TurnNotFound
+from qlora_hal.data.template_sandbox import StandIn, shown
 from qlora_hal.data.templates import TemplateFault
 
 if TYPE_CHECKING:
     from qlora_hal.data.targets import Anchors
 
 _POISON = "\ufdd2"
+_POISON_ESCAPED = "\\ufdd2"
+"""As the sign stands in a printed list and in JSON that is ASCII alone."""
 _SLOT = re.compile("\ufdd0(\\d+)(-?)\ufdd1")
 _STAND_IN_NUMBER = 1_000_000
 
@@ -83,7 +86,7 @@ def outline_of(writer: ConversationWriter, roles: Sequence[str], first_target: i
         written = writer.write(messages, first_target, stand_in=stand_in)
     except (_Looked, TemplateFault, TurnNotFound):
         return None
-    if watch.looked or _POISON in written.text:
+    if watch.looked or _POISON in written.text or _POISON_ESCAPED in written.text:
         return None
     parts = tuple(part for piece in written.pieces for part in _parts_of(piece))
     return Outline(parts, written.eos_added, watch.asked_for_content)
@@ -113,13 +116,13 @@ class _Looked(Exception):
     """The template did more with a content than to join or strip it."""
 
 
-class _Unread(str):
+class _Unread(StandIn):
     """A content whose characters stay unknown to the template.
 
-    Its own characters are a poison sign: if that reaches the output, compiled code read them past these methods.
+    Its own characters are a poison sign: if that reaches the output, compiled code read them past these methods. It
+    stays what it is through `str()`, macros and captured blocks, so that what is done with it later shows, too.
     """
 
-    _shown: str
     _watch: _Watch
 
     def __new__(cls, shown: str, watch: _Watch) -> _Unread:
@@ -128,10 +131,7 @@ class _Unread(str):
         return self
 
     def __str__(self) -> str:
-        return self._shown
-
-    def __format__(self, form: str) -> str:
-        return self._shown if not form else _look(self)
+        return self
 
     def __add__(self, other: Any) -> _Unread:
         return _Unread(self._shown + _text_of(self, other), self._watch)
@@ -152,7 +152,7 @@ class _Unread(str):
 
 def _text_of(unread: _Unread, other: object) -> str:
     if type(other) is str or type(other) is _Unread:
-        return str(other)
+        return shown(other)
     _look(unread)
 
 

@@ -9,8 +9,9 @@ from qlora_hal.data.token_rows import Int64
 
 def pack(lengths: Int64, capacity: int, order: Int64) -> list[list[int]]:
     """Rows `[rows]` put together by best-fit-decreasing: the longest first, each into the fullest sequence that has
-    room. At most 11/9 of the least possible number of sequences plus one (Johnson 1973). `order` decides among rows of
-    the same length. Every row occurs exactly once; a row above the capacity is alone.
+    room. At most 11/9 of the least possible number of sequences plus 4 (Johnson, Demers, Ullman, Garey and Graham 1974;
+    the 6/9 of Dosa 2007 is proved for first-fit-decreasing). `order` decides among rows of the same length. Every row
+    occurs exactly once; a row above the capacity is alone.
     """
     longest_first = order[np.argsort(-lengths[order], kind="stable")]
     packs: list[list[int]] = []

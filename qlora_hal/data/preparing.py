@@ -17,7 +17,7 @@ import numpy as np
 from qlora_hal.data.data_report import DataReport, SourceReport
 from qlora_hal.data.order import Purpose, permutation
 from qlora_hal.data.packing import pack
-from qlora_hal.data.reading import Source, blamed_on, memory_source, open_source
+from qlora_hal.data.reading import Source, blamed_on, has_splits, memory_source, open_source
 from qlora_hal.data.tokenising import Preparation
 from qlora_hal.data.tokens import NotAStore, TokenStore, open_store
 from qlora_hal.errors import ConfigError, DataError
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qlora_hal.config import DataConfig
     from qlora_hal.data.tokenizer import ChatTokenizer
 
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +51,20 @@ def prepare(
 ) -> PreparedData:
     """Read, render, tokenise and account for the data of a run; `rows` take the place of `config.path`.
 
-    Raises DataError (faults D01-D16 of the catalogue), HubError, StorageError (QH-S09), and ConfigError (QH-D54) when
-    `max_seq_length` is above what the model was made for.
+    Raises DataError (faults D01-D16 of the catalogue; QH-D65 for the same rows on both sides), HubError, StorageError
+    (QH-S09, QH-S11, QH-S12), and ConfigError (QH-D54) when `max_seq_length` is above what the model was made for.
     """
     _refuse_long_sequences(config, model_max_length)
     source = memory_source(rows) if rows is not None else open_source(config.path, config.split)
     train, report, fingerprint = _tokenised(source, config, tokenizer, cache_dir, model_vocabulary_size)
     validation, validation_report, parts = None, None, [fingerprint]
     if config.validation_path:
-        with blamed_on("data.validation_path"):
-            held = open_source(config.validation_path, config.split)
+        with blamed_on("data.validation_path", split="data.validation_split"):
+            held = _validation_source(config.validation_path, config.validation_split)
             found = _tokenised(held, config, tokenizer, cache_dir, model_vocabulary_size)
         validation, validation_report, second = found
+        if second == fingerprint:
+            raise _trained_on_itself(source, held)
         parts.append(second)
     elif config.validation_fraction:
         train, validation = hold_out(train, config.validation_fraction, seed)
@@ -103,6 +105,31 @@ def hold_out(store: TokenStore, fraction: float, seed: int) -> tuple[TokenStore,
     return store.subset(np.flatnonzero(~held)), store.subset(np.flatnonzero(held))
 
 
+def _validation_source(path: str, split: str | None) -> Source:
+    """The validation rows: of what has splits, those of `validation` where no other is named.
+
+    Raises as `open_source` does.
+    """
+    if split is None or has_splits(path):
+        return open_source(path, split or "validation")
+    raise DataError(
+        "QH-D50",
+        f"{path!r} has no splits, and the split {split!r} was named.",
+        where="data.split",
+        fix="Leave data.split out, or name the file itself in data.path.",
+    )
+
+
+def _trained_on_itself(train: Source, validation: Source) -> DataError:
+    return DataError(
+        "QH-D65",
+        f"The validation rows ({validation.name}) are the training rows ({train.name}).",
+        where="data.validation_path",
+        cause="A loss on rows that are trained on says nothing of other rows.",
+        fix="Name other rows, another data.validation_split, or a data.validation_fraction instead.",
+    )
+
+
 def _refuse_long_sequences(config: DataConfig, model_max_length: int | None) -> None:
     if model_max_length is not None and config.max_seq_length > model_max_length:
         raise ConfigError(
@@ -133,7 +160,9 @@ def _tokenised(
             )
         found = store, report
     store, report = found
-    return store, replace(report, source=source.name, duplicate_rows=_duplicates(store)), fingerprint
+    alerts = [*source.alerts, *report.alerts]
+    report = replace(report, source=source.name, duplicate_rows=_duplicates(store), alerts=alerts)
+    return store, report, fingerprint
 
 
 def _fingerprint(source: Source, config: DataConfig, tokenizer: ChatTokenizer, vocabulary: int | None) -> str:

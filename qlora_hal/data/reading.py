@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from qlora_hal.data.row_files import KINDS, READ, not_an_object, separator_note
+from qlora_hal.data.split_files import files_of_split, listed, split_names
 from qlora_hal.errors import DataError, QloraHalError
 
 
@@ -34,7 +35,7 @@ class Row(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Source:
     """Rows with a name and an identity. `digest` is a SHA-256 of the contents; `rows` may be called again;
-    `notes` are for the user."""
+    `notes` are for the report, `alerts` also for the user at once."""
 
     name: str
     kind: str
@@ -42,12 +43,14 @@ class Source:
     digest: Callable[[], str]
     stamp: Callable[[], object] = lambda: None
     notes: tuple[str, ...] = ()
+    alerts: tuple[str, ...] = ()
 
 
 def open_source(path: str, split: str = "train") -> Source:
-    """The source behind a file, a folder, or a Hugging Face dataset id.
+    """The source behind a file, a folder, or a Hugging Face dataset id; of what has splits, the rows of `split`.
 
-    Raises DataError (QH-D50 nothing there, QH-D51 kind of file or missing library) and HubError (QH-E11, QH-D17).
+    Raises DataError (QH-D50 nothing there or no such split, QH-D51 kind of file or missing library) and HubError
+    (QH-E11, QH-D17).
     """
     from qlora_hal.data import hub_rows
 
@@ -57,7 +60,7 @@ def open_source(path: str, split: str = "train") -> Source:
     if hub_rows.is_saved_dataset(here):
         return hub_rows.saved_source(here, split)
     if here.is_dir():
-        return _files_source(path, _files_in(here))
+        return _folder_source(path, here, split)
     if hub_rows.could_be_id(path) and here.suffix.lower() not in KINDS:
         return hub_rows.hub_source(path, split)
     raise DataError(
@@ -70,19 +73,25 @@ def open_source(path: str, split: str = "train") -> Source:
 
 
 def has_splits(path: str) -> bool:
-    """Whether what is named may hold several splits: a dataset of the hub, or several that were saved together."""
+    """Whether what is named may hold several splits: a dataset of the hub, several that were saved together, or a
+    folder with files that are named so."""
+    from qlora_hal.data import hub_rows
+
     here = Path(path).expanduser()
-    return (here / "dataset_dict.json").is_file() or not here.exists()
+    if hub_rows.is_saved_dataset(here):
+        return (here / "dataset_dict.json").is_file()
+    return bool(split_names(here, _files_in(here))) if here.is_dir() else not here.exists()
 
 
 @contextmanager
-def blamed_on(setting: str) -> Iterator[None]:
-    """Let errors about the file that is read name the setting that it comes from; readers know only `data.path`."""
+def blamed_on(setting: str, split: str = "data.split") -> Iterator[None]:
+    """Let errors about the rows that are read name the settings that they come from; readers know only `data.path` and
+    `data.split`."""
     try:
         yield
     except QloraHalError as error:
-        error.where = setting if error.where == "data.path" else error.where
-        error.fix = error.fix.replace("data.path", setting)
+        error.where = {"data.path": setting, "data.split": split}.get(error.where, error.where)
+        error.fix = error.fix.replace("data.path", setting).replace("data.split", split)
         raise
 
 
@@ -96,7 +105,7 @@ def memory_source(rows: Sequence[Mapping[str, object]]) -> Source:
     return Source("rows in memory", "memory", read, lambda: digest_of_values(rows))
 
 
-def digest_of_values(values: Sequence[object]) -> str:
+def digest_of_values(values: Iterable[object]) -> str:
     """SHA-256 over rows in their JSON form."""
     digest = hashlib.sha256()
     for value in values:
@@ -126,6 +135,13 @@ def _files_in(folder: Path) -> list[Path]:
             fix="Put a JSONL file there, or name the file itself in data.path.",
         )
     return files
+
+
+def _folder_source(name: str, folder: Path, split: str) -> Source:
+    files, alert = files_of_split(folder, _files_in(folder), split)
+    source = _files_source(name, files)
+    notes = (f"files: {listed(folder, files)}", *source.notes)
+    return replace(source, notes=notes, alerts=(alert,) if alert else ())
 
 
 def _files_source(name: str, files: Sequence[Path]) -> Source:

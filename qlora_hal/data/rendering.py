@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from qlora_hal.data.chat import ConversationWriter, TurnNotFound
 from qlora_hal.data.encoding import RenderedRow, RowEncoder
 from qlora_hal.data.outlines import Outlines
 from qlora_hal.data.reading import Row
 from qlora_hal.data.shapes import Conversation, Shape, Writing, example_of, shape_of, unrecognised
-from qlora_hal.data.templates import TemplateFault
+from qlora_hal.data.templates import ChatTemplate, TemplateFault
 from qlora_hal.data.tokenizer import ChatTokenizer, mask_messages, no_template, template_refused
 from qlora_hal.errors import DataError
 
@@ -23,6 +23,8 @@ _USED_COLUMNS = {
     "prompt_completion": {"prompt", "completion"},
     "text": {"text"},
 }
+_CORE_FIELDS = {"role", "content"}
+_BLANKS = " \t\r\n"
 
 
 @dataclass(slots=True)
@@ -34,6 +36,9 @@ class RenderingCounts:
     eos_added_rows: int = 0
     special_in_text: Counter[str] = field(default_factory=Counter)
     rows_with_special: int = 0
+    empty_rows: int = 0
+    empty_turns: int = 0
+    unused_fields: Counter[str] = field(default_factory=Counter)
 
     @property
     def unused_columns(self) -> list[str]:
@@ -51,8 +56,11 @@ class RowRenderer:
         self._input_heading = "### Input:\n" if self._alpaca.template_name == "alpaca" else ""
         self.counts = RenderingCounts()
 
-    def render(self, row: Row) -> RenderedRow:
-        """Raises DataError: QH-D03 (field), QH-D08 (characters), QH-D12 (template, roles)."""
+    def render(self, row: Row) -> RenderedRow | None:
+        """The row as text, or None where nothing is to be learnt from it: what it is to write is empty.
+
+        Raises DataError: QH-D03 (field), QH-D08 (characters), QH-D12 (template, roles).
+        """
         value = row.value
         if isinstance(value, DataError):
             raise value
@@ -60,20 +68,47 @@ class RowRenderer:
         if shape is None:
             raise unrecognised(row, value)
         example = example_of(row, shape, self._input_heading)
-        if isinstance(example, Writing):
+        rendered: RenderedRow | None = None
+        if isinstance(example, Conversation):
+            rendered = self._conversation(row, example, self._alpaca if shape == "alpaca" else self._tokenizer)
+        elif example.target.strip(_BLANKS):
             rendered = _written(row, example)
         else:
-            rendered = self._conversation(row, example, self._alpaca if shape == "alpaca" else self._tokenizer)
+            self.counts.empty_rows += 1
         self.counts.shapes[shape] += 1
         self.counts.columns.update(value)
         return rendered
 
     def _conversation(self, row: Row, example: Conversation, tokenizer: ChatTokenizer) -> RenderedRow:
-        if tokenizer.outlines is None or tokenizer.writer is None:
+        if tokenizer.outlines is None or tokenizer.writer is None or tokenizer.template is None:
             raise no_template("rows of messages", row.where)
+        example = self._without_empty_targets(example, tokenizer.template)
         if example.plain and (rendered := self._by_outline(row, example, tokenizer.outlines)) is not None:
             return rendered
         return self._by_template(row, example, tokenizer, tokenizer.writer)
+
+    def _without_empty_targets(self, example: Conversation, template: ChatTemplate) -> Conversation:
+        """The conversation with loss only where the assistant says something that the template writes: from any other
+        turn a model would learn to end at once."""
+        fields = set() if example.plain else {name for message in example.messages for name in message} - _CORE_FIELDS
+        written = {name for name in fields if template.mentions(name)}
+        self.counts.unused_fields.update(fields - written)
+        if self._encoder.train_on_all:
+            self.counts.unused_fields.update(["weight"] if example.untrained else [])
+            return example
+        empty = {
+            number
+            for number, message in enumerate(example.messages)
+            if message["role"] == "assistant"
+            and number >= example.first_target
+            and number not in example.untrained
+            and not str(message.get("content", "")).strip(_BLANKS)
+            and not any(message.get(name) for name in written)
+        }
+        if not empty:
+            return example
+        self.counts.empty_turns += len(empty)
+        return replace(example, untrained=example.untrained | empty, plain=False)
 
     def _by_outline(self, row: Row, example: Conversation, outlines: Outlines) -> RenderedRow | None:
         outline = outlines.of(example.messages, example.first_target)
@@ -94,7 +129,7 @@ class RowRenderer:
         special = tokenizer.special
         try:
             messages = mask_messages(special, example.messages)
-            written = writer.write(messages, example.first_target, example.tools)
+            written = writer.write(messages, example.first_target, example.tools, untrained=example.untrained)
         except TemplateFault as fault:
             raise template_refused(tokenizer, example.messages, fault, row.where, row.number) from fault
         except TurnNotFound as fault:

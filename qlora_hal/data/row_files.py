@@ -132,7 +132,20 @@ def _reason(error: json.JSONDecodeError) -> str:
 def _json_lines(path: Path) -> _Lines:
     with path.open("rb") as stream:
         start = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if start.startswith(b"{") and start.partition(b"\n")[0].rstrip().endswith((b"{", b"[")):
+        reason = "one object over several lines, where a list of rows, or one row on each line was expected"
+        raise _one_object(path.name, reason)
     return _array_lines(path) if start.startswith(b"[") else _jsonl_lines(path)
+
+
+def _one_object(file: str, reason: str) -> DataError:
+    return DataError(
+        "QH-D04",
+        f"The file holds {reason}.",
+        where=f"{file}:1:1",
+        fix="Put the list of rows at the top level of the file, without the object around it.",
+        context={"line": 1, "column": 1},
+    )
 
 
 def _array_lines(path: Path) -> _Lines:
@@ -187,9 +200,7 @@ def _csv_lines(path: Path) -> _Lines:
                 else:
                     yield reader.line_num, value
     except UnicodeDecodeError as error:
-        raise _broken_csv(
-            path.name, reader.line_num + 1, f"byte 0x{error.object[error.start]:02x} is not UTF-8 text"
-        ) from error
+        raise _not_utf8(path) from error
     except csv.Error as error:
         raise _broken_csv(path.name, reader.line_num + 1, str(error)) from error
     finally:
@@ -202,9 +213,28 @@ def _broken_csv(file: str, line: int, reason: str) -> DataError:
         f"This is not CSV: {reason}.",
         where=f"{file}:{line}:1",
         cause="Rows after a broken quotation cannot be told apart, so on_bad_row cannot skip it.",
-        fix='Write a quotation mark inside a quoted field twice (""), and the file as UTF-8.',
+        fix='Write a quotation mark inside a quoted field twice ("").',
         context={"line": line},
     )
+
+
+def _not_utf8(path: Path) -> DataError:
+    """The error for the first line that is not UTF-8: decoding a whole block says nothing of lines, so they are asked
+    one by one. Raises AssertionError when all are."""
+    with path.open("rb") as stream:
+        for line, raw in enumerate(stream, start=1):
+            try:
+                raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return DataError(
+                    "QH-D04",
+                    f"Byte 0x{raw[error.start]:02x} is not UTF-8 text.",
+                    where=f"{path.name}:{line}:{error.start + 1}",
+                    cause="Spreadsheets often write a code page of Windows instead.",
+                    fix="Save the file as UTF-8.",
+                    context={"line": line, "column": error.start + 1},
+                )
+    raise AssertionError(f"every line of {path} is UTF-8")
 
 
 def _ragged(file: str, line: int, names: Sequence[str]) -> DataError:

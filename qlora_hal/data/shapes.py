@@ -7,7 +7,7 @@ counts them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from qlora_hal.data.reading import Row
@@ -24,15 +24,16 @@ _ROLES = frozenset(ROLES)
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages of role and content. Loss falls on assistant messages from `first_target` on.
+    """Messages of role and content. Loss falls on assistant messages from `first_target` on, less those `untrained`.
 
-    `plain` says that every message is exactly a role and a string, which is what renders fastest.
+    `plain` says that every message is exactly a role and a string and none is untrained, which is what renders fastest.
     """
 
     messages: Sequence[Message]
     first_target: int = 0
     tools: Sequence[object] | None = None
     plain: bool = True
+    untrained: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +101,19 @@ def example_of(row: Row, shape: Shape, input_heading: str = "") -> Example:
 def unrecognised(row: Row, value: Mapping[str, object]) -> DataError:
     """The error for a row whose keys show no shape (QH-D03)."""
     keys = ", ".join(sorted(map(str, value))) or "none"
+    held = next((key for key, rows in value.items() if isinstance(rows, list) and rows and _has_shape(rows[0])), None)
     return DataError(
         "QH-D03",
         f"The row has the keys {keys}; one of these was expected: {'; '.join(EVIDENCE.values())}.",
         where=row.where,
-        fix="Rename the columns, or set data.format if the row is meant as one of these shapes.",
+        fix="Rename the columns, or set data.format if the row is meant as one of these shapes."
+        if held is None
+        else f"Put the list under {held} at the top level of the file: it holds the rows.",
     )
+
+
+def _has_shape(row: object) -> bool:
+    return isinstance(row, Mapping) and shape_of(row) is not None
 
 
 def field_fault(row: Row, field: str, got: object, wanted: str) -> DataError:
@@ -145,7 +153,7 @@ def _messages(row: Row, value: Mapping[str, object]) -> Conversation:
         return conversation
     if not isinstance(tools, list | tuple):
         raise field_fault(row, "tools", tools, "a list")
-    return Conversation(conversation.messages, 0, tools, plain=False)
+    return replace(conversation, tools=tools, plain=False)
 
 
 def _conversation(row: Row, turns: object, field: str) -> Conversation:
@@ -153,6 +161,7 @@ def _conversation(row: Row, turns: object, field: str) -> Conversation:
         raise field_fault(row, field, turns, "a list of at least one message")
     plain = True
     messages: list[Message] = []
+    untrained: set[int] = set()
     known = _ROLES
     for index, turn in enumerate(turns):
         if type(turn) is dict and len(turn) == 2 and type(turn.get("content")) is str:
@@ -161,12 +170,27 @@ def _conversation(row: Row, turns: object, field: str) -> Conversation:
                 messages.append(turn)
                 continue
         message = _message(row, turn, f"{field}[{index}]")
+        if _taken_weight(row, message, f"{field}[{index}]") == 0:
+            untrained.add(index)
         plain = plain and message.keys() == {"role", "content"}
         messages.append(message)
-    return Conversation(messages, plain=plain)
+    return Conversation(messages, plain=plain and not untrained, untrained=frozenset(untrained))
 
 
-def _message(row: Row, turn: object, field: str) -> Message:
+def _taken_weight(row: Row, message: dict[str, object], field: str) -> int:
+    """The `weight` of an assistant turn as OpenAI has it, 0 for no loss, taken out of the message; 1 where none is set.
+
+    Other roles carry no loss, so their 0 goes too; their 1 stays, as a field that nothing uses.
+    """
+    weight = message.get("weight", 1)
+    if weight not in (0, 1):
+        raise field_fault(row, f"{field}.weight", weight, "0 or 1")
+    if message["role"] == "assistant" or weight == 0:
+        message.pop("weight", None)
+    return int(weight == 1)
+
+
+def _message(row: Row, turn: object, field: str) -> dict[str, object]:
     """One message that is not simply a role and a string: parts joined, empty fields left out."""
     if not isinstance(turn, Mapping):
         raise field_fault(row, field, turn, "an object with role and content")
@@ -205,6 +229,7 @@ def _sharegpt(row: Row, value: Mapping[str, object]) -> Conversation:
     if not isinstance(turns, list | tuple) or not turns:
         raise field_fault(row, "conversations", turns, "a list of at least one message")
     messages: list[Message] = []
+    plain, untrained = True, set[int]()
     system = value.get("system")
     if isinstance(system, str) and system:
         messages.append({"role": "system", "content": system})
@@ -219,8 +244,13 @@ def _sharegpt(row: Row, value: Mapping[str, object]) -> Conversation:
         content = turn.get("value", _MISSING)
         if not isinstance(content, str):
             raise field_fault(row, f"{field}.value", content, "a string")
-        messages.append({"role": role, "content": content})
-    return Conversation(messages)
+        rest = {str(key): kept for key, kept in turn.items() if kept is not None and key not in ("from", "value")}
+        message = {**rest, "role": role, "content": content}
+        if _taken_weight(row, message, field) == 0:
+            untrained.add(len(messages))
+        plain = plain and len(message) == 2
+        messages.append(message)
+    return Conversation(messages, plain=plain and not untrained, untrained=frozenset(untrained))
 
 
 def _alpaca(row: Row, value: Mapping[str, object], input_heading: str) -> Conversation:
@@ -243,7 +273,9 @@ def _prompt_completion(row: Row, value: Mapping[str, object]) -> Example:
     if isinstance(prompt, list | tuple) and isinstance(completion, list | tuple):
         before, after = _conversation(row, prompt, "prompt"), _conversation(row, completion, "completion")
         together = [*before.messages, *after.messages]
-        return Conversation(together, len(before.messages), plain=before.plain and after.plain)
+        first = len(before.messages)
+        untrained = frozenset(first + number for number in after.untrained)
+        return Conversation(together, first, plain=before.plain and after.plain, untrained=untrained)
     if isinstance(prompt, str):
         raise field_fault(row, "completion", completion, "a string, as prompt is")
     if isinstance(prompt, list | tuple):

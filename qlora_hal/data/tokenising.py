@@ -93,6 +93,8 @@ class Preparation:
             except DataError as error:
                 self._refuse_or_count(error, row)
                 continue
+            if rendered is None:
+                continue
             chunk.append(rendered)
             characters += len(rendered.text)
             if len(chunk) == CHUNK_ROWS or characters > CHUNK_CHARACTERS:
@@ -129,6 +131,7 @@ class Preparation:
         fitting, limit = self._fitting, self._config.max_seq_length
         reasons = {
             f"{self._bad.count} malformed": self._bad.count,
+            f"{self._renderer.counts.empty_rows} empty": self._renderer.counts.empty_rows,
             f"{fitting.dropped_too_long} over max length {limit}": fitting.dropped_too_long,
             f"{fitting.dropped_untrained} without a trained token": fitting.dropped_untrained,
         }
@@ -187,8 +190,16 @@ class Preparation:
             unused_columns=rendering.unused_columns,
             length_percentiles=percentiles_of(fitting.length_counts),
             histogram=histogram_of(fitting.length_counts),
+            empty_rows=rendering.empty_rows,
+            empty_turns=rendering.empty_turns,
             notes=self._notes(),
+            alerts=self._alerts(),
         )
+
+    def _alerts(self) -> list[str]:
+        unused = self._renderer.counts.unused_fields
+        listing = ", ".join(f"{name} ({count} rows)" for name, count in sorted(unused.items()))
+        return [f"message fields not used: {listing}"] if listing else []
 
     def _notes(self) -> list[str]:
         shapes = self._renderer.counts.shapes

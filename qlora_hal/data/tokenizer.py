@@ -7,6 +7,7 @@ where rows are prepared. So a bos can never appear twice by two parties adding i
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from qlora_hal.data.chat import ConversationWriter, TurnNotFound
 from qlora_hal.data.outlines import Outlines
 from qlora_hal.data.special_text import NONCHARACTERS, ProtectedTokenizer, SpecialText
+from qlora_hal.data.template_sandbox import GENERATION_END, GENERATION_START
 from qlora_hal.data.templates import BUILT_IN, ChatTemplate, TemplateFault
 from qlora_hal.data.tokenizer_files import TokenizerFiles, broken, read_folder
 from qlora_hal.errors import DataError
@@ -31,19 +33,28 @@ class ChatTokenizer:
 
     `stop_ids` end generation: the eos ids of the model and the token with which the template ends a turn. `pad_id` is
     never an end token; padding is told by segment ids, so the pad token's own meaning never matters. `hash` changes
-    with anything that could change a row's tokens.
+    with anything that could change a row's tokens. `model_vocabulary_size` is the number of the model's embeddings,
+    None where it is not known; no id is taken from beyond it.
     """
 
-    def __init__(self, files: TokenizerFiles, *, template: str | None, template_name: str) -> None:
-        """Raises DataError (QH-D12), UnsafeInputError (QH-X04), ModelError (QH-D52)."""
+    def __init__(
+        self,
+        files: TokenizerFiles,
+        *,
+        template: str | None,
+        template_name: str,
+        model_vocabulary_size: int | None = None,
+    ) -> None:
+        """Raises DataError (QH-D12, QH-D13), UnsafeInputError (QH-X04), ModelError (QH-D52)."""
         self._rust = files.tokenizer
+        self._model_vocabulary_size = model_vocabulary_size
         self.vocabulary_size: int = self._rust.get_vocab_size(with_added_tokens=True)
         self.special = SpecialText(
             {token.content: number for number, token in self._rust.get_added_tokens_decoder().items() if token.special}
         )
         self._named = dict(files.named)
         self.eos_id = self._eos(files)
-        self.bos_id = self._id_of("bos_token", self.eos_id)
+        self.bos_id = self._within_model("bos_token", self._id_of("bos_token", self.eos_id))
         self.adds_bos = self._bos_is_added(files)
         notes: list[str] = []
         self.pad_id = self._pad(files, notes)
@@ -59,36 +70,30 @@ class ChatTokenizer:
         self.stop_ids = self._stops(files)
         if self.template is not None and self.template.tells_date:
             notes.append("the chat template writes today's date; a fixed day stands there, so that runs repeat")
+        if template_name in BUILT_IN and (unknown := self._markers_spelled_out(BUILT_IN[template_name])):
+            notes.append(f"{unknown} of the template {template_name} are no tokens here; they are written as text")
         self.notes = tuple(notes)
         self.hash = self._hash(template)
 
     @classmethod
-    def from_folder(cls, folder: Path, *, chat_template: str | None = None) -> ChatTokenizer:
+    def from_folder(
+        cls, folder: Path, *, chat_template: str | None = None, model_vocabulary_size: int | None = None
+    ) -> ChatTokenizer:
         """The tokenizer of a model folder; `chat_template` is a built-in name or a Jinja file that replaces its own.
 
-        Raises ModelError (QH-D52), DataError (QH-D12), UnsafeInputError (QH-X04).
+        Raises ModelError (QH-D52), DataError (QH-D12, QH-D13), UnsafeInputError (QH-X04).
         """
         files = read_folder(Path(folder))
-        if chat_template is None:
-            return cls(files, template=files.template, template_name="of the tokenizer")
-        if chat_template in BUILT_IN:
-            return cls(files, template=BUILT_IN[chat_template], template_name=chat_template)
-        path = Path(chat_template).expanduser()
-        if not path.is_file():
-            raise DataError(
-                "QH-D12",
-                f"There is no chat template {chat_template!r}, neither built in nor as a file.",
-                where="data.chat_template",
-                fix=f"Name one of {', '.join(BUILT_IN)}, or a Jinja file.",
-            )
-        return cls(files, template=path.read_text("utf-8"), template_name=path.name)
+        template, name = files.template, "of the tokenizer"
+        if chat_template is not None:
+            template, name = _chosen_template(chat_template)
+        return cls(files, template=template, template_name=name, model_vocabulary_size=model_vocabulary_size)
 
     def with_template(self, name: str) -> ChatTokenizer:
         """The same tokenizer with a built-in template."""
-        other = object.__new__(ChatTokenizer)
         files = TokenizerFiles(self._rust, self._named, None, tuple(self.stop_ids), self.adds_bos)
-        ChatTokenizer.__init__(other, files, template=BUILT_IN[name], template_name=name)
-        return other
+        size = self._model_vocabulary_size
+        return ChatTokenizer(files, template=BUILT_IN[name], template_name=name, model_vocabulary_size=size)
 
     # text ----------------------------------------------------------------------------------------------------------
     def encode(self, text: str) -> list[int]:
@@ -122,7 +127,7 @@ class ChatTokenizer:
             text = self.template.render(messages, add_generation_prompt=add_generation_prompt)
         except TemplateFault as fault:
             raise template_refused(self, messages, fault, "") from fault
-        return text.replace("\ufdd3", "").replace("\ufdd4", "")
+        return text.replace(GENERATION_START, "").replace(GENERATION_END, "")
 
     def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
         """Ids of a conversation, for generation. Special tokens inside contents are text; a bos never stands twice."""
@@ -144,7 +149,23 @@ class ChatTokenizer:
         number = self._id_of("eos_token", files.eos_ids[0] if files.eos_ids else -1)
         if not 0 <= number < self.vocabulary_size:
             raise broken(Path("tokenizer_config.json"), "it names no eos_token, and a row must end with one")
-        return number
+        return self._within_model("eos_token", number)
+
+    def _within_model(self, name: str, number: int) -> int:
+        if not self._is_beyond_model(number):
+            return number
+        raise DataError(
+            "QH-D13",
+            f"The {name} {self._rust.id_to_token(number)!r} has id {number}; "
+            f"the model has {self._model_vocabulary_size} tokens.",
+            where="tokenizer_config.json",
+            cause="The tokenizer has more tokens than the model's embedding.",
+            fix="Use the tokenizer that belongs to the model.",
+            context={"token": number},
+        )
+
+    def _is_beyond_model(self, number: int) -> bool:
+        return self._model_vocabulary_size is not None and number >= self._model_vocabulary_size
 
     def _bos_is_added(self, files: TokenizerFiles) -> bool:
         if "bos_token" not in self._named:
@@ -157,12 +178,17 @@ class ChatTokenizer:
     def _pad(self, files: TokenizerFiles, notes: list[str]) -> int:
         ends = {self.eos_id, *files.eos_ids}
         declared = self._id_of("pad_token", -1)
-        if declared >= 0 and declared not in ends:
+        if declared < 0:
+            why = "the tokenizer has no pad token"
+        elif declared in ends:
+            why = "the tokenizer's pad token is also an end token"
+        elif self._is_beyond_model(declared):
+            why = f"the tokenizer's pad token has id {declared}, and the model has {self._model_vocabulary_size} tokens"
+        else:
             return declared
         fallback = self._id_of("unk_token", -1)
-        if fallback < 0 or fallback in ends:
+        if fallback < 0 or fallback in ends or self._is_beyond_model(fallback):
             fallback = next(number for number in range(self.vocabulary_size) if number not in ends)
-        why = "the tokenizer has no pad token" if declared < 0 else "the tokenizer's pad token is also an end token"
         text = self._rust.id_to_token(fallback)
         notes.append(f"{why}; id {fallback} ({text}) pads, and the eos stays trained")
         return fallback
@@ -172,6 +198,11 @@ class ChatTokenizer:
 
     def _eos_text(self) -> str:
         return str(self._rust.id_to_token(self.eos_id))
+
+    def _markers_spelled_out(self, source: str) -> str:
+        """The markers of a built-in template that the tokenizer has no token for."""
+        markers = dict.fromkeys(re.findall(r"<[|\w]+>", source))
+        return ", ".join(marker for marker in markers if self._rust.token_to_id(marker) is None)
 
     def _stops(self, files: TokenizerFiles) -> tuple[int, ...]:
         stops = [self.eos_id, *files.eos_ids]
@@ -189,6 +220,21 @@ class ChatTokenizer:
         for part in (template or "", self.bos_id, self.eos_id, self.adds_bos, _ENCODING_VERSION):
             digest.update(f"\0{part}".encode("utf-8", "replace"))
         return digest.hexdigest()
+
+
+def _chosen_template(chosen: str) -> tuple[str, str]:
+    """(text, name) of a built-in template or of a file."""
+    if chosen in BUILT_IN:
+        return BUILT_IN[chosen], chosen
+    path = Path(chosen).expanduser()
+    if not path.is_file():
+        raise DataError(
+            "QH-D12",
+            f"There is no chat template {chosen!r}, neither built in nor as a file.",
+            where="data.chat_template",
+            fix=f"Name one of {', '.join(BUILT_IN)}, or a Jinja file.",
+        )
+    return path.read_text("utf-8"), path.name
 
 
 def no_template(what: str, where: str = "") -> DataError:

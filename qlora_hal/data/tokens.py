@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qlora_hal.data.token_rows import Int64, TokenRows, UInt8, UInt64
+from qlora_hal.durable_files import flush_to_medium, storage_error
 from qlora_hal.errors import StorageError
 from qlora_hal.values import Int32
 
@@ -110,7 +111,7 @@ class TokenWriter:
         return self._rows
 
     def append(self, rows: TokenRows) -> None:
-        """Add rows. Raises StorageError (QH-S09)."""
+        """Add rows. Raises StorageError (QH-S09, QH-S11)."""
         if not len(rows.lengths):
             return
         bounds = np.concatenate([[0], np.cumsum(rows.lengths)])
@@ -131,7 +132,7 @@ class TokenWriter:
         self._tokens += len(rows.ids)
 
     def finish(self, metadata: Mapping[str, str]) -> TokenStore:
-        """Join the parts, flush, put the file in its place and open it. Raises StorageError (QH-S09)."""
+        """Join the parts, flush, put the file in its place and open it. Raises StorageError (QH-S09, QH-S11)."""
         try:
             whole = self._staging / "whole"
             with whole.open("wb") as out:
@@ -142,7 +143,7 @@ class TokenWriter:
                         shutil.copyfileobj(part, out, 2**22)
                     (self._staging / name).unlink()
                 out.flush()
-                os.fsync(out.fileno())
+                flush_to_medium(out.fileno())
             os.replace(whole, self._path)
         except OSError as error:
             raise _cannot_write(self._path, error) from error
@@ -248,11 +249,4 @@ def _sweep(folder: Path) -> None:
 
 
 def _cannot_write(path: Path, error: OSError) -> StorageError:
-    return StorageError(
-        "QH-S09",
-        f"The token store cannot be written ({error.strerror or error}).",
-        where=str(path),
-        cause="Tokenised rows take about 5 bytes a token, twice that for a moment.",
-        fix="Free space there, or choose another output_dir.",
-        context={"errno": error.errno},
-    )
+    return storage_error(error, path, what="the token store")

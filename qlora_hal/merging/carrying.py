@@ -169,7 +169,8 @@ class Merge:
         from qlora_hal.guard import GuardedTrainer
 
         machinery = self._plan.machinery
-        trainer = GuardedTrainer(open_trainer(machinery.choice.spec))
+        spec = machinery.choice.spec
+        trainer = GuardedTrainer(open_trainer(spec, self._plan.subject.options_on(spec.name)))
         try:
             device = trainer.device_facts()
             proved = trainer.proved_compute_dtypes()
@@ -184,7 +185,6 @@ class Merge:
             if "dequantized" in self._plan.candidates:
                 weight = _dequantized_weight(trainer)
                 self._write("dequantized", self._plan.trained_base, self._trained_files, modules, weight)
-            spec = machinery.choice.spec
             other, compute = merged_backend(spec, chosen.compute, self._source.facts.model_type)
             if other is not spec:
                 self._note(f"{spec.name} loads no unquantized model; {other.name} runs the merged one")
@@ -230,7 +230,7 @@ class Merge:
         calibration = self._plan.rows.calibration
         made_by = requantized(source, folder, weight_format, calibration=calibration, tell=self._console.note)
         preferred = made_by or self._plan.machinery.choice.spec
-        with opened_requantized(folder, preferred, model.chosen.compute, self._adapter) as trainer:
+        with opened_requantized(folder, preferred, model.chosen.compute.dtype, self._plan.subject) as trainer:
             found = reference.closeness(trainer.logits)
         return {"format": weight_format, "folder": folder.name, **found.as_json()}
 

@@ -44,7 +44,7 @@ def choose_compute(
     A base that is quantized while loading is quantized from its weights in the compute dtype; in another dtype than
     the run's it is the same base only where the files hold nothing finer.
     """
-    options = subject.config.backend.options if machinery.choice.spec.name == subject.recorded_backend else {}
+    options = subject.options_on(machinery.choice.spec.name)
     facts = machinery.source.facts
     needed = int(facts.parameter_count * 4 * _ROOM)
     if "float32" in proved and subject.trained_dtype in ("auto", "float32"):
@@ -83,7 +83,7 @@ def opened_merged(
     from qlora_hal.model.source import ModelSource
 
     source = ModelSource(folder.name, folder, read_facts(folder), trust_remote_code=trust_remote_code)
-    trainer = GuardedTrainer(open_trainer(spec))
+    trainer = GuardedTrainer(open_trainer(spec, compute.options))
     try:
         trainer.load(source, Quantization(WeightFormat.NONE), compute)
         trainer.attach(without_effect(adapter), "adamw")

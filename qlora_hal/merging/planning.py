@@ -11,7 +11,7 @@ from qlora_hal.capabilities import WeightFormat
 from qlora_hal.errors import ConfigError
 from qlora_hal.merging.requantizing import calibrating_backend
 from qlora_hal.merging.request import MergeRequest
-from qlora_hal.merging.rows import HeldOutRows, held_out_rows
+from qlora_hal.merging.rows import NO_OTHERS_NOTE, HeldOutRows, held_out_rows
 from qlora_hal.merging.subject import Subject, read_subject, require_known_storage
 from qlora_hal.trained_base import machinery_of_training
 
@@ -54,14 +54,21 @@ def planned(request: MergeRequest, console: RunConsole, note: Callable[[str], No
     if mismatch:
         note(mismatch)
     machinery = machinery_of_training(subject.config, source.facts, subject.provenance, request.backend, console, note)
-    if request.requantize not in (None, WeightFormat.NF4.value):
-        calibrating_backend(WeightFormat(request.requantize))  # refused now, not after the merge
+    calibrated = WeightFormat(request.requantize) if request.requantize not in (None, WeightFormat.NF4.value) else None
+    if calibrated is not None:
+        calibrating_backend(calibrated)  # refused now, not after the merge
     trained_base = base_of_run(machinery, subject.run_dir)
     candidates = _candidates(request.base, machinery)
-    tokenizer = ChatTokenizer.from_folder(source.path, chat_template=subject.config.data.chat_template)
+    tokenizer = ChatTokenizer.from_folder(
+        source.path,
+        chat_template=subject.config.data.chat_template,
+        model_vocabulary_size=source.facts.vocabulary_size or None,
+    )
     rows = held_out_rows(request, subject, tokenizer, source.facts)
     if rows.note:
         note(rows.note)
+    if calibrated is not None and not len(rows.others):
+        note(NO_OTHERS_NOTE)
     return MergePlan(request, subject, machinery, trained_base, rows, candidates)
 
 

@@ -10,7 +10,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +29,8 @@ from qlora_hal.model.weight_files import read_headers
 if TYPE_CHECKING:
     from qlora_hal.data import TokenStore
     from qlora_hal.guard import GuardedTrainer
-    from qlora_hal.values import Adapter
+    from qlora_hal.merging.subject import Subject
+    from qlora_hal.values import ComputeDtype
 
 CALIBRATION_ROWS = 128
 
@@ -103,9 +103,10 @@ class _PackedValues:
 
 @contextmanager
 def opened_requantized(
-    folder: Path, preferred: BackendSpec, compute: Compute, adapter: Adapter
+    folder: Path, preferred: BackendSpec, dtype: ComputeDtype, subject: Subject
 ) -> Iterator[GuardedTrainer]:
-    """A requantized folder, loaded by `preferred` or else by the first ready backend that can."""
+    """A requantized folder, loaded by `preferred` or else by the first ready backend that can; the subject's adapter,
+    with B zero, is attached."""
     from qlora_hal.discovery import listed, open_trainer, reports
     from qlora_hal.guard import GuardedTrainer
     from qlora_hal.selection import choose
@@ -119,16 +120,17 @@ def opened_requantized(
         needs = Needs(
             features=frozenset({Feature.LOAD_PREQUANTIZED}),
             weight_format=quantization.weight_format,
-            compute_dtype=compute.dtype,
+            compute_dtype=dtype,
             architecture=source.facts.model_type,
         )
         entries = listed()
         spec = choose("auto", needs, entries, reports(entries), allow_cpu=True).spec
-    trainer = GuardedTrainer(open_trainer(spec))
+    options = subject.options_on(spec.name)
+    trainer = GuardedTrainer(open_trainer(spec, options))
     try:
-        trainer.load(source, quantization, replace(compute, options=compute.options if spec is preferred else {}))
-        check_fits(adapter, trainer.linear_modules(), where=str(folder))
-        trainer.attach(without_effect(adapter), "adamw")
+        trainer.load(source, quantization, Compute(dtype, options=options))
+        check_fits(subject.adapter, trainer.linear_modules(), where=str(folder))
+        trainer.attach(without_effect(subject.adapter), "adamw")
         yield trainer
     finally:
         trainer.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from qlora_hal.values import Batch
 if TYPE_CHECKING:
     from qlora_hal.config import DataConfig
     from qlora_hal.data import ChatTokenizer, TokenStore
+    from qlora_hal.data.token_rows import Int64
     from qlora_hal.merging.request import MergeRequest
     from qlora_hal.merging.subject import Subject
     from qlora_hal.model.facts import ModelFacts
@@ -26,21 +27,30 @@ MAX_POSITIONS = 4096
 _LOGITS_BYTES = 256 * 2**20
 """What one batch of logits may take on the host."""
 TAIL_NOTE = "the run held no rows out; the two models are compared on the last rows it trained on"
+NO_OTHERS_NOTE = (
+    "every row is compared, so none is left to calibrate on: the KL of the requantized model is measured on the rows "
+    "it was calibrated on, and looks smaller than it is; more rows or a lower --row-limit leave some"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class HeldOutRows:
     """Rows and where they come from. `kind` is `validation`, `named` or `training tail`.
 
-    `calibration` are the rows that a quantizer may see: the run's training rows, or all rows of the file named.
+    `others` are rows of the run, or of the file named, that are not compared; it may be empty.
     """
 
     store: TokenStore
     kind: str
     name: str
     pad_id: int
-    calibration: TokenStore
+    others: TokenStore
     note: str = ""
+
+    @property
+    def calibration(self) -> TokenStore:
+        """What a quantizer sees. Rows it is not judged on, where there are any."""
+        return self.others if len(self.others) else self.store
 
     @property
     def positions(self) -> int:
@@ -80,15 +90,17 @@ def held_out_rows(request: MergeRequest, subject: Subject, tokenizer: ChatTokeni
         )
         with tempfile.TemporaryDirectory() as folder, blamed_on("--rows"):
             store, _ = _prepared(data, tokenizer, Path(folder), subject, facts, rows=None)
-            return _limited(store, store, request.row_limit, "named", Path(request.rows).name, tokenizer)
+            first = _scored(store)[: request.row_limit]
+            return _rows(store, first, "named", Path(request.rows).name, tokenizer)
     if subject.run_dir is None:
         raise _no_rows(f"{subject.adapter_dir} lies in no run, so no rows are known")
     store, validation = _rows_of_run(subject, tokenizer, facts)
     name = subject.run_dir.resolve().name
     if validation is not None and len(validation):
-        return _limited(validation, store, request.row_limit, "validation", name, tokenizer)
-    last = store.subset(np.arange(max(0, len(store) - request.row_limit), len(store)))
-    return _limited(last, store, request.row_limit, "training tail", name, tokenizer, TAIL_NOTE)
+        first = _scored(validation)[: request.row_limit]
+        return replace(_rows(validation, first, "validation", name, tokenizer), others=store)
+    last = _scored(store)[-request.row_limit :]
+    return replace(_rows(store, last, "training tail", name, tokenizer), note=TAIL_NOTE)
 
 
 def _rows_of_run(subject: Subject, tokenizer: ChatTokenizer, facts: ModelFacts) -> tuple[TokenStore, TokenStore | None]:
@@ -128,19 +140,15 @@ def _prepared(
     return prepared.train, prepared.validation
 
 
-def _limited(
-    store: TokenStore,
-    calibration: TokenStore,
-    limit: int,
-    kind: str,
-    name: str,
-    tokenizer: ChatTokenizer,
-    note: str = "",
-) -> HeldOutRows:
-    scored = np.flatnonzero(store.counted > 0)[:limit]
-    if not len(scored):
+def _scored(store: TokenStore) -> Int64:
+    return np.flatnonzero(store.counted > 0)
+
+
+def _rows(store: TokenStore, compared: Int64, kind: str, name: str, tokenizer: ChatTokenizer) -> HeldOutRows:
+    if not len(compared):
         raise _no_rows("none of the rows has a scored token")
-    return HeldOutRows(store.subset(scored), kind, name, tokenizer.pad_id, calibration, note)
+    others = np.delete(np.arange(len(store)), compared)
+    return HeldOutRows(store.subset(compared), kind, name, tokenizer.pad_id, store.subset(others))
 
 
 def _no_rows(why: str) -> ConfigError:

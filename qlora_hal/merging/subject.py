@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from qlora_hal.adapter.peft_files import TENSORS_FILE, read_adapter, read_provenance
 from qlora_hal.errors import ConfigError
-from qlora_hal.trained_base import adapter_folders, storage_of_training, trained_config
+from qlora_hal.trained_base import adapter_folders, options_on, storage_of_training, trained_config
 from qlora_hal.values import Adapter
 
 if TYPE_CHECKING:
@@ -35,6 +35,10 @@ class Subject:
     recorded_backend: str
     trained_dtype: str
     seed: int
+
+    def options_on(self, backend: str) -> Mapping[str, object]:
+        """The options with which `backend` opens this base."""
+        return options_on(self.config, backend, self.recorded_backend)
 
 
 def read_subject(request: MergeRequest) -> Subject:

@@ -16,8 +16,11 @@ from typing import TypeVar
 from qlora_hal.errors import HubError
 from qlora_hal.model.safety import refuse_pickle_only
 
-SAFE_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "LICENSE*")
-"""Weights, configuration, tokenizer files and chat templates; nothing that runs."""
+SAFE_PATTERNS = (
+    "*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt",
+    "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+"""Weights, configuration, tokenizer files, chat templates and terms of use; nothing that runs."""
 
 CODE_PATTERNS = ("*.py",)
 """Fetched only with trust_remote_code and a pinned commit."""

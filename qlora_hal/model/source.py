@@ -126,7 +126,7 @@ def _no_config(folder: Path) -> ModelError:
     inside = below or snapshots
     return ModelError(
         "QH-C70",
-        f"{folder.name} is no model folder: it has no config.json.",
+        f"{folder.resolve().name or folder} is no model folder: it has no config.json.",
         where=str(folder),
         cause=f"Models lie deeper: {', '.join(inside[:5])}." if inside else "",
         fix=f"Name {folder / inside[0]}." if inside else "Name the folder that holds config.json and the weights.",

@@ -47,7 +47,17 @@ class MlflowObserver:
             import mlflow
 
             mlflow.log_metrics(figures_of_run.of_result(result))
-            mlflow.end_run()
+        self._end("FINISHED")
+
+    @hookimpl
+    def qlora_hal_run_failed(self, run: RunView, error: BaseException) -> None:
+        self._end("FAILED")
+
+    def _end(self, status: str) -> None:
+        if self._started:
+            import mlflow
+
+            mlflow.end_run(status)
             self._started = False
 
     def _log(self, figures: dict[str, float], step: int) -> None:

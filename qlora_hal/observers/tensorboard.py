@@ -38,6 +38,13 @@ class TensorBoardObserver:
 
     @hookimpl
     def qlora_hal_run_finished(self, run: RunView, result: TrainResult) -> None:
+        self._end()
+
+    @hookimpl
+    def qlora_hal_run_failed(self, run: RunView, error: BaseException) -> None:
+        self._end()
+
+    def _end(self) -> None:
         if self._writer is not None:
             self._writer.close()
             self._writer = None

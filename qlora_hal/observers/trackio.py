@@ -45,6 +45,14 @@ class TrackioObserver:
     def qlora_hal_run_finished(self, run: RunView, result: TrainResult) -> None:
         if self._run is not None:
             self._run.log(figures_of_run.of_result(result))
+        self._end()
+
+    @hookimpl
+    def qlora_hal_run_failed(self, run: RunView, error: BaseException) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        if self._run is not None:
             self._run.finish()
             self._run = None
 

@@ -50,7 +50,15 @@ class WandbObserver:
     def qlora_hal_run_finished(self, run: RunView, result: TrainResult) -> None:
         if self._run is not None:
             self._run.summary.update(figures_of_run.of_result(result))
-            self._run.finish()
+        self._end(0)
+
+    @hookimpl
+    def qlora_hal_run_failed(self, run: RunView, error: BaseException) -> None:
+        self._end(1)
+
+    def _end(self, exit_code: int) -> None:
+        if self._run is not None:
+            self._run.finish(exit_code=exit_code)
             self._run = None
 
     def _log(self, figures: dict[str, float], step: int) -> None:

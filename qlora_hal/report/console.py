@@ -91,7 +91,8 @@ class RunConsole:
         self._print(_styled("backend: ", "bold", f"{chosen}{f' on {devices}' if devices else ''} ({why})"))
         for report in reports:
             if report.backend != chosen:
-                reason = rejections.get(report.backend) or report.reason or report.availability.value
+                reason = "ready, not chosen" if report.ready else report.reason or report.availability.value
+                reason = rejections.get(report.backend) or reason
                 self._print(_styled(f"  not {report.backend}: ", "dim", reason))
 
     def data_report(self, lines: Iterable[str]) -> None:

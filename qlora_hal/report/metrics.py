@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from io import BufferedWriter
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from qlora_hal.durable_files import storage_error
+from qlora_hal.durable_files import flush_to_medium, storage_error
 from qlora_hal.report.durable import replace_file
 
 if TYPE_CHECKING:
@@ -82,8 +81,11 @@ class MetricsFile:
             raise storage_error(error, self.path, what=f"the log {self.path.name}") from error
 
     def sync(self) -> None:
-        """Make every line durable; called when a checkpoint is saved."""
-        os.fsync(self._file.fileno())
+        """Make every line durable; called when a checkpoint is saved. Raises StorageError."""
+        try:
+            flush_to_medium(self._file.fileno())
+        except OSError as error:
+            raise storage_error(error, self.path, what=f"the log {self.path.name}") from error
 
     def truncate_after(self, step: int) -> int:
         """Drop the lines of later steps, which a resumed run takes again, and of the end that an earlier call came to.
@@ -98,10 +100,10 @@ class MetricsFile:
         return len(lines) - len(kept)
 
     def close(self) -> None:
-        """Make everything durable and close. Safe to call twice."""
+        """Make everything durable and close. Safe to call twice. Raises StorageError, and is closed then, too."""
         if not self._file.closed:
-            self.sync()
-            self._file.close()
+            with self._file:
+                self.sync()
 
     def __enter__(self) -> MetricsFile:
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -257,3 +258,16 @@ def test_any_config_gives_an_adapter_or_our_error(tmp_path: Path, changes: dict[
         assert np.isfinite(adapter.config.scale)
         return
     assert code in ("QH-C50", "QH-C51", "QH-C09")
+
+
+def test_the_card_of_a_4_bit_run_opens_the_base_that_it_was_trained_on(tmp_path: Path) -> None:
+    made = {**PROVENANCE, "weight_format": "nf4", "block_size": 64, "double_quant": True, "compute_dtype": "bfloat16"}
+    card = (write(tmp_path / "a", an_adapter(), base_name="org/base", provenance=made) / "README.md").read_text()
+    (code,) = re.findall("```python\n(.*?)```", card, re.DOTALL)
+    assert 'bnb_4bit_quant_type="nf4"' in code
+    assert "bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16" in code
+    assert 'from_pretrained("org/base", quantization_config=four_bit)' in code
+    compile(code, "card", "exec")
+    for other in ({"weight_format": "none", "block_size": None}, {"block_size": 128}):
+        folder = write(tmp_path / "b", an_adapter(), provenance={**made, **other})
+        assert "BitsAndBytesConfig" not in (folder / "README.md").read_text()

@@ -138,9 +138,10 @@ def test_an_adapter_of_peft_that_is_not_plain_lora_is_refused(
     assert words in error.message
 
 
-def test_an_adapter_on_the_head_has_no_place_in_mlx_lm(tmp_path: Path, llama: Path) -> None:
+@pytest.mark.parametrize("layers", [["q_proj"], []])
+def test_an_adapter_on_the_head_has_no_place_in_mlx_lm(tmp_path: Path, llama: Path, layers: list[str]) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(str(llama))
-    config = peft.LoraConfig(r=4, target_modules=["lm_head", "q_proj"], task_type="CAUSAL_LM")
+    config = peft.LoraConfig(r=4, target_modules=["lm_head", *layers], task_type="CAUSAL_LM")
     peft.get_peft_model(model, config).save_pretrained(str(tmp_path / "peft"), save_embedding_layers=False)
     error = refused(tmp_path / "peft", tmp_path / "out", "mlx")
     assert error.code == "QH-C65"

@@ -270,14 +270,36 @@ def test_leftovers_are_swept_with_the_bytes_they_held_and_links_are_not_followed
     (path.parent / ".staging-2-0123abcd" / "adapter_model.safetensors").write_bytes(b"x" * 1500)
     (path.parent / ".staging-2-0123abcd" / "link").symlink_to(outside)
     (path.parent / ".pruning-step-00000000-0123abcd").mkdir()
-    (path.parent / ".tmpAbC123").write_bytes(b"x" * 500)
-    (path.parent / ".tmp-link").symlink_to(outside)
+    (path.parent / ".tmp-metrics.jsonl-0123abcd").write_bytes(b"x" * 500)
+    (path.parent / ".tmp-latest-0123abcd").symlink_to(outside)
     (path.parent / ".corrupt-step-00000000-0123abcd").mkdir()
     (run_dir / ".staging-adapter-0123abcd").mkdir()
     with RunDirectory.open_existing(run_dir) as run:
         assert "Removed 5 leftovers of interrupted saves, 2.0 kB freed." in run.notes
     assert sorted(p.name for p in path.parent.iterdir()) == [".corrupt-step-00000000-0123abcd", path.name]
     assert (outside / "precious").stat().st_size == 9000
+
+
+def test_files_of_the_user_with_names_like_leftovers_stay(tmp_path: Path) -> None:
+    theirs = [".tmp/mine.txt", ".tmpfile", ".tmp-notes", ".staging-area/site.html", ".replaced-by-me/x"]
+    for name in theirs:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("theirs")
+    RunDirectory.open_new(tmp_path, config=CONFIG).close()
+    with RunDirectory.open_existing(tmp_path) as run:
+        assert run.notes == []
+    assert all((tmp_path / name).read_text() == "theirs" for name in theirs)
+
+
+@pytest.mark.parametrize("name", ["adapter", "best_adapter"])
+def test_adapter_that_a_crash_left_aside_is_put_back(tmp_path: Path, name: str) -> None:
+    RunDirectory.open_new(tmp_path, config=CONFIG).close()
+    aside = tmp_path / f".replaced-{name}-0123abcd"
+    aside.mkdir()
+    (aside / "adapter_model.safetensors").write_bytes(b"whole")
+    RunDirectory.open_existing(tmp_path).close()
+    assert (tmp_path / name / "adapter_model.safetensors").read_bytes() == b"whole"
+    assert not aside.exists()
 
 
 @pytest.mark.fault("S10")

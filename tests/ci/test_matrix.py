@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_hal_conformance import SUITE_VERSION
 from qlora_hal_conformance.certificate import content_hash
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,6 +86,22 @@ def test_backend_without_a_certificate_reads_not_run_on_this_hardware(project: P
     )
     assert far.startswith("| `far` | Far away | not run on this hardware: ")
     assert (project / "README.md").read_text().endswith("\n\nThe end.\n")
+
+
+def test_certificate_of_an_earlier_revision_says_so_beside_one_of_the_present(project: Path) -> None:
+    present = certificate("far")
+    present["suite"] = {"version": SUITE_VERSION, "sha256": "fedcba9876543210"}
+    keep(project, {**present, "sha256": content_hash(present)}, "far")
+    matrix("--root", str(project))
+    assert "revision 1" not in (project / "README.md").read_text()
+    keep(project, certificate("near"))
+    matrix("--root", str(project))
+    near, _, far = rows(project)
+    assert "| 1 (01234567) |" in near
+    assert f"| {SUITE_VERSION} (fedcba98) |" in far
+    readme = (project / "README.md").read_text()
+    assert "rows of revision 1 were judged by the cases and bounds of that revision" in readme
+    assert f"not by those of the present one, {SUITE_VERSION}." in readme
 
 
 def test_failed_run_is_shown_as_not_conformant(project: Path) -> None:

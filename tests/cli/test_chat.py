@@ -16,12 +16,12 @@ class Echo:
     """Answers with the number of turns it was shown: a stand-in for two loaded models, small enough to check."""
 
     def __init__(self) -> None:
-        self.asked: list[list[dict[str, str]]] = []
+        self.asked: list[tuple[str, list[str]]] = []
 
-    def answer(self, messages: Sequence[dict[str, str]], *, max_new_tokens: int) -> tuple[str, str]:
-        self.asked.append(list(messages))
-        text = f"{len(messages)} messages, last {messages[-1]['content']} [x]"
-        return f"base {text}", f"adapter {text}"
+    def answer_with(self, messages: Sequence[dict[str, str]], *, adapter: bool, max_new_tokens: int) -> str:
+        name = "adapter" if adapter else "base"
+        self.asked.append((name, [m["content"] for m in messages if m["role"] == "assistant"]))
+        return f"{name} {len(messages)} messages, last {messages[-1]['content']} [x]"
 
 
 def talk(typed: str) -> tuple[str, Echo]:
@@ -31,13 +31,17 @@ def talk(typed: str) -> tuple[str, Echo]:
     return shown.getvalue(), echo
 
 
-def test_both_answers_are_shown_and_each_model_sees_its_own_history() -> None:
+def test_both_answers_are_shown_and_each_model_answers_a_turn_once_from_its_own_history() -> None:
     shown, echo = talk("one\ntwo\n/quit\nnever\n")
     assert "base:    base 1 messages, last one [x]" in shown
     assert "adapter: adapter 3 messages, last two [x]" in shown
     assert "never" not in shown
-    histories = [[m["content"] for m in asked if m["role"] == "assistant"] for asked in echo.asked]
-    assert histories == [[], ["base 1 messages, last one [x]"], ["adapter 1 messages, last one [x]"]]
+    assert echo.asked == [
+        ("base", []),
+        ("adapter", []),
+        ("base", ["base 1 messages, last one [x]"]),
+        ("adapter", ["adapter 1 messages, last one [x]"]),
+    ]
 
 
 def test_reset_begins_again_and_stats_count() -> None:

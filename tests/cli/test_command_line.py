@@ -83,6 +83,11 @@ def test_print_config_as_json_is_a_configuration_again(qlora_hal: CommandLine, t
         (("train", "--trainig.seed", "8"), "did you mean --training.seed?"),
         (("train", "--learning-rate", "8"), "did you mean --training.learning_rate?"),
         (("train", "--dry-rum"), "did you mean --dry-run?"),
+        (("train", "--quite"), "did you mean --quiet?"),
+        (("resume", "x", "--force-unlok"), "did you mean --force-unlock?"),
+        (("generate", "--prompt", "x", "--base-ony"), "did you mean --base-only?"),
+        (("generate", "--prompt", "x", "--dry-rum"), "--dry-rum is not a flag of qlora-hal generate."),
+        (("generate", "--prompt", "x", "--learning-rate", "8"), "is not a flag of qlora-hal generate."),
         (("trian",), "did you mean train?"),
         (("train", "--lora.r"), "--lora.r requires an argument"),
         (("train", "a.yaml", "b.yaml"), "b.yaml"),
@@ -192,6 +197,16 @@ def test_generating_from_a_folder_that_is_no_run_names_it(qlora_hal: CommandLine
 
 
 @pytest.mark.fault("I01")
+@pytest.mark.fault("U14")
+@pytest.mark.fault("U51")
+@pytest.mark.parametrize(("words", "code"), [(("generate", "--prompt", "x"), "QH-U14"), (("conformance",), "QH-U51")])
+def test_a_verb_without_its_subject_says_what_to_name(
+    qlora_hal: CommandLine, words: tuple[str, ...], code: str
+) -> None:
+    done = qlora_hal(*words)
+    assert (done.returncode, code in done.stderr, "help:" in done.stderr) == (2, True, True), done.stderr
+
+
 def test_a_defect_shows_one_place_and_how_to_get_the_whole_story(qlora_hal: CommandLine, tmp_path: Path) -> None:
     # A module that fails on import stands before the real one: an error that nobody foresaw.
     (tmp_path / "ruamel" / "yaml").mkdir(parents=True)

@@ -38,6 +38,7 @@ def test_a_proof_becomes_a_finding_with_its_checks() -> None:
     assert finding.details == ("gradients: fail 3e-2 above 8e-6",)
 
 
+@pytest.mark.fault("N14", "N21")
 def test_exit_is_3_when_a_ready_backend_fails_or_the_chosen_one_is_absent() -> None:
     good, absent = Finding("a", Verdict.PASS, ""), Finding("b", Verdict.ABSENT, "no device")
     bad, warning = Finding("c", Verdict.FAIL, ""), Finding("d", Verdict.WARN, "")

@@ -131,6 +131,29 @@ def test_a_value_outside_its_range_is_refused_with_the_range(path: str, value: s
     assert caught.value.exit_status == 2
 
 
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (
+            {"data.validation_path": "v.jsonl", "data.validation_fraction": "0.2"},
+            "data.validation_path and data.validation_fraction exclude each other",
+        ),
+        ({"data.validation_split": "test"}, "data.validation_split needs data.validation_path"),
+    ],
+)
+def test_settings_of_validation_that_contradict_each_other_are_refused(flags: dict[str, str], problem: str) -> None:
+    with pytest.raises(ConfigError, match=f"QH-U01.*{problem}") as caught:
+        resolve_settings({}, flags=flags, environ={})
+    assert str(caught.value.where).startswith("command line --data.validation_")
+
+
+@pytest.mark.parametrize(("typed", "steps"), [("none", None), ("0", 0), ("7", 7)])
+def test_a_run_is_saved_every_hundred_steps_unless_told_otherwise(typed: str, steps: int | None) -> None:
+    assert RunConfig().checkpoint.save_steps == 100
+    flags = {"checkpoint.save_steps": typed}
+    assert resolve_settings({}, flags=flags, environ={}).config.checkpoint.save_steps == steps
+
+
 @pytest.mark.fault("N19")
 def test_settings_that_contradict_each_other_are_refused_at_their_origin() -> None:
     flags = {"training.max_steps": "5", "training.warmup_steps": "6"}
@@ -193,7 +216,7 @@ def test_all_linear_stays_the_word() -> None:
 @pytest.mark.fault("U12")
 def test_settings_that_a_verb_needs_are_all_named() -> None:
     with pytest.raises(ConfigError, match=r"model\.name_or_path, data\.path are not set") as caught:
-        require_settings(resolve_settings(None, environ={}), "model.name_or_path", "data.path")
+        require_settings(resolve_settings(None, environ={}).config, "model.name_or_path", "data.path")
     assert caught.value.exit_status == 2
 
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,6 +50,13 @@ def test_a_shown_batch_can_be_shown_again_by_its_seed(qlora_hal: CommandLine, pl
     assert again.splitlines()[1:] == first.splitlines()[1:]
 
 
+@pytest.mark.fault("U12")
+def test_a_batch_of_no_model_is_refused_and_not_taken_from_the_working_directory(qlora_hal: CommandLine) -> None:
+    done = qlora_hal("train", "--show-batch")
+    assert done.returncode == 2
+    assert "QH-U12]: model.name_or_path, data.path are not set" in done.stderr
+
+
 @pytest.mark.fault("U15")
 def test_calibration_rows_without_a_calibration_are_refused(qlora_hal: CommandLine, place: tuple[str, ...]) -> None:
     done = qlora_hal("train", *place, "--quantization.calibration_rows", "5", "--dry-run")
@@ -73,3 +81,36 @@ def test_an_estimate_that_no_backend_can_serve_has_the_status_of_its_code(
     done = qlora_hal("estimate", *place[:2], "--quantization.weight_format", "nf4", "--quantization.block_size", "96")
     assert done.returncode == 2
     assert "QH-B01" in done.stderr
+
+
+def test_a_shown_batch_as_json_is_one_object(qlora_hal: CommandLine, place: tuple[str, ...]) -> None:
+    shown = json.loads(qlora_hal("train", *place, "--show-batch", "--json", "--training.seed", "3").stdout)
+    assert shown["seed"] == 3
+    assert len(shown["sequences"]) == 4
+    for sample in shown["sequences"]:
+        assert len(sample["ids"]) == len(sample["tokens"]) == len(sample["trained"])
+        assert {True, False} == set(sample["trained"])
+
+
+def test_an_estimate_names_what_the_backend_can_run_on(qlora_hal: CommandLine, place: tuple[str, ...]) -> None:
+    def told(backend: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(qlora_hal("estimate", *place[:2], "--backend", backend, "--json").stdout)
+        return found
+
+    here = told("cpu_torch")
+    assert (here["cards"], here["not_ready"], here["machine"]["fits"]) == ([], "", True)
+    for backend, vendor in (("mps_bnb", "Apple"), ("rocm_bnb", "AMD")):
+        elsewhere = told(backend)
+        assert elsewhere["machine"] is None
+        assert elsewhere["cards"]
+        assert {card["name"].split()[0] for card in elsewhere["cards"]} == {vendor}
+        if elsewhere["not_ready"]:
+            text = qlora_hal("estimate", *place[:2], "--backend", backend).stdout
+            assert f"on {backend} (not ready here: " in text
+
+
+def test_a_word_that_belongs_to_no_flag_is_explained(qlora_hal: CommandLine, place: tuple[str, ...]) -> None:
+    done = qlora_hal("train", *place, "--data.packing", "maybe")
+    assert done.returncode == 2
+    assert "yes-no flags take true or false" in done.stderr
+    assert "--lora_rr is not a flag" in qlora_hal("train", "--lora_rr", "3").stderr

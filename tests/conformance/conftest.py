@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_hal_conformance import SUITE_VERSION
 from qlora_hal_conformance.catalogue import all_cases, suite_hash
 from qlora_hal_conformance.certificate import Document, make_certificate
 from qlora_hal_conformance.conformance_run import Options, Outcome, run
@@ -45,7 +46,8 @@ def verdicts(outcome: Outcome) -> Mapping[str, Verdict]:
 
 
 def passed(case: str) -> CaseResult:
-    return CaseResult(case, Verdict.PASSED, seconds=0.1, measures=(Measure("error", 1e-7, 1e-5, "8 u"),))
+    measures = (Measure("error", 1e-7, 1e-5, "8 u"),)
+    return CaseResult(case, Verdict.PASSED, seconds=0.1, measures=measures, ran=("nf4/64 in float32",))
 
 
 @pytest.fixture
@@ -57,8 +59,13 @@ def results() -> list[CaseResult]:
 def certificate_of(results: list[CaseResult]) -> Document:
     facts = {
         "contract": 1,
-        "suite": {"version": "1", "sha256": suite_hash()},
-        "backend": {"name": "toy", "title": "A toy", "capabilities": {"features": ["packing"]}},
+        "suite": {"version": SUITE_VERSION, "sha256": suite_hash()},
+        "backend": {
+            "name": "toy",
+            "title": "A toy",
+            "capabilities": {"features": ["packing"], "weight_formats": ["nf4"]},
+        },
+        "probe": {"backend": "toy"},
         "device": {"device": "a device"},
         "seed": 5,
         "started": "2030-01-01T00:00:00+00:00",

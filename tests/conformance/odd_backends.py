@@ -54,6 +54,17 @@ def _end_session() -> None:
     pytest.exit("that is enough", returncode=0)
 
 
+def _start_another_and_die() -> None:
+    """What was started holds the lock on the file that `LOCKED_BY_ANOTHER` names for as long as it lives."""
+    import fcntl
+    import subprocess
+
+    with open(os.environ["LOCKED_BY_ANOTHER"], "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], pass_fds=(file.fileno(),))
+        os.abort()
+
+
 def dies() -> object:
     return _with_evaluate("dies", os.abort)
 
@@ -82,6 +93,10 @@ def ends_the_session() -> object:
     return _with_evaluate("ends_the_session", _end_session)
 
 
+def leaves_another() -> object:
+    return _with_evaluate("leaves_another", _start_another_and_die)
+
+
 def dies_at_once() -> object:
     os._exit(7)
 
@@ -90,9 +105,19 @@ def absent() -> object:
     raise AssertionError("a backend that cannot run here was opened")
 
 
-DIES, LEAVES, EXITS, HANGS, SKIPS, INTERRUPTS, ENDS, AT_ONCE = (
+DIES, LEAVES, EXITS, HANGS, SKIPS, INTERRUPTS, ENDS, ANOTHER, AT_ONCE = (
     _named(name)
-    for name in ("dies", "leaves", "exits", "hangs", "skips", "interrupts", "ends_the_session", "dies_at_once")
+    for name in (
+        "dies",
+        "leaves",
+        "exits",
+        "hangs",
+        "skips",
+        "interrupts",
+        "ends_the_session",
+        "leaves_another",
+        "dies_at_once",
+    )
 )
 ABSENT = replace(
     _named("absent"),

@@ -7,7 +7,16 @@ from collections import Counter
 
 import pytest
 
-from qlora_hal_conformance.catalogue import LEVELS, SECTIONS_FOLDER, all_cases, level_of, suite_hash
+from qlora_hal_conformance import SUITE_VERSION
+from qlora_hal_conformance.catalogue import (
+    EARLIER_REVISIONS,
+    LEVELS,
+    SECTIONS_FOLDER,
+    all_cases,
+    level_of,
+    revision_of,
+    suite_hash,
+)
 from qlora_hal_conformance.collecting import collected_cases
 
 SECTION_FILES = sorted(SECTIONS_FOLDER.glob("test_*.py"))
@@ -41,6 +50,14 @@ def test_every_case_has_a_level_and_a_name_of_its_own() -> None:
 def test_hash_is_that_of_the_sources() -> None:
     assert len(suite_hash()) == 64
     assert suite_hash() == suite_hash.__wrapped__()
+
+
+def test_earlier_revisions_keep_their_lists() -> None:
+    assert revision_of(suite_hash()) == SUITE_VERSION
+    assert revision_of("0" * 64) == ""
+    for revision, sha256 in EARLIER_REVISIONS:
+        assert revision_of(sha256) == revision != SUITE_VERSION
+        assert all_cases(revision)
 
 
 @pytest.mark.parametrize("file", SECTION_FILES, ids=lambda path: path.stem)

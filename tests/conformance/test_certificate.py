@@ -12,10 +12,11 @@ from conformance.conftest import certificate_of, passed
 
 from qlora_hal.errors import ConfigError
 from qlora_hal_conformance.__main__ import main
-from qlora_hal_conformance.catalogue import all_cases
+from qlora_hal_conformance.catalogue import EARLIER_REVISIONS, all_cases
 from qlora_hal_conformance.certificate import Document, content_hash, problems, read_certificate, write_certificate
-from qlora_hal_conformance.verdicts import CaseResult, Measure, Verdict
+from qlora_hal_conformance.verdicts import CaseResult, Claim, Measure, Verdict
 
+KEPT = sorted((Path(__file__).resolve().parents[2] / "docs" / "certificates").glob("*.json"))
 Edit = Callable[[Document], object]
 
 
@@ -37,6 +38,15 @@ def _exceed(document: Document) -> None:
     measures[0]["measured"] = 1.0
 
 
+def _no_measures(document: Document) -> None:
+    cases = document["cases"]
+    assert isinstance(cases, list)
+    for record in cases:
+        for key in ("measured", "bound", "margin"):
+            del record[key]
+        record["measures"] = []
+
+
 EDITS: dict[str, tuple[Edit, str]] = {
     "verdict": (_fail_one, "totals"),
     "measured above bound": (_exceed, "above"),
@@ -50,6 +60,20 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "schema": (lambda d: d.update(schema=9), "schema"),
     "unreadable case": (lambda d: _case(d).update(verdict="splendid"), "cannot be read"),
     "waived without issue": (lambda d: _case(d).update(verdict="waived"), "without an issue"),
+    "passed undeclared": (lambda d: _case(d).update(claim="undeclared"), "passed, yet undeclared"),
+    "refused declared": (lambda d: _case(d).update(verdict="refused"), "refused, yet declared"),
+    "margin": (lambda d: _case(d).update(margin=1e9), "not as a run writes them"),
+    "case by number": (lambda d: _case(d).update(case=5), "not as a run writes them"),
+    "no measures": (_no_measures, "no case of L1 compared a number"),
+    "contract": (lambda d: d.update(contract=9), "contract 9"),
+    "filtered": (lambda d: d.update(filtered=True), "filtered run"),
+    "ran": (lambda d: d.update(ran=["fp4/64 in float32"]), "that ran"),
+    "another backend's name": (lambda d: d["backend"].update(name="other"), "the probe that ran"),  # type: ignore[attr-defined,index]
+    "declared formats": (
+        lambda d: d["backend"]["capabilities"].update(weight_formats=["nf4", "fp4"]),  # type: ignore[attr-defined,index]
+        "declares the formats",
+    ),
+    "revision": (lambda d: d["suite"].update(version="1"), "says revision '1'"),  # type: ignore[attr-defined,index]
 }
 
 
@@ -105,7 +129,21 @@ def test_hash_does_not_depend_on_order_or_spaces(results: list[CaseResult]) -> N
     assert content_hash(turned) == document["sha256"]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"cases": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"cases": 3}',
+        '{"cases": [], "seed": NaN}',
+        '{"cases": [], "seed": 1e999}',
+        '{"cases": [], "started": "\\ud800"}',
+        '{"cases": [], "conformant": false, "conformant": true}',
+        "[" * 100_000,
+    ],
+    ids=lambda text: text[:50],
+)
 def test_file_that_is_no_certificate_is_refused(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "certificate.json"
     path.write_text(text)
@@ -114,6 +152,34 @@ def test_file_that_is_no_certificate_is_refused(text: str, tmp_path: Path, capsy
     assert refusal.value.code == "QH-B51"
     assert main(["--verify", str(path)]) == 2
     assert "QH-B51" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
+def test_kept_certificate_verifies(path: Path) -> None:
+    assert problems(read_certificate(path)) == []
+
+
+def test_certificate_of_an_earlier_revision_is_held_to_its_own_cases_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    revision, sha256 = EARLIER_REVISIONS[0]
+    document = certificate_of([passed(case) for case in all_cases(revision)])
+    document["suite"] = {"version": revision, "sha256": sha256}
+    path = tmp_path / "certificate.json"
+    write_certificate(path, {**document, "sha256": content_hash(document)})
+    assert main(["--verify", str(path)]) == 0
+    assert "verifies: conformant to revision 1 of the suite; the present one is 2\n" in capsys.readouterr().out
+
+    document["cases"] = [record for record in document["cases"] if record["case"] != all_cases(revision)[0]]  # type: ignore[attr-defined]
+    write_certificate(path, {**document, "sha256": content_hash(document)})
+    assert main(["--verify", str(path)]) == 20
+    assert f"1 cases missing: {all_cases(revision)[0]}" in capsys.readouterr().out
+
+
+def test_refused_cases_alone_are_no_certificate(results: list[CaseResult]) -> None:
+    """Everything undeclared and refused: the formats that the spec declares never ran."""
+    refused = [replace(r, verdict=Verdict.REFUSED, claim=Claim.UNDECLARED, measures=(), ran=()) for r in results]
+    assert any("declares the formats ['nf4']" in problem for problem in problems(certificate_of(refused)))
 
 
 def test_every_case_of_the_catalogue_is_wanted() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conformance.conftest import certificate_of
 
+from qlora_hal_conformance.catalogue import section_of
 from qlora_hal_conformance.report import write_reports
 from qlora_hal_conformance.report.badge import badge_text
 from qlora_hal_conformance.verdicts import CaseResult, Measure, Verdict
@@ -110,6 +111,20 @@ def test_badge(verdict: Verdict, color: str, words: str, results: list[CaseResul
     badge = json.loads(badge_text(certificate_of(results)))
     assert (badge["color"], badge["label"]) == (color, "toy conformance")
     assert words in badge["message"]
+
+
+def test_table_says_how_much_of_a_bound_was_used_in_plain_figures(results: list[CaseResult], tmp_path: Path) -> None:
+    first, *_, last = dict.fromkeys(section_of(result.case) for result in results)
+    whole = (Measure("all of it", 0.999, 1.0, "one"),)
+    shown = [replace(result, measures=()) if section_of(result.case) == last else result for result in results]
+    shown = [replace(result, measures=whole) if section_of(result.case) == first else result for result in shown]
+    write_reports(tmp_path, certificate_of(shown), shown)
+    lines = (tmp_path / "matrix.md").read_text(encoding="utf-8").splitlines()
+    (row,) = (line for line in lines if f"| {first} |" in line)
+    assert row.endswith("| 99.9 %, all of it |")
+    (row,) = (line for line in lines if f"| {last} |" in line)
+    assert row.endswith("| nothing measured |")
+    assert "e+0" not in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_filtered_run_has_no_badge(results: list[CaseResult], tmp_path: Path) -> None:

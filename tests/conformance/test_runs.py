@@ -3,6 +3,7 @@ configuration have no effect."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -57,7 +58,33 @@ def test_backend_without_its_hardware_is_not_run_and_gets_no_certificate(tmp_pat
     assert ended.returncode == 3
     assert "No such card." in ended.stderr
     assert "Buy one." in ended.stderr
-    assert not (tmp_path / "out").exists()
+    assert "failed" not in ended.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_what_a_crashed_backend_had_started_ends_with_it(
+    judged: Judged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked = tmp_path / "locked"
+    monkeypatch.setenv("LOCKED_BY_ANOTHER", str(locked))
+    found = verdicts(judged("ANOTHER", keyword="evaluation_gives"))
+    assert found == {EVALUATES: Verdict.FAILED}
+    with open(locked) as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises BlockingIOError while it lives
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("import os; os.abort()", "broke off: crashed: the process was ended by SIGABRT"),
+        ("import sys; sys.exit('no licence')", "SystemExit: no licence"),
+    ],
+)
+def test_end_at_import_is_said_on_the_console(program: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "ends_at_import.py").write_text(program)
+    ended = suite("--spec", "ends_at_import:SPEC", "--section", "10", "--out", "out", cwd=tmp_path)
+    assert ended.returncode == 20
+    assert words in ended.stderr
 
 
 def test_spec_that_cannot_be_imported_fails_every_case_by_name(tmp_path: Path) -> None:
@@ -83,17 +110,59 @@ def test_section_that_does_not_exist_is_refused_with_those_that_do(tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
-def test_filtered_run_yields_no_certificate_and_removes_an_old_one(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "certificate.json").write_text("{}")
+@pytest.mark.fault("U52")
+@pytest.mark.parametrize(
+    ("filters", "words"),
+    [
+        (("-k", "nosuchcase"), "no case that matches -k 'nosuchcase'"),
+        (("--section", "10", "--level", "L1"), "no case in both the sections and the levels"),
+    ],
+)
+def test_filters_that_select_nothing_are_refused(filters: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    ended = suite("--spec", REFERENCE, *filters, "--out", "out", cwd=tmp_path)
+    assert ended.returncode == 2
+    assert words in ended.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "0", "-1"])
+def test_time_for_a_case_that_never_or_always_ends_it_is_refused(seconds: str, tmp_path: Path) -> None:
+    ended = suite("--spec", REFERENCE, "--timeout", seconds, "--out", "out", cwd=tmp_path)
+    assert ended.returncode == 2
+    assert "QH-N19" in ended.stderr
+
+
+def test_out_that_is_no_folder_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    ended = suite("--spec", REFERENCE, "-k", "device_facts_are", "--out", "file", cwd=tmp_path)
+    assert ended.returncode == 8
+    assert "Name another folder with --out." in ended.stderr
+    assert "passed" not in ended.stderr
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_filtered_run_yields_no_certificate(tmp_path: Path) -> None:
     ended = suite("--spec", REFERENCE, "-k", "device_facts_are", "--out", "out", cwd=tmp_path)
     assert ended.returncode == 20
     assert "no certificate" in ended.stderr
-    assert not (out / "certificate.json").exists()
-    document = json.loads((out / "results.json").read_text())
+    assert not (tmp_path / "out" / "certificate.json").exists()
+    document = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (document["conformant"], document["filtered"], "sha256" in document) == (False, True, False)
     assert [case["verdict"] for case in document["cases"]] == ["passed"]
+
+
+def test_filtered_run_leaves_the_files_of_a_whole_run_alone_and_says_where_its_own_are(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    names = ("certificate.json", "badge.json", "results.json", "matrix.md")
+    for name in names:
+        (out / name).write_text("of the whole run")
+    ended = suite("--spec", REFERENCE, "-k", "device_facts_are", "--out", "out", cwd=tmp_path)
+    assert ended.returncode == 20
+    assert "out holds the certificate of a whole run, which stays" in ended.stderr
+    assert {path.name for path in out.iterdir()} == {*names, "filtered"}
+    assert {(out / name).read_text() for name in names} == {"of the whole run"}
+    assert json.loads((out / "filtered" / "results.json").read_text())["filtered"] is True
 
 
 def test_same_seed_gives_the_same_figures_and_another_seed_others(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from qlora_hal.errors import ConfigError
+from qlora_hal_conformance import waivers
 from qlora_hal_conformance.counting import Count
 from qlora_hal_conformance.verdicts import CaseResult, Verdict
 from qlora_hal_conformance.waivers import apply_waivers, read_waivers
@@ -34,14 +35,19 @@ def _written(tmp_path: Path, text: str) -> Path:
 
 
 def test_failed_case_is_waived_until_its_last_day(results: list[CaseResult], tmp_path: Path) -> None:
-    waivers = read_waivers(_written(tmp_path, TEXT))
+    known = read_waivers(_written(tmp_path, TEXT))
     failed = _with(results, Verdict.FAILED)
-    waived = apply_waivers(failed, waivers, DAY)
+    waived = apply_waivers(failed, known, DAY)
     assert waived.totals["waived"] == 1
     assert not waived.all_green
     (shown,) = [result for result in waived.results if result.case == CASE]
     assert shown.waiver == {"issue": "https://example.org/toy/issues/7", "expires": "2030-01-31"}
-    assert apply_waivers(failed, waivers, DAY + datetime.timedelta(days=1)) == failed
+    assert apply_waivers(failed, known, DAY + datetime.timedelta(days=1)) == failed
+
+
+def test_example_of_the_module_is_a_waivers_file(tmp_path: Path) -> None:
+    _, _, example = str(waivers.__doc__).partition("\n\n")
+    assert len(read_waivers(_written(tmp_path, example))) == 1
 
 
 @pytest.mark.parametrize("verdict", [Verdict.PASSED, Verdict.REFUSED, Verdict.INCONCLUSIVE])

@@ -5,30 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from installed_plugins import GOOD, install
 
-GOOD = """
-from qlora_hal.backend import Availability, BackendSpec, ProbeReport
-from qlora_hal.capabilities import Capabilities, WeightFormat
-CAPABILITIES = Capabilities(frozenset({WeightFormat.NONE}), frozenset({"float32"}), frozenset())
-def probe():
-    return ProbeReport("NAME", Availability.READY, "always")
-SPEC = BackendSpec("NAME", "a plugin", 5, CAPABILITIES, probe, "nowhere:Nothing")
-"""
-
-
-def install(folder: Path, plugins: Mapping[str, tuple[str, str]]) -> None:
-    """Distribution -> (backend name, source of its module), as a wheel would lie in site-packages."""
-    for distribution, (name, source) in plugins.items():
-        module = distribution.replace("-", "_")
-        (folder / f"{module}.py").write_text(source.replace("NAME", name))
-        info = folder / f"{module}-1.0.dist-info"
-        info.mkdir(parents=True)
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text(f"[qlora_hal.backends]\n{name} = {module}:SPEC\n")
+from qlora_hal.discovery import Listed, find, listed, load_spec, open_trainer
+from qlora_hal.errors import BackendError
 
 
 def probed(folder: Path) -> dict[str, tuple[str, str, str]]:
@@ -81,12 +65,93 @@ def test_two_distributions_with_one_name_are_both_named(tmp_path: Path) -> None:
     assert "second-plugin" in reason
 
 
-@pytest.mark.fault("E07")
+@pytest.mark.fault("X10")
 def test_built_in_name_cannot_be_taken_over(tmp_path: Path) -> None:
     install(tmp_path, {"impostor": ("cpu_torch", GOOD)})
-    availability, reason, _ = probed(tmp_path)["cpu_torch"]
+    found = probed(tmp_path)
+    assert found["cpu_torch"][0] == "ready"
+    availability, reason, fix = found["cpu_torch (impostor)"]
     assert availability == "broken"
-    assert "impostor" in reason
+    assert reason == "impostor offers a backend called cpu_torch, which is the name of a built-in one."
+    assert fix == "Uninstall it: pip uninstall impostor."
+
+
+def test_the_name_of_a_built_in_backend_finds_the_built_in_one() -> None:
+    ours = Listed("cpu_torch", "qlora-hal")
+    assert find("cpu_torch", [Listed("cpu_torch", "impostor"), ours]) is ours
+
+
+@pytest.mark.fault("E09")
+@pytest.mark.parametrize(
+    ("right", "wrong", "said"),
+    [
+        ('frozenset({"float32"})', '["float32"]', "capabilities.compute_dtypes is a list (['float32'])"),
+        ("CAPABILITIES, probe", "None, probe", "capabilities is a NoneType (None), Capabilities is expected"),
+        ("5,", "'high',", "priority is a str ('high'), int is expected"),
+    ],
+)
+def test_plugin_with_a_field_of_a_wrong_type_is_broken_by_name(
+    tmp_path: Path, right: str, wrong: str, said: str
+) -> None:
+    assert right in GOOD
+    install(tmp_path, {"mistyped": ("odd", GOOD.replace(right, wrong))})
+    availability, reason, _ = probed(tmp_path)["odd"]
+    assert availability == "broken"
+    assert said in reason
+
+
+def test_what_a_plugin_says_of_itself_cannot_write_to_the_terminal(tmp_path: Path) -> None:
+    loud = GOOD.replace('"always"', '"one\\ntwo \\x1b[2J \\udc80"')
+    install(tmp_path, {"loud": ("loud", loud)})
+    assert probed(tmp_path)["loud"] == ("ready", "one two [2J", "")
+
+
+def test_plugin_that_dies_without_a_word_is_told_by_how_it_ended(tmp_path: Path) -> None:
+    install(tmp_path, {"mute": ("mute", "import os; os._exit(0)")})
+    assert "its probe ended with exit status 0 and no answer" in probed(tmp_path)["mute"][1]
+
+
+def in_a_process_with(folder: Path, program: str) -> str:
+    """What a program prints with the folder on its path."""
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    return child.stdout.strip()
+
+
+CHOOSE = """
+from qlora_hal.capabilities import Needs
+from qlora_hal.discovery import listed, reports
+from qlora_hal.selection import choose
+from qlora_hal.supervising import is_supervised
+entries = listed()
+assert not is_supervised("auto", ())
+choice = choose("auto", Needs(), entries, reports(entries), allow_cpu=True)
+print(choice.spec.name != "odd", choice.rejections["odd"])
+"""
+
+
+@pytest.mark.fault("E08")
+def test_plugin_that_leaves_in_this_process_alone_is_passed_over(tmp_path: Path) -> None:
+    leaves = "import sys\nif 'qlora_hal.discovery' not in sys.orig_argv: sys.exit(0)\n"
+    install(tmp_path, {"twofaced": ("odd", leaves + GOOD)})
+    said = in_a_process_with(tmp_path, CHOOSE)
+    assert said == "True Backend odd of twofaced cannot be imported: SystemExit: 0"
+
+
+@pytest.mark.fault("E08")
+def test_plugin_that_crashes_never_enters_this_process(tmp_path: Path) -> None:
+    install(tmp_path, {"crashes": ("odd", "import os; os.abort()")})
+    assert in_a_process_with(tmp_path, CHOOSE).startswith("True crashes could not be asked: its probe ended with")
+
+
+@pytest.mark.fault("B04")
+def test_trainer_that_leaves_while_it_is_opened_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "leaving_trainer.py").write_text("raise SystemExit(0)")
+    monkeypatch.syspath_prepend(tmp_path)
+    spec = replace(load_spec(find("cpu_torch", listed())), trainer="leaving_trainer:Trainer")
+    with pytest.raises(BackendError, match="could not be opened: SystemExit: 0") as failure:
+        open_trainer(spec)
+    assert failure.value.code == "QH-B04"
 
 
 def test_plugin_of_another_contract_is_refused_in_one_sentence(tmp_path: Path) -> None:

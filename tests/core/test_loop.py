@@ -121,6 +121,7 @@ def test_learning_rate_and_tokens_are_those_of_this_step() -> None:
     assert {s.token_count for s in trainer.settings} == {2 * 4 * 2}  # two batches, four rows, two counted of three
 
 
+@pytest.mark.fault("N02")
 @pytest.mark.fault("N01")
 def test_step_that_is_not_finite_stops_before_it_is_saved_and_names_its_rows() -> None:
     trainer = Trainer(losses={2: float("nan")})
@@ -133,6 +134,7 @@ def test_step_that_is_not_finite_stops_before_it_is_saved_and_names_its_rows() -
     assert not any(entry.startswith("saved") for entry in trainer.log)
 
 
+@pytest.mark.fault("N07", "N08", "N09")
 @pytest.mark.fault("N06")
 def test_out_of_memory_halves_micro_batches_and_keeps_the_window() -> None:
     trainer = Trainer(largest=1)
@@ -161,6 +163,34 @@ def test_patience_stops_after_evaluations_without_improvement() -> None:
     assert ended == "early stopping"
     assert [entry for entry in events.log if "best" in entry] == ["best 2", "best 4"]
     assert events.log[-1] == "saved 8"
+
+
+def test_an_evaluation_that_is_not_finite_is_never_the_best() -> None:
+    losses = iter([float("nan"), 3.0, float("inf"), 2.0])
+    progress = Progress()
+    _, events = carried_out(
+        Trainer(), 10, progress=progress, evaluation=lambda: LossSum(next(losses), 1), training={"eval_steps": 2}
+    )
+    assert [entry for entry in events.log if "best" in entry] == ["best 4", "best 8"]
+    assert progress.best_loss == 2.0
+    assert events.notes == [
+        "step 2: the validation loss is nan; it counts as no improvement",
+        "step 6: the validation loss is inf; it counts as no improvement",
+    ]
+
+
+def test_evaluations_of_which_none_is_finite_have_no_best_and_wear_patience_out() -> None:
+    progress = Progress()
+    ended, events = carried_out(
+        Trainer(),
+        20,
+        progress=progress,
+        evaluation=lambda: LossSum(float("nan"), 1),
+        training={"eval_steps": 2, "early_stopping_patience": 2},
+    )
+    assert ended == "early stopping"
+    assert (progress.best_loss, progress.best_step) == (None, None)
+    assert events.log[-1] == "saved 4"
 
 
 def test_patience_that_ran_out_before_a_resume_stays_out() -> None:

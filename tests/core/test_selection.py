@@ -92,12 +92,14 @@ def test_named_backend_is_refused_with_everything_it_lacks(needs: Needs, said: s
     assert refusal.value.exit_status == 2
 
 
+@pytest.mark.fault("B05")
 def test_named_backend_that_cannot_run_is_refused_with_its_fix() -> None:
     with pytest.raises(BackendUnavailableError, match="no device for gpu") as refusal:
         chosen("gpu", FOUR_BIT, spec("gpu", ready=False), spec("cpu", accelerator=False), allow_cpu=True)
     assert refusal.value.fix == "buy a device for gpu"
 
 
+@pytest.mark.fault("B03")
 def test_misspelled_name_gets_the_close_one() -> None:
     with pytest.raises(BackendNotFoundError) as refusal:
         chosen("cuda_bnd", FOUR_BIT, spec("cuda_bnb"))

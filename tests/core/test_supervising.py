@@ -18,6 +18,7 @@ from qlora_hal.backend import BackendSpec
 from qlora_hal.discovery import find, listed, load_spec
 from qlora_hal.errors import ConfigError, ModelError, OutOfMemoryError
 from qlora_hal.report.console import RunConsole
+from qlora_hal.stopping import EndedAtOnce
 from qlora_hal.supervising import SUPERVISED_VARIABLE, is_supervised
 
 
@@ -65,6 +66,28 @@ def test_an_error_of_the_child_comes_out_as_it_was(supervised: None, tmp_path: P
     assert (caught.value.code, caught.value.exit_status) == ("QH-C70", 5)
     with pytest.raises(ConfigError):
         train(settings(tmp_path / "run", **{"training.max_steps": -1}))
+
+
+def test_a_defect_in_the_child_is_told_as_one(
+    supervised: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not as memory that ran out; its traceback comes along."""
+    monkeypatch.setenv("QLORA_HAL_FAULTS", "ckpt.before_first_write:raise@1")
+    with pytest.raises(RuntimeError, match="in the training process: InjectedFault") as caught:
+        train(settings(tmp_path / "run", **{"training.max_steps": 1}), console=RunConsole(quiet=True))
+    assert "Traceback" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_training_began_ends_the_child_as_asked(
+    supervised: None, tmp_path: Path, number: signal.Signals
+) -> None:
+    asker = threading.Timer(1.0, os.kill, (os.getpid(), number))
+    asker.start()
+    with pytest.raises(EndedAtOnce, match="no step was saved yet") as caught:
+        train(settings(tmp_path / "run", **{"training.max_steps": 500}), console=RunConsole(quiet=True))
+    asker.join()
+    assert caught.value.exit_status == 128 + number
 
 
 @pytest.mark.fault("S24")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -139,6 +141,8 @@ def test_byte_order_mark_and_crlf_change_nothing(prepared: Prepare) -> None:
         ('[{"text": "a"}\n {"text": "b"}]', "2:2", "was expected"),
         ('[{"text": "a"},\n {"text": b}]', "2:11", "expecting value"),
         ('[{"text": "a"}] x', "1:17", "something follows"),
+        ('[{"text": "a"}, {"text": "b"},\n {"text": "c"}, {"text": d}]', "2:26", "expecting value"),
+        ('[{"text": "a"}, {"text": "b"},\n {"text": NaN}]', "2:2", "NaN is not JSON"),
         ('[{"text": "a"}', "1:15", "was expected"),
     ],
 )
@@ -383,9 +387,23 @@ def test_sequence_longer_than_the_model_allows_is_refused(prepared: Prepare) -> 
 
 def test_place_that_cannot_be_written_is_a_storage_error(tmp_path: Path, chatml: ChatTokenizer) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="QH-S09") as caught:
+    with pytest.raises(StorageError, match="QH-S11") as caught:
         prepare(DataConfig(), chatml, cache_dir=tmp_path / "file" / "cache", seed=0, rows=[{"text": "a"}])
     assert caught.value.exit_status == 8
+
+
+@pytest.mark.fault("S12")
+@pytest.mark.skipif(sys.platform == "win32", reason="a folder has no such mode there")
+def test_refused_permission_is_not_called_a_full_disk(tmp_path: Path, chatml: ChatTokenizer) -> None:
+    (tmp_path / "closed").mkdir(mode=0o500)
+    user = os.geteuid()
+    os.seteuid(user or 65534)  # no mode refuses root
+    try:
+        with pytest.raises(StorageError, match=r"QH-S12.*No permission to write the token store") as caught:
+            prepare(DataConfig(), chatml, cache_dir=tmp_path / "closed" / "cache", seed=0, rows=[{"text": "a"}])
+    finally:
+        os.seteuid(user)
+    assert "Free space" not in caught.value.fix
 
 
 @pytest.mark.fault("D03", "D04", "D08")
@@ -457,7 +475,6 @@ def test_a_comma_in_the_header_is_the_separator_whatever_the_rows_hold(prepared:
     [
         ('prompt,completion\n"a "b",c\n', "expected after"),
         ('prompt,completion\na,"b\n', "unexpected end of data"),
-        (b"prompt,completion\na,\xff\n", "0xff is not UTF-8"),
     ],
 )
 def test_broken_csv_is_not_called_json(text: str | bytes, reason: str, prepared: Prepare) -> None:
@@ -465,6 +482,15 @@ def test_broken_csv_is_not_called_json(text: str | bytes, reason: str, prepared:
         prepared(text, name="rows.csv")
     assert reason in caught.value.message
     assert caught.value.where.startswith("rows.csv:")
+
+
+@pytest.mark.fault("D04")
+def test_a_byte_of_a_csv_that_is_not_utf8_is_named_with_its_line(prepared: Prepare) -> None:
+    lines_before = b"".join(b"a,%d\n" % number for number in range(3))
+    with pytest.raises(DataError, match=r"QH-D04.*Byte 0xe9 is not UTF-8 text") as caught:
+        prepared(b"prompt,completion\n" + lines_before + b"a,caf\xe9\n" + lines_before, name="rows.csv")
+    assert caught.value.where == "rows.csv:5:6"
+    assert caught.value.fix == "Save the file as UTF-8."
 
 
 @pytest.mark.fault("D05")
@@ -478,3 +504,22 @@ def test_a_row_in_many_pieces_is_listed_once(prepared: Prepare, conversation: Co
     assert report.untrained_rows == [2, 3]
     assert report.dropped_untrained > 4
     assert any("pieces of rows; first rows: 2, 3" in line for line in report.lines())
+
+
+@pytest.mark.fault("D03")
+def test_rows_below_a_key_of_one_object_are_asked_for_at_the_top(prepared: Prepare, conversation: Conversation) -> None:
+    wrapped = {"data": [conversation("a", "b")]}
+    with pytest.raises(DataError, match="QH-D03") as caught:
+        prepared(json.dumps(wrapped), name="rows.json")
+    assert caught.value.fix.startswith("Put the list under data at the top level")
+    with pytest.raises(DataError, match=r"QH-D04.*one object over several lines") as caught:
+        prepared(json.dumps(wrapped, indent=1), name="rows.json")
+    assert "top level" in caught.value.fix
+
+
+@pytest.mark.fault("D12")
+def test_markers_of_a_built_in_template_that_are_no_tokens_are_told(folders: Mapping[str, Path]) -> None:
+    bare = ChatTokenizer.from_folder(folders["bare"], chat_template="chatml")
+    assert any("<|im_start|>, <|im_end|> of the template chatml are no tokens here" in note for note in bare.notes)
+    whole = ChatTokenizer.from_folder(folders["chatml"], chat_template="chatml")
+    assert not any("no tokens" in note for note in whole.notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,45 @@ def test_pad_id_is_never_an_end_token(folders: Mapping[str, Path]) -> None:
     assert not ChatTokenizer.from_folder(folders["chatml"]).notes
 
 
+def _declaring(folder: Path, base: Path, **named: str) -> Path:
+    """The model folder `base` with other named tokens, which its tokenizer.json need not have."""
+    (folder / "tokenizer.json").write_bytes((base / "tokenizer.json").read_bytes())
+    config = json.loads((base / "tokenizer_config.json").read_text("utf-8"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, **named}), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.fault("D09")
+@pytest.mark.parametrize("more", [{}, {"unk_token": "<new unk>"}])
+def test_pad_token_beyond_the_models_embeddings_counts_as_absent(
+    more: dict[str, str], folders: Mapping[str, Path], tmp_path: Path
+) -> None:
+    own = ChatTokenizer.from_folder(folders["chatml"]).vocabulary_size
+    folder = _declaring(tmp_path, folders["chatml"], pad_token="<new pad>", **more)
+    exact = ChatTokenizer.from_folder(folder, model_vocabulary_size=own)
+    assert exact.pad_id < own
+    assert exact.pad_id not in exact.stop_ids
+    assert f"and the model has {own} tokens; id {exact.pad_id} " in exact.notes[0]
+    assert exact.with_template("plain").pad_id == exact.pad_id
+    for padded in (own + 64, None):
+        roomy = ChatTokenizer.from_folder(folder, model_vocabulary_size=padded)
+        assert roomy.decode([roomy.pad_id], skip_special_tokens=False) == "<new pad>"
+        assert not roomy.notes
+
+
+@pytest.mark.fault("D13")
+@pytest.mark.parametrize("name", ["eos_token", "bos_token"])
+def test_named_token_beyond_the_models_embeddings_is_refused(
+    name: str, folders: Mapping[str, Path], tmp_path: Path
+) -> None:
+    own = ChatTokenizer.from_folder(folders["chatml"]).vocabulary_size
+    folder = _declaring(tmp_path, folders["chatml"], **{name: "<new>"})
+    with pytest.raises(DataError, match=rf"QH-D13.*{name} '<new>' has id {own}; the model has {own} tokens") as caught:
+        ChatTokenizer.from_folder(folder, model_vocabulary_size=own)
+    assert caught.value.exit_status == 4
+    ChatTokenizer.from_folder(folder, model_vocabulary_size=own + 1)
+
+
 def test_stop_ids_hold_eos_turn_end_and_the_models_own(folders: Mapping[str, Path], tmp_path: Path) -> None:
     tokenizer = ChatTokenizer.from_folder(folders["llama3"])
     assert tokenizer.stop_ids == (tokenizer.eos_id, tokenizer.special.ids["<|eot_id|>"])
@@ -287,6 +327,7 @@ def test_refused_role_order_names_row_and_role(
         prepared([typo], tokenizer=tokenizer)
 
 
+@pytest.mark.fault("X04")
 @pytest.mark.parametrize(
     "source",
     [

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from small_runs import SMALL, merged, small_run
 
-from qlora_hal import resume, train
+from qlora_hal import discovery, resume, train
 from qlora_hal.adapter.converting import convert_adapter
 from qlora_hal.backend import Quantization
 from qlora_hal.capabilities import WeightFormat
+from qlora_hal.cli.__main__ import main
 from qlora_hal.demo import model_path
 from qlora_hal.errors import AdapterError, StoppedError
 from qlora_hal.generation import open_generation
@@ -43,12 +48,14 @@ class Opened:
     storages: list[Quantization] = field(default_factory=list)
     dtypes: list[str] = field(default_factory=list)
     options: list[dict[str, object]] = field(default_factory=list)
+    imported_with: list[dict[str, object]] = field(default_factory=list)
+    closed: int = 0
     trainers: list[str] = field(default_factory=list)
 
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
-    found, load = Opened(), GuardedTrainer.load
+    found, load, open_trainer, close = Opened(), GuardedTrainer.load, discovery.open_trainer, GuardedTrainer.close
 
     def watched(self: GuardedTrainer, source: Any, quantization: Quantization, compute: Any) -> None:
         found.storages.append(quantization)
@@ -57,7 +64,17 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
         found.trainers.append(type(self._trainer).__module__.split(".")[1])
         load(self, source, quantization, compute)
 
+    def watched_import(spec: Any, options: Any = None) -> Any:
+        found.imported_with.append(dict(options or {}))
+        return open_trainer(spec, options)
+
+    def watched_close(self: GuardedTrainer) -> None:
+        found.closed += 1
+        close(self)
+
     monkeypatch.setattr(GuardedTrainer, "load", watched)
+    monkeypatch.setattr(GuardedTrainer, "close", watched_close)
+    monkeypatch.setattr(discovery, "open_trainer", watched_import)
     return found
 
 
@@ -92,6 +109,7 @@ def test_base_is_opened_as_it_was_stored_in_training(
     assert opened.storages[0] == opened.storages[1] == opened.storages[2]
     assert opened.dtypes[0] == opened.dtypes[1] == opened.dtypes[2]
     assert opened.options[0] == opened.options[1] == opened.options[2]
+    assert opened.imported_with == opened.options  # they decide the environment of the import
     assert "note:" not in capsys.readouterr().err
 
 
@@ -120,7 +138,7 @@ def test_run_that_moved_goes_on_and_is_opened_where_it_went(tmp_path: Path, open
     open_generation(run_dir=run_dir).close()
     assert opened.trainers == ["torch_family", "mlx_lora", "mlx_lora", "mlx_lora"]
     assert opened.storages[1] == opened.storages[2] == opened.storages[3]
-    assert opened.options == [{"attention": "eager"}, {}, {}, {}]
+    assert opened.options == opened.imported_with == [{"attention": "eager"}, {}, {}, {}]
 
 
 def test_other_backend_in_the_place_of_the_absent_one_is_said(
@@ -157,6 +175,42 @@ def test_run_that_has_not_ended_has_no_adapter_to_convert(stopped: Path, tmp_pat
     (checkpoint,) = stopped.glob("checkpoints/step-*")
     assert str(checkpoint) in caught.value.fix
     assert convert_adapter(checkpoint, tmp_path / "out", to="mlx").layout == "mlx"
+
+
+@pytest.mark.fault("C09")
+def test_trainer_is_closed_when_the_adapter_does_not_fit(stopped: Path, tmp_path: Path, opened: Opened) -> None:
+    (checkpoint,) = stopped.glob("checkpoints/step-*")
+    broken = tmp_path / "adapter"
+    shutil.copytree(checkpoint, broken)
+    tensors = load_file(broken / "adapter_model.safetensors")
+    last = max(name for name in tensors if "lora_B" in name)
+    save_file({**tensors, last: np.concatenate([tensors[last]] * 2)}, broken / "adapter_model.safetensors")
+    with pytest.raises(AdapterError) as caught:
+        open_generation(run_dir=stopped, adapter_dir=broken)
+    assert caught.value.code == "QH-C09"
+    assert opened.closed == len(opened.options) == 1
+
+
+@pytest.mark.parametrize(("only", "asked"), [((), [False, True]), (("--base-only",), [False])])
+def test_only_the_answers_that_are_shown_are_generated(
+    stopped: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    only: tuple[str, ...],
+    asked: list[bool],
+) -> None:
+    (checkpoint,) = stopped.glob("checkpoints/step-*")
+    found, generate = [], GuardedTrainer.generate
+
+    def watched(self: GuardedTrainer, prompt: Any, **more: Any) -> Any:
+        found.append(more["adapter"])
+        return generate(self, prompt, **more)
+
+    monkeypatch.setattr(GuardedTrainer, "generate", watched)
+    place = ("--run", str(stopped), "--adapter", str(checkpoint), "--max-new-tokens", "2")
+    assert main(["generate", "--prompt", "ls", *place, *only, "--json"]) == 0
+    assert found == asked
+    assert len(json.loads(capsys.readouterr().out)) == 1 + len(asked)
 
 
 def test_stopped_run_offers_only_what_it_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

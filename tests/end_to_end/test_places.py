@@ -140,3 +140,13 @@ def test_settings_without_a_meaning_are_noted(tmp_path: Path) -> None:
     assert "data.split" in notes
     assert list(idle_settings(RunConfig.model_validate(SMALL), has_rows=False)) == []
     assert "data.path" in " ".join(idle_settings(RunConfig.model_validate(SMALL), has_rows=True))
+
+
+@pytest.mark.fault("U01")
+def test_what_is_no_path_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"QH-U01.*data is a value of type list; a path was expected"):
+        resume(tmp_path, data=[{"text": "a"}])  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"QH-U01.*run_dir is a value of type int"):
+        resume(5)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"QH-U01.*a settings file, a mapping or a RunConfig is expected, not .* int"):
+        train(5)  # type: ignore[arg-type]

@@ -97,12 +97,10 @@ def test_changed_data_refuse_an_exact_resume(tmp_path: Path) -> None:
     rows = data_path("train").read_text().splitlines(keepends=True)[:60]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(rows))
-    result = train(
-        merged(SMALL, {"data.path": str(file), "output_dir": str(tmp_path / "run"), "training.max_steps": 2})
-    )
+    assert killed_run(tmp_path / "run", "ckpt.after_rename:kill@1", {"data.path": str(file)}) == -signal.SIGKILL
     file.write_text("".join(rows[1:]))
     with pytest.raises(CheckpointError) as refusal:
-        resume(result.run_dir)
+        resume(tmp_path / "run")
     assert refusal.value.code == "QH-D16"
     assert "data_fingerprint" in refusal.value.message
 

@@ -116,6 +116,21 @@ def test_refused_resume_leaves_the_record_as_it_was(settings: dict[str, Any], va
     assert path.read_bytes() == before
 
 
+@pytest.mark.fault("C20")
+def test_edited_configuration_is_not_resumed(settings: dict[str, Any]) -> None:
+    with pytest.raises(StoppedError):
+        train(settings, observers=[StopAfter(1)])
+    path = Path(settings["output_dir"]) / "run.json"
+    whole = record(path.parent)
+    edited = {**whole["config"], "training": {**whole["config"]["training"], "max_steps": 600}}
+    path.write_text(json.dumps({**whole, "config": edited}))
+    with pytest.raises(CheckpointError, match="not the one that the run began with") as refused:
+        resume(path.parent)
+    assert (refused.value.code, refused.value.exit_status) == ("QH-C20", 9)
+    path.write_text(json.dumps(whole))
+    assert resume(path.parent).steps == 6
+
+
 def test_resumed_run_sums_its_times_and_keeps_its_start(settings: dict[str, Any]) -> None:
     with pytest.raises(StoppedError):
         train(settings, observers=[StopAfter(2)])
@@ -197,6 +212,32 @@ def test_early_stopping_outlives_a_kill(settings: dict[str, Any]) -> None:
     assert (result.adapter_dir / "adapter_model.safetensors").is_file()
     assert any("no further step is taken" in note for note in result.notes)
     assert evaluations(run_dir).count("after") == 1
+
+
+def tensors(folder: Path) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def test_best_adapter_on_the_way_is_the_one_that_stays(settings: dict[str, Any]) -> None:
+    result = train(merged(hopeless(settings), {"training.load_best_adapter_at_end": True}))
+    lines = map(json.loads, (result.run_dir / "metrics.jsonl").read_text().splitlines())
+    losses = {line["step"]: line["eval_loss"] for line in lines if line.get("label") in ("during", "after")}
+    best = min(losses, key=lambda step: losses[step])
+    assert best < result.steps
+    assert result.eval_loss_after == losses[best]
+    assert tensors(result.adapter_dir) == tensors(result.run_dir / "best_adapter")
+    assert json.loads((result.adapter_dir / "qlora_hal.json").read_text())["step"] == best
+
+
+def test_best_adapter_that_was_replaced_is_not_taken_for_another_step(settings: dict[str, Any]) -> None:
+    """As where a lost part of the run had found a better one, and went otherwise when it was done anew."""
+    killed(merged(hopeless(settings), {"training.load_best_adapter_at_end": True}), "ckpt.after_rename:kill@1")
+    run_dir = Path(settings["output_dir"])
+    provenance = run_dir / "best_adapter" / "qlora_hal.json"
+    provenance.write_text(json.dumps({**json.loads(provenance.read_text()), "step": 11}))
+    result = resume(run_dir)
+    assert any("replaced it by that of step 11" in note for note in result.notes)
+    assert tensors(result.adapter_dir) != tensors(run_dir / "best_adapter")
 
 
 def test_adapter_that_is_worse_than_its_base_is_said(settings: dict[str, Any]) -> None:

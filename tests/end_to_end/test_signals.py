@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 from small_runs import SMALL, merged
 
+from qlora_hal.checkpoint import checkpoints
+
 CHANGES = {"training.max_steps": 400, "checkpoint.save_steps": 1, "training.gradient_accumulation_steps": 1}
 
 
@@ -59,6 +61,29 @@ def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored(tmp_path:
         said.append(child.stderr.read())
     assert child.returncode == 0, "".join(said)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.fault("S22")
+def test_a_closed_terminal_stops_the_run_with_its_state_saved(tmp_path: Path) -> None:
+    with training(tmp_path, **{"training.max_steps": 200}) as (child, said):
+        child.send_signal(signal.SIGHUP)
+        assert child.stderr is not None
+        said.append(child.stderr.read())
+    assert child.returncode == 75, "".join(said)
+    assert "qlora-hal resume" in said[-1]
+
+
+@pytest.mark.fault("S22")
+def test_a_scheduler_that_warns_gets_a_save_and_the_run_goes_on(tmp_path: Path) -> None:
+    with training(tmp_path, **{"training.max_steps": 30, "checkpoint.save_steps": 1000}) as (child, said):
+        child.send_signal(signal.SIGUSR1)
+        assert child.stderr is not None
+        said.append(child.stderr.read())
+    assert child.returncode == 0, "".join(said)
+    assert "SIGUSR1: saving after this step, and going on." in said[-1]
+    steps = [step for step, _ in checkpoints(tmp_path / "run")]
+    assert len(steps) == 2
+    assert 2 <= steps[0] < 30 == steps[1]
 
 
 @pytest.mark.fault("S21")

@@ -26,19 +26,22 @@ def probed(name: str, **versions: str | None) -> ProbeReport:
 
 
 @pytest.mark.parametrize(
-    ("name", "accelerated", "word"),
+    ("name", "accelerated", "word", "kind", "dtype"),
     [
-        ("nvidia_h200", True, "H200"),
-        ("amd_mi300x", True, "MI300X"),
-        ("nvidia_t4", True, "T4"),
-        ("plain_cpu", False, "cores"),
-        ("apple_m3_macos15", False, "cores"),
+        ("nvidia_h200", True, "H200", "cuda", "bfloat16"),
+        ("amd_mi300x", True, "MI300X", "rocm", "bfloat16"),
+        ("nvidia_t4", True, "T4", "cuda", "float16"),
+        ("plain_cpu", False, "cores", "cpu", "float32"),
+        ("apple_m3_macos15", False, "cores", "cpu", "float32"),
     ],
 )
-def test_it_runs_on_the_gpu_that_torch_drives_else_on_the_cpu(name: str, accelerated: bool, word: str) -> None:
+def test_it_runs_on_the_gpu_that_torch_drives_else_on_the_cpu(
+    name: str, accelerated: bool, word: str, kind: str, dtype: str
+) -> None:
     report = probed(name, **WITH_ENGINE)
     assert report.availability is Availability.READY, report.reason
     assert report.uses_accelerator is accelerated
+    assert (report.device_kind, report.compute_dtype) == (kind, dtype)
     assert word in report.reason
     assert "gptqmodel 7.6.0" in report.reason
     assert report.devices

@@ -222,6 +222,26 @@ def test_an_output_that_holds_something_is_left_alone(plain: TinyModel, tmp_path
 
 
 # what is refused ------------------------------------------------------------------------------------------------------
+@pytest.mark.fault("S14")
+@pytest.mark.parametrize(("kind", "words"), [("file", "is a file"), ("link", "is a link"), ("dead link", "is a link")])
+def test_a_place_that_no_folder_can_take_is_refused_before_the_work(
+    plain: TinyModel, tmp_path: Path, kind: str, words: str
+) -> None:
+    out = tmp_path / "out"
+    if kind == "file":
+        out.write_text("mine")
+    else:
+        out.symlink_to(tmp_path / "there")
+    if kind == "link":
+        (tmp_path / "there").mkdir()
+    before, asked = sorted(tmp_path.iterdir()), StandIn.asked
+    calibration = checked_calibration(ROWS[:2], context=512, where="a test")
+    with pytest.raises(QloraHalError, match=words) as raised:
+        quantize_into(out, plain.source, STAND_IN, Recipe(STORAGE), calibration, {}, lambda text: None)
+    assert (raised.value.code, raised.value.exit_status) == ("QH-S14", 8)
+    assert (sorted(tmp_path.iterdir()), StandIn.asked) == (before, asked)
+
+
 def test_calibration_without_a_token_is_refused() -> None:
     with pytest.raises(DataError, match="no row with a token") as raised:
         checked_calibration([[], []], context=512, where="calib.jsonl")

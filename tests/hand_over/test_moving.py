@@ -114,6 +114,7 @@ def test_transfer_goes_on_with_the_other_format_and_says_how_far_it_is(half: Pat
     assert 1e-4 < told["gap"]["kl_mean"] < 0.5  # type: ignore[index]
 
 
+@pytest.mark.fault("C19")
 def test_run_goes_there_and_back_again(half: Path, tmp_path: Path) -> None:
     resume(half, backend="second", transfer=True, observers=[Offering(WITHOUT_NF4)])
     path, _ = latest_valid_checkpoint(half)
@@ -142,6 +143,7 @@ def test_model_and_data_may_lie_elsewhere_on_the_other_machine(half: Path, tmp_p
     assert resume(half, model=model, data=data).steps == 6
 
 
+@pytest.mark.fault("D16")
 def test_other_data_under_the_new_place_are_refused(half: Path, tmp_path: Path) -> None:
     rows = Path(SMALL["data"]["path"]).read_text().splitlines()
     (tmp_path / "rows.jsonl").write_text("\n".join(rows[1:]))

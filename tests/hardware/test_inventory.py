@@ -113,12 +113,21 @@ def test_wsl_is_recognised() -> None:
     assert not replayed("nvidia_h200").is_wsl
 
 
+@pytest.mark.fault("E20")
 @pytest.mark.parametrize(
     ("files", "limit"),
     [
         ({"/sys/fs/cgroup/memory.max": "max\n"}, None),
         ({"/sys/fs/cgroup/memory.max": f"{4 * GIB}\n"}, 4 * GIB),
         ({"/proc/self/cgroup": "0::/pod\n", "/sys/fs/cgroup/pod/memory.max": f"{2 * GIB}\n"}, 2 * GIB),
+        ({"/proc/self/cgroup": "0::/pod/job\n", "/sys/fs/cgroup/pod/memory.max": f"{2 * GIB}\n"}, 2 * GIB),
+        (
+            {
+                "/proc/self/cgroup": "5:cpuset:/x\n4:memory:/slice/job\n",
+                "/sys/fs/cgroup/memory/slice/memory.limit_in_bytes": f"{2 * GIB}\n",
+            },
+            2 * GIB,
+        ),
         ({"/sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n"}, None),
         ({"/sys/fs/cgroup/memory/memory.limit_in_bytes": f"{3 * GIB}\n"}, 3 * GIB),
         ({"/sys/fs/cgroup/memory.max": f"{4096 * GIB}\n"}, None),

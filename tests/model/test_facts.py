@@ -186,6 +186,7 @@ def test_an_index_of_another_version_is_refused(write_model: WriteModel) -> None
     assert caught.value.code == "QH-C79"
 
 
+@pytest.mark.fault("X05")
 @pytest.mark.fault("C15")
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "..", "a\\b.safetensors", ""])
 def test_an_index_cannot_name_a_file_outside_the_folder(write_model: WriteModel, name: str) -> None:

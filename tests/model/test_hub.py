@@ -89,6 +89,7 @@ def files(write_model: WriteModel) -> dict[str, bytes]:
     return served | {
         "tokenizer.json": b"{}", "chat_template.jinja": b"{{ messages }}", "pytorch_model.bin": b"pickle",
         "modeling_tiny.py": b"raise SystemExit", "README.md": b"# tiny",
+        "LICENSE": b"terms", "NOTICE.txt": b"names", "USE_POLICY.md": b"uses",
     }  # fmt: skip
 
 
@@ -101,7 +102,10 @@ def test_a_hub_model_is_fetched_without_pickles_or_python_and_then_found_offline
 ) -> None:
     with serving(FakeHub(files)) as hub:
         answer = client.resolve(hub.address)
-        assert answer["files"] == ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"]
+        assert answer["files"] == [
+            "LICENSE", "NOTICE.txt", "USE_POLICY.md", "chat_template.jinja", "config.json", "model.safetensors",
+            "tokenizer.json",
+        ]  # fmt: skip
         assert (answer["revision"], answer["linear"], answer["waits"]) == (COMMIT, 14, [])
         assert not any(name in path for path in hub.requests for name in ("pytorch_model", ".py", "README"))
         before = dict(hub.requests)

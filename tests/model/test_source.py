@@ -68,6 +68,13 @@ def test_a_file_is_refused_with_what_to_name_instead(tmp_path: Path, name: str, 
     assert words in caught.value.fix
 
 
+def test_the_working_directory_is_named_where_it_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(ModelError, match=r"\] empty is no model folder"):
+        resolve(".")
+
+
 def test_a_folder_without_config_names_the_model_below_it(write_model: WriteModel) -> None:
     folder = write_model("cache/snapshots/0123abc")
     with pytest.raises(ModelError, match=r"no config\.json") as caught:
@@ -121,6 +128,7 @@ REMOTE_CODE: dict[str, tuple[dict[str, object], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.fault("X03")
 @pytest.mark.fault("E14")
 @pytest.mark.parametrize("case", REMOTE_CODE)
 def test_a_model_with_its_own_code_is_refused_with_files_and_revision(

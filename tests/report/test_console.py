@@ -122,12 +122,14 @@ def test_the_choice_of_the_backend_is_told_with_every_rejection() -> None:
     reports = [
         ProbeReport("cpu_torch", Availability.READY, "", devices=("a processor",)),
         ProbeReport("cuda_bnb", Availability.NO_DEVICE, "no driver answers", "install it"),
+        ProbeReport("gptq_int4", Availability.READY, "a processor is here"),
         ProbeReport("mlx_lora", Availability.READY, "ready"),
     ]
     console.detection("cpu_torch", "named by the user", reports, {"mlx_lora": "lacks nf4"})
     assert stream.getvalue().splitlines() == [
         "backend: cpu_torch on a processor (named by the user)",
         "  not cuda_bnb: no driver answers",
+        "  not gptq_int4: ready, not chosen",
         "  not mlx_lora: lacks nf4",
     ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import stat
+import sys
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,17 @@ def test_a_place_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> No
     with pytest.raises(StorageError) as caught:
         MetricsFile(tmp_path / "file" / "metrics.jsonl")
     assert caught.value.exit_status == 8
+
+
+@pytest.mark.fault("S11")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a device that fsync refuses")
+def test_a_refused_flush_is_a_storage_error_and_the_file_is_closed() -> None:
+    metrics = MetricsFile(Path("/dev/null"))
+    with pytest.raises(StorageError, match=r"QH-S11.*log null"):
+        metrics.sync()
+    with pytest.raises(StorageError, match="QH-S11"):
+        metrics.close()
+    metrics.close()
 
 
 def test_a_step_record_holds_the_mean_loss_per_counted_token() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from qlora_hal.config import RunConfig
 from qlora_hal.errors import ConfigError
 from qlora_hal.hooks import Hooks
 from qlora_hal.observers import figures_of_run, observers_for
-from qlora_hal.observing import RunView
+from qlora_hal.observing import RunView, TrainResult
 from qlora_hal.values import LossSum, StepStats
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
@@ -51,6 +53,62 @@ def test_the_hooks_of_every_tracker_fit_their_specification(name: str) -> None:
     run = RunView(Path("runs/a"), RunConfig(), {}, 1)
     hooks.tell("qlora_hal_step_finished", run=run, step=1, stats=StepStats(1.0, 1, 1.0), learning_rate=1e-4)
     hooks.tell("qlora_hal_evaluated", run=run, step=1, evaluation=LossSum(1.0, 1))
+    hooks.tell("qlora_hal_run_failed", run=run, error=MemoryError())
+    assert notes == []
+
+
+class Library:
+    """A tracker's library, or its run: every name is a call that returns it and is remembered. None is installed here.
+
+    The arguments of calls whose name is in `shown` are remembered as well.
+    """
+
+    def __init__(self, shown: tuple[str, ...]) -> None:
+        self.calls: list[str] = []
+        self._shown = shown
+
+    def __getattr__(self, name: str) -> Callable[..., Library]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def call(*values: object, **named: object) -> Library:
+            given = [*map(repr, values), *(f"{key}={value!r}" for key, value in named.items())]
+            self.calls.append(f"{name}({', '.join(given) if name in self._shown else ''})")
+            return self
+
+        return call
+
+
+@pytest.mark.parametrize(
+    ("name", "modules", "failed", "finished"),
+    [
+        ("tensorboard", ("tensorboard", "tensorboard.summary"), ["close()"], ["close()"]),
+        ("wandb", ("wandb",), ["finish(exit_code=1)"], ["finish(exit_code=0)"]),
+        ("mlflow", ("mlflow",), ["end_run('FAILED')"], ["end_run('FINISHED')"]),
+        ("trackio", ("trackio",), ["finish()"], ["finish()"]),
+    ],
+)
+def test_a_tracker_is_ended_once_as_the_run_did(
+    monkeypatch: pytest.MonkeyPatch, name: str, modules: tuple[str, ...], failed: list[str], finished: list[str]
+) -> None:
+    from importlib import import_module
+
+    ends, notes = ("close", "finish", "end_run"), list[str]()
+    run = RunView(Path("runs/a"), RunConfig(), {}, 1)
+    result = TrainResult("b", "cpu", "nf4", 64, run.run_dir, run.run_dir, 1, 1, (), None, None, 1.0, None, "finished")
+    for hook, facts, expected in (
+        ("qlora_hal_run_failed", {"error": MemoryError()}, failed),
+        ("qlora_hal_run_finished", {"result": result}, finished),
+    ):
+        library = Library(ends)
+        vars(library)["summary"] = library  # an attribute of wandb's run
+        for module in modules:
+            monkeypatch.setitem(sys.modules, module, library)
+        hooks = Hooks((import_module(f"qlora_hal.observers.{name}").make_observer(),), note=notes.append)
+        hooks.tell("qlora_hal_run_started", run=run)
+        for _ in range(2):
+            hooks.tell(hook, run=run, **facts)
+        assert [call for call in library.calls if call.startswith(ends)] == expected
     assert notes == []
 
 

@@ -21,6 +21,7 @@ SPEC = BackendSpec(
     probe=probe,
     trainer="qlora_hal_backends.cpu_torch.trainer:open_trainer",
     uses_accelerator=CPU.uses_accelerator,
+    card_vendors=frozenset(),
     option_choices=TORCH_OPTIONS,
     notes=CPU.optimizer_notes,
     memory=MEMORY,

@@ -21,6 +21,7 @@ SPEC = BackendSpec(
     probe=probe,
     trainer="qlora_hal_backends.cuda_bnb.trainer:open_trainer",
     uses_accelerator=CUDA.uses_accelerator,
+    card_vendors=frozenset({"nvidia"}),
     option_choices=TORCH_OPTIONS,
     notes=CUDA.optimizer_notes,
     memory=MEMORY,

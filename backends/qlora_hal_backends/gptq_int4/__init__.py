@@ -21,6 +21,7 @@ SPEC = BackendSpec(
     capabilities=CAPABILITIES,
     probe=probe,
     trainer="qlora_hal_backends.gptq_int4.trainer:open_trainer",
+    card_vendors=frozenset({"nvidia", "amd"}),
     option_choices=OPTIONS,
     notes=CPU.optimizer_notes,
     memory=MEMORY,

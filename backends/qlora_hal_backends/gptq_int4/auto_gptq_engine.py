@@ -48,11 +48,6 @@ class QuantLinearWeight:
     def shape(self) -> tuple[int, int]:
         return self.layer.outfeatures, self.layer.infeatures
 
-    @property
-    def stored_bytes(self) -> int:
-        layer = self.layer
-        return sum(int(part.nbytes) for part in (layer.qweight, layer.qzeros, layer.g_idx, self.scales))
-
     def dense(self) -> Tensor:
         inputs = self.layer.infeatures
         asking = torch.empty((), dtype=self.dtype, device=self.scales.device).expand(inputs, inputs)

@@ -44,11 +44,6 @@ class LayerWeight:
     def shape(self) -> tuple[int, int]:
         return self.layer.out_features, self.layer.in_features
 
-    @property
-    def stored_bytes(self) -> int:
-        layer = self.layer
-        return sum(int(part.nbytes) for part in (layer.qweight, layer.qzeros, layer.g_idx, self.scales))
-
     def dense(self) -> Tensor:
         # The layer multiplies in the dtype of its scales; float16 would round each weight once more.
         self.layer.scales = self.scales.float()
@@ -71,10 +66,6 @@ class TritonWeight:
     @property
     def shape(self) -> tuple[int, int]:
         return self.scales.shape[1], self.g_idx.shape[0]
-
-    @property
-    def stored_bytes(self) -> int:
-        return self.qweight.nbytes + self.qzeros.nbytes + self.scales.nbytes + self.g_idx.nbytes
 
     def dense(self) -> Tensor:
         largest_code = 2**CODE_BITS - 1

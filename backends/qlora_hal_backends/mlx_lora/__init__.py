@@ -24,6 +24,7 @@ SPEC = BackendSpec(
     probe=probe,
     trainer="qlora_hal_backends.mlx_lora.trainer:MLXLoRATrainer",
     uses_accelerator=not IS_CPU,
+    card_vendors=frozenset({"apple", "nvidia"}),
     option_choices=MLX_OPTIONS,
     notes=MLX_NOTES,
     memory=MEMORY,

@@ -64,6 +64,7 @@ _FEATURES = frozenset(
         Feature.PACKING,
         Feature.PEAK_MEMORY,
         Feature.GENERATE,
+        Feature.PAGED_ADAMW,
     }
 )
 
@@ -89,9 +90,10 @@ IS_CPU = computes_on_a_cpu()
 """Only there are equal bits from equal starts claimed: one thread computes. Of Metal's and CUDA's kernels it is not
 known."""
 
-MLX_NOTES: Mapping[str, str] = (
-    {"bfloat16": "MLX emulates bfloat16 on a CPU: right numbers, many times slower than float32"} if IS_CPU else {}
-)
+MLX_NOTES: Mapping[str, str] = {
+    "paged_adamw": "paged_adamw is adamw here: MLX pages nothing",
+    **({"bfloat16": "MLX emulates bfloat16 on a CPU: right numbers, many times slower than float32"} if IS_CPU else {}),
+}
 
 CAPABILITIES = Capabilities(
     weight_formats=frozenset({WeightFormat.NONE, WeightFormat.NF4, *MLX_FORMATS}),

@@ -21,6 +21,7 @@ SPEC = BackendSpec(
     probe=probe,
     trainer="qlora_hal_backends.mps_bnb.trainer:open_trainer",
     uses_accelerator=MPS.uses_accelerator,
+    card_vendors=frozenset({"apple"}),
     option_choices=TORCH_OPTIONS,
     notes=MPS.optimizer_notes,
     memory=MEMORY,

@@ -21,6 +21,7 @@ SPEC = BackendSpec(
     probe=probe,
     trainer="qlora_hal_backends.rocm_bnb.trainer:open_trainer",
     uses_accelerator=ROCM.uses_accelerator,
+    card_vendors=frozenset({"amd"}),
     option_choices=TORCH_OPTIONS,
     notes=ROCM.optimizer_notes,
     memory=MEMORY,

@@ -25,9 +25,6 @@ class BaseWeight(Protocol):
     @property
     def shape(self) -> tuple[int, int]: ...
 
-    @property
-    def stored_bytes(self) -> int: ...
-
     def dense(self) -> Tensor:
         """The weight `[out, in]` in the compute dtype. The caller must not write to it."""
         ...
@@ -43,10 +40,6 @@ class DenseWeight:
     def shape(self) -> tuple[int, int]:
         return self.weight.shape[0], self.weight.shape[1]
 
-    @property
-    def stored_bytes(self) -> int:
-        return self.weight.nbytes
-
     def dense(self) -> Tensor:
         return self.weight
 
@@ -61,12 +54,6 @@ class Blockwise4BitWeight:
     @property
     def shape(self) -> tuple[int, int]:
         return self.state.shape[0], self.state.shape[1]
-
-    @property
-    def stored_bytes(self) -> int:
-        nested = self.state.state2
-        nested_bytes: int = nested.absmax.nbytes if nested is not None else 0
-        return self.packed.nbytes + int(self.state.absmax.nbytes) + nested_bytes
 
     def dense(self) -> Tensor:
         if self.packed.device.type == "cpu" and self.state.shape[-1] % self.state.blocksize:
@@ -104,10 +91,6 @@ class Int8Weight:
     @property
     def shape(self) -> tuple[int, int]:
         return self.integers.shape[0], self.integers.shape[1]
-
-    @property
-    def stored_bytes(self) -> int:
-        return self.integers.nbytes + self.row_absmax.nbytes
 
     def dense(self) -> Tensor:
         return (self.integers.to(torch.float32) * (self.row_absmax / INT8_LEVELS)[:, None]).to(self.dtype)

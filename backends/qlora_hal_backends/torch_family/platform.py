@@ -52,6 +52,7 @@ def fused_path(memory: MemoryConstants) -> FastPath | None:
         FUSED_ARCHITECTURES,
         frozenset({"bfloat16"}),
         unless_options={"layers": "plain", "attention": "eager"},
+        device_kinds=frozenset({"cuda"}),
     )
 
 

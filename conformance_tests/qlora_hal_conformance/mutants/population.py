@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from . import cheats, formats, forward, loss, plugins, state, training
+from . import cheats, formats, forward, loss, memory, plugins, sizes, state, training
 from .registry import Mutant
 
 MUTANTS: tuple[Mutant, ...] = tuple(
     sorted(
-        (m for room in (plugins, formats, forward, loss, training, state, cheats) for m in room.MUTANTS),
+        (m for room in (plugins, formats, forward, loss, training, state, sizes, memory, cheats) for m in room.MUTANTS),
         key=lambda mutant: mutant.caught_by[0],
     )
 )

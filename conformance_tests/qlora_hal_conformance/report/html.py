@@ -170,7 +170,7 @@ def _bar(measure: Measure) -> str:
         return f'<span class="exact" title="{hint}">exact</span>'
     width = _width(measure.used)
     tone = "over" if not measure.holds else "near" if measure.used > 0.5 else "within"
-    share = "over" if not measure.holds else f"{100 * measure.used:.2g} %"
+    share = "over" if not measure.holds else f"{100 * measure.used:.3g} %"
     return (
         f'<span class="bar" title="{hint}"><i class="{tone}" style="width:{width:.1f}%"></i></span>'
         f'<span class="share">{share}</span>'

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from qlora_hal_conformance.catalogue import level_of, section_of
-from qlora_hal_conformance.verdicts import CaseResult, Verdict
+from qlora_hal_conformance.verdicts import CaseResult, Measure, Verdict
 
 
 def markdown_text(document: Mapping[str, object], results: Sequence[CaseResult]) -> str:
@@ -37,9 +37,14 @@ def _row(section: str, results: Sequence[CaseResult]) -> str:
         key=lambda measure: measure.used,
         default=None,
     )
-    used = "exact" if tightest is None or not tightest.used else f"{100 * tightest.used:.2g} %, {_cell(tightest.what)}"
     numbers = " | ".join(str(counted[verdict]) for verdict in Verdict)
-    return f"| {level_of(results[0].case)} | {section} | {numbers} | {used} |"
+    return f"| {level_of(results[0].case)} | {section} | {numbers} | {_used(tightest)} |"
+
+
+def _used(tightest: Measure | None) -> str:
+    if tightest is None:
+        return "nothing measured"
+    return f"{100 * tightest.used:.3g} %, {_cell(tightest.what)}" if tightest.used else "exact"
 
 
 def _cell(text: str) -> str:

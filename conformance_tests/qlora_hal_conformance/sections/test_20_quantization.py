@@ -102,6 +102,17 @@ def test_every_weight_is_within_the_bound_of_its_format(
         _judge_format_error(module, ready, judging)
 
 
+@pytest.mark.parametrize("weight_format", each_format())
+def test_every_layer_of_a_deep_model_is_stored_so(weight_format: WeightFormat, opened: Opener, judging: Judge) -> None:
+    """Within the bound, and not closer to the original than the format allows: a layer left out would be."""
+    ready = opened("deep", weight_format=weight_format)
+    for module in linear_shapes(ready.model.shape):
+        _judge_format_error(module, ready, judging)
+        if weight_format is not WeightFormat.NONE:
+            weight, decoded = _weight(module, ready), ready.trainer.dequantized_weight(module)
+            assert not np.array_equal(decoded, weight), f"{module} is not quantized"
+
+
 @pytest.mark.parametrize(("weight_format", "size"), each_block_size())
 def test_blocks_have_the_size_that_was_asked_for(
     weight_format: WeightFormat, size: int, opened: Opener, judging: Judge

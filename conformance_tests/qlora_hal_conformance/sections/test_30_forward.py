@@ -12,10 +12,12 @@ from qlora_hal_conformance.drawing import (
     at_real_tokens,
     draw_adapter,
     draw_batch,
+    draw_many_rows,
     draw_window,
     packed,
     total_tokens,
     with_field,
+    with_special_tokens,
     with_zero,
 )
 from qlora_hal_conformance.judging import Judge
@@ -78,10 +80,33 @@ def test_tied_head(opened: Opener, oracle: OracleOf, seeded: np.random.Generator
 
 
 def test_long_rows(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
-    """Far positions turn far: a wrong rotary frequency shows here."""
+    """Far positions turn far: a wrong rotary frequency shows here, and one that bfloat16 rounded, exact up to 256."""
     shape, _ = opened.models.drawn("main")
     ready = opened(adapter=draw_adapter(seeded, shape))
-    judge_logits(ready, oracle(ready), draw_batch(seeded, shape, lengths=(150, 97)), judging)
+    judge_logits(ready, oracle(ready), draw_batch(seeded, shape, lengths=(600, 257)), judging)
+
+
+def test_many_rows_at_once(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
+    """A kernel may split a batch, or lose its mask, only where there are more rows than a test has."""
+    shape, _ = opened.models.drawn("main")
+    ready = opened(adapter=draw_adapter(seeded, shape))
+    judge_logits(ready, oracle(ready), draw_many_rows(seeded, shape), judging)
+
+
+def test_deep_model(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
+    """Four layers, wide heads, token ids of more than 15 bits."""
+    shape, _ = opened.models.drawn("deep")
+    ready = opened("deep", adapter=draw_adapter(seeded, shape))
+    judge_logits(ready, oracle(ready), draw_batch(seeded, shape), judging)
+
+
+def test_special_tokens_are_tokens(
+    opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    """Pad, bos and eos in the text: what is padding is told by `segment_ids`, not by an id."""
+    shape, _ = opened.models.drawn("main")
+    ready = opened(adapter=draw_adapter(seeded, shape))
+    judge_logits(ready, oracle(ready), with_special_tokens(seeded, draw_batch(seeded, shape)), judging)
 
 
 def test_rows_of_one_and_two_tokens(
@@ -185,6 +210,18 @@ def test_evaluation_sums_token_losses(
         np.array(reference.evaluate(window)[0]),
         loss_bound(reference, window, ready.dtype),
     )
+
+
+def test_evaluation_of_many_batches(
+    opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    shape, _ = opened.models.drawn("main")
+    ready = opened(adapter=draw_adapter(seeded, shape))
+    window = [batch for _ in range(5) for batch in draw_window(seeded, shape)]
+    found, reference = ready.trainer.evaluate(window), oracle(ready)
+    assert found.token_count == total_tokens(window)
+    expected, bound = np.array(reference.evaluate(window)[0]), loss_bound(reference, window, ready.dtype)
+    judging.within("loss sum", np.array(found.loss_sum), expected, bound)
 
 
 def test_evaluation_of_nothing_is_zero(opened: Opener, seeded: np.random.Generator) -> None:

@@ -13,9 +13,11 @@ from qlora_hal_conformance.comparing import judge_gradients
 from qlora_hal_conformance.drawing import (
     draw_adapter,
     draw_batch,
+    draw_many_rows,
     draw_window,
     packed,
     with_field,
+    with_special_tokens,
     with_zero,
 )
 from qlora_hal_conformance.judging import Judge
@@ -134,6 +136,38 @@ def test_prompt_tokens_do_not_count(
     ready = opened(adapter=draw_adapter(seeded, shape))
     window = [draw_batch(seeded, shape, lengths=(20, 18), prompt=prompt)]
     judge_gradients(ready.trainer.gradients(window), oracle(ready), window, ready, judging)
+
+
+def test_many_rows_at_once(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
+    shape, _ = opened.models.drawn("main")
+    ready, window = opened(adapter=draw_adapter(seeded, shape)), [draw_many_rows(seeded, shape)]
+    judge_gradients(ready.trained_gradient(window), oracle(ready), window, ready, judging)
+
+
+def test_long_rows(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
+    """Every label far from the start counts, and every token sees the first."""
+    shape, _ = opened.models.drawn("main")
+    ready, batch = opened(adapter=draw_adapter(seeded, shape)), draw_batch(seeded, shape, lengths=(600, 257))
+    labels = np.where(batch.position_ids < 520, IGNORE_LABEL, batch.labels).astype(np.int32)
+    for window in ([batch], [with_field(batch, labels=labels)]):
+        judge_gradients(ready.trained_gradient(window), oracle(ready), window, ready, judging)
+
+
+def test_deep_model(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
+    """Four layers, wide heads, token ids of more than 15 bits."""
+    shape, _ = opened.models.drawn("deep")
+    ready, window = opened("deep", adapter=draw_adapter(seeded, shape)), draw_window(seeded, shape)
+    judge_gradients(ready.trained_gradient(window), oracle(ready), window, ready, judging)
+
+
+def test_special_tokens_are_tokens(
+    opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    """Pad, bos and eos are trained where their labels count."""
+    shape, _ = opened.models.drawn("main")
+    ready = opened(adapter=draw_adapter(seeded, shape))
+    window = [with_special_tokens(seeded, batch) for batch in draw_window(seeded, shape)]
+    judge_gradients(ready.trained_gradient(window), oracle(ready), window, ready, judging)
 
 
 def test_scattered_labels(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:

@@ -8,14 +8,27 @@ import pytest
 from qlora_hal.capabilities import OPTIMIZER_FEATURE
 from qlora_hal.values import Batch
 from qlora_hal_conformance.comparing import judge_logits, unless_refused
-from qlora_hal_conformance.drawing import at_real_tokens, draw_adapter, draw_batch, draw_window, with_field
+from qlora_hal_conformance.drawing import (
+    at_real_tokens,
+    draw_adapter,
+    draw_batch,
+    draw_window,
+    total_tokens,
+    with_field,
+)
 from qlora_hal_conformance.judging import Judge
 from qlora_hal_conformance.opening import Opened, Opener, oracle_step
 from qlora_hal_conformance.oracle import LlamaShape
 from qlora_hal_conformance.oracle.adamw import global_norm
 from qlora_hal_conformance.parameters import OracleOf, each_dtype, each_format
 from qlora_hal_conformance.tiny_models import EMBEDDING, FIRST_ORDINARY_TOKEN, linear_shapes
-from qlora_hal_conformance.tolerances import UpdateSettings, learning_shortfall, logits_bound, master_weights
+from qlora_hal_conformance.tolerances import (
+    UpdateSettings,
+    gradient_bounds,
+    learning_shortfall,
+    logits_bound,
+    master_weights,
+)
 from qlora_hal_conformance.updating import drawn_moments, judge_step, oracle_at_state_of
 
 RATE = 1e-2
@@ -24,9 +37,11 @@ SETTINGS = {
     "clipped": UpdateSettings(RATE, max_grad_norm=0.05),
     "clip_not_reached": UpdateSettings(RATE, max_grad_norm=1e6),
     "decayed": UpdateSettings(RATE, weight_decay=2.0, max_grad_norm=None),
+    "decayed_at_a_low_rate": UpdateSettings(1e-4, weight_decay=200.0, max_grad_norm=None),
     "other_betas": UpdateSettings(RATE, beta1=0.5, beta2=0.9, max_grad_norm=None),
     "everything": UpdateSettings(RATE, weight_decay=0.5, max_grad_norm=0.1, beta1=0.8, beta2=0.95, epsilon=1e-6),
 }
+CLIP = 2.0
 TINY_RATE, TINY_STEPS = 1e-6, 50
 """50 updates of 1e-6 move a weight by 5e-5: three float32 digits below 0.05, and nothing at all in bfloat16."""
 POISONED_TOKEN = FIRST_ORDINARY_TOKEN
@@ -61,6 +76,27 @@ def test_epsilon_stands_outside_the_root(
     gradients = reference.gradients(window)
     size = global_norm(gradients) / sum(gradient.size for gradient in gradients.values()) ** 0.5
     judge_step(ready, reference, window, UpdateSettings(RATE, epsilon=size, max_grad_norm=None), judging)
+
+
+def test_clip_at_more_than_one(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
+    """Gradients longer than 2, clipped to it: a token count smaller than the true one makes them as long."""
+    shape, _ = opened.models.drawn("main")
+    ready, window = opened(adapter=draw_adapter(seeded, shape)), draw_window(seeded, shape)
+    reference = oracle(ready)
+    norm = global_norm(reference.gradients(window))
+    count = max(1, int(total_tokens(window) * min(1.0, norm / (4 * CLIP))))
+    bounds = gradient_bounds(reference, window, ready.dtype)
+    stats = ready.step(window, 0.0, beta1=0.0, max_grad_norm=CLIP, token_count=count)
+    longer = total_tokens(window) / count
+    assert norm * longer > 2 * CLIP, "the case has no gradient to clip"
+    assert stats.applied
+    factor = CLIP / norm
+    moments = ready.trainer.export_optimizer().moments
+    found = {name.removesuffix(".exp_avg"): m for name, m in moments.items() if name.endswith(".exp_avg")}
+    expected = {name: factor * gradient for name, gradient in reference.gradients(window).items()}
+    judging.all_within(
+        "clipped gradients", found, expected, {n: b.times(2 * factor, "clipped") for n, b in bounds.items()}
+    )
 
 
 def test_three_steps_with_changing_rates(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from qlora_hal.values import IGNORE_LABEL, Batch
 from qlora_hal_conformance.comparing import judge_gradients
-from qlora_hal_conformance.drawing import draw_adapter, draw_batch, rows_of, total_tokens, with_field
+from qlora_hal_conformance.drawing import draw_adapter, draw_batch, draw_many_rows, rows_of, total_tokens, with_field
 from qlora_hal_conformance.judging import Judge
 from qlora_hal_conformance.opening import Opener
 from qlora_hal_conformance.parameters import OracleOf, each_format
@@ -42,6 +42,12 @@ def test_window_of_unequal_batches_equals_one_batch(  # type: ignore[no-untyped-
 def test_eight_micro_batches(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     shape, _ = opened.models.drawn("main")
     ready, whole = opened(adapter=draw_adapter(seeded, shape)), _unequal(seeded, opened, rows=8)
+    judge_gradients(ready.trained_gradient(rows_of(whole)), oracle(ready), [whole], ready, judging)
+
+
+def test_twenty_micro_batches(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
+    shape, _ = opened.models.drawn("main")
+    ready, whole = opened(adapter=draw_adapter(seeded, shape)), draw_many_rows(seeded, shape, rows=20)
     judge_gradients(ready.trained_gradient(rows_of(whole)), oracle(ready), [whole], ready, judging)
 
 

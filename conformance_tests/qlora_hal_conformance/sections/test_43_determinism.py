@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
 
 from qlora_hal.capabilities import Feature
-from qlora_hal.values import Batch, Float32
-from qlora_hal_conformance.drawing import draw_adapter, draw_batch, draw_window, with_zero
+from qlora_hal.values import IGNORE_LABEL, Batch, Float32
+from qlora_hal_conformance.drawing import draw_adapter, draw_batch, draw_window, with_field, with_zero
 from qlora_hal_conformance.judging import Judge
 from qlora_hal_conformance.opening import Opened, Opener
 from qlora_hal_conformance.parameters import OracleOf
@@ -95,6 +95,22 @@ def test_layers_and_micro_batches_have_masks_of_their_own(
 
 
 @pytest.mark.needs(Feature.LORA_DROPOUT)
+def test_rows_and_positions_have_masks_of_their_own(
+    opened: Opener, seeded: np.random.Generator, judging: Judge
+) -> None:
+    """Early and late in a row, and in another row; everywhere a share of 1 - p is kept."""
+    probe = _MaskProbe(opened, seeded)
+    shape, _ = opened.models.drawn("main")
+    rows = draw_batch(seeded, shape, lengths=(14, 14, 14))
+    found = [probe.masks_at(place, rows, shape.num_hidden_layers - 1, key=97) for place in ((0, 0), (0, 11), (2, 11))]
+    for one, other in combinations(found, 2):
+        judging.at_most("agreement, above chance, of two places' masks", *_agreement(one, other))
+    for masks in found:
+        kept = np.concatenate(list(masks.values()))
+        judging.at_most("|share kept - (1 - p)|", abs(float(kept.mean()) - (1.0 - DROP)), kept_share(kept.size, DROP))
+
+
+@pytest.mark.needs(Feature.LORA_DROPOUT)
 def test_share_and_scale_of_what_is_kept(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -150,6 +166,22 @@ class _MaskProbe:
         both = self.gradient(key, [self.batch, self.batch])
         first = self.gradient(key)
         return self.masks_in({name: 2.0 * both[name] - first[name] for name in self.plain})
+
+    def masks_at(self, place: tuple[int, int], rows: Batch, last_layer: int, key: int) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+        """The masks of one token, of the modules that see it alone: behind the attention of the last layer."""
+        row, position = place
+        labels = np.full_like(rows.labels, IGNORE_LABEL)
+        labels[row, position + 1] = rows.input_ids[row, position + 1]
+        window = [with_field(rows, labels=labels)]
+        behind = tuple(f"layers.{last_layer}.{name}" for name in ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj"))
+        plain = {
+            name: gradient
+            for name, gradient in self.ready.trainer.gradients(window).items()
+            if _shows_masks(name, gradient) and any(module in name for module in behind)
+        }
+        assert plain, "no gradient shows the masks"
+        found = self.gradient(key, window)
+        return {n: np.abs(found[n]).sum(axis=0) > 0.5 * np.abs(g).sum(axis=0) for n, g in plain.items()}
 
     def masks_in(self, gradient: Mapping[str, Float32]) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
         # Half of what a kept column would have tells it from a dropped one with any rounding.

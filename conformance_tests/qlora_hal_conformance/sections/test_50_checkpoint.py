@@ -103,15 +103,16 @@ def test_checkpoint_files_keep_every_bit(
     assert read.adapter.config == adapter.config
 
 
-def test_import_takes_effect(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
+@pytest.mark.parametrize("step", [17, 1000])
+def test_import_takes_effect(step: int, opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
     """A trainer that has trained on, given older state, continues from that: a stale optimizer would show at once."""
     shape, _ = opened.models.drawn("main")
     ready, window = opened(adapter=draw_adapter(seeded, shape)), draw_window(seeded, shape)
     _train(ready, [draw_window(seeded, shape) for _ in range(2)], 0)
-    given = drawn_moments(ready, window, 17, seeded)
+    given = drawn_moments(ready, window, step, seeded)
     ready.trainer.import_optimizer(given)
     exported = ready.trainer.export_optimizer()
-    assert exported.step == 17, f"step {exported.step} after importing step 17"
+    assert exported.step == step, f"step {exported.step} after importing step {step}"
     judging.equal("moments", exported.moments, given.moments)
     judge_step(ready, oracle_at_state_of(ready), window, UpdateSettings(RATE), judging)
 

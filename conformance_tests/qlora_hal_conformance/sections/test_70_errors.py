@@ -11,14 +11,17 @@ import pytest
 
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key
 from qlora_hal.backend import Compute
-from qlora_hal.errors import AdapterError, ModelError, QloraHalError
-from qlora_hal.values import Adapter
+from qlora_hal.errors import AdapterError, ModelError, OutOfMemoryError, QloraHalError
+from qlora_hal.values import Adapter, Batch, StepSettings
 from qlora_hal_conformance.comparing import judge_logits, must_refuse
 from qlora_hal_conformance.drawing import draw_adapter, draw_batch
 from qlora_hal_conformance.judging import Judge
 from qlora_hal_conformance.opening import Opened, Opener
 from qlora_hal_conformance.tiny_models import TinyModel, linear_shapes
 
+RATE = 1e-3
+ENDLESS = 2**44
+"""As many rows of anything are more than an address space holds: every allocator fails, none is put under pressure."""
 MODULE = "model.layers.1.mlp.down_proj"
 ELSEWHERE = "model.layers.9.mlp.down_proj"
 
@@ -126,6 +129,30 @@ def test_unknown_module_is_named(opened: Opener) -> None:
     """Asking for the weight of a module that is not there."""
     ready = opened()
     must_refuse(lambda: ready.trainer.dequantized_weight(ELSEWHERE), f"the weight of {ELSEWHERE}")
+
+
+def test_adapter_that_no_memory_holds(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
+    """A rank of 2^44: a real failure of a real allocator, with arrays that take no memory themselves."""
+    shape, _ = opened.models.drawn("main")
+    adapter = draw_adapter(seeded, shape)
+    endless = {
+        name: np.broadcast_to(np.float32(1.0), (ENDLESS, t.shape[1]) if "lora_A" in name else (t.shape[0], ENDLESS))
+        for name, t in adapter.tensors.items()
+    }
+    huge = Adapter(endless, replace(adapter.config, r=ENDLESS))
+    ready = opened(adapter=adapter)
+    must_refuse(lambda: ready.trainer.attach(huge), "an adapter of rank 2^44", OutOfMemoryError)
+    ready.attach(adapter)
+    _check_works(ready, seeded, judging)
+
+
+def test_window_that_no_memory_holds(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
+    shape, _ = opened.models.drawn("main")
+    ready = opened(adapter=draw_adapter(seeded, shape))
+    token = np.broadcast_to(np.int32(5), (ENDLESS, 16))
+    huge = [Batch(token, token, token, token)]
+    must_refuse(lambda: ready.trainer.train_step(huge, StepSettings(RATE, 1)).resolve(), "2^44 rows", OutOfMemoryError)
+    _check_works(ready, seeded, judging)
 
 
 def _edit_config(model: TinyModel, **changes: object) -> None:

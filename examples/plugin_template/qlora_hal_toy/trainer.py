@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qlora_hal.adapter import check_fits, lora_a_key, lora_b_key
 from qlora_hal.backend import Compute, DeviceFacts, Quantization, QuantizedLoRATrainer
 from qlora_hal.capabilities import OPTIMIZER_FEATURE, Feature, Needs, WeightFormat, missing
-from qlora_hal.errors import AdapterError, BackendContractError, ConfigError, ModelError, UnsupportedFeatureError
+from qlora_hal.errors import (
+    AdapterError,
+    BackendContractError,
+    ConfigError,
+    ModelError,
+    OutOfMemoryError,
+    UnsupportedFeatureError,
+)
 from qlora_hal.model.source import ModelSource
 from qlora_hal.values import IGNORE_LABEL, Adapter, Batch, LossSum, OptimizerSnapshot, StepSettings, StepStats
 from qlora_hal_toy import SPEC
@@ -99,11 +107,13 @@ class ToyTrainer(QuantizedLoRATrainer):
             raise ConfigError("QH-TOY3", f"There is no optimizer {optimizer!r}.", fix="Use adamw.")
         wanted = OPTIMIZER_FEATURE[optimizer]
         refuse_undeclared({Feature.LORA_DROPOUT: bool(adapter.config.dropout), wanted: wanted is not None})
-        check_fits(adapter, self.linear_modules(), where="attach")
+        with memory_named("attach"):
+            check_fits(adapter, self.linear_modules(), where="attach")
         if len(adapter.tensors) != 2 * len(adapter.config.target_modules):
             raise AdapterError("QH-TOY4", "There are tensors that no target uses.", fix="Leave them out.")
         self.config = adapter.config
-        self.parameters = {n: nn.Parameter(torch.tensor(t)) for n, t in sorted(adapter.tensors.items())}
+        with memory_named("attach"):
+            self.parameters = {n: nn.Parameter(torch.tensor(t)) for n, t in sorted(adapter.tensors.items())}
         for module, layer in self.layers.items():
             layer.a = self.parameters.get(lora_a_key(module))
             layer.b = self.parameters.get(lora_b_key(module))
@@ -124,7 +134,8 @@ class ToyTrainer(QuantizedLoRATrainer):
 
     # training
     def train_step(self, window: Sequence[Batch], settings: StepSettings) -> Done:
-        loss_sum, gradients = self.window_gradient(window, settings.token_count)
+        with memory_named("train_step"):
+            loss_sum, gradients = self.window_gradient(window, settings.token_count)
         norm = float(torch.linalg.vector_norm(torch.cat([gradient.flatten() for gradient in gradients.values()])))
         applied = bool(np.isfinite([loss_sum, norm]).all())
         if applied:
@@ -220,6 +231,19 @@ def check_tensors(config: Any, source: ModelSource) -> None:
             where=source.name,
             fix="Get both again.",
         )
+
+
+@contextmanager
+def memory_named(method: str) -> Iterator[None]:
+    """The core answers OutOfMemoryError with smaller micro-batches; torch has a RuntimeError for it, numpy another."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+            raise
+        raise OutOfMemoryError(
+            "QH-N07", f"The memory is full in {method}.", fix="Lower training.per_device_train_batch_size."
+        ) from error
 
 
 def to_host(tensor: Tensor) -> np.ndarray:

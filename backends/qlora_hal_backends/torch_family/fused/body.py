@@ -59,11 +59,6 @@ class FusedBody:
         # Autograd records a function when an input wants a gradient; the adapter's parameters are not its inputs.
         self._anchor = torch.zeros((), device=self.flat.parameters.device, requires_grad=True)
 
-    @property
-    def buffer_bytes(self) -> int:
-        """Bytes of the dequantized layer that stands in memory for as long as this body."""
-        return self.schedule.buffers.nbytes
-
     def serves(self, batch: DeviceBatch) -> bool:
         return self.flat.switches.enabled and (self.longest is None or batch.input_ids.shape[1] <= self.longest)
 

@@ -158,10 +158,6 @@ class LayerBuffers:
         self._base_of: LayerWeights | None = None
         self._adapter_of: LayerWeights | None = None
 
-    @property
-    def nbytes(self) -> int:
-        return self._memory.nbytes
-
     def hold(self, layer: LayerWeights) -> None:
         """Dequantize a layer and copy its adapter beside it, unless it is there already."""
         if self._base_of is not layer:

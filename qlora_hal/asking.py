@@ -1,0 +1,59 @@
+"""A question to a fresh interpreter: a crash, a hang, an exit or prints of what it imports are its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+_LINE = 500
+
+
+class NoAnswerError(Exception):
+    """Why a child gave no answer, as the end of a sentence about it."""
+
+
+def ask(module: str, *arguments: str, seconds: float) -> Mapping[str, Any]:
+    """The JSON object that `python -m module` writes on its `answer_stream`. Raises NoAnswerError."""
+    command = [sys.executable, "-m", module, *arguments]
+    # Files, not pipes: a process that the child leaves behind would keep a pipe open.
+    with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as complained:
+        try:
+            child = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=said, stderr=complained, timeout=seconds, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise NoAnswerError(f"did not answer within {seconds:.0f} s") from None
+        answer, errors = _text(said), _text(complained)
+    try:
+        found = json.loads(answer)
+    except (ValueError, RecursionError):
+        found = None
+    if isinstance(found, dict):
+        return found
+    last = (errors.strip().splitlines() or ["no message"])[-1]
+    ending = f"signal {-child.returncode}" if child.returncode < 0 else f"exit status {child.returncode}"
+    raise NoAnswerError(f"ended with {ending} and no answer: {one_line(last)}")
+
+
+def answer_stream() -> TextIO:
+    """In the child: where the answer goes. Whatever is printed, at import or from native code, goes to stderr."""
+    stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return stream
+
+
+def one_line(text: object) -> str:
+    """A foreign text as it may stand in a terminal: one line of bounded length, no control characters."""
+    plain = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    return plain if len(plain) <= _LINE else f"{plain[:_LINE]} ..."
+
+
+def _text(file: Any) -> str:
+    file.seek(0)
+    text: str = file.read().decode("utf-8", errors="replace")
+    return text

@@ -1,0 +1,41 @@
+"""A run in which nothing moves says so; one that moves says nothing."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from qlora_hal.heartbeat import Heartbeat
+from qlora_hal.recording import loss_jump
+
+
+@pytest.mark.fault("N17")
+def test_silence_is_told_and_told_again_when_it_has_doubled() -> None:
+    told: list[str] = []
+    with Heartbeat(told.append, quiet_seconds=0.2) as heartbeat:
+        heartbeat.beat(0.001)
+        time.sleep(1.0)  # told at 0.2, 0.4 and 0.8 s
+    assert 2 <= len(told) <= 3
+    assert "no step has ended for 0 s; one usually takes 0.0 s" in told[0]
+    time.sleep(0.5)
+    assert len(told) <= 3
+
+
+def test_steps_that_end_keep_it_quiet_however_slow_they_are() -> None:
+    told: list[str] = []
+    with Heartbeat(told.append, quiet_seconds=0.3) as heartbeat:
+        for _ in range(8):
+            heartbeat.beat(0.1)
+            time.sleep(0.1)
+        heartbeat.beat(1.0)  # twenty of them are longer than the quiet time
+        time.sleep(0.6)
+    assert told == []
+
+
+@pytest.mark.fault("N16")
+def test_loss_that_jumps_is_told_and_one_that_only_varies_is_not() -> None:
+    varied = [1.0, 2.0] * 25  # mean 1.5, deviation 0.5: six deviations end at 4.5
+    assert loss_jump(varied, 4.4) == ""
+    assert loss_jump(varied, 4.6) == "the loss jumped to 4.6000; the 50 steps before had 1.5000 on average"
+    assert loss_jump(varied[:49], 100.0) == ""

@@ -1,0 +1,29 @@
+"""A proof that does not come to its end has failed; it never raises."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from installed_plugins import GOOD, install
+
+from qlora_hal.proving import prove
+
+
+@pytest.mark.parametrize(
+    ("trainer", "reason"),
+    [
+        ("print('{'); import os; os._exit(0)", "ended with exit status 0 and no answer"),
+        ("raise SystemExit(0)", "could not be opened: SystemExit: 0"),
+        ("import os; os.abort()", "ended with signal 6"),
+    ],
+)
+def test_a_trainer_that_leaves_or_prints_has_not_proved_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: str, reason: str
+) -> None:
+    install(tmp_path, {"odd-plugin": ("odd", GOOD.replace("nowhere:Nothing", "odd_trainer:Trainer"))})
+    (tmp_path / "odd_trainer.py").write_text(trainer)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    said = prove("odd", timeout_seconds=60)
+    assert said["verdict"] == "fail"
+    assert reason in str(said["reason"])
