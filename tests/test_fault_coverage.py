@@ -14,7 +14,7 @@ NOT_SHOWN = {
     "S23": "what a kill in the middle of a save leaves is shown by S01 to S07",
     "S28": "states that nothing is saved in the background",
     "S55": "needs a file system without locks",
-    "N11": "what is computed in float32 is a property of each backend; section 30 of the suite shows float16 to bfloat16",
+    "N11": "a property of each backend: the suite shows the products in every compute dtype",
     "D17": "needs a hub that answers; E11 shows the way without one",
     "C80": "needs an adapter that overflows and whose tensors are finite",
     "E16": "needs a GPU that others use",

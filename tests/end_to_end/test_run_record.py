@@ -111,8 +111,10 @@ def test_refused_resume_leaves_the_record_as_it_was(settings: dict[str, Any], va
         train(settings, observers=[StopAfter(1)])
     path = Path(settings["output_dir"]) / "run.json"
     before = path.read_bytes()
+    other = validation.with_name("other.jsonl")
+    other.write_text(validation.read_text().splitlines()[0] + "\n")
     with pytest.raises(CheckpointError, match="data_fingerprint"):
-        resume(path.parent, data=validation)
+        resume(path.parent, data=other)
     assert path.read_bytes() == before
 
 
