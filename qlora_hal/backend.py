@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from qlora_hal.capabilities import Capabilities, WeightFormat
+from qlora_hal.capabilities import OPTIMIZER_FEATURE, Capabilities, WeightFormat
 from qlora_hal.memory_constants import FastPath, MemoryConstants
 
 if TYPE_CHECKING:
@@ -324,6 +324,21 @@ def check_served(
             f"Backend {spec.name} lacks what was asked: {'; '.join(lacks)}.",
             fix="Run qlora-hal backends to see which backend has it.",
             context={"lacks": list(lacks)},
+        )
+
+
+def check_optimizer(name: str, spec: BackendSpec) -> None:
+    """Beside `check_served`, for `attach`. Raises UnsupportedFeatureError QH-B01 for a name that the backend does not
+    offer."""
+    from qlora_hal.errors import UnsupportedFeatureError
+
+    features = spec.capabilities.features
+    offered = [known for known, feature in OPTIMIZER_FEATURE.items() if feature is None or feature in features]
+    if name not in offered:
+        raise UnsupportedFeatureError(
+            "QH-B01",
+            f"Backend {spec.name} has no optimizer {name!r}; it has {', '.join(offered)}.",
+            fix="Set training.optim to one of them.",
         )
 
 

@@ -16,25 +16,11 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from qlora_hal.backend import BackendSpec
-from qlora_hal.capabilities import OPTIMIZER_FEATURE
-from qlora_hal.errors import AdapterError, UnsupportedFeatureError
+from qlora_hal.errors import AdapterError
 from qlora_hal.values import OptimizerSnapshot, StepSettings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Arrays = list[mx.array]
-
-
-def check_optimizer(name: str, spec: BackendSpec) -> None:
-    """Raises UnsupportedFeatureError QH-B01 for a name that is none of this backend's optimizers."""
-    features = spec.capabilities.features
-    offered = [known for known, feature in OPTIMIZER_FEATURE.items() if feature is None or feature in features]
-    if name not in offered:
-        raise UnsupportedFeatureError(
-            "QH-B01",
-            f"Backend {spec.name} has no optimizer {name!r}; it has {', '.join(offered)}.",
-            fix="Set training.optim to one of them.",
-        )
 
 
 class AdamW:

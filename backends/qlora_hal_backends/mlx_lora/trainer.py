@@ -13,7 +13,15 @@ import numpy as np
 
 from qlora_hal.adapter.fitting import check_fits
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key
-from qlora_hal.backend import BackendSpec, Compute, DeviceFacts, Quantization, QuantizedLoRATrainer, check_served
+from qlora_hal.backend import (
+    BackendSpec,
+    Compute,
+    DeviceFacts,
+    Quantization,
+    QuantizedLoRATrainer,
+    check_optimizer,
+    check_served,
+)
 from qlora_hal.capabilities import WeightFormat
 from qlora_hal.errors import BackendContractError, ModelError, OutOfMemoryError
 from qlora_hal.model.source import ModelSource
@@ -32,7 +40,7 @@ from qlora_hal_backends.mlx_lora import SPEC, device, loading, step
 from qlora_hal_backends.mlx_lora.generation import greedy
 from qlora_hal_backends.mlx_lora.lora_linear import LoRAPlace
 from qlora_hal_backends.mlx_lora.nf4 import kernel_path as nf4_kernel_path
-from qlora_hal_backends.mlx_lora.optimizer import AdamW, check_optimizer, to_device, to_host
+from qlora_hal_backends.mlx_lora.optimizer import AdamW, to_device, to_host
 
 _OUT_OF_MEMORY = ("insufficient memory", "attempting to allocate", "unable to allocate", "out of memory", "bad_alloc")
 """How MLX's allocators on Metal, CUDA and CPU word it; they share no exception class."""

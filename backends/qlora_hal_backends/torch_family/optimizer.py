@@ -17,9 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from qlora_hal.backend import BackendSpec
-from qlora_hal.capabilities import OPTIMIZER_FEATURE
-from qlora_hal.errors import AdapterError, UnsupportedFeatureError
+from qlora_hal.errors import AdapterError
 from qlora_hal.values import OptimizerSnapshot, StepSettings
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
 
@@ -36,18 +34,6 @@ class Optimizer(Protocol):
     def snapshot(self) -> OptimizerSnapshot: ...
 
     def restore(self, snapshot: OptimizerSnapshot) -> None: ...
-
-
-def check_optimizer(name: str, spec: BackendSpec) -> None:
-    """Raises UnsupportedFeatureError QH-B01 for a name that is none of this backend's optimizers."""
-    features = spec.capabilities.features
-    offered = [known for known, feature in OPTIMIZER_FEATURE.items() if feature is None or feature in features]
-    if name not in offered:
-        raise UnsupportedFeatureError(
-            "QH-B01",
-            f"Backend {spec.name} has no optimizer {name!r}; it has {', '.join(offered)}.",
-            fix="Set training.optim to one of them.",
-        )
 
 
 def make_optimizer(name: str, flat: FlatAdapter) -> Optimizer:

@@ -20,6 +20,7 @@ from qlora_hal.backend import (
     DeviceFacts,
     Quantization,
     QuantizedLoRATrainer,
+    check_optimizer,
     check_served,
 )
 from qlora_hal.errors import BackendContractError, ModelError, OutOfMemoryError
@@ -44,7 +45,7 @@ from qlora_hal_backends.torch_family.device import (
 )
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
 from qlora_hal_backends.torch_family.generation import greedy
-from qlora_hal_backends.torch_family.optimizer import Optimizer, check_optimizer, make_optimizer
+from qlora_hal_backends.torch_family.optimizer import Optimizer, make_optimizer
 from qlora_hal_backends.torch_family.platform import TorchPlatform
 from qlora_hal_backends.torch_family.precision import proved_dtypes
 
