@@ -82,7 +82,7 @@ def test_a_defect_in_the_child_is_told_as_one(
 def test_a_signal_before_training_began_ends_the_child_as_asked(
     supervised: None, tmp_path: Path, number: signal.Signals
 ) -> None:
-    asker = threading.Timer(1.0, os.kill, (os.getpid(), number))
+    asker = threading.Thread(target=ask_when_it_is_handed_on, args=(number, signal.getsignal(number)))
     asker.start()
     with pytest.raises(EndedAtOnce, match="no step was saved yet") as caught:
         train(settings(tmp_path / "run", **{"training.max_steps": 500}), console=RunConsole(quiet=True))
@@ -105,6 +105,14 @@ def test_a_run_that_the_driver_aborts_is_named_and_goes_on(supervised: None, tmp
     assert caught.value.fix == f"Go on with: qlora-hal resume {run}"
     result = resume(run, console=RunConsole(quiet=True))
     assert (result.steps, result.stopped_because) == (40, "finished")
+
+
+def ask_when_it_is_handed_on(number: signal.Signals, before: object) -> None:
+    """Sent any earlier, the signal would end the tests."""
+    while signal.getsignal(number) == before:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.kill(os.getpid(), number)
 
 
 def abort_after_a_checkpoint(run: Path) -> None:
