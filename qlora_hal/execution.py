@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from qlora_hal.backend import Compute
 from qlora_hal.capabilities import Feature
-from qlora_hal.ending import result_of_ended, show_ended, worse_note, write_report_of_failed, written
+from qlora_hal.ending import worse_note, write_report_of_failed, written
 from qlora_hal.errors import ConfigError, StoppedError
 from qlora_hal.heartbeat import Heartbeat
 from qlora_hal.journal import Journal
@@ -49,14 +49,10 @@ class Stage:
 
 
 def execute(stage: Stage) -> TrainResult:
-    """Train to the end or to a stop; a run that has ended already is left as it is. Raises StoppedError QH-S19 when a
-    signal ended it, with the state saved."""
+    """Train to the end or to a stop. Raises StoppedError QH-S19 when a signal ended it, with the state saved."""
     from qlora_hal.discovery import open_trainer
     from qlora_hal.guard import GuardedTrainer
 
-    if stage.state is not None and (ended := result_of_ended(stage.directory, stage.record, stage.state)) is not None:
-        show_ended(ended, stage.console)
-        return ended
     choice, options = stage.prepared.machinery.choice, stage.prepared.config.backend.options
     trainer = GuardedTrainer(open_trainer(choice.spec, options), stage.console.note)
     journal = Journal(stage.directory, stage.console, stage.record, stage.state)

@@ -137,6 +137,9 @@ def run_resumed(
             _check_same_run(state, prepared, changes)
             if relocation != Relocation():  # the places hold what they should, and are remembered
                 directory.record({"config": record.config, "config_hash": config_hash(record.config)})
+            if ended is not None:
+                show_ended(ended, console)
+                return ended
             with _told_when_ended(directory.path):
                 return execute(Stage(prepared, directory, console, hooks, record, state, changes))
     finally:

@@ -7,7 +7,6 @@ import time
 import pytest
 
 from qlora_hal.heartbeat import Heartbeat
-from qlora_hal.recording import loss_jump
 
 
 @pytest.mark.fault("N17")
@@ -33,11 +32,3 @@ def test_steps_that_end_keep_it_quiet_however_slow_they_are() -> None:
         heartbeat.beat(1.0)  # twenty of them are longer than the quiet time
         time.sleep(0.6)
     assert told == []
-
-
-@pytest.mark.fault("N16")
-def test_loss_that_jumps_is_told_and_one_that_only_varies_is_not() -> None:
-    varied = [1.0, 2.0] * 25  # mean 1.5, deviation 0.5: six deviations end at 4.5
-    assert loss_jump(varied, 4.4) == ""
-    assert loss_jump(varied, 4.6) == "the loss jumped to 4.6000; the 50 steps before had 1.5000 on average"
-    assert loss_jump(varied[:49], 100.0) == ""
