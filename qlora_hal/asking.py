@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any, TextIO
 
+from qlora_hal import child_process
+
 _LINE = 500
 
 
@@ -22,12 +24,13 @@ def ask(module: str, *arguments: str, seconds: float) -> Mapping[str, Any]:
     command = [sys.executable, "-m", module, *arguments]
     # Files, not pipes: a process that the child leaves behind would keep a pipe open.
     with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as complained:
+        child = child_process.start(command, stdout=said, stderr=complained)
         try:
-            child = subprocess.run(
-                command, stdin=subprocess.DEVNULL, stdout=said, stderr=complained, timeout=seconds, check=False
-            )
+            child.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             raise NoAnswerError(f"did not answer within {seconds:.0f} s") from None
+        finally:
+            child_process.ended(child)
         answer, errors = _text(said), _text(complained)
     try:
         found = json.loads(answer)
@@ -41,7 +44,9 @@ def ask(module: str, *arguments: str, seconds: float) -> Mapping[str, Any]:
 
 
 def answer_stream() -> TextIO:
-    """In the child: where the answer goes. Whatever is printed, at import or from native code, goes to stderr."""
+    """In the child: where the answer goes. Whatever is printed, at import or from native code, goes to stderr. Once the
+    parent is gone, nobody waits for an answer, and the child ends."""
+    child_process.end_with_parent()
     stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return stream

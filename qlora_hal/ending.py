@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_hal.errors import QloraHalError
+from qlora_hal.errors import QloraHalError, StoppedError, StorageError
 from qlora_hal.observing import TrainResult
+from qlora_hal.stopping import EndedAtOnce
 
 if TYPE_CHECKING:
     from qlora_hal.checkpoint import TrainingState
@@ -43,11 +46,63 @@ def result_of_ended(directory: RunDirectory, record: RunRecord, state: TrainingS
     )
 
 
+@contextmanager
+def told_when_ended(directory: RunDirectory) -> Iterator[None]:
+    """However far a run has come when a signal ends it at once: run.json says so, and the user what is safe. Raises
+    StoppedError QH-S19 in its place when the state is saved and the signal was the first."""
+    try:
+        yield
+    except EndedAtOnce as ended:
+        if directory.content.get("status") != "finished":
+            with suppress(StorageError):  # the signal is what ended the run
+                now = datetime.now(UTC).isoformat(timespec="seconds")
+                directory.record({"status": "stopped", "stopped_because": ended.name, "finished_at": now})
+        raise ended_in(directory.path, ended) from ended
+
+
+def ended_in(run_dir: Path, ended: EndedAtOnce) -> EndedAtOnce | StoppedError:
+    """What to raise of a run in `run_dir` that a signal ended: with a step on disk nothing is lost but the steps since,
+    and the first signal asks for no more than that."""
+    from qlora_hal.checkpoint.reading import checkpoints
+
+    ended.run_dir, ended.safe_step = run_dir, max((step for step, _ in checkpoints(run_dir)), default=None)
+    if ended.again or ended.safe_step is None:
+        return ended
+    return StoppedError(
+        "QH-S19",
+        f"Stopped by {ended.name} while no step was under way; step {ended.safe_step} is saved.",
+        where=str(run_dir),
+        fix=f"Go on with: qlora-hal resume {run_dir}",
+        context={"step": ended.safe_step},
+    )
+
+
 def show_ended(result: TrainResult, console: RunConsole) -> None:
     """Say that a run has nothing left to do, and show once more what it gave."""
+    from qlora_hal.report.curves import LOSS_PICTURE
+    from qlora_hal.report.html import REPORT_FILE
+
+    # A run that was killed right after its end has no report, or still the one of an earlier stop.
+    if any(_is_older(result.run_dir / name, result.run_dir) for name in (REPORT_FILE, LOSS_PICTURE)):
+        write_pages(result.run_dir)
     why = "" if result.stopped_because == "finished" else f" by {result.stopped_because}"
     console.note(f"the run ended{why} after step {result.steps}; nothing is left to do")
     console.finished(result, written(result.run_dir))
+
+
+def write_pages(run_dir: Path) -> None:
+    """The report and the curve of what run.json and the log hold. Raises StorageError."""
+    from qlora_hal.report.curves import write_loss_png
+    from qlora_hal.report.html import write_report
+
+    write_report(run_dir)
+    write_loss_png(run_dir)
+
+
+def _is_older(page: Path, run_dir: Path) -> bool:
+    from qlora_hal.run_directory import RUN_FILE
+
+    return not page.exists() or page.stat().st_mtime < (run_dir / RUN_FILE).stat().st_mtime
 
 
 def write_report_of_failed(run_dir: Path) -> None:

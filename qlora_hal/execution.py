@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 from qlora_hal.backend import Compute
 from qlora_hal.capabilities import Feature
-from qlora_hal.ending import worse_note, write_report_of_failed, written
+from qlora_hal.ending import worse_note, write_pages, write_report_of_failed, written
 from qlora_hal.errors import ConfigError, StoppedError
 from qlora_hal.heartbeat import Heartbeat
 from qlora_hal.journal import Journal
 from qlora_hal.mac_memory import pressure_note
 from qlora_hal.observing import RunView, TrainResult
+from qlora_hal.stopping import EndedAtOnce
 from qlora_hal.values import Adapter, Batch, LossSum
 
 if TYPE_CHECKING:
@@ -36,14 +37,15 @@ Samples = tuple[Mapping[str, str], ...]
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What every chapter of one call needs at hand. `state` is where a resumed run goes on from, `changes` what its new
-    backend has otherwise."""
+    """What every chapter of one call needs at hand. `requests` are those of signals. `state` is where a resumed run
+    goes on from, `changes` what its new backend has otherwise."""
 
     prepared: PreparedRun
     directory: RunDirectory
     console: RunConsole
     hooks: Hooks
     record: RunRecord
+    requests: Requests
     state: TrainingState | None = None
     changes: tuple[str, ...] = ()
 
@@ -60,7 +62,8 @@ def execute(stage: Stage) -> TrainResult:
     try:
         result = execution.carry_out()
     except BaseException as error:
-        if journal.failed(error) and isinstance(error, Exception):
+        has_time = isinstance(error, Exception) or (isinstance(error, EndedAtOnce) and not error.again)
+        if journal.failed(error) and has_time:
             write_report_of_failed(stage.directory.path)
         execution.tell_failed(error)
         raise
@@ -203,7 +206,6 @@ class Execution:
         self, run: RunView, recorder: Recorder, windows: WindowSampler, initial: Adapter
     ) -> tuple[TrainResult, Progress]:
         from qlora_hal import loop
-        from qlora_hal.stopping import requests_by_signal
 
         progress = loop.Progress.from_json(dict(self._stage.state.loop)) if self._stage.state else loop.Progress()
         self._stage.console.run_started(run)
@@ -212,8 +214,8 @@ class Execution:
         before = self._loss_before(recorder, progress)
         samples = self._sampled("before", [{"prompt": prompt} for prompt in self._config.training.sample_prompts])
         self._journal.write(eval_loss_before=before, samples=samples)
-        with requests_by_signal(self._stage.console.note) as requests, recorder.heartbeat:
-            stopped = loop.run(self._trainer, windows, self._plan(run, requests), progress, recorder)
+        with self._stage.requests.heeded_between_steps(), recorder.heartbeat:
+            stopped = loop.run(self._trainer, windows, self._plan(run), progress, recorder)
         after: float | None = None
         if not stopped.startswith("SIG"):
             after = self._judged(recorder, progress, initial)
@@ -243,7 +245,7 @@ class Execution:
         )
         return result, progress
 
-    def _plan(self, run: RunView, requests: Requests) -> LoopPlan:
+    def _plan(self, run: RunView) -> LoopPlan:
         from qlora_hal.loop import LoopPlan
         from qlora_hal.schedule import Schedule, warmup_steps
 
@@ -256,8 +258,8 @@ class Execution:
             training=training,
             save_steps=self._config.checkpoint.save_steps,
             evaluation=self._evaluation if self._prepared.data.validation is not None else None,
-            stop_requested=requests.stop,
-            save_requested=requests.save,
+            stop_requested=self._stage.requests.stop,
+            save_requested=self._stage.requests.save,
         )
 
     def _evaluation(self) -> LossSum:
@@ -339,14 +341,11 @@ class Execution:
         )
 
     def _finish(self, run: RunView, result: TrainResult, progress: Progress) -> None:
-        from qlora_hal.report.curves import write_loss_png
-        from qlora_hal.report.html import write_report
-
-        self._journal.finish(result, progress)
-        write_report(run.run_dir)
-        write_loss_png(run.run_dir)
-        self._stage.console.finished(result, written(run.run_dir))
-        self._stage.hooks.tell("qlora_hal_run_finished", run=run, result=result)
+        with self._stage.requests.too_late():
+            self._journal.finish(result, progress)
+            write_pages(run.run_dir)
+            self._stage.console.finished(result, written(run.run_dir))
+            self._stage.hooks.tell("qlora_hal_run_finished", run=run, result=result)
 
     def tell_failed(self, error: BaseException) -> None:
         """Tell observers of the end, if they were told of the start."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_hal.errors import StorageError
 from qlora_hal.report.run_file import Detection, RunRecord, given_config, run_facts
+from qlora_hal.stopping import EndedAtOnce
 
 if TYPE_CHECKING:
     from qlora_hal.checkpoint import TrainingState
@@ -96,9 +97,12 @@ class Journal:
         leaves the record as it was."""
         if self._resumed and not self._begun:
             return False
+        stopped = isinstance(error, KeyboardInterrupt)
+        if stopped and self._record.status == "finished":
+            return self._begun
         with suppress(StorageError):  # a full disk is likely the very error that ended the run
-            status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
-            self.write(status=status, stopped_because=type(error).__name__, finished_at=_now())
+            why = error.name if isinstance(error, EndedAtOnce) else type(error).__name__
+            self.write(status="stopped" if stopped else "failed", stopped_because=why, finished_at=_now())
         return self._begun
 
     def finish(self, result: TrainResult, progress: Progress) -> None:

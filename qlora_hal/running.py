@@ -8,10 +8,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_hal.ending import told_when_ended
 from qlora_hal.errors import CheckpointError, ConfigError
 from qlora_hal.observing import TrainResult
 from qlora_hal.places import Relocation, require_places, with_absolute_places
 from qlora_hal.rows_in_memory import keep_rows, kept_rows
+from qlora_hal.stopping import Requests, ignored_note, requests_by_signal
 
 if TYPE_CHECKING:
     from qlora_hal.checkpoint import TrainingState
@@ -35,31 +37,66 @@ def run_new(
     console: RunConsole | None,
 ) -> TrainResult:
     """Train from the start. `dry_run` ends before the model loads, and leaves nothing behind."""
+    with _shown_on(console) as console, requests_by_signal(console.note) as requests:
+        return _new_run(
+            settings,
+            rows,
+            observers,
+            overwrite=overwrite,
+            force_unlock=force_unlock,
+            dry_run=dry_run,
+            console=console,
+            requests=requests,
+        )
+
+
+@contextmanager
+def _shown_on(console: RunConsole | None) -> Iterator[RunConsole]:
+    from qlora_hal.report.console import RunConsole
+
+    console = console or RunConsole()
+    try:
+        yield console
+    finally:
+        console.close()
+
+
+def _new_run(
+    settings: ResolvedSettings,
+    rows: Rows | None,
+    observers: Sequence[object],
+    *,
+    overwrite: bool,
+    force_unlock: bool,
+    dry_run: bool,
+    console: RunConsole,
+    requests: Requests,
+) -> TrainResult:
     from qlora_hal.hooks import Hooks
     from qlora_hal.observers import observers_for
-    from qlora_hal.report.console import RunConsole
     from qlora_hal.report.run_file import given_config
     from qlora_hal.run_directory import RunDirectory, rehearsed
     from qlora_hal.settings import require_settings
 
-    console = console or RunConsole()
     require_settings(settings.config, "model.name_or_path", "output_dir", *(["data.path"] if rows is None else []))
     hooks = Hooks([*observers_for(settings.config.training.report_to), *observers], note=console.note)
     config = hooks.ready_config(settings.config)
     recorded = given_config(with_absolute_places(config))
-    try:
-        if dry_run:
-            with rehearsed(config.output_dir, config=recorded, overwrite=overwrite) as scratch:
-                return _planned(_prepared(config, rows, hooks, scratch, console))
-        with RunDirectory.open_new(
+    if dry_run:
+        with rehearsed(config.output_dir, config=recorded, overwrite=overwrite) as scratch:
+            return _planned(_prepared(config, rows, hooks, scratch, console))
+    if note := ignored_note():
+        console.note(note)
+    with (
+        RunDirectory.open_new(
             config.output_dir, config=recorded, overwrite=overwrite, force_unlock=force_unlock
-        ) as directory:
-            for note in directory.notes:
-                console.note(note)
-            prepared = _prepared(config, rows, hooks, directory.path, console)
-            return _trained(prepared, settings.origins, directory, hooks, console)
-    finally:
-        console.close()
+        ) as directory,
+        told_when_ended(directory),
+    ):
+        for note in directory.notes:
+            console.note(note)
+        prepared = _prepared(config, rows, hooks, directory.path, console)
+        return _trained(prepared, settings.origins, directory, hooks, console, requests)
 
 
 def _prepared(config: RunConfig, rows: Rows | None, hooks: Hooks, run_dir: Path, console: RunConsole) -> PreparedRun:
@@ -82,7 +119,12 @@ def _prepared(config: RunConfig, rows: Rows | None, hooks: Hooks, run_dir: Path,
 
 
 def _trained(
-    prepared: PreparedRun, origins: Mapping[str, str], directory: RunDirectory, hooks: Hooks, console: RunConsole
+    prepared: PreparedRun,
+    origins: Mapping[str, str],
+    directory: RunDirectory,
+    hooks: Hooks,
+    console: RunConsole,
+    requests: Requests,
 ) -> TrainResult:
     from qlora_hal.execution import Stage, execute
     from qlora_hal.journal import first_record
@@ -90,8 +132,7 @@ def _trained(
 
     prepared = with_quantized_base(prepared, directory.path, console)
     record = first_record(with_absolute_places(prepared.config), origins, prepared)
-    with _told_when_ended(directory.path):
-        return execute(Stage(prepared, directory, console, hooks, record))
+    return execute(Stage(prepared, directory, console, hooks, record, requests))
 
 
 def run_resumed(
@@ -111,39 +152,40 @@ def run_resumed(
     from qlora_hal.observers import observers_for
     from qlora_hal.preparation import choose_machinery, prepare_run
     from qlora_hal.quantizing import with_quantized_base
-    from qlora_hal.report.console import RunConsole
     from qlora_hal.report.run_file import read_run_config, record_from
     from qlora_hal.run_directory import RunDirectory, config_hash
 
-    console = console or RunConsole()
-    try:
-        with RunDirectory.open_existing(run_dir, force_unlock=force_unlock) as directory:
-            state = _newest_state(directory, console)
-            ended = result_of_ended(directory, record_from(directory.content), state)
-            if ended is not None and relocation == Relocation():  # nothing that it was made from need be there still
-                show_ended(ended, console)
-                return ended
-            require_config_unchanged(directory)
-            given = relocation.applied(read_run_config(directory.path))
-            rows = kept_rows(directory.path)
-            require_places(given, run_dir, reads_data=rows is None)
-            record = _relocated(record_from(directory.content), relocation, given)
-            hooks = Hooks([*observers_for(given.training.report_to), *observers], note=console.note)
-            config, changes = _carried(given, state, backend, hooks, console, transfer=transfer)
-            machinery = choose_machinery(config, hooks, console)
-            seed = int(str(state.provenance["seed"]))
-            prepared = prepare_run(config, seed, machinery, directory.path, rows, console)
-            prepared = with_quantized_base(prepared, directory.path, console)
-            _check_same_run(state, prepared, changes)
-            if relocation != Relocation():  # the places hold what they should, and are remembered
-                directory.record({"config": record.config, "config_hash": config_hash(record.config)})
-            if ended is not None:
-                show_ended(ended, console)
-                return ended
-            with _told_when_ended(directory.path):
-                return execute(Stage(prepared, directory, console, hooks, record, state, changes))
-    finally:
-        console.close()
+    with (
+        _shown_on(console) as console,
+        requests_by_signal(console.note) as requests,
+        RunDirectory.open_existing(run_dir, force_unlock=force_unlock) as directory,
+        told_when_ended(directory),
+    ):
+        if note := ignored_note():
+            console.note(note)
+        state = _newest_state(directory, console)
+        ended = result_of_ended(directory, record_from(directory.content), state)
+        if ended is not None and relocation == Relocation():  # nothing that it was made from need be there still
+            show_ended(ended, console)
+            return ended
+        require_config_unchanged(directory)
+        given = relocation.applied(read_run_config(directory.path))
+        rows = kept_rows(directory.path)
+        require_places(given, run_dir, reads_data=rows is None)
+        record = _relocated(record_from(directory.content), relocation, given)
+        hooks = Hooks([*observers_for(given.training.report_to), *observers], note=console.note)
+        config, changes = _carried(given, state, backend, hooks, console, transfer=transfer)
+        machinery = choose_machinery(config, hooks, console)
+        seed = int(str(state.provenance["seed"]))
+        prepared = prepare_run(config, seed, machinery, directory.path, rows, console)
+        prepared = with_quantized_base(prepared, directory.path, console)
+        _check_same_run(state, prepared, changes)
+        if relocation != Relocation():  # the places hold what they should, and are remembered
+            directory.record({"config": record.config, "config_hash": config_hash(record.config)})
+        if ended is not None:
+            show_ended(ended, console)
+            return ended
+        return execute(Stage(prepared, directory, console, hooks, record, requests, state, changes))
 
 
 def require_config_unchanged(directory: RunDirectory) -> None:
@@ -191,20 +233,6 @@ def _carried(
     if name != state.provenance["backend"] and config.backend.options != given.backend.options:
         console.note(f"backend.options are those of {state.provenance['backend']}; {name} has its defaults")
     return config, changes
-
-
-@contextmanager
-def _told_when_ended(run_dir: Path) -> Iterator[None]:
-    """A second signal ends a run in the middle of a step; what it leaves is told with it."""
-    from qlora_hal.checkpoint.reading import checkpoints
-    from qlora_hal.stopping import EndedAtOnce
-
-    try:
-        yield
-    except EndedAtOnce as ended:
-        saved = [step for step, _ in checkpoints(run_dir)]
-        ended.run_dir, ended.safe_step = run_dir, max(saved, default=None)
-        raise
 
 
 def idle_settings(config: RunConfig, *, has_rows: bool) -> Iterator[str]:

@@ -2,7 +2,8 @@
 
 The child is a fresh interpreter that takes its request as JSON from standard input, runs `train` or `resume` as always,
 and leaves its answer as JSON in a file. It stands in a session of its own: signals reach it once, through its parent.
-Observers that are Python objects cannot follow it, so a run with any is not supervised.
+When the parent is gone it stops as if it were asked to, with its state saved. Observers that are Python objects cannot
+follow it, so a run with any is not supervised.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from qlora_hal import child_process
 from qlora_hal.checkpoint.reading import checkpoints
+from qlora_hal.ending import ended_in
 from qlora_hal.errors import OutOfMemoryError, QloraHalError
-from qlora_hal.stopping import EndedAtOnce, signals_to_handle
+from qlora_hal.stopping import EndedAtOnce, ended_by_signals, handing_on
 
 if TYPE_CHECKING:
     from qlora_hal.observing import TrainResult
@@ -64,18 +65,19 @@ def run_in_child(verb: str, request: Mapping[str, object], run_dir: Path, consol
     with tempfile.TemporaryDirectory(prefix="qlora-hal-run-") as scratch:
         answer = Path(scratch) / "answer.json"
         text = json.dumps({"verb": verb, "request": request, "console": shown, "answer": str(answer)})
-        child = subprocess.Popen(
-            [sys.executable, "-m", "qlora_hal.supervising"],
-            stdin=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            env={**os.environ, SUPERVISED_VARIABLE: "1"},
-        )
-        with _signals_handed_to(child) as handed:
-            child.communicate(text)
+        environment = {**os.environ, SUPERVISED_VARIABLE: "1"}
+        command = [sys.executable, "-m", "qlora_hal.supervising"]
+        child = child_process.start(command, text=True, start_new_session=True, env=environment)
+        try:
+            with handing_on(child.send_signal) as handed:
+                _send(child, text)
+                child.wait()
+        finally:
+            child_process.ended(child)
         if not answer.exists():
             if -child.returncode in handed:
-                raise _ended_early(-child.returncode, run_dir)
+                # It was asked to stop before it could listen.
+                raise ended_in(run_dir, EndedAtOnce(-child.returncode, again=False))
             raise _ended(child.returncode, run_dir)
         found: Mapping[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
     if "error" in found:
@@ -87,33 +89,12 @@ def run_in_child(verb: str, request: Mapping[str, object], run_dir: Path, consol
     return _result_from(found["result"])
 
 
-@contextmanager
-def _signals_handed_to(child: subprocess.Popen[str]) -> Iterator[set[int]]:
-    """The parent outlives a request to stop: the child saves its state and ends by itself. Gives the signals that were
-    handed on."""
-    handed: set[int] = set()
-    if threading.current_thread() is not threading.main_thread():
-        yield handed
-        return
-
-    def hand_on(number: int, frame: FrameType | None) -> None:
-        handed.add(number)
-        child.send_signal(number)
-
-    handled = signals_to_handle()  # the child inherits what is ignored
-    before = {number: signal.signal(number, hand_on) for number in handled}
-    try:
-        yield handed
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _ended_early(number: int, run_dir: Path) -> EndedAtOnce:
-    """The child was asked to stop before it was ready to stop well: while it loaded the model, say."""
-    ended, saved = EndedAtOnce(number), [step for step, _ in checkpoints(run_dir)]
-    ended.run_dir, ended.safe_step = run_dir, max(saved, default=None)
-    return ended
+def _send(child: subprocess.Popen[str], text: str) -> None:
+    """The request, in one line; the pipe stays open."""
+    assert child.stdin is not None
+    with suppress(BrokenPipeError):  # it died at once; its exit status says more
+        child.stdin.write(f"{text}\n")
+        child.stdin.flush()
 
 
 def _ended(status: int, run_dir: Path) -> OutOfMemoryError:
@@ -181,9 +162,11 @@ def _result_from(told: dict[str, Any]) -> TrainResult:
 # in the child -------------------------------------------------------------------------------------------------------
 def main() -> int:
     """Answers on a file; what people read goes to standard error as always."""
-    given: Mapping[str, Any] = json.load(sys.stdin)
+    given: Mapping[str, Any] = json.loads(sys.stdin.readline())
+    child_process.end_with_parent(child_process.ask_to_stop)
     try:
-        result = _carried_out(given["verb"], given["request"], given["console"])
+        with ended_by_signals():
+            result = _carried_out(given["verb"], given["request"], given["console"])
     except QloraHalError as error:
         content: dict[str, object] = {"error": told_of(error)}
     except EndedAtOnce as ended:

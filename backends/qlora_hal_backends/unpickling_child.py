@@ -20,6 +20,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from qlora_hal import durable_files
+from qlora_hal.child_process import end_with_parent
 from qlora_hal.errors import BackendError, ModelError, QloraHalError, StorageError, UnsafeInputError
 from qlora_hal.model.shards import Array, PlannedTensor, total_bytes, write_shards
 from qlora_hal.model.weight_files import SINGLE_FILE, refuse_absent
@@ -268,7 +269,8 @@ def _unusable(job: Mapping[str, Any], what: str) -> ModelError:
 def main() -> int:
     """Do the job that stands on the standard input; answers go to the standard output, one JSON object a line."""
     said = _own_output()
-    job = json.load(sys.stdin)
+    job = json.loads(sys.stdin.readline())
+    end_with_parent()
 
     def say(**content: object) -> None:
         print(json.dumps(content), file=said, flush=True)

@@ -18,7 +18,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from qlora_hal import new_folder
+from qlora_hal import child_process, new_folder
 from qlora_hal.errors import BackendError, ConfigError, ModelError, StorageError
 from qlora_hal.model.facts import text_config
 from qlora_hal.model.safetensors_headers import read_header
@@ -194,10 +194,9 @@ def _written_by_child(folder: Path, pickled: PickledWeights, staging: Path, tell
         errors = scratch / "stderr.txt"
         with (
             errors.open("wb") as stderr,
-            subprocess.Popen(
+            child_process.start(
                 # -P: what lies in the working folder is no module.
                 [sys.executable, "-P", "-m", CHILD],
-                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 text=True,
@@ -210,7 +209,7 @@ def _written_by_child(folder: Path, pickled: PickledWeights, staging: Path, tell
                 done = _followed(child, json.dumps(job), tell)
                 status = child.wait()
             finally:
-                child.kill()  # where this process is being stopped; a finished child takes no harm
+                child_process.ended(child)  # also where this process is being stopped
         if "error" in done:
             raise error_from(done["error"])
         if status or "files" not in done:
@@ -236,8 +235,8 @@ def _followed(child: subprocess.Popen[str], job: str, tell: Tell) -> Mapping[str
     assert child.stdin is not None
     assert child.stdout is not None
     try:
-        child.stdin.write(job)
-        child.stdin.close()
+        child.stdin.write(f"{job}\n")
+        child.stdin.flush()
     except OSError:  # it died at once; its exit status says more
         return {}
     last: Mapping[str, Any] = {}

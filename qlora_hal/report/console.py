@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from qlora_hal.report import figures
+from qlora_hal.report.lasting_stream import LastingStream, lasting
 from qlora_hal.report.metrics import Smoother
 
 if TYPE_CHECKING:
@@ -23,16 +24,16 @@ if TYPE_CHECKING:
 _REFRESH_SECONDS = 0.1
 
 
-def stderr_console(stream: TextIO | None = None, environ: Mapping[str, str] | None = None) -> Console:
+def stderr_console(stream: TextIO | LastingStream | None = None, environ: Mapping[str, str] | None = None) -> Console:
     """A rich console on stderr. NO_COLOR and FORCE_COLOR decide about colour before the terminal does."""
     from rich.console import Console
 
     variables = os.environ if environ is None else environ
-    stream = sys.stderr if stream is None else stream
+    lasting_stream = lasting(sys.stderr if stream is None else stream)
     no_color = bool(variables.get("NO_COLOR"))
     forced = not no_color and bool(variables.get("FORCE_COLOR"))
     return Console(
-        file=stream,
+        file=lasting_stream,  # type: ignore[arg-type]
         no_color=no_color,
         force_terminal=True if forced else None,
         highlight=False,
@@ -48,7 +49,7 @@ def wants_color(stream: TextIO, environ: Mapping[str, str] | None = None) -> boo
     return bool(variables.get("FORCE_COLOR")) or is_watched(stream, {**variables, "CI": ""})
 
 
-def is_watched(stream: TextIO, environ: Mapping[str, str]) -> bool:
+def is_watched(stream: TextIO | LastingStream, environ: Mapping[str, str]) -> bool:
     """Whether a person sits before the stream: a terminal that can move its cursor, outside CI."""
     return stream.isatty() and not environ.get("CI") and environ.get("TERM") not in (None, "", "dumb")
 
@@ -72,9 +73,10 @@ class RunConsole:
         self.json = json
         self.notes: list[str] = []
         """Every note that was shown since the last `close`."""
-        self._stream = sys.stderr if stream is None else stream
+        self._stream = lasting(sys.stderr if stream is None else stream)
         self._console = stderr_console(self._stream, variables)
         self._watched = is_watched(self._stream, variables) and not quiet and not json
+        self._told_of_loss = False
         self._live: Live | None = None
         self._shown_at = 0.0
         self._smoother = Smoother()
@@ -192,6 +194,9 @@ class RunConsole:
         # Text keeps square brackets of users' data from being read as markup; soft wrap keeps paths whole.
         content = Text(content) if isinstance(content, str) else content
         (self._live.console if self._live else self._console).print(content, soft_wrap=True)
+        if self._stream.problem is not None and not self._told_of_loss:
+            self._told_of_loss = True
+            self.notes.append(f"standard error can no longer be written ({self._stream.problem.strerror})")
 
     def _show_live(self, step: int, total: int, parts: Sequence[str]) -> None:
         from rich.live import Live

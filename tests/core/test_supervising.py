@@ -21,6 +21,8 @@ from qlora_hal.report.console import RunConsole
 from qlora_hal.stopping import EndedAtOnce
 from qlora_hal.supervising import SUPERVISED_VARIABLE, is_supervised
 
+pytestmark = pytest.mark.usefixtures("usual_signals")
+
 
 @pytest.fixture
 def supervised(monkeypatch: pytest.MonkeyPatch) -> None:

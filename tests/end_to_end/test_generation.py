@@ -26,6 +26,8 @@ from qlora_hal.generation import open_generation
 from qlora_hal.guard import GuardedTrainer
 from qlora_hal.hooks import hookimpl
 
+pytestmark = pytest.mark.usefixtures("usual_signals")
+
 SHORT = {"training.max_steps": 3, "data.max_seq_length": 64, "training.per_device_train_batch_size": 1}
 
 

@@ -18,6 +18,8 @@ from qlora_hal.guard import GuardedTrainer
 from qlora_hal.hooks import hookimpl
 from qlora_hal.observing import RunView
 
+pytestmark = pytest.mark.usefixtures("usual_signals")
+
 
 class Heard:
     """What was told of start and end, with the status that run.json had then. Stops the run after `stop_after`."""

@@ -14,6 +14,8 @@ from qlora_hal.demo import data_path, model_path
 from qlora_hal.errors import ConfigError, DataError
 from qlora_hal.hooks import hookimpl
 
+pytestmark = pytest.mark.usefixtures("usual_signals")
+
 
 class Stop:
     """Ends a run after its first step, as a signal does."""

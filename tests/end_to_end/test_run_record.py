@@ -21,6 +21,8 @@ from qlora_hal.demo import data_path
 from qlora_hal.errors import CheckpointError, StoppedError
 from qlora_hal.hooks import hookimpl
 
+pytestmark = pytest.mark.usefixtures("usual_signals")
+
 KEPT = ("resolved", "model", "versions", "detection", "data_report", "started_at", "samples")
 
 

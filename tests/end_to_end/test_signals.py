@@ -19,6 +19,8 @@ from small_runs import SMALL, merged
 
 from qlora_hal.checkpoint import checkpoints
 
+pytestmark = pytest.mark.usefixtures("usual_signals")
+
 CHANGES = {"training.max_steps": 400, "checkpoint.save_steps": 1, "training.gradient_accumulation_steps": 1}
 
 

@@ -23,6 +23,8 @@ from qlora_hal.model.source import resolve_model
 from qlora_hal.needs import DOUBLE_QUANT_FORMATS, quantization_of
 from qlora_hal_backends.cpu_torch import SPEC
 
+pytestmark = pytest.mark.usefixtures("usual_signals")
+
 SPECS = [load_spec(entry) for entry in listed()]
 
 

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from qlora_hal import child_process
 from qlora_hal.backend import CalibrationJob
 from qlora_hal.errors import BackendError, ModelError
 from qlora_hal.scratch_folder import scratch_folder
@@ -116,11 +117,10 @@ def _run_child(engine: Engine, job: Path, folder: Path, tell: Callable[[str], No
     errors = folder / "stderr.txt"
     with (
         open(errors, "w", encoding="utf-8") as stderr,
-        subprocess.Popen(
+        child_process.start(
             [sys.executable, "-m", CHILD, str(job)],
             stdout=subprocess.PIPE,
             stderr=stderr,
-            stdin=subprocess.DEVNULL,
             text=True,
             encoding="utf-8",
             cwd=folder,
@@ -131,7 +131,7 @@ def _run_child(engine: Engine, job: Path, folder: Path, tell: Callable[[str], No
             last = _followed(child, tell)
             status = child.wait()
         finally:
-            child.kill()  # where this process is being stopped; a finished child takes no harm
+            child_process.ended(child)  # also where this process is being stopped
     if refusal := last.get("refusal"):
         raise error_from(refusal)
     if status or last:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TextIO, cast
 
+from qlora_hal.child_process import end_with_parent
 from qlora_hal.errors import QloraHalError
 from qlora_hal.supervising import told_of
 from qlora_hal_backends.gptq_int4.engines import Quantize, installed_engine, load_function
@@ -19,6 +20,7 @@ SECONDS_BETWEEN_REPORTS = 2.0
 
 def main(path: Path) -> int:
     """Do the job; the exit status."""
+    end_with_parent()
     said = _own_output()
     name, job = job_from_json(json.loads(path.read_text(encoding="utf-8")))
     last = 0.0

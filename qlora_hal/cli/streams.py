@@ -1,0 +1,64 @@
+"""The three streams of a command, whatever they were when it was started: closed, full, or with a reader that left."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from qlora_hal.errors import StorageError
+from qlora_hal.report.lasting_stream import lasting, lead_nowhere
+
+READER_IS_GONE = 0
+"""`qlora-hal schema | head` has what it wanted."""
+
+
+@contextmanager
+def usable_streams() -> Iterator[None]:
+    """Messages never fail a command, and no file of ours is opened under the number of a stream that was closed."""
+    _open_closed()
+    told = sys.stderr
+    sys.stderr = lasting(told)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stderr = told
+
+
+def lost_output() -> OSError | None:
+    """Why standard output does not take what was written there; None when all of it is out."""
+    if sys.stdout is None or sys.stdout.closed:
+        return None
+    try:
+        sys.stdout.flush()
+    except OSError as problem:
+        lead_nowhere(sys.stdout.fileno())
+        return problem
+    return None
+
+
+def output_error(problem: OSError) -> StorageError:
+    return StorageError(
+        "QH-S11",
+        "The result could not be written to standard output.",
+        where="standard output",
+        cause=os.strerror(problem.errno) if problem.errno else str(problem),
+        fix="Give it a file or a pipe that can be written; what the command did beside that is done.",
+    )
+
+
+def _open_closed() -> None:
+    """The next file that is opened takes the lowest number that is free. Were that 1, a lock or a log of ours would get
+    what is printed. Standard output becomes one that refuses, so that a result that was asked for is missed."""
+    for number, mode in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, mode)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+    sys.stdin = sys.stdin or os.fdopen(0, "r", closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)

@@ -1,0 +1,43 @@
+"""Paths that the operating system refuses before it looks for a file: too long, or through a folder that may not be
+entered."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from qlora_hal.errors import ConfigError
+
+_REFUSALS = frozenset({errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP})
+_SHOWN = 120
+
+
+@contextmanager
+def refused_paths_told() -> Iterator[None]:
+    """Around what a user calls: whichever question about a path is asked first, its refusal is told as one. Raises
+    ConfigError QH-U30."""
+    try:
+        yield
+    except OSError as problem:
+        if problem.filename is None or problem.errno not in _REFUSALS:
+            raise
+        path = os.fsdecode(problem.filename) if not isinstance(problem.filename, int) else str(problem.filename)
+        raise ConfigError(
+            "QH-U30",
+            f"The path {shortened(path)} cannot be used: {os.strerror(problem.errno)}.",
+            where=shortened(path),
+            cause=f"It has {len(path)} characters; most systems take 4096, and 255 between two slashes."
+            if problem.errno == errno.ENAMETOOLONG
+            else "The operating system does not let this user in there.",
+            fix="Name another path."
+            if problem.errno == errno.ENAMETOOLONG
+            else "Name another, or have it opened to you.",
+        ) from problem
+
+
+def shortened(path: str) -> str:
+    """A path as a message can show it: no control characters, and no more than a line or two."""
+    shown = ascii(path)[1:-1]
+    return shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 30]}...{shown[-20:]}"
