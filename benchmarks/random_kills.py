@@ -15,6 +15,7 @@ import argparse
 import fcntl
 import json
 import os
+import random
 import sys
 import tempfile
 from collections import Counter
@@ -30,9 +31,10 @@ os.environ.update({"CI": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from killing.cases import Golden, golden_run, killed_run, remove  # noqa: E402
+from killing.cases import Golden, drawn_kills, golden_run, killed_run, planned_kill, remove  # noqa: E402
 from killing.forking import import_taught  # noqa: E402
 from killing.groups import BACKENDS, groups_of, write_inputs  # noqa: E402
+from killing.triggers import Kill  # noqa: E402
 
 Line = dict[str, Any]
 
@@ -44,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="one JSON line a case")
     parser.add_argument("--jobs", type=int, default=1, help="cases at the same time, each on one core")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plan", nargs=2, action="append", metavar=("GROUP", "KILL"), help="a case that is not drawn")
     parser.add_argument("--case", type=int, help="carry out this case alone, and keep its folder")
     parser.add_argument("--work", type=Path, help="where the runs lie; default: a temporary folder")
     chosen = parser.parse_args(argv)
@@ -53,6 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if chosen.case is not None:
             print(json.dumps(campaign.case(chosen.case, keep=True), indent=1))
             return 0
+        if chosen.plan:
+            lines = [campaign.planned(*plan) for plan in chosen.plan]
+            chosen.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            return int(any(line["verdict"] != "equal" or not line["kills"] for line in lines))
         record = Record(chosen.out, {"backend": chosen.backend, "seed": chosen.seed})
         in_jobs(campaign, record, chosen.kills, chosen.jobs)
     return summed_up(record)
@@ -75,11 +82,20 @@ class Campaign:
         name = list(self._groups)[number % len(self._groups)]
         golden = self._golden_of(name)
         folder = self._work / f"case-{number}"
+        kills = drawn_kills(random.Random(f"{self._seed}/{number}"), golden)
+        return {"case": number, **self._carried_out(name, kills, folder, keep=keep)}
+
+    def planned(self, name: str, plan: str) -> Line:
+        """A case with one kill, given as text."""
+        kill = planned_kill(plan, self._golden_of(name))
+        return {"plan": plan, **self._carried_out(name, [kill], self._work / "planned", keep=False)}
+
+    def _carried_out(self, name: str, kills: Sequence[Kill], folder: Path, *, keep: bool) -> Line:
         remove(folder)
-        outcome = killed_run(number, self._seed, self._groups[name], golden, self._inputs, folder)
+        outcome = killed_run(kills, self._groups[name], self._golden_of(name), self._inputs, folder)
         if not (keep or outcome.problems):
             remove(folder)
-        told = {"case": number, "group": name, "verdict": outcome.verdict, "seconds": round(outcome.seconds, 2)}
+        told = {"group": name, "verdict": outcome.verdict, "seconds": round(outcome.seconds, 2)}
         return {**told, "kills": outcome.kills, **({"problems": outcome.problems} if outcome.problems else {})}
 
     def _learn(self) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from qlora_hal.checkpoint import checkpoints
 from qlora_hal.checkpoint.faults import FAULT_POINTS
 
 MOST_KILLS = 4
+_ONCE_MORE, _TWICE = 0.35, 0.2
 _PASSES_OF_A_POINT = 6
 _SIGNALS = {"SIGKILL": 60, "SIGTERM": 13, "SIGINT": 10, "SIGHUP": 9, "SIGUSR1": 8}
 _WAYS = {"phase": 60, "point": 20, "time": 20}
@@ -68,18 +69,30 @@ def golden_run(settings: Settings, inputs: Path, folder: Path, teach: Path | Non
     return Golden(result_of(folder / "run"), ended.seconds, ended.calls)
 
 
-def killed_run(number: int, seed: int, settings: Settings, golden: Golden, inputs: Path, folder: Path) -> Outcome:
-    """Case `number`: a pure function of its number and the seed, but for kills by time."""
-    draw = random.Random(f"{seed}/{number}")
+def drawn_kills(draw: random.Random, golden: Golden) -> list[Kill]:
+    """One, or sometimes a few after each other."""
+    kills = [drawn_kill(draw, golden)]
+    while len(kills) < MOST_KILLS and draw.random() < _ONCE_MORE:
+        kills.append(drawn_kill(draw, golden))
+    return kills
+
+
+def planned_kill(text: str, golden: Golden) -> Kill:
+    """`SIGTERM@loading:0.5`, where half of that phase is done; `SIGKILL@ckpt.after_rename:2`, at the second pass."""
+    name, _, place = text.partition("@")
+    where, _, when = place.partition(":")
+    if where in FAULT_POINTS:
+        return Kill(name, point=where, call=int(when))
+    return Kill(name, phase=where, call=max(1, round(float(when) * golden.calls[where])))
+
+
+def killed_run(kills: Sequence[Kill], settings: Settings, golden: Golden, inputs: Path, folder: Path) -> Outcome:
+    """Train, be killed by each of `kills` in turn, go on each time, and compare the end with `golden`."""
     folder.mkdir(parents=True, exist_ok=True)
     run_dir = folder / "run"
     file = settings_file(folder / "settings.json", settings, inputs, run_dir)
     outcome = Outcome()
-    kills = 1
-    while kills < MOST_KILLS and draw.random() < 0.35:
-        kills += 1
-    for _ in range(kills):
-        kill = drawn_kill(draw, golden)
+    for kill in kills:
         ended = _gone_on(file, run_dir, folder, kill)
         outcome.seconds += ended.seconds
         if _was_sent(kill, ended):
@@ -103,7 +116,7 @@ def drawn_kill(draw: random.Random, golden: Golden) -> Kill:
     """A signal, and where. Points of a save are there for SIGKILL only."""
     name = draw.choices(list(_SIGNALS), list(_SIGNALS.values()))[0]
     way = draw.choices(list(_WAYS), list(_WAYS.values()))[0]
-    again = name in ("SIGTERM", "SIGINT", "SIGHUP") and draw.random() < 0.2
+    again = name in ("SIGTERM", "SIGINT", "SIGHUP") and draw.random() < _TWICE
     if way == "point" and name == "SIGKILL":
         return Kill(name, point=draw.choice(FAULT_POINTS), call=draw.randint(1, _PASSES_OF_A_POINT))
     if way == "time":
@@ -135,6 +148,8 @@ def _wrong_end(kill: Kill, ended: Ended, run_dir: Path) -> list[str]:
         return [f"hung: {ended.said[-1500:]}"]
     if kill.signal == "SIGKILL":
         return [] if ended.status in (137, 0) else [f"failed: exit status {ended.status}: {ended.said[-1500:]}"]
+    if not ended.said and ended.status == 128 + kill.number:
+        return []  # the command had not begun to listen, nor done anything
     status = _status_told(run_dir)
     saved = bool(run_dir.is_dir() and checkpoints(run_dir))
     stopped = {75} if saved and not kill.again else {75, 128 + kill.number} if saved else {128 + kill.number}
@@ -146,7 +161,7 @@ def _wrong_end(kill: Kill, ended: Ended, run_dir: Path) -> list[str]:
             problems.append(f"wrong end: exit status 0, and run.json says {status}")
     elif ended.status not in stopped:
         problems.append(f"wrong end: exit status {ended.status}, {sorted(stopped)} expected: {ended.said[-1500:]}")
-    elif status not in ("stopped", "finished", "no run"):
+    elif status not in ("stopped", "finished", "no run", "None"):
         problems.append(f"wrong end: run.json says {status}: {ended.said[-1500:]}")
     elif kill.signal not in ended.said:
         problems.append(f"wrong end: {kill.signal} is not named: {ended.said[-1500:]}")
@@ -156,6 +171,7 @@ def _wrong_end(kill: Kill, ended: Ended, run_dir: Path) -> list[str]:
 
 
 def _status_told(run_dir: Path) -> str:
+    """Of a folder that was just made it is None: the run in it has not begun."""
     file = run_dir / "run.json"
     return str(json.loads(file.read_text()).get("status")) if file.exists() else "no run"
 
