@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_hal.refused_paths import refused_paths_told
+
 if TYPE_CHECKING:
     from qlora_hal.backend import ProbeReport
     from qlora_hal.config import RunConfig
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 Rows = Iterable[Mapping[str, object]]
 
 
+@refused_paths_told()
 def train(
     config: ResolvedSettings | RunConfig | Mapping[str, object] | str | Path | None = None,
     *,
@@ -65,6 +68,7 @@ def train(
     )
 
 
+@refused_paths_told()
 def resume(
     run_dir: str | Path,
     *,
@@ -111,6 +115,7 @@ def resume(
     )
 
 
+@refused_paths_told()
 def merge(
     target: str | Path,
     out: str | Path,
@@ -168,6 +173,7 @@ def backends() -> tuple[ProbeReport, ...]:
     return reports(listed())
 
 
+@refused_paths_told()
 def first_batch(settings: ResolvedSettings) -> tuple[Batch, ChatTokenizer, int]:
     """The first batch that `train` would see, and the seed it is drawn with; only a temporary folder is written to.
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from qlora_hal.cli.failures import report_interrupt, report_unexpected, report_usage, reported
-from qlora_hal.cli.streams import READER_IS_GONE, lost_output, output_error, usable_streams
+from qlora_hal.cli.streams import output_error, usable_streams
 from qlora_hal.errors import QloraHalError
 from qlora_hal.refused_paths import refused_paths_told
 from qlora_hal.stopping import ended_by_signals
@@ -15,31 +15,26 @@ from qlora_hal.stopping import ended_by_signals
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status (docs/cli.md)."""
     tokens = list(sys.argv[1:] if argv is None else argv)
-    with usable_streams():
-        status, lost = _status(tokens, as_json="--json" in tokens)
-        lost = lost or lost_output()
-        if isinstance(lost, BrokenPipeError):
-            return READER_IS_GONE if status == 0 else status
-        if lost is not None and status == 0:
-            return reported(output_error(lost), as_json=False)
-        return status
+    with usable_streams() as output:
+        status = _status(tokens, as_json="--json" in tokens)
+        output.flush()
+        if output.problem is None or status != 0:
+            return status
+        if isinstance(output.problem, BrokenPipeError):  # `qlora-hal schema | head` has what it wanted
+            return 0
+        return reported(output_error(output.problem), as_json=False)
 
 
-def _status(tokens: list[str], *, as_json: bool) -> tuple[int, OSError | None]:
-    """The exit status, and what was wrong with standard output where that ended the command."""
+def _status(tokens: list[str], *, as_json: bool) -> int:
     try:
         with ended_by_signals(), refused_paths_told():
-            return _run(tokens), None
+            return _run(tokens)
     except QloraHalError as error:
-        return reported(error, as_json=as_json), None
+        return reported(error, as_json=as_json)
     except KeyboardInterrupt as interrupt:
-        return report_interrupt(interrupt, as_json=as_json), None
-    except OSError as error:
-        if (lost := lost_output()) is not None:
-            return 0, lost
-        return report_unexpected(error, as_json=as_json), None
+        return report_interrupt(interrupt, as_json=as_json)
     except Exception as error:
-        return report_unexpected(error, as_json=as_json), None
+        return report_unexpected(error, as_json=as_json)
 
 
 def _run(tokens: list[str]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from qlora_hal.errors import ConfigError, QloraHalError
@@ -18,9 +18,7 @@ INTERRUPTED = 130
 
 def reported(error: QloraHalError, *, as_json: bool) -> int:
     """Show one of our errors and give its exit status."""
-    if as_json:
-        print(json.dumps({**error.as_json(), "exit_status": error.exit_status}, default=str, ensure_ascii=False))
-    else:
+    if not (as_json and _printed({**error.as_json(), "exit_status": error.exit_status})):
         _print_error(error)
     return error.exit_status
 
@@ -34,9 +32,7 @@ def report_interrupt(interrupt: KeyboardInterrupt, *, as_json: bool) -> int:
     if isinstance(interrupt, EndedAtOnce):
         run_dir = None if interrupt.run_dir is None else str(interrupt.run_dir)
         status, text, context = interrupt.exit_status, str(interrupt), {"run_dir": run_dir, "step": interrupt.safe_step}
-    if as_json:
-        print(json.dumps({"code": "QH-S21", "message": text, **context, "exit_status": status}, ensure_ascii=False))
-    else:
+    if not (as_json and _printed({"code": "QH-S21", "message": text, **context, "exit_status": status})):
         print(f"\n{text}", file=sys.stderr)
     return status
 
@@ -48,9 +44,8 @@ def report_unexpected(error: Exception, *, as_json: bool) -> int:
         import traceback
 
         traceback.print_exception(error)
-    if as_json:
-        content = {"code": "QH-I01", "message": f"{type(error).__name__}: {error}", "where": place, "exit_status": 1}
-        print(json.dumps(content, ensure_ascii=False))
+    content = {"code": "QH-I01", "message": f"{type(error).__name__}: {error}", "where": place, "exit_status": 1}
+    if as_json and _printed(content):
         return 1
     _print_lines(
         f"error[QH-I01]: {type(error).__name__}: {error}",
@@ -104,6 +99,12 @@ def _nearest_flag(flag: str, own: Sequence[str]) -> str | None:
         return close[0]
     setting = f"--{nearest_setting(flag.lstrip('-'))}"
     return setting if setting in own else None
+
+
+def _printed(content: Mapping[str, object]) -> bool:
+    """Whether the object is out on standard output; where that cannot be written, the text on stderr has to do."""
+    print(json.dumps(content, default=str, ensure_ascii=False), flush=True)
+    return getattr(sys.stdout, "problem", None) is None
 
 
 def _print_error(error: QloraHalError) -> None:

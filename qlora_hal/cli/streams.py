@@ -8,37 +8,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from qlora_hal.errors import StorageError
-from qlora_hal.report.lasting_stream import lasting, lead_nowhere
-
-READER_IS_GONE = 0
-"""`qlora-hal schema | head` has what it wanted."""
+from qlora_hal.report.lasting_stream import LastingStream
 
 
 @contextmanager
-def usable_streams() -> Iterator[None]:
-    """Messages never fail a command, and no file of ours is opened under the number of a stream that was closed."""
+def usable_streams() -> Iterator[LastingStream]:
+    """No write fails inside, and no file of ours is opened under the number of a stream that was closed. Gives standard
+    output, whose `problem` is then to be told."""
     _open_closed()
-    told = sys.stderr
-    sys.stderr = lasting(told)  # type: ignore[assignment]
+    before = sys.stdout, sys.stderr
+    output = LastingStream(sys.stdout)
+    sys.stdout, sys.stderr = output, LastingStream(sys.stderr)  # type: ignore[assignment]
     try:
-        yield
+        yield output
     finally:
-        sys.stderr = told
-
-
-def lost_output() -> OSError | None:
-    """Why standard output does not take what was written there; None when all of it is out."""
-    if sys.stdout is None or sys.stdout.closed:
-        return None
-    try:
-        sys.stdout.flush()
-    except OSError as problem:
-        lead_nowhere(sys.stdout.fileno())
-        return problem
-    return None
+        sys.stdout, sys.stderr = before
 
 
 def output_error(problem: OSError) -> StorageError:
+    """A result that was asked for and is not out."""
     return StorageError(
         "QH-S11",
         "The result could not be written to standard output.",

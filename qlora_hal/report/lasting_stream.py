@@ -1,7 +1,7 @@
-"""A stream of messages that never fails: a run is not worth less because nobody can read of it any more.
+"""A stream that never fails: a run is not worth less because nobody can read of it any more.
 
-A closed terminal, a reader that went away (`2>&1 | head`) or a full disk under a redirected standard error make every
-write fail; the work goes on without a word then.
+A closed terminal, a reader that went away (`2>&1 | head`) or a full disk under a redirected stream make every write
+fail; the work goes on without a word then, and what stood in the way can be told in the end.
 """
 
 from __future__ import annotations
