@@ -144,8 +144,10 @@ def storage_error(
     context: dict[str, object] = {"errno": name, "needed_bytes": needed_bytes, "free_bytes": free}
     if problem.errno in _NO_SPACE:
         needs = f"needs {needed_bytes} bytes, " if needed_bytes is not None else ""
-        message = f"Disk full while writing {what}: {needs}{free if free is not None else 'unknown'} free at {place}."
-        code, fix = "QH-S09", "Free space, or raise the quota or file size limit, then resume."
+        room = f"{needs}{free if free is not None else 'unknown'} free at {place}"
+        full, way_out = _what_is_full(problem, place, needed_bytes, free)
+        message = f"{full} while writing {what}: {room}."
+        code, fix = "QH-S09", f"{way_out}, then resume."
     elif problem.errno in _NO_PERMISSION:
         message = f"No permission to write {what} at {place}."
         code, fix = "QH-S12", "Choose a folder that this user may write to."
@@ -155,6 +157,41 @@ def storage_error(
     cause = f"{name}: {problem.strerror or problem}"
     message = f"{message} {safe}".rstrip()
     return StorageError(code, message, where=str(place), cause=cause, fix=fix, context=context)
+
+
+def _what_is_full(problem: OSError, place: Path, needed: int | None, free: int | None) -> tuple[str, str]:
+    """One error number stands for several limits: which of them it is, and the way out."""
+    if problem.errno == errno.EFBIG:
+        return "File size limit reached", "Raise the limit (ulimit -f)"
+    if problem.errno == getattr(errno, "EDQUOT", None):
+        return "Quota used up", "Remove files of yours there, or have the quota raised"
+    if free_files(place) == 0:
+        return (
+            "No room for another file (the file system has no inode left, though it has bytes)",
+            "Remove files there, small ones count as much as large ones",
+        )
+    if free is not None and free > max(needed or 0, _SURELY_ROOM):
+        return (
+            "Disk full",
+            "Free space; where the bytes free are many, a quota or the file system's own tables are full",
+        )
+    return "Disk full", "Free space, or raise the quota or file size limit"
+
+
+_SURELY_ROOM = 64 * 1024 * 1024
+"""Bytes. Less may be kept back for the system's own use."""
+
+
+def free_files(place: Path) -> int | None:
+    """How many more files this user may make where `place` is or would be; None when the file system sets no limit, or
+    none can be known."""
+    if not hasattr(os, "statvfs"):
+        return None
+    for folder in (place, *place.parents):
+        with suppress(OSError):
+            facts = os.statvfs(folder)
+            return facts.f_favail if facts.f_files else None
+    return None
 
 
 def free_bytes(place: Path) -> int | None:

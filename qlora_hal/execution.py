@@ -183,6 +183,7 @@ class Execution:
             for note in metrics.notes:
                 stage.console.note(note)
             metrics.truncate_after(run.first_step if stage.state else -1)
+            metrics.hold()
             self._journal.trained_before(trained_seconds(metrics.path))
             limit = run.resolved["memory_limit_bytes"]
             yield Recorder(

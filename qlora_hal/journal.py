@@ -75,7 +75,9 @@ class Journal:
         self._train_seconds += finished.seconds
 
     def saving(self, progress: Progress) -> None:
-        """A checkpoint is about to be saved."""
+        """A checkpoint is about to be saved. Raises OutputLockedError QH-S15 when another run has the folder by now."""
+        if note := self._directory.keep_lock():
+            self._console.note(note)
         self.write(eval_loss_best=progress.best_loss, best_step=progress.best_step)
 
     def write(self, **facts: Any) -> None:

@@ -107,6 +107,8 @@ class Recorder:
     def save(self, step: int, progress: Progress) -> None:
         from qlora_hal.checkpoint import TrainingState, save_checkpoint
 
+        if note := self.metrics.restored():
+            self.note(note)
         self.metrics.sync()
         self.journal.saving(progress)
         state = TrainingState(

@@ -85,6 +85,11 @@ class RunDirectory:
             run._settle_with_earlier_run(config, overwrite=overwrite)
             run._sweep()
             run.record({})
+        except ConfigError as refusal:
+            lock.release(as_found=True)
+            if lock.note:  # how that run ended is worth knowing when it stands in the way
+                refusal.cause = f"{refusal.cause} {lock.note}".strip()
+            raise
         except BaseException:
             lock.release()
             raise
@@ -141,6 +146,10 @@ class RunDirectory:
             f"QH-S10: {_readable(free)} are free at {self.path}, a checkpoint needs about {_readable(size)} and two "
             "are kept; a save may fail. Free space or choose another output folder."
         )
+
+    def keep_lock(self) -> str:
+        """To be called before something is saved; what to say of a lock that vanished. Raises as `RunLock.keep`."""
+        return self._lock.keep()
 
     def close(self) -> None:
         """Release the lock. Safe to call twice."""

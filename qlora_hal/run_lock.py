@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,12 +26,17 @@ OWNER_FILE = "run.lock.json"
 
 
 class RunLock:
-    """A held lock on a run folder. `note` says whose stale lock was taken over, if any."""
+    """A held lock on a run folder. `note` says whose stale lock was taken over, if any, and what most likely ended that
+    process."""
 
-    def __init__(self, folder: Path, held: filelock.BaseFileLock, note: str | None) -> None:
+    def __init__(
+        self, folder: Path, held: filelock.BaseFileLock, note: str | None, earlier: Mapping[str, object] | None = None
+    ) -> None:
         self.note = note
         self._folder = folder
         self._held = held
+        self._earlier = earlier
+        self._file = _identity(folder / LOCK_FILE)
 
     @classmethod
     def take(cls, folder: Path, *, force: bool = False) -> RunLock:
@@ -49,7 +55,8 @@ class RunLock:
         except (OSError, NotImplementedError) as problem:
             raise _unlockable(folder, problem) from problem
         try:
-            note = _note_on_last_owner(folder, force=force)
+            earlier = _last_owner(folder)
+            note = _note_on(earlier, folder, force=force)
             write_json_atomically(folder / OWNER_FILE, _this_process())
         except OSError as problem:
             held.release()
@@ -57,14 +64,41 @@ class RunLock:
         except BaseException:
             held.release()
             raise
-        return cls(folder, held, note)
+        return cls(folder, held, note, earlier)
 
-    def release(self) -> None:
-        """Give the folder free. Safe to call twice."""
-        if self._held.is_locked:
-            with suppress(OSError):  # left behind, it only becomes a note at the next start
+    def keep(self) -> str:
+        """Whether the lock is still where others look for it, to be asked before something is saved. What to say of one
+        that was removed, and is taken again; nothing otherwise.
+
+        Raises OutputLockedError QH-S15 when another process has the folder by now, StorageError.
+        """
+        if _identity(self._folder / LOCK_FILE) == self._file:
+            return ""
+        import filelock
+
+        anew = filelock.FileLock(self._folder / LOCK_FILE, timeout=0, thread_local=False)
+        try:
+            anew.acquire()
+            write_json_atomically(self._folder / OWNER_FILE, _this_process())
+        except filelock.Timeout as problem:
+            raise _taken_meanwhile(self._folder) from problem
+        except (OSError, NotImplementedError) as problem:
+            raise _unlockable(self._folder, problem) from problem
+        self._held.release()
+        self._held, self._file = anew, _identity(self._folder / LOCK_FILE)
+        return f"{LOCK_FILE} was removed or replaced while this run held it; it is taken again"
+
+    def release(self, *, as_found: bool = False) -> None:
+        """Give the folder free. Safe to call twice. `as_found` leaves the traces of a dead owner to the next one who
+        comes: this one did nothing here."""
+        if not self._held.is_locked:
+            return
+        with suppress(OSError):  # left behind, it only becomes a note at the next start
+            if as_found and self._earlier is not None:
+                write_json_atomically(self._folder / OWNER_FILE, self._earlier)
+            elif _identity(self._folder / LOCK_FILE) == self._file:
                 (self._folder / OWNER_FILE).unlink()
-            self._held.release()
+        self._held.release()
 
 
 def boot_id() -> str:
@@ -76,9 +110,31 @@ def boot_id() -> str:
     return str(int(psutil.boot_time()))
 
 
+def memory_kills() -> int | None:
+    """How many processes the kernel's memory killer has ended since this machine started; None where the system does
+    not count them (`oom_kill` of /proc/vmstat, Linux 4.13 and later)."""
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return None
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    with suppress(OSError):
+        facts = file.stat()
+        return facts.st_dev, facts.st_ino
+    return None
+
+
 def _this_process() -> dict[str, object]:
-    started = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"pid": os.getpid(), "host": socket.gethostname(), "since": started, "boot_id": boot_id()}
+    return {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": datetime.now(UTC).isoformat(timespec="seconds"),
+        "boot_id": boot_id(),
+        "memory_kills": memory_kills(),
+    }
 
 
 def _last_owner(folder: Path) -> dict[str, object] | None:
@@ -93,13 +149,29 @@ def _described(owner: dict[str, object]) -> str:
     return f"pid {pid} on host {host} since {since}"
 
 
-def _note_on_last_owner(folder: Path, *, force: bool) -> str | None:
-    owner = _last_owner(folder)
+def _likely_end(owner: Mapping[str, object]) -> str:
+    """What most likely ended a process of this machine that released nothing."""
+    if owner.get("boot_id") != boot_id():
+        return "the machine was restarted without releasing it."
+    then, now = owner.get("memory_kills"), memory_kills()
+    if not isinstance(then, int) or now is None:
+        why = "It was killed (by kill -9, or by the system when memory ran out), or it crashed."
+    elif now > then:
+        count = "a process" if now == then + 1 else f"{now - then} processes"
+        why = (
+            f"The kernel's memory killer has ended {count} on this machine since then, most likely this one: lower "
+            "training.per_device_train_batch_size or data.max_seq_length, or free memory."
+        )
+    else:
+        why = "It was killed (kill -9), or it crashed; the kernel's memory killer has ended no process since then."
+    return f"that process has ended without releasing it. {why}"
+
+
+def _note_on(owner: dict[str, object] | None, folder: Path, *, force: bool) -> str | None:
     if owner is None:
         return None
     if owner.get("host") == socket.gethostname():
-        ended = "the machine was restarted" if owner.get("boot_id") != boot_id() else "that process has ended"
-        return f"Took over {LOCK_FILE} from {_described(owner)}: {ended} without releasing it."
+        return f"Took over {LOCK_FILE} from {_described(owner)}: {_likely_end(owner)}"
     if force:
         return f"Took over {LOCK_FILE} from {_described(owner)} on request."
     raise OutputLockedError(
@@ -120,6 +192,19 @@ def _held_by_another(folder: Path) -> OutputLockedError:
         where=str(folder),
         cause="Two runs in one folder would mix their checkpoints.",
         fix="Wait for that run or stop it, or choose another output folder.",
+        context={"owner": owner or {}},
+    )
+
+
+def _taken_meanwhile(folder: Path) -> OutputLockedError:
+    owner = _last_owner(folder)
+    return OutputLockedError(
+        "QH-S15",
+        f"{LOCK_FILE} was removed while this run held it, and is now held by "
+        f"{_described(owner) if owner else 'another process'}.",
+        where=str(folder),
+        cause="Two runs in one folder would mix their checkpoints, so nothing more is written by this one.",
+        fix="Let the other run end, or stop it and resume; what was saved before is there.",
         context={"owner": owner or {}},
     )
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
-from io import BufferedWriter
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from qlora_hal.durable_files import flush_to_medium, storage_error
+from qlora_hal.durable_files import flush_to_medium, storage_error, unique_name
 from qlora_hal.report.durable import replace_file
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class MetricsFile:
         """Open or create. Raises StorageError when the place cannot be written."""
         self.path = path
         self.notes: tuple[str, ...] = ()
+        self._held: BufferedReader | None = None
         try:
             dropped = _cut_torn_line(path)
             self._file: BufferedWriter = path.open("ab")
@@ -99,8 +101,44 @@ class MetricsFile:
             self._file = self.path.open("ab")
         return len(lines) - len(kept)
 
+    def hold(self) -> None:
+        """Keep the content within reach, whatever becomes of the file's name: see `restored`. Raises StorageError."""
+        try:
+            if self._held is not None:
+                self._held.close()
+            self._held = self.path.open("rb")
+        except OSError as error:
+            raise storage_error(error, self.path, what=f"the log {self.path.name}") from error
+
+    def restored(self) -> str:
+        """Write the log again that was removed or replaced meanwhile, and say so; nothing to say of one that is there.
+        What was put in its place is kept under another name. Raises StorageError."""
+        if self._held is None:
+            return ""
+        held = os.fstat(self._held.fileno())
+        try:
+            found = os.lstat(self.path) if os.path.lexists(self.path) else None
+            if found is not None and (found.st_dev, found.st_ino) == (held.st_dev, held.st_ino):
+                return ""
+            self._held.seek(0)
+            content = self._held.read()
+            aside = None
+            if found is not None:
+                aside = self.path.with_name(f"{self.path.name}.other-{unique_name()}")
+                self.path.rename(aside)
+        except OSError as error:
+            raise storage_error(error, self.path, what=f"the log {self.path.name}") from error
+        self._file.close()
+        replace_file(self.path, content)
+        self._file = self.path.open("ab")
+        self.hold()
+        what = "was removed" if aside is None else f"was replaced by another file, kept as {aside.name},"
+        return f"{self.path.name} {what} while this run wrote it; it is there again with all its lines"
+
     def close(self) -> None:
         """Make everything durable and close. Safe to call twice. Raises StorageError, and is closed then, too."""
+        if self._held is not None:
+            self._held.close()
         if not self._file.closed:
             with self._file:
                 self.sync()
