@@ -1,8 +1,8 @@
 """The command line in a forked copy of this process, which has imported all that a run imports.
 
 A fork takes milliseconds where an interpreter with a tensor library takes many seconds. It is safe while this process
-has one thread and has computed nothing: no pool, no lock and no autograd thread can be left behind in the copy. Of
-gptqmodel two threads stay that its logger draws progress with; they wait, hold no lock, and nothing is logged.
+has one thread and has computed nothing: no pool, no lock and no autograd thread can be left behind in the copy. What
+starts threads when it is imported is left to each copy.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Sequence
@@ -24,9 +23,8 @@ from killing.triggers import Kill, arm
 
 LIMIT_SECONDS = 300.0
 _STATUS_OF_A_CRASH = 99
-_IDLE_THREADS = frozenset({"logbar-progress-refresh", "serial-worker"})
-_NOT_ALONE = ("gptqmodel", "logbar")
-"""Changes what other libraries do when it is imported as it is; the backend's own way keeps them."""
+_WITH_THREADS = ("gptqmodel", "logbar", "defuser", "device_smi", "tokenicer", "pcre")
+"""gptqmodel and what comes with it: a pool of workers, and a logger that draws from two threads."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Ended:
 def in_fork(arguments: Sequence[str], folder: Path, kill: Kill | None = None, *, teach: Path | None = None) -> Ended:
     """Run `qlora-hal arguments` in a fork, with `kill` on its way. `teach` is where it writes which modules it has
     imported in the end."""
-    _require_idle_threads()
+    _require_one_thread()
     told = folder / "said.txt"
     counted = folder / "calls.json"
     counted.unlink(missing_ok=True)
@@ -61,15 +59,11 @@ def import_taught(names: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in json.loads(names.read_text()):
-            if name not in sys.modules and not name.startswith(("__", "killing", *_NOT_ALONE)):
+            if name not in sys.modules and not name.startswith(("__", "killing", *_WITH_THREADS)):
                 try:
                     importlib.import_module(name)
                 except (Exception, SystemExit):  # some modules can only be imported in their own order
                     continue
-        if "gptqmodel" in names.read_text():
-            from qlora_hal_backends.gptq_int4.gptqmodel_engine import _import_the_library
-
-            _import_the_library()
     gc.collect()
     gc.freeze()  # a fork that collects its garbage would copy every page of what was imported
 
@@ -140,17 +134,8 @@ def _waited(child: int, started: float, kill: Kill | None) -> int | None:
         time.sleep(0.002)
 
 
-def _require_idle_threads() -> None:
-    deadline = time.monotonic() + 10
-    while working := _working_threads():
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"{working} run here; a fork would copy the locks of all threads, and one thread")
-        time.sleep(0.05)
-
-
-def _working_threads() -> str:
-    """Threads of Python by name, others by number; empty when the main thread is alone with idle ones."""
-    names = {thread.name for thread in threading.enumerate()} - _IDLE_THREADS - {"MainThread"}
+def _require_one_thread() -> None:
     tasks = Path("/proc/self/task")
-    foreign = len(list(tasks.iterdir())) - threading.active_count() if tasks.is_dir() else 0
-    return ", ".join([*sorted(names), *([f"{foreign} foreign threads"] if foreign > 0 else [])])
+    count = len(list(tasks.iterdir())) if tasks.is_dir() else 1
+    if count != 1:
+        raise RuntimeError(f"{count} threads run here; a fork would copy one of them and the locks of all")

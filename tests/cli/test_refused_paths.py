@@ -1,0 +1,105 @@
+"""Paths that no file system takes, and folders that may not be entered, wherever a user can name one."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora_hal import merge, resume, train
+from qlora_hal.cli.__main__ import main
+from qlora_hal.demo import data_path, model_path
+from qlora_hal.errors import ConfigError, QloraHalError
+
+LONG = {
+    "one long name": "/tmp/" + "a" * 10_000,
+    "many folders": "/tmp/" + "/".join(["b" * 200] * 50),
+    "a name of 300": "c" * 300,
+}
+DEMO = ["train", "--demo", "--dry-run", "--output_dir", "run"]
+COMMANDS = {
+    "settings": ["train", "PATH"],
+    "output": ["train", "--demo", "--dry-run", "--output_dir", "PATH"],
+    "model": [*DEMO, "--model", "PATH"],
+    "data": [*DEMO, "--data", "PATH"],
+    "validation data": [*DEMO, "--data.validation_path", "PATH"],
+    "template": [*DEMO, "--data.chat_template", "PATH"],
+    "resume": ["resume", "PATH"],
+    "generate": ["generate", "--run", "PATH", "--prompt", "x"],
+    "adapter of generate": ["generate", "--adapter", "PATH", "--model", str(model_path()), "--prompt", "x"],
+    "merge": ["merge", "PATH", "out"],
+    "adapter": ["adapter", "convert", "PATH", "out", "--to", "mlx"],
+    "unpickle": ["unpickle", "PATH", "out"],
+    "quantize": ["quantize", "PATH", "out", "--data", str(data_path("train"))],
+    "estimate": ["estimate", "--model", "PATH"],
+    "init": ["init", "PATH"],
+    "certificate": ["conformance", "cpu_torch", "--verify", "PATH"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("kind", LONG)
+def test_a_path_that_is_too_long_is_the_users_to_mend(
+    command: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status = main([LONG[kind] if word == "PATH" else word for word in COMMANDS[command]])
+    assert status not in (0, 1), capsys.readouterr().err
+
+
+@pytest.mark.fault("U30")
+@pytest.mark.parametrize("kind", LONG)
+def test_a_long_path_is_shown_shortened_with_its_length(kind: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        train(model=LONG[kind], data=str(data_path("train")), output_dir="run", backend="cpu_torch", dry_run=True)
+    assert (refused.value.code, refused.value.exit_status) == ("QH-U30", 2)
+    assert len(refused.value.message) < 200
+    assert f"It has {len(LONG[kind])} characters" in refused.value.cause
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_the_python_calls_give_an_error_of_ours(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(QloraHalError):
+        resume(LONG[kind])
+    with pytest.raises(QloraHalError):
+        merge(LONG[kind], tmp_path / "out")
+
+
+CLOSED_FOLDER = """
+import json, sys
+from qlora_hal import train
+from qlora_hal.errors import QloraHalError
+try:
+    train(model=sys.argv[1], data=sys.argv[2], output_dir=sys.argv[3], backend="cpu_torch", dry_run=True)
+except QloraHalError as error:
+    print(json.dumps([error.code, error.message]))
+"""
+
+
+def without_the_rights_of_root() -> None:
+    ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
+    ctypes.CDLL(None).prctl(24, 2, 0, 0, 0)  # CAP_DAC_READ_SEARCH
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="drops rights as Linux does")
+@pytest.mark.parametrize("what", ["model", "data"])
+def test_a_folder_that_may_not_be_entered_is_told(tmp_path: Path, what: str) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o000)
+    places = {"model": str(model_path()), "data": str(data_path("train")), what: str(closed / "inside")}
+    done = subprocess.run(
+        [sys.executable, "-c", CLOSED_FOLDER, places["model"], places["data"], str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ),
+        preexec_fn=without_the_rights_of_root,
+        check=False,
+    )
+    code, message = json.loads(done.stdout.splitlines()[-1]) if done.stdout else (None, done.stderr)
+    assert code == "QH-U30", message
+    assert "Permission denied" in message
