@@ -48,11 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plan", nargs=2, action="append", metavar=("GROUP", "KILL"), help="a case that is not drawn")
     parser.add_argument("--case", type=int, help="carry out this case alone, and keep its folder")
-    parser.add_argument("--work", type=Path, help="where the runs lie; default: a temporary folder")
+    parser.add_argument(
+        "--work", type=Path, help="where runs and uninterrupted runs lie, kept; default: a temporary folder"
+    )
     chosen = parser.parse_args(argv)
     with ExitStack() as stack:
         work = chosen.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="random-kills-")))
-        campaign = Campaign(chosen.backend, chosen.seed, work.resolve())
+        campaign = Campaign(chosen.backend, chosen.seed, work.resolve() / chosen.backend)
         if chosen.case is not None:
             print(json.dumps(campaign.case(chosen.case, keep=True), indent=1))
             return 0
@@ -127,7 +129,8 @@ class Record:
 
     def __init__(self, path: Path, head: Line) -> None:
         self.path = path
-        if not path.exists() or not path.stat().st_size:
+        self._cut_torn_line()
+        if not path.stat().st_size:
             self.append(head)
         found = self._all()[0]
         if found != head:
@@ -144,7 +147,13 @@ class Record:
         return sum(len(line["kills"]) for line in self.cases())
 
     def _all(self) -> list[Line]:
-        return [json.loads(line) for line in self.path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        return [json.loads(line) for line in self.path.read_bytes().splitlines()]
+
+    def _cut_torn_line(self) -> None:
+        """Of a campaign that was killed itself."""
+        with open(self.path, "ab+") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def in_jobs(campaign: Campaign, record: Record, kills: int, jobs: int) -> None:

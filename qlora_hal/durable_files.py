@@ -173,7 +173,7 @@ def _what_is_full(problem: OSError, place: Path, needed: int | None, free: int |
     if free is not None and free > max(needed or 0, _SURELY_ROOM):
         return (
             "Disk full",
-            "Free space; where the bytes free are many, a quota or the file system's own tables are full",
+            "Free space; where many bytes are free, a quota or the file system's own tables are full",
         )
     return "Disk full", "Free space, or raise the quota or file size limit"
 
