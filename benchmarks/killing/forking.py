@@ -23,8 +23,8 @@ from killing.triggers import Kill, arm
 
 LIMIT_SECONDS = 300.0
 _STATUS_OF_A_CRASH = 99
-_WITH_THREADS = ("gptqmodel", "logbar", "defuser", "device_smi", "tokenicer", "pcre")
-"""gptqmodel and what comes with it: a pool of workers, and a logger that draws from two threads."""
+_WITH_THREADS = ("gptqmodel", "logbar", "defuser", "device_smi", "tokenicer", "pcre", "datasets", "pyarrow")
+"""gptqmodel and what comes with it: a pool of workers, a logger that draws from two threads, Arrow's allocator."""
 
 
 @dataclass(frozen=True)
