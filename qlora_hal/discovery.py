@@ -27,6 +27,7 @@ from qlora_hal.errors import (
     BackendNotFoundError,
     QloraHalError,
 )
+from qlora_hal.installation import is_from_folder
 from qlora_hal.typed_fields import wrong_fields
 
 if TYPE_CHECKING:
@@ -126,8 +127,17 @@ def _imported(entry: Listed) -> object:
             "QH-E08",
             f"Backend {entry.name} of {entry.distribution} cannot be imported: {type(error).__name__}: {error}",
             where=entry.entry_point.value,
-            fix=f"Update or uninstall it: pip install -U {entry.distribution}.",
+            fix=_repair(entry),
         ) from error
+
+
+def _repair(entry: Listed) -> str:
+    """Update what came from an index; what is installed from a folder is being written, and its author wants to see
+    where it fails."""
+    if entry.entry_point is not None and is_from_folder(entry.distribution):
+        module = entry.entry_point.value.partition(":")[0]
+        return f"See where it fails with: python -c 'import {module}'"
+    return f"Update or uninstall it: pip install -U {entry.distribution}."
 
 
 def find(name: str, entries: Sequence[Listed]) -> Listed:
@@ -237,17 +247,20 @@ def _probe_in_child(entry: Listed) -> ProbeReport:
             answer.get("compute_dtype"),
         )
     except NoAnswerError as silence:
+        if silence.waited is not None:
+            fix = f"Try again when the machine has less to do; if it stays silent, tell the author of {entry.distribution}."
+            return _broken(entry, f"its probe {silence}", fix=fix)
         return _broken(entry, f"its probe {silence}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return _broken(entry, f"its probe gave no report: {error}")
 
 
-def _broken(entry: Listed, reason: str) -> ProbeReport:
+def _broken(entry: Listed, reason: str, *, fix: str = "") -> ProbeReport:
     return ProbeReport(
         entry.name,
         Availability.BROKEN,
         f"{entry.distribution} could not be asked: {reason}",
-        f"Update or uninstall it: pip install -U {entry.distribution}.",
+        fix or _repair(entry),
         distribution=entry.distribution,
     )
 

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from qlora_hal.data.json_array import ArrayFault, array_elements
 from qlora_hal.errors import DataError
+from qlora_hal.installation import requirement
 
 MAX_ROW_BYTES = 32 * 2**20
 """The largest row that is read; a longer line is an error, so that a file without line ends cannot fill the memory."""
@@ -274,7 +275,7 @@ def missing_library(name: str, what: str) -> DataError:
         "QH-D51",
         f"Reading {what} needs the library {name}, which is not installed.",
         where="data.path",
-        fix="Run: pip install 'qlora-hal[data]'",
+        fix=f"Run: pip install {requirement('data')}",
     )
 
 
