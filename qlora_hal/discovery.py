@@ -248,8 +248,8 @@ def _probe_in_child(entry: Listed) -> ProbeReport:
         )
     except NoAnswerError as silence:
         if silence.waited is not None:
-            fix = f"Try again when the machine has less to do; if it stays silent, tell the author of {entry.distribution}."
-            return _broken(entry, f"its probe {silence}", fix=fix)
+            patience = "Try again when the machine has less to do; if it stays silent, tell the author of"
+            return _broken(entry, f"its probe {silence}", fix=f"{patience} {entry.distribution}.")
         return _broken(entry, f"its probe {silence}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return _broken(entry, f"its probe gave no report: {error}")

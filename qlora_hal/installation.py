@@ -1,5 +1,5 @@
-"""Where this distribution was installed from, so that an advice to add an extra works for who took it from a checkout or
-a repository: the bare name is right only where it came from a package index."""
+"""Where this distribution was installed from, so that advice to add an extra works from a checkout or a repository too:
+the bare name is right only where it came from a package index."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DISTRIBUTION = "qlora-hal"
 
 
 def requirement(*extras: str) -> str:
-    """What follows `pip install` to add `extras` to this installation, quoted for a shell (PEP 610 tells its origin)."""
+    """What follows `pip install` to add `extras` to this installation, quoted for a shell. PEP 610 tells its origin."""
     return _requirement(f"[{','.join(extras)}]" if extras else "", _direct_url(DISTRIBUTION))
 
 

@@ -1,5 +1,5 @@
-"""How `--help` lays options out: beside their names where these fit, below them where they do not. A name is what a user
-copies, so it is never broken."""
+"""How `--help` lays options out: descriptions beside the names where these fit, below them where they do not. A name is
+what a user copies, so it is never broken."""
 
 from __future__ import annotations
 

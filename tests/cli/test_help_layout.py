@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 import pytest
-
 from cli.conftest import CommandLine
+
 from qlora_hal.cli.application import VERBS
 from qlora_hal.settings_schema import settings
 

@@ -1,4 +1,4 @@
-"""An advice to install an extra names what was really installed: a checkout, a repository, or the package of an index."""
+"""Advice to install an extra names what was really installed: a checkout, a repository, or the package of an index."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_hal.installation import requirement
 from qlora_hal.errors import BackendUnavailableError, ModelError, UnsupportedFeatureError
+from qlora_hal.installation import requirement
 from qlora_hal_backends.gptq_int4.auto_gptq_engine import load_weight
 from qlora_hal_backends.gptq_int4.auto_gptq_solver import quantize
 from qlora_hal_backends.gptq_int4.engines import (

@@ -8,8 +8,8 @@ import torch
 from gptq_int4.gptq_checkpoints import KINDS, V1, V2, Kind, packed
 from torch import nn
 
-from qlora_hal.installation import requirement
 from qlora_hal.errors import ModelError, UnsupportedFeatureError
+from qlora_hal.installation import requirement
 from qlora_hal_backends.gptq_int4.engines import (
     ENGINES,
     GPTQMODEL,
