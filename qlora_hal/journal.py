@@ -41,10 +41,16 @@ class Journal:
         self._started = time.perf_counter()
         self._earlier = record
         self._train_seconds = 0.0
+        self._is_timed = True
 
     @property
     def record(self) -> RunRecord:
         return self._record
+
+    @property
+    def content(self) -> Mapping[str, object]:
+        """What run.json holds now."""
+        return self._directory.content
 
     @property
     def wall_seconds(self) -> float:
@@ -67,6 +73,10 @@ class Journal:
     def trained_before(self, seconds: float) -> None:
         """What the steps took that earlier calls made and this one keeps."""
         self._train_seconds += seconds
+
+    def time_is_unknown(self) -> None:
+        """The log has lost steps, and with them what they took."""
+        self._is_timed = False
 
     def reached(self, finished: FinishedStep) -> None:
         """Remember a step; it is written with whatever is written next."""
@@ -119,7 +129,7 @@ class Journal:
 
     def _timings(self) -> dict[str, float]:
         timings = {"wall_seconds": self._earlier.timings.get("wall_seconds", 0.0) + self.wall_seconds}
-        if self._train_seconds > 0:
+        if self._train_seconds > 0 and self._is_timed:
             timings["train_seconds"] = self._train_seconds
             timings["tokens_per_second"] = self._tokens / self._train_seconds
         return timings

@@ -119,11 +119,10 @@ def run_resumed(
     try:
         with RunDirectory.open_existing(run_dir, force_unlock=force_unlock) as directory:
             state = _newest_state(directory, console)
-            ended = result_of_ended(directory, record_from(directory.content), state)
+            ended = result_of_ended(directory, record_from(directory.content), state, console.note)
             if ended is not None and relocation == Relocation():  # nothing that it was made from need be there still
                 show_ended(ended, console)
                 return ended
-            require_config_unchanged(directory)
             given = relocation.applied(read_run_config(directory.path))
             rows = kept_rows(directory.path)
             require_places(given, run_dir, reads_data=rows is None)
@@ -146,30 +145,22 @@ def run_resumed(
         console.close()
 
 
-def require_config_unchanged(directory: RunDirectory) -> None:
-    """A resumed run equals one that was never interrupted. Raises CheckpointError QH-C20 when run.json was edited."""
-    from qlora_hal.run_directory import RUN_FILE, config_hash
-
-    recorded, config = directory.content.get("config_hash"), directory.content.get("config")
-    if recorded is None or not isinstance(config, dict) or config_hash(config) == recorded:
-        return
-    raise CheckpointError(
-        "QH-C20",
-        f"The configuration in {RUN_FILE} is not the one that the run began with.",
-        where=str(directory.path / RUN_FILE),
-        cause="Another schedule, batch or adapter from here on would be a run that nobody can repeat.",
-        fix="Undo the edit, or start a new run with the new settings; --model and --data of resume name new places.",
-    )
-
-
 def _newest_state(directory: RunDirectory, console: RunConsole) -> TrainingState:
-    """The newest state that verifies, with notes on what is not in it."""
+    """The newest state that verifies, with notes on what is not in it. Raises CheckpointError QH-C20 when it is another
+    run's, or the configuration is not that of the run."""
     from qlora_hal.checkpoint import latest_valid_checkpoint, load_checkpoint
-    from qlora_hal.checkpoint.reading import unfinished_notes
+    from qlora_hal.checkpoint.reading import kept_record, unfinished_notes
+    from qlora_hal.run_identity import require_own
+    from qlora_hal.run_recovery import require_config_unchanged
 
     path, notes = latest_valid_checkpoint(directory.path)
+    for note in (*directory.notes, *notes):
+        console.note(note)
+    saved_with = kept_record(path)
+    require_config_unchanged(directory.path, directory.content, saved_with)
     state = load_checkpoint(path)
-    for note in (*directory.notes, *notes, *unfinished_notes(state.step, directory.unfinished_saves)):
+    unverified = require_own(directory.content, state, saved_with, path)
+    for note in (*unverified, *unfinished_notes(state.step, directory.unfinished_saves)):
         console.note(note)
     console.note(f"resumed from step {state.step}")
     return state
@@ -313,6 +304,8 @@ def _check_same_run(state: TrainingState, prepared: PreparedRun, changes: Sequen
         "tokenizer_hash": prepared.tokenizer.hash,
         "data_fingerprint": prepared.data.fingerprint,
     }
+    if "token_hashes" in state.provenance:  # not in a checkpoint of an earlier release
+        now["token_hashes"] = dict(prepared.data.hashes)
     if not changes:
         now |= {
             "weight_format": quantization.weight_format.value,
@@ -326,7 +319,8 @@ def _check_same_run(state: TrainingState, prepared: PreparedRun, changes: Sequen
         return
     listing = "; ".join(f"{name} was {state.provenance.get(name)}, is {now[name]}" for name in differing)
     # Another tokenizer makes other tokens of the same rows, so it comes before the data.
-    codes = {"base_fingerprint": "QH-E15", "tokenizer_hash": "QH-C14", "data_fingerprint": "QH-D16"}
+    codes = {"base_fingerprint": "QH-E15", "tokenizer_hash": "QH-C14"}
+    codes |= {"data_fingerprint": "QH-D16", "token_hashes": "QH-D16"}
     raise CheckpointError(
         next((code for name, code in codes.items() if name in differing), "QH-C12"),
         f"This is not the run that the checkpoint of step {state.step} belongs to: {listing}.",

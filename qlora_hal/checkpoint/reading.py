@@ -5,6 +5,7 @@ What fails verification is never deleted, only renamed to `.corrupt-...`, and al
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -12,7 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from qlora_hal import durable_files, strict_json
-from qlora_hal.adapter.peft_files import CONFIG_FILE, TENSORS_FILE
+from qlora_hal.adapter.as_written import WRITTEN
+from qlora_hal.adapter.peft_files import CONFIG_FILE, PROVENANCE_FILE, TENSORS_FILE
 from qlora_hal.checkpoint.manifest import (
     BrokenCheckpoint,
     ForeignSchema,
@@ -26,6 +28,7 @@ from qlora_hal.checkpoint.state import (
     ANSWERS_FILE,
     CORRUPT,
     OPTIMIZER_FILE,
+    RECORD_FILE,
     REPLACED,
     STAGING,
     STATE_FILE,
@@ -35,8 +38,12 @@ from qlora_hal.checkpoint.state import (
     state_from,
     step_of,
 )
+from qlora_hal.durable_files import open_regular
 from qlora_hal.errors import CheckpointError, QloraHalError
 from qlora_hal.safe_tensors_file import TensorFile, read_arrays
+
+
+_READ_WHOLE = frozenset({STATE_FILE, TENSORS_FILE, OPTIMIZER_FILE, ANSWERS_FILE, PROVENANCE_FILE})
 
 
 def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
@@ -84,12 +91,14 @@ def load_checkpoint(path: Path) -> TrainingState:
     try:
         manifest = read_manifest(path)
         _check_step(path, manifest)
-        check_hashes(path, manifest)
+        check_hashes(path, manifest, apart_from=_READ_WHOLE)  # whose digests are of the bytes as they are taken in
         document = _verified_document(path / STATE_FILE, manifest)
         adapter = _verified_arrays(path / TENSORS_FILE, manifest)
         optimizer = _verified_arrays(path / OPTIMIZER_FILE, manifest)
         answers = _verified_arrays(path / ANSWERS_FILE, manifest).arrays if ANSWERS_FILE in manifest.files else {}
-        return state_from(document, adapter.arrays, optimizer.arrays, answers)
+        state = state_from(document, adapter.arrays, optimizer.arrays, answers)
+        _check_same_origin(path, manifest, state, adapter.sha256)
+        return state
     except ForeignSchema as problem:
         raise CheckpointError(
             "QH-C13",
@@ -106,6 +115,17 @@ def load_checkpoint(path: Path) -> TrainingState:
             cause="A file is missing or changed after the save; going on would reset or corrupt the optimizer.",
             fix=f"Resume from an earlier checkpoint.{_weights_only_hint(path)}",
         ) from problem
+
+
+def kept_record(path: Path) -> dict[str, object]:
+    """The copy of run.json in a checkpoint, checked against the manifest; empty where there is none, or no whole one."""
+    try:
+        manifest = read_manifest(path)
+        if RECORD_FILE not in manifest.files:
+            return {}
+        return _verified_document(path / RECORD_FILE, manifest)
+    except (BrokenCheckpoint, ForeignSchema, OSError, strict_json.JsonProblem):
+        return {}
 
 
 def unfinished_saves(run_dir: Path) -> tuple[int, ...]:
@@ -150,6 +170,8 @@ def set_aside(path: Path) -> Path:
         path.rename(target)
     except OSError:
         return path
+    with suppress(OSError):  # after a power loss it may come back under its name, and is set aside again
+        durable_files.flush_folder(path.parent)
     return target
 
 
@@ -159,10 +181,24 @@ def _check_step(path: Path, manifest: Manifest) -> None:
         raise BrokenCheckpoint(f"its manifest is of step {manifest.step}")
 
 
+def _check_same_origin(path: Path, manifest: Manifest, state: TrainingState, adapter_sha256: str) -> None:
+    """The adapter and the state beside it were written as one: of one run, and with these tensors."""
+    if PROVENANCE_FILE not in manifest.files:
+        return
+    document = _verified_document(path / PROVENANCE_FILE, manifest)
+    written = document.get(WRITTEN)
+    if document.get("run_id") != state.provenance.get("run_id"):
+        raise BrokenCheckpoint("its adapter belongs to another run than its optimizer")
+    if isinstance(written, dict) and written.get("sha256") != adapter_sha256:
+        raise BrokenCheckpoint(f"{PROVENANCE_FILE} belongs to another adapter")
+
+
 def _verified_document(path: Path, manifest: Manifest) -> dict[str, object]:
-    if file_sha256(path) != manifest.files[path.name].sha256:
+    with open_regular(path) as stream:
+        raw = stream.read(strict_json.MAX_JSON_BYTES + 1)
+    if hashlib.sha256(raw).hexdigest() != manifest.files[path.name].sha256:
         raise BrokenCheckpoint(f"{path.name} does not match its hash")
-    return strict_json.read_object(path)
+    return strict_json.decode_object(raw)
 
 
 def _verified_arrays(path: Path, manifest: Manifest) -> TensorFile:
