@@ -155,6 +155,16 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def flush_tree(folder: Path) -> None:
+    """Make all files below a folder durable, and the entries of every folder. Raises OSError."""
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            # Windows flushes only what is open for writing.
+            with open(os.path.join(parent, name), "rb+" if sys.platform == "win32" else "rb") as stream:
+                flush_to_medium(stream.fileno())
+        flush_folder(Path(parent))
+
+
 def remove_tree(path: Path) -> int:
     """Delete a file, a link or a folder, following no link; returns the bytes that its ordinary files held."""
     if path.is_symlink() or not path.is_dir():

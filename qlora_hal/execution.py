@@ -423,6 +423,7 @@ def chosen_dtype(wanted: str, proved: Sequence[str], backend: str) -> str:
 
 def provenance_of(prepared: PreparedRun, resolved: Mapping[str, object]) -> dict[str, object]:
     """What an adapter or a checkpoint must match to be continued or judged."""
+    from qlora_hal.model.verifying import config_hash as hash_of_config
     from qlora_hal.run_directory import config_hash
 
     base = prepared.machinery.source
@@ -432,6 +433,7 @@ def provenance_of(prepared: PreparedRun, resolved: Mapping[str, object]) -> dict
         "base_name": source.name,
         "base_revision": source.revision,
         "base_fingerprint": source.facts.fingerprint,
+        "base_config_hash": hash_of_config(source.facts.config),
         "config_hash": config_hash(prepared.config.model_dump(mode="json")),
         "tokenizer_hash": prepared.tokenizer.hash,
         "data_fingerprint": prepared.data.fingerprint,

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from qlora_hal.errors import StorageError
+from qlora_hal.model.fingerprint import coverage
 from qlora_hal.report.run_file import Detection, RunRecord, given_config, run_facts
 
 if TYPE_CHECKING:
@@ -161,8 +162,11 @@ def facts_of_here(prepared: PreparedRun) -> dict[str, Any]:
         "architecture": facts.architecture,
         "parameter_count": facts.parameter_count,
         "fingerprint": facts.fingerprint,
+        "fingerprint_covers": coverage(facts.tensors),
         "target_modules": list(machinery.adapter.target_modules),
     }
+    if prepared.model_hashes:
+        model["files"] = dict(prepared.model_hashes)
     if base.made_from is not None:
         # Where the base lies that was quantized for this run, so that the trained model can be opened again.
         model["quantized"] = {"folder": str(base.path), "fingerprint": base.facts.fingerprint}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,7 +42,7 @@ class Machinery:
 
 @dataclass(frozen=True, slots=True)
 class PreparedRun:
-    """A run that is ready to load its model."""
+    """A run that is ready to load its model. `model_hashes` are those of its files, where they were verified."""
 
     config: RunConfig
     seed: int
@@ -50,6 +50,7 @@ class PreparedRun:
     tokenizer: ChatTokenizer
     data: PreparedData
     estimate: MemoryEstimate
+    model_hashes: Mapping[str, str] = field(default_factory=dict)
 
 
 def drawn_seed(config: RunConfig) -> int:

@@ -101,8 +101,8 @@ class RunDirectory:
         """Lock and sweep the folder of a run that is to go on. A run.json that is lost or damaged is written again
         from a checkpoint, with a note.
 
-        Raises ConfigError QH-S50 when it is no run's folder, UnsafeInputError QH-X06 for a planted link, CheckpointError
-        QH-C20 (the configuration was edited) and QH-C13, and StorageError and OutputLockedError as `open_new`.
+        Raises ConfigError QH-S50 when it is no run's folder, UnsafeInputError QH-X06 for a planted link,
+        CheckpointError QH-C20 (an edited configuration) and QH-C13, StorageError and OutputLockedError as `open_new`.
         """
         from qlora_hal.run_recovery import read_or_recovered
 

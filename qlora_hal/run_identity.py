@@ -77,9 +77,13 @@ def require_own(
     seeds = {"training.seed": (stamped.get("seed"), _seed_of(content))}
     differing |= {key: pair for key, pair in seeds.items() if None not in pair and pair[0] != pair[1]}
     if stamped.get("run_id") != ours.get("run_id"):
-        raise _foreign(state.step, folder, "belongs to another run", differing, "begun another time, with these settings")
+        raise _foreign(
+            state.step, folder, "belongs to another run", differing, "begun another time, with these settings"
+        )
     if differing or stamped.get("settings_hash", ours["settings_hash"]) != ours["settings_hash"]:
-        raise _foreign(state.step, folder, "was saved with other settings than run.json holds", differing, "unknown ones")
+        raise _foreign(
+            state.step, folder, "was saved with other settings than run.json holds", differing, "unknown ones"
+        )
     if "run_id" in stamped:
         return []
     same = "settings_hash" in stamped or stamped.get("config_hash") == content.get("config_hash")

@@ -29,7 +29,7 @@ def provenance_in(document: Mapping[str, object]) -> dict[str, object]:
 
 
 def require_as_written(folder: Path, document: Mapping[str, object], sha256: str, config: AdapterConfig) -> None:
-    """Compare tensors (their `sha256`, as read) and settings with `qlora_hal.json`. One of an earlier release vouches
+    """Compare tensors (their `sha256`, as read) and settings with `qlora_hal.json`; that of an earlier release vouches
     for nothing. Raises AdapterError QH-C22."""
     changed = []
     if is_vouched(document):
@@ -38,15 +38,17 @@ def require_as_written(folder: Path, document: Mapping[str, object], sha256: str
             changed.append("qlora_hal.json does not match its own hash")
         else:
             now = {"sha256": sha256, **_scaling(config)}
-            changed = [_change(name, written.get(name), value) for name, value in now.items() if written.get(name) != value]
+            changed = [
+                _change(name, written.get(name), value) for name, value in now.items() if written.get(name) != value
+            ]
     if changed:
         raise AdapterError(
             "QH-C22",
             f"The adapter in {folder} was changed after it was written: {'; '.join(changed)}.",
             where=str(folder),
             cause="The disk, a copy that broke off, or another tool changed it.",
-            fix="Restore it from a copy; that of a run is written again by qlora-hal resume. Where the change was meant, "
-            "remove qlora_hal.json.",
+            fix="Restore it from a copy; that of a run is written again by qlora-hal resume. Where the change was "
+            "meant, remove qlora_hal.json.",
             context={"changed": changed},
         )
 

@@ -109,7 +109,10 @@ def write_adapter_files(
     facts = {**provenance, "base_name": base_name, "base_revision": base_revision}
     tensors = safe_tensors_file.file_chunks(adapter.tensors, {"format": "pt"})
     written = {TENSORS_FILE: durable_files.write_new(folder / TENSORS_FILE, tensors, midway=midway)}
-    for name, content in ((CONFIG_FILE, config), (PROVENANCE_FILE, vouched(facts, written[TENSORS_FILE], adapter.config))):
+    for name, content in (
+        (CONFIG_FILE, config),
+        (PROVENANCE_FILE, vouched(facts, written[TENSORS_FILE], adapter.config)),
+    ):
         written[name] = durable_files.write_new(folder / name, [strict_json.encode(content)], midway=midway)
     return written
 
@@ -119,7 +122,8 @@ def read_adapter(folder: Path) -> Adapter:
 
     Raises AdapterError: QH-C50 (a file is missing or malformed), QH-C51 (features beyond plain LoRA, all named),
     QH-C09 (tensors that are not LoRA's, or of another rank), QH-C11 (a dtype that float32 cannot hold exactly).
-    QH-C01 (truncated), QH-C22 (changed since qlora_hal wrote it). Raises UnsafeInputError: QH-C15, QH-C16 (see `safe_tensors_file`), QH-C17 (pickle only).
+    QH-C01 (truncated), QH-C22 (changed since qlora_hal wrote it).
+    Raises UnsafeInputError: QH-C15, QH-C16 (see `safe_tensors_file`), QH-C17 (pickle only).
     """
     raw_config = _read_config(folder)
     _refuse_unsupported(raw_config, folder)

@@ -97,7 +97,7 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
 
 
 def check_hashes(folder: Path, manifest: Manifest, *, apart_from: Collection[str] = ()) -> None:
-    """Raise BrokenCheckpoint unless every listed file has the listed size, and content but for those in `apart_from`."""
+    """Raise BrokenCheckpoint unless every listed file has its size and, but for those in `apart_from`, its content."""
     check_sizes(folder, manifest)
     problems = []
     for name, expected in manifest.files.items():

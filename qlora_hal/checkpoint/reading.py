@@ -42,7 +42,6 @@ from qlora_hal.durable_files import open_regular
 from qlora_hal.errors import CheckpointError, QloraHalError
 from qlora_hal.safe_tensors_file import TensorFile, read_arrays
 
-
 _READ_WHOLE = frozenset({STATE_FILE, TENSORS_FILE, OPTIMIZER_FILE, ANSWERS_FILE, PROVENANCE_FILE})
 
 
@@ -118,7 +117,7 @@ def load_checkpoint(path: Path) -> TrainingState:
 
 
 def kept_record(path: Path) -> dict[str, object]:
-    """The copy of run.json in a checkpoint, checked against the manifest; empty where there is none, or no whole one."""
+    """The copy of run.json in a checkpoint, checked against the manifest; empty where no whole one is there."""
     try:
         manifest = read_manifest(path)
         if RECORD_FILE not in manifest.files:

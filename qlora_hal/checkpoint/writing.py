@@ -39,7 +39,6 @@ from qlora_hal.checkpoint.state import (
     state_document,
     step_name,
 )
-from qlora_hal.durable_files import WrittenFile
 from qlora_hal.errors import CheckpointError, ConfigError
 
 LATEST_LINK = "latest"

@@ -167,7 +167,9 @@ def _tokenised(
             )
         found = store, report
     store, report = found
-    again = [f"the tokens of {source.name} were prepared again: {path.name} does not serve, {problem}"] if problem else []
+    again = (
+        [f"the tokens of {source.name} were prepared again: {path.name} does not serve, {problem}"] if problem else []
+    )
     alerts = [*source.alerts, *report.alerts, *again]
     report = replace(report, source=source.name, duplicate_rows=_duplicates(store), alerts=alerts)
     return store, report, fingerprint

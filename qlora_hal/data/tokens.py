@@ -143,7 +143,7 @@ class TokenWriter:
         self._tokens += len(rows.ids)
 
     def finish(self, metadata: Mapping[str, str]) -> TokenStore:
-        """Join the parts, hash and flush, put the file in its place and open it. Raises StorageError (QH-S09, QH-S11)."""
+        """Join the parts, hash, flush, put the file in its place and open it. Raises StorageError (QH-S09, QH-S11)."""
         digest = hashlib.sha256()
         try:
             whole = self._staging / "whole"
@@ -207,8 +207,8 @@ class NotAStore(ValueError):
 
 
 def open_store(path: Path, *, verify: bool = True) -> tuple[TokenStore, Mapping[str, str]]:
-    """The rows of a file that `TokenWriter` wrote, and its metadata. Raises NotAStore, also when its bytes are not those
-    that were written, and OSError. Links are not followed; the map is of the very file that was verified."""
+    """The rows of a file that `TokenWriter` wrote, and its metadata. Links are not followed; the map is of the very
+    file that was verified. Raises NotAStore, also when its bytes are not those that were written, and OSError."""
     with open_regular(path) as stream:
         size = os.fstat(stream.fileno()).st_size
         entries, metadata, data_start = _read_header(stream, size)

@@ -140,7 +140,11 @@ class MetricsFile:
         if found:
             what = "the curves and times of the run leave out what is gone; the last line of a step counts"
             return f"{self.path.name} {' and '.join(found)}: {what}"
-        return f"{self.path.name} was changed after step {step} was saved; curves and times are of what it holds now" if marked else ""
+        return (
+            f"{self.path.name} was changed after step {step} was saved; curves and times are of what it holds now"
+            if marked
+            else ""
+        )
 
     def close(self) -> None:
         """Make everything durable and close. Safe to call twice. Raises StorageError, and is closed then, too."""
@@ -180,7 +184,9 @@ class MetricsFile:
         except OSError as error:
             raise storage_error(error, self.path, what=f"the log {self.path.name}") from error
         self.is_complete = False
-        return f"{self.path.name} was that of another run; it is kept as {kept.name}, and the log begins after step {step}"
+        return (
+            f"{self.path.name} was that of another run; it is kept as {kept.name}, and the log begins after step {step}"
+        )
 
 
 def read_metrics(path: Path) -> list[dict[str, object]]:
@@ -279,7 +285,9 @@ def _repaired(path: Path, content: bytes) -> tuple[bytes, tuple[str, ...]]:
     if len(kept) < whole:
         aside = path.with_name(f"{DAMAGED}{path.name}-{unique_name()}")
         write_new(aside, [content])
-        notes.append(f"{path.name}: {whole - len(kept)} lines cannot be read; the file as it was is kept as {aside.name}.")
+        notes.append(
+            f"{path.name}: {whole - len(kept)} lines cannot be read; the file as it was is kept as {aside.name}."
+        )
     return b"".join(kept), tuple(notes)
 
 

@@ -6,7 +6,6 @@ is written as `~`.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
