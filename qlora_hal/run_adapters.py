@@ -26,19 +26,25 @@ def adapter_problem(folder: Path, run_id: object) -> str:
     try:
         durable_files.refuse_link(folder)
         read_adapter(folder)
-        owner = read_provenance(folder).get("run_id")
+        return _foreign(read_provenance(folder).get("run_id"), run_id)
     except QloraHalError as problem:
         return problem.message.rstrip(".")
-    return "" if owner == run_id else "it belongs to another run"
 
 
-def require_own_adapter(folder: Path, owner: object, run_id: object) -> None:
-    """The adapter in a run's folder is that run's. Raises AdapterError QH-C22, UnsafeInputError QH-X06 for a link."""
-    durable_files.refuse_link(folder)
-    if owner != run_id:
+def _foreign(owner: object, run_id: object) -> str:
+    if owner == run_id:
+        return ""
+    return "it belongs to another run" if owner is not None else "nothing says that this run wrote it"
+
+
+def require_own_adapter(folder: Path, run_id: object) -> None:
+    """The adapter in a run's folder is that run's. Raises AdapterError QH-C22."""
+    from qlora_hal.adapter.peft_files import read_provenance
+
+    if problem := _foreign(read_provenance(folder).get("run_id"), run_id):
         raise AdapterError(
             "QH-C22",
-            f"{folder} does not hold the adapter that its run wrote: it belongs to another run.",
+            f"{folder} does not hold the adapter that its run wrote: {problem}.",
             where=str(folder),
             cause="It was put there later.",
             fix=f"Restore it: qlora-hal resume {folder.parent} writes it again; or name the adapter and its model: "

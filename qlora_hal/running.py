@@ -150,10 +150,11 @@ def run_resumed(
             hashes = record.model.get("files")
             if verify or hashes:
                 prepared = _with_verified_model(prepared, hashes if isinstance(hashes, dict) else {}, console)
-                directory.record({"model": {**record.model, "files": dict(prepared.model_hashes)}})
             if relocation != Relocation():  # the places hold what they should, and are remembered
                 directory.record({"config": record.config, "config_hash": config_hash(record.config)})
             if ended is not None:
+                if prepared.model_hashes:
+                    directory.record({"model": {**record.model, "files": dict(prepared.model_hashes)}})
                 show_ended(ended, console)
                 return ended
             with _told_when_ended(directory.path):
