@@ -105,8 +105,9 @@ class MetricsFile:
             raise storage_error(error, self.path, what=f"the log {self.path.name}") from error
 
     def mark(self) -> dict[str, object]:
-        """What the log holds now, for `compare`: its length, its hash, and the hash of its first line."""
-        return {"bytes": self._size, "sha256": self._digest.hexdigest(), "first_line_sha256": self._first}
+        """What the log holds now, for `compare`: its length, its hash, and number and hash of its first step."""
+        number, digest = self._first
+        return {"bytes": self._size, "sha256": self._digest.hexdigest(), "first_step": number, "first_sha256": digest}
 
     def truncate_after(self, step: int) -> int:
         """Drop the lines of later steps, which a resumed run takes again, and of the end that an earlier call came to.
@@ -125,26 +126,24 @@ class MetricsFile:
         Raises StorageError.
         """
         content = _content(self.path)
+        steps = [_step_of(line) for line in content.splitlines() if _is_of_step(line)]
+        missing = sorted({*range(1, step + 1)} - {*steps})
+        self.is_complete = not missing
         marked = mark if isinstance(mark, dict) else {}
-        size, first = marked.get("bytes"), marked.get("first_line_sha256")
+        size, first = marked.get("bytes"), (marked.get("first_step"), marked.get("first_sha256"))
         if isinstance(size, int) and _sha256(content[:size]) == marked.get("sha256"):
             return ""
-        steps = [_step_of(line) for line in content.splitlines() if b'"loss"' in line]
-        if first and content and min(steps, default=0) <= 1 and _first_line(content) != first:
+        found = _first_step(content)
+        if marked and 0 < found[0] <= _number(first[0]) and found != first:
             return self._begun_anew(step)
-        missing = sorted({*range(1, step + 1)} - {*steps})
         repeated = sorted(number for number, count in Counter(steps).items() if count > 1)
-        self.is_complete = not missing
-        found = [f"lacks {_spans(missing)}"] if missing else []
-        found += [f"holds {_spans(repeated)} more than once"] if repeated else []
-        if found:
-            what = "the curves and times of the run leave out what is gone; the last line of a step counts"
-            return f"{self.path.name} {' and '.join(found)}: {what}"
-        return (
-            f"{self.path.name} was changed after step {step} was saved; curves and times are of what it holds now"
-            if marked
-            else ""
-        )
+        told = [f"lacks {_spans(missing)}"] if missing else []
+        told += [f"holds {_spans(repeated)} more than once"] if repeated else []
+        what = "the curves and times of the run leave out what is gone; the last line of a step counts"
+        if told:
+            return f"{self.path.name} {' and '.join(told)}: {what}"
+        changed = f"{self.path.name} was changed after step {step} was saved; curves and times are of what it holds now"
+        return changed if marked else ""
 
     def close(self) -> None:
         """Make everything durable and close. Safe to call twice. Raises StorageError, and is closed then, too."""
@@ -162,12 +161,12 @@ class MetricsFile:
 
     def _open(self, content: bytes) -> None:
         self._file: BufferedWriter = open_appending(self.path)
-        self._digest, self._size, self._first = hashlib.sha256(), 0, ""
+        self._digest, self._size, self._first = hashlib.sha256(), 0, (0, "")
         if content:
             self._count(content)
 
     def _count(self, written: bytes) -> None:
-        self._first = self._first or _first_line(written)
+        self._first = self._first if self._first[0] else _first_step(written)
         self._digest.update(written)
         self._size += len(written)
 
@@ -301,8 +300,18 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _first_line(content: bytes) -> str:
-    return _sha256(content[: content.find(b"\n") + 1])
+def _number(value: object) -> int:
+    return value if isinstance(value, int) else 0
+
+
+def _is_of_step(line: bytes) -> bool:
+    return b'"loss"' in line  # evaluations have "eval_loss"
+
+
+def _first_step(content: bytes) -> tuple[int, str]:
+    """Number and hash of the first line of a step, which no other run has: it holds the seconds that the step took."""
+    line = next(filter(_is_of_step, content.splitlines()), b"")
+    return (_step_of(line), _sha256(line)) if line else (0, "")
 
 
 def _spans(steps: Sequence[int], limit: int = 5) -> str:
