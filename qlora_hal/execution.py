@@ -211,10 +211,11 @@ class Execution:
         if state is None:
             metrics.truncate_after(-1)
             return
-        if dropped := metrics.truncate_after(state.step):
-            self._stage.console.note(f"{dropped} lines of {metrics.path.name} after step {state.step} are made anew")
         if problem := metrics.compare(state.loop.get("metrics"), state.step):
             self._stage.console.note(problem)
+        if dropped := metrics.truncate_after(state.step):
+            lines = "a line" if dropped == 1 else f"{dropped} lines"
+            self._stage.console.note(f"{lines} of {metrics.path.name} after step {state.step} made anew")
 
     def _train(
         self, run: RunView, recorder: Recorder, windows: WindowSampler, initial: Adapter

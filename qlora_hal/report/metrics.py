@@ -121,12 +121,14 @@ class MetricsFile:
 
     def compare(self, mark: object, step: int) -> str:
         """What to say of a log that is not the one whose `mark` the checkpoint of `step` keeps (None: one of an earlier
-        release); nothing of the same. The log of another run is kept under another name, and this one begun anew.
+        release); nothing of the same. The log of another run is kept under another name, and this one begun anew, so
+        this comes before `truncate_after`.
 
         Raises StorageError.
         """
         content = _content(self.path)
-        steps = [_step_of(line) for line in content.splitlines() if _is_of_step(line)]
+        logged = (_step_of(line) for line in content.splitlines() if _is_of_step(line))
+        steps = [number for number in logged if number <= step]
         missing = sorted({*range(1, step + 1)} - {*steps})
         self.is_complete = not missing
         marked = mark if isinstance(mark, dict) else {}
@@ -284,9 +286,8 @@ def _repaired(path: Path, content: bytes) -> tuple[bytes, tuple[str, ...]]:
     if len(kept) < whole:
         aside = path.with_name(f"{DAMAGED}{path.name}-{unique_name()}")
         write_new(aside, [content])
-        notes.append(
-            f"{path.name}: {whole - len(kept)} lines cannot be read; the file as it was is kept as {aside.name}."
-        )
+        broken = "a line" if whole - len(kept) == 1 else f"{whole - len(kept)} lines"
+        notes.append(f"{path.name}: {broken} cannot be read; the file as it was is kept as {aside.name}.")
     return b"".join(kept), tuple(notes)
 
 
