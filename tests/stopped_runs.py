@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ import pytest
 from small_runs import SMALL, merged
 
 from qlora_hal import TrainResult, resume, train
+from qlora_hal.adapter.as_written import provenance_in
+from qlora_hal.checkpoint.manifest import encode_manifest, read_manifest
 from qlora_hal.demo import data_path
+from qlora_hal.durable_files import hashed
 from qlora_hal.errors import StoppedError
 from qlora_hal.hooks import hookimpl
-from qlora_hal.sealed_json import sealed
+from qlora_hal.sealed_json import sealed, unsealed
 
 SHORT: dict[str, Any] = {
     "data.max_seq_length": 64,
@@ -91,6 +95,42 @@ def rewritten(run: Path, change: Callable[[dict[str, Any]], object], *, seal: bo
     content = record(run)
     change(content)
     (run / "run.json").write_text(json.dumps(sealed(content) if seal else content))
+
+
+NEW_STAMPS = ("run_id", "settings_hash", "token_hashes", "base_config_hash")
+
+
+def as_of_an_earlier_release(run: Path) -> Path:
+    """The folder as a release wrote it that knew no ids, no copies of run.json and no hashes but those of manifests."""
+    content = unsealed(record(run))
+    del content["run_id"]
+    (run / "run.json").write_text(json.dumps(content))
+    for provenance in run.rglob("qlora_hal.json"):
+        provenance.write_text(json.dumps(without_stamps(provenance_in(json.loads(provenance.read_text())))))
+    for checkpoint in (run / "checkpoints").glob("step-*"):
+        (checkpoint / "run_record.json").unlink()
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        del state["loop"]["metrics"]
+        state["provenance"] = without_stamps(state["provenance"])
+        (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+        manifest = read_manifest(checkpoint)
+        files = {file.name: hashed(file) for file in checkpoint.iterdir() if file.name != "MANIFEST.json"}
+        rewritten_manifest = encode_manifest(manifest.step, files, without_stamps(manifest.summary))
+        (checkpoint / "MANIFEST.json").write_bytes(rewritten_manifest)
+    for store in (run / "tokens").glob("*.safetensors"):
+        raw = store.read_bytes()
+        length = struct.unpack("<Q", raw[:8])[0]
+        entries = json.loads(raw[8 : 8 + length])
+        del entries["__metadata__"]["sha256"], entries["__metadata__"]["header_sha256"]
+        header = json.dumps(entries, sort_keys=True).encode()
+        header += b" " * (-len(header) % 8)
+        store.unlink()
+        store.write_bytes(struct.pack("<Q", len(header)) + header + raw[8 + length :])
+    return run
+
+
+def without_stamps(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in provenance.items() if key not in NEW_STAMPS}
 
 
 def resumed(run: Path, capsys: pytest.CaptureFixture[str], **more: Any) -> tuple[TrainResult, str]:
