@@ -166,17 +166,16 @@ def run_resumed(
 def _newest_state(directory: RunDirectory, console: RunConsole) -> TrainingState:
     """The newest state that verifies, with notes on what is not in it. Raises CheckpointError QH-C20 when it is another
     run's, or the configuration is not that of the run."""
-    from qlora_hal.checkpoint import latest_valid_checkpoint, load_checkpoint
+    from qlora_hal.checkpoint import latest_state
     from qlora_hal.checkpoint.reading import kept_record, unfinished_notes
     from qlora_hal.run_identity import require_own
     from qlora_hal.run_recovery import require_config_unchanged
 
-    path, notes = latest_valid_checkpoint(directory.path)
+    state, path, notes = latest_state(directory.path)
     for note in (*directory.notes, *notes):
         console.note(note)
     saved_with = kept_record(path)
     require_config_unchanged(directory.path, directory.content, saved_with)
-    state = load_checkpoint(path)
     unverified = require_own(directory.content, state, saved_with, path)
     for note in (*unverified, *unfinished_notes(state.step, directory.unfinished_saves)):
         console.note(note)

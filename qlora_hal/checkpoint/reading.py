@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from qlora_hal import durable_files, strict_json
 from qlora_hal.adapter.as_written import WRITTEN
@@ -61,25 +62,16 @@ def latest_valid_checkpoint(run_dir: Path, *, set_aside_broken: bool = True) -> 
     Broken ones are renamed to `.corrupt-...`, which only the holder of the run's lock may do; `set_aside_broken` False
     is for readers beside a live run. Raises CheckpointError QH-C04 (exit status 9) when none verifies.
     """
-    notes = restore_replaced(run_dir) if set_aside_broken else []
-    failures: dict[str, str] = {}
-    for step, path in reversed(checkpoints(run_dir)):
-        try:
-            manifest = read_manifest(path)
-            _check_step(path, manifest)
-            check_hashes(path, manifest)
-        except ForeignSchema as problem:
-            failures[path.name] = str(problem)
-            notes.append(f"Passed over {path.name}: {problem}; it was left as it is.")
-        except BrokenCheckpoint as problem:
-            failures[path.name] = str(problem)
-            kept = set_aside(path) if set_aside_broken else path
-            left = "left as it is" if kept == path else f"kept as {kept.name}"
-            notes.append(f"Passed over {path.name}: {problem}; it is {left}.")
-        else:
-            notes += unfinished_notes(step, unfinished_saves(run_dir))
-            return path, notes
-    raise _no_checkpoint(run_dir, failures)
+    _, path, notes = _newest(run_dir, check_hashes, set_aside_broken=set_aside_broken)
+    return path, notes
+
+
+def latest_state(run_dir: Path) -> tuple[TrainingState, Path, list[str]]:
+    """What `latest_valid_checkpoint` finds, loaded: each byte is hashed once, as it is read.
+
+    Raises CheckpointError QH-C04, also for one whose hashes verify and whose content makes no sense.
+    """
+    return _newest(run_dir, _state_in, set_aside_broken=True)
 
 
 def load_checkpoint(path: Path) -> TrainingState:
@@ -90,14 +82,7 @@ def load_checkpoint(path: Path) -> TrainingState:
     try:
         manifest = read_manifest(path)
         _check_step(path, manifest)
-        check_hashes(path, manifest, apart_from=_READ_WHOLE)  # whose digests are of the bytes as they are taken in
-        document = _verified_document(path / STATE_FILE, manifest)
-        adapter = _verified_arrays(path / TENSORS_FILE, manifest)
-        optimizer = _verified_arrays(path / OPTIMIZER_FILE, manifest)
-        answers = _verified_arrays(path / ANSWERS_FILE, manifest).arrays if ANSWERS_FILE in manifest.files else {}
-        state = state_from(document, adapter.arrays, optimizer.arrays, answers)
-        _check_same_origin(path, manifest, state, adapter.sha256)
-        return state
+        return _state_in(path, manifest)
     except ForeignSchema as problem:
         raise CheckpointError(
             "QH-C13",
@@ -105,15 +90,65 @@ def load_checkpoint(path: Path) -> TrainingState:
             where=str(path),
             fix="Resume with the version that saved it.",
         ) from problem
+    except BrokenCheckpoint as problem:
+        raise _unusable(path, str(problem)) from problem
+
+
+Taken = TypeVar("Taken")
+
+
+def _newest(
+    run_dir: Path, take: Callable[[Path, Manifest], Taken], *, set_aside_broken: bool
+) -> tuple[Taken, Path, list[str]]:
+    """What `take` makes of the newest checkpoint that it does not find broken, its folder, and notes."""
+    notes = restore_replaced(run_dir) if set_aside_broken else []
+    failures: dict[str, str] = {}
+    for step, path in reversed(checkpoints(run_dir)):
+        try:
+            manifest = read_manifest(path)
+            _check_step(path, manifest)
+            taken = take(path, manifest)
+        except ForeignSchema as problem:
+            failures[path.name] = str(problem)
+            notes.append(f"Passed over {path.name}: {problem}; it was left as it is.")
+        except BrokenCheckpoint as problem:
+            failures[path.name] = str(problem)
+            kept = set_aside(path) if set_aside_broken else path
+            left = "left as it is" if kept == path else f"kept as {kept.name}"
+            notes.append(f"Passed over {path.name}: {problem}; it is {left}.")
+        else:
+            notes += unfinished_notes(step, unfinished_saves(run_dir))
+            return taken, path, notes
+    raise _no_checkpoint(run_dir, failures)
+
+
+def _state_in(path: Path, manifest: Manifest) -> TrainingState:
+    """Raises BrokenCheckpoint, naming every file that was altered; CheckpointError QH-C04 where none was."""
+    try:
+        check_hashes(path, manifest, apart_from=_READ_WHOLE)  # whose digests are of the bytes as they are taken in
+        document = _verified_document(path / STATE_FILE, manifest)
+        adapter = _verified_arrays(path / TENSORS_FILE, manifest)
+        optimizer = _verified_arrays(path / OPTIMIZER_FILE, manifest)
+        answers = _verified_arrays(path / ANSWERS_FILE, manifest).arrays if ANSWERS_FILE in manifest.files else {}
+        state = state_from(document, adapter.arrays, optimizer.arrays, answers)
+        _check_same_origin(path, manifest, state, adapter.sha256)
     except (BrokenCheckpoint, OSError, QloraHalError, ValueError) as problem:
+        check_hashes(path, manifest)
+        if isinstance(problem, BrokenCheckpoint):
+            raise
         reason = problem.message if isinstance(problem, QloraHalError) else f"{problem}"
-        raise CheckpointError(
-            "QH-C04",
-            f"{path.name} does not verify: {reason.rstrip('.')}.",
-            where=str(path),
-            cause="A file is missing or changed after the save; going on would reset or corrupt the optimizer.",
-            fix=f"Resume from an earlier checkpoint.{_weights_only_hint(path)}",
-        ) from problem
+        raise _unusable(path, reason) from problem
+    return state
+
+
+def _unusable(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        "QH-C04",
+        f"{path.name} does not verify: {reason.rstrip('.')}.",
+        where=str(path),
+        cause="A file is missing or changed after the save; going on would reset or corrupt the optimizer.",
+        fix=f"Resume from an earlier checkpoint.{_weights_only_hint(path)}",
+    )
 
 
 def kept_record(path: Path) -> dict[str, object]:

@@ -286,7 +286,7 @@ def _mapped(
         raise NotAStore("a tensor reaches beyond the file")
     if count == 0:
         return np.zeros(0, dtype)
-    return np.memmap(stream, dtype, "r", data_start + start, (count,))  # type: ignore[call-overload,no-any-return]
+    return np.memmap(stream, dtype, "r", data_start + start, (count,))
 
 
 def _sweep(folder: Path) -> None:
