@@ -49,7 +49,7 @@ class Architecture:
     causal: Any
     linears: Mapping[str, FrozenLinear]
     stored: Mapping[str, str]
-    tied: Sequence[frozenset[str]]
+    tied: Sequence[tuple[str, ...]]
     adapted: tuple[str, ...]
     left_out: Mapping[str, str]
     unused: tuple[str, ...]
@@ -207,18 +207,18 @@ def _is_product(kind: Any) -> bool:
         return False
 
 
-def _tied_groups(causal: Any) -> list[frozenset[str]]:
-    """Parameters that config.json declares to be one, whichever of them is stored."""
-    groups: dict[str, set[str]] = {}
+def _tied_groups(causal: Any) -> list[tuple[str, ...]]:
+    """Parameters that config.json declares to be one, whichever of them is stored; that of the embedding first."""
+    groups: dict[str, list[str]] = {}
     targets: Mapping[str, str] = getattr(causal, "all_tied_weights_keys", None) or {}
     for target, source in targets.items():
-        groups.setdefault(source, {source}).add(target)
+        groups.setdefault(source, [source]).append(target)
     head = causal.get_output_embeddings()
     if not groups and head is not None and getattr(causal.config.get_text_config(), "tie_word_embeddings", False):
         names = {module: name for name, module in causal.named_modules()}
         pair = [f"{names[module]}.weight" for module in (causal.get_input_embeddings(), head) if module in names]
-        groups[pair[0]] = set(pair)
-    return [frozenset(group) for group in groups.values()]
+        groups[pair[0]] = pair
+    return [tuple(dict.fromkeys(group)) for group in groups.values()]
 
 
 def _belongs(name: str, named: Mapping[str, Any]) -> bool:
@@ -230,7 +230,7 @@ def _check_complete(
     causal: Any,
     linears: Mapping[str, FrozenLinear],
     stored: Mapping[str, str],
-    tied: Sequence[frozenset[str]],
+    tied: Sequence[tuple[str, ...]],
     unused: Sequence[str],
     source: ModelSource,
 ) -> None:
@@ -239,7 +239,7 @@ def _check_complete(
     left = [name for name in unused if not any(word.search(name) for word in ignored)]
     modules = {packed["module"] for name in stored if (packed := _PACKED.fullmatch(name))}
     there = {*stored, *(f"{module}.weight" for module in modules)}
-    shared = {name for group in tied if group & there for name in group}
+    shared = {name for group in tied if there.intersection(group) for name in group}
     shapes = dict(_expected_shapes(causal, linears))
     missing = sorted((name for name in shapes if name not in there | shared), key=natural_order)
     if missing or left:

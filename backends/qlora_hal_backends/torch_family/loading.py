@@ -231,12 +231,12 @@ def _tie(architecture: Architecture) -> Iterator[str]:
     as in transformers, and that is said."""
     causal, linears = architecture.causal, architecture.linears
     for group in architecture.tied:
-        modules = sorted(name.removesuffix(".weight") for name in group)
+        modules = [name.removesuffix(".weight") for name in group]
         bases = [linears[name].base for name in modules if name in linears and linears[name].base is not None]
         for name in modules:
             if name in linears and linears[name].base is None:
                 linears[name].base = bases[0]
-        parameters = {name: found for name in sorted(group) if (found := _parameter(causal, name)) is not None}
+        parameters = {name: found for name in group if (found := _parameter(causal, name)) is not None}
         filled = [name for name, parameter in parameters.items() if not parameter.is_meta]
         for name, parameter in parameters.items():
             if parameter.is_meta or torch.equal(parameter, parameters[filled[0]]):
