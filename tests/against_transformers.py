@@ -41,15 +41,26 @@ def reference_of(folder: Path, seed: int = 0) -> Reference:
     return Reference(model, batch, logits)
 
 
+def refusal_of(folder: Path) -> dict[str, Any] | None:
+    """How a dry run refuses the folder, or None."""
+    from qlora_hal.errors import QloraHalError
+    from qlora_hal_backends.torch_family.outline import outline
+
+    try:
+        outline(source_of(folder), {})
+    except QloraHalError as error:
+        return {"result": "refused", "code": error.code, "why": error.cause or error.message, "by": "dry run"}
+    return None
+
+
 def compare(folder: Path, expected: Reference) -> dict[str, Any]:
     """Outline, load, logits, loss and gradients beside the reference's; a refusal with its code and its stage."""
     from qlora_hal.errors import QloraHalError
     from qlora_hal_backends.torch_family.outline import outline
 
-    try:
-        told = outline(source_of(folder), {})
-    except QloraHalError as error:
-        return {"result": "refused", "code": error.code, "why": error.cause or error.message, "by": "dry run"}
+    if refusal := refusal_of(folder):
+        return refusal
+    told = outline(source_of(folder), {})
     try:
         opened = open_cpu_trainer(folder)
     except QloraHalError as error:

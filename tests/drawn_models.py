@@ -14,6 +14,7 @@ from typing import Any
 VOCABULARY = 320
 
 _SIZES: dict[int, str] = {
+    1: "n_group topk_group num_expert_group n_shared_experts moe_num_shared_experts num_nextn_predict_layers",
     64: "hidden_size n_embd d_model embed_dim dim emb_dim embedding_size embed_size word_embed_proj_dim lru_width "
     "decoder_hidden_size input_embedding_size output_embedding_size hidden_dim",
     96: "intermediate_size ffn_dim n_inner ffn_hidden_size d_ff encoder_ffn_dim decoder_ffn_dim dim_ff "
@@ -73,14 +74,18 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "axk1": {"num_key_value_heads": 4}, "axk2": {"num_key_value_heads": 4},
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_expand": 2},
     "codegen": {"rotary_dim": 8}, "gptj": {"rotary_dim": 8},
-    "deepseek_v2": {"num_key_value_heads": 4, "first_k_dense_replace": 2, "n_group": 1, "topk_group": 1},
-    "deepseek_v3": {"num_key_value_heads": 4, "first_k_dense_replace": 2, "n_group": 1, "topk_group": 1},
-    "deepseek_v32": {"num_key_value_heads": 4, "first_k_dense_replace": 2, "n_group": 1, "topk_group": 1},
+    "deepseek_v2": {"num_key_value_heads": 4, "topk_group": 1, "num_experts_per_tok": 2, "n_group": 1},
+    "deepseek_v3": {"num_key_value_heads": 4}, "deepseek_v32": {"num_key_value_heads": 4},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "glm_moe_dsa": {"num_key_value_heads": 4}, "longcat_flash": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128, "lm_head_multiplier": 0.1},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "laurel_rank": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
+    "hunyuan_v1_dense": {"head_dim": 16, "num_key_value_heads": 2},
+    "hunyuan_v1_moe": {"head_dim": 16, "num_key_value_heads": 2, "num_experts": 4, "moe_topk": 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1, "expert_layer_period": 9},
     "mamba2": {"num_heads": 8, "head_dim": 16, "expand": 2},
+    "ministral": {"head_dim": 16, "num_key_value_heads": 2},
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
     "opt": {"word_embed_proj_dim": 32},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "num_hidden_layers": 2},
@@ -90,8 +95,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "rembert": {"input_embedding_size": 32, "output_embedding_size": 32, "is_decoder": True},
     "xlstm": {"num_blocks": 2, "embedding_dim": 64},
-    "zamba2": {"mamba_d_state": 16, "n_mamba_heads": 8, "layers_block_type": ["linear_attention", "hybrid"]},
     "zamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 4},
+    "zamba2": {"mamba_d_state": 16, "n_mamba_heads": 8, "layers_block_type": ["linear_attention", "hybrid"]},
 }  # fmt: skip
 """Where shrinking by names does not give a model that fits together, or would leave its kind of layer out."""
 

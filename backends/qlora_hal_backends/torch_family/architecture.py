@@ -11,7 +11,6 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -181,17 +180,19 @@ def _place_linears(causal: Any) -> dict[str, FrozenLinear]:
     """Put ours in the place of transformers' linear layers, the head and what must stay in float32 left out."""
     head = causal.get_output_embeddings()
     in_float32 = stays_float32(causal)
+    kinds = {type(module) for module in causal.modules() if isinstance(module, nn.Linear)}
+    products = {kind for kind in kinds if _is_product(kind)}
     linears: dict[str, FrozenLinear] = {}
     for name, module in list(causal.named_modules()):
-        is_product = isinstance(module, nn.Linear) and module is not head and _is_product(type(module))
-        if is_product and not in_float32(f"{name}.weight"):
+        if not isinstance(module, nn.Linear) or module is head or in_float32(f"{name}.weight"):
+            continue
+        if type(module) in products:
             frozen = FrozenLinear(module.in_features, module.out_features, has_bias=module.bias is not None)
             causal.set_submodule(name, frozen)
             linears[name] = frozen
     return linears
 
 
-@cache
 def _is_product(kind: Any) -> bool:
     """Whether a class computes what `nn.Linear` does. Falcon's does, in other words; routers and grouped products,
     which inherit from it too, do not."""

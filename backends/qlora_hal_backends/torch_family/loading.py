@@ -31,7 +31,7 @@ from qlora_hal_backends.torch_family.base_weights import (
 from qlora_hal_backends.torch_family.head_loss import Head
 from qlora_hal_backends.torch_family.lora_linear import FrozenLinear
 from qlora_hal_backends.torch_family.transformers_versions import stays_float32
-from qlora_hal_backends.torch_family.trial import check_causal, find_head
+from qlora_hal_backends.torch_family.trial import tried
 
 BITSANDBYTES = "bitsandbytes dequantize"
 
@@ -92,8 +92,8 @@ def load_with(
     causal.eval()
     causal.requires_grad_(False)
     body = _body(causal)
-    head = find_head(causal, body, device)
-    if head is None:
+    trial = tried(causal, body, source, device)
+    if trial.head is None:
         notes.append(
             f"{type(causal).__name__} makes its logits in a way of its own: they are made whole, for every token of a "
             "batch, which takes more memory than the estimate says"
@@ -101,10 +101,10 @@ def load_with(
     return BaseModel(
         causal=causal,
         body=body,
-        head=head,
+        head=trial.head,
         linears={name: linears[name] for name in architecture.adapted},
         layers=_decoder_layers(causal),
-        mixes_samples=check_causal(causal, source, device),
+        mixes_samples=trial.mixes_samples,
         notes=tuple(notes),
     )
 
