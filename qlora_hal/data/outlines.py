@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from qlora_hal.data.chat import ConversationWriter, Piece, TurnNotFound
+from qlora_hal.data.chat import EMPTY_THOUGHT, ConversationWriter, Piece, TurnNotFound, trained_turns
 from qlora_hal.data.template_sandbox import StandIn, shown
 from qlora_hal.data.templates import TemplateFault
 
@@ -23,7 +23,6 @@ _POISON = "\ufdd2"
 _POISON_ESCAPED = "\\ufdd2"
 """As the sign stands in a printed list and in JSON that is ASCII alone."""
 _SLOT = re.compile("\ufdd0(\\d+)(-?)\ufdd1")
-_STAND_IN_NUMBER = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +38,14 @@ class Outline:
     """The literal text and the slots of conversations with the same roles, and what of it is trained.
 
     `needs_content` says that the template asked whether a content is empty, so that the outline holds for contents
-    that are not. `anchors` are added by the encoder, once (`anchored`), if the targets lie between special tokens.
+    that are not; `empty_thoughts` counts the empty thinking parts that the template itself writes into what is trained.
+    `anchors` are added by the encoder, once (`anchored`), if the targets lie between special tokens.
     """
 
     parts: tuple[tuple[str | Slot, bool], ...]
-    eos_added: bool
+    end_added: bool
     needs_content: bool
+    empty_thoughts: int = 0
     anchors: Anchors | None = None
     anchored: bool = False
     _filled: list[str] = field(default_factory=list)
@@ -78,18 +79,24 @@ class Outline:
 
 
 def outline_of(writer: ConversationWriter, roles: Sequence[str], first_target: int) -> Outline | None:
-    """The outline of conversations with these roles, or None when the template looks into contents or refuses."""
+    """The outline of conversations with these roles, or None when the template looks into contents, leaves one out, or
+    refuses."""
     watch = _Watch()
     messages = [{"role": role, "content": _Unread(f"\ufdd0{i}\ufdd1", watch)} for i, role in enumerate(roles)]
-    stand_in = _Unread(f"\ufdd0{_STAND_IN_NUMBER}\ufdd1", watch)
+    trial = writer.trials.of([{"role": role, "content": "text"} for role in roles], None)
     try:
-        written = writer.write(messages, first_target, stand_in=stand_in)
+        turns = trained_turns(messages, first_target, ())
+        written = writer.cut(writer.trace(messages), messages, turns, None, trial)
     except (_Looked, TemplateFault, TurnNotFound):
         return None
-    if watch.looked or _POISON in written.text or _POISON_ESCAPED in written.text:
+    text = written.text
+    if watch.looked or _POISON in text or _POISON_ESCAPED in text or written.silent or written.unmarked:
         return None
     parts = tuple(part for piece in written.pieces for part in _parts_of(piece))
-    return Outline(parts, written.eos_added, watch.asked_for_content)
+    if {part.index for part, _ in parts if isinstance(part, Slot)} != set(range(len(roles))):
+        return None
+    thoughts = sum(len(EMPTY_THOUGHT.findall(part)) for part, trained in parts if trained and isinstance(part, str))
+    return Outline(parts, written.end_added, watch.asked_for_content, thoughts)
 
 
 def _parts_of(piece: Piece) -> list[tuple[str | Slot, bool]]:

@@ -1,0 +1,174 @@
+"""What a conversation holds and its rendered text does not: told, and never trained around.
+
+A template may leave out messages, parts of them, reasoning, calls, tools. Whether it writes such a thing at all is
+known from a trial of the conversation's form (trial.py); whether a content stands whole in the text is looked up in
+each row, white space aside, for templates move and strip it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from qlora_hal.data.templates import REASONING_FIELDS
+from qlora_hal.data.trial import CALLS, CONTENT, REASONING, text_of_part
+
+if TYPE_CHECKING:
+    from qlora_hal.data.templates import ChatTemplate
+    from qlora_hal.data.trial import Message, Trial
+    from qlora_hal.data.turn_marks import Rendering
+
+_BETWEEN_CHUNKS = re.compile(r"<[^<>]*>|\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Omissions:
+    """Numbers of messages whose content is missing, or a part of it; of those that lack reasoning or calls. `fields`
+    are other fields that change nothing. `lost` are assistant turns that would be trained without what they say."""
+
+    messages: tuple[int, ...] = ()
+    parts: tuple[int, ...] = ()
+    reasoning: tuple[int, ...] = ()
+    calls: tuple[int, ...] = ()
+    tools: bool = False
+    fields: frozenset[str] = frozenset()
+    lost: frozenset[int] = frozenset()
+
+
+def omissions_of(
+    messages: Sequence[Message],
+    tools: Sequence[object] | None,
+    rendering: Rendering,
+    trial: Trial | None,
+    template: ChatTemplate,
+) -> Omissions:
+    """What of these messages and tools the text does not hold."""
+    search = _Search(rendering)
+    missing: dict[str, list[int]] = {CONTENT: [], "part": [], REASONING: [], CALLS: []}
+    lost: set[int] = set()
+    for number, message in enumerate(messages):
+        says = {what: _said(message, what) for what in (CONTENT, REASONING, CALLS)}
+        held = {what: _held(what, text, number, trial, search) for what, text in says.items() if text.strip()}
+        for what, share in held.items():
+            if share < 1:
+                missing["part" if what == CONTENT and any(held.values()) else what].append(number)
+        if message["role"] == "assistant" and held and (held.get(CALLS, 1) < 1 or not any(held.values())):
+            lost.add(number)
+    return Omissions(
+        tuple(missing[CONTENT]),
+        tuple(missing["part"]),
+        tuple(missing[REASONING]),
+        tuple(missing[CALLS]),
+        _tools_missing(tools, trial, template),
+        trial.fields if trial is not None else _fields_not_mentioned(messages, template),
+        frozenset(lost),
+    )
+
+
+def _said(message: Message, what: str) -> str:
+    """What a message says in one of its fields, as text."""
+    if what == REASONING:
+        return next((text for name in REASONING_FIELDS if isinstance(text := message.get(name), str)), "")
+    value = message.get(what)
+    if what == CALLS:
+        return "\n".join(_name_of(call) for call in value) if isinstance(value, list | tuple) else ""
+    return "\n".join(map(text_of_part, value if isinstance(value, list | tuple) else [value]))
+
+
+def _name_of(call: object) -> str:
+    inner = call.get("function", call) if isinstance(call, Mapping) else None
+    return str(inner.get("name", "")) if isinstance(inner, Mapping) else ""
+
+
+def _held(what: str, text: str, number: int, trial: Trial | None, search: _Search) -> float:
+    """0 where nothing of it stands in the text, 1 for the whole, between for a part."""
+    if trial is not None and (number, what) in trial.unwritten:
+        return 0
+    if what == CALLS:
+        return 1 if trial is not None else search.share(text, number)
+    return search.share(text, number)
+
+
+class _Search:
+    """Looks texts up in a rendering: in what was written for their message, else anywhere."""
+
+    def __init__(self, rendering: Rendering) -> None:
+        self._rendering = rendering
+        self._whole = ""
+
+    def share(self, text: str, number: int) -> float:
+        own = [self._rendering.text[start:stop] for start, stop in self._rendering.turns.get(number, ())]
+        places = [squeezed(part) for part in own]
+        self._whole = self._whole or squeezed(self._rendering.text)
+        places.append(self._whole)
+        if any(form in place for place in places for form in _forms(text)):
+            return 1
+        chunks = [chunk for chunk in map(squeezed, _BETWEEN_CHUNKS.split(text)) if chunk]
+        return 0.5 if any(chunk in place for chunk in chunks for place in places[:-1] or places) else 0
+
+
+def squeezed(text: str) -> str:
+    """The text without white space and case."""
+    return "".join(text.split()).lower()
+
+
+def _forms(text: str) -> set[str]:
+    """A text as templates write it: as it stands, or inside JSON."""
+    return {squeezed(form) for form in (text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1])}
+
+
+def _tools_missing(tools: Sequence[object] | None, trial: Trial | None, template: ChatTemplate) -> bool:
+    return bool(tools) and (trial.tools_unwritten if trial is not None else not template.mentions("tools"))
+
+
+def _fields_not_mentioned(messages: Sequence[Message], template: ChatTemplate) -> frozenset[str]:
+    fields = {name for message in messages for name in message} - {"role", CONTENT, CALLS, *REASONING_FIELDS}
+    return frozenset(name for name in fields if not template.mentions(name))
+
+
+@dataclass(slots=True)
+class OmissionCounts:
+    """Omissions of all rows: messages by role, and rows by what is missing."""
+
+    messages: Counter[str] = field(default_factory=Counter)
+    parts: Counter[str] = field(default_factory=Counter)
+    rows: Counter[str] = field(default_factory=Counter)
+    lost_turns: int = 0
+
+    def add(self, omissions: Omissions, messages: Sequence[Message], lost_turns: int) -> None:
+        self.lost_turns += lost_turns
+        self.messages.update(str(messages[number]["role"]) for number in omissions.messages)
+        self.parts.update(str(messages[number]["role"]) for number in omissions.parts)
+        found = {REASONING: omissions.reasoning, CALLS: omissions.calls, "tools": omissions.tools}
+        self.rows.update(what for what, missing in found.items() if missing)
+        self.rows.update(omissions.fields)
+
+    def lines(self) -> list[str]:
+        """The omissions as the report tells them."""
+        lines = []
+        if self.messages:
+            lines.append(f"{_total(self.messages, 'messages')} not written by the template: {_listed(self.messages)}")
+        if self.parts:
+            lines.append(
+                f"parts of {_total(self.parts, 'messages')} not written by the template: {_listed(self.parts)}"
+            )
+        lines += [f"{what}: not written by the template ({count} rows)" for what, count in sorted(self.rows.items())]
+        if self.lost_turns:
+            lines.append(
+                "assistant turns that carry no loss, for the template leaves out what they say or call: "
+                f"{self.lost_turns}"
+            )
+        return lines
+
+
+def _total(counts: Counter[str], what: str) -> str:
+    number = counts.total()
+    return f"{number} {what} are" if number != 1 else f"1 {what.removesuffix('s')} is"
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{role} {count}" for role, count in counts.most_common())
