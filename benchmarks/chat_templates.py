@@ -204,8 +204,10 @@ def templates_of_transformers() -> dict[str, str]:
         raw = path.read_bytes()
         if b"{%" not in raw or b"messages" not in raw:
             continue
-        for node in ast.walk(ast.parse(raw)):
-            text = node.value if isinstance(node, ast.Constant) else None
+        module = ast.parse(raw)
+        prose = {id(node.value) for node in ast.walk(module) if isinstance(node, ast.Expr)}
+        for node in ast.walk(module):
+            text = node.value if isinstance(node, ast.Constant) and id(node) not in prose else None
             if isinstance(text, str) and "{%" in text and re.search(r"\bin messages\b", text):
                 found[f"transformers/{path.parent.name}"] = text
     return found
@@ -263,6 +265,16 @@ class Ours:
     lines: list[str]
 
 
+@dataclass(slots=True)
+class Reference:
+    """A row as transformers writes it, and why it was not given as it is."""
+
+    text: str
+    messages: Sequence[Any]
+    tools: object
+    reason: str
+
+
 class Comparison:
     """One template against transformers. `marked` is the template whose `{% generation %}` blocks are the reference."""
 
@@ -279,17 +291,16 @@ class Comparison:
             ours: Ours | QloraHalError = self._prepared(row)
         except QloraHalError as error:
             ours = error
-        try:
-            theirs: str | Exception = self._rendered(row["messages"], row.get("tools"))
-        except Exception as error:  # templates fail in many ways
-            theirs = error
+        reference = self._reference(row["messages"], row.get("tools"))
         if isinstance(ours, QloraHalError):
-            outcome = "refused by both" if isinstance(theirs, Exception) else "refused"
-            return Pair(outcome, [f"{ours.code} {ours.message}"])
-        pair = self._compared(row, ours, theirs)
+            both = isinstance(reference, Exception) or bool(reference.reason)
+            return Pair("refused by both" if both else "refused", [f"{ours.code} {ours.message}"])
+        if isinstance(reference, Exception):
+            return Pair("fault", faults=[f"trained where transformers fails: {reference}"])
+        pair = self._compared(ours, reference)
         pair.told = [line for line in ours.lines if "not written by the template" in line or "no loss" in line]
-        self._compare_masks(row, ours, pair)
-        self._check_what_is_told(row, ours, pair)
+        self._compare_masks(ours, reference, pair)
+        self._check_what_is_told(reference, pair)
         return pair
 
     def _prepared(self, row: Mapping[str, Any]) -> Ours:
@@ -308,88 +319,81 @@ class Comparison:
         return ids
 
     # ids -------------------------------------------------------------------------------------------------------------
-    def _compared(self, row: Mapping[str, Any], ours: Ours, theirs: str | Exception) -> Pair:
-        reasons: list[str] = []
-        text, reason = self._expected(row, theirs)
-        if text is None:
-            return Pair("fault", faults=[f"trained where transformers fails: {theirs}"])
-        reasons += [reason] if reason else []
-        today = datetime.now().strftime("%Y-%m-%d")
-        if "strftime_now" in self._template and today in text:
-            text = text.replace(today, TEMPLATE_DATE.isoformat())
-            reasons.append("the date is a fixed day")
-        found = ours.ids
-        if found != self._ids(text) and found[:-1] == self._ids(text) and found[-1] in self._ours.stop_ids:
+    def _compared(self, ours: Ours, reference: Reference) -> Pair:
+        reasons = [reference.reason] if reference.reason else []
+        text, found = reference.text, ours.ids
+        for form in set(re.findall(r"strftime_now\(['\"]([^'\"]+)['\"]\)", self._template)):
+            if (today := datetime.now().strftime(form)) in text:
+                text = text.replace(today, TEMPLATE_DATE.strftime(form))
+                reasons.append("the date is a fixed day")
+        if self._theirs.decode(found) != text and found[-1] in self._ours.stop_ids:
             found = found[:-1]
             reasons.append("an end token behind the row, for the template writes none")
         if found == self._ids(text):
             return Pair("different on purpose" if reasons else "equal", reasons)
+        eos = self._theirs.eos_token
         if "encoded as text" in "\n".join(ours.lines) and self._theirs.decode(found) == text:
-            eos = self._theirs.eos_token
-            written = sum(said.count(eos) for said in _strings(row) if said in text)
-            if found.count(self._theirs.eos_token_id) == text.count(eos) - written:
+            said = sum(part.count(eos) for part in _strings(reference.messages) if part.strip() in text)
+            if found.count(self._theirs.eos_token_id) == text.count(eos) - said:
                 return Pair("different on purpose", [*reasons, "special tokens in contents are text"])
         return Pair("fault", reasons, faults=[f"other ids: {self._theirs.decode(found)!r} for {text!r}"])
 
-    def _expected(self, row: Mapping[str, Any], theirs: str | Exception) -> tuple[str | None, str]:
-        """(the text that a row should have, why it is not simply transformers' text of it)."""
-        tools, messages = row.get("tools"), row["messages"]
-        forms = {
-            "contents in the form that the template takes": [_in_parts, _as_text],
-            "arguments of calls in the form that the template takes": [_arguments_as_text, _arguments_as_objects],
-        }
-        texts = {}
-        for reason, changes in forms.items():
-            for change in changes:
-                changed = [change(message) for message in messages]
-                if changed == messages:
-                    continue
-                try:
-                    texts[self._rendered(changed, tools)] = reason
-                except Exception:  # the other form is not this template's
-                    continue
-        if isinstance(theirs, str) and (not texts or _holds_all(theirs, messages)):
-            return theirs, ""
-        best = max(texts, key=lambda text: _words_held(text, messages), default=None)
-        if isinstance(theirs, str) and (best is None or _words_held(best, messages) <= _words_held(theirs, messages)):
-            return theirs, ""
-        return best, texts.get(best or "", "")
+    def _reference(self, messages: Sequence[Any], tools: object) -> Reference | Exception:
+        """What transformers writes for a row: as it is, or in the form that holds most of its words."""
+        forms = [
+            ("", lambda message: message),
+            ("contents in the form that the template takes", _in_parts),
+            ("contents in the form that the template takes", _as_text),
+            ("arguments of calls in the form that the template takes", _arguments_as_text),
+            ("arguments of calls in the form that the template takes", _arguments_as_objects),
+        ]
+        found: list[Reference] = []
+        fault: Exception = ValueError("no form was tried")
+        for reason, form in forms:
+            changed = [form(message) for message in messages]
+            try:
+                found.append(Reference(self._rendered(changed, tools), changed, tools, reason))
+            except Exception as error:  # templates fail in many ways
+                fault = fault if found or reason else error
+        return max(found, key=lambda one: _words_held(one.text, messages), default=fault)
 
     # masks -----------------------------------------------------------------------------------------------------------
-    def _compare_masks(self, row: Mapping[str, Any], ours: Ours, pair: Pair) -> None:
-        if self._marked is None or pair.outcome == "fault" or pair.outcome != "equal":
+    def _compare_masks(self, ours: Ours, reference: Reference, pair: Pair) -> None:
+        if self._marked is None or pair.outcome == "fault" or "special tokens in contents are text" in pair.reasons:
             return
         try:
             found = self._theirs.apply_chat_template(
-                row["messages"],
-                tools=row.get("tools"),
+                reference.messages,
+                tools=reference.tools,
                 chat_template=self._marked,
                 return_dict=True,
                 return_assistant_tokens_mask=True,
             )
         except Exception:  # the variant refuses what the template takes
             return
-        if found["input_ids"] != ours.ids:
+        ids, theirs = list(found["input_ids"]), list(found["assistant_masks"])
+        if len(ours.ids) == len(ids) + 1 and ours.ids[-1] in self._ours.stop_ids:
+            ids, theirs = [*ids, ours.ids[-1]], [*theirs, 0]
+        # A date stands in front of all turns and can have another number of tokens.
+        behind = len(ids) - theirs.index(1) if 1 in theirs else 0
+        if not behind or ids[-behind:] != ours.ids[-behind:] or 1 in ours.mask[:-behind]:
             return
-        theirs = list(found["assistant_masks"])
+        theirs = [0] * (len(ours.ids) - behind) + theirs[-behind:]
         theirs[0] = 0
         if theirs == ours.mask:
             pair.mask = "equal"
             return
         pair.mask = "different on purpose"
         for start, stop in _runs([a != b for a, b in zip(theirs, ours.mask, strict=True)]):
-            text = self._theirs.decode(ours.ids[start:stop])
-            reason = self._mask_reason(row, ours, theirs, start, stop)
+            reason = self._mask_reason(reference, ours, theirs, start, stop)
             if reason:
                 pair.mask_reasons.add(reason)
             else:
                 pair.mask = "fault"
-                sign = "+" if ours.mask[start] else "-"
+                sign, text = "+" if ours.mask[start] else "-", self._theirs.decode(ours.ids[start:stop])
                 pair.faults.append(f"mask {sign}{text!r} in {self._theirs.decode(ours.ids)!r}")
 
-    def _mask_reason(
-        self, row: Mapping[str, Any], ours: Ours, theirs: Sequence[int], start: int, stop: int
-    ) -> str:
+    def _mask_reason(self, reference: Reference, ours: Ours, theirs: Sequence[int], start: int, stop: int) -> str:
         text = self._theirs.decode(ours.ids[start:stop])
         if ours.mask[start]:
             behind = start > 0 and theirs[start - 1] and ours.ids[stop - 1] in self._ours.special.ids.values()
@@ -402,25 +406,46 @@ class Comparison:
             return "a turn that says nothing, or not what the row holds, is not trained"
         prompts = [
             self._theirs.apply_chat_template(
-                row["messages"][:n], tools=row.get("tools"), tokenize=False, add_generation_prompt=True
+                reference.messages[:n], tools=reference.tools, tokenize=False, add_generation_prompt=True
             )
-            for n, message in enumerate(row["messages"])
+            for n, message in enumerate(reference.messages)
             if n and message["role"] == "assistant"
         ]
         if any(text.strip() in prompt[-len(text) - 40 :] for prompt in prompts):
             return "what the generation prompt holds is not trained"
-        if all(number in self._ours.stop_ids or not self._theirs.decode([number]).strip() for number in ours.ids[start:]):
+        if all(
+            number in self._ours.stop_ids or not self._theirs.decode([number]).strip() for number in ours.ids[start:]
+        ):
             return "an end token behind the whole conversation is not trained"
         return ""
 
     # what is told ----------------------------------------------------------------------------------------------------
-    def _check_what_is_told(self, row: Mapping[str, Any], ours: Ours, pair: Pair) -> None:
-        text = self._theirs.decode(ours.ids)
-        missing = [word for word in _words(row) if word not in text]
-        if missing and not pair.told:
-            pair.faults.append(f"not told: {', '.join(missing)}")
-        if pair.told and not missing and not any("no loss" in line for line in pair.told):
-            pair.faults.append(f"told, though all is there: {pair.told}")
+    def _check_what_is_told(self, reference: Reference, pair: Pair) -> None:
+        """Whether what is missing is told and what is told is missing, found out in another way than by trials."""
+        text, messages, told = reference.text, reference.messages, "\n".join(pair.told)
+        signs = {
+            "content": (r"messages? (is|are) not written", _are_missing([m.get("content") for m in messages], text)),
+            "reasoning": ("reasoning: ", _are_missing([m.get("reasoning_content") for m in messages], text)),
+            "tools": ("tools: ", bool(reference.tools) and self._rendered(messages, None) == text),
+            "calls": ("tool_calls: ", self._lacks_calls(reference)),
+        }
+        for what, (sign, is_missing) in signs.items():
+            if is_missing != bool(re.search(sign, told)):
+                pair.faults.append(f"{what} {'missing and not told' if is_missing else 'told and not missing'}: {told}")
+
+    def _lacks_calls(self, reference: Reference) -> bool:
+        calls = [call for message in reference.messages for call in message.get("tool_calls", ())]
+        others = [{**call, "function": {**call["function"], "name": f"other{n}"}} for n, call in enumerate(calls)]
+        waiting = iter(others)
+        changed = [
+            {**message, "tool_calls": [next(waiting) for _ in message["tool_calls"]]}
+            if "tool_calls" in message
+            else message
+            for message in reference.messages
+        ]
+        return bool(calls) and any(
+            call["function"]["name"] not in self._rendered(changed, reference.tools) for call in others
+        )
 
 
 def _runs(flags: Sequence[bool]) -> Iterator[tuple[int, int]]:
@@ -453,8 +478,8 @@ def _words_held(text: str, messages: Sequence[Any]) -> int:
     return sum(word in text for word in _words(messages)) - 100 * ("'type': 'text'" in text or '"type": "text"' in text)
 
 
-def _holds_all(text: str, messages: Sequence[Any]) -> bool:
-    return _words_held(text, messages) == len(_words(messages))
+def _are_missing(values: Sequence[object], text: str) -> bool:
+    return any(word not in text for word in _words(values))
 
 
 def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -523,10 +548,7 @@ def record(pairs: Mapping[str, Mapping[str, Pair]], trl_version: str) -> dict[st
         "masks_different_on_purpose": dict(why["masks"].most_common()),
         "pairs_with_something_told": sum(bool(pair.told) for pair in every),
         "faults": {
-            f"{name}: {title}": pair.faults
-            for name, row in pairs.items()
-            for title, pair in row.items()
-            if pair.faults
+            f"{name}: {title}": pair.faults for name, row in pairs.items() for title, pair in row.items() if pair.faults
         },
         "not_equal": {
             name: {

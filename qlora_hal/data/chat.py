@@ -205,6 +205,8 @@ class ConversationWriter:
         prompt = self._prompt(messages[:turn], tools) if self._template.offers_prompt else ""
         if text.startswith(prompt) and prompt.strip():
             return len(prompt)
+        if not prompt.strip() and self._template.offers_prompt:
+            prompt = self._prompt([], tools)
         blank = len(text) - len(text.lstrip())
         at = blank
         # A prompt may open a thinking part that this turn does not have.
@@ -215,7 +217,7 @@ class ConversationWriter:
         if at > blank:
             return at
         goes_on = turn > 0 and messages[turn - 1]["role"] == "assistant"
-        has_no_prompt = not self._template.offers_prompt or bool(prompt.strip() and not goes_on)
+        has_no_prompt = not self._template.offers_prompt or not goes_on
         heading = trial.headings.get(turn, "") if trial is not None else ""
         return len(heading) if has_no_prompt and heading.strip() and text.startswith(heading) else 0
 
