@@ -214,7 +214,7 @@ def templates_of_transformers() -> dict[str, str]:
 
 
 def write_folder(folder: Path, source: str, template: str) -> None:
-    """A model folder whose tokenizer has the template's marks as tokens. `source` is all that marks are looked for in."""
+    """A model folder whose tokenizer has the template's marks as tokens; marks are looked for in `source`."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     ends = next(ends for sign, ends in _ENDS.items() if sign in template)
@@ -423,7 +423,7 @@ class Comparison:
     def _check_what_is_told(self, reference: Reference, pair: Pair) -> None:
         """Whether what is missing is told and what is told is missing, found out in another way than by trials."""
         text, messages, told = reference.text, reference.messages, "\n".join(pair.told)
-        signs = {
+        signs: dict[str, tuple[str, bool]] = {
             "content": (r"messages? (is|are) not written", _are_missing([m.get("content") for m in messages], text)),
             "reasoning": ("reasoning: ", _are_missing([m.get("reasoning_content") for m in messages], text)),
             "tools": ("tools: ", bool(reference.tools) and self._rendered(messages, None) == text),

@@ -93,6 +93,7 @@ class ConversationWriter:
 
         Raises TemplateFault, TurnNotFound, UnsafeInputError.
         """
+        messages = self.contents.fitted(messages, tools)
         rendering = self.trace(messages, tools)
         turns = trained_turns(messages, first_target, untrained)
         return self.cut(rendering, messages, turns, tools, self.trials.of(messages, tools))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qlora_hal.data.chat import EMPTY_THOUGHT, Written, trained_turns
+from qlora_hal.data.chat import EMPTY_THOUGHT, TurnNotFound, Written, trained_turns
 from qlora_hal.data.contents import with_other_arguments
 from qlora_hal.data.omissions import Omissions, omissions_of
 from qlora_hal.data.special_text import masked
@@ -86,7 +86,12 @@ class ConversationRenderer:
         omissions = omissions_of(safe, tools, rendering, trial, self._template)
         turns = trained_turns(safe, example.first_target, example.untrained)
         kept = turns if self._train_on_all else [turn for turn in turns if turn not in omissions.lost]
-        written = self._writer.cut(rendering, safe, kept, tools, trial)
+        try:
+            written = self._writer.cut(rendering, safe, kept, tools, trial)
+        except TurnNotFound:
+            if not self._train_on_all:
+                raise
+            written = self._writer.cut(rendering, safe, (), tools, trial)
         return ConversationText(safe, written, omissions, len(turns) - len(kept), met, is_read, arguments_as)
 
 

@@ -86,39 +86,50 @@ def _name_of(call: object) -> str:
 
 def _held(what: str, text: str, number: int, trial: Trial | None, search: _Search) -> float:
     """0 where nothing of it stands in the text, 1 for the whole, between for a part."""
-    if trial is not None and (number, what) in trial.unwritten:
+    is_unwritten = trial is not None and (number, what) in trial.unwritten
+    if what == CALLS and trial is not None:
+        return not is_unwritten
+    if search.is_whole(text, number):
+        return 1
+    if is_unwritten:
         return 0
-    if what == CALLS:
-        return 1 if trial is not None else search.share(text, number)
-    return search.share(text, number)
+    return 1 if search.is_whole(text) else 0.5 if search.holds_part(text, number) else 0
 
 
 class _Search:
-    """Looks texts up in a rendering: in what was written for their message, else anywhere."""
+    """Looks texts up in a rendering: in what was written for their message, or anywhere."""
 
     def __init__(self, rendering: Rendering) -> None:
         self._rendering = rendering
-        self._whole = ""
+        self._whole: str | None = None
 
-    def share(self, text: str, number: int) -> float:
-        own = [self._rendering.text[start:stop] for start, stop in self._rendering.turns.get(number, ())]
-        places = [squeezed(part) for part in own]
-        self._whole = self._whole or squeezed(self._rendering.text)
-        places.append(self._whole)
-        if any(form in place for place in places for form in _forms(text)):
-            return 1
-        chunks = [chunk for chunk in map(squeezed, _BETWEEN_CHUNKS.split(text)) if chunk]
-        return 0.5 if any(chunk in place for chunk in chunks for place in places[:-1] or places) else 0
+    def is_whole(self, text: str, number: int | None = None) -> bool:
+        """Whether the text stands there, as it is or inside JSON; anywhere, if no message is named."""
+        places = self._places(number)
+        forms = (json.dumps(text, ensure_ascii=is_ascii)[1:-1] for is_ascii in (False, True))
+        return _is_in(places, text) or any(_is_in(places, form) for form in forms)
+
+    def holds_part(self, text: str, number: int) -> bool:
+        """Whether some line of the text stands there, tags aside."""
+        places = self._places(number) or self._places(None)
+        return any(chunk.strip() and _is_in(places, chunk) for chunk in _BETWEEN_CHUNKS.split(text))
+
+    def _places(self, number: int | None) -> list[str]:
+        if number is not None:
+            return [squeezed(self._rendering.text[start:stop]) for start, stop in self._rendering.turns.get(number, ())]
+        if self._whole is None:
+            self._whole = squeezed(self._rendering.text)
+        return [self._whole]
+
+
+def _is_in(places: Sequence[str], text: str) -> bool:
+    form = squeezed(text)
+    return any(form in place for place in places)
 
 
 def squeezed(text: str) -> str:
     """The text without white space and case."""
     return "".join(text.split()).lower()
-
-
-def _forms(text: str) -> set[str]:
-    """A text as templates write it: as it stands, or inside JSON."""
-    return {squeezed(form) for form in (text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1])}
 
 
 def _tools_missing(tools: Sequence[object] | None, trial: Trial | None, template: ChatTemplate) -> bool:
@@ -150,12 +161,12 @@ class OmissionCounts:
     def lines(self) -> list[str]:
         """The omissions as the report tells them."""
         lines = []
-        if self.messages:
-            lines.append(f"{_total(self.messages, 'messages')} not written by the template: {_listed(self.messages)}")
-        if self.parts:
-            lines.append(
-                f"parts of {_total(self.parts, 'messages')} not written by the template: {_listed(self.parts)}"
-            )
+        if total := self.messages.total():
+            subject = f"{total} messages are" if total > 1 else "1 message is"
+            lines.append(f"{subject} not written by the template: {_listed(self.messages)}")
+        if total := self.parts.total():
+            subject = f"parts of {total} message{'s' if total > 1 else ''} are"
+            lines.append(f"{subject} not written by the template: {_listed(self.parts)}")
         lines += [f"{what}: not written by the template ({count} rows)" for what, count in sorted(self.rows.items())]
         if self.lost_turns:
             lines.append(
@@ -163,11 +174,6 @@ class OmissionCounts:
                 f"{self.lost_turns}"
             )
         return lines
-
-
-def _total(counts: Counter[str], what: str) -> str:
-    number = counts.total()
-    return f"{number} {what} are" if number != 1 else f"1 {what.removesuffix('s')} is"
 
 
 def _listed(counts: Counter[str]) -> str:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from qlora_hal.data.chat import EMPTY_THOUGHT, ConversationWriter, Piece, TurnNotFound, trained_turns
+from qlora_hal.data.special_text import NONCHARACTERS
 from qlora_hal.data.template_sandbox import StandIn, shown
 from qlora_hal.data.templates import TemplateFault
+from qlora_hal.data.turn_marks import LoopMark
 
 if TYPE_CHECKING:
     from qlora_hal.data.targets import Anchors
@@ -158,8 +160,8 @@ class _Unread(StandIn):
 
 
 def _text_of(unread: _Unread, other: object) -> str:
-    if type(other) is str or type(other) is _Unread:
-        return shown(other)
+    if type(other) in (str, _Unread, LoopMark):
+        return shown(cast("str", other))
     _look(unread)
 
 
@@ -176,7 +178,7 @@ setattr(_Unread, "__rmod__", _look)  # noqa: B010
 
 
 class Outlines:
-    """The outlines of one template, each found when its roles are first met."""
+    """The outlines of one template, each found when its roles are first met and held against a true rendering."""
 
     def __init__(self, writer: ConversationWriter) -> None:
         self._writer = writer
@@ -188,7 +190,15 @@ class Outlines:
             return self._known[key]
         except KeyError:
             outline = outline_of(self._writer, [str(role) for role in key[1:]], first_target)
+            if outline is not None and not self._is_right(outline, messages):
+                outline = None
             # Each length of conversation has its own outline; beyond some thousands the rest is rendered.
             if len(self._known) < 4096:
                 self._known[key] = outline
             return outline
+
+    def _is_right(self, outline: Outline, messages: Sequence[Mapping[str, object]]) -> bool:
+        contents = [str(message["content"]) for message in messages]
+        text = outline.text(contents)
+        # Noncharacters are signs where a template runs; the outline does not care for them.
+        return text is None or any(map(NONCHARACTERS.search, contents)) or text == self._writer.trace(messages).text
