@@ -22,7 +22,7 @@ import sys
 import tempfile
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import version
@@ -340,8 +340,8 @@ class Comparison:
 
     def _reference(self, messages: Sequence[Any], tools: object) -> Reference | Exception:
         """What transformers writes for a row: as it is, or in the form that holds most of its words."""
-        forms = [
-            ("", lambda message: message),
+        forms: list[tuple[str, Callable[[Mapping[str, Any]], dict[str, Any]]]] = [
+            ("", dict),
             ("contents in the form that the template takes", _in_parts),
             ("contents in the form that the template takes", _as_text),
             ("arguments of calls in the form that the template takes", _arguments_as_text),

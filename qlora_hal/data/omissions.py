@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from qlora_hal.data.trial import Message, Trial
     from qlora_hal.data.turn_marks import Rendering
 
-_BETWEEN_CHUNKS = re.compile(r"<[^<>]*>|\n")
+_TAG, _WORD = re.compile(r"<[^<>]*>|\[[^\[\]]*\]"), re.compile(r"\w+")
+_BEGINNING = 8
+"""Characters: scripts without spaces have no words to go by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +112,13 @@ class _Search:
         return _is_in(places, text) or any(_is_in(places, form) for form in forms)
 
     def holds_part(self, text: str, number: int) -> bool:
-        """Whether some line of the text stands there, tags aside."""
-        places = self._places(number) or self._places(None)
-        return any(chunk.strip() and _is_in(places, chunk) for chunk in _BETWEEN_CHUNKS.split(text))
+        """Whether some word of the text stands there, tags aside, or its first characters."""
+        spans = self._rendering.turns.get(number) or [(0, len(self._rendering.text))]
+        written = {word for start, stop in spans for word in _words_of(self._rendering.text[start:stop])}
+        beginning = squeezed(_TAG.sub("", text))[:_BEGINNING]
+        return any(word in written for word in _words_of(text)) or any(
+            beginning in place for place in self._places(number) or self._places(None) if beginning
+        )
 
     def _places(self, number: int | None) -> list[str]:
         if number is not None:
@@ -120,6 +126,10 @@ class _Search:
         if self._whole is None:
             self._whole = squeezed(self._rendering.text)
         return [self._whole]
+
+
+def _words_of(text: str) -> list[str]:
+    return _WORD.findall(_TAG.sub(" ", text).lower())
 
 
 def _is_in(places: Sequence[str], text: str) -> bool:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from qlora_hal.data.chat import EMPTY_THOUGHT, ConversationWriter, Piece, TurnNotFound, trained_turns
@@ -190,15 +192,23 @@ class Outlines:
             return self._known[key]
         except KeyError:
             outline = outline_of(self._writer, [str(role) for role in key[1:]], first_target)
-            if outline is not None and not self._is_right(outline, messages):
+            if outline is not None and not self._is_right(outline, messages, first_target):
                 outline = None
             # Each length of conversation has its own outline; beyond some thousands the rest is rendered.
             if len(self._known) < 4096:
                 self._known[key] = outline
             return outline
 
-    def _is_right(self, outline: Outline, messages: Sequence[Mapping[str, object]]) -> bool:
+    def _is_right(self, outline: Outline, messages: Sequence[Mapping[str, object]], first_target: int) -> bool:
         contents = [str(message["content"]) for message in messages]
-        text = outline.text(contents)
-        # Noncharacters are signs where a template runs; the outline does not care for them.
-        return text is None or any(map(NONCHARACTERS.search, contents)) or text == self._writer.trace(messages).text
+        # Noncharacters are signs where a template runs; what is empty is left out before it comes here.
+        if any(map(NONCHARACTERS.search, contents)) or not all(map(str.strip, contents)):
+            return True
+        by_outline = [(text, trained) for text, trained, _ in outline.pieces(contents)]
+        return _runs(by_outline) == _runs(self._writer.write(messages, first_target).pieces)
+
+
+def _runs(pieces: Sequence[Piece]) -> list[Piece]:
+    """The pieces with neighbours of the same kind joined."""
+    grouped = groupby(pieces, key=itemgetter(1))
+    return [(text, trained) for trained, group in grouped if (text := "".join(part for part, _ in group))]
