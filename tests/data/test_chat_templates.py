@@ -20,8 +20,10 @@ Prepare = Callable[..., PreparedData]
 Trained = Callable[..., list[str]]
 Message = dict[str, Any]
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|observation|>", "[THINK]")
-SPECIAL += ("<|header_start|>", "<|header_end|>", "<|eot|>", "<end_of_utterance>")
+SPECIAL = [
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|observation|>", "[THINK]"),
+    *("<|header_start|>", "<|header_end|>", "<|eot|>", "<end_of_utterance>"),
+]
 TOOLS = [
     {
         "type": "function",
@@ -140,6 +142,8 @@ CALLING = (
     "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# As Qwen3 does: the last turn has a thinking part in any case, so a turn changes when another follows.
+REWRITING = CALLING.replace("and m.reasoning_content and", "and").replace("m.reasoning_content", "(m.thinking or '')")
 RAIN = '<call>{"name": "rain", "arguments": {"town": "Oslo"}}</call>'
 TIME = '<call>{"name": "time", "arguments": {}}</call>'
 END = "<|im_end|>"
@@ -156,14 +160,15 @@ END = "<|im_end|>"
         (said("assistant", "  I will check.\n", tool_calls=[call(town="Oslo")]), f"  I will check.\n\n{RAIN}{END}"),
     ],
 )
+@pytest.mark.parametrize(("source", "thought"), [(CALLING, ""), (REWRITING, "<think></think>")])
 def test_a_turn_with_calls_is_trained_whole_and_nothing_is_put_into_the_text(
-    turn: Message, expected: str, render: Render
+    source: str, thought: str, turn: Message, expected: str, render: Render
 ) -> None:
-    found = render(CALLING, [ASKED, turn, RESULT, DRY], TOOLS)
-    assert found.trained == [expected, f"No, it is dry.{END}"]
+    found = render(source, [ASKED, turn, RESULT, DRY], TOOLS)
+    assert found.trained == [expected, f"{thought}No, it is dry.{END}"]
     assert found.ids == found.theirs(tokenize=True)
-    last = render(CALLING, [ASKED, turn], TOOLS)
-    assert last.trained == [expected]
+    last = render(source, [ASKED, turn], TOOLS)
+    assert last.trained == [thought + expected]
     assert last.ids == last.theirs(tokenize=True)
 
 
