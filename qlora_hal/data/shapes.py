@@ -24,7 +24,8 @@ _ROLES = frozenset(ROLES)
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages of role and content. Loss falls on assistant messages from `first_target` on, less those `untrained`.
+    """Messages of role and content (a text, or a list of its parts). Loss falls on assistant messages from
+    `first_target` on, less those `untrained`.
 
     `plain` says that every message is exactly a role and a string and none is untrained, which is what renders fastest.
     """
@@ -172,7 +173,7 @@ def _conversation(row: Row, turns: object, field: str) -> Conversation:
         message = _message(row, turn, f"{field}[{index}]")
         if _taken_weight(row, message, f"{field}[{index}]") == 0:
             untrained.add(index)
-        plain = plain and message.keys() == {"role", "content"}
+        plain = plain and message.keys() == {"role", "content"} and isinstance(message["content"], str)
         messages.append(message)
     return Conversation(messages, plain=plain and not untrained, untrained=frozenset(untrained))
 
@@ -191,7 +192,7 @@ def _taken_weight(row: Row, message: dict[str, object], field: str) -> int:
 
 
 def _message(row: Row, turn: object, field: str) -> dict[str, object]:
-    """One message that is not simply a role and a string: parts joined, empty fields left out."""
+    """One message that is not simply a role and a string: parts of text as such, empty fields left out."""
     if not isinstance(turn, Mapping):
         raise field_fault(row, field, turn, "an object with role and content")
     role = turn.get("role", _MISSING)
@@ -208,20 +209,20 @@ def _message(row: Row, turn: object, field: str) -> dict[str, object]:
     message = {str(key): kept for key, kept in turn.items() if kept is not None}
     content = message.get("content", _MISSING)
     if isinstance(content, list | tuple):
-        message["content"] = _joined_parts(row, content, f"{field}.content")
+        message["content"] = _text_parts(row, content, f"{field}.content")
     elif not isinstance(content, str) and not (content is _MISSING and "tool_calls" in message):
         raise field_fault(row, f"{field}.content", turn.get("content", _MISSING), "a string")
     return message
 
 
-def _joined_parts(row: Row, parts: Sequence[object], field: str) -> str:
-    texts: list[str] = []
+def _text_parts(row: Row, parts: Sequence[object], field: str) -> list[Message]:
+    found: list[Message] = []
     for index, part in enumerate(parts):
         text = part if isinstance(part, str) else part.get("text") if isinstance(part, Mapping) else None
         if not isinstance(text, str):
             raise field_fault(row, f"{field}[{index}]", part, "a part of type text")
-        texts.append(text)
-    return "".join(texts)
+        found.append({"type": "text", "text": text})
+    return found
 
 
 def _sharegpt(row: Row, value: Mapping[str, object]) -> Conversation:
