@@ -97,7 +97,7 @@ class ChatTokenizer:
         template, name = files.template, "of the tokenizer"
         named: Mapping[str, str] = files.named_templates
         if chat_template is not None:
-            template, name = _chosen_template(chat_template, named)
+            template, name = chosen_template(chat_template, named)
             named = {}
         return cls(
             files,
@@ -273,7 +273,7 @@ class ChatTokenizer:
         return digest.hexdigest()
 
 
-def _chosen_template(chosen: str, named: Mapping[str, str]) -> tuple[str, str]:
+def chosen_template(chosen: str, named: Mapping[str, str]) -> tuple[str, str]:
     """(text, name) of a built-in template, one that the tokenizer has under a name, or a file."""
     for templates in (BUILT_IN, named):
         if chosen in templates:

@@ -13,6 +13,8 @@ from qlora_hal.errors import ModelError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+MORE_TEMPLATES = "additional_chat_templates"
+"""The folder of a model's chat templates beside its default one."""
 _DEFAULT = "default"
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -125,9 +127,17 @@ def _declare_special(tokenizer: Tokenizer, config: Mapping[str, object], named: 
             tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False)])
 
 
+def chat_templates(folder: Path) -> dict[str, str]:
+    """The chat templates of a model folder by name; `default` is the one that is used where none is named.
+
+    Raises ModelError (QH-D52).
+    """
+    return _templates(folder, _json_object(folder / "tokenizer_config.json"))
+
+
 def _templates(folder: Path, config: Mapping[str, object]) -> dict[str, str]:
     """The chat templates by name, from where transformers looks for them: files come before the configuration."""
-    files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    files = {path.stem: path for path in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
     if (folder / "chat_template.jinja").is_file():
         files[_DEFAULT] = folder / "chat_template.jinja"
     if files:
