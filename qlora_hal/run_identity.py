@@ -108,7 +108,8 @@ def _foreign(
         f"The checkpoint of step {step} {what}: {shown_differences(differing) or otherwise}.",
         where=str(folder),
         cause="Going on from it would be a run that nobody can repeat.",
-        fix=f"Move {folder.name} out of {folder.parent}, and resume again from this run's own.",
+        fix=f"Move {folder.name} out of {folder.parent}, and resume again from this run's own. If it is run.json that "
+        "came from elsewhere, remove that: resume writes it again.",
         context={"differing": {key: list(pair) for key, pair in differing.items()}},
     )
 

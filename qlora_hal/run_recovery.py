@@ -18,7 +18,7 @@ def read_or_recovered(run_dir: Path) -> tuple[dict[str, object], str]:
     """The content of run.json, from a checkpoint where it is lost or damaged, and a note if so; the folder is locked.
 
     What was damaged is kept under another name. Raises ConfigError QH-S50 when nothing keeps a copy, CheckpointError
-    QH-C20 when the configuration was edited, and as `examined_run_file`.
+    QH-C20 when the configuration was edited or the checkpoints are of several runs, and as `examined_run_file`.
     """
     content, problem = examined_run_file(run_dir)
     if not problem:
@@ -57,11 +57,23 @@ def require_config_unchanged(run_dir: Path, content: Mapping[str, object], copy:
 
 
 def _newest_copy(run_dir: Path) -> tuple[dict[str, object], str]:
-    """The copy in the newest checkpoint that has a whole one, and that checkpoint's name; empty where none has."""
-    for _, folder in reversed(checkpoints(run_dir)):
-        if copy := kept_record(folder):
-            return copy, folder.name
-    return {}, ""
+    """The copy in the newest checkpoint that has a whole one, and that checkpoint's name; empty where none has.
+
+    Raises CheckpointError QH-C20 where the checkpoints are of several runs: nothing says then whose the folder is.
+    """
+    copies = {folder.name: copy for _, folder in reversed(checkpoints(run_dir)) if (copy := kept_record(folder))}
+    owners = {name: copy.get("run_id") for name, copy in copies.items()}
+    if len(set(owners.values())) > 1:
+        listed = ", ".join(f"{name} of {str(owner)[:8]}" for name, owner in owners.items())
+        raise CheckpointError(
+            "QH-C20",
+            f"{RUN_FILE} is lost or damaged, and the checkpoints there belong to several runs: {listed}.",
+            where=str(run_dir),
+            cause="Nothing is left that says which of them began in this folder.",
+            fix="Leave those of one run there, move the others away, and resume again.",
+            context={"runs": owners},
+        )
+    return next(((copy, name) for name, copy in copies.items()), ({}, ""))
 
 
 def _refuse(run_dir: Path, problem: str, *, has_checkpoints: bool) -> NoReturn:

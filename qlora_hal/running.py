@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora_hal.errors import CheckpointError, ConfigError
 from qlora_hal.observing import TrainResult
@@ -248,10 +248,19 @@ def _refuse_endless_warmup(prepared: PreparedRun) -> None:
 def _relocated(record: RunRecord, relocation: Relocation, config: RunConfig) -> RunRecord:
     """run.json with the places that were given anew, so that they need not be given again."""
     from qlora_hal.report.run_file import given_config
+    from qlora_hal.run_identity import PLACES, flat_settings
 
     if relocation == Relocation():
         return record
-    return replace(record, config=given_config(with_absolute_places(config)))
+    # Only these: a release that knows more settings than the run began with must not make it another one.
+    moved = dict(flat_settings(given_config(with_absolute_places(config))))
+    recorded: dict[str, Any] = {
+        key: dict(part) if isinstance(part, dict) else part for key, part in record.config.items()
+    }
+    for path in PLACES & moved.keys() - {"output_dir"}:
+        group, _, name = path.partition(".")
+        recorded[group][name] = moved[path]
+    return replace(record, config=recorded)
 
 
 def _refuse_to_store_anew(step: int, config: RunConfig, changes: Sequence[str]) -> None:

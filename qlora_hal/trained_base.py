@@ -43,11 +43,11 @@ def adapter_folders(target: Path) -> tuple[Path, Path | None]:
 
 def _belongs(adapter_dir: Path, run_dir: Path) -> bool:
     """Whether a run wrote an adapter that lies in its folder: only one of qlora_hal's, and with the run's id."""
-    from qlora_hal.report.run_file import read_run_file
+    from qlora_hal.report.run_file import examined_run_file
 
     if not (adapter_dir / PROVENANCE_FILE).is_file():
         return False
-    return read_provenance(adapter_dir).get("run_id") == read_run_file(run_dir).get("run_id")
+    return read_provenance(adapter_dir).get("run_id") == examined_run_file(run_dir)[0].get("run_id")
 
 
 def finished_adapter(run_dir: Path, *, option: str = "") -> Path:

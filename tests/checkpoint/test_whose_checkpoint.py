@@ -110,6 +110,21 @@ def test_places_may_change_while_a_run_lives(path: str, tmp_path: Path) -> None:
     assert judged({**content, "config": moved, "config_hash": config_hash(moved)}, checkpoint) == []
 
 
+def test_a_move_changes_the_places_in_the_record_and_nothing_else() -> None:
+    """Not even where this release knows settings that the run began without."""
+    from qlora_hal.config import RunConfig
+    from qlora_hal.places import Relocation
+    from qlora_hal.report.run_file import RunRecord
+    from qlora_hal.running import _relocated
+
+    before = RunRecord(config=CONFIG, origins={})
+    moved = RunConfig.model_validate(changed("data.path", "/elsewhere/rows.jsonl"))
+    after = _relocated(before, Relocation(data="/elsewhere/rows.jsonl"), moved)
+    assert after.config == changed("data.path", "/elsewhere/rows.jsonl")
+    assert settings_hash(after.config) == settings_hash(CONFIG)
+    assert before.config == CONFIG
+
+
 def test_what_an_earlier_release_cannot_show_is_said(tmp_path: Path) -> None:
     content = {key: value for key, value in begun(tmp_path / "run").items() if key != "run_id"}
     state = small_state(3)
@@ -192,6 +207,27 @@ def test_a_lost_or_damaged_run_json_is_written_again_from_the_newest_checkpoint(
     assert len(kept) == (0 if damage == "missing" else 1)
     with RunDirectory.open_existing(run_dir) as run:
         assert run.notes == []
+
+
+@pytest.mark.fault("C20")
+def test_a_lost_run_json_is_not_written_again_where_checkpoints_of_two_runs_lie(tmp_path: Path) -> None:
+    content = begun(tmp_path / "run")
+    saved(tmp_path / "run", content, 2)
+    saved(tmp_path / "run", begun(tmp_path / "other"), 3)
+    (tmp_path / "run" / "run.json").unlink()
+    with pytest.raises(CheckpointError, match="belong to several runs: step-00000003 of ") as refused:
+        RunDirectory.open_existing(tmp_path / "run")
+    assert refused.value.code == "QH-C20"
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.fault("C20")
+def test_the_run_json_of_another_run_is_told_by_the_checkpoints(tmp_path: Path) -> None:
+    checkpoint = saved(tmp_path / "run", begun(tmp_path / "run"))
+    other = begun(tmp_path / "other", changed("training.max_steps", 12))
+    with pytest.raises(CheckpointError, match=r"training\.max_steps \(there 9, here 12\)") as refused:
+        judged(other, checkpoint)
+    assert "If it is run.json that came from elsewhere, remove that" in refused.value.fix
 
 
 @pytest.mark.fault("S50")
