@@ -11,18 +11,12 @@ from qlora_hal.data.chat import ConversationWriter, TurnNotFound
 from qlora_hal.data.encoding import RenderedRow, RowEncoder
 from qlora_hal.data.outlines import Outlines
 from qlora_hal.data.reading import Row
-from qlora_hal.data.shapes import Conversation, Shape, Writing, example_of, shape_of, unrecognised
+from qlora_hal.data.shapes import USED_COLUMNS, Conversation, Shape, Writing, example_of, shape_of, unrecognised
 from qlora_hal.data.templates import ChatTemplate, TemplateFault
 from qlora_hal.data.tokenizer import ChatTokenizer, mask_messages, no_template, template_refused
+from qlora_hal.data.turns import with_joined_parts
 from qlora_hal.errors import DataError
 
-_USED_COLUMNS = {
-    "messages": {"messages", "conversations", "tools"},
-    "sharegpt": {"conversations", "system"},
-    "alpaca": {"instruction", "input", "output", "system"},
-    "prompt_completion": {"prompt", "completion"},
-    "text": {"text"},
-}
 _CORE_FIELDS = {"role", "content"}
 _BLANKS = " \t\r\n"
 
@@ -32,7 +26,7 @@ class RenderingCounts:
     """What rendering met, for the report."""
 
     shapes: Counter[Shape] = field(default_factory=Counter)
-    columns: set[str] = field(default_factory=set)
+    columns: dict[Shape, set[str]] = field(default_factory=dict)
     eos_added_rows: int = 0
     special_in_text: Counter[str] = field(default_factory=Counter)
     rows_with_special: int = 0
@@ -42,8 +36,8 @@ class RenderingCounts:
 
     @property
     def unused_columns(self) -> list[str]:
-        used = set().union(*(_USED_COLUMNS[shape] for shape in self.shapes))
-        return sorted(self.columns - used)
+        """Columns that some row has and that nothing is read from in rows of its shape."""
+        return sorted(set().union(*(names - USED_COLUMNS[shape] for shape, names in self.columns.items())))
 
 
 class RowRenderer:
@@ -76,13 +70,13 @@ class RowRenderer:
         else:
             self.counts.empty_rows += 1
         self.counts.shapes[shape] += 1
-        self.counts.columns.update(value)
+        self.counts.columns.setdefault(shape, set()).update(value)
         return rendered
 
     def _conversation(self, row: Row, example: Conversation, tokenizer: ChatTokenizer) -> RenderedRow:
         if tokenizer.outlines is None or tokenizer.writer is None or tokenizer.template is None:
             raise no_template("rows of messages", row.where)
-        example = self._without_empty_targets(example, tokenizer.template)
+        example = self._without_empty_targets(with_joined_parts(example), tokenizer.template)
         if example.plain and (rendered := self._by_outline(row, example, tokenizer.outlines)) is not None:
             return rendered
         return self._by_template(row, example, tokenizer, tokenizer.writer)
@@ -94,7 +88,7 @@ class RowRenderer:
         written = {name for name in fields if template.mentions(name)}
         self.counts.unused_fields.update(fields - written)
         if self._encoder.train_on_all:
-            self.counts.unused_fields.update(["weight"] if example.untrained else [])
+            self.counts.unused_fields.update(example.flags)
             return example
         empty = {
             number
