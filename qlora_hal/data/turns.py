@@ -35,6 +35,7 @@ SPEAKERS: Mapping[str, str] = {
 """Words for who speaks, and the role that each means; `function_call` is an assistant turn whose content is a call."""
 
 _KNOWN = frozenset(ROLES)
+_SPELLED = ("role", "from", "content", "value")
 _TEXT_PARTS = frozenset({None, "text", "input_text", "output_text"})
 _TRAINED_IF = ("weight", "loss_weight", "loss_scale", "loss", "loss_mask", "train", "training", "trainable")
 _UNTRAINED_IF = ("masked",)
@@ -119,8 +120,10 @@ def _message(row: Row, turn: object, field: str) -> dict[str, object]:
     refuse_compared_turn(row, turn, field)
     by_from = "from" in turn or ("role" not in turn and ("value" in turn or field.startswith("conversations")))
     role = _role(row, turn, field, "from" if by_from else "role")
-    name = "value" if "value" in turn and "content" not in turn else "content"
-    rest = {str(key): kept for key, kept in turn.items() if kept is not None and key not in ("role", "from", name)}
+    name = "value" if turn.get("content") is None and "value" in turn else "content"
+    if name == "content" and turn.get("value") not in (None, turn.get("content")):
+        raise value_fault(row, f"{field}.value", turn["value"], "what content holds, or nothing,")
+    rest = {str(key): kept for key, kept in turn.items() if kept is not None and key not in _SPELLED}
     content = turn.get(name, MISSING)
     if role == _CALL:
         calls = _calls(row, content, f"{field}.{name}")
