@@ -406,7 +406,7 @@ def test_columns_that_ask_for_more_than_text_are_refused_by_name(column: str, va
             example_of(Row(1, "data", 1, {**row, column: harmless}), shape_of(row) or "messages")
 
 
-# what is not read is told ----------------------------------------------------------------------------------------------
+# what is not read is told ---------------------------------------------------------------------------------------------
 
 
 def test_columns_that_only_rows_of_another_shape_use_are_told(prepared: Prepare) -> None:
