@@ -109,7 +109,10 @@ def digest_of_values(values: Iterable[object]) -> str:
     """SHA-256 over rows in their JSON form."""
     digest = hashlib.sha256()
     for value in values:
-        text = json.dumps(value, sort_keys=True, default=repr)
+        try:
+            text = json.dumps(value, sort_keys=True, default=repr)
+        except TypeError:  # keys of several types, which have no order
+            text = repr(value)
         digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
     return digest.hexdigest()
 

@@ -37,7 +37,7 @@ class RenderingCounts:
     @property
     def unused_columns(self) -> list[str]:
         """Columns that some row has and that nothing is read from in rows of its shape."""
-        return sorted(set().union(*(names - USED_COLUMNS[shape] for shape, names in self.columns.items())))
+        return sorted({str(name) for shape, names in self.columns.items() for name in names - USED_COLUMNS[shape]})
 
 
 class RowRenderer:

@@ -163,7 +163,6 @@ def _one_object(file: str, reason: str) -> DataError:
 
 def _array_lines(path: Path) -> _Lines:
     with path.open("r", encoding="utf-8-sig") as stream:
-        line = 1
         try:
             for line, value in array_elements(stream, MAX_ROW_BYTES, _reason):
                 yield line, value if isinstance(value, dict) else not_an_object(value, line, path.name)
@@ -172,7 +171,7 @@ def _array_lines(path: Path) -> _Lines:
                 raise _too_long(path.name, fault.line) from fault
             raise malformed(path.name, fault.line, fault.column, fault.reason) from fault
         except UnicodeDecodeError as error:
-            raise malformed(path.name, line, 1, "a byte on this line or a later one is not UTF-8 text") from error
+            raise _not_utf8(path) from error
 
 
 def separator_of(path: Path) -> str:

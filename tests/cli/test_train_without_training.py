@@ -106,7 +106,7 @@ def test_a_batch_is_shown_where_standard_output_takes_ascii_alone(
     assert "\\u27e6\\ud83d\\ude42 yes" in done.stdout
     as_json = qlora_hal("train", *place, "--show-batch", "--json", PYTHONIOENCODING="ascii").stdout
     assert as_json.isascii()
-    assert "caf\u00e9" in "".join(json.loads(as_json)["sequences"][0]["tokens"])
+    assert "\ufffd" in json.loads(as_json)["sequences"][0]["tokens"]
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
