@@ -40,11 +40,11 @@ def declared_in(
     Raises ModelError (QH-D52) for an entry that is no token with an id.
     """
     listed = config.get("added_tokens_decoder")
-    older = not isinstance(listed, dict)
+    older = not isinstance(listed, Mapping)
     # transformers reads the map only where the list is absent, and then over the configuration.
     first, second = (special_map, config) if older else (config, special_map)
     named, more, notes = _named(first, second), _more(config), []
-    if older:
+    if not isinstance(listed, Mapping):
         differing = [name for name, token in named.items() if _text(config.get(name)) not in (None, token.content)]
         notes = [
             f"special_tokens_map.json names the {name} {named[name].content!r}, and is followed" for name in differing

@@ -35,10 +35,11 @@ def decoded_from(text: str, at: int) -> tuple[object, int]:
 
 
 def _may_repeat_a_key(text: str, at: int, end: int, value: object) -> bool:
-    """Whether the text has more signs of a key (`":`) than the value has keys at its two upper levels.
+    """Whether the text has more signs of a key than the value has keys at its two upper levels.
 
-    A hook of `json` would be called for each object and take as long again as decoding does. Signs inside strings and
-    keys further down only make the number larger, so no repeated key is missed.
+    A hook of `json` would be called for each object and take as long again as decoding does. Each key has a colon, so
+    as many colons as keys settle it; else those behind a quotation mark are counted. Signs inside strings and keys
+    further down only make the number larger, so no repeated key is missed.
     """
     keys = 0
     if type(value) is dict:
@@ -46,4 +47,6 @@ def _may_repeat_a_key(text: str, at: int, end: int, value: object) -> bool:
         for held in value.values():
             if type(held) is list:
                 keys += sum([len(item) for item in held if type(item) is dict])
+    if text.count(":", at, end) == keys:
+        return False
     return text.count('":', at, end) != keys or _KEY_AND_BLANK.search(text, at, end) is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -26,7 +26,7 @@ class RenderingCounts:
     """What rendering met, for the report."""
 
     shapes: Counter[Shape] = field(default_factory=Counter)
-    columns: dict[Shape, set[str]] = field(default_factory=dict)
+    columns: defaultdict[Shape, set[str]] = field(default_factory=lambda: defaultdict(set))
     eos_added_rows: int = 0
     special_in_text: Counter[str] = field(default_factory=Counter)
     rows_with_special: int = 0
@@ -70,7 +70,8 @@ class RowRenderer:
         else:
             self.counts.empty_rows += 1
         self.counts.shapes[shape] += 1
-        self.counts.columns.setdefault(shape, set()).update(value)
+        if not self.counts.columns[shape].issuperset(value):
+            self.counts.columns[shape].update(value)
         return rendered
 
     def _conversation(self, row: Row, example: Conversation, tokenizer: ChatTokenizer) -> RenderedRow:

@@ -118,7 +118,10 @@ def _string(row: Row, value: Mapping[str, object], field: str, *, may_be_absent:
 
 def _turns(row: Row, value: Mapping[str, object]) -> Conversation:
     """The turns of a row, whichever of the two names they stand under."""
-    messages, conversations = value.get("messages"), value.get("conversations")
+    messages = value.get("messages")
+    if messages is not None and len(value) == 1:
+        return conversation_of(row, messages, "messages")
+    conversations = value.get("conversations")
     if messages and conversations and messages != conversations:
         raise value_fault(row, "conversations", conversations, "what messages holds, or nothing,")
     only = "conversations" in value and "messages" not in value

@@ -69,7 +69,8 @@ class Conversation:
 
 def conversation_of(row: Row, turns: object, field: str) -> Conversation:
     """The turns under `field`. Raises DataError (QH-D03 field, QH-D12 role)."""
-    turns = listed(row, turns, field)
+    if type(turns) is not list or not turns:
+        turns = _listed(row, turns, field)
     plain = True
     messages: list[Message] = []
     untrained: set[int] = set()
@@ -90,7 +91,7 @@ def conversation_of(row: Row, turns: object, field: str) -> Conversation:
     return Conversation(messages, plain=plain and not untrained, untrained=frozenset(untrained), flags=frozenset(flags))
 
 
-def listed(row: Row, turns: object, field: str) -> Sequence[object]:
+def _listed(row: Row, turns: object, field: str) -> Sequence[object]:
     """A list of turns: as it is, from its JSON text, or from the columns that Arrow makes of a list of structs."""
     if isinstance(turns, str):
         turns = from_json_text(row, turns, field, "a list of messages")
@@ -194,7 +195,7 @@ def _calls(row: Row, given: object, field: str) -> list[object]:
             raise value_fault(row, field, given, wanted)
         if "arguments" not in function:
             raise value_fault(row, field, given, wanted)
-        calls.append(call if "function" in call else {"type": "function", "function": dict(function)})
+        calls.append({"type": "function", "function": dict(function)} if function is call else call)
     if not calls:
         raise value_fault(row, field, given, wanted)
     return calls

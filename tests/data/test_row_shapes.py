@@ -158,8 +158,8 @@ def test_two_different_system_messages_are_refused() -> None:
 def test_tools_are_handed_on_from_a_list_or_its_json_text(row: dict[str, object]) -> None:
     for form in ([TOOL], json.dumps([TOOL])):
         assert read({**row, "tools": form}).tools == [TOOL]
-    for none in ([], "[]", "", None, "null"):
-        assert not read({**row, "tools": none}).tools
+    no_tools: list[object] = [[], "[]", "", None, "null"]
+    assert not any(read({**row, "tools": none}).tools for none in no_tools)
     assert read({**row, "functions": [TOOL["function"]]}).tools == [TOOL]
     assert "tools holds an object" in refused({**row, "tools": TOOL}).message
     assert "tools[0] holds 'rain'" in refused({**row, "tools": ["rain"]}).message
@@ -247,7 +247,7 @@ def test_calls_in_older_forms_are_brought_into_the_form_of_templates() -> None:
     assert "tool_calls holds an object" in refused({"messages": [ASKED, {**ANSWER, "tool_calls": CALL}]}).message
     both = {**older, "tool_calls": [CALL]}
     assert "messages[1].function_call holds" in refused({"messages": [ASKED, both]}).message
-    nothing = {"role": "assistant", "content": None, "tool_calls": []}
+    nothing: dict[str, object] = {"role": "assistant", "content": None, "tool_calls": []}
     assert "messages[1].content holds null" in refused({"messages": [ASKED, nothing]}).message
 
 
@@ -290,8 +290,8 @@ def test_the_history_of_an_alpaca_row_stands_before_it(
     data = prepared([row])
     assert trained_text(data, chatml) == ["France.<|im_end|>", "Paris.<|im_end|>"]
     assert data.report.train.unused_columns == []
-    for empty in ([], "[]", None, ""):
-        assert len(read({**row, "history": empty}).messages) == 3
+    no_history: list[object] = [[], "[]", None, ""]
+    assert {len(read({**row, "history": empty}).messages) for empty in no_history} == {3}
 
 
 @pytest.mark.parametrize("history", [[["a"]], [["a", "b", "c"]], ["a", "b"], [["a", 1]], {"a": "b"}, "a: b"])
@@ -402,7 +402,8 @@ def test_empty_columns_of_a_comparison_and_classes_of_a_text_are_no_preferences(
 def test_columns_that_ask_for_more_than_text_are_refused_by_name(column: str, value: object) -> None:
     for row in ({"messages": [ASKED, ANSWER]}, {"prompt": "x", "completion": "y"}):
         assert f"The field {column} holds" in refused({**row, column: value}).message
-        for harmless in (None, [], ""):
+        no_value: list[object] = [None, [], ""]
+        for harmless in no_value:
             example_of(Row(1, "data", 1, {**row, column: harmless}), shape_of(row) or "messages")
 
 

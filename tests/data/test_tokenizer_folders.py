@@ -88,10 +88,10 @@ made = cache(lambda kind: MADE[kind]())
 NAMED = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
-def folder_of(path: Path, tokenizer: Tokenizer, files: Mapping[str, object] = {}, **config: object) -> Path:
+def folder_of(path: Path, tokenizer: Tokenizer, files: Mapping[str, object] | None = None, **config: object) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(path / "tokenizer.json"))
-    written = {"tokenizer_config.json": {"tokenizer_class": GENERIC, **NAMED, **config}, **files}
+    written = {"tokenizer_config.json": {"tokenizer_class": GENERIC, **NAMED, **config}, **(files or {})}
     for name, content in written.items():
         (path / name).write_text(json.dumps(content), encoding="utf-8")
     return path
@@ -152,7 +152,7 @@ texts = st.lists(words, max_size=8).map("".join) | st.text(st.characters(codec="
 
 
 @pytest.mark.parametrize(("kind", "name"), FOLDERS, ids=lambda part: str(part).replace(" ", "_"))
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(text=texts)
 def test_ids_equal_those_of_transformers(
     kind: str, name: str, text: str, pairs: Callable[[str, str], tuple[ChatTokenizer, Any]]
@@ -234,7 +234,7 @@ def test_a_row_of_text_opens_as_transformers_opens_it(
     tokenizer = _bytes()
     ids = [(token, tokenizer.token_to_id(token)) for token in opening.split()]
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{opening} $A".strip(), special_tokens=ids)
-    folder = folder_of(tmp_path / "folder", tokenizer, **({} if says is None else {"add_bos_token": says}))
+    folder = folder_of(tmp_path / "folder", tokenizer, None, **({} if says is None else {"add_bos_token": says}))
     ours, theirs = ChatTokenizer.from_folder(folder), of_transformers(folder)
     row = prepared([{"text": "one two"}], tokenizer=ours).train.row(0)[0].tolist()
     assert row == [*theirs("one two").input_ids, ours.eos_id]
@@ -304,7 +304,7 @@ def test_the_remedy_that_is_told_makes_transformers_give_the_same_ids(tmp_path: 
     folder = folder_of(tmp_path, make(), {"config.json": {"model_type": family}}, **config)
     before = ChatTokenizer.from_folder(folder)
     assert before.encode("<s>[INST] a") != of_transformers(folder)("<s>[INST] a", add_special_tokens=False).input_ids
-    folder_of(tmp_path, make(), **{**config, "tokenizer_class": GENERIC})
+    folder_of(tmp_path, make(), None, **{**config, "tokenizer_class": GENERIC})
     after = of_transformers(folder)
     assert before.encode("<s>[INST] a") == after("<s>[INST] a", add_special_tokens=False).input_ids
     assert not [note for note in ChatTokenizer.from_folder(folder).notes if "builds" in note]
@@ -314,7 +314,7 @@ def test_the_remedy_that_is_told_makes_transformers_give_the_same_ids(tmp_path: 
 def test_the_pipelines_told_of_are_those_that_transformers_builds(name: str, tmp_path: Path) -> None:
     make = _prepending if name in ("LlamaTokenizer", "GemmaTokenizer") else _bytes
     for options in ({}, {"add_prefix_space": True}, {"add_prefix_space": False}, {"legacy": True}):
-        folder = folder_of(tmp_path, make(), tokenizer_class=name, **options)
+        folder = folder_of(tmp_path, make(), None, tokenizer_class=name, **options)
         theirs = of_transformers(folder).backend_tokenizer
         for ours, part in zip(_PIPELINES[name](options), (theirs.normalizer, theirs.pre_tokenizer), strict=True):
             assert (ours is None) == (part is None)
