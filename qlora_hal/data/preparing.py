@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qlora_hal.config import DataConfig
     from qlora_hal.data.tokenizer import ChatTokenizer
 
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
