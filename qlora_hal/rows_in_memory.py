@@ -55,18 +55,23 @@ def keep_rows(rows: Sequence[Mapping[str, object]], run_dir: Path) -> None:
 
 
 def kept_rows(run_dir: Path) -> list[Mapping[str, object]] | None:
-    """The rows that `keep_rows` wrote, or None where the run reads a file. Raises DataError QH-D04."""
+    """The rows that `keep_rows` wrote, or None where the run reads a file. Raises DataError QH-D04, UnsafeInputError
+    QH-X06 for a link."""
+    from qlora_hal.durable_files import open_regular, refuse_link
+
     path = run_dir / ROWS_FILE
+    refuse_link(path)
     if not path.is_file():
         return None
     # Only a line feed ends a row: str.splitlines would also break at U+2028 and its like, which JSON leaves in texts.
-    lines = path.read_bytes().decode("utf-8", "surrogatepass").split("\n")
     try:
+        with open_regular(path) as stream:
+            lines = stream.read().decode("utf-8", "surrogatepass").split("\n")
         return [json.loads(line) for line in lines if line]
-    except json.JSONDecodeError as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         raise DataError(
             "QH-D04",
-            f"The rows kept with the run cannot be read ({problem.msg}).",
+            f"The rows kept with the run cannot be read ({problem}).",
             where=str(path),
             cause="The file was changed, or cut off, after train wrote it.",
             fix="Restore the file, or start a new run.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +15,20 @@ from qlora_hal.errors import ModelError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+_DEFAULT = "default"
+
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFiles:
     """The contents of a folder. `named` maps bos_token, eos_token, ... to text; `eos_ids` come from the generation
-    configuration; `notes` say what of the folder is read otherwise than it may seem."""
+    configuration. `template` is the one template or the one named default; `named_templates` are the others, such as
+    tool_use. `notes` say what of the folder is read otherwise than it may seem."""
 
     tokenizer: Tokenizer
     named: Mapping[str, str]
     template: str | None
     eos_ids: tuple[int, ...]
+    named_templates: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -47,7 +51,9 @@ def read_folder(folder: Path) -> TokenizerFiles:
         tokenizer.model.dropout = None
         notes.append("tokenizer.json drops merges at random (dropout); every text is encoded in one way here")
     notes += declare(tokenizer, declared, folder)
-    return TokenizerFiles(tokenizer, named, _template(folder, config), _eos_ids(folder), tuple(notes))
+    templates = _templates(folder, config)
+    template = templates.pop(_DEFAULT, None)
+    return TokenizerFiles(tokenizer, named, template, _eos_ids(folder), templates, tuple(notes))
 
 
 def _bos_notes(tokenizer: Tokenizer, config: Mapping[str, object], named: Mapping[str, str]) -> list[str]:
@@ -120,17 +126,36 @@ def _converted_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, str]]:
     return tokenizer, {name: str(text) for name, text in loaded.special_tokens_map.items() if isinstance(text, str)}
 
 
-def _template(folder: Path, config: Mapping[str, object]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text("utf-8")
+def _templates(folder: Path, config: Mapping[str, object]) -> dict[str, str]:
+    """The chat templates by name, from where transformers looks for them: files come before the configuration."""
+    files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    if (folder / "chat_template.jinja").is_file():
+        files[_DEFAULT] = folder / "chat_template.jinja"
+    if files:
+        return {name: _text_of_template(path) for name, path in files.items()}
     found: object = config.get("chat_template")
     if found is None:
         found = _json_object(folder / "chat_template.json").get("chat_template")
     if isinstance(found, list):
-        by_name = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, Mapping)}
-        found = by_name.get("default")
-    return found if isinstance(found, str) and found else None
+        found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, Mapping)}
+    named = found if isinstance(found, Mapping) else {_DEFAULT: found}
+    return {str(name): text for name, text in named.items() if isinstance(text, str) and text}
+
+
+def _text_of_template(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise broken(path, not_utf8(error)) from error
+    except OSError as error:
+        raise broken(path, error.strerror or str(error)) from error
+
+
+def not_utf8(error: UnicodeDecodeError) -> str:
+    """Which byte of a text is not UTF-8, and where it stands; lines and columns count from 1."""
+    before = error.object[: error.start]
+    line, column = before.count(b"\n") + 1, error.start - (before.rfind(b"\n") + 1) + 1
+    return f"byte 0x{error.object[error.start]:02x} on line {line}, column {column} is not UTF-8 text"
 
 
 def _eos_ids(folder: Path) -> tuple[int, ...]:

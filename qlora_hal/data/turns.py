@@ -228,18 +228,6 @@ def joined(content: object) -> object:
     return content
 
 
-def with_joined_parts(conversation: Conversation) -> Conversation:
-    """The conversation for a template that joins contents, and does not go through their parts."""
-    if conversation.plain or not any(isinstance(message.get("content"), list) for message in conversation.messages):
-        return conversation
-    messages = [
-        {**message, "content": joined(message["content"])} if "content" in message else message
-        for message in conversation.messages
-    ]
-    plain = all(message.keys() == {"role", "content"} for message in messages) and not conversation.tools
-    return replace(conversation, messages=messages, plain=plain and not conversation.untrained)
-
-
 # what is trained -----------------------------------------------------------------------------------------------------
 
 

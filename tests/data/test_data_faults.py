@@ -249,10 +249,14 @@ def test_missing_end_token_is_added_trained_and_reported(
     tokenizer = ChatTokenizer.from_folder(folders["bare"], chat_template=str(template))
     data = prepared([conversation("a", "one", "b", "two")], tokenizer=tokenizer)
     # The space before an answer belongs to the token of its first word, so that token is trained with it.
-    assert [part.lstrip() for part in trained_text(data, tokenizer)] == ["one<|endoftext|>", "two<|endoftext|>"]
+    # Nothing is put into the text: the end token stands behind it, for the row to end with.
+    assert [part.lstrip() for part in trained_text(data, tokenizer)] == ["one", "two\n<|endoftext|>"]
+    ids = data.train.row(0)[0].tolist()
+    whole = "user: a\nassistant: one\nuser: b\nassistant: two\n<|endoftext|>"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == whole
     report = data.report.train
     assert (report.eos_trained, report.eos_added_rows) == ("yes", 1)
-    assert any("eos was put there" in note for note in report.notes)
+    assert "the template ends the last answer of 1 rows without an end token; one was put behind them" in report.notes
     assert any(line.startswith("eos trained: yes (1 of 1") for line in report.lines())
     for row in ({"text": "one two"}, {"prompt": "one ", "completion": "two"}):
         data = prepared([row], tokenizer=tokenizer)

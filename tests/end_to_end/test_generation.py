@@ -101,8 +101,7 @@ def test_base_is_opened_as_it_was_stored_in_training(
 ) -> None:
     run = small_run(tmp_path / "run", {**SHORT, **asked})
     adapter = tmp_path / "adapter"
-    run.adapter_dir.rename(adapter)  # away from its run: only its own provenance tells
-    run.adapter_dir.symlink_to(adapter)
+    shutil.copytree(run.adapter_dir, adapter)  # away from its run: only its own provenance tells
     capsys.readouterr()
     open_generation(run_dir=run.run_dir).close()
     open_generation(adapter_dir=adapter, model=str(model_path())).close()
