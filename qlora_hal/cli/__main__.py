@@ -7,11 +7,13 @@ import sys
 from collections.abc import Sequence
 
 from qlora_hal.cli.failures import report_interrupt, report_unexpected, report_usage, reported
+from qlora_hal.cli.stream_encoding import escape_what_streams_cannot_hold
 from qlora_hal.errors import QloraHalError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status (docs/cli.md)."""
+    escape_what_streams_cannot_hold()
     tokens = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in tokens
     try:

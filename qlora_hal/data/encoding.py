@@ -176,14 +176,14 @@ class RowEncoder:
         return ids, token_ranges(encoding, pieces)
 
     def _with_ends(self, ids: list[int], ranges: list[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
-        """Text that is trained as it stands gets the bos its tokenizer sets, and an eos; neither twice."""
-        tokenizer = self._tokenizer
-        if tokenizer.adds_bos:
-            if ids[:1] == [tokenizer.bos_id]:
+        """Text that is trained as it stands gets what its tokenizer opens with, and an eos; neither twice."""
+        tokenizer, opening = self._tokenizer, self._tokenizer.opening_ids
+        if opening:
+            if ids[: len(opening)] == [*opening]:
                 self.counts.double_bos_rows += 1
             else:
-                ids = [tokenizer.bos_id, *ids]
-                ranges = [(start + 1, stop + 1) for start, stop in ranges]
+                ids = [*opening, *ids]
+                ranges = [(start + len(opening), stop + len(opening)) for start, stop in ranges]
         if ids[-1:] != [tokenizer.eos_id]:
             self.counts.eos_appended += 1
             ranges = [*ranges, (len(ids), len(ids) + 1)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 
 from qlora_hal.data.chat import TurnNotFound, trained_turns
@@ -12,18 +12,11 @@ from qlora_hal.data.encoding import RenderedRow, RowEncoder
 from qlora_hal.data.omissions import OmissionCounts
 from qlora_hal.data.outlines import Outlines
 from qlora_hal.data.reading import Row
-from qlora_hal.data.shapes import Conversation, Shape, Writing, example_of, shape_of, unrecognised
+from qlora_hal.data.shapes import USED_COLUMNS, Conversation, Shape, Writing, example_of, shape_of, unrecognised
 from qlora_hal.data.templates import ChatTemplate, TemplateFault
 from qlora_hal.data.tokenizer import ChatTokenizer, template_refused
 from qlora_hal.errors import DataError
 
-_USED_COLUMNS = {
-    "messages": {"messages", "conversations", "tools"},
-    "sharegpt": {"conversations", "system"},
-    "alpaca": {"instruction", "input", "output", "system"},
-    "prompt_completion": {"prompt", "completion"},
-    "text": {"text"},
-}
 _BLANKS = " \t\r\n"
 
 
@@ -32,7 +25,7 @@ class RenderingCounts:
     """What rendering met, for the report."""
 
     shapes: Counter[Shape] = field(default_factory=Counter)
-    columns: set[str] = field(default_factory=set)
+    columns: defaultdict[Shape, set[str]] = field(default_factory=lambda: defaultdict(set))
     end_added_rows: int = 0
     special_in_text: Counter[str] = field(default_factory=Counter)
     rows_with_special: int = 0
@@ -63,8 +56,8 @@ class RenderingCounts:
 
     @property
     def unused_columns(self) -> list[str]:
-        used = set().union(*(_USED_COLUMNS[shape] for shape in self.shapes))
-        return sorted(self.columns - used)
+        """Columns that some row has and that nothing is read from in rows of its shape."""
+        return sorted({str(name) for shape, names in self.columns.items() for name in names - USED_COLUMNS[shape]})
 
 
 class RowRenderer:
@@ -97,7 +90,8 @@ class RowRenderer:
         else:
             self.counts.empty_rows += 1
         self.counts.shapes[shape] += 1
-        self.counts.columns.update(value)
+        if not self.counts.columns[shape].issuperset(value):
+            self.counts.columns[shape].update(value)
         return rendered
 
     def _conversation(self, row: Row, example: Conversation, tokenizer: ChatTokenizer) -> RenderedRow:
@@ -114,7 +108,7 @@ class RowRenderer:
         """The conversation with loss only where the assistant says something: from any other turn a model would learn
         to end at once."""
         if self._encoder.train_on_all:
-            self.counts.unused_fields.update(["weight"] if example.untrained else [])
+            self.counts.unused_fields.update(example.flags)
             return example
         turns = trained_turns(example.messages, example.first_target, example.untrained)
         empty = {number for number in turns if not says_anything(example.messages[number], template)}

@@ -37,7 +37,7 @@ class ChatTokenizer:
     `stop_ids` end generation: the eos ids of the model and the token with which the template ends a turn. `pad_id` is
     never an end token; padding is told by segment ids, so the pad token's own meaning never matters. `hash` changes
     with anything that could change a row's tokens. `model_vocabulary_size` is the number of the model's embeddings,
-    None where it is not known; no id is taken from beyond it.
+    None where it is not known; no id is taken from beyond it. `opening_ids` open a text that no template writes.
     """
 
     def __init__(
@@ -62,8 +62,9 @@ class ChatTokenizer:
         self._named = dict(files.named)
         self.eos_id = self._eos(files)
         self.bos_id = self._within_model("bos_token", self._id_of("bos_token", self.eos_id))
-        self.adds_bos = self._bos_is_added(files)
-        notes: list[str] = []
+        self.opening_ids = self._opening()
+        self.adds_bos = "bos_token" in self._named and self.bos_id in self.opening_ids
+        notes = list(files.notes)
         self.pad_id = self._pad(files, notes)
         self.template_name = template_name if template is not None else "none"
         self.template = None if template is None else ChatTemplate(template, template_name, self._variables())
@@ -109,7 +110,7 @@ class ChatTokenizer:
 
     def with_template(self, name: str) -> ChatTokenizer:
         """The same tokenizer with a built-in template."""
-        files = TokenizerFiles(self._rust, self._named, None, tuple(self.stop_ids), self.adds_bos)
+        files = TokenizerFiles(self._rust, self._named, None, tuple(self.stop_ids))
         size = self._model_vocabulary_size
         return ChatTokenizer(files, template=BUILT_IN[name], template_name=name, model_vocabulary_size=size)
 
@@ -210,13 +211,11 @@ class ChatTokenizer:
     def _is_beyond_model(self, number: int) -> bool:
         return self._model_vocabulary_size is not None and number >= self._model_vocabulary_size
 
-    def _bos_is_added(self, files: TokenizerFiles) -> bool:
-        if "bos_token" not in self._named:
-            return False
-        if files.adds_bos is not None:
-            return files.adds_bos
-        with_special = self._rust.encode("a", add_special_tokens=True).ids
-        return with_special[:1] == [self.bos_id]
+    def _opening(self) -> tuple[int, ...]:
+        """The ids that tokenizer.json's post-processor puts before a text: the bos, with some models more."""
+        bare, whole = (self._rust.encode("a", add_special_tokens=adds).ids for adds in (False, True))
+        places = range(len(whole) - len(bare) + 1)
+        return tuple(whole[: next((place for place in places if whole[place : place + len(bare)] == bare), 0)])
 
     def _pad(self, files: TokenizerFiles, notes: list[str]) -> int:
         ends = {self.eos_id, *files.eos_ids}
@@ -260,6 +259,7 @@ class ChatTokenizer:
 
     def _hash(self, template: str | None, tool_template: str | None) -> str:
         digest = hashlib.sha256(self._rust.to_str().encode("utf-8", "replace"))
+        more = [self.opening_ids] if self.opening_ids not in ((), (self.bos_id,)) else []
         for part in (
             template or "",
             tool_template or "",
@@ -268,6 +268,7 @@ class ChatTokenizer:
             self.eos_id,
             self.adds_bos,
             _ENCODING_VERSION,
+            *more,
         ):
             digest.update(f"\0{part}".encode("utf-8", "replace"))
         return digest.hexdigest()

@@ -168,7 +168,7 @@ def test_turns_of_weight_0_carry_no_loss(prepared: Prepare, chatml: ChatTokenize
     assert data.report.alerts == []
     assert trained_text(prepared([row(1, 1)]), chatml) == ["answer 0<|im_end|>", "answer 1<|im_end|>"]
     assert prepared([row(0), row(1)]).report.train.dropped_untrained == 1
-    with pytest.raises(DataError, match=r"QH-D03.*messages\[1\]\.weight holds a number; 0 or 1 was expected"):
+    with pytest.raises(DataError, match=r"QH-D03.*messages\[1\]\.weight holds 0\.5; 0 or 1 was expected"):
         prepared([row(0.5)])
     told = prepared([row(0, 1)], train_on="all").report.alerts
     assert told == ["message fields not used: weight (1 rows)"]
