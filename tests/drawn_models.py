@@ -71,13 +71,15 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 """Settings that change the forward pass, or would in training, with values to draw from."""
 
 OVERRIDES: dict[str, dict[str, Any]] = {
-    "axk1": {"num_key_value_heads": 4}, "axk2": {"num_key_value_heads": 4},
+    "axk1": {"num_key_value_heads": 4, "head_dim": 8}, "axk2": {"num_key_value_heads": 4, "head_dim": 8},
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_expand": 2},
     "codegen": {"rotary_dim": 8}, "gptj": {"rotary_dim": 8},
     "deepseek_v2": {"num_key_value_heads": 4, "topk_group": 1, "num_experts_per_tok": 2, "n_group": 1},
-    "deepseek_v3": {"num_key_value_heads": 4}, "deepseek_v32": {"num_key_value_heads": 4},
+    "deepseek_v3": {"num_key_value_heads": 4, "head_dim": 8, "first_k_dense_replace": 1},
+    "deepseek_v32": {"num_key_value_heads": 4, "head_dim": 8},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "glm_moe_dsa": {"num_key_value_heads": 4}, "longcat_flash": {"num_key_value_heads": 4},
+    "glm_moe_dsa": {"num_key_value_heads": 4, "head_dim": 8},
+    "longcat_flash": {"num_key_value_heads": 4, "head_dim": 8},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128, "lm_head_multiplier": 0.1},
     "gemma3n_text": {"num_kv_shared_layers": 0, "laurel_rank": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},

@@ -179,7 +179,7 @@ def test_an_encoder_that_does_not_say_so_is_found_out_when_it_is_loaded(llama: P
     assert refusal.value.code == "QH-M51"
 
 
-@pytest.mark.fault("B01")
+@pytest.mark.fault("B60")
 @pytest.mark.parametrize("model_type", ["mamba", "bloom", "mpt"])
 def test_samples_that_an_architecture_would_mix_cannot_share_a_row(
     model_type: str, tmp_path: Path, opened: Callable[..., OpenTrainer]
@@ -188,7 +188,7 @@ def test_samples_that_an_architecture_would_mix_cannot_share_a_row(
     trainer = opened(tmp_path)
     with pytest.raises(UnsupportedFeatureError, match="cannot train on packed rows") as refusal:
         trainer.step([packed([random_batch(0)])])
-    assert refusal.value.code == "QH-B01"
+    assert refusal.value.code == "QH-B60"
     assert trainer.step([random_batch(0)]).applied
 
 

@@ -91,8 +91,7 @@ def load_with(
     causal.to(device)
     causal.eval()
     causal.requires_grad_(False)
-    body = _body(causal)
-    trial = tried(causal, body, source, device)
+    trial = tried(causal, source, device)
     if trial.head is None:
         notes.append(
             f"{type(causal).__name__} makes its logits in a way of its own: they are made whole, for every token of a "
@@ -100,7 +99,7 @@ def load_with(
         )
     return BaseModel(
         causal=causal,
-        body=body,
+        body=trial.body,
         head=trial.head,
         linears={name: linears[name] for name in architecture.adapted},
         layers=_decoder_layers(causal),
@@ -255,14 +254,6 @@ def _unused_notes(architecture: Architecture) -> Iterator[str]:
     if unused := architecture.unused:
         listed = ", ".join(unused[:3]) + (" and others" if len(unused) > 3 else "")
         yield f"{len(unused)} stored tensors are not used ({listed}): the architecture computes or ignores them"
-
-
-def _body(causal: Any) -> Any | None:
-    """What gives the last hidden states, or None where the architecture does not say."""
-    body = getattr(causal, causal.base_model_prefix, None)
-    if body is None and hasattr(causal, "get_decoder"):
-        body = causal.get_decoder()
-    return None if body is causal else body
 
 
 def _decoder_layers(causal: Any) -> nn.ModuleList:

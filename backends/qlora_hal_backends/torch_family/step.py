@@ -61,12 +61,12 @@ def _copy(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
 
 def _positions(base: BaseModel, batch: DeviceBatch) -> dict[str, Tensor]:
     """Given only where they say something: architectures without positions (Mamba, ALiBi) take none. Raises
-    UnsupportedFeatureError QH-B01 for samples that share a row where the architecture cannot tell them apart."""
+    UnsupportedFeatureError QH-B60 for samples that share a row where the architecture cannot tell them apart."""
     if batch.position_ids is None:
         return {}
     if base.mixes_samples:
         raise UnsupportedFeatureError(
-            "QH-B01",
+            "QH-B60",
             f"{type(base.causal).__name__} cannot train on packed rows: {base.mixes_samples}.",
             where="data.packing",
             cause="Each sample would be trained on the samples before it in its row.",

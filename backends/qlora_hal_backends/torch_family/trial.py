@@ -24,17 +24,17 @@ LEFT, RIGHT = (1, 2, 3), (5, 8, 4)
 OTHER_LAST_TOKEN = 6
 MAGNIFIED_LOGIT = 64.0
 """Logits are tried at this size too: a cap at 30 bends those of a few units less than 16 bits can tell."""
-NEAR = 0.02
-"""Relative to the largest: more than other kernels make of the same sums, less than a token that is seen."""
+OTHER_LEFT = (7, 2, 1)
 
 _FAILURES = (TypeError, AttributeError, RuntimeError, KeyError, ValueError, IndexError, ImportError)
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """`head` is None where only the architecture's whole forward pass gives its logits; `mixes_samples` says why
-    samples cannot share a row, or is empty."""
+    """`body` gives last hidden states and `head` makes logits of them; None where only the architecture's whole forward
+    pass gives its logits. `mixes_samples` says why samples cannot share a row, or is empty."""
 
+    body: Any | None
     head: Head | None
     mixes_samples: str
 
@@ -46,19 +46,30 @@ class _Pass:
 
     logits: Tensor
     states: Tensor | None
+    dtype: torch.dtype
+
+    @property
+    def same_sums(self) -> float:
+        """How far the same sums in a batch of the same shape may lie apart, relative to the largest."""
+        return 1e-5 if self.dtype == torch.float32 else 4 * torch.finfo(self.dtype).eps
+
+    @property
+    def other_sums(self) -> float:
+        """The same for sums in another order."""
+        return 1e-4 if self.dtype == torch.float32 else 8 * torch.finfo(self.dtype).eps
 
 
 @torch.no_grad()
-def tried(causal: Any, body: Any | None, source: ModelSource, device: torch.device) -> Trial:
+def tried(causal: Any, source: ModelSource, device: torch.device) -> Trial:
     """Raises ModelError QH-M51 where a token changes what was computed before it, or the forward pass fails."""
     rows = ((*LEFT, *RIGHT), (*LEFT, *RIGHT[:-1], OTHER_LAST_TOKEN), (*RIGHT, *LEFT))
     try:
-        apart = _run(causal, body, torch.tensor(rows, device=device))
+        body, apart = _first_pass(causal, torch.tensor(rows, device=device))
     except _FAILURES as error:
         raise _refusal(
             source, "cannot be run on text alone", f"{type(error).__name__}: {_first_line(error)}"
         ) from error
-    if not _near(apart.logits[0, :-1], apart.logits[1, :-1]):
+    if not _near(apart.logits[0, :-1], apart.logits[1, :-1], apart.same_sums):
         raise _refusal(
             source,
             "is no causal language model: a token changes what is computed for those before it",
@@ -66,15 +77,37 @@ def tried(causal: Any, body: Any | None, source: ModelSource, device: torch.devi
         )
     larger = MAGNIFIED_LOGIT / max(float(apart.logits.abs().nan_to_num(0.0).max()), 1e-6)
     together, mixes = _shared_row(causal, body, device, larger)
-    if not mixes and not _near(_seen(together, larger), torch.cat([_seen(apart)[0, :3], _seen(apart)[2, :3]])[None]):
+    if not mixes and not _keep_apart(_seen(together, larger), _seen(apart), apart):
         mixes = "it mixes the samples of a row"
-    return Trial(_head(causal, body, apart, together, larger), mixes)
+    head = _head(causal, body, apart, together, larger)
+    return Trial(body if head is not None else None, head, mixes)
+
+
+def _first_pass(causal: Any, tokens: Tensor) -> tuple[Any | None, _Pass]:
+    """A forward pass, and the module that made its last hidden states."""
+    bodies = [getattr(causal, causal.base_model_prefix, None)]
+    if hasattr(causal, "get_decoder"):
+        bodies.append(causal.get_decoder())
+    for body in bodies:
+        if body is not None and body is not causal:
+            one = _run(causal, body, tokens)
+            if one.states is not None:
+                return body, one
+    return None, _run(causal, None, tokens)
+
+
+def _keep_apart(together: Tensor, alone: Tensor, first: _Pass) -> bool:
+    """Whether the second sample of a row is the same behind another first one, and the same as alone."""
+    half = len(LEFT)
+    same = _near(together[0, half:], together[1, half:], first.same_sums)
+    expected = torch.cat([alone[0, :half], alone[2, :half]])
+    return same and _near(together[0], expected, first.other_sums)
 
 
 def _shared_row(causal: Any, body: Any | None, device: torch.device, scale: float) -> tuple[_Pass, str]:
-    """Two samples in one row, told apart by positions that start again."""
-    tokens = torch.tensor([[*LEFT, *RIGHT]], device=device)
-    positions = torch.tensor([[*range(len(LEFT)), *range(len(RIGHT))]], device=device)
+    """Two samples in one row, told apart by positions that start again; and another one before the second."""
+    tokens = torch.tensor([[*LEFT, *RIGHT], [*OTHER_LEFT, *RIGHT]], device=device)
+    positions = torch.tensor([[*range(len(LEFT)), *range(len(RIGHT))]] * 2, device=device)
     takes_positions = "position_ids" in inspect.signature(causal.forward).parameters
     failure = "" if takes_positions else "its forward pass takes no position_ids"
     if takes_positions:
@@ -100,7 +133,7 @@ def _run(causal: Any, body: Any | None, tokens: Tensor, scale: float = 1.0, **mo
     finally:
         if handle is not None:
             handle.remove()
-    return _Pass(logits.float(), seen[0] if len(seen) == 1 else None)
+    return _Pass(logits.float(), seen[0] if len(seen) == 1 else None, causal.dtype)
 
 
 def _seen(one: _Pass, scale: float = 1.0) -> Tensor:
@@ -113,7 +146,7 @@ def _head(causal: Any, body: Any | None, natural: _Pass, larger: _Pass, scale: f
     layer = causal.get_output_embeddings()
     if natural.states is None or larger.states is None or not isinstance(getattr(layer, "weight", None), Tensor):
         return None
-    if not _is_body(body, natural.states):
+    if not _is_body(body, natural):
         return None
     cases = ((natural.states, natural.logits), (larger.states * scale, larger.logits))
     for head in _candidates(causal, layer):
@@ -122,11 +155,13 @@ def _head(causal: Any, body: Any | None, natural: _Pass, larger: _Pass, scale: f
     return None
 
 
-def _is_body(body: Any, states: Tensor) -> bool:
+def _is_body(body: Any, natural: _Pass) -> bool:
     """Whether the body alone, called as in training, gives the states that the architecture made its logits from."""
-    tokens = torch.tensor([[*LEFT, *RIGHT]], device=states.device)
+    assert natural.states is not None
+    tokens = torch.tensor([[*LEFT, *RIGHT]], device=natural.states.device)
     try:
-        return _near(body(input_ids=tokens, use_cache=False).last_hidden_state.float(), states[:1].float())
+        found = body(input_ids=tokens, use_cache=False).last_hidden_state
+        return _near(found.float(), natural.states[:1].float(), natural.other_sums)
     except _FAILURES:
         return False
 
@@ -159,7 +194,7 @@ def _agree(head: Head, states: Tensor, logits: Tensor) -> bool:
     return ours.shape == logits.shape and _near(ours, logits, units * torch.finfo(states.dtype).eps)
 
 
-def _near(left: Tensor, right: Tensor, tolerance: float = NEAR) -> bool:
+def _near(left: Tensor, right: Tensor, tolerance: float) -> bool:
     """Relative to the largest; overflow is no matter of this trial, the first step will tell."""
     apart = (left - right).abs().nan_to_num(0.0, posinf=0.0)
     return bool(apart.max() <= tolerance * right.abs().nan_to_num(0.0, posinf=0.0).max())
