@@ -9,13 +9,14 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from qlora_hal.errors import ModelError
 from qlora_hal.model.facts import text_config
 from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.mlx_lora.activations import put_activations_right
+from qlora_hal_backends.mlx_lora.config_reading import as_transformers_reads, in_words_of_mlx_lm
 from qlora_hal_backends.mlx_lora.sliding import MissingWindow, missing_window
 
 _MODULE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
@@ -28,9 +29,11 @@ def build_model(source: ModelSource) -> tuple[Any, MissingWindow]:
     Raises ModelError QH-M51 for an architecture that mlx-lm lacks or cannot build from this config.json.
     """
     model_class, arguments_class = _classes(source)
-    config = translated_config(source.facts.config, source.facts.tensors, arguments_class)
     try:
-        causal = model_class(arguments_class.from_dict(config))
+        read = as_transformers_reads(source.facts.config)
+        words = in_words_of_mlx_lm(source.facts.config, read, arguments_class)
+        words |= _tied(source, read)
+        causal = model_class(arguments_class.from_dict(words))
     except (TypeError, ValueError, KeyError, AttributeError, AssertionError, NotImplementedError) as error:
         raise _cannot_build(source, f"{type(error).__name__}: {error}") from error
     put_activations_right(causal, source)
@@ -62,30 +65,6 @@ def _cannot_build(source: ModelSource, cause: str) -> ModelError:
     )
 
 
-def translated_config(
-    config: Mapping[str, object], tensors: Iterable[str], arguments_class: type[Any]
-) -> dict[str, object]:
-    """config.json in the words of mlx-lm's `ModelArgs`."""
-    known = inspect.signature(arguments_class).parameters
-    translated = dict(config)
-    if "rope_parameters" not in known:
-        rope = text_config(config).get("rope_parameters")
-        translated |= _rope_settings(rope, known) if isinstance(rope, dict) else {}
-    # mlx-lm ties by default, transformers does not: the head's weights would be dropped without a word.
-    if "tie_word_embeddings" not in text_config(config):
-        translated["tie_word_embeddings"] = not any(name.endswith("lm_head.weight") for name in tensors)
-    return translated
-
-
-def _rope_settings(rope: Mapping[str, Any], known: Iterable[str]) -> dict[str, object]:
-    """transformers 5 keeps all of rotary position in `rope_parameters`, once or for each kind of layer."""
-    by_layer = {kind: given for kind, given in rope.items() if isinstance(given, dict) and kind.endswith("attention")}
-    if by_layer:
-        rope = by_layer.get("full_attention", {})
-    settings = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope and key in known}
-    if rope.get("rope_type", "default") != "default" and "rope_scaling" in known:
-        settings["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-    local = by_layer.get("sliding_attention", {}).get("rope_theta")
-    if local is not None and "rope_local_base_freq" in known:
-        settings["rope_local_base_freq"] = local
-    return settings
+def _tied(source: ModelSource, read: Mapping[str, Any]) -> dict[str, object]:
+    """transformers ties unless config.json says no or a head is stored that differs; mlx-lm would drop its weights."""
+    return {}
