@@ -30,7 +30,8 @@ from qlora_hal.errors import (
 from qlora_hal.typed_fields import wrong_fields
 
 if TYPE_CHECKING:
-    from qlora_hal.backend import QuantizedLoRATrainer
+    from qlora_hal.backend import ModelOutline, QuantizedLoRATrainer
+    from qlora_hal.model.source import ModelSource
 
 ENTRY_POINT_GROUP = "qlora_hal.backends"
 OWN_DISTRIBUTION = "qlora-hal"
@@ -155,28 +156,9 @@ def open_trainer(spec: BackendSpec, options: Mapping[str, object] | None = None)
     """Import the trainer: the first heavy import of a run. Foreign exceptions come out as BackendError. `options` are
     `backend.options`: some choices become variables of the environment first. A choice that is asked for
     wins over a variable that is set already; a default does not."""
-    from importlib import import_module
-
     from qlora_hal.backend import QuantizedLoRATrainer
 
-    for option, choices in spec.option_choices.items():
-        asked = options is not None and option in options
-        choice = options[option] if options is not None and asked else choices[0]
-        for variable, value in spec.environment.get(option, {}).get(choice, {}).items():
-            if asked or variable not in os.environ:
-                os.environ[variable] = value
-    module_name, _, attribute = spec.trainer.partition(":")
-    try:
-        trainer = getattr(import_module(module_name), attribute)()
-    except QloraHalError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise BackendError(
-            "QH-B04",
-            f"Backend {spec.name} could not be opened: {type(error).__name__}: {error}",
-            where=spec.trainer,
-            fix="Run qlora-hal doctor; if it names no cause, report this to the backend's author.",
-        ) from error
+    trainer = _called(spec, spec.trainer, options or {})
     if not isinstance(trainer, QuantizedLoRATrainer):
         raise BackendContractError(
             "QH-B02",
@@ -184,6 +166,49 @@ def open_trainer(spec: BackendSpec, options: Mapping[str, object] | None = None)
             fix=f"Report this to the author of {spec.name}.",
         )
     return trainer
+
+
+def outline_of(spec: BackendSpec, source: ModelSource, options: Mapping[str, object]) -> ModelOutline:
+    """What the backend will make of this model: by its own outline, where it has one, else by the headers of the
+    weight files. Foreign exceptions come out as BackendError."""
+    from qlora_hal.backend import ModelOutline
+    from qlora_hal.model.linear_shapes import left_out_notes
+
+    if not spec.outline:
+        return ModelOutline(source.facts.linear_modules, left_out_notes(source.facts))
+    outline = _called(spec, spec.outline, options, source, options)
+    if not isinstance(outline, ModelOutline):
+        raise BackendContractError(
+            "QH-B02",
+            f"{spec.outline} gave a {type(outline).__name__}, not a ModelOutline.",
+            fix=f"Report this to the author of {spec.name}.",
+        )
+    return outline
+
+
+def _called(spec: BackendSpec, path: str, options: Mapping[str, object], *arguments: object) -> object:
+    """Import `package.module:Name` of a backend and call it, behind the wall."""
+    from importlib import import_module
+
+    for option, choices in spec.option_choices.items():
+        asked = option in options
+        choice = options[option] if asked else choices[0]
+        for variable, value in spec.environment.get(option, {}).get(choice, {}).items():
+            if asked or variable not in os.environ:
+                os.environ[variable] = value
+    module_name, _, attribute = path.partition(":")
+    try:
+        found: object = getattr(import_module(module_name), attribute)(*arguments)
+    except QloraHalError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise BackendError(
+            "QH-B04",
+            f"Backend {spec.name} could not be opened: {type(error).__name__}: {error}",
+            where=path,
+            fix="Run qlora-hal doctor; if it names no cause, report this to the backend's author.",
+        ) from error
+    return found
 
 
 def _without_impostors(entries: Sequence[Listed]) -> tuple[list[Listed], list[Listed]]:

@@ -123,6 +123,7 @@ class Execution:
 
         state, modules = self._stage.state, self._trainer.linear_modules()
         if state is None:
+            self._settle_targets(modules)
             adapter = initial_adapter(self._prepared.machinery.adapter, modules, self._prepared.seed)
         else:
             adapter = state.adapter
@@ -133,6 +134,22 @@ class Execution:
         if state is not None:
             self._trainer.import_optimizer(state.optimizer)
         return adapter
+
+    def _settle_targets(self, modules: Mapping[str, tuple[int, int]]) -> None:
+        """What was told before loading gives way to what the loaded model has; where they differ, that is said."""
+        from qlora_hal.adapter.targets import resolve_targets
+
+        machinery = self._prepared.machinery
+        told, found = machinery.adapter.target_modules, resolve_targets(self._config.lora.target_modules, modules)
+        if found == told:
+            return
+        apart = sorted(set(told) ^ set(found))
+        self._stage.console.note(
+            f"the loaded model has other linear layers than its files told: {len(found)} carry the adapter where "
+            f"{len(told)} were planned ({', '.join(apart[:3])}{' and others' if len(apart) > 3 else ''})"
+        )
+        adapter = replace(machinery.adapter, target_modules=found)
+        self._prepared = replace(self._prepared, machinery=replace(machinery, adapter=adapter))
 
     def _handed_over(self, resolved: Mapping[str, object]) -> HandOver | None:
         """Say beforehand what stays exact on another backend and what does not, measured."""

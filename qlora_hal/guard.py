@@ -52,6 +52,8 @@ class GuardedTrainer:
     def load(self, source: ModelSource, quantization: Quantization, compute: Compute) -> None:
         with self._wall("load"):
             self._trainer.load(source, quantization, compute)
+        for note in self._trainer.load_notes:
+            self._note(note)
 
     def linear_modules(self) -> Mapping[str, tuple[int, int]]:
         with self._wall("linear_modules"):
