@@ -16,28 +16,30 @@ from qlora_hal.errors import ModelError
 from qlora_hal.model.facts import text_config
 from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.mlx_lora.activations import put_activations_right
-from qlora_hal_backends.mlx_lora.config_reading import as_transformers_reads, in_words_of_mlx_lm
+from qlora_hal_backends.mlx_lora.config_reading import Config, as_transformers_reads, in_words_of_mlx_lm, tied_words
+from qlora_hal_backends.mlx_lora.rotary import put_rotary_positions_right
 from qlora_hal_backends.mlx_lora.sliding import MissingWindow, missing_window
 
 _MODULE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 _NO_MODELS = frozenset({"activations", "base", "cache", "pipeline", "rope_utils", "switch_layers"})
 
 
-def build_model(source: ModelSource) -> tuple[Any, MissingWindow]:
+def build_model(source: ModelSource, read: Config, is_tied: bool) -> tuple[Any, MissingWindow]:
     """mlx-lm's model for this checkpoint, and what it leaves out; its parameters are lazy and take no memory.
 
     Raises ModelError QH-M51 for an architecture that mlx-lm lacks or cannot build from this config.json.
     """
     model_class, arguments_class = _classes(source)
     try:
-        read = as_transformers_reads(source.facts.config)
         words = in_words_of_mlx_lm(source.facts.config, read, arguments_class)
-        words |= _tied(source, read)
-        causal = model_class(arguments_class.from_dict(words))
-    except (TypeError, ValueError, KeyError, AttributeError, AssertionError, NotImplementedError) as error:
+        causal = model_class(arguments_class.from_dict({**words, **tied_words(words, is_tied)}))
+        put_rotary_positions_right(causal, read)
+        causal.freeze()
+        causal.eval()
+    except (TypeError, ValueError, KeyError, AttributeError, AssertionError, IndexError, NotImplementedError) as error:
         raise _cannot_build(source, f"{type(error).__name__}: {error}") from error
-    put_activations_right(causal, source)
-    return causal, missing_window(source, arguments_class)
+    put_activations_right(causal, source, read)
+    return causal, missing_window(source, read, arguments_class)
 
 
 def _classes(source: ModelSource) -> tuple[Any, Any]:
@@ -55,6 +57,14 @@ def _classes(source: ModelSource) -> tuple[Any, Any]:
         raise _cannot_build(source, f"mlx-lm has no module for model_type {model_type!r}") from error
 
 
+def read_config(source: ModelSource) -> Config:
+    """config.json as transformers reads it. Raises ModelError QH-M51 where transformers refuses it."""
+    try:
+        return as_transformers_reads(source.facts.config)
+    except ValueError as error:
+        raise _cannot_build(source, str(error)) from error
+
+
 def _cannot_build(source: ModelSource, cause: str) -> ModelError:
     return ModelError(
         "QH-M51",
@@ -64,7 +74,3 @@ def _cannot_build(source: ModelSource, cause: str) -> ModelError:
         fix="Choose another model, or update mlx-lm.",
     )
 
-
-def _tied(source: ModelSource, read: Mapping[str, Any]) -> dict[str, object]:
-    """transformers ties unless config.json says no or a head is stored that differs; mlx-lm would drop its weights."""
-    return {}

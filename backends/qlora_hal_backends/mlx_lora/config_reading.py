@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,14 +59,23 @@ def in_words_of_mlx_lm(config: Config, read: Config, arguments_class: type[Any])
     """Values for the fields of `arguments_class`: as config.json gives them, else as transformers has `read` it."""
     given, meant = text_config(_numbers(config)), text_config(_numbers(read))
     aliases = _aliases(str(config.get("model_type")), str(given.get("model_type")))
-    words = {**meant, **_by_other_names(meant, aliases), **_rotary_words(meant), **_derived_words(meant)}
+    fields = inspect.signature(arguments_class).parameters
+    asked = [name for name, field in fields.items() if field.default is field.empty]
+    words = {**meant, **_by_other_names(meant, aliases), **_rotary_words(meant), **_derived_words(meant, asked)}
     # What config.json says itself stands before what was derived; transformers' names of rotary position do not.
     words |= {key: value for key, value in given.items() if value is not None and key not in _ROTARY_KEYS}
     words["model_type"] = config.get("model_type", "")
-    known = inspect.signature(arguments_class).parameters
-    if "text_config" in known:
+    words |= _own_spellings(words)
+    if "text_config" in fields:
         words["text_config"] = {**words, "model_type": given.get("model_type", "")}
-    return {key: value for key, value in words.items() if key in known}
+    return {key: value for key, value in words.items() if key in fields}
+
+
+def tied_words(words: Config, is_tied: bool) -> dict[str, Any]:
+    """The words that tie the head or do not. mlx-lm ties some models by default where transformers does not."""
+    own = {"tie_word_embeddings": is_tied}
+    nested = words.get("text_config")
+    return own if nested is None else {**own, "text_config": {**nested, **own}}
 
 
 _ROTARY_KEYS = frozenset({"rope_scaling", "rope_theta", "rope_parameters"})
@@ -107,17 +117,31 @@ def _rotary_words(meant: Config) -> dict[str, Any]:
     return words if local is None else {**words, "rope_local_base_freq": local}
 
 
-def _derived_words(meant: Config) -> dict[str, Any]:
+def _derived_words(meant: Config, asked: Collection[str]) -> dict[str, Any]:
     """What mlx-lm asks for and config.json says otherwise, or need not say."""
     heads, hidden = meant.get("num_attention_heads"), meant.get("hidden_size")
     words: dict[str, Any] = {}
     if isinstance(heads, int) and isinstance(hidden, int) and heads and meant.get("head_dim") is None:
         words["head_dim"] = hidden // heads
     for word, derived in _DERIVED.items():
-        value = derived(meant)
-        if value is not None and word not in meant:
+        if word in asked and word not in meant and (value := derived(meant)) is not None:
             words[word] = value
     return words
+
+
+def _own_spellings(words: Config) -> dict[str, Any]:
+    """Kinds of layers, as some of mlx-lm's models spell them."""
+    kinds = words.get("layer_types")
+    if not isinstance(kinds, list):
+        return {}
+    if words["model_type"] == "granitemoehybrid":
+        spelled = {"linear_attention": "mamba", "full_attention": "attention"}
+        positions = words.get("position_embedding_type") or "nope"
+        return {"layer_types": [spelled.get(kind, kind) for kind in kinds], "position_embedding_type": positions}
+    if words["model_type"] == "exaone4":
+        pattern = "".join("L" if kind == "sliding_attention" else "G" for kind in kinds)
+        return {"sliding_window_pattern": pattern if words.get("sliding_window") else None}
+    return {}
 
 
 _DERIVED: Mapping[str, Callable[[Config], Any]] = {
@@ -128,8 +152,22 @@ _DERIVED: Mapping[str, Callable[[Config], Any]] = {
     "post_norm": lambda meant: False,
     "qk_norm": lambda meant: True,
     "shared_intermediate_size": lambda meant: 0,
+    "intermediate_size": lambda meant: _product(meant, "expand", "hidden_size"),
+    "rotary_dim": lambda meant: _rotated(meant) if meant.get("num_attention_heads") else None,
     "is_moe_layer": lambda meant: _where(meant.get("mlp_layer_types"), "sparse"),
 }
+
+
+def _product(meant: Config, *names: str) -> int | None:
+    values = [meant.get(name) for name in names]
+    return math.prod(values) if all(isinstance(value, int) for value in values) else None
+
+
+def _rotated(meant: Config) -> int | None:
+    """How many of a head's dimensions rotate."""
+    size = meant.get("head_dim") or meant["hidden_size"] // meant["num_attention_heads"]
+    share = _rotary_words(meant).get("partial_rotary_factor", 1.0)
+    return int(size * share)
 
 
 def _where(kinds: Iterable[str] | None, kind: str) -> list[bool] | None:
