@@ -7,12 +7,15 @@ silently wrong is translated here.
 from __future__ import annotations
 
 import importlib
-import inspect
+import io
 import re
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from typing import Any
 
+from qlora_hal.asking import one_line
 from qlora_hal.errors import ModelError
+from qlora_hal.foreign_errors import missing_package
 from qlora_hal.model.facts import text_config
 from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.mlx_lora.activations import put_activations_right
@@ -50,11 +53,28 @@ def _classes(source: ModelSource) -> tuple[Any, Any]:
     # The name comes from a file: nothing but a module of mlx_lm.models may be imported by it.
     if not _MODULE_NAME.fullmatch(name) or name in _NO_MODELS:
         raise _cannot_build(source, f"model_type is {model_type!r}")
+    said = io.StringIO()
     try:
-        module = importlib.import_module(f"mlx_lm.models.{name}")
+        with redirect_stdout(said):
+            module = importlib.import_module(f"mlx_lm.models.{name}")
         return module.Model, module.ModelArgs
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SystemExit) as error:
+        if package := missing_package(error):
+            raise _needs_a_package(source, package, said.getvalue()) from error
         raise _cannot_build(source, f"mlx-lm has no module for model_type {model_type!r}") from error
+
+
+def _needs_a_package(source: ModelSource, package: str, advice: str) -> ModelError:
+    """`advice`: what mlx-lm printed before it left."""
+    return ModelError(
+        "QH-M51",
+        f"mlx-lm cannot build {source.facts.architecture or source.facts.model_type}: its module needs the package "
+        f"{package}, which is not installed.",
+        where=source.name,
+        cause=one_line(advice),
+        fix="Install that package, or choose another backend for this model.",
+        context={"package": package},
+    )
 
 
 def read_config(source: ModelSource) -> Config:

@@ -18,9 +18,12 @@ from mlx.utils import tree_flatten
 
 from qlora_hal.backend import Compute, Quantization
 from qlora_hal.errors import ModelError
+from qlora_hal.model.facts import text_config
 from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.mlx_lora.architecture import build_model, read_config
 from qlora_hal_backends.mlx_lora.base_weights import BaseWeight
+from qlora_hal_backends.mlx_lora.compared import check_compared
+from qlora_hal_backends.mlx_lora.embedding import put_embedding_right
 from qlora_hal_backends.mlx_lora.head import Head, find_head
 from qlora_hal_backends.mlx_lora.linear_weights import read_base_weight, require_finite
 from qlora_hal_backends.mlx_lora.lora_linear import FrozenLinear, LoRASlots
@@ -50,13 +53,16 @@ class Assembled:
     window: MissingWindow
     weights: Weights
     linears: Mapping[str, Module]
+    hidden_size: int
+    notes: tuple[str, ...]
 
 
 def assemble(source: ModelSource) -> Assembled:
     """mlx-lm's model, and every stored tensor assigned to it. Raises ModelError: QH-M51 for an architecture that mlx-lm
     lacks or would compute otherwise, QH-M50 with every tensor that is missing or left over."""
-    arrays = open_tensors(source)
     read = read_config(source)
+    notes = check_compared(source, read)
+    arrays = open_tensors(source)
     causal, window = build_model(source, read, ties_its_head(arrays, source.facts.config, read))
     weights = renamed(arrays, causal, source)
     linears = {
@@ -65,7 +71,8 @@ def assemble(source: ModelSource) -> Assembled:
         if type(module) is Linear and weights.origin.get(path) in source.facts.linear_modules
     }
     _check_complete(causal, weights, source)
-    return Assembled(causal, window, weights, linears)
+    hidden_size = int(text_config(read).get("hidden_size") or 0)
+    return Assembled(causal, window, weights, linears, hidden_size, (*notes, *weights.notes, *window.notes()))
 
 
 def load_base(source: ModelSource, quantization: Quantization, compute: Compute) -> BaseModel:
@@ -85,6 +92,7 @@ def load_base(source: ModelSource, quantization: Quantization, compute: Compute)
         _place(causal, path, frozen)
         linears[weights.origin[path]] = frozen
     _fill_parameters(causal, weights, source, dtype)
+    put_embedding_right(causal, source.facts.model_type, assembled.hidden_size, dtype)
     base_model = BaseModel(causal, find_head(causal), linears, slots, source.facts.architecture, assembled.window)
     if compute.gradient_checkpointing:
         _recompute_layers(base_model)

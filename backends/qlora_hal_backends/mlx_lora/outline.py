@@ -13,9 +13,9 @@ from qlora_hal_backends.mlx_lora.loading import assemble
 def outline(source: ModelSource, options: Mapping[str, object]) -> ModelOutline:
     """Raises ModelError as `assemble` does. MLX opens the weight files here, and reads their headers only."""
     assembled = assemble(source)
-    modules = {assembled.weights.origin[path]: linear for path, linear in assembled.linears.items()}
-    shapes = {name: (inputs, outputs) for name, (inputs, outputs) in source.facts.linear_modules.items() if name in modules}
-    return ModelOutline(shapes, (*left_out_notes(source.facts), *assembled.weights.notes, *_not_here(source, shapes)))
+    here = {assembled.weights.origin[path] for path in assembled.linears}
+    shapes = {name: shape for name, shape in source.facts.linear_modules.items() if name in here}
+    return ModelOutline(shapes, (*left_out_notes(source.facts), *_not_here(source, shapes), *assembled.notes))
 
 
 def _not_here(source: ModelSource, shapes: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:

@@ -23,20 +23,30 @@ class MissingWindow:
     on_every_layer: bool = False
     architecture: str = ""
 
+    def notes(self) -> tuple[str, ...]:
+        """Sentences for the user, before any row is seen."""
+        if self.tokens is None or self.on_every_layer:
+            return ()
+        return (
+            f"mlx-lm leaves out the sliding window of {self.tokens} tokens that some layers of {self.architecture} have: "
+            "longer rows are refused (QH-B61)",
+        )
+
     def applied_to(self, time: int) -> int | None:
         """The window to put into the mask of rows of `time` tokens. Raises UnsupportedFeatureError QH-B61."""
         if self.tokens is None or time <= self.tokens:
             return None
         if self.on_every_layer:
             return self.tokens
-        raise self._too_long(time)
+        raise self.too_long(time)
 
     def check_generation(self, time: int) -> None:
         """Raises UnsupportedFeatureError QH-B61: a key-value cache of mlx-lm keeps every token in sight."""
         if self.tokens is not None and time > self.tokens:
-            raise self._too_long(time)
+            raise self.too_long(time)
 
-    def _too_long(self, time: int) -> UnsupportedFeatureError:
+    def too_long(self, time: int) -> UnsupportedFeatureError:
+        """For rows that the window cannot be put into."""
         return UnsupportedFeatureError(
             "QH-B61",
             f"{time} tokens are longer than the sliding window of {self.tokens} tokens of {self.architecture}, which "

@@ -113,8 +113,11 @@ def renamed(arrays: Arrays, causal: Any, source: ModelSource) -> Weights:
 
     def matters(group: list[str]) -> bool:
         dict.update(causal, before)
+        # Copies, lazy as they are: some multiply what they get in place.
+        copies = {name: mx.stop_gradient(array) for name, array in arrays.items() if name not in group}
+        copied = {id(array): name for name, array in copies.items()}
         try:
-            return _outcome(_sanitized(causal, {n: a for n, a in arrays.items() if n not in group}), names) != outcome
+            return _outcome(_sanitized(causal, copies), copied) != outcome
         except _SANITIZING_FAILED:
             return True
         finally:
