@@ -178,6 +178,7 @@ class Execution:
             "double_quant": quantization.double_quant,
             "compute_dtype": compute.dtype,
             "kernel_path": facts.kernel_path,
+            "base_dropout": "off",
             "driver": facts.driver,
             "seed": self._prepared.seed,
             "total_steps": total_steps,

@@ -63,7 +63,7 @@ def choose_machinery(config: RunConfig, hooks: Hooks, console: RunConsole) -> Ma
     from qlora_hal.adapter.targets import resolve_targets
     from qlora_hal.discovery import listed, outline_of, reports
     from qlora_hal.model.source import resolve_model
-    from qlora_hal.needs import needs_of, quantization_of
+    from qlora_hal.needs import needs_of, quantization_of, unmet_description_note
     from qlora_hal.selection import choose
 
     source = resolve_model(
@@ -85,6 +85,8 @@ def choose_machinery(config: RunConfig, hooks: Hooks, console: RunConsole) -> Ma
     for note in filter(None, map(choice.spec.notes.get, (config.training.optim, config.quantization.compute_dtype))):
         console.note(f"{choice.spec.name}: {note}")
     quantization = quantization_of(config, source.facts, choice.spec.capabilities)
+    if note := unmet_description_note(source.facts, quantization):
+        console.note(note)
     outline = outline_of(choice.spec, source, config.backend.options)
     for note in outline.notes:
         console.note(note)

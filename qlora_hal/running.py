@@ -133,7 +133,7 @@ def run_resumed(
             machinery = choose_machinery(config, hooks, console)
             seed = int(str(state.provenance["seed"]))
             prepared = prepare_run(config, seed, machinery, directory.path, rows, console)
-            prepared = with_quantized_base(prepared, directory.path, console)
+            prepared = with_quantized_base(_with_saved_targets(prepared, state), directory.path, console)
             _check_same_run(state, prepared, changes)
             if relocation != Relocation():  # the places hold what they should, and are remembered
                 directory.record({"config": record.config, "config_hash": config_hash(record.config)})
@@ -299,6 +299,17 @@ def _planned(prepared: PreparedRun) -> TrainResult:
         stopped_because="dry run",
         plan=plan,
     )
+
+
+def _with_saved_targets(prepared: PreparedRun, state: TrainingState) -> PreparedRun:
+    """`all-linear` means what the loaded model had when the run began; whether it still fits is checked at attach."""
+    from qlora_hal.adapter.targets import asks_for_all
+
+    if not asks_for_all(prepared.config.lora.target_modules):
+        return prepared
+    machinery = prepared.machinery
+    adapter = replace(machinery.adapter, target_modules=state.adapter.config.target_modules)
+    return replace(prepared, machinery=replace(machinery, adapter=adapter))
 
 
 def _check_same_run(state: TrainingState, prepared: PreparedRun, changes: Sequence[str]) -> None:

@@ -49,8 +49,8 @@ _NOTES: Mapping[str, str] = {
     "expert": "{count} projections of mixture-of-experts blocks carry no LoRA here: the model libraries store all "
     "experts of a block in one three-dimensional weight",
     "router": "{count} routers ({names}) carry no LoRA",
-    "mixer": "{count} projections of state-space mixers ({names}) carry no LoRA: the scan reads their weights itself and "
-    "would pass an adapter by",
+    "mixer": "{count} projections of state-space mixers ({names}) carry no LoRA: the scan reads their weights itself "
+    "and would pass an adapter by",
     "tower": "{count} linear layers of towers that see no text ({names}) carry no LoRA",
 }
 
