@@ -27,6 +27,7 @@ from qlora_hal.errors import (
     BackendNotFoundError,
     QloraHalError,
 )
+from qlora_hal.foreign_errors import told
 from qlora_hal.installation import is_from_folder
 from qlora_hal.typed_fields import wrong_fields
 
@@ -214,7 +215,7 @@ def _called(spec: BackendSpec, path: str, options: Mapping[str, object], *argume
     except (Exception, SystemExit) as error:
         raise BackendError(
             "QH-B04",
-            f"Backend {spec.name} could not be opened: {type(error).__name__}: {error}",
+            f"Backend {spec.name} could not be opened: {told(error)}",
             where=path,
             fix="Run qlora-hal doctor; if it names no cause, report this to the backend's author.",
         ) from error

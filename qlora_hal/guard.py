@@ -11,6 +11,7 @@ import numpy as np
 
 from qlora_hal.backend import Compute, DeviceFacts, Quantization, QuantizedLoRATrainer
 from qlora_hal.errors import BackendContractError, BackendError, QloraHalError
+from qlora_hal.foreign_errors import told
 from qlora_hal.model.source import ModelSource
 from qlora_hal.typed_fields import wrong_fields
 from qlora_hal.values import (
@@ -157,7 +158,7 @@ class GuardedTrainer:
         except (Exception, SystemExit) as error:  # a backend that leaves has not done what it was asked for
             raise BackendError(
                 "QH-B04",
-                f"Backend {self._name} failed in {method}: {type(error).__name__}: {error}",
+                f"Backend {self._name} failed in {method}: {told(error)}",
                 fix="Run qlora-hal doctor; if it names no cause, report this with the traceback.",
             ) from error
 
