@@ -65,7 +65,7 @@ def omissions_of(
         tuple(missing["part"]),
         tuple(missing[REASONING]),
         tuple(missing[CALLS]),
-        _tools_missing(tools, trial, template),
+        _tools_missing(tools, messages, rendering, trial, template),
         trial.fields if trial is not None else _fields_not_mentioned(messages, template),
         frozenset(lost),
     )
@@ -89,8 +89,9 @@ def _name_of(call: object) -> str:
 def _held(what: str, text: str, number: int, trial: Trial | None, search: _Search) -> float:
     """0 where nothing of it stands in the text, 1 for the whole, between for a part."""
     is_unwritten = trial is not None and (number, what) in trial.unwritten
-    if what == CALLS and trial is not None:
-        return not is_unwritten
+    if what == CALLS:
+        names_held = trial is not None or all(search.is_whole(name, number) for name in text.split("\n"))
+        return float(names_held and not is_unwritten)
     if search.is_whole(text, number):
         return 1
     if is_unwritten:
@@ -142,8 +143,18 @@ def squeezed(text: str) -> str:
     return "".join(text.split()).lower()
 
 
-def _tools_missing(tools: Sequence[object] | None, trial: Trial | None, template: ChatTemplate) -> bool:
-    return bool(tools) and (trial.tools_unwritten if trial is not None else not template.mentions("tools"))
+def _tools_missing(
+    tools: Sequence[object] | None,
+    messages: Sequence[Message],
+    rendering: Rendering,
+    trial: Trial | None,
+    template: ChatTemplate,
+) -> bool:
+    if not tools:
+        return False
+    if not all(_name_of(tool) in rendering.text for tool in tools):
+        return True
+    return trial.tools_unwritten if trial is not None else template.render(messages) == rendering.text
 
 
 def _fields_not_mentioned(messages: Sequence[Message], template: ChatTemplate) -> frozenset[str]:

@@ -151,6 +151,8 @@ class Preparation:
             return self._bad.first[0] if self._bad.first else ""
         if self._fitting.too_long:
             return "The prompts alone fill max_seq_length, or no row has an assistant turn."
+        if self._renderer.counts.omissions.lost_turns:
+            return "; ".join(self._renderer.counts.omissions.lines())
         return "No row has an assistant turn with content."
 
     def _report(self, sequences: int) -> SourceReport:

@@ -338,6 +338,9 @@ def test_a_tools_answer_inside_the_assistants_turn_is_not_trained(render: Render
         "{% for m in messages %}{% for other in messages %}{% if other.role == 'x' %}{% break %}{% endif %}{% endfor %}"
         "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% if loop.last %}{% continue %}{% endif %}"
         "{% endfor %}{% for m in messages %}{% endfor %}",
+        "{% filter trim %}{% for m in messages %}"
+        "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}{% endfilter %}{{ '\n' }}",
+        "{% for m in messages recursive %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}",
         "{% set rest = messages[1:] %}{{ '<|im_start|>user\n' + messages[0].content + '<|im_end|>\n' }}"
         "{% for m in rest %}{{ '<|im_start|>' + m['role'] + '\n' ~ m['content'] | trim ~ '<|im_end|>\n' }}{% endfor %}",
     ],
@@ -417,6 +420,24 @@ def test_tools_that_no_template_writes_are_told(source: str, render: Render) -> 
     assert found.alerts == [f"tools: {LEAVING_OUT} (1 rows)"]
     assert found.ids == found.theirs(tokenize=True)
     assert render(source, [ASKED, DRY], []).alerts == []
+
+
+def test_tools_and_calls_are_missed_also_where_a_template_takes_no_words_but_its_own(render: Render) -> None:
+    picky = (
+        "{% for m in messages %}{% for one in m.tool_calls or [] if one.function.name not in ('rain', 'time') %}"
+        "{{ raise_exception('an unknown tool') }}{% endfor %}{% endfor %}"
+    )
+    both = said("assistant", "", tool_calls=[call(town="Oslo"), call("time", 2)])
+    found = render(picky + CALLING, [ASKED, both, said("tool", "no"), DRY], TOOLS)
+    assert (found.trained[0], found.alerts) == (f"{RAIN}\n{TIME}{END}", [])
+    found = render(
+        picky + NO_TOOLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]"), [ASKED, both, DRY], TOOLS
+    )
+    assert found.trained == [f"No, it is dry.{END}"]
+    assert found.alerts[:2] == [f"tool_calls: {LEAVING_OUT} (1 rows)", f"tools: {LEAVING_OUT} (1 rows)"]
+    one = CALLING.replace("for tool in tools", "for tool in tools[:1]")
+    more = [*TOOLS, {"type": "function", "function": {"name": "time", "description": "tells time", "parameters": {}}}]
+    assert render(one, [ASKED, DRY], more).alerts == [f"tools: {LEAVING_OUT} (1 rows)"]
 
 
 PARTS = (
@@ -558,8 +579,9 @@ def test_a_turn_that_would_be_trained_without_what_it_says_carries_no_loss(rende
     found = render(dropping, [ASKED, said("assistant", "Maybe."), ASKED, DRY])
     assert found.trained == [f"No, it is dry.{END}"]
     assert found.alerts == [f"1 message is {LEAVING_OUT}: assistant 1", lost]
-    with pytest.raises(DataError, match="QH-D05"):
+    with pytest.raises(DataError, match="QH-D05") as caught:
         render(TWO_ROLES.replace("m.content", "''"), [ASKED, DRY])
+    assert f"2 messages are {LEAVING_OUT}: user 1, assistant 1" in caught.value.cause
 
 
 def test_a_turn_of_which_only_the_frame_is_written_carries_no_loss(render: Render) -> None:
