@@ -340,7 +340,8 @@ def test_a_tools_answer_inside_the_assistants_turn_is_not_trained(render: Render
         "{% endfor %}{% for m in messages %}{% endfor %}",
         "{% filter trim %}{% for m in messages %}"
         "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}{% endfilter %}{{ '\n' }}",
-        "{% for m in messages recursive %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}",
+        "{% for m in messages recursive %}"
+        "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}",
         "{% set rest = messages[1:] %}{{ '<|im_start|>user\n' + messages[0].content + '<|im_end|>\n' }}"
         "{% for m in rest %}{{ '<|im_start|>' + m['role'] + '\n' ~ m['content'] | trim ~ '<|im_end|>\n' }}{% endfor %}",
     ],
