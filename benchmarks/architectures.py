@@ -65,6 +65,7 @@ def in_child(model_type: str, draws: int) -> dict[str, Any]:
         silence = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silence, 1)
         os.dup2(silence, 2)
+        signal.signal(signal.SIGALRM, _out_of_time)
         signal.alarm(SECONDS)
         resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
         folder = Path(tempfile.mkdtemp())
@@ -100,6 +101,8 @@ def tried(model_type: str, draws: int, folder: Path) -> dict[str, Any]:
             write_drawn_model(place, model_type, settings, seed)
             found = refusal_of(place)
             expected = None if found else reference_of(place, seed)
+        except TimeoutError as error:
+            return {"result": "not built", "why": str(error)}
         except Exception as error:  # settings that do not go together, sizes that do not fit
             unbuilt = unbuilt or f"{type(error).__name__}: {_first_line(error)}"
             continue
@@ -116,6 +119,10 @@ def tried(model_type: str, draws: int, folder: Path) -> dict[str, Any]:
     of_all = {"draws": len(compared), "apart": max((found.get("apart", 0.0) for found in compared), default=0.0)}
     kept = {key: value for key, value in worst.items() if key != "settings" or worst["result"] != "equal"}
     return {**kept, **of_all}
+
+
+def _out_of_time(signal_number: int, frame: object) -> None:
+    raise TimeoutError(f"transformers' own forward pass took more than {SECONDS} s")
 
 
 def _compared(folder: Path, expected: Any) -> dict[str, Any]:

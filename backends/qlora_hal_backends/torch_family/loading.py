@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qlora_hal.backend import Compute, Quantization
 from qlora_hal.capabilities import WeightFormat
-from qlora_hal.errors import ModelError
+from qlora_hal.errors import ModelError, UnsupportedFeatureError
 from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.torch_family.architecture import Architecture, build, shape_mismatch
 from qlora_hal_backends.torch_family.base_weights import (
@@ -30,7 +30,7 @@ from qlora_hal_backends.torch_family.base_weights import (
 )
 from qlora_hal_backends.torch_family.head_loss import Head
 from qlora_hal_backends.torch_family.lora_linear import FrozenLinear
-from qlora_hal_backends.torch_family.transformers_versions import stays_float32
+from qlora_hal_backends.torch_family.transformers_versions import recomputable_layers, stays_float32
 from qlora_hal_backends.torch_family.trial import tried
 
 BITSANDBYTES = "bitsandbytes dequantize"
@@ -102,7 +102,7 @@ def load_with(
         body=trial.body,
         head=trial.head,
         linears={name: linears[name] for name in architecture.adapted},
-        layers=_decoder_layers(causal),
+        layers=_decoder_layers(causal, compute),
         mixes_samples=trial.mixes_samples,
         notes=tuple(notes),
     )
@@ -256,10 +256,19 @@ def _unused_notes(architecture: Architecture) -> Iterator[str]:
         yield f"{len(unused)} stored tensors are not used ({listed}): the architecture computes or ignores them"
 
 
-def _decoder_layers(causal: Any) -> nn.ModuleList:
-    """What gradient checkpointing recomputes one by one."""
-    count = causal.config.get_text_config().num_hidden_layers
+def _decoder_layers(causal: Any, compute: Compute) -> nn.ModuleList:
+    """What gradient checkpointing recomputes one by one. Raises UnsupportedFeatureError QH-B01 where it is asked for
+    and no such layers are found."""
+    count = getattr(causal.config.get_text_config(), "num_hidden_layers", None)
     for module in causal.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
-    return nn.ModuleList(module for module in causal.modules() if type(module).__name__.endswith(("Layer", "Block")))
+    layers = nn.ModuleList(recomputable_layers(causal))
+    if not layers and compute.gradient_checkpointing:
+        raise UnsupportedFeatureError(
+            "QH-B01",
+            f"No decoder layers to recompute were found in {type(causal).__name__}.",
+            where="training.gradient_checkpointing",
+            fix="Set training.gradient_checkpointing: false.",
+        )
+    return layers

@@ -122,6 +122,15 @@ def stays_float32(causal: Any) -> Callable[[str], bool]:
     return lambda name: any(pattern.search(name) for pattern in patterns)
 
 
+def recomputable_layers(causal: Any) -> list[Any]:
+    """The outermost layers that transformers itself would recompute."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    named = [(name, layer) for name, layer in causal.named_modules() if isinstance(layer, GradientCheckpointingLayer)]
+    paths = [f"{name}." for name, _ in named]
+    return [layer for name, layer in named if not any(f"{name}." != path and name.startswith(path) for path in paths)]
+
+
 def new_cache(config: Any) -> Any:
     """An empty key-value cache."""
     from transformers import DynamicCache
