@@ -34,6 +34,7 @@ def train(
     overwrite: bool = False,
     force_unlock: bool = False,
     dry_run: bool = False,
+    verify: bool = False,
     console: RunConsole | None = None,
 ) -> TrainResult:
     """Fine-tune a quantized model with LoRA; the same call on every backend.
@@ -42,7 +43,7 @@ def train(
     `data` may be rows in memory: a list, a generator or a dataset of mappings. `dry_run` stops before the model loads,
     leaves nothing behind, and says in the result's `plan` what would run. The adapter is written to
     `<output_dir>/adapter` in PEFT layout. `overwrite` replaces an earlier run there; `force_unlock` takes a lock whose
-    owner on another host has ended.
+    owner on another host has ended. `verify` hashes every byte of the model's files, and has each resume compare them.
 
     Raises the errors of `qlora_hal.errors`; whatever can be found wrong before the model loads is found there.
     """
@@ -61,10 +62,18 @@ def train(
             "rows": rows,
             "overwrite": overwrite,
             "force_unlock": force_unlock,
+            "verify": verify,
         }
         return run_in_child("train", request, Path(settings.config.output_dir), console)
     return run_new(
-        settings, rows, observers, overwrite=overwrite, force_unlock=force_unlock, dry_run=dry_run, console=console
+        settings,
+        rows,
+        observers,
+        overwrite=overwrite,
+        force_unlock=force_unlock,
+        dry_run=dry_run,
+        verify=verify,
+        console=console,
     )
 
 
@@ -79,13 +88,15 @@ def resume(
     validation_data: str | Path | None = None,
     observers: Sequence[object] = (),
     force_unlock: bool = False,
+    verify: bool = False,
     console: RunConsole | None = None,
 ) -> TrainResult:
     """Go on with a run from its newest valid checkpoint, exactly where the backend can (`docs/resume.md`).
 
     `backend` moves the run to another one: adapter, moments, schedule and data order go along. What would change the
     model or its optimizer (another weight format, 8-bit moments) is done only with `transfer`. `model`, `data` and
-    `validation_data` say where these lie on this machine; they must be the same ones, and are remembered.
+    `validation_data` say where these lie on this machine; they must be the same ones, and are remembered. `verify`
+    hashes every byte of the model's files, and compares them where the run began with `verify`, as it then always does.
 
     Raises CheckpointError when no checkpoint verifies, and the errors of `train`.
     """
@@ -102,6 +113,7 @@ def resume(
             "transfer": transfer,
             "relocation": asdict(relocation),
             "force_unlock": force_unlock,
+            "verify": verify,
         }
         return run_in_child("resume", request, Path(run_dir), console)
     return run_resumed(
@@ -111,6 +123,7 @@ def resume(
         relocation=relocation,
         observers=observers,
         force_unlock=force_unlock,
+        verify=verify,
         console=console,
     )
 

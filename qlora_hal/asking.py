@@ -16,7 +16,12 @@ _LINE = 500
 
 
 class NoAnswerError(Exception):
-    """Why a child gave no answer, as the end of a sentence about it."""
+    """Why a child gave no answer, as the end of a sentence about it. `waited` is how many seconds it had, where it was
+    slow rather than wrong."""
+
+    def __init__(self, reason: str, waited: float | None = None) -> None:
+        super().__init__(reason)
+        self.waited = waited
 
 
 def ask(module: str, *arguments: str, seconds: float) -> Mapping[str, Any]:
@@ -28,7 +33,9 @@ def ask(module: str, *arguments: str, seconds: float) -> Mapping[str, Any]:
         try:
             child.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
-            raise NoAnswerError(f"did not answer within {seconds:.0f} s") from None
+            load = load_of_machine()
+            busy = f", while the machine was busy ({load})" if load else ""
+            raise NoAnswerError(f"did not answer within {seconds:.0f} s{busy}", waited=seconds) from None
         finally:
             child_process.ended(child)
         answer, errors = _text(said), _text(complained)
@@ -41,6 +48,17 @@ def ask(module: str, *arguments: str, seconds: float) -> Mapping[str, Any]:
     last = (errors.strip().splitlines() or ["no message"])[-1]
     ending = f"signal {-child.returncode}" if child.returncode < 0 else f"exit status {child.returncode}"
     raise NoAnswerError(f"ended with {ending} and no answer: {one_line(last)}")
+
+
+def load_of_machine() -> str:
+    """`load 7.3 on 2 processors` where more wants to run than can, averaged over a minute; else, and where the system
+    does not tell, nothing."""
+    try:
+        load = os.getloadavg()[0]
+    except (OSError, AttributeError):  # Windows has none
+        return ""
+    processors = os.cpu_count() or 1
+    return f"load {load:.1f} on {processors} processors" if load > processors else ""
 
 
 def answer_stream() -> TextIO:

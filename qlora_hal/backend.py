@@ -98,7 +98,8 @@ class BackendSpec:
     what `backend.options` may hold, the first choice being the default. `notes` maps the name of an optimizer or a
     compute dtype to what it becomes here; the note is printed. `memory` holds what the estimate must know of the
     backend's code, `fast_path` what is different where it has faster code. `quantizer` is `package.module:Name` of a
-    `Quantizer` for `capabilities.calibrated_formats`.
+    `Quantizer` for `capabilities.calibrated_formats`. `outline` is `package.module:Name` of an `Outline`, which may
+    import what the trainer imports; without one the headers of the weight files decide what a model has.
     `supervised` asks for a run in a child process, where the device's driver may end it. `environment` maps an option,
     and a choice of it, to variables that must be set before the trainer is imported; a default choice leaves alone what
     the user has set.
@@ -117,6 +118,7 @@ class BackendSpec:
     memory: MemoryConstants = field(default_factory=MemoryConstants)
     fast_path: FastPath | None = None
     quantizer: str = ""
+    outline: str = ""
     supervised: bool = False
     environment: Mapping[str, Mapping[object, Mapping[str, str]]] = field(default_factory=dict)
     contract: int = CONTRACT_VERSION
@@ -136,6 +138,28 @@ class BackendSpec:
             return self.memory
         serves = fast.serves(architecture, compute_dtype, dropout=dropout, options=options or {})
         return fast.memory if serves else self.memory
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOutline:
+    """What a backend will make of a model, told before any weight is read.
+
+    `linear_modules` are those that the trainer will have after `load`; `notes` are sentences for the user, on what of
+    the model is left out, left as it is, or taken for something else.
+    """
+
+    linear_modules: Mapping[str, tuple[int, int]]
+    notes: tuple[str, ...] = ()
+
+
+class Outline(Protocol):
+    """A function that looks at config.json and the headers of the weight files only. Called before data are read, so
+    that a model the backend cannot load is refused by name in a dry run. `options` are `backend.options`."""
+
+    def __call__(self, source: ModelSource, options: Mapping[str, object]) -> ModelOutline:
+        """Raises ModelError: QH-M51 for an architecture that the backend does not train, QH-M50 for tensors that do
+        not belong to it."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +236,9 @@ class QuantizedLoRATrainer(ABC):
     """
 
     spec: ClassVar[BackendSpec]
+
+    load_notes: tuple[str, ...] = ()
+    """Sentences for the user on what only reading the weights could tell, set by `load`."""
 
     # life ----------------------------------------------------------------------------------------------------------
     @abstractmethod

@@ -83,7 +83,7 @@ class DataConfig(_Part):
         "auto", description="Shape of a row; auto recognises it and says so."
     )
     chat_template: str | None = Field(
-        None, description="A built-in template's name or a Jinja file; default: the tokenizer's own."
+        None, description="A built-in template's name, one of the tokenizer's, or a Jinja file; default: its own."
     )
     train_on: Literal["assistant", "all"] = Field(
         "assistant", description="Loss on all assistant turns, or on all tokens."

@@ -27,10 +27,13 @@ from qlora_hal.errors import (
     BackendNotFoundError,
     QloraHalError,
 )
+from qlora_hal.foreign_errors import told
+from qlora_hal.installation import is_from_folder
 from qlora_hal.typed_fields import wrong_fields
 
 if TYPE_CHECKING:
-    from qlora_hal.backend import QuantizedLoRATrainer
+    from qlora_hal.backend import ModelOutline, QuantizedLoRATrainer
+    from qlora_hal.model.source import ModelSource
 
 ENTRY_POINT_GROUP = "qlora_hal.backends"
 OWN_DISTRIBUTION = "qlora-hal"
@@ -126,8 +129,17 @@ def _imported(entry: Listed) -> object:
             "QH-E08",
             f"Backend {entry.name} of {entry.distribution} cannot be imported: {type(error).__name__}: {error}",
             where=entry.entry_point.value,
-            fix=f"Update or uninstall it: pip install -U {entry.distribution}.",
+            fix=_repair(entry),
         ) from error
+
+
+def _repair(entry: Listed) -> str:
+    """Update what came from an index; what is installed from a folder is being written, and its author wants to see
+    where it fails."""
+    if entry.entry_point is not None and is_from_folder(entry.distribution):
+        module = entry.entry_point.value.partition(":")[0]
+        return f"See where it fails with: python -c 'import {module}'"
+    return f"Update or uninstall it: pip install -U {entry.distribution}."
 
 
 def find(name: str, entries: Sequence[Listed]) -> Listed:
@@ -155,28 +167,9 @@ def open_trainer(spec: BackendSpec, options: Mapping[str, object] | None = None)
     """Import the trainer: the first heavy import of a run. Foreign exceptions come out as BackendError. `options` are
     `backend.options`: some choices become variables of the environment first. A choice that is asked for
     wins over a variable that is set already; a default does not."""
-    from importlib import import_module
-
     from qlora_hal.backend import QuantizedLoRATrainer
 
-    for option, choices in spec.option_choices.items():
-        asked = options is not None and option in options
-        choice = options[option] if options is not None and asked else choices[0]
-        for variable, value in spec.environment.get(option, {}).get(choice, {}).items():
-            if asked or variable not in os.environ:
-                os.environ[variable] = value
-    module_name, _, attribute = spec.trainer.partition(":")
-    try:
-        trainer = getattr(import_module(module_name), attribute)()
-    except QloraHalError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise BackendError(
-            "QH-B04",
-            f"Backend {spec.name} could not be opened: {type(error).__name__}: {error}",
-            where=spec.trainer,
-            fix="Run qlora-hal doctor; if it names no cause, report this to the backend's author.",
-        ) from error
+    trainer = _called(spec, spec.trainer, options or {})
     if not isinstance(trainer, QuantizedLoRATrainer):
         raise BackendContractError(
             "QH-B02",
@@ -184,6 +177,49 @@ def open_trainer(spec: BackendSpec, options: Mapping[str, object] | None = None)
             fix=f"Report this to the author of {spec.name}.",
         )
     return trainer
+
+
+def outline_of(spec: BackendSpec, source: ModelSource, options: Mapping[str, object]) -> ModelOutline:
+    """What the backend will make of this model: by its own outline, where it has one, else by the headers of the
+    weight files. Foreign exceptions come out as BackendError."""
+    from qlora_hal.backend import ModelOutline
+    from qlora_hal.model.linear_shapes import left_out_notes
+
+    if not spec.outline:
+        return ModelOutline(source.facts.linear_modules, left_out_notes(source.facts))
+    outline = _called(spec, spec.outline, options, source, options)
+    if not isinstance(outline, ModelOutline):
+        raise BackendContractError(
+            "QH-B02",
+            f"{spec.outline} gave a {type(outline).__name__}, not a ModelOutline.",
+            fix=f"Report this to the author of {spec.name}.",
+        )
+    return outline
+
+
+def _called(spec: BackendSpec, path: str, options: Mapping[str, object], *arguments: object) -> object:
+    """Import `package.module:Name` of a backend and call it, behind the wall."""
+    from importlib import import_module
+
+    for option, choices in spec.option_choices.items():
+        asked = option in options
+        choice = options[option] if asked else choices[0]
+        for variable, value in spec.environment.get(option, {}).get(choice, {}).items():
+            if asked or variable not in os.environ:
+                os.environ[variable] = value
+    module_name, _, attribute = path.partition(":")
+    try:
+        found: object = getattr(import_module(module_name), attribute)(*arguments)
+    except QloraHalError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise BackendError(
+            "QH-B04",
+            f"Backend {spec.name} could not be opened: {told(error)}",
+            where=path,
+            fix="Run qlora-hal doctor; if it names no cause, report this to the backend's author.",
+        ) from error
+    return found
 
 
 def _without_impostors(entries: Sequence[Listed]) -> tuple[list[Listed], list[Listed]]:
@@ -237,17 +273,20 @@ def _probe_in_child(entry: Listed) -> ProbeReport:
             answer.get("compute_dtype"),
         )
     except NoAnswerError as silence:
+        if silence.waited is not None:
+            patience = "Try again when the machine has less to do; if it stays silent, tell the author of"
+            return _broken(entry, f"its probe {silence}", fix=f"{patience} {entry.distribution}.")
         return _broken(entry, f"its probe {silence}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return _broken(entry, f"its probe gave no report: {error}")
 
 
-def _broken(entry: Listed, reason: str) -> ProbeReport:
+def _broken(entry: Listed, reason: str, *, fix: str = "") -> ProbeReport:
     return ProbeReport(
         entry.name,
         Availability.BROKEN,
         f"{entry.distribution} could not be asked: {reason}",
-        f"Update or uninstall it: pip install -U {entry.distribution}.",
+        fix or _repair(entry),
         distribution=entry.distribution,
     )
 

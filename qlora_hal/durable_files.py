@@ -20,12 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_hal import strict_json
-from qlora_hal.errors import StorageError
+from qlora_hal.errors import StorageError, UnsafeInputError
 
 # Windows knows neither; a missing flag is 0 there.
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0)
 _BINARY = getattr(os, "O_BINARY", 0)
+
+_CHUNK_BYTES = 1 << 20
+
+DAMAGED = ".damaged-"
+"""Begins the name of what was found damaged and set aside; the sweep of leftovers keeps it."""
 
 Chunk = bytes | memoryview
 
@@ -84,6 +89,50 @@ def open_regular(path: Path) -> io.BufferedReader:
         raise
 
 
+def open_appending(path: Path) -> io.BufferedWriter:
+    """Open an ordinary file for appending, or create it. A symbolic link, pipe or device raises OSError."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _NO_FOLLOW | _NO_WAIT | _BINARY, 0o666)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not an ordinary file", str(path))
+        return open(descriptor, "ab")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def refuse_link(path: Path) -> None:
+    """Nothing of ours is written or read through a link. Raises UnsafeInputError QH-X06 when `path` is one."""
+    if not os.path.islink(path):
+        return
+    raise UnsafeInputError(
+        "QH-X06",
+        f"{path} is a symbolic link to {ascii(os.readlink(path))[1:-1]}; what a run writes and reads there lies in the "
+        "folder itself.",
+        where=str(path),
+        cause="Writing through it would change a file elsewhere, and reading would trust one.",
+        fix="Remove the link, or put what it points to in its place.",
+    )
+
+
+def set_aside(path: Path) -> Path:
+    """Rename what is damaged, so that its name is free and nothing of it is lost; the new path. Raises OSError."""
+    aside = path.with_name(f"{DAMAGED}{path.name}-{unique_name()}")
+    path.rename(aside)
+    flush_folder(path.parent)
+    return aside
+
+
+def hashed(path: Path) -> WrittenFile:
+    """Size and SHA-256 of an ordinary file as it is now, read once. Raises OSError."""
+    digest, size = hashlib.sha256(), 0
+    with open_regular(path) as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+    return WrittenFile(size, digest.hexdigest())
+
+
 def flush_to_medium(descriptor: int) -> None:
     """fsync, in the form that reaches the medium on this system."""
     if sys.platform == "darwin":
@@ -104,6 +153,16 @@ def flush_folder(folder: Path) -> None:
         flush_to_medium(descriptor)
     finally:
         os.close(descriptor)
+
+
+def flush_tree(folder: Path) -> None:
+    """Make all files below a folder durable, and the entries of every folder. Raises OSError."""
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            # Windows flushes only what is open for writing.
+            with open(os.path.join(parent, name), "rb+" if sys.platform == "win32" else "rb") as stream:
+                flush_to_medium(stream.fileno())
+        flush_folder(Path(parent))
 
 
 def remove_tree(path: Path) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,9 +20,17 @@ if TYPE_CHECKING:
     from qlora_hal.run_directory import RunDirectory
 
 
-def result_of_ended(directory: RunDirectory, record: RunRecord, state: TrainingState) -> TrainResult | None:
-    """What a run gave that has ended with this very state; None while anything is left to do."""
+def result_of_ended(
+    directory: RunDirectory, record: RunRecord, state: TrainingState, tell: Callable[[str], None]
+) -> TrainResult | None:
+    """What a run gave that has ended with this very state; None while anything is left to do, be it to write an adapter
+    again that was damaged since, which is told."""
+    from qlora_hal.run_adapters import adapter_problem
+
     if record.status != "finished" or record.steps != state.step or not directory.adapter_dir.is_dir():
+        return None
+    if problem := adapter_problem(directory.adapter_dir, directory.content.get("run_id")):
+        tell(f"the run has ended, but {directory.adapter_dir.name} is not what it wrote there: {problem}")
         return None
     resolved, block_size = record.resolved, record.resolved.get("block_size")
     return TrainResult(

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 from qlora_hal.backend import Compute
 from qlora_hal.capabilities import Feature
 from qlora_hal.ending import worse_note, write_pages, write_report_of_failed, written
-from qlora_hal.errors import ConfigError, StoppedError
+from qlora_hal.errors import AdapterError, ConfigError, StoppedError, UnsafeInputError
 from qlora_hal.heartbeat import Heartbeat
 from qlora_hal.journal import Journal
 from qlora_hal.mac_memory import pressure_note
 from qlora_hal.observing import RunView, TrainResult
+from qlora_hal.run_adapters import mend_adapters
 from qlora_hal.stopping import EndedAtOnce
 from qlora_hal.values import Adapter, Batch, LossSum
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from qlora_hal.preparation import PreparedRun
     from qlora_hal.recording import Recorder
     from qlora_hal.report.console import RunConsole
+    from qlora_hal.report.metrics import MetricsFile
     from qlora_hal.report.run_file import RunRecord
     from qlora_hal.run_directory import RunDirectory
     from qlora_hal.stopping import Requests
@@ -126,6 +128,7 @@ class Execution:
 
         state, modules = self._stage.state, self._trainer.linear_modules()
         if state is None:
+            self._settle_targets(modules)
             adapter = initial_adapter(self._prepared.machinery.adapter, modules, self._prepared.seed)
         else:
             adapter = state.adapter
@@ -136,6 +139,22 @@ class Execution:
         if state is not None:
             self._trainer.import_optimizer(state.optimizer)
         return adapter
+
+    def _settle_targets(self, modules: Mapping[str, tuple[int, int]]) -> None:
+        """What was told before loading gives way to what the loaded model has; where they differ, that is said."""
+        from qlora_hal.adapter.targets import resolve_targets
+
+        machinery = self._prepared.machinery
+        told, found = machinery.adapter.target_modules, resolve_targets(self._config.lora.target_modules, modules)
+        if found == told:
+            return
+        apart = sorted(set(told) ^ set(found))
+        self._stage.console.note(
+            f"the loaded model has other linear layers than its files told: {len(found)} carry the adapter where "
+            f"{len(told)} were planned ({', '.join(apart[:3])}{' and others' if len(apart) > 3 else ''})"
+        )
+        adapter = replace(machinery.adapter, target_modules=found)
+        self._prepared = replace(self._prepared, machinery=replace(machinery, adapter=adapter))
 
     def _handed_over(self, resolved: Mapping[str, object]) -> HandOver | None:
         """Say beforehand what stays exact on another backend and what does not, measured."""
@@ -164,6 +183,7 @@ class Execution:
             "double_quant": quantization.double_quant,
             "compute_dtype": compute.dtype,
             "kernel_path": facts.kernel_path,
+            "base_dropout": "off",
             "driver": facts.driver,
             "seed": self._prepared.seed,
             "total_steps": total_steps,
@@ -177,14 +197,17 @@ class Execution:
     def _recorder(self, run: RunView, windows: WindowSampler) -> Iterator[Recorder]:
         from qlora_hal.recording import Recorder
         from qlora_hal.report.metrics import MetricsFile, trained_seconds
+        from qlora_hal.run_identity import identity_of
 
         stage = self._stage
         with MetricsFile(stage.directory.metrics_path) as metrics:
             for note in metrics.notes:
                 stage.console.note(note)
-            metrics.truncate_after(run.first_step if stage.state else -1)
-            metrics.hold()
-            self._journal.trained_before(trained_seconds(metrics.path))
+            self._go_on_in(metrics)
+            if metrics.is_complete:
+                self._journal.trained_before(trained_seconds(metrics.path))
+            else:
+                self._journal.time_is_unknown()
             limit = run.resolved["memory_limit_bytes"]
             yield Recorder(
                 run=run,
@@ -194,7 +217,7 @@ class Execution:
                 hooks=stage.hooks,
                 journal=self._journal,
                 heartbeat=Heartbeat(stage.console.note),
-                provenance=provenance_of(self._prepared, run.resolved),
+                provenance={**provenance_of(self._prepared, run.resolved), **identity_of(stage.directory.content)},
                 keep_checkpoints=self._config.checkpoint.save_total_limit,
                 measures_memory=Feature.PEAK_MEMORY in self._features,
                 memory_limit=limit if isinstance(limit, int) else None,
@@ -203,12 +226,26 @@ class Execution:
                 resumed_from=stage.state.step if stage.state else None,
             )
 
+    def _go_on_in(self, metrics: MetricsFile) -> None:
+        """The log up to the step that the run goes on from, with a word on what is not as it was saved."""
+        state = self._stage.state
+        if state is None:
+            metrics.truncate_after(-1)
+            return
+        if problem := metrics.compare(state.loop.get("metrics"), state.step):
+            self._stage.console.note(problem)
+        if dropped := metrics.truncate_after(state.step):
+            lines = "a line" if dropped == 1 else f"{dropped} lines"
+            self._stage.console.note(f"{lines} of {metrics.path.name} after step {state.step} made anew")
+
     def _train(
         self, run: RunView, recorder: Recorder, windows: WindowSampler, initial: Adapter
     ) -> tuple[TrainResult, Progress]:
         from qlora_hal import loop
 
         progress = loop.Progress.from_json(dict(self._stage.state.loop)) if self._stage.state else loop.Progress()
+        if self._stage.state is not None:
+            mend_adapters(self._stage.directory, progress, recorder)
         self._stage.console.run_started(run)
         self._observed = run
         self._stage.hooks.tell("qlora_hal_run_started", run=run)
@@ -258,6 +295,7 @@ class Execution:
             schedule=Schedule(training.lr_scheduler_type, training.learning_rate, warmup, run.total_steps),
             training=training,
             save_steps=self._config.checkpoint.save_steps,
+            lora_dropout=self._config.lora.dropout,
             evaluation=self._evaluation if self._prepared.data.validation is not None else None,
             stop_requested=self._stage.requests.stop,
             save_requested=self._stage.requests.save,
@@ -316,14 +354,20 @@ class Execution:
         assert progress.best_loss is not None
         assert progress.best_step is not None
         folder = self._stage.directory.path / BEST_ADAPTER_FOLDER
-        kept = read_provenance(folder).get("step")
+        try:
+            best, kept = read_adapter(folder), read_provenance(folder).get("step")
+        except (AdapterError, UnsafeInputError) as problem:
+            recorder.note(
+                f"the adapter of step {progress.best_step}, with the lowest validation loss, cannot be used: "
+                f"{problem.message.rstrip('.')}; the last adapter is kept"
+            )
+            return None
         if kept != progress.best_step:
             recorder.note(
                 f"the adapter of step {progress.best_step}, with the lowest validation loss, is gone: before it was "
                 f"interrupted the run replaced it by that of step {kept}; the last adapter is kept"
             )
             return None
-        best = read_adapter(folder)
         self._trainer.attach(best, self._config.training.optim)
         recorder.note(
             f"the adapter of step {progress.best_step} is kept: its validation loss {progress.best_loss:.4f} is lowest"
@@ -397,6 +441,7 @@ def chosen_dtype(wanted: str, proved: Sequence[str], backend: str) -> str:
 
 def provenance_of(prepared: PreparedRun, resolved: Mapping[str, object]) -> dict[str, object]:
     """What an adapter or a checkpoint must match to be continued or judged."""
+    from qlora_hal.model.verifying import config_hash as hash_of_config
     from qlora_hal.run_directory import config_hash
 
     base = prepared.machinery.source
@@ -406,9 +451,11 @@ def provenance_of(prepared: PreparedRun, resolved: Mapping[str, object]) -> dict
         "base_name": source.name,
         "base_revision": source.revision,
         "base_fingerprint": source.facts.fingerprint,
+        "base_config_hash": hash_of_config(source.facts.config),
         "config_hash": config_hash(prepared.config.model_dump(mode="json")),
         "tokenizer_hash": prepared.tokenizer.hash,
         "data_fingerprint": prepared.data.fingerprint,
+        "token_hashes": dict(prepared.data.hashes),
         "backend_options": dict(prepared.config.backend.options),
         **({"quantized_fingerprint": base.facts.fingerprint} if base.made_from else {}),
         **{name: resolved[name] for name in kept},

@@ -100,10 +100,10 @@ def open_generation(
     """Open a run's adapter, or any adapter beside a model, on the base as it was stored in training.
 
     `backend` "auto" is the backend that trained, where it is here. Raises ConfigError, AdapterError QH-C61 (the run has
-    no finished adapter), QH-C05, QH-C08.
+    no finished adapter), QH-C22 (it was changed, or is another run's), QH-C05, QH-C08.
     """
     from qlora_hal.adapter.fitting import check_base, check_fits
-    from qlora_hal.adapter.peft_files import read_adapter
+    from qlora_hal.adapter.peft_files import read_adapter, unvouched_note
     from qlora_hal.backend import Compute
     from qlora_hal.data import ChatTokenizer
     from qlora_hal.discovery import open_trainer
@@ -117,6 +117,8 @@ def open_generation(
     trained = _trained(run_dir, adapter_dir, model)
     config, provenance = trained.config, trained.provenance
     adapter = read_adapter(trained.adapter_dir)
+    if unverified := unvouched_note(trained.adapter_dir):
+        console.note(unverified)
     named = config.model
     facts = resolve_model(named.name_or_path, revision=named.revision, trust_remote_code=named.trust_remote_code).facts
     if mismatch := check_base(provenance, facts, allow_mismatch=allow_base_mismatch):

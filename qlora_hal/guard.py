@@ -11,6 +11,7 @@ import numpy as np
 
 from qlora_hal.backend import Compute, DeviceFacts, Quantization, QuantizedLoRATrainer
 from qlora_hal.errors import BackendContractError, BackendError, QloraHalError
+from qlora_hal.foreign_errors import told
 from qlora_hal.model.source import ModelSource
 from qlora_hal.typed_fields import wrong_fields
 from qlora_hal.values import (
@@ -52,6 +53,8 @@ class GuardedTrainer:
     def load(self, source: ModelSource, quantization: Quantization, compute: Compute) -> None:
         with self._wall("load"):
             self._trainer.load(source, quantization, compute)
+        for note in self._trainer.load_notes:
+            self._note(note)
 
     def linear_modules(self) -> Mapping[str, tuple[int, int]]:
         with self._wall("linear_modules"):
@@ -155,7 +158,7 @@ class GuardedTrainer:
         except (Exception, SystemExit) as error:  # a backend that leaves has not done what it was asked for
             raise BackendError(
                 "QH-B04",
-                f"Backend {self._name} failed in {method}: {type(error).__name__}: {error}",
+                f"Backend {self._name} failed in {method}: {told(error)}",
                 fix="Run qlora-hal doctor; if it names no cause, report this with the traceback.",
             ) from error
 

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from qlora_hal.errors import StorageError
+from qlora_hal.model.fingerprint import coverage
 from qlora_hal.report.run_file import Detection, RunRecord, given_config, run_facts
 from qlora_hal.stopping import EndedAtOnce
 
@@ -42,10 +43,16 @@ class Journal:
         self._started = time.perf_counter()
         self._earlier = record
         self._train_seconds = 0.0
+        self._is_timed = True
 
     @property
     def record(self) -> RunRecord:
         return self._record
+
+    @property
+    def content(self) -> Mapping[str, object]:
+        """What run.json holds now."""
+        return self._directory.content
 
     @property
     def wall_seconds(self) -> float:
@@ -68,6 +75,10 @@ class Journal:
     def trained_before(self, seconds: float) -> None:
         """What the steps took that earlier calls made and this one keeps."""
         self._train_seconds += seconds
+
+    def time_is_unknown(self) -> None:
+        """The log has lost steps, and with them what they took."""
+        self._is_timed = False
 
     def reached(self, finished: FinishedStep) -> None:
         """Remember a step; it is written with whatever is written next."""
@@ -125,7 +136,7 @@ class Journal:
 
     def _timings(self) -> dict[str, float]:
         timings = {"wall_seconds": self._earlier.timings.get("wall_seconds", 0.0) + self.wall_seconds}
-        if self._train_seconds > 0:
+        if self._train_seconds > 0 and self._is_timed:
             timings["train_seconds"] = self._train_seconds
             timings["tokens_per_second"] = self._tokens / self._train_seconds
         return timings
@@ -157,8 +168,11 @@ def facts_of_here(prepared: PreparedRun) -> dict[str, Any]:
         "architecture": facts.architecture,
         "parameter_count": facts.parameter_count,
         "fingerprint": facts.fingerprint,
+        "fingerprint_covers": coverage(facts.tensors),
         "target_modules": list(machinery.adapter.target_modules),
     }
+    if prepared.model_hashes:
+        model["files"] = dict(prepared.model_hashes)
     if base.made_from is not None:
         # Where the base lies that was quantized for this run, so that the trained model can be opened again.
         model["quantized"] = {"folder": str(base.path), "fingerprint": base.facts.fingerprint}

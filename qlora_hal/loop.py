@@ -84,6 +84,7 @@ class LoopPlan:
     schedule: Schedule
     training: TrainingConfig
     save_steps: int | None
+    lora_dropout: float = 0.0
     evaluation: Callable[[], LossSum] | None = None
     stop_requested: Callable[[], str] = field(default=lambda: "")
     save_requested: Callable[[], bool] = field(default=lambda: False)
@@ -214,9 +215,15 @@ class _Loop:
                 progress.micro_batch_splits += 1
                 rows = max(batch.input_ids.shape[0] for batch in split_rows(window, progress.micro_batch_splits))
                 self._events.note(
-                    f"step {progress.step + 1}: out of memory; micro-batches now have at most {rows} rows. The window, "
-                    "and so the step, is the same."
+                    f"step {progress.step + 1}: out of memory; micro-batches now have at most {rows} rows. "
+                    f"{self._what_stays()}"
                 )
+
+    def _what_stays(self) -> str:
+        """A mask is drawn by the place of its micro-batch in the window, and cutting moves the rows to other places."""
+        if self._plan.lora_dropout:
+            return "The window is the same; its dropout masks are others than an uncut window would have drawn."
+        return "The window, and so the step, is the same."
 
     def _read(self, queued: _Queued, ended: float | None = None) -> None:
         stats = queued.pending.resolve()

@@ -70,6 +70,21 @@ def quantization_of(config: RunConfig, facts: ModelFacts, capabilities: Capabili
     )
 
 
+def unmet_description_note(facts: ModelFacts, quantization: Quantization) -> str:
+    """The sentence for a config.json that describes a quantization its weights do not have (it was written by a model
+    that was quantized while loading), or "". The run's own settings decide how they are stored."""
+    names = [name for name in ("quantization_config", "quantization") if facts.config.get(name)]
+    if facts.prequantized is not None or not names:
+        return ""
+    described = facts.config[names[0]]
+    wishes = described if isinstance(described, dict) else {}
+    asked = ", ".join(f"{name}: {str(value).lower()}" for name, value in wishes.items() if value in (True, 4, 8))
+    return (
+        f"config.json describes a quantization ({names[0]}{': ' + asked if asked else ''}) that its weights do not "
+        f"have: they are stored as {quantization.weight_format.value}, as quantization.weight_format says"
+    )
+
+
 def _features(config: RunConfig, *, quantizes: bool, loads: bool) -> frozenset[Feature]:
     wanted: list[tuple[bool, Feature]] = [
         (quantizes, Feature.QUANTIZE_ON_LOAD),

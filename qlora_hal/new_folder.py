@@ -35,11 +35,7 @@ def left_behind(out: Path, *, prefix: str, what: str) -> list[str]:
 
 def put_in_place(folder: Path, out: Path) -> None:
     """Flush a finished folder and give it its name. Raises OSError."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with path.open("rb+") as stream:
-                durable_files.flush_to_medium(stream.fileno())
-    durable_files.flush_folder(folder)
+    durable_files.flush_tree(folder)
     if out.is_dir():
         out.rmdir()  # empty, or it fails
     folder.rename(out)

@@ -1,14 +1,14 @@
-"""Everything before the first heavy import: model facts, backend, target modules, data, memory. Fails early."""
+"""Everything before weights are read: model facts, backend, target modules, data, memory. Fails early."""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_hal.backend import BackendSpec, ProbeReport, Quantization
+from qlora_hal.backend import BackendSpec, ModelOutline, ProbeReport, Quantization
 from qlora_hal.errors import ConfigError
 from qlora_hal.selection import Choice
 from qlora_hal.values import AdapterConfig, ComputeDtype, MemoryEstimate
@@ -33,6 +33,7 @@ class Machinery:
     reports: tuple[ProbeReport, ...]
     quantization: Quantization
     adapter: AdapterConfig
+    outline: ModelOutline
 
     @property
     def report(self) -> ProbeReport:
@@ -42,7 +43,7 @@ class Machinery:
 
 @dataclass(frozen=True, slots=True)
 class PreparedRun:
-    """A run that is ready to load its model."""
+    """A run that is ready to load its model. `model_hashes` are those of its files, where they were verified."""
 
     config: RunConfig
     seed: int
@@ -50,6 +51,7 @@ class PreparedRun:
     tokenizer: ChatTokenizer
     data: PreparedData
     estimate: MemoryEstimate
+    model_hashes: Mapping[str, str] = field(default_factory=dict)
 
 
 def drawn_seed(config: RunConfig) -> int:
@@ -60,9 +62,9 @@ def drawn_seed(config: RunConfig) -> int:
 def choose_machinery(config: RunConfig, hooks: Hooks, console: RunConsole) -> Machinery:
     """Model facts, then needs, then the backend, then what of it is trained."""
     from qlora_hal.adapter.targets import resolve_targets
-    from qlora_hal.discovery import listed, reports
+    from qlora_hal.discovery import listed, outline_of, reports
     from qlora_hal.model.source import resolve_model
-    from qlora_hal.needs import needs_of, quantization_of
+    from qlora_hal.needs import needs_of, quantization_of, unmet_description_note
     from qlora_hal.selection import choose
 
     source = resolve_model(
@@ -83,11 +85,16 @@ def choose_machinery(config: RunConfig, hooks: Hooks, console: RunConsole) -> Ma
     check_options(config, choice)
     for note in filter(None, map(choice.spec.notes.get, (config.training.optim, config.quantization.compute_dtype))):
         console.note(f"{choice.spec.name}: {note}")
-    targets = resolve_targets(config.lora.target_modules, source.facts.linear_modules)
+    quantization = quantization_of(config, source.facts, choice.spec.capabilities)
+    if note := unmet_description_note(source.facts, quantization):
+        console.note(note)
+    outline = outline_of(choice.spec, source, config.backend.options)
+    for note in outline.notes:
+        console.note(note)
+    targets = resolve_targets(config.lora.target_modules, outline.linear_modules)
     lora = config.lora
     adapter = AdapterConfig(lora.r, lora.alpha, lora.dropout, lora.use_rslora, targets)
-    quantization = quantization_of(config, source.facts, choice.spec.capabilities)
-    return Machinery(source, choice, probed, quantization, adapter)
+    return Machinery(source, choice, probed, quantization, adapter, outline)
 
 
 def check_options(config: RunConfig, choice: Choice) -> None:
@@ -112,7 +119,6 @@ def prepare_run(
 ) -> PreparedRun:
     """Tokenizer, data and memory."""
     from qlora_hal.data import ChatTokenizer, prepare
-    from qlora_hal.model.linear_shapes import left_out_notes
 
     facts = machinery.source.facts
     vocabulary_size = facts.vocabulary_size or None
@@ -133,14 +139,12 @@ def prepare_run(
     console.data_report(data.report.lines())
     for alert in data.report.alerts:
         console.note(alert)
-    for note in left_out_notes(facts):
-        console.note(note)
     memory = estimated_memory(
         config,
         facts,
         machinery.choice.spec,
         machinery.quantization,
-        machinery.adapter.target_modules,
+        {name: machinery.outline.linear_modules[name] for name in machinery.adapter.target_modules},
         machinery.report,
     )
     return PreparedRun(config, seed, machinery, tokenizer, data, memory)
@@ -151,7 +155,7 @@ def estimated_memory(
     facts: ModelFacts,
     spec: BackendSpec,
     quantization: Quantization,
-    targets: Sequence[str],
+    targets: Mapping[str, tuple[int, int]],
     report: ProbeReport | None = None,
 ) -> MemoryEstimate:
     """The peak by arithmetic, for the longest batch this configuration allows, on the device that `report` tells of;
@@ -166,7 +170,7 @@ def estimated_memory(
         double_quant=quantization.double_quant,
         compute_dtype=compute_dtype,
         r=config.lora.r,
-        targets={name: facts.linear_modules[name] for name in targets},
+        targets=targets,
         optimizer=config.training.optim,
         batch_size=config.training.per_device_train_batch_size,
         sequence_length=config.data.max_seq_length,

@@ -32,11 +32,21 @@ def prove(backend: str, *, timeout_seconds: float = 120.0) -> Mapping[str, objec
     try:
         return ask("qlora_hal.proving", backend, seconds=timeout_seconds)
     except NoAnswerError as silence:
+        if silence.waited is not None:
+            return _failed(f"not proved: the proving process {silence}", fix=_more_time(backend, silence.waited))
         return _failed(f"the proving process {silence}")
 
 
-def _failed(reason: str) -> Mapping[str, object]:
-    return {"verdict": "fail", "reason": reason, "fix": "Update the driver and the backend's packages.", "checks": []}
+def _failed(reason: str, *, fix: str = "Update the driver and the backend's packages.") -> Mapping[str, object]:
+    return {"verdict": "fail", "reason": reason, "fix": fix, "checks": []}
+
+
+def _more_time(backend: str, seconds: float) -> str:
+    """A process that is only slow says nothing of drivers or packages."""
+    return (
+        f"Run it when nothing else runs, or with more time: qlora-hal doctor --backend {backend} "
+        f"--timeout {4 * seconds:.0f}"
+    )
 
 
 class _Proof:

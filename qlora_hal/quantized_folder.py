@@ -1,4 +1,5 @@
-"""The folder of a model that was quantized here: whole or absent, with a manifest of what it was made from."""
+"""The folder of a model that was quantized here: whole or absent, with a manifest of what it was made from and of the
+SHA-256 of each file, verified whenever a run finds it again."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_hal import durable_files, strict_json
+from qlora_hal import durable_files, sealed_json, strict_json
 from qlora_hal.errors import ModelError, QloraHalError, StorageError
 from qlora_hal.model.facts import read_facts
 from qlora_hal.model.weight_files import read_json
@@ -61,18 +62,50 @@ def staged(folder: Path, source: ModelSource, identity: Mapping[str, object]) ->
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def read_quantized(folder: Path, source: ModelSource, identity: Mapping[str, object]) -> ModelSource | None:
-    """The model in a folder if it is the one that `identity` describes and still whole, else None."""
+def read_quantized(
+    folder: Path, source: ModelSource, identity: Mapping[str, object], *, verify: bool = True
+) -> ModelSource | None:
+    """The model in a folder if it is the one that `identity` describes and still whole, else None. `verify` False is
+    for one that was written a moment ago."""
     try:
+        durable_files.refuse_link(folder)
         manifest = read_json(folder / MANIFEST_FILE)
         facts = read_facts(folder)
+        if manifest.get("format") != MANIFEST_FORMAT or manifest.get("made_from") != dict(identity):
+            return None
+        if manifest.get("fingerprint") != facts.fingerprint or (verify and not _is_whole(folder, manifest)):
+            return None
     except (OSError, QloraHalError):
         return None
-    if manifest.get("format") != MANIFEST_FORMAT or manifest.get("made_from") != dict(identity):
-        return None
-    if manifest.get("fingerprint") != facts.fingerprint:
-        return None
     return replace(source, path=folder, facts=facts, made_from=source)
+
+
+def unverified_note(folder: Path) -> str:
+    """What to say of a folder that an earlier release wrote, without hashes; nothing of any other."""
+    if "files" in read_json(folder / MANIFEST_FILE):
+        return ""
+    return f"{folder} was written by an earlier release, without hashes: only samples of its weights were compared"
+
+
+def _is_whole(folder: Path, manifest: Mapping[str, object]) -> bool:
+    """Whether every file is there as it was written, and none besides. Raises OSError."""
+    listed = manifest.get("files")
+    if listed is None and not sealed_json.is_sealed(manifest):
+        return True  # of an earlier release, which is said
+    if not isinstance(listed, dict) or not sealed_json.is_as_sealed(manifest):
+        return False
+    if {name for name in _files_in(folder) if not name.startswith(".")} != {*listed, MANIFEST_FILE}:
+        return False
+    return all(_entry(folder / name) == listed[name] for name in listed)
+
+
+def _files_in(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+
+
+def _entry(path: Path) -> dict[str, object]:
+    written = durable_files.hashed(path)
+    return {"size": written.size, "sha256": written.sha256}
 
 
 def set_aside(folder: Path) -> Path | None:
@@ -83,8 +116,7 @@ def set_aside(folder: Path) -> Path | None:
     try:
         if not folder.is_dir() or not any(folder.iterdir()):
             return None
-        aside = folder.with_name(f".damaged-{folder.name}-{durable_files.unique_name()}")
-        folder.rename(aside)
+        aside = durable_files.set_aside(folder)
     except OSError as problem:
         raise durable_files.storage_error(problem, folder, what="the damaged folder's new name") from problem
     return aside
@@ -94,13 +126,16 @@ def quantized_for(source: ModelSource, run_dir: Path | None) -> ModelSource:
     """The folder that a run's record names, if it still holds what the run was trained on. Raises ModelError QH-E63."""
     recorded = _recorded(run_dir) if run_dir is not None else {}
     folder = Path(str(recorded.get("folder") or "")).expanduser()
+    problem = "is not there any more"
     with suppress(OSError, QloraHalError):
         facts = read_facts(folder)
-        if recorded and facts.fingerprint == recorded.get("fingerprint"):
+        is_same = bool(recorded) and facts.fingerprint == recorded.get("fingerprint")
+        problem = "is damaged" if recorded else problem
+        if is_same and _is_whole(folder, read_json(folder / MANIFEST_FILE)):
             return replace(source, path=folder, facts=facts, made_from=source)
     raise ModelError(
         "QH-E63",
-        f"The model that {source.name} was quantized into for this run is not there any more."
+        f"The model that {source.name} was quantized into for this run {problem}."
         if recorded
         else f"{source.name} is not quantized, and no run tells which quantized model belongs to this adapter.",
         where=str(folder) if recorded else source.name,
@@ -151,12 +186,9 @@ def _complete(staging: Path, source: ModelSource, identity: Mapping[str, object]
             fix="Report it with the model's name; quantize another model meanwhile.",
         )
     manifest = {"format": MANIFEST_FORMAT, "made_from": dict(identity), "fingerprint": facts.fingerprint}
-    for path in staging.iterdir():
-        if path.is_file():
-            with open(path, "rb") as file:
-                durable_files.flush_to_medium(file.fileno())
-    durable_files.write_new(staging / MANIFEST_FILE, [strict_json.encode(manifest)])
-    durable_files.flush_folder(staging)
+    manifest["files"] = {name: _entry(staging / name) for name in _files_in(staging)}
+    durable_files.write_new(staging / MANIFEST_FILE, [strict_json.encode(sealed_json.sealed(manifest))])
+    durable_files.flush_tree(staging)
 
 
 def _describe(staging: Path, model: Path) -> None:

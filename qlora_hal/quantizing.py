@@ -189,7 +189,7 @@ def cached(
     tell: Tell,
 ) -> ModelSource:
     """The quantized model out of the cache, made first where it is not there, or not whole any more."""
-    from qlora_hal.quantized_folder import read_quantized, set_aside
+    from qlora_hal.quantized_folder import read_quantized, set_aside, unverified_note
 
     quantizer = open_quantizer(spec)
     identity = identity_of(source, spec, recipe, calibration, quantizer.versions(options))
@@ -198,6 +198,8 @@ def cached(
     found = read_quantized(folder, source, identity)
     if found is not None:
         tell(f"the base was quantized before, found again in {folder}")
+        if note := unverified_note(folder):
+            tell(note)
         return found
     if aside := set_aside(folder):
         tell(f"the base was quantized before, but {folder} is damaged: kept as {aside.name}, remove it when you like")
@@ -242,7 +244,7 @@ def quantize_into(
         quantizer.quantize(job, tell)
     from qlora_hal.quantized_folder import read_quantized
 
-    made = read_quantized(folder, source, identity)
+    made = read_quantized(folder, source, identity, verify=False)
     if made is None:
         raise BackendContractError(
             "QH-B02",

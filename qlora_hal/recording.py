@@ -117,12 +117,14 @@ class Recorder:
             tokens_seen=progress.tokens_seen,
             adapter=self.trainer.export_adapter(),
             optimizer=self.trainer.export_optimizer(),
-            loop=progress.as_json(),
+            loop={**progress.as_json(), "metrics": self.metrics.mark()},
             provenance=self.provenance,
             answers=self._answers(),
         )
         protect = () if self.resumed_from is None else (self.resumed_from,)
-        path = save_checkpoint(self.run.run_dir, state, keep=self.keep_checkpoints, protect=protect)
+        path = save_checkpoint(
+            self.run.run_dir, state, keep=self.keep_checkpoints, protect=protect, record=self.journal.content
+        )
         self.console.checkpoint(step, path)
         self.hooks.tell("qlora_hal_checkpoint_saved", run=self.run, step=step, path=path)
 

@@ -20,14 +20,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
-from qlora_hal import durable_files, strict_json
+from qlora_hal import durable_files, sealed_json, strict_json
 from qlora_hal.checkpoint.reading import checkpoints, restore_replaced, unfinished_saves
 from qlora_hal.checkpoint.state import CHECKPOINTS_FOLDER, PRUNING, REPLACED, STAGING, checkpoints_folder, entries
 from qlora_hal.checkpoint.writing import LATEST_LINK, expected_checkpoint_bytes
 from qlora_hal.durable_files import write_json_atomically
 from qlora_hal.errors import ConfigError
 from qlora_hal.output_path import writable_folder
-from qlora_hal.run_lock import RunLock
+from qlora_hal.report.run_file import read_run_file
+from qlora_hal.run_identity import differing_settings, new_run_id, shown_value
+from qlora_hal.run_lock import LOCK_FILE, OWNER_FILE, RunLock
 
 __all__ = ["RunDirectory", "config_hash", "rehearsed", "write_json_atomically"]
 
@@ -42,6 +44,8 @@ _OUTPUTS = (
     *("tokens", "rows.jsonl"),
 )
 """What an overwritten run leaves; other files in the folder are the user's and are never touched."""
+_OWN = (*(name for name in _OUTPUTS if name != LATEST_LINK), RUN_FILE, LOCK_FILE, OWNER_FILE, "tensorboard")
+"""What a run writes or trusts there. A link under one of these names was planted; `latest` is never read."""
 _LEFTOVER = re.compile(rf"({re.escape(STAGING)}|{re.escape(PRUNING)}|{re.escape(REPLACED)}|\.tmp-).+-[0-9a-f]{{8}}")
 """Names that end as `durable_files.unique_name` ends them; what is called `.tmp` otherwise is the user's."""
 _PLACE_KEYS = frozenset({"output_dir"})
@@ -77,10 +81,12 @@ class RunDirectory:
         OutputLockedError QH-S15 and QH-S17, ConfigError QH-S13 when an earlier run is there and `overwrite` is not set.
         """
         path = writable_folder(Path(output_dir))
+        _refuse_links(path)
         lock = RunLock.take(path, force=force_unlock)
         try:
             created = datetime.now(UTC).isoformat(timespec="seconds")
             content = {"schema_version": SCHEMA_VERSION, "config": dict(config), "created": created}
+            content["run_id"] = new_run_id()
             run = cls(path, lock, {**content, "config_hash": config_hash(config)})
             run._settle_with_earlier_run(config, overwrite=overwrite)
             run._sweep()
@@ -97,17 +103,24 @@ class RunDirectory:
 
     @classmethod
     def open_existing(cls, run_dir: str | Path, *, force_unlock: bool = False) -> RunDirectory:
-        """Lock and sweep the folder of a run that is to go on.
+        """Lock and sweep the folder of a run that is to go on. A run.json that is lost or damaged is written again
+        from a checkpoint, with a note.
 
-        Raises ConfigError QH-S50 when it is no run's folder, and StorageError and OutputLockedError as `open_new`.
+        Raises ConfigError QH-S50 when it is no run's folder, UnsafeInputError QH-X06 for a planted link,
+        CheckpointError QH-C20 (an edited configuration) and QH-C13, StorageError and OutputLockedError as `open_new`.
         """
+        from qlora_hal.run_recovery import read_or_recovered
+
         path = Path(run_dir).expanduser()
-        if not os.path.lexists(path / RUN_FILE):
+        if not os.path.lexists(path / RUN_FILE) and not os.path.lexists(path / CHECKPOINTS_FOLDER):
             _refuse_foreign(path, f"has no {RUN_FILE}")
         path = writable_folder(path)
+        _refuse_links(path)
         lock = RunLock.take(path, force=force_unlock)
         try:
-            run = cls(path, lock, _read_run_file(path))
+            content, note = read_or_recovered(path)
+            run = cls(path, lock, content)
+            run.notes += [note] if note else []
             run._sweep()
         except BaseException:
             lock.release()
@@ -129,7 +142,7 @@ class RunDirectory:
 
     def record(self, facts: Mapping[str, object]) -> None:
         """Add facts to `run.json`, as one act. Raises StorageError; JsonProblem for facts that are not JSON."""
-        content = {**self._content, **facts}
+        content = sealed_json.sealed({**self._content, **facts})
         try:
             write_json_atomically(self.path / RUN_FILE, content)
         except OSError as problem:
@@ -199,6 +212,7 @@ def rehearsed(output_dir: str | Path, *, config: Mapping[str, object], overwrite
     """A folder for a run that stops before it begins: `output_dir` is judged as `RunDirectory.open_new` would, and
     nothing is left there, nor taken away. Raises as that does, but for the lock."""
     given = Path(output_dir).expanduser()
+    _refuse_links(given)
     absent = [folder for folder in (given, *given.parents) if not os.path.lexists(folder)]
     try:
         path = writable_folder(given)
@@ -228,29 +242,12 @@ def _restore_replaced_adapters(path: Path) -> None:
             ):
                 with suppress(OSError):
                     Path(entry.path).rename(path / name)
+                    durable_files.flush_folder(path)
 
 
-def _read_run_file(path: Path) -> dict[str, object]:
-    try:
-        return strict_json.read_object(path / RUN_FILE)
-    except (OSError, strict_json.JsonProblem) as problem:
-        _refuse_foreign(path, f"has a {RUN_FILE} that cannot be read ({problem})", problem)
-
-
-def _flat(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _differing_keys(earlier: Mapping[str, object], config: Mapping[str, object]) -> dict[str, tuple[object, object]]:
-    # Through JSON, so that a tuple equals the list that was read back.
-    now = dict(_flat(strict_json.decode_object(strict_json.encode(dict(config)))))
-    then = dict(_flat(earlier))
-    keys = (key for key in sorted({*now, *then}) if key not in _PLACE_KEYS)
-    return {key: (then.get(key), now.get(key)) for key in keys if then.get(key) != now.get(key)}
+def _refuse_links(path: Path) -> None:
+    for name in _OWN:
+        durable_files.refuse_link(path / name)
 
 
 def _readable(count: int) -> str:
@@ -272,8 +269,8 @@ def _outputs_in(path: Path) -> list[str]:
 
 def _refuse_unless_it_never_began(path: Path, config: Mapping[str, object], outputs: Sequence[str]) -> list[str]:
     """Notes on an earlier run that may be started over. Raises ConfigError QH-S13 for any that is worth something."""
-    earlier = _read_run_file(path).get("config")
-    differing = _differing_keys(earlier if isinstance(earlier, dict) else {}, config)
+    earlier = read_run_file(path)["config"]
+    differing = differing_settings(earlier if isinstance(earlier, dict) else {}, config, apart_from=_PLACE_KEYS)
     saved = len(checkpoints(path))
     if saved or ADAPTER_FOLDER in outputs or (differing and _has_content(path / METRICS_FILE)):
         _refuse_earlier_run(path, differing, saved)
@@ -291,7 +288,7 @@ def _has_content(file: Path) -> bool:
 
 def _refuse_earlier_run(path: Path, differing: Mapping[str, tuple[object, object]], saved: int) -> NoReturn:
     pairs = list(differing.items())[:8]
-    listed = ", ".join(f"{key} (there {_shown(then)}, now {_shown(now)})" for key, (then, now) in pairs)
+    listed = ", ".join(f"{key} (there {shown_value(then)}, now {shown_value(now)})" for key, (then, now) in pairs)
     counted = f"{len(differing)} {'key differs' if len(differing) == 1 else 'keys differ'}"
     what = f"another configuration; {counted}: {listed}" if differing else "this same configuration"
     going_on = f"Resume the old run (qlora-hal resume {path}), replace it" if saved else "Replace the old run"
@@ -306,17 +303,14 @@ def _refuse_earlier_run(path: Path, differing: Mapping[str, tuple[object, object
     )
 
 
-def _shown(value: object) -> str:
-    return "not set" if value is None else repr(value)
-
-
 def _refuse_foreign_outputs(path: Path, outputs: Sequence[str]) -> NoReturn:
+    or_resume = f"; qlora-hal resume {path} writes {RUN_FILE} again from a checkpoint" if checkpoints(path) else ""
     raise ConfigError(
         "QH-S13",
-        f"{path} holds {', '.join(outputs)} but no {RUN_FILE}, so no run of qlora_hal made them.",
+        f"{path} holds {', '.join(outputs)} but no {RUN_FILE}, so no run of qlora_hal is known to have made them.",
         where="output_dir",
         cause="Nothing is overwritten that may be somebody else's, not even with --overwrite.",
-        fix="Choose another output_dir.",
+        fix=f"Choose another output_dir{or_resume}.",
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -15,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_hal import strict_json
-from qlora_hal.durable_files import storage_error, write_json_atomically
-from qlora_hal.errors import OutputLockedError, StorageError
+from qlora_hal.durable_files import refuse_link, storage_error, write_json_atomically
+from qlora_hal.errors import OutputLockedError, StorageError, UnsafeInputError
 
 if TYPE_CHECKING:
     import filelock
@@ -43,10 +44,12 @@ class RunLock:
         """Lock the folder without waiting.
 
         Raises OutputLockedError QH-S15 when a live process holds it, QH-S17 when its last owner on another host did not
-        release it (`force` takes it then), StorageError when the lock cannot be written.
+        release it (`force` takes it then), StorageError when the lock cannot be written, UnsafeInputError QH-X06 when
+        another file was put in its place.
         """
         import filelock
 
+        _refuse_foreign_file(folder / LOCK_FILE)
         held = filelock.FileLock(folder / LOCK_FILE, timeout=0, thread_local=False)
         try:
             held.acquire()
@@ -125,6 +128,23 @@ def _identity(file: Path) -> tuple[int, int] | None:
         facts = file.stat()
         return facts.st_dev, facts.st_ino
     return None
+
+
+def _refuse_foreign_file(path: Path) -> None:
+    """Some releases of filelock empty the file that they lock; ours is empty, and one that is not has another owner."""
+    refuse_link(path)
+    with suppress(OSError):  # absent, or told when it is locked
+        facts = path.lstat()
+        if stat.S_ISREG(facts.st_mode) and (facts.st_nlink == 1 or facts.st_size == 0):
+            return
+        raise UnsafeInputError(
+            "QH-X06",
+            f"{path} is {'a second name of another file' if facts.st_nlink > 1 else 'no ordinary file'}; the lock of a "
+            "run is expected.",
+            where=str(path),
+            cause="Locking it could change a file elsewhere.",
+            fix="Remove it.",
+        )
 
 
 def _this_process() -> dict[str, object]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora_hal.ending import told_when_ended
 from qlora_hal.errors import CheckpointError, ConfigError
@@ -34,6 +34,7 @@ def run_new(
     overwrite: bool,
     force_unlock: bool,
     dry_run: bool,
+    verify: bool,
     console: RunConsole | None,
 ) -> TrainResult:
     """Train from the start. `dry_run` ends before the model loads, and leaves nothing behind."""
@@ -45,6 +46,7 @@ def run_new(
             overwrite=overwrite,
             force_unlock=force_unlock,
             dry_run=dry_run,
+            verify=verify,
             console=console,
             requests=requests,
         )
@@ -69,6 +71,7 @@ def _new_run(
     overwrite: bool,
     force_unlock: bool,
     dry_run: bool,
+    verify: bool,
     console: RunConsole,
     requests: Requests,
 ) -> TrainResult:
@@ -84,7 +87,7 @@ def _new_run(
     recorded = given_config(with_absolute_places(config))
     if dry_run:
         with rehearsed(config.output_dir, config=recorded, overwrite=overwrite) as scratch:
-            return _planned(_prepared(config, rows, hooks, scratch, console))
+            return _planned(_prepared(config, rows, hooks, scratch, console, verify=verify))
     if note := ignored_note():
         console.note(note)
     with (
@@ -95,11 +98,13 @@ def _new_run(
     ):
         for note in directory.notes:
             console.note(note)
-        prepared = _prepared(config, rows, hooks, directory.path, console)
+        prepared = _prepared(config, rows, hooks, directory.path, console, verify=verify)
         return _trained(prepared, settings.origins, directory, hooks, console, requests)
 
 
-def _prepared(config: RunConfig, rows: Rows | None, hooks: Hooks, run_dir: Path, console: RunConsole) -> PreparedRun:
+def _prepared(
+    config: RunConfig, rows: Rows | None, hooks: Hooks, run_dir: Path, console: RunConsole, *, verify: bool
+) -> PreparedRun:
     """All that can be found wrong before the model loads, found; rows in memory are kept in `run_dir`."""
     from qlora_hal.preparation import choose_machinery, drawn_seed, prepare_run
     from qlora_hal.quantizing import refuse_idle_calibration
@@ -115,7 +120,15 @@ def _prepared(config: RunConfig, rows: Rows | None, hooks: Hooks, run_dir: Path,
         console.note(f"no seed was given; {seed} was drawn")
     prepared = prepare_run(config, seed, machinery, run_dir, rows, console)
     _refuse_endless_warmup(prepared)
-    return prepared
+    return _with_verified_model(prepared, {}, console) if verify else prepared
+
+
+def _with_verified_model(prepared: PreparedRun, recorded: Mapping[str, object], console: RunConsole) -> PreparedRun:
+    """Every byte of the model hashed, and compared with what the run began with. Raises CheckpointError QH-E15."""
+    from qlora_hal.model.verifying import verify_model
+
+    folder = prepared.machinery.source.origin.path
+    return replace(prepared, model_hashes=verify_model(folder, recorded, console.note))
 
 
 def _trained(
@@ -143,6 +156,7 @@ def run_resumed(
     relocation: Relocation,
     observers: Sequence[object],
     force_unlock: bool,
+    verify: bool,
     console: RunConsole | None,
 ) -> TrainResult:
     """Go on from the newest checkpoint that verifies, on the backend that saved it or on another."""
@@ -164,11 +178,11 @@ def run_resumed(
         if note := ignored_note():
             console.note(note)
         state = _newest_state(directory, console)
-        ended = result_of_ended(directory, record_from(directory.content), state)
-        if ended is not None and relocation == Relocation():  # nothing that it was made from need be there still
+        ended = result_of_ended(directory, record_from(directory.content), state, console.note)
+        if ended is not None and relocation == Relocation() and not verify:
+            # Nothing that it was made from need be there still.
             show_ended(ended, console)
             return ended
-        require_config_unchanged(directory)
         given = relocation.applied(read_run_config(directory.path))
         rows = kept_rows(directory.path)
         require_places(given, run_dir, reads_data=rows is None)
@@ -178,40 +192,36 @@ def run_resumed(
         machinery = choose_machinery(config, hooks, console)
         seed = int(str(state.provenance["seed"]))
         prepared = prepare_run(config, seed, machinery, directory.path, rows, console)
-        prepared = with_quantized_base(prepared, directory.path, console)
+        prepared = with_quantized_base(_with_saved_targets(prepared, state), directory.path, console)
         _check_same_run(state, prepared, changes)
+        hashes = record.model.get("files")
+        if verify or hashes:
+            prepared = _with_verified_model(prepared, hashes if isinstance(hashes, dict) else {}, console)
         if relocation != Relocation():  # the places hold what they should, and are remembered
             directory.record({"config": record.config, "config_hash": config_hash(record.config)})
         if ended is not None:
+            if prepared.model_hashes:
+                directory.record({"model": {**record.model, "files": dict(prepared.model_hashes)}})
             show_ended(ended, console)
             return ended
         return execute(Stage(prepared, directory, console, hooks, record, requests, state, changes))
 
 
-def require_config_unchanged(directory: RunDirectory) -> None:
-    """A resumed run equals one that was never interrupted. Raises CheckpointError QH-C20 when run.json was edited."""
-    from qlora_hal.run_directory import RUN_FILE, config_hash
-
-    recorded, config = directory.content.get("config_hash"), directory.content.get("config")
-    if recorded is None or not isinstance(config, dict) or config_hash(config) == recorded:
-        return
-    raise CheckpointError(
-        "QH-C20",
-        f"The configuration in {RUN_FILE} is not the one that the run began with.",
-        where=str(directory.path / RUN_FILE),
-        cause="Another schedule, batch or adapter from here on would be a run that nobody can repeat.",
-        fix="Undo the edit, or start a new run with the new settings; --model and --data of resume name new places.",
-    )
-
-
 def _newest_state(directory: RunDirectory, console: RunConsole) -> TrainingState:
-    """The newest state that verifies, with notes on what is not in it."""
-    from qlora_hal.checkpoint import latest_valid_checkpoint, load_checkpoint
-    from qlora_hal.checkpoint.reading import unfinished_notes
+    """The newest state that verifies, with notes on what is not in it. Raises CheckpointError QH-C20 when it is another
+    run's, or the configuration is not that of the run."""
+    from qlora_hal.checkpoint import latest_state
+    from qlora_hal.checkpoint.reading import kept_record, unfinished_notes
+    from qlora_hal.run_identity import require_own
+    from qlora_hal.run_recovery import require_config_unchanged
 
-    path, notes = latest_valid_checkpoint(directory.path)
-    state = load_checkpoint(path)
-    for note in (*directory.notes, *notes, *unfinished_notes(state.step, directory.unfinished_saves)):
+    state, path, notes = latest_state(directory.path)
+    for note in (*directory.notes, *notes):
+        console.note(note)
+    saved_with = kept_record(path)
+    require_config_unchanged(directory.path, directory.content, saved_with)
+    unverified = require_own(directory.content, state, saved_with, path)
+    for note in (*unverified, *unfinished_notes(state.step, directory.unfinished_saves)):
         console.note(note)
     console.note(f"resumed from step {state.step}")
     return state
@@ -268,10 +278,19 @@ def _refuse_endless_warmup(prepared: PreparedRun) -> None:
 def _relocated(record: RunRecord, relocation: Relocation, config: RunConfig) -> RunRecord:
     """run.json with the places that were given anew, so that they need not be given again."""
     from qlora_hal.report.run_file import given_config
+    from qlora_hal.run_identity import PLACES, flat_settings
 
     if relocation == Relocation():
         return record
-    return replace(record, config=given_config(with_absolute_places(config)))
+    # Only these: a release that knows more settings than the run began with must not make it another one.
+    moved = dict(flat_settings(given_config(with_absolute_places(config))))
+    recorded: dict[str, Any] = {
+        key: dict(part) if isinstance(part, dict) else part for key, part in record.config.items()
+    }
+    for path in PLACES & moved.keys() - {"output_dir"}:
+        group, _, name = path.partition(".")
+        recorded[group][name] = moved[path]
+    return replace(record, config=recorded)
 
 
 def _refuse_to_store_anew(step: int, config: RunConfig, changes: Sequence[str]) -> None:
@@ -329,10 +348,22 @@ def _planned(prepared: PreparedRun) -> TrainResult:
     )
 
 
+def _with_saved_targets(prepared: PreparedRun, state: TrainingState) -> PreparedRun:
+    """`all-linear` means what the loaded model had when the run began; whether it still fits is checked at attach."""
+    from qlora_hal.adapter.targets import asks_for_all
+
+    if not asks_for_all(prepared.config.lora.target_modules):
+        return prepared
+    machinery = prepared.machinery
+    adapter = replace(machinery.adapter, target_modules=state.adapter.config.target_modules)
+    return replace(prepared, machinery=replace(machinery, adapter=adapter))
+
+
 def _check_same_run(state: TrainingState, prepared: PreparedRun, changes: Sequence[str]) -> None:
     """The adapter's settings, the base, the tokens and, where no change was allowed, the storage are those of the
     checkpoint. Raises AdapterError QH-C06 and CheckpointError, naming what differs."""
     from qlora_hal.adapter.fitting import check_same_settings
+    from qlora_hal.model.verifying import config_hash
 
     check_same_settings(state.adapter.config, prepared.machinery.adapter, where=f"checkpoint of step {state.step}")
     quantization, base = prepared.machinery.quantization, prepared.machinery.source
@@ -341,6 +372,11 @@ def _check_same_run(state: TrainingState, prepared: PreparedRun, changes: Sequen
         "tokenizer_hash": prepared.tokenizer.hash,
         "data_fingerprint": prepared.data.fingerprint,
     }
+    newer: dict[str, object] = {  # not in a checkpoint of an earlier release
+        "base_config_hash": config_hash(base.origin.facts.config),
+        "token_hashes": dict(prepared.data.hashes),
+    }
+    now |= {name: value for name, value in newer.items() if name in state.provenance}
     if not changes:
         now |= {
             "weight_format": quantization.weight_format.value,
@@ -354,11 +390,12 @@ def _check_same_run(state: TrainingState, prepared: PreparedRun, changes: Sequen
         return
     listing = "; ".join(f"{name} was {state.provenance.get(name)}, is {now[name]}" for name in differing)
     # Another tokenizer makes other tokens of the same rows, so it comes before the data.
-    codes = {"base_fingerprint": "QH-E15", "tokenizer_hash": "QH-C14", "data_fingerprint": "QH-D16"}
+    codes = {"base_fingerprint": "QH-E15", "base_config_hash": "QH-E15", "tokenizer_hash": "QH-C14"}
+    codes |= {"data_fingerprint": "QH-D16", "token_hashes": "QH-D16"}
     raise CheckpointError(
         next((code for name, code in codes.items() if name in differing), "QH-C12"),
         f"This is not the run that the checkpoint of step {state.step} belongs to: {listing}.",
-        cause="The base, the data, the tokenizer or the storage changed since it was saved.",
+        cause="The base, the data, the tokenizer (or its library) or the storage changed since it was saved.",
         fix="Restore what changed, or start a new run.",
         context={"differing": differing},
     )

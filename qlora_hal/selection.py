@@ -135,13 +135,15 @@ def _nothing_fits(
 ) -> BackendUnavailableError:
     listing = "\n".join(f"    {name}: {reason}" for name, reason in sorted(rejections.items()))
     fixes = {report.backend: report.fix for report in reports if report.fix}
-    named = f" (or --backend {max(on_cpu, key=lambda spec: (spec.priority, spec.name)).name})" if on_cpu else ""
-    fix = f"Set backend.allow_cpu: true{named} to train on the CPU"
     return BackendUnavailableError(
         "QH-E01",
         f"No backend with an accelerator can serve this run:\n{listing}",
-        fix=f"{fix}, or run qlora-hal doctor for the fix of each."
+        fix=_on_the_cpu(max(on_cpu, key=lambda spec: (spec.priority, spec.name)).name)
         if on_cpu
         else "Run qlora-hal doctor: it prints one fix for each.",
         context={"reports": [report.as_json() for report in reports], "fixes": fixes},
     )
+
+
+def _on_the_cpu(backend: str) -> str:
+    return f"To train on this machine's CPU, add --backend {backend}; in Python, backend={backend!r}."

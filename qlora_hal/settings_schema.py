@@ -27,9 +27,21 @@ _HABITS: Mapping[str, str] = {
     "rank": "lora.r",
     "lora_alpha": "lora.alpha",
     "lora_dropout": "lora.dropout",
+    "lora_target_modules": "lora.target_modules",
+    "lora_target": "lora.target_modules",
     "lr": "training.learning_rate",
     "epochs": "training.num_train_epochs",
+    "num_epochs": "training.num_train_epochs",
+    "num_train_steps": "training.max_steps",
+    "steps": "training.max_steps",
     "iters": "training.max_steps",
+    "grad_accumulation_steps": "training.gradient_accumulation_steps",
+    "grad_checkpoint": "training.gradient_checkpointing",
+    "scheduler": "training.lr_scheduler_type",
+    "warmup": "training.warmup_ratio",
+    "evals_per_epoch": "training.eval_steps",
+    "steps_per_eval": "training.eval_steps",
+    "save_every": "checkpoint.save_steps",
     "batch_size": "training.per_device_train_batch_size",
     "micro_batch_size": "training.per_device_train_batch_size",
     "lr_scheduler": "training.lr_scheduler_type",
@@ -42,6 +54,7 @@ _HABITS: Mapping[str, str] = {
     "validation_file": "data.validation_path",
     "sequence_len": "data.max_seq_length",
     "max_length": "data.max_seq_length",
+    "max_seq_len": "data.max_seq_length",
     "cutoff_len": "data.max_seq_length",
     "sample_packing": "data.packing",
     "load_in_4bit": "quantization.weight_format",
@@ -102,20 +115,28 @@ def groups() -> Mapping[str, str]:
     }
 
 
+def known_by_name(name: str) -> str | None:
+    """The setting whose last word, here or in a neighbouring tool, is that of a dotted `name` without dots or in
+    another group, or None."""
+    leaf = name.replace("-", "_").lower().rpartition(".")[2]
+    return _HABITS.get(leaf) or _by_leaf().get(leaf)
+
+
 def nearest_setting(name: str) -> str | None:
     """The setting a mistyped dotted name most likely means, or None."""
+    if known := known_by_name(name):
+        return known
     name = name.replace("-", "_").lower()
-    leaf = name.rpartition(".")[2]
-    if leaf in _HABITS:
-        return _HABITS[leaf]
-    by_leaf = {path.rpartition(".")[2]: path for path in settings()}
-    if leaf in by_leaf:
-        return by_leaf[leaf]
     close = get_close_matches(name, settings(), n=1, cutoff=0.75)
     if close:
         return close[0]
-    close = get_close_matches(leaf, by_leaf, n=1, cutoff=0.8)
-    return by_leaf[close[0]] if close else None
+    close = get_close_matches(name.rpartition(".")[2], _by_leaf(), n=1, cutoff=0.8)
+    return _by_leaf()[close[0]] if close else None
+
+
+@cache
+def _by_leaf() -> Mapping[str, str]:
+    return {path.rpartition(".")[2]: path for path in settings()}
 
 
 def nearest_group(name: str) -> str | None:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from qlora_hal.adapter.peft_files import CONFIG_FILE, PROVENANCE_FILE
+from qlora_hal.adapter.peft_files import CONFIG_FILE, PROVENANCE_FILE, read_provenance
+from qlora_hal.durable_files import refuse_link
 from qlora_hal.errors import AdapterError, BackendError, ConfigError, UnsupportedFeatureError
 from qlora_hal.run_directory import ADAPTER_FOLDER, RUN_FILE
 
@@ -36,21 +37,32 @@ def adapter_folders(target: Path) -> tuple[Path, Path | None]:
             fix="Name the folder of a finished run, or one with adapter_model.safetensors and adapter_config.json.",
         )
     above = target.resolve().parents[:_LEVELS_ABOVE]
-    # Only an adapter that qlora_hal wrote belongs to a run around it.
-    own = (target / PROVENANCE_FILE).is_file()
-    return target, next((folder for folder in above if own and (folder / RUN_FILE).is_file()), None)
+    around = next((folder for folder in above if (folder / RUN_FILE).is_file()), None)
+    return target, around if around is not None and _belongs(target, around) else None
+
+
+def _belongs(adapter_dir: Path, run_dir: Path) -> bool:
+    """Whether a run wrote an adapter that lies in its folder: only one of qlora_hal's, and with the run's id."""
+    from qlora_hal.report.run_file import examined_run_file
+
+    if not (adapter_dir / PROVENANCE_FILE).is_file():
+        return False
+    return read_provenance(adapter_dir).get("run_id") == examined_run_file(run_dir)[0].get("run_id")
 
 
 def finished_adapter(run_dir: Path, *, option: str = "") -> Path:
     """The adapter's folder in a run. Raises AdapterError QH-C61, which names a checkpoint to take in its place, behind
-    the `option` that takes one."""
+    the `option` that takes one; QH-C22 for the adapter of another run, UnsafeInputError QH-X06 for a link."""
     from qlora_hal.checkpoint.reading import checkpoints
     from qlora_hal.report.run_file import read_run_file
+    from qlora_hal.run_adapters import require_own_adapter
 
-    adapter_dir = run_dir / ADAPTER_FOLDER
+    adapter_dir, record = run_dir / ADAPTER_FOLDER, read_run_file(run_dir)
+    refuse_link(adapter_dir)
     if (adapter_dir / CONFIG_FILE).is_file():
+        require_own_adapter(adapter_dir, record.get("run_id"))
         return adapter_dir
-    status = read_run_file(run_dir).get("status", "unknown")
+    status = record.get("status", "unknown")
     saved = [str(path) for _, path in checkpoints(run_dir)]
     or_checkpoint = f", or name one of its checkpoints, such as {option}{saved[-1]}" if saved else ""
     raise AdapterError(

@@ -33,6 +33,34 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {"pad_token_id": 0},
 }
 
+OTHERS: dict[str, dict[str, Any]] = {
+    "afmoe": {"num_hidden_layers": 4, "head_dim": 16, "moe_intermediate_size": 32, "num_experts": 4,
+              "num_experts_per_tok": 2, "num_dense_layers": 1, "sliding_window": 8},
+    "cohere": {},
+    "cohere2": {"num_hidden_layers": 4, "head_dim": 16, "sliding_window": 8},
+    "deepseek_v3": {"num_key_value_heads": 4, "moe_intermediate_size": 32, "n_routed_experts": 4,
+                    "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+                    "q_lora_rank": 24, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16,
+                    "v_head_dim": 16},
+    "ernie4_5_moe": {"moe_intermediate_size": 32, "moe_num_experts": 4, "moe_k": 2},
+    "exaone4": {"num_hidden_layers": 4, "sliding_window": 8},
+    "falcon_h1": {"head_dim": 16, "mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8,
+                  "mamba_n_groups": 1, "mamba_chunk_size": 8},
+    "glm": {"head_dim": 16},
+    "gpt_bigcode": {"n_embd": 64, "n_inner": 256, "n_layer": 2, "n_head": 4, "n_positions": 256},
+    "gpt_neox": {"intermediate_size": 256},
+    "granite": {},
+    "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+              "expert_layer_offset": 1, "num_experts": 4, "num_experts_per_tok": 2, "mamba_d_state": 8,
+              "mamba_dt_rank": 4},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
+    "nemotron": {"head_dim": 16},
+    "olmo": {},
+    "qwen3_moe": {"moe_intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
+    "starcoder2": {"sliding_window": 8},
+}  # fmt: skip
+"""Further architectures, which only some tests look at."""
+
 
 def write_model(folder: Path, family: str = "llama", seed: int = 0, dtype: str = "float32", **changes: Any) -> Path:
     """A random model whose logits spread like a trained one's (weights ten times the usual initial size)."""
@@ -40,7 +68,7 @@ def write_model(folder: Path, family: str = "llama", seed: int = 0, dtype: str =
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**_SHARED, **FAMILIES[family], **changes})
+    config = AutoConfig.for_model(family, **{**_SHARED, **{**FAMILIES, **OTHERS}[family], **changes})
     config.initializer_range = 0.15
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     with torch.no_grad():

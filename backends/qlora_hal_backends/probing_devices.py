@@ -34,7 +34,7 @@ class Place:
         return build
 
 
-def no_device(reason: str, fix: str = "Choose another backend: qlora-hal backends lists them.") -> Obstacle:
+def no_device(reason: str, fix: str = "Choose another backend, or a machine that has one.") -> Obstacle:
     return Obstacle(Availability.NO_DEVICE, reason, fix)
 
 

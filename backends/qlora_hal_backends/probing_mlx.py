@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from qlora_hal.backend import Availability
 from qlora_hal.hardware import Machine
+from qlora_hal.installation import requirement
 from qlora_hal_backends.probing_devices import Obstacle, apple_silicon, no_device
 from qlora_hal_backends.probing_limits import SMALLEST_DRIVER
 from qlora_hal_backends.probing_packages import Packages, version_numbers, versions_out_of_range
@@ -38,7 +39,7 @@ def _mlx_on_linux(packages: Packages, machine: Machine) -> Obstacle | str:
         return Obstacle(
             Availability.WRONG_BUILD,
             "mlx is installed without a library to compute with: neither mlx-cpu nor mlx-cuda-12 nor mlx-cuda-13.",
-            "pip install 'qlora-hal[mlx-cpu]'",
+            f"pip install {requirement('mlx-cpu')}",
         )
     return _mlx_on_nvidia(machine, toolkit)
 
@@ -49,7 +50,7 @@ def _mlx_on_nvidia(machine: Machine, toolkit: int) -> Obstacle | str:
         return Obstacle(
             Availability.WRONG_BUILD,
             f"mlx-cuda-{toolkit} is installed, but no NVIDIA GPU was found.",
-            f"pip uninstall -y mlx-cuda-{toolkit} && pip install 'qlora-hal[mlx-cpu]'",
+            f"pip uninstall -y mlx-cuda-{toolkit} && pip install {requirement('mlx-cpu')}",
         )
     branch, needed = version_numbers(machine.nvidia_driver), SMALLEST_DRIVER[toolkit]
     if branch and branch[0] < needed:
@@ -65,8 +66,8 @@ def _mlx_is_installed(packages: Packages, extra: str) -> Obstacle | None:
     missing = [name for name in MLX_FAMILY if packages.version(name) is None]
     if missing:
         return Obstacle(
-            Availability.MISSING_PACKAGE, f"Not installed: {', '.join(missing)}.", f"pip install 'qlora-hal[{extra}]'"
+            Availability.MISSING_PACKAGE, f"Not installed: {', '.join(missing)}.", f"pip install {requirement(extra)}"
         )
     if wrong := versions_out_of_range(packages, MLX_FAMILY, {}):
-        return Obstacle(Availability.WRONG_BUILD, wrong, f"pip install -U 'qlora-hal[{extra}]'")
+        return Obstacle(Availability.WRONG_BUILD, wrong, f"pip install -U {requirement(extra)}")
     return None

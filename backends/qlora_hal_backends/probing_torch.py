@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from qlora_hal.backend import Availability
 from qlora_hal.hardware import Gpu
+from qlora_hal.installation import requirement
 from qlora_hal_backends.probing_devices import Obstacle, Place, no_device
 from qlora_hal_backends.probing_limits import (
     NEWEST_ROCM,
@@ -50,13 +51,12 @@ def packages_are_there(place: Place) -> Obstacle | None:
             Availability.MISSING_PACKAGE, f"Not installed: {', '.join(missing)}.", _install_line(place, missing)
         )
     if wrong := versions_out_of_range(packages, TORCH_FAMILY, TOO_NEW):
-        extra = _EXTRA[place.device]
-        return Obstacle(Availability.WRONG_BUILD, wrong, f"pip install -U 'qlora-hal[{extra}]'")
+        return Obstacle(Availability.WRONG_BUILD, wrong, f"pip install -U {requirement(_EXTRA[place.device])}")
     return None
 
 
 def _install_line(place: Place, missing: list[str]) -> str:
-    line = f"pip install 'qlora-hal[{_EXTRA[place.device]}]'"
+    line = f"pip install {requirement(_EXTRA[place.device])}"
     # PyPI has torch for CUDA on Linux and for the CPU elsewhere; everything else comes from torch's own index.
     on_pypi = place.device in {"mps", "cpu"} or (place.device == "cuda" and place.machine.system == "Linux")
     wants_old_cuda = place.device == "cuda" and cuda_wheel_tag(place.machine) != "cu130"

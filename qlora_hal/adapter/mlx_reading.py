@@ -15,7 +15,7 @@ from qlora_hal.errors import AdapterError
 from qlora_hal.values import Adapter, AdapterConfig, Float32
 
 _PARAMETERS = frozenset({"rank", "scale", "dropout", "keys", "alpha"})
-"""Of `lora_parameters`. mlx-lm reads no `alpha`; files of older versions carry one beside the scale."""
+"""Of `lora_parameters`. mlx-lm reads no `alpha` today; see `_require_one_meaning`."""
 
 
 def read_mlx_adapter(folder: Path) -> Adapter:
@@ -23,7 +23,8 @@ def read_mlx_adapter(folder: Path) -> Adapter:
 
     `num_layers` counts from the last layer, so an adapter may lack the first ones. alpha is scale r, or what
     `qlora_hal.json` says if it gives the same scale. float16 and bfloat16 become float32.
-    Raises AdapterError: QH-C50 (no such adapter, or malformed), QH-C51 (DoRA, full fine-tuning, unknown parameters),
+    Raises AdapterError: QH-C50 (no such adapter, or malformed), QH-C51 (DoRA, full fine-tuning, unknown parameters, a
+    scale with two meanings),
     QH-C08 and QH-C09 (tensors that are not plain LoRA's or of another rank), QH-C11 (a dtype float32 cannot hold),
     QH-C65 (modules whose names differ elsewhere), QH-C01; UnsafeInputError QH-C15, QH-C16.
     """
@@ -90,8 +91,31 @@ def _adapter_config(parameters: Mapping[str, object], modules: tuple[str, ...], 
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         _refuse_file(where, f"has dropout = {_short(dropout)}, a number in [0, 1) is expected")
     recorded = _recorded(folder, rank, float(scale))
+    _require_one_meaning(parameters, rank, float(scale), where)
     alpha, use_rslora = recorded or (_alpha(float(scale), rank), False)
     return AdapterConfig(rank, alpha, float(dropout), use_rslora, modules)
+
+
+def _require_one_meaning(parameters: Mapping[str, object], rank: int, scale: float, where: Path) -> None:
+    """Early mlx-lm multiplied by scale * alpha / rank; later ones by the scale alone, with an idle alpha still in their
+    files for a while. Nothing in the folder says which one trained it."""
+    alpha = parameters.get("alpha")
+    if alpha is None or alpha == rank:
+        return
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < 1e9:
+        _refuse_file(where, f"has alpha = {_short(alpha)}, a positive number is expected")
+    early = scale * alpha / rank
+    raise AdapterError(
+        "QH-C51",
+        f"The adapter has rank {rank}, scale {scale:g} and alpha {alpha:g}: its product is multiplied by {early:g} or by "
+        f"{scale:g}, depending on the version of mlx-lm that trained it.",
+        where=str(where),
+        cause="The first versions of mlx-lm multiplied by scale * alpha / rank. Later ones take the scale alone; for a "
+        "while they still wrote an alpha that they did not use.",
+        fix=f"Remove alpha from lora_parameters; set scale to {early:g} if it was trained by one of the first versions, "
+        "which multiplied by alpha.",
+        context={"scales": [scale, early]},
+    )
 
 
 def _recorded(folder: Path, rank: int, scale: float) -> tuple[float, bool] | None:

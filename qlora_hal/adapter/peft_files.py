@@ -9,21 +9,30 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
 from qlora_hal import durable_files, safe_tensors_file, strict_json
+from qlora_hal.adapter.as_written import is_vouched, provenance_in, require_as_written, vouched
 from qlora_hal.adapter.fitting import check_base, check_fits
 from qlora_hal.adapter.naming import module_of
 from qlora_hal.adapter.targets import shortest_names
-from qlora_hal.durable_files import Chunk
+from qlora_hal.durable_files import WrittenFile
 from qlora_hal.errors import AdapterError, StorageError, UnsafeInputError
 from qlora_hal.model.safety import conversion_command
 from qlora_hal.values import Adapter, AdapterConfig
 
-__all__ = ["adapter_files", "check_base", "check_fits", "read_adapter", "read_provenance", "write_adapter"]
+__all__ = [
+    "check_base",
+    "check_fits",
+    "read_adapter",
+    "read_provenance",
+    "unvouched_note",
+    "write_adapter",
+    "write_adapter_files",
+]
 
 TENSORS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -57,17 +66,21 @@ def write_adapter(
     full paths, which PEFT takes as well. Raises StorageError QH-S09 (no space), QH-S11, or QH-S14 when the folder
     holds foreign files.
     """
-    files = adapter_files(
-        adapter, base_name=base_name, base_revision=base_revision, provenance=provenance, linear_modules=linear_modules
-    )
-    files[CARD_FILE] = [_model_card(adapter.config, base_name, provenance).encode("utf-8")]
-    _require_replaceable(folder, files)
+    _require_replaceable(folder)
     staging = folder.with_name(f".staging-{folder.name}-{durable_files.unique_name()}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
-        for name, chunks in files.items():
-            durable_files.write_new(staging / name, chunks)
+        write_adapter_files(
+            staging,
+            adapter,
+            base_name=base_name,
+            base_revision=base_revision,
+            provenance=provenance,
+            linear_modules=linear_modules,
+        )
+        card = _model_card(adapter.config, base_name, provenance).encode("utf-8")
+        durable_files.write_new(staging / CARD_FILE, [card])
         durable_files.flush_folder(staging)
         _put_in_place(staging, folder)
     except OSError as problem:
@@ -77,22 +90,31 @@ def write_adapter(
             durable_files.remove_tree(staging)
 
 
-def adapter_files(
+def write_adapter_files(
+    folder: Path,
     adapter: Adapter,
     *,
     base_name: str,
     base_revision: str | None,
     provenance: Mapping[str, object],
     linear_modules: Collection[str] | None = None,
-) -> dict[str, Iterable[Chunk]]:
-    """File name -> bytes of the adapter without its model card: what a checkpoint holds too."""
+    midway: Callable[[Path], None] | None = None,
+) -> dict[str, WrittenFile]:
+    """Write the adapter without its model card into a folder: what a checkpoint holds too. `midway` as in `write_new`.
+
+    File name -> size and hash, in the order of writing; `qlora_hal.json` comes last, with the hash of the tensors.
+    Raises OSError.
+    """
     config = _peft_config(adapter.config, base_name, base_revision, linear_modules)
     facts = {**provenance, "base_name": base_name, "base_revision": base_revision}
-    return {
-        TENSORS_FILE: safe_tensors_file.file_chunks(adapter.tensors, {"format": "pt"}),
-        CONFIG_FILE: [strict_json.encode(config)],
-        PROVENANCE_FILE: [strict_json.encode(facts)],
-    }
+    tensors = safe_tensors_file.file_chunks(adapter.tensors, {"format": "pt"})
+    written = {TENSORS_FILE: durable_files.write_new(folder / TENSORS_FILE, tensors, midway=midway)}
+    for name, content in (
+        (CONFIG_FILE, config),
+        (PROVENANCE_FILE, vouched(facts, written[TENSORS_FILE], adapter.config)),
+    ):
+        written[name] = durable_files.write_new(folder / name, [strict_json.encode(content)], midway=midway)
+    return written
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -100,7 +122,8 @@ def read_adapter(folder: Path) -> Adapter:
 
     Raises AdapterError: QH-C50 (a file is missing or malformed), QH-C51 (features beyond plain LoRA, all named),
     QH-C09 (tensors that are not LoRA's, or of another rank), QH-C11 (a dtype that float32 cannot hold exactly).
-    QH-C01 (truncated). Raises UnsafeInputError: QH-C15, QH-C16 (see `safe_tensors_file`), QH-C17 (pickle only).
+    QH-C01 (truncated), QH-C22 (changed since qlora_hal wrote it).
+    Raises UnsafeInputError: QH-C15, QH-C16 (see `safe_tensors_file`), QH-C17 (pickle only).
     """
     raw_config = _read_config(folder)
     _refuse_unsupported(raw_config, folder)
@@ -118,6 +141,7 @@ def read_adapter(folder: Path) -> Adapter:
             fix="Save the adapter in float32, float16 or bfloat16.",
             context={"tensors": lossy},
         )
+    require_as_written(folder, _document(folder), tensors.sha256, config)
     floats = {name: array.astype("float32", copy=False) for name, array in tensors.arrays.items()}
     return Adapter({name: floats[name] for name in sorted(floats)}, config)
 
@@ -127,10 +151,26 @@ def read_provenance(folder: Path) -> Mapping[str, object]:
 
     Raises AdapterError QH-C50 when a file is there but malformed.
     """
-    if os.path.lexists(folder / PROVENANCE_FILE):
-        return _read_json(folder / PROVENANCE_FILE)
+    if document := _document(folder):
+        return provenance_in(document)
     config = _read_config(folder)
     return {"base_name": config.get("base_model_name_or_path"), "base_revision": config.get("revision")}
+
+
+def unvouched_note(folder: Path) -> str:
+    """What to say of an adapter that an earlier release wrote, without a hash; nothing of any other.
+
+    Raises AdapterError QH-C50.
+    """
+    document = _document(folder)
+    if not document or is_vouched(document):
+        return ""
+    return f"{folder.name} was written by an earlier release, without a hash: whether it was changed cannot be verified"
+
+
+def _document(folder: Path) -> Mapping[str, object]:
+    """`qlora_hal.json` as it is; empty for an adapter of another tool."""
+    return _read_json(folder / PROVENANCE_FILE) if os.path.lexists(folder / PROVENANCE_FILE) else {}
 
 
 def _peft_config(
@@ -202,7 +242,8 @@ def _cell(value: object) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
-def _require_replaceable(folder: Path, files: Collection[str]) -> None:
+def _require_replaceable(folder: Path) -> None:
+    files = (TENSORS_FILE, CONFIG_FILE, PROVENANCE_FILE, CARD_FILE)
     if not os.path.lexists(folder):
         return
     foreign = ["not a folder"] if folder.is_symlink() or not folder.is_dir() else []

@@ -23,7 +23,7 @@ def resolve_targets(requested: str | tuple[str, ...], linear_modules: Mapping[st
     if not requested or not linear_modules:
         _refuse_nothing_to_train(requested, linear_modules)
     if isinstance(requested, str):
-        if requested.lower() == ALL_LINEAR:
+        if asks_for_all(requested):
             return tuple(sorted(linear_modules))
         return _matching_expression(requested, linear_modules)
     matches = {name: [path for path in linear_modules if names_module(name, path)] for name in requested}
@@ -31,6 +31,11 @@ def resolve_targets(requested: str | tuple[str, ...], linear_modules: Mapping[st
     if unmatched:
         _refuse_unmatched(unmatched, linear_modules)
     return tuple(sorted({path for paths in matches.values() for path in paths}))
+
+
+def asks_for_all(requested: str | tuple[str, ...]) -> bool:
+    """Whether `target_modules` is `all-linear`."""
+    return isinstance(requested, str) and requested.lower() == ALL_LINEAR
 
 
 def require_modules(paths: tuple[str, ...], linear_modules: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:

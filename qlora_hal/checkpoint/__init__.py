@@ -2,6 +2,7 @@
 
 from qlora_hal.checkpoint.reading import (
     checkpoints,
+    latest_state,
     latest_valid_checkpoint,
     load_checkpoint,
     unfinished_notes,
@@ -14,6 +15,7 @@ __all__ = [
     "TrainingState",
     "checkpoints",
     "expected_checkpoint_bytes",
+    "latest_state",
     "latest_valid_checkpoint",
     "load_checkpoint",
     "save_checkpoint",

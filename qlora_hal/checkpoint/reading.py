@@ -5,14 +5,17 @@ What fails verification is never deleted, only renamed to `.corrupt-...`, and al
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from qlora_hal import durable_files, strict_json
-from qlora_hal.adapter.peft_files import CONFIG_FILE, TENSORS_FILE
+from qlora_hal.adapter.as_written import WRITTEN
+from qlora_hal.adapter.peft_files import CONFIG_FILE, PROVENANCE_FILE, TENSORS_FILE
 from qlora_hal.checkpoint.manifest import (
     BrokenCheckpoint,
     ForeignSchema,
@@ -26,6 +29,7 @@ from qlora_hal.checkpoint.state import (
     ANSWERS_FILE,
     CORRUPT,
     OPTIMIZER_FILE,
+    RECORD_FILE,
     REPLACED,
     STAGING,
     STATE_FILE,
@@ -35,8 +39,11 @@ from qlora_hal.checkpoint.state import (
     state_from,
     step_of,
 )
+from qlora_hal.durable_files import open_regular
 from qlora_hal.errors import CheckpointError, QloraHalError
 from qlora_hal.safe_tensors_file import TensorFile, read_arrays
+
+_READ_WHOLE = frozenset({STATE_FILE, TENSORS_FILE, OPTIMIZER_FILE, ANSWERS_FILE, PROVENANCE_FILE})
 
 
 def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
@@ -55,25 +62,16 @@ def latest_valid_checkpoint(run_dir: Path, *, set_aside_broken: bool = True) -> 
     Broken ones are renamed to `.corrupt-...`, which only the holder of the run's lock may do; `set_aside_broken` False
     is for readers beside a live run. Raises CheckpointError QH-C04 (exit status 9) when none verifies.
     """
-    notes = restore_replaced(run_dir) if set_aside_broken else []
-    failures: dict[str, str] = {}
-    for step, path in reversed(checkpoints(run_dir)):
-        try:
-            manifest = read_manifest(path)
-            _check_step(path, manifest)
-            check_hashes(path, manifest)
-        except ForeignSchema as problem:
-            failures[path.name] = str(problem)
-            notes.append(f"Passed over {path.name}: {problem}; it was left as it is.")
-        except BrokenCheckpoint as problem:
-            failures[path.name] = str(problem)
-            kept = set_aside(path) if set_aside_broken else path
-            left = "left as it is" if kept == path else f"kept as {kept.name}"
-            notes.append(f"Passed over {path.name}: {problem}; it is {left}.")
-        else:
-            notes += unfinished_notes(step, unfinished_saves(run_dir))
-            return path, notes
-    raise _no_checkpoint(run_dir, failures)
+    _, path, notes = _newest(run_dir, check_hashes, set_aside_broken=set_aside_broken)
+    return path, notes
+
+
+def latest_state(run_dir: Path) -> tuple[TrainingState, Path, list[str]]:
+    """What `latest_valid_checkpoint` finds, loaded: each byte is hashed once, as it is read.
+
+    Raises CheckpointError QH-C04, also for one whose hashes verify and whose content makes no sense.
+    """
+    return _newest(run_dir, _state_in, set_aside_broken=True)
 
 
 def load_checkpoint(path: Path) -> TrainingState:
@@ -84,12 +82,7 @@ def load_checkpoint(path: Path) -> TrainingState:
     try:
         manifest = read_manifest(path)
         _check_step(path, manifest)
-        check_hashes(path, manifest)
-        document = _verified_document(path / STATE_FILE, manifest)
-        adapter = _verified_arrays(path / TENSORS_FILE, manifest)
-        optimizer = _verified_arrays(path / OPTIMIZER_FILE, manifest)
-        answers = _verified_arrays(path / ANSWERS_FILE, manifest).arrays if ANSWERS_FILE in manifest.files else {}
-        return state_from(document, adapter.arrays, optimizer.arrays, answers)
+        return _state_in(path, manifest)
     except ForeignSchema as problem:
         raise CheckpointError(
             "QH-C13",
@@ -97,15 +90,76 @@ def load_checkpoint(path: Path) -> TrainingState:
             where=str(path),
             fix="Resume with the version that saved it.",
         ) from problem
+    except BrokenCheckpoint as problem:
+        raise _unusable(path, str(problem)) from problem
+
+
+Taken = TypeVar("Taken")
+
+
+def _newest(
+    run_dir: Path, take: Callable[[Path, Manifest], Taken], *, set_aside_broken: bool
+) -> tuple[Taken, Path, list[str]]:
+    """What `take` makes of the newest checkpoint that it does not find broken, its folder, and notes."""
+    notes = restore_replaced(run_dir) if set_aside_broken else []
+    failures: dict[str, str] = {}
+    for step, path in reversed(checkpoints(run_dir)):
+        try:
+            manifest = read_manifest(path)
+            _check_step(path, manifest)
+            taken = take(path, manifest)
+        except ForeignSchema as problem:
+            failures[path.name] = str(problem)
+            notes.append(f"Passed over {path.name}: {problem}; it was left as it is.")
+        except BrokenCheckpoint as problem:
+            failures[path.name] = str(problem)
+            kept = set_aside(path) if set_aside_broken else path
+            left = "left as it is" if kept == path else f"kept as {kept.name}"
+            notes.append(f"Passed over {path.name}: {problem}; it is {left}.")
+        else:
+            notes += unfinished_notes(step, unfinished_saves(run_dir))
+            return taken, path, notes
+    raise _no_checkpoint(run_dir, failures)
+
+
+def _state_in(path: Path, manifest: Manifest) -> TrainingState:
+    """Raises BrokenCheckpoint, naming every file that was altered; CheckpointError QH-C04 where none was."""
+    try:
+        check_hashes(path, manifest, apart_from=_READ_WHOLE)  # whose digests are of the bytes as they are taken in
+        document = _verified_document(path / STATE_FILE, manifest)
+        adapter = _verified_arrays(path / TENSORS_FILE, manifest)
+        optimizer = _verified_arrays(path / OPTIMIZER_FILE, manifest)
+        answers = _verified_arrays(path / ANSWERS_FILE, manifest).arrays if ANSWERS_FILE in manifest.files else {}
+        state = state_from(document, adapter.arrays, optimizer.arrays, answers)
+        _check_same_origin(path, manifest, state, adapter.sha256)
     except (BrokenCheckpoint, OSError, QloraHalError, ValueError) as problem:
+        check_hashes(path, manifest)
+        if isinstance(problem, BrokenCheckpoint):
+            raise
         reason = problem.message if isinstance(problem, QloraHalError) else f"{problem}"
-        raise CheckpointError(
-            "QH-C04",
-            f"{path.name} does not verify: {reason.rstrip('.')}.",
-            where=str(path),
-            cause="A file is missing or changed after the save; going on would reset or corrupt the optimizer.",
-            fix=f"Resume from an earlier checkpoint.{_weights_only_hint(path)}",
-        ) from problem
+        raise _unusable(path, reason) from problem
+    return state
+
+
+def _unusable(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        "QH-C04",
+        f"{path.name} does not verify: {reason.rstrip('.')}.",
+        where=str(path),
+        cause="A file is missing or changed after the save; going on would reset or corrupt the optimizer.",
+        fix=f"Resume from an earlier checkpoint.{_weights_only_hint(path)}",
+    )
+
+
+def kept_record(path: Path) -> dict[str, object]:
+    """The copy of run.json in a checkpoint, checked against the manifest; empty where no whole one is there."""
+    try:
+        manifest = read_manifest(path)
+        if RECORD_FILE not in manifest.files:
+            return {}
+        return _verified_document(path / RECORD_FILE, manifest)
+    except (BrokenCheckpoint, ForeignSchema, OSError, strict_json.JsonProblem):
+        return {}
 
 
 def unfinished_saves(run_dir: Path) -> tuple[int, ...]:
@@ -150,6 +204,8 @@ def set_aside(path: Path) -> Path:
         path.rename(target)
     except OSError:
         return path
+    with suppress(OSError):  # after a power loss it may come back under its name, and is set aside again
+        durable_files.flush_folder(path.parent)
     return target
 
 
@@ -159,10 +215,24 @@ def _check_step(path: Path, manifest: Manifest) -> None:
         raise BrokenCheckpoint(f"its manifest is of step {manifest.step}")
 
 
+def _check_same_origin(path: Path, manifest: Manifest, state: TrainingState, adapter_sha256: str) -> None:
+    """The adapter and the state beside it were written as one: of one run, and with these tensors."""
+    if PROVENANCE_FILE not in manifest.files:
+        return
+    document = _verified_document(path / PROVENANCE_FILE, manifest)
+    written = document.get(WRITTEN)
+    if document.get("run_id") != state.provenance.get("run_id"):
+        raise BrokenCheckpoint("its adapter belongs to another run than its optimizer")
+    if isinstance(written, dict) and written.get("sha256") != adapter_sha256:
+        raise BrokenCheckpoint(f"{PROVENANCE_FILE} belongs to another adapter")
+
+
 def _verified_document(path: Path, manifest: Manifest) -> dict[str, object]:
-    if file_sha256(path) != manifest.files[path.name].sha256:
+    with open_regular(path) as stream:
+        raw = stream.read(strict_json.MAX_JSON_BYTES + 1)
+    if hashlib.sha256(raw).hexdigest() != manifest.files[path.name].sha256:
         raise BrokenCheckpoint(f"{path.name} does not match its hash")
-    return strict_json.read_object(path)
+    return strict_json.decode_object(raw)
 
 
 def _verified_arrays(path: Path, manifest: Manifest) -> TensorFile:

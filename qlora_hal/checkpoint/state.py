@@ -17,6 +17,8 @@ CHECKPOINTS_FOLDER = "checkpoints"
 OPTIMIZER_FILE = "optimizer.safetensors"
 ANSWERS_FILE = "answers.safetensors"
 STATE_FILE = "trainer_state.json"
+RECORD_FILE = "run_record.json"
+"""The copy of run.json. Not under its name: a folder with a run.json is a run's."""
 NATIVE_PREFIX = "native."
 
 STAGING = ".staging-"

@@ -7,20 +7,29 @@ flushed. Only then is the step saved, and only after that are older ones removed
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from qlora_hal import durable_files, safe_tensors_file, strict_json
-from qlora_hal.adapter.peft_files import TENSORS_FILE, adapter_files
+from qlora_hal.adapter.peft_files import TENSORS_FILE, write_adapter_files
 from qlora_hal.checkpoint.faults import fault_point
-from qlora_hal.checkpoint.manifest import MANIFEST_FILE, encode_manifest, is_complete, is_sound
+from qlora_hal.checkpoint.manifest import (
+    MANIFEST_FILE,
+    BrokenCheckpoint,
+    ForeignSchema,
+    encode_manifest,
+    is_complete,
+    is_sound,
+    read_manifest,
+)
 from qlora_hal.checkpoint.reading import checkpoints
 from qlora_hal.checkpoint.state import (
     ANSWERS_FILE,
     CORRUPT,
     OPTIMIZER_FILE,
     PRUNING,
+    RECORD_FILE,
     REPLACED,
     STAGING,
     STATE_FILE,
@@ -30,14 +39,21 @@ from qlora_hal.checkpoint.state import (
     state_document,
     step_name,
 )
-from qlora_hal.durable_files import WrittenFile
 from qlora_hal.errors import CheckpointError, ConfigError
 
 LATEST_LINK = "latest"
 
 
-def save_checkpoint(run_dir: Path, state: TrainingState, *, keep: int, protect: Collection[int] = ()) -> Path:
-    """Save a step durably, then remove older ones down to `keep` (at least 2) sound ones, never a step in `protect`.
+def save_checkpoint(
+    run_dir: Path,
+    state: TrainingState,
+    *,
+    keep: int,
+    protect: Collection[int] = (),
+    record: Mapping[str, object] | None = None,
+) -> Path:
+    """Save a step durably, then remove older ones down to `keep` (at least 2) sound ones, never a step in `protect`,
+    nor one of another run. `record` is what run.json holds; the checkpoint keeps a copy, to write it again from.
 
     Returns the checkpoint's folder. A step saved before is replaced, with its old folder valid until the new one is.
     Removal of older ones is tried again at the next save when it fails; it never fails a save that succeeded.
@@ -50,13 +66,14 @@ def save_checkpoint(run_dir: Path, state: TrainingState, *, keep: int, protect: 
         )
     parent = checkpoints_folder(run_dir)
     state_bytes = _state_bytes(state)
+    record_bytes = None if record is None else strict_json.encode(record)
     staging = parent / f"{STAGING}{state.step}-{durable_files.unique_name()}"
     try:
         _make_durable_folder(parent)
         fault_point("ckpt.before_first_write")
         staging.mkdir()
-        _write_files(staging, state, state_bytes)
-        final = _commit(staging, parent / step_name(state.step), state.step)
+        _write_files(staging, state, state_bytes, record_bytes)
+        final = _commit(staging, parent / step_name(state.step), _run_of(state.provenance))
     except OSError as problem:
         raise durable_files.storage_error(
             problem, parent, what=f"step {state.step}", needed_bytes=_needed_bytes(state), safe=_safe_step(run_dir)
@@ -66,7 +83,7 @@ def save_checkpoint(run_dir: Path, state: TrainingState, *, keep: int, protect: 
             durable_files.remove_tree(staging)
     _point_latest(run_dir, final)
     fault_point("ckpt.before_prune")
-    _prune(run_dir, state.step, keep=keep, protect=protect)
+    _prune(run_dir, state, keep=keep, protect=protect)
     fault_point("ckpt.after_prune")
     return final
 
@@ -76,15 +93,15 @@ def expected_checkpoint_bytes(adapter_parameters: int) -> int:
     return 3 * 4 * adapter_parameters
 
 
-def _write_files(staging: Path, state: TrainingState, state_bytes: bytes) -> None:
-    written: dict[str, WrittenFile] = {}
-    for name, chunks in adapter_files(
+def _write_files(staging: Path, state: TrainingState, state_bytes: bytes, record_bytes: bytes | None) -> None:
+    written = write_adapter_files(
+        staging,
         state.adapter,
         base_name=str(state.provenance.get("base_name") or ""),
         base_revision=_text_or_none(state.provenance.get("base_revision")),
         provenance=state.provenance,
-    ).items():
-        written[name] = durable_files.write_new(staging / name, chunks, midway=_inside_write)
+        midway=_inside_write,
+    )
     fault_point("ckpt.after_adapter_write", staging / TENSORS_FILE)
     chunks = safe_tensors_file.file_chunks(optimizer_arrays(state.optimizer), {"format": "np"})
     written[OPTIMIZER_FILE] = durable_files.write_new(staging / OPTIMIZER_FILE, chunks, midway=_inside_write)
@@ -94,6 +111,8 @@ def _write_files(staging: Path, state: TrainingState, state_bytes: bytes) -> Non
         written[ANSWERS_FILE] = durable_files.write_new(staging / ANSWERS_FILE, chunks, midway=_inside_write)
     written[STATE_FILE] = durable_files.write_new(staging / STATE_FILE, [state_bytes], midway=_inside_write)
     fault_point("ckpt.after_state_write", staging / STATE_FILE)
+    if record_bytes is not None:
+        written[RECORD_FILE] = durable_files.write_new(staging / RECORD_FILE, [record_bytes], midway=_inside_write)
     manifest = encode_manifest(state.step, written, _summary(state))
     durable_files.write_new(staging / MANIFEST_FILE, [manifest], midway=_inside_write)
     fault_point("ckpt.after_manifest_write", staging / MANIFEST_FILE)
@@ -104,13 +123,13 @@ def _inside_write(path: Path) -> None:
     fault_point("ckpt.inside_file_write", path)
 
 
-def _commit(staging: Path, final: Path, step: int) -> Path:
+def _commit(staging: Path, final: Path, run_id: object) -> Path:
     """Give the staged folder its name. An earlier save of the step is moved aside first, and put back by the next
-    reader if this process dies between the two renames."""
+    reader if this process dies between the two renames; one of another run stays aside."""
     fault_point("ckpt.before_rename")
     aside = None
     if os.path.lexists(final):
-        prefix = REPLACED if is_sound(final) else CORRUPT
+        prefix = REPLACED if is_sound(final) and _run_in(final) == run_id else CORRUPT
         aside = final.with_name(f"{prefix}{final.name}-{durable_files.unique_name()}")
         final.rename(aside)
     try:
@@ -129,12 +148,17 @@ def _commit(staging: Path, final: Path, step: int) -> Path:
     return final
 
 
-def _prune(run_dir: Path, newest: int, *, keep: int, protect: Collection[int]) -> None:
-    """Remove sound checkpoints beyond the newest `keep`. Unsound ones neither count nor are removed here: the reader
-    sets them aside where the user can look at them."""
-    sound = [(step, path) for step, path in checkpoints(run_dir) if step == newest or is_complete(path)]
+def _prune(run_dir: Path, newest: TrainingState, *, keep: int, protect: Collection[int]) -> None:
+    """Remove sound checkpoints of this run beyond the newest `keep`. Others neither count nor are removed here: unsound
+    ones are set aside by the reader where the user can look at them, and those of another run are not ours."""
+    ours = _run_of(newest.provenance)
+    sound = [
+        (step, path)
+        for step, path in checkpoints(run_dir)
+        if step == newest.step or (is_complete(path) and _run_in(path) == ours)
+    ]
     for step, path in sound[:-keep]:
-        if step == newest or step in protect:
+        if step == newest.step or step in protect:
             continue
         doomed = path.with_name(f"{PRUNING}{path.name}-{durable_files.unique_name()}")
         with suppress(OSError):  # tried again at the next save; what was renamed is swept at the next start
@@ -142,6 +166,18 @@ def _prune(run_dir: Path, newest: int, *, keep: int, protect: Collection[int]) -
             path.rename(doomed)
             fault_point("ckpt.inside_prune")
             durable_files.remove_tree(doomed)
+
+
+def _run_of(provenance: Mapping[str, object]) -> object:
+    return provenance.get("run_id")
+
+
+def _run_in(path: Path) -> object:
+    """The id of the run that saved a checkpoint; None before there were ids."""
+    try:
+        return _run_of(read_manifest(path).summary)
+    except (BrokenCheckpoint, ForeignSchema):
+        return None
 
 
 def _state_bytes(state: TrainingState) -> bytes:

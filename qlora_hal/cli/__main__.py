@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from qlora_hal.cli.failures import report_interrupt, report_unexpected, report_usage, reported
+from qlora_hal.cli.stream_encoding import escape_what_streams_cannot_hold
 from qlora_hal.cli.streams import output_error, usable_streams
 from qlora_hal.errors import QloraHalError
 from qlora_hal.refused_paths import refused_paths_told
@@ -14,6 +15,7 @@ from qlora_hal.stopping import ended_by_signals
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status (docs/cli.md)."""
+    escape_what_streams_cannot_hold()
     tokens = list(sys.argv[1:] if argv is None else argv)
     with usable_streams() as output:
         status = _status(tokens, as_json="--json" in tokens)

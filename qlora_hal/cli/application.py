@@ -33,12 +33,14 @@ VERBS: Mapping[str, tuple[str, str]] = {
 def application() -> App:
     """The parser. Verbs are functions that return their exit status."""
     import qlora_hal
+    from qlora_hal.cli.help_layout import help_formatter
 
     app = App(
         name="qlora-hal",
         help="QLoRA fine-tuning with one call on NVIDIA, AMD, Apple and CPU.",
         version=qlora_hal.__version__,
         help_format="plaintext",
+        help_formatter=help_formatter(),
         suppress_keyboard_interrupt=False,  # the entry point says what is safe, and ends with the signal's own status
         group_commands=Group("Also", sort_key=9),
     )

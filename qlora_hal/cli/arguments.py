@@ -1,16 +1,31 @@
-"""Spelling of flags: dashes and underscores mean the same, and a yes-no flag may be followed by its value."""
+"""Spelling of flags: dashes and underscores mean the same, a yes-no flag may be followed by its value, and a flag that
+takes a list by several (`--lora.target_modules q_proj v_proj`)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from qlora_hal.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qlora_hal.settings_schema import Setting
 
 _TRUTH_VALUES = frozenset({"true", "false", "yes", "no", "1", "0"})
 _OPTIONS = "--backend.options."
+VERBS_WITH_SETTINGS = frozenset({"train", "estimate"})
+"""Verbs whose one word without a flag is the settings file."""
+_FILE_ENDINGS = (".yaml", ".yml", ".toml", ".json")
+_OTHER_NAMES = {"--model": "model.name_or_path", "--data": "data.path", "--backend": "backend.name"}
 
 
 def canonical(tokens: Sequence[str]) -> list[str]:
-    """The tokens with every flag spelled as it is registered: fields as in the file, other flags with dashes."""
-    return list(_joined(_spelled(tokens)))
+    """The tokens with every flag spelled as it is registered: fields as in the file, other flags with dashes.
+
+    Raises ConfigError QH-U04 where a setting of one value is followed by several.
+    """
+    spelled = _joined(_spelled(tokens))
+    return list(_repeated(spelled) if tokens and tokens[0] in VERBS_WITH_SETTINGS else spelled)
 
 
 def _spelled(tokens: Sequence[str]) -> Iterator[str]:
@@ -45,8 +60,48 @@ def _joined(tokens: Iterator[str]) -> Iterator[str]:
         yield held
 
 
-def _is_yes_no(path: str) -> bool:
+def _repeated(tokens: Iterator[str]) -> Iterator[str]:
+    """`--training.report_to wandb mlflow` becomes two flags of one value each, the form in which the parser takes
+    them. The name of a settings file ends the list."""
+    flag, values = "", 0
+    for token in tokens:
+        if token == "--":
+            yield token
+            yield from tokens
+            return
+        if token.startswith("--"):
+            name, equals, _ = token.partition("=")
+            flag, values = ("", 0) if _setting(name) is None else (name, 1 if equals else 0)
+        elif flag and values and not token.lower().endswith(_FILE_ENDINGS):
+            if not _takes_a_list(flag):
+                raise _one_value(flag, token)
+            yield flag
+        elif flag:
+            flag, values = (flag, 1) if not values else ("", 0)
+        yield token
+
+
+def _one_value(flag: str, value: str) -> ConfigError:
+    return ConfigError(
+        "QH-U04",
+        f"{flag} takes one value; {value!r} stands behind it.",
+        where="command line",
+        cause="A word without a flag of its own is the settings file, which ends in .yaml, .yml, .toml or .json.",
+        fix=f"Put a text with spaces in quotes, or take {value!r} away.",
+    )
+
+
+def _setting(flag: str) -> Setting | None:
     from qlora_hal.settings_schema import settings
 
-    setting = settings().get(path)
+    return settings().get(_OTHER_NAMES.get(flag, flag[2:]))
+
+
+def _takes_a_list(flag: str) -> bool:
+    setting = _setting(flag)
+    return setting is not None and setting.kind in ("list", "text or list")
+
+
+def _is_yes_no(path: str) -> bool:
+    setting = _setting(f"--{path}")
     return setting is not None and setting.kind == "true or false"

@@ -65,11 +65,12 @@ def _require_pytest() -> None:
 
     if find_spec("pytest") is None:
         from qlora_hal.errors import ConfigError
+        from qlora_hal.installation import requirement
 
         raise ConfigError(
             "QH-U50",
             "The conformance suite runs on pytest, which is not installed.",
-            fix='Run: pip install "qlora-hal[conformance]"',
+            fix=f"Run: pip install {requirement('conformance')}",
         )
 
 

@@ -85,7 +85,9 @@ def estimate_run(config: RunConfig) -> Estimated:
     report = probed if probed.ready else None
     accelerated = has_accelerator(spec, (probed,))
     return Estimated(
-        memory=estimated_memory(config, facts, spec, quantization, targets, report),
+        memory=estimated_memory(
+            config, facts, spec, quantization, {name: facts.linear_modules[name] for name in targets}, report
+        ),
         backend=spec.name,
         not_ready="" if probed.ready else probed.reason,
         quantization=quantization,

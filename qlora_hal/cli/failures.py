@@ -90,14 +90,17 @@ def _as_typed(flag: str, tokens: Sequence[str]) -> str:
 
 
 def _nearest_flag(flag: str, own: Sequence[str]) -> str | None:
-    """The flag of the same verb that was most likely meant."""
+    """The flag of the same verb that was most likely meant: a setting known by that word first, then by its letters."""
     import difflib
 
-    from qlora_hal.settings_schema import nearest_setting
+    from qlora_hal.settings_schema import known_by_name, nearest_setting
 
+    words = flag.lstrip("-")
+    if (setting := f"--{known_by_name(words)}") in own:
+        return setting
     if close := difflib.get_close_matches(flag, own, n=1, cutoff=0.75):
         return close[0]
-    setting = f"--{nearest_setting(flag.lstrip('-'))}"
+    setting = f"--{nearest_setting(words)}"
     return setting if setting in own else None
 
 

@@ -29,6 +29,9 @@ def resume(
     force_unlock: Annotated[
         bool, Switch, Parameter(help="Take the lock of a run on another host that has ended.")
     ] = False,
+    verify: Annotated[
+        bool, Switch, Parameter(help="Hash every byte of the model's files, and compare them at each resume.")
+    ] = False,
     quiet: Annotated[bool, Switch, Parameter(help="Notes and errors only.")] = False,
     json: Annotated[bool, Switch, Parameter(help="Print the result as JSON.")] = False,
 ) -> int:
@@ -46,6 +49,7 @@ def resume(
             data=data,
             validation_data=validation_data,
             force_unlock=force_unlock,
+            verify=verify,
             console=RunConsole(quiet=quiet, json=json),
         )
     if json:

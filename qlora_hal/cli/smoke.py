@@ -46,7 +46,7 @@ class StopAfterFirstStep:
             signal.raise_signal(signal.SIGTERM)
 
 
-def run_smoke(settings: ResolvedSettings, *, json: bool) -> int:
+def run_smoke(settings: ResolvedSettings, *, json: bool, verify: bool = False) -> int:
     """Train, be stopped, resume to the end, answer a prompt. Raises what any of these raises."""
     from qlora_hal import api
     from qlora_hal.cli.json_output import kept_for_json

@@ -44,6 +44,9 @@ def train(
     force_unlock: Annotated[
         bool, Switch, Parameter(help="Take the lock of a run on another host that has ended.")
     ] = False,
+    verify: Annotated[
+        bool, Switch, Parameter(help="Hash every byte of the model's files, and compare them at each resume.")
+    ] = False,
     quiet: Annotated[bool, Switch, Parameter(help="Notes and errors only.")] = False,
     json: Annotated[bool, Switch, Parameter(help="Print the result as JSON.")] = False,
     flags: Mapping[str, object],
@@ -59,14 +62,16 @@ def train(
     if smoke:
         from qlora_hal.cli.smoke import run_smoke
 
-        return run_smoke(settings, json=json)
+        return run_smoke(settings, json=json, verify=verify)
     from qlora_hal import api
     from qlora_hal.cli.json_output import kept_for_json
     from qlora_hal.report.console import RunConsole
 
     console = RunConsole(quiet=quiet, json=json)
     with kept_for_json(json):
-        result = api.train(settings, overwrite=overwrite, force_unlock=force_unlock, dry_run=dry_run, console=console)
+        result = api.train(
+            settings, overwrite=overwrite, force_unlock=force_unlock, dry_run=dry_run, verify=verify, console=console
+        )
     if json:
         print(json_format.dumps(result_as_json(result), ensure_ascii=False))
     elif dry_run:

@@ -1,9 +1,10 @@
 """From a conversation to text in pieces, each with loss or without.
 
-What the assistant says is found by rendering, never by searching for marker words: the template is run on the messages
-before a turn (with its generation prompt) and after it, and the text between is what the model has to write. Where a
-template rewrites earlier turns, so that these texts are no beginnings of the whole, a stand-in for the turn's content
-shows its place. `{% generation %}` marks, when a template has them, decide instead.
+The text is the template's own output, to the character. What is trained of it is each assistant turn as the template
+wrote it (content, reasoning, tool calls, the token that ends it), less what a generation prompt would have put there.
+Where a turn stands is told by the template's loops (turn_marks.py); a template that writes its turns otherwise is run
+on the messages before a turn and up to it. `{% generation %}` marks, when a template has them, say which parts of a
+turn are trained.
 """
 
 from __future__ import annotations
@@ -13,20 +14,26 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qlora_hal.data.contents import Contents
 from qlora_hal.data.special_text import SpecialText
-from qlora_hal.data.template_sandbox import GENERATION_END, GENERATION_START, shown
 from qlora_hal.data.templates import TemplateFault
+from qlora_hal.data.trial import Trials
 
 if TYPE_CHECKING:
     from qlora_hal.data.templates import ChatTemplate
+    from qlora_hal.data.trial import Trial
+    from qlora_hal.data.turn_marks import Rendering, Span
 
 Piece = tuple[str, bool]
 """Text, and whether it is trained."""
 
 Message = Mapping[str, object]
+Tools = Sequence[object] | None
 
-STAND_IN = "\ufdd9"
-_MARKS = re.compile(f"[{GENERATION_START}{GENERATION_END}]")
+EMPTY_THOUGHT = re.compile(r"<think>\s*</think>")
+"""A thinking part without thoughts, as templates of models that think write it."""
+
+_TAG_LINE_OR_WORDS = r"<[^<>\s]*>|\n|[^<\n]+|<"
 
 
 class TurnNotFound(Exception):
@@ -39,19 +46,22 @@ class TurnNotFound(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What one assistant turn contributes: characters `start` to `stop`, and whether a special token ends them."""
+    """What one assistant turn contributes, in order, and whether a special token ends it."""
 
-    start: int
-    stop: int
+    spans: tuple[Span, ...]
     closed: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A rendered conversation. `eos_added` says that the template ends some turn without a special token."""
+    """A rendered conversation. `end_added` says that an end token was put behind it, for the template writes none;
+    `silent` are turns of which the template writes nothing but a frame, `unmarked` those without its
+    `{% generation %}`: neither is trained."""
 
     pieces: list[Piece]
-    eos_added: bool
+    end_added: bool
+    silent: tuple[int, ...] = ()
+    unmarked: tuple[int, ...] = ()
 
     @property
     def text(self) -> str:
@@ -59,106 +69,213 @@ class Written:
 
 
 class ConversationWriter:
-    """Renders conversations of one template and finds what is trained in them."""
+    """Renders conversations of one template and finds what is trained in them.
 
-    def __init__(self, template: ChatTemplate, special: SpecialText, eos_token: str) -> None:
+    `ends` are the tokens that end generation, as text: one of these ends a turn even where the template writes it as
+    the beginning of the next message.
+    """
+
+    def __init__(
+        self, template: ChatTemplate, special: SpecialText, eos_token: str, ends: Collection[str] = ()
+    ) -> None:
         self._template, self._special, self._eos_token = template, special, eos_token
+        self._ends = frozenset(ends) | {eos_token}
+        self._prompt_pieces = re.compile(f"{special.pattern.pattern}|{_TAG_LINE_OR_WORDS}")
+        self._prompt_after_user: str | None = None
+        self.trials = Trials(template)
+        self.contents = Contents(self.trials)
 
     def write(
-        self,
-        messages: Sequence[Message],
-        first_target: int = 0,
-        tools: Sequence[object] | None = None,
-        stand_in: str = STAND_IN,
-        untrained: Collection[int] = (),
+        self, messages: Sequence[Message], first_target: int = 0, tools: Tools = None, untrained: Collection[int] = ()
     ) -> Written:
-        """Pieces whose text together is the template's own output, with the eos put in after a trained turn that has no
-        end token; assistant turns before `first_target` and those `untrained` carry no loss.
+        """Pieces whose text together is the template's own output, and an end token behind it where the template ends
+        the last answer with none; assistant turns before `first_target` and those `untrained` carry no loss.
 
         Raises TemplateFault, TurnNotFound, UnsafeInputError.
         """
-        marked = self._template.render(messages, tools=tools)
-        assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        turns = [i for i in assistant if i >= first_target and i not in untrained]
-        text = _MARKS.sub("", marked)
-        of_all = self._marked_targets(marked, text, len(assistant))
-        if of_all is not None:
-            targets = [target for i, target in zip(assistant, of_all, strict=True) if i in turns]
-        else:
-            targets = [self._target(text, messages, turn, tools, stand_in) for turn in turns]
-        return self._cut(text, targets, turns)
+        messages = self.contents.fitted(messages, tools)
+        rendering = self.trace(messages, tools)
+        turns = trained_turns(messages, first_target, untrained)
+        return self.cut(rendering, messages, turns, tools, self.trials.of(messages, tools))
 
-    def _marked_targets(self, marked: str, text: str, assistant_turns: int) -> list[Target] | None:
-        """Targets from generation marks; None when there are not as many as assistant turns."""
-        if not self._template.marks_generation:
-            return None
-        targets: list[Target] = []
-        position = 0
-        for before, inside in re.findall(f"([^{GENERATION_START}]*){GENERATION_START}([^{GENERATION_END}]*).", marked):
-            start = position + len(before)
-            stop = start + len(inside)
-            position = stop
-            end = self._special.end_of_last(inside)
-            if end is not None:
-                targets.append(Target(start, start + end, closed=True))
-            elif (after := self._special.end_after(text, stop)) is not None:
-                # The mark closes before the end token; a model that never learns to stop would never stop.
-                targets.append(Target(start, after, closed=True))
-            else:
-                targets.append(Target(start, start + len(inside.rstrip()), closed=False))
-        return targets if len(targets) == assistant_turns else None
+    def trace(self, messages: Sequence[Message], tools: Tools = None) -> Rendering:
+        """The template's own output. Raises TemplateFault, UnsafeInputError."""
+        return self._template.trace(messages, tools=tools)
 
+    def cut(
+        self,
+        rendering: Rendering,
+        messages: Sequence[Message],
+        turns: Sequence[int],
+        tools: Tools,
+        trial: Trial | None,
+    ) -> Written:
+        """The text of a rendering in pieces, with loss on the assistant messages `turns`; `trial` is that of their
+        form. Raises as `write` does."""
+        pieces: list[Piece] = []
+        silent, unmarked, at, end_added = [], [], 0, False
+        for turn in turns:
+            target = self._target(rendering, messages, turn, tools, trial)
+            if target is not None and not target.spans:
+                unmarked.append(turn)
+                continue
+            if target is None or not self._says_something(rendering.text, target):
+                silent.append(turn)
+                continue
+            for start, stop in target.spans:
+                if start < at:
+                    raise TurnNotFound(turn)
+                pieces += [(rendering.text[at:start], False), (rendering.text[start:stop], True)]
+                at = stop
+            if not target.closed and turn == len(messages) - 1:
+                # Whatever still follows has to be written by the model before it can end.
+                pieces += [(rendering.text[at:], True), (self._end_if_it_went_on(messages, tools), True)]
+                at, end_added = len(rendering.text), True
+        pieces.append((rendering.text[at:], False))
+        return Written([piece for piece in pieces if piece[0]], end_added, tuple(silent), tuple(unmarked))
+
+    # one turn -------------------------------------------------------------------------------------------------------
     def _target(
-        self, text: str, messages: Sequence[Message], turn: int, tools: Sequence[object] | None, stand_in: str
-    ) -> Target:
-        opened = self._rendered(messages[:turn], tools, prompt=True)
-        closed = text if turn == len(messages) - 1 else self._rendered(messages[: turn + 1], tools)
-        if opened is None or closed is None or not text.startswith(closed) or not closed.startswith(opened):
-            content = self._by_stand_in(text, messages, turn, tools, stand_in)
-            if content is None:
+        self, rendering: Rendering, messages: Sequence[Message], turn: int, tools: Tools, trial: Trial | None
+    ) -> Target | None:
+        """What is trained of a turn; no span where the template's marks leave it out, None where nothing is written."""
+        marked = rendering.generated
+        found = self._turn_span(rendering, messages, turn, tools, trial)
+        if found is None and self._template.marks_generation:
+            assistant = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+            if len(marked) != len(assistant):
                 raise TurnNotFound(turn)
-            end = self._special.end_after(text, content[1])
-            return Target(content[0], end or content[1], closed=end is not None)
-        start = len(opened)
-        if not self._template.offers_prompt:
-            # The template may write a heading before what the assistant says; it is not for the model to write.
-            content = self._by_stand_in(text, messages, turn, tools, stand_in)
-            if content is not None and text[start : content[0]].strip():
-                start = content[0]
-        region = text[start : len(closed)]
-        end = self._special.end_of_last(region)
-        return Target(start, start + (end or len(region.rstrip())), closed=end is not None)
-
-    def _by_stand_in(
-        self, text: str, messages: Sequence[Message], turn: int, tools: Sequence[object] | None, stand_in: str
-    ) -> tuple[int, int] | None:
-        """Where the content of a turn stands, from what changes when another content takes its place."""
-        changed = [*messages[:turn], {**messages[turn], "content": stand_in}, *messages[turn + 1 :]]
-        other = self._rendered(changed, tools)
-        forms = [form for form in (shown(stand_in), shown(stand_in.strip())) if other and other.count(form) == 1]
-        if other is None or not forms:
+            found = marked[assistant.index(turn)]
+        if found is None:
+            found = self._span_by_difference(rendering, messages, turn, tools)
+        if found is None:
+            if trial is not None and (turn, "content") in trial.unwritten and not messages[turn].get("tool_calls"):
+                return None
+            raise TurnNotFound(turn)
+        start, stop = found
+        if not rendering.text[start:stop].strip():
             return None
-        before, _, after = other.partition(forms[0])
-        fits = text.startswith(before) and text.endswith(after) and len(before) + len(after) <= len(text)
-        return (len(before), len(text) - len(after)) if fits else None
+        start += self._heading(rendering.text[start:stop], messages, turn, tools, trial)
+        if self._template.marks_generation:
+            spans = [(max(start, first), last) for first, last in marked if first < stop and last > start]
+            return self._ended(rendering.text, spans, stop) if spans else Target((), closed=False)
+        return self._ended(rendering.text, [(start, stop)], stop)
 
-    def _rendered(
-        self, messages: Sequence[Message], tools: Sequence[object] | None, *, prompt: bool = False
-    ) -> str | None:
+    def _turn_span(
+        self, rendering: Rendering, messages: Sequence[Message], turn: int, tools: Tools, trial: Trial | None
+    ) -> Span | None:
+        spans = [(start, stop) for start, stop in rendering.turns.get(turn, ()) if rendering.text[start:stop].strip()]
+        if len(spans) != 1:
+            return None
+        start, stop = spans[0]
+        if not self._holds_others(spans[0], rendering, turn, trial):
+            return start, stop
+        # The template writes what follows (a tool's result) in the assistant's own turn: that part is not the model's.
+        alone = self._template.trace(messages[: turn + 1], tools=tools)
+        (first, last), *more = alone.turns.get(turn, [(0, 0)])
+        if more or first == last or not rendering.text.startswith(alone.text[first:last], start):
+            raise TurnNotFound(turn)
+        return start, start + last - first
+
+    @staticmethod
+    def _holds_others(span: Span, rendering: Rendering, turn: int, trial: Trial | None) -> bool:
+        inside = any(
+            span[0] <= start < stop <= span[1] and rendering.text[start:stop].strip()
+            for other, spans in rendering.turns.items()
+            if other != turn
+            for start, stop in spans
+        )
+        return inside or (trial is not None and turn in trial.holding_others)
+
+    def _span_by_difference(
+        self, rendering: Rendering, messages: Sequence[Message], turn: int, tools: Tools
+    ) -> Span | None:
+        """A turn without its heading, where the texts of the messages before it and up to it begin the whole text."""
         try:
-            return _MARKS.sub("", self._template.render(messages, add_generation_prompt=prompt, tools=tools))
+            opened = self._template.trace(messages[:turn], add_generation_prompt=True, tools=tools).text
+            closed = self._template.trace(messages[: turn + 1], tools=tools).text
         except TemplateFault:
             return None
+        if rendering.text.startswith(closed) and closed.startswith(opened):
+            return len(opened), len(closed)
+        return None
 
-    def _cut(self, text: str, targets: Sequence[Target], turns: Sequence[int]) -> Written:
-        pieces: list[Piece] = []
-        at = 0
-        for target, turn in zip(targets, turns, strict=True):
-            if target.start < at:
-                raise TurnNotFound(turn)
-            pieces += [(text[at : target.start], False), (text[target.start : target.stop], True)]
-            if not target.closed:
-                pieces.append((self._eos_token, True))
-            at = target.stop
-        pieces.append((text[at:], False))
-        return Written([piece for piece in pieces if piece[0]], any(not target.closed for target in targets))
+    # what a generation prompt holds ---------------------------------------------------------------------------------
+    def _heading(self, text: str, messages: Sequence[Message], turn: int, tools: Tools, trial: Trial | None) -> int:
+        """How many characters at the beginning of a turn are not for the model to write."""
+        prompt = self._prompt(messages[:turn], tools) if self._template.offers_prompt else ""
+        if text.startswith(prompt) and prompt.strip():
+            return len(prompt)
+        if not prompt.strip() and self._template.offers_prompt:
+            prompt = self._prompt([], tools)
+        blank = len(text) - len(text.lstrip())
+        at = blank
+        # A prompt may open a thinking part that this turn does not have.
+        for piece in self._prompt_pieces.findall(prompt.lstrip()):
+            if not text.startswith(piece, at):
+                break
+            at += len(piece)
+        if at > blank:
+            return at
+        goes_on = turn > 0 and messages[turn - 1]["role"] == "assistant"
+        has_no_prompt = not self._template.offers_prompt or not goes_on
+        heading = trial.headings.get(turn, "") if trial is not None else ""
+        return len(heading) if has_no_prompt and heading.strip() and text.startswith(heading) else 0
+
+    def _prompt(self, before: Sequence[Message], tools: Tools) -> str:
+        """What the template writes for the assistant to go on after these messages."""
+        if before:
+            try:
+                asked = self._template.trace(before, add_generation_prompt=True, tools=tools)
+            except TemplateFault:
+                pass
+            else:
+                if asked.end:
+                    return asked.text[asked.end :]
+                plain = self._template.trace(before, tools=tools).text
+                return asked.text.removeprefix(plain) if asked.text.startswith(plain) else ""
+        if self._prompt_after_user is None:
+            self._prompt_after_user = ""
+            self._prompt_after_user = self._prompt([{"role": "user", "content": "a"}], None)
+        return self._prompt_after_user
+
+    # where a turn ends ----------------------------------------------------------------------------------------------
+    def _ended(self, text: str, spans: Sequence[Span], stop: int) -> Target:
+        """The target that these spans of a turn make, to its end token. White space behind that token is left out."""
+        *before, (start, last) = spans
+        end = self._special.end_of_last(text[start:last])
+        if end is not None:
+            return Target((*before, (start, start + end)), closed=True)
+        after = self._special.next_after(text, last)
+        if after is not None and (after[1] <= stop or after[0] in self._ends):
+            return Target((*before, (start, after[1])), closed=True)
+        return Target((*before, (start, start + len(text[start:last].rstrip()))), closed=False)
+
+    def _end_if_it_went_on(self, messages: Sequence[Message], tools: Tools) -> str:
+        """The end token that the template would write behind the last answer as the next message's beginning, or the
+        eos: so all turns of a template end with tokens of one kind."""
+        last = len(messages) - 1
+        answer = (
+            {"role": "tool", "content": "a"} if messages[last].get("tool_calls") else {"role": "user", "content": "a"}
+        )
+        try:
+            longer = self._template.trace([*messages, answer], tools=tools)
+        except TemplateFault:
+            return self._eos_token
+        for _, stop in longer.turns.get(last, ()):
+            after = self._special.next_after(longer.text, stop)
+            if after is not None and after[0] in self._ends:
+                return after[0]
+        return self._eos_token
+
+    def _says_something(self, text: str, target: Target) -> bool:
+        return any(self._special.pattern.sub("", text[start:stop]).strip() for start, stop in target.spans)
+
+
+def trained_turns(messages: Sequence[Message], first_target: int, untrained: Collection[int]) -> list[int]:
+    """The numbers of the messages that carry loss."""
+    return [
+        number
+        for number, message in enumerate(messages)
+        if message["role"] == "assistant" and number >= first_target and number not in untrained
+    ]

@@ -72,12 +72,15 @@ class RowEncoder:
         outline.anchors, outline.anchored = anchors_of(outline, self._tokenizer), True
 
     def encode_texts(self, rows: Sequence[RenderedRow]) -> list[Encoding | None]:
-        """Encodings of the rows that need no offsets; None for the others. The Rust threads work without the lock."""
-        fast = [self._needs_no_offsets(row) for row in rows]
-        encodings = iter(
-            self._tokenizer.encode_batch([row.text for row, yes in zip(rows, fast, strict=True) if yes], offsets=False)
-        )
-        return [next(encodings) if yes else None for yes in fast]
+        """Encodings of the rows, with offsets where targets are found by them; None for rows whose text is still to be
+        changed. The Rust threads work without the lock."""
+        found: list[Encoding | None] = [None] * len(rows)
+        for offsets in (False, True):
+            places = [place for place, row in enumerate(rows) if self._needs_offsets(row) is offsets]
+            encodings = self._tokenizer.encode_batch([rows[place].text for place in places], offsets=offsets)
+            for place, encoding in zip(places, encodings, strict=True):
+                found[place] = encoding
+        return found
 
     def finish(self, rows: Sequence[RenderedRow], encodings: Sequence[Encoding | None]) -> TokenRows:
         """Ids and masks of a chunk, in row order."""
@@ -89,7 +92,10 @@ class RowEncoder:
                 groups.setdefault(id(row.outline), []).append(index)
                 ids.append(encoding.ids)
                 continue
-            found, ranges = self._with_offsets(row) if encoding is None else (encoding.ids, [(0, len(encoding.ids))])
+            if encoding is None:
+                found, ranges = self._with_offsets(row)
+            else:
+                found, ranges = encoding.ids, self._ranges(row, encoding)
             if row.is_writing:
                 found, ranges = self._with_ends(found, ranges)
             targets.add(index, ranges)
@@ -112,11 +118,17 @@ class RowEncoder:
         )
         return self._without_double_bos(tokens, starts)
 
-    def _needs_no_offsets(self, row: RenderedRow) -> bool:
+    def _needs_offsets(self, row: RenderedRow) -> bool | None:
+        """Whether the offsets of the row's characters are needed; None where its text is encoded in another form."""
         if row.outline is not None:
-            return row.outline.anchors is not None
-        is_all_trained = len(row.pieces) == 1 and row.pieces[0][1]
-        return not row.protected and (is_all_trained or (self.train_on_all and row.is_writing))
+            return False if row.outline.anchors is not None else None
+        return None if row.protected else not self._is_all_trained(row)
+
+    def _is_all_trained(self, row: RenderedRow) -> bool:
+        return (len(row.pieces) == 1 and row.pieces[0][1]) or (self.train_on_all and row.is_writing)
+
+    def _ranges(self, row: RenderedRow, encoding: Encoding) -> list[tuple[int, int]]:
+        return [(0, len(encoding.ids))] if self._is_all_trained(row) else token_ranges(encoding, row.pieces)
 
     # targets between special tokens -------------------------------------------------------------------------------
     def _anchored_targets(
@@ -164,14 +176,14 @@ class RowEncoder:
         return ids, token_ranges(encoding, pieces)
 
     def _with_ends(self, ids: list[int], ranges: list[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
-        """Text that is trained as it stands gets the bos its tokenizer sets, and an eos; neither twice."""
-        tokenizer = self._tokenizer
-        if tokenizer.adds_bos:
-            if ids[:1] == [tokenizer.bos_id]:
+        """Text that is trained as it stands gets what its tokenizer opens with, and an eos; neither twice."""
+        tokenizer, opening = self._tokenizer, self._tokenizer.opening_ids
+        if opening:
+            if ids[: len(opening)] == [*opening]:
                 self.counts.double_bos_rows += 1
             else:
-                ids = [tokenizer.bos_id, *ids]
-                ranges = [(start + 1, stop + 1) for start, stop in ranges]
+                ids = [*opening, *ids]
+                ranges = [(start + len(opening), stop + len(opening)) for start, stop in ranges]
         if ids[-1:] != [tokenizer.eos_id]:
             self.counts.eos_appended += 1
             ranges = [*ranges, (len(ids), len(ids) + 1)]

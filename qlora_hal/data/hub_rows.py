@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_hal.data.reading import Row, Source, digest_of_files, digest_of_values
-from qlora_hal.data.row_files import missing_library, not_an_object
+from qlora_hal.data.row_files import missing_library, nested_columns, not_an_object, without_absent_keys
 from qlora_hal.errors import DataError, HubError
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -112,9 +112,12 @@ def _split_of(loaded: Any, split: str, name: str) -> Any:
 def dataset_source(name: str, dataset: Any, split: str) -> Source:
     """The rows of what `datasets` loaded as `split`, which may cut rows out (`train[:10%]`)."""
 
+    nested = nested_columns(dataset.features.arrow_schema)
+
     def read() -> Iterator[Row]:
         for number, value in enumerate(dataset, start=1):
-            found = value if isinstance(value, dict) else not_an_object(value, number, name)
+            is_row = isinstance(value, dict)
+            found = without_absent_keys(value, nested) if is_row else not_an_object(value, number, name)
             yield Row(number, name, number, found)
 
     return Source(name, "dataset", read, _digest(dataset, split))

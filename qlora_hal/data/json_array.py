@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
+from qlora_hal.data.json_text import decoded_from
+
 
 class ArrayFault(ValueError):
     """Text that is no JSON array: `reason` at `line` and `column`, from 1; `too_long` when one element is too large."""
@@ -16,11 +18,11 @@ class ArrayFault(ValueError):
 
 
 def array_elements(
-    stream: TextIO, decoder: json.JSONDecoder, limit: int, describe: Callable[[json.JSONDecodeError], str]
+    stream: TextIO, limit: int, describe: Callable[[json.JSONDecodeError], str]
 ) -> Iterator[tuple[int, object]]:
     """(line of its first character, value) of each element. Raises ArrayFault, after which nothing can be read:
     where the next element begins cannot be known."""
-    text = _SlidingText(stream, decoder, limit, describe)
+    text = _SlidingText(stream, limit, describe)
     text.take("[")
     if text.peek() != "]":
         while True:
@@ -42,11 +44,10 @@ class _SlidingText:
     def __init__(
         self,
         stream: TextIO,
-        decoder: json.JSONDecoder,
         limit: int,
         describe: Callable[[json.JSONDecodeError], str],
     ) -> None:
-        self._stream, self._decoder, self._limit, self._describe = stream, decoder, limit, describe
+        self._stream, self._limit, self._describe = stream, limit, describe
         self._text, self._at = "", 0
         self.line, self._column = 1, 1
 
@@ -75,7 +76,7 @@ class _SlidingText:
     def element(self) -> object:
         while True:
             try:
-                value, end = self._decoder.raw_decode(self._text, self._at)
+                value, end = decoded_from(self._text, self._at)
             except json.JSONDecodeError as error:
                 held = len(self._text) - self._at
                 if held > self._limit:

@@ -10,11 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn
+from itertools import groupby
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from qlora_hal.data.chat import ConversationWriter, Piece, TurnNotFound
+from qlora_hal.data.chat import EMPTY_THOUGHT, ConversationWriter, Piece, TurnNotFound, trained_turns
+from qlora_hal.data.special_text import NONCHARACTERS
 from qlora_hal.data.template_sandbox import StandIn, shown
 from qlora_hal.data.templates import TemplateFault
+from qlora_hal.data.turn_marks import LoopMark
 
 if TYPE_CHECKING:
     from qlora_hal.data.targets import Anchors
@@ -23,7 +27,6 @@ _POISON = "\ufdd2"
 _POISON_ESCAPED = "\\ufdd2"
 """As the sign stands in a printed list and in JSON that is ASCII alone."""
 _SLOT = re.compile("\ufdd0(\\d+)(-?)\ufdd1")
-_STAND_IN_NUMBER = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +42,14 @@ class Outline:
     """The literal text and the slots of conversations with the same roles, and what of it is trained.
 
     `needs_content` says that the template asked whether a content is empty, so that the outline holds for contents
-    that are not. `anchors` are added by the encoder, once (`anchored`), if the targets lie between special tokens.
+    that are not; `empty_thoughts` counts the empty thinking parts that the template itself writes into what is trained.
+    `anchors` are added by the encoder, once (`anchored`), if the targets lie between special tokens.
     """
 
     parts: tuple[tuple[str | Slot, bool], ...]
-    eos_added: bool
+    end_added: bool
     needs_content: bool
+    empty_thoughts: int = 0
     anchors: Anchors | None = None
     anchored: bool = False
     _filled: list[str] = field(default_factory=list)
@@ -78,18 +83,24 @@ class Outline:
 
 
 def outline_of(writer: ConversationWriter, roles: Sequence[str], first_target: int) -> Outline | None:
-    """The outline of conversations with these roles, or None when the template looks into contents or refuses."""
+    """The outline of conversations with these roles, or None when the template looks into contents, leaves one out, or
+    refuses."""
     watch = _Watch()
     messages = [{"role": role, "content": _Unread(f"\ufdd0{i}\ufdd1", watch)} for i, role in enumerate(roles)]
-    stand_in = _Unread(f"\ufdd0{_STAND_IN_NUMBER}\ufdd1", watch)
+    trial = writer.trials.of([{"role": role, "content": "text"} for role in roles], None)
     try:
-        written = writer.write(messages, first_target, stand_in=stand_in)
+        turns = trained_turns(messages, first_target, ())
+        written = writer.cut(writer.trace(messages), messages, turns, None, trial)
     except (_Looked, TemplateFault, TurnNotFound):
         return None
-    if watch.looked or _POISON in written.text or _POISON_ESCAPED in written.text:
+    text = written.text
+    if watch.looked or _POISON in text or _POISON_ESCAPED in text or written.silent or written.unmarked:
         return None
     parts = tuple(part for piece in written.pieces for part in _parts_of(piece))
-    return Outline(parts, written.eos_added, watch.asked_for_content)
+    if {part.index for part, _ in parts if isinstance(part, Slot)} != set(range(len(roles))):
+        return None
+    thoughts = sum(len(EMPTY_THOUGHT.findall(part)) for part, trained in parts if trained and isinstance(part, str))
+    return Outline(parts, written.end_added, watch.asked_for_content, thoughts)
 
 
 def _parts_of(piece: Piece) -> list[tuple[str | Slot, bool]]:
@@ -151,8 +162,8 @@ class _Unread(StandIn):
 
 
 def _text_of(unread: _Unread, other: object) -> str:
-    if type(other) is str or type(other) is _Unread:
-        return shown(other)
+    if type(other) in (str, _Unread, LoopMark):
+        return shown(cast("str", other))
     _look(unread)
 
 
@@ -169,7 +180,7 @@ setattr(_Unread, "__rmod__", _look)  # noqa: B010
 
 
 class Outlines:
-    """The outlines of one template, each found when its roles are first met."""
+    """The outlines of one template, each found when its roles are first met and held against a true rendering."""
 
     def __init__(self, writer: ConversationWriter) -> None:
         self._writer = writer
@@ -181,7 +192,23 @@ class Outlines:
             return self._known[key]
         except KeyError:
             outline = outline_of(self._writer, [str(role) for role in key[1:]], first_target)
+            if outline is not None and not self._is_right(outline, messages, first_target):
+                outline = None
             # Each length of conversation has its own outline; beyond some thousands the rest is rendered.
             if len(self._known) < 4096:
                 self._known[key] = outline
             return outline
+
+    def _is_right(self, outline: Outline, messages: Sequence[Mapping[str, object]], first_target: int) -> bool:
+        contents = [str(message["content"]) for message in messages]
+        # Noncharacters are signs where a template runs; what is empty is left out before it comes here.
+        if any(map(NONCHARACTERS.search, contents)) or not all(map(str.strip, contents)):
+            return True
+        by_outline = [(text, trained) for text, trained, _ in outline.pieces(contents)]
+        return _runs(by_outline) == _runs(self._writer.write(messages, first_target).pieces)
+
+
+def _runs(pieces: Sequence[Piece]) -> list[Piece]:
+    """The pieces with neighbours of the same kind joined."""
+    grouped = groupby(pieces, key=itemgetter(1))
+    return [(text, trained) for trained, group in grouped if (text := "".join(part for part, _ in group))]

@@ -20,23 +20,30 @@ from qlora_hal.data.packing import pack
 from qlora_hal.data.reading import Source, blamed_on, has_splits, memory_source, open_source
 from qlora_hal.data.tokenising import Preparation
 from qlora_hal.data.tokens import NotAStore, TokenStore, open_store
+from qlora_hal.durable_files import refuse_link
 from qlora_hal.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from qlora_hal.config import DataConfig
     from qlora_hal.data.tokenizer import ChatTokenizer
 
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedData:
-    """Rows ready to be trained on. `fingerprint` changes when any token, mask or row could."""
+    """Rows ready to be trained on. `fingerprint` changes when any token, mask or row could; it is of what they are made
+    from, `hashes` (SHA-256 by part) of the tokens themselves."""
 
     train: TokenStore
     validation: TokenStore | None
     report: DataReport
     fingerprint: str
+
+    @property
+    def hashes(self) -> Mapping[str, str]:
+        held = {} if self.validation is None else {"validation": self.validation.sha256}
+        return {"train": self.train.sha256, **held}
 
 
 def prepare(
@@ -147,7 +154,7 @@ def _tokenised(
     stamp = source.stamp()
     fingerprint = _fingerprint(source, config, tokenizer, vocabulary)
     path = cache_dir / f"{fingerprint[:32]}.safetensors"
-    found = _from_cache(path, fingerprint)
+    found, problem = _from_cache(path, fingerprint)
     if found is None:
         store, report = Preparation(source, config, tokenizer, vocabulary).run(path, fingerprint)
         if source.stamp() != stamp:
@@ -160,7 +167,10 @@ def _tokenised(
             )
         found = store, report
     store, report = found
-    alerts = [*source.alerts, *report.alerts]
+    again = (
+        [f"the tokens of {source.name} were prepared again: {path.name} does not serve, {problem}"] if problem else []
+    )
+    alerts = [*source.alerts, *report.alerts, *again]
     report = replace(report, source=source.name, duplicate_rows=_duplicates(store), alerts=alerts)
     return store, report, fingerprint
 
@@ -171,14 +181,22 @@ def _fingerprint(source: Source, config: DataConfig, tokenizer: ChatTokenizer, v
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _from_cache(path: Path, fingerprint: str) -> tuple[TokenStore, SourceReport] | None:
+def _from_cache(path: Path, fingerprint: str) -> tuple[tuple[TokenStore, SourceReport] | None, str]:
+    """(what was prepared before, ""), or (None, why it does not serve; nothing where there is none)."""
+    refuse_link(path.parent)
     try:
         store, metadata = open_store(path)
         if metadata.get("fingerprint") != fingerprint:
-            return None
-        return store, SourceReport.from_json(json.loads(metadata["report"]))
-    except (OSError, NotAStore, ValueError, KeyError, TypeError):
-        return None  # absent, cut off, or of another release: it is prepared again
+            return None, "it is of other rows or settings"
+        return (store, SourceReport.from_json(json.loads(metadata["report"]))), ""
+    except FileNotFoundError:
+        return None, ""
+    except OSError as problem:
+        return None, f"it cannot be read ({problem.strerror or problem})"
+    except NotAStore as problem:
+        return None, str(problem)
+    except (ValueError, KeyError, TypeError):
+        return None, "its report cannot be read"
 
 
 def _duplicates(store: TokenStore) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from qlora_hal.data.row_files import KINDS, READ, not_an_object, separator_note
+from qlora_hal.data.row_files import KINDS, not_an_object, rows_in, separator_note
 from qlora_hal.data.split_files import files_of_split, listed, split_names
 from qlora_hal.errors import DataError, QloraHalError
 
@@ -109,7 +109,10 @@ def digest_of_values(values: Iterable[object]) -> str:
     """SHA-256 over rows in their JSON form."""
     digest = hashlib.sha256()
     for value in values:
-        text = json.dumps(value, sort_keys=True, default=repr)
+        try:
+            text = json.dumps(value, sort_keys=True, default=repr)
+        except TypeError:  # keys of several types, which have no order
+            text = repr(value)
         digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
     return digest.hexdigest()
 
@@ -157,7 +160,7 @@ def _files_source(name: str, files: Sequence[Path]) -> Source:
     def read() -> Iterator[Row]:
         number = 0
         for file in files:
-            for line, value in READ[KINDS[file.suffix.lower()]](file):
+            for line, value in rows_in(file):
                 number += 1
                 yield Row(number, file.name, line, value)
 

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 
-from qlora_hal.data.chat import ConversationWriter, TurnNotFound
+from qlora_hal.data.chat import TurnNotFound, trained_turns
+from qlora_hal.data.conversation_text import ConversationRenderer, ConversationText, says_anything
 from qlora_hal.data.encoding import RenderedRow, RowEncoder
+from qlora_hal.data.omissions import OmissionCounts
 from qlora_hal.data.outlines import Outlines
 from qlora_hal.data.reading import Row
-from qlora_hal.data.shapes import Conversation, Shape, Writing, example_of, shape_of, unrecognised
+from qlora_hal.data.shapes import USED_COLUMNS, Conversation, Shape, Writing, example_of, shape_of, unrecognised
 from qlora_hal.data.templates import ChatTemplate, TemplateFault
-from qlora_hal.data.tokenizer import ChatTokenizer, mask_messages, no_template, template_refused
+from qlora_hal.data.tokenizer import ChatTokenizer, template_refused
 from qlora_hal.errors import DataError
 
-_USED_COLUMNS = {
-    "messages": {"messages", "conversations", "tools"},
-    "sharegpt": {"conversations", "system"},
-    "alpaca": {"instruction", "input", "output", "system"},
-    "prompt_completion": {"prompt", "completion"},
-    "text": {"text"},
-}
-_CORE_FIELDS = {"role", "content"}
 _BLANKS = " \t\r\n"
 
 
@@ -32,18 +25,39 @@ class RenderingCounts:
     """What rendering met, for the report."""
 
     shapes: Counter[Shape] = field(default_factory=Counter)
-    columns: set[str] = field(default_factory=set)
-    eos_added_rows: int = 0
+    columns: defaultdict[Shape, set[str]] = field(default_factory=lambda: defaultdict(set))
+    end_added_rows: int = 0
     special_in_text: Counter[str] = field(default_factory=Counter)
     rows_with_special: int = 0
     empty_rows: int = 0
     empty_turns: int = 0
     unused_fields: Counter[str] = field(default_factory=Counter)
+    omissions: OmissionCounts = field(default_factory=OmissionCounts)
+    special_read: Counter[str] = field(default_factory=Counter)
+    arguments_as: Counter[str] = field(default_factory=Counter)
+    unmarked_turns: int = 0
+    empty_thoughts: int = 0
+    rows_with_tool_template: int = 0
+
+    def add(self, found: ConversationText) -> None:
+        """Count what rendering one conversation met."""
+        written = found.written
+        self.end_added_rows += written.end_added
+        self.empty_turns += len(written.silent)
+        self.unmarked_turns += len(written.unmarked)
+        self.empty_thoughts += found.empty_thoughts
+        self.omissions.add(found.omissions, found.messages, found.lost_turns)
+        self.arguments_as.update([found.arguments_as] if found.arguments_as else [])
+        if found.special_is_read:
+            self.special_read.update(found.special)
+        elif found.special:
+            self.special_in_text.update(found.special)
+            self.rows_with_special += 1
 
     @property
     def unused_columns(self) -> list[str]:
-        used = set().union(*(_USED_COLUMNS[shape] for shape in self.shapes))
-        return sorted(self.columns - used)
+        """Columns that some row has and that nothing is read from in rows of its shape."""
+        return sorted({str(name) for shape, names in self.columns.items() for name in names - USED_COLUMNS[shape]})
 
 
 class RowRenderer:
@@ -76,35 +90,28 @@ class RowRenderer:
         else:
             self.counts.empty_rows += 1
         self.counts.shapes[shape] += 1
-        self.counts.columns.update(value)
+        if not self.counts.columns[shape].issuperset(value):
+            self.counts.columns[shape].update(value)
         return rendered
 
     def _conversation(self, row: Row, example: Conversation, tokenizer: ChatTokenizer) -> RenderedRow:
-        if tokenizer.outlines is None or tokenizer.writer is None or tokenizer.template is None:
-            raise no_template("rows of messages", row.where)
-        example = self._without_empty_targets(example, tokenizer.template)
+        tokenizer = tokenizer.for_rows(with_tools=bool(example.tools))
+        if tokenizer.outlines is None or tokenizer.template is None:
+            raise tokenizer.no_template("rows of messages", row.where)
+        self.counts.rows_with_tool_template += tokenizer is not self._tokenizer and bool(example.tools)
+        example = self._without_empty_turns(example, tokenizer.template)
         if example.plain and (rendered := self._by_outline(row, example, tokenizer.outlines)) is not None:
             return rendered
-        return self._by_template(row, example, tokenizer, tokenizer.writer)
+        return self._by_template(row, example, tokenizer)
 
-    def _without_empty_targets(self, example: Conversation, template: ChatTemplate) -> Conversation:
-        """The conversation with loss only where the assistant says something that the template writes: from any other
-        turn a model would learn to end at once."""
-        fields = set() if example.plain else {name for message in example.messages for name in message} - _CORE_FIELDS
-        written = {name for name in fields if template.mentions(name)}
-        self.counts.unused_fields.update(fields - written)
+    def _without_empty_turns(self, example: Conversation, template: ChatTemplate) -> Conversation:
+        """The conversation with loss only where the assistant says something: from any other turn a model would learn
+        to end at once."""
         if self._encoder.train_on_all:
-            self.counts.unused_fields.update(["weight"] if example.untrained else [])
+            self.counts.unused_fields.update(example.flags)
             return example
-        empty = {
-            number
-            for number, message in enumerate(example.messages)
-            if message["role"] == "assistant"
-            and number >= example.first_target
-            and number not in example.untrained
-            and not str(message.get("content", "")).strip(_BLANKS)
-            and not any(message.get(name) for name in written)
-        }
+        turns = trained_turns(example.messages, example.first_target, example.untrained)
+        empty = {number for number in turns if not says_anything(example.messages[number], template)}
         if not empty:
             return example
         self.counts.empty_turns += len(empty)
@@ -120,16 +127,18 @@ class RowRenderer:
             return None
         if not outline.anchored:
             self._encoder.prepare_outline(outline)
-        self.counts.eos_added_rows += outline.eos_added
+        self.counts.end_added_rows += outline.end_added
+        self.counts.empty_thoughts += outline.empty_thoughts
         return RenderedRow(row.number, row.where, text, _digest(row, text), outline, contents)  # type: ignore[arg-type]
 
-    def _by_template(
-        self, row: Row, example: Conversation, tokenizer: ChatTokenizer, writer: ConversationWriter
-    ) -> RenderedRow:
-        special = tokenizer.special
+    def _by_template(self, row: Row, example: Conversation, tokenizer: ChatTokenizer) -> RenderedRow:
+        assert tokenizer.template is not None
+        assert tokenizer.writer is not None
+        renderer = ConversationRenderer(
+            tokenizer.template, tokenizer.writer, tokenizer.special, train_on_all=self._encoder.train_on_all
+        )
         try:
-            messages = mask_messages(special, example.messages)
-            written = writer.write(messages, example.first_target, example.tools, untrained=example.untrained)
+            found = renderer.render(example)
         except TemplateFault as fault:
             raise template_refused(tokenizer, example.messages, fault, row.where, row.number) from fault
         except TurnNotFound as fault:
@@ -137,22 +146,12 @@ class RowRenderer:
         except DataError as error:
             error.where = error.where or row.where
             raise
-        self.counts.eos_added_rows += written.eos_added
-        met = special.found_in(_strings(example.messages))
-        pieces = written.pieces
-        if met:
-            self.counts.special_in_text.update(met)
-            self.counts.rows_with_special += 1
-            pieces = [(special.restore(text), trained) for text, trained in pieces]
-        text = "".join(piece for piece, _ in pieces)
-        return RenderedRow(
-            row.number,
-            row.where,
-            text,
-            _digest(row, text),
-            pieces=[(piece, trained, False) for piece, trained in pieces],
-            protected=bool(met),
-        )
+        self.counts.add(found)
+        is_text = bool(found.special) and not found.special_is_read
+        restored = tokenizer.special.restore if is_text else str
+        pieces = [(restored(text), trained, False) for text, trained in found.written.pieces]
+        text = "".join(text for text, _, _ in pieces)
+        return RenderedRow(row.number, row.where, text, _digest(row, text), pieces=pieces, protected=is_text)
 
 
 def _written(row: Row, example: Writing) -> RenderedRow:
@@ -186,11 +185,3 @@ def _turn_not_found(row: Row, fault: TurnNotFound) -> DataError:
         fix="Use a template with {% generation %} marks, or name a built-in one in data.chat_template.",
         context={"row": row.number, "message": fault.turn + 1},
     )
-
-
-def _strings(value: object) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    return [text for item in value for text in _strings(item)] if isinstance(value, list | tuple) else []

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
 from qlora_hal.data.json_array import ArrayFault, array_elements
+from qlora_hal.data.json_text import decoded
 from qlora_hal.errors import DataError
+from qlora_hal.file_beginnings import other_encoding, what_it_is_instead
+from qlora_hal.installation import requirement
 
 MAX_ROW_BYTES = 32 * 2**20
 """The largest row that is read; a longer line is an error, so that a file without line ends cannot fill the memory."""
@@ -47,22 +51,32 @@ _Value = Mapping[str, object] | DataError
 _Lines = Iterator[tuple[int, _Value]]
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
+_CORRECT_OR_SKIP = "Correct the line, or set data.on_bad_row to skip to count such rows and go on."
+_SAVE_AS_UTF8 = "Save the file as UTF-8."
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
-
-
-def malformed(file: str, line: int, column: int, reason: str) -> DataError:
+def malformed(file: str, line: int, column: int, reason: str, fix: str = _CORRECT_OR_SKIP) -> DataError:
     """The error for text that is not JSON (QH-D04), with line and column from 1."""
     return DataError(
         "QH-D04",
         f"This is not JSON: {reason}.",
         where=f"{file}:{line}:{column}",
-        fix="Correct the line, or set data.on_bad_row to skip to count such rows and go on.",
+        fix=fix,
         context={"line": line, "column": column},
     )
+
+
+def refuse_other_content(path: Path) -> None:
+    """Raise DataError (QH-D04) for a file whose beginning shows that it is not what its name says: text in another
+    encoding than UTF-8, a pointer of Git LFS, a web page, an archive."""
+    with path.open("rb") as stream:
+        beginning = stream.read(4096)
+    encoding = other_encoding(beginning)
+    found = (f"{encoding} text; UTF-8 was expected", _SAVE_AS_UTF8) if encoding else what_it_is_instead(path, beginning)
+    if found is None:
+        return
+    what, fix = found
+    raise DataError("QH-D04", f"{path.name} is {what}.", where=f"{path.name}:1:1", fix=fix)
 
 
 def _too_long(file: str, line: int) -> DataError:
@@ -86,40 +100,39 @@ def _jsonl_lines(path: Path) -> _Lines:
                 yield line, _too_long(path.name, line)
                 continue
             if line == 1:
-                raw = _without_byte_order_mark(raw, path)
+                raw = raw.removeprefix(b"\xef\xbb\xbf")
             if (value := _parse_line(raw, path.name, line)) is not None:
                 yield line, value
-
-
-def _without_byte_order_mark(raw: bytes, path: Path) -> bytes:
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise malformed(path.name, 1, 1, "the file is UTF-16 text, and UTF-8 was expected")
-    return raw.removeprefix(b"\xef\xbb\xbf")
 
 
 def _parse_line(raw: bytes, file: str, line: int) -> _Value | None:
     """One line as an object, as an error, or None when it is blank."""
     try:
         text = raw.decode("utf-8")
-        value = _DECODER.decode(text)
+        value = decoded(text)
     except UnicodeDecodeError as error:
-        return malformed(file, line, error.start + 1, f"byte 0x{raw[error.start]:02x} is not UTF-8 text")
+        fix = f"{_SAVE_AS_UTF8[:-1]}, or set data.on_bad_row to skip to count such rows and go on."
+        return malformed(file, line, error.start + 1, f"byte 0x{raw[error.start]:02x} is not UTF-8 text", fix)
     except json.JSONDecodeError as error:
         if not raw.strip():
             return None
         return malformed(file, line, min(error.pos, len(text.rstrip())) + 1, _reason(error))
     except ValueError as error:
-        return malformed(file, line, max(1, _column_of(text, str(error))), str(error).split(";")[0])
+        return malformed(file, line, _column_of(text, str(error)), str(error).split(";")[0])
     except RecursionError:
         return malformed(file, line, 1, "values are nested too deeply")
     return value if isinstance(value, dict) else not_an_object(value, line, file)
 
 
 def _column_of(text: str, message: str) -> int:
-    return text.find(message.split(" ", 1)[0]) + 1
+    """Where the word of a message that has no place of its own stands: NaN, or a key that stands twice."""
+    word = message.rpartition("duplicate key ")[2] if "duplicate key " in message else message.split(" ", 1)[0]
+    return max(1, text.rfind(word.replace("'", '"')) + 1)
 
 
 def _reason(error: json.JSONDecodeError) -> str:
+    if "\0" in error.doc[error.pos : error.pos + 1]:
+        return "a zero byte stands there; the file was damaged, or never written to its end"
     before = error.doc[: error.pos].rstrip()
     after = error.doc[error.pos :].lstrip()
     if before.endswith(",") and after[:1] in ("}", "]", ""):
@@ -150,16 +163,15 @@ def _one_object(file: str, reason: str) -> DataError:
 
 def _array_lines(path: Path) -> _Lines:
     with path.open("r", encoding="utf-8-sig") as stream:
-        line = 1
         try:
-            for line, value in array_elements(stream, _DECODER, MAX_ROW_BYTES, _reason):
+            for line, value in array_elements(stream, MAX_ROW_BYTES, _reason):
                 yield line, value if isinstance(value, dict) else not_an_object(value, line, path.name)
         except ArrayFault as fault:
             if fault.too_long:
                 raise _too_long(path.name, fault.line) from fault
             raise malformed(path.name, fault.line, fault.column, fault.reason) from fault
         except UnicodeDecodeError as error:
-            raise malformed(path.name, line, 1, "a byte on this line or a later one is not UTF-8 text") from error
+            raise _not_utf8(path) from error
 
 
 def separator_of(path: Path) -> str:
@@ -194,6 +206,7 @@ def _csv_lines(path: Path) -> _Lines:
     try:
         with path.open("r", encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream, delimiter=separator, strict=True)
+            _refuse_repeated_columns(path, reader.fieldnames or ())
             for value in reader:
                 if None in value or None in value.values():
                     yield reader.line_num, _ragged(path.name, reader.line_num, reader.fieldnames or ())
@@ -205,6 +218,19 @@ def _csv_lines(path: Path) -> _Lines:
         raise _broken_csv(path.name, reader.line_num + 1, str(error)) from error
     finally:
         csv.field_size_limit(before)
+
+
+def _refuse_repeated_columns(path: Path, names: Sequence[str]) -> None:
+    """Raise DataError (QH-D04): a row could hold only one of two columns of a name, and which is a guess."""
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise DataError(
+            "QH-D04",
+            f"{path.name} has {len(repeated)} column names more than once: {', '.join(map(repr, repeated[:5]))}.",
+            where=f"{path.name}:1",
+            cause="A row is read by the names of its columns, so one of them would be lost.",
+            fix="Rename or remove the columns that are not meant.",
+            context={"columns": repeated},
+        )
 
 
 def _broken_csv(file: str, line: int, reason: str) -> DataError:
@@ -255,10 +281,12 @@ def _parquet_lines(path: Path) -> _Lines:
     try:
         line = 0
         with parquet.ParquetFile(path) as file:
+            _refuse_repeated_columns(path, file.schema_arrow.names)
+            nested = nested_columns(file.schema_arrow)
             for batch in file.iter_batches(batch_size=1024):
                 for value in batch.to_pylist():
                     line += 1
-                    yield line, value
+                    yield line, without_absent_keys(value, nested)
     except (arrow.ArrowException, OSError) as error:
         raise DataError(
             "QH-D04",
@@ -268,19 +296,49 @@ def _parquet_lines(path: Path) -> _Lines:
         ) from error
 
 
+def nested_columns(schema: Any) -> tuple[str, ...]:
+    """The columns of an Arrow schema that hold objects in objects, as tools and calls are."""
+
+    def depth(kind: Any) -> int:
+        fields = [kind.field(index) for index in range(kind.num_fields)]
+        return max((depth(field.type) for field in fields), default=0) + str(kind).startswith("struct<")
+
+    return tuple(field.name for field in schema if depth(field.type) > 1)
+
+
+def without_absent_keys(value: dict[str, object], columns: Sequence[str]) -> dict[str, object]:
+    """A row whose `columns` have no keys without a value. Arrow gives every object of a column the keys of all: a tool
+    would show the parameters of the others."""
+    for name in columns:
+        value[name] = _pruned(value.get(name))
+    return value
+
+
+def _pruned(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _pruned(held) for key, held in value.items() if held is not None}
+    return [_pruned(held) for held in value] if isinstance(value, list) else value
+
+
 def missing_library(name: str, what: str) -> DataError:
     """The error when an optional library is not installed (QH-D51)."""
     return DataError(
         "QH-D51",
         f"Reading {what} needs the library {name}, which is not installed.",
         where="data.path",
-        fix="Run: pip install 'qlora-hal[data]'",
+        fix=f"Run: pip install {requirement('data')}",
     )
 
 
-READ: Mapping[str, Callable[[Path], _Lines]] = {
+_READERS: Mapping[str, Callable[[Path], _Lines]] = {
     "JSONL": _jsonl_lines,
     "JSON": _json_lines,
     "CSV": _csv_lines,
     "Parquet": _parquet_lines,
 }
+
+
+def rows_in(path: Path) -> _Lines:
+    """(line, row or error) of each row of a file. Raises DataError (QH-D04, QH-D51)."""
+    refuse_other_content(path)
+    return _READERS[KINDS[path.suffix.lower()]](path)

@@ -10,30 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from qlora_hal.data.json_text import decoded
+from qlora_hal.data.objectives import refuse_other_objective
 from qlora_hal.data.reading import Row
-from qlora_hal.data.row_files import type_name
+from qlora_hal.data.row_faults import MISSING, field_fault, value_fault
+from qlora_hal.data.turns import Conversation, Message, conversation_of, from_json_text, joined
 from qlora_hal.errors import DataError
 
+__all__ = ["EVIDENCE", "USED_COLUMNS", "Conversation", "Example", "Shape", "Writing"]
+
 Shape = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
-Message = Mapping[str, object]
-
-ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
-"""The roles a message may have. Others are refused: a misspelt assistant would silently carry no loss."""
-_ROLES = frozenset(ROLES)
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """Messages of role and content. Loss falls on assistant messages from `first_target` on, less those `untrained`.
-
-    `plain` says that every message is exactly a role and a string and none is untrained, which is what renders fastest.
-    """
-
-    messages: Sequence[Message]
-    first_target: int = 0
-    tools: Sequence[object] | None = None
-    plain: bool = True
-    untrained: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,29 +32,21 @@ class Writing:
 
 Example = Conversation | Writing
 
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function": "function",
-}
-
 
 def shape_of(value: Mapping[str, object]) -> Shape | None:
-    """The shape that a row's keys show, or None. Where keys of several shapes are present, the richer one counts."""
+    """The shape that a row's keys show, or None. Where keys of several shapes are present, the richer one counts; keys
+    without a value count only where there are no others, for a table has every column in every row."""
+    if value.get("messages") is not None:
+        return "messages"
+    return _shape_by({key: held for key, held in value.items() if held is not None}) or _shape_by(value)
+
+
+def _shape_by(value: Mapping[str, object]) -> Shape | None:
     if "messages" in value:
         return "messages"
     if "conversations" in value:
         turns = value["conversations"]
-        first = turns[0] if isinstance(turns, list | tuple) and turns else None
+        first = turns[0] if isinstance(turns, list | tuple) and turns else turns
         return "messages" if isinstance(first, Mapping) and "role" in first else "sharegpt"
     if "prompt" in value and "completion" in value:
         return "prompt_completion"
@@ -86,6 +64,17 @@ EVIDENCE: Mapping[Shape, str] = {
 }
 """What a shape is recognised by, for the report and for messages."""
 
+_BESIDE_TURNS = frozenset({"system", "system_prompt", "tools", "functions"})
+
+USED_COLUMNS: Mapping[Shape, frozenset[str]] = {
+    "messages": _BESIDE_TURNS | {"messages", "conversations"},
+    "sharegpt": _BESIDE_TURNS | {"messages", "conversations"},
+    "alpaca": _BESIDE_TURNS | {"instruction", "input", "output", "history"},
+    "prompt_completion": _BESIDE_TURNS | {"prompt", "completion"},
+    "text": frozenset({"text"}),
+}
+"""The columns that a row of each shape is read from."""
+
 
 def example_of(row: Row, shape: Shape, input_heading: str = "") -> Example:
     """The row read as `shape`. Raises DataError (QH-D03 field, QH-D12 role), naming file, line and field.
@@ -93,6 +82,7 @@ def example_of(row: Row, shape: Shape, input_heading: str = "") -> Example:
     `input_heading` stands between an Alpaca row's instruction and its input.
     """
     assert isinstance(row.value, Mapping)
+    refuse_other_objective(row, row.value, is_text=shape == "text")
     if shape == "alpaca":
         return _alpaca(row, row.value, input_heading)
     return _READ_AS[shape](row, row.value)
@@ -100,6 +90,7 @@ def example_of(row: Row, shape: Shape, input_heading: str = "") -> Example:
 
 def unrecognised(row: Row, value: Mapping[str, object]) -> DataError:
     """The error for a row whose keys show no shape (QH-D03)."""
+    refuse_other_objective(row, value, is_text=False)
     keys = ", ".join(sorted(map(str, value))) or "none"
     held = next((key for key, rows in value.items() if isinstance(rows, list) and rows and _has_shape(rows[0])), None)
     return DataError(
@@ -116,166 +107,118 @@ def _has_shape(row: object) -> bool:
     return isinstance(row, Mapping) and shape_of(row) is not None
 
 
-def field_fault(row: Row, field: str, got: object, wanted: str) -> DataError:
-    """The error for a field of the wrong kind (QH-D03)."""
-    got_text = "nothing (the key is missing)" if got is _MISSING else type_name(got)
-    return DataError(
-        "QH-D03",
-        f"The field {field} holds {got_text}; {wanted} was expected.",
-        where=row.where,
-        fix="Correct the row, or set data.on_bad_row to skip to count such rows and go on.",
-        context={"field": field, "row": row.number},
-    )
-
-
-class _Missing:
-    pass
-
-
-_MISSING = _Missing()
-
-
 def _string(row: Row, value: Mapping[str, object], field: str, *, may_be_absent: bool = False) -> str:
-    found = value.get(field, _MISSING)
+    found = value.get(field, MISSING)
     if isinstance(found, str):
         return found
-    if may_be_absent and (found is _MISSING or found is None):
+    if may_be_absent and (found is MISSING or found is None):
         return ""
     raise field_fault(row, field, found, "a string")
 
 
-def _messages(row: Row, value: Mapping[str, object]) -> Conversation:
-    key = "conversations" if "conversations" in value and "messages" not in value else "messages"
-    turns = value.get(key, _MISSING)
-    conversation = _conversation(row, turns, key)
-    tools = value.get("tools")
-    if not tools:
+def _turns(row: Row, value: Mapping[str, object]) -> Conversation:
+    """The turns of a row, whichever of the two names they stand under."""
+    messages = value.get("messages")
+    if messages is not None and len(value) == 1:
+        return conversation_of(row, messages, "messages")
+    conversations = value.get("conversations")
+    if messages and conversations and messages != conversations:
+        raise value_fault(row, "conversations", conversations, "what messages holds, or nothing,")
+    only = "conversations" in value and "messages" not in value
+    key = "conversations" if only or (conversations and not messages) else "messages"
+    return _with_columns(row, value, conversation_of(row, value.get(key, MISSING), key))
+
+
+def _with_columns(row: Row, value: Mapping[str, object], conversation: Conversation) -> Conversation:
+    """The conversation with what other columns say of it: a system message and tools."""
+    if len(value) == 1:
         return conversation
+    if (system := _system(row, value)) and not _opens_with(row, conversation, system):
+        first_target = conversation.first_target and conversation.first_target + 1
+        conversation = conversation.after([{"role": "system", "content": system}], first_target=first_target)
+    tools = _tools(row, value)
+    return replace(conversation, tools=tools, plain=False) if tools else conversation
+
+
+def _system(row: Row, value: Mapping[str, object]) -> str:
+    found = [text for name in ("system", "system_prompt") if (text := _string(row, value, name, may_be_absent=True))]
+    if len(set(found)) > 1:
+        raise value_fault(row, "system_prompt", found[1], "what system holds, or nothing,")
+    return found[0] if found else ""
+
+
+def _opens_with(row: Row, conversation: Conversation, system: str) -> bool:
+    """Whether the turns begin with this very system message; a row with two different ones is refused."""
+    first = conversation.messages[0]
+    if first["role"] != "system":
+        return False
+    if joined(first.get("content")) != system:
+        raise value_fault(row, "system", system, "the system message of the turns, or nothing,")
+    return True
+
+
+def _tools(row: Row, value: Mapping[str, object]) -> Sequence[object]:
+    """The tools of a row: a list of objects or its JSON text; OpenAI's older `functions` in today's form."""
+    named = {name: _listed_tools(row, name, value[name]) for name in ("tools", "functions") if value.get(name)}
+    tools, functions = named.get("tools", ()), named.get("functions", ())
+    if tools and functions:
+        raise value_fault(row, "functions", functions, "nothing, as there are tools,")
+    return tools or [{"type": "function", "function": function} for function in functions]
+
+
+def _listed_tools(row: Row, field: str, given: object) -> Sequence[object]:
+    wanted = "a list of tools"
+    tools = from_json_text(row, given, field, wanted) if isinstance(given, str) and given.strip() else given
+    if tools is None or tools == given == "":
+        return ()
     if not isinstance(tools, list | tuple):
-        raise field_fault(row, "tools", tools, "a list")
-    return replace(conversation, tools=tools, plain=False)
-
-
-def _conversation(row: Row, turns: object, field: str) -> Conversation:
-    if not isinstance(turns, list | tuple) or not turns:
-        raise field_fault(row, field, turns, "a list of at least one message")
-    plain = True
-    messages: list[Message] = []
-    untrained: set[int] = set()
-    known = _ROLES
-    for index, turn in enumerate(turns):
-        if type(turn) is dict and len(turn) == 2 and type(turn.get("content")) is str:
-            role = turn.get("role")
-            if type(role) is str and role in known:
-                messages.append(turn)
-                continue
-        message = _message(row, turn, f"{field}[{index}]")
-        if _taken_weight(row, message, f"{field}[{index}]") == 0:
-            untrained.add(index)
-        plain = plain and message.keys() == {"role", "content"}
-        messages.append(message)
-    return Conversation(messages, plain=plain and not untrained, untrained=frozenset(untrained))
-
-
-def _taken_weight(row: Row, message: dict[str, object], field: str) -> int:
-    """The `weight` of an assistant turn as OpenAI has it, 0 for no loss, taken out of the message; 1 where none is set.
-
-    Other roles carry no loss, so their 0 goes too; their 1 stays, as a field that nothing uses.
-    """
-    weight = message.get("weight", 1)
-    if weight not in (0, 1):
-        raise field_fault(row, f"{field}.weight", weight, "0 or 1")
-    if message["role"] == "assistant" or weight == 0:
-        message.pop("weight", None)
-    return int(weight == 1)
-
-
-def _message(row: Row, turn: object, field: str) -> dict[str, object]:
-    """One message that is not simply a role and a string: parts joined, empty fields left out."""
-    if not isinstance(turn, Mapping):
-        raise field_fault(row, field, turn, "an object with role and content")
-    role = turn.get("role", _MISSING)
-    if not isinstance(role, str):
-        raise field_fault(row, f"{field}.role", role, "a string")
-    if role not in ROLES:
-        raise DataError(
-            "QH-D12",
-            f"The role {role!r} of {field} is unknown; one of {', '.join(ROLES)} was expected.",
-            where=row.where,
-            fix="Correct the role, or name the shape in data.format.",
-            context={"row": row.number},
-        )
-    message = {str(key): kept for key, kept in turn.items() if kept is not None}
-    content = message.get("content", _MISSING)
-    if isinstance(content, list | tuple):
-        message["content"] = _joined_parts(row, content, f"{field}.content")
-    elif not isinstance(content, str) and not (content is _MISSING and "tool_calls" in message):
-        raise field_fault(row, f"{field}.content", turn.get("content", _MISSING), "a string")
-    return message
-
-
-def _joined_parts(row: Row, parts: Sequence[object], field: str) -> str:
-    texts: list[str] = []
-    for index, part in enumerate(parts):
-        text = part if isinstance(part, str) else part.get("text") if isinstance(part, Mapping) else None
-        if not isinstance(text, str):
-            raise field_fault(row, f"{field}[{index}]", part, "a part of type text")
-        texts.append(text)
-    return "".join(texts)
-
-
-def _sharegpt(row: Row, value: Mapping[str, object]) -> Conversation:
-    turns = value.get("conversations", _MISSING)
-    if not isinstance(turns, list | tuple) or not turns:
-        raise field_fault(row, "conversations", turns, "a list of at least one message")
-    messages: list[Message] = []
-    plain, untrained = True, set[int]()
-    system = value.get("system")
-    if isinstance(system, str) and system:
-        messages.append({"role": "system", "content": system})
-    for index, turn in enumerate(turns):
-        field = f"conversations[{index}]"
-        if not isinstance(turn, Mapping):
-            raise field_fault(row, field, turn, "an object with from and value")
-        speaker = turn.get("from", _MISSING)
-        role = _SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
-        if role is None:
-            raise field_fault(row, f"{field}.from", speaker, f"one of {', '.join(_SHAREGPT_ROLES)}")
-        content = turn.get("value", _MISSING)
-        if not isinstance(content, str):
-            raise field_fault(row, f"{field}.value", content, "a string")
-        rest = {str(key): kept for key, kept in turn.items() if kept is not None and key not in ("from", "value")}
-        message = {**rest, "role": role, "content": content}
-        if _taken_weight(row, message, field) == 0:
-            untrained.add(len(messages))
-        plain = plain and len(message) == 2
-        messages.append(message)
-    return Conversation(messages, plain=plain and not untrained, untrained=frozenset(untrained))
+        raise field_fault(row, field, tools, f"{wanted}, or its JSON text,")
+    for index, tool in enumerate(tools):
+        if not isinstance(tool, Mapping):
+            raise value_fault(row, f"{field}[{index}]", tool, "an object that describes a tool")
+    return tools
 
 
 def _alpaca(row: Row, value: Mapping[str, object], input_heading: str) -> Conversation:
     instruction, output = _string(row, value, "instruction"), _string(row, value, "output")
     extra = _string(row, value, "input", may_be_absent=True)
     question = f"{instruction}\n\n{input_heading}{extra}" if extra.strip() else instruction
+    asked = Conversation([{"role": "user", "content": question}, {"role": "assistant", "content": output}])
+    earlier = _history(row, value["history"]) if value.get("history") else None
+    if earlier is not None:
+        asked = replace(earlier, messages=[*earlier.messages, *asked.messages], plain=earlier.plain)
+    return _with_columns(row, value, asked)
+
+
+def _history(row: Row, given: object) -> Conversation | None:
+    """The exchanges before an Alpaca row's own, trained like it: pairs of question and answer, or turns."""
+    wanted = "a list of pairs of question and answer, or of turns"
+    history = from_json_text(row, given, "history", wanted) if isinstance(given, str) else given
+    if not isinstance(history, list | tuple):
+        raise field_fault(row, "history", history, wanted)
+    if not history:
+        return None
+    if all(isinstance(turn, Mapping) for turn in history):
+        return conversation_of(row, history, "history")
     messages: list[Message] = []
-    if system := _string(row, value, "system", may_be_absent=True):
-        messages.append({"role": "system", "content": system})
-    return Conversation(
-        [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": output}],
-        first_target=len(messages),
-    )
+    for index, pair in enumerate(history):
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise value_fault(row, f"history[{index}]", pair, "a pair of question and answer, two strings,")
+        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return Conversation(messages)
 
 
 def _prompt_completion(row: Row, value: Mapping[str, object]) -> Example:
-    prompt, completion = value.get("prompt", _MISSING), value.get("completion", _MISSING)
+    prompt, completion = value.get("prompt", MISSING), value.get("completion", MISSING)
     if isinstance(prompt, str) and isinstance(completion, str):
-        return Writing(prompt, completion)
+        turns = _messages_as_text(prompt), _messages_as_text(completion)
+        if None in turns:
+            return _plain_writing(row, value, prompt, completion)
+        prompt, completion = turns
     if isinstance(prompt, list | tuple) and isinstance(completion, list | tuple):
-        before, after = _conversation(row, prompt, "prompt"), _conversation(row, completion, "completion")
-        together = [*before.messages, *after.messages]
-        first = len(before.messages)
-        untrained = frozenset(first + number for number in after.untrained)
-        return Conversation(together, first, plain=before.plain and after.plain, untrained=untrained)
+        before, after = conversation_of(row, prompt, "prompt"), conversation_of(row, completion, "completion")
+        both = after.after(before.messages, first_target=len(before.messages))
+        return _with_columns(row, value, replace(both, plain=before.plain and after.plain))
     if isinstance(prompt, str):
         raise field_fault(row, "completion", completion, "a string, as prompt is")
     if isinstance(prompt, list | tuple):
@@ -283,13 +226,35 @@ def _prompt_completion(row: Row, value: Mapping[str, object]) -> Example:
     raise field_fault(row, "prompt", prompt, "a string or a list of messages")
 
 
+def _messages_as_text(text: str) -> object:
+    """The messages that a table holds as JSON text; None for any other text."""
+    if not text.startswith("[{"):
+        return None
+    try:
+        turns = decoded(text)
+    except (ValueError, RecursionError):
+        return None
+    is_turns = isinstance(turns, list) and all(
+        isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in turns
+    )
+    return turns if is_turns else None
+
+
+def _plain_writing(row: Row, value: Mapping[str, object], prompt: str, completion: str) -> Writing:
+    for name in ("system", "system_prompt", "tools", "functions"):
+        if value.get(name):
+            fix = "Give prompt and completion as lists of messages, so that a template writes it."
+            raise value_fault(row, name, value[name], "nothing beside a prompt that is plain text", fix)
+    return Writing(prompt, completion)
+
+
 def _text(row: Row, value: Mapping[str, object]) -> Writing:
     return Writing("", _string(row, value, "text"))
 
 
 _READ_AS: Mapping[Shape, Callable[[Row, Mapping[str, object]], Example]] = {
-    "messages": _messages,
-    "sharegpt": _sharegpt,
+    "messages": _turns,
+    "sharegpt": _turns,
     "prompt_completion": _prompt_completion,
     "text": _text,
 }

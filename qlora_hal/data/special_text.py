@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from qlora_hal.errors import DataError
+
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
@@ -32,16 +34,16 @@ class SpecialText:
         self._numbers = {token: str(number) for number, token in enumerate(self._tokens)}
         longest_first = sorted(self._tokens, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self._closing = re.compile(rf"\s*(?:{self.pattern.pattern})")
+        self._next = re.compile(rf"\s*({self.pattern.pattern})")
 
     def found_in(self, texts: Iterable[str]) -> Counter[str]:
         """How often each special token stands in the texts."""
         return Counter(token for text in texts for token in self.pattern.findall(text))
 
-    def end_after(self, text: str, at: int) -> int | None:
-        """Where the special token ends that follows `at`, with only white space between."""
-        match = self._closing.match(text, at)
-        return match.end() if match else None
+    def next_after(self, text: str, at: int) -> tuple[str, int] | None:
+        """(the special token that follows `at` with only white space between, where it ends)."""
+        match = self._next.match(text, at)
+        return (match.group(1), match.end()) if match else None
 
     def end_of_last(self, text: str) -> int | None:
         """Where the last special token of a text ends, if only white space follows it."""
@@ -61,9 +63,33 @@ class SpecialText:
     def alias_of(self, token: str) -> str:
         return _ALIAS.format(self._numbers[token])
 
+    def unmask(self, text: str) -> str:
+        """The text with the special tokens that `mask` hid."""
+        return _MASKED_PATTERN.sub(lambda match: self._tokens[int(match.group(1))], text)
+
     def restore(self, text: str) -> str:
         """The template's special tokens as aliases, the masked ones of the user as the characters they were."""
-        return _MASKED_PATTERN.sub(lambda match: self._tokens[int(match.group(1))], self.alias(text))
+        return self.unmask(self.alias(text))
+
+
+def masked(special: SpecialText, value: object) -> Any:
+    """A value in which the special tokens of every string are masked, keys left as they are.
+
+    Raises DataError (QH-D08) when a text holds the signs that masks are made of.
+    """
+    if isinstance(value, str):
+        if NONCHARACTERS.search(value):
+            raise DataError(
+                "QH-D08",
+                "A text holds code points between U+FDD0 and U+FDEF, which are no characters.",
+                fix="Remove them from the row, or set data.on_bad_row to skip.",
+            )
+        return special.mask(value)
+    if isinstance(value, Mapping):
+        return {key: masked(special, item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [masked(special, item) for item in value]
+    return value
 
 
 class ProtectedTokenizer:

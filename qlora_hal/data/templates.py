@@ -13,13 +13,18 @@ import re
 from collections.abc import Mapping, Sequence
 
 import jinja2
+import jinja2.nodes
 
 from qlora_hal.data.template_sandbox import Sandbox, TooMuch, shown, size_of
+from qlora_hal.data.turn_marks import LOOP_FILTERS, Rendering, mark_loops, rendering_of, with_signs
 from qlora_hal.errors import DataError, UnsafeInputError
 
 MAX_TEMPLATE_BYTES = 64 * 2**10
 MAX_OUTPUT_FACTOR, MAX_OUTPUT_FLOOR = 16, 2**16
 """A template may write 16 times what it was given, and 64 Ki characters in any case."""
+
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+"""The names of a message's reasoning, in the order in which transformers looks for it."""
 
 BUILT_IN: Mapping[str, str] = {
     "chatml": (
@@ -109,6 +114,20 @@ class TemplateFault(Exception):
     """A template refused or failed on these messages."""
 
 
+class _MarkingSandbox(Sandbox):
+    """The sandbox, with marks in every loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filters.update(LOOP_FILTERS)
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
+        template = super()._parse(source, name, filename)
+        mark_loops(template)
+        template.set_environment(self)
+        return template
+
+
 class ChatTemplate:
     """One compiled template. `source` is its text, `name` what a message calls it."""
 
@@ -123,7 +142,7 @@ class ChatTemplate:
             )
         self.source, self.name = source, name
         self._variables = dict(variables)
-        self._sandbox = Sandbox()
+        self._sandbox = _MarkingSandbox()
         try:
             self._compiled = self._sandbox.from_string(source)
         # Deep nesting ends in Python's own compiler and its recursion limit.
@@ -164,14 +183,25 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         tools: Sequence[object] | None = None,
     ) -> str:
-        """The text, with generation marks where the template sets them. Raises TemplateFault, UnsafeInputError."""
+        """The text. Raises TemplateFault, UnsafeInputError."""
+        return self.trace(messages, add_generation_prompt=add_generation_prompt, tools=tools).text
+
+    def trace(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        add_generation_prompt: bool = False,
+        tools: Sequence[object] | None = None,
+    ) -> Rendering:
+        """The text, and where each message stands in it. Raises TemplateFault, UnsafeInputError."""
+        messages = [with_reasoning_named(message) for message in messages]
         given = _characters(messages, tools)
         budget = MAX_OUTPUT_FLOOR + MAX_OUTPUT_FACTOR * given
         self._sandbox.begin(size_of([*messages, tools]), turns=len(messages))
         pieces: list[str] = []
         try:
             for piece in self._compiled.generate(
-                messages=list(messages),
+                messages=messages,
                 tools=list(tools) if tools else None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
@@ -185,7 +215,16 @@ class ChatTemplate:
             raise _too_much(self.name, error) from error
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
             raise TemplateFault(str(error) or type(error).__name__) from error
-        return shown(self._sandbox.concat(pieces))
+        return rendering_of(shown(self._sandbox.concat(with_signs(pieces, messages))))
+
+
+def with_reasoning_named(message: Mapping[str, object]) -> dict[str, object]:
+    """A copy of the message in which `reasoning_content` and `thinking` are filled from whichever of these and
+    `reasoning` is there, as transformers does: one thing, and each family of templates reads it by another name."""
+    reasoning = next((message[name] for name in REASONING_FIELDS if message.get(name) is not None), None)
+    if reasoning is None:
+        return dict(message)
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def _characters(messages: Sequence[Mapping[str, object]], tools: Sequence[object] | None) -> int:

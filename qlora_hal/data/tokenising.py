@@ -151,6 +151,8 @@ class Preparation:
             return self._bad.first[0] if self._bad.first else ""
         if self._fitting.too_long:
             return "The prompts alone fill max_seq_length, or no row has an assistant turn."
+        if self._renderer.counts.omissions.lost_turns:
+            return "; ".join(self._renderer.counts.omissions.lines())
         return "No row has an assistant turn with content."
 
     def _report(self, sequences: int) -> SourceReport:
@@ -181,7 +183,7 @@ class Preparation:
             all_tokens=fitting.all_tokens,
             trained_tokens=fitting.trained_tokens,
             ended_rows=self._ended,
-            eos_added_rows=rendering.eos_added_rows + encoding.eos_appended,
+            eos_added_rows=rendering.end_added_rows + encoding.eos_appended,
             tokenizer_adds_bos=self._tokenizer.adds_bos,
             double_bos_rows=encoding.double_bos_rows,
             special_in_text=dict((rendering.special_in_text + encoding.special_in_text).most_common()),
@@ -197,23 +199,45 @@ class Preparation:
         )
 
     def _alerts(self) -> list[str]:
-        unused = self._renderer.counts.unused_fields
-        listing = ", ".join(f"{name} ({count} rows)" for name, count in sorted(unused.items()))
-        return [f"message fields not used: {listing}"] if listing else []
+        counts = self._renderer.counts
+        listing = ", ".join(f"{name} ({count} rows)" for name, count in sorted(counts.unused_fields.items()))
+        alerts = [*counts.omissions.lines(), *([f"message fields not used: {listing}"] if listing else [])]
+        if counts.unmarked_turns:
+            alerts.append(
+                f"assistant turns that the template does not enclose in {{% generation %}}, without loss: "
+                f"{counts.unmarked_turns}"
+            )
+        if counts.special_read:
+            met = ", ".join(f"{token} {count}" for token, count in counts.special_read.items())
+            alerts.append(f"special tokens in messages that the template reads, encoded as tokens: {met}")
+        return alerts
 
     def _notes(self) -> list[str]:
-        shapes = self._renderer.counts.shapes
+        counts = self._renderer.counts
         notes = list(self._source.notes)
-        if len(shapes) > 1:
-            notes.append(
-                f"the rows have {len(shapes)} shapes: " + ", ".join(f"{s} {n}" for s, n in shapes.most_common())
-            )
-        if "alpaca" in shapes and self._tokenizer.template is None:
+        if len(counts.shapes) > 1:
+            shapes = ", ".join(f"{shape} {number}" for shape, number in counts.shapes.most_common())
+            notes.append(f"the rows have {len(counts.shapes)} shapes: {shapes}")
+        if "alpaca" in counts.shapes and self._tokenizer.template is None:
             notes.append(
                 "the tokenizer has no chat template; rows of the shape alpaca use the built-in template alpaca"
             )
-        if self._renderer.counts.eos_added_rows:
-            notes.append("the template ends some assistant turn without an end token; the eos was put there")
+        if counts.rows_with_tool_template:
+            notes.append(f"{counts.rows_with_tool_template} rows with tools use the tokenizer's template tool_use")
+        if counts.end_added_rows:
+            notes.append(
+                f"the template ends the last answer of {counts.end_added_rows} rows without an end token; "
+                "one was put behind them"
+            )
+        if counts.empty_thoughts:
+            notes.append(
+                f"the template writes an empty <think></think> into {counts.empty_thoughts} answers; it is trained "
+                "with them, so the model learns to answer without thinking"
+            )
+        for form, number in counts.arguments_as.items():
+            notes.append(
+                f"the arguments of calls were given to the template as {form} in {number} rows: it takes no others"
+            )
         return notes
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_hal.data.chat import ConversationWriter, TurnNotFound
+from qlora_hal.data.conversation_text import masked_messages
 from qlora_hal.data.outlines import Outlines
-from qlora_hal.data.special_text import NONCHARACTERS, ProtectedTokenizer, SpecialText
-from qlora_hal.data.template_sandbox import GENERATION_END, GENERATION_START
+from qlora_hal.data.special_text import ProtectedTokenizer, SpecialText
 from qlora_hal.data.templates import BUILT_IN, ChatTemplate, TemplateFault
-from qlora_hal.data.tokenizer_files import TokenizerFiles, broken, read_folder
+from qlora_hal.data.tokenizer_files import TokenizerFiles, broken, not_utf8, read_folder
 from qlora_hal.errors import DataError
 
 if TYPE_CHECKING:
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
     from qlora_hal.data.chat import Message
 
-_ENCODING_VERSION = "1"
+TOOL_TEMPLATE = "tool_use"
+"""The name of the template that a tokenizer has for conversations with tools, if it has one of its own."""
+
+_ENCODING_VERSION = "2"
 
 
 class ChatTokenizer:
@@ -34,7 +37,7 @@ class ChatTokenizer:
     `stop_ids` end generation: the eos ids of the model and the token with which the template ends a turn. `pad_id` is
     never an end token; padding is told by segment ids, so the pad token's own meaning never matters. `hash` changes
     with anything that could change a row's tokens. `model_vocabulary_size` is the number of the model's embeddings,
-    None where it is not known; no id is taken from beyond it.
+    None where it is not known; no id is taken from beyond it. `opening_ids` open a text that no template writes.
     """
 
     def __init__(
@@ -44,8 +47,12 @@ class ChatTokenizer:
         template: str | None,
         template_name: str,
         model_vocabulary_size: int | None = None,
+        named_templates: Mapping[str, str] | None = None,
     ) -> None:
-        """Raises DataError (QH-D12, QH-D13), UnsafeInputError (QH-X04), ModelError (QH-D52)."""
+        """`named_templates` are the tokenizer's others: tool_use is used for rows with tools, as transformers does.
+
+        Raises DataError (QH-D12, QH-D13), UnsafeInputError (QH-X04), ModelError (QH-D52).
+        """
         self._rust = files.tokenizer
         self._model_vocabulary_size = model_vocabulary_size
         self.vocabulary_size: int = self._rust.get_vocab_size(with_added_tokens=True)
@@ -55,17 +62,21 @@ class ChatTokenizer:
         self._named = dict(files.named)
         self.eos_id = self._eos(files)
         self.bos_id = self._within_model("bos_token", self._id_of("bos_token", self.eos_id))
-        self.adds_bos = self._bos_is_added(files)
-        notes: list[str] = []
+        self.opening_ids = self._opening()
+        self.adds_bos = "bos_token" in self._named and self.bos_id in self.opening_ids
+        notes = list(files.notes)
         self.pad_id = self._pad(files, notes)
         self.template_name = template_name if template is not None else "none"
         self.template = None if template is None else ChatTemplate(template, template_name, self._variables())
+        self._ends = {token for token in map(self._rust.id_to_token, (self.eos_id, *files.eos_ids)) if token}
         self.writer = (
             None
             if self.template is None
-            else ConversationWriter(self.template, self.special, self._rust.id_to_token(self.eos_id) or "")
+            else ConversationWriter(self.template, self.special, self._eos_text(), self._ends)
         )
         self.outlines = None if self.writer is None else Outlines(self.writer)
+        self._named_templates = dict(named_templates or {})
+        self._for_tools = self._with_tool_template(files)
         self._protected: ProtectedTokenizer | None = None
         self.stop_ids = self._stops(files)
         if self.template is not None and self.template.tells_date:
@@ -73,7 +84,7 @@ class ChatTokenizer:
         if template_name in BUILT_IN and (unknown := self._markers_spelled_out(BUILT_IN[template_name])):
             notes.append(f"{unknown} of the template {template_name} are no tokens here; they are written as text")
         self.notes = tuple(notes)
-        self.hash = self._hash(template)
+        self.hash = self._hash(template, self._named_templates.get(TOOL_TEMPLATE))
 
     @classmethod
     def from_folder(
@@ -85,15 +96,34 @@ class ChatTokenizer:
         """
         files = read_folder(Path(folder))
         template, name = files.template, "of the tokenizer"
+        named: Mapping[str, str] = files.named_templates
         if chat_template is not None:
-            template, name = _chosen_template(chat_template)
-        return cls(files, template=template, template_name=name, model_vocabulary_size=model_vocabulary_size)
+            template, name = chosen_template(chat_template, named)
+            named = {}
+        return cls(
+            files,
+            template=template,
+            template_name=name,
+            model_vocabulary_size=model_vocabulary_size,
+            named_templates=named,
+        )
 
     def with_template(self, name: str) -> ChatTokenizer:
         """The same tokenizer with a built-in template."""
-        files = TokenizerFiles(self._rust, self._named, None, tuple(self.stop_ids), self.adds_bos)
+        files = TokenizerFiles(self._rust, self._named, None, tuple(self.stop_ids))
         size = self._model_vocabulary_size
         return ChatTokenizer(files, template=BUILT_IN[name], template_name=name, model_vocabulary_size=size)
+
+    def for_rows(self, *, with_tools: bool) -> ChatTokenizer:
+        """The same tokenizer with the template that it has for rows with tools, or without."""
+        return self._for_tools if with_tools and self._for_tools is not None else self
+
+    def _with_tool_template(self, files: TokenizerFiles) -> ChatTokenizer | None:
+        template = self._named_templates.get(TOOL_TEMPLATE)
+        if template is None:
+            return None
+        name, size = f"{TOOL_TEMPLATE} of the tokenizer", self._model_vocabulary_size
+        return ChatTokenizer(files, template=template, template_name=name, model_vocabulary_size=size)
 
     # text ----------------------------------------------------------------------------------------------------------
     def encode(self, text: str) -> list[int]:
@@ -121,13 +151,13 @@ class ChatTokenizer:
     # conversations -------------------------------------------------------------------------------------------------
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         """The template's text. Raises DataError (QH-D12) without a template or when it refuses the messages."""
-        if self.template is None:
-            raise no_template("these messages")
+        if self.template is None or self.writer is None:
+            raise self.no_template("these messages")
         try:
-            text = self.template.render(messages, add_generation_prompt=add_generation_prompt)
+            fitted = self.writer.contents.fitted(messages, None)
+            return self.template.render(fitted, add_generation_prompt=add_generation_prompt)
         except TemplateFault as fault:
             raise template_refused(self, messages, fault, "") from fault
-        return text.replace(GENERATION_START, "").replace(GENERATION_END, "")
 
     def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
         """Ids of a conversation, for generation. Special tokens inside contents are text; a bos never stands twice."""
@@ -135,12 +165,26 @@ class ChatTokenizer:
         if not self.special.found_in(contents):
             ids = self.encode(self.render(messages, add_generation_prompt=add_generation_prompt))
         else:
-            masked = mask_messages(self.special, messages)
+            masked = masked_messages(self.special, messages)
             text = self.render(masked, add_generation_prompt=add_generation_prompt)
             ids, _ = self.encode_protected(self.special.restore(text))
         return ids[1:] if ids[:2] == [self.bos_id] * 2 and self.bos_id != self.eos_id else ids
 
     # what the folder says ------------------------------------------------------------------------------------------
+    def no_template(self, what: str, where: str = "") -> DataError:
+        """The error when a conversation has to be rendered and the tokenizer has no template for it (QH-D12)."""
+        names, found = [*self._named_templates, *BUILT_IN], "has no chat template"
+        if self._named_templates:
+            found = f"has the chat templates {', '.join(self._named_templates)} and none that is named default"
+        return DataError(
+            "QH-D12",
+            f"The tokenizer {found}, and {what} need one.",
+            where=where,
+            cause="Every model family has its own way to write turns; a wrong guess would train without an error.",
+            fix=f"Set data.chat_template to one of {', '.join(names)}, or to a Jinja file.",
+            context={"built_in_templates": list(BUILT_IN)},
+        )
+
     def _id_of(self, name: str, otherwise: int) -> int:
         number = self._rust.token_to_id(self._named[name]) if name in self._named else None
         return otherwise if number is None else int(number)
@@ -167,13 +211,11 @@ class ChatTokenizer:
     def _is_beyond_model(self, number: int) -> bool:
         return self._model_vocabulary_size is not None and number >= self._model_vocabulary_size
 
-    def _bos_is_added(self, files: TokenizerFiles) -> bool:
-        if "bos_token" not in self._named:
-            return False
-        if files.adds_bos is not None:
-            return files.adds_bos
-        with_special = self._rust.encode("a", add_special_tokens=True).ids
-        return with_special[:1] == [self.bos_id]
+    def _opening(self) -> tuple[int, ...]:
+        """The ids that tokenizer.json's post-processor puts before a text: the bos, with some models more."""
+        bare, whole = (self._rust.encode("a", add_special_tokens=adds).ids for adds in (False, True))
+        places = range(len(whole) - len(bare) + 1)
+        return tuple(whole[: next((place for place in places if whole[place : place + len(bare)] == bare), 0)])
 
     def _pad(self, files: TokenizerFiles, notes: list[str]) -> int:
         ends = {self.eos_id, *files.eos_ids}
@@ -213,39 +255,57 @@ class ChatTokenizer:
                 return tuple(dict.fromkeys(stops))  # what the template does not take, the first row will say
             target = "".join(text for text, trained in written.pieces if trained)
             stops += [self.special.ids[token] for token in self.special.pattern.findall(target)[-1:]]
-        return tuple(dict.fromkeys(stops))
+        return tuple(dict.fromkeys([*stops, *(self._for_tools.stop_ids if self._for_tools is not None else ())]))
 
-    def _hash(self, template: str | None) -> str:
+    def _hash(self, template: str | None, tool_template: str | None) -> str:
         digest = hashlib.sha256(self._rust.to_str().encode("utf-8", "replace"))
-        for part in (template or "", self.bos_id, self.eos_id, self.adds_bos, _ENCODING_VERSION):
+        more = [self.opening_ids] if self.opening_ids not in ((), (self.bos_id,)) else []
+        for part in (
+            template or "",
+            tool_template or "",
+            sorted(self._ends),
+            self.bos_id,
+            self.eos_id,
+            self.adds_bos,
+            _ENCODING_VERSION,
+            *more,
+        ):
             digest.update(f"\0{part}".encode("utf-8", "replace"))
         return digest.hexdigest()
 
 
-def _chosen_template(chosen: str) -> tuple[str, str]:
-    """(text, name) of a built-in template or of a file."""
-    if chosen in BUILT_IN:
-        return BUILT_IN[chosen], chosen
+def chosen_template(chosen: str, named: Mapping[str, str]) -> tuple[str, str]:
+    """(text, name) of a built-in template, one that the tokenizer has under a name, or a file."""
+    for templates in (BUILT_IN, named):
+        if chosen in templates:
+            return templates[chosen], chosen
     path = Path(chosen).expanduser()
+    names = ", ".join([*BUILT_IN, *named])
     if not path.is_file():
         raise DataError(
             "QH-D12",
             f"There is no chat template {chosen!r}, neither built in nor as a file.",
             where="data.chat_template",
-            fix=f"Name one of {', '.join(BUILT_IN)}, or a Jinja file.",
+            fix=f"Name one of {names}, or a Jinja file.",
         )
-    return path.read_text("utf-8"), path.name
+    try:
+        return path.read_bytes().decode("utf-8-sig"), path.name
+    except UnicodeDecodeError as error:
+        reason, fix = not_utf8(error), "Save the file as UTF-8."
+        raise _unreadable_template(path, reason, fix) from error
+    except OSError as error:
+        raise _unreadable_template(
+            path, error.strerror or str(error), f"Name one of {names}, or another file."
+        ) from error
 
 
-def no_template(what: str, where: str = "") -> DataError:
-    """The error when a conversation has to be rendered and the tokenizer has no template (QH-D12)."""
+def _unreadable_template(path: Path, reason: str, fix: str) -> DataError:
     return DataError(
         "QH-D12",
-        f"The tokenizer has no chat template, and {what} need one.",
-        where=where,
-        cause="Every model family has its own way to write turns; a wrong guess would train without an error.",
-        fix=f"Set data.chat_template to one of {', '.join(BUILT_IN)}, or to a Jinja file.",
-        context={"built_in_templates": list(BUILT_IN)},
+        f"The chat template {path.name} cannot be read: {reason}.",
+        where="data.chat_template",
+        fix=fix,
+        context={"path": str(path)},
     )
 
 
@@ -274,30 +334,3 @@ def _first_refused(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> int
         except TemplateFault:
             return count - 1
     return max(0, len(messages) - 1)
-
-
-def mask_messages(special: SpecialText, messages: Sequence[Message]) -> list[Message]:
-    """Messages in which the special tokens of every string are masked; `special.restore` brings them back as text.
-
-    Raises DataError (QH-D08) when a text holds the signs that masks are made of.
-    """
-    masked: list[Message] = []
-    for message in messages:
-        masked.append({key: value if key == "role" else _masked(special, value) for key, value in message.items()})
-    return masked
-
-
-def _masked(special: SpecialText, value: object) -> object:
-    if isinstance(value, str):
-        if NONCHARACTERS.search(value):
-            raise DataError(
-                "QH-D08",
-                "A text holds code points between U+FDD0 and U+FDEF, which are no characters.",
-                fix="Remove them from the row, or set data.on_bad_row to skip.",
-            )
-        return special.mask(value)
-    if isinstance(value, Mapping):
-        return {key: _masked(special, item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_masked(special, item) for item in value]
-    return value

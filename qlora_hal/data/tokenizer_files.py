@@ -4,50 +4,81 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_hal.data.declared_tokens import declare, declared_in
+from qlora_hal.data.rebuilt_tokenizers import rebuilding_notes
 from qlora_hal.errors import ModelError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+MORE_TEMPLATES = "additional_chat_templates"
+"""The folder of a model's chat templates beside its default one."""
+_DEFAULT = "default"
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFiles:
     """The contents of a folder. `named` maps bos_token, eos_token, ... to text; `eos_ids` come from the generation
-    configuration; `adds_bos` is None where the folder leaves it to the tokenizer's post-processor."""
+    configuration. `template` is the one template or the one named default; `named_templates` are the others, such as
+    tool_use. `notes` say what of the folder is read otherwise than it may seem."""
 
     tokenizer: Tokenizer
     named: Mapping[str, str]
     template: str | None
     eos_ids: tuple[int, ...]
-    adds_bos: bool | None
+    named_templates: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def read_folder(folder: Path) -> TokenizerFiles:
     """Raises ModelError (QH-D52) when the folder holds no tokenizer that can be read."""
     config = _json_object(folder / "tokenizer_config.json")
-    named = {**_named(_json_object(folder / "special_tokens_map.json")), **_named(config)}
+    _refuse_split_special_tokens(folder, config)
+    special_map, added = (_json_object(folder / name) for name in ("special_tokens_map.json", "added_tokens.json"))
+    declared = declared_in(config, special_map, added, folder)
+    named, notes = {name: token.content for name, token in declared.named.items()}, list(declared.notes)
     if (folder / "tokenizer.json").is_file():
         tokenizer = _rust_tokenizer(folder / "tokenizer.json")
+        notes += [*rebuilding_notes(folder, tokenizer, config), *_bos_notes(tokenizer, config, named)]
     else:
         tokenizer, found = _converted_tokenizer(folder)
         named = {**found, **named}
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    _declare_special(tokenizer, config, named)
-    adds_bos = config.get("add_bos_token")
-    return TokenizerFiles(
-        tokenizer,
-        named,
-        _template(folder, config),
-        _eos_ids(folder),
-        adds_bos if isinstance(adds_bos, bool) else None,
-    )
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None
+        notes.append("tokenizer.json drops merges at random (dropout); every text is encoded in one way here")
+    notes += declare(tokenizer, declared, folder)
+    templates = _templates(folder, config)
+    template = templates.pop(_DEFAULT, None)
+    return TokenizerFiles(tokenizer, named, template, _eos_ids(folder), templates, tuple(notes))
+
+
+def _bos_notes(tokenizer: Tokenizer, config: Mapping[str, object], named: Mapping[str, str]) -> list[str]:
+    """A note where tokenizer_config.json says of the bos what tokenizer.json's post-processor does not do."""
+    says, bos = config.get("add_bos_token"), tokenizer.token_to_id(named.get("bos_token", ""))
+    does = bos is not None and bos in tokenizer.encode("a", add_special_tokens=True).ids
+    if not isinstance(says, bool) or says == does:
+        return []
+    return [
+        f"tokenizer_config.json has add_bos_token {str(says).lower()}; tokenizer.json {'puts' if does else 'puts no'} "
+        "bos before a text, and is followed, as transformers 5 does"
+    ]
+
+
+def _refuse_split_special_tokens(folder: Path, config: Mapping[str, object]) -> None:
+    if config.get("split_special_tokens") is True:
+        raise ModelError(
+            "QH-D52",
+            "tokenizer_config.json sets split_special_tokens; special tokens that stay whole were expected.",
+            where=str(folder / "tokenizer_config.json"),
+            cause="With it no turn of a chat template could be told from text.",
+            fix="Set it to false in a copy of the folder.",
+        )
 
 
 def broken(path: Path, reason: str) -> ModelError:
@@ -72,17 +103,6 @@ def _json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _token_text(value: object) -> str | None:
-    if isinstance(value, Mapping):
-        value = value.get("content")
-    return value if isinstance(value, str) and value else None
-
-
-def _named(config: Mapping[str, object]) -> dict[str, str]:
-    found = {name: _token_text(config.get(name)) for name in NAMED_TOKENS}
-    return {name: text for name, text in found.items() if text is not None}
-
-
 def _rust_tokenizer(path: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
@@ -105,32 +125,47 @@ def _converted_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, str]]:
         tokenizer = loaded.backend_tokenizer
     except Exception as error:  # converters raise many kinds
         raise broken(folder, f"there is no tokenizer.json, and the other files do not load ({error})") from error
-    return tokenizer, _named(loaded.special_tokens_map)
+    return tokenizer, {name: str(text) for name, text in loaded.special_tokens_map.items() if isinstance(text, str)}
 
 
-def _declare_special(tokenizer: Tokenizer, config: Mapping[str, object], named: Mapping[str, str]) -> None:
-    """Make every named token one token of its own, as transformers does when it loads the folder."""
-    from tokenizers import AddedToken
+def chat_templates(folder: Path) -> dict[str, str]:
+    """The chat templates of a model folder by name; `default` is the one that is used where none is named.
 
-    declared = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
-    listed = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
-    more = [_token_text(entry) for entry in listed] if isinstance(listed, list) else []
-    for text in [*named.values(), *more]:
-        if text is not None and text not in declared:
-            tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False)])
+    Raises ModelError (QH-D52).
+    """
+    return _templates(folder, _json_object(folder / "tokenizer_config.json"))
 
 
-def _template(folder: Path, config: Mapping[str, object]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text("utf-8")
+def _templates(folder: Path, config: Mapping[str, object]) -> dict[str, str]:
+    """The chat templates by name, from where transformers looks for them: files come before the configuration."""
+    files = {path.stem: path for path in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
+    if (folder / "chat_template.jinja").is_file():
+        files[_DEFAULT] = folder / "chat_template.jinja"
+    if files:
+        return {name: _text_of_template(path) for name, path in files.items()}
     found: object = config.get("chat_template")
     if found is None:
         found = _json_object(folder / "chat_template.json").get("chat_template")
     if isinstance(found, list):
-        by_name = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, Mapping)}
-        found = by_name.get("default")
-    return found if isinstance(found, str) and found else None
+        found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, Mapping)}
+    named = found if isinstance(found, Mapping) else {_DEFAULT: found}
+    return {str(name): text for name, text in named.items() if isinstance(text, str) and text}
+
+
+def _text_of_template(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise broken(path, not_utf8(error)) from error
+    except OSError as error:
+        raise broken(path, error.strerror or str(error)) from error
+
+
+def not_utf8(error: UnicodeDecodeError) -> str:
+    """Which byte of a text is not UTF-8, and where it stands; lines and columns count from 1."""
+    before = error.object[: error.start]
+    line, column = before.count(b"\n") + 1, error.start - (before.rfind(b"\n") + 1) + 1
+    return f"byte 0x{error.object[error.start]:02x} on line {line}, column {column} is not UTF-8 text"
 
 
 def _eos_ids(folder: Path) -> tuple[int, ...]:

@@ -2,18 +2,23 @@
 
 Neither side holds more than a chunk of tokens: the writer appends each tensor to its own part file and joins them under
 one header at the end; the reader maps the file. What stays in memory is a few numbers a row.
+
+The header holds two hashes: `sha256` of the tensors, and `header_sha256` of the header itself with that field as zeros.
+They are made while the parts are joined, and verified by one pass when the file is opened.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import struct
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -22,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qlora_hal.data.token_rows import Int64, TokenRows, UInt8, UInt64
-from qlora_hal.durable_files import flush_to_medium, storage_error
+from qlora_hal.durable_files import flush_folder, flush_to_medium, open_regular, refuse_link, storage_error
 from qlora_hal.errors import StorageError
 from qlora_hal.values import Int32
 
@@ -36,6 +41,9 @@ _DTYPES: Mapping[str, tuple[str, type[np.generic]]] = {
 }
 _ORDER = ("digests", "offsets", "row_numbers", "tokens", "counted", "trained")  # wide types first, so all are aligned
 FORMAT = "qlora_hal tokens 1"
+_OWN_HASH = "header_sha256"
+_UNKNOWN = "0" * 64
+_CHUNK_BYTES = 1 << 20
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors format itself."""
 
@@ -46,7 +54,7 @@ class TokenStore:
 
     `tokens` int32 and `trained` uint8 are `[all tokens]`; `starts` and `stops` `[rows]` cut a row out of them.
     `row_numbers` `[rows]` are source rows from 1, `counted` `[rows]` the trained tokens of a row, `digests` `[rows]`
-    hashes of the rendered text.
+    hashes of the rendered text. `sha256` is that of all tensors of the file.
     """
 
     tokens: Int32
@@ -56,6 +64,7 @@ class TokenStore:
     row_numbers: Int64
     counted: Int32
     digests: UInt64
+    sha256: str = ""
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -85,6 +94,7 @@ class TokenStore:
             self.row_numbers[indexes],
             self.counted[indexes],
             self.digests[indexes],
+            self.sha256,
         )
 
 
@@ -92,6 +102,7 @@ class TokenWriter:
     """Appends rows to part files and joins them into one file that appears under its name whole or not at all."""
 
     def __init__(self, path: Path) -> None:
+        refuse_link(path.parent)
         self._path = path
         self._staging = path.parent / f".staging-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._rows = self._tokens = 0
@@ -132,26 +143,38 @@ class TokenWriter:
         self._tokens += len(rows.ids)
 
     def finish(self, metadata: Mapping[str, str]) -> TokenStore:
-        """Join the parts, flush, put the file in its place and open it. Raises StorageError (QH-S09, QH-S11)."""
+        """Join the parts, hash, flush, put the file in its place and open it. Raises StorageError (QH-S09, QH-S11)."""
+        digest = hashlib.sha256()
         try:
             whole = self._staging / "whole"
             with whole.open("wb") as out:
-                out.write(self._header(metadata))
-                for name in _ORDER:
-                    self._parts[name].close()
-                    with (self._staging / name).open("rb") as part:
-                        shutil.copyfileobj(part, out, 2**22)
-                    (self._staging / name).unlink()
+                out.write(self._header({**metadata, "sha256": _UNKNOWN}))
+                for chunk in self._joined():
+                    out.write(chunk)
+                    digest.update(chunk)
+                out.seek(0)
+                out.write(self._header({**metadata, "sha256": digest.hexdigest()}))
                 out.flush()
                 flush_to_medium(out.fileno())
             os.replace(whole, self._path)
+            flush_folder(self._path.parent)
+            flush_folder(self._path.parent.parent)
         except OSError as error:
             raise _cannot_write(self._path, error) from error
-        return open_store(self._path)[0]
+        return open_store(self._path, verify=False)[0]  # of these very bytes
+
+    def _joined(self) -> Iterator[bytes]:
+        for name in _ORDER:
+            self._parts[name].close()
+            with (self._staging / name).open("rb") as part:
+                while chunk := part.read(_CHUNK_BYTES):
+                    yield chunk
+            (self._staging / name).unlink()
 
     def _header(self, metadata: Mapping[str, str]) -> bytes:
         counts = {"tokens": self._tokens, "trained": self._tokens, "offsets": self._rows + 1}
-        entries: dict[str, object] = {"__metadata__": {"format": FORMAT, **metadata}}
+        own: dict[str, str] = {"format": FORMAT, **metadata, _OWN_HASH: _UNKNOWN}
+        entries: dict[str, object] = {"__metadata__": own}
         at = 0
         for name in _ORDER:
             kind, dtype = _DTYPES[name]
@@ -159,8 +182,8 @@ class TokenWriter:
             end = at + count * np.dtype(dtype).itemsize
             entries[name] = {"dtype": kind, "shape": [count], "data_offsets": [at, end]}
             at = end
-        text = json.dumps(entries, sort_keys=True).encode()
-        text += b" " * (-len(text) % 8)  # tensors then begin at a multiple of 8, as the format recommends
+        own[_OWN_HASH] = hashlib.sha256(_encoded(entries)).hexdigest()
+        text = _encoded(entries)
         return struct.pack("<Q", len(text)) + text
 
     def close(self) -> None:
@@ -183,13 +206,18 @@ class NotAStore(ValueError):
     """The file is not a token store that can be mapped."""
 
 
-def open_store(path: Path) -> tuple[TokenStore, Mapping[str, str]]:
-    """The rows of a file that `TokenWriter` wrote, and its metadata. Raises NotAStore, OSError."""
-    entries, metadata, data_start = _read_header(path)
-    size = path.stat().st_size
-    arrays: dict[str, npt.NDArray[Any]] = {}
-    for name, (kind, dtype) in _DTYPES.items():
-        arrays[name] = _mapped(path, entries.get(name), kind, np.dtype(dtype), data_start, size)
+def open_store(path: Path, *, verify: bool = True) -> tuple[TokenStore, Mapping[str, str]]:
+    """The rows of a file that `TokenWriter` wrote, and its metadata. Links are not followed; the map is of the very
+    file that was verified. Raises NotAStore, also when its bytes are not those that were written, and OSError."""
+    with open_regular(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        entries, metadata, data_start = _read_header(stream, size)
+        if verify:
+            _verify(stream, metadata)
+        arrays = {
+            name: _mapped(stream, entries.get(name), kind, np.dtype(dtype), data_start, size)
+            for name, (kind, dtype) in _DTYPES.items()
+        }
     rows, tokens, offsets = len(arrays["row_numbers"]), len(arrays["tokens"]), np.array(arrays["offsets"])
     lengths = [len(arrays[name]) for name in ("trained", "counted", "digests", "offsets")]
     fits = lengths == [tokens, rows, rows, rows + 1] and offsets[0] == 0 and offsets[-1] == tokens
@@ -203,27 +231,50 @@ def open_store(path: Path) -> tuple[TokenStore, Mapping[str, str]]:
         np.array(arrays["row_numbers"]),
         np.array(arrays["counted"]),
         np.array(arrays["digests"]),
+        metadata.get("sha256", ""),
     )
     return store, metadata
 
 
-def _read_header(path: Path) -> tuple[Mapping[str, Any], Mapping[str, str], int]:
-    with path.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MAX_HEADER_BYTES + 1
-        if length > min(MAX_HEADER_BYTES, path.stat().st_size):
-            raise NotAStore("its header is cut off")
-        try:
-            entries = json.loads(stream.read(length))
-        except (ValueError, RecursionError) as error:
-            raise NotAStore("its header is no JSON") from error
-    metadata = entries.pop("__metadata__", None) if isinstance(entries, dict) else None
+def _read_header(stream: BufferedReader, size: int) -> tuple[Mapping[str, Any], Mapping[str, str], int]:
+    """Entries, metadata, and where the tensors begin, which is where the stream stands."""
+    prefix = stream.read(8)
+    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MAX_HEADER_BYTES + 1
+    if length > min(MAX_HEADER_BYTES, size):
+        raise NotAStore("its header is cut off")
+    raw = stream.read(length)
+    try:
+        entries = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise NotAStore("its header is no JSON") from error
+    metadata = entries.get("__metadata__") if isinstance(entries, dict) else None
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise NotAStore(f"it is not of the format {FORMAT!r}")
+    if "sha256" not in metadata or _OWN_HASH not in metadata:
+        raise NotAStore("an earlier release wrote it, without a hash")
+    claimed = str(metadata[_OWN_HASH])
+    if hashlib.sha256(raw.replace(claimed.encode(), _UNKNOWN.encode(), 1)).hexdigest() != claimed:
+        raise NotAStore("its header does not match its hash")
+    del entries["__metadata__"]
     return entries, metadata, 8 + length
 
 
-def _mapped(path: Path, entry: object, kind: str, dtype: np.dtype[Any], data_start: int, size: int) -> npt.NDArray[Any]:
+def _verify(stream: BufferedReader, metadata: Mapping[str, str]) -> None:
+    digest = hashlib.sha256()
+    while chunk := stream.read(_CHUNK_BYTES):
+        digest.update(chunk)
+    if digest.hexdigest() != metadata["sha256"]:
+        raise NotAStore("its tensors do not match their hash")
+
+
+def _encoded(entries: Mapping[str, object]) -> bytes:
+    text = json.dumps(entries, sort_keys=True).encode()
+    return text + b" " * (-len(text) % 8)  # tensors then begin at a multiple of 8, as the format recommends
+
+
+def _mapped(
+    stream: BufferedReader, entry: object, kind: str, dtype: np.dtype[Any], data_start: int, size: int
+) -> npt.NDArray[Any]:
     if not isinstance(entry, dict) or entry.get("dtype") != kind:
         raise NotAStore("a tensor is missing or has another type")
     offsets, shape = entry.get("data_offsets"), entry.get("shape")
@@ -235,7 +286,7 @@ def _mapped(path: Path, entry: object, kind: str, dtype: np.dtype[Any], data_sta
         raise NotAStore("a tensor reaches beyond the file")
     if count == 0:
         return np.zeros(0, dtype)
-    return np.memmap(path, dtype, "r", data_start + start, (count,))
+    return np.memmap(stream, dtype, "r", data_start + start, (count,))
 
 
 def _sweep(folder: Path) -> None:

@@ -207,7 +207,7 @@ class Merge:
         folder = self._staging / base
         folder.mkdir()
         self._written[base] = write_shards(folder, merged.tensors(), merged.value, shard_bytes=self._shard_bytes)
-        template = model_folder.chat_template_of(self._plan.subject.config.data.chat_template)
+        template = model_folder.chat_template_of(self._plan.subject.config.data.chat_template, self._source.path)
         model_folder.write_configuration(folder, self._source, self._request.dtype, template)
 
     def _compared(self, base: str, model: AdapterModel, reference: Reference) -> Closeness:

@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from qlora_hal import durable_files
+from qlora_hal.data.tokenizer_files import MORE_TEMPLATES
 from qlora_hal.model.safety import named_python_files
 from qlora_hal.model.source import ModelSource
 
@@ -42,6 +43,12 @@ def write_configuration(folder: Path, source: ModelSource, dtype: str, chat_temp
                 shutil.copyfile(source.path / name, folder / name)
     if chat_template is not None:
         (folder / TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
+    elif (source.path / MORE_TEMPLATES).is_dir():
+        shutil.copytree(source.path / MORE_TEMPLATES, folder / MORE_TEMPLATES, ignore=_all_but_templates)
+
+
+def _all_but_templates(_: str, names: Sequence[str]) -> set[str]:
+    return {name for name in names if not name.endswith(".jinja")}
 
 
 def merged_config(config: Mapping[str, object], dtype: str) -> dict[str, object]:
@@ -55,15 +62,15 @@ def merged_config(config: Mapping[str, object], dtype: str) -> dict[str, object]
     return {**kept, **dict.fromkeys(names, dtype)}
 
 
-def chat_template_of(name: str | None) -> str | None:
-    """The text of a run's `data.chat_template`: built in, or a file; None where the tokenizer's own was used."""
+def chat_template_of(name: str | None, base: Path) -> str | None:
+    """The text of a run's `data.chat_template`: built in, one that the base has under this name, or a file; None where
+    the tokenizer's own was used. Raises DataError (QH-D12), ModelError (QH-D52)."""
     if name is None:
         return None
-    from qlora_hal.data import BUILT_IN_TEMPLATES
+    from qlora_hal.data.tokenizer import chosen_template
+    from qlora_hal.data.tokenizer_files import chat_templates
 
-    if name in BUILT_IN_TEMPLATES:
-        return BUILT_IN_TEMPLATES[name]
-    return Path(name).expanduser().read_text(encoding="utf-8")
+    return chosen_template(name, chat_templates(base))[0]
 
 
 def model_card(record: Mapping[str, object], base_name: str, rows: Sequence[tuple[str, str]]) -> str:

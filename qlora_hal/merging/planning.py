@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qlora_hal.adapter.fitting import check_base
+from qlora_hal.adapter.peft_files import unvouched_note
 from qlora_hal.capabilities import WeightFormat
 from qlora_hal.errors import ConfigError
 from qlora_hal.merging.requantizing import calibrating_backend
@@ -45,6 +46,8 @@ def planned(request: MergeRequest, console: RunConsole, note: Callable[[str], No
     from qlora_hal.quantizing import base_of_run
 
     subject = read_subject(request)
+    if unverified := unvouched_note(subject.adapter_dir):
+        note(unverified)
     model = subject.config.model
     source = resolve_model(model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     require_known_storage(subject, request, prequantized=source.facts.prequantized is not None)

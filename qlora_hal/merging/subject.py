@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_hal import durable_files
 from qlora_hal.adapter.peft_files import TENSORS_FILE, read_adapter, read_provenance
 from qlora_hal.errors import ConfigError
 from qlora_hal.trained_base import adapter_folders, options_on, storage_of_training, trained_config
@@ -50,7 +50,7 @@ def read_subject(request: MergeRequest) -> Subject:
     return Subject(
         adapter=adapter,
         adapter_dir=adapter_dir,
-        adapter_sha256=hashlib.sha256((adapter_dir / TENSORS_FILE).read_bytes()).hexdigest(),
+        adapter_sha256=durable_files.hashed(adapter_dir / TENSORS_FILE).sha256,
         provenance=provenance,
         config=trained_config(
             run_config, provenance, _storage(request, provenance), model=request.model, where=request.target

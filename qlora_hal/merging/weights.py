@@ -93,8 +93,18 @@ class MergedModel:
         self._dtype = dtype
 
     def tensors(self) -> tuple[MergedTensor, ...]:
-        """All tensors, in the order of the base's files."""
-        planned = (self._planned(name) for name in self._facts.tensors if name not in self._packed.belongings)
+        """All tensors, in the order of the base's files. Raises ModelError QH-C62 when an adapted layer is stored under
+        another name than the loaded model has for it: its adapter would be left out."""
+        planned = [self._planned(name) for name in self._facts.tensors if name not in self._packed.belongings]
+        absent = sorted(self._targets - {tensor.module for tensor in planned})
+        if absent:
+            raise ModelError(
+                "QH-C62",
+                f"{len(absent)} adapted layers are stored under other names than the loaded model has for them "
+                f"({absent[0]}); a merge writes tensors under their stored names.",
+                fix="Use the adapter beside its base, or save the base again with the model library that renames it.",
+                context={"modules": absent},
+            )
         return tuple(planned)
 
     def value(self, tensor: MergedTensor) -> Array:

@@ -83,7 +83,7 @@ def read_facts(folder: Path) -> ModelFacts:
         model_type=model_type,
         config=config,
         tensors=tensors,
-        linear_modules=linear_modules(shapes, model_type, vocabulary_size),
+        linear_modules=linear_modules(shapes, model_type, vocabulary_size, tensors),
         parameter_count=_parameter_count(tensors, packed_shapes, packing.belongings if packing else ()),
         fingerprint=fingerprint(headers),
         prequantized=packing.prequantized if packing else None,

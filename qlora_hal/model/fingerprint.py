@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from qlora_hal.model.safetensors_headers import LENGTH_PREFIX_BYTES, Header
+
+if TYPE_CHECKING:
+    from qlora_hal.model.facts import TensorFacts
 
 WINDOWS = 64
 WINDOW_BYTES = 64 * 1024
@@ -28,6 +33,18 @@ def fingerprint(headers: Sequence[Header]) -> str:
                 file.seek(offset)
                 digest.update(file.read(length))
     return digest.hexdigest()
+
+
+def coverage(tensors: Mapping[str, TensorFacts]) -> str:
+    """What of the weights the fingerprint reads, in words."""
+    sizes: Counter[str] = Counter()
+    for tensor in tensors.values():
+        sizes[tensor.file] += tensor.byte_count
+    covered = sum(min(size, WINDOWS * WINDOW_BYTES) for size in sizes.values())
+    if covered == sizes.total():
+        return "every byte of the weight files"
+    share = f"{covered} of {sizes.total()} bytes in {len(sizes)} weight files"
+    return f"the headers and {WINDOWS} windows of {WINDOW_BYTES // 1024} KiB of each file: {share}"
 
 
 def windows(start: int, end: int) -> list[tuple[int, int]]:

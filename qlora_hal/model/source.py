@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qlora_hal.errors import HubError, ModelError
 from qlora_hal.model.facts import ModelFacts, read_facts
+from qlora_hal.model.other_folders import gguf_only, is_a_file, refuse_adapter, refuse_pointers
 from qlora_hal.model.safety import is_commit, refuse_pickle_only, refuse_remote_code, unpinned_code
 from qlora_hal.model.weight_files import read_json
 
@@ -41,17 +42,19 @@ class ModelSource:
 def resolve_model(name_or_path: str, *, revision: str | None, trust_remote_code: bool) -> ModelSource:
     """A folder as it is, or the snapshot of a hub model; checked, with its facts.
 
-    Raises ModelError (QH-E70 nothing there, QH-E71 a file, and what `read_facts` raises), UnsafeInputError (QH-C17
-    pickle weights only, QH-E14 the model's own Python files) and HubError (QH-E11 unreachable, QH-E12 gated or
-    missing, QH-E13 incomplete).
+    Raises ModelError (QH-E70 nothing there, QH-E71 a file, QH-C71 an adapter or a run, QH-C70 pointers of Git LFS, and
+    what `read_facts` raises), UnsafeInputError (QH-C17 pickle weights only, QH-E14 the model's own Python files) and
+    HubError (QH-E11 unreachable, QH-E12 gated or missing, QH-E13 incomplete).
     """
     folder = _local_folder(name_or_path)
     commit = None
     if folder is None:
         folder, commit = _from_hub(name_or_path, revision, trust_remote_code)
+    refuse_pointers(folder)
     if not (folder / "config.json").is_file():
+        refuse_adapter(folder)
         refuse_pickle_only(_file_names(folder), where=str(folder))
-        raise _no_config(folder)
+        raise gguf_only(folder) or _no_config(folder)
     refuse_remote_code(
         read_json(folder / "config.json"), where=name_or_path, revision=commit, trust_remote_code=trust_remote_code
     )
@@ -67,7 +70,7 @@ def _local_folder(name: str) -> Path | None:
     if path.is_dir():
         return path
     if path.is_file():
-        raise _is_a_file(path)
+        raise is_a_file(path)
     if not _HUB_ID.fullmatch(name) or name.startswith("."):
         raise _nothing_there(name, path, may_be_hub_id=False)
     # `models/llama` with a folder `models` here is more likely a slip than an account of the hub named `models`.
@@ -104,19 +107,6 @@ def _nothing_there(name: str, path: Path, *, may_be_hub_id: bool) -> ModelError:
         cause=close or "It is written like a path, so it was not looked up on the hub.",
         fix=f"Name a folder that exists{hub}.",
         context={"close": close},
-    )
-
-
-def _is_a_file(path: Path) -> ModelError:
-    kinds = {
-        ".gguf": "A GGUF file is made for llama.cpp; train the model it was made from.",
-        ".safetensors": f"Name its folder instead: {path.parent}.",
-    }
-    return ModelError(
-        "QH-E71",
-        f"{path.name} is a file; the folder of a model is expected.",
-        where=str(path),
-        fix=kinds.get(path.suffix.lower(), "Name the folder that holds config.json and the weights."),
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qlora_hal.errors import ModelError
+from qlora_hal.model.other_folders import an_adapter, gguf_only
 from qlora_hal.model.safetensors_headers import Header, malformed, read_header
 
 SINGLE_FILE = "model.safetensors"
@@ -122,13 +123,9 @@ def _only_file(folder: Path) -> Path:
 
 def _no_weights(folder: Path) -> ModelError:
     if (folder / "adapter_config.json").is_file():
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-        return ModelError(
-            "QH-C71",
-            f"{folder.name} is an adapter, a base model is expected.",
-            where=str(folder),
-            fix=f"Name the base model instead: {base}." if base else "Name the base model instead.",
-        )
+        return an_adapter(folder, "adapter_config.json")
+    if gguf := gguf_only(folder):
+        return gguf
     return ModelError(
         "QH-C71",
         f"{folder.name} holds no safetensors weights; it holds {_names(sorted(folder.iterdir())) or 'nothing'}.",

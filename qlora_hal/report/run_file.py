@@ -6,7 +6,6 @@ is written as `~`.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -15,7 +14,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_hal.errors import ConfigError
+from qlora_hal import sealed_json, strict_json
+from qlora_hal.durable_files import refuse_link
+from qlora_hal.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from qlora_hal.backend import ProbeReport
@@ -92,22 +93,69 @@ def write_run_file(run_dir: Path, record: RunRecord) -> Path:
     """Replace run.json in one move. Raises StorageError."""
     from qlora_hal.report.durable import replace_file
 
-    text = json.dumps(run_facts(record), indent=2, ensure_ascii=False, allow_nan=False)
     path = run_dir / RUN_FILE
-    replace_file(path, f"{text}\n".encode())
+    replace_file(path, strict_json.encode(sealed_json.sealed(run_facts(record))))
     return path
 
 
 def read_run_file(run_dir: Path) -> dict[str, object]:
-    """run.json as written. Raises ConfigError (S50) when the folder holds none or it is damaged."""
-    path = run_dir / RUN_FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _no_run(path, str(getattr(error, "strerror", None) or error)) from error
-    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
-        raise _no_run(path, "it holds no configuration")
+    """run.json as written. Raises ConfigError QH-S50 when the folder holds none, or it is damaged or was changed, and
+    as `examined_run_file`."""
+    content, problem = examined_run_file(run_dir)
+    if problem:
+        raise _no_run(run_dir / RUN_FILE, problem)
     return content
+
+
+def examined_run_file(run_dir: Path) -> tuple[dict[str, object], str]:
+    """What run.json holds, and what is wrong with it ("" for nothing). An edited file has both.
+
+    Raises CheckpointError QH-C13 for that of a newer release, UnsafeInputError QH-X06 for a link.
+    """
+    path = run_dir / RUN_FILE
+    refuse_link(path)
+    try:
+        content = strict_json.read_object(path)
+    except FileNotFoundError:
+        return {}, "it is missing"
+    except OSError as problem:
+        return {}, f"it cannot be read: {problem.strerror or problem}"
+    except strict_json.JsonProblem as problem:
+        return {}, f"it is damaged: {problem}"
+    _refuse_newer(content.get("schema_version"), path)
+    return content, _problem_of(content)
+
+
+def _problem_of(content: Mapping[str, object]) -> str:
+    # A run with an id was begun by a release that seals its record.
+    changed = sealed_json.is_sealed(content) and not sealed_json.is_as_sealed(content)
+    if changed or ("run_id" in content and not sealed_json.is_sealed(content)):
+        return "it was changed after it was written"
+    if not isinstance(content.get("config"), dict):
+        return "it holds no configuration"
+    wrong = [name for name, kinds in _KINDS.items() if name in content and not isinstance(content[name], kinds)]
+    return f"it holds a value of a wrong type under {', '.join(wrong)}" if wrong else ""
+
+
+_KINDS: Mapping[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("config", "origins", "resolved", "model", "versions", "environment"), dict),
+    **dict.fromkeys(("data_report", "memory_estimate", "timings"), dict),
+    **dict.fromkeys(("status", "stopped_because", "started_at", "finished_at", "adapter_dir"), str),
+    **dict.fromkeys(("steps", "tokens"), int),
+    **dict.fromkeys(("samples", "notes", "hand_overs"), list),
+    "detection": (dict, type(None)),
+}
+
+
+def _refuse_newer(version: object, path: Path) -> None:
+    if type(version) is int and version > SCHEMA_VERSION:
+        raise CheckpointError(
+            "QH-C13",
+            f"{RUN_FILE} has schema version {version}, this version of qlora_hal reads {SCHEMA_VERSION}.",
+            where=str(path),
+            cause="A newer release wrote it; its fields may have another meaning.",
+            fix="Use the release of qlora_hal that wrote it.",
+        )
 
 
 def record_from(content: Mapping[str, object]) -> RunRecord:
@@ -197,9 +245,10 @@ def _plain(value: object) -> object:
 
 
 def _no_run(path: Path, why: str) -> ConfigError:
+    what = "is no run folder" if not path.exists() else "cannot be used as a run folder"
     return ConfigError(
         "QH-S50",
-        f"{path.parent} is no run folder: {RUN_FILE} cannot be used ({why}).",
+        f"{path.parent} {what}: {RUN_FILE} does not serve, {why}.",
         where=str(path),
-        fix="Name the folder that train wrote, the one that holds run.json and checkpoints.",
+        fix="Name the folder that train wrote; where it has checkpoints, qlora-hal resume writes run.json again.",
     )

@@ -106,6 +106,18 @@ def test_alpha_gives_the_scale_back_to_the_last_bit_or_the_one_before(scale: flo
         assert again == scale
 
 
+@pytest.mark.parametrize("alpha", [6, 6.0, None])
+def test_an_alpha_that_changes_nothing_leaves_the_scale_its_meaning(tmp_path: Path, llama: Path, alpha: object) -> None:
+    """scale * alpha / rank and the scale alone are the same number."""
+    trained = train_in_mlx(llama, tmp_path / "mlx", num_layers=1)
+    path = trained / "adapter_config.json"
+    config = json.loads(path.read_bytes())
+    config["lora_parameters"]["alpha"] = alpha
+    path.write_text(json.dumps(config))
+    # Off by a unit in the last place at most, as above.
+    assert read_mlx_adapter(trained).config.scale == pytest.approx(config["lora_parameters"]["scale"], rel=2.0**-52)
+
+
 def test_tensors_are_written_transposed_not_as_views(tmp_path: Path) -> None:
     module = "model.layers.0.self_attn.q_proj"
     a = np.arange(6, dtype=np.float32).reshape(2, 3)

@@ -90,7 +90,6 @@ def test_a_run_whose_lock_another_has_by_now_saves_nothing_more(tmp_path: Path) 
 def log(tmp_path: Path) -> Iterator[MetricsFile]:
     with MetricsFile(tmp_path / "metrics.jsonl") as log:
         log.append({"step": 1})
-        log.hold()
         log.append({"step": 2})
         yield log
 
@@ -107,9 +106,9 @@ def test_a_log_that_an_editor_replaced_is_there_again_and_so_is_what_was_put_in_
     other = log.path.with_name("edited")
     other.write_text("theirs\n")
     other.replace(log.path)
-    assert "was replaced by another file, kept as metrics.jsonl.other-" in log.restored()
+    assert "was replaced by another file, kept as .damaged-metrics.jsonl-" in log.restored()
     assert [line["step"] for line in read_metrics(log.path)] == [1, 2]
-    assert [path.read_text() for path in log.path.parent.glob("*.other-*")] == ["theirs\n"]
+    assert [path.read_text() for path in log.path.parent.glob(".damaged-*")] == ["theirs\n"]
 
 
 def test_a_log_that_lost_its_name_twice_is_written_again_twice(log: MetricsFile) -> None:

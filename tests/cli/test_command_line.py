@@ -165,6 +165,28 @@ def test_the_defaults_in_the_file_of_init_are_the_defaults(qlora_hal: CommandLin
     assert all(origin.startswith("b.yaml:") for origin in second["origins"].values())
 
 
+def test_init_writes_the_format_that_the_ending_names(qlora_hal: CommandLine, tmp_path: Path) -> None:
+    assert qlora_hal("init", "run.toml").returncode == 0
+    written = (tmp_path / "run.toml").read_text(encoding="utf-8")
+    assert written.startswith("#:schema ./qlora-hal.schema.json\n")
+    with_defaults = re.sub(r"(?m)^# (\w+ = \S)", r"\1", written)
+    (tmp_path / "defaults.toml").write_text(with_defaults, encoding="utf-8")
+    assert qlora_hal("init", "run.yaml").returncode == 0
+    asked = (json.loads(qlora_hal("train", name, "--print-config", "--json").stdout)["config"]
+             for name in ("run.toml", "defaults.toml", "run.yaml"))  # fmt: skip
+    plain, uncommented, yaml = asked
+    assert plain == uncommented == yaml
+
+
+@pytest.mark.fault("U02")
+@pytest.mark.parametrize("name", ["run.json", "run", "run.ini", "run.yaml.bak"])
+def test_init_refuses_an_ending_that_it_cannot_write(qlora_hal: CommandLine, tmp_path: Path, name: str) -> None:
+    done = qlora_hal("init", name)
+    assert done.returncode == 2
+    assert "one of .yaml, .yml, .toml is expected" in done.stderr
+    assert not list(tmp_path.glob("run*"))
+
+
 @pytest.mark.fault("U07")
 def test_init_never_replaces_a_file(qlora_hal: CommandLine, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("mine", encoding="utf-8")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qlora_hal.cli.stream_encoding import escape_what_streams_cannot_hold
 from qlora_hal.demo import data_path, model_path
 
 CommandLine = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -90,6 +93,35 @@ def test_a_shown_batch_as_json_is_one_object(qlora_hal: CommandLine, place: tupl
     for sample in shown["sequences"]:
         assert len(sample["ids"]) == len(sample["tokens"]) == len(sample["trained"])
         assert {True, False} == set(sample["trained"])
+
+
+def test_a_batch_is_shown_where_standard_output_takes_ascii_alone(
+    qlora_hal: CommandLine, place: tuple[str, ...], tmp_path: Path
+) -> None:
+    row = {"messages": [{"role": "user", "content": "caf\u00e9"}, {"role": "assistant", "content": "\U0001f642 yes"}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    done = qlora_hal("train", *place, "--show-batch", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert "caf\\u00e9" in done.stdout
+    assert "\\u27e6\\ud83d\\ude42 yes" in done.stdout
+    as_json = qlora_hal("train", *place, "--show-batch", "--json", PYTHONIOENCODING="ascii").stdout
+    assert as_json.isascii()
+    assert "\ufffd" in json.loads(as_json)["sequences"][0]["tokens"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+@pytest.mark.parametrize("text", ["plain", "caf\u00e9", "\U0001f642", "\u27e6a\u27e7", "lone \ud83d", "\u4e2d\u6587"])
+def test_any_text_is_printed_in_any_encoding_and_json_keeps_its_values(
+    encoding: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+    escape_what_streams_cannot_hold()
+    print(json.dumps({"text": text}, ensure_ascii=False), flush=True)
+    shown = written.getvalue().decode(encoding)
+    assert json.loads(shown) == {"text": text}
+    if encoding == "utf-8" and text != "lone \ud83d":
+        assert text in shown
 
 
 def test_an_estimate_names_what_the_backend_can_run_on(qlora_hal: CommandLine, place: tuple[str, ...]) -> None:

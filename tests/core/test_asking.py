@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_hal.asking import NoAnswerError, ask, one_line
+from qlora_hal.asking import NoAnswerError, ask, load_of_machine, one_line
 
 ANSWER = "from qlora_hal.asking import answer_stream\nwith answer_stream() as stream:\n    stream.write('{\"a\": 1}')\n"
 
@@ -40,6 +40,17 @@ def test_a_child_without_an_answer_is_told_by_how_it_ended(folder: Path, source:
     with pytest.raises(NoAnswerError) as silence:
         ask("child", seconds=60)
     assert str(silence.value).startswith(said)
+
+
+@pytest.mark.parametrize(("load", "said"), [((0.0, 9.0, 9.0), ""), ((999.0, 0.0, 0.0), "load 999.0 on ")])
+def test_a_machine_is_busy_when_more_wants_to_run_than_it_has_processors(
+    monkeypatch: pytest.MonkeyPatch, load: tuple[float, float, float], said: str
+) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: load)
+    assert load_of_machine().startswith(said)
+    assert bool(load_of_machine()) == bool(said)
+    monkeypatch.delattr("os.getloadavg")
+    assert load_of_machine() == ""
 
 
 def test_a_child_that_hangs_is_not_waited_for(folder: Path) -> None:

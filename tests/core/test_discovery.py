@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -54,6 +55,16 @@ def test_broken_plugins_are_named_and_the_others_work(tmp_path: Path) -> None:
         assert availability == "broken"
         assert reason in said
         assert fix.startswith("Update or uninstall it: pip install -U ")
+
+
+def test_an_author_is_shown_the_fault_of_a_plugin_that_is_being_written(tmp_path: Path) -> None:
+    install(tmp_path, {"mine": ("raising", "raise ValueError('no such flag')")})
+    (info,) = tmp_path.glob("mine*.dist-info")
+    (info / "direct_url.json").write_text(json.dumps({"url": tmp_path.as_uri(), "dir_info": {"editable": True}}))
+    availability, reason, fix = probed(tmp_path)["raising"]
+    assert availability == "broken"
+    assert "no such flag" in reason
+    assert fix.startswith("See where it fails with: python -c 'import ")
 
 
 @pytest.mark.fault("E07")

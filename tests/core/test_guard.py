@@ -151,6 +151,21 @@ def test_a_backend_that_leaves_has_failed(leaving: BaseException) -> None:
     assert (failure.value.code, failure.value.exit_status) == ("QH-B04", 3)
 
 
+@pytest.mark.fault("B04")
+def test_a_library_that_leaves_because_of_a_package_is_told_with_its_name() -> None:
+    def leave() -> SystemExit:
+        try:
+            import no_such_package  # type: ignore[import-not-found]  # noqa: F401
+        except ImportError:
+            try:
+                raise SystemExit(1)
+            except SystemExit as leaving:
+                return leaving
+
+    with pytest.raises(BackendError, match=r"SystemExit: 1 \(the package no_such_package is not installed\)"):
+        GuardedTrainer(Right(load=leave())).load(None, None, None)  # type: ignore[arg-type]
+
+
 @pytest.mark.fault("B02")
 @pytest.mark.parametrize(
     ("stats", "said"),

@@ -147,6 +147,14 @@ def test_out_of_memory_halves_micro_batches_and_keeps_the_window() -> None:
     assert "at most 1 rows" in events.notes[-1]
 
 
+def test_a_cut_window_is_called_the_same_only_where_no_dropout_mask_changes() -> None:
+    _, plain = carried_out(Trainer(largest=1), 1)
+    _, dropped = carried_out(Trainer(largest=1), 1, lora_dropout=0.1)
+    assert "the step, is the same" in plain.notes[-1]
+    assert "the step, is the same" not in dropped.notes[-1]
+    assert "dropout masks are others" in dropped.notes[-1]
+
+
 def test_one_row_that_does_not_fit_is_an_error() -> None:
     with pytest.raises(OutOfMemoryError):
         carried_out(Trainer(largest=0), 2)

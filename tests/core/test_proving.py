@@ -27,3 +27,17 @@ def test_a_trainer_that_leaves_or_prints_has_not_proved_itself(
     said = prove("odd", timeout_seconds=60)
     assert said["verdict"] == "fail"
     assert reason in str(said["reason"])
+
+
+def test_a_proof_that_only_took_too_long_is_not_blamed_on_a_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, {"odd-plugin": ("odd", GOOD.replace("nowhere:Nothing", "odd_trainer:Trainer"))})
+    (tmp_path / "odd_trainer.py").write_text("import time; time.sleep(600)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr("os.getloadavg", lambda: (1000.0, 0.0, 0.0))
+    said = prove("odd", timeout_seconds=1)
+    assert said["verdict"] == "fail"
+    assert "did not answer within 1 s, while the machine was busy (load 1000.0 on" in str(said["reason"])
+    assert "driver" not in str(said["fix"])
+    assert "qlora-hal doctor --backend odd --timeout 4" in str(said["fix"])

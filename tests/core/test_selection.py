@@ -57,7 +57,8 @@ def test_auto_never_falls_to_the_cpu_silently() -> None:
     error = refusal.value
     assert (error.code, error.exit_status) == ("QH-E01", 3)
     assert "no device for gpu" in error.message
-    assert "allow_cpu" in error.fix
+    assert "allow_cpu" in error.message
+    assert "--backend cpu" in error.fix
 
 
 def test_auto_takes_the_cpu_when_it_is_allowed() -> None:

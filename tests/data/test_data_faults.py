@@ -57,24 +57,24 @@ def test_fewer_rows_than_a_batch_run_with_a_note(
     ("row", "field", "got", "wanted"),
     [
         ({"messages": None}, "messages", "null", "a list of at least one message"),
-        ({"messages": []}, "messages", "a list", "a list of at least one message"),
+        ({"messages": []}, "messages", "an empty list", "a list of at least one message"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "null", "a string"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "nothing (the key is missing)", "a string"),
         ({"messages": [{"content": "x"}]}, "messages[0].role", "nothing (the key is missing)", "a string"),
-        ({"messages": [{"role": [], "content": "x"}]}, "messages[0].role", "a list", "a string"),
+        ({"messages": [{"role": [], "content": "x"}]}, "messages[0].role", "an empty list", "a string"),
         ({"messages": ["x"]}, "messages[0]", "a string", "an object with role and content"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content", "a number", "a string"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
-            "messages[0].content[0]",
-            "an object",
-            "a p",
+            "messages[0].content[0].type",
+            "'image'",
+            "text was",
         ),
-        ({"conversations": [{"from": "robot", "value": "x"}]}, "conversations[0].from", "a string", "one of human"),
+        ({"conversations": [{"from": "robot", "value": "x"}]}, "conversations[0].from", "'robot'", "one of system"),
         ({"conversations": [{"from": "gpt", "value": None}]}, "conversations[0].value", "null", "a string"),
         ({"instruction": "x", "output": 1.5}, "output", "a number", "a string"),
-        ({"prompt": "x", "completion": []}, "completion", "a list", "a string, as prompt is"),
-        ({"prompt": [], "completion": []}, "prompt", "a list", "a list of at least one message"),
+        ({"prompt": "x", "completion": []}, "completion", "an empty list", "a string, as prompt is"),
+        ({"prompt": [], "completion": []}, "prompt", "an empty list", "a list of at least one message"),
         ({"text": True}, "text", "a boolean", "a string"),
     ],
 )
@@ -249,10 +249,14 @@ def test_missing_end_token_is_added_trained_and_reported(
     tokenizer = ChatTokenizer.from_folder(folders["bare"], chat_template=str(template))
     data = prepared([conversation("a", "one", "b", "two")], tokenizer=tokenizer)
     # The space before an answer belongs to the token of its first word, so that token is trained with it.
-    assert [part.lstrip() for part in trained_text(data, tokenizer)] == ["one<|endoftext|>", "two<|endoftext|>"]
+    # Nothing is put into the text: the end token stands behind it, for the row to end with.
+    assert [part.lstrip() for part in trained_text(data, tokenizer)] == ["one", "two\n<|endoftext|>"]
+    ids = data.train.row(0)[0].tolist()
+    whole = "user: a\nassistant: one\nuser: b\nassistant: two\n<|endoftext|>"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == whole
     report = data.report.train
     assert (report.eos_trained, report.eos_added_rows) == ("yes", 1)
-    assert any("eos was put there" in note for note in report.notes)
+    assert "the template ends the last answer of 1 rows without an end token; one was put behind them" in report.notes
     assert any(line.startswith("eos trained: yes (1 of 1") for line in report.lines())
     for row in ({"text": "one two"}, {"prompt": "one ", "completion": "two"}):
         data = prepared([row], tokenizer=tokenizer)

@@ -20,6 +20,7 @@ from qlora_hal.checkpoint.faults import InjectedFault, forget_passes
 from qlora_hal.demo import data_path
 from qlora_hal.errors import CheckpointError, StoppedError
 from qlora_hal.hooks import hookimpl
+from qlora_hal.sealed_json import sealed
 
 pytestmark = pytest.mark.usefixtures("usual_signals")
 
@@ -104,7 +105,7 @@ def test_loss_before_training_is_found_in_the_log_where_the_record_lost_it(setti
         train(settings, observers=[StopAfter(1)])
     path = Path(settings["output_dir"]) / "run.json"
     before = record(path.parent)["eval_loss_before"]
-    path.write_text(json.dumps({**record(path.parent), "eval_loss_before": None}))
+    path.write_text(json.dumps(sealed({**record(path.parent), "eval_loss_before": None})))
     assert resume(path.parent).eval_loss_before == before > 0
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from qlora_hal.errors import BackendUnavailableError, ModelError, UnsupportedFeatureError
+from qlora_hal.installation import requirement
 from qlora_hal_backends.gptq_int4.auto_gptq_engine import load_weight
 from qlora_hal_backends.gptq_int4.auto_gptq_solver import quantize
 from qlora_hal_backends.gptq_int4.engines import (
@@ -82,7 +83,7 @@ def test_doctor_says_who_needs_auto_gptq_and_how_it_is_installed() -> None:
 
     text = as_text(inventory(), [probe()], [])
     assert "Only to quantize or train with auto-gptq 0.7.1 itself" in text
-    assert ".venv-auto-gptq/bin/pip install 'qlora-hal[auto-gptq,conformance]'" in text
+    assert f".venv-auto-gptq/bin/pip install {requirement('auto-gptq', 'conformance')}" in text
 
 
 def test_environment_of_the_script_is_what_the_extra_asks_for() -> None:
@@ -120,7 +121,7 @@ def test_layer_for_auto_gptq_is_refused_without_an_attempt(trap: Path, monkeypat
     with pytest.raises(BackendUnavailableError, match="transformers") as caught:
         load_weight(packed_linear(), IN_ORDER, "cuda_old", torch.float32)
     assert caught.value.code == "QH-E61"
-    assert "pip install 'qlora-hal[auto-gptq,conformance]'" in caught.value.fix
+    assert f"pip install {requirement('auto-gptq', 'conformance')}" in caught.value.fix
     assert not was_imported(trap)
 
 

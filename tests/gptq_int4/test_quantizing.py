@@ -175,6 +175,69 @@ def test_a_damaged_result_is_set_aside_and_made_again(plain: TinyModel, cache: P
     assert StandIn.asked == 2
 
 
+def flipped(path: Path, at: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1
+    path.write_bytes(raw)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "weights": lambda folder: flipped(folder / "model.safetensors", -9),
+    "config.json": lambda folder: flipped(
+        folder / "config.json", (folder / "config.json").read_bytes().index(b"vocab") + 14
+    ),
+    "another layout of config.json": lambda folder: (folder / "config.json").write_text(
+        json.dumps(json.loads((folder / "config.json").read_text()))
+    ),
+    "a file that is gone": lambda folder: (folder / "quantize_config.json").unlink(),
+    "a file that was added": lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
+    "a link": lambda folder: (
+        (folder / "config.json").rename(folder.parent / "c")
+        and (folder / "config.json").symlink_to(folder.parent / "c")
+    ),
+    "the manifest's list": lambda folder: (folder / MANIFEST_FILE).write_text(
+        (folder / MANIFEST_FILE).read_text().replace('"files"', '"filed"')
+    ),
+}
+
+
+@pytest.mark.fault("C03")
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_byte_of_a_result_is_verified_when_it_is_found_again(plain: TinyModel, cache: Path, damage: str) -> None:
+    first = found(plain)
+    DAMAGES[damage](first.path)
+    told: list[str] = []
+    again = found(plain, tell=told.append)
+    assert StandIn.asked == 2
+    assert f"{again.path} is damaged: kept as " in told[0]
+    assert found(plain).path == again.path
+    assert StandIn.asked == 2
+
+
+@pytest.mark.fault("X06")
+def test_a_link_in_place_of_a_result_is_not_followed(plain: TinyModel, cache: Path, tmp_path: Path) -> None:
+    first = found(plain)
+    elsewhere = first.path.rename(tmp_path / "elsewhere")
+    before = sorted(elsewhere.iterdir())
+    first.path.symlink_to(elsewhere)
+    assert not found(plain).path.is_symlink()
+    assert StandIn.asked == 2
+    assert sorted(elsewhere.iterdir()) == before
+
+
+def test_a_result_of_an_earlier_release_is_used_and_what_cannot_be_verified_is_said(
+    plain: TinyModel, cache: Path
+) -> None:
+    first = found(plain)
+    manifest = json.loads((first.path / MANIFEST_FILE).read_text())
+    del manifest["files"], manifest["content_sha256"]
+    (first.path / MANIFEST_FILE).write_text(json.dumps(manifest))
+    told: list[str] = []
+    found(plain, tell=told.append)
+    assert StandIn.asked == 1
+    assert "without hashes: only samples of its weights were compared" in told[1]
+
+
 def test_what_an_engine_leaves_beside_the_model_is_dropped(plain: TinyModel, cache: Path) -> None:
     made = found(plain)
     assert not (made.path / "quant_log.csv").exists()
@@ -356,16 +419,26 @@ def test_an_answer_comes_from_the_base_that_was_trained_on(run_dir: Path) -> Non
     assert isinstance(tuned, str)
 
 
-def test_a_quantized_base_that_is_gone_is_named(run_dir: Path) -> None:
-    record = run_dir / "run" / "run.json"
-    content = record.read_text()
-    try:
-        record.write_text(content.replace("/quantized/", "/elsewhere/"))
-        with pytest.raises(ModelError, match="is not there any more") as raised:
-            open_generation(run_dir=run_dir / "run")
-        assert raised.value.code == "QH-E63"
-    finally:
-        record.write_text(content)
+@pytest.mark.fault("E63")
+def test_a_quantized_base_that_is_gone_or_damaged_is_named(run_dir: Path) -> None:
+    folder = quantized_of(run_dir)
+    away = run_dir / "away"
+    folder.rename(away)
+    with pytest.raises(ModelError, match="is not there any more") as raised:
+        open_generation(run_dir=run_dir / "run")
+    assert raised.value.code == "QH-E63"
+    away.rename(folder)
+    whole = (folder / "config.json").read_bytes()
+    (folder / "config.json").write_bytes(whole.replace(b'"rms_norm_eps": 1', b'"rms_norm_eps": 2'))
+    assert (folder / "config.json").read_bytes() != whole
+    with pytest.raises(ModelError, match="for this run is damaged") as raised:
+        open_generation(run_dir=run_dir / "run")
+    assert raised.value.code == "QH-E63"
+    (folder / "config.json").write_bytes(whole)
+
+
+def quantized_of(run_dir: Path) -> Path:
+    return Path(json.loads((run_dir / "run" / "run.json").read_text())["model"]["quantized"]["folder"]).expanduser()
 
 
 def test_a_run_goes_on_with_the_same_base(run_dir: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from qlora_hal.backend import Availability, ProbeReport
 from qlora_hal.hardware import inventory
+from qlora_hal.installation import requirement
 from qlora_hal_backends.probing import probe_here, probe_mlx, probe_torch
 from qlora_hal_backends.probing_limits import Device, bf16_supported, likely_dtype
 from qlora_hal_backends.probing_mlx import MLX_FAMILY
@@ -101,10 +102,10 @@ def test_nothing_installed_names_all_packages_and_one_line_to_install_them() -> 
     report = probed(recording, "cuda")
     assert report.availability is Availability.MISSING_PACKAGE
     assert report.reason == "Not installed: torch, transformers, accelerate, bitsandbytes."
-    assert report.fix == "pip install 'qlora-hal[cuda]'"
+    assert report.fix == f"pip install {requirement('cuda')}"
     rocm = {**load("amd_mi300x"), "packages": recording["packages"]}
     assert "whl/rocm7.2" in probed(rocm, "rocm").fix
-    assert probed(rocm, "rocm").fix.endswith("pip install 'qlora-hal[rocm]'")
+    assert probed(rocm, "rocm").fix.endswith(f"pip install {requirement('rocm')}")
     old_card = {**load("nvidia_v100"), "packages": recording["packages"]}
     assert "whl/cu126" in probed(old_card, "cuda").fix
 

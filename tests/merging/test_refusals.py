@@ -188,3 +188,26 @@ def test_what_an_interrupted_merge_left_is_told(
     assert "an interrupted merge left" in " ".join(capsys.readouterr().err.split())
     assert left.exists()
     shutil.rmtree(left)
+
+
+@pytest.mark.fault("C62")
+def test_adapted_layers_that_are_stored_under_other_names_are_not_left_out(tmp_path: Path) -> None:
+    """Gemma 3 with its vision tower is stored as `language_model.model.…` and loaded as `model.language_model.…`."""
+    from drawn_models import write_drawn_model
+    from trainers import moved_adapter, source_of
+
+    from qlora_hal.errors import ModelError
+    from qlora_hal.merging.weights import BaseFiles, MergedModel
+    from qlora_hal.model.weight_files import read_headers
+    from qlora_hal.values import AdapterConfig
+    from qlora_hal_backends.torch_family.outline import outline
+
+    write_drawn_model(tmp_path, "gemma3")
+    modules = dict(outline(source_of(tmp_path), {}).linear_modules)
+    adapter = moved_adapter(AdapterConfig(2, 4.0, 0.0, False, tuple(sorted(modules))), modules)
+    files = BaseFiles(read_headers(tmp_path))
+    facts = source_of(tmp_path).facts
+    merged = MergedModel(facts, files, adapter, modules, lambda name: files.float32(f"{name}.weight"), "float32")
+    with pytest.raises(ModelError, match="stored under other names than the loaded model has") as caught:
+        merged.tensors()
+    assert caught.value.code == "QH-C62"

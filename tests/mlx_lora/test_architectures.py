@@ -7,41 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from mlx_models import FLOAT32, check_base_logits, transformers_logits
 from tiny_models import FAMILIES, edit_config, write_model
 from trainers import OpenTrainer, random_batch, source_of
 
 from qlora_hal.backend import Compute, Quantization
 from qlora_hal.capabilities import WeightFormat
 from qlora_hal.errors import ModelError, UnsupportedFeatureError
-from qlora_hal.values import Batch, Float32
 from qlora_hal_backends.mlx_lora.trainer import MLXLoRATrainer
 
-# Two float32 programs of the same products in another order differ by about sqrt(k) * 2^-24 relative to the largest
-# entry; k is at most 128 terms times 2 layers of about 8 products. 8 * sqrt(2048) * 2^-24 = 2.2e-5.
-FLOAT32 = 8 * 2048**0.5 * 2**-24
-
 Opened = Callable[..., OpenTrainer]
-
-
-def transformers_logits(folder: Path, batch: Batch) -> Float32:
-    from transformers import AutoModelForCausalLM
-
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    with torch.no_grad():
-        logits: Float32 = reference(
-            torch.from_numpy(batch.input_ids).long(), attention_mask=torch.from_numpy(batch.segment_ids)
-        ).logits.numpy()
-    return logits
-
-
-def check_base_logits(trainer: OpenTrainer, folder: Path, batch: Batch) -> None:
-    for name, tensor in trainer.adapter.tensors.items():
-        tensor *= "lora_A" in name  # B = 0: the base alone
-    trainer.trainer.attach(trainer.adapter)
-    expected, real = transformers_logits(folder, batch), batch.segment_ids > 0
-    apart = np.abs(trainer.trainer.logits(batch) - expected)[real].max()
-    assert apart <= FLOAT32 * np.abs(expected).max()
 
 
 # mlx-lm leaves out Gemma 2's window, which only every second layer has: rows as long as the window at most.
@@ -99,12 +74,6 @@ def test_rows_beyond_a_window_that_mlx_lm_leaves_out_are_refused(tmp_path: Path,
         trainer.logits(random_batch(0, time=20))
     assert caught.value.code == "QH-B61"
     assert trainer.logits(random_batch(0, time=8)).shape == (2, 8, 320)
-
-
-def test_an_activation_that_mlx_lm_would_take_for_another_is_refused(tmp_path: Path, opened: Opened) -> None:
-    with pytest.raises(ModelError, match="activation gelu") as caught:
-        opened(write_model(tmp_path, "llama", hidden_act="gelu"))
-    assert caught.value.code == "QH-M51"
 
 
 @pytest.mark.parametrize(

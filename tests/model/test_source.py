@@ -68,6 +68,95 @@ def test_a_file_is_refused_with_what_to_name_instead(tmp_path: Path, name: str, 
     assert words in caught.value.fix
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("pytorch_model.bin", "qlora-hal unpickle"),
+        ("model.pt", "qlora-hal unpickle"),
+        ("config.json", "Name its folder"),
+        ("model.tar.gz", "Unpack it"),
+        ("model.onnx", "Name the folder that holds config.json"),
+    ],
+)
+def test_other_files_are_refused_with_what_to_do(tmp_path: Path, name: str, words: str) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ModelError, match=r"QH-E71.*is a file") as caught:
+        resolve(tmp_path / name)
+    assert words in caught.value.fix
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 123456\n"
+
+
+@pytest.mark.parametrize(
+    "names", [["model.safetensors"], ["tokenizer.json"], ["config.json"], ["model.safetensors", "tokenizer.json"]]
+)
+def test_pointers_of_git_lfs_are_told_with_the_command_that_gets_the_files(
+    write_model: WriteModel, names: list[str]
+) -> None:
+    folder = write_model()
+    for name in names:
+        (folder / name).write_text(POINTER)
+    with pytest.raises(ModelError, match="QH-C70") as caught:
+        resolve(folder)
+    assert caught.value.message == (
+        f"{len(names)} files of the model are pointers of Git LFS, not the files themselves: {', '.join(names)}."
+    )
+    assert f"git lfs pull in {folder}" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("held", "config", "base"),
+    [
+        ("adapter_model.safetensors", {"peft_type": "LORA", "base_model_name_or_path": "org/base"}, "org/base"),
+        ("adapter_model.bin", {"peft_type": "LORA", "base_model_name_or_path": "org/base"}, "org/base"),
+        ("adapters.safetensors", {"fine_tune_type": "lora", "model": "org/base"}, "org/base"),
+        ("adapter_model.safetensors", {"peft_type": "LORA"}, ""),
+        ("adapter_model.safetensors", None, ""),
+    ],
+)
+def test_an_adapter_is_told_with_the_base_that_it_belongs_to(
+    tmp_path: Path, held: str, config: dict[str, str] | None, base: str
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / held).write_bytes(b"x")
+    if config is not None:
+        (tmp_path / "mine" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="QH-C71") as caught:
+        resolve(tmp_path / "mine")
+    of_base = f" of {base}" if base else ""
+    assert caught.value.message == f"mine is an adapter{of_base}; a base model was expected."
+    assert f"Name the base model instead{f' ({base})' if base else ''}, or" in caught.value.fix
+    assert "qlora-hal merge" in caught.value.fix
+
+
+def test_an_adapter_with_a_config_of_its_base_is_told_too(write_model: WriteModel) -> None:
+    folder = write_model()
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    with pytest.raises(ModelError, match=r"QH-C71.*is an adapter of org/base"):
+        resolve(folder)
+
+
+def test_a_run_is_told_with_its_base(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"model": {"name": "org/base"}}')
+    with pytest.raises(ModelError, match=r"QH-C71.*run is the folder of a run") as caught:
+        resolve(tmp_path / "run")
+    assert "base model (org/base)" in caught.value.fix
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+def test_a_folder_of_gguf_files_is_told_as_that(write_model: WriteModel, with_config: bool) -> None:
+    folder = write_model()
+    (folder / "model.safetensors").rename(folder / "model-q4.gguf")
+    if not with_config:
+        (folder / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"QH-C71.*GGUF alone: model-q4\.gguf") as caught:
+        resolve(folder)
+    assert "the model that it was made from" in caught.value.fix
+
+
 def test_the_working_directory_is_named_where_it_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import stat
 import sys
 from pathlib import Path
@@ -114,9 +115,11 @@ def test_a_place_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> No
 
 @pytest.mark.fault("S11")
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a device that fsync refuses")
-def test_a_refused_flush_is_a_storage_error_and_the_file_is_closed() -> None:
-    metrics = MetricsFile(Path("/dev/null"))
-    with pytest.raises(StorageError, match=r"QH-S11.*log null"):
+def test_a_refused_flush_is_a_storage_error_and_the_file_is_closed(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    with open("/dev/null", "wb") as device:
+        os.dup2(device.fileno(), metrics._file.fileno())
+    with pytest.raises(StorageError, match=r"QH-S11.*log metrics.jsonl"):
         metrics.sync()
     with pytest.raises(StorageError, match="QH-S11"):
         metrics.close()

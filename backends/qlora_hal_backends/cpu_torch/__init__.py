@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qlora_hal.backend import BackendSpec, ProbeReport
-from qlora_hal_backends.torch_family.platform import CPU, MEMORY, TORCH_OPTIONS
+from qlora_hal_backends.torch_family.platform import CPU, MEMORY, OUTLINE, TORCH_OPTIONS
 
 
 def probe() -> ProbeReport:
@@ -19,6 +19,7 @@ SPEC = BackendSpec(
     priority=CPU.priority,
     capabilities=CPU.capabilities(),
     probe=probe,
+    outline=OUTLINE,
     trainer="qlora_hal_backends.cpu_torch.trainer:open_trainer",
     uses_accelerator=CPU.uses_accelerator,
     card_vendors=frozenset(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qlora_hal.backend import BackendSpec, ProbeReport
-from qlora_hal_backends.torch_family.platform import CUDA, MEMORY, TORCH_OPTIONS, fused_path
+from qlora_hal_backends.torch_family.platform import CUDA, MEMORY, OUTLINE, TORCH_OPTIONS, fused_path
 
 
 def probe() -> ProbeReport:
@@ -19,6 +19,7 @@ SPEC = BackendSpec(
     priority=CUDA.priority,
     capabilities=CUDA.capabilities(),
     probe=probe,
+    outline=OUTLINE,
     trainer="qlora_hal_backends.cuda_bnb.trainer:open_trainer",
     uses_accelerator=CUDA.uses_accelerator,
     card_vendors=frozenset({"nvidia"}),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qlora_hal.backend import BackendSpec, ProbeReport
 from qlora_hal_backends.gptq_int4.platforms import CAPABILITIES, CPU, MEMORY, NAME, OPTIONS, PRIORITY, TITLE
-from qlora_hal_backends.torch_family.platform import fused_path
+from qlora_hal_backends.torch_family.platform import OUTLINE, fused_path
 
 
 def probe() -> ProbeReport:
@@ -20,6 +20,7 @@ SPEC = BackendSpec(
     priority=PRIORITY,
     capabilities=CAPABILITIES,
     probe=probe,
+    outline=OUTLINE,
     trainer="qlora_hal_backends.gptq_int4.trainer:open_trainer",
     card_vendors=frozenset({"nvidia", "amd"}),
     option_choices=OPTIONS,

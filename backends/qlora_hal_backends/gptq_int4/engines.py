@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from qlora_hal.errors import UnsupportedFeatureError
+from qlora_hal.installation import requirement
 
 if TYPE_CHECKING:
     import torch
@@ -151,7 +152,7 @@ GPTQMODEL = Engine(
         "swordfish",
         "torch_int8",
     ),
-    install="pip install 'qlora-hal[gptq]'",
+    install=f"pip install {requirement('gptq')}",
     environment={
         # 7.6 builds a pool of two loader threads within one that has a single thread on two cores, and raises.
         "GPTQMODEL_CPU_WORKERS": "2",
@@ -161,7 +162,7 @@ GPTQMODEL = Engine(
     },
 )
 _AUTO_GPTQ_INSTALL = (
-    "python3.11 -m venv .venv-auto-gptq && .venv-auto-gptq/bin/pip install 'qlora-hal[auto-gptq,conformance]'"
+    f"python3.11 -m venv .venv-auto-gptq && .venv-auto-gptq/bin/pip install {requirement('auto-gptq', 'conformance')}"
 )
 """Linux x86-64 and Python 3.11 only. transformers 4.53 is the newest whose decoder layers return the tuples that
 auto-gptq's solver indexes, and the oldest that masks packed samples."""

@@ -23,6 +23,7 @@ SPEC = BackendSpec(
     capabilities=CAPABILITIES,
     probe=probe,
     trainer="qlora_hal_backends.mlx_lora.trainer:MLXLoRATrainer",
+    outline="qlora_hal_backends.mlx_lora.outline:outline",
     uses_accelerator=not IS_CPU,
     card_vendors=frozenset({"apple", "nvidia"}),
     option_choices=MLX_OPTIONS,

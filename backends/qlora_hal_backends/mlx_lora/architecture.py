@@ -7,34 +7,40 @@ silently wrong is translated here.
 from __future__ import annotations
 
 import importlib
-import inspect
+import io
 import re
-from collections.abc import Iterable, Mapping
+from contextlib import redirect_stdout
 from typing import Any
 
+from qlora_hal.asking import one_line
 from qlora_hal.errors import ModelError
-from qlora_hal.model.facts import text_config
+from qlora_hal.foreign_errors import missing_package
 from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.mlx_lora.activations import put_activations_right
+from qlora_hal_backends.mlx_lora.config_reading import Config, as_transformers_reads, in_words_of_mlx_lm, tied_words
+from qlora_hal_backends.mlx_lora.rotary import put_rotary_positions_right
 from qlora_hal_backends.mlx_lora.sliding import MissingWindow, missing_window
 
 _MODULE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 _NO_MODELS = frozenset({"activations", "base", "cache", "pipeline", "rope_utils", "switch_layers"})
 
 
-def build_model(source: ModelSource) -> tuple[Any, MissingWindow]:
+def build_model(source: ModelSource, read: Config, is_tied: bool) -> tuple[Any, MissingWindow]:
     """mlx-lm's model for this checkpoint, and what it leaves out; its parameters are lazy and take no memory.
 
     Raises ModelError QH-M51 for an architecture that mlx-lm lacks or cannot build from this config.json.
     """
     model_class, arguments_class = _classes(source)
-    config = translated_config(source.facts.config, source.facts.tensors, arguments_class)
     try:
-        causal = model_class(arguments_class.from_dict(config))
-    except (TypeError, ValueError, KeyError, AttributeError, AssertionError, NotImplementedError) as error:
+        words = in_words_of_mlx_lm(source.facts.config, read, arguments_class)
+        causal = model_class(arguments_class.from_dict({**words, **tied_words(words, is_tied)}))
+        put_rotary_positions_right(causal, read)
+        causal.freeze()
+        causal.eval()
+    except (TypeError, ValueError, KeyError, AttributeError, AssertionError, IndexError, NotImplementedError) as error:
         raise _cannot_build(source, f"{type(error).__name__}: {error}") from error
-    put_activations_right(causal, source)
-    return causal, missing_window(source, arguments_class)
+    put_activations_right(causal, source, read)
+    return causal, missing_window(source, read, arguments_class)
 
 
 def _classes(source: ModelSource) -> tuple[Any, Any]:
@@ -45,11 +51,36 @@ def _classes(source: ModelSource) -> tuple[Any, Any]:
     # The name comes from a file: nothing but a module of mlx_lm.models may be imported by it.
     if not _MODULE_NAME.fullmatch(name) or name in _NO_MODELS:
         raise _cannot_build(source, f"model_type is {model_type!r}")
+    said = io.StringIO()
     try:
-        module = importlib.import_module(f"mlx_lm.models.{name}")
+        with redirect_stdout(said):
+            module = importlib.import_module(f"mlx_lm.models.{name}")
         return module.Model, module.ModelArgs
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SystemExit) as error:
+        if package := missing_package(error):
+            raise _needs_a_package(source, package, said.getvalue()) from error
         raise _cannot_build(source, f"mlx-lm has no module for model_type {model_type!r}") from error
+
+
+def _needs_a_package(source: ModelSource, package: str, advice: str) -> ModelError:
+    """`advice`: what mlx-lm printed before it left."""
+    return ModelError(
+        "QH-M51",
+        f"mlx-lm cannot build {source.facts.architecture or source.facts.model_type}: its module needs the package "
+        f"{package}, which is not installed.",
+        where=source.name,
+        cause=one_line(advice),
+        fix="Install that package, or choose another backend for this model.",
+        context={"package": package},
+    )
+
+
+def read_config(source: ModelSource) -> Config:
+    """config.json as transformers reads it. Raises ModelError QH-M51 where transformers refuses it."""
+    try:
+        return as_transformers_reads(source.facts.config)
+    except ValueError as error:
+        raise _cannot_build(source, str(error)) from error
 
 
 def _cannot_build(source: ModelSource, cause: str) -> ModelError:
@@ -60,32 +91,3 @@ def _cannot_build(source: ModelSource, cause: str) -> ModelError:
         cause=cause.splitlines()[0],
         fix="Choose another model, or update mlx-lm.",
     )
-
-
-def translated_config(
-    config: Mapping[str, object], tensors: Iterable[str], arguments_class: type[Any]
-) -> dict[str, object]:
-    """config.json in the words of mlx-lm's `ModelArgs`."""
-    known = inspect.signature(arguments_class).parameters
-    translated = dict(config)
-    if "rope_parameters" not in known:
-        rope = text_config(config).get("rope_parameters")
-        translated |= _rope_settings(rope, known) if isinstance(rope, dict) else {}
-    # mlx-lm ties by default, transformers does not: the head's weights would be dropped without a word.
-    if "tie_word_embeddings" not in text_config(config):
-        translated["tie_word_embeddings"] = not any(name.endswith("lm_head.weight") for name in tensors)
-    return translated
-
-
-def _rope_settings(rope: Mapping[str, Any], known: Iterable[str]) -> dict[str, object]:
-    """transformers 5 keeps all of rotary position in `rope_parameters`, once or for each kind of layer."""
-    by_layer = {kind: given for kind, given in rope.items() if isinstance(given, dict) and kind.endswith("attention")}
-    if by_layer:
-        rope = by_layer.get("full_attention", {})
-    settings = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope and key in known}
-    if rope.get("rope_type", "default") != "default" and "rope_scaling" in known:
-        settings["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-    local = by_layer.get("sliding_attention", {}).get("rope_theta")
-    if local is not None and "rope_local_base_freq" in known:
-        settings["rope_local_base_freq"] = local
-    return settings

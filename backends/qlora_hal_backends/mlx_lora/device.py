@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
 import importlib.metadata
-import os
 import platform as python_platform
-import shutil
-import stat
-import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -42,35 +35,6 @@ def respect_memory_limit() -> None:
     if limit is not None and mx.metal.is_available():
         mx.set_wired_limit(limit)
         mx.set_memory_limit(limit)
-
-
-def keep_compiled_code_private() -> None:
-    """See that only this user can write where MLX looks for kernels compiled earlier.
-
-    On a CPU, MLX 0.32 compiles fused operations with g++ into `$TMPDIR/mlx/VERSION/cpu` under names that anyone can
-    compute, and loads what it finds there. In a /tmp of many users whoever comes first owns that folder. Where it is
-    not this user's alone, this process and its children get a TMPDIR of their own, which goes with it.
-    """
-    if os.name != "posix":
-        return
-    # In the order of std::filesystem::temp_directory_path.
-    named = (os.environ.get(name) for name in ("TMPDIR", "TMP", "TEMP", "TEMPDIR"))
-    folder = Path(next(filter(None, named), "/tmp")) / "mlx"
-    with suppress(OSError):
-        folder.mkdir(mode=0o700)
-    if not all(map(_is_private, (folder, *folder.glob("*"), *folder.glob("*/cpu")))):
-        own = tempfile.mkdtemp(prefix="qlora_hal-mlx-")
-        atexit.register(shutil.rmtree, own, ignore_errors=True)
-        os.environ["TMPDIR"] = own
-
-
-def _is_private(folder: Path) -> bool:
-    """Whether it is this user's folder, no link, and nobody else's to write."""
-    try:
-        facts = folder.lstat()
-    except OSError:
-        return False
-    return stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid() and not facts.st_mode & 0o022
 
 
 def describe_device(kernel_path: str) -> DeviceFacts:

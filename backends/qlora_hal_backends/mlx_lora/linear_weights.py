@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from qlora_hal.backend import Quantization
-from qlora_hal.capabilities import WeightFormat
 from qlora_hal.errors import ModelError
 from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.mlx_lora.base_weights import BaseWeight, CodebookWeight, DenseWeight, GroupedWeight, quantize
@@ -15,7 +15,7 @@ from qlora_hal_backends.mlx_lora.nf4 import NF4Weight
 from qlora_hal_backends.mlx_lora.offered import MLX_FORMATS
 
 if TYPE_CHECKING:
-    from qlora_hal_backends.mlx_lora.loading import Weights
+    from qlora_hal_backends.mlx_lora.stored_tensors import Weights
 
 
 def read_base_weight(
@@ -49,14 +49,8 @@ def _quantized(weight: mx.array, path: str, where: str, quantization: Quantizati
             where=where,
             fix="Set quantization.block_size to a smaller size, or quantization.weight_format to none.",
         )
-    if quantization.weight_format is not WeightFormat.NONE and not bool(mx.isfinite(weight).all()):
-        raise ModelError(
-            "QH-M52",
-            f"{path} holds a weight that is not finite.",
-            where=where,
-            cause="A NaN or an infinity spoils its whole group when it is quantized.",
-            fix="Get the checkpoint again from its source.",
-        )
+    # Before it is packed: some codecs make an ordinary number of what is none.
+    require_finite(path, (weight,), where)
     return quantize(weight, quantization, dtype)
 
 
@@ -69,3 +63,16 @@ def _packed_by_mlx(weights: Weights, path: str, quantization: Quantization, dtyp
     known = MLX_FORMATS[quantization.weight_format]
     assert quantization.block_size is not None
     return GroupedWeight(packed, scales, biases, quantization.block_size, known.bits, known.mode)
+
+
+def require_finite(name: str, arrays: Iterable[mx.array], where: str) -> None:
+    """Raises ModelError QH-M52 for the first tensor that holds a NaN or an infinity."""
+    for array in arrays:
+        if mx.issubdtype(array.dtype, mx.floating) and not bool(mx.isfinite(array).all()):
+            raise ModelError(
+                "QH-M52",
+                f"{name} holds a weight that is not finite.",
+                where=where,
+                cause="A NaN or an infinity spoils every number that is computed with it.",
+                fix="Get the checkpoint again from its source.",
+            )

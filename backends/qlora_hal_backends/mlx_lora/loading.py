@@ -7,7 +7,7 @@ and each weight is read, packed and dropped before the next: the 16-bit model ne
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import mlx.core as mx
@@ -18,14 +18,18 @@ from mlx.utils import tree_flatten
 
 from qlora_hal.backend import Compute, Quantization
 from qlora_hal.errors import ModelError
+from qlora_hal.model.facts import text_config
 from qlora_hal.model.source import ModelSource
-from qlora_hal_backends.mlx_lora.architecture import build_model
+from qlora_hal_backends.mlx_lora.architecture import build_model, read_config
 from qlora_hal_backends.mlx_lora.base_weights import BaseWeight
+from qlora_hal_backends.mlx_lora.compared import check_compared
+from qlora_hal_backends.mlx_lora.embedding import put_embedding_right
 from qlora_hal_backends.mlx_lora.head import Head, find_head
-from qlora_hal_backends.mlx_lora.linear_weights import read_base_weight
+from qlora_hal_backends.mlx_lora.linear_weights import read_base_weight, require_finite
 from qlora_hal_backends.mlx_lora.lora_linear import FrozenLinear, LoRASlots
 from qlora_hal_backends.mlx_lora.recomputing import RecomputedLayer
 from qlora_hal_backends.mlx_lora.sliding import MissingWindow
+from qlora_hal_backends.mlx_lora.stored_tensors import Weights, mismatch, open_tensors, renamed, ties_its_head
 
 
 @dataclass(slots=True)
@@ -40,94 +44,59 @@ class BaseModel:
     window: MissingWindow
 
 
-@dataclass(slots=True)
-class Weights:
-    """The tensors of all shards under mlx-lm's names, lazy until evaluated; `origin` gives the checkpoint's name."""
+@dataclass(frozen=True, slots=True)
+class Assembled:
+    """A model and the tensors that belong in it, none of them read. `linears` maps the path of every linear layer that
+    can carry LoRA to its module."""
 
-    arrays: dict[str, mx.array]
-    origin: Mapping[str, str]
-    where: str
-    unread: set[str] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        self.unread = set(self.arrays)
-
-    def has(self, name: str) -> bool:
-        return name in self.arrays
-
-    def take(self, name: str) -> mx.array:
-        """Hand one tensor over; nothing here holds it any longer. Raises ModelError QH-M50 when it is missing."""
-        if name not in self.arrays:
-            raise mismatch(self.where, missing=[name], left=[])
-        self.unread.discard(name)
-        return self.arrays.pop(name)
+    causal: Any
+    window: MissingWindow
+    weights: Weights
+    linears: Mapping[str, Module]
+    hidden_size: int
+    notes: tuple[str, ...]
 
 
-def load_base(source: ModelSource, quantization: Quantization, compute: Compute) -> BaseModel:
-    """Load and pack. Raises ModelError with every tensor that is missing or left over."""
-    dtype = getattr(mx, compute.dtype)
-    causal, window = build_model(source)
-    weights = _open(source, causal)
-    names = _linear_names(causal, weights, source)
-    _check_complete(causal, weights, source)
-    slots = LoRASlots()
-    linears = {}
-    for path, module in names.items():
-        base = _packed(weights, path, source, quantization, dtype, expected=_sides(module))
-        bias = weights.take(f"{path}.bias").astype(mx.float32) if weights.has(f"{path}.bias") else None
-        mx.eval(*base.arrays, *([] if bias is None else [bias]))
-        frozen = FrozenLinear(base, bias, slots)
-        _place(causal, path, frozen)
-        linears[weights.origin.get(path, path)] = frozen
-    _fill_parameters(causal, weights, source, dtype)
-    causal.freeze()
-    causal.eval()
-    base_model = BaseModel(causal, find_head(causal), linears, slots, source.facts.architecture, window)
-    if compute.gradient_checkpointing:
-        _recompute_layers(base_model)
-    return base_model
-
-
-def _open(source: ModelSource, causal: Any) -> Weights:
-    """All shards, lazily, renamed by mlx-lm's `sanitize`."""
-    arrays: dict[str, mx.array] = {}
-    for file in sorted({tensor.file for tensor in source.facts.tensors.values()}):
-        # Contents decide what MLX reads, not the name: blobs of the hub's cache have none.
-        path = (source.path / file).resolve(strict=True)
-        try:
-            arrays.update(cast("dict[str, mx.array]", mx.load(str(path), format="safetensors")))
-        except (RuntimeError, ValueError) as error:
-            raise ModelError(
-                "QH-M50",
-                f"MLX cannot read {file}.",
-                where=source.name,
-                cause=str(error).splitlines()[0],
-                fix="Name a version of the model in bfloat16, float16 or float32.",
-            ) from error
-    names = {id(array): name for name, array in arrays.items()}
-    # Rotary frequencies that older checkpoints carry are recomputed.
-    kept = {name: array for name, array in arrays.items() if not name.endswith("rotary_emb.inv_freq")}
-    if hasattr(causal, "sanitize"):
-        try:
-            kept = causal.sanitize(dict(kept))
-        except (KeyError, ValueError) as error:
-            raise mismatch(source.name, missing=[str(error)], left=[]) from error
-    origin = {
-        name.removesuffix(".weight"): names[id(array)].removesuffix(".weight")
-        for name, array in kept.items()
-        if name.endswith(".weight") and id(array) in names
-    }
-    return Weights(kept, origin, source.name)
-
-
-def _linear_names(causal: Any, weights: Weights, source: ModelSource) -> dict[str, Module]:
-    """Path -> module of every linear layer that can carry LoRA. One whose weight `sanitize` fused or stacked has no
-    name in the checkpoint, and stays as it is; so do the output head and routers."""
-    return {
+def assemble(source: ModelSource) -> Assembled:
+    """mlx-lm's model, and every stored tensor assigned to it. Raises ModelError: QH-M51 for an architecture that mlx-lm
+    lacks or would compute otherwise, QH-M50 with every tensor that is missing or left over."""
+    read = read_config(source)
+    notes = check_compared(source, read)
+    arrays = open_tensors(source)
+    causal, window = build_model(source, read, ties_its_head(arrays, source.facts.config, read))
+    weights = renamed(arrays, causal, source)
+    linears = {
         path: module
         for path, module in reversed(causal.named_modules())
         if type(module) is Linear and weights.origin.get(path) in source.facts.linear_modules
     }
+    _check_complete(causal, weights, source)
+    hidden_size = int(text_config(read).get("hidden_size") or 0)
+    return Assembled(causal, window, weights, linears, hidden_size, (*notes, *weights.notes, *window.notes()))
+
+
+def load_base(source: ModelSource, quantization: Quantization, compute: Compute) -> BaseModel:
+    """Assemble, read and pack. Raises ModelError as `assemble` does, and for tensors that are not finite (QH-M52)."""
+    dtype = getattr(mx, compute.dtype)
+    assembled = assemble(source)
+    causal, weights = assembled.causal, assembled.weights
+    slots = LoRASlots()
+    linears = {}
+    for path, module in assembled.linears.items():
+        base = _packed(weights, path, source, quantization, dtype, expected=_sides(module))
+        bias = weights.take(f"{path}.bias").astype(mx.float32) if weights.has(f"{path}.bias") else None
+        mx.eval(*base.arrays, *([] if bias is None else [bias]))
+        require_finite(path, base.arrays, source.name)
+        require_finite(f"{path}.bias", () if bias is None else (bias,), source.name)
+        frozen = FrozenLinear(base, bias, slots)
+        _place(causal, path, frozen)
+        linears[weights.origin[path]] = frozen
+    _fill_parameters(causal, weights, source, dtype)
+    put_embedding_right(causal, source.facts.model_type, assembled.hidden_size, dtype)
+    base_model = BaseModel(causal, find_head(causal), linears, slots, source.facts.architecture, assembled.window)
+    if compute.gradient_checkpointing:
+        _recompute_layers(base_model)
+    return base_model
 
 
 def _sides(linear: Module) -> tuple[int, int]:
@@ -171,6 +140,7 @@ def _fill_parameters(causal: Any, weights: Weights, source: ModelSource, dtype: 
             array = array.astype(dtype)
         causal.load_weights([(name, array)], strict=False)
         mx.eval(array)
+        require_finite(weights.origin.get(name.removesuffix(".weight"), name), (array,), source.name)
 
 
 def _parameters(causal: Any) -> list[tuple[str, mx.array]]:
@@ -212,17 +182,6 @@ def _belongs_to_packed(name: str, expected: set[str]) -> bool:
         return f"{module}.weight" in expected
     module, _, leaf = name.rpartition(".")
     return leaf in ("scales", "biases") and f"{module}.weight" in expected
-
-
-def mismatch(where: str, missing: list[str], left: list[str]) -> ModelError:
-    return ModelError(
-        "QH-M50",
-        f"The checkpoint and its config.json do not match: {len(missing)} tensors missing "
-        f"({', '.join(missing[:5]) or 'none'}), {len(left)} left over ({', '.join(left[:5]) or 'none'}).",
-        where=where,
-        fix="Check that config.json belongs to these weights.",
-        context={"missing": missing, "left_over": left},
-    )
 
 
 def _shape_mismatch(where: str, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> ModelError:

@@ -13,9 +13,7 @@ from typing import Any
 from qlora_hal.errors import UnsupportedFeatureError
 from qlora_hal.model.facts import text_config
 from qlora_hal.model.source import ModelSource
-
-_ON_EVERY_LAYER = frozenset({"mistral", "phi3", "starcoder2"})
-"""Model types whose layers all slide, in transformers 5."""
+from qlora_hal_backends.mlx_lora.config_reading import Config
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,20 +24,30 @@ class MissingWindow:
     on_every_layer: bool = False
     architecture: str = ""
 
+    def notes(self) -> tuple[str, ...]:
+        """Sentences for the user, before any row is seen."""
+        if self.tokens is None or self.on_every_layer:
+            return ()
+        return (
+            f"mlx-lm leaves out the sliding window of {self.tokens} tokens that some layers of {self.architecture} have: "
+            "longer rows are refused (QH-B61)",
+        )
+
     def applied_to(self, time: int) -> int | None:
         """The window to put into the mask of rows of `time` tokens. Raises UnsupportedFeatureError QH-B61."""
         if self.tokens is None or time <= self.tokens:
             return None
         if self.on_every_layer:
             return self.tokens
-        raise self._too_long(time)
+        raise self.too_long(time)
 
     def check_generation(self, time: int) -> None:
         """Raises UnsupportedFeatureError QH-B61: a key-value cache of mlx-lm keeps every token in sight."""
         if self.tokens is not None and time > self.tokens:
-            raise self._too_long(time)
+            raise self.too_long(time)
 
-    def _too_long(self, time: int) -> UnsupportedFeatureError:
+    def too_long(self, time: int) -> UnsupportedFeatureError:
+        """For rows that the window cannot be put into."""
         return UnsupportedFeatureError(
             "QH-B61",
             f"{time} tokens are longer than the sliding window of {self.tokens} tokens of {self.architecture}, which "
@@ -48,15 +56,20 @@ class MissingWindow:
         )
 
 
-def missing_window(source: ModelSource, arguments_class: type[Any]) -> MissingWindow:
-    config = text_config(source.facts.config)
+def missing_window(source: ModelSource, read: Config, arguments_class: type[Any]) -> MissingWindow:
+    """`read`: config.json as transformers reads it. There layers slide where `layer_types` says so; kinds of model
+    without layer types slide on all layers."""
+    config = text_config(read)
     window = config.get("sliding_window")
     if not isinstance(window, int) or config.get("use_sliding_window") is False:
         return MissingWindow()
+    kinds = config.get("layer_types")
+    slides = None if kinds is None else [kind == "sliding_attention" for kind in kinds]
+    if slides is not None and not any(slides):
+        return MissingWindow()
     known = inspect.signature(arguments_class).parameters
-    model_type = source.facts.model_type
-    # mlx-lm serves Mistral by its Llama, which slides only where `layer_types` says so.
-    served = "sliding_window" in known and not (model_type == "mistral" and "layer_types" not in config)
+    # Where mlx-lm's model knows kinds of layers (its Llama, which Mistral is built by), it slides on those named.
+    served = "text_config" in known or ("sliding_window" in known and not ("layer_types" in known and slides is None))
     if served:
         return MissingWindow()
-    return MissingWindow(window, model_type in _ON_EVERY_LAYER, source.facts.architecture or model_type)
+    return MissingWindow(window, slides is None or all(slides), source.facts.architecture or source.facts.model_type)

@@ -82,12 +82,16 @@ def hidden_states(base: BaseModel, input_ids: mx.array, segments: mx.array | Non
     try:
         states = forward(input_ids, cache=caches)
     except (TypeError, AttributeError) as error:
+        if segments is None:
+            raise base.window.too_long(input_ids.shape[1]) from error
         raise UnsupportedFeatureError(
             "QH-B60",
             f"Packing is not possible with {base.architecture}: its layers keep another state than keys and values.",
             cause=f"{type(error).__name__}: {error}".splitlines()[0],
             fix="Set data.packing false.",
         ) from error
+    if segments is None and not all(cache.was_used for cache in caches):
+        raise base.window.too_long(input_ids.shape[1])
     check_all_used(caches, base.architecture)
     return states
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from qlora_hal.values import (
     StepStats,
 )
 from qlora_hal_backends.mlx_lora import SPEC, device, loading, step
+from qlora_hal_backends.mlx_lora.compiled_code import compiling_in_own_folder
 from qlora_hal_backends.mlx_lora.generation import greedy
 from qlora_hal_backends.mlx_lora.lora_linear import LoRAPlace
 from qlora_hal_backends.mlx_lora.nf4 import kernel_path as nf4_kernel_path
@@ -75,6 +77,10 @@ class MLXLoRATrainer(QuantizedLoRATrainer):
         self._attached: _Attached | None = None
         self._compute = Compute()
         self._kernel_path = "no base is loaded"
+        # Streams of MLX belong to the thread that made them, and what is queued on one is seen from no other: a trainer
+        # that is loaded here and stepped there needs one for all threads. Its condition is one caller at a time.
+        self._stream = mx.new_thread_unsafe_stream(mx.default_device())
+        self._one_caller = threading.RLock()
 
     # life ----------------------------------------------------------------------------------------------------------
     def proved_compute_dtypes(self) -> tuple[str, ...]:
@@ -84,10 +90,9 @@ class MLXLoRATrainer(QuantizedLoRATrainer):
         check_served(self.spec, quantization, compute, prequantized=source.facts.prequantized is not None)
         self.close()
         self._compute = compute
-        device.keep_compiled_code_private()
         device.respect_memory_limit()
         mx.reset_peak_memory()
-        with self._memory_named("loading the base"):
+        with self._device_for("loading the base"):
             self._base = loading.load_base(source, quantization, compute)
         self._kernel_path = kernel_path(quantization)
 
@@ -97,7 +102,7 @@ class MLXLoRATrainer(QuantizedLoRATrainer):
 
     def attach(self, adapter: Adapter, optimizer: str = "adamw") -> None:
         check_optimizer(optimizer, self.spec)
-        with self._memory_named("attaching the adapter"):
+        with self._device_for("attaching the adapter"):
             check_fits(adapter, self.linear_modules(), where=f"the adapter for {self.spec.name}")
             self._place(adapter)
             tensors = {name: to_device(tensor) for name, tensor in adapter.tensors.items()}
@@ -122,7 +127,7 @@ class MLXLoRATrainer(QuantizedLoRATrainer):
     # training ------------------------------------------------------------------------------------------------------
     def train_step(self, window: Sequence[Batch], settings: StepSettings) -> PendingStep:
         at = self._at_work
-        with self._memory_named("a training step"):
+        with self._device_for("a training step"):
             key = settings.dropout_key if at.adapter.config.dropout > 0.0 else None
             gradients, total = at.gradient.of_window(at.optimizer.tensors, window, settings.token_count, key)
             figures = at.optimizer.update(gradients, total, settings)
@@ -131,7 +136,7 @@ class MLXLoRATrainer(QuantizedLoRATrainer):
     def evaluate(self, batches: Sequence[Batch]) -> LossSum:
         at = self._at_work
         total, tokens = 0.0, 0
-        with self._memory_named("evaluation"):
+        with self._device_for("evaluation"):
             for batch in batches:
                 if batch.counted_tokens:
                     total += float(at.gradient.loss_of(at.optimizer.tensors, batch))
@@ -141,24 +146,28 @@ class MLXLoRATrainer(QuantizedLoRATrainer):
     # state ---------------------------------------------------------------------------------------------------------
     def export_adapter(self) -> Adapter:
         at = self._at_work
-        return Adapter({name: to_host(array) for name, array in at.optimizer.tensors.items()}, at.adapter.config)
+        with self._device_for("copying the adapter"):
+            tensors = {name: to_host(array) for name, array in at.optimizer.tensors.items()}
+        return Adapter(tensors, at.adapter.config)
 
     def export_optimizer(self) -> OptimizerSnapshot:
-        return self._at_work.optimizer.snapshot()
+        with self._device_for("copying the optimizer"):
+            return self._at_work.optimizer.snapshot()
 
     def import_optimizer(self, snapshot: OptimizerSnapshot) -> None:
-        self._at_work.optimizer.restore(snapshot)
+        with self._device_for("restoring the optimizer"):
+            self._at_work.optimizer.restore(snapshot)
 
     # views ---------------------------------------------------------------------------------------------------------
     def logits(self, batch: Batch) -> Float32:
         at = self._at_work
-        with self._memory_named("a forward pass"), self._loaded.slots.holding(at.optimizer.tensors):
+        with self._device_for("a forward pass"), self._loaded.slots.holding(at.optimizer.tensors):
             return to_host(step.logits(self._loaded, step.to_device(batch)))
 
     def gradients(self, window: Sequence[Batch]) -> Mapping[str, Float32]:
         at = self._at_work
         token_count = sum(batch.counted_tokens for batch in window)
-        with self._memory_named("a backward pass"):
+        with self._device_for("a backward pass"):
             gradients, _ = at.gradient.of_window(at.optimizer.tensors, window, token_count, None)
             return {name: to_host(array) for name, array in zip(at.optimizer.names, gradients, strict=True)}
 
@@ -170,7 +179,8 @@ class MLXLoRATrainer(QuantizedLoRATrainer):
                 f"There is no linear layer {module}; the base has {len(linears)}, the first is {next(iter(linears))}.",
                 fix="Name one of linear_modules().",
             )
-        return to_host(linears[module].base.dense())
+        with self._device_for("decoding a weight"):
+            return to_host(linears[module].base.dense())
 
     # optional ------------------------------------------------------------------------------------------------------
     def generate(
@@ -180,7 +190,7 @@ class MLXLoRATrainer(QuantizedLoRATrainer):
         tensors = self._attached.optimizer.tensors if self._attached is not None else {}
         base.slots.enabled = adapter
         try:
-            with self._memory_named("generation"), base.slots.holding(tensors):
+            with self._device_for("generation"), base.slots.holding(tensors):
                 tokens = greedy(base, prompt, max_new_tokens, frozenset(stop_tokens))
         finally:
             base.slots.enabled = True
@@ -218,9 +228,11 @@ class MLXLoRATrainer(QuantizedLoRATrainer):
                 linear.place = LoRAPlace(a_name, b_name, config.scale, config.dropout, index[name])
 
     @contextmanager
-    def _memory_named(self, phase: str) -> Iterator[None]:
+    def _device_for(self, phase: str) -> Iterator[None]:
+        """The device, one caller at a time and from any thread; what runs out of memory is named."""
         try:
-            yield
+            with self._one_caller, mx.stream(self._stream), compiling_in_own_folder():
+                yield
         except (MemoryError, RuntimeError) as error:
             reason = (str(error).splitlines() or ["no message"])[0]
             if isinstance(error, RuntimeError) and not any(word in reason.lower() for word in _OUT_OF_MEMORY):

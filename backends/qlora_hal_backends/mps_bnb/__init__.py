@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qlora_hal.backend import BackendSpec, ProbeReport
-from qlora_hal_backends.torch_family.platform import MEMORY, MPS, TORCH_OPTIONS
+from qlora_hal_backends.torch_family.platform import MEMORY, MPS, OUTLINE, TORCH_OPTIONS
 
 
 def probe() -> ProbeReport:
@@ -19,6 +19,7 @@ SPEC = BackendSpec(
     priority=MPS.priority,
     capabilities=MPS.capabilities(),
     probe=probe,
+    outline=OUTLINE,
     trainer="qlora_hal_backends.mps_bnb.trainer:open_trainer",
     uses_accelerator=MPS.uses_accelerator,
     card_vendors=frozenset({"apple"}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qlora_hal.backend import BackendSpec, ProbeReport
-from qlora_hal_backends.torch_family.platform import MEMORY, ROCM, TORCH_OPTIONS
+from qlora_hal_backends.torch_family.platform import MEMORY, OUTLINE, ROCM, TORCH_OPTIONS
 
 
 def probe() -> ProbeReport:
@@ -19,6 +19,7 @@ SPEC = BackendSpec(
     priority=ROCM.priority,
     capabilities=ROCM.capabilities(),
     probe=probe,
+    outline=OUTLINE,
     trainer="qlora_hal_backends.rocm_bnb.trainer:open_trainer",
     uses_accelerator=ROCM.uses_accelerator,
     card_vendors=frozenset({"amd"}),

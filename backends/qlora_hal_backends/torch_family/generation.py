@@ -17,8 +17,12 @@ def greedy(
     step_input = torch.from_numpy(prompt).long().to(device)[None]
     generated: list[int] = []
     while len(generated) < max_new_tokens:
-        output = base.body(input_ids=step_input, past_key_values=cache, use_cache=True)
-        token = int(base.head.logits(output.last_hidden_state[0, -1:]).argmax(dim=-1))
+        if base.head is None:
+            logits = base.causal(input_ids=step_input, past_key_values=cache, use_cache=True).logits[0, -1]
+        else:
+            output = base.body(input_ids=step_input, past_key_values=cache, use_cache=True)
+            logits = base.head.logits(output.last_hidden_state[0, -1:])[0]
+        token = int(logits.argmax(dim=-1))
         if token in stop_tokens:
             break
         generated.append(token)

@@ -75,3 +75,10 @@ def _hidden_gradient(logits: Tensor, log_normalizer: Tensor, target: Tensor, hea
     if slope is not None:
         gradient.mul_(slope)
     return gradient.to(head.weight.dtype) @ head.weight
+
+
+def whole_loss_sum(logits: Tensor, counted: Tensor, targets: Tensor, gradient_scale: float) -> Tensor:
+    """`loss_sum` where only the architecture itself can make logits: `[batch, time, vocabulary]` of them, whole."""
+    total = torch.nn.functional.cross_entropy(logits.flatten(0, 1)[counted], targets, reduction="sum")
+    # The value is the sum, the gradient that of the scaled sum.
+    return total.detach() + gradient_scale * (total - total.detach())

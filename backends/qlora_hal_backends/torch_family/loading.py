@@ -6,7 +6,7 @@ dropped before the next, so the 16-bit model never stands whole in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from qlora_hal.backend import Compute, Quantization
 from qlora_hal.capabilities import WeightFormat
-from qlora_hal.errors import ModelError
+from qlora_hal.errors import ModelError, UnsupportedFeatureError
 from qlora_hal.model.source import ModelSource
+from qlora_hal_backends.torch_family.architecture import Architecture, build, shape_mismatch
 from qlora_hal_backends.torch_family.base_weights import (
     BaseWeight,
     Blockwise4BitWeight,
@@ -29,27 +30,27 @@ from qlora_hal_backends.torch_family.base_weights import (
 )
 from qlora_hal_backends.torch_family.head_loss import Head
 from qlora_hal_backends.torch_family.lora_linear import FrozenLinear
-from qlora_hal_backends.torch_family.transformers_versions import (
-    build_causal,
-    optional_libraries_unheard,
-    read_config,
-)
+from qlora_hal_backends.torch_family.transformers_versions import recomputable_layers, stays_float32
+from qlora_hal_backends.torch_family.trial import tried
 
 BITSANDBYTES = "bitsandbytes dequantize"
 
 
 @dataclass(slots=True)
 class BaseModel:
-    """A loaded base. `body` gives hidden states, `head` turns them into logits.
+    """A loaded base. `body` gives hidden states, `head` turns them into logits; without a head only `causal` does.
 
-    `decoding` names what unpacks the weights, `versions` the packages that are needed for it beside the family's own.
+    `mixes_samples` says why several samples cannot share a row, or is empty. `notes` are for the user. `decoding` names
+    what unpacks the weights, `versions` the packages that are needed for it beside the family's own.
     """
 
     causal: Any
     body: Any
-    head: Head
+    head: Head | None
     linears: Mapping[str, FrozenLinear]
     layers: nn.ModuleList
+    mixes_samples: str = ""
+    notes: tuple[str, ...] = ()
     decoding: str = BITSANDBYTES
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -71,33 +72,52 @@ def load_with(
 ) -> BaseModel:
     """The story of loading; `read_weight` turns one linear layer's tensors into its packed weight."""
     dtype = getattr(torch, compute.dtype)
-    with optional_libraries_unheard():
-        causal = _architecture(source, compute, dtype)
-    linears = _place_frozen_linears(causal)
-    with Checkpoint(source.path, source.facts.tensors) as checkpoint:
+    architecture = build(source, compute.options.get("attention", "auto"), dtype)
+    causal, linears = architecture.causal, architecture.linears
+    with Checkpoint(source.path, source.facts.tensors, architecture.stored) as checkpoint:
         for name, linear in linears.items():
+            if not checkpoint.has_module(name):
+                continue  # one with another layer, and stored there
             linear.base = read_weight(checkpoint, name, quantization, dtype, device)
             if linear.base.shape != (linear.out_features, linear.in_features):
                 expected = (linear.out_features, linear.in_features)
-                raise _shape_mismatch(source.name, name, linear.base.shape, expected)
-            if checkpoint.has(f"{name}.bias"):
-                linear.bias = checkpoint.take(f"{name}.bias", device).to(dtype)
-        _fill_parameters(causal, checkpoint, dtype, device)
-        _tie_head(causal)
-        _check_complete(causal, checkpoint, source)
+                raise shape_mismatch(source.name, name, linear.base.shape, expected)
+            if linear.has_bias:
+                bias = f"{name}.bias"
+                linear.bias = finite(checkpoint.take(bias, device), bias, source.name).to(dtype)
+        _fill_parameters(causal, checkpoint, device)
+        _fill_buffers(causal, checkpoint)
+        notes = [*_tie(architecture), *_unused_notes(architecture)]
     causal.to(device)
     causal.eval()
     causal.requires_grad_(False)
-    return BaseModel(causal, _body(causal), _head(causal), linears, _decoder_layers(causal))
+    trial = tried(causal, source, device)
+    if trial.head is None:
+        notes.append(
+            f"{type(causal).__name__} makes its logits in a way of its own: they are made whole, for every token of a "
+            "batch, which takes more memory than the estimate says"
+        )
+    return BaseModel(
+        causal=causal,
+        body=trial.body,
+        head=trial.head,
+        linears={name: linears[name] for name in architecture.adapted},
+        layers=_decoder_layers(causal, compute),
+        mixes_samples=trial.mixes_samples,
+        notes=tuple(notes),
+    )
 
 
 class Checkpoint:
-    """The tensors of all shards, each read once and only when asked for."""
+    """The tensors of all shards under their names in the model, each read only when asked for.
 
-    def __init__(self, folder: Path, tensors: Mapping[str, Any]) -> None:
+    `stored` maps these names to those in the files; without it they are the same.
+    """
+
+    def __init__(self, folder: Path, tensors: Mapping[str, Any], stored: Mapping[str, str] | None = None) -> None:
         self._folder = folder
         self._tensors = tensors
-        self._left = set(tensors)
+        self._stored = dict.fromkeys(tensors) if stored is None else stored
         self._stack = ExitStack()
         self._open: dict[str, Any] = {}
 
@@ -112,11 +132,15 @@ class Checkpoint:
         self._stack.close()
 
     def has(self, name: str) -> bool:
-        return name in self._tensors
+        return name in self._stored
+
+    def has_module(self, module: str) -> bool:
+        """Whether a weight is stored for this layer, packed or not."""
+        return self.has(f"{module}.weight") or any(self.has(f"{module}.{part}") for part in ("qweight", "SCB"))
 
     def take(self, name: str, device: torch.device) -> Tensor:
         """Read one tensor. Raises ModelError when the checkpoint lacks it."""
-        if name not in self._tensors:
+        if name not in self._stored:
             raise ModelError(
                 "QH-M50",
                 f"The checkpoint has no tensor {name}.",
@@ -124,52 +148,28 @@ class Checkpoint:
                 cause="The architecture in config.json needs it.",
                 fix="Check that the folder is complete and that config.json belongs to it.",
             )
-        file = self._tensors[name].file
+        stored = self._stored[name] or name
+        file = self._tensors[stored].file
         if file not in self._open:
             self._open[file] = self._stack.enter_context(safe_open(self._folder / file, framework="pt"))
-        self._left.discard(name)
-        tensor: Tensor = self._open[file].get_tensor(name)
+        tensor: Tensor = self._open[file].get_tensor(stored)
         return tensor.to(device)
 
     def with_prefix(self, prefix: str) -> list[str]:
-        return [name for name in self._tensors if name.startswith(prefix)]
-
-    def unread(self) -> list[str]:
-        return sorted(self._left)
+        return [name for name in self._stored if name.startswith(prefix)]
 
 
-def _architecture(source: ModelSource, compute: Compute, dtype: torch.dtype) -> Any:
-    from accelerate import init_empty_weights
-
-    config = read_config(source.path, trust_remote_code=source.trust_remote_code)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # packing is done here, not by transformers
-    wanted = str(compute.options.get("attention", "auto"))
-    # Left to choose, transformers takes the fused attention wherever the architecture has it (Gemma 2 has not).
-    attention = None if wanted == "auto" else wanted
-    # Buffers (rotary frequencies) are computed for real: no checkpoint holds them.
-    with init_empty_weights(include_buffers=False):
-        try:
-            return build_causal(config, dtype=dtype, attention=attention, trust_remote_code=source.trust_remote_code)
-        except ValueError as error:
-            raise ModelError(
-                "QH-M51",
-                f"transformers cannot build {source.facts.architecture or source.facts.model_type}.",
-                where=source.name,
-                cause=str(error).splitlines()[0],
-                fix="Choose another model, or update transformers.",
-            ) from error
-
-
-def _place_frozen_linears(causal: Any) -> dict[str, FrozenLinear]:
-    head = causal.get_output_embeddings()
-    linears: dict[str, FrozenLinear] = {}
-    for name, module in list(causal.named_modules()):
-        if type(module) is nn.Linear and module is not head:
-            frozen = FrozenLinear(module.in_features, module.out_features)
-            causal.set_submodule(name, frozen)
-            linears[name] = frozen
-    return linears
+def finite(tensor: Tensor, name: str, where: str) -> Tensor:
+    """`tensor` again. Raises ModelError QH-M52 where it holds NaN or infinity."""
+    if bool(torch.isfinite(tensor).all()):
+        return tensor
+    raise ModelError(
+        "QH-M52",
+        f"{name} holds NaN or infinity; finite numbers are expected.",
+        where=where,
+        cause="The checkpoint is damaged, or overflowed when it was converted to 16 bits.",
+        fix="Fetch the checkpoint again, or convert it from float32 to bfloat16.",
+    )
 
 
 def _read_and_quantize(
@@ -177,15 +177,7 @@ def _read_and_quantize(
 ) -> BaseWeight:
     weight = checkpoint.take(f"{name}.weight", device)
     # A codec may turn NaN into an ordinary code (bitsandbytes on CUDA does): nothing later would show it.
-    if not bool(torch.isfinite(weight).all()):
-        raise ModelError(
-            "QH-M52",
-            f"{name}.weight holds NaN or infinity; finite numbers are expected.",
-            where=checkpoint.where,
-            cause="The checkpoint is damaged, or overflowed when it was converted to 16 bits.",
-            fix="Fetch the checkpoint again, or convert it from float32 to bfloat16.",
-        )
-    return quantize(weight, quantization, dtype)
+    return quantize(finite(weight, f"{name}.weight", checkpoint.where), quantization, dtype)
 
 
 def _read_bitsandbytes(
@@ -195,26 +187,36 @@ def _read_bitsandbytes(
     if checkpoint.has(f"{name}.SCB"):
         integers = checkpoint.take(f"{name}.weight", device)
         checkpoint.has(f"{name}.weight_format") and checkpoint.take(f"{name}.weight_format", device)
-        return Int8Weight(integers, checkpoint.take(f"{name}.SCB", device).float(), dtype)
+        row_absmax = finite(checkpoint.take(f"{name}.SCB", device).float(), f"{name}.SCB", checkpoint.where)
+        return Int8Weight(integers, row_absmax, dtype)
     parts = [part for part in checkpoint.with_prefix(f"{name}.weight.")]
     if not parts:
         dense = Quantization(WeightFormat.NONE)
-        return quantize(checkpoint.take(f"{name}.weight", device), dense, dtype)
+        return _read_and_quantize(checkpoint, name, dense, dtype, device)
     packed = checkpoint.take(f"{name}.weight", device)
-    state = codec.QuantState.from_dict({part: checkpoint.take(part, device) for part in parts}, device=device)
+    tensors = {part: checkpoint.take(part, device) for part in parts}
+    for part, tensor in tensors.items():
+        if tensor.is_floating_point():
+            finite(tensor, part, checkpoint.where)
+    state = codec.QuantState.from_dict(tensors, device=device)
     state.dtype = dtype
     return Blockwise4BitWeight(packed, state)
 
 
-def _fill_parameters(causal: Any, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
-    for name, parameter in list(causal.named_parameters()):
-        if parameter.is_meta and checkpoint.has(name):
-            tensor = checkpoint.take(name, device)
-            if tensor.shape != parameter.shape:
-                raise _shape_mismatch(checkpoint.where, name, tuple(tensor.shape), tuple(parameter.shape))
+def _fill_parameters(causal: Any, checkpoint: Checkpoint, device: torch.device) -> None:
+    """Every parameter that is stored under its own name, in the dtype that the architecture gives it."""
+    in_float32 = stays_float32(causal)
+    for name, parameter in list(causal.named_parameters(remove_duplicate=False)):
+        if checkpoint.has(name):
+            tensor = finite(checkpoint.take(name, device), name, checkpoint.where)
+            dtype = torch.float32 if in_float32(name) and parameter.is_floating_point() else parameter.dtype
             _set(causal, name, nn.Parameter(tensor.to(dtype), requires_grad=False))
-    for name, buffer in list(causal.named_buffers()):
-        if checkpoint.has(name) and not name.endswith(".bias"):
+
+
+def _fill_buffers(causal: Any, checkpoint: Checkpoint) -> None:
+    ours = {f"{name}.bias" for name, module in causal.named_modules() if isinstance(module, FrozenLinear)}
+    for name, buffer in list(causal.named_buffers(remove_duplicate=False)):
+        if checkpoint.has(name) and name not in ours:
             buffer.copy_(checkpoint.take(name, buffer.device))
 
 
@@ -223,66 +225,50 @@ def _set(causal: Any, name: str, parameter: nn.Parameter) -> None:
     setattr(causal.get_submodule(path), leaf, parameter)
 
 
-def _tie_head(causal: Any) -> None:
-    head = causal.get_output_embeddings()
-    if head is not None and head.weight.is_meta and causal.config.get_text_config().tie_word_embeddings:
-        head.weight = causal.get_input_embeddings().weight
+def _tie(architecture: Architecture) -> Iterator[str]:
+    """Make one what config.json ties. Where a tied parameter is stored again with other numbers, the stored ones stay,
+    as in transformers, and that is said."""
+    causal, linears = architecture.causal, architecture.linears
+    for group in architecture.tied:
+        modules = [name.removesuffix(".weight") for name in group]
+        bases = [linears[name].base for name in modules if name in linears and linears[name].base is not None]
+        for name in modules:
+            if name in linears and linears[name].base is None:
+                linears[name].base = bases[0]
+        parameters = {name: found for name in group if (found := _parameter(causal, name)) is not None}
+        filled = [name for name, parameter in parameters.items() if not parameter.is_meta]
+        for name, parameter in parameters.items():
+            if parameter.is_meta or torch.equal(parameter, parameters[filled[0]]):
+                _set(causal, name, parameters[filled[0]])
+            else:
+                yield f"config.json ties {name} to {filled[0]}, but other numbers are stored for it: those are used"
 
 
-def _check_complete(causal: Any, checkpoint: Checkpoint, source: ModelSource) -> None:
-    missing = [name for name, tensor in causal.named_parameters() if tensor.is_meta]
-    # Rotary frequencies that older checkpoints carry are recomputed, and a tied head may be stored twice.
-    ignorable = ("rotary_emb.inv_freq", "lm_head.weight", "masked_bias", "attn.bias")
-    left = [name for name in checkpoint.unread() if not name.endswith(ignorable)]
-    if missing or left:
-        raise ModelError(
-            "QH-M50",
-            f"The checkpoint and {source.facts.architecture} do not match: {len(missing)} tensors missing "
-            f"({', '.join(missing[:5]) or 'none'}), {len(left)} left over ({', '.join(left[:5]) or 'none'}).",
-            where=source.name,
-            fix="Check that config.json belongs to these weights.",
-            context={"missing": missing, "left_over": left},
-        )
+def _parameter(causal: Any, name: str) -> nn.Parameter | None:
+    path, _, leaf = name.rpartition(".")
+    found = getattr(causal.get_submodule(path), leaf, None)
+    return found if isinstance(found, nn.Parameter) else None
 
 
-def _shape_mismatch(where: str, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> ModelError:
-    return ModelError(
-        "QH-M50",
-        f"{name} has shape {list(found)}; config.json asks for {list(expected)}.",
-        where=where,
-        fix="Check that config.json belongs to these weights.",
-    )
+def _unused_notes(architecture: Architecture) -> Iterator[str]:
+    if unused := architecture.unused:
+        listed = ", ".join(unused[:3]) + (" and others" if len(unused) > 3 else "")
+        yield f"{len(unused)} stored tensors are not used ({listed}): the architecture computes or ignores them"
 
 
-def _body(causal: Any) -> Any:
-    return getattr(causal, causal.base_model_prefix)
-
-
-def _head(causal: Any) -> Head:
-    config = causal.config.get_text_config()
-    head = causal.get_output_embeddings()
-    return Head(
-        weight=head.weight,
-        bias=head.bias,
-        softcap=getattr(config, "final_logit_softcapping", None),
-        multiplier=_logit_multiplier(config),
-    )
-
-
-def _logit_multiplier(config: Any) -> float:
-    """Cohere multiplies its logits, Granite divides them."""
-    if getattr(config, "logit_scale", None):
-        return float(config.logit_scale)
-    return 1.0 / float(getattr(config, "logits_scaling", 1.0) or 1.0)
-
-
-def _decoder_layers(causal: Any) -> nn.ModuleList:
-    count = causal.config.get_text_config().num_hidden_layers
+def _decoder_layers(causal: Any, compute: Compute) -> nn.ModuleList:
+    """What gradient checkpointing recomputes one by one. Raises UnsupportedFeatureError QH-B01 where it is asked for
+    and no such layers are found."""
+    count = getattr(causal.config.get_text_config(), "num_hidden_layers", None)
     for module in causal.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
-    raise ModelError(
-        "QH-M51",
-        f"No list of {count} decoder layers was found in {type(causal).__name__}.",
-        fix="Choose a decoder-only causal language model.",
-    )
+    layers = nn.ModuleList(recomputable_layers(causal))
+    if not layers and compute.gradient_checkpointing:
+        raise UnsupportedFeatureError(
+            "QH-B01",
+            f"No decoder layers to recompute were found in {type(causal).__name__}.",
+            where="training.gradient_checkpointing",
+            fix="Set training.gradient_checkpointing: false.",
+        )
+    return layers

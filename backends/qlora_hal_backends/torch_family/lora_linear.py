@@ -50,13 +50,23 @@ class FrozenLinear(nn.Module):
 
     bias: Tensor | None
 
-    def __init__(self, in_features: int, out_features: int, bias: Tensor | None = None) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, bias: Tensor | None = None, *, has_bias: bool = False
+    ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
+        self.has_bias = has_bias or bias is not None
         self.base: BaseWeight | None = None
         self.lora: LoRAWeights | None = None
         self.register_buffer("bias", bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight, for modules that read it themselves (a state-space scan). No adapter is in it, as in
+        PEFT's layers."""
+        assert self.base is not None, "the weights are not loaded"
+        return self.base.dense()
 
     def forward(self, x: Tensor) -> Tensor:
         lora = self.lora
@@ -91,7 +101,10 @@ class _AdaptedProduct(torch.autograd.Function):
         y = _sum_of_products(rows, base.dense().t(), low_rank * lora.scale, lora.b_compute.t())
         ctx.save_for_backward(rows, low_rank)
         ctx.base, ctx.lora, ctx.dropout_key, ctx.shape = base, lora, dropout_key, x.shape
-        return y.view(*x.shape[:-1], y.shape[-1])
+        # Not `view`: some architectures change a projection in place (OLMo clips it), which autograd forbids to views
+        # that a function returns.
+        product: Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+        return product
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None, None]:

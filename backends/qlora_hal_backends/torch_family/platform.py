@@ -23,6 +23,9 @@ TORCH_OPTIONS: Mapping[str, tuple[object, ...]] = {
 plain keeps transformers' own layers where the fused ones would serve."""
 
 
+OUTLINE = "qlora_hal_backends.torch_family.outline:outline"
+"""`BackendSpec.outline` of every backend of this family."""
+
 LOSS_CHUNK_ROWS = 2048
 """Rows of hidden states whose logits are made at a time."""
 

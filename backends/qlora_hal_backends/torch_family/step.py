@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from qlora_hal.errors import UnsupportedFeatureError
 from qlora_hal.values import IGNORE_LABEL, Batch
-from qlora_hal_backends.torch_family.head_loss import loss_sum
+from qlora_hal_backends.torch_family.head_loss import loss_sum, whole_loss_sum
 from qlora_hal_backends.torch_family.loading import BaseModel
 
 MICRO_BATCH_KEY_STRIDE = 1_000_003
@@ -58,15 +59,45 @@ def _copy(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True)
 
 
+def _positions(base: BaseModel, batch: DeviceBatch) -> dict[str, Tensor]:
+    """Given only where they say something: architectures without positions (Mamba, ALiBi) take none. Raises
+    UnsupportedFeatureError QH-B60 for samples that share a row where the architecture cannot tell them apart."""
+    if batch.position_ids is None:
+        return {}
+    if base.mixes_samples:
+        raise UnsupportedFeatureError(
+            "QH-B60",
+            f"{type(base.causal).__name__} cannot train on packed rows: {base.mixes_samples}.",
+            where="data.packing",
+            cause="Each sample would be trained on the samples before it in its row.",
+            fix="Set data.packing: false.",
+        )
+    return {"position_ids": batch.position_ids}
+
+
 def hidden_states(base: BaseModel, batch: DeviceBatch) -> Tensor:
     """The body's last hidden states `[batch, time, hidden]`."""
-    output = base.body(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+    output = base.body(input_ids=batch.input_ids, use_cache=False, **_positions(base, batch))
     states: Tensor = output.last_hidden_state
     return states
 
 
+def whole_logits(base: BaseModel, batch: DeviceBatch) -> Tensor:
+    """Float32 logits `[batch, time, vocabulary]` of the architecture's own forward pass."""
+    output = base.causal(input_ids=batch.input_ids, use_cache=False, **_positions(base, batch))
+    logits: Tensor = output.logits.float()
+    return logits
+
+
+def logits(base: BaseModel, batch: DeviceBatch) -> Tensor:
+    """Float32 logits `[batch, time, vocabulary]`."""
+    return whole_logits(base, batch) if base.head is None else base.head.logits(hidden_states(base, batch))
+
+
 def batch_loss(base: BaseModel, batch: DeviceBatch, gradient_scale: float) -> Tensor:
     """Sum of token losses; its backward gives the gradient of `gradient_scale` times the sum."""
+    if base.head is None:
+        return whole_loss_sum(whole_logits(base, batch), batch.counted, batch.targets, gradient_scale)
     states = hidden_states(base, batch)
     return loss_sum(states.reshape(-1, states.shape[-1])[batch.counted], batch.targets, base.head, gradient_scale)
 

@@ -102,6 +102,7 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         forget_peak_memory(self._device)
         with self._memory_named("loading the base"), torch.no_grad():
             self._base = self._load_base(source, quantization, compute, self._device)
+        self.load_notes = self._base.notes
 
     def linear_modules(self) -> Mapping[str, tuple[int, int]]:
         return {name: (linear.in_features, linear.out_features) for name, linear in self._loaded.linears.items()}
@@ -212,11 +213,10 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
     def logits(self, batch: Batch) -> Float32:
         with self._memory_named("a forward pass"):
             on_device = step.to_device(batch, self._device)
-            if isinstance(self._fused, fused.FusedBody):
-                states = self._fused.hidden_states(on_device)
-            else:
-                states = step.hidden_states(self._loaded, on_device)
-            return self._loaded.head.logits(states).cpu().numpy()
+            head = self._loaded.head
+            if isinstance(self._fused, fused.FusedBody) and head is not None:
+                return head.logits(self._fused.hidden_states(on_device)).cpu().numpy()
+            return step.logits(self._loaded, on_device).cpu().numpy()
 
     def gradients(self, window: Sequence[Batch]) -> Mapping[str, Float32]:
         token_count = sum(batch.counted_tokens for batch in window)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,59 @@ def build_causal(config: Any, *, dtype: torch.dtype, attention: str | None, trus
         return AutoModelForCausalLM.from_config(
             config, attn_implementation=attention, trust_remote_code=trust_remote_code, **named
         )
+
+
+@dataclass(frozen=True, slots=True)
+class NameInModel:
+    """Where a stored tensor goes. `is_converted`: it is not taken as it is, but joined with others or split."""
+
+    name: str
+    is_converted: bool = False
+
+
+def tensor_renamer(causal: Any, names: Iterable[str]) -> Callable[[str], NameInModel]:
+    """How transformers finds the place of a stored tensor in this model, whose tensors are `names`: by its table of
+    names (5.x: `conversion_mapping`), and with or without the prefix of the base model."""
+    known, prefix = dict.fromkeys(names, True), causal.base_model_prefix
+    if _major() < 5:
+        return lambda stored: NameInModel(_with_prefix(stored, prefix, known))
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(causal)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+
+    def rename(stored: str) -> NameInModel:
+        name, pattern = rename_source_key(stored, renamings, converters, prefix, known)
+        if name not in known and stored in known:
+            name, pattern = rename_source_key(stored, [], [], prefix, known)
+        return NameInModel(name, pattern is not None)
+
+    return rename
+
+
+def _with_prefix(stored: str, prefix: str, known: Mapping[str, bool]) -> str:
+    """A checkpoint of the base model alone lacks the prefix, and the other way round."""
+    shorter = stored.removeprefix(f"{prefix}.")
+    return next((name for name in (stored, f"{prefix}.{stored}", shorter) if name in known), stored)
+
+
+def stays_float32(causal: Any) -> Callable[[str], bool]:
+    """Whether a parameter, by its name, stays in float32 whatever the model computes in (transformers,
+    `PreTrainedModel._get_dtype_plan`)."""
+    words = getattr(causal, "_keep_in_fp32_modules_strict", None) or ()
+    patterns = [re.compile(word.replace("*", ".*")) for word in words]
+    return lambda name: any(pattern.search(name) for pattern in patterns)
+
+
+def recomputable_layers(causal: Any) -> list[Any]:
+    """The outermost layers that transformers itself would recompute."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    named = [(name, layer) for name, layer in causal.named_modules() if isinstance(layer, GradientCheckpointingLayer)]
+    paths = [f"{name}." for name, _ in named]
+    return [layer for name, layer in named if not any(f"{name}." != path and name.startswith(path) for path in paths)]
 
 
 def new_cache(config: Any) -> Any:

@@ -73,6 +73,7 @@ class FusedBody:
 
     def batch_loss(self, batch: DeviceBatch, gradient_scale: float) -> Tensor:
         """What `step.batch_loss` computes."""
+        assert self.base.head is not None, "`supported` refuses a base without a head"
         states = self.hidden_states(batch)
         rows = select_rows(states.flatten(0, 1), batch.counted)
         return loss_sum_with(self.schedule.operations, rows, batch.targets, self.base.head, gradient_scale)

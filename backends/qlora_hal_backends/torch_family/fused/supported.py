@@ -51,6 +51,8 @@ def _refusals(base: BaseModel, flat: FlatAdapter, compute: Compute) -> Iterator[
     if not kinds <= LAYERS or type(base.body).__module__.partition(".")[0] != "transformers":
         yield f"layers of type {', '.join(sorted(kinds))} are not in the fused schedule"
         return
+    if base.head is None:
+        yield "logits that only the architecture itself can make"
     config = base.causal.config.get_text_config()
     if config.hidden_act not in ("silu", "swish"):
         yield f"feed-forward activation {config.hidden_act}, not silu"

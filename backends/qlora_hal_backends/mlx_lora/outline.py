@@ -1,0 +1,26 @@
+"""What this backend will make of a model, told from config.json and the headers of the weight files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from qlora_hal.backend import ModelOutline
+from qlora_hal.model.linear_shapes import left_out_notes
+from qlora_hal.model.source import ModelSource
+from qlora_hal_backends.mlx_lora.loading import assemble
+
+
+def outline(source: ModelSource, options: Mapping[str, object]) -> ModelOutline:
+    """Raises ModelError as `assemble` does. MLX opens the weight files here, and reads their headers only."""
+    assembled = assemble(source)
+    here = {assembled.weights.origin[path] for path in assembled.linears}
+    shapes = {name: shape for name, shape in source.facts.linear_modules.items() if name in here}
+    return ModelOutline(shapes, (*left_out_notes(source.facts), *_not_here(source, shapes), *assembled.notes))
+
+
+def _not_here(source: ModelSource, shapes: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
+    gone = [name for name in source.facts.linear_modules if name not in shapes]
+    if not gone:
+        return ()
+    names = sorted({name.rpartition(".")[2] for name in gone})
+    return (f"{len(gone)} linear layers ({', '.join(names)}) carry no LoRA with mlx-lm: it has no layer for them.",)

@@ -1,0 +1,303 @@
+"""transformers' own code of a model, without memory: what `load` fills, and what a dry run looks at.
+
+Everything that config.json and the headers of the weight files decide is decided here: whether transformers has the
+architecture, whether it predicts the next token, which stored tensor belongs to which parameter, which linear layers
+carry an adapter. No weight is read.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_hal.errors import ModelError
+from qlora_hal.model.linear_shapes import natural_order, reason_left_out, state_space_mixers
+from qlora_hal.model.source import ModelSource
+from qlora_hal_backends.torch_family.lora_linear import FrozenLinear
+from qlora_hal_backends.torch_family.transformers_versions import (
+    NameInModel,
+    build_causal,
+    optional_libraries_unheard,
+    read_config,
+    stays_float32,
+    tensor_renamer,
+)
+
+_PACKED = re.compile(r"(?P<module>.+)\.(?P<part>qweight|qzeros|scales|g_idx|SCB|weight_format|weight\..+)")
+"""What quantized checkpoints store in place of, or beside, a module's weight."""
+
+_RECOMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.masked_bias$", r"\.attn(\.attention)?\.bias$")
+"""Tables that older checkpoints carry and the architecture computes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """`causal` is on the meta device, its linear layers are `linears`.
+
+    `stored` maps names in the model to names in the files. `tied` are groups of parameters that are one by config.json.
+    `adapted` are the linear layers that can carry LoRA, `left_out` the others with the reason. `unused` are stored
+    tensors that the architecture has no use for, as transformers knows.
+    """
+
+    causal: Any
+    linears: Mapping[str, FrozenLinear]
+    stored: Mapping[str, str]
+    tied: Sequence[tuple[str, ...]]
+    adapted: tuple[str, ...]
+    left_out: Mapping[str, str]
+    unused: tuple[str, ...]
+
+
+def build(source: ModelSource, attention: object, dtype: torch.dtype) -> Architecture:
+    """The architecture of a folder, with everything in its place but the weights.
+
+    Raises ModelError: QH-M51 for what transformers cannot build or this family does not train, QH-M50 with every tensor
+    that is missing, left over or misshapen.
+    """
+    with optional_libraries_unheard():
+        causal = _built(source, attention, dtype)
+    _refuse_other_kinds(causal, source)
+    named = _named_tensors(causal)
+    renamed = _names_in_model(causal, named, source)
+    linears = _place_linears(causal)
+    tied = _tied_groups(causal)
+    stored = {ours: theirs for theirs, ours in renamed.items() if _belongs(ours, named)}
+    unused = tuple(sorted(set(renamed) - set(stored.values()), key=natural_order))
+    _check_complete(causal, linears, stored, tied, unused, source)
+    mixers = state_space_mixers(named)
+    reasons = {name: reason_left_out(name, mixers) for name in linears}
+    adapted = tuple(sorted((name for name in linears if not reasons[name]), key=natural_order))
+    if not adapted:
+        raise _untrained(source, f"None of its {len(linears)} linear layers can carry LoRA{_conv1d_words(causal)}.")
+    left_out = {name: reason for name, reason in reasons.items() if reason}
+    return Architecture(causal, linears, stored, tied, adapted, left_out, unused)
+
+
+def _built(source: ModelSource, attention: object, dtype: torch.dtype) -> Any:
+    from accelerate import init_empty_weights
+
+    # Left to choose, transformers takes the fused attention wherever the architecture has it (Gemma 2 has not).
+    wanted = None if attention == "auto" else str(attention)
+    try:
+        config = read_config(source.path, trust_remote_code=source.trust_remote_code)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # packing is done here, not by transformers
+        # Buffers (rotary frequencies) are computed for real: no checkpoint holds them.
+        with init_empty_weights(include_buffers=False):
+            return build_causal(config, dtype=dtype, attention=wanted, trust_remote_code=source.trust_remote_code)
+    except ModelError:
+        raise
+    except Exception as error:  # transformers raises what its many model files happen to raise
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason was given")
+        raise ModelError(
+            "QH-M51",
+            f"transformers cannot build {_name(source)} as a causal language model.",
+            where=source.name,
+            cause=f"{type(error).__name__}: {reason[:300]}",
+            fix="Choose a decoder-only causal language model, or update transformers.",
+        ) from error
+
+
+def _refuse_other_kinds(causal: Any, source: ModelSource) -> None:
+    """Encoders that transformers also offers with a language-modeling head: they see the tokens they should predict."""
+    declares = "is_decoder" in getattr(type(causal.config), "__dataclass_fields__", {})
+    if declares and not causal.config.is_decoder and _asks_for_decoder(type(causal)):
+        raise _untrained(
+            source,
+            "config.json says is_decoder: false: it is an encoder, and each position sees the tokens after it.",
+            fix="Choose a decoder-only causal language model; one that was trained as a decoder says is_decoder: true.",
+        )
+
+
+def _asks_for_decoder(kind: type) -> bool:
+    """Whether the code of an architecture has two ways; GPT-NeoX declares the setting and never reads it."""
+    try:
+        return re.search(r"\.is_decoder\b(?! = )", inspect.getsource(inspect.getmodule(kind) or kind)) is not None
+    except (OSError, TypeError):
+        return True
+
+
+def _named_tensors(causal: Any) -> dict[str, Any]:
+    """Every parameter and buffer by its name, tied ones under each of their names."""
+    return {
+        **dict(causal.named_parameters(remove_duplicate=False)),
+        **dict(causal.named_buffers(remove_duplicate=False)),
+    }
+
+
+def _names_in_model(causal: Any, named: Mapping[str, Any], source: ModelSource) -> dict[str, str]:
+    """Stored name -> name in the model, by transformers' own table. Raises ModelError QH-M51 where that table does not
+    only rename, but joins or splits tensors: so it loads most mixtures of experts."""
+    rename = tensor_renamer(causal, named)
+    renamed: dict[str, str] = {}
+    converted: list[str] = []
+    for stored in sorted(source.facts.tensors, key=natural_order):
+        name = _renamed(stored, rename)
+        renamed[stored] = name.name
+        if name.is_converted:
+            converted.append(stored)
+    if converted:
+        experts = any("experts" in name.split(".") for name in converted)
+        what = "the experts of its mixture" if experts else f"{len(converted)} of its tensors"
+        raise _untrained(
+            source,
+            f"transformers joins or splits {what} while loading ({converted[0]} and others); tensors are read here as "
+            "they are stored.",
+            fix="Choose a model without a mixture of experts." if experts else "Choose another model.",
+        )
+    _refuse_doubles(renamed, source)
+    return renamed
+
+
+def _renamed(stored: str, rename: Any) -> NameInModel:
+    """A packed weight's parts go where its weight goes."""
+    packed = _PACKED.fullmatch(stored)
+    if packed is None:
+        return rename(stored)  # type: ignore[no-any-return]
+    weight: NameInModel = rename(f"{packed['module']}.weight")
+    return NameInModel(f"{weight.name.removesuffix('.weight')}.{packed['part']}", weight.is_converted)
+
+
+def _refuse_doubles(renamed: Mapping[str, str], source: ModelSource) -> None:
+    first: dict[str, str] = {}
+    for stored, name in renamed.items():
+        if first.setdefault(name, stored) != stored:
+            raise ModelError(
+                "QH-M50",
+                f"{first[name]} and {stored} are both stored for {name}; one is expected.",
+                where=source.name,
+                fix="Get the model again from its source, all files from one revision.",
+            )
+
+
+def _place_linears(causal: Any) -> dict[str, FrozenLinear]:
+    """Put ours in the place of transformers' linear layers, the head and what must stay in float32 left out."""
+    head = causal.get_output_embeddings()
+    in_float32 = stays_float32(causal)
+    kinds = {type(module) for module in causal.modules() if isinstance(module, nn.Linear)}
+    products = {kind for kind in kinds if _is_product(kind)}
+    linears: dict[str, FrozenLinear] = {}
+    for name, module in list(causal.named_modules()):
+        if not isinstance(module, nn.Linear) or module is head or in_float32(f"{name}.weight"):
+            continue
+        if type(module) in products:
+            frozen = FrozenLinear(module.in_features, module.out_features, has_bias=module.bias is not None)
+            causal.set_submodule(name, frozen)
+            linears[name] = frozen
+    return linears
+
+
+def _is_product(kind: Any) -> bool:
+    """Whether a class computes what `nn.Linear` does. Falcon's does, in other words; routers and grouped products,
+    which inherit from it too, do not."""
+    if kind.forward is nn.Linear.forward:
+        return True
+    try:
+        with torch.random.fork_rng(devices=[]):
+            trial = kind(4, 3, bias=True, device="cpu", dtype=torch.float32)
+            rows = torch.randn(2, 5, 4)
+            found = trial(rows)
+            return torch.allclose(found, nn.functional.linear(rows, trial.weight, trial.bias), rtol=1e-5, atol=1e-6)
+    except Exception:  # another constructor, another kind of result: no plain product
+        return False
+
+
+def _tied_groups(causal: Any) -> list[tuple[str, ...]]:
+    """Parameters that config.json declares to be one, whichever of them is stored; that of the embedding first."""
+    groups: dict[str, list[str]] = {}
+    targets: Mapping[str, str] = getattr(causal, "all_tied_weights_keys", None) or {}
+    for target, source in targets.items():
+        groups.setdefault(source, [source]).append(target)
+    head = causal.get_output_embeddings()
+    if not groups and head is not None and getattr(causal.config.get_text_config(), "tie_word_embeddings", False):
+        names = {module: name for name, module in causal.named_modules()}
+        pair = [f"{names[module]}.weight" for module in (causal.get_input_embeddings(), head) if module in names]
+        groups[pair[0]] = pair
+    return [tuple(dict.fromkeys(group)) for group in groups.values()]
+
+
+def _belongs(name: str, named: Mapping[str, Any]) -> bool:
+    packed = _PACKED.fullmatch(name)
+    return name in named or (packed is not None and f"{packed['module']}.weight" in named)
+
+
+def _check_complete(
+    causal: Any,
+    linears: Mapping[str, FrozenLinear],
+    stored: Mapping[str, str],
+    tied: Sequence[tuple[str, ...]],
+    unused: Sequence[str],
+    source: ModelSource,
+) -> None:
+    """Every parameter has its tensor, every tensor its parameter, and their shapes agree."""
+    ignored = [re.compile(word) for word in (*_RECOMPUTED, *(causal._keys_to_ignore_on_load_unexpected or ()))]
+    left = [name for name in unused if not any(word.search(name) for word in ignored)]
+    modules = {packed["module"] for name in stored if (packed := _PACKED.fullmatch(name))}
+    there = {*stored, *(f"{module}.weight" for module in modules)}
+    shared = {name for group in tied if there.intersection(group) for name in group}
+    shapes = dict(_expected_shapes(causal, linears))
+    missing = sorted((name for name in shapes if name not in there | shared), key=natural_order)
+    if missing or left:
+        raise ModelError(
+            "QH-M50",
+            f"The checkpoint and {type(causal).__name__} do not match: {len(missing)} tensors missing "
+            f"({', '.join(missing[:5]) or 'none'}), {len(left)} left over ({', '.join(left[:5]) or 'none'}).",
+            where=source.name,
+            cause=_other_kind(causal, source),
+            fix="Check that config.json belongs to these weights, and that they are of a causal language model.",
+            context={"missing": missing, "left_over": left},
+        )
+    for name, expected in shapes.items():
+        found = source.facts.tensors[stored[name]].shape if name in stored else expected
+        if tuple(found) != expected and name.rpartition(".")[0] not in modules:
+            raise shape_mismatch(source.name, name, found, expected)
+
+
+def _expected_shapes(causal: Any, linears: Mapping[str, FrozenLinear]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for name, parameter in causal.named_parameters(remove_duplicate=False):
+        yield name, tuple(parameter.shape)
+    for name, linear in linears.items():
+        yield f"{name}.weight", (linear.out_features, linear.in_features)
+        if linear.has_bias:
+            yield f"{name}.bias", (linear.out_features,)
+
+
+def _other_kind(causal: Any, source: ModelSource) -> str:
+    named = source.facts.architecture
+    if not named or named == type(causal).__name__:
+        return ""
+    return f"config.json names {named}; a {type(causal).__name__} was expected."
+
+
+def _conv1d_words(causal: Any) -> str:
+    count = sum(type(module).__name__ == "Conv1D" for module in causal.modules())
+    return f": its {count} projections are Conv1D, which store their weights the other way round" if count else ""
+
+
+def shape_mismatch(where: str, name: str, found: Sequence[int], expected: Sequence[int]) -> ModelError:
+    """The refusal of one tensor's shape."""
+    return ModelError(
+        "QH-M50",
+        f"{name} has shape {list(found)}; config.json asks for {list(expected)}.",
+        where=where,
+        fix="Check that config.json belongs to these weights.",
+    )
+
+
+def _untrained(
+    source: ModelSource, cause: str, fix: str = "Choose a decoder-only causal language model."
+) -> ModelError:
+    return ModelError(
+        "QH-M51", f"{_name(source)} is not trained by this backend.", where=source.name, cause=cause, fix=fix
+    )
+
+
+def _name(source: ModelSource) -> str:
+    facts = source.facts
+    return facts.architecture or facts.model_type or "This model"

@@ -1,0 +1,479 @@
+"""Rows as people have them: every spelling is read as what it means, and what cannot be honoured is refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qlora_hal.data import ChatTokenizer, PreparedData
+from qlora_hal.data.reading import Row, open_source
+from qlora_hal.data.shapes import Conversation, Writing, example_of, shape_of
+from qlora_hal.errors import DataError
+
+Prepare = Callable[..., PreparedData]
+Trained = Callable[..., list[str]]
+
+SYSTEM = {"role": "system", "content": "Answer in one word."}
+ASKED = {"role": "user", "content": "Name a colour."}
+ANSWER = {"role": "assistant", "content": "Red."}
+TOOL = {"type": "function", "function": {"name": "rain", "parameters": {"type": "object", "properties": {}}}}
+CALL = {"type": "function", "function": {"name": "rain", "arguments": {"town": "Oslo"}}}
+
+
+def read(value: Mapping[str, object]) -> Conversation:
+    row = Row(1, "rows.jsonl", 1, value)
+    shape = shape_of(value)
+    assert shape is not None
+    example = example_of(row, shape)
+    assert isinstance(example, Conversation)
+    return example
+
+
+def refused(value: Mapping[str, object], code: str = "QH-D03") -> DataError:
+    row = Row(1, "rows.jsonl", 1, value)
+    with pytest.raises(DataError) as caught:
+        example_of(row, shape_of(value) or "messages")
+    assert caught.value.code == code
+    assert caught.value.where == "rows.jsonl:1"
+    return caught.value
+
+
+# who speaks --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+@pytest.mark.parametrize(("speaker", "content"), [("role", "content"), ("from", "value"), ("role", "value")])
+@pytest.mark.parametrize(
+    ("words", "roles"),
+    [
+        (("human", "gpt"), ("user", "assistant")),
+        (("user", "model"), ("user", "assistant")),
+        (("prompter", "bot"), ("user", "assistant")),
+        (("observation", "chatgpt"), ("tool", "assistant")),
+        (("tool_response", "ai"), ("tool", "assistant")),
+        (("function", "assistant"), ("function", "assistant")),
+    ],
+)
+def test_turns_are_read_in_every_spelling(
+    key: str, speaker: str, content: str, words: tuple[str, str], roles: tuple[str, str]
+) -> None:
+    turns = [{speaker: word, content: text} for word, text in zip(words, ("a", "b"), strict=True)]
+    wanted = [{"role": role, "content": text} for role, text in zip(roles, ("a", "b"), strict=True)]
+    assert read({key: turns}).messages == wanted
+
+
+def test_a_list_may_mix_spellings_and_a_table_leaves_the_others_empty() -> None:
+    mixed = [{"from": "human", "value": "a"}, {"role": "assistant", "content": "b"}]
+    wanted = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert read({"conversations": mixed}).messages == wanted
+    assert "conversations[0].value holds 'b'" in refused({"conversations": [{**ASKED, "value": "b"}]}).message
+    filled = [{"role": None, "content": None, **mixed[0]}, {"from": None, "value": None, **mixed[1]}]
+    assert [message["role"] for message in read({"messages": None, "conversations": filled}).messages] == [
+        "user",
+        "assistant",
+    ]
+    assert read({"text": None, "messages": [ASKED, ANSWER], "conversations": None}).messages == [ASKED, ANSWER]
+    both = {"messages": [ASKED, ANSWER], "conversations": [ASKED]}
+    assert "The field conversations holds [{'role': 'user'" in refused(both).message
+    assert read({"messages": [ASKED, ANSWER], "conversations": [ASKED, ANSWER]}).messages == [ASKED, ANSWER]
+
+
+@pytest.mark.parametrize(
+    ("turn", "code", "said"),
+    [
+        ({"from": "robot", "value": "x"}, "QH-D03", "conversations[0].from holds 'robot'; one of system, developer"),
+        ({"role": "asistant", "content": "x"}, "QH-D12", "The role 'asistant' of conversations[0] is unknown"),
+        ({"role": "User", "content": "x"}, "QH-D12", "The role 'User'"),
+        ({"from": 3, "value": "x"}, "QH-D03", "conversations[0].from holds a number; a string"),
+        ({"from": "gpt", "role": "user", "value": "x"}, "QH-D03", "conversations[0].role holds 'user'"),
+        ({"from": "gpt\x1b[31m", "value": "x"}, "QH-D03", r"holds 'gpt\x1b[31m'"),
+    ],
+)
+def test_words_outside_the_list_are_told_by_value(turn: dict[str, object], code: str, said: str) -> None:
+    assert said in refused({"conversations": [turn]}, code).message
+
+
+def test_columns_of_turns_are_turned_into_rows_of_turns() -> None:
+    """Arrow and older versions of datasets keep a list of objects as an object of lists."""
+    columns = {"from": ["human", "gpt"], "value": ["Name a colour.", "Red."], "weight": [None, 0]}
+    example = read({"conversations": columns})
+    assert [message["content"] for message in example.messages] == ["Name a colour.", "Red."]
+    assert example.untrained == {1}
+    assert "holds an object" in refused({"conversations": {"from": ["human"], "value": []}}).message
+
+
+# the system message and tools ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [ASKED, ANSWER]},
+        {"messages": [ASKED, ANSWER]},
+        {"conversations": [{"from": "human", "value": "Name a colour."}, {"from": "gpt", "value": "Red."}]},
+        {"instruction": "Name a colour.", "output": "Red."},
+        {"prompt": [ASKED], "completion": [ANSWER]},
+    ],
+    ids=["role in conversations", "messages", "from", "alpaca", "prompt"],
+)
+def test_a_system_column_stands_first_whatever_the_spelling(row: dict[str, object], name: str) -> None:
+    example = read({**row, name: SYSTEM["content"]})
+    assert example.messages == [SYSTEM, ASKED, ANSWER]
+    assert example.first_target == (2 if "prompt" in row else 0)
+    for empty in ("", None):
+        assert read({**row, name: empty}).messages == [ASKED, ANSWER]
+
+
+def test_a_system_column_moves_the_marks_of_the_turns_with_them() -> None:
+    row = {"messages": [ASKED, {**ANSWER, "train": False}, ASKED, ANSWER], "system": "Be brief."}
+    assert read(row).untrained == {2}
+
+
+def test_two_different_system_messages_are_refused() -> None:
+    twice = {"messages": [SYSTEM, ASKED, ANSWER], "system": SYSTEM["content"]}
+    assert read(twice).messages == [SYSTEM, ASKED, ANSWER]
+    error = refused({**twice, "system": "Answer at length."})
+    assert "The field system holds 'Answer at length.'; the system message of the turns" in error.message
+    assert "system_prompt" in refused({"messages": [ASKED, ANSWER], "system": "a", "system_prompt": "b"}).message
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [ASKED, ANSWER]},
+        {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]},
+        {"instruction": "x", "output": "y"},
+        {"prompt": [ASKED], "completion": [ANSWER]},
+    ],
+    ids=["messages", "from", "alpaca", "prompt"],
+)
+def test_tools_are_handed_on_from_a_list_or_its_json_text(row: dict[str, object]) -> None:
+    for form in ([TOOL], json.dumps([TOOL])):
+        assert read({**row, "tools": form}).tools == [TOOL]
+    no_tools: list[object] = [[], "[]", "", None, "null"]
+    assert not any(read({**row, "tools": none}).tools for none in no_tools)
+    assert read({**row, "functions": [TOOL["function"]]}).tools == [TOOL]
+    assert "tools holds an object" in refused({**row, "tools": TOOL}).message
+    assert "tools[0] holds 'rain'" in refused({**row, "tools": ["rain"]}).message
+    assert (
+        "The field tools holds 'rain'; a list of tools, or its JSON text" in refused({**row, "tools": "rain"}).message
+    )
+
+
+def test_what_stands_beside_a_plain_prompt_and_no_template_writes_is_refused() -> None:
+    row = {"prompt": "x", "completion": "y"}
+    assert isinstance(example_of(Row(1, "data", 1, row), "prompt_completion"), Writing)
+    for more in ({"system": "Be brief."}, {"tools": [TOOL]}):
+        error = refused({**row, **more})
+        assert f"The field {next(iter(more))} holds" in error.message
+        assert "lists of messages" in error.fix
+
+
+# JSON text in a table ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+def test_turns_are_read_from_their_json_text(key: str) -> None:
+    assert read({key: json.dumps([ASKED, ANSWER])}).messages == [ASKED, ANSWER]
+    assert read({key: json.dumps([{"from": "human", "value": "Name a colour."}])}).messages == [ASKED]
+    assert f"The field {key} holds \"[{{'role'" in (error := refused({key: str([ASKED, ANSWER])})).message
+    assert "json.dumps" in error.fix
+    assert "duplicate" in str(refused({key: '[{"role": "user", "role": "assistant", "content": "x"}]'}).__cause__)
+
+
+def test_prompt_and_completion_as_json_text_of_messages_are_messages() -> None:
+    example = read({"prompt": json.dumps([ASKED]), "completion": json.dumps([ANSWER])})
+    assert (example.messages, example.first_target) == ([ASKED, ANSWER], 1)
+    row = Row(1, "data", 1, {"prompt": "[1, 2]", "completion": '[{"a": 1}]'})
+    assert example_of(row, "prompt_completion") == Writing("[1, 2]", '[{"a": 1}]')
+
+
+def test_rows_of_a_csv_with_messages_and_tools_as_json_text_are_trained(
+    prepared: Prepare, chatml: ChatTokenizer, trained_text: Trained
+) -> None:
+    import csv
+    import io
+
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["messages", "system"])
+    writer.writeheader()
+    writer.writerow({"messages": json.dumps([ASKED, ANSWER]), "system": "Be brief."})
+    data = prepared(text.getvalue(), name="rows.csv")
+    assert trained_text(data, chatml) == ["Red.<|im_end|>"]
+    assert chatml.decode(data.train.row(0)[0].tolist(), False).startswith("<|im_start|>system\nBe brief.<|im_end|>")
+
+
+# calls ---------------------------------------------------------------------------------------------------------------
+
+PLAIN_CALL = {"name": "rain", "arguments": {"town": "Oslo"}}
+
+
+@pytest.mark.parametrize("given", [PLAIN_CALL, [PLAIN_CALL], CALL, [CALL]])
+@pytest.mark.parametrize("word", ["function_call", "tool_call"])
+def test_a_call_of_a_sharegpt_row_is_a_call_of_the_assistant(given: object, word: str) -> None:
+    for value in (given, json.dumps(given)):
+        turns = [
+            {"from": word, "value": value},
+            {"from": "observation", "value": "no"},
+            {"from": "gpt", "value": "No."},
+        ]
+        assert read({"conversations": turns}).messages == [
+            {"role": "assistant", "content": "", "tool_calls": [CALL]},
+            {"role": "tool", "content": "no"},
+            {"role": "assistant", "content": "No."},
+        ]
+
+
+@pytest.mark.parametrize("value", ["rain(Oslo)", "{}", '{"name": "rain"}', "[]", '["rain"]', 3, None])
+def test_a_call_that_is_none_is_told_by_value(value: object) -> None:
+    error = refused({"conversations": [{"from": "function_call", "value": value}]})
+    assert "conversations[0].value holds" in error.message
+    assert "an object with name and arguments" in error.message
+
+
+def test_calls_in_older_forms_are_brought_into_the_form_of_templates() -> None:
+    older = {"role": "assistant", "content": None, "function_call": PLAIN_CALL}
+    assert read({"messages": [ASKED, older]}).messages[1] == {"role": "assistant", "tool_calls": [CALL]}
+    as_text = {"role": "assistant", "content": "", "tool_calls": json.dumps([CALL])}
+    assert read({"messages": [ASKED, as_text]}).messages[1]["tool_calls"] == [CALL]
+    assert "tool_calls holds an object" in refused({"messages": [ASKED, {**ANSWER, "tool_calls": CALL}]}).message
+    both = {**older, "tool_calls": [CALL]}
+    assert "messages[1].function_call holds" in refused({"messages": [ASKED, both]}).message
+    nothing: dict[str, object] = {"role": "assistant", "content": None, "tool_calls": []}
+    assert "messages[1].content holds null" in refused({"messages": [ASKED, nothing]}).message
+
+
+def test_contents_in_parts_are_handed_on_as_parts() -> None:
+    parts = ["Name ", {"type": "input_text", "text": "a colour.", "id": None}]
+    example = read({"messages": [{"role": "user", "content": parts}, ANSWER]})
+    assert example.messages[0]["content"] == [{"type": "text", "text": "Name "}, {"type": "text", "text": "a colour."}]
+    picture = {"role": "user", "content": [{"type": "image_url", "image_url": "x", "text": "caption"}]}
+    assert "messages[0].content[0].type holds 'image_url'; text" in refused({"messages": [picture]}).message
+    thought = {"role": "user", "content": [{"type": "text", "text": 3}]}
+    assert "messages[0].content[0].text holds a number" in refused({"messages": [thought]}).message
+
+
+# history -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        [["Name a country.", "France."]],
+        json.dumps([["Name a country.", "France."]]),
+        [{"role": "user", "content": "Name a country."}, {"role": "assistant", "content": "France."}],
+        [{"from": "human", "value": "Name a country."}, {"from": "gpt", "value": "France."}],
+    ],
+    ids=["pairs", "text", "role", "from"],
+)
+def test_the_history_of_an_alpaca_row_stands_before_it(
+    history: object, prepared: Prepare, chatml: ChatTokenizer, trained_text: Trained
+) -> None:
+    row = {
+        "instruction": "And its capital?",
+        "input": "",
+        "output": "Paris.",
+        "history": history,
+        "system": "Be brief.",
+    }
+    assert [message["content"] for message in read(row).messages] == [
+        "Be brief.", "Name a country.", "France.", "And its capital?", "Paris.",
+    ]  # fmt: skip
+    data = prepared([row])
+    assert trained_text(data, chatml) == ["France.<|im_end|>", "Paris.<|im_end|>"]
+    assert data.report.train.unused_columns == []
+    no_history: list[object] = [[], "[]", None, ""]
+    assert {len(read({**row, "history": empty}).messages) for empty in no_history} == {3}
+
+
+@pytest.mark.parametrize("history", [[["a"]], [["a", "b", "c"]], ["a", "b"], [["a", 1]], {"a": "b"}, "a: b"])
+def test_a_history_of_another_form_is_told_by_value(history: object) -> None:
+    assert "history" in refused({"instruction": "x", "output": "y", "history": history}).message
+
+
+# what is trained -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "off", "on"),
+    [
+        *[(name, off, on) for name in ("weight", "loss_weight", "loss_mask") for off, on in ((0, 1), (0.0, 1.0))],
+        *[(name, False, True) for name in ("train", "training", "trainable", "loss", "weight")],
+        ("masked", True, False),
+    ],
+)
+@pytest.mark.parametrize("spelling", [("role", "content", "assistant"), ("from", "value", "gpt")])
+def test_flags_of_a_turn_are_honoured(
+    name: str, off: object, on: object, spelling: tuple[str, str, str], prepared: Prepare, chatml: ChatTokenizer,
+    trained_text: Trained,
+) -> None:  # fmt: skip
+    speaker, content, word = spelling
+    turns = [
+        {speaker: "user", content: "Name a colour."}, {speaker: word, content: "Go away.", name: off},
+        {speaker: "user", content: "Name a colour."}, {speaker: word, content: "Red.", name: on},
+        {speaker: "user", content: "Name a colour."}, {speaker: word, content: "Blue.", name: None},
+    ]  # fmt: skip
+    data = prepared([{"conversations": turns}])
+    assert trained_text(data, chatml) == ["Red.<|im_end|>", "Blue.<|im_end|>"]
+    assert data.report.alerts == []
+    told = prepared([{"conversations": turns}], train_on="all").report.alerts
+    assert told == [f"message fields not used: {name} (1 rows)"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"weight": 0.5}, "messages[1].weight holds 0.5; 0 or 1"),
+        ({"loss_weight": 2}, "messages[1].loss_weight holds 2; 0 or 1"),
+        ({"train": "no"}, "messages[1].train holds 'no'; 0 or 1"),
+        ({"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}, "messages[1].train_detail holds"),
+        ({"mask": True}, "messages[1].mask holds True; train, weight"),
+        ({"train": True, "weight": 0}, "messages[1] holds {'weight': 0, 'train': True}; one answer"),
+    ],
+)
+def test_flags_that_cannot_be_honoured_are_refused_by_name_and_value(flags: dict[str, object], said: str) -> None:
+    assert said in refused({"messages": [ASKED, {**ANSWER, **flags}]}).message
+
+
+def test_a_flag_that_asks_for_loss_on_another_role_is_told(prepared: Prepare) -> None:
+    asked = prepared([{"messages": [{**ASKED, "train": True}, ANSWER]}])
+    assert asked.report.alerts == ["train: not written by the template (1 rows)"]
+    assert prepared([{"messages": [{**ASKED, "train": False}, ANSWER]}]).report.alerts == []
+
+
+# other objectives ----------------------------------------------------------------------------------------------------
+
+TURNS = [{"from": "human", "value": "Name a colour."}]
+PREFERENCES: list[dict[str, object]] = [
+    {"conversations": TURNS, "chosen": {"from": "gpt", "value": "Red."}, "rejected": {"from": "gpt", "value": "No."}},
+    {"messages": [ASKED, ANSWER], "rejected_response": "No."},
+    {"messages": [ASKED, ANSWER], "rejected_messages": [ASKED, ANSWER]},
+    {"prompt": "x", "chosen": "y", "rejected": "z"},
+    {"chosen": "y", "rejected": "z"},
+    {"prompt": "x", "completion": "y", "rejected": "z"},
+    {"instruction": "x", "output": "y", "chosen": "y", "rejected": "z"},
+    {"prompt": "x", "completion": "y", "label": False},
+    {"prompt": [ASKED], "completion": [ANSWER], "label": True},
+    {"prompt": "x", "completion": "y", "label": "False"},
+    {"messages": [ASKED, ANSWER], "label": True},
+    {"messages": [ASKED, ANSWER], "kto_tag": False},
+    {"prompt": "x", "completion": "y", "desirable": False},
+    {"messages": [ASKED, ANSWER], "score_chosen": 9.0, "score_rejected": 2.0},
+    {"conversation_a": [ASKED, ANSWER], "conversation_b": [ASKED, ANSWER], "winner": "model_a"},
+    {"text": "x", "rejected": "y"},
+    {"messages": [ASKED, {**ANSWER, "rejected": "No."}]},
+]
+
+
+@pytest.mark.parametrize("row", PREFERENCES, ids=lambda row: "+".join(row))
+def test_rows_that_compare_answers_are_refused_until_preferences_are_trained(
+    row: dict[str, object], prepared: Prepare
+) -> None:
+    with pytest.raises(DataError, match=r"QH-D03.*compares answers .*training for a preference"):
+        prepared([row])
+    good = {"messages": [ASKED, ANSWER]}
+    assert prepared([good, row], on_bad_row="skip").report.train.bad_row_count == 1
+
+
+def test_empty_columns_of_a_comparison_and_classes_of_a_text_are_no_preferences(prepared: Prepare) -> None:
+    rows: list[dict[str, object]] = [
+        {"messages": [ASKED, ANSWER], "chosen": None, "rejected": [], "label": None},
+        {"text": "a review", "label": 1},
+        {"messages": [ASKED, ANSWER], "label": "colours"},
+    ]
+    assert prepared(rows).report.train.rows_used == 3
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("weight", 0.0), ("sample_weight", 2), ("loss_weight", 0.5), ("images", ["a.png"]), ("video", "a.mp4"),
+        ("chat_template_kwargs", {"enable_thinking": False}),
+    ],
+)  # fmt: skip
+def test_columns_that_ask_for_more_than_text_are_refused_by_name(column: str, value: object) -> None:
+    for row in ({"messages": [ASKED, ANSWER]}, {"prompt": "x", "completion": "y"}):
+        assert f"The field {column} holds" in refused({**row, column: value}).message
+        no_value: list[object] = [None, [], ""]
+        for harmless in no_value:
+            example_of(Row(1, "data", 1, {**row, column: harmless}), shape_of(row) or "messages")
+
+
+# what is not read is told ---------------------------------------------------------------------------------------------
+
+
+def test_columns_that_only_rows_of_another_shape_use_are_told(prepared: Prepare) -> None:
+    rows: list[dict[str, object]] = [
+        {"messages": [ASKED, ANSWER], "input": "lost?"},
+        {"instruction": "x", "output": "y", "input": "z"},
+        {"text": "x", "system": "lost?"},
+    ]
+    assert prepared(rows).report.train.unused_columns == ["input", "system"]
+
+
+def test_parquet_rows_show_no_keys_that_only_other_rows_have(tmp_path: Path) -> None:
+    """Arrow gives every object of a column the keys of all: one tool would show the parameters of the other."""
+    import pyarrow
+    from pyarrow import parquet
+
+    def row(name: str, *parameters: str) -> dict[str, Any]:
+        properties = {parameter: {"type": "string"} for parameter in parameters}
+        function = {"name": name, "parameters": {"type": "object", "properties": properties}}
+        arguments = dict.fromkeys(parameters, "x")
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        turns = [ASKED, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        return {"messages": turns, "tools": [{"type": "function", "function": function}]}
+
+    rows = [row("rain", "town"), row("add", "one", "two")]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    found = [read(value.value) for value in open_source(str(tmp_path / "rows.parquet")).rows()]  # type: ignore[arg-type]
+    assert [example.tools for example in found] == [given["tools"] for given in rows]
+    assert [example.messages[1]["tool_calls"] for example in found] == [
+        given["messages"][1]["tool_calls"] for given in rows
+    ]
+    import datasets
+
+    from qlora_hal.rows_in_memory import rows_in_memory
+
+    in_memory = rows_in_memory(datasets.Dataset.from_list(rows))
+    assert [row["tools"] for row in in_memory] == [given["tools"] for given in rows]
+
+
+# any row at all ------------------------------------------------------------------------------------------------------
+
+keys = st.sampled_from(
+    ["messages", "conversations", "prompt", "completion", "instruction", "output", "input", "history", "system",
+     "tools", "functions", "text", "chosen", "label", "weight", "role", "content", "from", "value", "tool_calls",
+     "function_call", "train", "masked", "train_detail", "type"]
+)  # fmt: skip
+leaves = (
+    st.none()
+    | st.booleans()
+    | st.sampled_from([0, 1, 0.5, "", "user", "gpt", "function_call", "a", "[{", '[{"role": "user"}]'])
+)
+values = st.recursive(
+    leaves, lambda held: st.lists(held, max_size=3) | st.dictionaries(keys, held, max_size=4), max_leaves=12
+)
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@given(row=st.dictionaries(keys, values, min_size=1, max_size=4))
+def test_any_row_is_an_example_or_one_of_our_errors(row: dict[str, object]) -> None:
+    shape = shape_of(row)
+    if shape is None:
+        return
+    example = None
+    with suppress(DataError):
+        example = example_of(Row(1, "data", 1, row), shape)
+    if isinstance(example, Conversation):
+        assert all(isinstance(message["role"], str) for message in example.messages)
+        assert all(number < len(example.messages) for number in example.untrained)
+        assert not example.plain or all(message.keys() == {"role", "content"} for message in example.messages)
