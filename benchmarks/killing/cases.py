@@ -24,8 +24,8 @@ _PASSES_OF_A_POINT = 6
 _SIGNALS = {"SIGKILL": 60, "SIGTERM": 13, "SIGINT": 10, "SIGHUP": 9, "SIGUSR1": 8}
 _WAYS = {"phase": 60, "point": 20, "time": 20}
 _TIMING_KEYS = frozenset({"tokens_per_second", "seconds_per_step", "memory_bytes"})
-_NOT_COMPARED = frozenset({"run_id", "config_hash"})
-"""Of provenance: what tells one run from another."""
+_NOT_COMPARED = frozenset({"run_id", "config_hash", "metrics"})
+"""What tells one run from another: its id, its configuration with its places, and a hash of its log with its times."""
 _RESULT_KEYS = ("status", "stopped_because", "steps", "tokens", "eval_loss_before", "eval_loss_after", "eval_loss_best")
 _LEFTOVERS = (".staging", ".pruning", ".replaced", ".tmp-", ".corrupt")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -90,6 +92,41 @@ def test_a_signal_before_training_began_ends_the_child_as_asked(
         train(settings(tmp_path / "run", **{"training.max_steps": 500}), console=RunConsole(quiet=True))
     asker.join()
     assert caught.value.exit_status == 128 + number
+
+
+SUPERVISING = """
+import json, sys
+from dataclasses import replace
+from qlora_hal import discovery, train
+from qlora_hal.discovery import find, listed, load_spec
+entry = find("cpu_torch", listed())
+discovery.listed = lambda *more: (replace(entry, spec=replace(load_spec(entry), supervised=True)),)
+train(json.loads(sys.argv[1]))
+"""
+
+
+@pytest.mark.fault("S24")
+def test_a_run_whose_supervisor_is_gone_saves_its_state_and_stops(tmp_path: Path) -> None:
+    """Nobody is left to hand signals on, or to hear of the end: an orphan would hold the folder for as long as it
+    trains."""
+    run = tmp_path / "run"
+    changes = {"training.max_steps": 5000, "checkpoint.save_steps": 1, "training.gradient_accumulation_steps": 1}
+    environment = {name: value for name, value in os.environ.items() if name != SUPERVISED_VARIABLE}
+    command = [sys.executable, "-c", SUPERVISING, json.dumps(settings(run, **changes))]
+    parent = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    while not (run / "checkpoints" / "step-00000001").is_dir():
+        assert parent.poll() is None
+        time.sleep(0.05)
+    parent.send_signal(signal.SIGUSR1)  # handed on: neither of the two dies of it
+    time.sleep(0.1)
+    assert parent.poll() is None
+    parent.kill()
+    parent.communicate()
+    while (run / "run.lock.json").exists():  # the child gives the folder free when it has stopped
+        time.sleep(0.05)
+    record = json.loads((run / "run.json").read_text())
+    assert (record["status"], record["stopped_because"]) == ("stopped", "SIGTERM")
+    assert any("SIGUSR1: saving after this step" in note for note in record["notes"])
 
 
 @pytest.mark.fault("S24")
