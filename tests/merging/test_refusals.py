@@ -196,7 +196,6 @@ def test_adapted_layers_that_are_stored_under_other_names_are_not_left_out(tmp_p
     from drawn_models import write_drawn_model
     from trainers import moved_adapter, source_of
 
-    from qlora_hal.errors import ModelError
     from qlora_hal.merging.weights import BaseFiles, MergedModel
     from qlora_hal.model.weight_files import read_headers
     from qlora_hal.values import AdapterConfig
@@ -208,6 +207,6 @@ def test_adapted_layers_that_are_stored_under_other_names_are_not_left_out(tmp_p
     files = BaseFiles(read_headers(tmp_path))
     facts = source_of(tmp_path).facts
     merged = MergedModel(facts, files, adapter, modules, lambda name: files.float32(f"{name}.weight"), "float32")
-    with pytest.raises(ModelError, match="stored under other names than the loaded model has") as caught:
+    with pytest.raises(ConfigError, match="stored under other names than the loaded model has") as caught:
         merged.tensors()
     assert caught.value.code == "QH-C62"
