@@ -51,7 +51,7 @@ def test_every_kind_of_field_fits_as_it_is_annotated() -> None:
         ({"name": None}, "name is a NoneType (None), str is expected"),
         ({"count": True}, "count is a bool (True), int is expected"),
         ({"count": 1.0}, "count is a float (1.0), int is expected"),
-        ({"share": np.float32(1)}, "share is a float32 (np.float32(1.0)), float is expected"),
+        ({"share": np.float32(1)}, f"share is a float32 ({np.float32(1)!r}), float is expected"),
         ({"done": 1}, "done is a int (1), bool is expected"),
         ({"sizes": [1, 2]}, "sizes is a list ([1, 2]), tuple[int, ...] is expected"),
         ({"sizes": (1, "2")}, "sizes is a tuple ((1, '2')), tuple[int, ...] is expected"),
