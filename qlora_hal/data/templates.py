@@ -1,8 +1,9 @@
 """Chat templates: the built-in ones, and the sandbox that renders any of them.
 
 A template comes with a model from strangers, so it runs in Jinja's immutable sandbox, with a cap on its own size and on
-its output (CVE-2024-34359 was a chat template). What a template may call is what `transformers` lets it call, less what
-makes much out of little (template_sandbox.py), so that both render the same text.
+its output (CVE-2024-34359 was a chat template), and in a process of its own that is ended when it takes too much
+(template_process.py); the built-in ones run here. What a template may call is what `transformers` lets it call, less
+what makes much out of little (template_sandbox.py), so that both render the same text.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
-import jinja2
-
-from qlora_hal.data.template_sandbox import Sandbox, TooMuch, shown, size_of
+from qlora_hal.data.template_process import ContainedTemplate
+from qlora_hal.data.template_sandbox import (
+    MAX_OUTPUT_FACTOR,
+    MAX_OUTPUT_FLOOR,
+    CompiledTemplate,
+    TemplateFault,
+    TooMuch,
+)
 from qlora_hal.errors import DataError, UnsafeInputError
 
 MAX_TEMPLATE_BYTES = 64 * 2**10
-MAX_OUTPUT_FACTOR, MAX_OUTPUT_FLOOR = 16, 2**16
-"""A template may write 16 times what it was given, and 64 Ki characters in any case."""
-
 BUILT_IN: Mapping[str, str] = {
     "chatml": (
         "{% if tokenizer_adds_bos %}{{ bos_token }}{% endif %}"
@@ -105,8 +108,7 @@ BUILT_IN: Mapping[str, str] = {
 """Templates by name, for a tokenizer that has none."""
 
 
-class TemplateFault(Exception):
-    """A template refused or failed on these messages."""
+__all__ = ["BUILT_IN", "MAX_TEMPLATE_BYTES", "ChatTemplate", "TemplateFault"]
 
 
 class ChatTemplate:
@@ -123,11 +125,11 @@ class ChatTemplate:
             )
         self.source, self.name = source, name
         self._variables = dict(variables)
-        self._sandbox = Sandbox()
         try:
-            self._compiled = self._sandbox.from_string(source)
-        # Deep nesting ends in Python's own compiler and its recursion limit.
-        except (jinja2.TemplateError, SyntaxError, RecursionError) as error:
+            self._compiled = (CompiledTemplate if source in BUILT_IN.values() else ContainedTemplate)(source)
+        except TooMuch as error:
+            raise _too_much(name, error) from error
+        except TemplateFault as error:
             raise DataError(
                 "QH-D12",
                 f"The chat template {name} is no Jinja template ({error}).",
@@ -165,27 +167,18 @@ class ChatTemplate:
         tools: Sequence[object] | None = None,
     ) -> str:
         """The text, with generation marks where the template sets them. Raises TemplateFault, UnsafeInputError."""
-        given = _characters(messages, tools)
-        budget = MAX_OUTPUT_FLOOR + MAX_OUTPUT_FACTOR * given
-        self._sandbox.begin(size_of([*messages, tools]), turns=len(messages))
-        pieces: list[str] = []
+        variables = {
+            **self._variables,
+            "messages": list(messages),
+            "tools": list(tools) if tools else None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        most = MAX_OUTPUT_FLOOR + MAX_OUTPUT_FACTOR * _characters(messages, tools)
         try:
-            for piece in self._compiled.generate(
-                messages=list(messages),
-                tools=list(tools) if tools else None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._variables,
-            ):
-                pieces.append(piece)
-                budget -= str.__len__(piece)
-                if budget < 0:
-                    raise TooMuch(f"writes more than {MAX_OUTPUT_FACTOR} times its input")
+            return self._compiled.render(variables, turns=len(messages), most=most)
         except TooMuch as error:
             raise _too_much(self.name, error) from error
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
-            raise TemplateFault(str(error) or type(error).__name__) from error
-        return shown(self._sandbox.concat(pieces))
 
 
 def _characters(messages: Sequence[Mapping[str, object]], tools: Sequence[object] | None) -> int:
