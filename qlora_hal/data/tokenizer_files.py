@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_hal import strict_json
+from qlora_hal.data.guarded_tokenizer import broken, guarded, panics_told, read_tokenizer
 from qlora_hal.errors import ModelError
+from qlora_hal.strict_json import JsonProblem
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -29,11 +31,12 @@ class TokenizerFiles:
 
 
 def read_folder(folder: Path) -> TokenizerFiles:
-    """Raises ModelError (QH-D52) when the folder holds no tokenizer that can be read."""
+    """Raises ModelError (QH-D52) when the folder holds no tokenizer that can be read, UnsafeInputError (QH-X15) when
+    its tokenizer.json takes memory or time without reason."""
     config = _json_object(folder / "tokenizer_config.json")
     named = {**_named(_json_object(folder / "special_tokens_map.json")), **_named(config)}
     if (folder / "tokenizer.json").is_file():
-        tokenizer = _rust_tokenizer(folder / "tokenizer.json")
+        tokenizer = read_tokenizer(folder / "tokenizer.json")
     else:
         tokenizer, found = _converted_tokenizer(folder)
         named = {**found, **named}
@@ -50,26 +53,13 @@ def read_folder(folder: Path) -> TokenizerFiles:
     )
 
 
-def broken(path: Path, reason: str) -> ModelError:
-    """The error for a tokenizer that cannot be read (QH-D52)."""
-    return ModelError(
-        "QH-D52",
-        f"The tokenizer cannot be read: {reason}.",
-        where=str(path),
-        fix="Download the model again, with its tokenizer.json and tokenizer_config.json.",
-    )
-
-
 def _json_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError) as error:
+        return strict_json.read_foreign_object(path)
+    except (JsonProblem, OSError) as error:
         raise broken(path, f"it is no JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise broken(path, "a JSON object was expected")
-    return value
 
 
 def _token_text(value: object) -> str | None:
@@ -83,15 +73,6 @@ def _named(config: Mapping[str, object]) -> dict[str, str]:
     return {name: text for name, text in found.items() if text is not None}
 
 
-def _rust_tokenizer(path: Path) -> Tokenizer:
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises a bare Exception for every fault of the file
-        raise broken(path, str(error)) from error
-
-
 def _converted_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, str]]:
     """A tokenizer without tokenizer.json (SentencePiece, vocab + merges), converted by transformers; no remote code."""
     try:
@@ -101,11 +82,14 @@ def _converted_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, str]]:
             folder, "there is no tokenizer.json, and transformers, which could convert it, is missing"
         ) from error
     try:
-        loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        tokenizer = loaded.backend_tokenizer
-    except Exception as error:  # converters raise many kinds
-        raise broken(folder, f"there is no tokenizer.json, and the other files do not load ({error})") from error
-    return tokenizer, _named(loaded.special_tokens_map)
+        with panics_told(folder):
+            loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            tokenizer = loaded.backend_tokenizer
+    except ModelError as error:
+        raise broken(
+            folder, f"there is no tokenizer.json, and the other files do not load ({error.__cause__})"
+        ) from error
+    return guarded(tokenizer, folder), _named(loaded.special_tokens_map)
 
 
 def _declare_special(tokenizer: Tokenizer, config: Mapping[str, object], named: Mapping[str, str]) -> None:
@@ -115,9 +99,9 @@ def _declare_special(tokenizer: Tokenizer, config: Mapping[str, object], named: 
     declared = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
     listed = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
     more = [_token_text(entry) for entry in listed] if isinstance(listed, list) else []
-    for text in [*named.values(), *more]:
-        if text is not None and text not in declared:
-            tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False)])
+    new = dict.fromkeys(text for text in [*named.values(), *more] if text is not None and text not in declared)
+    # All at once: the library builds its index anew with each call.
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in new])
 
 
 def _template(folder: Path, config: Mapping[str, object]) -> str | None:
