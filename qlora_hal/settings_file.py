@@ -14,14 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from qlora_hal import strict_json
 from qlora_hal.errors import ConfigError, UnsafeInputError
 
 if TYPE_CHECKING:
     from ruamel.yaml.nodes import Node
 
-BYTE_LIMIT = 1_000_000
-NODE_LIMIT = 20_000
-"""Keys and values after every alias is written out; the largest sensible file has a few hundred."""
+BYTE_LIMIT = 256 * 1024
+NODE_LIMIT = 5_000
+"""Keys and values, also after every alias is written out; the largest sensible file has a few hundred."""
+DEPTH_LIMIT = 32
+"""Groups and lists within one another; settings need three."""
 _PLAIN_TAGS = frozenset(
     f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "str", "int", "float", "bool", "null", "timestamp")
 )
@@ -94,10 +97,26 @@ def _text(path: Path) -> str:
 
 def _yaml(path: Path, text: str) -> tuple[object, dict[str, int]]:
     from ruamel.yaml import YAML
+    from ruamel.yaml.composer import Composer
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+    class CountingComposer(Composer):
+        """Ends at a limit while nodes are made, which takes far longer than to read over the text."""
+
+        nodes = depth = 0
+
+        def compose_node(self, parent: Node | None, index: object) -> Node | None:
+            self.nodes += 1
+            self.depth += 1
+            _refuse_above_limits(path, self.nodes, self.depth)
+            node: Node | None = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
     try:
-        root = YAML(typ="safe", pure=True).compose(text)
+        yaml = YAML(typ="safe", pure=True)
+        yaml.Composer = CountingComposer
+        root = yaml.compose(text)
         if root is None:
             return {}, {}
         _refuse_growth_and_tags(path, root)
@@ -108,11 +127,16 @@ def _yaml(path: Path, text: str) -> tuple[object, dict[str, int]]:
         _raise_malformed(path, mark.line + 1 if mark else None, said, error)
     except YAMLError as error:
         _raise_malformed(path, None, str(error).splitlines()[0], error)
+    except (ConfigError, UnsafeInputError, RecursionError):
+        raise
+    except Exception as error:  # values that look like numbers or dates and are none, of many kinds
+        _raise_malformed(path, None, _said(error), error)
 
 
 def _refuse_growth_and_tags(path: Path, root: Node) -> None:
     from ruamel.yaml.nodes import MappingNode, SequenceNode
 
+    # A node is measured once; its aliases count as often as they stand there.
     sizes: dict[int, int] = {}
     open_nodes: set[int] = set()
 
@@ -159,11 +183,29 @@ def _yaml_lines(root: Node) -> dict[str, int]:
 
 
 def _toml(path: Path, text: str) -> tuple[object, dict[str, int]]:
+    _refuse_toml_bomb(path, text)
     try:
         return tomllib.loads(text), _toml_lines(text)
     except tomllib.TOMLDecodeError as error:
         found = re.search(r"\(at line (\d+)", str(error))
         _raise_malformed(path, int(found[1]) if found else None, str(error).partition(" (at ")[0], error)
+    except ValueError as error:
+        _raise_malformed(path, None, _said(error), error)
+
+
+_TOML_TEXTS = re.compile(r'''"""(?:[^\\]|\\.)*?"""|\'\'\'.*?\'\'\'|"(?:[^"\\\n]|\\.)*"|'[^'\n]*'|\#[^\n]*''', re.DOTALL)
+
+
+def _refuse_toml_bomb(path: Path, text: str) -> None:
+    """Refuse what tomllib would build first: a dotted key of many parts takes memory by its square."""
+    bare = _TOML_TEXTS.sub("_", text)
+    nodes = bare.count("=") + bare.count(",") + bare.count("[") + bare.count("{")
+    dots = max((key.count(".") for key in re.findall(r"[\w\-. \t]+", bare)), default=0)
+    depth = deepest = 0
+    for sign in re.findall(r"[\[\]{}]", bare) if nodes <= NODE_LIMIT else ():
+        depth += 1 if sign in "[{" else -1
+        deepest = max(deepest, depth)
+    _refuse_above_limits(path, nodes, max(dots, deepest))
 
 
 def _toml_lines(text: str) -> dict[str, int]:
@@ -180,22 +222,17 @@ def _toml_lines(text: str) -> dict[str, int]:
 
 
 def _json(path: Path, text: str) -> tuple[object, dict[str, int]]:
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"the key {twice[0]} stands there twice")
-        return dict(pairs)
-
-    def finite(literal: str) -> NoReturn:
-        raise ValueError(f"{literal} is not a JSON number")
-
+    _refuse_above_limits(path, sum(map(text.count, ",[{")), 0)
     try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=finite), _json_lines(text)
-    except json.JSONDecodeError as error:
-        _raise_malformed(path, error.lineno, error.msg, error)
-    except ValueError as error:
-        _raise_malformed(path, None, str(error), error)
+        values = strict_json.decode(text.encode("utf-8"))
+    except strict_json.JsonProblem as problem:
+        cause = problem.__cause__
+        if isinstance(cause, RecursionError):
+            raise cause from None
+        if isinstance(cause, json.JSONDecodeError):
+            _raise_malformed(path, cause.lineno, cause.msg, cause)
+        _raise_malformed(path, None, str(problem), problem)
+    return values, _json_lines(text)
 
 
 def _json_lines(text: str) -> dict[str, int]:
@@ -217,6 +254,18 @@ def _json_lines(text: str) -> dict[str, int]:
 
 
 # Errors ------------------------------------------------------------------------------------------------------------
+
+
+def _refuse_above_limits(path: Path, nodes: int, depth: int) -> None:
+    if nodes > NODE_LIMIT:
+        raise _refused(path, f"it holds more than {NODE_LIMIT} values")
+    if depth > DEPTH_LIMIT:
+        raise _refused(path, f"its values are nested more than {DEPTH_LIMIT} deep")
+
+
+def _said(error: Exception) -> str:
+    """What a library said, without advice that is for programs."""
+    return str(error).partition("; use sys.")[0].splitlines()[0][:200] if str(error) else type(error).__name__
 
 
 def _kind(value: object) -> str:

@@ -20,6 +20,8 @@ from qlora_hal.config import RunConfig
 Kind = Literal["text", "whole number", "number", "true or false", "choice", "list", "text or list", "mapping"]
 
 ENVIRONMENT_PREFIX = "QLORA_HAL_"
+_LONGEST_NAME = 80
+"""Beyond it nothing was mistyped, and the search for what is near takes time by the square of the length."""
 
 # Names from neighbouring tools that people type from habit; each maps to the setting of the same meaning here.
 _HABITS: Mapping[str, str] = {
@@ -104,6 +106,8 @@ def groups() -> Mapping[str, str]:
 
 def nearest_setting(name: str) -> str | None:
     """The setting a mistyped dotted name most likely means, or None."""
+    if len(name) > _LONGEST_NAME:
+        return None
     name = name.replace("-", "_").lower()
     leaf = name.rpartition(".")[2]
     if leaf in _HABITS:
@@ -120,6 +124,8 @@ def nearest_setting(name: str) -> str | None:
 
 def nearest_group(name: str) -> str | None:
     """The group a mistyped top-level key most likely means, or None."""
+    if len(name) > _LONGEST_NAME:
+        return None
     close = get_close_matches(name, groups(), n=1, cutoff=0.7)
     return close[0] if close else None
 
