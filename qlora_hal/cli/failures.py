@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qlora_hal.errors import ConfigError, QloraHalError
+from qlora_hal.terminal import show, show_json, visible, visible_line
 
 if TYPE_CHECKING:
     from cyclopts import CycloptsError
@@ -19,7 +19,7 @@ INTERRUPTED = 130
 def reported(error: QloraHalError, *, as_json: bool) -> int:
     """Show one of our errors and give its exit status."""
     if as_json:
-        print(json.dumps({**error.as_json(), "exit_status": error.exit_status}, default=str, ensure_ascii=False))
+        show_json({**error.as_json(), "exit_status": error.exit_status}, default=str)
     else:
         _print_error(error)
     return error.exit_status
@@ -35,9 +35,9 @@ def report_interrupt(interrupt: KeyboardInterrupt, *, as_json: bool) -> int:
         run_dir = None if interrupt.run_dir is None else str(interrupt.run_dir)
         status, text, context = interrupt.exit_status, str(interrupt), {"run_dir": run_dir, "step": interrupt.safe_step}
     if as_json:
-        print(json.dumps({"code": "QH-S21", "message": text, **context, "exit_status": status}, ensure_ascii=False))
+        show_json({"code": "QH-S21", "message": text, **context, "exit_status": status})
     else:
-        print(f"\n{text}", file=sys.stderr)
+        show(f"\n{text}", stream=sys.stderr)
     return status
 
 
@@ -47,10 +47,10 @@ def report_unexpected(error: Exception, *, as_json: bool) -> int:
     if os.environ.get("QLORA_HAL_TRACEBACK"):
         import traceback
 
-        traceback.print_exception(error)
+        show("".join(traceback.format_exception(error)), stream=sys.stderr, end="")
     if as_json:
         content = {"code": "QH-I01", "message": f"{type(error).__name__}: {error}", "where": place, "exit_status": 1}
-        print(json.dumps(content, ensure_ascii=False))
+        show_json(content)
         return 1
     _print_lines(
         f"error[QH-I01]: {type(error).__name__}: {error}",
@@ -110,7 +110,7 @@ def _print_error(error: QloraHalError) -> None:
     from qlora_hal.fault_catalogue import find_fault
 
     more = f"qlora-hal explain {error.code}" if find_fault(error.code) else ""  # a plugin's codes are its own
-    rows = [("where", error.where), ("why", error.cause), ("help", error.fix), ("more", more)]
+    rows = [("where", visible_line(error.where)), ("why", error.cause), ("help", error.fix), ("more", more)]
     _print_lines(f"error[{error.code}]: {error.message}", rows)
 
 
@@ -120,11 +120,11 @@ def _print_lines(headline: str, rows: list[tuple[str, str]]) -> None:
     from qlora_hal.report.console import stderr_console
 
     console = stderr_console()
-    head, separator, rest = headline.partition("]: ")
+    head, separator, rest = visible(headline).partition("]: ")
     console.print(Text.assemble((f"{head}{separator}", "bold red"), (rest, "bold")), soft_wrap=True)
     for name, text in rows:
         if text:
-            console.print(Text.assemble((f"  {name + ':':<7}", "cyan"), text), soft_wrap=True)
+            console.print(Text.assemble((f"  {name + ':':<7}", "cyan"), visible(text)), soft_wrap=True)
 
 
 def _place(error: BaseException) -> str:

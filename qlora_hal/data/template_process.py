@@ -265,10 +265,10 @@ def _not_started(ending: str) -> BackendError:
 
 
 def _started() -> subprocess.Popen[bytes]:
-    from qlora_hal.report.run_file import is_secret_name
+    from qlora_hal.report.run_file import is_secret_variable
 
     root = str(Path(__file__).resolve().parents[2])
-    environment = {name: value for name, value in os.environ.items() if not is_secret_name(name)}
+    environment = {name: value for name, value in os.environ.items() if not is_secret_variable(name)}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
     # -P: what lies in the working folder is no module.
     command: Sequence[str] = [sys.executable, "-P", "-m", _CHILD]
