@@ -53,8 +53,11 @@ def decode_foreign(raw: bytes, *, most_bytes: int = MAX_JSON_BYTES, most_values:
 
 
 def read_foreign_object(path: Path, *, most_bytes: int = MAX_JSON_BYTES) -> dict[str, object]:
-    """The object in a file of others. Raises JsonProblem, and OSError where the file cannot be read."""
-    with path.open("rb") as stream:
+    """The object in a file of others, which may be a link (hub snapshots are), but no pipe. Raises JsonProblem, and
+    OSError where the file cannot be read."""
+    from qlora_hal.durable_files import open_regular
+
+    with open_regular(path.resolve(strict=True)) as stream:
         value = decode_foreign(stream.read(most_bytes + 1), most_bytes=most_bytes)
     return _object(value)
 

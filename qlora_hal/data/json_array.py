@@ -16,11 +16,16 @@ class ArrayFault(ValueError):
 
 
 def array_elements(
-    stream: TextIO, decoder: json.JSONDecoder, limit: int, describe: Callable[[json.JSONDecodeError], str]
+    stream: TextIO,
+    decoder: json.JSONDecoder,
+    limits: tuple[int, int],
+    describe: Callable[[json.JSONDecodeError], str],
 ) -> Iterator[tuple[int, object]]:
-    """(line of its first character, value) of each element. Raises ArrayFault, after which nothing can be read:
-    where the next element begins cannot be known."""
-    text = _SlidingText(stream, decoder, limit, describe)
+    """(line of its first character, value) of each element; `limits` are the characters and the values of one.
+
+    Raises ArrayFault, after which nothing can be read: where the next element begins cannot be known.
+    """
+    text = _SlidingText(stream, decoder, limits, describe)
     text.take("[")
     if text.peek() != "]":
         while True:
@@ -43,10 +48,10 @@ class _SlidingText:
         self,
         stream: TextIO,
         decoder: json.JSONDecoder,
-        limit: int,
+        limits: tuple[int, int],
         describe: Callable[[json.JSONDecodeError], str],
     ) -> None:
-        self._stream, self._decoder, self._limit, self._describe = stream, decoder, limit, describe
+        self._stream, self._decoder, self._limits, self._describe = stream, decoder, limits, describe
         self._text, self._at = "", 0
         self.line, self._column = 1, 1
 
@@ -78,7 +83,8 @@ class _SlidingText:
                 value, end = self._decoder.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
                 held = len(self._text) - self._at
-                if held > self._limit:
+                longest, most_values = self._limits
+                if held > longest or (held > most_values and self._values_held() > most_values):
                     raise ArrayFault("too long", self.line, self._column, too_long=True) from error
                 ahead = error.pos - self._at
                 # Doubling keeps the repeated decoding linear in the size of the element.
@@ -89,6 +95,9 @@ class _SlidingText:
             else:
                 self._advance(end - self._at)
                 return value
+
+    def _values_held(self) -> int:
+        return sum(self._text.count(sign, self._at) for sign in ",[{")
 
     def _refill(self, count: int) -> bool:
         more = self._stream.read(count)

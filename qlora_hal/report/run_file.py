@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_hal import strict_json
 from qlora_hal.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -102,10 +103,10 @@ def read_run_file(run_dir: Path) -> dict[str, object]:
     """run.json as written. Raises ConfigError (S50) when the folder holds none or it is damaged."""
     path = run_dir / RUN_FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = strict_json.read_foreign_object(path)
+    except (OSError, strict_json.JsonProblem) as error:
         raise _no_run(path, str(getattr(error, "strerror", None) or error)) from error
-    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+    if not isinstance(content.get("config"), dict):
         raise _no_run(path, "it holds no configuration")
     return content
 
