@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import json
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from qlora_hal import strict_json
+from qlora_hal import strict_json, strict_toml
 from qlora_hal.errors import ConfigError, UnsafeInputError
 
 if TYPE_CHECKING:
     from ruamel.yaml.nodes import Node
 
 BYTE_LIMIT = 256 * 1024
-NODE_LIMIT = 5_000
-"""Keys and values, also after every alias is written out; the largest sensible file has a few hundred."""
-DEPTH_LIMIT = 32
-"""Groups and lists within one another; settings need three."""
+NODE_LIMIT, DEPTH_LIMIT = strict_toml.MAX_VALUES, strict_toml.MAX_DEPTH
+"""Keys and values, also after every alias is written out, and groups and lists within one another; the largest sensible
+file has a few hundred, three deep."""
 _PLAIN_TAGS = frozenset(
     f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "str", "int", "float", "bool", "null", "timestamp")
 )
@@ -183,29 +181,12 @@ def _yaml_lines(root: Node) -> dict[str, int]:
 
 
 def _toml(path: Path, text: str) -> tuple[object, dict[str, int]]:
-    _refuse_toml_bomb(path, text)
     try:
-        return tomllib.loads(text), _toml_lines(text)
-    except tomllib.TOMLDecodeError as error:
-        found = re.search(r"\(at line (\d+)", str(error))
-        _raise_malformed(path, int(found[1]) if found else None, str(error).partition(" (at ")[0], error)
-    except ValueError as error:
-        _raise_malformed(path, None, _said(error), error)
-
-
-_TOML_TEXTS = re.compile(r'''"""(?:[^\\]|\\.)*?"""|\'\'\'.*?\'\'\'|"(?:[^"\\\n]|\\.)*"|'[^'\n]*'|\#[^\n]*''', re.DOTALL)
-
-
-def _refuse_toml_bomb(path: Path, text: str) -> None:
-    """Refuse what tomllib would build first: a dotted key of many parts takes memory by its square."""
-    bare = _TOML_TEXTS.sub("_", text)
-    nodes = bare.count("=") + bare.count(",") + bare.count("[") + bare.count("{")
-    dots = max((key.count(".") for key in re.findall(r"[\w\-. \t]+", bare)), default=0)
-    depth = deepest = 0
-    for sign in re.findall(r"[\[\]{}]", bare) if nodes <= NODE_LIMIT else ():
-        depth += 1 if sign in "[{" else -1
-        deepest = max(deepest, depth)
-    _refuse_above_limits(path, nodes, max(dots, deepest))
+        return strict_toml.decode(text), _toml_lines(text)
+    except strict_toml.TomlProblem as problem:
+        if problem.is_bomb:
+            raise _refused(path, str(problem)) from problem
+        _raise_malformed(path, problem.line, str(problem), problem)
 
 
 def _toml_lines(text: str) -> dict[str, int]:

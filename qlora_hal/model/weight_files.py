@@ -11,6 +11,7 @@ from qlora_hal.model.safetensors_headers import Header, malformed, read_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_LONGEST_NAME = 255
 _INDEX_BYTES_LIMIT = 64_000_000
 
 
@@ -60,7 +61,11 @@ def read_weight_map(index: Path) -> Mapping[str, str]:
     shards = sorted(set(weight_map.values()))
     for name in shards:
         if Path(name).name != name or name in {"", ".", ".."} or "\\" in name or "\0" in name:
-            raise malformed(index, f"a shard name that leaves the folder: {name!r}")
+            raise malformed(index, f"a shard name that leaves the folder: {name[:_LONGEST_NAME]!r}")
+        if len(name.encode("utf-8", "surrogatepass")) > _LONGEST_NAME:
+            raise malformed(
+                index, f"a shard name of {len(name)} characters; a file name has up to {_LONGEST_NAME} bytes"
+            )
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing:
         raise ModelError(

@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -112,14 +112,43 @@ def read_run_file(run_dir: Path) -> dict[str, object]:
 
 
 def record_from(content: Mapping[str, object]) -> RunRecord:
-    """The record that run.json was written from; a resumed run goes on with it."""
+    """The record that run.json was written from; a resumed run goes on with it. Raises ConfigError (S50) where an edit
+    left a value of another kind."""
     known = {name: content[name] for name in RunRecord.__slots__ if name in content}
+    _refuse_other_kinds(known)
     detection = known.get("detection")
     if isinstance(detection, Mapping):
-        known["detection"] = Detection(**{**detection, "reports": tuple(detection.get("reports", ()))})
+        told = {name: detection[name] for name in Detection.__slots__ if name in detection}
+        known["detection"] = Detection(**{**told, "reports": tuple(told.get("reports", ()))})
     for name in ("samples", "notes", "hand_overs"):
         known[name] = tuple(known.get(name) or ())  # type: ignore[arg-type]
     return RunRecord(**known)  # type: ignore[arg-type]
+
+
+def _refuse_other_kinds(known: Mapping[str, object]) -> None:
+    kinds = {f.name: _KINDS.get(str(f.type).partition("[")[0]) for f in fields(RunRecord)}
+    for name, value in known.items():
+        if (kind := kinds[name]) is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise _no_run(Path(RUN_FILE), f"{name} is a {type(value).__name__}")
+    detection = known.get("detection")
+    if isinstance(detection, Mapping) and not (
+        isinstance(detection.get("reports", []), list)
+        and isinstance(detection.get("rejections", {}), Mapping)
+        and {"chosen", "why"} <= detection.keys()
+    ):
+        raise _no_run(Path(RUN_FILE), "its detection is not what was written")
+
+
+_KINDS: Mapping[str, type | tuple[type, ...]] = {
+    "Mapping": Mapping,
+    "tuple": list,
+    "str": str,
+    "int": int,
+    "float | None": (int, float, type(None)),
+    "int | None": (int, type(None)),
+    "Detection | None": (Mapping, type(None)),
+}
+"""What JSON has for each kind of field."""
 
 
 def read_run_config(run_dir: Path) -> RunConfig:
