@@ -273,7 +273,7 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
         ("a: &a [*a]\n", "contains itself"),
         ("lora: !!python/object/apply:os.system [echo]\n", "tag"),
         ("lora: !custom 3\n", "tag"),
-        ("[" * 50_000, "nested too deeply"),
+        ("[" * 50_000, "nested more than 32 deep"),
         ("# " + "x" * 1_000_001, "more than the limit"),
     ],
 )
