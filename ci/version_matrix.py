@@ -34,8 +34,20 @@ ENVIRONMENTS = ROOT / ".venv-matrix"
 PYTHONS = ("3.11", "3.12", "3.14")
 RESOLUTION = {"newest": "highest", "oldest": "lowest-direct"}
 EXTRAS = {"core": "tests", "backends": "cpu,mlx-cpu,data,tests,comparisons"}
-QUICK_TESTS = ("tests/core", "tests/data")
-CORE_TESTS = ("tests/core/test_typed_fields.py", "tests/core/test_guard.py")
+# All of the core, with what it asks of transformers, PEFT, pyarrow and datasets.
+QUICK_TESTS = ("core", "data", "cli", "model", "adapter", "checkpoint", "report")
+# What of it needs no other library than the core's own.
+CORE_TESTS = (
+    "core/test_typed_fields.py",
+    "core/test_guard.py",
+    "cli/test_settings.py",
+    "data/test_sampling.py",
+    "data/test_token_store_integrity.py",
+    "adapter/test_safe_tensors_file.py",
+    "adapter/test_peft_files.py",
+    "checkpoint/test_saving_and_loading.py",
+    "report",
+)
 DEMO = ("train", "--demo", "--overwrite", "--training.max_steps", "4")
 SECTION = "40"
 REFERENCE = "qlora_hal_conformance.reference_backend:SPEC"
@@ -140,10 +152,10 @@ def steps(
     yield "make", lambda: run([*venv, str(environment)])
     yield "install", lambda: run(install(python, versions, part))
     if part == "core":
-        yield "tests", lambda: run([*pytest, *CORE_TESTS])
+        yield "tests", lambda: run([*pytest, *(f"tests/{name}" for name in CORE_TESTS)])
         yield "section", lambda: section("--spec", REFERENCE)
     else:
-        yield "tests", lambda: run([*pytest, *QUICK_TESTS])
+        yield "tests", lambda: run([*pytest, *(f"tests/{name}" for name in QUICK_TESTS)])
         yield (
             "demo",
             lambda: run([python, "-m", "qlora_hal.cli", *DEMO, "--output_dir", str(kept(environment) / "demo")]),

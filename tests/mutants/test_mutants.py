@@ -29,6 +29,7 @@ def test_mutant_is_caught_in_a_section_that_names_its_defect(name: str) -> None:
     assert not found.too_early, f"{name} also failed {found.too_early}, before section {sections}"
 
 
+@pytest.mark.long
 def test_honest_reference_backend_fails_nothing() -> None:
     assert failures_of_the_honest(seed=SEED) == {}
 
