@@ -345,7 +345,7 @@ def test_flags_that_cannot_be_honoured_are_refused_by_name_and_value(flags: dict
 
 def test_a_flag_that_asks_for_loss_on_another_role_is_told(prepared: Prepare) -> None:
     asked = prepared([{"messages": [{**ASKED, "train": True}, ANSWER]}])
-    assert asked.report.alerts == ["message fields not used: train (1 rows)"]
+    assert asked.report.alerts == ["train: not written by the template (1 rows)"]
     assert prepared([{"messages": [{**ASKED, "train": False}, ANSWER]}]).report.alerts == []
 
 
