@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from mlx_models import FLOAT32, check_base_logits, transformers_logits
 from tiny_models import FAMILIES, edit_config, write_model
 from trainers import OpenTrainer, random_batch, source_of
@@ -15,7 +14,6 @@ from trainers import OpenTrainer, random_batch, source_of
 from qlora_hal.backend import Compute, Quantization
 from qlora_hal.capabilities import WeightFormat
 from qlora_hal.errors import ModelError, UnsupportedFeatureError
-from qlora_hal.values import Batch, Float32
 from qlora_hal_backends.mlx_lora.trainer import MLXLoRATrainer
 
 Opened = Callable[..., OpenTrainer]

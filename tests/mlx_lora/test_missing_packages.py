@@ -41,7 +41,10 @@ def test_a_module_that_leaves_is_refused_with_the_package_it_misses(
         ("import no_such_package.part", "needs the package no_such_package"),
         ("raise SystemExit(3)", "mlx-lm cannot build LlamaForCausalLM"),
         ("import mlx_lm.models.no_such_module", "mlx-lm cannot build LlamaForCausalLM"),
-        ("try:\n    import no_such_package\nexcept ImportError:\n    raise SystemExit", "needs the package no_such_pack"),
+        (
+            "try:\n    import no_such_package\nexcept ImportError:\n    raise SystemExit",
+            "needs the package no_such_pack",
+        ),
     ],
 )
 def test_other_ways_not_to_be_there(

@@ -9,14 +9,12 @@ from __future__ import annotations
 import importlib
 import io
 import re
-from collections.abc import Mapping
 from contextlib import redirect_stdout
 from typing import Any
 
 from qlora_hal.asking import one_line
 from qlora_hal.errors import ModelError
 from qlora_hal.foreign_errors import missing_package
-from qlora_hal.model.facts import text_config
 from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.mlx_lora.activations import put_activations_right
 from qlora_hal_backends.mlx_lora.config_reading import Config, as_transformers_reads, in_words_of_mlx_lm, tied_words
@@ -93,4 +91,3 @@ def _cannot_build(source: ModelSource, cause: str) -> ModelError:
         cause=cause.splitlines()[0],
         fix="Choose another model, or update mlx-lm.",
     )
-

@@ -15,6 +15,7 @@ from qlora_hal.model.facts import text_config
 from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.mlx_lora.config_reading import Config
 
+
 @dataclass(frozen=True, slots=True)
 class MissingWindow:
     """`tokens` None: mlx-lm does all that the checkpoint asks for."""
@@ -28,8 +29,8 @@ class MissingWindow:
         if self.tokens is None or self.on_every_layer:
             return ()
         return (
-            f"mlx-lm leaves out the sliding window of {self.tokens} tokens that some layers of {self.architecture} have: "
-            "longer rows are refused (QH-B61)",
+            f"mlx-lm leaves out the sliding window of {self.tokens} tokens that some layers of {self.architecture} "
+            "have: longer rows are refused (QH-B61)",
         )
 
     def applied_to(self, time: int) -> int | None:
