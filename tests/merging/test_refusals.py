@@ -15,6 +15,7 @@ from qlora_hal import durable_files, merge
 from qlora_hal.adapter import write_adapter
 from qlora_hal.errors import AdapterError, ConfigError, NumericsError, StorageError
 from qlora_hal.merging.placing import staging
+from qlora_hal.sealed_json import sealed
 from qlora_hal.values import Adapter
 
 MakeTrained = Callable[..., Any]
@@ -25,7 +26,7 @@ def rewritten(one: Any, change: Callable[[dict[str, object]], None]) -> None:
     path = one.folder / "qlora_hal.json"
     facts = json.loads(path.read_text())
     change(facts)
-    path.write_text(json.dumps(facts))
+    path.write_text(json.dumps(sealed(facts)))
 
 
 @pytest.mark.fault("C60")
