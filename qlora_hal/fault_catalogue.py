@@ -43,6 +43,7 @@ EXIT_STATUSES: Mapping[int, str] = {
     12: "output folder is locked",
     20: "conformance failures were found",
     75: "stopped with the state saved: run again to go on",
+    129: "stopped by a closed terminal without a new save",
     130: "stopped from the keyboard without a new save",
     143: "stopped by a signal without a new save",
 }

@@ -164,9 +164,12 @@ def handing_on(send: Callable[[int], object]) -> Iterator[set[int]]:
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
     """For the whole of a command: a request to stop unwinds it, so that its children end and its scratch folders go.
-    A request to save waits for a run, if there is one."""
+    A request to save waits for a run, if there is one; without any it ends nothing."""
     with _handled(signals_to_handle(), _end_at_once), held_back():
-        yield
+        try:
+            yield
+        finally:
+            _drop_waiting()
 
 
 @contextmanager
@@ -181,6 +184,15 @@ def held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _drop_waiting() -> None:
+    """To be ignored for a moment discards a signal that waits (POSIX)."""
+    if _SAVE is None or threading.current_thread() is not threading.main_thread():
+        return
+    handler = signal.signal(_SAVE, signal.SIG_IGN)
+    if handler is not None:
+        signal.signal(_SAVE, handler)
 
 
 @contextmanager
