@@ -520,7 +520,6 @@ def _runs(places: _Places) -> Iterator[Reader]:
 def _others(places: _Places) -> Iterator[Reader]:
     from qlora_hal.run_lock import RunLock
     from qlora_hal_conformance.certificate import problems, read_certificate
-    from qlora_hal_conformance.waivers import read_waivers
 
     document = json.loads((ROOT / "docs" / "certificates" / "cpu_torch.json").read_text("utf-8"))
     document["cases"] = document["cases"][:6]
@@ -539,11 +538,9 @@ def _others(places: _Places) -> Iterator[Reader]:
             return open_store(path)
         return None
 
-    waivers = b'[[waiver]]\ncase = "60_memory/reported_peak_does_not_grow"\nissue = "https://example.org/1"\nexpires = 2030-01-01\n'
     yield Reader(
         "certificate", places.folder("certificate") / "c.json", [_encoded(document)], json_mutated, certificate, 2
     )
-    yield Reader("waivers", places.folder("waivers") / "w.toml", [waivers], bytes_mutated, read_waivers, 2)
     yield Reader(
         "token store", places.folder("store") / "t.safetensors", [_token_store(places)], safetensors_mutated, store, 2
     )
