@@ -120,7 +120,7 @@ def worker(seed: int, first: int, last: int) -> None:
 
 
 def of_child(seed: int, first: int, last: int) -> Iterator[dict[str, Any]]:
-    """Outcomes of a child that was given these inputs; the last is the input at which it ended, if that was too early."""
+    """Outcomes of a child that was given these inputs; the last is the input at which it ended too early."""
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", f"{seed}:{first}:{last}"]
     environment = {**os.environ, "RUST_BACKTRACE": "0", "COLUMNS": "120"}
     reached = first
