@@ -35,7 +35,7 @@ RUN = ROOT / "docs" / "runs" / "cpu_demo"
 @dataclass(frozen=True)
 class Reader:
     """`read` takes the path of `file`, into which each input is written. `share` is its part of all inputs; what is
-    `cheap` needs no child process and few milliseconds."""
+    `cheap` takes few milliseconds; the processor time of what `has_child` is that of its child, too."""
 
     name: str
     file: Path
@@ -44,6 +44,7 @@ class Reader:
     read: Callable[[Path], object]
     share: int = 1
     cheap: bool = True
+    has_child: bool = False
 
     def input(self, draw: random.Random) -> bytes:
         return self.mutate(draw, self.seeds)
@@ -157,13 +158,31 @@ def _command_line(path: Path) -> object:
 
 def _rows(places: _Places) -> Iterator[Reader]:
     rows = [
-        {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b"},
+            ]
+        },
         {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "s"},
         {"instruction": "Add.", "input": "1 2", "output": "3", "history": [["a", "b"]]},
         {"prompt": "a", "completion": "b"},
         {"text": "a text\nof two lines"},
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]}, {"role": "tool", "content": "1"}, {"role": "assistant", "content": "c", "weight": 1}], "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},
-    ]  # fmt: skip
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "a"}]},
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}],
+                },
+                {"role": "tool", "content": "1"},
+                {"role": "assistant", "content": "c", "weight": 1},
+            ],
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+        },
+    ]
     lines = b"\n".join(map(_encoded, rows))
     folder = places.folder("rows")
     read = _row_reader()
@@ -221,29 +240,50 @@ def _tokenizers(places: _Places) -> Iterator[Reader]:
         return None
 
     config = {
-        "eos_token": "<|im_end|>", "pad_token": None, "chat_template": BUILT_IN["chatml"], "add_bos_token": False,
-        "additional_special_tokens": ["<|im_start|>"], "model_max_length": 10**30,
+        "eos_token": "<|im_end|>",
+        "pad_token": None,
+        "chat_template": BUILT_IN["chatml"],
+        "add_bos_token": False,
+        "additional_special_tokens": ["<|im_start|>"],
+        "model_max_length": 10**30,
         "added_tokens_decoder": {"0": {"content": "<unk>", "special": True}},
-    }  # fmt: skip
+    }
     small = _encoded(_small_tokenizer())
     for name, mutate, seeds, share, cheap in (
         ("tokenizer.json", json_mutated, [small], 5, True),
         ("tokenizer_config.json", json_mutated, [_encoded(config)], 2, False),
-        ("special_tokens_map.json", json_mutated, [_encoded({"eos_token": "<|im_end|>", "bos_token": {"content": "<s>"}})], 1, False),
+        (
+            "special_tokens_map.json",
+            json_mutated,
+            [_encoded({"eos_token": "<|im_end|>", "bos_token": {"content": "<s>"}})],
+            1,
+            False,
+        ),
         ("generation_config.json", json_mutated, [_encoded({"eos_token_id": [3, 4], "pad_token_id": 0})], 1, False),
-    ):  # fmt: skip
+    ):
         folder = places.folder(f"tokenizer {name}")
         (folder / "tokenizer.json").write_bytes(small)
         (folder / "tokenizer_config.json").write_bytes(_encoded({**config, "chat_template": BUILT_IN["chatml"]}))
         yield Reader(name, folder / name, seeds, mutate, read, share, cheap)
     looking = (
-        "{% for m in messages %}{% set c = m.content.split('</think>')[-1] %}{% if c is string and m['role'] in ['user'] %}"
-        "{{ m.role | upper + ': ' ~ c | trim | replace('a', 'b') }}{% else %}{{ m | tojson(indent=2) }}{% endif %}{% endfor %}"
+        "{% for m in messages %}{% set c = m.content.split('</think>')[-1] %}"
+        "{% if c is string and m['role'] in ['user'] %}{{ m.role | upper + ': ' ~ c | trim | replace('a', 'b') }}"
+        "{% else %}{{ m | tojson(indent=2) }}{% endif %}{% endfor %}"
         "{% set n = namespace(i=0) %}{% for i in range(9) %}{% set n.i = n.i * 3 + 1 %}{% endfor %}{{ '%d' % n.i }}"
-        "{% macro f(x) %}{{ x | list | join(',') }}{% endmacro %}{{ f('abc') }}{{ messages | selectattr('role', 'eq', 'user') | list | length }}"
+        "{% macro f(x) %}{{ x | list | join(',') }}{% endmacro %}{{ f('abc') }}"
+        "{{ messages | selectattr('role', 'eq', 'user') | list | length }}"
     )
     seeds = [*(template.encode() for template in BUILT_IN.values()), looking.encode()]
-    yield Reader("chat template", places.folder("template") / "t.jinja", seeds, bytes_mutated, render, 4, cheap=False)
+    yield Reader(
+        "chat template",
+        places.folder("template") / "t.jinja",
+        seeds,
+        bytes_mutated,
+        render,
+        4,
+        cheap=False,
+        has_child=True,
+    )
 
 
 def _small_tokenizer() -> dict[str, Any]:
@@ -254,23 +294,55 @@ def _small_tokenizer() -> dict[str, Any]:
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     pattern = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     return {
-        "version": "1.0", "truncation": None, "padding": None,
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
         "added_tokens": [{"id": number, "content": content, **flags} for number, content in special],
-        "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Replace", "pattern": {"String": "``"}, "content": '"'}]},
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}, {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]},
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [{"type": "NFC"}, {"type": "Replace", "pattern": {"String": "``"}, "content": '"'}],
+        },
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+            ],
+        },
         "post_processor": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True},
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, "vocab": {"<unk>": 0, **vocabulary}, "merges": merges},
-    }  # fmt: skip
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {"<unk>": 0, **vocabulary},
+            "merges": merges,
+        },
+    }
 
 
 # Models and adapters ---------------------------------------------------------------------------------------------
 
 _CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 16, "intermediate_size": 32,
-    "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 64, "rope_theta": 10000.0,
-    "max_position_embeddings": 128, "tie_word_embeddings": False, "rope_scaling": None, "torch_dtype": "float32",
-}  # fmt: skip
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 64,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    "rope_scaling": None,
+    "torch_dtype": "float32",
+}
 _MODULES = {"q_proj": (16, 16), "k_proj": (8, 16), "v_proj": (8, 16), "o_proj": (16, 16)}
 
 
@@ -300,15 +372,26 @@ def _models(places: _Places) -> Iterator[Reader]:
 
     weights = _stored(_weights())
     quantized = [
-        {**_CONFIG, "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 8, "desc_act": False, "sym": True}},
-        {**_CONFIG, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}},
+        {
+            **_CONFIG,
+            "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 8, "desc_act": False, "sym": True},
+        },
+        {
+            **_CONFIG,
+            "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        },
         {**_CONFIG, "quantization": {"group_size": 64, "bits": 4}, "text_config": {"hidden_size": 8}},
-    ]  # fmt: skip
+    ]
     for name, seeds, mutate, share in (
         ("config.json", [_encoded(_CONFIG), *map(_encoded, quantized)], json_mutated, 4),
         ("model.safetensors", [weights], safetensors_mutated, 5),
-        ("model.safetensors.index.json", [_encoded({"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(_weights(), "a.safetensors")})], json_mutated, 2),
-    ):  # fmt: skip
+        (
+            "model.safetensors.index.json",
+            [_encoded({"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(_weights(), "a.safetensors")})],
+            json_mutated,
+            2,
+        ),
+    ):
         folder = places.folder(f"model {name}")
         (folder / "config.json").write_bytes(_encoded(_CONFIG))
         stored = "a.safetensors" if name.endswith("index.json") else "model.safetensors"
@@ -437,7 +520,6 @@ def _runs(places: _Places) -> Iterator[Reader]:
 def _others(places: _Places) -> Iterator[Reader]:
     from qlora_hal.run_lock import RunLock
     from qlora_hal_conformance.certificate import problems, read_certificate
-    from qlora_hal_conformance.waivers import read_waivers
 
     document = json.loads((ROOT / "docs" / "certificates" / "cpu_torch.json").read_text("utf-8"))
     document["cases"] = document["cases"][:6]
@@ -456,11 +538,9 @@ def _others(places: _Places) -> Iterator[Reader]:
             return open_store(path)
         return None
 
-    waivers = b'[[waiver]]\ncase = "60_memory/reported_peak_does_not_grow"\nissue = "https://example.org/1"\nexpires = 2030-01-01\n'
     yield Reader(
         "certificate", places.folder("certificate") / "c.json", [_encoded(document)], json_mutated, certificate, 2
     )
-    yield Reader("waivers", places.folder("waivers") / "w.toml", [waivers], bytes_mutated, read_waivers, 2)
     yield Reader(
         "token store", places.folder("store") / "t.safetensors", [_token_store(places)], safetensors_mutated, store, 2
     )

@@ -7,7 +7,10 @@ one file could then see two different states. The files of others are read as th
 
 from __future__ import annotations
 
+import functools
 import json
+import math
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +22,8 @@ MAX_JSON_BYTES = 16 * 1024 * 1024
 
 MAX_VALUES = 1_000_000
 """Above what a file of 100 000 modules needs. A value takes up to 200 bytes of memory."""
+MAX_OWN_DIGITS, MAX_FOREIGN_DIGITS = 19, 60
+"""Digits of whole numbers: those that are written here have 64 bits; others write 10**30 for "no limit"."""
 MAX_DEPTH = 100
 """Lists and objects within one another; what walks through a value needs Python's stack."""
 
@@ -41,7 +46,8 @@ def encode(value: object) -> bytes:
 
 def decode(raw: bytes) -> object:
     """The value of a strict JSON text. Raises JsonProblem, and nothing else, for anything that is not one."""
-    return _decoded(raw, MAX_JSON_BYTES, MAX_VALUES, object_pairs_hook=unique_keys, parse_constant=_no_constant)
+    hooks: dict[str, Any] = {"object_pairs_hook": unique_keys, "parse_constant": _no_constant, "parse_float": _finite}
+    return _decoded(raw, MAX_JSON_BYTES, MAX_VALUES, MAX_OWN_DIGITS, **hooks)
 
 
 def decode_foreign(raw: bytes, *, most_bytes: int = MAX_JSON_BYTES, most_values: int = MAX_VALUES) -> object:
@@ -49,7 +55,7 @@ def decode_foreign(raw: bytes, *, most_bytes: int = MAX_JSON_BYTES, most_values:
 
     Raises JsonProblem, and nothing else: for what is no JSON, and beyond the limits of bytes, values and depth.
     """
-    return _decoded(raw, most_bytes, most_values)
+    return _decoded(raw, most_bytes, most_values, MAX_FOREIGN_DIGITS)
 
 
 def read_foreign_object(path: Path, *, most_bytes: int = MAX_JSON_BYTES) -> dict[str, object]:
@@ -78,13 +84,18 @@ def refuse_depth(value: object) -> None:
     raise JsonProblem(f"its values are nested more than {MAX_DEPTH} deep")
 
 
-def _decoded(raw: bytes, most_bytes: int, most_values: int, **hooks: Any) -> object:
+def _decoded(raw: bytes, most_bytes: int, most_values: int, most_digits: int, **hooks: Any) -> object:
     if len(raw) > most_bytes:
         raise JsonProblem(f"{len(raw)} bytes, at most {most_bytes} are read")
     # Counted first, so that a bomb never becomes objects.
     opened = raw.count(b"[") + raw.count(b"{")
     if opened + raw.count(b",") > most_values:
         raise JsonProblem(f"more than {most_values} values")
+    # Python's reader is slower with a hook for numbers, which few files need.
+    if re.search(rb"\d{%d}" % (most_digits + 1), raw):
+        hooks["parse_int"] = functools.partial(_whole_number, most_digits)
+    if "parse_float" in hooks and not re.search(rb"[eE]\+?\d{3}|\d{300}", raw):
+        del hooks["parse_float"]
     try:
         value = json.loads(raw.decode("utf-8"), **hooks)
     except JsonProblem:
@@ -128,6 +139,18 @@ def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
         twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
         raise JsonProblem(f"duplicate key {', '.join(ascii(name[:80]) for name in twice[:3])}")
     return result
+
+
+def _whole_number(most_digits: int, text: str) -> int:
+    if len(text.lstrip("-")) > most_digits:
+        raise JsonProblem(f"a whole number of {len(text)} digits")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise JsonProblem(f"{text[:20]} is beyond every number")
+    return number
 
 
 def _no_constant(word: str) -> NoReturn:

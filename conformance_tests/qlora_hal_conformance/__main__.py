@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qlora_hal.errors import QloraHalError
-from qlora_hal.terminal import show
 from qlora_hal_conformance.request import DEFAULT_TIMEOUT_SECONDS
 
 
@@ -22,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return print_cases()
         return run_from(given)
     except QloraHalError as error:
-        show(str(error), stream=sys.stderr)
+        print(error, file=sys.stderr)
         return error.exit_status
 
 
@@ -58,14 +57,14 @@ def verify_and_print(path: Path) -> int:
     document = read_certificate(path)
     found = problems(document)
     if found:
-        show("\n  - ".join([f"{path}: does not verify", *found]))
+        print(f"{path}: does not verify", *found, sep="\n  - ")
         return NOT_CONFORMANT
     conformant, revision = document["conformant"] is True, revision_that_made(document)
     state = "conformant" if conformant else "not conformant"
     if revision == SUITE_VERSION:
-        show(f"{path}: verifies, {state}")
+        print(f"{path}: verifies, {state}")
     else:
-        show(f"{path}: verifies: {state} to revision {revision} of the suite; the present one is {SUITE_VERSION}")
+        print(f"{path}: verifies: {state} to revision {revision} of the suite; the present one is {SUITE_VERSION}")
     return CONFORMANT if conformant else NOT_CONFORMANT
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from qlora_hal.backend import CONTRACT_VERSION
 from qlora_hal.errors import ConfigError, StorageError
 from qlora_hal.output_path import writable_folder
-from qlora_hal.terminal import visible
 from qlora_hal_conformance import SUITE_VERSION
 from qlora_hal_conformance.catalogue import LEVELS, all_cases, section_of, suite_hash
 from qlora_hal_conformance.certificate import Document, make_certificate, write_certificate
@@ -242,7 +241,7 @@ class Console:
 
     def say(self, text: str) -> None:
         if not self._quiet:
-            print(visible(text), file=sys.stderr, flush=True)
+            print(text, file=sys.stderr, flush=True)
 
     def heard(self, event: Mapping[str, object]) -> None:
         if event["event"] == "broke_off":

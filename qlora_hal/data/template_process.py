@@ -155,7 +155,9 @@ class _WatchedProcess:
         self._ended_for = ""
         self._state = threading.Lock()
         if self._exchanged(b"") is None:
-            raise _not_started(self._ending())
+            ending = self._ending()
+            self.end()
+            raise _not_started(ending)
         threading.Thread(target=self._watch, name="template-process", daemon=True).start()
 
     @property

@@ -65,7 +65,7 @@ def refuse_slow_or_broken(tokenizer: Tokenizer, content: Mapping[str, Any]) -> N
     words, signs = _words_and_signs(content)
     trials = ["a b é 漢 \n"]
     # An expression takes long where it fails late; some fail at once where a sign that they need is nowhere.
-    trials += [(piece * _TRIAL_LENGTH)[:_TRIAL_LENGTH] + "\x01" + signs for piece in (*_USUAL, *words, *signs)]
+    trials += [(piece * _TRIAL_LENGTH)[:_TRIAL_LENGTH] + "\x01" + signs + "!a" for piece in (*_USUAL, *words, *signs)]
     for text in trials[:_MOST_TRIALS]:
         started = time.thread_time()
         with suppress(Exception):  # what the vocabulary does not know is told of the row that has it

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+LARGEST_SIZE = 2**40
+"""No width, count or number of positions reaches it; larger ones are no sizes."""
 FLOATING_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 """Safetensors names of the dtypes of weights that are not quantized."""
 
@@ -106,7 +108,7 @@ def _architecture(config: Mapping[str, object]) -> str:
 def _whole_number(config: Mapping[str, object], *names: str) -> int | None:
     described = text_config(config)
     values = (described.get(name) for name in names)
-    return next((value for value in values if type(value) is int and value > 0), None)
+    return next((value for value in values if type(value) is int and 0 < value < LARGEST_SIZE), None)
 
 
 def _plain_shapes(tensors: Mapping[str, TensorFacts]) -> dict[str, tuple[int, int]]:
