@@ -93,8 +93,8 @@ class MergedModel:
         self._dtype = dtype
 
     def tensors(self) -> tuple[MergedTensor, ...]:
-        """All tensors, in the order of the base's files. Raises ConfigError QH-C62 when an adapted layer is stored under
-        another name than the loaded model has for it: its adapter would be left out."""
+        """All tensors, in the order of the base's files. Raises ConfigError QH-C62 when an adapted layer is stored
+        under another name than the loaded model has for it: its adapter would be left out."""
         planned = [self._planned(name) for name in self._facts.tensors if name not in self._packed.belongings]
         absent = sorted(self._targets - {tensor.module for tensor in planned})
         if absent:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 LARGEST_SIZE = 2**40
 """No width, count or number of positions reaches it; larger ones are no sizes."""
@@ -94,7 +95,7 @@ def read_facts(folder: Path) -> ModelFacts:
     )
 
 
-def text_config(config: Mapping[str, object]) -> Mapping[str, object]:
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a config that describes the language model: itself, or its `text_config`."""
     nested = config.get("text_config")
     return {**config, **nested} if isinstance(nested, dict) else config
