@@ -95,11 +95,13 @@ class RowRenderer:
         return rendered
 
     def _conversation(self, row: Row, example: Conversation, tokenizer: ChatTokenizer) -> RenderedRow:
-        tokenizer = tokenizer.for_rows(with_tools=bool(example.tools))
+        tokenizer = tokenizer.for_rows(with_tools=True) if example.tools else tokenizer
         if tokenizer.outlines is None or tokenizer.template is None:
             raise tokenizer.no_template("rows of messages", row.where)
-        self.counts.rows_with_tool_template += tokenizer is not self._tokenizer and bool(example.tools)
-        example = self._without_empty_turns(_in_form(example, tokenizer), tokenizer.template)
+        if not example.plain:
+            self.counts.rows_with_tool_template += tokenizer is not self._tokenizer and bool(example.tools)
+            example = _in_form(example, tokenizer)
+        example = self._without_empty_turns(example, tokenizer.template)
         if example.plain and (rendered := self._by_outline(row, example, tokenizer.outlines)) is not None:
             return rendered
         return self._by_template(row, example, tokenizer)
@@ -109,6 +111,8 @@ class RowRenderer:
         to end at once."""
         if self._encoder.train_on_all:
             self.counts.unused_fields.update(example.flags)
+            return example
+        if example.plain and all([message["content"].strip(_BLANKS) for message in example.messages]):  # type: ignore[attr-defined]
             return example
         turns = trained_turns(example.messages, example.first_target, example.untrained)
         empty = {number for number in turns if not says_anything(example.messages[number], template)}
