@@ -64,7 +64,7 @@ def choose_machinery(config: RunConfig, hooks: Hooks, console: RunConsole) -> Ma
     from qlora_hal.adapter.targets import resolve_targets
     from qlora_hal.discovery import listed, outline_of, reports
     from qlora_hal.model.source import resolve_model
-    from qlora_hal.needs import needs_of, quantization_of, unmet_description_note
+    from qlora_hal.needs import needs_of, quantization_of
     from qlora_hal.selection import choose
 
     source = resolve_model(
@@ -86,11 +86,7 @@ def choose_machinery(config: RunConfig, hooks: Hooks, console: RunConsole) -> Ma
     for note in filter(None, map(choice.spec.notes.get, (config.training.optim, config.quantization.compute_dtype))):
         console.note(f"{choice.spec.name}: {note}")
     quantization = quantization_of(config, source.facts, choice.spec.capabilities)
-    if note := unmet_description_note(source.facts, quantization):
-        console.note(note)
     outline = outline_of(choice.spec, source, config.backend.options)
-    for note in outline.notes:
-        console.note(note)
     targets = resolve_targets(config.lora.target_modules, outline.linear_modules)
     lora = config.lora
     adapter = AdapterConfig(lora.r, lora.alpha, lora.dropout, lora.use_rslora, targets)
@@ -119,6 +115,7 @@ def prepare_run(
 ) -> PreparedRun:
     """Tokenizer, data and memory."""
     from qlora_hal.data import ChatTokenizer, prepare
+    from qlora_hal.needs import unmet_description_note
 
     facts = machinery.source.facts
     vocabulary_size = facts.vocabulary_size or None
@@ -126,6 +123,9 @@ def prepare_run(
         machinery.source.path, chat_template=config.data.chat_template, model_vocabulary_size=vocabulary_size
     )
     for note in tokenizer.notes:
+        console.note(note)
+    described = unmet_description_note(facts, machinery.quantization)
+    for note in (*([described] if described else []), *machinery.outline.notes):
         console.note(note)
     data = prepare(
         config.data,

@@ -109,6 +109,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "roberta": ({}, "is_decoder: false"),
     "gpt2": ({}, "Conv1D"),
     "cpmant": ({}, "lets every token of a prompt see the whole prompt"),
+    "reformer": ({}, "pass no gradient"),
 }
 
 
