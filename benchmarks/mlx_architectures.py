@@ -1,7 +1,7 @@
 """Every architecture that mlx-lm and transformers both have, tiny and random, in float32: `mlx_lora`'s logits, and
 those with an adapter, against transformers', for each key of config.json that can be changed.
 
-    python benchmarks/mlx_architectures.py [--only llama,phi3] [--keys] [--out docs/runs/mlx_architectures.json]
+    python benchmarks/mlx_architectures.py [--only llama,phi3] [--keys] [--drawn 3] [--out FILE]
     python benchmarks/mlx_architectures.py --keys --write-findings
 
 Without `--keys` one model of each kind. An existing record is gone on with. An outcome is `equal` (1e-4 of the largest
@@ -19,15 +19,20 @@ import gc
 import io
 import json
 import logging
+import sys
 import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from tiny_architectures import VOCABULARY, model_types, tiny_model
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from drawn_models import drawn_settings, write_drawn_model
 
 from qlora_hal.adapter.initial import initial_adapter
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key, module_of
@@ -69,6 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="model types, with commas between")
     parser.add_argument("--keys", action="store_true", help="change each key of config.json, too")
+    parser.add_argument("--drawn", type=int, default=0, help="models with settings drawn at random, to each kind")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--write-findings", action="store_true")
     arguments = parser.parse_args()
@@ -84,7 +90,8 @@ def main() -> None:
     wanted = arguments.only.split(",") if arguments.only else model_types()
     for model_type in [name for name in wanted if name not in outcomes]:
         found = {}
-        for name, outcome in outcomes_of(model_type, with_keys=arguments.keys):
+        both = outcomes_of(model_type, with_keys=arguments.keys), drawn_outcomes(model_type, arguments.drawn)
+        for name, outcome in chain(*both):
             found[name] = outcome
             print(f"{model_type:20} {name:40} {outcome}", flush=True)
         outcomes[model_type] = found
@@ -121,6 +128,19 @@ def outcomes_of(model_type: str, *, with_keys: bool) -> Iterator[tuple[str, str]
         except Exception:  # transformers refuses this value, or cannot run it
             continue
         yield name, outcome_of(changed)
+
+
+def drawn_outcomes(model_type: str, draws: int) -> Iterator[tuple[str, str]]:
+    """Of models that somebody else shrank, whose settings are drawn together."""
+    for seed in range(draws):
+        settings = drawn_settings(model_type, seed)
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                model = write_drawn_model(Path(folder), model_type, settings, seed)
+            transformers_logits(model)
+        except Exception:  # settings that do not go together
+            continue
+        yield f"drawn {seed}: {json.dumps(settings)}", outcome_of(model)
 
 
 def outcome_of(model: Any) -> str:
