@@ -1,4 +1,4 @@
-# Both commands set up .venv by themselves.
+# Each command sets up what it needs by itself.
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
@@ -6,23 +6,44 @@ export TOKENIZERS_PARALLELISM ?= true
 export GPTQMODEL_CPU_WORKERS ?= 2
 # One thread in each test process: many small products gain nothing from more, and waiting threads cost others.
 export OMP_NUM_THREADS ?= 1
+# Tests start hundreds of processes: without kept bytecode each would compile this project anew.
+unexport PYTHONDONTWRITEBYTECODE
 WORKERS ?= 2
+# Tests that share what is costly to make run in one process.
+SPREAD := -n $(WORKERS) --dist loadgroup
+# Which environments of the matrix: nothing for all, --corners for two of them.
+MATRIX ?=
 PYTEST = PATH="$(CURDIR)/$(BIN):$$PATH" TMPDIR=$(CURDIR)/.tmp $(BIN)/python -m pytest -q
 
-.PHONY: demo test check environment test-environment
+.PHONY: demo test test-long test-matrix types kernels environment test-environment
 
 # Fine-tune the embedded demo model on the hardware found here; results in runs/demo.
 demo: environment
 	env -u OMP_NUM_THREADS $(BIN)/qlora-hal train --demo --overwrite
 
-# Everything: types, style, all tests.
+# Types, style, all tests but the long ones, and the core on the newest versions of its dependencies.
 test: test-environment
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	mkdir -p .tmp
-	$(PYTEST) -n $(WORKERS) -m "not needs_triton"
-	TRITON_INTERPRET=1 $(PYTEST) -m needs_triton tests/torch_family
+	$(MAKE) --no-print-directory --jobs 2 types kernels  # one process each
+	$(PYTEST) $(SPREAD) -m "not long and not needs_triton"
+	$(PYTHON) ci/version_matrix.py --corners --part core --versions newest
+
+types:
+	$(BIN)/mypy
+
+kernels:
+	TRITON_INTERPRET=1 $(PYTEST) -m "needs_triton and not long" tests/torch_family
+
+# What takes minutes and seldom fails: every mutant, whole runs of the suite.
+test-long: test-environment
+	mkdir -p .tmp
+	$(PYTEST) $(SPREAD) -m long
+
+# The newest and the oldest versions that pyproject.toml allows, on every Python found here.
+test-matrix:
+	$(PYTHON) ci/version_matrix.py $(MATRIX)
 
 environment:
 	$(PYTHON) ci/setup_environment.py

@@ -3,9 +3,10 @@
 Each template meets twelve conversations. For each pair the row is prepared as for a run, and compared with
 `apply_chat_template`: the ids, and where a template (or the variant of it that trl trains with, if it writes the same
 text) has `{% generation %}` blocks, the mask as well. A pair is `equal`; `refused` by a fault with its code where
-transformers renders (or `refused by both`); or `different on purpose`, for one of the reasons that docs/what_is_trained.md gives,
-each of which is checked here by computing what it leads to. Anything else is a fault of ours: it is listed, and the
-command ends with 1. So is a word of a conversation that the text does not hold and the data report does not tell.
+transformers renders (or `refused by both`); or `different on purpose`, for one of the reasons that
+docs/what_is_trained.md gives, each of which is checked here by computing what it leads to. Anything else is a fault of
+ours: it is listed, and the command ends with 1. So is a word of a conversation that the text does not hold and the data
+report does not tell.
 
 The templates are read from the installed package `transformers` and from a wheel of `trl`, of which nothing is run:
     pip download --no-deps trl --dest wheels

@@ -1,13 +1,14 @@
-"""Every architecture that mlx-lm and transformers both have, tiny and random, in float32: `mlx_lora`'s logits, and those
-with an adapter, against transformers', for each key of config.json that can be changed.
+"""Every architecture that mlx-lm and transformers both have, tiny and random, in float32: `mlx_lora`'s logits, and
+those with an adapter, against transformers', for each key of config.json that can be changed.
 
     python benchmarks/mlx_architectures.py [--only llama,phi3] [--keys] [--out docs/runs/mlx_architectures.json]
     python benchmarks/mlx_architectures.py --keys --write-findings
 
-Without `--keys` one model of each kind. An outcome is `equal` (1e-4 of the largest logit; differences seen are below
-1e-5), the code of a refusal that comes before data are read, `transformers: ...` where that cannot run the model, or
-`differs`. `--write-findings` compares without what was found before, and writes what is left out to
-`mlx_lora/compared.json`; a key that only some rows show (a window) is shown by rows of 20 tokens, longer than it.
+Without `--keys` one model of each kind. An existing record is gone on with. An outcome is `equal` (1e-4 of the largest
+logit; differences seen are below 1e-5), the code of a refusal that comes before data are read, `differs`, or what
+transformers says where it cannot run the model. `--write-findings` compares without what was found before, and writes
+what is left out to `mlx_lora/compared.json`; a key that only some rows show (a window) is shown by rows of 20 tokens,
+longer than it.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from qlora_hal_backends.mlx_lora import compared
 from qlora_hal_backends.mlx_lora.trainer import MLXLoRATrainer
 
 TOLERANCE = 1e-4
-ROWS = tuple(np.random.default_rng(time).integers(3, VOCABULARY, (1, time)) for time in (6, 20))
+ROW = np.random.default_rng(20).integers(3, VOCABULARY, (1, 20))
 FINDINGS = Path(compared.__file__).with_name("compared.json")
 
 NO_FORWARD = (
@@ -52,7 +53,9 @@ NO_FORWARD = (
     "partial_rotary_factor", "rope_parameters",
 )  # fmt: skip
 NO_FORWARD_PARTS = ("dropout", "pdrop", "initializer", "aux_loss", "_token_id", "token_index")
-ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu2")
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
+SIZES = ("_size", "_dim", "_rank", "_heads", "_experts", "d_state", "d_head", "d_ssm", "expand", "n_inner", "d_conv")
+"""What these change stands in the shapes of tensors, which are compared anyway."""
 FOR_NOTHING: tuple[tuple[tuple[str, ...], tuple[Any, ...]], ...] = (
     (("softcap", "soft_cap"), (3.0,)),
     (("clip",), (0.3,)),
@@ -74,15 +77,19 @@ def main() -> None:
     if arguments.write_findings:
         # Nothing is known beforehand.
         compared.findings = lambda: {}  # type: ignore[assignment]
-    outcomes: dict[str, dict[str, str]] = {}
-    for model_type in arguments.only.split(",") if arguments.only else model_types():
-        outcomes[model_type] = {}
-        for name, outcome in outcomes_of(model_type, with_keys=arguments.keys):
-            outcomes[model_type][name] = outcome
-            print(f"{model_type:20} {name:40} {outcome}", flush=True)
     packages = {name: version(name) for name in ("mlx", "mlx-lm", "transformers", "torch")}
-    if arguments.out:
-        arguments.out.write_text(json.dumps({"versions": packages, "models": outcomes}, indent=1) + "\n")
+    outcomes: dict[str, dict[str, str]] = {}
+    if arguments.out and arguments.out.exists():
+        outcomes = json.loads(arguments.out.read_text())["models"]
+    wanted = arguments.only.split(",") if arguments.only else model_types()
+    for model_type in [name for name in wanted if name not in outcomes]:
+        found = {}
+        for name, outcome in outcomes_of(model_type, with_keys=arguments.keys):
+            found[name] = outcome
+            print(f"{model_type:20} {name:40} {outcome}", flush=True)
+        outcomes[model_type] = found
+        if arguments.out:
+            arguments.out.write_text(json.dumps({"versions": packages, "models": outcomes}, indent=1) + "\n")
     if arguments.write_findings:
         models = {name: finding(found) for name, found in outcomes.items() if found["as it is"] in ("equal", "differs")}
         FINDINGS.write_text(json.dumps({"versions": packages, "models": models}, indent=1) + "\n")
@@ -100,7 +107,7 @@ def finding(outcomes: dict[str, str]) -> dict[str, Any]:
 def outcomes_of(model_type: str, *, with_keys: bool) -> Iterator[tuple[str, str]]:
     try:
         model = tiny_model(model_type)
-        transformers_logits(model, ROWS[0])
+        transformers_logits(model)
     except Exception as error:
         yield "as it is", f"transformers: {type(error).__name__}: {error}".splitlines()[0][:120]
         return
@@ -110,7 +117,7 @@ def outcomes_of(model_type: str, *, with_keys: bool) -> Iterator[tuple[str, str]
     for name, changes in keys:
         try:
             changed = tiny_model(model_type, **changes)
-            transformers_logits(changed, ROWS[0])
+            transformers_logits(changed)
         except Exception:  # transformers refuses this value, or cannot run it
             continue
         yield name, outcome_of(changed)
@@ -137,7 +144,7 @@ def distances(trainer: MLXLoRATrainer, model: Any) -> Iterator[float]:
     config = AdapterConfig(4, 8.0, 0.0, False, targets or tuple(here)[:1])
     adapter = initial_adapter(config, here, seed=0)
     trainer.attach(adapter)
-    yield from (distance(trainer, model, row) for row in ROWS)
+    yield distance(trainer, model)
     draw = np.random.default_rng(0)
     for name, tensor in adapter.tensors.items():
         tensor[:] = draw.normal(0.0, 0.1, tensor.shape) * (module_of(name)[0] in targets)
@@ -146,19 +153,19 @@ def distances(trainer: MLXLoRATrainer, model: Any) -> Iterator[float]:
         for name in targets:
             a, b = (torch.from_numpy(adapter.tensors[key(name)]) for key in (lora_a_key, lora_b_key))
             there[name].weight += config.scale * b @ a
-    yield from (distance(trainer, model, row) for row in ROWS)
+    yield distance(trainer, model)
 
 
-def distance(trainer: MLXLoRATrainer, model: Any, row: Any) -> float:
-    expected = transformers_logits(model, row)
-    tokens = row.astype(np.int32)
+def distance(trainer: MLXLoRATrainer, model: Any) -> float:
+    expected = transformers_logits(model)
+    tokens = ROW.astype(np.int32)
     batch = Batch(tokens, tokens, np.arange(tokens.size, dtype=np.int32)[None], np.ones_like(tokens))
     return float(np.abs(trainer.logits(batch) - expected).max() / np.abs(expected).max())
 
 
-def transformers_logits(model: Any, row: Any) -> Any:
+def transformers_logits(model: Any) -> Any:
     with torch.no_grad():
-        return model(torch.from_numpy(row).long(), use_cache=False).logits.float().numpy()
+        return model(torch.from_numpy(ROW).long(), use_cache=False).logits.float().numpy()
 
 
 def changed_keys(config: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -177,7 +184,7 @@ def other_values(key: str, value: Any) -> list[Any]:
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, int):
-        return [value * 2] if value else [1]
+        return [] if key.endswith(SIZES) else [value * 2 or 1]
     if isinstance(value, float):
         return [value * 1.7 + 0.05]
     if value is None:
@@ -194,7 +201,7 @@ def other_lists(value: list[Any]) -> list[Any]:
     elif isinstance(value[0], float):
         others.append([one * 1.5 + 0.1 for one in value])
     elif {"full_attention", "sliding_attention"} & set(value):
-        others += [[kind] * len(value) for kind in ("full_attention", "sliding_attention")]
+        others = [value[::-1], ["full_attention"] * len(value)]
     return [other for other in others if other != value]
 
 
@@ -229,12 +236,8 @@ def scalings(pairs: int) -> dict[str, dict[str, Any]]:
         "rope_theta = 77": {"rope_type": "default"},
         "rope_type = linear": {"rope_type": "linear", "factor": 3.0},
         "rope_type = dynamic": {"rope_type": "dynamic", "factor": 3.0},
-        "rope_type = yarn": yarn,
-        "rope_type = yarn with mscale": {
-            **yarn, "mscale": 0.8, "mscale_all_dim": 0.5, "beta_fast": 16.0, "beta_slow": 2.0,
-        },
-        "rope_type = yarn with attention_factor": {**yarn, "attention_factor": 1.5},
-        "rope_type = yarn without truncate": {**yarn, "truncate": False},
+        "rope_type = yarn": {**yarn, "mscale": 0.8, "mscale_all_dim": 0.5, "beta_fast": 16.0, "beta_slow": 2.0},
+        "rope_type = yarn with attention_factor": {**yarn, "attention_factor": 1.5, "truncate": False},
         "rope_type = llama3": {
             "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 64,

@@ -52,9 +52,17 @@ _CHANGES: Mapping[str, Mapping[str, Any]] = {
         _FOUR,
     ),
     **dict.fromkeys(("gemma3_text", "gemma4", "gemma4_text", "gemma4_unified"), _SIX),
-    "gemma3": {**_SIX, "boi_token_index": 300, "eoi_token_index": 301, "image_token_index": 302},
+    "gemma3": {
+        **_SIX, "boi_token_index": 300, "eoi_token_index": 301, "image_token_index": 302, "mm_tokens_per_image": 4,
+        "vision_config": {
+            "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "image_size": 28, "patch_size": 14,
+        },
+    },
     **dict.fromkeys(("lfm2", "lfm2_moe"), _EVERY_SECOND),
-    "jamba": {**_FOUR, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "jamba": {
+        **_FOUR, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+    },
     "granitemoehybrid": {**_FOUR, "layer_types": ["mamba", "attention"] * 2},
     "recurrent_gemma": {"num_hidden_layers": 3, "attention_window_size": 8, "num_key_value_heads": 1},
     **dict.fromkeys(
@@ -94,9 +102,7 @@ def tiny_model(model_type: str, seed: int = 0, **changes: Any) -> Any:
     names = {*known, *getattr(config_class, "attribute_map", {}), *changes}
     settings = {name: value for name, value in wanted.items() if name in names and value is not None}
     if isinstance(nested, dict):
-        settings["text_config"] = {
-            name: value for name, value in wanted.items() if name in nested and value is not None
-        }
+        settings["text_config"] = {key: value for key, value in wanted.items() if key in nested and value is not None}
     config = config_class(**settings)
     config.initializer_range = 0.15
     torch.manual_seed(seed)

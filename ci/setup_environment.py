@@ -30,7 +30,13 @@ def main() -> None:
         sys.exit(f"Python {platform.python_version()} is too old: qlora_hal needs 3.11 or newer.")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tests", action="store_true")
-    extras = wanted_extras(hardware_extra(), tests=parser.parse_args().tests)
+    tests = parser.parse_args().tests
+    if tests and sys.version_info >= (3, 14):
+        sys.exit(
+            f"The tests need GPTQModel, whose one NumPy has no wheel for Python {platform.python_version()}. Name an "
+            "older one, 3.11 to 3.13: make test PYTHON=python3.12. `make test-matrix` tests newer ones without it."
+        )
+    extras = wanted_extras(hardware_extra(), tests=tests)
     wanted = fingerprint(extras)
     if STAMP.exists() and wanted in STAMP.read_text().splitlines():
         return

@@ -1,13 +1,16 @@
 """Every failure a user can see, as typed exceptions with a stable code.
 
 A message says what came in, what was expected and one thing to do. Codes are `QH-` plus the row of the fault catalogue
-(`docs/faults.md`); `qlora-hal explain CODE` prints the row. This module imports nothing, so any room may use it.
+(`docs/faults.md`); `qlora-hal explain CODE` prints the row. This module imports next to nothing, so any room may
+use it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import ClassVar
+
+from qlora_hal.terminal import visible
 
 
 class QloraHalError(Exception):
@@ -45,7 +48,7 @@ class QloraHalError(Exception):
         if self.cause:
             lines.append(f"  why:   {self.cause}")
         lines.append(f"  help:  {self.fix}")
-        return "\n".join(lines)
+        return visible("\n".join(lines))
 
     def as_json(self) -> dict[str, object]:
         """The form that `--json` prints."""

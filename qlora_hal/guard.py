@@ -13,6 +13,7 @@ from qlora_hal.backend import Compute, DeviceFacts, Quantization, QuantizedLoRAT
 from qlora_hal.errors import BackendContractError, BackendError, QloraHalError
 from qlora_hal.foreign_errors import told
 from qlora_hal.model.source import ModelSource
+from qlora_hal.terminal import show
 from qlora_hal.typed_fields import wrong_fields
 from qlora_hal.values import (
     Adapter,
@@ -29,7 +30,7 @@ from qlora_hal.values import (
 
 
 def _to_stderr(note: str) -> None:
-    print(f"note: {note}", file=sys.stderr)
+    show(f"note: {note}", stream=sys.stderr)
 
 
 class GuardedTrainer:

@@ -55,17 +55,20 @@ def require_own_adapter(folder: Path, run_id: object) -> None:
 def mend_adapters(directory: RunDirectory, progress: Progress, recorder: Recorder) -> None:
     """Before a resumed run goes on: what was damaged goes aside, and the best adapter so far comes back from the
     checkpoint of its step, where there still is one. Raises StorageError."""
+    from qlora_hal.adapter.peft_files import read_provenance
     from qlora_hal.run_directory import BEST_ADAPTER_FOLDER
 
     run_id, best = directory.content.get("run_id"), directory.path / BEST_ADAPTER_FOLDER
     for folder in (directory.adapter_dir, best):
         set_aside_damaged(folder, run_id, recorder.note)
-    if progress.best_step is None or best.is_dir():
+    if progress.best_step is None or (best.is_dir() and read_provenance(best).get("step") == progress.best_step):
         return
     saved = _saved_adapter(directory.path, progress.best_step, run_id)
     if saved is not None:
         recorder.best(progress.best_step, saved)
         recorder.note(f"{best.name} was written again from the checkpoint of step {progress.best_step}")
+        return
+    if best.is_dir():  # that of a step that is taken again; the run may come to it once more
         return
     recorder.note(
         f"the adapter of step {progress.best_step}, with the lowest validation loss so far, is lost: only one that is "

@@ -6,13 +6,13 @@ Precedence, strongest first: flags, keywords, environment, the file (or mapping,
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qlora_hal import strict_json
 from qlora_hal.config import RunConfig
 from qlora_hal.errors import ConfigError
 from qlora_hal.settings_file import read_settings_file
@@ -29,6 +29,7 @@ from qlora_hal.settings_schema import (
 OTHER_ENVIRONMENT_NAMES = frozenset({"QLORA_HAL_CACHE", "QLORA_HAL_FAULTS", "QLORA_HAL_TRACEBACK"})
 """Variables with our prefix that are no settings of a run."""
 
+_MOST_SEARCHED = 50
 _KEYWORD_SETTINGS = {"model": "model.name_or_path", "data": "data.path", "backend": "backend.name"}
 _NOT_FROM_ENVIRONMENT = frozenset({"model.trust_remote_code"})
 
@@ -60,7 +61,7 @@ class _Layers:
     def put(self, key: str, value: object, origin: str) -> None:
         setting = settings().get(key)
         if setting is None:
-            self.problems.append(_unknown(key, value, origin))
+            self.unknown(key, value, origin)
             return
         earlier = self.values.get(key)
         if setting.kind == "mapping" and isinstance(earlier, Mapping) and isinstance(value, Mapping):
@@ -71,6 +72,11 @@ class _Layers:
             return
         self.values[key] = str(value) if isinstance(value, Path) else value
         self.origins[key] = origin
+
+    def unknown(self, key: str, value: object, origin: str) -> None:
+        # The search for what was meant takes a millisecond; a file of unknown keys is no file of slips.
+        is_searched = len(self.problems) < _MOST_SEARCHED
+        self.problems.append(_unknown(key, value, origin, is_searched))
 
 
 def resolve_settings(
@@ -164,7 +170,7 @@ def _put_tree(layers: _Layers, tree: Mapping[str, object], origin: Callable[[str
         if name in settings() or "." in name:
             layers.put(name, value, origin(name))
         elif name not in groups():
-            layers.problems.append(_unknown(name, value, origin(name)))
+            layers.unknown(name, value, origin(name))
         elif isinstance(value, Mapping):
             for leaf, leaf_value in value.items():
                 layers.put(f"{name}.{leaf}", leaf_value, origin(f"{name}.{leaf}"))
@@ -229,7 +235,8 @@ def _from_text(setting: Setting, value: object) -> object:
 
 def _listed(value: object, *, split: bool) -> tuple[str, ...]:
     if isinstance(value, str) and value.lstrip().startswith("["):
-        return tuple(str(item) for item in json.loads(value))
+        found = _from_json(value)
+        return tuple(str(item) for item in found) if isinstance(found, list) else ()
     items = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
     texts = (str(item) for item in items)
     return tuple(part.strip() for text in texts for part in text.split(",")) if split else tuple(texts)
@@ -237,7 +244,7 @@ def _listed(value: object, *, split: bool) -> tuple[str, ...]:
 
 def _mapping(value: object) -> dict[str, object]:
     if isinstance(value, str):
-        value = json.loads(value)
+        value = _from_json(value)
     if not isinstance(value, Mapping):
         raise ValueError("not a mapping")
     return {str(key): _scalar(item) for key, item in value.items()}
@@ -245,9 +252,14 @@ def _mapping(value: object) -> dict[str, object]:
 
 def _scalar(value: object) -> object:
     try:
-        return json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError:
+        return _from_json(value) if isinstance(value, str) else value
+    except ValueError:
         return value
+
+
+def _from_json(text: str) -> object:
+    """Raises ValueError, also for what is nested too deeply or too much."""
+    return strict_json.decode_foreign(text.encode("utf-8", "surrogatepass"))
 
 
 # Validation --------------------------------------------------------------------------------------------------------
@@ -265,8 +277,8 @@ def _validated(layers: _Layers) -> ResolvedSettings:
     return ResolvedSettings(config, {path: layers.origins.get(path, "default") for path in settings()})
 
 
-def _unknown(key: str, value: object, origin: str) -> Problem:
-    if isinstance(value, Mapping) and "." not in key and (group := nearest_group(key)):
+def _unknown(key: str, value: object, origin: str, is_searched: bool) -> Problem:
+    if is_searched and isinstance(value, Mapping) and "." not in key and (group := nearest_group(key)):
         return Problem(key, origin, value, "no group has that name", f"did you mean {group}?")
-    nearest = nearest_setting(key)
+    nearest = nearest_setting(key) if is_searched else None
     return Problem(key, origin, value, "no setting has that name", f"did you mean {nearest}?" if nearest else "")

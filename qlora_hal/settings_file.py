@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import json
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from qlora_hal import strict_json, strict_toml
 from qlora_hal.errors import ConfigError, UnsafeInputError
 
 if TYPE_CHECKING:
     from ruamel.yaml.nodes import Node
 
-BYTE_LIMIT = 1_000_000
-NODE_LIMIT = 20_000
-"""Keys and values after every alias is written out; the largest sensible file has a few hundred."""
+BYTE_LIMIT = 256 * 1024
+NODE_LIMIT, DEPTH_LIMIT = strict_toml.MAX_VALUES, strict_toml.MAX_DEPTH
+"""Keys and values, also after every alias is written out, and groups and lists within one another; the largest sensible
+file has a few hundred, three deep."""
 _PLAIN_TAGS = frozenset(
     f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "str", "int", "float", "bool", "null", "timestamp")
 )
@@ -94,10 +95,26 @@ def _text(path: Path) -> str:
 
 def _yaml(path: Path, text: str) -> tuple[object, dict[str, int]]:
     from ruamel.yaml import YAML
+    from ruamel.yaml.composer import Composer
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+    class CountingComposer(Composer):
+        """Ends at a limit while nodes are made, which takes far longer than to read over the text."""
+
+        nodes = depth = 0
+
+        def compose_node(self, parent: Node | None, index: object) -> Node | None:
+            self.nodes += 1
+            self.depth += 1
+            _refuse_above_limits(path, self.nodes, self.depth)
+            node: Node | None = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
     try:
-        root = YAML(typ="safe", pure=True).compose(text)
+        yaml = YAML(typ="safe", pure=True)
+        yaml.Composer = CountingComposer
+        root = yaml.compose(text)
         if root is None:
             return {}, {}
         _refuse_growth_and_tags(path, root)
@@ -108,11 +125,16 @@ def _yaml(path: Path, text: str) -> tuple[object, dict[str, int]]:
         _raise_malformed(path, mark.line + 1 if mark else None, said, error)
     except YAMLError as error:
         _raise_malformed(path, None, str(error).splitlines()[0], error)
+    except (ConfigError, UnsafeInputError, RecursionError):
+        raise
+    except Exception as error:  # values that look like numbers or dates and are none, of many kinds
+        _raise_malformed(path, None, _said(error), error)
 
 
 def _refuse_growth_and_tags(path: Path, root: Node) -> None:
     from ruamel.yaml.nodes import MappingNode, SequenceNode
 
+    # A node is measured once; its aliases count as often as they stand there.
     sizes: dict[int, int] = {}
     open_nodes: set[int] = set()
 
@@ -160,10 +182,11 @@ def _yaml_lines(root: Node) -> dict[str, int]:
 
 def _toml(path: Path, text: str) -> tuple[object, dict[str, int]]:
     try:
-        return tomllib.loads(text), _toml_lines(text)
-    except tomllib.TOMLDecodeError as error:
-        found = re.search(r"\(at line (\d+)", str(error))
-        _raise_malformed(path, int(found[1]) if found else None, str(error).partition(" (at ")[0], error)
+        return strict_toml.decode(text), _toml_lines(text)
+    except strict_toml.TomlProblem as problem:
+        if problem.is_bomb:
+            raise _refused(path, str(problem)) from problem
+        _raise_malformed(path, problem.line, str(problem), problem)
 
 
 def _toml_lines(text: str) -> dict[str, int]:
@@ -180,22 +203,17 @@ def _toml_lines(text: str) -> dict[str, int]:
 
 
 def _json(path: Path, text: str) -> tuple[object, dict[str, int]]:
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"the key {twice[0]} stands there twice")
-        return dict(pairs)
-
-    def finite(literal: str) -> NoReturn:
-        raise ValueError(f"{literal} is not a JSON number")
-
+    _refuse_above_limits(path, sum(map(text.count, ",[{")), 0)
     try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=finite), _json_lines(text)
-    except json.JSONDecodeError as error:
-        _raise_malformed(path, error.lineno, error.msg, error)
-    except ValueError as error:
-        _raise_malformed(path, None, str(error), error)
+        values = strict_json.decode(text.encode("utf-8"))
+    except strict_json.JsonProblem as problem:
+        cause = problem.__cause__
+        if isinstance(cause, RecursionError):
+            raise cause from None
+        if isinstance(cause, json.JSONDecodeError):
+            _raise_malformed(path, cause.lineno, cause.msg, cause)
+        _raise_malformed(path, None, str(problem), problem)
+    return values, _json_lines(text)
 
 
 def _json_lines(text: str) -> dict[str, int]:
@@ -217,6 +235,18 @@ def _json_lines(text: str) -> dict[str, int]:
 
 
 # Errors ------------------------------------------------------------------------------------------------------------
+
+
+def _refuse_above_limits(path: Path, nodes: int, depth: int) -> None:
+    if nodes > NODE_LIMIT:
+        raise _refused(path, f"it holds more than {NODE_LIMIT} values")
+    if depth > DEPTH_LIMIT:
+        raise _refused(path, f"its values are nested more than {DEPTH_LIMIT} deep")
+
+
+def _said(error: Exception) -> str:
+    """What a library said, without advice that is for programs."""
+    return str(error).partition("; use sys.")[0].splitlines()[0][:200] if str(error) else type(error).__name__
 
 
 def _kind(value: object) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 _VALUE_WIDTH = 60
+_KEY_WIDTH = 100
+_MOST_TOLD = 50
+"""Wrong settings that an error lists; the others are counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +32,17 @@ class Problem:
     hint: str = ""
 
     def sentence(self) -> str:
-        named = "" if self.received is _NOT_SHOWN else f"{self.key} = {shorten(self.received)}: "
+        named = "" if self.received is _NOT_SHOWN else f"{self._short_key} = {shorten(self.received)}: "
         return f"{named}{self.expected}{'; ' + self.hint if self.hint else ''}"
+
+    @property
+    def _short_key(self) -> str:
+        return self.key if len(self.key) <= _KEY_WIDTH else self.key[: _KEY_WIDTH - 3] + "..."
 
     def as_json(self) -> dict[str, object]:
         received = "" if self.received is _NOT_SHOWN else shorten(self.received)
         return {
-            "setting": self.key,
+            "setting": self._short_key,
             "origin": self.origin,
             "received": received,
             "expected": self.expected,
@@ -46,21 +55,38 @@ _NOT_SHOWN = object()
 
 def shorten(value: object) -> str:
     """The value as typed, cut to one line."""
-    text = f'"{value}"' if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
+    if isinstance(value, str):
+        text = f'"{value[: 4 * _VALUE_WIDTH]}"'
+    else:
+        text = str(value).lower() if isinstance(value, bool) else _BOUNDED.repr(value)
     text = " ".join(text.split())
     return text if len(text) <= _VALUE_WIDTH else text[: _VALUE_WIDTH - 3] + "..."
+
+
+class _BoundedRepr(reprlib.Repr):
+    def repr_int(self, value: int, level: int) -> str:
+        # Python refuses to write numbers of more than 4300 digits.
+        if value.bit_length() > 256:
+            return f"a whole number of about {int(value.bit_length() * math.log10(2)) + 1} digits"
+        return repr(value)
+
+
+_BOUNDED = _BoundedRepr()
+_BOUNDED.maxstring = _BOUNDED.maxother = 2 * _VALUE_WIDTH
 
 
 def config_error(problems: Sequence[Problem]) -> ConfigError:
     """All problems as one QH-U01."""
     which = "it" if len(problems) == 1 else "them"
     fix = f"Correct {which}; qlora-hal init writes every setting with its meaning."
-    context = {"problems": [problem.as_json() for problem in problems]}
+    context: dict[str, object] = {"problems": [problem.as_json() for problem in problems[:_MOST_TOLD]]}
     if len(problems) == 1:
         only = problems[0]
         message = only.sentence() if only.hint else f"{only.sentence()}."
         return ConfigError("QH-U01", message, where=only.origin, fix=fix, context=context)
-    lines = [f"{len(problems)} settings are wrong.", *(f"    {p.origin}  {p.sentence()}" for p in problems)]
+    told = [f"    {p.origin}  {p.sentence()}" for p in problems[:_MOST_TOLD]]
+    more = [f"    and {len(problems) - _MOST_TOLD} more"] if len(problems) > _MOST_TOLD else []
+    lines = [f"{len(problems)} settings are wrong.", *told, *more]
     return ConfigError("QH-U01", "\n".join(lines), fix=fix, context=context)
 
 

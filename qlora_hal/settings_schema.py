@@ -20,6 +20,8 @@ from qlora_hal.config import RunConfig
 Kind = Literal["text", "whole number", "number", "true or false", "choice", "list", "text or list", "mapping"]
 
 ENVIRONMENT_PREFIX = "QLORA_HAL_"
+_LONGEST_NAME = 80
+"""Beyond it nothing was mistyped, and the search for what is near takes time by the square of the length."""
 
 # Names from neighbouring tools that people type from habit; each maps to the setting of the same meaning here.
 _HABITS: Mapping[str, str] = {
@@ -124,6 +126,8 @@ def known_by_name(name: str) -> str | None:
 
 def nearest_setting(name: str) -> str | None:
     """The setting a mistyped dotted name most likely means, or None."""
+    if len(name) > _LONGEST_NAME:
+        return None
     if known := known_by_name(name):
         return known
     name = name.replace("-", "_").lower()
@@ -141,6 +145,8 @@ def _by_leaf() -> Mapping[str, str]:
 
 def nearest_group(name: str) -> str | None:
     """The group a mistyped top-level key most likely means, or None."""
+    if len(name) > _LONGEST_NAME:
+        return None
     close = get_close_matches(name, groups(), n=1, cutoff=0.7)
     return close[0] if close else None
 

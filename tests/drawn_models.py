@@ -83,6 +83,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128, "lm_head_multiplier": 0.1},
     "gemma3n_text": {"num_kv_shared_layers": 0, "laurel_rank": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
+    "granitemoehybrid": {"mamba_n_heads": 8, "layer_types": ["linear_attention", "full_attention"]},
     "hunyuan_v1_dense": {"head_dim": 16, "num_key_value_heads": 2},
     "hunyuan_v1_moe": {"head_dim": 16, "num_key_value_heads": 2, "num_experts": 4, "moe_topk": 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1, "expert_layer_period": 9},
@@ -185,8 +186,15 @@ def _with_layers(config: dict[str, Any]) -> dict[str, Any]:
     count = next((config[name] for name in ("num_hidden_layers", "n_layer", "num_layers") if name in config), None)
     if not isinstance(count, int):
         return config
+    if layers := config.get("per_layer_config"):  # what one kind of layer has otherwise: heads twice as wide, here
+        other = {name: SMALL.get(name, value) for name, value in next(iter(layers.values())).items()}
+        config["per_layer_config"] = {"01": {**other, **({"head_dim": 32} if "head_dim" in other else {})}}
     for name, value in config.items():
-        if isinstance(value, list) and len(value) > count and ("layer" in name or "block" in name or "pattern" in name):
+        if isinstance(value, list) and name in SMALL:
+            config[name] = [SMALL[name]] * count
+        elif (
+            isinstance(value, list) and len(value) > count and ("layer" in name or "block" in name or "pattern" in name)
+        ):
             kinds = list(dict.fromkeys(map(str, value)))
             first = {kind: next(entry for entry in value if str(entry) == kind) for kind in kinds}
             config[name] = ([first[kind] for kind in kinds] + value)[:count]

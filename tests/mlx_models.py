@@ -20,11 +20,8 @@ def transformers_logits(folder: Path, batch: Batch) -> Float32:
 
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
-        logits: Float32 = reference(
-            torch.from_numpy(batch.input_ids).long(),
-            attention_mask=torch.from_numpy(batch.segment_ids),
-            use_cache=False,
-        ).logits.numpy()
+        tokens, mask = torch.from_numpy(batch.input_ids).long(), torch.from_numpy(batch.segment_ids)
+        logits: Float32 = reference(tokens, attention_mask=mask, use_cache=False).logits.numpy()
     return logits
 
 

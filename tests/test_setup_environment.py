@@ -27,8 +27,10 @@ def setup() -> ModuleType:
 
 
 def pins(text: str) -> dict[str, str]:
-    rows = (line.split("==") for line in text.splitlines() if "==" in line)
-    return {name.lower().replace("_", "-"): pinned for name, pinned in rows}
+    """What is pinned on this Python."""
+    rows = (Requirement(line) for line in text.splitlines() if "==" in line)
+    here = (row for row in rows if row.marker is None or row.marker.evaluate())
+    return {row.name.lower().replace("_", "-"): str(row.specifier).removeprefix("==") for row in here}
 
 
 def test_every_pin_lies_in_the_range_that_pyproject_gives(setup: ModuleType) -> None:
@@ -38,7 +40,8 @@ def test_every_pin_lies_in_the_range_that_pyproject_gives(setup: ModuleType) -> 
     for text in (*project["dependencies"], *(row for rows in extras.values() for row in rows)):
         requirement = Requirement(text)
         name = requirement.name.lower().replace("_", "-")
-        if name not in ("qlora-hal", "nvidia-ml-py"):  # itself; and what only a machine with an NVIDIA GPU installs
+        # Not itself, nor what only a machine with an NVIDIA GPU, or only another Python, installs.
+        if name not in ("qlora-hal", "nvidia-ml-py") and (not requirement.marker or requirement.marker.evaluate()):
             assert pinned[name] in requirement.specifier, text
 
 
@@ -63,3 +66,10 @@ def test_triton_of_a_gpu_build_is_never_replaced(setup: ModuleType, hardware: st
     assert setup.wanted_extras(hardware, tests=True) == [hardware, "dev"]
     assert setup.wanted_extras("cpu", tests=True) == ["cpu", "dev", "triton-interpreter"]
     assert setup.wanted_extras(hardware, tests=False) == [hardware]
+
+
+def test_tests_name_the_pythons_that_can_have_all_libraries(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup.sys, "version_info", (3, 14, 0, "final", 0))
+    monkeypatch.setattr(setup.sys, "argv", ["setup_environment.py", "--tests"])
+    with pytest.raises(SystemExit, match=r"make test PYTHON=python3\.12"):
+        setup.main()

@@ -8,7 +8,7 @@ from typing import Any
 
 HIDDEN, FEED_FORWARD, LAYERS, HEADS, KV_HEADS, VOCABULARY = 64, 128, 2, 4, 2, 320
 
-_SHARED: dict[str, Any] = {
+SMALL_TEXT: dict[str, Any] = {
     "hidden_size": HIDDEN,
     "intermediate_size": FEED_FORWARD,
     "num_hidden_layers": LAYERS,
@@ -46,6 +46,10 @@ OTHERS: dict[str, dict[str, Any]] = {
     "exaone4": {"num_hidden_layers": 4, "sliding_window": 8},
     "falcon_h1": {"head_dim": 16, "mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8,
                   "mamba_n_groups": 1, "mamba_chunk_size": 8},
+    # Its tower for pictures as small as it goes.
+    "gemma3": {"boi_token_index": 300, "eoi_token_index": 301, "image_token_index": 302, "mm_tokens_per_image": 4,
+               "vision_config": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+                                 "num_attention_heads": 2, "image_size": 28, "patch_size": 14}},
     "glm": {"head_dim": 16},
     "gpt_bigcode": {"n_embd": 64, "n_inner": 256, "n_layer": 2, "n_head": 4, "n_positions": 256},
     "gpt_neox": {"intermediate_size": 256},
@@ -68,7 +72,7 @@ def write_model(folder: Path, family: str = "llama", seed: int = 0, dtype: str =
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**_SHARED, **{**FAMILIES, **OTHERS}[family], **changes})
+    config = AutoConfig.for_model(family, **{**SMALL_TEXT, **{**FAMILIES, **OTHERS}[family], **changes})
     config.initializer_range = 0.15
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     with torch.no_grad():

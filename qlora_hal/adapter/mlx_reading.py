@@ -107,13 +107,13 @@ def _require_one_meaning(parameters: Mapping[str, object], rank: int, scale: flo
     early = scale * alpha / rank
     raise AdapterError(
         "QH-C51",
-        f"The adapter has rank {rank}, scale {scale:g} and alpha {alpha:g}: its product is multiplied by {early:g} or by "
-        f"{scale:g}, depending on the version of mlx-lm that trained it.",
+        f"The adapter has rank {rank}, scale {scale:g} and alpha {alpha:g}: its product is multiplied by {early:g} or "
+        f"by {scale:g}, depending on the version of mlx-lm that trained it.",
         where=str(where),
         cause="The first versions of mlx-lm multiplied by scale * alpha / rank. Later ones take the scale alone; for a "
         "while they still wrote an alpha that they did not use.",
-        fix=f"Remove alpha from lora_parameters; set scale to {early:g} if it was trained by one of the first versions, "
-        "which multiplied by alpha.",
+        fix=f"Remove alpha from lora_parameters; set scale to {early:g} if one of the first versions, which multiplied "
+        "by alpha, trained it.",
         context={"scales": [scale, early]},
     )
 

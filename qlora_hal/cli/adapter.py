@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, Parameter
 
 from qlora_hal.cli.train import Switch
+from qlora_hal.terminal import show, show_json
 
 if TYPE_CHECKING:
     from qlora_hal.adapter.converting import Conversion
@@ -37,8 +37,11 @@ def convert(
     base = resolve_model(model, revision=revision, trust_remote_code=False) if model else None
     done = convert_adapter(source.expanduser(), out.expanduser(), to=to, model=base)
     for note in done.notes:
-        print(f"note: {note}", file=sys.stderr)
-    print(json_format.dumps(done.as_json(), ensure_ascii=False) if json else as_text(done))
+        show(f"note: {note}", stream=sys.stderr)
+    if json:
+        show_json(done.as_json())
+    else:
+        show(as_text(done))
     return 0
 
 

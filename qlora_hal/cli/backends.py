@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json as json_format
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
+
+from qlora_hal.terminal import show, show_json
 
 if TYPE_CHECKING:
     from qlora_hal.backend import ProbeReport
@@ -19,7 +20,10 @@ def backends(
     from qlora_hal import api
 
     reports = api.backends()
-    print(json_format.dumps([report.as_json() for report in reports]) if json else reports_as_text(reports))
+    if json:
+        show_json([report.as_json() for report in reports])
+    else:
+        show(reports_as_text(reports))
     return 0
 
 

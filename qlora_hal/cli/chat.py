@@ -20,6 +20,7 @@ from qlora_hal.cli.generate import (
     RunOption,
 )
 from qlora_hal.errors import ConfigError, StorageError
+from qlora_hal.terminal import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -102,7 +103,7 @@ def converse(answers: Answers, source: TextIO, console: Console, *, max_new_toke
             try:
                 _show(console, *conversation.ask(answers, line, max_new_tokens=max_new_tokens))
             except ConfigError as error:  # the conversation has grown beyond the model's positions
-                console.print(f"{error.message} {error.fix}", style="red")
+                console.print(visible(f"{error.message} {error.fix}"), style="red")
 
 
 def save_conversation(conversation: Conversation, file: Path) -> None:
@@ -130,7 +131,7 @@ def _lines(source: TextIO, console: Console) -> Iterator[str]:
 
 def _show(console: Console, base: str, adapter: str) -> None:
     if not console.is_terminal:
-        console.print(f"base:    {base}\nadapter: {adapter}", soft_wrap=True)
+        console.print(visible(f"base:    {base}\nadapter: {adapter}"), soft_wrap=True)
         return
     from rich.table import Table
     from rich.text import Text
@@ -138,7 +139,7 @@ def _show(console: Console, base: str, adapter: str) -> None:
     table = Table(expand=True)
     table.add_column("base", ratio=1, overflow="fold")
     table.add_column("adapter", ratio=1, overflow="fold")
-    table.add_row(Text(base), Text(adapter))
+    table.add_row(Text(visible(base)), Text(visible(adapter)))
     console.print(table)
 
 
@@ -154,6 +155,6 @@ def _try_to_save(conversation: Conversation, name: str, console: Console) -> Non
         return
     try:
         save_conversation(conversation, Path(name))
-        console.print(f"saved {name}", style="dim")
+        console.print(visible(f"saved {name}"), style="dim")
     except StorageError as error:
-        console.print(error.message, style="red")
+        console.print(visible(error.message), style="red")

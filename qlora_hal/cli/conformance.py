@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from qlora_hal.cli.train import Switch
+from qlora_hal.terminal import show
 
 CASE_SECONDS = 180.0
 
@@ -41,7 +44,10 @@ def conformance(
     from qlora_hal_conformance.subject import Reference
 
     if verify is not None:
-        return verify_and_print(verify)
+        with redirect_stdout(io.StringIO()) as said:
+            status = verify_and_print(verify)
+        show(said.getvalue(), end="")  # a certificate is a stranger's file
+        return status
     if not (backend or trainer or spec):
         raise _nothing_named()
     reference = Reference(backend or "", trainer or "", spec or "")

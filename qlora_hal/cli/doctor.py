@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +11,7 @@ from cyclopts import Parameter
 from qlora_hal.cli.findings import Finding, Verdict
 from qlora_hal.cli.train import Switch
 from qlora_hal.report import figures
+from qlora_hal.terminal import show, show_json
 
 if TYPE_CHECKING:
     from qlora_hal.backend import ProbeReport
@@ -48,9 +48,9 @@ def doctor(
         findings.append(accelerator_finding(reports))
     status = exit_status(findings, chosen=backend)
     if json:
-        print(json_format.dumps(_as_json(machine, reports, findings, status), default=str))
+        show_json(_as_json(machine, reports, findings, status), default=str)
     else:
-        print(as_text(machine, reports, findings))
+        show(as_text(machine, reports, findings))
     return status
 
 

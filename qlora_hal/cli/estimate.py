@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from cyclopts import Parameter
 from qlora_hal.cli.flags import with_settings
 from qlora_hal.cli.train import Switch, resolved
 from qlora_hal.report import figures
+from qlora_hal.terminal import show, show_json
 
 if TYPE_CHECKING:
     from qlora_hal.backend import BackendSpec, Quantization
@@ -60,7 +60,10 @@ def estimate(
     settings = resolved(config, flags, demo=demo)
     require_settings(settings.config, "model.name_or_path")
     estimated = estimate_run(settings.config)
-    print(json_format.dumps(estimate_as_json(estimated)) if json else estimate_as_text(estimated, settings.config))
+    if json:
+        show_json(estimate_as_json(estimated))
+    else:
+        show(estimate_as_text(estimated, settings.config))
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
 from dataclasses import asdict
 from typing import Annotated
 
@@ -10,6 +9,7 @@ from cyclopts import Parameter
 
 from qlora_hal.errors import ConfigError
 from qlora_hal.fault_catalogue import EXIT_STATUSES, Fault, faults, find_fault
+from qlora_hal.terminal import show, show_json
 
 
 def explain(
@@ -22,12 +22,18 @@ def explain(
     if code is None:
         rows = [asdict(fault) for fault in faults().values()]
         listing = "\n".join(f"{fault.code}  {fault.title}" for fault in faults().values())
-        print(json_format.dumps(rows) if json else listing)
+        if json:
+            show_json(rows)
+        else:
+            show(listing)
         return 0
     fault = find_fault(code)
     if fault is None:
         raise _unknown(code)
-    print(json_format.dumps(asdict(fault)) if json else fault_as_text(fault))
+    if json:
+        show_json(asdict(fault))
+    else:
+        show(fault_as_text(fault))
     return 0
 
 

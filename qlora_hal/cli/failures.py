@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from qlora_hal.errors import ConfigError, QloraHalError
+from qlora_hal.terminal import show, show_json, visible, visible_line
 
 if TYPE_CHECKING:
     from cyclopts import CycloptsError
@@ -33,7 +33,7 @@ def report_interrupt(interrupt: KeyboardInterrupt, *, as_json: bool) -> int:
         run_dir = None if interrupt.run_dir is None else str(interrupt.run_dir)
         status, text, context = interrupt.exit_status, str(interrupt), {"run_dir": run_dir, "step": interrupt.safe_step}
     if not (as_json and _printed({"code": "QH-S21", "message": text, **context, "exit_status": status})):
-        print(f"\n{text}", file=sys.stderr)
+        show(f"\n{text}", stream=sys.stderr)
     return status
 
 
@@ -43,7 +43,7 @@ def report_unexpected(error: Exception, *, as_json: bool) -> int:
     if os.environ.get("QLORA_HAL_TRACEBACK"):
         import traceback
 
-        traceback.print_exception(error)
+        show("".join(traceback.format_exception(error)), stream=sys.stderr, end="")
     content = {"code": "QH-I01", "message": f"{type(error).__name__}: {error}", "where": place, "exit_status": 1}
     if as_json and _printed(content):
         return 1
@@ -106,7 +106,8 @@ def _nearest_flag(flag: str, own: Sequence[str]) -> str | None:
 
 def _printed(content: Mapping[str, object]) -> bool:
     """Whether the object is out on standard output; where that cannot be written, the text on stderr has to do."""
-    print(json.dumps(content, default=str, ensure_ascii=False), flush=True)
+    show_json(content, default=str)
+    sys.stdout.flush()
     return getattr(sys.stdout, "problem", None) is None
 
 
@@ -114,7 +115,7 @@ def _print_error(error: QloraHalError) -> None:
     from qlora_hal.fault_catalogue import find_fault
 
     more = f"qlora-hal explain {error.code}" if find_fault(error.code) else ""  # a plugin's codes are its own
-    rows = [("where", error.where), ("why", error.cause), ("help", error.fix), ("more", more)]
+    rows = [("where", visible_line(error.where)), ("why", error.cause), ("help", error.fix), ("more", more)]
     _print_lines(f"error[{error.code}]: {error.message}", rows)
 
 
@@ -124,11 +125,11 @@ def _print_lines(headline: str, rows: list[tuple[str, str]]) -> None:
     from qlora_hal.report.console import stderr_console
 
     console = stderr_console()
-    head, separator, rest = headline.partition("]: ")
+    head, separator, rest = visible(headline).partition("]: ")
     console.print(Text.assemble((f"{head}{separator}", "bold red"), (rest, "bold")), soft_wrap=True)
     for name, text in rows:
         if text:
-            console.print(Text.assemble((f"  {name + ':':<7}", "cyan"), text), soft_wrap=True)
+            console.print(Text.assemble((f"  {name + ':':<7}", "cyan"), visible(text)), soft_wrap=True)
 
 
 def _place(error: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter, validators
 
 from qlora_hal.cli.train import Switch
+from qlora_hal.terminal import show, show_json
 
 RunOption = Annotated[Path | None, Parameter(help="A run's folder: its model, its settings, its adapter.")]
 AdapterOption = Annotated[Path | None, Parameter(help="An adapter in PEFT layout; needs --model.")]
@@ -47,9 +47,9 @@ def generate(
             if not base_only:
                 answers["adapter"] = pair.answer_with(asked, adapter=True, max_new_tokens=max_new_tokens)
     if json:
-        print(json_format.dumps({"prompt": prompt, **answers}, ensure_ascii=False))
+        show_json({"prompt": prompt, **answers})
     elif base_only:
-        print(answers["base"])
+        show(answers["base"])
     else:
-        print(f"base:    {answers['base']}\nadapter: {answers['adapter']}")
+        show(f"base:    {answers['base']}\nadapter: {answers['adapter']}")
     return 0

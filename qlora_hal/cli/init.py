@@ -61,7 +61,9 @@ def init(
         raise StorageError(
             "QH-S12", f"{file} cannot be written: {error.strerror}.", where=str(file), fix="Choose another place."
         ) from error
-    print(f"wrote {file}. Fill in model, data and output_dir, then: qlora-hal train {file}", file=sys.stderr)
+    from qlora_hal.terminal import show
+
+    show(f"wrote {file}. Fill in model, data and output_dir, then: qlora-hal train {file}", stream=sys.stderr)
     return 0
 
 

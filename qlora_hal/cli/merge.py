@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,6 +9,7 @@ from cyclopts import Parameter
 
 from qlora_hal.cli.generate import MismatchOption
 from qlora_hal.cli.train import Switch
+from qlora_hal.terminal import show, show_json
 
 
 def merge(
@@ -73,9 +73,9 @@ def merge(
             console=RunConsole(quiet=quiet, json=json),
         )
     if json:
-        print(json_format.dumps(dict(result.record), ensure_ascii=False))
+        show_json(dict(result.record))
     else:
         for name, value in report_rows(result.record):
-            print(f"{name + ':':<19}{value}")
-        print(f"{'merged model:':<19}{result.path}")
+            show(f"{name + ':':<19}{value}")
+        show(f"{'merged model:':<19}{result.path}")
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from qlora_hal.cli.train import Switch
+from qlora_hal.terminal import show, show_json
 
 if TYPE_CHECKING:
     from qlora_hal.backend import BackendSpec, Quantization
@@ -59,7 +59,10 @@ def quantize(
     with kept_for_json(json):
         made = quantize_into(out, source, spec, recipe, calibration, {"engine": engine}, console.note)
     result = {"folder": str(out), "fingerprint": made.facts.fingerprint, "backend": spec.name}
-    print(json_format.dumps(result) if json else f"{out}\nTrain on it: qlora-hal train --model {out} --data ...")
+    if json:
+        show_json(result)
+    else:
+        show(f"{out}\nTrain on it: qlora-hal train --model {out} --data ...")
     return 0
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json as json_format
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from qlora_hal.cli.train import Switch, result_as_json
+from qlora_hal.terminal import show_json
 
 
 def resume(
@@ -53,5 +53,5 @@ def resume(
             console=RunConsole(quiet=quiet, json=json),
         )
     if json:
-        print(json_format.dumps(result_as_json(result), ensure_ascii=False))
+        show_json(result_as_json(result))
     return 0

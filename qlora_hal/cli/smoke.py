@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
 import shutil
 import signal
 import sys
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 from qlora_hal.errors import StoppedError
 from qlora_hal.hooks import hookimpl
 from qlora_hal.settings import ResolvedSettings, resolve_settings
+from qlora_hal.terminal import show, show_json
 
 if TYPE_CHECKING:
     from qlora_hal.observing import RunView
@@ -79,12 +79,12 @@ def run_smoke(settings: ResolvedSettings, *, json: bool, verify: bool = False) -
             "answer_adapter": adapted,
         }
     if json:
-        print(json_format.dumps(facts, ensure_ascii=False))
+        show_json(facts)
     else:
-        print(
+        show(
             f"smoke: {STEPS} steps on {result.backend} ({result.device}), stopped and resumed after step {stopped_at}, "
             "saved, generated. All of it works here.",
-            file=sys.stderr,
+            stream=sys.stderr,
         )
     return 0
 

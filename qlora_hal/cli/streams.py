@@ -18,7 +18,7 @@ def usable_streams() -> Iterator[LastingStream]:
     _open_closed()
     before = sys.stdout, sys.stderr
     output = LastingStream(sys.stdout)
-    sys.stdout, sys.stderr = output, LastingStream(sys.stderr)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = output, LastingStream(sys.stderr)
     try:
         yield output
     finally:

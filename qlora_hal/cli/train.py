@@ -13,6 +13,7 @@ from cyclopts import Parameter
 
 from qlora_hal.cli.flags import with_settings
 from qlora_hal.settings import ResolvedSettings, resolve_settings
+from qlora_hal.terminal import json_line, show, show_json
 
 if TYPE_CHECKING:
     from qlora_hal.observing import TrainResult
@@ -54,10 +55,10 @@ def train(
     """Train an adapter: qlora-hal train run.yaml, or qlora-hal train --model M --data D --output_dir O."""
     settings = resolved(config, flags, demo=demo)
     if print_config:
-        print(settings_as_json(settings) if json else settings_as_text(settings))
+        show(settings_as_json(settings) if json else settings_as_text(settings))
         return 0
     if show_batch:
-        print(batch_as_json(settings) if json else batch_as_text(settings))
+        print(batch_as_json(settings) if json else batch_as_text(settings))  # colored; its texts are made visible
         return 0
     if smoke:
         from qlora_hal.cli.smoke import run_smoke
@@ -73,9 +74,9 @@ def train(
             settings, overwrite=overwrite, force_unlock=force_unlock, dry_run=dry_run, verify=verify, console=console
         )
     if json:
-        print(json_format.dumps(result_as_json(result), ensure_ascii=False))
+        show_json(result_as_json(result))
     elif dry_run:
-        print(plan_as_text(result))
+        show(plan_as_text(result))
     return 0
 
 
@@ -98,7 +99,7 @@ def settings_as_text(settings: ResolvedSettings) -> str:
 def settings_as_json(settings: ResolvedSettings) -> str:
     """`{"config": nested, "origins": by dotted key}`."""
     content = {"config": settings.config.model_dump(mode="json"), "origins": dict(settings.origins)}
-    return json_format.dumps(content, ensure_ascii=False)
+    return json_line(content)
 
 
 def batch_as_text(settings: ResolvedSettings) -> str:
@@ -116,10 +117,10 @@ def batch_as_text(settings: ResolvedSettings) -> str:
 def batch_as_json(settings: ResolvedSettings) -> str:
     """`{"seed": drawn or set, "sequences": one for each sample of the first batch}`."""
     from qlora_hal import api
-    from qlora_hal.data import show
+    from qlora_hal.data import show as batch_show
 
     batch, tokenizer, seed = api.first_batch(settings)
-    return json_format.dumps({"seed": seed, "sequences": show.batch_as_json(batch, tokenizer)}, ensure_ascii=False)
+    return json_line({"seed": seed, "sequences": batch_show.batch_as_json(batch, tokenizer)})
 
 
 def plan_as_text(result: TrainResult) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from qlora_hal.cli.train import Switch
+from qlora_hal.terminal import show, show_json
 
 
 def unpickle(
@@ -27,10 +27,10 @@ def unpickle(
     console = RunConsole(json=json)
     done = pickled_weights.unpickle(folder.expanduser(), out.expanduser(), console.note)
     for note in done.notes:
-        print(f"note: {note}", file=sys.stderr)
+        show(f"note: {note}", stream=sys.stderr)
     if json:
-        print(json_format.dumps(done.as_json(), ensure_ascii=False))
+        show_json(done.as_json())
     else:
-        print(f"{done.tensor_count} tensors, {figures.size(done.byte_count)}, each compared bit by bit with its pickle")
-        print(done.out)
+        show(f"{done.tensor_count} tensors, {figures.size(done.byte_count)}, each compared bit by bit with its pickle")
+        show(str(done.out))
     return 0

@@ -18,11 +18,13 @@ class ArrayFault(ValueError):
 
 
 def array_elements(
-    stream: TextIO, limit: int, describe: Callable[[json.JSONDecodeError], str]
+    stream: TextIO, limits: tuple[int, int], describe: Callable[[json.JSONDecodeError], str]
 ) -> Iterator[tuple[int, object]]:
-    """(line of its first character, value) of each element. Raises ArrayFault, after which nothing can be read:
-    where the next element begins cannot be known."""
-    text = _SlidingText(stream, limit, describe)
+    """(line of its first character, value) of each element; `limits` are the characters and the values of one.
+
+    Raises ArrayFault, after which nothing can be read: where the next element begins cannot be known.
+    """
+    text = _SlidingText(stream, limits, describe)
     text.take("[")
     if text.peek() != "]":
         while True:
@@ -44,10 +46,10 @@ class _SlidingText:
     def __init__(
         self,
         stream: TextIO,
-        limit: int,
+        limits: tuple[int, int],
         describe: Callable[[json.JSONDecodeError], str],
     ) -> None:
-        self._stream, self._limit, self._describe = stream, limit, describe
+        self._stream, self._limits, self._describe = stream, limits, describe
         self._text, self._at = "", 0
         self.line, self._column = 1, 1
 
@@ -79,7 +81,8 @@ class _SlidingText:
                 value, end = decoded_from(self._text, self._at)
             except json.JSONDecodeError as error:
                 held = len(self._text) - self._at
-                if held > self._limit:
+                longest, most_values = self._limits
+                if held > longest or (held > most_values and self._values_held() > most_values):
                     raise ArrayFault("too long", self.line, self._column, too_long=True) from error
                 ahead = error.pos - self._at
                 # Doubling keeps the repeated decoding linear in the size of the element.
@@ -90,6 +93,9 @@ class _SlidingText:
             else:
                 self._advance(end - self._at)
                 return value
+
+    def _values_held(self) -> int:
+        return sum(self._text.count(sign, self._at) for sign in ",[{")
 
     def _refill(self, count: int) -> bool:
         more = self._stream.read(count)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from qlora_hal.data.chat import EMPTY_THOUGHT, ConversationWriter, Piece, TurnNotFound, trained_turns
 from qlora_hal.data.special_text import NONCHARACTERS
-from qlora_hal.data.template_sandbox import StandIn, shown
+from qlora_hal.data.template_sandbox import Looked, StandIn, shown
 from qlora_hal.data.templates import TemplateFault
 from qlora_hal.data.turn_marks import LoopMark
 
@@ -85,13 +85,13 @@ class Outline:
 def outline_of(writer: ConversationWriter, roles: Sequence[str], first_target: int) -> Outline | None:
     """The outline of conversations with these roles, or None when the template looks into contents, leaves one out, or
     refuses."""
-    watch = _Watch()
-    messages = [{"role": role, "content": _Unread(f"\ufdd0{i}\ufdd1", watch)} for i, role in enumerate(roles)]
+    watch = Watch()
+    messages = [{"role": role, "content": Unread(f"\ufdd0{i}\ufdd1", watch)} for i, role in enumerate(roles)]
     trial = writer.trials.of([{"role": role, "content": "text"} for role in roles], None)
     try:
         turns = trained_turns(messages, first_target, ())
         written = writer.cut(writer.trace(messages), messages, turns, None, trial)
-    except (_Looked, TemplateFault, TurnNotFound):
+    except (Looked, TemplateFault, TurnNotFound):
         return None
     text = written.text
     if watch.looked or _POISON in text or _POISON_ESCAPED in text or written.silent or written.unmarked:
@@ -118,25 +118,23 @@ def _parts_of(piece: Piece) -> list[tuple[str | Slot, bool]]:
 
 
 @dataclass(slots=True)
-class _Watch:
+class Watch:
+    """What was done with stand-ins."""
+
     looked: bool = False
     asked_for_content: bool = False
 
 
-class _Looked(Exception):
-    """The template did more with a content than to join or strip it."""
-
-
-class _Unread(StandIn):
+class Unread(StandIn):
     """A content whose characters stay unknown to the template.
 
     Its own characters are a poison sign: if that reaches the output, compiled code read them past these methods. It
     stays what it is through `str()`, macros and captured blocks, so that what is done with it later shows, too.
     """
 
-    _watch: _Watch
+    _watch: Watch
 
-    def __new__(cls, shown: str, watch: _Watch) -> _Unread:
+    def __new__(cls, shown: str, watch: Watch) -> Unread:
         self = super().__new__(cls, _POISON)
         self._shown, self._watch = shown, watch
         return self
@@ -144,39 +142,39 @@ class _Unread(StandIn):
     def __str__(self) -> str:
         return self
 
-    def __add__(self, other: Any) -> _Unread:
-        return _Unread(self._shown + _text_of(self, other), self._watch)
+    def __add__(self, other: Any) -> Unread:
+        return Unread(self._shown + _text_of(self, other), self._watch)
 
-    def __radd__(self, other: Any) -> _Unread:
-        return _Unread(_text_of(self, other) + self._shown, self._watch)
+    def __radd__(self, other: Any) -> Unread:
+        return Unread(_text_of(self, other) + self._shown, self._watch)
 
     def __bool__(self) -> bool:
         self._watch.asked_for_content = True
         return True
 
-    def strip(self, characters: str | None = None, /) -> _Unread:
+    def strip(self, characters: str | None = None, /) -> Unread:
         match = _SLOT.fullmatch(self._shown)
         if match is None or characters is not None:
             _look(self)
-        return _Unread(f"\ufdd0{match.group(1)}-\ufdd1", self._watch)
+        return Unread(f"\ufdd0{match.group(1)}-\ufdd1", self._watch)
 
 
-def _text_of(unread: _Unread, other: object) -> str:
-    if type(other) in (str, _Unread, LoopMark):
+def _text_of(unread: Unread, other: object) -> str:
+    if type(other) in (str, Unread, LoopMark):
         return shown(cast("str", other))
     _look(unread)
 
 
-def _look(unread: _Unread, *_: object, **__: object) -> NoReturn:
+def _look(unread: Unread, *_: object, **__: object) -> NoReturn:
     unread._watch.looked = True
-    raise _Looked
+    raise Looked
 
 
-_OWN = frozenset(vars(_Unread)) | frozenset(dir(object)) - {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"}
+_OWN = frozenset(vars(Unread)) | frozenset(dir(object)) - {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"}
 for _name in dir(str):
     if _name not in _OWN - {"__hash__"}:
-        setattr(_Unread, _name, _look)
-setattr(_Unread, "__rmod__", _look)  # noqa: B010
+        setattr(Unread, _name, _look)
+setattr(Unread, "__rmod__", _look)  # noqa: B010
 
 
 class Outlines:

@@ -99,7 +99,7 @@ class RowRenderer:
         if tokenizer.outlines is None or tokenizer.template is None:
             raise tokenizer.no_template("rows of messages", row.where)
         self.counts.rows_with_tool_template += tokenizer is not self._tokenizer and bool(example.tools)
-        example = self._without_empty_turns(example, tokenizer.template)
+        example = self._without_empty_turns(_in_form(example, tokenizer), tokenizer.template)
         if example.plain and (rendered := self._by_outline(row, example, tokenizer.outlines)) is not None:
             return rendered
         return self._by_template(row, example, tokenizer)
@@ -152,6 +152,15 @@ class RowRenderer:
         pieces = [(restored(text), trained, False) for text, trained in found.written.pieces]
         text = "".join(text for text, _, _ in pieces)
         return RenderedRow(row.number, row.where, text, _digest(row, text), pieces=pieces, protected=is_text)
+
+
+def _in_form(example: Conversation, tokenizer: ChatTokenizer) -> Conversation:
+    """The conversation with contents in the form that the template takes; plain where that makes it so."""
+    if example.plain or tokenizer.writer is None or all(isinstance(m.get("content"), str) for m in example.messages):
+        return example
+    messages = tokenizer.writer.contents.fitted(example.messages, example.tools)
+    only_texts = all(m.keys() == {"role", "content"} and isinstance(m["content"], str) for m in messages)
+    return replace(example, messages=messages, plain=only_texts and not example.tools and not example.untrained)
 
 
 def _written(row: Row, example: Writing) -> RenderedRow:

@@ -7,8 +7,9 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from qlora_hal import strict_json
 from qlora_hal.data.json_array import ArrayFault, array_elements
 from qlora_hal.data.json_text import decoded
 from qlora_hal.errors import DataError
@@ -17,6 +18,9 @@ from qlora_hal.installation import requirement
 
 MAX_ROW_BYTES = 32 * 2**20
 """The largest row that is read; a longer line is an error, so that a file without line ends cannot fill the memory."""
+
+MAX_ROW_VALUES = 1_000_000
+MAX_COLUMNS = 10_000
 
 KINDS: Mapping[str, str] = {
     ".jsonl": "JSONL",
@@ -107,6 +111,9 @@ def _jsonl_lines(path: Path) -> _Lines:
 
 def _parse_line(raw: bytes, file: str, line: int) -> _Value | None:
     """One line as an object, as an error, or None when it is blank."""
+    # Counted first: a line of 32 MiB can become a gigabyte of empty lists.
+    if len(raw) > MAX_ROW_VALUES and sum(map(raw.count, (b",", b"[", b"{"))) > MAX_ROW_VALUES:
+        return malformed(file, line, 1, f"a row holds more than {MAX_ROW_VALUES} values")
     try:
         text = raw.decode("utf-8")
         value = decoded(text)
@@ -121,7 +128,20 @@ def _parse_line(raw: bytes, file: str, line: int) -> _Value | None:
         return malformed(file, line, _column_of(text, str(error)), str(error).split(";")[0])
     except RecursionError:
         return malformed(file, line, 1, "values are nested too deeply")
-    return value if isinstance(value, dict) else not_an_object(value, line, file)
+    if isinstance(value, dict) and raw.count(b"[") + raw.count(b"{") <= strict_json.MAX_DEPTH:
+        return value
+    return _sound(value, file, line)
+
+
+def _sound(value: object, file: str, line: int) -> _Value:
+    """The row, or the error that it is: no object, or nested so deeply that nothing can walk through it."""
+    if not isinstance(value, dict):
+        return not_an_object(value, line, file)
+    try:
+        strict_json.refuse_depth(value)
+    except strict_json.JsonProblem as problem:
+        return malformed(file, line, 1, str(problem))
+    return value
 
 
 def _column_of(text: str, message: str) -> int:
@@ -164,8 +184,8 @@ def _one_object(file: str, reason: str) -> DataError:
 def _array_lines(path: Path) -> _Lines:
     with path.open("r", encoding="utf-8-sig") as stream:
         try:
-            for line, value in array_elements(stream, MAX_ROW_BYTES, _reason):
-                yield line, value if isinstance(value, dict) else not_an_object(value, line, path.name)
+            for line, value in array_elements(stream, (MAX_ROW_BYTES, MAX_ROW_VALUES), _reason):
+                yield line, _sound(value, path.name, line)
         except ArrayFault as fault:
             if fault.too_long:
                 raise _too_long(path.name, fault.line) from fault
@@ -205,7 +225,9 @@ def _csv_lines(path: Path) -> _Lines:
     before = csv.field_size_limit(MAX_ROW_BYTES)  # a limit of the csv module itself; put back below
     try:
         with path.open("r", encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, delimiter=separator, strict=True)
+            reader = csv.DictReader(_bounded_lines(stream, path.name, separator), delimiter=separator, strict=True)
+            if len(reader.fieldnames or ()) > MAX_COLUMNS:
+                raise _too_many_columns(path.name, len(reader.fieldnames or ()))
             _refuse_repeated_columns(path, reader.fieldnames or ())
             for value in reader:
                 if None in value or None in value.values():
@@ -231,6 +253,25 @@ def _refuse_repeated_columns(path: Path, names: Sequence[str]) -> None:
             fix="Rename or remove the columns that are not meant.",
             context={"columns": repeated},
         )
+
+
+def _bounded_lines(stream: TextIO, file: str, separator: str) -> Iterator[str]:
+    """The lines of a text; one that has no end within the largest row is an error, before it fills the memory."""
+    number = 0
+    while text := stream.readline(MAX_ROW_BYTES + 1):
+        number += 1
+        if len(text) > MAX_ROW_BYTES or text.count(separator) > MAX_ROW_VALUES:
+            raise _too_long(file, number)
+        yield text
+
+
+def _too_many_columns(file: str, count: int) -> DataError:
+    return DataError(
+        "QH-D04",
+        f"The header names {count} columns; at most {MAX_COLUMNS} are read.",
+        where=f"{file}:1:1",
+        fix="Keep the columns that are trained on.",
+    )
 
 
 def _broken_csv(file: str, line: int, reason: str) -> DataError:
@@ -283,7 +324,7 @@ def _parquet_lines(path: Path) -> _Lines:
         with parquet.ParquetFile(path) as file:
             _refuse_repeated_columns(path, file.schema_arrow.names)
             nested = nested_columns(file.schema_arrow)
-            for batch in file.iter_batches(batch_size=1024):
+            for batch in file.iter_batches(batch_size=_rows_at_once(file.metadata)):
                 for value in batch.to_pylist():
                     line += 1
                     yield line, without_absent_keys(value, nested)
@@ -318,6 +359,15 @@ def _pruned(value: object) -> object:
     if isinstance(value, dict):
         return {key: _pruned(held) for key, held in value.items() if held is not None}
     return [_pruned(held) for held in value] if isinstance(value, list) else value
+
+
+def _rows_at_once(metadata: Any) -> int:
+    """Rows of a Parquet file that are decoded together. A value that is stored once can stand in every row, so that a
+    column's whole size says nothing of what its rows take: only the largest value that it can hold does."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+    largest = max((column.total_uncompressed_size for column in columns), default=1)
+    return max(1, min(64, 4 * MAX_ROW_BYTES // min(max(largest, 1), MAX_ROW_BYTES)))
 
 
 def missing_library(name: str, what: str) -> DataError:

@@ -8,6 +8,7 @@ from itertools import groupby
 import numpy as np
 
 from qlora_hal.data.tokenizer import ChatTokenizer
+from qlora_hal.terminal import visible
 from qlora_hal.values import IGNORE_LABEL, PADDING_SEGMENT, Batch
 
 _GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"
@@ -25,7 +26,7 @@ def show_batch(batch: Batch, tokenizer: ChatTokenizer, *, color: bool) -> str:
         text = ""
         for is_trained, places in runs:
             # A run is decoded together: one character may be spread over several tokens.
-            part = _safe(tokenizer.decode([ids[place] for place in places], skip_special_tokens=False))
+            part = visible(tokenizer.decode([ids[place] for place in places], skip_special_tokens=False))
             text += f"{opening}{part}{closing}" if is_trained else part
         lines.append(f"--- sequence {number}, sample {segment}: {len(ids)} tokens ---\n{text}")
     padding = int(np.count_nonzero(batch.segment_ids == PADDING_SEGMENT))
@@ -54,8 +55,3 @@ def _samples(batch: Batch) -> Iterator[tuple[int, int, list[int], list[bool]]]:
             here = segments == segment
             trained = batch.labels[number][here] != IGNORE_LABEL
             yield number + 1, segment, batch.input_ids[number][here].tolist(), trained.tolist()
-
-
-def _safe(text: str) -> str:
-    """Control characters of a row must not reach the terminal."""
-    return "".join(sign if sign.isprintable() or sign in "\n\t" else f"\\x{ord(sign):02x}" for sign in text)

@@ -10,8 +10,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_hal.data.guarded_tokenizer import guarded
 from qlora_hal.errors import DataError
 
 if TYPE_CHECKING:
@@ -98,23 +100,23 @@ class ProtectedTokenizer:
     def __init__(self, tokenizer: Tokenizer, special: SpecialText) -> None:
         from tokenizers import AddedToken, Tokenizer
 
-        self._copy: Any = Tokenizer.from_str(tokenizer.to_str())
+        copy: Any = Tokenizer.from_str(tokenizer.to_str())
         declared = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
-        for content in special.ids:
-            token = declared[content]
-            self._copy.add_tokens(
-                [
-                    AddedToken(
-                        special.alias_of(content),
-                        special=False,
-                        normalized=False,
-                        lstrip=token.lstrip,
-                        rstrip=token.rstrip,
-                        single_word=token.single_word,
-                    )
-                ]
-            )
-        self._copy.encode_special_tokens = True
+        copy.add_tokens(
+            [
+                AddedToken(
+                    special.alias_of(content),
+                    special=False,
+                    normalized=False,
+                    lstrip=declared[content].lstrip,
+                    rstrip=declared[content].rstrip,
+                    single_word=declared[content].single_word,
+                )
+                for content in special.ids
+            ]
+        )
+        copy.encode_special_tokens = True
+        self._copy = guarded(copy, Path("tokenizer.json"))
         self._original = {
             self._copy.token_to_id(special.alias_of(content)): number for content, number in special.ids.items()
         }

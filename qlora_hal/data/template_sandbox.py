@@ -32,8 +32,8 @@ SIZE_FLOOR, SIZE_FACTOR, SIZE_FACTOR_PER_TURN = 2**24, 256, 4
 """A rendering may make 16 Mi characters in all, and its input some hundred times over, a few times more at each turn:
 templates collect texts and look through all messages at every message. What is published uses up to a fifteenth."""
 
-SECONDS_OF_FLOOR = 2.0
-"""Processor time of a rendering that may make `SIZE_FLOOR`; one that may make more has more in proportion."""
+SECONDS_OF_FLOOR, SECONDS_FACTOR, SECONDS_FACTOR_PER_TURN = 1.75, 2e-6, 4e-7
+"""Processor time of a rendering, and what each character of the input adds to it, and each turn for each character."""
 
 TEMPLATE_DATE = date(2024, 7, 26)
 """What `strftime_now` tells: one fixed day (the one that Llama 3.2's template falls back to), for a run that renders
@@ -43,12 +43,13 @@ GENERATION_START, GENERATION_END = "\ufdd3", "\ufdd4"
 """Unicode noncharacters around what a template encloses in `{% generation %}`."""
 
 _ENTRY_SIZE = _STEP_SIZE = 16
-_STEPS_BETWEEN_CLOCKS = 32
+_MOST_BITS = 2**14
+"""Of a whole number: beyond, one division can take seconds."""
 _WIDEST, _DEEPEST = 9999, 1000  # digits of a format's width; levels that Python's recursion allows
 _WIDE = {"%": re.compile(r"\d{5}|%[-#0 +\d.]*\*"), "{": re.compile(r"\d{5}|\{[^{}]*\{")}
 """A width of five digits or one that an argument gives, in both kinds of format."""
 _NO_METHODS = frozenset({"center", "encode", "expandtabs", "ljust", "rjust", "to_bytes", "translate", "zfill"})
-_NO_FILTERS = ("batch", "center", "pprint", "slice", "urlize", "wordwrap")
+_NO_FILTERS = ("batch", "center", "pprint", "random", "slice", "urlize", "wordwrap")
 _OF_COMPILER = ("_loop_vars", "_block_vars")
 _NO_GLOBALS = ("lipsum", "cycler", "joiner")
 
@@ -61,11 +62,22 @@ class TooMuch(Exception):
     """A template went beyond a limit; the message says which, to follow "The chat template NAME"."""
 
 
+class TemplateFault(Exception):
+    """A template that is none, or that refused or failed on what it was given."""
+
+
+class Looked(Exception):
+    """The template did more with a stand-in than to join or strip it."""
+
+
 class StandIn(str):
     """A text in place of another, `_shown`: templates join it by `+`, for its own characters mean nothing."""
 
     __slots__ = ("_shown",)
     _shown: str
+
+    def tell(self, *, looked: bool, asked: bool) -> None:
+        """Note what another process did with a copy: whether it looked at it, and asked whether it is empty."""
 
 
 def shown(text: str) -> str:
@@ -95,6 +107,11 @@ def size_of(value: object, most: float = math.inf) -> int:
     return size
 
 
+def seconds_allowed(given: int, turns: int) -> float:
+    """Processor time of a rendering whose input has the size `given` and so many messages."""
+    return SECONDS_OF_FLOOR + given * (SECONDS_FACTOR + SECONDS_FACTOR_PER_TURN * turns)
+
+
 @dataclass(slots=True)
 class _Left:
     """What a rendering may still use."""
@@ -102,7 +119,6 @@ class _Left:
     size: int = SIZE_FLOOR
     seconds: float = math.inf
     until: float = math.inf
-    steps: int = 0
 
 
 class _Current(threading.local):
@@ -150,7 +166,8 @@ def _measure_turns(loop: jinja2.nodes.For) -> None:
     literal = jinja2.nodes.Const("".join(piece.data for piece in loop.find_all(jinja2.nodes.TemplateData)))
     loop.body.insert(0, jinja2.nodes.ExprStmt(literal, lineno=loop.lineno))
     if loop.test is not None:
-        loop.test = jinja2.nodes.And(jinja2.nodes.Tuple([literal], "load"), loop.test)
+        counted = jinja2.nodes.Call(jinja2.nodes.EnvironmentAttribute("count_turn"), [literal], [], None, None)
+        loop.test = jinja2.nodes.And(counted, loop.test)
 
 
 class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
@@ -160,7 +177,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """
 
     code_generator_class = _Compiler
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
+    intercepted_binops = frozenset({"+", "-", "*", "/", "//", "**", "%"})
 
     def __init__(self) -> None:
         extensions = [_Generation, "jinja2.ext.loopcontrols"]
@@ -172,6 +189,8 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             del self.filters[name]
         for name, function in self.filters.items():
             self.filters[name] = self._measured(name, function)
+        for name, test in self.tests.items():
+            self.tests[name] = self._measured(f"is {name}", test)  # type: ignore[arg-type]  # jinja2 types them as plain functions
         for name in _NO_GLOBALS:
             del self.globals[name]
         self.globals.update(raise_exception=_raise_exception, strftime_now=TEMPLATE_DATE.strftime, namespace=_Namespace)
@@ -179,7 +198,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def begin(self, given: int, turns: int) -> None:
         """Start a rendering of this thread; `given` is the size of its input."""
         size = SIZE_FLOOR + given * (SIZE_FACTOR + SIZE_FACTOR_PER_TURN * turns)
-        seconds = SECONDS_OF_FLOOR * size / SIZE_FLOOR
+        seconds = seconds_allowed(given, turns)
         self._current.left = _Left(size, seconds, time.thread_time() + seconds)
 
     def made(self, value: _Value) -> _Value:
@@ -187,12 +206,18 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         left = self._current.left
         size = str.__len__(value) if isinstance(value, str) else size_of(value, left.size)
         left.size -= size + _STEP_SIZE
-        left.steps += 1
         if left.size < 0:
             raise _beyond_size()
-        if not left.steps % _STEPS_BETWEEN_CLOCKS and time.thread_time() > left.until:
+        if isinstance(value, int) and size > _MOST_BITS:
+            raise _beyond_bits()
+        if time.thread_time() > left.until:
             raise TooMuch(f"runs longer than {left.seconds:.3g} seconds")
         return value
+
+    def count_turn(self, literal: str) -> bool:
+        """Count a turn of a loop and the text that stands in it; always true. Raises TooMuch."""
+        self.made(literal)
+        return True
 
     @staticmethod
     def concat(pieces: Sequence[str]) -> str:  # type: ignore[override]
@@ -211,6 +236,8 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             self._refuse_above_left(max(_repeated(left, right), _repeated(right, left)))
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
             self._refuse_above_left(left.bit_length() * right)
+            if left.bit_length() * right > _MOST_BITS:
+                raise _beyond_bits()
         return self.made(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: jinja2.runtime.Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
@@ -271,6 +298,10 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 def _beyond_size() -> TooMuch:
     return TooMuch("does far more than its input could need")
+
+
+def _beyond_bits() -> TooMuch:
+    return TooMuch(f"counts with whole numbers of more than {_MOST_BITS} bits")
 
 
 def _at_hand(value: object) -> object:

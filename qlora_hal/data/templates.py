@@ -1,8 +1,9 @@
 """Chat templates: the built-in ones, and the sandbox that renders any of them.
 
 A template comes with a model from strangers, so it runs in Jinja's immutable sandbox, with a cap on its own size and on
-its output (CVE-2024-34359 was a chat template). What a template may call is what `transformers` lets it call, less what
-makes much out of little (template_sandbox.py), so that both render the same text.
+its output (CVE-2024-34359 was a chat template), and in a process of its own that is ended when it takes too much
+(template_process.py); the built-in ones run here. What a template may call is what `transformers` lets it call, less
+what makes much out of little (template_sandbox.py), so that both render the same text.
 """
 
 from __future__ import annotations
@@ -12,16 +13,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
-import jinja2
-import jinja2.nodes
-
-from qlora_hal.data.template_sandbox import Sandbox, TooMuch, shown, size_of
-from qlora_hal.data.turn_marks import LOOP_FILTERS, Rendering, mark_loops, rendering_of, with_signs
+from qlora_hal.data.compiled_template import MAX_OUTPUT_FACTOR, MAX_OUTPUT_FLOOR, CompiledTemplate
+from qlora_hal.data.template_process import ContainedTemplate
+from qlora_hal.data.template_sandbox import TemplateFault, TooMuch
+from qlora_hal.data.turn_marks import Rendering, rendering_of
 from qlora_hal.errors import DataError, UnsafeInputError
 
 MAX_TEMPLATE_BYTES = 64 * 2**10
-MAX_OUTPUT_FACTOR, MAX_OUTPUT_FLOOR = 16, 2**16
-"""A template may write 16 times what it was given, and 64 Ki characters in any case."""
 
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 """The names of a message's reasoning, in the order in which transformers looks for it."""
@@ -110,22 +108,7 @@ BUILT_IN: Mapping[str, str] = {
 """Templates by name, for a tokenizer that has none."""
 
 
-class TemplateFault(Exception):
-    """A template refused or failed on these messages."""
-
-
-class _MarkingSandbox(Sandbox):
-    """The sandbox, with marks in every loop."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.filters.update(LOOP_FILTERS)
-
-    def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
-        template = super()._parse(source, name, filename)
-        mark_loops(template)
-        template.set_environment(self)
-        return template
+__all__ = ["BUILT_IN", "MAX_TEMPLATE_BYTES", "ChatTemplate", "TemplateFault"]
 
 
 class ChatTemplate:
@@ -142,11 +125,11 @@ class ChatTemplate:
             )
         self.source, self.name = source, name
         self._variables = dict(variables)
-        self._sandbox = _MarkingSandbox()
         try:
-            self._compiled = self._sandbox.from_string(source)
-        # Deep nesting ends in Python's own compiler and its recursion limit.
-        except (jinja2.TemplateError, SyntaxError, RecursionError) as error:
+            self._compiled = (CompiledTemplate if source in BUILT_IN.values() else ContainedTemplate)(source)
+        except TooMuch as error:
+            raise _too_much(name, error) from error
+        except TemplateFault as error:
             raise DataError(
                 "QH-D12",
                 f"The chat template {name} is no Jinja template ({error}).",
@@ -195,27 +178,18 @@ class ChatTemplate:
     ) -> Rendering:
         """The text, and where each message stands in it. Raises TemplateFault, UnsafeInputError."""
         messages = [with_reasoning_named(message) for message in messages]
-        given = _characters(messages, tools)
-        budget = MAX_OUTPUT_FLOOR + MAX_OUTPUT_FACTOR * given
-        self._sandbox.begin(size_of([*messages, tools]), turns=len(messages))
-        pieces: list[str] = []
+        variables = {
+            **self._variables,
+            "messages": messages,
+            "tools": list(tools) if tools else None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        most = MAX_OUTPUT_FLOOR + MAX_OUTPUT_FACTOR * _characters(messages, tools)
         try:
-            for piece in self._compiled.generate(
-                messages=messages,
-                tools=list(tools) if tools else None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._variables,
-            ):
-                pieces.append(piece)
-                budget -= str.__len__(piece)
-                if budget < 0:
-                    raise TooMuch(f"writes more than {MAX_OUTPUT_FACTOR} times its input")
+            return rendering_of(self._compiled.render(variables, turns=len(messages), most=most))
         except TooMuch as error:
             raise _too_much(self.name, error) from error
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
-            raise TemplateFault(str(error) or type(error).__name__) from error
-        return rendering_of(shown(self._sandbox.concat(with_signs(pieces, messages))))
 
 
 def with_reasoning_named(message: Mapping[str, object]) -> dict[str, object]:

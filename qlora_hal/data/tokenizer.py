@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 
 from qlora_hal.data.chat import ConversationWriter, TurnNotFound
 from qlora_hal.data.conversation_text import masked_messages
+from qlora_hal.data.guarded_tokenizer import broken
 from qlora_hal.data.outlines import Outlines
 from qlora_hal.data.special_text import ProtectedTokenizer, SpecialText
 from qlora_hal.data.templates import BUILT_IN, ChatTemplate, TemplateFault
-from qlora_hal.data.tokenizer_files import TokenizerFiles, broken, not_utf8, read_folder
+from qlora_hal.data.tokenizer_files import TokenizerFiles, not_utf8, read_folder
 from qlora_hal.errors import DataError
 
 if TYPE_CHECKING:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_hal import strict_json
 from qlora_hal.data.declared_tokens import declare, declared_in
+from qlora_hal.data.guarded_tokenizer import broken, guarded, panics_told, read_tokenizer
 from qlora_hal.data.rebuilt_tokenizers import rebuilding_notes
 from qlora_hal.errors import ModelError
+from qlora_hal.strict_json import JsonProblem
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -35,14 +37,15 @@ class TokenizerFiles:
 
 
 def read_folder(folder: Path) -> TokenizerFiles:
-    """Raises ModelError (QH-D52) when the folder holds no tokenizer that can be read."""
+    """Raises ModelError (QH-D52) when the folder holds no tokenizer that can be read, UnsafeInputError (QH-X15) when
+    its tokenizer.json takes memory or time without reason."""
     config = _json_object(folder / "tokenizer_config.json")
     _refuse_split_special_tokens(folder, config)
     special_map, added = (_json_object(folder / name) for name in ("special_tokens_map.json", "added_tokens.json"))
     declared = declared_in(config, special_map, added, folder)
     named, notes = {name: token.content for name, token in declared.named.items()}, list(declared.notes)
     if (folder / "tokenizer.json").is_file():
-        tokenizer = _rust_tokenizer(folder / "tokenizer.json")
+        tokenizer = read_tokenizer(folder / "tokenizer.json")
         notes += [*rebuilding_notes(folder, tokenizer, config), *_bos_notes(tokenizer, config, named)]
     else:
         tokenizer, found = _converted_tokenizer(folder)
@@ -81,35 +84,13 @@ def _refuse_split_special_tokens(folder: Path, config: Mapping[str, object]) -> 
         )
 
 
-def broken(path: Path, reason: str) -> ModelError:
-    """The error for a tokenizer that cannot be read (QH-D52)."""
-    return ModelError(
-        "QH-D52",
-        f"The tokenizer cannot be read: {reason}.",
-        where=str(path),
-        fix="Download the model again, with its tokenizer.json and tokenizer_config.json.",
-    )
-
-
 def _json_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError) as error:
+        return strict_json.read_foreign_object(path)
+    except (JsonProblem, OSError) as error:
         raise broken(path, f"it is no JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise broken(path, "a JSON object was expected")
-    return value
-
-
-def _rust_tokenizer(path: Path) -> Tokenizer:
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises a bare Exception for every fault of the file
-        raise broken(path, str(error)) from error
 
 
 def _converted_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, str]]:
@@ -121,11 +102,15 @@ def _converted_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, str]]:
             folder, "there is no tokenizer.json, and transformers, which could convert it, is missing"
         ) from error
     try:
-        loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        tokenizer = loaded.backend_tokenizer
-    except Exception as error:  # converters raise many kinds
-        raise broken(folder, f"there is no tokenizer.json, and the other files do not load ({error})") from error
-    return tokenizer, {name: str(text) for name, text in loaded.special_tokens_map.items() if isinstance(text, str)}
+        with panics_told(folder):
+            loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            tokenizer = loaded.backend_tokenizer
+    except ModelError as error:
+        raise broken(
+            folder, f"there is no tokenizer.json, and the other files do not load ({error.__cause__})"
+        ) from error
+    named = {name: str(text) for name, text in loaded.special_tokens_map.items() if isinstance(text, str)}
+    return guarded(tokenizer, folder), named
 
 
 def chat_templates(folder: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key
-from qlora_hal.errors import ModelError, NumericsError
+from qlora_hal.errors import ConfigError, ModelError, NumericsError
 from qlora_hal.merging.packed_modules import PackedModules
 from qlora_hal.merging.rounding import DTYPE_BYTES, SAFETENSORS_DTYPE, is_finite, rounded
 from qlora_hal.model.facts import FLOATING_DTYPES, ModelFacts
@@ -93,12 +93,12 @@ class MergedModel:
         self._dtype = dtype
 
     def tensors(self) -> tuple[MergedTensor, ...]:
-        """All tensors, in the order of the base's files. Raises ModelError QH-C62 when an adapted layer is stored under
-        another name than the loaded model has for it: its adapter would be left out."""
+        """All tensors, in the order of the base's files. Raises ConfigError QH-C62 when an adapted layer is stored
+        under another name than the loaded model has for it: its adapter would be left out."""
         planned = [self._planned(name) for name in self._facts.tensors if name not in self._packed.belongings]
         absent = sorted(self._targets - {tensor.module for tensor in planned})
         if absent:
-            raise ModelError(
+            raise ConfigError(
                 "QH-C62",
                 f"{len(absent)} adapted layers are stored under other names than the loaded model has for them "
                 f"({absent[0]}); a merge writes tensors under their stored names.",

@@ -6,7 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+LARGEST_SIZE = 2**40
+"""No width, count or number of positions reaches it; larger ones are no sizes."""
 FLOATING_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 """Safetensors names of the dtypes of weights that are not quantized."""
 
@@ -92,7 +95,7 @@ def read_facts(folder: Path) -> ModelFacts:
     )
 
 
-def text_config(config: Mapping[str, object]) -> Mapping[str, object]:
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a config that describes the language model: itself, or its `text_config`."""
     nested = config.get("text_config")
     return {**config, **nested} if isinstance(nested, dict) else config
@@ -106,7 +109,7 @@ def _architecture(config: Mapping[str, object]) -> str:
 def _whole_number(config: Mapping[str, object], *names: str) -> int | None:
     described = text_config(config)
     values = (described.get(name) for name in names)
-    return next((value for value in values if type(value) is int and value > 0), None)
+    return next((value for value in values if type(value) is int and 0 < value < LARGEST_SIZE), None)
 
 
 def _plain_shapes(tensors: Mapping[str, TensorFacts]) -> dict[str, tuple[int, int]]:

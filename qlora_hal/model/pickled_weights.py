@@ -25,7 +25,7 @@ from qlora_hal.model.safetensors_headers import read_header
 from qlora_hal.model.safety import NO_WEIGHTS, PICKLE_SUFFIXES
 from qlora_hal.model.weight_files import SINGLE_FILE, read_json, read_weight_map
 from qlora_hal.output_path import writable_folder
-from qlora_hal.report.run_file import is_secret_name
+from qlora_hal.report.run_file import is_secret_variable
 from qlora_hal.scratch_folder import scratch_folder
 from qlora_hal.supervising import error_from
 
@@ -225,7 +225,7 @@ def _is_tied(folder: Path) -> bool:
 
 def _environment(scratch: str) -> dict[str, str]:
     """No access tokens: the child opens files of strangers."""
-    kept = {name: value for name, value in os.environ.items() if not is_secret_name(name)}
+    kept = {name: value for name, value in os.environ.items() if not is_secret_variable(name)}
     kept.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     return {**kept, **_ENVIRONMENT, "TMPDIR": scratch}
 

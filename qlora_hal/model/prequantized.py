@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qlora_hal import strict_json
 from qlora_hal.errors import ModelError
 from qlora_hal.model.facts import Prequantized
 from qlora_hal.model.linear_shapes import Shape
@@ -146,10 +146,10 @@ def _bitsandbytes_4bit(checkpoint: _Checkpoint) -> Packing:
 def _bnb_state(checkpoint: _Checkpoint, name: str) -> dict[str, object]:
     raw = read_tensor_bytes(checkpoint.files[name], checkpoint.tensors[name])
     try:
-        state = json.loads(raw)
+        state = strict_json.decode_foreign(raw)
         if not isinstance(state, dict):
             raise ValueError("no object")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise checkpoint.contradiction(f"{name} is not the JSON of a quantization state ({error})") from error
     return state
 

@@ -44,8 +44,10 @@ def decoder_shape(facts: ModelFacts) -> DecoderShape:
 
 
 def _first(config: Mapping[str, object], *names: str) -> int | None:
+    from qlora_hal.model.facts import LARGEST_SIZE
+
     values = (config.get(name) for name in names)
-    return next((value for value in values if type(value) is int and value > 0), None)
+    return next((value for value in values if type(value) is int and 0 < value < LARGEST_SIZE), None)
 
 
 def _numbered_blocks(facts: ModelFacts) -> int:

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from qlora_hal import strict_json
 from qlora_hal.errors import ModelError
 from qlora_hal.model.other_folders import an_adapter, gguf_only
 from qlora_hal.model.safetensors_headers import Header, malformed, read_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_LONGEST_NAME = 255
 _INDEX_BYTES_LIMIT = 64_000_000
 
 
 def read_json(path: Path) -> dict[str, object]:
     """A JSON object from a model folder. Raises ModelError QH-C70 when it is missing, broken or no object."""
     try:
-        if path.stat().st_size > _INDEX_BYTES_LIMIT:
-            raise ValueError(f"larger than {_INDEX_BYTES_LIMIT} bytes")
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError(f"a {type(value).__name__} where an object is expected")
-    except (OSError, ValueError, RecursionError) as error:
+        return strict_json.read_foreign_object(path, most_bytes=_INDEX_BYTES_LIMIT)
+    except (OSError, strict_json.JsonProblem) as error:
         raise ModelError(
             "QH-C70",
             f"{path.name} of the model cannot be read: {error}.",
             where=str(path),
             fix="Get the file again from the model's source.",
         ) from error
-    return value
 
 
 def read_headers(folder: Path) -> tuple[Header, ...]:
@@ -66,7 +62,11 @@ def read_weight_map(index: Path) -> Mapping[str, str]:
     shards = sorted(set(weight_map.values()))
     for name in shards:
         if Path(name).name != name or name in {"", ".", ".."} or "\\" in name or "\0" in name:
-            raise malformed(index, f"a shard name that leaves the folder: {name!r}")
+            raise malformed(index, f"a shard name that leaves the folder: {name[:_LONGEST_NAME]!r}")
+        if len(name.encode("utf-8", "surrogatepass")) > _LONGEST_NAME:
+            raise malformed(
+                index, f"a shard name of {len(name)} characters; a file name has up to {_LONGEST_NAME} bytes"
+            )
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing:
         raise ModelError(

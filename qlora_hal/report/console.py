@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 from qlora_hal.report import figures
 from qlora_hal.report.lasting_stream import LastingStream, lasting
 from qlora_hal.report.metrics import Smoother
+from qlora_hal.terminal import visible
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -192,7 +193,7 @@ class RunConsole:
         if self.quiet and not always:
             return
         # Text keeps square brackets of users' data from being read as markup; soft wrap keeps paths whole.
-        content = Text(content) if isinstance(content, str) else content
+        content = Text(visible(content)) if isinstance(content, str) else content
         (self._live.console if self._live else self._console).print(content, soft_wrap=True)
         if self._stream.problem is not None and not self._told_of_loss:
             self._told_of_loss = True
@@ -252,7 +253,7 @@ def next_commands(result: TrainResult) -> tuple[str, ...]:
 def _styled(head: str, style: str, text: str) -> RenderableType:
     from rich.text import Text
 
-    return Text.assemble((head, style), text)
+    return Text.assemble((visible(head), style), visible(text))
 
 
 def _perplexity(loss: float) -> str:
@@ -269,7 +270,7 @@ def _live_line(step: int, total: int, parts: Sequence[str]) -> RenderableType:
 
     grid = Table.grid(padding=(0, 1))
     grid.add_row(ProgressBar(total=total, completed=step, width=24), Text(f"step {step}/{total}", "bold"))
-    return Group(grid, Text("  ".join(parts)))
+    return Group(grid, Text(visible("  ".join(parts))))
 
 
 def _sample_table(rows: Sequence[Mapping[str, str]]) -> RenderableType:
@@ -280,5 +281,5 @@ def _sample_table(rows: Sequence[Mapping[str, str]]) -> RenderableType:
     for heading in ("prompt", "before", "after"):
         table.add_column(heading, ratio=1, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(row.get(key, "")) for key in ("prompt", "before", "after")))
+        table.add_row(*(Text(visible(row.get(key, ""))) for key in ("prompt", "before", "after")))
     return table

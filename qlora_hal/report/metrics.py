@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 Record = Mapping[str, object]
 
+_LONGEST_LINE = 64 * 1024
+"""A line of a step has some 300 bytes."""
+
 
 def step_record(
     step: int,
@@ -269,9 +272,11 @@ def _clean(value: object) -> object:
 
 
 def _parsed(line: bytes) -> dict[str, object] | None:
+    if len(line) > _LONGEST_LINE:
+        return None
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 

@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -133,18 +133,7 @@ def _problem_of(content: Mapping[str, object]) -> str:
         return "it was changed after it was written"
     if not isinstance(content.get("config"), dict):
         return "it holds no configuration"
-    wrong = [name for name, kinds in _KINDS.items() if name in content and not isinstance(content[name], kinds)]
-    return f"it holds a value of a wrong type under {', '.join(wrong)}" if wrong else ""
-
-
-_KINDS: Mapping[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("config", "origins", "resolved", "model", "versions", "environment"), dict),
-    **dict.fromkeys(("data_report", "memory_estimate", "timings"), dict),
-    **dict.fromkeys(("status", "stopped_because", "started_at", "finished_at", "adapter_dir"), str),
-    **dict.fromkeys(("steps", "tokens"), int),
-    **dict.fromkeys(("samples", "notes", "hand_overs"), list),
-    "detection": (dict, type(None)),
-}
+    return _wrong_kinds(content)
 
 
 def _refuse_newer(version: object, path: Path) -> None:
@@ -159,14 +148,48 @@ def _refuse_newer(version: object, path: Path) -> None:
 
 
 def record_from(content: Mapping[str, object]) -> RunRecord:
-    """The record that run.json was written from; a resumed run goes on with it."""
+    """The record that run.json was written from; a resumed run goes on with it. Raises ConfigError (S50) where an edit
+    left a value of another kind."""
     known = {name: content[name] for name in RunRecord.__slots__ if name in content}
+    if problem := _wrong_kinds(known):
+        raise _no_run(Path(RUN_FILE), problem)
     detection = known.get("detection")
     if isinstance(detection, Mapping):
-        known["detection"] = Detection(**{**detection, "reports": tuple(detection.get("reports", ()))})
+        told = {name: detection[name] for name in Detection.__slots__ if name in detection}
+        known["detection"] = Detection(**{**told, "reports": tuple(told.get("reports", ()))})
     for name in ("samples", "notes", "hand_overs"):
         known[name] = tuple(known.get(name) or ())  # type: ignore[arg-type]
     return RunRecord(**known)  # type: ignore[arg-type]
+
+
+def _wrong_kinds(content: Mapping[str, object]) -> str:
+    """Which values are not of the kind that was written; nothing where all are."""
+    kinds = {"origins": dict, **{f.name: _KINDS.get(str(f.type).partition("[")[0], object) for f in fields(RunRecord)}}
+    wrong = [
+        name
+        for name, kind in kinds.items()
+        if name in content and (not isinstance(content[name], kind) or isinstance(content[name], bool))
+    ]
+    detection = content.get("detection")
+    if isinstance(detection, Mapping) and not (
+        isinstance(detection.get("reports", []), list)
+        and isinstance(detection.get("rejections", {}), Mapping)
+        and {"chosen", "why"} <= detection.keys()
+    ):
+        wrong.append("detection")
+    return f"it holds a value of a wrong type under {', '.join(wrong)}" if wrong else ""
+
+
+_KINDS: Mapping[str, type | tuple[type, ...]] = {
+    "Mapping": Mapping,
+    "tuple": list,
+    "str": str,
+    "int": int,
+    "float | None": (int, float, type(None)),
+    "int | None": (int, type(None)),
+    "Detection | None": (Mapping, type(None)),
+}
+"""What JSON has for each kind of field."""
 
 
 def read_run_config(run_dir: Path) -> RunConfig:
@@ -198,7 +221,9 @@ def redacted(value: object, secrets: Sequence[str] | None = None) -> object:
     known = environment_secrets(os.environ) if secrets is None else secrets
     if isinstance(value, Mapping):
         return {
-            str(key): "[removed]" if _SECRET_KEY.search(str(key)) and isinstance(item, str) else redacted(item, known)
+            _redacted_text(str(key), known): "[removed]"
+            if _SECRET_KEY.search(str(key)) and isinstance(item, str)
+            else redacted(item, known)
             for key, item in value.items()
         }
     if isinstance(value, (list, tuple)):
@@ -209,9 +234,11 @@ def redacted(value: object, secrets: Sequence[str] | None = None) -> object:
 
 
 def environment_secrets(environ: Mapping[str, str]) -> tuple[str, ...]:
-    """Values of environment variables whose names say that they are secret, longest first."""
-    values = (value for name, value in environ.items() if is_secret_name(name) and len(value) >= 8)
-    return tuple(sorted(values, key=len, reverse=True))
+    """Values of environment variables whose names say that they are secret, and the passwords in addresses that any of
+    them holds; longest first. Short values are no secrets, and would stand in many words."""
+    named = (value for name, value in environ.items() if is_secret_variable(name))
+    logins = (login for value in environ.values() for login in _LOGIN_PASSWORD.findall(value))
+    return tuple(sorted({value for value in (*named, *logins) if len(value) >= 8}, key=len, reverse=True))
 
 
 def is_secret_name(name: str) -> bool:
@@ -219,15 +246,40 @@ def is_secret_name(name: str) -> bool:
     return _SECRET_KEY.search(name) is not None
 
 
-_SECRET_KEY = re.compile(r"(?i)(^|_|-|\.)(token|api_?key|secret|password|passwd|credential)s?$")
-_SECRET_TEXT = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,})")
-_URL_LOGIN = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+def is_secret_variable(name: str) -> bool:
+    """Whether the name of an environment variable says that its value is secret: `X_KEY`, `PGPASSWORD`, `GH_PAT`."""
+    return name not in _OPEN_VARIABLES and (is_secret_name(name) or _SECRET_VARIABLE.search(name) is not None)
+
+
+_SECRET_KEY = re.compile(
+    r"(?i)(^|_|-|\.)(token|api_?key|[a-z0-9]+[_-]key|secret|password|passwd|passphrase|credential|authorization)s?$"
+)
+_SECRET_VARIABLE = re.compile(
+    r"(?i)(password|passwd|passphrase|secret|credential|api_?key|token(?!izer))"
+    r"|(^|_)(key|keys|pass|pwd|pat|auth|creds?|jwt|bearer|cookie|dsn|sas|private|conn(ection)?_?str(ing)?)(_|$)"
+    r"|pass$"
+)
+_OPEN_VARIABLES = frozenset({"PWD", "OLDPWD", "SSH_AUTH_SOCK"})
+_SECRET_TEXT = re.compile(
+    r"\b(hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|sk-[A-Za-z0-9_-]{20,}"
+    r"|[sr]k_(live|test)_\w{16,}|(AKIA|ASIA)[A-Z0-9]{16}|AIza[\w-]{30,}|xox[a-z]-[\w-]{10,}|npm_\w{30,}|pypi-[\w-]{30,}"
+    r"|dckr_pat_[\w-]{16,}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,})"
+)
+"""Texts that access tokens are known by."""
+_SECRET_PAIR = re.compile(
+    r"(?i)(?<![\w-])((?:[\w-]*[_-])?(?:password|passwd|pwd|secret|token|api_?key|access_?key|account_?key|"
+    r"shared_?access_?key|signature|sig)\s?=\s?|bearer (?=[\w.~+/-]{20}))[^\s&;,\"'<>]{6,}"
+)
+"""A name and its secret, as connection strings and queries have them."""
+_URL_LOGIN = re.compile(r"(?<=://)(?:[^\s/@\"'<>]+|[^\s/@:\"'<>]*:[^\s\"'<>]+)@")
+_LOGIN_PASSWORD = re.compile(r"://[^\s/@:]*:([^\s\"'<>]+)@")
 
 
 def _redacted_text(text: str, secrets: Sequence[str]) -> str:
     for secret in secrets:
         text = text.replace(secret, "[removed]")
-    text = _URL_LOGIN.sub("[removed]", _SECRET_TEXT.sub("[removed]", text))
+    text = _URL_LOGIN.sub("[removed]@", _SECRET_TEXT.sub("[removed]", text))
+    text = _SECRET_PAIR.sub(r"\1[removed]", text)
     home = str(Path.home())
     if home in ("", "/", "\\"):
         return text

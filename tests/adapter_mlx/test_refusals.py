@@ -65,7 +65,7 @@ Q = "model.layers.2.self_attn.q_proj"
         (edited(lora_parameters={"alpha": 12, "scale": 10.0}), "QH-C51", "multiplied by 20 or by 10, depending"),
         (edited(lora_parameters={"alpha": 12.0, "scale": 10}), "QH-C51", "multiplied by 20 or by 10, depending"),
         (edited(lora_parameters={"alpha": 3, "scale": 1.5}), "QH-C51", "multiplied by 0.75 or by 1.5"),
-        (edited(num_layers="absent", lora_layers=2, lora_parameters={"alpha": 12, "scale": 10.0}), "QH-C51", "20 or by"),
+        (edited(num_layers="absent", lora_layers=2, lora_parameters={"alpha": 12, "scale": 10.0}), "QH-C51", "by 20 o"),
         (edited(lora_parameters={"alpha": "16"}), "QH-C50", "alpha = '16', a positive number"),
         (edited(lora_parameters={"alpha": -1}), "QH-C50", "alpha = -1"),
         (edited(lora_parameters={"alpha": True}), "QH-C50", "alpha = True"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -273,7 +274,7 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
         ("a: &a [*a]\n", "contains itself"),
         ("lora: !!python/object/apply:os.system [echo]\n", "tag"),
         ("lora: !custom 3\n", "tag"),
-        ("[" * 50_000, "nested too deeply"),
+        ("[" * 50_000, "nested more than 32 deep"),
         ("# " + "x" * 1_000_001, "more than the limit"),
     ],
 )
@@ -281,6 +282,100 @@ def test_a_hostile_file_is_refused_for_safety(tmp_path: Path, text: str, words: 
     with pytest.raises(UnsafeInputError, match=words) as caught:
         resolve_settings(written(tmp_path, text), environ={})
     assert (caught.value.code, caught.value.exit_status) == ("QH-X07", 10)
+
+
+@pytest.mark.fault("X07")
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("run.toml", "a." * 50_000 + "a = 1", "nested more than 32 deep"),
+        ("run.toml", "[" + "a." * 50_000 + "a]\nb = 1", "nested more than 32 deep"),
+        ("run.toml", '"a"."b".' * 5_000 + "a = 1", "nested more than 32 deep"),
+        ("run.toml", "a = " + "[" * 2_000, "nested more than 32 deep"),
+        ("run.toml", "a = " + "{b = " * 2_000, "nested more than 32 deep"),
+        ("run.toml", "\n".join(f"k{n} = 1" for n in range(9_000)), "more than 5000 values"),
+        ("run.toml", "\n".join(f"[t{n}]" for n in range(9_000)), "more than 5000 values"),
+        ("run.yaml", "a: [" + "1," * 100_000 + "]", "more than 5000 values"),
+        ("run.yaml", "\n".join(f"k{n}: 1" for n in range(9_000)), "more than 5000 values"),
+        ("run.yaml", "- " * 100_000, "nested more than 32 deep"),
+        ("run.yaml", "? " * 100_000, "nested more than 32 deep"),
+        ("run.json", '{"a":' * 40_000, "more than 5000 values"),
+        ("run.json", "[" * 40_000, "more than 5000 values"),
+        ("run.json", "{" + ",".join(f'"k{n % 9}": 1' for n in range(9_000)) + "}", "more than 5000 values"),
+        ("run.json", '{"' + "x" * 300_000 + '": 1}', "more than the limit"),
+    ],
+)
+def test_a_file_that_would_take_memory_or_time_is_refused_at_once(
+    tmp_path: Path, name: str, text: str, words: str
+) -> None:
+    path, started = written(tmp_path, text, name), time.process_time()
+    with pytest.raises(UnsafeInputError, match=words) as caught:
+        resolve_settings(path, environ={})
+    assert caught.value.code == "QH-X07"
+    assert time.process_time() - started < 2.0
+
+
+@pytest.mark.fault("U03")
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("run.toml", "a = " + "9" * 5_000),
+        ("run.toml", "a = 2001-99-99"),
+        ("run.yaml", "a: " + "9" * 5_000),
+        ("run.yaml", "a: 2001-99-99"),
+        ("run.yaml", "a: !!int abc"),
+        ("run.yaml", "a: !!bool x"),
+        ("run.yaml", "a: !!timestamp x"),
+        ("run.yaml", "{a: 1}: 3"),
+        ("run.json", '{"a": ' + "9" * 5_000 + "}"),
+    ],
+)
+def test_a_value_that_its_format_cannot_hold_makes_the_file_malformed(tmp_path: Path, name: str, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve_settings(written(tmp_path, text, name), environ={})
+    assert caught.value.code == "QH-U03"
+    assert "sys.set_int_max_str_digits" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("run.yaml", "training:\n  seed: 0x" + "f" * 50_000),
+        ("run.toml", "[training]\nseed = 0x" + "f" * 50_000),
+        ("run.json", '{"training": {"seed": ' + "9" * 4_000 + "}}"),
+    ],
+)
+def test_a_number_of_thousands_of_digits_is_told_by_its_length(tmp_path: Path, name: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"QH-U01.*training.seed = a whole number of about \d+ digits") as caught:
+        resolve_settings(written(tmp_path, text, name), environ={})
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "typed",
+    ["9" * 5_000, "[" * 50_000, '["' + "a" * 50_000, "{" * 50_000, '{"a":' * 5_000, "[" + "[]," * 400_000 + "1]"],
+)
+def test_what_is_typed_or_set_in_the_environment_is_bounded_as_files_are(typed: str) -> None:
+    for key in ("training.seed", "lora.target_modules", "backend.options", "lora.r"):
+        name = "QLORA_HAL_" + key.replace(".", "__").upper()
+        for given in ({"flags": {key: typed}, "environ": {}}, {"flags": {}, "environ": {name: typed}}):
+            started = time.process_time()
+            with pytest.raises(ConfigError) as caught:
+                resolve_settings({"training.learning_rate": "refused"}, **given)  # type: ignore[arg-type]
+            assert len(str(caught.value)) < 2_000
+            assert time.process_time() - started < 2.0
+
+
+def test_thousands_of_unknown_settings_are_counted_and_the_first_are_told() -> None:
+    started = time.process_time()
+    unknown = {f"traning_{number}": {"learning_rat": 1} for number in range(20_000)}
+    with pytest.raises(ConfigError) as caught:
+        resolve_settings({**unknown, "training" * 20_000: {}, "lora": {"alpah" * 50_000: 1}}, environ={})
+    assert time.process_time() - started < 2.0
+    assert caught.value.message.startswith("20002 settings are wrong.")
+    assert caught.value.message.endswith("and 19952 more")
+    assert len(str(caught.value)) < 20_000
+    assert len(str(caught.value.as_json())) < 30_000
 
 
 @pytest.mark.fault("U02")

@@ -175,6 +175,7 @@ def test_same_seed_gives_the_same_figures_and_another_seed_others(tmp_path: Path
     assert measured[0] != measured[2]
 
 
+@pytest.mark.long
 def test_whole_suite_certifies_the_reference_backend_whatever_the_user_has_configured(tmp_path: Path) -> None:
     """In a folder with a pytest.ini, a conftest and options that would deselect everything."""
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -k nothing --maxfail=1\npython_functions = check_*\n")

@@ -133,7 +133,7 @@ def test_a_run_whose_supervisor_is_gone_saves_its_state_and_stops(tmp_path: Path
 def test_a_run_that_the_driver_aborts_is_named_and_goes_on(supervised: None, tmp_path: Path) -> None:
     """A child that dies by SIGABRT in mid-training, as Metal ends it; then the same command goes on."""
     run = tmp_path / "run"
-    changes = {"training.max_steps": 40, "checkpoint.save_steps": 2}
+    changes = {"training.max_steps": 16, "checkpoint.save_steps": 2}
     killer = threading.Thread(target=abort_after_a_checkpoint, args=(run,), daemon=True)
     killer.start()
     with pytest.raises(OutOfMemoryError, match="ended by SIGABRT") as caught:
@@ -143,7 +143,7 @@ def test_a_run_that_the_driver_aborts_is_named_and_goes_on(supervised: None, tmp
     assert "memory" in caught.value.cause
     assert caught.value.fix == f"Go on with: qlora-hal resume {run}"
     result = resume(run, console=RunConsole(quiet=True))
-    assert (result.steps, result.stopped_because) == (40, "finished")
+    assert (result.steps, result.stopped_because) == (16, "finished")
 
 
 def ask_when_it_is_handed_on(number: signal.Signals, before: object) -> None:

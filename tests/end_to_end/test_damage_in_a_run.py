@@ -30,6 +30,7 @@ from qlora_hal.demo import model_path
 from qlora_hal.errors import AdapterError, CheckpointError
 from qlora_hal.generation import open_generation
 from qlora_hal.hooks import hookimpl
+from qlora_hal.sealed_json import sealed
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +172,7 @@ def judged_best_at_step_2(run: Path) -> Path:
 
 
 @pytest.mark.fault("C22")
-@pytest.mark.parametrize("damage", ["flipped", "of another alpha", "gone"])
+@pytest.mark.parametrize("damage", ["flipped", "of another alpha", "of another step", "gone"])
 def test_a_damaged_best_adapter_comes_back_from_the_checkpoint_of_its_step(
     damage: str, judged_best_at_step_2: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -181,13 +182,17 @@ def test_a_damaged_best_adapter_comes_back_from_the_checkpoint_of_its_step(
         flip(run / "best_adapter" / "adapter_model.safetensors")
     elif damage == "gone":
         shutil.rmtree(run / "best_adapter")
+    elif damage == "of another step":
+        path = run / "best_adapter" / "qlora_hal.json"
+        path.write_text(json.dumps(sealed({**json.loads(path.read_text()), "step": 3})))
     else:
         edited(lora_alpha=64)(run / "best_adapter")
     result, said = resumed(run, capsys)
     assert "best_adapter was written again from the checkpoint of step 2" in said
     assert "the adapter of step 2 is kept" in said
     assert adapter_bytes(result.adapter_dir) == expected
-    assert len(list(run.glob(".damaged-best_adapter-*"))) == (0 if damage == "gone" else 1)
+    kept_aside = list(run.glob(".damaged-best_adapter-*"))
+    assert len(kept_aside) == (0 if damage in ("gone", "of another step") else 1)
 
 
 @pytest.mark.fault("C22")

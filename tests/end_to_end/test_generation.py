@@ -26,6 +26,7 @@ from qlora_hal.errors import AdapterError, StoppedError
 from qlora_hal.generation import open_generation
 from qlora_hal.guard import GuardedTrainer
 from qlora_hal.hooks import hookimpl
+from qlora_hal.sealed_json import sealed
 
 pytestmark = pytest.mark.usefixtures("usual_signals")
 
@@ -148,7 +149,7 @@ def test_other_backend_in_the_place_of_the_absent_one_is_said(
 ) -> None:
     run = small_run(tmp_path / "run", SHORT)
     provenance = run.adapter_dir / "qlora_hal.json"
-    provenance.write_text(provenance.read_text().replace('"cpu_torch"', '"cuda_bnb"'))
+    provenance.write_text(json.dumps(sealed({**json.loads(provenance.read_text()), "backend": "cuda_bnb"})))
     open_generation(run_dir=run.run_dir).close()
     told = " ".join(capsys.readouterr().err.split())
     assert "note: cuda_bnb, which trained the adapter, cannot be used here" in told

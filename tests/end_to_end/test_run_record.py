@@ -239,7 +239,7 @@ def test_best_adapter_that_was_replaced_is_not_taken_for_another_step(settings: 
     killed(merged(hopeless(settings), {"training.load_best_adapter_at_end": True}), "ckpt.after_rename:kill@1")
     run_dir = Path(settings["output_dir"])
     provenance = run_dir / "best_adapter" / "qlora_hal.json"
-    provenance.write_text(json.dumps({**json.loads(provenance.read_text()), "step": 11}))
+    provenance.write_text(json.dumps(sealed({**json.loads(provenance.read_text()), "step": 11})))
     result = resume(run_dir)
     assert any("replaced it by that of step 11" in note for note in result.notes)
     assert tensors(result.adapter_dir) != tensors(run_dir / "best_adapter")

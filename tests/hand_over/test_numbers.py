@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from qlora_hal.backend import Compute, Quantization, QuantizedLoRATrainer
@@ -33,12 +35,23 @@ def rate(step: int) -> float:
     return PEAK_RATE * min((step + 1) / 4, 1.0 - step / (STEPS + 4))
 
 
-@pytest.mark.parametrize("legs", LEGS.values(), ids=LEGS)
-def test_every_step_lies_where_rounding_alone_can_take_it(legs: Sequence[str], tmp_path: Path) -> None:
+@dataclass(frozen=True)
+class Course:
+    """One run's start and windows, and where its losses must lie."""
+
+    models: Models
+    adapter: Adapter
+    windows: Sequence[Sequence[Batch]]
+    exact: npt.NDArray[np.float64]
+    allowed: Any
+
+
+@pytest.fixture(scope="module")
+def course(tmp_path_factory: pytest.TempPathFactory) -> Course:
     """The bound is the suite's own for a run on one backend (section 42): exact arithmetic, and how far runs part whose
-    every operation is rounded otherwise. A moment lost, a step counted twice or a transposed adapter leaves it."""
+    every operation is rounded otherwise."""
     random = stream(20, "hand over")
-    models = Models(tmp_path, seed=20)
+    models = Models(tmp_path_factory.mktemp("models"), seed=20)
     shape, base = models.drawn("main")
     adapter = with_zero(draw_adapter(random, shape, rank=4), "B")
     windows = [draw_window(random, shape) for _ in range(WINDOWS)]
@@ -50,11 +63,23 @@ def test_every_step_lies_where_rounding_alone_can_take_it(legs: Sequence[str], t
         steps = (oracle_step(oracle, windows[n % WINDOWS], rate(n), weight_decay=0.01) for n in range(STEPS))
         return [step.loss_sum / step.token_count for step in steps]
 
-    found = losses_of(legs, models, adapter, windows)
     envelope = loss_curve_envelope(trained, unit_roundoff=UNIT_ROUNDOFF["float32"], runs=LOSS_CURVE_RUNS)
     allowed = loss_curve_bound(envelope, max(total_tokens(window) for window in windows))
-    apart = np.abs(np.array(found) - envelope.exact)
-    assert np.all(apart <= allowed.value), f"largest part of the bound {np.max(apart / allowed.value):.3g}"
+    return Course(models, adapter, windows, envelope.exact, allowed.value)
+
+
+@pytest.mark.parametrize(
+    "legs",
+    [
+        pytest.param(legs, id=name, marks=[] if name == "cpu to mlx" else pytest.mark.long)
+        for name, legs in LEGS.items()
+    ],
+)
+def test_every_step_lies_where_rounding_alone_can_take_it(legs: Sequence[str], course: Course) -> None:
+    """A moment lost, a step counted twice or a transposed adapter leaves the bound."""
+    found = losses_of(legs, course.models, course.adapter, course.windows)
+    apart = np.abs(np.array(found) - course.exact)
+    assert np.all(apart <= course.allowed), f"largest part of the bound {np.max(apart / course.allowed):.3g}"
 
 
 def losses_of(legs: Sequence[str], models: Models, adapter: Adapter, windows: Sequence[Sequence[Batch]]) -> list[float]:
@@ -81,13 +106,9 @@ def opened(name: str, models: Models) -> QuantizedLoRATrainer:
     return trainer
 
 
-def test_moments_left_behind_would_show(tmp_path: Path) -> None:
+def test_moments_left_behind_would_show(course: Course) -> None:
     """The same run with a fresh optimizer after half its steps leaves the bound: the bound can fail."""
-    random = stream(20, "hand over")
-    models = Models(tmp_path, seed=20)
-    shape, _ = models.drawn("main")
-    adapter = with_zero(draw_adapter(random, shape, rank=4), "B")
-    windows = [draw_window(random, shape) for _ in range(WINDOWS)]
+    models, adapter, windows = course.models, course.adapter, course.windows
     whole = losses_of(["cpu_torch"], models, adapter, windows)
     with opened("cpu_torch", models) as trainer:
         trainer.attach(adapter)

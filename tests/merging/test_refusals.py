@@ -15,6 +15,7 @@ from qlora_hal import durable_files, merge
 from qlora_hal.adapter import write_adapter
 from qlora_hal.errors import AdapterError, ConfigError, NumericsError, StorageError
 from qlora_hal.merging.placing import staging
+from qlora_hal.sealed_json import sealed
 from qlora_hal.values import Adapter
 
 MakeTrained = Callable[..., Any]
@@ -25,7 +26,7 @@ def rewritten(one: Any, change: Callable[[dict[str, object]], None]) -> None:
     path = one.folder / "qlora_hal.json"
     facts = json.loads(path.read_text())
     change(facts)
-    path.write_text(json.dumps(facts))
+    path.write_text(json.dumps(sealed(facts)))
 
 
 @pytest.mark.fault("C60")
@@ -196,7 +197,6 @@ def test_adapted_layers_that_are_stored_under_other_names_are_not_left_out(tmp_p
     from drawn_models import write_drawn_model
     from trainers import moved_adapter, source_of
 
-    from qlora_hal.errors import ModelError
     from qlora_hal.merging.weights import BaseFiles, MergedModel
     from qlora_hal.model.weight_files import read_headers
     from qlora_hal.values import AdapterConfig
@@ -208,6 +208,6 @@ def test_adapted_layers_that_are_stored_under_other_names_are_not_left_out(tmp_p
     files = BaseFiles(read_headers(tmp_path))
     facts = source_of(tmp_path).facts
     merged = MergedModel(facts, files, adapter, modules, lambda name: files.float32(f"{name}.weight"), "float32")
-    with pytest.raises(ModelError, match="stored under other names than the loaded model has") as caught:
+    with pytest.raises(ConfigError, match="stored under other names than the loaded model has") as caught:
         merged.tensors()
     assert caught.value.code == "QH-C62"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from mlx_models import check_base_logits
-from tiny_models import edit_config, write_model
+from tiny_models import FAMILIES, SMALL_TEXT, edit_config, write_model
 from trainers import OpenTrainer, random_batch, source_of
 
 from qlora_hal.errors import ModelError, QloraHalError
@@ -27,7 +27,7 @@ def refusal(folder: Path) -> QloraHalError:
     return caught.value
 
 
-# activations -----------------------------------------------------------------------------------------------------------
+# activations ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("family", "activation"),
     [
@@ -62,7 +62,7 @@ def test_an_activation_under_a_name_nobody_knows_is_refused(tmp_path: Path) -> N
     assert "activation xielu_new" in refusal(folder).message
 
 
-# rotary position -------------------------------------------------------------------------------------------------------
+# rotary position ------------------------------------------------------------------------------------------------------
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
 LONG = {
     "rope_type": "longrope", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16,
@@ -118,16 +118,21 @@ def test_dynamic_rotary_positions_grow_beyond_the_longest_row(tmp_path: Path, op
     check_base_logits(opened(folder), folder, random_batch(1, time=24))
 
 
-def test_kinds_of_layers_rotate_by_their_own_scaling(tmp_path: Path, opened: Opened) -> None:
+@pytest.mark.parametrize("family", ["gemma3_text", "gemma3"])
+def test_kinds_of_layers_rotate_by_their_own_scaling(family: str, tmp_path: Path, opened: Opened) -> None:
+    """The larger of Gemma 3 come as part of a model that sees pictures."""
     rope = {
         "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0},
         "sliding_attention": {"rope_type": "default", "rope_theta": 77.0},
     }
-    folder = write_model(tmp_path, "gemma3_text", num_hidden_layers=6, rope_parameters=rope)
+    changes: dict[str, Any] = {"num_hidden_layers": 6, "rope_parameters": rope}
+    if family == "gemma3":
+        changes = {"text_config": {**SMALL_TEXT, **FAMILIES["gemma3_text"], **changes}}
+    folder = write_model(tmp_path, family, **changes)
     check_base_logits(opened(folder), folder, random_batch(1, time=20))
 
 
-# windows, defaults, multipliers ----------------------------------------------------------------------------------------
+# windows, defaults, multipliers ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("family", "changes"),
     [

@@ -46,7 +46,7 @@ def loaded(folder: Path, weight_format: str = "none") -> MLXLoRATrainer:
     return trainer
 
 
-# the head --------------------------------------------------------------------------------------------------------------
+# the head -------------------------------------------------------------------------------------------------------------
 def with_another_head(tensors: Tensors) -> None:
     head = np.random.default_rng(1).normal(size=tensors["model.embed_tokens.weight"].shape)
     tensors["lm_head.weight"] = head.astype(np.float32)
@@ -80,7 +80,7 @@ def test_another_head_is_refused_where_mlx_lm_always_ties(family: str, tmp_path:
     assert caught.value.code == "QH-M50"
 
 
-# tensors without a place -----------------------------------------------------------------------------------------------
+# tensors without a place ----------------------------------------------------------------------------------------------
 def test_a_tensor_that_mlx_lm_drops_is_refused_by_name(tmp_path: Path) -> None:
     """ERNIE's experts are chosen with a correction that mlx-lm takes away."""
     with pytest.raises(ModelError, match=r"e_score_correction_bias") as caught:
@@ -121,7 +121,7 @@ def test_frequencies_and_masks_of_older_checkpoints_are_recomputed(tmp_path: Pat
     assert np.array_equal(base_logits(opened(folder)), expected)
 
 
-# numbers ---------------------------------------------------------------------------------------------------------------
+# numbers --------------------------------------------------------------------------------------------------------------
 @pytest.mark.fault("M52")
 @pytest.mark.parametrize(
     ("family", "name", "value", "weight_format"),
@@ -173,7 +173,7 @@ def test_scales_of_a_packed_weight_that_are_not_finite_are_refused(part: str, tm
     assert caught.value.code == "QH-M52"
 
 
-# linear layers ---------------------------------------------------------------------------------------------------------
+# linear layers --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("family", "changes"),
     [

@@ -16,6 +16,13 @@ from qlora_hal.values import StepSettings
 Opened = Callable[..., OpenTrainer]
 
 
+Run = Callable[[Callable[[], Any]], Any]
+
+
+def here(work: Callable[[], Any]) -> Any:
+    return work()
+
+
 def elsewhere(work: Callable[[], Any]) -> Any:
     """What `work` gives in a thread of its own, which ends with it."""
     with ThreadPoolExecutor(1) as thread:
@@ -27,28 +34,27 @@ def test_a_trainer_loaded_in_one_thread_steps_in_others(compile: str, llama: Pat
     """The same numbers, bit for bit, as in one thread; the moments travel with the trainer."""
     window = [random_batch(0)]
 
-    def at_home(work: Callable[[], Any]) -> Any:
-        return work()
+    def numbers(first: Run, second: Run) -> object:
+        """Load and step by turns in the one and the other."""
+        ready: OpenTrainer = first(lambda: opened(llama, compile=compile, dropout=0.1, checkpointing=True))
+        losses = [run(lambda: ready.step(window, dropout_key=7).loss_sum) for run in (second, first, second)]
+        exported = first(ready.trainer.export_optimizer)
+        return losses, exported.step, {name: moment.tobytes() for name, moment in exported.moments.items()}
 
-    numbers = []
-    for runs in ((at_home,) * 4, (elsewhere, at_home, elsewhere, at_home)):
-        ready = runs[0](lambda: opened(llama, compile=compile, dropout=0.1, checkpointing=True))
-        losses = [run(lambda ready=ready: ready.step(window, dropout_key=7).loss_sum) for run in runs[1:]]
-        exported = elsewhere(ready.trainer.export_optimizer)
-        numbers.append((losses, exported.step, {name: moment.tobytes() for name, moment in exported.moments.items()}))
-    assert numbers[0] == numbers[1]
+    assert numbers(here, here) == numbers(elsewhere, here)
 
 
 def test_every_view_is_open_to_another_thread(llama: Path, opened: Opened) -> None:
-    ready = elsewhere(lambda: opened(llama, weight_format="nf4", block_size=32))
+    ready: OpenTrainer = elsewhere(lambda: opened(llama, weight_format="nf4", block_size=32))
     trainer, batch = ready.trainer, random_batch(0)
     module = next(iter(trainer.linear_modules()))
-    for view in (
+    views: tuple[Callable[[], Any], ...] = (
         lambda: trainer.logits(batch),
         lambda: trainer.dequantized_weight(module),
         lambda: trainer.generate(batch.input_ids[0, :4], max_new_tokens=3),
         lambda: trainer.gradients([batch])[f"base_model.model.{module}.lora_A.weight"],
-    ):
+    )
+    for view in views:
         assert np.array_equal(view(), elsewhere(view))
     snapshot = elsewhere(trainer.export_optimizer)
     trainer.import_optimizer(snapshot)

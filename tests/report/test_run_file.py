@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from qlora_hal.errors import ConfigError
+from qlora_hal.report.html import write_report
 from qlora_hal.report.run_file import (
     Detection,
     RunRecord,
@@ -105,3 +106,136 @@ def test_a_folder_without_a_whole_run_json_is_no_run_folder(tmp_path: Path, cont
     with pytest.raises(ConfigError, match=r"run folder: run\.json does not serve") as caught:
         read_run_config(tmp_path)
     assert (caught.value.code, caught.value.exit_status) == ("QH-S50", 2)
+
+
+@pytest.mark.fault("X11")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "WANDB_KEY",
+        "OPENAI_KEY",
+        "AWS_SECRET_ACCESS_KEY",
+        "AZURE_STORAGE_KEY_1",
+        "SSH_PRIVATE_KEY",
+        "GH_PAT",
+        "NPM_AUTH",
+        "REGISTRY_AUTH",
+        "PGPASSWORD",
+        "DB_PASS",
+        "SSHPASS",
+        "VAULT_TOKEN",
+        "GITLAB_TOKENS",
+        "AWS_CREDENTIALS",
+        "my_secret",
+        "SENTRY_DSN",
+        "SESSION_COOKIE",
+        "CI_JOB_JWT",
+        "STORAGE_CONN_STR",
+        "AZURE_CONNECTION_STRING",
+        "KEY",
+        "API_KEYS",
+    ],
+)
+def test_names_that_say_secret_keep_their_values_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "canary-0123456789")
+    record = replace(
+        record_of({"data": {"path": "rows/canary-0123456789"}}),
+        notes=("said canary-0123456789",),
+        versions={"canary-0123456789": "1"},
+    )
+    write_run_file(tmp_path, record)
+    (tmp_path / "metrics.jsonl").touch()
+    report = write_report(tmp_path)
+    for file in (tmp_path / "run.json", report):
+        assert "canary" not in file.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["PWD", "SSH_AUTH_SOCK", "TOKENIZERS_PARALLELISM", "KEYBOARD_LAYOUT", "COMPASS_PATH"])
+def test_names_that_say_no_secret_are_left_alone(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "ordinary-value")
+    assert redacted("an ordinary-value") == "an ordinary-value"
+
+
+@pytest.mark.fault("X11")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "postgres://ada:canary@host/db",
+        "postgres://ada:can/ary@canary@host/db",
+        "https://canary@github.com/a/b",
+        "mysql://:canary99@host",
+        "Server=db;User Id=ada;Password=canary99;",
+        "AccountKey = canary99==;EndpointSuffix=x",
+        "https://host/x?token=canary99&y=1",
+        "https://host/x?sig=canary99",
+        "api_key=canary99",
+        "hf_token=canary99",
+        "Authorization: Bearer canary.canary.canary99",
+        "github_pat_canaryCANARYcanary012345",
+        "glpat-canarycanary123456",
+        "AKIACANARYCANARY1234",
+        "xoxb-canary-0123456789",
+        "eyJcanarycanary.eyJcanarycanary.canarycanary",
+    ],
+)
+def test_texts_that_look_like_secrets_are_removed(text: str) -> None:
+    said = str(redacted(f"({text})", secrets=()))
+    assert "canary" not in said.lower()
+    assert "[removed]" in said
+
+
+def test_a_password_in_an_address_of_the_environment_is_removed_wherever_it_stands(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgres://ada:canary-0123@host/db")
+    assert redacted("denied: canary-0123") == "denied: [removed]"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://host:8080/a",
+        "a@b.org wrote",
+        "the key is x",
+        "password",
+        "token count = 5",
+        "the bearer of news",
+        "s3://b/k",
+    ],
+)
+def test_ordinary_texts_stay(text: str) -> None:
+    assert redacted(text, secrets=()) == text
+
+
+@pytest.mark.fault("S50")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": "many"},
+        {"steps": True},
+        {"notes": 3},
+        {"timings": []},
+        {"status": 5},
+        {"detection": "none"},
+        {"detection": {"chosen": "x"}},
+        {"detection": {"chosen": "x", "why": "", "reports": 5}},
+        {"eval_loss_before": "x"},
+    ],
+)
+def test_an_edited_record_of_another_kind_is_no_run(tmp_path: Path, changes: dict[str, object]) -> None:
+    write_run_file(tmp_path, record_of({}))
+    content = {**read_run_file(tmp_path), **changes}
+    with pytest.raises(ConfigError, match="QH-S50"):
+        record_from(content)
+
+
+@pytest.mark.fault("S50")
+@pytest.mark.parametrize(
+    "text", ["[" * 90_000, '{"config":' * 900, '{"config": {}, "a": ' + "9" * 5000 + "}", "[]", "\ud800"]
+)
+def test_a_run_file_that_is_deep_large_or_no_record_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.json").write_text(text, encoding="utf-8", errors="surrogatepass")
+    with pytest.raises(ConfigError, match="QH-S50"):
+        read_run_file(tmp_path)

@@ -108,6 +108,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bert": ({}, "is_decoder: false"),
     "roberta": ({}, "is_decoder: false"),
     "gpt2": ({}, "Conv1D"),
+    "cpmant": ({}, "lets every token of a prompt see the whole prompt"),
 }
 
 
@@ -190,6 +191,13 @@ def test_samples_that_an_architecture_would_mix_cannot_share_a_row(
         trainer.step([packed([random_batch(0)])])
     assert refusal.value.code == "QH-B60"
     assert trainer.step([random_batch(0)]).applied
+
+
+def test_experts_that_stay_as_they_are_stored_are_said(tmp_path: Path) -> None:
+    write_drawn_model(tmp_path, "gpt_oss")
+    (note,) = [note for note in outline(source_of(tmp_path), {}).notes if "three dimensions" in note]
+    assert "4 weights of three dimensions" in note
+    assert "are not quantized and carry no LoRA" in note
 
 
 def test_dropout_of_the_base_is_said_to_be_off(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def put_activations_right(causal: Any, source: ModelSource, read: Config) -> Non
 
 
 def _rebuilt(mlp: Any, activation: Activation) -> Module | None:
-    children = mlp.children() if isinstance(mlp, Module) else {}
+    children: Mapping[str, Any] = mlp.children() if isinstance(mlp, Module) else {}  # type: ignore[no-untyped-call]
     linears = {name for name, child in children.items() if isinstance(child, Linear)}
     for names, kind in _shapes():
         if linears == set(names):

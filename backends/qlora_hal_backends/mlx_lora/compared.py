@@ -19,9 +19,9 @@ from qlora_hal_backends.mlx_lora.config_reading import Config, as_transformers_r
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Of one kind of model. `differs` says what is computed otherwise whatever config.json holds. `left_out` are keys
-    that mlx-lm's model takes no notice of, or that it folds into weights, where an adapter misses them; `rope_types` are
-    scalings of rotary position that it does not know."""
+    """Of one kind of model. `differs` says what is computed otherwise, whatever config.json holds. `left_out` are keys
+    that mlx-lm's model takes no notice of, or that it folds into weights, where an adapter misses them; `rope_types`
+    are scalings of rotary position that it does not know."""
 
     differs: str = ""
     left_out: tuple[str, ...] = ()

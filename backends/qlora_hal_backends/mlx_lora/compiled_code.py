@@ -16,9 +16,10 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from threading import Lock
 
 import mlx.core as mx
 
@@ -27,25 +28,52 @@ from qlora_hal.scratch_folder import scratch_folder
 
 FOLDER_PREFIX = "qlora_hal-mlx-"
 KEPT_PREFIX = "qlora_hal-mlx_kept-"
+_VERSION = str(vars(mx)["__version__"])
 _MAPS = Path("/proc/self/maps")
 
 
 @contextmanager
 def compiling_in_own_folder() -> Iterator[None]:
-    """MLX looks for compiled code, and compiles, in this process's folder. `TMPDIR` is as before afterwards: MLX reads
-    it whenever it compiles, and nobody else's files or child processes belong there."""
+    """MLX looks for compiled code, and compiles, in this process's folder. `TMPDIR` is as before when the last caller
+    has left: MLX reads it whenever it compiles, and nobody else's files or child processes belong there."""
     if os.name != "posix" or mx.metal.is_available():
         yield
         return
-    before = os.environ.get("TMPDIR")
-    os.environ["TMPDIR"] = str(_folder_of(os.getpid()).path)
+    path = str(_folder_of(os.getpid()).path)
+    _TMPDIR.enter(path)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["TMPDIR"]
-        else:
-            os.environ["TMPDIR"] = before
+        _TMPDIR.leave()
+
+
+@dataclass(slots=True)
+class _SharedVariable:
+    """The environment is one for all threads: the first to come sets the variable, the last to go puts it back."""
+
+    callers: int = 0
+    before: str | None = None
+    lock: Lock = field(default_factory=Lock)
+
+    def enter(self, value: str) -> None:
+        with self.lock:
+            if self.callers == 0:
+                self.before = os.environ.get("TMPDIR")
+                os.environ["TMPDIR"] = value
+            self.callers += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.callers -= 1
+            if self.callers:
+                return
+            if self.before is None:
+                del os.environ["TMPDIR"]
+            else:
+                os.environ["TMPDIR"] = self.before
+
+
+_TMPDIR = _SharedVariable()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +85,7 @@ class _OwnFolder:
 
     @property
     def code(self) -> Path:
-        return self.path / "mlx" / mx.__version__ / "cpu"
+        return self.path / "mlx" / _VERSION / "cpu"
 
     def leave(self) -> None:
         if os.getpid() != self.process:  # a forked child: the folder is its parent's
@@ -95,9 +123,10 @@ def _folder_of(process: int) -> _OwnFolder:
 def _kept_code() -> Path | None:
     """The folder of whole libraries; None where somebody else could write it."""
     user = Path(tempfile.gettempdir()) / f"{KEPT_PREFIX}{os.getuid()}"
-    kept = user / mx.__version__
+    kept = user / _VERSION
     with suppress(OSError):
-        kept.mkdir(mode=0o700, parents=True, exist_ok=True)
+        user.mkdir(mode=0o700, exist_ok=True)
+        kept.mkdir(mode=0o700, exist_ok=True)
     return kept if _is_private(user) and _is_private(kept) else None
 
 

@@ -159,8 +159,8 @@ _DERIVED: Mapping[str, Callable[[Config], Any]] = {
 
 
 def _product(meant: Config, *names: str) -> int | None:
-    values = [meant.get(name) for name in names]
-    return math.prod(values) if all(isinstance(value, int) for value in values) else None
+    values = [value for name in names if isinstance(value := meant.get(name), int)]
+    return math.prod(values) if len(values) == len(names) else None
 
 
 def _rotated(meant: Config) -> int | None:

@@ -8,8 +8,8 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 _ROUNDED_ROOT = frozenset({"gemma3", "gemma3_text"})
-"""Model types whose embeddings mlx-lm 0.32 multiplies by the root of the hidden size in bfloat16. transformers rounds it
-to the dtype that is computed in, so in float32 they are up to 2^-9 apart."""
+"""Model types whose embeddings mlx-lm 0.32 multiplies by the root of the hidden size in bfloat16. transformers rounds
+it to the dtype that is computed in, so in float32 they are up to 2^-9 apart."""
 
 
 class RescaledEmbedding(Module):

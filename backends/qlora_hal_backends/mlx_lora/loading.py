@@ -6,7 +6,7 @@ and each weight is read, packed and dropped before the next: the 16-bit model ne
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,10 +19,12 @@ from mlx.utils import tree_flatten
 from qlora_hal.backend import Compute, Quantization
 from qlora_hal.errors import ModelError
 from qlora_hal.model.facts import text_config
+from qlora_hal.model.own_dropout import dropout_note
 from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.mlx_lora.architecture import build_model, read_config
 from qlora_hal_backends.mlx_lora.base_weights import BaseWeight
 from qlora_hal_backends.mlx_lora.compared import check_compared
+from qlora_hal_backends.mlx_lora.config_reading import Config
 from qlora_hal_backends.mlx_lora.embedding import put_embedding_right
 from qlora_hal_backends.mlx_lora.head import Head, find_head
 from qlora_hal_backends.mlx_lora.linear_weights import read_base_weight, require_finite
@@ -72,7 +74,13 @@ def assemble(source: ModelSource) -> Assembled:
     }
     _check_complete(causal, weights, source)
     hidden_size = int(text_config(read).get("hidden_size") or 0)
-    return Assembled(causal, window, weights, linears, hidden_size, (*notes, *weights.notes, *window.notes()))
+    return Assembled(
+        causal, window, weights, linears, hidden_size, (*notes, *weights.notes, *window.notes(), *_dropout(read))
+    )
+
+
+def _dropout(read: Config) -> tuple[str, ...]:
+    return tuple(filter(None, [dropout_note(read)]))
 
 
 def load_base(source: ModelSource, quantization: Quantization, compute: Compute) -> BaseModel:
@@ -93,7 +101,14 @@ def load_base(source: ModelSource, quantization: Quantization, compute: Compute)
         linears[weights.origin[path]] = frozen
     _fill_parameters(causal, weights, source, dtype)
     put_embedding_right(causal, source.facts.model_type, assembled.hidden_size, dtype)
-    base_model = BaseModel(causal, find_head(causal), linears, slots, source.facts.architecture, assembled.window)
+    base_model = BaseModel(
+        causal,
+        find_head(causal, source.facts.architecture),
+        linears,
+        slots,
+        source.facts.architecture,
+        assembled.window,
+    )
     if compute.gradient_checkpointing:
         _recompute_layers(base_model)
     return base_model
@@ -162,9 +177,9 @@ def _quantize_places(causal: Any, weights: Weights, source: ModelSource) -> None
 
 
 def _check_complete(causal: Any, weights: Weights, source: ModelSource) -> None:
-    """Raises ModelError QH-M50 with all that is missing or left over, before anything is read."""
+    """Raises ModelError QH-M50 with all that is missing or left over, or for a wrong shape, before anything is read."""
     packed = source.facts.prequantized is not None
-    expected = {name for name, _ in _parameters(causal)}
+    expected = dict(_parameters(causal))
     missing = sorted(name for name in expected if not weights.has(name))
     left = [
         name
@@ -173,9 +188,12 @@ def _check_complete(causal: Any, weights: Weights, source: ModelSource) -> None:
     ]
     if missing or left:
         raise mismatch(source.name, missing, left)
+    for name, parameter in expected.items() if not packed else ():
+        if weights.arrays[name].shape != parameter.shape:
+            raise _shape_mismatch(source.name, name, tuple(weights.arrays[name].shape), tuple(parameter.shape))
 
 
-def _belongs_to_packed(name: str, expected: set[str]) -> bool:
+def _belongs_to_packed(name: str, expected: Collection[str]) -> bool:
     """Whether a tensor describes the packed weight of a module that the model has."""
     module, _, rest = name.partition(".weight.")
     if rest:

@@ -11,7 +11,8 @@ from qlora_hal_backends.mlx_lora.loading import assemble
 
 
 def outline(source: ModelSource, options: Mapping[str, object]) -> ModelOutline:
-    """Raises ModelError as `assemble` does. MLX opens the weight files here, and reads their headers only."""
+    """Raises ModelError as `assemble` does. MLX opens the weight files here and reads their headers; of a
+    tied model that has a head stored, the head and the embedding."""
     assembled = assemble(source)
     here = {assembled.weights.origin[path] for path in assembled.linears}
     shapes = {name: shape for name, shape in source.facts.linear_modules.items() if name in here}

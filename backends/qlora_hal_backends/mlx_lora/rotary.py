@@ -149,8 +149,8 @@ def put_rotary_positions_right(causal: Any, read: Config) -> None:
         for layer in causal.layers:
             attention = layer.self_attn
             dims = int(attention.head_dim * rope.get("partial_rotary_factor", 1.0))
-            attention.rope = RoPE(dims, traditional=True, base=rope["rope_theta"])  # type: ignore[no-untyped-call]
-    if "rope_type" in rope:
+            attention.rope = RoPE(dims, traditional=True, base=rope["rope_theta"])
+    if not any(isinstance(part, Mapping) for part in rope.values()):
         _replace_rotations(causal, rope, config)
         return
     for layer, kind in zip(causal.layers, config.get("layer_types") or (), strict=False):

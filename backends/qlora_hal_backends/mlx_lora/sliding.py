@@ -29,8 +29,8 @@ class MissingWindow:
         if self.tokens is None or self.on_every_layer:
             return ()
         return (
-            f"mlx-lm leaves out the sliding window of {self.tokens} tokens that some layers of {self.architecture} have: "
-            "longer rows are refused (QH-B61)",
+            f"mlx-lm leaves out the sliding window of {self.tokens} tokens that some layers of {self.architecture} "
+            "have: longer rows are refused (QH-B61)",
         )
 
     def applied_to(self, time: int) -> int | None:

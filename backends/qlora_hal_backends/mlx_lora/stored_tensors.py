@@ -73,21 +73,28 @@ def _is_recomputed(name: str, array: mx.array) -> bool:
 def ties_its_head(arrays: Arrays, config: Mapping[str, object], read: Mapping[str, object]) -> bool:
     """Whether the head is the embedding, as transformers 5 decides it: where config.json (`read`: with transformers'
     defaults) says so, unless a head is stored that differs. An equal one is taken out of `arrays`."""
-    heads = [name for name in arrays if _HEAD.search(name)]
+    heads = [name.removesuffix("weight") for name in arrays if _HEAD.search(name)]
     if not heads:
         return text_config(config).get("tie_word_embeddings") is not False
-    embedding = next((array for name, array in arrays.items() if _EMBEDDING.search(name)), None)
-    if not text_config(read).get("tie_word_embeddings") or embedding is None:
+    embedding = next((name.removesuffix("weight") for name in arrays if _EMBEDDING.search(name)), "")
+    if not text_config(read).get("tie_word_embeddings") or not embedding:
         return False
-    if not all(_are_equal(arrays[name], embedding) for name in heads):
+    if not all(_are_equal(_below(head, arrays), _below(embedding, arrays)) for head in heads):
         return False
-    for name in heads:
+    for name in [name for name in arrays if name.startswith(tuple(heads))]:
         del arrays[name]
     return True
 
 
-def _are_equal(one: mx.array, other: mx.array) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype and bool(mx.array_equal(one, other))
+def _below(module: str, arrays: Arrays) -> Arrays:
+    """A module's weight, and the scales and biases of a packed one."""
+    return {name.removeprefix(module): array for name, array in arrays.items() if name.startswith(module)}
+
+
+def _are_equal(one: Arrays, other: Arrays) -> bool:
+    return one.keys() == other.keys() and all(
+        part.dtype == other[name].dtype and bool(mx.array_equal(part, other[name])) for name, part in one.items()
+    )
 
 
 def renamed(arrays: Arrays, causal: Any, source: ModelSource) -> Weights:

@@ -32,6 +32,9 @@ from qlora_hal_backends.torch_family.transformers_versions import (
 _PACKED = re.compile(r"(?P<module>.+)\.(?P<part>qweight|qzeros|scales|g_idx|SCB|weight_format|weight\..+)")
 """What quantized checkpoints store in place of, or beside, a module's weight."""
 
+_NOT_CAUSAL = {"cpmant": "its forward pass lets every token of a prompt see the whole prompt"}
+"""Architectures whose code gives no sign of it; any other is found out when it is loaded (`trial`)."""
+
 _RECOMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.masked_bias$", r"\.attn(\.attention)?\.bias$")
 """Tables that older checkpoints carry and the architecture computes."""
 
@@ -106,6 +109,8 @@ def _built(source: ModelSource, attention: object, dtype: torch.dtype) -> Any:
 
 def _refuse_other_kinds(causal: Any, source: ModelSource) -> None:
     """Encoders that transformers also offers with a language-modeling head: they see the tokens they should predict."""
+    if reason := _NOT_CAUSAL.get(causal.config.model_type):
+        raise _untrained(source, f"It is no causal language model: {reason}.")
     declares = "is_decoder" in getattr(type(causal.config), "__dataclass_fields__", {})
     if declares and not causal.config.is_decoder and _asks_for_decoder(type(causal)):
         raise _untrained(

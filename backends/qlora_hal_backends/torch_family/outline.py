@@ -23,12 +23,22 @@ def outline(source: ModelSource, options: Mapping[str, object]) -> ModelOutline:
 
 def _notes(architecture: Architecture) -> Iterator[str]:
     yield from sentences(architecture.left_out)
-    experts = [parameter for parameter in architecture.causal.parameters() if parameter.dim() == 3]
-    if experts:
-        count = sum(parameter.numel() for parameter in experts)
-        yield (
-            f"{len(experts)} weights of three dimensions with {count:,} parameters (experts, convolutions) are not "
-            "quantized and carry no LoRA"
-        )
+    if note := _experts_note(architecture):
+        yield note
     if note := dropout_note(architecture.causal.config.to_dict()):
         yield note
+
+
+def _experts_note(architecture: Architecture) -> str:
+    """Experts that are one weight of three dimensions: no linear layers, and most of a mixture's parameters. Small
+    convolutions have as many dimensions."""
+    linears = sum(linear.in_features * linear.out_features for linear in architecture.linears.values())
+    parameters = list(architecture.causal.parameters())
+    experts = [parameter.numel() for parameter in parameters if parameter.dim() == 3]
+    share = sum(experts) / (linears + sum(parameter.numel() for parameter in parameters))
+    if share < 0.01:
+        return ""
+    return (
+        f"{sum(experts):,} parameters ({share:.0%} of the model) in {len(experts)} weights of three dimensions, as the "
+        "experts of a mixture have them, are not quantized and carry no LoRA"
+    )

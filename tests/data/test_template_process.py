@@ -1,0 +1,210 @@
+"""A stranger's chat template runs in a process of its own: what it takes is bounded, and how it ends has a type."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from qlora_hal.data import template_process
+from qlora_hal.data.templates import BUILT_IN, ChatTemplate, TemplateFault
+from qlora_hal.errors import DataError, QloraHalError, UnsafeInputError
+
+ASKED = [{"role": "user", "content": "a"}]
+LARGE = "{% set x = 'x' * 16000000 %}"
+WIDE = "{% set x = '\U0001f600' * 4000000 %}"  # four bytes a character, and an object of its own for each
+RANGE = "{% set r = range(60000) %}"
+MOST_SECONDS = 2.0 + template_process._SECONDS_OF_GRACE + 0.5
+"""The limit, the look that notices, and the start of a process."""
+MOST_BYTES = 300 * 10**6
+
+
+def rendered(source: str) -> str:
+    return ChatTemplate(source, "test", {}).render(ASKED)
+
+
+def child_of_templates() -> psutil.Process:
+    found = [child for child in psutil.Process().children() if template_process._CHILD in child.cmdline()]
+    assert len(found) == 1
+    return found[0]
+
+
+def seconds_of_all() -> float:
+    children = sum(sum(child.cpu_times()[:2]) for child in psutil.Process().children())
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children + ended.ru_utime + ended.ru_stime
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """Fails when the process of templates takes more than 300 MB over its start, or all together more than 2 s."""
+    rendered("{{ 1 }}")
+    at_start, started, most, ended = child_of_templates().memory_info().rss, seconds_of_all(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not ended.wait(0.005):
+            for child in psutil.Process().children():
+                try:
+                    most = max(most, child.memory_info().rss)
+                except psutil.Error:
+                    continue
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watching.join()
+    assert most - at_start < MOST_BYTES
+    # The thread that watches takes processor time, too: half of it would be far too much.
+    assert seconds_of_all() - started < 1.5 * MOST_SECONDS
+
+
+@pytest.mark.fault("X04")
+@pytest.mark.parametrize(
+    "source",
+    [
+        # One step that takes long: tests, comparisons, searches.
+        RANGE + "{{ r | select('in', r | list) | list }}",
+        RANGE + "{{ r | map('string') | map('list') | sum(start=[]) | length }}",
+        "{{ ('a' * 8000000).rsplit('b' + 'a' * 4000000) }}",
+        "{{ ('ab' * 4000000).strip('cd' * 999999 + 'ba') }}",
+        "{{ range(99999) | map(attribute='real.' * 3000 ~ 'real') | list }}",
+        LARGE + "{% for i in x if i == 'y' %}{% endfor %}",
+        # One step that makes much.
+        WIDE + "{{ x | list | length }}",
+        WIDE + "{{ x | list | sort | length }}",
+        WIDE + "{{ x | map('upper') | list | length }}",
+        "{{ ('xy ' * 5000000).split() | length }}",
+        "{{ ('xy\n' * 5000000).splitlines() | length }}",
+        LARGE + "{{ x | title | length }}",
+        # Whole numbers of millions of digits.
+        "{{ 2 ** 6000000 // (7 ** 3) }}",
+        "{{ 9 ** 99999999 }}",
+        "{% set n = namespace(i=3) %}{% for i in range(99) %}{% set n.i = n.i * n.i %}{% endfor %}{{ n.i }}",
+        "{% set n = namespace(i=3) %}{% for i in range(99999) %}{% set n.i = n.i - (0 - n.i) %}{% endfor %}{{ n.i }}",
+    ],
+)
+def test_a_step_that_is_long_or_large_ends_within_the_limits(source: str) -> None:
+    with bounded(), pytest.raises(UnsafeInputError, match="QH-X04"):
+        rendered(source)
+
+
+@pytest.mark.fault("X04")
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ none | list }}",
+        "{{ 1 | join }}",
+        "{{ messages | trim | upper | int(0, 99) }}{{ messages | groupby }}",
+        "{{ 'a' | xmlattr }}",
+        "{{ [1, 'a'] | sort }}",
+        "{{ messages | map('nosuch') | list }}",
+        "{{ messages | tojson(separators=1) }}",
+        "{{ namespace(1) }}",
+        "{{ 'a' | truncate('x') }}",
+        "{{ raise_exception() }}",
+        "{{ messages() }}",
+        "{{ 5 in 'a' }}",
+        "{{ strftime_now(1) }}",
+        "{{ range | tojson }}",
+    ],
+)
+def test_filters_and_calls_on_wrong_types_are_faults_of_the_template(source: str) -> None:
+    with pytest.raises(TemplateFault):
+        rendered(source)
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ [1] | random }}", "{{ 'ab' | random }}", "{{ messages | map('random') | list }}"]
+)
+def test_nothing_is_random(source: str) -> None:
+    with pytest.raises((DataError, TemplateFault), match="random"):
+        rendered(source)
+
+
+def test_a_template_that_is_sound_renders_after_one_that_was_ended() -> None:
+    sound = ChatTemplate("{{ messages[0].content ~ '!' }}", "test", {})
+    with pytest.raises(UnsafeInputError):
+        rendered(WIDE + "{{ x | list | length }}")
+    assert sound.render(ASKED) == "a!"
+
+
+def test_a_process_that_was_killed_is_started_again() -> None:
+    sound = ChatTemplate("{{ messages[0].content ~ '!' }}", "test", {})
+    assert sound.render(ASKED) == "a!"
+    child = child_of_templates()
+    child.kill()
+    child.wait()
+    assert sound.render(ASKED) == "a!"
+
+
+def test_a_process_that_is_not_needed_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_process, "_SECONDS_KEPT", 0.05)
+    sound = ChatTemplate("{{ messages[0].content ~ '?' }}", "test", {})
+    template_process._child().end()
+    assert sound.render(ASKED) == "a?"
+    child_of_templates().wait(timeout=60)
+    assert sound.render(ASKED) == "a?"
+
+
+def test_threads_get_their_own_answers() -> None:
+    answers: dict[int, set[str]] = {}
+
+    def ask(number: int) -> None:
+        template = ChatTemplate("{{ messages[0].content }}" + str(number), "test", {})
+        answers[number] = {template.render([{"role": "user", "content": f"{number}:"}]) for _ in range(50)}
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == {number: {f"{number}:{number}"} for number in range(4)}
+
+
+def test_more_templates_than_are_kept_render() -> None:
+    templates = [ChatTemplate("{{ messages[0].content }}" + str(number), "test", {}) for number in range(20)]
+    assert [template.render(ASKED) for template in templates] == [f"a{number}" for number in range(20)]
+
+
+@pytest.mark.parametrize("value", [None, 1.5, {"x": [1, {"y": None}]}, "\ud800", "\ufdd2", 10**30, ["é", "\U0001f600"]])
+def test_values_reach_the_template_as_they_are(value: object) -> None:
+    template = ChatTemplate("{{ messages[0].content is none }}{{ messages[0].content }}", "test", {})
+    assert template.render([{"role": "user", "content": value}]) == f"{value is None}{value}"
+
+
+def test_built_in_templates_need_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    template_process._child().end()
+    assert "a" in ChatTemplate(BUILT_IN["chatml"], "chatml", {}).render(ASKED)
+
+
+@pytest.mark.fault("E66")
+@pytest.mark.parametrize("executable", ["/nowhere/python", "/bin/false"])
+def test_a_process_that_cannot_start_is_told(monkeypatch: pytest.MonkeyPatch, executable: str) -> None:
+    template_process._child().end()
+    monkeypatch.setattr(sys, "executable", executable)
+    with pytest.raises(QloraHalError, match="QH-E66"):
+        rendered("{{ 'never' }}")
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads the environment of a process")
+def test_the_process_has_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_KEY", "canary-wandb-1234567")
+    monkeypatch.setenv("HF_TOKEN", "canary-hub-1234567")
+    template_process._child().end()
+    rendered("{{ 'started' }}")
+    environment = Path(f"/proc/{child_of_templates().pid}/environ").read_bytes()
+    assert b"canary" not in environment
+    assert os.environ["PATH"].encode() in environment
