@@ -24,8 +24,9 @@ _PASSES_OF_A_POINT = 6
 _SIGNALS = {"SIGKILL": 60, "SIGTERM": 13, "SIGINT": 10, "SIGHUP": 9, "SIGUSR1": 8}
 _WAYS = {"phase": 60, "point": 20, "time": 20}
 _TIMING_KEYS = frozenset({"tokens_per_second", "seconds_per_step", "memory_bytes"})
-_NOT_COMPARED = frozenset({"run_id", "config_hash", "metrics"})
-"""What tells one run from another: its id, its configuration with its places, and a hash of its log with its times."""
+_NOT_COMPARED = frozenset({"run_id", "config_hash", "metrics", "content_sha256"})
+"""What tells one run from another: its id, its configuration with its places, a hash of its log with its times, and the
+seal on these."""
 _RESULT_KEYS = ("status", "stopped_because", "steps", "tokens", "eval_loss_before", "eval_loss_after", "eval_loss_best")
 _LEFTOVERS = (".staging", ".pruning", ".replaced", ".tmp-", ".corrupt")
 
@@ -220,7 +221,7 @@ def differences(golden: Mapping[str, Any], found: Mapping[str, Any]) -> list[str
     ]
     names = sorted({*golden["files"], *found["files"]})
     told += [
-        f"different: {name} is {found['files'].get(name)}, was {golden['files'].get(name)}"
+        f"different: {name} has {_apart(found['files'].get(name), golden['files'].get(name))}"
         for name in names
         if golden["files"].get(name) != found["files"].get(name)
     ]
@@ -229,6 +230,13 @@ def differences(golden: Mapping[str, Any], found: Mapping[str, Any]) -> list[str
         first = next(((a, b) for a, b in pairs if a != b), (len(golden["figures"]), len(found["figures"])))
         told.append(f"different: metrics.jsonl has {first[1]}, had {first[0]}")
     return told
+
+
+def _apart(found: object, golden: object) -> str:
+    if isinstance(found, dict) and isinstance(golden, dict):
+        names = sorted(name for name in {*found, *golden} if found.get(name) != golden.get(name))
+        return ", ".join(f"{name} {found.get(name)!r} for {golden.get(name)!r}" for name in names)
+    return f"{found!r} for {golden!r}"
 
 
 def _left_over(run_dir: Path) -> list[str]:

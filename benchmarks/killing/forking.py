@@ -23,7 +23,7 @@ from killing.triggers import Kill, arm
 
 LIMIT_SECONDS = 300.0
 _STATUS_OF_A_CRASH = 99
-_WITH_THREADS = ("gptqmodel", "logbar", "defuser", "device_smi", "tokenicer", "pcre", "datasets", "pyarrow")
+_WITH_THREADS = ("gptqmodel", "logbar", "defuser", "device_smi", "tokenicer", "pcre", "datasets", "pandas", "pyarrow")
 """gptqmodel and what comes with it: a pool of workers, a logger that draws from two threads, Arrow's allocator."""
 
 

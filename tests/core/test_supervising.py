@@ -134,7 +134,7 @@ def test_a_run_that_the_driver_aborts_is_named_and_goes_on(supervised: None, tmp
     """A child that dies by SIGABRT in mid-training, as Metal ends it; then the same command goes on."""
     run = tmp_path / "run"
     changes = {"training.max_steps": 16, "checkpoint.save_steps": 2}
-    killer = threading.Thread(target=abort_after_a_checkpoint, args=(run,))
+    killer = threading.Thread(target=abort_after_a_checkpoint, args=(run,), daemon=True)
     killer.start()
     with pytest.raises(OutOfMemoryError, match="ended by SIGABRT") as caught:
         train(settings(run, **changes), console=RunConsole(quiet=True))
@@ -155,12 +155,9 @@ def ask_when_it_is_handed_on(number: signal.Signals, before: object) -> None:
 
 
 def abort_after_a_checkpoint(run: Path) -> None:
-    owner = run / "run.lock.json"
-    for _ in range(1200):
-        if (run / "checkpoints" / "step-00000002").is_dir():
-            os.kill(json.loads(owner.read_text())["pid"], signal.SIGABRT)
-            return
+    while not (run / "checkpoints" / "step-00000002").is_dir():
         time.sleep(0.05)
+    os.kill(json.loads((run / "run.lock.json").read_text())["pid"], signal.SIGABRT)
 
 
 @pytest.mark.fault("S24")

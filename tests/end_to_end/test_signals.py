@@ -132,7 +132,7 @@ def test_a_supervised_run_tells_the_same_through_its_parent(tmp_path: Path, monk
     monkeypatch.setattr(discovery, "listed", lambda *more: (supervised,))
     monkeypatch.delenv(SUPERVISED_VARIABLE, raising=False)
     run = tmp_path / "run"
-    sender = threading.Thread(target=signal_twice_after_a_checkpoint, args=(run,))
+    sender = threading.Thread(target=signal_twice_after_a_checkpoint, args=(run,), daemon=True)
     sender.start()
     changes = {"training.gradient_accumulation_steps": 20, "training.per_device_train_batch_size": 8}
     with pytest.raises(EndedAtOnce) as caught:
@@ -143,11 +143,9 @@ def test_a_supervised_run_tells_the_same_through_its_parent(tmp_path: Path, monk
 
 
 def signal_twice_after_a_checkpoint(run: Path) -> None:
-    for _ in range(1200):
-        if (run / "checkpoints" / "step-00000001").is_dir():
-            owner = json.loads((run / "run.lock.json").read_text())["pid"]
-            os.kill(owner, signal.SIGTERM)
-            time.sleep(0.2)
-            os.kill(owner, signal.SIGTERM)
-            return
+    while not (run / "checkpoints" / "step-00000001").is_dir():
         time.sleep(0.05)
+    owner = json.loads((run / "run.lock.json").read_text())["pid"]
+    os.kill(owner, signal.SIGTERM)
+    time.sleep(0.2)
+    os.kill(owner, signal.SIGTERM)
