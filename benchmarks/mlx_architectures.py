@@ -154,6 +154,8 @@ def outcome_of(model: Any) -> str:
                 apart = max(distances(trainer, model))
         except QloraHalError as refusal:
             return refusal.code
+        except Exception as error:  # untyped: a fault
+            return f"failed: {type(error).__name__}: {error}".splitlines()[0][:120]
     return "equal" if apart <= TOLERANCE else "differs"
 
 

@@ -11,10 +11,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from small_runs import SMALL, merged
+from tiny_models import write_model
 
 from qlora_hal import TrainResult, resume, train
 from qlora_hal.demo import data_path
 from qlora_hal.discovery import open_trainer
+from qlora_hal.errors import ModelError
 from qlora_hal.report.console import RunConsole
 from qlora_hal_backends.mlx_lora import SPEC, device
 
@@ -46,6 +48,13 @@ def test_the_same_call_gives_the_losses_of_torch(tmp_path: Path) -> None:
     # A loss is a mean of some 60 differences of logits, each off by at most 2.2e-5 of the largest, which is about 10
     # (test_architectures); their errors are of either sign.
     assert np.allclose([loss for _, loss in ours.losses], [loss for _, loss in theirs.losses], rtol=0, atol=1e-4)
+
+
+def test_a_model_that_mlx_lm_computes_otherwise_is_refused_before_data_are_read(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", "jamba")
+    with pytest.raises(ModelError, match="does not compute what this config") as caught:
+        run(tmp_path / "run", "mlx_lora", dry_run=True, model__name_or_path=str(model), data__path="/no/such/file")
+    assert caught.value.code == "QH-M51"
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ class Head:
 _TRIAL_TOKENS = (0, 1, 2)
 
 
-_FAILURES = (TypeError, ValueError, AttributeError, IndexError, KeyError)
+_FAILURES = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, AssertionError)
 
 
 def find_head(causal: Any, architecture: str) -> Head | None:
