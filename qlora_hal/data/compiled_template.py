@@ -19,8 +19,8 @@ _LONGEST_FAULT = 500
 class _MarkingSandbox(Sandbox):
     """The sandbox, with marks in every loop."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *, quick: bool) -> None:
+        super().__init__(quick=quick)
         self.filters.update(LOOP_FILTERS)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
@@ -33,9 +33,9 @@ class _MarkingSandbox(Sandbox):
 class CompiledTemplate:
     """One template in a sandbox of its own. Its size and its output are bounded by ChatTemplate."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, *, quick: bool = False) -> None:
         """Raises TemplateFault when it is no template, TooMuch."""
-        self._sandbox = _MarkingSandbox()
+        self._sandbox = _MarkingSandbox(quick=quick)
         self._sandbox.begin(0, turns=0)
         try:
             self._compiled = self._sandbox.from_string(source)

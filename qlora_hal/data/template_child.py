@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import suppress
@@ -54,10 +55,11 @@ class _Templates:
     def answer(self, request: Mapping[str, Any]) -> dict[str, object]:
         try:
             if "source" in request:
+                started = time.thread_time()
                 self._kept[request["key"]] = CompiledTemplate(request["source"])
                 if len(self._kept) > _MOST_KEPT:
                     self._kept.popitem(last=False)
-                return {}
+                return {"seconds": time.thread_time() - started}
             template = self._kept.get(request["key"])
             if template is None:
                 return {"unknown": True}

@@ -22,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from qlora_hal.data.compiled_template import CompiledTemplate
 from qlora_hal.data.template_sandbox import (
     Looked,
     StandIn,
@@ -39,6 +40,7 @@ _CHILD = "qlora_hal.data.template_child"
 _MEMORY_FLOOR, _MEMORY_PER_BYTE = 192 * 2**20, 64
 _SECONDS_BETWEEN_LOOKS = 0.02
 _SECONDS_KEPT = 20.0
+_QUICK_TO_COMPILE, _MOST_DECLINED = 0.25, 8
 _ENDINGS = ("out_of_memory", "too_much", "fault")
 _SECONDS_OF_GRACE = 0.25
 """What the process may take beyond the sandbox's own limit, whose message says more."""
@@ -49,6 +51,30 @@ def memory_allowed(request_bytes: int) -> int:
     return _MEMORY_FLOOR + _MEMORY_PER_BYTE * request_bytes
 
 
+class StrangersTemplate:
+    """A template that is rendered here while it does nothing but what is quick, else in the child process."""
+
+    def __init__(self, source: str) -> None:
+        """Raises TemplateFault when it is no template, TooMuch."""
+        self._contained = ContainedTemplate(source)
+        self._quick: CompiledTemplate | None = None
+        self._declined = 0
+        if self._contained.seconds_to_compile < _QUICK_TO_COMPILE:
+            with suppress(TooMuch, TemplateFault):  # this thread's stack may be deeper than that of the child
+                self._quick = CompiledTemplate(source, quick=True)
+
+    def render(self, variables: Mapping[str, object], *, turns: int, most: int) -> str:
+        """As CompiledTemplate."""
+        if self._quick is not None:
+            try:
+                return self._quick.render(variables, turns=turns, most=most)
+            except TooMuch:
+                self._declined += 1
+                if self._declined == _MOST_DECLINED:
+                    self._quick = None
+        return self._contained.render(variables, turns=turns, most=most)
+
+
 class ContainedTemplate:
     """A template that is compiled and rendered in the child process."""
 
@@ -56,7 +82,7 @@ class ContainedTemplate:
         """Raises TemplateFault when it is no template, TooMuch."""
         self._key = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
         self._compiling = json.dumps({"key": self._key, "source": source})
-        _child().ask([self._compiling])
+        self.seconds_to_compile: float = _child().ask([self._compiling])["seconds"]
 
     def render(self, variables: Mapping[str, object], *, turns: int, most: int) -> str:
         """As CompiledTemplate. Stand-ins among the variables are told what was done with them."""

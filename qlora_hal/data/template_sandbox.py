@@ -35,6 +35,10 @@ templates collect texts and look through all messages at every message. What is 
 SECONDS_OF_FLOOR, SECONDS_FACTOR, SECONDS_FACTOR_PER_TURN = 1.75, 2e-6, 4e-7
 """Processor time of a rendering, and what each character of the input adds to it, and each turn for each character."""
 
+QUICK_SIZE, QUICK_SIZE_FACTOR, QUICK_SECONDS, QUICK_SECONDS_FACTOR = 2**20, 64, 0.1, 2e-6
+"""What a quick rendering may make and take, and what each character of its input adds. What is published uses a tenth
+of it; whatever needs more is rendered again elsewhere, with the limits above."""
+
 TEMPLATE_DATE = date(2024, 7, 26)
 """What `strftime_now` tells: one fixed day (the one that Llama 3.2's template falls back to), for a run that renders
 the date of its preparation cannot be repeated."""
@@ -50,6 +54,18 @@ _WIDE = {"%": re.compile(r"\d{5}|%[-#0 +\d.]*\*"), "{": re.compile(r"\d{5}|\{[^{
 """A width of five digits or one that an argument gives, in both kinds of format."""
 _NO_METHODS = frozenset({"center", "encode", "expandtabs", "ljust", "rjust", "to_bytes", "translate", "zfill"})
 _NO_FILTERS = ("batch", "center", "pprint", "random", "slice", "urlize", "wordwrap")
+_QUICK_FILTERS = {
+    "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "indent", "int", "items",
+    "join", "last", "length", "list", "lower", "map", "reject", "rejectattr", "replace", "round", "safe", "select",
+    "selectattr", "string", "title", "tojson", "trim", "upper",
+}  # fmt: skip
+_QUICK_METHODS = {
+    "capitalize", "endswith", "find", "isdigit", "join", "lower", "lstrip", "replace", "rstrip", "split",
+    "startswith", "strip", "title", "upper",
+}  # fmt: skip
+_QUICK_METHODS_OF_MAPPINGS = frozenset({"get", "items", "keys", "values"})
+_QUICK_ARGUMENT = 64  # characters: `strip` compares each of a text with each of its argument
+_PART_SIZE = 64  # bytes of a text of its own
 _OF_COMPILER = ("_loop_vars", "_block_vars")
 _NO_GLOBALS = ("lipsum", "cycler", "joiner")
 
@@ -129,12 +145,13 @@ class _Current(threading.local):
 
 
 class _Compiler(jinja2.compiler.CodeGenerator):
-    """Writes the calls that measure what no method of the environment sees: literals, slices, `~`, turns of loops."""
+    """Writes the calls that measure what no method of the environment sees: literals, slices, `~`, comparisons, turns
+    of loops."""
 
     def visit(self, node: jinja2.nodes.Node, *args: Any, **kwargs: Any) -> None:
         if isinstance(node, jinja2.nodes.For):
             _measure_turns(node)
-        if not _makes_collection(node):
+        if not _is_measured(node):
             super().visit(node, *args, **kwargs)
             return
         self.write("environment.made(")
@@ -153,12 +170,13 @@ class _Compiler(jinja2.compiler.CodeGenerator):
         self.write(")")
 
 
-def _makes_collection(node: jinja2.nodes.Node) -> bool:
+def _is_measured(node: jinja2.nodes.Node) -> bool:
+    """Whether a node makes a collection, or compares: what no method of the environment sees."""
     if isinstance(node, jinja2.nodes.Getitem):
         return isinstance(node.arg, jinja2.nodes.Slice)
     if isinstance(node, jinja2.nodes.Tuple):
         return node.ctx == "load"
-    return isinstance(node, jinja2.nodes.List | jinja2.nodes.Dict)
+    return isinstance(node, jinja2.nodes.List | jinja2.nodes.Dict | jinja2.nodes.Compare)
 
 
 def _measure_turns(loop: jinja2.nodes.For) -> None:
@@ -173,16 +191,18 @@ def _measure_turns(loop: jinja2.nodes.For) -> None:
 class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """Templates compiled here can reach nothing but what they are given, and raise TooMuch beyond the limits.
 
-    Trimming and the loop controls are what transformers renders with.
+    A `quick` one takes only steps whose time grows with their input and is bounded with it, and far less of everything:
+    it may run in this process. Trimming and the loop controls are what transformers renders with.
     """
 
     code_generator_class = _Compiler
     intercepted_binops = frozenset({"+", "-", "*", "/", "//", "**", "%"})
 
-    def __init__(self) -> None:
+    def __init__(self, *, quick: bool = False) -> None:
         extensions = [_Generation, "jinja2.ext.loopcontrols"]
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=self.made)
         self._current = _Current()
+        self._quick = quick
         self.filters["tojson"] = self._to_json
         self.filters["format"] = self._format
         for name in _NO_FILTERS:
@@ -197,8 +217,11 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def begin(self, given: int, turns: int) -> None:
         """Start a rendering of this thread; `given` is the size of its input."""
-        size = SIZE_FLOOR + given * (SIZE_FACTOR + SIZE_FACTOR_PER_TURN * turns)
-        seconds = seconds_allowed(given, turns)
+        if self._quick:
+            size, seconds = QUICK_SIZE + given * QUICK_SIZE_FACTOR, QUICK_SECONDS + given * QUICK_SECONDS_FACTOR
+        else:
+            size = SIZE_FLOOR + given * (SIZE_FACTOR + SIZE_FACTOR_PER_TURN * turns)
+            seconds = seconds_allowed(given, turns)
         self._current.left = _Left(size, seconds, time.thread_time() + seconds)
 
     def made(self, value: _Value) -> _Value:
@@ -213,6 +236,10 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if time.thread_time() > left.until:
             raise TooMuch(f"runs longer than {left.seconds:.3g} seconds")
         return value
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        self.made(None)  # the path of an attribute can have thousands of parts
+        return super().getitem(obj, argument)
 
     def count_turn(self, literal: str) -> bool:
         """Count a turn of a loop and the text that stands in it; always true. Raises TooMuch."""
@@ -242,23 +269,43 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def call(__self, __context: jinja2.runtime.Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         name, owner = getattr(__obj, "__name__", ""), getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)
+        if __self._quick and not __self._is_quick(__obj, name, owner, args):
+            raise TooMuch(f"calls {name}")
         if isinstance(owner, str):
             if name in ("format", "format_map"):
                 given = [value for key, value in kwargs.items() if key not in _OF_COMPILER]
                 __self._refuse_wide_format(owner, "{", [*args, *given])
             elif name == "replace":
                 __self._refuse_above_left(_replaced(owner, *args))
+            elif name == "split":
+                __self._refuse_above_left(_split(owner, *args[:1]))
             elif name == "join":
                 args = tuple(map(_at_hand, args))
                 __self._refuse_above_left(sum(_joined(values, owner) for values in args))
         return __self.made(super().call(__context, __obj, *args, **kwargs))
 
+    def _is_quick(self, function: Any, name: str, owner: object, args: tuple[Any, ...]) -> bool:
+        """Whether a call ends soon: those of macros and of our own, and of methods that go once over their text."""
+        if isinstance(owner, str):
+            short = all(str.__len__(arg) <= _QUICK_ARGUMENT for arg in args if isinstance(arg, str))
+            return name in _QUICK_METHODS and (short or not name.endswith("strip"))
+        if isinstance(owner, Mapping):
+            return name in _QUICK_METHODS_OF_MAPPINGS
+        if function is self.globals["strftime_now"]:
+            return all(str.__len__(arg) <= _QUICK_ARGUMENT for arg in args if isinstance(arg, str))
+        ours = (self.globals[known] for known in ("range", "namespace", "raise_exception"))
+        is_ours = any(function is known for known in ours) or isinstance(owner, _Generation) or name == "count_turn"
+        return is_ours or isinstance(function, jinja2.runtime.Macro)
+
     def _measured(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         estimate = _ESTIMATES.get(name)
         passed = 1 if hasattr(function, "jinja_pass_arg") else 0
+        is_quick = name in _QUICK_FILTERS or name.startswith("is ")
 
         @functools.wraps(function)
         def measured(*args: Any, **kwargs: Any) -> Any:
+            if self._quick and not is_quick:
+                raise TooMuch(f"uses {name}")
             if estimate is not None:
                 args = (*args[:passed], *map(_at_hand, args[passed:]))
                 self._refuse_above_left(estimate(*args[passed:], **kwargs))
@@ -324,6 +371,15 @@ def _joined(values: object, between: object = "", attribute: object = None) -> i
     return size_of(values) + count * size_of(between)
 
 
+def _split(text: str, separator: object = None) -> int:
+    parts = str.count(text, separator) if isinstance(separator, str) and separator else str.__len__(text) // 2
+    return str.__len__(text) + _PART_SIZE * (parts + 1)
+
+
+def _listed(value: object) -> int:
+    return _PART_SIZE * str.__len__(value) if isinstance(value, str) else 0
+
+
 def _indented(text: object, width: object = 4, first: object = False, blank: object = False) -> int:
     text = str(text)
     return str.__len__(text) + (1 + str.count(text, "\n")) * _width(width)
@@ -342,6 +398,7 @@ _ESTIMATES: Mapping[str, Callable[..., int]] = {
     "join": _joined,
     "indent": _indented,
     "round": _rounded,
+    "list": _listed,
 }
 """What filters make at most, where that is not about the size of their input."""
 

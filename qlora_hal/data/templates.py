@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from qlora_hal.data.compiled_template import MAX_OUTPUT_FACTOR, MAX_OUTPUT_FLOOR, CompiledTemplate
-from qlora_hal.data.template_process import ContainedTemplate
+from qlora_hal.data.template_process import StrangersTemplate
 from qlora_hal.data.template_sandbox import TemplateFault, TooMuch
 from qlora_hal.data.turn_marks import Rendering, rendering_of
 from qlora_hal.errors import DataError, UnsafeInputError
@@ -126,7 +126,7 @@ class ChatTemplate:
         self.source, self.name = source, name
         self._variables = dict(variables)
         try:
-            self._compiled = (CompiledTemplate if source in BUILT_IN.values() else ContainedTemplate)(source)
+            self._compiled = (CompiledTemplate if source in BUILT_IN.values() else StrangersTemplate)(source)
         except TooMuch as error:
             raise _too_much(name, error) from error
         except TemplateFault as error:

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from qlora_hal.data import template_process
+from qlora_hal.data.template_sandbox import GENERATION_END, GENERATION_START, CompiledTemplate, TooMuch
 from qlora_hal.data.templates import BUILT_IN, ChatTemplate, TemplateFault
 from qlora_hal.errors import DataError, QloraHalError, UnsafeInputError
 
@@ -22,6 +23,8 @@ ASKED = [{"role": "user", "content": "a"}]
 LARGE = "{% set x = 'x' * 16000000 %}"
 WIDE = "{% set x = '\U0001f600' * 4000000 %}"  # four bytes a character, and an object of its own for each
 RANGE = "{% set r = range(60000) %}"
+NOT_QUICK = "{{{{ (messages[0].content ~ '{}') | reverse }}}}"
+"""A sound template that has a step which is left to the process."""
 MOST_SECONDS = 2.0 + template_process._SECONDS_OF_GRACE + 0.5
 """The limit, the look that notices, and the start of a process."""
 MOST_BYTES = 300 * 10**6
@@ -134,35 +137,35 @@ def test_nothing_is_random(source: str) -> None:
 
 
 def test_a_template_that_is_sound_renders_after_one_that_was_ended() -> None:
-    sound = ChatTemplate("{{ messages[0].content ~ '!' }}", "test", {})
+    sound = ChatTemplate(NOT_QUICK.format("!"), "test", {})
     with pytest.raises(UnsafeInputError):
         rendered(WIDE + "{{ x | list | length }}")
-    assert sound.render(ASKED) == "a!"
+    assert sound.render(ASKED) == "!a"
 
 
 def test_a_process_that_was_killed_is_started_again() -> None:
-    sound = ChatTemplate("{{ messages[0].content ~ '!' }}", "test", {})
-    assert sound.render(ASKED) == "a!"
+    sound = ChatTemplate(NOT_QUICK.format("!"), "test", {})
+    assert sound.render(ASKED) == "!a"
     child = child_of_templates()
     child.kill()
     child.wait()
-    assert sound.render(ASKED) == "a!"
+    assert sound.render(ASKED) == "!a"
 
 
 def test_a_process_that_is_not_needed_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_process, "_SECONDS_KEPT", 0.05)
-    sound = ChatTemplate("{{ messages[0].content ~ '?' }}", "test", {})
+    sound = ChatTemplate(NOT_QUICK.format("?"), "test", {})
     template_process._child().end()
-    assert sound.render(ASKED) == "a?"
+    assert sound.render(ASKED) == "?a"
     child_of_templates().wait(timeout=60)
-    assert sound.render(ASKED) == "a?"
+    assert sound.render(ASKED) == "?a"
 
 
 def test_threads_get_their_own_answers() -> None:
     answers: dict[int, set[str]] = {}
 
     def ask(number: int) -> None:
-        template = ChatTemplate("{{ messages[0].content }}" + str(number), "test", {})
+        template = ChatTemplate(NOT_QUICK.format(number), "test", {})
         answers[number] = {template.render([{"role": "user", "content": f"{number}:"}]) for _ in range(50)}
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
@@ -174,14 +177,68 @@ def test_threads_get_their_own_answers() -> None:
 
 
 def test_more_templates_than_are_kept_render() -> None:
-    templates = [ChatTemplate("{{ messages[0].content }}" + str(number), "test", {}) for number in range(20)]
-    assert [template.render(ASKED) for template in templates] == [f"a{number}" for number in range(20)]
+    templates = [ChatTemplate(NOT_QUICK.format(number), "test", {}) for number in range(20)]
+    assert [template.render(ASKED) for template in templates] == [
+        f"{number}a"[::-1][::-1] if number < 10 else f"{str(number)[::-1]}a" for number in range(20)
+    ]
 
 
 @pytest.mark.parametrize("value", [None, 1.5, {"x": [1, {"y": None}]}, "\ud800", "\ufdd2", 10**30, ["é", "\U0001f600"]])
 def test_values_reach_the_template_as_they_are(value: object) -> None:
-    template = ChatTemplate("{{ messages[0].content is none }}{{ messages[0].content }}", "test", {})
-    assert template.render([{"role": "user", "content": value}]) == f"{value is None}{value}"
+    asked = [{"role": "user", "content": value}]
+    for otherwise in ("", "{{ 'a' | reverse }}"):
+        template = ChatTemplate("{{ messages[0].content is none }}{{ messages[0].content }}" + otherwise, "test", {})
+        assert template.render(asked).removesuffix("a") == f"{value is None}{value}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages if m.role == 'user' %}{{ m.content.split('</x>')[-1].strip('\\n') | trim }}{% endfor %}",
+        "{% set n = namespace(i=0) %}{% for m in messages[::-1] %}{% set n.i = n.i + 1 %}{% endfor %}{{ n.i * 2 }}",
+        "{% macro f(x) %}{{ x | upper }}{% endmacro %}{{ f('a') ~ (messages | tojson(indent=2)) }}",
+        "{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | join(', ') }}",
+        "{{ strftime_now('%Y') }}{{ '%d of %s' % (1, 'x') }}{% generation %}b{% endgeneration %}",
+    ],
+)
+def test_what_published_templates_do_needs_no_process(source: str) -> None:
+    template = ChatTemplate(source, "test", {})
+    quick = template.render(ASKED)
+    template_process._child().end()
+    assert template.render(ASKED) == quick
+    assert not [child for child in psutil.Process().children() if template_process._CHILD in child.cmdline()]
+    assert template._compiled._contained.render(  # type: ignore[union-attr]
+        {"messages": ASKED, "tools": None, "add_generation_prompt": False}, turns=1, most=9999
+    ).replace(GENERATION_START, "").replace(GENERATION_END, "") == quick.replace(GENERATION_START, "").replace(
+        GENERATION_END, ""
+    )
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'abc' | sort | join }}",
+        "{{ 'a'['rfind']('a') }}",
+        "{% set k = 'rf' ~ 'ind' %}{% set d = {'split': 'a'[k]} %}{{ d.split('a') }}",
+        "{% set f = 'a'.rfind %}{{ f('a') }}",
+        "{% set n = namespace(split='a'.rfind) %}{{ n.split('a') }}",
+        "{% macro f(range) %}{{ range('a') }}{% endmacro %}{{ f('a'.rfind) }}",
+        "{{ 'a'.strip('b' * 65) }}",
+        "{{ ['a'] | map('reverse') | list }}",
+        "{{ 'x' * 2000000 }}",
+        "{{ ('a' * 20000) | list | length }}",
+        "{% for i in range(99999) %}{% endfor %}",
+        "{{ [" + ", ".join(["'a' * 99 ~ 'b' in 'a' * 999999"] * 900) + "] }}",
+    ],
+)
+def test_what_could_take_long_is_left_to_the_process(source: str) -> None:
+    started = time.thread_time()
+    quick = CompiledTemplate(source, quick=True)
+    compiled = time.thread_time()
+    with pytest.raises(TooMuch):
+        quick.render({"messages": ASKED}, turns=1, most=9999)
+    assert time.thread_time() - compiled < 1.0
+    assert compiled - started < 2.0
 
 
 def test_built_in_templates_need_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
