@@ -48,6 +48,7 @@ CORE_TESTS = (
     "checkpoint/test_saving_and_loading.py",
     "report",
 )
+SELECTED = "not long and not needs_triton and not needs_gptqmodel"
 DEMO = ("train", "--demo", "--overwrite", "--training.max_steps", "4")
 SECTION = "40"
 REFERENCE = "qlora_hal_conformance.reference_backend:SPEC"
@@ -147,7 +148,7 @@ def steps(
     python = str(environment / "bin" / "python")
     run = partial(succeeds, environment)
     section = partial(section_passes, environment)
-    pytest = [python, "-m", "pytest", "-q", "-n", os.environ.get("WORKERS", "2"), "-m", "not long and not needs_triton"]
+    pytest = [python, "-m", "pytest", "-q", "-n", os.environ.get("WORKERS", "2"), "-m", SELECTED]
     venv = [uv(), "venv", "--quiet", "--clear", "--no-python-downloads", "--python", interpreter.path]
     yield "make", lambda: run([*venv, str(environment)])
     yield "install", lambda: run(install(python, versions, part))

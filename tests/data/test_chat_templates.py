@@ -186,10 +186,11 @@ def test_reasoning_is_trained_where_the_template_writes_it_and_told_where_it_doe
 @pytest.mark.parametrize("given", ["reasoning_content", "thinking", "reasoning"])
 @pytest.mark.parametrize("read", ["reasoning_content", "thinking"])
 def test_reasoning_is_one_thing_under_any_of_its_names(given: str, read: str, render: Render) -> None:
-    source = CALLING.replace("reasoning_content", read)
-    found = render(source, [said("user", "Two and two?"), said("assistant", "Four.", **{given: "2+2=4"})])
+    """transformers fills one in from another too, but not in every release that is allowed: it is given what is read."""
+    source, asked = CALLING.replace("reasoning_content", read), said("user", "Two and two?")
+    found = render(source, [asked, said("assistant", "Four.", **{given: "2+2=4"})])
     assert found.trained == [f"<think>2+2=4</think>Four.{END}"]
-    assert found.ids == found.theirs(tokenize=True)
+    assert found.ids == found.theirs([asked, said("assistant", "Four.", **{read: "2+2=4"})], tokenize=True)
     assert found.alerts == []
 
 
@@ -230,7 +231,7 @@ def test_what_a_generation_prompt_holds_is_never_trained(render: Render) -> None
     messages = [said("user", "a"), said("assistant", "<b>"), said("user", "c"), said("assistant", "d", thinking="e")]
     found = render(OPENING_THOUGHT, messages)
     assert found.trained == [f"<b>{END}", f"e\n</think>\n\nd{END}"]
-    assert found.ids == found.theirs(tokenize=True)
+    assert found.ids == found.theirs([*messages[:-1], said("assistant", "d", reasoning_content="e")], tokenize=True)
 
 
 def test_an_empty_thinking_part_that_the_template_writes_is_trained_and_noted(render: Render) -> None:

@@ -202,6 +202,7 @@ def test_a_tied_head_is_written_once_and_other_shared_tensors_under_each_name(
     assert "2 names" in tied.notes[1]
 
 
+@pytest.mark.needs_gptqmodel
 def test_a_gptq_checkpoint_keeps_its_file_name_and_decodes_the_same(tmp_path: Path) -> None:
     folder = tmp_path / "gptq"
     name = "gptq_model-4bit-64g.safetensors"
