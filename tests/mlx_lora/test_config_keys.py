@@ -174,7 +174,6 @@ def test_a_key_that_is_absent_means_what_it_means_to_transformers(key: str, tmp_
     [
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave = false"),
         ("falcon_h1", {"key_multiplier": 0.3}, "key_multiplier = 0.3"),  # folded into a weight: an adapter misses it
-        ("falcon_h1", {"lm_head_multiplier": 0.1}, "lm_head_multiplier = 0.1"),
         ("gemma3_text", {"num_hidden_layers": 6, "final_logit_softcapping": 3.0}, "final_logit_softcapping = 3.0"),
         ("cohere2", {"layer_types": ["full_attention"] * 4}, "layer_types = "),
         ("jamba", {}, "something else than transformers"),

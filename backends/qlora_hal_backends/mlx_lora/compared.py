@@ -44,7 +44,7 @@ def check_compared(source: ModelSource, read: Config) -> tuple[str, ...]:
     found = findings().get(source.facts.model_type)
     if found is None:
         return (f"{source.facts.architecture or source.facts.model_type}: its logits in mlx-lm were not compared with "
-                "those of transformers.",)  # fmt: skip
+                "those of transformers for every key of config.json.",)  # fmt: skip
     if found.differs:
         raise _refused(source, f"It computes something else than transformers: {found.differs}.")
     if wrong := [*_left_out(source.facts.config, read, found), *_unknown_scaling(read, found)]:
