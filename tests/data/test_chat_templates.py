@@ -186,7 +186,7 @@ def test_reasoning_is_trained_where_the_template_writes_it_and_told_where_it_doe
 @pytest.mark.parametrize("given", ["reasoning_content", "thinking", "reasoning"])
 @pytest.mark.parametrize("read", ["reasoning_content", "thinking"])
 def test_reasoning_is_one_thing_under_any_of_its_names(given: str, read: str, render: Render) -> None:
-    """transformers fills one in from another too, but not in every release that is allowed: it is given what is read."""
+    """transformers fills one in from another too, but not every allowed release does: it is given what is read."""
     source, asked = CALLING.replace("reasoning_content", read), said("user", "Two and two?")
     found = render(source, [asked, said("assistant", "Four.", **{given: "2+2=4"})])
     assert found.trained == [f"<think>2+2=4</think>Four.{END}"]
