@@ -47,7 +47,8 @@ def write_report(run_dir: Path) -> Path:
     from qlora_hal.report.durable import replace_file
 
     path = run_dir / REPORT_FILE
-    replace_file(path, render_report(read_run_file(run_dir), read_series(run_dir), run_dir.resolve().name).encode())
+    page = render_report(read_run_file(run_dir), read_series(run_dir), run_dir.resolve().name)
+    replace_file(path, page.encode("utf-8", "replace"))  # a name or an answer can hold half of a character
     return path
 
 

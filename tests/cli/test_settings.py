@@ -327,7 +327,7 @@ def test_a_file_that_would_take_memory_or_time_is_refused_at_once(
         ("run.yaml", "a: !!bool x"),
         ("run.yaml", "a: !!timestamp x"),
         ("run.yaml", "{a: 1}: 3"),
-        ("run.json", '{"a": ' + "9" * 5_000 + "}"),
+        ("run.json", '{"training": {"seed": ' + "9" * 4_000 + "}}"),
     ],
 )
 def test_a_value_that_its_format_cannot_hold_makes_the_file_malformed(tmp_path: Path, name: str, text: str) -> None:
@@ -342,7 +342,6 @@ def test_a_value_that_its_format_cannot_hold_makes_the_file_malformed(tmp_path: 
     [
         ("run.yaml", "training:\n  seed: 0x" + "f" * 50_000),
         ("run.toml", "[training]\nseed = 0x" + "f" * 50_000),
-        ("run.json", '{"training": {"seed": ' + "9" * 4_000 + "}}"),
     ],
 )
 def test_a_number_of_thousands_of_digits_is_told_by_its_length(tmp_path: Path, name: str, text: str) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 import struct
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from report.conftest import run_record, write_metrics
 
 from qlora_hal.report import figures
 from qlora_hal.report.curves import write_loss_png
 from qlora_hal.report.html import flat_rows, write_report
+from qlora_hal.report.run_file import write_run_file
 from qlora_hal.report.svg import Curve, chart, round_ticks
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -184,3 +187,9 @@ def test_numbers_read_as_people_write_them(said: str, meant: str) -> None:
 
 def test_a_long_list_is_cut_with_its_count() -> None:
     assert flat_rows({"rows": list(range(20))}) == [("rows", "0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11\n... and 8 more")]
+
+
+def test_half_of_a_character_does_not_stop_the_page(tmp_path: Path) -> None:
+    write_metrics(tmp_path / "metrics.jsonl")
+    write_run_file(tmp_path, replace(run_record(), notes=("half \ud800 of one",)))
+    assert "half ? of one" in write_report(tmp_path).read_text(encoding="utf-8")

@@ -170,3 +170,11 @@ def test_a_log_is_as_readable_as_its_folder_after_a_repair(tmp_path: Path) -> No
     fresh.touch()
     MetricsFile(path).close()
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(fresh.stat().st_mode)
+
+
+def test_a_number_that_no_step_can_take_is_left_out_of_their_time(tmp_path: Path) -> None:
+    lines = [
+        f'{{"step": {step}, "loss": 1.0, "seconds_per_step": {took}}}' for step, took in enumerate((1, 2.5, 10**400))
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert trained_seconds(tmp_path / "metrics.jsonl") == 3.5
