@@ -171,6 +171,19 @@ def test_a_folder_of_the_bare_base_model_is_loaded_under_its_prefix(tmp_path: Pa
 
 
 @pytest.mark.fault("M51")
+def test_a_package_that_transformers_misses_is_named(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files import what they need when a model is built."""
+
+    def build(*_: object, **__: object) -> None:
+        import no_such_package.part  # type: ignore[import-not-found]  # noqa: F401
+
+    monkeypatch.setattr("qlora_hal_backends.torch_family.architecture.build_causal", build)
+    with pytest.raises(ModelError) as caught:
+        outline(source_of(llama), {})
+    assert caught.value.code == "QH-M51"
+    assert caught.value.fix == "Install the package no_such_package, which it needs."
+
+
 def test_an_encoder_that_does_not_say_so_is_found_out_when_it_is_loaded(llama: Path, monkeypatch: Any) -> None:
     """Every position sees the whole row: nothing would be learned from predicting what is seen."""
     from transformers.models.llama import modeling_llama

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from qlora_hal.errors import ModelError
+from qlora_hal.foreign_errors import missing_package
 from qlora_hal.model.linear_shapes import natural_order, reason_left_out, state_space_mixers
 from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.torch_family.lora_linear import FrozenLinear
@@ -106,7 +107,9 @@ def _built(source: ModelSource, attention: object, dtype: torch.dtype) -> Any:
             f"transformers cannot build {_name(source)} as a causal language model.",
             where=source.name,
             cause=f"{type(error).__name__}: {reason[:300]}",
-            fix="Choose a decoder-only causal language model, or update transformers.",
+            fix=f"Install the package {package}, which it needs."
+            if (package := missing_package(error))
+            else "Choose a decoder-only causal language model, or update transformers.",
         ) from error
 
 
