@@ -95,9 +95,9 @@ def tried(model_type: str, draws: int, folder: Path) -> dict[str, Any]:
     for seed in range(3 * draws):
         if len(compared) == draws:
             break
-        settings = drawn_settings(model_type, seed)
         place = folder / str(seed)
         try:
+            settings = drawn_settings(model_type, seed)
             write_drawn_model(place, model_type, settings, seed)
             found = refusal_of(place)
             expected = None if found else reference_of(place, seed)
