@@ -130,6 +130,8 @@ def _refuse_other_kinds(known: Mapping[str, object]) -> None:
     for name, value in known.items():
         if (kind := kinds[name]) is not None and (not isinstance(value, kind) or isinstance(value, bool)):
             raise _no_run(Path(RUN_FILE), f"{name} is a {type(value).__name__}")
+    if absent := {"config", "origins"} - known.keys():
+        raise _no_run(Path(RUN_FILE), f"{', '.join(sorted(absent))} is missing")
     detection = known.get("detection")
     if isinstance(detection, Mapping) and not (
         isinstance(detection.get("reports", []), list)
