@@ -148,7 +148,7 @@ def json_mutated(draw: random.Random, seeds: Sequence[bytes]) -> bytes:
     seed = draw.choice(seeds)
     try:
         return json.dumps(tree_mutated(draw, json.loads(seed))).encode("utf-8")
-    except (ValueError, RecursionError):  # deeper, or a larger number, than Python writes
+    except (ValueError, OverflowError, RecursionError):  # deeper, or a larger number, than Python writes
         return bytes_mutated(draw, seeds)
 
 

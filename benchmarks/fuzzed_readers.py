@@ -50,8 +50,8 @@ class Reader:
         return self.mutate(draw, self.seeds)
 
 
-def readers(scratch: Path) -> list[Reader]:
-    """All readers, their folders made below `scratch`."""
+def readers(scratch: Path, *, pickles: bool = True) -> list[Reader]:
+    """All readers, their folders made below `scratch`; that of pickles needs torch."""
     places = _Places(scratch)
     found = [
         *_settings(places),
@@ -63,7 +63,7 @@ def readers(scratch: Path) -> list[Reader]:
         *_runs(places),
         *_others(places),
     ]
-    return [reader for reader in found if reader is not None]
+    return [*found, *_pickles(places)] if pickles else found
 
 
 class _Places:
@@ -546,8 +546,6 @@ def _others(places: _Places) -> Iterator[Reader]:
     )
     owner = _encoded({"pid": os.getpid(), "host": "h", "since": "2030-01-01", "boot": "x"})
     yield Reader("run.lock", places.folder("lock") / "run.lock", [owner], json_mutated, lock, 1)
-    with contextlib.suppress(ImportError):
-        yield from _pickles(places)
 
 
 @dataclass
@@ -573,8 +571,11 @@ def _token_store(places: _Places) -> bytes:
 
 
 def _pickles(places: _Places) -> Iterator[Reader]:
-    """What the child process does with a pickle, done here: it imports torch once."""
-    import torch
+    """What the child process does with a pickle, done here."""
+    try:
+        import torch
+    except ImportError:
+        return
 
     from qlora_hal_backends.unpickling_child import opened
 

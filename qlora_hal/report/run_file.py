@@ -151,7 +151,8 @@ def record_from(content: Mapping[str, object]) -> RunRecord:
     """The record that run.json was written from; a resumed run goes on with it. Raises ConfigError (S50) where an edit
     left a value of another kind."""
     known = {name: content[name] for name in RunRecord.__slots__ if name in content}
-    if problem := _wrong_kinds(known):
+    absent = {"config", "origins"} - known.keys()
+    if problem := f"{', '.join(sorted(absent))} is missing" if absent else _wrong_kinds(known):
         raise _no_run(Path(RUN_FILE), problem)
     detection = known.get("detection")
     if isinstance(detection, Mapping):
