@@ -30,8 +30,11 @@ def is_sealed(content: Mapping[str, object]) -> bool:
 
 
 def is_as_sealed(content: Mapping[str, object]) -> bool:
-    """Whether it is what its hash was made of."""
-    return content.get(SEAL) == _hash(unsealed(content))
+    """Whether it is what its hash was made of. What cannot be written was not written."""
+    try:
+        return content.get(SEAL) == _hash(unsealed(content))
+    except strict_json.JsonProblem:
+        return False
 
 
 def _hash(content: Mapping[str, object]) -> str:

@@ -213,8 +213,9 @@ def _parts(row: Row, parts: Sequence[object], field: str) -> list[Message]:
             part = {"type": "text", "text": part}
         if not isinstance(part, Mapping):
             raise field_fault(row, place, part, "a part of type text")
-        if part.get("type") not in _TEXT_PARTS:
-            raise value_fault(row, f"{place}.type", part["type"], "text")
+        kind = part.get("type")
+        if not (kind is None or isinstance(kind, str)) or kind not in _TEXT_PARTS:
+            raise value_fault(row, f"{place}.type", kind, "text")
         if not isinstance(part.get("text"), str):
             raise field_fault(row, f"{place}.text", part.get("text", MISSING), "a string")
         found.append({**{str(key): kept for key, kept in part.items() if kept is not None}, "type": "text"})

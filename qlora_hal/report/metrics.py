@@ -234,13 +234,11 @@ def loss_before(path: Path) -> float | None:
 
 def trained_seconds(path: Path) -> float:
     """What all steps in the log took together; of a step that stands there twice the last line counts."""
-    seconds = {record.get("step"): record.get("seconds_per_step") for record in read_metrics(path) if "loss" in record}
+    steps = (record for record in read_metrics(path) if "loss" in record and isinstance(record.get("step"), int))
+    seconds = {record["step"]: record.get("seconds_per_step") for record in steps}
     # A whole number of hundreds of digits, which a damaged log can hold, is no float.
-    return math.fsum(float(value) for value in seconds.values() if isinstance(value, float) or _is_small(value))
-
-
-def _is_small(value: object) -> bool:
-    return isinstance(value, int) and abs(value) < 2**53
+    times = (value for value in seconds.values() if isinstance(value, (int, float)))
+    return math.fsum(time for time in times if abs(time) < 2**53)
 
 
 def smoothed(values: Sequence[float | None], weight: float = 0.9) -> list[float | None]:
