@@ -19,7 +19,7 @@ from qlora_hal.installation import requirement
 MAX_ROW_BYTES = 32 * 2**20
 """The largest row that is read; a longer line is an error, so that a file without line ends cannot fill the memory."""
 
-MAX_ROW_VALUES = 1_000_000
+MAX_ROW_VALUES = 500_000
 MAX_COLUMNS = 10_000
 
 KINDS: Mapping[str, str] = {

@@ -79,8 +79,6 @@ def _check_model(model: Mapping[str, Any]) -> None:
     vocabulary = model.get("vocab")
     if isinstance(vocabulary, dict):
         _check_ids("model.vocab", vocabulary.values())
-    if isinstance(dropout := model.get("dropout"), int | float) and dropout:
-        raise HostileTokenizer(f"model.dropout is {dropout}, so that one text has other tokens each time")
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):
         if isinstance(affix := model.get(name), str) and len(affix) > _MAX_AFFIX:
             raise HostileTokenizer(f"model.{name} has {len(affix)} characters; the limit is {_MAX_AFFIX}")

@@ -69,7 +69,7 @@ def test_a_sound_tokenizer_is_read(tmp_path: Path) -> None:
         (lambda c: c["model"]["vocab"].update(zz=2**32 - 1), "id 4294967295"),
         (lambda c: c["model"]["vocab"].update(zz=MAX_ID + 1), f"largest that is read is {MAX_ID}"),
         (lambda c: c["model"]["vocab"].update(zz=-1), "id -1"),
-        (lambda c: c["model"]["vocab"].update(zz=10**4000), "id of 13288 bits"),
+        (lambda c: c["model"]["vocab"].update(zz=10**50), "id of 167 bits"),
         (lambda c: c["added_tokens"].append({**c["added_tokens"][0], "content": "<x>", "id": 2**31}), "id 2147483648"),
         (lambda c: c.update(model={"type": "WordLevel", "vocab": {"a": 2**31}, "unk_token": "a"}), "id 2147483648"),
         (lambda c: c.update(normalizer={"type": "Sequence", "normalizers": doubling(24)}), "normalizer makes up to"),
@@ -80,7 +80,6 @@ def test_a_sound_tokenizer_is_read(tmp_path: Path) -> None:
         (lambda c: c.update(pre_tokenizer=split("a" * 9000)), "regular expression of more than"),
         (lambda c: c.update(pre_tokenizer=split(r"(a*)\1")), "refers to itself"),
         (lambda c: c.update(pre_tokenizer=split(r"(?<x>a\g<x>?b)")), "refers to itself"),
-        (lambda c: c["model"].update(dropout=0.1), "other tokens each time"),
         (lambda c: c["model"].update(continuing_subword_prefix="a" * 10_000), "has 10000 characters"),
     ],
 )
