@@ -89,7 +89,7 @@ def test_a_signal_before_training_began_ends_the_child_as_asked(
     asker = threading.Thread(target=ask_when_it_is_handed_on, args=(number, signal.getsignal(number)))
     asker.start()
     # By where it was met: before or after the run had its folder.
-    with pytest.raises(EndedAtOnce, match="what was under way is not done|no step was saved yet") as caught:
+    with pytest.raises(EndedAtOnce, match=r"what was under way is not done|no step was saved yet") as caught:
         train(settings(tmp_path / "run", **{"training.max_steps": 500}), console=RunConsole(quiet=True))
     asker.join()
     assert caught.value.exit_status == 128 + number
