@@ -9,8 +9,8 @@ export OMP_NUM_THREADS ?= 1
 # Tests start hundreds of processes: without kept bytecode each would compile this project anew.
 unexport PYTHONDONTWRITEBYTECODE
 WORKERS ?= 2
-# Tests that share what is costly to make run in one process.
-SPREAD := -n $(WORKERS) --dist loadgroup
+# What the tests of a file share is made once: they run in one process.
+SPREAD := -n $(WORKERS) --dist loadfile
 # Which environments of the matrix: nothing for all, --corners for two of them.
 MATRIX ?=
 PYTEST = PATH="$(CURDIR)/$(BIN):$$PATH" TMPDIR=$(CURDIR)/.tmp $(BIN)/python -m pytest -q

@@ -1,4 +1,4 @@
-"""What all tests may ask for, and how they are spread over processes."""
+"""What all tests may ask for."""
 
 from __future__ import annotations
 
@@ -34,12 +34,3 @@ def _as_in_the_foreground() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What a module's tests share is made once: they run in one process (`pytest -n 2 --dist loadgroup`)."""
-    for item in items:
-        assert isinstance(item, pytest.Function)
-        made_for = item._fixtureinfo.name2fixturedefs.values()
-        if any(definition.scope == "module" for definitions in made_for for definition in definitions):
-            item.add_marker(pytest.mark.xdist_group(item.path.as_posix()))
