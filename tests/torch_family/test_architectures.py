@@ -53,7 +53,7 @@ TWO_DIMENSIONS = {
     "stablelm": {"qk_layernorm": True},
 }
 """Norms of heads, a linear class of its own, fused projections, tables of positions."""
-OTHER_NAMES = {"gpt_neox": {}, "gemma3": {}, "zamba2": {}}
+OTHER_NAMES = {"gpt_neox": {}, "gemma3": {}}
 
 
 @pytest.mark.parametrize(
