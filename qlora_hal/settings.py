@@ -15,7 +15,7 @@ from pathlib import Path
 from qlora_hal import strict_json
 from qlora_hal.config import RunConfig
 from qlora_hal.errors import ConfigError
-from qlora_hal.settings_file import read_settings_file
+from qlora_hal.settings_file import BYTE_LIMIT, read_settings_file
 from qlora_hal.settings_problems import Problem, config_error, problems_of_validation
 from qlora_hal.settings_schema import (
     ENVIRONMENT_PREFIX,
@@ -209,6 +209,10 @@ def _given_keywords(keywords: Mapping[str, object]) -> Iterator[tuple[str, objec
 def _put_text(layers: _Layers, key: str, value: object, origin: str) -> None:
     """A value that was typed as text, or a list of texts where a flag was repeated."""
     setting = settings().get(key)
+    if isinstance(value, str) and len(value) > BYTE_LIMIT:
+        expected = f"it has {len(value)} characters; at most {BYTE_LIMIT} are expected, as in a settings file"
+        layers.problems.append(Problem(key, origin, value, expected))
+        return
     try:
         layers.put(key, _from_text(setting, value) if setting else value, origin)
     except ValueError:

@@ -30,7 +30,12 @@ from qlora_hal_backends.probing_packages import (
     versions_out_of_range,
 )
 
-TORCH_FAMILY: Mapping[str, str] = {"torch": "2.8", "transformers": "5.10", "accelerate": "1.10", "bitsandbytes": "0.50"}
+TORCH_FAMILY: Mapping[str, str] = {
+    "torch": "2.8",
+    "transformers": "5.10.1",
+    "accelerate": "1.10",
+    "bitsandbytes": "0.50",
+}
 """Distribution -> lowest version; the same as the extra `torch-family` of pyproject.toml."""
 
 TOO_NEW: Mapping[str, str] = {"transformers": "6"}

@@ -127,13 +127,15 @@ class _Child:
         """The answer to the last of these requests, lines whose first prepare it where the process does not know the
         template yet. Raises TemplateFault, and TooMuch when there is no answer within the limits."""
         with self._lock:
-            # In memory that earlier requests have left in pieces, one may fail that a new process answers.
+            # A new process may answer where one fails in memory that earlier requests have left in pieces, or has ended
+            # since it was last asked.
             for asked in (requests[-1:], requests, requests):
                 was_running = self._process is not None and self._process.usable
                 if asked is not requests and not was_running:
                     continue
                 answer = self._answer(asked, turns)
-                if not ("unknown" in answer or ("out_of_memory" in answer and was_running)):
+                again = was_running and not answer.keys().isdisjoint(("out_of_memory", "ended"))
+                if "unknown" not in answer and not again:
                     break
         if "out_of_memory" in answer:
             raise TooMuch("takes more memory than its input could need")
@@ -146,21 +148,24 @@ class _Child:
     def end(self) -> None:
         """End the process, if there is one."""
         with self._lock:
-            if self._process is not None and self._process.usable:
-                self._process.end()
-            self._process = None
+            self._let_go()
 
     def _answer(self, requests: Sequence[str], turns: int) -> Mapping[str, Any]:
         if self._process is None or not self._process.usable:
+            self._let_go()
             self._process = _WatchedProcess()
         for request in requests:
             answer = self._process.answer(request, turns)
             if not answer.keys().isdisjoint(_ENDINGS):
                 break
         if not self._process.usable or "out_of_memory" in answer:
-            self._process.end()
-            self._process = None
+            self._let_go()
         return answer
+
+    def _let_go(self) -> None:
+        if self._process is not None:
+            self._process.end()
+        self._process = None
 
 
 @functools.cache
@@ -202,15 +207,19 @@ class _WatchedProcess:
         finally:
             with self._state:
                 self._request = None
-        if answer is None:
-            return {"too_much": self._ended_for or f"ended its process ({self._ending()})"}
-        return answer
+        if answer is not None:
+            return answer
+        if self._ended_for:
+            return {"too_much": self._ended_for}
+        ending = f"ended its process ({self._ending()})"
+        return {"too_much": ending, "ended": ending}
 
     def end(self) -> None:
-        """End the process, whatever it does."""
+        """End the process, whatever it does, and close its streams; a copy of this process closes its own alone."""
         self._needed.set()
-        self._process.kill()
-        self._process.wait()
+        if self._owner == os.getpid():
+            self._process.kill()
+            self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
                 with suppress(OSError):

@@ -15,8 +15,10 @@ import psutil
 import pytest
 
 from qlora_hal.data import template_process
-from qlora_hal.data.template_sandbox import GENERATION_END, GENERATION_START, CompiledTemplate, TooMuch
+from qlora_hal.data.compiled_template import CompiledTemplate
+from qlora_hal.data.template_sandbox import GENERATION_END, GENERATION_START, TooMuch
 from qlora_hal.data.templates import BUILT_IN, ChatTemplate, TemplateFault
+from qlora_hal.data.turn_marks import rendering_of
 from qlora_hal.errors import DataError, QloraHalError, UnsafeInputError
 
 ASKED = [{"role": "user", "content": "a"}]
@@ -207,11 +209,10 @@ def test_what_published_templates_do_needs_no_process(source: str) -> None:
     template_process._child().end()
     assert template.render(ASKED) == quick
     assert not [child for child in psutil.Process().children() if template_process._CHILD in child.cmdline()]
-    assert template._compiled._contained.render(  # type: ignore[union-attr]
+    contained = template._compiled._contained.render(  # type: ignore[union-attr]
         {"messages": ASKED, "tools": None, "add_generation_prompt": False}, turns=1, most=9999
-    ).replace(GENERATION_START, "").replace(GENERATION_END, "") == quick.replace(GENERATION_START, "").replace(
-        GENERATION_END, ""
     )
+    assert rendering_of(contained).text == quick.replace(GENERATION_START, "").replace(GENERATION_END, "")
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 from gptq_auto.checkpoints import DATA, KINDS, largest_gap_to_the_library, losses_of_training, opened, weights_of
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
+from qlora_hal.errors import ModelError
 from qlora_hal_conformance.oracle import GptqWeight, ZeroPointConvention, dequantize_gptq
 
 
@@ -40,3 +45,17 @@ def test_checkpoint_of_auto_gptq_trains_on_gptqmodel(kind: str) -> None:
         after = weights_of(trainer)
     assert losses[-1] < 0.8 * losses[0]
     assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_zero_biases_that_the_architecture_has_not_are_read_and_other_ones_refused(tmp_path: Path) -> None:
+    """auto-gptq stores a bias for every layer it packs. Zeros change nothing; others would be dropped."""
+    folder = tmp_path / "model"
+    shutil.copytree(DATA / "auto_gptq-in_order", folder)
+    file, bias = folder / "gptq_model-4bit-32g.safetensors", "model.layers.1.mlp.up_proj.bias"
+    stored = load_file(file)
+    assert not stored[bias].any()
+    stored[bias][3] = 2.0**-10
+    save_file(stored, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=re.escape(bias)) as refusal, opened(folder):
+        pass
+    assert refusal.value.code == "QH-M50"

@@ -97,7 +97,7 @@ def test_environment_of_the_script_is_what_the_extra_asks_for() -> None:
     )
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     asked = [*project["dependencies"], *project["optional-dependencies"]["auto-gptq"]]
-    wanted = [Requirement(line) for line in asked]
+    wanted = [r for r in map(Requirement, asked) if r.marker is None or r.marker.evaluate({"python_version": "3.11"})]
     outside = [r for r in wanted if r.name in pins and not r.specifier.contains(pins[r.name])]
     assert not outside, f"{[(str(r), pins[r.name]) for r in outside]}"
     assert {"auto-gptq", "transformers", "numpy", "tokenizers"} <= {r.name for r in wanted if r.name in pins}

@@ -47,9 +47,10 @@ _RECOMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.masked_bias
 class Architecture:
     """`causal` is on the meta device, its linear layers are `linears`.
 
-    `stored` maps names in the model to names in the files. `tied` are groups of parameters that are one by config.json.
-    `adapted` are the linear layers that can carry LoRA, `left_out` the others with the reason. `unused` are stored
-    tensors that the architecture has no use for, as transformers knows.
+    `stored` maps names in the model to names in the files, biases of packed layers that have none there included.
+    `tied` are groups of parameters that are one by config.json. `adapted` are the linear layers that can carry LoRA,
+    `left_out` the others with the reason. `unused` are stored tensors that the architecture has no use for, as
+    transformers knows.
     """
 
     causal: Any
@@ -74,7 +75,8 @@ def build(source: ModelSource, attention: object, dtype: torch.dtype) -> Archite
     renamed = _names_in_model(causal, named, source)
     linears = _place_linears(causal)
     tied = _tied_groups(causal)
-    stored = {ours: theirs for theirs, ours in renamed.items() if _belongs(ours, named)}
+    extra = _biases_of_packed_layers(renamed, linears)
+    stored = {ours: theirs for theirs, ours in renamed.items() if ours in extra or _belongs(ours, named)}
     unused = tuple(sorted(set(renamed) - set(stored.values()), key=natural_order))
     _check_complete(causal, linears, stored, tied, unused, source)
     mixers = state_space_mixers(named)
@@ -236,6 +238,13 @@ def _tied_groups(causal: Any) -> list[tuple[str, ...]]:
 def _belongs(name: str, named: Mapping[str, Any]) -> bool:
     packed = _PACKED.fullmatch(name)
     return name in named or (packed is not None and f"{packed['module']}.weight" in named)
+
+
+def _biases_of_packed_layers(renamed: Mapping[str, str], linears: Mapping[str, FrozenLinear]) -> set[str]:
+    """Biases that the architecture has not: auto-gptq writes zeros for every layer it packs. `load` looks at them."""
+    packed = {found["module"] for name in renamed.values() if (found := _PACKED.fullmatch(name))}
+    without = {name for name in packed & linears.keys() if not linears[name].has_bias}
+    return {f"{name}.bias" for name in without}.intersection(renamed.values())
 
 
 def _check_complete(

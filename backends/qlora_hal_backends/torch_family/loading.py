@@ -82,9 +82,7 @@ def load_with(
             if linear.base.shape != (linear.out_features, linear.in_features):
                 expected = (linear.out_features, linear.in_features)
                 raise shape_mismatch(source.name, name, linear.base.shape, expected)
-            if linear.has_bias:
-                bias = f"{name}.bias"
-                linear.bias = finite(checkpoint.take(bias, device), bias, source.name).to(dtype)
+            linear.bias = _bias(checkpoint, name, linear, dtype, device)
         _fill_parameters(causal, checkpoint, device)
         _fill_buffers(causal, checkpoint)
         notes = [*_tie(architecture), *_unused_notes(architecture)]
@@ -201,6 +199,27 @@ def _read_bitsandbytes(
     state = codec.QuantState.from_dict(tensors, device=device)
     state.dtype = dtype
     return Blockwise4BitWeight(packed, state)
+
+
+def _bias(
+    checkpoint: Checkpoint, name: str, linear: FrozenLinear, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    """The bias of one layer; none where only zeros are stored and the architecture has none. Raises ModelError QH-M50
+    where other numbers are, which would be dropped."""
+    bias = f"{name}.bias"
+    if not linear.has_bias and not checkpoint.has(bias):
+        return None
+    tensor = finite(checkpoint.take(bias, device), bias, checkpoint.where)
+    if linear.has_bias:
+        return tensor.to(dtype)
+    if bool(tensor.any()):
+        raise ModelError(
+            "QH-M50",
+            f"{bias} is stored and is not zero; by config.json this layer has no bias.",
+            where=checkpoint.where,
+            fix="Check that config.json belongs to these weights.",
+        )
+    return None
 
 
 def _fill_parameters(causal: Any, checkpoint: Checkpoint, device: torch.device) -> None:
