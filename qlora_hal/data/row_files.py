@@ -363,10 +363,10 @@ def _pruned(value: object) -> object:
 
 def _rows_at_once(metadata: Any) -> int:
     """Rows of a Parquet file that are decoded together. A value that is stored once can stand in every row, so that a
-    column's whole size says nothing of what its rows take: only the largest value that it can hold does."""
+    group's whole size says nothing of what its rows take: only the largest value that it can hold does."""
+    # Not the sizes of its columns: pyarrow 26 ends the process where their statistics are damaged.
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    columns = [group.column(number) for group in groups for number in range(group.num_columns)]
-    largest = max((column.total_uncompressed_size for column in columns), default=1)
+    largest = max((group.total_byte_size for group in groups), default=1)
     return max(1, min(64, 4 * MAX_ROW_BYTES // min(max(largest, 1), MAX_ROW_BYTES)))
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -321,3 +324,29 @@ def test_sentencepiece_folder_without_a_rust_tokenizer_is_converted(tmp_path: Pa
     ids = tokenizer.encode("the quick fox 🙂")
     assert tokenizer.decode(ids) == "the quick fox 🙂"
     assert tokenizer.eos_id == 2
+
+
+DAMAGED_STATISTICS = base64.b64decode(
+    "UEFSMRUEFQoVDkwVAhUAEgAABRABAAAAYRUAFRIVFiwVChUQFQYVBhw2ACgBYRgBYRERAAAACSACAAAACgEBCgAVBBUKFQ5MFQIVABIAAAUQ"
+    "AQAAAGIVABUSFRYsFQoVEBUGFQYcNgAoAWIYAWIREQAAAAkgAgAAAAoBAQoAFQQZPDUAGAZzY2hlbWEVBAAVDCUCGAZwcm9tcHQlAEwcAAAA"
+    "FQwlAhgKY29tcGxldGlvbiUATBwAAAAWChkcGSwmABwVDBk1AAYQGRgGcHJvbXB0FQIWChZyFnomMiYIHDYAKAFhGAFhEREAGSwVBBUAFQIA"
+    "FQAVEBUCADwWChkGGSYACgAAACYAHBUMGTUABhAZGApjb21wbGV0aW9uFQIWChZyFnomrAEmggEcNgAoAWIYAWIREQAZLBUEFQAVAgAVABUQ"
+    "FQIAPBYKGUYZJgAKAAAAFuQBFgomCBb0AQAZHBgMQVJST1c6c2NoZW1hGOABLy8vLy82QUFBQUFRQUFBQUFBQUtBQXdBQmdBRkFBZ0FDZ0FB"
+    "QUFBQkJBQU1BQUFBQ0FBSUFBQUFCQUFJQUFBQUJBQUFBQUlBQUFCRUFBQUFCQUFBQU5ULy8vOEFBQUVGRUFBQUFCd0FBQUFFQUFBQUFBQUFB"
+    "QW9BQUFCamIyMXdiR1YwYVc5dUFBREkvLy8vRUFBVUFBZ0FCZ0FIQUF3QUFBQVFBQkFBQUFBQUFBRUZFQUFBQUJ3QUFBQUVBQUFBQUFBQUFB"
+    "WUFBQUJ3Y205dGNIUUFBQVFBQkFBRUFBQUEAGCBwYXJxdWV0LWNwcC1hcnJvdyB2ZXJzaW9uIDI2LjAuMRksHAAAHAAAAP8BAABQQVIx"
+)
+"""A Parquet file of two columns whose statistics hold a histogram of the wrong length."""
+
+
+def test_a_file_whose_statistics_end_the_process_of_the_library_is_refused(tmp_path: Path) -> None:
+    """pyarrow 26 aborts where they are asked for: read in a process of its own, which must live to tell."""
+    (tmp_path / "rows.parquet").write_bytes(DAMAGED_STATISTICS)
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom qlora_hal.data.reading import open_source\n"
+        "from qlora_hal.errors import DataError\n"
+        "try:\n    list(open_source(sys.argv[1]).rows())\nexcept DataError as error:\n    print(error.code)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "rows.parquet")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout.strip()) == (0, "QH-D04"), done.stderr
