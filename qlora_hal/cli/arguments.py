@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from qlora_hal.errors import ConfigError
 
 if TYPE_CHECKING:
-    from qlora_hal.settings_schema import Setting
+    from qlora_hal.config.fields import Setting
 
 _TRUTH_VALUES = frozenset({"true", "false", "yes", "no", "1", "0"})
 _OPTIONS = "--backend.options."
@@ -92,7 +92,7 @@ def _one_value(flag: str, value: str) -> ConfigError:
 
 
 def _setting(flag: str) -> Setting | None:
-    from qlora_hal.settings_schema import settings
+    from qlora_hal.config.fields import settings
 
     return settings().get(_OTHER_NAMES.get(flag, flag[2:]))
 

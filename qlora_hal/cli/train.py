@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from qlora_hal.cli.flags import with_settings
-from qlora_hal.settings import ResolvedSettings, resolve_settings
-from qlora_hal.terminal import json_line, show, show_json
+from qlora_hal.config.resolve import ResolvedSettings, resolve_settings
+from qlora_hal.errors.terminal_text import json_line, show, show_json
 
 if TYPE_CHECKING:
-    from qlora_hal.observing import TrainResult
+    from qlora_hal.run.result import TrainResult
 
 Switch = Parameter(negative="", show_default=False)
 
@@ -84,7 +84,7 @@ def resolved(config: Path | None, flags: Mapping[str, object], *, demo: bool) ->
     """File, environment and flags, over the demo's settings where it is asked for."""
     if not demo:
         return resolve_settings(config, flags=flags)
-    from qlora_hal.demo_settings import demo_settings
+    from qlora_hal.config.demo import demo_settings
 
     return resolve_settings(config, flags=flags, defaults=demo_settings(), defaults_name="demo")
 
@@ -105,7 +105,7 @@ def settings_as_json(settings: ResolvedSettings) -> str:
 def batch_as_text(settings: ResolvedSettings) -> str:
     """The first batch as tokens, trained ones marked; coloured on a terminal."""
     from qlora_hal import api
-    from qlora_hal.data.show import show_batch
+    from qlora_hal.data.preview import show_batch
     from qlora_hal.report.console import wants_color
 
     batch, tokenizer, seed = api.first_batch(settings)
@@ -117,7 +117,7 @@ def batch_as_text(settings: ResolvedSettings) -> str:
 def batch_as_json(settings: ResolvedSettings) -> str:
     """`{"seed": drawn or set, "sequences": one for each sample of the first batch}`."""
     from qlora_hal import api
-    from qlora_hal.data import show as batch_show
+    from qlora_hal.data import preview as batch_show
 
     batch, tokenizer, seed = api.first_batch(settings)
     return json_line({"seed": seed, "sequences": batch_show.batch_as_json(batch, tokenizer)})

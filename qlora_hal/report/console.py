@@ -9,18 +9,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from qlora_hal.report import figures
+from qlora_hal.errors import figures
+from qlora_hal.errors.terminal_text import visible
 from qlora_hal.report.lasting_stream import LastingStream, lasting
 from qlora_hal.report.metrics import Smoother
-from qlora_hal.terminal import visible
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.live import Live
 
-    from qlora_hal.backend import ProbeReport
-    from qlora_hal.observing import RunView, TrainResult
-    from qlora_hal.values import StepStats
+    from qlora_hal.contract.backend import ProbeReport
+    from qlora_hal.contract.values import StepStats
+    from qlora_hal.run.result import RunView, TrainResult
 
 _REFRESH_SECONDS = 0.1
 

@@ -15,7 +15,7 @@ def write_loss_png(run_dir: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from qlora_hal.report.durable import replace_file
+    from qlora_hal.files.replacing import replace_file
 
     series = read_series(run_dir)
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_hal.report import figures
+from qlora_hal.errors import figures
 from qlora_hal.report.run_file import read_run_file
 from qlora_hal.report.series import RunSeries, read_series
 from qlora_hal.report.svg import Curve, chart
@@ -44,7 +44,7 @@ class Chart:
 
 def write_report(run_dir: Path) -> Path:
     """Read run.json and metrics.jsonl and write report.html beside them. Raises ConfigError (S50), StorageError."""
-    from qlora_hal.report.durable import replace_file
+    from qlora_hal.files.replacing import replace_file
 
     path = run_dir / REPORT_FILE
     page = render_report(read_run_file(run_dir), read_series(run_dir), run_dir.resolve().name)
@@ -104,7 +104,7 @@ def _data_lines(run: Mapping[str, object]) -> list[str]:
 
 def _hand_overs(run: Mapping[str, object]) -> list[dict[str, object]]:
     """Where the run went on with another backend: a title and what was said then."""
-    from qlora_hal.hand_over import hand_over_from
+    from qlora_hal.run.transfer import hand_over_from
 
     moves = run.get("hand_overs")
     told = [hand_over_from(move).lines() for move in moves] if isinstance(moves, list) else []

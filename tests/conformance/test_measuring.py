@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_hal.backend import Quantization
-from qlora_hal.capabilities import WeightFormat
+from qlora_hal.contract.backend import Quantization
+from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal_conformance.measuring import Measurement, peaks_in_child
 from qlora_hal_conformance.subject import Reference
 from qlora_hal_conformance.tiny_models import SHAPES, draw_tensors, write_model

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from qlora_hal.data.chat import ConversationWriter
-from qlora_hal.data.outlines import outline_of
-from qlora_hal.data.special_text import SpecialText
-from qlora_hal.data.template_sandbox import size_of
-from qlora_hal.data.templates import ChatTemplate, TemplateFault
+from qlora_hal.data.template.chat_template import ChatTemplate, TemplateFault
+from qlora_hal.data.template.outlines import outline_of
+from qlora_hal.data.template.sandbox import size_of
+from qlora_hal.data.tokens.special_text import SpecialText
 from qlora_hal.errors import DataError, UnsafeInputError
 
 ASKED = [{"role": "user", "content": "a"}]

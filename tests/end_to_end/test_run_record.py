@@ -19,8 +19,8 @@ from qlora_hal.checkpoint import checkpoints, load_checkpoint
 from qlora_hal.checkpoint.faults import InjectedFault, forget_passes
 from qlora_hal.demo import data_path
 from qlora_hal.errors import CheckpointError, StoppedError
+from qlora_hal.files.sealed_json import sealed
 from qlora_hal.hooks import hookimpl
-from qlora_hal.sealed_json import sealed
 
 pytestmark = pytest.mark.usefixtures("usual_signals")
 

@@ -121,11 +121,12 @@ def test_an_early_end_is_told_as_json_too(tmp_path: Path) -> None:
 
 
 def test_a_supervised_run_tells_the_same_through_its_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora_hal import discovery, train
-    from qlora_hal.discovery import find, listed, load_spec
+    from qlora_hal import train
+    from qlora_hal.detect import discovery
+    from qlora_hal.detect.discovery import find, listed, load_spec
+    from qlora_hal.processes.signals import EndedAtOnce
     from qlora_hal.report.console import RunConsole
-    from qlora_hal.stopping import EndedAtOnce
-    from qlora_hal.supervising import SUPERVISED_VARIABLE
+    from qlora_hal.run.supervisor import SUPERVISED_VARIABLE
 
     entry = find("cpu_torch", listed())
     supervised = replace(entry, spec=replace(load_spec(entry), supervised=True))

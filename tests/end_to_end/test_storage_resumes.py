@@ -11,16 +11,16 @@ import pytest
 from small_runs import SMALL, merged
 
 from qlora_hal import resume, train
-from qlora_hal.backend import BackendSpec, Quantization
-from qlora_hal.capabilities import WeightFormat
-from qlora_hal.config import RunConfig
+from qlora_hal.config.schema import RunConfig
+from qlora_hal.contract.backend import BackendSpec, Quantization
+from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.demo import model_path
-from qlora_hal.discovery import listed, load_spec
+from qlora_hal.detect.discovery import listed, load_spec
+from qlora_hal.detect.requirements import DOUBLE_QUANT_FORMATS, quantization_of
 from qlora_hal.errors import StoppedError
-from qlora_hal.hand_over import carried_config
 from qlora_hal.hooks import hookimpl
 from qlora_hal.model.source import resolve_model
-from qlora_hal.needs import DOUBLE_QUANT_FORMATS, quantization_of
+from qlora_hal.run.transfer import carried_config
 from qlora_hal_backends.cpu_torch import SPEC
 
 pytestmark = pytest.mark.usefixtures("usual_signals")

@@ -16,11 +16,11 @@ from trainers import open_cpu_trainer, random_batch, source_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key
-from qlora_hal.backend import Compute, Quantization
-from qlora_hal.capabilities import WeightFormat
+from qlora_hal.contract.backend import Compute, Quantization
+from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.errors import NumericsError
-from qlora_hal.merging import MergeRequest, carry_out, weights
-from qlora_hal.merging.rounding import UNIT_ROUNDOFF
+from qlora_hal.export import MergeRequest, carry_out, weights
+from qlora_hal.export.rounding import UNIT_ROUNDOFF
 from qlora_hal.report.console import RunConsole
 
 FORMATS = [("none", False), ("nf4", True), ("nf4", False), ("fp4", True), ("int8", False)]

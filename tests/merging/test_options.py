@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from qlora_hal import discovery
-from qlora_hal.guard import GuardedTrainer
+from qlora_hal.contract.checked_trainer import GuardedTrainer
+from qlora_hal.detect import discovery
 
 MakeTrained = Callable[..., Any]
 ASKED = {"attention": "eager"}

@@ -13,8 +13,8 @@ from trainers import moved_adapter, source_of
 
 from qlora_hal import merge
 from qlora_hal.adapter import write_adapter
-from qlora_hal.merging.packed_modules import _codes
-from qlora_hal.values import AdapterConfig
+from qlora_hal.contract.values import AdapterConfig
+from qlora_hal.formats.packed_modules import _codes
 
 MakeTrained = Callable[..., Any]
 

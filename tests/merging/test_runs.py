@@ -19,7 +19,7 @@ from qlora_hal import TrainResult, merge
 from qlora_hal.data import ChatTokenizer
 from qlora_hal.demo import data_path
 from qlora_hal.errors import AdapterError, ConfigError
-from qlora_hal.generation import open_generation
+from qlora_hal.inference.generate import open_generation
 
 QUESTION = [{"role": "user", "content": "What does the command tail do?"}]
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from trainers import OpenTrainer, random_batch
 
-from qlora_hal.values import StepSettings
+from qlora_hal.contract.values import StepSettings
 
 Opened = Callable[..., OpenTrainer]
 

@@ -12,8 +12,8 @@ import pytest
 from tiny_models import write_model
 from trainers import OpenTrainer, largest_difference, packed, random_batch, source_of
 
-from qlora_hal.backend import Compute, Quantization
-from qlora_hal.capabilities import WeightFormat
+from qlora_hal.contract.backend import Compute, Quantization
+from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.errors import ModelError, UnsupportedFeatureError
 from qlora_hal_backends.mlx_lora.offered import MLX_FORMATS
 from qlora_hal_backends.mlx_lora.trainer import MLXLoRATrainer

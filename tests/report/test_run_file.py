@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_hal.config.resolve import resolve_settings
 from qlora_hal.errors import ConfigError
 from qlora_hal.report.html import write_report
 from qlora_hal.report.run_file import (
@@ -21,7 +22,6 @@ from qlora_hal.report.run_file import (
     run_facts,
     write_run_file,
 )
-from qlora_hal.settings import resolve_settings
 
 
 def record_of(settings_tree: dict[str, object]) -> RunRecord:

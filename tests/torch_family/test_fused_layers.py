@@ -17,9 +17,9 @@ from tiny_models import VOCABULARY, write_model
 from torch import Tensor
 from trainers import moved_adapter, random_batch, source_of
 
-from qlora_hal.backend import Compute, Quantization
-from qlora_hal.capabilities import WeightFormat
-from qlora_hal.values import AdapterConfig, Batch
+from qlora_hal.contract.backend import Compute, Quantization
+from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal.contract.values import AdapterConfig, Batch
 from qlora_hal_backends.torch_family import fused, head_loss, loading, step
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
 from qlora_hal_backends.torch_family.fused.attach import attach_with
