@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from qlora_hal.detect.hardware import Gpu, Machine
+from qlora_hal.detect.gpu import Gpu
+from qlora_hal.detect.hardware import Machine
 from qlora_hal_backends.probing_packages import TorchBuild, Version, version_numbers
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 
 from qlora_hal.contract.backend import Availability
-from qlora_hal.detect.hardware import Gpu
+from qlora_hal.detect.gpu import Gpu
 from qlora_hal.errors.installation import requirement
 from qlora_hal_backends.probing_devices import Obstacle, Place, no_device
 from qlora_hal_backends.probing_limits import (

@@ -24,8 +24,8 @@ from qlora_hal.files import durable
 from qlora_hal.files.safetensors_file import read_header
 from qlora_hal.model.shards import Array, PlannedTensor, total_bytes, write_shards
 from qlora_hal.model.weight_files import SINGLE_FILE, refuse_absent
+from qlora_hal.processes.child_errors import told_of
 from qlora_hal.processes.child_process import end_with_parent
-from qlora_hal.run.supervisor import told_of
 
 OLDEST_TORCH = (2, 10)
 """The restricted unpickler of older ones can be made to run code: CVE-2025-32434 before 2.6, CVE-2026-24747 before

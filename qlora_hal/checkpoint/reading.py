@@ -40,7 +40,7 @@ from qlora_hal.checkpoint.state import (
 )
 from qlora_hal.errors import CheckpointError, QloraHalError
 from qlora_hal.files import durable, strict_json
-from qlora_hal.files.durable import open_regular
+from qlora_hal.files.opening import open_regular
 from qlora_hal.files.safetensors_file import TensorFile, read_arrays
 
 _READ_WHOLE = frozenset({STATE_FILE, TENSORS_FILE, OPTIMIZER_FILE, ANSWERS_FILE, PROVENANCE_FILE})

@@ -6,7 +6,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from cyclopts import Parameter
+
 from qlora_hal.errors import ConfigError
+
+if TYPE_CHECKING:
+    pass
 
 if TYPE_CHECKING:
     from qlora_hal.config.fields import Setting
@@ -105,3 +110,6 @@ def _takes_a_list(flag: str) -> bool:
 def _is_yes_no(path: str) -> bool:
     setting = _setting(f"--{path}")
     return setting is not None and setting.kind == "true or false"
+
+
+Switch = Parameter(negative="", show_default=False)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from qlora_hal.cli.arguments import Switch
 from qlora_hal.cli.findings import Finding, Verdict
-from qlora_hal.cli.train import Switch
 from qlora_hal.errors import figures
 from qlora_hal.errors.terminal_text import show, show_json
 

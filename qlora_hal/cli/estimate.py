@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from qlora_hal.cli.arguments import Switch
 from qlora_hal.cli.flags import with_settings
-from qlora_hal.cli.train import Switch, resolved
+from qlora_hal.cli.settings import resolved
 from qlora_hal.errors import figures
 from qlora_hal.errors.terminal_text import show, show_json
 

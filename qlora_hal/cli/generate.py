@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter, validators
 
-from qlora_hal.cli.train import Switch
+from qlora_hal.cli.arguments import Switch
 from qlora_hal.errors.terminal_text import show, show_json
 
 RunOption = Annotated[Path | None, Parameter(help="A run's folder: its model, its settings, its adapter.")]

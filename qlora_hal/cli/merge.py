@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from qlora_hal.cli.arguments import Switch
 from qlora_hal.cli.generate import MismatchOption
-from qlora_hal.cli.train import Switch
 from qlora_hal.errors.terminal_text import show, show_json
 
 

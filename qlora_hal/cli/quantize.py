@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from qlora_hal.cli.train import Switch
+from qlora_hal.cli.arguments import Switch
 from qlora_hal.errors.terminal_text import show, show_json
 
 if TYPE_CHECKING:

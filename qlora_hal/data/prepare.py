@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qlora_hal.data.report import DataReport, SourceReport
-from qlora_hal.data.source.reading import Source, blamed_on, has_splits, memory_source, open_source
+from qlora_hal.data.source.reading import blamed_on, has_splits, open_source
+from qlora_hal.data.source.rows import Source, memory_source
 from qlora_hal.data.tokens.order import Purpose, permutation
 from qlora_hal.data.tokens.packing import pack
 from qlora_hal.data.tokens.store import NotAStore, TokenStore, open_store
 from qlora_hal.data.tokens.tokenizing import Preparation
 from qlora_hal.errors import ConfigError, DataError
-from qlora_hal.files.durable import refuse_link
+from qlora_hal.files.opening import refuse_link
 
 if TYPE_CHECKING:
     from qlora_hal.config.schema import DataConfig

@@ -7,7 +7,6 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 
 from qlora_hal.data.chat import TurnNotFound, trained_turns
-from qlora_hal.data.source.reading import Row
 from qlora_hal.data.source.row_formats import (
     USED_COLUMNS,
     Conversation,
@@ -17,6 +16,7 @@ from qlora_hal.data.source.row_formats import (
     shape_of,
     unrecognised,
 )
+from qlora_hal.data.source.rows import Row
 from qlora_hal.data.template.chat_template import ChatTemplate, TemplateFault
 from qlora_hal.data.template.conversation_text import ConversationRenderer, ConversationText, says_anything
 from qlora_hal.data.template.omissions import OmissionCounts

@@ -9,13 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Literal
 
 from qlora_hal.detect.amd_gpus import amd_gpus
+from qlora_hal.detect.gpu import Gpu, Vendor
 from qlora_hal.detect.mac_memory import pressure
 from qlora_hal.detect.machine_facts import LiveFacts, MachineFacts
-
-Vendor = Literal["nvidia", "amd", "apple", "intel"]
 
 _PCI_VENDORS: Mapping[str, Vendor] = {"0x10de": "nvidia", "0x1002": "amd", "0x8086": "intel"}
 _PCI_DISPLAY_CLASSES = ("0x0300", "0x0302", "0x0380", "0x1200")
@@ -27,24 +25,6 @@ _INSTRUCTION_SETS = (
 )  # fmt: skip
 _NO_CGROUP_LIMIT = 2**60
 """Version 1 control groups say `no limit` by a number near 2**63."""
-
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """One accelerator. None and "" mean that the machine does not tell.
-
-    `compute_capability` is NVIDIA's, `gfx` AMD's target name (`gfx942`). `integrated` shares the host's memory.
-    """
-
-    vendor: Vendor
-    name: str
-    memory_total_bytes: int | None = None
-    memory_free_bytes: int | None = None
-    compute_capability: tuple[int, int] | None = None
-    gfx: str = ""
-    driver_version: str = ""
-    bus_id: str = ""
-    integrated: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,8 @@ from qlora_hal.config.schema import RunConfig
 from qlora_hal.contract.backend import Quantization
 from qlora_hal.contract.capabilities import OPTIMIZER_FEATURE, Capabilities, Feature, Needs, WeightFormat
 from qlora_hal.errors import ConfigError
-from qlora_hal.model.facts import ModelFacts, Prequantized
+from qlora_hal.model.facts import ModelFacts
+from qlora_hal.model.packed_facts import Prequantized
 
 LEVELS = ("none", "8bit", "4bit")
 STORED_AT_LEVEL = {

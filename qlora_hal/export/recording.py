@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_hal.report.run_file import redacted
+from qlora_hal.errors.redaction import redacted
 
 if TYPE_CHECKING:
     from qlora_hal.contract.backend import DeviceFacts

@@ -23,7 +23,8 @@ import numpy.typing as npt
 
 from qlora_hal.errors import AdapterError, UnsafeInputError
 from qlora_hal.files import strict_json
-from qlora_hal.files.durable import Chunk, open_regular
+from qlora_hal.files.durable import Chunk
+from qlora_hal.files.opening import open_regular
 
 Array = npt.NDArray[Any]
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from qlora_hal.model.packed_facts import Prequantized
 
 LARGEST_SIZE = 2**40
 """No width, count or number of positions reaches it; larger ones are no sizes."""
@@ -22,17 +24,6 @@ class TensorFacts:
     shape: tuple[int, ...]
     byte_count: int
     file: str
-
-
-@dataclass(frozen=True, slots=True)
-class Prequantized:
-    """How a checkpoint is already quantized. `method` is `bitsandbytes`, `gptq` or `mlx`."""
-
-    method: str
-    weight_format: str
-    block_size: int | None
-    double_quant: bool = False
-    settings: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_hal.errors import BackendError, ConfigError, ModelError, StorageError
+from qlora_hal.errors.redaction import is_secret_variable
 from qlora_hal.files import atomic_folder
 from qlora_hal.files.output_path import writable_folder
 from qlora_hal.files.scratch import scratch_folder
@@ -27,8 +28,7 @@ from qlora_hal.model.safetensors_headers import read_header
 from qlora_hal.model.safety import NO_WEIGHTS, PICKLE_SUFFIXES
 from qlora_hal.model.weight_files import SINGLE_FILE, read_json, read_weight_map
 from qlora_hal.processes import child_process
-from qlora_hal.report.run_file import is_secret_variable
-from qlora_hal.run.supervisor import error_from
+from qlora_hal.processes.child_errors import error_from
 
 CHILD = "qlora_hal_backends.unpickling_child"
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from qlora_hal.errors import ModelError
 from qlora_hal.files import strict_json
 from qlora_hal.files.safetensors_file import TensorEntry
-from qlora_hal.model.facts import Prequantized
 from qlora_hal.model.linear_shapes import Shape
+from qlora_hal.model.packed_facts import Prequantized
 from qlora_hal.model.safetensors_headers import Header, read_tensor_bytes
 from qlora_hal.model.weight_files import read_json
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_hal.errors import ModelError, QloraHalError, StorageError
-from qlora_hal.files import durable, sealed_json, strict_json
+from qlora_hal.files import durable, opening, sealed_json, strict_json
 from qlora_hal.model.facts import read_facts
 from qlora_hal.model.weight_files import read_json
 
@@ -68,7 +68,7 @@ def read_quantized(
     """The model in a folder if it is the one that `identity` describes and still whole, else None. `verify` False is
     for one that was written a moment ago."""
     try:
-        durable.refuse_link(folder)
+        opening.refuse_link(folder)
         manifest = read_json(folder / MANIFEST_FILE)
         facts = read_facts(folder)
         if manifest.get("format") != MANIFEST_FORMAT or manifest.get("made_from") != dict(identity):

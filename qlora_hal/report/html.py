@@ -104,7 +104,7 @@ def _data_lines(run: Mapping[str, object]) -> list[str]:
 
 def _hand_overs(run: Mapping[str, object]) -> list[dict[str, object]]:
     """Where the run went on with another backend: a title and what was said then."""
-    from qlora_hal.run.transfer import hand_over_from
+    from qlora_hal.report.transfer_record import hand_over_from
 
     moves = run.get("hand_overs")
     told = [hand_over_from(move).lines() for move in moves] if isinstance(moves, list) else []

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_hal.errors import AdapterError, CheckpointError, QloraHalError
-from qlora_hal.files import durable
+from qlora_hal.files import durable, opening
 
 if TYPE_CHECKING:
     from qlora_hal.contract.values import Adapter
@@ -24,7 +24,7 @@ def adapter_problem(folder: Path, run_id: object) -> str:
     from qlora_hal.adapter.peft_files import read_adapter, read_provenance
 
     try:
-        durable.refuse_link(folder)
+        opening.refuse_link(folder)
         read_adapter(folder)
         return _foreign(read_provenance(folder).get("run_id"), run_id)
     except QloraHalError as problem:

@@ -9,7 +9,6 @@ adapter/       the trained adapter
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import tempfile
@@ -24,11 +23,11 @@ from qlora_hal.checkpoint.reading import checkpoints, restore_replaced, unfinish
 from qlora_hal.checkpoint.state import CHECKPOINTS_FOLDER, PRUNING, REPLACED, STAGING, checkpoints_folder, entries
 from qlora_hal.checkpoint.writing import LATEST_LINK, expected_checkpoint_bytes
 from qlora_hal.errors import ConfigError
-from qlora_hal.files import durable, sealed_json, strict_json
+from qlora_hal.files import durable, opening, sealed_json
 from qlora_hal.files.durable import write_json_atomically
 from qlora_hal.files.output_path import writable_folder
 from qlora_hal.report.run_file import read_run_file
-from qlora_hal.run.identity import differing_settings, new_run_id, shown_value
+from qlora_hal.run.identity import PLACE_KEYS, config_hash, differing_settings, new_run_id, shown_value
 from qlora_hal.run.lock import LOCK_FILE, OWNER_FILE, RunLock
 
 __all__ = ["RunDirectory", "config_hash", "rehearsed", "write_json_atomically"]
@@ -48,8 +47,6 @@ _OWN = (*(name for name in _OUTPUTS if name != LATEST_LINK), RUN_FILE, LOCK_FILE
 """What a run writes or trusts there. A link under one of these names was planted; `latest` is never read."""
 _LEFTOVER = re.compile(rf"({re.escape(STAGING)}|{re.escape(PRUNING)}|{re.escape(REPLACED)}|\.tmp-).+-[0-9a-f]{{8}}")
 """Names that end as `durable.unique_name` ends them; what is called `.tmp` otherwise is the user's."""
-_PLACE_KEYS = frozenset({"output_dir"})
-"""Keys that say where a run lies, not what it is."""
 
 
 class RunDirectory:
@@ -227,12 +224,6 @@ def rehearsed(output_dir: str | Path, *, config: Mapping[str, object], overwrite
         yield Path(scratch)
 
 
-def config_hash(config: Mapping[str, object]) -> str:
-    """SHA-256 of a configuration, equal for equal training: the place of the output does not count."""
-    trained = {key: value for key, value in config.items() if key not in _PLACE_KEYS}
-    return hashlib.sha256(strict_json.encode(trained)).hexdigest()
-
-
 def _restore_replaced_adapters(path: Path) -> None:
     """Put back what a crash between two renames left aside (`adapter.peft_files.write_adapter`)."""
     for name in (ADAPTER_FOLDER, BEST_ADAPTER_FOLDER):
@@ -247,7 +238,7 @@ def _restore_replaced_adapters(path: Path) -> None:
 
 def _refuse_links(path: Path) -> None:
     for name in _OWN:
-        durable.refuse_link(path / name)
+        opening.refuse_link(path / name)
 
 
 def _readable(count: int) -> str:
@@ -270,7 +261,7 @@ def _outputs_in(path: Path) -> list[str]:
 def _refuse_unless_it_never_began(path: Path, config: Mapping[str, object], outputs: Sequence[str]) -> list[str]:
     """Notes on an earlier run that may be started over. Raises ConfigError QH-S13 for any that is worth something."""
     earlier = read_run_file(path)["config"]
-    differing = differing_settings(earlier if isinstance(earlier, dict) else {}, config, apart_from=_PLACE_KEYS)
+    differing = differing_settings(earlier if isinstance(earlier, dict) else {}, config, apart_from=PLACE_KEYS)
     saved = len(checkpoints(path))
     if saved or ADAPTER_FOLDER in outputs or (differing and _has_content(path / METRICS_FILE)):
         _refuse_earlier_run(path, differing, saved)

@@ -124,3 +124,13 @@ def shown_differences(differing: Mapping[str, tuple[object, object]]) -> str:
 
 def shown_value(value: object) -> str:
     return "not set" if value is None else ascii(value)[:120]
+
+
+PLACE_KEYS = frozenset({"output_dir"})
+"""Keys that say where a run lies, not what it is."""
+
+
+def config_hash(config: Mapping[str, object]) -> str:
+    """SHA-256 of a configuration, equal for equal training: the place of the output does not count."""
+    trained = {key: value for key, value in config.items() if key not in PLACE_KEYS}
+    return hashlib.sha256(strict_json.encode(trained)).hexdigest()

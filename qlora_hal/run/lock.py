@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from qlora_hal.errors import OutputLockedError, StorageError, UnsafeInputError
 from qlora_hal.files import strict_json
-from qlora_hal.files.durable import refuse_link, storage_error, write_json_atomically
+from qlora_hal.files.durable import storage_error, write_json_atomically
+from qlora_hal.files.opening import refuse_link
 
 if TYPE_CHECKING:
     import filelock

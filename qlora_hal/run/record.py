@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from qlora_hal.checkpoint import TrainingState
     from qlora_hal.config.schema import RunConfig
     from qlora_hal.report.console import RunConsole
+    from qlora_hal.report.transfer_record import HandOver
     from qlora_hal.run.directory import RunDirectory
     from qlora_hal.run.loop import FinishedStep, Progress
     from qlora_hal.run.prepare import PreparedRun
     from qlora_hal.run.result import TrainResult
-    from qlora_hal.run.transfer import HandOver
 
 
 class Journal:

@@ -10,8 +10,7 @@ from qlora_hal.checkpoint.reading import checkpoints, kept_record
 from qlora_hal.errors import CheckpointError, ConfigError
 from qlora_hal.files import durable
 from qlora_hal.report.run_file import RUN_FILE, examined_run_file
-from qlora_hal.run.directory import config_hash
-from qlora_hal.run.identity import differing_settings, shown_differences
+from qlora_hal.run.identity import config_hash, differing_settings, shown_differences
 
 
 def read_or_recovered(run_dir: Path) -> tuple[dict[str, object], str]:

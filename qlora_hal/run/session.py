@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from qlora_hal.report.console import RunConsole
     from qlora_hal.report.metrics import MetricsFile
     from qlora_hal.report.run_file import RunRecord
+    from qlora_hal.report.transfer_record import HandOver
     from qlora_hal.run.callbacks import Recorder
     from qlora_hal.run.directory import RunDirectory
     from qlora_hal.run.loop import LoopPlan, Progress
     from qlora_hal.run.prepare import PreparedRun
-    from qlora_hal.run.transfer import HandOver
 
 Samples = tuple[Mapping[str, str], ...]
 
@@ -376,7 +376,7 @@ class Execution:
 
     def _sampled(self, when: str, rows: Sequence[Mapping[str, str]]) -> Samples:
         """Each row with the answer of the model as it is now."""
-        from qlora_hal.inference.generate import answer
+        from qlora_hal.run.samples import answer
 
         if Feature.GENERATE not in self._features:
             return tuple(rows)
@@ -442,7 +442,7 @@ def chosen_dtype(wanted: str, proved: Sequence[str], backend: str) -> str:
 def provenance_of(prepared: PreparedRun, resolved: Mapping[str, object]) -> dict[str, object]:
     """What an adapter or a checkpoint must match to be continued or judged."""
     from qlora_hal.model.verifying import config_hash as hash_of_config
-    from qlora_hal.run.directory import config_hash
+    from qlora_hal.run.identity import config_hash
 
     base = prepared.machinery.source
     source = base.origin

@@ -163,8 +163,9 @@ def run_resumed(
     from qlora_hal.hooks import Hooks
     from qlora_hal.quantize.calibration import with_quantized_base
     from qlora_hal.report.run_file import read_run_config, record_from
-    from qlora_hal.run.directory import RunDirectory, config_hash
+    from qlora_hal.run.directory import RunDirectory
     from qlora_hal.run.finish import result_of_ended, show_ended
+    from qlora_hal.run.identity import config_hash
     from qlora_hal.run.prepare import choose_machinery, prepare_run
     from qlora_hal.run.session import Stage, execute
     from qlora_hal.trackers import observers_for

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_hal.checkpoint.reading import checkpoints
 from qlora_hal.errors import OutOfMemoryError, QloraHalError
 from qlora_hal.processes import child_process
+from qlora_hal.processes.child_errors import error_from, told_of
 from qlora_hal.processes.signals import EndedAtOnce, ended_by_signals, handing_on
 from qlora_hal.run.finish import ended_in
 
@@ -113,28 +114,6 @@ def _ended(status: int, run_dir: Path) -> OutOfMemoryError:
         "true, and start again; no checkpoint was saved yet.",
         context={"ended_by": how, "has_checkpoint": saved},
     )
-
-
-def told_of(error: QloraHalError) -> dict[str, object]:
-    """An error as JSON holds it on its way between processes; `error_from` reads it."""
-    told = {name: getattr(error, name) for name in ("code", "message", "where", "cause", "fix", "context")}
-    return {"class": type(error).__name__, **told}
-
-
-def error_from(told: Mapping[str, Any]) -> QloraHalError:
-    """The error that `told_of` wrote down in another process."""
-    from qlora_hal import errors
-
-    kind = getattr(errors, told["class"], QloraHalError)
-    error: QloraHalError = kind(
-        told["code"],
-        told["message"],
-        where=told["where"],
-        cause=told["cause"],
-        fix=told["fix"],
-        context=told["context"],
-    )
-    return error
 
 
 def _ended_at_once(told: Mapping[str, Any]) -> EndedAtOnce:

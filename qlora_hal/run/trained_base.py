@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, get_args
 
 from qlora_hal.adapter.peft_files import CONFIG_FILE, PROVENANCE_FILE, read_provenance
 from qlora_hal.errors import AdapterError, BackendError, ConfigError, UnsupportedFeatureError
-from qlora_hal.files.durable import refuse_link
+from qlora_hal.files.opening import refuse_link
 from qlora_hal.run.directory import ADAPTER_FOLDER, RUN_FILE
 
 if TYPE_CHECKING:

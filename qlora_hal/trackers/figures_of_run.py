@@ -36,7 +36,7 @@ def of_result(result: TrainResult) -> dict[str, float]:
 def settings_of(run: RunView) -> Mapping[str, str | int | float | bool]:
     """Configuration and resolved facts as flat names; secrets and the home folder are removed."""
     from qlora_hal.config.resolve import flatten_config
-    from qlora_hal.report.run_file import redacted
+    from qlora_hal.errors.redaction import redacted
 
     facts = {**dict(flatten_config(run.config)), **{f"resolved.{key}": value for key, value in run.resolved.items()}}
     plain = redacted(facts)

@@ -16,7 +16,8 @@ import pytest
 
 from qlora_hal.checkpoint import latest_valid_checkpoint, load_checkpoint, save_checkpoint
 from qlora_hal.errors import ConfigError, OutputLockedError, StorageError
-from qlora_hal.run.directory import RunDirectory, config_hash, rehearsed, write_json_atomically
+from qlora_hal.run.directory import RunDirectory, rehearsed, write_json_atomically
+from qlora_hal.run.identity import config_hash
 from tests.checkpoint.small_states import assert_same_state, small_state
 
 ROOT = Path(__file__).parents[2]

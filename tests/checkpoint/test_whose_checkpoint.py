@@ -14,8 +14,8 @@ from qlora_hal.checkpoint import load_checkpoint, save_checkpoint
 from qlora_hal.checkpoint.reading import kept_record
 from qlora_hal.errors import CheckpointError, ConfigError
 from qlora_hal.files.sealed_json import sealed, unsealed
-from qlora_hal.run.directory import RunDirectory, config_hash
-from qlora_hal.run.identity import identity_of, require_own, settings_hash
+from qlora_hal.run.directory import RunDirectory
+from qlora_hal.run.identity import config_hash, identity_of, require_own, settings_hash
 from tests.checkpoint.small_states import small_state
 
 CONFIG: dict[str, Any] = {

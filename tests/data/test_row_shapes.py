@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_hal.data import ChatTokenizer, PreparedData
-from qlora_hal.data.source.reading import Row, open_source
+from qlora_hal.data.source.reading import open_source
 from qlora_hal.data.source.row_formats import Conversation, Writing, example_of, shape_of
+from qlora_hal.data.source.rows import Row
 from qlora_hal.errors import DataError
 
 Prepare = Callable[..., PreparedData]

@@ -23,7 +23,7 @@ from stopped_runs import (
 from qlora_hal import TrainResult, resume
 from qlora_hal.demo import model_path
 from qlora_hal.errors import AdapterError, CheckpointError, UnsafeInputError
-from qlora_hal.run.directory import config_hash
+from qlora_hal.run.identity import config_hash
 
 
 @pytest.fixture(scope="module")

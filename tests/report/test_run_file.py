@@ -11,6 +11,7 @@ import pytest
 
 from qlora_hal.config.resolve import resolve_settings
 from qlora_hal.errors import ConfigError
+from qlora_hal.errors.redaction import redacted
 from qlora_hal.report.html import write_report
 from qlora_hal.report.run_file import (
     Detection,
@@ -18,7 +19,6 @@ from qlora_hal.report.run_file import (
     read_run_config,
     read_run_file,
     record_from,
-    redacted,
     run_facts,
     write_run_file,
 )

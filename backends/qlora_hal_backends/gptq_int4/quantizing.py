@@ -18,7 +18,7 @@ from qlora_hal.contract.backend import CalibrationJob
 from qlora_hal.errors import BackendError, ModelError
 from qlora_hal.files.scratch import scratch_folder
 from qlora_hal.processes import child_process
-from qlora_hal.run.supervisor import error_from
+from qlora_hal.processes.child_errors import error_from
 from qlora_hal_backends.gptq_int4.engines import Engine, GptqSettings, QuantizationJob, chosen_kernel, installed_engine
 
 CHILD = "qlora_hal_backends.gptq_int4.quantizing_child"

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qlora_hal.data.source.reading import Row, Source, digest_of_files, digest_of_values
 from qlora_hal.data.source.row_files import missing_library, nested_columns, not_an_object, without_absent_keys
+from qlora_hal.data.source.rows import Row, Source, digest_of_files, digest_of_values
 from qlora_hal.errors import DataError, HubError
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

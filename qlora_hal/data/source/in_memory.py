@@ -57,7 +57,7 @@ def keep_rows(rows: Sequence[Mapping[str, object]], run_dir: Path) -> None:
 def kept_rows(run_dir: Path) -> list[Mapping[str, object]] | None:
     """The rows that `keep_rows` wrote, or None where the run reads a file. Raises DataError QH-D04, UnsafeInputError
     QH-X06 for a link."""
-    from qlora_hal.files.durable import open_regular, refuse_link
+    from qlora_hal.files.opening import open_regular, refuse_link
 
     path = run_dir / ROWS_FILE
     refuse_link(path)

@@ -6,44 +6,15 @@ that cannot be read is yielded as the error itself, so that `data.on_bad_row` is
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
-from qlora_hal.data.source.row_files import KINDS, not_an_object, rows_in, separator_note
+from qlora_hal.data.source.row_files import KINDS, rows_in, separator_note
+from qlora_hal.data.source.rows import Row, Source, digest_of_files
 from qlora_hal.data.source.split_files import files_of_split, listed, split_names
 from qlora_hal.errors import DataError, QloraHalError
-
-
-class Row(NamedTuple):
-    """One row of a source. `number` counts rows from 1 over all files; `line` is the line (or row) in `file`."""
-
-    number: int
-    file: str
-    line: int
-    value: Mapping[str, object] | DataError
-
-    @property
-    def where(self) -> str:
-        return f"{self.file}:{self.line}"
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Rows with a name and an identity. `digest` is a SHA-256 of the contents; `rows` may be called again;
-    `notes` are for the report, `alerts` also for the user at once."""
-
-    name: str
-    kind: str
-    rows: Callable[[], Iterator[Row]]
-    digest: Callable[[], str]
-    stamp: Callable[[], object] = lambda: None
-    notes: tuple[str, ...] = ()
-    alerts: tuple[str, ...] = ()
 
 
 def open_source(path: str, split: str = "train") -> Source:
@@ -93,37 +64,6 @@ def blamed_on(setting: str, split: str = "data.split") -> Iterator[None]:
         error.where = {"data.path": setting, "data.split": split}.get(error.where, error.where)
         error.fix = error.fix.replace("data.path", setting).replace("data.split", split)
         raise
-
-
-def memory_source(rows: Sequence[Mapping[str, object]]) -> Source:
-    """Rows that are already in memory, as given to `train(data=[...])`."""
-
-    def read() -> Iterator[Row]:
-        for number, value in enumerate(rows, start=1):
-            yield Row(number, "data", number, value if isinstance(value, Mapping) else not_an_object(value, number))
-
-    return Source("rows in memory", "memory", read, lambda: digest_of_values(rows))
-
-
-def digest_of_values(values: Iterable[object]) -> str:
-    """SHA-256 over rows in their JSON form."""
-    digest = hashlib.sha256()
-    for value in values:
-        try:
-            text = json.dumps(value, sort_keys=True, default=repr)
-        except TypeError:  # keys of several types, which have no order
-            text = repr(value)
-        digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
-    return digest.hexdigest()
-
-
-def digest_of_files(files: Sequence[Path]) -> str:
-    """SHA-256 over the bytes and sizes of files, in order; names do not count."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
 
 
 def _files_in(folder: Path) -> list[Path]:

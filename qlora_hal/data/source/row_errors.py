@@ -8,7 +8,7 @@ from qlora_hal.data.source.row_files import type_name
 from qlora_hal.errors import DataError
 
 if TYPE_CHECKING:
-    from qlora_hal.data.source.reading import Row
+    from qlora_hal.data.source.rows import Row
 
 _SHOWN_CHARACTERS = 60
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from qlora_hal.data.source.json_text import decoded
-from qlora_hal.data.source.reading import Row
 from qlora_hal.data.source.row_errors import MISSING, field_fault, value_fault
+from qlora_hal.data.source.rows import Row
 from qlora_hal.data.template.turns import Conversation, Message, conversation_of, from_json_text, joined
 from qlora_hal.data.tokens.objectives import refuse_other_objective
 from qlora_hal.errors import DataError

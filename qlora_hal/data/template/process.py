@@ -302,7 +302,7 @@ def _not_started(ending: str) -> BackendError:
 
 
 def _started() -> subprocess.Popen[bytes]:
-    from qlora_hal.report.run_file import is_secret_variable
+    from qlora_hal.errors.redaction import is_secret_variable
 
     root = str(Path(__file__).resolve().parents[3])
     environment = {name: value for name, value in os.environ.items() if not is_secret_variable(name)}

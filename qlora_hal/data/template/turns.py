@@ -16,7 +16,7 @@ from qlora_hal.data.tokens.objectives import refuse_compared_turn
 from qlora_hal.errors import DataError
 
 if TYPE_CHECKING:
-    from qlora_hal.data.source.reading import Row
+    from qlora_hal.data.source.rows import Row
 
 Message = Mapping[str, object]
 

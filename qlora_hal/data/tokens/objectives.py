@@ -10,7 +10,7 @@ from qlora_hal.data.source.row_errors import shown, value_fault
 from qlora_hal.errors import DataError
 
 if TYPE_CHECKING:
-    from qlora_hal.data.source.reading import Row
+    from qlora_hal.data.source.rows import Row
 
 _COMPARED = frozenset(
     f"{which}{what}"

@@ -29,7 +29,8 @@ import numpy.typing as npt
 from qlora_hal.contract.values import Int32
 from qlora_hal.data.tokens.token_rows import Int64, TokenRows, UInt8, UInt64
 from qlora_hal.errors import StorageError
-from qlora_hal.files.durable import flush_folder, flush_to_medium, open_regular, refuse_link, storage_error
+from qlora_hal.files.durable import flush_folder, flush_to_medium, storage_error
+from qlora_hal.files.opening import open_regular, refuse_link
 
 _DTYPES: Mapping[str, tuple[str, type[np.generic]]] = {
     "tokens": ("I32", np.int32),

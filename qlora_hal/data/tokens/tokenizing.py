@@ -17,8 +17,8 @@ import numpy as np
 
 from qlora_hal.data.rendering import RowRenderer
 from qlora_hal.data.report import SourceReport, histogram_of, percentiles_of
-from qlora_hal.data.source.reading import Row, Source
 from qlora_hal.data.source.row_formats import EVIDENCE
+from qlora_hal.data.source.rows import Row, Source
 from qlora_hal.data.tokens.encoding import RenderedRow, RowEncoder
 from qlora_hal.data.tokens.store import TokenStore, TokenWriter
 from qlora_hal.data.tokens.token_rows import TokenRows
