@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from qlora_hal.demo import data_path, model_path
+
 _SETTINGS: Mapping[str, object] = {
     "output_dir": "runs/demo",
     "backend.allow_cpu": True,
@@ -26,8 +28,6 @@ _SETTINGS: Mapping[str, object] = {
 
 def demo_settings() -> Mapping[str, object]:
     """Dotted key -> value, with the places of the demo's model and rows."""
-    from qlora_hal.demo import data_path, model_path
-
     return {
         **_SETTINGS,
         "model.name_or_path": str(model_path()),

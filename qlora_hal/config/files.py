@@ -13,6 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, SequenceNode
+
 from qlora_hal.errors import ConfigError, UnsafeInputError
 from qlora_hal.files import strict_json, strict_toml
 
@@ -94,10 +99,6 @@ def _text(path: Path) -> str:
 
 
 def _yaml(path: Path, text: str) -> tuple[object, dict[str, int]]:
-    from ruamel.yaml import YAML
-    from ruamel.yaml.composer import Composer
-    from ruamel.yaml.error import MarkedYAMLError, YAMLError
-
     class CountingComposer(Composer):
         """Ends at a limit while nodes are made, which takes far longer than to read over the text."""
 
@@ -132,8 +133,6 @@ def _yaml(path: Path, text: str) -> tuple[object, dict[str, int]]:
 
 
 def _refuse_growth_and_tags(path: Path, root: Node) -> None:
-    from ruamel.yaml.nodes import MappingNode, SequenceNode
-
     # A node is measured once; its aliases count as often as they stand there.
     sizes: dict[int, int] = {}
     open_nodes: set[int] = set()
@@ -162,8 +161,6 @@ def _refuse_growth_and_tags(path: Path, root: Node) -> None:
 
 
 def _yaml_lines(root: Node) -> dict[str, int]:
-    from ruamel.yaml.nodes import MappingNode
-
     lines: dict[str, int] = {}
 
     def walk(node: Node, prefix: str) -> None:

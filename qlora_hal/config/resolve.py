@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from qlora_hal.config.fields import (
     ENVIRONMENT_PREFIX,
     Setting,
@@ -270,8 +272,6 @@ def _from_json(text: str) -> object:
 
 
 def _validated(layers: _Layers) -> ResolvedSettings:
-    from pydantic import ValidationError
-
     try:
         config = RunConfig.model_validate(nest(layers.values))
     except ValidationError as error:

@@ -14,8 +14,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from qlora_hal.contract.capabilities import OPTIMIZER_FEATURE, Capabilities, WeightFormat
+from qlora_hal.contract.capabilities import OPTIMIZER_FEATURE, Capabilities, Feature, Needs, WeightFormat, missing
 from qlora_hal.contract.memory_constants import FastPath, MemoryConstants
+from qlora_hal.errors import UnsupportedFeatureError
 
 if TYPE_CHECKING:
     from qlora_hal.contract.values import (
@@ -329,9 +330,6 @@ def check_served(
     The core asks the same before it opens a trainer; this keeps a caller without the core from getting another format
     or dtype than the one it named.
     """
-    from qlora_hal.contract.capabilities import Feature, Needs, missing
-    from qlora_hal.errors import UnsupportedFeatureError
-
     weight_format = quantization.weight_format
     features = {
         Feature.DOUBLE_QUANT: quantization.double_quant,
@@ -357,8 +355,6 @@ def check_served(
 def check_optimizer(name: str, spec: BackendSpec) -> None:
     """Beside `check_served`, for `attach`. Raises UnsupportedFeatureError QH-B01 for a name that the backend does not
     offer."""
-    from qlora_hal.errors import UnsupportedFeatureError
-
     features = spec.capabilities.features
     offered = [known for known, feature in OPTIMIZER_FEATURE.items() if feature is None or feature in features]
     if name not in offered:
@@ -370,8 +366,6 @@ def check_optimizer(name: str, spec: BackendSpec) -> None:
 
 
 def _undeclared(trainer: QuantizedLoRATrainer, feature: str) -> Exception:
-    from qlora_hal.errors import UnsupportedFeatureError
-
     return UnsupportedFeatureError(
         "QH-B01",
         f"Backend {trainer.spec.name} does not offer {feature}.",

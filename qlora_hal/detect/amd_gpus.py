@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
+from qlora_hal.detect.gpu import Gpu
 from qlora_hal.detect.machine_facts import MachineFacts
-
-if TYPE_CHECKING:
-    from qlora_hal.detect.gpu import Gpu
 
 _NODES = "/sys/class/kfd/kfd/topology/nodes"
 _DRM = "/sys/class/drm"
@@ -33,8 +30,6 @@ def gfx_name(target_version: int) -> str:
 
 def amd_gpus(facts: MachineFacts) -> tuple[Gpu, ...]:
     """Every compute node with SIMD units, in the kernel's order; discrete cards before integrated graphics."""
-    from qlora_hal.detect.gpu import Gpu
-
     driver = (facts.read("/sys/module/amdgpu/version") or "").strip()
     found = []
     for node in sorted(facts.names(_NODES), key=lambda name: (len(name), name)):

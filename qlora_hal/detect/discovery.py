@@ -8,6 +8,7 @@ and backends are compared (`auto`), or when it is named.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 import json
 import os
@@ -15,10 +16,18 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
-from qlora_hal.contract.backend import CONTRACT_VERSION, Availability, BackendSpec, ProbeReport
+from qlora_hal.contract.backend import (
+    CONTRACT_VERSION,
+    Availability,
+    BackendSpec,
+    ModelOutline,
+    ProbeReport,
+    QuantizedLoRATrainer,
+)
 from qlora_hal.contract.type_checks import wrong_fields
 from qlora_hal.errors import (
     BackendConflictError,
@@ -29,10 +38,10 @@ from qlora_hal.errors import (
 )
 from qlora_hal.errors.foreign import told
 from qlora_hal.errors.installation import is_from_folder
+from qlora_hal.model.linear_shapes import left_out_notes
 from qlora_hal.processes.subprocess_call import NoAnswerError, answer_stream, ask, one_line
 
 if TYPE_CHECKING:
-    from qlora_hal.contract.backend import ModelOutline, QuantizedLoRATrainer
     from qlora_hal.model.source import ModelSource
 
 ENTRY_POINT_GROUP = "qlora_hal.backends"
@@ -147,8 +156,6 @@ def find(name: str, entries: Sequence[Listed]) -> Listed:
     entries, _ = _without_impostors(entries)
     matches = [entry for entry in entries if entry.name == name]
     if not matches:
-        import difflib
-
         names = sorted({entry.name for entry in entries})
         close = difflib.get_close_matches(name, names, n=1)
         raise BackendNotFoundError(
@@ -167,8 +174,6 @@ def open_trainer(spec: BackendSpec, options: Mapping[str, object] | None = None)
     """Import the trainer: the first heavy import of a run. Foreign exceptions come out as BackendError. `options` are
     `backend.options`: some choices become variables of the environment first. A choice that is asked for
     wins over a variable that is set already; a default does not."""
-    from qlora_hal.contract.backend import QuantizedLoRATrainer
-
     trainer = _called(spec, spec.trainer, options or {})
     if not isinstance(trainer, QuantizedLoRATrainer):
         raise BackendContractError(
@@ -182,9 +187,6 @@ def open_trainer(spec: BackendSpec, options: Mapping[str, object] | None = None)
 def outline_of(spec: BackendSpec, source: ModelSource, options: Mapping[str, object]) -> ModelOutline:
     """What the backend will make of this model: by its own outline, where it has one, else by the headers of the
     weight files. Foreign exceptions come out as BackendError."""
-    from qlora_hal.contract.backend import ModelOutline
-    from qlora_hal.model.linear_shapes import left_out_notes
-
     if not spec.outline:
         return ModelOutline(source.facts.linear_modules, left_out_notes(source.facts))
     outline = _called(spec, spec.outline, options, source, options)
@@ -199,8 +201,6 @@ def outline_of(spec: BackendSpec, source: ModelSource, options: Mapping[str, obj
 
 def _called(spec: BackendSpec, path: str, options: Mapping[str, object], *arguments: object) -> object:
     """Import `package.module:Name` of a backend and call it, behind the wall."""
-    from importlib import import_module
-
     for option, choices in spec.option_choices.items():
         asked = option in options
         choice = options[option] if asked else choices[0]

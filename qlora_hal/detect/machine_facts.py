@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import re
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+import psutil
 
 WATCHED_VARIABLES = (
     "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HSA_OVERRIDE_GFX_VERSION",
@@ -109,8 +112,6 @@ class LiveFacts:
 
     def sysctl(self) -> Mapping[str, str]:
         """`sysctl` prints `name: value` lines; names that a machine lacks go to its error stream."""
-        import subprocess
-
         try:
             done = subprocess.run(
                 ["/usr/sbin/sysctl", *_SYSCTL_NAMES], capture_output=True, text=True, timeout=5, check=False
@@ -131,7 +132,6 @@ class LiveFacts:
         if len(lines) == 2:
             kilobytes = dict(lines)
             return int(kilobytes["MemTotal"]) * 1024, int(kilobytes["MemAvailable"]) * 1024
-        import psutil
 
         memory = psutil.virtual_memory()
         return int(memory.total), int(memory.available)

@@ -15,12 +15,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qlora_hal.adapter.initial import initial_adapter
+from qlora_hal.contract.backend import Compute, Quantization
+from qlora_hal.contract.capabilities import Feature, WeightFormat
+from qlora_hal.contract.values import IGNORE_LABEL, Adapter, AdapterConfig, Batch, StepSettings
+from qlora_hal.detect.discovery import open_trainer
 from qlora_hal.errors import QloraHalError
+from qlora_hal.files.safetensors_file import file_chunks
+from qlora_hal.model.facts import read_facts
+from qlora_hal.model.source import ModelSource
 from qlora_hal.processes.subprocess_call import NoAnswerError, answer_stream, ask, one_line
 
 if TYPE_CHECKING:
-    from qlora_hal.contract.backend import BackendSpec, Quantization, QuantizedLoRATrainer
-    from qlora_hal.contract.values import Adapter, Batch, Float32
+    from qlora_hal.contract.backend import BackendSpec, QuantizedLoRATrainer
+    from qlora_hal.contract.values import Float32
     from qlora_hal_conformance.oracle import OracleTrainer
 
 HIDDEN, FEED_FORWARD, VOCABULARY, TIME = 64, 128, 96, 12
@@ -53,8 +61,6 @@ class _Proof:
     """The checks, in order; each is a sentence that a user understands."""
 
     def __init__(self, spec: BackendSpec, folder: Path) -> None:
-        from qlora_hal.detect.discovery import open_trainer
-
         self.spec = spec
         self.weights = write_tiny_model(folder)
         self.folder = folder
@@ -94,13 +100,6 @@ class _Proof:
         return "float32" in proved, ", ".join(proved)
 
     def loads(self) -> tuple[bool, str]:
-        from qlora_hal.adapter.initial import initial_adapter
-        from qlora_hal.contract.backend import Compute, Quantization
-        from qlora_hal.contract.capabilities import Feature, WeightFormat
-        from qlora_hal.contract.values import Adapter, AdapterConfig
-        from qlora_hal.model.facts import read_facts
-        from qlora_hal.model.source import ModelSource
-
         capabilities = self.spec.capabilities
         stored = capabilities.levels.get("4bit") or sorted(capabilities.weight_formats)[0]
         sizes = capabilities.block_sizes.get(stored, (None,))
@@ -150,8 +149,6 @@ class _Proof:
         return ratio <= 1.0, f"{ratio:.3f} of the bound for float32"
 
     def learns(self) -> tuple[bool, str]:
-        from qlora_hal.contract.values import StepSettings
-
         settings = StepSettings(LEARNING_RATE, self.batch.counted_tokens)
         losses = [self.trainer.train_step([self.batch], settings).resolve().loss for _ in range(STEPS)]
         return losses[-1] < losses[0], f"{losses[0]:.3f} -> {losses[-1]:.3f}"
@@ -170,8 +167,6 @@ class _Proof:
 
 def write_tiny_model(folder: Path) -> dict[str, Float32]:
     """A one-layer Llama with grouped-query attention, as a hub would hold it; returns its tensors."""
-    from qlora_hal.files.safetensors_file import file_chunks
-
     generator = np.random.default_rng(0)
     shapes = {"q_proj": (64, 64), "k_proj": (32, 64), "v_proj": (32, 64), "o_proj": (64, 64)}
     layer = "model.layers.0."
@@ -215,8 +210,6 @@ def _normal(generator: np.random.Generator, shape: tuple[int, int]) -> Float32:
 
 
 def _batch() -> Batch:
-    from qlora_hal.contract.values import IGNORE_LABEL, Batch
-
     generator = np.random.default_rng(2)
     input_ids = generator.integers(3, VOCABULARY, (2, TIME)).astype(np.int32)
     labels = input_ids.copy()

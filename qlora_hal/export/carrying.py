@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qlora_hal.adapter.fitting import check_fits
+from qlora_hal.contract.checked_trainer import GuardedTrainer
 from qlora_hal.contract.values import Float32
+from qlora_hal.detect.discovery import open_trainer
 from qlora_hal.export import folder as model_folder
 from qlora_hal.export import placing
 from qlora_hal.export.comparing import (
@@ -37,7 +39,6 @@ from qlora_hal.model.weight_files import read_headers
 
 if TYPE_CHECKING:
     from qlora_hal.contract.backend import BackendSpec, Compute, DeviceFacts
-    from qlora_hal.contract.checked_trainer import GuardedTrainer
     from qlora_hal.report.console import RunConsole
 
 REFERENCE_FILE = "reference.float32"
@@ -165,9 +166,6 @@ class Merge:
 
     def _hear(self, reference: Reference) -> AdapterModel:
         """Open the base as it was trained on, take the adapter model's logits, and write what needs the open base."""
-        from qlora_hal.contract.checked_trainer import GuardedTrainer
-        from qlora_hal.detect.discovery import open_trainer
-
         machinery = self._plan.machinery
         spec = machinery.choice.spec
         trainer = GuardedTrainer(open_trainer(spec, self._plan.subject.options_on(spec.name)))

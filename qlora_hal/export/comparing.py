@@ -13,11 +13,15 @@ import numpy as np
 from qlora_hal.adapter.naming import module_of
 from qlora_hal.contract.backend import BackendSpec, Compute, Quantization
 from qlora_hal.contract.capabilities import Needs, WeightFormat
+from qlora_hal.contract.checked_trainer import GuardedTrainer
 from qlora_hal.contract.values import Adapter
+from qlora_hal.detect.discovery import listed, open_trainer, reports
+from qlora_hal.detect.selection import choose
+from qlora_hal.model.facts import read_facts
+from qlora_hal.model.source import ModelSource
 from qlora_hal.run.session import chosen_dtype
 
 if TYPE_CHECKING:
-    from qlora_hal.contract.checked_trainer import GuardedTrainer
     from qlora_hal.export.subject import Subject
     from qlora_hal.model.facts import ModelFacts
     from qlora_hal.run.prepare import Machinery
@@ -77,11 +81,6 @@ def opened_merged(
 
     `adapter`, with B zero, is attached: what the suite certifies is the order load, attach, logits.
     """
-    from qlora_hal.contract.checked_trainer import GuardedTrainer
-    from qlora_hal.detect.discovery import open_trainer
-    from qlora_hal.model.facts import read_facts
-    from qlora_hal.model.source import ModelSource
-
     source = ModelSource(folder.name, folder, read_facts(folder), trust_remote_code=trust_remote_code)
     trainer = GuardedTrainer(open_trainer(spec, compute.options))
     try:
@@ -97,8 +96,6 @@ def merged_backend(spec: BackendSpec, compute: Compute, architecture: str) -> tu
     capabilities = spec.capabilities
     if WeightFormat.NONE in capabilities.weight_formats and compute.dtype in capabilities.compute_dtypes:
         return spec, compute
-    from qlora_hal.detect.discovery import listed, reports
-    from qlora_hal.detect.selection import choose
 
     needs = Needs(weight_format=WeightFormat.NONE, compute_dtype=compute.dtype, architecture=architecture)
     entries = listed()

@@ -15,6 +15,8 @@ from qlora_hal.adapter.peft_files import read_adapter, read_provenance, write_ad
 from qlora_hal.contract.values import Adapter
 from qlora_hal.errors import AdapterError, ConfigError, StorageError
 from qlora_hal.files import strict_json
+from qlora_hal.run.directory import ADAPTER_FOLDER, RUN_FILE
+from qlora_hal.run.trained_base import finished_adapter
 
 if TYPE_CHECKING:
     from qlora_hal.model.source import ModelSource
@@ -96,9 +98,6 @@ def convert_adapter(source: Path, out: Path, *, to: Layout, model: ModelSource |
 
 def _adapter_folder(source: Path) -> Path:
     """A run's folder stands for the adapter in it. Raises AdapterError QH-C61 for a run that has none yet."""
-    from qlora_hal.run.directory import ADAPTER_FOLDER, RUN_FILE
-    from qlora_hal.run.trained_base import finished_adapter
-
     if os.path.lexists(source / mlx_files.CONFIG_FILE):
         return source
     if os.path.lexists(source / RUN_FILE):

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from qlora_hal.data.tokens.tokenizer_files import MORE_TEMPLATES
+from qlora_hal.data.tokens.tokenizer import chosen_template
+from qlora_hal.data.tokens.tokenizer_files import MORE_TEMPLATES, chat_templates
 from qlora_hal.files import durable
 from qlora_hal.model.safety import named_python_files
 from qlora_hal.model.source import ModelSource
@@ -67,8 +68,6 @@ def chat_template_of(name: str | None, base: Path) -> str | None:
     the tokenizer's own was used. Raises DataError (QH-D12), ModelError (QH-D52)."""
     if name is None:
         return None
-    from qlora_hal.data.tokens.tokenizer import chosen_template
-    from qlora_hal.data.tokens.tokenizer_files import chat_templates
 
     return chosen_template(name, chat_templates(base))[0]
 

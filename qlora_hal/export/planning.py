@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING
 from qlora_hal.adapter.fitting import check_base
 from qlora_hal.adapter.peft_files import unvouched_note
 from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal.data import ChatTokenizer
 from qlora_hal.errors import ConfigError
 from qlora_hal.export.requantizing import calibrating_backend
 from qlora_hal.export.request import MergeRequest
 from qlora_hal.export.rows import NO_OTHERS_NOTE, HeldOutRows, held_out_rows
 from qlora_hal.export.subject import Subject, read_subject, require_known_storage
+from qlora_hal.model.source import resolve_model
+from qlora_hal.quantize.calibration import base_of_run
 from qlora_hal.run.trained_base import machinery_of_training
 
 if TYPE_CHECKING:
@@ -41,10 +44,6 @@ class MergePlan:
 
 def planned(request: MergeRequest, console: RunConsole, note: Callable[[str], None]) -> MergePlan:
     """Read adapter and base, choose the backend, prepare the rows. Raises the errors of the rooms it asks."""
-    from qlora_hal.data import ChatTokenizer
-    from qlora_hal.model.source import resolve_model
-    from qlora_hal.quantize.calibration import base_of_run
-
     subject = read_subject(request)
     if unverified := unvouched_note(subject.adapter_dir):
         note(unverified)

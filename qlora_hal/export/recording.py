@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import qlora_hal
 from qlora_hal.errors.redaction import redacted
 
 if TYPE_CHECKING:
@@ -35,8 +36,6 @@ def record_of(
     notes: Sequence[str],
 ) -> dict[str, object]:
     """The content of merge.json, without paths of this machine."""
-    import qlora_hal
-
     machinery, config = plan.machinery, plan.subject.adapter.config
     source, quantization = machinery.source, machinery.quantization
     record: dict[str, object] = {

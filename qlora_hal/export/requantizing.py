@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING
 from qlora_hal.adapter.fitting import check_fits
 from qlora_hal.contract.backend import BackendSpec, Compute, Quantization
 from qlora_hal.contract.capabilities import Feature, Needs, WeightFormat
+from qlora_hal.contract.checked_trainer import GuardedTrainer
+from qlora_hal.detect.discovery import find, listed, load_spec, open_trainer, reports
+from qlora_hal.detect.selection import choose
 from qlora_hal.errors import UnsupportedFeatureError
 from qlora_hal.export.comparing import without_effect
 from qlora_hal.export.weights import BaseFiles, MergedTensor
@@ -25,9 +28,9 @@ from qlora_hal.model.facts import ModelFacts, read_facts
 from qlora_hal.model.shards import Array, write_shards
 from qlora_hal.model.source import ModelSource
 from qlora_hal.model.weight_files import read_headers
+from qlora_hal.quantize.calibration import Recipe, calibration_from, quantize_into
 
 if TYPE_CHECKING:
-    from qlora_hal.contract.checked_trainer import GuardedTrainer
     from qlora_hal.contract.values import ComputeDtype
     from qlora_hal.data import TokenStore
     from qlora_hal.export.subject import Subject
@@ -46,7 +49,6 @@ def requantized(
     if weight_format == WeightFormat.NF4.value:
         write_nf4(source, folder)
         return None
-    from qlora_hal.quantize.calibration import Recipe, calibration_from, quantize_into
 
     calibrated = WeightFormat(weight_format)
     spec = calibrating_backend(calibrated)
@@ -107,10 +109,6 @@ def opened_requantized(
 ) -> Iterator[GuardedTrainer]:
     """A requantized folder, loaded by `preferred` or else by the first ready backend that can; the subject's adapter,
     with B zero, is attached."""
-    from qlora_hal.contract.checked_trainer import GuardedTrainer
-    from qlora_hal.detect.discovery import listed, open_trainer, reports
-    from qlora_hal.detect.selection import choose
-
     source = ModelSource(folder.name, folder, read_facts(folder))
     stored = source.facts.prequantized
     assert stored is not None
@@ -138,8 +136,6 @@ def opened_requantized(
 
 def calibrating_backend(weight_format: WeightFormat) -> BackendSpec:
     """The ready backend that brings a model into the format. Raises UnsupportedFeatureError QH-B01 when none does."""
-    from qlora_hal.detect.discovery import find, listed, load_spec, reports
-
     entries = listed()
     ready = [load_spec(find(report.backend, entries)) for report in reports(entries) if report.ready]
     able = [spec for spec in ready if weight_format in spec.capabilities.calibrated_formats]

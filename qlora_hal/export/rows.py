@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qlora_hal.contract.values import Batch
+from qlora_hal.data import evaluation_batches, prepare
+from qlora_hal.data.source.in_memory import kept_rows
+from qlora_hal.data.source.reading import blamed_on
 from qlora_hal.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -59,8 +62,6 @@ class HeldOutRows:
 
     def batches(self, vocabulary_size: int, batch_rows: int) -> Iterator[Batch]:
         """Every row once, in batches whose logits stay small on the host."""
-        from qlora_hal.data import evaluation_batches
-
         longest = int(self.store.lengths.max()) + 8
         fitting = max(1, _LOGITS_BYTES // (4 * longest * max(vocabulary_size, 1)))
         return evaluation_batches(self.store, min(batch_rows, fitting), pad_id=self.pad_id)
@@ -83,8 +84,6 @@ def held_out_rows(request: MergeRequest, subject: Subject, tokenizer: ChatTokeni
     Raises ConfigError QH-C64 when there are none, or the run's own cannot be read any more.
     """
     if request.rows is not None:
-        from qlora_hal.data.source.reading import blamed_on
-
         data = subject.config.data.model_copy(
             update={"path": request.rows, "validation_path": None, "validation_fraction": 0.0}
         )
@@ -104,8 +103,6 @@ def held_out_rows(request: MergeRequest, subject: Subject, tokenizer: ChatTokeni
 
 
 def _rows_of_run(subject: Subject, tokenizer: ChatTokenizer, facts: ModelFacts) -> tuple[TokenStore, TokenStore | None]:
-    from qlora_hal.data.source.in_memory import kept_rows
-
     assert subject.run_dir is not None
     cache = subject.run_dir / "tokens"
     try:
@@ -126,8 +123,6 @@ def _prepared(
     facts: ModelFacts,
     rows: list[Mapping[str, object]] | None,
 ) -> tuple[TokenStore, TokenStore | None]:
-    from qlora_hal.data import prepare
-
     prepared = prepare(
         data,
         tokenizer,

@@ -11,6 +11,7 @@ from qlora_hal.adapter.peft_files import TENSORS_FILE, read_adapter, read_proven
 from qlora_hal.contract.values import Adapter
 from qlora_hal.errors import ConfigError
 from qlora_hal.files import durable
+from qlora_hal.report.run_file import read_run_config, read_run_file
 from qlora_hal.run.trained_base import adapter_folders, options_on, storage_of_training, trained_config
 
 if TYPE_CHECKING:
@@ -66,7 +67,6 @@ def _run_settings(run_dir: Path | None) -> tuple[RunConfig | None, int]:
     """The run's own configuration and the seed it resolved to, which decides the held-out rows."""
     if run_dir is None:
         return None, 0
-    from qlora_hal.report.run_file import read_run_config, read_run_file
 
     resolved = read_run_file(run_dir).get("resolved")
     seed = resolved.get("seed") if isinstance(resolved, Mapping) else None

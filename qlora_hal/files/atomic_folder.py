@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 
+from qlora_hal.errors import figures
 from qlora_hal.files import durable
 
 
@@ -27,8 +28,6 @@ def staging(out: Path, *, prefix: str, what: str) -> Iterator[Path]:
 
 def left_behind(out: Path, *, prefix: str, what: str) -> list[str]:
     """Notes on what interrupted attempts left beside `out`."""
-    from qlora_hal.errors import figures
-
     left = sorted(path for path in out.absolute().parent.glob(f"{prefix}{escape(out.name)}-*") if path.is_dir())
     return [f"{what} left {path} ({figures.size(durable.tree_bytes(path))}); remove it" for path in left]
 

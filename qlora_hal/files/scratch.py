@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import filelock
+
 LOCK_FILE = ".alive"
 _YOUNGEST = 60.0
 """Seconds. A folder that is younger may not have its lock yet."""
@@ -21,8 +23,6 @@ def scratch_folder(prefix: str) -> Iterator[Path]:
 
     A lock and no process id: ids are used again, and mean nothing in another container on the same disk.
     """
-    import filelock
-
     _sweep(Path(tempfile.gettempdir()), prefix)
     with tempfile.TemporaryDirectory(prefix=prefix) as name:
         lock = filelock.FileLock(Path(name) / LOCK_FILE, timeout=0)
@@ -35,8 +35,6 @@ def scratch_folder(prefix: str) -> Iterator[Path]:
 
 
 def _sweep(parent: Path, prefix: str) -> None:
-    import filelock
-
     for folder in parent.glob(f"{prefix}*"):
         if not _is_old_and_ours(folder):
             continue

@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from qlora_hal.files.opening import open_regular
+
 MAX_JSON_BYTES = 16 * 1024 * 1024
 """Above anything written here: an adapter of 100 000 modules lists its targets in about 6 MB."""
 
@@ -61,8 +63,6 @@ def decode_foreign(raw: bytes, *, most_bytes: int = MAX_JSON_BYTES, most_values:
 def read_foreign_object(path: Path, *, most_bytes: int = MAX_JSON_BYTES) -> dict[str, object]:
     """The object in a file of others, which may be a link (hub snapshots are), but no pipe. Raises JsonProblem, and
     OSError where the file cannot be read."""
-    from qlora_hal.files.opening import open_regular
-
     with open_regular(path.resolve(strict=True)) as stream:
         value = decode_foreign(stream.read(most_bytes + 1), most_bytes=most_bytes)
     return _object(value)
@@ -114,8 +114,6 @@ def decode_object(raw: bytes) -> dict[str, object]:
 
 def read_object(path: Path) -> dict[str, object]:
     """The object in a small file. Raises JsonProblem, and OSError where the file cannot be read."""
-    from qlora_hal.files.opening import open_regular
-
     with open_regular(path) as stream:
         return decode_object(stream.read(MAX_JSON_BYTES + 1))
 

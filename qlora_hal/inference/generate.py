@@ -7,15 +7,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_hal.adapter.fitting import check_base, check_fits
+from qlora_hal.adapter.peft_files import read_adapter, read_provenance, unvouched_note
+from qlora_hal.contract.backend import Compute
+from qlora_hal.contract.checked_trainer import GuardedTrainer
+from qlora_hal.data import ChatTokenizer
+from qlora_hal.detect.discovery import open_trainer
 from qlora_hal.errors import ConfigError
+from qlora_hal.model.source import resolve_model
+from qlora_hal.quantize.calibration import base_of_run
+from qlora_hal.report.console import RunConsole
+from qlora_hal.report.run_file import read_run_config
 from qlora_hal.run.samples import SAMPLE_TOKENS, Messages, answer, prompt_tokens
+from qlora_hal.run.trained_base import (
+    adapter_folders,
+    finished_adapter,
+    machinery_of_training,
+    options_on,
+    storage_of_training,
+    trained_config,
+)
 
 if TYPE_CHECKING:
     from qlora_hal.config.schema import RunConfig
-    from qlora_hal.contract.checked_trainer import GuardedTrainer
     from qlora_hal.contract.values import ComputeDtype
-    from qlora_hal.data import ChatTokenizer
-    from qlora_hal.report.console import RunConsole
 
 
 @dataclass(slots=True)
@@ -72,17 +87,6 @@ def open_generation(
     `backend` "auto" is the backend that trained, where it is here. Raises ConfigError, AdapterError QH-C61 (the run has
     no finished adapter), QH-C22 (it was changed, or is another run's), QH-C05, QH-C08.
     """
-    from qlora_hal.adapter.fitting import check_base, check_fits
-    from qlora_hal.adapter.peft_files import read_adapter, unvouched_note
-    from qlora_hal.contract.backend import Compute
-    from qlora_hal.contract.checked_trainer import GuardedTrainer
-    from qlora_hal.data import ChatTokenizer
-    from qlora_hal.detect.discovery import open_trainer
-    from qlora_hal.model.source import resolve_model
-    from qlora_hal.quantize.calibration import base_of_run
-    from qlora_hal.report.console import RunConsole
-    from qlora_hal.run.trained_base import machinery_of_training, options_on, storage_of_training
-
     console = console or RunConsole(quiet=True)
     trained = _trained(run_dir, adapter_dir, model)
     config, provenance = trained.config, trained.provenance
@@ -127,10 +131,6 @@ class _Trained:
 
 
 def _trained(run_dir: Path | None, adapter_dir: Path | None, model: str | None) -> _Trained:
-    from qlora_hal.adapter.peft_files import read_provenance
-    from qlora_hal.report.run_file import read_run_config
-    from qlora_hal.run.trained_base import adapter_folders, finished_adapter, storage_of_training, trained_config
-
     if run_dir is None and (adapter_dir is None or model is None):
         raise ConfigError(
             "QH-U14",

@@ -54,7 +54,7 @@ def verify_model(folder: Path, recorded: Mapping[str, object], tell: Callable[[s
     return hashes
 
 
-def config_hash(config: Mapping[str, object]) -> str:
+def base_config_hash(config: Mapping[str, object]) -> str:
     """SHA-256 of a config.json by its content: the fingerprint is of the weight files alone."""
     kept = {key: value for key, value in config.items() if key not in _IDLE_KEYS}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

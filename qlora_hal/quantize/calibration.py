@@ -19,7 +19,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qlora_hal.contract.backend import CalibrationJob
+from qlora_hal.data import prepare
+from qlora_hal.data.source.reading import blamed_on
+from qlora_hal.detect.requirements import needs_calibration
 from qlora_hal.errors import BackendContractError, ConfigError, DataError
+from qlora_hal.quantize.folder import quantized_for, read_quantized, set_aside, staged, unverified_note
 
 if TYPE_CHECKING:
     from qlora_hal.config.schema import QuantizationConfig, RunConfig
@@ -104,8 +109,6 @@ def no_calibration(where: str) -> DataError:
 # in train() ---------------------------------------------------------------------------------------------------------
 def with_quantized_base(prepared: PreparedRun, run_dir: Path, console: RunConsole) -> PreparedRun:
     """The run on a base that its backend can load: quantized now or found again, or as it is where nothing is due."""
-    from qlora_hal.detect.requirements import needs_calibration
-
     machinery, config = prepared.machinery, prepared.config
     source, spec = machinery.source, machinery.choice.spec
     if not needs_calibration(source.facts, machinery.quantization, spec.capabilities):
@@ -122,9 +125,6 @@ def with_quantized_base(prepared: PreparedRun, run_dir: Path, console: RunConsol
 
 def _named_store(prepared: PreparedRun, run_dir: Path) -> TokenStore:
     """The rows of `quantization.calibration_path`, read as the training rows are."""
-    from qlora_hal.data import prepare
-    from qlora_hal.data.source.reading import blamed_on
-
     config, facts = prepared.config, prepared.machinery.source.facts
     update = {"path": config.quantization.calibration_path, "validation_path": None, "validation_fraction": 0.0}
     with blamed_on("quantization.calibration_path"):
@@ -140,8 +140,6 @@ def _named_store(prepared: PreparedRun, run_dir: Path) -> TokenStore:
 
 def refuse_idle_calibration(config: RunConfig, machinery: Machinery) -> None:
     """A calibration that nothing would use is a mistake of the user's. Raises ConfigError QH-U15."""
-    from qlora_hal.detect.requirements import needs_calibration
-
     facts, capabilities = machinery.source.facts, machinery.choice.spec.capabilities
     used = needs_calibration(facts, machinery.quantization, capabilities)
     given = [name for name in ("calibration_path", "calibration_rows") if _is_given(config.quantization, name)]
@@ -170,9 +168,6 @@ def base_of_run(machinery: Machinery, run_dir: Path | None) -> ModelSource:
 
     Raises ModelError QH-E63 when that folder is gone or another one.
     """
-    from qlora_hal.detect.requirements import needs_calibration
-    from qlora_hal.quantize.folder import quantized_for
-
     source = machinery.source
     if not needs_calibration(source.facts, machinery.quantization, machinery.choice.spec.capabilities):
         return source
@@ -189,8 +184,6 @@ def cached(
     tell: Tell,
 ) -> ModelSource:
     """The quantized model out of the cache, made first where it is not there, or not whole any more."""
-    from qlora_hal.quantize.folder import read_quantized, set_aside, unverified_note
-
     quantizer = open_quantizer(spec)
     identity = identity_of(source, spec, recipe, calibration, quantizer.versions(options))
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -219,9 +212,6 @@ def quantize_into(
 
     Raises ModelError, DataError, BackendError and UnsupportedFeatureError of the quantizer, StorageError.
     """
-    from qlora_hal.contract.backend import CalibrationJob
-    from qlora_hal.quantize.folder import staged
-
     quantizer = open_quantizer(spec)
     identity = identity_of(source, spec, recipe, calibration, quantizer.versions(options))
     tell(
@@ -242,7 +232,6 @@ def quantize_into(
             options=options,
         )
         quantizer.quantize(job, tell)
-    from qlora_hal.quantize.folder import read_quantized
 
     made = read_quantized(folder, source, identity, verify=False)
     if made is None:

@@ -15,6 +15,7 @@ from qlora_hal.errors import ModelError, QloraHalError, StorageError
 from qlora_hal.files import durable, opening, sealed_json, strict_json
 from qlora_hal.model.facts import read_facts
 from qlora_hal.model.weight_files import read_json
+from qlora_hal.report.run_file import RUN_FILE
 
 if TYPE_CHECKING:
     from qlora_hal.model.source import ModelSource
@@ -146,8 +147,6 @@ def quantized_for(source: ModelSource, run_dir: Path | None) -> ModelSource:
 
 
 def _recorded(run_dir: Path) -> Mapping[str, object]:
-    from qlora_hal.report.run_file import RUN_FILE
-
     model = read_json(run_dir / RUN_FILE).get("model")
     kept = model.get("quantized") if isinstance(model, dict) else None
     return kept if isinstance(kept, dict) else {}

@@ -13,10 +13,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_hal.config.resolve import resolve_settings
 from qlora_hal.errors import CheckpointError, ConfigError
 from qlora_hal.errors.redaction import redacted
 from qlora_hal.files import sealed_json, strict_json
 from qlora_hal.files.opening import refuse_link
+from qlora_hal.files.replacing import replace_file
 
 if TYPE_CHECKING:
     from qlora_hal.config.schema import RunConfig
@@ -91,8 +93,6 @@ def run_facts(record: RunRecord) -> dict[str, object]:
 
 def write_run_file(run_dir: Path, record: RunRecord) -> Path:
     """Replace run.json in one move. Raises StorageError."""
-    from qlora_hal.files.replacing import replace_file
-
     path = run_dir / RUN_FILE
     replace_file(path, strict_json.encode(sealed_json.sealed(run_facts(record))))
     return path
@@ -195,8 +195,6 @@ _KINDS: Mapping[str, type | tuple[type, ...]] = {
 
 def read_run_config(run_dir: Path) -> RunConfig:
     """The configuration of a run, with `~` written out in its paths. Raises ConfigError."""
-    from qlora_hal.config.resolve import resolve_settings
-
     tree = read_run_file(run_dir)["config"]
     config = dict(tree) if isinstance(tree, Mapping) else {}
     for path in _PATHS:

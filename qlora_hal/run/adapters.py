@@ -8,8 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_hal.adapter.peft_files import read_adapter, read_provenance
+from qlora_hal.checkpoint import checkpoints, load_checkpoint
 from qlora_hal.errors import AdapterError, CheckpointError, QloraHalError
 from qlora_hal.files import durable, opening
+from qlora_hal.run.directory import BEST_ADAPTER_FOLDER
 
 if TYPE_CHECKING:
     from qlora_hal.contract.values import Adapter
@@ -21,8 +24,6 @@ if TYPE_CHECKING:
 def adapter_problem(folder: Path, run_id: object) -> str:
     """What speaks against an adapter as the one that this run wrote; nothing for a whole one of its own. What an
     earlier release wrote carries neither hash nor id."""
-    from qlora_hal.adapter.peft_files import read_adapter, read_provenance
-
     try:
         opening.refuse_link(folder)
         read_adapter(folder)
@@ -39,8 +40,6 @@ def _foreign(owner: object, run_id: object) -> str:
 
 def require_own_adapter(folder: Path, run_id: object) -> None:
     """The adapter in a run's folder is that run's. Raises AdapterError QH-C22."""
-    from qlora_hal.adapter.peft_files import read_provenance
-
     if problem := _foreign(read_provenance(folder).get("run_id"), run_id):
         raise AdapterError(
             "QH-C22",
@@ -55,9 +54,6 @@ def require_own_adapter(folder: Path, run_id: object) -> None:
 def mend_adapters(directory: RunDirectory, progress: Progress, recorder: Recorder) -> None:
     """Before a resumed run goes on: what was damaged goes aside, and the best adapter so far comes back from the
     checkpoint of its step, where there still is one. Raises StorageError."""
-    from qlora_hal.adapter.peft_files import read_provenance
-    from qlora_hal.run.directory import BEST_ADAPTER_FOLDER
-
     run_id, best = directory.content.get("run_id"), directory.path / BEST_ADAPTER_FOLDER
     for folder in (directory.adapter_dir, best):
         set_aside_damaged(folder, run_id, recorder.note)
@@ -77,8 +73,6 @@ def mend_adapters(directory: RunDirectory, progress: Progress, recorder: Recorde
 
 
 def _saved_adapter(run_dir: Path, step: int, run_id: object) -> Adapter | None:
-    from qlora_hal.checkpoint import checkpoints, load_checkpoint
-
     for saved, path in checkpoints(run_dir):
         if saved == step:
             with suppress(CheckpointError):

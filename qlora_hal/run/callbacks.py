@@ -9,7 +9,12 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING
 
+from qlora_hal.adapter.peft_files import write_adapter
+from qlora_hal.checkpoint import TrainingState, save_checkpoint
+from qlora_hal.errors import QloraHalError
 from qlora_hal.report.metrics import MetricsFile, evaluation_record, step_record
+from qlora_hal.run.directory import BEST_ADAPTER_FOLDER
+from qlora_hal.run.transfer import saved_answers
 
 if TYPE_CHECKING:
     from qlora_hal.contract.checked_trainer import GuardedTrainer
@@ -105,8 +110,6 @@ class Recorder:
         self.hooks.tell("qlora_hal_evaluated", run=self.run, step=step, evaluation=evaluation)
 
     def save(self, step: int, progress: Progress) -> None:
-        from qlora_hal.checkpoint import TrainingState, save_checkpoint
-
         if note := self.metrics.restored():
             self.note(note)
         self.metrics.sync()
@@ -130,9 +133,6 @@ class Recorder:
 
     def _answers(self) -> Mapping[str, Array]:
         """Never a reason for a save to fail: a device that is full may have no room for logits."""
-        from qlora_hal.errors import QloraHalError
-        from qlora_hal.run.transfer import saved_answers
-
         try:
             return saved_answers(self.trainer, self.questions)
         except QloraHalError as problem:
@@ -140,8 +140,6 @@ class Recorder:
             return {}
 
     def best(self, step: int, adapter: Adapter) -> None:
-        from qlora_hal.run.directory import BEST_ADAPTER_FOLDER
-
         write_run_adapter(self.run.run_dir / BEST_ADAPTER_FOLDER, adapter, {**self.provenance, "step": step})
 
     def note(self, text: str) -> None:
@@ -160,8 +158,6 @@ def loss_jump(before: Sequence[float], loss: float) -> str:
 
 def write_run_adapter(folder: Path, adapter: Adapter, provenance: Mapping[str, object]) -> None:
     """The adapter in PEFT layout with this run's provenance."""
-    from qlora_hal.adapter.peft_files import write_adapter
-
     revision = provenance.get("base_revision")
     write_adapter(
         folder,

@@ -29,6 +29,7 @@ from qlora_hal.files.output_path import writable_folder
 from qlora_hal.report.run_file import read_run_file
 from qlora_hal.run.identity import PLACE_KEYS, config_hash, differing_settings, new_run_id, shown_value
 from qlora_hal.run.lock import LOCK_FILE, OWNER_FILE, RunLock
+from qlora_hal.run.recovery import read_or_recovered
 
 __all__ = ["RunDirectory", "config_hash", "rehearsed", "write_json_atomically"]
 
@@ -106,8 +107,6 @@ class RunDirectory:
         Raises ConfigError QH-S50 when it is no run's folder, UnsafeInputError QH-X06 for a planted link,
         CheckpointError QH-C20 (an edited configuration) and QH-C13, StorageError and OutputLockedError as `open_new`.
         """
-        from qlora_hal.run.recovery import read_or_recovered
-
         path = Path(run_dir).expanduser()
         if not os.path.lexists(path / RUN_FILE) and not os.path.lexists(path / CHECKPOINTS_FOLDER):
             _refuse_foreign(path, f"has no {RUN_FILE}")

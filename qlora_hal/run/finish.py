@@ -8,8 +8,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_hal.checkpoint.reading import checkpoints
 from qlora_hal.errors import QloraHalError, StoppedError, StorageError
 from qlora_hal.processes.signals import EndedAtOnce
+from qlora_hal.report.curves import LOSS_PICTURE, write_loss_png
+from qlora_hal.report.html import REPORT_FILE, write_report
+from qlora_hal.run.adapters import adapter_problem
+from qlora_hal.run.directory import ADAPTER_FOLDER, METRICS_FILE, RUN_FILE
 from qlora_hal.run.result import TrainResult
 
 if TYPE_CHECKING:
@@ -25,8 +30,6 @@ def result_of_ended(
 ) -> TrainResult | None:
     """What a run gave that has ended with this very state; None while anything is left to do, be it to write an adapter
     again that was damaged since, which is told."""
-    from qlora_hal.run.adapters import adapter_problem
-
     if record.status != "finished" or record.steps != state.step or not directory.adapter_dir.is_dir():
         return None
     if problem := adapter_problem(directory.adapter_dir, directory.content.get("run_id")):
@@ -71,8 +74,6 @@ def told_when_ended(directory: RunDirectory) -> Iterator[None]:
 def ended_in(run_dir: Path, ended: EndedAtOnce) -> EndedAtOnce | StoppedError:
     """What to raise of a run in `run_dir` that a signal ended: with a step on disk nothing is lost but the steps since,
     and the first signal asks for no more than that."""
-    from qlora_hal.checkpoint.reading import checkpoints
-
     ended.run_dir, ended.safe_step = run_dir, max((step for step, _ in checkpoints(run_dir)), default=None)
     if ended.again or ended.safe_step is None:
         return ended
@@ -87,9 +88,6 @@ def ended_in(run_dir: Path, ended: EndedAtOnce) -> EndedAtOnce | StoppedError:
 
 def show_ended(result: TrainResult, console: RunConsole) -> None:
     """Say that a run has nothing left to do, and show once more what it gave."""
-    from qlora_hal.report.curves import LOSS_PICTURE
-    from qlora_hal.report.html import REPORT_FILE
-
     # A run that was killed right after its end has no report, or still the one of an earlier stop.
     if any(_is_older(result.run_dir / name, result.run_dir) for name in (REPORT_FILE, LOSS_PICTURE)):
         write_pages(result.run_dir)
@@ -100,34 +98,23 @@ def show_ended(result: TrainResult, console: RunConsole) -> None:
 
 def write_pages(run_dir: Path) -> None:
     """The report and the curve of what run.json and the log hold. Raises StorageError."""
-    from qlora_hal.report.curves import write_loss_png
-    from qlora_hal.report.html import write_report
-
     write_report(run_dir)
     write_loss_png(run_dir)
 
 
 def _is_older(page: Path, run_dir: Path) -> bool:
-    from qlora_hal.run.directory import RUN_FILE
-
     return not page.exists() or page.stat().st_mtime < (run_dir / RUN_FILE).stat().st_mtime
 
 
 def write_report_of_failed(run_dir: Path) -> None:
     """The report of a run up to where it broke off. What ended the run is told to the user, not what stands in the
     way of the report: a full disk, or memory that ran out, is likely both."""
-    from qlora_hal.report.html import write_report
-
     with suppress(QloraHalError, OSError, MemoryError):
         write_report(run_dir)
 
 
 def written(run_dir: Path) -> dict[str, Path]:
     """What lies in the folder of a run of that which is shown at its end."""
-    from qlora_hal.report.curves import LOSS_PICTURE
-    from qlora_hal.report.html import REPORT_FILE
-    from qlora_hal.run.directory import ADAPTER_FOLDER, METRICS_FILE, RUN_FILE
-
     names = {
         "run": RUN_FILE,
         "metrics": METRICS_FILE,

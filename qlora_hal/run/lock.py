@@ -15,6 +15,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import filelock
+import psutil
+
 from qlora_hal.errors import OutputLockedError, StorageError, UnsafeInputError
 from qlora_hal.files import strict_json
 from qlora_hal.files.durable import storage_error, write_json_atomically
@@ -48,8 +51,6 @@ class RunLock:
         release it (`force` takes it then), StorageError when the lock cannot be written, UnsafeInputError QH-X06 when
         another file was put in its place.
         """
-        import filelock
-
         _refuse_foreign_file(folder / LOCK_FILE)
         held = filelock.FileLock(folder / LOCK_FILE, timeout=0, thread_local=False)
         try:
@@ -78,7 +79,6 @@ class RunLock:
         """
         if _identity(self._folder / LOCK_FILE) == self._file:
             return ""
-        import filelock
 
         anew = filelock.FileLock(self._folder / LOCK_FILE, timeout=0, thread_local=False)
         try:
@@ -109,7 +109,6 @@ def boot_id() -> str:
     """What tells one start of this machine from the next."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    import psutil
 
     return str(int(psutil.boot_time()))
 

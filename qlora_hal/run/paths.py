@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_hal.data.source.row_files import KINDS
+from qlora_hal.data.template.chat_template import BUILT_IN
 from qlora_hal.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -83,16 +85,12 @@ def require_places(config: RunConfig, run_dir: Path, *, reads_data: bool) -> Non
 
 def _is_here(path: str, place: str) -> bool:
     if path == "data.chat_template":
-        from qlora_hal.data.template.chat_template import BUILT_IN
-
         return place not in BUILT_IN and Path(place).expanduser().is_file()
     return Path(place).expanduser().exists()
 
 
 def _is_gone(place: str) -> bool:
     """Whether a path, and no hub id, names nothing here."""
-    from qlora_hal.data.source.row_files import KINDS
-
     path = Path(place).expanduser()
     is_path = path.is_absolute() or place.startswith(".") or path.suffix.lower() in KINDS
     return is_path and not path.exists()

@@ -8,14 +8,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_hal.adapter.targets import resolve_targets
 from qlora_hal.contract.backend import BackendSpec, ModelOutline, ProbeReport, Quantization
 from qlora_hal.contract.values import AdapterConfig, ComputeDtype, MemoryEstimate
-from qlora_hal.detect.selection import Choice
+from qlora_hal.data import ChatTokenizer, prepare
+from qlora_hal.detect.discovery import listed, outline_of, reports
+from qlora_hal.detect.requirements import needs_of, quantization_of, unmet_description_note
+from qlora_hal.detect.selection import Choice, choose
 from qlora_hal.errors import ConfigError
+from qlora_hal.memory.estimate import estimate
+from qlora_hal.model.source import resolve_model
 
 if TYPE_CHECKING:
     from qlora_hal.config.schema import RunConfig
-    from qlora_hal.data import ChatTokenizer, PreparedData
+    from qlora_hal.data import PreparedData
     from qlora_hal.hooks import Hooks
     from qlora_hal.model.facts import ModelFacts
     from qlora_hal.model.source import ModelSource
@@ -61,12 +67,6 @@ def drawn_seed(config: RunConfig) -> int:
 
 def choose_machinery(config: RunConfig, hooks: Hooks, console: RunConsole) -> Machinery:
     """Model facts, then needs, then the backend, then what of it is trained."""
-    from qlora_hal.adapter.targets import resolve_targets
-    from qlora_hal.detect.discovery import listed, outline_of, reports
-    from qlora_hal.detect.requirements import needs_of, quantization_of
-    from qlora_hal.detect.selection import choose
-    from qlora_hal.model.source import resolve_model
-
     source = resolve_model(
         config.model.name_or_path, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
     )
@@ -114,9 +114,6 @@ def prepare_run(
     config: RunConfig, seed: int, machinery: Machinery, run_dir: Path, rows: Rows | None, console: RunConsole
 ) -> PreparedRun:
     """Tokenizer, data and memory."""
-    from qlora_hal.data import ChatTokenizer, prepare
-    from qlora_hal.detect.requirements import unmet_description_note
-
     facts = machinery.source.facts
     vocabulary_size = facts.vocabulary_size or None
     tokenizer = ChatTokenizer.from_folder(
@@ -160,8 +157,6 @@ def estimated_memory(
 ) -> MemoryEstimate:
     """The peak by arithmetic, for the longest batch this configuration allows, on the device that `report` tells of;
     without one on the hardware that the backend is made for."""
-    from qlora_hal.memory.estimate import estimate
-
     compute_dtype = likely_dtype(config, spec, report)
     return estimate(
         facts,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -9,6 +10,8 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from qlora_hal import __version__
+from qlora_hal.detect.hardware import inventory
 from qlora_hal.errors import StorageError
 from qlora_hal.model.fingerprint import coverage
 from qlora_hal.processes.signals import EndedAtOnce
@@ -186,10 +189,6 @@ def facts_of_here(prepared: PreparedRun) -> dict[str, Any]:
 
 
 def _environment() -> dict[str, object]:
-    import platform
-
-    from qlora_hal import __version__
-    from qlora_hal.detect.hardware import inventory
 
     machine = inventory()
     return {

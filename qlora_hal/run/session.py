@@ -7,31 +7,44 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from qlora_hal.adapter.fitting import check_changed, check_fits
+from qlora_hal.adapter.initial import initial_adapter
+from qlora_hal.adapter.peft_files import read_adapter, read_provenance
+from qlora_hal.adapter.targets import resolve_targets
 from qlora_hal.contract.backend import Compute
 from qlora_hal.contract.capabilities import Feature
+from qlora_hal.contract.checked_trainer import GuardedTrainer
 from qlora_hal.contract.values import Adapter, Batch, LossSum
+from qlora_hal.data.source.sampling import WindowSampler, evaluation_batches
+from qlora_hal.detect.discovery import open_trainer
 from qlora_hal.detect.mac_memory import pressure_note
 from qlora_hal.errors import AdapterError, ConfigError, StoppedError, UnsafeInputError
+from qlora_hal.model.verifying import base_config_hash
 from qlora_hal.processes.signals import EndedAtOnce
+from qlora_hal.report.metrics import MetricsFile, loss_before, trained_seconds
+from qlora_hal.run import loop
 from qlora_hal.run.adapters import mend_adapters
+from qlora_hal.run.callbacks import Recorder, write_run_adapter
+from qlora_hal.run.directory import BEST_ADAPTER_FOLDER
 from qlora_hal.run.finish import worse_note, write_pages, write_report_of_failed, written
+from qlora_hal.run.identity import config_hash, identity_of
+from qlora_hal.run.loop import LoopPlan, keep_best
+from qlora_hal.run.lr_schedule import Schedule, warmup_steps
 from qlora_hal.run.record import Journal
 from qlora_hal.run.result import RunView, TrainResult
+from qlora_hal.run.samples import answer
+from qlora_hal.run.transfer import ROWS, TOKENS, batch_of_tokens, check_near, measured_gap, planned
 from qlora_hal.run.watchdog import Heartbeat
 
 if TYPE_CHECKING:
     from qlora_hal.checkpoint import TrainingState
-    from qlora_hal.contract.checked_trainer import GuardedTrainer
-    from qlora_hal.data.source.sampling import WindowSampler
     from qlora_hal.hooks import Hooks
     from qlora_hal.processes.signals import Requests
     from qlora_hal.report.console import RunConsole
-    from qlora_hal.report.metrics import MetricsFile
     from qlora_hal.report.run_file import RunRecord
     from qlora_hal.report.transfer_record import HandOver
-    from qlora_hal.run.callbacks import Recorder
     from qlora_hal.run.directory import RunDirectory
-    from qlora_hal.run.loop import LoopPlan, Progress
+    from qlora_hal.run.loop import Progress
     from qlora_hal.run.prepare import PreparedRun
 
 Samples = tuple[Mapping[str, str], ...]
@@ -54,9 +67,6 @@ class Stage:
 
 def execute(stage: Stage) -> TrainResult:
     """Train to the end or to a stop. Raises StoppedError QH-S19 when a signal ended it, with the state saved."""
-    from qlora_hal.contract.checked_trainer import GuardedTrainer
-    from qlora_hal.detect.discovery import open_trainer
-
     choice, options = stage.prepared.machinery.choice, stage.prepared.config.backend.options
     trainer = GuardedTrainer(open_trainer(choice.spec, options), stage.console.note)
     journal = Journal(stage.directory, stage.console, stage.record, stage.state)
@@ -123,9 +133,6 @@ class Execution:
         return compute
 
     def _attach(self) -> Adapter:
-        from qlora_hal.adapter.fitting import check_fits
-        from qlora_hal.adapter.initial import initial_adapter
-
         state, modules = self._stage.state, self._trainer.linear_modules()
         if state is None:
             self._settle_targets(modules)
@@ -142,8 +149,6 @@ class Execution:
 
     def _settle_targets(self, modules: Mapping[str, tuple[int, int]]) -> None:
         """What was told before loading gives way to what the loaded model has; where they differ, that is said."""
-        from qlora_hal.adapter.targets import resolve_targets
-
         machinery = self._prepared.machinery
         told, found = machinery.adapter.target_modules, resolve_targets(self._config.lora.target_modules, modules)
         if found == told:
@@ -158,8 +163,6 @@ class Execution:
 
     def _handed_over(self, resolved: Mapping[str, object]) -> HandOver | None:
         """Say beforehand what stays exact on another backend and what does not, measured."""
-        from qlora_hal.run.transfer import check_near, measured_gap, planned
-
         state = self._stage.state
         if state is None:
             return None
@@ -195,10 +198,6 @@ class Execution:
 
     @contextmanager
     def _recorder(self, run: RunView, windows: WindowSampler) -> Iterator[Recorder]:
-        from qlora_hal.report.metrics import MetricsFile, trained_seconds
-        from qlora_hal.run.callbacks import Recorder
-        from qlora_hal.run.identity import identity_of
-
         stage = self._stage
         with MetricsFile(stage.directory.metrics_path) as metrics:
             for note in metrics.notes:
@@ -241,8 +240,6 @@ class Execution:
     def _train(
         self, run: RunView, recorder: Recorder, windows: WindowSampler, initial: Adapter
     ) -> tuple[TrainResult, Progress]:
-        from qlora_hal.run import loop
-
         progress = loop.Progress.from_json(dict(self._stage.state.loop)) if self._stage.state else loop.Progress()
         if self._stage.state is not None:
             mend_adapters(self._stage.directory, progress, recorder)
@@ -284,9 +281,6 @@ class Execution:
         return result, progress
 
     def _plan(self, run: RunView) -> LoopPlan:
-        from qlora_hal.run.loop import LoopPlan
-        from qlora_hal.run.lr_schedule import Schedule, warmup_steps
-
         training = self._config.training
         warmup = warmup_steps(run.total_steps, ratio=training.warmup_ratio, steps=training.warmup_steps)
         return LoopPlan(
@@ -302,8 +296,6 @@ class Execution:
         )
 
     def _evaluation(self) -> LossSum:
-        from qlora_hal.data.source.sampling import evaluation_batches
-
         assert self._prepared.data.validation is not None
         batches = evaluation_batches(
             self._prepared.data.validation,
@@ -314,8 +306,6 @@ class Execution:
 
     def _loss_before(self, recorder: Recorder, progress: Progress) -> float | None:
         """The validation loss of the base; a resumed run has it already, in its record or in its log."""
-        from qlora_hal.report.metrics import loss_before
-
         if self._prepared.data.validation is None:
             return None
         if self._stage.state is not None:
@@ -327,10 +317,6 @@ class Execution:
 
     def _judged(self, recorder: Recorder, progress: Progress, initial: Adapter) -> float | None:
         """Evaluate the end, choose between it and the best on the way, write the adapter; its validation loss."""
-        from qlora_hal.adapter.fitting import check_changed
-        from qlora_hal.run.callbacks import write_run_adapter
-        from qlora_hal.run.loop import keep_best
-
         adapter, loss = self._trainer.export_adapter(), None
         for module in check_changed(initial, adapter, steps=progress.step) if self._stage.state is None else ():
             recorder.note(f"{module}: B is still zero, no gradient reached it")
@@ -348,9 +334,6 @@ class Execution:
     def _best(self, recorder: Recorder, progress: Progress) -> tuple[Adapter, float, int] | None:
         """The best adapter on the way. None when a part of the run that was lost, and went otherwise when another
         backend did it anew, had put its own best there."""
-        from qlora_hal.adapter.peft_files import read_adapter, read_provenance
-        from qlora_hal.run.directory import BEST_ADAPTER_FOLDER
-
         assert progress.best_loss is not None
         assert progress.best_step is not None
         folder = self._stage.directory.path / BEST_ADAPTER_FOLDER
@@ -376,8 +359,6 @@ class Execution:
 
     def _sampled(self, when: str, rows: Sequence[Mapping[str, str]]) -> Samples:
         """Each row with the answer of the model as it is now."""
-        from qlora_hal.run.samples import answer
-
         if Feature.GENERATE not in self._features:
             return tuple(rows)
         return tuple(
@@ -400,16 +381,12 @@ class Execution:
 
 def questions(prepared: PreparedRun) -> list[Batch]:
     """The beginnings of a few rows, held out where any are: each checkpoint keeps what the model says to them."""
-    from qlora_hal.run.transfer import ROWS, TOKENS, batch_of_tokens
-
     store = prepared.data.validation if prepared.data.validation is not None else prepared.data.train
     return [batch_of_tokens(store.row(row)[0][:TOKENS]) for row in range(min(ROWS, len(store)))]
 
 
 def window_sampler(prepared: PreparedRun) -> WindowSampler:
     """Which rows each step sees: a pure function of (seed, epoch, step)."""
-    from qlora_hal.data.source.sampling import WindowSampler
-
     training, data = prepared.config.training, prepared.config.data
     return WindowSampler(
         prepared.data.train,
@@ -441,9 +418,6 @@ def chosen_dtype(wanted: str, proved: Sequence[str], backend: str) -> str:
 
 def provenance_of(prepared: PreparedRun, resolved: Mapping[str, object]) -> dict[str, object]:
     """What an adapter or a checkpoint must match to be continued or judged."""
-    from qlora_hal.model.verifying import config_hash as hash_of_config
-    from qlora_hal.run.identity import config_hash
-
     base = prepared.machinery.source
     source = base.origin
     kept = ("backend", "device", "weight_format", "block_size", "double_quant", "compute_dtype", "seed", "versions")
@@ -451,7 +425,7 @@ def provenance_of(prepared: PreparedRun, resolved: Mapping[str, object]) -> dict
         "base_name": source.name,
         "base_revision": source.revision,
         "base_fingerprint": source.facts.fingerprint,
-        "base_config_hash": hash_of_config(source.facts.config),
+        "base_config_hash": base_config_hash(source.facts.config),
         "config_hash": config_hash(prepared.config.model_dump(mode="json")),
         "tokenizer_hash": prepared.tokenizer.hash,
         "data_fingerprint": prepared.data.fingerprint,

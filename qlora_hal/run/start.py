@@ -8,21 +8,39 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_hal.adapter.fitting import check_same_settings
+from qlora_hal.adapter.targets import asks_for_all
+from qlora_hal.checkpoint import latest_state
+from qlora_hal.checkpoint.reading import kept_record, unfinished_notes
+from qlora_hal.config.resolve import require_settings
 from qlora_hal.data.source.in_memory import keep_rows, kept_rows
+from qlora_hal.data.source.reading import has_splits
+from qlora_hal.detect.discovery import find, listed, load_spec
 from qlora_hal.errors import CheckpointError, ConfigError
+from qlora_hal.hooks import Hooks
+from qlora_hal.model.source import resolve_model
+from qlora_hal.model.verifying import base_config_hash, verify_model
 from qlora_hal.processes.signals import Requests, ignored_note, requests_by_signal
-from qlora_hal.run.finish import told_when_ended
+from qlora_hal.quantize.calibration import refuse_idle_calibration, with_quantized_base
+from qlora_hal.report.console import RunConsole
+from qlora_hal.report.run_file import given_config, read_run_config, record_from
+from qlora_hal.run.directory import RunDirectory, rehearsed
+from qlora_hal.run.finish import result_of_ended, show_ended, told_when_ended
+from qlora_hal.run.identity import PLACES, config_hash, flat_settings, require_own
 from qlora_hal.run.paths import Relocation, require_places, with_absolute_places
+from qlora_hal.run.prepare import choose_machinery, drawn_seed, likely_dtype, prepare_run
+from qlora_hal.run.record import first_record
+from qlora_hal.run.recovery import require_config_unchanged
 from qlora_hal.run.result import TrainResult
+from qlora_hal.run.session import Stage, execute, window_sampler
+from qlora_hal.run.transfer import carried_config, check_allowed
+from qlora_hal.trackers import observers_for
 
 if TYPE_CHECKING:
     from qlora_hal.checkpoint import TrainingState
     from qlora_hal.config.resolve import ResolvedSettings
     from qlora_hal.config.schema import RunConfig
-    from qlora_hal.hooks import Hooks
-    from qlora_hal.report.console import RunConsole
     from qlora_hal.report.run_file import RunRecord
-    from qlora_hal.run.directory import RunDirectory
     from qlora_hal.run.prepare import PreparedRun, Rows
 
 
@@ -54,8 +72,6 @@ def run_new(
 
 @contextmanager
 def _shown_on(console: RunConsole | None) -> Iterator[RunConsole]:
-    from qlora_hal.report.console import RunConsole
-
     console = console or RunConsole()
     try:
         yield console
@@ -75,12 +91,6 @@ def _new_run(
     console: RunConsole,
     requests: Requests,
 ) -> TrainResult:
-    from qlora_hal.config.resolve import require_settings
-    from qlora_hal.hooks import Hooks
-    from qlora_hal.report.run_file import given_config
-    from qlora_hal.run.directory import RunDirectory, rehearsed
-    from qlora_hal.trackers import observers_for
-
     require_settings(settings.config, "model.name_or_path", "output_dir", *(["data.path"] if rows is None else []))
     hooks = Hooks([*observers_for(settings.config.training.report_to), *observers], note=console.note)
     config = hooks.ready_config(settings.config)
@@ -106,9 +116,6 @@ def _prepared(
     config: RunConfig, rows: Rows | None, hooks: Hooks, run_dir: Path, console: RunConsole, *, verify: bool
 ) -> PreparedRun:
     """All that can be found wrong before the model loads, found; rows in memory are kept in `run_dir`."""
-    from qlora_hal.quantize.calibration import refuse_idle_calibration
-    from qlora_hal.run.prepare import choose_machinery, drawn_seed, prepare_run
-
     for note in idle_settings(config, has_rows=rows is not None):
         console.note(note)
     machinery = choose_machinery(config, hooks, console)
@@ -125,8 +132,6 @@ def _prepared(
 
 def _with_verified_model(prepared: PreparedRun, recorded: Mapping[str, object], console: RunConsole) -> PreparedRun:
     """Every byte of the model hashed, and compared with what the run began with. Raises CheckpointError QH-E15."""
-    from qlora_hal.model.verifying import verify_model
-
     folder = prepared.machinery.source.origin.path
     return replace(prepared, model_hashes=verify_model(folder, recorded, console.note))
 
@@ -139,10 +144,6 @@ def _trained(
     console: RunConsole,
     requests: Requests,
 ) -> TrainResult:
-    from qlora_hal.quantize.calibration import with_quantized_base
-    from qlora_hal.run.record import first_record
-    from qlora_hal.run.session import Stage, execute
-
     prepared = with_quantized_base(prepared, directory.path, console)
     record = first_record(with_absolute_places(prepared.config), origins, prepared)
     return execute(Stage(prepared, directory, console, hooks, record, requests))
@@ -160,16 +161,6 @@ def run_resumed(
     console: RunConsole | None,
 ) -> TrainResult:
     """Go on from the newest checkpoint that verifies, on the backend that saved it or on another."""
-    from qlora_hal.hooks import Hooks
-    from qlora_hal.quantize.calibration import with_quantized_base
-    from qlora_hal.report.run_file import read_run_config, record_from
-    from qlora_hal.run.directory import RunDirectory
-    from qlora_hal.run.finish import result_of_ended, show_ended
-    from qlora_hal.run.identity import config_hash
-    from qlora_hal.run.prepare import choose_machinery, prepare_run
-    from qlora_hal.run.session import Stage, execute
-    from qlora_hal.trackers import observers_for
-
     with (
         _shown_on(console) as console,
         requests_by_signal(console.note) as requests,
@@ -211,11 +202,6 @@ def run_resumed(
 def _newest_state(directory: RunDirectory, console: RunConsole) -> TrainingState:
     """The newest state that verifies, with notes on what is not in it. Raises CheckpointError QH-C20 when it is another
     run's, or the configuration is not that of the run."""
-    from qlora_hal.checkpoint import latest_state
-    from qlora_hal.checkpoint.reading import kept_record, unfinished_notes
-    from qlora_hal.run.identity import require_own
-    from qlora_hal.run.recovery import require_config_unchanged
-
     state, path, notes = latest_state(directory.path)
     for note in (*directory.notes, *notes):
         console.note(note)
@@ -233,9 +219,6 @@ def _carried(
 ) -> tuple[RunConfig, tuple[str, ...]]:
     """The run's configuration for the backend that goes on with it, and what that changes. Raises CheckpointError
     QH-C12 for what is not allowed, or cannot be."""
-    from qlora_hal.detect.discovery import find, listed, load_spec
-    from qlora_hal.run.transfer import carried_config, check_allowed
-
     name = backend or str(state.provenance["backend"])
     capabilities = load_spec(find(name, listed(hooks.offered_backends()))).capabilities
     config, changes = carried_config(given, state.provenance, name, capabilities)
@@ -248,8 +231,6 @@ def _carried(
 
 def idle_settings(config: RunConfig, *, has_rows: bool) -> Iterator[str]:
     """Notes on settings that this model and these data leave without a meaning; none is passed over in silence."""
-    from qlora_hal.data.source.reading import has_splits
-
     if config.model.revision and Path(config.model.name_or_path).expanduser().is_dir():
         yield "model.revision is of hub models; a local folder is taken as it is"
     if has_rows and config.data.path:
@@ -260,8 +241,6 @@ def idle_settings(config: RunConfig, *, has_rows: bool) -> Iterator[str]:
 
 def _refuse_endless_warmup(prepared: PreparedRun) -> None:
     """A warm-up that is longer than the run would be cut to it. Raises ConfigError QH-U01."""
-    from qlora_hal.run.session import window_sampler
-
     training = prepared.config.training
     if not training.warmup_steps:
         return
@@ -278,9 +257,6 @@ def _refuse_endless_warmup(prepared: PreparedRun) -> None:
 
 def _relocated(record: RunRecord, relocation: Relocation, config: RunConfig) -> RunRecord:
     """run.json with the places that were given anew, so that they need not be given again."""
-    from qlora_hal.report.run_file import given_config
-    from qlora_hal.run.identity import PLACES, flat_settings
-
     if relocation == Relocation():
         return record
     # Only these: a release that knows more settings than the run began with must not make it another one.
@@ -296,8 +272,6 @@ def _relocated(record: RunRecord, relocation: Relocation, config: RunConfig) -> 
 
 def _refuse_to_store_anew(step: int, config: RunConfig, changes: Sequence[str]) -> None:
     """A base that comes quantized has no other weights to make a format of. Raises CheckpointError QH-C12."""
-    from qlora_hal.model.source import resolve_model
-
     change = next((change for change in changes if change.startswith("weight format")), None)
     if change is None:
         return
@@ -316,9 +290,6 @@ def _refuse_to_store_anew(step: int, config: RunConfig, changes: Sequence[str]) 
 
 def _planned(prepared: PreparedRun) -> TrainResult:
     """What a dry run found out, in the form of a result without a step."""
-    from qlora_hal.run.prepare import likely_dtype
-    from qlora_hal.run.session import window_sampler
-
     machinery, training = prepared.machinery, prepared.config.training
     quantization, memory = machinery.quantization, prepared.estimate
     run_dir = Path(prepared.config.output_dir).expanduser()
@@ -351,8 +322,6 @@ def _planned(prepared: PreparedRun) -> TrainResult:
 
 def _with_saved_targets(prepared: PreparedRun, state: TrainingState) -> PreparedRun:
     """`all-linear` means what the loaded model had when the run began; whether it still fits is checked at attach."""
-    from qlora_hal.adapter.targets import asks_for_all
-
     if not asks_for_all(prepared.config.lora.target_modules):
         return prepared
     machinery = prepared.machinery
@@ -363,8 +332,6 @@ def _with_saved_targets(prepared: PreparedRun, state: TrainingState) -> Prepared
 def _check_same_run(state: TrainingState, prepared: PreparedRun, changes: Sequence[str]) -> None:
     """The adapter's settings, the base, the tokens and, where no change was allowed, the storage are those of the
     checkpoint. Raises AdapterError QH-C06 and CheckpointError, naming what differs."""
-    from qlora_hal.adapter.fitting import check_same_settings
-    from qlora_hal.model.verifying import config_hash
 
     check_same_settings(state.adapter.config, prepared.machinery.adapter, where=f"checkpoint of step {state.step}")
     quantization, base = prepared.machinery.quantization, prepared.machinery.source
@@ -374,7 +341,7 @@ def _check_same_run(state: TrainingState, prepared: PreparedRun, changes: Sequen
         "data_fingerprint": prepared.data.fingerprint,
     }
     newer: dict[str, object] = {  # not in a checkpoint of an earlier release
-        "base_config_hash": config_hash(base.origin.facts.config),
+        "base_config_hash": base_config_hash(base.origin.facts.config),
         "token_hashes": dict(prepared.data.hashes),
     }
     now |= {name: value for name, value in newer.items() if name in state.provenance}

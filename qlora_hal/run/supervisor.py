@@ -19,18 +19,21 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qlora_hal.checkpoint.reading import checkpoints
+from qlora_hal.config.resolve import ResolvedSettings
+from qlora_hal.config.schema import RunConfig
+from qlora_hal.detect.discovery import find, listed, load_spec, reports
 from qlora_hal.errors import OutOfMemoryError, QloraHalError
 from qlora_hal.processes import child_process
 from qlora_hal.processes.child_errors import error_from, told_of
 from qlora_hal.processes.signals import EndedAtOnce, ended_by_signals, handing_on
+from qlora_hal.report.console import RunConsole
 from qlora_hal.run.finish import ended_in
-
-if TYPE_CHECKING:
-    from qlora_hal.report.console import RunConsole
-    from qlora_hal.run.result import TrainResult
+from qlora_hal.run.paths import Relocation
+from qlora_hal.run.result import TrainResult
+from qlora_hal.run.start import run_new, run_resumed
 
 SUPERVISED_VARIABLE = "QLORA_HAL_SUPERVISED"
 """Set in the child, which does the work itself."""
@@ -47,7 +50,6 @@ def is_supervised(backend: str, observers: Sequence[object]) -> bool:
     """Whether a run on `backend` (or `auto`) may meet a backend that asks for supervision here."""
     if observers or os.environ.get(SUPERVISED_VARIABLE):
         return False
-    from qlora_hal.detect.discovery import find, listed, load_spec, reports
 
     entries = [entry for entry in listed() if backend in ("auto", entry.name)]
     for report in reports(entries):
@@ -130,8 +132,6 @@ def _defect(told: Mapping[str, str]) -> RuntimeError:
 
 
 def _result_from(told: dict[str, Any]) -> TrainResult:
-    from qlora_hal.run.result import TrainResult
-
     told["run_dir"], told["adapter_dir"] = Path(told["run_dir"]), Path(told["adapter_dir"])
     told["losses"] = tuple((int(step), float(loss)) for step, loss in told["losses"])
     told["notes"], told["samples"] = tuple(told["notes"]), tuple(told["samples"])
@@ -163,12 +163,6 @@ def main() -> int:
 
 
 def _carried_out(verb: str, request: dict[str, Any], shown: Mapping[str, bool]) -> TrainResult:
-    from qlora_hal.config.resolve import ResolvedSettings
-    from qlora_hal.config.schema import RunConfig
-    from qlora_hal.report.console import RunConsole
-    from qlora_hal.run.paths import Relocation
-    from qlora_hal.run.start import run_new, run_resumed
-
     console = RunConsole(quiet=shown.get("quiet", False), json=shown.get("json", False))
     if verb == "resume":
         run_dir, relocation = Path(request.pop("run_dir")), Relocation(**request.pop("relocation"))

@@ -7,12 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from qlora_hal.adapter.peft_files import CONFIG_FILE, PROVENANCE_FILE, read_provenance
+from qlora_hal.checkpoint.reading import checkpoints
+from qlora_hal.config.schema import QuantizationConfig, RunConfig
+from qlora_hal.detect.requirements import DOUBLE_QUANT_FORMATS, STORED_AT_LEVEL
 from qlora_hal.errors import AdapterError, BackendError, ConfigError, UnsupportedFeatureError
 from qlora_hal.files.opening import refuse_link
+from qlora_hal.hooks import Hooks
+from qlora_hal.report.run_file import examined_run_file, read_run_file
+from qlora_hal.run.adapters import require_own_adapter
 from qlora_hal.run.directory import ADAPTER_FOLDER, RUN_FILE
+from qlora_hal.run.prepare import choose_machinery
 
 if TYPE_CHECKING:
-    from qlora_hal.config.schema import RunConfig
     from qlora_hal.model.facts import ModelFacts
     from qlora_hal.report.console import RunConsole
     from qlora_hal.run.prepare import Machinery
@@ -43,8 +49,6 @@ def adapter_folders(target: Path) -> tuple[Path, Path | None]:
 
 def _belongs(adapter_dir: Path, run_dir: Path) -> bool:
     """Whether a run wrote an adapter that lies in its folder: only one of qlora_hal's, and with the run's id."""
-    from qlora_hal.report.run_file import examined_run_file
-
     if not (adapter_dir / PROVENANCE_FILE).is_file():
         return False
     return read_provenance(adapter_dir).get("run_id") == examined_run_file(run_dir)[0].get("run_id")
@@ -53,10 +57,6 @@ def _belongs(adapter_dir: Path, run_dir: Path) -> bool:
 def finished_adapter(run_dir: Path, *, option: str = "") -> Path:
     """The adapter's folder in a run. Raises AdapterError QH-C61, which names a checkpoint to take in its place, behind
     the `option` that takes one; QH-C22 for the adapter of another run, UnsafeInputError QH-X06 for a link."""
-    from qlora_hal.checkpoint.reading import checkpoints
-    from qlora_hal.report.run_file import read_run_file
-    from qlora_hal.run.adapters import require_own_adapter
-
     adapter_dir, record = run_dir / ADAPTER_FOLDER, read_run_file(run_dir)
     refuse_link(adapter_dir)
     if (adapter_dir / CONFIG_FILE).is_file():
@@ -88,8 +88,6 @@ def trained_config(
 ) -> RunConfig:
     """A configuration that opens the base again: the model (`model` where it lies now), its `storage`, the run's data
     and backend settings. Raises ConfigError QH-U14 when nothing names the model."""
-    from qlora_hal.config.schema import RunConfig
-
     base = RunConfig() if run_config is None else run_config
     name = model or base.model.name_or_path or str(provenance.get("base_name") or "")
     if not name:
@@ -128,8 +126,6 @@ def options_on(config: RunConfig, backend: str, trained_on: str) -> Mapping[str,
 def storage_of_training(provenance: Mapping[str, object]) -> dict[str, object] | None:
     """How the base was stored, as settings: the format by its own name, not by a backend's level. None where it is not
     recorded."""
-    from qlora_hal.detect.requirements import DOUBLE_QUANT_FORMATS
-
     recorded = provenance.get("weight_format")
     if recorded is None:
         return None
@@ -142,9 +138,6 @@ def storage_of_training(provenance: Mapping[str, object]) -> dict[str, object] |
 
 def _as_setting(weight_format: str) -> str:
     """A format by its own name; by its level where settings have no name for it, which the same backend resolves."""
-    from qlora_hal.config.schema import QuantizationConfig
-    from qlora_hal.detect.requirements import STORED_AT_LEVEL
-
     if weight_format in get_args(QuantizationConfig.model_fields["weight_format"].annotation):
         return weight_format
     return next((level for level, formats in STORED_AT_LEVEL.items() if weight_format in formats), "auto")
@@ -162,9 +155,6 @@ def machinery_of_training(
 
     Raises as `choose_machinery`.
     """
-    from qlora_hal.hooks import Hooks
-    from qlora_hal.run.prepare import choose_machinery
-
     trained_on, why = str(provenance.get("backend") or ""), ""
     if facts.prequantized is not None:  # it is taken as it is
         config = config.model_copy(update={"quantization": type(config.quantization)()})

@@ -14,8 +14,10 @@ import numpy as np
 
 from qlora_hal.contract.capabilities import OPTIMIZER_FEATURE, Capabilities, WeightFormat
 from qlora_hal.contract.values import Batch, Float32
+from qlora_hal.detect.requirements import DOUBLE_QUANT_FORMATS
 from qlora_hal.errors import CheckpointError
 from qlora_hal.report.transfer_record import Gap, HandOver
+from qlora_hal.run.trained_base import options_of_training
 
 if TYPE_CHECKING:
     from qlora_hal.config.schema import RunConfig
@@ -60,8 +62,6 @@ def carried_config(
 
     The stored weight format is kept wherever `backend` has it; else the level's own format takes its place.
     """
-    from qlora_hal.run.trained_base import options_of_training
-
     same = provenance.get("backend") == backend
     changes: list[str] = []
     quantization, changed = _carried_quantization(provenance, capabilities)
@@ -123,8 +123,6 @@ def planned(
 def _carried_quantization(
     provenance: Mapping[str, object], capabilities: Capabilities
 ) -> tuple[dict[str, Any], list[str]]:
-    from qlora_hal.detect.requirements import DOUBLE_QUANT_FORMATS
-
     stored, block, double = (provenance.get(name) for name in ("weight_format", "block_size", "double_quant"))
     weight_format = WeightFormat(str(stored))
     sizes = capabilities.block_sizes.get(weight_format, ())

@@ -6,6 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from qlora_hal.config.resolve import flatten_config
+from qlora_hal.errors.redaction import redacted
+
 if TYPE_CHECKING:
     from qlora_hal.contract.values import LossSum, StepStats
     from qlora_hal.run.result import RunView, TrainResult
@@ -35,9 +38,6 @@ def of_result(result: TrainResult) -> dict[str, float]:
 
 def settings_of(run: RunView) -> Mapping[str, str | int | float | bool]:
     """Configuration and resolved facts as flat names; secrets and the home folder are removed."""
-    from qlora_hal.config.resolve import flatten_config
-    from qlora_hal.errors.redaction import redacted
-
     facts = {**dict(flatten_config(run.config)), **{f"resolved.{key}": value for key, value in run.resolved.items()}}
     plain = redacted(facts)
     if not isinstance(plain, Mapping):

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
+
 from qlora_hal.data.source.row_files import missing_library, nested_columns, not_an_object, without_absent_keys
 from qlora_hal.data.source.rows import Row, Source, digest_of_files, digest_of_values
 from qlora_hal.errors import DataError, HubError
@@ -66,8 +68,6 @@ def _library() -> Any:
 
 
 def _unreachable(name: str, split: str, error: Exception) -> HubError | DataError:
-    from huggingface_hub import constants
-
     text = f"{type(error).__name__} {error}"
     if "Unknown split" in text:
         return DataError(

@@ -7,7 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora_hal.data.source.row_files import nested_columns, without_absent_keys
 from qlora_hal.errors import DataError
+from qlora_hal.files.opening import open_regular, refuse_link
+from qlora_hal.files.replacing import replace_file
 from qlora_hal.files.strict_json import unique_keys
 
 ROWS_FILE = "rows.jsonl"
@@ -39,7 +42,6 @@ def _of_dataset(data: Iterable[Any]) -> Iterable[Any]:
     schema = getattr(getattr(data, "features", None), "arrow_schema", None)
     if schema is None:
         return data
-    from qlora_hal.data.source.row_files import nested_columns, without_absent_keys
 
     columns = nested_columns(schema)
     return (without_absent_keys(dict(row), columns) for row in data)
@@ -47,8 +49,6 @@ def _of_dataset(data: Iterable[Any]) -> Iterable[Any]:
 
 def keep_rows(rows: Sequence[Mapping[str, object]], run_dir: Path) -> None:
     """Write the rows beside the run, one JSON text a line. Raises StorageError (QH-S09, QH-S11, QH-S12)."""
-    from qlora_hal.files.replacing import replace_file
-
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     # JSON escapes no lone surrogate when it keeps other characters as they are; the row comes back as it was given.
     replace_file(run_dir / ROWS_FILE, text.encode("utf-8", "surrogatepass"))
@@ -57,8 +57,6 @@ def keep_rows(rows: Sequence[Mapping[str, object]], run_dir: Path) -> None:
 def kept_rows(run_dir: Path) -> list[Mapping[str, object]] | None:
     """The rows that `keep_rows` wrote, or None where the run reads a file. Raises DataError QH-D04, UnsafeInputError
     QH-X06 for a link."""
-    from qlora_hal.files.opening import open_regular, refuse_link
-
     path = run_dir / ROWS_FILE
     refuse_link(path)
     if not path.is_file():

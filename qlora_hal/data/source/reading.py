@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from qlora_hal.data.source import hub_rows
 from qlora_hal.data.source.row_files import KINDS, rows_in, separator_note
 from qlora_hal.data.source.rows import Row, Source, digest_of_files
 from qlora_hal.data.source.split_files import files_of_split, listed, split_names
@@ -23,8 +24,6 @@ def open_source(path: str, split: str = "train") -> Source:
     Raises DataError (QH-D50 nothing there or no such split, QH-D51 kind of file or missing library) and HubError
     (QH-E11, QH-D17).
     """
-    from qlora_hal.data.source import hub_rows
-
     here = Path(path).expanduser()
     if here.is_file():
         return _files_source(path, [here])
@@ -46,8 +45,6 @@ def open_source(path: str, split: str = "train") -> Source:
 def has_splits(path: str) -> bool:
     """Whether what is named may hold several splits: a dataset of the hub, several that were saved together, or a
     folder with files that are named so."""
-    from qlora_hal.data.source import hub_rows
-
     here = Path(path).expanduser()
     if hub_rows.is_saved_dataset(here):
         return (here / "dataset_dict.json").is_file()

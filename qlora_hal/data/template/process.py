@@ -22,6 +22,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from qlora_hal.data.template.compiled import CompiledTemplate
 from qlora_hal.data.template.sandbox import (
     Looked,
@@ -32,6 +34,7 @@ from qlora_hal.data.template.sandbox import (
     shown,
 )
 from qlora_hal.errors import BackendError
+from qlora_hal.errors.redaction import is_secret_variable
 
 UNREAD = "\ufdd2"
 """The key that encloses a stand-in in a request; also the sign that stand-ins show to whoever reads them."""
@@ -241,8 +244,6 @@ class _WatchedProcess:
         return f"signal {-status}" if status < 0 else f"exit status {status}"
 
     def _watch(self) -> None:
-        import psutil
-
         process = psutil.Process(self._process.pid)
         with suppress(psutil.Error):
             while self._process.poll() is None:
@@ -302,8 +303,6 @@ def _not_started(ending: str) -> BackendError:
 
 
 def _started() -> subprocess.Popen[bytes]:
-    from qlora_hal.errors.redaction import is_secret_variable
-
     root = str(Path(__file__).resolve().parents[3])
     environment = {name: value for name, value in os.environ.items() if not is_secret_variable(name)}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))

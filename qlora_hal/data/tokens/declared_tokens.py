@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tokenizers import AddedToken
+
 from qlora_hal.errors import ModelError
 
 if TYPE_CHECKING:
-    from tokenizers import AddedToken, Tokenizer
+    from tokenizers import Tokenizer
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
@@ -95,8 +97,6 @@ def _as_special(token: AddedToken, names: Iterable[str]) -> AddedToken:
 
 
 def _token(text: str, *, special: bool, of: AddedToken | Mapping[str, object] | None = None) -> AddedToken:
-    from tokenizers import AddedToken
-
     flags: dict[str, bool] = {"normalized": not special}
     if isinstance(of, Mapping):
         flags |= {name: value for name in _FLAGS if isinstance(value := of.get(name), bool)}

@@ -10,14 +10,13 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
+
+from tokenizers import Tokenizer
 
 from qlora_hal.data.tokens.tokenizer_checks import MAX_TOKENIZER_BYTES, HostileTokenizer, checked, refuse_slow_or_broken
 from qlora_hal.errors import ModelError, UnsafeInputError
 from qlora_hal.files.strict_json import JsonProblem
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 _LONGEST_REASON = 300
 
@@ -25,8 +24,6 @@ _LONGEST_REASON = 300
 def read_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a tokenizer.json, checked and behind the wall. Raises ModelError (QH-D52), UnsafeInputError
     (QH-X15)."""
-    from tokenizers import Tokenizer
-
     try:
         with path.open("rb") as stream:
             raw = stream.read(MAX_TOKENIZER_BYTES + 1)

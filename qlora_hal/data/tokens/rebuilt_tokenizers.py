@@ -11,10 +11,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 _SPECIAL = "<s>"
 _PROBES = (
@@ -86,8 +85,6 @@ def _state(part: Any) -> bytes:
 
 def _characters(normalizer: Any, pre_tokenizer: Any) -> Tokenizer:
     """A tokenizer of single characters, which shows what comes out of the two and where it is cut."""
-    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-
     signs = sorted({*pre_tokenizers.ByteLevel.alphabet(), "▁", "\u0301", *"".join(_PROBES), "é"})
     tokenizer = Tokenizer(models.BPE(vocab={sign: number for number, sign in enumerate(signs)}, merges=[]))
     if normalizer is not None:
@@ -114,35 +111,25 @@ def _pieces(tokenizer: Tokenizer, text: str) -> list[str]:
 
 
 def _llama(config: Mapping[str, object]) -> tuple[Any, Any]:
-    from tokenizers import pre_tokenizers
-
     scheme = "always" if config.get("legacy") else "first"
     scheme = "never" if config.get("add_prefix_space") is False else scheme
     return None, pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
 
 
 def _qwen(config: Mapping[str, object]) -> tuple[Any, Any]:
-    from tokenizers import Regex, normalizers, pre_tokenizers
-
     bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=config.get("add_prefix_space") is True, use_regex=False)
     return normalizers.NFC(), pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_QWEN), "isolated"), bytes_of])
 
 
 def _gpt2(config: Mapping[str, object]) -> tuple[Any, Any]:
-    from tokenizers import pre_tokenizers
-
     return None, pre_tokenizers.ByteLevel(add_prefix_space=config.get("add_prefix_space") is True)
 
 
 def _gpt_neox(config: Mapping[str, object]) -> tuple[Any, Any]:
-    from tokenizers import normalizers
-
     return normalizers.NFC(), _gpt2(config)[1]
 
 
 def _gemma(config: Mapping[str, object]) -> tuple[Any, Any]:
-    from tokenizers import normalizers, pre_tokenizers
-
     return normalizers.Replace(" ", "▁"), pre_tokenizers.Split(" ", "merged_with_previous")
 
 

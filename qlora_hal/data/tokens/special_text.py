@@ -13,11 +13,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenizers import AddedToken, Tokenizer
+
 from qlora_hal.data.tokens.guarded_tokenizer import guarded
 from qlora_hal.errors import DataError
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding, Tokenizer
+    from tokenizers import Encoding
 
 # Unicode noncharacters: no text that is meant for people holds them.
 _ALIAS = "\ufdd7{}\ufdd8"
@@ -98,8 +100,6 @@ class ProtectedTokenizer:
     """A copy of a tokenizer that takes aliases as special tokens and the characters of special tokens as text."""
 
     def __init__(self, tokenizer: Tokenizer, special: SpecialText) -> None:
-        from tokenizers import AddedToken, Tokenizer
-
         copy: Any = Tokenizer.from_str(tokenizer.to_str())
         declared = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
         copy.add_tokens(

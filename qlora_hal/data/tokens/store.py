@@ -25,6 +25,7 @@ from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 
 from qlora_hal.contract.values import Int32
 from qlora_hal.data.tokens.token_rows import Int64, TokenRows, UInt8, UInt64
@@ -292,8 +293,6 @@ def _mapped(
 
 def _sweep(folder: Path) -> None:
     """Remove what a process that is gone left behind; a killed preparation can leave gigabytes."""
-    import psutil
-
     for left in folder.glob(".staging-*-*"):
         owner = left.name.split("-")[1]
         if owner.isdigit() and not psutil.pid_exists(int(owner)):
