@@ -49,6 +49,7 @@ def test_only_a_backend_that_asks_for_it_is_supervised(supervised: None, monkeyp
     assert not is_supervised("cpu_torch", ())
 
 
+@pytest.mark.long
 def test_a_supervised_run_gives_what_a_run_in_this_process_gives(
     tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

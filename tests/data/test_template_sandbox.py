@@ -83,7 +83,7 @@ def test_template_that_cannot_be_compiled_is_a_data_error(source: str) -> None:
         rendered(source)
 
 
-@pytest.mark.parametrize("turns", [2, 1000])
+@pytest.mark.parametrize("turns", [2, pytest.param(1000, marks=pytest.mark.long)])
 def test_template_that_looks_through_all_messages_at_each_is_within_the_limits(turns: int) -> None:
     source = (
         "{% macro shown(text) %}{{ text | trim }}{% endmacro %}{% set n = namespace(all='') %}"

@@ -129,6 +129,7 @@ def test_adapter_that_records_no_storage_is_opened_in_four_bits_with_a_note(
     assert "does not record how its base was stored" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.long
 def test_run_that_moved_goes_on_and_is_opened_where_it_went(tmp_path: Path, opened: Opened) -> None:
     """FP4 on cpu_torch, with an option of its own, becomes int4_affine on mlx_lora, and is stopped once more there."""
     asked = {"quantization.weight_format": "fp4", "backend.options": {"attention": "eager"}, "training.max_steps": 5}

@@ -103,6 +103,7 @@ def open_trainer():
 """
 
 
+@pytest.mark.long
 @pytest.mark.fault("E10")
 def test_what_a_trainer_prints_is_no_part_of_the_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, {"chatty": ("chatty", CHATTY)})

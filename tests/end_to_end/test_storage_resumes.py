@@ -41,6 +41,10 @@ def storages(spec: BackendSpec) -> list[Quantization]:
     ]
 
 
+QUICK = ("none-None-single", "nf4-64-double", "fp4-512-single")
+"""What `make test` resumes; `make test-long` has all."""
+
+
 def named(storage: Quantization) -> str:
     return f"{storage.weight_format.value}-{storage.block_size}-{'double' if storage.double_quant else 'single'}"
 
@@ -67,7 +71,13 @@ def test_storage_of_a_checkpoint_is_carried_exactly_by_every_backend(spec: Backe
         assert quantization_of(config, facts, spec.capabilities) == storage
 
 
-@pytest.mark.parametrize("storage", storages(SPEC), ids=named)
+@pytest.mark.parametrize(
+    "storage",
+    [
+        pytest.param(storage, id=named(storage), marks=() if named(storage) in QUICK else pytest.mark.long)
+        for storage in storages(SPEC)
+    ],
+)
 def test_stopped_run_goes_on_with_the_storage_it_began_with(storage: Quantization, tmp_path: Path) -> None:
     quantization: dict[str, object] = {
         "weight_format": "8bit" if storage.weight_format is WeightFormat.INT8 else storage.weight_format.value,

@@ -131,6 +131,7 @@ def test_eight_bit_moments_go_on_in_full_precision_only_when_asked(tmp_path: Pat
     assert resume(run, backend="second", transfer=True, observers=elsewhere).steps == 6
 
 
+@pytest.mark.long
 def test_paging_is_no_part_of_the_arithmetic(tmp_path: Path) -> None:
     run = killed(tmp_path / "run", {"training.optim": "paged_adamw"})
     assert resume(run, backend="second", observers=[Offering(WITHOUT_8BIT_OPTIMIZERS)]).steps == 6
@@ -195,6 +196,7 @@ def test_divergence_of_a_known_pair_is_the_one_by_formula() -> None:
     assert gap.top1 == float((before[0].argmax(-1) == now[0].argmax(-1)).mean())
 
 
+@pytest.mark.long
 def test_options_of_the_backend_left_behind_are_said_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     half = killed(tmp_path / "run", {"backend.options": {"attention": "eager"}})
     resume(half, backend="second", observers=[Offering(second())])

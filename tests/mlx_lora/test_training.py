@@ -49,6 +49,7 @@ def test_packing_is_refused_where_a_layer_is_no_attention(llama: Path, opened: O
     assert caught.value.code == "QH-B60"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("compile", ["off", "auto"])
 def test_recomputed_layers_give_the_same_gradients_with_the_same_dropout_masks(
     compile: str, llama: Path, opened: Opened

@@ -9,14 +9,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from qlora_hal.observers import observers_for
 
 from qlora_hal.config.schema import RunConfig
 from qlora_hal.contract.values import LossSum, StepStats
 from qlora_hal.errors import ConfigError
 from qlora_hal.hooks import Hooks
 from qlora_hal.run.result import RunView, TrainResult
-from qlora_hal.trackers import figures_of_run
+from qlora_hal.trackers import figures_of_run, observers_for
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 

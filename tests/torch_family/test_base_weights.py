@@ -82,6 +82,7 @@ def test_checkpoint_written_by_transformers_is_taken_as_it_is(
     assert ours.step([random_batch(0)]).applied
 
 
+@pytest.mark.long
 def test_loading_never_holds_the_unquantized_model(tmp_path: Path) -> None:
     """Anonymous memory at its peak, in a fresh process: 4-bit weights, what stays unquantized, and one tensor."""
     small = write_model(tmp_path / "small", "llama")

@@ -116,7 +116,10 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=() if name in ("qwen3", "llama with biases") else pytest.mark.long) for name in FAMILIES],
+)
 @pytest.mark.parametrize("arrange", [lambda batch: batch, packed], ids=["one sample a row", "packed"])
 def test_loss_and_gradients_equal_those_of_the_plain_layers(
     family: str, arrange: Callable[[Batch], Batch], operations: Operations, tmp_path: Path
