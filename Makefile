@@ -39,7 +39,8 @@ kernels:
 # What takes minutes and seldom fails: every mutant, whole runs of the suite.
 test-long: test-environment
 	mkdir -p .tmp
-	$(PYTEST) $(SPREAD) -m long
+	TRITON_INTERPRET=1 $(PYTEST) -m "needs_triton and long" tests/torch_family
+	$(PYTEST) $(SPREAD) -m "long and not needs_triton"
 
 # The newest and the oldest versions that pyproject.toml allows, on every Python found here.
 test-matrix:

@@ -31,9 +31,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from qlora_hal.config import DataConfig
+from qlora_hal.config.schema import DataConfig
 from qlora_hal.data import ChatTokenizer, prepare
-from qlora_hal.data.template_sandbox import TEMPLATE_DATE
+from qlora_hal.data.template.sandbox import TEMPLATE_DATE
 from qlora_hal.errors import QloraHalError
 
 TOOLS = [

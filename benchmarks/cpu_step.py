@@ -25,12 +25,12 @@ import torch
 
 from qlora_hal import train
 from qlora_hal.adapter.initial import initial_adapter
-from qlora_hal.config import DataConfig
+from qlora_hal.config.schema import DataConfig
+from qlora_hal.contract.values import AdapterConfig, Batch
 from qlora_hal.data import ChatTokenizer, WindowSampler, prepare
 from qlora_hal.demo import data_path, model_path
 from qlora_hal.model.facts import read_facts
 from qlora_hal.report.console import RunConsole
-from qlora_hal.values import AdapterConfig, Batch
 
 RANK, ALPHA, LEARNING_RATE = 16, 32.0, 1e-3
 Step = Callable[[list[Batch]], float]

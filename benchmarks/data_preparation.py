@@ -21,10 +21,10 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from qlora_hal.config import DataConfig
+from qlora_hal.config.schema import DataConfig
 from qlora_hal.data import ChatTokenizer, prepare
-from qlora_hal.data.reading import open_source
-from qlora_hal.data.templates import BUILT_IN
+from qlora_hal.data.source.reading import open_source
+from qlora_hal.data.template.chat_template import BUILT_IN
 
 CHUNK = 1024
 

@@ -22,10 +22,10 @@ from fuzz_mutators import (
     safetensors_mutated,
 )
 
-from qlora_hal import safe_tensors_file
-from qlora_hal.data.templates import BUILT_IN
+from qlora_hal.contract.values import Adapter, AdapterConfig, OptimizerSnapshot
+from qlora_hal.data.template.chat_template import BUILT_IN
 from qlora_hal.errors import QloraHalError
-from qlora_hal.values import Adapter, AdapterConfig, OptimizerSnapshot
+from qlora_hal.files import safetensors_file
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "qlora_hal" / "demo"
@@ -85,7 +85,7 @@ def _encoded(value: object) -> bytes:
 
 
 def _settings(places: _Places) -> Iterator[Reader]:
-    from qlora_hal.settings import resolve_settings
+    from qlora_hal.config.resolve import resolve_settings
 
     values = {
         "model": {"name_or_path": "models/m", "revision": "main"},
@@ -200,10 +200,10 @@ def _rows(places: _Places) -> Iterator[Reader]:
 
 
 def _row_reader() -> Callable[[Path], object]:
-    from qlora_hal.data.encoding import RowEncoder
-    from qlora_hal.data.reading import open_source
     from qlora_hal.data.rendering import RowRenderer
-    from qlora_hal.data.tokenizer import ChatTokenizer
+    from qlora_hal.data.source.reading import open_source
+    from qlora_hal.data.tokens.encoding import RowEncoder
+    from qlora_hal.data.tokens.tokenizer import ChatTokenizer
 
     tokenizer = ChatTokenizer.from_folder(DEMO / "model", chat_template="chatml")
 
@@ -226,8 +226,8 @@ def _row_reader() -> Callable[[Path], object]:
 
 
 def _tokenizers(places: _Places) -> Iterator[Reader]:
-    from qlora_hal.data.templates import ChatTemplate, TemplateFault
-    from qlora_hal.data.tokenizer import ChatTokenizer
+    from qlora_hal.data.template.chat_template import ChatTemplate, TemplateFault
+    from qlora_hal.data.tokens.tokenizer import ChatTokenizer
 
     def read(path: Path) -> object:
         return ChatTokenizer.from_folder(path.parent)
@@ -355,12 +355,12 @@ def _weights() -> dict[str, Any]:
 
 
 def _stored(tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> bytes:
-    return b"".join(bytes(chunk) for chunk in safe_tensors_file.file_chunks(tensors, metadata or {"format": "pt"}))
+    return b"".join(bytes(chunk) for chunk in safetensors_file.file_chunks(tensors, metadata or {"format": "pt"}))
 
 
 def _models(places: _Places) -> Iterator[Reader]:
     from qlora_hal.adapter.targets import resolve_targets
-    from qlora_hal.config import LoraConfig
+    from qlora_hal.config.schema import LoraConfig
     from qlora_hal.model.facts import read_facts
     from qlora_hal.model.shape import decoder_shape
 
@@ -435,7 +435,7 @@ def _checkpoints(places: _Places) -> Iterator[Reader]:
     from qlora_hal.checkpoint import TrainingState, save_checkpoint
     from qlora_hal.checkpoint.manifest import MANIFEST_FILE, encode_manifest, file_sha256, read_manifest
     from qlora_hal.checkpoint.reading import latest_valid_checkpoint, load_checkpoint
-    from qlora_hal.durable_files import WrittenFile
+    from qlora_hal.files.durable import WrittenFile
 
     run = places.folder("checkpoints") / "run"
     adapter = _adapter()
@@ -518,7 +518,7 @@ def _runs(places: _Places) -> Iterator[Reader]:
 
 
 def _others(places: _Places) -> Iterator[Reader]:
-    from qlora_hal.run_lock import RunLock
+    from qlora_hal.run.lock import RunLock
     from qlora_hal_conformance.certificate import problems, read_certificate
 
     document = json.loads((ROOT / "docs" / "certificates" / "cpu_torch.json").read_text("utf-8"))
@@ -532,7 +532,7 @@ def _others(places: _Places) -> Iterator[Reader]:
             return None
 
     def store(path: Path) -> object:
-        from qlora_hal.data.tokens import NotAStore, open_store
+        from qlora_hal.data.tokens.store import NotAStore, open_store
 
         with contextlib.suppress(NotAStore):
             return open_store(path)
@@ -557,8 +557,8 @@ class _Closing:
 
 
 def _token_store(places: _Places) -> bytes:
-    from qlora_hal.data.token_rows import TokenRows
-    from qlora_hal.data.tokens import TokenWriter
+    from qlora_hal.data.tokens.store import TokenWriter
+    from qlora_hal.data.tokens.token_rows import TokenRows
 
     path = places.folder("sound store") / "t.safetensors"
     rows = TokenRows(

@@ -21,13 +21,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_hal.adapter.initial import initial_adapter
-from qlora_hal.backend import Compute, Quantization, QuantizedLoRATrainer
-from qlora_hal.capabilities import WeightFormat
+from qlora_hal.contract.backend import Compute, Quantization, QuantizedLoRATrainer
+from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal.contract.values import AdapterConfig, Batch, StepSettings
 from qlora_hal.demo import model_path
-from qlora_hal.discovery import find, listed, load_spec, open_trainer
+from qlora_hal.detect.discovery import find, listed, load_spec, open_trainer
 from qlora_hal.model.facts import read_facts
 from qlora_hal.model.source import ModelSource
-from qlora_hal.values import AdapterConfig, Batch, StepSettings
 from qlora_hal_backends.gptq_int4.trainer import present_platform
 
 GROUP, RANK, VOCABULARY = 128, 16, 32000

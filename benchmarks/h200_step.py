@@ -36,11 +36,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from qlora_hal.backend import Compute, Quantization
-from qlora_hal.capabilities import WeightFormat
+from qlora_hal.contract.backend import Compute, Quantization
+from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal.contract.values import Adapter, AdapterConfig, Batch, StepSettings
 from qlora_hal.model.facts import read_facts
 from qlora_hal.model.source import ModelSource
-from qlora_hal.values import Adapter, AdapterConfig, Batch, StepSettings
 from qlora_hal_backends.torch_family.base_weights import BaseWeight
 from qlora_hal_backends.torch_family.trainer import TorchLoRATrainer
 

@@ -36,12 +36,12 @@ from drawn_models import drawn_settings, write_drawn_model
 
 from qlora_hal.adapter.initial import initial_adapter
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key, module_of
-from qlora_hal.backend import Compute, Quantization
-from qlora_hal.capabilities import WeightFormat
+from qlora_hal.contract.backend import Compute, Quantization
+from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal.contract.values import AdapterConfig, Batch
 from qlora_hal.errors import QloraHalError
 from qlora_hal.model.facts import read_facts, text_config
 from qlora_hal.model.source import ModelSource
-from qlora_hal.values import AdapterConfig, Batch
 from qlora_hal_backends.mlx_lora import compared
 from qlora_hal_backends.mlx_lora.trainer import MLXLoRATrainer
 

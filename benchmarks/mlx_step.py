@@ -28,12 +28,12 @@ import mlx.core as mx
 import numpy as np
 
 from qlora_hal.adapter.initial import initial_adapter
-from qlora_hal.backend import Compute, Quantization
-from qlora_hal.capabilities import WeightFormat
+from qlora_hal.contract.backend import Compute, Quantization
+from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal.contract.values import IGNORE_LABEL, AdapterConfig, Batch, StepSettings
+from qlora_hal.files.safetensors_file import file_chunks
 from qlora_hal.model.facts import read_facts
 from qlora_hal.model.source import ModelSource
-from qlora_hal.safe_tensors_file import file_chunks
-from qlora_hal.values import IGNORE_LABEL, AdapterConfig, Batch, StepSettings
 
 RANK, ALPHA, LEARNING_RATE = 8, 16.0, 1e-3
 GROUP_SIZE, WARM_STEPS = 64, 2

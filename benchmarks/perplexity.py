@@ -19,15 +19,15 @@ from safetensors.torch import load_file
 from weight_formats import text_windows
 
 from qlora_hal.adapter.initial import initial_adapter
-from qlora_hal.backend import Compute, Quantization
-from qlora_hal.capabilities import WeightFormat
 from qlora_hal.cli.quantize import able_backend, calibration_of
+from qlora_hal.contract.backend import Compute, Quantization
+from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal.contract.values import AdapterConfig
 from qlora_hal.demo import data_path, model_path
-from qlora_hal.discovery import find, listed, load_spec, open_trainer, reports
+from qlora_hal.detect.discovery import find, listed, load_spec, open_trainer, reports
 from qlora_hal.model.facts import read_facts
 from qlora_hal.model.source import ModelSource
-from qlora_hal.quantizing import Recipe, quantize_into
-from qlora_hal.values import AdapterConfig
+from qlora_hal.quantize.calibration import Recipe, quantize_into
 from qlora_hal_conformance.oracle import LlamaShape
 from qlora_hal_conformance.tiny_models import write_quantized
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_hal.data.token_rows import TokenRows
-from qlora_hal.data.tokens import TokenWriter, open_store
+from qlora_hal.data.tokens.store import TokenWriter, open_store
+from qlora_hal.data.tokens.token_rows import TokenRows
 
 CHUNK = 10_000
 

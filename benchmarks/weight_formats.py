@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 
 from qlora_hal import train
-from qlora_hal.backend import Compute, Quantization
-from qlora_hal.capabilities import WeightFormat
+from qlora_hal.config.demo import demo_settings
+from qlora_hal.config.resolve import nest
+from qlora_hal.contract.backend import Compute, Quantization
+from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal.contract.values import Batch
 from qlora_hal.data import ChatTokenizer
 from qlora_hal.demo import data_path, model_path
-from qlora_hal.demo_settings import demo_settings
-from qlora_hal.discovery import find, listed, load_spec, open_trainer
+from qlora_hal.detect.discovery import find, listed, load_spec, open_trainer
 from qlora_hal.model.facts import read_facts
 from qlora_hal.model.source import ModelSource
-from qlora_hal.settings import nest
-from qlora_hal.values import Batch
 
 FORMATS = {"none": "none", "8bit": "int8", "nf4": "nf4", "fp4": "fp4"}
 WINDOW = 512

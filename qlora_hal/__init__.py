@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from qlora_hal.api import backends, merge, resume, train
-    from qlora_hal.config import RunConfig
+    from qlora_hal.config.schema import RunConfig
     from qlora_hal.errors import QloraHalError
-    from qlora_hal.merging.request import MergeResult
-    from qlora_hal.observing import TrainResult
+    from qlora_hal.export.request import MergeResult
+    from qlora_hal.run.result import TrainResult
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,10 +32,10 @@ _HOME = {
     "resume": "qlora_hal.api",
     "merge": "qlora_hal.api",
     "backends": "qlora_hal.api",
-    "RunConfig": "qlora_hal.config",
+    "RunConfig": "qlora_hal.config.schema",
     "QloraHalError": "qlora_hal.errors",
-    "MergeResult": "qlora_hal.merging.request",
-    "TrainResult": "qlora_hal.observing",
+    "MergeResult": "qlora_hal.export.request",
+    "TrainResult": "qlora_hal.run.result",
 }
 
 

@@ -7,17 +7,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_hal.refused_paths import refused_paths_told
+from qlora_hal.files.refused_paths import refused_paths_told
 
 if TYPE_CHECKING:
-    from qlora_hal.backend import ProbeReport
-    from qlora_hal.config import RunConfig
+    from qlora_hal.config.resolve import ResolvedSettings
+    from qlora_hal.config.schema import RunConfig
+    from qlora_hal.contract.backend import ProbeReport
+    from qlora_hal.contract.values import Batch
     from qlora_hal.data import ChatTokenizer
-    from qlora_hal.merging.request import BaseChoice, MergeResult, OutputDtype
-    from qlora_hal.observing import TrainResult
+    from qlora_hal.export.request import BaseChoice, MergeResult, OutputDtype
     from qlora_hal.report.console import RunConsole
-    from qlora_hal.settings import ResolvedSettings
-    from qlora_hal.values import Batch
+    from qlora_hal.run.result import TrainResult
 
 Rows = Iterable[Mapping[str, object]]
 
@@ -47,10 +47,10 @@ def train(
 
     Raises the errors of `qlora_hal.errors`; whatever can be found wrong before the model loads is found there.
     """
-    from qlora_hal.rows_in_memory import rows_in_memory
-    from qlora_hal.running import run_new
-    from qlora_hal.settings import resolve_settings
-    from qlora_hal.supervising import is_supervised, run_in_child
+    from qlora_hal.config.resolve import resolve_settings
+    from qlora_hal.data.source.in_memory import rows_in_memory
+    from qlora_hal.run.start import run_new
+    from qlora_hal.run.supervisor import is_supervised, run_in_child
 
     rows = None if data is None or isinstance(data, str | Path) else rows_in_memory(data)
     keywords = {"model": model, "data": None if rows is not None else data, "output_dir": output_dir}
@@ -100,9 +100,9 @@ def resume(
 
     Raises CheckpointError when no checkpoint verifies, and the errors of `train`.
     """
-    from qlora_hal.places import Relocation, require_path
-    from qlora_hal.running import run_resumed
-    from qlora_hal.supervising import is_supervised, run_in_child
+    from qlora_hal.run.paths import Relocation, require_path
+    from qlora_hal.run.start import run_resumed
+    from qlora_hal.run.supervisor import is_supervised, run_in_child
 
     require_path("run_dir", run_dir)
     relocation = Relocation.of(model=model, data=data, validation_data=validation_data)
@@ -157,7 +157,7 @@ def merge(
     Raises NumericsError QH-C21 (too far) and QH-C63 (not finite in `dtype`), AdapterError (QH-C61 no finished adapter,
     QH-C05, QH-C08, QH-C09), ConfigError (QH-C62, QH-C64), StorageError (QH-C60 `out` is taken, QH-S09 no space).
     """
-    from qlora_hal.merging import MergeRequest, carry_out
+    from qlora_hal.export import MergeRequest, carry_out
     from qlora_hal.report.console import RunConsole
 
     request = MergeRequest(
@@ -181,7 +181,7 @@ def merge(
 
 def backends() -> tuple[ProbeReport, ...]:
     """What each installed backend says of this machine, in milliseconds and without importing a tensor library."""
-    from qlora_hal.discovery import listed, reports
+    from qlora_hal.detect.discovery import listed, reports
 
     return reports(listed())
 
@@ -194,11 +194,11 @@ def first_batch(settings: ResolvedSettings) -> tuple[Batch, ChatTokenizer, int]:
     """
     import tempfile
 
-    from qlora_hal.execution import window_sampler
+    from qlora_hal.config.resolve import require_settings
     from qlora_hal.hooks import Hooks
-    from qlora_hal.preparation import choose_machinery, drawn_seed, prepare_run
     from qlora_hal.report.console import RunConsole
-    from qlora_hal.settings import require_settings
+    from qlora_hal.run.prepare import choose_machinery, drawn_seed, prepare_run
+    from qlora_hal.run.session import window_sampler
 
     require_settings(settings.config, "model.name_or_path", "data.path")
     console = RunConsole(quiet=True)

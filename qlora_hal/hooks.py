@@ -14,11 +14,11 @@ import pluggy
 from qlora_hal.errors import ConfigError
 
 if TYPE_CHECKING:
-    from qlora_hal.backend import BackendSpec, ProbeReport
-    from qlora_hal.capabilities import Needs
-    from qlora_hal.config import RunConfig
-    from qlora_hal.observing import RunView, TrainResult
-    from qlora_hal.values import LossSum, StepStats
+    from qlora_hal.config.schema import RunConfig
+    from qlora_hal.contract.backend import BackendSpec, ProbeReport
+    from qlora_hal.contract.capabilities import Needs
+    from qlora_hal.contract.values import LossSum, StepStats
+    from qlora_hal.run.result import RunView, TrainResult
 
 PROJECT = "qlora_hal"
 ENTRY_POINT_GROUP = "qlora_hal.hooks"

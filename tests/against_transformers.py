@@ -9,7 +9,7 @@ from typing import Any
 
 from trainers import OpenTrainer, open_cpu_trainer, packed, random_batch, source_of
 
-from qlora_hal.values import Adapter, Batch
+from qlora_hal.contract.values import Adapter, Batch
 
 TOLERANCE = 1e-4
 """Of logits relative to the largest, and of the loss in nats: float32 sums of a few thousand products in another order

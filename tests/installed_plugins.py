@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 GOOD = """
-from qlora_hal.backend import Availability, BackendSpec, ProbeReport
-from qlora_hal.capabilities import Capabilities, WeightFormat
+from qlora_hal.contract.backend import Availability, BackendSpec, ProbeReport
+from qlora_hal.contract.capabilities import Capabilities, WeightFormat
 CAPABILITIES = Capabilities(frozenset({WeightFormat.NONE}), frozenset({"float32"}), frozenset())
 def probe():
     return ProbeReport("NAME", Availability.READY, "always")

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from trainers import OpenTrainer
 
-from qlora_hal.values import Batch, Float32
+from qlora_hal.contract.values import Batch, Float32
 
 # Two float32 programs of the same products in another order differ by about sqrt(k) * 2^-24 relative to the largest
 # entry; k is at most 128 terms times 2 layers of about 8 products. 8 * sqrt(2048) * 2^-24 = 2.2e-5.

@@ -17,10 +17,10 @@ from qlora_hal import TrainResult, resume, train
 from qlora_hal.adapter.as_written import provenance_in
 from qlora_hal.checkpoint.manifest import encode_manifest, read_manifest
 from qlora_hal.demo import data_path
-from qlora_hal.durable_files import hashed
 from qlora_hal.errors import StoppedError
+from qlora_hal.files.durable import hashed
+from qlora_hal.files.sealed_json import sealed, unsealed
 from qlora_hal.hooks import hookimpl
-from qlora_hal.sealed_json import sealed, unsealed
 
 SHORT: dict[str, Any] = {
     "data.max_seq_length": 64,

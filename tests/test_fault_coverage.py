@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from qlora_hal.fault_catalogue import faults
+from qlora_hal.errors.fault_catalogue import faults
 
 TESTS = Path(__file__).resolve().parent
 

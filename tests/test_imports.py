@@ -19,7 +19,7 @@ BACKEND_NAMES = ("cuda_bnb", "rocm_bnb", "mps_bnb", "cpu_torch", "gptq_int4", "m
     [
         "import qlora_hal",
         "from qlora_hal import train, resume, backends, RunConfig",
-        "import qlora_hal.execution, qlora_hal.data, qlora_hal.checkpoint, qlora_hal.adapter.peft_files",
+        "import qlora_hal.run.session, qlora_hal.data, qlora_hal.checkpoint, qlora_hal.adapter.peft_files",
         "from qlora_hal import backends; backends()",
         "from qlora_hal.cli.__main__ import main; main(['backends'])",
     ],

@@ -14,10 +14,10 @@ from rich.console import Console
 import qlora_hal
 from qlora_hal.cli.chat import converse
 from qlora_hal.cli.failures import report_unexpected, reported
+from qlora_hal.contract.checked_trainer import _to_stderr
 from qlora_hal.errors import ConfigError, DataError
-from qlora_hal.guard import _to_stderr
+from qlora_hal.errors.terminal_text import json_line, show, show_json, visible, visible_line
 from qlora_hal.report.console import RunConsole
-from qlora_hal.terminal import json_line, show, show_json, visible, visible_line
 
 PACKAGE = Path(qlora_hal.__file__).parent
 ACTING = {
@@ -120,7 +120,7 @@ def test_other_streams_do_not_act(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_names_of_settings_do_not_act(capsys: pytest.CaptureFixture[str]) -> None:
-    from qlora_hal.settings import resolve_settings
+    from qlora_hal.config.resolve import resolve_settings
 
     with pytest.raises(ConfigError) as caught:
         resolve_settings({HOSTILE: 1, "lora": {HOSTILE: HOSTILE}}, environ={})
@@ -137,4 +137,10 @@ def test_everything_is_printed_through_the_one_place() -> None:
     }
     files = sorted(place.rpartition(":")[0] for place in raw)
     # Texts that hold nothing of a stranger: settings with their meanings, the schema, a batch whose texts are visible.
-    assert files == ["cli/init.py", "cli/schema.py", "cli/train.py", "terminal.py", "terminal.py"]
+    assert files == [
+        "cli/init.py",
+        "cli/schema.py",
+        "cli/train.py",
+        "errors/terminal_text.py",
+        "errors/terminal_text.py",
+    ]

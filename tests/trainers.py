@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from qlora_hal.adapter.initial import initial_adapter
-from qlora_hal.backend import Compute, Quantization, QuantizedLoRATrainer
-from qlora_hal.capabilities import WeightFormat
+from qlora_hal.contract.backend import Compute, Quantization, QuantizedLoRATrainer
+from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal.contract.values import IGNORE_LABEL, Adapter, AdapterConfig, Batch, Float32, StepSettings, StepStats
 from qlora_hal.model.facts import read_facts
 from qlora_hal.model.source import ModelSource
-from qlora_hal.values import IGNORE_LABEL, Adapter, AdapterConfig, Batch, Float32, StepSettings, StepStats
 
 FIRST_ORDINARY_TOKEN = 3
 

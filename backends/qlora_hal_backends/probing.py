@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from qlora_hal.backend import Availability, ProbeReport
-from qlora_hal.hardware import Machine, inventory
+from qlora_hal.contract.backend import Availability, ProbeReport
+from qlora_hal.detect.hardware import Machine, inventory
 from qlora_hal_backends.probing_devices import (
     Obstacle,
     Place,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qlora_hal.backend import Availability
-from qlora_hal.hardware import Machine
+from qlora_hal.contract.backend import Availability
+from qlora_hal.detect.hardware import Machine
 from qlora_hal_backends.probing_limits import SMALLEST_MACOS, Device
 from qlora_hal_backends.probing_packages import Packages, TorchBuild, torch_build, version_numbers
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from qlora_hal.backend import Availability, ProbeReport
-from qlora_hal.hardware import Machine, inventory
+from qlora_hal.contract.backend import Availability, ProbeReport
+from qlora_hal.detect.hardware import Machine, inventory
 from qlora_hal_backends.gptq_int4.engines import ENGINES, GPTQMODEL, engine_obstacle
 from qlora_hal_backends.probing_devices import Obstacle, Place, amd_is_there, cpu_is_usable, nvidia_is_there
 from qlora_hal_backends.probing_limits import Device, likely_dtype

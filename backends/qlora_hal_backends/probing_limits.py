@@ -6,11 +6,12 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from qlora_hal.hardware import Gpu, Machine
+from qlora_hal.detect.gpu import Gpu
+from qlora_hal.detect.hardware import Machine
 from qlora_hal_backends.probing_packages import TorchBuild, Version, version_numbers
 
 if TYPE_CHECKING:
-    from qlora_hal.values import ComputeDtype
+    from qlora_hal.contract.values import ComputeDtype
 
 Device = Literal["cuda", "rocm", "mps", "cpu"]
 Capability = tuple[int, int]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qlora_hal.backend import Availability
-from qlora_hal.hardware import Machine
-from qlora_hal.installation import requirement
+from qlora_hal.contract.backend import Availability
+from qlora_hal.detect.hardware import Machine
+from qlora_hal.errors.installation import requirement
 from qlora_hal_backends.probing_devices import Obstacle, apple_silicon, no_device
 from qlora_hal_backends.probing_limits import SMALLEST_DRIVER
 from qlora_hal_backends.probing_packages import Packages, version_numbers, versions_out_of_range

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from qlora_hal.backend import Availability
-from qlora_hal.hardware import Gpu
-from qlora_hal.installation import requirement
+from qlora_hal.contract.backend import Availability
+from qlora_hal.detect.gpu import Gpu
+from qlora_hal.errors.installation import requirement
 from qlora_hal_backends.probing_devices import Obstacle, Place, no_device
 from qlora_hal_backends.probing_limits import (
     NEWEST_ROCM,

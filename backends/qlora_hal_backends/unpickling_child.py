@@ -19,13 +19,13 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from qlora_hal import durable_files
-from qlora_hal.child_process import end_with_parent
 from qlora_hal.errors import BackendError, ModelError, QloraHalError, StorageError, UnsafeInputError
+from qlora_hal.files import durable
+from qlora_hal.files.safetensors_file import read_header
 from qlora_hal.model.shards import Array, PlannedTensor, total_bytes, write_shards
 from qlora_hal.model.weight_files import SINGLE_FILE, refuse_absent
-from qlora_hal.safe_tensors_file import read_header
-from qlora_hal.supervising import told_of
+from qlora_hal.processes.child_errors import told_of
+from qlora_hal.processes.child_process import end_with_parent
 
 OLDEST_TORCH = (2, 10)
 """The restricted unpickler of older ones can be made to run code: CVE-2025-32434 before 2.6, CVE-2026-24747 before
@@ -178,7 +178,7 @@ def write(
 
 
 def _require_space(out: Path, needed: int) -> None:
-    free = durable_files.free_bytes(out)
+    free = durable.free_bytes(out)
     if free is not None and free < needed:
         raise StorageError(
             "QH-S09",
@@ -280,7 +280,7 @@ def main() -> int:
     except QloraHalError as error:
         say(error=told_of(error))
     except OSError as error:
-        say(error=told_of(durable_files.storage_error(error, Path(job["out"]).parent, what="the converted weights")))
+        say(error=told_of(durable.storage_error(error, Path(job["out"]).parent, what="the converted weights")))
     return 0
 
 

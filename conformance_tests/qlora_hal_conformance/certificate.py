@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from qlora_hal.backend import CONTRACT_VERSION
+from qlora_hal.contract.backend import CONTRACT_VERSION
 from qlora_hal_conformance import SUITE_VERSION
 from qlora_hal_conformance.catalogue import LEVELS, all_cases, level_of, revision_of
 from qlora_hal_conformance.counting import Count, is_green_throughout
@@ -55,7 +55,7 @@ def write_certificate(path: Path, document: Mapping[str, object]) -> None:
 def read_certificate(path: Path) -> Document:
     """Raises ConfigError QH-B51 when the file is no certificate at all: no strict JSON, or nothing that has a hash."""
     from qlora_hal.errors import ConfigError
-    from qlora_hal.strict_json import decode_object
+    from qlora_hal.files.strict_json import decode_object
 
     try:
         document = decode_object(path.read_bytes())

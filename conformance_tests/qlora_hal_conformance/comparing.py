@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
+from qlora_hal.contract.values import Batch, Float32
 from qlora_hal.errors import QloraHalError
-from qlora_hal.values import Batch, Float32
 from qlora_hal_conformance.drawing import at_real_tokens
 from qlora_hal_conformance.judging import Judge
 from qlora_hal_conformance.opening import Opened

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_hal.backend import CONTRACT_VERSION
+from qlora_hal.contract.backend import CONTRACT_VERSION
 from qlora_hal.errors import ConfigError, StorageError
-from qlora_hal.output_path import writable_folder
+from qlora_hal.files.output_path import writable_folder
 from qlora_hal_conformance import SUITE_VERSION
 from qlora_hal_conformance.catalogue import LEVELS, all_cases, section_of, suite_hash
 from qlora_hal_conformance.certificate import Document, make_certificate, write_certificate
@@ -111,7 +111,7 @@ def run(options: Options) -> Outcome:
 def _require_listed(reference: Reference) -> None:
     """Refuse a name that nothing offers; a backend that cannot be imported is judged, not refused."""
     if reference.is_listed:
-        from qlora_hal.discovery import find, listed
+        from qlora_hal.detect.discovery import find, listed
 
         find(reference.backend, listed())
 

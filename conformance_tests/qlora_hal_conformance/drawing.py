@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key
-from qlora_hal.values import IGNORE_LABEL, PADDING_SEGMENT, Adapter, AdapterConfig, Batch, Float32, Int32
+from qlora_hal.contract.values import IGNORE_LABEL, PADDING_SEGMENT, Adapter, AdapterConfig, Batch, Float32, Int32
 from qlora_hal_conformance.oracle import LlamaShape
 from qlora_hal_conformance.tiny_models import FIRST_ORDINARY_TOKEN, linear_shapes
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_hal.backend import Compute, Quantization
-from qlora_hal.capabilities import WeightFormat
+from qlora_hal.contract.backend import Compute, Quantization
+from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal.contract.values import Batch, StepSettings
 from qlora_hal.model.facts import read_facts
 from qlora_hal.model.source import ModelSource
-from qlora_hal.values import Batch, StepSettings
 from qlora_hal_conformance.drawing import draw_adapter, stream
 from qlora_hal_conformance.oracle import LlamaShape
 from qlora_hal_conformance.subject import Reference, import_subject

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_hal.backend import Compute, Quantization, QuantizedLoRATrainer
-from qlora_hal.capabilities import Feature, WeightFormat
-from qlora_hal.values import Adapter, Batch, Float32, StepSettings, StepStats
+from qlora_hal.contract.backend import Compute, Quantization, QuantizedLoRATrainer
+from qlora_hal.contract.capabilities import Feature, WeightFormat
+from qlora_hal.contract.values import Adapter, Batch, Float32, StepSettings, StepStats
 from qlora_hal_conformance.drawing import stream, total_tokens
 from qlora_hal_conformance.oracle import LlamaShape, LoraScale, MicroscalingFormat, OracleStep, OracleTrainer
 from qlora_hal_conformance.oracle.arrays import Float64

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from _pytest.mark.structures import ParameterSet
 
-from qlora_hal.capabilities import Feature, WeightFormat
+from qlora_hal.contract.capabilities import Feature, WeightFormat
 from qlora_hal_conformance.opening import Opened
 from qlora_hal_conformance.oracle import MicroscalingFormat, OracleTrainer
 from qlora_hal_conformance.tiny_models import AFFINE_BITS, MICROSCALING_FORMATS

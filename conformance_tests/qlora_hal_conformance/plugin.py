@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qlora_hal.backend import QuantizedLoRATrainer
+from qlora_hal.contract.backend import QuantizedLoRATrainer
 from qlora_hal_conformance.catalogue import case_id
 from qlora_hal_conformance.drawing import stream
 from qlora_hal_conformance.journal import Journal, result_as_json

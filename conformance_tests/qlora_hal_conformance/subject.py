@@ -7,8 +7,8 @@ import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
-from qlora_hal.backend import BackendSpec, ProbeReport, QuantizedLoRATrainer
-from qlora_hal.capabilities import Capabilities, Feature, WeightFormat
+from qlora_hal.contract.backend import BackendSpec, ProbeReport, QuantizedLoRATrainer
+from qlora_hal.contract.capabilities import Capabilities, Feature, WeightFormat
 from qlora_hal.errors import BackendContractError
 from qlora_hal_conformance.oracle import UNIT_ROUNDOFF
 from qlora_hal_conformance.verdicts import Claim
@@ -84,7 +84,7 @@ class Subject:
 
     def open(self) -> QuantizedLoRATrainer:
         """A fresh trainer. Raises BackendError, BackendContractError."""
-        from qlora_hal.discovery import open_trainer
+        from qlora_hal.detect.discovery import open_trainer
 
         return open_trainer(self.spec)
 
@@ -100,7 +100,7 @@ class Subject:
 def import_subject(reference: Reference) -> Subject:
     """Import the light module of a backend. Raises BackendNotFoundError, BackendConflictError, BackendContractError."""
     if reference.is_listed:
-        from qlora_hal.discovery import find, listed, load_spec
+        from qlora_hal.detect.discovery import find, listed, load_spec
 
         entry = find(reference.backend, listed())
         return Subject(reference, load_spec(entry), entry.distribution)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import numpy as np
 
-from qlora_hal.values import Batch, OptimizerSnapshot, StepStats
+from qlora_hal.contract.values import Batch, OptimizerSnapshot, StepStats
 from qlora_hal_conformance.judging import Judge
 from qlora_hal_conformance.opening import Opened, oracle_step
 from qlora_hal_conformance.oracle import OracleTrainer

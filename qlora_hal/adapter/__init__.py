@@ -1,6 +1,5 @@
 """The adapter: names, targets, first values, files, and whether it fits a model."""
 
-from qlora_hal.adapter.converting import Conversion, convert_adapter
 from qlora_hal.adapter.fitting import check_base, check_changed, check_fits, check_same_settings
 from qlora_hal.adapter.initial import initial_adapter
 from qlora_hal.adapter.mlx_files import write_mlx_adapter
@@ -10,12 +9,10 @@ from qlora_hal.adapter.peft_files import read_adapter, read_provenance, write_ad
 from qlora_hal.adapter.targets import resolve_targets
 
 __all__ = [
-    "Conversion",
     "check_base",
     "check_changed",
     "check_fits",
     "check_same_settings",
-    "convert_adapter",
     "initial_adapter",
     "lora_a_key",
     "lora_b_key",

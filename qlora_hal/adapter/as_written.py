@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from qlora_hal import sealed_json
-from qlora_hal.durable_files import WrittenFile
+from qlora_hal.contract.values import AdapterConfig
 from qlora_hal.errors import AdapterError
-from qlora_hal.values import AdapterConfig
+from qlora_hal.files import sealed_json
+from qlora_hal.files.durable import WrittenFile
 
 WRITTEN = "written"
 """The key of `qlora_hal.json` under which the hash and the settings stand."""

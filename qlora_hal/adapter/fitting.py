@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key, module_of
+from qlora_hal.contract.values import Adapter, AdapterConfig
 from qlora_hal.errors import AdapterError, NumericsError
-from qlora_hal.values import Adapter, AdapterConfig
 
 if TYPE_CHECKING:
     from qlora_hal.model.facts import ModelFacts

@@ -9,7 +9,7 @@ import numpy as np
 
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key
 from qlora_hal.adapter.targets import require_modules
-from qlora_hal.values import Adapter, AdapterConfig, Float32
+from qlora_hal.contract.values import Adapter, AdapterConfig, Float32
 
 
 def initial_adapter(config: AdapterConfig, linear_modules: Mapping[str, tuple[int, int]], seed: int) -> Adapter:

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_hal import durable_files, safe_tensors_file, strict_json
 from qlora_hal.adapter.naming import module_of
-from qlora_hal.durable_files import Chunk
+from qlora_hal.contract.values import Adapter, Float32
 from qlora_hal.errors import AdapterError, StorageError
-from qlora_hal.values import Adapter, Float32
+from qlora_hal.files import durable, safetensors_file, strict_json
+from qlora_hal.files.durable import Chunk
 
 TENSORS_FILE = "adapters.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -52,20 +52,20 @@ def write_mlx_adapter(
         raise StorageError(
             "QH-S14", f"{folder} is there already; a new folder is expected.", where=str(folder), fix="Name another."
         )
-    staging = folder.with_name(f".staging-{folder.name}-{durable_files.unique_name()}")
+    staging = folder.with_name(f".staging-{folder.name}-{durable.unique_name()}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
         for name, chunks in files.items():
-            durable_files.write_new(staging / name, chunks)
-        durable_files.flush_folder(staging)
+            durable.write_new(staging / name, chunks)
+        durable.flush_folder(staging)
         staging.rename(folder)
-        durable_files.flush_folder(folder.parent)
+        durable.flush_folder(folder.parent)
     except OSError as problem:
-        raise durable_files.storage_error(problem, folder, what="the adapter") from problem
+        raise durable.storage_error(problem, folder, what="the adapter") from problem
     finally:
         with suppress(OSError):
-            durable_files.remove_tree(staging)
+            durable.remove_tree(staging)
 
 
 def layers_of(modules: Iterable[str]) -> list[int]:
@@ -97,7 +97,7 @@ def _mlx_files(
     lora = {"alpha": config.alpha, "r": config.r, "use_rslora": config.use_rslora}
     facts = {**provenance, "base_name": base_name, "base_revision": base_revision, "lora": lora}
     return {
-        TENSORS_FILE: safe_tensors_file.file_chunks(tensors, {"format": "mlx"}),
+        TENSORS_FILE: safetensors_file.file_chunks(tensors, {"format": "mlx"}),
         CONFIG_FILE: [strict_json.encode(mlx_config)],
         PROVENANCE_FILE: [strict_json.encode(facts)],
         CARD_FILE: [_CARD.encode("utf-8")],
@@ -148,6 +148,6 @@ def require_placeable(modules: Collection[str], where: str) -> None:
         )
 
 
-def transposed(tensor: safe_tensors_file.Array) -> Float32:
+def transposed(tensor: safetensors_file.Array) -> Float32:
     # A transposed view would be written with the bytes of the original.
     return np.ascontiguousarray(tensor.T.astype(np.float32, copy=False))

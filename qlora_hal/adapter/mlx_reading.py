@@ -8,11 +8,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from qlora_hal import safe_tensors_file, strict_json
 from qlora_hal.adapter.mlx_files import CONFIG_FILE, PROVENANCE_FILE, TENSORS_FILE, require_placeable, transposed
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key
+from qlora_hal.contract.values import Adapter, AdapterConfig, Float32
 from qlora_hal.errors import AdapterError
-from qlora_hal.values import Adapter, AdapterConfig, Float32
+from qlora_hal.files import safetensors_file, strict_json
 
 _PARAMETERS = frozenset({"rank", "scale", "dropout", "keys", "alpha"})
 """Of `lora_parameters`. mlx-lm reads no `alpha` today; see `_require_one_meaning`."""
@@ -138,14 +138,14 @@ def _alpha(scale: float, rank: int) -> float:
     return next((alpha for alpha in candidates if alpha / rank == scale), product)
 
 
-def _read_tensors(folder: Path) -> safe_tensors_file.TensorFile:
+def _read_tensors(folder: Path) -> safetensors_file.TensorFile:
     path = folder / TENSORS_FILE
     if not os.path.lexists(path):
         whole = sorted(entry.name for entry in folder.glob("model*.safetensors")) if folder.is_dir() else []
         other = "the folder holds a whole model, perhaps a fused one" if whole else "the folder does not have it"
         _refuse_file(path, f"is missing: {other}")
     try:
-        found = safe_tensors_file.read_arrays(path)
+        found = safetensors_file.read_arrays(path)
     except OSError as problem:
         _refuse_file(path, f"cannot be read ({problem.strerror or problem})", problem)
     lossy = {name: dtype for name, dtype in found.dtypes.items() if dtype not in ("F32", "F16", "BF16")}
@@ -185,7 +185,7 @@ def _modules_of(tensors: Collection[str], folder: Path) -> tuple[str, ...]:
     )
 
 
-def _require_rank(tensors: Mapping[str, safe_tensors_file.Array], rank: int, folder: Path) -> None:
+def _require_rank(tensors: Mapping[str, safetensors_file.Array], rank: int, folder: Path) -> None:
     wrong = [
         f"{name} {list(tensor.shape)}"
         for name, tensor in sorted(tensors.items())

@@ -14,15 +14,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from qlora_hal import durable_files, safe_tensors_file, strict_json
 from qlora_hal.adapter.as_written import is_vouched, provenance_in, require_as_written, vouched
 from qlora_hal.adapter.fitting import check_base, check_fits
 from qlora_hal.adapter.naming import module_of
 from qlora_hal.adapter.targets import shortest_names
-from qlora_hal.durable_files import WrittenFile
+from qlora_hal.contract.values import Adapter, AdapterConfig
 from qlora_hal.errors import AdapterError, StorageError, UnsafeInputError
+from qlora_hal.files import durable, safetensors_file, strict_json
+from qlora_hal.files.durable import WrittenFile
 from qlora_hal.model.safety import conversion_command
-from qlora_hal.values import Adapter, AdapterConfig
 
 __all__ = [
     "check_base",
@@ -67,7 +67,7 @@ def write_adapter(
     holds foreign files.
     """
     _require_replaceable(folder)
-    staging = folder.with_name(f".staging-{folder.name}-{durable_files.unique_name()}")
+    staging = folder.with_name(f".staging-{folder.name}-{durable.unique_name()}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
@@ -80,14 +80,14 @@ def write_adapter(
             linear_modules=linear_modules,
         )
         card = _model_card(adapter.config, base_name, provenance).encode("utf-8")
-        durable_files.write_new(staging / CARD_FILE, [card])
-        durable_files.flush_folder(staging)
+        durable.write_new(staging / CARD_FILE, [card])
+        durable.flush_folder(staging)
         _put_in_place(staging, folder)
     except OSError as problem:
-        raise durable_files.storage_error(problem, folder, what="the adapter") from problem
+        raise durable.storage_error(problem, folder, what="the adapter") from problem
     finally:
         with suppress(OSError):
-            durable_files.remove_tree(staging)
+            durable.remove_tree(staging)
 
 
 def write_adapter_files(
@@ -107,13 +107,13 @@ def write_adapter_files(
     """
     config = _peft_config(adapter.config, base_name, base_revision, linear_modules)
     facts = {**provenance, "base_name": base_name, "base_revision": base_revision}
-    tensors = safe_tensors_file.file_chunks(adapter.tensors, {"format": "pt"})
-    written = {TENSORS_FILE: durable_files.write_new(folder / TENSORS_FILE, tensors, midway=midway)}
+    tensors = safetensors_file.file_chunks(adapter.tensors, {"format": "pt"})
+    written = {TENSORS_FILE: durable.write_new(folder / TENSORS_FILE, tensors, midway=midway)}
     for name, content in (
         (CONFIG_FILE, config),
         (PROVENANCE_FILE, vouched(facts, written[TENSORS_FILE], adapter.config)),
     ):
-        written[name] = durable_files.write_new(folder / name, [strict_json.encode(content)], midway=midway)
+        written[name] = durable.write_new(folder / name, [strict_json.encode(content)], midway=midway)
     return written
 
 
@@ -261,15 +261,15 @@ def _require_replaceable(folder: Path) -> None:
 def _put_in_place(staging: Path, folder: Path) -> None:
     """Two renames when a folder is replaced; a crash between them leaves it as `.replaced-...`, which is put back."""
     if folder.is_dir():
-        aside = folder.with_name(f".replaced-{folder.name}-{durable_files.unique_name()}")
+        aside = folder.with_name(f".replaced-{folder.name}-{durable.unique_name()}")
         folder.rename(aside)
         staging.rename(folder)
-        durable_files.flush_folder(folder.parent)
+        durable.flush_folder(folder.parent)
         with suppress(OSError):  # swept at the next start
-            durable_files.remove_tree(aside)
+            durable.remove_tree(aside)
     else:
         staging.rename(folder)
-        durable_files.flush_folder(folder.parent)
+        durable.flush_folder(folder.parent)
 
 
 def _read_json(path: Path) -> dict[str, object]:
@@ -289,7 +289,7 @@ def _read_config(folder: Path) -> dict[str, object]:
     return config
 
 
-def _read_tensors(folder: Path) -> safe_tensors_file.TensorFile:
+def _read_tensors(folder: Path) -> safetensors_file.TensorFile:
     path = folder / TENSORS_FILE
     pickled = [name for name in ("adapter_model.bin", "adapter_model.pt") if os.path.lexists(folder / name)]
     if pickled and not os.path.lexists(path):
@@ -300,7 +300,7 @@ def _read_tensors(folder: Path) -> safe_tensors_file.TensorFile:
             fix=f"Convert it once: {conversion_command(str(folder))}",
         )
     try:
-        return safe_tensors_file.read_arrays(path)
+        return safetensors_file.read_arrays(path)
     except OSError as problem:
         _refuse_file(path, f"cannot be read ({problem.strerror or problem})", problem)
 
@@ -354,7 +354,7 @@ def _modules_of(tensors: Collection[str], folder: Path) -> tuple[str, ...]:
     )
 
 
-def _refuse_other_ranks(tensors: Mapping[str, safe_tensors_file.Array], r: int, folder: Path) -> None:
+def _refuse_other_ranks(tensors: Mapping[str, safetensors_file.Array], r: int, folder: Path) -> None:
     wrong = []
     for key, tensor in tensors.items():
         rank_axis = 0 if module_of(key)[1] == "A" else 1

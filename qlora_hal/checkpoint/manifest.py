@@ -12,8 +12,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_hal import strict_json
-from qlora_hal.durable_files import WrittenFile, hashed, open_regular
+from qlora_hal.files import strict_json
+from qlora_hal.files.durable import WrittenFile, hashed
+from qlora_hal.files.opening import open_regular
 
 MANIFEST_FILE = "MANIFEST.json"
 SCHEMA_VERSION = 1

@@ -13,7 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from qlora_hal import durable_files, strict_json
 from qlora_hal.adapter.as_written import WRITTEN
 from qlora_hal.adapter.peft_files import CONFIG_FILE, PROVENANCE_FILE, TENSORS_FILE
 from qlora_hal.checkpoint.manifest import (
@@ -39,9 +38,10 @@ from qlora_hal.checkpoint.state import (
     state_from,
     step_of,
 )
-from qlora_hal.durable_files import open_regular
 from qlora_hal.errors import CheckpointError, QloraHalError
-from qlora_hal.safe_tensors_file import TensorFile, read_arrays
+from qlora_hal.files import durable, strict_json
+from qlora_hal.files.opening import open_regular
+from qlora_hal.files.safetensors_file import TensorFile, read_arrays
 
 _READ_WHOLE = frozenset({STATE_FILE, TENSORS_FILE, OPTIMIZER_FILE, ANSWERS_FILE, PROVENANCE_FILE})
 
@@ -192,20 +192,20 @@ def restore_replaced(run_dir: Path) -> list[str]:
             continue
         with suppress(OSError):  # a folder that cannot be written keeps it under the other name, unread
             aside.rename(final)
-            durable_files.flush_folder(aside.parent)
+            durable.flush_folder(aside.parent)
             notes.append(f"Put {match[1]} back, whose replacement did not finish.")
     return notes
 
 
 def set_aside(path: Path) -> Path:
     """Rename a broken checkpoint to `.corrupt-...`; where that is impossible it stays, and its path is returned."""
-    target = path.with_name(f"{CORRUPT}{path.name}-{durable_files.unique_name()}")
+    target = path.with_name(f"{CORRUPT}{path.name}-{durable.unique_name()}")
     try:
         path.rename(target)
     except OSError:
         return path
     with suppress(OSError):  # after a power loss it may come back under its name, and is set aside again
-        durable_files.flush_folder(path.parent)
+        durable.flush_folder(path.parent)
     return target
 
 

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qlora_hal.contract.values import Adapter, AdapterConfig, OptimizerSnapshot
 from qlora_hal.errors import StorageError
-from qlora_hal.safe_tensors_file import Array
-from qlora_hal.values import Adapter, AdapterConfig, OptimizerSnapshot
+from qlora_hal.files.safetensors_file import Array
 
 CHECKPOINTS_FOLDER = "checkpoints"
 OPTIMIZER_FILE = "optimizer.safetensors"

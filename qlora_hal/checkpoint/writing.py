@@ -11,7 +11,6 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from qlora_hal import durable_files, safe_tensors_file, strict_json
 from qlora_hal.adapter.peft_files import TENSORS_FILE, write_adapter_files
 from qlora_hal.checkpoint.faults import fault_point
 from qlora_hal.checkpoint.manifest import (
@@ -40,6 +39,7 @@ from qlora_hal.checkpoint.state import (
     step_name,
 )
 from qlora_hal.errors import CheckpointError, ConfigError
+from qlora_hal.files import durable, safetensors_file, strict_json
 
 LATEST_LINK = "latest"
 
@@ -67,7 +67,7 @@ def save_checkpoint(
     parent = checkpoints_folder(run_dir)
     state_bytes = _state_bytes(state)
     record_bytes = None if record is None else strict_json.encode(record)
-    staging = parent / f"{STAGING}{state.step}-{durable_files.unique_name()}"
+    staging = parent / f"{STAGING}{state.step}-{durable.unique_name()}"
     try:
         _make_durable_folder(parent)
         fault_point("ckpt.before_first_write")
@@ -75,12 +75,12 @@ def save_checkpoint(
         _write_files(staging, state, state_bytes, record_bytes)
         final = _commit(staging, parent / step_name(state.step), _run_of(state.provenance))
     except OSError as problem:
-        raise durable_files.storage_error(
+        raise durable.storage_error(
             problem, parent, what=f"step {state.step}", needed_bytes=_needed_bytes(state), safe=_safe_step(run_dir)
         ) from problem
     finally:
         with suppress(OSError):
-            durable_files.remove_tree(staging)
+            durable.remove_tree(staging)
     _point_latest(run_dir, final)
     fault_point("ckpt.before_prune")
     _prune(run_dir, state, keep=keep, protect=protect)
@@ -103,20 +103,20 @@ def _write_files(staging: Path, state: TrainingState, state_bytes: bytes, record
         midway=_inside_write,
     )
     fault_point("ckpt.after_adapter_write", staging / TENSORS_FILE)
-    chunks = safe_tensors_file.file_chunks(optimizer_arrays(state.optimizer), {"format": "np"})
-    written[OPTIMIZER_FILE] = durable_files.write_new(staging / OPTIMIZER_FILE, chunks, midway=_inside_write)
+    chunks = safetensors_file.file_chunks(optimizer_arrays(state.optimizer), {"format": "np"})
+    written[OPTIMIZER_FILE] = durable.write_new(staging / OPTIMIZER_FILE, chunks, midway=_inside_write)
     fault_point("ckpt.after_optimizer_write", staging / OPTIMIZER_FILE)
     if state.answers:
-        chunks = safe_tensors_file.file_chunks(dict(state.answers), {"format": "np"})
-        written[ANSWERS_FILE] = durable_files.write_new(staging / ANSWERS_FILE, chunks, midway=_inside_write)
-    written[STATE_FILE] = durable_files.write_new(staging / STATE_FILE, [state_bytes], midway=_inside_write)
+        chunks = safetensors_file.file_chunks(dict(state.answers), {"format": "np"})
+        written[ANSWERS_FILE] = durable.write_new(staging / ANSWERS_FILE, chunks, midway=_inside_write)
+    written[STATE_FILE] = durable.write_new(staging / STATE_FILE, [state_bytes], midway=_inside_write)
     fault_point("ckpt.after_state_write", staging / STATE_FILE)
     if record_bytes is not None:
-        written[RECORD_FILE] = durable_files.write_new(staging / RECORD_FILE, [record_bytes], midway=_inside_write)
+        written[RECORD_FILE] = durable.write_new(staging / RECORD_FILE, [record_bytes], midway=_inside_write)
     manifest = encode_manifest(state.step, written, _summary(state))
-    durable_files.write_new(staging / MANIFEST_FILE, [manifest], midway=_inside_write)
+    durable.write_new(staging / MANIFEST_FILE, [manifest], midway=_inside_write)
     fault_point("ckpt.after_manifest_write", staging / MANIFEST_FILE)
-    durable_files.flush_folder(staging)
+    durable.flush_folder(staging)
 
 
 def _inside_write(path: Path) -> None:
@@ -130,7 +130,7 @@ def _commit(staging: Path, final: Path, run_id: object) -> Path:
     aside = None
     if os.path.lexists(final):
         prefix = REPLACED if is_sound(final) and _run_in(final) == run_id else CORRUPT
-        aside = final.with_name(f"{prefix}{final.name}-{durable_files.unique_name()}")
+        aside = final.with_name(f"{prefix}{final.name}-{durable.unique_name()}")
         final.rename(aside)
     try:
         if aside is not None:
@@ -141,10 +141,10 @@ def _commit(staging: Path, final: Path, run_id: object) -> Path:
             aside.rename(final)
         raise
     fault_point("ckpt.after_rename")
-    durable_files.flush_folder(final.parent)
+    durable.flush_folder(final.parent)
     if aside is not None and aside.name.startswith(REPLACED):
         with suppress(OSError):  # swept at the next start
-            durable_files.remove_tree(aside)
+            durable.remove_tree(aside)
     return final
 
 
@@ -160,12 +160,12 @@ def _prune(run_dir: Path, newest: TrainingState, *, keep: int, protect: Collecti
     for step, path in sound[:-keep]:
         if step == newest.step or step in protect:
             continue
-        doomed = path.with_name(f"{PRUNING}{path.name}-{durable_files.unique_name()}")
+        doomed = path.with_name(f"{PRUNING}{path.name}-{durable.unique_name()}")
         with suppress(OSError):  # tried again at the next save; what was renamed is swept at the next start
             # Renamed first, so that a half-deleted folder never carries the name of a checkpoint.
             path.rename(doomed)
             fault_point("ckpt.inside_prune")
-            durable_files.remove_tree(doomed)
+            durable.remove_tree(doomed)
 
 
 def _run_of(provenance: Mapping[str, object]) -> object:
@@ -181,7 +181,7 @@ def _run_in(path: Path) -> object:
 
 
 def _state_bytes(state: TrainingState) -> bytes:
-    unstorable = safe_tensors_file.unstorable({**state.adapter.tensors, **optimizer_arrays(state.optimizer)})
+    unstorable = safetensors_file.unstorable({**state.adapter.tensors, **optimizer_arrays(state.optimizer)})
     try:
         if unstorable:
             raise strict_json.JsonProblem(f"tensors of a dtype that safetensors files lack: {', '.join(unstorable)}")
@@ -208,7 +208,7 @@ def _summary(state: TrainingState) -> dict[str, object]:
 
 
 def _needed_bytes(state: TrainingState) -> int:
-    return safe_tensors_file.file_bytes(state.adapter.tensors) + safe_tensors_file.file_bytes(
+    return safetensors_file.file_bytes(state.adapter.tensors) + safetensors_file.file_bytes(
         optimizer_arrays(state.optimizer)
     )
 
@@ -221,12 +221,12 @@ def _safe_step(run_dir: Path) -> str:
 def _make_durable_folder(folder: Path) -> None:
     if not folder.is_dir():
         folder.mkdir()
-        durable_files.flush_folder(folder.parent)
+        durable.flush_folder(folder.parent)
 
 
 def _point_latest(run_dir: Path, final: Path) -> None:
     """A link for people; nothing here reads it, so a file system without links is no failure."""
-    temporary = run_dir / f".tmp-{LATEST_LINK}-{durable_files.unique_name()}"
+    temporary = run_dir / f".tmp-{LATEST_LINK}-{durable.unique_name()}"
     with suppress(OSError):
         temporary.symlink_to(os.path.join(final.parent.name, final.name))
         os.replace(temporary, run_dir / LATEST_LINK)

@@ -9,8 +9,8 @@ from qlora_hal.cli.failures import report_interrupt, report_unexpected, report_u
 from qlora_hal.cli.stream_encoding import escape_what_streams_cannot_hold
 from qlora_hal.cli.streams import output_error, usable_streams
 from qlora_hal.errors import QloraHalError
-from qlora_hal.refused_paths import refused_paths_told
-from qlora_hal.stopping import ended_by_signals
+from qlora_hal.files.refused_paths import refused_paths_told
+from qlora_hal.processes.signals import ended_by_signals
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
 
-from qlora_hal.cli.train import Switch
-from qlora_hal.terminal import show, show_json
+from qlora_hal.cli.arguments import Switch
+from qlora_hal.errors.terminal_text import show, show_json
 
 if TYPE_CHECKING:
-    from qlora_hal.adapter.converting import Conversion
+    from qlora_hal.export.converting import Conversion
 
 adapter = App(name="adapter", help="Convert an adapter between PEFT's layout and mlx-lm's.", help_format="plaintext")
 
@@ -31,7 +31,7 @@ def convert(
     json: Annotated[bool, Switch, Parameter(help="Print the result as JSON.")] = False,
 ) -> int:
     """Write an adapter for mlx-lm or for PEFT: qlora-hal adapter convert runs/first first-mlx --to mlx."""
-    from qlora_hal.adapter.converting import convert_adapter
+    from qlora_hal.export.converting import convert_adapter
     from qlora_hal.model.source import resolve_model
 
     base = resolve_model(model, revision=revision, trust_remote_code=False) if model else None

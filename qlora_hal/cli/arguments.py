@@ -6,10 +6,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from cyclopts import Parameter
+
 from qlora_hal.errors import ConfigError
 
 if TYPE_CHECKING:
-    from qlora_hal.settings_schema import Setting
+    pass
+
+if TYPE_CHECKING:
+    from qlora_hal.config.fields import Setting
 
 _TRUTH_VALUES = frozenset({"true", "false", "yes", "no", "1", "0"})
 _OPTIONS = "--backend.options."
@@ -92,7 +97,7 @@ def _one_value(flag: str, value: str) -> ConfigError:
 
 
 def _setting(flag: str) -> Setting | None:
-    from qlora_hal.settings_schema import settings
+    from qlora_hal.config.fields import settings
 
     return settings().get(_OTHER_NAMES.get(flag, flag[2:]))
 
@@ -105,3 +110,6 @@ def _takes_a_list(flag: str) -> bool:
 def _is_yes_no(path: str) -> bool:
     setting = _setting(f"--{path}")
     return setting is not None and setting.kind == "true or false"
+
+
+Switch = Parameter(negative="", show_default=False)

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from qlora_hal.terminal import show, show_json
+from qlora_hal.errors.terminal_text import show, show_json
 
 if TYPE_CHECKING:
-    from qlora_hal.backend import ProbeReport
+    from qlora_hal.contract.backend import ProbeReport
 
 
 def backends(

@@ -20,7 +20,7 @@ from qlora_hal.cli.generate import (
     RunOption,
 )
 from qlora_hal.errors import ConfigError, StorageError
-from qlora_hal.terminal import visible
+from qlora_hal.errors.terminal_text import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,7 +31,7 @@ _HELP = "/reset begins again, /save FILE keeps the conversation as JSON, /stats 
 
 
 class Answers(Protocol):
-    """What answers: `qlora_hal.generation.GenerationPair`."""
+    """What answers: `qlora_hal.inference.generate.GenerationPair`."""
 
     def answer_with(self, messages: Sequence[Message], *, adapter: bool, max_new_tokens: int) -> str: ...
 
@@ -72,7 +72,7 @@ def chat(
     """Talk to the base model and the trained one, side by side. Ends with /quit or the end of input."""
     from rich.console import Console
 
-    from qlora_hal.generation import open_generation
+    from qlora_hal.inference.generate import open_generation
 
     opened = open_generation(
         run_dir=run, adapter_dir=adapter, model=model, backend=backend, allow_base_mismatch=allow_base_mismatch

@@ -9,8 +9,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from qlora_hal.cli.train import Switch
-from qlora_hal.terminal import show
+from qlora_hal.cli.arguments import Switch
+from qlora_hal.errors.terminal_text import show
 
 CASE_SECONDS = 180.0
 
@@ -71,7 +71,7 @@ def _require_pytest() -> None:
 
     if find_spec("pytest") is None:
         from qlora_hal.errors import ConfigError
-        from qlora_hal.installation import requirement
+        from qlora_hal.errors.installation import requirement
 
         raise ConfigError(
             "QH-U50",

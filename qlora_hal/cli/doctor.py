@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from qlora_hal.cli.arguments import Switch
 from qlora_hal.cli.findings import Finding, Verdict
-from qlora_hal.cli.train import Switch
-from qlora_hal.report import figures
-from qlora_hal.terminal import show, show_json
+from qlora_hal.errors import figures
+from qlora_hal.errors.terminal_text import show, show_json
 
 if TYPE_CHECKING:
-    from qlora_hal.backend import ProbeReport
-    from qlora_hal.hardware import Machine
+    from qlora_hal.contract.backend import ProbeReport
+    from qlora_hal.detect.hardware import Machine
 
 UNHEALTHY = 3
 PROVE_SECONDS = 180.0
@@ -31,8 +31,8 @@ def doctor(
     """Check the machine, and have every ready backend prove that it computes correctly. Exit 3 when one fails."""
     from qlora_hal import api
     from qlora_hal.cli.findings import disk_finding, memory_finding, storage_finding
-    from qlora_hal.discovery import find, listed
-    from qlora_hal.hardware import inventory
+    from qlora_hal.detect.discovery import find, listed
+    from qlora_hal.detect.hardware import inventory
 
     if backend is not None:
         find(backend, listed())
@@ -56,7 +56,7 @@ def doctor(
 
 def proofs(reports: Sequence[ProbeReport], timeout: float) -> list[Finding]:
     """One finding for each backend: what stands in its way, or what its proof said."""
-    from qlora_hal.proving import prove
+    from qlora_hal.detect.self_test import prove
 
     findings = []
     for report in reports:
@@ -89,7 +89,7 @@ def proof_finding(backend: str, said: Mapping[str, object]) -> Finding:
 
 def accelerator_finding(reports: Sequence[ProbeReport]) -> Finding:
     """Whether anything but the CPU is there."""
-    from qlora_hal.discovery import find, listed, load_spec
+    from qlora_hal.detect.discovery import find, listed, load_spec
 
     entries = listed()
     ready = [report.backend for report in reports if report.ready]

@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from qlora_hal.cli.arguments import Switch
 from qlora_hal.cli.flags import with_settings
-from qlora_hal.cli.train import Switch, resolved
-from qlora_hal.report import figures
-from qlora_hal.terminal import show, show_json
+from qlora_hal.cli.settings import resolved
+from qlora_hal.errors import figures
+from qlora_hal.errors.terminal_text import show, show_json
 
 if TYPE_CHECKING:
-    from qlora_hal.backend import BackendSpec, Quantization
-    from qlora_hal.config import RunConfig
-    from qlora_hal.memory_cards import Card
+    from qlora_hal.config.schema import RunConfig
+    from qlora_hal.contract.backend import BackendSpec, Quantization
+    from qlora_hal.contract.values import MemoryEstimate
+    from qlora_hal.memory.gpus import Card
     from qlora_hal.model.facts import ModelFacts
-    from qlora_hal.values import MemoryEstimate
 
 _PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "workspace", "runtime")
 
@@ -55,7 +56,7 @@ def estimate(
     flags: Mapping[str, object],
 ) -> int:
     """Estimate the memory of a run: qlora-hal estimate --model M --training.per_device_train_batch_size 8."""
-    from qlora_hal.settings import require_settings
+    from qlora_hal.config.resolve import require_settings
 
     settings = resolved(config, flags, demo=demo)
     require_settings(settings.config, "model.name_or_path")
@@ -71,13 +72,13 @@ def estimate_run(config: RunConfig) -> Estimated:
     """The peak on the backend that is named, else on the one that would be chosen on its own hardware; where a backend
     is ready here, on this machine's."""
     from qlora_hal.adapter.targets import resolve_targets
-    from qlora_hal.discovery import listed, reports
-    from qlora_hal.hardware import memory_here
-    from qlora_hal.memory_cards import KNOWN_CARDS
+    from qlora_hal.detect.discovery import listed, reports
+    from qlora_hal.detect.hardware import memory_here
+    from qlora_hal.detect.requirements import quantization_of
+    from qlora_hal.detect.selection import has_accelerator
+    from qlora_hal.memory.gpus import KNOWN_CARDS
     from qlora_hal.model.source import resolve_model
-    from qlora_hal.needs import quantization_of
-    from qlora_hal.preparation import estimated_memory, likely_dtype
-    from qlora_hal.selection import has_accelerator
+    from qlora_hal.run.prepare import estimated_memory, likely_dtype
 
     model = config.model
     facts = resolve_model(model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code).facts
@@ -155,10 +156,10 @@ def estimate_as_json(estimated: Estimated) -> dict[str, object]:
 
 def _backend(config: RunConfig, facts: ModelFacts) -> BackendSpec:
     """The named backend; else the first by priority that can store this model, ready here or not."""
-    from qlora_hal.capabilities import missing
-    from qlora_hal.discovery import find, listed, load_spec
+    from qlora_hal.contract.capabilities import missing
+    from qlora_hal.detect.discovery import find, listed, load_spec
+    from qlora_hal.detect.requirements import needs_of
     from qlora_hal.errors import UnsupportedFeatureError
-    from qlora_hal.needs import needs_of
 
     entries = listed()
     if config.backend.name != "auto":

@@ -8,8 +8,8 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from qlora_hal.errors import ConfigError
-from qlora_hal.fault_catalogue import EXIT_STATUSES, Fault, faults, find_fault
-from qlora_hal.terminal import show, show_json
+from qlora_hal.errors.fault_catalogue import EXIT_STATUSES, Fault, faults, find_fault
+from qlora_hal.errors.terminal_text import show, show_json
 
 
 def explain(

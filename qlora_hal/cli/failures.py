@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from qlora_hal.errors import ConfigError, QloraHalError
-from qlora_hal.terminal import show, show_json, visible, visible_line
+from qlora_hal.errors.terminal_text import show, show_json, visible, visible_line
 
 if TYPE_CHECKING:
     from cyclopts import CycloptsError
@@ -25,7 +25,7 @@ def reported(error: QloraHalError, *, as_json: bool) -> int:
 
 def report_interrupt(interrupt: KeyboardInterrupt, *, as_json: bool) -> int:
     """Ctrl-C outside a run, or the second signal inside: what is safe, and how to go on."""
-    from qlora_hal.stopping import EndedAtOnce
+    from qlora_hal.processes.signals import EndedAtOnce
 
     status, text = INTERRUPTED, "stopped from the keyboard; nothing more was saved."
     context: dict[str, object] = {}
@@ -93,7 +93,7 @@ def _nearest_flag(flag: str, own: Sequence[str]) -> str | None:
     """The flag of the same verb that was most likely meant: a setting known by that word first, then by its letters."""
     import difflib
 
-    from qlora_hal.settings_schema import known_by_name, nearest_setting
+    from qlora_hal.config.fields import known_by_name, nearest_setting
 
     words = flag.lstrip("-")
     if (setting := f"--{known_by_name(words)}") in own:
@@ -112,7 +112,7 @@ def _printed(content: Mapping[str, object]) -> bool:
 
 
 def _print_error(error: QloraHalError) -> None:
-    from qlora_hal.fault_catalogue import find_fault
+    from qlora_hal.errors.fault_catalogue import find_fault
 
     more = f"qlora-hal explain {error.code}" if find_fault(error.code) else ""  # a plugin's codes are its own
     rows = [("where", visible_line(error.where)), ("why", error.cause), ("help", error.fix), ("more", more)]

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from qlora_hal.mac_memory import REMEDY
-from qlora_hal.report import figures
+from qlora_hal.detect.mac_memory import REMEDY
+from qlora_hal.errors import figures
 
 FREE_DISK_BYTES = 5 * 2**30
 FREE_MEMORY_BYTES = 2 * 2**30
@@ -48,7 +48,7 @@ class Finding:
 
 def storage_finding(folder: Path) -> Finding:
     """Flush a file, rename it, flush the folder, read it back: what every checkpoint relies on."""
-    from qlora_hal.durable_files import flush_folder, unique_name, write_new
+    from qlora_hal.files.durable import flush_folder, unique_name, write_new
 
     content = os.urandom(4096)
     first, second = (folder / f".tmp-doctor-{unique_name()}" for _ in range(2))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
-from qlora_hal.settings_schema import Setting, groups, settings
+from qlora_hal.config.fields import Setting, groups, settings
 
 ALIASES: Mapping[str, str] = {"model.name_or_path": "--model", "data.path": "--data", "backend.name": "--backend"}
 _METAVARS = {

@@ -8,8 +8,8 @@ from typing import Annotated
 
 from cyclopts import Parameter, validators
 
-from qlora_hal.cli.train import Switch
-from qlora_hal.terminal import show, show_json
+from qlora_hal.cli.arguments import Switch
+from qlora_hal.errors.terminal_text import show, show_json
 
 RunOption = Annotated[Path | None, Parameter(help="A run's folder: its model, its settings, its adapter.")]
 AdapterOption = Annotated[Path | None, Parameter(help="An adapter in PEFT layout; needs --model.")]
@@ -35,7 +35,7 @@ def generate(
 ) -> int:
     """Answer one prompt: qlora-hal generate --run runs/first --prompt "..."."""
     from qlora_hal.cli.json_output import kept_for_json
-    from qlora_hal.generation import open_generation
+    from qlora_hal.inference.generate import open_generation
 
     asked = [{"role": "user", "content": prompt}]
     with kept_for_json(json):

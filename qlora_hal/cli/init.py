@@ -11,8 +11,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from qlora_hal.config.fields import Setting, groups, settings
 from qlora_hal.errors import ConfigError, StorageError
-from qlora_hal.settings_schema import Setting, groups, settings
 
 SCHEMA_FILE = "qlora-hal.schema.json"
 _FILL_IN = {
@@ -61,7 +61,7 @@ def init(
         raise StorageError(
             "QH-S12", f"{file} cannot be written: {error.strerror}.", where=str(file), fix="Choose another place."
         ) from error
-    from qlora_hal.terminal import show
+    from qlora_hal.errors.terminal_text import show
 
     show(f"wrote {file}. Fill in model, data and output_dir, then: qlora-hal train {file}", stream=sys.stderr)
     return 0

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from qlora_hal.cli.arguments import Switch
 from qlora_hal.cli.generate import MismatchOption
-from qlora_hal.cli.train import Switch
-from qlora_hal.terminal import show, show_json
+from qlora_hal.errors.terminal_text import show, show_json
 
 
 def merge(
@@ -51,7 +51,7 @@ def merge(
     """Merge an adapter into its base: qlora-hal merge runs/first merged."""
     from qlora_hal import api
     from qlora_hal.cli.json_output import kept_for_json
-    from qlora_hal.merging.recording import report_rows
+    from qlora_hal.export.recording import report_rows
     from qlora_hal.report.console import RunConsole
 
     with kept_for_json(json):

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from qlora_hal.cli.train import Switch
-from qlora_hal.terminal import show, show_json
+from qlora_hal.cli.arguments import Switch
+from qlora_hal.errors.terminal_text import show, show_json
 
 if TYPE_CHECKING:
-    from qlora_hal.backend import BackendSpec, Quantization
+    from qlora_hal.contract.backend import BackendSpec, Quantization
     from qlora_hal.model.source import ModelSource
-    from qlora_hal.quantizing import Calibration
+    from qlora_hal.quantize.calibration import Calibration
 
 BITS = 4
 CALIBRATION_ROWS = 256
@@ -46,7 +46,7 @@ def quantize(
     """Quantize a model with calibration: qlora-hal quantize MODEL OUT --data rows.jsonl."""
     from qlora_hal.cli.json_output import kept_for_json
     from qlora_hal.model.source import resolve_model
-    from qlora_hal.quantizing import Recipe, quantize_into
+    from qlora_hal.quantize.calibration import Recipe, quantize_into
     from qlora_hal.report.console import RunConsole
 
     console = RunConsole(json=json)
@@ -68,8 +68,8 @@ def quantize(
 
 def asked_storage(weight_format: str, bits: int, group_size: int) -> Quantization:
     """The storage that the flags name. Raises ConfigError QH-U16, UnsupportedFeatureError QH-B01."""
-    from qlora_hal.backend import Quantization
-    from qlora_hal.capabilities import WeightFormat
+    from qlora_hal.contract.backend import Quantization
+    from qlora_hal.contract.capabilities import WeightFormat
     from qlora_hal.errors import ConfigError, UnsupportedFeatureError
 
     if weight_format != WeightFormat.INT4_GPTQ:
@@ -112,9 +112,9 @@ def refuse_quantized(source: ModelSource) -> None:
 
 def able_backend(name: str, quantization: Quantization) -> BackendSpec:
     """The backend that is named, or the ready one of highest priority whose quantizer makes this format."""
-    from qlora_hal.capabilities import Feature, Needs
-    from qlora_hal.discovery import find, listed, load_spec, reports
-    from qlora_hal.selection import choose
+    from qlora_hal.contract.capabilities import Feature, Needs
+    from qlora_hal.detect.discovery import find, listed, load_spec, reports
+    from qlora_hal.detect.selection import choose
 
     entries = listed()
     probed = reports(entries)
@@ -133,10 +133,10 @@ def able_backend(name: str, quantization: Quantization) -> BackendSpec:
 
 def calibration_of(source: ModelSource, data: str, *, rows: int, max_seq_length: int) -> Calibration:
     """The rows of a file as token ids. Raises DataError, ConfigError QH-D54."""
-    from qlora_hal.config import DataConfig
+    from qlora_hal.config.schema import DataConfig
     from qlora_hal.data import ChatTokenizer, prepare
-    from qlora_hal.data.reading import blamed_on
-    from qlora_hal.quantizing import calibration_from
+    from qlora_hal.data.source.reading import blamed_on
+    from qlora_hal.quantize.calibration import calibration_from
 
     facts = source.facts
     config = DataConfig(path=data, max_seq_length=max_seq_length, train_on="all")

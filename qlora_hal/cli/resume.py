@@ -7,8 +7,9 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from qlora_hal.cli.train import Switch, result_as_json
-from qlora_hal.terminal import show_json
+from qlora_hal.cli.arguments import Switch
+from qlora_hal.cli.train import result_as_json
+from qlora_hal.errors.terminal_text import show_json
 
 
 def resume(

@@ -13,7 +13,7 @@ def schema() -> int:
 
 def schema_text() -> str:
     """The schema as indented JSON."""
-    from qlora_hal.config import RunConfig
+    from qlora_hal.config.schema import RunConfig
 
     content = {"$schema": "https://json-schema.org/draft/2020-12/schema", **RunConfig.model_json_schema()}
     return json.dumps(content, indent=2)

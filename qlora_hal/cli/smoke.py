@@ -11,14 +11,14 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING
 
+from qlora_hal.config.resolve import ResolvedSettings, resolve_settings
 from qlora_hal.errors import StoppedError
+from qlora_hal.errors.terminal_text import show, show_json
 from qlora_hal.hooks import hookimpl
-from qlora_hal.settings import ResolvedSettings, resolve_settings
-from qlora_hal.terminal import show, show_json
 
 if TYPE_CHECKING:
-    from qlora_hal.observing import RunView
-    from qlora_hal.values import StepStats
+    from qlora_hal.contract.values import StepStats
+    from qlora_hal.run.result import RunView
 
 STEPS = 3
 _SHORT = {
@@ -50,7 +50,7 @@ def run_smoke(settings: ResolvedSettings, *, json: bool, verify: bool = False) -
     """Train, be stopped, resume to the end, answer a prompt. Raises what any of these raises."""
     from qlora_hal import api
     from qlora_hal.cli.json_output import kept_for_json
-    from qlora_hal.generation import open_generation
+    from qlora_hal.inference.generate import open_generation
     from qlora_hal.report.console import RunConsole
 
     with kept_for_json(json), _output_folder(settings) as folder:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
 import sys
 from collections.abc import Mapping
 from math import isfinite
@@ -11,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from qlora_hal.cli.arguments import Switch
 from qlora_hal.cli.flags import with_settings
-from qlora_hal.settings import ResolvedSettings, resolve_settings
-from qlora_hal.terminal import json_line, show, show_json
+from qlora_hal.cli.settings import resolved, settings_as_json, settings_as_text
+from qlora_hal.config.resolve import ResolvedSettings
+from qlora_hal.errors.terminal_text import json_line, show, show_json
 
 if TYPE_CHECKING:
-    from qlora_hal.observing import TrainResult
-
-Switch = Parameter(negative="", show_default=False)
+    from qlora_hal.run.result import TrainResult
 
 
 @with_settings()
@@ -80,32 +79,10 @@ def train(
     return 0
 
 
-def resolved(config: Path | None, flags: Mapping[str, object], *, demo: bool) -> ResolvedSettings:
-    """File, environment and flags, over the demo's settings where it is asked for."""
-    if not demo:
-        return resolve_settings(config, flags=flags)
-    from qlora_hal.demo_settings import demo_settings
-
-    return resolve_settings(config, flags=flags, defaults=demo_settings(), defaults_name="demo")
-
-
-def settings_as_text(settings: ResolvedSettings) -> str:
-    """One line a setting: name, value, origin."""
-    rows = [(path, _shown(value), settings.origins[path]) for path, value in settings.values().items()]
-    wide, wider = max(len(row[0]) for row in rows), min(40, max(len(row[1]) for row in rows))
-    return "\n".join(f"{path:<{wide}}  {value:<{wider}}  {origin}" for path, value, origin in rows)
-
-
-def settings_as_json(settings: ResolvedSettings) -> str:
-    """`{"config": nested, "origins": by dotted key}`."""
-    content = {"config": settings.config.model_dump(mode="json"), "origins": dict(settings.origins)}
-    return json_line(content)
-
-
 def batch_as_text(settings: ResolvedSettings) -> str:
     """The first batch as tokens, trained ones marked; coloured on a terminal."""
     from qlora_hal import api
-    from qlora_hal.data.show import show_batch
+    from qlora_hal.data.preview import show_batch
     from qlora_hal.report.console import wants_color
 
     batch, tokenizer, seed = api.first_batch(settings)
@@ -117,7 +94,7 @@ def batch_as_text(settings: ResolvedSettings) -> str:
 def batch_as_json(settings: ResolvedSettings) -> str:
     """`{"seed": drawn or set, "sequences": one for each sample of the first batch}`."""
     from qlora_hal import api
-    from qlora_hal.data import show as batch_show
+    from qlora_hal.data import preview as batch_show
 
     batch, tokenizer, seed = api.first_batch(settings)
     return json_line({"seed": seed, "sequences": batch_show.batch_as_json(batch, tokenizer)})
@@ -164,13 +141,3 @@ def result_as_json(result: TrainResult) -> dict[str, object]:
         **({"plan": dict(result.plan)} if result.plan else {}),
     }
     return {name: None if isinstance(fact, float) and not isfinite(fact) else fact for name, fact in facts.items()}
-
-
-def _shown(value: object) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (tuple, dict)):
-        return json_format.dumps(value, ensure_ascii=False)
-    return str(value) or '""'

@@ -8,8 +8,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from qlora_hal.cli.train import Switch
-from qlora_hal.terminal import show, show_json
+from qlora_hal.cli.arguments import Switch
+from qlora_hal.errors.terminal_text import show, show_json
 
 
 def unpickle(
@@ -20,8 +20,8 @@ def unpickle(
     json: Annotated[bool, Switch, Parameter(help="Print the result as JSON.")] = False,
 ) -> int:
     """Turn pickled weights into safetensors: qlora-hal unpickle downloaded converted."""
+    from qlora_hal.errors import figures
     from qlora_hal.model import pickled_weights
-    from qlora_hal.report import figures
     from qlora_hal.report.console import RunConsole
 
     console = RunConsole(json=json)

@@ -12,13 +12,13 @@
 here, once, so that they are equal on every backend.
 """
 
-from qlora_hal.data.data_report import DataReport, SourceReport
-from qlora_hal.data.preparing import PreparedData, prepare
-from qlora_hal.data.sampling import WindowSampler, evaluation_batches
-from qlora_hal.data.show import show_batch
-from qlora_hal.data.templates import BUILT_IN as BUILT_IN_TEMPLATES
-from qlora_hal.data.tokenizer import ChatTokenizer
-from qlora_hal.data.tokens import TokenStore
+from qlora_hal.data.prepare import PreparedData, prepare
+from qlora_hal.data.preview import show_batch
+from qlora_hal.data.report import DataReport, SourceReport
+from qlora_hal.data.source.sampling import WindowSampler, evaluation_batches
+from qlora_hal.data.template.chat_template import BUILT_IN as BUILT_IN_TEMPLATES
+from qlora_hal.data.tokens.store import TokenStore
+from qlora_hal.data.tokens.tokenizer import ChatTokenizer
 
 __all__ = [
     "BUILT_IN_TEMPLATES",

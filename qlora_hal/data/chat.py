@@ -2,9 +2,9 @@
 
 The text is the template's own output, to the character. What is trained of it is each assistant turn as the template
 wrote it (content, reasoning, tool calls, the token that ends it), less what a generation prompt would have put there.
-Where a turn stands is told by the template's loops (turn_marks.py); a template that writes its turns otherwise is run
-on the messages before a turn and up to it. `{% generation %}` marks, when a template has them, say which parts of a
-turn are trained.
+Where a turn stands is told by the template's loops (template/turn_marks.py); a template that writes its turns
+otherwise is run on the messages before a turn and up to it. `{% generation %}` marks, when a template has them, say
+which parts of a turn are trained.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qlora_hal.data.contents import Contents
-from qlora_hal.data.special_text import SpecialText
-from qlora_hal.data.templates import TemplateFault
-from qlora_hal.data.trial import Trials
+from qlora_hal.data.template.chat_template import TemplateFault
+from qlora_hal.data.template.trial import Trials
+from qlora_hal.data.tokens.special_text import SpecialText
 
 if TYPE_CHECKING:
-    from qlora_hal.data.templates import ChatTemplate
-    from qlora_hal.data.trial import Trial
-    from qlora_hal.data.turn_marks import Rendering, Span
+    from qlora_hal.data.template.chat_template import ChatTemplate
+    from qlora_hal.data.template.trial import Trial
+    from qlora_hal.data.template.turn_marks import Rendering, Span
 
 Piece = tuple[str, bool]
 """Text, and whether it is trained."""

@@ -10,10 +10,10 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from qlora_hal.data.trial import CALLS, CONTENT, Form, form_of, text_of_part
+from qlora_hal.data.template.trial import CALLS, CONTENT, Form, form_of, text_of_part
 
 if TYPE_CHECKING:
-    from qlora_hal.data.trial import Message, Trials
+    from qlora_hal.data.template.trial import Message, Trials
 
 _FORMS_KEPT = 4096
 

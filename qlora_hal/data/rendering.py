@@ -7,14 +7,22 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 
 from qlora_hal.data.chat import TurnNotFound, trained_turns
-from qlora_hal.data.conversation_text import ConversationRenderer, ConversationText, says_anything
-from qlora_hal.data.encoding import RenderedRow, RowEncoder
-from qlora_hal.data.omissions import OmissionCounts
-from qlora_hal.data.outlines import Outlines
-from qlora_hal.data.reading import Row
-from qlora_hal.data.shapes import USED_COLUMNS, Conversation, Shape, Writing, example_of, shape_of, unrecognised
-from qlora_hal.data.templates import ChatTemplate, TemplateFault
-from qlora_hal.data.tokenizer import ChatTokenizer, template_refused
+from qlora_hal.data.source.row_formats import (
+    USED_COLUMNS,
+    Conversation,
+    Shape,
+    Writing,
+    example_of,
+    shape_of,
+    unrecognised,
+)
+from qlora_hal.data.source.rows import Row
+from qlora_hal.data.template.chat_template import ChatTemplate, TemplateFault
+from qlora_hal.data.template.conversation_text import ConversationRenderer, ConversationText, says_anything
+from qlora_hal.data.template.omissions import OmissionCounts
+from qlora_hal.data.template.outlines import Outlines
+from qlora_hal.data.tokens.encoding import RenderedRow, RowEncoder
+from qlora_hal.data.tokens.tokenizer import ChatTokenizer, template_refused
 from qlora_hal.errors import DataError
 
 _BLANKS = " \t\r\n"

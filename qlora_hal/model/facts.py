@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from qlora_hal.model.fingerprint import fingerprint
+from qlora_hal.model.linear_shapes import linear_modules
+from qlora_hal.model.packed_facts import Prequantized
+from qlora_hal.model.prequantized import read_packing
+from qlora_hal.model.weight_files import read_headers, read_json
 
 LARGEST_SIZE = 2**40
 """No width, count or number of positions reaches it; larger ones are no sizes."""
@@ -22,17 +28,6 @@ class TensorFacts:
     shape: tuple[int, ...]
     byte_count: int
     file: str
-
-
-@dataclass(frozen=True, slots=True)
-class Prequantized:
-    """How a checkpoint is already quantized. `method` is `bitsandbytes`, `gptq` or `mlx`."""
-
-    method: str
-    weight_format: str
-    block_size: int | None
-    double_quant: bool = False
-    settings: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +59,6 @@ def read_facts(folder: Path) -> ModelFacts:
     UnsafeInputError (QH-C15, QH-C16 malformed headers).
     """
     # Imported here because these rooms build on the values above.
-    from qlora_hal.model.fingerprint import fingerprint
-    from qlora_hal.model.linear_shapes import linear_modules
-    from qlora_hal.model.prequantized import read_packing
-    from qlora_hal.model.weight_files import read_headers, read_json
 
     config = read_json(folder / "config.json")
     headers = read_headers(folder)

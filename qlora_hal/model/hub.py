@@ -13,6 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    DisabledRepoError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
 from qlora_hal.errors import HubError
 from qlora_hal.model.safety import refuse_pickle_only
 
@@ -98,30 +108,23 @@ def _with_retries(call: Callable[[], _Result], retries: Retries) -> _Result:
 
 
 def _offline() -> bool:
-    from huggingface_hub import constants
-
     return bool(constants.HF_HUB_OFFLINE)
 
 
 def _listed(repository: str, revision: str | None) -> dict[str, int | None]:
     """File names of the repository with their sizes in bytes, where the hub tells them."""
-    from huggingface_hub import HfApi
-
     with _hub_errors(repository, revision):
         info = HfApi().model_info(repository, revision=revision, files_metadata=True)
     return {file.rfilename: file.size for file in info.siblings or ()}
 
 
 def _downloaded(repository: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    from huggingface_hub import snapshot_download
-
     with _hub_errors(repository, revision):
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
 
 
 def _complete(repository: str, path: Path, sizes: Mapping[str, int | None], retries: Retries) -> None:
     """Fetch again what lies in the cache with another size than the hub has; a partial file never gets further."""
-    from huggingface_hub import hf_hub_download
 
     def wrong(name: str) -> bool:
         file, expected = path / name, sizes[name]
@@ -140,9 +143,6 @@ def _complete(repository: str, path: Path, sizes: Mapping[str, int | None], retr
 def _cached(
     repository: str, revision: str | None, patterns: Sequence[str], reason: str, cause: Exception | None
 ) -> Snapshot:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
     try:
         path = Path(
             snapshot_download(repository, revision=revision, allow_patterns=list(patterns), local_files_only=True)
@@ -164,8 +164,6 @@ def _cached(
 @contextmanager
 def _hub_errors(repository: str, revision: str | None) -> Iterator[None]:
     """Turn what huggingface_hub raises into a HubError for good, or into a passing failure."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     # The widest class of the HTTP library, whichever library huggingface_hub is built on.
     own = ("builtins", HfHubHTTPError.__module__)
     kinds = [kind for kind in HfHubHTTPError.__mro__ if issubclass(kind, Exception) and kind.__module__ not in own]
@@ -188,14 +186,6 @@ def _hub_errors(repository: str, revision: str | None) -> Iterator[None]:
 
 
 def _http_failure(repository: str, revision: str | None, error: Exception) -> Exception:
-    from huggingface_hub.errors import (
-        DisabledRepoError,
-        GatedRepoError,
-        HfHubHTTPError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
     assert isinstance(error, HfHubHTTPError)
     status = error.response.status_code
     if isinstance(error, GatedRepoError):

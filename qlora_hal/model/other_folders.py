@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 
 from qlora_hal.errors import ModelError
-from qlora_hal.file_beginnings import is_lfs_pointer, lfs_fix
+from qlora_hal.files.signatures import is_lfs_pointer, lfs_fix
 from qlora_hal.model.safety import conversion_command
 
 _MODEL_FILES = (".json", ".safetensors", ".model", ".jinja", ".txt")

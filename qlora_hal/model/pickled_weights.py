@@ -18,16 +18,17 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from qlora_hal import child_process, new_folder
 from qlora_hal.errors import BackendError, ConfigError, ModelError, StorageError
+from qlora_hal.errors.redaction import is_secret_variable
+from qlora_hal.files import atomic_folder
+from qlora_hal.files.output_path import writable_folder
+from qlora_hal.files.scratch import scratch_folder
 from qlora_hal.model.facts import text_config
 from qlora_hal.model.safetensors_headers import read_header
 from qlora_hal.model.safety import NO_WEIGHTS, PICKLE_SUFFIXES
 from qlora_hal.model.weight_files import SINGLE_FILE, read_json, read_weight_map
-from qlora_hal.output_path import writable_folder
-from qlora_hal.report.run_file import is_secret_variable
-from qlora_hal.scratch_folder import scratch_folder
-from qlora_hal.supervising import error_from
+from qlora_hal.processes import child_process
+from qlora_hal.processes.child_errors import error_from
 
 CHILD = "qlora_hal_backends.unpickling_child"
 
@@ -101,14 +102,14 @@ def unpickle(folder: Path, out: Path, tell: Tell) -> Unpickled:
         )
     pickled = find_pickled(folder)
     writable_folder(out.absolute().parent)
-    for note in new_folder.left_behind(out, prefix=_STAGING, what="an interrupted conversion"):
+    for note in atomic_folder.left_behind(out, prefix=_STAGING, what="an interrupted conversion"):
         tell(note)
-    with new_folder.staging(out, prefix=_STAGING, what="the converted weights") as staging:
+    with atomic_folder.staging(out, prefix=_STAGING, what="the converted weights") as staging:
         written = _written_by_child(folder, pickled, staging, tell)
         for name in written["files"]:
             read_header(staging / name)
         left = _copy_the_rest(folder, staging, pickled)
-        new_folder.put_in_place(staging, out)
+        atomic_folder.put_in_place(staging, out)
     notes = [*written["notes"], *([f"not copied: {', '.join(left)}"] if left else [])]
     return Unpickled(out, written["files"], written["tensors"], written["bytes"], tuple(notes))
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qlora_hal import strict_json
 from qlora_hal.errors import ModelError
-from qlora_hal.model.facts import Prequantized
+from qlora_hal.files import strict_json
+from qlora_hal.files.safetensors_file import TensorEntry
 from qlora_hal.model.linear_shapes import Shape
+from qlora_hal.model.packed_facts import Prequantized
 from qlora_hal.model.safetensors_headers import Header, read_tensor_bytes
 from qlora_hal.model.weight_files import read_json
-from qlora_hal.safe_tensors_file import TensorEntry
 
 _BNB_STATE = ".weight.quant_state.bitsandbytes__"
 _READABLE = "bitsandbytes (nf4, fp4, int8), gptq (4 bits), mlx (affine in 2, 3, 4, 5, 6 or 8 bits, mxfp4, nvfp4, mxfp8)"

@@ -1,6 +1,6 @@
 """Headers of a model's weight files: the core's one strict check, with the errors of the model room.
 
-The check itself is `qlora_hal.safe_tensors_file`; no tensor is loaded here.
+The check itself is `qlora_hal.files.safetensors_file`; no tensor is loaded here.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_hal.errors import AdapterError, ModelError, QloraHalError, UnsafeInputError
-from qlora_hal.safe_tensors_file import TensorEntry
-from qlora_hal.safe_tensors_file import read_header as read_checked_header
+from qlora_hal.files.safetensors_file import TensorEntry
+from qlora_hal.files.safetensors_file import read_header as read_checked_header
 
 LENGTH_PREFIX_BYTES = 8
 

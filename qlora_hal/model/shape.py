@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qlora_hal.model.facts import LARGEST_SIZE, text_config
+
 if TYPE_CHECKING:
     from qlora_hal.model.facts import ModelFacts
 
@@ -23,8 +25,6 @@ class DecoderShape:
 
 def decoder_shape(facts: ModelFacts) -> DecoderShape:
     """Sizes from config.json; what it does not say comes from the linear layers' shapes."""
-    from qlora_hal.model.facts import text_config
-
     config = text_config(facts.config)
     inputs = [shape[0] for shape in facts.linear_modules.values()]
     outputs = [shape[1] for shape in facts.linear_modules.values()]
@@ -44,8 +44,6 @@ def decoder_shape(facts: ModelFacts) -> DecoderShape:
 
 
 def _first(config: Mapping[str, object], *names: str) -> int | None:
-    from qlora_hal.model.facts import LARGEST_SIZE
-
     values = (config.get(name) for name in names)
     return next((value for value in values if type(value) is int and 0 < value < LARGEST_SIZE), None)
 

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from qlora_hal import durable_files, strict_json
-from qlora_hal.durable_files import Chunk
+from qlora_hal.files import durable, strict_json
+from qlora_hal.files.durable import Chunk
 from qlora_hal.model.weight_files import INDEX_FILE, SINGLE_FILE
 
 SHARD_BYTES = 5_000_000_000
@@ -54,14 +54,14 @@ def write_shards(
     shards = _split(tensors, shard_bytes)
     names = [SINGLE_FILE] if len(shards) == 1 else _shard_names(len(shards))
     written = {
-        name: durable_files.write_new(folder / name, _file_chunks(shard, value)).sha256
+        name: durable.write_new(folder / name, _file_chunks(shard, value)).sha256
         for name, shard in zip(names, shards, strict=True)
     }
     if len(shards) > 1:
         places = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         size = sum(tensor.byte_count for tensor in tensors)
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
-        durable_files.write_new(folder / INDEX_FILE, [strict_json.encode(index)])
+        durable.write_new(folder / INDEX_FILE, [strict_json.encode(index)])
     return written
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qlora_hal.errors import HubError, ModelError
 from qlora_hal.model.facts import ModelFacts, read_facts
+from qlora_hal.model.hub import fetch_snapshot
 from qlora_hal.model.other_folders import gguf_only, is_a_file, refuse_adapter, refuse_pointers
 from qlora_hal.model.safety import is_commit, refuse_pickle_only, refuse_remote_code, unpinned_code
 from qlora_hal.model.weight_files import read_json
@@ -80,8 +81,6 @@ def _local_folder(name: str) -> Path | None:
 
 
 def _from_hub(name: str, revision: str | None, trust_remote_code: bool) -> tuple[Path, str]:
-    from qlora_hal.model.hub import fetch_snapshot
-
     repository = name.removeprefix(_HUB_ADDRESS).strip("/")
     if trust_remote_code and not is_commit(revision):
         raise unpinned_code(repository, revision)

@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from qlora_hal import durable_files
-from qlora_hal.errors import CheckpointError, ModelError
+from qlora_hal.errors import CheckpointError, ModelError, figures
+from qlora_hal.files import durable
 from qlora_hal.model.weight_files import INDEX_FILE, read_headers
-from qlora_hal.report import figures
 
 _THREADS = 4
 """Hashing leaves Python's lock; more would only wait for the disk."""
@@ -55,7 +54,7 @@ def verify_model(folder: Path, recorded: Mapping[str, object], tell: Callable[[s
     return hashes
 
 
-def config_hash(config: Mapping[str, object]) -> str:
+def base_config_hash(config: Mapping[str, object]) -> str:
     """SHA-256 of a config.json by its content: the fingerprint is of the weight files alone."""
     kept = {key: value for key, value in config.items() if key not in _IDLE_KEYS}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
@@ -70,9 +69,9 @@ def _hashed(folder: Path) -> list[tuple[str, str, int]]:
     return sorted((path.name, file.sha256, file.size) for path, file in zip(paths, written, strict=True))
 
 
-def _hash_of(path: Path) -> durable_files.WrittenFile:
+def _hash_of(path: Path) -> durable.WrittenFile:
     try:
-        return durable_files.hashed(path.resolve(strict=True))
+        return durable.hashed(path.resolve(strict=True))
     except OSError as problem:
         raise ModelError(
             "QH-C70",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from qlora_hal import strict_json
 from qlora_hal.errors import ModelError
+from qlora_hal.files import strict_json
 from qlora_hal.model.other_folders import an_adapter, gguf_only
 from qlora_hal.model.safetensors_headers import Header, malformed, read_header
 

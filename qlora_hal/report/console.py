@@ -6,21 +6,23 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from math import exp
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, TextIO
 
-from qlora_hal.report import figures
+from qlora_hal.errors import figures
+from qlora_hal.errors.terminal_text import visible
 from qlora_hal.report.lasting_stream import LastingStream, lasting
 from qlora_hal.report.metrics import Smoother
-from qlora_hal.terminal import visible
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.live import Live
 
-    from qlora_hal.backend import ProbeReport
-    from qlora_hal.observing import RunView, TrainResult
-    from qlora_hal.values import StepStats
+    from qlora_hal.contract.backend import ProbeReport
+    from qlora_hal.contract.values import StepStats
+    from qlora_hal.run.result import RunView, TrainResult
 
 _REFRESH_SECONDS = 0.1
 
@@ -241,8 +243,6 @@ def summary(result: TrainResult, paths: Mapping[str, Path]) -> list[tuple[str, s
 
 def next_commands(result: TrainResult) -> tuple[str, ...]:
     """The commands that make sense after this result, ready to be pasted. A stopped run has no adapter to ask yet."""
-    from shlex import quote
-
     run = quote(str(result.run_dir))
     report = f"python -m webbrowser -t {quote(str(result.run_dir / 'report.html'))}"
     if result.stopped_by_signal:
@@ -257,8 +257,6 @@ def _styled(head: str, style: str, text: str) -> RenderableType:
 
 
 def _perplexity(loss: float) -> str:
-    from math import exp
-
     return f"  perplexity {exp(loss):.2f}" if 0 <= loss < 20 else ""
 
 

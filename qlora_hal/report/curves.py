@@ -5,6 +5,7 @@ from __future__ import annotations
 from io import BytesIO
 from pathlib import Path
 
+from qlora_hal.files.replacing import replace_file
 from qlora_hal.report.series import read_series
 
 LOSS_PICTURE = "loss.png"
@@ -14,8 +15,6 @@ def write_loss_png(run_dir: Path) -> Path:
     """Draw training loss, its average and the evaluations of a run into `loss.png`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-
-    from qlora_hal.report.durable import replace_file
 
     series = read_series(run_dir)
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")

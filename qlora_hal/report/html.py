@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from qlora_hal.report import figures
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from qlora_hal.errors import figures
+from qlora_hal.files.replacing import replace_file
 from qlora_hal.report.run_file import read_run_file
 from qlora_hal.report.series import RunSeries, read_series
 from qlora_hal.report.svg import Curve, chart
-
-if TYPE_CHECKING:
-    from markupsafe import Markup
+from qlora_hal.report.transfer_record import hand_over_from
 
 REPORT_FILE = "report.html"
 _TEMPLATE = "report.html.jinja"
@@ -44,8 +45,6 @@ class Chart:
 
 def write_report(run_dir: Path) -> Path:
     """Read run.json and metrics.jsonl and write report.html beside them. Raises ConfigError (S50), StorageError."""
-    from qlora_hal.report.durable import replace_file
-
     path = run_dir / REPORT_FILE
     page = render_report(read_run_file(run_dir), read_series(run_dir), run_dir.resolve().name)
     replace_file(path, page.encode("utf-8", "replace"))  # a name or an answer can hold half of a character
@@ -54,8 +53,6 @@ def write_report(run_dir: Path) -> Path:
 
 def render_report(run: Mapping[str, object], series: RunSeries, name: str) -> str:
     """The page as text."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -104,8 +101,6 @@ def _data_lines(run: Mapping[str, object]) -> list[str]:
 
 def _hand_overs(run: Mapping[str, object]) -> list[dict[str, object]]:
     """Where the run went on with another backend: a title and what was said then."""
-    from qlora_hal.hand_over import hand_over_from
-
     moves = run.get("hand_overs")
     told = [hand_over_from(move).lines() for move in moves] if isinstance(moves, list) else []
     return [{"title": lines[0].capitalize(), "lines": lines[1:]} for lines in told]
@@ -181,8 +176,6 @@ def _charts(series: RunSeries) -> list[Chart]:
 def _chart(
     title: str, curves: Sequence[Curve], number: Callable[[float], str], legend: tuple[tuple[str, str], ...]
 ) -> Chart | None:
-    from markupsafe import Markup
-
     drawing = chart(title, curves, number=number, **_MAIN_SIZE if title == "Loss" else {})
     # Safe to mark: svg.chart escapes every text it is given.
     return Chart(title, Markup(drawing), legend) if drawing else None

@@ -19,21 +19,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from qlora_hal.durable_files import (
-    DAMAGED,
-    flush_to_medium,
-    open_appending,
-    open_regular,
-    refuse_link,
-    set_aside,
-    storage_error,
-    unique_name,
-    write_new,
-)
-from qlora_hal.report.durable import replace_file
+from qlora_hal.files.durable import DAMAGED, flush_to_medium, set_aside, storage_error, unique_name, write_new
+from qlora_hal.files.opening import open_appending, open_regular, refuse_link
+from qlora_hal.files.replacing import replace_file
 
 if TYPE_CHECKING:
-    from qlora_hal.values import LossSum, StepStats
+    from qlora_hal.contract.values import LossSum, StepStats
 
 Record = Mapping[str, object]
 

@@ -17,7 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_hal.adapter import check_fits, initial_adapter, module_of, read_adapter, resolve_targets, write_adapter
-from qlora_hal.values import Adapter, AdapterConfig
+from qlora_hal.contract.values import Adapter, AdapterConfig
 
 # PEFT 0.21 asks transformers 5 for this property under its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

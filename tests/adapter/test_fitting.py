@@ -18,9 +18,9 @@ from qlora_hal.adapter import (
     lora_a_key,
     lora_b_key,
 )
+from qlora_hal.contract.values import Adapter, AdapterConfig
 from qlora_hal.errors import AdapterError, NumericsError
 from qlora_hal.model.facts import ModelFacts
-from qlora_hal.values import Adapter, AdapterConfig
 
 MODULES = {f"model.layers.{n}.self_attn.{leaf}": (32, 16) for n in range(28) for leaf in ("q", "k", "v", "o")}
 CONFIG = AdapterConfig(4, 8.0, target_modules=tuple(sorted(MODULES)))

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, numpy, safe_open
 
 from qlora_hal.errors import AdapterError, QloraHalError, UnsafeInputError
-from qlora_hal.safe_tensors_file import MAX_HEADER_BYTES, file_chunks, read_arrays, read_header
+from qlora_hal.files.safetensors_file import MAX_HEADER_BYTES, file_chunks, read_arrays, read_header
 
 ARRAYS: Mapping[str, npt.NDArray[Any]] = {
     "b": np.arange(6, dtype=np.float32).reshape(2, 3),

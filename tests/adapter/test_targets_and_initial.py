@@ -9,8 +9,8 @@ import pytest
 
 from qlora_hal.adapter import initial_adapter, lora_a_key, lora_b_key, module_of, resolve_targets
 from qlora_hal.adapter.targets import shortest_names
+from qlora_hal.contract.values import AdapterConfig
 from qlora_hal.errors import ConfigError, ModelError
-from qlora_hal.values import AdapterConfig
 
 LEAVES = {"self_attn.q_proj": (64, 48), "self_attn.v_proj": (64, 16), "mlp.down_proj": (96, 64)}
 MODULES = {f"model.layers.{n}.{leaf}": size for n in range(3) for leaf, size in LEAVES.items()}

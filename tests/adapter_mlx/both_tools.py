@@ -19,8 +19,8 @@ from mlx_lm.utils import load_model, save_config
 from transformers import AutoModelForCausalLM
 
 from qlora_hal.adapter import initial_adapter, resolve_targets, write_adapter
+from qlora_hal.contract.values import Adapter, AdapterConfig
 from qlora_hal.model.facts import read_facts
-from qlora_hal.values import Adapter, AdapterConfig
 
 Float64 = npt.NDArray[np.float64]
 TOKENS = np.array([[5, 17, 210, 33, 8, 150, 64]])  # shorter than the sliding windows: the tools cut them differently

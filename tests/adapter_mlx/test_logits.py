@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from tiny_models import edit_config, write_model
 
-from qlora_hal.adapter import convert_adapter, read_adapter
-from qlora_hal.adapter.converting import SAME_NAMES
+from qlora_hal.adapter import read_adapter
+from qlora_hal.export.converting import SAME_NAMES, convert_adapter
 from qlora_hal.model.source import ModelSource, resolve_model
 from tests.adapter_mlx.both_tools import (
     TOKENS,

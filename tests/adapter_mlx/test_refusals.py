@@ -14,8 +14,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qlora_hal.adapter import convert_adapter
 from qlora_hal.errors import AdapterError, ConfigError, QloraHalError, StorageError, UnsafeInputError
+from qlora_hal.export.converting import convert_adapter
 from qlora_hal.model.source import resolve_model
 from tests.adapter_mlx.both_tools import random_adapter, save_for_peft, train_in_mlx
 

@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from qlora_hal.adapter import convert_adapter, read_adapter, read_mlx_adapter, write_mlx_adapter
+from qlora_hal.adapter import read_adapter, read_mlx_adapter, write_mlx_adapter
 from qlora_hal.adapter.mlx_reading import _alpha
+from qlora_hal.contract.values import Adapter, AdapterConfig
+from qlora_hal.export.converting import convert_adapter
 from qlora_hal.model.facts import read_facts
-from qlora_hal.values import Adapter, AdapterConfig
 from tests.adapter_mlx.both_tools import random_adapter, save_for_peft, train_in_mlx
 
 

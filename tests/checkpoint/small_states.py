@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from qlora_hal.adapter import lora_a_key, lora_b_key
 from qlora_hal.checkpoint import TrainingState
-from qlora_hal.values import Adapter, AdapterConfig, OptimizerSnapshot
+from qlora_hal.contract.values import Adapter, AdapterConfig, OptimizerSnapshot
 
 MODULES = {f"model.layers.{layer}.self_attn.{name}": (24, 16) for layer in range(2) for name in ("q_proj", "v_proj")}
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from qlora_hal import durable_files
 from qlora_hal.checkpoint import checkpoints, faults, latest_valid_checkpoint, load_checkpoint, save_checkpoint
 from qlora_hal.checkpoint.faults import FAULT_POINTS, FILE_POINTS, InjectedFault
 from qlora_hal.errors import ConfigError, StorageError
-from qlora_hal.run_directory import RunDirectory
+from qlora_hal.files import durable
+from qlora_hal.run.directory import RunDirectory
 from tests.checkpoint.small_states import assert_same_state, small_state
 
 ROOT = Path(__file__).parents[2]
@@ -195,7 +195,7 @@ def test_losing_power_at_any_moment_leaves_a_whole_checkpoint(run_dir: Path, mon
     """Replay every prefix of the flush and rename trace; bytes that were not flushed by then become zeros."""
     save_checkpoint(run_dir, small_state(1), keep=2)
     trace: list[tuple[str, int]] = []  # ("flush" or "rename", inode)
-    flush, rename = durable_files.flush_to_medium, os.rename
+    flush, rename = durable.flush_to_medium, os.rename
 
     def traced_flush(descriptor: int) -> None:
         trace.append(("flush", os.fstat(descriptor).st_ino))
@@ -205,7 +205,7 @@ def test_losing_power_at_any_moment_leaves_a_whole_checkpoint(run_dir: Path, mon
         trace.append(("rename", os.stat(source).st_ino))
         rename(source, target)
 
-    monkeypatch.setattr(durable_files, "flush_to_medium", traced_flush)
+    monkeypatch.setattr(durable, "flush_to_medium", traced_flush)
     monkeypatch.setattr(os, "rename", traced_rename)
     saved = save_checkpoint(run_dir, small_state(2), keep=2)
     monkeypatch.undo()

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from qlora_hal.checkpoint import latest_valid_checkpoint, load_checkpoint, save_checkpoint
+from qlora_hal.data.source.in_memory import kept_rows
 from qlora_hal.errors import QloraHalError, StorageError, UnsafeInputError
 from qlora_hal.report.html import write_report
 from qlora_hal.report.metrics import MetricsFile
-from qlora_hal.rows_in_memory import kept_rows
-from qlora_hal.run_directory import RunDirectory, rehearsed
-from qlora_hal.run_lock import RunLock
-from qlora_hal.trained_base import finished_adapter
+from qlora_hal.run.directory import RunDirectory, rehearsed
+from qlora_hal.run.lock import RunLock
+from qlora_hal.run.trained_base import finished_adapter
 from tests.checkpoint.small_states import assert_same_state, small_state
 
 CONFIG: dict[str, Any] = {"output_dir": "x", "lora": {"r": 8}}

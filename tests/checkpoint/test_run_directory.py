@@ -16,7 +16,8 @@ import pytest
 
 from qlora_hal.checkpoint import latest_valid_checkpoint, load_checkpoint, save_checkpoint
 from qlora_hal.errors import ConfigError, OutputLockedError, StorageError
-from qlora_hal.run_directory import RunDirectory, config_hash, rehearsed, write_json_atomically
+from qlora_hal.run.directory import RunDirectory, rehearsed, write_json_atomically
+from qlora_hal.run.identity import config_hash
 from tests.checkpoint.small_states import assert_same_state, small_state
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +54,7 @@ def drop_the_power_to_override_permissions() -> None:
 OPEN_NEW = """
 import json, sys
 from qlora_hal.errors import QloraHalError
-from qlora_hal.run_directory import RunDirectory
+from qlora_hal.run.directory import RunDirectory
 if len(sys.argv) > 2:
     import resource
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
@@ -205,7 +206,7 @@ def test_a_link_to_a_folder_is_a_folder(tmp_path: Path) -> None:
 
 HOLD = """
 import sys
-from qlora_hal.run_directory import RunDirectory
+from qlora_hal.run.directory import RunDirectory
 run = RunDirectory.open_new(sys.argv[1], config={})
 print("locked", flush=True)
 sys.stdin.read()
@@ -323,7 +324,7 @@ def test_a_folder_without_a_run_cannot_be_resumed(tmp_path: Path) -> None:
 REWRITE = """
 import itertools, sys
 from pathlib import Path
-from qlora_hal.run_directory import write_json_atomically
+from qlora_hal.run.directory import write_json_atomically
 for n in itertools.count():
     write_json_atomically(Path(sys.argv[1]), {"n": [n] * 20000})
     if n == 1: print("going", flush=True)

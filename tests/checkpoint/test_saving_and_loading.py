@@ -16,11 +16,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora_hal import strict_json
 from qlora_hal.adapter import read_adapter, read_provenance
 from qlora_hal.checkpoint import checkpoints, latest_valid_checkpoint, load_checkpoint, save_checkpoint
+from qlora_hal.contract.values import OptimizerSnapshot
 from qlora_hal.errors import CheckpointError, ConfigError, QloraHalError, StorageError
-from qlora_hal.values import OptimizerSnapshot
+from qlora_hal.files import strict_json
 from tests.checkpoint.small_states import assert_same_arrays, assert_same_state, small_state
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "trainer_state.json")

@@ -16,8 +16,8 @@ import pytest
 from qlora_hal.checkpoint import save_checkpoint
 from qlora_hal.errors import ConfigError, OutputLockedError
 from qlora_hal.report.metrics import MetricsFile, read_metrics
-from qlora_hal.run_directory import RunDirectory
-from qlora_hal.run_lock import LOCK_FILE, OWNER_FILE, RunLock, memory_kills
+from qlora_hal.run.directory import RunDirectory
+from qlora_hal.run.lock import LOCK_FILE, OWNER_FILE, RunLock, memory_kills
 from tests.checkpoint.small_states import small_state
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +25,7 @@ CONFIG: dict[str, Any] = {"output_dir": "x", "training": {"seed": 1}}
 HOLDING = """
 import sys
 from pathlib import Path
-from qlora_hal.run_lock import RunLock
+from qlora_hal.run.lock import RunLock
 lock = RunLock.take(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from qlora_hal.checkpoint import latest_valid_checkpoint, save_checkpoint
-from qlora_hal.durable_files import free_files, storage_error
 from qlora_hal.errors import StorageError
-from qlora_hal.run_directory import RunDirectory
+from qlora_hal.files.durable import free_files, storage_error
+from qlora_hal.run.directory import RunDirectory
 from tests.checkpoint.small_states import small_state
 
 

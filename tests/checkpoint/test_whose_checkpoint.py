@@ -13,9 +13,9 @@ import pytest
 from qlora_hal.checkpoint import load_checkpoint, save_checkpoint
 from qlora_hal.checkpoint.reading import kept_record
 from qlora_hal.errors import CheckpointError, ConfigError
-from qlora_hal.run_directory import RunDirectory, config_hash
-from qlora_hal.run_identity import identity_of, require_own, settings_hash
-from qlora_hal.sealed_json import sealed, unsealed
+from qlora_hal.files.sealed_json import sealed, unsealed
+from qlora_hal.run.directory import RunDirectory
+from qlora_hal.run.identity import config_hash, identity_of, require_own, settings_hash
 from tests.checkpoint.small_states import small_state
 
 CONFIG: dict[str, Any] = {
@@ -112,10 +112,10 @@ def test_places_may_change_while_a_run_lives(path: str, tmp_path: Path) -> None:
 
 def test_a_move_changes_the_places_in_the_record_and_nothing_else() -> None:
     """Not even where this release knows settings that the run began without."""
-    from qlora_hal.config import RunConfig
-    from qlora_hal.places import Relocation
+    from qlora_hal.config.schema import RunConfig
     from qlora_hal.report.run_file import RunRecord
-    from qlora_hal.running import _relocated
+    from qlora_hal.run.paths import Relocation
+    from qlora_hal.run.start import _relocated
 
     before = RunRecord(config=CONFIG, origins={})
     moved = RunConfig.model_validate(changed("data.path", "/elsewhere/rows.jsonl"))
@@ -155,7 +155,7 @@ def test_saving_never_removes_the_checkpoint_of_another_run(tmp_path: Path) -> N
 def test_an_adapter_and_an_optimizer_of_two_runs_do_not_pass_as_one(tmp_path: Path) -> None:
     """Even where the manifest was made to fit."""
     from qlora_hal.checkpoint.manifest import encode_manifest, file_sha256, read_manifest
-    from qlora_hal.durable_files import WrittenFile
+    from qlora_hal.files.durable import WrittenFile
 
     checkpoint = saved(tmp_path / "run", begun(tmp_path / "run"))
     foreign = saved(tmp_path / "other", begun(tmp_path / "other"))

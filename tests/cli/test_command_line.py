@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qlora_hal.cli.application import VERBS
-from qlora_hal.settings_schema import settings
+from qlora_hal.config.fields import settings
 
 CommandLine = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import qlora_hal
 from qlora_hal.cli.application import VERBS
 from qlora_hal.cli.reference import with_settings_table
-from qlora_hal.fault_catalogue import EXIT_STATUSES
+from qlora_hal.errors.fault_catalogue import EXIT_STATUSES
 from qlora_hal.report.run_file import RunRecord
 
 DOCS = Path(qlora_hal.__file__).parent.parent / "docs"

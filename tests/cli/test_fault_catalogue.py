@@ -11,7 +11,7 @@ import pytest
 
 import qlora_hal
 from qlora_hal import errors
-from qlora_hal.fault_catalogue import AREAS, EXIT_STATUSES, as_markdown, faults, find_fault
+from qlora_hal.errors.fault_catalogue import AREAS, EXIT_STATUSES, as_markdown, faults, find_fault
 
 ROOT = Path(qlora_hal.__file__).parent.parent
 SOURCES = ("qlora_hal", "backends", "conformance_tests")

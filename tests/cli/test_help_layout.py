@@ -8,7 +8,7 @@ import pytest
 from cli.conftest import CommandLine
 
 from qlora_hal.cli.application import VERBS
-from qlora_hal.settings_schema import settings
+from qlora_hal.config.fields import settings
 
 
 @pytest.mark.parametrize("columns", [60, 80, 100, 200])

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from qlora_hal.config import RunConfig
+from qlora_hal.config.resolve import require_settings, resolve_settings
+from qlora_hal.config.schema import RunConfig
 from qlora_hal.errors import ConfigError, UnsafeInputError
-from qlora_hal.settings import require_settings, resolve_settings
 
 
 def written(folder: Path, text: str, name: str = "run.yaml") -> Path:

@@ -45,6 +45,7 @@ def test_a_dry_run_prints_plan_and_memory_and_writes_nothing(
     assert told["sequences"] == 12
 
 
+@pytest.mark.long
 def test_a_shown_batch_can_be_shown_again_by_its_seed(qlora_hal: CommandLine, place: tuple[str, ...]) -> None:
     first = qlora_hal("train", *place, "--show-batch").stdout
     seed = re.match(r"seed (\d+) was drawn; training\.seed gives this batch again\n", first)
@@ -95,6 +96,7 @@ def test_a_shown_batch_as_json_is_one_object(qlora_hal: CommandLine, place: tupl
         assert {True, False} == set(sample["trained"])
 
 
+@pytest.mark.long
 def test_a_batch_is_shown_where_standard_output_takes_ascii_alone(
     qlora_hal: CommandLine, place: tuple[str, ...], tmp_path: Path
 ) -> None:

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from qlora_hal.backend import Availability, BackendSpec
-from qlora_hal.values import Batch, LossSum
+from qlora_hal.contract.backend import Availability, BackendSpec
+from qlora_hal.contract.values import Batch, LossSum
 from qlora_hal_conformance.reference_backend import SPEC as HONEST
 from qlora_hal_conformance.reference_backend import probe
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from qlora_hal.backend import Quantization
-from qlora_hal.capabilities import WeightFormat
+from qlora_hal.contract.backend import Quantization
+from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal_conformance.measuring import Measurement, peaks_in_child
 from qlora_hal_conformance.subject import Reference
 from qlora_hal_conformance.tiny_models import SHAPES, draw_tensors, write_model
 
 
+@pytest.mark.long
 def test_program_that_holds_much_does_not_raise_the_peak_of_a_run(tmp_path: Path) -> None:
     """Linux's `ru_maxrss` survives exec: read from there, this run would be one of 3 GB."""
     ballast = np.ones(3 * 2**30 // 8)

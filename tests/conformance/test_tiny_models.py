@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qlora_hal.backend import Quantization
-from qlora_hal.capabilities import WeightFormat
-from qlora_hal.safe_tensors_file import read_arrays
+from qlora_hal.contract.backend import Quantization
+from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal.files.safetensors_file import read_arrays
 from qlora_hal_conformance.drawing import draw_batch, packed, rows_of, stream
 from qlora_hal_conformance.opening import Models
 from qlora_hal_conformance.oracle import LlamaShape

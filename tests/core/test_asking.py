@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from qlora_hal.asking import NoAnswerError, ask, load_of_machine, one_line
+from qlora_hal.processes.subprocess_call import NoAnswerError, ask, load_of_machine, one_line
 
-ANSWER = "from qlora_hal.asking import answer_stream\nwith answer_stream() as stream:\n    stream.write('{\"a\": 1}')\n"
+ANSWER = (
+    "from qlora_hal.processes.subprocess_call import answer_stream\n"
+    "with answer_stream() as stream:\n    stream.write('{\"a\": 1}')\n"
+)
 
 
 @pytest.fixture

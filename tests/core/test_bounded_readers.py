@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from qlora_hal import strict_json, strict_toml
 from qlora_hal.adapter import read_adapter, read_mlx_adapter
 from qlora_hal.checkpoint.manifest import BrokenCheckpoint, read_manifest
-from qlora_hal.data.reading import open_source
+from qlora_hal.data.source.reading import open_source
 from qlora_hal.errors import AdapterError, ConfigError, DataError, ModelError, QloraHalError, UnsafeInputError
+from qlora_hal.files import strict_json, strict_toml
+from qlora_hal.files.strict_json import JsonProblem, decode, decode_foreign
 from qlora_hal.model.weight_files import read_json, read_weight_map
 from qlora_hal.report.metrics import MetricsFile, read_metrics
 from qlora_hal.report.run_file import read_run_file
-from qlora_hal.strict_json import JsonProblem, decode, decode_foreign
 from qlora_hal_conformance.certificate import read_certificate
 
 BOMBS = {

@@ -11,20 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from qlora_hal import child_process
+from qlora_hal.processes import child_process
 
 pytestmark = pytest.mark.usefixtures("usual_signals")
 
 ASKING = """
 import os, sys
-from qlora_hal.asking import ask
+from qlora_hal.processes.subprocess_call import ask
 print("parent", flush=True)
 ask("sleeping_child", seconds=600)
 """
 SLEEPING = """
 import os, sys, time
 from pathlib import Path
-from qlora_hal.asking import answer_stream
+from qlora_hal.processes.subprocess_call import answer_stream
 with answer_stream() as stream:
     Path(os.environ["TOLD"]).write_text(str(os.getpid()))
     time.sleep(600)
@@ -116,7 +116,7 @@ def test_a_child_that_is_ended_leaves_no_zombie_and_may_be_ended_twice() -> None
 
 def test_what_a_child_reads_from_its_standard_input_ends(tmp_path: Path) -> None:
     code = (
-        "from qlora_hal.child_process import end_with_parent; import sys; end_with_parent(); "
+        "from qlora_hal.processes.child_process import end_with_parent; import sys; end_with_parent(); "
         "print('read', len(sys.stdin.read()))"
     )
     child = child_process.start([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -128,7 +128,7 @@ def test_what_a_child_reads_from_its_standard_input_ends(tmp_path: Path) -> None
 
 def test_a_module_that_is_started_by_hand_does_not_end_for_want_of_a_parent() -> None:
     code = (
-        "from qlora_hal.child_process import end_with_parent; import time; "
+        "from qlora_hal.processes.child_process import end_with_parent; import time; "
         "end_with_parent(); time.sleep(0.3); print('done')"
     )
     done = subprocess.run([sys.executable, "-c", code], stdin=subprocess.DEVNULL, capture_output=True, check=True)

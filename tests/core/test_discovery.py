@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from installed_plugins import GOOD, install
 
-from qlora_hal.discovery import Listed, find, listed, load_spec, open_trainer
+from qlora_hal.detect.discovery import Listed, find, listed, load_spec, open_trainer
 from qlora_hal.errors import BackendError
 
 
@@ -130,10 +130,10 @@ def in_a_process_with(folder: Path, program: str) -> str:
 
 
 CHOOSE = """
-from qlora_hal.capabilities import Needs
-from qlora_hal.discovery import listed, reports
-from qlora_hal.selection import choose
-from qlora_hal.supervising import is_supervised
+from qlora_hal.contract.capabilities import Needs
+from qlora_hal.detect.discovery import listed, reports
+from qlora_hal.detect.selection import choose
+from qlora_hal.run.supervisor import is_supervised
 entries = listed()
 assert not is_supervised("auto", ())
 choice = choose("auto", Needs(), entries, reports(entries), allow_cpu=True)
@@ -143,7 +143,7 @@ print(choice.spec.name != "odd", choice.rejections["odd"])
 
 @pytest.mark.fault("E08")
 def test_plugin_that_leaves_in_this_process_alone_is_passed_over(tmp_path: Path) -> None:
-    leaves = "import sys\nif 'qlora_hal.discovery' not in sys.orig_argv: sys.exit(0)\n"
+    leaves = "import sys\nif 'qlora_hal.detect.discovery' not in sys.orig_argv: sys.exit(0)\n"
     install(tmp_path, {"twofaced": ("odd", leaves + GOOD)})
     said = in_a_process_with(tmp_path, CHOOSE)
     assert said == "True Backend odd of twofaced cannot be imported: SystemExit: 0"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qlora_hal.backend import (
+from qlora_hal.contract.backend import (
     Availability,
     BackendSpec,
     Compute,
@@ -19,11 +19,9 @@ from qlora_hal.backend import (
     Quantization,
     QuantizedLoRATrainer,
 )
-from qlora_hal.capabilities import Capabilities, WeightFormat
-from qlora_hal.errors import BackendContractError, BackendError
-from qlora_hal.guard import GuardedTrainer
-from qlora_hal.model.source import ModelSource
-from qlora_hal.values import (
+from qlora_hal.contract.capabilities import Capabilities, WeightFormat
+from qlora_hal.contract.checked_trainer import GuardedTrainer
+from qlora_hal.contract.values import (
     Adapter,
     AdapterConfig,
     Batch,
@@ -33,6 +31,8 @@ from qlora_hal.values import (
     StepSettings,
     StepStats,
 )
+from qlora_hal.errors import BackendContractError, BackendError
+from qlora_hal.model.source import ModelSource
 
 NAME = "base_model.model.layer.lora_A.weight"
 ADAPTER = Adapter({NAME: np.ones((1, 2), np.float32)}, AdapterConfig(1, 2.0))

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from qlora_hal.heartbeat import Heartbeat
+from qlora_hal.run.watchdog import Heartbeat
 
 
 @pytest.mark.fault("N17")

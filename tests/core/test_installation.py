@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from qlora_hal.installation import _requirement, is_from_folder, requirement
+from qlora_hal.errors.installation import _requirement, is_from_folder, requirement
 
 HERE = {"url": "file:///home/me/my%20work/qlora", "dir_info": {"editable": True}}
 BRANCH = {

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from qlora_hal.config import TrainingConfig
+from qlora_hal.config.schema import TrainingConfig
+from qlora_hal.contract.values import Adapter, AdapterConfig, Batch, LossSum, StepSettings, StepStats
 from qlora_hal.errors import NumericsError, OutOfMemoryError
-from qlora_hal.loop import FinishedStep, LoopPlan, Progress, dropout_key, run, split_rows
-from qlora_hal.schedule import Schedule
-from qlora_hal.values import Adapter, AdapterConfig, Batch, LossSum, StepSettings, StepStats
+from qlora_hal.run.loop import FinishedStep, LoopPlan, Progress, dropout_key, run, split_rows
+from qlora_hal.run.lr_schedule import Schedule
 
 
 def batch(rows: int = 4, time: int = 3) -> Batch:

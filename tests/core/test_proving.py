@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from installed_plugins import GOOD, install
 
-from qlora_hal.proving import prove
+from qlora_hal.detect.self_test import prove
 
 
 @pytest.mark.parametrize(

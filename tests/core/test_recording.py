@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_hal.recording import loss_jump
+from qlora_hal.run.callbacks import loss_jump
 
 
 @pytest.mark.fault("N16")

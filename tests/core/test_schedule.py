@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from qlora_hal.schedule import Schedule, warmup_steps
+from qlora_hal.run.lr_schedule import Schedule, warmup_steps
 
 
 def test_warmup_rises_by_equal_parts_and_wastes_no_step() -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from qlora_hal.scratch_folder import scratch_folder
+from qlora_hal.files.scratch import scratch_folder
 
 PREFIX = "qlora_hal-test-"
 HOLD = (
-    "import sys, time\nfrom qlora_hal.scratch_folder import scratch_folder\n"
+    "import sys, time\nfrom qlora_hal.files.scratch import scratch_folder\n"
     f"with scratch_folder({PREFIX!r}) as folder:\n    print(folder, flush=True)\n    time.sleep(60)\n"
 )
 

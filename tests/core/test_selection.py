@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from qlora_hal.backend import Availability, BackendSpec, ProbeReport
-from qlora_hal.capabilities import Capabilities, Feature, Needs, WeightFormat
-from qlora_hal.discovery import Listed, reports
+from qlora_hal.contract.backend import Availability, BackendSpec, ProbeReport
+from qlora_hal.contract.capabilities import Capabilities, Feature, Needs, WeightFormat
+from qlora_hal.detect.discovery import Listed, reports
+from qlora_hal.detect.selection import Choice, choose
 from qlora_hal.errors import BackendNotFoundError, BackendUnavailableError, UnsupportedFeatureError
-from qlora_hal.selection import Choice, choose
 
 FOUR_BIT = Needs(level="4bit")
 

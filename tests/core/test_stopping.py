@@ -11,7 +11,7 @@ from contextlib import suppress
 
 import pytest
 
-from qlora_hal.stopping import (
+from qlora_hal.processes.signals import (
     EndedAtOnce,
     Requests,
     ended_by_signals,
@@ -112,7 +112,7 @@ def test_a_save_that_is_asked_for_before_a_run_listens_reaches_it(said: list[str
 
 def test_a_command_without_a_run_is_not_ended_by_a_request_to_save() -> None:
     code = (
-        "import os, signal; from qlora_hal.stopping import ended_by_signals\n"
+        "import os, signal; from qlora_hal.processes.signals import ended_by_signals\n"
         "with ended_by_signals():\n    os.kill(os.getpid(), signal.SIGUSR1)\nprint('done')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 from small_runs import SMALL, merged, small_run
 
-from qlora_hal import discovery, resume, train
-from qlora_hal.backend import BackendSpec
-from qlora_hal.discovery import find, listed, load_spec
+from qlora_hal import resume, train
+from qlora_hal.contract.backend import BackendSpec
+from qlora_hal.detect import discovery
+from qlora_hal.detect.discovery import find, listed, load_spec
 from qlora_hal.errors import ConfigError, ModelError, OutOfMemoryError
+from qlora_hal.processes.signals import EndedAtOnce
 from qlora_hal.report.console import RunConsole
-from qlora_hal.stopping import EndedAtOnce
-from qlora_hal.supervising import SUPERVISED_VARIABLE, is_supervised
+from qlora_hal.run.supervisor import SUPERVISED_VARIABLE, is_supervised
 
 pytestmark = pytest.mark.usefixtures("usual_signals")
 
@@ -48,6 +49,7 @@ def test_only_a_backend_that_asks_for_it_is_supervised(supervised: None, monkeyp
     assert not is_supervised("cpu_torch", ())
 
 
+@pytest.mark.long
 def test_a_supervised_run_gives_what_a_run_in_this_process_gives(
     tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -99,7 +101,7 @@ SUPERVISING = """
 import json, sys
 from dataclasses import replace
 from qlora_hal import discovery, train
-from qlora_hal.discovery import find, listed, load_spec
+from qlora_hal.detect.discovery import find, listed, load_spec
 entry = find("cpu_torch", listed())
 discovery.listed = lambda *more: (replace(entry, spec=replace(load_spec(entry), supervised=True)),)
 train(json.loads(sys.argv[1]))
@@ -163,7 +165,7 @@ def abort_after_a_checkpoint(run: Path) -> None:
 
 @pytest.mark.fault("S24")
 def test_without_a_checkpoint_the_way_out_is_a_smaller_run(supervised: None, tmp_path: Path) -> None:
-    from qlora_hal.supervising import _ended
+    from qlora_hal.run.supervisor import _ended
 
     error = _ended(-signal.SIGKILL, tmp_path)
     assert "per_device_train_batch_size" in error.fix

@@ -11,11 +11,11 @@ import numpy.typing as npt
 import pytest
 from typing_extensions import TypeAliasType, TypeVarTuple
 
-from qlora_hal.backend import BackendSpec, DeviceFacts
-from qlora_hal.capabilities import Capabilities
-from qlora_hal.memory_constants import MemoryConstants
-from qlora_hal.typed_fields import wrong_fields
-from qlora_hal.values import Adapter, AdapterConfig, LossSum, OptimizerSnapshot, StepStats
+from qlora_hal.contract.backend import BackendSpec, DeviceFacts
+from qlora_hal.contract.capabilities import Capabilities
+from qlora_hal.contract.memory_constants import MemoryConstants
+from qlora_hal.contract.type_checks import wrong_fields
+from qlora_hal.contract.values import Adapter, AdapterConfig, LossSum, OptimizerSnapshot, StepStats
 
 if TYPE_CHECKING:
     from nowhere import OnlyForACheckerOfTypes  # type: ignore[import-not-found]

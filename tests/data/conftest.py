@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from qlora_hal.config import DataConfig
+from qlora_hal.config.schema import DataConfig
 from qlora_hal.data import BUILT_IN_TEMPLATES, ChatTokenizer, PreparedData, prepare
 
 TEXT = [

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora_hal.config import DataConfig
-from qlora_hal.data import ChatTokenizer, PreparedData, WindowSampler, prepare, reading, row_files
+from qlora_hal.config.schema import DataConfig
+from qlora_hal.data import ChatTokenizer, PreparedData, WindowSampler, prepare
+from qlora_hal.data.source import reading, row_files
 from qlora_hal.errors import ConfigError, DataError, HubError, QloraHalError, StorageError
 
 Prepare = Callable[..., PreparedData]

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from qlora_hal.data.guarded_tokenizer import read_tokenizer
-from qlora_hal.data.tokenizer import ChatTokenizer
-from qlora_hal.data.tokenizer_checks import MAX_ID
+from qlora_hal.data.tokens.guarded_tokenizer import read_tokenizer
+from qlora_hal.data.tokens.tokenizer import ChatTokenizer
+from qlora_hal.data.tokens.tokenizer_checks import MAX_ID
 from qlora_hal.errors import ModelError, QloraHalError, UnsafeInputError
 
 Change = Callable[[dict[str, Any]], object]

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_hal.data import PreparedData
-from qlora_hal.data.json_text import decoded
-from qlora_hal.data.reading import open_source
+from qlora_hal.data.source.in_memory import keep_rows, kept_rows, rows_in_memory
+from qlora_hal.data.source.json_text import decoded
+from qlora_hal.data.source.reading import open_source
 from qlora_hal.errors import DataError
-from qlora_hal.rows_in_memory import keep_rows, kept_rows, rows_in_memory
 
 Prepare = Callable[..., PreparedData]
 

@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_hal.config import DataConfig
+from qlora_hal.config.schema import DataConfig
 from qlora_hal.data import ChatTokenizer, PreparedData, prepare, show_batch
-from qlora_hal.data.batching import batch_of
-from qlora_hal.data.fitting import FittingCounts
-from qlora_hal.data.reading import open_source
-from qlora_hal.data.tokens import NotAStore, TokenWriter, open_store
+from qlora_hal.data.source.reading import open_source
+from qlora_hal.data.tokens.batching import batch_of
+from qlora_hal.data.tokens.store import NotAStore, TokenWriter, open_store
+from qlora_hal.data.tokens.truncation import FittingCounts
 from qlora_hal.errors import DataError
 
 Prepare = Callable[..., PreparedData]
@@ -102,7 +102,7 @@ def test_digest_of_selected_rows_holds_few_of_them(tmp_path: Path) -> None:
 
     import datasets
 
-    from qlora_hal.data.hub_rows import dataset_source
+    from qlora_hal.data.source.hub_rows import dataset_source
 
     datasets.disable_progress_bars()
     datasets.Dataset.from_list([{"text": "x" * 1000}] * 8000).save_to_disk(str(tmp_path / "saved"))
@@ -117,7 +117,7 @@ def test_digest_of_selected_rows_holds_few_of_them(tmp_path: Path) -> None:
 def test_rows_that_a_split_cuts_out_have_a_digest_of_their_own(tmp_path: Path) -> None:
     import datasets
 
-    from qlora_hal.data.hub_rows import dataset_source
+    from qlora_hal.data.source.hub_rows import dataset_source
 
     datasets.disable_progress_bars()
     datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
@@ -223,14 +223,14 @@ def test_failed_preparation_leaves_nothing(prepared: Prepare, tmp_path: Path) ->
 def test_chunks_do_not_show_in_the_result(
     prepared: Prepare, conversation: Conversation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qlora_hal.data import tokenising
+    from qlora_hal.data.tokens import tokenizing
 
     rows = [
         conversation("q <|im_end|>" if n % 7 == 0 else "q", f"a {n}", *(["more", "x"] if n % 3 else []))
         for n in range(60)
     ] + [{"prompt": "p ", "completion": f"c {n}"} for n in range(30)]
     whole = prepared(rows).train
-    monkeypatch.setattr(tokenising, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(tokenizing, "CHUNK_ROWS", 7)
     cut = prepared(rows, on_bad_row="skip").train  # another fingerprint, so that nothing is reused
     assert cut.tokens.tolist() == whole.tokens.tolist()
     assert cut.trained.tolist() == whole.trained.tolist()

@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_hal.data import ChatTokenizer, PreparedData
-from qlora_hal.data.reading import Row, open_source
-from qlora_hal.data.shapes import Conversation, Writing, example_of, shape_of
+from qlora_hal.data.source.reading import open_source
+from qlora_hal.data.source.row_formats import Conversation, Writing, example_of, shape_of
+from qlora_hal.data.source.rows import Row
 from qlora_hal.errors import DataError
 
 Prepare = Callable[..., PreparedData]
@@ -441,7 +442,7 @@ def test_parquet_rows_show_no_keys_that_only_other_rows_have(tmp_path: Path) -> 
     ]
     import datasets
 
-    from qlora_hal.rows_in_memory import rows_in_memory
+    from qlora_hal.data.source.in_memory import rows_in_memory
 
     in_memory = rows_in_memory(datasets.Dataset.from_list(rows))
     assert [row["tools"] for row in in_memory] == [given["tools"] for given in rows]

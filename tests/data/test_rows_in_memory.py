@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from qlora_hal.data.source.in_memory import ROWS_FILE, keep_rows, kept_rows, rows_in_memory
 from qlora_hal.errors import DataError
-from qlora_hal.rows_in_memory import ROWS_FILE, keep_rows, kept_rows, rows_in_memory
 
 ROWS: list[dict[str, object]] = [{"text": "one"}, {"text": "two", "more": [1, None, {"a": 2.5}]}]
 

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qlora_hal.contract.values import IGNORE_LABEL, PADDING_SEGMENT, Batch, World
 from qlora_hal.data import ChatTokenizer, PreparedData, TokenStore, WindowSampler, evaluation_batches
-from qlora_hal.data.order import Purpose, permutation
-from qlora_hal.data.packing import pack
+from qlora_hal.data.tokens.order import Purpose, permutation
+from qlora_hal.data.tokens.packing import pack
 from qlora_hal.errors import DataError
-from qlora_hal.values import IGNORE_LABEL, PADDING_SEGMENT, Batch, World
 
 CAPACITY = 32
 

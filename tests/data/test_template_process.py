@@ -14,11 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from qlora_hal.data import template_process
-from qlora_hal.data.compiled_template import CompiledTemplate
-from qlora_hal.data.template_sandbox import GENERATION_END, GENERATION_START, TooMuch
-from qlora_hal.data.templates import BUILT_IN, ChatTemplate, TemplateFault
-from qlora_hal.data.turn_marks import rendering_of
+from qlora_hal.data.template import process
+from qlora_hal.data.template.chat_template import BUILT_IN, ChatTemplate, TemplateFault
+from qlora_hal.data.template.compiled import CompiledTemplate
+from qlora_hal.data.template.sandbox import GENERATION_END, GENERATION_START, TooMuch
+from qlora_hal.data.template.turn_marks import rendering_of
 from qlora_hal.errors import DataError, QloraHalError, UnsafeInputError
 
 ASKED = [{"role": "user", "content": "a"}]
@@ -27,7 +27,7 @@ WIDE = "{% set x = '\U0001f600' * 4000000 %}"  # four bytes a character, and an 
 RANGE = "{% set r = range(60000) %}"
 NOT_QUICK = "{{{{ (messages[0].content ~ '{}') | reverse }}}}"
 """A sound template that has a step which is left to the process."""
-MOST_SECONDS = 2.0 + template_process._SECONDS_OF_GRACE + 0.5
+MOST_SECONDS = 2.0 + process._SECONDS_OF_GRACE + 0.5
 """The limit, the look that notices, and the start of a process."""
 MOST_BYTES = 300 * 10**6
 
@@ -37,7 +37,7 @@ def rendered(source: str) -> str:
 
 
 def child_of_templates() -> psutil.Process:
-    found = [child for child in psutil.Process().children() if template_process._CHILD in child.cmdline()]
+    found = [child for child in psutil.Process().children() if process._CHILD in child.cmdline()]
     assert len(found) == 1
     return found[0]
 
@@ -155,9 +155,9 @@ def test_a_process_that_was_killed_is_started_again() -> None:
 
 
 def test_a_process_that_is_not_needed_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_process, "_SECONDS_KEPT", 0.05)
+    monkeypatch.setattr(process, "_SECONDS_KEPT", 0.05)
     sound = ChatTemplate(NOT_QUICK.format("?"), "test", {})
-    template_process._child().end()
+    process._child().end()
     assert sound.render(ASKED) == "?a"
     child_of_templates().wait(timeout=60)
     assert sound.render(ASKED) == "?a"
@@ -206,9 +206,9 @@ def test_values_reach_the_template_as_they_are(value: object) -> None:
 def test_what_published_templates_do_needs_no_process(source: str) -> None:
     template = ChatTemplate(source, "test", {})
     quick = template.render(ASKED)
-    template_process._child().end()
+    process._child().end()
     assert template.render(ASKED) == quick
-    assert not [child for child in psutil.Process().children() if template_process._CHILD in child.cmdline()]
+    assert not [child for child in psutil.Process().children() if process._CHILD in child.cmdline()]
     contained = template._compiled._contained.render(  # type: ignore[union-attr]
         {"messages": ASKED, "tools": None, "add_generation_prompt": False}, turns=1, most=9999
     )
@@ -244,14 +244,14 @@ def test_what_could_take_long_is_left_to_the_process(source: str) -> None:
 
 def test_built_in_templates_need_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    template_process._child().end()
+    process._child().end()
     assert "a" in ChatTemplate(BUILT_IN["chatml"], "chatml", {}).render(ASKED)
 
 
 @pytest.mark.fault("E66")
 @pytest.mark.parametrize("executable", ["/nowhere/python", "/bin/false"])
 def test_a_process_that_cannot_start_is_told(monkeypatch: pytest.MonkeyPatch, executable: str) -> None:
-    template_process._child().end()
+    process._child().end()
     monkeypatch.setattr(sys, "executable", executable)
     with pytest.raises(QloraHalError, match="QH-E66"):
         rendered("{{ 'never' }}")
@@ -261,7 +261,7 @@ def test_a_process_that_cannot_start_is_told(monkeypatch: pytest.MonkeyPatch, ex
 def test_the_process_has_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_KEY", "canary-wandb-1234567")
     monkeypatch.setenv("HF_TOKEN", "canary-hub-1234567")
-    template_process._child().end()
+    process._child().end()
     rendered("{{ 'started' }}")
     environment = Path(f"/proc/{child_of_templates().pid}/environ").read_bytes()
     assert b"canary" not in environment

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from qlora_hal.data.chat import ConversationWriter
-from qlora_hal.data.outlines import outline_of
-from qlora_hal.data.special_text import SpecialText
-from qlora_hal.data.template_sandbox import size_of
-from qlora_hal.data.templates import ChatTemplate, TemplateFault
+from qlora_hal.data.template.chat_template import ChatTemplate, TemplateFault
+from qlora_hal.data.template.outlines import outline_of
+from qlora_hal.data.template.sandbox import size_of
+from qlora_hal.data.tokens.special_text import SpecialText
 from qlora_hal.errors import DataError, UnsafeInputError
 
 ASKED = [{"role": "user", "content": "a"}]
@@ -83,7 +83,7 @@ def test_template_that_cannot_be_compiled_is_a_data_error(source: str) -> None:
         rendered(source)
 
 
-@pytest.mark.parametrize("turns", [2, 1000])
+@pytest.mark.parametrize("turns", [2, pytest.param(1000, marks=pytest.mark.long)])
 def test_template_that_looks_through_all_messages_at_each_is_within_the_limits(turns: int) -> None:
     source = (
         "{% macro shown(text) %}{{ text | trim }}{% endmacro %}{% set n = namespace(all='') %}"

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qlora_hal.data import PreparedData, tokens
-from qlora_hal.data.tokens import NotAStore, TokenWriter, open_store
+from qlora_hal.data import PreparedData
+from qlora_hal.data.tokens import store
+from qlora_hal.data.tokens.store import NotAStore, TokenWriter, open_store
 from qlora_hal.errors import UnsafeInputError
 
 Prepare = Callable[..., PreparedData]
@@ -167,8 +168,8 @@ def test_the_folder_is_flushed_after_the_file_has_its_name(
     prepared: Prepare, rows: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
-    flush, replace = tokens.flush_folder, os.replace
-    monkeypatch.setattr(tokens, "flush_folder", lambda folder: (order.append(folder.name), flush(folder)))
+    flush, replace = store.flush_folder, os.replace
+    monkeypatch.setattr(store, "flush_folder", lambda folder: (order.append(folder.name), flush(folder)))
     monkeypatch.setattr(os, "replace", lambda source, target: (order.append("rename"), replace(source, target)))
     prepared(rows)
     assert order == ["rename", "cache", tmp_path.name]
@@ -177,10 +178,10 @@ def test_the_folder_is_flushed_after_the_file_has_its_name(
 def test_the_hash_does_not_depend_on_how_the_rows_were_cut_into_chunks(
     prepared: Prepare, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qlora_hal.data import tokenising
+    from qlora_hal.data.tokens import tokenizing
 
     whole = prepared(rows)
-    monkeypatch.setattr(tokenising, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(tokenizing, "CHUNK_ROWS", 2)
     cut = prepared(rows, on_bad_row="skip")  # another fingerprint, so that nothing is reused
     assert cut.hashes == whole.hashes
     assert len(np.unique(list(whole.hashes.values()))) == 1

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_hal.data import BUILT_IN_TEMPLATES, ChatTokenizer, PreparedData
-from qlora_hal.data.outlines import outline_of
+from qlora_hal.data.template.outlines import outline_of
 from qlora_hal.errors import DataError, ModelError, UnsafeInputError
 
 Trained = Callable[..., list[str]]
@@ -171,7 +171,7 @@ def test_template_that_looks_into_contents_has_no_outline(folders: Mapping[str, 
 
 
 def _with_source(folder: Path, source: str) -> ChatTokenizer:
-    from qlora_hal.data.tokenizer_files import read_folder
+    from qlora_hal.data.tokens.tokenizer_files import read_folder
 
     return ChatTokenizer(read_folder(folder), template=source, template_name="test")
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from qlora_hal.data import ChatTokenizer, PreparedData
-from qlora_hal.data.rebuilt_tokenizers import _PIPELINES
+from qlora_hal.data.tokens.rebuilt_tokenizers import _PIPELINES
 from qlora_hal.errors import ModelError
 
 TEXT = ["The quick brown fox jumps over the lazy dog.", "one two three, it's 123 [INST] a [/INST]"] * 8

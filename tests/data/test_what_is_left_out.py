@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qlora_hal.data import ChatTokenizer, PreparedData
-from qlora_hal.data.reading import has_splits, open_source
+from qlora_hal.data.source.reading import has_splits, open_source
 from qlora_hal.errors import DataError
 
 Prepare = Callable[..., PreparedData]

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from small_runs import SMALL, merged
 
-from qlora_hal import discovery, train
-from qlora_hal.backend import ModelOutline
+from qlora_hal import train
+from qlora_hal.contract.backend import ModelOutline
 from qlora_hal.demo import model_path
+from qlora_hal.detect import discovery
 
 
 def demo_model(folder: Path, **changes: object) -> str:

@@ -28,9 +28,9 @@ from qlora_hal.checkpoint import load_checkpoint, save_checkpoint
 from qlora_hal.checkpoint.reading import kept_record
 from qlora_hal.demo import model_path
 from qlora_hal.errors import AdapterError, CheckpointError
-from qlora_hal.generation import open_generation
+from qlora_hal.files.sealed_json import sealed
 from qlora_hal.hooks import hookimpl
-from qlora_hal.sealed_json import sealed
+from qlora_hal.inference.generate import open_generation
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +79,8 @@ def test_damaged_tokens_are_prepared_again_and_change_nothing(
 @pytest.mark.fault("D16")
 def test_other_tokens_of_the_same_rows_are_refused(run: Path) -> None:
     """As another version of the tokenizer's library would make them: whole, and not those of the run."""
-    from qlora_hal.data.token_rows import TokenRows
-    from qlora_hal.data.tokens import TokenWriter, open_store
+    from qlora_hal.data.tokens.store import TokenWriter, open_store
+    from qlora_hal.data.tokens.token_rows import TokenRows
 
     for path in (run / "tokens").glob("*.safetensors"):
         store, metadata = open_store(path)

@@ -15,18 +15,19 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from small_runs import SMALL, merged, small_run
 
-from qlora_hal import discovery, resume, train
+from qlora_hal import resume, train
 from qlora_hal.adapter.as_written import provenance_in
-from qlora_hal.adapter.converting import convert_adapter
-from qlora_hal.backend import Quantization
-from qlora_hal.capabilities import WeightFormat
 from qlora_hal.cli.__main__ import main
+from qlora_hal.contract.backend import Quantization
+from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal.contract.checked_trainer import GuardedTrainer
 from qlora_hal.demo import model_path
+from qlora_hal.detect import discovery
 from qlora_hal.errors import AdapterError, StoppedError
-from qlora_hal.generation import open_generation
-from qlora_hal.guard import GuardedTrainer
+from qlora_hal.export.converting import convert_adapter
+from qlora_hal.files.sealed_json import sealed
 from qlora_hal.hooks import hookimpl
-from qlora_hal.sealed_json import sealed
+from qlora_hal.inference.generate import open_generation
 
 pytestmark = pytest.mark.usefixtures("usual_signals")
 
@@ -128,6 +129,7 @@ def test_adapter_that_records_no_storage_is_opened_in_four_bits_with_a_note(
     assert "does not record how its base was stored" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.long
 def test_run_that_moved_goes_on_and_is_opened_where_it_went(tmp_path: Path, opened: Opened) -> None:
     """FP4 on cpu_torch, with an option of its own, becomes int4_affine on mlx_lora, and is stopped once more there."""
     asked = {"quantization.weight_format": "fp4", "backend.options": {"attention": "eager"}, "training.max_steps": 5}

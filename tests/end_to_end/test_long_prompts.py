@@ -10,7 +10,7 @@ import pytest
 from qlora_hal.data import ChatTokenizer
 from qlora_hal.demo import model_path
 from qlora_hal.errors import ConfigError
-from qlora_hal.generation import GenerationPair, prompt_tokens
+from qlora_hal.inference.generate import GenerationPair, prompt_tokens
 
 
 class Lengths:

@@ -13,9 +13,9 @@ from installed_plugins import install
 from small_runs import SMALL, merged, small_run
 
 from qlora_hal import resume
+from qlora_hal.contract.values import LossSum
 from qlora_hal.demo import data_path
 from qlora_hal.errors import BackendError
-from qlora_hal.values import LossSum
 from qlora_hal_backends.torch_family.trainer import TorchLoRATrainer
 
 JUDGED: dict[str, Any] = {
@@ -103,6 +103,7 @@ def open_trainer():
 """
 
 
+@pytest.mark.long
 @pytest.mark.fault("E10")
 def test_what_a_trainer_prints_is_no_part_of_the_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, {"chatty": ("chatty", CHATTY)})

@@ -13,10 +13,10 @@ from small_runs import SMALL, merged
 
 from qlora_hal import TrainResult, train
 from qlora_hal.checkpoint.faults import InjectedFault, forget_passes
+from qlora_hal.contract.checked_trainer import GuardedTrainer
 from qlora_hal.errors import BackendError, StoppedError
-from qlora_hal.guard import GuardedTrainer
 from qlora_hal.hooks import hookimpl
-from qlora_hal.observing import RunView
+from qlora_hal.run.result import RunView
 
 pytestmark = pytest.mark.usefixtures("usual_signals")
 

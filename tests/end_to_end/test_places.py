@@ -84,7 +84,7 @@ def test_moved_places_are_named_with_their_flags_and_remembered_when_given(stopp
 
 def answered(run: Path) -> str:
     """What generating from the run says: its model is found by what run.json remembers."""
-    from qlora_hal.generation import open_generation
+    from qlora_hal.inference.generate import open_generation
 
     pair = open_generation(run_dir=run)
     try:
@@ -133,8 +133,8 @@ def test_rows_with_line_separators_are_resumed(tmp_path: Path) -> None:
 
 
 def test_settings_without_a_meaning_are_noted(tmp_path: Path) -> None:
-    from qlora_hal.config import RunConfig
-    from qlora_hal.running import idle_settings
+    from qlora_hal.config.schema import RunConfig
+    from qlora_hal.run.start import idle_settings
 
     tree = merged(SMALL, {"data.split": "test", "model.revision": "main", "output_dir": str(tmp_path / "run")})
     notes = " ".join(idle_settings(RunConfig.model_validate(tree), has_rows=False))

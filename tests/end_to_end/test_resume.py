@@ -42,7 +42,7 @@ def killed_run(folder: Path, faults: str, extra: dict[str, object]) -> int:
 
 
 @pytest.mark.fault("S01", "S05", "N22")
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adamw_8bit", marks=pytest.mark.long)])
 def test_run_killed_during_a_save_goes_on_to_the_same_bits(optimizer: str, tmp_path: Path) -> None:
     extra = {"training.optim": optimizer}
     whole = train(merged(SMALL, {**SETTINGS, **extra, "output_dir": str(tmp_path / "whole")}))

@@ -19,8 +19,8 @@ from qlora_hal.checkpoint import checkpoints, load_checkpoint
 from qlora_hal.checkpoint.faults import InjectedFault, forget_passes
 from qlora_hal.demo import data_path
 from qlora_hal.errors import CheckpointError, StoppedError
+from qlora_hal.files.sealed_json import sealed
 from qlora_hal.hooks import hookimpl
-from qlora_hal.sealed_json import sealed
 
 pytestmark = pytest.mark.usefixtures("usual_signals")
 
@@ -89,6 +89,7 @@ def test_failure_keeps_all_that_was_known(settings: dict[str, Any], monkeypatch:
     assert "failed: InjectedFault" in (Path(settings["output_dir"]) / "report.html").read_text()
 
 
+@pytest.mark.long
 def test_killed_run_keeps_the_loss_before_training(settings: dict[str, Any]) -> None:
     killed(settings, "ckpt.before_first_write:kill@2")
     found = record(settings["output_dir"])
@@ -100,6 +101,7 @@ def test_killed_run_keeps_the_loss_before_training(settings: dict[str, Any]) -> 
     assert evaluations(settings["output_dir"]) == ["before", "after"]
 
 
+@pytest.mark.long
 def test_loss_before_training_is_found_in_the_log_where_the_record_lost_it(settings: dict[str, Any]) -> None:
     with pytest.raises(StoppedError):
         train(settings, observers=[StopAfter(1)])
@@ -170,6 +172,7 @@ def test_finished_run_has_nothing_left_to_do_and_its_record_stays(
         assert getattr(again, name) == getattr(done, name)
 
 
+@pytest.mark.long
 def test_run_killed_between_its_last_evaluation_and_its_end_has_one_evaluation_after(settings: dict[str, Any]) -> None:
     """What a kill there leaves: the adapter is missing, the log has the last evaluation, the status is running."""
     done = train(settings)
@@ -207,6 +210,7 @@ def test_early_stopping_ends_a_run_for_good(settings: dict[str, Any], capsys: py
     assert f"the run ended by early stopping after step {done.steps}" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.long
 def test_early_stopping_outlives_a_kill(settings: dict[str, Any]) -> None:
     """The process dies as soon as the state of the stop is saved: the resume judges and writes, and trains no more."""
     killed(hopeless(settings), "ckpt.after_rename:kill@1")
@@ -234,6 +238,7 @@ def test_best_adapter_on_the_way_is_the_one_that_stays(settings: dict[str, Any])
     assert json.loads((result.adapter_dir / "qlora_hal.json").read_text())["step"] == best
 
 
+@pytest.mark.long
 def test_best_adapter_that_was_replaced_is_not_taken_for_another_step(settings: dict[str, Any]) -> None:
     """As where a lost part of the run had found a better one, and went otherwise when it was done anew."""
     killed(merged(hopeless(settings), {"training.load_best_adapter_at_end": True}), "ckpt.after_rename:kill@1")

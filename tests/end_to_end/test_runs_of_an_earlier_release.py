@@ -21,7 +21,7 @@ from stopped_runs import (
 from qlora_hal import TrainResult, resume
 from qlora_hal.checkpoint.reading import kept_record
 from qlora_hal.errors import CheckpointError
-from qlora_hal.generation import open_generation
+from qlora_hal.inference.generate import open_generation
 
 
 @pytest.fixture(scope="module")

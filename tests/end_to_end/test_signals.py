@@ -65,6 +65,7 @@ def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored(tmp_path:
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
 
 
+@pytest.mark.long
 @pytest.mark.fault("S22")
 def test_a_closed_terminal_stops_the_run_with_its_state_saved(tmp_path: Path) -> None:
     with training(tmp_path, **{"training.max_steps": 200}) as (child, said):
@@ -89,7 +90,9 @@ def test_a_scheduler_that_warns_gets_a_save_and_the_run_goes_on(tmp_path: Path) 
 
 
 @pytest.mark.fault("S21")
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.long)]
+)
 def test_the_second_signal_ends_at_once_with_its_own_status_and_names_what_is_safe(
     number: signal.Signals, status: int, tmp_path: Path
 ) -> None:
@@ -107,6 +110,7 @@ def test_the_second_signal_ends_at_once_with_its_own_status_and_names_what_is_sa
     assert "Traceback" not in "".join(said)
 
 
+@pytest.mark.long
 def test_an_early_end_is_told_as_json_too(tmp_path: Path) -> None:
     changes = {"training.gradient_accumulation_steps": 20, "training.per_device_train_batch_size": 8}
     with training(tmp_path, "--json", **changes) as (child, _):
@@ -120,12 +124,14 @@ def test_an_early_end_is_told_as_json_too(tmp_path: Path) -> None:
     assert told["step"] >= 1
 
 
+@pytest.mark.long
 def test_a_supervised_run_tells_the_same_through_its_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora_hal import discovery, train
-    from qlora_hal.discovery import find, listed, load_spec
+    from qlora_hal import train
+    from qlora_hal.detect import discovery
+    from qlora_hal.detect.discovery import find, listed, load_spec
+    from qlora_hal.processes.signals import EndedAtOnce
     from qlora_hal.report.console import RunConsole
-    from qlora_hal.stopping import EndedAtOnce
-    from qlora_hal.supervising import SUPERVISED_VARIABLE
+    from qlora_hal.run.supervisor import SUPERVISED_VARIABLE
 
     entry = find("cpu_torch", listed())
     supervised = replace(entry, spec=replace(load_spec(entry), supervised=True))

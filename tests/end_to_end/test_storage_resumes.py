@@ -11,16 +11,16 @@ import pytest
 from small_runs import SMALL, merged
 
 from qlora_hal import resume, train
-from qlora_hal.backend import BackendSpec, Quantization
-from qlora_hal.capabilities import WeightFormat
-from qlora_hal.config import RunConfig
+from qlora_hal.config.schema import RunConfig
+from qlora_hal.contract.backend import BackendSpec, Quantization
+from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.demo import model_path
-from qlora_hal.discovery import listed, load_spec
+from qlora_hal.detect.discovery import listed, load_spec
+from qlora_hal.detect.requirements import DOUBLE_QUANT_FORMATS, quantization_of
 from qlora_hal.errors import StoppedError
-from qlora_hal.hand_over import carried_config
 from qlora_hal.hooks import hookimpl
 from qlora_hal.model.source import resolve_model
-from qlora_hal.needs import DOUBLE_QUANT_FORMATS, quantization_of
+from qlora_hal.run.transfer import carried_config
 from qlora_hal_backends.cpu_torch import SPEC
 
 pytestmark = pytest.mark.usefixtures("usual_signals")
@@ -39,6 +39,10 @@ def storages(spec: BackendSpec) -> list[Quantization]:
             (True, False) if weight_format in DOUBLE_QUANT_FORMATS else (False,),
         )
     ]
+
+
+QUICK = ("none-None-single", "nf4-64-double", "fp4-512-single")
+"""What `make test` resumes; `make test-long` has all."""
 
 
 def named(storage: Quantization) -> str:
@@ -67,7 +71,13 @@ def test_storage_of_a_checkpoint_is_carried_exactly_by_every_backend(spec: Backe
         assert quantization_of(config, facts, spec.capabilities) == storage
 
 
-@pytest.mark.parametrize("storage", storages(SPEC), ids=named)
+@pytest.mark.parametrize(
+    "storage",
+    [
+        pytest.param(storage, id=named(storage), marks=() if named(storage) in QUICK else pytest.mark.long)
+        for storage in storages(SPEC)
+    ],
+)
 def test_stopped_run_goes_on_with_the_storage_it_began_with(storage: Quantization, tmp_path: Path) -> None:
     quantization: dict[str, object] = {
         "weight_format": "8bit" if storage.weight_format is WeightFormat.INT8 else storage.weight_format.value,

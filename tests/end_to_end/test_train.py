@@ -12,7 +12,7 @@ import torch
 from trainers import random_batch
 
 from qlora_hal import TrainResult, train
-from qlora_hal.capabilities import OPTIMIZER_FEATURE
+from qlora_hal.contract.capabilities import OPTIMIZER_FEATURE
 from qlora_hal.demo import model_path
 from qlora_hal.errors import ConfigError, ModelError, UnsupportedFeatureError
 
@@ -52,7 +52,7 @@ def test_adapter_opens_in_plain_peft_with_equal_logits(demo_run: TrainResult) ->
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from qlora_hal.generation import open_generation
+    from qlora_hal.inference.generate import open_generation
 
     pair = open_generation(run_dir=demo_run.run_dir)
     inner = pair.trainer._trainer
@@ -141,7 +141,7 @@ def test_checkpointing_and_paging_change_memory_and_not_numbers(trained: Trained
 
 
 def test_every_optimizer_of_the_schema_is_offered_or_refused() -> None:
-    from qlora_hal.config import TrainingConfig
+    from qlora_hal.config.schema import TrainingConfig
 
     allowed = TrainingConfig.model_json_schema()["properties"]["optim"]["enum"]
     assert set(allowed) == set(OPTIMIZER_FEATURE)
@@ -162,7 +162,7 @@ def test_compute_dtype_that_the_device_lacks_is_refused(trained: Trained) -> Non
 @pytest.mark.fault("N10")
 def test_dtype_that_computing_disproves_is_refused_and_auto_takes_the_next() -> None:
     """What a T4 answers: no bfloat16. The words name the fix."""
-    from qlora_hal.execution import chosen_dtype
+    from qlora_hal.run.session import chosen_dtype
 
     assert chosen_dtype("auto", ("float16", "float32"), "cuda_bnb") == "float16"
     with pytest.raises(ConfigError) as refusal:

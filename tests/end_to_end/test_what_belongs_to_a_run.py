@@ -23,7 +23,7 @@ from stopped_runs import (
 from qlora_hal import TrainResult, resume
 from qlora_hal.demo import model_path
 from qlora_hal.errors import AdapterError, CheckpointError, UnsafeInputError
-from qlora_hal.run_directory import config_hash
+from qlora_hal.run.identity import config_hash
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_the_adapter_of_another_run_inside_a_checkpoint_is_found_out(
 def test_the_adapter_of_another_run_is_not_opened_as_this_runs_and_is_written_again(
     whole: TrainResult, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from qlora_hal.generation import open_generation
+    from qlora_hal.inference.generate import open_generation
 
     run = copied(whole.run_dir, tmp_path / "run")
     shutil.rmtree(run / "adapter")
@@ -185,7 +185,7 @@ def test_the_log_of_another_run_is_set_aside_and_its_curve_is_not_shown(
 
 @pytest.mark.fault("X06")
 def test_an_adapter_behind_a_link_in_the_runs_folder_is_not_opened(whole: TrainResult, tmp_path: Path) -> None:
-    from qlora_hal.generation import open_generation
+    from qlora_hal.inference.generate import open_generation
 
     run = copied(whole.run_dir, tmp_path / "run")
     (run / "adapter").rename(tmp_path / "elsewhere")

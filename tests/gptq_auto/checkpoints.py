@@ -8,10 +8,10 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from qlora_hal.adapter.initial import initial_adapter
-from qlora_hal.backend import Compute, Quantization, QuantizedLoRATrainer
-from qlora_hal.capabilities import WeightFormat
+from qlora_hal.contract.backend import Compute, Quantization, QuantizedLoRATrainer
+from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal.contract.values import AdapterConfig, Batch, Float32, StepSettings
 from qlora_hal.model.source import resolve_model
-from qlora_hal.values import AdapterConfig, Batch, Float32, StepSettings
 
 DATA = Path(__file__).parent / "data"
 KINDS = ("in_order", "act_order")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from qlora_hal.errors import BackendUnavailableError, ModelError, UnsupportedFeatureError
-from qlora_hal.installation import requirement
+from qlora_hal.errors.installation import requirement
 from qlora_hal_backends.gptq_int4.auto_gptq_engine import load_weight
 from qlora_hal_backends.gptq_int4.auto_gptq_solver import quantize
 from qlora_hal_backends.gptq_int4.engines import (
@@ -78,7 +78,7 @@ def test_trap_catches_an_import(trap: Path) -> None:
 
 def test_doctor_says_who_needs_auto_gptq_and_how_it_is_installed() -> None:
     from qlora_hal.cli.doctor import as_text
-    from qlora_hal.hardware import inventory
+    from qlora_hal.detect.hardware import inventory
     from qlora_hal_backends.gptq_int4 import probe
 
     text = as_text(inventory(), [probe()], [])

@@ -16,8 +16,8 @@ from gptq_auto.checkpoints import DATA, KINDS, largest_gap_to_the_library, losse
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from qlora_hal.backend import CalibrationJob, Quantization
-from qlora_hal.capabilities import WeightFormat
+from qlora_hal.contract.backend import CalibrationJob, Quantization
+from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.errors import ModelError
 from qlora_hal_backends.gptq_int4.auto_gptq_engine import load_weight
 from qlora_hal_backends.gptq_int4.auto_gptq_solver import quantize

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from qlora_hal.adapter.initial import initial_adapter
-from qlora_hal.backend import Compute, Quantization, QuantizedLoRATrainer
-from qlora_hal.capabilities import WeightFormat
+from qlora_hal.contract.backend import Compute, Quantization, QuantizedLoRATrainer
+from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal.contract.values import Adapter, AdapterConfig
 from qlora_hal.model.source import ModelSource, resolve_model
-from qlora_hal.values import Adapter, AdapterConfig
 from qlora_hal_conformance.oracle import (
     GptqGrid,
     GptqWeight,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from gptq_int4.gptq_checkpoints import Kind, write_checkpoint
 
-from qlora_hal.backend import CalibrationJob
+from qlora_hal.contract.backend import CalibrationJob
 from qlora_hal.errors import BackendError
 
 GROUP = 32

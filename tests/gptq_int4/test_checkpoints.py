@@ -19,13 +19,13 @@ from gptq_int4.gptq_checkpoints import (
     write_checkpoint,
 )
 
-from qlora_hal.backend import Availability, Compute, ProbeReport, Quantization
-from qlora_hal.capabilities import WeightFormat
-from qlora_hal.config import RunConfig
-from qlora_hal.discovery import listed
+from qlora_hal.config.schema import RunConfig
+from qlora_hal.contract.backend import Availability, Compute, ProbeReport, Quantization
+from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal.detect.discovery import listed
+from qlora_hal.detect.requirements import needs_of, quantization_of
+from qlora_hal.detect.selection import choose
 from qlora_hal.errors import ConfigError, ModelError, QloraHalError, UnsafeInputError, UnsupportedFeatureError
-from qlora_hal.needs import needs_of, quantization_of
-from qlora_hal.selection import choose
 from qlora_hal_backends.gptq_int4 import SPEC
 from qlora_hal_backends.gptq_int4.loading import checked_settings
 from qlora_hal_conformance.tiny_models import linear_shapes

@@ -124,6 +124,7 @@ def test_nothing_of_the_process_is_changed(checkpoint: Path) -> None:
     assert len(child.stdout.splitlines()) == 1
 
 
+@pytest.mark.long
 def test_cpu_torch_computes_the_same_bits_after_this_backend(checkpoint: Path) -> None:
     alone, after = (ran(BITS, str(checkpoint), when).stdout for when in ("alone", "after"))
     assert json.loads(alone) == json.loads(after)

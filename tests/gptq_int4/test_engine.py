@@ -9,7 +9,7 @@ from gptq_int4.gptq_checkpoints import KINDS, V1, V2, Kind, packed
 from torch import nn
 
 from qlora_hal.errors import ModelError, UnsupportedFeatureError
-from qlora_hal.installation import requirement
+from qlora_hal.errors.installation import requirement
 from qlora_hal_backends.gptq_int4.engines import (
     ENGINES,
     GPTQMODEL,

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from gptq_int4.gptq_checkpoints import Kind, write_checkpoint
 
-from qlora_hal.config import RunConfig
+from qlora_hal.config.schema import RunConfig
 from qlora_hal.errors import CheckpointError
-from qlora_hal.running import _refuse_to_store_anew
+from qlora_hal.run.start import _refuse_to_store_anew
 
 CHANGES = ("weight format was int4_gptq in blocks of 64, becomes int4_affine",)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_hal.backend import Availability, ProbeReport
-from qlora_hal.hardware import inventory
+from qlora_hal.contract.backend import Availability, ProbeReport
+from qlora_hal.detect.hardware import inventory
 from qlora_hal_backends.gptq_int4.engines import ENGINES, GPTQMODEL
 from qlora_hal_backends.gptq_int4.platforms import CPU, CUDA, ROCM
 from qlora_hal_backends.probing_gptq import probe_gptq

@@ -19,15 +19,15 @@ from gptq_int4.stand_in import GROUP, StandIn
 from small_runs import merged
 
 from qlora_hal import RunConfig, resume, train
-from qlora_hal.backend import BackendSpec, CalibrationJob, Quantization
-from qlora_hal.capabilities import WeightFormat
 from qlora_hal.cli.__main__ import main
+from qlora_hal.contract.backend import BackendSpec, CalibrationJob, Quantization
+from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.demo import data_path, model_path
 from qlora_hal.errors import BackendError, ConfigError, DataError, ModelError, QloraHalError
-from qlora_hal.generation import open_generation
+from qlora_hal.inference.generate import open_generation
 from qlora_hal.model.source import ModelSource
-from qlora_hal.quantized_folder import MANIFEST_FILE
-from qlora_hal.quantizing import Recipe, cached, checked_calibration, quantize_into
+from qlora_hal.quantize.calibration import Recipe, cached, checked_calibration, quantize_into
+from qlora_hal.quantize.folder import MANIFEST_FILE
 from qlora_hal_backends.gptq_int4 import SPEC
 from qlora_hal_backends.gptq_int4.quantizing import check_group_size
 from qlora_hal_conformance.oracle import min_max_grid, round_to_grid

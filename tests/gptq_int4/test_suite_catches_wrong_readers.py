@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 TESTS = Path(__file__).resolve().parents[1]
 CASE = "20_quantization/gptq_checkpoint_is_read_in_its_own_convention"
 

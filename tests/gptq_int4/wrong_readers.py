@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import torch
 
-from qlora_hal.backend import Compute, Quantization
+from qlora_hal.contract.backend import Compute, Quantization
 from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.gptq_int4 import SPEC, loading
 from qlora_hal_backends.gptq_int4.engines import GptqSettings, PackedLinear

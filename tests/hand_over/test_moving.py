@@ -16,9 +16,9 @@ import pytest
 from small_runs import SMALL, merged
 
 from qlora_hal import TrainResult, resume, train
-from qlora_hal.backend import BackendSpec
-from qlora_hal.capabilities import Feature, WeightFormat
 from qlora_hal.checkpoint import latest_valid_checkpoint, load_checkpoint
+from qlora_hal.contract.backend import BackendSpec
+from qlora_hal.contract.capabilities import Feature, WeightFormat
 from qlora_hal.errors import CheckpointError
 from qlora_hal.hooks import hookimpl
 from qlora_hal_backends.cpu_torch import SPEC
@@ -131,6 +131,7 @@ def test_eight_bit_moments_go_on_in_full_precision_only_when_asked(tmp_path: Pat
     assert resume(run, backend="second", transfer=True, observers=elsewhere).steps == 6
 
 
+@pytest.mark.long
 def test_paging_is_no_part_of_the_arithmetic(tmp_path: Path) -> None:
     run = killed(tmp_path / "run", {"training.optim": "paged_adamw"})
     assert resume(run, backend="second", observers=[Offering(WITHOUT_8BIT_OPTIMIZERS)]).steps == 6
@@ -154,7 +155,7 @@ def test_other_data_under_the_new_place_are_refused(half: Path, tmp_path: Path) 
 @pytest.mark.fault("C66")
 def test_model_too_far_from_the_saved_one_is_refused_before_the_first_step(half: Path) -> None:
     """Answers of another model: every log-probability belongs to the wrong token."""
-    from qlora_hal import hand_over
+    from qlora_hal.run import transfer
 
     path, _ = latest_valid_checkpoint(half)
     state = load_checkpoint(path)
@@ -165,15 +166,15 @@ def test_model_too_far_from_the_saved_one_is_refused_before_the_first_step(half:
         def logits(self, batch: object) -> np.ndarray:  # type: ignore[type-arg]
             return np.random.default_rng(0).normal(size=(1, batch.input_ids.shape[1], 4096)).astype(np.float32)  # type: ignore[attr-defined]
 
-    gap = hand_over.measured_gap(SaysWhatWasSaved(), {**answers, "likeliest": shifted})
+    gap = transfer.measured_gap(SaysWhatWasSaved(), {**answers, "likeliest": shifted})
     with pytest.raises(CheckpointError, match="nats per token") as caught:
-        hand_over.check_near(gap)
+        transfer.check_near(gap)
     assert (caught.value.code, caught.value.exit_status) == ("QH-C66", 9)
 
 
 def test_divergence_of_a_known_pair_is_the_one_by_formula() -> None:
     """Two places, four tokens: KL by hand in float64, all tokens being named."""
-    from qlora_hal import hand_over
+    from qlora_hal.run import transfer
 
     generator = np.random.default_rng(3)
     before, now = generator.normal(size=(2, 1, 5, 4)).astype(np.float32)
@@ -185,8 +186,8 @@ def test_divergence_of_a_known_pair_is_the_one_by_formula() -> None:
         def logits(self, batch: object) -> np.ndarray:  # type: ignore[type-arg]
             return self._logits
 
-    question = hand_over.batch_of_tokens(np.arange(5, dtype=np.int32))
-    gap = hand_over.measured_gap(Fixed(now), hand_over.saved_answers(Fixed(before), [question]))
+    question = transfer.batch_of_tokens(np.arange(5, dtype=np.int32))
+    gap = transfer.measured_gap(Fixed(now), transfer.saved_answers(Fixed(before), [question]))
     p, q = (np.exp(x.astype(np.float64)) / np.exp(x.astype(np.float64)).sum(-1, keepdims=True) for x in (before, now))
     expected = float((p * np.log(p / q)).sum(-1).mean())
     assert gap is not None
@@ -195,6 +196,7 @@ def test_divergence_of_a_known_pair_is_the_one_by_formula() -> None:
     assert gap.top1 == float((before[0].argmax(-1) == now[0].argmax(-1)).mean())
 
 
+@pytest.mark.long
 def test_options_of_the_backend_left_behind_are_said_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     half = killed(tmp_path / "run", {"backend.options": {"attention": "eager"}})
     resume(half, backend="second", observers=[Offering(second())])

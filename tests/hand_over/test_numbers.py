@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from qlora_hal.backend import Compute, Quantization, QuantizedLoRATrainer
-from qlora_hal.capabilities import WeightFormat
-from qlora_hal.discovery import find, listed, load_spec, open_trainer
-from qlora_hal.values import Adapter, Batch, OptimizerSnapshot, StepSettings
+from qlora_hal.contract.backend import Compute, Quantization, QuantizedLoRATrainer
+from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal.contract.values import Adapter, Batch, OptimizerSnapshot, StepSettings
+from qlora_hal.detect.discovery import find, listed, load_spec, open_trainer
 from qlora_hal_conformance.drawing import draw_adapter, draw_window, stream, total_tokens, with_zero
 from qlora_hal_conformance.opening import Models, oracle_step
 from qlora_hal_conformance.oracle import UNIT_ROUNDOFF, LoraScale, OracleTrainer, loss_curve_envelope

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_hal.hardware_facts import NvmlDevice, NvmlFacts, PlatformFacts
+from qlora_hal.detect.machine_facts import NvmlDevice, NvmlFacts, PlatformFacts
 
 MACHINES = Path(__file__).parent / "machines"
 NAMES = tuple(sorted(path.stem for path in MACHINES.glob("*.json")))

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from qlora_hal.hardware import Gpu, Machine, inventory
-from qlora_hal.hardware_amd import gfx_name
-from qlora_hal.hardware_facts import LiveFacts, NvmlFacts
+from qlora_hal.detect.amd_gpus import gfx_name
+from qlora_hal.detect.gpu import Gpu
+from qlora_hal.detect.hardware import Machine, inventory
+from qlora_hal.detect.machine_facts import LiveFacts, NvmlFacts
 from tests.hardware.replay import NAMES, ReplayedFacts, load
 
 GIB, MIB = 2**30, 2**20

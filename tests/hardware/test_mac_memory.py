@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from small_runs import small_run
 
-from qlora_hal import execution
 from qlora_hal.cli.findings import Verdict, memory_finding
-from qlora_hal.hardware import inventory
-from qlora_hal.hardware_facts import LiveFacts
-from qlora_hal.mac_memory import pressure, pressure_note
+from qlora_hal.detect.hardware import inventory
+from qlora_hal.detect.mac_memory import pressure, pressure_note
+from qlora_hal.detect.machine_facts import LiveFacts
+from qlora_hal.run import session
 from tests.hardware.replay import ReplayedFacts, load
 
 MAC = load("apple_m3_macos15")
@@ -72,6 +72,6 @@ def test_the_lines_of_sysctl_are_read(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_run_says_it_before_the_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(execution, "pressure_note", lambda: pressure_note(mac("4")))
+    monkeypatch.setattr(session, "pressure_note", lambda: pressure_note(mac("4")))
     small_run(tmp_path / "run", {"training.max_steps": 1})
     assert "memory pressure (critical)" in capsys.readouterr().err

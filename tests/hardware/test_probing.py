@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from qlora_hal.backend import Availability, ProbeReport
-from qlora_hal.hardware import inventory
-from qlora_hal.installation import requirement
+from qlora_hal.contract.backend import Availability, ProbeReport
+from qlora_hal.detect.hardware import inventory
+from qlora_hal.errors.installation import requirement
 from qlora_hal_backends.probing import probe_here, probe_mlx, probe_torch
 from qlora_hal_backends.probing_limits import Device, bf16_supported, likely_dtype
 from qlora_hal_backends.probing_mlx import MLX_FAMILY

@@ -15,9 +15,9 @@ from trainers import moved_adapter, source_of
 
 from qlora_hal import MergeResult, merge
 from qlora_hal.adapter import write_adapter
+from qlora_hal.contract.values import Adapter, AdapterConfig
 from qlora_hal.demo import data_path, model_path
 from qlora_hal.model.facts import read_facts
-from qlora_hal.values import Adapter, AdapterConfig
 
 FOUR_BIT = ("nf4", "fp4")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")

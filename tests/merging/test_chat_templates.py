@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from trainers import source_of
 
-from qlora_hal.data.tokenizer_files import chat_templates
+from qlora_hal.data.tokens.tokenizer_files import chat_templates
 from qlora_hal.demo import model_path
 from qlora_hal.errors import DataError
-from qlora_hal.merging.folder import chat_template_of, write_configuration
+from qlora_hal.export.folder import chat_template_of, write_configuration
 
 
 @pytest.fixture

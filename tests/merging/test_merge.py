@@ -16,11 +16,11 @@ from trainers import open_cpu_trainer, random_batch, source_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key
-from qlora_hal.backend import Compute, Quantization
-from qlora_hal.capabilities import WeightFormat
+from qlora_hal.contract.backend import Compute, Quantization
+from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.errors import NumericsError
-from qlora_hal.merging import MergeRequest, carry_out, weights
-from qlora_hal.merging.rounding import UNIT_ROUNDOFF
+from qlora_hal.export import MergeRequest, carry_out, weights
+from qlora_hal.export.rounding import UNIT_ROUNDOFF
 from qlora_hal.report.console import RunConsole
 
 FORMATS = [("none", False), ("nf4", True), ("nf4", False), ("fp4", True), ("int8", False)]
@@ -61,6 +61,7 @@ def test_merged_folder_opened_by_transformers_gives_the_adapters_logits(
     assert result.base == ("original" if weight_format == "none" else "dequantized")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("weight_format", "double_quant"), FORMATS[1:])
 def test_base_that_was_trained_on_is_found_by_measuring_both(
     trained: MakeTrained, tmp_path: Path, weight_format: str, double_quant: bool
@@ -161,12 +162,14 @@ def test_folder_has_all_that_transformers_and_mlx_lm_open(trained: MakeTrained, 
     assert "merge.json" in (tmp_path / "merged/README.md").read_text()
 
 
+@pytest.mark.long
 def test_one_call_twice_gives_the_same_bytes(trained: MakeTrained, tmp_path: Path) -> None:
     one = trained("nf4")
     first, second = (one.merge(tmp_path / name).record["files"] for name in ("first", "second"))
     assert first == second
 
 
+@pytest.mark.long
 @pytest.mark.fault("C21")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_scale_that_was_dropped_is_caught_and_leaves_nothing(
@@ -224,6 +227,7 @@ def test_adapter_smaller_than_the_rounding_is_not_merged_into_bfloat16(trained: 
     assert one.merge(tmp_path / "merged", base="dequantized", dtype="float32").kl < 1e-8
 
 
+@pytest.mark.long
 def test_a_base_quantized_in_bfloat16_is_compared_in_float32_where_the_files_are_bfloat16(
     trained: MakeTrained, tmp_path: Path
 ) -> None:

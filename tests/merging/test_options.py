@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from qlora_hal import discovery
-from qlora_hal.guard import GuardedTrainer
+from qlora_hal.contract.checked_trainer import GuardedTrainer
+from qlora_hal.detect import discovery
 
 MakeTrained = Callable[..., Any]
 ASKED = {"attention": "eager"}
@@ -43,6 +43,7 @@ def test_every_model_is_opened_as_the_run_trained(
     assert opened == [("cpu_torch", ASKED, ASKED)] * 4
 
 
+@pytest.mark.long
 def test_a_backend_that_did_not_train_gets_none_of_them(
     trained: MakeTrained, tmp_path: Path, opened: list[tuple[str, Mapping[str, object], Mapping[str, object]]]
 ) -> None:

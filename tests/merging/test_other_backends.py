@@ -13,8 +13,8 @@ from trainers import moved_adapter, source_of
 
 from qlora_hal import merge
 from qlora_hal.adapter import write_adapter
-from qlora_hal.merging.packed_modules import _codes
-from qlora_hal.values import AdapterConfig
+from qlora_hal.contract.values import AdapterConfig
+from qlora_hal.formats.packed_modules import _codes
 
 MakeTrained = Callable[..., Any]
 
@@ -85,6 +85,7 @@ def test_codes_of_every_width_are_mlxs(bits: int) -> None:
     assert np.abs(ours.reshape(4, 128) - expected).max() <= 2.0**-22 * np.abs(expected).max()
 
 
+@pytest.mark.long
 def test_gptq_model_made_from_a_merge_is_a_base_that_merges_again(trained: MakeTrained, tmp_path: Path) -> None:
     first = trained("nf4").merge(tmp_path / "first", base="dequantized", requantize="int4_gptq")
     assert first.record["requantized"]["kl_mean"] > first.kl  # type: ignore[index]

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qlora_hal import durable_files, merge
+from qlora_hal import merge
 from qlora_hal.adapter import write_adapter
+from qlora_hal.contract.values import Adapter
 from qlora_hal.errors import AdapterError, ConfigError, NumericsError, StorageError
-from qlora_hal.merging.placing import staging
-from qlora_hal.sealed_json import sealed
-from qlora_hal.values import Adapter
+from qlora_hal.export.placing import staging
+from qlora_hal.files import durable
+from qlora_hal.files.sealed_json import sealed
 
 MakeTrained = Callable[..., Any]
 
@@ -70,9 +71,9 @@ def test_too_small_a_disk_is_found_before_the_model_loads(
     trained: MakeTrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = trained("nf4")
-    from qlora_hal.merging import carrying
+    from qlora_hal.export import carrying
 
-    monkeypatch.setattr(durable_files, "free_bytes", lambda place: 1_000_000)
+    monkeypatch.setattr(durable, "free_bytes", lambda place: 1_000_000)
     monkeypatch.setattr(carrying, "Merge", None)  # nothing is loaded: not even the work begins
     with pytest.raises(StorageError, match="The merge needs") as caught:
         one.merge(tmp_path / "merged")
@@ -197,9 +198,9 @@ def test_adapted_layers_that_are_stored_under_other_names_are_not_left_out(tmp_p
     from drawn_models import write_drawn_model
     from trainers import moved_adapter, source_of
 
-    from qlora_hal.merging.weights import BaseFiles, MergedModel
+    from qlora_hal.contract.values import AdapterConfig
+    from qlora_hal.export.weights import BaseFiles, MergedModel
     from qlora_hal.model.weight_files import read_headers
-    from qlora_hal.values import AdapterConfig
     from qlora_hal_backends.torch_family.outline import outline
 
     write_drawn_model(tmp_path, "gemma3")

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from qlora_hal import merge
 from qlora_hal.adapter import write_adapter
+from qlora_hal.contract.values import AdapterConfig
 from qlora_hal.errors import ConfigError
-from qlora_hal.merging import nf4_codes
-from qlora_hal.values import AdapterConfig
+from qlora_hal.formats import nf4
 
 MakeTrained = Callable[..., Any]
 
@@ -28,7 +28,7 @@ MakeTrained = Callable[..., Any]
 def test_codes_and_scales_are_bitsandbytes(shape: tuple[int, int]) -> None:
     weight = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     weight[0, :7] = 0.0
-    found = nf4_codes.packed("layer", weight, "float32")
+    found = nf4.packed("layer", weight, "float32")
     expected, state = codec.quantize_4bit(torch.from_numpy(weight), blocksize=64, quant_type="nf4")
     assert np.array_equal(found["layer.weight.absmax"], state.absmax.numpy())
     assert np.array_equal(found["layer.weight.quant_map"], state.code.numpy())

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_hal.merging.rounding import is_finite, rounded
-from qlora_hal.merging.weights import add_product
+from qlora_hal.export.rounding import is_finite, rounded
+from qlora_hal.export.weights import add_product
 
 EVERY_UPPER_HALF = np.arange(2**16, dtype=np.uint32) << 16
 LOWER_HALVES = (0x0000, 0x0001, 0x7FFF, 0x8000, 0x8001, 0xFFFF)

@@ -11,9 +11,9 @@ from small_runs import small_run
 
 from qlora_hal.data import ChatTokenizer
 from qlora_hal.demo import data_path, model_path
-from qlora_hal.merging.request import MergeRequest
-from qlora_hal.merging.rows import HeldOutRows, held_out_rows
-from qlora_hal.merging.subject import read_subject
+from qlora_hal.export.request import MergeRequest
+from qlora_hal.export.rows import HeldOutRows, held_out_rows
+from qlora_hal.export.subject import read_subject
 from qlora_hal.model.facts import read_facts
 
 MakeTrained = Callable[..., Any]

@@ -19,7 +19,7 @@ from qlora_hal import TrainResult, merge
 from qlora_hal.data import ChatTokenizer
 from qlora_hal.demo import data_path
 from qlora_hal.errors import AdapterError, ConfigError
-from qlora_hal.generation import open_generation
+from qlora_hal.inference.generate import open_generation
 
 QUESTION = [{"role": "user", "content": "What does the command tail do?"}]
 
@@ -77,6 +77,7 @@ def test_figures_are_printed_with_what_was_allowed(run: TrainResult, tmp_path: P
     assert lines["merged model"].strip() == str(tmp_path / "merged")
 
 
+@pytest.mark.long
 @pytest.mark.fault("C21")
 def test_threshold_that_is_exceeded_is_exit_status_6_and_leaves_nothing(run: TrainResult, tmp_path: Path) -> None:
     done = command("merge", run.run_dir, tmp_path / "merged", "--base=dequantized", "--max-kl=1e-9", cwd=tmp_path)
@@ -92,6 +93,7 @@ def test_unknown_dtype_is_a_usage_error(run: TrainResult, tmp_path: Path) -> Non
     assert "float8" in done.stderr
 
 
+@pytest.mark.long
 def test_checkpoint_of_a_run_is_judged_on_the_runs_rows(run: TrainResult, tmp_path: Path) -> None:
     result = merge(run.run_dir / "checkpoints/step-00000004", tmp_path / "merged", base="dequantized", row_limit=4)
     assert result.record["rows"]["kind"] == "validation"  # type: ignore[index]

@@ -9,9 +9,9 @@ import pytest
 from tiny_models import write_model
 from trainers import OpenTrainer, moved_adapter, source_of
 
-from qlora_hal.backend import Compute, Quantization
-from qlora_hal.capabilities import WeightFormat
-from qlora_hal.values import AdapterConfig
+from qlora_hal.contract.backend import Compute, Quantization
+from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal.contract.values import AdapterConfig
 
 
 @pytest.fixture(scope="session")

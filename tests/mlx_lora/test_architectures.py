@@ -11,8 +11,8 @@ from mlx_models import FLOAT32, check_base_logits, transformers_logits
 from tiny_models import FAMILIES, edit_config, write_model
 from trainers import OpenTrainer, random_batch, source_of
 
-from qlora_hal.backend import Compute, Quantization
-from qlora_hal.capabilities import WeightFormat
+from qlora_hal.contract.backend import Compute, Quantization
+from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.errors import ModelError, UnsupportedFeatureError
 from qlora_hal_backends.mlx_lora.trainer import MLXLoRATrainer
 

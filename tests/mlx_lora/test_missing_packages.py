@@ -10,8 +10,8 @@ import pytest
 from tiny_models import write_model
 from trainers import source_of
 
-from qlora_hal.backend import Compute, Quantization
-from qlora_hal.capabilities import WeightFormat
+from qlora_hal.contract.backend import Compute, Quantization
+from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.errors import ModelError
 from qlora_hal_backends.mlx_lora.outline import outline
 from qlora_hal_backends.mlx_lora.trainer import MLXLoRATrainer

@@ -15,7 +15,7 @@ from tiny_models import write_model
 
 from qlora_hal import TrainResult, resume, train
 from qlora_hal.demo import data_path
-from qlora_hal.discovery import open_trainer
+from qlora_hal.detect.discovery import open_trainer
 from qlora_hal.errors import ModelError
 from qlora_hal.report.console import RunConsole
 from qlora_hal_backends.mlx_lora import SPEC, device

@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import edit_config, write_model
 from trainers import OpenTrainer, open_cpu_trainer, random_batch, source_of
 
-from qlora_hal.backend import Compute, Quantization
-from qlora_hal.capabilities import WeightFormat
+from qlora_hal.contract.backend import Compute, Quantization
+from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.errors import ModelError
 from qlora_hal_backends.mlx_lora.outline import outline
 from qlora_hal_backends.mlx_lora.trainer import MLXLoRATrainer

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 TESTS = Path(__file__).resolve().parents[1]
 AFFINE = {"int2_affine", "int3_affine", "int4_affine", "int5_affine", "int6_affine", "int8_affine"}
 MICROSCALING = {"mxfp4", "nvfp4", "mxfp8"}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from trainers import OpenTrainer, random_batch
 
-from qlora_hal.values import StepSettings
+from qlora_hal.contract.values import StepSettings
 
 Opened = Callable[..., OpenTrainer]
 
@@ -29,6 +29,7 @@ def elsewhere(work: Callable[[], Any]) -> Any:
         return thread.submit(work).result()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("compile", ["off", "auto"])
 def test_a_trainer_loaded_in_one_thread_steps_in_others(compile: str, llama: Path, opened: Opened) -> None:
     """The same numbers, bit for bit, as in one thread; the moments travel with the trainer."""

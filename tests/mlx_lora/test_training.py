@@ -12,8 +12,8 @@ import pytest
 from tiny_models import write_model
 from trainers import OpenTrainer, largest_difference, packed, random_batch, source_of
 
-from qlora_hal.backend import Compute, Quantization
-from qlora_hal.capabilities import WeightFormat
+from qlora_hal.contract.backend import Compute, Quantization
+from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.errors import ModelError, UnsupportedFeatureError
 from qlora_hal_backends.mlx_lora.offered import MLX_FORMATS
 from qlora_hal_backends.mlx_lora.trainer import MLXLoRATrainer
@@ -49,6 +49,7 @@ def test_packing_is_refused_where_a_layer_is_no_attention(llama: Path, opened: O
     assert caught.value.code == "QH-B60"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("compile", ["off", "auto"])
 def test_recomputed_layers_give_the_same_gradients_with_the_same_dropout_masks(
     compile: str, llama: Path, opened: Opened

@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from qlora_hal.backend import Quantization
+from qlora_hal.contract.backend import Quantization
 from qlora_hal_backends.mlx_lora import linear_weights
 from qlora_hal_backends.mlx_lora.base_weights import BaseWeight, CodebookWeight, GroupedWeight, quantize
 from qlora_hal_backends.mlx_lora.trainer import MLXLoRATrainer

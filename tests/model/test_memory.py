@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from qlora_hal.capabilities import WeightFormat
-from qlora_hal.memory import (
+from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal.contract.memory_constants import FastPath, MemoryConstants
+from qlora_hal.memory.estimate import (
     adapter_parameters,
     estimate,
     linear_bytes,
     optimizer_bytes,
     weight_bytes,
 )
-from qlora_hal.memory_cards import GIB, KNOWN_CARDS, apple_working_set
-from qlora_hal.memory_constants import FastPath, MemoryConstants
+from qlora_hal.memory.gpus import GIB, KNOWN_CARDS, apple_working_set
 from qlora_hal.model.facts import ModelFacts, TensorFacts, read_facts
 from qlora_hal_backends.cuda_bnb import SPEC as CUDA_SPEC
 from qlora_hal_backends.torch_family.platform import FUSED_ARCHITECTURES, fused_memory

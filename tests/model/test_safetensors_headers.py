@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from qlora_hal.errors import ModelError, UnsafeInputError
+from qlora_hal.files.safetensors_file import MAX_HEADER_BYTES
 from qlora_hal.model.safetensors_headers import read_header, read_tensor_bytes
-from qlora_hal.safe_tensors_file import MAX_HEADER_BYTES
 
 
 def write_raw(path: Path, header: object, data: bytes = b"", *, claimed: int | None = None) -> Path:

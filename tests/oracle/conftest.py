@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from qlora_hal.values import Batch
+from qlora_hal.contract.values import Batch
 from qlora_hal_conformance.oracle import IGNORE_LABEL, LlamaShape, lora_a_name, lora_b_name
 from qlora_hal_conformance.oracle.arrays import Float64
 from qlora_hal_conformance.oracle.lora import ATTENTION_MODULES, MLP_MODULES

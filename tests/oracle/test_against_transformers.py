@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qlora_hal.values import Batch
+from qlora_hal.contract.values import Batch
 from qlora_hal_conformance.oracle import (
     IGNORE_LABEL,
     UNIT_ROUNDOFF,

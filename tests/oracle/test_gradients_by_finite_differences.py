@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from qlora_hal.values import Batch
+from qlora_hal.contract.values import Batch
 from qlora_hal_conformance.oracle import LlamaShape, LoraScale, OracleTrainer, lora_a_name
 from qlora_hal_conformance.oracle.arrays import Float64
 

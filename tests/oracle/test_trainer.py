@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qlora_hal.values import Batch
+from qlora_hal.contract.values import Batch
 from qlora_hal_conformance.oracle import IGNORE_LABEL, LlamaShape, LoraScale, OracleTrainer, lora_b_name
 from qlora_hal_conformance.oracle.arrays import Float64
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from qlora_hal.backend import Availability, ProbeReport
+from qlora_hal.config.resolve import resolve_settings
+from qlora_hal.contract.backend import Availability, ProbeReport
+from qlora_hal.contract.values import LossSum, StepStats
 from qlora_hal.report.metrics import MetricsFile, evaluation_record, step_record
 from qlora_hal.report.run_file import Detection, RunRecord, write_run_file
-from qlora_hal.settings import resolve_settings
-from qlora_hal.values import LossSum, StepStats
 
 STEPS = 40
 HOSTILE = "<script>alert('x')</script> & \"quotes\""

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from qlora_hal.backend import Availability, ProbeReport
-from qlora_hal.config import RunConfig
-from qlora_hal.observing import RunView, TrainResult
+from qlora_hal.config.schema import RunConfig
+from qlora_hal.contract.backend import Availability, ProbeReport
+from qlora_hal.contract.values import StepStats
 from qlora_hal.report.console import RunConsole, next_commands, summary
-from qlora_hal.values import StepStats
+from qlora_hal.run.result import RunView, TrainResult
 
 
 class Terminal(io.StringIO):

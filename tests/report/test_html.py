@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 from report.conftest import run_record, write_metrics
 
-from qlora_hal.report import figures
+from qlora_hal.errors import figures
 from qlora_hal.report.curves import write_loss_png
 from qlora_hal.report.html import flat_rows, write_report
 from qlora_hal.report.run_file import write_run_file

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_hal.contract.values import LossSum, StepStats
 from qlora_hal.errors import StorageError
 from qlora_hal.report.metrics import (
     MetricsFile,
@@ -23,7 +24,6 @@ from qlora_hal.report.metrics import (
     trained_seconds,
 )
 from qlora_hal.report.series import read_series
-from qlora_hal.values import LossSum, StepStats
 
 
 def lines_of(path: Path) -> list[dict[str, object]]:

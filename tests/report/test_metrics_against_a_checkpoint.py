@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from qlora_hal.contract.values import LossSum
 from qlora_hal.report.metrics import MetricsFile, evaluation_record, read_metrics, trained_seconds
-from qlora_hal.values import LossSum
 
 SAVED = 9
 

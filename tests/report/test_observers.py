@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from qlora_hal.config import RunConfig
+from qlora_hal.config.schema import RunConfig
+from qlora_hal.contract.values import LossSum, StepStats
 from qlora_hal.errors import ConfigError
 from qlora_hal.hooks import Hooks
-from qlora_hal.observers import figures_of_run, observers_for
-from qlora_hal.observing import RunView, TrainResult
-from qlora_hal.values import LossSum, StepStats
+from qlora_hal.run.result import RunView, TrainResult
+from qlora_hal.trackers import figures_of_run, observers_for
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
@@ -26,7 +26,7 @@ def test_no_tracker_is_used_unless_named() -> None:
 
 @pytest.mark.fault("U05")
 def test_trackers_that_are_absent_are_all_named_with_one_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qlora_hal.observers.find_spec", lambda name: None)
+    monkeypatch.setattr("qlora_hal.trackers.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="names tensorboard, wandb, not installed here") as caught:
         observers_for(("tensorboard", "wandb"))
     assert (caught.value.code, caught.value.exit_status) == ("QH-U05", 2)
@@ -47,7 +47,7 @@ def test_the_hooks_of_every_tracker_fit_their_specification(name: str) -> None:
     from importlib import import_module
 
     notes: list[str] = []
-    observer = import_module(f"qlora_hal.observers.{name}").make_observer()
+    observer = import_module(f"qlora_hal.trackers.{name}").make_observer()
     hooks = Hooks((observer,), note=notes.append)
     # Before a run has started there is nothing to write to, and nothing fails.
     run = RunView(Path("runs/a"), RunConfig(), {}, 1)
@@ -104,7 +104,7 @@ def test_a_tracker_is_ended_once_as_the_run_did(
         vars(library)["summary"] = library  # an attribute of wandb's run
         for module in modules:
             monkeypatch.setitem(sys.modules, module, library)
-        hooks = Hooks((import_module(f"qlora_hal.observers.{name}").make_observer(),), note=notes.append)
+        hooks = Hooks((import_module(f"qlora_hal.trackers.{name}").make_observer(),), note=notes.append)
         hooks.tell("qlora_hal_run_started", run=run)
         for _ in range(2):
             hooks.tell(hook, run=run, **facts)

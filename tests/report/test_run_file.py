@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from qlora_hal.config.resolve import resolve_settings
 from qlora_hal.errors import ConfigError
+from qlora_hal.errors.redaction import redacted
 from qlora_hal.report.html import write_report
 from qlora_hal.report.run_file import (
     Detection,
@@ -17,11 +19,9 @@ from qlora_hal.report.run_file import (
     read_run_config,
     read_run_file,
     record_from,
-    redacted,
     run_facts,
     write_run_file,
 )
-from qlora_hal.settings import resolve_settings
 
 
 def record_of(settings_tree: dict[str, object]) -> RunRecord:

@@ -16,12 +16,12 @@ from drawn_models import write_drawn_model
 from trainers import OpenTrainer, open_cpu_trainer, packed, random_batch, source_of
 
 from qlora_hal.adapter.initial import initial_adapter
-from qlora_hal.backend import Quantization
-from qlora_hal.capabilities import WeightFormat
+from qlora_hal.contract.backend import Quantization
+from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal.contract.values import AdapterConfig
 from qlora_hal.errors import ModelError, UnsupportedFeatureError
 from qlora_hal.model.facts import read_facts
 from qlora_hal.model.own_dropout import own_dropout
-from qlora_hal.values import AdapterConfig
 from qlora_hal_backends.torch_family.base_weights import quantize
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
 from qlora_hal_backends.torch_family.lora_linear import FrozenLinear

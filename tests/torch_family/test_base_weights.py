@@ -14,8 +14,8 @@ import torch
 from tiny_models import write_model
 from trainers import OpenTrainer, open_cpu_trainer, random_batch, source_of
 
-from qlora_hal.backend import Compute, Quantization
-from qlora_hal.capabilities import WeightFormat
+from qlora_hal.contract.backend import Compute, Quantization
+from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal_backends.torch_family.base_weights import quantize
 from qlora_hal_conformance.oracle import FourBitFormat, FourBitLayout, dequantize_four_bit, quantize_four_bit
 
@@ -82,6 +82,7 @@ def test_checkpoint_written_by_transformers_is_taken_as_it_is(
     assert ours.step([random_batch(0)]).applied
 
 
+@pytest.mark.long
 def test_loading_never_holds_the_unquantized_model(tmp_path: Path) -> None:
     """Anonymous memory at its peak, in a fresh process: 4-bit weights, what stays unquantized, and one tensor."""
     small = write_model(tmp_path / "small", "llama")
@@ -93,8 +94,8 @@ import sys, threading
 sys.path[:0] = {sys.path!r}
 import torch, bitsandbytes, transformers, accelerate
 from trainers import source_of
-from qlora_hal.backend import Compute, Quantization
-from qlora_hal.capabilities import WeightFormat
+from qlora_hal.contract.backend import Compute, Quantization
+from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal_backends.cpu_torch.trainer import open_trainer
 from pathlib import Path
 small, source = (source_of(Path(name)) for name in ({str(small)!r}, {str(folder)!r}))

@@ -80,7 +80,7 @@ def test_window_of_unequal_batches_equals_one_batch(weight_format: str, llama: P
 
 
 def _row(batch, row: int):  # type: ignore[no-untyped-def]
-    from qlora_hal.loop import _rows
+    from qlora_hal.run.loop import _rows
 
     return _rows(batch, slice(row, row + 1))
 

@@ -12,8 +12,8 @@ import os
 import pytest
 import torch
 
-from qlora_hal.backend import Quantization
-from qlora_hal.capabilities import WeightFormat
+from qlora_hal.contract.backend import Quantization
+from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal_backends.torch_family.base_weights import quantize
 from qlora_hal_backends.torch_family.fused.operations import HeadCounts, HeadNorm, Operations, Placements, Rotary
 from qlora_hal_backends.torch_family.fused.reference import ReferenceOperations

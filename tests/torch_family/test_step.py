@@ -10,8 +10,8 @@ import pytest
 import torch
 from trainers import OpenTrainer, largest_difference, random_batch
 
-from qlora_hal.capabilities import OPTIMIZER_FEATURE
-from qlora_hal.values import Adapter
+from qlora_hal.contract.capabilities import OPTIMIZER_FEATURE
+from qlora_hal.contract.values import Adapter
 
 # An update is a product of at most a dozen float32 operations on float32 moments: 12 * 2^-24, on values that are at
 # most 4 learning rates away from where they began; doubled for the gradient's own rounding, which AdamW's quotient

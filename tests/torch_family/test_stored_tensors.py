@@ -165,9 +165,9 @@ def described(folder: Path, **description: object) -> None:
 def test_a_described_quantization_that_the_weights_do_not_have_is_said(
     description: dict[str, object], told: str, tmp_path: Path
 ) -> None:
-    from qlora_hal.backend import Quantization
-    from qlora_hal.capabilities import WeightFormat
-    from qlora_hal.needs import unmet_description_note
+    from qlora_hal.contract.backend import Quantization
+    from qlora_hal.contract.capabilities import WeightFormat
+    from qlora_hal.detect.requirements import unmet_description_note
 
     folder = write_model(tmp_path, "llama")
     assert unmet_description_note(source_of(folder).facts, Quantization(WeightFormat.NF4)) == ""

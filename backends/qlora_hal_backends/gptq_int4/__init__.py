@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qlora_hal.backend import BackendSpec, ProbeReport
+from qlora_hal.contract.backend import BackendSpec, ProbeReport
 from qlora_hal_backends.gptq_int4.platforms import CAPABILITIES, CPU, MEMORY, NAME, OPTIONS, PRIORITY, TITLE
 from qlora_hal_backends.torch_family.platform import OUTLINE, fused_path
 

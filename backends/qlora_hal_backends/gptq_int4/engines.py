@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from qlora_hal.errors import UnsupportedFeatureError
-from qlora_hal.installation import requirement
+from qlora_hal.errors.installation import requirement
 
 if TYPE_CHECKING:
     import torch

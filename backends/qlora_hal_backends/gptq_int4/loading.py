@@ -7,8 +7,8 @@ from typing import cast
 
 import torch
 
-from qlora_hal.backend import Compute, Quantization
-from qlora_hal.capabilities import WeightFormat
+from qlora_hal.contract.backend import Compute, Quantization
+from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.errors import ConfigError, ModelError, UnsupportedFeatureError
 from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.gptq_int4.engines import (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qlora_hal.errors import ModelError
-from qlora_hal.model.facts import Prequantized
+from qlora_hal.model.packed_facts import Prequantized
 from qlora_hal_backends.gptq_int4.engines import CODES_PER_WORD, GptqSettings, PackedLinear
 from qlora_hal_backends.torch_family.loading import Checkpoint
 

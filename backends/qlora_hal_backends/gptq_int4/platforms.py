@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from qlora_hal.capabilities import Capabilities, Feature, WeightFormat
-from qlora_hal.memory_constants import MemoryConstants
+from qlora_hal.contract.capabilities import Capabilities, Feature, WeightFormat
+from qlora_hal.contract.memory_constants import MemoryConstants
 from qlora_hal_backends.gptq_int4.engines import GPTQ_OPTIONS
 from qlora_hal_backends.torch_family.platform import LOSS_CHUNK_ROWS, TORCH_OPTIONS, TorchPlatform
 

@@ -14,11 +14,11 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from qlora_hal import child_process
-from qlora_hal.backend import CalibrationJob
+from qlora_hal.contract.backend import CalibrationJob
 from qlora_hal.errors import BackendError, ModelError
-from qlora_hal.scratch_folder import scratch_folder
-from qlora_hal.supervising import error_from
+from qlora_hal.files.scratch import scratch_folder
+from qlora_hal.processes import child_process
+from qlora_hal.processes.child_errors import error_from
 from qlora_hal_backends.gptq_int4.engines import Engine, GptqSettings, QuantizationJob, chosen_kernel, installed_engine
 
 CHILD = "qlora_hal_backends.gptq_int4.quantizing_child"

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 from typing import TextIO, cast
 
-from qlora_hal.child_process import end_with_parent
 from qlora_hal.errors import QloraHalError
-from qlora_hal.supervising import told_of
+from qlora_hal.processes.child_errors import told_of
+from qlora_hal.processes.child_process import end_with_parent
 from qlora_hal_backends.gptq_int4.engines import Quantize, installed_engine, load_function
 from qlora_hal_backends.gptq_int4.quantizing import job_from_json
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from qlora_hal.backend import BackendSpec, ProbeReport
+from qlora_hal.contract.backend import BackendSpec, ProbeReport
 from qlora_hal_backends.mlx_lora.offered import CAPABILITIES, IS_CPU, MEMORY, MLX_ENVIRONMENT, MLX_NOTES, MLX_OPTIONS
 
 

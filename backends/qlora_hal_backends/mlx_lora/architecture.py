@@ -12,10 +12,10 @@ import re
 from contextlib import redirect_stdout
 from typing import Any
 
-from qlora_hal.asking import one_line
 from qlora_hal.errors import ModelError
-from qlora_hal.foreign_errors import missing_package
+from qlora_hal.errors.foreign import missing_package
 from qlora_hal.model.source import ModelSource
+from qlora_hal.processes.subprocess_call import one_line
 from qlora_hal_backends.mlx_lora.activations import put_activations_right
 from qlora_hal_backends.mlx_lora.config_reading import Config, as_transformers_reads, in_words_of_mlx_lm, tied_words
 from qlora_hal_backends.mlx_lora.rotary import put_rotary_positions_right

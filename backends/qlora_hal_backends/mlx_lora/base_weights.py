@@ -10,8 +10,8 @@ from typing import Any, Protocol, cast
 
 import mlx.core as mx
 
-from qlora_hal.backend import Quantization
-from qlora_hal.capabilities import WeightFormat
+from qlora_hal.contract.backend import Quantization
+from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal_backends.mlx_lora.nf4 import NF4Weight, quantize_nf4
 from qlora_hal_backends.mlx_lora.offered import MLX_FORMATS
 

@@ -23,8 +23,8 @@ from threading import Lock
 
 import mlx.core as mx
 
-from qlora_hal.durable_files import unique_name
-from qlora_hal.scratch_folder import scratch_folder
+from qlora_hal.files.durable import unique_name
+from qlora_hal.files.scratch import scratch_folder
 
 FOLDER_PREFIX = "qlora_hal-mlx-"
 KEPT_PREFIX = "qlora_hal-mlx_kept-"

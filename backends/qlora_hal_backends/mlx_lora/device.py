@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import mlx.core as mx
 import numpy as np
 
-from qlora_hal.backend import DeviceFacts
+from qlora_hal.contract.backend import DeviceFacts
 
 _PACKAGES = ("mlx", "mlx-metal", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-lm", "transformers", "numpy")
 

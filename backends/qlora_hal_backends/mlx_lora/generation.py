@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from qlora_hal.values import Int32
+from qlora_hal.contract.values import Int32
 from qlora_hal_backends.mlx_lora.loading import BaseModel
 
 

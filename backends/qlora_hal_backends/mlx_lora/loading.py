@@ -16,7 +16,7 @@ from mlx.nn.layers.linear import Linear
 from mlx.nn.layers.quantized import quantize
 from mlx.utils import tree_flatten
 
-from qlora_hal.backend import Compute, Quantization
+from qlora_hal.contract.backend import Compute, Quantization
 from qlora_hal.errors import ModelError
 from qlora_hal.model.facts import text_config
 from qlora_hal.model.own_dropout import dropout_note

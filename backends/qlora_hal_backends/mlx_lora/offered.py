@@ -6,8 +6,8 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qlora_hal.capabilities import Capabilities, Feature, WeightFormat
-from qlora_hal.memory_constants import MemoryConstants
+from qlora_hal.contract.capabilities import Capabilities, Feature, WeightFormat
+from qlora_hal.contract.memory_constants import MemoryConstants
 
 LOSS_CHUNK_ROWS = 1024
 """Rows of hidden states whose logits are made at a time."""

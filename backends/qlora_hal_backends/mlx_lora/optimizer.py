@@ -16,8 +16,8 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from qlora_hal.contract.values import OptimizerSnapshot, StepSettings
 from qlora_hal.errors import AdapterError
-from qlora_hal.values import OptimizerSnapshot, StepSettings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Arrays = list[mx.array]

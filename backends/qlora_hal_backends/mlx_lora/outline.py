@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qlora_hal.backend import ModelOutline
+from qlora_hal.contract.backend import ModelOutline
 from qlora_hal.model.linear_shapes import left_out_notes
 from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.mlx_lora.loading import assemble

@@ -13,8 +13,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from qlora_hal.contract.values import IGNORE_LABEL, Batch
 from qlora_hal.errors import UnsupportedFeatureError
-from qlora_hal.values import IGNORE_LABEL, Batch
 from qlora_hal_backends.mlx_lora.loading import BaseModel
 from qlora_hal_backends.mlx_lora.offered import LOSS_CHUNK_ROWS
 from qlora_hal_backends.mlx_lora.optimizer import queue

@@ -14,7 +14,7 @@ import numpy as np
 
 from qlora_hal.adapter.fitting import check_fits
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key
-from qlora_hal.backend import (
+from qlora_hal.contract.backend import (
     BackendSpec,
     Compute,
     DeviceFacts,
@@ -23,10 +23,8 @@ from qlora_hal.backend import (
     check_optimizer,
     check_served,
 )
-from qlora_hal.capabilities import WeightFormat
-from qlora_hal.errors import BackendContractError, ModelError, OutOfMemoryError
-from qlora_hal.model.source import ModelSource
-from qlora_hal.values import (
+from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal.contract.values import (
     Adapter,
     Batch,
     Float32,
@@ -37,6 +35,8 @@ from qlora_hal.values import (
     StepSettings,
     StepStats,
 )
+from qlora_hal.errors import BackendContractError, ModelError, OutOfMemoryError
+from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.mlx_lora import SPEC, device, loading, step
 from qlora_hal_backends.mlx_lora.compiled_code import compiling_in_own_folder
 from qlora_hal_backends.mlx_lora.generation import greedy

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qlora_hal.backend import BackendSpec, ProbeReport
+from qlora_hal.contract.backend import BackendSpec, ProbeReport
 from qlora_hal_backends.torch_family.platform import MEMORY, MPS, OUTLINE, TORCH_OPTIONS
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from qlora_hal.errors import ModelError
-from qlora_hal.foreign_errors import missing_package
+from qlora_hal.errors.foreign import missing_package
 from qlora_hal.model.linear_shapes import natural_order, reason_left_out, state_space_mixers
 from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.torch_family.lora_linear import FrozenLinear

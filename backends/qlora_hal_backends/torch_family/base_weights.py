@@ -13,8 +13,8 @@ import torch
 from bitsandbytes import functional as codec
 from torch import Tensor
 
-from qlora_hal.backend import Quantization
-from qlora_hal.capabilities import WeightFormat
+from qlora_hal.contract.backend import Quantization
+from qlora_hal.contract.capabilities import WeightFormat
 
 INT8_LEVELS = 127.0
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import torch
 
-from qlora_hal.backend import DeviceFacts
+from qlora_hal.contract.backend import DeviceFacts
 from qlora_hal.errors import BackendUnavailableError
 from qlora_hal_backends.torch_family.platform import TorchPlatform
 

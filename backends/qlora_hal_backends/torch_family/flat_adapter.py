@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qlora_hal.values import Adapter, Float32
+from qlora_hal.contract.values import Adapter, Float32
 from qlora_hal_backends.torch_family.lora_linear import FrozenLinear, LoRASwitches, LoRAWeights
 
 # Each tensor starts at a multiple of this many elements: 64 bytes in bfloat16, what matrix kernels want of a pointer.

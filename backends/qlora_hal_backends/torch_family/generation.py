@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qlora_hal.values import Int32
+from qlora_hal.contract.values import Int32
 from qlora_hal_backends.torch_family.loading import BaseModel
 from qlora_hal_backends.torch_family.transformers_versions import new_cache
 

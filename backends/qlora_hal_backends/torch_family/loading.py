@@ -17,8 +17,8 @@ from bitsandbytes import functional as codec
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from qlora_hal.backend import Compute, Quantization
-from qlora_hal.capabilities import WeightFormat
+from qlora_hal.contract.backend import Compute, Quantization
+from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.errors import ModelError, UnsupportedFeatureError
 from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.torch_family.architecture import Architecture, build, shape_mismatch

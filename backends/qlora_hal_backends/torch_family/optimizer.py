@@ -17,8 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from qlora_hal.contract.values import OptimizerSnapshot, StepSettings
 from qlora_hal.errors import AdapterError
-from qlora_hal.values import OptimizerSnapshot, StepSettings
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

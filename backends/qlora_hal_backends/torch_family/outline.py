@@ -1,4 +1,4 @@
-"""What this family will make of a model, told in a dry run (`qlora_hal.backend.Outline`)."""
+"""What this family will make of a model, told in a dry run (`qlora_hal.contract.backend.Outline`)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from qlora_hal.backend import ModelOutline
+from qlora_hal.contract.backend import ModelOutline
 from qlora_hal.model.linear_shapes import sentences
 from qlora_hal.model.own_dropout import dropout_note
 from qlora_hal.model.source import ModelSource

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Literal
 
-from qlora_hal.capabilities import Capabilities, Feature, WeightFormat
-from qlora_hal.memory_constants import FastPath, MemoryConstants
+from qlora_hal.contract.capabilities import Capabilities, Feature, WeightFormat
+from qlora_hal.contract.memory_constants import FastPath, MemoryConstants
 
 TorchDevice = Literal["cuda", "rocm", "mps", "cpu"]
 

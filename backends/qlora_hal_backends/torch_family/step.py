@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from qlora_hal.contract.values import IGNORE_LABEL, Batch
 from qlora_hal.errors import UnsupportedFeatureError
-from qlora_hal.values import IGNORE_LABEL, Batch
 from qlora_hal_backends.torch_family.head_loss import loss_sum, whole_loss_sum
 from qlora_hal_backends.torch_family.loading import BaseModel
 

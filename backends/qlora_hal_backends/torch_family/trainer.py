@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qlora_hal.adapter.fitting import check_fits
-from qlora_hal.backend import (
+from qlora_hal.contract.backend import (
     BackendSpec,
     Compute,
     DeviceFacts,
@@ -23,9 +23,7 @@ from qlora_hal.backend import (
     check_optimizer,
     check_served,
 )
-from qlora_hal.errors import BackendContractError, ModelError, OutOfMemoryError
-from qlora_hal.model.source import ModelSource
-from qlora_hal.values import (
+from qlora_hal.contract.values import (
     Adapter,
     Batch,
     Float32,
@@ -36,6 +34,8 @@ from qlora_hal.values import (
     StepSettings,
     StepStats,
 )
+from qlora_hal.errors import BackendContractError, ModelError, OutOfMemoryError
+from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.torch_family import fused, loading, step
 from qlora_hal_backends.torch_family.device import (
     describe_device,

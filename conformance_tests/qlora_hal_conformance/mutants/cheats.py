@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from qlora_hal.backend import Compute, Quantization
+from qlora_hal.contract.backend import Compute, Quantization
+from qlora_hal.contract.values import Batch, Float32, PendingStep, StepSettings
 from qlora_hal.model.source import ModelSource
-from qlora_hal.values import Batch, Float32, PendingStep, StepSettings
 from qlora_hal_conformance.drawing import stream
 from qlora_hal_conformance.oracle import LlamaShape
 from qlora_hal_conformance.reference_backend.trainer import ReferenceTrainer

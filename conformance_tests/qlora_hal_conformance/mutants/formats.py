@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from qlora_hal.backend import Quantization
+from qlora_hal.contract.backend import Quantization
 from qlora_hal_conformance.oracle import FourBitFormat, dequantize_four_bit
 from qlora_hal_conformance.oracle.arrays import AnyFloat, Float64
 from qlora_hal_conformance.reference_backend.storage import (

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from qlora_hal.values import Adapter, AdapterConfig, Batch, Float32
+from qlora_hal.contract.values import Adapter, AdapterConfig, Batch, Float32
 from qlora_hal_conformance.oracle import Arithmetic, LlamaShape, LoraScale, OracleLlama
 from qlora_hal_conformance.oracle.arrays import Float64
 from qlora_hal_conformance.oracle.lora import AdaptedLinear, LinearTrace

@@ -8,7 +8,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from qlora_hal.values import IGNORE_LABEL, PADDING_SEGMENT, Batch, LossSum, PendingStep, StepSettings, StepStats
+from qlora_hal.contract.values import (
+    IGNORE_LABEL,
+    PADDING_SEGMENT,
+    Batch,
+    LossSum,
+    PendingStep,
+    StepSettings,
+    StepStats,
+)
 from qlora_hal_conformance.oracle import Arithmetic, OracleLlama
 from qlora_hal_conformance.oracle.arrays import Float64
 from qlora_hal_conformance.reference_backend.step import MasksOf, WindowResult, window_gradient

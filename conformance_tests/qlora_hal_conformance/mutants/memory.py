@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from qlora_hal.backend import BackendSpec
-from qlora_hal.capabilities import Feature
+from qlora_hal.contract.backend import BackendSpec
+from qlora_hal.contract.capabilities import Feature
+from qlora_hal.contract.memory_constants import MemoryConstants
+from qlora_hal.contract.values import Adapter, Batch, PendingStep, StepSettings
 from qlora_hal.errors import OutOfMemoryError
-from qlora_hal.memory_constants import MemoryConstants
-from qlora_hal.values import Adapter, Batch, PendingStep, StepSettings
 from qlora_hal_conformance.reference_backend.trainer import ReferenceTrainer
 
 from .registry import Mutant, with_trainer

@@ -16,11 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_hal.backend import Availability, BackendSpec, Compute, ProbeReport, Quantization
-from qlora_hal.capabilities import Feature
-from qlora_hal.errors import AdapterError, ModelError, UnsupportedFeatureError
-from qlora_hal.model.source import ModelSource
-from qlora_hal.values import (
+from qlora_hal.contract.backend import Availability, BackendSpec, Compute, ProbeReport, Quantization
+from qlora_hal.contract.capabilities import Feature
+from qlora_hal.contract.values import (
     Adapter,
     Batch,
     Float32,
@@ -30,6 +28,8 @@ from qlora_hal.values import (
     PendingStep,
     StepSettings,
 )
+from qlora_hal.errors import AdapterError, ModelError, UnsupportedFeatureError
+from qlora_hal.model.source import ModelSource
 from qlora_hal_conformance.oracle.adamw import AdamWState
 from qlora_hal_conformance.oracle.llama import ForwardPass
 from qlora_hal_conformance.reference_backend import CAPABILITIES, probe

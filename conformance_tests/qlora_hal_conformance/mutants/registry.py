@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from qlora_hal.backend import BackendSpec, QuantizedLoRATrainer
+from qlora_hal.contract.backend import BackendSpec, QuantizedLoRATrainer
 from qlora_hal_conformance.reference_backend import SPEC, probe
 from qlora_hal_conformance.reference_backend.rooms import HONEST
 from qlora_hal_conformance.reference_backend.trainer import ReferenceTrainer

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from qlora_hal.backend import BackendSpec, Quantization
-from qlora_hal.values import IGNORE_LABEL, AdapterConfig, Batch, LossSum, StepSettings
+from qlora_hal.contract.backend import BackendSpec, Quantization
+from qlora_hal.contract.values import IGNORE_LABEL, AdapterConfig, Batch, LossSum, StepSettings
 from qlora_hal_conformance.oracle import Arithmetic, DropoutMasks, OracleLlama
 from qlora_hal_conformance.oracle.adamw import AdamWState
 from qlora_hal_conformance.oracle.arrays import AnyFloat, Float64

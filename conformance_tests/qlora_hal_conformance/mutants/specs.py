@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qlora_hal.backend import BackendSpec
+from qlora_hal.contract.backend import BackendSpec
 
 
 def __getattr__(name: str) -> BackendSpec:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from qlora_hal.values import Adapter, Batch, Int32, OptimizerSnapshot, PendingStep, StepSettings
+from qlora_hal.contract.values import Adapter, Batch, Int32, OptimizerSnapshot, PendingStep, StepSettings
 from qlora_hal_conformance.reference_backend.trainer import ReferenceTrainer
 
 from .registry import Mutant, with_trainer

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from qlora_hal.backend import BackendSpec
-from qlora_hal.values import AdapterConfig, Batch, Float32, LossSum, PendingStep, StepSettings, StepStats
+from qlora_hal.contract.backend import BackendSpec
+from qlora_hal.contract.values import AdapterConfig, Batch, Float32, LossSum, PendingStep, StepSettings, StepStats
 from qlora_hal_conformance.oracle import Arithmetic
 from qlora_hal_conformance.oracle.adamw import AdamWState, clip_factor, global_norm
 from qlora_hal_conformance.oracle.arrays import Float64

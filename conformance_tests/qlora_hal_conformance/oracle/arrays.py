@@ -23,7 +23,7 @@ PADDING_SEGMENT = 0
 
 
 class TokenBatch(Protocol):
-    """Four int32 arrays `[batch, time]`; `qlora_hal.values.Batch` is one. The oracle needs no more than these names."""
+    """Four int32 arrays `[batch, time]`; `qlora_hal.contract.values.Batch` is one. The oracle needs these names."""
 
     @property
     def input_ids(self) -> Int32: ...

@@ -11,8 +11,8 @@ import importlib.metadata
 import importlib.util
 import platform
 
-from qlora_hal.backend import Availability, BackendSpec, ProbeReport
-from qlora_hal.capabilities import Capabilities, Feature, WeightFormat
+from qlora_hal.contract.backend import Availability, BackendSpec, ProbeReport
+from qlora_hal.contract.capabilities import Capabilities, Feature, WeightFormat
 
 NAME = "reference"
 FOUR_BIT_BLOCK_SIZES = (64, 32, 128, 256)

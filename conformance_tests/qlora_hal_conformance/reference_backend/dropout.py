@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from qlora_hal.values import AdapterConfig
+from qlora_hal.contract.values import AdapterConfig
 from qlora_hal_conformance.oracle.arrays import Float64
 
 _64_BITS = 2**64 - 1

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qlora_hal.backend import Quantization
+from qlora_hal.contract.backend import Quantization
 from qlora_hal.errors import ModelError
+from qlora_hal.files.safetensors_file import Array, read_arrays
 from qlora_hal.model.source import ModelSource
-from qlora_hal.safe_tensors_file import Array, read_arrays
 from qlora_hal_conformance.oracle import FourBitFormat, FourBitLayout, FourBitWeight, LlamaShape, QuantizedAbsmax
 from qlora_hal_conformance.oracle.arrays import Float64
 

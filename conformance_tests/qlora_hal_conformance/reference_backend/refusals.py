@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key
-from qlora_hal.backend import BackendSpec, Compute, Quantization
-from qlora_hal.capabilities import OPTIMIZER_FEATURE, Feature, Needs, WeightFormat, missing
+from qlora_hal.contract.backend import BackendSpec, Compute, Quantization
+from qlora_hal.contract.capabilities import OPTIMIZER_FEATURE, Feature, Needs, WeightFormat, missing
+from qlora_hal.contract.values import Adapter, Batch
 from qlora_hal.errors import AdapterError, ConfigError, ModelError, UnsupportedFeatureError
 from qlora_hal.model.source import ModelSource
-from qlora_hal.values import Adapter, Batch
 
 
 def refuse_load(spec: BackendSpec, source: ModelSource, quantization: Quantization, compute: Compute) -> None:

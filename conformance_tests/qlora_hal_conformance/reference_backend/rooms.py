@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qlora_hal.values import AdapterConfig, Batch, StepSettings
+from qlora_hal.contract.values import AdapterConfig, Batch, StepSettings
 from qlora_hal_conformance.oracle import Arithmetic, LlamaShape, LoraScale, OracleLlama
 from qlora_hal_conformance.oracle.adamw import AdamWState
 from qlora_hal_conformance.oracle.arrays import Float32, Float64

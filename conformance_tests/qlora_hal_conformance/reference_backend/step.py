@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from qlora_hal.values import Batch, StepSettings
+from qlora_hal.contract.values import Batch, StepSettings
 from qlora_hal_conformance.oracle import Arithmetic, DropoutMasks, OracleLlama
 from qlora_hal_conformance.oracle.adamw import AdamWState, adamw_update, clip_factor
 from qlora_hal_conformance.oracle.arrays import Float64

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qlora_hal.backend import Quantization
-from qlora_hal.capabilities import WeightFormat
+from qlora_hal.contract.backend import Quantization
+from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal_conformance.oracle import (
     FourBitFormat,
     FourBitWeight,

@@ -12,10 +12,8 @@ from typing import ClassVar
 import numpy as np
 
 from qlora_hal.adapter.fitting import check_fits
-from qlora_hal.backend import BackendSpec, Compute, DeviceFacts, Quantization, QuantizedLoRATrainer
-from qlora_hal.errors import AdapterError, BackendContractError, OutOfMemoryError
-from qlora_hal.model.source import ModelSource
-from qlora_hal.values import (
+from qlora_hal.contract.backend import BackendSpec, Compute, DeviceFacts, Quantization, QuantizedLoRATrainer
+from qlora_hal.contract.values import (
     IGNORE_LABEL,
     Adapter,
     AdapterConfig,
@@ -28,6 +26,8 @@ from qlora_hal.values import (
     StepSettings,
     StepStats,
 )
+from qlora_hal.errors import AdapterError, BackendContractError, OutOfMemoryError
+from qlora_hal.model.source import ModelSource
 from qlora_hal_conformance.oracle import DropoutMasks, OracleLlama
 from qlora_hal_conformance.oracle.adamw import AdamWState, global_norm
 from qlora_hal_conformance.oracle.arrays import Float64

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from qlora_hal.backend import CONTRACT_VERSION, Availability
-from qlora_hal.capabilities import Feature, WeightFormat
+from qlora_hal.contract.backend import CONTRACT_VERSION, Availability
+from qlora_hal.contract.capabilities import Feature, WeightFormat
 from qlora_hal_conformance.judging import Judge
 from qlora_hal_conformance.looking import look_in_child
 from qlora_hal_conformance.parameters import DTYPES

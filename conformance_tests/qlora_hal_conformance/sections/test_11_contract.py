@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pytest
 
-from qlora_hal.backend import DeviceFacts, QuantizedLoRATrainer
-from qlora_hal.capabilities import Feature
-from qlora_hal.values import Adapter, Batch, LossSum, StepSettings, StepStats
+from qlora_hal.contract.backend import DeviceFacts, QuantizedLoRATrainer
+from qlora_hal.contract.capabilities import Feature
+from qlora_hal.contract.values import Adapter, Batch, LossSum, StepSettings, StepStats
 from qlora_hal_conformance.comparing import must_refuse
 from qlora_hal_conformance.drawing import draw_adapter, draw_batch, draw_window, total_tokens, with_field
 from qlora_hal_conformance.opening import Opener
@@ -208,7 +208,7 @@ def test_second_load_replaces_the_first(opened: Opener, seeded: np.random.Genera
     shape, _ = opened.models.drawn("second")
     ready = opened("main")
     other = opened("second", adapter=draw_adapter(seeded, shape))
-    from qlora_hal.backend import Compute
+    from qlora_hal.contract.backend import Compute
 
     ready.trainer.load(other.model.source, other.quantization, Compute(other.dtype))  # type: ignore[arg-type]
     for module in linear_shapes(shape):

@@ -7,8 +7,8 @@ from functools import partial
 import numpy as np
 import pytest
 
-from qlora_hal.backend import Compute, Quantization
-from qlora_hal.capabilities import Feature, WeightFormat
+from qlora_hal.contract.backend import Compute, Quantization
+from qlora_hal.contract.capabilities import Feature, WeightFormat
 from qlora_hal_conformance.comparing import must_refuse, unless_refused
 from qlora_hal_conformance.judging import Judge
 from qlora_hal_conformance.opening import GPTQ_GROUP, Opened, Opener

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qlora_hal.capabilities import Feature, WeightFormat
-from qlora_hal.values import Adapter
+from qlora_hal.contract.capabilities import Feature, WeightFormat
+from qlora_hal.contract.values import Adapter
 from qlora_hal_conformance.comparing import judge_logits
 from qlora_hal_conformance.drawing import (
     at_real_tokens,

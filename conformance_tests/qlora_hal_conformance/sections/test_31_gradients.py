@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from qlora_hal.capabilities import Feature, WeightFormat
-from qlora_hal.values import IGNORE_LABEL, Batch
+from qlora_hal.contract.capabilities import Feature, WeightFormat
+from qlora_hal.contract.values import IGNORE_LABEL, Batch
 from qlora_hal_conformance.comparing import judge_gradients
 from qlora_hal_conformance.drawing import (
     draw_adapter,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qlora_hal.capabilities import OPTIMIZER_FEATURE
-from qlora_hal.values import Batch
+from qlora_hal.contract.capabilities import OPTIMIZER_FEATURE
+from qlora_hal.contract.values import Batch
 from qlora_hal_conformance.comparing import judge_logits, unless_refused
 from qlora_hal_conformance.drawing import (
     at_real_tokens,

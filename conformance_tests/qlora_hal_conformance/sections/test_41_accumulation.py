@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qlora_hal.values import IGNORE_LABEL, Batch
+from qlora_hal.contract.values import IGNORE_LABEL, Batch
 from qlora_hal_conformance.comparing import judge_gradients
 from qlora_hal_conformance.drawing import draw_adapter, draw_batch, draw_many_rows, rows_of, total_tokens, with_field
 from qlora_hal_conformance.judging import Judge

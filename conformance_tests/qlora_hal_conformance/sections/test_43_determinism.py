@@ -8,8 +8,8 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 
-from qlora_hal.capabilities import Feature
-from qlora_hal.values import IGNORE_LABEL, Batch, Float32
+from qlora_hal.contract.capabilities import Feature
+from qlora_hal.contract.values import IGNORE_LABEL, Batch, Float32
 from qlora_hal_conformance.drawing import draw_adapter, draw_batch, draw_window, with_field, with_zero
 from qlora_hal_conformance.judging import Judge
 from qlora_hal_conformance.opening import Opened, Opener

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qlora_hal.capabilities import OPTIMIZER_FEATURE, Feature
 from qlora_hal.checkpoint import TrainingState, load_checkpoint, save_checkpoint
-from qlora_hal.values import Batch, OptimizerSnapshot
+from qlora_hal.contract.capabilities import OPTIMIZER_FEATURE, Feature
+from qlora_hal.contract.values import Batch, OptimizerSnapshot
 from qlora_hal_conformance.comparing import must_refuse
 from qlora_hal_conformance.continuing import Continuation, continue_in_child
 from qlora_hal_conformance.drawing import draw_adapter, draw_window

@@ -10,7 +10,7 @@ import pytest
 
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key
 from qlora_hal.adapter.peft_files import read_adapter, write_adapter
-from qlora_hal.values import Adapter
+from qlora_hal.contract.values import Adapter
 from qlora_hal_conformance.comparing import judge_logits
 from qlora_hal_conformance.drawing import at_real_tokens, draw_adapter, draw_batch, draw_window
 from qlora_hal_conformance.judging import Judge

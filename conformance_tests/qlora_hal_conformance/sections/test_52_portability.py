@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qlora_hal.values import Adapter, OptimizerSnapshot
+from qlora_hal.contract.values import Adapter, OptimizerSnapshot
 from qlora_hal_conformance.drawing import draw_adapter, draw_window
 from qlora_hal_conformance.judging import Judge
 from qlora_hal_conformance.opening import Opener, oracle_step

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qlora_hal.capabilities import Feature, WeightFormat
-from qlora_hal.memory import estimate
+from qlora_hal.contract.capabilities import Feature, WeightFormat
+from qlora_hal.memory.estimate import estimate
 from qlora_hal_conformance.drawing import draw_adapter, draw_batch
 from qlora_hal_conformance.judging import Judge
 from qlora_hal_conformance.measuring import Measurement, peaks_in_child

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key
-from qlora_hal.backend import Compute
+from qlora_hal.contract.backend import Compute
+from qlora_hal.contract.values import Adapter, Batch, StepSettings
 from qlora_hal.errors import AdapterError, ModelError, OutOfMemoryError, QloraHalError
-from qlora_hal.values import Adapter, Batch, StepSettings
 from qlora_hal_conformance.comparing import judge_logits, must_refuse
 from qlora_hal_conformance.drawing import draw_adapter, draw_batch
 from qlora_hal_conformance.judging import Judge

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qlora_hal.capabilities import Feature
-from qlora_hal.values import Batch, Int32
+from qlora_hal.contract.capabilities import Feature
+from qlora_hal.contract.values import Batch, Int32
 from qlora_hal_conformance.drawing import draw_adapter, draw_batch, with_zero
 from qlora_hal_conformance.judging import Judge
 from qlora_hal_conformance.opening import Opened, Opener

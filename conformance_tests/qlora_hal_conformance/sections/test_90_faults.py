@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qlora_hal.values import Adapter, Batch
+from qlora_hal.contract.values import Adapter, Batch
 from qlora_hal_conformance.comparing import unless_refused
 from qlora_hal_conformance.drawing import draw_adapter, draw_batch, draw_window
 from qlora_hal_conformance.judging import Judge

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_hal.capabilities import Feature
 from qlora_hal.checkpoint import TrainingState, save_checkpoint
-from qlora_hal.values import IGNORE_LABEL, Adapter, Float32, Int32
+from qlora_hal.contract.capabilities import Feature
+from qlora_hal.contract.values import IGNORE_LABEL, Adapter, Float32, Int32
 from qlora_hal_conformance.comparing import judge_gradients, judge_logits
 from qlora_hal_conformance.continuing import Continuation, continue_in_child
 from qlora_hal_conformance.drawing import at_real_tokens, draw_adapter, draw_batch, draw_window, with_field

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 
-from qlora_hal.backend import Availability, BackendSpec, ProbeReport
-from qlora_hal.capabilities import Capabilities, Feature, WeightFormat
+from qlora_hal.contract.backend import Availability, BackendSpec, ProbeReport
+from qlora_hal.contract.capabilities import Capabilities, Feature, WeightFormat
 
 
 def probe() -> ProbeReport:

@@ -14,8 +14,9 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_hal.adapter import check_fits, lora_a_key, lora_b_key
-from qlora_hal.backend import Compute, DeviceFacts, Quantization, QuantizedLoRATrainer
-from qlora_hal.capabilities import OPTIMIZER_FEATURE, Feature, Needs, WeightFormat, missing
+from qlora_hal.contract.backend import Compute, DeviceFacts, Quantization, QuantizedLoRATrainer
+from qlora_hal.contract.capabilities import OPTIMIZER_FEATURE, Feature, Needs, WeightFormat, missing
+from qlora_hal.contract.values import IGNORE_LABEL, Adapter, Batch, LossSum, OptimizerSnapshot, StepSettings, StepStats
 from qlora_hal.errors import (
     AdapterError,
     BackendContractError,
@@ -25,7 +26,6 @@ from qlora_hal.errors import (
     UnsupportedFeatureError,
 )
 from qlora_hal.model.source import ModelSource
-from qlora_hal.values import IGNORE_LABEL, Adapter, Batch, LossSum, OptimizerSnapshot, StepSettings, StepStats
 from qlora_hal_toy import SPEC
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

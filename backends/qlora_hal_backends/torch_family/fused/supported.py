@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qlora_hal.backend import Compute
+from qlora_hal.contract.backend import Compute
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
 from qlora_hal_backends.torch_family.fused.layer_weights import GROUPS
 from qlora_hal_backends.torch_family.loading import BaseModel

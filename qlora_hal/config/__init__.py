@@ -1,0 +1,1 @@
+"""The configuration of a run: its tree, and how file, environment, keywords and flags become one."""

@@ -1,0 +1,36 @@
+"""What `train --demo` sets below the user's file and flags: the small model and rows of the package, on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from qlora_hal.demo import data_path, model_path
+
+_SETTINGS: Mapping[str, object] = {
+    "output_dir": "runs/demo",
+    "backend.allow_cpu": True,
+    "lora.r": 16,
+    "lora.alpha": 32.0,
+    "data.max_seq_length": 256,
+    "training.learning_rate": 1e-3,
+    "training.per_device_train_batch_size": 16,
+    "training.max_steps": 200,
+    "training.eval_steps": 50,
+    "training.logging_steps": 10,
+    "training.lr_scheduler_type": "cosine",
+    "training.sample_prompts": (
+        "What does the command tail do?",
+        "The synopsis of tac says: tac [OPTION]... [FILE]...\nHow is tac called?",
+        "lagoon means: a body of water cut off from a larger body by a reef. What kind of thing is that?",
+    ),
+}
+
+
+def demo_settings() -> Mapping[str, object]:
+    """Dotted key -> value, with the places of the demo's model and rows."""
+    return {
+        **_SETTINGS,
+        "model.name_or_path": str(model_path()),
+        "data.path": str(data_path("train")),
+        "data.validation_path": str(data_path("validation")),
+    }

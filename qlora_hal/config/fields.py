@@ -1,0 +1,215 @@
+"""The settings of a run as a flat list, read from the pydantic tree: flags, the commented file, help and error texts.
+
+One source for every spelling of a setting, so that the command line, the file and the messages cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from qlora_hal.config.schema import RunConfig
+
+Kind = Literal["text", "whole number", "number", "true or false", "choice", "list", "text or list", "mapping"]
+
+ENVIRONMENT_PREFIX = "QLORA_HAL_"
+_LONGEST_NAME = 80
+"""Beyond it nothing was mistyped, and the search for what is near takes time by the square of the length."""
+
+# Names from neighbouring tools that people type from habit; each maps to the setting of the same meaning here.
+_HABITS: Mapping[str, str] = {
+    "lora_r": "lora.r",
+    "rank": "lora.r",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lora_target_modules": "lora.target_modules",
+    "lora_target": "lora.target_modules",
+    "lr": "training.learning_rate",
+    "epochs": "training.num_train_epochs",
+    "num_epochs": "training.num_train_epochs",
+    "num_train_steps": "training.max_steps",
+    "steps": "training.max_steps",
+    "iters": "training.max_steps",
+    "grad_accumulation_steps": "training.gradient_accumulation_steps",
+    "grad_checkpoint": "training.gradient_checkpointing",
+    "scheduler": "training.lr_scheduler_type",
+    "warmup": "training.warmup_ratio",
+    "evals_per_epoch": "training.eval_steps",
+    "steps_per_eval": "training.eval_steps",
+    "save_every": "checkpoint.save_steps",
+    "batch_size": "training.per_device_train_batch_size",
+    "micro_batch_size": "training.per_device_train_batch_size",
+    "lr_scheduler": "training.lr_scheduler_type",
+    "optimizer": "training.optim",
+    "base_model": "model.name_or_path",
+    "model_name_or_path": "model.name_or_path",
+    "dataset": "data.path",
+    "datasets": "data.path",
+    "train_file": "data.path",
+    "validation_file": "data.validation_path",
+    "sequence_len": "data.max_seq_length",
+    "max_length": "data.max_seq_length",
+    "max_seq_len": "data.max_seq_length",
+    "cutoff_len": "data.max_seq_length",
+    "sample_packing": "data.packing",
+    "load_in_4bit": "quantization.weight_format",
+    "load_in_8bit": "quantization.weight_format",
+    "bnb_4bit_quant_type": "quantization.weight_format",
+    "bnb_4bit_use_double_quant": "quantization.double_quant",
+    "bnb_4bit_compute_dtype": "quantization.compute_dtype",
+    "group_size": "quantization.block_size",
+    "device": "backend.name",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One leaf of the tree. `expected` finishes the sentence "... is expected"."""
+
+    path: str
+    kind: Kind
+    expected: str
+    choices: tuple[str, ...]
+    default: object
+    optional: bool
+    description: str
+
+    @property
+    def group(self) -> str:
+        return self.path.rpartition(".")[0]
+
+    @property
+    def environment_name(self) -> str:
+        return ENVIRONMENT_PREFIX + self.path.replace(".", "__").upper()
+
+    @property
+    def default_text(self) -> str:
+        """The default as a user would write it; empty when there is none."""
+        if self.default is None or self.default in ("", (), {}):
+            return ""
+        if isinstance(self.default, bool):
+            return str(self.default).lower()
+        if isinstance(self.default, float):
+            return f"{self.default:g}"
+        return str(self.default)
+
+
+@cache
+def settings() -> Mapping[str, Setting]:
+    """Every setting by dotted path, in the order of the file."""
+    return {setting.path: setting for setting in _walk(RunConfig, "")}
+
+
+@cache
+def groups() -> Mapping[str, str]:
+    """Group name -> what it is about."""
+    return {
+        name: (field.annotation.__doc__ or "").strip()
+        for name, field in RunConfig.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+    }
+
+
+def known_by_name(name: str) -> str | None:
+    """The setting whose last word, here or in a neighbouring tool, is that of a dotted `name` without dots or in
+    another group, or None."""
+    leaf = name.replace("-", "_").lower().rpartition(".")[2]
+    return _HABITS.get(leaf) or _by_leaf().get(leaf)
+
+
+def nearest_setting(name: str) -> str | None:
+    """The setting a mistyped dotted name most likely means, or None."""
+    if len(name) > _LONGEST_NAME:
+        return None
+    if known := known_by_name(name):
+        return known
+    name = name.replace("-", "_").lower()
+    close = get_close_matches(name, settings(), n=1, cutoff=0.75)
+    if close:
+        return close[0]
+    close = get_close_matches(name.rpartition(".")[2], _by_leaf(), n=1, cutoff=0.8)
+    return _by_leaf()[close[0]] if close else None
+
+
+@cache
+def _by_leaf() -> Mapping[str, str]:
+    return {path.rpartition(".")[2]: path for path in settings()}
+
+
+def nearest_group(name: str) -> str | None:
+    """The group a mistyped top-level key most likely means, or None."""
+    if len(name) > _LONGEST_NAME:
+        return None
+    close = get_close_matches(name, groups(), n=1, cutoff=0.7)
+    return close[0] if close else None
+
+
+def _walk(model: type[BaseModel], prefix: str) -> Iterator[Setting]:
+    for name, field in model.model_fields.items():
+        group = field.annotation
+        if isinstance(group, type) and issubclass(group, BaseModel):
+            yield from _walk(group, f"{prefix}{name}.")
+        else:
+            yield _setting(f"{prefix}{name}", field)
+
+
+def _setting(path: str, field: FieldInfo) -> Setting:
+    annotation, bounds, optional = _unwrap(field.annotation, list(field.metadata))
+    kind, choices = _kind(annotation)
+    default = field.get_default(call_default_factory=True, validated_data={})
+    return Setting(path, kind, _expected(kind, choices, bounds), choices, default, optional, field.description or "")
+
+
+def _unwrap(annotation: Any, bounds: list[object]) -> tuple[Any, list[object], bool]:
+    """Strip `| None` and Annotated, gathering the constraints they carry."""
+    optional = False
+    while True:
+        if hasattr(annotation, "__metadata__"):
+            for item in annotation.__metadata__:
+                bounds.extend(item.metadata if isinstance(item, FieldInfo) else [item])
+            annotation = annotation.__origin__
+        elif get_origin(annotation) in (Union, types.UnionType) and type(None) in get_args(annotation):
+            rest = tuple(a for a in get_args(annotation) if a is not type(None))
+            annotation, optional = rest[0] if len(rest) == 1 else Union[rest], True  # noqa: UP007
+        else:
+            return annotation, bounds, optional
+
+
+def _kind(annotation: Any) -> tuple[Kind, tuple[str, ...]]:
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return "choice", tuple(str(a) for a in get_args(annotation))
+    if origin in (Union, types.UnionType):
+        return "text or list", ()
+    if origin is tuple:
+        item = get_args(annotation)[0]
+        return "list", tuple(str(a) for a in get_args(item)) if get_origin(item) is Literal else ()
+    if origin is dict:
+        return "mapping", ()
+    plain: dict[Any, Kind] = {bool: "true or false", int: "whole number", float: "number"}
+    return plain.get(annotation, "text"), ()
+
+
+def _expected(kind: Kind, choices: tuple[str, ...], bounds: list[object]) -> str:
+    if kind == "choice":
+        return f"one of {', '.join(choices)}"
+    if kind == "list":
+        return f"a list of {', '.join(choices)}" if choices else "a list of texts"
+    if kind in ("whole number", "number"):
+        limits = [f"{word} {getattr(b, name):g}" for b in bounds for name, word in _BOUND_WORDS if hasattr(b, name)]
+        return f"a {kind} {' and '.join(limits)}".rstrip()
+    return {
+        "text": "a text",
+        "text or list": "a text or a list of texts",
+        "mapping": "a group of names and values",
+    }.get(kind, kind)
+
+
+_BOUND_WORDS = (("gt", "above"), ("ge", "from"), ("lt", "below"), ("le", "up to"))

@@ -1,0 +1,269 @@
+"""Reading a settings file (YAML, TOML or JSON) without trusting it, and remembering the line of every key.
+
+Nothing in a file is executed, interpolated or fetched. YAML is read by YAML 1.2 rules (`1e-4` is a number, `no` a
+text), duplicate keys are errors, and a file that would grow when its aliases are written out is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, SequenceNode
+
+from qlora_hal.errors import ConfigError, UnsafeInputError
+from qlora_hal.files import strict_json, strict_toml
+
+if TYPE_CHECKING:
+    from ruamel.yaml.nodes import Node
+
+BYTE_LIMIT = 256 * 1024
+NODE_LIMIT, DEPTH_LIMIT = strict_toml.MAX_VALUES, strict_toml.MAX_DEPTH
+"""Keys and values, also after every alias is written out, and groups and lists within one another; the largest sensible
+file has a few hundred, three deep."""
+_PLAIN_TAGS = frozenset(
+    f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "str", "int", "float", "bool", "null", "timestamp")
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SettingsFile:
+    """The content of one file: nested `values`, and `lines` from dotted key to line number (from 1)."""
+
+    path: Path
+    values: Mapping[str, object]
+    lines: Mapping[str, int]
+
+    def origin(self, key: str) -> str:
+        """`run.yaml:12`, or the line of the nearest group above when the key itself has none."""
+        while key:
+            if key in self.lines:
+                return f"{self.path.name}:{self.lines[key]}"
+            key = key.rpartition(".")[0]
+        return self.path.name
+
+
+def read_settings_file(path: Path) -> SettingsFile:
+    """Read `.yaml`, `.yml`, `.toml` or `.json`. Raises ConfigError (U02, U03), UnsafeInputError (X07)."""
+    text = _text(path)
+    readers = {".yaml": _yaml, ".yml": _yaml, ".toml": _toml, ".json": _json}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise ConfigError(
+            "QH-U02",
+            f"Settings file {path.name} ends in {path.suffix or 'nothing'}; one of {', '.join(readers)} is expected.",
+            where=str(path),
+            fix="Rename the file to the format it is written in.",
+        )
+    try:
+        values, lines = reader(path, text)
+    except RecursionError as error:
+        raise _refused(path, "its values are nested too deeply") from error
+    if not isinstance(values, dict):
+        raise ConfigError(
+            "QH-U03",
+            f"Settings file {path.name} holds {_kind(values)}; groups of settings are expected.",
+            where=str(path),
+            fix="Run qlora-hal init to get a commented file to start from.",
+        )
+    return SettingsFile(path, values, lines)
+
+
+def _text(path: Path) -> str:
+    try:
+        if path.stat().st_size > BYTE_LIMIT:
+            raise _refused(path, f"it has {path.stat().st_size} bytes, more than the limit of {BYTE_LIMIT}")
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(
+            "QH-U02",
+            f"Settings file {path} cannot be read: {error.strerror or error}.",
+            where=str(path),
+            cause=""
+            if path.suffix
+            else "A word that belongs to no flag is the settings file; yes-no flags take true or false.",
+            fix="Check the path, or run qlora-hal init to create one.",
+        ) from error
+    except UnicodeDecodeError as error:
+        _raise_malformed(path, None, f"byte {error.start} is not UTF-8", error)
+
+
+# YAML ------------------------------------------------------------------------------------------------------------
+
+
+def _yaml(path: Path, text: str) -> tuple[object, dict[str, int]]:
+    class CountingComposer(Composer):
+        """Ends at a limit while nodes are made, which takes far longer than to read over the text."""
+
+        nodes = depth = 0
+
+        def compose_node(self, parent: Node | None, index: object) -> Node | None:
+            self.nodes += 1
+            self.depth += 1
+            _refuse_above_limits(path, self.nodes, self.depth)
+            node: Node | None = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
+    try:
+        yaml = YAML(typ="safe", pure=True)
+        yaml.Composer = CountingComposer
+        root = yaml.compose(text)
+        if root is None:
+            return {}, {}
+        _refuse_growth_and_tags(path, root)
+        return YAML(typ="safe", pure=True).load(text), _yaml_lines(root)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        said = (error.problem or str(error)).splitlines()[0]
+        _raise_malformed(path, mark.line + 1 if mark else None, said, error)
+    except YAMLError as error:
+        _raise_malformed(path, None, str(error).splitlines()[0], error)
+    except (ConfigError, UnsafeInputError, RecursionError):
+        raise
+    except Exception as error:  # values that look like numbers or dates and are none, of many kinds
+        _raise_malformed(path, None, _said(error), error)
+
+
+def _refuse_growth_and_tags(path: Path, root: Node) -> None:
+    # A node is measured once; its aliases count as often as they stand there.
+    sizes: dict[int, int] = {}
+    open_nodes: set[int] = set()
+
+    def size(node: Node) -> int:
+        if id(node) in sizes:
+            return sizes[id(node)]
+        if id(node) in open_nodes:
+            raise _refused(path, f"the anchor at line {node.start_mark.line + 1} contains itself")
+        tag = str(node.tag)
+        if tag not in _PLAIN_TAGS and tag != "tag:yaml.org,2002:merge":
+            raise _refused(path, f"line {node.start_mark.line + 1} carries the tag {tag}, and tags can run code")
+        open_nodes.add(id(node))
+        count = 1
+        if isinstance(node, SequenceNode):
+            count += sum(size(item) for item in node.value)
+        elif isinstance(node, MappingNode):
+            count += sum(size(key) + size(value) for key, value in node.value)
+        open_nodes.discard(id(node))
+        sizes[id(node)] = count
+        if count > NODE_LIMIT:
+            raise _refused(path, f"its aliases write out to more than {NODE_LIMIT} values")
+        return count
+
+    size(root)
+
+
+def _yaml_lines(root: Node) -> dict[str, int]:
+    lines: dict[str, int] = {}
+
+    def walk(node: Node, prefix: str) -> None:
+        if isinstance(node, MappingNode):
+            for key, value in node.value:
+                name = f"{prefix}{key.value}"
+                lines.setdefault(name, key.start_mark.line + 1)
+                walk(value, f"{name}.")
+
+    walk(root, "")
+    return lines
+
+
+# TOML and JSON -----------------------------------------------------------------------------------------------------
+
+
+def _toml(path: Path, text: str) -> tuple[object, dict[str, int]]:
+    try:
+        return strict_toml.decode(text), _toml_lines(text)
+    except strict_toml.TomlProblem as problem:
+        if problem.is_bomb:
+            raise _refused(path, str(problem)) from problem
+        _raise_malformed(path, problem.line, str(problem), problem)
+
+
+def _toml_lines(text: str) -> dict[str, int]:
+    """Lines of tables and of keys with bare names: what a settings file holds. Others fall back to their table."""
+    lines: dict[str, int] = {}
+    prefix = ""
+    for number, line in enumerate(text.splitlines(), start=1):
+        if table := re.match(r"\s*\[([\w.\-]+)\]", line):
+            prefix = f"{table[1]}."
+            lines.setdefault(table[1], number)
+        elif key := re.match(r"\s*([\w.\-]+)\s*=", line):
+            lines.setdefault(f"{prefix}{key[1]}", number)
+    return lines
+
+
+def _json(path: Path, text: str) -> tuple[object, dict[str, int]]:
+    _refuse_above_limits(path, sum(map(text.count, ",[{")), 0)
+    try:
+        values = strict_json.decode(text.encode("utf-8"))
+    except strict_json.JsonProblem as problem:
+        cause = problem.__cause__
+        if isinstance(cause, RecursionError):
+            raise cause from None
+        if isinstance(cause, json.JSONDecodeError):
+            _raise_malformed(path, cause.lineno, cause.msg, cause)
+        _raise_malformed(path, None, str(problem), problem)
+    return values, _json_lines(text)
+
+
+def _json_lines(text: str) -> dict[str, int]:
+    """Lines of keys in JSON that is written one key a line; a key of a one-line group falls back to the group."""
+    lines: dict[str, int] = {}
+    path: list[str] = []
+    pending = ""
+    for number, line in enumerate(text.splitlines(), start=1):
+        for token in re.finditer(r'"((?:[^"\\]|\\.)*)"\s*(:)?|[{}]', line):
+            if token[2]:
+                pending = token[1]
+                lines.setdefault(".".join([*filter(None, path), pending]), number)
+            elif token[0] == "{":
+                path.append(pending)
+                pending = ""
+            elif token[0] == "}" and path:
+                path.pop()
+    return lines
+
+
+# Errors ------------------------------------------------------------------------------------------------------------
+
+
+def _refuse_above_limits(path: Path, nodes: int, depth: int) -> None:
+    if nodes > NODE_LIMIT:
+        raise _refused(path, f"it holds more than {NODE_LIMIT} values")
+    if depth > DEPTH_LIMIT:
+        raise _refused(path, f"its values are nested more than {DEPTH_LIMIT} deep")
+
+
+def _said(error: Exception) -> str:
+    """What a library said, without advice that is for programs."""
+    return str(error).partition("; use sys.")[0].splitlines()[0][:200] if str(error) else type(error).__name__
+
+
+def _kind(value: object) -> str:
+    return {list: "a list", str: "a text", type(None): "nothing"}.get(type(value), f"a {type(value).__name__}")
+
+
+def _refused(path: Path, reason: str) -> UnsafeInputError:
+    return UnsafeInputError(
+        "QH-X07",
+        f"Settings file {path.name} is refused: {reason}.",
+        where=str(path),
+        cause="A settings file is plain data: names and values, without tags, and small when written out.",
+        fix="Write the values out plainly; qlora-hal init gives a file to start from.",
+    )
+
+
+def _raise_malformed(path: Path, line: int | None, said: str, cause: Exception) -> NoReturn:
+    raise ConfigError(
+        "QH-U03",
+        f"Settings file {path.name} is not well formed: {said}.",
+        where=f"{path}:{line}" if line else str(path),
+        fix="Correct that line." if line else "Correct the file.",
+    ) from cause

@@ -1,0 +1,126 @@
+"""Wrong settings as one error that lists every one of them: where it stands, what came, what was expected."""
+
+from __future__ import annotations
+
+import math
+import re
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qlora_hal.config.fields import Setting, settings
+from qlora_hal.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+_VALUE_WIDTH = 60
+_KEY_WIDTH = 100
+_MOST_TOLD = 50
+"""Wrong settings that an error lists; the others are counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One wrong setting. `expected` is a clause; `hint` a question such as `did you mean lora.r?`."""
+
+    key: str
+    origin: str
+    received: object
+    expected: str
+    hint: str = ""
+
+    def sentence(self) -> str:
+        named = "" if self.received is _NOT_SHOWN else f"{self._short_key} = {shorten(self.received)}: "
+        return f"{named}{self.expected}{'; ' + self.hint if self.hint else ''}"
+
+    @property
+    def _short_key(self) -> str:
+        return self.key if len(self.key) <= _KEY_WIDTH else self.key[: _KEY_WIDTH - 3] + "..."
+
+    def as_json(self) -> dict[str, object]:
+        received = "" if self.received is _NOT_SHOWN else shorten(self.received)
+        return {
+            "setting": self._short_key,
+            "origin": self.origin,
+            "received": received,
+            "expected": self.expected,
+            "hint": self.hint,
+        }
+
+
+_NOT_SHOWN = object()
+
+
+def shorten(value: object) -> str:
+    """The value as typed, cut to one line."""
+    if isinstance(value, str):
+        text = f'"{value[: 4 * _VALUE_WIDTH]}"'
+    else:
+        text = str(value).lower() if isinstance(value, bool) else _BOUNDED.repr(value)
+    text = " ".join(text.split())
+    return text if len(text) <= _VALUE_WIDTH else text[: _VALUE_WIDTH - 3] + "..."
+
+
+class _BoundedRepr(reprlib.Repr):
+    def repr_int(self, value: int, level: int) -> str:
+        # Python refuses to write numbers of more than 4300 digits.
+        if value.bit_length() > 256:
+            return f"a whole number of about {int(value.bit_length() * math.log10(2)) + 1} digits"
+        return repr(value)
+
+
+_BOUNDED = _BoundedRepr()
+_BOUNDED.maxstring = _BOUNDED.maxother = 2 * _VALUE_WIDTH
+
+
+def config_error(problems: Sequence[Problem]) -> ConfigError:
+    """All problems as one QH-U01."""
+    which = "it" if len(problems) == 1 else "them"
+    fix = f"Correct {which}; qlora-hal init writes every setting with its meaning."
+    context: dict[str, object] = {"problems": [problem.as_json() for problem in problems[:_MOST_TOLD]]}
+    if len(problems) == 1:
+        only = problems[0]
+        message = only.sentence() if only.hint else f"{only.sentence()}."
+        return ConfigError("QH-U01", message, where=only.origin, fix=fix, context=context)
+    told = [f"    {p.origin}  {p.sentence()}" for p in problems[:_MOST_TOLD]]
+    more = [f"    and {len(problems) - _MOST_TOLD} more"] if len(problems) > _MOST_TOLD else []
+    lines = [f"{len(problems)} settings are wrong.", *told, *more]
+    return ConfigError("QH-U01", "\n".join(lines), fix=fix, context=context)
+
+
+def problems_of_validation(error: ValidationError, origins: Mapping[str, str]) -> list[Problem]:
+    """pydantic's findings in our words, one for each setting."""
+    found: dict[str, Problem] = {}
+    for item in error.errors(include_url=False):
+        path = _setting_path(item["loc"])
+        if path is None:
+            text = str(item["msg"]).removeprefix("Value error, ")
+            named = [name for name in re.findall(r"[a-z_]+\.[a-z_0-9]+", text) if name in settings()]
+            origin = next((origins[name] for name in named if name in origins), "")
+            found.setdefault(text, Problem(named[0] if named else "settings", origin, _NOT_SHOWN, text))
+            continue
+        expected = f"{_expected(settings()[path], str(item['type']), str(item['msg']))}"
+        found.setdefault(path, Problem(path, origins.get(path, "default"), item["input"], expected))
+    return list(found.values())
+
+
+def _setting_path(location: Iterable[object]) -> str | None:
+    """The longest dotted prefix of pydantic's location that is a setting."""
+    path, longest = "", None
+    for part in location:
+        path = f"{path}.{part}".lstrip(".")
+        if path in settings():
+            longest = path
+    return longest
+
+
+def _expected(setting: Setting, kind: str, message: str) -> str:
+    if kind == "value_error":
+        return message.removeprefix("Value error, ")
+    if kind == "finite_number":
+        return f"{setting.expected} is expected, and it must be finite"
+    if setting.kind == "text" and kind == "string_type":
+        return "a text is expected; put it in quotes"
+    return f"{setting.expected} is expected"

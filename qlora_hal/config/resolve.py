@@ -1,0 +1,288 @@
+"""From file, environment, keywords and flags to one RunConfig, with the origin of every value.
+
+Precedence, strongest first: flags, keywords, environment, the file (or mapping, or RunConfig), a caller's defaults
+(`--demo`), the schema's defaults. Every wrong item is found before anything is raised.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from qlora_hal.config.fields import (
+    ENVIRONMENT_PREFIX,
+    Setting,
+    groups,
+    nearest_group,
+    nearest_setting,
+    settings,
+)
+from qlora_hal.config.files import BYTE_LIMIT, read_settings_file
+from qlora_hal.config.problems import Problem, config_error, problems_of_validation
+from qlora_hal.config.schema import RunConfig
+from qlora_hal.errors import ConfigError
+from qlora_hal.files import strict_json
+
+OTHER_ENVIRONMENT_NAMES = frozenset({"QLORA_HAL_CACHE", "QLORA_HAL_FAULTS", "QLORA_HAL_TRACEBACK"})
+"""Variables with our prefix that are no settings of a run."""
+
+_MOST_SEARCHED = 50
+_KEYWORD_SETTINGS = {"model": "model.name_or_path", "data": "data.path", "backend": "backend.name"}
+_NOT_FROM_ENVIRONMENT = frozenset({"model.trust_remote_code"})
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedSettings:
+    """A valid configuration and where each value came from.
+
+    `origins` maps every dotted key to `command line --lora.r`, `keyword`, `environment QLORA_HAL_LORA__R`,
+    `run.yaml:12`, `config argument`, the name of the caller's defaults, or `default`.
+    """
+
+    config: RunConfig
+    origins: Mapping[str, str]
+
+    def values(self) -> Mapping[str, object]:
+        """Dotted key -> value, in the order of the schema."""
+        return dict(flatten_config(self.config))
+
+
+@dataclass(slots=True)
+class _Layers:
+    """Values by dotted key, the strongest layer written last, and everything found wrong on the way."""
+
+    values: dict[str, object] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def put(self, key: str, value: object, origin: str) -> None:
+        setting = settings().get(key)
+        if setting is None:
+            self.unknown(key, value, origin)
+            return
+        earlier = self.values.get(key)
+        if setting.kind == "mapping" and isinstance(earlier, Mapping) and isinstance(value, Mapping):
+            value = {**earlier, **value}
+        if isinstance(value, bool) and setting.kind in ("number", "whole number"):
+            # pydantic would read true as 1.
+            self.problems.append(Problem(key, origin, value, f"{setting.expected} is expected"))
+            return
+        self.values[key] = str(value) if isinstance(value, Path) else value
+        self.origins[key] = origin
+
+    def unknown(self, key: str, value: object, origin: str) -> None:
+        # The search for what was meant takes a millisecond; a file of unknown keys is no file of slips.
+        is_searched = len(self.problems) < _MOST_SEARCHED
+        self.problems.append(_unknown(key, value, origin, is_searched))
+
+
+def resolve_settings(
+    config: ResolvedSettings | RunConfig | Mapping[str, object] | str | Path | None,
+    *,
+    keywords: Mapping[str, object] | None = None,
+    flags: Mapping[str, object] | None = None,
+    environ: Mapping[str, str] | None = None,
+    defaults: Mapping[str, object] | None = None,
+    defaults_name: str = "demo",
+) -> ResolvedSettings:
+    """Merge all layers and validate the result.
+
+    `keywords` holds dotted keys, or `model`, `data`, `output_dir`, `backend` (where `auto` means not given); `flags`
+    holds dotted keys with texts as typed. A value of None means not given. A ResolvedSettings is returned as it is
+    when nothing is added, so that resolving twice keeps the origins. Raises ConfigError (U01..U03),
+    UnsafeInputError (X07).
+    """
+    if isinstance(config, ResolvedSettings):
+        if not dict(_given_keywords(keywords or {})) and not flags:
+            return config
+        layers = _Layers(dict(config.values()), dict(config.origins))
+    else:
+        layers = _Layers()
+        for key, value in (defaults or {}).items():
+            layers.put(key, value, defaults_name)
+        _put_configuration(layers, config)
+        _put_environment(layers, os.environ if environ is None else environ)
+    for key, value in _given_keywords(keywords or {}):
+        layers.put(key, value, "keyword")
+    for key, value in (flags or {}).items():
+        if value is not None:
+            _put_text(layers, key, value, f"command line --{key}")
+    return _validated(layers)
+
+
+def require_settings(config: RunConfig, *paths: str) -> None:
+    """Refuse a configuration in which one of these is empty, naming all that are. Raises ConfigError QH-U12."""
+    values = dict(flatten_config(config))
+    absent = [path for path in paths if not values[path]]
+    if absent:
+        raise ConfigError(
+            "QH-U12",
+            f"{', '.join(absent)} {'is' if len(absent) == 1 else 'are'} not set.",
+            fix="Give them as flags or to train(model=..., data=..., output_dir=...), or run qlora-hal init for a "
+            "commented run.yaml.",
+            context={"absent": absent},
+        )
+
+
+def flatten_config(config: RunConfig) -> Iterator[tuple[str, object]]:
+    """Every dotted key of a configuration with its value."""
+    for path in settings():
+        group, _, name = path.rpartition(".")
+        yield path, getattr(getattr(config, group) if group else config, name)
+
+
+def nest(values: Mapping[str, object]) -> dict[str, object]:
+    """Dotted keys as nested groups, the form of a file."""
+    tree: dict[str, object] = {}
+    for path, value in values.items():
+        group, _, name = path.rpartition(".")
+        home = tree.setdefault(group, {}) if group else tree
+        if isinstance(home, dict):
+            home[name] = value
+    return tree
+
+
+# Layers ------------------------------------------------------------------------------------------------------------
+
+
+def _put_configuration(layers: _Layers, config: RunConfig | Mapping[str, object] | str | Path | None) -> None:
+    if config is None:
+        return
+    if isinstance(config, RunConfig):
+        _put_tree(layers, config.model_dump(exclude_unset=True), lambda key: "config argument")
+    elif isinstance(config, Mapping):
+        _put_tree(layers, config, lambda key: "config argument")
+    elif not isinstance(config, str | Path):
+        received = type(config).__name__
+        expected = f"a settings file, a mapping or a RunConfig is expected, not a value of type {received}"
+        layers.problems.append(Problem("config", "config argument", config, expected))
+    else:
+        file = read_settings_file(Path(config))
+        _put_tree(layers, file.values, file.origin)
+
+
+def _put_tree(layers: _Layers, tree: Mapping[str, object], origin: Callable[[str], str]) -> None:
+    for name, value in tree.items():
+        name = str(name)
+        if name in settings() or "." in name:
+            layers.put(name, value, origin(name))
+        elif name not in groups():
+            layers.unknown(name, value, origin(name))
+        elif isinstance(value, Mapping):
+            for leaf, leaf_value in value.items():
+                layers.put(f"{name}.{leaf}", leaf_value, origin(f"{name}.{leaf}"))
+        elif value is not None:
+            names = ", ".join(path.rpartition(".")[2] for path in settings() if path.startswith(f"{name}."))
+            expected = f"{name} is a group; its settings go below it, one a line: {names}"
+            layers.problems.append(Problem(name, origin(name), value, expected))
+
+
+def _put_environment(layers: _Layers, environ: Mapping[str, str]) -> None:
+    by_name = {setting.environment_name: setting for setting in settings().values()}
+    for name in sorted(environ):
+        if not name.startswith(ENVIRONMENT_PREFIX) or name in OTHER_ENVIRONMENT_NAMES:
+            continue
+        origin = f"environment {name}"
+        setting = by_name.get(name)
+        key = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
+        if setting is None:
+            nearest = nearest_setting(key)
+            hint = f"did you mean {settings()[nearest].environment_name}?" if nearest else ""
+            layers.problems.append(Problem(name, origin, environ[name], "no setting has that name", hint))
+        elif setting.path in _NOT_FROM_ENVIRONMENT:
+            expected = "this setting is not taken from the environment; write it in the file or as a flag"
+            layers.problems.append(Problem(setting.path, origin, environ[name], expected))
+        else:
+            _put_text(layers, setting.path, environ[name], origin)
+
+
+def _given_keywords(keywords: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    for key, value in keywords.items():
+        if value is None or (key == "backend" and value == "auto"):
+            continue
+        yield _KEYWORD_SETTINGS.get(key, key), value
+
+
+def _put_text(layers: _Layers, key: str, value: object, origin: str) -> None:
+    """A value that was typed as text, or a list of texts where a flag was repeated."""
+    setting = settings().get(key)
+    if isinstance(value, str) and len(value) > BYTE_LIMIT:
+        expected = f"it has {len(value)} characters; at most {BYTE_LIMIT} are expected, as in a settings file"
+        layers.problems.append(Problem(key, origin, value, expected))
+        return
+    try:
+        layers.put(key, _from_text(setting, value) if setting else value, origin)
+    except ValueError:
+        expected = f"{setting.expected if setting else 'JSON'} is expected"
+        layers.problems.append(Problem(key, origin, value, expected))
+
+
+def _from_text(setting: Setting, value: object) -> object:
+    if setting.optional and isinstance(value, str) and value.lower() in ("none", "null"):
+        return None
+    if setting.kind == "list":
+        return _listed(value, split=bool(setting.choices))
+    if setting.kind == "text or list":
+        # A lone word is a module's name; only all-linear and real patterns stay texts.
+        texts = _listed(value, split=False)
+        names = "[A-Za-z0-9_]+"
+        if len(texts) == 1 and not re.fullmatch(rf"{names}(\s*,\s*{names})*", texts[0]):
+            return texts[0]
+        return _listed(value, split=True)
+    if setting.kind == "mapping":
+        return _mapping(value)
+    return value
+
+
+def _listed(value: object, *, split: bool) -> tuple[str, ...]:
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        found = _from_json(value)
+        return tuple(str(item) for item in found) if isinstance(found, list) else ()
+    items = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
+    texts = (str(item) for item in items)
+    return tuple(part.strip() for text in texts for part in text.split(",")) if split else tuple(texts)
+
+
+def _mapping(value: object) -> dict[str, object]:
+    if isinstance(value, str):
+        value = _from_json(value)
+    if not isinstance(value, Mapping):
+        raise ValueError("not a mapping")
+    return {str(key): _scalar(item) for key, item in value.items()}
+
+
+def _scalar(value: object) -> object:
+    try:
+        return _from_json(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _from_json(text: str) -> object:
+    """Raises ValueError, also for what is nested too deeply or too much."""
+    return strict_json.decode_foreign(text.encode("utf-8", "surrogatepass"))
+
+
+# Validation --------------------------------------------------------------------------------------------------------
+
+
+def _validated(layers: _Layers) -> ResolvedSettings:
+    try:
+        config = RunConfig.model_validate(nest(layers.values))
+    except ValidationError as error:
+        raise config_error([*layers.problems, *problems_of_validation(error, layers.origins)]) from error
+    if layers.problems:
+        raise config_error(layers.problems)
+    return ResolvedSettings(config, {path: layers.origins.get(path, "default") for path in settings()})
+
+
+def _unknown(key: str, value: object, origin: str, is_searched: bool) -> Problem:
+    if is_searched and isinstance(value, Mapping) and "." not in key and (group := nearest_group(key)):
+        return Problem(key, origin, value, "no group has that name", f"did you mean {group}?")
+    nearest = nearest_setting(key) if is_searched else None
+    return Problem(key, origin, value, "no setting has that name", f"did you mean {nearest}?" if nearest else "")

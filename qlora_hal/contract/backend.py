@@ -1,0 +1,373 @@
+"""The contract of a backend: a light `BackendSpec` that is data, and a trainer class imported only when it runs.
+
+The core owns the loop, a backend owns one whole optimizer step. What a backend cannot be looked at for cannot be
+certified, so the views (`logits`, `gradients`, `dequantized_weight`) belong to the contract.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from qlora_hal.contract.capabilities import OPTIMIZER_FEATURE, Capabilities, Feature, Needs, WeightFormat, missing
+from qlora_hal.contract.memory_constants import FastPath, MemoryConstants
+from qlora_hal.errors import UnsupportedFeatureError
+
+if TYPE_CHECKING:
+    from qlora_hal.contract.values import (
+        Adapter,
+        Batch,
+        ComputeDtype,
+        Float32,
+        Int32,
+        LossSum,
+        OptimizerSnapshot,
+        PendingStep,
+        StepSettings,
+    )
+    from qlora_hal.model.source import ModelSource
+
+CONTRACT_VERSION = 1
+"""Major version of this contract; discovery refuses a spec of another one."""
+
+
+class Availability(StrEnum):
+    """The answer of a probe."""
+
+    READY = "ready"
+    MISSING_PACKAGE = "missing_package"
+    NO_DEVICE = "no_device"
+    WRONG_BUILD = "wrong_build"
+    BROKEN = "broken"
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeReport:
+    """Whether one backend can run here. Everything but READY carries a `reason` and a `fix`.
+
+    `uses_accelerator` is for backends that run on several kinds of device: what holds here. None: as the spec says.
+    `device_kind` (`cuda`, `rocm`, `mps`, `cpu`) and `compute_dtype`, what `auto` will most likely become on it, are for
+    the memory estimate; empty and None where the probe cannot tell.
+    `notes` are sentences for who looks closer (`qlora-hal doctor`), nothing that has to be mended.
+    """
+
+    backend: str
+    availability: Availability
+    reason: str
+    fix: str = ""
+    devices: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    distribution: str = ""
+    uses_accelerator: bool | None = None
+    notes: tuple[str, ...] = ()
+    device_kind: str = ""
+    compute_dtype: ComputeDtype | None = None
+
+    @property
+    def ready(self) -> bool:
+        return self.availability is Availability.READY
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "backend": self.backend,
+            "availability": self.availability.value,
+            "reason": self.reason,
+            "fix": self.fix,
+            "devices": list(self.devices),
+            "versions": dict(self.versions),
+            "distribution": self.distribution,
+            "uses_accelerator": self.uses_accelerator,
+            "notes": list(self.notes),
+            "device_kind": self.device_kind,
+            "compute_dtype": self.compute_dtype,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class BackendSpec:
+    """A backend before anything of it is imported.
+
+    `probe` may read package metadata, device nodes and `find_spec`, and imports no tensor library. `trainer` is
+    `package.module:Name`: a class, or a function without arguments, that gives a `QuantizedLoRATrainer`.
+    `uses_accelerator` False keeps `auto` from choosing the backend silently (see `selection`). `card_vendors` are those
+    whose cards it runs on, in the words of `memory_cards.Card`. `option_choices` lists
+    what `backend.options` may hold, the first choice being the default. `notes` maps the name of an optimizer or a
+    compute dtype to what it becomes here; the note is printed. `memory` holds what the estimate must know of the
+    backend's code, `fast_path` what is different where it has faster code. `quantizer` is `package.module:Name` of a
+    `Quantizer` for `capabilities.calibrated_formats`. `outline` is `package.module:Name` of an `Outline`, which may
+    import what the trainer imports; without one the headers of the weight files decide what a model has.
+    `supervised` asks for a run in a child process, where the device's driver may end it. `environment` maps an option,
+    and a choice of it, to variables that must be set before the trainer is imported; a default choice leaves alone what
+    the user has set.
+    """
+
+    name: str
+    title: str
+    priority: int
+    capabilities: Capabilities
+    probe: Callable[[], ProbeReport]
+    trainer: str
+    uses_accelerator: bool = True
+    card_vendors: frozenset[str] = frozenset({"nvidia", "amd", "apple"})
+    option_choices: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
+    memory: MemoryConstants = field(default_factory=MemoryConstants)
+    fast_path: FastPath | None = None
+    quantizer: str = ""
+    outline: str = ""
+    supervised: bool = False
+    environment: Mapping[str, Mapping[object, Mapping[str, str]]] = field(default_factory=dict)
+    contract: int = CONTRACT_VERSION
+
+    def memory_for(
+        self,
+        architecture: str,
+        compute_dtype: str,
+        *,
+        dropout: float = 0.0,
+        options: Mapping[str, object] | None = None,
+        device_kind: str = "",
+    ) -> MemoryConstants:
+        """The constants of the code that will run; where `device_kind` is not known, on the hardware it is made for."""
+        fast = self.fast_path
+        if fast is None or (device_kind and device_kind not in fast.device_kinds):
+            return self.memory
+        serves = fast.serves(architecture, compute_dtype, dropout=dropout, options=options or {})
+        return fast.memory if serves else self.memory
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOutline:
+    """What a backend will make of a model, told before any weight is read.
+
+    `linear_modules` are those that the trainer will have after `load`; `notes` are sentences for the user, on what of
+    the model is left out, left as it is, or taken for something else.
+    """
+
+    linear_modules: Mapping[str, tuple[int, int]]
+    notes: tuple[str, ...] = ()
+
+
+class Outline(Protocol):
+    """A function that looks at config.json and the headers of the weight files only. Called before data are read, so
+    that a model the backend cannot load is refused by name in a dry run. `options` are `backend.options`."""
+
+    def __call__(self, source: ModelSource, options: Mapping[str, object]) -> ModelOutline:
+        """Raises ModelError: QH-M51 for an architecture that the backend does not train, QH-M50 for tensors that do
+        not belong to it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationJob:
+    """What a `Quantizer` is asked for: a 16-bit model folder, quantized with the help of these rows of token ids.
+
+    `output` exists and is empty; `config.json` and safetensors weights are to be written into it. `options` are
+    `backend.options`. No text of a row is known here, so none can be left in the result.
+    """
+
+    model: Path
+    output: Path
+    rows: Sequence[Sequence[int]]
+    quantization: Quantization
+    symmetric: bool = True
+    act_order: bool = False
+    seed: int = 0
+    options: Mapping[str, object] = field(default_factory=dict)
+
+
+class Quantizer(Protocol):
+    """Quantizes with calibration; a class without arguments. A library that changes its process runs in a child."""
+
+    def versions(self, options: Mapping[str, object]) -> Mapping[str, str]:
+        """Packages that decide about the result, with their versions. Imports none of them. Raises
+        UnsupportedFeatureError where none is there."""
+        ...
+
+    def quantize(self, job: CalibrationJob, tell: Callable[[str], None]) -> None:
+        """Do the job, saying from time to time how far it is. Raises ModelError, BackendError, ConfigError."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """How the base is stored, as resolved: no `auto`, no level."""
+
+    weight_format: WeightFormat
+    block_size: int | None = None
+    double_quant: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """How the backend computes. `options` are the backend's own settings, from `backend.options`."""
+
+    dtype: ComputeDtype = "float32"
+    gradient_checkpointing: bool = False
+    options: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFacts:
+    """What the trainer really runs on, for `run.json` and certificates.
+
+    `kernel_path` names what multiplies (for example `bitsandbytes dequantize + cuBLAS`).
+    """
+
+    device: str
+    versions: Mapping[str, str]
+    kernel_path: str = ""
+    driver: str = ""
+    memory_limit_bytes: int | None = None
+
+
+class QuantizedLoRATrainer(ABC):
+    """One model, quantized and frozen, with one trainable LoRA adapter on it.
+
+    Meaning of a step, on every backend: minimise (sum of token losses) / (counted tokens) over the whole window;
+    add the adapter's product to the base product before anything is rounded to the compute dtype; clip by the global
+    norm of all adapter gradients; AdamW with decoupled decay and bias correction, epsilon outside the root; learning
+    rate given by the core; master adapter weights and moments in float32. A step whose loss or gradient is not finite
+    changes nothing and says so in its stats.
+    """
+
+    spec: ClassVar[BackendSpec]
+
+    load_notes: tuple[str, ...] = ()
+    """Sentences for the user on what only reading the weights could tell, set by `load`."""
+
+    # life ----------------------------------------------------------------------------------------------------------
+    @abstractmethod
+    def proved_compute_dtypes(self) -> Sequence[str]:
+        """The compute dtypes that this device has, found by computing, best first. Called before `load`."""
+
+    @abstractmethod
+    def load(self, source: ModelSource, quantization: Quantization, compute: Compute) -> None:
+        """Load and quantize the frozen base, shard by shard. Raises ModelError, UnsupportedFeatureError."""
+
+    @abstractmethod
+    def linear_modules(self) -> Mapping[str, tuple[int, int]]:
+        """Module path -> (in, out) of every linear layer that can carry LoRA, the output head left out."""
+
+    @abstractmethod
+    def attach(self, adapter: Adapter, optimizer: str = "adamw") -> None:
+        """Put the adapter on the base with a fresh optimizer. A second call replaces both. Raises AdapterError."""
+
+    @abstractmethod
+    def device_facts(self) -> DeviceFacts:
+        """What this trainer runs on."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the device. Safe to call twice."""
+
+    # training ------------------------------------------------------------------------------------------------------
+    @abstractmethod
+    def train_step(self, window: Sequence[Batch], settings: StepSettings) -> PendingStep:
+        """Queue one whole optimizer step over the window and return without waiting for the device."""
+
+    @abstractmethod
+    def evaluate(self, batches: Sequence[Batch]) -> LossSum:
+        """Sum of token losses, without dropout and without any effect on later steps."""
+
+    # state: host float32, canonical names --------------------------------------------------------------------------
+    @abstractmethod
+    def export_adapter(self) -> Adapter:
+        """The adapter as it stands."""
+
+    @abstractmethod
+    def export_optimizer(self) -> OptimizerSnapshot:
+        """The optimizer as it stands."""
+
+    @abstractmethod
+    def import_optimizer(self, snapshot: OptimizerSnapshot) -> None:
+        """Continue from a snapshot, of this backend or another. Raises AdapterError when tensors do not fit."""
+
+    # views for the conformance suite -------------------------------------------------------------------------------
+    @abstractmethod
+    def logits(self, batch: Batch) -> Float32:
+        """Logits `[batch, time, vocabulary]`, without dropout."""
+
+    @abstractmethod
+    def gradients(self, window: Sequence[Batch]) -> Mapping[str, Float32]:
+        """Gradient of the window's token mean for every adapter tensor, unclipped, without dropout; state untouched."""
+
+    @abstractmethod
+    def dequantized_weight(self, module: str) -> Float32:
+        """The base weight `[out, in]` exactly as the products see it."""
+
+    # optional, guarded by Feature ----------------------------------------------------------------------------------
+    def generate(
+        self, prompt: Int32, *, max_new_tokens: int, stop_tokens: Sequence[int] = (), adapter: bool = True
+    ) -> Int32:
+        """Greedy continuation of one prompt `[time]`: new tokens up to and without the first stop token.
+        Feature.GENERATE."""
+        raise _undeclared(self, "generate")
+
+    def peak_memory_bytes(self) -> int:
+        """Highest memory of the device since load, in bytes. Feature.PEAK_MEMORY."""
+        raise _undeclared(self, "peak_memory")
+
+    def __enter__(self) -> QuantizedLoRATrainer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def check_served(
+    spec: BackendSpec, quantization: Quantization, compute: Compute, *, prequantized: bool = False
+) -> None:
+    """What a trainer asks first in `load`: raises UnsupportedFeatureError QH-B01 naming all that the spec lacks.
+
+    The core asks the same before it opens a trainer; this keeps a caller without the core from getting another format
+    or dtype than the one it named.
+    """
+    weight_format = quantization.weight_format
+    features = {
+        Feature.DOUBLE_QUANT: quantization.double_quant,
+        Feature.GRADIENT_CHECKPOINTING: compute.gradient_checkpointing,
+        Feature.LOAD_PREQUANTIZED: prequantized,
+        Feature.QUANTIZE_ON_LOAD: not prequantized and weight_format is not WeightFormat.NONE,
+    }
+    needs = Needs(
+        features=frozenset(feature for feature, is_needed in features.items() if is_needed),
+        weight_format=weight_format,
+        block_size=quantization.block_size,
+        compute_dtype=compute.dtype,
+    )
+    if lacks := missing(needs, spec.capabilities):
+        raise UnsupportedFeatureError(
+            "QH-B01",
+            f"Backend {spec.name} lacks what was asked: {'; '.join(lacks)}.",
+            fix="Run qlora-hal backends to see which backend has it.",
+            context={"lacks": list(lacks)},
+        )
+
+
+def check_optimizer(name: str, spec: BackendSpec) -> None:
+    """Beside `check_served`, for `attach`. Raises UnsupportedFeatureError QH-B01 for a name that the backend does not
+    offer."""
+    features = spec.capabilities.features
+    offered = [known for known, feature in OPTIMIZER_FEATURE.items() if feature is None or feature in features]
+    if name not in offered:
+        raise UnsupportedFeatureError(
+            "QH-B01",
+            f"Backend {spec.name} has no optimizer {name!r}; it has {', '.join(offered)}.",
+            fix="Set training.optim to one of them.",
+        )
+
+
+def _undeclared(trainer: QuantizedLoRATrainer, feature: str) -> Exception:
+    return UnsupportedFeatureError(
+        "QH-B01",
+        f"Backend {trainer.spec.name} does not offer {feature}.",
+        fix="Run qlora-hal backends to see which backend does.",
+    )

@@ -1,0 +1,210 @@
+"""The wall between core and backend: foreign exceptions become ours, and what comes back is checked."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+
+import numpy as np
+
+from qlora_hal.contract.backend import Compute, DeviceFacts, Quantization, QuantizedLoRATrainer
+from qlora_hal.contract.type_checks import wrong_fields
+from qlora_hal.contract.values import (
+    Adapter,
+    AdapterConfig,
+    Batch,
+    Float32,
+    Int32,
+    LossSum,
+    OptimizerSnapshot,
+    PendingStep,
+    StepSettings,
+    StepStats,
+)
+from qlora_hal.errors import BackendContractError, BackendError, QloraHalError
+from qlora_hal.errors.foreign import told
+from qlora_hal.errors.terminal_text import show
+from qlora_hal.model.source import ModelSource
+
+
+def _to_stderr(note: str) -> None:
+    show(f"note: {note}", stream=sys.stderr)
+
+
+class GuardedTrainer:
+    """A trainer behind the wall. Every method names the backend when it fails; `note` hears what is no failure."""
+
+    def __init__(self, trainer: QuantizedLoRATrainer, note: Callable[[str], None] = _to_stderr) -> None:
+        self._trainer = trainer
+        self._note = note
+        self._name = trainer.spec.name
+        self._config: AdapterConfig | None = None
+        self._expected: Mapping[str, tuple[int, ...]] = {}
+        self._steps_applied = 0
+
+    def proved_compute_dtypes(self) -> tuple[str, ...]:
+        with self._wall("proved_compute_dtypes"):
+            found, declared = self._trainer.proved_compute_dtypes(), self._trainer.spec.capabilities.compute_dtypes
+            if not found or isinstance(found, str) or not declared.issuperset(found):
+                raise self._broken(f"proved_compute_dtypes gave {found!r}; it declares {', '.join(sorted(declared))}")
+            return tuple(found)
+
+    def load(self, source: ModelSource, quantization: Quantization, compute: Compute) -> None:
+        with self._wall("load"):
+            self._trainer.load(source, quantization, compute)
+        for note in self._trainer.load_notes:
+            self._note(note)
+
+    def linear_modules(self) -> Mapping[str, tuple[int, int]]:
+        with self._wall("linear_modules"):
+            return dict(self._trainer.linear_modules())
+
+    def attach(self, adapter: Adapter, optimizer: str) -> None:
+        with self._wall("attach"):
+            self._trainer.attach(adapter, optimizer)
+        self._config = adapter.config
+        self._expected = {name: tensor.shape for name, tensor in adapter.tensors.items()}
+        self._steps_applied = 0
+
+    def device_facts(self) -> DeviceFacts:
+        with self._wall("device_facts"):
+            facts = self._trainer.device_facts()
+            self._require(DeviceFacts, facts, "device_facts")
+            return facts
+
+    def train_step(self, window: Sequence[Batch], settings: StepSettings) -> PendingStep:
+        with self._wall("train_step"):
+            return _GuardedStep(self._trainer.train_step(window, settings), settings.token_count, self)
+
+    def evaluate(self, batches: Sequence[Batch]) -> LossSum:
+        with self._wall("evaluate"):
+            result = self._trainer.evaluate(batches)
+            self._require(LossSum, result, "evaluate")
+            counted = sum(batch.counted_tokens for batch in batches)
+            if result.token_count != counted:
+                raise self._broken(f"evaluate counted {result.token_count} tokens of {counted}")
+            return result
+
+    def export_adapter(self) -> Adapter:
+        with self._wall("export_adapter"):
+            adapter = self._trainer.export_adapter()
+            self._require(Adapter, adapter, "export_adapter")
+            self._check_tensors(adapter.tensors, self._expected, "export_adapter")
+            if adapter.config != self._config:
+                names = [f.name for f in fields(AdapterConfig)]
+                other = [name for name in names if getattr(adapter.config, name) != getattr(self._config, name, None)]
+                raise self._broken(f"export_adapter gave another {', '.join(other)} than was attached")
+            if strange := [name for name, tensor in adapter.tensors.items() if not np.isfinite(tensor).all()]:
+                raise self._broken(f"export_adapter gave numbers that are not finite in {', '.join(strange[:5])}")
+            return adapter
+
+    def export_optimizer(self) -> OptimizerSnapshot:
+        with self._wall("export_optimizer"):
+            snapshot = self._trainer.export_optimizer()
+            self._require(OptimizerSnapshot, snapshot, "export_optimizer")
+            if snapshot.step != self._steps_applied:
+                raise self._broken(f"export_optimizer gave step {snapshot.step} after {self._steps_applied} updates")
+            moments = {f"{n}.{k}": s for n, s in self._expected.items() for k in ("exp_avg", "exp_avg_sq")}
+            self._check_tensors(snapshot.moments, moments, "export_optimizer")
+            return snapshot
+
+    def import_optimizer(self, snapshot: OptimizerSnapshot) -> None:
+        with self._wall("import_optimizer"):
+            self._trainer.import_optimizer(snapshot)
+        self._steps_applied = snapshot.step
+
+    def logits(self, batch: Batch) -> Float32:
+        with self._wall("logits"):
+            found = self._trainer.logits(batch)
+            if not isinstance(found, np.ndarray) or found.ndim != 3 or found.shape[:2] != batch.input_ids.shape:
+                raise self._broken(f"logits gave {_kind(found)} for a batch {list(batch.input_ids.shape)}")
+            return found
+
+    def dequantized_weight(self, module: str) -> Float32:
+        with self._wall("dequantized_weight"):
+            inputs, outputs = self._trainer.linear_modules()[module]
+            found = self._trainer.dequantized_weight(module)
+            if not isinstance(found, np.ndarray) or found.shape != (outputs, inputs) or found.dtype != np.float32:
+                raise self._broken(f"dequantized_weight gave {_kind(found)} for {module}, [{outputs}, {inputs}]")
+            return found
+
+    def generate(
+        self, prompt: Int32, *, max_new_tokens: int, stop_tokens: Sequence[int] = (), adapter: bool = True
+    ) -> Int32:
+        with self._wall("generate"):
+            return self._trainer.generate(
+                prompt, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens, adapter=adapter
+            )
+
+    def peak_memory_bytes(self) -> int:
+        with self._wall("peak_memory_bytes"):
+            return self._trainer.peak_memory_bytes()
+
+    def close(self) -> None:
+        """A failure is told and not raised: it would fail what is done, or stand before the error that ended it."""
+        try:
+            with self._wall("close"):
+                self._trainer.close()
+        except QloraHalError as failure:
+            self._note(f"the device may not be free yet: {failure.message}")
+
+    @contextmanager
+    def _wall(self, method: str) -> Iterator[None]:
+        try:
+            yield
+        except QloraHalError:
+            raise
+        except (Exception, SystemExit) as error:  # a backend that leaves has not done what it was asked for
+            raise BackendError(
+                "QH-B04",
+                f"Backend {self._name} failed in {method}: {told(error)}",
+                fix="Run qlora-hal doctor; if it names no cause, report this with the traceback.",
+            ) from error
+
+    def _require(self, kind: type, found: object, method: str) -> None:
+        if not isinstance(found, kind):
+            raise self._broken(f"{method} gave a {type(found).__name__}, not {kind.__name__}")
+        if wrong := wrong_fields(found):
+            raise self._broken(f"{method} gave {kind.__name__} with wrong fields: {'; '.join(wrong)}")
+
+    def _check_tensors(self, found: Mapping[str, object], expected: Mapping[str, tuple[int, ...]], method: str) -> None:
+        wrong = [
+            name
+            for name, shape in expected.items()
+            if not isinstance(tensor := found.get(name), np.ndarray)
+            or tensor.shape != tuple(shape)
+            or tensor.dtype != np.float32
+        ]
+        wrong += sorted(set(found) - set(expected))
+        if wrong:
+            raise self._broken(f"{method} gave wrong, missing or extra tensors: {', '.join(wrong[:5])}")
+
+    def _broken(self, what: str) -> BackendContractError:
+        return BackendContractError(
+            "QH-B02", f"Backend {self._name} broke the contract: {what}.", fix="Report this to the backend's author."
+        )
+
+
+def _kind(found: object) -> str:
+    return f"{found.dtype}{list(found.shape)}" if isinstance(found, np.ndarray) else f"a {type(found).__name__}"
+
+
+class _GuardedStep:
+    def __init__(self, pending: PendingStep, token_count: int, guard: GuardedTrainer) -> None:
+        self._pending = pending
+        self._token_count = token_count
+        self._guard = guard
+
+    def resolve(self) -> StepStats:
+        guard = self._guard
+        with guard._wall("resolve"):
+            stats = self._pending.resolve()
+            guard._require(StepStats, stats, "resolve")
+            if stats.token_count != self._token_count:
+                raise guard._broken(f"resolve counted {stats.token_count} tokens of {self._token_count}")
+            if stats.grad_norm < 0:
+                raise guard._broken(f"resolve gave the gradient norm {stats.grad_norm}")
+            guard._steps_applied += stats.applied
+            return stats

@@ -1,0 +1,219 @@
+"""The whole way from what the user named to token stores and an account of them.
+
+What was prepared once is found again by a fingerprint over the rows' bytes, the tokenizer and the settings that matter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qlora_hal.data.report import DataReport, SourceReport
+from qlora_hal.data.source.reading import blamed_on, has_splits, open_source
+from qlora_hal.data.source.rows import Source, memory_source
+from qlora_hal.data.tokens.order import Purpose, permutation
+from qlora_hal.data.tokens.packing import pack
+from qlora_hal.data.tokens.store import NotAStore, TokenStore, open_store
+from qlora_hal.data.tokens.tokenizing import Preparation
+from qlora_hal.errors import ConfigError, DataError
+from qlora_hal.files.opening import refuse_link
+
+if TYPE_CHECKING:
+    from qlora_hal.config.schema import DataConfig
+    from qlora_hal.data.tokens.tokenizer import ChatTokenizer
+
+_VERSION = 3
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedData:
+    """Rows ready to be trained on. `fingerprint` changes when any token, mask or row could; it is of what they are made
+    from, `hashes` (SHA-256 by part) of the tokens themselves."""
+
+    train: TokenStore
+    validation: TokenStore | None
+    report: DataReport
+    fingerprint: str
+
+    @property
+    def hashes(self) -> Mapping[str, str]:
+        held = {} if self.validation is None else {"validation": self.validation.sha256}
+        return {"train": self.train.sha256, **held}
+
+
+def prepare(
+    config: DataConfig,
+    tokenizer: ChatTokenizer,
+    *,
+    cache_dir: Path,
+    seed: int,
+    rows: Sequence[Mapping[str, object]] | None = None,
+    model_max_length: int | None = None,
+    model_vocabulary_size: int | None = None,
+) -> PreparedData:
+    """Read, render, tokenise and account for the data of a run; `rows` take the place of `config.path`.
+
+    Raises DataError (faults D01-D16 of the catalogue; QH-D65 for the same rows on both sides), HubError, StorageError
+    (QH-S09, QH-S11, QH-S12), and ConfigError (QH-D54) when `max_seq_length` is above what the model was made for.
+    """
+    _refuse_long_sequences(config, model_max_length)
+    source = memory_source(rows) if rows is not None else open_source(config.path, config.split)
+    train, report, fingerprint = _tokenised(source, config, tokenizer, cache_dir, model_vocabulary_size)
+    validation, validation_report, parts = None, None, [fingerprint]
+    if config.validation_path:
+        with blamed_on("data.validation_path", split="data.validation_split"):
+            held = _validation_source(config.validation_path, config.validation_split)
+            found = _tokenised(held, config, tokenizer, cache_dir, model_vocabulary_size)
+        validation, validation_report, second = found
+        if second == fingerprint:
+            raise _trained_on_itself(source, held)
+        parts.append(second)
+    elif config.validation_fraction:
+        train, validation = hold_out(train, config.validation_fraction, seed)
+        parts.append(f"{config.validation_fraction} {seed}")
+    whole = DataReport(
+        report,
+        validation_report,
+        train_sequences=len(train),
+        validation_sequences=0 if validation is None else len(validation),
+        leaked_rows=0 if validation is None else _leaked(train, validation),
+        packing_efficiency=_packing_efficiency(train, config),
+        notes=tokenizer.notes,
+    )
+    return PreparedData(train, validation, whole, hashlib.sha256("\n".join(parts).encode()).hexdigest())
+
+
+def hold_out(store: TokenStore, fraction: float, seed: int) -> tuple[TokenStore, TokenStore]:
+    """(training rows, validation rows). Rows with the same text, and pieces of one row, stay on one side.
+
+    Raises DataError (QH-D01) when that leaves nothing to train on.
+    """
+    texts, group = np.unique(store.digests, return_inverse=True)
+    sizes = np.bincount(group, minlength=len(texts))
+    if len(texts) < 2:
+        raise DataError(
+            "QH-D01",
+            f"All {len(store)} usable rows have the same text; none can be held out for validation.",
+            where="data.validation_fraction",
+            fix="Give more rows, or name a file in data.validation_path.",
+        )
+    # np.unique sorts by digest, which says nothing of the place in the file; the order is drawn over that.
+    order = permutation(len(texts), seed, Purpose.HOLD_OUT)
+    wanted = max(1, round(len(store) * fraction))
+    count = int(np.searchsorted(np.cumsum(sizes[order]), wanted)) + 1
+    chosen = np.zeros(len(texts), dtype=bool)
+    chosen[order[: min(count, len(texts) - 1)]] = True
+    held = chosen[group]
+    return store.subset(np.flatnonzero(~held)), store.subset(np.flatnonzero(held))
+
+
+def _validation_source(path: str, split: str | None) -> Source:
+    """The validation rows: of what has splits, those of `validation` where no other is named.
+
+    Raises as `open_source` does.
+    """
+    if split is None or has_splits(path):
+        return open_source(path, split or "validation")
+    raise DataError(
+        "QH-D50",
+        f"{path!r} has no splits, and the split {split!r} was named.",
+        where="data.split",
+        fix="Leave data.split out, or name the file itself in data.path.",
+    )
+
+
+def _trained_on_itself(train: Source, validation: Source) -> DataError:
+    return DataError(
+        "QH-D65",
+        f"The validation rows ({validation.name}) are the training rows ({train.name}).",
+        where="data.validation_path",
+        cause="A loss on rows that are trained on says nothing of other rows.",
+        fix="Name other rows, another data.validation_split, or a data.validation_fraction instead.",
+    )
+
+
+def _refuse_long_sequences(config: DataConfig, model_max_length: int | None) -> None:
+    if model_max_length is not None and config.max_seq_length > model_max_length:
+        raise ConfigError(
+            "QH-D54",
+            f"data.max_seq_length is {config.max_seq_length}; this model has positions up to {model_max_length}.",
+            where="data.max_seq_length",
+            fix=f"Set data.max_seq_length to {model_max_length} or less.",
+        )
+
+
+def _tokenised(
+    source: Source, config: DataConfig, tokenizer: ChatTokenizer, cache_dir: Path, vocabulary: int | None
+) -> tuple[TokenStore, SourceReport, str]:
+    """The token store of one source, from the cache if it is there, with its report and fingerprint."""
+    stamp = source.stamp()
+    fingerprint = _fingerprint(source, config, tokenizer, vocabulary)
+    path = cache_dir / f"{fingerprint[:32]}.safetensors"
+    found, problem = _from_cache(path, fingerprint)
+    if found is None:
+        store, report = Preparation(source, config, tokenizer, vocabulary).run(path, fingerprint)
+        if source.stamp() != stamp:
+            path.unlink(missing_ok=True)
+            raise DataError(
+                "QH-D64",
+                f"The data {source.name!r} changed while it was read.",
+                where="data.path",
+                fix="Wait until the file is written, then start again.",
+            )
+        found = store, report
+    store, report = found
+    again = (
+        [f"the tokens of {source.name} were prepared again: {path.name} does not serve, {problem}"] if problem else []
+    )
+    alerts = [*source.alerts, *report.alerts, *again]
+    report = replace(report, source=source.name, duplicate_rows=_duplicates(store), alerts=alerts)
+    return store, report, fingerprint
+
+
+def _fingerprint(source: Source, config: DataConfig, tokenizer: ChatTokenizer, vocabulary: int | None) -> str:
+    settings = [config.format, config.train_on, config.max_seq_length, config.truncation, config.on_bad_row]
+    parts = [_VERSION, source.digest(), source.kind, tokenizer.hash, tokenizer.template_name, vocabulary, *settings]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _from_cache(path: Path, fingerprint: str) -> tuple[tuple[TokenStore, SourceReport] | None, str]:
+    """(what was prepared before, ""), or (None, why it does not serve; nothing where there is none)."""
+    refuse_link(path.parent)
+    try:
+        store, metadata = open_store(path)
+        if metadata.get("fingerprint") != fingerprint:
+            return None, "it is of other rows or settings"
+        return (store, SourceReport.from_json(json.loads(metadata["report"]))), ""
+    except FileNotFoundError:
+        return None, ""
+    except OSError as problem:
+        return None, f"it cannot be read ({problem.strerror or problem})"
+    except NotAStore as problem:
+        return None, str(problem)
+    except (ValueError, KeyError, TypeError):
+        return None, "its report cannot be read"
+
+
+def _duplicates(store: TokenStore) -> int:
+    """Rows whose text occurred before. Pieces of one split row are not duplicates of each other."""
+    first = np.concatenate([[True], np.diff(store.row_numbers) != 0])
+    digests = store.digests[first]
+    return len(digests) - len(np.unique(digests))
+
+
+def _leaked(train: TokenStore, validation: TokenStore) -> int:
+    return int(np.isin(np.unique(validation.digests), train.digests).sum())
+
+
+def _packing_efficiency(store: TokenStore, config: DataConfig) -> float | None:
+    if not config.packing:
+        return None
+    lengths = store.lengths
+    packs = pack(lengths, config.max_seq_length, np.arange(len(lengths)))
+    return float(lengths.sum()) / (len(packs) * config.max_seq_length)

@@ -1,0 +1,131 @@
+"""Rows of the `datasets` library: a hub id, or a folder that `save_to_disk` wrote. No dataset script is ever run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants
+
+from qlora_hal.data.source.row_files import missing_library, nested_columns, not_an_object, without_absent_keys
+from qlora_hal.data.source.rows import Row, Source, digest_of_files, digest_of_values
+from qlora_hal.errors import DataError, HubError
+
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def could_be_id(name: str) -> bool:
+    """Whether a name has the form of a dataset id."""
+    return _ID.fullmatch(name) is not None
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether `datasets` wrote this folder with `save_to_disk`."""
+    return (folder / "dataset_dict.json").is_file() or (
+        (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    )
+
+
+def saved_source(folder: Path, split: str) -> Source:
+    """The rows of a folder that `save_to_disk` wrote.
+
+    Raises DataError (QH-D50 cannot be opened or no such split, QH-D51 missing library).
+    """
+    datasets = _library()
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            "QH-D50",
+            f"The saved dataset {str(folder)!r} cannot be opened ({_first_line(error)}).",
+            where="data.path",
+            fix="Save it again with save_to_disk.",
+        ) from error
+    return dataset_source(str(folder), _split_of(loaded, split, str(folder)), split)
+
+
+def hub_source(name: str, split: str) -> Source:
+    """The rows of a hub dataset, from the cache when offline.
+
+    Raises HubError (QH-E11, QH-D17), DataError (QH-D50 no such split, QH-D51 missing library).
+    """
+    datasets = _library()
+    try:
+        loaded = datasets.load_dataset(name, split=split)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _unreachable(name, split, error) from error
+    return dataset_source(name, loaded, split)
+
+
+def _library() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise missing_library("datasets", "a Hugging Face dataset") from error
+    return datasets
+
+
+def _unreachable(name: str, split: str, error: Exception) -> HubError | DataError:
+    text = f"{type(error).__name__} {error}"
+    if "Unknown split" in text:
+        return DataError(
+            "QH-D50",
+            f"The dataset {name!r} has no split {split!r} ({_first_line(error)}).",
+            where="data.split",
+            fix="Name one of its splits in data.split.",
+        )
+    if constants.HF_HUB_OFFLINE or "Offline" in text or "ConnectionError" in text:
+        return HubError(
+            "QH-E11",
+            f"The dataset {name!r} is not in the cache and the hub cannot be reached.",
+            where="data.path",
+            cause="HF_HUB_OFFLINE is set." if constants.HF_HUB_OFFLINE else _first_line(error),
+            fix="Go online once to fill the cache, or name a local file in data.path.",
+        )
+    return HubError(
+        "QH-D17",
+        f"The dataset {name!r} is gone, gated, or needs a script that is not run ({_first_line(error)}).",
+        where="data.path",
+        fix="Run hf auth login if it is gated, or name a local file in data.path.",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _split_of(loaded: Any, split: str, name: str) -> Any:
+    if not hasattr(loaded, "keys"):
+        return loaded
+    if split not in loaded:
+        raise DataError(
+            "QH-D50",
+            f"The saved dataset {name!r} has no split {split!r}; it has {', '.join(loaded)}.",
+            where="data.split",
+            fix="Name one of them in data.split.",
+        )
+    return loaded[split]
+
+
+def dataset_source(name: str, dataset: Any, split: str) -> Source:
+    """The rows of what `datasets` loaded as `split`, which may cut rows out (`train[:10%]`)."""
+
+    nested = nested_columns(dataset.features.arrow_schema)
+
+    def read() -> Iterator[Row]:
+        for number, value in enumerate(dataset, start=1):
+            is_row = isinstance(value, dict)
+            found = without_absent_keys(value, nested) if is_row else not_an_object(value, number, name)
+            yield Row(number, name, number, found)
+
+    return Source(name, "dataset", read, _digest(dataset, split))
+
+
+def _digest(dataset: Any, split: str) -> Callable[[], str]:
+    files = [Path(str(entry["filename"])) for entry in dataset.cache_files]
+    # A cut, a selection or a filter would not show in the bytes of the files; then the rows themselves are hashed.
+    if files and dataset._indices is None and "[" not in split:
+        return lambda: digest_of_files(files)
+    return lambda: digest_of_values(dataset)

@@ -1,0 +1,110 @@
+"""From what the user named to a stream of rows, each with its file and line.
+
+Memory stays bounded: one line (or one array element, one Parquet batch) at a time, and a row has an upper size. A row
+that cannot be read is yielded as the error itself, so that `data.on_bad_row` is decided in one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from qlora_hal.data.source import hub_rows
+from qlora_hal.data.source.row_files import KINDS, rows_in, separator_note
+from qlora_hal.data.source.rows import Row, Source, digest_of_files
+from qlora_hal.data.source.split_files import files_of_split, listed, split_names
+from qlora_hal.errors import DataError, QloraHalError
+
+
+def open_source(path: str, split: str = "train") -> Source:
+    """The source behind a file, a folder, or a Hugging Face dataset id; of what has splits, the rows of `split`.
+
+    Raises DataError (QH-D50 nothing there or no such split, QH-D51 kind of file or missing library) and HubError
+    (QH-E11, QH-D17).
+    """
+    here = Path(path).expanduser()
+    if here.is_file():
+        return _files_source(path, [here])
+    if hub_rows.is_saved_dataset(here):
+        return hub_rows.saved_source(here, split)
+    if here.is_dir():
+        return _folder_source(path, here, split)
+    if hub_rows.could_be_id(path) and here.suffix.lower() not in KINDS:
+        return hub_rows.hub_source(path, split)
+    raise DataError(
+        "QH-D50",
+        f"There is no file, folder or dataset {path!r}.",
+        where="data.path",
+        cause="The name is neither a path on this disk nor a dataset id of the form owner/name.",
+        fix="Give data.path the path of a JSONL, JSON, CSV or Parquet file.",
+    )
+
+
+def has_splits(path: str) -> bool:
+    """Whether what is named may hold several splits: a dataset of the hub, several that were saved together, or a
+    folder with files that are named so."""
+    here = Path(path).expanduser()
+    if hub_rows.is_saved_dataset(here):
+        return (here / "dataset_dict.json").is_file()
+    return bool(split_names(here, _files_in(here))) if here.is_dir() else not here.exists()
+
+
+@contextmanager
+def blamed_on(setting: str, split: str = "data.split") -> Iterator[None]:
+    """Let errors about the rows that are read name the settings that they come from; readers know only `data.path` and
+    `data.split`."""
+    try:
+        yield
+    except QloraHalError as error:
+        error.where = {"data.path": setting, "data.split": split}.get(error.where, error.where)
+        error.fix = error.fix.replace("data.path", setting).replace("data.split", split)
+        raise
+
+
+def _files_in(folder: Path) -> list[Path]:
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in KINDS and file.is_file())
+    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    if not files:
+        raise DataError(
+            "QH-D50",
+            f"The folder {str(folder)!r} holds no data file.",
+            where="data.path",
+            cause=f"Files ending in {', '.join(KINDS)} are read.",
+            fix="Put a JSONL file there, or name the file itself in data.path.",
+        )
+    return files
+
+
+def _folder_source(name: str, folder: Path, split: str) -> Source:
+    files, alert = files_of_split(folder, _files_in(folder), split)
+    source = _files_source(name, files)
+    notes = (f"files: {listed(folder, files)}", *source.notes)
+    return replace(source, notes=notes, alerts=(alert,) if alert else ())
+
+
+def _files_source(name: str, files: Sequence[Path]) -> Source:
+    for file in files:
+        if file.suffix.lower() not in KINDS:
+            raise DataError(
+                "QH-D51",
+                f"The file {file.name!r} ends in {file.suffix!r}; one of {', '.join(KINDS)} was expected.",
+                where=str(file),
+                fix="Name the file by what it holds, for example rows.jsonl.",
+            )
+
+    def read() -> Iterator[Row]:
+        number = 0
+        for file in files:
+            for line, value in rows_in(file):
+                number += 1
+                yield Row(number, file.name, line, value)
+
+    kinds = sorted({KINDS[file.suffix.lower()] for file in files})
+    notes = tuple(filter(None, (separator_note(file) for file in files if KINDS[file.suffix.lower()] == "CSV")))
+    return Source(name, "+".join(kinds), read, lambda: digest_of_files(files), lambda: _stamp(files), notes)
+
+
+def _stamp(files: Sequence[Path]) -> object:
+    return [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]

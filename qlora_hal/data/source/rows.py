@@ -1,0 +1,71 @@
+"""A row, a source of rows, and what tells one source from another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from qlora_hal.data.source.row_files import not_an_object
+from qlora_hal.errors import DataError
+
+
+class Row(NamedTuple):
+    """One row of a source. `number` counts rows from 1 over all files; `line` is the line (or row) in `file`."""
+
+    number: int
+    file: str
+    line: int
+    value: Mapping[str, object] | DataError
+
+    @property
+    def where(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Rows with a name and an identity. `digest` is a SHA-256 of the contents; `rows` may be called again;
+    `notes` are for the report, `alerts` also for the user at once."""
+
+    name: str
+    kind: str
+    rows: Callable[[], Iterator[Row]]
+    digest: Callable[[], str]
+    stamp: Callable[[], object] = lambda: None
+    notes: tuple[str, ...] = ()
+    alerts: tuple[str, ...] = ()
+
+
+def memory_source(rows: Sequence[Mapping[str, object]]) -> Source:
+    """Rows that are already in memory, as given to `train(data=[...])`."""
+
+    def read() -> Iterator[Row]:
+        for number, value in enumerate(rows, start=1):
+            yield Row(number, "data", number, value if isinstance(value, Mapping) else not_an_object(value, number))
+
+    return Source("rows in memory", "memory", read, lambda: digest_of_values(rows))
+
+
+def digest_of_values(values: Iterable[object]) -> str:
+    """SHA-256 over rows in their JSON form."""
+    digest = hashlib.sha256()
+    for value in values:
+        try:
+            text = json.dumps(value, sort_keys=True, default=repr)
+        except TypeError:  # keys of several types, which have no order
+            text = repr(value)
+        digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()
+
+
+def digest_of_files(files: Sequence[Path]) -> str:
+    """SHA-256 over the bytes and sizes of files, in order; names do not count."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

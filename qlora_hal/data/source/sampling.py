@@ -1,0 +1,195 @@
+"""Which rows make up which optimizer step: a pure function of (seed, epoch, step).
+
+There is no iterator and no state to save. A resumed run asks for step 317 and gets what it would have got without the
+interruption, on any backend and with any split over ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from qlora_hal.contract.values import Batch, World
+from qlora_hal.data.tokens.batching import batch_of, without_labels
+from qlora_hal.data.tokens.order import Purpose, permutation
+from qlora_hal.data.tokens.packing import pack
+from qlora_hal.data.tokens.store import TokenStore
+from qlora_hal.data.tokens.token_rows import Int64
+from qlora_hal.errors import DataError
+
+WINDOWS_PER_BUCKET = 32
+"""So many random windows are sorted by length together; enough to save most padding, few enough to stay random."""
+
+
+class WindowSampler:
+    """The windows of a run.
+
+    A *sequence* is one row, or one pack of rows. An epoch has every sequence once. Its global window k is the k-th
+    group of `batch_size * accumulation * world.size` sequences of the epoch's order; the last one may be smaller and is
+    used like the others, weighted by its tokens. Packs are formed once for all epochs (rows in a pack do not see each
+    other, so their company carries nothing), hence every epoch has `steps_per_epoch` steps.
+
+    With `group_by_length`, the random order is cut into buckets of 32 windows; inside a bucket sequences are
+    sorted by length and the resulting windows are put in random order. Without `shuffle` the order is that of the
+    source, and grouping only arranges the sequences of a window among its micro-batches.
+
+    Which rows a window holds depends on the product of batch size, accumulation and ranks, not on the factors.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        *,
+        batch_size: int,
+        accumulation: int,
+        seed: int,
+        shuffle: bool,
+        group_by_length: bool,
+        packing: bool,
+        max_seq_length: int,
+        pad_id: int,
+        pad_to_multiple: int = 8,
+        world: World | None = None,
+    ) -> None:
+        """Raises DataError: QH-D01 for a store without rows, QH-D05 for a row that nothing can be learnt from."""
+        _refuse_unusable(store)
+        self._store, self._seed, self._shuffle, self._grouped = store, seed, shuffle, group_by_length
+        self._batch_size, self._world = batch_size, world or World()
+        self._pad_id, self._pad_to_multiple = pad_id, pad_to_multiple
+        self._window_size = batch_size * accumulation * self._world.size
+        self._packs = self._packed(max_seq_length) if packing else None
+        self._lengths = self._sequence_lengths()
+        self._order: tuple[int, Int64] = (-1, np.zeros(0, np.int64))
+        self.steps_per_epoch = -(-len(self._lengths) // self._window_size)
+
+    @property
+    def sequences(self) -> int:
+        """Sequences in an epoch: rows, or packs of them."""
+        return len(self._lengths)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the windows."""
+        if self.sequences >= self._window_size:
+            return ()
+        return (
+            f"{self.sequences} sequences are fewer than the {self._window_size} of one step; "
+            "each step has all of them, in a smaller last batch",
+        )
+
+    def total_steps(self, epochs: float, max_steps: int | None) -> int:
+        """Optimizer steps of a run; a part of a step at the end of the last epoch is a whole one."""
+        # 0.1 * 30 is 3.0000000000000004: an excess of rounding is not a step.
+        return max_steps or max(1, math.ceil(epochs * self.steps_per_epoch - 1e-9))
+
+    def epoch_of(self, step: int) -> float:
+        """Epochs done before a step."""
+        return step / self.steps_per_epoch
+
+    def window(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of a step (from 0, over the whole run); at least one."""
+        groups = self._micro_batches(step)
+        mine = groups[self._world.rank :: self._world.size]
+        if not mine:
+            # Every rank takes part in the reduction; this one with tokens that carry no loss.
+            return [without_labels(self._batch(groups[0]))]
+        return [self._batch(group) for group in mine]
+
+    def token_count(self, step: int) -> int:
+        """Counted tokens of the global window, over all ranks."""
+        return int(self._store.counted[self._rows(step)].sum(dtype=np.int64))
+
+    def rows_of(self, step: int) -> list[int]:
+        """Source row numbers (from 1) of the global window."""
+        numbers: list[int] = np.unique(self._store.row_numbers[self._rows(step)]).tolist()
+        return numbers
+
+    # order ---------------------------------------------------------------------------------------------------------
+    def _micro_batches(self, step: int) -> list[Int64]:
+        """The global window, cut into micro-batches of all ranks; similar lengths together when grouped."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = self._epoch_order(epoch)
+        chosen = order[place * self._window_size : (place + 1) * self._window_size]
+        if self._grouped:
+            chosen = chosen[np.argsort(-self._lengths[chosen], kind="stable")]
+        return [chosen[at : at + self._batch_size] for at in range(0, len(chosen), self._batch_size)]
+
+    def _epoch_order(self, epoch: int) -> Int64:
+        known, order = self._order
+        if known != epoch:
+            order = self._ordered(epoch)
+            self._order = (epoch, order)
+        return order
+
+    def _ordered(self, epoch: int) -> Int64:
+        count = len(self._lengths)
+        if not self._shuffle:
+            return np.arange(count)
+        order = permutation(count, self._seed, Purpose.ROWS, epoch)
+        if not self._grouped:
+            return order
+        bucket = np.arange(count) // (WINDOWS_PER_BUCKET * self._window_size)
+        order = order[np.lexsort((self._lengths[order], bucket))]
+        return np.take(order, _windows_shuffled(count, self._window_size, self._seed, epoch))
+
+    def _packed(self, capacity: int) -> list[list[int]]:
+        count = len(self._store)
+        order = permutation(count, self._seed, Purpose.PACKING) if self._shuffle else np.arange(count)
+        packs = pack(self._store.lengths, capacity, order)
+        return packs if self._shuffle else sorted(map(sorted, packs))
+
+    def _sequence_lengths(self) -> Int64:
+        lengths = self._store.lengths
+        if self._packs is None:
+            return lengths
+        return np.array([int(lengths[rows].sum()) for rows in self._packs], np.int64)
+
+    def _rows(self, step: int) -> Int64:
+        return np.array([row for group in self._micro_batches(step) for row in self._rows_in(group)], np.int64)
+
+    def _rows_in(self, group: Int64) -> list[int]:
+        if self._packs is None:
+            return [int(row) for row in group]
+        return [row for sequence in group for row in self._packs[sequence]]
+
+    def _batch(self, group: Int64) -> Batch:
+        packs = self._packs
+        sequences = [[int(row)] for row in group] if packs is None else [packs[sequence] for sequence in group]
+        return batch_of(self._store, sequences, pad_id=self._pad_id, pad_to_multiple=self._pad_to_multiple)
+
+
+def evaluation_batches(
+    store: TokenStore, batch_size: int, *, pad_id: int, pad_to_multiple: int = 8, world: World | None = None
+) -> Iterator[Batch]:
+    """All rows once, in a fixed order: the longest first, so that a batch too large for the memory shows at once.
+
+    With several ranks, this rank's share.
+    """
+    world = world or World()
+    order = np.argsort(-store.lengths, kind="stable")
+    for at in range(world.rank * batch_size, len(order), world.size * batch_size):
+        sequences = [[int(row)] for row in order[at : at + batch_size]]
+        yield batch_of(store, sequences, pad_id=pad_id, pad_to_multiple=pad_to_multiple)
+
+
+def _windows_shuffled(count: int, window: int, seed: int, epoch: int) -> Int64:
+    """Places 0 to `count` - 1 with their full windows in random order; a last, partial window stays last."""
+    full = count // window
+    windows = permutation(full, seed, Purpose.WINDOWS, epoch)
+    places = (windows[:, None] * window + np.arange(window)).reshape(-1)
+    return np.concatenate([places, np.arange(full * window, count)])
+
+
+def _refuse_unusable(store: TokenStore) -> None:
+    if not len(store):
+        raise DataError("QH-D01", "There is no row to train on.", fix="Give a source that holds rows.")
+    untrained = np.flatnonzero(store.counted == 0)
+    if len(untrained):
+        numbers = ", ".join(str(store.row_numbers[row]) for row in untrained[:10])
+        raise DataError(
+            "QH-D05",
+            f"{len(untrained)} of {len(store)} rows have no trained token (row {numbers}).",
+            fix="Prepare the data again; such rows are left out there.",
+        )

@@ -1,0 +1,91 @@
+"""The Rust tokenizer behind a wall: whatever it raises becomes a ModelError.
+
+A fault inside the library is a `PanicException`, which is no `Exception`: it would pass every handler up to the end of
+the process. It has no public name to import.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from tokenizers import Tokenizer
+
+from qlora_hal.data.tokens.tokenizer_checks import MAX_TOKENIZER_BYTES, HostileTokenizer, checked, refuse_slow_or_broken
+from qlora_hal.errors import ModelError, UnsafeInputError
+from qlora_hal.files.strict_json import JsonProblem
+
+_LONGEST_REASON = 300
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, checked and behind the wall. Raises ModelError (QH-D52), UnsafeInputError
+    (QH-X15)."""
+    try:
+        with path.open("rb") as stream:
+            raw = stream.read(MAX_TOKENIZER_BYTES + 1)
+        content = checked(raw)
+        with panics_told(path):
+            tokenizer = Tokenizer.from_str(raw.decode("utf-8"))
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            refuse_slow_or_broken(tokenizer, content)
+    except (OSError, JsonProblem) as error:
+        raise broken(path, str(getattr(error, "strerror", None) or error)) from error
+    except HostileTokenizer as error:
+        raise UnsafeInputError(
+            "QH-X15",
+            f"The tokenizer is refused: {error}.",
+            where=str(path),
+            cause="A few bytes in it would take memory or time without reason.",
+            fix="Download the model again, and compare the file with its source's.",
+        ) from error
+    return guarded(tokenizer, path)
+
+
+def guarded(tokenizer: Tokenizer, path: Path) -> Tokenizer:
+    """The tokenizer, every call of which raises ModelError (QH-D52) where the library fails; `path` is its file."""
+    return cast("Tokenizer", _Guarded(tokenizer, path))
+
+
+@contextmanager
+def panics_told(path: Path) -> Iterator[None]:
+    """A wall around calls of the library: its faults become ModelError (QH-D52)."""
+    try:
+        yield
+    except HostileTokenizer:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise broken(path, str(error)[:_LONGEST_REASON] or type(error).__name__) from error
+
+
+def broken(path: Path, reason: str) -> ModelError:
+    """The error for a tokenizer that cannot be read or fails (QH-D52)."""
+    return ModelError(
+        "QH-D52",
+        f"The tokenizer cannot be read or fails: {reason}.",
+        where=str(path),
+        fix="Download the model again, with its tokenizer.json and tokenizer_config.json.",
+    )
+
+
+class _Guarded:
+    def __init__(self, tokenizer: Tokenizer, path: Path) -> None:
+        self._tokenizer, self._path = tokenizer, path
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._tokenizer, name)
+        if not callable(found):
+            return found
+
+        @functools.wraps(found)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with panics_told(self._path):
+                return found(*args, **kwargs)
+
+        return call

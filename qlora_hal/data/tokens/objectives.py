@@ -1,0 +1,77 @@
+"""Columns whose meaning is another objective than the next token of every answer: refused until there is training for
+them. A rejected answer must not be trained as an answer, nor a preferred one without what it was preferred to."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
+
+from qlora_hal.data.source.row_errors import shown, value_fault
+from qlora_hal.errors import DataError
+
+if TYPE_CHECKING:
+    from qlora_hal.data.source.rows import Row
+
+_COMPARED = frozenset(
+    f"{which}{what}"
+    for which in ("chosen", "rejected", "score_chosen", "score_rejected")
+    for what in (
+        "",
+        "_response",
+        "_responses",
+        "_messages",
+        "_answer",
+        "_output",
+        "_score",
+        "_rating",
+        "_conversations",
+    )
+) | {"winner", "kto_tag", "desirable", "is_desirable", "undesirable", "preferred", "dispreferred"}
+_ROW_WEIGHTS = frozenset({"weight", "loss_weight", "sample_weight", "example_weight"})
+_PICTURES = frozenset({"image", "images", "video", "videos", "audio", "audios"})
+_RENDERING = frozenset({"chat_template_kwargs"})
+_WATCHED = _COMPARED | _ROW_WEIGHTS | _PICTURES | _RENDERING | {"label"}
+_YES_OR_NO: Collection[object] = (True, False, "true", "false", "True", "False")
+
+
+def refuse_other_objective(row: Row, value: Mapping[str, object], *, is_text: bool) -> None:
+    """Raise DataError (QH-D03) for a row that asks for more than its answers to be trained; `is_text` says that it is
+    one text, where a label is a class."""
+    if _WATCHED.isdisjoint(value):
+        return
+    held = {name: value[name] for name in value if name in _WATCHED and value[name] not in (None, "", [], {})}
+    if compared := sorted(held.keys() & _COMPARED):
+        raise _is_preference(row, compared)
+    if "label" in held and not is_text and held["label"] in _YES_OR_NO:
+        raise _is_preference(row, ["label"])
+    for name in sorted(held.keys() & _ROW_WEIGHTS):
+        if held[name] != 1:
+            fix = (
+                "Remove rows of weight 0, and repeat those of a higher one; or rename the column if it means no weight."
+            )
+            raise value_fault(row, name, held[name], "1, the weight that every row has,", fix)
+    for name in sorted(held.keys() & _PICTURES):
+        raise value_fault(row, name, held[name], "a row of text alone", "Remove the column to train on the text alone.")
+    for name in sorted(held.keys() & _RENDERING):
+        fix = (
+            "Remove the column, or set the same variables in a template of your own and name it in data.chat_template."
+        )
+        raise value_fault(row, name, held[name], "the template's own variables alone", fix)
+
+
+def refuse_compared_turn(row: Row, turn: Mapping[str, object], field: str) -> None:
+    """Raise DataError (QH-D03) for a turn that carries the answers of a comparison beside its own."""
+    if compared := [name for name in turn if name in _COMPARED and turn[name] not in (None, "", [], {})]:
+        raise _is_preference(row, [f"{field}.{name}" for name in sorted(compared)])
+
+
+def _is_preference(row: Row, names: Collection[str]) -> DataError:
+    return DataError(
+        "QH-D03",
+        f"The row compares answers ({', '.join(map(shown, names))}), which is training for a preference; "
+        "answers alone were expected.",
+        where=row.where,
+        cause="Trained as it stands, an answer that was rejected would be learnt like one that was chosen.",
+        fix="Keep the answers that were chosen as messages, or as prompt and completion, and remove these columns.",
+        context={"row": row.number, "fields": list(names)},
+    )

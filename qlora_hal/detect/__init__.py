@@ -1,0 +1,1 @@
+"""Which backends exist, what this machine is, and which backend runs here."""

@@ -1,0 +1,170 @@
+"""The merged model's tensors: which there are, and the value of each when its turn to be written comes.
+
+A merged weight is W + scale * B A (Hu et al. 2021, section 4.1): the product in float64, the sum in float32, one
+rounding to the output's dtype. One tensor is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from qlora_hal.adapter.naming import lora_a_key, lora_b_key
+from qlora_hal.contract.values import Adapter, Float32
+from qlora_hal.errors import ConfigError, ModelError, NumericsError
+from qlora_hal.export.rounding import DTYPE_BYTES, SAFETENSORS_DTYPE, is_finite, rounded
+from qlora_hal.files.safetensors_file import TensorEntry
+from qlora_hal.formats.packed_modules import PackedModules
+from qlora_hal.model.facts import FLOATING_DTYPES, ModelFacts
+from qlora_hal.model.safetensors_headers import Header
+from qlora_hal.model.shards import Array, PlannedTensor
+
+BaseWeight = Callable[[str], Float32]
+"""Module path -> its base weight `[out, in]` in float32, in an array of the caller's own."""
+
+_ROWS_AT_A_TIME_BYTES = 64 * 2**20
+_NUMPY_DTYPES: Mapping[str, str] = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1",
+    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1", "BOOL": "|u1",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class MergedTensor(PlannedTensor):
+    """A tensor of the merged model. `module` is the linear layer whose weight it is, else ""."""
+
+    module: str = ""
+
+
+class BaseFiles:
+    """The tensors of a base's weight files, each read when asked for."""
+
+    def __init__(self, headers: tuple[Header, ...]) -> None:
+        self._places: dict[str, tuple[Path, TensorEntry]] = {
+            name: (header.path, entry) for header in headers for name, entry in header.tensors.items()
+        }
+
+    def stored(self, name: str) -> Array:
+        """As stored; bfloat16 as its 16 bits. Raises ModelError QH-C72 for a dtype that numpy does not have."""
+        path, entry = self._places[name]
+        if entry.dtype not in _NUMPY_DTYPES:
+            raise ModelError(
+                "QH-C72",
+                f"{name} of the model is stored as {entry.dtype}, which cannot be merged.",
+                where=str(path),
+                fix="Merge into the model's 16-bit version.",
+            )
+        dtype = np.dtype(_NUMPY_DTYPES[entry.dtype])
+        flat = np.fromfile(path, dtype=dtype, count=math.prod(entry.shape), offset=entry.begin)
+        return flat.reshape(entry.shape)
+
+    def float32(self, name: str) -> Float32:
+        """A floating-point tensor in float32, in an array of the caller's own; exact for 16-bit ones."""
+        stored = self.stored(name)
+        if self._places[name][1].dtype == "BF16":
+            return (stored.astype(np.uint32) << 16).view(np.float32)
+        return stored.astype(np.float32)
+
+
+class MergedModel:
+    """The merged tensors of one base. `base_weight` gives the weights that the adapter is added to, `linear_modules`
+    (path -> (in, out)) the layers it is asked for; every other tensor comes from the files."""
+
+    def __init__(
+        self,
+        facts: ModelFacts,
+        files: BaseFiles,
+        adapter: Adapter,
+        linear_modules: Mapping[str, tuple[int, int]],
+        base_weight: BaseWeight,
+        dtype: str,
+    ) -> None:
+        self._facts = facts
+        self._files = files
+        self._adapter = adapter
+        self._linears = linear_modules
+        self._base_weight = base_weight
+        self._targets = frozenset(adapter.config.target_modules)
+        self._packed = PackedModules.of(facts)
+        self._dtype = dtype
+
+    def tensors(self) -> tuple[MergedTensor, ...]:
+        """All tensors, in the order of the base's files. Raises ConfigError QH-C62 when an adapted layer is stored
+        under another name than the loaded model has for it: its adapter would be left out."""
+        planned = [self._planned(name) for name in self._facts.tensors if name not in self._packed.belongings]
+        absent = sorted(self._targets - {tensor.module for tensor in planned})
+        if absent:
+            raise ConfigError(
+                "QH-C62",
+                f"{len(absent)} adapted layers are stored under other names than the loaded model has for them "
+                f"({absent[0]}); a merge writes tensors under their stored names.",
+                fix="Use the adapter beside its base, or save the base again with the model library that renames it.",
+                context={"modules": absent},
+            )
+        return tuple(planned)
+
+    def value(self, tensor: MergedTensor) -> Array:
+        """What is written for it. Raises NumericsError QH-C63 when the output's dtype cannot hold it."""
+        if tensor.module:
+            return self._rounded(tensor.name, self._merged(tensor.module))
+        if tensor.dtype != SAFETENSORS_DTYPE[self._dtype] or self._facts.tensors[tensor.name].dtype == tensor.dtype:
+            return self._files.stored(tensor.name)
+        return self._rounded(tensor.name, self._files.float32(tensor.name))
+
+    def _planned(self, name: str) -> MergedTensor:
+        stored = self._facts.tensors[name]
+        module = self._packed.module_of_weight(name) or name.removesuffix(".weight")
+        if module in self._packed.modules or (module != name and module in self._linears):
+            shape = self._shape(module)
+            return self._floating(f"{module}.weight", shape, module)
+        if stored.dtype in FLOATING_DTYPES:
+            return self._floating(name, stored.shape, "")
+        return MergedTensor(name, stored.dtype, stored.shape, stored.byte_count)
+
+    def _shape(self, module: str) -> tuple[int, int]:
+        if module in self._linears:
+            inputs, outputs = self._linears[module]
+            return outputs, inputs
+        return self._packed.shape(module, self._facts)
+
+    def _floating(self, name: str, shape: tuple[int, ...], module: str) -> MergedTensor:
+        size = math.prod(shape) * DTYPE_BYTES[self._dtype]
+        return MergedTensor(name, SAFETENSORS_DTYPE[self._dtype], shape, size, module)
+
+    def _merged(self, module: str) -> Float32:
+        if module not in self._linears:
+            return self._packed.decoded(module, self._files.stored, self._files.float32, self._facts)
+        weight = self._base_weight(module)
+        if module in self._targets:
+            a, b = self._adapter.tensors[lora_a_key(module)], self._adapter.tensors[lora_b_key(module)]
+            add_product(weight, a, b, self._adapter.config.scale)
+        return weight
+
+    def _rounded(self, name: str, values: Float32) -> Array:
+        stored = rounded(values, self._dtype)
+        if is_finite(stored, self._dtype):
+            return stored
+        largest = float(np.nanmax(np.abs(values), initial=0.0))
+        raise NumericsError(
+            "QH-C63",
+            f"{name} would hold values that are not finite in {self._dtype}; its largest value is {largest:.3g}.",
+            cause="float16 ends at 65504." if np.isfinite(values).all() else "The base or the adapter is damaged.",
+            fix="Merge into bfloat16 or float32."
+            if self._dtype == "float16"
+            else "Get the base and the adapter again.",
+            context={"tensor": name, "largest": largest},
+        )
+
+
+def add_product(weight: Float32, a: Float32, b: Float32, scale: float) -> None:
+    """Add scale * B A to `weight` `[out, in]` in place; `a` is `[r, in]`, `b` `[out, r]`. The product is made in
+    float64, some rows at a time, and enters the sum as float32."""
+    wide_a = a.astype(np.float64)
+    rows = max(1, _ROWS_AT_A_TIME_BYTES // (8 * weight.shape[1]))
+    for start in range(0, weight.shape[0], rows):
+        part = slice(start, start + rows)
+        weight[part] += ((scale * b[part].astype(np.float64)) @ wide_a).astype(np.float32)

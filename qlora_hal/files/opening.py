@@ -1,0 +1,58 @@
+"""Files opened without being led astray: no link is followed, and nothing but an ordinary file is read."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import stat
+from pathlib import Path
+
+from qlora_hal.errors import UnsafeInputError
+
+# Windows knows neither; a missing flag is 0 there.
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+
+
+_NO_WAIT = getattr(os, "O_NONBLOCK", 0)
+
+
+_BINARY = getattr(os, "O_BINARY", 0)
+
+
+def open_regular(path: Path) -> io.BufferedReader:
+    """Open an ordinary file for reading. A symbolic link, pipe or device raises OSError instead of being followed."""
+    descriptor = os.open(path, os.O_RDONLY | _NO_FOLLOW | _NO_WAIT | _BINARY)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(f"not an ordinary file: {path}")
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def open_appending(path: Path) -> io.BufferedWriter:
+    """Open an ordinary file for appending, or create it. A symbolic link, pipe or device raises OSError."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _NO_FOLLOW | _NO_WAIT | _BINARY, 0o666)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not an ordinary file", str(path))
+        return open(descriptor, "ab")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def refuse_link(path: Path) -> None:
+    """Nothing of ours is written or read through a link. Raises UnsafeInputError QH-X06 when `path` is one."""
+    if not os.path.islink(path):
+        return
+    raise UnsafeInputError(
+        "QH-X06",
+        f"{path} is a symbolic link to {ascii(os.readlink(path))[1:-1]}; what a run writes and reads there lies in the "
+        "folder itself.",
+        where=str(path),
+        cause="Writing through it would change a file elsewhere, and reading would trust one.",
+        fix="Remove the link, or put what it points to in its place.",
+    )

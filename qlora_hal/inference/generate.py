@@ -1,0 +1,163 @@
+"""Answers of a base and of its adapter, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_hal.adapter.fitting import check_base, check_fits
+from qlora_hal.adapter.peft_files import read_adapter, read_provenance, unvouched_note
+from qlora_hal.contract.backend import Compute
+from qlora_hal.contract.checked_trainer import GuardedTrainer
+from qlora_hal.data import ChatTokenizer
+from qlora_hal.detect.discovery import open_trainer
+from qlora_hal.errors import ConfigError
+from qlora_hal.model.source import resolve_model
+from qlora_hal.quantize.calibration import base_of_run
+from qlora_hal.report.console import RunConsole
+from qlora_hal.report.run_file import read_run_config
+from qlora_hal.run.samples import SAMPLE_TOKENS, Messages, answer, prompt_tokens
+from qlora_hal.run.trained_base import (
+    adapter_folders,
+    finished_adapter,
+    machinery_of_training,
+    options_on,
+    storage_of_training,
+    trained_config,
+)
+
+if TYPE_CHECKING:
+    from qlora_hal.config.schema import RunConfig
+    from qlora_hal.contract.values import ComputeDtype
+
+
+@dataclass(slots=True)
+class GenerationPair:
+    """One loaded base with an adapter that can be switched off. `positions` are the model's, where known."""
+
+    trainer: GuardedTrainer
+    tokenizer: ChatTokenizer
+    positions: int | None = None
+
+    def answer(self, messages: Messages, *, max_new_tokens: int = SAMPLE_TOKENS) -> tuple[str, str]:
+        """(base's answer, adapter's answer). Raises as `answer_with`."""
+        base, tuned = (
+            self.answer_with(messages, adapter=adapter, max_new_tokens=max_new_tokens) for adapter in (False, True)
+        )
+        return base, tuned
+
+    def answer_with(self, messages: Messages, *, adapter: bool, max_new_tokens: int = SAMPLE_TOKENS) -> str:
+        """The answer of the adapter or of the base alone, which ends where the model's positions do. Raises ConfigError
+        QH-U19 when the prompt leaves none."""
+        if self.positions is not None:
+            max_new_tokens = min(max_new_tokens, self._room(messages, self.positions))
+        return answer(self.trainer, self.tokenizer, messages, adapter=adapter, max_new_tokens=max_new_tokens)
+
+    def _room(self, messages: Messages, positions: int) -> int:
+        taken = len(prompt_tokens(self.tokenizer, messages))
+        if taken >= positions:
+            raise ConfigError(
+                "QH-U19",
+                f"The conversation has {taken} tokens; this model has positions up to {positions}, and an answer needs "
+                "some of them.",
+                where="prompt",
+                cause="Past its positions a model's answers mean nothing.",
+                fix="Ask for less at once; in a chat /reset begins again.",
+                context={"tokens": taken, "positions": positions},
+            )
+        return positions - taken
+
+    def close(self) -> None:
+        self.trainer.close()
+
+
+def open_generation(
+    *,
+    run_dir: Path | None = None,
+    adapter_dir: Path | None = None,
+    model: str | None = None,
+    backend: str = "auto",
+    allow_base_mismatch: bool = False,
+    console: RunConsole | None = None,
+) -> GenerationPair:
+    """Open a run's adapter, or any adapter beside a model, on the base as it was stored in training.
+
+    `backend` "auto" is the backend that trained, where it is here. Raises ConfigError, AdapterError QH-C61 (the run has
+    no finished adapter), QH-C22 (it was changed, or is another run's), QH-C05, QH-C08.
+    """
+    console = console or RunConsole(quiet=True)
+    trained = _trained(run_dir, adapter_dir, model)
+    config, provenance = trained.config, trained.provenance
+    adapter = read_adapter(trained.adapter_dir)
+    if unverified := unvouched_note(trained.adapter_dir):
+        console.note(unverified)
+    named = config.model
+    facts = resolve_model(named.name_or_path, revision=named.revision, trust_remote_code=named.trust_remote_code).facts
+    if mismatch := check_base(provenance, facts, allow_mismatch=allow_base_mismatch):
+        console.note(mismatch)
+    if facts.prequantized is None and storage_of_training(provenance) is None:
+        console.note("the adapter does not record how its base was stored in training; it is opened in 4 bits")
+    machinery = machinery_of_training(config, facts, provenance, backend, console, console.note)
+    tokenizer = ChatTokenizer.from_folder(
+        machinery.source.path,
+        chat_template=config.data.chat_template,
+        model_vocabulary_size=facts.vocabulary_size or None,
+    )
+    source = base_of_run(machinery, trained.run_dir)
+    spec = machinery.choice.spec
+    options = options_on(config, spec.name, str(provenance.get("backend") or ""))
+    trainer = GuardedTrainer(open_trainer(spec, options))
+    try:
+        dtype = _dtype(provenance, spec.name, trainer.proved_compute_dtypes(), console)
+        trainer.load(source, machinery.quantization, Compute(dtype=dtype, options=options))
+        check_fits(adapter, trainer.linear_modules(), where=str(trained.adapter_dir))
+        trainer.attach(adapter, "adamw")
+    except BaseException:
+        trainer.close()
+        raise
+    return GenerationPair(trainer, tokenizer, source.facts.max_position_embeddings)
+
+
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    """An adapter, what it records of its training, and a configuration that opens its base again."""
+
+    adapter_dir: Path
+    run_dir: Path | None
+    provenance: Mapping[str, object]
+    config: RunConfig
+
+
+def _trained(run_dir: Path | None, adapter_dir: Path | None, model: str | None) -> _Trained:
+    if run_dir is None and (adapter_dir is None or model is None):
+        raise ConfigError(
+            "QH-U14",
+            "No run folder is named, and not both an adapter and its model.",
+            fix="Name a run folder (--run runs/a), or --adapter DIR and --model NAME.",
+        )
+    run_config = None if run_dir is None else read_run_config(run_dir)
+    if adapter_dir is not None:
+        adapter_dir, around = adapter_folders(adapter_dir)
+        run_dir = run_dir or around
+        run_config = run_config if run_config is not None or around is None else read_run_config(around)
+    else:
+        assert run_dir is not None
+        adapter_dir = finished_adapter(run_dir, option="--adapter ")
+    provenance = read_provenance(adapter_dir)
+    storage = storage_of_training(provenance)
+    config = trained_config(run_config, provenance, storage or {}, model=model, where=adapter_dir)
+    # Of the data settings only the template matters to an answer: packing, say, need not be offered here.
+    template = type(config.data)(chat_template=config.data.chat_template)
+    return _Trained(adapter_dir, run_dir, provenance, config.model_copy(update={"data": template}))
+
+
+def _dtype(provenance: Mapping[str, object], backend: str, proved: Sequence[str], console: RunConsole) -> ComputeDtype:
+    """That of the training on the backend that trained, where the device proves it; else the best of the device."""
+    trained = str(provenance.get("compute_dtype") or "auto")
+    if backend != provenance.get("backend"):
+        return proved[0]  # type: ignore[return-value]
+    if trained not in ("auto", *proved):
+        console.note(f"trained in {trained}, which this device does not compute; {proved[0]} is used")
+    return trained if trained in proved else proved[0]  # type: ignore[return-value]

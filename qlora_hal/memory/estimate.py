@@ -1,0 +1,213 @@
+"""How many bytes a run will need at its peak: pure arithmetic over header facts, no weight loaded.
+
+What depends on a backend's code stands in `MemoryConstants`, data that a backend may replace. The parts
+are added although not all of them are alive at one moment, so the total leans to the safe side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from qlora_hal.contract.capabilities import AFFINE_BITS, WeightFormat
+from qlora_hal.contract.memory_constants import MemoryConstants
+from qlora_hal.contract.values import MemoryEstimate
+from qlora_hal.model.facts import FLOATING_DTYPES
+from qlora_hal.model.shape import DecoderShape, decoder_shape
+
+if TYPE_CHECKING:
+    from qlora_hal.contract.values import ComputeDtype
+    from qlora_hal.model.facts import ModelFacts
+
+DTYPE_BYTES: Mapping[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
+DEFAULT_BLOCK_SIZES: Mapping[WeightFormat, int] = {
+    WeightFormat.NF4: 64,
+    WeightFormat.FP4: 64,
+    WeightFormat.INT4_GPTQ: 128,
+    **dict.fromkeys(AFFINE_BITS, 64),
+    WeightFormat.MXFP4: 32,
+    WeightFormat.NVFP4: 16,
+    WeightFormat.MXFP8: 32,
+}
+NESTED_BLOCK_SIZE = 256
+"""Scales that share one scale of their own under double quantization (QLoRA section 3)."""
+
+SMALLEST_8BIT_STATE = 4096
+"""bitsandbytes keeps the moments of smaller tensors in float32 (`min_8bit_size`)."""
+
+Targets = Mapping[str, tuple[int, int]]
+
+
+def estimate(
+    facts: ModelFacts,
+    *,
+    weight_format: WeightFormat | str,
+    block_size: int | None,
+    double_quant: bool,
+    compute_dtype: ComputeDtype,
+    r: int,
+    targets: Targets,
+    optimizer: str,
+    batch_size: int,
+    sequence_length: int,
+    gradient_checkpointing: bool,
+    constants: MemoryConstants | None = None,
+) -> MemoryEstimate:
+    """Bytes at the peak of training one micro-batch of `batch_size` rows of `sequence_length` tokens.
+
+    `targets` are the modules that carry LoRA, path -> (in, out). `optimizer` is one of `training.optim`.
+    """
+    constants = constants or MemoryConstants()
+    weight_format = WeightFormat(weight_format)
+    compute_bytes = DTYPE_BYTES[compute_dtype]
+    shape = decoder_shape(facts)
+    tokens = batch_size * sequence_length
+    adapter_weights = adapter_parameters(targets, r)
+    largest = max((inputs * outputs for inputs, outputs in facts.linear_modules.values()), default=0)
+    is_quantized = weight_format is not WeightFormat.NONE
+    logits = _logits_bytes(facts.vocabulary_size, tokens, compute_bytes, constants)
+    dequantized = constants.dequantized_copies * largest * compute_bytes if is_quantized else 0
+    kept, working = _activation_bytes(
+        shape, batch_size, sequence_length, r * len(targets), compute_bytes, gradient_checkpointing, constants
+    )
+    return MemoryEstimate(
+        weights=weight_bytes(facts, weight_format, block_size, double_quant, compute_dtype),
+        adapter=constants.master_bytes * adapter_weights,
+        gradients=constants.gradient_bytes * adapter_weights,
+        optimizer=optimizer_bytes(targets, r, optimizer),
+        # Logits are gone before a layer is differentiated.
+        activations=kept + max(working - logits, 0),
+        logits=logits,
+        workspace=constants.workspace_bytes + dequantized,
+        runtime=constants.runtime_bytes,
+        relative_error=constants.relative_error,
+    )
+
+
+def adapter_parameters(targets: Targets, r: int) -> int:
+    """Trainable weights: A is [r, in], B is [out, r]."""
+    return sum(r * (inputs + outputs) for inputs, outputs in targets.values())
+
+
+def optimizer_bytes(targets: Targets, r: int, optimizer: str) -> int:
+    """Two moments for each adapter weight: 4 bytes each, or 1 byte each and a float32 scale to 256 of them.
+
+    Paged states may leave the device; they count in full, because they must fit somewhere.
+    """
+    sizes = [r * side for shape in targets.values() for side in shape]
+    if not optimizer.endswith("8bit"):
+        return 8 * sum(sizes)
+    small = sum(size for size in sizes if size < SMALLEST_8BIT_STATE)
+    large = [size for size in sizes if size >= SMALLEST_8BIT_STATE]
+    return 8 * small + sum(2 * size + 2 * 4 * math.ceil(size / 256) for size in large)
+
+
+# weights ------------------------------------------------------------------------------------------------------------
+def weight_bytes(
+    facts: ModelFacts,
+    weight_format: WeightFormat,
+    block_size: int | None,
+    double_quant: bool,
+    compute_dtype: ComputeDtype,
+) -> int:
+    """Bytes of the frozen base: linear layers in `weight_format`, all else in the compute dtype.
+
+    A checkpoint stored in this format already is counted as it is stored.
+    """
+    compute_bytes = DTYPE_BYTES[compute_dtype]
+    if facts.prequantized is not None and facts.prequantized.weight_format == weight_format.value:
+        return _stored_bytes(facts, compute_bytes)
+    linear_weights = sum(inputs * outputs for inputs, outputs in facts.linear_modules.values())
+    rest = (facts.parameter_count - linear_weights - _tied_head_weights(facts)) * compute_bytes
+    return rest + sum(
+        linear_bytes(inputs, outputs, weight_format, block_size, double_quant, compute_bytes)
+        for inputs, outputs in facts.linear_modules.values()
+    )
+
+
+def linear_bytes(
+    inputs: int,
+    outputs: int,
+    weight_format: WeightFormat,
+    block_size: int | None = None,
+    double_quant: bool = False,
+    compute_bytes: int = 2,
+) -> int:
+    """Bytes of one linear layer's weight with its scales.
+
+    NF4, FP4: half a byte a weight and an absmax a block, float32, or one byte and a float32 to 256 under double
+    quantization (QLoRA section 3: 4.127 bits a weight at block 64). INT8: a byte a weight and a float32 a row. GPTQ:
+    half a byte, per group and column a float16 scale and half a byte of zero point, a 4-byte group index an input.
+    MLX affine: scale and bias per group, in the model's dtype. MXFP4, NVFP4, MXFP8: a byte of scale per group.
+    """
+    count = inputs * outputs
+    block = block_size or DEFAULT_BLOCK_SIZES.get(weight_format, 0)
+    if weight_format is WeightFormat.NONE:
+        return count * compute_bytes
+    if weight_format is WeightFormat.INT8:
+        return count + 4 * outputs
+    if weight_format in (WeightFormat.NF4, WeightFormat.FP4):
+        blocks = math.ceil(count / block)
+        scales = blocks + 4 * math.ceil(blocks / NESTED_BLOCK_SIZE) if double_quant else 4 * blocks
+        return math.ceil(count / 2) + scales
+    groups = math.ceil(inputs / block) * outputs
+    if weight_format is WeightFormat.INT4_GPTQ:
+        return count // 2 + groups * 5 // 2 + 4 * inputs
+    if weight_format in AFFINE_BITS:
+        return count * AFFINE_BITS[weight_format] // 8 + groups * 2 * compute_bytes
+    return count * (8 if weight_format is WeightFormat.MXFP8 else 4) // 8 + groups
+
+
+def _stored_bytes(facts: ModelFacts, compute_bytes: int) -> int:
+    packed = {
+        name.rpartition(".")[0]
+        for name, tensor in facts.tensors.items()
+        if tensor.dtype not in FLOATING_DTYPES and name.endswith((".weight", ".qweight"))
+    }
+    total = 0
+    for name, tensor in facts.tensors.items():
+        belongs = any(prefix in packed for prefix in _prefixes(name))
+        total += tensor.byte_count if belongs else math.prod(tensor.shape) * compute_bytes
+    return total
+
+
+def _prefixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
+
+
+def _tied_head_weights(facts: ModelFacts) -> int:
+    """Weights of a head that is stored although it is the embedding."""
+    head = facts.tensors.get("lm_head.weight")
+    return math.prod(head.shape) if head is not None and facts.config.get("tie_word_embeddings") is True else 0
+
+
+# activations --------------------------------------------------------------------------------------------------------
+def _activation_bytes(
+    shape: DecoderShape,
+    batch_size: int,
+    sequence_length: int,
+    adapter_ranks: int,
+    compute_bytes: int,
+    gradient_checkpointing: bool,
+    constants: MemoryConstants,
+) -> tuple[int, int]:
+    """What is kept for backward, and what is alive beyond it while one layer is differentiated."""
+    tokens = batch_size * sequence_length
+    widths = constants.hidden_copies * shape.hidden + constants.feed_forward_copies * shape.feed_forward
+    one_layer = tokens * (widths + 2 * shape.key_value) * compute_bytes
+    if constants.attention_scores_kept:
+        one_layer += batch_size * shape.heads * sequence_length**2 * compute_bytes
+    one_layer += tokens * adapter_ranks * compute_bytes / max(shape.layers, 1)
+    working = int(constants.working_layers * one_layer)
+    if gradient_checkpointing:
+        return int(shape.layers * tokens * shape.hidden * compute_bytes + one_layer), working
+    return int(shape.layers * one_layer), working
+
+
+def _logits_bytes(vocabulary_size: int, tokens: int, compute_bytes: int, constants: MemoryConstants) -> int:
+    """Logits in the compute dtype, a float32 copy when that is another dtype, and the float32 gradient."""
+    rows = tokens if constants.cross_entropy_rows is None else min(tokens, constants.cross_entropy_rows)
+    per_logit = compute_bytes + (4 if compute_bytes != 4 else 0) + 4
+    return rows * vocabulary_size * per_logit

@@ -1,0 +1,1 @@
+"""Signals, child processes, and questions to them."""

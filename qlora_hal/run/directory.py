@@ -1,0 +1,313 @@
+"""The folder of one run: checked before anything heavy starts, locked while the run lives, swept of leftovers.
+
+run.json       configuration as given, its hash, and what the run resolved
+run.lock       the lock; run.lock.json tells who holds it
+metrics.jsonl  one line per step
+checkpoints/   see `qlora_hal.checkpoint`
+adapter/       the trained adapter
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+from qlora_hal.checkpoint.reading import checkpoints, restore_replaced, unfinished_saves
+from qlora_hal.checkpoint.state import CHECKPOINTS_FOLDER, PRUNING, REPLACED, STAGING, checkpoints_folder, entries
+from qlora_hal.checkpoint.writing import LATEST_LINK, expected_checkpoint_bytes
+from qlora_hal.errors import ConfigError
+from qlora_hal.files import durable, opening, sealed_json
+from qlora_hal.files.durable import write_json_atomically
+from qlora_hal.files.output_path import writable_folder
+from qlora_hal.report.run_file import read_run_file
+from qlora_hal.run.identity import PLACE_KEYS, config_hash, differing_settings, new_run_id, shown_value
+from qlora_hal.run.lock import LOCK_FILE, OWNER_FILE, RunLock
+from qlora_hal.run.recovery import read_or_recovered
+
+__all__ = ["RunDirectory", "config_hash", "rehearsed", "write_json_atomically"]
+
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+ADAPTER_FOLDER = "adapter"
+BEST_ADAPTER_FOLDER = "best_adapter"
+SCHEMA_VERSION = 1
+
+_OUTPUTS = (
+    *(CHECKPOINTS_FOLDER, LATEST_LINK, ADAPTER_FOLDER, BEST_ADAPTER_FOLDER, METRICS_FILE, "report.html", "loss.png"),
+    *("tokens", "rows.jsonl"),
+)
+"""What an overwritten run leaves; other files in the folder are the user's and are never touched."""
+_OWN = (*(name for name in _OUTPUTS if name != LATEST_LINK), RUN_FILE, LOCK_FILE, OWNER_FILE, "tensorboard")
+"""What a run writes or trusts there. A link under one of these names was planted; `latest` is never read."""
+_LEFTOVER = re.compile(rf"({re.escape(STAGING)}|{re.escape(PRUNING)}|{re.escape(REPLACED)}|\.tmp-).+-[0-9a-f]{{8}}")
+"""Names that end as `durable.unique_name` ends them; what is called `.tmp` otherwise is the user's."""
+
+
+class RunDirectory:
+    """A run's folder, locked until `close`.
+
+    `notes` are for the user, `unfinished_saves` the steps whose save broke off.
+    """
+
+    def __init__(self, path: Path, lock: RunLock, content: Mapping[str, object]) -> None:
+        self.path = path
+        self.notes: list[str] = [lock.note] if lock.note else []
+        self.unfinished_saves: tuple[int, ...] = ()
+        self._lock = lock
+        self._content = dict(content)
+
+    @classmethod
+    def open_new(
+        cls,
+        output_dir: str | Path,
+        *,
+        config: Mapping[str, object],
+        overwrite: bool = False,
+        force_unlock: bool = False,
+    ) -> RunDirectory:
+        """Create or reuse a folder for a new run and write its first `run.json`.
+
+        `config` is JSON (`RunConfig.model_dump(mode="json")`), as the user gave it: before a seed is drawn.
+        Raises StorageError QH-S14 (no usable kind of path), QH-S12 (cannot be written), QH-S09 (no space),
+        OutputLockedError QH-S15 and QH-S17, ConfigError QH-S13 when an earlier run is there and `overwrite` is not set.
+        """
+        path = writable_folder(Path(output_dir))
+        _refuse_links(path)
+        lock = RunLock.take(path, force=force_unlock)
+        try:
+            created = datetime.now(UTC).isoformat(timespec="seconds")
+            content = {"schema_version": SCHEMA_VERSION, "config": dict(config), "created": created}
+            content["run_id"] = new_run_id()
+            run = cls(path, lock, {**content, "config_hash": config_hash(config)})
+            run._settle_with_earlier_run(config, overwrite=overwrite)
+            run._sweep()
+            run.record({})
+        except ConfigError as refusal:
+            lock.release(as_found=True)
+            if lock.note:  # how that run ended is worth knowing when it stands in the way
+                refusal.cause = f"{refusal.cause} {lock.note}".strip()
+            raise
+        except BaseException:
+            lock.release()
+            raise
+        return run
+
+    @classmethod
+    def open_existing(cls, run_dir: str | Path, *, force_unlock: bool = False) -> RunDirectory:
+        """Lock and sweep the folder of a run that is to go on. A run.json that is lost or damaged is written again
+        from a checkpoint, with a note.
+
+        Raises ConfigError QH-S50 when it is no run's folder, UnsafeInputError QH-X06 for a planted link,
+        CheckpointError QH-C20 (an edited configuration) and QH-C13, StorageError and OutputLockedError as `open_new`.
+        """
+        path = Path(run_dir).expanduser()
+        if not os.path.lexists(path / RUN_FILE) and not os.path.lexists(path / CHECKPOINTS_FOLDER):
+            _refuse_foreign(path, f"has no {RUN_FILE}")
+        path = writable_folder(path)
+        _refuse_links(path)
+        lock = RunLock.take(path, force=force_unlock)
+        try:
+            content, note = read_or_recovered(path)
+            run = cls(path, lock, content)
+            run.notes += [note] if note else []
+            run._sweep()
+        except BaseException:
+            lock.release()
+            raise
+        return run
+
+    @property
+    def content(self) -> Mapping[str, object]:
+        """What `run.json` holds."""
+        return self._content
+
+    @property
+    def adapter_dir(self) -> Path:
+        return self.path / ADAPTER_FOLDER
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / METRICS_FILE
+
+    def record(self, facts: Mapping[str, object]) -> None:
+        """Add facts to `run.json`, as one act. Raises StorageError; JsonProblem for facts that are not JSON."""
+        content = sealed_json.sealed({**self._content, **facts})
+        try:
+            write_json_atomically(self.path / RUN_FILE, content)
+        except OSError as problem:
+            raise durable.storage_error(problem, self.path, what=RUN_FILE) from problem
+        self._content = content
+
+    def free_space_note(self, adapter_parameters: int) -> str | None:
+        """A warning when the disk has not room for two checkpoints of an adapter of this size, else None (row S10)."""
+        size = expected_checkpoint_bytes(adapter_parameters)
+        free = durable.free_bytes(self.path)
+        if free is None or free >= 2 * size:
+            return None
+        return (
+            f"QH-S10: {_readable(free)} are free at {self.path}, a checkpoint needs about {_readable(size)} and two "
+            "are kept; a save may fail. Free space or choose another output folder."
+        )
+
+    def keep_lock(self) -> str:
+        """To be called before something is saved; what to say of a lock that vanished. Raises as `RunLock.keep`."""
+        return self._lock.keep()
+
+    def close(self) -> None:
+        """Release the lock. Safe to call twice."""
+        self._lock.release()
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _settle_with_earlier_run(self, config: Mapping[str, object], *, overwrite: bool) -> None:
+        """Refuse, clear away, or find nothing of an earlier run here."""
+        outputs = _outputs_in(self.path)
+        if not os.path.lexists(self.path / RUN_FILE):
+            return
+        if not overwrite:
+            self.notes += _refuse_unless_it_never_began(self.path, config, outputs)
+        # run.json goes last, by replacement: until then a crash leaves the old run recognisable as such.
+        for name in outputs:
+            try:
+                durable.remove_tree(self.path / name)
+            except OSError as problem:
+                raise durable.storage_error(problem, self.path / name, what="a new run") from problem
+
+    def _sweep(self) -> None:
+        """Remove what interrupted saves left, and say how much it was."""
+        self.notes += restore_replaced(self.path)
+        _restore_replaced_adapters(self.path)
+        self.unfinished_saves = unfinished_saves(self.path)
+        count = freed = 0
+        for folder in (self.path, checkpoints_folder(self.path)):
+            for entry in entries(folder):
+                if _LEFTOVER.fullmatch(entry.name):
+                    with suppress(OSError):  # stays for the next sweep
+                        freed += durable.remove_tree(Path(entry.path))
+                        count += 1
+        if count:
+            noun = "leftover" if count == 1 else "leftovers"
+            self.notes.append(f"Removed {count} {noun} of interrupted saves, {_readable(freed)} freed.")
+
+
+@contextmanager
+def rehearsed(output_dir: str | Path, *, config: Mapping[str, object], overwrite: bool = False) -> Iterator[Path]:
+    """A folder for a run that stops before it begins: `output_dir` is judged as `RunDirectory.open_new` would, and
+    nothing is left there, nor taken away. Raises as that does, but for the lock."""
+    given = Path(output_dir).expanduser()
+    _refuse_links(given)
+    absent = [folder for folder in (given, *given.parents) if not os.path.lexists(folder)]
+    try:
+        path = writable_folder(given)
+        outputs = _outputs_in(path)
+        if os.path.lexists(path / RUN_FILE) and not overwrite:
+            _refuse_unless_it_never_began(path, config, outputs)
+    finally:
+        for folder in absent:  # the innermost first
+            with suppress(OSError):
+                folder.rmdir()
+    with tempfile.TemporaryDirectory(prefix="qlora-hal-dry-run-") as scratch:
+        yield Path(scratch)
+
+
+def _restore_replaced_adapters(path: Path) -> None:
+    """Put back what a crash between two renames left aside (`adapter.peft_files.write_adapter`)."""
+    for name in (ADAPTER_FOLDER, BEST_ADAPTER_FOLDER):
+        for entry in entries(path):
+            if re.fullmatch(rf"{re.escape(REPLACED + name)}-[0-9a-f]+", entry.name) and not os.path.lexists(
+                path / name
+            ):
+                with suppress(OSError):
+                    Path(entry.path).rename(path / name)
+                    durable.flush_folder(path)
+
+
+def _refuse_links(path: Path) -> None:
+    for name in _OWN:
+        opening.refuse_link(path / name)
+
+
+def _readable(count: int) -> str:
+    value = float(count)
+    for unit in ("bytes", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} GB"
+
+
+def _outputs_in(path: Path) -> list[str]:
+    """What runs write there. Raises ConfigError QH-S13 where there is some, and no run."""
+    outputs = [name for name in _OUTPUTS if os.path.lexists(path / name)]
+    if outputs and not os.path.lexists(path / RUN_FILE):
+        _refuse_foreign_outputs(path, outputs)
+    return outputs
+
+
+def _refuse_unless_it_never_began(path: Path, config: Mapping[str, object], outputs: Sequence[str]) -> list[str]:
+    """Notes on an earlier run that may be started over. Raises ConfigError QH-S13 for any that is worth something."""
+    earlier = read_run_file(path)["config"]
+    differing = differing_settings(earlier if isinstance(earlier, dict) else {}, config, apart_from=PLACE_KEYS)
+    saved = len(checkpoints(path))
+    if saved or ADAPTER_FOLDER in outputs or (differing and _has_content(path / METRICS_FILE)):
+        _refuse_earlier_run(path, differing, saved)
+    if not _has_content(path / METRICS_FILE):
+        return ["An earlier attempt in this folder ended before its first step; starting again."]
+    return ["An earlier run with this configuration stopped before its first save; starting again."]
+
+
+def _has_content(file: Path) -> bool:
+    try:
+        return file.stat().st_size > 0
+    except OSError:
+        return False
+
+
+def _refuse_earlier_run(path: Path, differing: Mapping[str, tuple[object, object]], saved: int) -> NoReturn:
+    pairs = list(differing.items())[:8]
+    listed = ", ".join(f"{key} (there {shown_value(then)}, now {shown_value(now)})" for key, (then, now) in pairs)
+    counted = f"{len(differing)} {'key differs' if len(differing) == 1 else 'keys differ'}"
+    what = f"another configuration; {counted}: {listed}" if differing else "this same configuration"
+    going_on = f"Resume the old run (qlora-hal resume {path}), replace it" if saved else "Replace the old run"
+    raise ConfigError(
+        "QH-S13",
+        f"{path} holds a run with {what}; it has {saved} checkpoint{'' if saved == 1 else 's'}. An empty or new folder "
+        "is expected.",
+        where="output_dir",
+        cause="A new run there would mix with the old one, or replace it.",
+        fix=f"{going_on} (--overwrite), or choose another output_dir.",
+        context={"differing": {key: list(pair) for key, pair in differing.items()}, "checkpoints": saved},
+    )
+
+
+def _refuse_foreign_outputs(path: Path, outputs: Sequence[str]) -> NoReturn:
+    or_resume = f"; qlora-hal resume {path} writes {RUN_FILE} again from a checkpoint" if checkpoints(path) else ""
+    raise ConfigError(
+        "QH-S13",
+        f"{path} holds {', '.join(outputs)} but no {RUN_FILE}, so no run of qlora_hal is known to have made them.",
+        where="output_dir",
+        cause="Nothing is overwritten that may be somebody else's, not even with --overwrite.",
+        fix=f"Choose another output_dir{or_resume}.",
+    )
+
+
+def _refuse_foreign(path: Path, problem: str, cause: BaseException | None = None) -> NoReturn:
+    raise ConfigError(
+        "QH-S50",
+        f"{path} {problem}; the output folder of an earlier run is expected.",
+        where=str(path),
+        fix="Name the folder that was output_dir of the run, or start a new run in another folder.",
+    ) from cause

@@ -1,0 +1,136 @@
+"""Which run a checkpoint or an adapter belongs to: an id drawn when the run began, and what it trains with.
+
+Where model and data lie may change while a run lives (`resume --model`, `--data`), and its backend may; what they are
+is compared by fingerprints, the rest by these two.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_hal.errors import CheckpointError
+from qlora_hal.files import strict_json
+
+if TYPE_CHECKING:
+    from qlora_hal.checkpoint import TrainingState
+
+PLACES = frozenset({"output_dir", "model.name_or_path", "data.path", "data.validation_path"})
+"""Settings that say where something lies, not what it is."""
+
+_SHOWN_SETTINGS = 8
+
+
+def new_run_id() -> str:
+    """32 hexadecimal digits that no other run has."""
+    return uuid.uuid4().hex
+
+
+def identity_of(content: Mapping[str, object]) -> dict[str, object]:
+    """What a run stamps on its checkpoints and adapters; `content` is that of run.json. One that an earlier release
+    began has no id, and gets none: its older checkpoints carry none."""
+    config, run_id = content.get("config"), content.get("run_id")
+    stamped: dict[str, object] = {"settings_hash": settings_hash(config if isinstance(config, dict) else {})}
+    return {**stamped, "run_id": run_id} if run_id is not None else stamped
+
+
+def settings_hash(config: Mapping[str, object]) -> str:
+    """SHA-256 of a configuration without its places."""
+    trained = {key: value for key, value in flat_settings(config) if key not in PLACES}
+    return hashlib.sha256(strict_json.encode(trained)).hexdigest()
+
+
+def flat_settings(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """(dotted key, value) of every setting of a nested configuration."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from flat_settings(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def differing_settings(
+    there: Mapping[str, object], here: Mapping[str, object], *, apart_from: frozenset[str] = PLACES
+) -> dict[str, tuple[object, object]]:
+    """Dotted key -> (value there, value here) of what two configurations set otherwise."""
+    # Through JSON, so that a tuple equals the list that was read back.
+    now = dict(flat_settings(strict_json.decode_object(strict_json.encode(dict(here)))))
+    then = dict(flat_settings(there))
+    keys = (key for key in sorted({*now, *then}) if key not in apart_from)
+    return {key: (then.get(key), now.get(key)) for key in keys if then.get(key) != now.get(key)}
+
+
+def require_own(
+    content: Mapping[str, object], state: TrainingState, saved_with: Mapping[str, object], folder: Path
+) -> list[str]:
+    """A checkpoint goes on with the run that saved it. `content` is that of run.json, `saved_with` the copy of it that
+    the checkpoint keeps (empty before there were copies).
+
+    Returns notes on what cannot be verified. Raises CheckpointError QH-C20, naming the settings that differ.
+    """
+    stamped, ours = state.provenance, identity_of(content)
+    configs = [tree if isinstance(tree, dict) else {} for tree in (saved_with.get("config"), content.get("config"))]
+    differing = differing_settings(*configs) if saved_with else {}
+    seeds = {"training.seed": (stamped.get("seed"), _seed_of(content))}
+    differing |= {key: pair for key, pair in seeds.items() if None not in pair and pair[0] != pair[1]}
+    if stamped.get("run_id") != ours.get("run_id"):
+        raise _foreign(
+            state.step, folder, "belongs to another run", differing, "begun another time, with these settings"
+        )
+    if differing or stamped.get("settings_hash", ours["settings_hash"]) != ours["settings_hash"]:
+        raise _foreign(
+            state.step, folder, "was saved with other settings than run.json holds", differing, "unknown ones"
+        )
+    if "run_id" in stamped:
+        return []
+    same = "settings_hash" in stamped or stamped.get("config_hash") == content.get("config_hash")
+    compared = "settings, seed" if same else "seed"
+    return [
+        f"step {state.step} is of a run that an earlier release began, without an id: that it is this very run's "
+        f"{'' if same else 'and has its settings '}cannot be verified; its {compared}, base, tokenizer and data are "
+        "compared"
+    ]
+
+
+def _seed_of(content: Mapping[str, object]) -> object:
+    resolved = content.get("resolved")
+    return resolved.get("seed") if isinstance(resolved, Mapping) else None
+
+
+def _foreign(
+    step: int, folder: Path, what: str, differing: Mapping[str, tuple[object, object]], otherwise: str
+) -> CheckpointError:
+    return CheckpointError(
+        "QH-C20",
+        f"The checkpoint of step {step} {what}: {shown_differences(differing) or otherwise}.",
+        where=str(folder),
+        cause="Going on from it would be a run that nobody can repeat.",
+        fix=f"Move {folder.name} out of {folder.parent}, and resume again from this run's own. If it is run.json that "
+        "came from elsewhere, remove that: resume writes it again.",
+        context={"differing": {key: list(pair) for key, pair in differing.items()}},
+    )
+
+
+def shown_differences(differing: Mapping[str, tuple[object, object]]) -> str:
+    """`lora.r (there 8, here 16), ...` for a message."""
+    pairs = list(differing.items())
+    shown = [f"{key} (there {shown_value(then)}, here {shown_value(now)})" for key, (then, now) in pairs]
+    more = f" and {len(pairs) - _SHOWN_SETTINGS} more" if len(pairs) > _SHOWN_SETTINGS else ""
+    return ", ".join(shown[:_SHOWN_SETTINGS]) + more
+
+
+def shown_value(value: object) -> str:
+    return "not set" if value is None else ascii(value)[:120]
+
+
+PLACE_KEYS = frozenset({"output_dir"})
+"""Keys that say where a run lies, not what it is."""
+
+
+def config_hash(config: Mapping[str, object]) -> str:
+    """SHA-256 of a configuration, equal for equal training: the place of the output does not count."""
+    trained = {key: value for key, value in config.items() if key not in PLACE_KEYS}
+    return hashlib.sha256(strict_json.encode(trained)).hexdigest()

@@ -1,0 +1,310 @@
+"""The training loop. No tensors here: windows go in, figures come out, one step late."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Protocol
+
+from qlora_hal.contract.values import Adapter, Batch, LossSum, PendingStep, StepSettings, StepStats
+from qlora_hal.errors import NumericsError, OutOfMemoryError
+
+if TYPE_CHECKING:
+    from qlora_hal.config.schema import TrainingConfig
+    from qlora_hal.contract.checked_trainer import GuardedTrainer
+    from qlora_hal.run.lr_schedule import Schedule
+
+
+class Windows(Protocol):
+    """Where windows come from: a pure function of the step."""
+
+    def window(self, step: int) -> list[Batch]: ...
+
+    def rows_of(self, step: int) -> list[int]: ...
+
+    def epoch_of(self, step: int) -> float: ...
+
+
+class LoopEvents(Protocol):
+    """What the loop tells as it goes. Exceptions stop the run, so observers are wrapped before they come here."""
+
+    def step(self, finished: FinishedStep) -> None: ...
+
+    def evaluated(self, step: int, evaluation: LossSum, label: str) -> None: ...
+
+    def save(self, step: int, progress: Progress) -> None: ...
+
+    def best(self, step: int, adapter: Adapter) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedStep:
+    """Everything known of one step. `real_tokens` are not padding."""
+
+    step: int
+    stats: StepStats
+    learning_rate: float
+    epoch: float
+    seconds: float
+    real_tokens: int
+    tokens_seen: int
+
+
+@dataclass(slots=True)
+class Progress:
+    """The part of a run's state that the loop owns; it is saved as JSON and goes on from there."""
+
+    step: int = 0
+    tokens_seen: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+    evaluations_without_improvement: int = 0
+    micro_batch_splits: int = 0
+
+    def as_json(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    @classmethod
+    def from_json(cls, stored: dict[str, object]) -> Progress:
+        known = {name: stored[name] for name in cls.__slots__ if name in stored}
+        return cls(**known)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class LoopPlan:
+    """What does not change during the loop. Steps count from 0; `total_steps` is where it ends."""
+
+    total_steps: int
+    seed: int
+    schedule: Schedule
+    training: TrainingConfig
+    save_steps: int | None
+    lora_dropout: float = 0.0
+    evaluation: Callable[[], LossSum] | None = None
+    stop_requested: Callable[[], str] = field(default=lambda: "")
+    save_requested: Callable[[], bool] = field(default=lambda: False)
+
+
+def dropout_key(seed: int, step: int) -> int:
+    """The step's key for dropout masks: SplitMix64 (Steele et al. 2014) of (seed, step), 63 bits."""
+    mixed = (seed + (step + 1) * 0x9E3779B97F4A7C15) & (2**64 - 1)
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+    return (mixed ^ (mixed >> 31)) >> 1
+
+
+EARLY_STOPPING = "early stopping"
+
+
+def run(trainer: GuardedTrainer, windows: Windows, plan: LoopPlan, progress: Progress, events: LoopEvents) -> str:
+    """Train from `progress.step` to the end; return why it stopped.
+
+    One step is always queued ahead of the one that is read, and the next window is made while the device computes.
+    A run that early stopping ended takes no further step, however often it is resumed. Raises NumericsError (a
+    non-finite step changed nothing), OutOfMemoryError, and what the events raise.
+    """
+    if progress.step < plan.total_steps and _patience_ran_out(plan, progress):
+        events.note(f"early stopping ended the run after step {progress.step}; no further step is taken")
+        return EARLY_STOPPING
+    loop = _Loop(trainer, windows, plan, progress, events)
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="windows") as maker:
+        ahead = maker.submit(windows.window, progress.step)
+        while progress.step < plan.total_steps:
+            window = ahead.result()
+            following = progress.step + 1
+            if following < plan.total_steps:
+                ahead = maker.submit(windows.window, following)
+            loop.queue(window)
+            if stopped := loop.pause_after(following):
+                return stopped
+    loop.settle()
+    return "finished"
+
+
+@dataclass(slots=True)
+class _Queued:
+    """A step under way; it lasts until the next one is queued, which is when its device work ends at the latest."""
+
+    step: int
+    pending: PendingStep
+    window: Sequence[Batch]
+    learning_rate: float
+    started: float
+
+
+class _Loop:
+    def __init__(
+        self, trainer: GuardedTrainer, windows: Windows, plan: LoopPlan, progress: Progress, events: LoopEvents
+    ) -> None:
+        self._trainer = trainer
+        self._windows = windows
+        self._plan = plan
+        self._progress = progress
+        self._events = events
+        self._queued: _Queued | None = None
+
+    def queue(self, window: list[Batch]) -> None:
+        """Queue the next step, then read the one before it."""
+        started = time.perf_counter()
+        step = self._progress.step
+        rate = self._plan.schedule.learning_rate(step)
+        training = self._plan.training
+        settings = StepSettings(
+            learning_rate=rate,
+            token_count=sum(batch.counted_tokens for batch in window),
+            dropout_key=dropout_key(self._plan.seed, step),
+            weight_decay=training.weight_decay,
+            max_grad_norm=training.max_grad_norm or None,
+            beta1=training.adam_beta1,
+            beta2=training.adam_beta2,
+            epsilon=training.adam_epsilon,
+        )
+        pending = self._fitted_step(window, settings)
+        before, self._queued = self._queued, _Queued(step, pending, window, rate, started)
+        if before is not None:
+            self._read(before, ended=started)
+        self._progress.step = step + 1
+
+    def settle(self) -> None:
+        """Read what is still queued."""
+        queued, self._queued = self._queued, None
+        if queued is not None:
+            self._read(queued)
+
+    def pause_after(self, step: int) -> str:
+        """Evaluate, save or stop where the plan says so; returns the reason to stop, or nothing."""
+        plan, training = self._plan, self._plan.training
+        stop = plan.stop_requested()
+        is_last = step == plan.total_steps
+        evaluates = plan.evaluation is not None and training.eval_steps and step % training.eval_steps == 0
+        saves = plan.save_requested() or bool(plan.save_steps and step % plan.save_steps == 0) or is_last or bool(stop)
+        if not (evaluates or saves or stop):
+            return ""
+        self.settle()  # a step that was not finite must never reach a checkpoint
+        if evaluates and not is_last and self._evaluate(step):
+            stop = stop or EARLY_STOPPING
+            saves = True
+        if saves:
+            self._events.save(step, self._progress)
+        return stop
+
+    def _evaluate(self, step: int) -> bool:
+        """Whether patience has run out."""
+        assert self._plan.evaluation is not None
+        evaluation = self._plan.evaluation()
+        keep_best(self._trainer, self._progress, self._events, step, evaluation)
+        self._events.evaluated(step, evaluation, "during")
+        return _patience_ran_out(self._plan, self._progress)
+
+    def _fitted_step(self, window: list[Batch], settings: StepSettings) -> PendingStep:
+        """The step, with micro-batches halved as often as memory asks; the window's meaning stays the same."""
+        progress = self._progress
+        while True:
+            fitted = split_rows(window, progress.micro_batch_splits)
+            try:
+                return self._trainer.train_step(fitted, settings)
+            except OutOfMemoryError:
+                if all(batch.input_ids.shape[0] == 1 for batch in fitted):
+                    raise
+                self.settle()
+                progress.micro_batch_splits += 1
+                rows = max(batch.input_ids.shape[0] for batch in split_rows(window, progress.micro_batch_splits))
+                self._events.note(
+                    f"step {progress.step + 1}: out of memory; micro-batches now have at most {rows} rows. "
+                    f"{self._what_stays()}"
+                )
+
+    def _what_stays(self) -> str:
+        """A mask is drawn by the place of its micro-batch in the window, and cutting moves the rows to other places."""
+        if self._plan.lora_dropout:
+            return "The window is the same; its dropout masks are others than an uncut window would have drawn."
+        return "The window, and so the step, is the same."
+
+    def _read(self, queued: _Queued, ended: float | None = None) -> None:
+        stats = queued.pending.resolve()
+        ended = ended or time.perf_counter()
+        if not (stats.applied and math.isfinite(stats.loss_sum) and math.isfinite(stats.grad_norm)):
+            raise self._not_finite(queued, stats)
+        if queued.step == 0 and stats.grad_norm == 0.0:
+            raise _no_gradient()
+        real_tokens = sum(batch.real_tokens for batch in queued.window)
+        self._progress.tokens_seen += real_tokens
+        self._events.step(
+            FinishedStep(
+                step=queued.step + 1,
+                stats=stats,
+                learning_rate=queued.learning_rate,
+                epoch=self._windows.epoch_of(queued.step + 1),
+                seconds=ended - queued.started,
+                real_tokens=real_tokens,
+                tokens_seen=self._progress.tokens_seen,
+            )
+        )
+
+    def _not_finite(self, queued: _Queued, stats: StepStats) -> NumericsError:
+        rows = self._windows.rows_of(queued.step)
+        shown = ", ".join(map(str, rows[:8])) + (" ..." if len(rows) > 8 else "")
+        return NumericsError(
+            "QH-N01" if not math.isfinite(stats.loss_sum) else "QH-N02",
+            f"Step {queued.step + 1}: loss {stats.loss_sum / max(stats.token_count, 1)}, gradient norm "
+            f"{stats.grad_norm}; both must be finite. The step was not applied.",
+            where=f"rows {shown} of the training data",
+            cause="An overflow in the compute dtype, a learning rate that is too high, or broken base weights.",
+            fix="Lower training.learning_rate, or set quantization.compute_dtype to float32 to find the cause.",
+            context={"step": queued.step + 1, "rows": rows, "loss_sum": str(stats.loss_sum)},
+        )
+
+
+def _patience_ran_out(plan: LoopPlan, progress: Progress) -> bool:
+    patience = plan.training.early_stopping_patience
+    return patience is not None and progress.evaluations_without_improvement >= patience
+
+
+def keep_best(trainer: GuardedTrainer, progress: Progress, events: LoopEvents, step: int, evaluation: LossSum) -> None:
+    """Remember the adapter with the lowest evaluation loss; one that is not finite is never the best."""
+    is_finite = math.isfinite(evaluation.loss)
+    if not is_finite:
+        events.note(f"step {step}: the validation loss is {evaluation.loss}; it counts as no improvement")
+    if not is_finite or (progress.best_loss is not None and evaluation.loss >= progress.best_loss):
+        progress.evaluations_without_improvement += 1
+        return
+    progress.best_loss, progress.best_step = evaluation.loss, step
+    progress.evaluations_without_improvement = 0
+    events.best(step, trainer.export_adapter())
+
+
+def split_rows(window: Sequence[Batch], times: int) -> list[Batch]:
+    """Each micro-batch cut in halves of its rows, `times` over. The counted tokens of the window stay the same."""
+    batches = list(window)
+    for _ in range(times):
+        halves: list[Batch] = []
+        for batch in batches:
+            rows = batch.input_ids.shape[0]
+            cuts = (slice(0, rows // 2), slice(rows // 2, rows)) if rows > 1 else (slice(0, rows),)
+            halves += [_rows(batch, cut) for cut in cuts]
+        batches = halves
+    return batches
+
+
+def _rows(batch: Batch, cut: slice) -> Batch:
+    return replace(
+        batch,
+        input_ids=batch.input_ids[cut],
+        labels=batch.labels[cut],
+        position_ids=batch.position_ids[cut],
+        segment_ids=batch.segment_ids[cut],
+    )
+
+
+def _no_gradient() -> NumericsError:
+    return NumericsError(
+        "QH-C18",
+        "The first step's gradient norm is 0: no gradient reaches the adapter.",
+        cause="A kernel without a backward, or checkpointing that cuts the graph.",
+        fix="Run qlora-hal doctor to have the backend prove its gradients.",
+    )

@@ -1,0 +1,109 @@
+"""Where model and data of a run lie: written down so that any working directory finds them, moved on request."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_hal.data.source.row_files import KINDS
+from qlora_hal.data.template.chat_template import BUILT_IN
+from qlora_hal.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qlora_hal.config.schema import RunConfig
+
+_FLAGS: Mapping[str, str] = {
+    "model.name_or_path": "--model DIR",
+    "data.path": "--data FILE",
+    "data.validation_path": "--validation-data FILE",
+}
+"""The settings that name a place, with the flag of `resume` that moves it."""
+_RECORDED = (*_FLAGS, "quantization.calibration_path", "data.chat_template")
+
+
+@dataclass(frozen=True, slots=True)
+class Relocation:
+    """Where the same model and data lie on this machine; None: where the run says."""
+
+    model: str | None = None
+    data: str | None = None
+    validation_data: str | None = None
+
+    @classmethod
+    def of(cls, **places: object) -> Relocation:
+        """The places as a caller of `resume` gave them. Raises ConfigError QH-U01 for what is no path."""
+        for name, place in places.items():
+            require_path(name, place or "")
+        return cls(**{name: None if place is None else str(place) for name, place in places.items()})
+
+    def applied(self, config: RunConfig) -> RunConfig:
+        """The configuration with the new places; that they hold the same things is checked later."""
+        given = {"model.name_or_path": self.model, "data.path": self.data, "data.validation_path": self.validation_data}
+        return _with_places(config, {path: place for path, place in given.items() if place is not None})
+
+
+def require_path(name: str, place: object) -> None:
+    """Refuse a value of another type under the name of an argument. Raises ConfigError QH-U01."""
+    if not isinstance(place, str | Path):
+        raise ConfigError(
+            "QH-U01",
+            f"{name} is a value of type {type(place).__name__}; a path was expected.",
+            where=name,
+            cause="A run goes on with what it began with; rows given in memory were kept beside it.",
+            fix=f"Leave {name} out, or give the path where it lies now.",
+        )
+
+
+def with_absolute_places(config: RunConfig) -> RunConfig:
+    """Every place that is on this disk as an absolute path; hub ids and built-in names stay as they are."""
+    found = {path: place for path in _RECORDED if (place := _place(config, path)) and _is_here(path, place)}
+    return _with_places(config, {path: os.path.abspath(os.path.expanduser(p)) for path, p in found.items()})
+
+
+def require_places(config: RunConfig, run_dir: Path, *, reads_data: bool) -> None:
+    """Name every place of a run that is gone, with the flag of `resume` for it. Raises ConfigError QH-U18."""
+    gone = {
+        path: place
+        for path in _FLAGS
+        if (place := _place(config, path)) and (reads_data or path != "data.path") and _is_gone(place)
+    }
+    if gone:
+        listing = "; ".join(f"{path} {place}" for path, place in gone.items())
+        flags = " ".join(_FLAGS[path] for path in gone)
+        raise ConfigError(
+            "QH-U18",
+            f"What the run was made with is not where it was: {listing}.",
+            where=", ".join(gone),
+            cause="It was moved or removed, or the run came here from another machine.",
+            fix=f"Say where it lies now: qlora-hal resume {run_dir} {flags}",
+            context={"gone": gone},
+        )
+
+
+def _is_here(path: str, place: str) -> bool:
+    if path == "data.chat_template":
+        return place not in BUILT_IN and Path(place).expanduser().is_file()
+    return Path(place).expanduser().exists()
+
+
+def _is_gone(place: str) -> bool:
+    """Whether a path, and no hub id, names nothing here."""
+    path = Path(place).expanduser()
+    is_path = path.is_absolute() or place.startswith(".") or path.suffix.lower() in KINDS
+    return is_path and not path.exists()
+
+
+def _place(config: RunConfig, path: str) -> str | None:
+    group, _, name = path.partition(".")
+    place: str | None = getattr(getattr(config, group), name)
+    return place
+
+
+def _with_places(config: RunConfig, places: Mapping[str, str]) -> RunConfig:
+    for path, place in places.items():
+        group, _, name = path.partition(".")
+        config = config.model_copy(update={group: getattr(config, group).model_copy(update={name: place})})
+    return config

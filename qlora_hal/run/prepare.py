@@ -1,0 +1,190 @@
+"""Everything before weights are read: model facts, backend, target modules, data, memory. Fails early."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_hal.adapter.targets import resolve_targets
+from qlora_hal.contract.backend import BackendSpec, ModelOutline, ProbeReport, Quantization
+from qlora_hal.contract.values import AdapterConfig, ComputeDtype, MemoryEstimate
+from qlora_hal.data import ChatTokenizer, prepare
+from qlora_hal.detect.discovery import listed, outline_of, reports
+from qlora_hal.detect.requirements import needs_of, quantization_of, unmet_description_note
+from qlora_hal.detect.selection import Choice, choose
+from qlora_hal.errors import ConfigError
+from qlora_hal.memory.estimate import estimate
+from qlora_hal.model.source import resolve_model
+
+if TYPE_CHECKING:
+    from qlora_hal.config.schema import RunConfig
+    from qlora_hal.data import PreparedData
+    from qlora_hal.hooks import Hooks
+    from qlora_hal.model.facts import ModelFacts
+    from qlora_hal.model.source import ModelSource
+    from qlora_hal.report.console import RunConsole
+
+Rows = Sequence[Mapping[str, object]]
+
+
+@dataclass(frozen=True, slots=True)
+class Machinery:
+    """Which backend will run which base; known before any data is read."""
+
+    source: ModelSource
+    choice: Choice
+    reports: tuple[ProbeReport, ...]
+    quantization: Quantization
+    adapter: AdapterConfig
+    outline: ModelOutline
+
+    @property
+    def report(self) -> ProbeReport:
+        """What the chosen backend's probe found."""
+        return next(report for report in self.reports if report.backend == self.choice.spec.name)
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRun:
+    """A run that is ready to load its model. `model_hashes` are those of its files, where they were verified."""
+
+    config: RunConfig
+    seed: int
+    machinery: Machinery
+    tokenizer: ChatTokenizer
+    data: PreparedData
+    estimate: MemoryEstimate
+    model_hashes: Mapping[str, str] = field(default_factory=dict)
+
+
+def drawn_seed(config: RunConfig) -> int:
+    """The seed of the run; one is drawn where none is set (31 bits, easy to retype)."""
+    return config.training.seed if config.training.seed is not None else secrets.randbits(31)
+
+
+def choose_machinery(config: RunConfig, hooks: Hooks, console: RunConsole) -> Machinery:
+    """Model facts, then needs, then the backend, then what of it is trained."""
+    source = resolve_model(
+        config.model.name_or_path, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
+    )
+    needs = needs_of(config, source.facts)
+    entries = listed(hooks.offered_backends())
+    probed = reports(entries)
+    choice = choose(
+        config.backend.name,
+        needs,
+        entries,
+        probed,
+        allow_cpu=config.backend.allow_cpu,
+        ask_hook=hooks.chosen_backend,
+    )
+    console.detection(choice.spec.name, choice.reason, probed, choice.rejections)
+    check_options(config, choice)
+    for note in filter(None, map(choice.spec.notes.get, (config.training.optim, config.quantization.compute_dtype))):
+        console.note(f"{choice.spec.name}: {note}")
+    quantization = quantization_of(config, source.facts, choice.spec.capabilities)
+    outline = outline_of(choice.spec, source, config.backend.options)
+    targets = resolve_targets(config.lora.target_modules, outline.linear_modules)
+    lora = config.lora
+    adapter = AdapterConfig(lora.r, lora.alpha, lora.dropout, lora.use_rslora, targets)
+    return Machinery(source, choice, probed, quantization, adapter, outline)
+
+
+def check_options(config: RunConfig, choice: Choice) -> None:
+    """Settings of the backend itself: known names and values only. Raises ConfigError QH-U13."""
+    choices = choice.spec.option_choices
+    wrong = [
+        f"{name} = {value!r} ({'one of ' + ', '.join(map(repr, choices[name])) if name in choices else 'unknown'})"
+        for name, value in config.backend.options.items()
+        if value not in choices.get(name, ())
+    ]
+    if wrong:
+        raise ConfigError(
+            "QH-U13",
+            f"backend.options has settings that {choice.spec.name} does not know: {'; '.join(wrong)}.",
+            where="backend.options",
+            fix=f"Use {', '.join(choices) or 'no options'} with {choice.spec.name}.",
+        )
+
+
+def prepare_run(
+    config: RunConfig, seed: int, machinery: Machinery, run_dir: Path, rows: Rows | None, console: RunConsole
+) -> PreparedRun:
+    """Tokenizer, data and memory."""
+    facts = machinery.source.facts
+    vocabulary_size = facts.vocabulary_size or None
+    tokenizer = ChatTokenizer.from_folder(
+        machinery.source.path, chat_template=config.data.chat_template, model_vocabulary_size=vocabulary_size
+    )
+    for note in tokenizer.notes:
+        console.note(note)
+    described = unmet_description_note(facts, machinery.quantization)
+    for note in (*([described] if described else []), *machinery.outline.notes):
+        console.note(note)
+    data = prepare(
+        config.data,
+        tokenizer,
+        cache_dir=run_dir / "tokens",
+        seed=seed,
+        rows=rows,
+        model_max_length=facts.max_position_embeddings,
+        model_vocabulary_size=vocabulary_size,
+    )
+    console.data_report(data.report.lines())
+    for alert in data.report.alerts:
+        console.note(alert)
+    memory = estimated_memory(
+        config,
+        facts,
+        machinery.choice.spec,
+        machinery.quantization,
+        {name: machinery.outline.linear_modules[name] for name in machinery.adapter.target_modules},
+        machinery.report,
+    )
+    return PreparedRun(config, seed, machinery, tokenizer, data, memory)
+
+
+def estimated_memory(
+    config: RunConfig,
+    facts: ModelFacts,
+    spec: BackendSpec,
+    quantization: Quantization,
+    targets: Mapping[str, tuple[int, int]],
+    report: ProbeReport | None = None,
+) -> MemoryEstimate:
+    """The peak by arithmetic, for the longest batch this configuration allows, on the device that `report` tells of;
+    without one on the hardware that the backend is made for."""
+    compute_dtype = likely_dtype(config, spec, report)
+    return estimate(
+        facts,
+        weight_format=quantization.weight_format,
+        block_size=quantization.block_size,
+        double_quant=quantization.double_quant,
+        compute_dtype=compute_dtype,
+        r=config.lora.r,
+        targets=targets,
+        optimizer=config.training.optim,
+        batch_size=config.training.per_device_train_batch_size,
+        sequence_length=config.data.max_seq_length,
+        gradient_checkpointing=config.training.gradient_checkpointing,
+        constants=spec.memory_for(
+            facts.model_type,
+            compute_dtype,
+            dropout=config.lora.dropout,
+            options=config.backend.options,
+            device_kind=report.device_kind if report is not None else "",
+        ),
+    )
+
+
+def likely_dtype(config: RunConfig, spec: BackendSpec, report: ProbeReport | None = None) -> ComputeDtype:
+    """What `auto` will most likely become; only computing on the device settles it."""
+    asked = config.quantization.compute_dtype
+    if asked != "auto":
+        return asked
+    if report is not None and report.compute_dtype is not None:
+        return report.compute_dtype
+    return "bfloat16" if spec.uses_accelerator else "float32"

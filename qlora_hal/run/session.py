@@ -1,0 +1,436 @@
+"""A prepared run, carried out: load, attach, train, judge, write. The only place where core and backend meet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from qlora_hal.adapter.fitting import check_changed, check_fits
+from qlora_hal.adapter.initial import initial_adapter
+from qlora_hal.adapter.peft_files import read_adapter, read_provenance
+from qlora_hal.adapter.targets import resolve_targets
+from qlora_hal.contract.backend import Compute
+from qlora_hal.contract.capabilities import Feature
+from qlora_hal.contract.checked_trainer import GuardedTrainer
+from qlora_hal.contract.values import Adapter, Batch, LossSum
+from qlora_hal.data.source.sampling import WindowSampler, evaluation_batches
+from qlora_hal.detect.discovery import open_trainer
+from qlora_hal.detect.mac_memory import pressure_note
+from qlora_hal.errors import AdapterError, ConfigError, StoppedError, UnsafeInputError
+from qlora_hal.model.verifying import base_config_hash
+from qlora_hal.processes.signals import EndedAtOnce
+from qlora_hal.report.metrics import MetricsFile, loss_before, trained_seconds
+from qlora_hal.run import loop
+from qlora_hal.run.adapters import mend_adapters
+from qlora_hal.run.callbacks import Recorder, write_run_adapter
+from qlora_hal.run.directory import BEST_ADAPTER_FOLDER
+from qlora_hal.run.finish import worse_note, write_pages, write_report_of_failed, written
+from qlora_hal.run.identity import config_hash, identity_of
+from qlora_hal.run.loop import LoopPlan, keep_best
+from qlora_hal.run.lr_schedule import Schedule, warmup_steps
+from qlora_hal.run.record import Journal
+from qlora_hal.run.result import RunView, TrainResult
+from qlora_hal.run.samples import answer
+from qlora_hal.run.transfer import ROWS, TOKENS, batch_of_tokens, check_near, measured_gap, planned
+from qlora_hal.run.watchdog import Heartbeat
+
+if TYPE_CHECKING:
+    from qlora_hal.checkpoint import TrainingState
+    from qlora_hal.hooks import Hooks
+    from qlora_hal.processes.signals import Requests
+    from qlora_hal.report.console import RunConsole
+    from qlora_hal.report.run_file import RunRecord
+    from qlora_hal.report.transfer_record import HandOver
+    from qlora_hal.run.directory import RunDirectory
+    from qlora_hal.run.loop import Progress
+    from qlora_hal.run.prepare import PreparedRun
+
+Samples = tuple[Mapping[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What every chapter of one call needs at hand. `requests` are those of signals. `state` is where a resumed run
+    goes on from, `changes` what its new backend has otherwise."""
+
+    prepared: PreparedRun
+    directory: RunDirectory
+    console: RunConsole
+    hooks: Hooks
+    record: RunRecord
+    requests: Requests
+    state: TrainingState | None = None
+    changes: tuple[str, ...] = ()
+
+
+def execute(stage: Stage) -> TrainResult:
+    """Train to the end or to a stop. Raises StoppedError QH-S19 when a signal ended it, with the state saved."""
+    choice, options = stage.prepared.machinery.choice, stage.prepared.config.backend.options
+    trainer = GuardedTrainer(open_trainer(choice.spec, options), stage.console.note)
+    journal = Journal(stage.directory, stage.console, stage.record, stage.state)
+    execution = Execution(stage, trainer, journal)
+    try:
+        result = execution.carry_out()
+    except BaseException as error:
+        has_time = isinstance(error, Exception) or (isinstance(error, EndedAtOnce) and not error.again)
+        if journal.failed(error) and has_time:
+            write_report_of_failed(stage.directory.path)
+        execution.tell_failed(error)
+        raise
+    finally:
+        trainer.close()
+    if result.stopped_by_signal:
+        raise StoppedError(
+            "QH-S19",
+            f"Stopped by {result.stopped_because} after step {result.steps}; the state is saved.",
+            where=str(stage.directory.path),
+            fix=f"Go on with: qlora-hal resume {stage.directory.path}",
+            context={"step": result.steps},
+        )
+    return result
+
+
+class Execution:
+    """One call of train or resume, chapter by chapter."""
+
+    def __init__(self, stage: Stage, trainer: GuardedTrainer, journal: Journal) -> None:
+        self._stage = stage
+        self._journal = journal
+        self._prepared = stage.prepared
+        self._config = stage.prepared.config
+        self._trainer = trainer
+        self._features = stage.prepared.machinery.choice.spec.capabilities.features
+        self._observed: RunView | None = None
+
+    def carry_out(self) -> TrainResult:
+        compute = self._load()
+        initial = self._attach()
+        windows = window_sampler(self._prepared)
+        training = self._config.training
+        run = self._view(compute, windows.total_steps(training.num_train_epochs, training.max_steps))
+        self._journal.begin(self._prepared, run.resolved, self._handed_over(run.resolved))
+        with self._recorder(run, windows) as recorder:
+            for note in windows.notes:
+                recorder.note(note)
+            result, progress = self._train(run, recorder, windows, initial)
+        self._finish(run, result, progress)
+        return result
+
+    def _load(self) -> Compute:
+        config, machinery = self._config, self._prepared.machinery
+        compute = Compute(
+            dtype=chosen_dtype(  # type: ignore[arg-type]
+                config.quantization.compute_dtype, self._trainer.proved_compute_dtypes(), machinery.choice.spec.name
+            ),
+            gradient_checkpointing=config.training.gradient_checkpointing,
+            options=config.backend.options,
+        )
+        if note := pressure_note():
+            self._stage.console.note(note)
+        self._trainer.load(machinery.source, machinery.quantization, compute)
+        return compute
+
+    def _attach(self) -> Adapter:
+        state, modules = self._stage.state, self._trainer.linear_modules()
+        if state is None:
+            self._settle_targets(modules)
+            adapter = initial_adapter(self._prepared.machinery.adapter, modules, self._prepared.seed)
+        else:
+            adapter = state.adapter
+        check_fits(adapter, modules, where=str(self._stage.directory.path))
+        if note := self._stage.directory.free_space_note(sum(t.size for t in adapter.tensors.values())):
+            self._stage.console.note(note)
+        self._trainer.attach(adapter, self._config.training.optim)
+        if state is not None:
+            self._trainer.import_optimizer(state.optimizer)
+        return adapter
+
+    def _settle_targets(self, modules: Mapping[str, tuple[int, int]]) -> None:
+        """What was told before loading gives way to what the loaded model has; where they differ, that is said."""
+        machinery = self._prepared.machinery
+        told, found = machinery.adapter.target_modules, resolve_targets(self._config.lora.target_modules, modules)
+        if found == told:
+            return
+        apart = sorted(set(told) ^ set(found))
+        self._stage.console.note(
+            f"the loaded model has other linear layers than its files told: {len(found)} carry the adapter where "
+            f"{len(told)} were planned ({', '.join(apart[:3])}{' and others' if len(apart) > 3 else ''})"
+        )
+        adapter = replace(machinery.adapter, target_modules=found)
+        self._prepared = replace(self._prepared, machinery=replace(machinery, adapter=adapter))
+
+    def _handed_over(self, resolved: Mapping[str, object]) -> HandOver | None:
+        """Say beforehand what stays exact on another backend and what does not, measured."""
+        state = self._stage.state
+        if state is None:
+            return None
+        dropout = self._config.lora.dropout
+        moved = planned(state.step, state.provenance, resolved, self._stage.changes, dropout)
+        if moved is not None:
+            moved = replace(moved, gap=measured_gap(self._trainer, state.answers))
+            for line in moved.lines():
+                self._stage.console.note(line)
+            check_near(moved.gap)
+        return moved
+
+    def _view(self, compute: Compute, total_steps: int) -> RunView:
+        quantization, spec = self._prepared.machinery.quantization, self._prepared.machinery.choice.spec
+        facts = self._trainer.device_facts()
+        resolved: dict[str, object] = {
+            "backend": spec.name,
+            "device": facts.device,
+            "weight_format": quantization.weight_format.value,
+            "block_size": quantization.block_size,
+            "double_quant": quantization.double_quant,
+            "compute_dtype": compute.dtype,
+            "kernel_path": facts.kernel_path,
+            "base_dropout": "off",
+            "driver": facts.driver,
+            "seed": self._prepared.seed,
+            "total_steps": total_steps,
+            "versions": dict(facts.versions),
+            "memory_limit_bytes": facts.memory_limit_bytes,
+        }
+        first = self._stage.state.step if self._stage.state else 0
+        return RunView(self._stage.directory.path, self._config, resolved, total_steps, first)
+
+    @contextmanager
+    def _recorder(self, run: RunView, windows: WindowSampler) -> Iterator[Recorder]:
+        stage = self._stage
+        with MetricsFile(stage.directory.metrics_path) as metrics:
+            for note in metrics.notes:
+                stage.console.note(note)
+            self._go_on_in(metrics)
+            if metrics.is_complete:
+                self._journal.trained_before(trained_seconds(metrics.path))
+            else:
+                self._journal.time_is_unknown()
+            limit = run.resolved["memory_limit_bytes"]
+            yield Recorder(
+                run=run,
+                trainer=self._trainer,
+                metrics=metrics,
+                console=stage.console,
+                hooks=stage.hooks,
+                journal=self._journal,
+                heartbeat=Heartbeat(stage.console.note),
+                provenance={**provenance_of(self._prepared, run.resolved), **identity_of(stage.directory.content)},
+                keep_checkpoints=self._config.checkpoint.save_total_limit,
+                measures_memory=Feature.PEAK_MEMORY in self._features,
+                memory_limit=limit if isinstance(limit, int) else None,
+                epoch_of=windows.epoch_of,
+                questions=questions(self._prepared),
+                resumed_from=stage.state.step if stage.state else None,
+            )
+
+    def _go_on_in(self, metrics: MetricsFile) -> None:
+        """The log up to the step that the run goes on from, with a word on what is not as it was saved."""
+        state = self._stage.state
+        if state is None:
+            metrics.truncate_after(-1)
+            return
+        if problem := metrics.compare(state.loop.get("metrics"), state.step):
+            self._stage.console.note(problem)
+        if dropped := metrics.truncate_after(state.step):
+            lines = "a line" if dropped == 1 else f"{dropped} lines"
+            self._stage.console.note(f"{lines} of {metrics.path.name} after step {state.step} made anew")
+
+    def _train(
+        self, run: RunView, recorder: Recorder, windows: WindowSampler, initial: Adapter
+    ) -> tuple[TrainResult, Progress]:
+        progress = loop.Progress.from_json(dict(self._stage.state.loop)) if self._stage.state else loop.Progress()
+        if self._stage.state is not None:
+            mend_adapters(self._stage.directory, progress, recorder)
+        self._stage.console.run_started(run)
+        self._observed = run
+        self._stage.hooks.tell("qlora_hal_run_started", run=run)
+        before = self._loss_before(recorder, progress)
+        samples = self._sampled("before", [{"prompt": prompt} for prompt in self._config.training.sample_prompts])
+        self._journal.write(eval_loss_before=before, samples=samples)
+        with self._stage.requests.heeded_between_steps(), recorder.heartbeat:
+            stopped = loop.run(self._trainer, windows, self._plan(run), progress, recorder)
+        after: float | None = None
+        if not stopped.startswith("SIG"):
+            after = self._judged(recorder, progress, initial)
+            if note := worse_note(before, after, progress):
+                recorder.note(note)
+            samples = self._sampled("after", samples)
+            self._stage.console.samples(samples)
+        peak = self._trainer.peak_memory_bytes() if Feature.PEAK_MEMORY in self._features else None
+        result = TrainResult(
+            backend=str(run.resolved["backend"]),
+            device=str(run.resolved["device"]),
+            weight_format=str(run.resolved["weight_format"]),
+            block_size=self._prepared.machinery.quantization.block_size,
+            run_dir=run.run_dir,
+            adapter_dir=self._stage.directory.adapter_dir,
+            steps=progress.step,
+            tokens=progress.tokens_seen,
+            losses=tuple(recorder.losses),
+            eval_loss_before=before,
+            eval_loss_after=after,
+            wall_seconds=self._journal.wall_seconds,
+            peak_memory_bytes=peak,
+            stopped_because=stopped,
+            tokens_per_second=recorder.tokens_per_second,
+            notes=tuple(self._stage.console.notes),
+            samples=tuple(samples),
+        )
+        return result, progress
+
+    def _plan(self, run: RunView) -> LoopPlan:
+        training = self._config.training
+        warmup = warmup_steps(run.total_steps, ratio=training.warmup_ratio, steps=training.warmup_steps)
+        return LoopPlan(
+            total_steps=run.total_steps,
+            seed=self._prepared.seed,
+            schedule=Schedule(training.lr_scheduler_type, training.learning_rate, warmup, run.total_steps),
+            training=training,
+            save_steps=self._config.checkpoint.save_steps,
+            lora_dropout=self._config.lora.dropout,
+            evaluation=self._evaluation if self._prepared.data.validation is not None else None,
+            stop_requested=self._stage.requests.stop,
+            save_requested=self._stage.requests.save,
+        )
+
+    def _evaluation(self) -> LossSum:
+        assert self._prepared.data.validation is not None
+        batches = evaluation_batches(
+            self._prepared.data.validation,
+            batch_size=self._config.training.per_device_eval_batch_size,
+            pad_id=self._prepared.tokenizer.pad_id,
+        )
+        return self._trainer.evaluate(list(batches))
+
+    def _loss_before(self, recorder: Recorder, progress: Progress) -> float | None:
+        """The validation loss of the base; a resumed run has it already, in its record or in its log."""
+        if self._prepared.data.validation is None:
+            return None
+        if self._stage.state is not None:
+            known = self._stage.record.eval_loss_before
+            return known if known is not None else loss_before(self._stage.directory.metrics_path)
+        evaluation = self._evaluation()
+        recorder.evaluated(progress.step, evaluation, "before")
+        return evaluation.loss
+
+    def _judged(self, recorder: Recorder, progress: Progress, initial: Adapter) -> float | None:
+        """Evaluate the end, choose between it and the best on the way, write the adapter; its validation loss."""
+        adapter, loss = self._trainer.export_adapter(), None
+        for module in check_changed(initial, adapter, steps=progress.step) if self._stage.state is None else ():
+            recorder.note(f"{module}: B is still zero, no gradient reached it")
+        step = progress.step
+        if self._prepared.data.validation is not None:
+            evaluation = self._evaluation()
+            loss = evaluation.loss
+            recorder.evaluated(step, evaluation, "after")
+            keep_best(self._trainer, progress, recorder, step, evaluation)
+            if self._config.training.load_best_adapter_at_end and progress.best_step not in (None, step):
+                adapter, loss, step = self._best(recorder, progress) or (adapter, loss, step)
+        write_run_adapter(self._stage.directory.adapter_dir, adapter, {**recorder.provenance, "step": step})
+        return loss
+
+    def _best(self, recorder: Recorder, progress: Progress) -> tuple[Adapter, float, int] | None:
+        """The best adapter on the way. None when a part of the run that was lost, and went otherwise when another
+        backend did it anew, had put its own best there."""
+        assert progress.best_loss is not None
+        assert progress.best_step is not None
+        folder = self._stage.directory.path / BEST_ADAPTER_FOLDER
+        try:
+            best, kept = read_adapter(folder), read_provenance(folder).get("step")
+        except (AdapterError, UnsafeInputError) as problem:
+            recorder.note(
+                f"the adapter of step {progress.best_step}, with the lowest validation loss, cannot be used: "
+                f"{problem.message.rstrip('.')}; the last adapter is kept"
+            )
+            return None
+        if kept != progress.best_step:
+            recorder.note(
+                f"the adapter of step {progress.best_step}, with the lowest validation loss, is gone: before it was "
+                f"interrupted the run replaced it by that of step {kept}; the last adapter is kept"
+            )
+            return None
+        self._trainer.attach(best, self._config.training.optim)
+        recorder.note(
+            f"the adapter of step {progress.best_step} is kept: its validation loss {progress.best_loss:.4f} is lowest"
+        )
+        return best, progress.best_loss, progress.best_step
+
+    def _sampled(self, when: str, rows: Sequence[Mapping[str, str]]) -> Samples:
+        """Each row with the answer of the model as it is now."""
+        if Feature.GENERATE not in self._features:
+            return tuple(rows)
+        return tuple(
+            {**row, when: answer(self._trainer, self._prepared.tokenizer, row["prompt"], adapter=when == "after")}
+            for row in rows
+        )
+
+    def _finish(self, run: RunView, result: TrainResult, progress: Progress) -> None:
+        with self._stage.requests.too_late():
+            self._journal.finish(result, progress)
+            write_pages(run.run_dir)
+            self._stage.console.finished(result, written(run.run_dir))
+            self._stage.hooks.tell("qlora_hal_run_finished", run=run, result=result)
+
+    def tell_failed(self, error: BaseException) -> None:
+        """Tell observers of the end, if they were told of the start."""
+        if self._observed is not None:
+            self._stage.hooks.tell("qlora_hal_run_failed", run=self._observed, error=error)
+
+
+def questions(prepared: PreparedRun) -> list[Batch]:
+    """The beginnings of a few rows, held out where any are: each checkpoint keeps what the model says to them."""
+    store = prepared.data.validation if prepared.data.validation is not None else prepared.data.train
+    return [batch_of_tokens(store.row(row)[0][:TOKENS]) for row in range(min(ROWS, len(store)))]
+
+
+def window_sampler(prepared: PreparedRun) -> WindowSampler:
+    """Which rows each step sees: a pure function of (seed, epoch, step)."""
+    training, data = prepared.config.training, prepared.config.data
+    return WindowSampler(
+        prepared.data.train,
+        batch_size=training.per_device_train_batch_size,
+        accumulation=training.gradient_accumulation_steps,
+        seed=prepared.seed,
+        shuffle=data.shuffle,
+        group_by_length=data.group_by_length,
+        packing=data.packing,
+        max_seq_length=data.max_seq_length,
+        pad_id=prepared.tokenizer.pad_id,
+    )
+
+
+def chosen_dtype(wanted: str, proved: Sequence[str], backend: str) -> str:
+    """The compute dtype: the best that computing proved, or the one asked for. Raises ConfigError QH-N10."""
+    if wanted == "auto":
+        return proved[0]
+    if wanted in proved:
+        return wanted
+    raise ConfigError(
+        "QH-N10",
+        f"quantization.compute_dtype is {wanted}; on this device {backend} computes {' and '.join(proved)} only.",
+        where="quantization.compute_dtype",
+        cause="The hardware has no such arithmetic, or computing with it gave wrong numbers.",
+        fix=f"Set it to {proved[0]}{' (with loss scaling)' if proved[0] == 'float16' else ''}, or to auto.",
+    )
+
+
+def provenance_of(prepared: PreparedRun, resolved: Mapping[str, object]) -> dict[str, object]:
+    """What an adapter or a checkpoint must match to be continued or judged."""
+    base = prepared.machinery.source
+    source = base.origin
+    kept = ("backend", "device", "weight_format", "block_size", "double_quant", "compute_dtype", "seed", "versions")
+    return {
+        "base_name": source.name,
+        "base_revision": source.revision,
+        "base_fingerprint": source.facts.fingerprint,
+        "base_config_hash": base_config_hash(source.facts.config),
+        "config_hash": config_hash(prepared.config.model_dump(mode="json")),
+        "tokenizer_hash": prepared.tokenizer.hash,
+        "data_fingerprint": prepared.data.fingerprint,
+        "token_hashes": dict(prepared.data.hashes),
+        "backend_options": dict(prepared.config.backend.options),
+        **({"quantized_fingerprint": base.facts.fingerprint} if base.made_from else {}),
+        **{name: resolved[name] for name in kept},
+    }

@@ -1,0 +1,50 @@
+"""The figures that every tracker gets, under the same names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from qlora_hal.config.resolve import flatten_config
+from qlora_hal.errors.redaction import redacted
+
+if TYPE_CHECKING:
+    from qlora_hal.contract.values import LossSum, StepStats
+    from qlora_hal.run.result import RunView, TrainResult
+
+
+def of_step(stats: StepStats, learning_rate: float) -> dict[str, float]:
+    """The figures of one optimizer step; one that is not finite is left out, since most trackers drop or refuse it."""
+    figures = {"train/loss": stats.loss, "train/grad_norm": stats.grad_norm, "train/learning_rate": learning_rate}
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
+
+
+def of_evaluation(evaluation: LossSum) -> dict[str, float]:
+    return {"eval/loss": evaluation.loss} if math.isfinite(evaluation.loss) else {}
+
+
+def of_result(result: TrainResult) -> dict[str, float]:
+    """Figures of the whole run, for a tracker's summary."""
+    figures = {
+        "eval/loss_before": result.eval_loss_before,
+        "eval/loss_after": result.eval_loss_after,
+        "run/wall_seconds": result.wall_seconds,
+        "run/tokens": float(result.tokens),
+        "run/peak_memory_bytes": result.peak_memory_bytes,
+    }
+    return {name: float(value) for name, value in figures.items() if value is not None and math.isfinite(value)}
+
+
+def settings_of(run: RunView) -> Mapping[str, str | int | float | bool]:
+    """Configuration and resolved facts as flat names; secrets and the home folder are removed."""
+    facts = {**dict(flatten_config(run.config)), **{f"resolved.{key}": value for key, value in run.resolved.items()}}
+    plain = redacted(facts)
+    if not isinstance(plain, Mapping):
+        raise TypeError("redaction keeps mappings")
+    return {key: value if isinstance(value, (str, int, float, bool)) else str(value) for key, value in plain.items()}
+
+
+def run_name(run: RunView) -> str:
+    """The name of the run's folder."""
+    return run.run_dir.resolve().name
