@@ -100,12 +100,12 @@ def resume(
 
     Raises CheckpointError when no checkpoint verifies, and the errors of `train`.
     """
-    from qlora_hal.run.paths import Relocation, require_path
+    from qlora_hal.run.paths import PathOverrides, require_path
     from qlora_hal.run.start import run_resumed
     from qlora_hal.run.supervisor import is_supervised, run_in_child
 
     require_path("run_dir", run_dir)
-    relocation = Relocation.of(model=model, data=data, validation_data=validation_data)
+    relocation = PathOverrides.of(model=model, data=data, validation_data=validation_data)
     if is_supervised(backend or "auto", observers):
         request = {
             "run_dir": str(run_dir),
@@ -197,13 +197,13 @@ def first_batch(settings: ResolvedSettings) -> tuple[Batch, ChatTokenizer, int]:
     from qlora_hal.config.resolve import require_settings
     from qlora_hal.hooks import Hooks
     from qlora_hal.report.console import RunConsole
-    from qlora_hal.run.prepare import choose_machinery, drawn_seed, prepare_run
+    from qlora_hal.run.prepare import drawn_seed, prepare_run, resolve_backend
     from qlora_hal.run.session import window_sampler
 
     require_settings(settings.config, "model.name_or_path", "data.path")
     console = RunConsole(quiet=True)
     with tempfile.TemporaryDirectory() as folder:
-        machinery = choose_machinery(settings.config, Hooks(), console)
+        resolved_backend = resolve_backend(settings.config, Hooks(), console)
         seed = drawn_seed(settings.config)
-        prepared = prepare_run(settings.config, seed, machinery, Path(folder), None, console)
+        prepared = prepare_run(settings.config, seed, resolved_backend, Path(folder), None, console)
         return window_sampler(prepared).window(0)[0], prepared.tokenizer, seed

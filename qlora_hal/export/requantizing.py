@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from qlora_hal.adapter.fitting import check_fits
 from qlora_hal.contract.backend import BackendSpec, Compute, Quantization
-from qlora_hal.contract.capabilities import Feature, Needs, WeightFormat
-from qlora_hal.contract.checked_trainer import GuardedTrainer
+from qlora_hal.contract.capabilities import Feature, Requirements, WeightFormat
+from qlora_hal.contract.checked_trainer import CheckedTrainer
 from qlora_hal.detect.discovery import find, listed, load_spec, open_trainer, reports
 from qlora_hal.detect.selection import choose
 from qlora_hal.errors import UnsupportedFeatureError
@@ -106,7 +106,7 @@ class _PackedValues:
 @contextmanager
 def opened_requantized(
     folder: Path, preferred: BackendSpec, dtype: ComputeDtype, subject: Subject
-) -> Iterator[GuardedTrainer]:
+) -> Iterator[CheckedTrainer]:
     """A requantized folder, loaded by `preferred` or else by the first ready backend that can; the subject's adapter,
     with B zero, is attached."""
     source = ModelSource(folder.name, folder, read_facts(folder))
@@ -115,7 +115,7 @@ def opened_requantized(
     quantization = Quantization(WeightFormat(stored.weight_format), stored.block_size, stored.double_quant)
     spec = preferred
     if quantization.weight_format not in spec.capabilities.weight_formats:
-        needs = Needs(
+        needs = Requirements(
             features=frozenset({Feature.LOAD_PREQUANTIZED}),
             weight_format=quantization.weight_format,
             compute_dtype=dtype,
@@ -124,7 +124,7 @@ def opened_requantized(
         entries = listed()
         spec = choose("auto", needs, entries, reports(entries), allow_cpu=True).spec
     options = subject.options_on(spec.name)
-    trainer = GuardedTrainer(open_trainer(spec, options))
+    trainer = CheckedTrainer(open_trainer(spec, options))
     try:
         trainer.load(source, quantization, Compute(dtype, options=options))
         check_fits(subject.adapter, trainer.linear_modules(), where=str(folder))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from qlora_hal.adapter.fitting import check_base, check_fits
 from qlora_hal.adapter.peft_files import read_adapter, read_provenance, unvouched_note
 from qlora_hal.contract.backend import Compute
-from qlora_hal.contract.checked_trainer import GuardedTrainer
+from qlora_hal.contract.checked_trainer import CheckedTrainer
 from qlora_hal.data import ChatTokenizer
 from qlora_hal.detect.discovery import open_trainer
 from qlora_hal.errors import ConfigError
@@ -21,8 +21,8 @@ from qlora_hal.report.run_file import read_run_config
 from qlora_hal.run.samples import SAMPLE_TOKENS, Messages, answer, prompt_tokens
 from qlora_hal.run.trained_base import (
     adapter_folders,
+    backend_of_training,
     finished_adapter,
-    machinery_of_training,
     options_on,
     storage_of_training,
     trained_config,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 class GenerationPair:
     """One loaded base with an adapter that can be switched off. `positions` are the model's, where known."""
 
-    trainer: GuardedTrainer
+    trainer: CheckedTrainer
     tokenizer: ChatTokenizer
     positions: int | None = None
 
@@ -99,19 +99,19 @@ def open_generation(
         console.note(mismatch)
     if facts.prequantized is None and storage_of_training(provenance) is None:
         console.note("the adapter does not record how its base was stored in training; it is opened in 4 bits")
-    machinery = machinery_of_training(config, facts, provenance, backend, console, console.note)
+    resolved_backend = backend_of_training(config, facts, provenance, backend, console, console.note)
     tokenizer = ChatTokenizer.from_folder(
-        machinery.source.path,
+        resolved_backend.source.path,
         chat_template=config.data.chat_template,
         model_vocabulary_size=facts.vocabulary_size or None,
     )
-    source = base_of_run(machinery, trained.run_dir)
-    spec = machinery.choice.spec
+    source = base_of_run(resolved_backend, trained.run_dir)
+    spec = resolved_backend.choice.spec
     options = options_on(config, spec.name, str(provenance.get("backend") or ""))
-    trainer = GuardedTrainer(open_trainer(spec, options))
+    trainer = CheckedTrainer(open_trainer(spec, options))
     try:
         dtype = _dtype(provenance, spec.name, trainer.proved_compute_dtypes(), console)
-        trainer.load(source, machinery.quantization, Compute(dtype=dtype, options=options))
+        trainer.load(source, resolved_backend.quantization, Compute(dtype=dtype, options=options))
         check_fits(adapter, trainer.linear_modules(), where=str(trained.adapter_dir))
         trainer.attach(adapter, "adamw")
     except BaseException:

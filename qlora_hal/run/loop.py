@@ -14,7 +14,7 @@ from qlora_hal.errors import NumericsError, OutOfMemoryError
 
 if TYPE_CHECKING:
     from qlora_hal.config.schema import TrainingConfig
-    from qlora_hal.contract.checked_trainer import GuardedTrainer
+    from qlora_hal.contract.checked_trainer import CheckedTrainer
     from qlora_hal.run.lr_schedule import Schedule
 
 
@@ -101,7 +101,7 @@ def dropout_key(seed: int, step: int) -> int:
 EARLY_STOPPING = "early stopping"
 
 
-def run(trainer: GuardedTrainer, windows: Windows, plan: LoopPlan, progress: Progress, events: LoopEvents) -> str:
+def run(trainer: CheckedTrainer, windows: Windows, plan: LoopPlan, progress: Progress, events: LoopEvents) -> str:
     """Train from `progress.step` to the end; return why it stopped.
 
     One step is always queued ahead of the one that is read, and the next window is made while the device computes.
@@ -139,7 +139,7 @@ class _Queued:
 
 class _Loop:
     def __init__(
-        self, trainer: GuardedTrainer, windows: Windows, plan: LoopPlan, progress: Progress, events: LoopEvents
+        self, trainer: CheckedTrainer, windows: Windows, plan: LoopPlan, progress: Progress, events: LoopEvents
     ) -> None:
         self._trainer = trainer
         self._windows = windows
@@ -265,7 +265,7 @@ def _patience_ran_out(plan: LoopPlan, progress: Progress) -> bool:
     return patience is not None and progress.evaluations_without_improvement >= patience
 
 
-def keep_best(trainer: GuardedTrainer, progress: Progress, events: LoopEvents, step: int, evaluation: LossSum) -> None:
+def keep_best(trainer: CheckedTrainer, progress: Progress, events: LoopEvents, step: int, evaluation: LossSum) -> None:
     """Remember the adapter with the lowest evaluation loss; one that is not finite is never the best."""
     is_finite = math.isfinite(evaluation.loss)
     if not is_finite:

@@ -13,7 +13,7 @@ from qlora_hal.adapter.peft_files import read_adapter, read_provenance
 from qlora_hal.adapter.targets import resolve_targets
 from qlora_hal.contract.backend import Compute
 from qlora_hal.contract.capabilities import Feature
-from qlora_hal.contract.checked_trainer import GuardedTrainer
+from qlora_hal.contract.checked_trainer import CheckedTrainer
 from qlora_hal.contract.values import Adapter, Batch, LossSum
 from qlora_hal.data.source.sampling import WindowSampler, evaluation_batches
 from qlora_hal.detect.discovery import open_trainer
@@ -24,17 +24,17 @@ from qlora_hal.processes.signals import EndedAtOnce
 from qlora_hal.report.metrics import MetricsFile, loss_before, trained_seconds
 from qlora_hal.run import loop
 from qlora_hal.run.adapters import mend_adapters
-from qlora_hal.run.callbacks import Recorder, write_run_adapter
+from qlora_hal.run.callbacks import RunCallbacks, write_run_adapter
 from qlora_hal.run.directory import BEST_ADAPTER_FOLDER
-from qlora_hal.run.finish import worse_note, write_pages, write_report_of_failed, written
+from qlora_hal.run.finish import warning_if_regressed, write_pages, write_report_of_failed, written
 from qlora_hal.run.identity import config_hash, identity_of
 from qlora_hal.run.loop import LoopPlan, keep_best
 from qlora_hal.run.lr_schedule import Schedule, warmup_steps
-from qlora_hal.run.record import Journal
+from qlora_hal.run.record import RunRecordFile
 from qlora_hal.run.result import RunView, TrainResult
 from qlora_hal.run.samples import answer
-from qlora_hal.run.transfer import ROWS, TOKENS, batch_of_tokens, check_near, measured_gap, planned
-from qlora_hal.run.watchdog import Heartbeat
+from qlora_hal.run.transfer import ROWS, TOKENS, batch_of_tokens, check_divergence, measured_divergence, planned
+from qlora_hal.run.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from qlora_hal.checkpoint import TrainingState
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from qlora_hal.processes.signals import Requests
     from qlora_hal.report.console import RunConsole
     from qlora_hal.report.run_file import RunRecord
-    from qlora_hal.report.transfer_record import HandOver
+    from qlora_hal.report.transfer_record import Transfer
     from qlora_hal.run.directory import RunDirectory
     from qlora_hal.run.loop import Progress
     from qlora_hal.run.prepare import PreparedRun
@@ -51,7 +51,7 @@ Samples = tuple[Mapping[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class RunContext:
     """What every chapter of one call needs at hand. `requests` are those of signals. `state` is where a resumed run
     goes on from, `changes` what its new backend has otherwise."""
 
@@ -65,12 +65,12 @@ class Stage:
     changes: tuple[str, ...] = ()
 
 
-def execute(stage: Stage) -> TrainResult:
+def execute(stage: RunContext) -> TrainResult:
     """Train to the end or to a stop. Raises StoppedError QH-S19 when a signal ended it, with the state saved."""
-    choice, options = stage.prepared.machinery.choice, stage.prepared.config.backend.options
-    trainer = GuardedTrainer(open_trainer(choice.spec, options), stage.console.note)
-    journal = Journal(stage.directory, stage.console, stage.record, stage.state)
-    execution = Execution(stage, trainer, journal)
+    choice, options = stage.prepared.resolved_backend.choice, stage.prepared.config.backend.options
+    trainer = CheckedTrainer(open_trainer(choice.spec, options), stage.console.note)
+    journal = RunRecordFile(stage.directory, stage.console, stage.record, stage.state)
+    execution = Session(stage, trainer, journal)
     try:
         result = execution.carry_out()
     except BaseException as error:
@@ -92,16 +92,16 @@ def execute(stage: Stage) -> TrainResult:
     return result
 
 
-class Execution:
+class Session:
     """One call of train or resume, chapter by chapter."""
 
-    def __init__(self, stage: Stage, trainer: GuardedTrainer, journal: Journal) -> None:
+    def __init__(self, stage: RunContext, trainer: CheckedTrainer, journal: RunRecordFile) -> None:
         self._stage = stage
         self._journal = journal
         self._prepared = stage.prepared
         self._config = stage.prepared.config
         self._trainer = trainer
-        self._features = stage.prepared.machinery.choice.spec.capabilities.features
+        self._features = stage.prepared.resolved_backend.choice.spec.capabilities.features
         self._observed: RunView | None = None
 
     def carry_out(self) -> TrainResult:
@@ -119,24 +119,26 @@ class Execution:
         return result
 
     def _load(self) -> Compute:
-        config, machinery = self._config, self._prepared.machinery
+        config, resolved_backend = self._config, self._prepared.resolved_backend
         compute = Compute(
             dtype=chosen_dtype(  # type: ignore[arg-type]
-                config.quantization.compute_dtype, self._trainer.proved_compute_dtypes(), machinery.choice.spec.name
+                config.quantization.compute_dtype,
+                self._trainer.proved_compute_dtypes(),
+                resolved_backend.choice.spec.name,
             ),
             gradient_checkpointing=config.training.gradient_checkpointing,
             options=config.backend.options,
         )
         if note := pressure_note():
             self._stage.console.note(note)
-        self._trainer.load(machinery.source, machinery.quantization, compute)
+        self._trainer.load(resolved_backend.source, resolved_backend.quantization, compute)
         return compute
 
     def _attach(self) -> Adapter:
         state, modules = self._stage.state, self._trainer.linear_modules()
         if state is None:
             self._settle_targets(modules)
-            adapter = initial_adapter(self._prepared.machinery.adapter, modules, self._prepared.seed)
+            adapter = initial_adapter(self._prepared.resolved_backend.adapter, modules, self._prepared.seed)
         else:
             adapter = state.adapter
         check_fits(adapter, modules, where=str(self._stage.directory.path))
@@ -149,8 +151,11 @@ class Execution:
 
     def _settle_targets(self, modules: Mapping[str, tuple[int, int]]) -> None:
         """What was told before loading gives way to what the loaded model has; where they differ, that is said."""
-        machinery = self._prepared.machinery
-        told, found = machinery.adapter.target_modules, resolve_targets(self._config.lora.target_modules, modules)
+        resolved_backend = self._prepared.resolved_backend
+        told, found = (
+            resolved_backend.adapter.target_modules,
+            resolve_targets(self._config.lora.target_modules, modules),
+        )
         if found == told:
             return
         apart = sorted(set(told) ^ set(found))
@@ -158,10 +163,10 @@ class Execution:
             f"the loaded model has other linear layers than its files told: {len(found)} carry the adapter where "
             f"{len(told)} were planned ({', '.join(apart[:3])}{' and others' if len(apart) > 3 else ''})"
         )
-        adapter = replace(machinery.adapter, target_modules=found)
-        self._prepared = replace(self._prepared, machinery=replace(machinery, adapter=adapter))
+        adapter = replace(resolved_backend.adapter, target_modules=found)
+        self._prepared = replace(self._prepared, resolved_backend=replace(resolved_backend, adapter=adapter))
 
-    def _handed_over(self, resolved: Mapping[str, object]) -> HandOver | None:
+    def _handed_over(self, resolved: Mapping[str, object]) -> Transfer | None:
         """Say beforehand what stays exact on another backend and what does not, measured."""
         state = self._stage.state
         if state is None:
@@ -169,14 +174,14 @@ class Execution:
         dropout = self._config.lora.dropout
         moved = planned(state.step, state.provenance, resolved, self._stage.changes, dropout)
         if moved is not None:
-            moved = replace(moved, gap=measured_gap(self._trainer, state.answers))
+            moved = replace(moved, gap=measured_divergence(self._trainer, state.answers))
             for line in moved.lines():
                 self._stage.console.note(line)
-            check_near(moved.gap)
+            check_divergence(moved.gap)
         return moved
 
     def _view(self, compute: Compute, total_steps: int) -> RunView:
-        quantization, spec = self._prepared.machinery.quantization, self._prepared.machinery.choice.spec
+        quantization, spec = self._prepared.resolved_backend.quantization, self._prepared.resolved_backend.choice.spec
         facts = self._trainer.device_facts()
         resolved: dict[str, object] = {
             "backend": spec.name,
@@ -197,7 +202,7 @@ class Execution:
         return RunView(self._stage.directory.path, self._config, resolved, total_steps, first)
 
     @contextmanager
-    def _recorder(self, run: RunView, windows: WindowSampler) -> Iterator[Recorder]:
+    def _recorder(self, run: RunView, windows: WindowSampler) -> Iterator[RunCallbacks]:
         stage = self._stage
         with MetricsFile(stage.directory.metrics_path) as metrics:
             for note in metrics.notes:
@@ -208,14 +213,14 @@ class Execution:
             else:
                 self._journal.time_is_unknown()
             limit = run.resolved["memory_limit_bytes"]
-            yield Recorder(
+            yield RunCallbacks(
                 run=run,
                 trainer=self._trainer,
                 metrics=metrics,
                 console=stage.console,
                 hooks=stage.hooks,
                 journal=self._journal,
-                heartbeat=Heartbeat(stage.console.note),
+                watchdog=Watchdog(stage.console.note),
                 provenance={**provenance_of(self._prepared, run.resolved), **identity_of(stage.directory.content)},
                 keep_checkpoints=self._config.checkpoint.save_total_limit,
                 measures_memory=Feature.PEAK_MEMORY in self._features,
@@ -238,7 +243,7 @@ class Execution:
             self._stage.console.note(f"{lines} of {metrics.path.name} after step {state.step} made anew")
 
     def _train(
-        self, run: RunView, recorder: Recorder, windows: WindowSampler, initial: Adapter
+        self, run: RunView, recorder: RunCallbacks, windows: WindowSampler, initial: Adapter
     ) -> tuple[TrainResult, Progress]:
         progress = loop.Progress.from_json(dict(self._stage.state.loop)) if self._stage.state else loop.Progress()
         if self._stage.state is not None:
@@ -249,12 +254,12 @@ class Execution:
         before = self._loss_before(recorder, progress)
         samples = self._sampled("before", [{"prompt": prompt} for prompt in self._config.training.sample_prompts])
         self._journal.write(eval_loss_before=before, samples=samples)
-        with self._stage.requests.heeded_between_steps(), recorder.heartbeat:
+        with self._stage.requests.heeded_between_steps(), recorder.watchdog:
             stopped = loop.run(self._trainer, windows, self._plan(run), progress, recorder)
         after: float | None = None
         if not stopped.startswith("SIG"):
             after = self._judged(recorder, progress, initial)
-            if note := worse_note(before, after, progress):
+            if note := warning_if_regressed(before, after, progress):
                 recorder.note(note)
             samples = self._sampled("after", samples)
             self._stage.console.samples(samples)
@@ -263,7 +268,7 @@ class Execution:
             backend=str(run.resolved["backend"]),
             device=str(run.resolved["device"]),
             weight_format=str(run.resolved["weight_format"]),
-            block_size=self._prepared.machinery.quantization.block_size,
+            block_size=self._prepared.resolved_backend.quantization.block_size,
             run_dir=run.run_dir,
             adapter_dir=self._stage.directory.adapter_dir,
             steps=progress.step,
@@ -304,7 +309,7 @@ class Execution:
         )
         return self._trainer.evaluate(list(batches))
 
-    def _loss_before(self, recorder: Recorder, progress: Progress) -> float | None:
+    def _loss_before(self, recorder: RunCallbacks, progress: Progress) -> float | None:
         """The validation loss of the base; a resumed run has it already, in its record or in its log."""
         if self._prepared.data.validation is None:
             return None
@@ -315,7 +320,7 @@ class Execution:
         recorder.evaluated(progress.step, evaluation, "before")
         return evaluation.loss
 
-    def _judged(self, recorder: Recorder, progress: Progress, initial: Adapter) -> float | None:
+    def _judged(self, recorder: RunCallbacks, progress: Progress, initial: Adapter) -> float | None:
         """Evaluate the end, choose between it and the best on the way, write the adapter; its validation loss."""
         adapter, loss = self._trainer.export_adapter(), None
         for module in check_changed(initial, adapter, steps=progress.step) if self._stage.state is None else ():
@@ -331,7 +336,7 @@ class Execution:
         write_run_adapter(self._stage.directory.adapter_dir, adapter, {**recorder.provenance, "step": step})
         return loss
 
-    def _best(self, recorder: Recorder, progress: Progress) -> tuple[Adapter, float, int] | None:
+    def _best(self, recorder: RunCallbacks, progress: Progress) -> tuple[Adapter, float, int] | None:
         """The best adapter on the way. None when a part of the run that was lost, and went otherwise when another
         backend did it anew, had put its own best there."""
         assert progress.best_loss is not None
@@ -418,7 +423,7 @@ def chosen_dtype(wanted: str, proved: Sequence[str], backend: str) -> str:
 
 def provenance_of(prepared: PreparedRun, resolved: Mapping[str, object]) -> dict[str, object]:
     """What an adapter or a checkpoint must match to be continued or judged."""
-    base = prepared.machinery.source
+    base = prepared.resolved_backend.source
     source = base.origin
     kept = ("backend", "device", "weight_format", "block_size", "double_quant", "compute_dtype", "seed", "versions")
     return {

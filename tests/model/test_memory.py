@@ -17,7 +17,7 @@ from qlora_hal.memory.estimate import (
     optimizer_bytes,
     weight_bytes,
 )
-from qlora_hal.memory.gpus import GIB, KNOWN_CARDS, apple_working_set
+from qlora_hal.memory.gpus import GIB, KNOWN_GPUS, apple_working_set
 from qlora_hal.model.facts import ModelFacts, TensorFacts, read_facts
 from qlora_hal_backends.cuda_bnb import SPEC as CUDA_SPEC
 from qlora_hal_backends.torch_family.platform import FUSED_ARCHITECTURES, fused_memory
@@ -276,7 +276,7 @@ def test_logits_and_a_layers_work_are_not_counted_at_once() -> None:
 # cards ----------------------------------------------------------------------------------------------------------------
 def test_65b_fits_a_48_gigabyte_card_and_not_a_24_gigabyte_card() -> None:
     needed = qlora(LLAMA_65B, batch_size=1, sequence_length=512, constants=LIGER)
-    memory = {card.name: card.memory_bytes for card in KNOWN_CARDS}
+    memory = {card.name: card.memory_bytes for card in KNOWN_GPUS}
     assert memory["NVIDIA RTX 3090"] < needed.high <= memory["NVIDIA L40S"]
 
 
