@@ -115,16 +115,16 @@ def draw_adapter(
 ) -> Adapter:
     """An adapter in mid-training: with B = 0 half of all mistakes are invisible. Its product is about a quarter of
     the base's: A keeps the variance of its input, B brings it to 1/4 / scale."""
-    sides = linear_shapes(shape)
-    modules = tuple(sorted(sides if targets is None else targets))
+    linears = linear_shapes(shape)
+    modules = tuple(sorted(linears if targets is None else targets))
     r = int(random.choice(RANKS)) if rank is None else rank
     config = AdapterConfig(r, float(random.choice(SCALES)) * r, dropout, use_rslora, modules)
     spread = 0.25 / (config.scale * r**0.5)
     tensors = {}
     for module in modules:
-        out_features, in_features = sides[module]
-        tensors[lora_a_key(module)] = (random.normal(size=(r, in_features)) / in_features**0.5).astype(np.float32)
-        tensors[lora_b_key(module)] = (spread * random.normal(size=(out_features, r))).astype(np.float32)
+        linear = linears[module]
+        a, b = random.normal(size=linear.lora_a(r)) / linear.inputs**0.5, spread * random.normal(size=linear.lora_b(r))
+        tensors[lora_a_key(module)], tensors[lora_b_key(module)] = a.astype(np.float32), b.astype(np.float32)
     return Adapter(tensors, config)
 
 

@@ -23,6 +23,7 @@ from qlora_hal.contract.capabilities import (
     unmet_requirements,
 )
 from qlora_hal.contract.memory_constants import FastPath, MemoryConstants
+from qlora_hal.contract.values import LinearShape
 from qlora_hal.errors import UnsupportedFeatureError
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ class ModelOutline:
     the model is left out, left as it is, or taken for something else.
     """
 
-    linear_modules: Mapping[str, tuple[int, int]]
+    linear_modules: Mapping[str, LinearShape]
     notes: tuple[str, ...] = ()
 
 
@@ -258,7 +259,7 @@ class QuantizedLoRATrainer(ABC):
         """Load and quantize the frozen base, shard by shard. Raises ModelError, UnsupportedFeatureError."""
 
     @abstractmethod
-    def linear_modules(self) -> Mapping[str, tuple[int, int]]:
+    def linear_modules(self) -> Mapping[str, LinearShape]:
         """Module path -> (in, out) of every linear layer that can carry LoRA, the output head left out."""
 
     @abstractmethod

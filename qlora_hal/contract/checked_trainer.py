@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from qlora_hal.contract.values import (
     Batch,
     Float32,
     Int32,
+    LinearShape,
     LossSum,
     OptimizerSnapshot,
     PendingStep,
@@ -26,7 +28,9 @@ from qlora_hal.contract.values import (
 from qlora_hal.errors import BackendContractError, BackendError, QloraHalError
 from qlora_hal.errors.foreign import told
 from qlora_hal.errors.terminal_text import show
-from qlora_hal.model.source import ModelSource
+
+if TYPE_CHECKING:
+    from qlora_hal.model.source import ModelSource
 
 
 def _to_stderr(note: str) -> None:
@@ -34,7 +38,7 @@ def _to_stderr(note: str) -> None:
 
 
 class CheckedTrainer:
-    """A trainer whose answers are checked. Every method names the backend when it fails; `note` hears what is no failure."""
+    """A trainer whose answers are checked. Every failure names the backend and the method; `note` gets what is none."""
 
     def __init__(self, trainer: QuantizedLoRATrainer, note: Callable[[str], None] = _to_stderr) -> None:
         self._trainer = trainer
@@ -57,7 +61,7 @@ class CheckedTrainer:
         for note in self._trainer.load_notes:
             self._note(note)
 
-    def linear_modules(self) -> Mapping[str, tuple[int, int]]:
+    def linear_modules(self) -> Mapping[str, LinearShape]:
         with self._checked("linear_modules"):
             return dict(self._trainer.linear_modules())
 
@@ -124,10 +128,10 @@ class CheckedTrainer:
 
     def dequantized_weight(self, module: str) -> Float32:
         with self._checked("dequantized_weight"):
-            inputs, outputs = self._trainer.linear_modules()[module]
+            expected = self._trainer.linear_modules()[module].weight
             found = self._trainer.dequantized_weight(module)
-            if not isinstance(found, np.ndarray) or found.shape != (outputs, inputs) or found.dtype != np.float32:
-                raise self._broken(f"dequantized_weight gave {_kind(found)} for {module}, [{outputs}, {inputs}]")
+            if not isinstance(found, np.ndarray) or found.shape != expected or found.dtype != np.float32:
+                raise self._broken(f"dequantized_weight gave {_kind(found)} for {module}, {list(expected)}")
             return found
 
     def generate(

@@ -19,6 +19,38 @@ PADDING_SEGMENT = 0
 """The segment id of padding."""
 
 
+@dataclass(frozen=True, slots=True)
+class LinearShape:
+    """A linear layer that can carry LoRA: its weight is `[outputs, inputs]`; that of a stack of experts, which is one
+    module, `[experts, outputs, inputs]`."""
+
+    inputs: int
+    outputs: int
+    experts: int = 1
+
+    @property
+    def weight(self) -> tuple[int, ...]:
+        """The dimensions of the base weight."""
+        return (*self._stack, self.outputs, self.inputs)
+
+    def lora_a(self, r: int) -> tuple[int, ...]:
+        """The dimensions of the adapter's A."""
+        return (*self._stack, r, self.inputs)
+
+    def lora_b(self, r: int) -> tuple[int, ...]:
+        """The dimensions of the adapter's B."""
+        return (*self._stack, self.outputs, r)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the base weight."""
+        return self.experts * self.inputs * self.outputs
+
+    @property
+    def _stack(self) -> tuple[int, ...]:
+        return () if self.experts == 1 else (self.experts,)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
     """One micro-batch. All arrays are int32 `[batch, time]`, padded on the right.

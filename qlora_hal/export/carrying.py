@@ -11,7 +11,7 @@ import numpy as np
 
 from qlora_hal.adapter.fitting import check_fits
 from qlora_hal.contract.checked_trainer import CheckedTrainer
-from qlora_hal.contract.values import Float32
+from qlora_hal.contract.values import Float32, LinearShape
 from qlora_hal.detect.discovery import open_trainer
 from qlora_hal.export import folder as model_folder
 from qlora_hal.export import placing
@@ -65,7 +65,7 @@ def carry_out(request: MergeRequest, console: RunConsole, *, shard_bytes: int = 
 class AdapterModel:
     """What is kept of the adapter model when it is closed."""
 
-    linear_modules: Mapping[str, tuple[int, int]]
+    linear_modules: Mapping[str, LinearShape]
     effect: Closeness
     chosen: ChosenCompute
     device: DeviceFacts
@@ -198,7 +198,7 @@ class Merge:
         base: str,
         source: ModelSource,
         files: BaseFiles,
-        modules: Mapping[str, tuple[int, int]],
+        modules: Mapping[str, LinearShape],
         weight: BaseWeight,
     ) -> None:
         merged = MergedModel(source.facts, files, self._adapter, modules, weight, self._request.dtype)

@@ -69,7 +69,7 @@ def write_nf4(source: ModelSource, folder: Path) -> None:
         if module == name or module not in source.facts.linear_modules:
             tensors.append(MergedTensor(name, stored.dtype, stored.shape, stored.byte_count))
             continue
-        shapes = nf4.packed_shapes(module, (stored.shape[0], stored.shape[1]), dtype)
+        shapes = nf4.packed_shapes(module, source.facts.linear_modules[module], dtype)
         tensors += [
             MergedTensor(part, kind, shape, nf4.byte_count(kind, shape), module)
             for part, (kind, shape) in shapes.items()
@@ -152,7 +152,7 @@ def calibrating_backend(weight_format: WeightFormat) -> BackendSpec:
 def _group_size(spec: BackendSpec, weight_format: WeightFormat, facts: ModelFacts) -> int | None:
     """The backend's default, or the largest size it has that divides every layer."""
     sizes = spec.capabilities.block_sizes.get(weight_format, ())
-    inputs = [inputs for inputs, _ in facts.linear_modules.values()]
+    inputs = [shape.inputs for shape in facts.linear_modules.values()]
     dividing = [size for size in sizes if all(count % size == 0 for count in inputs)]
     if not dividing:
         return sizes[0] if sizes else None  # the quantizer refuses it, naming the layers

@@ -293,7 +293,7 @@ def cache_folder() -> Path:
 
 def _too_little(source: ModelSource, calibration: Calibration) -> str:
     """The solver inverts, for each layer, a matrix of inputs x inputs that is summed over the tokens."""
-    widest = max((inputs for inputs, _ in source.facts.linear_modules.values()), default=0)
+    widest = max((shape.inputs for shape in source.facts.linear_modules.values()), default=0)
     if calibration.token_count >= widest:
         return ""
     return (

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from qlora_hal.adapter.targets import resolve_targets
 from qlora_hal.contract.backend import BackendSpec, ModelOutline, ProbeReport, Quantization
-from qlora_hal.contract.values import AdapterConfig, ComputeDtype, MemoryEstimate
+from qlora_hal.contract.values import AdapterConfig, ComputeDtype, LinearShape, MemoryEstimate
 from qlora_hal.data import ChatTokenizer, prepare
 from qlora_hal.detect.discovery import listed, outline_of, reports
 from qlora_hal.detect.requirements import quantization_of, requirements_of, unmet_description_note
@@ -157,7 +157,7 @@ def estimated_memory(
     facts: ModelFacts,
     spec: BackendSpec,
     quantization: Quantization,
-    targets: Mapping[str, tuple[int, int]],
+    targets: Mapping[str, LinearShape],
     report: ProbeReport | None = None,
 ) -> MemoryEstimate:
     """The peak by arithmetic, for the longest batch this configuration allows, on the device that `report` tells of;

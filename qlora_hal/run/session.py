@@ -14,7 +14,7 @@ from qlora_hal.adapter.targets import resolve_targets
 from qlora_hal.contract.backend import Compute
 from qlora_hal.contract.capabilities import Feature
 from qlora_hal.contract.checked_trainer import CheckedTrainer
-from qlora_hal.contract.values import Adapter, Batch, LossSum
+from qlora_hal.contract.values import Adapter, Batch, LinearShape, LossSum
 from qlora_hal.data.source.sampling import WindowSampler, evaluation_batches
 from qlora_hal.detect.discovery import open_trainer
 from qlora_hal.detect.mac_memory import pressure_note
@@ -149,7 +149,7 @@ class Session:
             self._trainer.import_optimizer(state.optimizer)
         return adapter
 
-    def _settle_targets(self, modules: Mapping[str, tuple[int, int]]) -> None:
+    def _settle_targets(self, modules: Mapping[str, LinearShape]) -> None:
         """What was told before loading gives way to what the loaded model has; where they differ, that is said."""
         resolved_backend = self._prepared.resolved_backend
         told, found = (

@@ -26,6 +26,7 @@ from qlora_hal.contract.values import (
     AdapterConfig,
     Batch,
     Float32,
+    LinearShape,
     LossSum,
     OptimizerSnapshot,
     StepSettings,
@@ -77,8 +78,8 @@ class Right(QuantizedLoRATrainer):
     def load(self, source: ModelSource, quantization: Quantization, compute: Compute) -> None:
         self._said("load", None)
 
-    def linear_modules(self) -> Mapping[str, tuple[int, int]]:
-        return {"layer": (2, 1)}
+    def linear_modules(self) -> Mapping[str, LinearShape]:
+        return {"layer": LinearShape(2, 1)}
 
     def attach(self, adapter: Adapter, optimizer: str = "adamw") -> None:
         self._steps = 0

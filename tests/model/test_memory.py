@@ -10,6 +10,7 @@ import pytest
 
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.memory_constants import FastPath, MemoryConstants
+from qlora_hal.contract.values import LinearShape
 from qlora_hal.memory.estimate import (
     adapter_parameters,
     estimate,
@@ -26,17 +27,18 @@ from qlora_hal_backends.torch_family.platform import FUSED_ARCHITECTURES, fused_
 def llama_facts(layers: int, hidden: int, feed_forward: int, vocabulary: int, heads: int, kv_heads: int) -> ModelFacts:
     """Facts of a Llama of that shape, as bf16 headers would give them."""
     kv = hidden // heads * kv_heads
-    linear: dict[str, tuple[int, int]] = {}
+    linear: dict[str, LinearShape] = {}
     for layer in range(layers):
         at = f"model.layers.{layer}"
         linear |= {
-            f"{at}.self_attn.q_proj": (hidden, hidden), f"{at}.self_attn.k_proj": (hidden, kv),
-            f"{at}.self_attn.v_proj": (hidden, kv), f"{at}.self_attn.o_proj": (hidden, hidden),
-            f"{at}.mlp.gate_proj": (hidden, feed_forward), f"{at}.mlp.up_proj": (hidden, feed_forward),
-            f"{at}.mlp.down_proj": (feed_forward, hidden),
+            f"{at}.self_attn.q_proj": LinearShape(hidden, hidden), f"{at}.self_attn.k_proj": LinearShape(hidden, kv),
+            f"{at}.self_attn.v_proj": LinearShape(hidden, kv), f"{at}.self_attn.o_proj": LinearShape(hidden, hidden),
+            f"{at}.mlp.gate_proj": LinearShape(hidden, feed_forward),
+            f"{at}.mlp.up_proj": LinearShape(hidden, feed_forward),
+            f"{at}.mlp.down_proj": LinearShape(feed_forward, hidden),
         }  # fmt: skip
     others = {"model.embed_tokens": (vocabulary, hidden), "lm_head": (vocabulary, hidden)}
-    shapes: dict[str, tuple[int, ...]] = {f"{m}.weight": (o, i) for m, (i, o) in linear.items()}
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape.weight for name, shape in linear.items()}
     shapes |= {f"{module}.weight": shape for module, shape in others.items()}
     shapes |= {f"model.layers.{layer}.norms.weight": (2 * hidden,) for layer in range(layers)}
     count = sum(s[0] * (s[1] if len(s) == 2 else 1) for s in shapes.values())

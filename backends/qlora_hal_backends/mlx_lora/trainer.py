@@ -29,6 +29,7 @@ from qlora_hal.contract.values import (
     Batch,
     Float32,
     Int32,
+    LinearShape,
     LossSum,
     OptimizerSnapshot,
     PendingStep,
@@ -96,9 +97,9 @@ class MLXLoRATrainer(QuantizedLoRATrainer):
             self._base = loading.load_base(source, quantization, compute)
         self._kernel_path = kernel_path(quantization)
 
-    def linear_modules(self) -> Mapping[str, tuple[int, int]]:
+    def linear_modules(self) -> Mapping[str, LinearShape]:
         shapes = {name: linear.base.shape for name, linear in self._loaded.linears.items()}
-        return {name: (inputs, outputs) for name, (outputs, inputs) in shapes.items()}
+        return {name: LinearShape(inputs, outputs) for name, (outputs, inputs) in shapes.items()}
 
     def attach(self, adapter: Adapter, optimizer: str = "adamw") -> None:
         check_optimizer(optimizer, self.spec)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_hal.contract.values import LinearShape
 from qlora_hal_backends.torch_family.base_weights import BaseWeight
 
 
@@ -60,6 +61,10 @@ class FrozenLinear(nn.Module):
         self.base: BaseWeight | None = None
         self.lora: LoRAWeights | None = None
         self.register_buffer("bias", bias)
+
+    @property
+    def shape(self) -> LinearShape:
+        return LinearShape(self.in_features, self.out_features)
 
     @property
     def weight(self) -> Tensor:

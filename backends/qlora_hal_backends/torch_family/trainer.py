@@ -28,6 +28,7 @@ from qlora_hal.contract.values import (
     Batch,
     Float32,
     Int32,
+    LinearShape,
     LossSum,
     OptimizerSnapshot,
     PendingStep,
@@ -104,8 +105,8 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
             self._base = self._load_base(source, quantization, compute, self._device)
         self.load_notes = self._base.notes
 
-    def linear_modules(self) -> Mapping[str, tuple[int, int]]:
-        return {name: (linear.in_features, linear.out_features) for name, linear in self._loaded.linears.items()}
+    def linear_modules(self) -> Mapping[str, LinearShape]:
+        return {name: linear.shape for name, linear in self._loaded.linears.items()}
 
     def attach(self, adapter: Adapter, optimizer: str = "adamw") -> None:
         check_optimizer(optimizer, self.spec)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from qlora_hal.contract.backend import BackendSpec, Quantization
-from qlora_hal.contract.values import IGNORE_LABEL, AdapterConfig, Batch, LossSum, StepSettings
+from qlora_hal.contract.values import IGNORE_LABEL, AdapterConfig, Batch, LinearShape, LossSum, StepSettings
 from qlora_hal_conformance.oracle import Arithmetic, DropoutMasks, OracleLlama
 from qlora_hal_conformance.oracle.adamw import AdamWState
 from qlora_hal_conformance.oracle.arrays import AnyFloat, Float64
@@ -130,21 +130,21 @@ class FourBatchesEvaluated(ReferenceTrainer):
 
 # dropout --------------------------------------------------------------------------------------------------------------
 def one_mask_to_all_rows(
-    config: AdapterConfig, modules: Mapping[str, tuple[int, int]], sides: tuple[int, int], key: int, micro_batch: int
+    config: AdapterConfig, modules: Mapping[str, LinearShape], sides: tuple[int, int], key: int, micro_batch: int
 ) -> DropoutMasks:
     masks = draw_masks(config, modules, sides, key, micro_batch)
     return {module: np.broadcast_to(mask[:1], mask.shape) for module, mask in masks.items()}
 
 
 def one_mask_to_all_positions(
-    config: AdapterConfig, modules: Mapping[str, tuple[int, int]], sides: tuple[int, int], key: int, micro_batch: int
+    config: AdapterConfig, modules: Mapping[str, LinearShape], sides: tuple[int, int], key: int, micro_batch: int
 ) -> DropoutMasks:
     masks = draw_masks(config, modules, sides, key, micro_batch)
     return {module: np.broadcast_to(mask[:, :1], mask.shape) for module, mask in masks.items()}
 
 
 def no_mask_from_the_eighth_position_on(
-    config: AdapterConfig, modules: Mapping[str, tuple[int, int]], sides: tuple[int, int], key: int, micro_batch: int
+    config: AdapterConfig, modules: Mapping[str, LinearShape], sides: tuple[int, int], key: int, micro_batch: int
 ) -> DropoutMasks:
     masks = draw_masks(config, modules, sides, key, micro_batch)
     for mask in masks.values():

@@ -9,7 +9,16 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from qlora_hal.contract.backend import BackendSpec
-from qlora_hal.contract.values import AdapterConfig, Batch, Float32, LossSum, PendingStep, StepSettings, StepStats
+from qlora_hal.contract.values import (
+    AdapterConfig,
+    Batch,
+    Float32,
+    LinearShape,
+    LossSum,
+    PendingStep,
+    StepSettings,
+    StepStats,
+)
 from qlora_hal_conformance.oracle import Arithmetic
 from qlora_hal_conformance.oracle.adamw import AdamWState, clip_factor, global_norm
 from qlora_hal_conformance.oracle.arrays import Float64
@@ -208,20 +217,20 @@ class Noisy(ReferenceTrainer):
 
 
 def no_masks(
-    config: AdapterConfig, modules: Mapping[str, tuple[int, int]], rows_and_time: tuple[int, int], key: int, index: int
+    config: AdapterConfig, modules: Mapping[str, LinearShape], rows_and_time: tuple[int, int], key: int, index: int
 ) -> Mapping[str, Float64]:
     return {}
 
 
 def unscaled_masks(
-    config: AdapterConfig, modules: Mapping[str, tuple[int, int]], rows_and_time: tuple[int, int], key: int, index: int
+    config: AdapterConfig, modules: Mapping[str, LinearShape], rows_and_time: tuple[int, int], key: int, index: int
 ) -> Mapping[str, Float64]:
     masks = dropout.draw_masks(config, modules, rows_and_time, key, index)
     return {module: mask * (1.0 - config.dropout) for module, mask in masks.items()}
 
 
 def same_masks_each_step(
-    config: AdapterConfig, modules: Mapping[str, tuple[int, int]], rows_and_time: tuple[int, int], key: int, index: int
+    config: AdapterConfig, modules: Mapping[str, LinearShape], rows_and_time: tuple[int, int], key: int, index: int
 ) -> Mapping[str, Float64]:
     return dropout.draw_masks(config, modules, rows_and_time, 0, index)
 

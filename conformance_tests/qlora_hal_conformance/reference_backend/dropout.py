@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from qlora_hal.contract.values import AdapterConfig
+from qlora_hal.contract.values import AdapterConfig, LinearShape
 from qlora_hal_conformance.oracle.arrays import Float64
 
 _64_BITS = 2**64 - 1
@@ -15,7 +15,7 @@ _64_BITS = 2**64 - 1
 
 def draw_masks(
     config: AdapterConfig,
-    linear_modules: Mapping[str, tuple[int, int]],
+    linear_modules: Mapping[str, LinearShape],
     rows_and_time: tuple[int, int],
     key: int,
     micro_batch: int,
@@ -27,7 +27,7 @@ def draw_masks(
     if config.dropout == 0.0:
         return {}
     return {
-        module: _mask((*rows_and_time, linear_modules[module][0]), config.dropout, key, module, micro_batch)
+        module: _mask((*rows_and_time, linear_modules[module].inputs), config.dropout, key, module, micro_batch)
         for module in config.target_modules
     }
 

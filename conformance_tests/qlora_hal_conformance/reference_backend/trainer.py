@@ -20,6 +20,7 @@ from qlora_hal.contract.values import (
     Batch,
     Float32,
     Int32,
+    LinearShape,
     LossSum,
     OptimizerSnapshot,
     PendingStep,
@@ -87,7 +88,7 @@ class ReferenceTrainer(QuantizedLoRATrainer):
         with _quiet():
             self._base = load_base(source, quantization, self.arithmetic.store, self.rooms.pack, self.rooms.unpack)
 
-    def linear_modules(self) -> Mapping[str, tuple[int, int]]:
+    def linear_modules(self) -> Mapping[str, LinearShape]:
         return dict(self.base.linear_modules)
 
     def attach(self, adapter: Adapter, optimizer: str = "adamw") -> None:

@@ -16,7 +16,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qlora_hal.adapter import check_fits, lora_a_key, lora_b_key
 from qlora_hal.contract.backend import Compute, DeviceFacts, Quantization, QuantizedLoRATrainer
 from qlora_hal.contract.capabilities import OPTIMIZER_FEATURE, Feature, Requirements, WeightFormat, unmet_requirements
-from qlora_hal.contract.values import IGNORE_LABEL, Adapter, Batch, LossSum, OptimizerSnapshot, StepSettings, StepStats
+from qlora_hal.contract.values import (
+    IGNORE_LABEL,
+    Adapter,
+    Batch,
+    LinearShape,
+    LossSum,
+    OptimizerSnapshot,
+    StepSettings,
+    StepStats,
+)
 from qlora_hal.errors import (
     AdapterError,
     BackendContractError,
@@ -99,7 +108,7 @@ class ToyTrainer(QuantizedLoRATrainer):
             )
             self.model.set_submodule(module, self.layers[module])
 
-    def linear_modules(self) -> Mapping[str, tuple[int, int]]:
+    def linear_modules(self) -> Mapping[str, LinearShape]:
         return {module: (layer.stored.shape[1], layer.stored.shape[0]) for module, layer in self.layers.items()}
 
     def attach(self, adapter: Adapter, optimizer: str = "adamw") -> None:
