@@ -18,7 +18,7 @@ from qlora_hal_conformance import SUITE_VERSION
 from qlora_hal_conformance.catalogue import LEVELS, all_cases, section_of, suite_hash
 from qlora_hal_conformance.certificate import Document, make_certificate, write_certificate
 from qlora_hal_conformance.counting import Count, count
-from qlora_hal_conformance.journal import RunRecordFile, result_as_json, result_from_json
+from qlora_hal_conformance.journal import Journal, result_as_json, result_from_json
 from qlora_hal_conformance.machine import machine_record
 from qlora_hal_conformance.request import DEFAULT_TIMEOUT_SECONDS, Request
 from qlora_hal_conformance.running import run_cases
@@ -89,7 +89,7 @@ def run(options: Options) -> Outcome:
             out = _usable(out / BESIDE_A_CERTIFICATE)
             console.say(f"{options.out} holds the certificate of a whole run, which stays: this run goes to {out}")
         run_cases(request, console.heard)
-        journal = RunRecordFile(request.journal_path)
+        journal = Journal(request.journal_path)
         events = list(journal.read())
         refusal = next((event for event in events if event["event"] == "not_ready"), None)
         if refusal is not None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from qlora_hal_conformance.catalogue import LEVELS, level_of
-from qlora_hal_conformance.journal import RunRecordFile, result_from_json
+from qlora_hal_conformance.journal import Journal, result_from_json
 from qlora_hal_conformance.verdicts import CaseResult, Verdict
 
 
@@ -40,7 +40,7 @@ def is_green_throughout(results: Iterable[CaseResult], level: str) -> bool:
     return bool(verdicts) and all(verdict.is_green for verdict in verdicts)
 
 
-def count(journal: RunRecordFile, wanted: Sequence[str]) -> Count:
+def count(journal: Journal, wanted: Sequence[str]) -> Count:
     """One result for each wanted case; a case that the journal has besides is inconclusive and comes last."""
     ended: dict[str, CaseResult] = {}
     started: set[str] = set()

@@ -14,7 +14,7 @@ import pluggy
 
 from qlora_hal import hooks
 from qlora_hal_conformance.counting import count
-from qlora_hal_conformance.journal import RunRecordFile
+from qlora_hal_conformance.journal import Journal
 from qlora_hal_conformance.request import Request
 from qlora_hal_conformance.running import Progress, run_cases
 from qlora_hal_conformance.verdicts import CaseResult
@@ -43,7 +43,7 @@ def run_extra(request: Request, sections: Sequence[Path], progress: Progress) ->
     """Run a plugin's sections with the same fixtures and verdicts."""
     extra = replace(request, extra=True, done=())
     run_cases(extra, progress, sections=tuple(sections))
-    journal = RunRecordFile(extra.journal_path)
+    journal = Journal(extra.journal_path)
     collected: list[str] = []
     for event in journal.read():
         cases = event.get("cases")

@@ -13,7 +13,7 @@ from qlora_hal_conformance.verdicts import CaseResult, Claim, Measure, Verdict
 
 
 @dataclass(frozen=True, slots=True)
-class RunRecordFile:
+class Journal:
     """Events: `collected`, `subject`, `not_ready`, `device`, `started`, `ended`, `finished`."""
 
     path: Path

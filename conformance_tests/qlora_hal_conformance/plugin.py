@@ -18,7 +18,7 @@ import pytest
 from qlora_hal.contract.backend import QuantizedLoRATrainer
 from qlora_hal_conformance.catalogue import case_id
 from qlora_hal_conformance.drawing import stream
-from qlora_hal_conformance.journal import RunRecordFile, result_as_json
+from qlora_hal_conformance.journal import Journal, result_as_json
 from qlora_hal_conformance.judging import Judge
 from qlora_hal_conformance.opening import Models, Opened, Opener
 from qlora_hal_conformance.oracle import OracleTrainer
@@ -38,7 +38,7 @@ class CaseNotes:
 
 
 _REQUEST = pytest.StashKey[Request]()
-_JOURNAL = pytest.StashKey[RunRecordFile]()
+_JOURNAL = pytest.StashKey[Journal]()
 _NOTES = pytest.StashKey[CaseNotes]()
 _SUBJECT = pytest.StashKey[Subject]()
 
@@ -50,7 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     request = read_request()
     config.stash[_REQUEST] = request
-    config.stash[_JOURNAL] = RunRecordFile(request.journal_path)
+    config.stash[_JOURNAL] = Journal(request.journal_path)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

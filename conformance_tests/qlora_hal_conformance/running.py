@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qlora_hal_conformance.catalogue import SECTIONS_FOLDER
-from qlora_hal_conformance.journal import RunRecordFile, result_as_json
+from qlora_hal_conformance.journal import Journal, result_as_json
 from qlora_hal_conformance.request import REQUEST_VARIABLE, Request
 from qlora_hal_conformance.verdicts import CaseResult, Verdict
 
@@ -40,7 +40,7 @@ class Ending:
 
 def run_cases(request: Request, progress: Progress, *, sections: tuple[Path, ...] = (SECTIONS_FOLDER,)) -> None:
     """Run every case that the request lets through; whatever the backend does, the journal says it."""
-    journal = RunRecordFile(request.journal_path)
+    journal = Journal(request.journal_path)
     for _ in range(MOST_RESTARTS + 1):
         left = replace(request, done=_done(journal))
         ending = _one_child(left, journal, progress, sections)
@@ -56,16 +56,16 @@ def run_cases(request: Request, progress: Progress, *, sections: tuple[Path, ...
     _break_off(journal, progress, f"more than {MOST_RESTARTS} cases ended the process")
 
 
-def _break_off(journal: RunRecordFile, progress: Progress, how: str) -> None:
+def _break_off(journal: Journal, progress: Progress, how: str) -> None:
     journal.write("broke_off", how=how)
     progress({"event": "broke_off", "how": how})
 
 
-def _done(journal: RunRecordFile) -> tuple[str, ...]:
+def _done(journal: Journal) -> tuple[str, ...]:
     return tuple(str(event["case"]) for event in journal.read() if event["event"] == "ended")
 
 
-def _one_child(request: Request, journal: RunRecordFile, progress: Progress, sections: tuple[Path, ...]) -> Ending:
+def _one_child(request: Request, journal: Journal, progress: Progress, sections: tuple[Path, ...]) -> Ending:
     folder = Path(request.folder)
     request.write(folder / "request.json")
     journal.path.touch()

@@ -103,7 +103,7 @@ class BackendSpec:
     `probe` may read package metadata, device nodes and `find_spec`, and imports no tensor library. `trainer` is
     `package.module:Name`: a class, or a function without arguments, that gives a `QuantizedLoRATrainer`.
     `uses_accelerator` False keeps `auto` from choosing the backend silently (see `selection`). `card_vendors` are those
-    whose cards it runs on, in the words of `memory_cards.KnownGpu`. `option_choices` lists
+    whose cards it runs on, in the words of `memory.gpus.KnownGpu`. `option_choices` lists
     what `backend.options` may hold, the first choice being the default. `notes` maps the name of an optimizer or a
     compute dtype to what it becomes here; the note is printed. `memory` holds what the estimate must know of the
     backend's code, `fast_path` what is different where it has faster code. `quantizer` is `package.module:Name` of a

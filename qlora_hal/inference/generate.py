@@ -80,6 +80,7 @@ def open_generation(
     model: str | None = None,
     backend: str = "auto",
     allow_base_mismatch: bool = False,
+    trust_remote_code: bool = False,
     console: RunConsole | None = None,
 ) -> GenerationPair:
     """Open a run's adapter, or any adapter beside a model, on the base as it was stored in training.
@@ -88,7 +89,7 @@ def open_generation(
     no finished adapter), QH-C22 (it was changed, or is another run's), QH-C05, QH-C08.
     """
     console = console or RunConsole(quiet=True)
-    trained = _trained(run_dir, adapter_dir, model)
+    trained = _trained(run_dir, adapter_dir, model, trust_remote_code)
     config, provenance = trained.config, trained.provenance
     adapter = read_adapter(trained.adapter_dir)
     if unverified := unvouched_note(trained.adapter_dir):
@@ -130,19 +131,18 @@ class _Trained:
     config: RunConfig
 
 
-def _trained(run_dir: Path | None, adapter_dir: Path | None, model: str | None) -> _Trained:
+def _trained(run_dir: Path | None, adapter_dir: Path | None, model: str | None, trust_remote_code: bool) -> _Trained:
     if run_dir is None and (adapter_dir is None or model is None):
         raise ConfigError(
             "QH-U14",
             "No run folder is named, and not both an adapter and its model.",
             fix="Name a run folder (--run runs/a), or --adapter DIR and --model NAME.",
         )
-    run_config = None if run_dir is None else read_run_config(run_dir)
     if adapter_dir is not None:
         adapter_dir, around = adapter_folders(adapter_dir)
         run_dir = run_dir or around
-        run_config = run_config if run_config is not None or around is None else read_run_config(around)
-    else:
+    run_config = None if run_dir is None else read_run_config(run_dir, trust_remote_code=trust_remote_code)
+    if adapter_dir is None:
         assert run_dir is not None
         adapter_dir = finished_adapter(run_dir, option="--adapter ")
     provenance = read_provenance(adapter_dir)

@@ -41,7 +41,7 @@ class RunCallbacks:
     metrics: MetricsFile
     console: RunConsole
     hooks: Hooks
-    journal: RunRecordFile
+    record_file: RunRecordFile
     watchdog: Watchdog
     provenance: Mapping[str, object]
     keep_checkpoints: int
@@ -59,7 +59,7 @@ class RunCallbacks:
         if jump := loss_jump([loss for _, loss in self.losses[-_JUMP_WINDOW:]], finished.stats.loss):
             self.note(f"step {finished.step}: {jump}")
         self.losses.append((finished.step, finished.stats.loss))
-        self.journal.reached(finished)
+        self.record_file.reached(finished)
         self._recent.append((finished.real_tokens, finished.seconds))
         self.trained_tokens += finished.real_tokens
         self.trained_seconds += finished.seconds
@@ -113,7 +113,7 @@ class RunCallbacks:
         if note := self.metrics.restored():
             self.note(note)
         self.metrics.sync()
-        self.journal.saving(progress)
+        self.record_file.saving(progress)
         state = TrainingState(
             step=step,
             epoch=self.epoch_of(step),
@@ -126,7 +126,7 @@ class RunCallbacks:
         )
         protect = () if self.resumed_from is None else (self.resumed_from,)
         path = save_checkpoint(
-            self.run.run_dir, state, keep=self.keep_checkpoints, protect=protect, record=self.journal.content
+            self.run.run_dir, state, keep=self.keep_checkpoints, protect=protect, record=self.record_file.content
         )
         self.console.checkpoint(step, path)
         self.hooks.tell("qlora_hal_checkpoint_saved", run=self.run, step=step, path=path)

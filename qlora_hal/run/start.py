@@ -158,6 +158,7 @@ def run_resumed(
     observers: Sequence[object],
     force_unlock: bool,
     verify: bool,
+    trust_remote_code: bool = False,
     console: RunConsole | None,
 ) -> TrainResult:
     """Go on from the newest checkpoint that verifies, on the backend that saved it or on another."""
@@ -175,7 +176,7 @@ def run_resumed(
             # Nothing that it was made from need be there still.
             print_already_finished(ended, console)
             return ended
-        given = relocation.applied(read_run_config(directory.path))
+        given = relocation.applied(read_run_config(directory.path, trust_remote_code=trust_remote_code))
         rows = kept_rows(directory.path)
         require_paths(given, run_dir, reads_data=rows is None)
         record = _relocated(record_from(directory.content), relocation, given)

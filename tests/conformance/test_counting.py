@@ -7,19 +7,19 @@ from pathlib import Path
 from conformance.conftest import passed
 
 from qlora_hal_conformance.counting import count
-from qlora_hal_conformance.journal import RunRecordFile, result_as_json
+from qlora_hal_conformance.journal import Journal, result_as_json
 from qlora_hal_conformance.verdicts import Verdict
 
 CASES = ["10_detection/a", "10_detection/b", "11_contract/c"]
 
 
-def _ended(journal: RunRecordFile, case: str) -> None:
+def _ended(journal: Journal, case: str) -> None:
     journal.write("started", case=case)
     journal.write("ended", **result_as_json(passed(case)))
 
 
 def test_every_wanted_case_is_counted_once_in_order(tmp_path: Path) -> None:
-    journal = RunRecordFile(tmp_path / "journal")
+    journal = Journal(tmp_path / "journal")
     for case in reversed(CASES):
         _ended(journal, case)
     counted = count(journal, CASES)
@@ -28,7 +28,7 @@ def test_every_wanted_case_is_counted_once_in_order(tmp_path: Path) -> None:
 
 
 def test_case_without_an_end_or_a_start_is_inconclusive(tmp_path: Path) -> None:
-    journal = RunRecordFile(tmp_path / "journal")
+    journal = Journal(tmp_path / "journal")
     _ended(journal, CASES[0])
     journal.write("started", case=CASES[1])
     counted = count(journal, CASES)
@@ -42,13 +42,13 @@ def test_case_without_an_end_or_a_start_is_inconclusive(tmp_path: Path) -> None:
 
 
 def test_empty_journal_is_not_green(tmp_path: Path) -> None:
-    counted = count(RunRecordFile(tmp_path / "nothing"), CASES)
+    counted = count(Journal(tmp_path / "nothing"), CASES)
     assert counted.totals["inconclusive"] == 3
-    assert not count(RunRecordFile(tmp_path / "nothing"), []).all_green
+    assert not count(Journal(tmp_path / "nothing"), []).all_green
 
 
 def test_torn_line_spoils_its_own_case_only(tmp_path: Path) -> None:
-    journal = RunRecordFile(tmp_path / "journal")
+    journal = Journal(tmp_path / "journal")
     _ended(journal, CASES[0])
     with open(journal.path, "a", encoding="utf-8") as file:
         file.write('{"event": "ended", "case": "10_det')
@@ -57,7 +57,7 @@ def test_torn_line_spoils_its_own_case_only(tmp_path: Path) -> None:
 
 
 def test_case_that_ends_twice_or_is_not_listed_is_inconclusive(tmp_path: Path) -> None:
-    journal = RunRecordFile(tmp_path / "journal")
+    journal = Journal(tmp_path / "journal")
     for case in [*CASES, CASES[0], "99_own/case"]:
         _ended(journal, case)
     counted = count(journal, CASES)
@@ -66,7 +66,7 @@ def test_case_that_ends_twice_or_is_not_listed_is_inconclusive(tmp_path: Path) -
 
 
 def test_record_that_cannot_be_read_is_inconclusive(tmp_path: Path) -> None:
-    journal = RunRecordFile(tmp_path / "journal")
+    journal = Journal(tmp_path / "journal")
     journal.write("ended", case=CASES[0], verdict="splendid")
     journal.write("ended", case=CASES[1], verdict="passed", measures="none")
     assert [result.verdict for result in count(journal, CASES[:2]).results] == [Verdict.INCONCLUSIVE] * 2

@@ -136,7 +136,7 @@ from qlora_hal.detect.selection import choose
 from qlora_hal.run.supervisor import is_supervised
 entries = listed()
 assert not is_supervised("auto", ())
-choice = choose("auto", Needs(), entries, reports(entries), allow_cpu=True)
+choice = choose("auto", Requirements(), entries, reports(entries), allow_cpu=True)
 print(choice.spec.name != "odd", choice.rejections["odd"])
 """
 
