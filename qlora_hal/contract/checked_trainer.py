@@ -80,7 +80,8 @@ class CheckedTrainer:
 
     def train_step(self, window: Sequence[Batch], settings: StepSettings) -> PendingStep:
         with self._checked("train_step"):
-            return _CheckedStep(self._trainer.train_step(window, settings), settings.token_count, self)
+            counted = sum(batch.counted_tokens for batch in window)
+            return _CheckedStep(self._trainer.train_step(window, settings), counted, self)
 
     def evaluate(self, batches: Sequence[Batch]) -> LossSum:
         with self._checked("evaluate"):

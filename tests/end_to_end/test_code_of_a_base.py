@@ -58,7 +58,7 @@ def test_code_of_a_base_is_not_run_because_a_record_says_so(
     strange_run: Path, opened: Callable[[Path], object]
 ) -> None:
     # An edited record is found first where a checkpoint holds a copy of it.
-    with pytest.raises((UnsafeInputError, CheckpointError), match="QH-X03|QH-C20"):
+    with pytest.raises((UnsafeInputError, CheckpointError), match=r"QH-X03|QH-C20"):
         opened(strange_run)
     assert not list(strange_run.parent.rglob("ran"))
     assert not (strange_run.parent / "merged").exists()
