@@ -89,6 +89,7 @@ def resume(
     observers: Sequence[object] = (),
     force_unlock: bool = False,
     verify: bool = False,
+    trust_remote_code: bool = False,
     console: RunConsole | None = None,
 ) -> TrainResult:
     """Go on with a run from its newest valid checkpoint, exactly where the backend can (`docs/resume.md`).
@@ -97,15 +98,16 @@ def resume(
     model or its optimizer (another weight format, 8-bit moments) is done only with `transfer`. `model`, `data` and
     `validation_data` say where these lie on this machine; they must be the same ones, and are remembered. `verify`
     hashes every byte of the model's files, and compares them where the run began with `verify`, as it then always does.
+    A base with Python code of its own needs `trust_remote_code` in each call: a run folder may be a stranger's.
 
     Raises CheckpointError when no checkpoint verifies, and the errors of `train`.
     """
-    from qlora_hal.run.paths import Relocation, require_path
+    from qlora_hal.run.paths import PathOverrides, require_path
     from qlora_hal.run.start import run_resumed
     from qlora_hal.run.supervisor import is_supervised, run_in_child
 
     require_path("run_dir", run_dir)
-    relocation = Relocation.of(model=model, data=data, validation_data=validation_data)
+    relocation = PathOverrides.of(model=model, data=data, validation_data=validation_data)
     if is_supervised(backend or "auto", observers):
         request = {
             "run_dir": str(run_dir),
@@ -114,6 +116,7 @@ def resume(
             "relocation": asdict(relocation),
             "force_unlock": force_unlock,
             "verify": verify,
+            "trust_remote_code": trust_remote_code,
         }
         return run_in_child("resume", request, Path(run_dir), console)
     return run_resumed(
@@ -124,6 +127,7 @@ def resume(
         observers=observers,
         force_unlock=force_unlock,
         verify=verify,
+        trust_remote_code=trust_remote_code,
         console=console,
     )
 
@@ -145,6 +149,7 @@ def merge(
     double_quant: bool | None = None,
     backend: str = "auto",
     allow_base_mismatch: bool = False,
+    trust_remote_code: bool = False,
     console: RunConsole | None = None,
 ) -> MergeResult:
     """Merge a run's adapter, or any adapter in PEFT layout, into its base: one model in 16 or 32 bits at `out`.
@@ -175,6 +180,7 @@ def merge(
         double_quant=double_quant,
         backend=backend,
         allow_base_mismatch=allow_base_mismatch,
+        trust_remote_code=trust_remote_code,
     )
     return carry_out(request, console or RunConsole(quiet=True))
 
@@ -197,13 +203,13 @@ def first_batch(settings: ResolvedSettings) -> tuple[Batch, ChatTokenizer, int]:
     from qlora_hal.config.resolve import require_settings
     from qlora_hal.hooks import Hooks
     from qlora_hal.report.console import RunConsole
-    from qlora_hal.run.prepare import choose_machinery, drawn_seed, prepare_run
+    from qlora_hal.run.prepare import drawn_seed, prepare_run, resolve_backend
     from qlora_hal.run.session import window_sampler
 
     require_settings(settings.config, "model.name_or_path", "data.path")
     console = RunConsole(quiet=True)
     with tempfile.TemporaryDirectory() as folder:
-        machinery = choose_machinery(settings.config, Hooks(), console)
+        resolved_backend = resolve_backend(settings.config, Hooks(), console)
         seed = drawn_seed(settings.config)
-        prepared = prepare_run(settings.config, seed, machinery, Path(folder), None, console)
+        prepared = prepare_run(settings.config, seed, resolved_backend, Path(folder), None, console)
         return window_sampler(prepared).window(0)[0], prepared.tokenizer, seed

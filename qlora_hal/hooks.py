@@ -16,7 +16,7 @@ from qlora_hal.errors import ConfigError
 if TYPE_CHECKING:
     from qlora_hal.config.schema import RunConfig
     from qlora_hal.contract.backend import BackendSpec, ProbeReport
-    from qlora_hal.contract.capabilities import Needs
+    from qlora_hal.contract.capabilities import Requirements
     from qlora_hal.contract.values import LossSum, StepStats
     from qlora_hal.run.result import RunView, TrainResult
 
@@ -32,7 +32,7 @@ def qlora_hal_backends() -> Iterable[BackendSpec]:  # type: ignore[empty-body]
 
 
 @hookspec(firstresult=True)
-def qlora_hal_choose_backend(reports: tuple[ProbeReport, ...], needs: Needs) -> str | None:
+def qlora_hal_choose_backend(reports: tuple[ProbeReport, ...], needs: Requirements) -> str | None:
     """Override the automatic choice: return the name of a ready backend, or None to leave it. Called once a run."""
 
 
@@ -96,7 +96,7 @@ class Hooks:
     def offered_backends(self) -> tuple[BackendSpec, ...]:
         return tuple(spec for offered in self._manager.hook.qlora_hal_backends() for spec in offered)
 
-    def chosen_backend(self, reports: tuple[ProbeReport, ...], needs: Needs) -> str | None:
+    def chosen_backend(self, reports: tuple[ProbeReport, ...], needs: Requirements) -> str | None:
         name: str | None = self._manager.hook.qlora_hal_choose_backend(reports=reports, needs=needs)
         return name
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,16 @@ import numpy as np
 from qlora_hal.adapter.initial import initial_adapter
 from qlora_hal.contract.backend import Compute, Quantization, QuantizedLoRATrainer
 from qlora_hal.contract.capabilities import WeightFormat
-from qlora_hal.contract.values import IGNORE_LABEL, Adapter, AdapterConfig, Batch, Float32, StepSettings, StepStats
+from qlora_hal.contract.values import (
+    IGNORE_LABEL,
+    Adapter,
+    AdapterConfig,
+    Batch,
+    Float32,
+    LinearShape,
+    StepSettings,
+    StepStats,
+)
 from qlora_hal.model.facts import read_facts
 from qlora_hal.model.source import ModelSource
 
@@ -57,7 +66,7 @@ def open_cpu_trainer(
     return OpenTrainer(trainer, adapter)
 
 
-def moved_adapter(config: AdapterConfig, modules: dict[str, tuple[int, int]], seed: int = 1) -> Adapter:  # type: ignore[type-arg]
+def moved_adapter(config: AdapterConfig, modules: Mapping[str, LinearShape], seed: int = 1) -> Adapter:
     """An adapter in mid-training: with B = 0 half of all mistakes are invisible."""
     start = initial_adapter(config, modules, seed)
     generator = np.random.default_rng(seed)
@@ -89,7 +98,7 @@ def packed(batches: Sequence[Batch]) -> Batch:
         (batch, row, int((batch.segment_ids[row] > 0).sum())) for batch in batches for row in range(len(batch.labels))
     ]
 
-    def joined(field: str) -> np.ndarray:  # type: ignore[type-arg]
+    def joined(field: str) -> np.ndarray:
         return np.concatenate([getattr(batch, field)[row, :length] for batch, row, length in pieces])[None]
 
     segments = np.concatenate([np.full(length, n, np.int32) for n, (_, _, length) in enumerate(pieces, 1)])[None]

@@ -26,9 +26,9 @@ PHASES: Mapping[str, str] = {
     "Execution._evaluation": "evaluating",
     "Execution._sampled": "answering",
     "run": "stepping",
-    "Recorder.save": "saving",
+    "RunCallbacks.save": "saving",
     "_prune": "pruning",
-    "Recorder.best": "keeping the best",
+    "RunCallbacks.best": "keeping the best",
     "write_run_adapter": "writing the adapter",
     "Execution._finish": "reporting",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -75,11 +76,22 @@ def draw_window(random: np.random.Generator, shape: LlamaShape) -> list[Batch]:
 def rows_of(batch: Batch) -> list[Batch]:
     """Each row as a batch of its own."""
     return [
-        Batch(
-            *(field[row : row + 1] for field in (batch.input_ids, batch.labels, batch.position_ids, batch.segment_ids))
+        replace(
+            batch,
+            input_ids=batch.input_ids[row : row + 1],
+            labels=batch.labels[row : row + 1],
+            position_ids=batch.position_ids[row : row + 1],
+            segment_ids=batch.segment_ids[row : row + 1],
+            rows=None if batch.rows is None else batch.rows[row : row + 1],
         )
         for row in range(len(batch.labels))
     ]
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """The rows of several batches of one length in one."""
+    fields = ("input_ids", "labels", "position_ids", "segment_ids", "rows")
+    return Batch(**{name: np.concatenate([getattr(batch, name) for batch in batches]) for name in fields})
 
 
 def packed(batches: Sequence[Batch], *, time: int | None = None) -> Batch:
@@ -101,7 +113,10 @@ def packed(batches: Sequence[Batch], *, time: int | None = None) -> Batch:
 def with_field(batch: Batch, **fields: Int32) -> Batch:
     """The batch with copies of some arrays replaced; the others are copied too."""
     names = ("input_ids", "labels", "position_ids", "segment_ids")
-    return Batch(*(np.array(fields.get(name, getattr(batch, name)), dtype=np.int32) for name in names))
+    ids, labels, positions, segments = (
+        np.array(fields.get(name, getattr(batch, name)), dtype=np.int32) for name in names
+    )
+    return Batch(ids, labels, positions, segments, batch.rows, batch.weights)
 
 
 def draw_adapter(
@@ -115,16 +130,16 @@ def draw_adapter(
 ) -> Adapter:
     """An adapter in mid-training: with B = 0 half of all mistakes are invisible. Its product is about a quarter of
     the base's: A keeps the variance of its input, B brings it to 1/4 / scale."""
-    sides = linear_shapes(shape)
-    modules = tuple(sorted(sides if targets is None else targets))
+    linears = linear_shapes(shape)
+    modules = tuple(sorted(linears if targets is None else targets))
     r = int(random.choice(RANKS)) if rank is None else rank
     config = AdapterConfig(r, float(random.choice(SCALES)) * r, dropout, use_rslora, modules)
     spread = 0.25 / (config.scale * r**0.5)
     tensors = {}
     for module in modules:
-        out_features, in_features = sides[module]
-        tensors[lora_a_key(module)] = (random.normal(size=(r, in_features)) / in_features**0.5).astype(np.float32)
-        tensors[lora_b_key(module)] = (spread * random.normal(size=(out_features, r))).astype(np.float32)
+        linear = linears[module]
+        a, b = random.normal(size=linear.lora_a(r)) / linear.inputs**0.5, spread * random.normal(size=linear.lora_b(r))
+        tensors[lora_a_key(module)], tensors[lora_b_key(module)] = a.astype(np.float32), b.astype(np.float32)
     return Adapter(tensors, config)
 
 

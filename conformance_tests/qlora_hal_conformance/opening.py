@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +46,8 @@ class Opened:
 
     def step(self, window: Sequence[Batch], learning_rate: float, **settings: object) -> StepStats:
         """One resolved step over the whole window."""
-        given = {"token_count": total_tokens(window), **settings}
+        given = {"denominator": float(total_tokens(window)), **settings}
+        window = placed(window)
         return self.trainer.train_step(window, StepSettings(learning_rate, **given)).resolve()  # type: ignore[arg-type]
 
     def trained_gradient(self, window: Sequence[Batch], **settings: object) -> dict[str, Float32]:
@@ -67,6 +68,16 @@ class Opened:
         given = adapter or self.adapter
         assert given is not None
         return make_oracle(self.model.shape, self.own_base(), given)
+
+
+def placed(window: Sequence[Batch]) -> list[Batch]:
+    """The micro-batches with the places of their rows, one after the other, where they have none yet."""
+    first, found = 0, []
+    for batch in window:
+        rows = np.arange(first, first + len(batch.input_ids), dtype=np.int32)
+        found.append(batch if batch.rows is not None else replace(batch, rows=rows))
+        first += len(rows)
+    return found
 
 
 def make_oracle(shape: LlamaShape, base: Mapping[str, Float32], adapter: Adapter) -> OracleTrainer:

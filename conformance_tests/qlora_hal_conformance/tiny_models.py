@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from qlora_hal.contract.backend import Quantization
 from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal.contract.values import LinearShape
 from qlora_hal.model.facts import read_facts
 from qlora_hal.model.source import ModelSource
 from qlora_hal_conformance.oracle import (
@@ -133,8 +134,8 @@ class TinyModel:
 def draw_tensors(shape: LlamaShape, random: np.random.Generator) -> Tensors:
     """Random weights whose logits spread like a trained model's: every product keeps the variance of its input."""
     tensors = {EMBEDDING: random.normal(size=(shape.vocab_size, shape.hidden_size))}
-    for name, (out_features, in_features) in linear_shapes(shape).items():
-        tensors[f"{name}.weight"] = random.normal(size=(out_features, in_features)) / in_features**0.5
+    for name, linear in linear_shapes(shape).items():
+        tensors[f"{name}.weight"] = random.normal(size=linear.weight) / linear.inputs**0.5
     if not shape.tie_word_embeddings:
         tensors[HEAD] = 2.0 * random.normal(size=(shape.vocab_size, shape.hidden_size)) / shape.hidden_size**0.5
     for name in norm_names(shape):
@@ -143,18 +144,18 @@ def draw_tensors(shape: LlamaShape, random: np.random.Generator) -> Tensors:
     return {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
 
 
-def linear_shapes(shape: LlamaShape) -> dict[str, tuple[int, int]]:
-    """Module path -> (out, in) of every linear layer, the head left out."""
+def linear_shapes(shape: LlamaShape) -> dict[str, LinearShape]:
+    """Module path -> shape of every linear layer, the head left out."""
     queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     hidden, inner = shape.hidden_size, shape.intermediate_size
     of_layer = {
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
+        "self_attn.q_proj": LinearShape(hidden, queries),
+        "self_attn.k_proj": LinearShape(hidden, keys),
+        "self_attn.v_proj": LinearShape(hidden, keys),
+        "self_attn.o_proj": LinearShape(queries, hidden),
+        "mlp.gate_proj": LinearShape(hidden, inner),
+        "mlp.up_proj": LinearShape(hidden, inner),
+        "mlp.down_proj": LinearShape(inner, hidden),
     }
     return {
         f"model.layers.{layer}.{name}": sides

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key, module_of
-from qlora_hal.contract.values import Adapter, AdapterConfig
+from qlora_hal.contract.values import Adapter, AdapterConfig, LinearShape
 from qlora_hal.errors import AdapterError, NumericsError
 
 if TYPE_CHECKING:
     from qlora_hal.model.facts import ModelFacts
 
 
-def check_fits(adapter: Adapter, linear_modules: Mapping[str, tuple[int, int]], *, where: str) -> None:
+def check_fits(adapter: Adapter, linear_modules: Mapping[str, LinearShape], *, where: str) -> None:
     """Nothing when every tensor of the adapter has its place on the model; `where` names the adapter's origin.
 
     Raises AdapterError with all wrong tensors in the context: QH-C08 when no tensor matches, QH-C09 for missing,
@@ -125,24 +125,24 @@ def check_changed(initial: Adapter, trained: Adapter, *, steps: int) -> tuple[st
     return tuple(still)
 
 
-def _expected_keys(adapter: Adapter, linear_modules: Mapping[str, tuple[int, int]]) -> list[str]:
+def _expected_keys(adapter: Adapter, linear_modules: Mapping[str, LinearShape]) -> list[str]:
     # Modules that the model lacks show up as unexpected tensors; listing them as missing too would count them twice.
     modules = [module for module in adapter.config.target_modules if module in linear_modules]
     return [key for module in modules for key in (lora_a_key(module), lora_b_key(module))]
 
 
-def _expected_shape(key: str, r: int, linear_modules: Mapping[str, tuple[int, int]]) -> tuple[int, int] | None:
+def _expected_shape(key: str, r: int, linear_modules: Mapping[str, LinearShape]) -> tuple[int, ...] | None:
     try:
         module, half = module_of(key)
     except ValueError:
         return None
     if module not in linear_modules:
         return None
-    fan_in, fan_out = linear_modules[module]
-    return (r, fan_in) if half == "A" else (fan_out, r)
+    shape = linear_modules[module]
+    return shape.lora_a(r) if half == "A" else shape.lora_b(r)
 
 
-def _refuse_unmatched(adapter: Adapter, linear_modules: Mapping[str, tuple[int, int]], where: str) -> NoReturn:
+def _refuse_unmatched(adapter: Adapter, linear_modules: Mapping[str, LinearShape], where: str) -> NoReturn:
     found = next(iter(adapter.tensors), "no tensors at all")
     wanted = lora_a_key(next(iter(linear_modules), "<module>"))
     raise AdapterError(

@@ -8,12 +8,13 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import NoReturn
 
+from qlora_hal.contract.values import LinearShape
 from qlora_hal.errors import ConfigError, ModelError
 
 ALL_LINEAR = "all-linear"
 
 
-def resolve_targets(requested: str | tuple[str, ...], linear_modules: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
+def resolve_targets(requested: str | tuple[str, ...], linear_modules: Mapping[str, LinearShape]) -> tuple[str, ...]:
     """Full paths of the modules that `requested` means, sorted.
 
     `all-linear` is every one; names match a whole path or its end (`q_proj`, `self_attn.q_proj`); any other string is
@@ -38,7 +39,7 @@ def asks_for_all(requested: str | tuple[str, ...]) -> bool:
     return isinstance(requested, str) and requested.lower() == ALL_LINEAR
 
 
-def require_modules(paths: tuple[str, ...], linear_modules: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
+def require_modules(paths: tuple[str, ...], linear_modules: Mapping[str, LinearShape]) -> tuple[str, ...]:
     """`paths` again, when each is the full path of a linear layer. Raises as `resolve_targets` does."""
     if not paths:
         _refuse_nothing_to_train(paths, linear_modules)
@@ -65,7 +66,7 @@ def shortest_names(targets: Collection[str], linear_modules: Collection[str] | N
     return sorted(targets)
 
 
-def _matching_expression(expression: str, linear_modules: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
+def _matching_expression(expression: str, linear_modules: Mapping[str, LinearShape]) -> tuple[str, ...]:
     try:
         pattern = re.compile(expression)
     except re.error as problem:
@@ -81,7 +82,7 @@ def _matching_expression(expression: str, linear_modules: Mapping[str, tuple[int
     return paths
 
 
-def _refuse_unmatched(names: list[str], linear_modules: Mapping[str, tuple[int, int]]) -> NoReturn:
+def _refuse_unmatched(names: list[str], linear_modules: Mapping[str, LinearShape]) -> NoReturn:
     leaves = Counter(path.rpartition(".")[2] for path in linear_modules)
     candidates = [*leaves, *linear_modules]
     closest = {name: difflib.get_close_matches(name, candidates, n=3, cutoff=0.5) for name in names}
@@ -103,9 +104,7 @@ def _refuse_unmatched(names: list[str], linear_modules: Mapping[str, tuple[int, 
     )
 
 
-def _refuse_nothing_to_train(
-    requested: str | tuple[str, ...], linear_modules: Mapping[str, tuple[int, int]]
-) -> NoReturn:
+def _refuse_nothing_to_train(requested: str | tuple[str, ...], linear_modules: Mapping[str, LinearShape]) -> NoReturn:
     raise ConfigError(
         "QH-N13",
         f"Nothing would be trained: target_modules is {requested!r} and the model has {len(linear_modules)} linear "

@@ -37,7 +37,7 @@ class TrainingState:
     come back as lists.
     `provenance` is JSON too: `base_name`, `base_revision`, `base_fingerprint`, `config_hash`, `tokenizer_hash`,
     `data_fingerprint`, `weight_format`, `block_size`, `double_quant`, `backend`, `device`, `versions`.
-    `answers` are what the model said when it was saved (`hand_over.saved_answers`); empty where nothing was asked.
+    `answers` are the reference logits of the model when it was saved (`run.transfer`); empty where none were taken.
     """
 
     step: int

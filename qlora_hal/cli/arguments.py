@@ -4,7 +4,7 @@ takes a list by several (`--lora.target_modules q_proj v_proj`)."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
@@ -113,3 +113,8 @@ def _is_yes_no(path: str) -> bool:
 
 
 Switch = Parameter(negative="", show_default=False)
+
+TrustOption = Annotated[
+    bool, Switch, Parameter(help="Let the base run the Python files of its repository, which a run's record cannot.")
+]
+"""For commands that open what a run folder names: that folder may be a stranger's."""

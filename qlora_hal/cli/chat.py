@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO
 
+from qlora_hal.cli.arguments import TrustOption
 from qlora_hal.cli.generate import (
     AdapterOption,
     BackendOption,
@@ -67,6 +68,7 @@ def chat(
     model: ModelOption = None,
     backend: BackendOption = "auto",
     allow_base_mismatch: MismatchOption = False,
+    trust_remote_code: TrustOption = False,
     max_new_tokens: LengthOption = 256,
 ) -> int:
     """Talk to the base model and the trained one, side by side. Ends with /quit or the end of input."""
@@ -75,7 +77,12 @@ def chat(
     from qlora_hal.inference.generate import open_generation
 
     opened = open_generation(
-        run_dir=run, adapter_dir=adapter, model=model, backend=backend, allow_base_mismatch=allow_base_mismatch
+        run_dir=run,
+        adapter_dir=adapter,
+        model=model,
+        backend=backend,
+        allow_base_mismatch=allow_base_mismatch,
+        trust_remote_code=trust_remote_code,
     )
     with closing(opened) as pair:
         converse(pair, sys.stdin, Console(highlight=False, markup=False), max_new_tokens=max_new_tokens)

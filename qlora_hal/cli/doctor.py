@@ -56,12 +56,12 @@ def doctor(
 
 def proofs(reports: Sequence[ProbeReport], timeout: float) -> list[Finding]:
     """One finding for each backend: what stands in its way, or what its proof said."""
-    from qlora_hal.detect.self_test import prove
+    from qlora_hal.detect.self_test import self_test
 
     findings = []
     for report in reports:
         if report.ready:
-            said = prove(report.backend, timeout_seconds=timeout)
+            said = self_test(report.backend, timeout_seconds=timeout)
             findings.append(proof_finding(report.backend, said))
         else:
             verdict = Verdict.FAIL if report.availability.value in ("broken", "wrong_build") else Verdict.ABSENT

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qlora_hal.config.schema import RunConfig
     from qlora_hal.contract.backend import BackendSpec, Quantization
     from qlora_hal.contract.values import MemoryEstimate
-    from qlora_hal.memory.gpus import Card
+    from qlora_hal.memory.gpus import KnownGpu
     from qlora_hal.model.facts import ModelFacts
 
 _PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "workspace", "runtime")
@@ -38,7 +38,7 @@ class Estimated:
     not_ready: str
     quantization: Quantization
     compute_dtype: str
-    cards: tuple[Card, ...]
+    cards: tuple[KnownGpu, ...]
     machine_bytes: int | None
 
     def fits(self, memory_bytes: int) -> bool:
@@ -76,7 +76,7 @@ def estimate_run(config: RunConfig) -> Estimated:
     from qlora_hal.detect.hardware import memory_here
     from qlora_hal.detect.requirements import quantization_of
     from qlora_hal.detect.selection import has_accelerator
-    from qlora_hal.memory.gpus import KNOWN_CARDS
+    from qlora_hal.memory.gpus import KNOWN_GPUS
     from qlora_hal.model.source import resolve_model
     from qlora_hal.run.prepare import estimated_memory, likely_dtype
 
@@ -96,7 +96,7 @@ def estimate_run(config: RunConfig) -> Estimated:
         not_ready="" if probed.ready else probed.reason,
         quantization=quantization,
         compute_dtype=likely_dtype(config, spec, report),
-        cards=tuple(card for card in KNOWN_CARDS if accelerated and card.vendor in spec.card_vendors),
+        cards=tuple(card for card in KNOWN_GPUS if accelerated and card.vendor in spec.card_vendors),
         machine_bytes=None if accelerated else memory_here(),
     )
 
@@ -156,22 +156,24 @@ def estimate_as_json(estimated: Estimated) -> dict[str, object]:
 
 def _backend(config: RunConfig, facts: ModelFacts) -> BackendSpec:
     """The named backend; else the first by priority that can store this model, ready here or not."""
-    from qlora_hal.contract.capabilities import missing
+    from qlora_hal.contract.capabilities import unmet_requirements
     from qlora_hal.detect.discovery import find, listed, load_spec
-    from qlora_hal.detect.requirements import needs_of
+    from qlora_hal.detect.requirements import requirements_of
     from qlora_hal.errors import UnsupportedFeatureError
 
     entries = listed()
     if config.backend.name != "auto":
         return load_spec(find(config.backend.name, entries))
     specs = [load_spec(entry) for entry in entries if entry.built_in]
-    needs = needs_of(config, facts)
-    able = [spec for spec in specs if not missing(needs, spec.capabilities)]
+    needs = requirements_of(config, facts)
+    able = [spec for spec in specs if not unmet_requirements(needs, spec.capabilities)]
     if not able:
         raise UnsupportedFeatureError(
             "QH-B01",
             "No built-in backend can serve these settings.",
-            cause="; ".join(f"{spec.name}: {', '.join(missing(needs, spec.capabilities))}" for spec in specs),
+            cause="; ".join(
+                f"{spec.name}: {', '.join(unmet_requirements(needs, spec.capabilities))}" for spec in specs
+            ),
             fix="Change the setting that every line names, or name a backend with --backend.",
         )
     return max(able, key=lambda spec: spec.priority)

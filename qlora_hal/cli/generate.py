@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter, validators
 
-from qlora_hal.cli.arguments import Switch
+from qlora_hal.cli.arguments import Switch, TrustOption
 from qlora_hal.errors.terminal_text import show, show_json
 
 RunOption = Annotated[Path | None, Parameter(help="A run's folder: its model, its settings, its adapter.")]
@@ -30,6 +30,7 @@ def generate(
     backend: BackendOption = "auto",
     max_new_tokens: LengthOption = 128,
     allow_base_mismatch: MismatchOption = False,
+    trust_remote_code: TrustOption = False,
     base_only: Annotated[bool, Switch, Parameter(help="Print the base model's answer alone.")] = False,
     json: Annotated[bool, Switch, Parameter(help="Print as JSON.")] = False,
 ) -> int:
@@ -40,7 +41,12 @@ def generate(
     asked = [{"role": "user", "content": prompt}]
     with kept_for_json(json):
         opened = open_generation(
-            run_dir=run, adapter_dir=adapter, model=model, backend=backend, allow_base_mismatch=allow_base_mismatch
+            run_dir=run,
+            adapter_dir=adapter,
+            model=model,
+            backend=backend,
+            allow_base_mismatch=allow_base_mismatch,
+            trust_remote_code=trust_remote_code,
         )
         with closing(opened) as pair:
             answers = {"base": pair.answer_with(asked, adapter=False, max_new_tokens=max_new_tokens)}

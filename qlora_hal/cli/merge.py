@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from qlora_hal.cli.arguments import Switch
+from qlora_hal.cli.arguments import Switch, TrustOption
 from qlora_hal.cli.generate import MismatchOption
 from qlora_hal.errors.terminal_text import show, show_json
 
@@ -45,6 +45,7 @@ def merge(
     ] = None,
     backend: Annotated[str, Parameter(help="A backend's name; auto: the one that trained the adapter.")] = "auto",
     allow_base_mismatch: MismatchOption = False,
+    trust_remote_code: TrustOption = False,
     quiet: Annotated[bool, Switch, Parameter(help="Notes and errors only.")] = False,
     json: Annotated[bool, Switch, Parameter(help="Print the content of merge.json.")] = False,
 ) -> int:
@@ -70,6 +71,7 @@ def merge(
             double_quant=double_quant,
             backend=backend,
             allow_base_mismatch=allow_base_mismatch,
+            trust_remote_code=trust_remote_code,
             console=RunConsole(quiet=quiet, json=json),
         )
     if json:

@@ -112,13 +112,13 @@ def refuse_quantized(source: ModelSource) -> None:
 
 def able_backend(name: str, quantization: Quantization) -> BackendSpec:
     """The backend that is named, or the ready one of highest priority whose quantizer makes this format."""
-    from qlora_hal.contract.capabilities import Feature, Needs
+    from qlora_hal.contract.capabilities import Feature, Requirements
     from qlora_hal.detect.discovery import find, listed, load_spec, reports
     from qlora_hal.detect.selection import choose
 
     entries = listed()
     probed = reports(entries)
-    needs = Needs(
+    needs = Requirements(
         features=frozenset({Feature.QUANTIZE_ON_LOAD}),
         weight_format=quantization.weight_format,
         block_size=quantization.block_size,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from qlora_hal.cli.arguments import Switch
+from qlora_hal.cli.arguments import Switch, TrustOption
 from qlora_hal.cli.train import result_as_json
 from qlora_hal.errors.terminal_text import show_json
 
@@ -33,6 +33,7 @@ def resume(
     verify: Annotated[
         bool, Switch, Parameter(help="Hash every byte of the model's files, and compare them at each resume.")
     ] = False,
+    trust_remote_code: TrustOption = False,
     quiet: Annotated[bool, Switch, Parameter(help="Notes and errors only.")] = False,
     json: Annotated[bool, Switch, Parameter(help="Print the result as JSON.")] = False,
 ) -> int:
@@ -51,6 +52,7 @@ def resume(
             validation_data=validation_data,
             force_unlock=force_unlock,
             verify=verify,
+            trust_remote_code=trust_remote_code,
             console=RunConsole(quiet=quiet, json=json),
         )
     if json:

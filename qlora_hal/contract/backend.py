@@ -14,8 +14,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from qlora_hal.contract.capabilities import OPTIMIZER_FEATURE, Capabilities, Feature, Needs, WeightFormat, missing
+from qlora_hal.contract.capabilities import (
+    OPTIMIZER_FEATURE,
+    Capabilities,
+    Feature,
+    Requirements,
+    WeightFormat,
+    unmet_requirements,
+)
 from qlora_hal.contract.memory_constants import FastPath, MemoryConstants
+from qlora_hal.contract.values import LinearShape
 from qlora_hal.errors import UnsupportedFeatureError
 
 if TYPE_CHECKING:
@@ -95,7 +103,7 @@ class BackendSpec:
     `probe` may read package metadata, device nodes and `find_spec`, and imports no tensor library. `trainer` is
     `package.module:Name`: a class, or a function without arguments, that gives a `QuantizedLoRATrainer`.
     `uses_accelerator` False keeps `auto` from choosing the backend silently (see `selection`). `card_vendors` are those
-    whose cards it runs on, in the words of `memory_cards.Card`. `option_choices` lists
+    whose cards it runs on, in the words of `memory.gpus.KnownGpu`. `option_choices` lists
     what `backend.options` may hold, the first choice being the default. `notes` maps the name of an optimizer or a
     compute dtype to what it becomes here; the note is printed. `memory` holds what the estimate must know of the
     backend's code, `fast_path` what is different where it has faster code. `quantizer` is `package.module:Name` of a
@@ -149,7 +157,7 @@ class ModelOutline:
     the model is left out, left as it is, or taken for something else.
     """
 
-    linear_modules: Mapping[str, tuple[int, int]]
+    linear_modules: Mapping[str, LinearShape]
     notes: tuple[str, ...] = ()
 
 
@@ -251,7 +259,7 @@ class QuantizedLoRATrainer(ABC):
         """Load and quantize the frozen base, shard by shard. Raises ModelError, UnsupportedFeatureError."""
 
     @abstractmethod
-    def linear_modules(self) -> Mapping[str, tuple[int, int]]:
+    def linear_modules(self) -> Mapping[str, LinearShape]:
         """Module path -> (in, out) of every linear layer that can carry LoRA, the output head left out."""
 
     @abstractmethod
@@ -337,13 +345,13 @@ def check_served(
         Feature.LOAD_PREQUANTIZED: prequantized,
         Feature.QUANTIZE_ON_LOAD: not prequantized and weight_format is not WeightFormat.NONE,
     }
-    needs = Needs(
+    needs = Requirements(
         features=frozenset(feature for feature, is_needed in features.items() if is_needed),
         weight_format=weight_format,
         block_size=quantization.block_size,
         compute_dtype=compute.dtype,
     )
-    if lacks := missing(needs, spec.capabilities):
+    if lacks := unmet_requirements(needs, spec.capabilities):
         raise UnsupportedFeatureError(
             "QH-B01",
             f"Backend {spec.name} lacks what was asked: {'; '.join(lacks)}.",

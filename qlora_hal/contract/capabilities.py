@@ -1,6 +1,6 @@
 """What a backend can do, as data: it prints, compares, serialises into a certificate, and is checked before any import.
 
-The one central check is `missing(needs, capabilities)`; backend code holds no capability `if`.
+The one central check is `unmet_requirements(needs, capabilities)`; backend code holds no capability `if`.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Capabilities:
 
 
 @dataclass(frozen=True, slots=True)
-class Needs:
+class Requirements:
     """What one run asks of a backend.
 
     `level` is a portable level (`none`, `8bit`, `4bit`) or "" when `weight_format` names one format exactly.
@@ -127,7 +127,7 @@ class Needs:
     may_calibrate: bool = False
 
 
-def missing(needs: Needs, capabilities: Capabilities) -> tuple[str, ...]:
+def unmet_requirements(needs: Requirements, capabilities: Capabilities) -> tuple[str, ...]:
     """Everything in `needs` that `capabilities` lack, each as a phrase for a message; empty when all are met."""
     lacks: list[str] = []
     weight_format = needs.weight_format

@@ -1,4 +1,4 @@
-"""The wall between core and backend: foreign exceptions become ours, and what comes back is checked."""
+"""The checks between core and backend: foreign exceptions become ours, and what comes back is checked."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from qlora_hal.contract.values import (
     Batch,
     Float32,
     Int32,
+    LinearShape,
     LossSum,
     OptimizerSnapshot,
     PendingStep,
@@ -26,15 +28,17 @@ from qlora_hal.contract.values import (
 from qlora_hal.errors import BackendContractError, BackendError, QloraHalError
 from qlora_hal.errors.foreign import told
 from qlora_hal.errors.terminal_text import show
-from qlora_hal.model.source import ModelSource
+
+if TYPE_CHECKING:
+    from qlora_hal.model.source import ModelSource
 
 
 def _to_stderr(note: str) -> None:
     show(f"note: {note}", stream=sys.stderr)
 
 
-class GuardedTrainer:
-    """A trainer behind the wall. Every method names the backend when it fails; `note` hears what is no failure."""
+class CheckedTrainer:
+    """A trainer whose answers are checked. Every failure names the backend and the method; `note` gets what is none."""
 
     def __init__(self, trainer: QuantizedLoRATrainer, note: Callable[[str], None] = _to_stderr) -> None:
         self._trainer = trainer
@@ -45,41 +49,42 @@ class GuardedTrainer:
         self._steps_applied = 0
 
     def proved_compute_dtypes(self) -> tuple[str, ...]:
-        with self._wall("proved_compute_dtypes"):
+        with self._checked("proved_compute_dtypes"):
             found, declared = self._trainer.proved_compute_dtypes(), self._trainer.spec.capabilities.compute_dtypes
             if not found or isinstance(found, str) or not declared.issuperset(found):
                 raise self._broken(f"proved_compute_dtypes gave {found!r}; it declares {', '.join(sorted(declared))}")
             return tuple(found)
 
     def load(self, source: ModelSource, quantization: Quantization, compute: Compute) -> None:
-        with self._wall("load"):
+        with self._checked("load"):
             self._trainer.load(source, quantization, compute)
         for note in self._trainer.load_notes:
             self._note(note)
 
-    def linear_modules(self) -> Mapping[str, tuple[int, int]]:
-        with self._wall("linear_modules"):
+    def linear_modules(self) -> Mapping[str, LinearShape]:
+        with self._checked("linear_modules"):
             return dict(self._trainer.linear_modules())
 
     def attach(self, adapter: Adapter, optimizer: str) -> None:
-        with self._wall("attach"):
+        with self._checked("attach"):
             self._trainer.attach(adapter, optimizer)
         self._config = adapter.config
         self._expected = {name: tensor.shape for name, tensor in adapter.tensors.items()}
         self._steps_applied = 0
 
     def device_facts(self) -> DeviceFacts:
-        with self._wall("device_facts"):
+        with self._checked("device_facts"):
             facts = self._trainer.device_facts()
             self._require(DeviceFacts, facts, "device_facts")
             return facts
 
     def train_step(self, window: Sequence[Batch], settings: StepSettings) -> PendingStep:
-        with self._wall("train_step"):
-            return _GuardedStep(self._trainer.train_step(window, settings), settings.token_count, self)
+        with self._checked("train_step"):
+            counted = sum(batch.counted_tokens for batch in window)
+            return _CheckedStep(self._trainer.train_step(window, settings), counted, self)
 
     def evaluate(self, batches: Sequence[Batch]) -> LossSum:
-        with self._wall("evaluate"):
+        with self._checked("evaluate"):
             result = self._trainer.evaluate(batches)
             self._require(LossSum, result, "evaluate")
             counted = sum(batch.counted_tokens for batch in batches)
@@ -88,7 +93,7 @@ class GuardedTrainer:
             return result
 
     def export_adapter(self) -> Adapter:
-        with self._wall("export_adapter"):
+        with self._checked("export_adapter"):
             adapter = self._trainer.export_adapter()
             self._require(Adapter, adapter, "export_adapter")
             self._check_tensors(adapter.tensors, self._expected, "export_adapter")
@@ -101,7 +106,7 @@ class GuardedTrainer:
             return adapter
 
     def export_optimizer(self) -> OptimizerSnapshot:
-        with self._wall("export_optimizer"):
+        with self._checked("export_optimizer"):
             snapshot = self._trainer.export_optimizer()
             self._require(OptimizerSnapshot, snapshot, "export_optimizer")
             if snapshot.step != self._steps_applied:
@@ -111,47 +116,47 @@ class GuardedTrainer:
             return snapshot
 
     def import_optimizer(self, snapshot: OptimizerSnapshot) -> None:
-        with self._wall("import_optimizer"):
+        with self._checked("import_optimizer"):
             self._trainer.import_optimizer(snapshot)
         self._steps_applied = snapshot.step
 
     def logits(self, batch: Batch) -> Float32:
-        with self._wall("logits"):
+        with self._checked("logits"):
             found = self._trainer.logits(batch)
             if not isinstance(found, np.ndarray) or found.ndim != 3 or found.shape[:2] != batch.input_ids.shape:
                 raise self._broken(f"logits gave {_kind(found)} for a batch {list(batch.input_ids.shape)}")
             return found
 
     def dequantized_weight(self, module: str) -> Float32:
-        with self._wall("dequantized_weight"):
-            inputs, outputs = self._trainer.linear_modules()[module]
+        with self._checked("dequantized_weight"):
+            expected = self._trainer.linear_modules()[module].weight
             found = self._trainer.dequantized_weight(module)
-            if not isinstance(found, np.ndarray) or found.shape != (outputs, inputs) or found.dtype != np.float32:
-                raise self._broken(f"dequantized_weight gave {_kind(found)} for {module}, [{outputs}, {inputs}]")
+            if not isinstance(found, np.ndarray) or found.shape != expected or found.dtype != np.float32:
+                raise self._broken(f"dequantized_weight gave {_kind(found)} for {module}, {list(expected)}")
             return found
 
     def generate(
         self, prompt: Int32, *, max_new_tokens: int, stop_tokens: Sequence[int] = (), adapter: bool = True
     ) -> Int32:
-        with self._wall("generate"):
+        with self._checked("generate"):
             return self._trainer.generate(
                 prompt, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens, adapter=adapter
             )
 
     def peak_memory_bytes(self) -> int:
-        with self._wall("peak_memory_bytes"):
+        with self._checked("peak_memory_bytes"):
             return self._trainer.peak_memory_bytes()
 
     def close(self) -> None:
         """A failure is told and not raised: it would fail what is done, or stand before the error that ended it."""
         try:
-            with self._wall("close"):
+            with self._checked("close"):
                 self._trainer.close()
         except QloraHalError as failure:
             self._note(f"the device may not be free yet: {failure.message}")
 
     @contextmanager
-    def _wall(self, method: str) -> Iterator[None]:
+    def _checked(self, method: str) -> Iterator[None]:
         try:
             yield
         except QloraHalError:
@@ -191,15 +196,15 @@ def _kind(found: object) -> str:
     return f"{found.dtype}{list(found.shape)}" if isinstance(found, np.ndarray) else f"a {type(found).__name__}"
 
 
-class _GuardedStep:
-    def __init__(self, pending: PendingStep, token_count: int, guard: GuardedTrainer) -> None:
+class _CheckedStep:
+    def __init__(self, pending: PendingStep, token_count: int, guard: CheckedTrainer) -> None:
         self._pending = pending
         self._token_count = token_count
         self._guard = guard
 
     def resolve(self) -> StepStats:
         guard = self._guard
-        with guard._wall("resolve"):
+        with guard._checked("resolve"):
             stats = self._pending.resolve()
             guard._require(StepStats, stats, "resolve")
             if stats.token_count != self._token_count:

@@ -19,6 +19,38 @@ PADDING_SEGMENT = 0
 """The segment id of padding."""
 
 
+@dataclass(frozen=True, slots=True)
+class LinearShape:
+    """A linear layer that can carry LoRA: its weight is `[outputs, inputs]`; that of a stack of experts, which is one
+    module, `[experts, outputs, inputs]`."""
+
+    inputs: int
+    outputs: int
+    experts: int = 1
+
+    @property
+    def weight(self) -> tuple[int, ...]:
+        """The dimensions of the base weight."""
+        return (*self._stack, self.outputs, self.inputs)
+
+    def lora_a(self, r: int) -> tuple[int, ...]:
+        """The dimensions of the adapter's A."""
+        return (*self._stack, r, self.inputs)
+
+    def lora_b(self, r: int) -> tuple[int, ...]:
+        """The dimensions of the adapter's B."""
+        return (*self._stack, self.outputs, r)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the base weight."""
+        return self.experts * self.inputs * self.outputs
+
+    @property
+    def _stack(self) -> tuple[int, ...]:
+        return () if self.experts == 1 else (self.experts,)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
     """One micro-batch. All arrays are int32 `[batch, time]`, padded on the right.
@@ -26,12 +58,18 @@ class Batch:
     `labels` is aligned with `input_ids`: the logits at t are scored against `labels[t + 1]`. `segment_ids` is 0 for
     padding and 1..k for the packed samples of a row; a token attends causally, and only within its own segment.
     `position_ids` starts at 0 in each segment. The first token of each segment has `IGNORE_LABEL`.
+
+    `rows` `[batch]` is the place of each row in the global window of its step; a step with LoRA dropout needs it
+    (`qlora_hal.contract.dropout`). `weights` float32 `[batch, time]`, aligned with `labels`, is what the loss of each
+    counted token is multiplied with; None is 1 everywhere (Feature.TOKEN_WEIGHTS).
     """
 
     input_ids: Int32
     labels: Int32
     position_ids: Int32
     segment_ids: Int32
+    rows: Int32 | None = None
+    weights: Float32 | None = None
 
     @property
     def counted_tokens(self) -> int:
@@ -53,13 +91,14 @@ class Batch:
 class StepSettings:
     """What the core decides for one optimizer step.
 
-    `dropout_key` is a pure function of (seed, step): a backend derives every dropout mask of the window from it and
-    from the micro-batch's index, so that a resumed run draws the same masks without any saved generator state.
-    `token_count` is the number of counted tokens in the *global* window, over all ranks.
+    `dropout_key` is a pure function of (seed, step), from which `qlora_hal.contract.dropout` makes every mask of the
+    window: a resumed run draws the same masks without any saved generator state. The step minimises (sum of weight *
+    token loss) / `denominator`; for plain training that is the number of counted tokens in the *global* window, over
+    all ranks.
     """
 
     learning_rate: float
-    token_count: int
+    denominator: float
     dropout_key: int = 0
     weight_decay: float = 0.0
     max_grad_norm: float | None = 1.0

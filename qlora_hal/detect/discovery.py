@@ -39,7 +39,7 @@ from qlora_hal.errors import (
 from qlora_hal.errors.foreign import told
 from qlora_hal.errors.installation import is_from_folder
 from qlora_hal.model.linear_shapes import left_out_notes
-from qlora_hal.processes.subprocess_call import NoAnswerError, answer_stream, ask, one_line
+from qlora_hal.processes.subprocess_call import SubprocessCallError, answer_stream, ask, one_line
 
 if TYPE_CHECKING:
     from qlora_hal.model.source import ModelSource
@@ -50,7 +50,7 @@ PROBE_SECONDS = 20.0
 
 
 @dataclass(frozen=True, slots=True)
-class Listed:
+class BackendEntry:
     """A backend as package metadata names it; nothing of it is imported. `spec` is set for in-process registration."""
 
     name: str
@@ -63,21 +63,21 @@ class Listed:
         return self.distribution == OWN_DISTRIBUTION or self.spec is not None
 
 
-def listed(registered: Iterable[BackendSpec] = ()) -> tuple[Listed, ...]:
+def listed(registered: Iterable[BackendSpec] = ()) -> tuple[BackendEntry, ...]:
     """Every backend by name; `registered` are specs offered from inside this process."""
-    found = [Listed(spec.name, "this process", spec=spec) for spec in registered]
+    found = [BackendEntry(spec.name, "this process", spec=spec) for spec in registered]
     for point in entry_points(group=ENTRY_POINT_GROUP):
         distribution = point.dist.name if point.dist is not None else "an unknown distribution"
-        found.append(Listed(point.name, distribution, entry_point=point))
+        found.append(BackendEntry(point.name, distribution, entry_point=point))
     # An editable install beside a wheel lists the same entry point twice.
     unique = {(entry.name, entry.distribution): entry for entry in found}
     return tuple(sorted(unique.values(), key=lambda entry: entry.name))
 
 
-def reports(entries: Sequence[Listed]) -> tuple[ProbeReport, ...]:
+def reports(entries: Sequence[BackendEntry]) -> tuple[ProbeReport, ...]:
     """One report for each name; a name that two distributions offer is refused for both. A name of ours is refused to
     all others, which are reported beside it."""
-    entries, impostors = _without_impostors(entries)
+    entries, conflicts = _without_name_conflicts(entries)
     clashes = _clashing_names(entries)
     outside = [entry for entry in entries if not entry.built_in and entry.name not in clashes]
     with ThreadPoolExecutor(max_workers=max(1, len(outside))) as pool:
@@ -90,13 +90,13 @@ def reports(entries: Sequence[Listed]) -> tuple[ProbeReport, ...]:
             collected[entry.name] = probed_outside[entry.name]
         else:
             collected[entry.name] = probe(entry)
-    for entry in impostors:
-        report = _impostor_report(entry)
+    for entry in conflicts:
+        report = _name_conflict_report(entry)
         collected[report.backend] = report
     return tuple(collected[name] for name in sorted(collected))
 
 
-def probe(entry: Listed) -> ProbeReport:
+def probe(entry: BackendEntry) -> ProbeReport:
     """Load one spec and ask it, in this process. Never raises."""
     printed = io.StringIO()
     try:
@@ -110,7 +110,7 @@ def probe(entry: Listed) -> ProbeReport:
     return replace(report, backend=entry.name, distribution=entry.distribution)
 
 
-def load_spec(entry: Listed) -> BackendSpec:
+def load_spec(entry: BackendEntry) -> BackendSpec:
     """Import the light module of a backend. Raises BackendContractError when it is not what the contract says, and
     BackendError QH-E08 when it cannot be imported."""
     spec = _imported(entry) if entry.spec is None else entry.spec
@@ -127,7 +127,7 @@ def load_spec(entry: Listed) -> BackendSpec:
     return spec
 
 
-def _imported(entry: Listed) -> object:
+def _imported(entry: BackendEntry) -> object:
     assert entry.entry_point is not None
     try:
         return entry.entry_point.load()
@@ -142,7 +142,7 @@ def _imported(entry: Listed) -> object:
         ) from error
 
 
-def _repair(entry: Listed) -> str:
+def _repair(entry: BackendEntry) -> str:
     """Update what came from an index; what is installed from a folder is being written, and its author wants to see
     where it fails."""
     if entry.entry_point is not None and is_from_folder(entry.distribution):
@@ -151,9 +151,9 @@ def _repair(entry: Listed) -> str:
     return f"Update or uninstall it: pip install -U {entry.distribution}."
 
 
-def find(name: str, entries: Sequence[Listed]) -> Listed:
+def find(name: str, entries: Sequence[BackendEntry]) -> BackendEntry:
     """The one entry of a name, or ours of that name. Raises BackendNotFoundError, BackendConflictError."""
-    entries, _ = _without_impostors(entries)
+    entries, _ = _without_name_conflicts(entries)
     matches = [entry for entry in entries if entry.name == name]
     if not matches:
         names = sorted({entry.name for entry in entries})
@@ -200,7 +200,7 @@ def outline_of(spec: BackendSpec, source: ModelSource, options: Mapping[str, obj
 
 
 def _called(spec: BackendSpec, path: str, options: Mapping[str, object], *arguments: object) -> object:
-    """Import `package.module:Name` of a backend and call it, behind the wall."""
+    """Import `package.module:Name` of a backend and call it, its exceptions made ours."""
     for option, choices in spec.option_choices.items():
         asked = option in options
         choice = options[option] if asked else choices[0]
@@ -222,14 +222,14 @@ def _called(spec: BackendSpec, path: str, options: Mapping[str, object], *argume
     return found
 
 
-def _without_impostors(entries: Sequence[Listed]) -> tuple[list[Listed], list[Listed]]:
+def _without_name_conflicts(entries: Sequence[BackendEntry]) -> tuple[list[BackendEntry], list[BackendEntry]]:
     """The entries that keep their names, and those of others that take a name of ours."""
     ours = {entry.name for entry in entries if entry.distribution == OWN_DISTRIBUTION}
-    impostors = [entry for entry in entries if entry.name in ours and entry.distribution != OWN_DISTRIBUTION]
-    return [entry for entry in entries if entry not in impostors], impostors
+    conflicts = [entry for entry in entries if entry.name in ours and entry.distribution != OWN_DISTRIBUTION]
+    return [entry for entry in entries if entry not in conflicts], conflicts
 
 
-def _impostor_report(entry: Listed) -> ProbeReport:
+def _name_conflict_report(entry: BackendEntry) -> ProbeReport:
     fix = "Give the backend another name." if entry.spec else f"Uninstall it: pip uninstall {entry.distribution}."
     return ProbeReport(
         f"{entry.name} ({entry.distribution})",
@@ -240,7 +240,7 @@ def _impostor_report(entry: Listed) -> ProbeReport:
     )
 
 
-def _clashing_names(entries: Sequence[Listed]) -> dict[str, list[str]]:
+def _clashing_names(entries: Sequence[BackendEntry]) -> dict[str, list[str]]:
     by_name: dict[str, list[str]] = {}
     for entry in entries:
         by_name.setdefault(entry.name, []).append(entry.distribution)
@@ -256,7 +256,7 @@ def _clash_report(name: str, distributions: Sequence[str]) -> ProbeReport:
     )
 
 
-def _probe_in_child(entry: Listed) -> ProbeReport:
+def _probe_in_child(entry: BackendEntry) -> ProbeReport:
     try:
         answer = ask("qlora_hal.detect.discovery", entry.name, seconds=PROBE_SECONDS)
         return ProbeReport(
@@ -272,7 +272,7 @@ def _probe_in_child(entry: Listed) -> ProbeReport:
             one_line(answer.get("device_kind", "")),
             answer.get("compute_dtype"),
         )
-    except NoAnswerError as silence:
+    except SubprocessCallError as silence:
         if silence.waited is not None:
             patience = "Try again when the machine has less to do; if it stays silent, tell the author of"
             return _broken(entry, f"its probe {silence}", fix=f"{patience} {entry.distribution}.")
@@ -281,7 +281,7 @@ def _probe_in_child(entry: Listed) -> ProbeReport:
         return _broken(entry, f"its probe gave no report: {error}")
 
 
-def _broken(entry: Listed, reason: str, *, fix: str = "") -> ProbeReport:
+def _broken(entry: BackendEntry, reason: str, *, fix: str = "") -> ProbeReport:
     return ProbeReport(
         entry.name,
         Availability.BROKEN,
@@ -291,7 +291,7 @@ def _broken(entry: Listed, reason: str, *, fix: str = "") -> ProbeReport:
     )
 
 
-def _contract_error(entry: Listed, reason: str) -> BackendContractError:
+def _contract_error(entry: BackendEntry, reason: str) -> BackendContractError:
     return BackendContractError(
         "QH-E09",
         f"Backend {entry.name} of {entry.distribution} does not fit: {reason}.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qlora_hal.config.schema import RunConfig
 from qlora_hal.contract.backend import Quantization
-from qlora_hal.contract.capabilities import OPTIMIZER_FEATURE, Capabilities, Feature, Needs, WeightFormat
+from qlora_hal.contract.capabilities import OPTIMIZER_FEATURE, Capabilities, Feature, Requirements, WeightFormat
 from qlora_hal.errors import ConfigError
 from qlora_hal.model.facts import ModelFacts
 from qlora_hal.model.packed_facts import Prequantized
@@ -18,7 +18,7 @@ STORED_AT_LEVEL = {
 DOUBLE_QUANT_FORMATS = (WeightFormat.NF4, WeightFormat.FP4)
 
 
-def needs_of(config: RunConfig, facts: ModelFacts) -> Needs:
+def requirements_of(config: RunConfig, facts: ModelFacts) -> Requirements:
     """What this run asks for. Raises ConfigError where the checkpoint is already stored otherwise."""
     stored = facts.prequantized
     asked = config.quantization.weight_format
@@ -29,7 +29,7 @@ def needs_of(config: RunConfig, facts: ModelFacts) -> Needs:
         level, weight_format = ("4bit" if asked == "auto" else asked), None
     else:
         level, weight_format = "", WeightFormat(asked)
-    return Needs(
+    return Requirements(
         features=_features(config, quantizes=stored is None and asked != "none", loads=stored is not None),
         level=level,
         weight_format=weight_format,
@@ -49,7 +49,7 @@ def needs_calibration(facts: ModelFacts, quantization: Quantization, capabilitie
 
 def quantization_of(config: RunConfig, facts: ModelFacts, capabilities: Capabilities) -> Quantization:
     """The storage as the chosen backend will have it, nothing left open."""
-    needs = needs_of(config, facts)
+    needs = requirements_of(config, facts)
     weight_format = needs.weight_format or capabilities.levels[needs.level]
     stored = facts.prequantized
     if stored is not None:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from qlora_hal.contract.backend import BackendSpec, ProbeReport
-from qlora_hal.contract.capabilities import Needs, missing
-from qlora_hal.detect.discovery import Listed, find, load_spec
+from qlora_hal.contract.capabilities import Requirements, unmet_requirements
+from qlora_hal.detect.discovery import BackendEntry, find, load_spec
 from qlora_hal.errors import BackendUnavailableError, QloraHalError, UnsupportedFeatureError
 
-AskHook = Callable[[tuple[ProbeReport, ...], Needs], str | None]
+AskHook = Callable[[tuple[ProbeReport, ...], Requirements], str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +24,8 @@ class Choice:
 
 def choose(
     name: str,
-    needs: Needs,
-    entries: Sequence[Listed],
+    needs: Requirements,
+    entries: Sequence[BackendEntry],
     reports: Sequence[ProbeReport],
     *,
     allow_cpu: bool,
@@ -53,7 +53,7 @@ def choose(
     raise _nothing_fits(rejections, reports, able)
 
 
-def _named(name: str, needs: Needs, entries: Sequence[Listed], reports: Sequence[ProbeReport]) -> Choice:
+def _named(name: str, needs: Requirements, entries: Sequence[BackendEntry], reports: Sequence[ProbeReport]) -> Choice:
     entry = find(name, entries)
     report = next(report for report in reports if report.backend == name)
     if not report.ready:
@@ -64,7 +64,7 @@ def _named(name: str, needs: Needs, entries: Sequence[Listed], reports: Sequence
             context={"reports": [r.as_json() for r in reports]},
         )
     spec = load_spec(entry)
-    lacks = missing(needs, spec.capabilities)
+    lacks = unmet_requirements(needs, spec.capabilities)
     if lacks:
         raise UnsupportedFeatureError(
             "QH-B01",
@@ -76,7 +76,7 @@ def _named(name: str, needs: Needs, entries: Sequence[Listed], reports: Sequence
 
 
 def _able_backends(
-    needs: Needs, entries: Sequence[Listed], reports: Sequence[ProbeReport]
+    needs: Requirements, entries: Sequence[BackendEntry], reports: Sequence[ProbeReport]
 ) -> tuple[list[BackendSpec], dict[str, str]]:
     able: list[BackendSpec] = []
     rejections: dict[str, str] = {}
@@ -89,7 +89,7 @@ def _able_backends(
         except QloraHalError as error:  # what was ready in its probe's own process may fail in this one
             rejections[report.backend] = error.message
             continue
-        lacks = missing(needs, spec.capabilities)
+        lacks = unmet_requirements(needs, spec.capabilities)
         if lacks:
             rejections[spec.name] = f"lacks {'; '.join(lacks)}"
         else:
@@ -113,7 +113,9 @@ def _highest(
     return Choice(chosen, reason, rejections)
 
 
-def _who_can(needs: Needs, entries: Sequence[Listed], reports: Sequence[ProbeReport], *, but_not: str) -> str:
+def _who_can(
+    needs: Requirements, entries: Sequence[BackendEntry], reports: Sequence[ProbeReport], *, but_not: str
+) -> str:
     able = [
         spec.name
         for spec in _able_backends(needs, entries, reports)[0]
@@ -124,7 +126,7 @@ def _who_can(needs: Needs, entries: Sequence[Listed], reports: Sequence[ProbeRep
     return "Change the setting; no ready backend here has it."
 
 
-def _lacks_arithmetic(spec: BackendSpec, needs: Needs, reports: Sequence[ProbeReport]) -> bool:
+def _lacks_arithmetic(spec: BackendSpec, needs: Requirements, reports: Sequence[ProbeReport]) -> bool:
     """Whether a dtype that is asked for by name is one that `spec` may well not compute on what is here: a backend
     declares what its accelerators can, and only proving it on the device tells the rest."""
     return needs.compute_dtype == "float16" and not has_accelerator(spec, reports)

@@ -24,7 +24,7 @@ from qlora_hal.errors import QloraHalError
 from qlora_hal.files.safetensors_file import file_chunks
 from qlora_hal.model.facts import read_facts
 from qlora_hal.model.source import ModelSource
-from qlora_hal.processes.subprocess_call import NoAnswerError, answer_stream, ask, one_line
+from qlora_hal.processes.subprocess_call import SubprocessCallError, answer_stream, ask, one_line
 
 if TYPE_CHECKING:
     from qlora_hal.contract.backend import BackendSpec, QuantizedLoRATrainer
@@ -35,11 +35,11 @@ HIDDEN, FEED_FORWARD, VOCABULARY, TIME = 64, 128, 96, 12
 LEARNING_RATE, STEPS = 1e-2, 8
 
 
-def prove(backend: str, *, timeout_seconds: float = 120.0) -> Mapping[str, object]:
+def self_test(backend: str, *, timeout_seconds: float = 120.0) -> Mapping[str, object]:
     """`{"verdict": "pass" | "fail", "reason", "fix", "checks": [{"name", "verdict", "detail"}]}`. Never raises."""
     try:
         return ask("qlora_hal.detect.self_test", backend, seconds=timeout_seconds)
-    except NoAnswerError as silence:
+    except SubprocessCallError as silence:
         if silence.waited is not None:
             return _failed(f"not proved: the proving process {silence}", fix=_more_time(backend, silence.waited))
         return _failed(f"the proving process {silence}")
@@ -57,7 +57,7 @@ def _more_time(backend: str, seconds: float) -> str:
     )
 
 
-class _Proof:
+class _SelfTest:
     """The checks, in order; each is a sentence that a user understands."""
 
     def __init__(self, spec: BackendSpec, folder: Path) -> None:
@@ -223,7 +223,7 @@ if __name__ == "__main__":
 
     with answer_stream() as stream, tempfile.TemporaryDirectory() as scratch:
         try:
-            answer = _Proof(load_spec(find(sys.argv[1], listed())), Path(scratch)).run()
+            answer = _SelfTest(load_spec(find(sys.argv[1], listed())), Path(scratch)).run()
         except QloraHalError as error:
             answer = _failed(error.message)
         json.dump(answer, stream)

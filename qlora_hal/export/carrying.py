@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qlora_hal.adapter.fitting import check_fits
-from qlora_hal.contract.checked_trainer import GuardedTrainer
-from qlora_hal.contract.values import Float32
+from qlora_hal.contract.checked_trainer import CheckedTrainer
+from qlora_hal.contract.values import Float32, LinearShape
 from qlora_hal.detect.discovery import open_trainer
 from qlora_hal.export import folder as model_folder
 from qlora_hal.export import placing
@@ -65,7 +65,7 @@ def carry_out(request: MergeRequest, console: RunConsole, *, shard_bytes: int = 
 class AdapterModel:
     """What is kept of the adapter model when it is closed."""
 
-    linear_modules: Mapping[str, tuple[int, int]]
+    linear_modules: Mapping[str, LinearShape]
     effect: Closeness
     chosen: ChosenCompute
     device: DeviceFacts
@@ -80,7 +80,7 @@ class Merge:
         self._plan = plan
         self._request = plan.request
         self._adapter = plan.subject.adapter
-        self._source = plan.machinery.source
+        self._source = plan.resolved_backend.source
         self._staging = staging
         self._notes = notes
         self._console = console
@@ -166,14 +166,14 @@ class Merge:
 
     def _hear(self, reference: Reference) -> AdapterModel:
         """Open the base as it was trained on, take the adapter model's logits, and write what needs the open base."""
-        machinery = self._plan.machinery
-        spec = machinery.choice.spec
-        trainer = GuardedTrainer(open_trainer(spec, self._plan.subject.options_on(spec.name)))
+        resolved_backend = self._plan.resolved_backend
+        spec = resolved_backend.choice.spec
+        trainer = CheckedTrainer(open_trainer(spec, self._plan.subject.options_on(spec.name)))
         try:
             device = trainer.device_facts()
             proved = trainer.proved_compute_dtypes()
-            chosen = choose_compute(self._plan.subject, machinery, proved, device.memory_limit_bytes)
-            trainer.load(self._plan.trained_base, machinery.quantization, chosen.compute)
+            chosen = choose_compute(self._plan.subject, resolved_backend, proved, device.memory_limit_bytes)
+            trainer.load(self._plan.trained_base, resolved_backend.quantization, chosen.compute)
             modules = trainer.linear_modules()
             check_fits(self._adapter, modules, where=str(self._plan.subject.adapter_dir))
             trainer.attach(self._adapter, "adamw")
@@ -198,7 +198,7 @@ class Merge:
         base: str,
         source: ModelSource,
         files: BaseFiles,
-        modules: Mapping[str, tuple[int, int]],
+        modules: Mapping[str, LinearShape],
         weight: BaseWeight,
     ) -> None:
         merged = MergedModel(source.facts, files, self._adapter, modules, weight, self._request.dtype)
@@ -227,7 +227,7 @@ class Merge:
         source = ModelSource(self._request.out.name, merged, read_facts(merged))
         calibration = self._plan.rows.calibration
         made_by = requantized(source, folder, weight_format, calibration=calibration, tell=self._console.note)
-        preferred = made_by or self._plan.machinery.choice.spec
+        preferred = made_by or self._plan.resolved_backend.choice.spec
         with opened_requantized(folder, preferred, model.chosen.compute.dtype, self._plan.subject) as trainer:
             found = reference.closeness(trainer.logits)
         return {"format": weight_format, "folder": folder.name, **found.as_json()}
@@ -239,13 +239,13 @@ class Merge:
         atomic_folder.put_in_place(folder, self._request.out)
 
 
-def _dequantized_weight(trainer: GuardedTrainer) -> BaseWeight:
+def _dequantized_weight(trainer: CheckedTrainer) -> BaseWeight:
     # A copy: what the view gives may be the very memory of the base.
     return lambda module: np.array(trainer.dequantized_weight(module), dtype=np.float32)
 
 
 def _needed_bytes(plan: MergePlan) -> int:
-    facts = plan.machinery.source.facts
+    facts = plan.resolved_backend.source.facts
     # Every parameter at the output's width, and per tensor what its header takes.
     model = facts.parameter_count * DTYPE_BYTES[plan.request.dtype] + 200 * len(facts.tensors)
     reference = plan.rows.positions * facts.vocabulary_size * 4

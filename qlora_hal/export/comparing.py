@@ -12,8 +12,8 @@ import numpy as np
 
 from qlora_hal.adapter.naming import module_of
 from qlora_hal.contract.backend import BackendSpec, Compute, Quantization
-from qlora_hal.contract.capabilities import Needs, WeightFormat
-from qlora_hal.contract.checked_trainer import GuardedTrainer
+from qlora_hal.contract.capabilities import Requirements, WeightFormat
+from qlora_hal.contract.checked_trainer import CheckedTrainer
 from qlora_hal.contract.values import Adapter
 from qlora_hal.detect.discovery import listed, open_trainer, reports
 from qlora_hal.detect.selection import choose
@@ -24,7 +24,7 @@ from qlora_hal.run.session import chosen_dtype
 if TYPE_CHECKING:
     from qlora_hal.export.subject import Subject
     from qlora_hal.model.facts import ModelFacts
-    from qlora_hal.run.prepare import Machinery
+    from qlora_hal.run.prepare import ResolvedBackend
 
 BATCH_ROWS = 8
 _ROOM = 1.25
@@ -41,27 +41,27 @@ class ChosenCompute:
 
 
 def choose_compute(
-    subject: Subject, machinery: Machinery, proved: tuple[str, ...], memory_limit: int | None
+    subject: Subject, resolved_backend: ResolvedBackend, proved: tuple[str, ...], memory_limit: int | None
 ) -> ChosenCompute:
     """float32 where the base is then the very one that was trained on and the merged model fits, else the run's dtype.
 
     A base that is quantized while loading is quantized from its weights in the compute dtype; in another dtype than
     the run's it is the same base only where the files hold nothing finer.
     """
-    options = subject.options_on(machinery.choice.spec.name)
-    facts = machinery.source.facts
+    options = subject.options_on(resolved_backend.choice.spec.name)
+    facts = resolved_backend.source.facts
     needed = int(facts.parameter_count * 4 * _ROOM)
     if "float32" in proved and subject.trained_dtype in ("auto", "float32"):
         return ChosenCompute(Compute("float32", options=options), f"{_EXACT_IN_FLOAT32}, and so was the training")
     if "float32" not in proved:
         reason = "the device proved no float32"
-    elif not _same_base_in_float32(facts, machinery.quantization, subject.trained_dtype):
+    elif not _same_base_in_float32(facts, resolved_backend.quantization, subject.trained_dtype):
         reason = f"the run's: the base was quantized from its weights in {subject.trained_dtype}"
     elif memory_limit is not None and memory_limit < needed:
         reason = "the run's: the merged model in float32 does not fit this device"
     else:
         return ChosenCompute(Compute("float32", options=options), _EXACT_IN_FLOAT32)
-    dtype = chosen_dtype(subject.trained_dtype, proved, machinery.choice.spec.name)
+    dtype = chosen_dtype(subject.trained_dtype, proved, resolved_backend.choice.spec.name)
     return ChosenCompute(Compute(dtype, options=options), reason)  # type: ignore[arg-type]
 
 
@@ -76,13 +76,13 @@ def _same_base_in_float32(facts: ModelFacts, quantization: Quantization, trained
 @contextmanager
 def opened_merged(
     folder: Path, spec: BackendSpec, compute: Compute, adapter: Adapter, *, trust_remote_code: bool
-) -> Iterator[GuardedTrainer]:
+) -> Iterator[CheckedTrainer]:
     """A merged folder, unquantized, on the backend and in the dtype that `merged_backend` gave.
 
     `adapter`, with B zero, is attached: what the suite certifies is the order load, attach, logits.
     """
     source = ModelSource(folder.name, folder, read_facts(folder), trust_remote_code=trust_remote_code)
-    trainer = GuardedTrainer(open_trainer(spec, compute.options))
+    trainer = CheckedTrainer(open_trainer(spec, compute.options))
     try:
         trainer.load(source, Quantization(WeightFormat.NONE), compute)
         trainer.attach(without_effect(adapter), "adamw")
@@ -97,7 +97,7 @@ def merged_backend(spec: BackendSpec, compute: Compute, architecture: str) -> tu
     if WeightFormat.NONE in capabilities.weight_formats and compute.dtype in capabilities.compute_dtypes:
         return spec, compute
 
-    needs = Needs(weight_format=WeightFormat.NONE, compute_dtype=compute.dtype, architecture=architecture)
+    needs = Requirements(weight_format=WeightFormat.NONE, compute_dtype=compute.dtype, architecture=architecture)
     entries = listed()
     choice = choose("auto", needs, entries, reports(entries), allow_cpu=True)
     return choice.spec, Compute(compute.dtype)

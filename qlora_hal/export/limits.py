@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from qlora_hal.contract.values import LinearShape
 from qlora_hal.errors import NumericsError
 from qlora_hal.export.reference import Closeness, Spread
 from qlora_hal.export.rounding import UNIT_ROUNDOFF
@@ -56,7 +57,7 @@ def derived_limits(
     *,
     spread: Spread,
     effect: Closeness,
-    linear_modules: Mapping[str, tuple[int, int]],
+    linear_modules: Mapping[str, LinearShape],
     dtype: str,
     compute_dtype: str,
     max_kl: float | None = None,
@@ -67,7 +68,7 @@ def derived_limits(
     `effect` is how far the base alone is from the adapter model.
     """
     u_w, u_c = UNIT_ROUNDOFF[dtype], UNIT_ROUNDOFF[compute_dtype]
-    terms = max(inputs for inputs, _ in linear_modules.values()) * UNIT_ROUNDOFF["float32"] ** 2
+    terms = max(shape.inputs for shape in linear_modules.values()) * UNIT_ROUNDOFF["float32"] ** 2
     error = (len(linear_modules) * (u_w**2 + 2 * u_c**2 + 2 * terms) / 3) ** 0.5
     move = AMPLIFICATION * error * spread.deviation
     by_rounding = move**2 / 2

@@ -17,12 +17,12 @@ from qlora_hal.export.rows import NO_OTHERS_NOTE, HeldOutRows, held_out_rows
 from qlora_hal.export.subject import Subject, read_subject, require_known_storage
 from qlora_hal.model.source import resolve_model
 from qlora_hal.quantize.calibration import base_of_run
-from qlora_hal.run.trained_base import machinery_of_training
+from qlora_hal.run.trained_base import backend_of_training
 
 if TYPE_CHECKING:
     from qlora_hal.model.source import ModelSource
     from qlora_hal.report.console import RunConsole
-    from qlora_hal.run.prepare import Machinery
+    from qlora_hal.run.prepare import ResolvedBackend
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +32,14 @@ class MergePlan:
 
     request: MergeRequest
     subject: Subject
-    machinery: Machinery
+    resolved_backend: ResolvedBackend
     trained_base: ModelSource
     rows: HeldOutRows
     candidates: tuple[str, ...]
 
     @property
     def trained_on_original(self) -> bool:
-        return self.machinery.quantization.weight_format is WeightFormat.NONE
+        return self.resolved_backend.quantization.weight_format is WeightFormat.NONE
 
 
 def planned(request: MergeRequest, console: RunConsole, note: Callable[[str], None]) -> MergePlan:
@@ -55,12 +55,14 @@ def planned(request: MergeRequest, console: RunConsole, note: Callable[[str], No
     )
     if mismatch:
         note(mismatch)
-    machinery = machinery_of_training(subject.config, source.facts, subject.provenance, request.backend, console, note)
+    resolved_backend = backend_of_training(
+        subject.config, source.facts, subject.provenance, request.backend, console, note
+    )
     calibrated = WeightFormat(request.requantize) if request.requantize not in (None, WeightFormat.NF4.value) else None
     if calibrated is not None:
         calibrating_backend(calibrated)  # refused now, not after the merge
-    trained_base = base_of_run(machinery, subject.run_dir)
-    candidates = _candidates(request.base, machinery)
+    trained_base = base_of_run(resolved_backend, subject.run_dir)
+    candidates = _candidates(request.base, resolved_backend)
     tokenizer = ChatTokenizer.from_folder(
         source.path,
         chat_template=subject.config.data.chat_template,
@@ -71,19 +73,20 @@ def planned(request: MergeRequest, console: RunConsole, note: Callable[[str], No
         note(rows.note)
     if calibrated is not None and not len(rows.others):
         note(NO_OTHERS_NOTE)
-    return MergePlan(request, subject, machinery, trained_base, rows, candidates)
+    return MergePlan(request, subject, resolved_backend, trained_base, rows, candidates)
 
 
-def _candidates(base: str, machinery: Machinery) -> tuple[str, ...]:
-    if machinery.quantization.weight_format is WeightFormat.NONE:
+def _candidates(base: str, resolved_backend: ResolvedBackend) -> tuple[str, ...]:
+    if resolved_backend.quantization.weight_format is WeightFormat.NONE:
         return ("original",)
-    if machinery.source.facts.prequantized is None:
+    if resolved_backend.source.facts.prequantized is None:
         return ("dequantized", "original") if base == "auto" else (base,)
     if base != "original":
         return ("dequantized",)
     raise ConfigError(
         "QH-C62",
-        f"base is original, but {machinery.source.name} is stored as {machinery.quantization.weight_format.value}: "
+        f"base is original, but {resolved_backend.source.name} is stored as "
+        f"{resolved_backend.quantization.weight_format.value}: "
         "its folder holds no other weights.",
         where="base",
         fix="Merge into the dequantized weights (--base dequantized): they are the ones that were trained on.",

@@ -36,8 +36,8 @@ def record_of(
     notes: Sequence[str],
 ) -> dict[str, object]:
     """The content of merge.json, without paths of this machine."""
-    machinery, config = plan.machinery, plan.subject.adapter.config
-    source, quantization = machinery.source, machinery.quantization
+    resolved_backend, config = plan.resolved_backend, plan.subject.adapter.config
+    source, quantization = resolved_backend.source, resolved_backend.quantization
     record: dict[str, object] = {
         "schema_version": SCHEMA_VERSION,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -77,7 +77,7 @@ def record_of(
         "limits": limits.as_json(),
         "rows": dict(plan.rows.as_json()),
         "compute": {
-            "backend": machinery.choice.spec.name,
+            "backend": resolved_backend.choice.spec.name,
             "merged_backend": merged_on,
             "device": device.device,
             "dtype": chosen.compute.dtype,

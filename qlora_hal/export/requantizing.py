@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from qlora_hal.adapter.fitting import check_fits
 from qlora_hal.contract.backend import BackendSpec, Compute, Quantization
-from qlora_hal.contract.capabilities import Feature, Needs, WeightFormat
-from qlora_hal.contract.checked_trainer import GuardedTrainer
+from qlora_hal.contract.capabilities import Feature, Requirements, WeightFormat
+from qlora_hal.contract.checked_trainer import CheckedTrainer
 from qlora_hal.detect.discovery import find, listed, load_spec, open_trainer, reports
 from qlora_hal.detect.selection import choose
 from qlora_hal.errors import UnsupportedFeatureError
@@ -69,7 +69,7 @@ def write_nf4(source: ModelSource, folder: Path) -> None:
         if module == name or module not in source.facts.linear_modules:
             tensors.append(MergedTensor(name, stored.dtype, stored.shape, stored.byte_count))
             continue
-        shapes = nf4.packed_shapes(module, (stored.shape[0], stored.shape[1]), dtype)
+        shapes = nf4.packed_shapes(module, source.facts.linear_modules[module], dtype)
         tensors += [
             MergedTensor(part, kind, shape, nf4.byte_count(kind, shape), module)
             for part, (kind, shape) in shapes.items()
@@ -106,7 +106,7 @@ class _PackedValues:
 @contextmanager
 def opened_requantized(
     folder: Path, preferred: BackendSpec, dtype: ComputeDtype, subject: Subject
-) -> Iterator[GuardedTrainer]:
+) -> Iterator[CheckedTrainer]:
     """A requantized folder, loaded by `preferred` or else by the first ready backend that can; the subject's adapter,
     with B zero, is attached."""
     source = ModelSource(folder.name, folder, read_facts(folder))
@@ -115,7 +115,7 @@ def opened_requantized(
     quantization = Quantization(WeightFormat(stored.weight_format), stored.block_size, stored.double_quant)
     spec = preferred
     if quantization.weight_format not in spec.capabilities.weight_formats:
-        needs = Needs(
+        needs = Requirements(
             features=frozenset({Feature.LOAD_PREQUANTIZED}),
             weight_format=quantization.weight_format,
             compute_dtype=dtype,
@@ -124,7 +124,7 @@ def opened_requantized(
         entries = listed()
         spec = choose("auto", needs, entries, reports(entries), allow_cpu=True).spec
     options = subject.options_on(spec.name)
-    trainer = GuardedTrainer(open_trainer(spec, options))
+    trainer = CheckedTrainer(open_trainer(spec, options))
     try:
         trainer.load(source, quantization, Compute(dtype, options=options))
         check_fits(subject.adapter, trainer.linear_modules(), where=str(folder))
@@ -152,7 +152,7 @@ def calibrating_backend(weight_format: WeightFormat) -> BackendSpec:
 def _group_size(spec: BackendSpec, weight_format: WeightFormat, facts: ModelFacts) -> int | None:
     """The backend's default, or the largest size it has that divides every layer."""
     sizes = spec.capabilities.block_sizes.get(weight_format, ())
-    inputs = [inputs for inputs, _ in facts.linear_modules.values()]
+    inputs = [shape.inputs for shape in facts.linear_modules.values()]
     dividing = [size for size in sizes if all(count % size == 0 for count in inputs)]
     if not dividing:
         return sizes[0] if sizes else None  # the quantizer refuses it, naming the layers

@@ -40,6 +40,7 @@ class MergeRequest:
     double_quant: bool | None = None
     backend: str = "auto"
     allow_base_mismatch: bool = False
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True, slots=True)

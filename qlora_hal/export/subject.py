@@ -47,7 +47,7 @@ def read_subject(request: MergeRequest) -> Subject:
     ConfigError (QH-C62 the storage of the base is unknown, QH-S50, QH-U14)."""
     adapter_dir, run_dir = adapter_folders(request.target.expanduser())
     adapter, provenance = read_adapter(adapter_dir), read_provenance(adapter_dir)
-    run_config, seed = _run_settings(run_dir)
+    run_config, seed = _run_settings(run_dir, request.trust_remote_code)
     return Subject(
         adapter=adapter,
         adapter_dir=adapter_dir,
@@ -63,14 +63,14 @@ def read_subject(request: MergeRequest) -> Subject:
     )
 
 
-def _run_settings(run_dir: Path | None) -> tuple[RunConfig | None, int]:
+def _run_settings(run_dir: Path | None, trust_remote_code: bool) -> tuple[RunConfig | None, int]:
     """The run's own configuration and the seed it resolved to, which decides the held-out rows."""
     if run_dir is None:
         return None, 0
 
     resolved = read_run_file(run_dir).get("resolved")
     seed = resolved.get("seed") if isinstance(resolved, Mapping) else None
-    return read_run_config(run_dir), seed if isinstance(seed, int) else 0
+    return read_run_config(run_dir, trust_remote_code=trust_remote_code), seed if isinstance(seed, int) else 0
 
 
 def _storage(request: MergeRequest, provenance: Mapping[str, object]) -> dict[str, object]:

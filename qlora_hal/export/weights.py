@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key
-from qlora_hal.contract.values import Adapter, Float32
+from qlora_hal.contract.values import Adapter, Float32, LinearShape
 from qlora_hal.errors import ConfigError, ModelError, NumericsError
 from qlora_hal.export.rounding import DTYPE_BYTES, SAFETENSORS_DTYPE, is_finite, rounded
 from qlora_hal.files.safetensors_file import TensorEntry
@@ -79,7 +79,7 @@ class MergedModel:
         facts: ModelFacts,
         files: BaseFiles,
         adapter: Adapter,
-        linear_modules: Mapping[str, tuple[int, int]],
+        linear_modules: Mapping[str, LinearShape],
         base_weight: BaseWeight,
         dtype: str,
     ) -> None:
@@ -120,15 +120,14 @@ class MergedModel:
         module = self._packed.module_of_weight(name) or name.removesuffix(".weight")
         if module in self._packed.modules or (module != name and module in self._linears):
             shape = self._shape(module)
-            return self._floating(f"{module}.weight", shape, module)
+            return self._floating(f"{module}.weight", shape.weight, module)
         if stored.dtype in FLOATING_DTYPES:
             return self._floating(name, stored.shape, "")
         return MergedTensor(name, stored.dtype, stored.shape, stored.byte_count)
 
-    def _shape(self, module: str) -> tuple[int, int]:
+    def _shape(self, module: str) -> LinearShape:
         if module in self._linears:
-            inputs, outputs = self._linears[module]
-            return outputs, inputs
+            return self._linears[module]
         return self._packed.shape(module, self._facts)
 
     def _floating(self, name: str, shape: tuple[int, ...], module: str) -> MergedTensor:

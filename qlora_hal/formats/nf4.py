@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qlora_hal.contract.values import Float32
+from qlora_hal.contract.values import Float32, LinearShape
 
 BLOCK_SIZE = 64
 CODEBOOK = np.array(
@@ -30,14 +30,14 @@ _STATE = ".weight.quant_state.bitsandbytes__nf4"
 _BLOCKS_AT_A_TIME = 2**16
 
 
-def packed_shapes(module: str, shape: tuple[int, int], dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+def packed_shapes(module: str, shape: LinearShape, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Tensor name -> (safetensors dtype, shape) of what a packed weight `[out, in]` is stored as."""
-    count = shape[0] * shape[1]
+    count = shape.parameters
     return {
         f"{module}.weight": ("U8", (-(-count // 2), 1)),
         f"{module}.weight.absmax": ("F32", (-(-count // BLOCK_SIZE),)),
         f"{module}.weight.quant_map": ("F32", (len(CODEBOOK),)),
-        f"{module}{_STATE}": ("U8", (len(_state(shape, dtype)),)),
+        f"{module}{_STATE}": ("U8", (len(_state(shape.weight, dtype)),)),
     }
 
 

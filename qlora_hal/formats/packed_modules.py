@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qlora_hal.contract.values import Float32
+from qlora_hal.contract.values import Float32, LinearShape
 from qlora_hal.errors import ModelError
 from qlora_hal.model.facts import ModelFacts
 
@@ -63,12 +63,12 @@ class PackedModules:
         module = name.removesuffix(self.weight_suffix)
         return module if module != name and module in self.modules else ""
 
-    def shape(self, module: str, facts: ModelFacts) -> tuple[int, int]:
-        """`[out, in]` of a packed MLX module."""
+    def shape(self, module: str, facts: ModelFacts) -> LinearShape:
+        """That of a packed MLX module."""
         assert facts.prequantized is not None
         assert facts.prequantized.block_size is not None
         rows, groups = facts.tensors[f"{module}.scales"].shape
-        return rows, groups * facts.prequantized.block_size
+        return LinearShape(groups * facts.prequantized.block_size, rows)
 
     def decoded(
         self,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from qlora_hal.adapter.fitting import check_base, check_fits
 from qlora_hal.adapter.peft_files import read_adapter, read_provenance, unvouched_note
 from qlora_hal.contract.backend import Compute
-from qlora_hal.contract.checked_trainer import GuardedTrainer
+from qlora_hal.contract.checked_trainer import CheckedTrainer
 from qlora_hal.data import ChatTokenizer
 from qlora_hal.detect.discovery import open_trainer
 from qlora_hal.errors import ConfigError
@@ -21,8 +21,8 @@ from qlora_hal.report.run_file import read_run_config
 from qlora_hal.run.samples import SAMPLE_TOKENS, Messages, answer, prompt_tokens
 from qlora_hal.run.trained_base import (
     adapter_folders,
+    backend_of_training,
     finished_adapter,
-    machinery_of_training,
     options_on,
     storage_of_training,
     trained_config,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 class GenerationPair:
     """One loaded base with an adapter that can be switched off. `positions` are the model's, where known."""
 
-    trainer: GuardedTrainer
+    trainer: CheckedTrainer
     tokenizer: ChatTokenizer
     positions: int | None = None
 
@@ -80,6 +80,7 @@ def open_generation(
     model: str | None = None,
     backend: str = "auto",
     allow_base_mismatch: bool = False,
+    trust_remote_code: bool = False,
     console: RunConsole | None = None,
 ) -> GenerationPair:
     """Open a run's adapter, or any adapter beside a model, on the base as it was stored in training.
@@ -88,7 +89,7 @@ def open_generation(
     no finished adapter), QH-C22 (it was changed, or is another run's), QH-C05, QH-C08.
     """
     console = console or RunConsole(quiet=True)
-    trained = _trained(run_dir, adapter_dir, model)
+    trained = _trained(run_dir, adapter_dir, model, trust_remote_code)
     config, provenance = trained.config, trained.provenance
     adapter = read_adapter(trained.adapter_dir)
     if unverified := unvouched_note(trained.adapter_dir):
@@ -99,19 +100,19 @@ def open_generation(
         console.note(mismatch)
     if facts.prequantized is None and storage_of_training(provenance) is None:
         console.note("the adapter does not record how its base was stored in training; it is opened in 4 bits")
-    machinery = machinery_of_training(config, facts, provenance, backend, console, console.note)
+    resolved_backend = backend_of_training(config, facts, provenance, backend, console, console.note)
     tokenizer = ChatTokenizer.from_folder(
-        machinery.source.path,
+        resolved_backend.source.path,
         chat_template=config.data.chat_template,
         model_vocabulary_size=facts.vocabulary_size or None,
     )
-    source = base_of_run(machinery, trained.run_dir)
-    spec = machinery.choice.spec
+    source = base_of_run(resolved_backend, trained.run_dir)
+    spec = resolved_backend.choice.spec
     options = options_on(config, spec.name, str(provenance.get("backend") or ""))
-    trainer = GuardedTrainer(open_trainer(spec, options))
+    trainer = CheckedTrainer(open_trainer(spec, options))
     try:
         dtype = _dtype(provenance, spec.name, trainer.proved_compute_dtypes(), console)
-        trainer.load(source, machinery.quantization, Compute(dtype=dtype, options=options))
+        trainer.load(source, resolved_backend.quantization, Compute(dtype=dtype, options=options))
         check_fits(adapter, trainer.linear_modules(), where=str(trained.adapter_dir))
         trainer.attach(adapter, "adamw")
     except BaseException:
@@ -130,19 +131,18 @@ class _Trained:
     config: RunConfig
 
 
-def _trained(run_dir: Path | None, adapter_dir: Path | None, model: str | None) -> _Trained:
+def _trained(run_dir: Path | None, adapter_dir: Path | None, model: str | None, trust_remote_code: bool) -> _Trained:
     if run_dir is None and (adapter_dir is None or model is None):
         raise ConfigError(
             "QH-U14",
             "No run folder is named, and not both an adapter and its model.",
             fix="Name a run folder (--run runs/a), or --adapter DIR and --model NAME.",
         )
-    run_config = None if run_dir is None else read_run_config(run_dir)
     if adapter_dir is not None:
         adapter_dir, around = adapter_folders(adapter_dir)
         run_dir = run_dir or around
-        run_config = run_config if run_config is not None or around is None else read_run_config(around)
-    else:
+    run_config = None if run_dir is None else read_run_config(run_dir, trust_remote_code=trust_remote_code)
+    if adapter_dir is None:
         assert run_dir is not None
         adapter_dir = finished_adapter(run_dir, option="--adapter ")
     provenance = read_provenance(adapter_dir)

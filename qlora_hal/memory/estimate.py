@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from qlora_hal.contract.capabilities import AFFINE_BITS, WeightFormat
 from qlora_hal.contract.memory_constants import MemoryConstants
-from qlora_hal.contract.values import MemoryEstimate
+from qlora_hal.contract.values import LinearShape, MemoryEstimate
 from qlora_hal.model.facts import FLOATING_DTYPES
 from qlora_hal.model.shape import DecoderShape, decoder_shape
 
@@ -36,7 +36,7 @@ NESTED_BLOCK_SIZE = 256
 SMALLEST_8BIT_STATE = 4096
 """bitsandbytes keeps the moments of smaller tensors in float32 (`min_8bit_size`)."""
 
-Targets = Mapping[str, tuple[int, int]]
+Targets = Mapping[str, LinearShape]
 
 
 def estimate(
@@ -64,7 +64,7 @@ def estimate(
     shape = decoder_shape(facts)
     tokens = batch_size * sequence_length
     adapter_weights = adapter_parameters(targets, r)
-    largest = max((inputs * outputs for inputs, outputs in facts.linear_modules.values()), default=0)
+    largest = max((linear.parameters for linear in facts.linear_modules.values()), default=0)
     is_quantized = weight_format is not WeightFormat.NONE
     logits = _logits_bytes(facts.vocabulary_size, tokens, compute_bytes, constants)
     dequantized = constants.dequantized_copies * largest * compute_bytes if is_quantized else 0
@@ -87,7 +87,7 @@ def estimate(
 
 def adapter_parameters(targets: Targets, r: int) -> int:
     """Trainable weights: A is [r, in], B is [out, r]."""
-    return sum(r * (inputs + outputs) for inputs, outputs in targets.values())
+    return sum(r * linear.experts * (linear.inputs + linear.outputs) for linear in targets.values())
 
 
 def optimizer_bytes(targets: Targets, r: int, optimizer: str) -> int:
@@ -95,7 +95,7 @@ def optimizer_bytes(targets: Targets, r: int, optimizer: str) -> int:
 
     Paged states may leave the device; they count in full, because they must fit somewhere.
     """
-    sizes = [r * side for shape in targets.values() for side in shape]
+    sizes = [r * linear.experts * side for linear in targets.values() for side in (linear.inputs, linear.outputs)]
     if not optimizer.endswith("8bit"):
         return 8 * sum(sizes)
     small = sum(size for size in sizes if size < SMALLEST_8BIT_STATE)
@@ -118,11 +118,12 @@ def weight_bytes(
     compute_bytes = DTYPE_BYTES[compute_dtype]
     if facts.prequantized is not None and facts.prequantized.weight_format == weight_format.value:
         return _stored_bytes(facts, compute_bytes)
-    linear_weights = sum(inputs * outputs for inputs, outputs in facts.linear_modules.values())
+    linear_weights = sum(linear.parameters for linear in facts.linear_modules.values())
     rest = (facts.parameter_count - linear_weights - _tied_head_weights(facts)) * compute_bytes
     return rest + sum(
-        linear_bytes(inputs, outputs, weight_format, block_size, double_quant, compute_bytes)
-        for inputs, outputs in facts.linear_modules.values()
+        linear.experts
+        * linear_bytes(linear.inputs, linear.outputs, weight_format, block_size, double_quant, compute_bytes)
+        for linear in facts.linear_modules.values()
     )
 
 

@@ -9,7 +9,7 @@ GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
+class KnownGpu:
     """One accelerator, with the memory that its driver reports."""
 
     name: str
@@ -25,27 +25,27 @@ def apple_working_set(unified_bytes: int) -> int:
     return unified_bytes * 2 // 3 if unified_bytes <= 32 * GIB else unified_bytes * 3 // 4
 
 
-KNOWN_CARDS: tuple[Card, ...] = (
-    Card("NVIDIA T4", "nvidia", 15360 * MIB),
-    Card("NVIDIA V100 16 GB", "nvidia", 16384 * MIB),
-    Card("NVIDIA V100 32 GB", "nvidia", 32768 * MIB),
-    Card("NVIDIA L4", "nvidia", 23034 * MIB),
-    Card("NVIDIA A10G", "nvidia", 23028 * MIB),
-    Card("NVIDIA L40S", "nvidia", 46068 * MIB),
-    Card("NVIDIA RTX 3090", "nvidia", 24576 * MIB),
-    Card("NVIDIA RTX 4090", "nvidia", 24564 * MIB),
-    Card("NVIDIA RTX 5090", "nvidia", 32607 * MIB),
-    Card("NVIDIA A100 40 GB", "nvidia", 40960 * MIB),
-    Card("NVIDIA A100 80 GB", "nvidia", 81920 * MIB),
-    Card("NVIDIA H100 80 GB", "nvidia", 81559 * MIB),
-    Card("NVIDIA H200", "nvidia", 143771 * MIB),
-    Card("AMD Instinct MI210", "amd", 64 * GIB),
-    Card("AMD Instinct MI250 (one die)", "amd", 64 * GIB),
-    Card("AMD Instinct MI300X", "amd", 192 * GIB),
-    Card("AMD Radeon RX 7900 XTX", "amd", 24 * GIB),
-    Card("Apple M-series, 16 GB", "apple", apple_working_set(16 * GIB)),
-    Card("Apple M-series, 32 GB", "apple", apple_working_set(32 * GIB)),
-    Card("Apple M-series, 64 GB", "apple", apple_working_set(64 * GIB)),
-    Card("Apple M-series, 128 GB", "apple", apple_working_set(128 * GIB)),
+KNOWN_GPUS: tuple[KnownGpu, ...] = (
+    KnownGpu("NVIDIA T4", "nvidia", 15360 * MIB),
+    KnownGpu("NVIDIA V100 16 GB", "nvidia", 16384 * MIB),
+    KnownGpu("NVIDIA V100 32 GB", "nvidia", 32768 * MIB),
+    KnownGpu("NVIDIA L4", "nvidia", 23034 * MIB),
+    KnownGpu("NVIDIA A10G", "nvidia", 23028 * MIB),
+    KnownGpu("NVIDIA L40S", "nvidia", 46068 * MIB),
+    KnownGpu("NVIDIA RTX 3090", "nvidia", 24576 * MIB),
+    KnownGpu("NVIDIA RTX 4090", "nvidia", 24564 * MIB),
+    KnownGpu("NVIDIA RTX 5090", "nvidia", 32607 * MIB),
+    KnownGpu("NVIDIA A100 40 GB", "nvidia", 40960 * MIB),
+    KnownGpu("NVIDIA A100 80 GB", "nvidia", 81920 * MIB),
+    KnownGpu("NVIDIA H100 80 GB", "nvidia", 81559 * MIB),
+    KnownGpu("NVIDIA H200", "nvidia", 143771 * MIB),
+    KnownGpu("AMD Instinct MI210", "amd", 64 * GIB),
+    KnownGpu("AMD Instinct MI250 (one die)", "amd", 64 * GIB),
+    KnownGpu("AMD Instinct MI300X", "amd", 192 * GIB),
+    KnownGpu("AMD Radeon RX 7900 XTX", "amd", 24 * GIB),
+    KnownGpu("Apple M-series, 16 GB", "apple", apple_working_set(16 * GIB)),
+    KnownGpu("Apple M-series, 32 GB", "apple", apple_working_set(32 * GIB)),
+    KnownGpu("Apple M-series, 64 GB", "apple", apple_working_set(64 * GIB)),
+    KnownGpu("Apple M-series, 128 GB", "apple", apple_working_set(128 * GIB)),
 )
 """As `nvidia-smi` and amdgpu report the totals; Apple: the working set, of unified memory."""

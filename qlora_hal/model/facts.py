@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_hal.contract.values import LinearShape
 from qlora_hal.model.fingerprint import fingerprint
 from qlora_hal.model.linear_shapes import linear_modules
 from qlora_hal.model.packed_facts import Prequantized
@@ -34,7 +35,7 @@ class TensorFacts:
 class ModelFacts:
     """Facts for selection, memory and target modules.
 
-    `linear_modules` maps module path -> (in, out) of every linear layer that can carry LoRA, the head left out, with
+    `linear_modules` maps module path -> shape of every linear layer that can carry LoRA, the head left out, with
     the unpacked shapes of a pre-quantized checkpoint. `fingerprint` is a SHA-256 over the headers and samples of the
     contents: equal shapes with other weights differ.
     """
@@ -43,7 +44,7 @@ class ModelFacts:
     model_type: str
     config: Mapping[str, object]
     tensors: Mapping[str, TensorFacts]
-    linear_modules: Mapping[str, tuple[int, int]]
+    linear_modules: Mapping[str, LinearShape]
     parameter_count: int
     fingerprint: str
     prequantized: Prequantized | None = None
@@ -103,18 +104,18 @@ def _whole_number(config: Mapping[str, object], *names: str) -> int | None:
     return next((value for value in values if type(value) is int and 0 < value < LARGEST_SIZE), None)
 
 
-def _plain_shapes(tensors: Mapping[str, TensorFacts]) -> dict[str, tuple[int, int]]:
-    """Module path -> (in, out) of every two-dimensional floating-point weight, stored as [out, in]."""
+def _plain_shapes(tensors: Mapping[str, TensorFacts]) -> dict[str, LinearShape]:
+    """Module path -> shape of every two-dimensional floating-point weight, stored as [out, in]."""
     return {
-        name.removesuffix(".weight"): (tensor.shape[1], tensor.shape[0])
+        name.removesuffix(".weight"): LinearShape(tensor.shape[1], tensor.shape[0])
         for name, tensor in tensors.items()
         if name.endswith(".weight") and len(tensor.shape) == 2 and tensor.dtype in FLOATING_DTYPES
     }
 
 
 def _parameter_count(
-    tensors: Mapping[str, TensorFacts], packed_shapes: Mapping[str, tuple[int, int]], belongings: tuple[str, ...]
+    tensors: Mapping[str, TensorFacts], packed_shapes: Mapping[str, LinearShape], belongings: tuple[str, ...]
 ) -> int:
     packed_tensors = {module + suffix for module in packed_shapes for suffix in (".weight", *belongings)}
     plain = sum(math.prod(tensor.shape) for name, tensor in tensors.items() if name not in packed_tensors)
-    return plain + sum(inputs * outputs for inputs, outputs in packed_shapes.values())
+    return plain + sum(shape.parameters for shape in packed_shapes.values())

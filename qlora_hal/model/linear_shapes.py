@@ -12,11 +12,10 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from qlora_hal.contract.values import LinearShape
+
 if TYPE_CHECKING:
     from qlora_hal.model.facts import ModelFacts
-
-Shape = tuple[int, int]
-"""(in, out) of a linear layer; its weight is stored as [out, in]."""
 
 CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 """Hugging Face model types whose projections are `Conv1D`: weights stored as [in, out], no linear layer."""
@@ -56,8 +55,8 @@ _NOTES: Mapping[str, str] = {
 
 
 def linear_modules(
-    shapes: Mapping[str, Shape], model_type: str, vocabulary_size: int, tensors: Collection[str] = ()
-) -> dict[str, Shape]:
+    shapes: Mapping[str, LinearShape], model_type: str, vocabulary_size: int, tensors: Collection[str] = ()
+) -> dict[str, LinearShape]:
     """The modules among `shapes` (module path -> (in, out)) that can carry LoRA, in natural order of their paths.
     `tensors` are the names of all tensors of the model: what stands beside a weight tells what kind of block it is."""
     mixers = state_space_mixers(tensors)
@@ -140,10 +139,10 @@ def _no_linear_layer(module: str, model_type: str) -> str:
     return ""
 
 
-def _touches_vocabulary(module: str, shape: Shape, vocabulary_size: int) -> bool:
+def _touches_vocabulary(module: str, shape: LinearShape, vocabulary_size: int) -> bool:
     """An embedding or head under a name not listed: outside every numbered block, one side the vocabulary."""
     in_block = any(part.isdigit() for part in module.split("."))
-    return not in_block and vocabulary_size > 0 and vocabulary_size in shape
+    return not in_block and vocabulary_size > 0 and vocabulary_size in (shape.inputs, shape.outputs)
 
 
 def _leaf_names(modules: Iterable[str]) -> str:

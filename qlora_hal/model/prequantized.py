@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qlora_hal.contract.values import LinearShape
 from qlora_hal.errors import ModelError
 from qlora_hal.files import strict_json
 from qlora_hal.files.safetensors_file import TensorEntry
-from qlora_hal.model.linear_shapes import Shape
 from qlora_hal.model.packed_facts import Prequantized
 from qlora_hal.model.safetensors_headers import Header, read_tensor_bytes
 from qlora_hal.model.weight_files import read_json
@@ -24,7 +24,7 @@ class Packing:
     tensors that only describe a packed weight and are no parameters of the model."""
 
     prequantized: Prequantized
-    shapes: Mapping[str, Shape]
+    shapes: Mapping[str, LinearShape]
     belongings: tuple[str, ...] = field(default=())
 
 
@@ -114,7 +114,7 @@ def _bitsandbytes_4bit(checkpoint: _Checkpoint) -> Packing:
 
     Source: bitsandbytes 0.50.2, `functional.QuantState.as_dict(packed=True)`.
     """
-    shapes: dict[str, Shape] = {}
+    shapes: dict[str, LinearShape] = {}
     kinds: dict[tuple[str, int, bool], str] = {}
     for name in checkpoint.tensors:
         module, found, quant_type = name.partition(_BNB_STATE)
@@ -154,7 +154,7 @@ def _bnb_state(checkpoint: _Checkpoint, name: str) -> dict[str, object]:
     return state
 
 
-def _bnb_shape(checkpoint: _Checkpoint, module: str, state: Mapping[str, object]) -> Shape:
+def _bnb_shape(checkpoint: _Checkpoint, module: str, state: Mapping[str, object]) -> LinearShape:
     shape = state.get("shape")
     if not isinstance(shape, list) or len(shape) != 2:
         raise checkpoint.contradiction(f"{module} has the quantization state of shape {shape!r}, not [out, in]")
@@ -165,16 +165,16 @@ def _bnb_shape(checkpoint: _Checkpoint, module: str, state: Mapping[str, object]
         raise checkpoint.contradiction(
             f"{module}.weight has {stored} bytes, [{rows}, {columns}] in 4 bits needs another number"
         )
-    return columns, rows
+    return LinearShape(columns, rows)
 
 
 def _bitsandbytes_int8(checkpoint: _Checkpoint) -> Packing:
-    shapes: dict[str, Shape] = {}
+    shapes: dict[str, LinearShape] = {}
     for module in checkpoint.modules_with(".SCB"):
         shape = checkpoint.shape(f"{module}.weight")
         if len(shape) != 2 or checkpoint.shape(f"{module}.SCB") != shape[:1]:
             raise checkpoint.contradiction(f"{module}.SCB does not hold one scale for each row of {list(shape)}")
-        shapes[module] = (shape[1], shape[0])
+        shapes[module] = LinearShape(shape[1], shape[0])
     facts = Prequantized("bitsandbytes", "int8", None, False, {"bits": 8})
     return Packing(facts, shapes, (".SCB", ".weight_format"))
 
@@ -188,7 +188,7 @@ def _gptq(checkpoint: _Checkpoint) -> Packing:
         raise _unsupported(checkpoint, f"quantized with GPTQ in {bits} bits")
     layout = _gptq_layout(checkpoint, described)
     group_size = described.get("group_size", -1)
-    shapes: dict[str, Shape] = {}
+    shapes: dict[str, LinearShape] = {}
     for module in checkpoint.modules_with(".qweight"):
         absent = [part for part in ("qzeros", "scales", "g_idx") if f"{module}.{part}" not in checkpoint.tensors]
         if absent:
@@ -205,7 +205,7 @@ def _gptq(checkpoint: _Checkpoint) -> Packing:
             raise checkpoint.contradiction(
                 f"{module} has {groups} groups, group_size {group_size} gives another number"
             )
-        shapes[module] = (inputs, columns)
+        shapes[module] = LinearShape(inputs, columns)
     block_size = group_size if isinstance(group_size, int) and group_size > 0 else None
     kept = ("bits", "group_size", "sym", "desc_act", "true_sequential")
     settings = {key: described[key] for key in kept if key in described}
@@ -267,7 +267,7 @@ def _mlx(checkpoint: _Checkpoint) -> Packing:
     weight_format = f"int{bits}_affine" if mode == "affine" else str(mode)
     if weight_format not in _MLX_FORMATS or (mode != "affine" and (bits, group_size) != _MLX_FORMATS[weight_format]):
         raise _unsupported(checkpoint, f"quantized with MLX {mode} in {bits} bits and groups of {group_size}")
-    shapes: dict[str, Shape] = {}
+    shapes: dict[str, LinearShape] = {}
     for module in checkpoint.modules_with(".scales"):
         own = described.get(module)
         if isinstance(own, dict) and (own.get("bits"), own.get("group_size")) != (bits, group_size):
@@ -279,7 +279,7 @@ def _mlx(checkpoint: _Checkpoint) -> Packing:
                 raise checkpoint.contradiction(f"{module}{part} does not fit {bits} bits in groups of {group_size}")
         if checkpoint.tensors.get(f"{module}.global_scale") is not None:
             raise _unsupported(checkpoint, f"quantized with a global scale ({module})")
-        shapes[module] = (inputs, rows)
+        shapes[module] = LinearShape(inputs, rows)
     facts = Prequantized(
         "mlx", weight_format, group_size, False, {"bits": bits, "group_size": group_size, "mode": mode}
     )

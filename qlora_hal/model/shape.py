@@ -26,8 +26,8 @@ class DecoderShape:
 def decoder_shape(facts: ModelFacts) -> DecoderShape:
     """Sizes from config.json; what it does not say comes from the linear layers' shapes."""
     config = text_config(facts.config)
-    inputs = [shape[0] for shape in facts.linear_modules.values()]
-    outputs = [shape[1] for shape in facts.linear_modules.values()]
+    inputs = [shape.inputs for shape in facts.linear_modules.values()]
+    outputs = [shape.outputs for shape in facts.linear_modules.values()]
     hidden = _first(config, "hidden_size", "n_embd", "d_model", "dim") or min(inputs, default=0)
     layers = _first(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers") or _numbered_blocks(facts)
     heads = _first(config, "num_attention_heads", "n_head", "n_heads") or 1

@@ -15,7 +15,7 @@ from qlora_hal.processes import child_process
 _LINE = 500
 
 
-class NoAnswerError(Exception):
+class SubprocessCallError(Exception):
     """Why a child gave no answer, as the end of a sentence about it. `waited` is how many seconds it had, where it was
     slow rather than wrong."""
 
@@ -25,7 +25,7 @@ class NoAnswerError(Exception):
 
 
 def ask(module: str, *arguments: str, seconds: float) -> Mapping[str, Any]:
-    """The JSON object that `python -m module` writes on its `answer_stream`. Raises NoAnswerError."""
+    """The JSON object that `python -m module` writes on its `answer_stream`. Raises SubprocessCallError."""
     command = [sys.executable, "-m", module, *arguments]
     # Files, not pipes: a process that the child leaves behind would keep a pipe open.
     with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as complained:
@@ -35,7 +35,7 @@ def ask(module: str, *arguments: str, seconds: float) -> Mapping[str, Any]:
         except subprocess.TimeoutExpired:
             load = load_of_machine()
             busy = f", while the machine was busy ({load})" if load else ""
-            raise NoAnswerError(f"did not answer within {seconds:.0f} s{busy}", waited=seconds) from None
+            raise SubprocessCallError(f"did not answer within {seconds:.0f} s{busy}", waited=seconds) from None
         finally:
             child_process.ended(child)
         answer, errors = _text(said), _text(complained)
@@ -47,7 +47,7 @@ def ask(module: str, *arguments: str, seconds: float) -> Mapping[str, Any]:
         return found
     last = (errors.strip().splitlines() or ["no message"])[-1]
     ending = f"signal {-child.returncode}" if child.returncode < 0 else f"exit status {child.returncode}"
-    raise NoAnswerError(f"ended with {ending} and no answer: {one_line(last)}")
+    raise SubprocessCallError(f"ended with {ending} and no answer: {one_line(last)}")
 
 
 def load_of_machine() -> str:

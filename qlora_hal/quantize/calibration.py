@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from qlora_hal.data.tokens.store import TokenStore
     from qlora_hal.model.source import ModelSource
     from qlora_hal.report.console import RunConsole
-    from qlora_hal.run.prepare import Machinery, PreparedRun
+    from qlora_hal.run.prepare import PreparedRun, ResolvedBackend
 
 Tell = Callable[[str], None]
 
@@ -109,23 +109,23 @@ def no_calibration(where: str) -> DataError:
 # in train() ---------------------------------------------------------------------------------------------------------
 def with_quantized_base(prepared: PreparedRun, run_dir: Path, console: RunConsole) -> PreparedRun:
     """The run on a base that its backend can load: quantized now or found again, or as it is where nothing is due."""
-    machinery, config = prepared.machinery, prepared.config
-    source, spec = machinery.source, machinery.choice.spec
-    if not needs_calibration(source.facts, machinery.quantization, spec.capabilities):
+    resolved_backend, config = prepared.resolved_backend, prepared.config
+    source, spec = resolved_backend.source, resolved_backend.choice.spec
+    if not needs_calibration(source.facts, resolved_backend.quantization, spec.capabilities):
         return prepared
     store, where = prepared.data.train, "data.path"
     if config.quantization.calibration_path:
         store, where = _named_store(prepared, run_dir), "quantization.calibration_path"
     context = source.facts.max_position_embeddings
     calibration = calibration_from(store, rows=config.quantization.calibration_rows, context=context, where=where)
-    recipe = Recipe(machinery.quantization)
+    recipe = Recipe(resolved_backend.quantization)
     base = cached(source, spec, recipe, calibration, config.backend.options, console.note)
-    return replace(prepared, machinery=replace(machinery, source=base))
+    return replace(prepared, resolved_backend=replace(resolved_backend, source=base))
 
 
 def _named_store(prepared: PreparedRun, run_dir: Path) -> TokenStore:
     """The rows of `quantization.calibration_path`, read as the training rows are."""
-    config, facts = prepared.config, prepared.machinery.source.facts
+    config, facts = prepared.config, prepared.resolved_backend.source.facts
     update = {"path": config.quantization.calibration_path, "validation_path": None, "validation_fraction": 0.0}
     with blamed_on("quantization.calibration_path"):
         return prepare(
@@ -138,15 +138,15 @@ def _named_store(prepared: PreparedRun, run_dir: Path) -> TokenStore:
         ).train
 
 
-def refuse_idle_calibration(config: RunConfig, machinery: Machinery) -> None:
+def refuse_idle_calibration(config: RunConfig, resolved_backend: ResolvedBackend) -> None:
     """A calibration that nothing would use is a mistake of the user's. Raises ConfigError QH-U15."""
-    facts, capabilities = machinery.source.facts, machinery.choice.spec.capabilities
-    used = needs_calibration(facts, machinery.quantization, capabilities)
+    facts, capabilities = resolved_backend.source.facts, resolved_backend.choice.spec.capabilities
+    used = needs_calibration(facts, resolved_backend.quantization, capabilities)
     given = [name for name in ("calibration_path", "calibration_rows") if _is_given(config.quantization, name)]
     if used or not given:
         return
     stored = facts.prequantized is not None
-    weight_format = machinery.quantization.weight_format.value
+    weight_format = resolved_backend.quantization.weight_format.value
     names = " and ".join(f"quantization.{name}" for name in given)
     raise ConfigError(
         "QH-U15",
@@ -163,13 +163,13 @@ def _is_given(settings: QuantizationConfig, name: str) -> bool:
     return given != default
 
 
-def base_of_run(machinery: Machinery, run_dir: Path | None) -> ModelSource:
+def base_of_run(resolved_backend: ResolvedBackend, run_dir: Path | None) -> ModelSource:
     """The base that a run's adapter was trained on: the model itself, or what was quantized out of it for the run.
 
     Raises ModelError QH-E63 when that folder is gone or another one.
     """
-    source = machinery.source
-    if not needs_calibration(source.facts, machinery.quantization, machinery.choice.spec.capabilities):
+    source = resolved_backend.source
+    if not needs_calibration(source.facts, resolved_backend.quantization, resolved_backend.choice.spec.capabilities):
         return source
     return quantized_for(source, run_dir)
 
@@ -293,7 +293,7 @@ def cache_folder() -> Path:
 
 def _too_little(source: ModelSource, calibration: Calibration) -> str:
     """The solver inverts, for each layer, a matrix of inputs x inputs that is summed over the tokens."""
-    widest = max((inputs for inputs, _ in source.facts.linear_modules.values()), default=0)
+    widest = max((shape.inputs for shape in source.facts.linear_modules.values()), default=0)
     if calibration.token_count >= widest:
         return ""
     return (

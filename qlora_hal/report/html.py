@@ -17,7 +17,7 @@ from qlora_hal.files.replacing import replace_file
 from qlora_hal.report.run_file import read_run_file
 from qlora_hal.report.series import RunSeries, read_series
 from qlora_hal.report.svg import Curve, chart
-from qlora_hal.report.transfer_record import hand_over_from
+from qlora_hal.report.transfer_record import transfer_from
 
 REPORT_FILE = "report.html"
 _TEMPLATE = "report.html.jinja"
@@ -102,7 +102,7 @@ def _data_lines(run: Mapping[str, object]) -> list[str]:
 def _hand_overs(run: Mapping[str, object]) -> list[dict[str, object]]:
     """Where the run went on with another backend: a title and what was said then."""
     moves = run.get("hand_overs")
-    told = [hand_over_from(move).lines() for move in moves] if isinstance(moves, list) else []
+    told = [transfer_from(move).lines() for move in moves] if isinstance(moves, list) else []
     return [{"title": lines[0].capitalize(), "lines": lines[1:]} for lines in told]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_hal.config.resolve import resolve_settings
-from qlora_hal.errors import CheckpointError, ConfigError
+from qlora_hal.errors import CheckpointError, ConfigError, UnsafeInputError
 from qlora_hal.errors.redaction import redacted
 from qlora_hal.files import sealed_json, strict_json
 from qlora_hal.files.opening import refuse_link
@@ -193,8 +193,9 @@ _KINDS: Mapping[str, type | tuple[type, ...]] = {
 """What JSON has for each kind of field."""
 
 
-def read_run_config(run_dir: Path) -> RunConfig:
-    """The configuration of a run, with `~` written out in its paths. Raises ConfigError."""
+def read_run_config(run_dir: Path, *, trust_remote_code: bool = False) -> RunConfig:
+    """The configuration of a run, with `~` written out in its paths. Raises ConfigError, and UnsafeInputError QH-X03
+    where it lets the base run code of its own and this call does not."""
     tree = read_run_file(run_dir)["config"]
     config = dict(tree) if isinstance(tree, Mapping) else {}
     for path in _PATHS:
@@ -202,7 +203,17 @@ def read_run_config(run_dir: Path) -> RunConfig:
         home = config.get(group) if group else config
         if isinstance(home, dict) and isinstance(home.get(name), str):
             home[name] = os.path.expanduser(home[name])
-    return resolve_settings(config, environ={}).config
+    read = resolve_settings(config, environ={}).config
+    if read.model.trust_remote_code and not trust_remote_code:
+        raise UnsafeInputError(
+            "QH-X03",
+            f"The record of this run lets {read.model.name_or_path} run Python code of its own; this call does not.",
+            where=str(run_dir / RUN_FILE),
+            cause="A run folder can come from anyone, and its record is no permission.",
+            fix="Read the Python files of the model; if you trust them, add --trust-remote-code "
+            "(trust_remote_code=True in Python).",
+        )
+    return read
 
 
 _PATHS = (

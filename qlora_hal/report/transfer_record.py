@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Gap:
+class Divergence:
     """How far the model that goes on is from the one that was saved, over the same tokens.
 
     `kl_mean` and `kl_max` (of rows) are nats per token: the likeliest tokens one by one, all others as one, hence at
@@ -29,7 +29,7 @@ class Gap:
 
 
 @dataclass(frozen=True, slots=True)
-class HandOver:
+class Transfer:
     """A run that goes on elsewhere than where it was saved."""
 
     step: int
@@ -37,7 +37,7 @@ class HandOver:
     to_backend: str
     exact: tuple[str, ...]
     inexact: tuple[str, ...]
-    gap: Gap | None = None
+    gap: Divergence | None = None
 
     def lines(self) -> list[str]:
         """For people, before the first step."""
@@ -50,8 +50,8 @@ class HandOver:
         return asdict(self)
 
 
-def hand_over_from(record: Mapping[str, Any]) -> HandOver:
+def transfer_from(record: Mapping[str, Any]) -> Transfer:
     """The inverse of `as_json`."""
     gap = record.get("gap")
     lists = {name: tuple(record[name]) for name in ("exact", "inexact")}
-    return HandOver(**{**record, **lists, "gap": None if gap is None else Gap(**gap)})
+    return Transfer(**{**record, **lists, "gap": None if gap is None else Divergence(**gap)})

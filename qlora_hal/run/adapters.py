@@ -16,7 +16,7 @@ from qlora_hal.run.directory import BEST_ADAPTER_FOLDER
 
 if TYPE_CHECKING:
     from qlora_hal.contract.values import Adapter
-    from qlora_hal.run.callbacks import Recorder
+    from qlora_hal.run.callbacks import RunCallbacks
     from qlora_hal.run.directory import RunDirectory
     from qlora_hal.run.loop import Progress
 
@@ -51,7 +51,7 @@ def require_own_adapter(folder: Path, run_id: object) -> None:
         )
 
 
-def mend_adapters(directory: RunDirectory, progress: Progress, recorder: Recorder) -> None:
+def mend_adapters(directory: RunDirectory, progress: Progress, recorder: RunCallbacks) -> None:
     """Before a resumed run goes on: what was damaged goes aside, and the best adapter so far comes back from the
     checkpoint of its step, where there still is one. Raises StorageError."""
     run_id, best = directory.content.get("run_id"), directory.path / BEST_ADAPTER_FOLDER

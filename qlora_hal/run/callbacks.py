@@ -14,18 +14,18 @@ from qlora_hal.checkpoint import TrainingState, save_checkpoint
 from qlora_hal.errors import QloraHalError
 from qlora_hal.report.metrics import MetricsFile, evaluation_record, step_record
 from qlora_hal.run.directory import BEST_ADAPTER_FOLDER
-from qlora_hal.run.transfer import saved_answers
+from qlora_hal.run.transfer import reference_logits
 
 if TYPE_CHECKING:
-    from qlora_hal.contract.checked_trainer import GuardedTrainer
+    from qlora_hal.contract.checked_trainer import CheckedTrainer
     from qlora_hal.contract.values import Adapter, Batch, LossSum
     from qlora_hal.files.safetensors_file import Array
     from qlora_hal.hooks import Hooks
     from qlora_hal.report.console import RunConsole
     from qlora_hal.run.loop import FinishedStep, Progress
-    from qlora_hal.run.record import Journal
+    from qlora_hal.run.record import RunRecordFile
     from qlora_hal.run.result import RunView
-    from qlora_hal.run.watchdog import Heartbeat
+    from qlora_hal.run.watchdog import Watchdog
 
 _SPEED_WINDOW = 20
 _JUMP_WINDOW, _JUMP_DEVIATIONS = 50, 6.0
@@ -33,16 +33,16 @@ _JUMP_WINDOW, _JUMP_DEVIATIONS = 50, 6.0
 
 
 @dataclass(slots=True)
-class Recorder:
+class RunCallbacks:
     """Implements `loop.LoopEvents` for one call of train or resume."""
 
     run: RunView
-    trainer: GuardedTrainer
+    trainer: CheckedTrainer
     metrics: MetricsFile
     console: RunConsole
     hooks: Hooks
-    journal: Journal
-    heartbeat: Heartbeat
+    record_file: RunRecordFile
+    watchdog: Watchdog
     provenance: Mapping[str, object]
     keep_checkpoints: int
     measures_memory: bool
@@ -59,13 +59,13 @@ class Recorder:
         if jump := loss_jump([loss for _, loss in self.losses[-_JUMP_WINDOW:]], finished.stats.loss):
             self.note(f"step {finished.step}: {jump}")
         self.losses.append((finished.step, finished.stats.loss))
-        self.journal.reached(finished)
+        self.record_file.reached(finished)
         self._recent.append((finished.real_tokens, finished.seconds))
         self.trained_tokens += finished.real_tokens
         self.trained_seconds += finished.seconds
         seconds = sum(took for _, took in self._recent) / len(self._recent)
         speed = sum(tokens for tokens, _ in self._recent) / max(sum(took for _, took in self._recent), 1e-9)
-        self.heartbeat.beat(seconds)
+        self.watchdog.beat(seconds)
         memory = self.trainer.peak_memory_bytes() if self.measures_memory else None
         self.metrics.append(
             step_record(
@@ -113,7 +113,7 @@ class Recorder:
         if note := self.metrics.restored():
             self.note(note)
         self.metrics.sync()
-        self.journal.saving(progress)
+        self.record_file.saving(progress)
         state = TrainingState(
             step=step,
             epoch=self.epoch_of(step),
@@ -126,7 +126,7 @@ class Recorder:
         )
         protect = () if self.resumed_from is None else (self.resumed_from,)
         path = save_checkpoint(
-            self.run.run_dir, state, keep=self.keep_checkpoints, protect=protect, record=self.journal.content
+            self.run.run_dir, state, keep=self.keep_checkpoints, protect=protect, record=self.record_file.content
         )
         self.console.checkpoint(step, path)
         self.hooks.tell("qlora_hal_checkpoint_saved", run=self.run, step=step, path=path)
@@ -134,7 +134,7 @@ class Recorder:
     def _answers(self) -> Mapping[str, Array]:
         """Never a reason for a save to fail: a device that is full may have no room for logits."""
         try:
-            return saved_answers(self.trainer, self.questions)
+            return reference_logits(self.trainer, self.questions)
         except QloraHalError as problem:
             self.note(f"no answers were saved with the checkpoint: {problem.message}")
             return {}

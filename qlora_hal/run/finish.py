@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qlora_hal.run.loop import Progress
 
 
-def result_of_ended(
+def result_of_finished(
     directory: RunDirectory, record: RunRecord, state: TrainingState, tell: Callable[[str], None]
 ) -> TrainResult | None:
     """What a run gave that has ended with this very state; None while anything is left to do, be it to write an adapter
@@ -58,7 +58,7 @@ def result_of_ended(
 
 
 @contextmanager
-def told_when_ended(directory: RunDirectory) -> Iterator[None]:
+def reported_when_finished(directory: RunDirectory) -> Iterator[None]:
     """However far a run has come when a signal ends it at once: run.json says so, and the user what is safe. Raises
     StoppedError QH-S19 in its place when the state is saved and the signal was the first."""
     try:
@@ -86,7 +86,7 @@ def ended_in(run_dir: Path, ended: EndedAtOnce) -> EndedAtOnce | StoppedError:
     )
 
 
-def show_ended(result: TrainResult, console: RunConsole) -> None:
+def print_already_finished(result: TrainResult, console: RunConsole) -> None:
     """Say that a run has nothing left to do, and show once more what it gave."""
     # A run that was killed right after its end has no report, or still the one of an earlier stop.
     if any(_is_older(result.run_dir / name, result.run_dir) for name in (REPORT_FILE, LOSS_PICTURE)):
@@ -125,7 +125,7 @@ def written(run_dir: Path) -> dict[str, Path]:
     return {shown: run_dir / name for shown, name in names.items() if (run_dir / name).exists()}
 
 
-def worse_note(before: float | None, after: float | None, progress: Progress) -> str:
+def warning_if_regressed(before: float | None, after: float | None, progress: Progress) -> str:
     """What to say of an adapter that answers held-out rows worse than its base does; empty where it does not."""
     if before is None or after is None or not after > before:  # nor where one is not a number
         return ""

@@ -14,7 +14,7 @@ from qlora_hal.errors import NumericsError, OutOfMemoryError
 
 if TYPE_CHECKING:
     from qlora_hal.config.schema import TrainingConfig
-    from qlora_hal.contract.checked_trainer import GuardedTrainer
+    from qlora_hal.contract.checked_trainer import CheckedTrainer
     from qlora_hal.run.lr_schedule import Schedule
 
 
@@ -101,7 +101,7 @@ def dropout_key(seed: int, step: int) -> int:
 EARLY_STOPPING = "early stopping"
 
 
-def run(trainer: GuardedTrainer, windows: Windows, plan: LoopPlan, progress: Progress, events: LoopEvents) -> str:
+def run(trainer: CheckedTrainer, windows: Windows, plan: LoopPlan, progress: Progress, events: LoopEvents) -> str:
     """Train from `progress.step` to the end; return why it stopped.
 
     One step is always queued ahead of the one that is read, and the next window is made while the device computes.
@@ -139,7 +139,7 @@ class _Queued:
 
 class _Loop:
     def __init__(
-        self, trainer: GuardedTrainer, windows: Windows, plan: LoopPlan, progress: Progress, events: LoopEvents
+        self, trainer: CheckedTrainer, windows: Windows, plan: LoopPlan, progress: Progress, events: LoopEvents
     ) -> None:
         self._trainer = trainer
         self._windows = windows
@@ -156,7 +156,7 @@ class _Loop:
         training = self._plan.training
         settings = StepSettings(
             learning_rate=rate,
-            token_count=sum(batch.counted_tokens for batch in window),
+            denominator=float(sum(batch.counted_tokens for batch in window)),
             dropout_key=dropout_key(self._plan.seed, step),
             weight_decay=training.weight_decay,
             max_grad_norm=training.max_grad_norm or None,
@@ -215,15 +215,9 @@ class _Loop:
                 progress.micro_batch_splits += 1
                 rows = max(batch.input_ids.shape[0] for batch in split_rows(window, progress.micro_batch_splits))
                 self._events.note(
-                    f"step {progress.step + 1}: out of memory; micro-batches now have at most {rows} rows. "
-                    f"{self._what_stays()}"
+                    f"step {progress.step + 1}: out of memory; micro-batches now have at most {rows} rows. The window, "
+                    "and so the step, is the same."
                 )
-
-    def _what_stays(self) -> str:
-        """A mask is drawn by the place of its micro-batch in the window, and cutting moves the rows to other places."""
-        if self._plan.lora_dropout:
-            return "The window is the same; its dropout masks are others than an uncut window would have drawn."
-        return "The window, and so the step, is the same."
 
     def _read(self, queued: _Queued, ended: float | None = None) -> None:
         stats = queued.pending.resolve()
@@ -265,7 +259,7 @@ def _patience_ran_out(plan: LoopPlan, progress: Progress) -> bool:
     return patience is not None and progress.evaluations_without_improvement >= patience
 
 
-def keep_best(trainer: GuardedTrainer, progress: Progress, events: LoopEvents, step: int, evaluation: LossSum) -> None:
+def keep_best(trainer: CheckedTrainer, progress: Progress, events: LoopEvents, step: int, evaluation: LossSum) -> None:
     """Remember the adapter with the lowest evaluation loss; one that is not finite is never the best."""
     is_finite = math.isfinite(evaluation.loss)
     if not is_finite:
@@ -298,6 +292,8 @@ def _rows(batch: Batch, cut: slice) -> Batch:
         labels=batch.labels[cut],
         position_ids=batch.position_ids[cut],
         segment_ids=batch.segment_ids[cut],
+        rows=None if batch.rows is None else batch.rows[cut],
+        weights=None if batch.weights is None else batch.weights[cut],
     )
 
 

@@ -25,7 +25,7 @@ _RECORDED = (*_FLAGS, "quantization.calibration_path", "data.chat_template")
 
 
 @dataclass(frozen=True, slots=True)
-class Relocation:
+class PathOverrides:
     """Where the same model and data lie on this machine; None: where the run says."""
 
     model: str | None = None
@@ -33,7 +33,7 @@ class Relocation:
     validation_data: str | None = None
 
     @classmethod
-    def of(cls, **places: object) -> Relocation:
+    def of(cls, **places: object) -> PathOverrides:
         """The places as a caller of `resume` gave them. Raises ConfigError QH-U01 for what is no path."""
         for name, place in places.items():
             require_path(name, place or "")
@@ -42,7 +42,7 @@ class Relocation:
     def applied(self, config: RunConfig) -> RunConfig:
         """The configuration with the new places; that they hold the same things is checked later."""
         given = {"model.name_or_path": self.model, "data.path": self.data, "data.validation_path": self.validation_data}
-        return _with_places(config, {path: place for path, place in given.items() if place is not None})
+        return _with_paths(config, {path: place for path, place in given.items() if place is not None})
 
 
 def require_path(name: str, place: object) -> None:
@@ -57,13 +57,13 @@ def require_path(name: str, place: object) -> None:
         )
 
 
-def with_absolute_places(config: RunConfig) -> RunConfig:
+def with_absolute_paths(config: RunConfig) -> RunConfig:
     """Every place that is on this disk as an absolute path; hub ids and built-in names stay as they are."""
     found = {path: place for path in _RECORDED if (place := _place(config, path)) and _is_here(path, place)}
-    return _with_places(config, {path: os.path.abspath(os.path.expanduser(p)) for path, p in found.items()})
+    return _with_paths(config, {path: os.path.abspath(os.path.expanduser(p)) for path, p in found.items()})
 
 
-def require_places(config: RunConfig, run_dir: Path, *, reads_data: bool) -> None:
+def require_paths(config: RunConfig, run_dir: Path, *, reads_data: bool) -> None:
     """Name every place of a run that is gone, with the flag of `resume` for it. Raises ConfigError QH-U18."""
     gone = {
         path: place
@@ -102,7 +102,7 @@ def _place(config: RunConfig, path: str) -> str | None:
     return place
 
 
-def _with_places(config: RunConfig, places: Mapping[str, str]) -> RunConfig:
+def _with_paths(config: RunConfig, places: Mapping[str, str]) -> RunConfig:
     for path, place in places.items():
         group, _, name = path.partition(".")
         config = config.model_copy(update={group: getattr(config, group).model_copy(update={name: place})})

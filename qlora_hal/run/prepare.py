@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from qlora_hal.adapter.targets import resolve_targets
 from qlora_hal.contract.backend import BackendSpec, ModelOutline, ProbeReport, Quantization
-from qlora_hal.contract.values import AdapterConfig, ComputeDtype, MemoryEstimate
+from qlora_hal.contract.values import AdapterConfig, ComputeDtype, LinearShape, MemoryEstimate
 from qlora_hal.data import ChatTokenizer, prepare
 from qlora_hal.detect.discovery import listed, outline_of, reports
-from qlora_hal.detect.requirements import needs_of, quantization_of, unmet_description_note
+from qlora_hal.detect.requirements import quantization_of, requirements_of, unmet_description_note
 from qlora_hal.detect.selection import Choice, choose
 from qlora_hal.errors import ConfigError
 from qlora_hal.memory.estimate import estimate
@@ -31,7 +31,7 @@ Rows = Sequence[Mapping[str, object]]
 
 
 @dataclass(frozen=True, slots=True)
-class Machinery:
+class ResolvedBackend:
     """Which backend will run which base; known before any data is read."""
 
     source: ModelSource
@@ -53,7 +53,7 @@ class PreparedRun:
 
     config: RunConfig
     seed: int
-    machinery: Machinery
+    resolved_backend: ResolvedBackend
     tokenizer: ChatTokenizer
     data: PreparedData
     estimate: MemoryEstimate
@@ -65,12 +65,12 @@ def drawn_seed(config: RunConfig) -> int:
     return config.training.seed if config.training.seed is not None else secrets.randbits(31)
 
 
-def choose_machinery(config: RunConfig, hooks: Hooks, console: RunConsole) -> Machinery:
+def resolve_backend(config: RunConfig, hooks: Hooks, console: RunConsole) -> ResolvedBackend:
     """Model facts, then needs, then the backend, then what of it is trained."""
     source = resolve_model(
         config.model.name_or_path, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
     )
-    needs = needs_of(config, source.facts)
+    needs = requirements_of(config, source.facts)
     entries = listed(hooks.offered_backends())
     probed = reports(entries)
     choice = choose(
@@ -90,7 +90,7 @@ def choose_machinery(config: RunConfig, hooks: Hooks, console: RunConsole) -> Ma
     targets = resolve_targets(config.lora.target_modules, outline.linear_modules)
     lora = config.lora
     adapter = AdapterConfig(lora.r, lora.alpha, lora.dropout, lora.use_rslora, targets)
-    return Machinery(source, choice, probed, quantization, adapter, outline)
+    return ResolvedBackend(source, choice, probed, quantization, adapter, outline)
 
 
 def check_options(config: RunConfig, choice: Choice) -> None:
@@ -111,18 +111,23 @@ def check_options(config: RunConfig, choice: Choice) -> None:
 
 
 def prepare_run(
-    config: RunConfig, seed: int, machinery: Machinery, run_dir: Path, rows: Rows | None, console: RunConsole
+    config: RunConfig,
+    seed: int,
+    resolved_backend: ResolvedBackend,
+    run_dir: Path,
+    rows: Rows | None,
+    console: RunConsole,
 ) -> PreparedRun:
     """Tokenizer, data and memory."""
-    facts = machinery.source.facts
+    facts = resolved_backend.source.facts
     vocabulary_size = facts.vocabulary_size or None
     tokenizer = ChatTokenizer.from_folder(
-        machinery.source.path, chat_template=config.data.chat_template, model_vocabulary_size=vocabulary_size
+        resolved_backend.source.path, chat_template=config.data.chat_template, model_vocabulary_size=vocabulary_size
     )
     for note in tokenizer.notes:
         console.note(note)
-    described = unmet_description_note(facts, machinery.quantization)
-    for note in (*([described] if described else []), *machinery.outline.notes):
+    described = unmet_description_note(facts, resolved_backend.quantization)
+    for note in (*([described] if described else []), *resolved_backend.outline.notes):
         console.note(note)
     data = prepare(
         config.data,
@@ -139,12 +144,12 @@ def prepare_run(
     memory = estimated_memory(
         config,
         facts,
-        machinery.choice.spec,
-        machinery.quantization,
-        {name: machinery.outline.linear_modules[name] for name in machinery.adapter.target_modules},
-        machinery.report,
+        resolved_backend.choice.spec,
+        resolved_backend.quantization,
+        {name: resolved_backend.outline.linear_modules[name] for name in resolved_backend.adapter.target_modules},
+        resolved_backend.report,
     )
-    return PreparedRun(config, seed, machinery, tokenizer, data, memory)
+    return PreparedRun(config, seed, resolved_backend, tokenizer, data, memory)
 
 
 def estimated_memory(
@@ -152,7 +157,7 @@ def estimated_memory(
     facts: ModelFacts,
     spec: BackendSpec,
     quantization: Quantization,
-    targets: Mapping[str, tuple[int, int]],
+    targets: Mapping[str, LinearShape],
     report: ProbeReport | None = None,
 ) -> MemoryEstimate:
     """The peak by arithmetic, for the longest batch this configuration allows, on the device that `report` tells of;

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from qlora_hal.checkpoint import TrainingState
     from qlora_hal.config.schema import RunConfig
     from qlora_hal.report.console import RunConsole
-    from qlora_hal.report.transfer_record import HandOver
+    from qlora_hal.report.transfer_record import Transfer
     from qlora_hal.run.directory import RunDirectory
     from qlora_hal.run.loop import FinishedStep, Progress
     from qlora_hal.run.prepare import PreparedRun
     from qlora_hal.run.result import TrainResult
 
 
-class Journal:
+class RunRecordFile:
     """The record of a run during one call of train or resume.
 
     A resume adds to what earlier calls wrote: the run's start stays, times and notes are summed up.
@@ -62,7 +62,7 @@ class Journal:
         """Seconds of this call."""
         return time.perf_counter() - self._started
 
-    def begin(self, prepared: PreparedRun, resolved: Mapping[str, object], moved: HandOver | None) -> None:
+    def begin(self, prepared: PreparedRun, resolved: Mapping[str, object], moved: Transfer | None) -> None:
         """The model is loaded and nothing was refused: the run is under way, here."""
         self._begun = True
         self.write(
@@ -163,8 +163,8 @@ def first_record(config: RunConfig, origins: Mapping[str, str], prepared: Prepar
 
 def facts_of_here(prepared: PreparedRun) -> dict[str, Any]:
     """The part of a record that another machine or another backend has otherwise."""
-    machinery, facts = prepared.machinery, prepared.machinery.source.origin.facts
-    choice, base = machinery.choice, machinery.source
+    resolved_backend, facts = prepared.resolved_backend, prepared.resolved_backend.source.origin.facts
+    choice, base = resolved_backend.choice, resolved_backend.source
     model: dict[str, object] = {
         "name": base.name,
         "revision": base.revision,
@@ -172,7 +172,7 @@ def facts_of_here(prepared: PreparedRun) -> dict[str, Any]:
         "parameter_count": facts.parameter_count,
         "fingerprint": facts.fingerprint,
         "fingerprint_covers": coverage(facts.tensors),
-        "target_modules": list(machinery.adapter.target_modules),
+        "target_modules": list(resolved_backend.adapter.target_modules),
     }
     if prepared.model_hashes:
         model["files"] = dict(prepared.model_hashes)
@@ -181,8 +181,8 @@ def facts_of_here(prepared: PreparedRun) -> dict[str, Any]:
         model["quantized"] = {"folder": str(base.path), "fingerprint": base.facts.fingerprint}
     return {
         "model": model,
-        "versions": machinery.report.versions,
-        "detection": Detection.of(choice.spec.name, choice.reason, machinery.reports, choice.rejections),
+        "versions": resolved_backend.report.versions,
+        "detection": Detection.of(choice.spec.name, choice.reason, resolved_backend.reports, choice.rejections),
         "environment": _environment(),
         "memory_estimate": {**asdict(prepared.estimate), "total": prepared.estimate.total},
     }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from qlora_hal.contract.checked_trainer import GuardedTrainer
+    from qlora_hal.contract.checked_trainer import CheckedTrainer
     from qlora_hal.data import ChatTokenizer
 
 SAMPLE_TOKENS = 64
@@ -16,7 +16,7 @@ Messages = Sequence[Mapping[str, str]]
 
 
 def answer(
-    trainer: GuardedTrainer,
+    trainer: CheckedTrainer,
     tokenizer: ChatTokenizer,
     prompt: str | Messages,
     *,

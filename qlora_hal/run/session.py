@@ -13,8 +13,8 @@ from qlora_hal.adapter.peft_files import read_adapter, read_provenance
 from qlora_hal.adapter.targets import resolve_targets
 from qlora_hal.contract.backend import Compute
 from qlora_hal.contract.capabilities import Feature
-from qlora_hal.contract.checked_trainer import GuardedTrainer
-from qlora_hal.contract.values import Adapter, Batch, LossSum
+from qlora_hal.contract.checked_trainer import CheckedTrainer
+from qlora_hal.contract.values import Adapter, Batch, LinearShape, LossSum
 from qlora_hal.data.source.sampling import WindowSampler, evaluation_batches
 from qlora_hal.detect.discovery import open_trainer
 from qlora_hal.detect.mac_memory import pressure_note
@@ -24,17 +24,17 @@ from qlora_hal.processes.signals import EndedAtOnce
 from qlora_hal.report.metrics import MetricsFile, loss_before, trained_seconds
 from qlora_hal.run import loop
 from qlora_hal.run.adapters import mend_adapters
-from qlora_hal.run.callbacks import Recorder, write_run_adapter
+from qlora_hal.run.callbacks import RunCallbacks, write_run_adapter
 from qlora_hal.run.directory import BEST_ADAPTER_FOLDER
-from qlora_hal.run.finish import worse_note, write_pages, write_report_of_failed, written
+from qlora_hal.run.finish import warning_if_regressed, write_pages, write_report_of_failed, written
 from qlora_hal.run.identity import config_hash, identity_of
 from qlora_hal.run.loop import LoopPlan, keep_best
 from qlora_hal.run.lr_schedule import Schedule, warmup_steps
-from qlora_hal.run.record import Journal
+from qlora_hal.run.record import RunRecordFile
 from qlora_hal.run.result import RunView, TrainResult
 from qlora_hal.run.samples import answer
-from qlora_hal.run.transfer import ROWS, TOKENS, batch_of_tokens, check_near, measured_gap, planned
-from qlora_hal.run.watchdog import Heartbeat
+from qlora_hal.run.transfer import ROWS, TOKENS, batch_of_tokens, check_divergence, measured_divergence, planned
+from qlora_hal.run.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from qlora_hal.checkpoint import TrainingState
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from qlora_hal.processes.signals import Requests
     from qlora_hal.report.console import RunConsole
     from qlora_hal.report.run_file import RunRecord
-    from qlora_hal.report.transfer_record import HandOver
+    from qlora_hal.report.transfer_record import Transfer
     from qlora_hal.run.directory import RunDirectory
     from qlora_hal.run.loop import Progress
     from qlora_hal.run.prepare import PreparedRun
@@ -51,7 +51,7 @@ Samples = tuple[Mapping[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class RunContext:
     """What every chapter of one call needs at hand. `requests` are those of signals. `state` is where a resumed run
     goes on from, `changes` what its new backend has otherwise."""
 
@@ -65,19 +65,19 @@ class Stage:
     changes: tuple[str, ...] = ()
 
 
-def execute(stage: Stage) -> TrainResult:
+def execute(context: RunContext) -> TrainResult:
     """Train to the end or to a stop. Raises StoppedError QH-S19 when a signal ended it, with the state saved."""
-    choice, options = stage.prepared.machinery.choice, stage.prepared.config.backend.options
-    trainer = GuardedTrainer(open_trainer(choice.spec, options), stage.console.note)
-    journal = Journal(stage.directory, stage.console, stage.record, stage.state)
-    execution = Execution(stage, trainer, journal)
+    choice, options = context.prepared.resolved_backend.choice, context.prepared.config.backend.options
+    trainer = CheckedTrainer(open_trainer(choice.spec, options), context.console.note)
+    record_file = RunRecordFile(context.directory, context.console, context.record, context.state)
+    session = Session(context, trainer, record_file)
     try:
-        result = execution.carry_out()
+        result = session.carry_out()
     except BaseException as error:
         has_time = isinstance(error, Exception) or (isinstance(error, EndedAtOnce) and not error.again)
-        if journal.failed(error) and has_time:
-            write_report_of_failed(stage.directory.path)
-        execution.tell_failed(error)
+        if record_file.failed(error) and has_time:
+            write_report_of_failed(context.directory.path)
+        session.tell_failed(error)
         raise
     finally:
         trainer.close()
@@ -85,23 +85,23 @@ def execute(stage: Stage) -> TrainResult:
         raise StoppedError(
             "QH-S19",
             f"Stopped by {result.stopped_because} after step {result.steps}; the state is saved.",
-            where=str(stage.directory.path),
-            fix=f"Go on with: qlora-hal resume {stage.directory.path}",
+            where=str(context.directory.path),
+            fix=f"Go on with: qlora-hal resume {context.directory.path}",
             context={"step": result.steps},
         )
     return result
 
 
-class Execution:
+class Session:
     """One call of train or resume, chapter by chapter."""
 
-    def __init__(self, stage: Stage, trainer: GuardedTrainer, journal: Journal) -> None:
-        self._stage = stage
-        self._journal = journal
-        self._prepared = stage.prepared
-        self._config = stage.prepared.config
+    def __init__(self, context: RunContext, trainer: CheckedTrainer, record_file: RunRecordFile) -> None:
+        self._context = context
+        self._record_file = record_file
+        self._prepared = context.prepared
+        self._config = context.prepared.config
         self._trainer = trainer
-        self._features = stage.prepared.machinery.choice.spec.capabilities.features
+        self._features = context.prepared.resolved_backend.choice.spec.capabilities.features
         self._observed: RunView | None = None
 
     def carry_out(self) -> TrainResult:
@@ -110,7 +110,7 @@ class Execution:
         windows = window_sampler(self._prepared)
         training = self._config.training
         run = self._view(compute, windows.total_steps(training.num_train_epochs, training.max_steps))
-        self._journal.begin(self._prepared, run.resolved, self._handed_over(run.resolved))
+        self._record_file.begin(self._prepared, run.resolved, self._handed_over(run.resolved))
         with self._recorder(run, windows) as recorder:
             for note in windows.notes:
                 recorder.note(note)
@@ -119,64 +119,69 @@ class Execution:
         return result
 
     def _load(self) -> Compute:
-        config, machinery = self._config, self._prepared.machinery
+        config, resolved_backend = self._config, self._prepared.resolved_backend
         compute = Compute(
             dtype=chosen_dtype(  # type: ignore[arg-type]
-                config.quantization.compute_dtype, self._trainer.proved_compute_dtypes(), machinery.choice.spec.name
+                config.quantization.compute_dtype,
+                self._trainer.proved_compute_dtypes(),
+                resolved_backend.choice.spec.name,
             ),
             gradient_checkpointing=config.training.gradient_checkpointing,
             options=config.backend.options,
         )
         if note := pressure_note():
-            self._stage.console.note(note)
-        self._trainer.load(machinery.source, machinery.quantization, compute)
+            self._context.console.note(note)
+        self._trainer.load(resolved_backend.source, resolved_backend.quantization, compute)
         return compute
 
     def _attach(self) -> Adapter:
-        state, modules = self._stage.state, self._trainer.linear_modules()
+        state, modules = self._context.state, self._trainer.linear_modules()
         if state is None:
             self._settle_targets(modules)
-            adapter = initial_adapter(self._prepared.machinery.adapter, modules, self._prepared.seed)
+            adapter = initial_adapter(self._prepared.resolved_backend.adapter, modules, self._prepared.seed)
         else:
             adapter = state.adapter
-        check_fits(adapter, modules, where=str(self._stage.directory.path))
-        if note := self._stage.directory.free_space_note(sum(t.size for t in adapter.tensors.values())):
-            self._stage.console.note(note)
+        check_fits(adapter, modules, where=str(self._context.directory.path))
+        if note := self._context.directory.free_space_note(sum(t.size for t in adapter.tensors.values())):
+            self._context.console.note(note)
         self._trainer.attach(adapter, self._config.training.optim)
         if state is not None:
             self._trainer.import_optimizer(state.optimizer)
         return adapter
 
-    def _settle_targets(self, modules: Mapping[str, tuple[int, int]]) -> None:
+    def _settle_targets(self, modules: Mapping[str, LinearShape]) -> None:
         """What was told before loading gives way to what the loaded model has; where they differ, that is said."""
-        machinery = self._prepared.machinery
-        told, found = machinery.adapter.target_modules, resolve_targets(self._config.lora.target_modules, modules)
+        resolved_backend = self._prepared.resolved_backend
+        told, found = (
+            resolved_backend.adapter.target_modules,
+            resolve_targets(self._config.lora.target_modules, modules),
+        )
         if found == told:
             return
         apart = sorted(set(told) ^ set(found))
-        self._stage.console.note(
+        self._context.console.note(
             f"the loaded model has other linear layers than its files told: {len(found)} carry the adapter where "
             f"{len(told)} were planned ({', '.join(apart[:3])}{' and others' if len(apart) > 3 else ''})"
         )
-        adapter = replace(machinery.adapter, target_modules=found)
-        self._prepared = replace(self._prepared, machinery=replace(machinery, adapter=adapter))
+        adapter = replace(resolved_backend.adapter, target_modules=found)
+        self._prepared = replace(self._prepared, resolved_backend=replace(resolved_backend, adapter=adapter))
 
-    def _handed_over(self, resolved: Mapping[str, object]) -> HandOver | None:
+    def _handed_over(self, resolved: Mapping[str, object]) -> Transfer | None:
         """Say beforehand what stays exact on another backend and what does not, measured."""
-        state = self._stage.state
+        state = self._context.state
         if state is None:
             return None
         dropout = self._config.lora.dropout
-        moved = planned(state.step, state.provenance, resolved, self._stage.changes, dropout)
+        moved = planned(state.step, state.provenance, resolved, self._context.changes, dropout)
         if moved is not None:
-            moved = replace(moved, gap=measured_gap(self._trainer, state.answers))
+            moved = replace(moved, gap=measured_divergence(self._trainer, state.answers))
             for line in moved.lines():
-                self._stage.console.note(line)
-            check_near(moved.gap)
+                self._context.console.note(line)
+            check_divergence(moved.gap)
         return moved
 
     def _view(self, compute: Compute, total_steps: int) -> RunView:
-        quantization, spec = self._prepared.machinery.quantization, self._prepared.machinery.choice.spec
+        quantization, spec = self._prepared.resolved_backend.quantization, self._prepared.resolved_backend.choice.spec
         facts = self._trainer.device_facts()
         resolved: dict[str, object] = {
             "backend": spec.name,
@@ -193,89 +198,89 @@ class Execution:
             "versions": dict(facts.versions),
             "memory_limit_bytes": facts.memory_limit_bytes,
         }
-        first = self._stage.state.step if self._stage.state else 0
-        return RunView(self._stage.directory.path, self._config, resolved, total_steps, first)
+        first = self._context.state.step if self._context.state else 0
+        return RunView(self._context.directory.path, self._config, resolved, total_steps, first)
 
     @contextmanager
-    def _recorder(self, run: RunView, windows: WindowSampler) -> Iterator[Recorder]:
-        stage = self._stage
-        with MetricsFile(stage.directory.metrics_path) as metrics:
+    def _recorder(self, run: RunView, windows: WindowSampler) -> Iterator[RunCallbacks]:
+        context = self._context
+        with MetricsFile(context.directory.metrics_path) as metrics:
             for note in metrics.notes:
-                stage.console.note(note)
+                context.console.note(note)
             self._go_on_in(metrics)
             if metrics.is_complete:
-                self._journal.trained_before(trained_seconds(metrics.path))
+                self._record_file.trained_before(trained_seconds(metrics.path))
             else:
-                self._journal.time_is_unknown()
+                self._record_file.time_is_unknown()
             limit = run.resolved["memory_limit_bytes"]
-            yield Recorder(
+            yield RunCallbacks(
                 run=run,
                 trainer=self._trainer,
                 metrics=metrics,
-                console=stage.console,
-                hooks=stage.hooks,
-                journal=self._journal,
-                heartbeat=Heartbeat(stage.console.note),
-                provenance={**provenance_of(self._prepared, run.resolved), **identity_of(stage.directory.content)},
+                console=context.console,
+                hooks=context.hooks,
+                record_file=self._record_file,
+                watchdog=Watchdog(context.console.note),
+                provenance={**provenance_of(self._prepared, run.resolved), **identity_of(context.directory.content)},
                 keep_checkpoints=self._config.checkpoint.save_total_limit,
                 measures_memory=Feature.PEAK_MEMORY in self._features,
                 memory_limit=limit if isinstance(limit, int) else None,
                 epoch_of=windows.epoch_of,
                 questions=questions(self._prepared),
-                resumed_from=stage.state.step if stage.state else None,
+                resumed_from=context.state.step if context.state else None,
             )
 
     def _go_on_in(self, metrics: MetricsFile) -> None:
         """The log up to the step that the run goes on from, with a word on what is not as it was saved."""
-        state = self._stage.state
+        state = self._context.state
         if state is None:
             metrics.truncate_after(-1)
             return
         if problem := metrics.compare(state.loop.get("metrics"), state.step):
-            self._stage.console.note(problem)
+            self._context.console.note(problem)
         if dropped := metrics.truncate_after(state.step):
             lines = "a line" if dropped == 1 else f"{dropped} lines"
-            self._stage.console.note(f"{lines} of {metrics.path.name} after step {state.step} made anew")
+            self._context.console.note(f"{lines} of {metrics.path.name} after step {state.step} made anew")
 
     def _train(
-        self, run: RunView, recorder: Recorder, windows: WindowSampler, initial: Adapter
+        self, run: RunView, recorder: RunCallbacks, windows: WindowSampler, initial: Adapter
     ) -> tuple[TrainResult, Progress]:
-        progress = loop.Progress.from_json(dict(self._stage.state.loop)) if self._stage.state else loop.Progress()
-        if self._stage.state is not None:
-            mend_adapters(self._stage.directory, progress, recorder)
-        self._stage.console.run_started(run)
+        progress = loop.Progress.from_json(dict(self._context.state.loop)) if self._context.state else loop.Progress()
+        if self._context.state is not None:
+            mend_adapters(self._context.directory, progress, recorder)
+        self._context.console.run_started(run)
         self._observed = run
-        self._stage.hooks.tell("qlora_hal_run_started", run=run)
+        self._context.hooks.tell("qlora_hal_run_started", run=run)
         before = self._loss_before(recorder, progress)
         samples = self._sampled("before", [{"prompt": prompt} for prompt in self._config.training.sample_prompts])
-        self._journal.write(eval_loss_before=before, samples=samples)
-        with self._stage.requests.heeded_between_steps(), recorder.heartbeat:
+        self._record_file.write(eval_loss_before=before, samples=samples)
+        with self._context.requests.heeded_between_steps(), recorder.watchdog:
             stopped = loop.run(self._trainer, windows, self._plan(run), progress, recorder)
         after: float | None = None
         if not stopped.startswith("SIG"):
             after = self._judged(recorder, progress, initial)
-            if note := worse_note(before, after, progress):
+            if note := warning_if_regressed(before, after, progress):
                 recorder.note(note)
             samples = self._sampled("after", samples)
-            self._stage.console.samples(samples)
+            self._context.console.samples(samples)
         peak = self._trainer.peak_memory_bytes() if Feature.PEAK_MEMORY in self._features else None
         result = TrainResult(
             backend=str(run.resolved["backend"]),
             device=str(run.resolved["device"]),
             weight_format=str(run.resolved["weight_format"]),
-            block_size=self._prepared.machinery.quantization.block_size,
+            block_size=self._prepared.resolved_backend.quantization.block_size,
             run_dir=run.run_dir,
-            adapter_dir=self._stage.directory.adapter_dir,
+            adapter_dir=self._context.directory.adapter_dir,
             steps=progress.step,
             tokens=progress.tokens_seen,
             losses=tuple(recorder.losses),
             eval_loss_before=before,
             eval_loss_after=after,
-            wall_seconds=self._journal.wall_seconds,
+            wall_seconds=self._record_file.wall_seconds,
             peak_memory_bytes=peak,
             stopped_because=stopped,
             tokens_per_second=recorder.tokens_per_second,
-            notes=tuple(self._stage.console.notes),
+            notes=tuple(self._context.console.notes),
             samples=tuple(samples),
         )
         return result, progress
@@ -291,8 +296,8 @@ class Execution:
             save_steps=self._config.checkpoint.save_steps,
             lora_dropout=self._config.lora.dropout,
             evaluation=self._evaluation if self._prepared.data.validation is not None else None,
-            stop_requested=self._stage.requests.stop,
-            save_requested=self._stage.requests.save,
+            stop_requested=self._context.requests.stop,
+            save_requested=self._context.requests.save,
         )
 
     def _evaluation(self) -> LossSum:
@@ -304,21 +309,21 @@ class Execution:
         )
         return self._trainer.evaluate(list(batches))
 
-    def _loss_before(self, recorder: Recorder, progress: Progress) -> float | None:
+    def _loss_before(self, recorder: RunCallbacks, progress: Progress) -> float | None:
         """The validation loss of the base; a resumed run has it already, in its record or in its log."""
         if self._prepared.data.validation is None:
             return None
-        if self._stage.state is not None:
-            known = self._stage.record.eval_loss_before
-            return known if known is not None else loss_before(self._stage.directory.metrics_path)
+        if self._context.state is not None:
+            known = self._context.record.eval_loss_before
+            return known if known is not None else loss_before(self._context.directory.metrics_path)
         evaluation = self._evaluation()
         recorder.evaluated(progress.step, evaluation, "before")
         return evaluation.loss
 
-    def _judged(self, recorder: Recorder, progress: Progress, initial: Adapter) -> float | None:
+    def _judged(self, recorder: RunCallbacks, progress: Progress, initial: Adapter) -> float | None:
         """Evaluate the end, choose between it and the best on the way, write the adapter; its validation loss."""
         adapter, loss = self._trainer.export_adapter(), None
-        for module in check_changed(initial, adapter, steps=progress.step) if self._stage.state is None else ():
+        for module in check_changed(initial, adapter, steps=progress.step) if self._context.state is None else ():
             recorder.note(f"{module}: B is still zero, no gradient reached it")
         step = progress.step
         if self._prepared.data.validation is not None:
@@ -328,15 +333,15 @@ class Execution:
             keep_best(self._trainer, progress, recorder, step, evaluation)
             if self._config.training.load_best_adapter_at_end and progress.best_step not in (None, step):
                 adapter, loss, step = self._best(recorder, progress) or (adapter, loss, step)
-        write_run_adapter(self._stage.directory.adapter_dir, adapter, {**recorder.provenance, "step": step})
+        write_run_adapter(self._context.directory.adapter_dir, adapter, {**recorder.provenance, "step": step})
         return loss
 
-    def _best(self, recorder: Recorder, progress: Progress) -> tuple[Adapter, float, int] | None:
+    def _best(self, recorder: RunCallbacks, progress: Progress) -> tuple[Adapter, float, int] | None:
         """The best adapter on the way. None when a part of the run that was lost, and went otherwise when another
         backend did it anew, had put its own best there."""
         assert progress.best_loss is not None
         assert progress.best_step is not None
-        folder = self._stage.directory.path / BEST_ADAPTER_FOLDER
+        folder = self._context.directory.path / BEST_ADAPTER_FOLDER
         try:
             best, kept = read_adapter(folder), read_provenance(folder).get("step")
         except (AdapterError, UnsafeInputError) as problem:
@@ -367,16 +372,16 @@ class Execution:
         )
 
     def _finish(self, run: RunView, result: TrainResult, progress: Progress) -> None:
-        with self._stage.requests.too_late():
-            self._journal.finish(result, progress)
+        with self._context.requests.too_late():
+            self._record_file.finish(result, progress)
             write_pages(run.run_dir)
-            self._stage.console.finished(result, written(run.run_dir))
-            self._stage.hooks.tell("qlora_hal_run_finished", run=run, result=result)
+            self._context.console.finished(result, written(run.run_dir))
+            self._context.hooks.tell("qlora_hal_run_finished", run=run, result=result)
 
     def tell_failed(self, error: BaseException) -> None:
         """Tell observers of the end, if they were told of the start."""
         if self._observed is not None:
-            self._stage.hooks.tell("qlora_hal_run_failed", run=self._observed, error=error)
+            self._context.hooks.tell("qlora_hal_run_failed", run=self._observed, error=error)
 
 
 def questions(prepared: PreparedRun) -> list[Batch]:
@@ -418,7 +423,7 @@ def chosen_dtype(wanted: str, proved: Sequence[str], backend: str) -> str:
 
 def provenance_of(prepared: PreparedRun, resolved: Mapping[str, object]) -> dict[str, object]:
     """What an adapter or a checkpoint must match to be continued or judged."""
-    base = prepared.machinery.source
+    base = prepared.resolved_backend.source
     source = base.origin
     kept = ("backend", "device", "weight_format", "block_size", "double_quant", "compute_dtype", "seed", "versions")
     return {

@@ -25,15 +25,15 @@ from qlora_hal.quantize.calibration import refuse_idle_calibration, with_quantiz
 from qlora_hal.report.console import RunConsole
 from qlora_hal.report.run_file import given_config, read_run_config, record_from
 from qlora_hal.run.directory import RunDirectory, rehearsed
-from qlora_hal.run.finish import result_of_ended, show_ended, told_when_ended
+from qlora_hal.run.finish import print_already_finished, reported_when_finished, result_of_finished
 from qlora_hal.run.identity import PLACES, config_hash, flat_settings, require_own
-from qlora_hal.run.paths import Relocation, require_places, with_absolute_places
-from qlora_hal.run.prepare import choose_machinery, drawn_seed, likely_dtype, prepare_run
+from qlora_hal.run.paths import PathOverrides, require_paths, with_absolute_paths
+from qlora_hal.run.prepare import drawn_seed, likely_dtype, prepare_run, resolve_backend
 from qlora_hal.run.record import first_record
 from qlora_hal.run.recovery import require_config_unchanged
 from qlora_hal.run.result import TrainResult
-from qlora_hal.run.session import Stage, execute, window_sampler
-from qlora_hal.run.transfer import carried_config, check_allowed
+from qlora_hal.run.session import RunContext, execute, window_sampler
+from qlora_hal.run.transfer import check_allowed, transferred_config
 from qlora_hal.trackers import observers_for
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def _new_run(
     require_settings(settings.config, "model.name_or_path", "output_dir", *(["data.path"] if rows is None else []))
     hooks = Hooks([*observers_for(settings.config.training.report_to), *observers], note=console.note)
     config = hooks.ready_config(settings.config)
-    recorded = given_config(with_absolute_places(config))
+    recorded = given_config(with_absolute_paths(config))
     if dry_run:
         with rehearsed(config.output_dir, config=recorded, overwrite=overwrite) as scratch:
             return _planned(_prepared(config, rows, hooks, scratch, console, verify=verify))
@@ -104,7 +104,7 @@ def _new_run(
         RunDirectory.open_new(
             config.output_dir, config=recorded, overwrite=overwrite, force_unlock=force_unlock
         ) as directory,
-        told_when_ended(directory),
+        reported_when_finished(directory),
     ):
         for note in directory.notes:
             console.note(note)
@@ -118,21 +118,21 @@ def _prepared(
     """All that can be found wrong before the model loads, found; rows in memory are kept in `run_dir`."""
     for note in idle_settings(config, has_rows=rows is not None):
         console.note(note)
-    machinery = choose_machinery(config, hooks, console)
-    refuse_idle_calibration(config, machinery)
+    resolved_backend = resolve_backend(config, hooks, console)
+    refuse_idle_calibration(config, resolved_backend)
     if rows is not None:
         keep_rows(rows, run_dir)
     seed = drawn_seed(config)
     if config.training.seed is None:
         console.note(f"no seed was given; {seed} was drawn")
-    prepared = prepare_run(config, seed, machinery, run_dir, rows, console)
+    prepared = prepare_run(config, seed, resolved_backend, run_dir, rows, console)
     _refuse_endless_warmup(prepared)
     return _with_verified_model(prepared, {}, console) if verify else prepared
 
 
 def _with_verified_model(prepared: PreparedRun, recorded: Mapping[str, object], console: RunConsole) -> PreparedRun:
     """Every byte of the model hashed, and compared with what the run began with. Raises CheckpointError QH-E15."""
-    folder = prepared.machinery.source.origin.path
+    folder = prepared.resolved_backend.source.origin.path
     return replace(prepared, model_hashes=verify_model(folder, recorded, console.note))
 
 
@@ -145,8 +145,8 @@ def _trained(
     requests: Requests,
 ) -> TrainResult:
     prepared = with_quantized_base(prepared, directory.path, console)
-    record = first_record(with_absolute_places(prepared.config), origins, prepared)
-    return execute(Stage(prepared, directory, console, hooks, record, requests))
+    record = first_record(with_absolute_paths(prepared.config), origins, prepared)
+    return execute(RunContext(prepared, directory, console, hooks, record, requests))
 
 
 def run_resumed(
@@ -154,10 +154,11 @@ def run_resumed(
     *,
     backend: str | None,
     transfer: bool,
-    relocation: Relocation,
+    relocation: PathOverrides,
     observers: Sequence[object],
     force_unlock: bool,
     verify: bool,
+    trust_remote_code: bool = False,
     console: RunConsole | None,
 ) -> TrainResult:
     """Go on from the newest checkpoint that verifies, on the backend that saved it or on another."""
@@ -165,38 +166,38 @@ def run_resumed(
         _shown_on(console) as console,
         requests_by_signal(console.note) as requests,
         RunDirectory.open_existing(run_dir, force_unlock=force_unlock) as directory,
-        told_when_ended(directory),
+        reported_when_finished(directory),
     ):
         if note := ignored_note():
             console.note(note)
         state = _newest_state(directory, console)
-        ended = result_of_ended(directory, record_from(directory.content), state, console.note)
-        if ended is not None and relocation == Relocation() and not verify:
+        ended = result_of_finished(directory, record_from(directory.content), state, console.note)
+        if ended is not None and relocation == PathOverrides() and not verify:
             # Nothing that it was made from need be there still.
-            show_ended(ended, console)
+            print_already_finished(ended, console)
             return ended
-        given = relocation.applied(read_run_config(directory.path))
+        given = relocation.applied(read_run_config(directory.path, trust_remote_code=trust_remote_code))
         rows = kept_rows(directory.path)
-        require_places(given, run_dir, reads_data=rows is None)
+        require_paths(given, run_dir, reads_data=rows is None)
         record = _relocated(record_from(directory.content), relocation, given)
         hooks = Hooks([*observers_for(given.training.report_to), *observers], note=console.note)
         config, changes = _carried(given, state, backend, hooks, console, transfer=transfer)
-        machinery = choose_machinery(config, hooks, console)
+        resolved_backend = resolve_backend(config, hooks, console)
         seed = int(str(state.provenance["seed"]))
-        prepared = prepare_run(config, seed, machinery, directory.path, rows, console)
+        prepared = prepare_run(config, seed, resolved_backend, directory.path, rows, console)
         prepared = with_quantized_base(_with_saved_targets(prepared, state), directory.path, console)
         _check_same_run(state, prepared, changes)
         hashes = record.model.get("files")
         if verify or hashes:
             prepared = _with_verified_model(prepared, hashes if isinstance(hashes, dict) else {}, console)
-        if relocation != Relocation():  # the places hold what they should, and are remembered
+        if relocation != PathOverrides():  # the places hold what they should, and are remembered
             directory.record({"config": record.config, "config_hash": config_hash(record.config)})
         if ended is not None:
             if prepared.model_hashes:
                 directory.record({"model": {**record.model, "files": dict(prepared.model_hashes)}})
-            show_ended(ended, console)
+            print_already_finished(ended, console)
             return ended
-        return execute(Stage(prepared, directory, console, hooks, record, requests, state, changes))
+        return execute(RunContext(prepared, directory, console, hooks, record, requests, state, changes))
 
 
 def _newest_state(directory: RunDirectory, console: RunConsole) -> TrainingState:
@@ -221,7 +222,7 @@ def _carried(
     QH-C12 for what is not allowed, or cannot be."""
     name = backend or str(state.provenance["backend"])
     capabilities = load_spec(find(name, listed(hooks.offered_backends()))).capabilities
-    config, changes = carried_config(given, state.provenance, name, capabilities)
+    config, changes = transferred_config(given, state.provenance, name, capabilities)
     _refuse_to_store_anew(state.step, given, changes)
     check_allowed(state.step, changes, transfer=transfer)
     if name != state.provenance["backend"] and config.backend.options != given.backend.options:
@@ -255,12 +256,12 @@ def _refuse_endless_warmup(prepared: PreparedRun) -> None:
         )
 
 
-def _relocated(record: RunRecord, relocation: Relocation, config: RunConfig) -> RunRecord:
+def _relocated(record: RunRecord, relocation: PathOverrides, config: RunConfig) -> RunRecord:
     """run.json with the places that were given anew, so that they need not be given again."""
-    if relocation == Relocation():
+    if relocation == PathOverrides():
         return record
     # Only these: a release that knows more settings than the run began with must not make it another one.
-    moved = dict(flat_settings(given_config(with_absolute_places(config))))
+    moved = dict(flat_settings(given_config(with_absolute_paths(config))))
     recorded: dict[str, Any] = {
         key: dict(part) if isinstance(part, dict) else part for key, part in record.config.items()
     }
@@ -290,19 +291,19 @@ def _refuse_to_store_anew(step: int, config: RunConfig, changes: Sequence[str]) 
 
 def _planned(prepared: PreparedRun) -> TrainResult:
     """What a dry run found out, in the form of a result without a step."""
-    machinery, training = prepared.machinery, prepared.config.training
-    quantization, memory = machinery.quantization, prepared.estimate
+    resolved_backend, training = prepared.resolved_backend, prepared.config.training
+    quantization, memory = resolved_backend.quantization, prepared.estimate
     run_dir = Path(prepared.config.output_dir).expanduser()
     plan = {
         "steps": window_sampler(prepared).total_steps(training.num_train_epochs, training.max_steps),
         "sequences": len(prepared.data.train),
         "sequences_per_step": training.per_device_train_batch_size * training.gradient_accumulation_steps,
-        "target_modules": len(machinery.adapter.target_modules),
-        "compute_dtype": likely_dtype(prepared.config, machinery.choice.spec, machinery.report),
+        "target_modules": len(resolved_backend.adapter.target_modules),
+        "compute_dtype": likely_dtype(prepared.config, resolved_backend.choice.spec, resolved_backend.report),
         "memory": {**asdict(memory), "total": memory.total, "high": memory.high},
     }
     return TrainResult(
-        backend=machinery.choice.spec.name,
+        backend=resolved_backend.choice.spec.name,
         device="",
         weight_format=quantization.weight_format.value,
         block_size=quantization.block_size,
@@ -324,17 +325,19 @@ def _with_saved_targets(prepared: PreparedRun, state: TrainingState) -> Prepared
     """`all-linear` means what the loaded model had when the run began; whether it still fits is checked at attach."""
     if not asks_for_all(prepared.config.lora.target_modules):
         return prepared
-    machinery = prepared.machinery
-    adapter = replace(machinery.adapter, target_modules=state.adapter.config.target_modules)
-    return replace(prepared, machinery=replace(machinery, adapter=adapter))
+    resolved_backend = prepared.resolved_backend
+    adapter = replace(resolved_backend.adapter, target_modules=state.adapter.config.target_modules)
+    return replace(prepared, resolved_backend=replace(resolved_backend, adapter=adapter))
 
 
 def _check_same_run(state: TrainingState, prepared: PreparedRun, changes: Sequence[str]) -> None:
     """The adapter's settings, the base, the tokens and, where no change was allowed, the storage are those of the
     checkpoint. Raises AdapterError QH-C06 and CheckpointError, naming what differs."""
 
-    check_same_settings(state.adapter.config, prepared.machinery.adapter, where=f"checkpoint of step {state.step}")
-    quantization, base = prepared.machinery.quantization, prepared.machinery.source
+    check_same_settings(
+        state.adapter.config, prepared.resolved_backend.adapter, where=f"checkpoint of step {state.step}"
+    )
+    quantization, base = prepared.resolved_backend.quantization, prepared.resolved_backend.source
     now: dict[str, object] = {
         "base_fingerprint": base.origin.facts.fingerprint,
         "tokenizer_hash": prepared.tokenizer.hash,

@@ -31,7 +31,7 @@ from qlora_hal.processes.child_errors import error_from, told_of
 from qlora_hal.processes.signals import EndedAtOnce, ended_by_signals, handing_on
 from qlora_hal.report.console import RunConsole
 from qlora_hal.run.finish import ended_in
-from qlora_hal.run.paths import Relocation
+from qlora_hal.run.paths import PathOverrides
 from qlora_hal.run.result import TrainResult
 from qlora_hal.run.start import run_new, run_resumed
 
@@ -165,7 +165,7 @@ def main() -> int:
 def _carried_out(verb: str, request: dict[str, Any], shown: Mapping[str, bool]) -> TrainResult:
     console = RunConsole(quiet=shown.get("quiet", False), json=shown.get("json", False))
     if verb == "resume":
-        run_dir, relocation = Path(request.pop("run_dir")), Relocation(**request.pop("relocation"))
+        run_dir, relocation = Path(request.pop("run_dir")), PathOverrides(**request.pop("relocation"))
         return run_resumed(run_dir, relocation=relocation, observers=(), console=console, **request)
     config, origins = RunConfig.model_validate(request.pop("config")), request.pop("origins")
     return run_new(

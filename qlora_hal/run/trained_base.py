@@ -16,12 +16,12 @@ from qlora_hal.hooks import Hooks
 from qlora_hal.report.run_file import examined_run_file, read_run_file
 from qlora_hal.run.adapters import require_own_adapter
 from qlora_hal.run.directory import ADAPTER_FOLDER, RUN_FILE
-from qlora_hal.run.prepare import choose_machinery
+from qlora_hal.run.prepare import resolve_backend
 
 if TYPE_CHECKING:
     from qlora_hal.model.facts import ModelFacts
     from qlora_hal.report.console import RunConsole
-    from qlora_hal.run.prepare import Machinery
+    from qlora_hal.run.prepare import ResolvedBackend
 
 _LEVELS_ABOVE = 2
 """A run's folder is looked for this far above an adapter: `run/adapter`, `run/checkpoints/step-00000100`."""
@@ -143,33 +143,33 @@ def _as_setting(weight_format: str) -> str:
     return next((level for level, formats in STORED_AT_LEVEL.items() if weight_format in formats), "auto")
 
 
-def machinery_of_training(
+def backend_of_training(
     config: RunConfig,
     facts: ModelFacts,
     provenance: Mapping[str, object],
     backend: str,
     console: RunConsole,
     note: Callable[[str], None],
-) -> Machinery:
+) -> ResolvedBackend:
     """The backend named; else the one that trained, where it is ready; else any that serves the format, with a note.
 
-    Raises as `choose_machinery`.
+    Raises as `resolve_backend`.
     """
     trained_on, why = str(provenance.get("backend") or ""), ""
     if facts.prequantized is not None:  # it is taken as it is
         config = config.model_copy(update={"quantization": type(config.quantization)()})
     if backend != "auto":
-        return choose_machinery(_on(config, backend, trained_on), Hooks(), console)
+        return resolve_backend(_on(config, backend, trained_on), Hooks(), console)
     if trained_on:
         try:
-            return choose_machinery(_on(config, trained_on, trained_on), Hooks(), console)
+            return resolve_backend(_on(config, trained_on, trained_on), Hooks(), console)
         except (BackendError, UnsupportedFeatureError) as error:
             why = error.message
-    machinery = choose_machinery(_on(config, "auto", trained_on), Hooks(), console)
+    resolved_backend = resolve_backend(_on(config, "auto", trained_on), Hooks(), console)
     if why:
-        there = f"{machinery.choice.spec.name} takes its place"
+        there = f"{resolved_backend.choice.spec.name} takes its place"
         note(f"{trained_on}, which trained the adapter, cannot be used here: {why} {there}")
-    return machinery
+    return resolved_backend
 
 
 def _on(config: RunConfig, name: str, trained_on: str) -> RunConfig:

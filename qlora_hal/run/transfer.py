@@ -16,7 +16,7 @@ from qlora_hal.contract.capabilities import OPTIMIZER_FEATURE, Capabilities, Wei
 from qlora_hal.contract.values import Batch, Float32
 from qlora_hal.detect.requirements import DOUBLE_QUANT_FORMATS
 from qlora_hal.errors import CheckpointError
-from qlora_hal.report.transfer_record import Gap, HandOver
+from qlora_hal.report.transfer_record import Divergence, Transfer
 from qlora_hal.run.trained_base import options_of_training
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 ROWS, TOKENS, LIKELIEST = 8, 32, 16
 """Rows that are answered, tokens of each, and how many of the likeliest next tokens are kept for each place."""
 
-FARTHEST_KL = 0.5
+MAX_KL = 0.5
 """Nats per token. Two 4-bit formats of a model as small as the demo's lie 0.2 to 0.25 apart (docs/resume.md), larger
 models less; twice that is a damaged base, or another one."""
 
@@ -55,7 +55,7 @@ class Answering(Protocol):
 # the plan, before anything loads ----------------------------------------------------------------------------------
 
 
-def carried_config(
+def transferred_config(
     config: RunConfig, provenance: Mapping[str, object], backend: str, capabilities: Capabilities
 ) -> tuple[RunConfig, tuple[str, ...]]:
     """The configuration of a run as `backend` can go on with it, and what that changes (empty: nothing).
@@ -64,7 +64,7 @@ def carried_config(
     """
     same = provenance.get("backend") == backend
     changes: list[str] = []
-    quantization, changed = _carried_quantization(provenance, capabilities)
+    quantization, changed = _transferred_quantization(provenance, capabilities)
     changes += changed
     dtype = config.quantization.compute_dtype
     if dtype != "auto" and dtype not in capabilities.compute_dtypes:
@@ -101,7 +101,7 @@ def check_allowed(step: int, changes: Sequence[str], *, transfer: bool) -> None:
 
 def planned(
     step: int, provenance: Mapping[str, object], now: Mapping[str, object], changes: Sequence[str], dropout: float
-) -> HandOver | None:
+) -> Transfer | None:
     """What to say when a run goes on elsewhere; None where nothing moved."""
     dtype_before, dtype = provenance.get("compute_dtype"), now["compute_dtype"]
     moved = provenance.get("backend") != now["backend"]
@@ -117,10 +117,10 @@ def planned(
         exact.append("weight format")
     if any(change.startswith("optimizer") for change in changes):
         exact[1] = "optimizer step"
-    return HandOver(step, str(provenance.get("backend")), str(now["backend"]), tuple(exact), tuple(inexact))
+    return Transfer(step, str(provenance.get("backend")), str(now["backend"]), tuple(exact), tuple(inexact))
 
 
-def _carried_quantization(
+def _transferred_quantization(
     provenance: Mapping[str, object], capabilities: Capabilities
 ) -> tuple[dict[str, Any], list[str]]:
     stored, block, double = (provenance.get(name) for name in ("weight_format", "block_size", "double_quant"))
@@ -157,7 +157,7 @@ def _with(part: Any, **changed: object) -> Any:
 # the measurement --------------------------------------------------------------------------------------------------
 
 
-def saved_answers(trainer: Answering, batches: Sequence[Batch]) -> dict[str, Array]:
+def reference_logits(trainer: Answering, batches: Sequence[Batch]) -> dict[str, Array]:
     """What the model says now: for each row (a batch of one) its tokens, and the likeliest next tokens at each place
     with their log-probabilities, `[rows, tokens, LIKELIEST]`; -1 and -inf where a row is shorter."""
     ids = np.full((len(batches), TOKENS), -1, np.int32)
@@ -175,7 +175,7 @@ def saved_answers(trainer: Answering, batches: Sequence[Batch]) -> dict[str, Arr
     return {"input_ids": ids, "likeliest": likeliest, "log_probabilities": log_probabilities}
 
 
-def measured_gap(trainer: Answering, answers: Mapping[str, Array]) -> Gap | None:
+def measured_divergence(trainer: Answering, answers: Mapping[str, Array]) -> Divergence | None:
     """The same tokens asked again; None when the checkpoint holds no answers."""
     if not answers:
         return None
@@ -191,7 +191,7 @@ def measured_gap(trainer: Answering, answers: Mapping[str, Array]) -> Gap | None
         divergences.append(_divergence(before, now))
         agreeing += int(np.count_nonzero(said.argmax(-1) == names[:, 0]))
     tokens = sum(len(row) for row in divergences)
-    return Gap(
+    return Divergence(
         rows=len(divergences),
         tokens=tokens,
         kl_mean=float(np.concatenate(divergences).mean()),
@@ -200,13 +200,13 @@ def measured_gap(trainer: Answering, answers: Mapping[str, Array]) -> Gap | None
     )
 
 
-def check_near(gap: Gap | None) -> None:
+def check_divergence(gap: Divergence | None) -> None:
     """Raises CheckpointError QH-C66 when the model is too far from the one that was saved to be the same run."""
-    if gap is not None and not gap.kl_mean <= FARTHEST_KL:
+    if gap is not None and not gap.kl_mean <= MAX_KL:
         raise CheckpointError(
             "QH-C66",
             f"The model here is {gap.kl_mean:.3g} nats per token from the one that was saved, "
-            f"at most {FARTHEST_KL} is expected of another weight format.",
+            f"at most {MAX_KL} is expected of another weight format.",
             cause="The base differs, or one of the two backends computes wrongly.",
             fix="Run qlora-hal conformance on both backends; nothing was trained or written.",
             context=asdict(gap),

@@ -11,7 +11,7 @@ QUIET_SECONDS = 600.0
 USUAL_STEPS = 20.0
 
 
-class Heartbeat:
+class Watchdog:
     """Tells when no step ended for `quiet_seconds`, or for twenty times the usual step where that is longer; again when
     that time has doubled. `with` bounds its life."""
 
@@ -22,9 +22,9 @@ class Heartbeat:
         self._last = 0.0
         self._ended = threading.Event()
 
-    def __enter__(self) -> Heartbeat:
+    def __enter__(self) -> Watchdog:
         self._last = time.monotonic()
-        threading.Thread(target=self._watch, name="heartbeat", daemon=True).start()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
     def __exit__(

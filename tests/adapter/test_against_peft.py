@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from qlora_hal.contract.values import LinearShape
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
@@ -45,9 +47,9 @@ def base_folder(model: Any, tmp_path: Path) -> str:
     return str(tmp_path / "base")
 
 
-def linear_modules(model: Any) -> dict[str, tuple[int, int]]:
+def linear_modules(model: Any) -> dict[str, LinearShape]:
     layers = ((n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head")
-    return {name: (module.in_features, module.out_features) for name, module in layers}
+    return {name: LinearShape(module.in_features, module.out_features) for name, module in layers}
 
 
 def trained_adapter(model: Any, targets: str | tuple[str, ...], *, use_rslora: bool = False) -> Adapter:

@@ -18,11 +18,13 @@ from qlora_hal.adapter import (
     lora_a_key,
     lora_b_key,
 )
-from qlora_hal.contract.values import Adapter, AdapterConfig
+from qlora_hal.contract.values import Adapter, AdapterConfig, LinearShape
 from qlora_hal.errors import AdapterError, NumericsError
 from qlora_hal.model.facts import ModelFacts
 
-MODULES = {f"model.layers.{n}.self_attn.{leaf}": (32, 16) for n in range(28) for leaf in ("q", "k", "v", "o")}
+MODULES = {
+    f"model.layers.{n}.self_attn.{leaf}": LinearShape(32, 16) for n in range(28) for leaf in ("q", "k", "v", "o")
+}
 CONFIG = AdapterConfig(4, 8.0, target_modules=tuple(sorted(MODULES)))
 ADAPTER = initial_adapter(CONFIG, MODULES, seed=0)
 FIRST, SECOND, THIRD = sorted(MODULES)[:3]

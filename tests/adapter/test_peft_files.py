@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from qlora_hal.adapter import initial_adapter, read_adapter, read_provenance, resolve_targets, write_adapter
-from qlora_hal.contract.values import Adapter, AdapterConfig
+from qlora_hal.contract.values import Adapter, AdapterConfig, LinearShape
 from qlora_hal.errors import AdapterError, QloraHalError, StorageError, UnsafeInputError
 
-MODULES = {f"model.layers.{n}.self_attn.{leaf}": (32, 16) for n in range(2) for leaf in ("q_proj", "v_proj")}
+MODULES = {f"model.layers.{n}.self_attn.{leaf}": LinearShape(32, 16) for n in range(2) for leaf in ("q_proj", "v_proj")}
 PROVENANCE = {"weight_format": "nf4", "block_size": 64, "base_fingerprint": "ab" * 32, "versions": {"numpy": "2"}}
 
 

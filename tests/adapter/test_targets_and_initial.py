@@ -9,11 +9,11 @@ import pytest
 
 from qlora_hal.adapter import initial_adapter, lora_a_key, lora_b_key, module_of, resolve_targets
 from qlora_hal.adapter.targets import shortest_names
-from qlora_hal.contract.values import AdapterConfig
+from qlora_hal.contract.values import AdapterConfig, LinearShape
 from qlora_hal.errors import ConfigError, ModelError
 
 LEAVES = {"self_attn.q_proj": (64, 48), "self_attn.v_proj": (64, 16), "mlp.down_proj": (96, 64)}
-MODULES = {f"model.layers.{n}.{leaf}": size for n in range(3) for leaf, size in LEAVES.items()}
+MODULES = {f"model.layers.{n}.{leaf}": LinearShape(*size) for n in range(3) for leaf, size in LEAVES.items()}
 
 
 def test_names_lead_to_their_module_and_back() -> None:
@@ -101,7 +101,7 @@ def test_the_first_adapter_is_uniform_within_its_bound_and_has_no_effect() -> No
     assert len(adapter.tensors) == 12
     for key, tensor in adapter.tensors.items():
         module, half = module_of(key)
-        fan_in, fan_out = MODULES[module]
+        fan_in, fan_out = MODULES[module].inputs, MODULES[module].outputs
         assert tensor.dtype == np.float32
         if half == "B":
             assert tensor.shape == (fan_out, 8)

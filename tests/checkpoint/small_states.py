@@ -10,9 +10,11 @@ import numpy.typing as npt
 
 from qlora_hal.adapter import lora_a_key, lora_b_key
 from qlora_hal.checkpoint import TrainingState
-from qlora_hal.contract.values import Adapter, AdapterConfig, OptimizerSnapshot
+from qlora_hal.contract.values import Adapter, AdapterConfig, LinearShape, OptimizerSnapshot
 
-MODULES = {f"model.layers.{layer}.self_attn.{name}": (24, 16) for layer in range(2) for name in ("q_proj", "v_proj")}
+MODULES = {
+    f"model.layers.{layer}.self_attn.{name}": LinearShape(24, 16) for layer in range(2) for name in ("q_proj", "v_proj")
+}
 
 
 def small_state(step: int, variant: int = 0, *, width: int = 1) -> TrainingState:
@@ -20,7 +22,8 @@ def small_state(step: int, variant: int = 0, *, width: int = 1) -> TrainingState
     random = np.random.default_rng([step, variant])
     config = AdapterConfig(r=4, alpha=8.0, dropout=0.05, target_modules=tuple(sorted(MODULES)))
     tensors: dict[str, npt.NDArray[Any]] = {}
-    for module, (fan_in, fan_out) in MODULES.items():
+    for module, shape in MODULES.items():
+        fan_in, fan_out = shape.inputs, shape.outputs
         tensors[lora_a_key(module)] = random.standard_normal((4, fan_in * width), dtype=np.float32)
         tensors[lora_b_key(module)] = random.standard_normal((fan_out, 4), dtype=np.float32)
     moments = {

@@ -114,12 +114,12 @@ def test_a_move_changes_the_places_in_the_record_and_nothing_else() -> None:
     """Not even where this release knows settings that the run began without."""
     from qlora_hal.config.schema import RunConfig
     from qlora_hal.report.run_file import RunRecord
-    from qlora_hal.run.paths import Relocation
+    from qlora_hal.run.paths import PathOverrides
     from qlora_hal.run.start import _relocated
 
     before = RunRecord(config=CONFIG, origins={})
     moved = RunConfig.model_validate(changed("data.path", "/elsewhere/rows.jsonl"))
-    after = _relocated(before, Relocation(data="/elsewhere/rows.jsonl"), moved)
+    after = _relocated(before, PathOverrides(data="/elsewhere/rows.jsonl"), moved)
     assert after.config == changed("data.path", "/elsewhere/rows.jsonl")
     assert settings_hash(after.config) == settings_hash(CONFIG)
     assert before.config == CONFIG

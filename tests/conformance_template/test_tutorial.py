@@ -48,6 +48,7 @@ def test_template_builds_without_touching_the_checkout(certificate: dict[str, ob
     template = ROOT / "examples" / "plugin_template"
     kept = sorted(p.relative_to(template).as_posix() for p in template.rglob("*") if "__pycache__" not in p.parts)
     assert [name for name in kept if (template / name).is_file()] == [
+        ".github/workflows/conformance.yml",
         "pyproject.toml",
         "qlora_hal_toy/__init__.py",
         "qlora_hal_toy/trainer.py",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_hal.processes.subprocess_call import NoAnswerError, ask, load_of_machine, one_line
+from qlora_hal.processes.subprocess_call import SubprocessCallError, ask, load_of_machine, one_line
 
 ANSWER = (
     "from qlora_hal.processes.subprocess_call import answer_stream\n"
@@ -40,7 +40,7 @@ def test_prints_of_a_child_are_no_part_of_its_answer(folder: Path) -> None:
 )
 def test_a_child_without_an_answer_is_told_by_how_it_ended(folder: Path, source: str, said: str) -> None:
     (folder / "child.py").write_text(source)
-    with pytest.raises(NoAnswerError) as silence:
+    with pytest.raises(SubprocessCallError) as silence:
         ask("child", seconds=60)
     assert str(silence.value).startswith(said)
 
@@ -58,7 +58,7 @@ def test_a_machine_is_busy_when_more_wants_to_run_than_it_has_processors(
 
 def test_a_child_that_hangs_is_not_waited_for(folder: Path) -> None:
     (folder / "child.py").write_text("import time; time.sleep(100)")
-    with pytest.raises(NoAnswerError, match="did not answer within 2 s"):
+    with pytest.raises(SubprocessCallError, match="did not answer within 2 s"):
         ask("child", seconds=2)
 
 

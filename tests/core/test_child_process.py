@@ -32,7 +32,7 @@ with answer_stream() as stream:
 QUANTIZING = """
 import sys, os
 from pathlib import Path
-from qlora_hal import child_process
+from qlora_hal.processes import child_process
 child = child_process.start([sys.executable, "-m", "qlora_hal_backends.gptq_int4.quantizing_child", sys.argv[1]])
 Path(os.environ["TOLD"]).write_text(str(child.pid))
 child.wait()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from installed_plugins import GOOD, install
 
-from qlora_hal.detect.discovery import Listed, find, listed, load_spec, open_trainer
+from qlora_hal.detect.discovery import BackendEntry, find, listed, load_spec, open_trainer
 from qlora_hal.errors import BackendError
 
 
@@ -88,8 +88,8 @@ def test_built_in_name_cannot_be_taken_over(tmp_path: Path) -> None:
 
 
 def test_the_name_of_a_built_in_backend_finds_the_built_in_one() -> None:
-    ours = Listed("cpu_torch", "qlora-hal")
-    assert find("cpu_torch", [Listed("cpu_torch", "impostor"), ours]) is ours
+    ours = BackendEntry("cpu_torch", "qlora-hal")
+    assert find("cpu_torch", [BackendEntry("cpu_torch", "impostor"), ours]) is ours
 
 
 @pytest.mark.fault("E09")
@@ -130,13 +130,13 @@ def in_a_process_with(folder: Path, program: str) -> str:
 
 
 CHOOSE = """
-from qlora_hal.contract.capabilities import Needs
+from qlora_hal.contract.capabilities import Requirements
 from qlora_hal.detect.discovery import listed, reports
 from qlora_hal.detect.selection import choose
 from qlora_hal.run.supervisor import is_supervised
 entries = listed()
 assert not is_supervised("auto", ())
-choice = choose("auto", Needs(), entries, reports(entries), allow_cpu=True)
+choice = choose("auto", Requirements(), entries, reports(entries), allow_cpu=True)
 print(choice.spec.name != "odd", choice.rejections["odd"])
 """
 

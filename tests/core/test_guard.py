@@ -20,12 +20,13 @@ from qlora_hal.contract.backend import (
     QuantizedLoRATrainer,
 )
 from qlora_hal.contract.capabilities import Capabilities, WeightFormat
-from qlora_hal.contract.checked_trainer import GuardedTrainer
+from qlora_hal.contract.checked_trainer import CheckedTrainer
 from qlora_hal.contract.values import (
     Adapter,
     AdapterConfig,
     Batch,
     Float32,
+    LinearShape,
     LossSum,
     OptimizerSnapshot,
     StepSettings,
@@ -77,8 +78,8 @@ class Right(QuantizedLoRATrainer):
     def load(self, source: ModelSource, quantization: Quantization, compute: Compute) -> None:
         self._said("load", None)
 
-    def linear_modules(self) -> Mapping[str, tuple[int, int]]:
-        return {"layer": (2, 1)}
+    def linear_modules(self) -> Mapping[str, LinearShape]:
+        return {"layer": LinearShape(2, 1)}
 
     def attach(self, adapter: Adapter, optimizer: str = "adamw") -> None:
         self._steps = 0
@@ -117,13 +118,13 @@ class Right(QuantizedLoRATrainer):
         return np.zeros((1, 2), np.float32)
 
 
-def attached(**answers: Any) -> GuardedTrainer:
-    guarded = GuardedTrainer(Right(**answers))
+def attached(**answers: Any) -> CheckedTrainer:
+    guarded = CheckedTrainer(Right(**answers))
     guarded.attach(ADAPTER, "adamw")
     return guarded
 
 
-def said_of(guarded: GuardedTrainer, method: str, *arguments: object) -> str:
+def said_of(guarded: CheckedTrainer, method: str, *arguments: object) -> str:
     """What is held against the backend."""
     with pytest.raises(BackendContractError) as broken:
         getattr(guarded, method)(*arguments)
@@ -145,7 +146,7 @@ def test_a_trainer_that_keeps_the_contract_passes() -> None:
 @pytest.mark.fault("B04")
 @pytest.mark.parametrize("leaving", [SystemExit(0), KeyError("x"), MemoryError("x")])
 def test_a_backend_that_leaves_has_failed(leaving: BaseException) -> None:
-    guarded = GuardedTrainer(Right(load=leaving))
+    guarded = CheckedTrainer(Right(load=leaving))
     with pytest.raises(BackendError, match=rf"Backend right failed in load: {type(leaving).__name__}") as failure:
         guarded.load(None, None, None)  # type: ignore[arg-type]
     assert (failure.value.code, failure.value.exit_status) == ("QH-B04", 3)
@@ -163,7 +164,7 @@ def test_a_library_that_leaves_because_of_a_package_is_told_with_its_name() -> N
                 return leaving
 
     with pytest.raises(BackendError, match=r"SystemExit: 1 \(the package no_such_package is not installed\)"):
-        GuardedTrainer(Right(load=leave())).load(None, None, None)  # type: ignore[arg-type]
+        CheckedTrainer(Right(load=leave())).load(None, None, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.fault("B02")
@@ -236,13 +237,13 @@ def test_updates_are_counted_on_from_an_imported_snapshot_and_anew_from_an_adapt
 @pytest.mark.parametrize("failure", [RuntimeError("no driver"), SystemExit(1)])
 def test_a_failing_close_is_told_and_not_raised(failure: BaseException) -> None:
     notes: list[str] = []
-    GuardedTrainer(Right(close=failure), notes.append).close()
+    CheckedTrainer(Right(close=failure), notes.append).close()
     assert len(notes) == 1
     assert f"Backend right failed in close: {type(failure).__name__}: {failure}" in notes[0]
 
 
 def test_a_failing_close_is_told_on_stderr_where_nobody_else_listens(capsys: pytest.CaptureFixture[str]) -> None:
-    GuardedTrainer(Right(close=RuntimeError("no driver"))).close()
+    CheckedTrainer(Right(close=RuntimeError("no driver"))).close()
     shown = capsys.readouterr()
     assert shown.err.startswith("note: the device may not be free yet: ")
     assert shown.out == ""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from installed_plugins import GOOD, install
 
-from qlora_hal.detect.self_test import prove
+from qlora_hal.detect.self_test import self_test
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_a_trainer_that_leaves_or_prints_has_not_proved_itself(
     install(tmp_path, {"odd-plugin": ("odd", GOOD.replace("nowhere:Nothing", "odd_trainer:Trainer"))})
     (tmp_path / "odd_trainer.py").write_text(trainer)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    said = prove("odd", timeout_seconds=60)
+    said = self_test("odd", timeout_seconds=60)
     assert said["verdict"] == "fail"
     assert reason in str(said["reason"])
 
@@ -36,7 +36,7 @@ def test_a_proof_that_only_took_too_long_is_not_blamed_on_a_driver(
     (tmp_path / "odd_trainer.py").write_text("import time; time.sleep(600)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr("os.getloadavg", lambda: (1000.0, 0.0, 0.0))
-    said = prove("odd", timeout_seconds=1)
+    said = self_test("odd", timeout_seconds=1)
     assert said["verdict"] == "fail"
     assert "did not answer within 1 s, while the machine was busy (load 1000.0 on" in str(said["reason"])
     assert "driver" not in str(said["fix"])

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 
 from qlora_hal.contract.backend import Availability, BackendSpec, ProbeReport
-from qlora_hal.contract.capabilities import Capabilities, Feature, Needs, WeightFormat
-from qlora_hal.detect.discovery import Listed, reports
+from qlora_hal.contract.capabilities import Capabilities, Feature, Requirements, WeightFormat
+from qlora_hal.detect.discovery import BackendEntry, reports
 from qlora_hal.detect.selection import Choice, choose
 from qlora_hal.errors import BackendNotFoundError, BackendUnavailableError, UnsupportedFeatureError
 
-FOUR_BIT = Needs(level="4bit")
+FOUR_BIT = Requirements(level="4bit")
 
 
 def spec(
@@ -36,8 +36,8 @@ def spec(
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
-def chosen(name: str, needs: Needs, *specs: BackendSpec, allow_cpu: bool = False, **more: object) -> Choice:
-    entries = [Listed(s.name, "this process", spec=s) for s in specs]
+def chosen(name: str, needs: Requirements, *specs: BackendSpec, allow_cpu: bool = False, **more: object) -> Choice:
+    entries = [BackendEntry(s.name, "this process", spec=s) for s in specs]
     return choose(name, needs, entries, reports(entries), allow_cpu=allow_cpu, **more)  # type: ignore[arg-type]
 
 
@@ -79,14 +79,14 @@ def test_able_is_asked_before_fast() -> None:
 @pytest.mark.parametrize(
     ("needs", "said"),
     [
-        (Needs(level="8bit"), "quantization level 8bit"),
-        (Needs(weight_format=WeightFormat.FP4), "weight format fp4"),
-        (Needs(weight_format=WeightFormat.NF4, block_size=96), "block size 96 for nf4 (has 64)"),
-        (Needs(level="4bit", compute_dtype="float16"), "compute dtype float16"),
-        (Needs(level="4bit", features=frozenset({Feature.PAGED_ADAMW})), "feature paged_adamw"),
+        (Requirements(level="8bit"), "quantization level 8bit"),
+        (Requirements(weight_format=WeightFormat.FP4), "weight format fp4"),
+        (Requirements(weight_format=WeightFormat.NF4, block_size=96), "block size 96 for nf4 (has 64)"),
+        (Requirements(level="4bit", compute_dtype="float16"), "compute dtype float16"),
+        (Requirements(level="4bit", features=frozenset({Feature.PAGED_ADAMW})), "feature paged_adamw"),
     ],
 )
-def test_named_backend_is_refused_with_everything_it_lacks(needs: Needs, said: str) -> None:
+def test_named_backend_is_refused_with_everything_it_lacks(needs: Requirements, said: str) -> None:
     with pytest.raises(UnsupportedFeatureError) as refusal:
         chosen("only", needs, spec("only"))
     assert said in refusal.value.message

@@ -100,7 +100,8 @@ def test_a_signal_before_training_began_ends_the_child_as_asked(
 SUPERVISING = """
 import json, sys
 from dataclasses import replace
-from qlora_hal import discovery, train
+from qlora_hal import train
+from qlora_hal.detect import discovery
 from qlora_hal.detect.discovery import find, listed, load_spec
 entry = find("cpu_torch", listed())
 discovery.listed = lambda *more: (replace(entry, spec=replace(load_spec(entry), supervised=True)),)

@@ -20,7 +20,7 @@ from qlora_hal.adapter.as_written import provenance_in
 from qlora_hal.cli.__main__ import main
 from qlora_hal.contract.backend import Quantization
 from qlora_hal.contract.capabilities import WeightFormat
-from qlora_hal.contract.checked_trainer import GuardedTrainer
+from qlora_hal.contract.checked_trainer import CheckedTrainer
 from qlora_hal.demo import model_path
 from qlora_hal.detect import discovery
 from qlora_hal.errors import AdapterError, StoppedError
@@ -60,9 +60,9 @@ class Opened:
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
-    found, load, open_trainer, close = Opened(), GuardedTrainer.load, discovery.open_trainer, GuardedTrainer.close
+    found, load, open_trainer, close = Opened(), CheckedTrainer.load, discovery.open_trainer, CheckedTrainer.close
 
-    def watched(self: GuardedTrainer, source: Any, quantization: Quantization, compute: Any) -> None:
+    def watched(self: CheckedTrainer, source: Any, quantization: Quantization, compute: Any) -> None:
         found.storages.append(quantization)
         found.dtypes.append(compute.dtype)
         found.options.append(dict(compute.options))
@@ -73,12 +73,12 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
         found.imported_with.append(dict(options or {}))
         return open_trainer(spec, options)
 
-    def watched_close(self: GuardedTrainer) -> None:
+    def watched_close(self: CheckedTrainer) -> None:
         found.closed += 1
         close(self)
 
-    monkeypatch.setattr(GuardedTrainer, "load", watched)
-    monkeypatch.setattr(GuardedTrainer, "close", watched_close)
+    monkeypatch.setattr(CheckedTrainer, "load", watched)
+    monkeypatch.setattr(CheckedTrainer, "close", watched_close)
     monkeypatch.setattr(discovery, "open_trainer", watched_import)
     return found
 
@@ -207,13 +207,13 @@ def test_only_the_answers_that_are_shown_are_generated(
     asked: list[bool],
 ) -> None:
     (checkpoint,) = stopped.glob("checkpoints/step-*")
-    found, generate = [], GuardedTrainer.generate
+    found, generate = [], CheckedTrainer.generate
 
-    def watched(self: GuardedTrainer, prompt: Any, **more: Any) -> Any:
+    def watched(self: CheckedTrainer, prompt: Any, **more: Any) -> Any:
         found.append(more["adapter"])
         return generate(self, prompt, **more)
 
-    monkeypatch.setattr(GuardedTrainer, "generate", watched)
+    monkeypatch.setattr(CheckedTrainer, "generate", watched)
     place = ("--run", str(stopped), "--adapter", str(checkpoint), "--max-new-tokens", "2")
     assert main(["generate", "--prompt", "ls", *place, *only, "--json"]) == 0
     assert found == asked

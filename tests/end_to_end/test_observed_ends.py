@@ -13,7 +13,7 @@ from small_runs import SMALL, merged
 
 from qlora_hal import TrainResult, train
 from qlora_hal.checkpoint.faults import InjectedFault, forget_passes
-from qlora_hal.contract.checked_trainer import GuardedTrainer
+from qlora_hal.contract.checked_trainer import CheckedTrainer
 from qlora_hal.errors import BackendError, StoppedError
 from qlora_hal.hooks import hookimpl
 from qlora_hal.run.result import RunView
@@ -68,10 +68,10 @@ def test_a_run_that_fails_is_told_as_failed_when_its_record_and_report_are_writt
 
 
 def test_a_run_that_never_began_has_no_end_to_tell(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: GuardedTrainer, *facts: object) -> None:
+    def refuse(self: CheckedTrainer, *facts: object) -> None:
         raise BackendError("QH-B04", "The device is gone.", fix="Nothing, it is a test.")
 
-    monkeypatch.setattr(GuardedTrainer, "load", refuse)
+    monkeypatch.setattr(CheckedTrainer, "load", refuse)
     heard = Heard()
     with pytest.raises(BackendError, match="device is gone"):
         train(settings, observers=[heard])

@@ -20,7 +20,7 @@ from qlora_hal.detect.requirements import DOUBLE_QUANT_FORMATS, quantization_of
 from qlora_hal.errors import StoppedError
 from qlora_hal.hooks import hookimpl
 from qlora_hal.model.source import resolve_model
-from qlora_hal.run.transfer import carried_config
+from qlora_hal.run.transfer import transferred_config
 from qlora_hal_backends.cpu_torch import SPEC
 
 pytestmark = pytest.mark.usefixtures("usual_signals")
@@ -66,7 +66,7 @@ def test_storage_of_a_checkpoint_is_carried_exactly_by_every_backend(spec: Backe
             "block_size": storage.block_size,
             "double_quant": storage.double_quant,
         }
-        config, changes = carried_config(RunConfig(), provenance, spec.name, spec.capabilities)
+        config, changes = transferred_config(RunConfig(), provenance, spec.name, spec.capabilities)
         assert changes == ()
         assert quantization_of(config, facts, spec.capabilities) == storage
 

@@ -23,7 +23,7 @@ from qlora_hal.config.schema import RunConfig
 from qlora_hal.contract.backend import Availability, Compute, ProbeReport, Quantization
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.detect.discovery import listed
-from qlora_hal.detect.requirements import needs_of, quantization_of
+from qlora_hal.detect.requirements import quantization_of, requirements_of
 from qlora_hal.detect.selection import choose
 from qlora_hal.errors import ConfigError, ModelError, QloraHalError, UnsafeInputError, UnsupportedFeatureError
 from qlora_hal_backends.gptq_int4 import SPEC
@@ -116,7 +116,7 @@ def reports(accelerated: bool, ready: tuple[str, ...]) -> tuple[ProbeReport, ...
 )
 def test_a_gptq_checkpoint_chooses_this_backend_on_every_device(device: str, accelerated: bool, tmp_path: Path) -> None:
     write_checkpoint(tmp_path, Kind(128))
-    needs = needs_of(RunConfig(), source_of(tmp_path).facts)
+    needs = requirements_of(RunConfig(), source_of(tmp_path).facts)
     probed = reports(accelerated, (device, "gptq_int4", "cpu_torch"))
     choice = choose("auto", needs, listed(), probed, allow_cpu=not accelerated)
     assert choice.spec.name == "gptq_int4"
@@ -125,7 +125,7 @@ def test_a_gptq_checkpoint_chooses_this_backend_on_every_device(device: str, acc
 
 def test_on_the_cpu_auto_asks_for_leave(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, Kind(128))
-    needs = needs_of(RunConfig(), source_of(tmp_path).facts)
+    needs = requirements_of(RunConfig(), source_of(tmp_path).facts)
     with pytest.raises(QloraHalError, match="ready, but auto takes the CPU only when"):
         choose("auto", needs, listed(), reports(False, ("gptq_int4",)), allow_cpu=False)
 
@@ -133,10 +133,10 @@ def test_on_the_cpu_auto_asks_for_leave(tmp_path: Path) -> None:
 def test_a_16_bit_model_goes_to_a_backend_that_quantizes_while_loading(tmp_path: Path) -> None:
     from qlora_hal.demo import model_path
 
-    needs = needs_of(RunConfig(), source_of(model_path()).facts)
+    needs = requirements_of(RunConfig(), source_of(model_path()).facts)
     probed = reports(False, ("cpu_torch", "gptq_int4"))
     assert choose("auto", needs, listed(), probed, allow_cpu=True).spec.name == "cpu_torch"
-    named = needs_of(
+    named = requirements_of(
         RunConfig.model_validate({"quantization": {"weight_format": "int4_gptq"}}), source_of(model_path()).facts
     )
     assert choose("auto", named, listed(), probed, allow_cpu=True).spec.name == "gptq_int4"

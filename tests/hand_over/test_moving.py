@@ -166,9 +166,9 @@ def test_model_too_far_from_the_saved_one_is_refused_before_the_first_step(half:
         def logits(self, batch: object) -> np.ndarray:  # type: ignore[type-arg]
             return np.random.default_rng(0).normal(size=(1, batch.input_ids.shape[1], 4096)).astype(np.float32)  # type: ignore[attr-defined]
 
-    gap = transfer.measured_gap(SaysWhatWasSaved(), {**answers, "likeliest": shifted})
+    gap = transfer.measured_divergence(SaysWhatWasSaved(), {**answers, "likeliest": shifted})
     with pytest.raises(CheckpointError, match="nats per token") as caught:
-        transfer.check_near(gap)
+        transfer.check_divergence(gap)
     assert (caught.value.code, caught.value.exit_status) == ("QH-C66", 9)
 
 
@@ -187,7 +187,7 @@ def test_divergence_of_a_known_pair_is_the_one_by_formula() -> None:
             return self._logits
 
     question = transfer.batch_of_tokens(np.arange(5, dtype=np.int32))
-    gap = transfer.measured_gap(Fixed(now), transfer.saved_answers(Fixed(before), [question]))
+    gap = transfer.measured_divergence(Fixed(now), transfer.reference_logits(Fixed(before), [question]))
     p, q = (np.exp(x.astype(np.float64)) / np.exp(x.astype(np.float64)).sum(-1, keepdims=True) for x in (before, now))
     expected = float((p * np.log(p / q)).sum(-1).mean())
     assert gap is not None

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qlora_hal.contract.checked_trainer import GuardedTrainer
+from qlora_hal.contract.checked_trainer import CheckedTrainer
 from qlora_hal.detect import discovery
 
 MakeTrained = Callable[..., Any]
@@ -20,18 +20,18 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Mapping[str, obje
     """(backend, options that decide the environment of its import, options that it loads with) of each model."""
     found: list[tuple[str, Mapping[str, object], Mapping[str, object]]] = []
     imported: list[tuple[str, Mapping[str, object]]] = []
-    open_trainer, load = discovery.open_trainer, GuardedTrainer.load
+    open_trainer, load = discovery.open_trainer, CheckedTrainer.load
 
     def watched_import(spec: Any, options: Mapping[str, object] | None = None) -> Any:
         imported.append((spec.name, dict(options or {})))
         return open_trainer(spec, options)
 
-    def watched_load(self: GuardedTrainer, source: Any, quantization: Any, compute: Any) -> None:
+    def watched_load(self: CheckedTrainer, source: Any, quantization: Any, compute: Any) -> None:
         found.append((*imported[-1], dict(compute.options)))
         load(self, source, quantization, compute)
 
     monkeypatch.setattr(discovery, "open_trainer", watched_import)
-    monkeypatch.setattr(GuardedTrainer, "load", watched_load)
+    monkeypatch.setattr(CheckedTrainer, "load", watched_load)
     return found
 
 

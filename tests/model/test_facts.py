@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qlora_hal.contract.values import LinearShape
 from qlora_hal.errors import ModelError, UnsafeInputError
 from qlora_hal.model.facts import read_facts
 from qlora_hal.model.fingerprint import WINDOW_BYTES, WINDOWS, windows
@@ -34,8 +35,8 @@ def test_llama_facts_from_headers(write_model: WriteModel, llama_weights: Callab
     assert facts.parameter_count == sum(array.size for array in llama_weights().values())
     assert facts.prequantized is None
     assert len(facts.linear_modules) == 14
-    assert facts.linear_modules["model.layers.0.mlp.gate_proj"] == (32, 48)
-    assert facts.linear_modules["model.layers.1.self_attn.k_proj"] == (32, 16)
+    assert facts.linear_modules["model.layers.0.mlp.gate_proj"] == LinearShape(32, 48)
+    assert facts.linear_modules["model.layers.1.self_attn.k_proj"] == LinearShape(32, 16)
     assert not any("embed" in name or "head" in name or "norm" in name for name in facts.linear_modules)
     assert left_out_notes(facts) == ()
     assert decoder_shape(facts) == DecoderShape(layers=2, hidden=32, feed_forward=48, heads=4, key_value=16)
@@ -69,10 +70,10 @@ FAMILIES: dict[str, tuple[Tensors, dict[str, object], dict[str, tuple[int, int]]
         },
         {"model_type": "phi3", "vocab_size": 64},
         {
-            "model.layers.0.self_attn.qkv_proj": (8, 24),
-            "model.layers.0.self_attn.o_proj": (8, 8),
-            "model.layers.0.mlp.gate_up_proj": (8, 32),
-            "model.layers.0.mlp.down_proj": (16, 8),
+            "model.layers.0.self_attn.qkv_proj": LinearShape(8, 24),
+            "model.layers.0.self_attn.o_proj": LinearShape(8, 8),
+            "model.layers.0.mlp.gate_up_proj": LinearShape(8, 32),
+            "model.layers.0.mlp.down_proj": LinearShape(16, 8),
         },
         "",
     ),
@@ -87,9 +88,9 @@ FAMILIES: dict[str, tuple[Tensors, dict[str, object], dict[str, tuple[int, int]]
         },
         {"model_type": "phi", "vocab_size": 64},
         {
-            "model.layers.0.self_attn.dense": (8, 8),
-            "model.layers.0.mlp.fc1": (8, 32),
-            "model.layers.0.mlp.fc2": (32, 8),
+            "model.layers.0.self_attn.dense": LinearShape(8, 8),
+            "model.layers.0.mlp.fc1": LinearShape(8, 32),
+            "model.layers.0.mlp.fc2": LinearShape(32, 8),
         },
         "",
     ),
@@ -116,7 +117,7 @@ FAMILIES: dict[str, tuple[Tensors, dict[str, object], dict[str, tuple[int, int]]
             "multi_modal_projector.mm_input_projection_weight": half(8, 8),
         },
         {"model_type": "gemma3", "text_config": {"vocab_size": 64, "max_position_embeddings": 32}},
-        {"language_model.model.layers.0.self_attn.q_proj": (8, 16)},
+        {"language_model.model.layers.0.self_attn.q_proj": LinearShape(8, 16)},
         "1 linear layers of towers that see no text (fc1) carry no LoRA",
     ),
     "mixture of experts": (
@@ -128,7 +129,10 @@ FAMILIES: dict[str, tuple[Tensors, dict[str, object], dict[str, tuple[int, int]]
             "model.layers.0.mlp.shared_expert.up_proj.weight": half(16, 8),
         },
         {"model_type": "qwen2_moe", "vocab_size": 64},
-        {"model.layers.0.self_attn.q_proj": (8, 8), "model.layers.0.mlp.shared_expert.up_proj": (8, 16)},
+        {
+            "model.layers.0.self_attn.q_proj": LinearShape(8, 8),
+            "model.layers.0.mlp.shared_expert.up_proj": LinearShape(8, 16),
+        },
         "2 projections of mixture-of-experts blocks carry no LoRA",
     ),
     "a head under another name": (
@@ -138,7 +142,7 @@ FAMILIES: dict[str, tuple[Tensors, dict[str, object], dict[str, tuple[int, int]]
             "transformer.blocks.0.ff.weight": half(8, 8),
         },
         {"model_type": "someone", "vocab_size": 64},
-        {"transformer.blocks.0.ff": (8, 8)},
+        {"transformer.blocks.0.ff": LinearShape(8, 8)},
         "",
     ),
 }

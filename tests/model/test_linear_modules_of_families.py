@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_hal.contract.values import LinearShape
 from qlora_hal.model.facts import read_facts
 from qlora_hal.model.shape import decoder_shape
 
@@ -24,7 +25,7 @@ def test_headers_name_the_linear_layers_of_the_real_model(tmp_path: Path, family
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES))
     model.save_pretrained(tmp_path)
     built = {
-        name: (module.in_features, module.out_features)
+        name: LinearShape(module.in_features, module.out_features)
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
     }

@@ -10,6 +10,7 @@ import pytest
 
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.memory_constants import FastPath, MemoryConstants
+from qlora_hal.contract.values import LinearShape
 from qlora_hal.memory.estimate import (
     adapter_parameters,
     estimate,
@@ -17,7 +18,7 @@ from qlora_hal.memory.estimate import (
     optimizer_bytes,
     weight_bytes,
 )
-from qlora_hal.memory.gpus import GIB, KNOWN_CARDS, apple_working_set
+from qlora_hal.memory.gpus import GIB, KNOWN_GPUS, apple_working_set
 from qlora_hal.model.facts import ModelFacts, TensorFacts, read_facts
 from qlora_hal_backends.cuda_bnb import SPEC as CUDA_SPEC
 from qlora_hal_backends.torch_family.platform import FUSED_ARCHITECTURES, fused_memory
@@ -26,17 +27,18 @@ from qlora_hal_backends.torch_family.platform import FUSED_ARCHITECTURES, fused_
 def llama_facts(layers: int, hidden: int, feed_forward: int, vocabulary: int, heads: int, kv_heads: int) -> ModelFacts:
     """Facts of a Llama of that shape, as bf16 headers would give them."""
     kv = hidden // heads * kv_heads
-    linear: dict[str, tuple[int, int]] = {}
+    linear: dict[str, LinearShape] = {}
     for layer in range(layers):
         at = f"model.layers.{layer}"
         linear |= {
-            f"{at}.self_attn.q_proj": (hidden, hidden), f"{at}.self_attn.k_proj": (hidden, kv),
-            f"{at}.self_attn.v_proj": (hidden, kv), f"{at}.self_attn.o_proj": (hidden, hidden),
-            f"{at}.mlp.gate_proj": (hidden, feed_forward), f"{at}.mlp.up_proj": (hidden, feed_forward),
-            f"{at}.mlp.down_proj": (feed_forward, hidden),
+            f"{at}.self_attn.q_proj": LinearShape(hidden, hidden), f"{at}.self_attn.k_proj": LinearShape(hidden, kv),
+            f"{at}.self_attn.v_proj": LinearShape(hidden, kv), f"{at}.self_attn.o_proj": LinearShape(hidden, hidden),
+            f"{at}.mlp.gate_proj": LinearShape(hidden, feed_forward),
+            f"{at}.mlp.up_proj": LinearShape(hidden, feed_forward),
+            f"{at}.mlp.down_proj": LinearShape(feed_forward, hidden),
         }  # fmt: skip
     others = {"model.embed_tokens": (vocabulary, hidden), "lm_head": (vocabulary, hidden)}
-    shapes: dict[str, tuple[int, ...]] = {f"{m}.weight": (o, i) for m, (i, o) in linear.items()}
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape.weight for name, shape in linear.items()}
     shapes |= {f"{module}.weight": shape for module, shape in others.items()}
     shapes |= {f"model.layers.{layer}.norms.weight": (2 * hidden,) for layer in range(layers)}
     count = sum(s[0] * (s[1] if len(s) == 2 else 1) for s in shapes.values())
@@ -276,7 +278,7 @@ def test_logits_and_a_layers_work_are_not_counted_at_once() -> None:
 # cards ----------------------------------------------------------------------------------------------------------------
 def test_65b_fits_a_48_gigabyte_card_and_not_a_24_gigabyte_card() -> None:
     needed = qlora(LLAMA_65B, batch_size=1, sequence_length=512, constants=LIGER)
-    memory = {card.name: card.memory_bytes for card in KNOWN_CARDS}
+    memory = {card.name: card.memory_bytes for card in KNOWN_GPUS}
     assert memory["NVIDIA RTX 3090"] < needed.high <= memory["NVIDIA L40S"]
 
 

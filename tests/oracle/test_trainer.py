@@ -58,7 +58,7 @@ def test_shares_of_a_window_with_the_global_token_count_add_up_to_the_whole(
     trainer: OracleTrainer, window: list[Batch]
 ) -> None:
     whole = trainer.window_gradients(window)
-    shares = [trainer.window_gradients([batch], token_count=whole.token_count) for batch in window]
+    shares = [trainer.window_gradients([batch], denominator=whole.token_count) for batch in window]
     summed = {name: shares[0].gradients[name] + shares[1].gradients[name] for name in whole.gradients}
     assert_equal_gradients(summed, whole.gradients)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qlora_hal.config.resolve import resolve_settings
-from qlora_hal.errors import ConfigError
+from qlora_hal.errors import ConfigError, UnsafeInputError
 from qlora_hal.errors.redaction import redacted
 from qlora_hal.report.html import write_report
 from qlora_hal.report.run_file import (
@@ -239,3 +239,13 @@ def test_a_run_file_that_is_deep_large_or_no_record_is_refused(tmp_path: Path, t
     (tmp_path / "run.json").write_text(text, encoding="utf-8", errors="surrogatepass")
     with pytest.raises(ConfigError, match="QH-S50"):
         read_run_file(tmp_path)
+
+
+@pytest.mark.fault("X03")
+def test_a_record_is_no_permission_to_run_the_code_of_a_base(tmp_path: Path) -> None:
+    """A run folder can be a stranger's: what runs its base's Python files is the present call alone."""
+    tree: dict[str, object] = {"model": {"name_or_path": "m", "trust_remote_code": True, "revision": "a" * 40}}
+    write_run_file(tmp_path, record_of(tree))
+    with pytest.raises(UnsafeInputError, match="QH-X03"):
+        read_run_config(tmp_path)
+    assert read_run_config(tmp_path, trust_remote_code=True).model.trust_remote_code

@@ -18,7 +18,7 @@ from trainers import OpenTrainer, open_cpu_trainer, packed, random_batch, source
 from qlora_hal.adapter.initial import initial_adapter
 from qlora_hal.contract.backend import Quantization
 from qlora_hal.contract.capabilities import WeightFormat
-from qlora_hal.contract.values import AdapterConfig
+from qlora_hal.contract.values import AdapterConfig, LinearShape
 from qlora_hal.errors import ModelError, UnsupportedFeatureError
 from qlora_hal.model.facts import read_facts
 from qlora_hal.model.own_dropout import own_dropout
@@ -79,7 +79,7 @@ def test_headers_alone_name_the_linear_layers_that_the_loaded_model_has(model_ty
 def test_a_projection_may_be_changed_in_place(change: str) -> None:
     """`y.clamp_(...)` on the output of an adapted layer has the gradient of `y.clamp(...)`."""
     config = AdapterConfig(2, 4.0, 0.0, False, ("layer",))
-    adapter = initial_adapter(config, {"layer": (6, 5)}, 0)
+    adapter = initial_adapter(config, {"layer": LinearShape(6, 5)}, 0)
     for tensor in adapter.tensors.values():
         tensor[:] = np.linspace(-1, 1, tensor.size, dtype=np.float32).reshape(tensor.shape)
     arguments = {"clamp_": (-0.5, 0.5), "mul_": (3.0,), "add_": (torch.ones(5),)}[change]

@@ -64,7 +64,7 @@ def check_group_size(job: CalibrationJob) -> None:
     size = job.quantization.block_size
     if size is None:
         return
-    odd = {name: inputs for name, (inputs, _) in read_facts(job.model).linear_modules.items() if inputs % size}
+    odd = {name: shape.inputs for name, shape in read_facts(job.model).linear_modules.items() if shape.inputs % size}
     if odd:
         name, inputs = next(iter(odd.items()))
         raise ModelError(

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
+from qlora_hal.contract import dropout
 from qlora_hal_backends.mlx_lora.base_weights import BaseWeight
 
 
@@ -21,36 +22,36 @@ from qlora_hal_backends.mlx_lora.base_weights import BaseWeight
 class LoRASlots:
     """What all adapted layers of one model read while a function is traced.
 
-    `tensors` maps a tensor's name to its array. `dropout_keys` `[modules, 2]` None means no dropout.
+    `tensors` maps a tensor's name to its array. `token_words` None means no dropout.
     """
 
     tensors: Mapping[str, mx.array] = field(default_factory=dict)
-    dropout_keys: mx.array | None = None
+    token_words: mx.array | None = None  # uint32 [batch * time], `qlora_hal.contract.dropout.token_words`
     enabled: bool = True
     recompute: bool = False
 
     @contextmanager
     def holding(
-        self, tensors: Mapping[str, mx.array], *, dropout_keys: mx.array | None = None, recompute: bool = False
+        self, tensors: Mapping[str, mx.array], *, token_words: mx.array | None = None, recompute: bool = False
     ) -> Iterator[None]:
         """Let the layers read these for a while."""
-        before = self.tensors, self.dropout_keys, self.recompute
-        self.tensors, self.dropout_keys, self.recompute = tensors, dropout_keys, recompute
+        before = self.tensors, self.token_words, self.recompute
+        self.tensors, self.token_words, self.recompute = tensors, token_words, recompute
         try:
             yield
         finally:
-            self.tensors, self.dropout_keys, self.recompute = before
+            self.tensors, self.token_words, self.recompute = before
 
 
 @dataclass(frozen=True, slots=True)
 class LoRAPlace:
-    """Where one layer finds its adapter. `index` chooses its dropout key."""
+    """Where one layer finds its adapter."""
 
     a_name: str  # [r, in]
     b_name: str  # [out, r]
     scale: float
     dropout: float
-    index: int
+    channel_words: mx.array | None  # uint32 [in]; None without dropout
 
 
 class FrozenLinear:
@@ -74,8 +75,18 @@ class FrozenLinear:
 
     def _adapter_product(self, rows: mx.array, place: LoRAPlace) -> mx.array:
         a, b = self.slots.tensors[place.a_name], self.slots.tensors[place.b_name]
-        keys = self.slots.dropout_keys
-        if keys is not None and place.dropout > 0.0:
-            kept = mx.random.bernoulli(1.0 - place.dropout, rows.shape, key=keys[place.index])
+        words = self.slots.token_words
+        if words is not None and place.channel_words is not None:
+            kept = kept_inputs(words, place.channel_words, place.dropout)
             rows = mx.where(kept, rows * (1.0 / (1.0 - place.dropout)), 0.0)
         return ((rows @ a.T) * place.scale) @ b.T
+
+
+def kept_inputs(token_words: mx.array, channel_words: mx.array, rate: float) -> mx.array:
+    """`qlora_hal.contract.dropout.kept` for words `[tokens]` and `[channels]`: bool `[tokens, channels]`."""
+    words = token_words[:, None] + channel_words[None, :]
+    for shift, factor in zip(dropout.SHIFTS, (dropout.FIRST_FACTOR, dropout.SECOND_FACTOR, None), strict=True):
+        words = words ^ (words >> shift)
+        if factor is not None:
+            words = words * mx.array(factor, dtype=mx.uint32)
+    return (words >> 1) >= dropout.drop_below(rate)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qlora_hal.contract.backend import ModelOutline
+from qlora_hal.contract.values import LinearShape
 from qlora_hal.model.linear_shapes import left_out_notes
 from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.mlx_lora.loading import assemble
@@ -19,7 +20,7 @@ def outline(source: ModelSource, options: Mapping[str, object]) -> ModelOutline:
     return ModelOutline(shapes, (*left_out_notes(source.facts), *_not_here(source, shapes), *assembled.notes))
 
 
-def _not_here(source: ModelSource, shapes: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
+def _not_here(source: ModelSource, shapes: Mapping[str, LinearShape]) -> tuple[str, ...]:
     gone = [name for name in source.facts.linear_modules if name not in shapes]
     if not gone:
         return ()

@@ -31,11 +31,11 @@ class RecomputedLayer:
             return self._layer(*arguments, **named)
         places = [linear.place for linear in self._linears if linear.place is not None]
         names = [name for place in places for name in (place.a_name, place.b_name)]
-        keys = slots.dropout_keys  # backward runs this again after the slots were emptied
+        words = slots.token_words  # backward runs this again after the slots were emptied
 
-        # What a gradient flows to must be an argument; the rest (keys, weights) may be captured.
+        # What a gradient flows to must be an argument; the rest (words, weights) may be captured.
         def forward(tensors: Sequence[mx.array], *arguments: Any, **named: Any) -> Any:
-            with slots.holding(dict(zip(names, tensors, strict=True)), dropout_keys=keys):
+            with slots.holding(dict(zip(names, tensors, strict=True)), token_words=words):
                 return self._layer(*arguments, **named)
 
         return mx.checkpoint(forward)([slots.tensors[name] for name in names], *arguments, **named)

@@ -13,15 +13,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from qlora_hal.contract import dropout
 from qlora_hal.contract.values import IGNORE_LABEL, Batch
 from qlora_hal.errors import UnsupportedFeatureError
 from qlora_hal_backends.mlx_lora.loading import BaseModel
 from qlora_hal_backends.mlx_lora.offered import LOSS_CHUNK_ROWS
 from qlora_hal_backends.mlx_lora.optimizer import queue
 from qlora_hal_backends.mlx_lora.packing import MaskingCache, check_all_used
-
-MICRO_BATCH_KEY_STRIDE = 1_000_003
-"""Spreads the dropout keys of the micro-batches of one window."""
 
 SMALLEST_COUNTED_SHARE = 8
 """Counted positions are padded to an eighth, a quarter, half or all of the batch: few shapes to trace."""
@@ -149,22 +147,21 @@ class WindowGradient:
         self._recompute = recompute
         self._accumulate = compiled(self._micro_batch)
         self._evaluate = compiled(self._micro_batch_loss)
-        self._modules = len(base.linears)
 
     def of_window(
-        self, tensors: Mapping[str, mx.array], window: Sequence[Batch], token_count: int, dropout_key: int | None
+        self, tensors: Mapping[str, mx.array], window: Sequence[Batch], denominator: float, dropout_key: int | None
     ) -> tuple[list[mx.array], mx.array]:
-        """(gradient of the token mean for each tensor, loss sum), queued. Each micro-batch is handed to the device
-        before the next is traced, so that the activations of two never need to stand side by side."""
+        """(gradient of loss sum / denominator for each tensor, loss sum), queued. Each micro-batch is handed to the
+        device before the next is traced, so that the activations of two never need to stand side by side."""
         values = [tensors[name] for name in self._names]
         sums = [mx.zeros_like(value) for value in values]
         total = mx.array(0.0)
-        share = mx.array(1.0 / max(token_count, 1), dtype=mx.float32)
-        for index, batch in enumerate(window):
+        share = mx.array(1.0 / denominator if denominator else 0.0, dtype=mx.float32)
+        for batch in window:
             if batch.counted_tokens == 0:
                 continue
-            key = None if dropout_key is None else _key_of(dropout_key, index)
-            sums, total = self._accumulate(values, sums, total, share, key, *to_device(batch).arrays())
+            words = None if dropout_key is None else _token_words(dropout_key, batch)
+            sums, total = self._accumulate(values, sums, total, share, words, *to_device(batch).arrays())
             queue(*sums, total)
         return sums, total
 
@@ -180,14 +177,12 @@ class WindowGradient:
         sums: list[mx.array],
         total: mx.array,
         share: mx.array,
-        key: mx.array | None,
+        token_words: mx.array | None,
         *batch: mx.array,
     ) -> tuple[list[mx.array], mx.array]:
-        keys = None if key is None else mx.random.split(key, self._modules)
-
         def loss(values: list[mx.array]) -> tuple[mx.array, mx.array]:
             named = dict(zip(self._names, values, strict=True))
-            with self._base.slots.holding(named, dropout_keys=keys, recompute=self._recompute):
+            with self._base.slots.holding(named, token_words=token_words, recompute=self._recompute):
                 followed, found = loss_sum(self._base, DeviceBatch(*batch), differentiated=True)
             return followed * share, found
 
@@ -199,5 +194,6 @@ class WindowGradient:
             return loss_sum(self._base, DeviceBatch(*batch), differentiated=False)[1]
 
 
-def _key_of(dropout_key: int, micro_batch: int) -> mx.array:
-    return mx.random.key((dropout_key * MICRO_BATCH_KEY_STRIDE + micro_batch) % 2**64)
+def _token_words(dropout_key: int, batch: Batch) -> mx.array:
+    words = dropout.token_words(dropout_key, dropout.rows_of(batch), batch.input_ids.shape[1])
+    return mx.array(words.reshape(-1))

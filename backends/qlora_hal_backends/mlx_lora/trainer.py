@@ -14,6 +14,7 @@ import numpy as np
 
 from qlora_hal.adapter.fitting import check_fits
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key
+from qlora_hal.contract import dropout
 from qlora_hal.contract.backend import (
     BackendSpec,
     Compute,
@@ -29,6 +30,7 @@ from qlora_hal.contract.values import (
     Batch,
     Float32,
     Int32,
+    LinearShape,
     LossSum,
     OptimizerSnapshot,
     PendingStep,
@@ -96,9 +98,9 @@ class MLXLoRATrainer(QuantizedLoRATrainer):
             self._base = loading.load_base(source, quantization, compute)
         self._kernel_path = kernel_path(quantization)
 
-    def linear_modules(self) -> Mapping[str, tuple[int, int]]:
+    def linear_modules(self) -> Mapping[str, LinearShape]:
         shapes = {name: linear.base.shape for name, linear in self._loaded.linears.items()}
-        return {name: (inputs, outputs) for name, (outputs, inputs) in shapes.items()}
+        return {name: LinearShape(inputs, outputs) for name, (outputs, inputs) in shapes.items()}
 
     def attach(self, adapter: Adapter, optimizer: str = "adamw") -> None:
         check_optimizer(optimizer, self.spec)
@@ -129,9 +131,9 @@ class MLXLoRATrainer(QuantizedLoRATrainer):
         at = self._at_work
         with self._device_for("a training step"):
             key = settings.dropout_key if at.adapter.config.dropout > 0.0 else None
-            gradients, total = at.gradient.of_window(at.optimizer.tensors, window, settings.token_count, key)
+            gradients, total = at.gradient.of_window(at.optimizer.tensors, window, settings.denominator, key)
             figures = at.optimizer.update(gradients, total, settings)
-        return _QueuedStep(figures, settings.token_count)
+        return _QueuedStep(figures, sum(batch.counted_tokens for batch in window))
 
     def evaluate(self, batches: Sequence[Batch]) -> LossSum:
         at = self._at_work
@@ -219,13 +221,13 @@ class MLXLoRATrainer(QuantizedLoRATrainer):
 
     def _place(self, adapter: Adapter) -> None:
         config = adapter.config
-        index = {module: number for number, module in enumerate(config.target_modules)}
         self._attached = None
         for name, linear in self._loaded.linears.items():
             linear.place = None
-            if name in index:
+            if name in config.target_modules:
                 a_name, b_name = lora_a_key(name), lora_b_key(name)
-                linear.place = LoRAPlace(a_name, b_name, config.scale, config.dropout, index[name])
+                words = _channel_words(name, linear.base.shape[1]) if config.dropout else None
+                linear.place = LoRAPlace(a_name, b_name, config.scale, config.dropout, words)
 
     @contextmanager
     def _device_for(self, phase: str) -> Iterator[None]:
@@ -267,3 +269,7 @@ def _out_of_order(first: str) -> BackendContractError:
     return BackendContractError(
         "QH-B02", f"The trainer was used before {first}().", fix=f"Call {first}() first; this is a bug of the caller."
     )
+
+
+def _channel_words(module: str, channels: int) -> mx.array:
+    return mx.array(dropout.channel_words(module, channels))

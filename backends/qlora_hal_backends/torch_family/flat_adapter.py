@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qlora_hal.contract import dropout
 from qlora_hal.contract.values import Adapter, Float32
-from qlora_hal_backends.torch_family.lora_linear import FrozenLinear, LoRASwitches, LoRAWeights
+from qlora_hal_backends.torch_family.lora_linear import FrozenLinear, LoRASwitches, LoRAWeights, words_on
 
 # Each tensor starts at a multiple of this many elements: 64 bytes in bfloat16, what matrix kernels want of a pointer.
 ALIGNMENT = 32
@@ -81,7 +82,7 @@ class FlatAdapter:
 
     def _hand_to_layers(self, linears: Mapping[str, FrozenLinear]) -> None:
         config = self.adapter.config
-        for index, module in enumerate(config.target_modules):
+        for module in config.target_modules:
             names = [f"base_model.model.{module}.lora_{side}.weight" for side in "AB"]
             a, b = (self._parameter(name) for name in names)
             linears[module].lora = LoRAWeights(
@@ -91,9 +92,14 @@ class FlatAdapter:
                 b_compute=self.view(self.compute, names[1]),
                 scale=config.scale,
                 dropout=config.dropout,
-                index=index,
+                channel_words=self._channel_words(module, linears[module].in_features),
                 switches=self.switches,
             )
+
+    def _channel_words(self, module: str, channels: int) -> Tensor | None:
+        if self.adapter.config.dropout == 0.0:
+            return None
+        return words_on(dropout.channel_words(module, channels), self.parameters.device)
 
     def _parameter(self, name: str) -> nn.Parameter:
         parameter = nn.Parameter(self.view(self.parameters, name))

@@ -17,18 +17,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qlora_hal.contract import dropout
+from qlora_hal.contract.values import LinearShape
+from qlora_hal.errors import UnsupportedFeatureError
 from qlora_hal_backends.torch_family.base_weights import BaseWeight
 
 
 @dataclass(slots=True)
 class LoRASwitches:
-    """What all adapted layers of one model share. `dropout_key` None means no dropout (evaluation)."""
+    """What all adapted layers of one model share. `token_words` None means no dropout (evaluation)."""
 
     enabled: bool = True
-    dropout_key: int | None = None
+    token_words: Tensor | None = None  # int32 [batch * time], `qlora_hal.contract.dropout.token_words`
 
 
 @dataclass(slots=True)
@@ -41,7 +45,7 @@ class LoRAWeights:
     b_compute: Tensor
     scale: float
     dropout: float
-    index: int
+    channel_words: Tensor | None  # int32 [in]; None without dropout
     switches: LoRASwitches
 
 
@@ -62,6 +66,10 @@ class FrozenLinear(nn.Module):
         self.register_buffer("bias", bias)
 
     @property
+    def shape(self) -> LinearShape:
+        return LinearShape(self.in_features, self.out_features)
+
+    @property
     def weight(self) -> Tensor:
         """The base's weight, for modules that read it themselves (a state-space scan). No adapter is in it, as in
         PEFT's layers."""
@@ -73,8 +81,8 @@ class FrozenLinear(nn.Module):
         if lora is None or not lora.switches.enabled:
             y: Tensor = _FrozenProduct.apply(x, self.base)  # type: ignore[no-untyped-call]
         else:
-            key = lora.switches.dropout_key
-            y = _AdaptedProduct.apply(x, lora.a, lora.b, self.base, lora, key)  # type: ignore[no-untyped-call]
+            words = lora.switches.token_words
+            y = _AdaptedProduct.apply(x, lora.a, lora.b, self.base, lora, words)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias
 
 
@@ -92,15 +100,15 @@ class _FrozenProduct(torch.autograd.Function):
 class _AdaptedProduct(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: BaseWeight, lora: LoRAWeights, dropout_key: int | None
+        ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: BaseWeight, lora: LoRAWeights, token_words: Tensor | None
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        keep = _dropout_mask(rows, lora, dropout_key)
+        keep = _dropout_mask(rows, lora, token_words)
         dropped = rows if keep is None else rows * keep
         low_rank = dropped @ lora.a_compute.t()  # [rows, r]
         y = _sum_of_products(rows, base.dense().t(), low_rank * lora.scale, lora.b_compute.t())
         ctx.save_for_backward(rows, low_rank)
-        ctx.base, ctx.lora, ctx.dropout_key, ctx.shape = base, lora, dropout_key, x.shape
+        ctx.base, ctx.lora, ctx.token_words, ctx.shape = base, lora, token_words, x.shape
         # Not `view`: some architectures change a projection in place (OLMo clips it), which autograd forbids to views
         # that a function returns.
         product: Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
@@ -111,7 +119,7 @@ class _AdaptedProduct(torch.autograd.Function):
         rows, low_rank = ctx.saved_tensors
         lora: LoRAWeights = ctx.lora
         dy_rows = dy.reshape(-1, dy.shape[-1])
-        keep = _dropout_mask(rows, lora, ctx.dropout_key)
+        keep = _dropout_mask(rows, lora, ctx.token_words)
         v = (dy_rows @ lora.b_compute) * lora.scale
         grad_a = product_in_float32(v.t(), rows if keep is None else rows * keep)
         grad_b = product_in_float32(dy_rows.t(), low_rank).mul_(lora.scale)
@@ -134,14 +142,37 @@ def _sum_of_products(rows: Tensor, weight: Tensor, low_rank: Tensor, adapter: Te
     return torch.cat((rows, low_rank), dim=1) @ joined
 
 
-def _dropout_mask(rows: Tensor, lora: LoRAWeights, dropout_key: int | None) -> Tensor | None:
-    """The kept inputs scaled by 1/(1-p), a pure function of (key, layer): recomputation and resume draw it again."""
-    if dropout_key is None or lora.dropout == 0.0:
+def _dropout_mask(rows: Tensor, lora: LoRAWeights, token_words: Tensor | None) -> Tensor | None:
+    """The kept inputs scaled by 1/(1-p), a pure function of its words: recomputation and resume draw it again. Raises
+    UnsupportedFeatureError QH-B01 in a layer that does not see every place of the batch once."""
+    if token_words is None or lora.channel_words is None:
         return None
-    generator = torch.Generator(device=rows.device)
-    generator.manual_seed((dropout_key * 1_000_003 + lora.index) & (2**63 - 1))
-    kept = torch.rand(rows.shape, generator=generator, device=rows.device) >= lora.dropout
+    if rows.shape[0] != token_words.shape[0]:
+        raise UnsupportedFeatureError(
+            "QH-B01",
+            f"LoRA dropout is not possible in this architecture: a layer sees {rows.shape[0]} places of a batch of "
+            f"{token_words.shape[0]}.",
+            where="lora.dropout",
+            fix="Set lora.dropout: 0.",
+        )
+    kept = kept_inputs(token_words, lora.channel_words, lora.dropout)
     return kept.to(rows.dtype).div_(1.0 - lora.dropout)
+
+
+def kept_inputs(token_words: Tensor, channel_words: Tensor, rate: float) -> Tensor:
+    """`qlora_hal.contract.dropout.kept` for words `[tokens]` and `[channels]`: bool `[tokens, channels]`. Signed
+    integers wrap around as unsigned ones do; their right shift repeats the sign, which is cut off."""
+    words = token_words[:, None] + channel_words[None, :]
+    for shift, factor in zip(dropout.SHIFTS, (dropout.FIRST_FACTOR, dropout.SECOND_FACTOR, None), strict=True):
+        words ^= words.bitwise_right_shift(shift).bitwise_and_(2 ** (32 - shift) - 1)
+        if factor is not None:
+            words *= factor - 2**32
+    return words.bitwise_right_shift_(1).bitwise_and_(2**31 - 1) >= dropout.drop_below(rate)
+
+
+def words_on(words: dropout.UInt32, device: torch.device) -> Tensor:
+    """A table of `qlora_hal.contract.dropout` as int32 of the same bits."""
+    return torch.from_numpy(words.view(np.int32)).to(device)
 
 
 def product_in_float32(left: Tensor, right: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ def outline(source: ModelSource, options: Mapping[str, object]) -> ModelOutline:
     """Build the architecture without memory and put its names beside those of the files. Raises ModelError."""
     architecture = build(source, options.get("attention", "auto"), torch.float32)
     linears = architecture.linears
-    modules = {name: (linears[name].in_features, linears[name].out_features) for name in architecture.adapted}
+    modules = {name: linears[name].shape for name in architecture.adapted}
     return ModelOutline(modules, tuple(_notes(architecture)))
 
 

@@ -18,9 +18,6 @@ from qlora_hal.errors import UnsupportedFeatureError
 from qlora_hal_backends.torch_family.head_loss import loss_sum, whole_loss_sum
 from qlora_hal_backends.torch_family.loading import BaseModel
 
-MICRO_BATCH_KEY_STRIDE = 1_000_003
-"""Spreads the dropout keys of the micro-batches of one window."""
-
 
 @dataclass(frozen=True, slots=True)
 class DeviceBatch:
@@ -108,14 +105,15 @@ def accumulate_gradients(
     device: torch.device,
     *,
     gradient_scale: float,
-    set_dropout_key: Any,
+    see: Callable[[Batch], None],
 ) -> Tensor:
-    """Backward through every micro-batch; gradients add up where the adapter keeps them. Returns the loss sum."""
+    """Backward through every micro-batch; gradients add up where the adapter keeps them. `see` is called
+    with each before. Returns the loss sum."""
     total = torch.zeros((), dtype=torch.float32, device=device)
-    for index, batch in enumerate(window):
+    for batch in window:
         if batch.counted_tokens == 0:
             continue
-        set_dropout_key(index)
+        see(batch)
         loss = batch_loss(to_device(batch, device), gradient_scale)
         loss.backward()
         total += loss.detach()

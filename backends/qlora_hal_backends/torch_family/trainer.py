@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qlora_hal.adapter.fitting import check_fits
+from qlora_hal.contract import dropout
 from qlora_hal.contract.backend import (
     BackendSpec,
     Compute,
@@ -28,6 +29,7 @@ from qlora_hal.contract.values import (
     Batch,
     Float32,
     Int32,
+    LinearShape,
     LossSum,
     OptimizerSnapshot,
     PendingStep,
@@ -45,6 +47,7 @@ from qlora_hal_backends.torch_family.device import (
 )
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
 from qlora_hal_backends.torch_family.generation import greedy
+from qlora_hal_backends.torch_family.lora_linear import words_on
 from qlora_hal_backends.torch_family.optimizer import Optimizer, make_optimizer
 from qlora_hal_backends.torch_family.platform import TorchPlatform
 from qlora_hal_backends.torch_family.precision import proved_dtypes
@@ -104,8 +107,8 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
             self._base = self._load_base(source, quantization, compute, self._device)
         self.load_notes = self._base.notes
 
-    def linear_modules(self) -> Mapping[str, tuple[int, int]]:
-        return {name: (linear.in_features, linear.out_features) for name, linear in self._loaded.linears.items()}
+    def linear_modules(self) -> Mapping[str, LinearShape]:
+        return {name: linear.shape for name, linear in self._loaded.linears.items()}
 
     def attach(self, adapter: Adapter, optimizer: str = "adamw") -> None:
         check_optimizer(optimizer, self.spec)
@@ -134,12 +137,12 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
     # training ------------------------------------------------------------------------------------------------------
     def train_step(self, window: Sequence[Batch], settings: StepSettings) -> PendingStep:
         with self._memory_named("a training step"):
-            total, norm = self._window_gradient(window, settings.token_count, settings.dropout_key)
+            total, norm = self._window_gradient(window, settings.denominator, settings.dropout_key)
             while self._overflowed(norm):
                 self._loss_scale /= 2
-                total, norm = self._window_gradient(window, settings.token_count, settings.dropout_key)
+                total, norm = self._window_gradient(window, settings.denominator, settings.dropout_key)
             applied = self._attached_optimizer.update(settings, norm)
-            return self._queue(torch.stack((total, norm, applied)), settings.token_count)
+            return self._queue(torch.stack((total, norm, applied)), _counted(window))
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> LossSum:
@@ -154,19 +157,20 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         return LossSum(float(total), tokens)
 
     def _window_gradient(
-        self, window: Sequence[Batch], token_count: int, dropout_key: int | None
+        self, window: Sequence[Batch], denominator: float, dropout_key: int | None
     ) -> tuple[Tensor, Tensor]:
-        """Leave the gradient of the token mean in the flat buffer; return (loss sum, norm), norm NaN if not finite."""
+        """Leave the gradient of loss sum / denominator in the flat buffer; return (loss sum, norm), which is NaN if not
+        finite."""
         flat = self._attached
         flat.gradients.zero_()
         checkpointing = step.recomputed_layers(self._loaded) if self._compute.gradient_checkpointing else nullcontext()
-        with checkpointing, self._dropout(flat, dropout_key) as set_key:
+        with checkpointing, self._dropout(flat, dropout_key) as see:
             total = step.accumulate_gradients(
                 self._batch_loss,
                 window,
                 self._device,
-                gradient_scale=self._loss_scale / max(token_count, 1),
-                set_dropout_key=set_key,
+                gradient_scale=self._loss_scale / denominator if denominator else 0.0,
+                see=see,
             )
         if self._loss_scale != 1.0:
             flat.gradients.div_(self._loss_scale)
@@ -174,14 +178,18 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         return total, torch.where(torch.isfinite(total), norm, torch.full_like(norm, float("nan")))
 
     @contextmanager
-    def _dropout(self, flat: FlatAdapter, key: int | None) -> Iterator[Callable[[int], None]]:
-        def set_key(micro_batch: int) -> None:
-            flat.switches.dropout_key = None if key is None else key * step.MICRO_BATCH_KEY_STRIDE + micro_batch
+    def _dropout(self, flat: FlatAdapter, key: int | None) -> Iterator[Callable[[Batch], None]]:
+        """Gives what must see each micro-batch before its forward pass."""
+
+        def see(batch: Batch) -> None:
+            if key is not None and flat.adapter.config.dropout > 0.0:
+                words = dropout.token_words(key, dropout.rows_of(batch), batch.input_ids.shape[1])
+                flat.switches.token_words = words_on(words.reshape(-1), self._device)
 
         try:
-            yield set_key
+            yield see
         finally:
-            flat.switches.dropout_key = None
+            flat.switches.token_words = None
 
     def _overflowed(self, norm: Tensor) -> bool:
         if self._compute.dtype != "float16" or self._loss_scale <= SMALLEST_LOSS_SCALE:
@@ -219,9 +227,8 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
             return step.logits(self._loaded, on_device).cpu().numpy()
 
     def gradients(self, window: Sequence[Batch]) -> Mapping[str, Float32]:
-        token_count = sum(batch.counted_tokens for batch in window)
         with self._memory_named("a backward pass"):
-            self._window_gradient(window, token_count, dropout_key=None)
+            self._window_gradient(window, _counted(window), dropout_key=None)
         flat = self._attached
         named = flat.to_host(flat.gradients)
         flat.gradients.zero_()
@@ -326,3 +333,7 @@ def _out_of_order(first: str) -> BackendContractError:
     return BackendContractError(
         "QH-B02", f"The trainer was used before {first}().", fix=f"Call {first}() first; this is a bug of the caller."
     )
+
+
+def _counted(window: Sequence[Batch]) -> int:
+    return sum(batch.counted_tokens for batch in window)

@@ -53,7 +53,7 @@ def _uncounted(batch: Batch) -> Batch:
 
 
 def mean_of_means(
-    model: OracleLlama, window: Sequence[Batch], divisor: int, masks_of: MasksOf, arithmetic: Arithmetic
+    model: OracleLlama, window: Sequence[Batch], divisor: float, masks_of: MasksOf, arithmetic: Arithmetic
 ) -> WindowResult:
     total: dict[str, Float64] = {}
     losses = []
@@ -68,7 +68,7 @@ def mean_of_means(
 
 
 def in_pairs(
-    model: OracleLlama, window: Sequence[Batch], divisor: int, masks_of: MasksOf, arithmetic: Arithmetic
+    model: OracleLlama, window: Sequence[Batch], divisor: float, masks_of: MasksOf, arithmetic: Arithmetic
 ) -> WindowResult:
     """A window of an odd length loses its last micro-batch."""
     kept = window[: len(window) - len(window) % 2] if len(window) > 1 else window
@@ -76,14 +76,14 @@ def in_pairs(
 
 
 def last_micro_batch_only(
-    model: OracleLlama, window: Sequence[Batch], divisor: int, masks_of: MasksOf, arithmetic: Arithmetic
+    model: OracleLlama, window: Sequence[Batch], divisor: float, masks_of: MasksOf, arithmetic: Arithmetic
 ) -> WindowResult:
     whole = window_gradient(model, window, divisor, masks_of, arithmetic)
     return WindowResult(whole.loss_sum, window_gradient(model, window[-1:], divisor, masks_of, arithmetic).gradients)
 
 
 def own_count_as_divisor(
-    model: OracleLlama, window: Sequence[Batch], divisor: int, masks_of: MasksOf, arithmetic: Arithmetic
+    model: OracleLlama, window: Sequence[Batch], divisor: float, masks_of: MasksOf, arithmetic: Arithmetic
 ) -> WindowResult:
     return window_gradient(model, window, sum(batch.counted_tokens for batch in window), masks_of, arithmetic)
 
@@ -98,7 +98,7 @@ class PartialWindowDropped(ReferenceTrainer):
         if len(window) == self.longest:
             return super().train_step(window, settings)
         found = self.evaluate(window)
-        return Done(StepStats(found.loss_sum, settings.token_count, 1.0))
+        return Done(StepStats(found.loss_sum, sum(batch.counted_tokens for batch in window), 1.0))
 
 
 class NanReportedAsZero(ReferenceTrainer):
@@ -175,7 +175,7 @@ MUTANTS = (
         recreates="ml-explore/mlx-lm#511",
     ),
     Mutant(
-        "global_token_count_ignored",
+        "global_denominator_ignored",
         "Divides by its own tokens where the core gives the count of all ranks.",
         ("41",),
         with_rooms(window_gradient=own_count_as_divisor),

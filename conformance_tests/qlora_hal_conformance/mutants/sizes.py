@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from qlora_hal.contract.backend import BackendSpec, Quantization
-from qlora_hal.contract.values import IGNORE_LABEL, AdapterConfig, Batch, LossSum, StepSettings
+from qlora_hal.contract.values import IGNORE_LABEL, AdapterConfig, Batch, Int32, LinearShape, LossSum, StepSettings
 from qlora_hal_conformance.oracle import Arithmetic, DropoutMasks, OracleLlama
 from qlora_hal_conformance.oracle.adamw import AdamWState
 from qlora_hal_conformance.oracle.arrays import AnyFloat, Float64
@@ -95,7 +95,7 @@ def open_with_two_layers_packed(spec: BackendSpec) -> ReferenceTrainer:
 
 # the step -------------------------------------------------------------------------------------------------------------
 def first_eight_micro_batches(
-    model: OracleLlama, window: Sequence[Batch], divisor: int, masks_of: MasksOf, arithmetic: Arithmetic
+    model: OracleLlama, window: Sequence[Batch], divisor: float, masks_of: MasksOf, arithmetic: Arithmetic
 ) -> WindowResult:
     return window_gradient(model, window[:8], divisor, masks_of, arithmetic)
 
@@ -130,23 +130,23 @@ class FourBatchesEvaluated(ReferenceTrainer):
 
 # dropout --------------------------------------------------------------------------------------------------------------
 def one_mask_to_all_rows(
-    config: AdapterConfig, modules: Mapping[str, tuple[int, int]], sides: tuple[int, int], key: int, micro_batch: int
+    config: AdapterConfig, modules: Mapping[str, LinearShape], rows: Int32, time: int, key: int
 ) -> DropoutMasks:
-    masks = draw_masks(config, modules, sides, key, micro_batch)
+    masks = draw_masks(config, modules, rows, time, key)
     return {module: np.broadcast_to(mask[:1], mask.shape) for module, mask in masks.items()}
 
 
 def one_mask_to_all_positions(
-    config: AdapterConfig, modules: Mapping[str, tuple[int, int]], sides: tuple[int, int], key: int, micro_batch: int
+    config: AdapterConfig, modules: Mapping[str, LinearShape], rows: Int32, time: int, key: int
 ) -> DropoutMasks:
-    masks = draw_masks(config, modules, sides, key, micro_batch)
+    masks = draw_masks(config, modules, rows, time, key)
     return {module: np.broadcast_to(mask[:, :1], mask.shape) for module, mask in masks.items()}
 
 
 def no_mask_from_the_eighth_position_on(
-    config: AdapterConfig, modules: Mapping[str, tuple[int, int]], sides: tuple[int, int], key: int, micro_batch: int
+    config: AdapterConfig, modules: Mapping[str, LinearShape], rows: Int32, time: int, key: int
 ) -> DropoutMasks:
-    masks = draw_masks(config, modules, sides, key, micro_batch)
+    masks = draw_masks(config, modules, rows, time, key)
     for mask in masks.values():
         mask[:, 8:] = 1.0
     return masks

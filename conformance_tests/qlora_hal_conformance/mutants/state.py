@@ -49,7 +49,7 @@ class WindowRepeatedOnResume(ReferenceTrainer):
             return super().train_step(window, settings)
         if self.resumed and self.buffered is not None:
             window, self.buffered = self.buffered, window
-            settings = replace(settings, token_count=sum(batch.counted_tokens for batch in window))
+            settings = replace(settings, denominator=float(sum(batch.counted_tokens for batch in window)))
         return super().train_step(window, settings)
 
 

@@ -9,7 +9,17 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from qlora_hal.contract.backend import BackendSpec
-from qlora_hal.contract.values import AdapterConfig, Batch, Float32, LossSum, PendingStep, StepSettings, StepStats
+from qlora_hal.contract.values import (
+    AdapterConfig,
+    Batch,
+    Float32,
+    Int32,
+    LinearShape,
+    LossSum,
+    PendingStep,
+    StepSettings,
+    StepStats,
+)
 from qlora_hal_conformance.oracle import Arithmetic
 from qlora_hal_conformance.oracle.adamw import AdamWState, clip_factor, global_norm
 from qlora_hal_conformance.oracle.arrays import Float64
@@ -106,7 +116,7 @@ class DropoutInEvaluation(ReferenceTrainer):
         masks_of = self._masks_of(0)
         losses = [
             token_loss_sum(
-                self.attached.model.forward(batch, self.arithmetic, masks_of(batch, 0)).logits,
+                self.attached.model.forward(batch, self.arithmetic, masks_of(batch)).logits,
                 batch.labels,
                 self.arithmetic,
             )
@@ -124,7 +134,7 @@ class EvaluationCorruptsGradients(ReferenceTrainer):
         self.repacked = True
         return super().evaluate(batches)
 
-    def gradient_of(self, window: Sequence[Batch], divisor: int, masks_of: MasksOf) -> WindowResult:
+    def gradient_of(self, window: Sequence[Batch], divisor: float, masks_of: MasksOf) -> WindowResult:
         found = super().gradient_of(window, divisor, masks_of)
         if not self.repacked:
             return found
@@ -151,7 +161,7 @@ class TiedHeadTrained(ReferenceTrainer):
 
 
 class NeverTrainedUnderCheckpointing(ReferenceTrainer):
-    def gradient_of(self, window: Sequence[Batch], divisor: int, masks_of: MasksOf) -> WindowResult:
+    def gradient_of(self, window: Sequence[Batch], divisor: float, masks_of: MasksOf) -> WindowResult:
         found = super().gradient_of(window, divisor, masks_of)
         if not self.compute.gradient_checkpointing:
             return found
@@ -172,13 +182,13 @@ class GradientsAddUp(ReferenceTrainer):
         left, self.left = self.left, None
         if left is None:
             return super().train_step(window, settings)
-        found = self.gradient_of(window, settings.token_count, self._masks_of(settings.dropout_key))
+        found = self.gradient_of(window, settings.denominator, self._masks_of(settings.dropout_key))
         total = {name: gradient + left[name] for name, gradient in found.gradients.items()}
         attached, norm = self.attached, global_norm(total)
         self.rooms.update(
             attached.parameters, clip(total, norm, settings.max_grad_norm), attached.state, settings, self.arithmetic
         )
-        return Done(StepStats(found.loss_sum, settings.token_count, norm))
+        return Done(StepStats(found.loss_sum, sum(batch.counted_tokens for batch in window), norm))
 
 
 class PoisonedStepApplied(ReferenceTrainer):
@@ -199,7 +209,7 @@ class NormAfterClip(ReferenceTrainer):
 class Noisy(ReferenceTrainer):
     """Atomic additions in an order that differs from run to run."""
 
-    def gradient_of(self, window: Sequence[Batch], divisor: int, masks_of: MasksOf) -> WindowResult:
+    def gradient_of(self, window: Sequence[Batch], divisor: float, masks_of: MasksOf) -> WindowResult:
         found = super().gradient_of(window, divisor, masks_of)
         noise = np.random.default_rng()
         return replace(
@@ -208,22 +218,51 @@ class Noisy(ReferenceTrainer):
 
 
 def no_masks(
-    config: AdapterConfig, modules: Mapping[str, tuple[int, int]], rows_and_time: tuple[int, int], key: int, index: int
+    config: AdapterConfig, modules: Mapping[str, LinearShape], rows: Int32, time: int, key: int
 ) -> Mapping[str, Float64]:
     return {}
 
 
 def unscaled_masks(
-    config: AdapterConfig, modules: Mapping[str, tuple[int, int]], rows_and_time: tuple[int, int], key: int, index: int
+    config: AdapterConfig, modules: Mapping[str, LinearShape], rows: Int32, time: int, key: int
 ) -> Mapping[str, Float64]:
-    masks = dropout.draw_masks(config, modules, rows_and_time, key, index)
+    masks = dropout.draw_masks(config, modules, rows, time, key)
     return {module: mask * (1.0 - config.dropout) for module, mask in masks.items()}
 
 
 def same_masks_each_step(
-    config: AdapterConfig, modules: Mapping[str, tuple[int, int]], rows_and_time: tuple[int, int], key: int, index: int
+    config: AdapterConfig, modules: Mapping[str, LinearShape], rows: Int32, time: int, key: int
 ) -> Mapping[str, Float64]:
-    return dropout.draw_masks(config, modules, rows_and_time, 0, index)
+    return dropout.draw_masks(config, modules, rows, time, 0)
+
+
+def masks_by_micro_batch(
+    config: AdapterConfig, modules: Mapping[str, LinearShape], rows: Int32, time: int, key: int
+) -> Mapping[str, Float64]:
+    return dropout.draw_masks(config, modules, np.arange(len(rows), dtype=np.int32), time, key)
+
+
+def masks_by_half_the_key(
+    config: AdapterConfig, modules: Mapping[str, LinearShape], rows: Int32, time: int, key: int
+) -> Mapping[str, Float64]:
+    return dropout.draw_masks(config, modules, rows, time, key & (2**32 - 1))
+
+
+def masks_of_a_generator(
+    config: AdapterConfig, modules: Mapping[str, LinearShape], rows: Int32, time: int, key: int
+) -> Mapping[str, Float64]:
+    random = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, int(rows[0])]))
+    rate = config.dropout
+    return {
+        module: (random.random((len(rows), time, modules[module].inputs)) >= rate) / (1.0 - rate)
+        for module in config.target_modules
+    }
+
+
+def no_masks_at_low_rates(
+    config: AdapterConfig, modules: Mapping[str, LinearShape], rows: Int32, time: int, key: int
+) -> Mapping[str, Float64]:
+    return dropout.draw_masks(config, modules, rows, time, key) if config.dropout >= 0.1 else {}
 
 
 MUTANTS = (
@@ -320,5 +359,30 @@ MUTANTS = (
         "Ignores the step's dropout key.",
         ("43",),
         with_rooms(masks=same_masks_each_step),
+    ),
+    Mutant(
+        "dropout_by_micro_batch",
+        "Draws the mask of a row by its place in its micro-batch: a window that is cut drops other inputs.",
+        ("43",),
+        with_rooms(masks=masks_by_micro_batch),
+        recreates="qlora_hal before contract 2: a step split under dropout differed by twice the learning rate",
+    ),
+    Mutant(
+        "dropout_by_half_the_key",
+        "Takes the lower 32 bits of the step's dropout key.",
+        ("43",),
+        with_rooms(masks=masks_by_half_the_key),
+    ),
+    Mutant(
+        "dropout_of_a_generator_of_its_own",
+        "Draws good masks of the right share, from another generator than the contract's.",
+        ("43",),
+        with_rooms(masks=masks_of_a_generator),
+    ),
+    Mutant(
+        "no_dropout_at_low_rates",
+        "Drops nothing below a rate of 0.1.",
+        ("43",),
+        with_rooms(masks=no_masks_at_low_rates),
     ),
 )

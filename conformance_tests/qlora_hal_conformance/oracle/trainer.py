@@ -77,18 +77,18 @@ class OracleTrainer:
         window: Sequence[TokenBatch],
         *,
         masks: Sequence[DropoutMasks] | None = None,
-        token_count: int | None = None,
+        denominator: float | None = None,
         with_base: bool = False,
         arithmetic: Arithmetic | None = None,
     ) -> WindowGradients:
         """Loss and gradients of a window.
 
-        `masks` holds one dropout mapping to each micro-batch. `token_count` is the divisor, by default the counted
-        tokens of this window; give the global number when the window is one rank's share. Raises ValueError if the
+        `masks` holds one dropout mapping to each micro-batch. `denominator` is by default the number of
+        counted tokens of this window; give the global one when the window is one rank's share. Raises ValueError if the
         divisor is 0.
         """
         used = self._arithmetic if arithmetic is None else arithmetic
-        divisor = count_tokens(window) if token_count is None else token_count
+        divisor = count_tokens(window) if denominator is None else denominator
         if divisor == 0:
             raise ValueError("no token of this window carries loss: its mean loss is undefined")
         losses: list[float] = []
@@ -99,7 +99,7 @@ class OracleTrainer:
             grad_logits = used.store(token_loss_gradient(forward.logits, batch.labels, divisor))
             for name, gradient in self.model.backward(forward, grad_logits, used, with_base=with_base).items():
                 total[name] = total[name] + gradient if name in total else gradient
-        return WindowGradients(math.fsum(losses), divisor, total)
+        return WindowGradients(math.fsum(losses), count_tokens(window), total)
 
     def gradients(self, window: Sequence[TokenBatch]) -> dict[str, Float64]:
         """Gradient of the window's mean token loss by adapter tensor name, before clipping."""
@@ -115,10 +115,10 @@ class OracleTrainer:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         masks: Sequence[DropoutMasks] | None = None,
-        token_count: int | None = None,
+        denominator: float | None = None,
     ) -> OracleStep:
         """Gradient of the window, global-norm clip over all adapter tensors, one AdamW update."""
-        result = self.window_gradients(window, masks=masks, token_count=token_count)
+        result = self.window_gradients(window, masks=masks, denominator=denominator)
         norm = global_norm(result.gradients)
         if math.isfinite(norm):
             factor = clip_factor(norm, max_grad_norm)
@@ -143,7 +143,7 @@ class OracleTrainer:
         recorder = MagnitudeRecorder()
         for batch in window:
             recorder.start_pass()
-            self.window_gradients([batch], token_count=count_tokens(window), arithmetic=recorder)
+            self.window_gradients([batch], denominator=count_tokens(window), arithmetic=recorder)
         return recorder.scales
 
     def export_adapter(self) -> dict[str, Float64]:

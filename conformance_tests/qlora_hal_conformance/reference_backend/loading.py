@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qlora_hal.contract.backend import Quantization
+from qlora_hal.contract.values import LinearShape
 from qlora_hal.errors import ModelError
 from qlora_hal.files.safetensors_file import Array, read_arrays
 from qlora_hal.model.source import ModelSource
@@ -28,7 +29,7 @@ class LoadedBase:
 
     shape: LlamaShape
     weights: dict[str, Float64]
-    linear_modules: Mapping[str, tuple[int, int]]
+    linear_modules: Mapping[str, LinearShape]
 
 
 def load_base(

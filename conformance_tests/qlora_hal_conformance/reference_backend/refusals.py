@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key
 from qlora_hal.contract.backend import BackendSpec, Compute, Quantization
-from qlora_hal.contract.capabilities import OPTIMIZER_FEATURE, Feature, Needs, WeightFormat, missing
+from qlora_hal.contract.capabilities import OPTIMIZER_FEATURE, Feature, Requirements, WeightFormat, unmet_requirements
 from qlora_hal.contract.values import Adapter, Batch
 from qlora_hal.errors import AdapterError, ConfigError, ModelError, UnsupportedFeatureError
 from qlora_hal.model.source import ModelSource
@@ -24,7 +24,7 @@ def refuse_load(spec: BackendSpec, source: ModelSource, quantization: Quantizati
     }
     refuse(
         spec,
-        Needs(
+        Requirements(
             features=frozenset(feature for feature, asked in wanted.items() if asked),
             weight_format=quantization.weight_format,
             # 0 is no block size: a blockwise format without one is refused too.
@@ -47,7 +47,7 @@ def refuse_adapter(spec: BackendSpec, adapter: Adapter, optimizer: str) -> None:
         known = ", ".join(OPTIMIZER_FEATURE)
         raise ConfigError("QH-B01", f"No optimizer is called {optimizer!r}; known are {known}.", fix="Use adamw.")
     wanted = {OPTIMIZER_FEATURE[optimizer], Feature.LORA_DROPOUT if adapter.config.dropout else None}
-    refuse(spec, Needs(features=frozenset(feature for feature in wanted if feature is not None)))
+    refuse(spec, Requirements(features=frozenset(feature for feature in wanted if feature is not None)))
 
 
 def refuse_untargeted(adapter: Adapter) -> None:
@@ -77,12 +77,12 @@ def refuse_unknown_module(module: str, linear_modules: Collection[str]) -> None:
 def refuse_batches(spec: BackendSpec, batches: Sequence[Batch]) -> None:
     """Raises UnsupportedFeatureError for packed rows where packing is not declared."""
     if any(batch.is_packed for batch in batches):
-        refuse(spec, Needs(features=frozenset({Feature.PACKING})))
+        refuse(spec, Requirements(features=frozenset({Feature.PACKING})))
 
 
-def refuse(spec: BackendSpec, needs: Needs) -> None:
+def refuse(spec: BackendSpec, needs: Requirements) -> None:
     """Raises UnsupportedFeatureError naming everything in `needs` that the spec lacks."""
-    lacks = missing(needs, spec.capabilities)
+    lacks = unmet_requirements(needs, spec.capabilities)
     if lacks:
         raise UnsupportedFeatureError(
             "QH-B01",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qlora_hal.contract.values import AdapterConfig, Batch, StepSettings
+from qlora_hal.contract.values import AdapterConfig, Batch, Int32, LinearShape, StepSettings
 from qlora_hal_conformance.oracle import Arithmetic, LlamaShape, LoraScale, OracleLlama
 from qlora_hal_conformance.oracle.adamw import AdamWState
 from qlora_hal_conformance.oracle.arrays import Float32, Float64
@@ -15,8 +15,8 @@ from qlora_hal_conformance.oracle.arrays import Float32, Float64
 from . import dropout, rounding, step, storage
 from .loading import Pack, Unpack
 
-DrawMasks = Callable[[AdapterConfig, Mapping[str, tuple[int, int]], tuple[int, int], int, int], Mapping[str, Float64]]
-WindowGradient = Callable[[OracleLlama, Sequence[Batch], int, step.MasksOf, Arithmetic], step.WindowResult]
+DrawMasks = Callable[[AdapterConfig, Mapping[str, LinearShape], Int32, int, int], Mapping[str, Float64]]
+WindowGradient = Callable[[OracleLlama, Sequence[Batch], float, step.MasksOf, Arithmetic], step.WindowResult]
 Clip = Callable[[dict[str, Float64], float, float | None], dict[str, Float64]]
 Update = Callable[[dict[str, Float64], dict[str, Float64], AdamWState, StepSettings, Arithmetic], None]
 MakeModel = Callable[[LlamaShape, Mapping[str, Float64], dict[str, Float64], LoraScale], OracleLlama]

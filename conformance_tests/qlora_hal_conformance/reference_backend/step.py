@@ -12,8 +12,7 @@ from qlora_hal_conformance.oracle.adamw import AdamWState, adamw_update, clip_fa
 from qlora_hal_conformance.oracle.arrays import Float64
 from qlora_hal_conformance.oracle.loss import token_loss_gradient, token_loss_sum
 
-MasksOf = Callable[[Batch, int], DropoutMasks]
-"""The dropout masks of (batch, index of the micro-batch in its window)."""
+MasksOf = Callable[[Batch], DropoutMasks]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,15 +24,15 @@ class WindowResult:
 
 
 def window_gradient(
-    model: OracleLlama, window: Sequence[Batch], divisor: int, masks_of: MasksOf, arithmetic: Arithmetic
+    model: OracleLlama, window: Sequence[Batch], divisor: float, masks_of: MasksOf, arithmetic: Arithmetic
 ) -> WindowResult:
     """Sums over the micro-batches; a micro-batch without a counted token is passed over."""
     losses: list[float] = []
     total = {name: 0.0 * tensor for name, tensor in model.adapter.items()}
-    for index, batch in enumerate(window):
+    for batch in window:
         if batch.counted_tokens == 0:
             continue
-        forward = model.forward(batch, arithmetic, masks_of(batch, index))
+        forward = model.forward(batch, arithmetic, masks_of(batch))
         losses.append(token_loss_sum(forward.logits, batch.labels, arithmetic))
         grad_logits = arithmetic.store(token_loss_gradient(forward.logits, batch.labels, divisor))
         for name, gradient in model.backward(forward, grad_logits, arithmetic).items():

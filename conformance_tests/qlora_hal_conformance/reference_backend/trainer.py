@@ -13,6 +13,7 @@ import numpy as np
 
 from qlora_hal.adapter.fitting import check_fits
 from qlora_hal.contract.backend import BackendSpec, Compute, DeviceFacts, Quantization, QuantizedLoRATrainer
+from qlora_hal.contract.dropout import rows_of
 from qlora_hal.contract.values import (
     IGNORE_LABEL,
     Adapter,
@@ -20,6 +21,7 @@ from qlora_hal.contract.values import (
     Batch,
     Float32,
     Int32,
+    LinearShape,
     LossSum,
     OptimizerSnapshot,
     PendingStep,
@@ -87,7 +89,7 @@ class ReferenceTrainer(QuantizedLoRATrainer):
         with _quiet():
             self._base = load_base(source, quantization, self.arithmetic.store, self.rooms.pack, self.rooms.unpack)
 
-    def linear_modules(self) -> Mapping[str, tuple[int, int]]:
+    def linear_modules(self) -> Mapping[str, LinearShape]:
         return dict(self.base.linear_modules)
 
     def attach(self, adapter: Adapter, optimizer: str = "adamw") -> None:
@@ -109,14 +111,14 @@ class ReferenceTrainer(QuantizedLoRATrainer):
     # training ------------------------------------------------------------------------------------------------------
     def train_step(self, window: Sequence[Batch], settings: StepSettings) -> PendingStep:
         attached = self.attached
-        found = self.gradient_of(window, settings.token_count, self._masks_of(settings.dropout_key))
+        found = self.gradient_of(window, settings.denominator, self._masks_of(settings.dropout_key))
         norm = global_norm(found.gradients) if math.isfinite(found.loss_sum) else math.nan
         applied = math.isfinite(norm)
         if applied:
             with _quiet():
                 clipped = self.rooms.clip(found.gradients, norm, settings.max_grad_norm)
                 self.rooms.update(attached.parameters, clipped, attached.state, settings, self.arithmetic)
-        return Done(StepStats(found.loss_sum, settings.token_count, norm, applied))
+        return Done(StepStats(found.loss_sum, sum(batch.counted_tokens for batch in window), norm, applied))
 
     def evaluate(self, batches: Sequence[Batch]) -> LossSum:
         refuse_batches(self.spec, batches)
@@ -125,19 +127,20 @@ class ReferenceTrainer(QuantizedLoRATrainer):
             losses = [token_loss_sum(self.logits_of(batch), batch.labels, self.arithmetic) for batch in counted]
         return LossSum(math.fsum(losses), sum(batch.counted_tokens for batch in batches))
 
-    def gradient_of(self, window: Sequence[Batch], divisor: int, masks_of: MasksOf) -> WindowResult:
+    def gradient_of(self, window: Sequence[Batch], divisor: float, masks_of: MasksOf) -> WindowResult:
         """What both `train_step` and `gradients` are made of."""
         with self.memory_named("a training step"), _quiet():
             refuse_batches(self.spec, window)
             read = [self.rooms.read_batch(batch) for batch in window]
-            return self.rooms.window_gradient(self.attached.model, read, max(divisor, 1), masks_of, self.arithmetic)
+            return self.rooms.window_gradient(self.attached.model, read, divisor or 1, masks_of, self.arithmetic)
 
     def _masks_of(self, key: int) -> MasksOf:
-        def masks_of(batch: Batch, micro_batch: int) -> DropoutMasks:
-            rows, time = batch.input_ids.shape
-            return self.rooms.masks(
-                self.attached.adapter.config, self.base.linear_modules, (rows, time), key, micro_batch
-            )
+        config = self.attached.adapter.config
+
+        def masks_of(batch: Batch) -> DropoutMasks:
+            if config.dropout == 0.0:
+                return {}
+            return self.rooms.masks(config, self.base.linear_modules, rows_of(batch), batch.input_ids.shape[1], key)
 
         return masks_of
 
@@ -186,7 +189,7 @@ class ReferenceTrainer(QuantizedLoRATrainer):
 
     def gradients(self, window: Sequence[Batch]) -> Mapping[str, Float32]:
         divisor = sum(batch.counted_tokens for batch in window)
-        found = self.gradient_of(window, divisor, lambda batch, micro_batch: {})
+        found = self.gradient_of(window, divisor, lambda batch: {})
         return {name: self.rooms.adapter_out(gradient) for name, gradient in found.gradients.items()}
 
     def dequantized_weight(self, module: str) -> Float32:

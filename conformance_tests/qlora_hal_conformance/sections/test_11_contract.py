@@ -39,16 +39,15 @@ def test_trainer_carries_its_spec(opened: Opener) -> None:
 
 
 def test_linear_modules_are_those_of_the_model(opened: Opener) -> None:
-    """Every linear layer as (in, out), the output head left out."""
+    """Every linear layer with its shape, the output head left out."""
     ready = opened()
-    expected = {module: (inputs, outputs) for module, (outputs, inputs) in linear_shapes(ready.model.shape).items()}
-    assert dict(ready.trainer.linear_modules()) == expected
+    assert dict(ready.trainer.linear_modules()) == linear_shapes(ready.model.shape)
 
 
 def test_dequantized_weights_are_float32_arrays(opened: Opener) -> None:
     ready = opened()
-    for module, sides in linear_shapes(ready.model.shape).items():
-        _check_array(ready.trainer.dequantized_weight(module), sides, f"dequantized_weight({module})")
+    for module, linear in linear_shapes(ready.model.shape).items():
+        _check_array(ready.trainer.dequantized_weight(module), linear.weight, f"dequantized_weight({module})")
 
 
 def test_logits_are_a_float32_array(opened: Opener, seeded: np.random.Generator) -> None:

@@ -86,7 +86,7 @@ def test_clip_at_more_than_one(opened: Opener, oracle: OracleOf, seeded: np.rand
     norm = global_norm(reference.gradients(window))
     count = max(1, int(total_tokens(window) * min(1.0, norm / (4 * CLIP))))
     bounds = gradient_bounds(reference, window, ready.dtype)
-    stats = ready.step(window, 0.0, beta1=0.0, max_grad_norm=CLIP, token_count=count)
+    stats = ready.step(window, 0.0, beta1=0.0, max_grad_norm=CLIP, denominator=float(count))
     longer = total_tokens(window) / count
     assert norm * longer > 2 * CLIP, "the case has no gradient to clip"
     assert stats.applied

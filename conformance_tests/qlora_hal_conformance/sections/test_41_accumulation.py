@@ -81,13 +81,13 @@ def test_micro_batch_without_a_counted_token(
     judge_gradients(ready.trained_gradient(with_silent), oracle(ready), window, ready, judging)
 
 
-def test_token_count_is_that_of_the_global_window(
+def test_denominator_is_that_of_the_global_window(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
     """One rank's share of a window is divided by the tokens of all ranks, which the core hands in."""
     shape, _ = opened.models.drawn("main")
     ready, window = opened(adapter=draw_adapter(seeded, shape)), rows_of(_unequal(seeded, opened))
-    found = ready.trained_gradient(window, token_count=4 * total_tokens(window))
+    found = ready.trained_gradient(window, denominator=4.0 * total_tokens(window))
     judge_gradients({name: 4 * gradient for name, gradient in found.items()}, oracle(ready), window, ready, judging)
 
 

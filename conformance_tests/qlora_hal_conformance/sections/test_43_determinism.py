@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from qlora_hal.contract.capabilities import Feature
+from qlora_hal.contract.dropout import kept
+from qlora_hal.contract.dropout import rows_of as rows_of_batch
 from qlora_hal.contract.values import IGNORE_LABEL, Batch, Float32
-from qlora_hal_conformance.drawing import draw_adapter, draw_batch, draw_window, with_field, with_zero
+from qlora_hal_conformance.drawing import draw_adapter, draw_batch, draw_window, joined, rows_of, with_field, with_zero
 from qlora_hal_conformance.judging import Judge
-from qlora_hal_conformance.opening import Opened, Opener
+from qlora_hal_conformance.opening import Opened, Opener, placed
 from qlora_hal_conformance.parameters import OracleOf
 from qlora_hal_conformance.tolerances import (
     Bound,
@@ -128,6 +130,40 @@ def test_share_and_scale_of_what_is_kept(
     judging.at_most("|share kept - (1 - p)|", abs(kept / drawn - (1.0 - DROP)), kept_share(drawn, DROP))
 
 
+@pytest.mark.needs(Feature.LORA_DROPOUT)
+@pytest.mark.parametrize("rate", [0.05, DROP], ids=["low_rate", "high_rate"])
+def test_masks_are_those_of_the_contract(
+    opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge, rate: float
+) -> None:
+    """The gradient of a window is that of `qlora_hal.contract.dropout`, in every layer and micro-batch, by all of a
+    key's bits."""
+    shape, _ = opened.models.drawn("main")
+    ready = opened(adapter=draw_adapter(seeded, shape, dropout=rate))
+    window = placed([*draw_window(seeded, shape), draw_batch(seeded, shape, lengths=(7, 11))])
+    reference = oracle(ready)
+    bounds = _twice(gradient_bounds(reference, window, ready.dtype), 1.0 / (1.0 - rate) ** 2)
+    for key in (KEYS[0], KEYS[0] + 2**45):
+        masks = [_masks(ready, batch, key) for batch in window]
+        found = ready.trained_gradient(window, dropout_key=key)
+        judging.all_within("gradients", found, reference.window_gradients(window, masks=masks).gradients, bounds)
+
+
+@pytest.mark.needs(Feature.LORA_DROPOUT)
+@pytest.mark.parametrize("cut", [1, 2], ids=["rows_alone", "in_halves"])
+def test_a_window_is_the_same_however_it_is_cut(
+    opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge, cut: int
+) -> None:
+    """Four rows in one micro-batch and in more, as when memory ran out, or where a device takes fewer."""
+    shape, _ = opened.models.drawn("main")
+    ready = opened(adapter=draw_adapter(seeded, shape, dropout=DROP))
+    (whole,) = placed([draw_batch(seeded, shape, lengths=(9, 16, 5, 12))])
+    rows = rows_of(whole)
+    parts = rows if cut == 1 else [joined(rows[:2]), joined(rows[2:])]
+    bounds = _twice(gradient_bounds(oracle(ready), [whole], ready.dtype), 2.0 / (1.0 - DROP) ** 2)
+    found, expected = (ready.trained_gradient(window, dropout_key=31) for window in (parts, [whole]))
+    judging.all_within("gradients", found, expected, bounds)
+
+
 def test_dropout_of_zero_needs_no_key(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -198,6 +234,17 @@ def _agreement(left: Mapping[str, np.ndarray], right: Mapping[str, np.ndarray]) 
     one, other = (np.concatenate([masks[name] for name in left]) for masks in (left, right))
     above = float((one == other).mean()) - agreement_of_chance(DROP)
     return max(above, 0.0), agreement_above_chance(one.size, DROP)
+
+
+def _masks(ready: Opened, batch: Batch, key: int) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+    """What the adapter's inputs are multiplied with in a step of this key."""
+    assert ready.adapter is not None
+    config, shapes = ready.adapter.config, ready.trainer.linear_modules()
+    rows, time, rate = rows_of_batch(batch), batch.input_ids.shape[1], config.dropout
+    return {
+        module: kept(key, module, rows, time, shapes[module].inputs, rate) / (1.0 - rate)
+        for module in config.target_modules
+    }
 
 
 def _twice(bounds: Mapping[str, Bound], factor: float = 2.0) -> dict[str, Bound]:

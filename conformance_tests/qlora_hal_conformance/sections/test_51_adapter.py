@@ -66,13 +66,17 @@ def test_adapter_through_peft_files(
 def test_layout_of_a_and_b(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     """A is [r, in] and B is [out, r]. With r = in = out a transposed reading has the same shape and another meaning."""
     shape, _ = opened.models.drawn("main")
-    square = [m for m, (out, inputs) in linear_shapes(shape).items() if out == inputs == shape.hidden_size]
+    square = [
+        module
+        for module, linear in linear_shapes(shape).items()
+        if linear.outputs == linear.inputs == shape.hidden_size
+    ]
     targets = square or [module for module in linear_shapes(shape) if module.endswith("q_proj")]
     adapter = draw_adapter(seeded, shape, targets=targets, rank=shape.hidden_size)
     for module in targets:
-        outputs, inputs = linear_shapes(shape)[module]
-        assert adapter.tensors[lora_a_key(module)].shape == (shape.hidden_size, inputs)
-        assert adapter.tensors[lora_b_key(module)].shape == (outputs, shape.hidden_size)
+        linear = linear_shapes(shape)[module]
+        assert adapter.tensors[lora_a_key(module)].shape == (shape.hidden_size, linear.inputs)
+        assert adapter.tensors[lora_b_key(module)].shape == (linear.outputs, shape.hidden_size)
     ready, batch = opened(adapter=adapter), draw_batch(seeded, shape)
     reference = oracle(ready)
     judge_logits(ready, reference, batch, judging)

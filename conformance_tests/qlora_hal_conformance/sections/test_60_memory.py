@@ -41,7 +41,7 @@ def test_peak_holds_at_least_the_base(opened: Opener, seeded: np.random.Generato
     ready.step([draw_batch(seeded, shape, lengths=LENGTHS)], RATE)
     after = ready.trainer.peak_memory_bytes()
     assert after >= before, f"the peak fell from {before} to {after} bytes"
-    count = sum(outputs * inputs for outputs, inputs in linear_shapes(shape).values())
+    count = sum(linear.parameters for linear in linear_shapes(shape).values())
     stored = count * BITS.get(ready.quantization.weight_format, 4) // 8
     judging.at_most("bytes of packed weights", stored, Bound(after, "the reported peak"))
 
@@ -129,7 +129,7 @@ def _judge_peak(
             double_quant=False,
             compute_dtype=ready.dtype,  # type: ignore[arg-type]
             r=adapter.config.r,
-            targets={name: (inputs, outputs) for name, (outputs, inputs) in linear_shapes(WIDE_SHAPE).items()},
+            targets=linear_shapes(WIDE_SHAPE),
             optimizer="adamw",
             batch_size=rows,
             sequence_length=time,

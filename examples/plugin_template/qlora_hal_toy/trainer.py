@@ -15,8 +15,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_hal.adapter import check_fits, lora_a_key, lora_b_key
 from qlora_hal.contract.backend import Compute, DeviceFacts, Quantization, QuantizedLoRATrainer
-from qlora_hal.contract.capabilities import OPTIMIZER_FEATURE, Feature, Needs, WeightFormat, missing
-from qlora_hal.contract.values import IGNORE_LABEL, Adapter, Batch, LossSum, OptimizerSnapshot, StepSettings, StepStats
+from qlora_hal.contract.capabilities import OPTIMIZER_FEATURE, Feature, Requirements, WeightFormat, unmet_requirements
+from qlora_hal.contract.values import (
+    IGNORE_LABEL,
+    Adapter,
+    Batch,
+    LinearShape,
+    LossSum,
+    OptimizerSnapshot,
+    StepSettings,
+    StepStats,
+)
 from qlora_hal.errors import (
     AdapterError,
     BackendContractError,
@@ -99,7 +108,7 @@ class ToyTrainer(QuantizedLoRATrainer):
             )
             self.model.set_submodule(module, self.layers[module])
 
-    def linear_modules(self) -> Mapping[str, tuple[int, int]]:
+    def linear_modules(self) -> Mapping[str, LinearShape]:
         return {module: (layer.stored.shape[1], layer.stored.shape[0]) for module, layer in self.layers.items()}
 
     def attach(self, adapter: Adapter, optimizer: str = "adamw") -> None:
@@ -253,7 +262,7 @@ def to_host(tensor: Tensor) -> np.ndarray:
 def refuse_undeclared(features: Mapping[Any, bool], **needs: Any) -> None:
     """What SPEC does not declare is refused by name, never left out in silence."""
     asked = frozenset(feature for feature, is_asked in features.items() if is_asked)
-    lacks = missing(Needs(features=asked, **needs), SPEC.capabilities)
+    lacks = unmet_requirements(Requirements(features=asked, **needs), SPEC.capabilities)
     if lacks:
         raise UnsupportedFeatureError(
             "QH-B01", f"Backend toy does not offer {'; '.join(lacks)}.", fix="Run qlora-hal backends to see who does."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -94,8 +95,9 @@ class WindowSampler:
         mine = groups[self._world.rank :: self._world.size]
         if not mine:
             # Every rank takes part in the reduction; this one with tokens that carry no loss.
-            return [without_labels(self._batch(groups[0]))]
-        return [self._batch(group) for group in mine]
+            return [without_labels(self._batch(groups[0], 0))]
+        places = range(self._world.rank, len(groups), self._world.size)
+        return [self._batch(group, place * self._batch_size) for place, group in zip(places, mine, strict=True)]
 
     def token_count(self, step: int) -> int:
         """Counted tokens of the global window, over all ranks."""
@@ -154,10 +156,12 @@ class WindowSampler:
             return [int(row) for row in group]
         return [row for sequence in group for row in self._packs[sequence]]
 
-    def _batch(self, group: Int64) -> Batch:
+    def _batch(self, group: Int64, first: int) -> Batch:
+        """The micro-batch whose first row has the place `first` in the global window."""
         packs = self._packs
         sequences = [[int(row)] for row in group] if packs is None else [packs[sequence] for sequence in group]
-        return batch_of(self._store, sequences, pad_id=self._pad_id, pad_to_multiple=self._pad_to_multiple)
+        batch = batch_of(self._store, sequences, pad_id=self._pad_id, pad_to_multiple=self._pad_to_multiple)
+        return replace(batch, rows=np.arange(first, first + len(sequences), dtype=np.int32))
 
 
 def evaluation_batches(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -37,4 +38,4 @@ def batch_of(store: TokenStore, sequences: Sequence[Sequence[int]], *, pad_id: i
 
 def without_labels(batch: Batch) -> Batch:
     """The same tokens with nothing to learn; for a rank that has no share of a last, partial window."""
-    return Batch(batch.input_ids, np.full_like(batch.labels, IGNORE_LABEL), batch.position_ids, batch.segment_ids)
+    return replace(batch, labels=np.full_like(batch.labels, IGNORE_LABEL))

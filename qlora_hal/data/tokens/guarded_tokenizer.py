@@ -22,7 +22,7 @@ _LONGEST_REASON = 300
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a tokenizer.json, checked and behind the wall. Raises ModelError (QH-D52), UnsafeInputError
+    """The tokenizer of a tokenizer.json, checked. Raises ModelError (QH-D52), UnsafeInputError
     (QH-X15)."""
     try:
         with path.open("rb") as stream:
