@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,11 @@ class OpenTrainer:
 
     def step(self, window: Sequence[Batch], learning_rate: float = 1e-2, **settings: object) -> StepStats:
         count = sum(batch.counted_tokens for batch in window)
-        return self.trainer.train_step(window, StepSettings(learning_rate, count, **settings)).resolve()  # type: ignore[arg-type]
+        first, placed = 0, []
+        for batch in window:
+            placed.append(replace(batch, rows=np.arange(first, first + len(batch.labels), dtype=np.int32)))
+            first += len(batch.labels)
+        return self.trainer.train_step(placed, StepSettings(learning_rate, count, **settings)).resolve()  # type: ignore[arg-type]
 
 
 def source_of(folder: Path) -> ModelSource:

@@ -23,7 +23,6 @@ from qlora_hal.contract.capabilities import (
     unmet_requirements,
 )
 from qlora_hal.contract.memory_constants import FastPath, MemoryConstants
-from qlora_hal.contract.values import LinearShape
 from qlora_hal.errors import UnsupportedFeatureError
 
 if TYPE_CHECKING:
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
         ComputeDtype,
         Float32,
         Int32,
+        LinearShape,
         LossSum,
         OptimizerSnapshot,
         PendingStep,
@@ -304,6 +304,14 @@ class QuantizedLoRATrainer(ABC):
     @abstractmethod
     def gradients(self, window: Sequence[Batch]) -> Mapping[str, Float32]:
         """Gradient of the window's token mean for every adapter tensor, unclipped, without dropout; state untouched."""
+
+    def token_losses(self, batch: Batch, *, adapter: bool = True) -> Float32:
+        """The loss in nats of each counted token `[batch, time]`, aligned with `labels`, 0 where nothing counts.
+
+        Without dropout and without any effect on later steps. `adapter` False is the base alone: the reference model
+        of preference tuning. Feature.TOKEN_WEIGHTS.
+        """
+        raise _undeclared(self, "token_weights")
 
     @abstractmethod
     def dequantized_weight(self, module: str) -> Float32:

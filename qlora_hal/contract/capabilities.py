@@ -69,6 +69,8 @@ class Feature(StrEnum):
     BITWISE_DETERMINISM = "bitwise_determinism"
     PEAK_MEMORY = "peak_memory"
     GENERATE = "generate"
+    TOKEN_WEIGHTS = "token_weights"
+    """A loss of weighted tokens (`Batch.weights`), and `token_losses` to make them from."""
 
 
 OPTIMIZER_FEATURE: Mapping[str, Feature | None] = {

@@ -109,15 +109,18 @@ class StepSettings:
 
 @dataclass(frozen=True, slots=True)
 class StepStats:
-    """What one step did. `grad_norm` is the global norm before clipping, of the gradient of the token mean.
+    """What one step did. `grad_norm` is the global norm before clipping.
 
-    `applied` is False when the backend refused the update because the loss or the gradient was not finite.
+    `loss_sum` is the sum of token losses without weights; `weighted_loss_sum` the one that was minimised, None where no
+    batch has weights. `applied` is False when the backend refused the update because the loss or the gradient was not
+    finite.
     """
 
     loss_sum: float
     token_count: int
     grad_norm: float
     applied: bool = True
+    weighted_loss_sum: float | None = None
 
     @property
     def loss(self) -> float:
@@ -135,10 +138,11 @@ class PendingStep(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LossSum:
-    """Sum of token losses in nats, and how many tokens it sums."""
+    """Sum of token losses in nats, and how many tokens it sums; with weights, the weighted sum too."""
 
     loss_sum: float
     token_count: int
+    weighted_loss_sum: float | None = None
 
     @property
     def loss(self) -> float:

@@ -84,7 +84,6 @@ class LoopPlan:
     schedule: Schedule
     training: TrainingConfig
     save_steps: int | None
-    lora_dropout: float = 0.0
     evaluation: Callable[[], LossSum] | None = None
     stop_requested: Callable[[], str] = field(default=lambda: "")
     save_requested: Callable[[], bool] = field(default=lambda: False)

@@ -294,7 +294,6 @@ class Session:
             schedule=Schedule(training.lr_scheduler_type, training.learning_rate, warmup, run.total_steps),
             training=training,
             save_steps=self._config.checkpoint.save_steps,
-            lora_dropout=self._config.lora.dropout,
             evaluation=self._evaluation if self._prepared.data.validation is not None else None,
             stop_requested=self._context.requests.stop,
             save_requested=self._context.requests.save,

@@ -30,10 +30,23 @@ INPUTS = {
     "PEAK_RATE",
     "LARGE",
     "DROP",
+    "LOW_DROP",
+    "GIVEN_DENOMINATOR",
+    "VALUES",
+    "LOUD",
     "SETTINGS",
     "TINY_STEPS",
 }
-INPUT_KEYWORDS = {"learning_rate", "weight_decay", "dropout", "max_grad_norm", "beta1", "beta2", "epsilon"}
+INPUT_KEYWORDS = {
+    "learning_rate",
+    "weight_decay",
+    "denominator",
+    "dropout",
+    "max_grad_norm",
+    "beta1",
+    "beta2",
+    "epsilon",
+}
 INPUT_CALLS = {"step", "train_step", "StepSettings", "UpdateSettings", "TrainingState", "Continuation", "random"}
 
 

@@ -91,7 +91,7 @@ class Right(QuantizedLoRATrainer):
         self._said("close", None)
 
     def train_step(self, window: Sequence[Batch], settings: StepSettings) -> Done:
-        stats = self._said("resolve", StepStats(2.0, settings.token_count, 0.5))
+        stats = self._said("resolve", StepStats(2.0, sum(b.counted_tokens for b in window), 0.5))
         self._steps += bool(getattr(stats, "applied", False))
         return Done(stats)
 

@@ -304,7 +304,7 @@ def test_data_room_loads_no_tensor_library_and_no_reader_before_it_is_used() -> 
     import subprocess
     import sys
 
-    heavy = "torch mlx transformers peft datasets pyarrow tokenizers huggingface_hub"
+    heavy = "torch mlx transformers peft datasets pyarrow"
     code = f"import sys, qlora_hal.data; print([name for name in '{heavy}'.split() if name in sys.modules])"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
@@ -343,7 +343,7 @@ def test_a_file_whose_statistics_end_the_process_of_the_library_is_refused(tmp_p
     """pyarrow 26 aborts where they are asked for: read in a process of its own, which must live to tell."""
     (tmp_path / "rows.parquet").write_bytes(DAMAGED_STATISTICS)
     code = (
-        "import sys\nfrom pathlib import Path\nfrom qlora_hal.data.reading import open_source\n"
+        "import sys\nfrom pathlib import Path\nfrom qlora_hal.data.source.reading import open_source\n"
         "from qlora_hal.errors import DataError\n"
         "try:\n    list(open_source(sys.argv[1]).rows())\nexcept DataError as error:\n    print(error.code)\n"
     )

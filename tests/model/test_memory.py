@@ -114,7 +114,7 @@ def test_a_tied_head_that_is_stored_counts_once() -> None:
 
 
 def test_adapter_gradients_and_moments_by_hand() -> None:
-    targets = {"a": (1024, 2048), "b": (64, 64)}
+    targets = {"a": LinearShape(1024, 2048), "b": LinearShape(64, 64)}
     # r = 16: a has 16384 and 32768 weights, b twice 1024.
     assert adapter_parameters(targets, 16) == 16384 + 32768 + 2048
     needed = qlora(LLAMA_8B, targets=targets, optimizer="adamw")

@@ -22,6 +22,7 @@ FEATURES = frozenset(
         Feature.LORA_DROPOUT,
         Feature.PACKING,
         Feature.GENERATE,
+        Feature.TOKEN_WEIGHTS,
         Feature.ADAMW_8BIT,
         Feature.PAGED_ADAMW,
         Feature.PAGED_ADAMW_8BIT,

@@ -64,6 +64,7 @@ _FEATURES = frozenset(
         Feature.PACKING,
         Feature.PEAK_MEMORY,
         Feature.GENERATE,
+        Feature.TOKEN_WEIGHTS,
         Feature.PAGED_ADAMW,
     }
 )

@@ -40,7 +40,7 @@ class AdamW:
         return dict(zip(self.names, self.parameters, strict=True))
 
     def update(self, gradients: Arrays, loss_sum: mx.array, settings: StepSettings) -> mx.array:
-        """Queue one update; returns the figures `[loss sum, norm of the gradient, 1 where applied]`."""
+        """Queue one update; returns the figures `[loss sum, weighted, norm of the gradient, 1 where applied]`."""
         first, second = self._moments
         numbers = mx.array(_numbers(settings), dtype=mx.float32)
         self.parameters, first, second, self._step, figures = self._apply(
@@ -119,7 +119,7 @@ def _updated(
 ) -> tuple[Arrays, Arrays, Arrays, mx.array, mx.array]:
     rate, decay, max_norm, epsilon, beta1, rest1, log1, beta2, rest2, log2 = (numbers[n] for n in range(10))
     norm = global_norm(gradients)
-    applied = mx.isfinite(norm) & mx.isfinite(loss_sum)
+    applied = mx.isfinite(norm) & mx.isfinite(loss_sum).all()
     factor = mx.minimum(max_norm / (norm + 1e-6), 1.0)  # torch's clip_grad_norm_
     now = step + 1.0
     # expm1 keeps the digits that 1 - b^t loses in float32 for small t.
@@ -132,7 +132,7 @@ def _updated(
         update = rate * (new_m / correction1) / (mx.sqrt(new_v / correction2) + epsilon)
         for kept, new, old in zip(after, (p - decay * p - update, new_m, new_v), (p, m, v), strict=True):
             kept.append(mx.where(applied, new, old))
-    figures = mx.stack([loss_sum, norm, applied.astype(mx.float32)])
+    figures = mx.concatenate([loss_sum, mx.stack([norm, applied.astype(mx.float32)])])
     return *after, mx.where(applied, now, step), figures
 
 

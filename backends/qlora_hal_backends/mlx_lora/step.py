@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from qlora_hal.contract import dropout
-from qlora_hal.contract.values import IGNORE_LABEL, Batch
+from qlora_hal.contract.values import IGNORE_LABEL, Batch, Int32
 from qlora_hal.errors import UnsupportedFeatureError
 from qlora_hal_backends.mlx_lora.loading import BaseModel
 from qlora_hal_backends.mlx_lora.offered import LOSS_CHUNK_ROWS
@@ -30,36 +30,48 @@ Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 @dataclass(frozen=True, slots=True)
 class DeviceBatch:
-    """A batch on the device. `counted` indexes the flattened positions whose next token carries loss, padded; `weights`
-    is 0 at the padding."""
+    """A batch on the device. `counted` indexes the flattened positions whose next token carries loss, padded; `counts`
+    is 0 at the padding. `weights` are those of the loss, None where every token weighs 1."""
 
     input_ids: mx.array  # [batch, time]
     counted: mx.array  # [counted]
     targets: mx.array  # [counted]
-    weights: mx.array  # [counted]
+    counts: mx.array  # [counted]
+    weights: mx.array | None  # [counted]
     segments: mx.array | None  # [batch, time]; None where every row is one sample
 
     def arrays(self) -> tuple[mx.array | None, ...]:
-        return self.input_ids, self.counted, self.targets, self.weights, self.segments
+        return self.input_ids, self.counted, self.targets, self.counts, self.weights, self.segments
 
 
 def to_device(batch: Batch) -> DeviceBatch:
     """Which positions count is decided here, on the host."""
-    next_labels = np.full_like(batch.labels, IGNORE_LABEL)
-    next_labels[:, :-1] = batch.labels[:, 1:]
-    flat = next_labels.reshape(-1)
+    flat = next_labels(batch).reshape(-1)
     counted = np.flatnonzero(flat != IGNORE_LABEL)
     room = _padded(len(counted), flat.size)
-    places, targets, weights = np.zeros(room, np.int32), np.zeros(room, np.int32), np.zeros(room, np.float32)
-    places[: len(counted)], targets[: len(counted)], weights[: len(counted)] = counted, flat[counted], 1.0
+    places, targets, counts = np.zeros(room, np.int32), np.zeros(room, np.int32), np.zeros(room, np.float32)
+    places[: len(counted)], targets[: len(counted)], counts[: len(counted)] = counted, flat[counted], 1.0
+    weights = None
+    if batch.weights is not None:
+        following = np.zeros(room, np.float32)
+        following[: len(counted)] = np.roll(batch.weights, -1, axis=1).reshape(-1)[counted]
+        weights = mx.array(following)
     return DeviceBatch(
         mx.array(batch.input_ids),
         mx.array(places),
         mx.array(targets),
-        mx.array(weights),
+        mx.array(counts),
+        weights,
         # Rows that are one sample padded on the right need no mask: causal attention never looks at what follows.
         mx.array(batch.segment_ids) if batch.is_packed else None,
     )
+
+
+def next_labels(batch: Batch) -> Int32:
+    """The label that the logits at each place are scored against `[batch, time]`; none at the end of a row."""
+    following = np.full_like(batch.labels, IGNORE_LABEL)
+    following[:, :-1] = batch.labels[:, 1:]
+    return following
 
 
 def _padded(count: int, size: int) -> int:
@@ -99,16 +111,23 @@ def logits(base: BaseModel, batch: DeviceBatch) -> mx.array:
     return hidden_states(base, batch.input_ids, batch.segments, whole=True).astype(mx.float32)
 
 
-def _token_losses(rows: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-    """Sum of the weighted token losses in nats, for float32 logits `[rows, vocabulary]`."""
+def token_losses(rows: mx.array, targets: mx.array, counts: mx.array) -> mx.array:
+    """The loss of each row in nats, 0 where it does not count, for float32 logits `[rows, vocabulary]`."""
     picked = mx.take_along_axis(rows, targets[:, None], axis=-1)[:, 0]
     losses = mx.logsumexp(rows, axis=-1) - picked
     # `where`, not a product: a padding place may hold anything.
-    return mx.where(weights > 0, losses, 0.0).sum()
+    return mx.where(counts > 0, losses, 0.0)
+
+
+def _sums(losses: mx.array, weights: mx.array | None) -> tuple[mx.array, mx.array]:
+    """(what is minimised, [sum of the losses, weighted sum])."""
+    plain = losses.sum()
+    minimised = plain if weights is None else (losses * weights).sum()
+    return minimised, mx.stack([plain, minimised])
 
 
 def loss_sum(base: BaseModel, batch: DeviceBatch, *, differentiated: bool) -> tuple[mx.array, mx.array]:
-    """(what to differentiate, sum of token losses).
+    """(what to differentiate, `[sum of token losses, weighted sum]`).
 
     The head is frozen, so the gradient of its input is computed while a chunk's logits are at hand, and its product
     with the hidden states is what is differentiated: the logits of a batch never stand whole in memory.
@@ -116,24 +135,28 @@ def loss_sum(base: BaseModel, batch: DeviceBatch, *, differentiated: bool) -> tu
     states = hidden_states(base, batch.input_ids, batch.segments, whole=False)
     rows = states.reshape(-1, states.shape[-1])[batch.counted]
     if base.head is None:
-        total = _token_losses(rows.astype(mx.float32), batch.targets, batch.weights)
-        return total, total
-    total, followed = mx.array(0.0), mx.array(0.0)
+        return _sums(token_losses(rows.astype(mx.float32), batch.targets, batch.counts), batch.weights)
+    total, followed = mx.zeros(2), mx.array(0.0)
     for start in range(0, rows.shape[0], LOSS_CHUNK_ROWS):
         chunk = slice(start, start + LOSS_CHUNK_ROWS)
-        targets, weights, head = batch.targets[chunk], batch.weights[chunk], base.head
+        targets, counts, head = batch.targets[chunk], batch.counts[chunk], base.head
+        weights = None if batch.weights is None else batch.weights[chunk]
 
         def chunk_loss(
-            hidden: mx.array, targets: mx.array = targets, weights: mx.array = weights, head: Any = head
-        ) -> mx.array:
-            return _token_losses(head.logits(hidden), targets, weights)
+            hidden: mx.array,
+            targets: mx.array = targets,
+            counts: mx.array = counts,
+            weights: mx.array | None = weights,
+            head: Any = head,
+        ) -> tuple[mx.array, mx.array]:
+            return _sums(token_losses(head.logits(hidden), targets, counts), weights)
 
         still = mx.stop_gradient(rows[chunk])
         if not differentiated:
-            total = total + chunk_loss(still)
+            total = total + chunk_loss(still)[1]
             continue
-        value, gradient = mx.value_and_grad(chunk_loss)(still)
-        total = total + value
+        (_, sums), gradient = mx.value_and_grad(chunk_loss)(still)
+        total = total + sums
         followed = followed + (rows[chunk].astype(mx.float32) * gradient.astype(mx.float32)).sum()
     return followed, total
 
@@ -151,11 +174,14 @@ class WindowGradient:
     def of_window(
         self, tensors: Mapping[str, mx.array], window: Sequence[Batch], denominator: float, dropout_key: int | None
     ) -> tuple[list[mx.array], mx.array]:
-        """(gradient of loss sum / denominator for each tensor, loss sum), queued. Each micro-batch is handed to the
-        device before the next is traced, so that the activations of two never need to stand side by side."""
+        """(gradient of weighted loss sum / denominator for each tensor, [loss sum, weighted]), queued.
+
+        Each micro-batch is handed to the device before the next is traced, so that the activations of two never need
+        to stand side by side.
+        """
         values = [tensors[name] for name in self._names]
         sums = [mx.zeros_like(value) for value in values]
-        total = mx.array(0.0)
+        total = mx.zeros(2)
         share = mx.array(1.0 / denominator if denominator else 0.0, dtype=mx.float32)
         for batch in window:
             if batch.counted_tokens == 0:
@@ -166,7 +192,7 @@ class WindowGradient:
         return sums, total
 
     def loss_of(self, tensors: Mapping[str, mx.array], batch: Batch) -> mx.array:
-        """Loss sum of one batch, without dropout."""
+        """`[loss sum, weighted]` of one batch, without dropout."""
         values = [tensors[name] for name in self._names]
         loss: mx.array = self._evaluate(values, *to_device(batch).arrays())
         return loss

@@ -26,6 +26,7 @@ from qlora_hal.contract.backend import (
 )
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.values import (
+    IGNORE_LABEL,
     Adapter,
     Batch,
     Float32,
@@ -52,14 +53,15 @@ _OUT_OF_MEMORY = ("insufficient memory", "attempting to allocate", "unable to al
 
 @dataclass(slots=True)
 class _QueuedStep:
-    """Figures `[loss sum, gradient norm, applied]` on their way to the host."""
+    """Figures `[loss sum, weighted, gradient norm, applied]` on their way to the host."""
 
     figures: mx.array
     token_count: int
+    weighted: bool
 
     def resolve(self) -> StepStats:
-        loss_sum, grad_norm, applied = (float(figure) for figure in np.array(self.figures))
-        return StepStats(loss_sum, self.token_count, grad_norm, applied > 0)
+        loss_sum, weighted, grad_norm, applied = (float(figure) for figure in np.array(self.figures))
+        return StepStats(loss_sum, self.token_count, grad_norm, applied > 0, weighted if self.weighted else None)
 
 
 @dataclass(slots=True)
@@ -133,17 +135,18 @@ class MLXLoRATrainer(QuantizedLoRATrainer):
             key = settings.dropout_key if at.adapter.config.dropout > 0.0 else None
             gradients, total = at.gradient.of_window(at.optimizer.tensors, window, settings.denominator, key)
             figures = at.optimizer.update(gradients, total, settings)
-        return _QueuedStep(figures, sum(batch.counted_tokens for batch in window))
+        return _QueuedStep(figures, sum(batch.counted_tokens for batch in window), _weighted(window))
 
     def evaluate(self, batches: Sequence[Batch]) -> LossSum:
         at = self._at_work
-        total, tokens = 0.0, 0
+        total, tokens = np.zeros(2), 0
         with self._device_for("evaluation"):
             for batch in batches:
                 if batch.counted_tokens:
-                    total += float(at.gradient.loss_of(at.optimizer.tensors, batch))
+                    total += np.array(at.gradient.loss_of(at.optimizer.tensors, batch))
                     tokens += batch.counted_tokens
-        return LossSum(total, tokens)
+        loss_sum, weighted = total.tolist()
+        return LossSum(loss_sum, tokens, weighted if _weighted(batches) else None)
 
     # state ---------------------------------------------------------------------------------------------------------
     def export_adapter(self) -> Adapter:
@@ -172,6 +175,22 @@ class MLXLoRATrainer(QuantizedLoRATrainer):
         with self._device_for("a backward pass"):
             gradients, _ = at.gradient.of_window(at.optimizer.tensors, window, token_count, None)
             return {name: to_host(array) for name, array in zip(at.optimizer.names, gradients, strict=True)}
+
+    def token_losses(self, batch: Batch, *, adapter: bool = True) -> Float32:
+        base = self._loaded
+        tensors = self._attached.optimizer.tensors if self._attached is not None else {}
+        found, counted = np.zeros(batch.labels.shape, np.float32), step.next_labels(batch) != IGNORE_LABEL
+        on_device = step.to_device(batch)
+        base.slots.enabled = adapter
+        try:
+            with self._device_for("a forward pass"), base.slots.holding(tensors):
+                logits = step.logits(base, on_device)
+                rows = logits.reshape(-1, logits.shape[-1])
+                losses = to_host(step.token_losses(rows[on_device.counted], on_device.targets, on_device.counts))
+        finally:
+            base.slots.enabled = True
+        found[:, 1:][counted[:, :-1]] = losses[: int(counted.sum())]
+        return found
 
     def dequantized_weight(self, module: str) -> Float32:
         linears = self._loaded.linears
@@ -273,3 +292,7 @@ def _out_of_order(first: str) -> BackendContractError:
 
 def _channel_words(module: str, channels: int) -> mx.array:
     return mx.array(dropout.channel_words(module, channels))
+
+
+def _weighted(batches: Sequence[Batch]) -> bool:
+    return any(batch.weights is not None for batch in batches)

@@ -98,6 +98,7 @@ _EVERYWHERE = frozenset(
         Feature.LORA_DROPOUT,
         Feature.PACKING,
         Feature.GENERATE,
+        Feature.TOKEN_WEIGHTS,
     }
 )
 _EIGHT_BIT = frozenset({Feature.ADAMW_8BIT, Feature.PAGED_ADAMW, Feature.PAGED_ADAMW_8BIT})

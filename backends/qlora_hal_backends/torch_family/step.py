@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from qlora_hal.contract.values import IGNORE_LABEL, Batch
+from qlora_hal.contract.values import IGNORE_LABEL, Batch, Float32, Int32
 from qlora_hal.errors import UnsupportedFeatureError
-from qlora_hal_backends.torch_family.head_loss import loss_sum, whole_loss_sum
+from qlora_hal_backends.torch_family.head_loss import loss_sum, row_losses, whole_loss_sum
 from qlora_hal_backends.torch_family.loading import BaseModel
 
 
@@ -27,6 +27,7 @@ class DeviceBatch:
     position_ids: Tensor | None  # [batch, time]; None where every row is one sample from position 0
     counted: Tensor  # [counted]
     targets: Tensor  # [counted]
+    weights: Tensor | None = None  # float32 [counted]
 
 
 BatchLoss = Callable[[DeviceBatch, float], Tensor]
@@ -35,9 +36,7 @@ BatchLoss = Callable[[DeviceBatch, float], Tensor]
 
 def to_device(batch: Batch, device: torch.device) -> DeviceBatch:
     """Copy a batch without waiting; which positions count is decided here, on the host."""
-    next_labels = np.full_like(batch.labels, IGNORE_LABEL)
-    next_labels[:, :-1] = batch.labels[:, 1:]
-    flat = next_labels.reshape(-1)
+    flat = next_labels(batch).reshape(-1)
     counted = np.flatnonzero(flat != IGNORE_LABEL)
     return DeviceBatch(
         input_ids=_copy(batch.input_ids, device),
@@ -46,11 +45,26 @@ def to_device(batch: Batch, device: torch.device) -> DeviceBatch:
         position_ids=_copy(batch.position_ids, device) if batch.is_packed else None,
         counted=_copy(counted, device),
         targets=_copy(flat[counted], device),
+        weights=None if batch.weights is None else _copy(_next(batch.weights).reshape(-1)[counted], device),
     )
 
 
+def next_labels(batch: Batch) -> Int32:
+    """The label that the logits at each place are scored against `[batch, time]`; none at the end of a row."""
+    following = np.full_like(batch.labels, IGNORE_LABEL)
+    following[:, :-1] = batch.labels[:, 1:]
+    return following
+
+
+def _next(values: Float32) -> Float32:
+    following = np.zeros_like(values)
+    following[:, :-1] = values[:, 1:]
+    return following
+
+
 def _copy(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
-    host = torch.from_numpy(np.ascontiguousarray(array)).long()
+    host = torch.from_numpy(np.ascontiguousarray(array))
+    host = host if host.is_floating_point() else host.long()
     if device.type != "cuda":
         return host.to(device)
     return host.pin_memory().to(device, non_blocking=True)
@@ -92,11 +106,22 @@ def logits(base: BaseModel, batch: DeviceBatch) -> Tensor:
 
 
 def batch_loss(base: BaseModel, batch: DeviceBatch, gradient_scale: float) -> Tensor:
-    """Sum of token losses; its backward gives the gradient of `gradient_scale` times the sum."""
+    """Sum of token losses, and with weights the weighted one `[2]`; backward of the last gives the gradient of
+    `gradient_scale` times it."""
     if base.head is None:
-        return whole_loss_sum(whole_logits(base, batch), batch.counted, batch.targets, gradient_scale)
+        return whole_loss_sum(whole_logits(base, batch), batch.counted, batch.targets, gradient_scale, batch.weights)
     states = hidden_states(base, batch)
-    return loss_sum(states.reshape(-1, states.shape[-1])[batch.counted], batch.targets, base.head, gradient_scale)
+    rows = states.reshape(-1, states.shape[-1])[batch.counted]
+    return loss_sum(rows, batch.targets, base.head, gradient_scale, batch.weights)
+
+
+def token_losses(base: BaseModel, batch: DeviceBatch) -> Tensor:
+    """The loss of each counted token `[counted]`, float32."""
+    if base.head is None:
+        rows = whole_logits(base, batch).flatten(0, 1)[batch.counted]
+        return torch.nn.functional.cross_entropy(rows, batch.targets, reduction="none")
+    states = hidden_states(base, batch)
+    return row_losses(states.reshape(-1, states.shape[-1])[batch.counted], batch.targets, base.head)
 
 
 def accumulate_gradients(
@@ -107,15 +132,15 @@ def accumulate_gradients(
     gradient_scale: float,
     see: Callable[[Batch], None],
 ) -> Tensor:
-    """Backward through every micro-batch; gradients add up where the adapter keeps them. `see` is called
-    with each before. Returns the loss sum."""
-    total = torch.zeros((), dtype=torch.float32, device=device)
+    """Backward through every micro-batch; gradients add up where the adapter keeps them. `see` is called with each
+    before. Returns `[loss sum, weighted loss sum]`, twice the same where nothing is weighted."""
+    total = torch.zeros(2, dtype=torch.float32, device=device)
     for batch in window:
         if batch.counted_tokens == 0:
             continue
         see(batch)
         loss = batch_loss(to_device(batch, device), gradient_scale)
-        loss.backward()
+        (loss if loss.ndim == 0 else loss[-1]).backward()
         total += loss.detach()
     return total
 

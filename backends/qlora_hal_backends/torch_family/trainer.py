@@ -25,6 +25,7 @@ from qlora_hal.contract.backend import (
     check_served,
 )
 from qlora_hal.contract.values import (
+    IGNORE_LABEL,
     Adapter,
     Batch,
     Float32,
@@ -47,7 +48,7 @@ from qlora_hal_backends.torch_family.device import (
 )
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
 from qlora_hal_backends.torch_family.generation import greedy
-from qlora_hal_backends.torch_family.lora_linear import words_on
+from qlora_hal_backends.torch_family.lora_linear import LoRASwitches, words_on
 from qlora_hal_backends.torch_family.optimizer import Optimizer, make_optimizer
 from qlora_hal_backends.torch_family.platform import TorchPlatform
 from qlora_hal_backends.torch_family.precision import proved_dtypes
@@ -63,17 +64,18 @@ _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory",
 
 @dataclass(slots=True)
 class _QueuedStep:
-    """Figures `[loss_sum, grad_norm, applied]` on their way to the host."""
+    """Figures `[loss sum, weighted, norm, applied]` on their way to the host."""
 
     figures: Tensor
     token_count: int
+    weighted: bool
     arrived: Any = None
 
     def resolve(self) -> StepStats:
         if self.arrived is not None:
             self.arrived.synchronize()
-        loss_sum, grad_norm, applied = self.figures.tolist()
-        return StepStats(loss_sum, self.token_count, grad_norm, applied > 0)
+        loss_sum, weighted, grad_norm, applied = self.figures.tolist()
+        return StepStats(loss_sum, self.token_count, grad_norm, applied > 0, weighted if self.weighted else None)
 
 
 class TorchLoRATrainer(QuantizedLoRATrainer):
@@ -142,11 +144,11 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
                 self._loss_scale /= 2
                 total, norm = self._window_gradient(window, settings.denominator, settings.dropout_key)
             applied = self._attached_optimizer.update(settings, norm)
-            return self._queue(torch.stack((total, norm, applied)), _counted(window))
+            return self._queue(torch.cat((total, torch.stack((norm, applied)))), window)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> LossSum:
-        total = torch.zeros((), dtype=torch.float64 if self._device.type != "mps" else torch.float32)
+        total = torch.zeros(2, dtype=torch.float64 if self._device.type != "mps" else torch.float32)
         tokens = 0
         with self._memory_named("evaluation"):
             for batch in batches:
@@ -154,13 +156,16 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
                     loss = self._batch_loss(step.to_device(batch, self._device), 1.0)
                     total += loss.cpu()
                     tokens += batch.counted_tokens
-        return LossSum(float(total), tokens)
+        loss_sum, weighted = total.tolist()
+        return LossSum(loss_sum, tokens, weighted if _weighted(batches) else None)
 
     def _window_gradient(
         self, window: Sequence[Batch], denominator: float, dropout_key: int | None
     ) -> tuple[Tensor, Tensor]:
-        """Leave the gradient of loss sum / denominator in the flat buffer; return (loss sum, norm), which is NaN if not
-        finite."""
+        """Leave the gradient of weighted loss sum / denominator in the flat buffer.
+
+        Returns ([loss sum, weighted], norm), the norm NaN where anything is not finite.
+        """
         flat = self._attached
         flat.gradients.zero_()
         checkpointing = step.recomputed_layers(self._loaded) if self._compute.gradient_checkpointing else nullcontext()
@@ -175,7 +180,7 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         if self._loss_scale != 1.0:
             flat.gradients.div_(self._loss_scale)
         norm = torch.linalg.vector_norm(flat.gradients)
-        return total, torch.where(torch.isfinite(total), norm, torch.full_like(norm, float("nan")))
+        return total, torch.where(torch.isfinite(total).all(), norm, torch.full_like(norm, float("nan")))
 
     @contextmanager
     def _dropout(self, flat: FlatAdapter, key: int | None) -> Iterator[Callable[[Batch], None]]:
@@ -196,14 +201,15 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
             return False
         return not bool(torch.isfinite(norm))
 
-    def _queue(self, figures: Tensor, token_count: int) -> _QueuedStep:
+    def _queue(self, figures: Tensor, window: Sequence[Batch]) -> _QueuedStep:
+        token_count, weighted = _counted(window), _weighted(window)
         if figures.device.type != "cuda":
-            return _QueuedStep(figures.detach(), token_count)
+            return _QueuedStep(figures.detach(), token_count, weighted)
         host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
         host.copy_(figures.detach(), non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
-        return _QueuedStep(host, token_count, arrived)
+        return _QueuedStep(host, token_count, weighted, arrived)
 
     # state ---------------------------------------------------------------------------------------------------------
     def export_adapter(self) -> Adapter:
@@ -235,6 +241,15 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         return named
 
     @torch.no_grad()
+    def token_losses(self, batch: Batch, *, adapter: bool = True) -> Float32:
+        found = np.zeros(batch.labels.shape, np.float32)
+        counted = step.next_labels(batch) != IGNORE_LABEL
+        with self._memory_named("a forward pass"), self._adapter_switched(on=adapter):
+            losses = step.token_losses(self._loaded, step.to_device(batch, self._device)).cpu().numpy()
+        found[:, 1:][counted[:, :-1]] = losses
+        return found
+
+    @torch.no_grad()
     def dequantized_weight(self, module: str) -> Float32:
         linears = self._loaded.linears
         if module not in linears:
@@ -252,21 +267,23 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
     def generate(
         self, prompt: Int32, *, max_new_tokens: int, stop_tokens: Sequence[int] = (), adapter: bool = True
     ) -> Int32:
-        switches = self._flat.switches if self._flat is not None else None
-        if switches is not None:
-            switches.enabled = adapter
-        try:
-            with self._memory_named("generation"):
-                tokens = greedy(self._loaded, prompt, max_new_tokens, frozenset(stop_tokens), self._device)
-        finally:
-            if switches is not None:
-                switches.enabled = True
+        with self._memory_named("generation"), self._adapter_switched(on=adapter):
+            tokens = greedy(self._loaded, prompt, max_new_tokens, frozenset(stop_tokens), self._device)
         return np.asarray(tokens, dtype=np.int32)
 
     def peak_memory_bytes(self) -> int:
         return peak_memory_bytes(self._device)
 
     # inside --------------------------------------------------------------------------------------------------------
+    @contextmanager
+    def _adapter_switched(self, *, on: bool) -> Iterator[None]:
+        switches = self._flat.switches if self._flat is not None else LoRASwitches()
+        switches.enabled = on
+        try:
+            yield
+        finally:
+            switches.enabled = True
+
     @property
     def _loaded(self) -> loading.BaseModel:
         if self._base is None:
@@ -337,3 +354,7 @@ def _out_of_order(first: str) -> BackendContractError:
 
 def _counted(window: Sequence[Batch]) -> int:
     return sum(batch.counted_tokens for batch in window)
+
+
+def _weighted(batches: Sequence[Batch]) -> bool:
+    return any(batch.weights is not None for batch in batches)

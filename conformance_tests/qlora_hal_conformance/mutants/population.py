@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from . import cheats, formats, forward, loss, memory, plugins, sizes, state, training
+from . import cheats, formats, forward, loss, memory, plugins, sizes, state, training, weights
 from .registry import Mutant
+
+_ROOMS = (plugins, formats, forward, loss, training, state, sizes, weights, memory, cheats)
 
 MUTANTS: tuple[Mutant, ...] = tuple(
     sorted(
-        (m for room in (plugins, formats, forward, loss, training, state, sizes, memory, cheats) for m in room.MUTANTS),
+        (mutant for room in _ROOMS for mutant in room.MUTANTS),
         key=lambda mutant: mutant.caught_by[0],
     )
 )

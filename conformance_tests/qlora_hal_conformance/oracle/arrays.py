@@ -23,7 +23,7 @@ PADDING_SEGMENT = 0
 
 
 class TokenBatch(Protocol):
-    """Four int32 arrays `[batch, time]`; `qlora_hal.contract.values.Batch` is one. The oracle needs these names."""
+    """Arrays `[batch, time]`; `qlora_hal.contract.values.Batch` is one. The oracle needs these names."""
 
     @property
     def input_ids(self) -> Int32: ...
@@ -33,3 +33,5 @@ class TokenBatch(Protocol):
     def position_ids(self) -> Int32: ...
     @property
     def segment_ids(self) -> Int32: ...
+    @property
+    def weights(self) -> Float32 | None: ...

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from .arithmetic import Arithmetic
-from .arrays import IGNORE_LABEL, Bool, Float64, Int32, TokenBatch
+from .arrays import IGNORE_LABEL, AnyFloat, Bool, Float64, Int32, TokenBatch
 
 
 def counted_labels(labels: Int32) -> tuple[Int32, Bool]:
@@ -33,13 +33,24 @@ def token_loss_sum(logits: Float64, labels: Int32, arithmetic: Arithmetic) -> fl
     return float(arithmetic.store_wide(-chosen[counts]).sum())
 
 
-def token_loss_gradient(logits: Float64, labels: Int32, normalizer: float) -> Float64:
-    """Gradient of loss_sum / normalizer by the logits: (softmax - one_hot) / normalizer where a token counts."""
+def token_losses(logits: Float64, labels: Int32) -> Float64:
+    """-log softmax(logits[t - 1])[labels[t]] at each counted t `[batch, time]`, 0 elsewhere."""
+    targets, counts = counted_labels(labels)
+    chosen = np.take_along_axis(_log_softmax(logits[:, :-1]), np.where(counts, targets, 0)[..., None], axis=-1)[..., 0]
+    losses = np.zeros(labels.shape)
+    losses[:, 1:] = np.where(counts, -chosen, 0.0)
+    return losses
+
+
+def token_loss_gradient(logits: Float64, labels: Int32, normalizer: float, weights: AnyFloat | None = None) -> Float64:
+    """Gradient of loss_sum / normalizer by the logits: weight * (softmax - one_hot) / normalizer where one counts."""
     targets, counts = counted_labels(labels)
     gradient = np.zeros_like(logits)
     probabilities = np.exp(_log_softmax(logits[:, :-1]))
     rows, times = np.nonzero(counts)
     probabilities[rows, times, targets[rows, times]] -= 1.0
+    if weights is not None:
+        probabilities *= weights[:, 1:, None]
     gradient[:, :-1] = np.where(counts[..., None], probabilities / normalizer, 0.0)
     return gradient
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qlora_hal_conformance.oracle.loss import token_losses
+
 from .adamw import AdamWState, adamw_update, clip_factor, global_norm
 from .arithmetic import EXACT, Arithmetic, ErrorScale, MagnitudeRecorder
 from .arrays import AnyFloat, Float64, TokenBatch
@@ -72,6 +74,10 @@ class OracleTrainer:
         losses = (token_loss_sum(self.logits(batch), batch.labels, self._arithmetic) for batch in batches)
         return math.fsum(losses), count_tokens(batches)
 
+    def token_losses(self, batch: TokenBatch) -> Float64:
+        """The loss of each counted token `[batch, time]`, aligned with the labels, 0 elsewhere."""
+        return token_losses(self.logits(batch), batch.labels)
+
     def window_gradients(
         self,
         window: Sequence[TokenBatch],
@@ -96,7 +102,7 @@ class OracleTrainer:
         for batch, batch_masks in zip(window, masks or [{}] * len(window), strict=True):
             forward = self.model.forward(batch, used, batch_masks)
             losses.append(token_loss_sum(forward.logits, batch.labels, used))
-            grad_logits = used.store(token_loss_gradient(forward.logits, batch.labels, divisor))
+            grad_logits = used.store(token_loss_gradient(forward.logits, batch.labels, divisor, batch.weights))
             for name, gradient in self.model.backward(forward, grad_logits, used, with_base=with_base).items():
                 total[name] = total[name] + gradient if name in total else gradient
         return WindowGradients(math.fsum(losses), count_tokens(window), total)

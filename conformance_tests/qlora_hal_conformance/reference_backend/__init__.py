@@ -30,6 +30,7 @@ CAPABILITIES = Capabilities(
             Feature.PACKING,
             Feature.BITWISE_DETERMINISM,
             Feature.GENERATE,
+            Feature.TOKEN_WEIGHTS,
         }
     ),
     block_sizes={WeightFormat.NF4: FOUR_BIT_BLOCK_SIZES, WeightFormat.FP4: FOUR_BIT_BLOCK_SIZES},

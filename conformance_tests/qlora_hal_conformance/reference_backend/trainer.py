@@ -33,13 +33,13 @@ from qlora_hal.model.source import ModelSource
 from qlora_hal_conformance.oracle import DropoutMasks, OracleLlama
 from qlora_hal_conformance.oracle.adamw import AdamWState, global_norm
 from qlora_hal_conformance.oracle.arrays import Float64
-from qlora_hal_conformance.oracle.loss import token_loss_sum
+from qlora_hal_conformance.oracle.loss import token_loss_sum, token_losses
 
 from . import SPEC
 from .loading import LoadedBase, load_base
 from .refusals import refuse_adapter, refuse_batches, refuse_load, refuse_unknown_module, refuse_untargeted
 from .rooms import HONEST, Rooms
-from .step import MasksOf, WindowResult
+from .step import MasksOf, WindowResult, weighted_sum
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -118,14 +118,22 @@ class ReferenceTrainer(QuantizedLoRATrainer):
             with _quiet():
                 clipped = self.rooms.clip(found.gradients, norm, settings.max_grad_norm)
                 self.rooms.update(attached.parameters, clipped, attached.state, settings, self.arithmetic)
-        return Done(StepStats(found.loss_sum, sum(batch.counted_tokens for batch in window), norm, applied))
+        counted = sum(batch.counted_tokens for batch in window)
+        return Done(StepStats(found.loss_sum, counted, norm, applied, found.weighted_loss_sum))
 
     def evaluate(self, batches: Sequence[Batch]) -> LossSum:
         refuse_batches(self.spec, batches)
         counted = [self.rooms.read_batch(batch) for batch in batches if batch.counted_tokens]
         with _quiet():
-            losses = [token_loss_sum(self.logits_of(batch), batch.labels, self.arithmetic) for batch in counted]
-        return LossSum(math.fsum(losses), sum(batch.counted_tokens for batch in batches))
+            logits = [self.logits_of(batch) for batch in counted]
+            losses = [
+                token_loss_sum(found, batch.labels, self.arithmetic)
+                for found, batch in zip(logits, counted, strict=True)
+            ]
+            weighted = [weighted_sum(*given) for given in zip(logits, counted, losses, strict=True)]
+        has_weights = any(batch.weights is not None for batch in batches)
+        tokens = sum(batch.counted_tokens for batch in batches)
+        return LossSum(math.fsum(losses), tokens, math.fsum(weighted) if has_weights else None)
 
     def gradient_of(self, window: Sequence[Batch], divisor: float, masks_of: MasksOf) -> WindowResult:
         """What both `train_step` and `gradients` are made of."""
@@ -186,6 +194,12 @@ class ReferenceTrainer(QuantizedLoRATrainer):
             return self._attached.model.forward(batch, self.arithmetic).logits
         bare = self.rooms.model(self.base.shape, self.base.weights, {}, self.rooms.scale(_NO_ADAPTER))
         return bare.forward(batch, self.arithmetic).logits
+
+    def token_losses(self, batch: Batch, *, adapter: bool = True) -> Float32:
+        refuse_batches(self.spec, [batch])
+        with _quiet():
+            logits = self.logits_of(self.rooms.read_batch(batch), adapter=adapter)
+            return token_losses(logits, batch.labels).astype(np.float32)
 
     def gradients(self, window: Sequence[Batch]) -> Mapping[str, Float32]:
         divisor = sum(batch.counted_tokens for batch in window)

@@ -76,7 +76,9 @@ class FusedBody:
         assert self.base.head is not None, "`supported` refuses a base without a head"
         states = self.hidden_states(batch)
         rows = select_rows(states.flatten(0, 1), batch.counted)
-        return loss_sum_with(self.schedule.operations, rows, batch.targets, self.base.head, gradient_scale)
+        return loss_sum_with(
+            self.schedule.operations, rows, batch.targets, self.base.head, gradient_scale, batch.weights
+        )
 
     def _forward(self, batch: DeviceBatch, keep: Keep | None) -> tuple[Tensor, _Tape]:
         sequences = self._sequences(batch)

@@ -12,10 +12,18 @@ from qlora_hal_backends.torch_family.fused.operations import Operations
 from qlora_hal_backends.torch_family.head_loss import CHUNK_ROWS, Head
 
 
-def loss_sum_with(operations: Operations, hidden: Tensor, targets: Tensor, head: Head, gradient_scale: float) -> Tensor:
-    """`head_loss.loss_sum`, computed with `operations`. Heads that reshape their logits take the plain function."""
-    if head.softcap is not None or head.multiplier != 1.0 or head.bias is not None:
-        return plain.loss_sum(hidden, targets, head, gradient_scale)
+def loss_sum_with(
+    operations: Operations,
+    hidden: Tensor,
+    targets: Tensor,
+    head: Head,
+    gradient_scale: float,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """`head_loss.loss_sum`, computed with `operations`. Heads that reshape their logits, and weighted tokens, take the
+    plain function."""
+    if head.softcap is not None or head.multiplier != 1.0 or head.bias is not None or weights is not None:
+        return plain.loss_sum(hidden, targets, head, gradient_scale, weights)
     result: Tensor = _HeadLoss.apply(hidden, targets, head.weight, gradient_scale, operations)  # type: ignore[no-untyped-call]
     return result
 

@@ -1,0 +1,157 @@
+"""Wrong weights of tokens, and wrong losses to make them from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from qlora_hal.contract.values import Batch, Float32, LossSum, PendingStep, StepSettings
+from qlora_hal_conformance.reference_backend.trainer import Done, ReferenceTrainer
+
+from .registry import Mutant, with_rooms, with_trainer
+
+Weigh = Callable[[Batch, Float32], Float32]
+
+
+def reading(weigh: Weigh) -> Callable[[Batch], Batch]:
+    """A `read_batch` that sees other weights."""
+
+    def read(batch: Batch) -> Batch:
+        if batch.weights is None:
+            return batch
+        return replace(batch, weights=weigh(batch, batch.weights).astype(np.float32))
+
+    return read
+
+
+def to_a_mean_of_one(batch: Batch, weights: Float32) -> Float32:
+    counts = batch.labels[:, 1:] != -100
+    mean = float(weights[:, 1:][counts].mean()) if counts.any() else 0.0
+    return weights / mean if mean else weights
+
+
+class WeightsOfTheFirstBatch(ReferenceTrainer):
+    """Without weights in its first micro-batch, a window has none."""
+
+    def train_step(self, window: Sequence[Batch], settings: StepSettings) -> PendingStep:
+        if window[0].weights is None:
+            window = [replace(batch, weights=None) for batch in window]
+        return super().train_step(window, settings)
+
+
+class WeightedSumAsLoss(ReferenceTrainer):
+    def train_step(self, window: Sequence[Batch], settings: StepSettings) -> PendingStep:
+        stats = super().train_step(window, settings).resolve()
+        weighted = stats.weighted_loss_sum
+        return Done(stats if weighted is None else replace(stats, loss_sum=weighted))
+
+
+class WeightsIgnoredInEvaluation(ReferenceTrainer):
+    def evaluate(self, batches: Sequence[Batch]) -> LossSum:
+        found = super().evaluate(batches)
+        return found if found.weighted_loss_sum is None else replace(found, weighted_loss_sum=found.loss_sum)
+
+
+class LossesWhereTheyAreMade(ReferenceTrainer):
+    """Puts the loss of a token at the place that predicts it."""
+
+    def token_losses(self, batch: Batch, *, adapter: bool = True) -> Float32:
+        return np.roll(super().token_losses(batch, adapter=adapter), -1, axis=1)
+
+
+class LossesOfTheAdapterAlways(ReferenceTrainer):
+    def token_losses(self, batch: Batch, *, adapter: bool = True) -> Float32:
+        return super().token_losses(batch)
+
+
+class AdapterStaysAway(ReferenceTrainer):
+    """After the base was asked alone, the adapter does not come back."""
+
+    away = False
+
+    def token_losses(self, batch: Batch, *, adapter: bool = True) -> Float32:
+        self.away = self.away or not adapter
+        return super().token_losses(batch, adapter=not self.away)
+
+
+class MeanLossOfARow(ReferenceTrainer):
+    def token_losses(self, batch: Batch, *, adapter: bool = True) -> Float32:
+        found = super().token_losses(batch, adapter=adapter)
+        counts = np.maximum((found != 0).sum(axis=1, keepdims=True), 1)
+        return np.where(found != 0, found.sum(axis=1, keepdims=True) / counts, 0.0).astype(np.float32)
+
+
+MUTANTS = (
+    Mutant(
+        "weights_ignored",
+        "Reads no weights.",
+        ("45",),
+        with_rooms(read_batch=reading(lambda batch, weights: np.ones_like(weights))),
+    ),
+    Mutant(
+        "weights_applied_twice",
+        "Squares the weights.",
+        ("45",),
+        with_rooms(read_batch=reading(lambda batch, weights: weights * weights)),
+    ),
+    Mutant(
+        "weights_made_positive",
+        "Takes the size of a weight, not its sign.",
+        ("45",),
+        with_rooms(read_batch=reading(lambda b, w: np.abs(w))),
+    ),
+    Mutant(
+        "weights_normalised",
+        "Divides the weights by their mean.",
+        ("45",),
+        with_rooms(read_batch=reading(to_a_mean_of_one)),
+    ),
+    Mutant(
+        "weights_shifted",
+        "Gives a token the weight of the one before it.",
+        ("45",),
+        with_rooms(read_batch=reading(lambda b, w: np.roll(w, 1, axis=1))),
+    ),
+    Mutant(
+        "weights_of_the_first_row",
+        "Gives every row of a micro-batch the weights of its first.",
+        ("45",),
+        with_rooms(read_batch=reading(lambda b, w: np.broadcast_to(w[:1], w.shape))),
+    ),
+    Mutant(
+        "weights_lost_in_a_mixed_window",
+        "Drops all weights of a window whose first micro-batch has none.",
+        ("45",),
+        with_trainer(WeightsOfTheFirstBatch),
+    ),
+    Mutant(
+        "weighted_sum_told_as_loss", "Tells the weighted sum as the loss.", ("45",), with_trainer(WeightedSumAsLoss)
+    ),
+    Mutant(
+        "weights_ignored_in_evaluation",
+        "Tells the plain sum of losses as the weighted one.",
+        ("45",),
+        with_trainer(WeightsIgnoredInEvaluation),
+    ),
+    Mutant(
+        "token_losses_shifted",
+        "Puts each token's loss one place early.",
+        ("45",),
+        with_trainer(LossesWhereTheyAreMade),
+    ),
+    Mutant(
+        "token_losses_of_the_adapter_always",
+        "Cannot be asked for the base alone.",
+        ("45",),
+        with_trainer(LossesOfTheAdapterAlways),
+    ),
+    Mutant(
+        "adapter_stays_away",
+        "Leaves the adapter off once the base was asked alone.",
+        ("45",),
+        with_trainer(AdapterStaysAway),
+    ),
+    Mutant("token_losses_averaged", "Gives each token its row's mean loss.", ("45",), with_trainer(MeanLossOfARow)),
+)
