@@ -79,9 +79,9 @@ def ended_in(run_dir: Path, ended: EndedAtOnce) -> EndedAtOnce | StoppedError:
         return ended
     return StoppedError(
         "QH-S19",
-        f"Stopped by {ended.name} while no step was under way; step {ended.safe_step} is saved.",
+        f"Stopped by {ended.name} while no step was in progress; step {ended.safe_step} is saved.",
         where=str(run_dir),
-        fix=f"Go on with: qlora-hal resume {run_dir}",
+        fix=f"Resume with: qlora-hal resume {run_dir}",
         context={"step": ended.safe_step},
     )
 

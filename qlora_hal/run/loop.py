@@ -222,7 +222,7 @@ class _Loop:
     def _what_stays(self) -> str:
         """A mask is drawn by the place of its micro-batch in the window, and cutting moves the rows to other places."""
         if self._plan.lora_dropout:
-            return "The window is the same; its dropout masks are others than an uncut window would have drawn."
+            return "The window is the same; its dropout masks differ from those that the unsplit window would have drawn."
         return "The window, and so the step, is the same."
 
     def _read(self, queued: _Queued, ended: float | None = None) -> None:
@@ -306,5 +306,5 @@ def _no_gradient() -> NumericsError:
         "QH-C18",
         "The first step's gradient norm is 0: no gradient reaches the adapter.",
         cause="A kernel without a backward, or checkpointing that cuts the graph.",
-        fix="Run qlora-hal doctor to have the backend prove its gradients.",
+        fix="Run qlora-hal doctor to check the backend's gradients.",
     )

@@ -49,8 +49,8 @@ def require_config_unchanged(run_dir: Path, content: Mapping[str, object], copy:
         "QH-C20",
         f"The configuration in {RUN_FILE} is not the one that the run began with{': ' + listed if listed else ''}.",
         where=str(run_dir / RUN_FILE),
-        cause="Another schedule, batch or adapter from here on would be a run that nobody can repeat.",
-        fix="Undo the edit, or start a new run with the new settings; --model and --data of resume name new places.",
+        cause="Another schedule, batch or adapter from here on would be a run that nobody can reproduce.",
+        fix="Undo the edit, or start a new run with the new settings; --model and --data of resume set new paths.",
         context={"differing": {key: list(pair) for key, pair in differing.items()}},
     )
 

@@ -72,7 +72,7 @@ def tried(causal: Any, source: ModelSource, device: torch.device) -> Trial:
     if not _near(apart.logits[0, :-1], apart.logits[1, :-1], apart.same_sums):
         raise _refusal(
             source,
-            "is no causal language model: a token changes what is computed for those before it",
+            "is not a causal language model: a token changes what is computed for those before it",
             "It would be trained on seeing the tokens that it should predict.",
         )
     larger = MAGNIFIED_LOGIT / max(float(apart.logits.abs().nan_to_num(0.0).max()), 1e-6)
