@@ -157,8 +157,9 @@ def _refuse_unmatched(adapter: Adapter, linear_modules: Mapping[str, tuple[int, 
 
 
 def _refuse_wrong(wrong: Mapping[str, list[str]], matched: int, where: str) -> NoReturn:
-    counts = ", ".join(f"{len(items)} {kind}" for kind, items in wrong.items() if items)
-    first = [f"{kind}: {item}" for kind, items in wrong.items() for item in sorted(items)][:5]
+    shown = {"misshapen": "of the wrong shape or dtype"}
+    counts = ", ".join(f"{len(items)} {shown.get(kind, kind)}" for kind, items in wrong.items() if items)
+    first = [f"{shown.get(kind, kind)}: {item}" for kind, items in wrong.items() for item in sorted(items)][:5]
     only_values = not (wrong["missing"] or wrong["unexpected"] or wrong["misshapen"])
     raise AdapterError(
         "QH-C10" if only_values else "QH-C09",

@@ -184,7 +184,9 @@ def _state_bytes(state: TrainingState) -> bytes:
     unstorable = safetensors_file.unstorable({**state.adapter.tensors, **optimizer_arrays(state.optimizer)})
     try:
         if unstorable:
-            raise strict_json.JsonProblem(f"tensors of a dtype that safetensors does not support: {', '.join(unstorable)}")
+            raise strict_json.JsonProblem(
+                f"tensors of a dtype that safetensors does not support: {', '.join(unstorable)}"
+            )
         return strict_json.encode(state_document(state))
     except strict_json.JsonProblem as problem:
         raise CheckpointError(

@@ -22,18 +22,26 @@ def conformance(
     out: Annotated[
         Path | None, Parameter(help="Folder for the certificate and the reports; default: conformance/BACKEND.")
     ] = None,
-    seed: Annotated[int | None, Parameter(help="Seed of the run to repeat; without it, one is drawn and printed.")] = None,
+    seed: Annotated[
+        int | None, Parameter(help="Seed of the run to repeat; without it, one is drawn and printed.")
+    ] = None,
     timeout: Annotated[float, Parameter(help="Time limit for each case in seconds.")] = CASE_SECONDS,
-    waivers: Annotated[Path | None, Parameter(help="File of known failures; default: waivers.toml, if it exists.")] = None,
+    waivers: Annotated[
+        Path | None, Parameter(help="File of known failures; default: waivers.toml, if it exists.")
+    ] = None,
     trainer: Annotated[str | None, Parameter(help="package.module:Name of a backend that is not installed.")] = None,
     spec: Annotated[str | None, Parameter(help="package.module:SPEC of a backend that is not installed.")] = None,
     section: Annotated[
-        tuple[str, ...], Parameter(help="For development: run only this section; no certificate is written.", negative="")
+        tuple[str, ...],
+        Parameter(help="For development: run only this section; no certificate is written.", negative=""),
     ] = (),
     level: Annotated[
-        tuple[str, ...], Parameter(help="For development: run only this level, L0 to L4; no certificate is written.", negative="")
+        tuple[str, ...],
+        Parameter(help="For development: run only this level, L0 to L4; no certificate is written.", negative=""),
     ] = (),
-    keyword: Annotated[str | None, Parameter(help="For development: run only cases whose name matches; no certificate is written.")] = None,
+    keyword: Annotated[
+        str | None, Parameter(help="For development: run only cases whose name matches; no certificate is written.")
+    ] = None,
     quiet: Annotated[bool, Switch, Parameter(help="Print nothing.")] = False,
 ) -> int:
     """Run the conformance suite against one backend. Exit 0 only when it is conformant, 20 when not, 3 when it cannot

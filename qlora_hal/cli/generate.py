@@ -13,12 +13,16 @@ from qlora_hal.errors.terminal_text import show, show_json
 
 RunOption = Annotated[Path | None, Parameter(help="A run's folder: its model, its settings, its adapter.")]
 AdapterOption = Annotated[Path | None, Parameter(help="An adapter in PEFT layout; needs --model.")]
-ModelOption = Annotated[str | None, Parameter(help="The base model of the adapter, or the new location of a run's model.")]
+ModelOption = Annotated[
+    str | None, Parameter(help="The base model of the adapter, or the new location of a run's model.")
+]
 BackendOption = Annotated[str, Parameter(help="A backend's name, or auto.")]
 MismatchOption = Annotated[
     bool, Switch, Parameter(help="Allow a base other than the one that the adapter was trained on.")
 ]
-LengthOption = Annotated[int, Parameter(help="Maximum length of an answer in tokens.", validator=validators.Number(gte=1))]
+LengthOption = Annotated[
+    int, Parameter(help="Maximum length of an answer in tokens.", validator=validators.Number(gte=1))
+]
 
 
 def generate(

@@ -28,7 +28,8 @@ def merge(
         Parameter(help="Write the merged model in this format as well, in a folder of that name inside OUT."),
     ] = None,
     max_kl: Annotated[
-        float | None, Parameter(help="Maximum KL divergence between adapter and merged model in nats per token; default: derived.")
+        float | None,
+        Parameter(help="Maximum KL divergence between adapter and merged model in nats per token; default: derived."),
     ] = None,
     min_top1: Annotated[
         float | None, Parameter(help="Minimum share of tokens on which both must agree; default: derived.")

@@ -24,9 +24,7 @@ def resume(
     ] = False,
     model: Annotated[str | None, Parameter(help="Path of the same model on this machine.")] = None,
     data: Annotated[str | None, Parameter(help="Path of the same data on this machine.")] = None,
-    validation_data: Annotated[
-        str | None, Parameter(help="Path of the same validation data on this machine.")
-    ] = None,
+    validation_data: Annotated[str | None, Parameter(help="Path of the same validation data on this machine.")] = None,
     force_unlock: Annotated[
         bool, Switch, Parameter(help="Take over the lock of a run on another host that has ended.")
     ] = False,

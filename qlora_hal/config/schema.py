@@ -43,7 +43,9 @@ class QuantizationConfig(_Part):
         "auto",
         description="A level (none, 8bit, 4bit; auto: 4bit, or what a pre-quantized model has), or one format.",
     )
-    block_size: PositiveInt | None = Field(None, description="Number of weights that share one scale; default: the format's own.")
+    block_size: PositiveInt | None = Field(
+        None, description="Number of weights that share one scale; default: the format's own."
+    )
     double_quant: bool | None = Field(
         None, description="Quantize the scales too (QLoRA section 3). Default: yes where the format has it."
     )
@@ -52,7 +54,9 @@ class QuantizationConfig(_Part):
     )
     calibration_rows: PositiveInt = Field(256, description="Maximum number of calibration rows.")
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="auto: bfloat16 where a test computation confirms it, else float16 with loss scaling; float32 on CPU."
+        "auto",
+        description="auto: bfloat16 where a test computation confirms it, else float16 with loss scaling; "
+        "float32 on CPU.",
     )
 
 
@@ -73,7 +77,9 @@ class DataConfig(_Part):
     """What is trained on."""
 
     path: str = Field("", description="A JSONL, JSON, CSV or Parquet file, a folder, or a Hugging Face dataset id.")
-    split: str = Field("train", description="Split of a Hugging Face dataset, or of a folder whose file names contain it.")
+    split: str = Field(
+        "train", description="Split of a Hugging Face dataset, or of a folder whose file names contain it."
+    )
     validation_path: str | None = Field(None, description="Rows for evaluation.")
     validation_split: str | None = Field(
         None, description="Split of validation_path; default: validation, where it has splits."
@@ -92,7 +98,9 @@ class DataConfig(_Part):
     truncation: Literal["right", "left", "drop", "split"] = Field("right", description="What happens to longer rows.")
     packing: bool = Field(False, description="Several rows in one sequence, without attention across them.")
     group_by_length: bool = Field(True, description="Batches of rows of similar length.")
-    on_bad_row: Literal["fail", "skip"] = Field("fail", description="A malformed row stops the run, or is skipped and counted.")
+    on_bad_row: Literal["fail", "skip"] = Field(
+        "fail", description="A malformed row stops the run, or is skipped and counted."
+    )
     shuffle: bool = Field(True, description="A new order in each epoch, a pure function of the seed.")
 
 
@@ -117,7 +125,9 @@ class TrainingConfig(_Part):
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
     seed: NonNegativeInt | None = Field(None, description="Drawn, printed and stored when unset.")
     logging_steps: PositiveInt = 1
-    eval_steps: PositiveInt | None = Field(None, description="Evaluate every this many steps; always before and after training.")
+    eval_steps: PositiveInt | None = Field(
+        None, description="Evaluate every this many steps; always before and after training."
+    )
     early_stopping_patience: PositiveInt | None = Field(
         None, description="Stop after this many evaluations without improvement. Needs eval_steps."
     )
@@ -139,7 +149,9 @@ class CheckpointConfig(_Part):
     save_steps: NonNegativeInt | None = Field(
         100, description="Every so many steps, and at the end; none or 0: only there, and where the run is stopped."
     )
-    save_total_limit: Annotated[int, Field(ge=2)] = Field(2, description="Older checkpoints are removed; at least 2 are kept.")
+    save_total_limit: Annotated[int, Field(ge=2)] = Field(
+        2, description="Older checkpoints are removed; at least 2 are kept."
+    )
 
 
 class BackendConfig(_Part):

@@ -48,7 +48,9 @@ class CheckedTrainer:
         with self._checked("proved_compute_dtypes"):
             found, declared = self._trainer.proved_compute_dtypes(), self._trainer.spec.capabilities.compute_dtypes
             if not found or isinstance(found, str) or not declared.issuperset(found):
-                raise self._broken(f"proved_compute_dtypes returned {found!r}; it declares {', '.join(sorted(declared))}")
+                raise self._broken(
+                    f"proved_compute_dtypes returned {found!r}; it declares {', '.join(sorted(declared))}"
+                )
             return tuple(found)
 
     def load(self, source: ModelSource, quantization: Quantization, compute: Compute) -> None:
@@ -105,7 +107,9 @@ class CheckedTrainer:
             snapshot = self._trainer.export_optimizer()
             self._require(OptimizerSnapshot, snapshot, "export_optimizer")
             if snapshot.step != self._steps_applied:
-                raise self._broken(f"export_optimizer returned step {snapshot.step} after {self._steps_applied} updates")
+                raise self._broken(
+                    f"export_optimizer returned step {snapshot.step} after {self._steps_applied} updates"
+                )
             moments = {f"{n}.{k}": s for n, s in self._expected.items() for k in ("exp_avg", "exp_avg_sq")}
             self._check_tensors(snapshot.moments, moments, "export_optimizer")
             return snapshot

@@ -106,7 +106,8 @@ def require_close(closeness: Closeness, limits: Limits, *, base: str, dtype: str
         f"The merged model is not the adapter model: KL {closeness.kl_mean:.3g} nats per token (at most "
         f"{limits.max_kl:.3g}: {limits.kl_reason}), top-1 agreement {closeness.top1:.2%} (at least "
         f"{limits.min_top1:.2%}). Nothing was written.",
-        cause="The adapter was trained on the quantized base, and corrects for its errors, which the original does not have."
+        cause="The adapter was trained on the quantized base, and corrects for its errors, which the original "
+        "does not have."
         if other_base
         else f"Rounding the merged weights to {dtype} changes them too much for what the adapter adds.",
         fix=fix,

@@ -50,8 +50,8 @@ def refuse_link(path: Path) -> None:
         return
     raise UnsafeInputError(
         "QH-X06",
-        f"{path} is a symbolic link to {ascii(os.readlink(path))[1:-1]}; what a run writes and reads there must be in the "
-        "folder itself.",
+        f"{path} is a symbolic link to {ascii(os.readlink(path))[1:-1]}; what a run writes and reads there must be in "
+        "the folder itself.",
         where=str(path),
         cause="Writing through it would change a file elsewhere, and reading would trust one.",
         fix="Remove the link, or put what it points to in its place.",

@@ -57,7 +57,10 @@ def what_it_is_instead(path: Path, beginning: bytes) -> tuple[str, str] | None:
     if beginning.startswith(_LFS):
         return "a Git LFS pointer, not the file itself", lfs_fix(path.parent)
     if beginning.lstrip(b"\xef\xbb\xbf \t\r\n")[:9].lower() in (b"<!doctype", b"<html lan", b"<html><he"):
-        return "a web page", "Download the file itself; a web page is returned where a login or another address is needed."
+        return (
+            "a web page",
+            "Download the file itself; a web page is returned where a login or another address is needed.",
+        )
     for sign, (what, endings) in _FORMATS.items():
         if beginning.startswith(sign) and path.suffix.lower() not in endings:
             return what, "Unpack or convert it, and name the file by what it holds."

@@ -97,7 +97,8 @@ class Requests:
         if not self._announced:
             self._announced = True
             self.announce(
-                f"{self._stop.name}: stopping after this step; the state will be saved. A second one ends the run immediately."
+                f"{self._stop.name}: stopping after this step; the state will be saved. A second one ends the run "
+                "immediately."
             )
         return self._stop.name
 

@@ -78,7 +78,11 @@ def require_own(
     differing |= {key: pair for key, pair in seeds.items() if None not in pair and pair[0] != pair[1]}
     if stamped.get("run_id") != ours.get("run_id"):
         raise _foreign(
-            state.step, folder, "belongs to another run", differing, "one that began at another time, with these settings"
+            state.step,
+            folder,
+            "belongs to another run",
+            differing,
+            "one that began at another time, with these settings",
         )
     if differing or stamped.get("settings_hash", ours["settings_hash"]) != ours["settings_hash"]:
         raise _foreign(

@@ -222,7 +222,9 @@ class _Loop:
     def _what_stays(self) -> str:
         """A mask is drawn by the place of its micro-batch in the window, and cutting moves the rows to other places."""
         if self._plan.lora_dropout:
-            return "The window is the same; its dropout masks differ from those that the unsplit window would have drawn."
+            return (
+                "The window is the same; its dropout masks differ from those that the unsplit window would have drawn."
+            )
         return "The window, and so the step, is the same."
 
     def _read(self, queued: _Queued, ended: float | None = None) -> None:

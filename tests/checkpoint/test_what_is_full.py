@@ -75,4 +75,4 @@ def test_each_limit_is_called_by_its_name(tmp_path: Path, number: int, said: str
 
 def test_bytes_that_are_free_and_not_given_point_to_a_quota(tmp_path: Path) -> None:
     error = storage_error(OSError(errno.ENOSPC, "No space left on device"), tmp_path, what="step 3", needed_bytes=10)
-    assert "where many bytes are free, a quota" in error.fix or "raise the quota" in error.fix
+    assert "if many bytes are free, a quota" in error.fix or "raise the quota" in error.fix

@@ -146,5 +146,5 @@ def test_an_estimate_names_what_the_backend_can_run_on(qlora_hal: CommandLine, p
 def test_a_word_that_belongs_to_no_flag_is_explained(qlora_hal: CommandLine, place: tuple[str, ...]) -> None:
     done = qlora_hal("train", *place, "--data.packing", "maybe")
     assert done.returncode == 2
-    assert "yes-no flags take true or false" in done.stderr
+    assert "boolean flags take true or false" in done.stderr
     assert "--lora_rr is not a flag" in qlora_hal("train", "--lora_rr", "3").stderr

@@ -300,7 +300,7 @@ def test_missing_template_lists_the_built_in_ones(
         assert all(name in caught.value.fix for name in BUILT_IN_TEMPLATES)
     with pytest.raises(DataError, match=r"QH-D12.*neither built in nor as a file"):
         ChatTokenizer.from_folder(folders["bare"], chat_template="chatlm")
-    with pytest.raises(DataError, match=r"QH-D12.*no Jinja template"):
+    with pytest.raises(DataError, match=r"QH-D12.*not a valid Jinja template"):
         _with_source(folders["chatml"], "{% for %}")
 
 

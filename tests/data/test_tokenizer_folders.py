@@ -205,7 +205,7 @@ def test_a_named_token_that_two_files_name_otherwise_is_transformers_choice(tmp_
     folder = folder_of(tmp_path / "a", _bytes(), files)
     ours = ChatTokenizer.from_folder(folder)
     assert ours.eos_id == of_transformers(folder).eos_token_id == 0
-    assert any("special_tokens_map.json names the eos_token '<unk>', and is followed" in note for note in ours.notes)
+    assert any("special_tokens_map.json names the eos_token '<unk>', which is used" in note for note in ours.notes)
     folder = folder_of(tmp_path / "b", _bytes(), files, added_tokens_decoder={"2": _token("</s>")})
     assert ChatTokenizer.from_folder(folder).eos_id == of_transformers(folder).eos_token_id == 2
 

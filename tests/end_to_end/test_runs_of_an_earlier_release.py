@@ -48,7 +48,7 @@ def test_a_run_of_an_earlier_release_goes_on_to_the_same_bits(
     run: Path, whole: TrainResult, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result, said = resumed(run, capsys)
-    assert "is of a run that an earlier release began, without an id" in said
+    assert "belongs to a run that an earlier release began, without an id" in said
     assert "an earlier release wrote it, without a hash" in said
     assert adapter_bytes(result.adapter_dir) == adapter_bytes(whole.adapter_dir)
     assert result.eval_loss_after == whole.eval_loss_after

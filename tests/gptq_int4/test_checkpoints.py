@@ -259,7 +259,7 @@ def test_an_engine_that_is_not_installed_is_refused(tmp_path: Path) -> None:
 
 def test_another_group_size_than_the_stored_one_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, Kind(64))
-    with pytest.raises(ConfigError, match="128 was asked for") as raised:
+    with pytest.raises(ConfigError, match="128 was requested") as raised:
         checked_settings(source_of(tmp_path), Quantization(WeightFormat.INT4_GPTQ, 128))
     assert raised.value.code == "QH-U11"
 

@@ -110,8 +110,8 @@ def check_sides(name: str, inputs: int, outputs: int, settings: GptqSettings, *,
     if wrong:
         raise ModelError(
             "QH-M55",
-            f"auto-gptq does not support {name}: it has {' and '.join(wrong)}; whole groups, and sides that are a multiple "
-            f"of {whole}, are expected.",
+            f"auto-gptq does not support {name}: it has {' and '.join(wrong)}; whole groups, and sides that are a "
+            f"multiple of {whole}, are expected.",
             fix="Use the engine gptqmodel, or another group size.",
         )
 

@@ -68,8 +68,8 @@ def _bos_notes(tokenizer: Tokenizer, config: Mapping[str, object], named: Mappin
     if not isinstance(says, bool) or says == does:
         return []
     return [
-        f"tokenizer_config.json has add_bos_token {str(says).lower()}; tokenizer.json {'puts' if does else 'does not put'} "
-        "bos before a text, and is used, as in transformers 5"
+        f"tokenizer_config.json has add_bos_token {str(says).lower()}; tokenizer.json "
+        f"{'puts' if does else 'does not put'} bos before a text, and is used, as in transformers 5"
     ]
 
 

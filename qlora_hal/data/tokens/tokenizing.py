@@ -236,7 +236,8 @@ class Preparation:
             )
         for form, number in counts.arguments_as.items():
             notes.append(
-                f"the arguments of calls were given to the template as {form} in {number} rows: it accepts no other form"
+                f"the arguments of calls were given to the template as {form} in {number} rows: it accepts no "
+                "other form"
             )
         return notes
 
