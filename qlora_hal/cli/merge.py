@@ -22,7 +22,9 @@ def merge(
         Literal["auto", "dequantized", "original"],
         Parameter(help="Which weights to merge into; auto measures both and keeps the closer one."),
     ] = "auto",
-    dtype: Annotated[Literal["bfloat16", "float16", "float32"], Parameter(help="What is written.")] = "bfloat16",
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"], Parameter(help="Data type of the merged weights.")
+    ] = "bfloat16",
     requantize: Annotated[
         Literal["nf4", "int4_gptq"] | None,
         Parameter(help="Write the merged model in this format as well, in a folder of that name inside OUT."),
@@ -39,7 +41,7 @@ def merge(
     ] = None,
     row_limit: Annotated[int, Parameter(help="Maximum number of rows to compare.")] = 64,
     weight_format: Annotated[
-        str | None, Parameter(help="How the base was stored in training, where the adapter does not record it.")
+        str | None, Parameter(help="How the base was stored in training, if the adapter does not record it.")
     ] = None,
     double_quant: Annotated[
         bool | None, Parameter(help="Whether its scales were quantized too, with --weight-format nf4 or fp4.")

@@ -22,7 +22,7 @@ CALIBRATION_TOKENS = 1024
 
 
 def quantize(
-    model: Annotated[str, Parameter(help="A folder, or a Hugging Face model id, in 16 bits.")],
+    model: Annotated[str, Parameter(help="A 16-bit model: a folder, or a Hugging Face model id.")],
     out: Annotated[Path, Parameter(help="A folder that does not exist yet.")],
     /,
     *,
@@ -33,14 +33,14 @@ def quantize(
     group_size: Annotated[int, Parameter(help="Inputs that share a scale; -1: all of them.")] = 128,
     bits: Annotated[int, Parameter(help="Must be 4.")] = BITS,
     asymmetric: Annotated[
-        bool, Switch, Parameter(help="Zero points of their own (format gptq_v2; with auto_gptq: gptq).")
+        bool, Switch, Parameter(help="Asymmetric quantization with zero points (format gptq_v2; with auto_gptq: gptq).")
     ] = False,
     act_order: Annotated[bool, Switch, Parameter(help="Solve inputs in order of activation (desc_act).")] = False,
     rows: Annotated[int, Parameter(help="Maximum number of rows.")] = CALIBRATION_ROWS,
     max_seq_length: Annotated[int, Parameter(help="Maximum length of a row in tokens.")] = CALIBRATION_TOKENS,
     revision: Annotated[str | None, Parameter(help="Branch, tag or commit of a hub model.")] = None,
     backend: Annotated[str, Parameter(help="The backend whose quantizer is used.")] = "auto",
-    engine: Annotated[str, Parameter(help="The library, where the backend has several.")] = "auto",
+    engine: Annotated[str, Parameter(help="The quantization library, if the backend has several.")] = "auto",
     json: Annotated[bool, Switch, Parameter(help="Print the result as JSON.")] = False,
 ) -> int:
     """Quantize a model with calibration: qlora-hal quantize MODEL OUT --data rows.jsonl."""

@@ -47,7 +47,7 @@ class QuantizationConfig(_Part):
         None, description="Number of weights that share one scale; default: the format's own."
     )
     double_quant: bool | None = Field(
-        None, description="Quantize the scales too (QLoRA section 3). Default: yes where the format has it."
+        None, description="Quantize the scales too (QLoRA section 3). Default: yes if the format supports it."
     )
     calibration_path: str | None = Field(
         None, description="Rows that a 16-bit model is calibrated on for int4_gptq; default: the training rows."
@@ -82,7 +82,7 @@ class DataConfig(_Part):
     )
     validation_path: str | None = Field(None, description="Rows for evaluation.")
     validation_split: str | None = Field(
-        None, description="Split of validation_path; default: validation, where it has splits."
+        None, description="Split of validation_path; default: validation, if it has splits."
     )
     validation_fraction: Fraction = Field(0.0, description="Hold out this share of the rows when no path is given.")
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = Field(
@@ -96,16 +96,16 @@ class DataConfig(_Part):
     )
     max_seq_length: PositiveInt = Field(1024, description="Maximum length of a row in tokens.")
     truncation: Literal["right", "left", "drop", "split"] = Field("right", description="What happens to longer rows.")
-    packing: bool = Field(False, description="Several rows in one sequence, without attention across them.")
-    group_by_length: bool = Field(True, description="Batches of rows of similar length.")
+    packing: bool = Field(False, description="Pack several rows into one sequence, without attention across them.")
+    group_by_length: bool = Field(True, description="Batch rows of similar length together.")
     on_bad_row: Literal["fail", "skip"] = Field(
         "fail", description="A malformed row stops the run, or is skipped and counted."
     )
-    shuffle: bool = Field(True, description="A new order in each epoch, a pure function of the seed.")
+    shuffle: bool = Field(True, description="A new row order in each epoch, determined by the seed.")
 
 
 class TrainingConfig(_Part):
-    """How long, how fast, how judged."""
+    """Length, learning rate, optimizer and evaluation."""
 
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 2e-4
     num_train_epochs: Annotated[float, Field(gt=0.0)] = 1.0
@@ -133,7 +133,7 @@ class TrainingConfig(_Part):
     )
     load_best_adapter_at_end: bool = Field(True, description="Keep the adapter with the lowest evaluation loss.")
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
-    sample_prompts: tuple[str, ...] = Field((), description="Answered before and after training.")
+    sample_prompts: tuple[str, ...] = Field((), description="Prompts that are answered before and after training.")
 
     @field_validator("seed")
     @classmethod
@@ -147,7 +147,9 @@ class CheckpointConfig(_Part):
     """When the run is saved."""
 
     save_steps: NonNegativeInt | None = Field(
-        100, description="Every so many steps, and at the end; none or 0: only there, and where the run is stopped."
+        100,
+        description="Save every this many steps and at the end; none or 0: only at the end, and when the run is "
+        "stopped.",
     )
     save_total_limit: Annotated[int, Field(ge=2)] = Field(
         2, description="Older checkpoints are removed; at least 2 are kept."

@@ -145,7 +145,7 @@ def test_a_lock_that_is_a_second_name_of_another_file_is_refused_and_that_file_s
     assert precious.read_bytes() == b"precious"
     (run_dir / "run.lock").unlink()
     os.mkfifo(run_dir / "run.lock")
-    with pytest.raises(UnsafeInputError, match="no ordinary file"):
+    with pytest.raises(UnsafeInputError, match="not a regular file"):
         RunDirectory.open_existing(run_dir)
 
 
