@@ -233,7 +233,7 @@ def _require_safe_torch() -> None:
             "QH-E64",
             f"Pickles are opened with torch {lowest} or newer; {found or 'none'} is installed.",
             cause="The restricted unpickler of older ones can be made to run code (CVE-2025-32434, CVE-2026-24747).",
-            fix=f"pip install 'torch>={lowest}', in an environment of its own if need be.",
+            fix=f"pip install 'torch>={lowest}', in an environment of its own if necessary.",
         )
 
 

@@ -65,7 +65,7 @@ def check_base(
     raise AdapterError(
         "QH-C05",
         f"The adapter belongs to another base: {difference}.",
-        cause="Equal shapes do not make equal weights; an adapter on another base gives wrong answers silently.",
+        cause="Equal shapes do not mean equal weights; an adapter on another base silently gives wrong answers.",
         fix="Use the base it was trained on, or pass --allow-base-mismatch when the difference is known.",
         context={"adapter_base": trained_on, "model_base": facts.fingerprint, "base_name": then},
     )

@@ -106,7 +106,7 @@ def refuse_quantized(source: ModelSource) -> None:
             "QH-C76",
             f"{source.name} is already quantized ({stored.weight_format}).",
             where=source.name,
-            fix="Name the model it was made from; or train on it as it is.",
+            fix="Name the model it was made from; or train on it directly.",
         )
 
 

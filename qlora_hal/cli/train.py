@@ -87,7 +87,7 @@ def batch_as_text(settings: ResolvedSettings) -> str:
 
     batch, tokenizer, seed = api.first_batch(settings)
     shown = str(show_batch(batch, tokenizer, color=wants_color(sys.stdout)))
-    drawn = " was drawn; training.seed gives this batch again" if settings.config.training.seed is None else ""
+    drawn = " was drawn; set training.seed to get this batch again" if settings.config.training.seed is None else ""
     return f"seed {seed}{drawn}\n{shown}"
 
 

@@ -49,7 +49,7 @@ def choose(
     if able and allow_cpu:
         return _highest(able, able, rejections, "no accelerator is ready and the CPU is allowed")
     for spec in able:
-        rejections[spec.name] = "ready, but auto takes the CPU only when backend.allow_cpu is true"
+        rejections[spec.name] = "ready, but auto chooses the CPU only when backend.allow_cpu is true"
     raise _nothing_fits(rejections, reports, able)
 
 

@@ -165,7 +165,7 @@ def _refuse_same(folder: Path, layout: Layout) -> NoReturn:
         "QH-U53",
         f"The adapter is in the {layout} layout already.",
         where=str(folder),
-        fix=f"Use it as it is, or convert it with --to {other}.",
+        fix=f"Use it unchanged, or convert it with --to {other}.",
     )
 
 

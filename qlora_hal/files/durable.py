@@ -183,7 +183,7 @@ def _what_is_full(problem: OSError, place: Path, needed: int | None, free: int |
         return "Quota used up", "Remove your files there, or have the quota raised"
     if free_files(place) == 0:
         return (
-            "No room for another file (the file system has no inode left, though it has bytes)",
+            "No room for another file (the file system is out of inodes, though it has free bytes)",
             "Remove files there; small ones count as much as large ones",
         )
     if free is not None and free > max(needed or 0, _SURELY_ROOM):

@@ -130,7 +130,7 @@ def find_pickled(folder: Path) -> PickledWeights:
             "QH-U17",
             f"{folder} already has its weights as safetensors: {', '.join(safe[:4])}.",
             where=str(folder),
-            fix="Use it as it is.",
+            fix="Use it unchanged.",
         )
     pickles = [name for name in names if Path(name).suffix in PICKLE_SUFFIXES and name not in NO_WEIGHTS]
     bases = [name for name in pickles if not _ADAPTER.fullmatch(name)]

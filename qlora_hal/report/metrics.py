@@ -155,7 +155,7 @@ class MetricsFile:
         repeated = sorted(number for number, count in Counter(steps).items() if count > 1)
         told = [f"is missing {_spans(missing)}"] if missing else []
         told += [f"contains {_spans(repeated)} more than once"] if repeated else []
-        what = "the curves and times of the run leave out what is gone; the last line of a step counts"
+        what = "the curves and times of the run omit what is gone; of a duplicate step the last line counts"
         if told:
             return f"{self.path.name} {' and '.join(told)}: {what}"
         changed = f"{self.path.name} was changed after step {step} was saved; curves and times are of what it holds now"

@@ -92,7 +92,7 @@ def print_already_finished(result: TrainResult, console: RunConsole) -> None:
     if any(_is_older(result.run_dir / name, result.run_dir) for name in (REPORT_FILE, LOSS_PICTURE)):
         write_pages(result.run_dir)
     why = "" if result.stopped_because == "finished" else f" by {result.stopped_because}"
-    console.note(f"the run ended{why} after step {result.steps}; nothing is left to do")
+    console.note(f"already finished: the run ended{why} after step {result.steps}")
     console.finished(result, written(result.run_dir))
 
 

@@ -80,7 +80,7 @@ def _refuse(run_dir: Path, problem: str, *, has_checkpoints: bool) -> NoReturn:
         "QH-S50",
         f"{RUN_FILE} of {run_dir} cannot be used: {problem}; the output folder of an earlier run is expected.",
         where=str(run_dir / RUN_FILE),
-        cause="No checkpoint there keeps a whole copy of it." if has_checkpoints else "",
+        cause="No checkpoint there keeps an intact copy of it." if has_checkpoints else "",
         fix="Restore it from a copy, or start a new run in another folder."
         if has_checkpoints
         else "Name the folder that was output_dir of the run, or start a new run in another folder.",

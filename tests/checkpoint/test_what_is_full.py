@@ -41,7 +41,7 @@ def test_a_file_system_without_inodes_is_not_called_a_full_disk(few_files: Path)
         with pytest.raises(StorageError, match="No room for another file") as full:
             save_checkpoint(run, small_state(2), keep=2)
     assert (full.value.code, full.value.exit_status) == ("QH-S09", 8)
-    assert "no inode left, though it has bytes" in full.value.message
+    assert "out of inodes, though it has free bytes" in full.value.message
     assert "Step 1 is safe." in full.value.message
     assert full.value.fix.startswith("Remove files there")
     (few_files / "filler-0").unlink()

@@ -250,7 +250,7 @@ def test_without_a_copy_a_damaged_run_json_is_refused_and_left_as_it_is(tmp_path
     with pytest.raises(ConfigError, match=r"it is damaged") as refused:
         RunDirectory.open_existing(tmp_path)
     assert (refused.value.code, refused.value.exit_status) == ("QH-S50", 2)
-    assert refused.value.cause == "No checkpoint there keeps a whole copy of it."
+    assert refused.value.cause == "No checkpoint there keeps an intact copy of it."
     assert (tmp_path / "run.json").read_bytes() == b"{"
 
 

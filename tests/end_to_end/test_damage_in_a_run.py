@@ -158,7 +158,7 @@ def test_a_damaged_adapter_of_an_ended_run_is_written_again_to_the_same_bits(
     assert result.eval_loss_after == whole.eval_loss_after
     (aside,) = run.glob(".damaged-adapter-*")
     assert adapter_bytes(aside) == damaged
-    assert "nothing is left to do" in resumed(run, capsys)[1]
+    assert "already finished" in resumed(run, capsys)[1]
 
 
 @pytest.fixture
@@ -321,7 +321,7 @@ def test_a_run_that_began_without_verify_keeps_the_hashes_from_a_resume_on(
     assert "files" not in record(run)["model"]
     assert "hashed 2 files of the model" in resumed(run, capsys, model=own_model, verify=True)[1]
     flip_between_windows(own_model)
-    assert "nothing is left to do" in resumed(run, capsys)[1]
+    assert "already finished" in resumed(run, capsys)[1]
     with pytest.raises(CheckpointError, match="QH-E15"):
         resume(run, verify=True)
 

@@ -75,7 +75,7 @@ def test_an_ended_run_of_an_earlier_release_has_nothing_left_to_do_and_its_adapt
 ) -> None:
     run = as_of_an_earlier_release(copied(whole.run_dir, tmp_path / "run"))
     before = adapter_bytes(run / "adapter")
-    assert "nothing is left to do" in resumed(run, capsys)[1]
+    assert "already finished" in resumed(run, capsys)[1]
     assert adapter_bytes(run / "adapter") == before
     from qlora_hal.report.console import RunConsole
 

@@ -126,7 +126,7 @@ def test_a_gptq_checkpoint_chooses_this_backend_on_every_device(device: str, acc
 def test_on_the_cpu_auto_asks_for_leave(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, Kind(128))
     needs = requirements_of(RunConfig(), source_of(tmp_path).facts)
-    with pytest.raises(QloraHalError, match="ready, but auto takes the CPU only when"):
+    with pytest.raises(QloraHalError, match="ready, but auto chooses the CPU only when"):
         choose("auto", needs, listed(), reports(False, ("gptq_int4",)), allow_cpu=False)
 
 

@@ -241,7 +241,7 @@ def chosen_kernel(engine: Engine, wanted: object, device: str, *, act_order: boo
     if wanted in engine.inference_only_kernels:
         cause = "It computes the forward pass only: no gradient would reach the layers below."
     elif any(kernel.name == wanted for kernel in here):
-        cause = "The checkpoint was made with desc_act, and this kernel takes the groups in order."
+        cause = "The checkpoint was made with desc_act, and this kernel processes the groups in order."
     else:
         cause = f"{engine.name} has no such kernel on {device}."
     raise UnsupportedFeatureError(

@@ -77,7 +77,7 @@ def _refuse_split_special_tokens(folder: Path, config: Mapping[str, object]) -> 
     if config.get("split_special_tokens") is True:
         raise ModelError(
             "QH-D52",
-            "tokenizer_config.json sets split_special_tokens; special tokens that stay whole were expected.",
+            "tokenizer_config.json sets split_special_tokens; unsplit special tokens were expected.",
             where=str(folder / "tokenizer_config.json"),
             cause="With it the special tokens of a chat template could not be told from text.",
             fix="Set it to false in a copy of the folder.",
