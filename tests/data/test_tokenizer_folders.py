@@ -295,7 +295,7 @@ def test_where_transformers_builds_a_tokenizer_anew_ids_are_equal_or_the_differe
     # A cut that no merge of this vocabulary crosses is told, too: in other texts it may be crossed.
     assert bool(differing) == bool(probe) or kind == "GPT-2 with digits"
     if probe:
-        assert f"cuts {probe}" in told[0]
+        assert f"splits {probe}" in told[0]
         assert config["tokenizer_class"] == GENERIC or str(config["tokenizer_class"]).removesuffix("Fast") in told[0]
 
 

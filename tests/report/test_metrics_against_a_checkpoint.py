@@ -77,8 +77,8 @@ def test_lines_of_later_steps_are_no_damage_and_are_dropped(tmp_path: Path) -> N
         (lambda kept: [kept[0], *kept[4:]], "metrics.jsonl is missing steps 1 to 3"),
         (lambda kept: kept[6:], "metrics.jsonl is missing steps 1 to 5"),
         (lambda kept: [*kept[:3], *kept[4:6], *kept[7:]], "metrics.jsonl is missing steps 3, 6"),
-        (lambda kept: [*kept[:5], kept[4], *kept[5:]], "metrics.jsonl holds step 4 more than once"),
-        (lambda kept: [*kept[:5], *kept[3:6], *kept[7:]], "is missing step 6 and holds steps 3 to 4 more than once"),
+        (lambda kept: [*kept[:5], kept[4], *kept[5:]], "metrics.jsonl contains step 4 more than once"),
+        (lambda kept: [*kept[:5], *kept[3:6], *kept[7:]], "is missing step 6 and contains steps 3 to 4 more than once"),
         (lambda kept: [], "metrics.jsonl is missing steps 1 to 9"),
         (lambda kept: [*kept[:5], kept[5].replace(b"0.5", b"0.4"), *kept[6:]], "was changed after step 9 was saved"),
         (lambda kept: kept[1:], "was changed after step 9 was saved"),
@@ -92,7 +92,7 @@ def test_what_became_of_a_log_is_told(damage: object, words: str, tmp_path: Path
     path.write_bytes(b"".join(damage(lines(path))))  # type: ignore[operator]
     told, metrics = compared(path, mark)
     assert words in told
-    assert metrics.is_complete is ("lacks" not in told)
+    assert metrics.is_complete is ("is missing" not in told)
     assert list(tmp_path.iterdir()) == [path]
     again, _ = compared(path, metrics.mark())  # as the next save marks it
     assert again == ""
