@@ -114,7 +114,7 @@ class Hooks:
             except Exception as error:
                 name = self._manager.get_name(plugin)
                 self._manager.unregister(plugin)
-                self._note(f"{name} failed in {hook} and is heard no more: {type(error).__name__}: {error}")
+                self._note(f"{name} failed in {hook} and is disabled: {type(error).__name__}: {error}")
 
     def _observe(self, name: str, observer: object) -> None:
         """Register what the caller gave. Raises ConfigError QH-U20 when it has no hook, or one that nobody calls."""
@@ -138,7 +138,7 @@ class Hooks:
         except (Exception, SystemExit) as error:
             if self._manager.has_plugin(name):
                 self._manager.unregister(name=name)
-            self._note(f"plugin {name} is left out: {type(error).__name__}: {error}")
+            self._note(f"plugin {name} is skipped: {type(error).__name__}: {error}")
 
 
 def _hook_names() -> list[str]:

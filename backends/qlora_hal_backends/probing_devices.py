@@ -56,8 +56,8 @@ def nvidia_is_there(place: Place) -> Obstacle | None:
     if "nvidia" in machine.unusable_cards or machine.nvidia_driver:
         why = f" ({machine.notes[0].rstrip('.')})" if machine.notes else ""
         return no_device(
-            f"An NVIDIA card is on the bus, but its driver does not answer{why}.",
-            "Install or repair the NVIDIA driver until nvidia-smi lists the card.",
+            f"An NVIDIA GPU is on the bus, but its driver does not respond{why}.",
+            "Install or repair the NVIDIA driver until nvidia-smi lists the GPU.",
         )
     return no_device("No NVIDIA GPU was found.")
 
@@ -65,14 +65,14 @@ def nvidia_is_there(place: Place) -> Obstacle | None:
 def amd_is_there(place: Place) -> Obstacle | None:
     machine = place.machine
     if machine.system != "Linux":
-        return no_device(f"AMD GPUs are supported on Linux; here is {machine.system}.")
+        return no_device(f"AMD GPUs are supported on Linux; this machine runs {machine.system}.")
     if hidden := _hidden_by(machine, "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
         return no_device(f"{hidden}={machine.environment[hidden]!r} hides every AMD GPU.", f"Unset {hidden}.")
     if machine.gpus_of("amd"):
         return None
     if "amd" in machine.unusable_cards:
         return no_device(
-            "An AMD card is on the bus, but the kernel's compute driver does not offer it "
+            "An AMD GPU is on the bus, but the kernel's compute driver does not offer it "
             f"({'/dev/kfd is there' if machine.has_kfd else 'no /dev/kfd'}).",
             "Load the amdgpu driver with ROCm support; in a container pass --device /dev/kfd --device /dev/dri.",
         )

@@ -93,7 +93,10 @@ def bf16_supported(machine: Machine, device: Device | None = None) -> tuple[bool
     if device == "mps":
         if version_numbers(machine.system_version)[:2] >= SMALLEST_MACOS:
             return True, f"{machine.apple_chip} computes in bfloat16 from macOS 14 on."
-        return False, f"Metal has bfloat16 from macOS 14 on; here is {machine.system_version}. Use float16 or float32."
+        return (
+            False,
+            f"Metal has bfloat16 from macOS 14 on; this machine has {machine.system_version}. Use float16 or float32.",
+        )
     found = _CPU_BF16.intersection(machine.cpu.instruction_sets)
     if found:
         return True, f"The processor has {', '.join(sorted(found))}."

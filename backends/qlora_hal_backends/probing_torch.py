@@ -130,7 +130,7 @@ def cards_are_in_the_cuda_wheel(place: Place) -> Obstacle | None:
     return Obstacle(
         Availability.WRONG_BUILD,
         f"torch {place.build.version} ({place.build.toolkit_name}) is built for compute capability {low[0]}.{low[1]} "
-        f"to {upper}; here is {listing}.",
+        f"to {upper}; this machine has {listing}.",
         f"pip install --force-reinstall torch --index-url {_TORCH_INDEX}/{tag}",
     )
 
@@ -153,8 +153,8 @@ def cards_have_a_rocm_wheel(place: Place) -> Obstacle | None:
         return no_device(f"{built}; the only AMD GPU here is integrated: {cards}.")
     return Obstacle(
         Availability.WRONG_BUILD,
-        f"{built}; here is {cards}.",
-        "Choose another backend (qlora-hal backends), or build torch and bitsandbytes for this card from source.",
+        f"{built}; this machine has {cards}.",
+        "Choose another backend (qlora-hal backends), or build torch and bitsandbytes for this GPU from source.",
     )
 
 
@@ -169,7 +169,7 @@ def bitsandbytes_has_the_library(place: Place) -> Obstacle | None:
         library = f"libbitsandbytes_{kind}{override}"
         if any(name.startswith(library + ".") for name in available.values()):
             return None
-        return _no_library(place, f"{library} (asked for by {variable}={override})", available, f"Unset {variable}.")
+        return _no_library(place, f"{library} (requested by {variable}={override})", available, f"Unset {variable}.")
     if not build.toolkit or matching_library(available, build.toolkit):
         return None
     library = f"libbitsandbytes_{kind}{''.join(map(str, build.toolkit))}"
@@ -181,7 +181,7 @@ def _no_library(place: Place, library: str, available: Mapping[Version, str], fi
     has = ", ".join(available[version] for version in sorted(available)) or "none of this kind"
     version = place.packages.version("bitsandbytes")
     return Obstacle(
-        Availability.WRONG_BUILD, f"bitsandbytes {version} lacks its native library {library}; it has {has}.", fix
+        Availability.WRONG_BUILD, f"bitsandbytes {version} is missing its native library {library}; it has {has}.", fix
     )
 
 
@@ -191,7 +191,7 @@ def bitsandbytes_has_the_cpu_library(place: Place) -> Obstacle | None:
     version = place.packages.version("bitsandbytes")
     return Obstacle(
         Availability.WRONG_BUILD,
-        f"bitsandbytes {version} lacks its native library libbitsandbytes_cpu.",
+        f"bitsandbytes {version} is missing its native library libbitsandbytes_cpu.",
         _REINSTALL_BITSANDBYTES,
     )
 

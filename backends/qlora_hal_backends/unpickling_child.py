@@ -75,7 +75,7 @@ def opened(path: Path) -> Tensors:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         if foreign := _FOREIGN_NAME.search(str(error)):
-            raise _more_than_tensors(path, f"it names {foreign[1]}, which is no tensor") from error
+            raise _more_than_tensors(path, f"it names {foreign[1]}, which is not a tensor") from error
         raise _damaged(path, error) from error
     except Exception as error:  # torch raises many kinds on bytes that are no pickle of its own
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
@@ -98,7 +98,7 @@ def _check(name: object, value: Any, path: Path) -> None:
     if not name.isprintable():
         problem = "has an unprintable name"
     elif value.layout is not torch.strided or value.is_quantized or value.device.type != "cpu":
-        problem = f"is no plain tensor ({value.layout}, on {value.device.type})"
+        problem = f"is not a plain tensor ({value.layout}, on {value.device.type})"
     elif str(value.dtype).removeprefix("torch.") not in _DTYPES:
         problem = f"has numbers of the kind {value.dtype}"
     elif value.numel() * value.element_size() > value.untyped_storage().nbytes():
@@ -202,7 +202,7 @@ def compare(pickles: Pickles, planned: Mapping[str, Iterable[PlannedTensor]], ou
                     "QH-S56",
                     f"{tensor.name} was written to {path.name}, and something else was read back.",
                     where=str(out.parent),
-                    cause="The disk or its driver loses data, or the pickle was changed meanwhile.",
+                    cause="The disk or its driver loses data, or the pickle was changed in the meantime.",
                     fix="Check the disk, then start again; nothing was kept.",
                 )
 
@@ -233,7 +233,7 @@ def _require_safe_torch() -> None:
             "QH-E64",
             f"Pickles are opened with torch {lowest} or newer; {found or 'none'} is installed.",
             cause="The restricted unpickler of older ones can be made to run code (CVE-2025-32434, CVE-2026-24747).",
-            fix=f"pip install 'torch>={lowest}', in an environment of its own if need be.",
+            fix=f"pip install 'torch>={lowest}', in an environment of its own if necessary.",
         )
 
 

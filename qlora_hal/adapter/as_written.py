@@ -46,9 +46,9 @@ def require_as_written(folder: Path, document: Mapping[str, object], sha256: str
             "QH-C22",
             f"The adapter in {folder} was changed after it was written: {'; '.join(changed)}.",
             where=str(folder),
-            cause="The disk, a copy that broke off, or another tool changed it.",
-            fix="Restore it from a copy; that of a run is written again by qlora-hal resume. Where the change was "
-            "meant, remove qlora_hal.json.",
+            cause="The disk, an interrupted copy, or another tool changed it.",
+            fix="Restore it from a copy; qlora-hal resume writes that of a run again. If the change was "
+            "intended, remove qlora_hal.json.",
             context={"changed": changed},
         )
 
@@ -63,5 +63,5 @@ def _scaling(config: AdapterConfig) -> dict[str, object]:
 
 def _change(name: str, written: object, now: object) -> str:
     if name == "sha256":
-        return "its tensors are others"
+        return "its tensors differ"
     return f"{name} is {now!a}, {written!a} was written"

@@ -65,7 +65,7 @@ def check_base(
     raise AdapterError(
         "QH-C05",
         f"The adapter belongs to another base: {difference}.",
-        cause="Equal shapes do not make equal weights; an adapter on another base gives wrong answers silently.",
+        cause="Equal shapes do not mean equal weights; an adapter on another base silently gives wrong answers.",
         fix="Use the base it was trained on, or pass --allow-base-mismatch when the difference is known.",
         context={"adapter_base": trained_on, "model_base": facts.fingerprint, "base_name": then},
     )
@@ -157,8 +157,9 @@ def _refuse_unmatched(adapter: Adapter, linear_modules: Mapping[str, LinearShape
 
 
 def _refuse_wrong(wrong: Mapping[str, list[str]], matched: int, where: str) -> NoReturn:
-    counts = ", ".join(f"{len(items)} {kind}" for kind, items in wrong.items() if items)
-    first = [f"{kind}: {item}" for kind, items in wrong.items() for item in sorted(items)][:5]
+    shown = {"misshapen": "of the wrong shape or dtype"}
+    counts = ", ".join(f"{len(items)} {shown.get(kind, kind)}" for kind, items in wrong.items() if items)
+    first = [f"{shown.get(kind, kind)}: {item}" for kind, items in wrong.items() for item in sorted(items)][:5]
     only_values = not (wrong["missing"] or wrong["unexpected"] or wrong["misshapen"])
     raise AdapterError(
         "QH-C10" if only_values else "QH-C09",

@@ -50,7 +50,7 @@ def write_mlx_adapter(
     files = _mlx_files(adapter, base_name, base_revision, provenance, linear_modules)
     if os.path.lexists(folder):
         raise StorageError(
-            "QH-S14", f"{folder} is there already; a new folder is expected.", where=str(folder), fix="Name another."
+            "QH-S14", f"{folder} already exists; a new folder is expected.", where=str(folder), fix="Name another."
         )
     staging = folder.with_name(f".staging-{folder.name}-{durable.unique_name()}")
     try:

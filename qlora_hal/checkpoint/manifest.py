@@ -71,7 +71,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise BrokenCheckpoint(f"{MANIFEST_FILE} does not match its own hash")
     step, files, summary = content.get("step"), content.get("files"), content.get("summary")
     if type(step) is not int or step < 0 or not isinstance(files, dict) or not isinstance(summary, dict):
-        raise BrokenCheckpoint(f"{MANIFEST_FILE} lacks step, files or summary")
+        raise BrokenCheckpoint(f"{MANIFEST_FILE} has no step, files or summary")
     listed = {name: _listed_file(name, entry) for name, entry in files.items()}
     missing = [name for name in REQUIRED_FILES if name not in listed]
     if missing:

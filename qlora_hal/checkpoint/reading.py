@@ -110,12 +110,12 @@ def _newest(
             taken = take(path, manifest)
         except ForeignSchema as problem:
             failures[path.name] = str(problem)
-            notes.append(f"Passed over {path.name}: {problem}; it was left as it is.")
+            notes.append(f"Skipped {path.name}: {problem}; it was left unchanged.")
         except BrokenCheckpoint as problem:
             failures[path.name] = str(problem)
             kept = set_aside(path) if set_aside_broken else path
-            left = "left as it is" if kept == path else f"kept as {kept.name}"
-            notes.append(f"Passed over {path.name}: {problem}; it is {left}.")
+            left = "left unchanged" if kept == path else f"kept as {kept.name}"
+            notes.append(f"Skipped {path.name}: {problem}; it is {left}.")
         else:
             notes += unfinished_notes(step, unfinished_saves(run_dir))
             return taken, path, notes
@@ -146,7 +146,7 @@ def _unusable(path: Path, reason: str) -> CheckpointError:
         "QH-C04",
         f"{path.name} does not verify: {reason.rstrip('.')}.",
         where=str(path),
-        cause="A file is missing or changed after the save; going on would reset or corrupt the optimizer.",
+        cause="A file is missing or changed after the save; continuing would reset or corrupt the optimizer.",
         fix=f"Resume from an earlier checkpoint.{_weights_only_hint(path)}",
     )
 
@@ -193,7 +193,7 @@ def restore_replaced(run_dir: Path) -> list[str]:
         with suppress(OSError):  # a folder that cannot be written keeps it under the other name, unread
             aside.rename(final)
             durable.flush_folder(aside.parent)
-            notes.append(f"Put {match[1]} back, whose replacement did not finish.")
+            notes.append(f"Restored {match[1]}, whose replacement did not finish.")
     return notes
 
 
@@ -222,7 +222,7 @@ def _check_same_origin(path: Path, manifest: Manifest, state: TrainingState, ada
     document = _verified_document(path / PROVENANCE_FILE, manifest)
     written = document.get(WRITTEN)
     if document.get("run_id") != state.provenance.get("run_id"):
-        raise BrokenCheckpoint("its adapter belongs to another run than its optimizer")
+        raise BrokenCheckpoint("its adapter and its optimizer belong to different runs")
     if isinstance(written, dict) and written.get("sha256") != adapter_sha256:
         raise BrokenCheckpoint(f"{PROVENANCE_FILE} belongs to another adapter")
 
@@ -262,4 +262,4 @@ def _weights_only_hint(path: Path) -> str:
         whole = all(file_sha256(path / name) == manifest.files[name].sha256 for name in (TENSORS_FILE, CONFIG_FILE))
     except (BrokenCheckpoint, ForeignSchema, OSError):
         return ""
-    return f" Its adapter alone is whole: qlora-hal generate --adapter {path} opens it." if whole else ""
+    return f" Its adapter alone is intact: qlora-hal generate --adapter {path} opens it." if whole else ""

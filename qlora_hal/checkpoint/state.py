@@ -79,7 +79,7 @@ def state_from(
     settings, counters = _field(document, "adapter", dict), _field(document, "optimizer", dict)
     modules = _field(settings, "target_modules", list)
     if not all(isinstance(module, str) for module in modules):
-        raise ValueError("target_modules holds something else than names")
+        raise ValueError("target_modules holds something other than names")
     config = AdapterConfig(
         r=_field(settings, "r", int),
         alpha=float(_field(settings, "alpha", float, int)),

@@ -184,7 +184,9 @@ def _state_bytes(state: TrainingState) -> bytes:
     unstorable = safetensors_file.unstorable({**state.adapter.tensors, **optimizer_arrays(state.optimizer)})
     try:
         if unstorable:
-            raise strict_json.JsonProblem(f"tensors of a dtype that safetensors files lack: {', '.join(unstorable)}")
+            raise strict_json.JsonProblem(
+                f"tensors of a dtype that safetensors does not support: {', '.join(unstorable)}"
+            )
         return strict_json.encode(state_document(state))
     except strict_json.JsonProblem as problem:
         raise CheckpointError(
@@ -215,7 +217,7 @@ def _needed_bytes(state: TrainingState) -> int:
 
 def _safe_step(run_dir: Path) -> str:
     sound = [step for step, path in checkpoints(run_dir) if is_sound(path)]
-    return f"Step {sound[-1]} is safe." if sound else "No step is saved yet."
+    return f"Step {sound[-1]} is safe." if sound else "No step has been saved yet."
 
 
 def _make_durable_folder(folder: Path) -> None:

@@ -89,10 +89,10 @@ def _repeated(tokens: Iterator[str]) -> Iterator[str]:
 def _one_value(flag: str, value: str) -> ConfigError:
     return ConfigError(
         "QH-U04",
-        f"{flag} takes one value; {value!r} stands behind it.",
+        f"{flag} takes one value; {value!r} follows it.",
         where="command line",
-        cause="A word without a flag of its own is the settings file, which ends in .yaml, .yml, .toml or .json.",
-        fix=f"Put a text with spaces in quotes, or take {value!r} away.",
+        cause="An argument without a flag is the settings file, which ends in .yaml, .yml, .toml or .json.",
+        fix=f"Quote a value that contains spaces, or remove {value!r}.",
     )
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Message = dict[str, str]
 
-_HELP = "/reset begins again, /save FILE keeps the conversation as JSON, /stats counts, /quit ends."
+_HELP = "/reset starts over, /save FILE saves the conversation as JSON, /stats shows counts, /quit ends the chat."
 
 
 class Answers(Protocol):
@@ -71,7 +71,7 @@ def chat(
     trust_remote_code: TrustOption = False,
     max_new_tokens: LengthOption = 256,
 ) -> int:
-    """Talk to the base model and the trained one, side by side. Ends with /quit or the end of input."""
+    """Chat with the base model and the trained one, side by side. Ends with /quit or the end of input."""
     from rich.console import Console
 
     from qlora_hal.inference.generate import open_generation
@@ -99,7 +99,7 @@ def converse(answers: Answers, source: TextIO, console: Console, *, max_new_toke
             return
         if line == "/reset":
             conversation = Conversation()
-            console.print("The conversation begins again.", style="dim")
+            console.print("The conversation starts over.", style="dim")
         elif line == "/stats":
             console.print(_stats(conversation), style="dim")
         elif line.startswith("/save"):
@@ -121,7 +121,7 @@ def save_conversation(conversation: Conversation, file: Path) -> None:
             json.dump(content, stream, ensure_ascii=False, indent=2)
     except OSError as error:
         raise StorageError(
-            "QH-S12", f"{file} cannot be written: {error.strerror}.", where=str(file), fix="Give another name."
+            "QH-S12", f"{file} cannot be written: {error.strerror}.", where=str(file), fix="Choose another name."
         ) from error
 
 
@@ -158,7 +158,7 @@ def _stats(conversation: Conversation) -> str:
 
 def _try_to_save(conversation: Conversation, name: str, console: Console) -> None:
     if not name:
-        console.print("/save needs the name of a file.", style="dim")
+        console.print("/save needs a file name.", style="dim")
         return
     try:
         save_conversation(conversation, Path(name))

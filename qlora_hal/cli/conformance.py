@@ -16,24 +16,32 @@ CASE_SECONDS = 180.0
 
 
 def conformance(
-    backend: Annotated[str | None, Parameter(help="The backend to judge.")] = None,
+    backend: Annotated[str | None, Parameter(help="The backend to test.")] = None,
     *,
     verify: Annotated[Path | None, Parameter(help="Check this certificate instead of running.")] = None,
     out: Annotated[
-        Path | None, Parameter(help="Where certificate and reports go; conformance/BACKEND if not given.")
+        Path | None, Parameter(help="Folder for the certificate and the reports; default: conformance/BACKEND.")
     ] = None,
-    seed: Annotated[int | None, Parameter(help="Repeat a run; a fresh seed is drawn and printed otherwise.")] = None,
-    timeout: Annotated[float, Parameter(help="Seconds for each case.")] = CASE_SECONDS,
-    waivers: Annotated[Path | None, Parameter(help="Known failures; waivers.toml if it is there.")] = None,
+    seed: Annotated[
+        int | None, Parameter(help="Seed of the run to repeat; without it, one is drawn and printed.")
+    ] = None,
+    timeout: Annotated[float, Parameter(help="Time limit for each case in seconds.")] = CASE_SECONDS,
+    waivers: Annotated[
+        Path | None, Parameter(help="File of known failures; default: waivers.toml, if it exists.")
+    ] = None,
     trainer: Annotated[str | None, Parameter(help="package.module:Name of a backend that is not installed.")] = None,
     spec: Annotated[str | None, Parameter(help="package.module:SPEC of a backend that is not installed.")] = None,
     section: Annotated[
-        tuple[str, ...], Parameter(help="For work: only this section. No certificate.", negative="")
+        tuple[str, ...],
+        Parameter(help="For development: run only this section; no certificate is written.", negative=""),
     ] = (),
     level: Annotated[
-        tuple[str, ...], Parameter(help="For work: only this level, L0 to L4. No certificate.", negative="")
+        tuple[str, ...],
+        Parameter(help="For development: run only this level, L0 to L4; no certificate is written.", negative=""),
     ] = (),
-    keyword: Annotated[str | None, Parameter(help="For work: only cases whose name matches. No certificate.")] = None,
+    keyword: Annotated[
+        str | None, Parameter(help="For development: run only cases whose name matches; no certificate is written.")
+    ] = None,
     quiet: Annotated[bool, Switch, Parameter(help="Print nothing.")] = False,
 ) -> int:
     """Run the conformance suite against one backend. Exit 0 only when it is conformant, 20 when not, 3 when it cannot

@@ -23,12 +23,12 @@ PROVE_SECONDS = 180.0
 
 def doctor(
     *,
-    backend: Annotated[str | None, Parameter(help="Judge this backend alone.")] = None,
-    output_dir: Annotated[Path, Parameter(help="The place where runs will be written.")] = Path("."),
-    timeout: Annotated[float, Parameter(help="Seconds for each backend's proof.")] = PROVE_SECONDS,
+    backend: Annotated[str | None, Parameter(help="Check only this backend.")] = None,
+    output_dir: Annotated[Path, Parameter(help="The folder where runs will be written.")] = Path("."),
+    timeout: Annotated[float, Parameter(help="Time limit for each backend's self-test in seconds.")] = PROVE_SECONDS,
     json: Annotated[bool, Switch, Parameter(help="Print as JSON.")] = False,
 ) -> int:
-    """Check the machine, and have every ready backend prove that it computes correctly. Exit 3 when one fails."""
+    """Check the machine, and run the self-test of every ready backend. Exit 3 when one fails."""
     from qlora_hal import api
     from qlora_hal.cli.findings import disk_finding, memory_finding, storage_finding
     from qlora_hal.detect.discovery import find, listed
@@ -98,8 +98,8 @@ def accelerator_finding(reports: Sequence[ProbeReport]) -> Finding:
         return Finding("accelerator", Verdict.PASS, ", ".join(fast))
     if ready:
         text = f"none is ready; {', '.join(ready)} trains on the CPU, slowly and only when allowed"
-        return Finding("accelerator", Verdict.WARN, text, "Give --backend.allow_cpu, or do what a line above says.")
-    return Finding("accelerator", Verdict.FAIL, "no backend is ready", "Do what one of the lines above says.")
+        return Finding("accelerator", Verdict.WARN, text, "Pass --backend.allow_cpu, or apply one of the fixes above.")
+    return Finding("accelerator", Verdict.FAIL, "no backend is ready", "Apply one of the fixes above.")
 
 
 def exit_status(findings: Sequence[Finding], *, chosen: str | None) -> int:
@@ -140,7 +140,7 @@ def machine_lines(machine: Machine) -> list[str]:
         lines.append(
             f"{gpu.name}, {figures.size(gpu.memory_free_bytes)} free of {figures.size(gpu.memory_total_bytes)}"
         )
-    lines += [f"a card of {vendor} is on the bus, but no driver answers" for vendor in machine.unusable_cards]
+    lines += [f"a GPU from {vendor} is on the bus, but no driver responds" for vendor in machine.unusable_cards]
     return [*lines, *machine.notes]
 
 

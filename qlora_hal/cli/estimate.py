@@ -51,7 +51,7 @@ def estimate(
     config: Annotated[Path | None, Parameter(help="Settings file: YAML, TOML or JSON.")] = None,
     /,
     *,
-    demo: Annotated[bool, Switch, Parameter(help="Of the small model that comes with the package.")] = False,
+    demo: Annotated[bool, Switch, Parameter(help="Estimate for the small model that comes with the package.")] = False,
     json: Annotated[bool, Switch, Parameter(help="Print as JSON.")] = False,
     flags: Mapping[str, object],
 ) -> int:
@@ -170,7 +170,7 @@ def _backend(config: RunConfig, facts: ModelFacts) -> BackendSpec:
     if not able:
         raise UnsupportedFeatureError(
             "QH-B01",
-            "No built-in backend can serve these settings.",
+            "No built-in backend supports these settings.",
             cause="; ".join(
                 f"{spec.name}: {', '.join(unmet_requirements(needs, spec.capabilities))}" for spec in specs
             ),

@@ -48,7 +48,7 @@ def _unknown(code: str) -> ConfigError:
 
     name = code.strip().upper()
     close = difflib.get_close_matches(name if name.startswith("QH-") else f"QH-{name}", faults(), n=3, cutoff=0.6)
-    near = f" Near it: {', '.join(close)}." if close else ""
+    near = f" Similar codes: {', '.join(close)}." if close else ""
     return ConfigError(
         "QH-U06", f"{code} is not a fault code.{near}", where="command line", fix="Run qlora-hal explain for the list."
     )

@@ -65,7 +65,7 @@ def storage_finding(folder: Path) -> Finding:
             with suppress(OSError):
                 remainder.unlink()
     if not whole:
-        text = f"{folder.resolve()} gave back other bytes than were written"
+        text = f"{folder.resolve()} returned different bytes than were written"
         return Finding("storage", Verdict.FAIL, text, "Choose an output_dir on another disk.")
     return Finding("storage", Verdict.PASS, f"flush and rename work in {folder.resolve()}")
 

@@ -13,17 +13,21 @@ from qlora_hal.errors.terminal_text import show, show_json
 
 RunOption = Annotated[Path | None, Parameter(help="A run's folder: its model, its settings, its adapter.")]
 AdapterOption = Annotated[Path | None, Parameter(help="An adapter in PEFT layout; needs --model.")]
-ModelOption = Annotated[str | None, Parameter(help="The base model of the adapter, or where a run's model lies now.")]
+ModelOption = Annotated[
+    str | None, Parameter(help="The base model of the adapter, or the new location of a run's model.")
+]
 BackendOption = Annotated[str, Parameter(help="A backend's name, or auto.")]
 MismatchOption = Annotated[
-    bool, Switch, Parameter(help="Open an adapter on another base than the one it was trained on.")
+    bool, Switch, Parameter(help="Allow a base other than the one that the adapter was trained on.")
 ]
-LengthOption = Annotated[int, Parameter(help="Longest answer in tokens.", validator=validators.Number(gte=1))]
+LengthOption = Annotated[
+    int, Parameter(help="Maximum length of an answer in tokens.", validator=validators.Number(gte=1))
+]
 
 
 def generate(
     *,
-    prompt: Annotated[str, Parameter(help="The user's turn.", allow_leading_hyphen=True)],
+    prompt: Annotated[str, Parameter(help="The user's message.", allow_leading_hyphen=True)],
     run: RunOption = None,
     adapter: AdapterOption = None,
     model: ModelOption = None,
@@ -31,7 +35,7 @@ def generate(
     max_new_tokens: LengthOption = 128,
     allow_base_mismatch: MismatchOption = False,
     trust_remote_code: TrustOption = False,
-    base_only: Annotated[bool, Switch, Parameter(help="Print the base model's answer alone.")] = False,
+    base_only: Annotated[bool, Switch, Parameter(help="Print only the base model's answer.")] = False,
     json: Annotated[bool, Switch, Parameter(help="Print as JSON.")] = False,
 ) -> int:
     """Answer one prompt: qlora-hal generate --run runs/first --prompt "..."."""

@@ -47,9 +47,9 @@ def init(
     if file.exists():
         raise ConfigError(
             "QH-U07",
-            f"{file} is already there.",
+            f"{file} already exists.",
             where=str(file),
-            fix=f"Give another name: qlora-hal init other{file.suffix}",
+            fix=f"Choose another name: qlora-hal init other{file.suffix}",
         )
     from qlora_hal.cli.schema import schema_text
 
@@ -59,7 +59,7 @@ def init(
         file.write_text(settings_text(syntax), encoding="utf-8")
     except OSError as error:
         raise StorageError(
-            "QH-S12", f"{file} cannot be written: {error.strerror}.", where=str(file), fix="Choose another place."
+            "QH-S12", f"{file} cannot be written: {error.strerror}.", where=str(file), fix="Choose another path."
         ) from error
     from qlora_hal.errors.terminal_text import show
 
@@ -76,7 +76,7 @@ def _syntax_of(file: Path) -> Syntax:
             f"{file.name} ends in {file.suffix or 'nothing'}; one of .yaml, .yml, .toml is expected.",
             where=str(file),
             cause=f"The file explains every setting in comments, and {why}.",
-            fix=f"Give another name: qlora-hal init {file.with_suffix('.yaml')}",
+            fix=f"Choose another name: qlora-hal init {file.with_suffix('.yaml')}",
         )
     return syntax
 
@@ -85,8 +85,8 @@ def settings_text(syntax: Syntax) -> str:
     """The file: the three settings everybody needs are filled in, all others stand as comments with their defaults."""
     lines = [
         syntax.editor_line,
-        "# Settings of a run. A line with ## explains the one below it; take the # away to change a default.",
-        "# Flags (--training.learning_rate 1e-4) and variables (QLORA_HAL_TRAINING__LEARNING_RATE) win over this file.",
+        "# Settings of a run. A line with ## explains the one below it; remove the # to change a default.",
+        "# Flags (--training.learning_rate 1e-4) and variables (QLORA_HAL_TRAINING__LEARNING_RATE) override this file.",
         "",
         *_lines(settings()["output_dir"], syntax, indent=""),
     ]

@@ -20,25 +20,28 @@ def merge(
     model: Annotated[str | None, Parameter(help="The base model; default: the one the adapter names.")] = None,
     base: Annotated[
         Literal["auto", "dequantized", "original"],
-        Parameter(help="Which weights to merge into; auto measures both and keeps the closer."),
+        Parameter(help="Which weights to merge into; auto measures both and keeps the closer one."),
     ] = "auto",
-    dtype: Annotated[Literal["bfloat16", "float16", "float32"], Parameter(help="What is written.")] = "bfloat16",
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"], Parameter(help="Data type of the merged weights.")
+    ] = "bfloat16",
     requantize: Annotated[
         Literal["nf4", "int4_gptq"] | None,
         Parameter(help="Write the merged model in this format as well, in a folder of that name inside OUT."),
     ] = None,
     max_kl: Annotated[
-        float | None, Parameter(help="KL allowed between adapter and merged model, nats per token; default: derived.")
+        float | None,
+        Parameter(help="Maximum KL divergence between adapter and merged model in nats per token; default: derived."),
     ] = None,
     min_top1: Annotated[
-        float | None, Parameter(help="Share of tokens on which both must agree; default: derived.")
+        float | None, Parameter(help="Minimum share of tokens on which both must agree; default: derived.")
     ] = None,
     rows: Annotated[
         str | None, Parameter(help="Data to compare on; default: the run's validation rows, else its last rows.")
     ] = None,
-    row_limit: Annotated[int, Parameter(help="Rows to compare at most.")] = 64,
+    row_limit: Annotated[int, Parameter(help="Maximum number of rows to compare.")] = 64,
     weight_format: Annotated[
-        str | None, Parameter(help="How the base was stored in training, where the adapter does not record it.")
+        str | None, Parameter(help="How the base was stored in training, if the adapter does not record it.")
     ] = None,
     double_quant: Annotated[
         bool | None, Parameter(help="Whether its scales were quantized too, with --weight-format nf4 or fp4.")
@@ -46,7 +49,7 @@ def merge(
     backend: Annotated[str, Parameter(help="A backend's name; auto: the one that trained the adapter.")] = "auto",
     allow_base_mismatch: MismatchOption = False,
     trust_remote_code: TrustOption = False,
-    quiet: Annotated[bool, Switch, Parameter(help="Notes and errors only.")] = False,
+    quiet: Annotated[bool, Switch, Parameter(help="Print only notes and errors.")] = False,
     json: Annotated[bool, Switch, Parameter(help="Print the content of merge.json.")] = False,
 ) -> int:
     """Merge an adapter into its base: qlora-hal merge runs/first merged."""

@@ -22,25 +22,25 @@ CALIBRATION_TOKENS = 1024
 
 
 def quantize(
-    model: Annotated[str, Parameter(help="A folder, or a Hugging Face model id, in 16 bits.")],
-    out: Annotated[Path, Parameter(help="A folder that is not there yet.")],
+    model: Annotated[str, Parameter(help="A 16-bit model: a folder, or a Hugging Face model id.")],
+    out: Annotated[Path, Parameter(help="A folder that does not exist yet.")],
     /,
     *,
     data: Annotated[
-        str, Parameter(help="Rows to calibrate on: a file or a dataset id, in any shape that train reads.")
+        str, Parameter(help="Rows to calibrate on: a file or a dataset id, in any format that train reads.")
     ],
     format: Annotated[str, Parameter(help="The format; int4_gptq is the one that needs calibration.")] = "int4_gptq",
     group_size: Annotated[int, Parameter(help="Inputs that share a scale; -1: all of them.")] = 128,
-    bits: Annotated[int, Parameter(help="4; others are refused.")] = BITS,
+    bits: Annotated[int, Parameter(help="Must be 4.")] = BITS,
     asymmetric: Annotated[
-        bool, Switch, Parameter(help="Zero points of their own (format gptq_v2; with auto_gptq: gptq).")
+        bool, Switch, Parameter(help="Asymmetric quantization with zero points (format gptq_v2; with auto_gptq: gptq).")
     ] = False,
     act_order: Annotated[bool, Switch, Parameter(help="Solve inputs in order of activation (desc_act).")] = False,
-    rows: Annotated[int, Parameter(help="At most so many rows.")] = CALIBRATION_ROWS,
-    max_seq_length: Annotated[int, Parameter(help="Longest row in tokens.")] = CALIBRATION_TOKENS,
+    rows: Annotated[int, Parameter(help="Maximum number of rows.")] = CALIBRATION_ROWS,
+    max_seq_length: Annotated[int, Parameter(help="Maximum length of a row in tokens.")] = CALIBRATION_TOKENS,
     revision: Annotated[str | None, Parameter(help="Branch, tag or commit of a hub model.")] = None,
-    backend: Annotated[str, Parameter(help="The backend whose quantizer works.")] = "auto",
-    engine: Annotated[str, Parameter(help="The library, where the backend has several.")] = "auto",
+    backend: Annotated[str, Parameter(help="The backend whose quantizer is used.")] = "auto",
+    engine: Annotated[str, Parameter(help="The quantization library, if the backend has several.")] = "auto",
     json: Annotated[bool, Switch, Parameter(help="Print the result as JSON.")] = False,
 ) -> int:
     """Quantize a model with calibration: qlora-hal quantize MODEL OUT --data rows.jsonl."""
@@ -82,14 +82,14 @@ def asked_storage(weight_format: str, bits: int, group_size: int) -> Quantizatio
     if bits != BITS:
         raise UnsupportedFeatureError(
             "QH-B01",
-            f"{bits} bits were asked for; int4_gptq has {BITS}, on every engine here.",
+            f"{bits} bits were requested; int4_gptq has {BITS}, on every engine here.",
             where="--bits",
             fix=f"Leave --bits at {BITS}.",
         )
     if group_size != -1 and group_size <= 0:
         raise ConfigError(
             "QH-U16",
-            f"--group-size {group_size} is no number of inputs; a positive one or -1 is expected.",
+            f"--group-size {group_size} is not a number of inputs; a positive one or -1 is expected.",
             where="--group-size",
             fix="Leave it at 128.",
         )
@@ -104,9 +104,9 @@ def refuse_quantized(source: ModelSource) -> None:
     if stored is not None:
         raise ModelError(
             "QH-C76",
-            f"{source.name} is quantized already ({stored.weight_format}).",
+            f"{source.name} is already quantized ({stored.weight_format}).",
             where=source.name,
-            fix="Name the model it was made from; or train on it as it is.",
+            fix="Name the model it was made from; or train on it directly.",
         )
 
 

@@ -15,7 +15,7 @@ def settings_table() -> str:
     """One table for each group: flag, value, default, meaning."""
     lines: list[str] = []
     for group in ("", *groups()):
-        lines += [f"### {group or 'Place'}", "", f"{groups().get(group, 'Where the run is written.')}", ""]
+        lines += [f"### {group or 'Output folder'}", "", f"{groups().get(group, 'Where the run is written.')}", ""]
         lines += ["| flag | value | default | meaning |", "|---|---|---|---|"]
         for setting in settings().values():
             if setting.group == group:

@@ -17,24 +17,22 @@ def resume(
     /,
     *,
     backend: Annotated[
-        str | None, Parameter(help="Go on with another backend; what is not exact then is said.")
+        str | None, Parameter(help="Continue on another backend; what is then no longer exact is reported.")
     ] = None,
     transfer: Annotated[
-        bool, Switch, Parameter(help="Allow another weight format or optimizer; the gap is measured first.")
+        bool, Switch, Parameter(help="Allow another weight format or optimizer; the divergence is measured first.")
     ] = False,
-    model: Annotated[str | None, Parameter(help="Where the same model lies on this machine.")] = None,
-    data: Annotated[str | None, Parameter(help="Where the same data lie on this machine.")] = None,
-    validation_data: Annotated[
-        str | None, Parameter(help="Where the same validation data lie on this machine.")
-    ] = None,
+    model: Annotated[str | None, Parameter(help="Path of the same model on this machine.")] = None,
+    data: Annotated[str | None, Parameter(help="Path of the same data on this machine.")] = None,
+    validation_data: Annotated[str | None, Parameter(help="Path of the same validation data on this machine.")] = None,
     force_unlock: Annotated[
-        bool, Switch, Parameter(help="Take the lock of a run on another host that has ended.")
+        bool, Switch, Parameter(help="Take over the lock of a run on another host that has ended.")
     ] = False,
     verify: Annotated[
         bool, Switch, Parameter(help="Hash every byte of the model's files, and compare them at each resume.")
     ] = False,
     trust_remote_code: TrustOption = False,
-    quiet: Annotated[bool, Switch, Parameter(help="Notes and errors only.")] = False,
+    quiet: Annotated[bool, Switch, Parameter(help="Print only notes and errors.")] = False,
     json: Annotated[bool, Switch, Parameter(help="Print the result as JSON.")] = False,
 ) -> int:
     """Go on with a run that was stopped, as if it had never stopped."""

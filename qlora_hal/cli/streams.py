@@ -32,7 +32,7 @@ def output_error(problem: OSError) -> StorageError:
         "The result could not be written to standard output.",
         where="standard output",
         cause=os.strerror(problem.errno) if problem.errno else str(problem),
-        fix="Give it a file or a pipe that can be written; what the command did beside that is done.",
+        fix="Redirect it to a file or a pipe that can be written; everything else the command had to do is done.",
     )
 
 

@@ -42,12 +42,12 @@ def train(
     ] = False,
     overwrite: Annotated[bool, Switch, Parameter(help="Replace an earlier run in output_dir.")] = False,
     force_unlock: Annotated[
-        bool, Switch, Parameter(help="Take the lock of a run on another host that has ended.")
+        bool, Switch, Parameter(help="Take over the lock of a run on another host that has ended.")
     ] = False,
     verify: Annotated[
         bool, Switch, Parameter(help="Hash every byte of the model's files, and compare them at each resume.")
     ] = False,
-    quiet: Annotated[bool, Switch, Parameter(help="Notes and errors only.")] = False,
+    quiet: Annotated[bool, Switch, Parameter(help="Print only notes and errors.")] = False,
     json: Annotated[bool, Switch, Parameter(help="Print the result as JSON.")] = False,
     flags: Mapping[str, object],
 ) -> int:
@@ -87,7 +87,7 @@ def batch_as_text(settings: ResolvedSettings) -> str:
 
     batch, tokenizer, seed = api.first_batch(settings)
     shown = str(show_batch(batch, tokenizer, color=wants_color(sys.stdout)))
-    drawn = " was drawn; training.seed gives this batch again" if settings.config.training.seed is None else ""
+    drawn = " was drawn; set training.seed to get this batch again" if settings.config.training.seed is None else ""
     return f"seed {seed}{drawn}\n{shown}"
 
 
@@ -112,7 +112,7 @@ def plan_as_text(result: TrainResult) -> str:
             f"on {result.backend}; nothing was written",
             f"base: {result.weight_format}{block}, computes in {plan['compute_dtype']}; "
             f"adapters on {plan['target_modules']} modules",
-            "memory by arithmetic:",
+            "estimated memory:",
             *memory_lines(plan["memory"]),
         ]
     )

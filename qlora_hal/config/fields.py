@@ -201,14 +201,14 @@ def _expected(kind: Kind, choices: tuple[str, ...], bounds: list[object]) -> str
     if kind == "choice":
         return f"one of {', '.join(choices)}"
     if kind == "list":
-        return f"a list of {', '.join(choices)}" if choices else "a list of texts"
+        return f"a list of {', '.join(choices)}" if choices else "a list of strings"
     if kind in ("whole number", "number"):
         limits = [f"{word} {getattr(b, name):g}" for b in bounds for name, word in _BOUND_WORDS if hasattr(b, name)]
         return f"a {kind} {' and '.join(limits)}".rstrip()
     return {
-        "text": "a text",
-        "text or list": "a text or a list of texts",
-        "mapping": "a group of names and values",
+        "text": "a string",
+        "text or list": "a string or a list of strings",
+        "mapping": "a mapping of names to values",
     }.get(kind, kind)
 
 

@@ -88,7 +88,7 @@ def _text(path: Path) -> str:
             where=str(path),
             cause=""
             if path.suffix
-            else "A word that belongs to no flag is the settings file; yes-no flags take true or false.",
+            else "An argument without a flag is the settings file; boolean flags take true or false.",
             fix="Check the path, or run qlora-hal init to create one.",
         ) from error
     except UnicodeDecodeError as error:
@@ -154,7 +154,7 @@ def _refuse_growth_and_tags(path: Path, root: Node) -> None:
         open_nodes.discard(id(node))
         sizes[id(node)] = count
         if count > NODE_LIMIT:
-            raise _refused(path, f"its aliases write out to more than {NODE_LIMIT} values")
+            raise _refused(path, f"its aliases expand to more than {NODE_LIMIT} values")
         return count
 
     size(root)
@@ -255,7 +255,7 @@ def _refused(path: Path, reason: str) -> UnsafeInputError:
         "QH-X07",
         f"Settings file {path.name} is refused: {reason}.",
         where=str(path),
-        cause="A settings file is plain data: names and values, without tags, and small when written out.",
+        cause="A settings file is plain data: names and values, without tags, and small when its aliases are expanded.",
         fix="Write the values out plainly; qlora-hal init gives a file to start from.",
     )
 

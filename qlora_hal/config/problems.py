@@ -122,5 +122,5 @@ def _expected(setting: Setting, kind: str, message: str) -> str:
     if kind == "finite_number":
         return f"{setting.expected} is expected, and it must be finite"
     if setting.kind == "text" and kind == "string_type":
-        return "a text is expected; put it in quotes"
+        return "a string is expected; put it in quotes"
     return f"{setting.expected} is expected"

@@ -123,7 +123,7 @@ def require_settings(config: RunConfig, *paths: str) -> None:
         raise ConfigError(
             "QH-U12",
             f"{', '.join(absent)} {'is' if len(absent) == 1 else 'are'} not set.",
-            fix="Give them as flags or to train(model=..., data=..., output_dir=...), or run qlora-hal init for a "
+            fix="Set them as flags or in train(model=..., data=..., output_dir=...), or run qlora-hal init for a "
             "commented run.yaml.",
             context={"absent": absent},
         )
@@ -178,7 +178,7 @@ def _put_tree(layers: _Layers, tree: Mapping[str, object], origin: Callable[[str
                 layers.put(f"{name}.{leaf}", leaf_value, origin(f"{name}.{leaf}"))
         elif value is not None:
             names = ", ".join(path.rpartition(".")[2] for path in settings() if path.startswith(f"{name}."))
-            expected = f"{name} is a group; its settings go below it, one a line: {names}"
+            expected = f"{name} is a group; its settings go below it, one per line: {names}"
             layers.problems.append(Problem(name, origin(name), value, expected))
 
 

@@ -43,16 +43,20 @@ class QuantizationConfig(_Part):
         "auto",
         description="A level (none, 8bit, 4bit; auto: 4bit, or what a pre-quantized model has), or one format.",
     )
-    block_size: PositiveInt | None = Field(None, description="Weights that share one scale; default: the format's own.")
+    block_size: PositiveInt | None = Field(
+        None, description="Number of weights that share one scale; default: the format's own."
+    )
     double_quant: bool | None = Field(
-        None, description="Quantize the scales too (QLoRA section 3). Default: yes where the format has it."
+        None, description="Quantize the scales too (QLoRA section 3). Default: yes if the format supports it."
     )
     calibration_path: str | None = Field(
         None, description="Rows that a 16-bit model is calibrated on for int4_gptq; default: the training rows."
     )
-    calibration_rows: PositiveInt = Field(256, description="At most so many rows are calibrated on.")
+    calibration_rows: PositiveInt = Field(256, description="Maximum number of calibration rows.")
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="auto: bfloat16 where computing proves it, else float16 with loss scaling; float32 on CPU."
+        "auto",
+        description="auto: bfloat16 where a test computation confirms it, else float16 with loss scaling; "
+        "float32 on CPU.",
     )
 
 
@@ -73,14 +77,16 @@ class DataConfig(_Part):
     """What is trained on."""
 
     path: str = Field("", description="A JSONL, JSON, CSV or Parquet file, a folder, or a Hugging Face dataset id.")
-    split: str = Field("train", description="Split of a Hugging Face dataset, or of a folder whose files name theirs.")
+    split: str = Field(
+        "train", description="Split of a Hugging Face dataset, or of a folder whose file names contain it."
+    )
     validation_path: str | None = Field(None, description="Rows for evaluation.")
     validation_split: str | None = Field(
-        None, description="Split of validation_path; default: validation, where it has splits."
+        None, description="Split of validation_path; default: validation, if it has splits."
     )
     validation_fraction: Fraction = Field(0.0, description="Hold out this share of the rows when no path is given.")
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = Field(
-        "auto", description="Shape of a row; auto recognises it and says so."
+        "auto", description="Format of a row; auto recognizes it and reports it."
     )
     chat_template: str | None = Field(
         None, description="A built-in template's name, one of the tokenizer's, or a Jinja file; default: its own."
@@ -88,16 +94,18 @@ class DataConfig(_Part):
     train_on: Literal["assistant", "all"] = Field(
         "assistant", description="Loss on all assistant turns, or on all tokens."
     )
-    max_seq_length: PositiveInt = Field(1024, description="Longest row in tokens.")
+    max_seq_length: PositiveInt = Field(1024, description="Maximum length of a row in tokens.")
     truncation: Literal["right", "left", "drop", "split"] = Field("right", description="What happens to longer rows.")
-    packing: bool = Field(False, description="Several rows in one sequence, without attention across them.")
-    group_by_length: bool = Field(True, description="Batches of rows of similar length.")
-    on_bad_row: Literal["fail", "skip"] = Field("fail", description="A malformed row stops the run, or is counted.")
-    shuffle: bool = Field(True, description="A new order in each epoch, a pure function of the seed.")
+    packing: bool = Field(False, description="Pack several rows into one sequence, without attention across them.")
+    group_by_length: bool = Field(True, description="Batch rows of similar length together.")
+    on_bad_row: Literal["fail", "skip"] = Field(
+        "fail", description="A malformed row stops the run, or is skipped and counted."
+    )
+    shuffle: bool = Field(True, description="A new row order in each epoch, determined by the seed.")
 
 
 class TrainingConfig(_Part):
-    """How long, how fast, how judged."""
+    """Length, learning rate, optimizer and evaluation."""
 
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 2e-4
     num_train_epochs: Annotated[float, Field(gt=0.0)] = 1.0
@@ -110,20 +118,22 @@ class TrainingConfig(_Part):
     warmup_steps: NonNegativeInt | None = Field(None, description="Overrides warmup_ratio.")
     optim: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    max_grad_norm: Annotated[float, Field(ge=0.0)] = Field(1.0, description="0 turns clipping off.")
+    max_grad_norm: Annotated[float, Field(ge=0.0)] = Field(1.0, description="0 disables clipping.")
     adam_beta1: Fraction = 0.9
     adam_beta2: Fraction = 0.999
     adam_epsilon: Annotated[float, Field(gt=0.0)] = 1e-8
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
     seed: NonNegativeInt | None = Field(None, description="Drawn, printed and stored when unset.")
     logging_steps: PositiveInt = 1
-    eval_steps: PositiveInt | None = Field(None, description="Evaluate every so many steps; before and after always.")
+    eval_steps: PositiveInt | None = Field(
+        None, description="Evaluate every this many steps; always before and after training."
+    )
     early_stopping_patience: PositiveInt | None = Field(
-        None, description="Stop after so many evaluations without improvement. Needs eval_steps."
+        None, description="Stop after this many evaluations without improvement. Needs eval_steps."
     )
     load_best_adapter_at_end: bool = Field(True, description="Keep the adapter with the lowest evaluation loss.")
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
-    sample_prompts: tuple[str, ...] = Field((), description="Answered before and after training.")
+    sample_prompts: tuple[str, ...] = Field((), description="Prompts that are answered before and after training.")
 
     @field_validator("seed")
     @classmethod
@@ -137,9 +147,13 @@ class CheckpointConfig(_Part):
     """When the run is saved."""
 
     save_steps: NonNegativeInt | None = Field(
-        100, description="Every so many steps, and at the end; none or 0: only there, and where the run is stopped."
+        100,
+        description="Save every this many steps and at the end; none or 0: only at the end, and when the run is "
+        "stopped.",
     )
-    save_total_limit: Annotated[int, Field(ge=2)] = Field(2, description="Older ones are removed; never below 2.")
+    save_total_limit: Annotated[int, Field(ge=2)] = Field(
+        2, description="Older checkpoints are removed; at least 2 are kept."
+    )
 
 
 class BackendConfig(_Part):
@@ -170,7 +184,7 @@ class RunConfig(_Part):
         if training.eval_steps and not (data.validation_path or data.validation_fraction):
             raise ValueError("training.eval_steps needs data.validation_path or data.validation_fraction")
         if data.validation_path and data.validation_fraction:
-            raise ValueError("data.validation_path and data.validation_fraction exclude each other")
+            raise ValueError("data.validation_path and data.validation_fraction are mutually exclusive")
         if data.validation_split and not data.validation_path:
             raise ValueError("data.validation_split needs data.validation_path")
         if training.max_steps and training.warmup_steps and training.warmup_steps > training.max_steps:

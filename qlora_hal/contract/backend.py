@@ -362,8 +362,8 @@ def check_served(
     if lacks := unmet_requirements(needs, spec.capabilities):
         raise UnsupportedFeatureError(
             "QH-B01",
-            f"Backend {spec.name} lacks what was asked: {'; '.join(lacks)}.",
-            fix="Run qlora-hal backends to see which backend has it.",
+            f"Backend {spec.name} does not support what was requested: {'; '.join(lacks)}.",
+            fix="Run qlora-hal backends to see which backend supports it.",
             context={"lacks": list(lacks)},
         )
 
@@ -384,6 +384,6 @@ def check_optimizer(name: str, spec: BackendSpec) -> None:
 def _undeclared(trainer: QuantizedLoRATrainer, feature: str) -> Exception:
     return UnsupportedFeatureError(
         "QH-B01",
-        f"Backend {trainer.spec.name} does not offer {feature}.",
+        f"Backend {trainer.spec.name} does not support {feature}.",
         fix="Run qlora-hal backends to see which backend does.",
     )

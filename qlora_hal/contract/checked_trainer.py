@@ -52,7 +52,9 @@ class CheckedTrainer:
         with self._checked("proved_compute_dtypes"):
             found, declared = self._trainer.proved_compute_dtypes(), self._trainer.spec.capabilities.compute_dtypes
             if not found or isinstance(found, str) or not declared.issuperset(found):
-                raise self._broken(f"proved_compute_dtypes gave {found!r}; it declares {', '.join(sorted(declared))}")
+                raise self._broken(
+                    f"proved_compute_dtypes returned {found!r}; it declares {', '.join(sorted(declared))}"
+                )
             return tuple(found)
 
     def load(self, source: ModelSource, quantization: Quantization, compute: Compute) -> None:
@@ -100,9 +102,9 @@ class CheckedTrainer:
             if adapter.config != self._config:
                 names = [f.name for f in fields(AdapterConfig)]
                 other = [name for name in names if getattr(adapter.config, name) != getattr(self._config, name, None)]
-                raise self._broken(f"export_adapter gave another {', '.join(other)} than was attached")
+                raise self._broken(f"export_adapter returned another {', '.join(other)} than was attached")
             if strange := [name for name, tensor in adapter.tensors.items() if not np.isfinite(tensor).all()]:
-                raise self._broken(f"export_adapter gave numbers that are not finite in {', '.join(strange[:5])}")
+                raise self._broken(f"export_adapter returned numbers that are not finite in {', '.join(strange[:5])}")
             return adapter
 
     def export_optimizer(self) -> OptimizerSnapshot:
@@ -110,7 +112,9 @@ class CheckedTrainer:
             snapshot = self._trainer.export_optimizer()
             self._require(OptimizerSnapshot, snapshot, "export_optimizer")
             if snapshot.step != self._steps_applied:
-                raise self._broken(f"export_optimizer gave step {snapshot.step} after {self._steps_applied} updates")
+                raise self._broken(
+                    f"export_optimizer returned step {snapshot.step} after {self._steps_applied} updates"
+                )
             moments = {f"{n}.{k}": s for n, s in self._expected.items() for k in ("exp_avg", "exp_avg_sq")}
             self._check_tensors(snapshot.moments, moments, "export_optimizer")
             return snapshot
@@ -124,7 +128,7 @@ class CheckedTrainer:
         with self._checked("logits"):
             found = self._trainer.logits(batch)
             if not isinstance(found, np.ndarray) or found.ndim != 3 or found.shape[:2] != batch.input_ids.shape:
-                raise self._broken(f"logits gave {_kind(found)} for a batch {list(batch.input_ids.shape)}")
+                raise self._broken(f"logits returned {_kind(found)} for a batch {list(batch.input_ids.shape)}")
             return found
 
     def dequantized_weight(self, module: str) -> Float32:
@@ -132,7 +136,7 @@ class CheckedTrainer:
             expected = self._trainer.linear_modules()[module].weight
             found = self._trainer.dequantized_weight(module)
             if not isinstance(found, np.ndarray) or found.shape != expected or found.dtype != np.float32:
-                raise self._broken(f"dequantized_weight gave {_kind(found)} for {module}, {list(expected)}")
+                raise self._broken(f"dequantized_weight returned {_kind(found)} for {module}, {list(expected)}")
             return found
 
     def generate(
@@ -170,9 +174,9 @@ class CheckedTrainer:
 
     def _require(self, kind: type, found: object, method: str) -> None:
         if not isinstance(found, kind):
-            raise self._broken(f"{method} gave a {type(found).__name__}, not {kind.__name__}")
+            raise self._broken(f"{method} returned a {type(found).__name__}, not {kind.__name__}")
         if wrong := wrong_fields(found):
-            raise self._broken(f"{method} gave {kind.__name__} with wrong fields: {'; '.join(wrong)}")
+            raise self._broken(f"{method} returned {kind.__name__} with wrong fields: {'; '.join(wrong)}")
 
     def _check_tensors(self, found: Mapping[str, object], expected: Mapping[str, tuple[int, ...]], method: str) -> None:
         wrong = [
@@ -184,7 +188,7 @@ class CheckedTrainer:
         ]
         wrong += sorted(set(found) - set(expected))
         if wrong:
-            raise self._broken(f"{method} gave wrong, missing or extra tensors: {', '.join(wrong[:5])}")
+            raise self._broken(f"{method} returned wrong, missing or extra tensors: {', '.join(wrong[:5])}")
 
     def _broken(self, what: str) -> BackendContractError:
         return BackendContractError(
@@ -210,6 +214,6 @@ class _CheckedStep:
             if stats.token_count != self._token_count:
                 raise guard._broken(f"resolve counted {stats.token_count} tokens of {self._token_count}")
             if stats.grad_norm < 0:
-                raise guard._broken(f"resolve gave the gradient norm {stats.grad_norm}")
+                raise guard._broken(f"resolve returned the gradient norm {stats.grad_norm}")
             guard._steps_applied += stats.applied
             return stats

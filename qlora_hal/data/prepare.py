@@ -101,7 +101,7 @@ def hold_out(store: TokenStore, fraction: float, seed: int) -> tuple[TokenStore,
             "QH-D01",
             f"All {len(store)} usable rows have the same text; none can be held out for validation.",
             where="data.validation_fraction",
-            fix="Give more rows, or name a file in data.validation_path.",
+            fix="Add more rows, or name a file in data.validation_path.",
         )
     # np.unique sorts by digest, which says nothing of the place in the file; the order is drawn over that.
     order = permutation(len(texts), seed, Purpose.HOLD_OUT)
@@ -122,9 +122,9 @@ def _validation_source(path: str, split: str | None) -> Source:
         return open_source(path, split or "validation")
     raise DataError(
         "QH-D50",
-        f"{path!r} has no splits, and the split {split!r} was named.",
+        f"{path!r} has no splits, but the split {split!r} was given.",
         where="data.split",
-        fix="Leave data.split out, or name the file itself in data.path.",
+        fix="Remove data.split, or name the file itself in data.path.",
     )
 
 
@@ -133,7 +133,7 @@ def _trained_on_itself(train: Source, validation: Source) -> DataError:
         "QH-D65",
         f"The validation rows ({validation.name}) are the training rows ({train.name}).",
         where="data.validation_path",
-        cause="A loss on rows that are trained on says nothing of other rows.",
+        cause="A loss on rows that are trained on says nothing about other rows.",
         fix="Name other rows, another data.validation_split, or a data.validation_fraction instead.",
     )
 
@@ -162,14 +162,14 @@ def _tokenised(
             path.unlink(missing_ok=True)
             raise DataError(
                 "QH-D64",
-                f"The data {source.name!r} changed while it was read.",
+                f"The data {source.name!r} changed while it was being read.",
                 where="data.path",
-                fix="Wait until the file is written, then start again.",
+                fix="Wait until the file is completely written, then start again.",
             )
         found = store, report
     store, report = found
     again = (
-        [f"the tokens of {source.name} were prepared again: {path.name} does not serve, {problem}"] if problem else []
+        [f"the tokens of {source.name} were prepared again: {path.name} cannot be used, {problem}"] if problem else []
     )
     alerts = [*source.alerts, *report.alerts, *again]
     report = replace(report, source=source.name, duplicate_rows=_duplicates(store), alerts=alerts)
@@ -188,7 +188,7 @@ def _from_cache(path: Path, fingerprint: str) -> tuple[tuple[TokenStore, SourceR
     try:
         store, metadata = open_store(path)
         if metadata.get("fingerprint") != fingerprint:
-            return None, "it is of other rows or settings"
+            return None, "it belongs to other rows or settings"
         return (store, SourceReport.from_json(json.loads(metadata["report"]))), ""
     except FileNotFoundError:
         return None, ""

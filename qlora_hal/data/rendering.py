@@ -191,8 +191,8 @@ def _digest(row: Row, text: str) -> bytes:
             "QH-D08",
             f"The text holds the lone surrogate U+{ord(text[error.start]):04X}, half of a character.",
             where=row.where,
-            cause="It has no UTF-8 form; half of an emoji is left when a text is cut by UTF-16 units.",
-            fix="Correct the row, or set data.on_bad_row to skip to count such rows and go on.",
+            cause="It has no UTF-8 form; half of an emoji is left when a text is cut by UTF-16 code units.",
+            fix="Correct the row, or set data.on_bad_row to skip, which skips such rows and counts them.",
             context={"row": row.number},
         ) from error
 
@@ -200,9 +200,9 @@ def _digest(row: Row, text: str) -> bytes:
 def _turn_not_found(row: Row, fault: TurnNotFound) -> DataError:
     return DataError(
         "QH-D12",
-        f"The chat template rewrites message {fault.turn + 1} (role assistant) so that its place cannot be told.",
+        f"The chat template rewrites message {fault.turn + 1} (role assistant) so that its place cannot be determined.",
         where=row.where,
-        cause="Where the answer stands in the rendered text decides what is trained.",
+        cause="Where the answer appears in the rendered text decides what is trained.",
         fix="Use a template with {% generation %} marks, or name a built-in one in data.chat_template.",
         context={"row": row.number, "message": fault.turn + 1},
     )

@@ -69,7 +69,7 @@ class SourceReport:
         """The report as lines of text."""
         shapes = ", ".join(f"{shape} {count}" for shape, count in self.shapes.items())
         lines = [
-            f"source: {self.source} ({self.kind}); shape: {shapes} ({self.evidence}); template: {self.template}",
+            f"source: {self.source} ({self.kind}); format: {shapes} ({self.evidence}); template: {self.template}",
             f"rows: {self.rows_used} of {self.rows_read} used{self._dropped()}",
             f"tokens: {self.trained_tokens} of {self.all_tokens} trained "
             f"({100 * self.trained_tokens / max(1, self.all_tokens):.1f} %)",
@@ -115,7 +115,7 @@ class SourceReport:
                 f"special tokens written in messages, encoded as text: {met} (in {self.rows_with_special} rows)"
             )
         if self.double_bos_rows:
-            remarks.append(f"bos stood twice at the beginning of {self.double_bos_rows} rows; one was removed")
+            remarks.append(f"bos appeared twice at the beginning of {self.double_bos_rows} rows; one was removed")
         if self.empty_turns:
             remarks.append(f"assistant turns without content, which carry no loss: {self.empty_turns}")
         if self.duplicate_rows:
@@ -162,7 +162,7 @@ class DataReport:
     def alerts(self) -> list[str]:
         """What the user is told even where no report is shown."""
         held = self.validation.alerts if self.validation else ()
-        leaked = f"{self.leaked_rows} validation rows are also trained on; their loss says nothing of other rows"
+        leaked = f"{self.leaked_rows} validation rows are also trained on; their loss says nothing about other rows"
         alerts = [*self.train.alerts, *(f"validation {text}" for text in held)]
         return [*alerts, leaked] if self.leaked_rows else alerts
 

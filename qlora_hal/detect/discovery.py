@@ -160,7 +160,7 @@ def find(name: str, entries: Sequence[BackendEntry]) -> BackendEntry:
         close = difflib.get_close_matches(name, names, n=1)
         raise BackendNotFoundError(
             "QH-B03",
-            f"No backend is called {name!r}; installed are {', '.join(names)}.",
+            f"There is no backend {name!r}; installed are {', '.join(names)}.",
             fix=f"Did you mean --backend {close[0]}?" if close else "Run qlora-hal backends.",
         )
     if len(matches) > 1:
@@ -178,7 +178,7 @@ def open_trainer(spec: BackendSpec, options: Mapping[str, object] | None = None)
     if not isinstance(trainer, QuantizedLoRATrainer):
         raise BackendContractError(
             "QH-B02",
-            f"{spec.trainer} gave a {type(trainer).__name__}, not a QuantizedLoRATrainer.",
+            f"{spec.trainer} returned a {type(trainer).__name__}, not a QuantizedLoRATrainer.",
             fix=f"Report this to the author of {spec.name}.",
         )
     return trainer
@@ -193,7 +193,7 @@ def outline_of(spec: BackendSpec, source: ModelSource, options: Mapping[str, obj
     if not isinstance(outline, ModelOutline):
         raise BackendContractError(
             "QH-B02",
-            f"{spec.outline} gave a {type(outline).__name__}, not a ModelOutline.",
+            f"{spec.outline} returned a {type(outline).__name__}, not a ModelOutline.",
             fix=f"Report this to the author of {spec.name}.",
         )
     return outline
@@ -274,18 +274,18 @@ def _probe_in_child(entry: BackendEntry) -> ProbeReport:
         )
     except SubprocessCallError as silence:
         if silence.waited is not None:
-            patience = "Try again when the machine has less to do; if it stays silent, tell the author of"
+            patience = "Try again when the machine is less busy; if it still does not respond, tell the author of"
             return _broken(entry, f"its probe {silence}", fix=f"{patience} {entry.distribution}.")
         return _broken(entry, f"its probe {silence}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return _broken(entry, f"its probe gave no report: {error}")
+        return _broken(entry, f"its probe returned no report: {error}")
 
 
 def _broken(entry: BackendEntry, reason: str, *, fix: str = "") -> ProbeReport:
     return ProbeReport(
         entry.name,
         Availability.BROKEN,
-        f"{entry.distribution} could not be asked: {reason}",
+        f"{entry.distribution} could not be queried: {reason}",
         fix or _repair(entry),
         distribution=entry.distribution,
     )
@@ -294,7 +294,7 @@ def _broken(entry: BackendEntry, reason: str, *, fix: str = "") -> ProbeReport:
 def _contract_error(entry: BackendEntry, reason: str) -> BackendContractError:
     return BackendContractError(
         "QH-E09",
-        f"Backend {entry.name} of {entry.distribution} does not fit: {reason}.",
+        f"Backend {entry.name} of {entry.distribution} is not compatible: {reason}.",
         fix=f"Install a version of {entry.distribution} for contract {CONTRACT_VERSION}.",
     )
 

@@ -33,4 +33,4 @@ def pressure_note(facts: MachineFacts | None = None) -> str:
     facts = facts or LiveFacts()
     if facts.platform().system != "Darwin" or not (found := pressure(facts.sysctl())):
         return ""
-    return f"{found}: a model that is swapped trains many times slower, or is ended by the system. {REMEDY}"
+    return f"{found}: a model that is swapped trains many times slower, or is killed by the system. {REMEDY}"

@@ -152,13 +152,13 @@ def _ask_nvml(facts: LiveFacts) -> NvmlFacts | None:
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
-        return NvmlFacts(failure=f"The NVIDIA driver does not answer: {error}.")
+        return NvmlFacts(failure=f"The NVIDIA driver does not respond: {error}.")
     try:
         version = int(pynvml.nvmlSystemGetCudaDriverVersion_v2())
         devices = tuple(_nvml_device(pynvml, index) for index in range(int(pynvml.nvmlDeviceGetCount())))
         return NvmlFacts(_text(pynvml.nvmlSystemGetDriverVersion()), (version // 1000, version % 1000 // 10), devices)
     except pynvml.NVMLError as error:
-        return NvmlFacts(failure=f"The NVIDIA driver does not answer: {error}.")
+        return NvmlFacts(failure=f"The NVIDIA driver does not respond: {error}.")
     finally:
         pynvml.nvmlShutdown()
 

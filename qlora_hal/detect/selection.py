@@ -42,14 +42,14 @@ def choose(
     overridden = ask_hook(tuple(reports), needs)
     if overridden is not None:
         choice = _named(overridden, needs, entries, reports)
-        return Choice(choice.spec, "the qlora_hal_choose_backend hook named it", rejections)
+        return Choice(choice.spec, "the qlora_hal_choose_backend hook chose it", rejections)
     accelerated = [spec for spec in able if has_accelerator(spec, reports)]
     if accelerated:
         return _highest(accelerated, able, rejections, "it is ready and has the highest priority")
     if able and allow_cpu:
         return _highest(able, able, rejections, "no accelerator is ready and the CPU is allowed")
     for spec in able:
-        rejections[spec.name] = "ready, but auto takes the CPU only when backend.allow_cpu is true"
+        rejections[spec.name] = "ready, but auto chooses the CPU only when backend.allow_cpu is true"
     raise _nothing_fits(rejections, reports, able)
 
 
@@ -68,11 +68,11 @@ def _named(name: str, needs: Requirements, entries: Sequence[BackendEntry], repo
     if lacks:
         raise UnsupportedFeatureError(
             "QH-B01",
-            f"Backend {name} lacks what this run needs: {'; '.join(lacks)}.",
+            f"Backend {name} does not support what this run needs: {'; '.join(lacks)}.",
             fix=_who_can(needs, entries, reports, but_not=name),
             context={"lacks": list(lacks)},
         )
-    return Choice(spec, "it was named")
+    return Choice(spec, "it was requested")
 
 
 def _able_backends(
@@ -91,7 +91,7 @@ def _able_backends(
             continue
         lacks = unmet_requirements(needs, spec.capabilities)
         if lacks:
-            rejections[spec.name] = f"lacks {'; '.join(lacks)}"
+            rejections[spec.name] = f"does not support {'; '.join(lacks)}"
         else:
             able.append(spec)
     return able, rejections
@@ -123,7 +123,7 @@ def _who_can(
     ]
     if able:
         return f"Choose --backend {able[0]}, or change the setting."
-    return "Change the setting; no ready backend here has it."
+    return "Change the setting; no ready backend here supports it."
 
 
 def _lacks_arithmetic(spec: BackendSpec, needs: Requirements, reports: Sequence[ProbeReport]) -> bool:
@@ -139,7 +139,7 @@ def _nothing_fits(
     fixes = {report.backend: report.fix for report in reports if report.fix}
     return BackendUnavailableError(
         "QH-E01",
-        f"No backend with an accelerator can serve this run:\n{listing}",
+        f"No backend with an accelerator can be used for this run:\n{listing}",
         fix=_on_the_cpu(max(on_cpu, key=lambda spec: (spec.priority, spec.name)).name)
         if on_cpu
         else "Run qlora-hal doctor: it prints one fix for each.",

@@ -41,8 +41,8 @@ def self_test(backend: str, *, timeout_seconds: float = 120.0) -> Mapping[str, o
         return ask("qlora_hal.detect.self_test", backend, seconds=timeout_seconds)
     except SubprocessCallError as silence:
         if silence.waited is not None:
-            return _failed(f"not proved: the proving process {silence}", fix=_more_time(backend, silence.waited))
-        return _failed(f"the proving process {silence}")
+            return _failed(f"not verified: the self-test process {silence}", fix=_more_time(backend, silence.waited))
+        return _failed(f"the self-test process {silence}")
 
 
 def _failed(reason: str, *, fix: str = "Update the driver and the backend's packages.") -> Mapping[str, object]:
@@ -52,7 +52,7 @@ def _failed(reason: str, *, fix: str = "Update the driver and the backend's pack
 def _more_time(backend: str, seconds: float) -> str:
     """A process that is only slow says nothing of drivers or packages."""
     return (
-        f"Run it when nothing else runs, or with more time: qlora-hal doctor --backend {backend} "
+        f"Run it when the machine is idle, or with a longer time limit: qlora-hal doctor --backend {backend} "
         f"--timeout {4 * seconds:.0f}"
     )
 

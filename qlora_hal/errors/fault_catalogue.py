@@ -28,13 +28,13 @@ AREAS: Mapping[str, str] = {
 }
 
 EXIT_STATUSES: Mapping[int, str] = {
-    0: "done, or the run goes on",
+    0: "done, or the run continues",
     1: "a defect of this tool",
     2: "usage or configuration",
     3: "environment or backend",
     4: "data",
     5: "model or adapter does not fit",
-    6: "numbers: not finite, or nothing was learnt",
+    6: "numbers: not finite, or nothing was learned",
     7: "out of memory",
     8: "storage",
     9: "no valid checkpoint",
@@ -42,7 +42,7 @@ EXIT_STATUSES: Mapping[int, str] = {
     11: "network or hub",
     12: "output folder is locked",
     20: "conformance failures were found",
-    75: "stopped with the state saved: run again to go on",
+    75: "stopped with the state saved: can be resumed",
     129: "stopped by a closed terminal without a new save",
     130: "stopped from the keyboard without a new save",
     143: "stopped by a signal without a new save",

@@ -185,7 +185,7 @@ class Merge:
                 self._write("dequantized", self._plan.trained_base, self._trained_files, modules, weight)
             other, compute = merged_backend(spec, chosen.compute, self._source.facts.model_type)
             if other is not spec:
-                self._note(f"{spec.name} loads no unquantized model; {other.name} runs the merged one")
+                self._note(f"{spec.name} does not load unquantized models; {other.name} runs the merged one")
             return AdapterModel(modules, effect, chosen, trainer.device_facts(), other, compute)
         finally:
             trainer.close()

@@ -54,7 +54,7 @@ def choose_compute(
     if "float32" in proved and subject.trained_dtype in ("auto", "float32"):
         return ChosenCompute(Compute("float32", options=options), f"{_EXACT_IN_FLOAT32}, and so was the training")
     if "float32" not in proved:
-        reason = "the device proved no float32"
+        reason = "the device was not shown to compute float32"
     elif not _same_base_in_float32(facts, resolved_backend.quantization, subject.trained_dtype):
         reason = f"the run's: the base was quantized from its weights in {subject.trained_dtype}"
     elif memory_limit is not None and memory_limit < needed:

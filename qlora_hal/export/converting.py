@@ -72,7 +72,7 @@ def convert_adapter(source: Path, out: Path, *, to: Layout, model: ModelSource |
     if os.path.lexists(out):
         raise StorageError(
             "QH-S14",
-            f"{out} is there already; a new folder is expected.",
+            f"{out} already exists; a new folder is expected.",
             where=str(out),
             fix="Name another folder; nothing was written.",
         )
@@ -165,7 +165,7 @@ def _refuse_same(folder: Path, layout: Layout) -> NoReturn:
         "QH-U53",
         f"The adapter is in the {layout} layout already.",
         where=str(folder),
-        fix=f"Use it as it is, or convert it with --to {other}.",
+        fix=f"Use it unchanged, or convert it with --to {other}.",
     )
 
 
@@ -174,6 +174,6 @@ def _refuse_folder(path: Path, problem: str, cause: BaseException | None = None)
         "QH-C50",
         f"{path.name} {problem}.",
         where=str(path),
-        fix="Name a run's folder, or a folder with adapter_config.json beside adapter_model.safetensors (PEFT) or "
+        fix="Name a run's folder, or a folder with adapter_config.json next to adapter_model.safetensors (PEFT) or "
         "adapters.safetensors (mlx-lm).",
     ) from cause

@@ -81,7 +81,7 @@ def model_card(record: Mapping[str, object], base_name: str, rows: Sequence[tupl
     text = [*front, "---", "", "# Merged model", ""]
     text += [
         "A LoRA adapter merged into its base with qlora_hal. The merged model was compared with base and adapter, as",
-        f"they were trained, on rows of text; `{RECORD_FILE}` holds every figure. The licence of the base applies.",
+        f"they were trained, on rows of text; `{RECORD_FILE}` holds every figure. The license of the base applies.",
         "",
         "| | |",
         "|---|---|",

@@ -82,7 +82,7 @@ def derived_limits(
             f"a tenth of what the adapter changes ({effect.kl_mean:.3g}); rounding alone would allow {by_rounding:.3g}"
         )
     close = float(np.mean(spread.margins < LEAD_DEVIATIONS * move))
-    top1, top1_reason = 1.0 - close, f"{close:.2%} of the tokens have a first word that rounding could move"
+    top1, top1_reason = 1.0 - close, f"{close:.2%} of the tokens have a first word that rounding could change"
     if max_kl is not None:
         kl, kl_reason = max_kl, "given"
     if min_top1 is not None:
@@ -97,17 +97,18 @@ def require_close(closeness: Closeness, limits: Limits, *, base: str, dtype: str
     other_base = base == "original" and not trained_on_original
     wider = "float32" if dtype == "float16" else "float32 or float16"
     if other_base:
-        fix = "Merge into the base that was trained on (--base dequantized), or state how far it may be: --max-kl."
+        fix = "Merge into the base that was trained on (--base dequantized), or set the limit yourself: --max-kl."
     elif dtype != "float32":
-        fix = f"Merge into {wider}, keep the adapter separate, or state how far it may be: --max-kl, --min-top1."
+        fix = f"Merge into {wider}, keep the adapter separate, or set the limit yourself: --max-kl, --min-top1."
     else:
-        fix = "Keep the adapter separate, or state how far it may be: --max-kl, --min-top1."
+        fix = "Keep the adapter separate, or set the limit yourself: --max-kl, --min-top1."
     raise NumericsError(
         "QH-C21",
         f"The merged model is not the adapter model: KL {closeness.kl_mean:.3g} nats per token (at most "
         f"{limits.max_kl:.3g}: {limits.kl_reason}), top-1 agreement {closeness.top1:.2%} (at least "
         f"{limits.min_top1:.2%}). Nothing was written.",
-        cause="The adapter was trained on the quantized base, and corrects for its errors, which the original has not."
+        cause="The adapter was trained on the quantized base, and corrects for its errors, which the original "
+        "does not have."
         if other_base
         else f"Rounding the merged weights to {dtype} changes them too much for what the adapter adds.",
         fix=fix,

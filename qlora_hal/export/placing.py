@@ -19,7 +19,7 @@ def check_free(out: Path) -> list[str]:
     if os.path.lexists(out) and (out.is_symlink() or not out.is_dir() or any(out.iterdir())):
         raise StorageError(
             "QH-C60",
-            f"{out} is there already; a new folder is expected.",
+            f"{out} already exists; a new folder is expected.",
             where=str(out),
             cause="A merged model never replaces another, or mixes with other files.",
             fix="Name another folder, or remove this one.",

@@ -142,9 +142,9 @@ def _reason(plan: MergePlan, base: str, closeness: Mapping[str, Closeness]) -> s
     if len(closeness) > 1:
         return "measured: it is the closer one to the adapter model"
     if plan.trained_on_original:
-        return "it was trained on as it is"
+        return "it was trained on unchanged"
     if plan.request.base == base:
-        return "asked for"
+        return "requested"
     return "the folder holds no other weights"
 
 

@@ -145,7 +145,7 @@ def calibrating_backend(weight_format: WeightFormat) -> BackendSpec:
         "QH-B01",
         f"No backend that is ready here quantizes to {weight_format.value}.",
         where="requantize",
-        fix="Install one (qlora-hal backends says how), or leave requantize out.",
+        fix="Install one (qlora-hal backends says how), or omit requantize.",
     )
 
 

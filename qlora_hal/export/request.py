@@ -82,7 +82,7 @@ def check_request(request: MergeRequest) -> None:
     if wrong:
         raise ConfigError(
             "QH-C62",
-            f"This merge cannot be served: {'; '.join(wrong)}.",
+            f"This merge is not possible: {'; '.join(wrong)}.",
             where="merge",
             fix="Use one of the values named.",
             context={"wrong": wrong},

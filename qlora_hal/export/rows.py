@@ -92,7 +92,7 @@ def held_out_rows(request: MergeRequest, subject: Subject, tokenizer: ChatTokeni
             first = _scored(store)[: request.row_limit]
             return _rows(store, first, "named", Path(request.rows).name, tokenizer)
     if subject.run_dir is None:
-        raise _no_rows(f"{subject.adapter_dir} lies in no run, so no rows are known")
+        raise _no_rows(f"{subject.adapter_dir} is not in a run, so no rows are known")
     store, validation = _rows_of_run(subject, tokenizer, facts)
     name = subject.run_dir.resolve().name
     if validation is not None and len(validation):
@@ -112,7 +112,7 @@ def _rows_of_run(subject: Subject, tokenizer: ChatTokenizer, facts: ModelFacts) 
             rows = kept_rows(subject.run_dir)
             return _prepared(subject.config.data, tokenizer, Path(folder), subject, facts, rows)
     except (DataError, OSError) as error:
-        raise _no_rows(f"the run's own rows cannot be read any more ({error})") from error
+        raise _no_rows(f"the run's own rows can no longer be read ({error})") from error
 
 
 def _prepared(
@@ -151,6 +151,6 @@ def _no_rows(why: str) -> ConfigError:
         "QH-C64",
         f"There are no rows to compare adapter and merged model on: {why}.",
         where="rows",
-        cause="A merge is given only after the merged model was compared with the adapter.",
-        fix="Name some: --rows FILE.jsonl (the shapes that train reads).",
+        cause="A merged model is kept only after it has been compared with the adapter.",
+        fix="Give some with --rows FILE.jsonl (in any format that train reads).",
     )

@@ -98,5 +98,5 @@ def require_known_storage(subject: Subject, request: MergeRequest, *, prequantiz
         where=str(subject.adapter_dir),
         cause="An adapter trained on 4-bit weights corrects for their rounding; on the original weights it is another "
         "model.",
-        fix="Say it: --weight-format none for plain LoRA, --weight-format nf4 (and --double-quant) for QLoRA.",
+        fix="Specify it: --weight-format none for plain LoRA, --weight-format nf4 (and --double-quant) for QLoRA.",
     )

@@ -102,7 +102,7 @@ class MergedModel:
                 "QH-C62",
                 f"{len(absent)} adapted layers are stored under other names than the loaded model has for them "
                 f"({absent[0]}); a merge writes tensors under their stored names.",
-                fix="Use the adapter beside its base, or save the base again with the model library that renames it.",
+                fix="Use the adapter with its base, or save the base again with the model library that renames it.",
                 context={"modules": absent},
             )
         return tuple(planned)

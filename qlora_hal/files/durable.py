@@ -180,16 +180,16 @@ def _what_is_full(problem: OSError, place: Path, needed: int | None, free: int |
     if problem.errno == errno.EFBIG:
         return "File size limit reached", "Raise the limit (ulimit -f)"
     if problem.errno == getattr(errno, "EDQUOT", None):
-        return "Quota used up", "Remove files of yours there, or have the quota raised"
+        return "Quota used up", "Remove your files there, or have the quota raised"
     if free_files(place) == 0:
         return (
-            "No room for another file (the file system has no inode left, though it has bytes)",
-            "Remove files there, small ones count as much as large ones",
+            "No room for another file (the file system is out of inodes, though it has free bytes)",
+            "Remove files there; small ones count as much as large ones",
         )
     if free is not None and free > max(needed or 0, _SURELY_ROOM):
         return (
             "Disk full",
-            "Free space; where many bytes are free, a quota or the file system's own tables are full",
+            "Free space; if many bytes are free, a quota or the file system's own tables are full",
         )
     return "Disk full", "Free space, or raise the quota or file size limit"
 

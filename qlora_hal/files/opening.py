@@ -25,7 +25,7 @@ def open_regular(path: Path) -> io.BufferedReader:
     descriptor = os.open(path, os.O_RDONLY | _NO_FOLLOW | _NO_WAIT | _BINARY)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(f"not an ordinary file: {path}")
+            raise OSError(f"not a regular file: {path}")
         return open(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
@@ -37,7 +37,7 @@ def open_appending(path: Path) -> io.BufferedWriter:
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _NO_FOLLOW | _NO_WAIT | _BINARY, 0o666)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "not an ordinary file", str(path))
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
         return open(descriptor, "ab")
     except BaseException:
         os.close(descriptor)
@@ -50,8 +50,8 @@ def refuse_link(path: Path) -> None:
         return
     raise UnsafeInputError(
         "QH-X06",
-        f"{path} is a symbolic link to {ascii(os.readlink(path))[1:-1]}; what a run writes and reads there lies in the "
-        "folder itself.",
+        f"{path} is a symbolic link to {ascii(os.readlink(path))[1:-1]}; what a run writes and reads there must be in "
+        "the folder itself.",
         where=str(path),
         cause="Writing through it would change a file elsewhere, and reading would trust one.",
         fix="Remove the link, or put what it points to in its place.",

@@ -30,10 +30,8 @@ def refused_paths_told() -> Iterator[None]:
             where=shortened(path),
             cause=f"It has {len(path)} characters; most systems take 4096, and 255 between two slashes."
             if problem.errno == errno.ENAMETOOLONG
-            else "The operating system does not let this user in there.",
-            fix="Name another path."
-            if problem.errno == errno.ENAMETOOLONG
-            else "Name another, or have it opened to you.",
+            else "The operating system does not let this user access it.",
+            fix="Name another path." if problem.errno == errno.ENAMETOOLONG else "Name another, or get access to it.",
         ) from problem
 
 

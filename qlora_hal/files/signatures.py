@@ -55,9 +55,12 @@ def other_encoding(beginning: bytes) -> str:
 def what_it_is_instead(path: Path, beginning: bytes) -> tuple[str, str] | None:
     """(what a file is, what to do) where that is not what its name says."""
     if beginning.startswith(_LFS):
-        return "a pointer of Git LFS, not the file itself", lfs_fix(path.parent)
+        return "a Git LFS pointer, not the file itself", lfs_fix(path.parent)
     if beginning.lstrip(b"\xef\xbb\xbf \t\r\n")[:9].lower() in (b"<!doctype", b"<html lan", b"<html><he"):
-        return "a web page", "Download the file itself; a page comes where a login or another address is needed."
+        return (
+            "a web page",
+            "Download the file itself; a web page is returned where a login or another address is needed.",
+        )
     for sign, (what, endings) in _FORMATS.items():
         if beginning.startswith(sign) and path.suffix.lower() not in endings:
             return what, "Unpack or convert it, and name the file by what it holds."

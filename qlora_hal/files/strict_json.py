@@ -147,7 +147,7 @@ def _whole_number(most_digits: int, text: str) -> int:
 
 def _finite(text: str) -> float:
     if math.isinf(number := float(text)):
-        raise JsonProblem(f"{text[:20]} is beyond every number")
+        raise JsonProblem(f"{text[:20]} is too large for a number")
     return number
 
 

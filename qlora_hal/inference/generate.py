@@ -64,7 +64,7 @@ class GenerationPair:
                 "some of them.",
                 where="prompt",
                 cause="Past its positions a model's answers mean nothing.",
-                fix="Ask for less at once; in a chat /reset begins again.",
+                fix="Shorten the prompt; in a chat, /reset starts over.",
                 context={"tokens": taken, "positions": positions},
             )
         return positions - taken
@@ -135,7 +135,7 @@ def _trained(run_dir: Path | None, adapter_dir: Path | None, model: str | None, 
     if run_dir is None and (adapter_dir is None or model is None):
         raise ConfigError(
             "QH-U14",
-            "No run folder is named, and not both an adapter and its model.",
+            "Neither a run folder nor an adapter with its model was given.",
             fix="Name a run folder (--run runs/a), or --adapter DIR and --model NAME.",
         )
     if adapter_dir is not None:
@@ -159,5 +159,5 @@ def _dtype(provenance: Mapping[str, object], backend: str, proved: Sequence[str]
     if backend != provenance.get("backend"):
         return proved[0]  # type: ignore[return-value]
     if trained not in ("auto", *proved):
-        console.note(f"trained in {trained}, which this device does not compute; {proved[0]} is used")
+        console.note(f"trained in {trained}, which this device does not support; {proved[0]} is used")
     return trained if trained in proved else proved[0]  # type: ignore[return-value]

@@ -155,7 +155,7 @@ def _cached(
             f"{'only a part of it' if partly else 'no copy'}.",
             where=repository,
             cause=f"{reason}.",
-            fix="Check the network, the proxy and HF_HUB_OFFLINE, or copy the model's folder here and name that.",
+            fix="Check the network, the proxy and HF_HUB_OFFLINE, or copy the model's folder here and give its path.",
             context={"repository": repository, "revision": revision},
         ) from (cause or error)
     return Snapshot(path, path.name)
@@ -203,7 +203,7 @@ def _http_failure(repository: str, revision: str | None, error: Exception) -> Ex
     if isinstance(error, RepositoryNotFoundError):
         return _refused(
             repository,
-            f"The hub has no model {repository}, or it is private; the hub does not tell which.",
+            f"The hub has no model {repository}, or it is private; the hub does not say which.",
             f"Check the spelling; for a private model run: {_LOGIN}",
         )
     if status == 429 or status >= 500 or status == 408:
@@ -220,7 +220,7 @@ def _refused(repository: str, message: str, fix: str) -> HubError:
 def _incomplete(repository: str, file: str) -> HubError:
     return HubError(
         "QH-E13",
-        f"{file} of {repository} arrives incomplete each time; nothing partial was kept.",
+        f"{file} of {repository} was incomplete at every attempt; nothing partial was kept.",
         where=repository,
         cause="The connection or a proxy cuts the transfer, or the disk of the cache is full.",
         fix="Check the free space of the cache and the network, then start again.",

@@ -43,13 +43,13 @@ _OTHER_TOWERS = frozenset(
 )
 
 _NOTES: Mapping[str, str] = {
-    "conv1d": "{count} Conv1D projections ({names}) carry no LoRA here: they are no linear layers and 4-bit "
+    "conv1d": "{count} Conv1D projections ({names}) carry no LoRA here: they are not linear layers and 4-bit "
     "quantization leaves them as they are",
     "expert": "{count} projections of mixture-of-experts blocks carry no LoRA here: the model libraries store all "
     "experts of a block in one three-dimensional weight",
     "router": "{count} routers ({names}) carry no LoRA",
     "mixer": "{count} projections of state-space mixers ({names}) carry no LoRA: the scan reads their weights itself "
-    "and would pass an adapter by",
+    "and would bypass an adapter",
     "tower": "{count} linear layers of towers that see no text ({names}) carry no LoRA",
 }
 

@@ -24,7 +24,7 @@ def refuse_pointers(folder: Path) -> None:
     if pointers:
         raise ModelError(
             "QH-C70",
-            f"{len(pointers)} files of the model are pointers of Git LFS, not the files themselves: "
+            f"{len(pointers)} files of the model are Git LFS pointers, not the files themselves: "
             f"{', '.join(pointers[:5])}.",
             where=str(folder),
             cause="The folder was cloned without Git LFS.",

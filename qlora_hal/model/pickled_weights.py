@@ -96,7 +96,7 @@ def unpickle(folder: Path, out: Path, tell: Tell) -> Unpickled:
     if os.path.lexists(out):
         raise StorageError(
             "QH-S14",
-            f"{out} is there already; a new folder is expected.",
+            f"{out} already exists; a new folder is expected.",
             where=str(out),
             fix="Name another folder; nothing was written.",
         )
@@ -128,9 +128,9 @@ def find_pickled(folder: Path) -> PickledWeights:
     if safe := [name for name in names if name.endswith(".safetensors")]:
         raise ConfigError(
             "QH-U17",
-            f"{folder} has its weights as safetensors already: {', '.join(safe[:4])}.",
+            f"{folder} already has its weights as safetensors: {', '.join(safe[:4])}.",
             where=str(folder),
-            fix="Use it as it is.",
+            fix="Use it unchanged.",
         )
     pickles = [name for name in names if Path(name).suffix in PICKLE_SUFFIXES and name not in NO_WEIGHTS]
     bases = [name for name in pickles if not _ADAPTER.fullmatch(name)]
@@ -148,7 +148,7 @@ def find_pickled(folder: Path) -> PickledWeights:
         "QH-C71",
         f"{folder} holds no pickled weights."
         if not together
-        else f"{folder} holds {len(together)} pickles, and nothing says which belong together: "
+        else f"{folder} holds {len(together)} pickles, and nothing shows which belong together: "
         f"{', '.join(together[:8])}.",
         where=str(folder),
         fix="Name a folder with pytorch_model.bin, or with pytorch_model.bin.index.json and the files that it names.",

@@ -70,7 +70,7 @@ def unpinned_code(repository: str, revision: str | None) -> UnsafeInputError:
     """The error for trusting code under a name that may mean other code tomorrow."""
     return UnsafeInputError(
         "QH-E14",
-        f"trust_remote_code was given for {repository} at revision {revision or 'main'}, which can move.",
+        f"trust_remote_code was set for {repository} at revision {revision or 'main'}, which can change.",
         where=repository,
         cause="Code that was read today need not be the code that runs tomorrow.",
         fix="Set model.revision to the 40-digit commit whose files you read.",

@@ -88,7 +88,7 @@ def _from_hub(name: str, revision: str | None, trust_remote_code: bool) -> tuple
         snapshot = fetch_snapshot(repository, revision=revision, trust_remote_code=trust_remote_code)
     except HubError as error:
         if error.code != "QH-E13" and not name.startswith(_HUB_ADDRESS):
-            error.message = f"There is no folder {name} here, so it was taken for a hub model. {error.message}"
+            error.message = f"There is no folder {name} here, so it was treated as a hub model. {error.message}"
             error.args = (error.message,)
             error.cause = " ".join(filter(None, [error.cause, _close_names(Path(name))]))
         raise
@@ -115,9 +115,9 @@ def _no_config(folder: Path) -> ModelError:
     inside = below or snapshots
     return ModelError(
         "QH-C70",
-        f"{folder.resolve().name or folder} is no model folder: it has no config.json.",
+        f"{folder.resolve().name or folder} is not a model folder: it has no config.json.",
         where=str(folder),
-        cause=f"Models lie deeper: {', '.join(inside[:5])}." if inside else "",
+        cause=f"Its subfolders hold models: {', '.join(inside[:5])}." if inside else "",
         fix=f"Name {folder / inside[0]}." if inside else "Name the folder that holds config.json and the weights.",
     )
 
@@ -128,7 +128,7 @@ def _close_names(path: Path) -> str:
     except OSError:
         return ""
     close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)
-    return f"Folders with a close name in {path.parent}: {', '.join(close)}." if close else ""
+    return f"Folders with a similar name in {path.parent}: {', '.join(close)}." if close else ""
 
 
 def _file_names(folder: Path) -> list[str]:

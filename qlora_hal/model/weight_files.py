@@ -62,7 +62,7 @@ def read_weight_map(index: Path) -> Mapping[str, str]:
     shards = sorted(set(weight_map.values()))
     for name in shards:
         if Path(name).name != name or name in {"", ".", ".."} or "\\" in name or "\0" in name:
-            raise malformed(index, f"a shard name that leaves the folder: {name[:_LONGEST_NAME]!r}")
+            raise malformed(index, f"a shard name that escapes the folder: {name[:_LONGEST_NAME]!r}")
         if len(name.encode("utf-8", "surrogatepass")) > _LONGEST_NAME:
             raise malformed(
                 index, f"a shard name of {len(name)} characters; a file name has up to {_LONGEST_NAME} bytes"

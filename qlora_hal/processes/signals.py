@@ -43,12 +43,12 @@ class EndedAtOnce(KeyboardInterrupt):
 
     def __str__(self) -> str:
         if self.run_dir is None:
-            return f"ended at once by {self.name}; what was under way is not done."
+            return f"ended immediately by {self.name}; what was in progress is not done."
         if self.safe_step is None:
-            return f"ended at once by {self.name}; no step was saved yet, start again."
+            return f"ended immediately by {self.name}; no step was saved yet, start again."
         return (
-            f"ended at once by {self.name}; step {self.safe_step} is safe on disk. "
-            f"Go on with: qlora-hal resume {self.run_dir}"
+            f"ended immediately by {self.name}; step {self.safe_step} is safe on disk. "
+            f"Resume with: qlora-hal resume {self.run_dir}"
         )
 
 
@@ -66,8 +66,8 @@ def ignored_note() -> str:
     heard = [number.name for number in signals_to_handle()]
     way_out = f"{' or '.join(heard)} stops it" if heard else "nothing but SIGKILL stops it"
     return (
-        f"this process ignores {' and '.join(ignored)} (nohup starts one so, and & in a script): the run will not heed "
-        f"{'it' if len(ignored) == 1 else 'them'}; {way_out}"
+        f"this process ignores {' and '.join(ignored)} (as after nohup, or & in a script), and so does the run; "
+        f"{way_out}"
     )
 
 
@@ -97,7 +97,8 @@ class Requests:
         if not self._announced:
             self._announced = True
             self.announce(
-                f"{self._stop.name}: stopping after this step; the state will be saved. Once more ends at once."
+                f"{self._stop.name}: stopping after this step; the state will be saved. A second one ends the run "
+                "immediately."
             )
         return self._stop.name
 
@@ -105,7 +106,7 @@ class Requests:
         """Whether a save was asked for since the last call."""
         asked, self._save = self._save, False
         if asked:
-            self.announce("SIGUSR1: saving after this step, and going on.")
+            self.announce("SIGUSR1: saving after this step, then continuing.")
         return asked
 
     @contextmanager

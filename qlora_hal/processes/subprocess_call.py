@@ -35,7 +35,7 @@ def ask(module: str, *arguments: str, seconds: float) -> Mapping[str, Any]:
         except subprocess.TimeoutExpired:
             load = load_of_machine()
             busy = f", while the machine was busy ({load})" if load else ""
-            raise SubprocessCallError(f"did not answer within {seconds:.0f} s{busy}", waited=seconds) from None
+            raise SubprocessCallError(f"did not respond within {seconds:.0f} s{busy}", waited=seconds) from None
         finally:
             child_process.ended(child)
         answer, errors = _text(said), _text(complained)
@@ -47,7 +47,7 @@ def ask(module: str, *arguments: str, seconds: float) -> Mapping[str, Any]:
         return found
     last = (errors.strip().splitlines() or ["no message"])[-1]
     ending = f"signal {-child.returncode}" if child.returncode < 0 else f"exit status {child.returncode}"
-    raise SubprocessCallError(f"ended with {ending} and no answer: {one_line(last)}")
+    raise SubprocessCallError(f"ended with {ending} and no response: {one_line(last)}")
 
 
 def load_of_machine() -> str:

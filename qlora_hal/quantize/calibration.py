@@ -101,7 +101,7 @@ def no_calibration(where: str) -> DataError:
         "QH-D62",
         "There is no row with a token to calibrate on.",
         where=where,
-        cause="GPTQ chooses each code by what the layer computes on real input; without any it has nothing to go by.",
+        cause="GPTQ chooses each code by what the layer computes on real input; without any it has no basis.",
         fix="Name a file with rows like those the model will be used on.",
     )
 
@@ -190,12 +190,12 @@ def cached(
     folder = cache_folder() / "quantized" / f"{_safe(source.name)}-{key[:_KEY_DIGITS]}"
     found = read_quantized(folder, source, identity)
     if found is not None:
-        tell(f"the base was quantized before, found again in {folder}")
+        tell(f"the base was already quantized, found in {folder}")
         if note := unverified_note(folder):
             tell(note)
         return found
     if aside := set_aside(folder):
-        tell(f"the base was quantized before, but {folder} is damaged: kept as {aside.name}, remove it when you like")
+        tell(f"the base was already quantized, but {folder} is damaged: kept as {aside.name}, it can be removed")
     return quantize_into(folder, source, spec, recipe, calibration, options, tell)
 
 

@@ -127,7 +127,7 @@ def quantized_for(source: ModelSource, run_dir: Path | None) -> ModelSource:
     """The folder that a run's record names, if it still holds what the run was trained on. Raises ModelError QH-E63."""
     recorded = _recorded(run_dir) if run_dir is not None else {}
     folder = Path(str(recorded.get("folder") or "")).expanduser()
-    problem = "is not there any more"
+    problem = "is gone"
     with suppress(OSError, QloraHalError):
         facts = read_facts(folder)
         is_same = bool(recorded) and facts.fingerprint == recorded.get("fingerprint")
@@ -138,7 +138,7 @@ def quantized_for(source: ModelSource, run_dir: Path | None) -> ModelSource:
         "QH-E63",
         f"The model that {source.name} was quantized into for this run {problem}."
         if recorded
-        else f"{source.name} is not quantized, and no run tells which quantized model belongs to this adapter.",
+        else f"{source.name} is not quantized, and no run records which quantized model belongs to this adapter.",
         where=str(folder) if recorded else source.name,
         cause="It was kept in a cache folder, which may be emptied at any time." if recorded else "",
         fix="Run qlora-hal resume on the run folder, which makes it again; or qlora-hal quantize, and name its folder "
@@ -162,7 +162,7 @@ def _require_free(folder: Path) -> None:
         kind = "a file" if folder.exists() else ""
     if kind:
         raise StorageError(
-            "QH-S14", f"{folder} is {kind}.", where=str(folder), fix="Name a folder that is not there yet."
+            "QH-S14", f"{folder} is {kind}.", where=str(folder), fix="Name a folder that does not exist yet."
         )
 
 
@@ -182,7 +182,7 @@ def _complete(staging: Path, source: ModelSource, identity: Mapping[str, object]
             f"The engine wrote {len(facts.linear_modules)} linear layers of {len(source.facts.linear_modules)}, "
             f"{'not quantized' if facts.prequantized is None else 'quantized'}.",
             where=source.name,
-            fix="Report it with the model's name; quantize another model meanwhile.",
+            fix="Report it with the model's name; quantize another model in the meantime.",
         )
     manifest = {"format": MANIFEST_FORMAT, "made_from": dict(identity), "fingerprint": facts.fingerprint}
     manifest["files"] = {name: _entry(staging / name) for name in _files_in(staging)}

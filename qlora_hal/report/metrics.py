@@ -131,7 +131,7 @@ class MetricsFile:
             raise storage_error(error, self.path, what=f"the log {self.path.name}") from error
         self._replace(content)
         what = "was removed" if aside is None else f"was replaced by another file, kept as {aside.name},"
-        return f"{self.path.name} {what} while this run wrote it; it is there again with all its lines"
+        return f"{self.path.name} {what} while this run wrote it; it was restored with all its lines"
 
     def compare(self, mark: object, step: int) -> str:
         """What to say of a log that is not the one whose `mark` the checkpoint of `step` keeps (None: one of an earlier
@@ -153,9 +153,9 @@ class MetricsFile:
         if marked and 0 < found[0] <= _number(first[0]) and found != first:
             return self._begun_anew(step)
         repeated = sorted(number for number, count in Counter(steps).items() if count > 1)
-        told = [f"lacks {_spans(missing)}"] if missing else []
-        told += [f"holds {_spans(repeated)} more than once"] if repeated else []
-        what = "the curves and times of the run leave out what is gone; the last line of a step counts"
+        told = [f"is missing {_spans(missing)}"] if missing else []
+        told += [f"contains {_spans(repeated)} more than once"] if repeated else []
+        what = "the curves and times of the run omit what is gone; of a duplicate step the last line counts"
         if told:
             return f"{self.path.name} {' and '.join(told)}: {what}"
         changed = f"{self.path.name} was changed after step {step} was saved; curves and times are of what it holds now"
@@ -205,7 +205,7 @@ class MetricsFile:
             raise storage_error(error, self.path, what=f"the log {self.path.name}") from error
         self.is_complete = False
         return (
-            f"{self.path.name} was that of another run; it is kept as {kept.name}, and the log begins after step {step}"
+            f"{self.path.name} belonged to another run; it is kept as {kept.name}, and the log begins after step {step}"
         )
 
 

@@ -237,10 +237,10 @@ def _plain(value: object) -> object:
 
 
 def _no_run(path: Path, why: str) -> ConfigError:
-    what = "is no run folder" if not path.exists() else "cannot be used as a run folder"
+    what = "is not a run folder" if not path.exists() else "cannot be used as a run folder"
     return ConfigError(
         "QH-S50",
-        f"{path.parent} {what}: {RUN_FILE} does not serve, {why}.",
+        f"{path.parent} {what}: {RUN_FILE} is unusable, {why}.",
         where=str(path),
         fix="Name the folder that train wrote; where it has checkpoints, qlora-hal resume writes run.json again.",
     )

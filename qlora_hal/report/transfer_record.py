@@ -42,7 +42,7 @@ class Transfer:
     def lines(self) -> list[str]:
         """For people, before the first step."""
         there = f"{self.from_backend} to {self.to_backend}" if self.from_backend != self.to_backend else self.to_backend
-        told = [f"handed over at step {self.step}: {there}", f"exact: {', '.join(self.exact)}"]
+        told = [f"transferred at step {self.step}: {there}", f"exact: {', '.join(self.exact)}"]
         told.append(f"not exact: {', '.join(self.inexact) or 'nothing but the rounding of each backend'}")
         return told if self.gap is None else [*told, self.gap.as_text()]
 

@@ -35,7 +35,7 @@ def adapter_problem(folder: Path, run_id: object) -> str:
 def _foreign(owner: object, run_id: object) -> str:
     if owner == run_id:
         return ""
-    return "it belongs to another run" if owner is not None else "nothing says that this run wrote it"
+    return "it belongs to another run" if owner is not None else "nothing shows that this run wrote it"
 
 
 def require_own_adapter(folder: Path, run_id: object) -> None:
@@ -68,7 +68,7 @@ def mend_adapters(directory: RunDirectory, progress: Progress, recorder: RunCall
         return
     recorder.note(
         f"the adapter of step {progress.best_step}, with the lowest validation loss so far, is lost: only one that is "
-        "better still can be kept in the place of the last"
+        "better still can replace the last"
     )
 
 

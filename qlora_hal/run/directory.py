@@ -299,7 +299,7 @@ def _refuse_foreign_outputs(path: Path, outputs: Sequence[str]) -> NoReturn:
         "QH-S13",
         f"{path} holds {', '.join(outputs)} but no {RUN_FILE}, so no run of qlora_hal is known to have made them.",
         where="output_dir",
-        cause="Nothing is overwritten that may be somebody else's, not even with --overwrite.",
+        cause="Nothing that may belong to someone else is overwritten, not even with --overwrite.",
         fix=f"Choose another output_dir{or_resume}.",
     )
 

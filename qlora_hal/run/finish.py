@@ -79,9 +79,9 @@ def ended_in(run_dir: Path, ended: EndedAtOnce) -> EndedAtOnce | StoppedError:
         return ended
     return StoppedError(
         "QH-S19",
-        f"Stopped by {ended.name} while no step was under way; step {ended.safe_step} is saved.",
+        f"Stopped by {ended.name} while no step was in progress; step {ended.safe_step} is saved.",
         where=str(run_dir),
-        fix=f"Go on with: qlora-hal resume {run_dir}",
+        fix=f"Resume with: qlora-hal resume {run_dir}",
         context={"step": ended.safe_step},
     )
 
@@ -92,7 +92,7 @@ def print_already_finished(result: TrainResult, console: RunConsole) -> None:
     if any(_is_older(result.run_dir / name, result.run_dir) for name in (REPORT_FILE, LOSS_PICTURE)):
         write_pages(result.run_dir)
     why = "" if result.stopped_because == "finished" else f" by {result.stopped_because}"
-    console.note(f"the run ended{why} after step {result.steps}; nothing is left to do")
+    console.note(f"already finished: the run ended{why} after step {result.steps}")
     console.finished(result, written(result.run_dir))
 
 

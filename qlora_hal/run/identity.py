@@ -78,18 +78,22 @@ def require_own(
     differing |= {key: pair for key, pair in seeds.items() if None not in pair and pair[0] != pair[1]}
     if stamped.get("run_id") != ours.get("run_id"):
         raise _foreign(
-            state.step, folder, "belongs to another run", differing, "begun another time, with these settings"
+            state.step,
+            folder,
+            "belongs to another run",
+            differing,
+            "one that began at another time, with these settings",
         )
     if differing or stamped.get("settings_hash", ours["settings_hash"]) != ours["settings_hash"]:
         raise _foreign(
-            state.step, folder, "was saved with other settings than run.json holds", differing, "unknown ones"
+            state.step, folder, "was saved with settings other than those in run.json", differing, "unknown ones"
         )
     if "run_id" in stamped:
         return []
     same = "settings_hash" in stamped or stamped.get("config_hash") == content.get("config_hash")
     compared = "settings, seed" if same else "seed"
     return [
-        f"step {state.step} is of a run that an earlier release began, without an id: that it is this very run's "
+        f"step {state.step} belongs to a run that an earlier release began, without an id: that it is this run "
         f"{'' if same else 'and has its settings '}cannot be verified; its {compared}, base, tokenizer and data are "
         "compared"
     ]
@@ -107,7 +111,7 @@ def _foreign(
         "QH-C20",
         f"The checkpoint of step {step} {what}: {shown_differences(differing) or otherwise}.",
         where=str(folder),
-        cause="Going on from it would be a run that nobody can repeat.",
+        cause="Continuing from it would be a run that nobody can reproduce.",
         fix=f"Move {folder.name} out of {folder.parent}, and resume again from this run's own. If it is run.json that "
         "came from elsewhere, remove that: resume writes it again.",
         context={"differing": {key: list(pair) for key, pair in differing.items()}},

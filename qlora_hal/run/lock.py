@@ -139,8 +139,8 @@ def _refuse_foreign_file(path: Path) -> None:
             return
         raise UnsafeInputError(
             "QH-X06",
-            f"{path} is {'a second name of another file' if facts.st_nlink > 1 else 'no ordinary file'}; the lock of a "
-            "run is expected.",
+            f"{path} is {'a second name of another file' if facts.st_nlink > 1 else 'not a regular file'}; the lock of "
+            "a run is expected.",
             where=str(path),
             cause="Locking it could change a file elsewhere.",
             fix="Remove it.",

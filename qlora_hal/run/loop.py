@@ -301,5 +301,5 @@ def _no_gradient() -> NumericsError:
         "QH-C18",
         "The first step's gradient norm is 0: no gradient reaches the adapter.",
         cause="A kernel without a backward, or checkpointing that cuts the graph.",
-        fix="Run qlora-hal doctor to have the backend prove its gradients.",
+        fix="Run qlora-hal doctor to check the backend's gradients.",
     )

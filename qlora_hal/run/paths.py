@@ -52,8 +52,8 @@ def require_path(name: str, place: object) -> None:
             "QH-U01",
             f"{name} is a value of type {type(place).__name__}; a path was expected.",
             where=name,
-            cause="A run goes on with what it began with; rows given in memory were kept beside it.",
-            fix=f"Leave {name} out, or give the path where it lies now.",
+            cause="A run resumes with the data it started with; rows given in memory were kept with it.",
+            fix=f"Omit {name}, or give its present path.",
         )
 
 
@@ -78,7 +78,7 @@ def require_paths(config: RunConfig, run_dir: Path, *, reads_data: bool) -> None
             f"What the run was made with is not where it was: {listing}.",
             where=", ".join(gone),
             cause="It was moved or removed, or the run came here from another machine.",
-            fix=f"Say where it lies now: qlora-hal resume {run_dir} {flags}",
+            fix=f"Give its new path: qlora-hal resume {run_dir} {flags}",
             context={"gone": gone},
         )
 

@@ -49,8 +49,8 @@ def require_config_unchanged(run_dir: Path, content: Mapping[str, object], copy:
         "QH-C20",
         f"The configuration in {RUN_FILE} is not the one that the run began with{': ' + listed if listed else ''}.",
         where=str(run_dir / RUN_FILE),
-        cause="Another schedule, batch or adapter from here on would be a run that nobody can repeat.",
-        fix="Undo the edit, or start a new run with the new settings; --model and --data of resume name new places.",
+        cause="Another schedule, batch or adapter from here on would be a run that nobody can reproduce.",
+        fix="Undo the edit, or start a new run with the new settings; --model and --data of resume set new paths.",
         context={"differing": {key: list(pair) for key, pair in differing.items()}},
     )
 
@@ -80,7 +80,7 @@ def _refuse(run_dir: Path, problem: str, *, has_checkpoints: bool) -> NoReturn:
         "QH-S50",
         f"{RUN_FILE} of {run_dir} cannot be used: {problem}; the output folder of an earlier run is expected.",
         where=str(run_dir / RUN_FILE),
-        cause="No checkpoint there keeps a whole copy of it." if has_checkpoints else "",
+        cause="No checkpoint there keeps an intact copy of it." if has_checkpoints else "",
         fix="Restore it from a copy, or start a new run in another folder."
         if has_checkpoints
         else "Name the folder that was output_dir of the run, or start a new run in another folder.",

@@ -86,7 +86,7 @@ def execute(context: RunContext) -> TrainResult:
             "QH-S19",
             f"Stopped by {result.stopped_because} after step {result.steps}; the state is saved.",
             where=str(context.directory.path),
-            fix=f"Go on with: qlora-hal resume {context.directory.path}",
+            fix=f"Resume with: qlora-hal resume {context.directory.path}",
             context={"step": result.steps},
         )
     return result
@@ -160,7 +160,7 @@ class Session:
             return
         apart = sorted(set(told) ^ set(found))
         self._context.console.note(
-            f"the loaded model has other linear layers than its files told: {len(found)} carry the adapter where "
+            f"the loaded model has other linear layers than its files describe: {len(found)} carry the adapter where "
             f"{len(told)} were planned ({', '.join(apart[:3])}{' and others' if len(apart) > 3 else ''})"
         )
         adapter = replace(resolved_backend.adapter, target_modules=found)
@@ -240,7 +240,7 @@ class Session:
             self._context.console.note(problem)
         if dropped := metrics.truncate_after(state.step):
             lines = "a line" if dropped == 1 else f"{dropped} lines"
-            self._context.console.note(f"{lines} of {metrics.path.name} after step {state.step} made anew")
+            self._context.console.note(f"{lines} of {metrics.path.name} after step {state.step} written again")
 
     def _train(
         self, run: RunView, recorder: RunCallbacks, windows: WindowSampler, initial: Adapter
@@ -415,7 +415,7 @@ def chosen_dtype(wanted: str, proved: Sequence[str], backend: str) -> str:
         "QH-N10",
         f"quantization.compute_dtype is {wanted}; on this device {backend} computes {' and '.join(proved)} only.",
         where="quantization.compute_dtype",
-        cause="The hardware has no such arithmetic, or computing with it gave wrong numbers.",
+        cause="The hardware does not support it, or computing with it gave wrong numbers.",
         fix=f"Set it to {proved[0]}{' (with loss scaling)' if proved[0] == 'float16' else ''}, or to auto.",
     )
 

@@ -226,18 +226,18 @@ def _carried(
     _refuse_to_store_anew(state.step, given, changes)
     check_allowed(state.step, changes, transfer=transfer)
     if name != state.provenance["backend"] and config.backend.options != given.backend.options:
-        console.note(f"backend.options are those of {state.provenance['backend']}; {name} has its defaults")
+        console.note(f"backend.options are those of {state.provenance['backend']}; {name} uses its defaults")
     return config, changes
 
 
 def idle_settings(config: RunConfig, *, has_rows: bool) -> Iterator[str]:
     """Notes on settings that this model and these data leave without a meaning; none is passed over in silence."""
     if config.model.revision and Path(config.model.name_or_path).expanduser().is_dir():
-        yield "model.revision is of hub models; a local folder is taken as it is"
+        yield "model.revision applies only to hub models; a local folder is used unchanged"
     if has_rows and config.data.path:
         yield "data.path is not read: rows were given in memory"
     if config.data.split != "train" and (has_rows or not has_splits(config.data.path)):
-        yield "data.split is of what has splits; all rows are read"
+        yield "data.split applies only to data with splits; all rows are read"
 
 
 def _refuse_endless_warmup(prepared: PreparedRun) -> None:
@@ -283,7 +283,7 @@ def _refuse_to_store_anew(step: int, config: RunConfig, changes: Sequence[str]) 
     stored = facts.prequantized.weight_format
     raise CheckpointError(
         "QH-C12",
-        f"Step {step} cannot go on there: {change}, and the base comes quantized to {stored}.",
+        f"Step {step} cannot be resumed there: {change}, and the base comes quantized to {stored}.",
         cause="It holds no 16-bit weights to store in another format, not even with --transfer.",
         fix=f"Resume on a backend that reads {stored}: qlora-hal backends lists them.",
     )

@@ -40,7 +40,7 @@ SUPERVISED_VARIABLE = "QLORA_HAL_SUPERVISED"
 
 _LIKELY_CAUSES: Mapping[int, str] = {
     6: "A driver ends a process that asks for more memory than the device gives, or whose command runs longer than the "
-    "display's watchdog allows; its own message stands above.",
+    "display's watchdog allows; its own message is above.",
     9: "The system ends the largest process when memory runs out.",
     11: "A library below the backend read memory that is not there.",
 }
@@ -109,8 +109,8 @@ def _ended(status: int, run_dir: Path) -> OutOfMemoryError:
         "QH-S24",
         f"The training process was ended by {how}.",
         where=str(run_dir),
-        cause=_LIKELY_CAUSES.get(-status, "Its last message stands above."),
-        fix=f"Go on with: qlora-hal resume {run_dir}"
+        cause=_LIKELY_CAUSES.get(-status, "Its last message is above."),
+        fix=f"Resume with: qlora-hal resume {run_dir}"
         if saved
         else "Lower training.per_device_train_batch_size or data.max_seq_length, set training.gradient_checkpointing "
         "true, and start again; no checkpoint was saved yet.",

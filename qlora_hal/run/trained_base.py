@@ -167,7 +167,7 @@ def backend_of_training(
             why = error.message
     resolved_backend = resolve_backend(_on(config, "auto", trained_on), Hooks(), console)
     if why:
-        there = f"{resolved_backend.choice.spec.name} takes its place"
+        there = f"{resolved_backend.choice.spec.name} is used instead"
         note(f"{trained_on}, which trained the adapter, cannot be used here: {why} {there}")
     return resolved_backend
 

@@ -68,7 +68,7 @@ def transferred_config(
     changes += changed
     dtype = config.quantization.compute_dtype
     if dtype != "auto" and dtype not in capabilities.compute_dtypes:
-        changes.append(f"compute dtype {dtype} is chosen anew")
+        changes.append(f"compute dtype {dtype} is chosen again")
         quantization["compute_dtype"] = "auto"
     optimizer = config.training.optim
     if not _has_optimizer(optimizer, capabilities):
@@ -94,7 +94,7 @@ def check_allowed(step: int, changes: Sequence[str], *, transfer: bool) -> None:
             "QH-C12",
             f"An exact resume of step {step} is impossible here: {'; '.join(changes)}.",
             cause="The same adapter on other base weights is another model.",
-            fix="Add --transfer to go on all the same: the gap is measured and printed before the first step.",
+            fix="Add --transfer to continue anyway: the divergence is measured and printed before the first step.",
             context={"changes": list(changes)},
         )
 

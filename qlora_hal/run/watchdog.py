@@ -51,6 +51,6 @@ class Watchdog:
     def _words(self, quiet: float) -> str:
         usual = f"; one usually takes {self._usual:.1f} s" if self._usual else ""
         return (
-            f"no step has ended for {quiet:.0f} s{usual}. An evaluation or a save may be under way; if nothing moves, "
+            f"no step has finished for {quiet:.0f} s{usual}. An evaluation or a save may be in progress; if not, "
             "stop the run and resume it"
         )

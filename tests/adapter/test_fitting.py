@@ -71,7 +71,9 @@ def test_all_wrong_tensors_are_counted_five_are_shown_and_all_are_in_the_context
         A2=np.full((4, 32), np.nan, np.float32),
     )
     wrong = Adapter({**wrong.tensors, "base_model.model.lm_head.lora_A.weight": np.zeros((4, 32), np.float32)}, CONFIG)
-    with pytest.raises(AdapterError, match="2 missing, 1 unexpected, 2 misshapen, 1 not finite") as refused:
+    with pytest.raises(
+        AdapterError, match="2 missing, 1 unexpected, 2 of the wrong shape or dtype, 1 not finite"
+    ) as refused:
         check_fits(wrong, MODULES, where="here")
     assert (refused.value.code, refused.value.exit_status) == ("QH-C09", 5)
     assert refused.value.message.count("base_model.model.") == 5

@@ -181,7 +181,7 @@ def test_a_place_that_is_taken_is_left_alone(tmp_path: Path, llama: Path, kind: 
     source = save_for_peft(tmp_path / "peft", random_adapter(llama), llama)
     out = tmp_path / "out"
     {"folder": out.mkdir, "file": out.touch, "dangling link": lambda: out.symlink_to(tmp_path / "gone")}[kind]()
-    with pytest.raises(StorageError, match="is there already") as refusal:
+    with pytest.raises(StorageError, match="already exists") as refusal:
         convert_adapter(source, out, to="mlx")
     assert refusal.value.code == "QH-S14"
     assert not (out / "adapters.safetensors").exists()

@@ -145,7 +145,7 @@ def test_a_lock_that_is_a_second_name_of_another_file_is_refused_and_that_file_s
     assert precious.read_bytes() == b"precious"
     (run_dir / "run.lock").unlink()
     os.mkfifo(run_dir / "run.lock")
-    with pytest.raises(UnsafeInputError, match="no ordinary file"):
+    with pytest.raises(UnsafeInputError, match="not a regular file"):
         RunDirectory.open_existing(run_dir)
 
 
@@ -168,5 +168,5 @@ def test_a_copy_made_of_hard_links_goes_on_by_itself(tmp_path: Path) -> None:
 
 def test_a_pipe_in_place_of_the_log_is_refused_and_does_not_hang(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "metrics.jsonl")
-    with pytest.raises(StorageError, match="not an ordinary file"):
+    with pytest.raises(StorageError, match="not a regular file"):
         MetricsFile(tmp_path / "metrics.jsonl")

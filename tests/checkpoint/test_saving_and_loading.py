@@ -179,7 +179,7 @@ def test_a_damaged_file_is_named_and_the_step_before_is_taken(run_dir: Path, nam
     found, notes = latest_valid_checkpoint(run_dir)
     assert found.name == "step-00000001"
     assert len(notes) == 1
-    assert notes[0].startswith(f"Passed over step-00000002: {name} ")
+    assert notes[0].startswith(f"Skipped step-00000002: {name} ")
     assert "kept as .corrupt-step-00000002-" in notes[0]
     assert_same_state(load_checkpoint(found), small_state(1))
 

@@ -41,7 +41,7 @@ def test_a_file_system_without_inodes_is_not_called_a_full_disk(few_files: Path)
         with pytest.raises(StorageError, match="No room for another file") as full:
             save_checkpoint(run, small_state(2), keep=2)
     assert (full.value.code, full.value.exit_status) == ("QH-S09", 8)
-    assert "no inode left, though it has bytes" in full.value.message
+    assert "out of inodes, though it has free bytes" in full.value.message
     assert "Step 1 is safe." in full.value.message
     assert full.value.fix.startswith("Remove files there")
     (few_files / "filler-0").unlink()
@@ -75,4 +75,4 @@ def test_each_limit_is_called_by_its_name(tmp_path: Path, number: int, said: str
 
 def test_bytes_that_are_free_and_not_given_point_to_a_quota(tmp_path: Path) -> None:
     error = storage_error(OSError(errno.ENOSPC, "No space left on device"), tmp_path, what="step 3", needed_bytes=10)
-    assert "where many bytes are free, a quota" in error.fix or "raise the quota" in error.fix
+    assert "if many bytes are free, a quota" in error.fix or "raise the quota" in error.fix

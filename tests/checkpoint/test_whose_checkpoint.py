@@ -90,7 +90,7 @@ def test_a_checkpoint_of_another_drawn_seed_is_refused(tmp_path: Path) -> None:
 @pytest.mark.fault("C20")
 def test_a_checkpoint_of_another_run_with_these_settings_is_refused(tmp_path: Path) -> None:
     content = begun(tmp_path / "run")
-    with pytest.raises(CheckpointError, match="another run: begun another time, with these settings"):
+    with pytest.raises(CheckpointError, match="another run: one that began at another time, with these settings"):
         judged(content, saved(tmp_path / "other", begun(tmp_path / "other")))
 
 
@@ -166,7 +166,7 @@ def test_an_adapter_and_an_optimizer_of_two_runs_do_not_pass_as_one(tmp_path: Pa
         name: WrittenFile((checkpoint / name).stat().st_size, file_sha256(checkpoint / name)) for name in manifest.files
     }
     (checkpoint / "MANIFEST.json").write_bytes(encode_manifest(manifest.step, files, manifest.summary))
-    with pytest.raises(CheckpointError, match="its adapter belongs to another run than its optimizer"):
+    with pytest.raises(CheckpointError, match="its adapter and its optimizer belong to different runs"):
         load_checkpoint(checkpoint)
 
 
@@ -250,7 +250,7 @@ def test_without_a_copy_a_damaged_run_json_is_refused_and_left_as_it_is(tmp_path
     with pytest.raises(ConfigError, match=r"it is damaged") as refused:
         RunDirectory.open_existing(tmp_path)
     assert (refused.value.code, refused.value.exit_status) == ("QH-S50", 2)
-    assert refused.value.cause == "No checkpoint there keeps a whole copy of it."
+    assert refused.value.cause == "No checkpoint there keeps an intact copy of it."
     assert (tmp_path / "run.json").read_bytes() == b"{"
 
 

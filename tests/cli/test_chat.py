@@ -58,5 +58,5 @@ def test_save_writes_both_conversations_and_never_replaces_a_file(tmp_path: Path
     assert [m["role"] for m in saved["base"]] == ["user", "assistant"]
     assert saved["adapter"][1]["content"].startswith("adapter")
     assert "cannot be written" in shown
-    assert "/save needs the name" in shown
-    assert "/reset begins again" in shown
+    assert "/save needs a file name" in shown
+    assert "/reset starts over" in shown

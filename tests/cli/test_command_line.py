@@ -215,7 +215,7 @@ def test_generating_from_a_folder_that_is_no_run_names_it(qlora_hal: CommandLine
     (tmp_path / "empty").mkdir()
     done = qlora_hal("generate", "--run", "empty", "--prompt", "-hello")
     assert done.returncode == 2
-    assert "error[QH-S50]: empty is no run folder" in done.stderr
+    assert "error[QH-S50]: empty is not a run folder" in done.stderr
 
 
 @pytest.mark.fault("I01")

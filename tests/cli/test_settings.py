@@ -137,7 +137,7 @@ def test_a_value_outside_its_range_is_refused_with_the_range(path: str, value: s
     [
         (
             {"data.validation_path": "v.jsonl", "data.validation_fraction": "0.2"},
-            "data.validation_path and data.validation_fraction exclude each other",
+            "data.validation_path and data.validation_fraction are mutually exclusive",
         ),
         ({"data.validation_split": "test"}, "data.validation_split needs data.validation_path"),
     ],

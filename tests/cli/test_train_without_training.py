@@ -48,7 +48,7 @@ def test_a_dry_run_prints_plan_and_memory_and_writes_nothing(
 @pytest.mark.long
 def test_a_shown_batch_can_be_shown_again_by_its_seed(qlora_hal: CommandLine, place: tuple[str, ...]) -> None:
     first = qlora_hal("train", *place, "--show-batch").stdout
-    seed = re.match(r"seed (\d+) was drawn; training\.seed gives this batch again\n", first)
+    seed = re.match(r"seed (\d+) was drawn; set training\.seed to get this batch again\n", first)
     assert seed is not None
     again = qlora_hal("train", *place, "--show-batch", "--training.seed", seed[1]).stdout
     assert again.splitlines()[1:] == first.splitlines()[1:]
@@ -146,5 +146,5 @@ def test_an_estimate_names_what_the_backend_can_run_on(qlora_hal: CommandLine, p
 def test_a_word_that_belongs_to_no_flag_is_explained(qlora_hal: CommandLine, place: tuple[str, ...]) -> None:
     done = qlora_hal("train", *place, "--data.packing", "maybe")
     assert done.returncode == 2
-    assert "yes-no flags take true or false" in done.stderr
+    assert "boolean flags take true or false" in done.stderr
     assert "--lora_rr is not a flag" in qlora_hal("train", "--lora_rr", "3").stderr

@@ -30,12 +30,12 @@ def test_prints_of_a_child_are_no_part_of_its_answer(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("import os; os._exit(0)", "ended with exit status 0 and no answer: no message"),
-        ("import os; os.abort()", "ended with signal 6 and no answer"),
-        ("raise ValueError('no such flag')", "ended with exit status 1 and no answer: ValueError: no such flag"),
-        ("print('{not json')", "ended with exit status 0 and no answer"),
-        ("print('[' * 100000)", "ended with exit status 0 and no answer"),
-        ("print(7)", "ended with exit status 0 and no answer"),
+        ("import os; os._exit(0)", "ended with exit status 0 and no response: no message"),
+        ("import os; os.abort()", "ended with signal 6 and no response"),
+        ("raise ValueError('no such flag')", "ended with exit status 1 and no response: ValueError: no such flag"),
+        ("print('{not json')", "ended with exit status 0 and no response"),
+        ("print('[' * 100000)", "ended with exit status 0 and no response"),
+        ("print(7)", "ended with exit status 0 and no response"),
     ],
 )
 def test_a_child_without_an_answer_is_told_by_how_it_ended(folder: Path, source: str, said: str) -> None:
@@ -58,7 +58,7 @@ def test_a_machine_is_busy_when_more_wants_to_run_than_it_has_processors(
 
 def test_a_child_that_hangs_is_not_waited_for(folder: Path) -> None:
     (folder / "child.py").write_text("import time; time.sleep(100)")
-    with pytest.raises(SubprocessCallError, match="did not answer within 2 s"):
+    with pytest.raises(SubprocessCallError, match="did not respond within 2 s"):
         ask("child", seconds=2)
 
 

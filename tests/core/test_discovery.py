@@ -119,7 +119,7 @@ def test_what_a_plugin_says_of_itself_cannot_write_to_the_terminal(tmp_path: Pat
 
 def test_plugin_that_dies_without_a_word_is_told_by_how_it_ended(tmp_path: Path) -> None:
     install(tmp_path, {"mute": ("mute", "import os; os._exit(0)")})
-    assert "its probe ended with exit status 0 and no answer" in probed(tmp_path)["mute"][1]
+    assert "its probe ended with exit status 0 and no response" in probed(tmp_path)["mute"][1]
 
 
 def in_a_process_with(folder: Path, program: str) -> str:
@@ -152,7 +152,7 @@ def test_plugin_that_leaves_in_this_process_alone_is_passed_over(tmp_path: Path)
 @pytest.mark.fault("E08")
 def test_plugin_that_crashes_never_enters_this_process(tmp_path: Path) -> None:
     install(tmp_path, {"crashes": ("odd", "import os; os.abort()")})
-    assert in_a_process_with(tmp_path, CHOOSE).startswith("True crashes could not be asked: its probe ended with")
+    assert in_a_process_with(tmp_path, CHOOSE).startswith("True crashes could not be queried: its probe ended with")
 
 
 @pytest.mark.fault("B04")

@@ -171,12 +171,12 @@ def test_a_library_that_leaves_because_of_a_package_is_told_with_its_name() -> N
 @pytest.mark.parametrize(
     ("stats", "said"),
     [
-        (None, "resolve gave a NoneType, not StepStats"),
+        (None, "resolve returned a NoneType, not StepStats"),
         (StepStats(np.float32(2), 4, 0.5), "loss_sum is a float32"),  # type: ignore[arg-type]
         (StepStats(2.0, 4, np.ones(())), "grad_norm is a ndarray"),  # type: ignore[arg-type]
         (StepStats(2.0, 4, 0.5, applied=1), "applied is a int"),  # type: ignore[arg-type]
         (StepStats(2.0, 3, 0.5), "resolve counted 3 tokens of 4"),
-        (StepStats(2.0, 4, -0.5), "resolve gave the gradient norm -0.5"),
+        (StepStats(2.0, 4, -0.5), "resolve returned the gradient norm -0.5"),
     ],
 )
 def test_the_figures_of_a_step_are_plain_numbers_of_this_window(stats: Any, said: str) -> None:
@@ -194,16 +194,16 @@ def test_figures_that_are_not_finite_are_figures() -> None:
 @pytest.mark.parametrize(
     ("method", "arguments", "answer", "said"),
     [
-        ("evaluate", ([BATCH],), (1.0, 4), "evaluate gave a tuple, not LossSum"),
+        ("evaluate", ([BATCH],), (1.0, 4), "evaluate returned a tuple, not LossSum"),
         ("evaluate", ([BATCH],), LossSum("1", 4), "loss_sum is a str ('1')"),  # type: ignore[arg-type]
         ("evaluate", ([BATCH],), LossSum(1.0, 5), "evaluate counted 5 tokens of 4"),
-        ("device_facts", (), {"device": "x"}, "device_facts gave a dict, not DeviceFacts"),
+        ("device_facts", (), {"device": "x"}, "device_facts returned a dict, not DeviceFacts"),
         ("device_facts", (), DeviceFacts("x", {"a": 1}), "versions is a dict ({'a': 1})"),  # type: ignore[dict-item]
-        ("proved_compute_dtypes", (), (), "proved_compute_dtypes gave (); it declares float32"),
-        ("proved_compute_dtypes", (), ("float64",), "gave ('float64',); it declares float32"),
-        ("proved_compute_dtypes", (), "float32", "gave 'float32'"),
-        ("proved_compute_dtypes", (), None, "gave None"),
-        ("export_adapter", (), {}, "export_adapter gave a dict, not Adapter"),
+        ("proved_compute_dtypes", (), (), "proved_compute_dtypes returned (); it declares float32"),
+        ("proved_compute_dtypes", (), ("float64",), "returned ('float64',); it declares float32"),
+        ("proved_compute_dtypes", (), "float32", "returned 'float32'"),
+        ("proved_compute_dtypes", (), None, "returned None"),
+        ("export_adapter", (), {}, "export_adapter returned a dict, not Adapter"),
         ("export_adapter", (), replace(ADAPTER, config=AdapterConfig(1, 9.0)), "another alpha than was attached"),
         (
             "export_adapter",
@@ -221,7 +221,7 @@ def test_what_a_method_gives_back_is_what_the_contract_says(
 
 @pytest.mark.fault("B02")
 def test_the_optimizers_step_is_the_number_of_updates() -> None:
-    assert "gave step 7 after 0 updates" in said_of(attached(step=7), "export_optimizer")
+    assert "returned step 7 after 0 updates" in said_of(attached(step=7), "export_optimizer")
     assert "step is a str ('x'), int is expected" in said_of(attached(step="x"), "export_optimizer")
 
 

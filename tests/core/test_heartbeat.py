@@ -16,7 +16,7 @@ def test_silence_is_told_and_told_again_when_it_has_doubled() -> None:
         watchdog.beat(0.001)
         while len(told) < 3:  # after 0.2, 0.4 and 0.8 s
             time.sleep(0.05)
-    assert "no step has ended for 0 s; one usually takes 0.0 s" in told[0]
+    assert "no step has finished for 0 s; one usually takes 0.0 s" in told[0]
     time.sleep(0.2)
     count = len(told)
     time.sleep(1.6)

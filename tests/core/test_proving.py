@@ -13,7 +13,7 @@ from qlora_hal.detect.self_test import self_test
 @pytest.mark.parametrize(
     ("trainer", "reason"),
     [
-        ("print('{'); import os; os._exit(0)", "ended with exit status 0 and no answer"),
+        ("print('{'); import os; os._exit(0)", "ended with exit status 0 and no response"),
         ("raise SystemExit(0)", "could not be opened: SystemExit: 0"),
         ("import os; os.abort()", "ended with signal 6"),
     ],
@@ -38,6 +38,6 @@ def test_a_proof_that_only_took_too_long_is_not_blamed_on_a_driver(
     monkeypatch.setattr("os.getloadavg", lambda: (1000.0, 0.0, 0.0))
     said = self_test("odd", timeout_seconds=1)
     assert said["verdict"] == "fail"
-    assert "did not answer within 1 s, while the machine was busy (load 1000.0 on" in str(said["reason"])
+    assert "did not respond within 1 s, while the machine was busy (load 1000.0 on" in str(said["reason"])
     assert "driver" not in str(said["fix"])
     assert "qlora-hal doctor --backend odd --timeout 4" in str(said["fix"])

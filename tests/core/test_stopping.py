@@ -99,7 +99,7 @@ def test_a_save_that_is_asked_for_before_the_first_step_is_remembered(requests: 
     with requests.heeded_between_steps():
         assert requests.save()
         assert not requests.save()
-    assert said == ["SIGUSR1: saving after this step, and going on."]
+    assert said == ["SIGUSR1: saving after this step, then continuing."]
 
 
 def test_a_save_that_is_asked_for_before_a_run_listens_reaches_it(said: list[str]) -> None:
@@ -124,7 +124,7 @@ def test_a_command_without_a_run_is_unwound_by_a_request_to_stop(number: signal.
     with pytest.raises(EndedAtOnce) as ended, ended_by_signals():
         signal.raise_signal(number)
     assert ended.value.exit_status == 128 + number
-    assert f"ended at once by {number.name}" in str(ended.value)
+    assert f"ended immediately by {number.name}" in str(ended.value)
 
 
 @pytest.mark.parametrize("number", [*STOPS, signal.SIGUSR1])
@@ -145,7 +145,7 @@ def test_what_a_process_was_started_to_ignore_stays_ignored_and_is_said(
         assert not requests.save()
         assert not requests.stop()
     assert signal.getsignal(number) is signal.SIG_IGN
-    assert f"this process ignores {number.name} (nohup starts one so, and & in a script)" in ignored_note()
+    assert f"this process ignores {number.name} (as after nohup, or & in a script)" in ignored_note()
     others = [other.name for other in STOPS if other != number]
     assert f"{' or '.join(others)} stops it" in ignored_note()
 

@@ -91,7 +91,7 @@ def test_a_signal_before_training_began_ends_the_child_as_asked(
     asker = threading.Thread(target=ask_when_it_is_handed_on, args=(number, signal.getsignal(number)))
     asker.start()
     # By where it was met: before or after the run had its folder.
-    with pytest.raises(EndedAtOnce, match=r"what was under way is not done|no step was saved yet") as caught:
+    with pytest.raises(EndedAtOnce, match=r"what was in progress is not done|no step was saved yet") as caught:
         train(settings(tmp_path / "run", **{"training.max_steps": 500}), console=RunConsole(quiet=True))
     asker.join()
     assert caught.value.exit_status == 128 + number
@@ -145,7 +145,7 @@ def test_a_run_that_the_driver_aborts_is_named_and_goes_on(supervised: None, tmp
     killer.join()
     assert (caught.value.code, caught.value.exit_status) == ("QH-S24", 7)
     assert "memory" in caught.value.cause
-    assert caught.value.fix == f"Go on with: qlora-hal resume {run}"
+    assert caught.value.fix == f"Resume with: qlora-hal resume {run}"
     result = resume(run, console=RunConsole(quiet=True))
     assert (result.steps, result.stopped_because) == (16, "finished")
 

@@ -213,7 +213,10 @@ def test_arguments_are_given_in_the_form_that_a_template_takes_with_a_note(
     turn = said("assistant", "", tool_calls=[{"function": {"name": "rain", "arguments": given}}])
     found = render(source, [ASKED, turn])
     assert "Oslo" in found.trained[0]
-    assert f"the arguments of calls were given to the template as {form} in 1 rows: it takes no others" in found.notes
+    assert (
+        f"the arguments of calls were given to the template as {form} in 1 rows: it accepts no other form"
+        in found.notes
+    )
 
 
 # where a turn begins and ends ----------------------------------------------------------------------------------------
@@ -322,7 +325,7 @@ def test_a_tools_answer_inside_the_assistants_turn_is_not_trained(render: Render
     assert "<call>rain<|observation|>no|No, it is dry.<|im_end|>" in found.text
     assert found.trained == ["<call>rain<|observation|>", "No, it is dry.<|im_end|>"]
     assert found.ids == found.theirs(tokenize=True)
-    with pytest.raises(DataError, match=r"QH-D12.*message 2 \(role assistant\).*place cannot be told"):
+    with pytest.raises(DataError, match=r"QH-D12.*message 2 \(role assistant\).*place cannot be determined"):
         render(WITHIN, [ASKED, {**turn, "content": "I will check."}, RESULT, DRY])
     everything = render(WITHIN, [ASKED, {**turn, "content": "I will check."}, RESULT, DRY], train_on="all")
     assert everything.ids == everything.theirs(tokenize=True)
@@ -407,7 +410,7 @@ def test_templates_in_files_of_their_own_are_found(render: Render) -> None:
 
 
 def test_rows_without_tools_need_a_template_of_their_own(render: Render) -> None:
-    with pytest.raises(DataError, match=r"QH-D12.*has the chat templates tool_use and none that is named") as caught:
+    with pytest.raises(DataError, match=r"QH-D12.*has the chat templates tool_use and none named") as caught:
         render(FORMS["list without default"], [ASKED, DRY])
     assert "tool_use, chatml" in caught.value.fix
     assert render(FORMS["list without default"], [ASKED, DRY], chosen="tool_use").trained == [f"No, it is dry.{END}"]
@@ -567,7 +570,7 @@ def test_fields_that_change_nothing_are_told(render: Render) -> None:
 
 
 def test_a_turn_that_would_be_trained_without_what_it_says_carries_no_loss(render: Render) -> None:
-    lost = "assistant turns that carry no loss, for the template leaves out what they say or call: 1"
+    lost = "assistant turns that carry no loss, because the template omits what they say or call: 1"
     turn = said("assistant", "I will check.", tool_calls=[call(town="Oslo")])
     found = render(TWO_ROLES, [ASKED, turn, DRY])
     assert found.trained == [f"No, it is dry.{END}"]

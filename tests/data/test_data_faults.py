@@ -106,7 +106,7 @@ def test_row_without_known_keys_lists_the_shapes(prepared: Prepare) -> None:
 @pytest.mark.parametrize(
     ("line", "column", "reason"),
     [
-        (b'{"text": "a",}', 14, "a comma stands before the end"),
+        (b'{"text": "a",}', 14, "a comma precedes the end"),
         (b'{"text": NaN}', 10, "NaN is not JSON"),
         (b'{"text": "a"', 13, "delimiter"),
         (b"{'text': 'a'}", 2, "single quotes"),
@@ -138,7 +138,7 @@ def test_byte_order_mark_and_crlf_change_nothing(prepared: Prepare) -> None:
 @pytest.mark.parametrize(
     ("text", "where", "reason"),
     [
-        ('[{"text": "a"},\n {"text": "b"},\n]', "3:1", "a comma stands before the end of the list"),
+        ('[{"text": "a"},\n {"text": "b"},\n]', "3:1", "a comma precedes the end of the list"),
         ('[{"text": "a"}\n {"text": "b"}]', "2:2", "was expected"),
         ('[{"text": "a"},\n {"text": b}]', "2:11", "expecting value"),
         ('[{"text": "a"}] x', "1:17", "something follows"),
@@ -257,7 +257,7 @@ def test_missing_end_token_is_added_trained_and_reported(
     assert tokenizer.decode(ids, skip_special_tokens=False) == whole
     report = data.report.train
     assert (report.eos_trained, report.eos_added_rows) == ("yes", 1)
-    assert "the template ends the last answer of 1 rows without an end token; one was put behind them" in report.notes
+    assert "the template ends the last answer of 1 rows without an end token; one was appended" in report.notes
     assert any(line.startswith("eos trained: yes (1 of 1") for line in report.lines())
     for row in ({"text": "one two"}, {"prompt": "one ", "completion": "two"}):
         data = prepared([row], tokenizer=tokenizer)
@@ -276,7 +276,7 @@ def test_double_bos_is_removed_and_reported(
     data = prepared([conversation("a", "b")], tokenizer=twice)
     assert data.train.row(0)[0].tolist()[:3].count(twice.bos_id) == 1
     assert data.report.train.double_bos_rows == 1
-    assert any("bos stood twice" in line for line in data.report.lines())
+    assert any("bos appeared twice" in line for line in data.report.lines())
     assert data.report.train.trained_tokens == 2  # b and its end token
     llama = ChatTokenizer.from_folder(folders["llama3"])
     for text in ("one", "<|begin|>one"):
@@ -334,7 +334,7 @@ def test_mixed_shapes_are_counted_not_guessed_from_the_first_row(prepared: Prepa
     data = prepared(rows)
     report = data.report.train
     assert report.shapes == {"prompt_completion": 2, "messages": 1, "sharegpt": 1, "alpaca": 1, "text": 1}
-    assert any("the rows have 5 shapes" in note for note in report.notes)
+    assert any("the rows have 5 formats" in note for note in report.notes)
     assert report.unused_columns == ["source"]
     same = [data.train.row(row)[0].tolist() for row in (0, 1, 2, 4)]
     assert all(ids == same[0] for ids in same)
@@ -370,7 +370,7 @@ def test_file_that_changes_while_it_is_read_is_refused(
         return found
 
     monkeypatch.setattr(reading, "digest_of_files", slow)
-    with pytest.raises(DataError, match=r"QH-D64.*changed while it was read"):
+    with pytest.raises(DataError, match=r"QH-D64.*changed while it was being read"):
         prepare(DataConfig(path=str(path)), chatml, cache_dir=tmp_path / "cache", seed=0)
     assert not list((tmp_path / "cache").glob("*.safetensors"))
 
@@ -525,6 +525,6 @@ def test_rows_below_a_key_of_one_object_are_asked_for_at_the_top(prepared: Prepa
 @pytest.mark.fault("D12")
 def test_markers_of_a_built_in_template_that_are_no_tokens_are_told(folders: Mapping[str, Path]) -> None:
     bare = ChatTokenizer.from_folder(folders["bare"], chat_template="chatml")
-    assert any("<|im_start|>, <|im_end|> of the template chatml are no tokens here" in note for note in bare.notes)
+    assert any("<|im_start|>, <|im_end|> of the template chatml are not tokens here" in note for note in bare.notes)
     whole = ChatTokenizer.from_folder(folders["chatml"], chat_template="chatml")
-    assert not any("no tokens" in note for note in whole.notes)
+    assert not any("not tokens" in note for note in whole.notes)

@@ -64,7 +64,7 @@ def test_utf8_is_read_with_and_without_a_mark(name: str, prepared: Prepare) -> N
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123456\n"
 OTHERS: Mapping[str, tuple[bytes, str, str]] = {
-    "a pointer": (POINTER, "a pointer of Git LFS, not the file itself", "git lfs pull"),
+    "a pointer": (POINTER, "a Git LFS pointer, not the file itself", "git lfs pull"),
     "a page": (b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "a web page", "Download the file itself"),
     "gzip": (gzip.compress(ROW.encode()), "a gzip archive", "Unpack"),
     "a spreadsheet": (b"PK\x03\x04\x14\x00", "a zip archive (as .xlsx is one)", "Unpack or convert"),
@@ -92,11 +92,11 @@ def test_a_parquet_file_of_another_name_is_told_as_that(prepared: Prepare) -> No
 @pytest.mark.fault("D04")
 def test_zero_bytes_are_told_as_damage(prepared: Prepare) -> None:
     good = ROW.encode() + b"\n"
-    with pytest.raises(DataError, match=r"QH-D04.*a zero byte stands there; the file was damaged") as caught:
+    with pytest.raises(DataError, match=r"QH-D04.*there is a zero byte; the file is damaged") as caught:
         prepared(good + b"\0" * 100)
     assert caught.value.where == "rows.jsonl:2:1"
     assert prepared(good + b"\0" * 100, on_bad_row="skip").report.train.bad_row_count == 1
-    with pytest.raises(DataError, match="a zero byte stands there"):
+    with pytest.raises(DataError, match="there is a zero byte"):
         prepared(b"[" + ROW.encode() + b",\0\0\0\0]", name="rows.json")
 
 

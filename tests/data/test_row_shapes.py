@@ -337,7 +337,7 @@ def test_flags_of_a_turn_are_honoured(
         ({"train": "no"}, "messages[1].train holds 'no'; 0 or 1"),
         ({"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}, "messages[1].train_detail holds"),
         ({"mask": True}, "messages[1].mask holds True; train, weight"),
-        ({"train": True, "weight": 0}, "messages[1] holds {'weight': 0, 'train': True}; one answer"),
+        ({"train": True, "weight": 0}, "messages[1] holds {'weight': 0, 'train': True}; one value"),
     ],
 )
 def test_flags_that_cannot_be_honoured_are_refused_by_name_and_value(flags: dict[str, object], said: str) -> None:
@@ -378,7 +378,7 @@ PREFERENCES: list[dict[str, object]] = [
 def test_rows_that_compare_answers_are_refused_until_preferences_are_trained(
     row: dict[str, object], prepared: Prepare
 ) -> None:
-    with pytest.raises(DataError, match=r"QH-D03.*compares answers .*training for a preference"):
+    with pytest.raises(DataError, match=r"QH-D03.*compares answers .*preference training"):
         prepared([row])
     good = {"messages": [ASKED, ANSWER]}
     assert prepared([good, row], on_bad_row="skip").report.train.bad_row_count == 1

@@ -79,7 +79,7 @@ def test_method_that_only_makes_much_is_out_of_reach(source: str) -> None:
     "source", ["{{ 'a' | center(9) }}", "{{ " + "(" * 20_000, "{% for a in 'x' %}" * 25 + "{% endfor %}" * 25]
 )
 def test_template_that_cannot_be_compiled_is_a_data_error(source: str) -> None:
-    with pytest.raises(DataError, match=r"QH-D12.*no Jinja template"):
+    with pytest.raises(DataError, match=r"QH-D12.*not a valid Jinja template"):
         rendered(source)
 
 

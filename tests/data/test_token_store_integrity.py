@@ -60,7 +60,7 @@ def test_a_flipped_bit_in_any_tensor_has_the_rows_prepared_again(
     start, entries = header_of(path)
     flip(path, start + entries[tensor]["data_offsets"][0])
     again = prepared(rows)
-    assert f"prepared again: {path.name} does not serve, its tensors do not match their hash" in said(again)
+    assert f"prepared again: {path.name} cannot be used, its tensors do not match their hash" in said(again)
     assert path.read_bytes() == whole
     assert again.train.tokens.tolist() == expected
     assert again.hashes == first.hashes
@@ -107,7 +107,7 @@ def test_the_store_of_other_rows_under_this_name_is_not_taken(
     (other,) = set((tmp_path / "cache").glob("*.safetensors")) - {mine}
     os.replace(other, mine)
     again = prepared(rows)
-    assert "it is of other rows or settings" in said(again)
+    assert "it belongs to other rows or settings" in said(again)
     assert again.train.tokens.tolist() == expected
 
 
@@ -148,7 +148,7 @@ def test_a_pipe_in_place_of_a_store_does_not_hang(
     path = store_in(tmp_path)
     path.unlink()
     os.mkfifo(path)
-    assert "not an ordinary file" in said(prepared(rows))
+    assert "not a regular file" in said(prepared(rows))
 
 
 def test_the_map_is_of_the_file_that_was_verified(

@@ -213,7 +213,7 @@ def test_pad_id_is_never_an_end_token(folders: Mapping[str, Path]) -> None:
     assert (
         ChatTokenizer.from_folder(folders["metaspace"])
         .notes[0]
-        .startswith("the tokenizer has no pad token; id 0 (<unk>) pads")
+        .startswith("the tokenizer has no pad token; id 0 (<unk>) is used for padding")
     )
     assert "also an end token" in ChatTokenizer.from_folder(folders["pad_is_eos"]).notes[0]
     assert not ChatTokenizer.from_folder(folders["chatml"]).notes
@@ -300,7 +300,7 @@ def test_missing_template_lists_the_built_in_ones(
         assert all(name in caught.value.fix for name in BUILT_IN_TEMPLATES)
     with pytest.raises(DataError, match=r"QH-D12.*neither built in nor as a file"):
         ChatTokenizer.from_folder(folders["bare"], chat_template="chatlm")
-    with pytest.raises(DataError, match=r"QH-D12.*no Jinja template"):
+    with pytest.raises(DataError, match=r"QH-D12.*not a valid Jinja template"):
         _with_source(folders["chatml"], "{% for %}")
 
 
@@ -359,4 +359,4 @@ def test_template_cannot_leave_the_sandbox(source: str, folders: Mapping[str, Pa
 def test_date_in_a_template_is_fixed_and_noted(folders: Mapping[str, Path]) -> None:
     tokenizer = _with_source(folders["chatml"], "{{ strftime_now('%d %b %Y') }}")
     assert tokenizer.render([{"role": "user", "content": "a"}], add_generation_prompt=False) == "26 Jul 2024"
-    assert any("fixed day" in note for note in tokenizer.notes)
+    assert any("fixed date" in note for note in tokenizer.notes)

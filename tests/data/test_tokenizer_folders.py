@@ -205,7 +205,7 @@ def test_a_named_token_that_two_files_name_otherwise_is_transformers_choice(tmp_
     folder = folder_of(tmp_path / "a", _bytes(), files)
     ours = ChatTokenizer.from_folder(folder)
     assert ours.eos_id == of_transformers(folder).eos_token_id == 0
-    assert any("special_tokens_map.json names the eos_token '<unk>', and is followed" in note for note in ours.notes)
+    assert any("special_tokens_map.json names the eos_token '<unk>', which is used" in note for note in ours.notes)
     folder = folder_of(tmp_path / "b", _bytes(), files, added_tokens_decoder={"2": _token("</s>")})
     assert ChatTokenizer.from_folder(folder).eos_id == of_transformers(folder).eos_token_id == 2
 
@@ -295,7 +295,7 @@ def test_where_transformers_builds_a_tokenizer_anew_ids_are_equal_or_the_differe
     # A cut that no merge of this vocabulary crosses is told, too: in other texts it may be crossed.
     assert bool(differing) == bool(probe) or kind == "GPT-2 with digits"
     if probe:
-        assert f"cuts {probe}" in told[0]
+        assert f"splits {probe}" in told[0]
         assert config["tokenizer_class"] == GENERIC or str(config["tokenizer_class"]).removesuffix("Fast") in told[0]
 
 

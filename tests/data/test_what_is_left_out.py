@@ -60,7 +60,7 @@ def test_a_split_that_is_not_there_is_refused_with_those_that_are(
     assert caught.value.where == "data.validation_split"
     assert "data.validation_split" in caught.value.fix
     rows = written(tmp_path / "rows.jsonl", {"text": "a"})
-    with pytest.raises(DataError, match="has no splits, and the split 'test' was named"):
+    with pytest.raises(DataError, match="has no splits, but the split 'test' was given"):
         prepared(None, path=splits, validation_path=rows, validation_split="test")
 
 
@@ -132,7 +132,7 @@ def test_fields_of_messages_that_the_template_does_not_write_are_told(
     assert data.report.alerts == [
         "tool_call_id: not written by the template (8 rows)",
         "tool_calls: not written by the template (8 rows)",
-        "assistant turns that carry no loss, for the template leaves out what they say or call: 8",
+        "assistant turns that carry no loss, because the template omits what they say or call: 8",
     ]
     assert trained_text(data, chatml) == ["It is sunny.<|im_end|>"]
 

@@ -55,7 +55,7 @@ def test_layers_that_the_loaded_model_has_otherwise_are_settled_and_said(
 
     monkeypatch.setattr(discovery, "outline_of", told_wrong)
     result = train(merged(SMALL, {"training.max_steps": 1, "output_dir": str(tmp_path / "run")}))
-    assert any("the loaded model has other linear layers than its files told" in note for note in result.notes)
+    assert any("the loaded model has other linear layers than its files describe" in note for note in result.notes)
     targets = json.loads((tmp_path / "run" / "run.json").read_text())["model"]["target_modules"]
     assert "model.layers.0.self_attn.q_proj" in targets
     assert "model.layers.0.self_attn.q_norm" not in targets

@@ -71,7 +71,7 @@ def test_damaged_tokens_are_prepared_again_and_change_nothing(
         damage(store)
     result, said = resumed(run, capsys)
     for store in stores:
-        assert f"{store.name} does not serve, its tensors do not match their hash" in said
+        assert f"{store.name} cannot be used, its tensors do not match their hash" in said
     assert adapter_bytes(result.adapter_dir) == adapter_bytes(whole.adapter_dir)
     assert result.eval_loss_after == whole.eval_loss_after
 
@@ -110,8 +110,8 @@ def edit_provenance(adapter: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "a flipped bit": (lambda adapter: flip(adapter / "adapter_model.safetensors"), "its tensors are others"),
-    "a zero tail": (lambda adapter: zero_tail(adapter / "adapter_model.safetensors"), "its tensors are others"),
+    "a flipped bit": (lambda adapter: flip(adapter / "adapter_model.safetensors"), "its tensors differ"),
+    "a zero tail": (lambda adapter: zero_tail(adapter / "adapter_model.safetensors"), "its tensors differ"),
     "another alpha": (edited(lora_alpha=64), "alpha is 64.0, 16.0 was written"),
     "rank-stabilized": (edited(use_rslora=True), "use_rslora is True, False was written"),
     "another storage": (edit_provenance, "qlora_hal.json does not match its own hash"),
@@ -158,7 +158,7 @@ def test_a_damaged_adapter_of_an_ended_run_is_written_again_to_the_same_bits(
     assert result.eval_loss_after == whole.eval_loss_after
     (aside,) = run.glob(".damaged-adapter-*")
     assert adapter_bytes(aside) == damaged
-    assert "nothing is left to do" in resumed(run, capsys)[1]
+    assert "already finished" in resumed(run, capsys)[1]
 
 
 @pytest.fixture
@@ -260,11 +260,11 @@ def test_a_log_that_was_cut_in_the_middle_is_told_by_the_steps_that_are_gone(
     log.write_bytes(raw[: raw.index(b'"step": 1') + 40])
     result, said = resumed(run, capsys)
     assert "metrics.jsonl: the last line was torn" in said
-    assert "metrics.jsonl lacks steps 1 to 2" in said
+    assert "metrics.jsonl is missing steps 1 to 2" in said
     assert adapter_bytes(result.adapter_dir) == adapter_bytes(whole.adapter_dir)
     assert "tokens_per_second" not in record(run)["timings"]
-    assert any("lacks steps 1 to 2" in note for note in record(run)["notes"])
-    assert "lacks steps 1 to 2" in " ".join((run / "report.html").read_text().split())
+    assert any("is missing steps 1 to 2" in note for note in record(run)["notes"])
+    assert "is missing steps 1 to 2" in " ".join((run / "report.html").read_text().split())
 
 
 # the model ------------------------------------------------------------------------------------------------------------
@@ -321,7 +321,7 @@ def test_a_run_that_began_without_verify_keeps_the_hashes_from_a_resume_on(
     assert "files" not in record(run)["model"]
     assert "hashed 2 files of the model" in resumed(run, capsys, model=own_model, verify=True)[1]
     flip_between_windows(own_model)
-    assert "nothing is left to do" in resumed(run, capsys)[1]
+    assert "already finished" in resumed(run, capsys)[1]
     with pytest.raises(CheckpointError, match="QH-E15"):
         resume(run, verify=True)
 

@@ -73,7 +73,7 @@ def test_moved_places_are_named_with_their_flags_and_remembered_when_given(stopp
         assert flag in caught.value.fix
     with pytest.raises(ConfigError, match=r"validation\.jsonl") as caught:
         resume(stopped, model=there / "model", data=there / "train.jsonl")
-    assert caught.value.fix == f"Say where it lies now: qlora-hal resume {stopped} --validation-data FILE"
+    assert caught.value.fix == f"Give its new path: qlora-hal resume {stopped} --validation-data FILE"
     moved = {"model": there / "model", "data": there / "train.jsonl", "validation_data": there / "validation.jsonl"}
     assert resume(stopped, **moved).steps == 3  # type: ignore[arg-type]
     assert config_of(stopped)["model"]["name_or_path"] == str(there / "model")

@@ -165,7 +165,7 @@ def test_finished_run_has_nothing_left_to_do_and_its_record_stays(
     capsys.readouterr()
     again = resume(done.run_dir)
     shown = " ".join(capsys.readouterr().err.split())
-    assert "the run ended after step 6; nothing is left to do" in shown
+    assert "already finished: the run ended after step 6" in shown
     assert "? tok/s" not in shown
     assert {name: (done.run_dir / name).read_bytes() for name in before} == before
     for name in ("steps", "tokens", "eval_loss_before", "eval_loss_after", "adapter_dir", "stopped_because"):

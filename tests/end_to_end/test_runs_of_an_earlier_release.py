@@ -48,7 +48,7 @@ def test_a_run_of_an_earlier_release_goes_on_to_the_same_bits(
     run: Path, whole: TrainResult, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result, said = resumed(run, capsys)
-    assert "is of a run that an earlier release began, without an id" in said
+    assert "belongs to a run that an earlier release began, without an id" in said
     assert "an earlier release wrote it, without a hash" in said
     assert adapter_bytes(result.adapter_dir) == adapter_bytes(whole.adapter_dir)
     assert result.eval_loss_after == whole.eval_loss_after
@@ -75,7 +75,7 @@ def test_an_ended_run_of_an_earlier_release_has_nothing_left_to_do_and_its_adapt
 ) -> None:
     run = as_of_an_earlier_release(copied(whole.run_dir, tmp_path / "run"))
     before = adapter_bytes(run / "adapter")
-    assert "nothing is left to do" in resumed(run, capsys)[1]
+    assert "already finished" in resumed(run, capsys)[1]
     assert adapter_bytes(run / "adapter") == before
     from qlora_hal.report.console import RunConsole
 

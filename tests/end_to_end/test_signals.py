@@ -83,7 +83,7 @@ def test_a_scheduler_that_warns_gets_a_save_and_the_run_goes_on(tmp_path: Path) 
         assert child.stderr is not None
         said.append(child.stderr.read())
     assert child.returncode == 0, "".join(said)
-    assert "SIGUSR1: saving after this step, and going on." in said[-1]
+    assert "SIGUSR1: saving after this step, then continuing." in said[-1]
     steps = [step for step, _ in checkpoints(tmp_path / "run")]
     assert len(steps) == 2
     assert 2 <= steps[0] < 30 == steps[1]
@@ -105,8 +105,8 @@ def test_the_second_signal_ends_at_once_with_its_own_status_and_names_what_is_sa
         assert child.stderr is not None
         said.append(child.stderr.read())
     assert child.returncode == status, "".join(said)
-    assert f"ended at once by {number.name}; step " in "".join(said)
-    assert f"is safe on disk. Go on with: qlora-hal resume {tmp_path / 'run'}" in "".join(said)
+    assert f"ended immediately by {number.name}; step " in "".join(said)
+    assert f"is safe on disk. Resume with: qlora-hal resume {tmp_path / 'run'}" in "".join(said)
     assert "Traceback" not in "".join(said)
 
 

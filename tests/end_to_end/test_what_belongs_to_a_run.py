@@ -99,7 +99,7 @@ def test_settings_that_were_edited_are_named_with_both_values(run: Path, whole: 
 
     rewritten(run, faster_with_its_hash)
     with pytest.raises(
-        CheckpointError, match=r"other settings than run\.json holds: training\.learning_rate"
+        CheckpointError, match=r"settings other than those in run\.json: training\.learning_rate"
     ) as refused:
         resume(run)
     assert refused.value.code == "QH-C20"
@@ -174,7 +174,7 @@ def test_the_log_of_another_run_is_set_aside_and_its_curve_is_not_shown(
 ) -> None:
     shutil.copy(other / "metrics.jsonl", run / "metrics.jsonl")
     result, said = resumed(run, capsys)
-    assert "metrics.jsonl was that of another run; it is kept as .damaged-metrics.jsonl-" in said
+    assert "metrics.jsonl belonged to another run; it is kept as .damaged-metrics.jsonl-" in said
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert min(steps) > 2
     assert result.steps == 4

@@ -82,7 +82,7 @@ def test_doctor_says_who_needs_auto_gptq_and_how_it_is_installed() -> None:
     from qlora_hal_backends.gptq_int4 import probe
 
     text = as_text(inventory(), [probe()], [])
-    assert "Only to quantize or train with auto-gptq 0.7.1 itself" in text
+    assert "Only quantizing or training with auto-gptq 0.7.1 itself" in text
     assert f".venv-auto-gptq/bin/pip install {requirement('auto-gptq', 'conformance')}" in text
 
 

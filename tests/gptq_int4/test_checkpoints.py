@@ -126,7 +126,7 @@ def test_a_gptq_checkpoint_chooses_this_backend_on_every_device(device: str, acc
 def test_on_the_cpu_auto_asks_for_leave(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, Kind(128))
     needs = requirements_of(RunConfig(), source_of(tmp_path).facts)
-    with pytest.raises(QloraHalError, match="ready, but auto takes the CPU only when"):
+    with pytest.raises(QloraHalError, match="ready, but auto chooses the CPU only when"):
         choose("auto", needs, listed(), reports(False, ("gptq_int4",)), allow_cpu=False)
 
 
@@ -259,7 +259,7 @@ def test_an_engine_that_is_not_installed_is_refused(tmp_path: Path) -> None:
 
 def test_another_group_size_than_the_stored_one_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, Kind(64))
-    with pytest.raises(ConfigError, match="128 was asked for") as raised:
+    with pytest.raises(ConfigError, match="128 was requested") as raised:
         checked_settings(source_of(tmp_path), Quantization(WeightFormat.INT4_GPTQ, 128))
     assert raised.value.code == "QH-U11"
 

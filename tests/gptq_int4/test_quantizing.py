@@ -424,7 +424,7 @@ def test_a_quantized_base_that_is_gone_or_damaged_is_named(run_dir: Path) -> Non
     folder = quantized_of(run_dir)
     away = run_dir / "away"
     folder.rename(away)
-    with pytest.raises(ModelError, match="is not there any more") as raised:
+    with pytest.raises(ModelError, match="is gone") as raised:
         open_generation(run_dir=run_dir / "run")
     assert raised.value.code == "QH-E63"
     away.rename(folder)

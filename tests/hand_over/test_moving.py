@@ -93,7 +93,7 @@ def test_same_format_elsewhere_goes_on_to_the_same_bits(half: Path, whole: Train
     assert gap["top1"] == 1.0
     # The same arithmetic on the same weights: nothing is left but the rounding of the stored float32.
     assert gap["kl_max"] < 1e-6
-    assert "Handed over at step 3: cpu_torch to second" in (half / "report.html").read_text()
+    assert "Transferred at step 3: cpu_torch to second" in (half / "report.html").read_text()
 
 
 @pytest.mark.fault("C12")
@@ -200,4 +200,4 @@ def test_divergence_of_a_known_pair_is_the_one_by_formula() -> None:
 def test_options_of_the_backend_left_behind_are_said_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     half = killed(tmp_path / "run", {"backend.options": {"attention": "eager"}})
     resume(half, backend="second", observers=[Offering(second())])
-    assert "backend.options are those of cpu_torch; second has its defaults" in capsys.readouterr().err
+    assert "backend.options are those of cpu_torch; second uses its defaults" in capsys.readouterr().err

@@ -141,7 +141,7 @@ def test_the_containers_memory_limit_is_found(files: dict[str, str], limit: int 
 def test_why_nvml_does_not_answer_is_kept() -> None:
     class Silent(ReplayedFacts):
         def nvml(self) -> NvmlFacts | None:
-            return NvmlFacts(failure="The NVIDIA driver does not answer: Driver/library version mismatch.")
+            return NvmlFacts(failure="The NVIDIA driver does not respond: Driver/library version mismatch.")
 
     machine = inventory(Silent(load("nvidia_h200")))
     assert "mismatch" in machine.notes[0]

@@ -130,7 +130,7 @@ def test_a_card_without_driver_is_told_from_no_card(name: str, device: str, word
     recording["files"] = {path: text for path, text in recording["files"].items() if "/sys/bus/pci" in path}
     report = probed(recording, device)
     assert report.availability is Availability.NO_DEVICE
-    assert "card is on the bus" in report.reason
+    assert "GPU is on the bus" in report.reason
     assert words in report.fix
 
 

@@ -42,7 +42,7 @@ def test_place_that_is_taken_is_refused_before_any_work(trained: MakeTrained, tm
     else:
         out.mkdir()
         (out / "mine.txt").write_text("mine")
-    with pytest.raises(StorageError, match="is there already") as caught:
+    with pytest.raises(StorageError, match="already exists") as caught:
         one.merge(out)
     assert (caught.value.code, caught.value.exit_status) == ("QH-C60", 8)
     assert not list(tmp_path.glob(".merging-*"))

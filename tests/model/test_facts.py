@@ -196,7 +196,7 @@ def test_an_index_of_another_version_is_refused(write_model: WriteModel) -> None
 def test_an_index_cannot_name_a_file_outside_the_folder(write_model: WriteModel, name: str) -> None:
     folder = write_model(shards=2)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(UnsafeInputError, match="leaves the folder") as caught:
+    with pytest.raises(UnsafeInputError, match="escapes the folder") as caught:
         read_facts(folder)
     assert (caught.value.code, caught.value.exit_status) == ("QH-C15", 10)
 

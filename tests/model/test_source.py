@@ -100,7 +100,7 @@ def test_pointers_of_git_lfs_are_told_with_the_command_that_gets_the_files(
     with pytest.raises(ModelError, match="QH-C70") as caught:
         resolve(folder)
     assert caught.value.message == (
-        f"{len(names)} files of the model are pointers of Git LFS, not the files themselves: {', '.join(names)}."
+        f"{len(names)} files of the model are Git LFS pointers, not the files themselves: {', '.join(names)}."
     )
     assert f"git lfs pull in {folder}" in caught.value.fix
 
@@ -160,7 +160,7 @@ def test_a_folder_of_gguf_files_is_told_as_that(write_model: WriteModel, with_co
 def test_the_working_directory_is_named_where_it_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
-    with pytest.raises(ModelError, match=r"\] empty is no model folder"):
+    with pytest.raises(ModelError, match=r"\] empty is not a model folder"):
         resolve(".")
 
 

@@ -61,19 +61,25 @@ def test_lines_of_later_steps_are_no_damage_and_are_dropped(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda kept: [*kept[:4], kept[4][:20]], "torn (20 bytes); it was dropped. | metrics.jsonl lacks steps 4 to 9"),
-        (lambda kept: [*kept[:4], bytes(200)], "torn (200 bytes); it was dropped. | metrics.jsonl lacks steps 4 to 9"),
+        (
+            lambda kept: [*kept[:4], kept[4][:20]],
+            "torn (20 bytes); it was dropped. | metrics.jsonl is missing steps 4 to 9",
+        ),
+        (
+            lambda kept: [*kept[:4], bytes(200)],
+            "torn (200 bytes); it was dropped. | metrics.jsonl is missing steps 4 to 9",
+        ),
         (
             lambda kept: [*kept[:8], *[bytes(30) + b"\n"] * 2],
-            "the last 2 lines were torn (62 bytes); they were dropped. | metrics.jsonl lacks steps 8 to 9",
+            "the last 2 lines were torn (62 bytes); they were dropped. | metrics.jsonl is missing steps 8 to 9",
         ),
-        (lambda kept: [*kept[:3], *kept[5:]], "metrics.jsonl lacks steps 3 to 4"),
-        (lambda kept: [kept[0], *kept[4:]], "metrics.jsonl lacks steps 1 to 3"),
-        (lambda kept: kept[6:], "metrics.jsonl lacks steps 1 to 5"),
-        (lambda kept: [*kept[:3], *kept[4:6], *kept[7:]], "metrics.jsonl lacks steps 3, 6"),
-        (lambda kept: [*kept[:5], kept[4], *kept[5:]], "metrics.jsonl holds step 4 more than once"),
-        (lambda kept: [*kept[:5], *kept[3:6], *kept[7:]], "lacks step 6 and holds steps 3 to 4 more than once"),
-        (lambda kept: [], "metrics.jsonl lacks steps 1 to 9"),
+        (lambda kept: [*kept[:3], *kept[5:]], "metrics.jsonl is missing steps 3 to 4"),
+        (lambda kept: [kept[0], *kept[4:]], "metrics.jsonl is missing steps 1 to 3"),
+        (lambda kept: kept[6:], "metrics.jsonl is missing steps 1 to 5"),
+        (lambda kept: [*kept[:3], *kept[4:6], *kept[7:]], "metrics.jsonl is missing steps 3, 6"),
+        (lambda kept: [*kept[:5], kept[4], *kept[5:]], "metrics.jsonl contains step 4 more than once"),
+        (lambda kept: [*kept[:5], *kept[3:6], *kept[7:]], "is missing step 6 and contains steps 3 to 4 more than once"),
+        (lambda kept: [], "metrics.jsonl is missing steps 1 to 9"),
         (lambda kept: [*kept[:5], kept[5].replace(b"0.5", b"0.4"), *kept[6:]], "was changed after step 9 was saved"),
         (lambda kept: kept[1:], "was changed after step 9 was saved"),
     ],
@@ -86,7 +92,7 @@ def test_what_became_of_a_log_is_told(damage: object, words: str, tmp_path: Path
     path.write_bytes(b"".join(damage(lines(path))))  # type: ignore[operator]
     told, metrics = compared(path, mark)
     assert words in told
-    assert metrics.is_complete is ("lacks" not in told)
+    assert metrics.is_complete is ("is missing" not in told)
     assert list(tmp_path.iterdir()) == [path]
     again, _ = compared(path, metrics.mark())  # as the next save marks it
     assert again == ""
@@ -98,7 +104,7 @@ def test_a_log_that_was_removed_is_told(tmp_path: Path) -> None:
     mark = logged(path)
     path.unlink()
     told, metrics = compared(path, mark)
-    assert "lacks steps 1 to 9" in told
+    assert "is missing steps 1 to 9" in told
     assert not metrics.is_complete
 
 
@@ -113,7 +119,7 @@ def test_lines_in_the_middle_that_cannot_be_read_are_left_out_and_kept_beside(da
     told, _ = compared(path, mark)
     (aside,) = tmp_path.glob(".damaged-metrics.jsonl-*")
     assert f"a line cannot be read; the file as it was is kept as {aside.name}" in told
-    assert "lacks step 4" in told
+    assert "is missing step 4" in told
     assert aside.read_bytes() == broken
     assert steps_in(path) == [1, 2, 3, 5, 6, 7, 8, 9]
 
@@ -128,7 +134,7 @@ def test_the_log_of_another_run_is_kept_beside_whole(steps: int, tmp_path: Path)
     path.write_bytes(foreign)
     told, metrics = compared(path, mark)
     (aside,) = tmp_path.glob(".damaged-metrics.jsonl-*")
-    assert told == f"metrics.jsonl was that of another run; it is kept as {aside.name}, and the log begins after step 9"
+    assert told == f"metrics.jsonl belonged to another run; it is kept as {aside.name}, and the log begins after step 9"
     assert aside.read_bytes() == foreign
     assert path.read_bytes() == b""
     assert not metrics.is_complete
@@ -144,7 +150,7 @@ def test_a_checkpoint_of_an_earlier_release_marks_nothing_and_gaps_are_told_all_
     logged(path)
     assert compared(path, None)[0] == ""
     path.write_bytes(b"".join(lines(path)[:3]))
-    assert "lacks steps 3 to 9" in compared(path, None)[0]
+    assert "is missing steps 3 to 9" in compared(path, None)[0]
 
 
 def test_a_step_that_stands_there_twice_takes_its_time_once(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_a_record_comes_back_from_its_file(tmp_path: Path) -> None:
 def test_a_folder_without_a_whole_run_json_is_no_run_folder(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "run.json").write_text(content, encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"run folder: run\.json does not serve") as caught:
+    with pytest.raises(ConfigError, match=r"run folder: run\.json is unusable") as caught:
         read_run_config(tmp_path)
     assert (caught.value.code, caught.value.exit_status) == ("QH-S50", 2)
 

@@ -110,8 +110,8 @@ def check_sides(name: str, inputs: int, outputs: int, settings: GptqSettings, *,
     if wrong:
         raise ModelError(
             "QH-M55",
-            f"auto-gptq cannot serve {name}: it has {' and '.join(wrong)}; whole groups, and sides that are a multiple "
-            f"of {whole}, are expected.",
+            f"auto-gptq does not support {name}: it has {' and '.join(wrong)}; whole groups, and sides that are a "
+            f"multiple of {whole}, are expected.",
             fix="Use the engine gptqmodel, or another group size.",
         )
 
@@ -137,9 +137,9 @@ def reads_sixteen(qzeros: Tensor) -> bool:
 def misread_zeros(name: str) -> ModelError:
     return ModelError(
         "QH-C74",
-        f"{name} holds a zero point of 0, which auto-gptq has no form for: it stores and reads zero points less one.",
-        cause="Written by auto-gptq itself, the -1 also overwrites the zero points beside it, so the weights that were "
-        "meant are not known; its kernel for act-order reads 16.",
+        f"{name} holds a zero point of 0, which auto-gptq cannot represent: it stores and reads zero points minus one.",
+        cause="Written by auto-gptq itself, the -1 also overwrites the adjacent zero points, so the intended weights "
+        "are not known; its kernel for act-order reads 16.",
         fix="Quantize the 16-bit model again with symmetric groups, or use the engine gptqmodel for a checkpoint in "
         "format gptq_v2.",
     )

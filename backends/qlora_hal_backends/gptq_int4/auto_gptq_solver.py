@@ -38,7 +38,7 @@ def quantize(job: QuantizationJob, report: Report) -> None:
     if job.settings.checkpoint_format != "gptq":
         raise UnsupportedFeatureError(
             "QH-B01",
-            "auto-gptq writes GPTQ format v1 only; v2 was asked for.",
+            "auto-gptq writes GPTQ format v1 only; v2 was requested.",
             fix="Use the engine gptqmodel, or symmetric groups in format v1.",
         )
     torch.manual_seed(job.seed)

@@ -175,8 +175,8 @@ AUTO_GPTQ = Engine(
     inference_only_kernels=("marlin", "exllama", "exllamav2", "qigen"),
     install=_AUTO_GPTQ_INSTALL,
     asymmetric_format="gptq",  # it knows no other, and refuses to write a zero point of 0
-    needed_for="Checkpoints of auto-gptq load here as they are. Only to quantize or train with auto-gptq 0.7.1 itself "
-    f"an environment of its own is needed: {_AUTO_GPTQ_INSTALL}",
+    needed_for="Checkpoints of auto-gptq load here unchanged. Only quantizing or training with auto-gptq 0.7.1 itself "
+    f"needs an environment of its own: {_AUTO_GPTQ_INSTALL}",
 )
 
 ENGINES: Mapping[str, Engine] = {engine.name: engine for engine in (GPTQMODEL, AUTO_GPTQ)}
@@ -241,7 +241,7 @@ def chosen_kernel(engine: Engine, wanted: object, device: str, *, act_order: boo
     if wanted in engine.inference_only_kernels:
         cause = "It computes the forward pass only: no gradient would reach the layers below."
     elif any(kernel.name == wanted for kernel in here):
-        cause = "The checkpoint was made with desc_act, and this kernel takes the groups in order."
+        cause = "The checkpoint was made with desc_act, and this kernel processes the groups in order."
     else:
         cause = f"{engine.name} has no such kernel on {device}."
     raise UnsupportedFeatureError(

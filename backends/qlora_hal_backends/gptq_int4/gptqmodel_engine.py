@@ -117,9 +117,9 @@ def _zeros_as_they_are(layer: Any) -> None:
 def undefined_zeros(name: str) -> ModelError:
     return ModelError(
         "QH-C74",
-        f"{name} holds a zero point of 0 in the GPTQ format v1, which stores zero points less one.",
-        cause="Libraries disagree about -1 in four bits: some borrow from the zero point beside it. So the "
-        "weights that were meant are not known; asymmetric checkpoints need format v2.",
+        f"{name} holds a zero point of 0 in the GPTQ format v1, which stores zero points minus one.",
+        cause="Libraries disagree about -1 in four bits: some borrow from the adjacent zero point. So the "
+        "intended weights are not known; asymmetric checkpoints need format v2.",
         fix="Quantize the 16-bit model again (qlora-hal quantize), or find a checkpoint in format gptq_v2.",
     )
 

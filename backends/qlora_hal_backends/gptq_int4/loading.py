@@ -70,9 +70,9 @@ def checked_settings(source: ModelSource, quantization: Quantization) -> GptqSet
     if quantization.block_size is not None and quantization.block_size != settings.group_size:
         raise ConfigError(
             "QH-U11",
-            f"{quantization.block_size} was asked for; the checkpoint has {settings.group_size or 'one for all'}.",
+            f"{quantization.block_size} was requested; the checkpoint has {settings.group_size or 'one for all'}.",
             where="quantization.block_size",
-            fix="Remove quantization.block_size: a quantized checkpoint is taken as it is.",
+            fix="Remove quantization.block_size: a quantized checkpoint is used unchanged.",
         )
     heads = [name for name in source.facts.tensors if name.endswith("lm_head.qweight")]
     if heads:

@@ -40,7 +40,7 @@ def read_packed(checkpoint: Checkpoint, name: str, settings: GptqSettings, devic
     if absent:
         raise contradiction(
             checkpoint.where,
-            f"{name} lacks {', '.join(absent)}",
+            f"{name} is missing {', '.join(absent)}",
             "Both GPTQ libraries write qweight, qzeros, scales and g_idx for each layer.",
         )
     tensors = {part: checkpoint.take(f"{name}.{part}", device) for part in PARTS}

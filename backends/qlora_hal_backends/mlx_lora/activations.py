@@ -120,6 +120,6 @@ def _refused(source: ModelSource, asked: object) -> ModelError:
         "QH-M51",
         f"mlx-lm cannot build {source.facts.architecture} with the activation {asked}.",
         where=source.name,
-        cause="It computes another one, whatever config.json says.",
+        cause="It computes another one, regardless of config.json.",
         fix="Choose another backend for this model.",
     )

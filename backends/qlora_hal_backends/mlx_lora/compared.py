@@ -48,7 +48,7 @@ def check_compared(source: ModelSource, read: Config) -> tuple[str, ...]:
     if found.differs:
         raise _refused(source, f"It computes something else than transformers: {found.differs}.")
     if wrong := [*_left_out(source.facts.config, read, found), *_unknown_scaling(read, found)]:
-        raise _refused(source, f"It leaves out, for the model or for its adapter: {', '.join(wrong)}.")
+        raise _refused(source, f"It ignores, for the model or for its adapter: {', '.join(wrong)}.")
     return ()
 
 

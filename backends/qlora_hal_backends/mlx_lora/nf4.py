@@ -122,7 +122,7 @@ def quantize_nf4(
     """
     if block_size not in BLOCK_SIZES or weight.ndim != 2:
         raise ValueError(
-            f"block size {block_size} of {BLOCK_SIZES} and a [out, in] weight are needed, {weight.shape} came"
+            f"block size {block_size} of {BLOCK_SIZES} and a [out, in] weight are needed, got {weight.shape}"
         )
     values: Float32 = np.array(weight.astype(mx.float32, stream=mx.cpu), copy=False).reshape(-1)
     packed, absmax = encode(values, block_size)

@@ -93,7 +93,7 @@ known."""
 
 MLX_NOTES: Mapping[str, str] = {
     "paged_adamw": "paged_adamw is adamw here: MLX pages nothing",
-    **({"bfloat16": "MLX emulates bfloat16 on a CPU: right numbers, many times slower than float32"} if IS_CPU else {}),
+    **({"bfloat16": "MLX emulates bfloat16 on a CPU: correct, but many times slower than float32"} if IS_CPU else {}),
 }
 
 CAPABILITIES = Capabilities(

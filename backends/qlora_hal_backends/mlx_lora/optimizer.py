@@ -65,7 +65,8 @@ class AdamW:
         if wrong:
             raise AdapterError(
                 "QH-C09",
-                f"{len(wrong)} of {len(wanted)} optimizer tensors are missing or misshapen: {', '.join(wrong[:5])}.",
+                f"{len(wrong)} of {len(wanted)} optimizer tensors are missing or have the wrong shape: "
+                f"{', '.join(wrong[:5])}.",
                 fix="Resume with the adapter that this optimizer state was saved with.",
                 context={"tensors": wrong},
             )

@@ -48,7 +48,7 @@ def check_all_used(caches: list[Any], architecture: str) -> None:
     if unused:
         raise UnsupportedFeatureError(
             "QH-B60",
-            f"Packing is not possible with {architecture}: {unused} of {len(caches)} layers are no attention layers.",
-            cause="State that runs on from one sample into the next would mix them.",
+            f"Packing is not possible with {architecture}: {unused} of {len(caches)} layers are not attention layers.",
+            cause="State carried over from one sample into the next would mix them.",
             fix="Set data.packing false.",
         )

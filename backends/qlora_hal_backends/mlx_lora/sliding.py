@@ -29,7 +29,7 @@ class MissingWindow:
         if self.tokens is None or self.on_every_layer:
             return ()
         return (
-            f"mlx-lm leaves out the sliding window of {self.tokens} tokens that some layers of {self.architecture} "
+            f"mlx-lm ignores the sliding window of {self.tokens} tokens that some layers of {self.architecture} "
             "have: longer rows are refused (QH-B61)",
         )
 
@@ -51,7 +51,7 @@ class MissingWindow:
         return UnsupportedFeatureError(
             "QH-B61",
             f"{time} tokens are longer than the sliding window of {self.tokens} tokens of {self.architecture}, which "
-            "mlx-lm leaves out.",
+            "mlx-lm ignores.",
             fix=f"Keep to {self.tokens} tokens (data.max_seq_length), or choose another backend.",
         )
 

@@ -297,7 +297,7 @@ def _other_kind(causal: Any, source: ModelSource) -> str:
 
 def _conv1d_words(causal: Any) -> str:
     count = sum(type(module).__name__ == "Conv1D" for module in causal.modules())
-    return f": its {count} projections are Conv1D, which store their weights the other way round" if count else ""
+    return f": its {count} projections are Conv1D, which store their weights transposed" if count else ""
 
 
 def shape_mismatch(where: str, name: str, found: Sequence[int], expected: Sequence[int]) -> ModelError:

@@ -92,8 +92,8 @@ def load_with(
     trial = tried(causal, source, device)
     if trial.head is None:
         notes.append(
-            f"{type(causal).__name__} makes its logits in a way of its own: they are made whole, for every token of a "
-            "batch, which takes more memory than the estimate says"
+            f"{type(causal).__name__} computes its logits in a way of its own: all at once, for every token of a "
+            "batch, which takes more memory than the estimate"
         )
     return BaseModel(
         causal=causal,

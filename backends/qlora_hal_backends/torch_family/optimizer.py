@@ -206,7 +206,7 @@ def flat_moments(flat: FlatAdapter, snapshot: OptimizerSnapshot) -> tuple[Tensor
     if wrong:
         raise AdapterError(
             "QH-C09",
-            f"{len(wrong)} of {2 * len(flat.slices)} optimizer tensors are missing or misshapen: "
+            f"{len(wrong)} of {2 * len(flat.slices)} optimizer tensors are missing or have the wrong shape: "
             f"{', '.join(wrong[:5])}.",
             fix="Resume with the adapter that this optimizer state was saved with.",
             context={"tensors": wrong},

@@ -72,8 +72,8 @@ def tried(causal: Any, source: ModelSource, device: torch.device) -> Trial:
     if not _near(apart.logits[0, :-1], apart.logits[1, :-1], apart.same_sums):
         raise _refusal(
             source,
-            "is no causal language model: a token changes what is computed for those before it",
-            "It would be trained on seeing the tokens that it should predict.",
+            "is not a causal language model: a token changes what is computed for those before it",
+            "It would be trained with the tokens visible that it should predict.",
         )
     larger = MAGNIFIED_LOGIT / max(float(apart.logits.abs().nan_to_num(0.0).max()), 1e-6)
     together, mixes = _shared_row(causal, body, device, larger)
@@ -109,7 +109,7 @@ def _shared_row(causal: Any, body: Any | None, device: torch.device, scale: floa
     tokens = torch.tensor([[*LEFT, *RIGHT], [*OTHER_LEFT, *RIGHT]], device=device)
     positions = torch.tensor([[*range(len(LEFT)), *range(len(RIGHT))]] * 2, device=device)
     takes_positions = "position_ids" in inspect.signature(causal.forward).parameters
-    failure = "" if takes_positions else "its forward pass takes no position_ids"
+    failure = "" if takes_positions else "its forward pass does not accept position_ids"
     if takes_positions:
         try:
             return _run(causal, body, tokens, scale, position_ids=positions), ""

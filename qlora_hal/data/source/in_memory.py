@@ -79,7 +79,7 @@ def kept_rows(run_dir: Path) -> list[Mapping[str, object]] | None:
 def _no_rows(what: str, *, splits: bool = False) -> DataError:
     return DataError(
         "QH-D03",
-        f"data is {what}; a path, or rows to go through (a list of mappings), was expected.",
+        f"data is {what}; a path, or an iterable of rows (such as a list of mappings), was expected.",
         where="data",
         fix="Give one split of it: data=dataset['train']."
         if splits
@@ -95,7 +95,7 @@ def _not_json(row: object, number: int, problem: Exception) -> DataError:
         "QH-D03",
         f"{named} cannot be written as JSON ({problem}); text, numbers, lists and mappings were expected.",
         where=f"data:{number}",
-        cause="Rows given in memory are kept beside the run, so that it can be resumed.",
+        cause="Rows given in memory are kept with the run, so that it can be resumed.",
         fix="Turn the value into text or numbers, or remove the field.",
         context={"field": field},
     )

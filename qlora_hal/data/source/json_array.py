@@ -33,7 +33,7 @@ def array_elements(
             if text.take(",]") == "]":
                 break
             if text.peek() == "]":
-                raise text.fault("a comma stands before the end of the list")
+                raise text.fault("a comma precedes the end of the list")
     else:
         text.take("]")
     if text.peek():

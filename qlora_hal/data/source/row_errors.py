@@ -19,7 +19,7 @@ class Missing:
 
 MISSING = Missing()
 
-_CORRECT_OR_SKIP = "Correct the row, or set data.on_bad_row to skip to count such rows and go on."
+_CORRECT_OR_SKIP = "Correct the row, or set data.on_bad_row to skip, which skips such rows and counts them."
 
 
 def field_fault(row: Row, field: str, got: object, wanted: str) -> DataError:

@@ -55,7 +55,7 @@ _Value = Mapping[str, object] | DataError
 _Lines = Iterator[tuple[int, _Value]]
 
 
-_CORRECT_OR_SKIP = "Correct the line, or set data.on_bad_row to skip to count such rows and go on."
+_CORRECT_OR_SKIP = "Correct the line, or set data.on_bad_row to skip, which skips such rows and counts them."
 _SAVE_AS_UTF8 = "Save the file as UTF-8."
 
 
@@ -88,7 +88,7 @@ def _too_long(file: str, line: int) -> DataError:
         "QH-D07",
         f"A row has more than {MAX_ROW_BYTES // 2**20} MiB, the most that is read as one row.",
         where=f"{file}:{line}",
-        cause="The memory of the reader stays bounded, whatever the file holds.",
+        cause="The memory of the reader stays bounded, no matter what the file holds.",
         fix="Split the row, or write one JSON object on each line.",
     )
 
@@ -118,7 +118,7 @@ def _parse_line(raw: bytes, file: str, line: int) -> _Value | None:
         text = raw.decode("utf-8")
         value = decoded(text)
     except UnicodeDecodeError as error:
-        fix = f"{_SAVE_AS_UTF8[:-1]}, or set data.on_bad_row to skip to count such rows and go on."
+        fix = f"{_SAVE_AS_UTF8[:-1]}, or set data.on_bad_row to skip, which skips such rows and counts them."
         return malformed(file, line, error.start + 1, f"byte 0x{raw[error.start]:02x} is not UTF-8 text", fix)
     except json.JSONDecodeError as error:
         if not raw.strip():
@@ -152,11 +152,11 @@ def _column_of(text: str, message: str) -> int:
 
 def _reason(error: json.JSONDecodeError) -> str:
     if "\0" in error.doc[error.pos : error.pos + 1]:
-        return "a zero byte stands there; the file was damaged, or never written to its end"
+        return "there is a zero byte; the file is damaged, or was never written completely"
     before = error.doc[: error.pos].rstrip()
     after = error.doc[error.pos :].lstrip()
     if before.endswith(",") and after[:1] in ("}", "]", ""):
-        return "a comma stands before the end of the list or object"
+        return "a comma precedes the end of the list or object"
     if after.startswith("'"):
         return "strings are written in single quotes; JSON has double quotes"
     return error.msg[:1].lower() + error.msg[1:]
@@ -250,7 +250,7 @@ def _refuse_repeated_columns(path: Path, names: Sequence[str]) -> None:
             f"{path.name} has {len(repeated)} column names more than once: {', '.join(map(repr, repeated[:5]))}.",
             where=f"{path.name}:1",
             cause="A row is read by the names of its columns, so one of them would be lost.",
-            fix="Rename or remove the columns that are not meant.",
+            fix="Rename or remove the columns that are not needed.",
             context={"columns": repeated},
         )
 

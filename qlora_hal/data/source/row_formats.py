@@ -97,7 +97,7 @@ def unrecognised(row: Row, value: Mapping[str, object]) -> DataError:
         "QH-D03",
         f"The row has the keys {keys}; one of these was expected: {'; '.join(EVIDENCE.values())}.",
         where=row.where,
-        fix="Rename the columns, or set data.format if the row is meant as one of these shapes."
+        fix="Rename the columns, or set data.format if the row is meant to have one of these formats."
         if held is None
         else f"Put the list under {held} at the top level of the file: it holds the rows.",
     )
@@ -244,7 +244,7 @@ def _plain_writing(row: Row, value: Mapping[str, object], prompt: str, completio
     for name in ("system", "system_prompt", "tools", "functions"):
         if value.get(name):
             fix = "Give prompt and completion as lists of messages, so that a template writes it."
-            raise value_fault(row, name, value[name], "nothing beside a prompt that is plain text", fix)
+            raise value_fault(row, name, value[name], "nothing next to a prompt that is plain text", fix)
     return Writing(prompt, completion)
 
 

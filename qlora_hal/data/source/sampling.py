@@ -188,7 +188,7 @@ def _windows_shuffled(count: int, window: int, seed: int, epoch: int) -> Int64:
 
 def _refuse_unusable(store: TokenStore) -> None:
     if not len(store):
-        raise DataError("QH-D01", "There is no row to train on.", fix="Give a source that holds rows.")
+        raise DataError("QH-D01", "There is no row to train on.", fix="Use a source that holds rows.")
     untrained = np.flatnonzero(store.counted == 0)
     if len(untrained):
         numbers = ", ".join(str(store.row_numbers[row]) for row in untrained[:10])

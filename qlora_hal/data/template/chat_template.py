@@ -132,7 +132,7 @@ class ChatTemplate:
         except TemplateFault as error:
             raise DataError(
                 "QH-D12",
-                f"The chat template {name} is no Jinja template ({error}).",
+                f"The chat template {name} is not a valid Jinja template ({error}).",
                 where="data.chat_template",
                 fix=f"Correct it, or name a built-in one: {', '.join(BUILT_IN)}.",
             ) from error

@@ -191,7 +191,7 @@ class OmissionCounts:
         lines += [f"{what}: not written by the template ({count} rows)" for what, count in sorted(self.rows.items())]
         if self.lost_turns:
             lines.append(
-                "assistant turns that carry no loss, for the template leaves out what they say or call: "
+                "assistant turns that carry no loss, because the template omits what they say or call: "
                 f"{self.lost_turns}"
             )
         return lines

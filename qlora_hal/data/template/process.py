@@ -296,8 +296,8 @@ class _Request:
 def _not_started(ending: str) -> BackendError:
     return BackendError(
         "QH-E66",
-        f"The process that renders chat templates ended before its first answer ({ending}).",
-        cause=f"A template of a model is a stranger's program; it runs in a process of its own, {sys.executable}.",
+        f"The process that renders chat templates ended before its first response ({ending}).",
+        cause=f"A model's template is untrusted code; it runs in a process of its own, {sys.executable}.",
         fix="Free memory and try again, or set data.chat_template to a built-in template, which needs no process.",
     )
 

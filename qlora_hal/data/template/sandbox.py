@@ -319,7 +319,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def _refuse_wide_format(self, form: str, sign: str, values: object) -> None:
         if _WIDE[sign].search(form.replace("{{", "")):
-            raise TooMuch(f"pads a text to more than {_WIDEST} characters")
+            raise TooMuch(f"pads a string to more than {_WIDEST} characters")
         self._refuse_above_left(str.__len__(form) + form.count(sign) * (_WIDEST + size_of(values)))
 
     def _format(self, form: object, *args: object, **kwargs: object) -> Any:

@@ -250,7 +250,7 @@ def _taken_flags(row: Row, message: dict[str, object], field: str) -> set[str]:
         if message.get(name):
             raise value_fault(row, f"{field}.{name}", message[name], "train, weight or another field with one meaning")
     if len(set(asks.values())) > 1:
-        raise value_fault(row, field, {name: message[name] for name in asks}, "one answer to whether it is trained")
+        raise value_fault(row, field, {name: message[name] for name in asks}, "one value for whether it is trained")
     for name, trained in asks.items():
         if assistant or not trained:
             del message[name]

@@ -49,7 +49,7 @@ def declared_in(
     if not isinstance(listed, Mapping):
         differing = [name for name, token in named.items() if _text(config.get(name)) not in (None, token.content)]
         notes = [
-            f"special_tokens_map.json names the {name} {named[name].content!r}, and is followed" for name in differing
+            f"special_tokens_map.json names the {name} {named[name].content!r}, which is used" for name in differing
         ]
         special = {token.content for token in (*named.values(), *more)}
         tokens = {
@@ -148,9 +148,9 @@ def _listed_token(token: object, where: Path) -> AddedToken:
 def _unusable(path: Path, entry: object) -> ModelError:
     return ModelError(
         "QH-D52",
-        f"A declared token cannot be read: {str(entry)[:80]!r}; a text with an id was expected.",
+        f"A declared token cannot be read: {str(entry)[:80]!r}; a string with an id was expected.",
         where=str(path),
-        fix="Download the tokenizer's files again, all of one revision.",
+        fix="Download the tokenizer's files again, all from one revision.",
     )
 
 
@@ -161,6 +161,6 @@ def _other_id(where: Path, text: str, number: int, found: int | None) -> ModelEr
         f"and its next free id is {found}.",
         where=str(where / "tokenizer_config.json"),
         cause="tokenizer.json and tokenizer_config.json belong to different versions of the tokenizer.",
-        fix="Download the tokenizer's files again, all of one revision.",
+        fix="Download the tokenizer's files again, all from one revision.",
         context={"token": text, "declared": number},
     )

@@ -40,7 +40,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
             "QH-X15",
             f"The tokenizer is refused: {error}.",
             where=str(path),
-            cause="A few bytes in it would take memory or time without reason.",
+            cause="A few bytes in it would take excessive memory or time.",
             fix="Download the model again, and compare the file with its source's.",
         ) from error
     return guarded(tokenizer, path)

@@ -47,7 +47,7 @@ def refuse_other_objective(row: Row, value: Mapping[str, object], *, is_text: bo
     for name in sorted(held.keys() & _ROW_WEIGHTS):
         if held[name] != 1:
             fix = (
-                "Remove rows of weight 0, and repeat those of a higher one; or rename the column if it means no weight."
+                "Remove rows of weight 0, and repeat those of a higher one; or rename the column if it is not a weight."
             )
             raise value_fault(row, name, held[name], "1, the weight that every row has,", fix)
     for name in sorted(held.keys() & _PICTURES):
@@ -68,10 +68,10 @@ def refuse_compared_turn(row: Row, turn: Mapping[str, object], field: str) -> No
 def _is_preference(row: Row, names: Collection[str]) -> DataError:
     return DataError(
         "QH-D03",
-        f"The row compares answers ({', '.join(map(shown, names))}), which is training for a preference; "
-        "answers alone were expected.",
+        f"The row compares answers ({', '.join(map(shown, names))}), which is preference training; "
+        "plain answers were expected.",
         where=row.where,
-        cause="Trained as it stands, an answer that was rejected would be learnt like one that was chosen.",
+        cause="Trained this way, a rejected answer would be learned like a chosen one.",
         fix="Keep the answers that were chosen as messages, or as prompt and completion, and remove these columns.",
         context={"row": row.number, "fields": list(names)},
     )

@@ -59,8 +59,8 @@ def rebuilding_notes(folder: Path, tokenizer: Tokenizer, config: Mapping[str, ob
         return []
     cut, rebuilt = (" ".join(_pieces(tokenizer, probe)) for tokenizer in (ours, theirs))
     return [
-        f"tokenizer.json is read as it stands; transformers 5 builds {name} anew and may give other ids: it cuts "
-        f"{probe!r} into {rebuilt}, where tokenizer.json has {cut}. To serve with the ids that are trained, set "
+        f"tokenizer.json is used unchanged; transformers 5 rebuilds {name} and may give other ids: it splits "
+        f"{probe!r} into {rebuilt}, where tokenizer.json has {cut}. To use the trained ids there, set "
         "tokenizer_class to PreTrainedTokenizerFast in tokenizer_config.json"
     ]
 

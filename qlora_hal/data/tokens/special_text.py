@@ -85,7 +85,7 @@ def masked(special: SpecialText, value: object) -> Any:
         if NONCHARACTERS.search(value):
             raise DataError(
                 "QH-D08",
-                "A text holds code points between U+FDD0 and U+FDEF, which are no characters.",
+                "A text holds code points between U+FDD0 and U+FDEF, which are not characters.",
                 fix="Remove them from the row, or set data.on_bad_row to skip.",
             )
         return special.mask(value)

@@ -248,10 +248,10 @@ def _read_header(stream: BufferedReader, size: int) -> tuple[Mapping[str, Any], 
     try:
         entries = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise NotAStore("its header is no JSON") from error
+        raise NotAStore("its header is not JSON") from error
     metadata = entries.get("__metadata__") if isinstance(entries, dict) else None
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        raise NotAStore(f"it is not of the format {FORMAT!r}")
+        raise NotAStore(f"it is not in the format {FORMAT!r}")
     if "sha256" not in metadata or _OWN_HASH not in metadata:
         raise NotAStore("an earlier release wrote it, without a hash")
     claimed = str(metadata[_OWN_HASH])

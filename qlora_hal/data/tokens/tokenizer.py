@@ -81,9 +81,9 @@ class ChatTokenizer:
         self._protected: ProtectedTokenizer | None = None
         self.stop_ids = self._stops(files)
         if self.template is not None and self.template.tells_date:
-            notes.append("the chat template writes today's date; a fixed day stands there, so that runs repeat")
+            notes.append("the chat template writes today's date; a fixed date is used, so that runs are reproducible")
         if template_name in BUILT_IN and (unknown := self._markers_spelled_out(BUILT_IN[template_name])):
-            notes.append(f"{unknown} of the template {template_name} are no tokens here; they are written as text")
+            notes.append(f"{unknown} of the template {template_name} are not tokens here; they are encoded as text")
         self.notes = tuple(notes)
         self.hash = self._hash(template, self._named_templates.get(TOOL_TEMPLATE))
 
@@ -176,7 +176,7 @@ class ChatTokenizer:
         """The error when a conversation has to be rendered and the tokenizer has no template for it (QH-D12)."""
         names, found = [*self._named_templates, *BUILT_IN], "has no chat template"
         if self._named_templates:
-            found = f"has the chat templates {', '.join(self._named_templates)} and none that is named default"
+            found = f"has the chat templates {', '.join(self._named_templates)} and none named default"
         return DataError(
             "QH-D12",
             f"The tokenizer {found}, and {what} need one.",
@@ -233,7 +233,7 @@ class ChatTokenizer:
         if fallback < 0 or fallback in ends or self._is_beyond_model(fallback):
             fallback = next(number for number in range(self.vocabulary_size) if number not in ends)
         text = self._rust.id_to_token(fallback)
-        notes.append(f"{why}; id {fallback} ({text}) pads, and the eos stays trained")
+        notes.append(f"{why}; id {fallback} ({text}) is used for padding, and the eos stays trained")
         return fallback
 
     def _variables(self) -> Mapping[str, object]:
@@ -322,7 +322,7 @@ def template_refused(
         f"The chat template {tokenizer.template_name} refuses {which}: {fault}.",
         where=where,
         cause=f"The roles of the row are: {roles}.",
-        fix="Correct the order of the roles, or set data.chat_template to a template that takes them.",
+        fix="Correct the order of the roles, or set data.chat_template to a template that accepts them.",
         context={"row": row, "message": turn + 1, "roles": roles},
     )
 

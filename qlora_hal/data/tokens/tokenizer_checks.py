@@ -44,7 +44,7 @@ class HostileTokenizer(Exception):
 def checked(raw: bytes) -> Mapping[str, Any]:
     """The content of a tokenizer.json that may be handed to the library.
 
-    Raises JsonProblem when it is no JSON or none of a tokenizer, HostileTokenizer when it is one that takes memory or
+    Raises JsonProblem when it is not JSON or none of a tokenizer, HostileTokenizer when it is one that takes memory or
     time without reason.
     """
     content = strict_json.decode_foreign(raw, most_bytes=MAX_TOKENIZER_BYTES, most_values=MAX_VALUES)
@@ -72,7 +72,7 @@ def refuse_slow_or_broken(tokenizer: Tokenizer, content: Mapping[str, Any]) -> N
             ids = tokenizer.encode(text, add_special_tokens=True).ids
             tokenizer.decode(ids[:16], skip_special_tokens=False)
         if time.thread_time() - started > _SECONDS_OF_TRIAL:
-            raise HostileTokenizer(f"a text of {len(text)} characters takes it more than {_SECONDS_OF_TRIAL} seconds")
+            raise HostileTokenizer(f"a string of {len(text)} characters takes it more than {_SECONDS_OF_TRIAL} seconds")
 
 
 def _check_model(model: Mapping[str, Any]) -> None:

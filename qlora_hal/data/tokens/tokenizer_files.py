@@ -54,7 +54,7 @@ def read_folder(folder: Path) -> TokenizerFiles:
     tokenizer.no_padding()
     if getattr(tokenizer.model, "dropout", None):
         tokenizer.model.dropout = None
-        notes.append("tokenizer.json drops merges at random (dropout); every text is encoded in one way here")
+        notes.append("tokenizer.json drops merges at random (dropout); encoding is deterministic here")
     notes += declare(tokenizer, declared, folder)
     templates = _templates(folder, config)
     template = templates.pop(_DEFAULT, None)
@@ -68,8 +68,8 @@ def _bos_notes(tokenizer: Tokenizer, config: Mapping[str, object], named: Mappin
     if not isinstance(says, bool) or says == does:
         return []
     return [
-        f"tokenizer_config.json has add_bos_token {str(says).lower()}; tokenizer.json {'puts' if does else 'puts no'} "
-        "bos before a text, and is followed, as transformers 5 does"
+        f"tokenizer_config.json has add_bos_token {str(says).lower()}; tokenizer.json "
+        f"{'puts' if does else 'does not put'} bos before a text, and is used, as in transformers 5"
     ]
 
 
@@ -77,9 +77,9 @@ def _refuse_split_special_tokens(folder: Path, config: Mapping[str, object]) -> 
     if config.get("split_special_tokens") is True:
         raise ModelError(
             "QH-D52",
-            "tokenizer_config.json sets split_special_tokens; special tokens that stay whole were expected.",
+            "tokenizer_config.json sets split_special_tokens; unsplit special tokens were expected.",
             where=str(folder / "tokenizer_config.json"),
-            cause="With it no turn of a chat template could be told from text.",
+            cause="With it the special tokens of a chat template could not be told from text.",
             fix="Set it to false in a copy of the folder.",
         )
 
@@ -90,7 +90,7 @@ def _json_object(path: Path) -> dict[str, Any]:
     try:
         return strict_json.read_foreign_object(path)
     except (JsonProblem, OSError) as error:
-        raise broken(path, f"it is no JSON ({error})") from error
+        raise broken(path, f"it is not JSON ({error})") from error
 
 
 def _converted_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, str]]:

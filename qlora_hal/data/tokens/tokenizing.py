@@ -142,7 +142,7 @@ class Preparation:
             f"0 of {self._read} rows usable: {counts}.",
             where=self._source.name,
             cause=self._why_nothing(untrained),
-            fix="Raise data.max_seq_length, or correct the rows." if self._read else "Give a source that holds rows.",
+            fix="Raise data.max_seq_length, or correct the rows." if self._read else "Use a source that holds rows.",
             context={"rows_read": self._read, "bad_rows": self._bad.first},
         )
 
@@ -217,17 +217,17 @@ class Preparation:
         notes = list(self._source.notes)
         if len(counts.shapes) > 1:
             shapes = ", ".join(f"{shape} {number}" for shape, number in counts.shapes.most_common())
-            notes.append(f"the rows have {len(counts.shapes)} shapes: {shapes}")
+            notes.append(f"the rows have {len(counts.shapes)} formats: {shapes}")
         if "alpaca" in counts.shapes and self._tokenizer.template is None:
             notes.append(
-                "the tokenizer has no chat template; rows of the shape alpaca use the built-in template alpaca"
+                "the tokenizer has no chat template; rows in the format alpaca use the built-in template alpaca"
             )
         if counts.rows_with_tool_template:
             notes.append(f"{counts.rows_with_tool_template} rows with tools use the tokenizer's template tool_use")
         if counts.end_added_rows:
             notes.append(
                 f"the template ends the last answer of {counts.end_added_rows} rows without an end token; "
-                "one was put behind them"
+                "one was appended"
             )
         if counts.empty_thoughts:
             notes.append(
@@ -236,7 +236,8 @@ class Preparation:
             )
         for form, number in counts.arguments_as.items():
             notes.append(
-                f"the arguments of calls were given to the template as {form} in {number} rows: it takes no others"
+                f"the arguments of calls were given to the template as {form} in {number} rows: it accepts no "
+                "other form"
             )
         return notes
 

@@ -74,7 +74,7 @@ def _rotary_refusals(base: BaseModel, config: Any) -> Iterator[str]:
     if 2 * base.body.rotary_emb.inv_freq.numel() != size:
         yield "rotary embedding over part of a head"
     if size % WIDTH_MULTIPLE:
-        yield f"head size {size} is no multiple of {WIDTH_MULTIPLE}"
+        yield f"head size {size} is not a multiple of {WIDTH_MULTIPLE}"
 
 
 def _linear_refusals(base: BaseModel, flat: FlatAdapter) -> Iterator[str]:
@@ -86,14 +86,14 @@ def _linear_refusals(base: BaseModel, flat: FlatAdapter) -> Iterator[str]:
     for layer in layers:
         linears = [layer.get_submodule(module) for module in modules]
         if not all(isinstance(linear, FrozenLinear) and linear.base is not None for linear in linears):
-            yield "a projection that is no frozen linear layer"
+            yield "a projection that is not a frozen linear layer"
             return
         shapes.add(tuple((linear.out_features, linear.in_features) for linear in linears))
         known.update(paths[linear] for linear in linears)
     if len(shapes) != 1:
         yield "layers of different shapes"
     if any(width % WIDTH_MULTIPLE for shape in shapes for pair in shape for width in pair):
-        yield f"a width that is no multiple of {WIDTH_MULTIPLE}"
+        yield f"a width that is not a multiple of {WIDTH_MULTIPLE}"
     outside = sorted(set(flat.adapter.config.target_modules) - known)
     if outside:
         yield f"an adapter outside the decoder layers ({outside[0]})"
