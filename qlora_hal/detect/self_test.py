@@ -19,7 +19,7 @@ from qlora_hal.adapter.initial import initial_adapter
 from qlora_hal.contract.backend import Compute, Quantization
 from qlora_hal.contract.capabilities import Feature, WeightFormat
 from qlora_hal.contract.values import IGNORE_LABEL, Adapter, AdapterConfig, Batch, StepSettings
-from qlora_hal.detect.discovery import open_trainer
+from qlora_hal.detect import discovery
 from qlora_hal.errors import QloraHalError
 from qlora_hal.files.safetensors_file import file_chunks
 from qlora_hal.model.facts import read_facts
@@ -64,7 +64,7 @@ class _SelfTest:
         self.spec = spec
         self.weights = write_tiny_model(folder)
         self.folder = folder
-        self.trainer: QuantizedLoRATrainer = open_trainer(spec)
+        self.trainer: QuantizedLoRATrainer = discovery.open_trainer(spec)
         self.batch = _batch()
         self.checks: list[dict[str, str]] = []
 

@@ -12,7 +12,7 @@ import numpy as np
 from qlora_hal.adapter.fitting import check_fits
 from qlora_hal.contract.checked_trainer import CheckedTrainer
 from qlora_hal.contract.values import Float32, LinearShape
-from qlora_hal.detect.discovery import open_trainer
+from qlora_hal.detect import discovery
 from qlora_hal.export import folder as model_folder
 from qlora_hal.export import placing
 from qlora_hal.export.comparing import (
@@ -168,7 +168,7 @@ class Merge:
         """Open the base as it was trained on, take the adapter model's logits, and write what needs the open base."""
         resolved_backend = self._plan.resolved_backend
         spec = resolved_backend.choice.spec
-        trainer = CheckedTrainer(open_trainer(spec, self._plan.subject.options_on(spec.name)))
+        trainer = CheckedTrainer(discovery.open_trainer(spec, self._plan.subject.options_on(spec.name)))
         try:
             device = trainer.device_facts()
             proved = trainer.proved_compute_dtypes()

@@ -15,7 +15,8 @@ from qlora_hal.contract.backend import BackendSpec, Compute, Quantization
 from qlora_hal.contract.capabilities import Requirements, WeightFormat
 from qlora_hal.contract.checked_trainer import CheckedTrainer
 from qlora_hal.contract.values import Adapter
-from qlora_hal.detect.discovery import listed, open_trainer, reports
+from qlora_hal.detect import discovery
+from qlora_hal.detect.discovery import reports
 from qlora_hal.detect.selection import choose
 from qlora_hal.model.facts import read_facts
 from qlora_hal.model.source import ModelSource
@@ -82,7 +83,7 @@ def opened_merged(
     `adapter`, with B zero, is attached: what the suite certifies is the order load, attach, logits.
     """
     source = ModelSource(folder.name, folder, read_facts(folder), trust_remote_code=trust_remote_code)
-    trainer = CheckedTrainer(open_trainer(spec, compute.options))
+    trainer = CheckedTrainer(discovery.open_trainer(spec, compute.options))
     try:
         trainer.load(source, Quantization(WeightFormat.NONE), compute)
         trainer.attach(without_effect(adapter), "adamw")
@@ -98,7 +99,7 @@ def merged_backend(spec: BackendSpec, compute: Compute, architecture: str) -> tu
         return spec, compute
 
     needs = Requirements(weight_format=WeightFormat.NONE, compute_dtype=compute.dtype, architecture=architecture)
-    entries = listed()
+    entries = discovery.listed()
     choice = choose("auto", needs, entries, reports(entries), allow_cpu=True)
     return choice.spec, Compute(compute.dtype)
 

@@ -17,7 +17,8 @@ from qlora_hal.adapter.fitting import check_fits
 from qlora_hal.contract.backend import BackendSpec, Compute, Quantization
 from qlora_hal.contract.capabilities import Feature, Requirements, WeightFormat
 from qlora_hal.contract.checked_trainer import CheckedTrainer
-from qlora_hal.detect.discovery import find, listed, load_spec, open_trainer, reports
+from qlora_hal.detect import discovery
+from qlora_hal.detect.discovery import find, load_spec, reports
 from qlora_hal.detect.selection import choose
 from qlora_hal.errors import UnsupportedFeatureError
 from qlora_hal.export.comparing import without_effect
@@ -121,10 +122,10 @@ def opened_requantized(
             compute_dtype=dtype,
             architecture=source.facts.model_type,
         )
-        entries = listed()
+        entries = discovery.listed()
         spec = choose("auto", needs, entries, reports(entries), allow_cpu=True).spec
     options = subject.options_on(spec.name)
-    trainer = CheckedTrainer(open_trainer(spec, options))
+    trainer = CheckedTrainer(discovery.open_trainer(spec, options))
     try:
         trainer.load(source, quantization, Compute(dtype, options=options))
         check_fits(subject.adapter, trainer.linear_modules(), where=str(folder))
@@ -136,7 +137,7 @@ def opened_requantized(
 
 def calibrating_backend(weight_format: WeightFormat) -> BackendSpec:
     """The ready backend that brings a model into the format. Raises UnsupportedFeatureError QH-B01 when none does."""
-    entries = listed()
+    entries = discovery.listed()
     ready = [load_spec(find(report.backend, entries)) for report in reports(entries) if report.ready]
     able = [spec for spec in ready if weight_format in spec.capabilities.calibrated_formats]
     if able:

@@ -12,7 +12,7 @@ from qlora_hal.adapter.peft_files import read_adapter, read_provenance, unvouche
 from qlora_hal.contract.backend import Compute
 from qlora_hal.contract.checked_trainer import CheckedTrainer
 from qlora_hal.data import ChatTokenizer
-from qlora_hal.detect.discovery import open_trainer
+from qlora_hal.detect import discovery
 from qlora_hal.errors import ConfigError
 from qlora_hal.model.source import resolve_model
 from qlora_hal.quantize.calibration import base_of_run
@@ -109,7 +109,7 @@ def open_generation(
     source = base_of_run(resolved_backend, trained.run_dir)
     spec = resolved_backend.choice.spec
     options = options_on(config, spec.name, str(provenance.get("backend") or ""))
-    trainer = CheckedTrainer(open_trainer(spec, options))
+    trainer = CheckedTrainer(discovery.open_trainer(spec, options))
     try:
         dtype = _dtype(provenance, spec.name, trainer.proved_compute_dtypes(), console)
         trainer.load(source, resolved_backend.quantization, Compute(dtype=dtype, options=options))

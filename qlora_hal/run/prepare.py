@@ -12,7 +12,8 @@ from qlora_hal.adapter.targets import resolve_targets
 from qlora_hal.contract.backend import BackendSpec, ModelOutline, ProbeReport, Quantization
 from qlora_hal.contract.values import AdapterConfig, ComputeDtype, LinearShape, MemoryEstimate
 from qlora_hal.data import ChatTokenizer, prepare
-from qlora_hal.detect.discovery import listed, outline_of, reports
+from qlora_hal.detect import discovery
+from qlora_hal.detect.discovery import reports
 from qlora_hal.detect.requirements import quantization_of, requirements_of, unmet_description_note
 from qlora_hal.detect.selection import Choice, choose
 from qlora_hal.errors import ConfigError
@@ -71,7 +72,7 @@ def resolve_backend(config: RunConfig, hooks: Hooks, console: RunConsole) -> Res
         config.model.name_or_path, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
     )
     needs = requirements_of(config, source.facts)
-    entries = listed(hooks.offered_backends())
+    entries = discovery.listed(hooks.offered_backends())
     probed = reports(entries)
     choice = choose(
         config.backend.name,
@@ -86,7 +87,7 @@ def resolve_backend(config: RunConfig, hooks: Hooks, console: RunConsole) -> Res
     for note in filter(None, map(choice.spec.notes.get, (config.training.optim, config.quantization.compute_dtype))):
         console.note(f"{choice.spec.name}: {note}")
     quantization = quantization_of(config, source.facts, choice.spec.capabilities)
-    outline = outline_of(choice.spec, source, config.backend.options)
+    outline = discovery.outline_of(choice.spec, source, config.backend.options)
     targets = resolve_targets(config.lora.target_modules, outline.linear_modules)
     lora = config.lora
     adapter = AdapterConfig(lora.r, lora.alpha, lora.dropout, lora.use_rslora, targets)

@@ -16,7 +16,7 @@ from qlora_hal.contract.capabilities import Feature
 from qlora_hal.contract.checked_trainer import CheckedTrainer
 from qlora_hal.contract.values import Adapter, Batch, LinearShape, LossSum
 from qlora_hal.data.source.sampling import WindowSampler, evaluation_batches
-from qlora_hal.detect.discovery import open_trainer
+from qlora_hal.detect import discovery
 from qlora_hal.detect.mac_memory import pressure_note
 from qlora_hal.errors import AdapterError, ConfigError, StoppedError, UnsafeInputError
 from qlora_hal.model.verifying import base_config_hash
@@ -68,7 +68,7 @@ class RunContext:
 def execute(context: RunContext) -> TrainResult:
     """Train to the end or to a stop. Raises StoppedError QH-S19 when a signal ended it, with the state saved."""
     choice, options = context.prepared.resolved_backend.choice, context.prepared.config.backend.options
-    trainer = CheckedTrainer(open_trainer(choice.spec, options), context.console.note)
+    trainer = CheckedTrainer(discovery.open_trainer(choice.spec, options), context.console.note)
     record_file = RunRecordFile(context.directory, context.console, context.record, context.state)
     session = Session(context, trainer, record_file)
     try:

@@ -15,7 +15,8 @@ from qlora_hal.checkpoint.reading import kept_record, unfinished_notes
 from qlora_hal.config.resolve import require_settings
 from qlora_hal.data.source.in_memory import keep_rows, kept_rows
 from qlora_hal.data.source.reading import has_splits
-from qlora_hal.detect.discovery import find, listed, load_spec
+from qlora_hal.detect import discovery
+from qlora_hal.detect.discovery import find, load_spec
 from qlora_hal.errors import CheckpointError, ConfigError
 from qlora_hal.hooks import Hooks
 from qlora_hal.model.source import resolve_model
@@ -221,7 +222,7 @@ def _carried(
     """The run's configuration for the backend that goes on with it, and what that changes. Raises CheckpointError
     QH-C12 for what is not allowed, or cannot be."""
     name = backend or str(state.provenance["backend"])
-    capabilities = load_spec(find(name, listed(hooks.offered_backends()))).capabilities
+    capabilities = load_spec(find(name, discovery.listed(hooks.offered_backends()))).capabilities
     config, changes = transferred_config(given, state.provenance, name, capabilities)
     _refuse_to_store_anew(state.step, given, changes)
     check_allowed(state.step, changes, transfer=transfer)

@@ -24,7 +24,8 @@ from typing import Any
 from qlora_hal.checkpoint.reading import checkpoints
 from qlora_hal.config.resolve import ResolvedSettings
 from qlora_hal.config.schema import RunConfig
-from qlora_hal.detect.discovery import find, listed, load_spec, reports
+from qlora_hal.detect import discovery
+from qlora_hal.detect.discovery import find, load_spec, reports
 from qlora_hal.errors import OutOfMemoryError, QloraHalError
 from qlora_hal.processes import child_process
 from qlora_hal.processes.child_errors import error_from, told_of
@@ -51,7 +52,7 @@ def is_supervised(backend: str, observers: Sequence[object]) -> bool:
     if observers or os.environ.get(SUPERVISED_VARIABLE):
         return False
 
-    entries = [entry for entry in listed() if backend in ("auto", entry.name)]
+    entries = [entry for entry in discovery.listed() if backend in ("auto", entry.name)]
     for report in reports(entries):
         if report.ready:
             with suppress(QloraHalError):  # told by selection

@@ -96,7 +96,7 @@ def load(
     quantization = Quantization(weight_format, 64 if four_bit else None, four_bit)
     with torch.no_grad():
         base = loading.load_base(source_of(path), quantization, compute, DEVICE)
-    shapes = {name: (linear.in_features, linear.out_features) for name, linear in base.linears.items()}
+    shapes = {name: linear.shape for name, linear in base.linears.items()}
     config = AdapterConfig(r, 2.0 * r, dropout, False, tuple(sorted(filter(targets, shapes))))
     flat = FlatAdapter.place(moved_adapter(config, shapes), base.linears, getattr(torch, dtype), DEVICE)
     return Model(base, flat, compute)
