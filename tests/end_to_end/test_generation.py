@@ -155,7 +155,7 @@ def test_other_backend_in_the_place_of_the_absent_one_is_said(
     open_generation(run_dir=run.run_dir).close()
     told = " ".join(capsys.readouterr().err.split())
     assert "note: cuda_bnb, which trained the adapter, cannot be used here" in told
-    assert "cpu_torch takes its place" in told
+    assert "cpu_torch is used instead" in told
     assert opened.storages[1] == opened.storages[0]
 
 
