@@ -11,7 +11,7 @@ from qlora_hal.contract.capabilities import Capabilities, WeightFormat
 CAPABILITIES = Capabilities(frozenset({WeightFormat.NONE}), frozenset({"float32"}), frozenset())
 def probe():
     return ProbeReport("NAME", Availability.READY, "always")
-SPEC = BackendSpec("NAME", "a plugin", 5, CAPABILITIES, probe, "nowhere:Nothing")
+SPEC = BackendSpec("NAME", "a plugin", 5, CAPABILITIES, probe, "nowhere:Nothing", 2)
 """
 
 

@@ -15,14 +15,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from qlora_hal.contract.capabilities import (
-    OPTIMIZER_FEATURE,
     Capabilities,
-    Feature,
-    Requirements,
     WeightFormat,
-    unmet_requirements,
 )
-from qlora_hal.contract.memory_constants import FastPath, MemoryConstants
+from qlora_hal.contract.memory_constants import MemoryConstants, MemoryQuery, unfused
+from qlora_hal.contract.world import World
 from qlora_hal.errors import UnsupportedFeatureError
 
 if TYPE_CHECKING:
@@ -31,6 +28,7 @@ if TYPE_CHECKING:
         Batch,
         ComputeDtype,
         Float32,
+        Float64,
         Int32,
         LinearShape,
         LossSum,
@@ -40,7 +38,7 @@ if TYPE_CHECKING:
     )
     from qlora_hal.model.source import ModelSource
 
-CONTRACT_VERSION = 1
+CONTRACT_VERSION = 2
 """Major version of this contract; discovery refuses a spec of another one."""
 
 
@@ -105,13 +103,13 @@ class BackendSpec:
     `uses_accelerator` False keeps `auto` from choosing the backend silently (see `selection`). `card_vendors` are those
     whose cards it runs on, in the words of `memory.gpus.KnownGpu`. `option_choices` lists
     what `backend.options` may hold, the first choice being the default. `notes` maps the name of an optimizer or a
-    compute dtype to what it becomes here; the note is printed. `memory` holds what the estimate must know of the
-    backend's code, `fast_path` what is different where it has faster code. `quantizer` is `package.module:Name` of a
+    compute dtype to what it becomes here; the note is printed. `memory` answers what the estimate must know of the code
+    that will run. `quantizer` is `package.module:Name` of a
     `Quantizer` for `capabilities.calibrated_formats`. `outline` is `package.module:Name` of an `Outline`, which may
     import what the trainer imports; without one the headers of the weight files decide what a model has.
-    `supervised` asks for a run in a child process, where the device's driver may end it. `environment` maps an option,
-    and a choice of it, to variables that must be set before the trainer is imported; a default choice leaves alone what
-    the user has set.
+    `supervised` asks for a run in a child process, where the device's driver may end it. `prepare_process` is called
+    with `backend.options` before the trainer is imported, for variables that a library reads once; a default choice
+    leaves alone what the user has set. `contract` is the number that the author wrote this for.
     """
 
     name: str
@@ -120,33 +118,16 @@ class BackendSpec:
     capabilities: Capabilities
     probe: Callable[[], ProbeReport]
     trainer: str
+    contract: int
     uses_accelerator: bool = True
     card_vendors: frozenset[str] = frozenset({"nvidia", "amd", "apple"})
     option_choices: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
-    memory: MemoryConstants = field(default_factory=MemoryConstants)
-    fast_path: FastPath | None = None
+    memory: Callable[[MemoryQuery], MemoryConstants] = unfused
     quantizer: str = ""
     outline: str = ""
     supervised: bool = False
-    environment: Mapping[str, Mapping[object, Mapping[str, str]]] = field(default_factory=dict)
-    contract: int = CONTRACT_VERSION
-
-    def memory_for(
-        self,
-        architecture: str,
-        compute_dtype: str,
-        *,
-        dropout: float = 0.0,
-        options: Mapping[str, object] | None = None,
-        device_kind: str = "",
-    ) -> MemoryConstants:
-        """The constants of the code that will run; where `device_kind` is not known, on the hardware it is made for."""
-        fast = self.fast_path
-        if fast is None or (device_kind and device_kind not in fast.device_kinds):
-            return self.memory
-        serves = fast.serves(architecture, compute_dtype, dropout=dropout, options=options or {})
-        return fast.memory if serves else self.memory
+    prepare_process: Callable[[Mapping[str, object]], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,11 +194,13 @@ class Quantization:
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """How the backend computes. `options` are the backend's own settings, from `backend.options`."""
+    """How the backend computes. `options` are the backend's own settings, from `backend.options`; `world` is which of
+    several ranks this trainer is (Feature.DATA_PARALLEL)."""
 
     dtype: ComputeDtype = "float32"
     gradient_checkpointing: bool = False
     options: Mapping[str, object] = field(default_factory=dict)
+    world: World = field(default_factory=World)
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +248,11 @@ class QuantizedLoRATrainer(ABC):
     @abstractmethod
     def attach(self, adapter: Adapter, optimizer: str = "adamw") -> None:
         """Put the adapter on the base with a fresh optimizer. A second call replaces both. Raises AdapterError."""
+
+    def sum_over_ranks(self, values: Float64) -> Float64:
+        """The sum over all ranks of a few numbers `[n]`, for the core's votes (stop, save, split a window, a drawn
+        seed, evaluation sums); what was given where there is one rank. Feature.DATA_PARALLEL."""
+        return values
 
     @abstractmethod
     def device_facts(self) -> DeviceFacts:
@@ -336,49 +324,6 @@ class QuantizedLoRATrainer(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-def check_served(
-    spec: BackendSpec, quantization: Quantization, compute: Compute, *, prequantized: bool = False
-) -> None:
-    """What a trainer asks first in `load`: raises UnsupportedFeatureError QH-B01 naming all that the spec lacks.
-
-    The core asks the same before it opens a trainer; this keeps a caller without the core from getting another format
-    or dtype than the one it named.
-    """
-    weight_format = quantization.weight_format
-    features = {
-        Feature.DOUBLE_QUANT: quantization.double_quant,
-        Feature.GRADIENT_CHECKPOINTING: compute.gradient_checkpointing,
-        Feature.LOAD_PREQUANTIZED: prequantized,
-        Feature.QUANTIZE_ON_LOAD: not prequantized and weight_format is not WeightFormat.NONE,
-    }
-    needs = Requirements(
-        features=frozenset(feature for feature, is_needed in features.items() if is_needed),
-        weight_format=weight_format,
-        block_size=quantization.block_size,
-        compute_dtype=compute.dtype,
-    )
-    if lacks := unmet_requirements(needs, spec.capabilities):
-        raise UnsupportedFeatureError(
-            "QH-B01",
-            f"Backend {spec.name} does not support what was requested: {'; '.join(lacks)}.",
-            fix="Run qlora-hal backends to see which backend supports it.",
-            context={"lacks": list(lacks)},
-        )
-
-
-def check_optimizer(name: str, spec: BackendSpec) -> None:
-    """Beside `check_served`, for `attach`. Raises UnsupportedFeatureError QH-B01 for a name that the backend does not
-    offer."""
-    features = spec.capabilities.features
-    offered = [known for known, feature in OPTIMIZER_FEATURE.items() if feature is None or feature in features]
-    if name not in offered:
-        raise UnsupportedFeatureError(
-            "QH-B01",
-            f"Backend {spec.name} has no optimizer {name!r}; it has {', '.join(offered)}.",
-            fix="Set training.optim to one of them.",
-        )
 
 
 def _undeclared(trainer: QuantizedLoRATrainer, feature: str) -> Exception:

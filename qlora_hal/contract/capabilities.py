@@ -69,6 +69,10 @@ class Feature(StrEnum):
     BITWISE_DETERMINISM = "bitwise_determinism"
     PEAK_MEMORY = "peak_memory"
     GENERATE = "generate"
+    DATA_PARALLEL = "data_parallel"
+    """Several ranks, each with the whole packed base (`Compute.world`)."""
+    SHARDED_BASE = "sharded_base"
+    """Several ranks, the packed base spread over them."""
     TOKEN_WEIGHTS = "token_weights"
     """A loss of weighted tokens (`Batch.weights`), and `token_losses` to make them from."""
 

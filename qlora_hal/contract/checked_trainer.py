@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qlora_hal.contract.backend import Compute, DeviceFacts, Quantization, QuantizedLoRATrainer
+from qlora_hal.contract.gates import check_gates
 from qlora_hal.contract.type_checks import wrong_fields
 from qlora_hal.contract.values import (
     Adapter,
@@ -58,6 +59,7 @@ class CheckedTrainer:
             return tuple(found)
 
     def load(self, source: ModelSource, quantization: Quantization, compute: Compute) -> None:
+        check_gates(self._trainer.spec, compute)
         with self._checked("load"):
             self._trainer.load(source, quantization, compute)
         for note in self._trainer.load_notes:
@@ -68,6 +70,7 @@ class CheckedTrainer:
             return dict(self._trainer.linear_modules())
 
     def attach(self, adapter: Adapter, optimizer: str) -> None:
+        check_gates(self._trainer.spec, adapter.config)
         with self._checked("attach"):
             self._trainer.attach(adapter, optimizer)
         self._config = adapter.config
@@ -81,6 +84,9 @@ class CheckedTrainer:
             return facts
 
     def train_step(self, window: Sequence[Batch], settings: StepSettings) -> PendingStep:
+        check_gates(self._trainer.spec, settings)
+        for batch in window:
+            check_gates(self._trainer.spec, batch)
         with self._checked("train_step"):
             counted = sum(batch.counted_tokens for batch in window)
             return _CheckedStep(self._trainer.train_step(window, settings), counted, self)

@@ -31,18 +31,18 @@ class MemoryConstants:
 
 
 @dataclass(frozen=True, slots=True)
-class FastPath:
-    """Where a backend has faster code that keeps other tensors: on these kinds of device, for these architectures
-    (`model_type`) in these compute dtypes, without LoRA dropout, with none of these choices of `backend.options`."""
+class MemoryQuery:
+    """Which code will run: for models of this architecture (`model_type`) in this compute dtype, with this LoRA dropout
+    and these `backend.options`, on this kind of device. `device_kind` "" is not known: the hardware that the backend is
+    made for."""
 
-    memory: MemoryConstants
-    architectures: frozenset[str]
-    compute_dtypes: frozenset[str]
-    unless_options: Mapping[str, object] = field(default_factory=dict)
-    device_kinds: frozenset[str] = frozenset({"cuda"})
+    architecture: str
+    compute_dtype: str
+    dropout: float = 0.0
+    options: Mapping[str, object] = field(default_factory=dict)
+    device_kind: str = ""
 
-    def serves(self, architecture: str, compute_dtype: str, *, dropout: float, options: Mapping[str, object]) -> bool:
-        refused = any(options.get(name) == choice for name, choice in self.unless_options.items())
-        return (
-            architecture in self.architectures and compute_dtype in self.compute_dtypes and not dropout and not refused
-        )
+
+def unfused(query: MemoryQuery) -> MemoryConstants:
+    """Of plain modules, whatever is asked."""
+    return MemoryConstants()

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
 
 IGNORE_LABEL = -100
 """The label of a token that carries no loss (the convention of Hugging Face and torch)."""
@@ -191,14 +192,6 @@ class OptimizerSnapshot:
     exact: bool = True
     native_kind: str = ""
     native: Mapping[str, npt.NDArray[np.generic]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class World:
-    """Which share of the work this process has. One process is `World(0, 1)`."""
-
-    rank: int = 0
-    size: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,6 @@ import contextlib
 import difflib
 import io
 import json
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -134,12 +133,30 @@ def _imported(entry: BackendEntry) -> object:
     except QloraHalError:
         raise
     except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name in _MODULES_OF_CONTRACT_1:
+            raise _contract_error(
+                entry,
+                f"it was written for contract 1, whose {error.name} is {_MODULES_OF_CONTRACT_1[error.name]} now; this "
+                f"is contract {CONTRACT_VERSION}",
+            ) from error
         raise BackendError(
             "QH-E08",
             f"Backend {entry.name} of {entry.distribution} cannot be imported: {type(error).__name__}: {error}",
             where=entry.entry_point.value,
             fix=_repair(entry),
         ) from error
+
+
+_MODULES_OF_CONTRACT_1 = {
+    f"qlora_hal.{name}": f"qlora_hal.contract.{now}"
+    for name, now in {
+        "backend": "backend",
+        "capabilities": "capabilities",
+        "values": "values",
+        "memory_constants": "memory_constants",
+    }.items()
+}
+"""What a plugin of contract 1 imports."""
 
 
 def _repair(entry: BackendEntry) -> str:
@@ -172,8 +189,7 @@ def find(name: str, entries: Sequence[BackendEntry]) -> BackendEntry:
 
 def open_trainer(spec: BackendSpec, options: Mapping[str, object] | None = None) -> QuantizedLoRATrainer:
     """Import the trainer: the first heavy import of a run. Foreign exceptions come out as BackendError. `options` are
-    `backend.options`: some choices become variables of the environment first. A choice that is asked for
-    wins over a variable that is set already; a default does not."""
+    `backend.options`, which the backend prepares the process for first."""
     trainer = _called(spec, spec.trainer, options or {})
     if not isinstance(trainer, QuantizedLoRATrainer):
         raise BackendContractError(
@@ -201,14 +217,10 @@ def outline_of(spec: BackendSpec, source: ModelSource, options: Mapping[str, obj
 
 def _called(spec: BackendSpec, path: str, options: Mapping[str, object], *arguments: object) -> object:
     """Import `package.module:Name` of a backend and call it, its exceptions made ours."""
-    for option, choices in spec.option_choices.items():
-        asked = option in options
-        choice = options[option] if asked else choices[0]
-        for variable, value in spec.environment.get(option, {}).get(choice, {}).items():
-            if asked or variable not in os.environ:
-                os.environ[variable] = value
     module_name, _, attribute = path.partition(":")
     try:
+        if spec.prepare_process is not None:
+            spec.prepare_process(options)
         found: object = getattr(import_module(module_name), attribute)(*arguments)
     except QloraHalError:
         raise
@@ -295,7 +307,8 @@ def _contract_error(entry: BackendEntry, reason: str) -> BackendContractError:
     return BackendContractError(
         "QH-E09",
         f"Backend {entry.name} of {entry.distribution} is not compatible: {reason}.",
-        fix=f"Install a version of {entry.distribution} for contract {CONTRACT_VERSION}.",
+        fix=f"Install a version of {entry.distribution} for contract {CONTRACT_VERSION}; for its author, "
+        "docs/write_a_backend.md says what changed.",
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from qlora_hal.adapter.targets import resolve_targets
 from qlora_hal.contract.backend import BackendSpec, ModelOutline, ProbeReport, Quantization
+from qlora_hal.contract.memory_constants import MemoryQuery
 from qlora_hal.contract.values import AdapterConfig, ComputeDtype, LinearShape, MemoryEstimate
 from qlora_hal.data import ChatTokenizer, prepare
 from qlora_hal.detect import discovery
@@ -176,12 +177,14 @@ def estimated_memory(
         batch_size=config.training.per_device_train_batch_size,
         sequence_length=config.data.max_seq_length,
         gradient_checkpointing=config.training.gradient_checkpointing,
-        constants=spec.memory_for(
-            facts.model_type,
-            compute_dtype,
-            dropout=config.lora.dropout,
-            options=config.backend.options,
-            device_kind=report.device_kind if report is not None else "",
+        constants=spec.memory(
+            MemoryQuery(
+                facts.model_type,
+                compute_dtype,
+                config.lora.dropout,
+                config.backend.options,
+                report.device_kind if report is not None else "",
+            )
         ),
     )
 

@@ -166,5 +166,5 @@ def test_trainer_that_leaves_while_it_is_opened_has_failed(tmp_path: Path, monke
 
 
 def test_plugin_of_another_contract_is_refused_in_one_sentence(tmp_path: Path) -> None:
-    install(tmp_path, {"future": ("later", GOOD.replace('"nowhere:Nothing")', '"nowhere:Nothing", contract=2)'))})
-    assert "written for contract 2; this is contract 1" in probed(tmp_path)["later"][1]
+    install(tmp_path, {"future": ("later", GOOD.replace('"nowhere:Nothing", 2)', '"nowhere:Nothing", 3)'))})
+    assert "written for contract 3; this is contract 2" in probed(tmp_path)["later"][1]

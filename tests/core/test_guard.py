@@ -60,6 +60,7 @@ class Right(QuantizedLoRATrainer):
         Capabilities(frozenset({WeightFormat.NONE}), frozenset({"float32"}), frozenset()),
         lambda: ProbeReport("right", Availability.READY, "always"),
         "nowhere:Nothing",
+        2,
     )
 
     def __init__(self, **answers: Any) -> None:

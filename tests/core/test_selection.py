@@ -32,7 +32,7 @@ def spec(
             return ProbeReport(name, Availability.READY, "found")
         return ProbeReport(name, Availability.NO_DEVICE, f"no device for {name}", f"buy a device for {name}")
 
-    made = BackendSpec(name, name, priority, capabilities, probe, "nowhere:Nothing", uses_accelerator=accelerator)
+    made = BackendSpec(name, name, priority, capabilities, probe, "nowhere:Nothing", 2, uses_accelerator=accelerator)
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
@@ -73,7 +73,7 @@ def test_able_is_asked_before_fast() -> None:
     packing = replace(packing, capabilities=replace(packing.capabilities, features=frozenset({Feature.PACKING})))
     choice = chosen("auto", needs, packing, spec("fast", 9))
     assert choice.spec.name == "able"
-    assert choice.rejections["fast"] == "lacks feature packing"
+    assert choice.rejections["fast"] == "does not support feature packing"
 
 
 @pytest.mark.parametrize(

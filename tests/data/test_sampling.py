@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_hal.contract.values import IGNORE_LABEL, PADDING_SEGMENT, Batch, World
+from qlora_hal.contract.values import IGNORE_LABEL, PADDING_SEGMENT, Batch
+from qlora_hal.contract.world import World
 from qlora_hal.data import ChatTokenizer, PreparedData, TokenStore, WindowSampler, evaluation_batches
 from qlora_hal.data.tokens.order import Purpose, permutation
 from qlora_hal.data.tokens.packing import pack

@@ -19,6 +19,7 @@ from qlora_hal.detect.discovery import open_trainer
 from qlora_hal.errors import ModelError
 from qlora_hal.report.console import RunConsole
 from qlora_hal_backends.mlx_lora import SPEC, device
+from qlora_hal_backends.mlx_lora.offered import MLX_ENVIRONMENT
 
 
 def run(folder: Path, backend: str, *, dry_run: bool = False, **changes: Any) -> TrainResult:
@@ -99,7 +100,7 @@ def test_without_a_gpu_auto_prefers_torch_and_never_takes_a_cpu_silently() -> No
 
 
 def test_small_command_buffers_are_variables_that_mlx_reads_at_its_start() -> None:
-    small = SPEC.environment["command_buffers"]["small"]
+    small = MLX_ENVIRONMENT["command_buffers"]["small"]
     assert set(small) == {"MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER"}
     assert "small" in SPEC.option_choices["command_buffers"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qlora_hal.contract.capabilities import WeightFormat
-from qlora_hal.contract.memory_constants import FastPath, MemoryConstants
+from qlora_hal.contract.memory_constants import MemoryConstants, MemoryQuery
 from qlora_hal.contract.values import LinearShape
 from qlora_hal.memory.estimate import (
     adapter_parameters,
@@ -20,8 +20,8 @@ from qlora_hal.memory.estimate import (
 )
 from qlora_hal.memory.gpus import GIB, KNOWN_GPUS, apple_working_set
 from qlora_hal.model.facts import ModelFacts, TensorFacts, read_facts
-from qlora_hal_backends.cuda_bnb import SPEC as CUDA_SPEC
-from qlora_hal_backends.torch_family.platform import FUSED_ARCHITECTURES, fused_memory
+from qlora_hal_backends.torch_family import platform
+from qlora_hal_backends.torch_family.platform import MEMORY, fused_memory, memory_of
 
 
 def llama_facts(layers: int, hidden: int, feed_forward: int, vocabulary: int, heads: int, kv_heads: int) -> ModelFacts:
@@ -198,7 +198,7 @@ def _state_bytes(weight: Any) -> int:
     return int(state.absmax.nbytes + state.code.nbytes + nested)
 
 
-TORCH = CUDA_SPEC.memory
+TORCH = MEMORY
 OURS = fused_memory(TORCH)
 LIGER = MemoryConstants(hidden_copies=6.0, feed_forward_copies=3.0, cross_entropy_rows=256)
 """Fused norm and SwiGLU kernels that keep only their inputs, and a cross-entropy in chunks of 256 tokens."""
@@ -251,17 +251,15 @@ def test_base_weights_agree_with_what_was_measured_on_a_device(facts: ModelFacts
         ({"device_kind": "cpu"}, False),
     ],
 )
-def test_the_fast_path_counts_only_where_it_serves(settings: dict[str, Any], fast: bool) -> None:
-    path = FastPath(OURS, FUSED_ARCHITECTURES, frozenset({"bfloat16"}), {"layers": "plain", "attention": "eager"})
+def test_the_fast_path_counts_only_where_it_serves(
+    settings: dict[str, Any], fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "find_spec", lambda name: object())
     asked = {"architecture": "llama", "compute_dtype": "bfloat16", **settings}
-    constants = replace(CUDA_SPEC, fast_path=path).memory_for(
-        asked["architecture"],
-        asked["compute_dtype"],
-        dropout=asked.get("dropout", 0.0),
-        options=asked.get("options"),
-        device_kind=asked.get("device_kind", ""),
-    )
-    assert constants == (OURS if fast else TORCH)
+    constants = memory_of(TORCH, fused=True)(MemoryQuery(**asked))
+    expected = fused_memory(TORCH) if fast else TORCH
+    assert constants == expected != (TORCH if fast else fused_memory(TORCH))
+    assert memory_of(TORCH, fused=False)(MemoryQuery(**asked)) == TORCH
 
 
 def test_logits_and_a_layers_work_are_not_counted_at_once() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qlora_hal.contract.backend import BackendSpec, ProbeReport
-from qlora_hal_backends.torch_family.platform import CPU, MEMORY, OUTLINE, TORCH_OPTIONS
+from qlora_hal_backends.torch_family.platform import CPU, MEMORY, OUTLINE, TORCH_OPTIONS, memory_of
 
 
 def probe() -> ProbeReport:
@@ -21,9 +21,10 @@ SPEC = BackendSpec(
     probe=probe,
     outline=OUTLINE,
     trainer="qlora_hal_backends.cpu_torch.trainer:open_trainer",
+    contract=2,
     uses_accelerator=CPU.uses_accelerator,
     card_vendors=frozenset(),
     option_choices=TORCH_OPTIONS,
     notes=CPU.optimizer_notes,
-    memory=MEMORY,
+    memory=memory_of(MEMORY, fused=False),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qlora_hal.contract.backend import BackendSpec, ProbeReport
-from qlora_hal_backends.torch_family.platform import CUDA, MEMORY, OUTLINE, TORCH_OPTIONS, fused_path
+from qlora_hal_backends.torch_family.platform import CUDA, MEMORY, OUTLINE, TORCH_OPTIONS, memory_of
 
 
 def probe() -> ProbeReport:
@@ -21,10 +21,10 @@ SPEC = BackendSpec(
     probe=probe,
     outline=OUTLINE,
     trainer="qlora_hal_backends.cuda_bnb.trainer:open_trainer",
+    contract=2,
     uses_accelerator=CUDA.uses_accelerator,
     card_vendors=frozenset({"nvidia"}),
     option_choices=TORCH_OPTIONS,
     notes=CUDA.optimizer_notes,
-    memory=MEMORY,
-    fast_path=fused_path(MEMORY),
+    memory=memory_of(MEMORY, fused=True),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qlora_hal.contract.backend import BackendSpec, ProbeReport
 from qlora_hal_backends.gptq_int4.platforms import CAPABILITIES, CPU, MEMORY, NAME, OPTIONS, PRIORITY, TITLE
-from qlora_hal_backends.torch_family.platform import OUTLINE, fused_path
+from qlora_hal_backends.torch_family.platform import OUTLINE, memory_of
 
 
 def probe() -> ProbeReport:
@@ -22,10 +22,10 @@ SPEC = BackendSpec(
     probe=probe,
     outline=OUTLINE,
     trainer="qlora_hal_backends.gptq_int4.trainer:open_trainer",
+    contract=2,
     card_vendors=frozenset({"nvidia", "amd"}),
     option_choices=OPTIONS,
     notes=CPU.optimizer_notes,
-    memory=MEMORY,
-    fast_path=fused_path(MEMORY),
+    memory=memory_of(MEMORY, fused=True),
     quantizer="qlora_hal_backends.gptq_int4.quantizing:GptqQuantizer",
 )

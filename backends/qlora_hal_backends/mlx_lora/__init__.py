@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from qlora_hal.contract.backend import BackendSpec, ProbeReport
-from qlora_hal_backends.mlx_lora.offered import CAPABILITIES, IS_CPU, MEMORY, MLX_ENVIRONMENT, MLX_NOTES, MLX_OPTIONS
+from qlora_hal_backends.mlx_lora.offered import CAPABILITIES, IS_CPU, MEMORY, MLX_NOTES, MLX_OPTIONS, set_environment
 
 
 def probe() -> ProbeReport:
@@ -23,13 +23,14 @@ SPEC = BackendSpec(
     capabilities=CAPABILITIES,
     probe=probe,
     trainer="qlora_hal_backends.mlx_lora.trainer:MLXLoRATrainer",
+    contract=2,
     outline="qlora_hal_backends.mlx_lora.outline:outline",
     uses_accelerator=not IS_CPU,
     card_vendors=frozenset({"apple", "nvidia"}),
     option_choices=MLX_OPTIONS,
     notes=MLX_NOTES,
-    memory=MEMORY,
+    memory=lambda query: MEMORY,
     # Metal ends the process, from a thread of its own, when a command fails.
     supervised=sys.platform == "darwin",
-    environment=MLX_ENVIRONMENT,
+    prepare_process=set_environment,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,18 @@ MLX_ENVIRONMENT: Mapping[str, Mapping[object, Mapping[str, str]]] = {
 }
 """Read once by MLX, when it first opens the GPU; its defaults for buffers depend on the GPU, and are several times as
 large."""
+
+
+def set_environment(options: Mapping[str, object]) -> None:
+    """Set the variables of `MLX_ENVIRONMENT` before MLX is imported.
+
+    A choice that is asked for wins over a variable that is set already; a default does not.
+    """
+    for option, choices in MLX_OPTIONS.items():
+        asked = option in options
+        for variable, value in MLX_ENVIRONMENT.get(option, {}).get(options.get(option, choices[0]), {}).items():
+            if asked or variable not in os.environ:
+                os.environ[variable] = value
 
 
 @dataclass(frozen=True, slots=True)

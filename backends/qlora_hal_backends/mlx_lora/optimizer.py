@@ -16,8 +16,8 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from qlora_hal.contract.toolkit import check_moments
 from qlora_hal.contract.values import OptimizerSnapshot, StepSettings
-from qlora_hal.errors import AdapterError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Arrays = list[mx.array]
@@ -59,17 +59,7 @@ class AdamW:
 
     def restore(self, snapshot: OptimizerSnapshot) -> None:
         """Raises AdapterError QH-C09 with every moment that is missing or misshapen; then nothing is changed."""
-        wanted = {f"{n}.{kind}": p.shape for n, p in zip(self.names, self.parameters, strict=True) for kind in MOMENTS}
-        found = {name: moment.shape for name, moment in snapshot.moments.items()}
-        wrong = [name for name, shape in wanted.items() if found.get(name) != tuple(shape)]
-        if wrong:
-            raise AdapterError(
-                "QH-C09",
-                f"{len(wrong)} of {len(wanted)} optimizer tensors are missing or have the wrong shape: "
-                f"{', '.join(wrong[:5])}.",
-                fix="Resume with the adapter that this optimizer state was saved with.",
-                context={"tensors": wrong},
-            )
+        check_moments(snapshot, {name: p.shape for name, p in zip(self.names, self.parameters, strict=True)})
         self._moments = [[to_device(snapshot.moments[f"{name}.{kind}"]) for name in self.names] for kind in MOMENTS]
         self._step = mx.array(float(snapshot.step))
 

@@ -14,7 +14,8 @@ import mlx.core as mx
 import numpy as np
 
 from qlora_hal.contract import dropout
-from qlora_hal.contract.values import IGNORE_LABEL, Batch, Int32
+from qlora_hal.contract.toolkit import next_labels, next_weights
+from qlora_hal.contract.values import IGNORE_LABEL, Batch
 from qlora_hal.errors import UnsupportedFeatureError
 from qlora_hal_backends.mlx_lora.loading import BaseModel
 from qlora_hal_backends.mlx_lora.offered import LOSS_CHUNK_ROWS
@@ -54,7 +55,7 @@ def to_device(batch: Batch) -> DeviceBatch:
     weights = None
     if batch.weights is not None:
         following = np.zeros(room, np.float32)
-        following[: len(counted)] = np.roll(batch.weights, -1, axis=1).reshape(-1)[counted]
+        following[: len(counted)] = next_weights(batch).reshape(-1)[counted]
         weights = mx.array(following)
     return DeviceBatch(
         mx.array(batch.input_ids),
@@ -65,13 +66,6 @@ def to_device(batch: Batch) -> DeviceBatch:
         # Rows that are one sample padded on the right need no mask: causal attention never looks at what follows.
         mx.array(batch.segment_ids) if batch.is_packed else None,
     )
-
-
-def next_labels(batch: Batch) -> Int32:
-    """The label that the logits at each place are scored against `[batch, time]`; none at the end of a row."""
-    following = np.full_like(batch.labels, IGNORE_LABEL)
-    following[:, :-1] = batch.labels[:, 1:]
-    return following
 
 
 def _padded(count: int, size: int) -> int:

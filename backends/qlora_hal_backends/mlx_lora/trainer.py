@@ -15,18 +15,19 @@ import numpy as np
 from qlora_hal.adapter.fitting import check_fits
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key
 from qlora_hal.contract import dropout
-from qlora_hal.contract.backend import (
-    BackendSpec,
-    Compute,
-    DeviceFacts,
-    Quantization,
-    QuantizedLoRATrainer,
+from qlora_hal.contract.backend import BackendSpec, Compute, DeviceFacts, Quantization, QuantizedLoRATrainer
+from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal.contract.toolkit import (
+    at_labels,
     check_optimizer,
     check_served,
+    evaluated,
+    memory_named,
+    out_of_order,
+    step_stats,
+    unknown_module,
 )
-from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.values import (
-    IGNORE_LABEL,
     Adapter,
     Batch,
     Float32,
@@ -38,7 +39,7 @@ from qlora_hal.contract.values import (
     StepSettings,
     StepStats,
 )
-from qlora_hal.errors import BackendContractError, ModelError, OutOfMemoryError
+from qlora_hal.errors import OutOfMemoryError
 from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.mlx_lora import SPEC, device, loading, step
 from qlora_hal_backends.mlx_lora.compiled_code import compiling_in_own_folder
@@ -56,12 +57,11 @@ class _QueuedStep:
     """Figures `[loss sum, weighted, gradient norm, applied]` on their way to the host."""
 
     figures: mx.array
-    token_count: int
-    weighted: bool
+    window: Sequence[Batch]
 
     def resolve(self) -> StepStats:
         loss_sum, weighted, grad_norm, applied = (float(figure) for figure in np.array(self.figures))
-        return StepStats(loss_sum, self.token_count, grad_norm, applied > 0, weighted if self.weighted else None)
+        return step_stats(self.window, loss_sum, weighted, grad_norm, applied=applied > 0)
 
 
 @dataclass(slots=True)
@@ -135,18 +135,16 @@ class MLXLoRATrainer(QuantizedLoRATrainer):
             key = settings.dropout_key if at.adapter.config.dropout > 0.0 else None
             gradients, total = at.gradient.of_window(at.optimizer.tensors, window, settings.denominator, key)
             figures = at.optimizer.update(gradients, total, settings)
-        return _QueuedStep(figures, sum(batch.counted_tokens for batch in window), _weighted(window))
+        return _QueuedStep(figures, window)
 
     def evaluate(self, batches: Sequence[Batch]) -> LossSum:
         at = self._at_work
-        total, tokens = np.zeros(2), 0
+        total = np.zeros(2)
         with self._device_for("evaluation"):
             for batch in batches:
                 if batch.counted_tokens:
                     total += np.array(at.gradient.loss_of(at.optimizer.tensors, batch))
-                    tokens += batch.counted_tokens
-        loss_sum, weighted = total.tolist()
-        return LossSum(loss_sum, tokens, weighted if _weighted(batches) else None)
+        return evaluated(batches, *total.tolist())
 
     # state ---------------------------------------------------------------------------------------------------------
     def export_adapter(self) -> Adapter:
@@ -179,7 +177,6 @@ class MLXLoRATrainer(QuantizedLoRATrainer):
     def token_losses(self, batch: Batch, *, adapter: bool = True) -> Float32:
         base = self._loaded
         tensors = self._attached.optimizer.tensors if self._attached is not None else {}
-        found, counted = np.zeros(batch.labels.shape, np.float32), step.next_labels(batch) != IGNORE_LABEL
         on_device = step.to_device(batch)
         base.slots.enabled = adapter
         try:
@@ -189,17 +186,12 @@ class MLXLoRATrainer(QuantizedLoRATrainer):
                 losses = to_host(step.token_losses(rows[on_device.counted], on_device.targets, on_device.counts))
         finally:
             base.slots.enabled = True
-        found[:, 1:][counted[:, :-1]] = losses[: int(counted.sum())]
-        return found
+        return at_labels(batch, losses[: batch.counted_tokens])
 
     def dequantized_weight(self, module: str) -> Float32:
         linears = self._loaded.linears
         if module not in linears:
-            raise ModelError(
-                "QH-C07",
-                f"There is no linear layer {module}; the base has {len(linears)}, the first is {next(iter(linears))}.",
-                fix="Name one of linear_modules().",
-            )
+            raise unknown_module(module, linears)
         with self._device_for("decoding a weight"):
             return to_host(linears[module].base.dense())
 
@@ -224,13 +216,13 @@ class MLXLoRATrainer(QuantizedLoRATrainer):
     @property
     def _loaded(self) -> loading.BaseModel:
         if self._base is None:
-            raise _out_of_order("load")
+            raise out_of_order("load")
         return self._base
 
     @property
     def _at_work(self) -> _Attached:
         if self._attached is None:
-            raise _out_of_order("attach")
+            raise out_of_order("attach")
         return self._attached
 
     def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -252,25 +244,17 @@ class MLXLoRATrainer(QuantizedLoRATrainer):
     def _device_for(self, phase: str) -> Iterator[None]:
         """The device, one caller at a time and from any thread; what runs out of memory is named."""
         try:
-            with self._one_caller, mx.stream(self._stream), compiling_in_own_folder():
+            with (
+                memory_named("MLX", phase, words=_OUT_OF_MEMORY),
+                self._one_caller,
+                mx.stream(self._stream),
+                compiling_in_own_folder(),
+            ):
                 yield
-        except (MemoryError, RuntimeError) as error:
-            reason = (str(error).splitlines() or ["no message"])[0]
-            if isinstance(error, RuntimeError) and not any(word in reason.lower() for word in _OUT_OF_MEMORY):
-                raise
-        else:
-            return
-        # Out of the except block: the error's frames hold the activations.
-        gc.collect()
-        mx.clear_cache()
-        raise OutOfMemoryError(
-            "QH-N07",
-            f"MLX ran out of memory in {phase}.",
-            cause=reason,
-            fix="Lower training.per_device_train_batch_size or data.max_seq_length, or set "
-            "training.gradient_checkpointing true.",
-            context={"phase": phase},
-        )
+        except OutOfMemoryError:
+            gc.collect()
+            mx.clear_cache()
+            raise
 
 
 def kernel_path(quantization: Quantization) -> str:
@@ -284,15 +268,5 @@ def kernel_path(quantization: Quantization) -> str:
     return f"MLX {quantization.weight_format.value}: quantized_matmul"
 
 
-def _out_of_order(first: str) -> BackendContractError:
-    return BackendContractError(
-        "QH-B02", f"The trainer was used before {first}().", fix=f"Call {first}() first; this is a bug of the caller."
-    )
-
-
 def _channel_words(module: str, channels: int) -> mx.array:
     return mx.array(dropout.channel_words(module, channels))
-
-
-def _weighted(batches: Sequence[Batch]) -> bool:
-    return any(batch.weights is not None for batch in batches)

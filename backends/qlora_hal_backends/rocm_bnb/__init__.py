@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qlora_hal.contract.backend import BackendSpec, ProbeReport
-from qlora_hal_backends.torch_family.platform import MEMORY, OUTLINE, ROCM, TORCH_OPTIONS
+from qlora_hal_backends.torch_family.platform import MEMORY, OUTLINE, ROCM, TORCH_OPTIONS, memory_of
 
 
 def probe() -> ProbeReport:
@@ -21,9 +21,10 @@ SPEC = BackendSpec(
     probe=probe,
     outline=OUTLINE,
     trainer="qlora_hal_backends.rocm_bnb.trainer:open_trainer",
+    contract=2,
     uses_accelerator=ROCM.uses_accelerator,
     card_vendors=frozenset({"amd"}),
     option_choices=TORCH_OPTIONS,
     notes=ROCM.optimizer_notes,
-    memory=MEMORY,
+    memory=memory_of(MEMORY, fused=False),
 )

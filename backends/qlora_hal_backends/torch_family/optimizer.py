@@ -17,8 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from qlora_hal.contract.toolkit import check_moments
 from qlora_hal.contract.values import OptimizerSnapshot, StepSettings
-from qlora_hal.errors import AdapterError
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -197,20 +197,7 @@ def named_moments(flat: FlatAdapter, first: Tensor, second: Tensor) -> dict[str,
 
 def flat_moments(flat: FlatAdapter, snapshot: OptimizerSnapshot) -> tuple[Tensor, Tensor]:
     """Raises AdapterError with every moment that is missing or misshapen."""
-    wrong = [
-        f"{name}.{kind}"
-        for name, (_, shape) in flat.slices.items()
-        for kind in MOMENTS
-        if f"{name}.{kind}" not in snapshot.moments or snapshot.moments[f"{name}.{kind}"].shape != shape
-    ]
-    if wrong:
-        raise AdapterError(
-            "QH-C09",
-            f"{len(wrong)} of {2 * len(flat.slices)} optimizer tensors are missing or have the wrong shape: "
-            f"{', '.join(wrong[:5])}.",
-            fix="Resume with the adapter that this optimizer state was saved with.",
-            context={"tensors": wrong},
-        )
+    check_moments(snapshot, {name: shape for name, (_, shape) in flat.slices.items()})
     first, second = (
         flat.from_host({name: snapshot.moments[f"{name}.{kind}"] for name in flat.slices}) for kind in MOMENTS
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Literal
 
 from qlora_hal.contract.capabilities import Capabilities, Feature, WeightFormat
-from qlora_hal.contract.memory_constants import FastPath, MemoryConstants
+from qlora_hal.contract.memory_constants import MemoryConstants, MemoryQuery
 
 TorchDevice = Literal["cuda", "rocm", "mps", "cpu"]
 
@@ -43,20 +43,27 @@ def fused_memory(memory: MemoryConstants) -> MemoryConstants:
     return replace(memory, hidden_copies=4.0, feed_forward_copies=2.0, working_layers=1.5)
 
 
-def fused_path(memory: MemoryConstants) -> FastPath | None:
-    """Where the fused layers serve. None without Triton.
+def memory_of(plain: MemoryConstants, *, fused: bool) -> Callable[[MemoryQuery], MemoryConstants]:
+    """`plain` everywhere, but where the fused layers serve: on NVIDIA GPUs, with Triton.
 
     float16 stands for devices that are too old for the kernels: `auto` takes bfloat16 elsewhere.
     """
-    if find_spec("triton") is None:
-        return None
-    return FastPath(
-        fused_memory(memory),
-        FUSED_ARCHITECTURES,
-        frozenset({"bfloat16"}),
-        unless_options={"layers": "plain", "attention": "eager"},
-        device_kinds=frozenset({"cuda"}),
-    )
+    faster = fused_memory(plain)
+
+    def answer(query: MemoryQuery) -> MemoryConstants:
+        serves = (
+            fused
+            and find_spec("triton") is not None
+            and query.device_kind in ("", "cuda")
+            and query.architecture in FUSED_ARCHITECTURES
+            and query.compute_dtype == "bfloat16"
+            and not query.dropout
+            and query.options.get("layers") != "plain"
+            and query.options.get("attention") != "eager"
+        )
+        return faster if serves else plain
+
+    return answer
 
 
 @dataclass(frozen=True, slots=True)

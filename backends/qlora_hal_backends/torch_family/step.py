@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from qlora_hal.contract.values import IGNORE_LABEL, Batch, Float32, Int32
+from qlora_hal.contract.toolkit import next_labels, next_weights
+from qlora_hal.contract.values import IGNORE_LABEL, Batch
 from qlora_hal.errors import UnsupportedFeatureError
 from qlora_hal_backends.torch_family.head_loss import loss_sum, row_losses, whole_loss_sum
 from qlora_hal_backends.torch_family.loading import BaseModel
@@ -45,21 +46,8 @@ def to_device(batch: Batch, device: torch.device) -> DeviceBatch:
         position_ids=_copy(batch.position_ids, device) if batch.is_packed else None,
         counted=_copy(counted, device),
         targets=_copy(flat[counted], device),
-        weights=None if batch.weights is None else _copy(_next(batch.weights).reshape(-1)[counted], device),
+        weights=None if batch.weights is None else _copy(next_weights(batch).reshape(-1)[counted], device),
     )
-
-
-def next_labels(batch: Batch) -> Int32:
-    """The label that the logits at each place are scored against `[batch, time]`; none at the end of a row."""
-    following = np.full_like(batch.labels, IGNORE_LABEL)
-    following[:, :-1] = batch.labels[:, 1:]
-    return following
-
-
-def _next(values: Float32) -> Float32:
-    following = np.zeros_like(values)
-    following[:, :-1] = values[:, 1:]
-    return following
 
 
 def _copy(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:

@@ -15,17 +15,19 @@ from torch import Tensor
 
 from qlora_hal.adapter.fitting import check_fits
 from qlora_hal.contract import dropout
-from qlora_hal.contract.backend import (
-    BackendSpec,
-    Compute,
-    DeviceFacts,
-    Quantization,
-    QuantizedLoRATrainer,
+from qlora_hal.contract.backend import BackendSpec, Compute, DeviceFacts, Quantization, QuantizedLoRATrainer
+from qlora_hal.contract.toolkit import (
+    at_labels,
     check_optimizer,
     check_served,
+    counted_tokens,
+    evaluated,
+    memory_named,
+    out_of_order,
+    step_stats,
+    unknown_module,
 )
 from qlora_hal.contract.values import (
-    IGNORE_LABEL,
     Adapter,
     Batch,
     Float32,
@@ -37,7 +39,7 @@ from qlora_hal.contract.values import (
     StepSettings,
     StepStats,
 )
-from qlora_hal.errors import BackendContractError, ModelError, OutOfMemoryError
+from qlora_hal.errors import OutOfMemoryError
 from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.torch_family import fused, loading, step
 from qlora_hal_backends.torch_family.device import (
@@ -67,15 +69,14 @@ class _QueuedStep:
     """Figures `[loss sum, weighted, norm, applied]` on their way to the host."""
 
     figures: Tensor
-    token_count: int
-    weighted: bool
+    window: Sequence[Batch]
     arrived: Any = None
 
     def resolve(self) -> StepStats:
         if self.arrived is not None:
             self.arrived.synchronize()
         loss_sum, weighted, grad_norm, applied = self.figures.tolist()
-        return StepStats(loss_sum, self.token_count, grad_norm, applied > 0, weighted if self.weighted else None)
+        return step_stats(self.window, loss_sum, weighted, grad_norm, applied=applied > 0)
 
 
 class TorchLoRATrainer(QuantizedLoRATrainer):
@@ -149,15 +150,12 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> LossSum:
         total = torch.zeros(2, dtype=torch.float64 if self._device.type != "mps" else torch.float32)
-        tokens = 0
         with self._memory_named("evaluation"):
             for batch in batches:
                 if batch.counted_tokens:
                     loss = self._batch_loss(step.to_device(batch, self._device), 1.0)
                     total += loss.cpu()
-                    tokens += batch.counted_tokens
-        loss_sum, weighted = total.tolist()
-        return LossSum(loss_sum, tokens, weighted if _weighted(batches) else None)
+        return evaluated(batches, *total.tolist())
 
     def _window_gradient(
         self, window: Sequence[Batch], denominator: float, dropout_key: int | None
@@ -202,14 +200,13 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         return not bool(torch.isfinite(norm))
 
     def _queue(self, figures: Tensor, window: Sequence[Batch]) -> _QueuedStep:
-        token_count, weighted = _counted(window), _weighted(window)
         if figures.device.type != "cuda":
-            return _QueuedStep(figures.detach(), token_count, weighted)
+            return _QueuedStep(figures.detach(), window)
         host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
         host.copy_(figures.detach(), non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
-        return _QueuedStep(host, token_count, weighted, arrived)
+        return _QueuedStep(host, window, arrived)
 
     # state ---------------------------------------------------------------------------------------------------------
     def export_adapter(self) -> Adapter:
@@ -234,7 +231,7 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
 
     def gradients(self, window: Sequence[Batch]) -> Mapping[str, Float32]:
         with self._memory_named("a backward pass"):
-            self._window_gradient(window, _counted(window), dropout_key=None)
+            self._window_gradient(window, counted_tokens(window), dropout_key=None)
         flat = self._attached
         named = flat.to_host(flat.gradients)
         flat.gradients.zero_()
@@ -242,22 +239,14 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
 
     @torch.no_grad()
     def token_losses(self, batch: Batch, *, adapter: bool = True) -> Float32:
-        found = np.zeros(batch.labels.shape, np.float32)
-        counted = step.next_labels(batch) != IGNORE_LABEL
         with self._memory_named("a forward pass"), self._adapter_switched(on=adapter):
-            losses = step.token_losses(self._loaded, step.to_device(batch, self._device)).cpu().numpy()
-        found[:, 1:][counted[:, :-1]] = losses
-        return found
+            return at_labels(batch, step.token_losses(self._loaded, step.to_device(batch, self._device)).cpu().numpy())
 
     @torch.no_grad()
     def dequantized_weight(self, module: str) -> Float32:
         linears = self._loaded.linears
         if module not in linears:
-            raise ModelError(
-                "QH-C07",
-                f"There is no linear layer {module}; the base has {len(linears)}, the first is {next(iter(linears))}.",
-                fix="Name one of linear_modules().",
-            )
+            raise unknown_module(module, linears)
         base = linears[module].base
         assert base is not None
         return base.dense().float().cpu().numpy()
@@ -287,7 +276,7 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
     @property
     def _loaded(self) -> loading.BaseModel:
         if self._base is None:
-            raise _out_of_order("load")
+            raise out_of_order("load")
         return self._base
 
     @property
@@ -299,13 +288,13 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
     @property
     def _attached(self) -> FlatAdapter:
         if self._flat is None:
-            raise _out_of_order("attach")
+            raise out_of_order("attach")
         return self._flat
 
     @property
     def _attached_optimizer(self) -> Optimizer:
         if self._optimizer is None:
-            raise _out_of_order("attach")
+            raise out_of_order("attach")
         return self._optimizer
 
     def _loaded_without_adapter(self) -> None:
@@ -317,44 +306,12 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
     @contextmanager
     def _memory_named(self, phase: str) -> Iterator[None]:
         try:
-            yield
-        except (MemoryError, RuntimeError) as error:
-            # The traceback holds the frames that hold the activations; the core retries only after they are gone.
-            reason = (str(error).splitlines() or ["no message"])[0]
-            if not _tells_of_memory(error):
-                raise
-        else:
-            return
-        if self._flat is not None:
-            self._flat.gradients.zero_()
-        gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
-        raise OutOfMemoryError(
-            "QH-N07",
-            f"{self._device} ran out of memory in {phase}.",
-            cause=reason,
-            fix="Lower training.per_device_train_batch_size or data.max_seq_length, or set "
-            "training.gradient_checkpointing true.",
-            context={"phase": phase},
-        )
-
-
-def _tells_of_memory(error: MemoryError | RuntimeError) -> bool:
-    """torch has a class for it on CUDA and ROCm only."""
-    told = str(error).lower()
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in told for words in _OUT_OF_MEMORY)
-
-
-def _out_of_order(first: str) -> BackendContractError:
-    return BackendContractError(
-        "QH-B02", f"The trainer was used before {first}().", fix=f"Call {first}() first; this is a bug of the caller."
-    )
-
-
-def _counted(window: Sequence[Batch]) -> int:
-    return sum(batch.counted_tokens for batch in window)
-
-
-def _weighted(batches: Sequence[Batch]) -> bool:
-    return any(batch.weights is not None for batch in batches)
+            with memory_named(str(self._device), phase, kinds=(torch.OutOfMemoryError,), words=_OUT_OF_MEMORY):
+                yield
+        except OutOfMemoryError:
+            if self._flat is not None:
+                self._flat.gradients.zero_()
+            gc.collect()
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+            raise

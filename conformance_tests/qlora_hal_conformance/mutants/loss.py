@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from qlora_hal.contract.toolkit import Done
 from qlora_hal.contract.values import (
     IGNORE_LABEL,
     PADDING_SEGMENT,
@@ -20,7 +21,7 @@ from qlora_hal.contract.values import (
 from qlora_hal_conformance.oracle import Arithmetic, OracleLlama
 from qlora_hal_conformance.oracle.arrays import Float64
 from qlora_hal_conformance.reference_backend.step import MasksOf, WindowResult, window_gradient
-from qlora_hal_conformance.reference_backend.trainer import Done, ReferenceTrainer
+from qlora_hal_conformance.reference_backend.trainer import ReferenceTrainer
 
 from .registry import Mutant, with_rooms, with_trainer
 

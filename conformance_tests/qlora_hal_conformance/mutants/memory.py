@@ -61,7 +61,7 @@ class LostWithoutMemory(ReferenceTrainer):
 def measured_with(memory: MemoryConstants) -> Callable[[BackendSpec], BackendSpec]:
     def change(spec: BackendSpec) -> BackendSpec:
         features = spec.capabilities.features | {Feature.PEAK_MEMORY}
-        return replace(spec, memory=memory, capabilities=replace(spec.capabilities, features=features))
+        return replace(spec, memory=lambda query: memory, capabilities=replace(spec.capabilities, features=features))
 
     return change
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from qlora_hal.contract.backend import Availability, BackendSpec, Compute, ProbeReport, Quantization
 from qlora_hal.contract.capabilities import Feature
+from qlora_hal.contract.toolkit import Done
 from qlora_hal.contract.values import (
     Adapter,
     Batch,
@@ -34,7 +35,7 @@ from qlora_hal_conformance.oracle.adamw import AdamWState
 from qlora_hal_conformance.oracle.llama import ForwardPass
 from qlora_hal_conformance.reference_backend import CAPABILITIES, probe
 from qlora_hal_conformance.reference_backend.rooms import HONEST
-from qlora_hal_conformance.reference_backend.trainer import Done, ReferenceTrainer
+from qlora_hal_conformance.reference_backend.trainer import ReferenceTrainer
 
 from .registry import ChangeSpec, Mutant, with_trainer
 
@@ -269,10 +270,10 @@ MUTANTS = (
     ),
     Mutant(
         "written_for_another_contract",
-        "Was written for contract 2.",
+        "Was written for contract 3.",
         ("10", "11"),
         honest,
-        change_spec=lambda spec: replace(spec, contract=2),
+        change_spec=lambda spec: replace(spec, contract=3),
     ),
     Mutant("raises_in_load", "Raises KeyError in load.", ("11", "20"), with_trainer(RaisesInLoad), "unsloth#9466"),
     Mutant("lacks_a_method", "Has no evaluate.", ("11",), with_trainer(Incomplete), may_fail=("10",)),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from qlora_hal.contract.backend import BackendSpec
+from qlora_hal.contract.toolkit import Done
 from qlora_hal.contract.values import (
     AdapterConfig,
     Batch,
@@ -28,7 +29,7 @@ from qlora_hal_conformance.reference_backend import dropout
 from qlora_hal_conformance.reference_backend.rooms import HONEST
 from qlora_hal_conformance.reference_backend.rounding import to_bfloat16
 from qlora_hal_conformance.reference_backend.step import MasksOf, WindowResult, clip, update
-from qlora_hal_conformance.reference_backend.trainer import Done, ReferenceTrainer
+from qlora_hal_conformance.reference_backend.trainer import ReferenceTrainer
 
 from .registry import Mutant, with_rooms, with_trainer
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from qlora_hal.contract.toolkit import Done
 from qlora_hal.contract.values import Batch, Float32, LossSum, PendingStep, StepSettings
-from qlora_hal_conformance.reference_backend.trainer import Done, ReferenceTrainer
+from qlora_hal_conformance.reference_backend.trainer import ReferenceTrainer
 
 from .registry import Mutant, with_rooms, with_trainer
 

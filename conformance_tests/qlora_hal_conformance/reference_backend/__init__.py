@@ -58,5 +58,6 @@ SPEC = BackendSpec(
     capabilities=CAPABILITIES,
     probe=probe,
     trainer="qlora_hal_conformance.reference_backend.trainer:open_trainer",
+    contract=2,
     uses_accelerator=False,
 )

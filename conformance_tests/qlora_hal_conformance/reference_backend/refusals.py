@@ -7,8 +7,9 @@ from collections.abc import Collection, Sequence
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key
 from qlora_hal.contract.backend import BackendSpec, Compute, Quantization
 from qlora_hal.contract.capabilities import OPTIMIZER_FEATURE, Feature, Requirements, WeightFormat, unmet_requirements
+from qlora_hal.contract.toolkit import check_batches, unknown_module
 from qlora_hal.contract.values import Adapter, Batch
-from qlora_hal.errors import AdapterError, ConfigError, ModelError, UnsupportedFeatureError
+from qlora_hal.errors import AdapterError, ConfigError, UnsupportedFeatureError
 from qlora_hal.model.source import ModelSource
 
 
@@ -66,18 +67,12 @@ def refuse_untargeted(adapter: Adapter) -> None:
 def refuse_unknown_module(module: str, linear_modules: Collection[str]) -> None:
     """Raises ModelError for a path without a linear layer."""
     if module not in linear_modules:
-        raise ModelError(
-            "QH-C07",
-            f"The model has no linear layer {module!r}.",
-            fix="Use a path that linear_modules() names.",
-            context={"present": sorted(linear_modules)},
-        )
+        raise unknown_module(module, linear_modules)
 
 
 def refuse_batches(spec: BackendSpec, batches: Sequence[Batch]) -> None:
-    """Raises UnsupportedFeatureError for packed rows where packing is not declared."""
-    if any(batch.is_packed for batch in batches):
-        refuse(spec, Requirements(features=frozenset({Feature.PACKING})))
+    """Raises UnsupportedFeatureError for packed rows and weighted tokens where they are not declared."""
+    check_batches(spec, batches)
 
 
 def refuse(spec: BackendSpec, needs: Requirements) -> None:

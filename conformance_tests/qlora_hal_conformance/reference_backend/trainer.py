@@ -14,6 +14,7 @@ import numpy as np
 from qlora_hal.adapter.fitting import check_fits
 from qlora_hal.contract.backend import BackendSpec, Compute, DeviceFacts, Quantization, QuantizedLoRATrainer
 from qlora_hal.contract.dropout import rows_of
+from qlora_hal.contract.toolkit import Done, check_moments, memory_named, out_of_order
 from qlora_hal.contract.values import (
     IGNORE_LABEL,
     Adapter,
@@ -28,7 +29,6 @@ from qlora_hal.contract.values import (
     StepSettings,
     StepStats,
 )
-from qlora_hal.errors import AdapterError, BackendContractError, OutOfMemoryError
 from qlora_hal.model.source import ModelSource
 from qlora_hal_conformance.oracle import DropoutMasks, OracleLlama
 from qlora_hal_conformance.oracle.adamw import AdamWState, global_norm
@@ -42,16 +42,6 @@ from .rooms import HONEST, Rooms
 from .step import MasksOf, WindowResult, weighted_sum
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """A step that needs no waiting for."""
-
-    stats: StepStats
-
-    def resolve(self) -> StepStats:
-        return self.stats
 
 
 @dataclass(slots=True, eq=False)
@@ -94,7 +84,7 @@ class ReferenceTrainer(QuantizedLoRATrainer):
 
     def attach(self, adapter: Adapter, optimizer: str = "adamw") -> None:
         refuse_adapter(self.spec, adapter, optimizer)
-        with self.memory_named("attaching the adapter"):
+        with memory_named("NumPy", "attaching the adapter"):
             check_fits(adapter, self.base.linear_modules, where="attach")
             refuse_untargeted(adapter)
             parameters = {name: self.rooms.adapter_in(tensor) for name, tensor in sorted(adapter.tensors.items())}
@@ -137,7 +127,7 @@ class ReferenceTrainer(QuantizedLoRATrainer):
 
     def gradient_of(self, window: Sequence[Batch], divisor: float, masks_of: MasksOf) -> WindowResult:
         """What both `train_step` and `gradients` are made of."""
-        with self.memory_named("a training step"), _quiet():
+        with memory_named("NumPy", "a training step"), _quiet():
             refuse_batches(self.spec, window)
             read = [self.rooms.read_batch(batch) for batch in window]
             return self.rooms.window_gradient(self.attached.model, read, divisor or 1, masks_of, self.arithmetic)
@@ -166,17 +156,7 @@ class ReferenceTrainer(QuantizedLoRATrainer):
 
     def import_optimizer(self, snapshot: OptimizerSnapshot) -> None:
         parameters = self.attached.parameters
-        expected = {f"{name}.{kind}": tensor.shape for name, tensor in parameters.items() for kind in MOMENTS}
-        wrong = sorted(expected.keys() ^ snapshot.moments.keys())
-        wrong += sorted(n for n, moment in snapshot.moments.items() if n in expected and moment.shape != expected[n])
-        if wrong:
-            raise AdapterError(
-                "QH-C09",
-                f"{len(wrong)} of {len(expected)} optimizer tensors are missing, unknown or misshapen: "
-                f"{', '.join(wrong[:5])}.",
-                fix="Resume with the adapter that this optimizer state was saved with.",
-                context={"tensors": wrong},
-            )
+        check_moments(snapshot, {name: tensor.shape for name, tensor in parameters.items()})
         first, second = (
             {name: self.rooms.adapter_in(snapshot.moments[f"{name}.{kind}"]) for name in parameters} for kind in MOMENTS
         )
@@ -224,31 +204,18 @@ class ReferenceTrainer(QuantizedLoRATrainer):
         return np.array(tokens[len(prompt) :], dtype=np.int32)
 
     # inside --------------------------------------------------------------------------------------------------------
-    @contextmanager
-    def memory_named(self, phase: str) -> Iterator[None]:
-        """Raises OutOfMemoryError for NumPy's MemoryError."""
-        try:
-            yield
-        except MemoryError as error:
-            raise OutOfMemoryError(
-                "QH-N07",
-                f"{self.spec.name} ran out of memory in {phase}.",
-                cause=str(error),
-                fix="Use smaller batches.",
-            ) from error
-
     @property
     def base(self) -> LoadedBase:
         """Raises BackendContractError before `load`."""
         if self._base is None:
-            raise _out_of_order("load")
+            raise out_of_order("load")
         return self._base
 
     @property
     def attached(self) -> Attached:
         """Raises BackendContractError before `attach`."""
         if self._attached is None:
-            raise _out_of_order("attach")
+            raise out_of_order("attach")
         return self._attached
 
 
@@ -270,9 +237,3 @@ def _quiet() -> Iterator[None]:
     """Non-finite values are answered by `StepStats.applied`, not by NumPy's warnings."""
     with np.errstate(all="ignore"):
         yield
-
-
-def _out_of_order(first: str) -> BackendContractError:
-    return BackendContractError(
-        "QH-B02", f"The trainer was used before {first}().", fix=f"Call {first}() first; this is a bug of the caller."
-    )

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from qlora_hal.contract.capabilities import Feature, WeightFormat
+from qlora_hal.contract.memory_constants import MemoryQuery
 from qlora_hal.memory.estimate import estimate
 from qlora_hal_conformance.drawing import draw_adapter, draw_batch
 from qlora_hal_conformance.judging import Judge
@@ -120,7 +121,7 @@ def _judge_peak(
     adapter = draw_adapter(seeded, WIDE_SHAPE)
     ready = opened(model, checkpointing=checkpointing, adapter=adapter, prequantized=False)
     ready.trainer.peak_memory_bytes()
-    constants = subject.spec.memory_for("llama", ready.dtype, device_kind=subject.spec.probe().device_kind)
+    constants = subject.spec.memory(MemoryQuery("llama", ready.dtype, device_kind=subject.spec.probe().device_kind))
     small, large = (
         estimate(
             model.source.facts,

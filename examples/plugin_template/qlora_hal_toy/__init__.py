@@ -31,5 +31,6 @@ SPEC = BackendSpec(
     ),
     probe=probe,
     trainer="qlora_hal_toy.trainer:ToyTrainer",
+    contract=2,
     uses_accelerator=False,
 )

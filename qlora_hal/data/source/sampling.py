@@ -12,7 +12,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from qlora_hal.contract.values import Batch, World
+from qlora_hal.contract.values import Batch
+from qlora_hal.contract.world import World
 from qlora_hal.data.tokens.batching import batch_of, without_labels
 from qlora_hal.data.tokens.order import Purpose, permutation
 from qlora_hal.data.tokens.packing import pack
