@@ -10,7 +10,7 @@ def probe() -> ProbeReport:
     """Package metadata and device nodes only."""
     from qlora_hal_backends.probing import probe_here
 
-    return probe_here(CPU.backend, CPU.device)
+    return probe_here(CPU.backend, "cpu")
 
 
 SPEC = BackendSpec(

@@ -10,7 +10,7 @@ def probe() -> ProbeReport:
     """Package metadata and device nodes only."""
     from qlora_hal_backends.probing import probe_here
 
-    return probe_here(CUDA.backend, CUDA.device)
+    return probe_here(CUDA.backend, "cuda")
 
 
 SPEC = BackendSpec(

@@ -10,7 +10,7 @@ def probe() -> ProbeReport:
     """Package metadata and device nodes only."""
     from qlora_hal_backends.probing import probe_here
 
-    return probe_here(MPS.backend, MPS.device)
+    return probe_here(MPS.backend, "mps")
 
 
 SPEC = BackendSpec(

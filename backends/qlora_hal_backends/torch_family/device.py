@@ -20,21 +20,31 @@ def first_device(platform: TorchPlatform) -> torch.device:
     """The first visible device of the platform. Raises BackendUnavailableError: torch never falls back here."""
     if platform.torch_device == "cpu":
         return torch.device("cpu")
-    available = torch.cuda.is_available() if platform.torch_device == "cuda" else torch.backends.mps.is_available()
-    if not available:
+    if not torch.get_device_module(platform.torch_device).is_available():
         raise BackendUnavailableError(
             "QH-E04",
             f"torch {torch.__version__} sees no {platform.torch_device} device.",
             cause="The driver or the device is hidden from this process.",
             fix="Run qlora-hal doctor.",
         )
-    return torch.device(platform.torch_device, 0) if platform.torch_device == "cuda" else torch.device("mps")
+    device = torch.device(platform.torch_device)
+    return torch.device(platform.torch_device, 0) if has_queue(device) else device
+
+
+def has_queue(device: torch.device) -> bool:
+    """Whether a device has a memory of its own and a queue that the host runs ahead of: CUDA, ROCm (which answers to
+    "cuda"), XPU, and others whose module torch knows. A CPU has neither, and Apple's GPU shares the host's memory."""
+    return device.type not in ("cpu", "mps")
 
 
 def describe_device(platform: TorchPlatform, device: torch.device, decoding: str) -> DeviceFacts:
     """`decoding` names what unpacks the weights; the products are torch's."""
     versions = {name: version for name in _PACKAGES if (version := _version(name))}
     versions["python"] = python_platform.python_version()
+    if has_queue(device) and device.type != "cuda":
+        properties = torch.get_device_module(device).get_device_properties(device)
+        memory = getattr(properties, "total_memory", None)
+        return DeviceFacts(properties.name, versions, f"{decoding}, torch {device.type} products", "", memory)
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         runtime = torch.version.hip or torch.version.cuda or ""
@@ -50,10 +60,16 @@ def describe_device(platform: TorchPlatform, device: torch.device, decoding: str
     return DeviceFacts(_processor_name(), versions, f"{decoding}, torch CPU products")
 
 
+def free_unused(device: torch.device) -> None:
+    """Give back what torch's allocator holds for later."""
+    if has_queue(device):
+        torch.get_device_module(device).empty_cache()
+
+
 def forget_peak_memory(device: torch.device) -> None:
     """From here on `peak_memory_bytes` counts anew, where the system allows it: macOS and MPS do not."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    if has_queue(device):
+        torch.get_device_module(device).reset_peak_memory_stats(device)
     elif device.type == "cpu" and sys.platform == "linux":
         with suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as counters:
             counters.write("5")  # the peak resident size becomes the present one (proc(5))
@@ -61,8 +77,8 @@ def forget_peak_memory(device: torch.device) -> None:
 
 def peak_memory_bytes(device: torch.device) -> int:
     """Highest memory since load: allocated on a GPU, resident in this process on a CPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
+    if has_queue(device):
+        return int(torch.get_device_module(device).max_memory_allocated(device))
     if device.type == "mps":
         return int(torch.mps.driver_allocated_memory())
     return _peak_resident_bytes()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qlora_hal.contract.toolkit import check_moments
 from qlora_hal.contract.values import OptimizerSnapshot, StepSettings
+from qlora_hal_backends.torch_family.device import has_queue
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -125,8 +126,10 @@ class BitsandbytesAdamW:
         return torch.ones_like(norm)
 
     def snapshot(self) -> OptimizerSnapshot:
-        if self._flat.parameters.device.type == "cuda":
-            torch.cuda.synchronize()  # paged state lies in managed memory, which the host reads directly
+        if has_queue(device := self._flat.parameters.device):
+            torch.get_device_module(
+                device
+            ).synchronize()  # paged state lies in managed memory, which the host reads directly
         state = self._inner.state.get(self._parameter)
         if not state:
             zeros = torch.zeros_like(self._flat.parameters)

@@ -77,7 +77,7 @@ class TorchPlatform:
 
     backend: str
     title: str
-    device: TorchDevice
+    device: str
     torch_device: str
     priority: int
     preferred_dtypes: tuple[str, ...]

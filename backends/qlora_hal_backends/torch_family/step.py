@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from qlora_hal.contract.toolkit import next_labels, next_weights
 from qlora_hal.contract.values import IGNORE_LABEL, Batch
 from qlora_hal.errors import UnsupportedFeatureError
+from qlora_hal_backends.torch_family.device import has_queue
 from qlora_hal_backends.torch_family.head_loss import loss_sum, row_losses, whole_loss_sum
 from qlora_hal_backends.torch_family.loading import BaseModel
 
@@ -53,7 +54,7 @@ def to_device(batch: Batch, device: torch.device) -> DeviceBatch:
 def _copy(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
     host = torch.from_numpy(np.ascontiguousarray(array))
     host = host if host.is_floating_point() else host.long()
-    if device.type != "cuda":
+    if not has_queue(device):
         return host.to(device)
     return host.pin_memory().to(device, non_blocking=True)
 

@@ -46,6 +46,8 @@ from qlora_hal_backends.torch_family.device import (
     describe_device,
     first_device,
     forget_peak_memory,
+    free_unused,
+    has_queue,
     peak_memory_bytes,
 )
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
@@ -134,8 +136,7 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         self._base = self._flat = self._optimizer = None
         self._fused = fused.Refusal("no adapter is attached")
         gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_unused(self._device)
 
     # training ------------------------------------------------------------------------------------------------------
     def train_step(self, window: Sequence[Batch], settings: StepSettings) -> PendingStep:
@@ -200,11 +201,11 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         return not bool(torch.isfinite(norm))
 
     def _queue(self, figures: Tensor, window: Sequence[Batch]) -> _QueuedStep:
-        if figures.device.type != "cuda":
+        if not has_queue(figures.device):
             return _QueuedStep(figures.detach(), window)
         host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
         host.copy_(figures.detach(), non_blocking=True)
-        arrived = torch.cuda.Event()
+        arrived = torch.get_device_module(figures.device).Event()
         arrived.record()
         return _QueuedStep(host, window, arrived)
 
@@ -312,6 +313,5 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
             if self._flat is not None:
                 self._flat.gradients.zero_()
             gc.collect()
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
+            free_unused(self._device)
             raise
