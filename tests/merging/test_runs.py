@@ -128,7 +128,7 @@ def test_run_that_held_nothing_out_is_compared_on_its_last_rows_with_a_note(tmp_
     rendered = ChatTokenizer.from_folder(tmp_path / "merged").render(QUESTION, add_generation_prompt=True)
     assert "<|im_start|>user" in rendered
     rows.unlink()
-    with pytest.raises(ConfigError, match="cannot be read any more") as caught:
+    with pytest.raises(ConfigError, match="can no longer be read") as caught:
         merge(run.run_dir, tmp_path / "second")
     assert caught.value.code == "QH-C64"
 
