@@ -154,6 +154,8 @@ def _wrong_end(kill: Kill, ended: Ended, run_dir: Path) -> list[str]:
     status = _status_told(run_dir)
     saved = bool(run_dir.is_dir() and checkpoints(run_dir))
     stopped = {75} if saved and not kill.again else {75, 128 + kill.number} if saved else {128 + kill.number}
+    if kill.phase == STARTING:
+        stopped |= {128 + kill.number}  # a command that has not opened its run has nothing to save or to finish
     if kill.signal == "SIGUSR1":
         stopped = set()
     problems = []

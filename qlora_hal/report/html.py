@@ -102,8 +102,15 @@ def _data_lines(run: Mapping[str, object]) -> list[str]:
 def _hand_overs(run: Mapping[str, object]) -> list[dict[str, object]]:
     """Where the run went on with another backend: a title and what was said then."""
     moves = run.get("hand_overs")
-    told = [transfer_from(move).lines() for move in moves] if isinstance(moves, list) else []
+    told = [_lines_of(move) for move in moves] if isinstance(moves, list) else []
     return [{"title": lines[0].capitalize(), "lines": lines[1:]} for lines in told]
+
+
+def _lines_of(move: object) -> list[str]:
+    try:
+        return transfer_from(move).lines()  # type: ignore[arg-type]
+    except (KeyError, TypeError, AttributeError, ValueError):  # a record that was damaged or edited
+        return ["a transfer whose record is damaged"]
 
 
 # Headline ----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,5 +57,6 @@ def _points(rows: Sequence[dict[str, object]], key: str) -> Points:
     for row in rows:
         step, value = row.get("step"), row.get(key)
         if isinstance(step, int) and isinstance(value, (int, float)) and not isinstance(value, bool):
-            points.append((float(step), float(value)))
+            with suppress(OverflowError):  # a damaged number of hundreds of digits
+                points.append((float(step), float(value)))
     return points

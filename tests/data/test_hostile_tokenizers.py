@@ -40,6 +40,9 @@ def split(pattern: str) -> dict[str, Any]:
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+
+
 def doubling(count: int) -> list[dict[str, Any]]:
     return [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * count
 
@@ -75,6 +78,10 @@ def test_a_sound_tokenizer_is_read(tmp_path: Path) -> None:
         (lambda c: c.update(normalizer={"type": "Sequence", "normalizers": doubling(24)}), "normalizer makes up to"),
         (lambda c: c.update(decoder={"type": "Sequence", "decoders": doubling(24)}), "decoder makes up to"),
         (lambda c: c.update(normalizer={"type": "Prepend", "prepend": "a" * 65}), "normalizer makes up to 65"),
+        (
+            lambda c: c.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [BYTE_LEVEL] * 31}),
+            "pre_tokenizer makes up to",
+        ),
         (lambda c: c.update(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}] * 99}), "64 parts"),
         (lambda c: c.update(decoder={"type": "Strip", "content": "a", "start": 2**62, "stop": 0}), "strips start"),
         (lambda c: c.update(pre_tokenizer=split("a" * 9000)), "regular expression of more than"),
@@ -193,6 +200,22 @@ def test_the_files_beside_it_are_bounded_too(tmp_path: Path, name: str) -> None:
         (tmp_path / name).write_text(text)
         with pytest.raises(ModelError, match="QH-D52"):
             ChatTokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("special_tokens_map.json", {"pad_token": "\ud800"}),
+        ("tokenizer_config.json", {"extra_special_tokens": ["a", "\udfff"]}),
+        ("tokenizer_config.json", {"eos_token": {"content": "x\ud800"}}),
+    ],
+)
+def test_a_declared_token_that_is_no_unicode_text_is_refused(tmp_path: Path, name: str, content: object) -> None:
+    written(tmp_path, lambda content: None)
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(ModelError, match="not Unicode text") as refusal:
+        ChatTokenizer.from_folder(tmp_path)
+    assert refusal.value.code == "QH-D52"
 
 
 def test_thousands_of_special_tokens_are_declared_at_once(tmp_path: Path) -> None:

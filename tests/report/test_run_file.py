@@ -12,6 +12,7 @@ import pytest
 from qlora_hal.config.resolve import resolve_settings
 from qlora_hal.errors import ConfigError, UnsafeInputError
 from qlora_hal.errors.redaction import redacted
+from qlora_hal.files import sealed_json, strict_json
 from qlora_hal.report.html import write_report
 from qlora_hal.report.run_file import (
     Detection,
@@ -22,6 +23,7 @@ from qlora_hal.report.run_file import (
     run_facts,
     write_run_file,
 )
+from qlora_hal.report.series import read_series
 
 
 def record_of(settings_tree: dict[str, object]) -> RunRecord:
@@ -249,3 +251,18 @@ def test_a_record_is_no_permission_to_run_the_code_of_a_base(tmp_path: Path) -> 
     with pytest.raises(UnsafeInputError, match="QH-X03"):
         read_run_config(tmp_path)
     assert read_run_config(tmp_path, trust_remote_code=True).model.trust_remote_code
+
+
+@pytest.mark.parametrize("move", [{}, {"step": 3}, 7, None, {"exact": 1, "inexact": 2}])
+def test_a_damaged_record_of_a_transfer_does_not_keep_the_report_from_being_written(
+    tmp_path: Path, move: object
+) -> None:
+    write_run_file(tmp_path, record_of({}))
+    content = {**read_run_file(tmp_path), "hand_overs": [move]}
+    (tmp_path / "run.json").write_bytes(strict_json.encode(sealed_json.sealed(content)))
+    assert "a transfer whose record is damaged" in write_report(tmp_path).read_text(encoding="utf-8").lower()
+
+
+def test_a_number_of_hundreds_of_digits_in_the_metrics_is_left_out_of_the_curve(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": ' + "9" * 400 + '}\n{"step": 2, "loss": 2.5}\n')
+    assert read_series(tmp_path).loss == [(2.0, 2.5)]

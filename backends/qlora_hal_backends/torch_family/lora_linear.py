@@ -168,7 +168,7 @@ def scaled_mask(token_words: Tensor, channel_words: Tensor, rate: float, dtype: 
 
 @cache
 def _scaled_mask() -> Callable[[Tensor, Tensor, float, torch.dtype], Tensor]:
-    """In one kernel where Triton has a GPU to compile for: on an NVIDIA H200 a fifth of the time."""
+    """In one kernel where Triton has a GPU to compile for: `benchmarks/dropout_masks.py` says what that saves."""
     if not torch.cuda.is_available() or find_spec("triton") is None:
         return scaled_mask
     from qlora_hal_backends.torch_family import dropout_kernel

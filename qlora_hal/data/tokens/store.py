@@ -255,7 +255,10 @@ def _read_header(stream: BufferedReader, size: int) -> tuple[Mapping[str, Any], 
     if "sha256" not in metadata or _OWN_HASH not in metadata:
         raise NotAStore("an earlier release wrote it, without a hash")
     claimed = str(metadata[_OWN_HASH])
-    if hashlib.sha256(raw.replace(claimed.encode(), _UNKNOWN.encode(), 1)).hexdigest() != claimed:
+    if (
+        hashlib.sha256(raw.replace(claimed.encode("utf-8", "surrogatepass"), _UNKNOWN.encode(), 1)).hexdigest()
+        != claimed
+    ):
         raise NotAStore("its header does not match its hash")
     del entries["__metadata__"]
     return entries, metadata, 8 + length

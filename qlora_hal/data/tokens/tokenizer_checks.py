@@ -27,6 +27,7 @@ MAX_ID = 2**22 - 1
 MAX_GROWTH = 64
 """How many characters the replacements of one chain may make of one."""
 _MAX_COMPONENTS = 64
+_MOST_BYTES_OF_ONE = 4
 _MAX_AFFIX = 256
 _MAX_PATTERN = 8192
 _MAX_STRIPPED = 2**16
@@ -100,7 +101,7 @@ def _check_chain(name: str, chain: object) -> None:
     components = list(_components(chain))
     if len(components) > _MAX_COMPONENTS:
         raise HostileTokenizer(f"its {name} has more than {_MAX_COMPONENTS} parts")
-    growth = math.prod(max(1, len(text)) for component in components for text in _written(component))
+    growth = math.prod(_growth(component) for component in components)
     if growth > MAX_GROWTH:
         raise HostileTokenizer(f"its {name} makes up to {growth:.3g} characters of one; the limit is {MAX_GROWTH}")
     for component in components:
@@ -122,6 +123,12 @@ def _components(chain: object) -> Iterator[Mapping[str, Any]]:
             for inner in ("normalizers", "pretokenizers", "processors", "decoders"):
                 if isinstance(parts := component.get(inner), list):
                     waiting.extend(parts)
+
+
+def _growth(component: Mapping[str, Any]) -> int:
+    """Characters that a component may make of one. ByteLevel writes one for each of its up to four bytes."""
+    bytes_of_one = _MOST_BYTES_OF_ONE if component.get("type") == "ByteLevel" else 1
+    return bytes_of_one * math.prod(max(1, len(text)) for text in _written(component))
 
 
 def _written(component: Mapping[str, Any]) -> Iterator[str]:

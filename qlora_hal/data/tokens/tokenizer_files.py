@@ -42,7 +42,10 @@ def read_folder(folder: Path) -> TokenizerFiles:
     config = _json_object(folder / "tokenizer_config.json")
     _refuse_split_special_tokens(folder, config)
     special_map, added = (_json_object(folder / name) for name in ("special_tokens_map.json", "added_tokens.json"))
-    declared = declared_in(config, special_map, added, folder)
+    try:
+        declared = declared_in(config, special_map, added, folder)
+    except UnicodeEncodeError as error:
+        raise broken(folder / "tokenizer_config.json", "it declares a token that is not Unicode text") from error
     named, notes = {name: token.content for name, token in declared.named.items()}, list(declared.notes)
     if (folder / "tokenizer.json").is_file():
         tokenizer = read_tokenizer(folder / "tokenizer.json")
