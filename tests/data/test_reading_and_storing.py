@@ -350,3 +350,14 @@ def test_a_file_whose_statistics_end_the_process_of_the_library_is_refused(tmp_p
     command = [sys.executable, "-c", code, str(tmp_path / "rows.parquet")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout.strip()) == (0, "QH-D04"), done.stderr
+
+
+def test_a_column_whose_name_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    import pyarrow as arrow
+    from pyarrow import parquet
+
+    parquet.write_table(arrow.table({"a": [{"bcdef": 1}]}), tmp_path / "rows.parquet")
+    raw = (tmp_path / "rows.parquet").read_bytes()
+    (tmp_path / "rows.parquet").write_bytes(raw.replace(b"bcdef", b"b\xffdef"))
+    with pytest.raises(DataError, match="QH-D04"):
+        list(open_source(str(tmp_path / "rows.parquet")).rows())

@@ -328,7 +328,7 @@ def _parquet_lines(path: Path) -> _Lines:
                 for value in batch.to_pylist():
                     line += 1
                     yield line, without_absent_keys(value, nested)
-    except (arrow.ArrowException, OSError) as error:
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:  # names of columns are bytes in the file
         raise DataError(
             "QH-D04",
             f"The Parquet file cannot be read ({str(error).splitlines()[0]}).",
