@@ -23,6 +23,9 @@ from qlora_hal.errors import BackendContractError
 
 UInt32 = npt.NDArray[np.uint32]
 
+MASKS = 2
+"""Which masks a checkpoint was trained with: contract 1 drew them by micro-batch, each backend its own."""
+
 FIRST_FACTOR, SECOND_FACTOR = 0x85EBCA6B, 0xC2B2AE35
 SHIFTS = (16, 13, 16)
 """`mix(z)`: z ^= z >> 16; z *= FIRST_FACTOR; z ^= z >> 13; z *= SECOND_FACTOR; z ^= z >> 16."""

@@ -14,6 +14,7 @@ from qlora_hal.adapter.targets import resolve_targets
 from qlora_hal.contract.backend import Compute
 from qlora_hal.contract.capabilities import Feature
 from qlora_hal.contract.checked_trainer import CheckedTrainer
+from qlora_hal.contract.dropout import MASKS
 from qlora_hal.contract.values import Adapter, Batch, LinearShape, LossSum
 from qlora_hal.data.source.sampling import WindowSampler, evaluation_batches
 from qlora_hal.detect import discovery
@@ -435,6 +436,7 @@ def provenance_of(prepared: PreparedRun, resolved: Mapping[str, object]) -> dict
         "data_fingerprint": prepared.data.fingerprint,
         "token_hashes": dict(prepared.data.hashes),
         "backend_options": dict(prepared.config.backend.options),
+        **({"dropout_masks": MASKS} if prepared.config.lora.dropout else {}),
         **({"quantized_fingerprint": base.facts.fingerprint} if base.made_from else {}),
         **{name: resolved[name] for name in kept},
     }

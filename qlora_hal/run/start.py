@@ -13,6 +13,7 @@ from qlora_hal.adapter.targets import asks_for_all
 from qlora_hal.checkpoint import latest_state
 from qlora_hal.checkpoint.reading import kept_record, unfinished_notes
 from qlora_hal.config.resolve import require_settings
+from qlora_hal.contract.dropout import MASKS
 from qlora_hal.data.source.in_memory import keep_rows, kept_rows
 from qlora_hal.data.source.reading import has_splits
 from qlora_hal.detect import discovery
@@ -182,6 +183,8 @@ def run_resumed(
         require_paths(given, run_dir, reads_data=rows is None)
         record = _relocated(record_from(directory.content), relocation, given)
         hooks = Hooks([*observers_for(given.training.report_to), *observers], note=console.note)
+        if given.lora.dropout and state.provenance.get("dropout_masks") != MASKS:
+            console.note("an earlier release saved this checkpoint; from here on other dropout masks are drawn")
         config, changes = _carried(given, state, backend, hooks, console, transfer=transfer)
         resolved_backend = resolve_backend(config, hooks, console)
         seed = int(str(state.provenance["seed"]))

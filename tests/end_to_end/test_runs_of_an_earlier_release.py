@@ -22,6 +22,7 @@ from qlora_hal import TrainResult, resume
 from qlora_hal.checkpoint.reading import kept_record
 from qlora_hal.errors import CheckpointError
 from qlora_hal.inference.generate import open_generation
+from qlora_hal.run import session
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,15 @@ def test_a_run_of_an_earlier_release_goes_on_to_the_same_bits(
     shutil.rmtree(newest(run))
     (run / "run.json").unlink()
     assert adapter_bytes(resume(run).adapter_dir) == adapter_bytes(whole.adapter_dir)
+
+
+def test_a_run_with_dropout_of_an_earlier_release_says_that_its_masks_change(
+    rows: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as earlier:
+        earlier.setattr(session, "MASKS", 1)
+        stopped = stopped_run(tmp_path / "run", rows, {"lora.dropout": 0.1}, after=2)
+    assert "other dropout masks" in resumed(stopped, capsys)[1]
 
 
 @pytest.mark.fault("C20")

@@ -96,7 +96,7 @@ class TorchPlatform:
         )
 
 
-_EVERYWHERE = frozenset(
+EVERYWHERE = frozenset(
     {
         Feature.DOUBLE_QUANT,
         Feature.QUANTIZE_ON_LOAD,
@@ -118,7 +118,7 @@ CUDA = TorchPlatform(
     torch_device="cuda",
     priority=100,
     preferred_dtypes=_ACCELERATOR_DTYPES,
-    features=_EVERYWHERE | _EIGHT_BIT | {Feature.PEAK_MEMORY},
+    features=EVERYWHERE | _EIGHT_BIT | {Feature.PEAK_MEMORY},
     optimizer_notes={},
 )
 ROCM = TorchPlatform(
@@ -128,7 +128,7 @@ ROCM = TorchPlatform(
     torch_device="cuda",
     priority=100,
     preferred_dtypes=_ACCELERATOR_DTYPES,
-    features=_EVERYWHERE | _EIGHT_BIT | {Feature.PEAK_MEMORY},
+    features=EVERYWHERE | _EIGHT_BIT | {Feature.PEAK_MEMORY},
     optimizer_notes={},
 )
 MPS = TorchPlatform(
@@ -139,7 +139,7 @@ MPS = TorchPlatform(
     priority=50,
     preferred_dtypes=_ACCELERATOR_DTYPES,
     # bitsandbytes 0.50 has no 8-bit optimizers on MPS (its README: planned), and nothing to page to.
-    features=_EVERYWHERE | {Feature.PEAK_MEMORY},
+    features=EVERYWHERE | {Feature.PEAK_MEMORY},
     optimizer_notes={},
 )
 CPU = TorchPlatform(
@@ -149,7 +149,7 @@ CPU = TorchPlatform(
     torch_device="cpu",
     priority=0,
     preferred_dtypes=("float32", "bfloat16"),
-    features=_EVERYWHERE | _EIGHT_BIT | {Feature.BITWISE_DETERMINISM, Feature.PEAK_MEMORY},
+    features=EVERYWHERE | _EIGHT_BIT | {Feature.BITWISE_DETERMINISM, Feature.PEAK_MEMORY},
     optimizer_notes={
         "paged_adamw": "paged_adamw is adamw here: a CPU has nothing to page to",
         "paged_adamw_8bit": "paged_adamw_8bit is adamw_8bit here: a CPU has nothing to page to",
