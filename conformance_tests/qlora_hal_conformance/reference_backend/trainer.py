@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -84,7 +84,7 @@ class ReferenceTrainer(QuantizedLoRATrainer):
 
     def attach(self, adapter: Adapter, optimizer: str = "adamw") -> None:
         refuse_adapter(self.spec, adapter, optimizer)
-        with memory_named("NumPy", "attaching the adapter"):
+        with self.memory_named("attaching the adapter"):
             check_fits(adapter, self.base.linear_modules, where="attach")
             refuse_untargeted(adapter)
             parameters = {name: self.rooms.adapter_in(tensor) for name, tensor in sorted(adapter.tensors.items())}
@@ -127,7 +127,7 @@ class ReferenceTrainer(QuantizedLoRATrainer):
 
     def gradient_of(self, window: Sequence[Batch], divisor: float, masks_of: MasksOf) -> WindowResult:
         """What both `train_step` and `gradients` are made of."""
-        with memory_named("NumPy", "a training step"), _quiet():
+        with self.memory_named("a training step"), _quiet():
             refuse_batches(self.spec, window)
             read = [self.rooms.read_batch(batch) for batch in window]
             return self.rooms.window_gradient(self.attached.model, read, divisor or 1, masks_of, self.arithmetic)
@@ -204,6 +204,10 @@ class ReferenceTrainer(QuantizedLoRATrainer):
         return np.array(tokens[len(prompt) :], dtype=np.int32)
 
     # inside --------------------------------------------------------------------------------------------------------
+    def memory_named(self, phase: str) -> AbstractContextManager[None]:
+        """Raises OutOfMemoryError for NumPy's MemoryError."""
+        return memory_named("NumPy", phase)
+
     @property
     def base(self) -> LoadedBase:
         """Raises BackendContractError before `load`."""
