@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from qlora_hal.contract.dropout import channel_words, kept, token_words
-from qlora_hal_backends.torch_family.lora_linear import kept_inputs, scaled_mask, words_on
+from qlora_hal_backends.torch_family.lora_linear import kept_inputs, plain_mask, words_on
 
 ROWS, TIME, CHANNELS, RATE = 4, 2048, 4096, 0.05
 
@@ -41,16 +41,16 @@ def main() -> None:
     assert np.array_equal(kept_inputs(tokens, channels, RATE).cpu().numpy(), expected), "the masks differ from NumPy's"
     generator, dtype = torch.Generator(device=device), torch.bfloat16
     ways: dict[str, Callable[[], object]] = {
-        "operations": lambda: scaled_mask(tokens, channels, RATE, dtype),
-        "generator": lambda: (
-            (torch.rand((ROWS * TIME, CHANNELS), generator=generator, device=device) >= RATE).to(dtype).div_(1 - RATE)
+        "operations": lambda: plain_mask(tokens, channels, RATE, dtype),
+        "generator": lambda: (torch.rand((ROWS * TIME, CHANNELS), generator=generator, device=device) >= RATE).to(
+            dtype
         ),
     }
     if device.type == "cuda" and find_spec("triton") is not None:
         from qlora_hal_backends.torch_family import dropout_kernel
 
-        assert np.array_equal((dropout_kernel.scaled_mask(tokens, channels, RATE, dtype) > 0).cpu().numpy(), expected)
-        ways["kernel"] = lambda: dropout_kernel.scaled_mask(tokens, channels, RATE, dtype)
+        assert np.array_equal((dropout_kernel.mask(tokens, channels, RATE, dtype) > 0).cpu().numpy(), expected)
+        ways["kernel"] = lambda: dropout_kernel.mask(tokens, channels, RATE, dtype)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(json.dumps({"device": name, **{way: milliseconds(work, device) for way, work in ways.items()}}))
 

@@ -118,7 +118,7 @@ class BackendSpec:
     capabilities: Capabilities
     probe: Callable[[], ProbeReport]
     trainer: str
-    contract: int
+    contract: int = 1
     uses_accelerator: bool = True
     card_vendors: frozenset[str] = frozenset({"nvidia", "amd", "apple"})
     option_choices: Mapping[str, tuple[object, ...]] = field(default_factory=dict)

@@ -12,6 +12,7 @@ import numpy as np
 
 from qlora_hal.contract.backend import Compute, DeviceFacts, Quantization, QuantizedLoRATrainer
 from qlora_hal.contract.gates import check_gates
+from qlora_hal.contract.toolkit import counted_tokens, has_weights
 from qlora_hal.contract.type_checks import wrong_fields
 from qlora_hal.contract.values import (
     Adapter,
@@ -59,8 +60,8 @@ class CheckedTrainer:
             return tuple(found)
 
     def load(self, source: ModelSource, quantization: Quantization, compute: Compute) -> None:
-        check_gates(self._trainer.spec, compute)
         with self._checked("load"):
+            check_gates(self._trainer.spec, compute)
             self._trainer.load(source, quantization, compute)
         for note in self._trainer.load_notes:
             self._note(note)
@@ -70,8 +71,8 @@ class CheckedTrainer:
             return dict(self._trainer.linear_modules())
 
     def attach(self, adapter: Adapter, optimizer: str) -> None:
-        check_gates(self._trainer.spec, adapter.config)
         with self._checked("attach"):
+            check_gates(self._trainer.spec, adapter.config)
             self._trainer.attach(adapter, optimizer)
         self._config = adapter.config
         self._expected = {name: tensor.shape for name, tensor in adapter.tensors.items()}
@@ -84,20 +85,21 @@ class CheckedTrainer:
             return facts
 
     def train_step(self, window: Sequence[Batch], settings: StepSettings) -> PendingStep:
-        check_gates(self._trainer.spec, settings)
-        for batch in window:
-            check_gates(self._trainer.spec, batch)
         with self._checked("train_step"):
-            counted = sum(batch.counted_tokens for batch in window)
-            return _CheckedStep(self._trainer.train_step(window, settings), counted, self)
+            for given in (settings, *window):
+                check_gates(self._trainer.spec, given)
+            return _CheckedStep(self._trainer.train_step(window, settings), window, self)
 
     def evaluate(self, batches: Sequence[Batch]) -> LossSum:
         with self._checked("evaluate"):
+            for batch in batches:
+                check_gates(self._trainer.spec, batch)
             result = self._trainer.evaluate(batches)
             self._require(LossSum, result, "evaluate")
             counted = sum(batch.counted_tokens for batch in batches)
             if result.token_count != counted:
                 raise self._broken(f"evaluate counted {result.token_count} tokens of {counted}")
+            self._require_weighted(result.weighted_loss_sum, batches, "evaluate")
             return result
 
     def export_adapter(self) -> Adapter:
@@ -149,9 +151,12 @@ class CheckedTrainer:
         self, prompt: Int32, *, max_new_tokens: int, stop_tokens: Sequence[int] = (), adapter: bool = True
     ) -> Int32:
         with self._checked("generate"):
-            return self._trainer.generate(
+            found = self._trainer.generate(
                 prompt, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens, adapter=adapter
             )
+            if not isinstance(found, np.ndarray) or found.ndim != 1 or found.dtype != np.int32:
+                raise self._broken(f"generate returned {_kind(found)}, int32 tokens [new] are expected")
+            return found
 
     def peak_memory_bytes(self) -> int:
         with self._checked("peak_memory_bytes"):
@@ -184,6 +189,10 @@ class CheckedTrainer:
         if wrong := wrong_fields(found):
             raise self._broken(f"{method} returned {kind.__name__} with wrong fields: {'; '.join(wrong)}")
 
+    def _require_weighted(self, weighted: float | None, batches: Sequence[Batch], method: str) -> None:
+        if has_weights(batches) and weighted is None:
+            raise self._broken(f"{method} returned no weighted sum of a loss with weights")
+
     def _check_tensors(self, found: Mapping[str, object], expected: Mapping[str, tuple[int, ...]], method: str) -> None:
         wrong = [
             name
@@ -207,9 +216,9 @@ def _kind(found: object) -> str:
 
 
 class _CheckedStep:
-    def __init__(self, pending: PendingStep, token_count: int, guard: CheckedTrainer) -> None:
+    def __init__(self, pending: PendingStep, window: Sequence[Batch], guard: CheckedTrainer) -> None:
         self._pending = pending
-        self._token_count = token_count
+        self._window = window
         self._guard = guard
 
     def resolve(self) -> StepStats:
@@ -217,8 +226,10 @@ class _CheckedStep:
         with guard._checked("resolve"):
             stats = self._pending.resolve()
             guard._require(StepStats, stats, "resolve")
-            if stats.token_count != self._token_count:
-                raise guard._broken(f"resolve counted {stats.token_count} tokens of {self._token_count}")
+            counted = counted_tokens(self._window)
+            if stats.token_count != counted:
+                raise guard._broken(f"resolve counted {stats.token_count} tokens of {counted}")
+            guard._require_weighted(stats.weighted_loss_sum, self._window, "resolve")
             if stats.grad_norm < 0:
                 raise guard._broken(f"resolve returned the gradient norm {stats.grad_norm}")
             guard._steps_applied += stats.applied

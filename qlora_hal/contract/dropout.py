@@ -79,4 +79,10 @@ def rows_of(batch: Batch) -> Int32:
             "A batch without rows was given to a step with LoRA dropout.",
             fix="Set Batch.rows to the place of each row in the global window; this is a bug of the caller.",
         )
+    if batch.rows.shape != (len(batch.input_ids),):
+        raise BackendContractError(
+            "QH-B02",
+            f"Batch.rows has shape {list(batch.rows.shape)} for {len(batch.input_ids)} rows.",
+            fix="Give the place of each row in the global window; this is a bug of the caller.",
+        )
     return batch.rows

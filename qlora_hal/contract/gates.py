@@ -36,12 +36,12 @@ GATES: Mapping[type, Mapping[str, Feature]] = {
 }
 
 
-def check_gates(spec: BackendSpec, value: Compute | AdapterConfig | StepSettings | Batch) -> None:
+def check_gates(spec: BackendSpec, value: object) -> None:
     """Raises UnsupportedFeatureError QH-B01 where a field has a value that the backend does not declare to read."""
     declared = spec.capabilities.features
     asked = {
         name: feature
-        for name, feature in GATES.get(type(value), {}).items()
+        for name, feature in _gates_of(value).items()
         if feature not in declared and not _is_default(value, name)
     }
     if asked:
@@ -54,9 +54,13 @@ def check_gates(spec: BackendSpec, value: Compute | AdapterConfig | StepSettings
         )
 
 
+def _gates_of(value: object) -> Mapping[str, Feature]:
+    return next((gates for kind, gates in GATES.items() if isinstance(value, kind)), {})
+
+
 def _is_default(value: object, name: str) -> bool:
     found, default = getattr(value, name), _default(next(f for f in fields(value) if f.name == name))  # type: ignore[arg-type]
-    return found is default or (default is not None and bool(found == default))
+    return found is default or (default is not None and found.__class__ is default.__class__ and found == default)
 
 
 def _default(field: Field[Any]) -> object:

@@ -45,6 +45,7 @@ def check_served(
     features = {
         Feature.DOUBLE_QUANT: quantization.double_quant,
         Feature.GRADIENT_CHECKPOINTING: compute.gradient_checkpointing,
+        Feature.DATA_PARALLEL: compute.world.size > 1,
         Feature.LOAD_PREQUANTIZED: prequantized,
         Feature.QUANTIZE_ON_LOAD: not prequantized and weight_format is not WeightFormat.NONE,
     }
@@ -140,9 +141,10 @@ def memory_named(
 ) -> Iterator[None]:
     """MemoryError, an error of `kinds`, and a RuntimeError whose text holds one of `words` (lower case) come out as
     OutOfMemoryError QH-N07, which the core answers by splitting the window."""
+    caught: tuple[type[BaseException], ...] = (MemoryError, RuntimeError, *kinds)
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
+    except caught as error:
         text = str(error).lower()
         if not isinstance(error, (MemoryError, *kinds)) and not any(word in text for word in words):
             raise

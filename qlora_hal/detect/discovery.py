@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import io
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -133,11 +134,11 @@ def _imported(entry: BackendEntry) -> object:
     except QloraHalError:
         raise
     except (Exception, SystemExit) as error:
-        if isinstance(error, ModuleNotFoundError) and error.name in _MODULES_OF_CONTRACT_1:
+        if isinstance(error, ImportError) and (named := _module_of_contract_1(error)):
             raise _contract_error(
                 entry,
-                f"it was written for contract 1, whose {error.name} is {_MODULES_OF_CONTRACT_1[error.name]} now; this "
-                f"is contract {CONTRACT_VERSION}",
+                f"it was written for contract 1, whose {named} is {_MODULES_OF_CONTRACT_1[named]} now; this is "
+                f"contract {CONTRACT_VERSION}",
             ) from error
         raise BackendError(
             "QH-E08",
@@ -157,6 +158,13 @@ _MODULES_OF_CONTRACT_1 = {
     }.items()
 }
 """What a plugin of contract 1 imports."""
+
+
+def _module_of_contract_1(error: ImportError) -> str:
+    """Which of them an import asked for, in either form; nothing where it is another."""
+    named = re.fullmatch(r"cannot import name '(\w+)' from 'qlora_hal'.*", str(error))
+    asked = f"qlora_hal.{named[1]}" if named else error.name or ""
+    return asked if asked in _MODULES_OF_CONTRACT_1 else ""
 
 
 def _repair(entry: BackendEntry) -> str:

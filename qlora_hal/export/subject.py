@@ -47,14 +47,19 @@ def read_subject(request: MergeRequest) -> Subject:
     ConfigError (QH-C62 the storage of the base is unknown, QH-S50, QH-U14)."""
     adapter_dir, run_dir = adapter_folders(request.target.expanduser())
     adapter, provenance = read_adapter(adapter_dir), read_provenance(adapter_dir)
-    run_config, seed = _run_settings(run_dir, request.trust_remote_code)
+    run_config, seed = _run_settings(run_dir, request.trust_remote_code or request.model is not None)
     return Subject(
         adapter=adapter,
         adapter_dir=adapter_dir,
         adapter_sha256=durable.hashed(adapter_dir / TENSORS_FILE).sha256,
         provenance=provenance,
         config=trained_config(
-            run_config, provenance, _storage(request, provenance), model=request.model, where=request.target
+            run_config,
+            provenance,
+            _storage(request, provenance),
+            model=request.model,
+            trust_remote_code=request.trust_remote_code,
+            where=request.target,
         ),
         run_dir=run_dir,
         recorded_backend=str(provenance.get("backend") or ""),

@@ -141,13 +141,17 @@ def _trained(run_dir: Path | None, adapter_dir: Path | None, model: str | None, 
     if adapter_dir is not None:
         adapter_dir, around = adapter_folders(adapter_dir)
         run_dir = run_dir or around
-    run_config = None if run_dir is None else read_run_config(run_dir, trust_remote_code=trust_remote_code)
+    run_config = (
+        None if run_dir is None else read_run_config(run_dir, trust_remote_code=trust_remote_code or model is not None)
+    )
     if adapter_dir is None:
         assert run_dir is not None
         adapter_dir = finished_adapter(run_dir, option="--adapter ")
     provenance = read_provenance(adapter_dir)
     storage = storage_of_training(provenance)
-    config = trained_config(run_config, provenance, storage or {}, model=model, where=adapter_dir)
+    config = trained_config(
+        run_config, provenance, storage or {}, model=model, trust_remote_code=trust_remote_code, where=adapter_dir
+    )
     # Of the data settings only the template matters to an answer: packing, say, need not be offered here.
     template = type(config.data)(chat_template=config.data.chat_template)
     return _Trained(adapter_dir, run_dir, provenance, config.model_copy(update={"data": template}))

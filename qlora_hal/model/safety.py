@@ -56,7 +56,8 @@ def refuse_remote_code(
         where=where,
         cause="config.json names them in auto_map or model_file; they would run with your rights.",
         fix="Read these files, then set model.trust_remote_code: true and model.revision to the 40-digit commit "
-        "you read; or, where the model library knows the architecture itself, drop auto_map from a local copy.",
+        "you read (for a finished run: --trust-remote-code); or, where the model library knows the architecture "
+        "itself, drop auto_map from a local copy.",
         context={"files": list(files), "revision": revision},
     )
 

@@ -84,6 +84,7 @@ def trained_config(
     storage: Mapping[str, object],
     *,
     model: str | None,
+    trust_remote_code: bool,
     where: Path,
 ) -> RunConfig:
     """A configuration that opens the base again: the model (`model` where it lies now), its `storage`, the run's data
@@ -97,11 +98,11 @@ def trained_config(
             where=str(where),
             fix="Name it: --model NAME_OR_PATH.",
         )
-    settings = {**base.model.model_dump(), "name_or_path": name}
-    if model is not None:
-        settings |= {"revision": None, "trust_remote_code": False}
-    elif run_config is None and provenance.get("base_revision"):
+    settings = {**base.model.model_dump(), "name_or_path": name, "trust_remote_code": trust_remote_code}
+    if run_config is None and provenance.get("base_revision"):
         settings["revision"] = provenance["base_revision"]
+    elif model is not None and not trust_remote_code:
+        settings["revision"] = None
     return RunConfig.model_validate(
         {
             "model": settings,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from qlora_hal.contract.capabilities import OPTIMIZER_FEATURE, Capabilities, WeightFormat
+from qlora_hal.contract.dropout import MASKS
 from qlora_hal.contract.values import Batch, Float32
 from qlora_hal.detect.requirements import DOUBLE_QUANT_FORMATS
 from qlora_hal.errors import CheckpointError
@@ -110,9 +111,10 @@ def planned(
     inexact = list(changes)
     if dtype_before != dtype:
         inexact.append(f"compute dtype was {dtype_before}, is {dtype}")
-    if moved and dropout > 0:
-        inexact.append("dropout masks (each backend draws its own from the same key)")
     exact = ["adapter", "optimizer moments and step", "learning-rate schedule", "data order and position"]
+    if moved and dropout > 0:
+        same = provenance.get("dropout_masks") == MASKS
+        (exact if same else inexact).append("dropout masks" if same else "dropout masks (of an earlier release)")
     if not any(change.startswith("weight format") for change in changes):
         exact.append("weight format")
     if any(change.startswith("optimizer") for change in changes):

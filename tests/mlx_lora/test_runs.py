@@ -19,7 +19,7 @@ from qlora_hal.detect.discovery import open_trainer
 from qlora_hal.errors import ModelError
 from qlora_hal.report.console import RunConsole
 from qlora_hal_backends.mlx_lora import SPEC, device
-from qlora_hal_backends.mlx_lora.offered import MLX_ENVIRONMENT
+from qlora_hal_backends.mlx_lora.offered import MLX_ENVIRONMENT, set_environment
 
 
 def run(folder: Path, backend: str, *, dry_run: bool = False, **changes: Any) -> TrainResult:
@@ -108,11 +108,25 @@ def test_small_command_buffers_are_variables_that_mlx_reads_at_its_start() -> No
 def test_float32_products_are_float32_unless_tf32_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """MLX's own default on a GPU is TF32, 10 bits of mantissa. A variable set by the user wins over a default only."""
     monkeypatch.setenv("MLX_ENABLE_TF32", "for monkeypatch to restore")
+    monkeypatch.setenv("_QLORA_HAL_SET_FOR_MLX", "")
     for options, before, after in (
         ({}, None, "0"), ({"tf32": "on"}, None, "1"), ({}, "1", "1"), ({"tf32": "off"}, "1", "0"),
     ):  # fmt: skip
         monkeypatch.delenv("MLX_ENABLE_TF32")
+        monkeypatch.delenv("_QLORA_HAL_SET_FOR_MLX")
         if before is not None:
             os.environ["MLX_ENABLE_TF32"] = before
         open_trainer(SPEC, options).close()
         assert os.environ["MLX_ENABLE_TF32"] == after
+
+
+def test_a_variable_set_for_one_trainer_is_taken_back_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER", "_QLORA_HAL_SET_FOR_MLX"):
+        monkeypatch.setenv(name, "for monkeypatch to restore")
+        monkeypatch.delenv(name)
+    set_environment({"command_buffers": "small"})
+    assert "MLX_MAX_MB_PER_BUFFER" in os.environ
+    os.environ["MLX_MAX_OPS_PER_BUFFER"] = "7"  # the user's own now
+    set_environment({})
+    assert "MLX_MAX_MB_PER_BUFFER" not in os.environ
+    assert os.environ["MLX_MAX_OPS_PER_BUFFER"] == "7"

@@ -204,11 +204,11 @@ def test_cross_entropy_and_its_gradient_are_those_of_float64(kernels: Operations
 @pytest.mark.parametrize("channels", [7, 48, 2050])
 def test_dropout_masks_are_those_of_the_contract(kernels: Operations, channels: int, rate: float) -> None:
     from qlora_hal.contract.dropout import channel_words, kept, token_words
-    from qlora_hal_backends.torch_family.dropout_kernel import scaled_mask
+    from qlora_hal_backends.torch_family.dropout_kernel import mask
     from qlora_hal_backends.torch_family.lora_linear import words_on
 
     key, rows = 2**62 + 11, np.array([0, 3], np.int32)
     tokens, words = token_words(key, rows, 5), channel_words("model.layers.3.mlp.up_proj", channels)
-    found = scaled_mask(words_on(tokens.reshape(-1), DEVICE), words_on(words, DEVICE), rate, torch.float32)
+    found = mask(words_on(tokens.reshape(-1), DEVICE), words_on(words, DEVICE), rate, torch.float32)
     expected = kept(key, "model.layers.3.mlp.up_proj", rows, 5, channels, rate).reshape(-1, channels)
-    assert np.array_equal(found.cpu().numpy(), np.where(expected, np.float32(1 / (1 - rate)), np.float32(0)))
+    assert np.array_equal(found.cpu().numpy(), expected.astype(np.float32))

@@ -30,16 +30,31 @@ MLX_ENVIRONMENT: Mapping[str, Mapping[object, Mapping[str, str]]] = {
 large."""
 
 
+_OURS = "_QLORA_HAL_SET_FOR_MLX"
+"""The variables that were set here, as `name=value,...`, for this process and the children that inherit them: one that
+holds another value now is the user's."""
+
+
 def set_environment(options: Mapping[str, object]) -> None:
     """Set the variables of `MLX_ENVIRONMENT` before MLX is imported.
 
-    A choice that is asked for wins over a variable that is set already; a default does not.
+    A choice that is asked for wins over a variable that the user has set; a default does not. What an earlier call set
+    for other options is taken back.
     """
+    marked = (pair.partition("=") for pair in os.environ.get(_OURS, "").split(",") if pair)
+    ours = {name for name, _, value in marked if os.environ.get(name) == value}
     for option, choices in MLX_OPTIONS.items():
-        asked = option in options
-        for variable, value in MLX_ENVIRONMENT.get(option, {}).get(options.get(option, choices[0]), {}).items():
-            if asked or variable not in os.environ:
-                os.environ[variable] = value
+        settings = MLX_ENVIRONMENT.get(option, {})
+        wanted = settings.get(options.get(option, choices[0]), {})
+        for variable in {name for chosen in settings.values() for name in chosen}:
+            is_users = variable in os.environ and variable not in ours
+            if variable in wanted and (option in options or not is_users):
+                os.environ[variable] = wanted[variable]
+                ours.add(variable)
+            elif variable in ours and variable not in wanted:
+                del os.environ[variable]
+                ours.discard(variable)
+    os.environ[_OURS] = ",".join(f"{name}={os.environ[name]}" for name in sorted(ours))
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,7 @@ from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.mlx_lora import SPEC, device, loading, step
 from qlora_hal_backends.mlx_lora.compiled_code import compiling_in_own_folder
 from qlora_hal_backends.mlx_lora.generation import greedy
-from qlora_hal_backends.mlx_lora.lora_linear import LoRAPlace
+from qlora_hal_backends.mlx_lora.lora_linear import LoRAPlace, LoRASlots
 from qlora_hal_backends.mlx_lora.nf4 import kernel_path as nf4_kernel_path
 from qlora_hal_backends.mlx_lora.optimizer import AdamW, to_device, to_host
 
@@ -178,14 +178,10 @@ class MLXLoRATrainer(QuantizedLoRATrainer):
         base = self._loaded
         tensors = self._attached.optimizer.tensors if self._attached is not None else {}
         on_device = step.to_device(batch)
-        base.slots.enabled = adapter
-        try:
-            with self._device_for("a forward pass"), base.slots.holding(tensors):
-                logits = step.logits(base, on_device)
-                rows = logits.reshape(-1, logits.shape[-1])
-                losses = to_host(step.token_losses(rows[on_device.counted], on_device.targets, on_device.counts))
-        finally:
-            base.slots.enabled = True
+        with self._device_for("a forward pass"), base.slots.holding(tensors), _switched(base.slots, on=adapter):
+            logits = step.logits(base, on_device)
+            rows = logits.reshape(-1, logits.shape[-1])
+            losses = to_host(step.token_losses(rows[on_device.counted], on_device.targets, on_device.counts))
         return at_labels(batch, losses[: batch.counted_tokens])
 
     def dequantized_weight(self, module: str) -> Float32:
@@ -201,12 +197,8 @@ class MLXLoRATrainer(QuantizedLoRATrainer):
     ) -> Int32:
         base = self._loaded
         tensors = self._attached.optimizer.tensors if self._attached is not None else {}
-        base.slots.enabled = adapter
-        try:
-            with self._device_for("generation"), base.slots.holding(tensors):
-                tokens = greedy(base, prompt, max_new_tokens, frozenset(stop_tokens))
-        finally:
-            base.slots.enabled = True
+        with self._device_for("generation"), base.slots.holding(tensors), _switched(base.slots, on=adapter):
+            tokens = greedy(base, prompt, max_new_tokens, frozenset(stop_tokens))
         return np.asarray(tokens, dtype=np.int32)
 
     def peak_memory_bytes(self) -> int:
@@ -270,3 +262,13 @@ def kernel_path(quantization: Quantization) -> str:
 
 def _channel_words(module: str, channels: int) -> mx.array:
     return mx.array(dropout.channel_words(module, channels))
+
+
+@contextmanager
+def _switched(slots: LoRASlots, *, on: bool) -> Iterator[None]:
+    """The adapter on or off, for one caller that has the device."""
+    slots.enabled = on
+    try:
+        yield
+    finally:
+        slots.enabled = True

@@ -16,7 +16,7 @@ _WIDTH = 1024
 
 
 @triton.jit
-def _scaled_mask(tokens, channels, out, count, threshold, scale, WIDTH: tl.constexpr):
+def _mask(tokens, channels, out, count, threshold, WIDTH: tl.constexpr):
     row = tl.program_id(0)
     place = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     valid = place < count
@@ -28,14 +28,12 @@ def _scaled_mask(tokens, channels, out, count, threshold, scale, WIDTH: tl.const
     words *= _OTHER_FACTOR
     words ^= words >> _THIRD
     kept = (words >> 1).to(tl.int32) >= threshold
-    tl.store(out + row.to(tl.int64) * count + place, tl.where(kept, scale, 0.0).to(out.dtype.element_ty), mask=valid)
+    tl.store(out + row.to(tl.int64) * count + place, tl.where(kept, 1.0, 0.0).to(out.dtype.element_ty), mask=valid)
 
 
-def scaled_mask(token_words: Tensor, channel_words: Tensor, rate: float, dtype: torch.dtype) -> Tensor:
-    """1 / (1 - rate) where `qlora_hal.contract.dropout.kept`, else 0: `[tokens, channels]` for int32 words."""
+def mask(token_words: Tensor, channel_words: Tensor, rate: float, dtype: torch.dtype) -> Tensor:
+    """1 where `qlora_hal.contract.dropout.kept`, else 0: `[tokens, channels]` for int32 words."""
     out = torch.empty((len(token_words), len(channel_words)), dtype=dtype, device=token_words.device)
     grid = (len(token_words), triton.cdiv(len(channel_words), _WIDTH))
-    _scaled_mask[grid](
-        token_words, channel_words, out, len(channel_words), dropout.drop_below(rate), 1.0 / (1.0 - rate), WIDTH=_WIDTH
-    )
+    _mask[grid](token_words, channel_words, out, len(channel_words), dropout.drop_below(rate), WIDTH=_WIDTH)
     return out

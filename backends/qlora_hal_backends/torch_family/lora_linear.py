@@ -108,8 +108,9 @@ class _AdaptedProduct(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         keep = _dropout_mask(rows, lora, token_words)
         dropped = rows if keep is None else rows * keep
+        scale = lora.scale if keep is None else lora.scale / (1.0 - lora.dropout)
         low_rank = dropped @ lora.a_compute.t()  # [rows, r]
-        y = _sum_of_products(rows, base.dense().t(), low_rank * lora.scale, lora.b_compute.t())
+        y = _sum_of_products(rows, base.dense().t(), low_rank * scale, lora.b_compute.t())
         ctx.save_for_backward(rows, low_rank)
         ctx.base, ctx.lora, ctx.token_words, ctx.shape = base, lora, token_words, x.shape
         # Not `view`: some architectures change a projection in place (OLMo clips it), which autograd forbids to views
@@ -123,9 +124,10 @@ class _AdaptedProduct(torch.autograd.Function):
         lora: LoRAWeights = ctx.lora
         dy_rows = dy.reshape(-1, dy.shape[-1])
         keep = _dropout_mask(rows, lora, ctx.token_words)
-        v = (dy_rows @ lora.b_compute) * lora.scale
+        scale = lora.scale if keep is None else lora.scale / (1.0 - lora.dropout)
+        v = (dy_rows @ lora.b_compute) * scale
         grad_a = product_in_float32(v.t(), rows if keep is None else rows * keep)
-        grad_b = product_in_float32(dy_rows.t(), low_rank).mul_(lora.scale)
+        grad_b = product_in_float32(dy_rows.t(), low_rank).mul_(scale)
         if not ctx.needs_input_grad[0]:
             return None, grad_a, grad_b, None, None, None
         if keep is None:
@@ -146,7 +148,8 @@ def _sum_of_products(rows: Tensor, weight: Tensor, low_rank: Tensor, adapter: Te
 
 
 def _dropout_mask(rows: Tensor, lora: LoRAWeights, token_words: Tensor | None) -> Tensor | None:
-    """The kept inputs scaled by 1/(1-p), a pure function of its words: recomputation and resume draw it again. Raises
+    """1 where an input is kept and 0 elsewhere, a pure function of its words: recomputation and resume draw it again.
+    The factor 1/(1-p) goes into the scale, where it is not rounded to the compute dtype of a mask. Raises
     UnsupportedFeatureError QH-B01 in a layer that does not see every place of the batch once."""
     if token_words is None or lora.channel_words is None:
         return None
@@ -158,22 +161,28 @@ def _dropout_mask(rows: Tensor, lora: LoRAWeights, token_words: Tensor | None) -
             where="lora.dropout",
             fix="Set lora.dropout: 0.",
         )
-    return _scaled_mask()(token_words, lora.channel_words, lora.dropout, rows.dtype)
+    return _mask_on(token_words.device)(token_words, lora.channel_words, lora.dropout, rows.dtype)
 
 
-def scaled_mask(token_words: Tensor, channel_words: Tensor, rate: float, dtype: torch.dtype) -> Tensor:
-    """1 / (1 - rate) where an input is kept, else 0: `[tokens, channels]`."""
-    return kept_inputs(token_words, channel_words, rate).to(dtype).div_(1.0 - rate)
+def plain_mask(token_words: Tensor, channel_words: Tensor, rate: float, dtype: torch.dtype) -> Tensor:
+    """1 where an input is kept, else 0: `[tokens, channels]`."""
+    return kept_inputs(token_words, channel_words, rate).to(dtype)
 
 
 @cache
-def _scaled_mask() -> Callable[[Tensor, Tensor, float, torch.dtype], Tensor]:
-    """In one kernel where Triton has a GPU to compile for: `benchmarks/dropout_masks.py` says what that saves."""
-    if not torch.cuda.is_available() or find_spec("triton") is None:
-        return scaled_mask
-    from qlora_hal_backends.torch_family import dropout_kernel
+def _mask_on(device: torch.device) -> Callable[[Tensor, Tensor, float, torch.dtype], Tensor]:
+    """In one kernel on an NVIDIA GPU where Triton compiles it and it gives the same bits (`benchmarks/dropout_masks.py`
+    says what that saves); in torch's operations elsewhere."""
+    if device.type != "cuda" or torch.version.hip or find_spec("triton") is None:
+        return plain_mask
+    tokens, channels = (words_on(dropout.channel_words(name, 64), device) for name in ("tokens", "channels"))
+    try:
+        from qlora_hal_backends.torch_family import dropout_kernel
 
-    return dropout_kernel.scaled_mask
+        found = dropout_kernel.mask(tokens, channels, 0.3, torch.float32)
+    except Exception:  # a compiler that is missing, a GPU that is too old: whatever Triton raises
+        return plain_mask
+    return dropout_kernel.mask if torch.equal(found, plain_mask(tokens, channels, 0.3, torch.float32)) else plain_mask
 
 
 def kept_inputs(token_words: Tensor, channel_words: Tensor, rate: float) -> Tensor:
