@@ -10,6 +10,7 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
+from qlora_hal.contract.backend import CONTRACT_VERSION
 from qlora_hal_conformance import SUITE_VERSION
 
 SECTIONS_FOLDER = Path(__file__).parent / "sections"
@@ -21,6 +22,9 @@ EARLIER_REVISIONS = (
 )
 """Each published revision before the present one, with the SHA-256 of its suite. A certificate of one is checked
 against that revision's list of cases."""
+
+CONTRACT_OF_EARLIER = {"1": 1, "2": 1}
+"""The contract that each of them judges; the present revision judges the present contract."""
 
 LEVELS: dict[str, tuple[str, ...]] = {
     "L0": ("10", "11"),
@@ -64,6 +68,11 @@ def level_of(case: str) -> str:
 def revision_of(sha256: object) -> str:
     """The revision whose suite has this hash; empty for sources that were never published."""
     return next((name for name, known in ((SUITE_VERSION, suite_hash()), *EARLIER_REVISIONS) if known == sha256), "")
+
+
+def contract_judged(revision: str) -> int:
+    """The number of the contract that a revision of the suite judges."""
+    return CONTRACT_OF_EARLIER.get(revision, CONTRACT_VERSION)
 
 
 @cache

@@ -14,9 +14,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from qlora_hal.contract.backend import CONTRACT_VERSION
 from qlora_hal_conformance import SUITE_VERSION
-from qlora_hal_conformance.catalogue import LEVELS, all_cases, level_of, revision_of
+from qlora_hal_conformance.catalogue import LEVELS, all_cases, contract_judged, level_of, revision_of
 from qlora_hal_conformance.counting import Count, is_green_throughout
 from qlora_hal_conformance.journal import result_as_json, result_from_json
 from qlora_hal_conformance.verdicts import CaseResult, Claim, Verdict
@@ -137,8 +136,9 @@ def _of_verdicts(results: Sequence[CaseResult]) -> list[str]:
 def _of_summary(document: Mapping[str, object], results: Sequence[CaseResult]) -> list[str]:
     found = []
     count = Count(tuple(results))
-    if document.get("contract") != CONTRACT_VERSION:
-        found.append(f"contract {document.get('contract')!r}, this suite judges {CONTRACT_VERSION}")
+    judged = contract_judged(revision_that_made(document) or SUITE_VERSION)
+    if document.get("contract") != judged:
+        found.append(f"contract {document.get('contract')!r}, its revision of the suite judges {judged}")
     if "filtered" in document:
         found.append("it is of a filtered run, which yields no certificate")
     if document.get("ran") != sorted({name for result in results for name in result.ran}):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_hal.contract.backend import CONTRACT_VERSION
 from qlora_hal_conformance import SUITE_VERSION
 from qlora_hal_conformance.catalogue import all_cases, suite_hash
 from qlora_hal_conformance.certificate import Document, make_certificate
@@ -58,7 +59,7 @@ def results() -> list[CaseResult]:
 
 def certificate_of(results: list[CaseResult]) -> Document:
     facts = {
-        "contract": 1,
+        "contract": CONTRACT_VERSION,
         "suite": {"version": SUITE_VERSION, "sha256": suite_hash()},
         "backend": {
             "name": "toy",

@@ -165,7 +165,7 @@ def test_certificate_of_an_earlier_revision_is_held_to_its_own_cases_and_says_so
 ) -> None:
     revision, sha256 = EARLIER_REVISIONS[0]
     document = certificate_of([passed(case) for case in all_cases(revision)])
-    document["suite"] = {"version": revision, "sha256": sha256}
+    document |= {"suite": {"version": revision, "sha256": sha256}, "contract": 1}
     path = tmp_path / "certificate.json"
     write_certificate(path, {**document, "sha256": content_hash(document)})
     assert main(["--verify", str(path)]) == 0
@@ -173,6 +173,10 @@ def test_certificate_of_an_earlier_revision_is_held_to_its_own_cases_and_says_so
         f"verifies: conformant to revision 1 of the suite; the present one is {SUITE_VERSION}\n"
         in capsys.readouterr().out
     )
+
+    write_certificate(path, {**document, "contract": 2, "sha256": content_hash({**document, "contract": 2})})
+    assert main(["--verify", str(path)]) == 20
+    assert "contract 2, its revision of the suite judges 1" in capsys.readouterr().out
 
     document["cases"] = [record for record in document["cases"] if record["case"] != all_cases(revision)[0]]  # type: ignore[attr-defined]
     write_certificate(path, {**document, "sha256": content_hash(document)})

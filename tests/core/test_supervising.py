@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -173,18 +174,26 @@ def test_without_a_checkpoint_the_way_out_is_a_smaller_run(supervised: None, tmp
     assert "memory runs out" in error.cause
 
 
-@pytest.mark.parametrize(("options", "kept"), [({}, "theirs"), ({"pieces": "small"}, "ours")])
-def test_an_option_becomes_a_variable_before_the_trainer_is_imported(
-    monkeypatch: pytest.MonkeyPatch, options: dict[str, object], kept: str
+def test_what_a_backend_prepares_is_there_when_its_trainer_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the user has set stays under a default, and gives way to an option that the user asked for."""
-    monkeypatch.setenv("QLORA_HAL_TEST_KEPT", "theirs")
-    monkeypatch.setenv("QLORA_HAL_TEST_SET", "")
-    monkeypatch.delenv("QLORA_HAL_TEST_SET")
-    spec = replace(
-        load_spec(find("cpu_torch", listed())),
-        option_choices={"pieces": ("small", "large")},
-        environment={"pieces": {"small": {"QLORA_HAL_TEST_SET": "8", "QLORA_HAL_TEST_KEPT": "ours"}}},
+    """Some libraries read their variables once, at import."""
+    spec = load_spec(find("cpu_torch", listed()))
+    module, _, attribute = spec.trainer.partition(":")
+    (tmp_path / "reads_at_import.py").write_text(
+        f"import os\nPIECES = os.environ['QLORA_HAL_TEST_PIECES']\nfrom {module} import {attribute}\n"
     )
-    discovery.open_trainer(spec, options).close()
-    assert (os.environ["QLORA_HAL_TEST_SET"], os.environ["QLORA_HAL_TEST_KEPT"]) == ("8", kept)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("QLORA_HAL_TEST_PIECES", "not prepared")
+
+    def prepare(options: Mapping[str, object]) -> None:
+        os.environ["QLORA_HAL_TEST_PIECES"] = str(options["pieces"])
+
+    spec = replace(
+        spec,
+        trainer=f"reads_at_import:{attribute}",
+        option_choices={"pieces": ("small", "large")},
+        prepare_process=prepare,
+    )
+    discovery.open_trainer(spec, {"pieces": "large"}).close()
+    assert sys.modules["reads_at_import"].PIECES == "large"
