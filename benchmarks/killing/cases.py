@@ -156,6 +156,8 @@ def _wrong_end(kill: Kill, ended: Ended, run_dir: Path) -> list[str]:
     stopped = {75} if saved and not kill.again else {75, 128 + kill.number} if saved else {128 + kill.number}
     if kill.phase == STARTING:
         stopped |= {128 + kill.number}  # a command that has not opened its run has nothing to save or to finish
+    # What an earlier kill -9 left in run.json stays there until the run is opened.
+    unopened = kill.phase == STARTING and ended.status == 128 + kill.number
     if kill.signal == "SIGUSR1":
         stopped = set()
     problems = []
@@ -164,7 +166,7 @@ def _wrong_end(kill: Kill, ended: Ended, run_dir: Path) -> list[str]:
             problems.append(f"wrong end: exit status 0, and run.json says {status}")
     elif ended.status not in stopped:
         problems.append(f"wrong end: exit status {ended.status}, {sorted(stopped)} expected: {ended.said[-1500:]}")
-    elif status not in ("stopped", "finished", "no run", "None"):
+    elif status not in ("stopped", "finished", "no run", "None") and not (unopened and status == "running"):
         problems.append(f"wrong end: run.json says {status}: {ended.said[-1500:]}")
     elif kill.signal not in ended.said:
         problems.append(f"wrong end: {kill.signal} is not named: {ended.said[-1500:]}")
