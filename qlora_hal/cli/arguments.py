@@ -11,9 +11,6 @@ from cyclopts import Parameter
 from qlora_hal.errors import ConfigError
 
 if TYPE_CHECKING:
-    pass
-
-if TYPE_CHECKING:
     from qlora_hal.config.fields import Setting
 
 _TRUTH_VALUES = frozenset({"true", "false", "yes", "no", "1", "0"})

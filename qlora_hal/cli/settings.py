@@ -5,13 +5,9 @@ from __future__ import annotations
 import json as json_format
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from qlora_hal.config.resolve import ResolvedSettings, resolve_settings
 from qlora_hal.errors.terminal_text import json_line
-
-if TYPE_CHECKING:
-    pass
 
 
 def resolved(config: Path | None, flags: Mapping[str, object], *, demo: bool) -> ResolvedSettings:

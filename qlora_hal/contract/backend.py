@@ -243,7 +243,7 @@ class QuantizedLoRATrainer(ABC):
 
     @abstractmethod
     def linear_modules(self) -> Mapping[str, LinearShape]:
-        """Module path -> (in, out) of every linear layer that can carry LoRA, the output head left out."""
+        """Module path -> shape of every linear layer that can carry LoRA, the output head left out."""
 
     @abstractmethod
     def attach(self, adapter: Adapter, optimizer: str = "adamw") -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from qlora_hal.contract.backend import Compute, DeviceFacts, Quantization, QuantizedLoRATrainer
 from qlora_hal.contract.gates import check_gates
-from qlora_hal.contract.toolkit import counted_tokens, has_weights
+from qlora_hal.contract.toolkit import MOMENTS, counted_tokens, has_weights
 from qlora_hal.contract.type_checks import wrong_fields
 from qlora_hal.contract.values import (
     Adapter,
@@ -123,7 +123,7 @@ class CheckedTrainer:
                 raise self._broken(
                     f"export_optimizer returned step {snapshot.step} after {self._steps_applied} updates"
                 )
-            moments = {f"{n}.{k}": s for n, s in self._expected.items() for k in ("exp_avg", "exp_avg_sq")}
+            moments = {f"{n}.{k}": s for n, s in self._expected.items() for k in MOMENTS}
             self._check_tensors(snapshot.moments, moments, "export_optimizer")
             return snapshot
 
@@ -216,21 +216,21 @@ def _kind(found: object) -> str:
 
 
 class _CheckedStep:
-    def __init__(self, pending: PendingStep, window: Sequence[Batch], guard: CheckedTrainer) -> None:
+    def __init__(self, pending: PendingStep, window: Sequence[Batch], trainer: CheckedTrainer) -> None:
         self._pending = pending
         self._window = window
-        self._guard = guard
+        self._trainer = trainer
 
     def resolve(self) -> StepStats:
-        guard = self._guard
-        with guard._checked("resolve"):
+        trainer = self._trainer
+        with trainer._checked("resolve"):
             stats = self._pending.resolve()
-            guard._require(StepStats, stats, "resolve")
+            trainer._require(StepStats, stats, "resolve")
             counted = counted_tokens(self._window)
             if stats.token_count != counted:
-                raise guard._broken(f"resolve counted {stats.token_count} tokens of {counted}")
-            guard._require_weighted(stats.weighted_loss_sum, self._window, "resolve")
+                raise trainer._broken(f"resolve counted {stats.token_count} tokens of {counted}")
+            trainer._require_weighted(stats.weighted_loss_sum, self._window, "resolve")
             if stats.grad_norm < 0:
-                raise guard._broken(f"resolve returned the gradient norm {stats.grad_norm}")
-            guard._steps_applied += stats.applied
+                raise trainer._broken(f"resolve returned the gradient norm {stats.grad_norm}")
+            trainer._steps_applied += stats.applied
             return stats

@@ -51,23 +51,26 @@ def check_served(
     }
     require(
         spec,
-        *(feature for feature, is_needed in features.items() if is_needed),
-        weight_format=weight_format,
-        block_size=quantization.block_size,
-        compute_dtype=compute.dtype,
+        Requirements(
+            features=frozenset(feature for feature, is_needed in features.items() if is_needed),
+            weight_format=weight_format,
+            block_size=quantization.block_size,
+            compute_dtype=compute.dtype,
+        ),
     )
 
 
 def check_attached(spec: BackendSpec, config: AdapterConfig, optimizer: str) -> None:
     """Beside `check_served`, for `attach`: the optimizer and dropout. Raises UnsupportedFeatureError QH-B01."""
     check_optimizer(optimizer, spec)
-    require(spec, *([Feature.LORA_DROPOUT] if config.dropout else []))
+    if config.dropout:
+        require(spec, Requirements(features=frozenset({Feature.LORA_DROPOUT})))
 
 
 def check_batches(spec: BackendSpec, batches: Sequence[Batch]) -> None:
     """For each step and view: packed rows and weighted tokens. Raises UnsupportedFeatureError QH-B01."""
-    packed, weighted = any(batch.is_packed for batch in batches), has_weights(batches)
-    require(spec, *([Feature.PACKING] if packed else []), *([Feature.TOKEN_WEIGHTS] if weighted else []))
+    asked = {Feature.PACKING: any(batch.is_packed for batch in batches), Feature.TOKEN_WEIGHTS: has_weights(batches)}
+    require(spec, Requirements(features=frozenset(feature for feature, is_asked in asked.items() if is_asked)))
 
 
 def check_optimizer(name: str, spec: BackendSpec) -> None:
@@ -82,17 +85,8 @@ def check_optimizer(name: str, spec: BackendSpec) -> None:
         )
 
 
-def require(
-    spec: BackendSpec,
-    *features: Feature,
-    weight_format: WeightFormat | None = None,
-    block_size: int | None = None,
-    compute_dtype: str | None = None,
-) -> None:
-    """Raises UnsupportedFeatureError QH-B01 naming everything of these that the spec does not declare."""
-    needs = Requirements(
-        features=frozenset(features), weight_format=weight_format, block_size=block_size, compute_dtype=compute_dtype
-    )
+def require(spec: BackendSpec, needs: Requirements) -> None:
+    """Raises UnsupportedFeatureError QH-B01 naming everything in `needs` that the spec does not declare."""
     if lacks := unmet_requirements(needs, spec.capabilities):
         raise UnsupportedFeatureError(
             "QH-B01",

@@ -149,15 +149,10 @@ def _imported(entry: BackendEntry) -> object:
 
 
 _MODULES_OF_CONTRACT_1 = {
-    f"qlora_hal.{name}": f"qlora_hal.contract.{now}"
-    for name, now in {
-        "backend": "backend",
-        "capabilities": "capabilities",
-        "values": "values",
-        "memory_constants": "memory_constants",
-    }.items()
+    f"qlora_hal.{name}": f"qlora_hal.contract.{name}"
+    for name in ("backend", "capabilities", "values", "memory_constants")
 }
-"""What a plugin of contract 1 imports."""
+"""What a plugin of contract 1 imports, and where that is now."""
 
 
 def _module_of_contract_1(error: ImportError) -> str:

@@ -98,11 +98,14 @@ def trained_config(
             where=str(where),
             fix="Name it: --model NAME_OR_PATH.",
         )
-    settings = {**base.model.model_dump(), "name_or_path": name, "trust_remote_code": trust_remote_code}
-    if run_config is None and provenance.get("base_revision"):
-        settings["revision"] = provenance["base_revision"]
-    elif model is not None and not trust_remote_code:
-        settings["revision"] = None
+    # A revision is of the repository that training named, not of a `model` given now; its code runs only as pinned.
+    recorded = provenance.get("base_revision") if run_config is None else base.model.revision
+    settings = {
+        **base.model.model_dump(),
+        "name_or_path": name,
+        "revision": recorded if model is None or trust_remote_code else None,
+        "trust_remote_code": trust_remote_code,
+    }
     return RunConfig.model_validate(
         {
             "model": settings,

@@ -11,10 +11,12 @@ import pytest
 
 import qlora_hal
 from qlora_hal import train
+from qlora_hal.config.schema import RunConfig
 from qlora_hal.demo import data_path, model_path
 from qlora_hal.errors import CheckpointError, UnsafeInputError
 from qlora_hal.files import sealed_json, strict_json
 from qlora_hal.inference.generate import open_generation
+from qlora_hal.run.trained_base import trained_config
 
 CODE = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\nraise SystemExit\n"
 
@@ -44,22 +46,48 @@ def strange_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.fault("X03")
 @pytest.mark.parametrize(
-    "opened",
+    ("opened", "code"),
     [
-        lambda run: qlora_hal.resume(run, verify=True),
-        lambda run: open_generation(run_dir=run),
-        lambda run: open_generation(adapter_dir=run / "adapter", model=str(run.parent / "base")),
-        lambda run: qlora_hal.merge(run, run.parent / "merged"),
-        lambda run: qlora_hal.merge(run / "adapter", run.parent / "merged"),
+        # An edited record is found first where a checkpoint holds a copy of it.
+        pytest.param(lambda run: qlora_hal.resume(run, verify=True), "QH-C20", id="resume"),
+        pytest.param(lambda run: open_generation(run_dir=run), "QH-X03", id="generate"),
+        # For a base named anew the record's word counts for nothing: the base is refused for itself.
+        pytest.param(
+            lambda run: open_generation(adapter_dir=run / "adapter", model=str(run.parent / "base")),
+            "QH-E14",
+            id="generate with an adapter",
+        ),
+        pytest.param(lambda run: qlora_hal.merge(run, run.parent / "merged"), "QH-X03", id="merge"),
+        pytest.param(
+            lambda run: qlora_hal.merge(run / "adapter", run.parent / "merged"), "QH-X03", id="merge an adapter"
+        ),
     ],
-    ids=["resume", "generate", "generate with an adapter", "merge", "merge an adapter"],
 )
 def test_code_of_a_base_is_not_run_because_a_record_says_so(
-    strange_run: Path, opened: Callable[[Path], object]
+    strange_run: Path, opened: Callable[[Path], object], code: str
 ) -> None:
-    # An edited record is found first where a checkpoint holds a copy of it (C20); for a base named anew, the record's
-    # word counts for nothing, so the base is refused for itself (E14).
-    with pytest.raises((UnsafeInputError, CheckpointError), match=r"QH-X03|QH-C20|QH-E14"):
+    with pytest.raises((UnsafeInputError, CheckpointError)) as refusal:
         opened(strange_run)
+    assert refusal.value.code == code
     assert not list(strange_run.parent.rglob("ran"))
     assert not (strange_run.parent / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("run_config", "model", "trusted", "revision"),
+    [
+        (None, None, False, "b" * 40),
+        (None, "/elsewhere/base", False, None),
+        (None, "elsewhere/base", True, "b" * 40),
+        (RunConfig.model_validate({"model": {"name_or_path": "m", "revision": "a" * 40}}), None, False, "a" * 40),
+        (RunConfig.model_validate({"model": {"name_or_path": "m", "revision": "a" * 40}}), "other", False, None),
+        (RunConfig.model_validate({"model": {"name_or_path": "m", "revision": "a" * 40}}), "other", True, "a" * 40),
+    ],
+)
+def test_a_revision_is_of_the_repository_that_training_named(
+    run_config: RunConfig | None, model: str | None, trusted: bool, revision: str | None
+) -> None:
+    """Code of a base that is named anew is run only as it was pinned for training."""
+    provenance = {"base_name": "m", "base_revision": "b" * 40}
+    found = trained_config(run_config, provenance, {}, model=model, trust_remote_code=trusted, where=Path("adapter"))
+    assert (found.model.revision, found.model.trust_remote_code) == (revision, trusted)

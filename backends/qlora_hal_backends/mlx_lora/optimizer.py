@@ -16,10 +16,9 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from qlora_hal.contract.toolkit import check_moments
+from qlora_hal.contract.toolkit import MOMENTS, check_moments
 from qlora_hal.contract.values import OptimizerSnapshot, StepSettings
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 Arrays = list[mx.array]
 
 

@@ -17,12 +17,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from qlora_hal.contract.toolkit import check_moments
+from qlora_hal.contract.toolkit import MOMENTS, check_moments
 from qlora_hal.contract.values import OptimizerSnapshot, StepSettings
 from qlora_hal_backends.torch_family.device import has_queue
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Optimizer(Protocol):
@@ -126,10 +124,9 @@ class BitsandbytesAdamW:
         return torch.ones_like(norm)
 
     def snapshot(self) -> OptimizerSnapshot:
-        if has_queue(device := self._flat.parameters.device):
-            torch.get_device_module(
-                device
-            ).synchronize()  # paged state lies in managed memory, which the host reads directly
+        device = self._flat.parameters.device
+        if has_queue(device):  # paged state lies in managed memory, which the host reads directly
+            torch.get_device_module(device).synchronize()
         state = self._inner.state.get(self._parameter)
         if not state:
             zeros = torch.zeros_like(self._flat.parameters)

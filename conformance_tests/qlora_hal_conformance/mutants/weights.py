@@ -77,6 +77,15 @@ class AdapterStaysAway(ReferenceTrainer):
         return super().token_losses(batch, adapter=not self.away)
 
 
+class AskingMovesTheMoments(ReferenceTrainer):
+    """The adapter is the same after it was asked for losses, the optimizer is not."""
+
+    def token_losses(self, batch: Batch, *, adapter: bool = True) -> Float32:
+        found = super().token_losses(batch, adapter=adapter)
+        self.train_step([batch], StepSettings(0.0, float(batch.counted_tokens))).resolve()
+        return found
+
+
 class MeanLossOfARow(ReferenceTrainer):
     def token_losses(self, batch: Batch, *, adapter: bool = True) -> Float32:
         found = super().token_losses(batch, adapter=adapter)
@@ -153,6 +162,12 @@ MUTANTS = (
         "Leaves the adapter off once the base was asked alone.",
         ("45",),
         with_trainer(AdapterStaysAway),
+    ),
+    Mutant(
+        "asking_for_losses_moves_the_moments",
+        "Moves the moments by the tokens whose losses it is asked for.",
+        ("45",),
+        with_trainer(AskingMovesTheMoments),
     ),
     Mutant("token_losses_averaged", "Gives each token its row's mean loss.", ("45",), with_trainer(MeanLossOfARow)),
 )

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key
 from qlora_hal.contract.backend import BackendSpec, Compute, Quantization
-from qlora_hal.contract.capabilities import OPTIMIZER_FEATURE, Feature, Requirements, WeightFormat, unmet_requirements
-from qlora_hal.contract.toolkit import check_batches, unknown_module
-from qlora_hal.contract.values import Adapter, Batch
-from qlora_hal.errors import AdapterError, ConfigError, UnsupportedFeatureError
+from qlora_hal.contract.capabilities import Feature, Requirements, WeightFormat
+from qlora_hal.contract.toolkit import require
+from qlora_hal.contract.values import Adapter
+from qlora_hal.errors import AdapterError, UnsupportedFeatureError
 from qlora_hal.model.source import ModelSource
 
 
@@ -23,7 +21,7 @@ def refuse_load(spec: BackendSpec, source: ModelSource, quantization: Quantizati
         Feature.LOAD_PREQUANTIZED: not plain_source,
         Feature.GRADIENT_CHECKPOINTING: compute.gradient_checkpointing,
     }
-    refuse(
+    require(
         spec,
         Requirements(
             features=frozenset(feature for feature, asked in wanted.items() if asked),
@@ -42,15 +40,6 @@ def refuse_load(spec: BackendSpec, source: ModelSource, quantization: Quantizati
         )
 
 
-def refuse_adapter(spec: BackendSpec, adapter: Adapter, optimizer: str) -> None:
-    """Raises UnsupportedFeatureError for dropout or an optimizer that is not declared, ConfigError for a name."""
-    if optimizer not in OPTIMIZER_FEATURE:
-        known = ", ".join(OPTIMIZER_FEATURE)
-        raise ConfigError("QH-B01", f"No optimizer is called {optimizer!r}; known are {known}.", fix="Use adamw.")
-    wanted = {OPTIMIZER_FEATURE[optimizer], Feature.LORA_DROPOUT if adapter.config.dropout else None}
-    refuse(spec, Requirements(features=frozenset(feature for feature in wanted if feature is not None)))
-
-
 def refuse_untargeted(adapter: Adapter) -> None:
     """Raises AdapterError for tensors of modules that the adapter's settings do not name: nothing would train them."""
     used = {key(module) for module in adapter.config.target_modules for key in (lora_a_key, lora_b_key)}
@@ -61,27 +50,4 @@ def refuse_untargeted(adapter: Adapter) -> None:
             f"{len(unused)} adapter tensors belong to no target module: {', '.join(unused[:5])}.",
             fix="Name their modules in target_modules, or leave the tensors out.",
             context={"tensors": unused},
-        )
-
-
-def refuse_unknown_module(module: str, linear_modules: Collection[str]) -> None:
-    """Raises ModelError for a path without a linear layer."""
-    if module not in linear_modules:
-        raise unknown_module(module, linear_modules)
-
-
-def refuse_batches(spec: BackendSpec, batches: Sequence[Batch]) -> None:
-    """Raises UnsupportedFeatureError for packed rows and weighted tokens where they are not declared."""
-    check_batches(spec, batches)
-
-
-def refuse(spec: BackendSpec, needs: Requirements) -> None:
-    """Raises UnsupportedFeatureError naming everything in `needs` that the spec lacks."""
-    lacks = unmet_requirements(needs, spec.capabilities)
-    if lacks:
-        raise UnsupportedFeatureError(
-            "QH-B01",
-            f"Backend {spec.name} does not offer {'; '.join(lacks)}.",
-            fix="Run qlora-hal backends to see which backend does.",
-            context={"lacks": list(lacks)},
         )

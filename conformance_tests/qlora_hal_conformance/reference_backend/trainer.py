@@ -14,7 +14,16 @@ import numpy as np
 from qlora_hal.adapter.fitting import check_fits
 from qlora_hal.contract.backend import BackendSpec, Compute, DeviceFacts, Quantization, QuantizedLoRATrainer
 from qlora_hal.contract.dropout import rows_of
-from qlora_hal.contract.toolkit import Done, check_moments, memory_named, out_of_order
+from qlora_hal.contract.toolkit import (
+    MOMENTS,
+    Done,
+    check_attached,
+    check_batches,
+    check_moments,
+    memory_named,
+    out_of_order,
+    unknown_module,
+)
 from qlora_hal.contract.values import (
     IGNORE_LABEL,
     Adapter,
@@ -37,11 +46,9 @@ from qlora_hal_conformance.oracle.loss import token_loss_sum, token_losses
 
 from . import SPEC
 from .loading import LoadedBase, load_base
-from .refusals import refuse_adapter, refuse_batches, refuse_load, refuse_unknown_module, refuse_untargeted
+from .refusals import refuse_load, refuse_untargeted
 from .rooms import HONEST, Rooms
 from .step import MasksOf, WindowResult, weighted_sum
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(slots=True, eq=False)
@@ -83,7 +90,7 @@ class ReferenceTrainer(QuantizedLoRATrainer):
         return dict(self.base.linear_modules)
 
     def attach(self, adapter: Adapter, optimizer: str = "adamw") -> None:
-        refuse_adapter(self.spec, adapter, optimizer)
+        check_attached(self.spec, adapter.config, optimizer)
         with self.memory_named("attaching the adapter"):
             check_fits(adapter, self.base.linear_modules, where="attach")
             refuse_untargeted(adapter)
@@ -112,7 +119,7 @@ class ReferenceTrainer(QuantizedLoRATrainer):
         return Done(StepStats(found.loss_sum, counted, norm, applied, found.weighted_loss_sum))
 
     def evaluate(self, batches: Sequence[Batch]) -> LossSum:
-        refuse_batches(self.spec, batches)
+        check_batches(self.spec, batches)
         counted = [self.rooms.read_batch(batch) for batch in batches if batch.counted_tokens]
         with _quiet():
             logits = [self.logits_of(batch) for batch in counted]
@@ -128,7 +135,7 @@ class ReferenceTrainer(QuantizedLoRATrainer):
     def gradient_of(self, window: Sequence[Batch], divisor: float, masks_of: MasksOf) -> WindowResult:
         """What both `train_step` and `gradients` are made of."""
         with self.memory_named("a training step"), _quiet():
-            refuse_batches(self.spec, window)
+            check_batches(self.spec, window)
             read = [self.rooms.read_batch(batch) for batch in window]
             return self.rooms.window_gradient(self.attached.model, read, divisor or 1, masks_of, self.arithmetic)
 
@@ -164,7 +171,7 @@ class ReferenceTrainer(QuantizedLoRATrainer):
 
     # views ---------------------------------------------------------------------------------------------------------
     def logits(self, batch: Batch) -> Float32:
-        refuse_batches(self.spec, [batch])
+        check_batches(self.spec, [batch])
         with _quiet():
             return self.logits_of(self.rooms.read_batch(batch)).astype(np.float32)
 
@@ -176,7 +183,7 @@ class ReferenceTrainer(QuantizedLoRATrainer):
         return bare.forward(batch, self.arithmetic).logits
 
     def token_losses(self, batch: Batch, *, adapter: bool = True) -> Float32:
-        refuse_batches(self.spec, [batch])
+        check_batches(self.spec, [batch])
         with _quiet():
             logits = self.logits_of(self.rooms.read_batch(batch), adapter=adapter)
             return token_losses(logits, batch.labels).astype(np.float32)
@@ -187,7 +194,8 @@ class ReferenceTrainer(QuantizedLoRATrainer):
         return {name: self.rooms.adapter_out(gradient) for name, gradient in found.gradients.items()}
 
     def dequantized_weight(self, module: str) -> Float32:
-        refuse_unknown_module(module, self.base.linear_modules)
+        if module not in self.base.linear_modules:
+            raise unknown_module(module, self.base.linear_modules)
         return self.base.weights[f"{module}.weight"].astype(np.float32)
 
     # optional ------------------------------------------------------------------------------------------------------

@@ -128,18 +128,32 @@ def test_losses_of_the_base_alone(
     _judge_losses(ready, oracle(ready), batch, judging)
 
 
-def test_asking_for_losses_changes_nothing(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
+def test_asking_for_losses_changes_nothing(
+    opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    """The next gradient is the same, and where bits repeat, so are the next steps."""
     shape, _ = opened.models.drawn("main")
     adapter, window = draw_adapter(seeded, shape), draw_window(seeded, shape)
     asked, left_alone = opened(adapter=adapter), opened(adapter=adapter)
+    _ask(asked, window[0])
+    found, expected = (ready.trained_gradient(window) for ready in (asked, left_alone))
+    if not opened.subject.declares(Feature.BITWISE_DETERMINISM):
+        bounds = gradient_bounds(oracle(asked), window, asked.dtype)
+        twice = {name: bound.times(2.0, "two of them") for name, bound in bounds.items()}
+        judging.all_within("gradients", found, expected, twice)
+        return
+    judging.equal("gradients", found, expected)
     for _ in range(2):
-        for flag in (True, False):
-            asked.trainer.token_losses(window[0], adapter=flag)
+        _ask(asked, window[0])
         for ready in (asked, left_alone):
             ready.step(window, RATE)
-    if opened.subject.declares(Feature.BITWISE_DETERMINISM):
-        found, expected = (ready.trainer.export_adapter().tensors for ready in (asked, left_alone))
-        judging.equal("adapter", found, expected)
+    after, untouched = (ready.trainer.export_adapter().tensors for ready in (asked, left_alone))
+    judging.equal("adapter", after, untouched)
+
+
+def _ask(ready: Opened, batch: Batch) -> None:
+    for adapter in (True, False):
+        ready.trainer.token_losses(batch, adapter=adapter)
 
 
 def _judge(ready: Opened, reference: OracleTrainer, window: list[Batch], judging: Judge, *, denominator: float) -> None:
