@@ -55,3 +55,17 @@ def test_core_knows_no_backend_by_name(file: Path) -> None:
             assert not any(name == constant for name in BACKEND_NAMES for constant in constants)
     imported = [node.module or "" for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
     assert not any(module.startswith("qlora_hal_backends") for module in imported)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "oracle").rglob("*.py")), ids=lambda file: file.name)
+def test_oracle_stands_below_the_product_that_it_judges(file: Path) -> None:
+    """NumPy, the standard library and itself; the small models also name formats as the contract does."""
+    allowed = {"numpy", "qlora_hal_oracle", *sys.stdlib_module_names}
+    if file.name == "random_models.py":
+        allowed |= {"qlora_hal.contract"}
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module or ""]
+        for name in names:
+            assert name.split(".")[0] in allowed or ".".join(name.split(".")[:2]) in allowed, name

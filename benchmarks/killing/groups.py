@@ -13,8 +13,8 @@ import numpy as np
 from qlora_hal.contract.backend import Quantization
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.demo import data_path, model_path
-from qlora_hal_conformance.oracle import LlamaShape
-from qlora_hal_conformance.tiny_models import draw_tensors, write_model, write_quantized
+from qlora_hal_oracle import LlamaShape
+from qlora_hal_oracle.random_models import draw_tensors, write_model, write_quantized
 
 Settings = Mapping[str, Any]
 

@@ -7,14 +7,17 @@ test fails when the file and the sections differ.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import qlora_hal_oracle
 from qlora_hal.contract.backend import CONTRACT_VERSION
 from qlora_hal_conformance import SUITE_VERSION
 
-SECTIONS_FOLDER = Path(__file__).parent / "sections"
-MUSTPASS = Path(__file__).parent / "mustpass"
+HERE = Path(__file__).parent
+SECTIONS_FOLDER = HERE / "sections"
+MUSTPASS = HERE / "mustpass"
 
 EARLIER_REVISIONS = (
     ("1", "0c36b05f01bad756058822fca57db8616083e761ff1033b0c5e7194b2097ec0b"),
@@ -77,13 +80,18 @@ def contract_judged(revision: str) -> int:
 
 @cache
 def suite_hash() -> str:
-    """SHA-256 over every source that decides a verdict: all of this package but the backends made for its own tests."""
-    root = Path(__file__).parent
-    apart = ("mutants", "reference_backend", "__pycache__")
+    """SHA-256 over every source that decides a verdict: the oracle, and all of this package but the backends made for
+    its own tests."""
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*")):
+    for name, path in sorted((*_sources("oracle/", Path(qlora_hal_oracle.__file__).parent), *_sources("", HERE))):
+        digest.update(f"{name}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).digest())
+    return digest.hexdigest()
+
+
+def _sources(prefix: str, root: Path) -> Iterator[tuple[str, Path]]:
+    apart = ("mutants", "reference_backend", "__pycache__")
+    for path in root.rglob("*"):
         relative = path.relative_to(root)
         if path.suffix in (".py", ".txt") and relative.parts[0] not in apart and "__pycache__" not in relative.parts:
-            digest.update(f"{relative.as_posix()}\0".encode())
-            digest.update(hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).digest())
-    return digest.hexdigest()
+            yield f"{prefix}{relative.as_posix()}", path

@@ -10,9 +10,9 @@ from qlora_hal.errors import QloraHalError
 from qlora_hal_conformance.drawing import at_real_tokens
 from qlora_hal_conformance.judging import Judge
 from qlora_hal_conformance.opening import Opened
-from qlora_hal_conformance.oracle import OracleTrainer
 from qlora_hal_conformance.tolerances import gradient_bounds, logits_bound
 from qlora_hal_conformance.verdicts import described
+from qlora_hal_oracle import OracleTrainer
 
 Given = TypeVar("Given")
 Kinds = type[QloraHalError] | tuple[type[QloraHalError], ...]

@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key
 from qlora_hal.contract.values import IGNORE_LABEL, PADDING_SEGMENT, Adapter, AdapterConfig, Batch, Float32, Int32
-from qlora_hal_conformance.oracle import LlamaShape
-from qlora_hal_conformance.tiny_models import FIRST_ORDINARY_TOKEN, linear_shapes
+from qlora_hal_oracle import LlamaShape
+from qlora_hal_oracle.random_models import FIRST_ORDINARY_TOKEN, linear_shapes
 
 RANKS = (2, 4, 8)
 SCALES = (0.75, 1.5, 3.0)

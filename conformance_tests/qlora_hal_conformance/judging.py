@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from qlora_hal_conformance.oracle.arrays import AnyFloat
 from qlora_hal_conformance.tolerances import EXACT, Bound
 from qlora_hal_conformance.verdicts import Measure
+from qlora_hal_oracle.arrays import AnyFloat
 
 
 @dataclass(slots=True)

@@ -20,8 +20,8 @@ from qlora_hal.contract.values import Batch, StepSettings
 from qlora_hal.model.facts import read_facts
 from qlora_hal.model.source import ModelSource
 from qlora_hal_conformance.drawing import draw_adapter, stream
-from qlora_hal_conformance.oracle import LlamaShape
 from qlora_hal_conformance.subject import Reference, import_subject
+from qlora_hal_oracle import LlamaShape
 
 CHILD_SECONDS = 150.0
 STEPS = 2

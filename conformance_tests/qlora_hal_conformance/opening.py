@@ -11,11 +11,12 @@ import numpy as np
 from qlora_hal.contract.backend import Compute, Quantization, QuantizedLoRATrainer
 from qlora_hal.contract.capabilities import Feature, WeightFormat
 from qlora_hal.contract.values import Adapter, Batch, Float32, StepSettings, StepStats
+from qlora_hal.model.source import ModelSource
 from qlora_hal_conformance.drawing import stream, total_tokens
-from qlora_hal_conformance.oracle import LlamaShape, LoraScale, MicroscalingFormat, OracleStep, OracleTrainer
-from qlora_hal_conformance.oracle.arrays import Float64
 from qlora_hal_conformance.subject import Subject
-from qlora_hal_conformance.tiny_models import (
+from qlora_hal_oracle import LlamaShape, LoraScale, MicroscalingFormat, OracleStep, OracleTrainer
+from qlora_hal_oracle.arrays import Float64
+from qlora_hal_oracle.random_models import (
     DEEP_SHAPE,
     MICROSCALING_FORMATS,
     SHAPES,
@@ -173,7 +174,7 @@ class Opener:
         if isinstance(model, str):
             model = self.models.quantized(model, quantization) if prequantized else self.models.plain(model)
         trainer = self.trainer()
-        trainer.load(model.source, quantization, Compute(dtype, checkpointing))  # type: ignore[arg-type]
+        trainer.load(ModelSource.in_folder(model.folder), quantization, Compute(dtype, checkpointing))  # type: ignore[arg-type]
         block = f"/{quantization.block_size}" if quantization.block_size else ""
         self.ran.add(f"{chosen.value}{block}{'+double_quant' if double_quant else ''} in {dtype}")
         opened = Opened(trainer, model, quantization, dtype)

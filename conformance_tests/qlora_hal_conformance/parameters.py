@@ -9,8 +9,8 @@ from _pytest.mark.structures import ParameterSet
 
 from qlora_hal.contract.capabilities import Feature, WeightFormat
 from qlora_hal_conformance.opening import Opened
-from qlora_hal_conformance.oracle import MicroscalingFormat, OracleTrainer
-from qlora_hal_conformance.tiny_models import AFFINE_BITS, MICROSCALING_FORMATS
+from qlora_hal_oracle import MicroscalingFormat, OracleTrainer
+from qlora_hal_oracle.random_models import AFFINE_BITS, MICROSCALING_FORMATS
 
 OracleOf = Callable[[Opened], OracleTrainer]
 """The fixture `oracle`."""

@@ -21,10 +21,10 @@ from qlora_hal_conformance.drawing import stream
 from qlora_hal_conformance.journal import Journal, result_as_json
 from qlora_hal_conformance.judging import Judge
 from qlora_hal_conformance.opening import Models, Opened, Opener
-from qlora_hal_conformance.oracle import OracleTrainer
 from qlora_hal_conformance.request import Request, read_request
 from qlora_hal_conformance.subject import Need, Subject, import_subject, probe_record, spec_record
 from qlora_hal_conformance.verdicts import CaseResult, Claim, Phase, judge
+from qlora_hal_oracle import OracleTrainer
 
 
 @dataclass(slots=True)

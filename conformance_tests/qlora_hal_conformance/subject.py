@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from qlora_hal.contract.backend import BackendSpec, ProbeReport, QuantizedLoRATrainer
 from qlora_hal.contract.capabilities import Capabilities, Feature, WeightFormat
 from qlora_hal.errors import BackendContractError
-from qlora_hal_conformance.oracle import UNIT_ROUNDOFF
 from qlora_hal_conformance.verdicts import Claim
+from qlora_hal_oracle import UNIT_ROUNDOFF
 
 Need = Feature | WeightFormat | str | tuple[WeightFormat, int]
 """A feature, a weight format, a compute dtype by name, or a block size of a format."""

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qlora_hal_conformance.oracle import UNIT_ROUNDOFF, ErrorScale, LossCurveEnvelope, OracleTrainer
-from qlora_hal_conformance.oracle.adamw import AdamWState, adamw_update, clip_factor, global_norm
-from qlora_hal_conformance.oracle.arrays import AnyFloat, Float64, TokenBatch
+from qlora_hal_oracle import UNIT_ROUNDOFF, ErrorScale, LossCurveEnvelope, OracleTrainer
+from qlora_hal_oracle.adamw import AdamWState, adamw_update, clip_factor, global_norm
+from qlora_hal_oracle.arrays import AnyFloat, Float64, TokenBatch
 
 U32 = UNIT_ROUNDOFF["float32"]
 

@@ -10,8 +10,8 @@ import numpy as np
 from qlora_hal.contract.values import Batch, OptimizerSnapshot, StepStats
 from qlora_hal_conformance.judging import Judge
 from qlora_hal_conformance.opening import Opened, oracle_step
-from qlora_hal_conformance.oracle import OracleTrainer
 from qlora_hal_conformance.tolerances import UpdateSettings, gradient_bounds, loss_bound, norm_bound, update_bounds
+from qlora_hal_oracle import OracleTrainer
 
 
 def oracle_at_state_of(ready: Opened) -> OracleTrainer:

@@ -22,14 +22,13 @@ from qlora_hal.contract.values import IGNORE_LABEL, Adapter, AdapterConfig, Batc
 from qlora_hal.detect import discovery
 from qlora_hal.errors import QloraHalError
 from qlora_hal.files.safetensors_file import file_chunks
-from qlora_hal.model.facts import read_facts
 from qlora_hal.model.source import ModelSource
 from qlora_hal.processes.subprocess_call import SubprocessCallError, answer_stream, ask, one_line
 
 if TYPE_CHECKING:
     from qlora_hal.contract.backend import BackendSpec, QuantizedLoRATrainer
     from qlora_hal.contract.values import Float32
-    from qlora_hal_conformance.oracle import OracleTrainer
+    from qlora_hal_oracle import OracleTrainer
 
 HIDDEN, FEED_FORWARD, VOCABULARY, TIME = 64, 128, 96, 12
 LEARNING_RATE, STEPS = 1e-2, 8
@@ -106,7 +105,7 @@ class _SelfTest:
         storage = Quantization(stored, sizes[0], Feature.DOUBLE_QUANT in capabilities.features)
         on_load = stored is WeightFormat.NONE or Feature.QUANTIZE_ON_LOAD in capabilities.features
         folder = self.folder if on_load else self._packed(storage)
-        self.trainer.load(ModelSource("a tiny model", folder, read_facts(folder)), storage, Compute("float32"))
+        self.trainer.load(ModelSource.in_folder(folder), storage, Compute("float32"))
         modules = self.trainer.linear_modules()
         config = AdapterConfig(4, 8.0, 0.0, False, tuple(sorted(modules)))
         start = initial_adapter(config, modules, 0)
@@ -120,8 +119,8 @@ class _SelfTest:
 
     def _packed(self, storage: Quantization) -> Path:
         """The same weights, stored as a backend gets them that does not quantize while loading."""
-        from qlora_hal_conformance.oracle import LlamaShape
-        from qlora_hal_conformance.tiny_models import write_quantized
+        from qlora_hal_oracle import LlamaShape
+        from qlora_hal_oracle.random_models import write_quantized
 
         shape = LlamaShape.from_config(TINY_CONFIG)
         return write_quantized(self.folder / "packed", shape, self.weights, storage).folder
@@ -155,7 +154,7 @@ class _SelfTest:
 
     def _oracle(self) -> OracleTrainer:
         """Float64, on the weights as this backend stored them: format error is not arithmetic error."""
-        from qlora_hal_conformance.oracle import LlamaShape, LoraScale, OracleTrainer
+        from qlora_hal_oracle import LlamaShape, LoraScale, OracleTrainer
 
         base: dict[str, Float32] = dict(self.weights)
         for module in self.trainer.linear_modules():

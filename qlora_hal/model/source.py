@@ -34,6 +34,11 @@ class ModelSource:
     trust_remote_code: bool = False
     made_from: ModelSource | None = None
 
+    @classmethod
+    def in_folder(cls, folder: Path) -> ModelSource:
+        """A folder as it is, its facts read afresh. Raises what `read_facts` raises."""
+        return cls(str(folder), folder, read_facts(folder))
+
     @property
     def origin(self) -> ModelSource:
         """The model that adapters are named after."""

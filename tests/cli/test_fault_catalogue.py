@@ -14,7 +14,7 @@ from qlora_hal import errors
 from qlora_hal.errors.fault_catalogue import AREAS, EXIT_STATUSES, as_markdown, faults, find_fault
 
 ROOT = Path(qlora_hal.__file__).parent.parent
-SOURCES = ("qlora_hal", "backends", "conformance_tests")
+SOURCES = ("qlora_hal", "backends", "conformance_tests", "oracle")
 
 
 def codes_in_source() -> dict[str, str]:

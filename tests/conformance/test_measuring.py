@@ -11,7 +11,7 @@ from qlora_hal.contract.backend import Quantization
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal_conformance.measuring import Measurement, peaks_in_child
 from qlora_hal_conformance.subject import Reference
-from qlora_hal_conformance.tiny_models import SHAPES, draw_tensors, write_model
+from qlora_hal_oracle.random_models import SHAPES, draw_tensors, write_model
 
 
 @pytest.mark.long

@@ -12,7 +12,7 @@ from gptq_auto.checkpoints import DATA, KINDS, largest_gap_to_the_library, losse
 from safetensors.numpy import load_file, save_file
 
 from qlora_hal.errors import ModelError
-from qlora_hal_conformance.oracle import GptqWeight, ZeroPointConvention, dequantize_gptq
+from qlora_hal_oracle import GptqWeight, ZeroPointConvention, dequantize_gptq
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -22,7 +22,7 @@ from qlora_hal_backends.gptq_int4.engines import (
     QuantizationJob,
     installed_engine,
 )
-from qlora_hal_conformance.oracle import (
+from qlora_hal_oracle import (
     GptqGrid,
     GptqWeight,
     ZeroPointConvention,

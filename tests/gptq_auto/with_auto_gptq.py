@@ -24,8 +24,8 @@ from qlora_hal_backends.gptq_int4.auto_gptq_solver import quantize
 from qlora_hal_backends.gptq_int4.engines import GptqSettings, PackedLinear, QuantizationJob
 from qlora_hal_backends.gptq_int4.quantizing import GptqQuantizer
 from qlora_hal_backends.torch_family.transformers_versions import read_config
-from qlora_hal_conformance.oracle import GptqWeight, ZeroPointConvention, dequantize_gptq
-from qlora_hal_conformance.tiny_models import SHAPES, TinyModel, draw_tensors, linear_shapes, write_model
+from qlora_hal_oracle import GptqWeight, ZeroPointConvention, dequantize_gptq
+from qlora_hal_oracle.random_models import SHAPES, TinyModel, draw_tensors, linear_shapes, write_model
 
 LAYOUTS = [
     pytest.param(128, True, False, id="128-symmetric"),

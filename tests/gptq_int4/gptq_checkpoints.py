@@ -14,7 +14,7 @@ from qlora_hal.contract.backend import Compute, Quantization, QuantizedLoRATrain
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.values import Adapter, AdapterConfig
 from qlora_hal.model.source import ModelSource, resolve_model
-from qlora_hal_conformance.oracle import (
+from qlora_hal_oracle import (
     GptqGrid,
     GptqWeight,
     ZeroPointConvention,
@@ -23,8 +23,8 @@ from qlora_hal_conformance.oracle import (
     pack_gptq,
     round_to_grid,
 )
-from qlora_hal_conformance.oracle.arrays import Float32, Float64, Int32
-from qlora_hal_conformance.tiny_models import SHAPES, draw_tensors, linear_shapes, write_config, write_safetensors
+from qlora_hal_oracle.arrays import Float32, Float64, Int32
+from qlora_hal_oracle.random_models import SHAPES, draw_tensors, linear_shapes, write_config, write_safetensors
 
 V1, V2 = ZeroPointConvention.V1, ZeroPointConvention.V2
 SHAPE = SHAPES[0]

@@ -28,7 +28,7 @@ from qlora_hal.detect.selection import choose
 from qlora_hal.errors import ConfigError, ModelError, QloraHalError, UnsafeInputError, UnsupportedFeatureError
 from qlora_hal_backends.gptq_int4 import SPEC
 from qlora_hal_backends.gptq_int4.loading import checked_settings
-from qlora_hal_conformance.tiny_models import linear_shapes
+from qlora_hal_oracle.random_models import linear_shapes
 
 MODULE = "model.layers.1.mlp.down_proj"
 PARTS = ("qweight", "qzeros", "scales", "g_idx")

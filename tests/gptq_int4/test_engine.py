@@ -22,8 +22,8 @@ from qlora_hal_backends.gptq_int4.engines import (
 from qlora_hal_backends.gptq_int4.gptqmodel_engine import load_weight
 from qlora_hal_backends.torch_family.base_weights import BaseWeight
 from qlora_hal_backends.torch_family.lora_linear import FrozenLinear, LoRASwitches, LoRAWeights
-from qlora_hal_conformance.oracle import GptqWeight, dequantize_gptq
-from qlora_hal_conformance.oracle.arrays import Float32
+from qlora_hal_oracle import GptqWeight, dequantize_gptq
+from qlora_hal_oracle.arrays import Float32
 
 OUTPUTS, INPUTS, RANK, ROWS = 48, 256, 4, 24
 U32 = 2.0**-24

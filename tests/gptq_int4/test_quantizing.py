@@ -30,8 +30,8 @@ from qlora_hal.quantize.calibration import Recipe, cached, checked_calibration, 
 from qlora_hal.quantize.folder import MANIFEST_FILE
 from qlora_hal_backends.gptq_int4 import SPEC
 from qlora_hal_backends.gptq_int4.quantizing import check_group_size
-from qlora_hal_conformance.oracle import min_max_grid, round_to_grid
-from qlora_hal_conformance.tiny_models import SHAPES, TinyModel, draw_tensors, linear_shapes, write_model
+from qlora_hal_oracle import min_max_grid, round_to_grid
+from qlora_hal_oracle.random_models import SHAPES, TinyModel, draw_tensors, linear_shapes, write_model
 
 STORAGE = Quantization(WeightFormat.INT4_GPTQ, GROUP)
 ROWS: list[list[int]] = np.random.default_rng(4).integers(3, 300, (24, 48)).tolist()
@@ -52,7 +52,9 @@ def quantized(plain: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Mod
     out = tmp_path_factory.mktemp("quantized") / "model"
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("GPTQMODEL_CPU_WORKERS", raising=False)
-        return quantize_into(out, plain.source, SPEC, Recipe(STORAGE), calibration, {}, TOLD.append)
+        return quantize_into(
+            out, ModelSource.in_folder(plain.folder), SPEC, Recipe(STORAGE), calibration, {}, TOLD.append
+        )
 
 
 TOLD: list[str] = []
@@ -67,7 +69,7 @@ def test_the_result_is_a_whole_model_folder(plain: TinyModel, quantized: ModelSo
         "quantize_config.json",
     ]
     facts = source_of(quantized.path).facts
-    assert facts.linear_modules == plain.source.facts.linear_modules
+    assert facts.linear_modules == ModelSource.in_folder(plain.folder).facts.linear_modules
     assert facts.prequantized is not None
     assert facts.prequantized.block_size == GROUP
     assert facts.prequantized.settings["checkpoint_format"] == "gptq"
@@ -144,7 +146,7 @@ def found(
     **recipe: Any,
 ) -> ModelSource:
     calibration = checked_calibration(rows, context=512, where="a test")
-    return cached(plain.source, spec, Recipe(STORAGE, **recipe), calibration, {}, tell)
+    return cached(ModelSource.in_folder(plain.folder), spec, Recipe(STORAGE, **recipe), calibration, {}, tell)
 
 
 def test_a_result_is_found_again_until_something_that_matters_changes(plain: TinyModel, cache: Path) -> None:
@@ -267,7 +269,15 @@ def test_a_child_that_fails_is_reported_with_its_log_and_leaves_nothing(
 ) -> None:
     calibration = checked_calibration(ROWS, context=512, where="a test")
     with pytest.raises(BackendError) as raised:
-        quantize_into(tmp_path / "out", broken_model.source, SPEC, Recipe(STORAGE), calibration, {}, lambda text: None)
+        quantize_into(
+            tmp_path / "out",
+            ModelSource.in_folder(broken_model.folder),
+            SPEC,
+            Recipe(STORAGE),
+            calibration,
+            {},
+            lambda text: None,
+        )
     error = raised.value
     assert (error.code, error.exit_status) == ("QH-E62", 3)
     assert "no_such_model" in str(error)
@@ -279,7 +289,9 @@ def test_an_output_that_holds_something_is_left_alone(plain: TinyModel, tmp_path
     (tmp_path / "mine.txt").write_text("mine")
     calibration = checked_calibration(ROWS, context=512, where="a test")
     with pytest.raises(QloraHalError, match="is not empty") as raised:
-        quantize_into(tmp_path, plain.source, STAND_IN, Recipe(STORAGE), calibration, {}, lambda text: None)
+        quantize_into(
+            tmp_path, ModelSource.in_folder(plain.folder), STAND_IN, Recipe(STORAGE), calibration, {}, lambda text: None
+        )
     assert raised.value.code == "QH-S14"
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
@@ -300,7 +312,9 @@ def test_a_place_that_no_folder_can_take_is_refused_before_the_work(
     before, asked = sorted(tmp_path.iterdir()), StandIn.asked
     calibration = checked_calibration(ROWS[:2], context=512, where="a test")
     with pytest.raises(QloraHalError, match=words) as raised:
-        quantize_into(out, plain.source, STAND_IN, Recipe(STORAGE), calibration, {}, lambda text: None)
+        quantize_into(
+            out, ModelSource.in_folder(plain.folder), STAND_IN, Recipe(STORAGE), calibration, {}, lambda text: None
+        )
     assert (raised.value.code, raised.value.exit_status) == ("QH-S14", 8)
     assert (sorted(tmp_path.iterdir()), StandIn.asked) == (before, asked)
 

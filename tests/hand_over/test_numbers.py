@@ -14,11 +14,12 @@ from qlora_hal.contract.backend import Compute, Quantization, QuantizedLoRATrain
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.values import Adapter, Batch, OptimizerSnapshot, StepSettings
 from qlora_hal.detect.discovery import find, listed, load_spec, open_trainer
+from qlora_hal.model.source import ModelSource
 from qlora_hal_conformance.drawing import draw_adapter, draw_window, stream, total_tokens, with_zero
 from qlora_hal_conformance.opening import Models, oracle_step
-from qlora_hal_conformance.oracle import UNIT_ROUNDOFF, LoraScale, OracleTrainer, loss_curve_envelope
-from qlora_hal_conformance.oracle.arithmetic import Arithmetic
 from qlora_hal_conformance.tolerances import LOSS_CURVE_RUNS, loss_curve_bound
+from qlora_hal_oracle import UNIT_ROUNDOFF, LoraScale, OracleTrainer, loss_curve_envelope
+from qlora_hal_oracle.arithmetic import Arithmetic
 
 STEPS, WINDOWS, PEAK_RATE = 40, 4, 5e-3
 
@@ -102,7 +103,9 @@ def losses_of(legs: Sequence[str], models: Models, adapter: Adapter, windows: Se
 
 def opened(name: str, models: Models) -> QuantizedLoRATrainer:
     trainer = open_trainer(load_spec(find(name, listed())))
-    trainer.load(models.plain("main").source, Quantization(WeightFormat.NONE), Compute("float32"))
+    trainer.load(
+        ModelSource.in_folder(models.plain("main").folder), Quantization(WeightFormat.NONE), Compute("float32")
+    )
     return trainer
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from qlora_hal.contract.values import Batch
-from qlora_hal_conformance.oracle import IGNORE_LABEL, LlamaShape, lora_a_name, lora_b_name
-from qlora_hal_conformance.oracle.arrays import Float64
-from qlora_hal_conformance.oracle.lora import ATTENTION_MODULES, MLP_MODULES
+from qlora_hal_oracle import IGNORE_LABEL, LlamaShape, lora_a_name, lora_b_name
+from qlora_hal_oracle.arrays import Float64
+from qlora_hal_oracle.lora import ATTENTION_MODULES, MLP_MODULES
 
 # Read by the libraries when they are first imported, which the test modules do after this file. No test may reach a
 # network; gptqmodel refuses to start on two cores unless it is told the number of its workers.

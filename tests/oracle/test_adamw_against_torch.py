@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 
-from qlora_hal_conformance.oracle.adamw import AdamWState, adamw_update, clip_factor, global_norm
+from qlora_hal_oracle.adamw import AdamWState, adamw_update, clip_factor, global_norm
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from qlora_hal.contract.values import Batch
-from qlora_hal_conformance.oracle import (
+from qlora_hal_oracle import (
     IGNORE_LABEL,
     UNIT_ROUNDOFF,
     Arithmetic,
@@ -24,8 +24,8 @@ from qlora_hal_conformance.oracle import (
     loss_curve_envelope,
     spread,
 )
-from qlora_hal_conformance.oracle.arrays import Float64
-from qlora_hal_conformance.oracle.blocks import attention_allowed
+from qlora_hal_oracle.arrays import Float64
+from qlora_hal_oracle.blocks import attention_allowed
 
 with warnings.catch_warnings():
     # Third parties warn about each other while they load (peft loads bitsandbytes and gptqmodel).

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qlora_hal_conformance.oracle import (
+from qlora_hal_oracle import (
     FP4,
     NF4,
     FourBitFormat,
@@ -24,9 +24,9 @@ from qlora_hal_conformance.oracle import (
     quantize_four_bit,
     quantize_int8_rows,
 )
-from qlora_hal_conformance.oracle.arrays import Float32
-from qlora_hal_conformance.oracle.codebooks import widest_rounding_distance
-from qlora_hal_conformance.oracle.four_bit import BLOCK_SIZES, pack_nibbles, unpack_nibbles
+from qlora_hal_oracle.arrays import Float32
+from qlora_hal_oracle.codebooks import widest_rounding_distance
+from qlora_hal_oracle.four_bit import BLOCK_SIZES, pack_nibbles, unpack_nibbles
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

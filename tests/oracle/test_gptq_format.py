@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qlora_hal_conformance.oracle import (
+from qlora_hal_oracle import (
     GptqGrid,
     GptqWeight,
     ZeroPointConvention,
@@ -19,9 +19,9 @@ from qlora_hal_conformance.oracle import (
     pack_gptq,
     round_to_grid,
 )
-from qlora_hal_conformance.oracle.arrays import Float32, Int32
-from qlora_hal_conformance.oracle.bit_packing import pack_bits, unpack_bits
-from qlora_hal_conformance.oracle.gptq import CODE_BITS
+from qlora_hal_oracle.arrays import Float32, Int32
+from qlora_hal_oracle.bit_packing import pack_bits, unpack_bits
+from qlora_hal_oracle.gptq import CODE_BITS
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from qlora_hal.contract.values import Batch
-from qlora_hal_conformance.oracle import LlamaShape, LoraScale, OracleTrainer, lora_a_name
-from qlora_hal_conformance.oracle.arrays import Float64
+from qlora_hal_oracle import LlamaShape, LoraScale, OracleTrainer, lora_a_name
+from qlora_hal_oracle.arrays import Float64
 
 Tensors = dict[str, Float64]
 

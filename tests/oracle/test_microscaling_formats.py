@@ -7,14 +7,14 @@ import warnings
 import numpy as np
 import pytest
 
-from qlora_hal_conformance.oracle import (
+from qlora_hal_oracle import (
     MicroscalingFormat,
     MicroscalingWeight,
     dequantize_microscaling,
     microscaling_error_bound,
     quantize_microscaling,
 )
-from qlora_hal_conformance.oracle.arrays import Float32
+from qlora_hal_oracle.arrays import Float32
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qlora_hal_conformance.oracle import (
+from qlora_hal_oracle import (
     UNIT_ROUNDOFF,
     MlxAffineWeight,
     dequantize_mlx_affine,
@@ -16,8 +16,8 @@ from qlora_hal_conformance.oracle import (
     quantize_mlx_affine,
     round_to_bfloat16,
 )
-from qlora_hal_conformance.oracle.arrays import Float32
-from qlora_hal_conformance.oracle.mlx_affine import CODE_BITS, GROUP_SIZES, ScaleType
+from qlora_hal_oracle.arrays import Float32
+from qlora_hal_oracle.mlx_affine import CODE_BITS, GROUP_SIZES, ScaleType
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

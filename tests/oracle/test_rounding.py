@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from qlora_hal_conformance.oracle import (
+from qlora_hal_oracle import (
     EXACT,
     UNIT_ROUNDOFF,
     Arithmetic,
@@ -18,7 +18,7 @@ from qlora_hal_conformance.oracle import (
     loss_curve_envelope,
     spread,
 )
-from qlora_hal_conformance.oracle.arrays import Float64
+from qlora_hal_oracle.arrays import Float64
 
 BFLOAT16, FLOAT32 = UNIT_ROUNDOFF["bfloat16"], UNIT_ROUNDOFF["float32"]
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from qlora_hal.contract.values import Batch
-from qlora_hal_conformance.oracle import IGNORE_LABEL, LlamaShape, LoraScale, OracleTrainer, lora_b_name
-from qlora_hal_conformance.oracle.arrays import Float64
+from qlora_hal_oracle import IGNORE_LABEL, LlamaShape, LoraScale, OracleTrainer, lora_b_name
+from qlora_hal_oracle.arrays import Float64
 
 Tensors = dict[str, Float64]
 MakeTensors = Callable[..., Tensors]
@@ -229,7 +229,7 @@ def test_a_config_the_oracle_cannot_compute_is_refused_with_the_reason(change: d
 
 
 def test_the_oracle_imports_no_tensor_library() -> None:
-    code = "import sys, qlora_hal_conformance.oracle; print({m.split('.')[0] for m in sys.modules})"
+    code = "import sys, qlora_hal_oracle; print({m.split('.')[0] for m in sys.modules})"
     names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "'numpy'" in names
     for library in ("torch", "mlx", "transformers", "peft", "bitsandbytes", "gptqmodel"):

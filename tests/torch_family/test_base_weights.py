@@ -17,7 +17,7 @@ from trainers import OpenTrainer, open_cpu_trainer, random_batch, source_of
 from qlora_hal.contract.backend import Compute, Quantization
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal_backends.torch_family.base_weights import quantize
-from qlora_hal_conformance.oracle import FourBitFormat, FourBitLayout, dequantize_four_bit, quantize_four_bit
+from qlora_hal_oracle import FourBitFormat, FourBitLayout, dequantize_four_bit, quantize_four_bit
 
 UNIT_ROUNDOFF = 2.0**-24
 

@@ -11,9 +11,9 @@ from qlora_hal.contract.backend import Compute, Quantization
 from qlora_hal.contract.values import Batch, Float32, PendingStep, StepSettings
 from qlora_hal.model.source import ModelSource
 from qlora_hal_conformance.drawing import stream
-from qlora_hal_conformance.oracle import LlamaShape
 from qlora_hal_conformance.reference_backend.trainer import ReferenceTrainer
-from qlora_hal_conformance.tiny_models import SHAPES, UNEVEN_SHAPE, draw_tensors
+from qlora_hal_oracle import LlamaShape
+from qlora_hal_oracle.random_models import SHAPES, UNEVEN_SHAPE, draw_tensors
 
 from .loss import mean_of_means
 from .registry import Mutant, with_trainer

@@ -7,8 +7,6 @@ from dataclasses import replace
 import numpy as np
 
 from qlora_hal.contract.backend import Quantization
-from qlora_hal_conformance.oracle import FourBitFormat, dequantize_four_bit
-from qlora_hal_conformance.oracle.arrays import AnyFloat, Float64
 from qlora_hal_conformance.reference_backend.storage import (
     BlockwiseFourBit,
     Plain,
@@ -18,6 +16,8 @@ from qlora_hal_conformance.reference_backend.storage import (
     pack,
     unpack,
 )
+from qlora_hal_oracle import FourBitFormat, dequantize_four_bit
+from qlora_hal_oracle.arrays import AnyFloat, Float64
 
 from .registry import Mutant, with_rooms
 

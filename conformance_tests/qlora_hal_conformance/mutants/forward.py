@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 
 from qlora_hal.contract.values import Adapter, AdapterConfig, Batch, Float32
-from qlora_hal_conformance.oracle import Arithmetic, LlamaShape, LoraScale, OracleLlama
-from qlora_hal_conformance.oracle.arrays import Float64
-from qlora_hal_conformance.oracle.lora import AdaptedLinear, LinearTrace
 from qlora_hal_conformance.reference_backend.rounding import RoundedArithmetic, arithmetic_of
 from qlora_hal_conformance.reference_backend.trainer import ReferenceTrainer
+from qlora_hal_oracle import Arithmetic, LlamaShape, LoraScale, OracleLlama
+from qlora_hal_oracle.arrays import Float64
+from qlora_hal_oracle.lora import AdaptedLinear, LinearTrace
 
 from .registry import Mutant, with_rooms, with_trainer
 

@@ -18,10 +18,10 @@ from qlora_hal.contract.values import (
     StepSettings,
     StepStats,
 )
-from qlora_hal_conformance.oracle import Arithmetic, OracleLlama
-from qlora_hal_conformance.oracle.arrays import Float64
 from qlora_hal_conformance.reference_backend.step import MasksOf, WindowResult, window_gradient
 from qlora_hal_conformance.reference_backend.trainer import ReferenceTrainer
+from qlora_hal_oracle import Arithmetic, OracleLlama
+from qlora_hal_oracle.arrays import Float64
 
 from .registry import Mutant, with_rooms, with_trainer
 

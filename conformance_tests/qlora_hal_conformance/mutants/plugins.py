@@ -31,11 +31,11 @@ from qlora_hal.contract.values import (
 )
 from qlora_hal.errors import AdapterError, ModelError, UnsupportedFeatureError
 from qlora_hal.model.source import ModelSource
-from qlora_hal_conformance.oracle.adamw import AdamWState
-from qlora_hal_conformance.oracle.llama import ForwardPass
 from qlora_hal_conformance.reference_backend import CAPABILITIES, probe
 from qlora_hal_conformance.reference_backend.rooms import HONEST
 from qlora_hal_conformance.reference_backend.trainer import ReferenceTrainer
+from qlora_hal_oracle.adamw import AdamWState
+from qlora_hal_oracle.llama import ForwardPass
 
 from .registry import ChangeSpec, Mutant, with_trainer
 

@@ -9,15 +9,15 @@ import numpy as np
 
 from qlora_hal.contract.backend import BackendSpec, Quantization
 from qlora_hal.contract.values import IGNORE_LABEL, AdapterConfig, Batch, Int32, LinearShape, LossSum, StepSettings
-from qlora_hal_conformance.oracle import Arithmetic, DropoutMasks, OracleLlama
-from qlora_hal_conformance.oracle.adamw import AdamWState
-from qlora_hal_conformance.oracle.arrays import AnyFloat, Float64
-from qlora_hal_conformance.oracle.lora import AdaptedLinear
 from qlora_hal_conformance.reference_backend.dropout import draw_masks
 from qlora_hal_conformance.reference_backend.rooms import HONEST
 from qlora_hal_conformance.reference_backend.step import MasksOf, WindowResult, clip, update, window_gradient
 from qlora_hal_conformance.reference_backend.storage import Plain, Stored, pack
 from qlora_hal_conformance.reference_backend.trainer import ReferenceTrainer
+from qlora_hal_oracle import Arithmetic, DropoutMasks, OracleLlama
+from qlora_hal_oracle.adamw import AdamWState
+from qlora_hal_oracle.arrays import AnyFloat, Float64
+from qlora_hal_oracle.lora import AdaptedLinear
 
 from .registry import Mutant, with_rooms, with_trainer
 

@@ -21,15 +21,15 @@ from qlora_hal.contract.values import (
     StepSettings,
     StepStats,
 )
-from qlora_hal_conformance.oracle import Arithmetic
-from qlora_hal_conformance.oracle.adamw import AdamWState, clip_factor, global_norm
-from qlora_hal_conformance.oracle.arrays import Float64
-from qlora_hal_conformance.oracle.loss import token_loss_sum
 from qlora_hal_conformance.reference_backend import dropout
 from qlora_hal_conformance.reference_backend.rooms import HONEST
 from qlora_hal_conformance.reference_backend.rounding import to_bfloat16
 from qlora_hal_conformance.reference_backend.step import MasksOf, WindowResult, clip, update
 from qlora_hal_conformance.reference_backend.trainer import ReferenceTrainer
+from qlora_hal_oracle import Arithmetic
+from qlora_hal_oracle.adamw import AdamWState, clip_factor, global_norm
+from qlora_hal_oracle.arrays import Float64
+from qlora_hal_oracle.loss import token_loss_sum
 
 from .registry import Mutant, with_rooms, with_trainer
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from qlora_hal.contract.dropout import kept
 from qlora_hal.contract.values import AdapterConfig, Int32, LinearShape
-from qlora_hal_conformance.oracle.arrays import Float64
+from qlora_hal_oracle.arrays import Float64
 
 
 def draw_masks(

@@ -13,8 +13,8 @@ from qlora_hal.contract.values import LinearShape
 from qlora_hal.errors import ModelError
 from qlora_hal.files.safetensors_file import Array, read_arrays
 from qlora_hal.model.source import ModelSource
-from qlora_hal_conformance.oracle import FourBitFormat, FourBitLayout, FourBitWeight, LlamaShape, QuantizedAbsmax
-from qlora_hal_conformance.oracle.arrays import Float64
+from qlora_hal_oracle import FourBitFormat, FourBitLayout, FourBitWeight, LlamaShape, QuantizedAbsmax
+from qlora_hal_oracle.arrays import Float64
 
 from .rounding import Round
 from .storage import BlockwiseFourBit, RowwiseInt8, Stored

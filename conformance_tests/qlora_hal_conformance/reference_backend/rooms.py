@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from qlora_hal.contract.values import AdapterConfig, Batch, Int32, LinearShape, StepSettings
-from qlora_hal_conformance.oracle import Arithmetic, LlamaShape, LoraScale, OracleLlama
-from qlora_hal_conformance.oracle.adamw import AdamWState
-from qlora_hal_conformance.oracle.arrays import Float32, Float64
+from qlora_hal_oracle import Arithmetic, LlamaShape, LoraScale, OracleLlama
+from qlora_hal_oracle.adamw import AdamWState
+from qlora_hal_oracle.arrays import Float32, Float64
 
 from . import dropout, rounding, step, storage
 from .loading import Pack, Unpack

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from qlora_hal_conformance.oracle import round_to_bfloat16
-from qlora_hal_conformance.oracle.arrays import Float64
+from qlora_hal_oracle import round_to_bfloat16
+from qlora_hal_oracle.arrays import Float64
 
 Round = Callable[[Float64], Float64]
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from qlora_hal.contract.values import Batch, StepSettings
-from qlora_hal_conformance.oracle import Arithmetic, DropoutMasks, OracleLlama
-from qlora_hal_conformance.oracle.adamw import AdamWState, adamw_update, clip_factor
-from qlora_hal_conformance.oracle.arrays import Float64
-from qlora_hal_conformance.oracle.loss import token_loss_gradient, token_loss_sum, token_losses
+from qlora_hal_oracle import Arithmetic, DropoutMasks, OracleLlama
+from qlora_hal_oracle.adamw import AdamWState, adamw_update, clip_factor
+from qlora_hal_oracle.arrays import Float64
+from qlora_hal_oracle.loss import token_loss_gradient, token_loss_sum, token_losses
 
 MasksOf = Callable[[Batch], DropoutMasks]
 

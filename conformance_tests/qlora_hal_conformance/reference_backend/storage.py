@@ -8,7 +8,7 @@ import numpy as np
 
 from qlora_hal.contract.backend import Quantization
 from qlora_hal.contract.capabilities import WeightFormat
-from qlora_hal_conformance.oracle import (
+from qlora_hal_oracle import (
     FourBitFormat,
     FourBitWeight,
     QuantizedAbsmax,
@@ -19,7 +19,7 @@ from qlora_hal_conformance.oracle import (
     quantize_four_bit,
     quantize_int8_rows,
 )
-from qlora_hal_conformance.oracle.arrays import AnyFloat, Float32, Float64, Int8
+from qlora_hal_oracle.arrays import AnyFloat, Float32, Float64, Int8
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -39,10 +39,10 @@ from qlora_hal.contract.values import (
     StepStats,
 )
 from qlora_hal.model.source import ModelSource
-from qlora_hal_conformance.oracle import DropoutMasks, OracleLlama
-from qlora_hal_conformance.oracle.adamw import AdamWState, global_norm
-from qlora_hal_conformance.oracle.arrays import Float64
-from qlora_hal_conformance.oracle.loss import token_loss_sum, token_losses
+from qlora_hal_oracle import DropoutMasks, OracleLlama
+from qlora_hal_oracle.adamw import AdamWState, global_norm
+from qlora_hal_oracle.arrays import Float64
+from qlora_hal_oracle.loss import token_loss_sum, token_losses
 
 from . import SPEC
 from .loading import LoadedBase, load_base

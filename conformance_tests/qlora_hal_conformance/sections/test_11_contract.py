@@ -11,10 +11,11 @@ import pytest
 from qlora_hal.contract.backend import DeviceFacts, QuantizedLoRATrainer
 from qlora_hal.contract.capabilities import Feature
 from qlora_hal.contract.values import Adapter, Batch, LossSum, StepSettings, StepStats
+from qlora_hal.model.source import ModelSource
 from qlora_hal_conformance.comparing import must_refuse
 from qlora_hal_conformance.drawing import draw_adapter, draw_batch, draw_window, total_tokens, with_field
 from qlora_hal_conformance.opening import Opener
-from qlora_hal_conformance.tiny_models import linear_shapes
+from qlora_hal_oracle.random_models import linear_shapes
 
 METHODS = sorted(
     name for name, member in vars(QuantizedLoRATrainer).items() if callable(member) and not name.startswith("_")
@@ -209,7 +210,7 @@ def test_second_load_replaces_the_first(opened: Opener, seeded: np.random.Genera
     other = opened("second", adapter=draw_adapter(seeded, shape))
     from qlora_hal.contract.backend import Compute
 
-    ready.trainer.load(other.model.source, other.quantization, Compute(other.dtype))  # type: ignore[arg-type]
+    ready.trainer.load(ModelSource.in_folder(other.model.folder), other.quantization, Compute(other.dtype))  # type: ignore[arg-type]
     for module in linear_shapes(shape):
         found, expected = (trainer.dequantized_weight(module) for trainer in (ready.trainer, other.trainer))
         assert np.array_equal(found, expected), f"{module} is not that of the second model"

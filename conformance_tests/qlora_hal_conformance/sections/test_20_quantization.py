@@ -9,10 +9,28 @@ import pytest
 
 from qlora_hal.contract.backend import Compute, Quantization
 from qlora_hal.contract.capabilities import Feature, WeightFormat
+from qlora_hal.model.source import ModelSource
 from qlora_hal_conformance.comparing import must_refuse, unless_refused
 from qlora_hal_conformance.judging import Judge
 from qlora_hal_conformance.opening import GPTQ_GROUP, Opened, Opener
-from qlora_hal_conformance.oracle import (
+from qlora_hal_conformance.parameters import (
+    AFFINE_FORMATS,
+    FOUR_BIT_FORMATS,
+    GROUPED_FORMATS,
+    each_block_size,
+    each_format,
+)
+from qlora_hal_conformance.tolerances import (
+    GRID_LEVELS,
+    Bound,
+    codebook_distance,
+    decoded_exactly,
+    format_error,
+    grid_spacing,
+    nearest_entry,
+    solver_error,
+)
+from qlora_hal_oracle import (
     FourBitFormat,
     FourBitLayout,
     FourBitWeight,
@@ -31,32 +49,15 @@ from qlora_hal_conformance.oracle import (
     quantize_mlx_affine,
     round_to_bfloat16,
 )
-from qlora_hal_conformance.oracle.arrays import Float32, Float64
-from qlora_hal_conformance.oracle.codebooks import FOUR_BIT_CODEBOOKS
-from qlora_hal_conformance.parameters import (
-    AFFINE_FORMATS,
-    FOUR_BIT_FORMATS,
-    GROUPED_FORMATS,
-    each_block_size,
-    each_format,
-)
-from qlora_hal_conformance.tiny_models import (
+from qlora_hal_oracle.arrays import Float32, Float64
+from qlora_hal_oracle.codebooks import FOUR_BIT_CODEBOOKS
+from qlora_hal_oracle.random_models import (
     AFFINE_BITS,
     MICROSCALING_FORMATS,
     GptqKind,
     linear_shapes,
     write_model,
     write_quantized,
-)
-from qlora_hal_conformance.tolerances import (
-    GRID_LEVELS,
-    Bound,
-    codebook_distance,
-    decoded_exactly,
-    format_error,
-    grid_spacing,
-    nearest_entry,
-    solver_error,
 )
 
 WRONG_BLOCK_SIZE = 48
@@ -241,7 +242,7 @@ def test_unknown_block_size_is_refused(opened: Opener) -> None:
     for weight_format in sorted(declared - {WeightFormat.NONE, WeightFormat.INT8}, key=lambda f: f.value):
         quantization = Quantization(weight_format, WRONG_BLOCK_SIZE)
         compute = Compute(opened.subject.main_dtype)  # type: ignore[arg-type]
-        load = partial(opened.trainer().load, model.source, quantization, compute)
+        load = partial(opened.trainer().load, ModelSource.in_folder(model.folder), quantization, compute)
         must_refuse(load, f"{weight_format.value} with block size {WRONG_BLOCK_SIZE}")
 
 

@@ -22,10 +22,10 @@ from qlora_hal_conformance.drawing import (
 )
 from qlora_hal_conformance.judging import Judge
 from qlora_hal_conformance.opening import Opened, Opener
-from qlora_hal_conformance.oracle import OracleTrainer
 from qlora_hal_conformance.parameters import GROUPED_FORMATS, OracleOf, each_format_and_dtype
-from qlora_hal_conformance.tiny_models import FIRST_ORDINARY_TOKEN, SHAPES, draw_tensors, linear_shapes
 from qlora_hal_conformance.tolerances import logits_bound, loss_bound
+from qlora_hal_oracle import OracleTrainer
+from qlora_hal_oracle.random_models import FIRST_ORDINARY_TOKEN, SHAPES, draw_tensors, linear_shapes
 
 LARGE = 400.0
 """Gate and up projections this many times larger make products beyond 65504, the largest float16."""

@@ -23,8 +23,8 @@ from qlora_hal_conformance.drawing import (
 from qlora_hal_conformance.judging import Judge
 from qlora_hal_conformance.opening import Opener
 from qlora_hal_conformance.parameters import OracleOf, each_format, each_format_and_dtype
-from qlora_hal_conformance.tiny_models import FIRST_ORDINARY_TOKEN, linear_shapes
 from qlora_hal_conformance.tolerances import Bound, gradient_bounds
+from qlora_hal_oracle.random_models import FIRST_ORDINARY_TOKEN, linear_shapes
 
 DROP = 0.4
 COUNTED_SHARE = 0.4

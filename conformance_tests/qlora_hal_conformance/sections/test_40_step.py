@@ -18,10 +18,7 @@ from qlora_hal_conformance.drawing import (
 )
 from qlora_hal_conformance.judging import Judge
 from qlora_hal_conformance.opening import Opened, Opener, oracle_step
-from qlora_hal_conformance.oracle import LlamaShape
-from qlora_hal_conformance.oracle.adamw import global_norm
 from qlora_hal_conformance.parameters import OracleOf, each_dtype, each_format
-from qlora_hal_conformance.tiny_models import EMBEDDING, FIRST_ORDINARY_TOKEN, linear_shapes
 from qlora_hal_conformance.tolerances import (
     UpdateSettings,
     gradient_bounds,
@@ -30,6 +27,9 @@ from qlora_hal_conformance.tolerances import (
     master_weights,
 )
 from qlora_hal_conformance.updating import drawn_moments, judge_step, oracle_at_state_of
+from qlora_hal_oracle import LlamaShape
+from qlora_hal_oracle.adamw import global_norm
+from qlora_hal_oracle.random_models import EMBEDDING, FIRST_ORDINARY_TOKEN, linear_shapes
 
 RATE = 1e-2
 SETTINGS = {

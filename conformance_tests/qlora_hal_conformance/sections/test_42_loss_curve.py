@@ -7,9 +7,9 @@ import numpy as np
 from qlora_hal_conformance.drawing import draw_adapter, draw_window, total_tokens, with_zero
 from qlora_hal_conformance.judging import Judge
 from qlora_hal_conformance.opening import Opener, make_oracle, oracle_step
-from qlora_hal_conformance.oracle import UNIT_ROUNDOFF, LoraScale, OracleTrainer, loss_curve_envelope
-from qlora_hal_conformance.oracle.arithmetic import Arithmetic
 from qlora_hal_conformance.tolerances import LOSS_CURVE_RUNS, learning_shortfall, loss_curve_bound
+from qlora_hal_oracle import UNIT_ROUNDOFF, LoraScale, OracleTrainer, loss_curve_envelope
+from qlora_hal_oracle.arithmetic import Arithmetic
 
 STEPS, PEAK_RATE, WARMUP = 50, 1e-2, 5
 WINDOWS = 4

@@ -13,9 +13,9 @@ from qlora_hal_conformance.comparing import judge_gradients
 from qlora_hal_conformance.drawing import draw_adapter, draw_batch, draw_window, packed, total_tokens
 from qlora_hal_conformance.judging import Judge
 from qlora_hal_conformance.opening import Opened, Opener
-from qlora_hal_conformance.oracle.trainer import OracleTrainer
 from qlora_hal_conformance.parameters import OracleOf
 from qlora_hal_conformance.tolerances import Bound, gradient_bounds, logits_bound, loss_bound
+from qlora_hal_oracle.trainer import OracleTrainer
 
 RATE, LOUD, GIVEN_DENOMINATOR = 1e-3, 1e6, 7.5
 VALUES = (0.0, 0.25, 1.0, -1.5, 3.0)

@@ -16,8 +16,8 @@ from qlora_hal_conformance.drawing import at_real_tokens, draw_adapter, draw_bat
 from qlora_hal_conformance.judging import Judge
 from qlora_hal_conformance.opening import Opener
 from qlora_hal_conformance.parameters import OracleOf, each_dtype
-from qlora_hal_conformance.tiny_models import linear_shapes
 from qlora_hal_conformance.tolerances import logits_bound
+from qlora_hal_oracle.random_models import linear_shapes
 
 RATE = 1e-2
 

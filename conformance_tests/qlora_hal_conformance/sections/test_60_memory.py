@@ -13,13 +13,14 @@ import pytest
 from qlora_hal.contract.capabilities import Feature, WeightFormat
 from qlora_hal.contract.memory_constants import MemoryQuery
 from qlora_hal.memory.estimate import estimate
+from qlora_hal.model.source import ModelSource
 from qlora_hal_conformance.drawing import draw_adapter, draw_batch
 from qlora_hal_conformance.judging import Judge
 from qlora_hal_conformance.measuring import Measurement, peaks_in_child
 from qlora_hal_conformance.opening import Opened, Opener
 from qlora_hal_conformance.subject import Subject
-from qlora_hal_conformance.tiny_models import SHAPES, draw_tensors, linear_shapes
 from qlora_hal_conformance.tolerances import Bound, estimated_peak, memory_growth
+from qlora_hal_oracle.random_models import SHAPES, draw_tensors, linear_shapes
 
 RATE = 1e-3
 WARM_STEPS, STEPS = 20, 40
@@ -124,7 +125,7 @@ def _judge_peak(
     constants = subject.spec.memory(MemoryQuery("llama", ready.dtype, device_kind=subject.spec.probe().device_kind))
     small, large = (
         estimate(
-            model.source.facts,
+            ModelSource.in_folder(model.folder).facts,
             weight_format=ready.quantization.weight_format,
             block_size=ready.quantization.block_size,
             double_quant=False,

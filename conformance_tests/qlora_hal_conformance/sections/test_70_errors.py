@@ -13,11 +13,12 @@ from qlora_hal.adapter.naming import lora_a_key, lora_b_key
 from qlora_hal.contract.backend import Compute
 from qlora_hal.contract.values import Adapter, Batch, StepSettings
 from qlora_hal.errors import AdapterError, ModelError, OutOfMemoryError, QloraHalError
+from qlora_hal.model.source import ModelSource
 from qlora_hal_conformance.comparing import judge_logits, must_refuse
 from qlora_hal_conformance.drawing import draw_adapter, draw_batch
 from qlora_hal_conformance.judging import Judge
 from qlora_hal_conformance.opening import Opened, Opener
-from qlora_hal_conformance.tiny_models import TinyModel, linear_shapes
+from qlora_hal_oracle.random_models import TinyModel, linear_shapes
 
 RATE = 1e-3
 ENDLESS = 2**44
@@ -168,7 +169,7 @@ def _check_load(
     ready.trainer.close()
 
     def load(which: TinyModel) -> None:
-        ready.trainer.load(which.source, ready.quantization, Compute(ready.dtype))  # type: ignore[arg-type]
+        ready.trainer.load(ModelSource.in_folder(which.folder), ready.quantization, Compute(ready.dtype))  # type: ignore[arg-type]
 
     must_refuse(lambda: load(model), "loading", kind)
     load(ready.model)

@@ -10,9 +10,9 @@ from qlora_hal_conformance.comparing import unless_refused
 from qlora_hal_conformance.drawing import draw_adapter, draw_batch, draw_window
 from qlora_hal_conformance.judging import Judge
 from qlora_hal_conformance.opening import Opened, Opener
-from qlora_hal_conformance.tiny_models import HEAD
 from qlora_hal_conformance.tolerances import UpdateSettings, first_update
 from qlora_hal_conformance.updating import judge_step, oracle_at_state_of
+from qlora_hal_oracle.random_models import HEAD
 
 RATE = 1e-2
 NOT_FINITE = {"nan": np.nan, "infinity": np.inf}

@@ -16,9 +16,9 @@ from qlora_hal_conformance.drawing import at_real_tokens, draw_adapter, draw_bat
 from qlora_hal_conformance.judging import Judge
 from qlora_hal_conformance.opening import Opener
 from qlora_hal_conformance.request import Request
-from qlora_hal_conformance.tiny_models import EMBEDDING, SHAPES, draw_tensors, linear_shapes, write_model
 from qlora_hal_conformance.tolerances import UpdateSettings, logits_bound, loss_bound
 from qlora_hal_conformance.updating import judge_step, oracle_at_state_of
+from qlora_hal_oracle.random_models import EMBEDDING, SHAPES, draw_tensors, linear_shapes, write_model
 
 RATE = 1e-2
 

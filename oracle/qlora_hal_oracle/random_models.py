@@ -19,34 +19,17 @@ import numpy.typing as npt
 from qlora_hal.contract.backend import Quantization
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.values import LinearShape
-from qlora_hal.model.facts import read_facts
-from qlora_hal.model.source import ModelSource
-from qlora_hal_conformance.oracle import (
-    FP4,
-    NF4,
-    FourBitFormat,
-    FourBitLayout,
-    LlamaShape,
-    MicroscalingFormat,
-    ZeroPointConvention,
-    dequantize_absmax,
-    dequantize_four_bit,
-    dequantize_gptq,
-    dequantize_int8_rows,
-    dequantize_microscaling,
-    dequantize_mlx_affine,
-    dynamic_8bit,
-    min_max_grid,
-    pack_gptq,
-    quantize_absmax,
-    quantize_four_bit,
-    quantize_int8_rows,
-    quantize_microscaling,
-    quantize_mlx_affine,
-    round_to_bfloat16,
-    round_to_grid,
-)
-from qlora_hal_conformance.oracle.arrays import Float32, Float64, Int32
+
+from .arrays import Float32, Float64, Int32
+from .codebooks import FP4, NF4, FourBitFormat, dynamic_8bit
+from .double_quantization import dequantize_absmax, quantize_absmax
+from .four_bit import FourBitLayout, dequantize_four_bit, quantize_four_bit
+from .gptq import ZeroPointConvention, dequantize_gptq, min_max_grid, pack_gptq, round_to_grid
+from .int8 import dequantize_int8_rows, quantize_int8_rows
+from .microscaling import MicroscalingFormat, dequantize_microscaling, quantize_microscaling
+from .mlx_affine import dequantize_mlx_affine, quantize_mlx_affine
+from .roundoff import round_to_bfloat16
+from .shape import LlamaShape
 
 Array = npt.NDArray[Any]
 Tensors = dict[str, Float32]
@@ -124,11 +107,6 @@ class TinyModel:
     shape: LlamaShape
     tensors: Tensors
     stored: Mapping[str, Float64] | None = None
-
-    @property
-    def source(self) -> ModelSource:
-        """As the core hands it to a backend; reads config.json and headers afresh."""
-        return ModelSource(str(self.folder), self.folder, read_facts(self.folder))
 
 
 def draw_tensors(shape: LlamaShape, random: np.random.Generator) -> Tensors:

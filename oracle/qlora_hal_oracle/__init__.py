@@ -1,7 +1,8 @@
 """The float64 NumPy oracle: weight formats, a small Llama with LoRA, its gradients, AdamW, and error scales.
 
-It imports NumPy alone, so that no backend is judged by the library it is made of. Start with `trainer.py` for the
-computation and with `four_bit.py` for a weight format.
+It imports NumPy alone, so that no backend is judged by the library it is made of, and nothing of the product that it
+judges. Start with `trainer.py` for the computation and with `four_bit.py` for a weight format. `random_models.py`
+writes small models to try all this on; it alone knows the contract's names.
 """
 
 from .arithmetic import EXACT, Arithmetic, ErrorScale, ExactArithmetic, MagnitudeRecorder, RandomRounding

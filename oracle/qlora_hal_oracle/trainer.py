@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qlora_hal_conformance.oracle.loss import token_losses
+from qlora_hal_oracle.loss import token_losses
 
 from .adamw import AdamWState, adamw_update, clip_factor, global_norm
 from .arithmetic import EXACT, Arithmetic, ErrorScale, MagnitudeRecorder

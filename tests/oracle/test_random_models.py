@@ -10,10 +10,11 @@ import pytest
 from qlora_hal.contract.backend import Quantization
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.files.safetensors_file import read_arrays
+from qlora_hal.model.source import ModelSource
 from qlora_hal_conformance.drawing import draw_batch, packed, rows_of, stream
 from qlora_hal_conformance.opening import Models
-from qlora_hal_conformance.oracle import LlamaShape
-from qlora_hal_conformance.tiny_models import SHAPES, UNEVEN_SHAPE, draw_tensors, linear_shapes, write_model
+from qlora_hal_oracle import LlamaShape
+from qlora_hal_oracle.random_models import SHAPES, UNEVEN_SHAPE, draw_tensors, linear_shapes, write_model
 
 QUANTIZATIONS = [
     Quantization(WeightFormat.NF4, 64),
@@ -30,7 +31,7 @@ QUANTIZATIONS = [
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_core_reads_the_model_as_it_was_written(shape: LlamaShape, dtype: str, tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", shape, draw_tensors(shape, stream(1, "x")), stored_dtype=dtype)
-    facts = model.source.facts
+    facts = ModelSource.in_folder(model.folder).facts
     assert facts.linear_modules == linear_shapes(shape)
     assert LlamaShape.from_config(facts.config) == shape
     assert {tensor.dtype for tensor in facts.tensors.values()} == {
@@ -44,7 +45,7 @@ def test_core_reads_the_model_as_it_was_written(shape: LlamaShape, dtype: str, t
 @pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=lambda q: f"{q.weight_format.value}-{q.block_size}")
 def test_core_recognises_the_quantized_model(quantization: Quantization, tmp_path: Path) -> None:
     model = Models(tmp_path, 3).quantized("main", quantization)
-    facts = model.source.facts
+    facts = ModelSource.in_folder(model.folder).facts
     assert facts.prequantized is not None
     found = (facts.prequantized.weight_format, facts.prequantized.block_size, facts.prequantized.double_quant)
     assert found == (quantization.weight_format.value, quantization.block_size, quantization.double_quant)
