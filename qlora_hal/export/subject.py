@@ -11,6 +11,7 @@ from qlora_hal.adapter.peft_files import TENSORS_FILE, read_adapter, read_proven
 from qlora_hal.contract.values import Adapter
 from qlora_hal.errors import ConfigError
 from qlora_hal.files import durable
+from qlora_hal.files.refused_paths import named_path
 from qlora_hal.report.run_file import read_run_config, read_run_file
 from qlora_hal.run.trained_base import adapter_folders, options_on, storage_of_training, trained_config
 
@@ -45,7 +46,7 @@ class Subject:
 def read_subject(request: MergeRequest) -> Subject:
     """Read adapter, provenance and run. Raises AdapterError (QH-C61 no finished adapter, and as `read_adapter`),
     ConfigError (QH-C62 the storage of the base is unknown, QH-S50, QH-U14)."""
-    adapter_dir, run_dir = adapter_folders(request.target.expanduser())
+    adapter_dir, run_dir = adapter_folders(named_path(request.target))
     adapter, provenance = read_adapter(adapter_dir), read_provenance(adapter_dir)
     run_config, seed = _run_settings(run_dir, request.trust_remote_code or request.model is not None)
     return Subject(

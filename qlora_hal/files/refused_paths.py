@@ -6,7 +6,8 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from qlora_hal.errors import ConfigError
 
@@ -33,6 +34,16 @@ def refused_paths_told() -> Iterator[None]:
             else "The operating system does not let this user access it.",
             fix="Name another path." if problem.errno == errno.ENAMETOOLONG else "Name another, or get access to it.",
         ) from problem
+
+
+def named_path(name: str | os.PathLike[str]) -> Path:
+    """The path that a user named, `~` expanded; whether something is there or not. Raises OSError where the operating
+    system refuses to say: from Python 3.14 on, `Path.is_dir` and its like answer False there."""
+    path = Path(name).expanduser()
+    # A name with a zero byte is a ValueError, and no path of anything.
+    with suppress(FileNotFoundError, NotADirectoryError, ValueError):
+        path.stat()
+    return path
 
 
 def shortened(path: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_hal.errors import HubError, ModelError
+from qlora_hal.files.refused_paths import named_path
 from qlora_hal.model.facts import ModelFacts, read_facts
 from qlora_hal.model.hub import fetch_snapshot
 from qlora_hal.model.other_folders import gguf_only, is_a_file, refuse_adapter, refuse_pointers
@@ -72,7 +73,7 @@ def _local_folder(name: str) -> Path | None:
     """The folder that `name` means, or None when it can only be a hub id."""
     if name.startswith(_HUB_ADDRESS):
         return None
-    path = Path(name).expanduser()
+    path = named_path(name)
     if path.is_dir():
         return path
     if path.is_file():

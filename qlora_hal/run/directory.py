@@ -26,6 +26,7 @@ from qlora_hal.errors import ConfigError
 from qlora_hal.files import durable, opening, sealed_json
 from qlora_hal.files.durable import write_json_atomically
 from qlora_hal.files.output_path import writable_folder
+from qlora_hal.files.refused_paths import named_path
 from qlora_hal.report.run_file import read_run_file
 from qlora_hal.run.identity import PLACE_KEYS, config_hash, differing_settings, new_run_id, shown_value
 from qlora_hal.run.lock import LOCK_FILE, OWNER_FILE, RunLock
@@ -107,7 +108,7 @@ class RunDirectory:
         Raises ConfigError QH-S50 when it is no run's folder, UnsafeInputError QH-X06 for a planted link,
         CheckpointError QH-C20 (an edited configuration) and QH-C13, StorageError and OutputLockedError as `open_new`.
         """
-        path = Path(run_dir).expanduser()
+        path = named_path(run_dir)
         if not os.path.lexists(path / RUN_FILE) and not os.path.lexists(path / CHECKPOINTS_FOLDER):
             _refuse_foreign(path, f"has no {RUN_FILE}")
         path = writable_folder(path)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from qlora_hal.data.source.row_files import KINDS
 from qlora_hal.data.template.chat_template import BUILT_IN
 from qlora_hal.errors import ConfigError
+from qlora_hal.files.refused_paths import named_path
 
 if TYPE_CHECKING:
     from qlora_hal.config.schema import RunConfig
@@ -85,13 +86,13 @@ def require_paths(config: RunConfig, run_dir: Path, *, reads_data: bool) -> None
 
 def _is_here(path: str, place: str) -> bool:
     if path == "data.chat_template":
-        return place not in BUILT_IN and Path(place).expanduser().is_file()
-    return Path(place).expanduser().exists()
+        return place not in BUILT_IN and named_path(place).is_file()
+    return named_path(place).exists()
 
 
 def _is_gone(place: str) -> bool:
     """Whether a path, and no hub id, names nothing here."""
-    path = Path(place).expanduser()
+    path = named_path(place)
     is_path = path.is_absolute() or place.startswith(".") or path.suffix.lower() in KINDS
     return is_path and not path.exists()
 

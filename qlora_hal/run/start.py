@@ -19,6 +19,7 @@ from qlora_hal.data.source.reading import has_splits
 from qlora_hal.detect import discovery
 from qlora_hal.detect.discovery import find, load_spec
 from qlora_hal.errors import CheckpointError, ConfigError
+from qlora_hal.files.refused_paths import named_path
 from qlora_hal.hooks import Hooks
 from qlora_hal.model.source import resolve_model
 from qlora_hal.model.verifying import base_config_hash, verify_model
@@ -236,7 +237,7 @@ def _carried(
 
 def idle_settings(config: RunConfig, *, has_rows: bool) -> Iterator[str]:
     """Notes on settings that this model and these data leave without a meaning; none is passed over in silence."""
-    if config.model.revision and Path(config.model.name_or_path).expanduser().is_dir():
+    if config.model.revision and named_path(config.model.name_or_path).is_dir():
         yield "model.revision applies only to hub models; a local folder is used unchanged"
     if has_rows and config.data.path:
         yield "data.path is not read: rows were given in memory"

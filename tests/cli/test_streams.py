@@ -4,6 +4,7 @@ status is the command's own."""
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import subprocess
@@ -65,7 +66,7 @@ def test_an_error_as_json_that_cannot_be_written_is_told_on_the_other_stream() -
 def test_a_stream_that_fails_is_written_to_no_more_and_says_what_was_wrong() -> None:
     with open("/dev/full", "w") as full:
         stream = LastingStream(full)
-        stream.write("x" * 100_000)
+        stream.write("x" * 10 * io.DEFAULT_BUFFER_SIZE)
         assert stream.problem is not None
         assert stream.problem.errno == errno.ENOSPC
         stream.writelines(["y", "z"])

@@ -16,6 +16,7 @@ from qlora_hal.data.source.row_files import KINDS, rows_in, separator_note
 from qlora_hal.data.source.rows import Row, Source, digest_of_files
 from qlora_hal.data.source.split_files import files_of_split, listed, split_names
 from qlora_hal.errors import DataError, QloraHalError
+from qlora_hal.files.refused_paths import named_path
 
 
 def open_source(path: str, split: str = "train") -> Source:
@@ -24,7 +25,7 @@ def open_source(path: str, split: str = "train") -> Source:
     Raises DataError (QH-D50 nothing there or no such split, QH-D51 kind of file or missing library) and HubError
     (QH-E11, QH-D17).
     """
-    here = Path(path).expanduser()
+    here = named_path(path)
     if here.is_file():
         return _files_source(path, [here])
     if hub_rows.is_saved_dataset(here):
@@ -45,7 +46,7 @@ def open_source(path: str, split: str = "train") -> Source:
 def has_splits(path: str) -> bool:
     """Whether what is named may hold several splits: a dataset of the hub, several that were saved together, or a
     folder with files that are named so."""
-    here = Path(path).expanduser()
+    here = named_path(path)
     if hub_rows.is_saved_dataset(here):
         return (here / "dataset_dict.json").is_file()
     return bool(split_names(here, _files_in(here))) if here.is_dir() else not here.exists()

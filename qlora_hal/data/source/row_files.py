@@ -123,7 +123,7 @@ def _parse_line(raw: bytes, file: str, line: int) -> _Value | None:
     except json.JSONDecodeError as error:
         if not raw.strip():
             return None
-        return malformed(file, line, min(error.pos, len(text.rstrip())) + 1, _reason(error))
+        return malformed(file, line, min(_place(error), len(text.rstrip())) + 1, _reason(error))
     except ValueError as error:
         return malformed(file, line, _column_of(text, str(error)), str(error).split(";")[0])
     except RecursionError:
@@ -150,11 +150,19 @@ def _column_of(text: str, message: str) -> int:
     return max(1, text.rfind(word.replace("'", '"')) + 1)
 
 
+def _place(error: json.JSONDecodeError) -> int:
+    """Where the text stops being JSON. Of a comma before an end, Python 3.13 tells the comma, earlier ones the end."""
+    behind = error.doc[error.pos + 1 :]
+    is_last_comma = error.doc[error.pos : error.pos + 1] == "," and behind.lstrip()[:1] in ("}", "]")
+    return len(error.doc) - len(behind.lstrip()) if is_last_comma else error.pos
+
+
 def _reason(error: json.JSONDecodeError) -> str:
     if "\0" in error.doc[error.pos : error.pos + 1]:
         return "there is a zero byte; the file is damaged, or was never written completely"
-    before = error.doc[: error.pos].rstrip()
-    after = error.doc[error.pos :].lstrip()
+    place = _place(error)
+    before = error.doc[:place].rstrip()
+    after = error.doc[place:].lstrip()
     if before.endswith(",") and after[:1] in ("}", "]", ""):
         return "a comma precedes the end of the list or object"
     if after.startswith("'"):

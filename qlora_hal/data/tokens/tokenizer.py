@@ -20,6 +20,7 @@ from qlora_hal.data.tokens.guarded_tokenizer import broken
 from qlora_hal.data.tokens.special_text import ProtectedTokenizer, SpecialText
 from qlora_hal.data.tokens.tokenizer_files import TokenizerFiles, not_utf8, read_folder
 from qlora_hal.errors import DataError
+from qlora_hal.files.refused_paths import named_path
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -280,7 +281,7 @@ def chosen_template(chosen: str, named: Mapping[str, str]) -> tuple[str, str]:
     for templates in (BUILT_IN, named):
         if chosen in templates:
             return templates[chosen], chosen
-    path = Path(chosen).expanduser()
+    path = named_path(chosen)
     names = ", ".join([*BUILT_IN, *named])
     if not path.is_file():
         raise DataError(
