@@ -24,11 +24,12 @@ from qlora_hal.errors import QloraHalError
 from qlora_hal.files.safetensors_file import file_chunks
 from qlora_hal.model.source import ModelSource
 from qlora_hal.processes.subprocess_call import SubprocessCallError, answer_stream, ask, one_line
+from qlora_hal_oracle import LlamaShape, LoraScale, OracleTrainer
+from qlora_hal_oracle.random_models import write_quantized
 
 if TYPE_CHECKING:
     from qlora_hal.contract.backend import BackendSpec, QuantizedLoRATrainer
     from qlora_hal.contract.values import Float32
-    from qlora_hal_oracle import OracleTrainer
 
 HIDDEN, FEED_FORWARD, VOCABULARY, TIME = 64, 128, 96, 12
 LEARNING_RATE, STEPS = 1e-2, 8
@@ -119,9 +120,6 @@ class _SelfTest:
 
     def _packed(self, storage: Quantization) -> Path:
         """The same weights, stored as a backend gets them that does not quantize while loading."""
-        from qlora_hal_oracle import LlamaShape
-        from qlora_hal_oracle.random_models import write_quantized
-
         shape = LlamaShape.from_config(TINY_CONFIG)
         return write_quantized(self.folder / "packed", shape, self.weights, storage).folder
 
@@ -154,8 +152,6 @@ class _SelfTest:
 
     def _oracle(self) -> OracleTrainer:
         """Float64, on the weights as this backend stored them: format error is not arithmetic error."""
-        from qlora_hal_oracle import LlamaShape, LoraScale, OracleTrainer
-
         base: dict[str, Float32] = dict(self.weights)
         for module in self.trainer.linear_modules():
             base[f"{module}.weight"] = self.trainer.dequantized_weight(module)
@@ -218,11 +214,10 @@ def _batch() -> Batch:
 
 
 if __name__ == "__main__":
-    from qlora_hal.detect.discovery import find, listed, load_spec
-
     with answer_stream() as stream, tempfile.TemporaryDirectory() as scratch:
         try:
-            answer = _SelfTest(load_spec(find(sys.argv[1], listed())), Path(scratch)).run()
+            spec = discovery.load_spec(discovery.find(sys.argv[1], discovery.listed()))
+            answer = _SelfTest(spec, Path(scratch)).run()
         except QloraHalError as error:
             answer = _failed(error.message)
         json.dump(answer, stream)

@@ -12,7 +12,8 @@ from safetensors.numpy import save_file
 
 import qlora_hal.demo
 from qlora_hal.errors import ModelError
-from qlora_hal_backends.mlx_lora.nf4 import NF4Weight, quantize_nf4
+from qlora_hal_backends.mlx_lora.nf4 import quantize_nf4
+from qlora_hal_backends.mlx_lora.nf4_bitsandbytes import read_weight
 from tests.mlx_nf4.bitsandbytes_nf4 import DTYPES, Array, bits, decoded, gaussian, quantized, saved
 
 pytestmark = pytest.mark.usefixtures("no_compiler")
@@ -31,7 +32,7 @@ def json_bytes(**changes: object) -> Array:
 def test_ten_million_weights_decode_to_the_values_of_bitsandbytes(dtype: str, block_size: int, nested: bool) -> None:
     weight = gaussian(2560, 4096, dtype)
     theirs = decoded(*quantized(weight, block_size, nested=nested))
-    ours = NF4Weight.from_bitsandbytes(saved(weight, block_size, nested=nested), "layer")
+    ours = read_weight(saved(weight, block_size, nested=nested), "layer")
     assert np.array_equal(bits(ours.dequantize(DTYPES[dtype][1])), bits(theirs))
 
 
@@ -41,7 +42,7 @@ def test_blocks_across_rows_short_blocks_and_odd_counts_decode_alike(shape: tupl
     for dtype, (_, mlx_dtype) in DTYPES.items():
         weight = gaussian(*shape, dtype)
         theirs = decoded(*quantized(weight, 64, nested=nested))
-        ours = NF4Weight.from_bitsandbytes(saved(weight, 64, nested=nested), "layer")
+        ours = read_weight(saved(weight, 64, nested=nested), "layer")
         assert np.array_equal(bits(ours.dequantize(mlx_dtype)), bits(theirs))
 
 
@@ -68,8 +69,8 @@ def _as_torch(weight: mx.array) -> object:
 def test_a_saved_file_reads_alike_through_mlx_and_through_numpy(tmp_path: Path, nested: bool) -> None:
     tensors = saved(gaussian(64, 128), 64, nested=nested, prefix="a.b")
     save_file(tensors, tmp_path / "weights.safetensors")
-    from_file = NF4Weight.from_bitsandbytes(mx.load(str(tmp_path / "weights.safetensors")), "a.b")
-    from_numpy = NF4Weight.from_bitsandbytes(tensors, "a.b")
+    from_file = read_weight(mx.load(str(tmp_path / "weights.safetensors")), "a.b")
+    from_numpy = read_weight(tensors, "a.b")
     assert from_file.shape == from_numpy.shape == (64, 128)
     for ours, other in zip(from_file.arrays, from_numpy.arrays, strict=True):
         assert np.array_equal(np.array(ours), np.array(other))
@@ -79,9 +80,9 @@ def test_packed_bytes_stored_in_another_dtype_are_the_same_bytes() -> None:
     tensors = saved(gaussian(64, 128), 64)
     as_floats = {**tensors, "layer.weight": tensors["layer.weight"].reshape(-1).view(np.float32)}
     as_bfloat16 = {**tensors, "layer.weight": mx.array(tensors["layer.weight"]).reshape(-1).view(mx.bfloat16)}
-    expected = bits(NF4Weight.from_bitsandbytes(tensors, "layer").dequantize(mx.float32))
+    expected = bits(read_weight(tensors, "layer").dequantize(mx.float32))
     for stored in (as_floats, as_bfloat16):
-        assert np.array_equal(bits(NF4Weight.from_bitsandbytes(stored, "layer").dequantize(mx.float32)), expected)
+        assert np.array_equal(bits(read_weight(stored, "layer").dequantize(mx.float32)), expected)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_packed_bytes_stored_in_another_dtype_are_the_same_bytes() -> None:
 def test_tensors_that_contradict_each_other_are_refused(changed: dict[str, Array], problem: str) -> None:
     tensors = {**saved(gaussian(8, 96), 64), **changed}
     with pytest.raises(ModelError, match=problem) as refusal:
-        NF4Weight.from_bitsandbytes(tensors, "layer")
+        read_weight(tensors, "layer")
     assert refusal.value.code == "QH-C73"
 
 
@@ -110,7 +111,7 @@ def test_a_missing_part_is_refused_by_name() -> None:
     for part in tensors:
         rest = {name: tensor for name, tensor in tensors.items() if name != part}
         with pytest.raises(ModelError, match=f"{part} is missing"):
-            NF4Weight.from_bitsandbytes(rest, "layer")
+            read_weight(rest, "layer")
 
 
 @pytest.mark.parametrize("offset", [None, True, "1", float("nan"), 1e300])
@@ -119,7 +120,7 @@ def test_an_offset_that_is_no_finite_float32_is_refused(offset: object) -> None:
     state = json.loads(tensors[STATE].tobytes())
     tensors[STATE] = np.frombuffer(json.dumps({**state, "nested_offset": offset}).encode(), dtype=np.uint8)
     with pytest.raises(ModelError, match="its nested_offset is") as refusal:
-        NF4Weight.from_bitsandbytes(tensors, "layer")
+        read_weight(tensors, "layer")
     assert refusal.value.code == "QH-C73"
 
 
@@ -128,5 +129,5 @@ def test_scales_that_are_not_finite_are_refused() -> None:
     tensors = saved(gaussian(8, 96), 64)
     tensors["layer.weight.absmax"] = np.full(12, np.nan, np.float32)
     with pytest.raises(ModelError, match=r"layer.weight.absmax holds NaN or infinity") as refusal:
-        NF4Weight.from_bitsandbytes(tensors, "layer")
+        read_weight(tensors, "layer")
     assert refusal.value.code == "QH-M52"

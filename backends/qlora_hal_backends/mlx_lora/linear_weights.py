@@ -11,7 +11,7 @@ from qlora_hal.contract.backend import Quantization
 from qlora_hal.errors import ModelError
 from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.mlx_lora.base_weights import BaseWeight, CodebookWeight, DenseWeight, GroupedWeight, quantize
-from qlora_hal_backends.mlx_lora.nf4 import NF4Weight
+from qlora_hal_backends.mlx_lora.nf4_bitsandbytes import read_weight
 from qlora_hal_backends.mlx_lora.offered import MLX_FORMATS
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def _packed_by_bitsandbytes(weights: Weights, path: str, dtype: Any) -> BaseWeig
     if not parts:
         return DenseWeight(weights.take(f"{path}.weight").astype(dtype))
     tensors = {name: weights.take(name) for name in (f"{path}.weight", *parts)}
-    return CodebookWeight(NF4Weight.from_bitsandbytes(tensors, path), dtype)
+    return CodebookWeight(read_weight(tensors, path), dtype)
 
 
 def _quantized(weight: mx.array, path: str, where: str, quantization: Quantization, dtype: Any) -> BaseWeight:

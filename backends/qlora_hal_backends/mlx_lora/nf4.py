@@ -7,13 +7,11 @@ that bitsandbytes computes with on other hardware, so an adapter meets the same 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import cast
 
 import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
 
 from qlora_hal.errors import ModelError
 from qlora_hal_backends.mlx_lora.nf4_codes import BLOCK_SIZES, NESTED_BLOCK_SIZE, Float32, dynamic_table, encode, nest
@@ -57,16 +55,6 @@ class NF4Weight:
     absmax: mx.array | NestedAbsmax
     shape: tuple[int, int]
     block_size: int
-
-    @classmethod
-    def from_bitsandbytes(cls, tensors: Mapping[str, npt.NDArray[np.generic] | mx.array], prefix: str) -> NF4Weight:
-        """The weight of module `prefix` in a checkpoint that bitsandbytes saved, doubly quantized or not.
-
-        Raises ModelError: QH-C73 when the tensors contradict each other, QH-M52 for scales that are not finite.
-        """
-        from qlora_hal_backends.mlx_lora.nf4_bitsandbytes import read_weight
-
-        return read_weight(tensors, prefix)
 
     @property
     def nbytes(self) -> int:

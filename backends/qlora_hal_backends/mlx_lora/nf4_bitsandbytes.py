@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
 from qlora_hal.errors import ModelError
+from qlora_hal_backends.mlx_lora.nf4 import NestedAbsmax, NF4Weight
 from qlora_hal_backends.mlx_lora.nf4_codes import BLOCK_SIZES, NF4_TABLE, Float32, UInt8
-
-if TYPE_CHECKING:
-    from qlora_hal_backends.mlx_lora.nf4 import NF4Weight
 
 Tensors: TypeAlias = "Mapping[str, npt.NDArray[np.generic] | mx.array]"
 
@@ -26,9 +24,10 @@ STATE = "quant_state.bitsandbytes__nf4"
 
 
 def read_weight(tensors: Tensors, prefix: str) -> NF4Weight:
-    """See `NF4Weight.from_bitsandbytes`."""
-    from qlora_hal_backends.mlx_lora.nf4 import NestedAbsmax, NF4Weight
+    """The weight of module `prefix` in a checkpoint that bitsandbytes saved, doubly quantized or not.
 
+    Raises ModelError: QH-C73 when the tensors contradict each other, QH-M52 for scales that are not finite.
+    """
     saved = _Saved(tensors, f"{prefix}.weight")
     state = saved.state()
     out_features, in_features = saved.sizes(state, "shape", 2)
