@@ -3,7 +3,8 @@
     python3 ci/version_matrix.py                      every environment; `make test-matrix`
     python3 ci/version_matrix.py --corners            oldest on the oldest Python found, newest on the newest
     python3 ci/version_matrix.py --corners --part core --versions newest      the short form in `make test`
-    python3 ci/version_matrix.py --out docs/runs/version_matrix.json          and keep a record
+    python3 ci/version_matrix.py --out docs/runs/version_matrix.json          and keep a record; of environments that
+                                                      were not tried this time, the record keeps what it had
 
 Part `core` has no tensor library: tests of the core, and one section of the suite against its reference backend. Part
 `backends` has torch and MLX: the quick tests, the demo cut to a few steps, and one section of the suite on each.
@@ -69,6 +70,7 @@ class Result:
     part: str
     steps: dict[str, dict[str, object]] = field(default_factory=dict)
     bounds: dict[str, tuple[str, str]] = field(default_factory=dict)
+    commit: str = ""
 
     @property
     def passed(self) -> bool:
@@ -93,8 +95,10 @@ def main() -> int:
         for interpreter in (corner(found, versions) if given.corners else found)
         for part in given.part
     ]
-    unproved = unproved_bounds(results, given.part)
-    report(results, unproved, given.out)
+    unproved = unproved_bounds(results)
+    report(results, unproved)
+    if given.out:
+        keep(results, given.out)
     return 0 if all(result.passed for result in results) and not unproved else 1
 
 
@@ -129,7 +133,7 @@ def corner(found: Sequence[Interpreter], versions: str) -> list[Interpreter]:
 
 
 def tried(interpreter: Interpreter, versions: str, part: str) -> Result:
-    result = Result(interpreter.version, versions, part)
+    result = Result(interpreter.version, versions, part, commit=commit())
     environment = ENVIRONMENTS / f"{interpreter.version}-{versions}-{part}"
     for name, step in steps(interpreter, environment, versions, part):
         print(f"\n== Python {interpreter.version}, {versions}, {part}: {name}", flush=True)
@@ -219,22 +223,24 @@ def bounds(environment: Path, part: str) -> dict[str, tuple[str, str]]:
     return json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
 
-def unproved_bounds(results: Sequence[Result], parts: Sequence[str]) -> list[str]:
+def unproved_bounds(results: Sequence[Result]) -> list[str]:
     """Lower bounds that no environment of oldest versions was made with. A bound may be lower than what the backends'
-    libraries ask for: the core alone then proves it."""
+    libraries ask for: the core alone then proves it; so a Python is judged where both parts were tried."""
     oldest = [result for result in results if result.versions == "oldest" and result.bounds]
     said = []
     for python in dict.fromkeys(result.python for result in oldest):
+        if {result.part for result in oldest if result.python == python} != set(EXTRAS):
+            continue
         here = [result.bounds for result in oldest if result.python == python]
         for name in dict.fromkeys(name for found in here for name in found):
             seen = [found[name] for found in here if name in found]
-            if not any(bound == installed for bound, installed in seen) and set(parts) == set(EXTRAS):
+            if not any(bound == installed for bound, installed in seen):
                 bound, installed = seen[0]
                 said.append(f"{name}>={bound} on Python {python}: {installed} is the oldest that could be installed")
     return said
 
 
-def report(results: Sequence[Result], unproved: Sequence[str], out: Path | None) -> None:
+def report(results: Sequence[Result], unproved: Sequence[str]) -> None:
     print()
     for result in results:
         steps = ", ".join(
@@ -244,17 +250,28 @@ def report(results: Sequence[Result], unproved: Sequence[str], out: Path | None)
         print(f"Python {result.python}, {result.versions}, {result.part}: {steps}")
     for line in unproved:
         print(f"FAILED: a lower bound that was not run: {line}")
-    if out:
-        record = {
-            "command": " ".join(["python3", *sys.argv]),
-            "passed": all(result.passed for result in results) and not unproved,
-            "unproved_bounds": list(unproved),
-            "environments": [
-                {**asdict(result), "bounds": {name: installed for name, (_, installed) in result.bounds.items()}}
-                for result in results
-            ],
-        }
-        out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def keep(results: Sequence[Result], out: Path) -> None:
+    """The record with these results in the place of what it held of their environments."""
+    kept = [Result(**entry) for entry in json.loads(out.read_text())["environments"]] if out.exists() else []
+    tried = {(result.python, result.versions, result.part) for result in results}
+    kept = [result for result in kept if (result.python, result.versions, result.part) not in tried]
+    every = sorted([*kept, *results], key=lambda result: (result.versions, result.python, result.part))
+    unproved = unproved_bounds(every)
+    record = {
+        "command": "python3 ci/version_matrix.py --out docs/runs/version_matrix.json",
+        "passed": all(result.passed for result in every) and not unproved,
+        "unproved_bounds": unproved,
+        "environments": [asdict(result) for result in every],
+    }
+    out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def commit() -> str:
+    """Of the code that is tried; empty outside a checkout."""
+    asked = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
 if __name__ == "__main__":

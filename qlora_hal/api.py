@@ -203,8 +203,7 @@ def first_batch(settings: ResolvedSettings) -> tuple[Batch, ChatTokenizer, int]:
     from qlora_hal.config.resolve import require_settings
     from qlora_hal.hooks import Hooks
     from qlora_hal.report.console import RunConsole
-    from qlora_hal.run.prepare import drawn_seed, prepare_run, resolve_backend
-    from qlora_hal.run.session import window_sampler
+    from qlora_hal.run.prepare import drawn_seed, prepare_run, resolve_backend, window_sampler
 
     require_settings(settings.config, "model.name_or_path", "data.path")
     console = RunConsole(quiet=True)

@@ -20,7 +20,7 @@ from qlora_hal.detect.discovery import reports
 from qlora_hal.detect.selection import choose
 from qlora_hal.model.facts import read_facts
 from qlora_hal.model.source import ModelSource
-from qlora_hal.run.session import chosen_dtype
+from qlora_hal.run.prepare import chosen_dtype
 
 if TYPE_CHECKING:
     from qlora_hal.export.subject import Subject

@@ -35,26 +35,7 @@ def result_of_finished(
     if problem := adapter_problem(directory.adapter_dir, directory.content.get("run_id")):
         tell(f"the run has ended, but {directory.adapter_dir.name} is not what it wrote there: {problem}")
         return None
-    resolved, block_size = record.resolved, record.resolved.get("block_size")
-    return TrainResult(
-        backend=str(resolved.get("backend")),
-        device=str(resolved.get("device")),
-        weight_format=str(resolved.get("weight_format")),
-        block_size=block_size if isinstance(block_size, int) else None,
-        run_dir=directory.path,
-        adapter_dir=directory.adapter_dir,
-        steps=record.steps,
-        tokens=record.tokens,
-        losses=(),
-        eval_loss_before=record.eval_loss_before,
-        eval_loss_after=record.eval_loss_after,
-        wall_seconds=record.timings.get("wall_seconds", 0.0),
-        peak_memory_bytes=record.peak_memory_bytes,
-        stopped_because=record.stopped_because,
-        tokens_per_second=record.timings.get("tokens_per_second"),
-        notes=record.notes,
-        samples=record.samples,
-    )
+    return TrainResult.from_record(record, directory.path, directory.adapter_dir)
 
 
 @contextmanager

@@ -12,11 +12,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_hal.contract.dropout import MASKS
 from qlora_hal.errors import CheckpointError
 from qlora_hal.files import strict_json
+from qlora_hal.model.verifying import base_config_hash
 
 if TYPE_CHECKING:
     from qlora_hal.checkpoint import TrainingState
+    from qlora_hal.run.prepare import PreparedRun
 
 PLACES = frozenset({"output_dir", "model.name_or_path", "data.path", "data.validation_path"})
 """Settings that say where something lies, not what it is."""
@@ -138,3 +141,24 @@ def config_hash(config: Mapping[str, object]) -> str:
     """SHA-256 of a configuration, equal for equal training: the place of the output does not count."""
     trained = {key: value for key, value in config.items() if key not in PLACE_KEYS}
     return hashlib.sha256(strict_json.encode(trained)).hexdigest()
+
+
+def provenance_of(prepared: PreparedRun, resolved: Mapping[str, object]) -> dict[str, object]:
+    """What an adapter or a checkpoint must match to be continued or judged."""
+    base = prepared.resolved_backend.source
+    source = base.origin
+    kept = ("backend", "device", "weight_format", "block_size", "double_quant", "compute_dtype", "seed", "versions")
+    return {
+        "base_name": source.name,
+        "base_revision": source.revision,
+        "base_fingerprint": source.facts.fingerprint,
+        "base_config_hash": base_config_hash(source.facts.config),
+        "config_hash": config_hash(prepared.config.model_dump(mode="json")),
+        "tokenizer_hash": prepared.tokenizer.hash,
+        "data_fingerprint": prepared.data.fingerprint,
+        "token_hashes": dict(prepared.data.hashes),
+        "backend_options": dict(prepared.config.backend.options),
+        **({"dropout_masks": MASKS} if prepared.config.lora.dropout else {}),
+        **({"quantized_fingerprint": base.facts.fingerprint} if base.made_from else {}),
+        **{name: resolved[name] for name in kept},
+    }

@@ -163,7 +163,15 @@ class _Loop:
             beta2=training.adam_beta2,
             epsilon=training.adam_epsilon,
         )
-        pending = self._fitted_step(window, settings)
+        pending = None
+        while pending is None:  # as often as memory runs out: the window's meaning stays the same
+            fitted = split_rows(window, self._progress.micro_batch_splits)
+            try:
+                pending = self._trainer.train_step(fitted, settings)
+            except OutOfMemoryError:
+                if all(batch.input_ids.shape[0] == 1 for batch in fitted):
+                    raise
+                self._halve_micro_batches(window)
         before, self._queued = self._queued, _Queued(step, pending, window, rate, started)
         if before is not None:
             self._read(before, ended=started)
@@ -200,23 +208,15 @@ class _Loop:
         self._events.evaluated(step, evaluation, "during")
         return _patience_ran_out(self._plan, self._progress)
 
-    def _fitted_step(self, window: list[Batch], settings: StepSettings) -> PendingStep:
-        """The step, with micro-batches halved as often as memory asks; the window's meaning stays the same."""
+    def _halve_micro_batches(self, window: list[Batch]) -> None:
+        self.settle()
         progress = self._progress
-        while True:
-            fitted = split_rows(window, progress.micro_batch_splits)
-            try:
-                return self._trainer.train_step(fitted, settings)
-            except OutOfMemoryError:
-                if all(batch.input_ids.shape[0] == 1 for batch in fitted):
-                    raise
-                self.settle()
-                progress.micro_batch_splits += 1
-                rows = max(batch.input_ids.shape[0] for batch in split_rows(window, progress.micro_batch_splits))
-                self._events.note(
-                    f"step {progress.step + 1}: out of memory; micro-batches now have at most {rows} rows. The window, "
-                    "and so the step, is the same."
-                )
+        progress.micro_batch_splits += 1
+        rows = max(batch.input_ids.shape[0] for batch in split_rows(window, progress.micro_batch_splits))
+        self._events.note(
+            f"step {progress.step + 1}: out of memory; micro-batches now have at most {rows} rows. The window, and so "
+            "the step, is the same."
+        )
 
     def _read(self, queued: _Queued, ended: float | None = None) -> None:
         stats = queued.pending.resolve()

@@ -13,6 +13,7 @@ from qlora_hal.contract.backend import BackendSpec, ModelOutline, ProbeReport, Q
 from qlora_hal.contract.memory_constants import MemoryQuery
 from qlora_hal.contract.values import AdapterConfig, ComputeDtype, LinearShape, MemoryEstimate
 from qlora_hal.data import ChatTokenizer, prepare
+from qlora_hal.data.source.sampling import WindowSampler
 from qlora_hal.detect import discovery
 from qlora_hal.detect.discovery import reports
 from qlora_hal.detect.requirements import quantization_of, requirements_of, unmet_description_note
@@ -197,3 +198,34 @@ def likely_dtype(config: RunConfig, spec: BackendSpec, report: ProbeReport | Non
     if report is not None and report.compute_dtype is not None:
         return report.compute_dtype
     return "bfloat16" if spec.uses_accelerator else "float32"
+
+
+def chosen_dtype(wanted: str, proved: Sequence[str], backend: str) -> str:
+    """The compute dtype: the best that computing proved, or the one asked for. Raises ConfigError QH-N10."""
+    if wanted == "auto":
+        return proved[0]
+    if wanted in proved:
+        return wanted
+    raise ConfigError(
+        "QH-N10",
+        f"quantization.compute_dtype is {wanted}; on this device {backend} computes {' and '.join(proved)} only.",
+        where="quantization.compute_dtype",
+        cause="The hardware does not support it, or computing with it gave wrong numbers.",
+        fix=f"Set it to {proved[0]}{' (with loss scaling)' if proved[0] == 'float16' else ''}, or to auto.",
+    )
+
+
+def window_sampler(prepared: PreparedRun) -> WindowSampler:
+    """Which rows each step sees: a pure function of (seed, epoch, step)."""
+    training, data = prepared.config.training, prepared.config.data
+    return WindowSampler(
+        prepared.data.train,
+        batch_size=training.per_device_train_batch_size,
+        accumulation=training.gradient_accumulation_steps,
+        seed=prepared.seed,
+        shuffle=data.shuffle,
+        group_by_length=data.group_by_length,
+        packing=data.packing,
+        max_seq_length=data.max_seq_length,
+        pad_id=prepared.tokenizer.pad_id,
+    )

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qlora_hal.config.schema import RunConfig
+    from qlora_hal.report.run_file import RunRecord
+    from qlora_hal.run.prepare import PreparedRun
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,61 @@ class TrainResult:
     notes: tuple[str, ...] = ()
     samples: tuple[Mapping[str, str], ...] = field(default=())
     plan: Mapping[str, object] = field(default_factory=dict)
+
+    @classmethod
+    def planned(cls, prepared: PreparedRun, plan: Mapping[str, object]) -> TrainResult:
+        """Of a dry run: no step was taken."""
+        stored, run_dir = prepared.resolved_backend.quantization, Path(prepared.config.output_dir).expanduser()
+        return cls(
+            backend=prepared.resolved_backend.choice.spec.name,
+            device="",
+            weight_format=stored.weight_format.value,
+            block_size=stored.block_size,
+            run_dir=run_dir,
+            adapter_dir=run_dir / "adapter",
+            steps=0,
+            tokens=0,
+            losses=(),
+            eval_loss_before=None,
+            eval_loss_after=None,
+            wall_seconds=0.0,
+            peak_memory_bytes=None,
+            stopped_because="dry run",
+            plan=plan,
+        )
+
+    @classmethod
+    def from_record(cls, record: RunRecord, run_dir: Path, adapter_dir: Path) -> TrainResult:
+        """Of a run that ended before, as run.json has it."""
+        resolved, block_size = record.resolved, record.resolved.get("block_size")
+        return cls(
+            backend=str(resolved.get("backend")),
+            device=str(resolved.get("device")),
+            weight_format=str(resolved.get("weight_format")),
+            block_size=block_size if isinstance(block_size, int) else None,
+            run_dir=run_dir,
+            adapter_dir=adapter_dir,
+            steps=record.steps,
+            tokens=record.tokens,
+            losses=(),
+            eval_loss_before=record.eval_loss_before,
+            eval_loss_after=record.eval_loss_after,
+            wall_seconds=record.timings.get("wall_seconds", 0.0),
+            peak_memory_bytes=record.peak_memory_bytes,
+            stopped_because=record.stopped_because,
+            tokens_per_second=record.timings.get("tokens_per_second"),
+            notes=record.notes,
+            samples=record.samples,
+        )
+
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> TrainResult:
+        """Of a run in a child process; the opposite of `dataclasses.asdict` through JSON."""
+        losses = tuple((int(step), float(loss)) for step, loss in told["losses"])
+        paths = {name: Path(told[name]) for name in ("run_dir", "adapter_dir")}
+        return cls(
+            **{**told, **paths, "losses": losses, "notes": tuple(told["notes"]), "samples": tuple(told["samples"])}
+        )
 
     @property
     def stopped_by_signal(self) -> bool:

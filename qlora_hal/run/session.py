@@ -14,13 +14,11 @@ from qlora_hal.adapter.targets import resolve_targets
 from qlora_hal.contract.backend import Compute
 from qlora_hal.contract.capabilities import Feature
 from qlora_hal.contract.checked_trainer import CheckedTrainer
-from qlora_hal.contract.dropout import MASKS
 from qlora_hal.contract.values import Adapter, Batch, LinearShape, LossSum
 from qlora_hal.data.source.sampling import WindowSampler, evaluation_batches
 from qlora_hal.detect import discovery
 from qlora_hal.detect.mac_memory import pressure_note
-from qlora_hal.errors import AdapterError, ConfigError, StoppedError, UnsafeInputError
-from qlora_hal.model.verifying import base_config_hash
+from qlora_hal.errors import AdapterError, StoppedError, UnsafeInputError
 from qlora_hal.processes.signals import EndedAtOnce
 from qlora_hal.report.metrics import MetricsFile, loss_before, trained_seconds
 from qlora_hal.run import loop
@@ -28,9 +26,10 @@ from qlora_hal.run.adapters import mend_adapters
 from qlora_hal.run.callbacks import RunCallbacks, write_run_adapter
 from qlora_hal.run.directory import BEST_ADAPTER_FOLDER
 from qlora_hal.run.finish import warning_if_regressed, write_pages, write_report_of_failed, written
-from qlora_hal.run.identity import config_hash, identity_of
-from qlora_hal.run.loop import LoopPlan, keep_best
+from qlora_hal.run.identity import identity_of, provenance_of
+from qlora_hal.run.loop import LoopPlan, Progress, keep_best
 from qlora_hal.run.lr_schedule import Schedule, warmup_steps
+from qlora_hal.run.prepare import chosen_dtype, window_sampler
 from qlora_hal.run.record import RunRecordFile
 from qlora_hal.run.result import RunView, TrainResult
 from qlora_hal.run.samples import answer
@@ -45,7 +44,6 @@ if TYPE_CHECKING:
     from qlora_hal.report.run_file import RunRecord
     from qlora_hal.report.transfer_record import Transfer
     from qlora_hal.run.directory import RunDirectory
-    from qlora_hal.run.loop import Progress
     from qlora_hal.run.prepare import PreparedRun
 
 Samples = tuple[Mapping[str, str], ...]
@@ -66,14 +64,14 @@ class RunContext:
     changes: tuple[str, ...] = ()
 
 
-def execute(context: RunContext) -> TrainResult:
+def carry_out(context: RunContext) -> TrainResult:
     """Train to the end or to a stop. Raises StoppedError QH-S19 when a signal ended it, with the state saved."""
     choice, options = context.prepared.resolved_backend.choice, context.prepared.config.backend.options
     trainer = CheckedTrainer(discovery.open_trainer(choice.spec, options), context.console.note)
     record_file = RunRecordFile(context.directory, context.console, context.record, context.state)
     session = Session(context, trainer, record_file)
     try:
-        result = session.carry_out()
+        result = session.train()
     except BaseException as error:
         has_time = isinstance(error, Exception) or (isinstance(error, EndedAtOnce) and not error.again)
         if record_file.failed(error) and has_time:
@@ -104,18 +102,26 @@ class Session:
         self._trainer = trainer
         self._features = context.prepared.resolved_backend.choice.spec.capabilities.features
         self._observed: RunView | None = None
+        self._samples: Samples = ()
 
-    def carry_out(self) -> TrainResult:
+    def train(self) -> TrainResult:
+        """Load, attach, evaluate, loop, judge, write."""
         compute = self._load()
         initial = self._attach()
         windows = window_sampler(self._prepared)
         training = self._config.training
         run = self._view(compute, windows.total_steps(training.num_train_epochs, training.max_steps))
-        self._record_file.begin(self._prepared, run.resolved, self._handed_over(run.resolved))
-        with self._recorder(run, windows) as recorder:
+        self._record_file.begin(self._prepared, run.resolved, self._measured_transfer(run.resolved))
+        with self._callbacks(run, windows) as callbacks:
             for note in windows.notes:
-                recorder.note(note)
-            result, progress = self._train(run, recorder, windows, initial)
+                callbacks.note(note)
+            progress = self._progress(callbacks)
+            self._announce(run)
+            before = self._judge_before(callbacks, progress)
+            with self._context.requests.heeded_between_steps(), callbacks.watchdog:
+                stopped = loop.run(self._trainer, windows, self._plan(run), progress, callbacks)
+            after = None if stopped.startswith("SIG") else self._judge_after(callbacks, progress, initial, before)
+            result = self._result(run, callbacks, progress, (before, after), stopped)
         self._finish(run, result, progress)
         return result
 
@@ -167,7 +173,7 @@ class Session:
         adapter = replace(resolved_backend.adapter, target_modules=found)
         self._prepared = replace(self._prepared, resolved_backend=replace(resolved_backend, adapter=adapter))
 
-    def _handed_over(self, resolved: Mapping[str, object]) -> Transfer | None:
+    def _measured_transfer(self, resolved: Mapping[str, object]) -> Transfer | None:
         """Say beforehand what stays exact on another backend and what does not, measured."""
         state = self._context.state
         if state is None:
@@ -203,7 +209,7 @@ class Session:
         return RunView(self._context.directory.path, self._config, resolved, total_steps, first)
 
     @contextmanager
-    def _recorder(self, run: RunView, windows: WindowSampler) -> Iterator[RunCallbacks]:
+    def _callbacks(self, run: RunView, windows: WindowSampler) -> Iterator[RunCallbacks]:
         context = self._context
         with MetricsFile(context.directory.metrics_path) as metrics:
             for note in metrics.notes:
@@ -243,29 +249,46 @@ class Session:
             lines = "a line" if dropped == 1 else f"{dropped} lines"
             self._context.console.note(f"{lines} of {metrics.path.name} after step {state.step} written again")
 
-    def _train(
-        self, run: RunView, recorder: RunCallbacks, windows: WindowSampler, initial: Adapter
-    ) -> tuple[TrainResult, Progress]:
-        progress = loop.Progress.from_json(dict(self._context.state.loop)) if self._context.state else loop.Progress()
-        if self._context.state is not None:
-            mend_adapters(self._context.directory, progress, recorder)
+    def _progress(self, callbacks: RunCallbacks) -> Progress:
+        """Where the loop begins; for a resumed run with its adapters as they were then."""
+        if self._context.state is None:
+            return Progress()
+        progress = Progress.from_json(dict(self._context.state.loop))
+        mend_adapters(self._context.directory, progress, callbacks)
+        return progress
+
+    def _announce(self, run: RunView) -> None:
         self._context.console.run_started(run)
         self._observed = run
         self._context.hooks.tell("qlora_hal_run_started", run=run)
-        before = self._loss_before(recorder, progress)
-        samples = self._sampled("before", [{"prompt": prompt} for prompt in self._config.training.sample_prompts])
-        self._record_file.write(eval_loss_before=before, samples=samples)
-        with self._context.requests.heeded_between_steps(), recorder.watchdog:
-            stopped = loop.run(self._trainer, windows, self._plan(run), progress, recorder)
-        after: float | None = None
-        if not stopped.startswith("SIG"):
-            after = self._judged(recorder, progress, initial)
-            if note := warning_if_regressed(before, after, progress):
-                recorder.note(note)
-            samples = self._sampled("after", samples)
-            self._context.console.samples(samples)
-        peak = self._trainer.peak_memory_bytes() if Feature.PEAK_MEMORY in self._features else None
-        result = TrainResult(
+
+    def _judge_before(self, callbacks: RunCallbacks, progress: Progress) -> float | None:
+        """The base's validation loss and its answers, into the record."""
+        loss = self._loss_before(callbacks, progress)
+        self._samples = self._sampled("before", [{"prompt": prompt} for prompt in self._config.training.sample_prompts])
+        self._record_file.write(eval_loss_before=loss, samples=self._samples)
+        return loss
+
+    def _judge_after(
+        self, callbacks: RunCallbacks, progress: Progress, initial: Adapter, before: float | None
+    ) -> float | None:
+        """The adapter written, its validation loss, and its answers beside the base's."""
+        after = self._chosen_adapter(callbacks, progress, initial)
+        if note := warning_if_regressed(before, after, progress):
+            callbacks.note(note)
+        self._samples = self._sampled("after", self._samples)
+        self._context.console.samples(self._samples)
+        return after
+
+    def _result(
+        self,
+        run: RunView,
+        callbacks: RunCallbacks,
+        progress: Progress,
+        losses: tuple[float | None, float | None],
+        stopped: str,
+    ) -> TrainResult:
+        return TrainResult(
             backend=str(run.resolved["backend"]),
             device=str(run.resolved["device"]),
             weight_format=str(run.resolved["weight_format"]),
@@ -274,17 +297,16 @@ class Session:
             adapter_dir=self._context.directory.adapter_dir,
             steps=progress.step,
             tokens=progress.tokens_seen,
-            losses=tuple(recorder.losses),
-            eval_loss_before=before,
-            eval_loss_after=after,
+            losses=tuple(callbacks.losses),
+            eval_loss_before=losses[0],
+            eval_loss_after=losses[1],
             wall_seconds=self._record_file.wall_seconds,
-            peak_memory_bytes=peak,
+            peak_memory_bytes=self._trainer.peak_memory_bytes() if Feature.PEAK_MEMORY in self._features else None,
             stopped_because=stopped,
-            tokens_per_second=recorder.tokens_per_second,
+            tokens_per_second=callbacks.tokens_per_second,
             notes=tuple(self._context.console.notes),
-            samples=tuple(samples),
+            samples=self._samples,
         )
-        return result, progress
 
     def _plan(self, run: RunView) -> LoopPlan:
         training = self._config.training
@@ -309,7 +331,7 @@ class Session:
         )
         return self._trainer.evaluate(list(batches))
 
-    def _loss_before(self, recorder: RunCallbacks, progress: Progress) -> float | None:
+    def _loss_before(self, callbacks: RunCallbacks, progress: Progress) -> float | None:
         """The validation loss of the base; a resumed run has it already, in its record or in its log."""
         if self._prepared.data.validation is None:
             return None
@@ -317,26 +339,26 @@ class Session:
             known = self._context.record.eval_loss_before
             return known if known is not None else loss_before(self._context.directory.metrics_path)
         evaluation = self._evaluation()
-        recorder.evaluated(progress.step, evaluation, "before")
+        callbacks.evaluated(progress.step, evaluation, "before")
         return evaluation.loss
 
-    def _judged(self, recorder: RunCallbacks, progress: Progress, initial: Adapter) -> float | None:
+    def _chosen_adapter(self, callbacks: RunCallbacks, progress: Progress, initial: Adapter) -> float | None:
         """Evaluate the end, choose between it and the best on the way, write the adapter; its validation loss."""
         adapter, loss = self._trainer.export_adapter(), None
         for module in check_changed(initial, adapter, steps=progress.step) if self._context.state is None else ():
-            recorder.note(f"{module}: B is still zero, no gradient reached it")
+            callbacks.note(f"{module}: B is still zero, no gradient reached it")
         step = progress.step
         if self._prepared.data.validation is not None:
             evaluation = self._evaluation()
             loss = evaluation.loss
-            recorder.evaluated(step, evaluation, "after")
-            keep_best(self._trainer, progress, recorder, step, evaluation)
+            callbacks.evaluated(step, evaluation, "after")
+            keep_best(self._trainer, progress, callbacks, step, evaluation)
             if self._config.training.load_best_adapter_at_end and progress.best_step not in (None, step):
-                adapter, loss, step = self._best(recorder, progress) or (adapter, loss, step)
-        write_run_adapter(self._context.directory.adapter_dir, adapter, {**recorder.provenance, "step": step})
+                adapter, loss, step = self._best(callbacks, progress) or (adapter, loss, step)
+        write_run_adapter(self._context.directory.adapter_dir, adapter, {**callbacks.provenance, "step": step})
         return loss
 
-    def _best(self, recorder: RunCallbacks, progress: Progress) -> tuple[Adapter, float, int] | None:
+    def _best(self, callbacks: RunCallbacks, progress: Progress) -> tuple[Adapter, float, int] | None:
         """The best adapter on the way. None when a part of the run that was lost, and went otherwise when another
         backend did it anew, had put its own best there."""
         assert progress.best_loss is not None
@@ -345,19 +367,19 @@ class Session:
         try:
             best, kept = read_adapter(folder), read_provenance(folder).get("step")
         except (AdapterError, UnsafeInputError) as problem:
-            recorder.note(
+            callbacks.note(
                 f"the adapter of step {progress.best_step}, with the lowest validation loss, cannot be used: "
                 f"{problem.message.rstrip('.')}; the last adapter is kept"
             )
             return None
         if kept != progress.best_step:
-            recorder.note(
+            callbacks.note(
                 f"the adapter of step {progress.best_step}, with the lowest validation loss, is gone: before it was "
                 f"interrupted the run replaced it by that of step {kept}; the last adapter is kept"
             )
             return None
         self._trainer.attach(best, self._config.training.optim)
-        recorder.note(
+        callbacks.note(
             f"the adapter of step {progress.best_step} is kept: its validation loss {progress.best_loss:.4f} is lowest"
         )
         return best, progress.best_loss, progress.best_step
@@ -388,55 +410,3 @@ def questions(prepared: PreparedRun) -> list[Batch]:
     """The beginnings of a few rows, held out where any are: each checkpoint keeps what the model says to them."""
     store = prepared.data.validation if prepared.data.validation is not None else prepared.data.train
     return [batch_of_tokens(store.row(row)[0][:TOKENS]) for row in range(min(ROWS, len(store)))]
-
-
-def window_sampler(prepared: PreparedRun) -> WindowSampler:
-    """Which rows each step sees: a pure function of (seed, epoch, step)."""
-    training, data = prepared.config.training, prepared.config.data
-    return WindowSampler(
-        prepared.data.train,
-        batch_size=training.per_device_train_batch_size,
-        accumulation=training.gradient_accumulation_steps,
-        seed=prepared.seed,
-        shuffle=data.shuffle,
-        group_by_length=data.group_by_length,
-        packing=data.packing,
-        max_seq_length=data.max_seq_length,
-        pad_id=prepared.tokenizer.pad_id,
-    )
-
-
-def chosen_dtype(wanted: str, proved: Sequence[str], backend: str) -> str:
-    """The compute dtype: the best that computing proved, or the one asked for. Raises ConfigError QH-N10."""
-    if wanted == "auto":
-        return proved[0]
-    if wanted in proved:
-        return wanted
-    raise ConfigError(
-        "QH-N10",
-        f"quantization.compute_dtype is {wanted}; on this device {backend} computes {' and '.join(proved)} only.",
-        where="quantization.compute_dtype",
-        cause="The hardware does not support it, or computing with it gave wrong numbers.",
-        fix=f"Set it to {proved[0]}{' (with loss scaling)' if proved[0] == 'float16' else ''}, or to auto.",
-    )
-
-
-def provenance_of(prepared: PreparedRun, resolved: Mapping[str, object]) -> dict[str, object]:
-    """What an adapter or a checkpoint must match to be continued or judged."""
-    base = prepared.resolved_backend.source
-    source = base.origin
-    kept = ("backend", "device", "weight_format", "block_size", "double_quant", "compute_dtype", "seed", "versions")
-    return {
-        "base_name": source.name,
-        "base_revision": source.revision,
-        "base_fingerprint": source.facts.fingerprint,
-        "base_config_hash": base_config_hash(source.facts.config),
-        "config_hash": config_hash(prepared.config.model_dump(mode="json")),
-        "tokenizer_hash": prepared.tokenizer.hash,
-        "data_fingerprint": prepared.data.fingerprint,
-        "token_hashes": dict(prepared.data.hashes),
-        "backend_options": dict(prepared.config.backend.options),
-        **({"dropout_masks": MASKS} if prepared.config.lora.dropout else {}),
-        **({"quantized_fingerprint": base.facts.fingerprint} if base.made_from else {}),
-        **{name: resolved[name] for name in kept},
-    }

@@ -90,7 +90,7 @@ def run_in_child(verb: str, request: Mapping[str, object], run_dir: Path, consol
         raise _ended_at_once(found["ended"])
     if "defect" in found:
         raise _defect(found["defect"])
-    return _result_from(found["result"])
+    return TrainResult.from_json(found["result"])
 
 
 def _send(child: subprocess.Popen[str], text: str) -> None:
@@ -130,13 +130,6 @@ def _defect(told: Mapping[str, str]) -> RuntimeError:
     error = RuntimeError(f"in the training process: {told['summary']}")
     error.add_note(told["trace"])
     return error
-
-
-def _result_from(told: dict[str, Any]) -> TrainResult:
-    told["run_dir"], told["adapter_dir"] = Path(told["run_dir"]), Path(told["adapter_dir"])
-    told["losses"] = tuple((int(step), float(loss)) for step, loss in told["losses"])
-    told["notes"], told["samples"] = tuple(told["notes"]), tuple(told["samples"])
-    return TrainResult(**told)
 
 
 # in the child -------------------------------------------------------------------------------------------------------

@@ -46,25 +46,37 @@ def result(part: str, versions: str = "oldest", **found: tuple[str, str]) -> mat
 
 def test_a_bound_is_true_where_one_environment_was_made_with_it() -> None:
     core, backends = result("core", tokenizers=("0.21", "0.21")), result("backends", tokenizers=("0.21", "0.22.1"))
-    assert matrix.unproved_bounds([core, backends], ["core", "backends"]) == []
-    (said,) = matrix.unproved_bounds([backends], ["core", "backends"])
-    assert said == "tokenizers>=0.21 on Python 3.12: 0.22.1 is the oldest that could be installed"
-    assert matrix.unproved_bounds([result("core", "newest", numpy=("1.26", "2.5"))], ["core", "backends"]) == []
+    assert matrix.unproved_bounds([core, backends]) == []
+    (said,) = matrix.unproved_bounds([result("core", tokenizers=("0.21", "0.22")), backends])
+    assert said == "tokenizers>=0.21 on Python 3.12: 0.22 is the oldest that could be installed"
+    assert matrix.unproved_bounds([result("core", "newest", numpy=("1.26", "2.5"))]) == []
+    assert matrix.unproved_bounds([backends]) == [], "the core alone may prove it, and was not tried"
 
 
-def test_a_bound_that_was_not_run_and_a_step_that_failed_fail_the_matrix(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["version_matrix.py", "--python", THIS, "--out", str(tmp_path / "record.json")])
+def test_a_bound_that_was_not_run_and_a_step_that_failed_fail_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["version_matrix.py", "--python", THIS, "--versions", "oldest"])
     passed = result("core", numpy=("1.26", "1.26"))
     for shown, status in ((passed, 0), (result("core", numpy=("1.26", "2.0")), 1)):
-        monkeypatch.setattr(matrix, "tried", lambda *_, shown=shown: shown)
+        other = result("backends")
+        other.bounds["torch"] = ("2.8", "2.8")
+        results = {"core": shown, "backends": other}
+        monkeypatch.setattr(matrix, "tried", lambda *asked, results=results: results[asked[2]])
         assert matrix.main() == status
     passed.steps["demo"] = {"passed": False, "seconds": 2.0}
     monkeypatch.setattr(matrix, "tried", lambda *_: passed)
     assert matrix.main() == 1
-    record = json.loads((tmp_path / "record.json").read_text())
-    assert (record["passed"], record["environments"][0]["bounds"]) == (False, {"numpy": "1.26"})
+
+
+def test_record_keeps_the_environments_that_were_not_tried_again(tmp_path: Path) -> None:
+    out = tmp_path / "record.json"
+    matrix.keep([result("core", numpy=("1.26", "1.26")), result("backends", torch=("2.8", "2.8"))], out)
+    failed = result("core", numpy=("1.26", "1.26"))
+    failed.steps["demo"] = {"passed": False, "seconds": 2.0}
+    assert json.loads(out.read_text())["passed"]
+    matrix.keep([failed], out)
+    record = json.loads(out.read_text())
+    assert [entry["part"] for entry in record["environments"]] == ["backends", "core"]
+    assert (record["passed"], record["environments"][1]["bounds"]) == (False, {"numpy": ["1.26", "1.26"]})
 
 
 def test_lower_bounds_are_read_through_the_extras_beside_what_is_installed() -> None:

@@ -162,7 +162,7 @@ def test_compute_dtype_that_the_device_lacks_is_refused(trained: Trained) -> Non
 @pytest.mark.fault("N10")
 def test_dtype_that_computing_disproves_is_refused_and_auto_takes_the_next() -> None:
     """What a T4 answers: no bfloat16. The words name the fix."""
-    from qlora_hal.run.session import chosen_dtype
+    from qlora_hal.run.prepare import chosen_dtype
 
     assert chosen_dtype("auto", ("float16", "float32"), "cuda_bnb") == "float16"
     with pytest.raises(ConfigError) as refusal:
