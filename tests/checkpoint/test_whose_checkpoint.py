@@ -115,11 +115,11 @@ def test_a_move_changes_the_places_in_the_record_and_nothing_else() -> None:
     from qlora_hal.config.schema import RunConfig
     from qlora_hal.report.run_file import RunRecord
     from qlora_hal.run.paths import PathOverrides
-    from qlora_hal.run.start import _relocated
+    from qlora_hal.run.resumption import with_new_paths
 
     before = RunRecord(config=CONFIG, origins={})
     moved = RunConfig.model_validate(changed("data.path", "/elsewhere/rows.jsonl"))
-    after = _relocated(before, PathOverrides(data="/elsewhere/rows.jsonl"), moved)
+    after = with_new_paths(before, PathOverrides(data="/elsewhere/rows.jsonl"), moved)
     assert after.config == changed("data.path", "/elsewhere/rows.jsonl")
     assert settings_hash(after.config) == settings_hash(CONFIG)
     assert before.config == CONFIG

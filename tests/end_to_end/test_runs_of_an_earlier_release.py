@@ -22,7 +22,7 @@ from qlora_hal import TrainResult, resume
 from qlora_hal.checkpoint.reading import kept_record
 from qlora_hal.errors import CheckpointError
 from qlora_hal.inference.generate import open_generation
-from qlora_hal.run import session
+from qlora_hal.run import identity
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_a_run_with_dropout_of_an_earlier_release_says_that_its_masks_change(
     rows: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as earlier:
-        earlier.setattr(session, "MASKS", 1)
+        earlier.setattr(identity, "MASKS", 1)
         stopped = stopped_run(tmp_path / "run", rows, {"lora.dropout": 0.1}, after=2)
     assert "other dropout masks" in resumed(stopped, capsys)[1]
 
