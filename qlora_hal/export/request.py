@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.errors import ConfigError
+from qlora_hal.formats.catalogue import names
 
 BaseChoice = Literal["auto", "dequantized", "original"]
 OutputDtype = Literal["bfloat16", "float16", "float32"]
@@ -62,14 +62,13 @@ class MergeResult:
 
 def check_request(request: MergeRequest) -> None:
     """Raises ConfigError QH-C62 naming every value that cannot be served."""
-    formats = tuple(f.value for f in WeightFormat)
     wrong = [
         f"{name} is {value!r} (one of {', '.join(known)})"
         for name, value, known in (
             ("base", request.base, get_args(BaseChoice)),
             ("dtype", request.dtype, get_args(OutputDtype)),
             ("requantize", request.requantize, REQUANTIZED_FORMATS),
-            ("weight_format", request.weight_format, formats),
+            ("weight_format", request.weight_format, names()),
         )
         if value is not None and value not in known
     ]
