@@ -102,6 +102,8 @@ def _wrong_reading(
     double_quant: bool,
     stored: Mapping[str, Array],
 ) -> Iterator[str]:
+    if layout.recognizes(_checkpoint({}, {".weight": np.zeros((OUTPUTS, OUTPUTS), np.float32)})):
+        yield "its layout takes ordinary weights for its own"
     checkpoint = _checkpoint(record.codec.description(size, double_quant), stored)
     if not layout.recognizes(checkpoint):
         yield "its layout does not recognize what its codec stores"

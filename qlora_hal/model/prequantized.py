@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from qlora_hal.errors import ModelError
+from qlora_hal.errors import BackendContractError, ModelError, QloraHalError
+from qlora_hal.errors.foreign import told
 from qlora_hal.formats.catalogue import layouts
 from qlora_hal.formats.record import CheckpointLayout, Packing, StoredCheckpoint, UnreadableFormatError
 from qlora_hal.model.safetensors_headers import Header, read_tensor_bytes
@@ -21,7 +23,7 @@ def read_packing(folder: Path, config: Mapping[str, object], headers: Sequence[H
     checkpoint = _checkpoint(folder, config, headers)
     try:
         layout = _layout(checkpoint)
-        return None if layout is None else layout.read(checkpoint)
+        return None if layout is None else _read(layout, checkpoint)
     except UnreadableFormatError as error:
         raise ModelError(
             "QH-C72",
@@ -36,12 +38,30 @@ def _layout(checkpoint: StoredCheckpoint) -> CheckpointLayout | None:
     """The first layout that knows the checkpoint. Under a description that is one of a library whose tensors are not
     there, the weights are ordinary ones: the run's own configuration decides how to quantize them."""
     for layout in layouts():
-        if layout.recognizes(checkpoint):
-            return layout
+        # Of a third party: one that fails on a checkpoint does not know it, and the next is asked.
+        with suppress(Exception):
+            if layout.recognizes(checkpoint):
+                return layout
     declared = checkpoint.quant_method
     if declared in {"", "bitsandbytes"}:
         return None
     raise UnreadableFormatError(f"quantized with {declared}")
+
+
+def _read(layout: CheckpointLayout, checkpoint: StoredCheckpoint) -> Packing:
+    """Raises BackendContractError QH-E80 where a third party's layout fails."""
+    try:
+        return layout.read(checkpoint)
+    except (QloraHalError, UnreadableFormatError):
+        raise
+    except Exception as error:
+        named = " or ".join(record.name for record in layouts()[layout])
+        raise BackendContractError(
+            "QH-E80",
+            f"The weight format {named} does not read its own checkpoint: {told(error)}.",
+            where=checkpoint.where,
+            fix="Update the package that has the format; if that does not help, report this to its author.",
+        ) from error
 
 
 def _checkpoint(folder: Path, config: Mapping[str, object], headers: Sequence[Header]) -> StoredCheckpoint:

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from qlora_hal.errors import ModelError
-from qlora_hal_backends.mlx_lora.nf4_codes import BLOCK_SIZES, NF4_TABLE, Float32, UInt8
+from qlora_hal.formats.four_bit import BLOCK_SIZES
+from qlora_hal.formats.nf4_codes import NF4_TABLE, Float32, UInt8
 
 if TYPE_CHECKING:
     from qlora_hal_backends.mlx_lora.nf4 import NF4Weight
