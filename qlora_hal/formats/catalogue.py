@@ -72,7 +72,7 @@ def record_of(name: str) -> FormatRecord:
         close = difflib.get_close_matches(name, names(), n=1)
         raise BackendNotFoundError(
             "QH-E82",
-            f"There is no weight format {name!r}; known are {', '.join(names())}.",
+            f"There is no weight format {str(name)!r}; known are {', '.join(names())}.",
             fix=f"Did you mean {close[0]}?" if close else "Install the package that has it.",
         )
     return record
