@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from qlora_hal.contract.values import LinearShape
 from qlora_hal.files import strict_json
+from qlora_hal.formats import nf4
 from qlora_hal.formats.record import (
     CheckpointLayout,
     FormatRecord,
@@ -111,6 +112,7 @@ NF4 = FormatRecord(
     layout=LAYOUT,
     block_sizes=BLOCK_SIZES,
     double_quant=True,
+    writer=nf4.WRITER,
 )
 
 FP4 = FormatRecord(

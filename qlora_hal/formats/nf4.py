@@ -7,7 +7,6 @@ float32 absmax for each block of the flattened weight; JSON as uint8.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from qlora_hal.contract.values import Float32, LinearShape
-from qlora_hal.formats.four_bit import BLOCK_SIZES
 from qlora_hal.formats.nf4_codes import NF4_TABLE, encode
+from qlora_hal.formats.record import PackedWriter
 
-BLOCK_SIZE = BLOCK_SIZES[0]
+BLOCK_SIZE = 64
 _STATE = ".weight.quant_state.bitsandbytes__nf4"
 
 
@@ -57,12 +56,10 @@ def description(dtype: str) -> dict[str, object]:
     }
 
 
-def byte_count(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor of `packed_shapes`."""
-    return math.prod(shape) * {"U8": 1, "F32": 4}[dtype]
-
-
 def _state(shape: tuple[int, ...], dtype: str) -> bytes:
     state = {"quant_type": "nf4", "blocksize": BLOCK_SIZE, "dtype": dtype, "shape": list(shape)}
     text = json.dumps(state).encode("utf-8")
     return text + b" " * (-len(text) % 8)  # what follows in the file stays aligned
+
+
+WRITER = PackedWriter(packed_shapes, packed, description)

@@ -136,6 +136,19 @@ class PackedBytes(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class PackedWriter:
+    """Writes the modules of a whole model, one at a time, with the codec's numbers. `dtype` is what they decode to.
+
+    `shapes(module, shape, dtype)` gives tensor name -> (safetensors dtype, dimensions), `tensors(module, weight,
+    dtype)` the same names -> arrays, and `description(dtype)` the `quantization_config` of the folder.
+    """
+
+    shapes: Callable[[str, LinearShape, str], Mapping[str, tuple[str, tuple[int, ...]]]]
+    tensors: Callable[[str, Float32, str], Mapping[str, Array]]
+    description: Callable[[str], Mapping[str, object]]
+
+
+@dataclass(frozen=True, slots=True)
 class FormatRecord:
     """One weight format.
 
@@ -143,7 +156,8 @@ class FormatRecord:
     `packed_bytes` counts the scales too. `block_sizes` are all that exist, the default first; none: no blocks.
     `within_rows`: blocks end with the row, and must divide it. `double_quant`: the scales can be quantized too.
     `calibrated`: a solver chooses the codes with the help of rows of data, before the model is loaded.
-    `codec` is what the format means: a backend is judged by it. `layout` is None where nothing is packed.
+    `codec` is what the format means: a backend is judged by it. `layout` is None where nothing is packed. With a
+    `writer` the core itself brings a merged model into the format.
     """
 
     name: str
@@ -157,6 +171,7 @@ class FormatRecord:
     within_rows: bool = False
     double_quant: bool = False
     calibrated: bool = False
+    writer: PackedWriter | None = None
 
     @property
     def weight_format(self) -> WeightFormat:

@@ -59,6 +59,25 @@ def test_the_suite_judges_a_backend_by_the_codec_of_its_own_format(tmp_path: Pat
     assert len(own["measures"]) == 28  # seven linear layers in two blocks, quantized here and stored already
 
 
+def test_the_suite_catches_a_backend_that_decodes_it_wrongly(tmp_path: Path) -> None:
+    """Each row with the scale of the row before it."""
+    install_example(tmp_path, "format_plugin")
+    backend = tmp_path / "qlora_hal_rowwise_numpy.py"
+    source = backend.read_text(encoding="utf-8").replace(
+        "ReferenceTrainer(spec=SPEC)",
+        "ReferenceTrainer(replace(HONEST, unpack=lambda stored: np.roll(unpack(stored), 1, axis=0)), SPEC)",
+    )
+    rooms = "from qlora_hal_conformance.reference_backend.rooms import HONEST\n"
+    storage = "from qlora_hal_conformance.reference_backend.storage import unpack\nimport numpy as np\n\n\ndef probe"
+    backend.write_text(source.replace("\n\ndef probe", rooms + storage, 1), encoding="utf-8")
+    python(
+        tmp_path, "", "-m", "qlora_hal_conformance", "--backend", "rowwise_numpy", "-k", "another_distribution",
+        "--out", str(tmp_path / "out"),
+    )  # fmt: skip
+    ((case,),) = (json.loads((tmp_path / "out/results.json").read_text(encoding="utf-8"))["cases"],)
+    assert case["verdict"] == "failed"
+
+
 def test_a_run_trains_on_it(tmp_path: Path) -> None:
     install_example(tmp_path, "format_plugin")
     settings = merged(
