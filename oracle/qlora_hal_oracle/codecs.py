@@ -154,7 +154,10 @@ class Int8Codec:
         return dequantize_int8_rows(stored[".weight"].view(np.int8), stored[".SCB"])
 
     def error_bound(self, weight: AnyFloat, block_size: int | None, double_quant: bool = False) -> Float64:
-        return int8_error_bound(weight, np.abs(weight).max(axis=1))
+        """Of the larger step: bitsandbytes takes absmax of the weight in float16, which may have been rounded up;
+        others take that of the weight itself."""
+        _, row_absmax = quantize_int8_rows(weight)
+        return int8_error_bound(weight, np.maximum(row_absmax, np.abs(weight).max(axis=1)))
 
     def description(self, block_size: int | None, double_quant: bool = False) -> Mapping[str, object]:
         return {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
