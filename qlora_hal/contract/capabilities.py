@@ -108,8 +108,10 @@ OPTIMIZER_FEATURE: Mapping[str, Feature | None] = {
 class Capabilities:
     """The widest claim of a backend; a device may narrow it after it was proved.
 
-    `levels` maps the portable quantization levels (`none`, `8bit`, `4bit`) to this backend's own formats.
-    `block_sizes` lists, per format, the sizes it quantizes with; the first is the default and is always written down.
+    `weight_formats` are names of the catalogue (`qlora_hal.formats.catalogue`), which must agree with the rest:
+    `levels` maps the portable quantization levels (`none`, `8bit`, `4bit`) to formats of that level, and `block_sizes`
+    lists, per format, those of its sizes that this backend quantizes with; the first is the default and is always
+    written down.
     `architectures` are Hugging Face `model_type` values; empty means whatever the model library knows.
     `calibrated_formats` are those that a 16-bit model is brought into before it is loaded, with calibration rows.
     """

@@ -100,6 +100,7 @@ LAYOUT = CheckpointLayout(
         *_STATES,
     ),
     constant=(".weight.quant_map", ".weight.nested_quant_map", *_STATES),
+    on_load=True,
 )
 
 NF4 = FormatRecord(

@@ -27,7 +27,9 @@ def _bytes(inputs: int, outputs: int, block_size: int, double_quant: bool, compu
     return inputs * outputs + 4 * outputs
 
 
-LAYOUT = CheckpointLayout("bitsandbytes", _recognizes, _read, (".SCB", ".weight_format"), constant=(".weight_format",))
+LAYOUT = CheckpointLayout(
+    "bitsandbytes", _recognizes, _read, (".SCB", ".weight_format"), constant=(".weight_format",), on_load=True
+)
 
 INT8 = FormatRecord(
     name="int8",

@@ -112,6 +112,8 @@ class CheckpointLayout:
     format, its settings and the true shapes, or raises ModelError QH-C73 (a contradiction) or UnreadableFormatError.
     `weight` is the suffix of the packed weight, `marks` are those of the tensors beside it; the first mark is there for
     every packed module. `constant` are marks whose size does not depend on the weight: no part of what it costs.
+    `decode` is for formats in which modules without an adapter are packed too. `on_load`: the description may stand
+    over ordinary weights, which the library quantizes while it loads them.
     """
 
     method: str
@@ -121,6 +123,7 @@ class CheckpointLayout:
     weight: str = ".weight"
     constant: tuple[str, ...] = ()
     decode: DecodesModule | None = None
+    on_load: bool = False
 
     @property
     def suffixes(self) -> frozenset[str]:

@@ -35,15 +35,15 @@ def read_packing(folder: Path, config: Mapping[str, object], headers: Sequence[H
 
 
 def _layout(checkpoint: StoredCheckpoint) -> CheckpointLayout | None:
-    """The first layout that knows the checkpoint. Under a description that is one of a library whose tensors are not
-    there, the weights are ordinary ones: the run's own configuration decides how to quantize them."""
+    """The first layout that knows the checkpoint; None for ordinary weights, also under the description of a library
+    that quantizes while loading: the run's own configuration decides how."""
     for layout in layouts():
         # Of a third party: one that fails on a checkpoint does not know it, and the next is asked.
         with suppress(Exception):
             if layout.recognizes(checkpoint):
                 return layout
     declared = checkpoint.quant_method
-    if declared in {"", "bitsandbytes"}:
+    if not declared or any(declared == layout.method for layout in layouts() if layout.on_load):
         return None
     raise UnreadableFormatError(f"quantized with {declared}")
 
