@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -16,6 +17,7 @@ from qlora_hal_conformance.comparing import must_refuse, unless_refused
 from qlora_hal_conformance.judging import Judge
 from qlora_hal_conformance.opening import Opened, Opener
 from qlora_hal_conformance.parameters import FORMATS, FOUR_BIT_FORMATS, each_block_size, each_format
+from qlora_hal_conformance.subject import Subject
 from qlora_hal_conformance.tolerances import (
     Bound,
     codebook_distance,
@@ -45,7 +47,7 @@ from qlora_hal_oracle.codebooks import FOUR_BIT_CODEBOOKS
 from qlora_hal_oracle.random_models import linear_shapes, write_model, write_quantized
 
 WRONG_BLOCK_SIZE = 48
-"""No library has it."""
+"""No format here has it."""
 
 PREQUANTIZED = (
     (WeightFormat.NF4, 64, False),
@@ -216,22 +218,30 @@ def test_rows_without_a_whole_number_of_blocks(weight_format: WeightFormat, open
 def test_format_of_another_distribution_is_its_codec(opened: Opener, judging: Judge) -> None:
     """Every declared format that this distribution does not have is judged by the codec of its record: quantized while
     loading, within the codec's bound in each declared block size; stored already, exactly what the codec decodes."""
-    capabilities = opened.subject.capabilities
+    for weight_format, size, double in _storages_of_others(opened.subject):
+        of_format = partial(opened, weight_format=weight_format, block_size=size, double_quant=double)
+        if opened.subject.declares(Feature.QUANTIZE_ON_LOAD):
+            ready = of_format(prequantized=False)
+            for module in linear_shapes(ready.model.shape):
+                _judge_format_error(module, ready, judging)
+                assert not np.array_equal(ready.trainer.dequantized_weight(module), _weight(module, ready)), module
+        if opened.subject.declares(Feature.LOAD_PREQUANTIZED):
+            _judge_stored(of_format(prequantized=True), judging)
+
+
+def _storages_of_others(subject: Subject) -> Iterator[tuple[WeightFormat, int | None, bool]]:
+    capabilities = subject.capabilities
     for weight_format in sorted(capabilities.weight_formats - set(FORMATS)):
+        can_double = record_of(weight_format).double_quant and subject.declares(Feature.DOUBLE_QUANT)
         for size in capabilities.block_sizes.get(weight_format, (None,)):
-            if opened.subject.declares(Feature.QUANTIZE_ON_LOAD):
-                ready = opened(weight_format=weight_format, block_size=size, prequantized=False)
-                for module in linear_shapes(ready.model.shape):
-                    _judge_format_error(module, ready, judging)
-                    assert not np.array_equal(ready.trainer.dequantized_weight(module), _weight(module, ready)), module
-            if opened.subject.declares(Feature.LOAD_PREQUANTIZED):
-                _judge_stored(opened(weight_format=weight_format, block_size=size, prequantized=True), judging)
+            yield from ((weight_format, size, double) for double in ((False, True) if can_double else (False,)))
 
 
 def test_unknown_block_size_is_refused(opened: Opener) -> None:
     """For every declared format with blocks: 48 is nobody's block size, and must not become another one silently."""
     model = opened.models.plain("main")
-    for weight_format in sorted(f for f in opened.subject.capabilities.weight_formats if record_of(f).block_sizes):
+    sizes = {f: record_of(f).block_sizes for f in opened.subject.capabilities.weight_formats}
+    for weight_format in sorted(f for f, known in sizes.items() if known and WRONG_BLOCK_SIZE not in known):
         quantization = Quantization(weight_format, WRONG_BLOCK_SIZE)
         compute = Compute(opened.subject.main_dtype)  # type: ignore[arg-type]
         load = partial(opened.trainer().load, ModelSource.in_folder(model.folder), quantization, compute)
