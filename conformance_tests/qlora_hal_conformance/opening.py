@@ -11,14 +11,14 @@ import numpy as np
 from qlora_hal.contract.backend import Compute, Quantization, QuantizedLoRATrainer
 from qlora_hal.contract.capabilities import Feature, WeightFormat
 from qlora_hal.contract.values import Adapter, Batch, Float32, StepSettings, StepStats
+from qlora_hal.formats.catalogue import record_of
 from qlora_hal.model.source import ModelSource
 from qlora_hal_conformance.drawing import stream, total_tokens
 from qlora_hal_conformance.subject import Subject
-from qlora_hal_oracle import LlamaShape, LoraScale, MicroscalingFormat, OracleStep, OracleTrainer
+from qlora_hal_oracle import LlamaShape, LoraScale, OracleStep, OracleTrainer
 from qlora_hal_oracle.arrays import Float64
 from qlora_hal_oracle.random_models import (
     DEEP_SHAPE,
-    MICROSCALING_FORMATS,
     SHAPES,
     UNEVEN_SHAPE,
     TinyModel,
@@ -27,8 +27,6 @@ from qlora_hal_oracle.random_models import (
     write_model,
     write_quantized,
 )
-
-AFFINE_GROUP, GPTQ_GROUP, FOUR_BIT_BLOCK = 64, 128, 64
 
 
 @dataclass(slots=True, eq=False)
@@ -197,21 +195,9 @@ class Opener:
         return trainer
 
     def default_block(self, weight_format: WeightFormat) -> int | None:
-        """The first declared block size; the format's usual one where none is declared, None where it has no blocks."""
+        """The first declared block size; the format's own where none is declared, None where it has no blocks."""
         declared = self.subject.capabilities.block_sizes.get(weight_format, ())
-        if declared:
-            return declared[0]
-        match weight_format:
-            case WeightFormat.NF4 | WeightFormat.FP4:
-                return FOUR_BIT_BLOCK
-            case WeightFormat.INT4_GPTQ:
-                return GPTQ_GROUP
-            case WeightFormat.NONE | WeightFormat.INT8:
-                return None
-            case mlx_format if mlx_format in MICROSCALING_FORMATS:
-                return MicroscalingFormat(mlx_format.value).group_size
-            case _:
-                return AFFINE_GROUP
+        return declared[0] if declared else record_of(weight_format).default_block
 
     def close(self) -> None:
         while self._open:

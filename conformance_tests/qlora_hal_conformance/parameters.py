@@ -8,30 +8,25 @@ import pytest
 from _pytest.mark.structures import ParameterSet
 
 from qlora_hal.contract.capabilities import Feature, WeightFormat
+from qlora_hal.formats.catalogue import BUILT_IN
 from qlora_hal_conformance.opening import Opened
-from qlora_hal_oracle import MicroscalingFormat, OracleTrainer
-from qlora_hal_oracle.random_models import AFFINE_BITS, MICROSCALING_FORMATS
+from qlora_hal_oracle import FourBitCodec, OracleTrainer
 
 OracleOf = Callable[[Opened], OracleTrainer]
 """The fixture `oracle`."""
 
 DTYPES = ("float32", "float16", "bfloat16")
 HALF_DTYPES = ("float16", "bfloat16")
-FOUR_BIT_FORMATS = (WeightFormat.NF4, WeightFormat.FP4)
-AFFINE_FORMATS = tuple(AFFINE_BITS)
-GROUPED_FORMATS = (*AFFINE_FORMATS, *MICROSCALING_FORMATS, WeightFormat.INT4_GPTQ)
-"""Their groups lie within rows, and must divide them."""
-BLOCK_SIZES = {
-    **dict.fromkeys(FOUR_BIT_FORMATS, (32, 64, 128, 256, 4096)),
-    **dict.fromkeys(AFFINE_FORMATS, (32, 64, 128)),
-    **{f: (MicroscalingFormat(f.value).group_size,) for f in MICROSCALING_FORMATS},
-}
-"""The sizes that are tried; a backend may declare more."""
+FORMATS = tuple(record.weight_format for record in BUILT_IN)
+"""What every run has cases of. A format of another distribution is judged by one case, where a backend declares it."""
+FOUR_BIT_FORMATS = tuple(record.weight_format for record in BUILT_IN if isinstance(record.codec, FourBitCodec))
+TRIED_BLOCK_SIZES = (16, 32, 64, 128, 256, 4096)
+"""A backend may declare more."""
 
 
 def each_format(*formats: WeightFormat, also: tuple[Feature, ...] = ()) -> list[ParameterSet]:
     """One parameter for each weight format, by default all."""
-    chosen = formats or tuple(WeightFormat)
+    chosen = formats or FORMATS
     return [pytest.param(f, id=f.value, marks=pytest.mark.needs(f, *also)) for f in chosen]
 
 
@@ -44,15 +39,16 @@ def each_format_and_dtype() -> list[ParameterSet]:
     """Every weight format in every compute dtype."""
     return [
         pytest.param(f, dtype, id=f"{f.value}-{dtype}", marks=pytest.mark.needs(f, dtype))
-        for f in WeightFormat
+        for f in FORMATS
         for dtype in DTYPES
     ]
 
 
 def each_block_size() -> list[ParameterSet]:
-    """Every format that has blocks with each size."""
+    """Every format that has blocks, and is not calibrated, with each size."""
     return [
         pytest.param(f, size, id=f"{f.value}-{size}", marks=pytest.mark.needs((f, size)))
-        for f, sizes in BLOCK_SIZES.items()
-        for size in sizes
+        for f, sizes in ((record.weight_format, record.block_sizes) for record in BUILT_IN if not record.calibrated)
+        for size in TRIED_BLOCK_SIZES
+        if size in sizes
     ]

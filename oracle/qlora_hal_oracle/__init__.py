@@ -2,12 +2,22 @@
 
 It imports NumPy alone, so that no backend is judged by the library it is made of, and nothing of the product that it
 judges. Start with `trainer.py` for the computation and with `four_bit.py` for a weight format. `random_models.py`
-writes small models to try all this on; it alone knows the contract's names.
+writes small models to try all this on; it alone knows the contract's names and the catalogue of formats.
 """
 
 from .arithmetic import EXACT, Arithmetic, ErrorScale, ExactArithmetic, MagnitudeRecorder, RandomRounding
 from .arrays import IGNORE_LABEL, TokenBatch
 from .codebooks import FP4, NF4, FourBitFormat, dynamic_8bit
+from .codecs import (
+    Codec,
+    FourBitCodec,
+    GptqCodec,
+    Int8Codec,
+    MicroscalingCodec,
+    MlxAffineCodec,
+    StoredTensors,
+    UnquantizedCodec,
+)
 from .double_quantization import (
     QuantizedAbsmax,
     absmax_error_bound,
@@ -49,20 +59,26 @@ __all__ = [
     "NF4",
     "UNIT_ROUNDOFF",
     "Arithmetic",
+    "Codec",
     "DropoutMasks",
     "ErrorScale",
     "ExactArithmetic",
+    "FourBitCodec",
     "FourBitFormat",
     "FourBitLayout",
     "FourBitWeight",
+    "GptqCodec",
     "GptqGrid",
     "GptqWeight",
+    "Int8Codec",
     "LlamaShape",
     "LoraScale",
     "LossCurveEnvelope",
     "MagnitudeRecorder",
+    "MicroscalingCodec",
     "MicroscalingFormat",
     "MicroscalingWeight",
+    "MlxAffineCodec",
     "MlxAffineWeight",
     "OracleLlama",
     "OracleStep",
@@ -70,7 +86,9 @@ __all__ = [
     "QuantizedAbsmax",
     "RandomRounding",
     "Spread",
+    "StoredTensors",
     "TokenBatch",
+    "UnquantizedCodec",
     "WindowGradients",
     "ZeroPointConvention",
     "absmax_error_bound",

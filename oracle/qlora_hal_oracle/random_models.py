@@ -1,7 +1,7 @@
 """Small Llamas with grouped-query attention, drawn from a generator and written with NumPy alone.
 
 A model is a folder as a hub would hold it: `config.json` and `model.safetensors`, plain or already quantized in the
-layout of bitsandbytes, GPTQ or MLX.
+layout of a weight format.
 """
 
 from __future__ import annotations
@@ -17,32 +17,17 @@ import numpy as np
 import numpy.typing as npt
 
 from qlora_hal.contract.backend import Quantization
-from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.values import LinearShape
+from qlora_hal.formats.catalogue import record_of
 
-from .arrays import Float32, Float64, Int32
-from .codebooks import FP4, NF4, FourBitFormat, dynamic_8bit
-from .double_quantization import dequantize_absmax, quantize_absmax
-from .four_bit import FourBitLayout, dequantize_four_bit, quantize_four_bit
-from .gptq import ZeroPointConvention, dequantize_gptq, min_max_grid, pack_gptq, round_to_grid
-from .int8 import dequantize_int8_rows, quantize_int8_rows
-from .microscaling import MicroscalingFormat, dequantize_microscaling, quantize_microscaling
-from .mlx_affine import dequantize_mlx_affine, quantize_mlx_affine
+from .arrays import Float32, Float64
+from .codecs import Codec
 from .roundoff import round_to_bfloat16
 from .shape import LlamaShape
 
 Array = npt.NDArray[Any]
 Tensors = dict[str, Float32]
 
-AFFINE_BITS: Mapping[WeightFormat, int] = {
-    WeightFormat.INT2_AFFINE: 2,
-    WeightFormat.INT3_AFFINE: 3,
-    WeightFormat.INT4_AFFINE: 4,
-    WeightFormat.INT5_AFFINE: 5,
-    WeightFormat.INT6_AFFINE: 6,
-    WeightFormat.INT8_AFFINE: 8,
-}
-MICROSCALING_FORMATS = (WeightFormat.MXFP4, WeightFormat.NVFP4, WeightFormat.MXFP8)
 FIRST_ORDINARY_TOKEN = 3
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -85,18 +70,6 @@ DEEP_SHAPE = replace(_shape(128, 2, 1, 128, 256, 40_000, rope_theta=5e5, rms_nor
 
 UNEVEN_SHAPE = _shape(72, 4, 2, 18, 104, 300, rope_theta=2000.0, rms_norm_eps=1e-5)
 """No row holds a whole number of blocks, and some tensors end in half a block of 64."""
-
-
-@dataclass(frozen=True, slots=True)
-class GptqKind:
-    """How a GPTQ checkpoint is packed. `act_order` scatters the inputs of a group over the layer."""
-
-    symmetric: bool = True
-    act_order: bool = False
-    convention: ZeroPointConvention = ZeroPointConvention.V1
-
-
-USUAL_GPTQ = GptqKind()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -195,127 +168,26 @@ def write_quantized(
     tensors: Mapping[str, Float32],
     quantization: Quantization,
     *,
-    gptq: GptqKind = USUAL_GPTQ,
+    codec: Codec | None = None,
 ) -> TinyModel:
-    """The linear layers already packed, in the layout that belongs to the format; the rest in float32. A tensor that is
-    left out is left out."""
+    """The linear layers already packed, as the format's codec writes them, or another one of the format's; the rest in
+    float32. A tensor that is left out is left out. Raises ValueError for a format in which nothing is packed."""
+    record = record_of(quantization.weight_format)
+    if record.layout is None:
+        raise ValueError("there is no packed layout of weights that are not quantized")
+    codec, size = codec or record.codec, quantization.block_size or record.default_block
     linears = linear_shapes(shape)
     arrays: dict[str, Array] = {n: t for n, t in tensors.items() if n.removesuffix(".weight") not in linears}
     stored: dict[str, Float64] = {}
     for module in linears:
         if f"{module}.weight" in tensors:
-            packed, stored[module] = _packed(module, tensors[f"{module}.weight"], quantization, gptq)
-            arrays.update(packed)
+            packed = codec.quantize(tensors[f"{module}.weight"], size, quantization.double_quant)
+            stored[module] = codec.dequantize(packed)
+            arrays |= {module + suffix: tensor for suffix, tensor in packed.items()}
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / "model.safetensors", {name: (_safe_name(a), a) for name, a in arrays.items()})
-    write_config(folder, shape, more=_described(quantization, gptq))
+    write_config(folder, shape, more=codec.description(size, quantization.double_quant))
     return TinyModel(folder, shape, dict(tensors), stored)
-
-
-def _packed(
-    module: str, weight: Float32, quantization: Quantization, gptq: GptqKind
-) -> tuple[dict[str, Array], Float64]:
-    match quantization.weight_format:
-        case WeightFormat.NF4 | WeightFormat.FP4:
-            return _packed_four_bit(module, weight, quantization)
-        case WeightFormat.INT8:
-            codes, row_absmax = quantize_int8_rows(weight)
-            return {f"{module}.weight": codes, f"{module}.SCB": row_absmax}, dequantize_int8_rows(codes, row_absmax)
-        case WeightFormat.INT4_GPTQ:
-            return _packed_gptq(module, weight, quantization, gptq)
-        case WeightFormat.NONE:
-            raise ValueError("there is no packed layout of weights that are not quantized")
-        case mlx_format:
-            return _packed_by_mlx(module, weight, mlx_format, quantization.block_size)
-
-
-def _packed_by_mlx(
-    module: str, weight: Float32, weight_format: WeightFormat, group_size: int | None
-) -> tuple[dict[str, Array], Float64]:
-    if weight_format in MICROSCALING_FORMATS:
-        floats = quantize_microscaling(weight, MicroscalingFormat(weight_format.value))
-        arrays: dict[str, Array] = {f"{module}.weight": floats.packed, f"{module}.scales": floats.scale_codes}
-        return arrays, dequantize_microscaling(floats)
-    affine = quantize_mlx_affine(weight, bits=AFFINE_BITS[weight_format], group_size=group_size or 64)
-    arrays = {
-        f"{module}.weight": affine.packed,
-        f"{module}.scales": affine.scales,
-        f"{module}.biases": affine.biases,
-    }
-    return arrays, dequantize_mlx_affine(affine)
-
-
-def _packed_four_bit(module: str, weight: Float32, quantization: Quantization) -> tuple[dict[str, Array], Float64]:
-    """bitsandbytes' layout (0.50.2, `functional.QuantState.as_dict(packed=True)`)."""
-    kind = FourBitFormat(quantization.weight_format.value)
-    size = quantization.block_size or 64
-    four_bit = quantize_four_bit(weight, weight_format=kind, block_size=size)
-    state: dict[str, object] = {"quant_type": kind.value, "blocksize": size, "dtype": "float32"}
-    state["shape"] = list(weight.shape)
-    absmax: Array = four_bit.absmax
-    decoded_absmax: Float64 = four_bit.absmax.astype(np.float64)
-    arrays: dict[str, Array] = {
-        f"{module}.weight": four_bit.packed.reshape(-1, 1),
-        f"{module}.weight.quant_map": NF4 if kind is FourBitFormat.NF4 else FP4,
-    }
-    if quantization.double_quant:
-        nested = quantize_absmax(four_bit.absmax)
-        absmax = nested.codes
-        decoded_absmax = dequantize_absmax(nested.codes, nested.nested_absmax, nested.offset)
-        state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": float(nested.offset)}
-        arrays[f"{module}.weight.nested_absmax"] = nested.nested_absmax
-        arrays[f"{module}.weight.nested_quant_map"] = dynamic_8bit()
-    arrays[f"{module}.weight.absmax"] = absmax
-    name = f"{module}.weight.quant_state.bitsandbytes__{kind.value}"
-    arrays[name] = np.frombuffer(json.dumps(state).encode("utf-8"), dtype=np.uint8)
-    return arrays, dequantize_four_bit(four_bit.packed, decoded_absmax, FourBitLayout(kind, size, weight.shape))
-
-
-def _packed_gptq(
-    module: str, weight: Float32, quantization: Quantization, kind: GptqKind
-) -> tuple[dict[str, Array], Float64]:
-    """Four bits have no NaN: a value that is not finite becomes the scale of its group."""
-    groups: Int32 = (np.arange(weight.shape[1]) // (quantization.block_size or 128)).astype(np.int32)
-    if kind.act_order:
-        groups = np.random.default_rng(len(groups)).permutation(groups)
-    finite = np.where(np.isfinite(weight), weight, np.float32(0.0))
-    grid = min_max_grid(finite, groups, bits=4, symmetric=kind.symmetric)
-    codes = round_to_grid(finite, grid, groups, bits=4)
-    for row, column in np.argwhere(~np.isfinite(weight)):
-        grid.steps[groups[column], row] = weight[row, column]
-    gptq = pack_gptq(codes, grid, groups, bits=4, convention=kind.convention)
-    arrays: dict[str, Array] = {
-        f"{module}.qweight": gptq.qweight,
-        f"{module}.qzeros": gptq.qzeros,
-        f"{module}.scales": gptq.scales,
-        f"{module}.g_idx": gptq.g_idx,
-    }
-    return arrays, dequantize_gptq(gptq)
-
-
-def _described(quantization: Quantization, gptq: GptqKind) -> dict[str, object]:
-    """How config.json tells of the format."""
-    weight_format, size = quantization.weight_format, quantization.block_size
-    match weight_format:
-        case WeightFormat.NF4 | WeightFormat.FP4:
-            described: dict[str, object] = {
-                "quant_method": "bitsandbytes",
-                "load_in_4bit": True,
-                "bnb_4bit_quant_type": weight_format.value,
-                "bnb_4bit_use_double_quant": quantization.double_quant,
-                "bnb_4bit_compute_dtype": "float32",
-            }
-        case WeightFormat.INT8:
-            described = {"quant_method": "bitsandbytes", "load_in_8bit": True}
-        case WeightFormat.INT4_GPTQ:
-            described = {"quant_method": "gptq", "bits": 4, "group_size": size}
-            described |= {"sym": gptq.symmetric, "desc_act": gptq.act_order}
-            described["checkpoint_format"] = gptq.convention.value
-        case _:
-            bits = 8 if weight_format is WeightFormat.MXFP8 else AFFINE_BITS.get(weight_format, 4)
-            mode = weight_format.value if weight_format in MICROSCALING_FORMATS else "affine"
-            return {"quantization": {"group_size": size, "bits": bits, "mode": mode}}
-    return {"quantization_config": described}
 
 
 def write_safetensors(path: Path, arrays: Mapping[str, tuple[str, Array]]) -> None:

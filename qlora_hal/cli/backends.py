@@ -16,14 +16,18 @@ if TYPE_CHECKING:
 def backends(
     *, json: Annotated[bool, Parameter(help="Print the reports as JSON.", negative="", show_default=False)] = False
 ) -> int:
-    """List the backends: name, state, devices or the reason, and what to do. Imports no tensor library."""
+    """List the backends: name, state, devices or the reason, and what to do; and the weight formats that are refused.
+    Imports no tensor library."""
     from qlora_hal import api
+    from qlora_hal.formats.catalogue import third_parties
 
     reports = api.backends()
     if json:
         show_json([report.as_json() for report in reports])
     else:
         show(reports_as_text(reports))
+        for error in third_parties().refused.values():
+            show(f"{error.message}\n  fix: {error.fix}")
     return 0
 
 

@@ -69,22 +69,24 @@ def quantize(
 def asked_storage(weight_format: str, bits: int, group_size: int) -> Quantization:
     """The storage that the flags name. Raises ConfigError QH-U16, UnsupportedFeatureError QH-B01."""
     from qlora_hal.contract.backend import Quantization
-    from qlora_hal.contract.capabilities import WeightFormat
     from qlora_hal.errors import ConfigError, UnsupportedFeatureError
+    from qlora_hal.formats.catalogue import find_record, records
 
-    if weight_format != WeightFormat.INT4_GPTQ:
+    record = find_record(weight_format)
+    if record is None or not record.calibrated:
+        calibrated = ", ".join(known.name for known in records() if known.calibrated)
         raise ConfigError(
             "QH-U16",
-            f"--format {weight_format} needs no calibration; int4_gptq is the format that does.",
+            f"--format {weight_format} needs no calibration; {calibrated} is the format that does.",
             where="--format",
             fix=f"Train with quantization.weight_format: {weight_format}; the model is quantized while it is loaded.",
         )
-    if bits != BITS:
+    if bits != record.bits:
         raise UnsupportedFeatureError(
             "QH-B01",
-            f"{bits} bits were requested; int4_gptq has {BITS}, on every engine here.",
+            f"{bits} bits were requested; {weight_format} has {record.bits}, on every engine here.",
             where="--bits",
-            fix=f"Leave --bits at {BITS}.",
+            fix=f"Leave --bits at {record.bits}.",
         )
     if group_size != -1 and group_size <= 0:
         raise ConfigError(
@@ -93,7 +95,7 @@ def asked_storage(weight_format: str, bits: int, group_size: int) -> Quantizatio
             where="--group-size",
             fix="Leave it at 128.",
         )
-    return Quantization(WeightFormat.INT4_GPTQ, None if group_size == -1 else group_size)
+    return Quantization(record.weight_format, None if group_size == -1 else group_size)
 
 
 def refuse_quantized(source: ModelSource) -> None:

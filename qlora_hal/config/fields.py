@@ -15,7 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from qlora_hal.config.schema import RunConfig
+from qlora_hal.config.schema import FormatName, RunConfig
 
 Kind = Literal["text", "whole number", "number", "true or false", "choice", "list", "text or list", "mapping"]
 
@@ -163,6 +163,8 @@ def _walk(model: type[BaseModel], prefix: str) -> Iterator[Setting]:
 def _setting(path: str, field: FieldInfo) -> Setting:
     annotation, bounds, optional = _unwrap(field.annotation, list(field.metadata))
     kind, choices = _kind(annotation)
+    for named in (item for item in bounds if isinstance(item, FormatName)):
+        kind, choices = "choice", named.choices()
     default = field.get_default(call_default_factory=True, validated_data={})
     return Setting(path, kind, _expected(kind, choices, bounds), choices, default, optional, field.description or "")
 

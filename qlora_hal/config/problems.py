@@ -7,6 +7,7 @@ import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from qlora_hal.config.fields import Setting, settings
@@ -102,7 +103,8 @@ def problems_of_validation(error: ValidationError, origins: Mapping[str, str]) -
             found.setdefault(text, Problem(named[0] if named else "settings", origin, _NOT_SHOWN, text))
             continue
         expected = f"{_expected(settings()[path], str(item['type']), str(item['msg']))}"
-        found.setdefault(path, Problem(path, origins.get(path, "default"), item["input"], expected))
+        hint = _near_choice(settings()[path], item["input"])
+        found.setdefault(path, Problem(path, origins.get(path, "default"), item["input"], expected, hint))
     return list(found.values())
 
 
@@ -114,6 +116,11 @@ def _setting_path(location: Iterable[object]) -> str | None:
         if path in settings():
             longest = path
     return longest
+
+
+def _near_choice(setting: Setting, value: object) -> str:
+    close = get_close_matches(value, setting.choices, n=1) if isinstance(value, str) else []
+    return f"did you mean {close[0]}?" if close and setting.kind == "choice" else ""
 
 
 def _expected(setting: Setting, kind: str, message: str) -> str:

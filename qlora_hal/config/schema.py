@@ -8,7 +8,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic_core.core_schema import no_info_after_validator_function
+
+from qlora_hal.formats.catalogue import find_record, names
+from qlora_hal.formats.record import LEVELS
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -19,11 +32,23 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
-LevelName = Literal["auto", "none", "8bit", "4bit"]
-IntegerFormatName = Literal["int8", "int4_gptq"]
-AffineFormatName = Literal["int2_affine", "int3_affine", "int4_affine", "int5_affine", "int6_affine", "int8_affine"]
-FloatFormatName = Literal["nf4", "fp4", "mxfp4", "nvfp4", "mxfp8"]
-WeightFormatName = Literal[LevelName, FloatFormatName, IntegerFormatName, AffineFormatName]
+class FormatName:
+    """A level of quantization or a weight format, as the catalogue of this process knows them."""
+
+    def choices(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(("auto", *LEVELS, *names())))
+
+    def checked(self, name: str) -> str:
+        """Raises PydanticCustomError, and BackendContractError QH-E80 for a format whose record is refused."""
+        if name not in ("auto", *LEVELS) and find_record(name) is None:
+            raise PydanticCustomError("unknown_choice", "no level and no weight format")
+        return name
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(self.checked, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {**handler(schema), "enum": list(self.choices())}
 
 
 class ModelConfig(_Part):
@@ -39,7 +64,7 @@ class ModelConfig(_Part):
 class QuantizationConfig(_Part):
     """How the frozen base is stored."""
 
-    weight_format: WeightFormatName = Field(
+    weight_format: Annotated[str, FormatName()] = Field(
         "auto",
         description="A level (none, 8bit, 4bit; auto: 4bit, or what a pre-quantized model has), or one format.",
     )

@@ -8,50 +8,68 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import ClassVar
 
 
-class WeightFormat(StrEnum):
-    """How the frozen base weights are stored."""
+class WeightFormat(str):
+    """How the frozen base weights are stored: the name of a record in `qlora_hal.formats.catalogue`.
 
-    NONE = "none"
+    The set is open: `WeightFormat("int4_rowwise")` is the format of that name, and whether a record stands behind it is
+    the catalogue's to say. One name is one object, also after pickling, so formats are compared with `is` and `==`.
+    """
+
+    __slots__ = ()
+    _of_name: ClassVar[dict[str, WeightFormat]] = {}
+
+    NONE: ClassVar[WeightFormat]
     """Not quantized: the compute dtype."""
-    INT8 = "int8"
+    INT8: ClassVar[WeightFormat]
     """8-bit integers with one absmax per output row (LLM.int8, Dettmers et al. 2022)."""
-    NF4 = "nf4"
+    NF4: ClassVar[WeightFormat]
     """16-entry normal-float codebook with an absmax per block (QLoRA, Dettmers et al. 2023)."""
-    FP4 = "fp4"
+    FP4: ClassVar[WeightFormat]
     """4-bit floats (sign, 2-bit exponent, 1-bit mantissa) with an absmax per block."""
-    INT4_GPTQ = "int4_gptq"
+    INT4_GPTQ: ClassVar[WeightFormat]
     """4-bit integers, per-group scale and zero point (GPTQ, Frantar et al. 2022)."""
-    INT2_AFFINE = "int2_affine"
+    INT2_AFFINE: ClassVar[WeightFormat]
     """MLX: 2-bit integers, per-group scale and bias."""
-    INT3_AFFINE = "int3_affine"
+    INT3_AFFINE: ClassVar[WeightFormat]
     """MLX: 3-bit integers, per-group scale and bias."""
-    INT4_AFFINE = "int4_affine"
+    INT4_AFFINE: ClassVar[WeightFormat]
     """MLX: 4-bit integers, per-group scale and bias."""
-    INT5_AFFINE = "int5_affine"
+    INT5_AFFINE: ClassVar[WeightFormat]
     """MLX: 5-bit integers, per-group scale and bias."""
-    INT6_AFFINE = "int6_affine"
+    INT6_AFFINE: ClassVar[WeightFormat]
     """MLX: 6-bit integers, per-group scale and bias."""
-    INT8_AFFINE = "int8_affine"
+    INT8_AFFINE: ClassVar[WeightFormat]
     """MLX: 8-bit integers, per-group scale and bias."""
-    MXFP4 = "mxfp4"
+    MXFP4: ClassVar[WeightFormat]
     """4-bit floats (E2M1), one power of two to 32 of them (OCP Microscaling Formats 1.0)."""
-    NVFP4 = "nvfp4"
+    NVFP4: ClassVar[WeightFormat]
     """4-bit floats (E2M1), one 8-bit float (E4M3) to 16 of them (NVIDIA)."""
-    MXFP8 = "mxfp8"
+    MXFP8: ClassVar[WeightFormat]
     """8-bit floats (E4M3), one power of two to 32 of them (OCP Microscaling Formats 1.0)."""
 
+    def __new__(cls, name: str) -> WeightFormat:
+        return cls._of_name.setdefault(str(name), super().__new__(cls, name))
 
-AFFINE_BITS: Mapping[WeightFormat, int] = {
-    WeightFormat.INT2_AFFINE: 2,
-    WeightFormat.INT3_AFFINE: 3,
-    WeightFormat.INT4_AFFINE: 4,
-    WeightFormat.INT5_AFFINE: 5,
-    WeightFormat.INT6_AFFINE: 6,
-    WeightFormat.INT8_AFFINE: 8,
-}
-"""MLX's formats of integers with a scale and a bias to a group, and the bits of each integer."""
+    @property
+    def value(self) -> str:
+        """The name as a plain str."""
+        return str(self)
+
+    def __reduce__(self) -> tuple[type[WeightFormat], tuple[str]]:
+        return WeightFormat, (str(self),)
+
+    def __repr__(self) -> str:
+        return f"WeightFormat({str(self)!r})"
+
+
+for _name in (
+    "none", "int8", "nf4", "fp4", "int4_gptq", "int2_affine", "int3_affine", "int4_affine", "int5_affine",
+    "int6_affine", "int8_affine", "mxfp4", "nvfp4", "mxfp8",
+):  # fmt: skip
+    setattr(WeightFormat, _name.upper(), WeightFormat(_name))
 
 
 class Feature(StrEnum):
@@ -90,8 +108,10 @@ OPTIMIZER_FEATURE: Mapping[str, Feature | None] = {
 class Capabilities:
     """The widest claim of a backend; a device may narrow it after it was proved.
 
-    `levels` maps the portable quantization levels (`none`, `8bit`, `4bit`) to this backend's own formats.
-    `block_sizes` lists, per format, the sizes it quantizes with; the first is the default and is always written down.
+    `weight_formats` are names of the catalogue (`qlora_hal.formats.catalogue`), which must agree with the rest:
+    `levels` maps the portable quantization levels (`none`, `8bit`, `4bit`) to formats of that level, and `block_sizes`
+    lists, per format, those of its sizes that this backend quantizes with; the first is the default and is always
+    written down.
     `architectures` are Hugging Face `model_type` values; empty means whatever the model library knows.
     `calibrated_formats` are those that a 16-bit model is brought into before it is loaded, with calibration rows.
     """

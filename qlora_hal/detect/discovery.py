@@ -38,6 +38,7 @@ from qlora_hal.errors import (
 )
 from qlora_hal.errors.foreign import told
 from qlora_hal.errors.installation import is_from_folder
+from qlora_hal.formats.catalogue import wrong_claims
 from qlora_hal.model.linear_shapes import left_out_notes
 from qlora_hal.processes.subprocess_call import SubprocessCallError, answer_stream, ask, one_line
 
@@ -111,8 +112,9 @@ def probe(entry: BackendEntry) -> ProbeReport:
 
 
 def load_spec(entry: BackendEntry) -> BackendSpec:
-    """Import the light module of a backend. Raises BackendContractError when it is not what the contract says, and
-    BackendError QH-E08 when it cannot be imported."""
+    """Import the light module of a backend. Raises BackendContractError when it is not what the contract says (QH-E09),
+    or declares weight formats otherwise than the catalogue (QH-E81), and BackendError QH-E08 when it cannot be
+    imported."""
     spec = _imported(entry) if entry.spec is None else entry.spec
     if not isinstance(spec, BackendSpec):
         raise _contract_error(entry, f"it is a {type(spec).__name__}, not a BackendSpec")
@@ -124,6 +126,8 @@ def load_spec(entry: BackendEntry) -> BackendSpec:
         raise _contract_error(entry, f"its entry point says {entry.name}, its spec says {spec.name}")
     if wrong := wrong_fields(spec):
         raise _contract_error(entry, "; ".join(wrong))
+    if wrong := wrong_claims(spec.capabilities):
+        raise _format_error(entry, "; ".join(wrong))
     return spec
 
 
@@ -312,6 +316,15 @@ def _contract_error(entry: BackendEntry, reason: str) -> BackendContractError:
         f"Backend {entry.name} of {entry.distribution} is not compatible: {reason}.",
         fix=f"Install a version of {entry.distribution} for contract {CONTRACT_VERSION}; for its author, "
         "docs/write_a_backend.md says what changed.",
+    )
+
+
+def _format_error(entry: BackendEntry, reason: str) -> BackendContractError:
+    return BackendContractError(
+        "QH-E81",
+        f"Backend {entry.name} of {entry.distribution} declares weight formats wrongly: {reason}.",
+        fix=f"Update {entry.distribution}, or install the package that holds the format's record; for its author, "
+        "docs/write_a_backend.md says how formats are declared.",
     )
 
 

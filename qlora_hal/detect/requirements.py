@@ -6,16 +6,10 @@ from qlora_hal.config.schema import RunConfig
 from qlora_hal.contract.backend import Quantization
 from qlora_hal.contract.capabilities import OPTIMIZER_FEATURE, Capabilities, Feature, Requirements, WeightFormat
 from qlora_hal.errors import ConfigError
+from qlora_hal.formats.catalogue import formats_of_level, record_of, records
+from qlora_hal.formats.record import LEVELS
 from qlora_hal.model.facts import ModelFacts
 from qlora_hal.model.packed_facts import Prequantized
-
-LEVELS = ("none", "8bit", "4bit")
-STORED_AT_LEVEL = {
-    "4bit": ("nf4", "fp4", "int4_gptq", "int4_affine", "mxfp4", "nvfp4"),
-    "8bit": ("int8", "int8_affine", "mxfp8"),
-}
-"""Formats of a pre-quantized checkpoint that a portable level is content with."""
-DOUBLE_QUANT_FORMATS = (WeightFormat.NF4, WeightFormat.FP4)
 
 
 def requirements_of(config: RunConfig, facts: ModelFacts) -> Requirements:
@@ -55,14 +49,16 @@ def quantization_of(config: RunConfig, facts: ModelFacts, capabilities: Capabili
     if stored is not None:
         return Quantization(weight_format, stored.block_size, stored.double_quant)
     sizes = capabilities.block_sizes.get(weight_format, ())
-    can_double = weight_format in DOUBLE_QUANT_FORMATS and Feature.DOUBLE_QUANT in capabilities.features
+    has_scales_to_quantize = record_of(weight_format).double_quant
+    can_double = has_scales_to_quantize and Feature.DOUBLE_QUANT in capabilities.features
     asked = config.quantization.double_quant
-    if asked and weight_format not in DOUBLE_QUANT_FORMATS:
+    if asked and not has_scales_to_quantize:
+        able = " or ".join(record.name for record in records() if record.double_quant)
         raise ConfigError(
             "QH-U10",
             f"quantization.double_quant is true, but {weight_format.value} has no scales per block to quantize.",
             where="quantization.double_quant",
-            fix="Remove double_quant, or choose weight_format nf4 or fp4.",
+            fix=f"Remove double_quant, or choose weight_format {able}.",
         )
     return Quantization(
         weight_format,
@@ -104,7 +100,7 @@ def _check_stored(config: RunConfig, stored: Prequantized) -> None:
     """A pre-quantized checkpoint is taken as it is: asking for another storage is a contradiction."""
     asked = config.quantization
     wrong: list[str] = []
-    has_the_level = stored.weight_format in STORED_AT_LEVEL.get(asked.weight_format, ())
+    has_the_level = stored.weight_format in formats_of_level(asked.weight_format)
     if asked.weight_format not in ("auto", stored.weight_format) and not has_the_level:
         wrong.append(f"weight_format {asked.weight_format} (it is {stored.weight_format})")
     if asked.block_size is not None and asked.block_size != stored.block_size:

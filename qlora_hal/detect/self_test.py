@@ -22,6 +22,7 @@ from qlora_hal.contract.values import IGNORE_LABEL, Adapter, AdapterConfig, Batc
 from qlora_hal.detect import discovery
 from qlora_hal.errors import QloraHalError
 from qlora_hal.files.safetensors_file import file_chunks
+from qlora_hal.formats.catalogue import record_of
 from qlora_hal.model.source import ModelSource
 from qlora_hal.processes.subprocess_call import SubprocessCallError, answer_stream, ask, one_line
 from qlora_hal_oracle import LlamaShape, LoraScale, OracleTrainer
@@ -103,7 +104,8 @@ class _SelfTest:
         capabilities = self.spec.capabilities
         stored = capabilities.levels.get("4bit") or sorted(capabilities.weight_formats)[0]
         sizes = capabilities.block_sizes.get(stored, (None,))
-        storage = Quantization(stored, sizes[0], Feature.DOUBLE_QUANT in capabilities.features)
+        double_quant = record_of(stored).double_quant and Feature.DOUBLE_QUANT in capabilities.features
+        storage = Quantization(stored, sizes[0], double_quant)
         on_load = stored is WeightFormat.NONE or Feature.QUANTIZE_ON_LOAD in capabilities.features
         folder = self.folder if on_load else self._packed(storage)
         self.trainer.load(ModelSource.in_folder(folder), storage, Compute("float32"))

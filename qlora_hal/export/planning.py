@@ -15,6 +15,7 @@ from qlora_hal.export.requantizing import calibrating_backend
 from qlora_hal.export.request import MergeRequest
 from qlora_hal.export.rows import NO_OTHERS_NOTE, HeldOutRows, held_out_rows
 from qlora_hal.export.subject import Subject, read_subject, require_known_storage
+from qlora_hal.formats.catalogue import record_of
 from qlora_hal.model.source import resolve_model
 from qlora_hal.quantize.calibration import base_of_run
 from qlora_hal.run.trained_base import backend_of_training
@@ -58,7 +59,8 @@ def planned(request: MergeRequest, console: RunConsole, note: Callable[[str], No
     resolved_backend = backend_of_training(
         subject.config, source.facts, subject.provenance, request.backend, console, note
     )
-    calibrated = WeightFormat(request.requantize) if request.requantize not in (None, WeightFormat.NF4.value) else None
+    wanted = record_of(request.requantize) if request.requantize is not None else None
+    calibrated = wanted.weight_format if wanted is not None and wanted.calibrated else None
     if calibrated is not None:
         calibrating_backend(calibrated)  # refused now, not after the merge
     trained_base = base_of_run(resolved_backend, subject.run_dir)

@@ -1,4 +1,4 @@
-"""The merged model once more, quantized: NF4 written here, GPTQ through the backend that calibrates it.
+"""The merged model once more, quantized: by the format's writer, or through the backend that calibrates it.
 
 Quantizing again is no merge without loss: the grid of the trained base fitted the base, not base and adapter. What it
 costs is measured like the merge itself and recorded; the limits are those of the 16-bit model.
@@ -7,6 +7,7 @@ costs is measured like the merge itself and recorded; the limits are those of th
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +25,9 @@ from qlora_hal.errors import UnsupportedFeatureError
 from qlora_hal.export.comparing import without_effect
 from qlora_hal.export.weights import BaseFiles, MergedTensor
 from qlora_hal.files import durable
-from qlora_hal.formats import nf4
+from qlora_hal.files.safetensors_file import DTYPE_BITS
+from qlora_hal.formats.catalogue import record_of
+from qlora_hal.formats.record import PackedWriter
 from qlora_hal.model.facts import ModelFacts, read_facts
 from qlora_hal.model.shards import Array, write_shards
 from qlora_hal.model.source import ModelSource
@@ -47,11 +50,12 @@ def requantized(
 
     Raises UnsupportedFeatureError QH-B01 when no ready backend here makes the format, and what a quantizer raises.
     """
-    if weight_format == WeightFormat.NF4.value:
-        write_nf4(source, folder)
+    record = record_of(weight_format)
+    if record.writer is not None:
+        write_packed(source, folder, record.writer)
         return None
 
-    calibrated = WeightFormat(weight_format)
+    calibrated = record.weight_format
     spec = calibrating_backend(calibrated)
     rows = calibration_from(
         calibration, rows=CALIBRATION_ROWS, context=source.facts.max_position_embeddings, where="rows"
@@ -61,8 +65,8 @@ def requantized(
     return spec
 
 
-def write_nf4(source: ModelSource, folder: Path) -> None:
-    """Every linear layer that can carry LoRA as NF4 without double quantization; all else as it is."""
+def write_packed(source: ModelSource, folder: Path, writer: PackedWriter) -> None:
+    """Every linear layer that can carry LoRA in the writer's format; all else as it is."""
     dtype = str(source.facts.config.get("dtype") or source.facts.config.get("torch_dtype"))
     files, tensors = BaseFiles(read_headers(source.path)), []
     for name, stored in source.facts.tensors.items():
@@ -70,14 +74,14 @@ def write_nf4(source: ModelSource, folder: Path) -> None:
         if module == name or module not in source.facts.linear_modules:
             tensors.append(MergedTensor(name, stored.dtype, stored.shape, stored.byte_count))
             continue
-        shapes = nf4.packed_shapes(module, source.facts.linear_modules[module], dtype)
+        shapes = writer.shapes(module, source.facts.linear_modules[module], dtype)
         tensors += [
-            MergedTensor(part, kind, shape, nf4.byte_count(kind, shape), module)
+            MergedTensor(part, kind, shape, math.prod(shape) * DTYPE_BITS[kind] // 8, module)
             for part, (kind, shape) in shapes.items()
         ]
     folder.mkdir()
-    write_shards(folder, tensors, _PackedValues(files, dtype))
-    config = {**source.facts.config, "quantization_config": nf4.description(dtype)}
+    write_shards(folder, tensors, _PackedValues(files, writer, dtype))
+    config = {**source.facts.config, "quantization_config": writer.description(dtype)}
     content = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
     durable.write_new(folder / "config.json", [content])
     for path in source.path.iterdir():
@@ -87,10 +91,11 @@ def write_nf4(source: ModelSource, folder: Path) -> None:
 
 
 class _PackedValues:
-    """The four tensors of a packed weight are asked for one by one; the last module's are kept."""
+    """The tensors of a packed weight are asked for one by one; the last module's are kept."""
 
-    def __init__(self, files: BaseFiles, dtype: str) -> None:
+    def __init__(self, files: BaseFiles, writer: PackedWriter, dtype: str) -> None:
         self._files = files
+        self._writer = writer
         self._dtype = dtype
         self._module = ""
         self._tensors: Mapping[str, Array] = {}
@@ -100,7 +105,7 @@ class _PackedValues:
             return self._files.stored(tensor.name)
         if tensor.module != self._module:
             weight = self._files.float32(f"{tensor.module}.weight")
-            self._module, self._tensors = tensor.module, nf4.packed(tensor.module, weight, self._dtype)
+            self._module, self._tensors = tensor.module, self._writer.tensors(tensor.module, weight, self._dtype)
         return self._tensors[tensor.name]
 
 

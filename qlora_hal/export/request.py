@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.errors import ConfigError
+from qlora_hal.formats.catalogue import names, records
 
 BaseChoice = Literal["auto", "dequantized", "original"]
 OutputDtype = Literal["bfloat16", "float16", "float32"]
-REQUANTIZED_FORMATS = ("nf4", "int4_gptq")
 DEFAULT_ROW_LIMIT = 64
 
 
@@ -60,16 +59,20 @@ class MergeResult:
     notes: tuple[str, ...] = ()
 
 
+def requantized_formats() -> tuple[str, ...]:
+    """What a merged model can be brought into: by the core itself, or by a backend that calibrates."""
+    return tuple(record.name for record in records() if record.writer is not None or record.calibrated)
+
+
 def check_request(request: MergeRequest) -> None:
     """Raises ConfigError QH-C62 naming every value that cannot be served."""
-    formats = tuple(f.value for f in WeightFormat)
     wrong = [
         f"{name} is {value!r} (one of {', '.join(known)})"
         for name, value, known in (
             ("base", request.base, get_args(BaseChoice)),
             ("dtype", request.dtype, get_args(OutputDtype)),
-            ("requantize", request.requantize, REQUANTIZED_FORMATS),
-            ("weight_format", request.weight_format, formats),
+            ("requantize", request.requantize, requantized_formats()),
+            ("weight_format", request.weight_format, names()),
         )
         if value is not None and value not in known
     ]

@@ -10,9 +10,10 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from qlora_hal.contract.capabilities import AFFINE_BITS, WeightFormat
+from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.memory_constants import MemoryConstants
 from qlora_hal.contract.values import LinearShape, MemoryEstimate
+from qlora_hal.formats.catalogue import record_of
 from qlora_hal.model.facts import FLOATING_DTYPES
 from qlora_hal.model.shape import DecoderShape, decoder_shape
 
@@ -21,18 +22,6 @@ if TYPE_CHECKING:
     from qlora_hal.model.facts import ModelFacts
 
 DTYPE_BYTES: Mapping[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
-DEFAULT_BLOCK_SIZES: Mapping[WeightFormat, int] = {
-    WeightFormat.NF4: 64,
-    WeightFormat.FP4: 64,
-    WeightFormat.INT4_GPTQ: 128,
-    **dict.fromkeys(AFFINE_BITS, 64),
-    WeightFormat.MXFP4: 32,
-    WeightFormat.NVFP4: 16,
-    WeightFormat.MXFP8: 32,
-}
-NESTED_BLOCK_SIZE = 256
-"""Scales that share one scale of their own under double quantization (QLoRA section 3)."""
-
 SMALLEST_8BIT_STATE = 4096
 """bitsandbytes keeps the moments of smaller tensors in float32 (`min_8bit_size`)."""
 
@@ -56,7 +45,8 @@ def estimate(
 ) -> MemoryEstimate:
     """Bytes at the peak of training one micro-batch of `batch_size` rows of `sequence_length` tokens.
 
-    `targets` are the modules that carry LoRA, path -> (in, out). `optimizer` is one of `training.optim`.
+    `targets` are the modules that carry LoRA, path -> (in, out). `optimizer` is one of `training.optim`. Raises
+    BackendNotFoundError QH-E82 for an unknown weight format.
     """
     constants = constants or MemoryConstants()
     weight_format = WeightFormat(weight_format)
@@ -120,10 +110,9 @@ def weight_bytes(
         return _stored_bytes(facts, compute_bytes)
     linear_weights = sum(linear.parameters for linear in facts.linear_modules.values())
     rest = (facts.parameter_count - linear_weights - _tied_head_weights(facts)) * compute_bytes
+    record = record_of(weight_format)
     return rest + sum(
-        linear.experts
-        * linear_bytes(linear.inputs, linear.outputs, weight_format, block_size, double_quant, compute_bytes)
-        for linear in facts.linear_modules.values()
+        record.bytes_of(linear, block_size, double_quant, compute_bytes) for linear in facts.linear_modules.values()
     )
 
 
@@ -135,29 +124,9 @@ def linear_bytes(
     double_quant: bool = False,
     compute_bytes: int = 2,
 ) -> int:
-    """Bytes of one linear layer's weight with its scales.
-
-    NF4, FP4: half a byte a weight and an absmax a block, float32, or one byte and a float32 to 256 under double
-    quantization (QLoRA section 3: 4.127 bits a weight at block 64). INT8: a byte a weight and a float32 a row. GPTQ:
-    half a byte, per group and column a float16 scale and half a byte of zero point, a 4-byte group index an input.
-    MLX affine: scale and bias per group, in the model's dtype. MXFP4, NVFP4, MXFP8: a byte of scale per group.
-    """
-    count = inputs * outputs
-    block = block_size or DEFAULT_BLOCK_SIZES.get(weight_format, 0)
-    if weight_format is WeightFormat.NONE:
-        return count * compute_bytes
-    if weight_format is WeightFormat.INT8:
-        return count + 4 * outputs
-    if weight_format in (WeightFormat.NF4, WeightFormat.FP4):
-        blocks = math.ceil(count / block)
-        scales = blocks + 4 * math.ceil(blocks / NESTED_BLOCK_SIZE) if double_quant else 4 * blocks
-        return math.ceil(count / 2) + scales
-    groups = math.ceil(inputs / block) * outputs
-    if weight_format is WeightFormat.INT4_GPTQ:
-        return count // 2 + groups * 5 // 2 + 4 * inputs
-    if weight_format in AFFINE_BITS:
-        return count * AFFINE_BITS[weight_format] // 8 + groups * 2 * compute_bytes
-    return count * (8 if weight_format is WeightFormat.MXFP8 else 4) // 8 + groups
+    """Bytes of one linear layer's weight with its scales, by the format's record."""
+    shape = LinearShape(inputs, outputs)
+    return record_of(weight_format).bytes_of(shape, block_size, double_quant, compute_bytes)
 
 
 def _stored_bytes(facts: ModelFacts, compute_bytes: int) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_hal.contract.values import LinearShape
+from qlora_hal.formats.catalogue import record_of
 from qlora_hal.model.fingerprint import fingerprint
 from qlora_hal.model.linear_shapes import linear_modules
 from qlora_hal.model.packed_facts import Prequantized
@@ -70,6 +71,7 @@ def read_facts(folder: Path) -> ModelFacts:
     }
     packing = read_packing(folder, config, headers)
     packed_shapes = dict(packing.shapes) if packing else {}
+    layout = record_of(packing.prequantized.weight_format).layout if packing else None
     model_type = str(config.get("model_type", ""))
     vocabulary_size = _whole_number(config, "vocab_size") or 0
     shapes = _plain_shapes(tensors) | packed_shapes
@@ -79,7 +81,7 @@ def read_facts(folder: Path) -> ModelFacts:
         config=config,
         tensors=tensors,
         linear_modules=linear_modules(shapes, model_type, vocabulary_size, tensors),
-        parameter_count=_parameter_count(tensors, packed_shapes, packing.belongings if packing else ()),
+        parameter_count=_parameter_count(tensors, packed_shapes, layout.suffixes if layout else frozenset()),
         fingerprint=fingerprint(headers),
         prequantized=packing.prequantized if packing else None,
         vocabulary_size=vocabulary_size,
@@ -114,8 +116,8 @@ def _plain_shapes(tensors: Mapping[str, TensorFacts]) -> dict[str, LinearShape]:
 
 
 def _parameter_count(
-    tensors: Mapping[str, TensorFacts], packed_shapes: Mapping[str, LinearShape], belongings: tuple[str, ...]
+    tensors: Mapping[str, TensorFacts], packed_shapes: Mapping[str, LinearShape], suffixes: frozenset[str]
 ) -> int:
-    packed_tensors = {module + suffix for module in packed_shapes for suffix in (".weight", *belongings)}
+    packed_tensors = {module + suffix for module in packed_shapes for suffix in suffixes}
     plain = sum(math.prod(tensor.shape) for name, tensor in tensors.items() if name not in packed_tensors)
     return plain + sum(shape.parameters for shape in packed_shapes.values())

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from qlora_hal.adapter.peft_files import CONFIG_FILE, PROVENANCE_FILE, read_provenance
 from qlora_hal.checkpoint.reading import checkpoints
-from qlora_hal.config.schema import QuantizationConfig, RunConfig
-from qlora_hal.detect.requirements import DOUBLE_QUANT_FORMATS, STORED_AT_LEVEL
+from qlora_hal.config.schema import RunConfig
 from qlora_hal.errors import AdapterError, BackendError, ConfigError, UnsupportedFeatureError
 from qlora_hal.files.opening import refuse_link
+from qlora_hal.formats.catalogue import find_record
 from qlora_hal.hooks import Hooks
 from qlora_hal.report.run_file import examined_run_file, read_run_file
 from qlora_hal.run.adapters import require_own_adapter
@@ -133,18 +133,12 @@ def storage_of_training(provenance: Mapping[str, object]) -> dict[str, object] |
     recorded = provenance.get("weight_format")
     if recorded is None:
         return None
+    record = find_record(str(recorded))
     return {
-        "weight_format": _as_setting(str(recorded)),
+        "weight_format": record.name if record is not None else "auto",
         "block_size": provenance.get("block_size"),
-        "double_quant": provenance.get("double_quant") if recorded in DOUBLE_QUANT_FORMATS else None,
+        "double_quant": provenance.get("double_quant") if record is not None and record.double_quant else None,
     }
-
-
-def _as_setting(weight_format: str) -> str:
-    """A format by its own name; by its level where settings have no name for it, which the same backend resolves."""
-    if weight_format in get_args(QuantizationConfig.model_fields["weight_format"].annotation):
-        return weight_format
-    return next((level for level, formats in STORED_AT_LEVEL.items() if weight_format in formats), "auto")
 
 
 def backend_of_training(

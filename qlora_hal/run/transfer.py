@@ -15,8 +15,8 @@ import numpy as np
 from qlora_hal.contract.capabilities import OPTIMIZER_FEATURE, Capabilities, WeightFormat
 from qlora_hal.contract.dropout import MASKS
 from qlora_hal.contract.values import Batch, Float32
-from qlora_hal.detect.requirements import DOUBLE_QUANT_FORMATS
 from qlora_hal.errors import CheckpointError
+from qlora_hal.formats.catalogue import record_of
 from qlora_hal.report.transfer_record import Divergence, Transfer
 from qlora_hal.run.trained_base import options_of_training
 
@@ -33,16 +33,6 @@ MAX_KL = 0.5
 models less; twice that is a damaged base, or another one."""
 
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
-
-_LEVELS = {
-    WeightFormat.NONE: "none",
-    **dict.fromkeys(
-        (WeightFormat.INT8, WeightFormat.INT8_AFFINE, WeightFormat.MXFP8, WeightFormat.INT5_AFFINE,
-         WeightFormat.INT6_AFFINE),
-        "8bit",
-    ),
-}  # fmt: skip
-"""The portable level that holds no less than a format; all others are 4bit."""
 
 _UNPAGED: Mapping[OptimizerName, OptimizerName] = {"paged_adamw": "adamw", "paged_adamw_8bit": "adamw_8bit"}
 
@@ -130,9 +120,9 @@ def _transferred_quantization(
     sizes = capabilities.block_sizes.get(weight_format, ())
     if weight_format in capabilities.weight_formats and (block is None or block in sizes):
         # Where a format has it, false is a choice like true: left open it would become the default.
-        kept = double if weight_format in DOUBLE_QUANT_FORMATS else None
+        kept = double if record_of(weight_format).double_quant else None
         return {"weight_format": weight_format.value, "block_size": block, "double_quant": kept}, []
-    level = _LEVELS.get(weight_format, "4bit")
+    level = record_of(weight_format).holding_level
     other = capabilities.levels.get(level)
     if other is None:
         raise CheckpointError(

@@ -16,8 +16,9 @@ from qlora_hal.contract.backend import BackendSpec, Quantization
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.demo import model_path
 from qlora_hal.detect.discovery import listed, load_spec
-from qlora_hal.detect.requirements import DOUBLE_QUANT_FORMATS, quantization_of
+from qlora_hal.detect.requirements import quantization_of
 from qlora_hal.errors import StoppedError
+from qlora_hal.formats.catalogue import record_of
 from qlora_hal.hooks import hookimpl
 from qlora_hal.model.source import resolve_model
 from qlora_hal.run.transfer import transferred_config
@@ -36,7 +37,7 @@ def storages(spec: BackendSpec) -> list[Quantization]:
         for weight_format in sorted(known.weight_formats)
         for block_size, double in product(
             known.block_sizes.get(weight_format) or (None,),
-            (True, False) if weight_format in DOUBLE_QUANT_FORMATS else (False,),
+            (True, False) if record_of(weight_format).double_quant else (False,),
         )
     ]
 
@@ -83,7 +84,7 @@ def test_stopped_run_goes_on_with_the_storage_it_began_with(storage: Quantizatio
         "weight_format": "8bit" if storage.weight_format is WeightFormat.INT8 else storage.weight_format.value,
         "block_size": storage.block_size,
     }
-    if storage.weight_format in DOUBLE_QUANT_FORMATS:
+    if record_of(storage.weight_format).double_quant:
         quantization["double_quant"] = storage.double_quant
     changes = {
         "quantization": quantization,

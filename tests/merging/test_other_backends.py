@@ -14,7 +14,7 @@ from trainers import moved_adapter, source_of
 from qlora_hal import merge
 from qlora_hal.adapter import write_adapter
 from qlora_hal.contract.values import AdapterConfig
-from qlora_hal.formats.packed_modules import _codes
+from qlora_hal.formats.mlx_affine import codes_of
 
 MakeTrained = Callable[..., Any]
 
@@ -78,7 +78,7 @@ def test_codes_of_every_width_are_mlxs(bits: int) -> None:
 
     weight = np.random.default_rng(bits).standard_normal((4, 128), dtype=np.float32)
     packed, scales, biases = mx.quantize(mx.array(weight), group_size=64, bits=bits)
-    codes = _codes(np.array(packed), bits).reshape(4, 2, 64)
+    codes = codes_of(np.array(packed), bits).reshape(4, 2, 64)
     ours = codes * np.array(scales)[..., None] + np.array(biases)[..., None]
     expected = np.array(mx.dequantize(packed, scales, biases, group_size=64, bits=bits))
     # One rounding of the product and one of the sum.

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from qlora_hal.errors import ModelError
+from qlora_hal.formats.four_bit import BLOCK_SIZES
+from qlora_hal.formats.nf4_codes import NF4_TABLE, dynamic_table, encode, nest
 from qlora_hal_backends.mlx_lora.nf4 import NestedAbsmax, quantize_nf4
-from qlora_hal_backends.mlx_lora.nf4_codes import BLOCK_SIZES, NF4_TABLE, dynamic_table, encode, nest
 from tests.mlx_nf4.bitsandbytes_nf4 import DTYPES, as_mlx, gaussian, library, quantized, torch
 
 LARGE = (2560, 4096)  # 10.5 million weights

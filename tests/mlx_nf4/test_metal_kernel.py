@@ -14,9 +14,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from qlora_hal.formats.nf4_codes import NF4_TABLE
 from qlora_hal_backends.mlx_lora import nf4_metal
 from qlora_hal_backends.mlx_lora.nf4 import quantize_nf4
-from qlora_hal_backends.mlx_lora.nf4_codes import NF4_TABLE
 from tests.mlx_nf4.bitsandbytes_nf4 import Array, bits
 
 METAL_IN_CPP = r"""

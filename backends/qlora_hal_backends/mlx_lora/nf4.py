@@ -14,8 +14,10 @@ import mlx.core as mx
 import numpy as np
 
 from qlora_hal.errors import ModelError
-from qlora_hal_backends.mlx_lora.nf4_codes import BLOCK_SIZES, NESTED_BLOCK_SIZE, Float32, dynamic_table, encode, nest
+from qlora_hal.formats.four_bit import BLOCK_SIZES
+from qlora_hal.formats.nf4_codes import Float32, dynamic_table, encode, nest
 from qlora_hal_backends.mlx_lora.nf4_metal import decode, kernel_path
+from qlora_hal_oracle.double_quantization import NESTED_BLOCK_SIZE
 
 __all__ = ["BLOCK_SIZES", "NF4Weight", "NestedAbsmax", "kernel_path", "quantize_nf4"]
 

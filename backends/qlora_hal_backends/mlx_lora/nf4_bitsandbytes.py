@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from qlora_hal.errors import ModelError
+from qlora_hal.formats.four_bit import BLOCK_SIZES
+from qlora_hal.formats.nf4_codes import NF4_TABLE, Float32, UInt8
 from qlora_hal_backends.mlx_lora.nf4 import NestedAbsmax, NF4Weight
-from qlora_hal_backends.mlx_lora.nf4_codes import BLOCK_SIZES, NF4_TABLE, Float32, UInt8
 
 Tensors: TypeAlias = "Mapping[str, npt.NDArray[np.generic] | mx.array]"
 

@@ -17,7 +17,7 @@ from typing import cast
 import mlx.core as mx
 import numpy as np
 
-from qlora_hal_backends.mlx_lora.nf4_codes import NF4_TABLE, byte_pairs
+from qlora_hal.formats.nf4_codes import NF4_TABLE, byte_pairs
 
 METAL_LOOKUP = "metal_lookup"
 TABLE_LOOKUP = "table_lookup"

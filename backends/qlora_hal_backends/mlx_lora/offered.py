@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from qlora_hal.contract.capabilities import Capabilities, Feature, WeightFormat
 from qlora_hal.contract.memory_constants import MemoryConstants
+from qlora_hal.formats.four_bit import BLOCK_SIZES
 
 LOSS_CHUNK_ROWS = 1024
 """Rows of hidden states whose logits are made at a time."""
@@ -79,7 +80,6 @@ MLX_FORMATS: Mapping[WeightFormat, MLXFormat] = {
     WeightFormat.MXFP8: MLXFormat("mxfp8", 8, (32,)),
 }
 
-NF4_BLOCK_SIZES = (64, 32, 128, 256, 512, 1024, 2048, 4096)
 """Those of bitsandbytes 0.50, whose bits these are."""
 
 _FEATURES = frozenset(
@@ -128,7 +128,7 @@ CAPABILITIES = Capabilities(
     weight_formats=frozenset({WeightFormat.NONE, WeightFormat.NF4, *MLX_FORMATS}),
     compute_dtypes=frozenset({"bfloat16", "float32"}),
     features=_FEATURES | ({Feature.BITWISE_DETERMINISM} if IS_CPU else set()),
-    block_sizes={WeightFormat.NF4: NF4_BLOCK_SIZES, **{f: known.group_sizes for f, known in MLX_FORMATS.items()}},
+    block_sizes={WeightFormat.NF4: BLOCK_SIZES, **{f: known.group_sizes for f, known in MLX_FORMATS.items()}},
     levels={"none": WeightFormat.NONE, "8bit": WeightFormat.INT8_AFFINE, "4bit": WeightFormat.INT4_AFFINE},
 )
 MEMORY = MemoryConstants(

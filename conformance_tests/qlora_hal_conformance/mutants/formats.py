@@ -7,6 +7,8 @@ from dataclasses import replace
 import numpy as np
 
 from qlora_hal.contract.backend import Quantization
+from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal.formats.catalogue import record_of
 from qlora_hal_conformance.reference_backend.storage import (
     BlockwiseFourBit,
     Plain,
@@ -67,6 +69,12 @@ def block_size_ignored(weight: AnyFloat, quantization: Quantization) -> Stored:
     return pack(weight, replace(quantization, block_size=quantization.block_size and 64))
 
 
+def default_block_of_another_format(weight: AnyFloat, quantization: Quantization) -> Stored:
+    is_default = quantization.block_size == record_of(quantization.weight_format).default_block
+    other = record_of(WeightFormat.INT4_GPTQ).default_block
+    return pack(weight, replace(quantization, block_size=other) if is_default else quantization)
+
+
 def double_quant_ignored(weight: AnyFloat, quantization: Quantization) -> Stored:
     return pack(weight, replace(quantization, double_quant=False))
 
@@ -120,6 +128,12 @@ MUTANTS = (
         ("20",),
         with_rooms(pack=block_size_ignored),
         recreates="bitsandbytes#1873",
+    ),
+    Mutant(
+        "default_block_of_another_format",
+        "Quantizes in GPTQ's default blocks of 128 where the format's own default, 64, is asked for.",
+        ("20",),
+        with_rooms(pack=default_block_of_another_format),
     ),
     Mutant(
         "double_quant_declared_but_ignored",

@@ -12,12 +12,14 @@ from qlora_hal.contract.backend import Quantization
 from qlora_hal.contract.values import LinearShape
 from qlora_hal.errors import ModelError
 from qlora_hal.files.safetensors_file import Array, read_arrays
+from qlora_hal.formats.catalogue import record_of
+from qlora_hal.formats.record import FormatRecord
 from qlora_hal.model.source import ModelSource
 from qlora_hal_oracle import FourBitFormat, FourBitLayout, FourBitWeight, LlamaShape, QuantizedAbsmax
 from qlora_hal_oracle.arrays import Float64
 
 from .rounding import Round
-from .storage import BlockwiseFourBit, RowwiseInt8, Stored
+from .storage import BlockwiseFourBit, Coded, RowwiseInt8, Stored
 
 Pack = Callable[[Array, Quantization], Stored]
 Unpack = Callable[[Stored], Float64]
@@ -42,11 +44,12 @@ def load_base(
     tensors: dict[str, Array] = {}
     for file in sorted({facts.file for facts in source.facts.tensors.values()}):
         tensors.update(read_arrays(source.path / file).arrays)
-    linear_modules = dict(source.facts.linear_modules)
+    linear_modules, packed = dict(source.facts.linear_modules), source.facts.prequantized
+    record = record_of(packed.weight_format) if packed is not None else None
     weights: dict[str, Float64] = {}
     for module in linear_modules:
-        if f"{module}.weight" in tensors:
-            stored = _take_packed(tensors, module) or pack(tensors.pop(f"{module}.weight"), quantization)
+        if any(module + suffix in tensors for suffix in _weight_suffixes(record)):
+            stored = _take_packed(tensors, module, record) or pack(tensors.pop(f"{module}.weight"), quantization)
             weights[f"{module}.weight"] = rounded(unpack(stored))
     weights |= {name: rounded(tensor.astype(np.float64)) for name, tensor in tensors.items() if _is_weight(name)}
     shape = _shape(source)
@@ -54,8 +57,13 @@ def load_base(
     return LoadedBase(shape, weights, linear_modules)
 
 
-def _take_packed(tensors: dict[str, Array], module: str) -> Stored | None:
-    """What bitsandbytes stored of a module, taken out of `tensors`; None for an ordinary weight."""
+def _weight_suffixes(record: FormatRecord | None) -> set[str]:
+    layout = record.layout if record is not None else None
+    return {".weight"} if layout is None else {".weight", layout.weight}
+
+
+def _take_packed(tensors: dict[str, Array], module: str, record: FormatRecord | None) -> Stored | None:
+    """What is stored of a packed module, taken out of `tensors`; None for an ordinary weight."""
     parts = {name.removeprefix(f"{module}."): name for name in tensors if name.startswith(f"{module}.weight.")}
     described = next((part for part in parts if "quant_state.bitsandbytes__" in part), None)
     if described is not None:
@@ -64,7 +72,11 @@ def _take_packed(tensors: dict[str, Array], module: str) -> Stored | None:
     if f"{module}.SCB" in tensors:
         tensors.pop(f"{module}.weight_format", None)
         return RowwiseInt8(tensors.pop(f"{module}.weight").view(np.int8), tensors.pop(f"{module}.SCB"))
-    return None
+    layout = record.layout if record is not None else None
+    if record is None or layout is None or module + layout.marks[0] not in tensors:
+        return None
+    suffixes = [suffix for suffix in layout.suffixes if module + suffix in tensors]
+    return Coded({suffix: tensors.pop(module + suffix) for suffix in suffixes}, record.codec)
 
 
 def _four_bit(packed: Array, state: Mapping[str, object], arrays: Mapping[str, Array]) -> BlockwiseFourBit:

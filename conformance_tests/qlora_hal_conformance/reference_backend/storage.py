@@ -8,10 +8,13 @@ import numpy as np
 
 from qlora_hal.contract.backend import Quantization
 from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal.formats.catalogue import record_of
 from qlora_hal_oracle import (
+    Codec,
     FourBitFormat,
     FourBitWeight,
     QuantizedAbsmax,
+    StoredTensors,
     dequantize_absmax,
     dequantize_four_bit,
     dequantize_int8_rows,
@@ -45,7 +48,15 @@ class BlockwiseFourBit:
     nested: QuantizedAbsmax | None = None
 
 
-Stored = Plain | RowwiseInt8 | BlockwiseFourBit
+@dataclass(frozen=True, slots=True, eq=False)
+class Coded:
+    """Any other format, as its record's codec stores it: tensors by what follows the module's path."""
+
+    tensors: StoredTensors
+    codec: Codec
+
+
+Stored = Plain | RowwiseInt8 | BlockwiseFourBit | Coded
 
 
 def pack(weight: AnyFloat, quantization: Quantization) -> Stored:
@@ -55,12 +66,15 @@ def pack(weight: AnyFloat, quantization: Quantization) -> Stored:
             return Plain(np.asarray(weight, dtype=np.float64))
         case WeightFormat.INT8:
             return RowwiseInt8(*quantize_int8_rows(weight))
-        case four_bit:
+        case WeightFormat.NF4 | WeightFormat.FP4 as four_bit:
             assert quantization.block_size is not None, "refused before a weight is read"
             packed = quantize_four_bit(
                 weight, weight_format=FourBitFormat(four_bit.value), block_size=quantization.block_size
             )
             return BlockwiseFourBit(packed, quantize_absmax(packed.absmax) if quantization.double_quant else None)
+        case other:
+            codec = record_of(other).codec
+            return Coded(codec.quantize(weight, quantization.block_size, quantization.double_quant), codec)
 
 
 def unpack(stored: Stored) -> Float64:
@@ -72,6 +86,8 @@ def unpack(stored: Stored) -> Float64:
             return dequantize_int8_rows(codes, absmax)
         case BlockwiseFourBit(packed, nested):
             return dequantize_four_bit(packed.packed, absmax_of(packed, nested), packed.layout)
+        case Coded(tensors, codec):
+            return codec.dequantize(tensors)
 
 
 def absmax_of(packed: FourBitWeight, nested: QuantizedAbsmax | None) -> Float32 | Float64:

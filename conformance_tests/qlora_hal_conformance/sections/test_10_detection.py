@@ -6,6 +6,7 @@ import re
 
 from qlora_hal.contract.backend import CONTRACT_VERSION, Availability
 from qlora_hal.contract.capabilities import Feature, WeightFormat
+from qlora_hal.formats.catalogue import wrong_claims
 from qlora_hal_conformance.judging import Judge
 from qlora_hal_conformance.looking import look_in_child
 from qlora_hal_conformance.parameters import DTYPES
@@ -79,6 +80,8 @@ def test_capabilities_are_sane(subject: Subject) -> None:
     for weight_format, sizes in claimed.block_sizes.items():
         assert sizes, f"{weight_format.value} has no block size"
         assert all(type(size) is int and size > 0 for size in sizes), f"{weight_format.value}: {sizes}"
+    wrong = wrong_claims(claimed)
+    assert not wrong, "; ".join(wrong)
     can_load = {Feature.QUANTIZE_ON_LOAD, Feature.LOAD_PREQUANTIZED} & claimed.features
     assert can_load or claimed.weight_formats == {WeightFormat.NONE}, "quantized formats, but no way to load any"
 

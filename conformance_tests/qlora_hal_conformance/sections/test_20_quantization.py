@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -9,19 +10,15 @@ import pytest
 
 from qlora_hal.contract.backend import Compute, Quantization
 from qlora_hal.contract.capabilities import Feature, WeightFormat
+from qlora_hal.formats.catalogue import record_of
+from qlora_hal.formats.record import FormatRecord
 from qlora_hal.model.source import ModelSource
 from qlora_hal_conformance.comparing import must_refuse, unless_refused
 from qlora_hal_conformance.judging import Judge
-from qlora_hal_conformance.opening import GPTQ_GROUP, Opened, Opener
-from qlora_hal_conformance.parameters import (
-    AFFINE_FORMATS,
-    FOUR_BIT_FORMATS,
-    GROUPED_FORMATS,
-    each_block_size,
-    each_format,
-)
+from qlora_hal_conformance.opening import Opened, Opener
+from qlora_hal_conformance.parameters import FORMATS, FOUR_BIT_FORMATS, each_block_size, each_format
+from qlora_hal_conformance.subject import Subject
 from qlora_hal_conformance.tolerances import (
-    GRID_LEVELS,
     Bound,
     codebook_distance,
     decoded_exactly,
@@ -34,15 +31,11 @@ from qlora_hal_oracle import (
     FourBitFormat,
     FourBitLayout,
     FourBitWeight,
-    MicroscalingFormat,
-    MicroscalingWeight,
-    MlxAffineWeight,
+    GptqCodec,
+    MicroscalingCodec,
+    MlxAffineCodec,
     ZeroPointConvention,
     absmax_error_bound,
-    four_bit_error_bound,
-    int8_error_bound,
-    microscaling_error_bound,
-    mlx_affine_error_bound,
     quantize_absmax,
     quantize_four_bit,
     quantize_microscaling,
@@ -51,17 +44,10 @@ from qlora_hal_oracle import (
 )
 from qlora_hal_oracle.arrays import Float32, Float64
 from qlora_hal_oracle.codebooks import FOUR_BIT_CODEBOOKS
-from qlora_hal_oracle.random_models import (
-    AFFINE_BITS,
-    MICROSCALING_FORMATS,
-    GptqKind,
-    linear_shapes,
-    write_model,
-    write_quantized,
-)
+from qlora_hal_oracle.random_models import linear_shapes, write_model, write_quantized
 
 WRONG_BLOCK_SIZE = 48
-"""No library has it."""
+"""No format here has it."""
 
 PREQUANTIZED = (
     (WeightFormat.NF4, 64, False),
@@ -122,12 +108,13 @@ def test_blocks_have_the_size_that_was_asked_for(
     ready = opened(weight_format=weight_format, block_size=size)
     for module in linear_shapes(ready.model.shape):
         weight, decoded = _weight(module, ready), ready.trainer.dequantized_weight(module).astype(np.float64)
-        if weight_format in AFFINE_FORMATS:
-            _judge_affine_grid(module, ready, weight, decoded, judging)
-        elif weight_format in MICROSCALING_FORMATS:
-            _judge_microscaling_grid(module, ready, decoded, judging)
-        else:
-            _judge_four_bit_grid(module, ready, weight, decoded, judging)
+        match record_of(weight_format).codec:
+            case MlxAffineCodec() as codec:
+                _judge_affine_grid(module, ready, codec, decoded, judging)
+            case MicroscalingCodec() as codec:
+                _judge_microscaling_grid(module, ready, codec, decoded, judging)
+            case _:
+                _judge_four_bit_grid(module, ready, weight, decoded, judging)
 
 
 @pytest.mark.needs(Feature.DOUBLE_QUANT)
@@ -159,11 +146,7 @@ def test_quantized_checkpoint_is_taken_as_it_is(
     weight_format: WeightFormat, size: int | None, double: bool, opened: Opener, judging: Judge
 ) -> None:
     """The weights are those that the stored codes decode to, not those of a second quantization."""
-    ready = opened(weight_format=weight_format, block_size=size, double_quant=double, prequantized=True)
-    assert ready.model.stored is not None
-    for module, expected in ready.model.stored.items():
-        found = ready.trainer.dequantized_weight(module)
-        judging.within(module, found, expected, decoded_exactly(expected, ready.dtype))
+    _judge_stored(opened(weight_format=weight_format, block_size=size, double_quant=double, prequantized=True), judging)
 
 
 @pytest.mark.needs(Feature.LOAD_PREQUANTIZED)
@@ -171,24 +154,21 @@ def test_quantized_checkpoint_is_taken_as_it_is(
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(GptqKind(convention=ZeroPointConvention.V2), id="v2"),
-        pytest.param(GptqKind(symmetric=False, convention=ZeroPointConvention.V2), id="v2-asymmetric"),
-        pytest.param(GptqKind(act_order=True), id="v1-act_order"),
-        pytest.param(GptqKind(False, True, ZeroPointConvention.V2), id="v2-asymmetric-act_order"),
+        pytest.param(GptqCodec(convention=ZeroPointConvention.V2), id="v2"),
+        pytest.param(GptqCodec(symmetric=False, convention=ZeroPointConvention.V2), id="v2-asymmetric"),
+        pytest.param(GptqCodec(act_order=True), id="v1-act_order"),
+        pytest.param(GptqCodec(False, True, ZeroPointConvention.V2), id="v2-asymmetric-act_order"),
     ],
 )
-def test_gptq_checkpoint_is_read_in_its_own_convention(kind: GptqKind, opened: Opener, judging: Judge) -> None:
+def test_gptq_checkpoint_is_read_in_its_own_convention(kind: GptqCodec, opened: Opener, judging: Judge) -> None:
     """Zero points as they are or less one, one for each group or one for all, groups in order or scattered by g_idx:
     read by another rule, each gives weights of the right size that are wrong."""
     shape, tensors = opened.models.drawn("main")
     storage = Quantization(WeightFormat.INT4_GPTQ, opened.default_block(WeightFormat.INT4_GPTQ))
     name = f"gptq-{kind.convention.value}-{kind.symmetric}-{kind.act_order}"
-    model = write_quantized(opened.models.folder / name, shape, tensors, storage, gptq=kind)
+    model = write_quantized(opened.models.folder / name, shape, tensors, storage, codec=kind)
     ready = opened(model, weight_format=storage.weight_format, block_size=storage.block_size, prequantized=True)
-    assert model.stored is not None
-    for module, expected in model.stored.items():
-        found = ready.trainer.dequantized_weight(module)
-        judging.within(module, found, expected, decoded_exactly(expected, ready.dtype))
+    _judge_stored(ready, judging)
 
 
 @pytest.mark.needs(Feature.QUANTIZE_ON_LOAD)
@@ -221,7 +201,7 @@ def test_weights_of_zero_stay_zero(weight_format: WeightFormat, opened: Opener, 
 def test_rows_without_a_whole_number_of_blocks(weight_format: WeightFormat, opened: Opener, judging: Judge) -> None:
     """Blocks run over the ends of rows in NF4 and FP4, and the last may be short; a format whose groups lie within
     rows may refuse such a model, by our error."""
-    if weight_format not in GROUPED_FORMATS:
+    if not record_of(weight_format).within_rows:
         ready: Opened | None = opened("uneven", weight_format=weight_format)
     else:
         # Not packed by the oracle: its codecs refuse such rows themselves.
@@ -235,11 +215,33 @@ def test_rows_without_a_whole_number_of_blocks(weight_format: WeightFormat, open
         _judge_format_error(module, ready, judging)
 
 
+def test_format_of_another_distribution_is_its_codec(opened: Opener, judging: Judge) -> None:
+    """Every declared format that this distribution does not have is judged by the codec of its record: quantized while
+    loading, within the codec's bound in each declared block size; stored already, exactly what the codec decodes."""
+    for weight_format, size, double in _storages_of_others(opened.subject):
+        of_format = partial(opened, weight_format=weight_format, block_size=size, double_quant=double)
+        if opened.subject.declares(Feature.QUANTIZE_ON_LOAD):
+            ready = of_format(prequantized=False)
+            for module in linear_shapes(ready.model.shape):
+                _judge_format_error(module, ready, judging)
+                assert not np.array_equal(ready.trainer.dequantized_weight(module), _weight(module, ready)), module
+        if opened.subject.declares(Feature.LOAD_PREQUANTIZED):
+            _judge_stored(of_format(prequantized=True), judging)
+
+
+def _storages_of_others(subject: Subject) -> Iterator[tuple[WeightFormat, int | None, bool]]:
+    capabilities = subject.capabilities
+    for weight_format in sorted(capabilities.weight_formats - set(FORMATS)):
+        can_double = record_of(weight_format).double_quant and subject.declares(Feature.DOUBLE_QUANT)
+        for size in capabilities.block_sizes.get(weight_format, (None,)):
+            yield from ((weight_format, size, double) for double in ((False, True) if can_double else (False,)))
+
+
 def test_unknown_block_size_is_refused(opened: Opener) -> None:
     """For every declared format with blocks: 48 is nobody's block size, and must not become another one silently."""
     model = opened.models.plain("main")
-    declared = opened.subject.capabilities.weight_formats
-    for weight_format in sorted(declared - {WeightFormat.NONE, WeightFormat.INT8}, key=lambda f: f.value):
+    sizes = {f: record_of(f).block_sizes for f in opened.subject.capabilities.weight_formats}
+    for weight_format in sorted(f for f, known in sizes.items() if known and WRONG_BLOCK_SIZE not in known):
         quantization = Quantization(weight_format, WRONG_BLOCK_SIZE)
         compute = Compute(opened.subject.main_dtype)  # type: ignore[arg-type]
         load = partial(opened.trainer().load, ModelSource.in_folder(model.folder), quantization, compute)
@@ -254,30 +256,25 @@ def test_same_weights_are_stored_the_same_way_twice(opened: Opener) -> None:
 
 
 # the formats ----------------------------------------------------------------------------------------------------------
+def _judge_stored(ready: Opened, judging: Judge) -> None:
+    assert ready.model.stored is not None
+    for module, expected in ready.model.stored.items():
+        found = ready.trainer.dequantized_weight(module)
+        judging.within(module, found, expected, decoded_exactly(expected, ready.dtype))
+
+
 def _judge_format_error(module: str, ready: Opened, judging: Judge) -> None:
-    weight, decoded = _weight(module, ready), ready.trainer.dequantized_weight(module)
-    if ready.quantization.weight_format is WeightFormat.INT4_GPTQ:
-        _judge_gptq(module, ready, weight, decoded, judging)
+    weight, decoded, record = _weight(module, ready), ready.trainer.dequantized_weight(module), _record(ready)
+    if record.calibrated:
+        _judge_calibrated(module, ready, weight, decoded, judging)
         return
-    judging.within(module, decoded, weight, format_error(_codec_bound(module, ready), weight, ready.dtype))
+    bound = record.codec.error_bound(weight, ready.quantization.block_size, ready.quantization.double_quant)
+    assert bound is not None, f"{record.name} is not calibrated, and its codec has no bound"
+    judging.within(module, decoded, weight, format_error(bound, weight, ready.dtype))
 
 
-def _codec_bound(module: str, ready: Opened) -> Float64:
-    """The bound of the format alone, as the codec proves it for this very weight."""
-    weight, quantization = _weight(module, ready), ready.quantization
-    match quantization.weight_format:
-        case WeightFormat.NONE:
-            return np.zeros(weight.shape)
-        case WeightFormat.INT8:
-            return int8_error_bound(weight, np.abs(weight).max(axis=1))
-        case WeightFormat.NF4 | WeightFormat.FP4:
-            stored = _four_bit(module, ready)
-            nested = _absmax_bound(stored.absmax) if quantization.double_quant else 0.0
-            return four_bit_error_bound(stored.absmax, stored.layout, absmax_error=nested)
-        case mlx_format if mlx_format in MICROSCALING_FORMATS:
-            return microscaling_error_bound(_microscaling(module, ready), weight)
-        case _:
-            return mlx_affine_error_bound(_affine(module, ready))
+def _record(ready: Opened) -> FormatRecord:
+    return record_of(ready.quantization.weight_format)
 
 
 def _weight(module: str, ready: Opened) -> Float32:
@@ -292,15 +289,6 @@ def _four_bit(module: str, ready: Opened) -> FourBitWeight:
     kind = FourBitFormat(ready.quantization.weight_format.value)
     size = ready.quantization.block_size or 0
     return quantize_four_bit(_weight(module, ready), weight_format=kind, block_size=size)
-
-
-def _affine(module: str, ready: Opened) -> MlxAffineWeight:
-    bits = AFFINE_BITS[ready.quantization.weight_format]
-    return quantize_mlx_affine(_weight(module, ready), bits=bits, group_size=ready.quantization.block_size or 0)
-
-
-def _microscaling(module: str, ready: Opened) -> MicroscalingWeight:
-    return quantize_microscaling(_weight(module, ready), MicroscalingFormat(ready.quantization.weight_format.value))
 
 
 def _absmax_bound(absmax: Float32) -> Float64:
@@ -325,8 +313,9 @@ def _per_value(absmax: Float32, layout: FourBitLayout) -> Float64:
     return spread[: layout.count].reshape(layout.shape)
 
 
-def _judge_affine_grid(module: str, ready: Opened, weight: Float32, decoded: Float64, judging: Judge) -> None:
-    stored = _affine(module, ready)
+def _judge_affine_grid(module: str, ready: Opened, codec: MlxAffineCodec, decoded: Float64, judging: Judge) -> None:
+    size = ready.quantization.block_size or 0
+    stored = quantize_mlx_affine(_weight(module, ready), bits=codec.bits, group_size=size)
     scale, bias = (np.repeat(v.astype(np.float64), stored.group_size, axis=1) for v in (stored.scales, stored.biases))
     codes = (decoded - bias) / scale
     spacing = grid_spacing(np.ones_like(codes), ready.dtype)
@@ -334,9 +323,11 @@ def _judge_affine_grid(module: str, ready: Opened, weight: Float32, decoded: Flo
     _judge_format_error(module, ready, judging)
 
 
-def _judge_microscaling_grid(module: str, ready: Opened, decoded: Float64, judging: Judge) -> None:
+def _judge_microscaling_grid(
+    module: str, ready: Opened, codec: MicroscalingCodec, decoded: Float64, judging: Judge
+) -> None:
     """Every decoded weight is an element of the format times the scale of its own group."""
-    stored = _microscaling(module, ready)
+    stored = quantize_microscaling(_weight(module, ready), codec.kind)
     elements = stored.weight_format.elements
     elements = elements[~np.isnan(elements)]
     ratios = decoded / np.repeat(stored.scales, stored.weight_format.group_size, axis=1)
@@ -345,13 +336,14 @@ def _judge_microscaling_grid(module: str, ready: Opened, decoded: Float64, judgi
     _judge_format_error(module, ready, judging)
 
 
-def _judge_gptq(module: str, ready: Opened, weight: Float32, decoded: Float32, judging: Judge) -> None:
-    """Which code the solver picks is its own affair; that each group has at most 16 evenly spaced levels, and that the
-    whole is no further from the weights than one step in the mean, is not."""
-    size = ready.quantization.block_size or GPTQ_GROUP
+def _judge_calibrated(module: str, ready: Opened, weight: Float32, decoded: Float32, judging: Judge) -> None:
+    """Which code the solver picks is its own affair; that each group has no more levels than there are codes, and that
+    the whole is no further from the weights than one step in the mean, is not."""
+    size = ready.quantization.block_size or weight.shape[1]
+    codes = 2 ** _record(ready).bits
     for start in range(0, weight.shape[1], size):
         group, original = decoded[:, start : start + size].astype(np.float64), weight[:, start : start + size]
         error = np.sqrt(((group - original) ** 2).mean(axis=1))
         judging.within(f"mean error of {module}", error, np.zeros_like(error), solver_error(original))
         levels = max(len(np.unique(row)) for row in group)
-        assert levels <= GRID_LEVELS, f"{module} has {levels} levels in a group of 4-bit codes"
+        assert levels <= codes, f"{module} has {levels} levels in a group of {codes} codes"

@@ -7,6 +7,7 @@ import pytest
 
 from qlora_hal.contract.capabilities import Feature, WeightFormat
 from qlora_hal.contract.values import Adapter
+from qlora_hal.formats.catalogue import record_of
 from qlora_hal_conformance.comparing import judge_logits
 from qlora_hal_conformance.drawing import (
     at_real_tokens,
@@ -22,7 +23,7 @@ from qlora_hal_conformance.drawing import (
 )
 from qlora_hal_conformance.judging import Judge
 from qlora_hal_conformance.opening import Opened, Opener
-from qlora_hal_conformance.parameters import GROUPED_FORMATS, OracleOf, each_format_and_dtype
+from qlora_hal_conformance.parameters import OracleOf, each_format_and_dtype
 from qlora_hal_conformance.tolerances import logits_bound, loss_bound
 from qlora_hal_oracle import OracleTrainer
 from qlora_hal_oracle.random_models import FIRST_ORDINARY_TOKEN, SHAPES, draw_tensors, linear_shapes
@@ -62,7 +63,7 @@ def test_widths_that_blocks_do_not_divide(
     """The product sees the weights that `dequantized_weight` shows. In a format with groups, the unquantized model."""
     shape, _ = opened.models.drawn("uneven")
     chosen = opened.subject.main_format
-    grouped = chosen in GROUPED_FORMATS
+    grouped = record_of(chosen).within_rows
     if grouped and not opened.subject.declares(WeightFormat.NONE):
         shape, _ = opened.models.drawn("main")
         ready = opened(adapter=draw_adapter(seeded, shape))

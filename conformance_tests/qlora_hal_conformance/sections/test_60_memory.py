@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qlora_hal.contract.capabilities import Feature, WeightFormat
+from qlora_hal.contract.capabilities import Feature
 from qlora_hal.contract.memory_constants import MemoryQuery
+from qlora_hal.formats.catalogue import record_of
 from qlora_hal.memory.estimate import estimate
 from qlora_hal.model.source import ModelSource
 from qlora_hal_conformance.drawing import draw_adapter, draw_batch
@@ -31,7 +32,6 @@ WIDE_SHAPE = replace(
 SIZES = ((1, 16), (8, 128))
 """Wide and long enough that activations are many times what an allocator rounds up: 1024 tokens in 6 layers keep some
 120 MB in float32, 40 MB with checkpointing."""
-BITS = {WeightFormat.NONE: 16, WeightFormat.INT8: 8, WeightFormat.INT8_AFFINE: 8}
 
 
 @pytest.mark.needs(Feature.PEAK_MEMORY)
@@ -44,7 +44,7 @@ def test_peak_holds_at_least_the_base(opened: Opener, seeded: np.random.Generato
     after = ready.trainer.peak_memory_bytes()
     assert after >= before, f"the peak fell from {before} to {after} bytes"
     count = sum(linear.parameters for linear in linear_shapes(shape).values())
-    stored = count * BITS.get(ready.quantization.weight_format, 4) // 8
+    stored = count * record_of(ready.quantization.weight_format).bits // 8
     judging.at_most("bytes of packed weights", stored, Bound(after, "the reported peak"))
 
 

@@ -1,4 +1,5 @@
-"""NF4 as bitsandbytes stores it, computed in numpy: the same codes and absmax values on every machine, bit for bit.
+"""NF4 as bitsandbytes stores it, encoded in numpy and fast enough for whole models: the same codes and absmax values on
+every machine, bit for bit. The oracle's codec is what they are judged by (`tests/mlx_nf4`).
 
 The weight is flattened row by row and cut into blocks; each block is divided by its largest magnitude (absmax) and each
 quotient becomes the index of its nearest table entry (QLoRA, arXiv:2305.14314, section 3). With double quantization the
@@ -18,22 +19,13 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
+from qlora_hal_oracle.codebooks import NF4, dynamic_8bit
+from qlora_hal_oracle.double_quantization import NESTED_BLOCK_SIZE
+
 UInt8 = npt.NDArray[np.uint8]
 Float32 = npt.NDArray[np.float32]
 
-BLOCK_SIZES = (64, 32, 128, 256, 512, 1024, 2048, 4096)
-"""Those of bitsandbytes; the first is the default."""
-NESTED_BLOCK_SIZE = 256
-
-NF4_TABLE: Float32 = np.array(
-    [
-        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-    ],
-    dtype=np.float32,
-)  # fmt: skip
+NF4_TABLE: Float32 = NF4.copy()
 NF4_TABLE.flags.writeable = False
 
 _MIDPOINTS = (NF4_TABLE[:-1] + NF4_TABLE[1:]) / np.float32(2.0)
@@ -138,26 +130,10 @@ def _per_block(nested: Float32, count: int) -> Float32:
 @cache
 def dynamic_table() -> Float32:
     """The signed 8-bit dynamic table, 256 ascending float32 (Dettmers 2015, arXiv:1511.04561, as bitsandbytes has it).
-
-    For each power of ten from 1e-6 to 1 it holds the centres of 1, 2, 4, ... 64 equal parts of [0.1, 1] in both signs;
-    then 0 and 1. Judge a stored checkpoint by the table it brings along.
-    """
-    entries = [0.0, 1.0]
-    for doublings in range(7):
-        edges = _linspace(2**doublings + 1)
-        centres = (edges[:-1] + edges[1:]) / np.float32(2.0) * np.float32(10.0 ** (doublings - 6))
-        entries += [*centres, *-centres]
-    table = np.sort(np.array(entries, dtype=np.float32))
+    Judge a stored checkpoint by the table it brings along."""
+    table = dynamic_8bit()
     table.flags.writeable = False
     return table
-
-
-def _linspace(count: int) -> Float32:
-    """`torch.linspace(0.1, 1, count)`: from the start in the first half, from the end in the second, one rounding."""
-    step = float((np.float32(1.0) - np.float32(0.1)) / np.float32(count - 1))
-    rank = np.arange(count)
-    rising = float(np.float32(0.1)) + step * rank
-    return np.where(rank < count // 2, rising, 1.0 - step * rank[::-1]).astype(np.float32)
 
 
 def byte_pairs() -> Float32:
