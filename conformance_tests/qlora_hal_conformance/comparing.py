@@ -7,9 +7,9 @@ from typing import TypeVar
 
 from qlora_hal.contract.values import Batch, Float32
 from qlora_hal.errors import QloraHalError
-from qlora_hal_conformance.drawing import at_real_tokens
-from qlora_hal_conformance.judging import Judge
-from qlora_hal_conformance.opening import Opened
+from qlora_hal_conformance.assertions import Judge
+from qlora_hal_conformance.fixtures import Opened
+from qlora_hal_conformance.random_inputs import at_real_tokens
 from qlora_hal_conformance.tolerances import gradient_bounds, logits_bound
 from qlora_hal_conformance.verdicts import described
 from qlora_hal_oracle import OracleTrainer

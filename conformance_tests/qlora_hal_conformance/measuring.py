@@ -19,7 +19,7 @@ from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.values import Batch, StepSettings
 from qlora_hal.model.facts import read_facts
 from qlora_hal.model.source import ModelSource
-from qlora_hal_conformance.drawing import draw_adapter, stream
+from qlora_hal_conformance.random_inputs import draw_adapter, stream
 from qlora_hal_conformance.subject import Reference, import_subject
 from qlora_hal_oracle import LlamaShape
 

@@ -9,7 +9,7 @@ from _pytest.mark.structures import ParameterSet
 
 from qlora_hal.contract.capabilities import Feature, WeightFormat
 from qlora_hal.formats.catalogue import BUILT_IN
-from qlora_hal_conformance.opening import Opened
+from qlora_hal_conformance.fixtures import Opened
 from qlora_hal_oracle import FourBitCodec, OracleTrainer
 
 OracleOf = Callable[[Opened], OracleTrainer]

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 from qlora_hal.contract.backend import QuantizedLoRATrainer
+from qlora_hal_conformance.assertions import Judge
 from qlora_hal_conformance.catalogue import case_id
-from qlora_hal_conformance.drawing import stream
+from qlora_hal_conformance.fixtures import Models, Opened, Opener
 from qlora_hal_conformance.journal import Journal, result_as_json
-from qlora_hal_conformance.judging import Judge
-from qlora_hal_conformance.opening import Models, Opened, Opener
+from qlora_hal_conformance.random_inputs import stream
 from qlora_hal_conformance.request import Request, read_request
 from qlora_hal_conformance.subject import Need, Subject, import_subject, probe_record, spec_record
 from qlora_hal_conformance.verdicts import CaseResult, Claim, Phase, judge

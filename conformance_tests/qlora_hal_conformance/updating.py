@@ -8,8 +8,8 @@ from dataclasses import asdict
 import numpy as np
 
 from qlora_hal.contract.values import Batch, OptimizerSnapshot, StepStats
-from qlora_hal_conformance.judging import Judge
-from qlora_hal_conformance.opening import Opened, oracle_step
+from qlora_hal_conformance.assertions import Judge
+from qlora_hal_conformance.fixtures import Opened, oracle_step
 from qlora_hal_conformance.tolerances import UpdateSettings, gradient_bounds, loss_bound, norm_bound, update_bounds
 from qlora_hal_oracle import OracleTrainer
 

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from qlora_hal.errors import UnsupportedFeatureError
-from qlora_hal_conformance.judging import Judge
+from qlora_hal_conformance.assertions import Judge
 from qlora_hal_conformance.tolerances import EXACT, Bound
 from qlora_hal_conformance.verdicts import Claim, Measure, Phase, Verdict, judge
 

@@ -15,8 +15,8 @@ from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.values import Adapter, Batch, OptimizerSnapshot, StepSettings
 from qlora_hal.detect.discovery import find, listed, load_spec, open_trainer
 from qlora_hal.model.source import ModelSource
-from qlora_hal_conformance.drawing import draw_adapter, draw_window, stream, total_tokens, with_zero
-from qlora_hal_conformance.opening import Models, oracle_step
+from qlora_hal_conformance.fixtures import Models, oracle_step
+from qlora_hal_conformance.random_inputs import draw_adapter, draw_window, stream, total_tokens, with_zero
 from qlora_hal_conformance.tolerances import LOSS_CURVE_RUNS, loss_curve_bound
 from qlora_hal_oracle import UNIT_ROUNDOFF, LoraScale, OracleTrainer, loss_curve_envelope
 from qlora_hal_oracle.arithmetic import Arithmetic

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from qlora_hal_conformance.mutants.__main__ import main
-from qlora_hal_conformance.mutants.hunting import failures_of_the_honest, hunt
 from qlora_hal_conformance.mutants.population import BY_NAME, MUTANTS
+from qlora_hal_conformance.mutants.run_mutants import failures_of_the_honest, hunt
 from qlora_hal_conformance.mutants.table import rows_of_registry
 
 SEED = 20261121

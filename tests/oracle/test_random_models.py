@@ -11,8 +11,8 @@ from qlora_hal.contract.backend import Quantization
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.files.safetensors_file import read_arrays
 from qlora_hal.model.source import ModelSource
-from qlora_hal_conformance.drawing import draw_batch, packed, rows_of, stream
-from qlora_hal_conformance.opening import Models
+from qlora_hal_conformance.fixtures import Models
+from qlora_hal_conformance.random_inputs import draw_batch, packed, rows_of, stream
 from qlora_hal_oracle import LlamaShape
 from qlora_hal_oracle.random_models import SHAPES, UNEVEN_SHAPE, draw_tensors, linear_shapes, write_model
 

@@ -8,8 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from .hunting import Hunt, failures_of_the_honest, hunt_all
 from .population import BY_NAME, MUTANTS
+from .run_mutants import Hunt, failures_of_the_honest, hunt_all
 from .table import write_table
 
 CAUGHT_ALL, LET_ONE_THROUGH, USAGE = 0, 20, 2

@@ -10,7 +10,7 @@ import numpy as np
 from qlora_hal.contract.backend import Compute, Quantization
 from qlora_hal.contract.values import Batch, Float32, PendingStep, StepSettings
 from qlora_hal.model.source import ModelSource
-from qlora_hal_conformance.drawing import stream
+from qlora_hal_conformance.random_inputs import stream
 from qlora_hal_conformance.reference_backend.trainer import ReferenceTrainer
 from qlora_hal_oracle import LlamaShape
 from qlora_hal_oracle.random_models import SHAPES, UNEVEN_SHAPE, draw_tensors

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .hunting import Hunt
 from .registry import Mutant
+from .run_mutants import Hunt
 
 HEADING = """# Mutants
 

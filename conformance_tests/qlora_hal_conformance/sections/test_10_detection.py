@@ -7,9 +7,9 @@ import re
 from qlora_hal.contract.backend import CONTRACT_VERSION, Availability
 from qlora_hal.contract.capabilities import Feature, WeightFormat
 from qlora_hal.formats.catalogue import wrong_claims
-from qlora_hal_conformance.judging import Judge
-from qlora_hal_conformance.looking import look_in_child
+from qlora_hal_conformance.assertions import Judge
 from qlora_hal_conformance.parameters import DTYPES
+from qlora_hal_conformance.probe_in_child import look_in_child
 from qlora_hal_conformance.request import Request
 from qlora_hal_conformance.subject import Subject
 from qlora_hal_conformance.tolerances import probe_time

@@ -13,8 +13,8 @@ from qlora_hal.contract.capabilities import Feature
 from qlora_hal.contract.values import Adapter, Batch, LossSum, StepSettings, StepStats
 from qlora_hal.model.source import ModelSource
 from qlora_hal_conformance.comparing import must_refuse
-from qlora_hal_conformance.drawing import draw_adapter, draw_batch, draw_window, total_tokens, with_field
-from qlora_hal_conformance.opening import Opener
+from qlora_hal_conformance.fixtures import Opener
+from qlora_hal_conformance.random_inputs import draw_adapter, draw_batch, draw_window, total_tokens, with_field
 from qlora_hal_oracle.random_models import linear_shapes
 
 METHODS = sorted(

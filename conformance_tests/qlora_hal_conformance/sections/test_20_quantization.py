@@ -13,9 +13,9 @@ from qlora_hal.contract.capabilities import Feature, WeightFormat
 from qlora_hal.formats.catalogue import record_of
 from qlora_hal.formats.record import FormatRecord
 from qlora_hal.model.source import ModelSource
+from qlora_hal_conformance.assertions import Judge
 from qlora_hal_conformance.comparing import must_refuse, unless_refused
-from qlora_hal_conformance.judging import Judge
-from qlora_hal_conformance.opening import Opened, Opener
+from qlora_hal_conformance.fixtures import Opened, Opener
 from qlora_hal_conformance.parameters import FORMATS, FOUR_BIT_FORMATS, each_block_size, each_format
 from qlora_hal_conformance.subject import Subject
 from qlora_hal_conformance.tolerances import (

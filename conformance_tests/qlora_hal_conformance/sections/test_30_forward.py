@@ -8,8 +8,11 @@ import pytest
 from qlora_hal.contract.capabilities import Feature, WeightFormat
 from qlora_hal.contract.values import Adapter
 from qlora_hal.formats.catalogue import record_of
+from qlora_hal_conformance.assertions import Judge
 from qlora_hal_conformance.comparing import judge_logits
-from qlora_hal_conformance.drawing import (
+from qlora_hal_conformance.fixtures import Opened, Opener
+from qlora_hal_conformance.parameters import OracleOf, each_format_and_dtype
+from qlora_hal_conformance.random_inputs import (
     at_real_tokens,
     draw_adapter,
     draw_batch,
@@ -21,9 +24,6 @@ from qlora_hal_conformance.drawing import (
     with_special_tokens,
     with_zero,
 )
-from qlora_hal_conformance.judging import Judge
-from qlora_hal_conformance.opening import Opened, Opener
-from qlora_hal_conformance.parameters import OracleOf, each_format_and_dtype
 from qlora_hal_conformance.tolerances import logits_bound, loss_bound
 from qlora_hal_oracle import OracleTrainer
 from qlora_hal_oracle.random_models import FIRST_ORDINARY_TOKEN, SHAPES, draw_tensors, linear_shapes

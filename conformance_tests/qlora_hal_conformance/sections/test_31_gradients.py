@@ -9,8 +9,11 @@ import pytest
 
 from qlora_hal.contract.capabilities import Feature, WeightFormat
 from qlora_hal.contract.values import IGNORE_LABEL, Batch
+from qlora_hal_conformance.assertions import Judge
 from qlora_hal_conformance.comparing import judge_gradients
-from qlora_hal_conformance.drawing import (
+from qlora_hal_conformance.fixtures import Opener
+from qlora_hal_conformance.parameters import OracleOf, each_format, each_format_and_dtype
+from qlora_hal_conformance.random_inputs import (
     draw_adapter,
     draw_batch,
     draw_many_rows,
@@ -20,9 +23,6 @@ from qlora_hal_conformance.drawing import (
     with_special_tokens,
     with_zero,
 )
-from qlora_hal_conformance.judging import Judge
-from qlora_hal_conformance.opening import Opener
-from qlora_hal_conformance.parameters import OracleOf, each_format, each_format_and_dtype
 from qlora_hal_conformance.tolerances import Bound, gradient_bounds
 from qlora_hal_oracle.random_models import FIRST_ORDINARY_TOKEN, linear_shapes
 

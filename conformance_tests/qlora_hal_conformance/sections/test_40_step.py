@@ -7,8 +7,11 @@ import pytest
 
 from qlora_hal.contract.capabilities import OPTIMIZER_FEATURE
 from qlora_hal.contract.values import Batch
+from qlora_hal_conformance.assertions import Judge
 from qlora_hal_conformance.comparing import judge_logits, unless_refused
-from qlora_hal_conformance.drawing import (
+from qlora_hal_conformance.fixtures import Opened, Opener, oracle_step
+from qlora_hal_conformance.parameters import OracleOf, each_dtype, each_format
+from qlora_hal_conformance.random_inputs import (
     at_real_tokens,
     draw_adapter,
     draw_batch,
@@ -16,9 +19,6 @@ from qlora_hal_conformance.drawing import (
     total_tokens,
     with_field,
 )
-from qlora_hal_conformance.judging import Judge
-from qlora_hal_conformance.opening import Opened, Opener, oracle_step
-from qlora_hal_conformance.parameters import OracleOf, each_dtype, each_format
 from qlora_hal_conformance.tolerances import (
     UpdateSettings,
     gradient_bounds,

@@ -6,11 +6,18 @@ import numpy as np
 import pytest
 
 from qlora_hal.contract.values import IGNORE_LABEL, Batch
+from qlora_hal_conformance.assertions import Judge
 from qlora_hal_conformance.comparing import judge_gradients
-from qlora_hal_conformance.drawing import draw_adapter, draw_batch, draw_many_rows, rows_of, total_tokens, with_field
-from qlora_hal_conformance.judging import Judge
-from qlora_hal_conformance.opening import Opener
+from qlora_hal_conformance.fixtures import Opener
 from qlora_hal_conformance.parameters import OracleOf, each_format
+from qlora_hal_conformance.random_inputs import (
+    draw_adapter,
+    draw_batch,
+    draw_many_rows,
+    rows_of,
+    total_tokens,
+    with_field,
+)
 from qlora_hal_conformance.tolerances import UpdateSettings
 from qlora_hal_conformance.updating import judge_step, oracle_at_state_of
 

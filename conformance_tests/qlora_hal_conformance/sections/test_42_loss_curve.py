@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from qlora_hal_conformance.drawing import draw_adapter, draw_window, total_tokens, with_zero
-from qlora_hal_conformance.judging import Judge
-from qlora_hal_conformance.opening import Opener, make_oracle, oracle_step
+from qlora_hal_conformance.assertions import Judge
+from qlora_hal_conformance.fixtures import Opener, make_oracle, oracle_step
+from qlora_hal_conformance.random_inputs import draw_adapter, draw_window, total_tokens, with_zero
 from qlora_hal_conformance.tolerances import LOSS_CURVE_RUNS, learning_shortfall, loss_curve_bound
 from qlora_hal_oracle import UNIT_ROUNDOFF, LoraScale, OracleTrainer, loss_curve_envelope
 from qlora_hal_oracle.arithmetic import Arithmetic

@@ -12,10 +12,18 @@ from qlora_hal.contract.capabilities import Feature
 from qlora_hal.contract.dropout import kept
 from qlora_hal.contract.dropout import rows_of as rows_of_batch
 from qlora_hal.contract.values import IGNORE_LABEL, Batch, Float32
-from qlora_hal_conformance.drawing import draw_adapter, draw_batch, draw_window, joined, rows_of, with_field, with_zero
-from qlora_hal_conformance.judging import Judge
-from qlora_hal_conformance.opening import Opened, Opener, placed
+from qlora_hal_conformance.assertions import Judge
+from qlora_hal_conformance.fixtures import Opened, Opener, placed
 from qlora_hal_conformance.parameters import OracleOf
+from qlora_hal_conformance.random_inputs import (
+    draw_adapter,
+    draw_batch,
+    draw_window,
+    joined,
+    rows_of,
+    with_field,
+    with_zero,
+)
 from qlora_hal_conformance.tolerances import (
     Bound,
     UpdateSettings,

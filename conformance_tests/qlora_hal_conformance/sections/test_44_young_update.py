@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qlora_hal_conformance.drawing import draw_adapter, draw_batch, draw_window, with_zero
-from qlora_hal_conformance.judging import Judge
-from qlora_hal_conformance.opening import Opener, oracle_step
+from qlora_hal_conformance.assertions import Judge
+from qlora_hal_conformance.fixtures import Opener, oracle_step
 from qlora_hal_conformance.parameters import HALF_DTYPES, OracleOf, each_dtype
+from qlora_hal_conformance.random_inputs import draw_adapter, draw_batch, draw_window, with_zero
 from qlora_hal_conformance.tolerances import young_update
 
 STEPS, RATE = 4, 1.5e-5

@@ -9,11 +9,11 @@ import pytest
 
 from qlora_hal.contract.capabilities import Feature
 from qlora_hal.contract.values import IGNORE_LABEL, Batch
+from qlora_hal_conformance.assertions import Judge
 from qlora_hal_conformance.comparing import judge_gradients
-from qlora_hal_conformance.drawing import draw_adapter, draw_batch, draw_window, packed, total_tokens
-from qlora_hal_conformance.judging import Judge
-from qlora_hal_conformance.opening import Opened, Opener
+from qlora_hal_conformance.fixtures import Opened, Opener
 from qlora_hal_conformance.parameters import OracleOf
+from qlora_hal_conformance.random_inputs import draw_adapter, draw_batch, draw_window, packed, total_tokens
 from qlora_hal_conformance.tolerances import Bound, gradient_bounds, logits_bound, loss_bound
 from qlora_hal_oracle.trainer import OracleTrainer
 

@@ -11,12 +11,12 @@ import pytest
 from qlora_hal.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from qlora_hal.contract.capabilities import OPTIMIZER_FEATURE, Feature
 from qlora_hal.contract.values import Batch, OptimizerSnapshot
+from qlora_hal_conformance.assertions import Judge
 from qlora_hal_conformance.comparing import must_refuse
-from qlora_hal_conformance.continuing import Continuation, continue_in_child
-from qlora_hal_conformance.drawing import draw_adapter, draw_window
-from qlora_hal_conformance.judging import Judge
-from qlora_hal_conformance.opening import Opened, Opener
+from qlora_hal_conformance.fixtures import Opened, Opener
+from qlora_hal_conformance.random_inputs import draw_adapter, draw_window
 from qlora_hal_conformance.request import Request
+from qlora_hal_conformance.resume_in_child import Continuation, continue_in_child
 from qlora_hal_conformance.tolerances import UpdateSettings, eight_bit_drift, resumed_bounds
 from qlora_hal_conformance.updating import drawn_moments, judge_step, oracle_at_state_of
 

@@ -11,11 +11,11 @@ import pytest
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key
 from qlora_hal.adapter.peft_files import read_adapter, write_adapter
 from qlora_hal.contract.values import Adapter
+from qlora_hal_conformance.assertions import Judge
 from qlora_hal_conformance.comparing import judge_logits
-from qlora_hal_conformance.drawing import at_real_tokens, draw_adapter, draw_batch, draw_window
-from qlora_hal_conformance.judging import Judge
-from qlora_hal_conformance.opening import Opener
+from qlora_hal_conformance.fixtures import Opener
 from qlora_hal_conformance.parameters import OracleOf, each_dtype
+from qlora_hal_conformance.random_inputs import at_real_tokens, draw_adapter, draw_batch, draw_window
 from qlora_hal_conformance.tolerances import logits_bound
 from qlora_hal_oracle.random_models import linear_shapes
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from qlora_hal.contract.values import Adapter, OptimizerSnapshot
-from qlora_hal_conformance.drawing import draw_adapter, draw_window
-from qlora_hal_conformance.judging import Judge
-from qlora_hal_conformance.opening import Opener, oracle_step
+from qlora_hal_conformance.assertions import Judge
+from qlora_hal_conformance.fixtures import Opener, oracle_step
 from qlora_hal_conformance.parameters import OracleOf
+from qlora_hal_conformance.random_inputs import draw_adapter, draw_window
 from qlora_hal_conformance.tolerances import UpdateSettings, copied
 from qlora_hal_conformance.updating import judge_step, oracle_at_state_of
 

@@ -15,10 +15,10 @@ from qlora_hal.contract.memory_constants import MemoryQuery
 from qlora_hal.formats.catalogue import record_of
 from qlora_hal.memory.estimate import estimate
 from qlora_hal.model.source import ModelSource
-from qlora_hal_conformance.drawing import draw_adapter, draw_batch
-from qlora_hal_conformance.judging import Judge
+from qlora_hal_conformance.assertions import Judge
+from qlora_hal_conformance.fixtures import Opened, Opener
 from qlora_hal_conformance.measuring import Measurement, peaks_in_child
-from qlora_hal_conformance.opening import Opened, Opener
+from qlora_hal_conformance.random_inputs import draw_adapter, draw_batch
 from qlora_hal_conformance.subject import Subject
 from qlora_hal_conformance.tolerances import Bound, estimated_peak, memory_growth
 from qlora_hal_oracle.random_models import SHAPES, draw_tensors, linear_shapes

@@ -14,10 +14,10 @@ from qlora_hal.contract.backend import Compute
 from qlora_hal.contract.values import Adapter, Batch, StepSettings
 from qlora_hal.errors import AdapterError, ModelError, OutOfMemoryError, QloraHalError
 from qlora_hal.model.source import ModelSource
+from qlora_hal_conformance.assertions import Judge
 from qlora_hal_conformance.comparing import judge_logits, must_refuse
-from qlora_hal_conformance.drawing import draw_adapter, draw_batch
-from qlora_hal_conformance.judging import Judge
-from qlora_hal_conformance.opening import Opened, Opener
+from qlora_hal_conformance.fixtures import Opened, Opener
+from qlora_hal_conformance.random_inputs import draw_adapter, draw_batch
 from qlora_hal_oracle.random_models import TinyModel, linear_shapes
 
 RATE = 1e-3

@@ -7,9 +7,9 @@ import pytest
 
 from qlora_hal.contract.capabilities import Feature
 from qlora_hal.contract.values import Batch, Int32
-from qlora_hal_conformance.drawing import draw_adapter, draw_batch, with_zero
-from qlora_hal_conformance.judging import Judge
-from qlora_hal_conformance.opening import Opened, Opener
+from qlora_hal_conformance.assertions import Judge
+from qlora_hal_conformance.fixtures import Opened, Opener
+from qlora_hal_conformance.random_inputs import draw_adapter, draw_batch, with_zero
 from qlora_hal_conformance.tolerances import Bound, logits_bound
 
 pytestmark = pytest.mark.needs(Feature.GENERATE)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from qlora_hal.contract.values import Adapter, Batch
+from qlora_hal_conformance.assertions import Judge
 from qlora_hal_conformance.comparing import unless_refused
-from qlora_hal_conformance.drawing import draw_adapter, draw_batch, draw_window
-from qlora_hal_conformance.judging import Judge
-from qlora_hal_conformance.opening import Opened, Opener
+from qlora_hal_conformance.fixtures import Opened, Opener
+from qlora_hal_conformance.random_inputs import draw_adapter, draw_batch, draw_window
 from qlora_hal_conformance.tolerances import UpdateSettings, first_update
 from qlora_hal_conformance.updating import judge_step, oracle_at_state_of
 from qlora_hal_oracle.random_models import HEAD

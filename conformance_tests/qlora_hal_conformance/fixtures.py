@@ -13,7 +13,7 @@ from qlora_hal.contract.capabilities import Feature, WeightFormat
 from qlora_hal.contract.values import Adapter, Batch, Float32, StepSettings, StepStats
 from qlora_hal.formats.catalogue import record_of
 from qlora_hal.model.source import ModelSource
-from qlora_hal_conformance.drawing import stream, total_tokens
+from qlora_hal_conformance.random_inputs import stream, total_tokens
 from qlora_hal_conformance.subject import Subject
 from qlora_hal_oracle import LlamaShape, LoraScale, OracleStep, OracleTrainer
 from qlora_hal_oracle.arrays import Float64

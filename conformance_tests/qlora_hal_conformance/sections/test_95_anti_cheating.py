@@ -10,12 +10,12 @@ import numpy as np
 from qlora_hal.checkpoint import TrainingState, save_checkpoint
 from qlora_hal.contract.capabilities import Feature
 from qlora_hal.contract.values import IGNORE_LABEL, Adapter, Float32, Int32
+from qlora_hal_conformance.assertions import Judge
 from qlora_hal_conformance.comparing import judge_gradients, judge_logits
-from qlora_hal_conformance.continuing import Continuation, continue_in_child
-from qlora_hal_conformance.drawing import at_real_tokens, draw_adapter, draw_batch, draw_window, with_field
-from qlora_hal_conformance.judging import Judge
-from qlora_hal_conformance.opening import Opener
+from qlora_hal_conformance.fixtures import Opener
+from qlora_hal_conformance.random_inputs import at_real_tokens, draw_adapter, draw_batch, draw_window, with_field
 from qlora_hal_conformance.request import Request
+from qlora_hal_conformance.resume_in_child import Continuation, continue_in_child
 from qlora_hal_conformance.tolerances import UpdateSettings, logits_bound, loss_bound
 from qlora_hal_conformance.updating import judge_step, oracle_at_state_of
 from qlora_hal_oracle.random_models import EMBEDDING, SHAPES, draw_tensors, linear_shapes, write_model

@@ -1,6 +1,6 @@
 """A backend's light module looked at in a process of its own: how long its probe takes and what it imports.
 
-python -m qlora_hal_conformance.looking '{"backend": "cpu_torch", ...}' [--without-libraries]
+python -m qlora_hal_conformance.probe_in_child '{"backend": "cpu_torch", ...}' [--without-libraries]
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def look(reference: Reference, *, without_libraries: bool) -> dict[str, object]:
 
 def look_in_child(reference: Reference, *, without_libraries: bool = False) -> Mapping[str, Any]:
     """`look` in a fresh process. Raises AssertionError when it dies or hangs."""
-    command = [sys.executable, "-m", "qlora_hal_conformance.looking", json.dumps(reference.as_json())]
+    command = [sys.executable, "-m", "qlora_hal_conformance.probe_in_child", json.dumps(reference.as_json())]
     command += ["--without-libraries"] if without_libraries else []
     try:
         child = subprocess.run(command, capture_output=True, text=True, timeout=LOOK_SECONDS, check=False)

@@ -1,6 +1,6 @@
 """A training run that goes on in a process of its own, from a checkpoint on disk.
 
-    python -m qlora_hal_conformance.continuing WORK.json
+    python -m qlora_hal_conformance.resume_in_child WORK.json
 
 Nothing of a test runs there: a backend that looked its answers up in the suite would have nothing to look at.
 """
@@ -66,7 +66,7 @@ def continue_in_child(
     }
     path = folder / "work.json"
     path.write_text(json.dumps(record), encoding="utf-8")
-    command = [sys.executable, "-m", "qlora_hal_conformance.continuing", str(path)]
+    command = [sys.executable, "-m", "qlora_hal_conformance.resume_in_child", str(path)]
     try:
         child = subprocess.run(command, capture_output=True, text=True, timeout=CHILD_SECONDS, check=False)
     except subprocess.TimeoutExpired as error:
