@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +278,11 @@ REBUILT: Mapping[str, tuple[Callable[[], Tokenizer], str, dict[str, object], str
 }  # fmt: skip
 
 
+TRANSFORMERS = tuple(map(int, version("transformers").split(".")[:2]))
+NOT_AS_NOW = ("Llama with bytes",) if TRANSFORMERS < (5, 23) else ()
+"""What an earlier release rebuilds otherwise than transformers 5.23, which the notes are about."""
+
+
 @pytest.mark.parametrize("kind", REBUILT)
 def test_where_transformers_builds_a_tokenizer_anew_ids_are_equal_or_the_difference_is_told(
     kind: str, tmp_path: Path
@@ -293,7 +299,7 @@ def test_where_transformers_builds_a_tokenizer_anew_ids_are_equal_or_the_differe
     ]
     assert bool(told) == bool(probe)
     # A cut that no merge of this vocabulary crosses is told, too: in other texts it may be crossed.
-    assert bool(differing) == bool(probe) or kind == "GPT-2 with digits"
+    assert bool(differing) == bool(probe) or kind in ("GPT-2 with digits", *NOT_AS_NOW)
     if probe:
         assert f"splits {probe}" in told[0]
         assert config["tokenizer_class"] == GENERIC or str(config["tokenizer_class"]).removesuffix("Fast") in told[0]
