@@ -65,7 +65,8 @@ def assemble(source: ModelSource) -> Assembled:
     read = read_config(source)
     notes = check_compared(source, read)
     arrays = open_tensors(source)
-    causal, window = build_model(source, read, ties_its_head(arrays, source.facts.config, read))
+    built = build_model(source, read, ties_its_head(arrays, source.facts.config, read))
+    causal = built.causal
     weights = renamed(arrays, causal, source)
     linears = {
         path: module
@@ -75,7 +76,7 @@ def assemble(source: ModelSource) -> Assembled:
     _check_complete(causal, weights, source)
     hidden_size = int(text_config(read).get("hidden_size") or 0)
     return Assembled(
-        causal, window, weights, linears, hidden_size, (*notes, *weights.notes, *window.notes(), *_dropout(read))
+        causal, built.window, weights, linears, hidden_size, (*notes, *weights.notes, *built.notes, *_dropout(read))
     )
 
 
