@@ -173,6 +173,16 @@ def test_scales_of_a_packed_weight_that_are_not_finite_are_refused(part: str, tm
     assert caught.value.code == "QH-M52"
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.bool_, np.int64, np.int16])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.self_attn.q_proj.weight"])
+def test_whole_numbers_in_place_of_a_weight_are_refused_with_its_name(name: str, dtype: Any, tmp_path: Path) -> None:
+    folder = write_model(tmp_path, "llama")
+    edit_tensors(folder, lambda tensors: tensors.update({name: (3 * tensors[name]).astype(dtype)}))
+    with pytest.raises(ModelError, match=rf"{name} is stored as \w+; a floating-point number is expected") as caught:
+        outline(source_of(folder), {})
+    assert caught.value.code == "QH-M50"
+
+
 # linear layers --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("family", "changes"),

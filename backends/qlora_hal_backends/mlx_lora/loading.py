@@ -21,6 +21,7 @@ from qlora_hal.errors import ModelError
 from qlora_hal.model.facts import text_config
 from qlora_hal.model.own_dropout import dropout_note
 from qlora_hal.model.source import ModelSource
+from qlora_hal.model.stored_dtypes import not_a_weight
 from qlora_hal_backends.mlx_lora.architecture import build_model, read_config
 from qlora_hal_backends.mlx_lora.base_weights import BaseWeight
 from qlora_hal_backends.mlx_lora.compared import check_compared
@@ -152,7 +153,7 @@ def _fill_parameters(causal: Any, weights: Weights, source: ModelSource, dtype: 
         array = weights.take(name)
         if array.shape != parameter.shape:
             raise _shape_mismatch(source.name, name, tuple(array.shape), tuple(parameter.shape))
-        if mx.issubdtype(array.dtype, mx.floating):
+        if _is_floating(array.dtype):
             array = array.astype(dtype)
         causal.load_weights([(name, array)], strict=False)
         mx.eval(array)
@@ -178,7 +179,8 @@ def _quantize_places(causal: Any, weights: Weights, source: ModelSource) -> None
 
 
 def _check_complete(causal: Any, weights: Weights, source: ModelSource) -> None:
-    """Raises ModelError QH-M50 with all that is missing or left over, or for a wrong shape, before anything is read."""
+    """Raises ModelError QH-M50 with all that is missing or left over, or for a wrong shape or dtype, before anything is
+    read."""
     packed = source.facts.prequantized is not None
     expected = dict(_parameters(causal))
     missing = sorted(name for name in expected if not weights.has(name))
@@ -189,9 +191,25 @@ def _check_complete(causal: Any, weights: Weights, source: ModelSource) -> None:
     ]
     if missing or left:
         raise mismatch(source.name, missing, left)
+    for name, parameter in expected.items():
+        dtype = weights.arrays[name].dtype
+        if _is_floating(parameter.dtype) and not _is_floating(dtype) and not _is_packed(name, weights):
+            stored = weights.origin.get(name.removesuffix(".weight"), name.removesuffix(".weight"))
+            ending = ".weight" if name.endswith(".weight") else ""
+            raise not_a_weight(stored + ending, str(dtype).removeprefix("mlx.core."), source.name)
     for name, parameter in expected.items() if not packed else ():
         if weights.arrays[name].shape != parameter.shape:
             raise _shape_mismatch(source.name, name, tuple(weights.arrays[name].shape), tuple(parameter.shape))
+
+
+def _is_floating(dtype: mx.Dtype) -> bool:
+    return bool(mx.issubdtype(dtype, mx.floating))
+
+
+def _is_packed(name: str, weights: Weights) -> bool:
+    """Whether the tensor is codes that others beside it describe."""
+    described = weights.has(f"{name.removesuffix('.weight')}.scales")
+    return described or any(other.startswith(f"{name}.") for other in weights.arrays)
 
 
 def _belongs_to_packed(name: str, expected: Collection[str]) -> bool:

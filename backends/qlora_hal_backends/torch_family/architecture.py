@@ -20,6 +20,7 @@ from qlora_hal.errors import ModelError
 from qlora_hal.errors.foreign import missing_package
 from qlora_hal.model.linear_shapes import natural_order, reason_left_out, state_space_mixers
 from qlora_hal.model.source import ModelSource
+from qlora_hal.model.stored_dtypes import FLOATING_DTYPES, not_a_weight
 from qlora_hal_backends.torch_family.lora_linear import FrozenLinear
 from qlora_hal_backends.torch_family.transformers_versions import (
     NameInModel,
@@ -255,7 +256,7 @@ def _check_complete(
     unused: Sequence[str],
     source: ModelSource,
 ) -> None:
-    """Every parameter has its tensor, every tensor its parameter, and their shapes agree."""
+    """Every parameter has its tensor, every tensor its parameter, their shapes agree, and they hold numbers."""
     ignored = [re.compile(word) for word in (*_RECOMPUTED, *(causal._keys_to_ignore_on_load_unexpected or ()))]
     left = [name for name in unused if not any(word.search(name) for word in ignored)]
     modules = {packed["module"] for name in stored if (packed := _PACKED.fullmatch(name))}
@@ -277,6 +278,20 @@ def _check_complete(
         found = source.facts.tensors[stored[name]].shape if name in stored else expected
         if tuple(found) != expected and name.rpartition(".")[0] not in modules:
             raise shape_mismatch(source.name, name, found, expected)
+    for name in _floating(causal, linears):
+        if name in stored and name.rpartition(".")[0] not in modules:
+            dtype = source.facts.tensors[stored[name]].dtype
+            if dtype not in FLOATING_DTYPES:
+                raise not_a_weight(stored[name], dtype, source.name)
+
+
+def _floating(causal: Any, linears: Mapping[str, FrozenLinear]) -> Iterator[str]:
+    """Names of what the architecture has as floating-point numbers, tables that it computes itself left out."""
+    for name, tensor in _named_tensors(causal).items():
+        if tensor.is_floating_point() and not any(re.search(word, name) for word in _RECOMPUTED):
+            yield name
+    for name in linears:
+        yield from (f"{name}.weight", f"{name}.bias")
 
 
 def _expected_shapes(causal: Any, linears: Mapping[str, FrozenLinear]) -> Iterator[tuple[str, tuple[int, ...]]]:
