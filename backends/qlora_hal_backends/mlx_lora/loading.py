@@ -17,6 +17,7 @@ from mlx.nn.layers.quantized import quantize
 from mlx.utils import tree_flatten
 
 from qlora_hal.contract.backend import Compute, Quantization
+from qlora_hal.contract.rotary_length import RotaryLength, rotary_length
 from qlora_hal.errors import ModelError
 from qlora_hal.model.facts import text_config
 from qlora_hal.model.own_dropout import dropout_note
@@ -37,7 +38,11 @@ from qlora_hal_backends.mlx_lora.stored_tensors import Weights, mismatch, open_t
 
 @dataclass(slots=True)
 class BaseModel:
-    """A loaded base. `linears` are by the names of the checkpoint, which are the canonical ones."""
+    """A loaded base. `linears` are by the names of the checkpoint, which are the canonical ones.
+
+    `rotary` tells where rotary positions change with the length of a row; `mixes_samples` why several samples cannot
+    share a row, "" where they can, None while nobody has asked (`packing.why_not`).
+    """
 
     causal: Any
     head: Head | None
@@ -45,6 +50,8 @@ class BaseModel:
     slots: LoRASlots
     architecture: str
     window: MissingWindow
+    rotary: RotaryLength | None
+    mixes_samples: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +61,7 @@ class Assembled:
 
     causal: Any
     window: MissingWindow
+    rotary: RotaryLength | None
     weights: Weights
     linears: Mapping[str, Module]
     hidden_size: int
@@ -77,7 +85,13 @@ def assemble(source: ModelSource) -> Assembled:
     _check_complete(causal, weights, source)
     hidden_size = int(text_config(read).get("hidden_size") or 0)
     return Assembled(
-        causal, built.window, weights, linears, hidden_size, (*notes, *weights.notes, *built.notes, *_dropout(read))
+        causal,
+        built.window,
+        rotary_length(text_config(read)),
+        weights,
+        linears,
+        hidden_size,
+        (*notes, *weights.notes, *built.notes, *_dropout(read)),
     )
 
 
@@ -110,6 +124,7 @@ def load_base(source: ModelSource, quantization: Quantization, compute: Compute)
         slots,
         source.facts.architecture,
         assembled.window,
+        assembled.rotary,
     )
     if compute.gradient_checkpointing:
         _recompute_layers(base_model)

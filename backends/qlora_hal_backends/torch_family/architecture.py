@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlora_hal.contract.rotary_length import RotaryLength, rotary_length
 from qlora_hal.errors import ModelError
 from qlora_hal.errors.foreign import missing_package
 from qlora_hal.model.linear_shapes import natural_order, reason_left_out, state_space_mixers
@@ -313,6 +314,11 @@ def _other_kind(causal: Any, source: ModelSource) -> str:
 def _conv1d_words(causal: Any) -> str:
     count = sum(type(module).__name__ == "Conv1D" for module in causal.modules())
     return f": its {count} projections are Conv1D, which store their weights transposed" if count else ""
+
+
+def rotary_of(causal: Any) -> RotaryLength | None:
+    """Where the rotary positions of a model change with the length of a row."""
+    return rotary_length(causal.config.get_text_config().to_dict())
 
 
 def shape_mismatch(where: str, name: str, found: Sequence[int], expected: Sequence[int]) -> ModelError:
