@@ -1,4 +1,4 @@
-"""Dtypes of stored weights: which are numbers as they stand, and the refusal of those that nobody here decodes."""
+"""How weights are stored: which dtypes are numbers as they stand, and the refusal of what nobody here decodes."""
 
 from __future__ import annotations
 
@@ -47,4 +47,16 @@ def not_a_weight(name: str, dtype: str, where: str) -> ModelError:
         where=where,
         cause="Nothing beside it says how such codes are decoded.",
         fix="Check that config.json belongs to these weights, or get the model again from its source.",
+    )
+
+
+def packed_elsewhere(module: str, where: str) -> ModelError:
+    """The refusal of a quantized head or embedding: only the linear layers inside the model are decoded."""
+    return ModelError(
+        "QH-C72",
+        f"{module} is quantized in this checkpoint; only the linear layers before the output head may be.",
+        where=where,
+        cause="The loss is computed with an unquantized head, and embeddings are looked up unquantized.",
+        fix="Choose a checkpoint whose head and embeddings were left out of quantization, or name the model's "
+        "unquantized version: it is quantized while loading.",
     )

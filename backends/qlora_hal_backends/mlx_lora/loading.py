@@ -22,7 +22,7 @@ from qlora_hal.errors import ModelError
 from qlora_hal.model.facts import text_config
 from qlora_hal.model.own_dropout import dropout_note
 from qlora_hal.model.source import ModelSource
-from qlora_hal.model.stored_dtypes import not_a_weight
+from qlora_hal.model.stored_dtypes import not_a_weight, packed_elsewhere
 from qlora_hal_backends.mlx_lora.architecture import build_model, read_config
 from qlora_hal_backends.mlx_lora.base_weights import BaseWeight
 from qlora_hal_backends.mlx_lora.compared import check_compared
@@ -82,6 +82,7 @@ def assemble(source: ModelSource) -> Assembled:
         for path, module in reversed(causal.named_modules())
         if type(module) is Linear and weights.origin.get(path) in source.facts.linear_modules
     }
+    _refuse_packed_elsewhere(weights, linears, source)
     _check_complete(causal, weights, source)
     hidden_size = int(text_config(read).get("hidden_size") or 0)
     return Assembled(
@@ -93,6 +94,15 @@ def assemble(source: ModelSource) -> Assembled:
         hidden_size,
         (*notes, *weights.notes, *built.notes, *_dropout(read)),
     )
+
+
+def _refuse_packed_elsewhere(weights: Weights, linears: Collection[str], source: ModelSource) -> None:
+    """Raises ModelError QH-C72 for a weight that bitsandbytes packed outside the linear layers: the head's, most often.
+    MLX's own packed heads and embeddings are used."""
+    for name in weights.arrays:
+        path, _, part = name.partition(".weight.")
+        if part and path not in linears:
+            raise packed_elsewhere(weights.origin.get(path, path), source.name)
 
 
 def _dropout(read: Config) -> tuple[str, ...]:

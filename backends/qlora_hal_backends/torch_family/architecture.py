@@ -21,7 +21,7 @@ from qlora_hal.errors import ModelError
 from qlora_hal.errors.foreign import missing_package
 from qlora_hal.model.linear_shapes import natural_order, reason_left_out, state_space_mixers
 from qlora_hal.model.source import ModelSource
-from qlora_hal.model.stored_dtypes import FLOATING_DTYPES, not_a_weight
+from qlora_hal.model.stored_dtypes import FLOATING_DTYPES, not_a_weight, packed_elsewhere
 from qlora_hal_backends.torch_family.lora_linear import FrozenLinear
 from qlora_hal_backends.torch_family.transformers_versions import (
     NameInModel,
@@ -68,7 +68,7 @@ def build(source: ModelSource, attention: object, dtype: torch.dtype) -> Archite
     """The architecture of a folder, with everything in its place but the weights.
 
     Raises ModelError: QH-M51 for what transformers cannot build or this family does not train, QH-M50 with every tensor
-    that is missing, left over or misshapen.
+    that is missing, left over, misshapen or no floating-point number, QH-C72 for a quantized head.
     """
     with optional_libraries_unheard():
         causal = _built(source, attention, dtype)
@@ -76,6 +76,7 @@ def build(source: ModelSource, attention: object, dtype: torch.dtype) -> Archite
     named = _named_tensors(causal)
     renamed = _names_in_model(causal, named, source)
     linears = _place_linears(causal)
+    _refuse_packed_elsewhere(renamed, linears, source)
     tied = _tied_groups(causal)
     extra = _biases_of_packed_layers(renamed, linears)
     stored = {ours: theirs for theirs, ours in renamed.items() if ours in extra or _belongs(ours, named)}
@@ -235,6 +236,18 @@ def _tied_groups(causal: Any) -> list[tuple[str, ...]]:
         pair = [f"{names[module]}.weight" for module in (causal.get_input_embeddings(), head) if module in names]
         groups[pair[0]] = pair
     return [tuple(dict.fromkeys(group)) for group in groups.values()]
+
+
+def _refuse_packed_elsewhere(
+    renamed: Mapping[str, str], linears: Mapping[str, FrozenLinear], source: ModelSource
+) -> None:
+    """Raises ModelError QH-C72 for a packed weight that is not of a linear layer of ours: of the head, most often."""
+    if source.facts.prequantized is None:
+        return
+    for stored, name in renamed.items():
+        packed, module = _PACKED.fullmatch(stored), _PACKED.fullmatch(name)
+        if packed and module and packed["part"] != "scales" and module["module"] not in linears:
+            raise packed_elsewhere(packed["module"], source.name)
 
 
 def _belongs(name: str, named: Mapping[str, Any]) -> bool:
