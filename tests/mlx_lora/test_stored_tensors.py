@@ -206,3 +206,20 @@ def test_the_linear_layers_that_are_told_are_those_of_the_loaded_model(
 def test_linear_layers_that_mlx_lm_has_no_layer_for_are_named(tmp_path: Path) -> None:
     notes = outline(source_of(write_model(tmp_path, "deepseek_v3")), {}).notes
     assert any(note.startswith("2 linear layers (kv_b_proj) carry no LoRA with mlx-lm") for note in notes)
+
+
+def with_a_quantized_head(folder: Path, **how: object) -> Path:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    plain = write_model(folder / "plain", "llama")
+    settings = BitsAndBytesConfig(llm_int8_skip_modules=["nothing"], **how)
+    model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=settings, device_map="cpu")
+    model.save_pretrained(folder / "packed")
+    return folder / "packed"
+
+
+def test_a_head_that_bitsandbytes_quantized_is_called_what_it_is(tmp_path: Path) -> None:
+    folder = with_a_quantized_head(tmp_path, load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    with pytest.raises(ModelError, match="lm_head is quantized in this checkpoint") as caught:
+        outline(source_of(folder), {})
+    assert caught.value.code == "QH-C72"

@@ -188,3 +188,20 @@ def test_whole_numbers_in_place_of_a_weight_are_refused_with_its_name(
     with pytest.raises(ModelError, match=rf"{name} is stored as \w+; a floating-point number is expected") as caught:
         outline(source_of(folder), {})
     assert caught.value.code == "QH-M50"
+
+
+def with_a_quantized_head(folder: Path, **how: object) -> Path:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    plain = write_model(folder / "plain", "llama")
+    settings = BitsAndBytesConfig(llm_int8_skip_modules=["nothing"], **how)
+    model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=settings, device_map="cpu")
+    model.save_pretrained(folder / "packed")
+    return folder / "packed"
+
+
+@pytest.mark.parametrize("how", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}])
+def test_a_quantized_head_is_called_what_it_is(how: dict[str, object], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="lm_head is quantized in this checkpoint") as caught:
+        outline(source_of(with_a_quantized_head(tmp_path, **how)), {})
+    assert caught.value.code == "QH-C72"
