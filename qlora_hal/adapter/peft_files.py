@@ -17,6 +17,7 @@ from typing import NoReturn
 from qlora_hal.adapter.as_written import is_vouched, provenance_in, require_as_written, vouched
 from qlora_hal.adapter.fitting import check_base, check_fits
 from qlora_hal.adapter.naming import module_of
+from qlora_hal.adapter.peft_targets import PeftTargets
 from qlora_hal.adapter.targets import shortest_names
 from qlora_hal.contract.values import Adapter, AdapterConfig
 from qlora_hal.errors import AdapterError, StorageError, UnsafeInputError
@@ -118,11 +119,12 @@ def write_adapter_files(
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """An adapter written here or by PEFT. The tensors decide which modules it has, float16 and bfloat16 become float32.
+    """An adapter written here or by PEFT. The tensors tell which modules it has, and adapter_config.json has to mean
+    those; float16 and bfloat16 become float32.
 
     Raises AdapterError: QH-C50 (a file is missing or malformed), QH-C51 (features beyond plain LoRA, all named),
-    QH-C09 (tensors that are not LoRA's, or of another rank), QH-C11 (a dtype that float32 cannot hold exactly).
-    QH-C01 (truncated), QH-C22 (changed since qlora_hal wrote it).
+    QH-C09 (tensors that are not LoRA's, of another rank, or of modules that PEFT would give no adapter),
+    QH-C11 (a dtype that float32 cannot hold exactly), QH-C01 (truncated), QH-C22 (changed since qlora_hal wrote it).
     Raises UnsafeInputError: QH-C15, QH-C16 (see `safe_tensors_file`), QH-C17 (pickle only).
     """
     raw_config = _read_config(folder)
@@ -130,6 +132,7 @@ def read_adapter(folder: Path) -> Adapter:
     tensors = _read_tensors(folder)
     modules = _modules_of(tensors.arrays, folder)
     config = _adapter_config(raw_config, modules, folder)
+    _refuse_left_out(raw_config, modules, folder)
     _refuse_other_ranks(tensors.arrays, config.r, folder)
     lossy = {name: dtype for name, dtype in tensors.dtypes.items() if dtype not in ("F32", "F16", "BF16")}
     if lossy:
@@ -351,6 +354,27 @@ def _modules_of(tensors: Collection[str], folder: Path) -> tuple[str, ...]:
         cause="Names such as base_model.model.<module>.lora_A.weight are expected.",
         fix="Save the adapter with PEFT, or with qlora_hal.",
         context={"unexpected": sorted(foreign), "incomplete_modules": single},
+    )
+
+
+def _refuse_left_out(raw: Mapping[str, object], modules: tuple[str, ...], folder: Path) -> None:
+    """Tensors that PEFT would leave out, by what the configuration says of modules and layers."""
+    try:
+        left_out = PeftTargets.read(raw).left_out(modules)
+    except ValueError as problem:
+        _refuse_file(folder / CONFIG_FILE, ascii(str(problem))[1:-1], problem)
+    if not left_out:
+        return
+    fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    settings = ", ".join(f"{name}={_short(raw[name])}" for name in fields if raw.get(name))
+    raise AdapterError(
+        "QH-C09",
+        f"{len(left_out)} of {len(modules)} modules have tensors that adapter_config.json leaves out ({settings}); "
+        f"first: {', '.join(map(ascii, left_out[:5]))}.",
+        where=str(folder / CONFIG_FILE),
+        cause="PEFT would not use these tensors, so that the two files are two different adapters.",
+        fix="Take both files from the same adapter.",
+        context={"left_out": left_out},
     )
 
 

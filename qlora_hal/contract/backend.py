@@ -23,6 +23,7 @@ from qlora_hal.contract.world import World
 from qlora_hal.errors import UnsupportedFeatureError
 
 if TYPE_CHECKING:
+    from qlora_hal.contract.rotary_length import RotaryLength
     from qlora_hal.contract.values import (
         Adapter,
         Batch,
@@ -135,11 +136,13 @@ class ModelOutline:
     """What a backend will make of a model, told before any weight is read.
 
     `linear_modules` are those that the trainer will have after `load`; `notes` are sentences for the user, on what of
-    the model is left out, left as it is, or taken for something else.
+    the model is left out, left as it is, or taken for something else. `rotary` tells where rotary positions change
+    with the length of a row; the core then refuses rows that would change one another.
     """
 
     linear_modules: Mapping[str, LinearShape]
     notes: tuple[str, ...] = ()
+    rotary: RotaryLength | None = None
 
 
 class Outline(Protocol):

@@ -19,9 +19,10 @@ from qlora_hal.errors import ConfigError, ModelError, NumericsError
 from qlora_hal.export.rounding import DTYPE_BYTES, SAFETENSORS_DTYPE, is_finite, rounded
 from qlora_hal.files.safetensors_file import TensorEntry
 from qlora_hal.formats.packed_modules import PackedModules
-from qlora_hal.model.facts import FLOATING_DTYPES, ModelFacts
+from qlora_hal.model.facts import ModelFacts
 from qlora_hal.model.safetensors_headers import Header
 from qlora_hal.model.shards import Array, PlannedTensor
+from qlora_hal.model.stored_dtypes import FLOATING_DTYPES
 
 BaseWeight = Callable[[str], Float32]
 """Module path -> its base weight `[out, in]` in float32, in an array of the caller's own."""

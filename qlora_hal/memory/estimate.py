@@ -14,8 +14,8 @@ from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.memory_constants import MemoryConstants
 from qlora_hal.contract.values import LinearShape, MemoryEstimate
 from qlora_hal.formats.catalogue import record_of
-from qlora_hal.model.facts import FLOATING_DTYPES
 from qlora_hal.model.shape import DecoderShape, decoder_shape
+from qlora_hal.model.stored_dtypes import FLOATING_DTYPES
 
 if TYPE_CHECKING:
     from qlora_hal.contract.values import ComputeDtype

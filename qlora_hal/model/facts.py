@@ -14,12 +14,11 @@ from qlora_hal.model.fingerprint import fingerprint
 from qlora_hal.model.linear_shapes import linear_modules
 from qlora_hal.model.packed_facts import Prequantized
 from qlora_hal.model.prequantized import read_packing
+from qlora_hal.model.stored_dtypes import FLOATING_DTYPES, refuse_unread_dtypes
 from qlora_hal.model.weight_files import read_headers, read_json
 
 LARGEST_SIZE = 2**40
 """No width, count or number of positions reaches it; larger ones are no sizes."""
-FLOATING_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
-"""Safetensors names of the dtypes of weights that are not quantized."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +56,8 @@ def read_facts(folder: Path) -> ModelFacts:
     """Read config.json and the headers of the weight files; no weight is loaded.
 
     Raises ModelError (QH-C70 config.json missing or broken, QH-C71 no weights, QH-C79 a missing shard, QH-C01 a
-    truncated file, QH-C72 a quantization that no backend reads, QH-C73 a contradictory quantized checkpoint) and
-    UnsafeInputError (QH-C15, QH-C16 malformed headers).
+    truncated file, QH-C72 a quantization or dtype that no backend reads, QH-C73 a contradictory quantized checkpoint)
+    and UnsafeInputError (QH-C15, QH-C16 malformed headers).
     """
     # Imported here because these rooms build on the values above.
 
@@ -70,6 +69,7 @@ def read_facts(folder: Path) -> ModelFacts:
         for name, tensor in header.tensors.items()
     }
     packing = read_packing(folder, config, headers)
+    refuse_unread_dtypes(tensors, str(folder))
     packed_shapes = dict(packing.shapes) if packing else {}
     layout = record_of(packing.prequantized.weight_format).layout if packing else None
     model_type = str(config.get("model_type", ""))

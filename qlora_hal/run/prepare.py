@@ -142,6 +142,7 @@ def prepare_run(
         model_vocabulary_size=vocabulary_size,
     )
     console.data_report(data.report.lines())
+    _check_lengths(resolved_backend.outline, data)
     for alert in data.report.alerts:
         console.note(alert)
     memory = estimated_memory(
@@ -153,6 +154,13 @@ def prepare_run(
         resolved_backend.report,
     )
     return PreparedRun(config, seed, resolved_backend, tokenizer, data, memory)
+
+
+def _check_lengths(outline: ModelOutline, data: PreparedData) -> None:
+    """Raises UnsupportedFeatureError QH-B62 for rows whose rotary positions would depend on the rows beside them."""
+    for store in filter(None, (data.train, data.validation)):
+        if outline.rotary is not None and len(store):
+            outline.rotary.check(int(store.lengths.min()), int(store.lengths.max()))
 
 
 def estimated_memory(

@@ -150,3 +150,24 @@ def test_a_bfloat16_adapter_of_peft_becomes_float32_exactly(tmp_path: Path) -> N
     wrapped.save_pretrained(str(tmp_path))
     for key, tensor in peft.get_peft_model_state_dict(wrapped).items():
         assert np.array_equal(read_adapter(tmp_path).tensors[key], tensor.float().numpy())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["q_proj", "mlp.up_proj"]},
+        {"target_modules": ["model.layers.1.self_attn.q_proj", "down_proj"], "layers_to_transform": [0, 2]},
+        {"target_modules": ["proj"]},
+        {"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": ["blocks", "layers"]},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "h"},
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.1.self_attn.q_proj"]},
+        {"target_modules": r".*layers\.[02]\..*(q|up)_proj", "exclude_modules": r".*\.2\..*"},
+    ],
+)
+def test_the_modules_that_a_configuration_means_are_those_of_peft(fields: dict[str, Any]) -> None:
+    from qlora_hal.adapter.peft_targets import PeftTargets
+
+    modules = linear_modules(tiny_llama())
+    theirs = peft.LoraConfig(**fields)
+    expected = [name for name in modules if not peft.tuners.tuners_utils.check_target_module_exists(theirs, name)]
+    assert PeftTargets.read(fields).left_out(modules) == expected

@@ -272,3 +272,71 @@ def test_the_card_of_a_4_bit_run_opens_the_base_that_it_was_trained_on(tmp_path:
     for other in ({"weight_format": "none", "block_size": None}, {"block_size": 128}):
         folder = write(tmp_path / "b", an_adapter(), provenance={**made, **other})
         assert "BitsAndBytesConfig" not in (folder / "README.md").read_text()
+
+
+# adapter_config.json against the tensors ------------------------------------------------------------------------------
+@pytest.mark.fault("C09")
+@pytest.mark.parametrize(
+    ("changes", "left_out"),
+    [
+        ({"target_modules": ["q_proj"]}, ["v_proj", "v_proj"]),
+        ({"target_modules": r".*layers\.0\..*q_proj"}, ["q_proj", "v_proj", "v_proj"]),
+        ({"exclude_modules": ["v_proj"]}, ["v_proj", "v_proj"]),
+        ({"exclude_modules": r".*\.1\..*"}, ["q_proj", "v_proj"]),
+        ({"layers_to_transform": [0]}, ["q_proj", "v_proj"]),
+        ({"layers_to_transform": 0, "layers_pattern": "layers"}, ["q_proj", "v_proj"]),
+        ({"target_modules": []}, ["q_proj", "v_proj"] * 2),
+    ],
+)
+def test_tensors_that_the_configuration_leaves_out_are_refused_by_name(
+    changes: dict[str, Any], left_out: list[str], tmp_path: Path
+) -> None:
+    """PEFT would not use them: merged, they would be something that it does not compute."""
+    folder = write(tmp_path / "a", an_adapter("q_proj", "v_proj"), linear_modules=MODULES)
+    edit_config(folder, **changes)
+    with pytest.raises(AdapterError, match=f"{len(left_out)} of 4 modules") as refused:
+        read_adapter(folder)
+    assert refused.value.code == "QH-C09"
+    found = refused.value.context["left_out"]
+    assert sorted(name.rpartition(".")[2] for name in found) == sorted(left_out)  # type: ignore[attr-defined]
+    assert all(name in str(refused.value) for name in found)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": None},  # PEFT then goes by the kind of model
+        {"target_modules": ["q_proj", "v_proj", "o_proj"]},
+        {"target_modules": r".*\.(q|v)_proj"},
+        {"layers_to_transform": [1, 0], "layers_pattern": ["layers", "blocks"]},
+        {"layers_to_transform": []},
+        {"exclude_modules": ["lm_head"]},
+    ],
+)
+def test_a_configuration_that_means_all_the_tensors_is_read(changes: dict[str, Any], tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", an_adapter("q_proj", "v_proj"), linear_modules=MODULES)
+    edit_config(folder, **changes)
+    assert read_adapter(folder).config == an_adapter("q_proj", "v_proj").config
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"target_modules": 7}, "names or an expression"),
+        ({"target_modules": ["q_proj", 7]}, "names or an expression"),
+        ({"target_modules": "(q_proj"}, "no regular expression"),
+        ({"target_modules": "(a|aa)+x"}, "repeats a group"),  # may take longer than anyone waits
+        ({"exclude_modules": "(.*a){20}"}, "repeats a group"),
+        ({"layers_to_transform": ["0"]}, "layer numbers"),
+        ({"layers_pattern": "(a+)+"}, "names such as layers"),
+    ],
+)
+def test_fields_that_choose_modules_in_another_form_are_refused(
+    changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    folder = write(tmp_path / "a", an_adapter("q_proj", "v_proj"), linear_modules=MODULES)
+    edit_config(folder, **changes)
+    with pytest.raises(AdapterError, match=words) as refused:
+        read_adapter(folder)
+    assert refused.value.code == "QH-C50"

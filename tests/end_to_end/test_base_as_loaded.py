@@ -14,6 +14,7 @@ from qlora_hal import train
 from qlora_hal.contract.backend import ModelOutline
 from qlora_hal.demo import model_path
 from qlora_hal.detect import discovery
+from qlora_hal.errors import UnsupportedFeatureError
 
 
 def demo_model(folder: Path, **changes: object) -> str:
@@ -59,3 +60,14 @@ def test_layers_that_the_loaded_model_has_otherwise_are_settled_and_said(
     targets = json.loads((tmp_path / "run" / "run.json").read_text())["model"]["target_modules"]
     assert "model.layers.0.self_attn.q_proj" in targets
     assert "model.layers.0.self_attn.q_norm" not in targets
+
+
+def test_rows_on_both_sides_of_a_rotary_length_are_refused_before_weights_are_read(tmp_path: Path) -> None:
+    """LongRoPE's factors for a batch are those of its longest row."""
+    factors = [1.0] * 32
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, "short_factor": factors, "long_factor": factors}
+    changes = {"rope_parameters": {**rope, "original_max_position_embeddings": 24}, "rope_scaling": None}
+    settings = {"model.name_or_path": demo_model(tmp_path / "model", **changes), "output_dir": str(tmp_path / "run")}
+    with pytest.raises(UnsupportedFeatureError, match="one set of factors up to 24 tokens") as caught:
+        train(merged(SMALL, settings))
+    assert caught.value.code == "QH-B62"

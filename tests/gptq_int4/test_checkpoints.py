@@ -11,6 +11,8 @@ import pytest
 from gptq_int4.gptq_checkpoints import (
     KINDS,
     SHAPE,
+    V1,
+    V2,
     Kind,
     adapter_for,
     opened,
@@ -28,6 +30,7 @@ from qlora_hal.detect.selection import choose
 from qlora_hal.errors import ConfigError, ModelError, QloraHalError, UnsafeInputError, UnsupportedFeatureError
 from qlora_hal_backends.gptq_int4 import SPEC
 from qlora_hal_backends.gptq_int4.loading import checked_settings
+from qlora_hal_oracle import ZeroPointConvention
 from qlora_hal_oracle.random_models import linear_shapes
 
 MODULE = "model.layers.1.mlp.down_proj"
@@ -187,6 +190,38 @@ def g_idx(**entries: int) -> np.ndarray[Any, Any]:
 def test_tensors_that_contradict_each_other_are_refused(changed: dict[str, Any], words: str, tmp_path: Path) -> None:
     write_checkpoint(tmp_path, Kind(64), changed={f"{MODULE}.{part}": array for part, array in changed.items()})
     refused(tmp_path, "QH-C73", MODULE, words)
+
+
+@pytest.mark.fault("C73")
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize(
+    ("written", "told", "zero"),
+    [(V2, "gptq", 9), (V2, None, 9), (V1, "gptq_v2", 7)],  # without the key a checkpoint is v1
+)
+def test_symmetric_zero_points_off_the_middle_tell_another_format(
+    written: ZeroPointConvention, told: str | None, zero: int, act_order: bool, tmp_path: Path
+) -> None:
+    """Decoded all the same, every weight would be one step off."""
+    kind = Kind(convention=written, act_order=act_order)
+    described = {**kind.described, "checkpoint_format": told}
+    write_checkpoint(tmp_path, kind, described={key: value for key, value in described.items() if value is not None})
+    words = (f"its qzeros hold {zero} as checkpoint_format {told or 'gptq'}", f"as {written.value} they would hold 8")
+    refused(tmp_path, "QH-C73", "sym: true", *words)
+
+
+def test_asymmetric_zero_points_under_a_symmetric_description_are_refused(tmp_path: Path) -> None:
+    kind = Kind(symmetric=False)
+    write_checkpoint(tmp_path, kind, described={**kind.described, "sym": True})
+    refused(tmp_path, "QH-C73", "with sym: true every zero point is 8")
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_description_without_sym_takes_nothing_for_granted(symmetric: bool, tmp_path: Path) -> None:
+    kind = Kind(symmetric=symmetric)
+    described = {key: value for key, value in kind.described.items() if key != "sym"}
+    decoded = write_checkpoint(tmp_path, kind, described=described)
+    with opened(tmp_path) as trainer:
+        assert np.array_equal(trainer.dequantized_weight(MODULE).astype(np.float64), decoded[MODULE])
 
 
 @pytest.mark.parametrize("bits", [2, 3, 8])

@@ -112,10 +112,13 @@ def test_scaled_rotary_positions_are_those_of_transformers(
     check_base_logits(opened(folder), folder, random_batch(1, time=20))
 
 
-def test_dynamic_rotary_positions_grow_beyond_the_longest_row(tmp_path: Path, opened: Opened) -> None:
+def test_dynamic_rotary_positions_within_the_longest_row_are_those_of_transformers(
+    tmp_path: Path, opened: Opened
+) -> None:
+    """Longer rows are refused (`test_rotary_lengths`)."""
     rope = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 3.0}
     folder = write_model(tmp_path, "starcoder2", rope_parameters=rope, max_position_embeddings=16)
-    check_base_logits(opened(folder), folder, random_batch(1, time=24))
+    check_base_logits(opened(folder), folder, random_batch(1, time=16))
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "gemma3"])
@@ -193,6 +196,74 @@ def test_a_config_that_transformers_refuses_is_refused(tmp_path: Path) -> None:
     error = refusal(folder)
     assert error.code == "QH-M51"
     assert "num_attention_heads" in error.cause
+
+
+# keys that transformers does not read ---------------------------------------------------------------------------------
+TWO_KINDS = ["sliding_attention", "full_attention"]
+
+
+@pytest.mark.parametrize(
+    ("family", "beside"),
+    [
+        ("llama", {"sliding_window": 4}),
+        ("llama", {"sliding_window": 4, "layer_types": TWO_KINDS}),
+        ("llama", {"rope_traditional": True}),
+        ("qwen2", {"rope_traditional": True}),
+        ("phi3", {"rope_traditional": True}),
+        ("gemma", {"rope_traditional": True}),
+        ("gemma2", {"rope_traditional": True, "sliding_window": 64}),
+        ("gemma", {"hidden_activation": "silu"}),  # the first Gemma has hidden_act
+        ("gemma2", {"hidden_act": "silu", "sliding_window": 64}),  # the second has hidden_activation
+    ],
+)
+def test_a_key_that_transformers_does_not_read_has_no_effect_and_is_told(
+    family: str, beside: dict[str, Any], tmp_path: Path, opened: Opened
+) -> None:
+    folder = write_model(tmp_path, family)
+    edit_config(folder, **beside)
+    check_base_logits(opened(folder), folder, random_batch(0))
+    notes = outline(source_of(folder), {}).notes
+    for key in beside.keys() & {"rope_traditional", "layer_types"}:
+        assert any(note.startswith(f"config.json has {key} = ") and "no effect" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("family", "beside"),
+    [
+        ("llama", {"rope_theta": 77.0}),
+        ("phi", {"partial_rotary_factor": 1.0}),
+        ("phi3", {"partial_rotary_factor": 0.5}),
+        ("nemotron", {"partial_rotary_factor": 1.0}),
+        ("glm", {"partial_rotary_factor": 1.0}),
+        ("gpt_neox", {"rotary_pct": 1.0}),
+        ("gpt_neox", {"rotary_emb_base": 77}),
+        ("gemma3_text", {"rope_theta": 55.0, "rope_local_base_freq": 33.0}),
+    ],
+)
+def test_an_older_name_beside_rope_parameters_means_what_it_means_to_transformers(
+    family: str, beside: dict[str, Any], tmp_path: Path, opened: Opened
+) -> None:
+    layers = {"num_hidden_layers": 6} if family == "gemma3_text" else {}
+    folder = write_model(tmp_path, family, **layers)
+    edit_config(folder, **beside)
+    check_base_logits(opened(folder), folder, random_batch(0))
+
+
+def test_a_mistral_with_kinds_of_layers_is_the_ministral_that_transformers_takes_it_for(
+    tmp_path: Path, opened: Opened
+) -> None:
+    folder = write_model(tmp_path, "mistral", sliding_window=4)
+    edit_config(folder, layer_types=TWO_KINDS)
+    check_base_logits(opened(folder), folder, random_batch(0))
+
+
+def test_a_key_that_the_code_of_a_model_asks_for_is_read_though_its_configuration_does_not_declare_it() -> None:
+    """OLMo 2's `head_dim`."""
+    from qlora_hal_backends.mlx_lora.config_reading import keys_read
+
+    assert "head_dim" in (keys_read("olmo2") or ())
+    assert "sliding_window" not in (keys_read("llama") or ())
+    assert keys_read("of_nobody") is None
 
 
 def test_a_window_that_mlx_lm_leaves_out_is_told_before_a_row_is_read(tmp_path: Path) -> None:

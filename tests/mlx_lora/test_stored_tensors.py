@@ -173,6 +173,16 @@ def test_scales_of_a_packed_weight_that_are_not_finite_are_refused(part: str, tm
     assert caught.value.code == "QH-M52"
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.bool_, np.int64, np.int16])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.self_attn.q_proj.weight"])
+def test_whole_numbers_in_place_of_a_weight_are_refused_with_its_name(name: str, dtype: Any, tmp_path: Path) -> None:
+    folder = write_model(tmp_path, "llama")
+    edit_tensors(folder, lambda tensors: tensors.update({name: (3 * tensors[name]).astype(dtype)}))
+    with pytest.raises(ModelError, match=rf"{name} is stored as \w+; a floating-point number is expected") as caught:
+        outline(source_of(folder), {})
+    assert caught.value.code == "QH-M50"
+
+
 # linear layers --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("family", "changes"),
@@ -196,3 +206,20 @@ def test_the_linear_layers_that_are_told_are_those_of_the_loaded_model(
 def test_linear_layers_that_mlx_lm_has_no_layer_for_are_named(tmp_path: Path) -> None:
     notes = outline(source_of(write_model(tmp_path, "deepseek_v3")), {}).notes
     assert any(note.startswith("2 linear layers (kv_b_proj) carry no LoRA with mlx-lm") for note in notes)
+
+
+def with_a_quantized_head(folder: Path, **how: object) -> Path:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    plain = write_model(folder / "plain", "llama")
+    settings = BitsAndBytesConfig(llm_int8_skip_modules=["nothing"], **how)
+    model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=settings, device_map="cpu")
+    model.save_pretrained(folder / "packed")
+    return folder / "packed"
+
+
+def test_a_head_that_bitsandbytes_quantized_is_called_what_it_is(tmp_path: Path) -> None:
+    folder = with_a_quantized_head(tmp_path, load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    with pytest.raises(ModelError, match="lm_head is quantized in this checkpoint") as caught:
+        outline(source_of(folder), {})
+    assert caught.value.code == "QH-C72"

@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from qlora_hal.errors import ModelError, UnsafeInputError
+from qlora_hal.files.safetensors_file import DTYPE_BITS
 from qlora_hal.model.facts import read_facts
 
 WriteModel = Callable[..., Path]
@@ -268,3 +269,40 @@ def test_plain_weights_under_another_method_are_refused(write_model: WriteModel)
     config = {"vocab_size": 96, "quantization_config": {"quant_method": "fp8"}}
     with pytest.raises(ModelError, match="quantized with fp8"):
         read_facts(write_model(config=config))
+
+
+# dtypes that nobody decodes -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "F8_E8M0", "F6_E2M3", "F4", "C64"])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.self_attn.q_proj.weight"])
+@pytest.mark.parametrize("scale", ["", "_scale_inv"])
+def test_a_tensor_in_a_dtype_that_nobody_decodes_is_refused_with_its_name(
+    name: str, dtype: str, scale: str, tmp_path: Path
+) -> None:
+    """From the header, on every backend: MLX would read the codes of float8 as bytes."""
+    tensors = {name: (dtype, [32, 32], bytes(32 * 32 * DTYPE_BITS[dtype] // 8))}
+    if scale:
+        tensors[f"{name}{scale}"] = ("F32", [1], bytes(4))
+    write_raw(tmp_path, tensors)
+    with pytest.raises(ModelError, match=rf"{name} is stored as {dtype}") as caught:
+        read_facts(tmp_path)
+    assert caught.value.code == "QH-C72"
+    assert (f"{name}{scale}" in caught.value.cause) == bool(scale)
+
+
+def test_a_description_of_float8_is_refused_by_its_name(tmp_path: Path) -> None:
+    write_raw(tmp_path, {"w": ("F8_E4M3", [1], bytes(1))}, quantization_config={"quant_method": "fp8"})
+    with pytest.raises(ModelError, match="quantized with fp8") as caught:
+        read_facts(tmp_path)
+    assert caught.value.code == "QH-C72"
+
+
+def write_raw(folder: Path, tensors: dict[str, tuple[str, list[int], bytes]], **config: object) -> None:
+    """A folder whose tensors are bytes under any dtype."""
+    header, begin = {}, 0
+    for name, (dtype, shape, content) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, begin + len(content)]}
+        begin += len(content)
+    raw = json.dumps(header).encode()
+    contents = b"".join(content for _, _, content in tensors.values())
+    (folder / "model.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + contents)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **config}))

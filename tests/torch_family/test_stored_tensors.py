@@ -175,3 +175,33 @@ def test_a_described_quantization_that_the_weights_do_not_have_is_said(
     note = unmet_description_note(source_of(folder).facts, Quantization(WeightFormat.NF4))
     assert told in note
     assert "they are stored as nf4, as quantization.weight_format says" in note
+
+
+# dtypes ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.int64, torch.int16])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.self_attn.q_proj.weight"])
+def test_whole_numbers_in_place_of_a_weight_are_refused_with_its_name(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    folder = write_model(tmp_path, "llama")
+    rewritten(folder, lambda tensors: tensors.update({name: (3 * tensors[name]).to(dtype)}))
+    with pytest.raises(ModelError, match=rf"{name} is stored as \w+; a floating-point number is expected") as caught:
+        outline(source_of(folder), {})
+    assert caught.value.code == "QH-M50"
+
+
+def with_a_quantized_head(folder: Path, **how: object) -> Path:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    plain = write_model(folder / "plain", "llama")
+    settings = BitsAndBytesConfig(llm_int8_skip_modules=["nothing"], **how)
+    model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=settings, device_map="cpu")
+    model.save_pretrained(folder / "packed")
+    return folder / "packed"
+
+
+@pytest.mark.parametrize("how", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}])
+def test_a_quantized_head_is_called_what_it_is(how: dict[str, object], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="lm_head is quantized in this checkpoint") as caught:
+        outline(source_of(with_a_quantized_head(tmp_path, **how)), {})
+    assert caught.value.code == "QH-C72"

@@ -17,17 +17,20 @@ from qlora_hal_backends.gptq_int4.engines import CODES_PER_WORD, GptqSettings, P
 from qlora_hal_backends.torch_family.loading import Checkpoint
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
+MIDDLE = 8
+"""The zero point of every symmetric group in four bits."""
 ZERO_OF_NOTHING = 15
 """In v1 a zero point of 0 is stored as -1, which is 15 in four bits."""
 
 
 def read_settings(prequantized: Prequantized) -> GptqSettings:
-    """The settings of a checkpoint as `read_facts` found and checked them; old configurations lack some keys."""
+    """The settings of a checkpoint as `read_facts` found and checked them; old configurations lack some keys. Without
+    `sym`, nothing is taken for granted of the zero points."""
     stored = prequantized.settings
     group_size = stored.get("group_size", -1)
     return GptqSettings(
         group_size=group_size if isinstance(group_size, int) and group_size > 0 else None,
-        symmetric=bool(stored.get("sym", True)),
+        symmetric=bool(stored.get("sym", False)),
         act_order=bool(stored.get("desc_act", False)),
         checkpoint_format="gptq_v2" if stored.get("checkpoint_format") == "gptq_v2" else "gptq",
         quantizer=str(stored.get("quantizer", "")),
@@ -64,6 +67,8 @@ def _wrong(tensors: Mapping[str, Tensor], settings: GptqSettings) -> Iterator[st
         yield f"qweight has shape {list(qweight.shape)}, g_idx {list(g_idx.shape)} and scales {list(scales.shape)}"
     if qzeros.shape != (groups, words):
         yield f"qzeros have shape {list(qzeros.shape)}, [{groups}, {words}] is expected"
+    elif settings.symmetric and qzeros.dtype == torch.int32:
+        yield from _other_zeros(_fields(qzeros)[:, :outputs], settings)
     if not bool(torch.isfinite(scales).all()):
         yield "scales hold NaN or infinity"
     lowest, highest = int(g_idx.min()), int(g_idx.max())
@@ -71,6 +76,28 @@ def _wrong(tensors: Mapping[str, Tensor], settings: GptqSettings) -> Iterator[st
         yield f"g_idx holds groups {lowest} to {highest} of {groups}"
     elif not settings.act_order and settings.group_size is not None and not _in_order(g_idx, settings.group_size):
         yield "g_idx is not in order, but desc_act is false"
+
+
+def _other_zeros(fields: Tensor, settings: GptqSettings) -> Iterator[str]:
+    """What speaks against symmetric groups in this format: v1 stores a zero point less one, so that a wrong or missing
+    `checkpoint_format` decodes every weight one step off."""
+    stored_less = 1 if settings.checkpoint_format == "gptq" else 0
+    zeros = fields + stored_less
+    others = zeros[zeros != MIDDLE]
+    if not others.numel():
+        return
+    other_format = "gptq_v2" if stored_less else "gptq"
+    fits_other = bool((fields + (1 - stored_less) == MIDDLE).all())
+    yield (
+        f"with sym: true every zero point is {MIDDLE}, and its qzeros hold {int(others[0])} as checkpoint_format "
+        f"{settings.checkpoint_format}" + (f"; as {other_format} they would hold {MIDDLE}" if fits_other else "")
+    )
+
+
+def _fields(qzeros: Tensor) -> Tensor:
+    """int32 words `[groups, words]` -> their four-bit fields `[groups, 8 * words]`, the lowest bits first."""
+    shifts = torch.arange(0, 32, 4, device=qzeros.device, dtype=torch.int32)
+    return ((qzeros[..., None] >> shifts) & 15).flatten(1)
 
 
 def _in_order(g_idx: Tensor, group_size: int) -> bool:
@@ -82,9 +109,7 @@ def has_undefined_zeros(packed: PackedLinear, settings: GptqSettings) -> bool:
     """Whether v1 stores a zero point of 0, as -1: libraries disagree whether it borrows from the field beside it."""
     if settings.checkpoint_format != "gptq" or settings.symmetric:
         return False
-    shifts = torch.arange(0, 32, 4, device=packed.qzeros.device, dtype=torch.int32)
-    fields = (packed.qzeros[..., None] >> shifts) & 15
-    return bool((fields == ZERO_OF_NOTHING).any())
+    return bool((_fields(packed.qzeros) == ZERO_OF_NOTHING).any())
 
 
 def contradiction(where: str, what: str, cause: str = "") -> ModelError:

@@ -10,6 +10,7 @@ import importlib
 import io
 import re
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from typing import Any
 
 from qlora_hal.errors import ModelError
@@ -17,7 +18,13 @@ from qlora_hal.errors.foreign import missing_package
 from qlora_hal.model.source import ModelSource
 from qlora_hal.processes.subprocess_call import one_line
 from qlora_hal_backends.mlx_lora.activations import put_activations_right
-from qlora_hal_backends.mlx_lora.config_reading import Config, as_transformers_reads, in_words_of_mlx_lm, tied_words
+from qlora_hal_backends.mlx_lora.config_reading import (
+    Config,
+    as_transformers_reads,
+    in_words_of_mlx_lm,
+    notes_on_keys_not_read,
+    tied_words,
+)
 from qlora_hal_backends.mlx_lora.rotary import put_rotary_positions_right
 from qlora_hal_backends.mlx_lora.sliding import MissingWindow, missing_window
 
@@ -25,8 +32,17 @@ _MODULE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 _NO_MODELS = frozenset({"activations", "base", "cache", "pipeline", "rope_utils", "switch_layers"})
 
 
-def build_model(source: ModelSource, read: Config, is_tied: bool) -> tuple[Any, MissingWindow]:
-    """mlx-lm's model for this checkpoint, and what it leaves out; its parameters are lazy and take no memory.
+@dataclass(frozen=True, slots=True)
+class Built:
+    """mlx-lm's model, its parameters lazy and without memory; what it leaves out; sentences for the user."""
+
+    causal: Any
+    window: MissingWindow
+    notes: tuple[str, ...]
+
+
+def build_model(source: ModelSource, read: Config, is_tied: bool) -> Built:
+    """mlx-lm's model for this checkpoint.
 
     Raises ModelError QH-M51 for an architecture that mlx-lm lacks or cannot build from this config.json.
     """
@@ -40,7 +56,8 @@ def build_model(source: ModelSource, read: Config, is_tied: bool) -> tuple[Any, 
     except Exception as error:  # whatever mlx-lm raises over a configuration
         raise _cannot_build(source, f"{type(error).__name__}: {error}") from error
     put_activations_right(causal, source, read)
-    return causal, missing_window(source, read, arguments_class)
+    window = missing_window(source, read, arguments_class)
+    return Built(causal, window, (*notes_on_keys_not_read(source.facts.config, arguments_class), *window.notes()))
 
 
 def _classes(source: ModelSource) -> tuple[Any, Any]:

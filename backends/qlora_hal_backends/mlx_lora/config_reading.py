@@ -2,16 +2,22 @@
 
 mlx-lm reads config.json with defaults of its own, and under the names that models had when they were published. What a
 key means, what it is when it is absent and which older names it has are transformers' to say, so its configuration
-class is asked (it needs no torch), and mlx-lm's `ModelArgs` get the answers.
+class is asked (it needs no torch), and mlx-lm's `ModelArgs` get the answers. A key that transformers' code of a model
+does not read has no effect there, so it has none here, whatever `ModelArgs` would make of it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import json
 import logging
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from qlora_hal.model.facts import text_config
@@ -20,20 +26,62 @@ Config = Mapping[str, Any]
 
 
 def as_transformers_reads(config: Config) -> dict[str, Any]:
-    """`config` with all defaults and under transformers' own names; as it is where transformers knows no such model.
+    """`config` with all defaults and under transformers' own names, without what transformers' code of the model does
+    not read; as it is where transformers knows no such model.
 
     Raises ValueError, with transformers' words, for a config.json that it refuses.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    if config.get("model_type") not in CONFIG_MAPPING:
+    kind = _kind(config)
+    if kind not in CONFIG_MAPPING:
         return dict(config)
     with _quiet("transformers"):
         try:
-            read: dict[str, Any] = CONFIG_MAPPING[config["model_type"]].from_dict(_numbers(config)).to_dict()
+            read: dict[str, Any] = CONFIG_MAPPING[kind].from_dict({**_numbers(config), "model_type": kind}).to_dict()
         except Exception as error:  # its validators raise classes of other libraries
             raise ValueError(f"{type(error).__name__}: {error}") from error
-    return read
+    return _only_read(read)
+
+
+def _kind(config: Config) -> str:
+    """The model_type that transformers reads a config.json as: its AutoConfig takes a Mistral with kinds of layers for
+    a Ministral."""
+    kind = str(config.get("model_type"))
+    return "ministral" if kind == "mistral" and "layer_types" in config else kind
+
+
+def _only_read(read: Config) -> dict[str, Any]:
+    """transformers keeps unknown keys as attributes that nothing looks at."""
+    known = keys_read(str(read.get("model_type")))
+    return {
+        key: _only_read(value) if isinstance(value, Mapping) and "model_type" in value else value
+        for key, value in read.items()
+        if known is None or key in known
+    }
+
+
+_READ_BY_CONFIG = re.compile(r"""\bself\.(\w+)|\bkwargs\.\w+\(\s*["'](\w+)""")
+_READ_BY_MODEL = re.compile(r"""\bconfig\.(\w+)|\bgetattr\(\s*[\w.]*config,\s*["'](\w+)""")
+
+
+@cache
+def keys_read(model_type: str) -> frozenset[str] | None:
+    """Keys of config.json that transformers reads for this kind of model: those that its configuration class declares,
+    and those that the class or the model's code asks for beside them (OLMo 2's `head_dim`). None: it knows no such
+    model. The sources are read as text, so that torch is not needed."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        return None
+    kind = CONFIG_MAPPING[model_type]
+    own = [one for one in kind.__mro__ if one.__module__.startswith("transformers.models.")]
+    found = {field.name for field in dataclasses.fields(kind)} | {*kind.attribute_map, *kind.attribute_map.values()}
+    found |= {key for one in own for pair in _READ_BY_CONFIG.findall(inspect.getsource(one)) for key in pair}
+    file = Path(inspect.getfile(kind))
+    modeling = file.with_name(file.name.replace("configuration_", "modeling_"))
+    code = modeling.read_text(encoding="utf-8") if modeling.is_file() else ""
+    return frozenset(found | {key for pair in _READ_BY_MODEL.findall(code) for key in pair} | {"model_type"})
 
 
 def _numbers(value: Any) -> Any:
@@ -56,19 +104,41 @@ def _quiet(logger: str) -> Iterator[None]:
 
 
 def in_words_of_mlx_lm(config: Config, read: Config, arguments_class: type[Any]) -> dict[str, Any]:
-    """Values for the fields of `arguments_class`: as config.json gives them, else as transformers has `read` it."""
+    """Values for the fields of `arguments_class`, as transformers has `read` them; as config.json gives them where
+    mlx-lm cannot do without and transformers does not say."""
     given, meant = text_config(_numbers(config)), text_config(_numbers(read))
     aliases = _aliases(str(config.get("model_type")), str(given.get("model_type")))
     fields = inspect.signature(arguments_class).parameters
     asked = [name for name, field in fields.items() if field.default is field.empty]
-    words = {**meant, **_by_other_names(meant, aliases), **_rotary_words(meant), **_derived_words(meant, asked)}
-    # What config.json says itself stands before what was derived; transformers' names of rotary position do not.
-    words |= {key: value for key, value in given.items() if value is not None and key not in _ROTARY_KEYS}
+    kept = {key for key in given if key in asked or key not in _not_read(config, fields)}
+    words = {key: given[key] for key in kept - _ROTARY_KEYS if given[key] is not None}
+    words |= {**meant, **_by_other_names(meant, aliases), **_rotary_words(meant), **_derived_words(meant, asked)}
     words["model_type"] = config.get("model_type", "")
     words |= _own_spellings(words)
     if "text_config" in fields:
         words["text_config"] = {**words, "model_type": given.get("model_type", "")}
     return {key: value for key, value in words.items() if key in fields}
+
+
+def notes_on_keys_not_read(config: Config, arguments_class: type[Any]) -> tuple[str, ...]:
+    """Sentences for the user, on keys that mlx-lm would heed and transformers does not."""
+    given, fields = text_config(config), inspect.signature(arguments_class).parameters
+    return tuple(
+        f"config.json has {key} = {json.dumps(given[key])[:60]}, which transformers does not read for this kind of "
+        "model: it has no effect"
+        for key in sorted(_not_read(config, fields))
+        if given[key] is not None and given[key] != fields[key].default
+    )
+
+
+def _not_read(config: Config, fields: Mapping[str, inspect.Parameter]) -> set[str]:
+    """Keys of config.json that are fields of mlx-lm's and that transformers does not read."""
+    given = text_config(config)
+    known = [keys_read(_kind(part)) for part in (config, given)]
+    if None in known:
+        return set()
+    read = frozenset().union(*(keys for keys in known if keys is not None))
+    return {key for key in given if key in fields and key not in read | _ROTARY_KEYS}
 
 
 def tied_words(words: Config, is_tied: bool) -> dict[str, Any]:

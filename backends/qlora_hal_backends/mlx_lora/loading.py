@@ -17,10 +17,12 @@ from mlx.nn.layers.quantized import quantize
 from mlx.utils import tree_flatten
 
 from qlora_hal.contract.backend import Compute, Quantization
+from qlora_hal.contract.rotary_length import RotaryLength, rotary_length
 from qlora_hal.errors import ModelError
 from qlora_hal.model.facts import text_config
 from qlora_hal.model.own_dropout import dropout_note
 from qlora_hal.model.source import ModelSource
+from qlora_hal.model.stored_dtypes import not_a_weight, packed_elsewhere
 from qlora_hal_backends.mlx_lora.architecture import build_model, read_config
 from qlora_hal_backends.mlx_lora.base_weights import BaseWeight
 from qlora_hal_backends.mlx_lora.compared import check_compared
@@ -36,7 +38,11 @@ from qlora_hal_backends.mlx_lora.stored_tensors import Weights, mismatch, open_t
 
 @dataclass(slots=True)
 class BaseModel:
-    """A loaded base. `linears` are by the names of the checkpoint, which are the canonical ones."""
+    """A loaded base. `linears` are by the names of the checkpoint, which are the canonical ones.
+
+    `rotary` tells where rotary positions change with the length of a row; `mixes_samples` why several samples cannot
+    share a row, "" where they can, None while nobody has asked (`packing.why_not`).
+    """
 
     causal: Any
     head: Head | None
@@ -44,6 +50,8 @@ class BaseModel:
     slots: LoRASlots
     architecture: str
     window: MissingWindow
+    rotary: RotaryLength | None
+    mixes_samples: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +61,7 @@ class Assembled:
 
     causal: Any
     window: MissingWindow
+    rotary: RotaryLength | None
     weights: Weights
     linears: Mapping[str, Module]
     hidden_size: int
@@ -65,18 +74,35 @@ def assemble(source: ModelSource) -> Assembled:
     read = read_config(source)
     notes = check_compared(source, read)
     arrays = open_tensors(source)
-    causal, window = build_model(source, read, ties_its_head(arrays, source.facts.config, read))
+    built = build_model(source, read, ties_its_head(arrays, source.facts.config, read))
+    causal = built.causal
     weights = renamed(arrays, causal, source)
     linears = {
         path: module
         for path, module in reversed(causal.named_modules())
         if type(module) is Linear and weights.origin.get(path) in source.facts.linear_modules
     }
+    _refuse_packed_elsewhere(weights, linears, source)
     _check_complete(causal, weights, source)
     hidden_size = int(text_config(read).get("hidden_size") or 0)
     return Assembled(
-        causal, window, weights, linears, hidden_size, (*notes, *weights.notes, *window.notes(), *_dropout(read))
+        causal,
+        built.window,
+        rotary_length(text_config(read)),
+        weights,
+        linears,
+        hidden_size,
+        (*notes, *weights.notes, *built.notes, *_dropout(read)),
     )
+
+
+def _refuse_packed_elsewhere(weights: Weights, linears: Collection[str], source: ModelSource) -> None:
+    """Raises ModelError QH-C72 for a weight that bitsandbytes packed outside the linear layers: the head's, most often.
+    MLX's own packed heads and embeddings are used."""
+    for name in weights.arrays:
+        path, _, part = name.partition(".weight.")
+        if part and path not in linears:
+            raise packed_elsewhere(weights.origin.get(path, path), source.name)
 
 
 def _dropout(read: Config) -> tuple[str, ...]:
@@ -108,6 +134,7 @@ def load_base(source: ModelSource, quantization: Quantization, compute: Compute)
         slots,
         source.facts.architecture,
         assembled.window,
+        assembled.rotary,
     )
     if compute.gradient_checkpointing:
         _recompute_layers(base_model)
@@ -151,7 +178,7 @@ def _fill_parameters(causal: Any, weights: Weights, source: ModelSource, dtype: 
         array = weights.take(name)
         if array.shape != parameter.shape:
             raise _shape_mismatch(source.name, name, tuple(array.shape), tuple(parameter.shape))
-        if mx.issubdtype(array.dtype, mx.floating):
+        if _is_floating(array.dtype):
             array = array.astype(dtype)
         causal.load_weights([(name, array)], strict=False)
         mx.eval(array)
@@ -177,7 +204,8 @@ def _quantize_places(causal: Any, weights: Weights, source: ModelSource) -> None
 
 
 def _check_complete(causal: Any, weights: Weights, source: ModelSource) -> None:
-    """Raises ModelError QH-M50 with all that is missing or left over, or for a wrong shape, before anything is read."""
+    """Raises ModelError QH-M50 with all that is missing or left over, or for a wrong shape or dtype, before anything is
+    read."""
     packed = source.facts.prequantized is not None
     expected = dict(_parameters(causal))
     missing = sorted(name for name in expected if not weights.has(name))
@@ -188,9 +216,25 @@ def _check_complete(causal: Any, weights: Weights, source: ModelSource) -> None:
     ]
     if missing or left:
         raise mismatch(source.name, missing, left)
+    for name, parameter in expected.items():
+        dtype = weights.arrays[name].dtype
+        if _is_floating(parameter.dtype) and not _is_floating(dtype) and not _is_packed(name, weights):
+            stored = weights.origin.get(name.removesuffix(".weight"), name.removesuffix(".weight"))
+            ending = ".weight" if name.endswith(".weight") else ""
+            raise not_a_weight(stored + ending, str(dtype).removeprefix("mlx.core."), source.name)
     for name, parameter in expected.items() if not packed else ():
         if weights.arrays[name].shape != parameter.shape:
             raise _shape_mismatch(source.name, name, tuple(weights.arrays[name].shape), tuple(parameter.shape))
+
+
+def _is_floating(dtype: mx.Dtype) -> bool:
+    return bool(mx.issubdtype(dtype, mx.floating))
+
+
+def _is_packed(name: str, weights: Weights) -> bool:
+    """Whether the tensor is codes that others beside it describe."""
+    described = weights.has(f"{name.removesuffix('.weight')}.scales")
+    return described or any(other.startswith(f"{name}.") for other in weights.arrays)
 
 
 def _belongs_to_packed(name: str, expected: Collection[str]) -> bool:

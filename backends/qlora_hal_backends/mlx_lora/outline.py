@@ -17,7 +17,8 @@ def outline(source: ModelSource, options: Mapping[str, object]) -> ModelOutline:
     assembled = assemble(source)
     here = {assembled.weights.origin[path] for path in assembled.linears}
     shapes = {name: shape for name, shape in source.facts.linear_modules.items() if name in here}
-    return ModelOutline(shapes, (*left_out_notes(source.facts), *_not_here(source, shapes), *assembled.notes))
+    notes = (*left_out_notes(source.facts), *_not_here(source, shapes), *assembled.notes)
+    return ModelOutline(shapes, notes, assembled.rotary)
 
 
 def _not_here(source: ModelSource, shapes: Mapping[str, LinearShape]) -> tuple[str, ...]:

@@ -2,7 +2,8 @@
 
 mlx-lm's models ask the cache of each layer for the attention mask, and hand it keys and values. A cache that stores
 nothing and answers with a mask of its own therefore masks any of them, with no code of theirs replaced. Positions of
-packed samples need not restart: rotary attention depends on the distance of two tokens alone.
+packed samples do not restart: rotary attention depends on the distance of two tokens alone, in all but a few models,
+which `step.check_can_share_rows` finds.
 """
 
 from __future__ import annotations

@@ -45,8 +45,14 @@ class DeviceBatch:
         return self.input_ids, self.counted, self.targets, self.counts, self.weights, self.segments
 
 
-def to_device(batch: Batch) -> DeviceBatch:
-    """Which positions count is decided here, on the host."""
+def to_device(base: BaseModel, batch: Batch) -> DeviceBatch:
+    """Which positions count is decided here, on the host, and whether the rows can be computed at all: raises
+    UnsupportedFeatureError QH-B60 for packed samples that would see one another, QH-B62 for samples that would get
+    other rotary factors than alone."""
+    if base.rotary is not None:
+        base.rotary.check_batch(batch, batch.input_ids.shape[1])
+    if batch.is_packed:
+        check_can_share_rows(base)
     flat = next_labels(batch).reshape(-1)
     counted = np.flatnonzero(flat != IGNORE_LABEL)
     room = _padded(len(counted), flat.size)
@@ -98,6 +104,46 @@ def hidden_states(base: BaseModel, input_ids: mx.array, segments: mx.array | Non
         raise base.window.too_long(input_ids.shape[1])
     check_all_used(caches, base.architecture)
     return states
+
+
+def check_can_share_rows(base: BaseModel) -> None:
+    """Raises UnsupportedFeatureError QH-B60 where a sample of a packed row is not computed as it is alone."""
+    if base.mixes_samples is None:
+        base.mixes_samples = _why_samples_mix(base)
+    if base.mixes_samples:
+        raise UnsupportedFeatureError(
+            "QH-B60",
+            f"Packing is not possible with {base.architecture}: {base.mixes_samples}.",
+            where="data.packing",
+            cause="The samples of a row would change one another.",
+            fix="Set data.packing false.",
+        )
+
+
+def _why_samples_mix(base: BaseModel) -> str:
+    """Two samples in one row, and each alone, through the base. Positions of packed rows go on from sample to sample,
+    which is the same where only the distance of two tokens counts: rotary positions that are normed after their
+    rotation (Hunyuan), and learned ones, are not of that kind."""
+    if "hunyuan" in base.architecture.lower():
+        return "it norms queries and keys after their rotation"  # too little in 16 bits for a trial to show
+    left, right = (1, 2, 3), (5, 8, 4)
+    segments = mx.array([[1] * len(left) + [2] * len(right)])
+    base.slots.enabled = False
+    try:
+        together = hidden_states(base, mx.array([[*left, *right]]), segments, whole=True)[0]
+        alone = mx.concatenate([hidden_states(base, mx.array([one]), None, whole=True)[0] for one in (left, right)])
+    except UnsupportedFeatureError as error:
+        return error.cause or error.message.removesuffix(".")
+    except Exception as error:  # what mlx-lm's models raise over rows that short
+        return f"its forward pass fails on a short packed row ({type(error).__name__})"
+    finally:
+        base.slots.enabled = True
+    # Sums in another order: 1e-4 of the largest in float32, else 8 units in the last place.
+    units = {mx.bfloat16: 8 * 2**-7, mx.float16: 8 * 2**-10}
+    bound = units.get(together.dtype, 1e-4)
+    together, alone = together.astype(mx.float32), alone.astype(mx.float32)
+    apart = float(np.array(mx.abs(together - alone).max() / mx.abs(alone).max()))
+    return f"a sample gives other logits behind another one ({apart:.0e} of the largest)" if apart > bound else ""
 
 
 def logits(base: BaseModel, batch: DeviceBatch) -> mx.array:
@@ -181,14 +227,14 @@ class WindowGradient:
             if batch.counted_tokens == 0:
                 continue
             words = None if dropout_key is None else _token_words(dropout_key, batch)
-            sums, total = self._accumulate(values, sums, total, share, words, *to_device(batch).arrays())
+            sums, total = self._accumulate(values, sums, total, share, words, *to_device(self._base, batch).arrays())
             queue(*sums, total)
         return sums, total
 
     def loss_of(self, tensors: Mapping[str, mx.array], batch: Batch) -> mx.array:
         """`[loss sum, weighted]` of one batch, without dropout."""
         values = [tensors[name] for name in self._names]
-        loss: mx.array = self._evaluate(values, *to_device(batch).arrays())
+        loss: mx.array = self._evaluate(values, *to_device(self._base, batch).arrays())
         return loss
 
     def _micro_batch(

@@ -165,7 +165,7 @@ class MLXLoRATrainer(QuantizedLoRATrainer):
     def logits(self, batch: Batch) -> Float32:
         at = self._at_work
         with self._device_for("a forward pass"), self._loaded.slots.holding(at.optimizer.tensors):
-            return to_host(step.logits(self._loaded, step.to_device(batch)))
+            return to_host(step.logits(self._loaded, step.to_device(self._loaded, batch)))
 
     def gradients(self, window: Sequence[Batch]) -> Mapping[str, Float32]:
         at = self._at_work
@@ -177,7 +177,8 @@ class MLXLoRATrainer(QuantizedLoRATrainer):
     def token_losses(self, batch: Batch, *, adapter: bool = True) -> Float32:
         base = self._loaded
         tensors = self._attached.optimizer.tensors if self._attached is not None else {}
-        on_device = step.to_device(batch)
+        with self._device_for("a forward pass"):
+            on_device = step.to_device(base, batch)
         with self._device_for("a forward pass"), base.slots.holding(tensors), _switched(base.slots, on=adapter):
             logits = step.logits(base, on_device)
             rows = logits.reshape(-1, logits.shape[-1])

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlora_hal.contract.rotary_length import RotaryLength, rotary_length
 from qlora_hal.errors import ModelError
 from qlora_hal.errors.foreign import missing_package
 from qlora_hal.model.linear_shapes import natural_order, reason_left_out, state_space_mixers
 from qlora_hal.model.source import ModelSource
+from qlora_hal.model.stored_dtypes import FLOATING_DTYPES, not_a_weight, packed_elsewhere
 from qlora_hal_backends.torch_family.lora_linear import FrozenLinear
 from qlora_hal_backends.torch_family.transformers_versions import (
     NameInModel,
@@ -66,7 +68,7 @@ def build(source: ModelSource, attention: object, dtype: torch.dtype) -> Archite
     """The architecture of a folder, with everything in its place but the weights.
 
     Raises ModelError: QH-M51 for what transformers cannot build or this family does not train, QH-M50 with every tensor
-    that is missing, left over or misshapen.
+    that is missing, left over, misshapen or no floating-point number, QH-C72 for a quantized head.
     """
     with optional_libraries_unheard():
         causal = _built(source, attention, dtype)
@@ -74,6 +76,7 @@ def build(source: ModelSource, attention: object, dtype: torch.dtype) -> Archite
     named = _named_tensors(causal)
     renamed = _names_in_model(causal, named, source)
     linears = _place_linears(causal)
+    _refuse_packed_elsewhere(renamed, linears, source)
     tied = _tied_groups(causal)
     extra = _biases_of_packed_layers(renamed, linears)
     stored = {ours: theirs for theirs, ours in renamed.items() if ours in extra or _belongs(ours, named)}
@@ -235,6 +238,18 @@ def _tied_groups(causal: Any) -> list[tuple[str, ...]]:
     return [tuple(dict.fromkeys(group)) for group in groups.values()]
 
 
+def _refuse_packed_elsewhere(
+    renamed: Mapping[str, str], linears: Mapping[str, FrozenLinear], source: ModelSource
+) -> None:
+    """Raises ModelError QH-C72 for a packed weight that is not of a linear layer of ours: of the head, most often."""
+    if source.facts.prequantized is None:
+        return
+    for stored, name in renamed.items():
+        packed, module = _PACKED.fullmatch(stored), _PACKED.fullmatch(name)
+        if packed and module and packed["part"] != "scales" and module["module"] not in linears:
+            raise packed_elsewhere(packed["module"], source.name)
+
+
 def _belongs(name: str, named: Mapping[str, Any]) -> bool:
     packed = _PACKED.fullmatch(name)
     return name in named or (packed is not None and f"{packed['module']}.weight" in named)
@@ -255,7 +270,7 @@ def _check_complete(
     unused: Sequence[str],
     source: ModelSource,
 ) -> None:
-    """Every parameter has its tensor, every tensor its parameter, and their shapes agree."""
+    """Every parameter has its tensor, every tensor its parameter, their shapes agree, and they hold numbers."""
     ignored = [re.compile(word) for word in (*_RECOMPUTED, *(causal._keys_to_ignore_on_load_unexpected or ()))]
     left = [name for name in unused if not any(word.search(name) for word in ignored)]
     modules = {packed["module"] for name in stored if (packed := _PACKED.fullmatch(name))}
@@ -277,6 +292,20 @@ def _check_complete(
         found = source.facts.tensors[stored[name]].shape if name in stored else expected
         if tuple(found) != expected and name.rpartition(".")[0] not in modules:
             raise shape_mismatch(source.name, name, found, expected)
+    for name in _floating(causal, linears):
+        if name in stored and name.rpartition(".")[0] not in modules:
+            dtype = source.facts.tensors[stored[name]].dtype
+            if dtype not in FLOATING_DTYPES:
+                raise not_a_weight(stored[name], dtype, source.name)
+
+
+def _floating(causal: Any, linears: Mapping[str, FrozenLinear]) -> Iterator[str]:
+    """Names of what the architecture has as floating-point numbers, tables that it computes itself left out."""
+    for name, tensor in _named_tensors(causal).items():
+        if tensor.is_floating_point() and not any(re.search(word, name) for word in _RECOMPUTED):
+            yield name
+    for name in linears:
+        yield from (f"{name}.weight", f"{name}.bias")
 
 
 def _expected_shapes(causal: Any, linears: Mapping[str, FrozenLinear]) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -298,6 +327,11 @@ def _other_kind(causal: Any, source: ModelSource) -> str:
 def _conv1d_words(causal: Any) -> str:
     count = sum(type(module).__name__ == "Conv1D" for module in causal.modules())
     return f": its {count} projections are Conv1D, which store their weights transposed" if count else ""
+
+
+def rotary_of(causal: Any) -> RotaryLength | None:
+    """Where the rotary positions of a model change with the length of a row."""
+    return rotary_length(causal.config.get_text_config().to_dict())
 
 
 def shape_mismatch(where: str, name: str, found: Sequence[int], expected: Sequence[int]) -> ModelError:

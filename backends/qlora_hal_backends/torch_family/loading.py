@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from qlora_hal.contract.backend import Compute, Quantization
 from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal.contract.rotary_length import RotaryLength
 from qlora_hal.errors import ModelError, UnsupportedFeatureError
 from qlora_hal.model.source import ModelSource
-from qlora_hal_backends.torch_family.architecture import Architecture, build, shape_mismatch
+from qlora_hal_backends.torch_family.architecture import Architecture, build, rotary_of, shape_mismatch
 from qlora_hal_backends.torch_family.base_weights import (
     BaseWeight,
     Blockwise4BitWeight,
@@ -40,8 +41,9 @@ BITSANDBYTES = "bitsandbytes dequantize"
 class BaseModel:
     """A loaded base. `body` gives hidden states, `head` turns them into logits; without a head only `causal` does.
 
-    `mixes_samples` says why several samples cannot share a row, or is empty. `notes` are for the user. `decoding` names
-    what unpacks the weights, `versions` the packages that are needed for it beside the family's own.
+    `mixes_samples` says why several samples cannot share a row, or is empty; `rotary` where rotary positions change
+    with the length of a row. `notes` are for the user. `decoding` names what unpacks the weights, `versions` the
+    packages that are needed for it beside the family's own.
     """
 
     causal: Any
@@ -50,6 +52,7 @@ class BaseModel:
     linears: Mapping[str, FrozenLinear]
     layers: nn.ModuleList
     mixes_samples: str = ""
+    rotary: RotaryLength | None = None
     notes: tuple[str, ...] = ()
     decoding: str = BITSANDBYTES
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -102,6 +105,7 @@ def load_with(
         linears={name: linears[name] for name in architecture.adapted},
         layers=_decoder_layers(causal, compute),
         mixes_samples=trial.mixes_samples,
+        rotary=rotary_of(causal),
         notes=tuple(notes),
     )
 

@@ -10,7 +10,7 @@ from qlora_hal.contract.backend import ModelOutline
 from qlora_hal.model.linear_shapes import sentences
 from qlora_hal.model.own_dropout import dropout_note
 from qlora_hal.model.source import ModelSource
-from qlora_hal_backends.torch_family.architecture import Architecture, build
+from qlora_hal_backends.torch_family.architecture import Architecture, build, rotary_of
 
 
 def outline(source: ModelSource, options: Mapping[str, object]) -> ModelOutline:
@@ -18,7 +18,7 @@ def outline(source: ModelSource, options: Mapping[str, object]) -> ModelOutline:
     architecture = build(source, options.get("attention", "auto"), torch.float32)
     linears = architecture.linears
     modules = {name: linears[name].shape for name in architecture.adapted}
-    return ModelOutline(modules, tuple(_notes(architecture)))
+    return ModelOutline(modules, tuple(_notes(architecture)), rotary_of(architecture.causal))
 
 
 def _notes(architecture: Architecture) -> Iterator[str]:

@@ -51,6 +51,14 @@ def to_device(batch: Batch, device: torch.device) -> DeviceBatch:
     )
 
 
+def check_lengths(base: BaseModel, batch: Batch) -> None:
+    """Raises UnsupportedFeatureError QH-B62 for samples that would get other rotary factors than alone. transformers
+    goes by the largest position, which in a batch that is not packed is that of the padding's end."""
+    if base.rotary is not None:
+        seen = int(batch.position_ids.max(initial=-1)) + 1 if batch.is_packed else batch.input_ids.shape[1]
+        base.rotary.check_batch(batch, seen)
+
+
 def _copy(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
     host = torch.from_numpy(np.ascontiguousarray(array))
     host = host if host.is_floating_point() else host.long()
@@ -120,15 +128,17 @@ def accumulate_gradients(
     *,
     gradient_scale: float,
     see: Callable[[Batch], None],
+    placed: Callable[[Batch], DeviceBatch],
 ) -> Tensor:
     """Backward through every micro-batch; gradients add up where the adapter keeps them. `see` is called with each
-    before. Returns `[loss sum, weighted loss sum]`, twice the same where nothing is weighted."""
+    before, `placed` takes it to the device. Returns `[loss sum, weighted loss sum]`, twice the same where nothing is
+    weighted."""
     total = torch.zeros(2, dtype=torch.float32, device=device)
     for batch in window:
         if batch.counted_tokens == 0:
             continue
         see(batch)
-        loss = batch_loss(to_device(batch, device), gradient_scale)
+        loss = batch_loss(placed(batch), gradient_scale)
         (loss if loss.ndim == 0 else loss[-1]).backward()
         total += loss.detach()
     return total

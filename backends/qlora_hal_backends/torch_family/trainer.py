@@ -154,7 +154,7 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         with self._memory_named("evaluation"):
             for batch in batches:
                 if batch.counted_tokens:
-                    loss = self._batch_loss(step.to_device(batch, self._device), 1.0)
+                    loss = self._batch_loss(self._placed(batch), 1.0)
                     total += loss.cpu()
         return evaluated(batches, *total.tolist())
 
@@ -175,6 +175,7 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
                 self._device,
                 gradient_scale=self._loss_scale / denominator if denominator else 0.0,
                 see=see,
+                placed=self._placed,
             )
         if self._loss_scale != 1.0:
             flat.gradients.div_(self._loss_scale)
@@ -224,7 +225,7 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
     @torch.no_grad()
     def logits(self, batch: Batch) -> Float32:
         with self._memory_named("a forward pass"):
-            on_device = step.to_device(batch, self._device)
+            on_device = self._placed(batch)
             head = self._loaded.head
             if isinstance(self._fused, fused.FusedBody) and head is not None:
                 return head.logits(self._fused.hidden_states(on_device)).cpu().numpy()
@@ -241,7 +242,7 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
     @torch.no_grad()
     def token_losses(self, batch: Batch, *, adapter: bool = True) -> Float32:
         with self._memory_named("a forward pass"), self._adapter_switched(on=adapter):
-            return at_labels(batch, step.token_losses(self._loaded, step.to_device(batch, self._device)).cpu().numpy())
+            return at_labels(batch, step.token_losses(self._loaded, self._placed(batch)).cpu().numpy())
 
     @torch.no_grad()
     def dequantized_weight(self, module: str) -> Float32:
@@ -279,6 +280,10 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         if self._base is None:
             raise out_of_order("load")
         return self._base
+
+    def _placed(self, batch: Batch) -> step.DeviceBatch:
+        step.check_lengths(self._loaded, batch)
+        return step.to_device(batch, self._device)
 
     @property
     def _batch_loss(self) -> step.BatchLoss:

@@ -1,0 +1,94 @@
+"""Which modules adapter_config.json gives an adapter, by PEFT's rules (peft 0.21, `tuners_utils`,
+`check_target_module_exists`). PEFT leaves tensors of any other module out, with a warning."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from qlora_hal.adapter.targets import asks_for_all, names_module
+
+_REPEATED_GROUP = re.compile(r"\)[*+{]")
+"""Matching may then take longer than anyone waits; adapters are strangers' files."""
+_LAYER = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class PeftTargets:
+    """The fields of adapter_config.json that choose modules. A string is an expression over whole paths."""
+
+    modules: str | tuple[str, ...] | None
+    excluded: str | tuple[str, ...]
+    layers: tuple[int, ...] | None
+    layers_pattern: tuple[str, ...]
+
+    @classmethod
+    def read(cls, config: Mapping[str, object]) -> PeftTargets:
+        """Raises ValueError, with words that complete `adapter_config.json ...`, for fields of another form."""
+        return cls(
+            _names(config, "target_modules"),
+            _names(config, "exclude_modules") or (),
+            _numbers(config, "layers_to_transform"),
+            _plain_words(config, "layers_pattern"),
+        )
+
+    def left_out(self, modules: Collection[str]) -> list[str]:
+        """Those of `modules` that PEFT would give no adapter; none where it chooses by the kind of model."""
+        return [] if self.modules is None else [module for module in modules if not self._chooses(module)]
+
+    def _chooses(self, module: str) -> bool:
+        if _is_meant(self.excluded, module) or self.modules is None:
+            return False
+        if isinstance(self.modules, str):
+            return asks_for_all(self.modules) or _is_meant(self.modules, module)
+        if module in self.modules:
+            return True
+        return _is_meant(self.modules, module) and (self.layers is None or self._layer_of(module) in self.layers)
+
+    def _layer_of(self, module: str) -> int | None:
+        named = (re.compile(rf"(?:^|.*?\.){word}\.(?P<index>\d+)\.") for word in self.layers_pattern)
+        found = filter(None, (pattern.match(module) for pattern in (named if self.layers_pattern else [_LAYER])))
+        layer = next(found, None)
+        return None if layer is None else int(layer["index"])
+
+
+def _is_meant(names: str | tuple[str, ...], module: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(names_module(name, module) for name in names)
+
+
+def _names(config: Mapping[str, object], field: str) -> str | tuple[str, ...] | None:
+    value = config.get(field)
+    if value is None:
+        return None
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        return tuple(value)
+    if not isinstance(value, str):
+        raise ValueError(f"has {field} = {value!r:.60}, names or an expression are expected")
+    if _REPEATED_GROUP.search(value):
+        raise ValueError(f"has {field} = {value!r:.60}, an expression that repeats a group, which is not evaluated")
+    try:
+        re.compile(value)
+    except re.error as problem:
+        raise ValueError(f"has {field} = {value!r:.60}, which is no regular expression ({problem})") from problem
+    return value
+
+
+def _numbers(config: Mapping[str, object], field: str) -> tuple[int, ...] | None:
+    value = config.get(field)
+    if value is None or value == []:
+        return None
+    numbers = value if isinstance(value, list) else [value]
+    if not all(type(number) is int for number in numbers):
+        raise ValueError(f"has {field} = {value!r:.60}, layer numbers are expected")
+    return tuple(numbers)
+
+
+def _plain_words(config: Mapping[str, object], field: str) -> tuple[str, ...]:
+    value = config.get(field) or []
+    words = value if isinstance(value, list) else [value]
+    if not all(isinstance(word, str) and re.fullmatch(r"[\w.]+", word) for word in words):
+        raise ValueError(f"has {field} = {value!r:.60}, names such as layers are expected")
+    return tuple(words)
