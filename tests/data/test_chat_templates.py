@@ -248,6 +248,72 @@ def test_an_empty_thinking_part_that_the_template_writes_is_trained_and_noted(re
         assert not any("empty <think>" in note for note in found.notes)
 
 
+# As Mistral's does: no generation prompt, and no mark of the role; a call opens with a token of its own.
+NO_PROMPT = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + '[/INST]' }}"
+    "{% elif m.role == 'tool' %}{{ '[RESULT] ' + m.content + '[/RESULT]' }}"
+    "{% elif m.tool_calls %}{{ '[TOOL_CALLS] [{\"name\": \"' + m.tool_calls[0].function.name + '\"}]' + eos_token }}"
+    "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+)
+# The role is written, and a thought where there is one, or in any case.
+ROLE_WITHOUT_PROMPT = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.reasoning_content %}{{ '<think>\n' + m.reasoning_content + '\n</think>\n' }}{% endif %}{{ m.content }}"
+    "{% for one in m.tool_calls or [] %}{{ '<call>' + one.function.name + '</call>' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+)
+EMPTY_PROMPT = ROLE_WITHOUT_PROMPT + "{% if add_generation_prompt %}{{ '' }}{% endif %}"
+ALWAYS_THINKING = ROLE_WITHOUT_PROMPT.replace("m.reasoning_content %}", "m.role == 'assistant' %}").replace(
+    "'<think>\n' + m.reasoning_content", "'<think>\n' + (m.reasoning_content or '')"
+)
+OWN_HEADERS = ROLE_WITHOUT_PROMPT.replace("<|im_start|>' + m.role", "## ' + m.role | capitalize")
+
+
+def test_the_beginning_of_a_call_is_trained_where_a_template_has_no_generation_prompt(render: Render) -> None:
+    turn = said("assistant", "", tool_calls=[call()])
+    found = render(NO_PROMPT, [ASKED, turn, RESULT, DRY])
+    assert found.trained == ['[TOOL_CALLS] [{"name": "rain"}]<|im_end|>', f" No, it is dry.{END}"]
+    assert found.ids == found.theirs(tokenize=True)
+
+
+@pytest.mark.parametrize("source", [ROLE_WITHOUT_PROMPT, EMPTY_PROMPT, OWN_HEADERS])
+def test_of_a_turn_only_its_role_is_not_trained_where_nothing_prompts_for_it(source: str, render: Render) -> None:
+    thought, turn = said("assistant", "Look.", thinking="how?"), said("assistant", "", tool_calls=[call()])
+    found = render(source, [ASKED, thought, ASKED, turn, RESULT, DRY])
+    assert found.trained == [
+        f"<think>\nhow?\n</think>\nLook.{END}",
+        f"<call>rain</call>{END}",
+        f"No, it is dry.{END}",
+    ]
+
+
+def test_a_thinking_part_in_every_turn_is_for_the_model_to_open_where_nothing_prompts_for_it(render: Render) -> None:
+    messages = [ASKED, DRY, ASKED, said("assistant", "No.", thinking="how?")]
+    found = render(ALWAYS_THINKING, messages)
+    assert found.trained == [
+        f"<think>\n\n</think>\nNo, it is dry.{END}",
+        f"<think>\nhow?\n</think>\nNo.{END}",
+    ]
+
+
+@pytest.mark.parametrize("source", [NO_PROMPT, ROLE_WITHOUT_PROMPT])
+def test_generation_marks_alone_decide_where_nothing_prompts_for_a_turn(source: str, render: Render) -> None:
+    marked = source.replace("{{ '[TOOL", "{% generation %}{{ '[TOOL").replace(
+        " }}{% else %}{{ ' ' + m.content + eos_token }}",
+        " }}{% endgeneration %}{% else %}{% generation %}{{ ' ' + m.content + eos_token }}{% endgeneration %}",
+    )
+    if source == ROLE_WITHOUT_PROMPT:
+        marked = "{% for m in messages %}{% if m.role != 'assistant' %}{{ m.role + m.content }}{% else %}"
+        marked += "{% generation %}" + source.removeprefix("{% for m in messages %}").removesuffix("{% endfor %}")
+        marked += "{% endgeneration %}{% endif %}{% endfor %}"
+    found = render(marked, [ASKED, said("assistant", "", tool_calls=[call()]), RESULT, DRY])
+    theirs = found.theirs(tokenize=True)
+    assert found.ids == theirs
+    begins = "<|im_start|>assistant\n" if source == ROLE_WITHOUT_PROMPT else ""
+    assert [text.startswith(begins) for text in found.trained] == [True, True]
+    assert found.trained[0].removeprefix(begins).startswith(("[TOOL_CALLS]", "<call>"))
+
+
 # As GLM's does: a turn ends where the next message begins.
 NO_END = (
     "{% for m in messages %}"

@@ -26,6 +26,7 @@ Form = tuple[object, ...]
 CONTENT, REASONING, CALLS = "content", "reasoning", "tool_calls"
 _KNOWN_FIELDS = frozenset({"role", CONTENT, CALLS, *REASONING_FIELDS})
 _DUMPED_PART = re.compile(r"""["']type["']\s*:\s*["']text["']""")
+_PIECE = re.compile(r"<[^<>\s]*>|\[[^\[\]\s]*\]|\w+")
 _FORMS_KEPT = 4096
 
 
@@ -34,14 +35,14 @@ class Trial:
     """What a template does with one form of conversation.
 
     `unwritten` are (message, what: content, reasoning or tool_calls) of which a word is missing in the text; `fields`
-    are other fields of messages that change nothing; `headings` is the text in an assistant's turn before its own
+    are other fields of messages that change nothing; `openings` is the text in an assistant's turn before its own
     first word; `holding_others` are assistant turns in whose text words of other messages stand.
     """
 
     unwritten: frozenset[tuple[int, str]]
     tools_unwritten: bool
     fields: frozenset[str]
-    headings: Mapping[int, str]
+    openings: Mapping[int, str]
     holding_others: frozenset[int]
 
     @property
@@ -55,6 +56,7 @@ class Trials:
     def __init__(self, template: ChatTemplate) -> None:
         self._template = template
         self._known: dict[Form, Trial | None] = {}
+        self._headers: dict[Form, str] = {}
 
     def of(self, messages: Sequence[Message], tools: Sequence[object] | None) -> Trial | None:
         """What the template does with conversations of this form; None where it refuses the trial's words."""
@@ -65,6 +67,34 @@ class Trials:
                 return trial
             self._known[form] = trial
         return self._known[form]
+
+    def header_of(self, messages: Sequence[Message], turn: int, tools: Sequence[object] | None) -> str:
+        """What the template writes at the beginning of an assistant's turn whatever the turn holds: its role, and
+        nothing by which a thought or a call begins. Empty where a turn of plain content is not to be found."""
+        form = (turn, *form_of(messages, tools))
+        if form not in self._headers:
+            header = self._header(messages, turn, tools)
+            if len(self._headers) >= _FORMS_KEPT:
+                return header
+            self._headers[form] = header
+        return self._headers[form]
+
+    def _header(self, messages: Sequence[Message], turn: int, tools: Sequence[object] | None) -> str:
+        in_parts = any(isinstance(message.get(CONTENT), list | tuple) for message in messages)
+        plain, *others = [
+            self._opening([*messages[:turn], instead], turn, tools) for instead in _turns_of_each_kind(in_parts)
+        ]
+        if plain is None:
+            return ""
+        trial = self.of(messages, tools)
+        here = trial.openings.get(turn) if trial is not None else None
+        openings = [plain, *[opening for opening in (here, *others) if opening is not None]]
+        # A thinking part that stands in every turn is no part of the role: the model has to open it.
+        return _shared_beginning(openings).partition("<think>")[0]
+
+    def _opening(self, messages: Sequence[Message], turn: int, tools: Sequence[object] | None) -> str | None:
+        trial = self.of(messages, tools)
+        return trial.openings.get(turn) if trial is not None else None
 
     def _tried(self, messages: Sequence[Message], tools: Sequence[object] | None) -> Trial | None:
         words = _Words()
@@ -201,11 +231,28 @@ def _other_fields(messages: Sequence[Message]) -> list[str]:
     return sorted({name for message in messages for name in message} - _KNOWN_FIELDS)
 
 
+def _shared_beginning(texts: Sequence[str]) -> str:
+    """What all the texts begin with, to the last place that is inside no tag or word of any."""
+    columns = zip(*texts, strict=False)
+    end = next((at for at, signs in enumerate(columns) if len(set(signs)) > 1), min(map(len, texts)))
+    inside = [piece.start() for text in texts for piece in _PIECE.finditer(text) if piece.start() < end < piece.end()]
+    return texts[0][: min(inside, default=end)]
+
+
+def _turns_of_each_kind(in_parts: bool) -> Iterator[Message]:
+    """An assistant's turn of plain content, one with a thought, one with a call."""
+    content = [{"type": "text", "text": "text"}] if in_parts else "text"
+    yield {"role": "assistant", CONTENT: content}
+    yield {"role": "assistant", REASONING_FIELDS[0]: "text", CONTENT: content}
+    call = {"id": "c", "type": "function", "function": {"name": "name", "arguments": {"key": "text"}}}
+    yield {"role": "assistant", CONTENT: [] if in_parts else "", CALLS: [call]}
+
+
 def _in_turns(
     messages: Sequence[Message], rendering: Rendering, words: _Words
 ) -> tuple[dict[int, str], frozenset[int]]:
-    """(headings, holding_others) of the assistant's turns."""
-    headings: dict[int, str] = {}
+    """(openings, holding_others) of the assistant's turns."""
+    openings: dict[int, str] = {}
     holding: set[int] = set()
     for number, message in enumerate(messages):
         if message["role"] != "assistant" or len(rendering.turns.get(number, ())) != 1:
@@ -214,10 +261,10 @@ def _in_turns(
         turn = rendering.text[start:stop]
         own = [place for place, owner in _met(turn, words) if owner == number]
         if own:
-            headings[number] = turn[: min(own)]
+            openings[number] = turn[: min(own)]
         if any(owner != number for _, owner in _met(turn, words)):
             holding.add(number)
-    return headings, frozenset(holding)
+    return openings, frozenset(holding)
 
 
 def _met(turn: str, words: _Words) -> Iterator[tuple[int, int]]:
