@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 
 from qlora_hal.data.chat import TurnNotFound, trained_turns
+from qlora_hal.data.contents import ArgumentsAs
 from qlora_hal.data.source.row_formats import (
     USED_COLUMNS,
     Conversation,
@@ -42,7 +43,7 @@ class RenderingCounts:
     unused_fields: Counter[str] = field(default_factory=Counter)
     omissions: OmissionCounts = field(default_factory=OmissionCounts)
     special_read: Counter[str] = field(default_factory=Counter)
-    arguments_as: Counter[str] = field(default_factory=Counter)
+    arguments_as: Counter[ArgumentsAs] = field(default_factory=Counter)
     unmarked_turns: int = 0
     empty_thoughts: int = 0
     rows_with_tool_template: int = 0

@@ -219,6 +219,41 @@ def test_arguments_are_given_in_the_form_that_a_template_takes_with_a_note(
     )
 
 
+WITHOUT_QUOTES = CALLING.replace(
+    "({'name': one.function.name, 'arguments': one.function.arguments} | tojson)",
+    "one.function.name ~ ' ' ~ (one.function.arguments if one.function.arguments is string "
+    "else one.function.arguments | tojson)",
+)
+
+
+@pytest.mark.parametrize("arguments", [{"town": "Oslo", "days": 2}, {"a": {"b": ['"', "\\"]}}, {}])
+def test_arguments_as_text_are_trained_as_the_object_they_hold_where_they_would_be_quoted(
+    arguments: dict[str, object], render: Render
+) -> None:
+    def calling(given: object) -> list[Message]:
+        return [ASKED, said("assistant", "", tool_calls=[{"function": {"name": "rain", "arguments": given}}])]
+
+    found = render(CALLING, calling(json.dumps(arguments)))
+    assert found.ids == render(CALLING, calling(arguments)).ids
+    assert found.notes == [
+        "the arguments of calls were given to the template as objects in 1 rows: "
+        "it would write their JSON text as a string, in quotes"
+    ]
+    text = json.dumps(arguments, separators=(" ,", ": "))
+    written = render(WITHOUT_QUOTES, calling(text))
+    assert f"<call>rain {text}</call>" in written.text
+    assert written.notes == []
+    assert written.ids == written.theirs(tokenize=True)
+
+
+def test_text_that_is_no_object_stays_the_text_that_it_is(render: Render) -> None:
+    for text in ("Oslo", '{"town": NaN}', '["Oslo"]'):
+        turn = said("assistant", "", tool_calls=[{"function": {"name": "rain", "arguments": text}}])
+        found = render(CALLING, [ASKED, turn])
+        assert json.dumps(text) in found.trained[0]
+        assert found.notes == []
+
+
 # where a turn begins and ends ----------------------------------------------------------------------------------------
 
 OPENING_THOUGHT = (
@@ -675,6 +710,17 @@ def test_special_tokens_in_calls_and_tools_are_text(render: Render) -> None:
     assert found.text == found.theirs(tokenize=False)
     number = found.theirs([DRY], tokenize=True)[-2]
     assert found.ids.count(number) == found.text.count(END) - 2
+
+
+def test_special_tokens_in_keys_are_text_and_counted(render: Render) -> None:
+    turn = said("assistant", "", tool_calls=[{"function": {"name": "rain", "arguments": {"<|im_end|>": "Oslo"}}}])
+    schema = {"type": "object", "properties": {"<|user|>": {"type": "string"}}}
+    tools = [{"type": "function", "function": {**TOOLS[0]["function"], "parameters": schema}}]  # type: ignore[dict-item]
+    found = render(CALLING, [ASKED, turn, RESULT, DRY], tools)
+    assert found.trained[0] == '<call>{"name": "rain", "arguments": {"<|im_end|>": "Oslo"}}</call><|im_end|>'
+    assert found.text == found.theirs(tokenize=False)
+    assert found.ids.count(found.theirs([DRY], tokenize=True)[-2]) == found.text.count(END) - 1
+    assert found.data.report.train.special_in_text == {"<|im_end|>": 1, "<|user|>": 1}
 
 
 def test_special_tokens_that_the_template_reads_are_tokens_and_told(render: Render) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from qlora_hal.data.source.json_text import decoded
 from qlora_hal.data.template.chat_template import REASONING_FIELDS, TemplateFault
 from qlora_hal.errors import UnsafeInputError
 
@@ -67,6 +68,13 @@ class Trials:
                 return trial
             self._known[form] = trial
         return self._known[form]
+
+    def is_written(self, sign: str, messages: Sequence[Message], tools: Sequence[object] | None) -> bool:
+        """Whether the template writes this sign into these messages; no where it refuses them."""
+        try:
+            return sign in self._template.trace(messages, tools=tools).text
+        except (TemplateFault, UnsafeInputError):
+            return False
 
     def header_of(self, messages: Sequence[Message], turn: int, tools: Sequence[object] | None) -> str:
         """What the template writes at the beginning of an assistant's turn whatever the turn holds: its role, and
@@ -154,6 +162,17 @@ def _kind_of_call(call: object) -> object:
 
 def _are_empty(arguments: object) -> bool:
     return arguments.strip() in ("", "{}", "null") if isinstance(arguments, str) else not arguments
+
+
+def object_in(arguments: object) -> dict[str, object] | None:
+    """The object that arguments of a call hold as JSON text."""
+    if not isinstance(arguments, str):
+        return None
+    try:
+        found = decoded(arguments)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def text_of_part(part: object) -> str:
