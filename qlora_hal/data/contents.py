@@ -10,10 +10,12 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from qlora_hal.data.template.trial import CALLS, CONTENT, Form, form_of, object_in, text_of_part
+from qlora_hal.data.template.message_fields import CALLS, CONTENT
+from qlora_hal.data.template.trial_words import Form, form_of, object_in, text_of_part
 
 if TYPE_CHECKING:
-    from qlora_hal.data.template.trial import Message, Trials
+    from qlora_hal.data.template.message_fields import Message
+    from qlora_hal.data.template.trial import Trials
 
 OBJECTS = "objects"
 ArgumentsAs = tuple[str, str]

@@ -670,6 +670,87 @@ def test_fields_that_change_nothing_are_told(render: Render) -> None:
     assert render(named, messages).alerts == [f"mood: {LEAVING_OUT} (1 rows)"]
 
 
+def test_fields_inside_parts_and_calls_that_change_nothing_are_told(render: Render) -> None:
+    asking = {"id": "c1", "type": "function", "index": 0, "function": {"name": "rain", "arguments": {}, "thought": "z"}}
+    messages = [
+        said("user", [{"type": "text", "text": "Hi", "cache": "x"}]),
+        said("assistant", "", tool_calls=[asking]),
+    ]
+    assert render(CALLING, messages).alerts == [
+        f"content.cache: {LEAVING_OUT} (1 rows)",
+        f"tool_calls.function.thought: {LEAVING_OUT} (1 rows)",
+        f"tool_calls.index: {LEAVING_OUT} (1 rows)",
+    ]
+    whole = CALLING.replace("{'name': one.function.name, 'arguments': one.function.arguments}", "one")
+    assert render(whole, messages[1:]).alerts == []
+
+
+def test_a_field_that_is_written_for_one_role_alone_is_told_of_the_others(render: Render) -> None:
+    named = CALLING.replace("m.role +", "m.role + (' ' + m.name if m.name and m.role == 'tool' else '') +")
+    messages = [said("user", "Hello", name="anna"), said("assistant", "", tool_calls=[call()])]
+    messages += [said("tool", "no", name="rain"), DRY]
+    assert render(named, messages).alerts == [f"name of user messages: {LEAVING_OUT} (1 rows)"]
+
+
+WRITING_TOOLS = [
+    ("{{ tool | tojson }}", []),
+    ("{{ tool.function.name }}", ["tool descriptions", "tool parameters"]),
+    ("{{ tool.function.name + ': ' + tool.function.description }}", ["tool parameters"]),
+    ("{{ tool.function.name }}{{ tool.function.parameters.properties | list }}", ["tool descriptions"]),
+    ("{{ tool | tojson if loop.first }}", ["tools"]),
+]
+
+
+@pytest.mark.parametrize(("writing", "missing"), WRITING_TOOLS)
+def test_what_is_not_written_of_tools_is_told(writing: str, missing: list[str], render: Render) -> None:
+    schema = {"type": "object", "properties": {"town": {"type": "string"}}}
+    # The name of the second stands in the question, too.
+    tools = [
+        {"type": "function", "function": {"name": name, "description": "tells it", "parameters": schema}}
+        for name in ("time", "rain")
+    ]
+    source = CALLING.replace("{{ tool | tojson }}", writing)
+    found = render(source, [said("user", "Ask rain."), DRY], tools)
+    assert found.alerts == [f"{what}: {LEAVING_OUT} (1 rows)" for what in missing]
+    bare = [{"type": "function", "function": {"name": name}} for name in ("time", "rain")]
+    without = source.replace("tool.function.description", "''").replace("tool.function.parameters.properties", "{}")
+    alerts = render(without, [said("user", "Ask rain."), DRY], bare).alerts
+    assert alerts == ([f"tools: {LEAVING_OUT} (1 rows)"] if missing == ["tools"] else [])
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+@pytest.mark.parametrize(
+    ("kept", "arguments", "is_lost"),
+    [
+        ("if value is string", {"town": "Oslo"}, False),
+        ("if value is string", {"town": "Oslo", "days": 2}, True),
+        ("if value is not mapping", {"town": "Oslo", "where": {"north": 2}}, True),
+        ("if loop.first", {"town": "Oslo"}, False),
+        ("if loop.first", {"town": "Oslo", "zone": "UTC"}, True),
+        ("if loop.first", {"days": 1, "town": "Oslo"}, True),
+    ],
+)
+def test_a_call_of_which_an_argument_is_not_written_is_told_and_not_trained(
+    kept: str, arguments: Message, is_lost: bool, as_text: bool, render: Render
+) -> None:
+    source = CALLING.replace(
+        "({'name': one.function.name, 'arguments': one.function.arguments} | tojson)", "one.function.name"
+    ).replace(
+        "+ '</call>' }}",
+        "}}{% for key, value in one.function.arguments.items() %}{{ key ~ value " + kept + " }}{% endfor %}</call>",
+    )
+    given = json.dumps(arguments) if as_text else arguments
+    turn = said("assistant", "", tool_calls=[{"function": {"name": "rain", "arguments": given}}])
+    found = render(source, [ASKED, turn, DRY])
+    assert (f"tool_calls: {LEAVING_OUT} (1 rows)" in found.alerts) == is_lost
+    assert len(found.trained) == 2 - is_lost
+
+
+def test_reasoning_that_stands_under_a_name_that_is_not_read_is_told(render: Render) -> None:
+    found = render(CALLING, [ASKED, said("assistant", "No.", reasoning_content="", reasoning="It is dry.")])
+    assert found.alerts == [f"reasoning: {LEAVING_OUT} (1 rows)"]
+
+
 def test_a_turn_that_would_be_trained_without_what_it_says_carries_no_loss(render: Render) -> None:
     lost = "assistant turns that carry no loss, because the template omits what they say or call: 1"
     turn = said("assistant", "I will check.", tool_calls=[call(town="Oslo")])

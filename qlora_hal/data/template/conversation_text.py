@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qlora_hal.data.chat import EMPTY_THOUGHT, TurnNotFound, Written, trained_turns
 from qlora_hal.data.template.chat_template import REASONING_FIELDS, TemplateFault
+from qlora_hal.data.template.message_fields import CALLS, CONTENT, names_of_other_fields
 from qlora_hal.data.template.omissions import Omissions, omissions_of
-from qlora_hal.data.template.trial import CALLS, CONTENT, text_of_part
+from qlora_hal.data.template.trial_words import text_of_part
 from qlora_hal.data.tokens.special_text import masked
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ class ConversationRenderer:
                 safe, tools, rendering, is_read = messages, example.tools, plain, True
         trial = self._writer.trials.of(safe, tools)
         omissions = omissions_of(safe, tools, rendering, trial, self._template)
+        # Parts that became a text have lost what else they held.
+        omissions = replace(omissions, fields=omissions.fields | names_of_other_fields(given, without=messages))
         turns = trained_turns(safe, example.first_target, example.untrained)
         kept = turns if self._train_on_all else [turn for turn in turns if turn not in omissions.lost]
         try:
