@@ -283,6 +283,8 @@ def test_a_call_without_a_name_is_refused(name: object) -> None:
 def test_reasoning_that_is_no_text_is_refused_by_its_type(name: str, value: object, kind: str) -> None:
     error = refused({"messages": [ASKED, {**ANSWER, name: value}]})
     assert error.message == f"The field messages[1].{name} holds {kind}; a string was expected."
+    calling = {"from": "function_call", "value": PLAIN_CALL, name: value}
+    assert f"conversations[0].{name} holds {kind}; a string" in refused({"conversations": [calling]}).message
 
 
 def test_reasoning_that_differs_under_two_names_is_refused() -> None:

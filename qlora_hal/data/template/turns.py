@@ -125,11 +125,11 @@ def _message(row: Row, turn: object, field: str) -> dict[str, object]:
         raise value_fault(row, f"{field}.value", turn["value"], "what content holds, or nothing,")
     refuse_other_values(row, turn, field)
     rest = {key: kept for key, kept in turn.items() if kept is not None and key not in _SPELLED}
+    _refuse_unclear_reasoning(row, rest, field)
     content = turn.get(name, MISSING)
     if role == _CALL:
         calls = _calls(row, content, f"{field}.{name}")
         return {**rest, "role": "assistant", "content": "", "tool_calls": calls}
-    _refuse_unclear_reasoning(row, rest, field)
     message: dict[str, object] = _in_order(turn, {"role": role, "content": content}, rest)
     _translate_calls(row, message, field)
     if isinstance(content, list | tuple):
