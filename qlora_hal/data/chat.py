@@ -155,7 +155,7 @@ class ConversationWriter:
         start, stop = found
         if not rendering.text[start:stop].strip():
             return None
-        start += self._heading(rendering.text[start:stop], messages, turn, tools, trial)
+        start += self._heading(rendering.text[start:stop], messages, turn, tools)
         if self._template.marks_generation:
             spans = [(max(start, first), last) for first, last in marked if first < stop and last > start]
             return self._ended(rendering.text, spans, stop) if spans else Target((), closed=False)
@@ -201,7 +201,7 @@ class ConversationWriter:
         return None
 
     # what a generation prompt holds ---------------------------------------------------------------------------------
-    def _heading(self, text: str, messages: Sequence[Message], turn: int, tools: Tools, trial: Trial | None) -> int:
+    def _heading(self, text: str, messages: Sequence[Message], turn: int, tools: Tools) -> int:
         """How many characters at the beginning of a turn are not for the model to write."""
         prompt = self._prompt(messages[:turn], tools) if self._template.offers_prompt else ""
         if text.startswith(prompt) and prompt.strip():
@@ -218,9 +218,10 @@ class ConversationWriter:
         if at > blank:
             return at
         goes_on = turn > 0 and messages[turn - 1]["role"] == "assistant"
-        has_no_prompt = not self._template.offers_prompt or not goes_on
-        heading = trial.headings.get(turn, "") if trial is not None else ""
-        return len(heading) if has_no_prompt and heading.strip() and text.startswith(heading) else 0
+        if self._template.marks_generation or (self._template.offers_prompt and goes_on):
+            return 0
+        header = self.trials.header_of(messages, turn, tools)
+        return len(header) if header.strip() and text.startswith(header) else 0
 
     def _prompt(self, before: Sequence[Message], tools: Tools) -> str:
         """What the template writes for the assistant to go on after these messages."""

@@ -10,11 +10,18 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from qlora_hal.data.template.trial import CALLS, CONTENT, Form, form_of, text_of_part
+from qlora_hal.data.template.message_fields import CALLS, CONTENT
+from qlora_hal.data.template.trial_words import Form, form_of, object_in, text_of_part
 
 if TYPE_CHECKING:
-    from qlora_hal.data.template.trial import Message, Trials
+    from qlora_hal.data.template.message_fields import Message
+    from qlora_hal.data.template.trial import Trials
 
+OBJECTS = "objects"
+ArgumentsAs = tuple[str, str]
+"""What the arguments of calls were given to a template as, and why."""
+
+_SIGN, _SIGN_IN_QUOTES = '{"key": "text"}', r"{\"key\""
 _FORMS_KEPT = 4096
 
 
@@ -24,6 +31,7 @@ class Contents:
     def __init__(self, trials: Trials) -> None:
         self._trials = trials
         self._as_parts: dict[Form, bool] = {}
+        self._quoting: dict[Form, bool] = {}
 
     def fitted(self, messages: Sequence[Message], tools: Sequence[object] | None) -> Sequence[Message]:
         """The messages as they are where the template writes them so; with texts instead of parts, or the other way
@@ -31,6 +39,28 @@ class Contents:
         if not self._takes_parts(messages, tools):
             return [_with_text(message) for message in messages] if any(map(_has_parts, messages)) else messages
         return messages if any(map(_has_parts, messages)) else [_with_parts(message) for message in messages]
+
+    def forms_of_arguments(
+        self, messages: Sequence[Message], tools: Sequence[object] | None
+    ) -> Iterator[tuple[ArgumentsAs | None, Sequence[Message]]]:
+        """What may be given to the template, best first, and what the arguments of calls became, None where they are
+        as they were: objects where it would write their JSON text as a string; else as given; else the other form."""
+        changed = {form: messages_in_form for form, messages_in_form in _with_other_arguments(messages)}
+        if OBJECTS in changed and self._quotes_text(messages, tools):
+            yield (OBJECTS, "it would write their JSON text as a string, in quotes"), changed[OBJECTS]
+        yield None, messages
+        for form, messages_in_form in changed.items():
+            yield (form, "it accepts no other form"), messages_in_form
+
+    def _quotes_text(self, messages: Sequence[Message], tools: Sequence[object] | None) -> bool:
+        form = form_of(messages, tools)
+        if form not in self._quoting:
+            tried = [_with_arguments(message, _as_sign) for message in messages]
+            found = self._trials.is_written(_SIGN_IN_QUOTES, self.fitted(tried, tools), tools)
+            if len(self._quoting) >= _FORMS_KEPT:
+                return found
+            self._quoting[form] = found
+        return self._quoting[form]
 
     def _takes_parts(self, messages: Sequence[Message], tools: Sequence[object] | None) -> bool:
         form = form_of(messages, tools)
@@ -70,26 +100,25 @@ def _with_parts(message: Message) -> Message:
     return {**message, CONTENT: [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
-def with_other_arguments(messages: Sequence[Message]) -> Iterator[tuple[str, list[Message]]]:
+def _with_other_arguments(messages: Sequence[Message]) -> Iterator[tuple[str, list[Message]]]:
     """(what the arguments of calls became: objects or text, the messages with them), for what differs from what is."""
-    for name, form in (("objects", _as_object), ("text", _as_text)):
+    for name, form in ((OBJECTS, _as_object), ("text", _as_text)):
         changed = [_with_arguments(message, form) for message in messages]
         if changed != list(messages):
             yield name, changed
 
 
 def _as_object(arguments: object) -> object:
-    if not isinstance(arguments, str):
-        return arguments
-    try:
-        found = json.loads(arguments)
-    except (ValueError, RecursionError):
-        return arguments
-    return found if isinstance(found, dict) else arguments
+    found = object_in(arguments)
+    return arguments if found is None else found
 
 
 def _as_text(arguments: object) -> object:
     return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, Mapping) else arguments
+
+
+def _as_sign(arguments: object) -> object:
+    return _SIGN if isinstance(arguments, str) and object_in(arguments) is not None else arguments
 
 
 def _with_arguments(message: Message, form: Callable[[object], object]) -> Message:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from qlora_hal.config.schema import DataConfig
     from qlora_hal.data.tokens.tokenizer import ChatTokenizer
 
-_VERSION = 3
+_VERSION = 4
 
 
 @dataclass(frozen=True, slots=True)

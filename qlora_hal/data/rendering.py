@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 
 from qlora_hal.data.chat import TurnNotFound, trained_turns
+from qlora_hal.data.contents import ArgumentsAs
 from qlora_hal.data.source.row_formats import (
     USED_COLUMNS,
     Conversation,
@@ -19,6 +20,7 @@ from qlora_hal.data.source.row_formats import (
 from qlora_hal.data.source.rows import Row
 from qlora_hal.data.template.chat_template import ChatTemplate, TemplateFault
 from qlora_hal.data.template.conversation_text import ConversationRenderer, ConversationText, says_anything
+from qlora_hal.data.template.message_fields import names_of_other_fields
 from qlora_hal.data.template.omissions import OmissionCounts
 from qlora_hal.data.template.outlines import Outlines
 from qlora_hal.data.tokens.encoding import RenderedRow, RowEncoder
@@ -42,7 +44,7 @@ class RenderingCounts:
     unused_fields: Counter[str] = field(default_factory=Counter)
     omissions: OmissionCounts = field(default_factory=OmissionCounts)
     special_read: Counter[str] = field(default_factory=Counter)
-    arguments_as: Counter[str] = field(default_factory=Counter)
+    arguments_as: Counter[ArgumentsAs] = field(default_factory=Counter)
     unmarked_turns: int = 0
     empty_thoughts: int = 0
     rows_with_tool_template: int = 0
@@ -167,10 +169,13 @@ class RowRenderer:
 
 
 def _in_form(example: Conversation, tokenizer: ChatTokenizer) -> Conversation:
-    """The conversation with contents in the form that the template takes; plain where that makes it so."""
+    """The conversation with contents in the form that the template takes, plain where that makes it so; as it is where
+    that would lose what parts hold beside their text, which is told where the row is rendered."""
     if example.plain or tokenizer.writer is None or all(isinstance(m.get("content"), str) for m in example.messages):
         return example
     messages = tokenizer.writer.contents.fitted(example.messages, example.tools)
+    if names_of_other_fields(example.messages, without=messages):
+        return example
     only_texts = all(m.keys() == {"role", "content"} and isinstance(m["content"], str) for m in messages)
     return replace(example, messages=messages, plain=only_texts and not example.tools and not example.untrained)
 

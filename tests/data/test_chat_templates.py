@@ -219,6 +219,41 @@ def test_arguments_are_given_in_the_form_that_a_template_takes_with_a_note(
     )
 
 
+WITHOUT_QUOTES = CALLING.replace(
+    "({'name': one.function.name, 'arguments': one.function.arguments} | tojson)",
+    "one.function.name ~ ' ' ~ (one.function.arguments if one.function.arguments is string "
+    "else one.function.arguments | tojson)",
+)
+
+
+@pytest.mark.parametrize("arguments", [{"town": "Oslo", "days": 2}, {"a": {"b": ['"', "\\"]}}, {}])
+def test_arguments_as_text_are_trained_as_the_object_they_hold_where_they_would_be_quoted(
+    arguments: dict[str, object], render: Render
+) -> None:
+    def calling(given: object) -> list[Message]:
+        return [ASKED, said("assistant", "", tool_calls=[{"function": {"name": "rain", "arguments": given}}])]
+
+    found = render(CALLING, calling(json.dumps(arguments)))
+    assert found.ids == render(CALLING, calling(arguments)).ids
+    assert found.notes == [
+        "the arguments of calls were given to the template as objects in 1 rows: "
+        "it would write their JSON text as a string, in quotes"
+    ]
+    text = json.dumps(arguments, separators=(" ,", ": "))
+    written = render(WITHOUT_QUOTES, calling(text))
+    assert f"<call>rain {text}</call>" in written.text
+    assert written.notes == []
+    assert written.ids == written.theirs(tokenize=True)
+
+
+def test_text_that_is_no_object_stays_the_text_that_it_is(render: Render) -> None:
+    for text in ("Oslo", '{"town": NaN}', '["Oslo"]'):
+        turn = said("assistant", "", tool_calls=[{"function": {"name": "rain", "arguments": text}}])
+        found = render(CALLING, [ASKED, turn])
+        assert json.dumps(text) in found.trained[0]
+        assert found.notes == []
+
+
 # where a turn begins and ends ----------------------------------------------------------------------------------------
 
 OPENING_THOUGHT = (
@@ -246,6 +281,72 @@ def test_an_empty_thinking_part_that_the_template_writes_is_trained_and_noted(re
     for answer in (said("assistant", "Four.", reasoning="2+2"), said("assistant", "Four.", weight=0)):
         found = render(source, [asked, said("assistant", "One."), asked, answer])
         assert not any("empty <think>" in note for note in found.notes)
+
+
+# As Mistral's does: no generation prompt, and no mark of the role; a call opens with a token of its own.
+NO_PROMPT = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + '[/INST]' }}"
+    "{% elif m.role == 'tool' %}{{ '[RESULT] ' + m.content + '[/RESULT]' }}"
+    "{% elif m.tool_calls %}{{ '[TOOL_CALLS] [{\"name\": \"' + m.tool_calls[0].function.name + '\"}]' + eos_token }}"
+    "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+)
+# The role is written, and a thought where there is one, or in any case.
+ROLE_WITHOUT_PROMPT = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.reasoning_content %}{{ '<think>\n' + m.reasoning_content + '\n</think>\n' }}{% endif %}{{ m.content }}"
+    "{% for one in m.tool_calls or [] %}{{ '<call>' + one.function.name + '</call>' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+)
+EMPTY_PROMPT = ROLE_WITHOUT_PROMPT + "{% if add_generation_prompt %}{{ '' }}{% endif %}"
+ALWAYS_THINKING = ROLE_WITHOUT_PROMPT.replace("m.reasoning_content %}", "m.role == 'assistant' %}").replace(
+    "'<think>\n' + m.reasoning_content", "'<think>\n' + (m.reasoning_content or '')"
+)
+OWN_HEADERS = ROLE_WITHOUT_PROMPT.replace("<|im_start|>' + m.role", "## ' + m.role | capitalize")
+
+
+def test_the_beginning_of_a_call_is_trained_where_a_template_has_no_generation_prompt(render: Render) -> None:
+    turn = said("assistant", "", tool_calls=[call()])
+    found = render(NO_PROMPT, [ASKED, turn, RESULT, DRY])
+    assert found.trained == ['[TOOL_CALLS] [{"name": "rain"}]<|im_end|>', f" No, it is dry.{END}"]
+    assert found.ids == found.theirs(tokenize=True)
+
+
+@pytest.mark.parametrize("source", [ROLE_WITHOUT_PROMPT, EMPTY_PROMPT, OWN_HEADERS])
+def test_of_a_turn_only_its_role_is_not_trained_where_nothing_prompts_for_it(source: str, render: Render) -> None:
+    thought, turn = said("assistant", "Look.", thinking="how?"), said("assistant", "", tool_calls=[call()])
+    found = render(source, [ASKED, thought, ASKED, turn, RESULT, DRY])
+    assert found.trained == [
+        f"<think>\nhow?\n</think>\nLook.{END}",
+        f"<call>rain</call>{END}",
+        f"No, it is dry.{END}",
+    ]
+
+
+def test_a_thinking_part_in_every_turn_is_for_the_model_to_open_where_nothing_prompts_for_it(render: Render) -> None:
+    messages = [ASKED, DRY, ASKED, said("assistant", "No.", thinking="how?")]
+    found = render(ALWAYS_THINKING, messages)
+    assert found.trained == [
+        f"<think>\n\n</think>\nNo, it is dry.{END}",
+        f"<think>\nhow?\n</think>\nNo.{END}",
+    ]
+
+
+@pytest.mark.parametrize("source", [NO_PROMPT, ROLE_WITHOUT_PROMPT])
+def test_generation_marks_alone_decide_where_nothing_prompts_for_a_turn(source: str, render: Render) -> None:
+    marked = source.replace("{{ '[TOOL", "{% generation %}{{ '[TOOL").replace(
+        " }}{% else %}{{ ' ' + m.content + eos_token }}",
+        " }}{% endgeneration %}{% else %}{% generation %}{{ ' ' + m.content + eos_token }}{% endgeneration %}",
+    )
+    if source == ROLE_WITHOUT_PROMPT:
+        marked = "{% for m in messages %}{% if m.role != 'assistant' %}{{ m.role + m.content }}{% else %}"
+        marked += "{% generation %}" + source.removeprefix("{% for m in messages %}").removesuffix("{% endfor %}")
+        marked += "{% endgeneration %}{% endif %}{% endfor %}"
+    found = render(marked, [ASKED, said("assistant", "", tool_calls=[call()]), RESULT, DRY])
+    theirs = found.theirs(tokenize=True)
+    assert found.ids == theirs
+    begins = "<|im_start|>assistant\n" if source == ROLE_WITHOUT_PROMPT else ""
+    assert [text.startswith(begins) for text in found.trained] == [True, True]
+    assert found.trained[0].removeprefix(begins).startswith(("[TOOL_CALLS]", "<call>"))
 
 
 # As GLM's does: a turn ends where the next message begins.
@@ -569,6 +670,87 @@ def test_fields_that_change_nothing_are_told(render: Render) -> None:
     assert render(named, messages).alerts == [f"mood: {LEAVING_OUT} (1 rows)"]
 
 
+def test_fields_inside_parts_and_calls_that_change_nothing_are_told(render: Render) -> None:
+    asking = {"id": "c1", "type": "function", "index": 0, "function": {"name": "rain", "arguments": {}, "thought": "z"}}
+    messages = [
+        said("user", [{"type": "text", "text": "Hi", "cache": "x"}]),
+        said("assistant", "", tool_calls=[asking]),
+    ]
+    assert render(CALLING, messages).alerts == [
+        f"content.cache: {LEAVING_OUT} (1 rows)",
+        f"tool_calls.function.thought: {LEAVING_OUT} (1 rows)",
+        f"tool_calls.index: {LEAVING_OUT} (1 rows)",
+    ]
+    whole = CALLING.replace("{'name': one.function.name, 'arguments': one.function.arguments}", "one")
+    assert render(whole, messages[1:]).alerts == []
+
+
+def test_a_field_that_is_written_for_one_role_alone_is_told_of_the_others(render: Render) -> None:
+    named = CALLING.replace("m.role +", "m.role + (' ' + m.name if m.name and m.role == 'tool' else '') +")
+    messages = [said("user", "Hello", name="anna"), said("assistant", "", tool_calls=[call()])]
+    messages += [said("tool", "no", name="rain"), DRY]
+    assert render(named, messages).alerts == [f"name of user messages: {LEAVING_OUT} (1 rows)"]
+
+
+WRITING_TOOLS = [
+    ("{{ tool | tojson }}", []),
+    ("{{ tool.function.name }}", ["tool descriptions", "tool parameters"]),
+    ("{{ tool.function.name + ': ' + tool.function.description }}", ["tool parameters"]),
+    ("{{ tool.function.name }}{{ tool.function.parameters.properties | list }}", ["tool descriptions"]),
+    ("{{ tool | tojson if loop.first }}", ["tools"]),
+]
+
+
+@pytest.mark.parametrize(("writing", "missing"), WRITING_TOOLS)
+def test_what_is_not_written_of_tools_is_told(writing: str, missing: list[str], render: Render) -> None:
+    schema = {"type": "object", "properties": {"town": {"type": "string"}}}
+    # The name of the second stands in the question, too.
+    tools = [
+        {"type": "function", "function": {"name": name, "description": "tells it", "parameters": schema}}
+        for name in ("time", "rain")
+    ]
+    source = CALLING.replace("{{ tool | tojson }}", writing)
+    found = render(source, [said("user", "Ask rain."), DRY], tools)
+    assert found.alerts == [f"{what}: {LEAVING_OUT} (1 rows)" for what in missing]
+    bare = [{"type": "function", "function": {"name": name}} for name in ("time", "rain")]
+    without = source.replace("tool.function.description", "''").replace("tool.function.parameters.properties", "{}")
+    alerts = render(without, [said("user", "Ask rain."), DRY], bare).alerts
+    assert alerts == ([f"tools: {LEAVING_OUT} (1 rows)"] if missing == ["tools"] else [])
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+@pytest.mark.parametrize(
+    ("kept", "arguments", "is_lost"),
+    [
+        ("if value is string", {"town": "Oslo"}, False),
+        ("if value is string", {"town": "Oslo", "days": 2}, True),
+        ("if value is not mapping", {"town": "Oslo", "where": {"north": 2}}, True),
+        ("if loop.first", {"town": "Oslo"}, False),
+        ("if loop.first", {"town": "Oslo", "zone": "UTC"}, True),
+        ("if loop.first", {"days": 1, "town": "Oslo"}, True),
+    ],
+)
+def test_a_call_of_which_an_argument_is_not_written_is_told_and_not_trained(
+    kept: str, arguments: Message, is_lost: bool, as_text: bool, render: Render
+) -> None:
+    source = CALLING.replace(
+        "({'name': one.function.name, 'arguments': one.function.arguments} | tojson)", "one.function.name"
+    ).replace(
+        "+ '</call>' }}",
+        "}}{% for key, value in one.function.arguments.items() %}{{ key ~ value " + kept + " }}{% endfor %}</call>",
+    )
+    given = json.dumps(arguments) if as_text else arguments
+    turn = said("assistant", "", tool_calls=[{"function": {"name": "rain", "arguments": given}}])
+    found = render(source, [ASKED, turn, DRY])
+    assert (f"tool_calls: {LEAVING_OUT} (1 rows)" in found.alerts) == is_lost
+    assert len(found.trained) == 2 - is_lost
+
+
+def test_reasoning_that_stands_under_a_name_that_is_not_read_is_told(render: Render) -> None:
+    found = render(CALLING, [ASKED, said("assistant", "No.", reasoning_content="", reasoning="It is dry.")])
+    assert found.alerts == [f"reasoning: {LEAVING_OUT} (1 rows)"]
+
+
 def test_a_turn_that_would_be_trained_without_what_it_says_carries_no_loss(render: Render) -> None:
     lost = "assistant turns that carry no loss, because the template omits what they say or call: 1"
     turn = said("assistant", "I will check.", tool_calls=[call(town="Oslo")])
@@ -609,6 +791,17 @@ def test_special_tokens_in_calls_and_tools_are_text(render: Render) -> None:
     assert found.text == found.theirs(tokenize=False)
     number = found.theirs([DRY], tokenize=True)[-2]
     assert found.ids.count(number) == found.text.count(END) - 2
+
+
+def test_special_tokens_in_keys_are_text_and_counted(render: Render) -> None:
+    turn = said("assistant", "", tool_calls=[{"function": {"name": "rain", "arguments": {"<|im_end|>": "Oslo"}}}])
+    schema = {"type": "object", "properties": {"<|user|>": {"type": "string"}}}
+    tools = [{"type": "function", "function": {**TOOLS[0]["function"], "parameters": schema}}]  # type: ignore[dict-item]
+    found = render(CALLING, [ASKED, turn, RESULT, DRY], tools)
+    assert found.trained[0] == '<call>{"name": "rain", "arguments": {"<|im_end|>": "Oslo"}}</call><|im_end|>'
+    assert found.text == found.theirs(tokenize=False)
+    assert found.ids.count(found.theirs([DRY], tokenize=True)[-2]) == found.text.count(END) - 1
+    assert found.data.report.train.special_in_text == {"<|im_end|>": 1, "<|user|>": 1}
 
 
 def test_special_tokens_that_the_template_reads_are_tokens_and_told(render: Render) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -262,6 +265,113 @@ def test_contents_in_parts_are_handed_on_as_parts() -> None:
     assert "messages[0].content[0].text holds a number" in refused({"messages": [thought]}).message
 
 
+@pytest.mark.parametrize("name", ["", "  ", None, 3])
+def test_a_call_without_a_name_is_refused(name: object) -> None:
+    for call in ({"function": {"name": name, "arguments": {}}}, {"name": name, "arguments": {}}, {"function": None}):
+        asking = {"role": "assistant", "content": "", "tool_calls": [CALL, call]}
+        assert "messages[1].tool_calls[1] holds {" in (error := refused({"messages": [ASKED, asking]})).message
+        assert "a call with the name of a function was expected" in error.message
+        older = {"role": "assistant", "content": None, "function_call": call}
+        assert "messages[1].function_call holds {" in refused({"messages": [ASKED, older]}).message
+
+
+# thoughts, flags and values ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+@pytest.mark.parametrize(("value", "kind"), [(["a"], "a list"), ({"text": "a"}, "an object"), (True, "a boolean")])
+def test_reasoning_that_is_no_text_is_refused_by_its_type(name: str, value: object, kind: str) -> None:
+    error = refused({"messages": [ASKED, {**ANSWER, name: value}]})
+    assert error.message == f"The field messages[1].{name} holds {kind}; a string was expected."
+    calling = {"from": "function_call", "value": PLAIN_CALL, name: value}
+    assert f"conversations[0].{name} holds {kind}; a string" in refused({"conversations": [calling]}).message
+
+
+def test_reasoning_that_differs_under_two_names_is_refused() -> None:
+    given = {**ANSWER, "reasoning_content": "a", "thinking": "", "reasoning": "a"}
+    assert read({"messages": [ASKED, given]}).messages[1] == given
+    error = refused({"messages": [ASKED, {**given, "reasoning": "b"}]})
+    assert "messages[1].reasoning holds 'b'; what reasoning_content holds, or nothing, was expected" in error.message
+
+
+FLAGS = [("train", False), ("weight", 0), ("loss_mask", 0), ("masked", True), ("mask", 1), ("train_detail", "x")]
+
+
+@pytest.mark.parametrize(("name", "value"), FLAGS)
+def test_a_part_of_an_answer_that_asks_for_no_loss_is_refused(name: str, value: object) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b", name: value}]
+    error = refused({"messages": [ASKED, {"role": "assistant", "content": parts}]})
+    assert f"messages[1].content[1].{name} holds {value!r}; nothing, for a turn is trained whole" in error.message
+    assert "Mark the whole turn" in error.fix
+
+
+def test_flags_of_parts_that_say_what_holds_anyway_are_taken_out() -> None:
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "b", "train": True, "masked": 0}]}
+    asked = {"role": "user", "content": [{"type": "text", "text": "a", "train": False}]}
+    assert [message["content"] for message in read({"messages": [asked, answer]}).messages] == [
+        [{"type": "text", "text": "a"}],
+        [{"type": "text", "text": "b"}],
+    ]
+    pictured = {"role": "user", "content": [{"type": "text", "text": "a", "image": "p.png"}]}
+    assert "messages[0].content[0].image holds 'p.png'" in refused({"messages": [pictured, ANSWER]}).message
+
+
+@pytest.mark.parametrize(("name", "value"), FLAGS[:-1])
+@pytest.mark.parametrize(
+    "row",
+    [{"prompt": "x", "completion": "y"}, {"messages": [ASKED, ANSWER]}, {"text": "z"}],
+    ids=["pc", "chat", "text"],
+)
+def test_a_row_that_asks_for_no_loss_is_refused(name: str, value: object, row: dict[str, object]) -> None:
+    assert f"The field {name} holds {value!r}; " in refused({**row, name: value}).message
+    # A table of text alone holds the same words.
+    assert f"The field {name} holds" in refused({**row, name: str(value)}).message
+    for asked in (not value, str(not value)):
+        example_of(Row(1, "data", 1, {**row, name: asked}), shape_of(row) or "text")
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (datetime.date(2026, 1, 1), "holds date; text, a number"),
+        (decimal.Decimal("1.5"), "holds Decimal; text, a number"),
+        (b"ab", "holds bytes; text, a number"),
+        (float("nan"), "holds nan; a finite number"),
+        (float("-inf"), "holds -inf; a finite number"),
+        ({1: "a"}, "holds 1; an object whose keys are strings"),
+        (np.ones(2), "holds ndarray; text, a number"),
+    ],
+)
+def test_values_that_json_has_no_form_for_are_refused_by_their_place(value: object, said: str) -> None:
+    call = {"function": {"name": "rain", "arguments": {"days": [value]}}}
+    turns = [ASKED, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    assert f"messages[1].tool_calls[0].function.arguments.days[0] {said}" in refused({"messages": turns}).message
+    tool = {"function": {"name": "rain", "default": value}}
+    assert f"tools[0].function.default {said}" in refused({"messages": [ASKED, ANSWER], "tools": [tool]}).message
+    assert f"messages[1].weight {said}" in refused({"messages": [ASKED, {**ANSWER, "weight": value}]}).message
+
+
+def test_a_column_in_memory_of_a_type_that_no_file_has_is_refused(prepared: Prepare) -> None:
+    with pytest.raises(DataError, match=r"QH-D03.*The field weight holds ndarray") as caught:
+        prepared([{"text": "a"}, {"messages": [ASKED, ANSWER], "weight": np.ones(2)}])
+    assert caught.value.where == "data:2"
+
+
+@pytest.mark.parametrize("row", ['{"messages": [], "score": 1e400}', '[{"text": "a", "score": [-1e999]}]'])
+def test_a_number_too_large_for_json_is_refused_where_it_stands(row: str, prepared: Prepare) -> None:
+    with pytest.raises(DataError, match=r"QH-D04.*-?1e\d+ is too large for a number") as caught:
+        prepared(row, name="rows.json")
+    assert caught.value.where.startswith("rows.json:1:")
+
+
+@pytest.mark.parametrize(
+    "turn", [{"name": "a", "role": "user", "content": "b"}, {"value": "b", "x": 1, "from": "human"}]
+)
+def test_the_fields_of_a_message_keep_their_order(turn: dict[str, object]) -> None:
+    today = {"from": "role", "value": "content"}
+    assert list(read({"conversations": [turn, ANSWER]}).messages[0]) == [today.get(key, key) for key in turn]
+
+
 # history -------------------------------------------------------------------------------------------------------------
 
 
@@ -478,3 +588,84 @@ def test_any_row_is_an_example_or_one_of_our_errors(row: dict[str, object]) -> N
         assert all(isinstance(message["role"], str) for message in example.messages)
         assert all(number < len(example.messages) for number in example.untrained)
         assert not example.plain or all(message.keys() == {"role", "content"} for message in example.messages)
+
+
+# tables of objects ---------------------------------------------------------------------------------------------------
+
+
+def _arrow_turns(arguments: Any, values: list[object]) -> Any:
+    """A column of conversations in which a call has arguments of one Arrow type."""
+    import pyarrow as arrow
+
+    call = arrow.struct([("function", arrow.struct([("name", arrow.string()), ("arguments", arguments)]))])
+    turn = arrow.struct([("role", arrow.string()), ("content", arrow.string()), ("tool_calls", arrow.list_(call))])
+    rows = [
+        [ASKED, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "rain", "arguments": held}}]}]
+        for held in values
+    ]
+    return arrow.array(rows, type=arrow.list_(turn))
+
+
+def _parquet_rows(path: Path, **columns: Any) -> list[Row]:
+    import pyarrow as arrow
+    from pyarrow import parquet
+
+    parquet.write_table(arrow.table(columns), path)
+    return list(open_source(str(path)).rows())
+
+
+def test_a_map_of_a_table_is_an_object_with_the_keys_of_its_own(tmp_path: Path) -> None:
+    import pyarrow as arrow
+
+    given: list[object] = [[("town", "Oslo"), ("zone", None)], []]
+    column = _arrow_turns(arrow.map_(arrow.string(), arrow.string()), given)
+    first, second = _parquet_rows(tmp_path / "rows.parquet", messages=column)
+    assert isinstance(first.value, Mapping)
+    assert isinstance(second.value, Mapping)
+    call = {"function": {"name": "rain", "arguments": {"town": "Oslo", "zone": None}}}
+    assert read(first.value).messages[1] == {"role": "assistant", "content": "", "tool_calls": [call]}
+    assert second.value["messages"][1]["tool_calls"][0]["function"]["arguments"] == {}
+
+
+def test_a_map_with_a_key_twice_is_a_bad_row_and_no_other_is(tmp_path: Path) -> None:
+    import pyarrow as arrow
+
+    given: list[object] = [[("town", "Oslo")], [("town", "Oslo"), ("town", "Rome")], [("town", "Rome")]]
+    column = _arrow_turns(arrow.map_(arrow.string(), arrow.string()), given)
+    rows = _parquet_rows(tmp_path / "rows.parquet", messages=column)
+    assert [isinstance(row.value, DataError) for row in rows] == [False, True, False]
+    assert isinstance(rows[1].value, DataError)
+    assert (rows[1].value.code, rows[1].value.where) == ("QH-D04", "rows.parquet:2:1")
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "said"),
+    [
+        ("timestamp[s]", datetime.datetime(2020, 1, 1), "datetime"),
+        ("binary", b"ab", "bytes"),
+        ("float64", float("nan"), "nan"),
+    ],
+)
+def test_what_a_table_alone_can_hold_is_refused_inside_a_call_and_no_matter_beside_it(
+    kind: str, value: object, said: str, tmp_path: Path, prepared: Prepare
+) -> None:
+    import pyarrow as arrow
+
+    typed = arrow.type_for_alias(kind)
+    column = _arrow_turns(arrow.struct([("when", typed)]), [{"when": value}])
+    _parquet_rows(tmp_path / "rows.parquet", messages=column)
+    with pytest.raises(DataError, match=rf"QH-D03.*arguments\.when holds {said}; ") as caught:
+        prepared(None, path=str(tmp_path / "rows.parquet"))
+    assert caught.value.where == "rows.parquet:1"
+    beside = {"text": arrow.array(["a"]), "made": arrow.array([value], type=typed)}
+    _parquet_rows(tmp_path / "rows.parquet", **beside)
+    assert prepared(None, path=str(tmp_path / "rows.parquet")).report.train.unused_columns == ["made"]
+
+
+def test_a_flat_tool_of_a_table_has_no_keys_of_its_neighbours(tmp_path: Path) -> None:
+    import pyarrow as arrow
+
+    tools = [[{"name": "rain", "description": "tells rain"}, {"name": "time"}]]
+    (row,) = _parquet_rows(tmp_path / "rows.parquet", messages=arrow.array([[ASKED, ANSWER]]), tools=arrow.array(tools))
+    assert isinstance(row.value, Mapping)
+    assert read(row.value).tools == tools[0]

@@ -333,9 +333,12 @@ def _parquet_lines(path: Path) -> _Lines:
             _refuse_repeated_columns(path, file.schema_arrow.names)
             nested = nested_columns(file.schema_arrow)
             for batch in file.iter_batches(batch_size=_rows_at_once(file.metadata)):
-                for value in batch.to_pylist():
+                for value in _rows_of(batch):
                     line += 1
-                    yield line, without_absent_keys(value, nested)
+                    yield (
+                        line,
+                        without_absent_keys(value, nested) if isinstance(value, dict) else _repeating(path, line),
+                    )
     except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:  # names of columns are bytes in the file
         raise DataError(
             "QH-D04",
@@ -345,28 +348,76 @@ def _parquet_lines(path: Path) -> _Lines:
         ) from error
 
 
-def nested_columns(schema: Any) -> tuple[str, ...]:
-    """The columns of an Arrow schema that hold objects in objects, as tools and calls are."""
+def _rows_of(batch: Any) -> Iterator[dict[str, object] | None]:
+    """The rows of a batch, their maps as objects; None for one in which an object has a key twice."""
+    try:
+        yield from batch.to_pylist(maps_as_pydicts="strict")
+    except (KeyError, ValueError) as error:
+        if "duplicate" not in str(error):
+            raise
+        if batch.num_rows == 1:
+            yield None
+            return
+        for number in range(batch.num_rows):
+            yield from _rows_of(batch.slice(number, 1))
 
-    def depth(kind: Any) -> int:
-        fields = [kind.field(index) for index in range(kind.num_fields)]
-        return max((depth(field.type) for field in fields), default=0) + str(kind).startswith("struct<")
 
-    return tuple(field.name for field in schema if depth(field.type) > 1)
+def _repeating(path: Path, line: int) -> DataError:
+    return DataError(
+        "QH-D04",
+        "An object of the row has a key more than once.",
+        where=f"{path.name}:{line}:1",
+        cause="A map of a table may hold a key twice; of an object, one of the two values would be lost.",
+        fix=_CORRECT_OR_SKIP,
+        context={"line": line},
+    )
 
 
-def without_absent_keys(value: dict[str, object], columns: Sequence[str]) -> dict[str, object]:
+_Pruner = Callable[[object], object]
+
+
+def nested_columns(schema: Any) -> Mapping[str, _Pruner]:
+    """The columns of an Arrow schema that hold objects, as turns and tools are, and what takes the keys without a value
+    out of each."""
+
+    def holds_objects(kind: Any) -> bool:
+        return _is(kind, "struct") or any(holds_objects(inner) for inner in _inner_types(kind).values())
+
+    return {field.name: _pruner_of(field.type) for field in schema if holds_objects(field.type)}
+
+
+def without_absent_keys(value: dict[str, object], columns: Mapping[str, _Pruner]) -> dict[str, object]:
     """A row whose `columns` have no keys without a value. Arrow gives every object of a column the keys of all: a tool
-    would show the parameters of the others."""
-    for name in columns:
-        value[name] = _pruned(value.get(name))
+    would show the parameters of the others. A map has keys of its own, and keeps them."""
+    for name, pruned in columns.items():
+        value[name] = pruned(value.get(name))
     return value
 
 
-def _pruned(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _pruned(held) for key, held in value.items() if held is not None}
-    return [_pruned(held) for held in value] if isinstance(value, list) else value
+def _pruner_of(kind: Any) -> _Pruner:
+    if _is(kind, "map"):
+        item = _pruner_of(kind.item_type)
+        return lambda held: {key: item(one) for key, one in held.items()} if isinstance(held, dict) else held
+    inner = {name: _pruner_of(field) for name, field in _inner_types(kind).items()}
+    if _is(kind, "struct"):
+        return lambda held: (
+            {key: inner[key](one) if key in inner else one for key, one in held.items() if one is not None}
+            if isinstance(held, dict)
+            else held
+        )
+    if len(inner) == 1:
+        element = next(iter(inner.values()))
+        return lambda held: [element(one) for one in held] if isinstance(held, list) else held
+    return lambda held: held
+
+
+def _inner_types(kind: Any) -> dict[str, Any]:
+    fields = [kind.field(index) for index in range(kind.num_fields)]
+    return {field.name: field.type for field in fields}
+
+
+def _is(kind: Any, name: str) -> bool:
+    return str(kind).startswith(f"{name}<")
 
 
 def _rows_at_once(metadata: Any) -> int:

@@ -12,6 +12,7 @@ from typing import Literal
 
 from qlora_hal.data.source.json_text import decoded
 from qlora_hal.data.source.row_errors import MISSING, field_fault, value_fault
+from qlora_hal.data.source.row_values import refuse_other_values
 from qlora_hal.data.source.rows import Row
 from qlora_hal.data.template.turns import Conversation, Message, conversation_of, from_json_text, joined
 from qlora_hal.data.tokens.objectives import refuse_other_objective
@@ -173,6 +174,7 @@ def _listed_tools(row: Row, field: str, given: object) -> Sequence[object]:
         return ()
     if not isinstance(tools, list | tuple):
         raise field_fault(row, field, tools, f"{wanted}, or its JSON text,")
+    refuse_other_values(row, tools, field)
     for index, tool in enumerate(tools):
         if not isinstance(tool, Mapping):
             raise value_fault(row, f"{field}[{index}]", tool, "an object that describes a tool")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from qlora_hal.data.source.row_errors import field_fault
 from qlora_hal.data.source.row_files import not_an_object
 from qlora_hal.errors import DataError
 
@@ -45,9 +46,21 @@ def memory_source(rows: Sequence[Mapping[str, object]]) -> Source:
 
     def read() -> Iterator[Row]:
         for number, value in enumerate(rows, start=1):
-            yield Row(number, "data", number, value if isinstance(value, Mapping) else not_an_object(value, number))
+            yield Row(number, "data", number, _of_known_types(value, number))
 
     return Source("rows in memory", "memory", read, lambda: digest_of_values(rows))
+
+
+def _of_known_types(value: object, number: int) -> Mapping[str, object] | DataError:
+    """The row, or the error that it is: no object, or with a column that no file of rows could hold."""
+    if not isinstance(value, Mapping):
+        return not_an_object(value, number)
+    for name, held in value.items():
+        if not (held is None or isinstance(held, str | int | float | list | tuple | Mapping)):
+            return field_fault(
+                Row(number, "data", number, value), str(name), held, "text, a number, a list or an object"
+            )
+    return value
 
 
 def digest_of_values(values: Iterable[object]) -> str:

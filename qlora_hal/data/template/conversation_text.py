@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qlora_hal.data.chat import EMPTY_THOUGHT, TurnNotFound, Written, trained_turns
-from qlora_hal.data.contents import with_other_arguments
 from qlora_hal.data.template.chat_template import REASONING_FIELDS, TemplateFault
+from qlora_hal.data.template.message_fields import CALLS, CONTENT, names_of_other_fields
 from qlora_hal.data.template.omissions import Omissions, omissions_of
-from qlora_hal.data.template.trial import CALLS, CONTENT, text_of_part
+from qlora_hal.data.template.trial_words import text_of_part
 from qlora_hal.data.tokens.special_text import masked
 
 if TYPE_CHECKING:
     from qlora_hal.data.chat import ConversationWriter, Message
+    from qlora_hal.data.contents import ArgumentsAs
     from qlora_hal.data.source.row_formats import Conversation
     from qlora_hal.data.template.chat_template import ChatTemplate
     from qlora_hal.data.tokens.special_text import SpecialText
@@ -31,8 +32,8 @@ class ConversationText:
 
     `special` counts the special tokens that stand in its messages. They are text, and masked in the pieces, unless the
     template reads them (`special_is_read`). `arguments_as` says what the arguments of calls were made for a template
-    that does not take them as they are. `lost_turns` counts assistant turns that carry no loss because the template
-    leaves out what they say.
+    that does not take them as they are, and why. `lost_turns` counts assistant turns that carry no loss because the
+    template leaves out what they say.
     """
 
     messages: Sequence[Message]
@@ -41,7 +42,7 @@ class ConversationText:
     lost_turns: int
     special: Counter[str]
     special_is_read: bool
-    arguments_as: str = ""
+    arguments_as: ArgumentsAs | None = None
 
     @property
     def empty_thoughts(self) -> int:
@@ -62,17 +63,17 @@ class ConversationRenderer:
 
     def render(self, example: Conversation) -> ConversationText:
         """The conversation in pieces. Raises TemplateFault, TurnNotFound, UnsafeInputError, DataError (QH-D08)."""
-        try:
-            return self._rendered(example.messages, example, "")
-        except TemplateFault:
-            for form, messages in with_other_arguments(example.messages):
-                try:
-                    return self._rendered(messages, example, form)
-                except TemplateFault:
-                    continue
-            raise
+        faults: list[TemplateFault] = []
+        for arguments_as, messages in self._writer.contents.forms_of_arguments(example.messages, example.tools):
+            try:
+                return self._rendered(messages, example, arguments_as)
+            except TemplateFault as fault:
+                faults.append(fault)
+        raise faults[0]
 
-    def _rendered(self, given: Sequence[Message], example: Conversation, arguments_as: str) -> ConversationText:
+    def _rendered(
+        self, given: Sequence[Message], example: Conversation, arguments_as: ArgumentsAs | None
+    ) -> ConversationText:
         messages = self._writer.contents.fitted(given, example.tools)
         met = self._special.found_in(strings_in([list(messages), example.tools]))
         safe: Sequence[Message] = masked_messages(self._special, messages)
@@ -84,6 +85,8 @@ class ConversationRenderer:
                 safe, tools, rendering, is_read = messages, example.tools, plain, True
         trial = self._writer.trials.of(safe, tools)
         omissions = omissions_of(safe, tools, rendering, trial, self._template)
+        # Parts that became a text have lost what else they held.
+        omissions = replace(omissions, fields=omissions.fields | names_of_other_fields(given, without=messages))
         turns = trained_turns(safe, example.first_target, example.untrained)
         kept = turns if self._train_on_all else [turn for turn in turns if turn not in omissions.lost]
         try:
@@ -113,16 +116,13 @@ def masked_messages(special: SpecialText, messages: Sequence[Message]) -> list[M
 
     Raises DataError (QH-D08) when a text holds the signs that masks are made of.
     """
-    return [
-        {key: value if key == "role" else masked(special, value) for key, value in message.items()}
-        for message in messages
-    ]
+    return [{**masked(special, message), "role": message["role"]} for message in messages]
 
 
 def strings_in(value: object) -> list[str]:
-    """All strings that a value holds, keys left out."""
+    """All strings that a value holds, keys among them."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, Mapping):
-        value = list(value.values())
+        value = [*value.keys(), *value.values()]
     return [text for item in value for text in strings_in(item)] if isinstance(value, list | tuple) else []

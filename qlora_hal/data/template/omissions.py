@@ -10,16 +10,18 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from qlora_hal.data.template.chat_template import REASONING_FIELDS
-from qlora_hal.data.template.trial import CALLS, CONTENT, REASONING, text_of_part
+from qlora_hal.data.template.message_fields import CALLS, CONTENT, REASONING, name_of, other_fields
+from qlora_hal.data.template.trial_words import TOOL_DESCRIPTIONS, TOOL_PARAMETERS, TOOLS, text_of_part
 
 if TYPE_CHECKING:
     from qlora_hal.data.template.chat_template import ChatTemplate
-    from qlora_hal.data.template.trial import Message, Trial
+    from qlora_hal.data.template.message_fields import Message
+    from qlora_hal.data.template.trial import Trial
     from qlora_hal.data.template.turn_marks import Rendering
 
 _TAG, _WORD = re.compile(r"<[^<>]*>|\[[^\[\]]*\]"), re.compile(r"\w+")
@@ -29,14 +31,15 @@ _BEGINNING = 8
 
 @dataclass(frozen=True, slots=True)
 class Omissions:
-    """Numbers of messages whose content is missing, or a part of it; of those that lack reasoning or calls. `fields`
-    are other fields that change nothing. `lost` are assistant turns that would be trained without what they say."""
+    """Numbers of messages whose content is missing, or a part of it; of those that lack reasoning or calls. `tools` is
+    what is missing of the tools; `fields` are other fields that change nothing. `lost` are assistant turns that would
+    be trained without what they say."""
 
     messages: tuple[int, ...] = ()
     parts: tuple[int, ...] = ()
     reasoning: tuple[int, ...] = ()
     calls: tuple[int, ...] = ()
-    tools: bool = False
+    tools: frozenset[str] = frozenset()
     fields: frozenset[str] = frozenset()
     lost: frozenset[int] = frozenset()
 
@@ -65,7 +68,7 @@ def omissions_of(
         tuple(missing["part"]),
         tuple(missing[REASONING]),
         tuple(missing[CALLS]),
-        _tools_missing(tools, messages, rendering, trial, template),
+        _missing_of_tools(tools, messages, rendering, trial, template),
         trial.fields if trial is not None else _fields_not_mentioned(messages, template),
         frozenset(lost),
     )
@@ -74,7 +77,8 @@ def omissions_of(
 def _said(message: Message, what: str) -> str:
     """What a message says in one of its fields, as text."""
     if what == REASONING:
-        return next((text for name in REASONING_FIELDS if isinstance(text := message.get(name), str)), "")
+        given = [text for name in REASONING_FIELDS if isinstance(text := message.get(name), str)]
+        return next(filter(str.strip, given), "")
     value = message.get(what)
     if what == CALLS:
         return "\n".join(_name_of(call) for call in value) if isinstance(value, list | tuple) else ""
@@ -143,23 +147,36 @@ def squeezed(text: str) -> str:
     return "".join(text.split()).lower()
 
 
-def _tools_missing(
+def _missing_of_tools(
     tools: Sequence[object] | None,
     messages: Sequence[Message],
     rendering: Rendering,
     trial: Trial | None,
     template: ChatTemplate,
-) -> bool:
+) -> frozenset[str]:
     if not tools:
-        return False
+        return frozenset()
     if not all(_name_of(tool) in rendering.text for tool in tools):
-        return True
-    return trial.tools_unwritten if trial is not None else template.render(messages) == rendering.text
+        return frozenset({TOOLS})
+    if trial is None:
+        return frozenset({TOOLS} if template.render(messages) == rendering.text else ())
+    return trial.of_tools & {TOOLS, *(what for tool in tools for what in _told_of(tool))}
+
+
+def _told_of(tool: object) -> Iterator[str]:
+    """What a tool has beside its name."""
+    inner = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    if isinstance(inner, Mapping):
+        parameters = inner.get("parameters")
+        if inner.get("description"):
+            yield TOOL_DESCRIPTIONS
+        if isinstance(parameters, Mapping) and parameters.get("properties"):
+            yield TOOL_PARAMETERS
 
 
 def _fields_not_mentioned(messages: Sequence[Message], template: ChatTemplate) -> frozenset[str]:
-    fields = {name for message in messages for name in message} - {"role", CONTENT, CALLS, *REASONING_FIELDS}
-    return frozenset(name for name in fields if not template.mentions(name))
+    fields = {path for message in messages for path in other_fields(message)}
+    return frozenset(name_of(path) for path in fields if not template.mentions(path[-1]))
 
 
 @dataclass(slots=True)
@@ -175,9 +192,9 @@ class OmissionCounts:
         self.lost_turns += lost_turns
         self.messages.update(str(messages[number]["role"]) for number in omissions.messages)
         self.parts.update(str(messages[number]["role"]) for number in omissions.parts)
-        found = {REASONING: omissions.reasoning, CALLS: omissions.calls, "tools": omissions.tools}
+        found = {REASONING: omissions.reasoning, CALLS: omissions.calls}
         self.rows.update(what for what, missing in found.items() if missing)
-        self.rows.update(omissions.fields)
+        self.rows.update(omissions.fields | omissions.tools)
 
     def lines(self) -> list[str]:
         """The omissions as the report tells them."""

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 
 from qlora_hal.data.source.json_text import decoded
 from qlora_hal.data.source.row_errors import MISSING, field_fault, shown, value_fault
-from qlora_hal.data.tokens.objectives import refuse_compared_turn
+from qlora_hal.data.source.row_values import refuse_other_values
+from qlora_hal.data.template.chat_template import REASONING_FIELDS
+from qlora_hal.data.tokens.objectives import PICTURES, TRAINED_IF, UNCLEAR, UNTRAINED_IF, refuse_compared_turn
 from qlora_hal.errors import DataError
 
 if TYPE_CHECKING:
@@ -37,9 +39,6 @@ SPEAKERS: Mapping[str, str] = {
 _KNOWN = frozenset(ROLES)
 _SPELLED = ("role", "from", "content", "value")
 _TEXT_PARTS = frozenset({None, "text", "input_text", "output_text"})
-_TRAINED_IF = ("weight", "loss_weight", "loss_scale", "loss", "loss_mask", "train", "training", "trainable")
-_UNTRAINED_IF = ("masked",)
-_UNCLEAR = ("mask", "train_detail", "training_detail", "train_details", "training_details")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,20 +123,41 @@ def _message(row: Row, turn: object, field: str) -> dict[str, object]:
     name = "value" if turn.get("content") is None and "value" in turn else "content"
     if name == "content" and turn.get("value") not in (None, turn.get("content")):
         raise value_fault(row, f"{field}.value", turn["value"], "what content holds, or nothing,")
-    rest = {str(key): kept for key, kept in turn.items() if kept is not None and key not in _SPELLED}
+    refuse_other_values(row, turn, field)
+    rest = {key: kept for key, kept in turn.items() if kept is not None and key not in _SPELLED}
+    _refuse_unclear_reasoning(row, rest, field)
     content = turn.get(name, MISSING)
     if role == _CALL:
         calls = _calls(row, content, f"{field}.{name}")
         return {**rest, "role": "assistant", "content": "", "tool_calls": calls}
-    message: dict[str, object] = {"role": role, **rest}
+    message: dict[str, object] = _in_order(turn, {"role": role, "content": content}, rest)
     _translate_calls(row, message, field)
     if isinstance(content, list | tuple):
-        message["content"] = _parts(row, content, f"{field}.{name}")
-    elif isinstance(content, str):
-        message["content"] = content
-    elif (content is not MISSING and content is not None) or not message.get("tool_calls"):
-        raise field_fault(row, f"{field}.{'value' if by_from else 'content'}", content, "a string")
+        message["content"] = _parts(row, content, f"{field}.{name}", role)
+    elif not isinstance(content, str):
+        if (content is not MISSING and content is not None) or not message.get("tool_calls"):
+            raise field_fault(row, f"{field}.{'value' if by_from else 'content'}", content, "a string")
+        del message["content"]
     return message
+
+
+def _in_order(turn: Message, spelled: Message, rest: Message) -> dict[str, object]:
+    """The fields of a message in the order in which its turn has them: some templates write a message as it is."""
+    today = {"from": "role", "value": "content"}
+    names = dict.fromkeys(today.get(key, key) for key in turn)
+    return {name: fields[name] for name in [*names, *spelled] for fields in (spelled, rest) if name in fields}
+
+
+def _refuse_unclear_reasoning(row: Row, fields: Message, field: str) -> None:
+    """Raise DataError (QH-D03) for reasoning that is no text, or not one text under all its names."""
+    given = {name: fields[name] for name in REASONING_FIELDS if name in fields}
+    for name, reasoning in given.items():
+        if not isinstance(reasoning, str):
+            raise field_fault(row, f"{field}.{name}", reasoning, "a string")
+    first, *others = [name for name, reasoning in given.items() if str(reasoning).strip()] or [""]
+    for name in others:
+        if given[name] != given[first]:
+            raise value_fault(row, f"{field}.{name}", given[name], f"what {first} holds, or nothing,")
 
 
 def _role(row: Row, turn: Message, field: str, name: str) -> str:
@@ -178,6 +198,9 @@ def _translate_calls(row: Row, message: dict[str, object], field: str) -> None:
         calls = message["tool_calls"] = from_json_text(row, calls, f"{field}.tool_calls", "a list of calls")
     if not isinstance(calls, list | tuple):
         raise field_fault(row, f"{field}.tool_calls", calls, "a list of calls")
+    for index, call in enumerate(calls):
+        if not _name_of(call):
+            raise value_fault(row, f"{field}.tool_calls[{index}]", call, "a call with the name of a function")
     if _CALL in message:
         if calls:
             raise value_fault(row, f"{field}.{_CALL}", message[_CALL], "nothing, as there are tool_calls,")
@@ -190,10 +213,8 @@ def _calls(row: Row, given: object, field: str) -> list[object]:
     value = from_json_text(row, given, field, wanted) if isinstance(given, str) else given
     calls: list[object] = []
     for call in value if isinstance(value, list | tuple) else [value]:
-        function = call.get("function", call) if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise value_fault(row, field, given, wanted)
-        if "arguments" not in function:
+        function = _function_of(call)
+        if not _name_of(call) or "arguments" not in function:
             raise value_fault(row, field, given, wanted)
         calls.append({"type": "function", "function": dict(function)} if function is call else call)
     if not calls:
@@ -201,11 +222,23 @@ def _calls(row: Row, given: object, field: str) -> list[object]:
     return calls
 
 
+def _function_of(call: object) -> Message:
+    """What a call calls: an object of name and arguments, inside the call or the call itself."""
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    return function if isinstance(function, Mapping) else {}
+
+
+def _name_of(call: object) -> str:
+    name = _function_of(call).get("name")
+    return name.strip() if isinstance(name, str) else ""
+
+
 # contents ------------------------------------------------------------------------------------------------------------
 
 
-def _parts(row: Row, parts: Sequence[object], field: str) -> list[Message]:
-    """Text parts, each `{"type": "text", "text": ...}`. Pictures and the like are refused: no backend reads them."""
+def _parts(row: Row, parts: Sequence[object], field: str, role: str) -> list[Message]:
+    """Text parts, each `{"type": "text", "text": ...}`. Pictures and the like are refused: no backend reads them. So
+    are parts that ask for no loss: a turn is trained whole."""
     found: list[Message] = []
     for index, part in enumerate(parts):
         place = f"{field}[{index}]"
@@ -218,8 +251,24 @@ def _parts(row: Row, parts: Sequence[object], field: str) -> list[Message]:
             raise value_fault(row, f"{place}.type", kind, "text")
         if not isinstance(part.get("text"), str):
             raise field_fault(row, f"{place}.text", part.get("text", MISSING), "a string")
-        found.append({**{str(key): kept for key, kept in part.items() if kept is not None}, "type": "text"})
+        for name in sorted({*PICTURES, "image_url"} & part.keys()):
+            if part[name] is not None:
+                raise value_fault(row, f"{place}.{name}", part[name], "a part of text alone")
+        kept = _without_flags(row, part, place, role)
+        found.append({**{key: held for key, held in kept.items() if held is not None}, "type": "text"})
     return found
+
+
+def _without_flags(row: Row, part: Message, field: str, role: str) -> Message:
+    """A part without the fields that say what holds of it in any case, as those of a turn are taken out of it."""
+    asks = _asked(row, part, field)
+    if role != "assistant":
+        return {key: held for key, held in part.items() if asks.get(key, True)}
+    unclear = [name for name in UNCLEAR if part.get(name)]
+    for name in (*unclear, *[name for name, trained in asks.items() if not trained]):
+        wanted = "nothing, for a turn is trained whole or not at all,"
+        raise value_fault(row, f"{field}.{name}", part[name], wanted, "Mark the whole turn, or remove the field.")
+    return {key: held for key, held in part.items() if key not in asks}
 
 
 def joined(content: object) -> object:
@@ -237,16 +286,9 @@ def _taken_flags(row: Row, message: dict[str, object], field: str) -> set[str]:
 
     Roles other than assistant carry no loss in any case; there a field that asks for it stays, and is told as unused.
     """
-    asks: dict[str, bool] = {}
-    for name in (*_TRAINED_IF, *_UNTRAINED_IF):
-        value = message.get(name)
-        if value is None:
-            continue
-        if value not in (0, 1):
-            raise value_fault(row, f"{field}.{name}", value, "0 or 1")
-        asks[name] = (value == 1) != (name in _UNTRAINED_IF)
+    asks = _asked(row, message, field)
     assistant = message["role"] == "assistant"
-    for name in _UNCLEAR if assistant else ():
+    for name in UNCLEAR if assistant else ():
         if message.get(name):
             raise value_fault(row, f"{field}.{name}", message[name], "train, weight or another field with one meaning")
     if len(set(asks.values())) > 1:
@@ -255,3 +297,16 @@ def _taken_flags(row: Row, message: dict[str, object], field: str) -> set[str]:
         if assistant or not trained:
             del message[name]
     return {name for name, trained in asks.items() if not trained}
+
+
+def _asked(row: Row, flagged: Message, field: str) -> dict[str, bool]:
+    """Whether each field that says so asks for loss."""
+    asks: dict[str, bool] = {}
+    for name in (*TRAINED_IF, *UNTRAINED_IF):
+        value = flagged.get(name)
+        if value is None:
+            continue
+        if value not in (0, 1):
+            raise value_fault(row, f"{field}.{name}", value, "0 or 1")
+        asks[name] = (value == 1) != (name in UNTRAINED_IF)
+    return asks

@@ -27,11 +27,22 @@ _COMPARED = frozenset(
         "_conversations",
     )
 ) | {"winner", "kto_tag", "desirable", "is_desirable", "undesirable", "preferred", "dispreferred"}
-_ROW_WEIGHTS = frozenset({"weight", "loss_weight", "sample_weight", "example_weight"})
-_PICTURES = frozenset({"image", "images", "video", "videos", "audio", "audios"})
+TRAINED_IF = ("weight", "loss_weight", "loss_scale", "loss", "loss_mask", "train", "training", "trainable")
+"""Fields that say whether a turn, or a row, is trained: 1 if so."""
+
+UNTRAINED_IF = ("masked",)
+"""Fields that say the opposite: 0 if it is trained."""
+
+UNCLEAR = ("mask", "train_detail", "training_detail", "train_details", "training_details")
+"""Fields of which some mean the one and some the other."""
+
+PICTURES = frozenset({"image", "images", "video", "videos", "audio", "audios"})
+_ROW_WEIGHTS = frozenset({*TRAINED_IF, "sample_weight", "example_weight"})
 _RENDERING = frozenset({"chat_template_kwargs"})
-_WATCHED = _COMPARED | _ROW_WEIGHTS | _PICTURES | _RENDERING | {"label"}
-_YES_OR_NO: Collection[object] = (True, False, "true", "false", "True", "False")
+_WATCHED = _COMPARED.union(_ROW_WEIGHTS, UNTRAINED_IF, UNCLEAR, PICTURES, _RENDERING, {"label"})
+# A CSV holds text alone.
+_YES: Collection[object] = (1, "1", "1.0", "true", "True")
+_NO: Collection[object] = (0, "0", "0.0", "false", "False")
 
 
 def refuse_other_objective(row: Row, value: Mapping[str, object], *, is_text: bool) -> None:
@@ -42,21 +53,28 @@ def refuse_other_objective(row: Row, value: Mapping[str, object], *, is_text: bo
     held = {name: value[name] for name in value if name in _WATCHED and value[name] not in (None, "", [], {})}
     if compared := sorted(held.keys() & _COMPARED):
         raise _is_preference(row, compared)
-    if "label" in held and not is_text and held["label"] in _YES_OR_NO:
+    if "label" in held and not is_text and held["label"] in (True, False, "true", "false", "True", "False"):
         raise _is_preference(row, ["label"])
-    for name in sorted(held.keys() & _ROW_WEIGHTS):
-        if held[name] != 1:
-            fix = (
-                "Remove rows of weight 0, and repeat those of a higher one; or rename the column if it is not a weight."
-            )
-            raise value_fault(row, name, held[name], "1, the weight that every row has,", fix)
-    for name in sorted(held.keys() & _PICTURES):
+    _refuse_weights(row, held)
+    for name in sorted(held.keys() & PICTURES):
         raise value_fault(row, name, held[name], "a row of text alone", "Remove the column to train on the text alone.")
     for name in sorted(held.keys() & _RENDERING):
         fix = (
             "Remove the column, or set the same variables in a template of your own and name it in data.chat_template."
         )
         raise value_fault(row, name, held[name], "the template's own variables alone", fix)
+
+
+def _refuse_weights(row: Row, held: Mapping[str, object]) -> None:
+    """Raise DataError (QH-D03) for columns by which a row asks for another weight than every row has."""
+    fix = "Remove rows of weight 0, and repeat those of a higher one; or rename the column if it is not a weight."
+    for name in sorted(held.keys() & _ROW_WEIGHTS):
+        if held[name] not in _YES:
+            raise value_fault(row, name, held[name], "1, the weight that every row has,", fix)
+    for name in sorted(held.keys() & {*UNTRAINED_IF, *UNCLEAR}):
+        if held[name] not in _NO:
+            fix = "Remove rows that are not to be trained; or rename the column if it means something else."
+            raise value_fault(row, name, held[name], "0, for every row is trained,", fix)
 
 
 def refuse_compared_turn(row: Row, turn: Mapping[str, object], field: str) -> None:

@@ -77,7 +77,7 @@ class SpecialText:
 
 
 def masked(special: SpecialText, value: object) -> Any:
-    """A value in which the special tokens of every string are masked, keys left as they are.
+    """A value in which the special tokens of every string are masked, of keys too unless a template could name them.
 
     Raises DataError (QH-D08) when a text holds the signs that masks are made of.
     """
@@ -90,10 +90,14 @@ def masked(special: SpecialText, value: object) -> Any:
             )
         return special.mask(value)
     if isinstance(value, Mapping):
-        return {key: masked(special, item) for key, item in value.items()}
+        return {_masked_key(special, key): masked(special, item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [masked(special, item) for item in value]
     return value
+
+
+def _masked_key(special: SpecialText, key: object) -> object:
+    return masked(special, key) if isinstance(key, str) and not key.isidentifier() else key
 
 
 class ProtectedTokenizer:

@@ -234,11 +234,8 @@ class Preparation:
                 f"the template writes an empty <think></think> into {counts.empty_thoughts} answers; it is trained "
                 "with them, so the model learns to answer without thinking"
             )
-        for form, number in counts.arguments_as.items():
-            notes.append(
-                f"the arguments of calls were given to the template as {form} in {number} rows: it accepts no "
-                "other form"
-            )
+        for (form, why), number in counts.arguments_as.items():
+            notes.append(f"the arguments of calls were given to the template as {form} in {number} rows: {why}")
         return notes
 
 
