@@ -33,6 +33,10 @@ Tools = Sequence[object] | None
 EMPTY_THOUGHT = re.compile(r"<think>\s*</think>")
 """A thinking part without thoughts, as templates of models that think write it."""
 
+_EXACT_TURNS = 64
+"""Messages up to which each turn's prompt is rendered; in a longer conversation that would take time that grows with
+its square, and what stood after a message of the same kind stands there again."""
+
 _TAG_LINE_OR_WORDS = r"<[^<>\s]*>|\n|[^<\n]+|<"
 
 
@@ -114,8 +118,9 @@ class ConversationWriter:
         form. Raises as `write` does."""
         pieces: list[Piece] = []
         silent, unmarked, at, end_added = [], [], 0, False
+        prompts: dict[object, str] = {}
         for turn in turns:
-            target = self._target(rendering, messages, turn, tools, trial)
+            target = self._target(rendering, messages, turn, tools, trial, prompts)
             if target is not None and not target.spans:
                 unmarked.append(turn)
                 continue
@@ -136,9 +141,16 @@ class ConversationWriter:
 
     # one turn -------------------------------------------------------------------------------------------------------
     def _target(
-        self, rendering: Rendering, messages: Sequence[Message], turn: int, tools: Tools, trial: Trial | None
+        self,
+        rendering: Rendering,
+        messages: Sequence[Message],
+        turn: int,
+        tools: Tools,
+        trial: Trial | None,
+        prompts: dict[object, str],
     ) -> Target | None:
-        """What is trained of a turn; no span where the template's marks leave it out, None where nothing is written."""
+        """What is trained of a turn; no span where the template's marks leave it out, None where nothing is written.
+        `prompts` are those that were found before other turns of the conversation."""
         marked = rendering.generated
         found = self._turn_span(rendering, messages, turn, tools, trial)
         if found is None and self._template.marks_generation:
@@ -155,7 +167,7 @@ class ConversationWriter:
         start, stop = found
         if not rendering.text[start:stop].strip():
             return None
-        start += self._heading(rendering.text[start:stop], messages, turn, tools)
+        start += self._heading(rendering.text[start:stop], messages, turn, tools, prompts)
         if self._template.marks_generation:
             spans = [(max(start, first), last) for first, last in marked if first < stop and last > start]
             return self._ended(rendering.text, spans, stop) if spans else Target((), closed=False)
@@ -201,9 +213,11 @@ class ConversationWriter:
         return None
 
     # what a generation prompt holds ---------------------------------------------------------------------------------
-    def _heading(self, text: str, messages: Sequence[Message], turn: int, tools: Tools) -> int:
+    def _heading(
+        self, text: str, messages: Sequence[Message], turn: int, tools: Tools, prompts: dict[object, str]
+    ) -> int:
         """How many characters at the beginning of a turn are not for the model to write."""
-        prompt = self._prompt(messages[:turn], tools) if self._template.offers_prompt else ""
+        prompt = self._prompt_before(text, messages, turn, tools, prompts) if self._template.offers_prompt else ""
         if text.startswith(prompt) and prompt.strip():
             return len(prompt)
         if not prompt.strip() and self._template.offers_prompt:
@@ -222,6 +236,20 @@ class ConversationWriter:
             return 0
         header = self.trials.header_of(messages, turn, tools)
         return len(header) if header.strip() and text.startswith(header) else 0
+
+    def _prompt_before(
+        self, text: str, messages: Sequence[Message], turn: int, tools: Tools, prompts: dict[object, str]
+    ) -> str:
+        """The prompt of a turn. Far into a conversation it is the one after the last message of the same kind, if this
+        turn begins with it, and with no empty thought behind it, which a prompt may or may not hold."""
+        kind = (messages[turn - 1]["role"], bool(messages[turn - 1].get("tool_calls"))) if turn else None
+        known = prompts.get(kind) if turn > _EXACT_TURNS else None
+        if known is not None and text.startswith(known):
+            behind = text[len(known) :].lstrip()
+            if not EMPTY_THOUGHT.match(behind):
+                return known
+        prompts[kind] = self._prompt(messages[:turn], tools)
+        return prompts[kind]
 
     def _prompt(self, before: Sequence[Message], tools: Tools) -> str:
         """What the template writes for the assistant to go on after these messages."""

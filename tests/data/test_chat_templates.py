@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from qlora_hal.data import ChatTokenizer, PreparedData
+from qlora_hal.data.template.chat_template import ChatTemplate
 from qlora_hal.errors import DataError, ModelError
 
 Prepare = Callable[..., PreparedData]
@@ -270,6 +271,24 @@ def test_what_a_generation_prompt_holds_is_never_trained(render: Render) -> None
     found = render(OPENING_THOUGHT, messages)
     assert found.trained == [f"<b>{END}", f"e\n</think>\n\nd{END}"]
     assert found.ids == found.theirs([*messages[:-1], said("assistant", "d", reasoning_content="e")], tokenize=True)
+
+
+def test_a_long_conversation_is_rendered_a_bounded_number_of_times_with_the_same_result(
+    render: Render, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for each turn would take time that grows with the square of its length."""
+    prompted = []
+    trace = ChatTemplate.trace
+
+    def counted(self: ChatTemplate, messages: Sequence[Message], **how: Any) -> Any:
+        prompted.append(bool(how.get("add_generation_prompt")))
+        return trace(self, messages, **how)
+
+    monkeypatch.setattr(ChatTemplate, "trace", counted)
+    turns = [said("user", "ask") if number % 2 == 0 else said("assistant", f"answer {number}") for number in range(400)]
+    found = render(CALLING, turns, max_seq_length=20_000)
+    assert found.trained == [f"answer {number}{END}" for number in range(1, 400, 2)]
+    assert 0 < sum(prompted) < 200
 
 
 def test_an_empty_thinking_part_that_the_template_writes_is_trained_and_noted(render: Render) -> None:

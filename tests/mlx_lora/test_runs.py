@@ -19,7 +19,7 @@ from qlora_hal.detect.discovery import open_trainer
 from qlora_hal.errors import ModelError
 from qlora_hal.report.console import RunConsole
 from qlora_hal_backends.mlx_lora import SPEC, device
-from qlora_hal_backends.mlx_lora.offered import MLX_ENVIRONMENT, set_environment
+from qlora_hal_backends.mlx_lora.capabilities import MLX_ENVIRONMENT, set_environment
 
 
 def run(folder: Path, backend: str, *, dry_run: bool = False, **changes: Any) -> TrainResult:

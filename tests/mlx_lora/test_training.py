@@ -15,7 +15,7 @@ from trainers import OpenTrainer, largest_difference, packed, random_batch, sour
 from qlora_hal.contract.backend import Compute, Quantization
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.errors import ModelError, UnsupportedFeatureError
-from qlora_hal_backends.mlx_lora.offered import MLX_FORMATS
+from qlora_hal_backends.mlx_lora.capabilities import MLX_FORMATS
 from qlora_hal_backends.mlx_lora.trainer import MLXLoRATrainer
 
 # Two float32 programs of the same products in another order: see test_architectures.

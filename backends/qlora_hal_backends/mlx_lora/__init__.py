@@ -5,7 +5,14 @@ from __future__ import annotations
 import sys
 
 from qlora_hal.contract.backend import BackendSpec, ProbeReport
-from qlora_hal_backends.mlx_lora.offered import CAPABILITIES, IS_CPU, MEMORY, MLX_NOTES, MLX_OPTIONS, set_environment
+from qlora_hal_backends.mlx_lora.capabilities import (
+    CAPABILITIES,
+    IS_CPU,
+    MEMORY,
+    MLX_NOTES,
+    MLX_OPTIONS,
+    set_environment,
+)
 
 
 def probe() -> ProbeReport:

@@ -26,7 +26,7 @@ from qlora_hal_backends.mlx_lora.config_reading import (
     tied_words,
 )
 from qlora_hal_backends.mlx_lora.rotary import put_rotary_positions_right
-from qlora_hal_backends.mlx_lora.sliding import MissingWindow, missing_window
+from qlora_hal_backends.mlx_lora.sliding_window import MissingWindow, missing_window
 
 _MODULE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 _NO_MODELS = frozenset({"activations", "base", "cache", "pipeline", "rope_utils", "switch_layers"})

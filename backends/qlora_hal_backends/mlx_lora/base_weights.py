@@ -12,8 +12,8 @@ import mlx.core as mx
 
 from qlora_hal.contract.backend import Quantization
 from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal_backends.mlx_lora.capabilities import MLX_FORMATS
 from qlora_hal_backends.mlx_lora.nf4 import NF4Weight, quantize_nf4
-from qlora_hal_backends.mlx_lora.offered import MLX_FORMATS
 
 
 class BaseWeight(Protocol):

@@ -11,8 +11,8 @@ from qlora_hal.contract.backend import Quantization
 from qlora_hal.errors import ModelError
 from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.mlx_lora.base_weights import BaseWeight, CodebookWeight, DenseWeight, GroupedWeight, quantize
+from qlora_hal_backends.mlx_lora.capabilities import MLX_FORMATS
 from qlora_hal_backends.mlx_lora.nf4_bitsandbytes import read_weight
-from qlora_hal_backends.mlx_lora.offered import MLX_FORMATS
 
 if TYPE_CHECKING:
     from qlora_hal_backends.mlx_lora.stored_tensors import Weights

@@ -28,11 +28,11 @@ from qlora_hal_backends.mlx_lora.base_weights import BaseWeight
 from qlora_hal_backends.mlx_lora.compared import check_compared
 from qlora_hal_backends.mlx_lora.config_reading import Config
 from qlora_hal_backends.mlx_lora.embedding import put_embedding_right
+from qlora_hal_backends.mlx_lora.gradient_checkpointing import RecomputedLayer
 from qlora_hal_backends.mlx_lora.head import Head, find_head
 from qlora_hal_backends.mlx_lora.linear_weights import read_base_weight, require_finite
 from qlora_hal_backends.mlx_lora.lora_linear import FrozenLinear, LoRASlots
-from qlora_hal_backends.mlx_lora.recomputing import RecomputedLayer
-from qlora_hal_backends.mlx_lora.sliding import MissingWindow
+from qlora_hal_backends.mlx_lora.sliding_window import MissingWindow
 from qlora_hal_backends.mlx_lora.stored_tensors import Weights, mismatch, open_tensors, renamed, ties_its_head
 
 

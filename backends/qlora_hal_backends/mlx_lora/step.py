@@ -17,10 +17,10 @@ from qlora_hal.contract import dropout
 from qlora_hal.contract.toolkit import next_labels, next_weights
 from qlora_hal.contract.values import IGNORE_LABEL, Batch
 from qlora_hal.errors import UnsupportedFeatureError
+from qlora_hal_backends.mlx_lora.capabilities import LOSS_CHUNK_ROWS
 from qlora_hal_backends.mlx_lora.loading import BaseModel
-from qlora_hal_backends.mlx_lora.offered import LOSS_CHUNK_ROWS
+from qlora_hal_backends.mlx_lora.masks import MaskingCache, check_all_used
 from qlora_hal_backends.mlx_lora.optimizer import queue
-from qlora_hal_backends.mlx_lora.packing import MaskingCache, check_all_used
 
 SMALLEST_COUNTED_SHARE = 8
 """Counted positions are padded to an eighth, a quarter, half or all of the batch: few shapes to trace."""
