@@ -330,6 +330,12 @@ def test_a_row_that_asks_for_no_loss_is_refused(name: str, value: object, row: d
         example_of(Row(1, "data", 1, {**row, name: asked}), shape_of(row) or "text")
 
 
+def test_a_column_of_such_a_name_that_holds_no_flag_is_like_any_other() -> None:
+    for column in ({"loss": 2.31}, {"loss": "0.7"}, {"mask": [0, 1]}, {"train_detail": "first half"}):
+        row = {"prompt": "x", "completion": "y", **column}
+        example_of(Row(1, "data", 1, row), shape_of(row) or "text")
+
+
 @pytest.mark.parametrize(
     ("value", "said"),
     [
