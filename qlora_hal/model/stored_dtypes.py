@@ -26,11 +26,12 @@ def refuse_unread_dtypes(tensors: Mapping[str, TensorFacts], where: str) -> None
     if not unread:
         return
     name, dtype = next(iter(unread.items()))
+    others = f" (and {len(unread) - 1} more tensors in the like)" if len(unread) > 1 else ""
     scale = next((other for other in sorted(tensors) if _SCALES.search(other)), "")
     raise ModelError(
         "QH-C72",
-        f"{name} is stored as {dtype}, as are {len(unread) - 1} other tensors in such dtypes; readable are "
-        "F64, F32, F16, BF16 and the quantized formats of bitsandbytes, GPTQ and MLX.",
+        f"{name} is stored as {dtype}{others}, which no backend decodes; readable are F64, F32, F16, BF16 and "
+        "the quantized formats of bitsandbytes, GPTQ and MLX.",
         where=where,
         cause=f"Its numbers are those codes times a scale ({scale})." if scale else "",
         fix="Name a version of the model in bfloat16, or convert this one with the tool that wrote it; it is quantized "
