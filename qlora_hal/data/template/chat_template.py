@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 
 from qlora_hal.data.template.compiled import MAX_OUTPUT_FACTOR, MAX_OUTPUT_FLOOR, CompiledTemplate
 from qlora_hal.data.template.process import StrangersTemplate
-from qlora_hal.data.template.sandbox import TemplateFault, TooMuch
-from qlora_hal.data.template.turn_marks import Rendering, rendering_of
+from qlora_hal.data.template.sandbox import TemplateFault, TooMuch, encloses_generation
+from qlora_hal.data.template.turn_marks import Rendering
 from qlora_hal.errors import DataError, UnsafeInputError
 
 MAX_TEMPLATE_BYTES = 64 * 2**10
@@ -140,7 +140,7 @@ class ChatTemplate:
     @property
     def marks_generation(self) -> bool:
         """Whether the template encloses what the assistant says in `{% generation %}`."""
-        return "endgeneration" in self.source
+        return encloses_generation(self.source)
 
     @property
     def offers_prompt(self) -> bool:
@@ -187,7 +187,7 @@ class ChatTemplate:
         }
         most = MAX_OUTPUT_FLOOR + MAX_OUTPUT_FACTOR * _characters(messages, tools)
         try:
-            return rendering_of(self._compiled.render(variables, turns=len(messages), most=most))
+            return self._compiled.render(variables, turns=len(messages), most=most)
         except TooMuch as error:
             raise _too_much(self.name, error) from error
 

@@ -17,7 +17,7 @@ from qlora_hal.data.template.chat_template import BUILT_IN, ChatTemplate, Templa
 from qlora_hal.data.template.conversation_text import masked_messages
 from qlora_hal.data.template.outlines import Outlines
 from qlora_hal.data.tokens.guarded_tokenizer import broken
-from qlora_hal.data.tokens.special_text import ProtectedTokenizer, SpecialText
+from qlora_hal.data.tokens.special_text import ProtectedTokenizer, SpecialText, refuse_noncharacters
 from qlora_hal.data.tokens.tokenizer_files import TokenizerFiles, not_utf8, read_folder
 from qlora_hal.errors import DataError
 from qlora_hal.files.refused_paths import named_path
@@ -162,8 +162,12 @@ class ChatTokenizer:
             raise template_refused(self, messages, fault, "") from fault
 
     def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
-        """Ids of a conversation, for generation. Special tokens inside contents are text; a bos never stands twice."""
+        """Ids of a conversation, for generation. Special tokens inside contents are text; a bos never stands twice.
+
+        Raises as `render` does, and DataError (QH-D08) for signs that would be taken for marks."""
         contents = [content for message in messages if isinstance(content := message.get("content"), str)]
+        if self.template is not None and self.template.marks_generation:
+            refuse_noncharacters(contents)  # two of them are its marks
         if not self.special.found_in(contents):
             ids = self.encode(self.render(messages, add_generation_prompt=add_generation_prompt))
         else:
