@@ -29,8 +29,8 @@ def open_regular(path: Path) -> io.BufferedReader:
 
 
 def read_stored(path: Path, most_bytes: int) -> bytes:
-    """The bytes of an ordinary file, `most_bytes` + 1 of them where it has more. It may be a link, as the files of a hub
-    snapshot are, but lead to no pipe and no device (OSError)."""
+    """The bytes of an ordinary file, `most_bytes` + 1 of them where it has more. It may be a link, as the files of a
+    hub snapshot are, but lead to no pipe and no device (OSError)."""
     with open_regular(path.resolve(strict=True)) as stream:
         return stream.read(most_bytes + 1)
 
