@@ -20,6 +20,7 @@ from ruamel.yaml.nodes import MappingNode, SequenceNode
 
 from qlora_hal.errors import ConfigError, UnsafeInputError
 from qlora_hal.files import strict_json, strict_toml
+from qlora_hal.files.opening import read_stored
 
 if TYPE_CHECKING:
     from ruamel.yaml.nodes import Node
@@ -78,9 +79,10 @@ def read_settings_file(path: Path) -> SettingsFile:
 
 def _text(path: Path) -> str:
     try:
-        if path.stat().st_size > BYTE_LIMIT:
+        raw = read_stored(path, BYTE_LIMIT)
+        if len(raw) > BYTE_LIMIT:
             raise _refused(path, f"it has {path.stat().st_size} bytes, more than the limit of {BYTE_LIMIT}")
-        return path.read_bytes().decode("utf-8-sig")
+        return raw.decode("utf-8-sig")
     except OSError as error:
         raise ConfigError(
             "QH-U02",

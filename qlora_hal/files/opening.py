@@ -31,8 +31,13 @@ def open_regular(path: Path) -> io.BufferedReader:
 def read_stored(path: Path, most_bytes: int) -> bytes:
     """The bytes of an ordinary file, `most_bytes` + 1 of them where it has more. It may be a link, as the files of a
     hub snapshot are, but lead to no pipe and no device (OSError)."""
-    with open_regular(path.resolve(strict=True)) as stream:
+    with open_regular(stored_path(path)) as stream:
         return stream.read(most_bytes + 1)
+
+
+def stored_path(path: Path) -> Path:
+    """Where the links of a path lead. Raises OSError where that is nowhere, or where they go round in a circle."""
+    return Path(os.path.realpath(path, strict=True))
 
 
 def open_appending(path: Path) -> io.BufferedWriter:

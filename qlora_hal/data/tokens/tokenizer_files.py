@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_hal.data.template.chat_template import read_template
 from qlora_hal.data.tokens.declared_tokens import declare, declared_in
 from qlora_hal.data.tokens.guarded_tokenizer import broken, converted, hostility_told, panics_told, read_tokenizer
 from qlora_hal.data.tokens.rebuilt_tokenizers import rebuilding_notes
@@ -173,7 +174,7 @@ def _templates(folder: Path, config: Mapping[str, object]) -> dict[str, str]:
 
 def _text_of_template(path: Path) -> str:
     try:
-        return path.read_text("utf-8")
+        return read_template(path).decode("utf-8")
     except UnicodeDecodeError as error:
         raise broken(path, not_utf8(error)) from error
     except OSError as error:
