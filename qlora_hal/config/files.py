@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ruamel.yaml import YAML
 from ruamel.yaml.composer import Composer
+from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, SequenceNode
 
@@ -114,6 +115,15 @@ def _yaml(path: Path, text: str) -> tuple[object, dict[str, int]]:
             self.depth -= 1
             return node
 
+    begun: list[Node] = []
+
+    class MarkingConstructor(SafeConstructor):
+        """Leaves the node whose value is made where an error finds it."""
+
+        def construct_object(self, node: Node, deep: bool = False) -> object:
+            begun[:] = [node]
+            return super().construct_object(node, deep=deep)
+
     try:
         yaml = YAML(typ="safe", pure=True)
         yaml.Composer = CountingComposer
@@ -121,7 +131,9 @@ def _yaml(path: Path, text: str) -> tuple[object, dict[str, int]]:
         if root is None:
             return {}, {}
         _refuse_growth_and_tags(path, root)
-        return YAML(typ="safe", pure=True).load(text), _yaml_lines(root)
+        yaml = YAML(typ="safe", pure=True)
+        yaml.Constructor = MarkingConstructor
+        return yaml.load(text), _yaml_lines(root)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         said = (error.problem or str(error)).splitlines()[0]
@@ -131,7 +143,7 @@ def _yaml(path: Path, text: str) -> tuple[object, dict[str, int]]:
     except (ConfigError, UnsafeInputError, RecursionError):
         raise
     except Exception as error:  # values that look like numbers or dates and are none, of many kinds
-        _raise_malformed(path, None, _said(error), error)
+        _raise_malformed(path, begun[0].start_mark.line + 1 if begun else None, _said(error), error)
 
 
 def _refuse_growth_and_tags(path: Path, root: Node) -> None:
