@@ -34,6 +34,19 @@ def resolve_targets(requested: str | tuple[str, ...], linear_modules: Mapping[st
     return tuple(sorted({path for paths in matches.values() for path in paths}))
 
 
+def require_rank(r: int, shapes: Collection[LinearShape]) -> None:
+    """Raise ConfigError (QH-U01) for a rank above every side of every target: no product of that width has it."""
+    widest = max((max(shape.inputs, shape.outputs) for shape in shapes), default=r)
+    if r > widest:
+        raise ConfigError(
+            "QH-U01",
+            f"lora.r is {r if r < 2**63 else 'above 2**63'}; the target modules have at most {widest} rows or columns.",
+            where="lora.r",
+            cause="A matrix has no rank above its smaller side; beyond, adapters only take memory.",
+            fix="Set lora.r to 8, 16 or 64.",
+        )
+
+
 def asks_for_all(requested: str | tuple[str, ...]) -> bool:
     """Whether `target_modules` is `all-linear`."""
     return isinstance(requested, str) and requested.lower() == ALL_LINEAR

@@ -20,8 +20,9 @@ from qlora_hal.cli.generate import (
     ModelOption,
     RunOption,
 )
-from qlora_hal.errors import ConfigError, StorageError
+from qlora_hal.errors import ConfigError, DataError, StorageError
 from qlora_hal.errors.terminal_text import visible
+from qlora_hal.files.output_path import write_whole
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -109,7 +110,7 @@ def converse(answers: Answers, source: TextIO, console: Console, *, max_new_toke
         elif line:
             try:
                 _show(console, *conversation.ask(answers, line, max_new_tokens=max_new_tokens))
-            except ConfigError as error:  # the conversation has grown beyond the model's positions
+            except (ConfigError, DataError) as error:  # beyond the model's positions, or no text
                 console.print(visible(f"{error.message} {error.fix}"), style="red")
 
 
@@ -117,12 +118,17 @@ def save_conversation(conversation: Conversation, file: Path) -> None:
     """Write both conversations as JSON. Raises StorageError; an existing file is never replaced."""
     content = {"base": conversation.base, "adapter": conversation.adapter}
     try:
-        with file.open("x", encoding="utf-8") as stream:
-            json.dump(content, stream, ensure_ascii=False, indent=2)
+        write_whole(file, json.dumps(content, ensure_ascii=False, indent=2))
+    except FileExistsError as error:
+        raise _not_saved(file, "something of that name is there already") from error
     except OSError as error:
-        raise StorageError(
-            "QH-S12", f"{file} cannot be written: {error.strerror}.", where=str(file), fix="Choose another name."
-        ) from error
+        raise _not_saved(file, error.strerror or str(error)) from error
+    except ValueError as error:  # a zero byte, or half of a character
+        raise _not_saved(file, "no file can have that name") from error
+
+
+def _not_saved(file: Path, reason: str) -> StorageError:
+    return StorageError("QH-S12", f"{file} cannot be written: {reason}.", where=str(file), fix="Choose another name.")
 
 
 def _lines(source: TextIO, console: Console) -> Iterator[str]:

@@ -71,7 +71,7 @@ def estimate(
 def estimate_run(config: RunConfig) -> Estimated:
     """The peak on the backend that is named, else on the one that would be chosen on its own hardware; where a backend
     is ready here, on this machine's."""
-    from qlora_hal.adapter.targets import resolve_targets
+    from qlora_hal.adapter.targets import require_rank, resolve_targets
     from qlora_hal.detect.discovery import listed, reports
     from qlora_hal.detect.hardware import memory_here
     from qlora_hal.detect.requirements import quantization_of
@@ -85,6 +85,7 @@ def estimate_run(config: RunConfig) -> Estimated:
     spec = _backend(config, facts)
     quantization = quantization_of(config, facts, spec.capabilities)
     targets = resolve_targets(config.lora.target_modules, facts.linear_modules)
+    require_rank(config.lora.r, [facts.linear_modules[name] for name in targets])
     probed = next(report for report in reports(listed()) if report.backend == spec.name)
     report = probed if probed.ready else None
     accelerated = has_accelerator(spec, (probed,))

@@ -13,6 +13,8 @@ from cyclopts import Parameter
 
 from qlora_hal.config.fields import Setting, groups, settings
 from qlora_hal.errors import ConfigError, StorageError
+from qlora_hal.files.output_path import write_whole
+from qlora_hal.files.replacing import replace_file
 
 SCHEMA_FILE = "qlora-hal.schema.json"
 _FILL_IN = {
@@ -55,8 +57,8 @@ def init(
 
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        (file.parent / SCHEMA_FILE).write_text(schema_text() + "\n", encoding="utf-8")
-        file.write_text(settings_text(syntax), encoding="utf-8")
+        replace_file(file.parent / SCHEMA_FILE, (schema_text() + "\n").encode())
+        write_whole(file, settings_text(syntax))
     except OSError as error:
         raise StorageError(
             "QH-S12", f"{file} cannot be written: {error.strerror}.", where=str(file), fix="Choose another path."

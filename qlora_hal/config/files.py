@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ruamel.yaml import YAML
 from ruamel.yaml.composer import Composer
+from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, SequenceNode
 
 from qlora_hal.errors import ConfigError, UnsafeInputError
 from qlora_hal.files import strict_json, strict_toml
+from qlora_hal.files.opening import read_stored
 
 if TYPE_CHECKING:
     from ruamel.yaml.nodes import Node
@@ -78,9 +80,10 @@ def read_settings_file(path: Path) -> SettingsFile:
 
 def _text(path: Path) -> str:
     try:
-        if path.stat().st_size > BYTE_LIMIT:
+        raw = read_stored(path, BYTE_LIMIT)
+        if len(raw) > BYTE_LIMIT:
             raise _refused(path, f"it has {path.stat().st_size} bytes, more than the limit of {BYTE_LIMIT}")
-        return path.read_bytes().decode("utf-8-sig")
+        return raw.decode("utf-8-sig")
     except OSError as error:
         raise ConfigError(
             "QH-U02",
@@ -112,6 +115,15 @@ def _yaml(path: Path, text: str) -> tuple[object, dict[str, int]]:
             self.depth -= 1
             return node
 
+    begun: list[Node] = []
+
+    class MarkingConstructor(SafeConstructor):
+        """Leaves the node whose value is made where an error finds it."""
+
+        def construct_object(self, node: Node, deep: bool = False) -> object:
+            begun[:] = [node]
+            return super().construct_object(node, deep=deep)
+
     try:
         yaml = YAML(typ="safe", pure=True)
         yaml.Composer = CountingComposer
@@ -119,7 +131,9 @@ def _yaml(path: Path, text: str) -> tuple[object, dict[str, int]]:
         if root is None:
             return {}, {}
         _refuse_growth_and_tags(path, root)
-        return YAML(typ="safe", pure=True).load(text), _yaml_lines(root)
+        yaml = YAML(typ="safe", pure=True)
+        yaml.Constructor = MarkingConstructor
+        return yaml.load(text), _yaml_lines(root)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         said = (error.problem or str(error)).splitlines()[0]
@@ -129,7 +143,7 @@ def _yaml(path: Path, text: str) -> tuple[object, dict[str, int]]:
     except (ConfigError, UnsafeInputError, RecursionError):
         raise
     except Exception as error:  # values that look like numbers or dates and are none, of many kinds
-        _raise_malformed(path, None, _said(error), error)
+        _raise_malformed(path, begun[0].start_mark.line + 1 if begun else None, _said(error), error)
 
 
 def _refuse_growth_and_tags(path: Path, root: Node) -> None:

@@ -167,6 +167,18 @@ class TrainingConfig(_Part):
             raise ValueError("a seed below 2**63 is expected")
         return seed
 
+    @field_validator("sample_prompts")
+    @classmethod
+    def _prompts_are_text(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
+        for prompt in prompts:
+            try:
+                prompt.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"prompts without U+{ord(prompt[error.start]):04X}, half of a character, are expected"
+                ) from error
+        return prompts
+
 
 class CheckpointConfig(_Part):
     """When the run is saved."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from qlora_hal.data.chat import TurnNotFound, trained_turns
@@ -28,6 +29,8 @@ from qlora_hal.data.tokens.tokenizer import ChatTokenizer, template_refused
 from qlora_hal.errors import DataError
 
 _BLANKS = " \t\r\n"
+_LONGEST_NAME, _MOST_NAMES = 80, 10_000
+"""Of unused columns: a file can name others in every row, of any length."""
 
 
 @dataclass(slots=True)
@@ -35,7 +38,7 @@ class RenderingCounts:
     """What rendering met, for the report."""
 
     shapes: Counter[Shape] = field(default_factory=Counter)
-    columns: defaultdict[Shape, set[str]] = field(default_factory=lambda: defaultdict(set))
+    unused_columns: set[str] = field(default_factory=set)
     end_added_rows: int = 0
     special_in_text: Counter[str] = field(default_factory=Counter)
     rows_with_special: int = 0
@@ -64,10 +67,12 @@ class RenderingCounts:
             self.special_in_text.update(found.special)
             self.rows_with_special += 1
 
-    @property
-    def unused_columns(self) -> list[str]:
-        """Columns that some row has and that nothing is read from in rows of its shape."""
-        return sorted({str(name) for shape, names in self.columns.items() for name in names - USED_COLUMNS[shape]})
+    def note_columns(self, shape: Shape, names: Iterable[object]) -> None:
+        """Keep the columns that nothing is read from in rows of this shape."""
+        for name in names:
+            if name not in USED_COLUMNS[shape] and len(self.unused_columns) < _MOST_NAMES:
+                text = str(name)
+                self.unused_columns.add(text if len(text) <= _LONGEST_NAME else f"{text[: _LONGEST_NAME - 3]}...")
 
 
 class RowRenderer:
@@ -100,8 +105,7 @@ class RowRenderer:
         else:
             self.counts.empty_rows += 1
         self.counts.shapes[shape] += 1
-        if not self.counts.columns[shape].issuperset(value):
-            self.counts.columns[shape].update(value)
+        self.counts.note_columns(shape, value)
         return rendered
 
     def _conversation(self, row: Row, example: Conversation, tokenizer: ChatTokenizer) -> RenderedRow:

@@ -55,14 +55,18 @@ _OPEN_VARIABLES = frozenset({"PWD", "OLDPWD", "SSH_AUTH_SOCK"})
 _SECRET_TEXT = re.compile(
     r"\b(hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|sk-[A-Za-z0-9_-]{20,}"
     r"|[sr]k_(live|test)_\w{16,}|(AKIA|ASIA)[A-Z0-9]{16}|AIza[\w-]{30,}|xox[a-z]-[\w-]{10,}|npm_\w{30,}|pypi-[\w-]{30,}"
-    r"|dckr_pat_[\w-]{16,}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,})"
+    r"|dckr_pat_[\w-]{16,})"
 )
-"""Texts that access tokens are known by."""
+"""Texts that access tokens are known by. None of these can begin within what another try has read: a text of a stranger
+takes time that grows with its length alone, here and below."""
+_WEB_TOKEN = re.compile(r"\beyJ[\w-]{8,}+(\.[\w-]{8,}+\.[\w-]{8,}+)?")
+"""A JSON Web Token; without its two other parts it is none, and is read over."""
 _SECRET_PAIR = re.compile(
     r"(?i)(?<![\w-])((?:[\w-]*[_-])?(?:password|passwd|pwd|secret|token|api_?key|access_?key|account_?key|"
     r"shared_?access_?key|signature|sig)\s?=\s?|bearer (?=[\w.~+/-]{20}))[^\s&;,\"'<>]{6,}"
 )
 """A name and its secret, as connection strings and queries have them."""
+_WORDS = re.compile(r"[^\s\"'<>]+")
 _URL_LOGIN = re.compile(r"(?<=://)(?:[^\s/@\"'<>]+|[^\s/@:\"'<>]*:[^\s\"'<>]+)@")
 _LOGIN_PASSWORD = re.compile(r"://[^\s/@:]*:([^\s\"'<>]+)@")
 
@@ -70,9 +74,21 @@ _LOGIN_PASSWORD = re.compile(r"://[^\s/@:]*:([^\s\"'<>]+)@")
 def _redacted_text(text: str, secrets: Sequence[str]) -> str:
     for secret in secrets:
         text = text.replace(secret, "[removed]")
-    text = _URL_LOGIN.sub("[removed]@", _SECRET_TEXT.sub("[removed]", text))
+    text = _WEB_TOKEN.sub(_without_web_token, _SECRET_TEXT.sub("[removed]", text))
+    text = _WORDS.sub(_without_login, text)
     text = _SECRET_PAIR.sub(r"\1[removed]", text)
     home = str(Path.home())
     if home in ("", "/", "\\"):
         return text
     return re.sub(rf"(?<![\w/\\]){re.escape(home)}(?=$|[/\\\s\"',:;)\]])", "~", text)
+
+
+def _without_web_token(match: re.Match[str]) -> str:
+    return "[removed]" if match.group(1) else match.group()
+
+
+def _without_login(match: re.Match[str]) -> str:
+    """A word without logins. Nothing behind its last @ is one: with that end, what begins like one is one."""
+    word = match.group()
+    end = word.rfind("@") + 1
+    return _URL_LOGIN.sub("[removed]@", word[:end]) + word[end:] if end else word

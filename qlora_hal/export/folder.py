@@ -48,8 +48,8 @@ def write_configuration(folder: Path, source: ModelSource, dtype: str, chat_temp
         shutil.copytree(source.path / MORE_TEMPLATES, folder / MORE_TEMPLATES, ignore=_all_but_templates)
 
 
-def _all_but_templates(_: str, names: Sequence[str]) -> set[str]:
-    return {name for name in names if not name.endswith(".jinja")}
+def _all_but_templates(folder: str, names: Sequence[str]) -> set[str]:
+    return {name for name in names if not (name.endswith(".jinja") and Path(folder, name).is_file())}
 
 
 def merged_config(config: Mapping[str, object], dtype: str) -> dict[str, object]:

@@ -12,11 +12,7 @@ from qlora_hal.errors import UnsafeInputError
 
 # Windows knows neither; a missing flag is 0 there.
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
-
-
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0)
-
-
 _BINARY = getattr(os, "O_BINARY", 0)
 
 
@@ -25,11 +21,23 @@ def open_regular(path: Path) -> io.BufferedReader:
     descriptor = os.open(path, os.O_RDONLY | _NO_FOLLOW | _NO_WAIT | _BINARY)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(f"not a regular file: {path}")
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
         return open(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def read_stored(path: Path, most_bytes: int) -> bytes:
+    """The bytes of an ordinary file, `most_bytes` + 1 of them where it has more. It may be a link, as the files of a
+    hub snapshot are, but lead to no pipe and no device (OSError)."""
+    with open_regular(stored_path(path)) as stream:
+        return stream.read(most_bytes + 1)
+
+
+def stored_path(path: Path) -> Path:
+    """Where the links of a path lead. Raises OSError where that is nowhere, or where they go round in a circle."""
+    return Path(os.path.realpath(path, strict=True))
 
 
 def open_appending(path: Path) -> io.BufferedWriter:

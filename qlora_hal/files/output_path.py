@@ -12,13 +12,22 @@ from qlora_hal.errors import StorageError
 from qlora_hal.files import durable
 
 
+def refuse_no_path(path: Path) -> None:
+    """Raise StorageError (QH-S14) for a text that no file system has a name for."""
+    if "\0" in str(path):
+        _refuse_path(path, "holds a NUL character")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError as problem:
+        _refuse_path(path, f"holds U+{ord(str(path)[problem.start]):04X}, half of a character", problem)
+
+
 def writable_folder(path: Path) -> Path:
     """The folder itself, created if needed and proved writable by writing; links on the way are resolved once.
 
     Raises StorageError: QH-S14 (a file, a loop, a link to nothing), QH-S12 (cannot be written), QH-S09 (no space).
     """
-    if "\0" in str(path):
-        _refuse_path(path, "holds a NUL character")
+    refuse_no_path(path)
     path = path.expanduser()
     try:
         real = Path(os.path.realpath(path, strict=True))
@@ -68,3 +77,16 @@ def _refuse_unwritable(path: Path, problem: OSError) -> NoReturn:
     elif error.code == "QH-S09":
         error.fix = "Free space, raise the quota, or choose an output_dir on another disk."
     raise error from problem
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a new file, or leave none. Raises OSError, FileExistsError among them."""
+    with file.open("x", encoding="utf-8") as stream:
+        try:
+            stream.write(text)
+            stream.flush()
+        except BaseException:
+            with suppress(OSError):
+                stream.close()
+            file.unlink(missing_ok=True)
+            raise

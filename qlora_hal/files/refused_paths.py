@@ -17,8 +17,9 @@ _SHOWN = 120
 
 @contextmanager
 def refused_paths_told() -> Iterator[None]:
-    """Around what a user calls: whichever question about a path is asked first, its refusal is told as one. Raises
-    ConfigError QH-U30."""
+    """Around what a user calls: whichever question about a path is asked first, its refusal is told as one, and first
+    that the working directory is gone, from which relative paths start. Raises ConfigError QH-U30."""
+    _refuse_lost_working_directory()
     try:
         yield
     except OSError as problem:
@@ -33,6 +34,19 @@ def refused_paths_told() -> Iterator[None]:
             if problem.errno == errno.ENAMETOOLONG
             else "The operating system does not let this user access it.",
             fix="Name another path." if problem.errno == errno.ENAMETOOLONG else "Name another, or get access to it.",
+        ) from problem
+
+
+def _refuse_lost_working_directory() -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError as problem:
+        raise ConfigError(
+            "QH-U30",
+            "The working directory does not exist any more.",
+            cause="It was removed or replaced since the shell or the program went there; relative paths lead nowhere, "
+            "and libraries end the process.",
+            fix="Change to a directory that exists.",
         ) from problem
 
 

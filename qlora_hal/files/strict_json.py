@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from qlora_hal.files.opening import open_regular
+from qlora_hal.files.opening import open_regular, read_stored
 
 MAX_JSON_BYTES = 16 * 1024 * 1024
 """Above anything written here: an adapter of 100 000 modules lists its targets in about 6 MB."""
@@ -63,9 +63,7 @@ def decode_foreign(raw: bytes, *, most_bytes: int = MAX_JSON_BYTES, most_values:
 def read_foreign_object(path: Path, *, most_bytes: int = MAX_JSON_BYTES) -> dict[str, object]:
     """The object in a file of others, which may be a link (hub snapshots are), but no pipe. Raises JsonProblem, and
     OSError where the file cannot be read."""
-    with open_regular(path.resolve(strict=True)) as stream:
-        value = decode_foreign(stream.read(most_bytes + 1), most_bytes=most_bytes)
-    return _object(value)
+    return _object(decode_foreign(read_stored(path, most_bytes), most_bytes=most_bytes))
 
 
 def refuse_depth(value: object) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from qlora_hal.contract.values import LinearShape
 from qlora_hal.formats.catalogue import record_of
+from qlora_hal.model.claimed_layers import refuse_claimed_layers
 from qlora_hal.model.fingerprint import fingerprint
 from qlora_hal.model.linear_shapes import linear_modules
 from qlora_hal.model.packed_facts import Prequantized
@@ -56,11 +57,10 @@ def read_facts(folder: Path) -> ModelFacts:
     """Read config.json and the headers of the weight files; no weight is loaded.
 
     Raises ModelError (QH-C70 config.json missing or broken, QH-C71 no weights, QH-C79 a missing shard, QH-C01 a
-    truncated file, QH-C72 a quantization or dtype that no backend reads, QH-C73 a contradictory quantized checkpoint)
-    and UnsafeInputError (QH-C15, QH-C16 malformed headers).
+    truncated file, QH-C72 a quantization or dtype that no backend reads, QH-C73 a contradictory quantized checkpoint,
+    QH-M50 far more layers in the configuration than in the weights) and UnsafeInputError (QH-C15, QH-C16 malformed
+    headers).
     """
-    # Imported here because these rooms build on the values above.
-
     config = read_json(folder / "config.json")
     headers = read_headers(folder)
     tensors = {
@@ -68,6 +68,7 @@ def read_facts(folder: Path) -> ModelFacts:
         for header in headers
         for name, tensor in header.tensors.items()
     }
+    refuse_claimed_layers(config, tensors, folder)
     packing = read_packing(folder, config, headers)
     refuse_unread_dtypes(tensors, str(folder))
     packed_shapes = dict(packing.shapes) if packing else {}

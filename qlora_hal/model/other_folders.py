@@ -3,11 +3,11 @@ file, a clone whose large files are still pointers."""
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 
 from qlora_hal.errors import ModelError
+from qlora_hal.files import strict_json
 from qlora_hal.files.signatures import is_lfs_pointer, lfs_fix
 from qlora_hal.model.safety import conversion_command
 
@@ -117,7 +117,6 @@ def _text(value: object) -> str:
 def _object(path: Path) -> dict[str, object]:
     """What a small file says, where it can be read: the folder is refused in any case."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return strict_json.read_foreign_object(path)
+    except (OSError, strict_json.JsonProblem):
         return {}
-    return value if isinstance(value, dict) else {}

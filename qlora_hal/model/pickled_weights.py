@@ -174,7 +174,7 @@ def _copy_the_rest(folder: Path, staging: Path, pickled: PickledWeights) -> list
         elif not entry.name.startswith("."):
             left.append(entry.name)
     templates = folder / "additional_chat_templates"
-    for template in sorted(templates.glob("*.jinja")):
+    for template in sorted(path for path in templates.glob("*.jinja") if path.is_file()):
         (staging / templates.name).mkdir(exist_ok=True)
         shutil.copyfile(template, staging / templates.name / template.name)
     return left

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_hal.errors import AdapterError, ModelError, QloraHalError, UnsafeInputError
+from qlora_hal.files.opening import stored_path
 from qlora_hal.files.safetensors_file import TensorEntry
 from qlora_hal.files.safetensors_file import read_header as read_checked_header
 
@@ -30,16 +31,24 @@ def read_header(path: Path) -> Header:
     """Read and check one header.
 
     Raises UnsafeInputError QH-C15 or QH-C16 when it is malformed or too large, ModelError QH-C01 when the file is
-    shorter than its header says.
+    shorter than its header says, QH-C70 when it cannot be read, as no device can.
     """
-    # The files of a hub snapshot are links into the cache, whose blobs carry hashes for names.
-    stored = path.resolve(strict=True)
+    stored = path
     try:
+        # The files of a hub snapshot are links into the cache, whose blobs carry hashes for names.
+        stored = stored_path(path)
         checked = read_checked_header(stored)
     except AdapterError as error:
         raise _told_of(path, stored, error, ModelError) from error
     except UnsafeInputError as error:
         raise _told_of(path, stored, error, UnsafeInputError) from error
+    except OSError as error:
+        raise ModelError(
+            "QH-C70",
+            f"{path.name} of the model cannot be read: {error.strerror or error}.",
+            where=str(path),
+            fix="Get the file again from the model's source.",
+        ) from error
     with stored.open("rb") as file:
         length = int.from_bytes(file.read(LENGTH_PREFIX_BYTES), "little")
         return Header(path, file.read(length), checked.metadata, checked.tensors)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from qlora_hal.errors import CheckpointError, ModelError, figures
 from qlora_hal.files import durable
+from qlora_hal.files.opening import stored_path
 from qlora_hal.model.weight_files import INDEX_FILE, read_headers
 
 _THREADS = 4
@@ -71,7 +72,7 @@ def _hashed(folder: Path) -> list[tuple[str, str, int]]:
 
 def _hash_of(path: Path) -> durable.WrittenFile:
     try:
-        return durable.hashed(path.resolve(strict=True))
+        return durable.hashed(stored_path(path))
     except OSError as problem:
         raise ModelError(
             "QH-C70",

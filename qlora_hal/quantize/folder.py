@@ -3,8 +3,9 @@ SHA-256 of each file, verified whenever a run finds it again."""
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -207,9 +208,14 @@ def _describe(staging: Path, model: Path) -> None:
 
 def _copy(entry: Path, target: Path) -> None:
     if entry.is_dir():
-        shutil.copytree(entry, target, dirs_exist_ok=True)
-    else:
+        shutil.copytree(entry, target, ignore=_no_files, dirs_exist_ok=True)
+    elif entry.is_file():
         shutil.copyfile(entry, target)  # through links: a hub snapshot is made of them
+
+
+def _no_files(folder: str, names: Sequence[str]) -> set[str]:
+    """Links to devices and the like, which have no end."""
+    return {name for name in names if not os.path.isfile(os.path.join(folder, name))}
 
 
 def _rename(staging: Path, folder: Path) -> None:

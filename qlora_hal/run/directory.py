@@ -25,7 +25,7 @@ from qlora_hal.checkpoint.writing import LATEST_LINK, expected_checkpoint_bytes
 from qlora_hal.errors import ConfigError
 from qlora_hal.files import durable, opening, sealed_json
 from qlora_hal.files.durable import write_json_atomically
-from qlora_hal.files.output_path import writable_folder
+from qlora_hal.files.output_path import refuse_no_path, writable_folder
 from qlora_hal.files.refused_paths import named_path
 from qlora_hal.report.run_file import read_run_file
 from qlora_hal.run.identity import PLACE_KEYS, config_hash, differing_settings, new_run_id, shown_value
@@ -208,6 +208,7 @@ class RunDirectory:
 def rehearsed(output_dir: str | Path, *, config: Mapping[str, object], overwrite: bool = False) -> Iterator[Path]:
     """A folder for a run that stops before it begins: `output_dir` is judged as `RunDirectory.open_new` would, and
     nothing is left there, nor taken away. Raises as that does, but for the lock."""
+    refuse_no_path(Path(output_dir))
     given = Path(output_dir).expanduser()
     _refuse_links(given)
     absent = [folder for folder in (given, *given.parents) if not os.path.lexists(folder)]

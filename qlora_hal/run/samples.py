@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qlora_hal.errors import DataError
+
 if TYPE_CHECKING:
     from qlora_hal.contract.checked_trainer import CheckedTrainer
     from qlora_hal.data import ChatTokenizer
@@ -34,8 +36,27 @@ def answer(
 
 
 def prompt_tokens(tokenizer: ChatTokenizer, prompt: str | Messages) -> list[int]:
-    """What a model is asked: the conversation up to where its answer begins."""
+    """What a model is asked: the conversation up to where its answer begins. Raises DataError (QH-D08) where it is no
+    text, as the bytes of another encoding are."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    for message in messages:
+        _refuse_no_text(message["content"])
     if tokenizer.template is not None:
         return list(tokenizer.encode_chat(messages, add_generation_prompt=True))
     return list(tokenizer.encode("\n".join(message["content"] for message in messages)))
+
+
+def _refuse_no_text(prompt: str) -> None:
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(prompt[error.start])
+        # Bytes of a command line or of standard input that are no UTF-8 arrive in this range (PEP 383).
+        found = f"the byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"U+{code:04X}, half of a character"
+        raise DataError(
+            "QH-D08",
+            f"The prompt is not UTF-8 text: it holds {found}.",
+            where="prompt",
+            cause="A tokenizer takes Unicode text alone.",
+            fix="Write the prompt in UTF-8.",
+        ) from error

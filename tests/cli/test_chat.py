@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from qlora_hal.cli.chat import converse
+from qlora_hal.run.samples import prompt_tokens
 
 
 class Echo:
@@ -60,3 +64,51 @@ def test_save_writes_both_conversations_and_never_replaces_a_file(tmp_path: Path
     assert "cannot be written" in shown
     assert "/save needs a file name" in shown
     assert "/reset starts over" in shown
+
+
+def test_a_name_that_no_file_can_have_and_a_full_disk_are_told_and_the_chat_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown, echo = talk("/save a\0b\none\n")
+    assert "no file can have that name" in shown
+    assert len(echo.asked) == 2
+    file = tmp_path / "talk.json"
+    file.write_text("mine")
+    assert "something of that name is there already" in talk(f"/save {file}\n")[0]
+    assert file.read_text() == "mine"
+    file.unlink()
+    monkeypatch.setattr(Path, "open", lambda path, mode, encoding: FullDisk(path))
+    assert "No space left" in talk(f"/save {file}\n")[0]
+    assert not file.exists()
+
+
+@pytest.mark.fault("D08")
+def test_a_line_that_is_no_text_is_refused_and_the_chat_goes_on() -> None:
+    class Strict(Echo):
+        def answer_with(self, messages: Sequence[dict[str, str]], *, adapter: bool, max_new_tokens: int) -> str:
+            prompt_tokens(Untokenized(), messages)  # type: ignore[arg-type]
+            return super().answer_with(messages, adapter=adapter, max_new_tokens=max_new_tokens)
+
+    shown, echo = io.StringIO(), Strict()
+    console = Console(file=shown, force_terminal=False, highlight=False, markup=False, width=200)
+    converse(echo, io.StringIO("hello \udcff\none \ud800\nthree\n"), console, max_new_tokens=8)
+    assert "The prompt is not UTF-8 text: it holds the byte 0xff." in shown.getvalue()
+    assert "it holds U+D800, half of a character." in shown.getvalue()
+    assert "last three" in shown.getvalue()
+    assert [name for name, _ in echo.asked] == ["base", "adapter"]
+
+
+class FullDisk(io.StringIO):
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        path.touch()
+
+    def flush(self) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class Untokenized:
+    template = None
+
+    def encode(self, text: str) -> list[int]:
+        return [0]

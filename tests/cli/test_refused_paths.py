@@ -103,3 +103,46 @@ def test_a_folder_that_may_not_be_entered_is_told(tmp_path: Path, what: str) -> 
     code, message = json.loads(done.stdout.splitlines()[-1]) if done.stdout else (None, done.stderr)
     assert code == "QH-U30", message
     assert "Permission denied" in message
+
+
+@pytest.mark.fault("S14")
+@pytest.mark.parametrize("name", ["a\0b", "r\ud800"])
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_an_output_folder_that_no_file_system_can_name_is_refused(
+    name: str, dry_run: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(QloraHalError) as refused:
+        train(
+            model=str(model_path()),
+            data=str(data_path("train")),
+            backend="cpu_torch",
+            dry_run=dry_run,
+            config={"output_dir": name},
+        )
+    assert (refused.value.code, refused.value.where) == ("QH-S14", "output_dir")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.fault("U30")
+@pytest.mark.skipif(sys.platform == "win32", reason="a working directory cannot be removed there")
+def test_a_working_directory_that_is_gone_is_told_before_anything_else(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    script = "import os, sys; os.rmdir(os.getcwd()); from qlora_hal.cli.__main__ import main; sys.exit(main())"
+    command = [sys.executable, "-P", "-c", script, "train", "--demo", "--backend", "cpu_torch", "--dry-run"]
+    done = subprocess.run(command, cwd=gone, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 2
+    assert "QH-U30" in done.stderr
+    assert "The working directory does not exist any more" in done.stderr
+
+
+@pytest.mark.fault("U01")
+@pytest.mark.parametrize("command", [["estimate"], ["train", "--demo", "--dry-run", "--backend", "cpu_torch"]])
+def test_a_rank_above_every_side_of_the_targets_is_refused(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = ["--model", str(model_path())] if command == ["estimate"] else []
+    assert main([*command, *model, "--lora.r", "1000000000000"]) == 2
+    assert "lora.r is 1000000000000; the target modules have at most 768 rows" in capsys.readouterr().err

@@ -391,3 +391,20 @@ def test_yaml_words_keep_their_meaning(tmp_path: Path) -> None:
     file = written(tmp_path, "model:\n  name_or_path: no\ndata:\n  packing: true\n")
     config = resolve_settings(file, environ={}).config
     assert (config.model.name_or_path, config.data.packing) == ("no", True)
+
+
+@pytest.mark.fault("U01")
+def test_a_sample_prompt_that_is_no_text_is_refused_in_its_line(tmp_path: Path) -> None:
+    file = written(tmp_path, 'training:\n  sample_prompts: ["a", "\\ud800"]\n')
+    with pytest.raises(ConfigError, match=r"QH-U01.*U\+D800, half of a character") as caught:
+        resolve_settings(file, environ={})
+    assert caught.value.where == "run.yaml:2"
+
+
+@pytest.mark.fault("U03")
+@pytest.mark.parametrize("value", ["0x_", "0b_", "2020-99-99"])
+def test_a_value_that_yaml_cannot_make_is_told_with_its_line(tmp_path: Path, value: str) -> None:
+    file = written(tmp_path, f"lora:\n  r: 4\ntraining:\n  seed: {value}\n")
+    with pytest.raises(ConfigError) as caught:
+        resolve_settings(file, environ={})
+    assert caught.value.where == f"{file}:4"

@@ -16,11 +16,14 @@ import pytest
 
 from qlora_hal.adapter import read_adapter, read_mlx_adapter
 from qlora_hal.checkpoint.manifest import BrokenCheckpoint, read_manifest
+from qlora_hal.config.files import read_settings_file
 from qlora_hal.data.source.reading import open_source
+from qlora_hal.data.template.chat_template import read_template
+from qlora_hal.data.tokens.guarded_tokenizer import read_tokenizer
 from qlora_hal.errors import AdapterError, ConfigError, DataError, ModelError, QloraHalError, UnsafeInputError
 from qlora_hal.files import strict_json, strict_toml
 from qlora_hal.files.strict_json import JsonProblem, decode, decode_foreign
-from qlora_hal.model.weight_files import read_json, read_weight_map
+from qlora_hal.model.weight_files import read_headers, read_json, read_weight_map
 from qlora_hal.report.metrics import MetricsFile, read_metrics
 from qlora_hal.report.run_file import read_run_file
 from qlora_hal_conformance.certificate import read_certificate
@@ -108,6 +111,38 @@ def test_every_reader_of_json_refuses_a_bomb(
     (tmp_path / name).write_text(BOMBS[bomb])
     with bounded(), pytest.raises(error):
         read(tmp_path)
+
+
+def _settings(folder: Path) -> object:
+    return read_settings_file(folder / "run.yaml")
+
+
+FILES_OF_OTHERS: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "a model's configuration": ("config.json", _config),
+    "a record of a run": ("run.json", read_run_file),
+    "settings": ("run.yaml", _settings),
+    "weights": ("model.safetensors", read_headers),
+    "an index of weights": ("model.safetensors.index.json", _index),
+    "a tokenizer": ("tokenizer.json", lambda folder: read_tokenizer(folder / "tokenizer.json")),
+    "a chat template": ("x.jinja", lambda folder: read_template(folder / "x.jinja")),
+}
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "/dev/full", "itself", "a pipe", "a folder"])
+@pytest.mark.parametrize("file", FILES_OF_OTHERS.values(), ids=list(FILES_OF_OTHERS))
+def test_nothing_but_an_ordinary_file_is_read(
+    tmp_path: Path, file: tuple[str, Callable[[Path], object]], target: str
+) -> None:
+    name, read = file
+    if target == "a pipe":
+        os.mkfifo(tmp_path / "pipe")
+    elif target == "a folder":
+        (tmp_path / "folder").mkdir()
+    inside = {"itself": name, "a pipe": "pipe", "a folder": "folder"}
+    (tmp_path / name).symlink_to(tmp_path / inside[target] if target in inside else target)
+    with bounded(), pytest.raises((QloraHalError, OSError)) as caught:
+        read(tmp_path)
+    assert isinstance(caught.value, QloraHalError) or name == "x.jinja"  # its callers say what it is for
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a named pipe")

@@ -3,8 +3,10 @@ library raises has a type."""
 
 from __future__ import annotations
 
+import base64
 import json
 import resource
+import struct
 import sys
 import time
 from collections.abc import Callable
@@ -45,6 +47,42 @@ BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": Tr
 
 def doubling(count: int) -> list[dict[str, Any]]:
     return [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * count
+
+
+def charsmap(replacement: str) -> dict[str, Any]:
+    """SentencePiece's normalizer with a table that puts `replacement` in the place of every z."""
+    trie = [0] * 512
+    trie[0], trie[378] = 256 << 10, (368 << 10) | (1 << 8) | ord("z")
+    raw = (2048).to_bytes(4, "little") + struct.pack("<512I", *trie) + replacement.encode() + b"\0"
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(raw).decode()}
+
+
+def word_piece(longest_word: int) -> dict[str, Any]:
+    return {
+        "type": "WordPiece",
+        "unk_token": "<unk>",
+        "continuing_subword_prefix": "##",
+        "max_input_chars_per_word": longest_word,
+        "vocab": {"<unk>": 0, "</s>": 1, "a": 2, "##a": 3},
+    }
+
+
+def added(*contents: str, normalized: bool = False) -> list[dict[str, Any]]:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": normalized, "special": True}
+    return [{"id": 100 + number, "content": content, **flags} for number, content in enumerate(contents)]
+
+
+def template(*pieces: dict[str, Any], ids: int = 1) -> dict[str, Any]:
+    return {
+        "type": "TemplateProcessing",
+        "single": list(pieces),
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1] * ids, "tokens": ["a"] * ids}},
+    }
+
+
+TEXT = {"Sequence": {"id": "A", "type_id": 0}}
+BEGIN = {"SpecialToken": {"id": "<s>", "type_id": 0}}
 
 
 def written(folder: Path, change: Change) -> Path:
@@ -88,6 +126,33 @@ def test_a_sound_tokenizer_is_read(tmp_path: Path) -> None:
         (lambda c: c.update(pre_tokenizer=split(r"(a*)\1")), "refers to itself"),
         (lambda c: c.update(pre_tokenizer=split(r"(?<x>a\g<x>?b)")), "refers to itself"),
         (lambda c: c["model"].update(continuing_subword_prefix="a" * 10_000), "has 10000 characters"),
+        (lambda c: c.update(normalizer=charsmap("y" * 20_000)), "normalizer makes up to 2e"),
+        (
+            lambda c: c.update(normalizer={"type": "Sequence", "normalizers": [charsmap("y" * 20)] * 2}),
+            "makes up to 400",
+        ),
+        (
+            lambda c: c.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "A" * 5_000_000}),
+            "table of replacements",
+        ),
+        (lambda c: c.update(model=word_piece(10**9)), "max_input_chars_per_word is 1000000000"),
+        (lambda c: c.update(model=word_piece(10**50)), "max_input_chars_per_word is of 167 bits"),
+        (
+            lambda c: c.update(model={"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a" * 999, -1.0]]}),
+            "a piece of 999 characters",
+        ),
+        (lambda c: c["added_tokens"].extend(added("q" * 20_000_000)), "a token of 20000000 characters"),
+        (lambda c: c["added_tokens"].extend(added(*map(str, range(150_000)))), "holds 150002 tokens"),
+        (lambda c: c["added_tokens"].extend(added(*[f"{n:05}" * 20 for n in range(4_000)])), "tokens of 3"),
+        (
+            lambda c: (
+                c["added_tokens"].extend(added(*[f"{n:04}" * 9 for n in range(999)], normalized=True)),
+                c.update(normalizer=charsmap("y" * 60)),
+            ),
+            "tokens of 1984688",
+        ),
+        (lambda c: c.update(post_processor=template(*[TEXT] * 65)), "post_processor makes up to 65"),
+        (lambda c: c.update(post_processor=template(*[BEGIN] * 64, TEXT, ids=99)), "adds 6336 ids"),
     ],
 )
 def test_a_tokenizer_that_takes_memory_or_time_is_refused_at_once(tmp_path: Path, change: Change, words: str) -> None:
@@ -98,6 +163,90 @@ def test_a_tokenizer_that_takes_memory_or_time_is_refused_at_once(tmp_path: Path
     assert (caught.value.code, caught.value.where) == ("QH-X15", str(path))
     assert time.process_time() - started < 2.0
     assert peak_bytes() - peak < 300 * 10**6
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c.update(normalizer=charsmap("صلى الله عليه وسلم")),  # the longest of NFKC
+        lambda c: c.update(model=word_piece(200)),
+        lambda c: c["added_tokens"].extend(added(*[f"<|s_{number}|>" for number in range(65_536)])),
+        lambda c: c["added_tokens"].extend(added(*["<" + "x" * number + ">" for number in range(600)])),
+        lambda c: c.update(post_processor=template(BEGIN, TEXT, BEGIN)),
+    ],
+)
+def test_the_largest_of_what_honest_tokenizers_hold_is_read(tmp_path: Path, change: Change) -> None:
+    assert read_tokenizer(written(tmp_path, change)).encode("a").ids
+
+
+@pytest.mark.fault("X15")
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("vocab.json", '{"</s>": 0, "a": 4000000000}', "vocab.json holds the id 4000000000"),
+        ("added_tokens.json", '{"</s>": 4000000000}', "added_tokens.json holds the id 4000000000"),
+    ],
+)
+def test_an_id_in_a_folder_without_tokenizer_json_is_refused_before_it_is_converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str, words: str
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", None)
+    write_for_gpt2(tmp_path)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UnsafeInputError, match=words) as caught:
+        ChatTokenizer.from_folder(tmp_path)
+    assert (caught.value.code, caught.value.where) == ("QH-X15", str(tmp_path / name))
+
+
+def test_a_file_that_is_too_large_or_none_is_refused_before_it_is_converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", None)
+    write_for_gpt2(tmp_path)
+    with (tmp_path / "merges.txt").open("ab") as stream:
+        stream.truncate(2**40)
+    with pytest.raises(ModelError, match="1099511627776 bytes, at most") as caught:
+        ChatTokenizer.from_folder(tmp_path)
+    assert (caught.value.code, caught.value.where) == ("QH-D52", str(tmp_path / "merges.txt"))
+    (tmp_path / "merges.txt").unlink()
+    (tmp_path / "merges.txt").symlink_to("/dev/zero")
+    with pytest.raises(ModelError, match=r"QH-D52.*not a regular file"):
+        ChatTokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.fault("X15")
+def test_a_converted_tokenizer_is_checked_like_any_other(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    write_for_gpt2(tmp_path)
+    assert ChatTokenizer.from_folder(tmp_path).encode("ab")
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "BertTokenizer", "sep_token": "</s>", "eos_token": "</s>"})
+    )
+    (tmp_path / "vocab.txt").write_text("[UNK]\n[CLS]\n</s>\n[PAD]\n[MASK]\na\n")
+    assert ChatTokenizer.from_folder(tmp_path).encode("a")
+
+
+def write_for_gpt2(folder: Path) -> None:
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", "eos_token": "</s>"}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (folder / "vocab.json").write_text(json.dumps({"</s>": 0, "a": 1, "b": 2}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+
+
+@pytest.mark.fault("X15")
+def test_tokens_that_are_declared_beside_tokenizer_json_are_bounded_too(tmp_path: Path) -> None:
+    path = written(tmp_path, lambda content: None)
+    many = [f"{number:05}" * 20 for number in range(4_000)]
+    for name, declared in {
+        "tokenizer_config.json": {"eos_token": "</s>", "additional_special_tokens": many},
+        "added_tokens.json": {"</s>": 1, **{text: 100 + number for number, text in enumerate(many)}},
+    }.items():
+        (path.parent / name).write_text(json.dumps(declared))
+        with pytest.raises(UnsafeInputError, match=r"QH-X15.*tokens of 3\d{5} characters"):
+            ChatTokenizer.from_folder(tmp_path)
+        (path.parent / name).write_text(json.dumps({"eos_token": "</s>"}) if "config" in name else "{}")
 
 
 @pytest.mark.fault("X15")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import sys
@@ -18,7 +19,8 @@ from qlora_hal.data.template import process
 from qlora_hal.data.template.chat_template import BUILT_IN, ChatTemplate, TemplateFault
 from qlora_hal.data.template.compiled import CompiledTemplate
 from qlora_hal.data.template.sandbox import GENERATION_END, GENERATION_START, TooMuch
-from qlora_hal.data.template.turn_marks import rendering_of
+from qlora_hal.data.template.turn_marks import Rendering
+from qlora_hal.data.tokens.special_text import SpecialText
 from qlora_hal.errors import DataError, QloraHalError, UnsafeInputError
 
 ASKED = [{"role": "user", "content": "a"}]
@@ -214,7 +216,52 @@ def test_what_published_templates_do_needs_no_process(source: str) -> None:
     contained = template._compiled._contained.render(  # type: ignore[union-attr]
         {"messages": ASKED, "tools": None, "add_generation_prompt": False}, turns=1, most=9999
     )
-    assert rendering_of(contained).text == quick.replace(GENERATION_START, "").replace(GENERATION_END, "")
+    assert contained.text == quick
+
+
+SIGNS_OF_LOOPS = "\ufdda{}:{}\ufddb"
+"""What an earlier release wrote into its output for marks, and would have read in it."""
+
+
+@pytest.mark.fault("X04")
+@pytest.mark.parametrize("step", ["", "{{ 'x' | reverse }}"], ids=["here", "in the process"])
+@pytest.mark.parametrize(
+    "written",
+    [
+        SIGNS_OF_LOOPS.format("9" * 4400, ""),
+        SIGNS_OF_LOOPS.format(1, "9" * 4400),
+        "".join(SIGNS_OF_LOOPS.format(number, 0) for number in range(4_000)),
+        f"{GENERATION_END}{GENERATION_START}",
+        "\ufdd5999\ufdd6",
+        f"\ufdd0{'9' * 4400}\ufdd1",
+    ],
+    ids=["long loop", "long message", "many", "generation", "mask", "slot"],
+)
+def test_signs_that_a_template_writes_itself_are_text(written: str, step: str) -> None:
+    source = f"{{% for m in messages %}}<{{{{ m.content }}}}>{{% endfor %}}{written}{step}"
+    rendering = ChatTemplate(source, "test", {}).trace(ASKED)
+    assert rendering.text == f"<a>{written}{'x' if step else ''}"
+    assert (rendering.turns, rendering.end, list(rendering.generated)) == ({0: [(0, 3)]}, 3, [])
+    special = SpecialText({"<s>": 0})
+    assert special.restore(rendering.text) == rendering.text
+
+
+def test_what_generation_encloses_and_each_turn_are_told_alike_here_and_in_the_process() -> None:
+    source = (
+        "{% for m in messages %}[{{ m.role }}:{% generation %}{{ m.content }}{% endgeneration %}]"
+        "{% for n in messages %}{% endfor %}{% endfor %}!"
+    )
+    expected = {0: [(0, 8)], 1: [(8, 21)]}
+    for step in ("", "{{ 'x' | reverse }}"):
+        asked = [*ASKED, {"role": "assistant", "content": "b"}]
+        rendering = ChatTemplate(source + step, "test", {}).trace(asked)
+        assert rendering.text.startswith("[user:a][assistant:b]!")
+        assert (rendering.turns, rendering.end, rendering.generated) == (expected, 21, [(6, 7), (19, 20)])
+
+
+def test_a_process_answers_with_the_rendering_itself() -> None:
+    rendering = Rendering("abc", {1: [(0, 1), (2, 3)]}, 3, [(1, 2)])
+    assert Rendering.from_json(json.loads(json.dumps(rendering.as_json()))) == rendering
 
 
 @pytest.mark.parametrize(

@@ -185,3 +185,25 @@ def test_the_hash_does_not_depend_on_how_the_rows_were_cut_into_chunks(
     cut = prepared(rows, on_bad_row="skip")  # another fingerprint, so that nothing is reused
     assert cut.hashes == whole.hashes
     assert len(np.unique(list(whole.hashes.values()))) == 1
+
+
+@pytest.mark.fault("X11")
+def test_the_header_of_stored_tokens_holds_no_secret(
+    prepared: Prepare, rows: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_SERVICE_KEY", "canary-0123456789")
+    named = [{**row, "hf_abcdefghijklmnopqrstuvwx": 1, "canary-0123456789": 2} for row in rows]
+    prepared(named)
+    _, entries = header_of(store_in(tmp_path))
+    assert "[removed]" in entries["__metadata__"]["report"]
+    assert "canary" not in json.dumps(entries)
+    assert "hf_abc" not in json.dumps(entries)
+
+
+def test_names_of_unused_columns_are_short_and_not_without_end(
+    prepared: Prepare, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = [{**row, f"{number}" + "x" * 100_000: 1} for number, row in enumerate(rows)]
+    assert prepared(named).report.train.unused_columns == [f"{number}{'x' * 76}..." for number in range(5)]
+    monkeypatch.setattr("qlora_hal.data.rendering._MOST_NAMES", 3)
+    assert len(prepared([*named, *named]).report.train.unused_columns) == 3

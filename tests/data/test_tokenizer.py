@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -325,6 +326,67 @@ def test_refused_role_order_names_row_and_role(
     typo = {"messages": [{"role": "user", "content": "a"}, {"role": "asistant", "content": "b"}]}
     with pytest.raises(DataError, match=r"QH-D12.*'asistant'.*assistant"):
         prepared([typo], tokenizer=tokenizer)
+
+
+@pytest.mark.fault("D12")
+@pytest.mark.parametrize("place", [3, 1000, 2000])
+def test_the_message_that_is_refused_is_found_in_few_renderings(
+    place: int, folders: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = ChatTokenizer.from_folder(folders["metaspace"])
+    messages = [{"role": ("user", "assistant")[number % 2], "content": "a"} for number in range(2001)]
+    messages.insert(place, messages[place - 1])
+    template, rendered = tokenizer.template, 0
+    assert template is not None
+    trace = template.trace
+
+    def counted(*args: object, **kwargs: object) -> object:
+        nonlocal rendered
+        rendered += 1
+        return trace(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(template, "trace", counted)
+    with pytest.raises(DataError, match=rf"QH-D12.*refuses message {place + 1} ") as caught:
+        tokenizer.render(messages, add_generation_prompt=False)
+    assert rendered < 30
+    assert len(str(caught.value)) < 1000
+    assert str(messages[place]["role"]) in caught.value.cause
+
+
+@pytest.mark.fault("X04")
+def test_a_template_that_is_a_large_file_or_none_is_not_read_whole(folders: Mapping[str, Path], tmp_path: Path) -> None:
+    large = tmp_path / "large.jinja"
+    with large.open("ab") as stream:
+        stream.truncate(2**40)
+    with pytest.raises(UnsafeInputError, match=r"QH-X04.*large.jinja has 1099511627776 bytes"):
+        ChatTokenizer.from_folder(folders["bare"], chat_template=str(large))
+    folder = tmp_path / "model"
+    shutil.copytree(folders["chatml"], folder)
+    (folder / "additional_chat_templates").mkdir()
+    more = folder / "additional_chat_templates" / "x.jinja"
+    more.symlink_to("/dev/zero")
+    with pytest.raises(ModelError, match=r"QH-D52.*not a regular file"):
+        ChatTokenizer.from_folder(folder)
+    more.unlink()
+    more.symlink_to(more)
+    with pytest.raises(ModelError, match=r"QH-D52.*symbolic links"):
+        ChatTokenizer.from_folder(folder)
+    more.unlink()
+    more.symlink_to(large)
+    with pytest.raises(UnsafeInputError, match=r"QH-X04.*x.jinja has"):
+        ChatTokenizer.from_folder(folder)
+
+
+@pytest.mark.fault("D08")
+def test_a_prompt_with_the_signs_of_generation_is_refused_where_they_would_be_taken_for_marks(
+    folders: Mapping[str, Path],
+) -> None:
+    source = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    prompt = [{"role": "user", "content": "a\ufdd3b"}]
+    with pytest.raises(DataError, match="QH-D08"):
+        _with_source(folders["chatml"], source).encode_chat(prompt)
+    plain = _with_source(folders["chatml"], "{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert plain.decode(plain.encode_chat(prompt)) == "a\ufdd3b"
 
 
 @pytest.mark.fault("X04")

@@ -296,3 +296,37 @@ def test_gpt2_shape_comes_from_its_own_names(write_model: WriteModel) -> None:
     facts = read_facts(write_model(tensors={"h.0.attn.c_attn.weight": half(8, 24)}, config=config))
     assert decoder_shape(facts) == DecoderShape(layers=1, hidden=8, feed_forward=32, heads=2, key_value=8)
     assert math.prod(facts.tensors["h.0.attn.c_attn.weight"].shape) == facts.parameter_count
+
+
+@pytest.mark.fault("M50")
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"num_hidden_layers": 200_000}, r"claims 200000 layers \(num_hidden_layers\); the weights have 2\."),
+        ({"num_hidden_layers": 10**30}, "a number of 100 bits layers"),
+        ({"n_layer": 257}, r"257 layers \(n_layer\)"),
+        ({"text_config": {"num_hidden_layers": 300}}, "300 layers"),
+        ({"vision_config": {"depth": 10**8}}, "100000000 layers"),
+        ({"layer_types": ["full_attention"] * 300}, r"300 layers \(layer_types\)"),
+        ({"hybrid_override_pattern": "M" * 100_000}, "100000 layers"),
+    ],
+)
+def test_layers_that_the_weights_do_not_have_are_refused_before_they_are_built(
+    write_model: WriteModel, config: dict[str, object], words: str
+) -> None:
+    folder = write_model(config={"model_type": "llama", "vocab_size": 96, **config})
+    with pytest.raises(ModelError, match=words) as caught:
+        read_facts(folder)
+    assert (caught.value.code, caught.value.where) == ("QH-M50", str(folder / "config.json"))
+
+
+def test_names_of_layers_that_are_not_quantized_are_no_claim_and_deep_models_are_read(write_model: WriteModel) -> None:
+    tensors = {f"model.layers.{number}.mlp.up_proj.weight": half(2, 2) for number in range(400)}
+    named = {"quantization_config": {"ignored_layers": ["x"] * 5000, "quant_method": "fp8"}}
+    read_facts(write_model("deep", tensors=tensors, config={"model_type": "llama", "num_hidden_layers": 400}))
+    with pytest.raises(ModelError) as caught:
+        read_facts(write_model("quantized", config={"model_type": "llama", **named}))
+    assert caught.value.code != "QH-M50"
+    many = {f"layers.{number}.weight": half(1, 1) for number in range(3000)}
+    with pytest.raises(ModelError, match=r"QH-M50.*the weights have 3000, and at most 2048 are read"):
+        read_facts(write_model("many", tensors=many, config={"num_hidden_layers": 3000}))

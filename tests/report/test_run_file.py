@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -186,6 +187,32 @@ def test_texts_that_look_like_secrets_are_removed(text: str) -> None:
     said = str(redacted(f"({text})", secrets=()))
     assert "canary" not in said.lower()
     assert "[removed]" in said
+
+
+@pytest.mark.fault("X11")
+@pytest.mark.parametrize(
+    "text",
+    ["-eyJ" * 500_000, "://a:" * 400_000, "://a:@" * 300_000, "-_password" * 200_000, "eyJaaaaaaaa." * 150_000,
+     "x@" + "://a:b" * 300_000, "hf_" * 600_000, "bearer " * 300_000],
+)  # fmt: skip
+def test_the_time_to_look_for_secrets_grows_with_the_length_of_a_text_alone(text: str) -> None:
+    started = time.process_time()
+    redacted(text, secrets=())
+    assert time.process_time() - started < 10.0  # some tenths of a second; minutes where it grows with the square
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("-eyJaaaaaaaa-eyJbbbbbbbb.cccccccc.dddddddd.", "-[removed]."),
+        ("eyJaaaaaaaa.bbb.eyJcccccccc.dddddddd.eeeeeeee", "eyJaaaaaaaa.bbb.[removed]"),
+        ("see s3://a/b and ftp://ada:x@host/a", "see s3://a/b and ftp://[removed]@host/a"),
+        ("s3://a:b/c", "s3://a:b/c"),
+        ("eyJaaaaaaaa", "eyJaaaaaaaa"),
+    ],
+)
+def test_what_begins_like_a_secret_is_none_without_its_end(text: str, left: str) -> None:
+    assert redacted(text, secrets=()) == left
 
 
 def test_a_password_in_an_address_of_the_environment_is_removed_wherever_it_stands(

@@ -12,12 +12,14 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from qlora_hal.data.template.compiled import MAX_OUTPUT_FACTOR, MAX_OUTPUT_FLOOR, CompiledTemplate
 from qlora_hal.data.template.process import StrangersTemplate
-from qlora_hal.data.template.sandbox import TemplateFault, TooMuch
-from qlora_hal.data.template.turn_marks import Rendering, rendering_of
+from qlora_hal.data.template.sandbox import TemplateFault, TooMuch, encloses_generation
+from qlora_hal.data.template.turn_marks import Rendering
 from qlora_hal.errors import DataError, UnsafeInputError
+from qlora_hal.files.opening import read_stored
 
 MAX_TEMPLATE_BYTES = 64 * 2**10
 
@@ -108,7 +110,7 @@ BUILT_IN: Mapping[str, str] = {
 """Templates by name, for a tokenizer that has none."""
 
 
-__all__ = ["BUILT_IN", "MAX_TEMPLATE_BYTES", "ChatTemplate", "TemplateFault"]
+__all__ = ["BUILT_IN", "MAX_TEMPLATE_BYTES", "ChatTemplate", "TemplateFault", "read_template"]
 
 
 class ChatTemplate:
@@ -117,12 +119,7 @@ class ChatTemplate:
     def __init__(self, source: str, name: str, variables: Mapping[str, object]) -> None:
         """Raises DataError (QH-D12) when the template is no Jinja, UnsafeInputError (QH-X04) when it is too large."""
         if len(source.encode("utf-8", "replace")) > MAX_TEMPLATE_BYTES:
-            raise UnsafeInputError(
-                "QH-X04",
-                f"The chat template {name} has {len(source)} characters; the limit is {MAX_TEMPLATE_BYTES} bytes.",
-                where="data.chat_template",
-                fix=f"Name a built-in template in data.chat_template: {', '.join(BUILT_IN)}.",
-            )
+            raise _too_large(name, f"has {len(source)} characters")
         self.source, self.name = source, name
         self._variables = dict(variables)
         try:
@@ -140,7 +137,7 @@ class ChatTemplate:
     @property
     def marks_generation(self) -> bool:
         """Whether the template encloses what the assistant says in `{% generation %}`."""
-        return "endgeneration" in self.source
+        return encloses_generation(self.source)
 
     @property
     def offers_prompt(self) -> bool:
@@ -187,9 +184,26 @@ class ChatTemplate:
         }
         most = MAX_OUTPUT_FLOOR + MAX_OUTPUT_FACTOR * _characters(messages, tools)
         try:
-            return rendering_of(self._compiled.render(variables, turns=len(messages), most=most))
+            return self._compiled.render(variables, turns=len(messages), most=most)
         except TooMuch as error:
             raise _too_much(self.name, error) from error
+
+
+def read_template(path: Path) -> bytes:
+    """The bytes of a template's file. Raises UnsafeInputError (QH-X04) when they are too many, OSError."""
+    raw = read_stored(path, MAX_TEMPLATE_BYTES)
+    if len(raw) > MAX_TEMPLATE_BYTES:
+        raise _too_large(path.name, f"has {path.stat().st_size} bytes")
+    return raw
+
+
+def _too_large(name: str, size: str) -> UnsafeInputError:
+    return UnsafeInputError(
+        "QH-X04",
+        f"The chat template {name} {size}; the limit is {MAX_TEMPLATE_BYTES} bytes.",
+        where="data.chat_template",
+        fix=f"Name a built-in template in data.chat_template: {', '.join(BUILT_IN)}.",
+    )
 
 
 def with_reasoning_named(message: Mapping[str, object]) -> dict[str, object]:

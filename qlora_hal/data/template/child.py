@@ -22,6 +22,7 @@ from qlora_hal.data.template.compiled import CompiledTemplate
 from qlora_hal.data.template.outlines import Unread, Watch
 from qlora_hal.data.template.process import UNREAD, memory_allowed
 from qlora_hal.data.template.sandbox import Looked, TemplateFault, TooMuch
+from qlora_hal.data.template.turn_marks import Rendering
 
 _MOST_KEPT = 16
 
@@ -79,10 +80,10 @@ def _rendered(template: CompiledTemplate, request: Mapping[str, Any]) -> dict[st
     if request["unread"]:
         variables = _with_unread(variables, watch)
     try:
-        text = template.render(variables, turns=request["turns"], most=request["most"])
+        rendering = template.render(variables, turns=request["turns"], most=request["most"])
     except Looked:
-        text = ""
-    return {"text": text, "looked": watch.looked, "asked": watch.asked_for_content}
+        rendering = Rendering("", {}, 0, ())
+    return {"rendering": rendering.as_json(), "looked": watch.looked, "asked": watch.asked_for_content}
 
 
 def _with_unread(value: Any, watch: Watch) -> Any:

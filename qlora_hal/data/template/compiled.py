@@ -7,8 +7,8 @@ from typing import Any
 
 import jinja2.nodes
 
-from qlora_hal.data.template.sandbox import Looked, Sandbox, TemplateFault, TooMuch, shown, size_of
-from qlora_hal.data.template.turn_marks import LOOP_FILTERS, mark_loops, with_signs
+from qlora_hal.data.template.sandbox import Looked, Sandbox, TemplateFault, TooMuch, encloses_generation, shown, size_of
+from qlora_hal.data.template.turn_marks import LOOP_FILTERS, Rendering, mark_loops, rendering_of
 
 MAX_OUTPUT_FACTOR, MAX_OUTPUT_FLOOR = 16, 2**16
 """A template may write 16 times what it was given, and 64 Ki characters in any case."""
@@ -37,6 +37,7 @@ class CompiledTemplate:
         """Raises TemplateFault when it is no template, TooMuch."""
         self._sandbox = _MarkingSandbox(quick=quick)
         self._sandbox.begin(0, turns=0)
+        self._encloses_generation = encloses_generation(source)
         try:
             self._compiled = self._sandbox.from_string(source)
         except (TooMuch, MemoryError):
@@ -45,9 +46,9 @@ class CompiledTemplate:
         except Exception as error:
             raise _fault(error) from error
 
-    def render(self, variables: Mapping[str, Any], *, turns: int, most: int) -> str:
-        """The text of the template with these variables, of at most `most` characters, with the signs that
-        `rendering_of` reads; `turns` is the number of `messages`. Raises TemplateFault, TooMuch, Looked."""
+    def render(self, variables: Mapping[str, Any], *, turns: int, most: int) -> Rendering:
+        """The text of the template with these variables, of at most `most` characters, and where each of the `messages`
+        stands in it; `turns` is their number. Raises TemplateFault, TooMuch, Looked."""
         self._sandbox.begin(size_of(list(variables.values())), turns)
         pieces: list[str] = []
         try:
@@ -56,7 +57,8 @@ class CompiledTemplate:
                 most -= str.__len__(piece)
                 if most < 0:
                     raise TooMuch(f"writes more than {MAX_OUTPUT_FACTOR} times its input")
-            return shown(self._sandbox.concat(with_signs(pieces, variables["messages"])))
+            text = shown(self._sandbox.concat(pieces))
+            return rendering_of(pieces, text, variables["messages"], generation=self._encloses_generation)
         except (TooMuch, Looked, MemoryError):
             raise
         except Exception as error:  # what filters and methods make of wrong types is of many kinds

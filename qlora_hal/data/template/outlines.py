@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _POISON = "\ufdd2"
 _POISON_ESCAPED = "\\ufdd2"
 """As the sign stands in a printed list and in JSON that is ASCII alone."""
-_SLOT = re.compile("\ufdd0(\\d+)(-?)\ufdd1")
+_SLOT = re.compile("\ufdd0(\\d{1,7})(-?)\ufdd1")
 
 
 @dataclass(frozen=True, slots=True)

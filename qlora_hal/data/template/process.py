@@ -33,6 +33,7 @@ from qlora_hal.data.template.sandbox import (
     seconds_allowed,
     shown,
 )
+from qlora_hal.data.template.turn_marks import Rendering
 from qlora_hal.errors import BackendError
 from qlora_hal.errors.redaction import is_secret_variable
 
@@ -66,7 +67,7 @@ class StrangersTemplate:
             with suppress(TooMuch, TemplateFault):  # this thread's stack may be deeper than that of the child
                 self._quick = CompiledTemplate(source, quick=True)
 
-    def render(self, variables: Mapping[str, object], *, turns: int, most: int) -> str:
+    def render(self, variables: Mapping[str, object], *, turns: int, most: int) -> Rendering:
         """As CompiledTemplate."""
         if self._quick is not None:
             try:
@@ -87,7 +88,7 @@ class ContainedTemplate:
         self._compiling = json.dumps({"key": self._key, "source": source})
         self.seconds_to_compile: float = _child().ask([self._compiling])["seconds"]
 
-    def render(self, variables: Mapping[str, object], *, turns: int, most: int) -> str:
+    def render(self, variables: Mapping[str, object], *, turns: int, most: int) -> Rendering:
         """As CompiledTemplate. Stand-ins among the variables are told what was done with them."""
         stand_ins: list[StandIn] = []
         request = {"key": self._key, "variables": variables, "turns": turns, "most": most, "unread": False}
@@ -100,7 +101,7 @@ class ContainedTemplate:
             stand_in.tell(looked=answer["looked"], asked=answer["asked"])
         if answer["looked"]:
             raise Looked
-        return str(answer["text"])
+        return Rendering.from_json(answer["rendering"])
 
 
 def _as_line(request: Mapping[str, object]) -> str:

@@ -417,6 +417,12 @@ class _Generation(jinja2.ext.Extension):
         return GENERATION_START + str(caller()) + GENERATION_END
 
 
+def encloses_generation(source: str) -> bool:
+    """Whether a template encloses what the assistant says in `{% generation %}`. In the text of any other, the signs
+    for it are text."""
+    return "endgeneration" in source
+
+
 class _Namespace(jinja2.utils.Namespace):
     def __setitem__(self, name: str, value: object) -> None:
         if name.startswith("_"):

@@ -4,30 +4,31 @@ A template writes its turns in a loop over messages. Each loop is compiled with 
 begins, with the object it is about, and one where the loop ends. What stands between is what the template wrote for
 that message, however it rewrites, moves or leaves out. While the template runs, a mark is a text without length, so
 that a template sees and writes the same as without; marks of loops inside macros and captured blocks are gone when
-their text is joined. Those that reach the output are written into it as signs, and taken out again with what they say.
+their text is joined. Those that reach the output say where it stood when they came; no text that a template or a row
+writes is ever taken for a mark.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import cast
+from typing import Any, cast
 
 import jinja2
 import jinja2.nodes
 import jinja2.runtime
 
-from qlora_hal.data.template.sandbox import GENERATION_END, GENERATION_START
+from qlora_hal.data.template.sandbox import GENERATION_END, GENERATION_START, shown
 
 Span = tuple[int, int]
 """Characters from the first to one past the last."""
 
 # A template cannot name a filter with a space in it.
 _BEGINS, _HAS_ENDED = "loop begins a turn", "loop has ended"
-_SIGN = "\ufdda{}:{}\ufddb"
-_SIGNS = re.compile(f"\ufdda(\\d+):(\\d*)\ufddb|[{GENERATION_START}{GENERATION_END}]")
+_GENERATION_SIGNS = re.compile(f"[{GENERATION_START}{GENERATION_END}]")
 
 
 class LoopMark(str):
@@ -91,19 +92,6 @@ def _output(value: jinja2.nodes.Expr, name: str, arguments: list[jinja2.nodes.Ex
     return cast("jinja2.nodes.Output", output.set_lineno(line))
 
 
-def with_signs(pieces: Sequence[str], messages: Sequence[object]) -> list[str]:
-    """The pieces of an output with marks as signs that hold the number of a message."""
-    numbers = {id(message): number for number, message in enumerate(messages)}
-    return [_sign(piece, numbers) if isinstance(piece, LoopMark) else piece for piece in pieces]
-
-
-def _sign(mark: LoopMark, numbers: Mapping[int, int]) -> str:
-    if mark.about is None:
-        return _SIGN.format(mark.loop, "")
-    # Other objects need no sign: only what messages are about is asked for.
-    return _SIGN.format(mark.loop, numbers[mark.about]) if mark.about in numbers else ""
-
-
 @dataclass(frozen=True, slots=True)
 class Rendering:
     """A rendered conversation. `turns` are the spans that loops wrote for each message, those without text left out;
@@ -115,47 +103,98 @@ class Rendering:
     end: int
     generated: Sequence[Span]
 
+    def as_json(self) -> dict[str, object]:
+        """What `from_json` reads again."""
+        turns = [(number, start, stop) for number, spans in self.turns.items() for start, stop in spans]
+        return {"text": self.text, "turns": turns, "end": self.end, "generated": self.generated}
 
-def rendering_of(signed: str) -> Rendering:
-    """What the signs in an output say, and the text without them."""
-    reader = _SignReader()
-    parts: list[str] = []
-    at = read = 0
-    for match in _SIGNS.finditer(signed):
-        parts.append(signed[read : match.start()])
-        at += match.start() - read
-        read = match.end()
-        if match.group(1) is None:
-            reader.generation(match.group(), at)
-        else:
-            reader.loop(int(match.group(1)), match.group(2), at)
-    parts.append(signed[read:])
-    return Rendering("".join(parts), reader.turns, reader.end, reader.generated)
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Rendering:
+        """The rendering that `as_json` wrote."""
+        turns: dict[int, list[Span]] = {}
+        for number, start, stop in value["turns"]:
+            turns.setdefault(number, []).append((start, stop))
+        generated = [(start, stop) for start, stop in value["generated"]]
+        return cls(value["text"], turns, value["end"], generated)
 
 
-class _SignReader:
-    def __init__(self) -> None:
-        self.turns: dict[int, list[Span]] = {}
-        self.generated: list[Span] = []
-        self.end = 0
-        self._open: list[tuple[int, int, int]] = []  # loop, message, where it begins
-        self._over_messages: set[int] = set()
+def rendering_of(pieces: Sequence[str], text: str, messages: Sequence[object], *, generation: bool) -> Rendering:
+    """What the marks among the pieces of an output say about its text, of which the pieces are the parts.
+
+    With `generation` the signs around what `{% generation %}` holds are taken out of the text and told as spans.
+    """
+    numbers = {id(message): number for number, message in enumerate(messages)}
+    reader = _Reader(text, generation=generation)
+    at = 0
+    for piece in pieces:
+        if not isinstance(piece, LoopMark):
+            at += str.__len__(shown(piece))
+        elif piece.about is None:
+            reader.loop_ended(piece.loop, at)
+        elif piece.about in numbers:
+            reader.turn_begins(piece.loop, numbers[piece.about], at)
+    return reader.rendering()
+
+
+class _Reader:
+    """Reads the marks of one output in their order. Places are given in the text with signs, kept in the one without.
+
+    The work grows with the marks alone, however many turns stay open.
+    """
+
+    def __init__(self, text: str, *, generation: bool) -> None:
+        self._text = text
+        self._signs = _GENERATION_SIGNS.finditer(text) if generation else iter(())
+        self._next_sign = next(self._signs, None)
+        self._parts: list[str] = []
+        self._read = self._removed = 0
+        self._turns: dict[int, list[Span]] = {}
+        self._generated: list[Span] = []
         self._generation_start: int | None = None
+        self._end = 0
+        self._open: list[tuple[int, int, int]] = []  # loop, message, where it begins
+        self._open_of: Counter[int] = Counter()
+        self._over_messages: set[int] = set()
 
-    def loop(self, loop: int, message: str, at: int) -> None:
-        while any(other == loop for other, _, _ in self._open):
-            _, number, start = self._open.pop()
+    def turn_begins(self, loop: int, message: int, place: int) -> None:
+        at = self._at(place)
+        self._close(loop, at)
+        self._open.append((loop, message, at))
+        self._open_of[loop] += 1
+        self._over_messages.add(loop)
+
+    def loop_ended(self, loop: int, place: int) -> None:
+        at = self._at(place)
+        self._close(loop, at)
+        if loop in self._over_messages:
+            self._end = at
+
+    def rendering(self) -> Rendering:
+        self._at(len(self._text))
+        self._parts.append(self._text[self._read :])
+        return Rendering("".join(self._parts), self._turns, self._end, self._generated)
+
+    def _close(self, loop: int, at: int) -> None:
+        """End the open turns of the loop, and what was opened within them."""
+        while self._open_of[loop]:
+            other, message, start = self._open.pop()
+            self._open_of[other] -= 1
             if at > start:
-                self.turns.setdefault(number, []).append((start, at))
-        if message:
-            self._open.append((loop, int(message), at))
-            self._over_messages.add(loop)
-        elif loop in self._over_messages:
-            self.end = at
+                self._turns.setdefault(message, []).append((start, at))
 
-    def generation(self, sign: str, at: int) -> None:
+    def _at(self, place: int) -> int:
+        """The place in the text without signs; those before it are taken out."""
+        while (sign := self._next_sign) is not None and sign.start() < place:
+            self._parts.append(self._text[self._read : sign.start()])
+            self._generation_sign(sign.group(), sign.start() - self._removed)
+            self._read = sign.end()
+            self._removed += 1
+            self._next_sign = next(self._signs, None)
+        return place - self._removed
+
+    def _generation_sign(self, sign: str, at: int) -> None:
         if sign == GENERATION_START:
             self._generation_start = at
         elif self._generation_start is not None:
-            self.generated.append((self._generation_start, at))
+            self._generated.append((self._generation_start, at))
             self._generation_start = None

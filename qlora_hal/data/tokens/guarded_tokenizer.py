@@ -16,25 +16,50 @@ from tokenizers import Tokenizer
 
 from qlora_hal.data.tokens.tokenizer_checks import MAX_TOKENIZER_BYTES, HostileTokenizer, checked, refuse_slow_or_broken
 from qlora_hal.errors import ModelError, UnsafeInputError
+from qlora_hal.files.opening import read_stored
 from qlora_hal.files.strict_json import JsonProblem
 
 _LONGEST_REASON = 300
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a tokenizer.json, checked. Raises ModelError (QH-D52), UnsafeInputError
-    (QH-X15)."""
+    """The tokenizer of a tokenizer.json, checked. Raises ModelError (QH-D52), UnsafeInputError (QH-X15)."""
     try:
-        with path.open("rb") as stream:
-            raw = stream.read(MAX_TOKENIZER_BYTES + 1)
-        content = checked(raw)
+        raw = read_stored(path, MAX_TOKENIZER_BYTES)
+    except OSError as error:
+        raise broken(path, error.strerror or str(error)) from error
+    return _checked_tokenizer(raw, path)
+
+
+def converted(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
+    """A tokenizer that another library made of a folder's files, checked as a tokenizer.json is.
+
+    Raises ModelError (QH-D52), UnsafeInputError (QH-X15).
+    """
+    with panics_told(folder):
+        raw = tokenizer.to_str().encode("utf-8")
+    return _checked_tokenizer(raw, folder)
+
+
+def _checked_tokenizer(raw: bytes, path: Path) -> Tokenizer:
+    with hostility_told(path):
+        try:
+            content = checked(raw)
+        except JsonProblem as error:
+            raise broken(path, str(error)) from error
         with panics_told(path):
             tokenizer = Tokenizer.from_str(raw.decode("utf-8"))
             tokenizer.no_truncation()
             tokenizer.no_padding()
             refuse_slow_or_broken(tokenizer, content)
-    except (OSError, JsonProblem) as error:
-        raise broken(path, str(getattr(error, "strerror", None) or error)) from error
+    return guarded(tokenizer, path)
+
+
+@contextmanager
+def hostility_told(path: Path) -> Iterator[None]:
+    """HostileTokenizer becomes UnsafeInputError (QH-X15) about this file or folder."""
+    try:
+        yield
     except HostileTokenizer as error:
         raise UnsafeInputError(
             "QH-X15",
@@ -43,7 +68,6 @@ def read_tokenizer(path: Path) -> Tokenizer:
             cause="A few bytes in it would take excessive memory or time.",
             fix="Download the model again, and compare the file with its source's.",
         ) from error
-    return guarded(tokenizer, path)
 
 
 def guarded(tokenizer: Tokenizer, path: Path) -> Tokenizer:

@@ -8,12 +8,14 @@ into other tokens, the user is told, with an example: `<s>[INST]` of a Llama 2 i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+from qlora_hal.files import strict_json
+from qlora_hal.files.strict_json import JsonProblem
 
 _SPECIAL = "<s>"
 _PROBES = (
@@ -68,10 +70,9 @@ def rebuilding_notes(folder: Path, tokenizer: Tokenizer, config: Mapping[str, ob
 def _class_of(folder: Path, config: Mapping[str, object]) -> str:
     """The class that transformers 5.23 loads the folder with, as far as it is one of those below."""
     try:
-        model = json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        model = strict_json.read_foreign_object(folder / "config.json")
+    except (OSError, JsonProblem):
         model = {}
-    model = model if isinstance(model, dict) else {}
     family = str(model.get("model_type"))
     named = config.get("tokenizer_class") or model.get("tokenizer_class")
     if family in _ALWAYS or family in _AS_IT_STANDS:

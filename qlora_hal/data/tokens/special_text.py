@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Unicode noncharacters: no text that is meant for people holds them.
 _ALIAS = "\ufdd7{}\ufdd8"
 _MASKED = "\ufdd5{}\ufdd6"
-_MASKED_PATTERN = re.compile("\ufdd5(\\d+)\ufdd6")
+_MASKED_PATTERN = re.compile("\ufdd5(\\d{1,7})\ufdd6")
 NONCHARACTERS = re.compile("[\ufdd0-\ufdef]")
 """What a row may not hold where its text passes through a template piece by piece."""
 
@@ -69,7 +69,11 @@ class SpecialText:
 
     def unmask(self, text: str) -> str:
         """The text with the special tokens that `mask` hid."""
-        return _MASKED_PATTERN.sub(lambda match: self._tokens[int(match.group(1))], text)
+        return _MASKED_PATTERN.sub(self._unmasked, text)
+
+    def _unmasked(self, match: re.Match[str]) -> str:
+        number = int(match.group(1))
+        return self._tokens[number] if number < len(self._tokens) else match.group()  # a template can write anything
 
     def restore(self, text: str) -> str:
         """The template's special tokens as aliases, the masked ones of the user as the characters they were."""
@@ -82,12 +86,7 @@ def masked(special: SpecialText, value: object) -> Any:
     Raises DataError (QH-D08) when a text holds the signs that masks are made of.
     """
     if isinstance(value, str):
-        if NONCHARACTERS.search(value):
-            raise DataError(
-                "QH-D08",
-                "A text holds code points between U+FDD0 and U+FDEF, which are not characters.",
-                fix="Remove them from the row, or set data.on_bad_row to skip.",
-            )
+        refuse_noncharacters([value])
         return special.mask(value)
     if isinstance(value, Mapping):
         return {_masked_key(special, key): masked(special, item) for key, item in value.items()}
@@ -98,6 +97,16 @@ def masked(special: SpecialText, value: object) -> Any:
 
 def _masked_key(special: SpecialText, key: object) -> object:
     return masked(special, key) if isinstance(key, str) and not key.isidentifier() else key
+
+
+def refuse_noncharacters(texts: Iterable[str]) -> None:
+    """Raise DataError (QH-D08) when a text holds the signs that masks and other marks in it are made of."""
+    if any(map(NONCHARACTERS.search, texts)):
+        raise DataError(
+            "QH-D08",
+            "A text holds code points between U+FDD0 and U+FDEF, which are not characters.",
+            fix="Remove them from the row, or set data.on_bad_row to skip.",
+        )
 
 
 class ProtectedTokenizer:

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_hal.data.chat import ConversationWriter, TurnNotFound
-from qlora_hal.data.template.chat_template import BUILT_IN, ChatTemplate, TemplateFault
+from qlora_hal.data.template.chat_template import BUILT_IN, ChatTemplate, TemplateFault, read_template
 from qlora_hal.data.template.conversation_text import masked_messages
 from qlora_hal.data.template.outlines import Outlines
 from qlora_hal.data.tokens.guarded_tokenizer import broken
-from qlora_hal.data.tokens.special_text import ProtectedTokenizer, SpecialText
+from qlora_hal.data.tokens.special_text import ProtectedTokenizer, SpecialText, refuse_noncharacters
 from qlora_hal.data.tokens.tokenizer_files import TokenizerFiles, not_utf8, read_folder
 from qlora_hal.errors import DataError
 from qlora_hal.files.refused_paths import named_path
@@ -31,6 +31,8 @@ TOOL_TEMPLATE = "tool_use"
 """The name of the template that a tokenizer has for conversations with tools, if it has one of its own."""
 
 _ENCODING_VERSION = "2"
+_ROLES_SHOWN, _LONGEST_ROLE = 10, 40
+"""Before and behind the message that a template refuses."""
 
 
 class ChatTokenizer:
@@ -162,8 +164,12 @@ class ChatTokenizer:
             raise template_refused(self, messages, fault, "") from fault
 
     def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
-        """Ids of a conversation, for generation. Special tokens inside contents are text; a bos never stands twice."""
+        """Ids of a conversation, for generation. Special tokens inside contents are text; a bos never stands twice.
+
+        Raises as `render` does, and DataError (QH-D08) for signs that would be taken for marks."""
         contents = [content for message in messages if isinstance(content := message.get("content"), str)]
+        if self.template is not None and self.template.marks_generation:
+            refuse_noncharacters(contents)  # two of them are its marks
         if not self.special.found_in(contents):
             ids = self.encode(self.render(messages, add_generation_prompt=add_generation_prompt))
         else:
@@ -291,7 +297,7 @@ def chosen_template(chosen: str, named: Mapping[str, str]) -> tuple[str, str]:
             fix=f"Name one of {names}, or a Jinja file.",
         )
     try:
-        return path.read_bytes().decode("utf-8-sig"), path.name
+        return read_template(path).decode("utf-8-sig"), path.name
     except UnicodeDecodeError as error:
         reason, fix = not_utf8(error), "Save the file as UTF-8."
         raise _unreadable_template(path, reason, fix) from error
@@ -316,7 +322,7 @@ def template_refused(
 ) -> DataError:
     """The error when a template fails on a conversation (QH-D12): which row, and at which message it began to fail."""
     turn = _first_refused(tokenizer, messages)
-    roles = " ".join(str(message.get("role")) for message in messages)
+    roles = _roles_around(messages, turn)
     which = f"message {turn + 1} (role {messages[turn].get('role')})" if messages else "a conversation without messages"
     return DataError(
         "QH-D12",
@@ -329,10 +335,25 @@ def template_refused(
 
 
 def _first_refused(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> int:
+    """The message at which the template begins to refuse the conversation.
+
+    What a template refuses in a beginning it refuses in what goes on from there, as it reads one message after the
+    other; a template that looks at the end first may have the message told that ends the longest beginning it takes.
+    """
     assert tokenizer.template is not None
-    for count in range(1, len(messages)):
+    taken, refused = 0, len(messages)
+    while refused - taken > 1:
+        count = (taken + refused) // 2
         try:
             tokenizer.template.render(messages[:count])
+            taken = count
         except TemplateFault:
-            return count - 1
-    return max(0, len(messages) - 1)
+            refused = count
+    return max(0, refused - 1)
+
+
+def _roles_around(messages: Sequence[Message], turn: int) -> str:
+    """The roles of a conversation; of a long one, those about the message `turn`."""
+    first, last = max(0, turn - _ROLES_SHOWN), turn + _ROLES_SHOWN + 1
+    roles = [str(message.get("role"))[:_LONGEST_ROLE] for message in messages[first:last]]
+    return " ".join([*(["..."] if first else []), *roles, *(["..."] if last < len(messages) else [])])

@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_hal.data.template.chat_template import read_template
 from qlora_hal.data.tokens.declared_tokens import declare, declared_in
-from qlora_hal.data.tokens.guarded_tokenizer import broken, guarded, panics_told, read_tokenizer
+from qlora_hal.data.tokens.guarded_tokenizer import broken, converted, hostility_told, panics_told, read_tokenizer
 from qlora_hal.data.tokens.rebuilt_tokenizers import rebuilding_notes
+from qlora_hal.data.tokens.tokenizer_checks import MAX_TOKENIZER_BYTES, MAX_VALUES, check_added, check_vocabulary
 from qlora_hal.errors import ModelError
 from qlora_hal.files import strict_json
+from qlora_hal.files.opening import read_stored
 from qlora_hal.files.strict_json import JsonProblem
 
 if TYPE_CHECKING:
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 MORE_TEMPLATES = "additional_chat_templates"
 """The folder of a model's chat templates beside its default one."""
 _DEFAULT = "default"
+_READ_BY_CONVERSION = frozenset({".json", ".txt", ".model", ".bpe", ".spm", ".tiktoken", ".vocab"})
+_VOCABULARIES = ("vocab.json", "added_tokens.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +43,7 @@ class TokenizerFiles:
 
 def read_folder(folder: Path) -> TokenizerFiles:
     """Raises ModelError (QH-D52) when the folder holds no tokenizer that can be read, UnsafeInputError (QH-X15) when
-    its tokenizer.json takes memory or time without reason."""
+    it takes memory or time without reason, UnsafeInputError (QH-X04) for a chat template that is too large."""
     config = _json_object(folder / "tokenizer_config.json")
     _refuse_split_special_tokens(folder, config)
     special_map, added = (_json_object(folder / name) for name in ("special_tokens_map.json", "added_tokens.json"))
@@ -46,6 +51,9 @@ def read_folder(folder: Path) -> TokenizerFiles:
         declared = declared_in(config, special_map, added, folder)
     except UnicodeEncodeError as error:
         raise broken(folder / "tokenizer_config.json", "it declares a token that is not Unicode text") from error
+    with hostility_told(folder / "tokenizer_config.json"):
+        check_added("the folder", {token.content for token in (*declared.named.values(), *declared.more)})
+        check_added("the folder", {token.content for token in declared.listed.values()})
     named, notes = {name: token.content for name, token in declared.named.items()}, list(declared.notes)
     if (folder / "tokenizer.json").is_file():
         tokenizer = read_tokenizer(folder / "tokenizer.json")
@@ -97,13 +105,18 @@ def _json_object(path: Path) -> dict[str, Any]:
 
 
 def _converted_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, str]]:
-    """A tokenizer without tokenizer.json (SentencePiece, vocab + merges), converted by transformers; no remote code."""
+    """A tokenizer without tokenizer.json (SentencePiece, vocab + merges), converted by transformers; no remote code.
+
+    What the conversion reads is checked before it, what it makes behind it: ModelError (QH-D52), UnsafeInputError
+    (QH-X15).
+    """
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise broken(
             folder, "there is no tokenizer.json, and transformers, which could convert it, is missing"
         ) from error
+    _check_what_is_converted(folder)
     try:
         with panics_told(folder):
             loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
@@ -113,7 +126,26 @@ def _converted_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, str]]:
             folder, f"there is no tokenizer.json, and the other files do not load ({error.__cause__})"
         ) from error
     named = {name: str(text) for name, text in loaded.special_tokens_map.items() if isinstance(text, str)}
-    return guarded(tokenizer, folder), named
+    return converted(tokenizer, folder), named
+
+
+def _check_what_is_converted(folder: Path) -> None:
+    """Raises ModelError (QH-D52) for a file that is none or too large, UnsafeInputError (QH-X15) for an id."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in _READ_BY_CONVERSION:
+            continue
+        try:
+            size = path.stat().st_size
+            if not path.is_file() or size > MAX_TOKENIZER_BYTES:
+                reason = f"it has {size} bytes, at most {MAX_TOKENIZER_BYTES} are read"
+                raise broken(path, reason if path.is_file() else "it is not a regular file")
+            if path.name in _VOCABULARIES:
+                raw = read_stored(path, MAX_TOKENIZER_BYTES)
+                vocabulary = strict_json.decode_foreign(raw, most_bytes=MAX_TOKENIZER_BYTES, most_values=MAX_VALUES)
+                with hostility_told(path):
+                    check_vocabulary(path.name, vocabulary if isinstance(vocabulary, dict) else {})
+        except (JsonProblem, OSError) as error:
+            raise broken(path, str(getattr(error, "strerror", None) or error)) from error
 
 
 def chat_templates(folder: Path) -> dict[str, str]:
@@ -142,7 +174,7 @@ def _templates(folder: Path, config: Mapping[str, object]) -> dict[str, str]:
 
 def _text_of_template(path: Path) -> str:
     try:
-        return path.read_text("utf-8")
+        return read_template(path).decode("utf-8")
     except UnicodeDecodeError as error:
         raise broken(path, not_utf8(error)) from error
     except OSError as error:

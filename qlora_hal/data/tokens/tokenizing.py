@@ -24,6 +24,7 @@ from qlora_hal.data.tokens.store import TokenStore, TokenWriter
 from qlora_hal.data.tokens.token_rows import TokenRows
 from qlora_hal.data.tokens.truncation import LISTED_ROWS, FittingCounts, fit
 from qlora_hal.errors import DataError
+from qlora_hal.errors.redaction import redacted
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -69,7 +70,7 @@ class Preparation:
             if not writer.rows:
                 raise self._nothing_usable()
             report = self._report(writer.rows)
-            store = writer.finish({"fingerprint": fingerprint, "report": json.dumps(report.as_json())})
+            store = writer.finish({"fingerprint": fingerprint, "report": json.dumps(redacted(report.as_json()))})
         return store, report
 
     def _encoded(self) -> Iterator[TokenRows]:
@@ -189,7 +190,7 @@ class Preparation:
             special_in_text=dict((rendering.special_in_text + encoding.special_in_text).most_common()),
             rows_with_special=rendering.rows_with_special + encoding.rows_with_special,
             duplicate_rows=0,
-            unused_columns=rendering.unused_columns,
+            unused_columns=sorted(rendering.unused_columns),
             length_percentiles=percentiles_of(fitting.length_counts),
             histogram=histogram_of(fitting.length_counts),
             empty_rows=rendering.empty_rows,
