@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from qlora_hal.export.request import MergeResult
     from qlora_hal.run.result import TrainResult
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "MergeResult",
     "QloraHalError",

@@ -11,7 +11,7 @@ from qlora_hal.checkpoint.reading import checkpoints
 from qlora_hal.config.schema import RunConfig
 from qlora_hal.errors import AdapterError, BackendError, ConfigError, UnsupportedFeatureError
 from qlora_hal.files.opening import refuse_link
-from qlora_hal.formats.catalogue import find_record
+from qlora_hal.formats.catalogue import record_of
 from qlora_hal.hooks import Hooks
 from qlora_hal.report.run_file import examined_run_file, read_run_file
 from qlora_hal.run.adapters import require_own_adapter
@@ -129,15 +129,15 @@ def options_on(config: RunConfig, backend: str, trained_on: str) -> Mapping[str,
 
 def storage_of_training(provenance: Mapping[str, object]) -> dict[str, object] | None:
     """How the base was stored, as settings: the format by its own name, not by a backend's level. None where it is not
-    recorded."""
+    recorded. Raises BackendNotFoundError QH-E82 for a format that is not here."""
     recorded = provenance.get("weight_format")
     if recorded is None:
         return None
-    record = find_record(str(recorded))
+    record = record_of(str(recorded))
     return {
-        "weight_format": record.name if record is not None else "auto",
+        "weight_format": record.name,
         "block_size": provenance.get("block_size"),
-        "double_quant": provenance.get("double_quant") if record is not None and record.double_quant else None,
+        "double_quant": provenance.get("double_quant") if record.double_quant else None,
     }
 
 
