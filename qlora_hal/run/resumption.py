@@ -54,14 +54,14 @@ def settings_on_backend(
     name = backend or str(state.provenance["backend"])
     capabilities = discovery.load_spec(discovery.find(name, discovery.listed(hooks.offered_backends()))).capabilities
     config, changes = transferred_config(given, state.provenance, name, capabilities)
-    _refuse_to_store_anew(state.step, given, changes)
+    refuse_to_store_anew(state.step, given, changes)
     check_allowed(state.step, changes, transfer=transfer)
     if name != state.provenance["backend"] and config.backend.options != given.backend.options:
         console.note(f"backend.options are those of {state.provenance['backend']}; {name} uses its defaults")
     return config, changes
 
 
-def _refuse_to_store_anew(step: int, config: RunConfig, changes: Sequence[str]) -> None:
+def refuse_to_store_anew(step: int, config: RunConfig, changes: Sequence[str]) -> None:
     """A base that comes quantized has no other weights to make a format of. Raises CheckpointError QH-C12."""
     change = next((change for change in changes if change.startswith("weight format")), None)
     if change is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +112,11 @@ def test_adapter_whose_tensors_match_nothing_is_refused(
 ) -> None:
     one = trained("nf4")
     renamed = {name.replace("model.layers", "transformer.h"): tensor for name, tensor in one.adapter.tensors.items()}
+    targets = [name.replace("model.layers", "transformer.h") for name in one.adapter.config.target_modules]
     facts = json.loads((one.folder / "qlora_hal.json").read_text())
     write_adapter(
         tmp_path / "foreign",
-        Adapter(renamed, one.adapter.config),
+        Adapter(renamed, replace(one.adapter.config, target_modules=tuple(targets))),
         base_name=str(one.model),
         base_revision=None,
         provenance=facts,
