@@ -216,6 +216,7 @@ def test_a_file_that_is_too_large_or_none_is_refused_before_it_is_converted(
         ChatTokenizer.from_folder(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:Deprecated in 0.9.0:DeprecationWarning")  # of transformers 5.10's own conversion
 @pytest.mark.fault("X15")
 def test_a_converted_tokenizer_is_checked_like_any_other(tmp_path: Path) -> None:
     pytest.importorskip("transformers")

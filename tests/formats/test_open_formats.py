@@ -45,6 +45,7 @@ def test_the_example_is_at_most_four_files() -> None:
     assert len([path for path in folder.iterdir() if path.is_file()]) <= 4
 
 
+@pytest.mark.long
 def test_the_suite_judges_a_backend_by_the_codec_of_its_own_format(tmp_path: Path) -> None:
     install_example(tmp_path, "format_plugin")
     ran = python(
@@ -78,6 +79,7 @@ def test_the_suite_catches_a_backend_that_decodes_it_wrongly(tmp_path: Path) -> 
     assert case["verdict"] == "failed"
 
 
+@pytest.mark.long
 def test_a_run_trains_on_it(tmp_path: Path) -> None:
     install_example(tmp_path, "format_plugin")
     settings = merged(

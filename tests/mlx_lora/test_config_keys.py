@@ -36,9 +36,9 @@ def refusal(folder: Path) -> QloraHalError:
         ("gpt_neox", "gelu"),  # mlx-lm's is the tanh form
         ("phi", "gelu"),
         ("phi3", "gelu_fast"),  # a gate and what it multiplies in one projection
-        ("llama", "quick_gelu"),
-        ("nemotron", "silu"),
-        ("cohere", "relu2"),
+        pytest.param("llama", "quick_gelu", marks=pytest.mark.long),
+        pytest.param("nemotron", "silu", marks=pytest.mark.long),
+        pytest.param("cohere", "relu2", marks=pytest.mark.long),
     ],
 )
 def test_the_activation_that_is_asked_for_is_computed(

@@ -17,7 +17,9 @@ from qlora_hal.errors import UnsupportedFeatureError
 Opened = Callable[..., OpenTrainer]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "phi", "gpt_neox"])
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(name, marks=pytest.mark.long) for name in ("qwen3", "phi", "gpt_neox"))]
+)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_packed_samples_have_the_logits_that_they_have_alone(
     family: str, checkpointing: bool, tmp_path: Path, opened: Opened
