@@ -82,6 +82,7 @@ def test_without_any_stream_nothing_is_written_and_nothing_fails() -> None:
 
 
 @pytest.mark.parametrize("redirected", [">&- 2>&- <&-", pytest.param("2>&1 | head -n 1", marks=pytest.mark.long)])
+@pytest.mark.long
 def test_a_run_goes_on_when_nobody_can_read_of_it(tmp_path: Path, redirected: str) -> None:
     run = tmp_path / "run"
     changes = {"output_dir": str(run), "training.max_steps": 2, "training.gradient_accumulation_steps": 1}

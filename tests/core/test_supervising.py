@@ -75,6 +75,7 @@ def test_an_error_of_the_child_comes_out_as_it_was(supervised: None, tmp_path: P
         train(settings(tmp_path / "run", **{"training.max_steps": -1}))
 
 
+@pytest.mark.long
 def test_a_defect_in_the_child_is_told_as_one(
     supervised: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -288,6 +288,7 @@ def flip_between_windows(model: Path) -> None:
 
 
 @pytest.mark.fault("E15")
+@pytest.mark.long
 def test_a_bit_between_the_samples_of_the_fingerprint_is_found_where_the_run_began_with_verify(
     rows: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -138,6 +138,7 @@ def test_edited_configuration_is_not_resumed(settings: dict[str, Any]) -> None:
     assert resume(path.parent).steps == 6
 
 
+@pytest.mark.long
 def test_resumed_run_sums_its_times_and_keeps_its_start(settings: dict[str, Any]) -> None:
     with pytest.raises(StoppedError):
         train(settings, observers=[StopAfter(2)])

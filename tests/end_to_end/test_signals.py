@@ -55,6 +55,7 @@ def ignoring(number: signal.Signals) -> Callable[[], None]:
 
 
 @pytest.mark.fault("S22")
+@pytest.mark.long
 def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored(tmp_path: Path) -> None:
     changes = {"training.max_steps": 6}
     with training(tmp_path, ignored=signal.SIGHUP, **changes) as (child, said):
@@ -77,6 +78,7 @@ def test_a_closed_terminal_stops_the_run_with_its_state_saved(tmp_path: Path) ->
 
 
 @pytest.mark.fault("S22")
+@pytest.mark.long
 def test_a_scheduler_that_warns_gets_a_save_and_the_run_goes_on(tmp_path: Path) -> None:
     with training(tmp_path, **{"training.max_steps": 30, "checkpoint.save_steps": 1000}) as (child, said):
         child.send_signal(signal.SIGUSR1)

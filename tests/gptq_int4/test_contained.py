@@ -130,6 +130,7 @@ def test_cpu_torch_computes_the_same_bits_after_this_backend(checkpoint: Path) -
     assert json.loads(alone) == json.loads(after)
 
 
+@pytest.mark.long
 def test_a_variable_of_the_users_own_is_left_alone(checkpoint: Path) -> None:
     script = "import os, sys; from pathlib import Path; from gptq_int4.gptq_checkpoints import opened\n"
     script += "opened(Path(sys.argv[1])).close(); print(os.environ['PYTORCH_ALLOC_CONF'], 'HF_HOME' in os.environ)"

@@ -402,6 +402,7 @@ def config(folder: Path, changes: dict[str, object]) -> dict[str, Any]:
     return merged(SMALL, {**base, **changes})
 
 
+@pytest.mark.long
 def test_a_run_quantizes_its_base_first_and_names_both(run_dir: Path) -> None:
     record = json.loads((run_dir / "run" / "run.json").read_text())
     assert record["resolved"]["backend"] == "gptq_int4"

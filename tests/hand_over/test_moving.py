@@ -123,6 +123,7 @@ def test_run_goes_there_and_back_again(half: Path, tmp_path: Path) -> None:
     assert back.weight_format == "fp4", "the stored format is kept where the backend has it"
 
 
+@pytest.mark.long
 def test_eight_bit_moments_go_on_in_full_precision_only_when_asked(tmp_path: Path) -> None:
     run = killed(tmp_path / "run", {"training.optim": "adamw_8bit"})
     elsewhere = [Offering(WITHOUT_8BIT_OPTIMIZERS)]

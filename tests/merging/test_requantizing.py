@@ -54,6 +54,7 @@ def test_nf4_folder_opens_in_transformers_and_is_measured(trained: MakeTrained, 
     assert (opened - merged).abs().max() <= (0.152 + 2**-8) * merged.abs().max()
 
 
+@pytest.mark.long
 def test_adapter_on_a_base_that_is_stored_quantized_merges_into_it(trained: MakeTrained, tmp_path: Path) -> None:
     one = trained("nf4")
     one.merge(tmp_path / "first", requantize="nf4")

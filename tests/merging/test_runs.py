@@ -68,6 +68,7 @@ def test_run_is_merged_with_one_command_and_answers_as_its_adapter_does(run: Tra
     assert tokenizer.decode(tokens[len(ids) :]).strip() == expected != base_answer
 
 
+@pytest.mark.long
 def test_figures_are_printed_with_what_was_allowed(run: TrainResult, tmp_path: Path) -> None:
     done = command("merge", run.run_dir, tmp_path / "merged", "--base", "dequantized", "--quiet", cwd=tmp_path)
     lines = dict(line.split(":", 1) for line in done.stdout.splitlines())
@@ -113,6 +114,7 @@ def test_run_without_a_finished_adapter_names_its_checkpoint(run: TrainResult, t
     assert "step-00000008" in caught.value.fix
 
 
+@pytest.mark.long
 def test_run_that_held_nothing_out_is_compared_on_its_last_rows_with_a_note(tmp_path: Path) -> None:
     rows = tmp_path / "train.jsonl"
     rows.write_text("".join(data_path("train").read_text().splitlines(keepends=True)[:24]))
@@ -133,6 +135,7 @@ def test_run_that_held_nothing_out_is_compared_on_its_last_rows_with_a_note(tmp_
     assert caught.value.code == "QH-C64"
 
 
+@pytest.mark.long
 def test_unquantized_training_in_bfloat16_files_stays_the_original(tmp_path: Path) -> None:
     run = small_run(tmp_path / "run", {"training.max_steps": 2, "quantization.weight_format": "none"})
     result = merge(run.run_dir, tmp_path / "merged", row_limit=4)

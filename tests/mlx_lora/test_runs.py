@@ -58,6 +58,7 @@ def test_a_model_that_mlx_lm_computes_otherwise_is_refused_before_data_are_read(
     assert caught.value.code == "QH-M51"
 
 
+@pytest.mark.long
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
     """With dropout and recomputed layers; the second half is trained by a trainer that never saw the first."""
     settings = {"lora__dropout": 0.2, "training__gradient_checkpointing": True, "checkpoint__save_steps": 1}
