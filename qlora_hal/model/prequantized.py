@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qlora_hal.errors import BackendContractError, ModelError, QloraHalError
 from qlora_hal.errors.foreign import told
-from qlora_hal.formats.catalogue import layouts
+from qlora_hal.formats.catalogue import BUILT_IN, layouts
 from qlora_hal.formats.record import CheckpointLayout, Packing, StoredCheckpoint, UnreadableFormatError
 from qlora_hal.model.safetensors_headers import Header, read_tensor_bytes
 from qlora_hal.model.weight_files import read_json
@@ -37,9 +37,9 @@ def read_packing(folder: Path, config: Mapping[str, object], headers: Sequence[H
 def _layout(checkpoint: StoredCheckpoint) -> CheckpointLayout | None:
     """The first layout that knows the checkpoint; None for ordinary weights, also under the description of a library
     that quantizes while loading: the run's own configuration decides how."""
-    for layout in layouts():
-        # Of a third party: one that fails on a checkpoint does not know it, and the next is asked.
-        with suppress(Exception):
+    for layout, formats in layouts().items():
+        # One of a third party that fails on a checkpoint does not know it, and the next is asked. Ours must not fail.
+        with suppress(*(() if formats[0] in BUILT_IN else (Exception,))):
             if layout.recognizes(checkpoint):
                 return layout
     declared = checkpoint.quant_method

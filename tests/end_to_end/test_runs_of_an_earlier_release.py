@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,10 @@ from stopped_runs import (
 
 from qlora_hal import TrainResult, resume
 from qlora_hal.checkpoint.reading import kept_record
-from qlora_hal.errors import CheckpointError
+from qlora_hal.errors import BackendNotFoundError, CheckpointError
 from qlora_hal.inference.generate import open_generation
 from qlora_hal.run import identity
+from qlora_hal.run.trained_base import storage_of_training
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,21 @@ def test_a_run_with_dropout_of_an_earlier_release_says_that_its_masks_change(
         earlier.setattr(identity, "MASKS", 1)
         stopped = stopped_run(tmp_path / "run", rows, {"lora.dropout": 0.1}, after=2)
     assert "other dropout masks" in resumed(stopped, capsys)[1]
+
+
+def test_rows_that_another_release_prepares_to_the_same_tokens_are_the_same_data(
+    stopped: Path, whole: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preparing = sys.modules["qlora_hal.data.prepare"]  # the package has a function of the same name
+    monkeypatch.setattr(preparing, "_VERSION", preparing._VERSION + 1)
+    assert adapter_bytes(resume(copied(stopped, tmp_path / "run")).adapter_dir) == adapter_bytes(whole.adapter_dir)
+
+
+@pytest.mark.fault("E82")
+def test_the_base_of_an_adapter_in_a_format_that_is_not_here_is_not_opened_in_another() -> None:
+    with pytest.raises(BackendNotFoundError, match="There is no weight format 'int4_gone'") as refused:
+        storage_of_training({"weight_format": "int4_gone", "block_size": 32})
+    assert refused.value.code == "QH-E82"
 
 
 @pytest.mark.fault("C20")
