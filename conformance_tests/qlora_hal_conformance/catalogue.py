@@ -22,6 +22,7 @@ MUSTPASS = HERE / "mustpass"
 EARLIER_REVISIONS = (
     ("1", "0c36b05f01bad756058822fca57db8616083e761ff1033b0c5e7194b2097ec0b"),
     ("2", "eaa24402a41d012badace814da284e2ba544d6bd17e3ac9d8d74d2a6774a380d"),
+    ("3", "dbf53b47b166a4d0a417e1c84f1317e22ab0a7df131f8374fedce690f52ac394"),
 )
 """Each published revision before the present one, with the SHA-256 of its suite. A certificate of one is checked
 against that revision's list of cases."""
