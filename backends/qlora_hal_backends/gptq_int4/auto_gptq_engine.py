@@ -22,17 +22,13 @@ from torch import Tensor
 from qlora_hal.errors import BackendUnavailableError, ModelError
 from qlora_hal_backends.gptq_int4.engines import (
     AUTO_GPTQ,
-    CODE_BITS,
-    CODES_PER_WORD,
     WORD_BITS,
     GptqSettings,
     PackedLinear,
     engine_obstacle,
 )
-from qlora_hal_backends.gptq_int4.packed_tensors import has_undefined_zeros
+from qlora_hal_backends.gptq_int4.packed_tensors import fields_of, has_undefined_zeros
 from qlora_hal_backends.torch_family.base_weights import BaseWeight
-
-LARGEST_CODE = 2**CODE_BITS - 1
 
 
 # decoding -------------------------------------------------------------------------------------------------------------
@@ -77,12 +73,12 @@ def load_weight(packed: PackedLinear, settings: GptqSettings, kernel: str, dtype
 
     Raises ModelError QH-C74 for zero points that this library misreads, QH-M55 for sides that it cannot decode.
     """
-    check_sides(packed.name, packed.in_features, packed.out_features, settings, whole=CODES_PER_WORD)
-    qzeros = packed.qzeros if settings.checkpoint_format == "gptq" else _stored_less_one(packed.qzeros)
-    if has_undefined_zeros(packed, settings) or (kernel == "cuda" and reads_sixteen(qzeros)):
+    check_sides(packed.name, packed.in_features, packed.out_features, settings, whole=settings.codes_per_word)
+    qzeros = packed.qzeros if settings.checkpoint_format == "gptq" else _stored_less_one(packed.qzeros, settings)
+    if has_undefined_zeros(packed, settings) or (kernel == "cuda" and reads_one_too_many(qzeros, settings)):
         raise misread_zeros(packed.name)
     layer = imported(f"auto_gptq.nn_modules.qlinear.qlinear_{kernel}:QuantLinear")(
-        bits=CODE_BITS,
+        bits=settings.bits,
         group_size=_group(packed.in_features, settings),
         infeatures=packed.in_features,
         outfeatures=packed.out_features,
@@ -116,22 +112,18 @@ def check_sides(name: str, inputs: int, outputs: int, settings: GptqSettings, *,
         )
 
 
-def _fields(qzeros: Tensor) -> Tensor:
-    shifts = torch.arange(0, WORD_BITS, CODE_BITS, device=qzeros.device, dtype=torch.int32)
-    fields: Tensor = (qzeros[..., None] >> shifts) & LARGEST_CODE
-    return fields
-
-
-def _stored_less_one(qzeros: Tensor) -> Tensor:
-    """Zero points of format v2 as v1 stores them: each field less one, modulo 16."""
-    shifts = torch.arange(0, WORD_BITS, CODE_BITS, device=qzeros.device, dtype=torch.int64)
-    words = (((_fields(qzeros) - 1) & LARGEST_CODE).long() << shifts).sum(dim=-1)
+def _stored_less_one(qzeros: Tensor, settings: GptqSettings) -> Tensor:
+    """Zero points of format v2 as v1 stores them: each field less one, modulo 2**bits."""
+    shifts = torch.arange(0, WORD_BITS, settings.bits, device=qzeros.device, dtype=torch.int64)
+    fields = fields_of(qzeros, settings).unflatten(1, (-1, settings.codes_per_word))
+    words = (((fields - 1) & settings.largest_code).long() << shifts).sum(dim=-1)
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
-def reads_sixteen(qzeros: Tensor) -> bool:
-    """Kernel `cuda` adds one after it has cut the field out: a zero point of 0, stored as 15, becomes 16 there."""
-    return bool((_fields(qzeros) == LARGEST_CODE).any())
+def reads_one_too_many(qzeros: Tensor, settings: GptqSettings) -> bool:
+    """Kernel `cuda` adds one after it has cut the field out: a zero point of 0, stored as 2**bits - 1, becomes 2**bits
+    there."""
+    return bool((fields_of(qzeros, settings) == settings.largest_code).any())
 
 
 def misread_zeros(name: str) -> ModelError:
@@ -139,7 +131,7 @@ def misread_zeros(name: str) -> ModelError:
         "QH-C74",
         f"{name} holds a zero point of 0, which auto-gptq cannot represent: it stores and reads zero points minus one.",
         cause="Written by auto-gptq itself, the -1 also overwrites the adjacent zero points, so the intended weights "
-        "are not known; its kernel for act-order reads 16.",
+        "are not known; its kernel for act-order reads 2**bits.",
         fix="Quantize the 16-bit model again with symmetric groups, or use the engine gptqmodel for a checkpoint in "
         "format gptq_v2.",
     )

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from qlora_hal.errors import ModelError, UnsupportedFeatureError
 from qlora_hal.model.weight_files import read_json
-from qlora_hal_backends.gptq_int4.auto_gptq_engine import check_sides, imported, misread_zeros, reads_sixteen
-from qlora_hal_backends.gptq_int4.engines import CODE_BITS, WORD_BITS, GptqSettings, QuantizationJob, Report
+from qlora_hal_backends.gptq_int4.auto_gptq_engine import check_sides, imported, misread_zeros, reads_one_too_many
+from qlora_hal_backends.gptq_int4.engines import WORD_BITS, GptqSettings, QuantizationJob, Report
 from qlora_hal_backends.torch_family.transformers_versions import older_names, read_config
 
 _PROCESS_WIDE = (
@@ -83,7 +83,7 @@ def _wrapped(causal: Any, settings: GptqSettings) -> Any:
         if any(name.endswith(f".{layer}") for layer in layers) and isinstance(module, torch.nn.Linear):
             check_sides(name, module.in_features, module.out_features, settings, whole=WORD_BITS)
     described = imported("auto_gptq.modeling._base:BaseQuantizeConfig")(
-        bits=CODE_BITS,
+        bits=settings.bits,
         group_size=settings.group_size or -1,
         sym=settings.symmetric,
         desc_act=settings.act_order,
@@ -156,7 +156,7 @@ def _save(wrapped: Any, job: QuantizationJob, stored: torch.dtype) -> None:
     """auto-gptq's own files; scales in float16 as the format has them, everything else as the 16-bit model has it."""
     packed = {name: module for name, module in wrapped.model.named_modules() if hasattr(module, "qweight")}
     for name, module in packed.items():
-        if not job.settings.symmetric and reads_sixteen(module.qzeros):
+        if not job.settings.symmetric and reads_one_too_many(module.qzeros, job.settings):
             raise misread_zeros(name)
     scales = {name: module.scales.to(torch.float16) for name, module in packed.items()}
     wrapped.model.to(stored)

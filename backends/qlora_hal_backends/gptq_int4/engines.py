@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
     from qlora_hal_backends.torch_family.base_weights import BaseWeight
 
-CODE_BITS = 4
 WORD_BITS = 32
-CODES_PER_WORD = WORD_BITS // CODE_BITS
 
 CheckpointFormat = Literal["gptq", "gptq_v2"]
 """v1 (`gptq`) stores each zero point less one, v2 stores it as it is."""
@@ -43,14 +41,30 @@ class GptqSettings:
     act_order: bool
     checkpoint_format: CheckpointFormat
     quantizer: str = ""
+    bits: int = 4
+
+    @property
+    def codes_per_word(self) -> int:
+        return WORD_BITS // self.bits
+
+    @property
+    def largest_code(self) -> int:
+        """In v1 also what a zero point of 0 is stored as: -1."""
+        return (1 << self.bits) - 1
+
+    @property
+    def middle(self) -> int:
+        """The zero point of every symmetric group."""
+        return 1 << (self.bits - 1)
 
 
 @dataclass(frozen=True, slots=True)
 class PackedLinear:
     """One linear layer as it is stored, checked and on its device.
 
-    qweight int32 [in / 8, out]; qzeros int32 [groups, out / 8]; scales float16 [groups, out]; g_idx int32 [in], the
-    group of each input (scattered where act-order was on). The zero points are in the checkpoint's own convention.
+    qweight int32 [in * bits / 32, out]; qzeros int32 [groups, out * bits / 32]; scales float16 [groups, out]; g_idx
+    int32 [in], the group of each input (scattered where act-order was on). The zero points are in the checkpoint's own
+    convention.
     """
 
     name: str

@@ -14,8 +14,6 @@ from torch import Tensor
 from qlora_hal.errors import BackendUnavailableError, ModelError
 from qlora_hal_backends.gptq_int4.contained import surroundings_kept
 from qlora_hal_backends.gptq_int4.engines import (
-    CODE_BITS,
-    CODES_PER_WORD,
     WORD_BITS,
     GptqSettings,
     PackedLinear,
@@ -61,6 +59,7 @@ class TritonWeight:
     qzeros: Tensor
     scales: Tensor
     g_idx: Tensor
+    settings: GptqSettings
     dtype: torch.dtype
 
     @property
@@ -68,9 +67,8 @@ class TritonWeight:
         return self.scales.shape[1], self.g_idx.shape[0]
 
     def dense(self) -> Tensor:
-        largest_code = 2**CODE_BITS - 1
         parts = self.qweight, self.scales, self.qzeros, self.g_idx
-        return self.decode(self.dtype, *parts, CODE_BITS, WORD_BITS, largest_code).t()
+        return self.decode(self.dtype, *parts, self.settings.bits, WORD_BITS, self.settings.largest_code).t()
 
 
 def load_weight(packed: PackedLinear, settings: GptqSettings, kernel: str, dtype: torch.dtype) -> BaseWeight:
@@ -80,11 +78,11 @@ def load_weight(packed: PackedLinear, settings: GptqSettings, kernel: str, dtype
         raise undefined_zeros(packed.name)
     layer = _layer(packed, settings)
     if settings.checkpoint_format == "gptq":
-        _zeros_as_they_are(layer)
+        _zeros_as_they_are(layer, settings.bits)
     # The Triton kernel counts whole words of zero points to a row.
-    if kernel == "triton" and packed.out_features % CODES_PER_WORD == 0:
+    if kernel == "triton" and packed.out_features % settings.codes_per_word == 0:
         decode = _imported(_TRITON)
-        return TritonWeight(decode, layer.qweight, layer.qzeros, packed.scales, layer.g_idx, dtype)
+        return TritonWeight(decode, layer.qweight, layer.qzeros, packed.scales, layer.g_idx, settings, dtype)
     layer.scales = None
     return LayerWeight(layer, packed.scales, dtype)
 
@@ -92,7 +90,7 @@ def load_weight(packed: PackedLinear, settings: GptqSettings, kernel: str, dtype
 def _layer(packed: PackedLinear, settings: GptqSettings) -> Any:
     """A layer of the library over the stored tensors. `post_init` is left out: it compiles the dequantization."""
     layer = _imported(_LAYER)(
-        bits=CODE_BITS,
+        bits=settings.bits,
         group_size=settings.group_size or -1,
         sym=settings.symmetric,
         desc_act=settings.act_order,
@@ -109,16 +107,16 @@ def _layer(packed: PackedLinear, settings: GptqSettings) -> Any:
     return layer
 
 
-def _zeros_as_they_are(layer: Any) -> None:
+def _zeros_as_they_are(layer: Any, bits: int) -> None:
     convert = _imported("gptqmodel.utils.model:convert_gptq_v1_to_v2_format_module")
-    convert(layer, bits=CODE_BITS, pack_dtype=torch.int32)
+    convert(layer, bits=bits, pack_dtype=torch.int32)
 
 
 def undefined_zeros(name: str) -> ModelError:
     return ModelError(
         "QH-C74",
         f"{name} holds a zero point of 0 in the GPTQ format v1, which stores zero points minus one.",
-        cause="Libraries disagree about -1 in four bits: some borrow from the adjacent zero point. So the "
+        cause="Libraries disagree about -1 in a field of a few bits: some borrow from the adjacent zero point. So the "
         "intended weights are not known; asymmetric checkpoints need format v2.",
         fix="Quantize the 16-bit model again (qlora-hal quantize), or find a checkpoint in format gptq_v2.",
     )
@@ -166,7 +164,7 @@ def quantize(job: QuantizationJob, report: Report) -> None:
     torch.manual_seed(job.seed)
     settings = job.settings
     config = QuantizeConfig(
-        bits=CODE_BITS,
+        bits=settings.bits,
         group_size=settings.group_size or -1,
         sym=settings.symmetric,
         desc_act=settings.act_order,

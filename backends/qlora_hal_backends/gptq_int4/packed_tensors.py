@@ -13,14 +13,10 @@ from torch import Tensor
 
 from qlora_hal.errors import ModelError
 from qlora_hal.model.packed_facts import Prequantized
-from qlora_hal_backends.gptq_int4.engines import CODES_PER_WORD, GptqSettings, PackedLinear
+from qlora_hal_backends.gptq_int4.engines import WORD_BITS, GptqSettings, PackedLinear
 from qlora_hal_backends.torch_family.loading import Checkpoint
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
-MIDDLE = 8
-"""The zero point of every symmetric group in four bits."""
-ZERO_OF_NOTHING = 15
-"""In v1 a zero point of 0 is stored as -1, which is 15 in four bits."""
 
 
 def read_settings(prequantized: Prequantized) -> GptqSettings:
@@ -34,6 +30,7 @@ def read_settings(prequantized: Prequantized) -> GptqSettings:
         act_order=bool(stored.get("desc_act", False)),
         checkpoint_format="gptq_v2" if stored.get("checkpoint_format") == "gptq_v2" else "gptq",
         quantizer=str(stored.get("quantizer", "")),
+        bits=int(str(stored["bits"])),
     )
 
 
@@ -62,13 +59,13 @@ def _wrong(tensors: Mapping[str, Tensor], settings: GptqSettings) -> Iterator[st
         yield f"scales are {str(scales.dtype).removeprefix('torch.')}, floating point is expected"
         return
     groups, outputs = scales.shape
-    words = -(-outputs // CODES_PER_WORD)
-    if qweight.shape != (g_idx.shape[0] // CODES_PER_WORD, outputs):
+    words = -(-outputs // settings.codes_per_word)
+    if qweight.shape != (g_idx.shape[0] // settings.codes_per_word, outputs):
         yield f"qweight has shape {list(qweight.shape)}, g_idx {list(g_idx.shape)} and scales {list(scales.shape)}"
     if qzeros.shape != (groups, words):
         yield f"qzeros have shape {list(qzeros.shape)}, [{groups}, {words}] is expected"
     elif settings.symmetric and qzeros.dtype == torch.int32:
-        yield from _other_zeros(_fields(qzeros)[:, :outputs], settings)
+        yield from _other_zeros(fields_of(qzeros, settings)[:, :outputs], settings)
     if not bool(torch.isfinite(scales).all()):
         yield "scales hold NaN or infinity"
     lowest, highest = int(g_idx.min()), int(g_idx.max())
@@ -81,23 +78,23 @@ def _wrong(tensors: Mapping[str, Tensor], settings: GptqSettings) -> Iterator[st
 def _other_zeros(fields: Tensor, settings: GptqSettings) -> Iterator[str]:
     """What speaks against symmetric groups in this format: v1 stores a zero point less one, so that a wrong or missing
     `checkpoint_format` decodes every weight one step off."""
-    stored_less = 1 if settings.checkpoint_format == "gptq" else 0
+    stored_less, middle = int(settings.checkpoint_format == "gptq"), settings.middle
     zeros = fields + stored_less
-    others = zeros[zeros != MIDDLE]
+    others = zeros[zeros != middle]
     if not others.numel():
         return
     other_format = "gptq_v2" if stored_less else "gptq"
-    fits_other = bool((fields + (1 - stored_less) == MIDDLE).all())
+    fits_other = bool((fields + (1 - stored_less) == middle).all())
     yield (
-        f"with sym: true every zero point is {MIDDLE}, and its qzeros hold {int(others[0])} as checkpoint_format "
-        f"{settings.checkpoint_format}" + (f"; as {other_format} they would hold {MIDDLE}" if fits_other else "")
+        f"with sym: true every zero point is {middle}, and its qzeros hold {int(others[0])} as checkpoint_format "
+        f"{settings.checkpoint_format}" + (f"; as {other_format} they would hold {middle}" if fits_other else "")
     )
 
 
-def _fields(qzeros: Tensor) -> Tensor:
-    """int32 words `[groups, words]` -> their four-bit fields `[groups, 8 * words]`, the lowest bits first."""
-    shifts = torch.arange(0, 32, 4, device=qzeros.device, dtype=torch.int32)
-    return ((qzeros[..., None] >> shifts) & 15).flatten(1)
+def fields_of(qzeros: Tensor, settings: GptqSettings) -> Tensor:
+    """int32 words `[groups, words]` -> their fields `[groups, fields]`, the lowest bits first."""
+    shifts = torch.arange(0, WORD_BITS, settings.bits, device=qzeros.device, dtype=torch.int32)
+    return ((qzeros[..., None] >> shifts) & settings.largest_code).flatten(1)
 
 
 def _in_order(g_idx: Tensor, group_size: int) -> bool:
@@ -109,7 +106,7 @@ def has_undefined_zeros(packed: PackedLinear, settings: GptqSettings) -> bool:
     """Whether v1 stores a zero point of 0, as -1: libraries disagree whether it borrows from the field beside it."""
     if settings.checkpoint_format != "gptq" or settings.symmetric:
         return False
-    return bool((_fields(packed.qzeros) == ZERO_OF_NOTHING).any())
+    return bool((fields_of(packed.qzeros, settings) == settings.largest_code).any())
 
 
 def contradiction(where: str, what: str, cause: str = "") -> ModelError:

@@ -17,6 +17,7 @@ from pathlib import Path
 from qlora_hal.contract.backend import CalibrationJob
 from qlora_hal.errors import BackendError, ModelError
 from qlora_hal.files.scratch import scratch_folder
+from qlora_hal.formats.catalogue import record_of
 from qlora_hal.processes import child_process
 from qlora_hal.processes.child_errors import error_from
 from qlora_hal_backends.gptq_int4.engines import Engine, GptqSettings, QuantizationJob, chosen_kernel, installed_engine
@@ -50,6 +51,7 @@ class GptqQuantizer:
             act_order=job.act_order,
             # v1 cannot hold a zero point of 0, which only asymmetric groups have; v1 is what every reader knows.
             checkpoint_format="gptq" if job.symmetric else engine.asymmetric_format,
+            bits=record_of(job.quantization.weight_format).bits,
         )
         with scratch_folder("qlora_hal-gptq-") as folder:
             path = folder / "job.json"
@@ -93,6 +95,7 @@ def _as_json(job: CalibrationJob, settings: GptqSettings) -> dict[str, object]:
         "symmetric": settings.symmetric,
         "act_order": settings.act_order,
         "checkpoint_format": settings.checkpoint_format,
+        "bits": settings.bits,
         "seed": job.seed,
     }
 
@@ -106,6 +109,7 @@ def job_from_json(content: Mapping[str, object]) -> tuple[str, QuantizationJob]:
         symmetric=bool(content["symmetric"]),
         act_order=bool(content["act_order"]),
         checkpoint_format=content["checkpoint_format"],  # type: ignore[arg-type]
+        bits=int(str(content["bits"])),
     )
     job = QuantizationJob(Path(str(content["model"])), Path(str(content["output"])), rows, settings)
     return str(content["engine"]), job
