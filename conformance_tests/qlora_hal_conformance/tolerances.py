@@ -180,12 +180,12 @@ def grid_spacing(step: Float64, dtype: str) -> Bound:
     return Bound(GRID_LEVELS * (UNIT_ROUNDOFF["float16"] + UNIT_ROUNDOFF[dtype]) * step, f"16 (u16 + u[{dtype}]) step")
 
 
-def solver_error(group: AnyFloat) -> Bound:
+def solver_error(group: AnyFloat, codes: int) -> Bound:
     """The root mean square error of a group that a GPTQ solver may leave: one step of a min-max grid, asymmetric or
     symmetric. Plain rounding leaves 0.29 steps; the solver trades error between columns for a better product."""
     values = np.asarray(group, dtype=np.float64)
     reach = np.maximum(values.max(axis=1) - values.min(axis=1), 2.0 * np.abs(values).max(axis=1))
-    return Bound(reach / (GRID_LEVELS - 1), "one step of the group's grid")
+    return Bound(reach / (codes - 1), "one step of the group's grid")
 
 
 # optimizer ------------------------------------------------------------------------------------------------------------

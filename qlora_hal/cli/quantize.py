@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from qlora_hal.model.source import ModelSource
     from qlora_hal.quantize.calibration import Calibration
 
-BITS = 4
 CALIBRATION_ROWS = 256
 CALIBRATION_TOKENS = 1024
 
@@ -29,9 +28,9 @@ def quantize(
     data: Annotated[
         str, Parameter(help="Rows to calibrate on: a file or a dataset id, in any format that train reads.")
     ],
-    format: Annotated[str, Parameter(help="The format; int4_gptq is the one that needs calibration.")] = "int4_gptq",
+    format: Annotated[str, Parameter(help="The format: int4_gptq or int8_gptq.")] = "int4_gptq",
     group_size: Annotated[int, Parameter(help="Inputs that share a scale; -1: all of them.")] = 128,
-    bits: Annotated[int, Parameter(help="Must be 4.")] = BITS,
+    bits: Annotated[int | None, Parameter(help="Must be those of the format.")] = None,
     asymmetric: Annotated[
         bool, Switch, Parameter(help="Asymmetric quantization with zero points (format gptq_v2; with auto_gptq: gptq).")
     ] = False,
@@ -66,7 +65,7 @@ def quantize(
     return 0
 
 
-def asked_storage(weight_format: str, bits: int, group_size: int) -> Quantization:
+def asked_storage(weight_format: str, bits: int | None, group_size: int) -> Quantization:
     """The storage that the flags name. Raises ConfigError QH-U16, UnsupportedFeatureError QH-B01."""
     from qlora_hal.contract.backend import Quantization
     from qlora_hal.errors import ConfigError, UnsupportedFeatureError
@@ -77,16 +76,16 @@ def asked_storage(weight_format: str, bits: int, group_size: int) -> Quantizatio
         calibrated = ", ".join(known.name for known in records() if known.calibrated)
         raise ConfigError(
             "QH-U16",
-            f"--format {weight_format} needs no calibration; {calibrated} is the format that does.",
+            f"--format {weight_format} needs no calibration; {calibrated} do.",
             where="--format",
             fix=f"Train with quantization.weight_format: {weight_format}; the model is quantized while it is loaded.",
         )
-    if bits != record.bits:
+    if bits not in (None, record.bits):
         raise UnsupportedFeatureError(
             "QH-B01",
             f"{bits} bits were requested; {weight_format} has {record.bits}, on every engine here.",
             where="--bits",
-            fix=f"Leave --bits at {record.bits}.",
+            fix="Remove --bits: the format says how many.",
         )
     if group_size != -1 and group_size <= 0:
         raise ConfigError(

@@ -75,7 +75,7 @@ class QuantizationConfig(_Part):
         None, description="Quantize the scales too (QLoRA section 3). Default: yes if the format supports it."
     )
     calibration_path: str | None = Field(
-        None, description="Rows that a 16-bit model is calibrated on for int4_gptq; default: the training rows."
+        None, description="Rows that a 16-bit model is calibrated on for a GPTQ format; default: the training rows."
     )
     calibration_rows: PositiveInt = Field(256, description="Maximum number of calibration rows.")
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(

@@ -31,6 +31,8 @@ class WeightFormat(str):
     """4-bit floats (sign, 2-bit exponent, 1-bit mantissa) with an absmax per block."""
     INT4_GPTQ: ClassVar[WeightFormat]
     """4-bit integers, per-group scale and zero point (GPTQ, Frantar et al. 2022)."""
+    INT8_GPTQ: ClassVar[WeightFormat]
+    """8-bit integers, per-group scale and zero point (GPTQ)."""
     INT2_AFFINE: ClassVar[WeightFormat]
     """MLX: 2-bit integers, per-group scale and bias."""
     INT3_AFFINE: ClassVar[WeightFormat]
@@ -66,8 +68,8 @@ class WeightFormat(str):
 
 
 for _name in (
-    "none", "int8", "nf4", "fp4", "int4_gptq", "int2_affine", "int3_affine", "int4_affine", "int5_affine",
-    "int6_affine", "int8_affine", "mxfp4", "nvfp4", "mxfp8",
+    "none", "int8", "nf4", "fp4", "int4_gptq", "int8_gptq", "int2_affine", "int3_affine", "int4_affine",
+    "int5_affine", "int6_affine", "int8_affine", "mxfp4", "nvfp4", "mxfp8",
 ):  # fmt: skip
     setattr(WeightFormat, _name.upper(), WeightFormat(_name))
 

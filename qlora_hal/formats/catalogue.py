@@ -20,7 +20,7 @@ from qlora_hal.errors import BackendContractError, BackendNotFoundError
 from qlora_hal.errors.foreign import told
 from qlora_hal.formats.checking import contradictions
 from qlora_hal.formats.four_bit import FP4, NF4
-from qlora_hal.formats.gptq import INT4_GPTQ
+from qlora_hal.formats.gptq import GPTQ
 from qlora_hal.formats.int8 import INT8
 from qlora_hal.formats.microscaling import MICROSCALING
 from qlora_hal.formats.mlx_affine import MLX_AFFINE
@@ -29,7 +29,7 @@ from qlora_hal.formats.unquantized import UNQUANTIZED
 
 ENTRY_POINT_GROUP = "qlora_hal.formats"
 
-BUILT_IN = (UNQUANTIZED, INT8, NF4, FP4, INT4_GPTQ, *MLX_AFFINE, *MICROSCALING)
+BUILT_IN = (UNQUANTIZED, INT8, NF4, FP4, *GPTQ, *MLX_AFFINE, *MICROSCALING)
 """The records of this distribution, in the order in which they are listed."""
 
 _OURS: Mapping[str, FormatRecord] = {record.name: record for record in BUILT_IN}

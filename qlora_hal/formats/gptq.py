@@ -1,4 +1,4 @@
-"""GPTQ: 4-bit integers with a scale and a zero point to a group (Frantar et al. 2022).
+"""GPTQ: integers of 4 or 8 bits with a scale and a zero point to a group (Frantar et al. 2022).
 
 A module has `qweight` int32 [in * bits / 32, out], `scales` [groups, out], `qzeros` and `g_idx` [in] (auto-gptq 0.7.1).
 """
@@ -19,7 +19,7 @@ from qlora_hal.formats.record import (
 from qlora_hal.model.packed_facts import Prequantized
 from qlora_hal_oracle.codecs import GptqCodec
 
-BITS = 4
+BITS = (4, 8)
 BLOCK_SIZES = (128, 64, 32, 16, 256, 512, 1024)
 _SETTINGS = ("bits", "group_size", "sym", "desc_act", "true_sequential")
 
@@ -42,7 +42,7 @@ def _read(checkpoint: StoredCheckpoint) -> Packing:
         raise _only_for_marlin()
     described = _description(checkpoint)
     bits = checkpoint.whole("bits", described.get("bits"))
-    if bits != BITS:
+    if bits not in BITS:
         raise UnreadableFormatError(f"quantized with GPTQ in {bits} bits")
     convention = _convention(described)
     group_size = described.get("group_size", -1)
@@ -69,7 +69,7 @@ def _read(checkpoint: StoredCheckpoint) -> Packing:
     settings["checkpoint_format"] = convention
     if writer := _written_by(described):
         settings["quantizer"] = writer
-    return Packing(Prequantized("gptq", "int4_gptq", block_size, False, settings), shapes)
+    return Packing(Prequantized("gptq", f"int{bits}_gptq", block_size, False, settings), shapes)
 
 
 def _convention(described: Mapping[str, object]) -> str:
@@ -111,24 +111,28 @@ def _description(checkpoint: StoredCheckpoint) -> Mapping[str, object]:
     raise checkpoint.contradiction("it has GPTQ tensors, but neither quantization_config nor quantize_config.json")
 
 
-def _bytes(inputs: int, outputs: int, block_size: int, double_quant: bool, compute_bytes: int) -> int:
-    """Half a byte a weight; per group and column a float16 scale and half a byte of zero point; a 4-byte group index an
-    input."""
-    groups = math.ceil(inputs / block_size) * outputs
-    return inputs * outputs // 2 + groups * 5 // 2 + 4 * inputs
-
-
 LAYOUT = CheckpointLayout("gptq", _recognizes, _read, (".scales", ".qzeros", ".g_idx"), weight=".qweight")
 
-INT4_GPTQ = FormatRecord(
-    name="int4_gptq",
-    title="4-bit integers, per-group scale and zero point (GPTQ)",
-    level="4bit",
-    bits=BITS,
-    codec=GptqCodec(),
-    packed_bytes=_bytes,
-    layout=LAYOUT,
-    block_sizes=BLOCK_SIZES,
-    within_rows=True,
-    calibrated=True,
-)
+
+def _gptq(bits: int, level: str) -> FormatRecord:
+    def packed_bytes(inputs: int, outputs: int, block_size: int, double_quant: bool, compute_bytes: int) -> int:
+        """The codes; per group and column a float16 scale and a zero point as wide as a code; a 4-byte group index an
+        input."""
+        groups = math.ceil(inputs / block_size) * outputs
+        return (inputs * outputs + groups) * bits // 8 + groups * 2 + 4 * inputs
+
+    return FormatRecord(
+        name=f"int{bits}_gptq",
+        title=f"{bits}-bit integers, per-group scale and zero point (GPTQ)",
+        level=level,
+        bits=bits,
+        codec=GptqCodec(bits=bits),
+        packed_bytes=packed_bytes,
+        layout=LAYOUT,
+        block_sizes=BLOCK_SIZES,
+        within_rows=True,
+        calibrated=True,
+    )
+
+
+GPTQ = (_gptq(4, level="4bit"), _gptq(8, level="8bit"))

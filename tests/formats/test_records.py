@@ -47,12 +47,12 @@ def test_an_unknown_name_is_refused_with_the_nearest() -> None:
 
 def test_levels_are_those_of_the_records() -> None:
     assert formats_of_level("4bit") == {"nf4", "fp4", "int4_gptq", "int4_affine", "mxfp4", "nvfp4"}
-    assert formats_of_level("8bit") == {"int8", "int8_affine", "mxfp8"}
+    assert formats_of_level("8bit") == {"int8", "int8_gptq", "int8_affine", "mxfp8"}
     assert formats_of_level("auto") == set()
     held = {record.name: record.holding_level for record in BUILT_IN}
     assert held["none"] == "none"
     assert {name for name, level in held.items() if level == "8bit"} == {
-        "int8", "int5_affine", "int6_affine", "int8_affine", "mxfp8",
+        "int8", "int8_gptq", "int5_affine", "int6_affine", "int8_affine", "mxfp8",
     }  # fmt: skip
 
 

@@ -39,16 +39,17 @@ class Kind:
     symmetric: bool = True
     act_order: bool = False
     convention: ZeroPointConvention = V1
+    bits: int = 4
 
     def __str__(self) -> str:
-        words = [str(self.group_size), "sym" if self.symmetric else "asym", self.convention.value]
+        words = [f"{self.bits}bit", str(self.group_size), "sym" if self.symmetric else "asym", self.convention.value]
         return "-".join([*words, *(["act_order"] if self.act_order else [])])
 
     @property
     def described(self) -> dict[str, Any]:
         return {
             "quant_method": "gptq",
-            "bits": 4,
+            "bits": self.bits,
             "group_size": self.group_size,
             "sym": self.symmetric,
             "desc_act": self.act_order,
@@ -62,6 +63,9 @@ KINDS = tuple(
     for symmetric in (True, False)
     for act_order in (False, True)
     for convention in (V1, V2)
+) + tuple(
+    Kind(64, symmetric, act_order, convention, bits=8)
+    for symmetric, act_order, convention in ((True, False, V1), (False, True, V2), (False, False, V1))
 )
 
 
@@ -70,11 +74,11 @@ def packed(weight: Float32, kind: Kind, seed: int = 0) -> GptqWeight:
     groups: Int32 = (np.arange(inputs) // (kind.group_size if kind.group_size > 0 else inputs)).astype(np.int32)
     if kind.act_order:
         groups = np.random.default_rng(seed).permutation(groups)
-    grid = min_max_grid(weight, groups, bits=4, symmetric=kind.symmetric)
+    grid = min_max_grid(weight, groups, bits=kind.bits, symmetric=kind.symmetric)
     if kind.convention is V1 and not kind.symmetric:
         grid = GptqGrid(grid.steps, np.maximum(grid.zeros, 1))  # v1 cannot hold a zero point of 0
-    codes = round_to_grid(weight, grid, groups, bits=4)
-    return pack_gptq(codes, grid, groups, bits=4, convention=kind.convention)
+    codes = round_to_grid(weight, grid, groups, bits=kind.bits)
+    return pack_gptq(codes, grid, groups, bits=kind.bits, convention=kind.convention)
 
 
 def parts(stored: GptqWeight) -> dict[str, np.ndarray[Any, Any]]:
@@ -119,7 +123,8 @@ def source_of(folder: Path) -> ModelSource:
 
 def storage_of(source: ModelSource) -> Quantization:
     assert source.facts.prequantized is not None
-    return Quantization(WeightFormat.INT4_GPTQ, source.facts.prequantized.block_size)
+    packed = source.facts.prequantized
+    return Quantization(WeightFormat(packed.weight_format), packed.block_size)
 
 
 def opened(folder: Path, **options: object) -> QuantizedLoRATrainer:

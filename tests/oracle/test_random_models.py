@@ -22,6 +22,7 @@ QUANTIZATIONS = [
     Quantization(WeightFormat.FP4, 128),
     Quantization(WeightFormat.INT8),
     Quantization(WeightFormat.INT4_GPTQ, 128),
+    Quantization(WeightFormat.INT8_GPTQ, 128),
     Quantization(WeightFormat.INT4_AFFINE, 64),
     Quantization(WeightFormat.INT8_AFFINE, 32),
 ]

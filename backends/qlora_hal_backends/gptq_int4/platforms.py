@@ -32,13 +32,15 @@ FEATURES = frozenset(
 """What holds on every device. GPTQ needs calibration, so nothing is quantized while loading: the core has a 16-bit
 model quantized first (`BackendSpec.quantizer`)."""
 
+FORMATS = frozenset({WeightFormat.INT4_GPTQ, WeightFormat.INT8_GPTQ})
+
 CAPABILITIES = Capabilities(
-    weight_formats=frozenset({WeightFormat.INT4_GPTQ}),
+    weight_formats=FORMATS,
     compute_dtypes=frozenset({"bfloat16", "float16", "float32"}),
     features=FEATURES,
-    block_sizes={WeightFormat.INT4_GPTQ: GROUP_SIZES},
-    levels={"4bit": WeightFormat.INT4_GPTQ},
-    calibrated_formats=frozenset({WeightFormat.INT4_GPTQ}),
+    block_sizes=dict.fromkeys(FORMATS, GROUP_SIZES),
+    levels={"4bit": WeightFormat.INT4_GPTQ, "8bit": WeightFormat.INT8_GPTQ},
+    calibrated_formats=FORMATS,
 )
 
 OPTIONS = {**TORCH_OPTIONS, **GPTQ_OPTIONS}

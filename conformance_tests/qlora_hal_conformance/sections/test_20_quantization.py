@@ -57,6 +57,7 @@ PREQUANTIZED = (
     (WeightFormat.INT8, None, False),
     (WeightFormat.INT4_GPTQ, 128, False),
     (WeightFormat.INT4_GPTQ, 32, False),
+    (WeightFormat.INT8_GPTQ, 128, False),
     (WeightFormat.INT4_AFFINE, 64, False),
     (WeightFormat.INT8_AFFINE, 64, False),
     (WeightFormat.INT3_AFFINE, 64, False),
@@ -344,6 +345,6 @@ def _judge_calibrated(module: str, ready: Opened, weight: Float32, decoded: Floa
     for start in range(0, weight.shape[1], size):
         group, original = decoded[:, start : start + size].astype(np.float64), weight[:, start : start + size]
         error = np.sqrt(((group - original) ** 2).mean(axis=1))
-        judging.within(f"mean error of {module}", error, np.zeros_like(error), solver_error(original))
+        judging.within(f"mean error of {module}", error, np.zeros_like(error), solver_error(original, codes))
         levels = max(len(np.unique(row)) for row in group)
         assert levels <= codes, f"{module} has {levels} levels in a group of {codes} codes"
