@@ -142,6 +142,7 @@ class Opener:
 
     subject: Subject
     models: Models
+    main_dtype: str
     note_device: Callable[[QuantizedLoRATrainer], None]
     ran: set[str] = field(default_factory=set)
     _open: list[QuantizedLoRATrainer] = field(default_factory=list)
@@ -165,7 +166,7 @@ class Opener:
         """
         chosen = weight_format or self.subject.main_format
         quantization = Quantization(chosen, block_size or self.default_block(chosen), double_quant)
-        dtype = dtype or self.subject.main_dtype
+        dtype = dtype or self.main_dtype
         if prequantized is None:
             on_load = self.subject.declares(Feature.QUANTIZE_ON_LOAD)
             prequantized = chosen is not WeightFormat.NONE and not on_load

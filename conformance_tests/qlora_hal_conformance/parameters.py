@@ -35,6 +35,11 @@ def each_dtype(*dtypes: str) -> list[ParameterSet]:
     return [pytest.param(dtype, id=dtype, marks=pytest.mark.needs(dtype)) for dtype in dtypes or DTYPES]
 
 
+in_each_dtype = pytest.mark.parametrize("main_dtype", each_dtype(), indirect=True)
+"""The case once in each compute dtype: every trainer it opens computes in that one, unless it asks for another. So what
+`auto` takes on a device, float32 or a half-precision dtype, is judged by its own name."""
+
+
 def each_format_and_dtype() -> list[ParameterSet]:
     """Every weight format in every compute dtype."""
     return [

@@ -48,6 +48,7 @@ from . import SPEC
 from .loading import LoadedBase, load_base
 from .refusals import refuse_load, refuse_untargeted
 from .rooms import HONEST, Rooms
+from .rounding import ROUNDINGS
 from .step import MasksOf, WindowResult, weighted_sum
 
 
@@ -76,7 +77,7 @@ class ReferenceTrainer(QuantizedLoRATrainer):
 
     # life ----------------------------------------------------------------------------------------------------------
     def proved_compute_dtypes(self) -> tuple[str, ...]:
-        return tuple(dtype for dtype in ("float32", "bfloat16") if dtype in self.spec.capabilities.compute_dtypes)
+        return tuple(dtype for dtype in ROUNDINGS if dtype in self.spec.capabilities.compute_dtypes)
 
     def load(self, source: ModelSource, quantization: Quantization, compute: Compute) -> None:
         refuse_load(self.spec, source, quantization, compute)

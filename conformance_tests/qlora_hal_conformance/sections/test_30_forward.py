@@ -9,9 +9,9 @@ from qlora_hal.contract.capabilities import Feature, WeightFormat
 from qlora_hal.contract.values import Adapter
 from qlora_hal.formats.catalogue import record_of
 from qlora_hal_conformance.assertions import Judge
-from qlora_hal_conformance.comparing import judge_logits
+from qlora_hal_conformance.comparing import judge_change, judge_logits
 from qlora_hal_conformance.fixtures import Opened, Opener
-from qlora_hal_conformance.parameters import OracleOf, each_format_and_dtype
+from qlora_hal_conformance.parameters import OracleOf, each_format_and_dtype, in_each_dtype
 from qlora_hal_conformance.random_inputs import (
     at_real_tokens,
     draw_adapter,
@@ -74,12 +74,14 @@ def test_widths_that_blocks_do_not_divide(
     judge_logits(ready, oracle(ready), draw_batch(seeded, shape), judging)
 
 
+@in_each_dtype
 def test_tied_head(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     shape, _ = opened.models.drawn("tied")
     ready = opened("tied", adapter=draw_adapter(seeded, shape))
     judge_logits(ready, oracle(ready), draw_batch(seeded, shape), judging)
 
 
+@in_each_dtype
 def test_long_rows(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     """Far positions turn far: a wrong rotary frequency shows here, and one that bfloat16 rounded, exact up to 256."""
     shape, _ = opened.models.drawn("main")
@@ -87,6 +89,7 @@ def test_long_rows(opened: Opener, oracle: OracleOf, seeded: np.random.Generator
     judge_logits(ready, oracle(ready), draw_batch(seeded, shape, lengths=(600, 257)), judging)
 
 
+@in_each_dtype
 def test_many_rows_at_once(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     """A kernel may split a batch, or lose its mask, only where there are more rows than a test has."""
     shape, _ = opened.models.drawn("main")
@@ -94,6 +97,7 @@ def test_many_rows_at_once(opened: Opener, oracle: OracleOf, seeded: np.random.G
     judge_logits(ready, oracle(ready), draw_many_rows(seeded, shape), judging)
 
 
+@in_each_dtype
 def test_deep_model(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     """Four layers, wide heads, token ids of more than 15 bits."""
     shape, _ = opened.models.drawn("deep")
@@ -101,6 +105,7 @@ def test_deep_model(opened: Opener, oracle: OracleOf, seeded: np.random.Generato
     judge_logits(ready, oracle(ready), draw_batch(seeded, shape), judging)
 
 
+@in_each_dtype
 def test_special_tokens_are_tokens(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -119,6 +124,7 @@ def test_rows_of_one_and_two_tokens(
 
 
 @pytest.mark.parametrize("use_rslora", [False, True], ids=["alpha_over_r", "alpha_over_root_r"])
+@in_each_dtype
 def test_scale_of_the_adapter(
     use_rslora: bool, opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -129,8 +135,8 @@ def test_scale_of_the_adapter(
     config = ready.adapter.config  # type: ignore[union-attr]
     wrong = draw_adapter(seeded, shape, rank=8)
     other = oracle_with_scale(ready, Adapter(ready.adapter.tensors, wrong.config), not use_rslora, config.alpha)  # type: ignore[union-attr]
-    bound = logits_bound(other, batch, ready.dtype)
-    judging.apart("logits with the other scale", found, at_real_tokens(other.logits(batch), batch), bound)
+    without = at_real_tokens(other.logits(batch), batch)
+    judge_change("logits with the other scale", found, without, other, batch, ready, judging)
 
 
 def oracle_with_scale(ready: Opened, adapter: Adapter, use_rslora: bool, alpha: float) -> OracleTrainer:
@@ -139,6 +145,7 @@ def oracle_with_scale(ready: Opened, adapter: Adapter, use_rslora: bool, alpha: 
     return ready.oracle(Adapter(adapter.tensors, replace(adapter.config, use_rslora=use_rslora, alpha=alpha)))
 
 
+@in_each_dtype
 def test_b_of_zero_changes_nothing(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -149,10 +156,11 @@ def test_b_of_zero_changes_nothing(
     found = judge_logits(ready, oracle(ready), batch, judging)
     ready.attach(adapter)
     moved = at_real_tokens(ready.trainer.logits(batch), batch)
-    judging.apart("logits with B", moved, found, logits_bound(oracle(ready), batch, ready.dtype))
+    judge_change("logits with B", moved, found, oracle(ready), batch, ready, judging)
 
 
 @pytest.mark.parametrize("leaf", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+@in_each_dtype
 def test_adapter_on_one_kind_of_module(
     leaf: str, opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -163,9 +171,10 @@ def test_adapter_on_one_kind_of_module(
     found = judge_logits(ready, oracle(ready), batch, judging)
     ready.attach(with_zero(ready.adapter, "B"))  # type: ignore[arg-type]
     without = at_real_tokens(ready.trainer.logits(batch), batch)
-    judging.apart(f"logits with {leaf}", found, without, logits_bound(oracle(ready), batch, ready.dtype))
+    judge_change(f"logits with {leaf}", found, without, oracle(ready), batch, ready, judging)
 
 
+@in_each_dtype
 def test_adapter_on_few_modules(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     shape, _ = opened.models.drawn("main")
     targets = seeded.choice(sorted(linear_shapes(shape)), size=3, replace=False).tolist()
@@ -173,6 +182,7 @@ def test_adapter_on_few_modules(opened: Opener, oracle: OracleOf, seeded: np.ran
     judge_logits(ready, oracle(ready), draw_batch(seeded, shape), judging)
 
 
+@in_each_dtype
 def test_what_stands_at_padding_does_not_matter(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -186,6 +196,7 @@ def test_what_stands_at_padding_does_not_matter(
 
 
 @pytest.mark.needs(Feature.PACKING)
+@in_each_dtype
 def test_packed_samples_do_not_see_each_other(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -196,6 +207,7 @@ def test_packed_samples_do_not_see_each_other(
     judge_logits(ready, oracle(ready), together, judging)
 
 
+@in_each_dtype
 def test_evaluation_sums_token_losses(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -213,6 +225,7 @@ def test_evaluation_sums_token_losses(
     )
 
 
+@in_each_dtype
 def test_evaluation_of_many_batches(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -235,6 +248,7 @@ def test_evaluation_of_nothing_is_zero(opened: Opener, seeded: np.random.Generat
 
 
 @pytest.mark.needs(Feature.LORA_DROPOUT)
+@in_each_dtype
 def test_evaluation_has_no_dropout(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:

@@ -12,7 +12,7 @@ from qlora_hal.contract.values import IGNORE_LABEL, Batch
 from qlora_hal_conformance.assertions import Judge
 from qlora_hal_conformance.comparing import judge_gradients
 from qlora_hal_conformance.fixtures import Opener
-from qlora_hal_conformance.parameters import OracleOf, each_format, each_format_and_dtype
+from qlora_hal_conformance.parameters import OracleOf, each_format, each_format_and_dtype, in_each_dtype
 from qlora_hal_conformance.random_inputs import (
     draw_adapter,
     draw_batch,
@@ -45,6 +45,7 @@ def test_every_gradient_equals_the_oracle(
     judge_gradients(ready.trainer.gradients(window), oracle(ready), window, ready, judging)
 
 
+@in_each_dtype
 def test_each_window_has_its_own_gradient(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -66,6 +67,7 @@ def test_a_training_step_uses_the_same_gradient(
 
 
 @pytest.mark.needs(Feature.GRADIENT_CHECKPOINTING)
+@in_each_dtype
 def test_checkpointing_changes_no_gradient(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -77,6 +79,7 @@ def test_checkpointing_changes_no_gradient(
 
 
 @pytest.mark.needs(Feature.GRADIENT_CHECKPOINTING, Feature.LORA_DROPOUT)
+@in_each_dtype
 def test_checkpointing_draws_the_same_dropout_again(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -91,6 +94,7 @@ def test_checkpointing_draws_the_same_dropout_again(
     judging.all_within("gradients", found, expected, bounds)
 
 
+@in_each_dtype
 def test_tied_head_has_no_gradient_of_its_own(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -100,6 +104,7 @@ def test_tied_head_has_no_gradient_of_its_own(
 
 
 @pytest.mark.parametrize("use_rslora", [False, True], ids=["alpha_over_r", "alpha_over_root_r"])
+@in_each_dtype
 def test_scale_of_the_adapter(
     use_rslora: bool, opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -109,6 +114,7 @@ def test_scale_of_the_adapter(
     judge_gradients(ready.trainer.gradients(window), oracle(ready), window, ready, judging)
 
 
+@in_each_dtype
 def test_young_adapter(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     """At B = 0 every A has a gradient of exactly zero, and every B one that is not."""
     shape, _ = opened.models.drawn("main")
@@ -119,6 +125,7 @@ def test_young_adapter(opened: Opener, oracle: OracleOf, seeded: np.random.Gener
         assert gradient.any() == ("lora_B" in name), f"{name} has {'no' if 'lora_B' in name else 'a'} gradient"
 
 
+@in_each_dtype
 def test_adapter_on_few_modules(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     """Only the targets get gradients; one below others gets its own through them."""
     shape, _ = opened.models.drawn("main")
@@ -129,6 +136,7 @@ def test_adapter_on_few_modules(opened: Opener, oracle: OracleOf, seeded: np.ran
 
 
 @pytest.mark.parametrize("prompt", [1, 6, 15], ids=["short", "medium", "long"])
+@in_each_dtype
 def test_prompt_tokens_do_not_count(
     prompt: int, opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -138,12 +146,14 @@ def test_prompt_tokens_do_not_count(
     judge_gradients(ready.trainer.gradients(window), oracle(ready), window, ready, judging)
 
 
+@in_each_dtype
 def test_many_rows_at_once(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     shape, _ = opened.models.drawn("main")
     ready, window = opened(adapter=draw_adapter(seeded, shape)), [draw_many_rows(seeded, shape)]
     judge_gradients(ready.trained_gradient(window), oracle(ready), window, ready, judging)
 
 
+@in_each_dtype
 def test_long_rows(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     """Every label far from the start counts, and every token sees the first."""
     shape, _ = opened.models.drawn("main")
@@ -153,6 +163,7 @@ def test_long_rows(opened: Opener, oracle: OracleOf, seeded: np.random.Generator
         judge_gradients(ready.trained_gradient(window), oracle(ready), window, ready, judging)
 
 
+@in_each_dtype
 def test_deep_model(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     """Four layers, wide heads, token ids of more than 15 bits."""
     shape, _ = opened.models.drawn("deep")
@@ -160,6 +171,7 @@ def test_deep_model(opened: Opener, oracle: OracleOf, seeded: np.random.Generato
     judge_gradients(ready.trained_gradient(window), oracle(ready), window, ready, judging)
 
 
+@in_each_dtype
 def test_special_tokens_are_tokens(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -170,6 +182,7 @@ def test_special_tokens_are_tokens(
     judge_gradients(ready.trained_gradient(window), oracle(ready), window, ready, judging)
 
 
+@in_each_dtype
 def test_scattered_labels(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     """Any token may or may not count, as in conversations with several turns."""
     shape, _ = opened.models.drawn("main")
@@ -180,6 +193,7 @@ def test_scattered_labels(opened: Opener, oracle: OracleOf, seeded: np.random.Ge
     judge_gradients(ready.trainer.gradients([scattered]), oracle(ready), [scattered], ready, judging)
 
 
+@in_each_dtype
 def test_last_token_is_trained(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     """The end of the text is what teaches a model to stop: rows where it alone counts, in full and padded rows."""
     shape, _ = opened.models.drawn("main")
@@ -194,6 +208,7 @@ def test_last_token_is_trained(opened: Opener, oracle: OracleOf, seeded: np.rand
     assert any(gradient.any() for gradient in found.values()), "the last token has no gradient"
 
 
+@in_each_dtype
 def test_what_stands_at_padding_does_not_matter(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -206,6 +221,7 @@ def test_what_stands_at_padding_does_not_matter(
     judging.all_within("gradients", found, again, bounds)
 
 
+@in_each_dtype
 def test_width_of_the_padding_does_not_matter(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -230,6 +246,7 @@ def _padded(batch: Batch, time: int) -> Batch:
 
 
 @pytest.mark.needs(Feature.PACKING)
+@in_each_dtype
 def test_packed_samples_equal_separate_ones(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -242,6 +259,7 @@ def test_packed_samples_equal_separate_ones(
     judge_gradients(ready.trained_gradient(together), reference, apart, ready, judging)
 
 
+@in_each_dtype
 def test_looking_leaves_the_next_gradient_alone(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -257,6 +275,7 @@ def test_looking_leaves_the_next_gradient_alone(
 
 
 @pytest.mark.needs(Feature.GENERATE)
+@in_each_dtype
 def test_generation_leaves_the_next_gradient_alone(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -267,6 +286,7 @@ def test_generation_leaves_the_next_gradient_alone(
     judge_gradients(ready.trained_gradient(window), oracle(ready), window, ready, judging)
 
 
+@in_each_dtype
 def test_gradients_twice_are_not_added_up(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -278,6 +298,7 @@ def test_gradients_twice_are_not_added_up(
     judge_gradients(ready.trained_gradient(window), oracle(ready), window, ready, judging)
 
 
+@in_each_dtype
 def test_looking_changes_no_state(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
     """Adapter and moments are the same bits after every view."""
     shape, _ = opened.models.drawn("main")

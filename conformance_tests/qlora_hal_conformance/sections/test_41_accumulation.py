@@ -9,7 +9,7 @@ from qlora_hal.contract.values import IGNORE_LABEL, Batch
 from qlora_hal_conformance.assertions import Judge
 from qlora_hal_conformance.comparing import judge_gradients
 from qlora_hal_conformance.fixtures import Opener
-from qlora_hal_conformance.parameters import OracleOf, each_format
+from qlora_hal_conformance.parameters import OracleOf, each_format, in_each_dtype
 from qlora_hal_conformance.random_inputs import (
     draw_adapter,
     draw_batch,
@@ -46,18 +46,21 @@ def test_window_of_unequal_batches_equals_one_batch(  # type: ignore[no-untyped-
         judge_gradients(ready.trained_gradient(window), oracle(ready), [whole], ready, judging)
 
 
+@in_each_dtype
 def test_eight_micro_batches(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     shape, _ = opened.models.drawn("main")
     ready, whole = opened(adapter=draw_adapter(seeded, shape)), _unequal(seeded, opened, rows=8)
     judge_gradients(ready.trained_gradient(rows_of(whole)), oracle(ready), [whole], ready, judging)
 
 
+@in_each_dtype
 def test_twenty_micro_batches(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     shape, _ = opened.models.drawn("main")
     ready, whole = opened(adapter=draw_adapter(seeded, shape)), draw_many_rows(seeded, shape, rows=20)
     judge_gradients(ready.trained_gradient(rows_of(whole)), oracle(ready), [whole], ready, judging)
 
 
+@in_each_dtype
 def test_order_of_micro_batches_does_not_matter(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -66,6 +69,7 @@ def test_order_of_micro_batches_does_not_matter(
     judge_gradients(ready.trained_gradient(rows_of(whole)[::-1]), oracle(ready), [whole], ready, judging)
 
 
+@in_each_dtype
 def test_last_partial_window_is_a_window(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
     """Windows of three, of one and of two micro-batches: each is divided by its own tokens, none is dropped."""
     shape, _ = opened.models.drawn("main")
@@ -76,6 +80,7 @@ def test_last_partial_window_is_a_window(opened: Opener, seeded: np.random.Gener
 
 
 @pytest.mark.parametrize("place", [0, 1, 2], ids=["first", "middle", "last"])
+@in_each_dtype
 def test_micro_batch_without_a_counted_token(
     place: int, opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -88,6 +93,7 @@ def test_micro_batch_without_a_counted_token(
     judge_gradients(ready.trained_gradient(with_silent), oracle(ready), window, ready, judging)
 
 
+@in_each_dtype
 def test_denominator_is_that_of_the_global_window(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -98,6 +104,7 @@ def test_denominator_is_that_of_the_global_window(
     judge_gradients({name: 4 * gradient for name, gradient in found.items()}, oracle(ready), window, ready, judging)
 
 
+@in_each_dtype
 def test_loss_is_summed_over_the_window(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
