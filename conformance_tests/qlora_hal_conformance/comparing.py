@@ -6,12 +6,21 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
-from qlora_hal.contract.values import Adapter, Batch, Float32
+import numpy as np
+
+from qlora_hal.contract.values import Adapter, Batch, Float32, Int32
 from qlora_hal.errors import QloraHalError
 from qlora_hal_conformance.assertions import Judge
 from qlora_hal_conformance.fixtures import Opened, Opener
 from qlora_hal_conformance.random_inputs import at_real_tokens, total_tokens
-from qlora_hal_conformance.tolerances import gradient_bounds, gradient_noise, is_coarse, logits_bound, logits_noise
+from qlora_hal_conformance.tolerances import (
+    gradient_bounds,
+    gradient_noise,
+    is_coarse,
+    logits_bound,
+    logits_noise,
+    loss_bound,
+)
 from qlora_hal_conformance.verdicts import described
 from qlora_hal_oracle import DropoutMasks, OracleTrainer
 
@@ -27,6 +36,14 @@ def judge_logits(ready: Opened, reference: OracleTrainer, batch: Batch, judging:
     if is_coarse(ready.dtype):
         judging.whole("logits", found, expected, logits_noise(reference, batch, ready.dtype))
     return found
+
+
+def judge_evaluation(ready: Opened, reference: OracleTrainer, window: Sequence[Batch], judging: Judge) -> None:
+    """The loss that `evaluate` sums over all counted tokens of all batches, in nats, and their number."""
+    found = ready.trainer.evaluate(window)
+    assert found.token_count == total_tokens(window), f"{found.token_count} tokens of {total_tokens(window)}"
+    expected, bound = reference.evaluate(window)[0], loss_bound(reference, window, ready.dtype)
+    judging.within("loss sum", np.array(found.loss_sum), np.array(expected), bound)
 
 
 def judge_change(
@@ -67,6 +84,17 @@ def judge_gradients(
 
 def _largest(masks: Sequence[DropoutMasks]) -> float:
     return max((float(mask.max()) for of_batch in masks for mask in of_batch.values()), default=1.0)
+
+
+def judge_greedy(ready: Opened, prompt: Int32, tokens: Int32, judging: Judge) -> None:
+    """Each token has the largest logit after all tokens before it, up to what rounding may decide in a tie."""
+    whole = np.concatenate([prompt, tokens])[None].astype(np.int32)
+    places = np.arange(whole.shape[1], dtype=np.int32)[None]
+    batch = Batch(whole, whole.copy(), places, np.ones_like(whole))
+    logits = ready.trainer.logits(batch)[0, len(prompt) - 1 : -1]
+    bound = logits_bound(ready.oracle(), batch, ready.dtype).times(4, "two logits, twice computed")
+    behind = logits.max(axis=-1) - logits[np.arange(len(tokens)), tokens]
+    judging.within("distance from the largest logit", behind, np.zeros_like(behind), bound)
 
 
 def must_refuse(call: Callable[[], object], what: str, kind: Kinds = QloraHalError) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from qlora_hal.contract.values import OptimizerSnapshot
 from qlora_hal_oracle import UNIT_ROUNDOFF, DropoutMasks, ErrorScale, LossCurveEnvelope, OracleTrainer
 from qlora_hal_oracle.adamw import AdamWState, adamw_update, clip_factor, global_norm
-from qlora_hal_oracle.arithmetic import RandomRounding
+from qlora_hal_oracle.arithmetic import MagnitudeRecorder, RandomRounding
 from qlora_hal_oracle.arrays import AnyFloat, Float64, TokenBatch
 
 U32 = UNIT_ROUNDOFF["float32"]
@@ -104,7 +104,9 @@ def rounding(scale: ErrorScale, dtype: str) -> Bound:
 
 def logits_bound(oracle: OracleTrainer, batch: TokenBatch, dtype: str) -> Bound:
     """The rounding bound of the head's product."""
-    return rounding(oracle.error_scales([batch])["lm_head"], dtype)
+    recorder = MagnitudeRecorder()
+    oracle.model.forward(batch, recorder)
+    return rounding(recorder.scales["lm_head"], dtype)
 
 
 def gradient_bounds(oracle: OracleTrainer, window: Sequence[TokenBatch], dtype: str) -> dict[str, Bound]:

@@ -14,9 +14,17 @@ from qlora_hal.formats.catalogue import record_of
 from qlora_hal.formats.record import FormatRecord
 from qlora_hal.model.source import ModelSource
 from qlora_hal_conformance.assertions import Judge
-from qlora_hal_conformance.comparing import must_refuse, unless_refused
+from qlora_hal_conformance.comparing import judge_gradients, judge_logits, must_refuse, unless_refused
 from qlora_hal_conformance.fixtures import Opened, Opener
-from qlora_hal_conformance.parameters import FORMATS, FOUR_BIT_FORMATS, each_block_size, each_format
+from qlora_hal_conformance.parameters import (
+    FORMATS,
+    FOUR_BIT_FORMATS,
+    PACKED_FORMATS,
+    each_block_size,
+    each_format,
+    in_each_dtype,
+)
+from qlora_hal_conformance.random_inputs import draw_adapter, draw_batch
 from qlora_hal_conformance.subject import Subject
 from qlora_hal_conformance.tolerances import (
     Bound,
@@ -101,10 +109,11 @@ def test_every_layer_of_a_deep_model_is_stored_so(weight_format: WeightFormat, o
 
 
 @pytest.mark.parametrize(("weight_format", "size"), each_block_size())
+@in_each_dtype
 def test_blocks_have_the_size_that_was_asked_for(
-    weight_format: WeightFormat, size: int, opened: Opener, judging: Judge
+    weight_format: WeightFormat, size: int, opened: Opener, seeded: np.random.Generator, judging: Judge
 ) -> None:
-    """Every decoded weight lies on the grid of its own block, and on the nearest point of it."""
+    """Every decoded weight lies on the grid of its own block, and on the nearest point of it. So do products."""
     ready = opened(weight_format=weight_format, block_size=size)
     for module in linear_shapes(ready.model.shape):
         weight, decoded = _weight(module, ready), ready.trainer.dequantized_weight(module).astype(np.float64)
@@ -115,23 +124,30 @@ def test_blocks_have_the_size_that_was_asked_for(
                 _judge_microscaling_grid(module, ready, codec, decoded, judging)
             case _:
                 _judge_four_bit_grid(module, ready, weight, decoded, judging)
+    _judge_products(ready, seeded, judging)
 
 
 @pytest.mark.needs(Feature.DOUBLE_QUANT)
 @pytest.mark.parametrize("weight_format", each_format(*FOUR_BIT_FORMATS))
-def test_double_quantization_keeps_its_bound(weight_format: WeightFormat, opened: Opener, judging: Judge) -> None:
-    """The absmax of each block is an 8-bit code around a mean: off by at most the codec's bound, and really coded."""
+@in_each_dtype
+def test_double_quantization_keeps_its_bound(
+    weight_format: WeightFormat, opened: Opener, seeded: np.random.Generator, judging: Judge
+) -> None:
+    """The absmax of each block is an 8-bit code around a mean: off by at most the codec's bound, and really coded. The
+    products are those of the weights it gives."""
     ready = opened(weight_format=weight_format, double_quant=True)
     coded = 0
     for module in linear_shapes(ready.model.shape):
         _judge_format_error(module, ready, judging)
-        stored = _four_bit(module, ready)
         decoded = ready.trainer.dequantized_weight(module).astype(np.float64)
-        found = np.abs(decoded.reshape(stored.absmax.size, -1)).max(axis=1)
-        allowed = _absmax_bound(stored.absmax) + decoded_exactly(found, ready.dtype).value
-        judging.within(f"absmax of {module}", found, stored.absmax, Bound(allowed, "bound of the 8-bit codec + u |a|"))
-        coded += int(np.count_nonzero(np.abs(found - stored.absmax) > decoded_exactly(found, ready.dtype).value))
+        found = np.abs(decoded.reshape(-1, ready.quantization.block_size or 0)).max(axis=1)
+        absmax = _nearest_absmax(module, ready, found)
+        allowed = _absmax_bound(absmax) + decoded_exactly(found, ready.dtype).value
+        judging.within(f"absmax of {module}", found, absmax, Bound(allowed, "bound of the 8-bit codec + u |a|"))
+        off = np.abs(found - _in_dtype(absmax, ready.dtype))
+        coded += int(np.count_nonzero(off > decoded_exactly(found, "float32").value))
     assert coded, "every absmax is exact: double quantization was ignored"
+    _judge_products(ready, seeded, judging)
 
 
 @pytest.mark.needs(Feature.LOAD_PREQUANTIZED)
@@ -143,10 +159,33 @@ def test_double_quantization_keeps_its_bound(weight_format: WeightFormat, opened
     ],
 )
 def test_quantized_checkpoint_is_taken_as_it_is(
-    weight_format: WeightFormat, size: int | None, double: bool, opened: Opener, judging: Judge
+    weight_format: WeightFormat,
+    size: int | None,
+    double: bool,
+    opened: Opener,
+    seeded: np.random.Generator,
+    judging: Judge,
 ) -> None:
-    """The weights are those that the stored codes decode to, not those of a second quantization."""
-    _judge_stored(opened(weight_format=weight_format, block_size=size, double_quant=double, prequantized=True), judging)
+    """The weights are those that the stored codes decode to, not those of a second quantization, and the products are
+    theirs."""
+    ready = opened(weight_format=weight_format, block_size=size, double_quant=double, prequantized=True)
+    _judge_stored(ready, judging)
+    _judge_products(ready, seeded, judging)
+
+
+@pytest.mark.needs(Feature.LOAD_PREQUANTIZED)
+@pytest.mark.parametrize("weight_format", each_format(*PACKED_FORMATS))
+@in_each_dtype
+def test_quantized_checkpoint_in_several_files(
+    weight_format: WeightFormat, opened: Opener, seeded: np.random.Generator, judging: Judge
+) -> None:
+    """Three files and an index, as large models come: the codes of a layer lie in one, its scales in another, and what
+    is not packed is bfloat16. Embedding, norms and head are used as they are stored."""
+    storage = Quantization(weight_format, opened.default_block(weight_format))
+    model = opened.models.quantized("main", storage, stored_dtype="bfloat16", files=3)
+    ready = opened(model, weight_format=weight_format, block_size=storage.block_size, prequantized=True)
+    _judge_stored(ready, judging)
+    _judge_products(ready, seeded, judging)
 
 
 @pytest.mark.needs(Feature.LOAD_PREQUANTIZED)
@@ -160,7 +199,10 @@ def test_quantized_checkpoint_is_taken_as_it_is(
         pytest.param(GptqCodec(False, True, ZeroPointConvention.V2), id="v2-asymmetric-act_order"),
     ],
 )
-def test_gptq_checkpoint_is_read_in_its_own_convention(kind: GptqCodec, opened: Opener, judging: Judge) -> None:
+@in_each_dtype
+def test_gptq_checkpoint_is_read_in_its_own_convention(
+    kind: GptqCodec, opened: Opener, seeded: np.random.Generator, judging: Judge
+) -> None:
     """Zero points as they are or less one, one for each group or one for all, groups in order or scattered by g_idx:
     read by another rule, each gives weights of the right size that are wrong."""
     shape, tensors = opened.models.drawn("main")
@@ -169,16 +211,21 @@ def test_gptq_checkpoint_is_read_in_its_own_convention(kind: GptqCodec, opened: 
     model = write_quantized(opened.models.folder / name, shape, tensors, storage, codec=kind)
     ready = opened(model, weight_format=storage.weight_format, block_size=storage.block_size, prequantized=True)
     _judge_stored(ready, judging)
+    _judge_products(ready, seeded, judging)
 
 
 @pytest.mark.needs(Feature.QUANTIZE_ON_LOAD)
+@pytest.mark.parametrize("files", [1, 3], ids=["one_file", "three_files"])
 @pytest.mark.parametrize("stored_dtype", ["float16", "bfloat16"])
+@in_each_dtype
 def test_checkpoint_in_half_precision_is_quantized_from_its_own_values(
-    stored_dtype: str, opened: Opener, judging: Judge
+    stored_dtype: str, files: int, opened: Opener, seeded: np.random.Generator, judging: Judge
 ) -> None:
-    ready = opened(opened.models.plain("main", stored_dtype=stored_dtype))
+    """In one file and in three with an index; embedding, norms and head are used as they are stored."""
+    ready = opened(opened.models.plain("main", stored_dtype=stored_dtype, files=files))
     for module in linear_shapes(ready.model.shape):
         _judge_format_error(module, ready, judging)
+    _judge_products(ready, seeded, judging)
 
 
 @pytest.mark.parametrize("weight_format", each_format())
@@ -255,6 +302,15 @@ def test_same_weights_are_stored_the_same_way_twice(opened: Opener) -> None:
         assert np.array_equal(one, two), f"{module} was quantized to other numbers the second time"
 
 
+def _judge_products(ready: Opened, seeded: np.random.Generator, judging: Judge) -> None:
+    """What is multiplied, forward and back, is what `dequantized_weight` shows and what the files hold of the rest."""
+    shape = ready.model.shape
+    ready.attach(draw_adapter(seeded, shape))
+    reference, window = ready.oracle(), [draw_batch(seeded, shape, lengths=(14, 9))]
+    judge_logits(ready, reference, window[0], judging)
+    judge_gradients(ready.trained_gradient(window), reference, window, ready, judging)
+
+
 # the formats ----------------------------------------------------------------------------------------------------------
 def _judge_stored(ready: Opened, judging: Judge) -> None:
     assert ready.model.stored is not None
@@ -279,16 +335,28 @@ def _record(ready: Opened) -> FormatRecord:
 
 def _weight(module: str, ready: Opened) -> Float32:
     """What there is to quantize: the weight in the compute dtype, as a backend may read it."""
-    weight = ready.model.tensors[f"{module}.weight"]
-    if ready.dtype == "bfloat16":
-        return round_to_bfloat16(weight)
-    return weight.astype(ready.dtype).astype(np.float32)
+    return _in_dtype(ready.model.tensors[f"{module}.weight"], ready.dtype)
+
+
+def _in_dtype(values: Float32, dtype: str) -> Float32:
+    return round_to_bfloat16(values) if dtype == "bfloat16" else values.astype(dtype).astype(np.float32)
 
 
 def _four_bit(module: str, ready: Opened) -> FourBitWeight:
     kind = FourBitFormat(ready.quantization.weight_format.value)
     size = ready.quantization.block_size or 0
     return quantize_four_bit(_weight(module, ready), weight_format=kind, block_size=size)
+
+
+def _nearest_absmax(module: str, ready: Opened, found: Float64) -> Float32:
+    """The absmax of each block of the weight, read as it is stored or in the compute dtype: a backend may do either,
+    and what it did is nearer to what was found."""
+    kind = FourBitFormat(ready.quantization.weight_format.value)
+    readings = (
+        quantize_four_bit(weight, weight_format=kind, block_size=ready.quantization.block_size or 0).absmax
+        for weight in (ready.model.tensors[f"{module}.weight"], _weight(module, ready))
+    )
+    return min(readings, key=lambda absmax: float(np.abs(found - _in_dtype(absmax, ready.dtype)).sum()))
 
 
 def _absmax_bound(absmax: Float32) -> Float64:

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 
 from qlora_hal.contract.capabilities import Feature
-from qlora_hal.contract.dropout import kept
-from qlora_hal.contract.dropout import rows_of as rows_of_batch
 from qlora_hal.contract.values import IGNORE_LABEL, Batch, Float32
 from qlora_hal_conformance.assertions import Judge
 from qlora_hal_conformance.comparing import judge_gradients
@@ -158,7 +156,7 @@ def test_masks_are_those_of_the_contract(
     window = placed([*draw_window(seeded, shape), draw_batch(seeded, shape, lengths=(7, 11))])
     reference = oracle(ready)
     for key in (KEYS[0], KEYS[0] + 2**45):
-        masks = [_masks(ready, batch, key) for batch in window]
+        masks = [ready.masks(batch, key) for batch in window]
         found = ready.trained_gradient(window, dropout_key=key)
         judge_gradients(found, reference, window, ready, judging, masks=masks)
 
@@ -249,17 +247,6 @@ def _agreement(left: Mapping[str, np.ndarray], right: Mapping[str, np.ndarray]) 
     one, other = (np.concatenate([masks[name] for name in left]) for masks in (left, right))
     above = float((one == other).mean()) - agreement_of_chance(DROP)
     return max(above, 0.0), agreement_above_chance(one.size, DROP)
-
-
-def _masks(ready: Opened, batch: Batch, key: int) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
-    """What the adapter's inputs are multiplied with in a step of this key."""
-    assert ready.adapter is not None
-    config, shapes = ready.adapter.config, ready.trainer.linear_modules()
-    rows, time, rate = rows_of_batch(batch), batch.input_ids.shape[1], config.dropout
-    return {
-        module: kept(key, module, rows, time, shapes[module].inputs, rate) / (1.0 - rate)
-        for module in config.target_modules
-    }
 
 
 def _twice(bounds: Mapping[str, Bound], factor: float = 2.0) -> dict[str, Bound]:

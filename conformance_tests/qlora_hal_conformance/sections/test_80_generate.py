@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from qlora_hal.contract.capabilities import Feature
-from qlora_hal.contract.values import Batch, Int32
+from qlora_hal.contract.values import Int32
 from qlora_hal_conformance.assertions import Judge
-from qlora_hal_conformance.fixtures import Opened, Opener
+from qlora_hal_conformance.comparing import judge_greedy as _judge_greedy
+from qlora_hal_conformance.fixtures import Opener
 from qlora_hal_conformance.parameters import in_each_dtype
 from qlora_hal_conformance.random_inputs import draw_adapter, draw_batch, with_zero
-from qlora_hal_conformance.tolerances import Bound, logits_bound
+from qlora_hal_conformance.tolerances import Bound
 
 pytestmark = pytest.mark.needs(Feature.GENERATE)
 
@@ -22,17 +23,6 @@ def _prompt(seeded: np.random.Generator, opened: Opener) -> Int32:
     shape, _ = opened.models.drawn("main")
     prompt: Int32 = draw_batch(seeded, shape, lengths=(int(seeded.integers(4, 12)),)).input_ids[0]
     return prompt
-
-
-def _judge_greedy(ready: Opened, prompt: Int32, tokens: Int32, judging: Judge) -> None:
-    """Each token has the largest logit after all tokens before it, up to what rounding may decide in a tie."""
-    whole = np.concatenate([prompt, tokens])[None].astype(np.int32)
-    places = np.arange(whole.shape[1], dtype=np.int32)[None]
-    batch = Batch(whole, whole.copy(), places, np.ones_like(whole))
-    logits = ready.trainer.logits(batch)[0, len(prompt) - 1 : -1]
-    bound = logits_bound(ready.oracle(), batch, ready.dtype).times(4, "two logits, twice computed")
-    behind = logits.max(axis=-1) - logits[np.arange(len(tokens)), tokens]
-    judging.within("distance from the largest logit", behind, np.zeros_like(behind), bound)
 
 
 @in_each_dtype
