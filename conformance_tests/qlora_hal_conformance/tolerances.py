@@ -43,7 +43,8 @@ MOMENT_ROUNDINGS = 8.0
 """The same for a moment: two products, a sum, and a square."""
 
 PROBE_SECONDS = 0.050
-"""The detection budget: what a user waits for each backend at each start."""
+"""The detection budget: what a user waits for each backend at each start, on a machine that has time for it. The best
+of several calls counts; a probe that computes, or asks a driver, takes longer in each of them."""
 
 YOUNG_UPDATE_SHORTFALL = 0.5
 """The largest part of the exact change of the logits that the compute dtype may hide. Added onto an output that is
@@ -197,6 +198,13 @@ def norm_noise(noise: Mapping[str, Bound], gradients: Mapping[str, Float64]) -> 
 
 def _summed(gradients: Mapping[str, Float64]) -> float:
     return MOMENT_ROUNDINGS * U32 * global_norm(gradients)
+
+
+def summed(values: AnyFloat, terms: int) -> Bound:
+    """A float32 sum of equal terms, n u32 |x| at each place (Higham, section 4.2); and the terms themselves may be made
+    in another order each time, u32 max|x| of their own float32 sums."""
+    magnitude = np.abs(np.asarray(values, dtype=np.float64))
+    return Bound(terms * U32 * (magnitude + magnitude.max(initial=0.0)), f"{terms} u32 (|x| + max|x|)")
 
 
 def copied(values: AnyFloat) -> Bound:

@@ -8,7 +8,7 @@ import pytest
 from qlora_hal.contract.values import IGNORE_LABEL, Batch
 from qlora_hal_conformance.assertions import Judge
 from qlora_hal_conformance.comparing import judge_gradients
-from qlora_hal_conformance.fixtures import Opener
+from qlora_hal_conformance.fixtures import Opener, placed
 from qlora_hal_conformance.parameters import OracleOf, each_format, in_each_dtype
 from qlora_hal_conformance.random_inputs import (
     draw_adapter,
@@ -18,10 +18,12 @@ from qlora_hal_conformance.random_inputs import (
     total_tokens,
     with_field,
 )
-from qlora_hal_conformance.tolerances import UpdateSettings
+from qlora_hal_conformance.tolerances import UpdateSettings, summed
 from qlora_hal_conformance.updating import judge_step, oracle_at_state_of
 
 RATE = 1e-2
+EQUAL = 64
+"""A power of 2: the loss is divided by 64 times as many tokens, and no mantissa changes."""
 
 
 def _unequal(seeded: np.random.Generator, opened: Opener, rows: int = 4) -> Batch:
@@ -58,6 +60,19 @@ def test_twenty_micro_batches(opened: Opener, oracle: OracleOf, seeded: np.rando
     shape, _ = opened.models.drawn("main")
     ready, whole = opened(adapter=draw_adapter(seeded, shape)), draw_many_rows(seeded, shape, rows=20)
     judge_gradients(ready.trained_gradient(rows_of(whole)), oracle(ready), [whole], ready, judging)
+
+
+@in_each_dtype
+def test_equal_micro_batches_have_the_gradient_of_one(
+    opened: Opener, seeded: np.random.Generator, judging: Judge
+) -> None:
+    """64 times the same micro-batch: its rounding is the same each time, so what is left is that of the sum, which is
+    float32 whatever the compute dtype. A sum in bfloat16 loses of each term what lies below a 256th of the total."""
+    shape, _ = opened.models.drawn("main")
+    ready, batch = opened(adapter=draw_adapter(seeded, shape)), draw_batch(seeded, shape, lengths=(6,), prompt=1)
+    (batch,) = placed([batch])
+    one, many = (ready.trained_gradient([batch] * times) for times in (1, EQUAL))
+    judging.all_within("gradients", many, one, {name: summed(gradient, EQUAL) for name, gradient in one.items()})
 
 
 @in_each_dtype
