@@ -37,6 +37,25 @@ class Judge:
         place = np.unravel_index(int(np.argmax(used)), used.shape)
         self._note(Measure(what, float(apart[place]), float(allowed[place]), bound.formula))
 
+    def whole(self, what: str, found: AnyFloat, expected: AnyFloat, bound: Bound) -> None:
+        """The 2-norm of found - expected must not exceed the bound."""
+        left, right = (np.asarray(values, dtype=np.float64) for values in (found, expected))
+        assert left.shape == right.shape, f"{what}: shape {left.shape}, expected {right.shape}"
+        self.at_most(f"{what} as a whole", float(np.linalg.norm(left - right)), bound)
+
+    def all_whole(
+        self, what: str, found: Mapping[str, AnyFloat], expected: Mapping[str, AnyFloat], bounds: Mapping[str, Bound]
+    ) -> None:
+        """`whole` for each named tensor; the tightest is the one written down."""
+        each = Judge()
+        for name in expected:
+            try:
+                each.whole(f"{what}, {_short(name)}", found[name], expected[name], bounds[name])
+            except AssertionError:
+                self.measures += each.measures[-1:]
+                raise
+        self.measures.append(max(each.measures, key=lambda measure: measure.used))
+
     def all_within(
         self, what: str, found: Mapping[str, AnyFloat], expected: Mapping[str, AnyFloat], bounds: Mapping[str, Bound]
     ) -> None:
@@ -61,6 +80,12 @@ class Judge:
         distance = np.abs(np.asarray(found, dtype=np.float64) - np.asarray(other, dtype=np.float64))
         largest = float(np.max(distance / np.maximum(np.asarray(bound.value), np.finfo(np.float64).tiny), initial=0.0))
         inverse = 1.0 / largest if largest > 0.0 else float("inf")
+        self._note(Measure(f"{what} (bound / change)", inverse, 1.0, f"the change exceeds {bound.formula}"))
+
+    def apart_as_a_whole(self, what: str, found: AnyFloat, other: AnyFloat, bound: Bound) -> None:
+        """The 2-norm of the change must exceed the bound."""
+        change = float(np.linalg.norm(np.asarray(found, dtype=np.float64) - np.asarray(other, dtype=np.float64)))
+        inverse = float(bound.value) / change if change > 0.0 else float("inf")
         self._note(Measure(f"{what} (bound / change)", inverse, 1.0, f"the change exceeds {bound.formula}"))
 
     def _note(self, measure: Measure) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from qlora_hal.contract.backend import Compute, Quantization, QuantizedLoRATrainer
 from qlora_hal.contract.capabilities import Feature, WeightFormat
+from qlora_hal.contract.dropout import kept, rows_of
 from qlora_hal.contract.values import Adapter, Batch, Float32, StepSettings, StepStats
 from qlora_hal.formats.catalogue import record_of
 from qlora_hal.model.source import ModelSource
@@ -56,6 +57,19 @@ class Opened:
         assert stats.applied, "an ordinary step was not applied"
         moments = self.trainer.export_optimizer().moments
         return {n.removesuffix(".exp_avg"): m for n, m in moments.items() if n.endswith(".exp_avg")}
+
+    def masks(self, batch: Batch, key: int) -> dict[str, Float64]:
+        """What the adapter's inputs are multiplied with in a step of this key, by the contract; `[batch, time, in]` by
+        module, nothing without dropout."""
+        assert self.adapter is not None
+        config, shapes = self.adapter.config, self.trainer.linear_modules()
+        if config.dropout == 0.0:
+            return {}
+        rows, time, rate = rows_of(batch), batch.input_ids.shape[1], config.dropout
+        return {
+            module: kept(key, module, rows, time, shapes[module].inputs, rate) / (1.0 - rate)
+            for module in config.target_modules
+        }
 
     def own_base(self) -> dict[str, Float32]:
         """The weights as the backend's products see them; what is never quantized, as stored."""
@@ -120,19 +134,24 @@ class Models:
         self._drawn[name] = shape, tensors
         self._written = {key: model for key, model in self._written.items() if not key.startswith(f"{name}-")}
 
-    def plain(self, name: str, *, stored_dtype: str = "float32") -> TinyModel:
-        key = f"{name}-{stored_dtype}"
+    def plain(self, name: str, *, stored_dtype: str = "float32", files: int = 1) -> TinyModel:
+        key = f"{name}-{stored_dtype}-{files}"
         if key not in self._written:
             shape, tensors = self.drawn(name)
-            self._written[key] = write_model(self.folder / key, shape, tensors, stored_dtype=stored_dtype)
+            self._written[key] = write_model(self.folder / key, shape, tensors, stored_dtype=stored_dtype, files=files)
         return self._written[key]
 
-    def quantized(self, name: str, quantization: Quantization) -> TinyModel:
+    def quantized(
+        self, name: str, quantization: Quantization, *, stored_dtype: str = "float32", files: int = 1
+    ) -> TinyModel:
+        """`stored_dtype` is that of what is not packed."""
         double = "-double" if quantization.double_quant else ""
-        key = f"{name}-{quantization.weight_format.value}-{quantization.block_size}{double}"
+        key = f"{name}-{quantization.weight_format.value}-{quantization.block_size}{double}-{stored_dtype}-{files}"
         if key not in self._written:
             shape, tensors = self.drawn(name)
-            self._written[key] = write_quantized(self.folder / key, shape, tensors, quantization)
+            self._written[key] = write_quantized(
+                self.folder / key, shape, tensors, quantization, stored_dtype=stored_dtype, files=files
+            )
         return self._written[key]
 
 
@@ -142,6 +161,7 @@ class Opener:
 
     subject: Subject
     models: Models
+    main_dtype: str
     note_device: Callable[[QuantizedLoRATrainer], None]
     ran: set[str] = field(default_factory=set)
     _open: list[QuantizedLoRATrainer] = field(default_factory=list)
@@ -165,7 +185,7 @@ class Opener:
         """
         chosen = weight_format or self.subject.main_format
         quantization = Quantization(chosen, block_size or self.default_block(chosen), double_quant)
-        dtype = dtype or self.subject.main_dtype
+        dtype = dtype or self.main_dtype
         if prequantized is None:
             on_load = self.subject.declares(Feature.QUANTIZE_ON_LOAD)
             prequantized = chosen is not WeightFormat.NONE and not on_load

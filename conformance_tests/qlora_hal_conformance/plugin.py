@@ -175,14 +175,21 @@ def judging(request: pytest.FixtureRequest) -> Judge:
 
 
 @pytest.fixture
+def main_dtype(request: pytest.FixtureRequest, subject: Subject) -> str:
+    """The compute dtype of trainers that are opened without naming one: the case's own, where it has one."""
+    return str(getattr(request, "param", subject.main_dtype))
+
+
+@pytest.fixture
 def opened(
     request: pytest.FixtureRequest,
     subject: Subject,
     models: Models,
+    main_dtype: str,
     _note_device: Callable[[QuantizedLoRATrainer], None],
 ) -> Iterator[Opener]:
     """Opens trainers; closes them when the case is over."""
-    opener = Opener(subject, models, _note_device, request.node.stash[_NOTES].ran)
+    opener = Opener(subject, models, main_dtype, _note_device, request.node.stash[_NOTES].ran)
     yield opener
     opener.close()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +20,16 @@ SCALES = (0.75, 1.5, 3.0)
 
 
 SPECIAL_SHARE = 0.4
+
+PACKINGS: Mapping[str, Sequence[Sequence[int]]] = {
+    "several_rows": ((11, 7, 13), (9, 5), (6, 4, 12, 3)),
+    "ten_samples": ((4, 6, 3, 5, 7, 4, 3, 6, 5, 4), (20, 9)),
+    "beyond_512": ((300, 170, 90),),
+    "beyond_1024": ((380, 420, 240, 60),),
+}
+"""Lengths of the samples of each packed row. Attention takes other kernels for long rows, and masks are cut by the
+number of samples and of rows."""
+SHORT_PACKINGS = ("several_rows", "ten_samples")
 
 
 def stream(seed: int, name: str) -> np.random.Generator:
@@ -108,6 +118,16 @@ def packed(batches: Sequence[Batch], *, time: int | None = None) -> Batch:
         position_ids[0, place], segment_ids[0, place] = row.position_ids[0, :length], number
         start += length
     return Batch(input_ids, labels, position_ids, segment_ids)
+
+
+def draw_packed(
+    random: np.random.Generator, shape: LlamaShape, rows: Sequence[Sequence[int]], *, time: int | None = None
+) -> Batch:
+    """Rows of several samples each, of these lengths, padded to the longest row or to `time`."""
+    width = time or max(sum(lengths) for lengths in rows)
+    alone = [packed([draw_batch(random, shape, lengths=lengths)], time=width) for lengths in rows]
+    fields = ("input_ids", "labels", "position_ids", "segment_ids")
+    return Batch(**{name: np.concatenate([getattr(row, name) for row in alone]) for name in fields})
 
 
 def with_field(batch: Batch, **fields: Int32) -> Batch:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from qlora_hal_oracle import UNIT_ROUNDOFF, ErrorScale, LossCurveEnvelope, OracleTrainer
+from qlora_hal.contract.values import OptimizerSnapshot
+from qlora_hal_oracle import UNIT_ROUNDOFF, DropoutMasks, ErrorScale, LossCurveEnvelope, OracleTrainer
 from qlora_hal_oracle.adamw import AdamWState, adamw_update, clip_factor, global_norm
+from qlora_hal_oracle.arithmetic import MagnitudeRecorder, RandomRounding
 from qlora_hal_oracle.arrays import AnyFloat, Float64, TokenBatch
 
 U32 = UNIT_ROUNDOFF["float32"]
@@ -22,6 +24,11 @@ U32 = UNIT_ROUNDOFF["float32"]
 ROUNDING_CONSTANT = 8.0
 """c of the forward and gradient bounds, one for all backends. Honest float32 programs were measured at c <= 1.7,
 honest bfloat16 ones at c <= 2.5 with two layers; the rest is for amplification by norms and softmax in other draws."""
+
+NOISE_WIDENING = 3.0
+"""The error of a whole tensor, as a 2-norm, may be this many times that of a randomly rounded run. The run rounds each
+stored value once; a program may round two or three times on the way (a norm before and after its weight, a rotation in
+three parts), which is sqrt(3) in squares, and a run's own norm over hundreds of numbers is known to a tenth or so."""
 
 LOSS_CURVE_WIDENING = 3.0
 """A loss curve may lie this many times as far from the exact one as the oracle's randomly rounded runs do."""
@@ -36,7 +43,8 @@ MOMENT_ROUNDINGS = 8.0
 """The same for a moment: two products, a sum, and a square."""
 
 PROBE_SECONDS = 0.050
-"""The detection budget: what a user waits for each backend at each start."""
+"""The detection budget: what a user waits for each backend at each start, on a machine that has time for it. The best
+of several calls counts; a probe that computes, or asks a driver, takes longer in each of them."""
 
 YOUNG_UPDATE_SHORTFALL = 0.5
 """The largest part of the exact change of the logits that the compute dtype may hide. Added onto an output that is
@@ -97,7 +105,9 @@ def rounding(scale: ErrorScale, dtype: str) -> Bound:
 
 def logits_bound(oracle: OracleTrainer, batch: TokenBatch, dtype: str) -> Bound:
     """The rounding bound of the head's product."""
-    return rounding(oracle.error_scales([batch])["lm_head"], dtype)
+    recorder = MagnitudeRecorder()
+    oracle.model.forward(batch, recorder)
+    return rounding(recorder.scales["lm_head"], dtype)
 
 
 def gradient_bounds(oracle: OracleTrainer, window: Sequence[TokenBatch], dtype: str) -> dict[str, Bound]:
@@ -106,26 +116,95 @@ def gradient_bounds(oracle: OracleTrainer, window: Sequence[TokenBatch], dtype: 
     return {name: rounding(scales[name], dtype) for name in oracle.export_adapter()}
 
 
+def is_coarse(dtype: str) -> bool:
+    """Whether the bound of the worst entry is as large as what it bounds: with u = 2^-8 it allows 8 sqrt(13) u, a tenth
+    of |L||R|, and sums of a hundred terms of either sign are no larger. What rounding does to a whole tensor is far
+    less, so a coarse dtype is judged by `logits_noise` and `gradient_noise` too."""
+    return UNIT_ROUNDOFF[dtype] > U32
+
+
+def logits_noise(oracle: OracleTrainer, batch: TokenBatch, dtype: str) -> Bound:
+    """The 2-norm of what rounding does to all logits that are not padding: 3 times that of a randomly rounded run."""
+    real = batch.segment_ids != 0
+    rounded = oracle.model.forward(batch, RandomRounding(UNIT_ROUNDOFF[dtype], seed=0)).logits
+    apart = (rounded - oracle.logits(batch))[real]
+    return Bound(NOISE_WIDENING * float(np.linalg.norm(apart)), f"3 |error of a run rounded at random to {dtype}|")
+
+
+def gradient_noise(
+    oracle: OracleTrainer,
+    window: Sequence[TokenBatch],
+    dtype: str,
+    *,
+    masks: Sequence[DropoutMasks] | None = None,
+    denominator: float | None = None,
+) -> dict[str, Bound]:
+    """The same for each tensor's gradient: 3 times its own error in a randomly rounded run, or the part of its norm
+    that rounding takes of all gradients together, where that is more: one tensor's may be small by luck."""
+    exact, rounded = (
+        oracle.window_gradients(window, masks=masks, denominator=denominator, arithmetic=arithmetic).gradients
+        for arithmetic in (None, RandomRounding(UNIT_ROUNDOFF[dtype], seed=0))
+    )
+    apart = {name: float(np.linalg.norm(rounded[name] - exact[name])) for name in exact}
+    part = math.hypot(*apart.values()) / max(global_norm(exact), np.finfo(np.float64).tiny)
+    return {
+        name: Bound(
+            NOISE_WIDENING * max(apart[name], part * float(np.linalg.norm(exact[name]))),
+            f"3 |error of a run rounded at random to {dtype}|",
+        )
+        for name in exact
+    }
+
+
 def loss_bound(oracle: OracleTrainer, window: Sequence[TokenBatch], dtype: str) -> Bound:
     """2 b sqrt(n) + u32 n * mean loss, with b the bound of the logits and n the counted tokens.
 
     One token's loss is log sum exp(z) - z[label]; each term moves by at most the largest error of z, so by 2 b
     together. The tokens' errors are of either sign and b is never reached by many, hence sqrt(n) and not n. Summing
-    n losses in float32 costs at most u32 n relative.
+    n losses in float32 costs at most u32 n relative. In a coarse dtype b is the root mean square of `logits_noise`, a
+    third of which is what one logit's error is like: 2 b sqrt(n) is then 4 deviations of the sum, and a log-sum-exp,
+    being convex, adds up to b^2 / 2 for each token.
     """
     losses = [oracle.evaluate([batch]) for batch in window]
     count = sum(tokens for _, tokens in losses)
-    logits = max(float(logits_bound(oracle, batch, dtype).value) for batch in window)
     summing = U32 * count * abs(sum(loss for loss, _ in losses))
+    if is_coarse(dtype):
+        b = max(_root_mean_square(oracle, batch, dtype) for batch in window)
+        return Bound(
+            2.0 * b * math.sqrt(count) + count * b**2 / 2.0 + summing,
+            f"2 * {b:.3g} * sqrt({count}) + n * {b:.3g}^2 / 2 + 2^-24 * n * loss",
+        )
+    logits = max(float(logits_bound(oracle, batch, dtype).value) for batch in window)
     return Bound(2.0 * logits * math.sqrt(count) + summing, f"2 * {logits:.3g} * sqrt({count}) + 2^-24 * n * loss")
+
+
+def _root_mean_square(oracle: OracleTrainer, batch: TokenBatch, dtype: str) -> float:
+    numbers = int(np.count_nonzero(batch.segment_ids)) * oracle.model.shape.vocab_size
+    return float(logits_noise(oracle, batch, dtype).value) / math.sqrt(max(numbers, 1))
 
 
 def norm_bound(bounds: Mapping[str, Bound], gradients: Mapping[str, Float64]) -> Bound:
     """sqrt(sum over tensors of size * bound^2): a norm moves by no more than the norm of the error. Plus its own
     float32 sum."""
     squares = sum(gradients[name].size * float(bound.value) ** 2 for name, bound in bounds.items())
-    own = MOMENT_ROUNDINGS * U32 * global_norm(gradients)
-    return Bound(math.sqrt(squares) + own, "sqrt(sum size * gradient bound^2) + 8 u32 norm")
+    return Bound(math.sqrt(squares) + _summed(gradients), "sqrt(sum size * gradient bound^2) + 8 u32 norm")
+
+
+def norm_noise(noise: Mapping[str, Bound], gradients: Mapping[str, Float64]) -> Bound:
+    """The same from what rounding does to whole tensors."""
+    together = math.hypot(*(float(bound.value) for bound in noise.values()))
+    return Bound(together + _summed(gradients), "sqrt(sum gradient noise^2) + 8 u32 norm")
+
+
+def _summed(gradients: Mapping[str, Float64]) -> float:
+    return MOMENT_ROUNDINGS * U32 * global_norm(gradients)
+
+
+def summed(values: AnyFloat, terms: int) -> Bound:
+    """A float32 sum of equal terms, n u32 |x| at each place (Higham, section 4.2); and the terms themselves may be made
+    in another order each time, u32 max|x| of their own float32 sums."""
+    magnitude = np.abs(np.asarray(values, dtype=np.float64))
+    return Bound(terms * U32 * (magnitude + magnitude.max(initial=0.0)), f"{terms} u32 (|x| + max|x|)")
 
 
 def copied(values: AnyFloat) -> Bound:
@@ -251,6 +330,55 @@ def update_bounds(
             "(1 - b2) (2 |g| E + E^2) + 8 u32 v",
         )
     return UpdateBounds(parameters, of_moments)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OwnUpdate:
+    """What one AdamW update is by the moments it left behind: the clipped gradient, the second moments and the
+    parameters that belong to it, and bounds for them."""
+
+    gradients: dict[str, Float64]
+    second: dict[str, Float64]
+    second_bounds: dict[str, Bound]
+    parameters: dict[str, Float64]
+    parameter_bounds: dict[str, Bound]
+    norm_bound: Bound
+
+
+def own_update(
+    start: Mapping[str, AnyFloat], before: OptimizerSnapshot, after: OptimizerSnapshot, given: UpdateSettings
+) -> OwnUpdate:
+    """The gradient is (m1 - b1 m0) / (1 - b1), known to e = 8 u32 (|m1| + |m0|) / (1 - b1). It must have left
+    v1 = b2 v0 + (1 - b2) g^2, to (1 - b2) (2 |g| e + e^2) + 8 u32 v; and m1 and v1 as they stand must have moved the
+    parameters, to 16 u32 (|p| + |update|) and what a float32 1 - b^step is off by, u32 / (1 - b^step) of the update."""
+    step = after.step
+    corrections = (1.0 - given.beta1**step, 1.0 - given.beta2**step)
+    own = UPDATE_ROUNDINGS * U32 + sum(U32 / correction for correction in corrections)
+    exact = OwnUpdate({}, {}, {}, {}, {}, Bound(0.0, ""))
+    unsure = 0.0
+    for name, tensor in start.items():
+        p0 = np.asarray(tensor, dtype=np.float64)
+        (m0, v0), (m1, v1) = (
+            tuple(held.moments[f"{name}.{kind}"].astype(np.float64) for kind in ("exp_avg", "exp_avg_sq"))
+            for held in (before, after)
+        )
+        gradient = (m1 - given.beta1 * m0) / (1.0 - given.beta1)
+        error = MOMENT_ROUNDINGS * U32 * (np.abs(m1) + np.abs(m0)) / (1.0 - given.beta1)
+        second = given.beta2 * v0 + (1.0 - given.beta2) * gradient**2
+        of_second = (1.0 - given.beta2) * (2.0 * np.abs(gradient) * error + error**2)
+        update = m1 / corrections[0] / (np.sqrt(v1 / corrections[1]) + given.epsilon)
+        update = given.learning_rate * (update + given.weight_decay * p0)
+        exact.gradients[name], exact.second[name], exact.parameters[name] = gradient, second, p0 - update
+        exact.second_bounds[name] = Bound(
+            of_second + MOMENT_ROUNDINGS * U32 * (second + v0), "(1 - b2) (2 |g| e + e^2) + 8 u32 v"
+        )
+        exact.parameter_bounds[name] = Bound(
+            UPDATE_ROUNDINGS * U32 * np.abs(p0) + own * np.abs(update),
+            "16 u32 (|p| + |update|) + u32 |update| / (1 - b^step)",
+        )
+        unsure = math.hypot(unsure, float(np.linalg.norm(error)))
+    of_norm = Bound(unsure + _summed(exact.gradients), "|e| + 8 u32 norm")
+    return replace(exact, norm_bound=of_norm)
 
 
 def first_update(learning_rate: float, parameters: AnyFloat) -> Bound:

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from qlora_hal.contract.values import Batch, OptimizerSnapshot, StepStats
+from qlora_hal.contract.values import Batch, Float32, OptimizerSnapshot, StepStats
 from qlora_hal_conformance.assertions import Judge
 from qlora_hal_conformance.fixtures import Opened, oracle_step
-from qlora_hal_conformance.tolerances import UpdateSettings, gradient_bounds, loss_bound, norm_bound, update_bounds
+from qlora_hal_conformance.tolerances import (
+    UpdateSettings,
+    gradient_bounds,
+    gradient_noise,
+    is_coarse,
+    loss_bound,
+    norm_bound,
+    norm_noise,
+    own_update,
+    update_bounds,
+)
 from qlora_hal_oracle import OracleTrainer
+from qlora_hal_oracle.adamw import clip_factor, global_norm
+from qlora_hal_oracle.arrays import Float64
 
 
 def oracle_at_state_of(ready: Opened) -> OracleTrainer:
@@ -26,12 +38,22 @@ def oracle_at_state_of(ready: Opened) -> OracleTrainer:
 def judge_step(
     ready: Opened, reference: OracleTrainer, window: Sequence[Batch], given: UpdateSettings, judging: Judge
 ) -> StepStats:
-    """Take one step on both sides and compare figures, adapter and moments. `reference` is left one step on."""
+    """Take one step on both sides and compare figures, adapter and moments. `reference` is left one step on.
+
+    What the step did with its gradient is judged apart from how exact the gradient is: the update must be AdamW's of
+    the gradient that the step's own moments show, to float32 whatever the compute dtype.
+    """
     bounds = update_bounds(reference, window, ready.dtype, given)
     gradients = reference.gradients(window)
-    of_norm = norm_bound(gradient_bounds(reference, window, ready.dtype), gradients)
+    noise = gradient_noise(reference, window, ready.dtype) if is_coarse(ready.dtype) else None
+    of_norm = (
+        norm_bound(gradient_bounds(reference, window, ready.dtype), gradients)
+        if noise is None
+        else norm_noise(noise, gradients)
+    )
     of_loss = loss_bound(reference, window, ready.dtype)
     settings = asdict(given)
+    before = Held(ready.trainer.export_adapter().tensors, ready.trainer.export_optimizer())
     stats = ready.step(window, settings.pop("learning_rate"), **settings)
     adapter, snapshot = ready.trainer.export_adapter().tensors, ready.trainer.export_optimizer()
     expected = oracle_step(reference, window, given.learning_rate, **settings)
@@ -43,7 +65,35 @@ def judge_step(
     assert snapshot.step == step, f"the optimizer says step {snapshot.step} after {step}"
     judging.all_within("adapter after the step", adapter, reference.export_adapter(), bounds.parameters)
     judging.all_within("moments after the step", snapshot.moments, moments, bounds.moments)
+    used = _judge_own_update(before, Held(adapter, snapshot), stats, given, judging)
+    if noise is not None:
+        factor = clip_factor(expected.grad_norm, given.max_grad_norm)
+        clipped = {name: factor * gradient for name, gradient in gradients.items()}
+        twice = {name: bound.times(2.0 * factor, "gradient and norm, clipped") for name, bound in noise.items()}
+        judging.all_whole("clipped gradients", used, clipped, twice)
     return stats
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Held:
+    """An adapter's tensors and its optimizer, as they were at one time."""
+
+    tensors: Mapping[str, Float32]
+    optimizer: OptimizerSnapshot
+
+
+def _judge_own_update(
+    before: Held, after: Held, stats: StepStats, given: UpdateSettings, judging: Judge
+) -> dict[str, Float64]:
+    """The clipped gradient that the first moments show, after the second moments, the adapter and the norm were found
+    to be those that AdamW makes of it."""
+    exact = own_update(before.tensors, before.optimizer, after.optimizer, given)
+    squares = {name: after.optimizer.moments[f"{name}.exp_avg_sq"] for name in before.tensors}
+    judging.all_within("second moments by the first", squares, exact.second, exact.second_bounds)
+    judging.all_within("adapter by its moments", after.tensors, exact.parameters, exact.parameter_bounds)
+    clipped = stats.grad_norm * clip_factor(stats.grad_norm, given.max_grad_norm)
+    judging.within("norm by the moments", np.array(clipped), np.array(global_norm(exact.gradients)), exact.norm_bound)
+    return exact.gradients
 
 
 def drawn_moments(ready: Opened, window: Sequence[Batch], step: int, random: np.random.Generator) -> OptimizerSnapshot:

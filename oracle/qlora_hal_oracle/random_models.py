@@ -121,14 +121,31 @@ def norm_names(shape: LlamaShape) -> list[str]:
 
 
 def write_model(
-    folder: Path, shape: LlamaShape, tensors: Mapping[str, Float32], *, stored_dtype: str = "float32"
+    folder: Path, shape: LlamaShape, tensors: Mapping[str, Float32], *, stored_dtype: str = "float32", files: int = 1
 ) -> TinyModel:
-    """Plain weights in float32, float16 or bfloat16; `tensors` of the result are what the file really holds."""
+    """Plain weights in float32, float16 or bfloat16, in one file or in several with an index; `tensors` of the result
+    are what the files really hold."""
     kept = {name: _rounded(tensor, stored_dtype) for name, tensor in tensors.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(folder / "model.safetensors", {name: _as_stored(t, stored_dtype) for name, t in kept.items()})
+    write_weights(folder, {name: _as_stored(t, stored_dtype) for name, t in kept.items()}, files=files)
     write_config(folder, shape, dtype=stored_dtype)
     return TinyModel(folder, shape, kept)
+
+
+def write_weights(folder: Path, arrays: Mapping[str, tuple[str, Array]], *, files: int = 1) -> None:
+    """`model.safetensors`, or several files and their index. Each file holds tensors of every layer and kind, and the
+    embedding is in the last: whoever reads one file alone, or takes one for a layer, lacks something."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if files == 1:
+        write_safetensors(folder / "model.safetensors", arrays)
+        return
+    names = sorted(arrays, key=lambda name: (name != EMBEDDING, name))
+    index: dict[str, str] = {}
+    for number in range(files):
+        file = f"model-{files - number:05d}-of-{files:05d}.safetensors"
+        write_safetensors(folder / file, {name: arrays[name] for name in names[number::files]})
+        index |= dict.fromkeys(names[number::files], file)
+    whole = {"metadata": {"total_size": sum(array.nbytes for _, array in arrays.values())}, "weight_map": index}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
 
 
 def write_config(
@@ -169,25 +186,27 @@ def write_quantized(
     quantization: Quantization,
     *,
     codec: Codec | None = None,
+    stored_dtype: str = "float32",
+    files: int = 1,
 ) -> TinyModel:
     """The linear layers already packed, as the format's codec writes them, or another one of the format's; the rest in
-    float32. A tensor that is left out is left out. Raises ValueError for a format in which nothing is packed."""
+    `stored_dtype`. A tensor that is left out is left out. Raises ValueError for a format in which nothing is packed."""
     record = record_of(quantization.weight_format)
     if record.layout is None:
         raise ValueError("there is no packed layout of weights that are not quantized")
     codec, size = codec or record.codec, quantization.block_size or record.default_block
     linears = linear_shapes(shape)
-    arrays: dict[str, Array] = {n: t for n, t in tensors.items() if n.removesuffix(".weight") not in linears}
+    rest = {n: _rounded(t, stored_dtype) for n, t in tensors.items() if n.removesuffix(".weight") not in linears}
+    arrays = {name: _as_stored(tensor, stored_dtype) for name, tensor in rest.items()}
     stored: dict[str, Float64] = {}
     for module in linears:
         if f"{module}.weight" in tensors:
             packed = codec.quantize(tensors[f"{module}.weight"], size, quantization.double_quant)
             stored[module] = codec.dequantize(packed)
-            arrays |= {module + suffix: tensor for suffix, tensor in packed.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(folder / "model.safetensors", {name: (_safe_name(a), a) for name, a in arrays.items()})
-    write_config(folder, shape, more=codec.description(size, quantization.double_quant))
-    return TinyModel(folder, shape, dict(tensors), stored)
+            arrays |= {module + suffix: (_safe_name(tensor), tensor) for suffix, tensor in packed.items()}
+    write_weights(folder, arrays, files=files)
+    write_config(folder, shape, dtype=stored_dtype, more=codec.description(size, quantization.double_quant))
+    return TinyModel(folder, shape, {**tensors, **rest}, stored)
 
 
 def write_safetensors(path: Path, arrays: Mapping[str, tuple[str, Array]]) -> None:

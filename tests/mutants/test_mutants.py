@@ -34,6 +34,13 @@ def test_honest_reference_backend_fails_nothing() -> None:
     assert failures_of_the_honest(seed=SEED) == {}
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_honest_backend_of_one_half_precision_dtype_fails_nothing(dtype: str) -> None:
+    spec = f"qlora_hal_conformance.reference_backend.narrow:{dtype.upper()}"
+    assert failures_of_the_honest(seed=SEED, spec=spec) == {}
+
+
 def test_there_are_enough_mutants_each_with_a_sentence_and_a_section() -> None:
     assert len(MUTANTS) >= FEWEST
     for mutant in MUTANTS:

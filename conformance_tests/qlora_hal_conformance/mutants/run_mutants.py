@@ -79,15 +79,15 @@ def hunt_all(
         return list(pool.map(one, mutants))
 
 
-def failures_of_the_honest(sections: Iterable[str] = (), *, seed: int) -> dict[str, str]:
-    """Failed cases of the reference backend, with their reasons; it must have none."""
+def failures_of_the_honest(sections: Iterable[str] = (), *, seed: int, spec: str = HONEST) -> dict[str, str]:
+    """Failed cases of the reference backend, or of another honest one, with their reasons; it must have none."""
     failed: dict[str, str] = {}
 
     def progress(event: Mapping[str, object]) -> None:
         if event["event"] == "ended" and not Verdict(str(event["verdict"])).is_green:
             failed[str(event["case"])] = str(event["message"])
 
-    run(HONEST, tuple(sections), progress, seed=seed)
+    run(spec, tuple(sections), progress, seed=seed)
     return failed
 
 

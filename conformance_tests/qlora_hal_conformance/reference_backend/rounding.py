@@ -27,6 +27,11 @@ def to_bfloat16(values: Float64) -> Float64:
     return np.where(finite, rounded, values)
 
 
+def to_float16(values: Float64) -> Float64:
+    """The nearest float16, as float64; beyond 65504 infinity."""
+    return values.astype(np.float16).astype(np.float64)
+
+
 class RoundedArithmetic:
     """Stored values in the compute dtype, what the contract keeps wide in float32."""
 
@@ -43,7 +48,8 @@ class RoundedArithmetic:
         return to_float32(values)
 
 
-ROUNDINGS: Mapping[str, Round] = {"float32": to_float32, "bfloat16": to_bfloat16}
+ROUNDINGS: Mapping[str, Round] = {"float32": to_float32, "bfloat16": to_bfloat16, "float16": to_float16}
+"""The most exact first: that is what `auto` takes here."""
 
 
 def arithmetic_of(dtype: str) -> RoundedArithmetic:

@@ -6,7 +6,7 @@ import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -48,7 +48,12 @@ from . import SPEC
 from .loading import LoadedBase, load_base
 from .refusals import refuse_load, refuse_untargeted
 from .rooms import HONEST, Rooms
+from .rounding import ROUNDINGS
 from .step import MasksOf, WindowResult, weighted_sum
+
+FIRST_LOSS_SCALE, LOSS_SCALE_FALL = 2.0**16, 2.0**4
+"""float16 ends at 6e-8, above many a gradient: a loss is scaled up (Micikevicius et al. 2018), less where it then
+overflows."""
 
 
 @dataclass(slots=True, eq=False)
@@ -76,7 +81,7 @@ class ReferenceTrainer(QuantizedLoRATrainer):
 
     # life ----------------------------------------------------------------------------------------------------------
     def proved_compute_dtypes(self) -> tuple[str, ...]:
-        return tuple(dtype for dtype in ("float32", "bfloat16") if dtype in self.spec.capabilities.compute_dtypes)
+        return tuple(dtype for dtype in ROUNDINGS if dtype in self.spec.capabilities.compute_dtypes)
 
     def load(self, source: ModelSource, quantization: Quantization, compute: Compute) -> None:
         refuse_load(self.spec, source, quantization, compute)
@@ -137,7 +142,19 @@ class ReferenceTrainer(QuantizedLoRATrainer):
         with self.memory_named("a training step"), _quiet():
             check_batches(self.spec, window)
             read = [self.rooms.read_batch(batch) for batch in window]
-            return self.rooms.window_gradient(self.attached.model, read, divisor or 1, masks_of, self.arithmetic)
+            scale = FIRST_LOSS_SCALE if self.compute.dtype == "float16" else 1.0
+            while True:
+                found = self._scaled_gradient(read, divisor or 1, masks_of, scale)
+                if scale == 1.0 or math.isfinite(global_norm(found.gradients)):
+                    return found
+                scale /= LOSS_SCALE_FALL
+
+    def _scaled_gradient(
+        self, window: Sequence[Batch], divisor: float, masks_of: MasksOf, scale: float
+    ) -> WindowResult:
+        """The gradient of a loss that is `scale` times as large, divided by it in float64."""
+        found = self.rooms.window_gradient(self.attached.model, window, divisor / scale, masks_of, self.arithmetic)
+        return replace(found, gradients={name: gradient / scale for name, gradient in found.gradients.items()})
 
     def _masks_of(self, key: int) -> MasksOf:
         config = self.attached.adapter.config

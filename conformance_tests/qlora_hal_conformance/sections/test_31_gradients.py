@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -10,13 +10,22 @@ import pytest
 from qlora_hal.contract.capabilities import Feature, WeightFormat
 from qlora_hal.contract.values import IGNORE_LABEL, Batch
 from qlora_hal_conformance.assertions import Judge
-from qlora_hal_conformance.comparing import judge_gradients
-from qlora_hal_conformance.fixtures import Opener
-from qlora_hal_conformance.parameters import OracleOf, each_format, each_format_and_dtype
+from qlora_hal_conformance.comparing import judge_gradients, judge_greedy
+from qlora_hal_conformance.fixtures import Opened, Opener, placed
+from qlora_hal_conformance.parameters import (
+    ADAPTER_SCALES,
+    OracleOf,
+    each_format,
+    each_format_and_dtype,
+    each_packing,
+    in_each_dtype,
+)
 from qlora_hal_conformance.random_inputs import (
+    SHORT_PACKINGS,
     draw_adapter,
     draw_batch,
     draw_many_rows,
+    draw_packed,
     draw_window,
     packed,
     with_field,
@@ -24,9 +33,10 @@ from qlora_hal_conformance.random_inputs import (
     with_zero,
 )
 from qlora_hal_conformance.tolerances import Bound, gradient_bounds
+from qlora_hal_oracle import OracleTrainer
 from qlora_hal_oracle.random_models import FIRST_ORDINARY_TOKEN, linear_shapes
 
-DROP = 0.4
+DROP, DROPOUT_KEY = 0.4, 2**40 + 11
 COUNTED_SHARE = 0.4
 
 
@@ -45,6 +55,7 @@ def test_every_gradient_equals_the_oracle(
     judge_gradients(ready.trainer.gradients(window), oracle(ready), window, ready, judging)
 
 
+@in_each_dtype
 def test_each_window_has_its_own_gradient(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -66,6 +77,7 @@ def test_a_training_step_uses_the_same_gradient(
 
 
 @pytest.mark.needs(Feature.GRADIENT_CHECKPOINTING)
+@in_each_dtype
 def test_checkpointing_changes_no_gradient(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -76,21 +88,71 @@ def test_checkpointing_changes_no_gradient(
     judge_gradients(ready.trainer.gradients(window), oracle(ready), window, ready, judging)
 
 
+@pytest.mark.needs(Feature.GRADIENT_CHECKPOINTING)
+@in_each_dtype
+def test_checkpointing_of_long_rows(
+    opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    """What is worth recomputing: long rows, where another kernel may be taken the second time."""
+    shape, _ = opened.models.drawn("main")
+    ready = opened(checkpointing=True, adapter=draw_adapter(seeded, shape))
+    window = [draw_batch(seeded, shape, lengths=(540, 330))]
+    judge_gradients(ready.trained_gradient(window), oracle(ready), window, ready, judging)
+
+
+@pytest.mark.needs(Feature.GRADIENT_CHECKPOINTING, Feature.PACKING)
+@pytest.mark.parametrize("rows", each_packing("several_rows", "ten_samples", "beyond_512"))
+@in_each_dtype
+def test_checkpointing_of_packed_rows(
+    rows: Sequence[Sequence[int]], opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    """The mask of the samples is there in the second forward pass too."""
+    shape, _ = opened.models.drawn("main")
+    ready = opened(checkpointing=True, adapter=draw_adapter(seeded, shape))
+    window = [draw_packed(seeded, shape, rows)]
+    judge_gradients(ready.trained_gradient(window), oracle(ready), window, ready, judging)
+
+
+@pytest.mark.needs(Feature.GRADIENT_CHECKPOINTING, Feature.PACKING, Feature.LORA_DROPOUT)
+@pytest.mark.parametrize("rows", each_packing(*SHORT_PACKINGS))
+@in_each_dtype
+def test_checkpointing_of_packed_rows_with_dropout(
+    rows: Sequence[Sequence[int]], opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    """The second forward pass has the masks of the first, of samples and of dropout."""
+    shape, _ = opened.models.drawn("main")
+    ready = opened(checkpointing=True, adapter=draw_adapter(seeded, shape, dropout=DROP))
+    _judge_with_dropout(ready, oracle(ready), [draw_packed(seeded, shape, rows)], judging)
+
+
+@pytest.mark.needs(Feature.GRADIENT_CHECKPOINTING, Feature.GENERATE)
+@in_each_dtype
+def test_checkpointing_leaves_generation_and_the_next_gradient_alone(
+    opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    """A cache of keys and a recomputed layer do not go together; generating must not switch either off for good."""
+    shape, _ = opened.models.drawn("main")
+    ready, window = opened(checkpointing=True, adapter=draw_adapter(seeded, shape)), draw_window(seeded, shape)
+    prompt, reference = window[0].input_ids[0, :8], oracle(ready)
+    for _ in range(2):
+        tokens = ready.trainer.generate(prompt, max_new_tokens=4)
+        assert tokens.shape == (4,), f"{tokens.shape} new tokens of 4"
+        judge_greedy(ready, prompt, tokens, judging)
+        judge_gradients(ready.trained_gradient(window), reference, window, ready, judging)
+
+
 @pytest.mark.needs(Feature.GRADIENT_CHECKPOINTING, Feature.LORA_DROPOUT)
+@in_each_dtype
 def test_checkpointing_draws_the_same_dropout_again(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
     """A mask drawn anew in the recomputation would train with another function than the loss was taken of."""
     shape, _ = opened.models.drawn("main")
-    adapter, window = draw_adapter(seeded, shape, dropout=DROP), draw_window(seeded, shape)
-    kept, recomputed = opened(adapter=adapter), opened(adapter=adapter, checkpointing=True)
-    reference = oracle(kept)
-    # Kept inputs are larger by 1 / (1 - p): so may errors be, twice on the way forward and back.
-    bounds = _widened(gradient_bounds(reference, window, kept.dtype), 2.0 / (1.0 - DROP) ** 2)
-    found, expected = (ready.trained_gradient(window, dropout_key=11) for ready in (recomputed, kept))
-    judging.all_within("gradients", found, expected, bounds)
+    ready = opened(checkpointing=True, adapter=draw_adapter(seeded, shape, dropout=DROP))
+    _judge_with_dropout(ready, oracle(ready), draw_window(seeded, shape), judging)
 
 
+@in_each_dtype
 def test_tied_head_has_no_gradient_of_its_own(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -99,16 +161,18 @@ def test_tied_head_has_no_gradient_of_its_own(
     judge_gradients(ready.trainer.gradients(window), oracle(ready), window, ready, judging)
 
 
-@pytest.mark.parametrize("use_rslora", [False, True], ids=["alpha_over_r", "alpha_over_root_r"])
+@pytest.mark.parametrize(("use_rslora", "rank"), ADAPTER_SCALES.values(), ids=ADAPTER_SCALES)
+@in_each_dtype
 def test_scale_of_the_adapter(
-    use_rslora: bool, opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+    use_rslora: bool, rank: int, opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
     shape, _ = opened.models.drawn("main")
-    ready = opened(adapter=draw_adapter(seeded, shape, use_rslora=use_rslora, rank=8))
+    ready = opened(adapter=draw_adapter(seeded, shape, use_rslora=use_rslora, rank=rank))
     window = draw_window(seeded, shape)
     judge_gradients(ready.trainer.gradients(window), oracle(ready), window, ready, judging)
 
 
+@in_each_dtype
 def test_young_adapter(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     """At B = 0 every A has a gradient of exactly zero, and every B one that is not."""
     shape, _ = opened.models.drawn("main")
@@ -119,6 +183,7 @@ def test_young_adapter(opened: Opener, oracle: OracleOf, seeded: np.random.Gener
         assert gradient.any() == ("lora_B" in name), f"{name} has {'no' if 'lora_B' in name else 'a'} gradient"
 
 
+@in_each_dtype
 def test_adapter_on_few_modules(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     """Only the targets get gradients; one below others gets its own through them."""
     shape, _ = opened.models.drawn("main")
@@ -129,6 +194,7 @@ def test_adapter_on_few_modules(opened: Opener, oracle: OracleOf, seeded: np.ran
 
 
 @pytest.mark.parametrize("prompt", [1, 6, 15], ids=["short", "medium", "long"])
+@in_each_dtype
 def test_prompt_tokens_do_not_count(
     prompt: int, opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -138,12 +204,14 @@ def test_prompt_tokens_do_not_count(
     judge_gradients(ready.trainer.gradients(window), oracle(ready), window, ready, judging)
 
 
+@in_each_dtype
 def test_many_rows_at_once(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     shape, _ = opened.models.drawn("main")
     ready, window = opened(adapter=draw_adapter(seeded, shape)), [draw_many_rows(seeded, shape)]
     judge_gradients(ready.trained_gradient(window), oracle(ready), window, ready, judging)
 
 
+@in_each_dtype
 def test_long_rows(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     """Every label far from the start counts, and every token sees the first."""
     shape, _ = opened.models.drawn("main")
@@ -153,6 +221,7 @@ def test_long_rows(opened: Opener, oracle: OracleOf, seeded: np.random.Generator
         judge_gradients(ready.trained_gradient(window), oracle(ready), window, ready, judging)
 
 
+@in_each_dtype
 def test_deep_model(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     """Four layers, wide heads, token ids of more than 15 bits."""
     shape, _ = opened.models.drawn("deep")
@@ -160,6 +229,7 @@ def test_deep_model(opened: Opener, oracle: OracleOf, seeded: np.random.Generato
     judge_gradients(ready.trained_gradient(window), oracle(ready), window, ready, judging)
 
 
+@in_each_dtype
 def test_special_tokens_are_tokens(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -170,6 +240,7 @@ def test_special_tokens_are_tokens(
     judge_gradients(ready.trained_gradient(window), oracle(ready), window, ready, judging)
 
 
+@in_each_dtype
 def test_scattered_labels(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     """Any token may or may not count, as in conversations with several turns."""
     shape, _ = opened.models.drawn("main")
@@ -180,6 +251,7 @@ def test_scattered_labels(opened: Opener, oracle: OracleOf, seeded: np.random.Ge
     judge_gradients(ready.trainer.gradients([scattered]), oracle(ready), [scattered], ready, judging)
 
 
+@in_each_dtype
 def test_last_token_is_trained(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     """The end of the text is what teaches a model to stop: rows where it alone counts, in full and padded rows."""
     shape, _ = opened.models.drawn("main")
@@ -194,6 +266,7 @@ def test_last_token_is_trained(opened: Opener, oracle: OracleOf, seeded: np.rand
     assert any(gradient.any() for gradient in found.values()), "the last token has no gradient"
 
 
+@in_each_dtype
 def test_what_stands_at_padding_does_not_matter(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -206,6 +279,7 @@ def test_what_stands_at_padding_does_not_matter(
     judging.all_within("gradients", found, again, bounds)
 
 
+@in_each_dtype
 def test_width_of_the_padding_does_not_matter(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -230,6 +304,7 @@ def _padded(batch: Batch, time: int) -> Batch:
 
 
 @pytest.mark.needs(Feature.PACKING)
+@in_each_dtype
 def test_packed_samples_equal_separate_ones(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -242,6 +317,32 @@ def test_packed_samples_equal_separate_ones(
     judge_gradients(ready.trained_gradient(together), reference, apart, ready, judging)
 
 
+@pytest.mark.needs(Feature.PACKING)
+@pytest.mark.parametrize("rows", each_packing())
+@in_each_dtype
+def test_packed_rows(
+    rows: Sequence[Sequence[int]], opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    """Several rows with samples of their own, ten samples in one, rows beyond 512 and 1024 tokens."""
+    shape, _ = opened.models.drawn("main")
+    ready, window = opened(adapter=draw_adapter(seeded, shape)), [draw_packed(seeded, shape, rows)]
+    judge_gradients(ready.trained_gradient(window), oracle(ready), window, ready, judging)
+
+
+@pytest.mark.needs(Feature.PACKING, Feature.LORA_DROPOUT)
+@pytest.mark.parametrize("rows", each_packing(*SHORT_PACKINGS))
+@in_each_dtype
+def test_packed_rows_with_dropout(
+    rows: Sequence[Sequence[int]], opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    """A dropout mask goes by row and place in the row, whosever sample stands there."""
+    shape, _ = opened.models.drawn("main")
+    ready = opened(adapter=draw_adapter(seeded, shape, dropout=DROP))
+    window = [draw_packed(seeded, shape, rows), draw_packed(seeded, shape, ((5, 6),))]
+    _judge_with_dropout(ready, oracle(ready), window, judging)
+
+
+@in_each_dtype
 def test_looking_leaves_the_next_gradient_alone(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -257,6 +358,7 @@ def test_looking_leaves_the_next_gradient_alone(
 
 
 @pytest.mark.needs(Feature.GENERATE)
+@in_each_dtype
 def test_generation_leaves_the_next_gradient_alone(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -267,6 +369,7 @@ def test_generation_leaves_the_next_gradient_alone(
     judge_gradients(ready.trained_gradient(window), oracle(ready), window, ready, judging)
 
 
+@in_each_dtype
 def test_gradients_twice_are_not_added_up(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -278,6 +381,7 @@ def test_gradients_twice_are_not_added_up(
     judge_gradients(ready.trained_gradient(window), oracle(ready), window, ready, judging)
 
 
+@in_each_dtype
 def test_looking_changes_no_state(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
     """Adapter and moments are the same bits after every view."""
     shape, _ = opened.models.drawn("main")
@@ -289,6 +393,13 @@ def test_looking_changes_no_state(opened: Opener, seeded: np.random.Generator, j
     ready.trainer.logits(window[0])
     judging.equal("adapter", ready.trainer.export_adapter().tensors, adapter)
     judging.equal("moments", ready.trainer.export_optimizer().moments, moments)
+
+
+def _judge_with_dropout(ready: Opened, reference: OracleTrainer, window: Sequence[Batch], judging: Judge) -> None:
+    window = placed(window)
+    found = ready.trained_gradient(window, dropout_key=DROPOUT_KEY)
+    masks = [ready.masks(batch, DROPOUT_KEY) for batch in window]
+    judge_gradients(found, reference, window, ready, judging, masks=masks)
 
 
 def _widened(bounds: Mapping[str, Bound], factor: float) -> dict[str, Bound]:

@@ -8,9 +8,9 @@ import pytest
 from qlora_hal.contract.capabilities import OPTIMIZER_FEATURE
 from qlora_hal.contract.values import Batch
 from qlora_hal_conformance.assertions import Judge
-from qlora_hal_conformance.comparing import judge_logits, unless_refused
+from qlora_hal_conformance.comparing import judge_change, judge_logits, opened_unless_refused
 from qlora_hal_conformance.fixtures import Opened, Opener, oracle_step
-from qlora_hal_conformance.parameters import OracleOf, each_dtype, each_format
+from qlora_hal_conformance.parameters import OracleOf, each_dtype, each_format, in_each_dtype
 from qlora_hal_conformance.random_inputs import (
     at_real_tokens,
     draw_adapter,
@@ -23,7 +23,6 @@ from qlora_hal_conformance.tolerances import (
     UpdateSettings,
     gradient_bounds,
     learning_shortfall,
-    logits_bound,
     master_weights,
 )
 from qlora_hal_conformance.updating import drawn_moments, judge_step, oracle_at_state_of
@@ -48,6 +47,7 @@ POISONED_TOKEN = FIRST_ORDINARY_TOKEN
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@in_each_dtype
 def test_first_step(
     settings: UpdateSettings, opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -58,6 +58,7 @@ def test_first_step(
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@in_each_dtype
 def test_later_step(settings: UpdateSettings, opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
     """From given moments at a drawn step: decay of the moments, bias correction in between."""
     shape, _ = opened.models.drawn("main")
@@ -66,6 +67,7 @@ def test_later_step(settings: UpdateSettings, opened: Opener, seeded: np.random.
     judge_step(ready, oracle_at_state_of(ready), window, settings, judging)
 
 
+@in_each_dtype
 def test_epsilon_stands_outside_the_root(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -78,6 +80,7 @@ def test_epsilon_stands_outside_the_root(
     judge_step(ready, reference, window, UpdateSettings(RATE, epsilon=size, max_grad_norm=None), judging)
 
 
+@in_each_dtype
 def test_clip_at_more_than_one(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     """Gradients longer than 2, clipped to it: a token count smaller than the true one makes them as long."""
     shape, _ = opened.models.drawn("main")
@@ -99,6 +102,7 @@ def test_clip_at_more_than_one(opened: Opener, oracle: OracleOf, seeded: np.rand
     )
 
 
+@in_each_dtype
 def test_three_steps_with_changing_rates(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
     """Each step uses the rate it was given, not the one before; the first has none and moves nothing."""
     shape, _ = opened.models.drawn("main")
@@ -122,6 +126,7 @@ def test_base_is_the_same_after_training(weight_format, opened: Opener, seeded: 
     assert not still, f"{len(still)} tensors never changed: {still[:3]}"
 
 
+@in_each_dtype
 def test_logits_follow_the_step(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     """The forward pass after a step is that of the exported adapter: no stale copy of it."""
     shape, _ = opened.models.drawn("main")
@@ -131,7 +136,7 @@ def test_logits_follow_the_step(opened: Opener, oracle: OracleOf, seeded: np.ran
         ready.step(draw_window(seeded, shape), RATE)
     reference = ready.oracle(ready.trainer.export_adapter())
     found = judge_logits(ready, reference, batch, judging)
-    judging.apart("logits before and after", found, before, logits_bound(reference, batch, ready.dtype))
+    judge_change("logits before and after", found, before, reference, batch, ready, judging)
 
 
 @pytest.mark.parametrize("dtype", each_dtype())
@@ -149,6 +154,7 @@ def test_tiny_updates_add_up(dtype: str, opened: Opener, seeded: np.random.Gener
     judging.at_most("part of the median way that is missing", abs(shortfall), master_weights())
 
 
+@in_each_dtype
 def test_refused_step_changes_nothing_and_says_so(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
     """A token whose embedding is NaN makes loss and gradient NaN: reported as such, never as 0, never applied."""
     shape, ready = _poisoned(opened, seeded)
@@ -167,6 +173,7 @@ def test_refused_step_changes_nothing_and_says_so(opened: Opener, seeded: np.ran
     assert after.step == snapshot.step, "the refused step was counted"
 
 
+@in_each_dtype
 def test_good_step_after_a_refused_one(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
     """It is the step that it would have been."""
     shape, ready = _poisoned(opened, seeded)
@@ -178,6 +185,7 @@ def test_good_step_after_a_refused_one(opened: Opener, seeded: np.random.Generat
     judge_step(ready, oracle_at_state_of(ready), [good], UpdateSettings(RATE), judging)
 
 
+@in_each_dtype
 def test_evaluation_of_nan_is_nan(opened: Opener, seeded: np.random.Generator) -> None:
     shape, ready = _poisoned(opened, seeded)
     if ready is not None:
@@ -213,7 +221,7 @@ def _poisoned(opened: Opener, seeded: np.random.Generator) -> tuple[LlamaShape, 
     poisoned[EMBEDDING][POISONED_TOKEN] = np.nan
     opened.models.define("poisoned", shape, poisoned)
     adapter = draw_adapter(seeded, shape)
-    return shape, unless_refused(lambda: opened("poisoned", adapter=adapter))
+    return shape, opened_unless_refused(opened, "poisoned", adapter)
 
 
 def _good_and_bad(shape: LlamaShape, seeded: np.random.Generator) -> tuple[Batch, Batch]:
@@ -226,6 +234,7 @@ def _good_and_bad(shape: LlamaShape, seeded: np.random.Generator) -> tuple[Batch
     return good, with_field(good, input_ids=poisoned)
 
 
+@in_each_dtype
 def test_tied_model_moves_only_its_adapter(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
     """After steps on a tied model its logits are still those of the embedding on disk."""
     shape, _ = opened.models.drawn("tied")

@@ -8,8 +8,8 @@ import pytest
 from qlora_hal.contract.values import IGNORE_LABEL, Batch
 from qlora_hal_conformance.assertions import Judge
 from qlora_hal_conformance.comparing import judge_gradients
-from qlora_hal_conformance.fixtures import Opener
-from qlora_hal_conformance.parameters import OracleOf, each_format
+from qlora_hal_conformance.fixtures import Opener, placed
+from qlora_hal_conformance.parameters import OracleOf, each_format, in_each_dtype
 from qlora_hal_conformance.random_inputs import (
     draw_adapter,
     draw_batch,
@@ -18,10 +18,12 @@ from qlora_hal_conformance.random_inputs import (
     total_tokens,
     with_field,
 )
-from qlora_hal_conformance.tolerances import UpdateSettings
+from qlora_hal_conformance.tolerances import UpdateSettings, summed
 from qlora_hal_conformance.updating import judge_step, oracle_at_state_of
 
 RATE = 1e-2
+EQUAL = 64
+"""A power of 2: the loss is divided by 64 times as many tokens, and no mantissa changes."""
 
 
 def _unequal(seeded: np.random.Generator, opened: Opener, rows: int = 4) -> Batch:
@@ -46,18 +48,34 @@ def test_window_of_unequal_batches_equals_one_batch(  # type: ignore[no-untyped-
         judge_gradients(ready.trained_gradient(window), oracle(ready), [whole], ready, judging)
 
 
+@in_each_dtype
 def test_eight_micro_batches(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     shape, _ = opened.models.drawn("main")
     ready, whole = opened(adapter=draw_adapter(seeded, shape)), _unequal(seeded, opened, rows=8)
     judge_gradients(ready.trained_gradient(rows_of(whole)), oracle(ready), [whole], ready, judging)
 
 
+@in_each_dtype
 def test_twenty_micro_batches(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     shape, _ = opened.models.drawn("main")
     ready, whole = opened(adapter=draw_adapter(seeded, shape)), draw_many_rows(seeded, shape, rows=20)
     judge_gradients(ready.trained_gradient(rows_of(whole)), oracle(ready), [whole], ready, judging)
 
 
+@in_each_dtype
+def test_equal_micro_batches_have_the_gradient_of_one(
+    opened: Opener, seeded: np.random.Generator, judging: Judge
+) -> None:
+    """64 times the same micro-batch: its rounding is the same each time, so what is left is that of the sum, which is
+    float32 whatever the compute dtype. A sum in bfloat16 loses of each term what lies below a 256th of the total."""
+    shape, _ = opened.models.drawn("main")
+    ready, batch = opened(adapter=draw_adapter(seeded, shape)), draw_batch(seeded, shape, lengths=(6,), prompt=1)
+    (batch,) = placed([batch])
+    one, many = (ready.trained_gradient([batch] * times) for times in (1, EQUAL))
+    judging.all_within("gradients", many, one, {name: summed(gradient, EQUAL) for name, gradient in one.items()})
+
+
+@in_each_dtype
 def test_order_of_micro_batches_does_not_matter(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -66,6 +84,7 @@ def test_order_of_micro_batches_does_not_matter(
     judge_gradients(ready.trained_gradient(rows_of(whole)[::-1]), oracle(ready), [whole], ready, judging)
 
 
+@in_each_dtype
 def test_last_partial_window_is_a_window(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
     """Windows of three, of one and of two micro-batches: each is divided by its own tokens, none is dropped."""
     shape, _ = opened.models.drawn("main")
@@ -76,6 +95,7 @@ def test_last_partial_window_is_a_window(opened: Opener, seeded: np.random.Gener
 
 
 @pytest.mark.parametrize("place", [0, 1, 2], ids=["first", "middle", "last"])
+@in_each_dtype
 def test_micro_batch_without_a_counted_token(
     place: int, opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -88,6 +108,7 @@ def test_micro_batch_without_a_counted_token(
     judge_gradients(ready.trained_gradient(with_silent), oracle(ready), window, ready, judging)
 
 
+@in_each_dtype
 def test_denominator_is_that_of_the_global_window(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -98,6 +119,7 @@ def test_denominator_is_that_of_the_global_window(
     judge_gradients({name: 4 * gradient for name, gradient in found.items()}, oracle(ready), window, ready, judging)
 
 
+@in_each_dtype
 def test_loss_is_summed_over_the_window(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:

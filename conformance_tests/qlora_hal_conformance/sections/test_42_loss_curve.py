@@ -6,6 +6,7 @@ import numpy as np
 
 from qlora_hal_conformance.assertions import Judge
 from qlora_hal_conformance.fixtures import Opener, make_oracle, oracle_step
+from qlora_hal_conformance.parameters import in_each_dtype
 from qlora_hal_conformance.random_inputs import draw_adapter, draw_window, total_tokens, with_zero
 from qlora_hal_conformance.tolerances import LOSS_CURVE_RUNS, learning_shortfall, loss_curve_bound
 from qlora_hal_oracle import UNIT_ROUNDOFF, LoraScale, OracleTrainer, loss_curve_envelope
@@ -20,6 +21,7 @@ def _rate(step: int) -> float:
     return PEAK_RATE * min((step + 1) / WARMUP, 1.0 - step / (STEPS + WARMUP))
 
 
+@in_each_dtype
 def test_loss_curve_lies_in_the_envelope(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
     """50 steps from a young adapter, with warm-up, decay, clipping and weight decay."""
     shape, _ = opened.models.drawn("main")
@@ -42,6 +44,7 @@ def test_loss_curve_lies_in_the_envelope(opened: Opener, seeded: np.random.Gener
     assert envelope.exact[-1] < envelope.exact[0], "the drawn run does not learn"
 
 
+@in_each_dtype
 def test_evaluated_loss_falls(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
     """What `evaluate` says after a run has fallen about as far as the oracle's loss."""
     shape, _ = opened.models.drawn("main")

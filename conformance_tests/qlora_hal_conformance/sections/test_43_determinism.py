@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 
 from qlora_hal.contract.capabilities import Feature
-from qlora_hal.contract.dropout import kept
-from qlora_hal.contract.dropout import rows_of as rows_of_batch
 from qlora_hal.contract.values import IGNORE_LABEL, Batch, Float32
 from qlora_hal_conformance.assertions import Judge
+from qlora_hal_conformance.comparing import judge_gradients
 from qlora_hal_conformance.fixtures import Opened, Opener, placed
-from qlora_hal_conformance.parameters import OracleOf
+from qlora_hal_conformance.parameters import OracleOf, in_each_dtype
 from qlora_hal_conformance.random_inputs import (
     draw_adapter,
     draw_batch,
@@ -40,6 +39,7 @@ KEYS = (1, 2, 77, 2**31 + 5, 2**62 + 11, 2**63 - 1)
 """The core's keys have 63 bits."""
 
 
+@in_each_dtype
 def test_same_start_gives_the_same_run(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -60,6 +60,7 @@ def test_same_start_gives_the_same_run(
 
 
 @pytest.mark.needs(Feature.LORA_DROPOUT)
+@in_each_dtype
 def test_same_key_gives_the_same_masks(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -79,6 +80,7 @@ def test_same_key_gives_the_same_masks(
 
 
 @pytest.mark.needs(Feature.LORA_DROPOUT)
+@in_each_dtype
 def test_other_key_gives_other_masks(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
     probe = _MaskProbe(opened, seeded)
     for one, other in pairwise(KEYS):
@@ -88,6 +90,7 @@ def test_other_key_gives_other_masks(opened: Opener, seeded: np.random.Generator
 
 
 @pytest.mark.needs(Feature.LORA_DROPOUT)
+@in_each_dtype
 def test_layers_and_micro_batches_have_masks_of_their_own(
     opened: Opener, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -105,6 +108,7 @@ def test_layers_and_micro_batches_have_masks_of_their_own(
 
 
 @pytest.mark.needs(Feature.LORA_DROPOUT)
+@in_each_dtype
 def test_rows_and_positions_have_masks_of_their_own(
     opened: Opener, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -121,6 +125,7 @@ def test_rows_and_positions_have_masks_of_their_own(
 
 
 @pytest.mark.needs(Feature.LORA_DROPOUT)
+@in_each_dtype
 def test_share_and_scale_of_what_is_kept(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -140,6 +145,7 @@ def test_share_and_scale_of_what_is_kept(
 
 @pytest.mark.needs(Feature.LORA_DROPOUT)
 @pytest.mark.parametrize("rate", [LOW_DROP, DROP], ids=["low_rate", "high_rate"])
+@in_each_dtype
 def test_masks_are_those_of_the_contract(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge, rate: float
 ) -> None:
@@ -149,15 +155,15 @@ def test_masks_are_those_of_the_contract(
     ready = opened(adapter=draw_adapter(seeded, shape, dropout=rate))
     window = placed([*draw_window(seeded, shape), draw_batch(seeded, shape, lengths=(7, 11))])
     reference = oracle(ready)
-    bounds = _twice(gradient_bounds(reference, window, ready.dtype), 1.0 / (1.0 - rate) ** 2)
     for key in (KEYS[0], KEYS[0] + 2**45):
-        masks = [_masks(ready, batch, key) for batch in window]
+        masks = [ready.masks(batch, key) for batch in window]
         found = ready.trained_gradient(window, dropout_key=key)
-        judging.all_within("gradients", found, reference.window_gradients(window, masks=masks).gradients, bounds)
+        judge_gradients(found, reference, window, ready, judging, masks=masks)
 
 
 @pytest.mark.needs(Feature.LORA_DROPOUT)
 @pytest.mark.parametrize("cut", [1, 2], ids=["rows_alone", "in_halves"])
+@in_each_dtype
 def test_a_window_is_the_same_however_it_is_cut(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge, cut: int
 ) -> None:
@@ -172,14 +178,13 @@ def test_a_window_is_the_same_however_it_is_cut(
     judging.all_within("gradients", found, expected, bounds)
 
 
+@in_each_dtype
 def test_dropout_of_zero_needs_no_key(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
     shape, _ = opened.models.drawn("main")
     ready, window = opened(adapter=draw_adapter(seeded, shape)), draw_window(seeded, shape)
-    reference = oracle(ready)
-    bounds = gradient_bounds(reference, window, ready.dtype)
-    judging.all_within("gradients", ready.trained_gradient(window, dropout_key=8), reference.gradients(window), bounds)
+    judge_gradients(ready.trained_gradient(window, dropout_key=8), oracle(ready), window, ready, judging)
 
 
 class _MaskProbe:
@@ -242,17 +247,6 @@ def _agreement(left: Mapping[str, np.ndarray], right: Mapping[str, np.ndarray]) 
     one, other = (np.concatenate([masks[name] for name in left]) for masks in (left, right))
     above = float((one == other).mean()) - agreement_of_chance(DROP)
     return max(above, 0.0), agreement_above_chance(one.size, DROP)
-
-
-def _masks(ready: Opened, batch: Batch, key: int) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
-    """What the adapter's inputs are multiplied with in a step of this key."""
-    assert ready.adapter is not None
-    config, shapes = ready.adapter.config, ready.trainer.linear_modules()
-    rows, time, rate = rows_of_batch(batch), batch.input_ids.shape[1], config.dropout
-    return {
-        module: kept(key, module, rows, time, shapes[module].inputs, rate) / (1.0 - rate)
-        for module in config.target_modules
-    }
 
 
 def _twice(bounds: Mapping[str, Bound], factor: float = 2.0) -> dict[str, Bound]:

@@ -12,7 +12,7 @@ from qlora_hal.contract.values import IGNORE_LABEL, Batch
 from qlora_hal_conformance.assertions import Judge
 from qlora_hal_conformance.comparing import judge_gradients
 from qlora_hal_conformance.fixtures import Opened, Opener
-from qlora_hal_conformance.parameters import OracleOf
+from qlora_hal_conformance.parameters import OracleOf, in_each_dtype
 from qlora_hal_conformance.random_inputs import draw_adapter, draw_batch, draw_window, packed, total_tokens
 from qlora_hal_conformance.tolerances import Bound, gradient_bounds, logits_bound, loss_bound
 from qlora_hal_oracle.trainer import OracleTrainer
@@ -24,6 +24,7 @@ VALUES = (0.0, 0.25, 1.0, -1.5, 3.0)
 pytestmark = pytest.mark.needs(Feature.TOKEN_WEIGHTS)
 
 
+@in_each_dtype
 def test_gradient_of_weighted_tokens(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -34,6 +35,7 @@ def test_gradient_of_weighted_tokens(
 
 
 @pytest.mark.needs(Feature.PACKING)
+@in_each_dtype
 def test_weights_of_packed_samples(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -43,6 +45,7 @@ def test_weights_of_packed_samples(
     _judge(ready, oracle(ready), _weighted(seeded, [together]), judging, denominator=GIVEN_DENOMINATOR)
 
 
+@in_each_dtype
 def test_batches_with_and_without_weights_share_a_window(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -52,6 +55,7 @@ def test_batches_with_and_without_weights_share_a_window(
         _judge(ready, oracle(ready), window, judging, denominator=GIVEN_DENOMINATOR)
 
 
+@in_each_dtype
 def test_weights_where_nothing_counts_do_not_matter(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -63,6 +67,7 @@ def test_weights_where_nothing_counts_do_not_matter(
     judge_gradients(ready.trained_gradient(loud), reference, window, ready, judging)
 
 
+@in_each_dtype
 def test_weights_of_one_are_no_weights(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -72,6 +77,7 @@ def test_weights_of_one_are_no_weights(
     judge_gradients(ready.trained_gradient(ones), oracle(ready), window, ready, judging)
 
 
+@in_each_dtype
 def test_weights_of_zero_change_nothing(opened: Opener, seeded: np.random.Generator) -> None:
     """The step is applied: its gradient is zero, and no NaN."""
     shape, _ = opened.models.drawn("main")
@@ -82,6 +88,7 @@ def test_weights_of_zero_change_nothing(opened: Opener, seeded: np.random.Genera
     assert stats.token_count == total_tokens(window)
 
 
+@in_each_dtype
 def test_both_sums_are_told(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     """The sum of losses does not know the weights; the weighted sum is what was minimised. Without weights there is
     none."""
@@ -99,6 +106,7 @@ def test_both_sums_are_told(opened: Opener, oracle: OracleOf, seeded: np.random.
     assert ready.step(plain, 0.0).weighted_loss_sum is None
 
 
+@in_each_dtype
 def test_losses_of_tokens(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     """One for each counted token, where its label stands; 0 elsewhere."""
     shape, _ = opened.models.drawn("main")
@@ -109,12 +117,14 @@ def test_losses_of_tokens(opened: Opener, oracle: OracleOf, seeded: np.random.Ge
 
 
 @pytest.mark.needs(Feature.PACKING)
+@in_each_dtype
 def test_losses_of_packed_tokens(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     shape, _ = opened.models.drawn("main")
     ready = opened(adapter=draw_adapter(seeded, shape))
     _judge_losses(ready, oracle(ready), packed([draw_batch(seeded, shape, lengths=(8, 12, 6))], time=32), judging)
 
 
+@in_each_dtype
 def test_losses_of_the_base_alone(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -128,6 +138,7 @@ def test_losses_of_the_base_alone(
     _judge_losses(ready, oracle(ready), batch, judging)
 
 
+@in_each_dtype
 def test_asking_for_losses_changes_nothing(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -158,10 +169,7 @@ def _ask(ready: Opened, batch: Batch) -> None:
 
 def _judge(ready: Opened, reference: OracleTrainer, window: list[Batch], judging: Judge, *, denominator: float) -> None:
     found = ready.trained_gradient(window, denominator=denominator)
-    expected = reference.window_gradients(window, denominator=denominator).gradients
-    share = total_tokens(window) / denominator
-    bounds = {n: b.times(share, "denominator") for n, b in gradient_bounds(reference, window, ready.dtype).items()}
-    judging.all_within("gradients", found, expected, bounds)
+    judge_gradients(found, reference, window, ready, judging, denominator=denominator)
 
 
 def _judge_losses(ready: Opened, reference: OracleTrainer, batch: Batch, judging: Judge) -> None:

@@ -14,6 +14,7 @@ from qlora_hal.contract.values import Batch, OptimizerSnapshot
 from qlora_hal_conformance.assertions import Judge
 from qlora_hal_conformance.comparing import must_refuse
 from qlora_hal_conformance.fixtures import Opened, Opener
+from qlora_hal_conformance.parameters import in_each_dtype
 from qlora_hal_conformance.random_inputs import draw_adapter, draw_window
 from qlora_hal_conformance.request import Request
 from qlora_hal_conformance.resume_in_child import Continuation, continue_in_child
@@ -30,6 +31,7 @@ OPTIMIZERS = [
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@in_each_dtype
 def test_resumed_run_equals_the_uninterrupted_one(
     optimizer: str, opened: Opener, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -48,6 +50,7 @@ def test_resumed_run_equals_the_uninterrupted_one(
 
 
 @pytest.mark.needs(Feature.LORA_DROPOUT)
+@in_each_dtype
 def test_dropout_goes_on_after_a_resume(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
     """Masks are a function of the step's key: a resumed run draws those of steps 4 to 6, not of 1 to 3 again."""
     shape, _ = opened.models.drawn("main")
@@ -60,6 +63,7 @@ def test_dropout_goes_on_after_a_resume(opened: Opener, seeded: np.random.Genera
     _judge_continuation(resumed, through, windows[K:], opened, judging)
 
 
+@in_each_dtype
 def test_resume_through_files_in_another_process(
     opened: Opener, seeded: np.random.Generator, judging: Judge, scratch: Path, run_request: Request
 ) -> None:
@@ -104,6 +108,7 @@ def test_checkpoint_files_keep_every_bit(
 
 
 @pytest.mark.parametrize("step", [17, 1000])
+@in_each_dtype
 def test_import_takes_effect(step: int, opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
     """A trainer that has trained on, given older state, continues from that: a stale optimizer would show at once."""
     shape, _ = opened.models.drawn("main")
@@ -117,6 +122,7 @@ def test_import_takes_effect(step: int, opened: Opener, seeded: np.random.Genera
     judge_step(ready, oracle_at_state_of(ready), window, UpdateSettings(RATE), judging)
 
 
+@in_each_dtype
 def test_attach_starts_with_a_fresh_optimizer(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
     """A second attach replaces the adapter and forgets all moments."""
     shape, _ = opened.models.drawn("main")
@@ -127,6 +133,7 @@ def test_attach_starts_with_a_fresh_optimizer(opened: Opener, seeded: np.random.
     judge_step(ready, oracle_at_state_of(ready), window, UpdateSettings(RATE), judging)
 
 
+@in_each_dtype
 def test_windows_are_trained_in_the_order_given(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
     """The core owns the order. After a resume too, every step's figures are those of the window it was given."""
     shape, _ = opened.models.drawn("main")

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from qlora_hal.contract.capabilities import Feature
-from qlora_hal.contract.values import Batch, Int32
+from qlora_hal.contract.values import Int32
 from qlora_hal_conformance.assertions import Judge
-from qlora_hal_conformance.fixtures import Opened, Opener
+from qlora_hal_conformance.comparing import judge_greedy as _judge_greedy
+from qlora_hal_conformance.fixtures import Opener
+from qlora_hal_conformance.parameters import in_each_dtype
 from qlora_hal_conformance.random_inputs import draw_adapter, draw_batch, with_zero
-from qlora_hal_conformance.tolerances import Bound, logits_bound
+from qlora_hal_conformance.tolerances import Bound
 
 pytestmark = pytest.mark.needs(Feature.GENERATE)
 
@@ -23,17 +25,7 @@ def _prompt(seeded: np.random.Generator, opened: Opener) -> Int32:
     return prompt
 
 
-def _judge_greedy(ready: Opened, prompt: Int32, tokens: Int32, judging: Judge) -> None:
-    """Each token has the largest logit after all tokens before it, up to what rounding may decide in a tie."""
-    whole = np.concatenate([prompt, tokens])[None].astype(np.int32)
-    places = np.arange(whole.shape[1], dtype=np.int32)[None]
-    batch = Batch(whole, whole.copy(), places, np.ones_like(whole))
-    logits = ready.trainer.logits(batch)[0, len(prompt) - 1 : -1]
-    bound = logits_bound(ready.oracle(), batch, ready.dtype).times(4, "two logits, twice computed")
-    behind = logits.max(axis=-1) - logits[np.arange(len(tokens)), tokens]
-    judging.within("distance from the largest logit", behind, np.zeros_like(behind), bound)
-
-
+@in_each_dtype
 def test_every_token_has_the_largest_logit(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
     shape, _ = opened.models.drawn("main")
     ready, prompt = opened(adapter=draw_adapter(seeded, shape)), _prompt(seeded, opened)
@@ -43,6 +35,7 @@ def test_every_token_has_the_largest_logit(opened: Opener, seeded: np.random.Gen
 
 
 @pytest.mark.parametrize("number", [0, 1, 5])
+@in_each_dtype
 def test_number_of_new_tokens(number: int, opened: Opener, seeded: np.random.Generator) -> None:
     """Exactly as many as asked for, and the beginning of any longer continuation."""
     shape, _ = opened.models.drawn("main")
@@ -52,6 +45,7 @@ def test_number_of_new_tokens(number: int, opened: Opener, seeded: np.random.Gen
     assert np.array_equal(tokens, longer[:number]), "another continuation"
 
 
+@in_each_dtype
 def test_stop_token_ends_it(opened: Opener, seeded: np.random.Generator) -> None:
     """Up to and without the first stop token; one that never comes changes nothing."""
     shape, _ = opened.models.drawn("main")
@@ -65,6 +59,7 @@ def test_stop_token_ends_it(opened: Opener, seeded: np.random.Generator) -> None
     assert np.array_equal(trainer.generate(prompt, max_new_tokens=NEW_TOKENS, stop_tokens=(never,)), free)
 
 
+@in_each_dtype
 def test_without_its_adapter_it_is_the_base(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
     """`adapter=False` answers as the base model, and the adapter is back afterwards."""
     shape, _ = opened.models.drawn("main")
@@ -77,6 +72,7 @@ def test_without_its_adapter_it_is_the_base(opened: Opener, seeded: np.random.Ge
     _judge_greedy(ready, prompt, off, judging)
 
 
+@in_each_dtype
 def test_generation_follows_training(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
     """No stale copy of the adapter, and no cache of an earlier prompt."""
     shape, _ = opened.models.drawn("main")
@@ -89,6 +85,7 @@ def test_generation_follows_training(opened: Opener, seeded: np.random.Generator
     _judge_greedy(ready, other, ready.trainer.generate(other, max_new_tokens=NEW_TOKENS), judging)
 
 
+@in_each_dtype
 def test_a_memorized_answer_is_given(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
     """A text trained to the end comes back token for token, its stop token included."""
     shape, _ = opened.models.drawn("main")

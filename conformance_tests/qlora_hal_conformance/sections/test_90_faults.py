@@ -7,8 +7,9 @@ import pytest
 
 from qlora_hal.contract.values import Adapter, Batch
 from qlora_hal_conformance.assertions import Judge
-from qlora_hal_conformance.comparing import unless_refused
+from qlora_hal_conformance.comparing import opened_unless_refused, unless_refused
 from qlora_hal_conformance.fixtures import Opened, Opener
+from qlora_hal_conformance.parameters import in_each_dtype
 from qlora_hal_conformance.random_inputs import draw_adapter, draw_batch, draw_window
 from qlora_hal_conformance.tolerances import UpdateSettings, first_update
 from qlora_hal_conformance.updating import judge_step, oracle_at_state_of
@@ -20,6 +21,7 @@ NOT_FINITE = {"nan": np.nan, "infinity": np.inf}
 
 @pytest.mark.parametrize("value", NOT_FINITE.values(), ids=NOT_FINITE)
 @pytest.mark.parametrize("tensor", ["model.layers.0.mlp.down_proj.weight", HEAD, "model.norm.weight"])
+@in_each_dtype
 def test_base_weight_that_is_not_finite(
     tensor: str, value: float, opened: Opener, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -30,13 +32,14 @@ def test_base_weight_that_is_not_finite(
     name = f"broken-{tensor}-{value}"
     opened.models.define(name, shape, broken)
     adapter = draw_adapter(seeded, shape)
-    ready = unless_refused(lambda: opened(name, adapter=adapter))
+    ready = opened_unless_refused(opened, name, adapter)
     if ready is not None:
         _judge_refused(ready, [draw_batch(seeded, shape)], judging)
 
 
 @pytest.mark.parametrize("value", NOT_FINITE.values(), ids=NOT_FINITE)
 @pytest.mark.parametrize("half", ["A", "B"])
+@in_each_dtype
 def test_adapter_that_is_not_finite(
     half: str, value: float, opened: Opener, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -55,6 +58,7 @@ def test_adapter_that_is_not_finite(
     judge_step(ready, oracle_at_state_of(ready), window, UpdateSettings(RATE), judging)
 
 
+@in_each_dtype
 def test_steps_after_many_refused_ones(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
     """Whatever a backend adapts at a refused step (a loss scale, say) finds its way back."""
     shape, _ = opened.models.drawn("main")
@@ -68,6 +72,7 @@ def test_steps_after_many_refused_ones(opened: Opener, seeded: np.random.Generat
         judge_step(ready, oracle_at_state_of(ready), draw_window(seeded, shape), UpdateSettings(RATE), judging)
 
 
+@in_each_dtype
 def test_huge_but_finite_gradients_are_clipped(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
     """A run that has gone wild is clipped by its norm, not refused; no weight moves further than the rate."""
     shape, _ = opened.models.drawn("main")

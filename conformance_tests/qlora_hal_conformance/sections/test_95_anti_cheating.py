@@ -11,8 +11,9 @@ from qlora_hal.checkpoint import TrainingState, save_checkpoint
 from qlora_hal.contract.capabilities import Feature
 from qlora_hal.contract.values import IGNORE_LABEL, Adapter, Float32, Int32
 from qlora_hal_conformance.assertions import Judge
-from qlora_hal_conformance.comparing import judge_gradients, judge_logits
+from qlora_hal_conformance.comparing import judge_change, judge_gradients, judge_logits
 from qlora_hal_conformance.fixtures import Opener
+from qlora_hal_conformance.parameters import in_each_dtype
 from qlora_hal_conformance.random_inputs import at_real_tokens, draw_adapter, draw_batch, draw_window, with_field
 from qlora_hal_conformance.request import Request
 from qlora_hal_conformance.resume_in_child import Continuation, continue_in_child
@@ -23,6 +24,7 @@ from qlora_hal_oracle.random_models import EMBEDDING, SHAPES, draw_tensors, line
 RATE = 1e-2
 
 
+@in_each_dtype
 def test_weights_on_disk_decide(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
     """One layer changed in the file, all else equal: the weights shown and the logits both follow."""
     shape, tensors = opened.models.drawn("main")
@@ -34,12 +36,13 @@ def test_weights_on_disk_decide(opened: Opener, seeded: np.random.Generator, jud
     found = [at_real_tokens(ready.trainer.logits(batch), batch) for ready in (before, after)]
     reference = after.oracle()
     bound = logits_bound(reference, batch, after.dtype)
-    judging.apart("logits of the two models", found[0], found[1], bound)
+    judge_change("logits of the two models", found[0], found[1], reference, batch, after, judging)
     judging.within("logits", found[1], at_real_tokens(reference.logits(batch), batch), bound)
     same = np.array_equal(before.trainer.dequantized_weight(module), after.trainer.dequantized_weight(module))
     assert not same, f"{module} was changed on disk, and is shown unchanged"
 
 
+@in_each_dtype
 def test_embedding_on_disk_decides(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
     """Weights that no view shows are read too."""
     shape, tensors = opened.models.drawn("main")
@@ -48,6 +51,7 @@ def test_embedding_on_disk_decides(opened: Opener, seeded: np.random.Generator, 
     judge_logits(ready, ready.oracle(), batch, judging)
 
 
+@in_each_dtype
 def test_model_that_no_seed_gives(opened: Opener, scratch: Path, judging: Judge) -> None:
     """Model, adapter and tokens from the operating system's own randomness: nobody can know these answers."""
     random = np.random.default_rng(secrets.randbits(128))
@@ -64,6 +68,7 @@ def test_model_that_no_seed_gives(opened: Opener, scratch: Path, judging: Judge)
     judge_step(ready, oracle_at_state_of(ready), window, UpdateSettings(RATE), judging)
 
 
+@in_each_dtype
 def test_two_models_at_once(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
     """Two trainers in one process, used by turns: nothing is shared."""
     readies = []
@@ -76,6 +81,7 @@ def test_two_models_at_once(opened: Opener, seeded: np.random.Generator, judging
             judge_step(ready, oracle_at_state_of(ready), window, UpdateSettings(RATE), judging)
 
 
+@in_each_dtype
 def test_views_and_training_agree(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
     """The loss that a step reports is the loss of the logits that are shown, and the one that is evaluated."""
     shape, _ = opened.models.drawn("main")
@@ -98,6 +104,7 @@ def _loss_of(logits: Float32, labels: Int32) -> float:
     return float((log_sum - chosen[np.arange(len(rows)), targets[rows, times]]).sum())
 
 
+@in_each_dtype
 def test_tokens_decide(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
     """One token changed: everything from there on follows, nothing before it does."""
     shape, _ = opened.models.drawn("main")
@@ -108,9 +115,10 @@ def test_tokens_decide(opened: Opener, seeded: np.random.Generator, judging: Jud
     one, other = (ready.trainer.logits(b)[0] for b in (batch, with_field(batch, input_ids=input_ids)))
     bound = logits_bound(ready.oracle(), batch, ready.dtype).times(2, "two results")
     judging.within("logits before the token", other[:place], one[:place], bound)
-    judging.apart("logits from the token on", other[place:], one[place:], bound)
+    judge_change("logits from the token on", other[place:], one[place:], ready.oracle(), batch, ready, judging)
 
 
+@in_each_dtype
 def test_labels_decide(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
     """Other labels on the same tokens give another loss and other gradients: the labels are read, not the tokens."""
     shape, _ = opened.models.drawn("main")
@@ -120,6 +128,7 @@ def test_labels_decide(opened: Opener, seeded: np.random.Generator, judging: Jud
     judge_gradients(ready.trainer.gradients(window), ready.oracle(), window, ready, judging)
 
 
+@in_each_dtype
 def test_same_answers_in_a_process_without_a_test(
     opened: Opener, seeded: np.random.Generator, judging: Judge, scratch: Path, run_request: Request
 ) -> None:
