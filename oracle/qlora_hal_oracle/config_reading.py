@@ -23,7 +23,10 @@ SLIDING = "sliding_attention"
 
 
 def read_shape(config: Config) -> LlamaShape:
-    """Read a `config.json`; one without `model_type` is a Llama. Raises ValueError for what the oracle does not compute."""
+    """Read a `config.json`; one without `model_type` is a Llama's.
+
+    Raises ValueError for what the oracle does not compute.
+    """
     family = str(config.get("model_type", "llama"))
     if family not in FAMILIES:
         raise ValueError(f"model_type is {family!r}; the oracle computes {', '.join(FAMILIES)} only")

@@ -6,7 +6,6 @@ drawn so that they matter on rows of twenty tokens: a cap of 30 does not show at
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -15,9 +14,10 @@ import numpy as np
 Config = dict[str, object]
 Random = np.random.Generator
 
-LAYOUTS = ((6, 2, 64), (12, 4, 32), (12, 2, 64), (14, 2, 64))
-"""(query heads, key heads, head_dim): groups of 3, 6 and 7, never one key head alone. All heads together are a multiple
-of 128 wide: whole blocks and groups in each row."""
+HIDDEN = 384
+LAYOUTS = ((6, 2), (12, 4), (12, 2))
+"""(query heads, key heads): groups of 3 and 6, never one key head alone. They divide HIDDEN, as transformers asks, and
+all together are a multiple of 128 wide: whole blocks and groups in each row."""
 
 
 def draw_config(family: str, random: Random) -> Config:
@@ -26,19 +26,18 @@ def draw_config(family: str, random: Random) -> Config:
 
 
 def _drawn(random: Random, model_type: str, architecture: str, *, head_dim_written: bool = True) -> Config:
-    """Sizes that differ in each run. The residual stream is as wide as all heads together where the head's size is not
-    written down; else it is the least whole number of blocks that the heads divide, as transformers asks."""
-    heads, key_heads, head_dim = LAYOUTS[int(random.integers(len(LAYOUTS)))]
+    """Sizes that differ in each run. Where the head's size is written down, all heads together are twice as wide as the
+    residual stream; else as wide."""
+    heads, key_heads = LAYOUTS[int(random.integers(len(LAYOUTS)))]
     config: Config = {
         "architectures": [architecture],
         "model_type": model_type,
         "vocab_size": int(random.integers(290, 420)),
-        "hidden_size": math.lcm(heads, 128) if head_dim_written else heads * head_dim,
+        "hidden_size": HIDDEN,
         "intermediate_size": int(random.choice((256, 384))),
-        "num_hidden_layers": int(random.integers(2, 4)),
+        "num_hidden_layers": 2,
         "num_attention_heads": heads,
         "num_key_value_heads": key_heads,
-        "head_dim": head_dim,
         "hidden_act": "silu",
         "rms_norm_eps": float(random.choice((1e-6, 1e-5, 1e-3))),
         "rope_theta": float(random.choice((500.0, 10000.0, 1e6))),
@@ -48,9 +47,7 @@ def _drawn(random: Random, model_type: str, architecture: str, *, head_dim_writt
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
-    if not head_dim_written:
-        del config["head_dim"]
-    return config
+    return {**config, "head_dim": 2 * HIDDEN // heads} if head_dim_written else config
 
 
 def _llama(random: Random) -> Config:
@@ -125,7 +122,7 @@ def _gemma(random: Random, model_type: str, architecture: str) -> Config:
 def _phi3(random: Random) -> Config:
     config = _drawn(random, "phi3", "Phi3ForCausalLM", head_dim_written=False)
     share = 0.75
-    pairs = int(_whole(config, "hidden_size") / _whole(config, "num_attention_heads") * share) // 2
+    pairs = int(HIDDEN // int(str(config["num_attention_heads"])) * share) // 2
     return {
         **config,
         "partial_rotary_factor": share,
@@ -200,7 +197,8 @@ VARIATIONS: Mapping[str, Variation] = {
     "unscaled_phi3": Variation("phi3", {"rope_scaling": None, "partial_rotary_factor": 0.5}),
     "biases_of_granite": Variation("granite", {"attention_bias": True, "mlp_bias": True}),
 }
-"""Each is computed as its architecture's code computes it, or refused. Keys that this code does not read change nothing."""
+"""Each is computed as its architecture's code computes it, or refused. A key that this code does not read changes
+nothing."""
 
 
 def vary(name: str, random: Random) -> Config:
@@ -211,7 +209,3 @@ def vary(name: str, random: Random) -> Config:
 
 def _window(random: Random) -> int:
     return int(random.integers(5, 10))
-
-
-def _whole(config: Config, key: str) -> int:
-    return int(str(config[key]))

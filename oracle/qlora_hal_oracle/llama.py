@@ -1,4 +1,4 @@
-"""A whole Llama, or a relative of it, in float64: from tokens to logits, and back to the gradient of every adapter tensor.
+"""A whole Llama, or a relative of it, in float64: from tokens to logits, and back to every adapter tensor's gradient.
 
 Read `OracleLlama.forward` first; `backward` is the same story told from the end. Shapes are `[batch, time, ...]`.
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ BEYOND_THE_ORIGINAL_LENGTH = (44, 37)
 
 
 @pytest.fixture(autouse=True)
-def in_float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers casts to float32 inside norms, rotations and softmax whatever the dtype of the weights."""
     softmax = torch.nn.functional.softmax
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
@@ -39,7 +38,6 @@ def in_float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return to(self, *given, **named)
 
     monkeypatch.setattr(torch.Tensor, "to", never_float32)
-    yield
 
 
 def in_transformers(folder: Path, oracle: OracleTrainer) -> Any:
