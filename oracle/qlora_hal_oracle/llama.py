@@ -185,8 +185,8 @@ class OracleLlama:
         if shape.query_key_norm:
             query, key = norm(QUERY_NORM, query), norm(KEY_NORM, key)
         query = store(blocks.rotate(query, view.cos, view.sin))
-        key = blocks.repeat_keys(store(blocks.rotate(key, view.cos, view.sin)), shape.queries_per_key)
-        value = blocks.repeat_keys(value, shape.queries_per_key)
+        key = self.share_keys(store(blocks.rotate(key, view.cos, view.sin)))
+        value = self.share_keys(value)
         mixed, attention = blocks.attention(
             query,
             key,
@@ -211,6 +211,10 @@ class OracleLlama:
             view, entry, drawn_query, drawn_key, query, key, value, attention, attended, middle, gate, up, mixed_up,
             linears,
         )  # fmt: skip
+
+    def share_keys(self, x: Float64) -> Float64:
+        """A key, or a value, for each query head."""
+        return blocks.repeat_keys(x, self.shape.queries_per_key)
 
     def split_query_key_value(self, fused: Float64) -> list[Float64]:
         """A fused projection's output in its three parts."""
