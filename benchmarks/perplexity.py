@@ -28,7 +28,7 @@ from qlora_hal.detect.discovery import find, listed, load_spec, open_trainer, re
 from qlora_hal.model.facts import read_facts
 from qlora_hal.model.source import ModelSource
 from qlora_hal.quantize.calibration import Recipe, quantize_into
-from qlora_hal_oracle import LlamaShape
+from qlora_hal_oracle import read_shape
 from qlora_hal_oracle.random_models import write_quantized
 
 ROWS, TOKENS = 512, 512
@@ -77,7 +77,7 @@ def rounded_to_nearest(folder: Path, storage: Quantization) -> ModelSource:
     """The demo's weights on the symmetric min-max grid that GPTQ starts from, each at its nearest point."""
     config = json.loads((model_path() / "config.json").read_text())
     tensors = {n: t.float().numpy() for n, t in load_file(model_path() / "model.safetensors").items()}
-    return ModelSource.in_folder(write_quantized(folder, LlamaShape.from_config(config), tensors, storage).folder)
+    return ModelSource.in_folder(write_quantized(folder, read_shape(config), tensors, storage).folder)
 
 
 def calibrated(folder: Path, demo: ModelSource, storage: Quantization, calibration: str) -> ModelSource:

@@ -22,6 +22,7 @@ from qlora_hal_oracle.random_models import (
     DEEP_SHAPE,
     SHAPES,
     UNEVEN_SHAPE,
+    Config,
     TinyModel,
     draw_tensors,
     tied,
@@ -118,6 +119,7 @@ class Models:
     seed: int
     _drawn: dict[str, tuple[LlamaShape, dict[str, Float32]]] = field(default_factory=dict)
     _written: dict[str, TinyModel] = field(default_factory=dict)
+    _configs: dict[str, Config] = field(default_factory=dict)
 
     def drawn(self, name: str) -> tuple[LlamaShape, dict[str, Float32]]:
         """Shape and weights. `deep` has `DEEP_SHAPE`; a name with `tied` has a tied head, one with `uneven` widths that
@@ -129,16 +131,26 @@ class Models:
             self._drawn[name] = shape, draw_tensors(shape, random)
         return self._drawn[name]
 
-    def define(self, name: str, shape: LlamaShape, tensors: dict[str, Float32]) -> None:
-        """Give a name to weights that a case made itself; what was written under it before is forgotten."""
+    def define(self, name: str, shape: LlamaShape, tensors: dict[str, Float32], config: Config | None = None) -> None:
+        """Give a name to weights that a case made itself, with the config.json of one that is no plain Llama; what was
+        written under it before is forgotten."""
         self._drawn[name] = shape, tensors
+        if config is not None:
+            self._configs[name] = config
         self._written = {key: model for key, model in self._written.items() if not key.startswith(f"{name}-")}
 
     def plain(self, name: str, *, stored_dtype: str = "float32", files: int = 1) -> TinyModel:
         key = f"{name}-{stored_dtype}-{files}"
         if key not in self._written:
             shape, tensors = self.drawn(name)
-            self._written[key] = write_model(self.folder / key, shape, tensors, stored_dtype=stored_dtype, files=files)
+            self._written[key] = write_model(
+                self.folder / key,
+                shape,
+                tensors,
+                stored_dtype=stored_dtype,
+                files=files,
+                config=self._configs.get(name),
+            )
         return self._written[key]
 
     def quantized(
@@ -150,7 +162,13 @@ class Models:
         if key not in self._written:
             shape, tensors = self.drawn(name)
             self._written[key] = write_quantized(
-                self.folder / key, shape, tensors, quantization, stored_dtype=stored_dtype, files=files
+                self.folder / key,
+                shape,
+                tensors,
+                quantization,
+                stored_dtype=stored_dtype,
+                files=files,
+                config=self._configs.get(name),
             )
         return self._written[key]
 

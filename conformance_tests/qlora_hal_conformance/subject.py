@@ -13,8 +13,18 @@ from qlora_hal.errors import BackendContractError
 from qlora_hal_conformance.verdicts import Claim
 from qlora_hal_oracle import UNIT_ROUNDOFF
 
-Need = Feature | WeightFormat | str | tuple[WeightFormat, int]
-"""A feature, a weight format, a compute dtype by name, or a block size of a format."""
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Models of a `model_type`. With `varied` single keys of their config.json are unusual: no declaration covers them,
+    so such a model may be refused by every backend."""
+
+    model_type: str
+    varied: bool = False
+
+
+Need = Feature | WeightFormat | Family | str | tuple[WeightFormat, int]
+"""A feature, a weight format, a family of models, a compute dtype by name, or a block size of a format."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +77,8 @@ class Subject:
                 return need in self.capabilities.features
             case WeightFormat():
                 return need in self.capabilities.weight_formats
+            case Family(model_type, varied):
+                return model_type in self.capabilities.families and not varied
             case (weight_format, block_size):
                 sizes = self.capabilities.block_sizes.get(weight_format, ())
                 return weight_format in self.capabilities.weight_formats and block_size in sizes
@@ -75,6 +87,8 @@ class Subject:
 
     def claim(self, needs: tuple[Need, ...]) -> Claim:
         """Whether all of `needs` are declared, and proved where a device has a say."""
+        if any(isinstance(need, Family) and not self.declares(need) for need in needs):
+            return Claim.OPEN
         if not all(self.declares(need) for need in needs):
             return Claim.UNDECLARED
         dtypes = [need for need in needs if type(need) is str]

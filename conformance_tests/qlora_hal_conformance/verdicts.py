@@ -25,11 +25,13 @@ class Verdict(StrEnum):
 
 
 class Claim(StrEnum):
-    """Whether what a case needs is declared. NARROWED: declared by the backend, not proved by this device."""
+    """Whether what a case needs is declared. NARROWED: declared by the backend, not proved by this device. OPEN: a
+    model that no backend has to serve; it is computed as the oracle computes it, or refused."""
 
     DECLARED = "declared"
     UNDECLARED = "undeclared"
     NARROWED = "narrowed"
+    OPEN = "open"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,7 @@ class CaseResult:
 
 def judge(phases: Sequence[Phase], claim: Claim) -> Judgement:
     """The verdict of a case from how its phases ended and whether it was declared."""
-    from qlora_hal.errors import UnsupportedFeatureError
+    from qlora_hal.errors import ModelError, UnsupportedFeatureError
 
     for phase in phases:
         if phase.was_skipped:
@@ -106,7 +108,7 @@ def judge(phases: Sequence[Phase], claim: Claim) -> Judgement:
         if claim is Claim.UNDECLARED:
             return Judgement(Verdict.FAILED, "it works but is not declared: declare it in the spec's capabilities")
         return Judgement(Verdict.PASSED)
-    if isinstance(call.error, UnsupportedFeatureError):
+    if isinstance(call.error, UnsupportedFeatureError) or (claim is Claim.OPEN and isinstance(call.error, ModelError)):
         return _judge_refusal(call.error, claim)
     if claim is Claim.UNDECLARED:
         return Judgement(

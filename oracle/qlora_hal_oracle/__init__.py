@@ -18,6 +18,7 @@ from .codecs import (
     StoredTensors,
     UnquantizedCodec,
 )
+from .config_reading import read_shape
 from .double_quantization import (
     QuantizedAbsmax,
     absmax_error_bound,
@@ -116,6 +117,7 @@ __all__ = [
     "quantize_int8_rows",
     "quantize_microscaling",
     "quantize_mlx_affine",
+    "read_shape",
     "round_to_bfloat16",
     "round_to_grid",
     "spread",

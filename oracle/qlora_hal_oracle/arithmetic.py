@@ -98,19 +98,23 @@ class ErrorScale:
 # One product of each stage a token passes, forward and back: the rest run beside these, not after them.
 _LONGEST_CHAIN = (
     ".q_proj",
+    ".qkv_proj",
     ".scores",
     ".mix",
     ".o_proj",
     ".gate_proj",
+    ".gate_up_proj",
     ".down_proj",
     "lm_head",
     "lm_head.grad_input",
     ".down_proj.grad_input",
     ".gate_proj.grad_input",
+    ".gate_up_proj.grad_input",
     ".o_proj.grad_input",
     ".grad_weights",
     ".grad_query",
     ".q_proj.grad_input",
+    ".qkv_proj.grad_input",
 )
 
 

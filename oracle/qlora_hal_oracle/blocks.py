@@ -1,9 +1,13 @@
-"""The parts of a Llama layer that have no trained adapter: each as a forward function and its hand-written gradient.
+"""The parts of a decoder layer that have no trained adapter: each as a forward function and its hand-written gradient.
 
 A backward function takes the gradient of its output first and returns the gradients of its inputs in their order.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -26,25 +30,31 @@ def rms_norm_backward(grad: Float64, x: Float64, weight: Float64, eps: float) ->
     return grad_x, grad_weight
 
 
-def rotary_angles(position_ids: Int32, head_dim: int, theta: float) -> tuple[Float64, Float64]:
-    """(cos, sin), `[batch, 1, time, head_dim]`: angle j of position p is p theta^(-2j/head_dim) (arXiv:2104.09864).
+def rotary_angles(position_ids: Int32, frequencies: Float64, magnitude: float = 1.0) -> tuple[Float64, Float64]:
+    """(cos, sin), `[batch, 1, time, 2 * pairs]`, times `magnitude`: angle j of position p is p times frequency j.
 
-    Both halves of the head carry the same angles, as in Hugging Face: dimension j is paired with j + head_dim/2.
+    Both halves carry the same angles, as in Hugging Face: dimension j is paired with j + pairs.
     """
-    frequencies = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     angles = position_ids.astype(np.float64)[:, None, :, None] * frequencies
     both_halves = np.concatenate([angles, angles], axis=-1)
-    return np.cos(both_halves), np.sin(both_halves)
+    return magnitude * np.cos(both_halves), magnitude * np.sin(both_halves)
+
+
+def rotary_frequencies(size: int, theta: float) -> Float64:
+    """theta^(-2j/size) for each of the size/2 pairs j (arXiv:2104.09864)."""
+    frequencies: Float64 = theta ** -(np.arange(0, size, 2, dtype=np.float64) / size)
+    return frequencies
 
 
 def rotate(x: Float64, cos: Float64, sin: Float64) -> Float64:
-    """Turn each pair by its angle: x cos + (-x2, x1) sin."""
-    return x * cos + _quarter_turn(x) * sin
+    """Turn each pair by its angle: x cos + (-x2, x1) sin. What a head has beyond the width of the angles stays."""
+    turned, rest = np.split(x, [cos.shape[-1]], axis=-1)
+    return np.concatenate([turned * cos + _quarter_turn(turned) * sin, rest], axis=-1)
 
 
 def rotate_backward(grad: Float64, cos: Float64, sin: Float64) -> Float64:
     """The transpose of a rotation is the rotation back."""
-    return grad * cos - _quarter_turn(grad) * sin
+    return rotate(grad, cos, -sin)
 
 
 def _quarter_turn(x: Float64) -> Float64:
@@ -52,41 +62,78 @@ def _quarter_turn(x: Float64) -> Float64:
     return np.concatenate([-second, first], axis=-1)
 
 
-def attention_allowed(segment_ids: Int32) -> Bool:
-    """`[batch, 1, time, time]`: query t may see key s when s <= t and both are of one segment.
+def attention_allowed(segment_ids: Int32, window: int = 0) -> Bool:
+    """`[batch, 1, time, time]`: query t may see key s when s <= t and both are of one segment; with a window also only
+    when t - s < window.
 
     Padding is a segment of its own (0). It sees padding, so no row of the softmax is empty and none gives NaN, and no
     real token sees it.
     """
     time = segment_ids.shape[1]
     same_segment: Bool = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-    allowed: Bool = same_segment & np.tril(np.ones((time, time), dtype=np.bool_))
+    seen = np.tril(np.ones((time, time), dtype=np.bool_))
+    if window:
+        seen &= ~np.tri(time, k=-window, dtype=np.bool_)
+    allowed: Bool = same_segment & seen
     return allowed
 
 
+def soft_cap(x: Float64, cap: float | None) -> Float64:
+    """cap tanh(x / cap); x where there is no cap."""
+    return x if cap is None else cap * np.tanh(x / cap)
+
+
+def soft_cap_slope(capped: Float64, cap: float | None) -> Float64 | float:
+    """The derivative of `soft_cap`, from what it gave: 1 - (y / cap)^2."""
+    return 1.0 if cap is None else 1.0 - (capped / cap) ** 2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionTrace:
+    """The softmax `[batch, heads, time, time]`, and the slope of the scores by q k^T."""
+
+    weights: Float64
+    slope: Float64 | float
+
+
 def attention(
-    query: Float64, key: Float64, value: Float64, allowed: Bool, arithmetic: Arithmetic, name: str
-) -> tuple[Float64, Float64]:
-    """(softmax(q k^T / sqrt(d)) v, the softmax), all `[batch, heads, time, d]`; keys already repeated to the heads."""
-    scale = query.shape[-1] ** -0.5
-    scores = arithmetic.product(f"{name}.scores", query, np.swapaxes(key, -1, -2)) * scale
+    query: Float64,
+    key: Float64,
+    value: Float64,
+    allowed: Bool,
+    arithmetic: Arithmetic,
+    name: str,
+    *,
+    scale: float,
+    cap: float | None = None,
+) -> tuple[Float64, AttentionTrace]:
+    """(softmax(soft_cap(scale q k^T)) v, trace), all `[batch, heads, time, d]`; keys already repeated to the heads."""
+    products = arithmetic.product(f"{name}.scores", query, np.swapaxes(key, -1, -2))
+    scores = soft_cap(products * scale, cap)
     shifted = np.where(allowed, scores, -np.inf)
     exponentials = np.exp(shifted - shifted.max(axis=-1, keepdims=True))
     weights = arithmetic.store(exponentials / exponentials.sum(axis=-1, keepdims=True))
-    return arithmetic.store(arithmetic.product(f"{name}.mix", weights, value)), weights
+    mixed = arithmetic.store(arithmetic.product(f"{name}.mix", weights, value))
+    return mixed, AttentionTrace(weights, scale * soft_cap_slope(scores, cap))
 
 
 def attention_backward(
-    grad: Float64, query: Float64, key: Float64, value: Float64, weights: Float64, arithmetic: Arithmetic, name: str
+    grad: Float64,
+    query: Float64,
+    key: Float64,
+    value: Float64,
+    trace: AttentionTrace,
+    arithmetic: Arithmetic,
+    name: str,
 ) -> tuple[Float64, Float64, Float64]:
-    """With P the softmax and S the scores: dV = P^T g, dP = g V^T, dS = P (dP - sum(dP P)), dQ = dS K, dK = dS^T Q.
+    """With P the softmax and S = q k^T: dV = P^T g, dP = g V^T, dS = slope P (dP - sum(dP P)), dQ = dS K, dK = dS^T Q.
 
     Forbidden places have P = 0, so dS is 0 there without a second mask.
     """
-    scale = query.shape[-1] ** -0.5
+    weights = trace.weights
     grad_value = arithmetic.product(f"{name}.grad_value", np.swapaxes(weights, -1, -2), grad)
     grad_weights = arithmetic.product(f"{name}.grad_weights", grad, np.swapaxes(value, -1, -2))
-    grad_scores = weights * (grad_weights - (grad_weights * weights).sum(axis=-1, keepdims=True)) * scale
+    grad_scores = weights * (grad_weights - (grad_weights * weights).sum(axis=-1, keepdims=True)) * trace.slope
     grad_scores = arithmetic.store(grad_scores)
     grad_query = arithmetic.product(f"{name}.grad_query", grad_scores, key)
     grad_key = arithmetic.product(f"{name}.grad_key", np.swapaxes(grad_scores, -1, -2), query)
@@ -117,17 +164,49 @@ def repeat_keys_backward(grad: Float64, times: int) -> Float64:
     return collected
 
 
-def gated_silu(gate: Float64, up: Float64) -> Float64:
-    """silu(gate) * up with silu(x) = x / (1 + exp(-x)) (SwiGLU, arXiv:2002.05202)."""
-    return gate * _sigmoid(gate) * up
+def gated(gate: Float64, up: Float64, activation: str = "silu") -> Float64:
+    """activation(gate) * up (arXiv:2002.05202)."""
+    return ACTIVATIONS[activation](gate)[0] * up
 
 
-def gated_silu_backward(grad: Float64, gate: Float64, up: Float64) -> tuple[Float64, Float64]:
-    """silu'(x) = s (1 + x (1 - s)) with s = sigmoid(x)."""
-    s = _sigmoid(gate)
-    return grad * up * s * (1.0 + gate * (1.0 - s)), grad * gate * s
+def gated_backward(grad: Float64, gate: Float64, up: Float64, activation: str = "silu") -> tuple[Float64, Float64]:
+    """(gradient of the gate, of up)."""
+    value, slope = ACTIVATIONS[activation](gate)
+    return grad * up * slope, grad * value
 
 
-def _sigmoid(x: Float64) -> Float64:
+def _silu(x: Float64) -> tuple[Float64, Float64]:
+    """x s with s = sigmoid(x), and s (1 + x (1 - s))."""
     # tanh does not overflow where exp(-x) would.
-    return 0.5 * (1.0 + np.tanh(0.5 * x))
+    s = 0.5 * (1.0 + np.tanh(0.5 * x))
+    return x * s, s * (1.0 + x * (1.0 - s))
+
+
+def _gelu(x: Float64) -> tuple[Float64, Float64]:
+    """x F(x) with F the normal distribution, and F + x F' (arXiv:1606.08415)."""
+    below = 0.5 * (1.0 + _erf(x / math.sqrt(2.0)).astype(np.float64))
+    return x * below, below + x * np.exp(-0.5 * x**2) / math.sqrt(2.0 * math.pi)
+
+
+def _gelu_tanh(x: Float64) -> tuple[Float64, Float64]:
+    """The same with F(x) ~ (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2."""
+    root = math.sqrt(2.0 / math.pi)
+    t = np.tanh(root * (x + 0.044715 * x**3))
+    slope = 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t**2) * root * (1.0 + 3.0 * 0.044715 * x**2)
+    return 0.5 * x * (1.0 + t), slope
+
+
+def _relu(x: Float64) -> tuple[Float64, Float64]:
+    return np.maximum(x, 0.0), (x > 0.0).astype(np.float64)
+
+
+_erf = np.frompyfunc(math.erf, 1, 1)  # NumPy has none
+
+ACTIVATIONS: Mapping[str, Callable[[Float64], tuple[Float64, Float64]]] = {
+    "silu": _silu,
+    "gelu": _gelu,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "gelu_new": _gelu_tanh,
+    "relu": _relu,
+}
+"""Hugging Face's name -> (value, slope)."""

@@ -1,4 +1,4 @@
-"""Small Llamas with grouped-query attention, drawn from a generator and written with NumPy alone.
+"""Small Llamas and their relatives, drawn from a generator and written with NumPy alone.
 
 A model is a folder as a hub would hold it: `config.json` and `model.safetensors`, plain or already quantized in the
 layout of a weight format.
@@ -27,6 +27,7 @@ from .shape import LlamaShape
 
 Array = npt.NDArray[Any]
 Tensors = dict[str, Float32]
+Config = Mapping[str, object]
 
 FIRST_ORDINARY_TOKEN = 3
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -84,50 +85,47 @@ class TinyModel:
 
 def draw_tensors(shape: LlamaShape, random: np.random.Generator) -> Tensors:
     """Random weights whose logits spread like a trained model's: every product keeps the variance of its input."""
-    tensors = {EMBEDDING: random.normal(size=(shape.vocab_size, shape.hidden_size))}
-    for name, linear in linear_shapes(shape).items():
-        tensors[f"{name}.weight"] = random.normal(size=linear.weight) / linear.inputs**0.5
-    if not shape.tie_word_embeddings:
-        tensors[HEAD] = 2.0 * random.normal(size=(shape.vocab_size, shape.hidden_size)) / shape.hidden_size**0.5
-    for name in norm_names(shape):
+    drawn = {EMBEDDING: random.normal(size=(shape.vocab_size, shape.hidden_size)) / shape.embedding_scale}
+    for name, sides in shape.tensor_shapes().items():
+        if name not in drawn:
+            drawn[name] = _drawn_tensor(name, sides, shape, random)
+    return {name: tensor.astype(np.float32) for name, tensor in drawn.items()}
+
+
+def _drawn_tensor(name: str, sides: tuple[int, ...], shape: LlamaShape, random: np.random.Generator) -> Array:
+    if name == HEAD:
+        return 2.0 / shape.logits_scale * random.normal(size=sides) / shape.hidden_size**0.5
+    if name.endswith("norm.weight"):
         # Norms start at 1 in real models; a wrong one would not show there.
-        tensors[f"{name}.weight"] = 1.0 + 0.2 * random.normal(size=shape.hidden_size)
-    return {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
+        return 1.0 - shape.norm_offset + 0.2 * random.normal(size=sides)
+    if name.endswith(".bias"):
+        return 0.3 * random.normal(size=sides)
+    return random.normal(size=sides) / sides[1] ** 0.5
 
 
 def linear_shapes(shape: LlamaShape) -> dict[str, LinearShape]:
     """Module path -> shape of every linear layer, the head left out."""
-    queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    hidden, inner = shape.hidden_size, shape.intermediate_size
-    of_layer = {
-        "self_attn.q_proj": LinearShape(hidden, queries),
-        "self_attn.k_proj": LinearShape(hidden, keys),
-        "self_attn.v_proj": LinearShape(hidden, keys),
-        "self_attn.o_proj": LinearShape(queries, hidden),
-        "mlp.gate_proj": LinearShape(hidden, inner),
-        "mlp.up_proj": LinearShape(hidden, inner),
-        "mlp.down_proj": LinearShape(inner, hidden),
-    }
     return {
-        f"model.layers.{layer}.{name}": sides
+        f"model.layers.{layer}.{name}": LinearShape(inputs, outputs)
         for layer in range(shape.num_hidden_layers)
-        for name, sides in of_layer.items()
+        for name, (outputs, inputs) in shape.layer_linears().items()
     }
-
-
-def norm_names(shape: LlamaShape) -> list[str]:
-    places = ("input_layernorm", "post_attention_layernorm")
-    return ["model.norm"] + [f"model.layers.{n}.{place}" for n in range(shape.num_hidden_layers) for place in places]
 
 
 def write_model(
-    folder: Path, shape: LlamaShape, tensors: Mapping[str, Float32], *, stored_dtype: str = "float32", files: int = 1
+    folder: Path,
+    shape: LlamaShape,
+    tensors: Mapping[str, Float32],
+    *,
+    stored_dtype: str = "float32",
+    files: int = 1,
+    config: Config | None = None,
 ) -> TinyModel:
     """Plain weights in float32, float16 or bfloat16, in one file or in several with an index; `tensors` of the result
-    are what the files really hold."""
+    are what the files really hold. `config` is the config.json of a model that is no plain Llama."""
     kept = {name: _rounded(tensor, stored_dtype) for name, tensor in tensors.items()}
     write_weights(folder, {name: _as_stored(t, stored_dtype) for name, t in kept.items()}, files=files)
-    write_config(folder, shape, dtype=stored_dtype)
+    write_config(folder, shape, dtype=stored_dtype, config=config)
     return TinyModel(folder, shape, kept)
 
 
@@ -149,10 +147,21 @@ def write_weights(folder: Path, arrays: Mapping[str, tuple[str, Array]], *, file
 
 
 def write_config(
-    folder: Path, shape: LlamaShape, *, dtype: str = "float32", more: Mapping[str, object] | None = None
+    folder: Path,
+    shape: LlamaShape,
+    *,
+    dtype: str = "float32",
+    more: Config | None = None,
+    config: Config | None = None,
 ) -> None:
-    """`config.json` with the names of transformers 4 and 5 and of mlx-lm."""
-    config = {
+    """`config.json`, by default a plain Llama's."""
+    told = {**(plain_config(shape) if config is None else config), "torch_dtype": dtype, **(more or {})}
+    (folder / "config.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
+
+
+def plain_config(shape: LlamaShape) -> dict[str, object]:
+    """The config.json of a plain Llama, with the names of transformers 4 and 5 and of mlx-lm."""
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
@@ -173,10 +182,7 @@ def write_config(
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,
-        "torch_dtype": dtype,
-        **(more or {}),
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
 def write_quantized(
@@ -188,6 +194,7 @@ def write_quantized(
     codec: Codec | None = None,
     stored_dtype: str = "float32",
     files: int = 1,
+    config: Config | None = None,
 ) -> TinyModel:
     """The linear layers already packed, as the format's codec writes them, or another one of the format's; the rest in
     `stored_dtype`. A tensor that is left out is left out. Raises ValueError for a format in which nothing is packed."""
@@ -205,7 +212,8 @@ def write_quantized(
             stored[module] = codec.dequantize(packed)
             arrays |= {module + suffix: (_safe_name(tensor), tensor) for suffix, tensor in packed.items()}
     write_weights(folder, arrays, files=files)
-    write_config(folder, shape, dtype=stored_dtype, more=codec.description(size, quantization.double_quant))
+    described = codec.description(size, quantization.double_quant)
+    write_config(folder, shape, dtype=stored_dtype, more=described, config=config)
     return TinyModel(folder, shape, {**tensors, **rest}, stored)
 
 

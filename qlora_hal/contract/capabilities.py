@@ -116,6 +116,9 @@ class Capabilities:
     written down.
     `architectures` are Hugging Face `model_type` values; empty means whatever the model library knows.
     `calibrated_formats` are those that a 16-bit model is brought into before it is loaded, with calibration rows.
+    `families` are the `model_type` values that this backend promises to compute: the conformance suite judges a drawn
+    model of each by its oracle, and one that is refused is red. A model of any other may be refused while it is loaded,
+    and must not be computed differently.
     """
 
     weight_formats: frozenset[WeightFormat]
@@ -125,6 +128,7 @@ class Capabilities:
     levels: Mapping[str, WeightFormat] = field(default_factory=dict)
     architectures: frozenset[str] = frozenset()
     calibrated_formats: frozenset[WeightFormat] = frozenset()
+    families: frozenset[str] = frozenset()
 
     def as_json(self) -> dict[str, object]:
         return {
@@ -135,6 +139,7 @@ class Capabilities:
             "levels": {level: f.value for level, f in sorted(self.levels.items())},
             "architectures": sorted(self.architectures),
             "calibrated_formats": sorted(f.value for f in self.calibrated_formats),
+            "families": sorted(self.families),
         }
 
 

@@ -25,7 +25,7 @@ from qlora_hal.files.safetensors_file import file_chunks
 from qlora_hal.formats.catalogue import record_of
 from qlora_hal.model.source import ModelSource
 from qlora_hal.processes.subprocess_call import SubprocessCallError, answer_stream, ask, one_line
-from qlora_hal_oracle import LlamaShape, LoraScale, OracleTrainer
+from qlora_hal_oracle import LoraScale, OracleTrainer, read_shape
 from qlora_hal_oracle.random_models import write_quantized
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class _SelfTest:
 
     def _packed(self, storage: Quantization) -> Path:
         """The same weights, stored as a backend gets them that does not quantize while loading."""
-        shape = LlamaShape.from_config(TINY_CONFIG)
+        shape = read_shape(TINY_CONFIG)
         return write_quantized(self.folder / "packed", shape, self.weights, storage).folder
 
     def quantizes(self) -> tuple[bool, str]:
@@ -158,7 +158,7 @@ class _SelfTest:
         for module in self.trainer.linear_modules():
             base[f"{module}.weight"] = self.trainer.dequantized_weight(module)
         config = self.adapter.config
-        shape = LlamaShape.from_config(json.loads((self.folder / "config.json").read_text()))
+        shape = read_shape(json.loads((self.folder / "config.json").read_text()))
         return OracleTrainer(shape, base, self.adapter.tensors, LoraScale(config.alpha, config.r))
 
 

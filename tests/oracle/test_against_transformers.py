@@ -22,6 +22,7 @@ from qlora_hal_oracle import (
     LoraScale,
     OracleTrainer,
     loss_curve_envelope,
+    read_shape,
     spread,
 )
 from qlora_hal_oracle.arrays import Float64
@@ -69,6 +70,19 @@ def hugging_face_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modeling_llama.LlamaRotaryEmbedding, "forward", angles)
 
 
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+)
+
+
 def peft_model(
     shape: LlamaShape,
     base: Tensors,
@@ -80,13 +94,14 @@ def peft_model(
 ) -> Any:
     """The same model built by transformers and PEFT from the same arrays, under their own names."""
     settings: dict[str, Any] = dict(
-        **{field.name: getattr(shape, field.name) for field in dataclasses.fields(shape) if field.name != "rope_theta"},
+        **{name: getattr(shape, name) for name in SIZES},
         rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
         attention_bias=attention_bias,
         attn_implementation="sdpa",
     )
     config = LlamaConfig(**settings)
-    assert LlamaShape.from_config(config.to_dict()) == shape
+    biased = dataclasses.replace(shape, query_key_value_bias=attention_bias, output_bias=attention_bias)
+    assert read_shape(config.to_dict()) == biased
     model: Any = LlamaForCausalLM(config)
     model.to(dtype)
     report = model.load_state_dict({name: torch.from_numpy(weight) for name, weight in base.items()}, strict=False)

@@ -13,7 +13,7 @@ from qlora_hal.files.safetensors_file import read_arrays
 from qlora_hal.model.source import ModelSource
 from qlora_hal_conformance.fixtures import Models
 from qlora_hal_conformance.random_inputs import draw_batch, packed, rows_of, stream
-from qlora_hal_oracle import LlamaShape
+from qlora_hal_oracle import LlamaShape, read_shape
 from qlora_hal_oracle.random_models import SHAPES, UNEVEN_SHAPE, draw_tensors, linear_shapes, write_model
 
 QUANTIZATIONS = [
@@ -34,7 +34,7 @@ def test_core_reads_the_model_as_it_was_written(shape: LlamaShape, dtype: str, t
     model = write_model(tmp_path / "model", shape, draw_tensors(shape, stream(1, "x")), stored_dtype=dtype)
     facts = ModelSource.in_folder(model.folder).facts
     assert facts.linear_modules == linear_shapes(shape)
-    assert LlamaShape.from_config(facts.config) == shape
+    assert read_shape(facts.config) == shape
     assert {tensor.dtype for tensor in facts.tensors.values()} == {
         {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]
     }

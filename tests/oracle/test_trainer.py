@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from qlora_hal.contract.values import Batch
-from qlora_hal_oracle import IGNORE_LABEL, LlamaShape, LoraScale, OracleTrainer, lora_b_name
+from qlora_hal_oracle import IGNORE_LABEL, LlamaShape, LoraScale, OracleTrainer, lora_b_name, read_shape
 from qlora_hal_oracle.arrays import Float64
 
 Tensors = dict[str, Float64]
@@ -208,16 +208,21 @@ HUGGING_FACE_CONFIG = {
     "rope", [{"rope_theta": 5e5}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}]
 )
 def test_a_config_of_either_transformers_generation_is_read(rope: dict[str, object]) -> None:
-    shape = LlamaShape.from_config({**HUGGING_FACE_CONFIG, **rope})
+    shape = read_shape({**HUGGING_FACE_CONFIG, **rope})
     assert (shape.rope_theta, shape.head_dim, shape.tie_word_embeddings) == (5e5, 8, False)
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type is 'llama3'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}}, "rope_type is 'dynamic'"),
+        ({"rope_scaling": {"type": "linear"}}, "factor is None"),
+        ({"rope_scaling": {"rope_type": "longrope", "original_max_position_embeddings": 9}}, "max_position_embeddings"),
+        ({"hidden_act": "swish_of_ours"}, "hidden_act is 'swish_of_ours'"),
+        ({"model_type": "mamba"}, "model_type is 'mamba'"),
+        ({"model_type": "mistral", "layer_types": ["full_attention"]}, "layer_types"),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"model_type": "phi3", "rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'"),
         ({"hidden_size": None}, "hidden_size is None"),
         ({"num_key_value_heads": 3}, "8 query heads cannot share 3"),
         ({"head_dim": 7}, "head_dim 7 is odd"),
@@ -225,7 +230,7 @@ def test_a_config_of_either_transformers_generation_is_read(rope: dict[str, obje
 )
 def test_a_config_the_oracle_cannot_compute_is_refused_with_the_reason(change: dict[str, object], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        LlamaShape.from_config({**HUGGING_FACE_CONFIG, **change})
+        read_shape({**HUGGING_FACE_CONFIG, **change})
 
 
 def test_the_oracle_imports_no_tensor_library() -> None:

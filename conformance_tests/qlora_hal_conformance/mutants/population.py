@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from . import cheats, combinations, formats, forward, loss, memory, plugins, sizes, state, training, weights
+from . import cheats, combinations, families, formats, forward, loss, memory, plugins, sizes, state, training, weights
 from .registry import Mutant
 
-_ROOMS = (plugins, formats, forward, loss, training, state, sizes, weights, memory, cheats, combinations)
+_ROOMS = (plugins, formats, forward, families, loss, training, state, sizes, weights, memory, cheats, combinations)
 
 MUTANTS: tuple[Mutant, ...] = tuple(
     sorted(

@@ -16,6 +16,7 @@ from qlora_hal.contract.capabilities import Capabilities, Feature, WeightFormat
 
 NAME = "reference"
 FOUR_BIT_BLOCK_SIZES = (64, 32, 128, 256)
+FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite"})
 
 CAPABILITIES = Capabilities(
     weight_formats=frozenset({WeightFormat.NONE, WeightFormat.INT8, WeightFormat.NF4, WeightFormat.FP4}),
@@ -35,7 +36,8 @@ CAPABILITIES = Capabilities(
     ),
     block_sizes={WeightFormat.NF4: FOUR_BIT_BLOCK_SIZES, WeightFormat.FP4: FOUR_BIT_BLOCK_SIZES},
     levels={"none": WeightFormat.NONE, "8bit": WeightFormat.INT8, "4bit": WeightFormat.NF4},
-    architectures=frozenset({"llama"}),
+    architectures=FAMILIES,
+    families=FAMILIES,
 )
 
 

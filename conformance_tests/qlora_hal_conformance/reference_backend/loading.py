@@ -15,7 +15,7 @@ from qlora_hal.files.safetensors_file import Array, read_arrays
 from qlora_hal.formats.catalogue import record_of
 from qlora_hal.formats.record import FormatRecord
 from qlora_hal.model.source import ModelSource
-from qlora_hal_oracle import FourBitFormat, FourBitLayout, FourBitWeight, LlamaShape, QuantizedAbsmax
+from qlora_hal_oracle import FourBitFormat, FourBitLayout, FourBitWeight, LlamaShape, QuantizedAbsmax, read_shape
 from qlora_hal_oracle.arrays import Float64
 
 from .rounding import Round
@@ -97,25 +97,25 @@ def _is_weight(name: str) -> bool:
 
 def _shape(source: ModelSource) -> LlamaShape:
     try:
-        return LlamaShape.from_config(source.facts.config)
+        return read_shape(source.facts.config)
     except ValueError as error:
         raise ModelError(
             "QH-M50",
-            f"config.json describes a Llama that is not computed here: {error}.",
+            f"config.json describes a model that is not computed here: {error}.",
             where=source.name,
-            fix="Use a backend that is not limited to plain Llamas.",
+            fix="Use another backend: this one computes Llamas and some of their relatives.",
         ) from error
 
 
 def _check_complete(source: ModelSource, shape: LlamaShape, weights: Mapping[str, Float64]) -> None:
-    expected = expected_shapes(shape)
+    expected = shape.tensor_shapes()
     wrong = [f"{name} is missing" for name in expected if name not in weights]
     wrong += [
         f"{name} is {list(weight.shape)}, config.json asks for {list(expected[name])}"
         for name, weight in weights.items()
         if name in expected and weight.shape != expected[name]
     ]
-    allowed = {f"{name.removesuffix('weight')}bias" for name in expected} | {"lm_head.weight", *expected}
+    allowed = {"lm_head.weight", *expected}
     wrong += [f"{name} is left over" for name in weights if name not in allowed]
     if wrong:
         raise ModelError(
@@ -125,29 +125,3 @@ def _check_complete(source: ModelSource, shape: LlamaShape, weights: Mapping[str
             fix="Check that the folder is complete and that config.json belongs to it.",
             context={"wrong": wrong},
         )
-
-
-def expected_shapes(shape: LlamaShape) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor a Llama must have."""
-    hidden, inner = shape.hidden_size, shape.intermediate_size
-    heads, key_heads = (count * shape.head_dim for count in (shape.num_attention_heads, shape.num_key_value_heads))
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (shape.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    if not shape.tie_word_embeddings:
-        shapes["lm_head.weight"] = (shape.vocab_size, hidden)
-    for layer in range(shape.num_hidden_layers):
-        sides = {
-            "self_attn.q_proj": (heads, hidden),
-            "self_attn.k_proj": (key_heads, hidden),
-            "self_attn.v_proj": (key_heads, hidden),
-            "self_attn.o_proj": (hidden, heads),
-            "mlp.gate_proj": (inner, hidden),
-            "mlp.up_proj": (inner, hidden),
-            "mlp.down_proj": (hidden, inner),
-            "input_layernorm": (hidden,),
-            "post_attention_layernorm": (hidden,),
-        }
-        shapes |= {f"model.layers.{layer}.{name}.weight": side for name, side in sides.items()}
-    return shapes
