@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from . import cheats, formats, forward, generation, loss, masks, memory, plugins, refusals, settings, sizes, state, training, weights
+from . import cheats, formats, forward, generation, loss, masks, memory, plugins, process, refusals, settings, sizes, state, training, weights
 from .registry import Mutant
 
-_ROOMS = (plugins, formats, forward, loss, training, state, sizes, weights, refusals, settings, masks, generation, memory, cheats)
+_ROOMS = (plugins, formats, forward, loss, training, state, sizes, weights, refusals, settings, masks, generation, process, memory, cheats)
 
 MUTANTS: tuple[Mutant, ...] = tuple(
     sorted(
