@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -124,7 +125,7 @@ class Models:
         key = f"{name}-{stored_dtype}"
         if key not in self._written:
             shape, tensors = self.drawn(name)
-            self._written[key] = write_model(self.folder / key, shape, tensors, stored_dtype=stored_dtype)
+            self._written[key] = write_model(self._place(key), shape, tensors, stored_dtype=stored_dtype)
         return self._written[key]
 
     def quantized(self, name: str, quantization: Quantization) -> TinyModel:
@@ -132,8 +133,12 @@ class Models:
         key = f"{name}-{quantization.weight_format.value}-{quantization.block_size}{double}"
         if key not in self._written:
             shape, tensors = self.drawn(name)
-            self._written[key] = write_quantized(self.folder / key, shape, tensors, quantization)
+            self._written[key] = write_quantized(self._place(key), shape, tensors, quantization)
         return self._written[key]
+
+    def _place(self, key: str) -> Path:
+        """A folder whose name says nothing: a backend sees it, and has no business with what is in store for it."""
+        return self.folder / hashlib.sha256(f"{self.seed}/{key}".encode()).hexdigest()[:12]
 
 
 @dataclass(slots=True)

@@ -4,10 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from . import cheats, formats, forward, generation, loss, masks, memory, plugins, process, refusals, settings, sizes, state, training, weights
+from . import (
+    cheats,
+    formats,
+    forward,
+    generation,
+    loss,
+    masks,
+    memory,
+    plugins,
+    process,
+    refusals,
+    settings,
+    sizes,
+    state,
+    training,
+    watched,
+    weights,
+)
 from .registry import Mutant
 
-_ROOMS = (plugins, formats, forward, loss, training, state, sizes, weights, refusals, settings, masks, generation, process, memory, cheats)
+_ROOMS = (
+    plugins,
+    formats,
+    forward,
+    loss,
+    training,
+    state,
+    sizes,
+    weights,
+    refusals,
+    settings,
+    masks,
+    generation,
+    process,
+    memory,
+    watched,
+    cheats,
+)
 
 MUTANTS: tuple[Mutant, ...] = tuple(
     sorted(

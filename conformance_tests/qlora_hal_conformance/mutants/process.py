@@ -266,7 +266,9 @@ MUTANTS = (
         with_trainer(DtypeOfTheLastLoaded),
         recreates="torch.set_default_dtype, which a process has once",
     ),
-    Mutant("loss_of_the_last_step", "Tells the last step's loss for every pending one.", _ROOM, with_trainer(LastFigures)),
+    Mutant(
+        "loss_of_the_last_step", "Tells the last step's loss for every pending one.", _ROOM, with_trainer(LastFigures)
+    ),
     Mutant("norm_of_the_last_step", "Tells the last step's norm for every pending one.", _ROOM, with_trainer(LastNorm)),
     Mutant(
         "applied_of_the_last_step",

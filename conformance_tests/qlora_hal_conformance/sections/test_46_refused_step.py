@@ -99,9 +99,7 @@ def _judge_refused(ready: Opened, over: Overflow, max_grad_norm: float | None, j
     counted = [batch for batch in over.window if batch.counted_tokens]
     loss, bound = reference.evaluate(counted)[0], loss_bound(reference, counted, ready.dtype)
     adapter, snapshot = ready.trainer.export_adapter().tensors, ready.trainer.export_optimizer()
-    stats = ready.step(
-        over.window, RATE, weight_decay=0.1, max_grad_norm=max_grad_norm, denominator=over.denominator
-    )
+    stats = ready.step(over.window, RATE, weight_decay=0.1, max_grad_norm=max_grad_norm, denominator=over.denominator)
     assert not stats.applied, f"applied, though {len(over.tensors)} tensors have a gradient beyond float32: {stats}"
     assert not np.isfinite(stats.grad_norm), f"refused, but the norm is told as {stats.grad_norm}"
     judging.within("loss sum", np.array(stats.loss_sum), np.array(loss), bound)

@@ -46,9 +46,7 @@ def test_clip_around_its_limit(
     _judge_clipped(ready, reference, window, limit, judging)
 
 
-def test_clip_of_small_gradients(
-    opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
-) -> None:
+def test_clip_of_small_gradients(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     """The divisor is norm + 1e-6, as in torch and MLX: where the norm itself is a millionth, that counts."""
     shape, _ = opened.models.drawn("main")
     ready, window = opened(adapter=quiet(draw_adapter(seeded, shape), opened.subject.main_dtype)), _one(opened, seeded)
@@ -134,9 +132,7 @@ def _one(opened: Opener, seeded: np.random.Generator) -> list[Batch]:
     return [draw_batch(seeded, shape)]
 
 
-def _judge_clipped(
-    ready: Opened, reference: OracleTrainer, window: list[Batch], limit: float, judging: Judge
-) -> None:
+def _judge_clipped(ready: Opened, reference: OracleTrainer, window: list[Batch], limit: float, judging: Judge) -> None:
     """With beta1 = 0 the first moment is the clipped gradient, and with a rate of 0 nothing moves."""
     gradients, bounds = reference.gradients(window), gradient_bounds(reference, window, ready.dtype)
     factor = clip_factor(global_norm(gradients), limit)

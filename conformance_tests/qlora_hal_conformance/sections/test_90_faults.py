@@ -91,9 +91,7 @@ def test_huge_but_finite_gradients_are_clipped(opened: Opener, seeded: np.random
 
 
 @pytest.mark.parametrize(("spread", "shift"), LOUD.values(), ids=LOUD)
-def test_logits_beyond_88(
-    spread: int, shift: int, opened: Opener, seeded: np.random.Generator, judging: Judge
-) -> None:
+def test_logits_beyond_88(spread: int, shift: int, opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
     """exp(89) is no float32, and exp(-104) is 0: the loss of such logits is finite and right, and so is its step."""
     shape, tensors = opened.models.drawn("main")
     opened.models.define("loud", shape, loud_head(shape, tensors, seeded, spread=spread, shift=shift))

@@ -15,7 +15,7 @@ from qlora_hal.contract.capabilities import Feature
 from qlora_hal.contract.values import Adapter, Batch, OptimizerSnapshot, StepSettings
 from qlora_hal_conformance.assertions import Judge
 from qlora_hal_conformance.comparing import judge_logits
-from qlora_hal_conformance.fixtures import Opened, Opener, placed
+from qlora_hal_conformance.fixtures import Opener, placed
 from qlora_hal_conformance.hostile_inputs import overflow_everywhere
 from qlora_hal_conformance.random_inputs import draw_adapter, draw_batch, draw_window, total_tokens, with_field
 from qlora_hal_conformance.tolerances import UpdateSettings, gradient_bounds, loss_bound, norm_bound
@@ -54,9 +54,7 @@ def test_loaded_in_another_thread_than_it_is_used_in(
 
 
 @pytest.mark.parametrize(("one", "other"), PAIRS)
-def test_two_dtypes_at_once(
-    one: str, other: str, opened: Opener, seeded: np.random.Generator, judging: Judge
-) -> None:
+def test_two_dtypes_at_once(one: str, other: str, opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
     """By turns; the second is loaded when the first has already trained."""
     shape, _ = opened.models.drawn("main")
     readies = []
@@ -88,9 +86,7 @@ def test_figures_read_late_are_those_of_their_own_step(
         stats = step.resolve()
         loss, gradients = reference.evaluate(window)[0], reference.gradients(window)
         bound = norm_bound(gradient_bounds(reference, window, ready.dtype), gradients)
-        judging.within(
-            "loss sum", np.array(stats.loss_sum), np.array(loss), loss_bound(reference, window, ready.dtype)
-        )
+        judging.within("loss sum", np.array(stats.loss_sum), np.array(loss), loss_bound(reference, window, ready.dtype))
         assert stats.token_count == total_tokens(window), f"{stats.token_count} tokens of {total_tokens(window)}"
         assert stats.applied == (place != 1), f"step {place} says applied={stats.applied}"
         if stats.applied:
