@@ -1,4 +1,4 @@
-"""Inputs whose numbers leave a float's range in one place, and which place that is: known from the oracle beforehand."""
+"""Inputs whose numbers leave a float's range in one place, which is known from the oracle beforehand."""
 
 from __future__ import annotations
 

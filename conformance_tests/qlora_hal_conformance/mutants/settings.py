@@ -1,4 +1,4 @@
-"""Steps that are right at the usual settings and sizes: other epsilons, limits of the clip, schedules, large tensors."""
+"""Steps that are right at the usual settings and sizes: not at other epsilons, limits, schedules, large tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Backends that compute with care where they are watched, and carelessly elsewhere: each looks for the suite somewhere."""
+"""Backends that compute with care where they are watched, and carelessly elsewhere: each looks somewhere else."""
 
 from __future__ import annotations
 

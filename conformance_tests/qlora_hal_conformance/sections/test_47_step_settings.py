@@ -67,7 +67,7 @@ def test_two_steps(settings: UpdateSettings, opened: Opener, seeded: np.random.G
 def test_epsilon_beside_small_gradients(
     epsilon: int, opened: Opener, seeded: np.random.Generator, judging: Judge
 ) -> None:
-    """In units of 1e-12: one far below the usual epsilon is not lifted to it, one of the gradients' size halves the way."""
+    """In units of 1e-12: a tiny one is not lifted to the usual one; one of the gradients' size halves the way."""
     shape, _ = opened.models.drawn("main")
     ready = opened(adapter=quiet(draw_adapter(seeded, shape), opened.subject.main_dtype))
     settings = UpdateSettings(RATE, epsilon=epsilon / 10**12, max_grad_norm=None)
