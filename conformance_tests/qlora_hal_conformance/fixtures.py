@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -144,7 +145,7 @@ class Models:
         if key not in self._written:
             shape, tensors = self.drawn(name)
             self._written[key] = write_model(
-                self.folder / key,
+                self._place(key),
                 shape,
                 tensors,
                 stored_dtype=stored_dtype,
@@ -162,7 +163,7 @@ class Models:
         if key not in self._written:
             shape, tensors = self.drawn(name)
             self._written[key] = write_quantized(
-                self.folder / key,
+                self._place(key),
                 shape,
                 tensors,
                 quantization,
@@ -171,6 +172,10 @@ class Models:
                 config=self._configs.get(name),
             )
         return self._written[key]
+
+    def _place(self, key: str) -> Path:
+        """A folder whose name says nothing: a backend sees it, and has no business with what is in store for it."""
+        return self.folder / hashlib.sha256(f"{self.seed}/{key}".encode()).hexdigest()[:12]
 
 
 @dataclass(slots=True)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
+import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
@@ -36,6 +38,8 @@ class CaseNotes:
     judge: Judge = field(default_factory=Judge)
     ran: set[str] = field(default_factory=set)
 
+
+CASE_VARIABLE = "PYTEST_CURRENT_TEST"
 
 _REQUEST = pytest.StashKey[Request]()
 _JOURNAL = pytest.StashKey[Journal]()
@@ -107,6 +111,17 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, object, object]:
+    """Without the name of the case in the environment, where a backend could read it."""
+    name = os.environ.pop(CASE_VARIABLE, None)
+    try:
+        return (yield)
+    finally:
+        if name is not None:
+            os.environ[CASE_VARIABLE] = name
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
@@ -156,9 +171,9 @@ def subject(pytestconfig: pytest.Config) -> Subject:
 
 
 @pytest.fixture(scope="session")
-def models(run_request: Request, tmp_path_factory: pytest.TempPathFactory) -> Models:
+def models(run_request: Request) -> Models:
     """Tiny models drawn from the run's seed."""
-    return Models(tmp_path_factory.mktemp("models"), run_request.seed)
+    return Models(Path(tempfile.mkdtemp()), run_request.seed)
 
 
 @pytest.fixture
@@ -225,6 +240,6 @@ def _note_device(pytestconfig: pytest.Config) -> Callable[[QuantizedLoRATrainer]
 
 
 @pytest.fixture
-def scratch(tmp_path: Path) -> Path:
-    """A folder of the case's own."""
-    return tmp_path
+def scratch() -> Path:
+    """A folder of the case's own, which does not have its name. It goes with the folder of the run."""
+    return Path(tempfile.mkdtemp())

@@ -163,6 +163,15 @@ def draw_adapter(
     return Adapter(tensors, config)
 
 
+def attentive(tensors: Mapping[str, Float32]) -> dict[str, Float32]:
+    """The model with attention that chooses: scores four times as far apart, and twice as much of what is chosen."""
+    factors = {"q_proj": 2.0, "k_proj": 2.0, "o_proj": 2.0}
+    return {
+        name: (tensor * np.float32(factors.get(name.split(".")[-2], 1.0))).astype(np.float32)
+        for name, tensor in tensors.items()
+    }
+
+
 def with_zero(adapter: Adapter, half: str) -> Adapter:
     """The adapter with every A, or every B, set to zero."""
     ending = f".lora_{half}.weight"

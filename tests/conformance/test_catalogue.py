@@ -35,6 +35,7 @@ INPUTS = {
     "VALUES",
     "LOUD",
     "SETTINGS",
+    "RATES",
     "TINY_STEPS",
 }
 INPUT_KEYWORDS = {

@@ -4,10 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from . import cheats, combinations, families, formats, forward, loss, memory, plugins, sizes, state, training, weights
+from . import (
+    cheats,
+    combinations,
+    families,
+    formats,
+    forward,
+    generation,
+    loss,
+    masks,
+    memory,
+    plugins,
+    process,
+    refusals,
+    settings,
+    sizes,
+    state,
+    training,
+    watched,
+    weights,
+)
 from .registry import Mutant
 
-_ROOMS = (plugins, formats, forward, families, loss, training, state, sizes, weights, memory, cheats, combinations)
+_ROOMS = (
+    plugins,
+    formats,
+    forward,
+    families,
+    loss,
+    training,
+    state,
+    sizes,
+    weights,
+    refusals,
+    settings,
+    masks,
+    generation,
+    process,
+    memory,
+    watched,
+    cheats,
+    combinations,
+)
 
 MUTANTS: tuple[Mutant, ...] = tuple(
     sorted(

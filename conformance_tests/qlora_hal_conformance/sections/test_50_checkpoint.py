@@ -79,7 +79,7 @@ def test_resume_through_files_in_another_process(
     work = Continuation(
         run_request.reference, stopped.model.folder, stopped.quantization, stopped.dtype, checkpoint, RATE
     )
-    after, logits = continue_in_child(work, windows[K:], scratch)
+    after, logits = continue_in_child(work, windows[K:])
     expected, exact = through.trainer.export_adapter().tensors, opened.subject.declares(Feature.BITWISE_DETERMINISM)
     if exact:
         judging.equal("adapter", after.adapter.tensors, expected)

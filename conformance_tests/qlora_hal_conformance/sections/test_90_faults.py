@@ -7,16 +7,19 @@ import pytest
 
 from qlora_hal.contract.values import Adapter, Batch
 from qlora_hal_conformance.assertions import Judge
-from qlora_hal_conformance.comparing import opened_unless_refused, unless_refused
+from qlora_hal_conformance.comparing import judge_logits, opened_unless_refused, unless_refused
 from qlora_hal_conformance.fixtures import Opened, Opener
+from qlora_hal_conformance.hostile_inputs import loud_head
 from qlora_hal_conformance.parameters import in_each_dtype
 from qlora_hal_conformance.random_inputs import draw_adapter, draw_batch, draw_window
-from qlora_hal_conformance.tolerances import UpdateSettings, first_update
+from qlora_hal_conformance.tolerances import UpdateSettings, first_update, loss_bound
 from qlora_hal_conformance.updating import judge_step, oracle_at_state_of
 from qlora_hal_oracle.random_models import HEAD
 
 RATE = 1e-2
 NOT_FINITE = {"nan": np.nan, "infinity": np.inf}
+LOUD = {"far_apart": (60, 0), "far_from_zero": (1, 200)}
+"""Logits 60 times as far apart, or all those of a token some hundreds above or below 0: exp overflows beyond 88."""
 
 
 @pytest.mark.parametrize("value", NOT_FINITE.values(), ids=NOT_FINITE)
@@ -90,6 +93,19 @@ def test_huge_but_finite_gradients_are_clipped(opened: Opener, seeded: np.random
         {name: np.zeros_like(way) for name, way in moved.items()},
         {name: first_update(RATE, wild[name]) for name in wild},
     )
+
+
+@pytest.mark.parametrize(("spread", "shift"), LOUD.values(), ids=LOUD)
+def test_logits_beyond_88(spread: int, shift: int, opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
+    """exp(89) is no float32, and exp(-104) is 0: the loss of such logits is finite and right, and so is its step."""
+    shape, tensors = opened.models.drawn("main")
+    opened.models.define("loud", shape, loud_head(shape, tensors, seeded, spread=spread, shift=shift))
+    ready, window = opened("loud", adapter=draw_adapter(seeded, shape)), draw_window(seeded, shape)
+    reference = ready.oracle()
+    judge_logits(ready, reference, window[0], judging)
+    found, exact = np.array(ready.trainer.evaluate(window).loss_sum), np.array(reference.evaluate(window)[0])
+    judging.within("loss sum, evaluated", found, exact, loss_bound(reference, window, ready.dtype))
+    judge_step(ready, oracle_at_state_of(ready), window, UpdateSettings(RATE), judging)
 
 
 def attached(ready: Opened, adapter: Adapter) -> bool:

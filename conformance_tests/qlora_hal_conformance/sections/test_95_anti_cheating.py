@@ -8,18 +8,18 @@ from pathlib import Path
 import numpy as np
 
 from qlora_hal.checkpoint import TrainingState, save_checkpoint
-from qlora_hal.contract.capabilities import Feature
 from qlora_hal.contract.values import IGNORE_LABEL, Adapter, Float32, Int32
 from qlora_hal_conformance.assertions import Judge
 from qlora_hal_conformance.comparing import judge_change, judge_gradients, judge_logits
-from qlora_hal_conformance.fixtures import Opener
+from qlora_hal_conformance.fixtures import Opener, oracle_step
 from qlora_hal_conformance.parameters import in_each_dtype
 from qlora_hal_conformance.random_inputs import at_real_tokens, draw_adapter, draw_batch, draw_window, with_field
 from qlora_hal_conformance.request import Request
 from qlora_hal_conformance.resume_in_child import Continuation, continue_in_child
-from qlora_hal_conformance.tolerances import UpdateSettings, logits_bound, loss_bound
-from qlora_hal_conformance.updating import judge_step, oracle_at_state_of
-from qlora_hal_oracle.random_models import EMBEDDING, SHAPES, draw_tensors, linear_shapes, write_model
+from qlora_hal_conformance.tolerances import UpdateSettings, logits_bound, loss_bound, update_bounds
+from qlora_hal_conformance.unknown_model import write_unknown_model
+from qlora_hal_conformance.updating import drawn_moments, judge_step, oracle_at_state_of
+from qlora_hal_oracle.random_models import EMBEDDING, SHAPES, draw_tensors, linear_shapes
 
 RATE = 1e-2
 
@@ -130,25 +130,41 @@ def test_labels_decide(opened: Opener, seeded: np.random.Generator, judging: Jud
 
 @in_each_dtype
 def test_same_answers_in_a_process_without_a_test(
-    opened: Opener, seeded: np.random.Generator, judging: Judge, scratch: Path, run_request: Request
+    opened: Opener, judging: Judge, scratch: Path, run_request: Request
 ) -> None:
-    """A fresh process that holds no case, no oracle's result and no pytest gives the same logits."""
+    """A user's script in a user's folder, on a model with a tokenizer that nobody knows: no case, no pytest, no word of
+    a suite in sight. It trains one step from given moments; adapter, moments and logits are the oracle's."""
     random = np.random.default_rng(secrets.randbits(128))
-    shape = SHAPES[int(random.integers(len(SHAPES)))]
-    model = write_model(scratch / "model", shape, draw_tensors(shape, random))
-    chosen = None if opened.subject.declares(Feature.QUANTIZE_ON_LOAD) else opened.subject.main_format
-    ready = opened(model) if chosen is None else opened("main")
-    adapter = draw_adapter(random, ready.model.shape)
+    ready = opened(write_unknown_model(opened, scratch / "model", random))
+    shape = ready.model.shape
+    adapter, window = draw_adapter(random, shape), draw_window(random, shape)
     ready.attach(adapter)
-    state = TrainingState(0, 0.0, 0, adapter, ready.trainer.export_optimizer())
+    ready.trainer.import_optimizer(drawn_moments(ready, window, int(random.integers(2, 40)), random))
+    reference, snapshot = oracle_at_state_of(ready), ready.trainer.export_optimizer()
     (scratch / "run").mkdir()
+    state = TrainingState(snapshot.step, 0.0, 0, adapter, snapshot)
     checkpoint = save_checkpoint(scratch / "run", state, keep=2)
+    given = UpdateSettings(RATE, weight_decay=0.1)
     work = Continuation(
-        run_request.reference, ready.model.folder, ready.quantization, ready.dtype, checkpoint, 0.0, 0.0
+        run_request.reference, ready.model.folder, ready.quantization, ready.dtype, checkpoint, RATE, 0.1
     )
+    after, logits = continue_in_child(work, [window])
+    bounds = update_bounds(reference, window, ready.dtype, given)
+    oracle_step(reference, window, RATE, weight_decay=given.weight_decay)
+    step, moments = reference.export_optimizer()
+    judging.all_within("adapter after the step", after.adapter.tensors, reference.export_adapter(), bounds.parameters)
+    judging.all_within("moments after the step", after.optimizer.moments, moments, bounds.moments)
+    assert after.optimizer.step == step, f"the optimizer says step {after.optimizer.step} after {step}"
+    trained = ready.oracle(Adapter(after.adapter.tensors, adapter.config))
+    found, expected = (at_real_tokens(values, window[0]) for values in (logits, trained.logits(window[0])))
+    judging.within("logits", found, expected, logits_bound(trained, window[0], ready.dtype))
+
+
+def test_model_with_all_files_of_a_users(opened: Opener, judging: Judge, scratch: Path) -> None:
+    """Here, too: shape, weights, tokenizer and settings that no list of shapes or hashes can hold."""
+    random = np.random.default_rng(secrets.randbits(128))
+    ready = opened(write_unknown_model(opened, scratch / "model", random))
+    ready.attach(draw_adapter(random, ready.model.shape))
     window = draw_window(random, ready.model.shape)
-    after, logits = continue_in_child(work, [window], scratch)
-    reference = ready.oracle(Adapter(after.adapter.tensors, adapter.config))
-    found, expected = (at_real_tokens(values, window[0]) for values in (logits, reference.logits(window[0])))
-    judging.within("logits", found, expected, logits_bound(reference, window[0], ready.dtype))
-    judging.equal("adapter after a step at rate 0", after.adapter.tensors, adapter.tensors)
+    judge_logits(ready, ready.oracle(), window[0], judging)
+    judge_step(ready, oracle_at_state_of(ready), window, UpdateSettings(RATE), judging)
