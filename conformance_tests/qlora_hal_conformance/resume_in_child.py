@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from qlora_hal.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from qlora_hal.contract.backend import Compute, Quantization
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.values import Batch, Float32, StepSettings
+from qlora_hal.detect.discovery import open_trainer
 from qlora_hal.model.facts import read_facts
 from qlora_hal.model.source import ModelSource
 from qlora_hal_conformance.subject import Reference, import_subject
@@ -30,7 +31,7 @@ FIELDS = ("input_ids", "labels", "position_ids", "segment_ids")
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """Which backend goes on, on which base, from which checkpoint, at which rate."""
+    """Which backend goes on, on which base, from which checkpoint, at which rate, and how it computes."""
 
     reference: Reference
     model: Path
@@ -39,6 +40,8 @@ class Continuation:
     checkpoint: Path
     learning_rate: float
     weight_decay: float = 0.1
+    checkpointing: bool = False
+    options: Mapping[str, object] = field(default_factory=dict)
 
 
 def continue_in_child(
@@ -62,6 +65,8 @@ def continue_in_child(
         "checkpoint": str(work.checkpoint),
         "learning_rate": work.learning_rate,
         "weight_decay": work.weight_decay,
+        "checkpointing": work.checkpointing,
+        "options": dict(work.options),
         "folder": str(folder),
     }
     path = folder / "work.json"
@@ -80,16 +85,18 @@ def continue_in_child(
 def carry_on(record: dict[str, object]) -> None:
     """What the child does."""
     folder, model = Path(str(record["folder"])), Path(str(record["model"]))
-    reference = record["reference"]
+    reference, options = record["reference"], record["options"]
     stored = record["quantization"]
     assert isinstance(reference, dict)
     assert isinstance(stored, list)
+    assert isinstance(options, dict)
     state = load_checkpoint(Path(str(record["checkpoint"])))
     windows = _read_windows(folder / "windows.npz")
-    with import_subject(Reference(**reference)).open() as trainer:
+    with open_trainer(import_subject(Reference(**reference)).spec, options) as trainer:
         source = ModelSource(str(model), model, read_facts(model))
         quantization = Quantization(WeightFormat(stored[0]), stored[1], stored[2])
-        trainer.load(source, quantization, Compute(str(record["dtype"])))  # type: ignore[arg-type]
+        compute = Compute(str(record["dtype"]), record["checkpointing"] is True, options)  # type: ignore[arg-type]
+        trainer.load(source, quantization, compute)
         trainer.attach(state.adapter)
         trainer.import_optimizer(state.optimizer)
         for number, window in enumerate(windows):

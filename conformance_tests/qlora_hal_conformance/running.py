@@ -6,6 +6,7 @@ The backend is never imported here. A child that dies is replaced by one that go
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from qlora_hal_conformance.catalogue import SECTIONS_FOLDER
 from qlora_hal_conformance.journal import Journal, result_as_json
+from qlora_hal_conformance.patience import Patience
 from qlora_hal_conformance.request import REQUEST_VARIABLE, Request
 from qlora_hal_conformance.verdicts import CaseResult, Verdict
 
@@ -87,10 +89,9 @@ def _one_child(request: Request, journal: Journal, progress: Progress, sections:
 
 
 def _watched(child: subprocess.Popen[bytes], events: object, request: Request, progress: Progress) -> Ending:
-    """Follow the journal until the child ends, or a case takes longer than its time."""
-    import json
-
-    running, since, finished = "", time.monotonic(), False
+    """Follow the journal until the child ends, or a case takes longer than its time, what a busy machine takes of it
+    left out."""
+    running, patience, finished = "", Patience(child.pid), False
     partial = b""
     while True:
         ended = child.poll() is not None
@@ -99,7 +100,7 @@ def _watched(child: subprocess.Popen[bytes], events: object, request: Request, p
         for line in filter(None, lines):
             with contextlib.suppress(ValueError):
                 event = json.loads(line)
-                since = time.monotonic()
+                patience.start()
                 if event["event"] == "started":
                     running = str(event["case"])
                 elif event["event"] == "ended":
@@ -109,7 +110,7 @@ def _watched(child: subprocess.Popen[bytes], events: object, request: Request, p
         if ended:
             return Ending(finished and not running, running, f"crashed: the process {_how(child.returncode)}")
         limit = request.timeout_seconds if running else max(OPENING_SECONDS, request.timeout_seconds)
-        if time.monotonic() - since > limit:
+        if patience.spent() > limit:
             what = f"hung: no answer within {limit:g} s" + ("" if running else " before the first case")
             return Ending(False, running, what)
         time.sleep(POLL_SECONDS)
