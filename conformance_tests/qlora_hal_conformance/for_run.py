@@ -45,8 +45,8 @@ RESULT_FILE, PAGE_FILE = "conformance.json", "conformance.html"
 
 @dataclass(frozen=True, slots=True)
 class ForOptions:
-    """What the user asked for: a settings file or a run's folder. `reference` takes the place of the run's backend. With
-    a `keyword` only some cases are run, and nothing is said of the run as a whole."""
+    """What the user asked for: a settings file or a run's folder. `reference` takes the place of the run's backend.
+    With a `keyword` only some cases are run, and nothing is said of the run as a whole."""
 
     path: Path
     reference: Reference | None = None
@@ -148,7 +148,7 @@ def _signed(document: object) -> Document:
 
 
 def _wanted(request: Request, events: Sequence[Mapping[str, object]]) -> list[str]:
-    """The cases that the first child chose, which a restarted one chooses again; with a keyword those that were begun."""
+    """The cases that the first child chose, which a restarted one chooses again; with a keyword those that began."""
     chosen = next((event["cases"] for event in events if event["event"] == "wanted"), [])
     cases = [str(case) for case in chosen] if isinstance(chosen, list) else []
     begun = {str(event["case"]) for event in events if event["event"] == "started"}

@@ -41,8 +41,8 @@ def read_ran(text: str) -> Ran | None:
 
 
 def judged_in(results: Sequence[CaseResult], auto: str) -> dict[str, object]:
-    """`auto` is the dtype that the device takes by itself; `dtypes` and `families` map each name to the number of passed
-    cases that ran it and their sections."""
+    """`auto` is the dtype that the device takes by itself; `dtypes` and `families` map each name to the number of
+    passed cases that ran it and their sections."""
     passed = [result for result in results if result.verdict is Verdict.PASSED]
     return {
         "auto": auto,

@@ -1,7 +1,9 @@
-"""From a settings file or a run's folder to what of it is judged: the backend, its combination, and where results go."""
+"""From a settings file or a run's folder to what of it is judged: the backend, its combination, where results go."""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +17,7 @@ from qlora_hal.contract.toolkit import require
 from qlora_hal.detect.discovery import listed, reports
 from qlora_hal.detect.requirements import needs_calibration, quantization_of, requirements_of
 from qlora_hal.detect.selection import Choice, choose
+from qlora_hal.errors import BackendContractError
 from qlora_hal.hooks import Hooks
 from qlora_hal.model.source import resolve_model
 from qlora_hal.report.run_file import RUN_FILE, read_run_config, read_run_file
@@ -85,7 +88,7 @@ def _backend(config: RunConfig, facts: ModelFacts, given: Reference | None) -> t
     """The backend that `train` would take, or the one that is named instead, which must be able to do the run."""
     needs = requirements_of(config, facts)
     if given is not None:
-        spec = import_subject(given).spec
+        spec = _named_spec(given)
         require(spec, needs)
         check_options(config, Choice(spec, "named"))
         return spec, given
@@ -101,6 +104,22 @@ def _backend(config: RunConfig, facts: ModelFacts, given: Reference | None) -> t
     )
     check_options(config, choice)
     return choice.spec, Reference(backend=choice.spec.name)
+
+
+def _named_spec(given: Reference) -> BackendSpec:
+    """One under development lies where its author runs the suite. Raises BackendContractError QH-B02 where it cannot be
+    imported."""
+    sys.path.insert(0, os.getcwd())
+    try:
+        return import_subject(given).spec
+    except ImportError as error:
+        raise BackendContractError(
+            "QH-B02",
+            f"{given.spec or given.trainer} cannot be imported: {error}.",
+            fix="Name it as --spec package.module:SPEC, in the folder that holds the package.",
+        ) from error
+    finally:
+        sys.path.remove(os.getcwd())
 
 
 def _combination(

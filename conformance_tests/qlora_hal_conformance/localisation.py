@@ -40,8 +40,8 @@ class Likely:
 
 @dataclass(frozen=True, slots=True)
 class Localisation:
-    """`facts` with what is wrong first, `likely` with the most alike first, `telling` red cases with those first that the
-    fewest mutants turn red."""
+    """`facts` with what is wrong first, `likely` with the most alike first, `telling` red cases with those first that
+    the fewest mutants turn red."""
 
     facts: tuple[Fact, ...]
     likely: tuple[Likely, ...]

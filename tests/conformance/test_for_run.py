@@ -72,6 +72,7 @@ def written(tmp_path: Path) -> Written:
 def judged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Judged:
     """Judge a settings file on one of `odd_backends`, by some cases."""
     monkeypatch.setenv("PYTHONPATH", HERE)
+    monkeypatch.syspath_prepend(HERE)
     monkeypatch.chdir(tmp_path)
 
     def judge(path: Path, spec: str, *, keyword: str, **options: object) -> tuple[int, Document]:

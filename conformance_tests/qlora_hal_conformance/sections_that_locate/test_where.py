@@ -131,9 +131,9 @@ def test_steps(opened: Opener, adapter: Adapter, seeded: np.random.Generator, no
     """A plain step, one that clips, and one that decays."""
     shape, _ = opened.models.drawn("main")
     window = draw_window(seeded, shape)
-    settings = {"a plain step": {}, "a step that clips": {"max_grad_norm": 0.05}, "a step that decays": {}}
-    for what, given in settings.items():
-        given = {"max_grad_norm": None, "weight_decay": DECAY if "decays" in what else 0.0, **given}
+    clips: dict[str, float | None] = {"a plain step": None, "a step that clips": 0.05, "a step that decays": None}
+    for what, clip in clips.items():
+        given = {"max_grad_norm": clip, "weight_decay": DECAY if "decays" in what else 0.0}
         ready = opened(adapter=adapter)
         reference = DropoutOracle.at_state_of(ready, 0)
         before = ready.trainer.export_adapter().tensors
