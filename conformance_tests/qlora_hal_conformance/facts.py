@@ -16,6 +16,8 @@ from qlora_hal_oracle.arrays import AnyFloat
 
 MISSING = 0.05
 """A factor below this is nothing that arrives."""
+BENT = 0.05
+"""What a model that is not linear may bend a factor."""
 ROUNDINGS = 16.0
 """Roundings on the way to the logits of two layers, each at most u of their length."""
 
@@ -38,8 +40,8 @@ class Fact:
 
     @property
     def is_a_factor(self) -> bool:
-        """Whether one number explains all that is wrong."""
-        return not self.is_right and self.rest <= self.limit
+        """Whether one number explains what is wrong: all but rounding, or but a twentieth of what arrives."""
+        return not self.is_right and self.rest <= max(self.limit, BENT * abs(self.factor))
 
     def in_words(self) -> str:
         if self.is_right:

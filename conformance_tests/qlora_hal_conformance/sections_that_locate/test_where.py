@@ -181,8 +181,8 @@ def _only(adapter: Adapter, kind: str) -> Adapter:
 
 
 def _small(adapter: Adapter, bare: Float32, ready: Opened) -> Adapter:
-    """B made smaller: to a hundredth in float32; a coarser dtype would not show that, and gets a quarter."""
-    share = np.float32(0.01 if ready.dtype == "float32" else 0.25)
+    """B made smaller: to a 500th in float32; a coarser dtype would not show that, and gets a quarter."""
+    share = np.float32(0.002 if ready.dtype == "float32" else 0.25)
     return Adapter({n: t * share if "lora_B" in n else t for n, t in adapter.tensors.items()}, adapter.config)
 
 
