@@ -12,7 +12,8 @@ from qlora_hal_conformance.request import DEFAULT_TIMEOUT_SECONDS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 only when the backend is conformant, 20 when it is not, 3 when it cannot run here; 0 and 20 for --verify."""
+    """0 only when the backend is conformant, or right for the run of --for; 20 when it is not, 3 when it cannot run
+    here; 0 and 20 for --verify."""
     given = _parser().parse_args(argv)
     try:
         if given.verify is not None:
@@ -28,11 +29,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_from(given: argparse.Namespace) -> int:
     """Run what the parsed flags ask for."""
     from qlora_hal_conformance.conformance_run import Options, run
+    from qlora_hal_conformance.for_run import ForOptions, judge_run
     from qlora_hal_conformance.subject import Reference
 
-    if not (given.backend or given.trainer or given.spec):
-        _parser().error("name a backend: --backend NAME, or --trainer and --spec for one under development")
     reference = Reference(given.backend or "", given.trainer or "", given.spec or "")
+    is_named = bool(given.backend or given.trainer or given.spec)
+    if given.run is not None:
+        status, _ = judge_run(
+            ForOptions(
+                path=given.run,
+                reference=reference if is_named else None,
+                out=given.out,
+                certificate=given.certificate,
+                keyword=given.keyword or "",
+                seed=given.seed,
+                timeout_seconds=given.timeout,
+                quiet=given.quiet,
+            )
+        )
+        return status
+    if not is_named:
+        _parser().error("name a backend: --backend NAME, or --trainer and --spec for one under development")
     name = reference.backend or (reference.trainer or reference.spec).partition(":")[0]
     options = Options(
         reference=reference,
@@ -53,6 +70,8 @@ def verify_and_print(path: Path) -> int:
     from qlora_hal_conformance import SUITE_VERSION
     from qlora_hal_conformance.certificate import problems, read_certificate, revision_that_made
     from qlora_hal_conformance.conformance_run import CONFORMANT, NOT_CONFORMANT
+    from qlora_hal_conformance.judged_in import judged_in_words
+    from qlora_hal_conformance.software import other_versions
 
     document = read_certificate(path)
     found = problems(document)
@@ -65,6 +84,9 @@ def verify_and_print(path: Path) -> int:
         print(f"{path}: verifies, {state}")
     else:
         print(f"{path}: verifies: {state} to revision {revision} of the suite; the present one is {SUITE_VERSION}")
+    table = document.get("judged_in")
+    for line in (*judged_in_words(table if isinstance(table, dict) else {}), *other_versions(document)):
+        print(f"  - {line}")
     return CONFORMANT if conformant else NOT_CONFORMANT
 
 
@@ -86,6 +108,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--spec", metavar="MODULE:SPEC", help="the spec of a backend that is not listed")
     parser.add_argument("--seed", type=int, help="repeat a run; a fresh one is drawn and printed otherwise")
     parser.add_argument("--out", type=Path, help="where the certificate and reports go [conformance/NAME]")
+    parser.add_argument(
+        "--for",
+        dest="run",
+        type=Path,
+        metavar="RUN",
+        help="judge just what this settings file, or the run in this folder, computes; the result lies beside the run",
+    )
+    parser.add_argument(
+        "--certificate", type=Path, metavar="FILE", help="with --for: say what this certificate has to do with the run"
+    )
     parser.add_argument("--verify", type=Path, metavar="FILE", help="check a certificate instead of running")
     parser.add_argument("--list", action="store_true", help="print the ids of all cases")
     parser.add_argument("--timeout", type=float, default=DEFAULT_TIMEOUT_SECONDS, help="seconds for each case")

@@ -19,6 +19,11 @@ HERE = Path(__file__).parent
 SECTIONS_FOLDER = HERE / "sections"
 MUSTPASS = HERE / "mustpass"
 
+RUN_SECTIONS_FOLDER = HERE / "sections_for_a_run"
+RUN_SECTIONS = ("30", "31", "35", "40", "41", "43", "50")
+"""Where the cases about one run's combination are: those of the suite whose needs are the run's, and one section that
+judges everything together and belongs to no certificate."""
+
 EARLIER_REVISIONS = (
     ("1", "0c36b05f01bad756058822fca57db8616083e761ff1033b0c5e7194b2097ec0b"),
     ("2", "eaa24402a41d012badace814da284e2ba544d6bd17e3ac9d8d74d2a6774a380d"),

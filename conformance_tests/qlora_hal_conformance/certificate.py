@@ -18,10 +18,15 @@ from qlora_hal_conformance import SUITE_VERSION
 from qlora_hal_conformance.catalogue import LEVELS, all_cases, contract_judged, level_of, revision_of
 from qlora_hal_conformance.counting import Count, is_green_throughout
 from qlora_hal_conformance.journal import result_as_json, result_from_json
+from qlora_hal_conformance.judged_in import judged_in
 from qlora_hal_conformance.verdicts import CaseResult, Claim, Verdict
 
 SCHEMA = 1
 HASH_FIELD = "sha256"
+OF_A_RUN = "run"
+"""What `kind` says in the results of `--for`."""
+WITHOUT_JUDGED_IN = frozenset({"1", "2", "3"})
+"""Revisions of the suite whose certificates do not say in which dtypes they judged."""
 
 Document = dict[str, object]
 
@@ -35,9 +40,16 @@ def make_certificate(count: Count, facts: Mapping[str, object]) -> Document:
         "levels": count.levels,
         "totals": count.totals,
         "ran": sorted({name for result in count.results for name in result.ran}),
+        "judged_in": judged_in(count.results, auto_dtype(facts)),
         "cases": [result_as_json(result) for result in count.results],
     }
     return {**document, HASH_FIELD: content_hash(document)}
+
+
+def auto_dtype(document: Mapping[str, object]) -> str:
+    """The compute dtype that `auto` takes on the device of a certificate: the best that it proved."""
+    proved = _part(document, "backend").get("proved_dtypes")
+    return str(proved[0]) if isinstance(proved, list) and proved else ""
 
 
 def content_hash(document: Mapping[str, object]) -> str:
@@ -79,6 +91,8 @@ def revision_that_made(document: Mapping[str, object]) -> str:
 def problems(document: Mapping[str, object]) -> list[str]:
     """Everything that does not add up; empty when the certificate verifies against the revision that made it."""
     found = []
+    if document.get("kind") == OF_A_RUN:
+        found.append("it is about one run (`--for`), which is no certificate")
     if document.get("schema") != SCHEMA:
         found.append(f"schema {document.get('schema')!r}, this suite reads {SCHEMA}")
     if document.get(HASH_FIELD) != content_hash(document):
@@ -136,13 +150,17 @@ def _of_verdicts(results: Sequence[CaseResult]) -> list[str]:
 def _of_summary(document: Mapping[str, object], results: Sequence[CaseResult]) -> list[str]:
     found = []
     count = Count(tuple(results))
-    judged = contract_judged(revision_that_made(document) or SUITE_VERSION)
+    revision = revision_that_made(document) or SUITE_VERSION
+    judged = contract_judged(revision)
     if document.get("contract") != judged:
         found.append(f"contract {document.get('contract')!r}, its revision of the suite judges {judged}")
     if "filtered" in document:
         found.append("it is of a filtered run, which yields no certificate")
     if document.get("ran") != sorted({name for result in results for name in result.ran}):
         found.append("the formats and dtypes that ran are not those of its cases")
+    says = document.get("judged_in")
+    if (says is not None or revision not in WITHOUT_JUDGED_IN) and says != judged_in(results, auto_dtype(document)):
+        found.append("the dtypes and families it was judged in are not those of its cases")
     if document.get("totals") != count.totals:
         found.append("the totals are not those of its cases")
     if document.get("conformant") is not count.all_green:

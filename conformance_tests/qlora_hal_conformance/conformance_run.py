@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import secrets
 import sys
 import tempfile
@@ -19,7 +18,9 @@ from qlora_hal_conformance.catalogue import LEVELS, all_cases, section_of, suite
 from qlora_hal_conformance.certificate import Document, make_certificate, write_certificate
 from qlora_hal_conformance.counting import Count, count
 from qlora_hal_conformance.journal import Journal, result_as_json, result_from_json
+from qlora_hal_conformance.localisation import localised
 from qlora_hal_conformance.machine import machine_record
+from qlora_hal_conformance.places import shortened_facts, shortened_result
 from qlora_hal_conformance.request import DEFAULT_TIMEOUT_SECONDS, Request
 from qlora_hal_conformance.running import run_cases
 from qlora_hal_conformance.subject import Reference
@@ -64,11 +65,11 @@ def run(options: Options) -> Outcome:
     Raises BackendNotFoundError, BackendConflictError, ConfigError, StorageError before any case runs. Whatever the
     backend does after that is a verdict.
     """
-    _require_listed(options.reference)
+    require_listed(options.reference)
     _require_known_filters(options)
-    _require_usable_timeout(options.timeout_seconds)
+    require_usable_timeout(options.timeout_seconds)
     waivers = _waivers(options)
-    out = _usable(options.out)
+    out = usable_folder(options.out)
     seed = secrets.randbits(48) if options.seed is None else options.seed
     console = Console(quiet=options.quiet)
     console.say(f"seed {seed}")
@@ -86,7 +87,7 @@ def run(options: Options) -> Outcome:
         if not any(request.wants(case) for case in all_cases()):
             raise _nothing_selected("in both the sections and the levels given")
         if request.is_filtered and (out / "certificate.json").exists():
-            out = _usable(out / BESIDE_A_CERTIFICATE)
+            out = usable_folder(out / BESIDE_A_CERTIFICATE)
             console.say(f"{options.out} holds the certificate of a whole run, which stays: this run goes to {out}")
         run_cases(request, console.heard)
         journal = Journal(request.journal_path)
@@ -95,20 +96,24 @@ def run(options: Options) -> Outcome:
         if refusal is not None:
             console.say(f"not run on this machine: {refusal['reason']}\n  fix: {refusal['fix']}")
             return Outcome(NOT_RUN, Count(()), {})
-        _require_a_match(request, events)
+        require_a_match(request, events)
         counted = apply_waivers(count(journal, _wanted(request, events)), waivers, started.date())
+        found = localised(request, counted.results)
         extra = _extra_sections(request, console) if not request.is_filtered else []
         log = (Path(folder) / "child.log").read_text(encoding="utf-8", errors="replace")
     facts = {
-        **_facts(events, options, seed),
+        **facts_of(events, options.reference, seed, seed_was_given=options.seed is not None),
         "started": started.isoformat(timespec="seconds"),
         "wall_seconds": round((datetime.datetime.now(datetime.UTC) - started).total_seconds(), 1),
-        "extra_cases": [result_as_json(result) for result in extra],
+        "extra_cases": [result_as_json(shortened_result(result)) for result in extra],
     }
+    if found is not None:
+        facts["localisation"] = found.as_json()
+    counted = Count(tuple(map(shortened_result, counted.results)))
     return _write(out, request, counted, facts, log, console)
 
 
-def _require_listed(reference: Reference) -> None:
+def require_listed(reference: Reference) -> None:
     """Refuse a name that nothing offers; a backend that cannot be imported is judged, not refused."""
     if reference.is_listed:
         from qlora_hal.detect.discovery import find, listed
@@ -129,7 +134,7 @@ def _require_known_filters(options: Options) -> None:
         )
 
 
-def _require_usable_timeout(seconds: float) -> None:
+def require_usable_timeout(seconds: float) -> None:
     """Raises ConfigError QH-N19; NaN would never end a case, and 0 every one."""
     if not 0.0 < seconds <= LONGEST_TIMEOUT_SECONDS:
         raise ConfigError(
@@ -140,7 +145,7 @@ def _require_usable_timeout(seconds: float) -> None:
         )
 
 
-def _require_a_match(request: Request, events: Sequence[Mapping[str, object]]) -> None:
+def require_a_match(request: Request, events: Sequence[Mapping[str, object]]) -> None:
     """A keyword that selects nothing is misspelled, as a section would be. Raises ConfigError QH-U52."""
     names = {event["event"] for event in events}
     if request.keyword and "finished" in names and not names & {"started", "broke_off"}:
@@ -155,7 +160,7 @@ def _nothing_selected(which: str) -> ConfigError:
     )
 
 
-def _usable(folder: Path) -> Path:
+def usable_folder(folder: Path) -> Path:
     """The folder, made and written to. Raises StorageError QH-S14, QH-S12, QH-S09."""
     try:
         return writable_folder(folder)
@@ -189,9 +194,11 @@ def _extra_sections(request: Request, console: Console) -> list[CaseResult]:
     return run_extra(request, offered, console.heard) if offered else []
 
 
-def _facts(events: Sequence[Mapping[str, object]], options: Options, seed: int) -> Document:
+def facts_of(
+    events: Sequence[Mapping[str, object]], reference: Reference, seed: int, *, seed_was_given: bool
+) -> Document:
     """Everything of a certificate that is not a result."""
-    backend: Document = {"name": options.reference.backend or options.reference.trainer}
+    backend: Document = {"name": reference.backend or reference.trainer}
     device: Document = {}
     probe: object = {}
     for event in events:
@@ -209,14 +216,14 @@ def _facts(events: Sequence[Mapping[str, object]], options: Options, seed: int) 
         "device": device,
         "machine": machine_record(),
         "seed": seed,
-        "seed_was_given": options.seed is not None,
+        "seed_was_given": seed_was_given,
     }
 
 
 def _write(out: Path, request: Request, counted: Count, facts: Document, log: str, console: Console) -> Outcome:
     from qlora_hal_conformance.report import write_reports
 
-    document = make_certificate(counted, facts)
+    document = make_certificate(counted, shortened_facts(facts))
     if request.is_filtered:
         document = {**document, "conformant": False, "filtered": True}
         document.pop("sha256")
@@ -225,6 +232,8 @@ def _write(out: Path, request: Request, counted: Count, facts: Document, log: st
     if not request.is_filtered:
         write_certificate(out / "certificate.json", document)
     write_reports(out, document, counted.results)
+    located = document.get("localisation")
+    console.located(located.get("lines", []) if isinstance(located, dict) else [])
     console.summary(counted, document, out)
     status = CONFORMANT if document["conformant"] is True else NOT_CONFORMANT
     return Outcome(status, counted, document)
@@ -266,12 +275,23 @@ class Console:
             self.say(f"{self._section:<20} {counts}")
         self._verdicts = {}
 
-    def summary(self, counted: Count, document: Mapping[str, object], out: Path) -> None:
+    def located(self, lines: Sequence[str]) -> None:
+        """Where it is wrong, and what is still right."""
         self._end_section()
-        counts = [f"{number} {verdict}" for verdict, number in counted.totals.items() if number]
-        totals = ", ".join(counts) or "no case ran"
+        self._section = ""
+        for line in lines:
+            self.say(line)
+
+    def summary(self, counted: Count, document: Mapping[str, object], out: Path) -> None:
         if document.get("filtered"):
             state = "filtered: no certificate"
         else:
             state = "conformant" if document["conformant"] else "not conformant"
-        self.say(f"{state}: {totals}; {document['wall_seconds']} s; see {out}{os.sep}report.html")
+        self.end(state, counted, document, out / "report.html")
+
+    def end(self, state: str, counted: Count, document: Mapping[str, object], page: Path) -> None:
+        """The last line: the state, how often each verdict was given, how long it took, and where to read on."""
+        self._end_section()
+        counts = [f"{number} {verdict}" for verdict, number in counted.totals.items() if number]
+        totals = ", ".join(counts) or "no case ran"
+        self.say(f"{state}: {totals}; {document['wall_seconds']} s; see {page}")

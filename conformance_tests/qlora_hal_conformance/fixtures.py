@@ -13,7 +13,6 @@ from qlora_hal.contract.backend import Compute, Quantization, QuantizedLoRATrain
 from qlora_hal.contract.capabilities import Feature, WeightFormat
 from qlora_hal.contract.dropout import kept, rows_of
 from qlora_hal.contract.values import Adapter, Batch, Float32, StepSettings, StepStats
-from qlora_hal.formats.catalogue import record_of
 from qlora_hal.model.source import ModelSource
 from qlora_hal_conformance.random_inputs import stream, total_tokens
 from qlora_hal_conformance.subject import Subject
@@ -41,6 +40,7 @@ class Opened:
     quantization: Quantization
     dtype: str
     adapter: Adapter | None = None
+    compute: Compute = field(default_factory=Compute)
 
     def attach(self, adapter: Adapter, optimizer: str = "adamw") -> None:
         self.trainer.attach(adapter, optimizer)
@@ -195,30 +195,36 @@ class Opener:
         *,
         weight_format: WeightFormat | None = None,
         block_size: int | None = None,
-        double_quant: bool = False,
+        double_quant: bool | None = None,
         dtype: str | None = None,
-        checkpointing: bool = False,
+        checkpointing: bool | None = None,
         adapter: Adapter | None = None,
         optimizer: str = "adamw",
         prequantized: bool | None = None,
     ) -> Opened:
         """Load a model by name or as written, and attach the adapter if one is given.
 
-        A backend that does not quantize on load gets the model in the layout of the format, already quantized.
+        A backend that does not quantize on load gets the model in the layout of the format, already quantized. What is
+        not given is as in the run that is judged, where one is.
         """
-        chosen = weight_format or self.subject.main_format
+        chosen, run = weight_format or self.subject.main_format, self.subject.combination
+        if double_quant is None:
+            double_quant = run is not None and chosen is run.stored_as and run.double_quant
         quantization = Quantization(chosen, block_size or self.default_block(chosen), double_quant)
         dtype = dtype or self.main_dtype
+        if checkpointing is None:
+            checkpointing = run is not None and run.gradient_checkpointing
+        compute = Compute(dtype, checkpointing, run.options if run is not None else {})  # type: ignore[arg-type]
         if prequantized is None:
             on_load = self.subject.declares(Feature.QUANTIZE_ON_LOAD)
             prequantized = chosen is not WeightFormat.NONE and not on_load
         if isinstance(model, str):
             model = self.models.quantized(model, quantization) if prequantized else self.models.plain(model)
         trainer = self.trainer()
-        trainer.load(ModelSource.in_folder(model.folder), quantization, Compute(dtype, checkpointing))  # type: ignore[arg-type]
+        trainer.load(ModelSource.in_folder(model.folder), quantization, compute)
         block = f"/{quantization.block_size}" if quantization.block_size else ""
         self.ran.add(f"{chosen.value}{block}{'+double_quant' if double_quant else ''} in {dtype}")
-        opened = Opened(trainer, model, quantization, dtype)
+        opened = Opened(trainer, model, quantization, dtype, compute=compute)
         if adapter is not None:
             opened.attach(adapter, optimizer)
             self.note_device(trainer)  # only now is it known which kernels will multiply
@@ -238,9 +244,8 @@ class Opener:
         return trainer
 
     def default_block(self, weight_format: WeightFormat) -> int | None:
-        """The first declared block size; the format's own where none is declared, None where it has no blocks."""
-        declared = self.subject.capabilities.block_sizes.get(weight_format, ())
-        return declared[0] if declared else record_of(weight_format).default_block
+        """As `Subject.default_block` says."""
+        return self.subject.default_block(weight_format)
 
     def close(self) -> None:
         while self._open:

@@ -11,7 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -66,13 +66,15 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     can_run = True
     # What goes wrong here comes again, as a failed case, when the fixture asks for the subject.
     with contextlib.suppress(Exception, SystemExit):
-        subject = import_subject(request.reference)
+        subject = _imported(request)
         report = subject.spec.probe()
         session.config.stash[_SUBJECT] = subject
         journal.write("subject", spec=spec_record(subject), probe=dict(probe_record(report)))
         if not report.ready:
             journal.write("not_ready", reason=report.reason, fix=report.fix)
             can_run = False
+        elif request.combination is not None:
+            _prove(session.config)  # which cases are about a run depends on what `auto` takes here
     if not can_run:  # `pytest.exit` raises an Exception: it stands outside of what is suppressed
         journal.write("finished")
         pytest.exit("the backend cannot run on this machine", returncode=0)
@@ -82,12 +84,13 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     request, journal = config.stash[_REQUEST], config.stash[_JOURNAL]
     journal.write("collected", cases=[case_id(item.nodeid) for item in items])
-    done = set(request.done)
-    items[:] = [
-        item
-        for item in items
-        if case_id(item.nodeid) not in done and (request.extra or request.wants(case_id(item.nodeid)))
-    ]
+    done, subject = set(request.done), config.stash.get(_SUBJECT, None)
+    wanted = [item for item in items if request.extra or request.wants(case_id(item.nodeid))]
+    if request.combination is not None:
+        dtype = subject.main_dtype if subject is not None else ""
+        wanted = [item for item in wanted if request.combination.covers(needs_of(item), dtype)]
+        journal.write("wanted", cases=[case_id(item.nodeid) for item in wanted])
+    items[:] = [item for item in wanted if case_id(item.nodeid) not in done]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -162,11 +165,19 @@ def run_request(pytestconfig: pytest.Config) -> Request:
 @pytest.fixture(scope="session")
 def subject(pytestconfig: pytest.Config) -> Subject:
     """The backend under judgement, with the dtypes its device proved."""
-    request, journal = pytestconfig.stash[_REQUEST], pytestconfig.stash[_JOURNAL]
-    imported = pytestconfig.stash.get(_SUBJECT, None) or import_subject(request.reference)
+    known = pytestconfig.stash.get(_SUBJECT, None)
+    return known if known is not None and known.proved_dtypes else _prove(pytestconfig)
+
+
+def _imported(request: Request) -> Subject:
+    return replace(import_subject(request.reference), combination=request.combination)
+
+
+def _prove(config: pytest.Config) -> Subject:
+    imported = config.stash.get(_SUBJECT, None) or _imported(config.stash[_REQUEST])
     proved = imported.with_proof()
-    pytestconfig.stash[_SUBJECT] = proved
-    journal.write("subject", spec=spec_record(proved))
+    config.stash[_SUBJECT] = proved
+    config.stash[_JOURNAL].write("subject", spec=spec_record(proved))
     return proved
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from qlora_hal_conformance.combination import Combination
 from qlora_hal_conformance.subject import Reference
 
 REQUEST_VARIABLE = "QLORA_HAL_CONFORMANCE_REQUEST"
@@ -16,7 +17,8 @@ DEFAULT_TIMEOUT_SECONDS = 180.0
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One run. `folder` is the run's own temporary folder; `done` are the cases that a restarted child leaves out."""
+    """One run. `folder` is the run's own temporary folder; `done` are the cases that a restarted child leaves out. With
+    a `combination` the cases are those that are about it."""
 
     reference: Reference
     seed: int
@@ -28,10 +30,11 @@ class Request:
     done: tuple[str, ...] = ()
     extra: bool = False
     collect_only: bool = False
+    combination: Combination | None = None
 
     @property
     def is_filtered(self) -> bool:
-        return bool(self.sections or self.levels or self.keyword)
+        return bool(self.sections or self.levels or self.keyword or self.combination)
 
     @property
     def journal_path(self) -> Path:
@@ -58,5 +61,8 @@ def _from_json(record: Mapping[str, object]) -> Request:
     fields = dict(record)
     reference = fields.pop("reference")
     assert isinstance(reference, dict)
+    combination = fields.pop("combination", None)
+    if isinstance(combination, dict):
+        fields["combination"] = Combination.from_json(combination)
     made = Request(reference=Reference(**reference), **fields)  # type: ignore[arg-type]
     return replace(made, **{n: tuple(fields[n]) for n in ("sections", "levels", "done")})  # type: ignore[arg-type]

@@ -15,9 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +40,7 @@ TELLING = ("PYTEST", "CONFORMANCE")
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """Which backend goes on, on which base, from which checkpoint, at which rate."""
+    """Which backend goes on, on which base, from which checkpoint, at which rate, and how it computes."""
 
     reference: Reference
     model: Path
@@ -49,6 +49,8 @@ class Continuation:
     checkpoint: Path
     learning_rate: float
     weight_decay: float = 0.1
+    checkpointing: bool = False
+    options: Mapping[str, object] = field(default_factory=dict)
 
 
 def continue_in_child(work: Continuation, windows: Sequence[Sequence[Batch]]) -> tuple[TrainingState, Float32]:
@@ -95,6 +97,8 @@ def _lay_out(home: Path, work: Continuation, windows: Sequence[Sequence[Batch]])
         "checkpoint": str(checkpoint.relative_to(home)),
         "learning_rate": work.learning_rate,
         "weight_decay": work.weight_decay,
+        "checkpointing": work.checkpointing,
+        "options": dict(work.options),
         "seconds": CHILD_SECONDS,
     }
     (home / "run.json").write_text(json.dumps(record), encoding="utf-8")

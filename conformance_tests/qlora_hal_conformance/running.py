@@ -6,6 +6,7 @@ The backend is never imported here. A child that dies is replaced by one that go
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -89,8 +90,6 @@ def _one_child(request: Request, journal: Journal, progress: Progress, sections:
 
 def _watched(child: subprocess.Popen[bytes], events: object, request: Request, progress: Progress) -> Ending:
     """Follow the journal until the child ends, or a case makes no progress for as long as its time."""
-    import json
-
     running, patience, finished = "", Patience(child.pid), False
     partial = b""
     while True:

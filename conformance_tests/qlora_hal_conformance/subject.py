@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from qlora_hal.contract.backend import BackendSpec, ProbeReport, QuantizedLoRATrainer
 from qlora_hal.contract.capabilities import Capabilities, Feature, WeightFormat
 from qlora_hal.errors import BackendContractError
+from qlora_hal.formats.catalogue import record_of
+from qlora_hal_conformance.combination import AUTO, Combination
 from qlora_hal_conformance.verdicts import Claim
 from qlora_hal_oracle import UNIT_ROUNDOFF
 
@@ -45,12 +47,14 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """An imported spec, and the compute dtypes its device proved."""
+    """An imported spec, and the compute dtypes its device proved. Where one run is judged, `combination` says how it
+    opens trainers."""
 
     reference: Reference
     spec: BackendSpec
     distribution: str = ""
     proved_dtypes: tuple[str, ...] = ()
+    combination: Combination | None = None
 
     @property
     def capabilities(self) -> Capabilities:
@@ -59,17 +63,34 @@ class Subject:
     @property
     def main_format(self) -> WeightFormat:
         """The format of cases that are about something else: the backend's 4-bit one, else its first."""
+        if self.combination is not None:
+            return self.combination.stored_as
         declared = self.capabilities.weight_formats
         chosen = self.capabilities.levels.get("4bit")
         return chosen if chosen in declared else min(declared, key=lambda f: f.value)
 
     @property
     def main_dtype(self) -> str:
-        """The most exact compute dtype that is declared and proved: bounds are sharpest there."""
+        """The most exact compute dtype that is declared and proved: bounds are sharpest there. A run has its own."""
+        if self.combination is not None:
+            return self.combination.dtype if self.combination.dtype != AUTO else self.auto_dtype
         usable = [d for d in self.capabilities.compute_dtypes if d in self.proved_dtypes] or list(
             self.capabilities.compute_dtypes
         )
         return min(usable, key=lambda dtype: UNIT_ROUNDOFF.get(dtype, 1.0))
+
+    @property
+    def auto_dtype(self) -> str:
+        """What `auto` takes on this device: the best that computing proved; empty before the proof."""
+        return next(iter(self.proved_dtypes), "")
+
+    def default_block(self, weight_format: WeightFormat) -> int | None:
+        """The run's, else the first declared block size; the format's own where none is declared, None where it has no
+        blocks."""
+        if self.combination is not None and weight_format is self.combination.stored_as:
+            return self.combination.block_size
+        declared = self.capabilities.block_sizes.get(weight_format, ())
+        return declared[0] if declared else record_of(weight_format).default_block
 
     def declares(self, need: Need) -> bool:
         match need:
@@ -100,7 +121,7 @@ class Subject:
         """A fresh trainer. Raises BackendError, BackendContractError."""
         from qlora_hal.detect.discovery import open_trainer
 
-        return open_trainer(self.spec)
+        return open_trainer(self.spec, self.combination.options if self.combination is not None else None)
 
     def with_proof(self) -> Subject:
         """Ask the device which compute dtypes it has; the first heavy import."""

@@ -36,9 +36,16 @@ def oracle_at_state_of(ready: Opened) -> OracleTrainer:
 
 
 def judge_step(
-    ready: Opened, reference: OracleTrainer, window: Sequence[Batch], given: UpdateSettings, judging: Judge
+    ready: Opened,
+    reference: OracleTrainer,
+    window: Sequence[Batch],
+    given: UpdateSettings,
+    judging: Judge,
+    *,
+    dropout_key: int = 0,
 ) -> StepStats:
-    """Take one step on both sides and compare figures, adapter and moments. `reference` is left one step on.
+    """Take one step on both sides and compare figures, adapter and moments. `reference` is left one step on; where the
+    adapter has dropout, it is the oracle of that key.
 
     What the step did with its gradient is judged apart from how exact the gradient is: the update must be AdamW's of
     the gradient that the step's own moments show, to float32 whatever the compute dtype.
@@ -54,7 +61,7 @@ def judge_step(
     of_loss = loss_bound(reference, window, ready.dtype)
     settings = asdict(given)
     before = Held(ready.trainer.export_adapter().tensors, ready.trainer.export_optimizer())
-    stats = ready.step(window, settings.pop("learning_rate"), **settings)
+    stats = ready.step(window, settings.pop("learning_rate"), dropout_key=dropout_key, **settings)
     adapter, snapshot = ready.trainer.export_adapter().tensors, ready.trainer.export_optimizer()
     expected = oracle_step(reference, window, given.learning_rate, **settings)
     assert stats.applied, "the step was not applied"

@@ -27,10 +27,11 @@ def main(folder: Path) -> None:
     faulthandler.dump_traceback_later(run["seconds"], exit=True)
     state = load_checkpoint(folder / run["checkpoint"])
     windows = read_windows(folder / "data.npz")
-    with open_trainer(backend_of(run["backend"])) as trainer:
+    with open_trainer(backend_of(run["backend"]), run["options"]) as trainer:
         weight_format, block_size, double_quant = run["quantization"]
         quantization = Quantization(WeightFormat(weight_format), block_size, double_quant)
-        trainer.load(ModelSource.in_folder(folder / run["model"]), quantization, Compute(run["dtype"]))
+        compute = Compute(run["dtype"], run["checkpointing"], run["options"])
+        trainer.load(ModelSource.in_folder(folder / run["model"]), quantization, compute)
         trainer.attach(state.adapter)
         trainer.import_optimizer(state.optimizer)
         for number, window in enumerate(windows):

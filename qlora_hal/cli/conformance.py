@@ -18,6 +18,16 @@ CASE_SECONDS = 180.0
 def conformance(
     backend: Annotated[str | None, Parameter(help="The backend to test.")] = None,
     *,
+    run: Annotated[
+        Path | None,
+        Parameter(
+            name="--for",
+            help="Judge only what this settings file, or the run in this folder, computes; the result lies beside it.",
+        ),
+    ] = None,
+    certificate: Annotated[
+        Path | None, Parameter(help="With --for: say what this certificate has to do with the run.")
+    ] = None,
     verify: Annotated[Path | None, Parameter(help="Check this certificate instead of running.")] = None,
     out: Annotated[
         Path | None, Parameter(help="Folder for the certificate and the reports; default: conformance/BACKEND.")
@@ -44,11 +54,13 @@ def conformance(
     ] = None,
     quiet: Annotated[bool, Switch, Parameter(help="Print nothing.")] = False,
 ) -> int:
-    """Run the conformance suite against one backend. Exit 0 only when it is conformant, 20 when not, 3 when it cannot
-    run on this machine."""
+    """Run the conformance suite against one backend, or judge exactly what one run computes. Exit 0 only when it is
+    conformant, 20 when not, 3 when it cannot run on this machine."""
     _require_pytest()
     from qlora_hal_conformance.__main__ import verify_and_print
-    from qlora_hal_conformance.conformance_run import Options, run
+    from qlora_hal_conformance.conformance_run import Options
+    from qlora_hal_conformance.conformance_run import run as run_suite
+    from qlora_hal_conformance.for_run import ForOptions, judge_run
     from qlora_hal_conformance.subject import Reference
 
     if verify is not None:
@@ -56,9 +68,13 @@ def conformance(
             status = verify_and_print(verify)
         show(said.getvalue(), end="")  # a certificate is a stranger's file
         return status
-    if not (backend or trainer or spec):
-        raise _nothing_named()
     reference = Reference(backend or "", trainer or "", spec or "")
+    is_named = bool(backend or trainer or spec)
+    if run is not None:
+        given = reference if is_named else None
+        return judge_run(ForOptions(run, given, out, certificate, keyword or "", seed, timeout, quiet))[0]
+    if not is_named:
+        raise _nothing_named()
     name = reference.backend or (reference.trainer or reference.spec).partition(":")[0]
     options = Options(
         reference=reference,
@@ -71,7 +87,7 @@ def conformance(
         waivers=waivers,
         quiet=quiet,
     )
-    return run(options).status
+    return run_suite(options).status
 
 
 def _require_pytest() -> None:

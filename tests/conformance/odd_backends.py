@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from qlora_hal.contract.backend import Availability, BackendSpec
-from qlora_hal.contract.values import Batch, LossSum
+from qlora_hal.contract.values import Batch, Float32, LossSum
 from qlora_hal_conformance.reference_backend import SPEC as HONEST
 from qlora_hal_conformance.reference_backend import probe
+from qlora_hal_oracle import DropoutMasks
 
 
 def _named(name: str) -> BackendSpec:
@@ -125,3 +128,45 @@ ABSENT = replace(
         probe(), backend="absent", availability=Availability.NO_DEVICE, reason="No such card.", fix="Buy one."
     ),
 )
+
+
+def wrong_only_together() -> object:
+    """Packed rows, dropout and recomputation, each right alone and in pairs: with all three, the backward pass of a
+    packed row draws the masks of another key."""
+    from qlora_hal_conformance.reference_backend.step import MasksOf, WindowResult
+    from qlora_hal_conformance.reference_backend.trainer import ReferenceTrainer
+
+    class Together(ReferenceTrainer):
+        def gradient_of(self, window: Sequence[Batch], divisor: float, masks_of: MasksOf) -> WindowResult:
+            honest = super().gradient_of(window, divisor, masks_of)
+            if not self.compute.gradient_checkpointing or not any(batch.is_packed for batch in window):
+                return honest
+            drawn_anew = super().gradient_of(window, divisor, lambda batch: _rolled(masks_of(batch)))
+            return replace(honest, gradients=drawn_anew.gradients)
+
+    trainer = Together()
+    trainer.spec = _named("wrong_only_together")  # type: ignore[misc]
+    return trainer
+
+
+def _rolled(masks: DropoutMasks) -> DropoutMasks:
+    """The masks of the token before."""
+    return {module: np.roll(mask, 1, axis=1) for module, mask in masks.items()}
+
+
+def wrong_with_other_storage() -> object:
+    """Shows twice the gradient where it recomputes in bfloat16; every other way to compute is right."""
+    from qlora_hal_conformance.reference_backend.trainer import ReferenceTrainer
+
+    class Storage(ReferenceTrainer):
+        def gradients(self, window: Sequence[Batch]) -> Mapping[str, Float32]:
+            found = super().gradients(window)
+            is_wrong = self.compute.gradient_checkpointing and self.compute.dtype == "bfloat16"
+            return {name: 2 * gradient if is_wrong else gradient for name, gradient in found.items()}
+
+    trainer = Storage()
+    trainer.spec = _named("wrong_with_other_storage")  # type: ignore[misc]
+    return trainer
+
+
+TOGETHER, OTHER_STORAGE = _named("wrong_only_together"), _named("wrong_with_other_storage")

@@ -55,6 +55,8 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "case doubled": (lambda d: d["cases"].append(d["cases"][0]), "twice"),  # type: ignore[attr-defined,index]
     "unknown case": (lambda d: _case(d).update(case="99_new/case"), "not in the catalogue"),
     "totals": (lambda d: d["totals"].update(passed=1), "totals"),  # type: ignore[attr-defined]
+    "dtypes": (lambda d: d["judged_in"].update(auto="bfloat16"), "dtypes and families"),  # type: ignore[attr-defined]
+    "dtypes left out": (lambda d: d.pop("judged_in"), "dtypes and families"),
     "levels": (lambda d: d["levels"].update(L0=False), "levels"),  # type: ignore[attr-defined]
     "conformant": (lambda d: d.update(conformant=False), "conformant"),
     "suite": (lambda d: d.update(suite={"version": "1", "sha256": "0"}), "another revision"),

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from .fingerprints import write_fingerprints
 from .population import BY_NAME, MUTANTS
 from .run_mutants import Hunt, failures_of_the_honest, hunt_all
 from .table import write_table
@@ -23,6 +24,9 @@ def main(arguments: list[str] | None = None) -> int:
         return USAGE
     mutants = [BY_NAME[name] for name in given.only] or list(MUTANTS)
     seed = secrets.randbelow(2**31 - 1) + 1 if given.seed is None else given.seed
+    if given.fingerprints:
+        write_fingerprints(mutants, seed=seed)
+        return CAUGHT_ALL
     started = time.monotonic()
     print(f"{len(mutants)} mutants, seed {seed}", flush=True)
     hunts = {
@@ -46,6 +50,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="how many run at once (2)")
     parser.add_argument("--seed", type=int, help="the seed of the suite's inputs; drawn when not given")
     parser.add_argument("--full", action="store_true", help="also the sections before, which must not fail")
+    parser.add_argument(
+        "--fingerprints", action="store_true", help="write down which cases each turns red, for localisation"
+    )
     parser.add_argument("--out", metavar="FILE", help="write the table as Markdown")
     return parser.parse_args(arguments)
 

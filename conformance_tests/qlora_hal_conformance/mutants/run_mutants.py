@@ -98,12 +98,16 @@ def run(
     *,
     seed: int,
     case_seconds: float = 60.0,
+    keyword: str = "",
 ) -> None:
     """One run of some sections on the backend that `spec` names."""
     # The tiny models' products are far below what a second thread is worth, and hunts run side by side.
     os.environ.update({name: value for name, value in _SMALL_PRODUCTS.items() if name not in os.environ})
     with tempfile.TemporaryDirectory(prefix="qlora-hal-mutant-") as folder:
-        request = Request(Reference(spec=spec), seed, folder, sections=tuple(sections), timeout_seconds=case_seconds)
+        reference = Reference(spec=spec)
+        request = Request(
+            reference, seed, folder, sections=tuple(sections), keyword=keyword, timeout_seconds=case_seconds
+        )
         run_cases(request, progress)
 
 

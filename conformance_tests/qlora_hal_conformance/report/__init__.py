@@ -11,6 +11,8 @@ from qlora_hal_conformance.report.junit import junit_text
 from qlora_hal_conformance.report.markdown import markdown_text
 from qlora_hal_conformance.verdicts import CaseResult
 
+__all__ = ["badge_text", "html_text", "junit_text", "markdown_text", "write_reports"]
+
 
 def write_reports(folder: Path, document: Mapping[str, object], results: Sequence[CaseResult]) -> None:
     """Every report of one run; a filtered run gets no badge."""

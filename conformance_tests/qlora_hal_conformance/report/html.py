@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from qlora_hal_conformance.catalogue import LEVELS, level_of, number_of, section_of
+from qlora_hal_conformance.judged_in import judged_in_words
 from qlora_hal_conformance.report.style import STYLE
 from qlora_hal_conformance.verdicts import CaseResult, Measure, Verdict
 
@@ -17,6 +18,7 @@ DECADES = 8
 LEVEL_TITLES = {"L0": "present", "L1": "numbers", "L2": "training", "L3": "state", "L4": "trust"}
 SECTION_TITLES = {
     "10": "Detection", "11": "Contract", "20": "Quantization", "30": "Forward pass", "31": "Gradients",
+    "35": "All of it together",
     "40": "Optimizer step", "41": "Accumulation", "42": "Loss curve", "43": "Determinism and dropout",
     "44": "Young update", "50": "Checkpoint", "51": "Adapter", "52": "Portability", "60": "Memory", "70": "Errors",
     "80": "Generation", "90": "Faults", "95": "Honesty",
@@ -40,7 +42,10 @@ def html_text(document: Mapping[str, object], results: Sequence[CaseResult]) -> 
         f"<title>{escape(name)} conformance</title>",
         f"<style>{STYLE}</style></head><body><main>",
         _head(document, results, name),
-        _levels(document, results),
+        "" if "run" in document else _levels(document, results),
+        _of_run(document),
+        _judged_in(document),
+        _located(document),
         _not_green(results),
         _legend(),
         *_sections(results),
@@ -76,6 +81,9 @@ def _head(document: Mapping[str, object], results: Sequence[CaseResult], name: s
 def _state(document: Mapping[str, object], results: Sequence[CaseResult]) -> tuple[str, str]:
     if document.get("filtered"):
         return "filtered run: no certificate", "neutral"
+    if "run" in document:
+        right = document.get("holds") is True
+        return f"this run's combination is {'right' if right else 'not right'} here", "good" if right else "bad"
     if document.get("conformant") is True:
         return "conformant", "good"
     only_waived = all(result.verdict.is_green or result.verdict is Verdict.WAIVED for result in results)
@@ -91,6 +99,32 @@ def _levels(document: Mapping[str, object], results: Sequence[CaseResult]) -> st
         share = f"<span>{green} / {len(of_level)}</span>"
         cells.append(f'<div class="level {tone}"><b>{level}</b> {LEVEL_TITLES[level]}{share}</div>')
     return f'<div class="levels">{"".join(cells)}</div>'
+
+
+def _of_run(document: Mapping[str, object]) -> str:
+    """What of one run was judged, what was not, and what its certificates say."""
+    run, certificates = _part(document, "run"), document.get("certificates")
+    if not run:
+        return ""
+    parts = [("Judged", run.get("judged")), ("Not judged", run.get("not_judged"))]
+    for certificate in certificates if isinstance(certificates, list) else []:
+        parts.append((f"{certificate.get('file')} says of this run", certificate.get("says")))
+    return "".join(f'<section class="said"><h2>{escape(title)}</h2>{_list(lines)}</section>' for title, lines in parts)
+
+
+def _judged_in(document: Mapping[str, object]) -> str:
+    lines = judged_in_words(_part(document, "judged_in"))
+    return f'<section class="said"><h2>Judged in</h2>{_list(lines)}</section>' if lines else ""
+
+
+def _located(document: Mapping[str, object]) -> str:
+    lines = _part(document, "localisation").get("lines")
+    return f'<section class="said"><h2>Where it is wrong</h2>{_list(lines)}</section>' if lines else ""
+
+
+def _list(lines: object) -> str:
+    texts = [str(line) for line in lines] if isinstance(lines, list) else []
+    return "<ul>" + "".join(f"<li>{escape(text)}</li>" for text in texts) + "</ul>"
 
 
 def _not_green(results: Sequence[CaseResult]) -> str:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from qlora_hal_conformance.catalogue import level_of, section_of
+from qlora_hal_conformance.judged_in import judged_in_words
 from qlora_hal_conformance.verdicts import CaseResult, Measure, Verdict
 
 
@@ -23,11 +24,23 @@ def markdown_text(document: Mapping[str, object], results: Sequence[CaseResult])
     lines += ["|---|---|--:|--:|--:|--:|--:|---|"]
     for section in dict.fromkeys(section_of(result.case) for result in results):
         lines.append(_row(section, [result for result in results if section_of(result.case) == section]))
+    lines += _listed("Judged in", judged_in_words(_part(document, "judged_in")))
+    lines += _listed("Where it is wrong", _part(document, "localisation").get("lines"))
     red = [result for result in results if not result.verdict.is_green]
     if red:
         lines += ["", "## Not green", "", "| case | verdict | why |", "|---|---|---|"]
         lines += [f"| `{result.case}` | {result.verdict.value} | {_cell(result.message)} |" for result in red]
     return "\n".join(lines) + "\n"
+
+
+def _listed(title: str, lines: object) -> list[str]:
+    texts = [f"- {_cell(str(line))}" for line in lines] if isinstance(lines, list) else []
+    return ["", f"## {title}", "", *texts] if texts else []
+
+
+def _part(document: Mapping[str, object], key: str) -> Mapping[str, object]:
+    part = document.get(key)
+    return part if isinstance(part, dict) else {}
 
 
 def _row(section: str, results: Sequence[CaseResult]) -> str:

@@ -28,7 +28,8 @@ h2 { font-size: 1.05rem; margin: 0 0 .6rem; }
 .level { flex: 1 1 9rem; padding: .45rem .9rem; border: 1px solid var(--line); border-left: 4px solid currentColor;
   border-radius: .4rem; background: var(--card); font-size: .9rem; }
 .level span { float: right; font-variant-numeric: tabular-nums; }
-.red, .legend { margin-top: 1.5rem; }
+.red, .legend, .said { margin-top: 1.5rem; }
+.said ul { margin: 0; padding-left: 1.2rem; font-size: .92rem; overflow-wrap: anywhere; }
 .red { background: var(--card); border: 1px solid var(--line); border-left: 4px solid var(--bad);
   border-radius: .6rem; padding: 1rem 1.25rem; }
 .red ol { margin: 0; padding-left: 1.3rem; } .red li { margin-bottom: .5rem; }

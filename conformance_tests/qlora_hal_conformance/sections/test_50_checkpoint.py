@@ -77,7 +77,14 @@ def test_resume_through_files_in_another_process(
     (scratch / "run").mkdir()
     checkpoint = save_checkpoint(scratch / "run", state, keep=2)
     work = Continuation(
-        run_request.reference, stopped.model.folder, stopped.quantization, stopped.dtype, checkpoint, RATE
+        run_request.reference,
+        stopped.model.folder,
+        stopped.quantization,
+        stopped.dtype,
+        checkpoint,
+        RATE,
+        checkpointing=stopped.compute.gradient_checkpointing,
+        options=stopped.compute.options,
     )
     after, logits = continue_in_child(work, windows[K:])
     expected, exact = through.trainer.export_adapter().tensors, opened.subject.declares(Feature.BITWISE_DETERMINISM)
