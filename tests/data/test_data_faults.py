@@ -385,7 +385,9 @@ def test_dataset_that_cannot_be_reached_is_a_hub_error(prepared: Prepare) -> Non
 
 
 @pytest.mark.parametrize("kind", ["json", "csv", "text", "parquet", "arrow", "pandas"])
-def test_a_kind_of_file_is_no_dataset(kind: str, prepared: Prepare, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_kind_of_file_is_no_dataset(
+    kind: str, prepared: Prepare, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """`datasets` would take every file of the working directory for one of that kind."""
     (tmp_path / "other.jsonl").write_text('{"text": "what nobody asked to train on"}\n')
     monkeypatch.chdir(tmp_path)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from qlora_hal.data.source.json_text import decoded
+from qlora_hal.data.source.json_text import decoded_cell
 from qlora_hal.data.source.row_errors import MISSING, field_fault, value_fault
 from qlora_hal.data.source.row_values import refuse_other_values
 from qlora_hal.data.source.rows import Row
@@ -233,7 +233,7 @@ def _messages_as_text(text: str) -> object:
     if not text.startswith("[{"):
         return None
     try:
-        turns = decoded(text)
+        turns = decoded_cell(text)
     except (ValueError, RecursionError):
         return None
     is_turns = isinstance(turns, list) and all(

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from qlora_hal.data.source.json_text import decoded
+from qlora_hal.data.source.json_text import decoded_cell
 from qlora_hal.data.template.chat_template import REASONING_FIELDS
 from qlora_hal.data.template.message_fields import CALLS, CONTENT, REASONING, Message
 
@@ -117,7 +117,7 @@ def object_in(arguments: object) -> dict[str, object] | None:
     if not isinstance(arguments, str):
         return None
     try:
-        found = decoded(arguments)
+        found = decoded_cell(arguments)
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
