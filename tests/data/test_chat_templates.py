@@ -856,6 +856,16 @@ def test_a_template_file_that_is_not_utf8_is_told_with_byte_and_place(
         ChatTokenizer.from_folder(tmp_path)
 
 
+def test_a_json_file_that_holds_a_template_is_no_template(folders: Mapping[str, Path], tmp_path: Path) -> None:
+    """It is a valid one: its braces and quotes would be written around every conversation, and partly trained."""
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}, indent=2))
+    with pytest.raises(
+        DataError, match=r"QH-D12.*tokenizer_config\.json cannot be read: it is a JSON object"
+    ) as caught:
+        ChatTokenizer.from_folder(folders["chatml"], chat_template=str(tmp_path / "tokenizer_config.json"))
+    assert ".jinja" in caught.value.fix
+
+
 def test_a_byte_order_mark_is_no_part_of_a_template(folders: Mapping[str, Path], tmp_path: Path) -> None:
     (tmp_path / "mine.jinja").write_bytes("\ufeff{{ messages[0].content }}é".encode())
     tokenizer = ChatTokenizer.from_folder(folders["chatml"], chat_template=str(tmp_path / "mine.jinja"))

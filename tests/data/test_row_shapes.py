@@ -172,6 +172,24 @@ def test_tools_are_handed_on_from_a_list_or_its_json_text(row: dict[str, object]
     )
 
 
+def test_parameters_of_a_tool_as_json_text_are_an_object() -> None:
+    """A template writes a text in quotes; Arrow can hold objects of different keys in no other way."""
+    row: dict[str, object] = {"messages": [ASKED, ANSWER]}
+    described = {"type": "object", "properties": {"town": {"type": "string"}}}
+    function = {"name": "rain", "parameters": json.dumps(described)}
+    read_as = {"name": "rain", "parameters": described}
+    for columns, expected in (
+        ({"tools": [{"type": "function", "function": function}]}, {"type": "function", "function": read_as}),
+        ({"tools": [function]}, read_as),
+        ({"functions": [function]}, {"type": "function", "function": read_as}),
+        ({"tools": [{**function, "parameters": ""}]}, {"name": "rain", "parameters": ""}),
+    ):
+        assert read({**row, **columns}).tools == [expected]
+    for wrong in ("town", "[1]"):
+        error = refused({**row, "tools": [{"type": "function", "function": {"name": "rain", "parameters": wrong}}]})
+        assert "tools[0].function.parameters holds" in error.message
+
+
 def test_what_stands_beside_a_plain_prompt_and_no_template_writes_is_refused() -> None:
     row = {"prompt": "x", "completion": "y"}
     assert isinstance(example_of(Row(1, "data", 1, row), "prompt_completion"), Writing)
