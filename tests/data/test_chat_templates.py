@@ -713,16 +713,22 @@ def test_a_field_that_is_written_for_one_role_alone_is_told_of_the_others(render
 
 WRITING_TOOLS = [
     ("{{ tool | tojson }}", []),
-    ("{{ tool.function.name }}", ["tool descriptions", "tool parameters"]),
-    ("{{ tool.function.name + ': ' + tool.function.description }}", ["tool parameters"]),
-    ("{{ tool.function.name }}{{ tool.function.parameters.properties | list }}", ["tool descriptions"]),
+    ("{{ tool.function.name }}", ["descriptions of tool parameters", "tool descriptions", "tool parameters"]),
+    (
+        "{{ tool.function.name + ': ' + tool.function.description }}",
+        ["descriptions of tool parameters", "tool parameters"],
+    ),
+    (
+        "{{ tool.function.name }}{{ tool.function.parameters.properties | list }}",
+        ["descriptions of tool parameters", "tool descriptions"],
+    ),
     ("{{ tool | tojson if loop.first }}", ["tools"]),
 ]
 
 
 @pytest.mark.parametrize(("writing", "missing"), WRITING_TOOLS)
 def test_what_is_not_written_of_tools_is_told(writing: str, missing: list[str], render: Render) -> None:
-    schema = {"type": "object", "properties": {"town": {"type": "string"}}}
+    schema = {"type": "object", "properties": {"town": {"type": "string", "description": "where it falls"}}}
     # The name of the second stands in the question, too.
     tools = [
         {"type": "function", "function": {"name": name, "description": "tells it", "parameters": schema}}
@@ -731,6 +737,10 @@ def test_what_is_not_written_of_tools_is_told(writing: str, missing: list[str], 
     source = CALLING.replace("{{ tool | tojson }}", writing)
     found = render(source, [said("user", "Ask rain."), DRY], tools)
     assert found.alerts == [f"{what}: {LEAVING_OUT} (1 rows)" for what in missing]
+    plain = {"type": "object", "properties": {"town": {"type": "string"}}}
+    undescribed = [{**tool, "function": {**tool["function"], "parameters": plain}} for tool in tools]  # type: ignore[dict-item]
+    found = render(source, [said("user", "Ask rain."), DRY], undescribed)
+    assert f"descriptions of tool parameters: {LEAVING_OUT} (1 rows)" not in found.alerts
     bare = [{"type": "function", "function": {"name": name}} for name in ("time", "rain")]
     without = source.replace("tool.function.description", "''").replace("tool.function.parameters.properties", "{}")
     alerts = render(without, [said("user", "Ask rain."), DRY], bare).alerts

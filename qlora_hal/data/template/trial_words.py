@@ -18,6 +18,7 @@ Form = tuple[object, ...]
 Tools = Sequence[object] | None
 
 TOOLS, TOOL_DESCRIPTIONS, TOOL_PARAMETERS = "tools", "tool descriptions", "tool parameters"
+PARAMETER_DESCRIPTIONS = "descriptions of tool parameters"
 _TOOLS_TRIED = 2
 """Of more, no template writes two and not the rest."""
 
@@ -187,7 +188,7 @@ def _value_of_words(kind: str, number: int, words: Words) -> object:
 
 
 def _tool_of_words(tool: object, words: Words) -> object:
-    described = {"type": "string", "description": "text"}
+    described = {"type": "string", "description": words.of_tool(PARAMETER_DESCRIPTIONS)}
     properties = {words.of_tool(TOOL_PARAMETERS): described}
     schema = {
         "name": words.of_tool(TOOLS),
