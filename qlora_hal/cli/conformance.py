@@ -10,7 +10,10 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from qlora_hal.cli.arguments import Switch
+from qlora_hal.errors import ConfigError
 from qlora_hal.errors.terminal_text import show
+from qlora_hal.files.opening import read_stored
+from qlora_hal.files.strict_json import MAX_JSON_BYTES
 
 CASE_SECONDS = 180.0
 
@@ -64,6 +67,7 @@ def conformance(
     from qlora_hal_conformance.subject import Reference
 
     if verify is not None:
+        _require_bounded(verify)
         with redirect_stdout(io.StringIO()) as said:
             status = verify_and_print(verify)
         show(said.getvalue(), end="")  # a certificate is a stranger's file
@@ -90,11 +94,29 @@ def conformance(
     return run_suite(options).status
 
 
+def _require_bounded(certificate: Path) -> None:
+    """A certificate is a stranger's file. Raises ConfigError QH-B51 for what is no file, or larger than JSON may be."""
+    try:
+        size = len(read_stored(certificate, MAX_JSON_BYTES))
+    except OSError as problem:
+        raise _no_certificate(certificate, problem.strerror or str(problem)) from problem
+    if size > MAX_JSON_BYTES:
+        raise _no_certificate(certificate, f"it has more than {MAX_JSON_BYTES} bytes")
+
+
+def _no_certificate(path: Path, reason: str) -> ConfigError:
+    return ConfigError(
+        "QH-B51",
+        f"{path.name} is no certificate: {reason}.",
+        where=str(path),
+        fix="Name a certificate.json that the conformance suite wrote.",
+    )
+
+
 def _require_pytest() -> None:
     from importlib.util import find_spec
 
     if find_spec("pytest") is None:
-        from qlora_hal.errors import ConfigError
         from qlora_hal.errors.installation import requirement
 
         raise ConfigError(
@@ -105,8 +127,6 @@ def _require_pytest() -> None:
 
 
 def _nothing_named() -> Exception:
-    from qlora_hal.errors import ConfigError
-
     return ConfigError(
         "QH-U51",
         "No backend was named, and no certificate to check.",

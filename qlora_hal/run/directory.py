@@ -28,7 +28,7 @@ from qlora_hal.files.durable import write_json_atomically
 from qlora_hal.files.output_path import refuse_no_path, writable_folder
 from qlora_hal.files.refused_paths import named_path
 from qlora_hal.report.run_file import read_run_file
-from qlora_hal.run.identity import PLACE_KEYS, config_hash, differing_settings, new_run_id, shown_value
+from qlora_hal.run.identity import PLACE_KEYS, config_hash, differing_settings, flat_settings, new_run_id, shown_value
 from qlora_hal.run.lock import LOCK_FILE, OWNER_FILE, RunLock
 from qlora_hal.run.recovery import read_or_recovered
 
@@ -47,6 +47,13 @@ _OUTPUTS = (
 """What an overwritten run leaves; other files in the folder are the user's and are never touched."""
 _OWN = (*(name for name in _OUTPUTS if name != LATEST_LINK), RUN_FILE, LOCK_FILE, OWNER_FILE, "tensorboard")
 """What a run writes or trusts there. A link under one of these names was planted; `latest` is never read."""
+_INPUTS = frozenset(
+    {
+        *("model.name_or_path", "data.path", "data.validation_path", "data.chat_template"),
+        "quantization.calibration_path",
+    }
+)
+"""Settings that may name something to read."""
 _LEFTOVER = re.compile(rf"({re.escape(STAGING)}|{re.escape(PRUNING)}|{re.escape(REPLACED)}|\.tmp-).+-[0-9a-f]{{8}}")
 """Names that end as `durable.unique_name` ends them; what is called `.tmp` otherwise is the user's."""
 
@@ -180,6 +187,7 @@ class RunDirectory:
             return
         if not overwrite:
             self.notes += _refuse_unless_it_never_began(self.path, config, outputs)
+        _refuse_to_remove_inputs(self.path, config, outputs)
         # run.json goes last, by replacement: until then a crash leaves the old run recognisable as such.
         for name in outputs:
             try:
@@ -215,8 +223,10 @@ def rehearsed(output_dir: str | Path, *, config: Mapping[str, object], overwrite
     try:
         path = writable_folder(given)
         outputs = _outputs_in(path)
-        if os.path.lexists(path / RUN_FILE) and not overwrite:
-            _refuse_unless_it_never_began(path, config, outputs)
+        if os.path.lexists(path / RUN_FILE):
+            if not overwrite:
+                _refuse_unless_it_never_began(path, config, outputs)
+            _refuse_to_remove_inputs(path, config, outputs)
     finally:
         for folder in absent:  # the innermost first
             with suppress(OSError):
@@ -269,6 +279,25 @@ def _refuse_unless_it_never_began(path: Path, config: Mapping[str, object], outp
     if not _has_content(path / METRICS_FILE):
         return ["An earlier attempt in this folder ended before its first step; starting again."]
     return ["An earlier run with this configuration stopped before its first save; starting again."]
+
+
+def _refuse_to_remove_inputs(path: Path, config: Mapping[str, object], outputs: Sequence[str]) -> None:
+    """Raise ConfigError QH-S13 where the new run would read what it removes first, as the rows that an earlier run
+    kept."""
+    removed = [Path(os.path.realpath(path)), *(Path(os.path.realpath(path / name)) for name in outputs)]
+    for setting, value in flat_settings(config):
+        if setting not in _INPUTS or not isinstance(value, str) or not value:
+            continue
+        given = Path(os.path.realpath(Path(value).expanduser()))
+        is_run_itself = given == removed[0] and setting != "model.name_or_path"  # whose files are left where they are
+        if is_run_itself or any(given.is_relative_to(place) for place in removed[1:]):
+            raise ConfigError(
+                "QH-S13",
+                f"{setting} is {value}, which is part of the earlier run in {path}.",
+                where=setting,
+                cause="A new run there replaces the earlier one, and would remove what it is to read.",
+                fix="Choose another output_dir, or move what is to be read out of this one.",
+            )
 
 
 def _has_content(file: Path) -> bool:

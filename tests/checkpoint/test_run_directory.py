@@ -142,6 +142,27 @@ def test_overwriting_removes_the_old_run_and_nothing_of_the_users(tmp_path: Path
 
 
 @pytest.mark.fault("S13")
+@pytest.mark.parametrize("setting", ["path", "validation_path"])
+@pytest.mark.parametrize("named", ["rows.jsonl", "."])
+def test_what_a_new_run_is_to_read_is_not_removed_with_the_earlier_run(
+    setting: str, named: str, tmp_path: Path
+) -> None:
+    """Rows that were given in memory are kept with their run, and a user may name that file the next time."""
+    RunDirectory.open_new(tmp_path, config=CONFIG).close()
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    config = {**CHANGED, "data": {setting: str(tmp_path / named)}}
+    for overwrite in (True, False):
+        with pytest.raises(ConfigError, match=rf"QH-S13.*data\.{setting} is .* part of the earlier run"):
+            RunDirectory.open_new(tmp_path, config=config, overwrite=overwrite)
+        with (
+            pytest.raises(ConfigError, match="part of the earlier run"),
+            rehearsed(tmp_path, config=config, overwrite=overwrite),
+        ):
+            pass
+    assert (tmp_path / "rows.jsonl").read_text() == '{"text": "a"}\n'
+
+
+@pytest.mark.fault("S13")
 def test_files_that_no_run_wrote_are_not_even_overwritten_on_request(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     with pytest.raises(ConfigError, match=r"adapter but no run\.json") as refused:

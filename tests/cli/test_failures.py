@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 
+from qlora_hal.cli.conformance import conformance
 from qlora_hal.cli.failures import reported
-from qlora_hal.errors import ModelError
+from qlora_hal.errors import ConfigError, ModelError
+from qlora_hal.files.strict_json import MAX_JSON_BYTES
 
 
 @pytest.mark.parametrize(("code", "is_known"), [("QH-D05", True), ("QH-TOY1", False)])
@@ -16,3 +21,13 @@ def test_only_codes_of_the_catalogue_can_be_explained(
     shown = capsys.readouterr().err
     assert f"error[{code}]: Something is wrong." in shown
     assert (f"qlora-hal explain {code}" in shown) is is_known
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it has no such device")
+def test_a_certificate_is_read_to_its_limit_and_from_files_alone(tmp_path: Path) -> None:
+    large = tmp_path / "certificate.json"
+    with large.open("wb") as stream:
+        stream.truncate(MAX_JSON_BYTES + 1)
+    for path, reason in ((large, "it has more than"), (Path("/dev/zero"), "not a regular file"), (tmp_path, "")):
+        with pytest.raises(ConfigError, match=f"QH-B51.*is no certificate: {reason}"):
+            conformance(verify=path)

@@ -713,16 +713,22 @@ def test_a_field_that_is_written_for_one_role_alone_is_told_of_the_others(render
 
 WRITING_TOOLS = [
     ("{{ tool | tojson }}", []),
-    ("{{ tool.function.name }}", ["tool descriptions", "tool parameters"]),
-    ("{{ tool.function.name + ': ' + tool.function.description }}", ["tool parameters"]),
-    ("{{ tool.function.name }}{{ tool.function.parameters.properties | list }}", ["tool descriptions"]),
+    ("{{ tool.function.name }}", ["descriptions of tool parameters", "tool descriptions", "tool parameters"]),
+    (
+        "{{ tool.function.name + ': ' + tool.function.description }}",
+        ["descriptions of tool parameters", "tool parameters"],
+    ),
+    (
+        "{{ tool.function.name }}{{ tool.function.parameters.properties | list }}",
+        ["descriptions of tool parameters", "tool descriptions"],
+    ),
     ("{{ tool | tojson if loop.first }}", ["tools"]),
 ]
 
 
 @pytest.mark.parametrize(("writing", "missing"), WRITING_TOOLS)
 def test_what_is_not_written_of_tools_is_told(writing: str, missing: list[str], render: Render) -> None:
-    schema = {"type": "object", "properties": {"town": {"type": "string"}}}
+    schema = {"type": "object", "properties": {"town": {"type": "string", "description": "where it falls"}}}
     # The name of the second stands in the question, too.
     tools = [
         {"type": "function", "function": {"name": name, "description": "tells it", "parameters": schema}}
@@ -731,6 +737,10 @@ def test_what_is_not_written_of_tools_is_told(writing: str, missing: list[str], 
     source = CALLING.replace("{{ tool | tojson }}", writing)
     found = render(source, [said("user", "Ask rain."), DRY], tools)
     assert found.alerts == [f"{what}: {LEAVING_OUT} (1 rows)" for what in missing]
+    plain = {"type": "object", "properties": {"town": {"type": "string"}}}
+    undescribed = [{**tool, "function": {**tool["function"], "parameters": plain}} for tool in tools]  # type: ignore[dict-item]
+    found = render(source, [said("user", "Ask rain."), DRY], undescribed)
+    assert f"descriptions of tool parameters: {LEAVING_OUT} (1 rows)" not in found.alerts
     bare = [{"type": "function", "function": {"name": name}} for name in ("time", "rain")]
     without = source.replace("tool.function.description", "''").replace("tool.function.parameters.properties", "{}")
     alerts = render(without, [said("user", "Ask rain."), DRY], bare).alerts
@@ -854,6 +864,16 @@ def test_a_template_file_that_is_not_utf8_is_told_with_byte_and_place(
     (tmp_path / "chat_template.jinja").write_bytes(raw)
     with pytest.raises(ModelError, match=rf"QH-D52.*{reason}"):
         ChatTokenizer.from_folder(tmp_path)
+
+
+def test_a_json_file_that_holds_a_template_is_no_template(folders: Mapping[str, Path], tmp_path: Path) -> None:
+    """It is a valid one: its braces and quotes would be written around every conversation, and partly trained."""
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}, indent=2))
+    with pytest.raises(
+        DataError, match=r"QH-D12.*tokenizer_config\.json cannot be read: it is a JSON object"
+    ) as caught:
+        ChatTokenizer.from_folder(folders["chatml"], chat_template=str(tmp_path / "tokenizer_config.json"))
+    assert ".jinja" in caught.value.fix
 
 
 def test_a_byte_order_mark_is_no_part_of_a_template(folders: Mapping[str, Path], tmp_path: Path) -> None:

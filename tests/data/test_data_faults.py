@@ -384,6 +384,43 @@ def test_dataset_that_cannot_be_reached_is_a_hub_error(prepared: Prepare) -> Non
         prepared(None, path="./no/such/file.jsonl")
 
 
+@pytest.mark.parametrize("kind", ["json", "csv", "text", "parquet", "arrow", "pandas"])
+def test_a_kind_of_file_is_no_dataset(
+    kind: str, prepared: Prepare, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`datasets` would take every file of the working directory for one of that kind."""
+    (tmp_path / "other.jsonl").write_text('{"text": "what nobody asked to train on"}\n')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"QH-D50.*no file or folder.*the name of a kind of file") as caught:
+        prepared(None, path=kind)
+    assert caught.value.exit_status == 4
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_info.json"])
+def test_a_saved_dataset_with_another_json_in_place_is_refused(name: str, prepared: Prepare, tmp_path: Path) -> None:
+    saved = saved_dataset(tmp_path / "saved")
+    (saved / name).write_text("[1]")
+    with pytest.raises(DataError, match=r"QH-D50.*cannot be opened"):
+        prepared(None, path=str(saved))
+
+
+def test_a_saved_dataset_with_bytes_that_are_no_text_is_refused(prepared: Prepare, tmp_path: Path) -> None:
+    saved = saved_dataset(tmp_path / "saved")
+    arrow = next(saved.glob("*.arrow"))
+    damaged = arrow.read_bytes().replace(b"row 3", b"row \xff")
+    arrow.unlink()  # the file may be mapped
+    arrow.write_bytes(damaged)
+    with pytest.raises(DataError, match=r"QH-D04.*Row \d+ of the dataset cannot be read"):
+        prepared(None, path=str(saved))
+
+
+def saved_dataset(folder: Path) -> Path:
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list([{"text": f"row {number}"} for number in range(5)]).save_to_disk(str(folder))
+    return folder
+
+
 def test_sequence_longer_than_the_model_allows_is_refused(prepared: Prepare) -> None:
     with pytest.raises(ConfigError, match=r"QH-D54.*2048.*positions up to 1024") as caught:
         prepared([{"text": "a"}], max_seq_length=2048, model_max_length=1024)

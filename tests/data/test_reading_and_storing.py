@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -22,6 +24,7 @@ from qlora_hal.data.tokens.batching import batch_of
 from qlora_hal.data.tokens.store import NotAStore, TokenWriter, open_store
 from qlora_hal.data.tokens.truncation import FittingCounts
 from qlora_hal.errors import DataError
+from qlora_hal.run.directory import RunDirectory
 
 Prepare = Callable[..., PreparedData]
 Conversation = Callable[..., dict[str, Any]]
@@ -157,6 +160,41 @@ def test_folder_without_data_and_missing_library_say_what_to_do(
         with pytest.raises(DataError, match=r"QH-D51.*is not installed") as caught:
             list(open_source(path).rows())
         assert "[data]" in caught.value.fix
+
+
+def test_what_a_run_writes_below_its_data_is_no_data(tmp_path: Path) -> None:
+    """`--data . --output_dir out` is a usual layout; run.json is there before the rows are read."""
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    alone = open_source(str(tmp_path)).digest()
+    out = tmp_path / "out"
+    RunDirectory.open_new(out, config={}).close()
+    (out / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert (out / "run.json").is_file()
+    source = open_source(str(tmp_path))
+    assert [row.file for row in source.rows()] == ["rows.jsonl"]
+    assert source.digest() == alone
+    with pytest.raises(DataError, match=r"QH-D50.*is the output folder of a run") as caught:
+        open_source(str(out))
+    assert "output_dir" in caught.value.fix
+
+
+def test_a_folder_that_cannot_be_searched_is_told_with_the_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some entries of / and /proc vanish, or may not be read, while they are searched."""
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "gone").mkdir()
+    scandir = os.scandir
+
+    def vanishing(path: str) -> Any:
+        if path.endswith("gone"):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    with pytest.raises(DataError, match=r"QH-D50.*cannot be searched \(No such file") as caught:
+        open_source(str(tmp_path))
+    assert caught.value.where.endswith("gone")
 
 
 def test_store_is_a_safetensors_file_that_others_read(

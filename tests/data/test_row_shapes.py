@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from qlora_hal.data import ChatTokenizer, PreparedData
 from qlora_hal.data.source.reading import open_source
 from qlora_hal.data.source.row_formats import Conversation, Writing, example_of, shape_of
-from qlora_hal.data.source.rows import Row
+from qlora_hal.data.source.rows import Row, memory_source
 from qlora_hal.errors import DataError
 
 Prepare = Callable[..., PreparedData]
@@ -172,6 +172,24 @@ def test_tools_are_handed_on_from_a_list_or_its_json_text(row: dict[str, object]
     )
 
 
+def test_parameters_of_a_tool_as_json_text_are_an_object() -> None:
+    """A template writes a text in quotes; Arrow can hold objects of different keys in no other way."""
+    row: dict[str, object] = {"messages": [ASKED, ANSWER]}
+    described = {"type": "object", "properties": {"town": {"type": "string"}}}
+    function = {"name": "rain", "parameters": json.dumps(described)}
+    read_as = {"name": "rain", "parameters": described}
+    for columns, expected in (
+        ({"tools": [{"type": "function", "function": function}]}, {"type": "function", "function": read_as}),
+        ({"tools": [function]}, read_as),
+        ({"functions": [function]}, {"type": "function", "function": read_as}),
+        ({"tools": [{**function, "parameters": ""}]}, {"name": "rain", "parameters": ""}),
+    ):
+        assert read({**row, **columns}).tools == [expected]
+    for wrong in ("town", "[1]"):
+        error = refused({**row, "tools": [{"type": "function", "function": {"name": "rain", "parameters": wrong}}]})
+        assert "tools[0].function.parameters holds" in error.message
+
+
 def test_what_stands_beside_a_plain_prompt_and_no_template_writes_is_refused() -> None:
     row = {"prompt": "x", "completion": "y"}
     assert isinstance(example_of(Row(1, "data", 1, row), "prompt_completion"), Writing)
@@ -191,6 +209,28 @@ def test_turns_are_read_from_their_json_text(key: str) -> None:
     assert f"The field {key} holds \"[{{'role'" in (error := refused({key: str([ASKED, ANSWER])})).message
     assert "json.dumps" in error.fix
     assert "duplicate" in str(refused({key: '[{"role": "user", "role": "assistant", "content": "x"}]'}).__cause__)
+
+
+@pytest.mark.parametrize("value", ["[" * 500 + "]" * 500, "[" + "[]," * 300_000 + "[]]"], ids=["deep", "many"])
+def test_json_text_inside_a_row_is_bounded_as_rows_are(value: str) -> None:
+    """What walks through a value needs Python's stack, and a text of 32 MiB could become a gigabyte of empty lists."""
+    calls = f'[{{"function": {{"name": "f", "arguments": {{"a": {value}}}}}}}]'
+    for row in (
+        {"messages": [ASKED, ANSWER], "tools": f'[{{"a": {value}}}]'},
+        {"messages": f'[{{"role": "user", "content": "x", "a": {value}}}]'},
+        {"messages": [ASKED, {"role": "assistant", "content": "", "tool_calls": calls}]},
+        {"instruction": "x", "output": "y", "history": value},
+    ):
+        assert "or its JSON text" in refused(row).message or "a list of calls" in refused(row).message
+
+
+def test_a_row_in_memory_is_bounded_as_rows_of_files_are() -> None:
+    deep: list[object] = []
+    for _ in range(500):
+        deep = [deep]
+    found = [row.value for row in memory_source([{"messages": [ASKED, ANSWER], "tools": [{"a": deep}]}]).rows()]
+    assert isinstance(found[0], DataError)
+    assert "nested more than 100 deep" in found[0].message
 
 
 def test_prompt_and_completion_as_json_text_of_messages_are_messages() -> None:
@@ -562,6 +602,25 @@ def test_parquet_rows_show_no_keys_that_only_other_rows_have(tmp_path: Path) -> 
 
     in_memory = rows_in_memory(datasets.Dataset.from_list(rows))
     assert [row["tools"] for row in in_memory] == [given["tools"] for given in rows]
+
+
+def test_texts_that_a_table_calls_json_are_read(tmp_path: Path) -> None:
+    """`datasets` keeps tools, arguments and whole turns so, where their objects have no keys in common."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    parameters: list[dict[str, object]] = [{"type": "object", "properties": {"town": {"type": "string"}}}, {"a": 1}]
+    tools = [{"type": "function", "function": {"name": "rain", "parameters": held}} for held in parameters]
+    called = {"type": "function", "function": {"name": "rain", "arguments": {"town": "x"}}}
+    turns = [ASKED, {"role": "assistant", "content": "42", "tool_calls": [called]}]
+    text = datasets.Value("string")
+    tool = {"type": text, "function": {"name": text, "parameters": datasets.Json()}}
+    for turn in (datasets.Json(), {"role": text, "content": text, "tool_calls": datasets.List(datasets.Json())}):
+        features = datasets.Features({"messages": datasets.List(turn), "tools": datasets.List(tool)})
+        made = datasets.Dataset.from_list([{"messages": turns, "tools": tools}], features=features)
+        made.to_parquet(str(tmp_path / "rows.parquet"))
+        example = read(next(iter(open_source(str(tmp_path / "rows.parquet")).rows())).value)  # type: ignore[arg-type]
+        assert (example.messages, example.tools) == (turns, tools)
 
 
 # any row at all ------------------------------------------------------------------------------------------------------

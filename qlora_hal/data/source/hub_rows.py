@@ -36,7 +36,7 @@ def saved_source(folder: Path, split: str) -> Source:
     datasets = _library()
     try:
         loaded = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the library raises whatever a damaged file leads it to
         raise DataError(
             "QH-D50",
             f"The saved dataset {str(folder)!r} cannot be opened ({_first_line(error)}).",
@@ -49,14 +49,29 @@ def saved_source(folder: Path, split: str) -> Source:
 def hub_source(name: str, split: str) -> Source:
     """The rows of a hub dataset, from the cache when offline.
 
-    Raises HubError (QH-E11, QH-D17), DataError (QH-D50 no such split, QH-D51 missing library).
+    Raises HubError (QH-E11, QH-D17), DataError (QH-D50 no dataset or no such split, QH-D51 missing library).
     """
     datasets = _library()
+    _refuse_kind_of_file(name, datasets)
     try:
         loaded = datasets.load_dataset(name, split=split)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # the library raises whatever a file leads it to
         raise _unreachable(name, split, error) from error
     return dataset_source(name, loaded, split)
+
+
+def _refuse_kind_of_file(name: str, datasets: Any) -> None:
+    """Raise DataError (QH-D50) for json, csv, text and the like: `datasets` would read every file of the working
+    directory as one of that kind."""
+    if name not in getattr(datasets.packaged_modules, "_PACKAGED_DATASETS_MODULES", ()):
+        return
+    raise DataError(
+        "QH-D50",
+        f"There is no file or folder {name!r}; as a dataset, it is the name of a kind of file.",
+        where="data.path",
+        cause="Every file of the working directory would be read as one of that kind.",
+        fix="Name the file itself, its folder, or a dataset as owner/name in data.path.",
+    )
 
 
 def _library() -> Any:
@@ -76,6 +91,13 @@ def _unreachable(name: str, split: str, error: Exception) -> HubError | DataErro
             where="data.split",
             fix="Name one of its splits in data.split.",
         )
+    if "DatasetGeneration" in text:
+        return DataError(
+            "QH-D04",
+            f"The files of the dataset {name!r} cannot be read ({_first_line(error.__cause__ or error)}).",
+            where=name,
+            fix="Download the file that is meant, and name it in data.path.",
+        )
     if constants.HF_HUB_OFFLINE or "Offline" in text or "ConnectionError" in text:
         return HubError(
             "QH-E11",
@@ -92,7 +114,7 @@ def _unreachable(name: str, split: str, error: Exception) -> HubError | DataErro
     )
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
@@ -115,17 +137,35 @@ def dataset_source(name: str, dataset: Any, split: str) -> Source:
     nested = nested_columns(dataset.features.arrow_schema)
 
     def read() -> Iterator[Row]:
-        for number, value in enumerate(dataset, start=1):
+        for number, value in enumerate(_rows_of(dataset, name), start=1):
             is_row = isinstance(value, dict)
             found = without_absent_keys(value, nested) if is_row else not_an_object(value, number, name)
             yield Row(number, name, number, found)
 
-    return Source(name, "dataset", read, _digest(dataset, split))
+    return Source(name, "dataset", read, _digest(dataset, name, split))
 
 
-def _digest(dataset: Any, split: str) -> Callable[[], str]:
+def _rows_of(dataset: Any, name: str) -> Iterator[Any]:
+    rows, read = iter(dataset), 0
+    while True:
+        try:
+            value = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # the library raises whatever a damaged file leads it to
+            raise DataError(
+                "QH-D04",
+                f"Row {read + 1} of the dataset cannot be read ({_first_line(error)}).",
+                where=f"{name}:{read + 1}",
+                fix="Download the dataset or write it again; it may be damaged.",
+            ) from error
+        read += 1
+        yield value
+
+
+def _digest(dataset: Any, name: str, split: str) -> Callable[[], str]:
     files = [Path(str(entry["filename"])) for entry in dataset.cache_files]
     # A cut, a selection or a filter would not show in the bytes of the files; then the rows themselves are hashed.
     if files and dataset._indices is None and "[" not in split:
         return lambda: digest_of_files(files)
-    return lambda: digest_of_values(dataset)
+    return lambda: digest_of_values(_rows_of(dataset, name))

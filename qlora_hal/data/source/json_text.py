@@ -7,7 +7,10 @@ import math
 import re
 from typing import NoReturn
 
-from qlora_hal.files.strict_json import unique_keys
+from qlora_hal.files.strict_json import MAX_DEPTH, refuse_depth, unique_keys
+
+MAX_ROW_VALUES = 500_000
+"""Values of one row, so that a text of 32 MiB does not become a gigabyte of empty lists."""
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -30,6 +33,16 @@ def decoded(text: str) -> object:
     value = _DECODER.decode(text)
     if _may_repeat_a_key(text, 0, len(text), value):
         _UNIQUE_DECODER.decode(text)
+    return value
+
+
+def decoded_cell(text: str) -> object:
+    """The value of a text that stands in a field of a row, bounded as rows are. Raises as `decoded` does."""
+    if sum(map(text.count, (",", "[", "{"))) > MAX_ROW_VALUES:
+        raise ValueError(f"it holds more than {MAX_ROW_VALUES} values")
+    value = decoded(text)
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        refuse_depth(value)
     return value
 
 

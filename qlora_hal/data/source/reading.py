@@ -6,10 +6,12 @@ that cannot be read is yielded as the error itself, so that `data.on_bad_row` is
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 from qlora_hal.data.source import hub_rows
 from qlora_hal.data.source.row_files import KINDS, rows_in, separator_note
@@ -17,6 +19,9 @@ from qlora_hal.data.source.rows import Row, Source, digest_of_files
 from qlora_hal.data.source.split_files import files_of_split, listed, split_names
 from qlora_hal.errors import DataError, QloraHalError
 from qlora_hal.files.refused_paths import named_path
+
+RUN_MARKS = ("run.json", "run.lock")
+"""What the output folder of a run holds from its start. Its records end in .json and .jsonl, and are no rows."""
 
 
 def open_source(path: str, split: str = "train") -> Source:
@@ -65,8 +70,22 @@ def blamed_on(setting: str, split: str = "data.split") -> Iterator[None]:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in KINDS and file.is_file())
-    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    if _is_run(folder):
+        raise DataError(
+            "QH-D50",
+            f"The folder {str(folder)!r} is the output folder of a run; what it holds are no rows.",
+            where="data.path",
+            fix="Name the file of the rows in data.path, or choose another output_dir.",
+        )
+    try:
+        files = sorted(_walked(folder))
+    except OSError as problem:
+        raise DataError(
+            "QH-D50",
+            f"The folder {str(folder)!r} cannot be searched ({problem.strerror or problem}).",
+            where=str(problem.filename or folder),
+            fix="Name the folder of the rows itself, or one file, in data.path.",
+        ) from problem
     if not files:
         raise DataError(
             "QH-D50",
@@ -76,6 +95,24 @@ def _files_in(folder: Path) -> list[Path]:
             fix="Put a JSONL file there, or name the file itself in data.path.",
         )
     return files
+
+
+def _walked(folder: Path) -> Iterator[Path]:
+    """The data files below a folder, less what is hidden and the output folders of runs. Raises OSError."""
+    for place, folders, names in os.walk(folder, onerror=_raised):
+        folders[:] = [name for name in folders if not name.startswith(".") and not _is_run(Path(place, name))]
+        for name in names:
+            file = Path(place, name)
+            if file.suffix.lower() in KINDS and not name.startswith(".") and file.is_file():
+                yield file
+
+
+def _is_run(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in RUN_MARKS)
+
+
+def _raised(problem: OSError) -> NoReturn:
+    raise problem
 
 
 def _folder_source(name: str, folder: Path, split: str) -> Source:

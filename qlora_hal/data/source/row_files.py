@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from qlora_hal.data.source.json_array import ArrayFault, array_elements
-from qlora_hal.data.source.json_text import decoded
+from qlora_hal.data.source.json_text import MAX_ROW_VALUES, decoded, decoded_cell
 from qlora_hal.errors import DataError
 from qlora_hal.errors.installation import requirement
 from qlora_hal.files import strict_json
@@ -19,7 +19,6 @@ from qlora_hal.files.signatures import other_encoding, what_it_is_instead
 MAX_ROW_BYTES = 32 * 2**20
 """The largest row that is read; a longer line is an error, so that a file without line ends cannot fill the memory."""
 
-MAX_ROW_VALUES = 500_000
 MAX_COLUMNS = 10_000
 
 KINDS: Mapping[str, str] = {
@@ -331,7 +330,7 @@ def _parquet_lines(path: Path) -> _Lines:
         line = 0
         with parquet.ParquetFile(path) as file:
             _refuse_repeated_columns(path, file.schema_arrow.names)
-            nested = nested_columns(file.schema_arrow)
+            nested = nested_columns(file.schema_arrow, reads_json=True)
             for batch in file.iter_batches(batch_size=_rows_at_once(file.metadata)):
                 for value in _rows_of(batch):
                     line += 1
@@ -339,7 +338,7 @@ def _parquet_lines(path: Path) -> _Lines:
                         line,
                         without_absent_keys(value, nested) if isinstance(value, dict) else _repeating(path, line),
                     )
-    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:  # names of columns are bytes in the file
+    except (arrow.ArrowException, OSError, UnicodeDecodeError, RecursionError) as error:  # names are bytes in the file
         raise DataError(
             "QH-D04",
             f"The Parquet file cannot be read ({str(error).splitlines()[0]}).",
@@ -376,14 +375,15 @@ def _repeating(path: Path, line: int) -> DataError:
 _Pruner = Callable[[object], object]
 
 
-def nested_columns(schema: Any) -> Mapping[str, _Pruner]:
+def nested_columns(schema: Any, *, reads_json: bool = False) -> Mapping[str, _Pruner]:
     """The columns of an Arrow schema that hold objects, as turns and tools are, and what takes the keys without a value
-    out of each."""
+    out of each. With `reads_json`, texts that are JSON by their type are read, as `datasets` itself does."""
 
     def holds_objects(kind: Any) -> bool:
-        return _is(kind, "struct") or any(holds_objects(inner) for inner in _inner_types(kind).values())
+        is_json = reads_json and _is(kind, "extension<arrow.json>")
+        return _is(kind, "struct<") or is_json or any(holds_objects(inner) for inner in _inner_types(kind).values())
 
-    return {field.name: _pruner_of(field.type) for field in schema if holds_objects(field.type)}
+    return {field.name: _pruner_of(field.type, reads_json) for field in schema if holds_objects(field.type)}
 
 
 def without_absent_keys(value: dict[str, object], columns: Mapping[str, _Pruner]) -> dict[str, object]:
@@ -394,12 +394,14 @@ def without_absent_keys(value: dict[str, object], columns: Mapping[str, _Pruner]
     return value
 
 
-def _pruner_of(kind: Any) -> _Pruner:
-    if _is(kind, "map"):
-        item = _pruner_of(kind.item_type)
+def _pruner_of(kind: Any, reads_json: bool) -> _Pruner:
+    if reads_json and _is(kind, "extension<arrow.json>"):
+        return _read_json
+    if _is(kind, "map<"):
+        item = _pruner_of(kind.item_type, reads_json)
         return lambda held: {key: item(one) for key, one in held.items()} if isinstance(held, dict) else held
-    inner = {name: _pruner_of(field) for name, field in _inner_types(kind).items()}
-    if _is(kind, "struct"):
+    inner = {name: _pruner_of(field, reads_json) for name, field in _inner_types(kind).items()}
+    if _is(kind, "struct<"):
         return lambda held: (
             {key: inner[key](one) if key in inner else one for key, one in held.items() if one is not None}
             if isinstance(held, dict)
@@ -411,13 +413,23 @@ def _pruner_of(kind: Any) -> _Pruner:
     return lambda held: held
 
 
+def _read_json(held: object) -> object:
+    """What a text holds that is JSON by its type; one that is none stays a text."""
+    if not isinstance(held, str):
+        return held
+    try:
+        return decoded_cell(held)
+    except (ValueError, RecursionError):
+        return held
+
+
 def _inner_types(kind: Any) -> dict[str, Any]:
     fields = [kind.field(index) for index in range(kind.num_fields)]
     return {field.name: field.type for field in fields}
 
 
 def _is(kind: Any, name: str) -> bool:
-    return str(kind).startswith(f"{name}<")
+    return str(kind).startswith(name)
 
 
 def _rows_at_once(metadata: Any) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from qlora_hal.data.source.json_text import decoded
+from qlora_hal.data.source.json_text import decoded_cell
 from qlora_hal.data.source.row_errors import MISSING, field_fault, value_fault
 from qlora_hal.data.source.row_values import refuse_other_values
 from qlora_hal.data.source.rows import Row
@@ -178,7 +178,23 @@ def _listed_tools(row: Row, field: str, given: object) -> Sequence[object]:
     for index, tool in enumerate(tools):
         if not isinstance(tool, Mapping):
             raise value_fault(row, f"{field}[{index}]", tool, "an object that describes a tool")
-    return tools
+    return [_with_parameters(row, tool, f"{field}[{index}]") for index, tool in enumerate(tools)]
+
+
+def _with_parameters(row: Row, tool: Mapping[str, object], field: str) -> Mapping[str, object]:
+    """A tool whose parameters are an object, also where they are its JSON text: a template would put that in quotes."""
+    inner = tool.get("function")
+    if isinstance(inner, Mapping):
+        described = _with_parameters(row, inner, f"{field}.function")
+        return tool if described is inner else {**tool, "function": described}
+    parameters = tool.get("parameters")
+    if not isinstance(parameters, str) or not parameters.strip():
+        return tool
+    wanted = "an object that describes parameters"
+    read = from_json_text(row, parameters, f"{field}.parameters", wanted)
+    if not isinstance(read, Mapping):
+        raise value_fault(row, f"{field}.parameters", parameters, f"{wanted}, or its JSON text,")
+    return {**tool, "parameters": read}
 
 
 def _alpaca(row: Row, value: Mapping[str, object], input_heading: str) -> Conversation:
@@ -233,7 +249,7 @@ def _messages_as_text(text: str) -> object:
     if not text.startswith("[{"):
         return None
     try:
-        turns = decoded(text)
+        turns = decoded_cell(text)
     except (ValueError, RecursionError):
         return None
     is_turns = isinstance(turns, list) and all(

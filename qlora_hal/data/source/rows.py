@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qlora_hal.data.source.row_errors import field_fault
-from qlora_hal.data.source.row_files import not_an_object
+from qlora_hal.data.source.row_files import malformed, not_an_object
 from qlora_hal.errors import DataError
+from qlora_hal.files.strict_json import JsonProblem, refuse_depth
 
 
 class Row(NamedTuple):
@@ -60,6 +61,10 @@ def _of_known_types(value: object, number: int) -> Mapping[str, object] | DataEr
             return field_fault(
                 Row(number, "data", number, value), str(name), held, "text, a number, a list or an object"
             )
+    try:
+        refuse_depth(value)
+    except JsonProblem as problem:
+        return malformed("data", number, 1, str(problem))
     return value
 
 

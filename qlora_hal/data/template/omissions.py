@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING
 
 from qlora_hal.data.template.chat_template import REASONING_FIELDS
 from qlora_hal.data.template.message_fields import CALLS, CONTENT, REASONING, name_of, other_fields
-from qlora_hal.data.template.trial_words import TOOL_DESCRIPTIONS, TOOL_PARAMETERS, TOOLS, text_of_part
+from qlora_hal.data.template.trial_words import (
+    PARAMETER_DESCRIPTIONS,
+    TOOL_DESCRIPTIONS,
+    TOOL_PARAMETERS,
+    TOOLS,
+    text_of_part,
+)
 
 if TYPE_CHECKING:
     from qlora_hal.data.template.chat_template import ChatTemplate
@@ -172,6 +178,10 @@ def _told_of(tool: object) -> Iterator[str]:
             yield TOOL_DESCRIPTIONS
         if isinstance(parameters, Mapping) and parameters.get("properties"):
             yield TOOL_PARAMETERS
+            properties = parameters["properties"]
+            described = properties.values() if isinstance(properties, Mapping) else ()
+            if any(isinstance(one, Mapping) and one.get("description") for one in described):
+                yield PARAMETER_DESCRIPTIONS
 
 
 def _fields_not_mentioned(messages: Sequence[Message], template: ChatTemplate) -> frozenset[str]:

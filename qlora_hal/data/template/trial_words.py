@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from qlora_hal.data.source.json_text import decoded
+from qlora_hal.data.source.json_text import decoded_cell
 from qlora_hal.data.template.chat_template import REASONING_FIELDS
 from qlora_hal.data.template.message_fields import CALLS, CONTENT, REASONING, Message
 
@@ -18,6 +18,7 @@ Form = tuple[object, ...]
 Tools = Sequence[object] | None
 
 TOOLS, TOOL_DESCRIPTIONS, TOOL_PARAMETERS = "tools", "tool descriptions", "tool parameters"
+PARAMETER_DESCRIPTIONS = "descriptions of tool parameters"
 _TOOLS_TRIED = 2
 """Of more, no template writes two and not the rest."""
 
@@ -117,7 +118,7 @@ def object_in(arguments: object) -> dict[str, object] | None:
     if not isinstance(arguments, str):
         return None
     try:
-        found = decoded(arguments)
+        found = decoded_cell(arguments)
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
@@ -187,7 +188,7 @@ def _value_of_words(kind: str, number: int, words: Words) -> object:
 
 
 def _tool_of_words(tool: object, words: Words) -> object:
-    described = {"type": "string", "description": "text"}
+    described = {"type": "string", "description": words.of_tool(PARAMETER_DESCRIPTIONS)}
     properties = {words.of_tool(TOOL_PARAMETERS): described}
     schema = {
         "name": words.of_tool(TOOLS),

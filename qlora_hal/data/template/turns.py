@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qlora_hal.data.source.json_text import decoded
+from qlora_hal.data.source.json_text import decoded_cell
 from qlora_hal.data.source.row_errors import MISSING, field_fault, shown, value_fault
 from qlora_hal.data.source.row_values import refuse_other_values
 from qlora_hal.data.template.chat_template import REASONING_FIELDS
@@ -107,7 +107,7 @@ def _listed(row: Row, turns: object, field: str) -> Sequence[object]:
 def from_json_text(row: Row, text: str, field: str, wanted: str) -> object:
     """What a field holds as JSON text, as CSV and Arrow must: a table has no cells for lists of any form."""
     try:
-        return decoded(text)
+        return decoded_cell(text)
     except (ValueError, RecursionError) as error:
         fix = "Write the value with json.dumps." if text.lstrip()[:2] in ("[{", "{'", "['") else "Correct the row."
         raise value_fault(row, field, text, f"{wanted}, or its JSON text,", fix) from error

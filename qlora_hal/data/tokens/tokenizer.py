@@ -7,6 +7,7 @@ where rows are prepared. So a bos can never appear twice by two parties adding i
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -297,7 +298,7 @@ def chosen_template(chosen: str, named: Mapping[str, str]) -> tuple[str, str]:
             fix=f"Name one of {names}, or a Jinja file.",
         )
     try:
-        return read_template(path).decode("utf-8-sig"), path.name
+        template = read_template(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         reason, fix = not_utf8(error), "Save the file as UTF-8."
         raise _unreadable_template(path, reason, fix) from error
@@ -305,6 +306,18 @@ def chosen_template(chosen: str, named: Mapping[str, str]) -> tuple[str, str]:
         raise _unreadable_template(
             path, error.strerror or str(error), f"Name one of {names}, or another file."
         ) from error
+    if _is_json_object(template):
+        fix = "Write the template itself, what stands under chat_template, into a file that ends in .jinja."
+        raise _unreadable_template(path, "it is a JSON object, which would be written around each conversation", fix)
+    return template, path.name
+
+
+def _is_json_object(text: str) -> bool:
+    """Whether a text is one, as tokenizer_config.json and chat_template.json are; as a template it writes itself."""
+    try:
+        return text.lstrip().startswith("{") and isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _unreadable_template(path: Path, reason: str, fix: str) -> DataError:
