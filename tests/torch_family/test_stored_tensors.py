@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from drawn_models import write_drawn_model
 from tiny_models import write_model
 from trainers import OpenTrainer, open_cpu_trainer, random_batch, source_of
 
@@ -100,6 +101,44 @@ def test_a_tensor_that_is_missing_is_refused_before_weights_are_read(name: str, 
     folder = rewritten(write_model(tmp_path, "qwen2", tie_word_embeddings=False), lambda tensors: tensors.pop(name))
     with pytest.raises(ModelError, match=f"1 tensors missing \\({name}\\)"):
         outline(source_of(folder), {})
+
+
+# buffers --------------------------------------------------------------------------------------------------------------
+def test_a_table_that_the_architecture_computes_is_not_taken_from_the_file(tmp_path: Path, opened: Opened) -> None:
+    """transformers does not read it either, whatever it holds."""
+    folder = write_model(tmp_path, "llama")
+    rewritten(folder, lambda tensors: tensors.update({"model.rotary_emb.inv_freq": torch.linspace(1.0, 0.1, 8)}))
+    trainer = opened(folder)
+    expected = transformers_logits(folder)
+    assert np.abs(base_logits(trainer) - expected).max() <= 1e-4 * np.abs(expected).max()
+    assert any("model.rotary_emb.inv_freq" in note for note in trainer.trainer.load_notes)
+
+
+LAYER_SCALAR = "model.layers.0.layer_scalar"
+
+
+@pytest.fixture
+def gemma4(tmp_path: Path) -> Path:
+    """Its layers are multiplied by a stored buffer, that is no parameter."""
+    write_drawn_model(tmp_path, "gemma4_text")
+    return tmp_path
+
+
+@pytest.mark.fault("M50")
+def test_a_stored_buffer_that_is_missing_or_misshapen_is_refused(gemma4: Path) -> None:
+    rewritten(gemma4, lambda tensors: tensors.update({LAYER_SCALAR: torch.ones(64)}))
+    with pytest.raises(ModelError, match=rf"{LAYER_SCALAR} has shape \[64\]"):
+        outline(source_of(gemma4), {})
+    rewritten(gemma4, lambda tensors: tensors.pop(LAYER_SCALAR))
+    with pytest.raises(ModelError, match=rf"1 tensors missing \({LAYER_SCALAR}\)"):
+        outline(source_of(gemma4), {})
+
+
+@pytest.mark.fault("M52")
+def test_a_buffer_that_is_not_finite_is_named(gemma4: Path) -> None:
+    rewritten(gemma4, lambda tensors: tensors[LAYER_SCALAR].fill_(float("nan")))
+    with pytest.raises(ModelError, match=f"{LAYER_SCALAR} holds NaN or infinity"):
+        open_cpu_trainer(gemma4)
 
 
 @pytest.mark.fault("M50")

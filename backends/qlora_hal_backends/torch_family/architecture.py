@@ -140,11 +140,9 @@ def _asks_for_decoder(kind: type) -> bool:
 
 
 def _named_tensors(causal: Any) -> dict[str, Any]:
-    """Every parameter and buffer by its name, tied ones under each of their names."""
-    return {
-        **dict(causal.named_parameters(remove_duplicate=False)),
-        **dict(causal.named_buffers(remove_duplicate=False)),
-    }
+    """Every parameter and buffer that is stored, by its name, tied ones under each of their names. Buffers that the
+    architecture computes (`persistent=False`) are left out: transformers does not read them either."""
+    return dict(causal.state_dict(keep_vars=True))
 
 
 def _names_in_model(causal: Any, named: Mapping[str, Any], source: ModelSource) -> dict[str, str]:
@@ -270,9 +268,11 @@ def _check_complete(
     unused: Sequence[str],
     source: ModelSource,
 ) -> None:
-    """Every parameter has its tensor, every tensor its parameter, their shapes agree, and they hold numbers."""
+    """Every parameter and stored buffer has its tensor, every tensor its place, their shapes agree, and they hold
+    numbers."""
     ignored = [re.compile(word) for word in (*_RECOMPUTED, *(causal._keys_to_ignore_on_load_unexpected or ()))]
-    left = [name for name in unused if not any(word.search(name) for word in ignored)]
+    computed = {name for name, _ in causal.named_buffers(remove_duplicate=False)} - _named_tensors(causal).keys()
+    left = [name for name in unused if name not in computed and not any(word.search(name) for word in ignored)]
     modules = {packed["module"] for name in stored if (packed := _PACKED.fullmatch(name))}
     there = {*stored, *(f"{module}.weight" for module in modules)}
     shared = {name for group in tied if there.intersection(group) for name in group}
@@ -309,8 +309,8 @@ def _floating(causal: Any, linears: Mapping[str, FrozenLinear]) -> Iterator[str]
 
 
 def _expected_shapes(causal: Any, linears: Mapping[str, FrozenLinear]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for name, parameter in causal.named_parameters(remove_duplicate=False):
-        yield name, tuple(parameter.shape)
+    for name, tensor in _named_tensors(causal).items():
+        yield name, tuple(tensor.shape)
     for name, linear in linears.items():
         yield f"{name}.weight", (linear.out_features, linear.in_features)
         if linear.has_bias:

@@ -240,7 +240,7 @@ def _fill_buffers(causal: Any, checkpoint: Checkpoint) -> None:
     ours = {f"{name}.bias" for name, module in causal.named_modules() if isinstance(module, FrozenLinear)}
     for name, buffer in list(causal.named_buffers(remove_duplicate=False)):
         if checkpoint.has(name) and name not in ours:
-            buffer.copy_(checkpoint.take(name, buffer.device))
+            buffer.copy_(finite(checkpoint.take(name, buffer.device), name, checkpoint.where))
 
 
 def _set(causal: Any, name: str, parameter: nn.Parameter) -> None:
