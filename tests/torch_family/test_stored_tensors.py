@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from drawn_models import write_drawn_model
+from safetensors.torch import load_file, save_file
 from tiny_models import write_model
 from trainers import OpenTrainer, open_cpu_trainer, random_batch, source_of
 
