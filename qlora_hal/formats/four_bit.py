@@ -58,8 +58,8 @@ def _read(checkpoint: StoredCheckpoint) -> Packing:
     ((quant_type, block_size, double_quant),) = kinds
     if quant_type not in {kind.value for kind in FourBitFormat}:
         raise UnreadableFormatError(f"quantized with bitsandbytes {quant_type}")
-    for module, state in states.items():
-        _check_parts(checkpoint, module, FourBitFormat(quant_type), state)
+    for module, described in states.items():
+        _check_parts(checkpoint, module, FourBitFormat(quant_type), described)
     _refuse_strange_parts(checkpoint, states)
     return Packing(Prequantized("bitsandbytes", quant_type, block_size, double_quant, {"bits": 4}), shapes)
 

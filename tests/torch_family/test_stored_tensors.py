@@ -170,6 +170,16 @@ def test_a_tensor_that_is_not_finite_is_named(name: str, value: float, tmp_path:
 
 
 @pytest.mark.fault("M52")
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.mlp.up_proj.weight"])
+def test_a_number_that_the_compute_dtype_cannot_hold_is_named(name: str, tmp_path: Path) -> None:
+    """It is finite as it is stored: 3.4e38 is more than bfloat16 holds."""
+    folder = rewritten(write_model(tmp_path, "llama"), lambda tensors: tensors[name].view(-1)[3].fill_(3.4e38))
+    with pytest.raises(ModelError, match=rf"{name} holds 3.4e\+38; bfloat16 ends at 3.39e\+38") as refusal:
+        open_cpu_trainer(folder, dtype="bfloat16")
+    assert refusal.value.code == "QH-M52"
+
+
+@pytest.mark.fault("M52")
 @pytest.mark.parametrize("part", ["SCB", "weight.absmax"])
 def test_a_scale_of_a_quantized_layer_that_is_not_finite_is_named(part: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
