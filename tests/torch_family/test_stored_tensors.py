@@ -11,7 +11,7 @@ import pytest
 import torch
 from drawn_models import write_drawn_model
 from safetensors.torch import load_file, save_file
-from tiny_models import write_model
+from tiny_models import edit_config, write_model
 from trainers import OpenTrainer, open_cpu_trainer, random_batch, source_of
 
 from qlora_hal.errors import ModelError
@@ -122,6 +122,17 @@ def gemma4(tmp_path: Path) -> Path:
     """Its layers are multiplied by a stored buffer, that is no parameter."""
     write_drawn_model(tmp_path, "gemma4_text")
     return tmp_path
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neo", "gpt_bigcode"])
+def test_tables_of_a_hostile_size_are_not_computed(model_type: str, tmp_path: Path) -> None:
+    """A causal mask of 10^5 x 10^5 in each layer: minutes and ten gigabytes."""
+    write_drawn_model(tmp_path, model_type)
+    key = "n_positions" if model_type == "gpt_bigcode" else "max_position_embeddings"
+    edit_config(tmp_path, **{key: 100_000})
+    with pytest.raises(ModelError, match="would compute tables of") as refusal:
+        outline(source_of(tmp_path), {})
+    assert refusal.value.code == "QH-M51"
 
 
 @pytest.mark.fault("M50")

@@ -45,6 +45,10 @@ _RECOMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.masked_bias
 """Tables that older checkpoints carry and the architecture computes."""
 
 
+_LONG = 16_384
+"""Positions up to which a mask of positions x positions is below 300 MB."""
+
+
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """`causal` is on the meta device, its linear layers are `linears`.
@@ -100,6 +104,7 @@ def _built(source: ModelSource, attention: object, dtype: torch.dtype) -> Any:
         config = read_config(source.path, trust_remote_code=source.trust_remote_code)
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # packing is done here, not by transformers
+        _refuse_huge_tables(config, source, dtype)
         # Buffers (rotary frequencies) are computed for real: no checkpoint holds them.
         with init_empty_weights(include_buffers=False):
             return build_causal(config, dtype=dtype, attention=wanted, trust_remote_code=source.trust_remote_code)
@@ -116,6 +121,30 @@ def _built(source: ModelSource, attention: object, dtype: torch.dtype) -> Any:
             if (package := missing_package(error))
             else "Choose a decoder-only causal language model, or update transformers.",
         ) from error
+
+
+def _refuse_huge_tables(config: Any, source: ModelSource, dtype: torch.dtype) -> None:
+    """Raises ModelError QH-M51 where config.json asks for tables, computed while the architecture is built, that take
+    over a gigabyte: some architectures keep a causal mask of positions x positions."""
+    words = config.get_text_config()
+    lengths = (getattr(words, name, None) for name in ("max_position_embeddings", "n_positions"))
+    if max((length for length in lengths if isinstance(length, int)), default=0) <= _LONG:
+        return
+    with torch.device("meta"):
+        try:
+            outlined = build_causal(config, dtype=dtype, attention=None, trust_remote_code=source.trust_remote_code)
+        except Exception:  # the real attempt tells
+            return
+    tables = {name: buffer.numel() * buffer.element_size() for name, buffer in outlined.named_buffers()}
+    if sum(tables.values()) > 2**30:
+        largest = max(tables, key=tables.__getitem__)
+        raise ModelError(
+            "QH-M51",
+            f"{_name(source)} would compute tables of {sum(tables.values()) / 1e9:.1f} GB, the largest {largest}.",
+            where=source.name,
+            cause="They grow with the number of positions that config.json claims.",
+            fix="Check that config.json belongs to these weights.",
+        )
 
 
 def _refuse_other_kinds(causal: Any, source: ModelSource) -> None:
