@@ -100,6 +100,15 @@ def test_a_layer_left_out_of_quantization_stays_as_it_is(tmp_path: Path) -> None
         assert np.array_equal(trainer.dequantized_weight(MODULE), plain)
 
 
+@pytest.mark.fault("M52")
+def test_a_layer_left_out_of_quantization_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    plain = np.full((SHAPE.hidden_size, SHAPE.intermediate_size), np.nan, np.float32)
+    dropped: dict[str, Any] = {f"{MODULE}.{part}": None for part in PARTS}
+    write_checkpoint(tmp_path, Kind(), changed={**dropped, f"{MODULE}.weight": plain})
+    with pytest.raises(ModelError, match=f"{MODULE}.weight holds NaN or infinity"):
+        opened(tmp_path)
+
+
 # selection ------------------------------------------------------------------------------------------------------------
 def reports(accelerated: bool, ready: tuple[str, ...]) -> tuple[ProbeReport, ...]:
     return tuple(

@@ -56,6 +56,13 @@ def test_an_activation_of_experts_that_mlx_lm_takes_for_silu_is_refused(activati
     assert f'hidden_act = "{activation}"' in error.cause
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_another_activation_than_the_usual_is_refused_where_nobody_compared(family: str, tmp_path: Path) -> None:
+    error = refusal(write_model(tmp_path, family, hidden_act="gelu_pytorch_tanh"))
+    assert error.code == "QH-M51"
+    assert "with the activation gelu_pytorch_tanh" in error.message
+
+
 def test_an_activation_under_a_name_nobody_knows_is_refused(tmp_path: Path) -> None:
     folder = write_model(tmp_path, "llama")
     edit_config(folder, hidden_act="xielu_new")

@@ -309,6 +309,9 @@ def test_gpt2_shape_comes_from_its_own_names(write_model: WriteModel) -> None:
         ({"vision_config": {"depth": 10**8}}, "100000000 layers"),
         ({"layer_types": ["full_attention"] * 300}, r"300 layers \(layer_types\)"),
         ({"hybrid_override_pattern": "M" * 100_000}, "100000 layers"),
+        ({"num_labels": 10**6}, "claims 1000000 in num_labels; at most 4096 are read"),
+        ({"n_routed_experts": 10**6}, "claims 1000000 in n_routed_experts"),
+        ({"text_config": {"num_local_experts": 5000}}, "claims 5000 in num_local_experts"),
     ],
 )
 def test_layers_that_the_weights_do_not_have_are_refused_before_they_are_built(

@@ -87,6 +87,10 @@ STATE = "model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"
         ({"shape": "os.system"}, "not \\[out, in\\]"),
         ({"shape": [-1, 5]}, "positive whole number"),
         ({"blocksize": 128}, "quantized in different ways"),
+        ({"quant_type": "fp4"}, "quant_type = fp4"),
+        ({"dtype": "float99"}, "dtype = float99"),
+        ({"nested_blocksize": 256}, "quantized in different ways"),
+        ({"written_by": "someone"}, "written_by = someone"),
         (None, "not the JSON"),
     ],
 )
@@ -102,6 +106,68 @@ def test_a_quantization_state_that_lies_is_refused(
     with pytest.raises(ModelError, match=words) as caught:
         read_facts(tmp_path)
     assert (caught.value.code, caught.value.exit_status) == ("QH-C73", 5)
+
+
+@pytest.fixture(scope="module")
+def nested_model(plain_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("nested") / "model"
+    return quantized(plain_model, folder, load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+
+
+PACKED = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "words"),
+    [
+        ("absmax", lambda found: found[:3], "has 3 entries in U8"),
+        ("absmax", lambda found: found.astype(np.float32), "entries in F32; its shape and block size need 384 in U8"),
+        ("absmax", None, "absmax is missing"),
+        ("quant_map", lambda found: found[::-1].copy(), "not the table of nf4"),
+        ("quant_map", lambda found: found[:4], "has 4 entries"),
+        ("quant_map", None, "quant_map is missing"),
+        ("nested_absmax", lambda found: found[:0], "has 0 entries"),
+        ("nested_quant_map", lambda found: found[:255], "has 255 entries"),
+        ("strange", lambda _: np.ones(3, np.float32), "is no part of a packed weight"),
+    ],
+)
+def test_parts_of_a_packed_weight_that_a_decoder_would_not_look_at_are_checked(
+    nested_model: Path, tmp_path: Path, part: str, change: Callable[..., np.ndarray] | None, words: str
+) -> None:
+    """bitsandbytes reads beyond the end of too few scales, and has a table of its own."""
+    tensors = _load(nested_model)
+    found = tensors.pop(f"{PACKED}.{part}", None)
+    if change is not None:
+        tensors[f"{PACKED}.{part}"] = change(found)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((nested_model / "config.json").read_text())
+    with pytest.raises(ModelError, match=words) as caught:
+        read_facts(tmp_path)
+    assert caught.value.code == "QH-C73"
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "code"),
+    [
+        ("weight", lambda found: found.astype(np.float16), "QH-C73"),
+        ("weight", lambda found: found.view(np.uint8), "QH-C73"),
+        ("SCB", lambda found: found.astype(np.int32), "QH-C73"),
+        ("SCB", None, "QH-C73"),
+        ("weight_format", lambda _: np.array(2, np.uint8), "QH-C72"),  # col_ampere
+    ],
+)
+def test_parts_of_an_int8_weight_that_mean_something_else_are_refused(
+    plain_model: Path, tmp_path: Path, part: str, change: Callable[..., np.ndarray] | None, code: str
+) -> None:
+    folder = quantized(plain_model, tmp_path / "model", load_in_8bit=True)
+    tensors = _load(folder)
+    found = tensors.pop(f"model.layers.0.mlp.up_proj.{part}")
+    if change is not None:
+        tensors[f"model.layers.0.mlp.up_proj.{part}"] = change(found)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ModelError) as caught:
+        read_facts(folder)
+    assert caught.value.code == code
 
 
 @pytest.mark.fault("C15")

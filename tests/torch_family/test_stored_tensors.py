@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from drawn_models import write_drawn_model
 from safetensors.torch import load_file, save_file
-from tiny_models import write_model
+from tiny_models import edit_config, write_model
 from trainers import OpenTrainer, open_cpu_trainer, random_batch, source_of
 
 from qlora_hal.errors import ModelError
@@ -102,6 +103,55 @@ def test_a_tensor_that_is_missing_is_refused_before_weights_are_read(name: str, 
         outline(source_of(folder), {})
 
 
+# buffers --------------------------------------------------------------------------------------------------------------
+def test_a_table_that_the_architecture_computes_is_not_taken_from_the_file(tmp_path: Path, opened: Opened) -> None:
+    """transformers does not read it either, whatever it holds."""
+    folder = write_model(tmp_path, "llama")
+    rewritten(folder, lambda tensors: tensors.update({"model.rotary_emb.inv_freq": torch.linspace(1.0, 0.1, 8)}))
+    trainer = opened(folder)
+    expected = transformers_logits(folder)
+    assert np.abs(base_logits(trainer) - expected).max() <= 1e-4 * np.abs(expected).max()
+    assert any("model.rotary_emb.inv_freq" in note for note in trainer.trainer.load_notes)
+
+
+LAYER_SCALAR = "model.layers.0.layer_scalar"
+
+
+@pytest.fixture
+def gemma4(tmp_path: Path) -> Path:
+    """Its layers are multiplied by a stored buffer, that is no parameter."""
+    write_drawn_model(tmp_path, "gemma4_text")
+    return tmp_path
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neo", "gpt_bigcode"])
+def test_tables_of_a_hostile_size_are_not_computed(model_type: str, tmp_path: Path) -> None:
+    """A causal mask of 10^5 x 10^5 in each layer: minutes and ten gigabytes."""
+    write_drawn_model(tmp_path, model_type)
+    key = "n_positions" if model_type == "gpt_bigcode" else "max_position_embeddings"
+    edit_config(tmp_path, **{key: 100_000})
+    with pytest.raises(ModelError, match="would compute tables of") as refusal:
+        outline(source_of(tmp_path), {})
+    assert refusal.value.code == "QH-M51"
+
+
+@pytest.mark.fault("M50")
+def test_a_stored_buffer_that_is_missing_or_misshapen_is_refused(gemma4: Path) -> None:
+    rewritten(gemma4, lambda tensors: tensors.update({LAYER_SCALAR: torch.ones(64)}))
+    with pytest.raises(ModelError, match=rf"{LAYER_SCALAR} has shape \[64\]"):
+        outline(source_of(gemma4), {})
+    rewritten(gemma4, lambda tensors: tensors.pop(LAYER_SCALAR))
+    with pytest.raises(ModelError, match=rf"1 tensors missing \({LAYER_SCALAR}\)"):
+        outline(source_of(gemma4), {})
+
+
+@pytest.mark.fault("M52")
+def test_a_buffer_that_is_not_finite_is_named(gemma4: Path) -> None:
+    rewritten(gemma4, lambda tensors: tensors[LAYER_SCALAR].fill_(float("nan")))
+    with pytest.raises(ModelError, match=f"{LAYER_SCALAR} holds NaN or infinity"):
+        open_cpu_trainer(gemma4)
+
+
 @pytest.mark.fault("M50")
 def test_two_stored_tensors_for_one_place_are_refused(tmp_path: Path) -> None:
     folder = write_model(tmp_path, "llama")
@@ -127,6 +177,16 @@ def test_a_tensor_that_is_not_finite_is_named(name: str, value: float, tmp_path:
     rewritten(folder, lambda tensors: tensors[name].view(-1)[3].fill_(value))
     with pytest.raises(ModelError, match=f"{name} holds NaN or infinity") as refusal:
         open_cpu_trainer(folder, weight_format="nf4")
+    assert refusal.value.code == "QH-M52"
+
+
+@pytest.mark.fault("M52")
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.mlp.up_proj.weight"])
+def test_a_number_that_the_compute_dtype_cannot_hold_is_named(name: str, tmp_path: Path) -> None:
+    """It is finite as it is stored: 3.4e38 is more than bfloat16 holds."""
+    folder = rewritten(write_model(tmp_path, "llama"), lambda tensors: tensors[name].view(-1)[3].fill_(3.4e38))
+    with pytest.raises(ModelError, match=rf"{name} holds 3.4e\+38; bfloat16 ends at 3.39e\+38") as refusal:
+        open_cpu_trainer(folder, dtype="bfloat16")
     assert refusal.value.code == "QH-M52"
 
 

@@ -22,8 +22,7 @@ from qlora_hal_backends.gptq_int4.engines import (
 )
 from qlora_hal_backends.gptq_int4.packed_tensors import PARTS, read_packed, read_settings
 from qlora_hal_backends.torch_family.base_weights import BaseWeight
-from qlora_hal_backends.torch_family.base_weights import quantize as place
-from qlora_hal_backends.torch_family.loading import BaseModel, Checkpoint, load_with
+from qlora_hal_backends.torch_family.loading import BaseModel, Checkpoint, load_with, read_and_quantize
 from qlora_hal_backends.torch_family.platform import TorchPlatform
 
 _DENSE = Quantization(WeightFormat.NONE)
@@ -47,7 +46,7 @@ def load_base(
         checkpoint: Checkpoint, name: str, _: Quantization, dtype: torch.dtype, device: torch.device
     ) -> BaseWeight:
         if not any(checkpoint.has(f"{name}.{part}") for part in PARTS):
-            return place(checkpoint.take(f"{name}.weight", device), _DENSE, dtype)  # left out of quantization
+            return read_and_quantize(checkpoint, name, _DENSE, dtype, device)  # left out of quantization
         return load_weight(read_packed(checkpoint, name, settings, device), settings, kernel.name, dtype)
 
     base = load_with(source, quantization, compute, device, read_weight)

@@ -14,7 +14,8 @@ from mlx.nn.layers.linear import Linear
 from qlora_hal.errors import ModelError
 from qlora_hal.model.facts import text_config
 from qlora_hal.model.source import ModelSource
-from qlora_hal_backends.mlx_lora.config_reading import Config
+from qlora_hal_backends.mlx_lora.compared import findings
+from qlora_hal_backends.mlx_lora.config_reading import Config, as_transformers_reads
 
 Activation = Callable[[mx.array], mx.array]
 
@@ -88,6 +89,8 @@ def put_activations_right(causal: Any, source: ModelSource, read: Config) -> Non
     model_type, config = source.facts.model_type, text_config(read)
     asked = next((config[key] for key in _KEYS if config.get(key) is not None), None)
     computed = _COMPUTED.get(model_type)
+    if asked is not None and computed is None and model_type not in findings():
+        _require_usual(asked, model_type, source)
     if asked is None or computed is None or _ACTIVATIONS.get(asked) is computed:
         return
     if asked not in _ACTIVATIONS:
@@ -97,6 +100,15 @@ def put_activations_right(causal: Any, source: ModelSource, read: Config) -> Non
         if rebuilt is None:
             raise _refused(source, asked)
         layer.mlp = rebuilt
+
+
+def _require_usual(asked: object, model_type: str, source: ModelSource) -> None:
+    """Of a kind of model that nobody compared, mlx-lm computes the activation that its published models have, which is
+    transformers' default. Raises ModelError QH-M51 where another is asked for."""
+    usual = text_config(as_transformers_reads({"model_type": model_type}))
+    default = next((usual[key] for key in _KEYS if usual.get(key) is not None), asked)
+    if asked != default and _ACTIVATIONS.get(str(asked)) is not _ACTIVATIONS.get(str(default), asked):
+        raise _refused(source, asked)
 
 
 def _rebuilt(mlp: Any, activation: Activation) -> Module | None:

@@ -45,6 +45,10 @@ _RECOMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.masked_bias
 """Tables that older checkpoints carry and the architecture computes."""
 
 
+_LONG = 16_384
+"""Positions up to which a mask of positions x positions is below 300 MB."""
+
+
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """`causal` is on the meta device, its linear layers are `linears`.
@@ -100,6 +104,7 @@ def _built(source: ModelSource, attention: object, dtype: torch.dtype) -> Any:
         config = read_config(source.path, trust_remote_code=source.trust_remote_code)
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # packing is done here, not by transformers
+        _refuse_huge_tables(config, source, dtype)
         # Buffers (rotary frequencies) are computed for real: no checkpoint holds them.
         with init_empty_weights(include_buffers=False):
             return build_causal(config, dtype=dtype, attention=wanted, trust_remote_code=source.trust_remote_code)
@@ -116,6 +121,30 @@ def _built(source: ModelSource, attention: object, dtype: torch.dtype) -> Any:
             if (package := missing_package(error))
             else "Choose a decoder-only causal language model, or update transformers.",
         ) from error
+
+
+def _refuse_huge_tables(config: Any, source: ModelSource, dtype: torch.dtype) -> None:
+    """Raises ModelError QH-M51 where config.json asks for tables, computed while the architecture is built, that take
+    over a gigabyte: some architectures keep a causal mask of positions x positions."""
+    words = config.get_text_config()
+    lengths = (getattr(words, name, None) for name in ("max_position_embeddings", "n_positions"))
+    if max((length for length in lengths if isinstance(length, int)), default=0) <= _LONG:
+        return
+    with torch.device("meta"):
+        try:
+            outlined = build_causal(config, dtype=dtype, attention=None, trust_remote_code=source.trust_remote_code)
+        except Exception:  # the real attempt tells
+            return
+    tables = {name: buffer.numel() * buffer.element_size() for name, buffer in outlined.named_buffers()}
+    if sum(tables.values()) > 2**30:
+        largest = max(tables, key=tables.__getitem__)
+        raise ModelError(
+            "QH-M51",
+            f"{_name(source)} would compute tables of {sum(tables.values()) / 1e9:.1f} GB, the largest {largest}.",
+            where=source.name,
+            cause="They grow with the number of positions that config.json claims.",
+            fix="Check that config.json belongs to these weights.",
+        )
 
 
 def _refuse_other_kinds(causal: Any, source: ModelSource) -> None:
@@ -140,11 +169,9 @@ def _asks_for_decoder(kind: type) -> bool:
 
 
 def _named_tensors(causal: Any) -> dict[str, Any]:
-    """Every parameter and buffer by its name, tied ones under each of their names."""
-    return {
-        **dict(causal.named_parameters(remove_duplicate=False)),
-        **dict(causal.named_buffers(remove_duplicate=False)),
-    }
+    """Every parameter and buffer that is stored, by its name, tied ones under each of their names. Buffers that the
+    architecture computes (`persistent=False`) are left out: transformers does not read them either."""
+    return dict(causal.state_dict(keep_vars=True))
 
 
 def _names_in_model(causal: Any, named: Mapping[str, Any], source: ModelSource) -> dict[str, str]:
@@ -270,9 +297,11 @@ def _check_complete(
     unused: Sequence[str],
     source: ModelSource,
 ) -> None:
-    """Every parameter has its tensor, every tensor its parameter, their shapes agree, and they hold numbers."""
+    """Every parameter and stored buffer has its tensor, every tensor its place, their shapes agree, and they hold
+    numbers."""
     ignored = [re.compile(word) for word in (*_RECOMPUTED, *(causal._keys_to_ignore_on_load_unexpected or ()))]
-    left = [name for name in unused if not any(word.search(name) for word in ignored)]
+    computed = {name for name, _ in causal.named_buffers(remove_duplicate=False)} - _named_tensors(causal).keys()
+    left = [name for name in unused if name not in computed and not any(word.search(name) for word in ignored)]
     modules = {packed["module"] for name in stored if (packed := _PACKED.fullmatch(name))}
     there = {*stored, *(f"{module}.weight" for module in modules)}
     shared = {name for group in tied if there.intersection(group) for name in group}
@@ -309,8 +338,8 @@ def _floating(causal: Any, linears: Mapping[str, FrozenLinear]) -> Iterator[str]
 
 
 def _expected_shapes(causal: Any, linears: Mapping[str, FrozenLinear]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for name, parameter in causal.named_parameters(remove_duplicate=False):
-        yield name, tuple(parameter.shape)
+    for name, tensor in _named_tensors(causal).items():
+        yield name, tuple(tensor.shape)
     for name, linear in linears.items():
         yield f"{name}.weight", (linear.out_features, linear.in_features)
         if linear.has_bias:

@@ -66,7 +66,7 @@ ReadWeight = Callable[["Checkpoint", str, Quantization, torch.dtype, torch.devic
 
 def load_base(source: ModelSource, quantization: Quantization, compute: Compute, device: torch.device) -> BaseModel:
     """Load and pack. Raises ModelError with every tensor that is missing or left over."""
-    read = _read_bitsandbytes if source.facts.prequantized is not None else _read_and_quantize
+    read = _read_bitsandbytes if source.facts.prequantized is not None else read_and_quantize
     return load_with(source, quantization, compute, device, read)
 
 
@@ -174,12 +174,29 @@ def finite(tensor: Tensor, name: str, where: str) -> Tensor:
     )
 
 
-def _read_and_quantize(
+def finite_in(tensor: Tensor, dtype: torch.dtype, name: str, where: str) -> Tensor:
+    """`tensor` in `dtype`. Raises ModelError QH-M52 where it is not finite, there or as it is stored."""
+    found = finite(tensor, name, where).to(dtype)
+    if not found.is_floating_point() or bool(torch.isfinite(found).all()):
+        return found
+    raise ModelError(
+        "QH-M52",
+        f"{name} holds {float(tensor.double().abs().max()):.3g}; {str(dtype).removeprefix('torch.')} ends at "
+        f"{torch.finfo(dtype).max:.3g}.",
+        where=where,
+        cause="The number becomes infinity in the dtype that is computed in.",
+        fix="Set quantization.compute_dtype to bfloat16 or float32, or get the checkpoint again.",
+    )
+
+
+def read_and_quantize(
     checkpoint: Checkpoint, name: str, quantization: Quantization, dtype: torch.dtype, device: torch.device
 ) -> BaseWeight:
+    """A weight that is stored as ordinary numbers. Raises ModelError QH-M52."""
     weight = checkpoint.take(f"{name}.weight", device)
     # A codec may turn NaN into an ordinary code (bitsandbytes on CUDA does): nothing later would show it.
-    return quantize(finite(weight, f"{name}.weight", checkpoint.where), quantization, dtype)
+    finite_in(weight, dtype, f"{name}.weight", checkpoint.where)
+    return quantize(weight, quantization, dtype)
 
 
 def _read_bitsandbytes(
@@ -194,7 +211,7 @@ def _read_bitsandbytes(
     parts = [part for part in checkpoint.with_prefix(f"{name}.weight.")]
     if not parts:
         dense = Quantization(WeightFormat.NONE)
-        return _read_and_quantize(checkpoint, name, dense, dtype, device)
+        return read_and_quantize(checkpoint, name, dense, dtype, device)
     packed = checkpoint.take(f"{name}.weight", device)
     tensors = {part: checkpoint.take(part, device) for part in parts}
     for part, tensor in tensors.items():
@@ -213,9 +230,9 @@ def _bias(
     bias = f"{name}.bias"
     if not linear.has_bias and not checkpoint.has(bias):
         return None
-    tensor = finite(checkpoint.take(bias, device), bias, checkpoint.where)
+    tensor = finite_in(checkpoint.take(bias, device), dtype, bias, checkpoint.where)
     if linear.has_bias:
-        return tensor.to(dtype)
+        return tensor
     if bool(tensor.any()):
         raise ModelError(
             "QH-M50",
@@ -231,16 +248,16 @@ def _fill_parameters(causal: Any, checkpoint: Checkpoint, device: torch.device) 
     in_float32 = stays_float32(causal)
     for name, parameter in list(causal.named_parameters(remove_duplicate=False)):
         if checkpoint.has(name):
-            tensor = finite(checkpoint.take(name, device), name, checkpoint.where)
             dtype = torch.float32 if in_float32(name) and parameter.is_floating_point() else parameter.dtype
-            _set(causal, name, nn.Parameter(tensor.to(dtype), requires_grad=False))
+            tensor = finite_in(checkpoint.take(name, device), dtype, name, checkpoint.where)
+            _set(causal, name, nn.Parameter(tensor, requires_grad=False))
 
 
 def _fill_buffers(causal: Any, checkpoint: Checkpoint) -> None:
     ours = {f"{name}.bias" for name, module in causal.named_modules() if isinstance(module, FrozenLinear)}
     for name, buffer in list(causal.named_buffers(remove_duplicate=False)):
         if checkpoint.has(name) and name not in ours:
-            buffer.copy_(checkpoint.take(name, buffer.device))
+            buffer.copy_(finite_in(checkpoint.take(name, buffer.device), buffer.dtype, name, checkpoint.where))
 
 
 def _set(causal: Any, name: str, parameter: nn.Parameter) -> None:
