@@ -17,8 +17,8 @@ from qlora_hal_oracle.random_models import HEAD
 
 RATE = 1e-2
 WILD, WILD_IN_FLOAT16 = 30, 5
-"""A and B this many times as large make a product w = f^2 / 4 times the base's, and an MLP's output, a product of three,
-w^3: five million, or 240, which float16 still holds."""
+"""A and B this many times as large make a product w = f^2 / 4 times the base's, and an MLP's output, a product of
+three, w^3: eleven million, or 240, which float16 still holds."""
 NOT_FINITE = {"nan": np.nan, "infinity": np.inf}
 
 
