@@ -146,7 +146,7 @@ def gradient_noise(
         for arithmetic in (None, RandomRounding(UNIT_ROUNDOFF[dtype], seed=0))
     )
     apart = {name: float(np.linalg.norm(rounded[name] - exact[name])) for name in exact}
-    part = math.hypot(*apart.values()) / max(global_norm(exact), np.finfo(np.float64).tiny)
+    part = math.hypot(*apart.values()) / max(global_norm(exact), float(np.finfo(np.float64).tiny))
     return {
         name: Bound(
             NOISE_WIDENING * max(apart[name], part * float(np.linalg.norm(exact[name]))),

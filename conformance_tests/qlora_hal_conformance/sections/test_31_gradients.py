@@ -36,7 +36,8 @@ from qlora_hal_conformance.tolerances import Bound, gradient_bounds
 from qlora_hal_oracle import OracleTrainer
 from qlora_hal_oracle.random_models import FIRST_ORDINARY_TOKEN, linear_shapes
 
-DROP, DROPOUT_KEY = 0.4, 2**40 + 11
+DROP = 0.4
+DROPOUT_KEY = 2**40 + 11
 COUNTED_SHARE = 0.4
 
 
