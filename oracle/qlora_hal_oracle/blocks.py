@@ -184,7 +184,7 @@ def _silu(x: Float64) -> tuple[Float64, Float64]:
 
 def _gelu(x: Float64) -> tuple[Float64, Float64]:
     """x F(x) with F the normal distribution, and F + x F' (arXiv:1606.08415)."""
-    below = 0.5 * (1.0 + _erf(x / math.sqrt(2.0)).astype(np.float64))
+    below = 0.5 * (1.0 + np.asarray(_erf(x / math.sqrt(2.0)), dtype=np.float64))
     return x * below, below + x * np.exp(-0.5 * x**2) / math.sqrt(2.0 * math.pi)
 
 

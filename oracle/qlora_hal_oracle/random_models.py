@@ -7,6 +7,7 @@ layout of a weight format.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -83,24 +84,43 @@ class TinyModel:
     stored: Mapping[str, Float64] | None = None
 
 
+def draw_plain_shape(random: np.random.Generator, **sizes: int) -> LlamaShape:
+    """A small plain Llama with some sizes given, as wide as the least whole number of blocks that its heads divide."""
+    heads = sizes.get("num_attention_heads", 4)
+    return LlamaShape(
+        **{  # type: ignore[arg-type]
+            "vocab_size": int(random.integers(290, 420)),
+            "hidden_size": math.lcm(heads, 128),
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": heads,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "rope_theta": float(random.choice((500.0, 10000.0))),
+            "rms_norm_eps": 1e-5,
+            **sizes,
+        }
+    )
+
+
 def draw_tensors(shape: LlamaShape, random: np.random.Generator) -> Tensors:
     """Random weights whose logits spread like a trained model's: every product keeps the variance of its input."""
-    drawn = {EMBEDDING: random.normal(size=(shape.vocab_size, shape.hidden_size)) / shape.embedding_scale}
+    drawn = {}
     for name, sides in shape.tensor_shapes().items():
-        if name not in drawn:
-            drawn[name] = _drawn_tensor(name, sides, shape, random)
-    return {name: tensor.astype(np.float32) for name, tensor in drawn.items()}
+        center, spread = _center_and_spread(name, sides, shape)
+        drawn[name] = (center + spread * random.normal(size=sides)).astype(np.float32)
+    return drawn
 
 
-def _drawn_tensor(name: str, sides: tuple[int, ...], shape: LlamaShape, random: np.random.Generator) -> Array:
+def _center_and_spread(name: str, sides: tuple[int, ...], shape: LlamaShape) -> tuple[float, float]:
+    if name == EMBEDDING:
+        return 0.0, 1.0 / shape.embedding_scale
     if name == HEAD:
-        return 2.0 / shape.logits_scale * random.normal(size=sides) / shape.hidden_size**0.5
+        return 0.0, 2.0 / (shape.logits_scale * shape.hidden_size**0.5)
     if name.endswith("norm.weight"):
         # Norms start at 1 in real models; a wrong one would not show there.
-        return 1.0 - shape.norm_offset + 0.2 * random.normal(size=sides)
-    if name.endswith(".bias"):
-        return 0.3 * random.normal(size=sides)
-    return random.normal(size=sides) / sides[1] ** 0.5
+        return 1.0 - shape.norm_offset, 0.2
+    return (0.0, 0.3) if name.endswith(".bias") else (0.0, 1.0 / sides[1] ** 0.5)
 
 
 def linear_shapes(shape: LlamaShape) -> dict[str, LinearShape]:

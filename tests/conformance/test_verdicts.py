@@ -6,14 +6,32 @@ import math
 
 import pytest
 
-from qlora_hal.errors import UnsupportedFeatureError
+from qlora_hal.contract.capabilities import Feature
+from qlora_hal.errors import ModelError, UnsupportedFeatureError
 from qlora_hal_conformance.assertions import Judge
+from qlora_hal_conformance.reference_backend import SPEC
+from qlora_hal_conformance.subject import Family, Need, Reference, Subject
 from qlora_hal_conformance.tolerances import EXACT, Bound
 from qlora_hal_conformance.verdicts import Claim, Measure, Phase, Verdict, judge
 
 REFUSAL = UnsupportedFeatureError("QH-B01", "Backend toy has no packing.", fix="Use another.")
 MUTE = UnsupportedFeatureError("QH-B01", "Backend toy has no packing.", fix=" ")
+UNKNOWN_MODEL = ModelError("QH-M51", "Gemma 2 is not computed here.", fix="Take another model.")
 OTHER = KeyError("packing")
+
+
+@pytest.mark.parametrize(
+    ("needs", "claim"),
+    [
+        ((Family("gemma2"),), Claim.DECLARED),
+        ((Family("mamba"),), Claim.OPEN),
+        ((Family("gemma2", varied=True),), Claim.OPEN),
+        ((Family("mamba"), Feature.DATA_PARALLEL), Claim.OPEN),
+        ((Family("gemma2"), Feature.DATA_PARALLEL), Claim.UNDECLARED),
+    ],
+)
+def test_models_that_no_declaration_covers_are_open(needs: tuple[Need, ...], claim: Claim) -> None:
+    assert Subject(Reference(), SPEC).claim(needs) is claim
 
 
 @pytest.mark.parametrize(
@@ -29,6 +47,13 @@ OTHER = KeyError("packing")
         (Claim.NARROWED, None, Verdict.PASSED, ""),
         (Claim.NARROWED, REFUSAL, Verdict.REFUSED, "no packing"),
         (Claim.NARROWED, OTHER, Verdict.FAILED, "KeyError"),
+        (Claim.OPEN, None, Verdict.PASSED, ""),
+        (Claim.OPEN, REFUSAL, Verdict.REFUSED, "no packing"),
+        (Claim.OPEN, UNKNOWN_MODEL, Verdict.REFUSED, "not computed"),
+        (Claim.OPEN, MUTE, Verdict.FAILED, "what to do"),
+        (Claim.OPEN, OTHER, Verdict.FAILED, "KeyError"),
+        (Claim.DECLARED, UNKNOWN_MODEL, Verdict.FAILED, "not computed"),
+        (Claim.UNDECLARED, UNKNOWN_MODEL, Verdict.FAILED, "UnsupportedFeatureError was expected"),
     ],
 )
 def test_verdict_of_a_call(claim: Claim, error: Exception | None, verdict: Verdict, words: str) -> None:

@@ -66,6 +66,11 @@ def memory_of(plain: MemoryConstants, *, fused: bool) -> Callable[[MemoryQuery],
     return answer
 
 
+FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite"})
+"""What the suite's oracle computes. transformers' code runs here, so what it has beyond them trains as well
+(`docs/models.md`)."""
+
+
 @dataclass(frozen=True, slots=True)
 class TorchPlatform:
     """One row of the family.
@@ -93,6 +98,7 @@ class TorchPlatform:
             features=self.features,
             block_sizes={f: BLOCK_SIZES for f in four_bit},
             levels={"none": WeightFormat.NONE, "8bit": WeightFormat.INT8, "4bit": WeightFormat.NF4},
+            families=FAMILIES,
         )
 
 

@@ -31,7 +31,7 @@ from qlora_hal_conformance.subject import Family
 from qlora_hal_conformance.tolerances import loss_bound, rounding
 from qlora_hal_oracle import LlamaShape, OracleTrainer, read_shape
 from qlora_hal_oracle.families import FAMILIES, MODEL_TYPES, VARIATIONS, Config, draw_config, vary
-from qlora_hal_oracle.random_models import HEAD, draw_tensors, tied
+from qlora_hal_oracle.random_models import HEAD, draw_plain_shape, draw_tensors, tied
 
 SIXTEEN_BITS = 65_536
 BEYOND_THE_ORIGINAL_LENGTH = (44, 37)
@@ -101,34 +101,36 @@ def test_groups_of_queries(
     queries: int, opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
     """Groups that no power of two divides: neighbours share a key, not every second or third head."""
-    shape = _plain(seeded, num_attention_heads=4 * queries, num_key_value_heads=4, head_dim=32)
+    shape = draw_plain_shape(seeded, num_attention_heads=4 * queries, num_key_value_heads=4, head_dim=32)
     ready = _opened_plain(opened, seeded, shape)
     _judge(ready, oracle(ready), draw_batch(seeded, shape), judging)
 
 
 def test_many_layers(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     """As many as small models have, all adapted."""
-    shape = _plain(seeded, num_hidden_layers=int(seeded.integers(10, 15)))
+    shape = draw_plain_shape(seeded, num_hidden_layers=int(seeded.integers(10, 15)))
     ready = _opened_plain(opened, seeded, shape)
     _judge(ready, oracle(ready), draw_batch(seeded, shape), judging)
 
 
 def test_large_vocabulary(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     """Token ids of more than 16 bits, read and predicted."""
-    shape = tied(_plain(seeded, vocab_size=SIXTEEN_BITS + int(seeded.integers(1000, 3000)), num_hidden_layers=1))
+    shape = tied(
+        draw_plain_shape(seeded, vocab_size=SIXTEEN_BITS + int(seeded.integers(1000, 3000)), num_hidden_layers=1)
+    )
     ready = _opened_plain(opened, seeded, shape)
     _judge(ready, oracle(ready), _with_large_tokens(seeded, draw_batch(seeded, shape), shape), judging)
 
 
 def test_high_rank(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     """Beyond 64; each tensor has far more than 4096 numbers."""
-    shape = _plain(seeded)
+    shape = draw_plain_shape(seeded)
     ready = _opened_plain(opened, seeded, shape, rank=int(seeded.choice((96, 160, 256))))
     _judge(ready, oracle(ready), draw_batch(seeded, shape), judging)
 
 
 def test_rows_beyond_1024_tokens(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
-    shape = _plain(seeded, num_attention_heads=2, num_key_value_heads=1, head_dim=64)
+    shape = draw_plain_shape(seeded, num_attention_heads=2, num_key_value_heads=1, head_dim=64)
     ready = _opened_plain(opened, seeded, shape)
     lengths = (int(seeded.integers(1040, 1100)),)
     _judge(ready, oracle(ready), draw_batch(seeded, shape, lengths=lengths), judging)
@@ -136,7 +138,7 @@ def test_rows_beyond_1024_tokens(opened: Opener, oracle: OracleOf, seeded: np.ra
 
 def test_thirty_three_rows(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     """One more than a warp, or than a batch of 32."""
-    shape = _plain(seeded)
+    shape = draw_plain_shape(seeded)
     ready = _opened_plain(opened, seeded, shape)
     lengths = [int(length) for length in seeded.integers(4, 20, 33)]
     _judge(ready, oracle(ready), draw_batch(seeded, shape, lengths=lengths), judging)
@@ -153,24 +155,6 @@ def _opened(opened: Opener, seeded: np.random.Generator, config: Config) -> tupl
 def _opened_plain(opened: Opener, seeded: np.random.Generator, shape: LlamaShape, *, rank: int | None = None) -> Opened:
     opened.models.define("sizes", shape, draw_tensors(shape, seeded))
     return opened("sizes", adapter=draw_adapter(seeded, shape, rank=rank))
-
-
-def _plain(seeded: np.random.Generator, **sizes: int) -> LlamaShape:
-    """A small plain Llama."""
-    shape = LlamaShape(
-        vocab_size=int(seeded.integers(290, 420)),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        rope_theta=float(seeded.choice((500.0, 10000.0))),
-        rms_norm_eps=1e-5,
-    )
-    # transformers asks that the heads divide the residual stream.
-    heads = sizes.get("num_attention_heads", shape.num_attention_heads)
-    return replace(shape, hidden_size=int(np.lcm(heads, 128)), **sizes)
 
 
 def _with_large_tokens(seeded: np.random.Generator, batch: Batch, shape: LlamaShape) -> Batch:
