@@ -20,13 +20,13 @@ def draw_shape(random: np.random.Generator) -> LlamaShape:
     """None of the suite's published shapes: other widths, groups, layers, vocabulary. All widths are multiples of 128,
     as every weight format has whole blocks of."""
     key_heads = int(random.choice([1, 2]))
-    group = int(random.choice([2, 4, 6] if key_heads == 1 else [2, 3, 5]))
+    heads = key_heads * int(random.choice([2, 4, 6] if key_heads == 1 else [2, 3]))
     return LlamaShape(
         vocab_size=int(random.integers(500, 900)),
-        hidden_size=int(random.choice([256, 384])),
+        hidden_size=256 if 256 % heads == 0 else 384,  # a Llama's heads divide it
         intermediate_size=128 * int(random.integers(3, 6)),
         num_hidden_layers=int(random.choice([1, 3])),
-        num_attention_heads=key_heads * group,
+        num_attention_heads=heads,
         num_key_value_heads=key_heads,
         head_dim=HEAD_DIM,
         rope_theta=float(random.choice([3000.0, 20000.0, 250000.0])),

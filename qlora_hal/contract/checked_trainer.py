@@ -12,7 +12,7 @@ import numpy as np
 
 from qlora_hal.contract.backend import Compute, DeviceFacts, Quantization, QuantizedLoRATrainer
 from qlora_hal.contract.gates import check_gates
-from qlora_hal.contract.toolkit import MOMENTS, counted_tokens, has_weights
+from qlora_hal.contract.toolkit import MOMENTS, WindowCount, has_weights
 from qlora_hal.contract.type_checks import wrong_fields
 from qlora_hal.contract.values import (
     Adapter,
@@ -99,7 +99,7 @@ class CheckedTrainer:
             counted = sum(batch.counted_tokens for batch in batches)
             if result.token_count != counted:
                 raise self._broken(f"evaluate counted {result.token_count} tokens of {counted}")
-            self._require_weighted(result.weighted_loss_sum, batches, "evaluate")
+            self._require_weighted(result.weighted_loss_sum, has_weights(batches), "evaluate")
             return result
 
     def export_adapter(self) -> Adapter:
@@ -189,8 +189,8 @@ class CheckedTrainer:
         if wrong := wrong_fields(found):
             raise self._broken(f"{method} returned {kind.__name__} with wrong fields: {'; '.join(wrong)}")
 
-    def _require_weighted(self, weighted: float | None, batches: Sequence[Batch], method: str) -> None:
-        if has_weights(batches) and weighted is None:
+    def _require_weighted(self, weighted: float | None, due: bool, method: str) -> None:
+        if due and weighted is None:
             raise self._broken(f"{method} returned no weighted sum of a loss with weights")
 
     def _check_tensors(self, found: Mapping[str, object], expected: Mapping[str, tuple[int, ...]], method: str) -> None:
@@ -218,7 +218,7 @@ def _kind(found: object) -> str:
 class _CheckedStep:
     def __init__(self, pending: PendingStep, window: Sequence[Batch], trainer: CheckedTrainer) -> None:
         self._pending = pending
-        self._window = window
+        self._counted = WindowCount.of(window)
         self._trainer = trainer
 
     def resolve(self) -> StepStats:
@@ -226,10 +226,9 @@ class _CheckedStep:
         with trainer._checked("resolve"):
             stats = self._pending.resolve()
             trainer._require(StepStats, stats, "resolve")
-            counted = counted_tokens(self._window)
-            if stats.token_count != counted:
-                raise trainer._broken(f"resolve counted {stats.token_count} tokens of {counted}")
-            trainer._require_weighted(stats.weighted_loss_sum, self._window, "resolve")
+            if stats.token_count != self._counted.tokens:
+                raise trainer._broken(f"resolve counted {stats.token_count} tokens of {self._counted.tokens}")
+            trainer._require_weighted(stats.weighted_loss_sum, self._counted.has_weights, "resolve")
             if stats.grad_norm < 0:
                 raise trainer._broken(f"resolve returned the gradient norm {stats.grad_norm}")
             trainer._steps_applied += stats.applied

@@ -199,11 +199,28 @@ class Done:
         return self.stats
 
 
+@dataclass(frozen=True, slots=True)
+class WindowCount:
+    """What the figures of a step say of its window, counted when the step is queued: by the time that they are read the
+    caller may have put other tokens into the arrays."""
+
+    tokens: int
+    has_weights: bool
+
+    @classmethod
+    def of(cls, window: Sequence[Batch]) -> WindowCount:
+        return cls(counted_tokens(window), has_weights(window))
+
+    def stats(self, loss_sum: float, weighted: float, grad_norm: float, *, applied: bool) -> StepStats:
+        """The figures of a step: the weighted sum only where there are weights."""
+        return StepStats(loss_sum, self.tokens, grad_norm, applied, weighted if self.has_weights else None)
+
+
 def step_stats(
     window: Sequence[Batch], loss_sum: float, weighted: float, grad_norm: float, *, applied: bool
 ) -> StepStats:
-    """The figures of a step: the weighted sum only where there are weights."""
-    return StepStats(loss_sum, counted_tokens(window), grad_norm, applied, weighted if has_weights(window) else None)
+    """The figures of a step that is done; one that is read later keeps a `WindowCount`."""
+    return WindowCount.of(window).stats(loss_sum, weighted, grad_norm, applied=applied)
 
 
 def evaluated(batches: Sequence[Batch], loss_sum: float, weighted: float) -> LossSum:

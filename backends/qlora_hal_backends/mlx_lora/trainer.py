@@ -18,13 +18,13 @@ from qlora_hal.contract import dropout
 from qlora_hal.contract.backend import BackendSpec, Compute, DeviceFacts, Quantization, QuantizedLoRATrainer
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.toolkit import (
+    WindowCount,
     at_labels,
     check_optimizer,
     check_served,
     evaluated,
     memory_named,
     out_of_order,
-    step_stats,
     unknown_module,
 )
 from qlora_hal.contract.values import (
@@ -57,11 +57,11 @@ class _QueuedStep:
     """Figures `[loss sum, weighted, gradient norm, applied]` on their way to the host."""
 
     figures: mx.array
-    window: Sequence[Batch]
+    counted: WindowCount
 
     def resolve(self) -> StepStats:
         loss_sum, weighted, grad_norm, applied = (float(figure) for figure in np.array(self.figures))
-        return step_stats(self.window, loss_sum, weighted, grad_norm, applied=applied > 0)
+        return self.counted.stats(loss_sum, weighted, grad_norm, applied=applied > 0)
 
 
 @dataclass(slots=True)
@@ -135,7 +135,7 @@ class MLXLoRATrainer(QuantizedLoRATrainer):
             key = settings.dropout_key if at.adapter.config.dropout > 0.0 else None
             gradients, total = at.gradient.of_window(at.optimizer.tensors, window, settings.denominator, key)
             figures = at.optimizer.update(gradients, total, settings)
-        return _QueuedStep(figures, window)
+        return _QueuedStep(figures, WindowCount.of(window))
 
     def evaluate(self, batches: Sequence[Batch]) -> LossSum:
         at = self._at_work

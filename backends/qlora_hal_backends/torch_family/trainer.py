@@ -17,6 +17,7 @@ from qlora_hal.adapter.fitting import check_fits
 from qlora_hal.contract import dropout
 from qlora_hal.contract.backend import BackendSpec, Compute, DeviceFacts, Quantization, QuantizedLoRATrainer
 from qlora_hal.contract.toolkit import (
+    WindowCount,
     at_labels,
     check_optimizer,
     check_served,
@@ -24,7 +25,6 @@ from qlora_hal.contract.toolkit import (
     evaluated,
     memory_named,
     out_of_order,
-    step_stats,
     unknown_module,
 )
 from qlora_hal.contract.values import (
@@ -71,14 +71,14 @@ class _QueuedStep:
     """Figures `[loss sum, weighted, norm, applied]` on their way to the host."""
 
     figures: Tensor
-    window: Sequence[Batch]
+    counted: WindowCount
     arrived: Any = None
 
     def resolve(self) -> StepStats:
         if self.arrived is not None:
             self.arrived.synchronize()
         loss_sum, weighted, grad_norm, applied = self.figures.tolist()
-        return step_stats(self.window, loss_sum, weighted, grad_norm, applied=applied > 0)
+        return self.counted.stats(loss_sum, weighted, grad_norm, applied=applied > 0)
 
 
 class TorchLoRATrainer(QuantizedLoRATrainer):
@@ -146,7 +146,7 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
                 self._loss_scale /= 2
                 total, norm = self._window_gradient(window, settings.denominator, settings.dropout_key)
             applied = self._attached_optimizer.update(settings, norm)
-            return self._queue(torch.cat((total, torch.stack((norm, applied)))), window)
+            return self._queue(torch.cat((total, torch.stack((norm, applied)))), WindowCount.of(window))
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> LossSum:
@@ -201,14 +201,14 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
             return False
         return not bool(torch.isfinite(norm))
 
-    def _queue(self, figures: Tensor, window: Sequence[Batch]) -> _QueuedStep:
+    def _queue(self, figures: Tensor, counted: WindowCount) -> _QueuedStep:
         if not has_queue(figures.device):
-            return _QueuedStep(figures.detach(), window)
+            return _QueuedStep(figures.detach(), counted)
         host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
         host.copy_(figures.detach(), non_blocking=True)
         arrived = torch.get_device_module(figures.device).Event()
         arrived.record()
-        return _QueuedStep(host, window, arrived)
+        return _QueuedStep(host, counted, arrived)
 
     # state ---------------------------------------------------------------------------------------------------------
     def export_adapter(self) -> Adapter:
