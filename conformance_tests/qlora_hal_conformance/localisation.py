@@ -48,12 +48,13 @@ class Localisation:
     telling: tuple[CaseResult, ...]
 
     def lines(self) -> list[str]:
-        """For people: what is wrong, what is right, what it looks like."""
+        """For people: what is wrong, what is right, which case tells most, what it looks like."""
         wrong = [fact.in_words() for fact in self.facts if not fact.is_right]
         right = [fact.what for fact in self.facts if fact.is_right]
         lines = [f"wrong: {words}" for words in wrong]
         if right:
             lines.append(f"still right: {'; '.join(right)}")
+        lines += [f"most telling case: {result.case}" for result in self.telling[:1]]
         lines += [f"looks {likely.in_words()}" for likely in self.likely]
         return lines
 
@@ -95,9 +96,9 @@ def likely_mutants(results: Sequence[CaseResult], known: Mapping[str, object] | 
     return tuple(sorted(found, key=lambda likely: -likely.alike)[:MOST_NAMED])
 
 
-def most_telling_first(red: Sequence[CaseResult]) -> list[CaseResult]:
+def most_telling_first(red: Sequence[CaseResult], known: Mapping[str, object] | None = None) -> list[CaseResult]:
     """Red cases by how few mutants turn them red; those that no mutant does, and the rest of equals, as they ran."""
-    weights = _weights(_opened_book(fingerprints())[0])
+    weights = _weights(_opened_book(fingerprints() if known is None else known)[0])
     return sorted(red, key=lambda result: -weights.get(plain_name(result.case), 0.0))
 
 
