@@ -184,6 +184,15 @@ def test_the_figures_of_a_step_are_plain_numbers_of_this_window(stats: Any, said
     assert said in said_of(attached(resolve=stats).train_step([BATCH], SETTINGS), "resolve")  # type: ignore[arg-type]
 
 
+def test_a_step_is_held_against_the_window_as_it_was_queued() -> None:
+    """The caller may use the arrays again before the figures are read."""
+    window = [replace(BATCH, labels=BATCH.labels.copy())]
+    stats = StepStats(2.0, 4, 0.5)
+    pending = attached(resolve=stats).train_step(window, SETTINGS)
+    window[0].labels[...] = -100
+    assert pending.resolve() is stats
+
+
 def test_figures_that_are_not_finite_are_figures() -> None:
     refused = StepStats(float("nan"), 4, float("inf"), applied=False)
     guarded = attached(resolve=refused)
