@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from qlora_hal_oracle.random_models import draw_tensors, write_model
 
 # Both sides sum in float64: at most some thousand roundings of 1.1e-16 on numbers below a hundred.
 AGREEMENT = 1e-9
+# transformers makes yarn's ramp in float32: 2^-24 of a frequency is 1.4e-6 of an angle at position 23, and layers make
+# up to some ten times as much of it.
+AGREEMENT_WITH_A_FLOAT32_RAMP = 5e-5
 LENGTHS = (24, 17)
 BEYOND_THE_ORIGINAL_LENGTH = (44, 37)
 
@@ -30,14 +34,16 @@ def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     monkeypatch.setattr(torch, "float", torch.float64)
     monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim=-1, dtype=None: softmax(x, dim=dim))
-    to = torch.Tensor.to
 
-    def never_float32(self: torch.Tensor, *given: Any, **named: Any) -> torch.Tensor:
-        given = tuple(torch.float64 if value is torch.float32 else value for value in given)
-        named = {name: torch.float64 if value is torch.float32 else value for name, value in named.items()}
-        return to(self, *given, **named)
+    def wide(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def call(*given: Any, **named: Any) -> torch.Tensor:
+            given = tuple(torch.float64 if value is torch.float32 else value for value in given)
+            named = {name: torch.float64 if value is torch.float32 else value for name, value in named.items()}
+            return function(*given, **named)
 
-    monkeypatch.setattr(torch.Tensor, "to", never_float32)
+        return call
+
+    monkeypatch.setattr(torch.Tensor, "to", wide(torch.Tensor.to))
 
 
 def in_transformers(folder: Path, oracle: OracleTrainer) -> Any:
@@ -74,13 +80,14 @@ def compare(folder: Path, shape: LlamaShape, tensors: Any, config: Config, lengt
     oracle = make_oracle(shape, tensors, adapter)
     expected, gradients = logits_and_gradients(in_transformers(folder, oracle), batch)
     real = batch.segment_ids > 0
-    assert np.abs(oracle.logits(batch) - expected)[real].max() < AGREEMENT
+    agreement = AGREEMENT_WITH_A_FLOAT32_RAMP if "yarn" in str(config.get("rope_scaling")) else AGREEMENT
+    assert np.abs(oracle.logits(batch) - expected)[real].max() < agreement
     # With B added into the weights their gradient is that of the base; the rule from it to A and B is Llama's.
     found = oracle.window_gradients([batch], denominator=1.0, with_base=True).gradients
     of_base = {name: gradient for name, gradient in found.items() if "lora_" not in name}
     assert of_base.keys() == gradients.keys()
     for name, gradient in of_base.items():
-        assert np.abs(gradient - gradients[name]).max() < AGREEMENT * max(1.0, np.abs(gradient).max()), name
+        assert np.abs(gradient - gradients[name]).max() < agreement * max(1.0, np.abs(gradient).max()), name
     assert any(np.any(found[name]) for name in with_zero(adapter, "B").tensors)
 
 
