@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import time
@@ -89,6 +90,24 @@ def failures_of_the_honest(sections: Iterable[str] = (), *, seed: int) -> dict[s
 
     run(HONEST, tuple(sections), progress, seed=seed)
     return failed
+
+
+def first_failure(
+    spec: str, sections: Sequence[str] = (), *, seed: int, case_seconds: float = 120.0
+) -> tuple[str, str] | None:
+    """(case, reason) of the first case that fails in some sections, by default in all; None where all are green."""
+    failed: list[tuple[str, str]] = []
+
+    def progress(event: Mapping[str, object]) -> None:
+        if event["event"] == "broke_off":
+            failed.append(("", str(event["how"])))
+        elif event["event"] == "ended" and not Verdict(str(event["verdict"])).is_green:
+            failed.append((str(event["case"]), str(event["message"])))
+            raise _Caught
+
+    with contextlib.suppress(_Caught):
+        run(spec, sections, progress, seed=seed, case_seconds=case_seconds)
+    return failed[0] if failed else None
 
 
 def run(
