@@ -11,7 +11,7 @@ import pytest
 
 from qlora_hal_conformance.mutants.generated.arguments import NOT_YET
 from qlora_hal_conformance.mutants.generated.changes import changed, changes_of, makes_equal_code, told
-from qlora_hal_conformance.mutants.generated.drawing import drawn, named
+from qlora_hal_conformance.mutants.generated.drawing import drawn, named, not_reached
 from qlora_hal_conformance.mutants.generated.identity import Identity
 from qlora_hal_conformance.mutants.generated.reached import REACHED_VARIABLE, noting, read_places
 from qlora_hal_conformance.mutants.generated.reporting import record_of_score, section_of
@@ -45,10 +45,15 @@ def operators(source: str) -> set[str]:
 
 def test_each_kind_of_slip_is_among_the_changes() -> None:
     assert operators(SOURCE) >= {
-        "div_to_mult", "operands_swapped", "plus_one", "minus_one", "doubled", "max_to_min", "sum_to_mean",
+        "div_to_mult", "operands_swapped", "plus_one", "minus_one", "doubled", "max_to_min",
         "arguments_swapped", "start_left_out", "slice_dropped", "negated", "always", "never", "not_dropped",
         "last_left_out", "statement_dropped",
     }  # fmt: skip
+
+
+def test_counterpart_of_a_builtin_is_a_builtin() -> None:
+    assert "sum_to_mean" in operators("x = y.sum()")
+    assert "sum_to_mean" not in operators("x = sum(y)")
 
 
 def test_words_and_types_are_left_alone() -> None:
@@ -87,15 +92,14 @@ def test_identity_is_stable_and_can_be_read_again() -> None:
     """A line moves with its code; apart from that a change has one name."""
     first = Identity("adamw", *next(changes_of(ast.parse(source_of("adamw")))).where)
     assert Identity.read(str(first)) == first
-    assert [str(change.identity) for change in islice(drawn(SEED, EVERYWHERE), 8)] == [
-        str(change.identity) for change in islice(drawn(SEED, EVERYWHERE), 8)
+    assert [str(change.identity) for change in islice(drawn(SEED, EVERYWHERE), 4)] == [
+        str(change.identity) for change in islice(drawn(SEED, EVERYWHERE), 4)
     ]
 
 
 def test_draw_is_spread_over_modules_and_operators() -> None:
-    identities = [change.identity for change in islice(drawn(SEED, EVERYWHERE), 60)]
-    assert len(set(identities)) == 60
-    assert len({(identity.module, identity.operator) for identity in identities}) == 60
+    identities = [change.identity for change in islice(drawn(SEED, EVERYWHERE), 25)]
+    assert len({(identity.module, identity.operator) for identity in identities}) == len(identities) == 25
     assert len({identity.module for identity in identities}) >= len(MODULES) / 2
 
 
@@ -104,7 +108,18 @@ def test_what_no_section_reaches_is_not_drawn() -> None:
     assert {(c.identity.module, c.identity.line) for c in drawn(SEED, reached)} <= {("adamw", 56), ("loss", 61)}
 
 
-def test_constant_that_nothing_reached_reads_is_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_branch_never_taken_differs_where_it_would_have_run() -> None:
+    never = {c.place.statement for c in changes_of(ast.parse(SOURCE)) if c.operator == "never"}
+    assert never == {9}
+
+
+def test_statements_that_no_section_reaches_are_told() -> None:
+    told_of = not_reached({"30": frozenset(("lora", n) for n in range(1, 99))})
+    assert told_of["lora"][0] == 99, "the first statement after those that are reached"
+    assert set(told_of) == set(MODULES)
+
+
+def test_constant_that_nothing_reached_reads_is_not_drawn() -> None:
     """int8's roundoffs are those of a bound, which no backend computes."""
     line = source_of("int8").splitlines().index("_FLOAT16_ROUNDOFF = 2.0**-11") + 1
     at_the_top = {"20": frozenset(("int8", n) for n in range(line + 3))}

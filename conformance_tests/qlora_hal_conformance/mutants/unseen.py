@@ -419,174 +419,211 @@ class OneDtypeForAll(ReferenceTrainer):
         return super().logits_of(batch, adapter=adapter)
 
 
-def _unseen(name: str, defect: str, opened: Open) -> Mutant:
-    return Mutant(name, defect, (), opened)
+def _unseen(name: str, first: str, defect: str, opened: Open) -> Mutant:
+    """`first` are the sections that are asked first, which is a guess; then all others are."""
+    return Mutant(name, defect, tuple(first.split()), opened)
 
 
 UNSEEN = (
     _unseen(
         "unseen_parameters_follow_dtype",
+        "44 40 42",
         "Rounds the adapter to bfloat16 after each step in bfloat16.",
         in_bfloat16(update=parameters_rounded),
     ),
     _unseen(
         "unseen_second_moment_in_bfloat16",
+        "40 50",
         "Keeps the second moments in bfloat16 in a run in bfloat16.",
         in_bfloat16(update=second_moment_rounded),
     ),
     _unseen(
         "unseen_micro_batches_summed_in_bfloat16",
+        "41",
         "Adds up the micro-batches' gradients in bfloat16 in a run in bfloat16.",
         in_bfloat16(window_gradient=micro_batches_summed_in_bfloat16),
     ),
     _unseen(
         "unseen_positions_in_bfloat16",
+        "30",
         "Rounds positions to bfloat16 in a run in bfloat16.",
         in_bfloat16(read_batch=positions_rounded),
     ),
     _unseen(
         "unseen_log_softmax_in_bfloat16",
+        "31",
         "Keeps log-probabilities in bfloat16 in a run in bfloat16.",
         in_bfloat16(model=LogitsRoundedForTheLoss),
     ),
     _unseen(
         "unseen_adapter_added_after_rounding",
+        "44 30",
         "Adds the adapter's product to a base product that is already rounded.",
         with_rooms(model=LinearsAddAfterRounding),
     ),
-    _unseen("unseen_rate_in_half", "Passes the learning rate through float16.", with_rooms(update=rate_in_half)),
+    _unseen("unseen_rate_in_half", "40", "Passes the learning rate through float16.", with_rooms(update=rate_in_half)),
     _unseen(
         "unseen_eight_segments",
+        "30 31",
         "Lets the samples of a row from the eighth on see each other.",
         with_rooms(read_batch=eight_segments),
     ),
     _unseen(
         "unseen_window_of_512",
+        "30",
         "Attends within blocks of 512 tokens in longer rows.",
         with_rooms(read_batch=window_of_512),
     ),
     _unseen(
         "unseen_evaluates_packed_without_mask",
+        "30",
         "Evaluates packed samples as if they were one.",
         with_trainer(EvaluatesPackedWithoutMask),
     ),
     _unseen(
         "unseen_remainder_has_no_gradient",
+        "31",
         "Has no gradient for tokens after the last whole chunk of 256 of a row.",
         with_trainer(RemainderHasNoGradient),
     ),
     _unseen(
         "unseen_sixteen_rows_evaluated",
+        "30",
         "Sums the loss of sixteen rows of a batch and counts the tokens of all.",
         with_trainer(SixteenRowsEvaluated),
     ),
     _unseen(
         "unseen_first_layer_has_no_gradient",
+        "31",
         "Has no gradient for the first layer when activations are recomputed.",
         with_trainer(FirstLayerHasNoGradient),
     ),
     _unseen(
         "unseen_recomputes_with_other_masks",
+        "31 43",
         "Draws other dropout masks when activations are recomputed.",
         with_trainer(RecomputesWithOtherMasks),
     ),
     _unseen(
         "unseen_recomputes_without_segments",
+        "31",
         "Loses the samples' borders when activations are recomputed.",
         with_trainer(RecomputesWithoutSegments),
     ),
     _unseen(
         "unseen_dropout_off_after_evaluate",
+        "43 50",
         "Drops nothing any more after the first evaluation.",
         with_trainer(DropoutOffAfterEvaluate),
     ),
     _unseen(
         "unseen_dropout_rows_by_micro_batch",
+        "43",
         "Counts the rows of dropout masks anew in each micro-batch.",
         with_rooms(masks=rows_by_micro_batch),
     ),
     _unseen(
         "unseen_dropout_unscaled_when_low",
+        "43",
         "Leaves 1 / (1 - p) out at rates below 0.1.",
         with_rooms(masks=unscaled_when_low),
     ),
-    _unseen("unseen_dropout_key_of_31_bits", "Takes 31 bits of a dropout key.", with_rooms(masks=key_of_31_bits)),
+    _unseen("unseen_dropout_key_of_31_bits", "43", "Takes 31 bits of a dropout key.", with_rooms(masks=key_of_31_bits)),
     _unseen(
         "unseen_negative_weights_clamped",
+        "45",
         "Takes negative token weights for zero.",
         with_rooms(read_batch=negative_weights_clamped),
     ),
     _unseen(
         "unseen_weighted_by_count",
+        "45",
         "Divides a weighted loss by its counted tokens.",
         with_trainer(WeightedByCount),
     ),
     _unseen(
         "unseen_evaluates_mean_of_batches",
+        "30",
         "Averages the batches' means in an evaluation.",
         with_trainer(EvaluatesMeanOfBatches),
     ),
     _unseen(
         "unseen_softmax_unshifted",
+        "90 31",
         "Trains with exp of unshifted logits, which overflows above 88.",
         with_trainer(UnshiftedInTraining),
     ),
-    _unseen("unseen_epsilon_fixed", "Ignores the settings' epsilon.", with_rooms(update=epsilon_fixed)),
-    _unseen("unseen_betas_fixed", "Ignores the settings' betas.", with_rooms(update=betas_fixed)),
-    _unseen("unseen_no_decay_of_b", "Decays the A tensors alone.", with_rooms(update=no_decay_of_b)),
+    _unseen("unseen_epsilon_fixed", "40", "Ignores the settings' epsilon.", with_rooms(update=epsilon_fixed)),
+    _unseen("unseen_betas_fixed", "40", "Ignores the settings' betas.", with_rooms(update=betas_fixed)),
+    _unseen("unseen_no_decay_of_b", "40", "Decays the A tensors alone.", with_rooms(update=no_decay_of_b)),
     _unseen(
         "unseen_import_restarts_the_count",
+        "50",
         "Takes imported moments and counts steps from 0.",
         with_trainer(ImportRestartsTheCount),
     ),
-    _unseen("unseen_counts_refused_steps", "Counts a refused step.", with_trainer(CountsRefusedSteps)),
+    _unseen("unseen_counts_refused_steps", "40", "Counts a refused step.", with_trainer(CountsRefusedSteps)),
     _unseen(
         "unseen_clears_moments_when_refused",
+        "40",
         "Empties the moments when it refuses a step.",
         with_trainer(ClearsMomentsWhenRefused),
     ),
-    _unseen("unseen_no_clip_means_one", "Clips at 1 where no clip is asked for.", with_rooms(clip=no_clip_means_one)),
+    _unseen(
+        "unseen_no_clip_means_one", "40", "Clips at 1 where no clip is asked for.", with_rooms(clip=no_clip_means_one)
+    ),
     _unseen(
         "unseen_second_attach_keeps_moments",
+        "50",
         "Keeps the optimizer when another adapter is attached.",
         with_trainer(SecondAttachKeepsMoments),
     ),
     _unseen(
         "unseen_second_attach_keeps_scale",
+        "51",
         "Keeps the scale of the first adapter for all later ones.",
         with_trainer(SecondAttachKeepsScale),
     ),
-    _unseen("unseen_alpha_is_an_integer", "Cuts alpha to an integer.", with_rooms(scale=alpha_is_an_integer)),
+    _unseen("unseen_alpha_is_an_integer", "30 51", "Cuts alpha to an integer.", with_rooms(scale=alpha_is_an_integer)),
     _unseen(
         "unseen_layer_1_is_a_prefix",
+        "30",
         "Uses the adapter of layer 1 in layers 10 to 19 too.",
         with_rooms(model=Layer1IsAPrefix),
     ),
     _unseen(
         "unseen_writes_into_what_it_was_given",
+        "40 51",
         "Writes trained values into the arrays given to attach.",
         with_trainer(WritesIntoWhatItWasGiven),
     ),
     _unseen(
         "unseen_fp4_twice_quantized_as_nf4",
+        "20",
         "Reads FP4 with double quantization by NF4's table.",
         with_rooms(unpack=fp4_twice_quantized_read_as_nf4),
     ),
     _unseen(
-        "unseen_zero_rows_of_int8_lost", "Makes NaN of an int8 row of zeros.", with_rooms(unpack=zero_rows_of_int8_lost)
+        "unseen_zero_rows_of_int8_lost",
+        "20",
+        "Makes NaN of an int8 row of zeros.",
+        with_rooms(unpack=zero_rows_of_int8_lost),
     ),
     _unseen(
         "unseen_later_files_not_quantized",
+        "20",
         "Quantizes the first file of a checkpoint alone.",
         with_trainer(LaterFilesNotQuantized),
     ),
     _unseen(
         "unseen_first_stop_token_alone",
+        "80",
         "Stops at the first of several stop tokens alone.",
         with_trainer(FirstStopTokenAlone),
     ),
     _unseen(
         "unseen_one_dtype_for_all",
+        "95 30",
         "Computes in the dtype of the trainer that was loaded last.",
         with_trainer(OneDtypeForAll),
     ),

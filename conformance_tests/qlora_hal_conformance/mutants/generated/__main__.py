@@ -13,7 +13,7 @@ from pathlib import Path
 from qlora_hal_conformance.mutants.records import stamp, write_record
 from qlora_hal_conformance.mutants.table import put_section
 
-from .drawing import drawn, named
+from .drawing import drawn, named, not_reached
 from .identity import Identity
 from .reporting import TITLE, record_of_score, section_of
 from .score import Found, HonestCopyFailed, Journal, hunt_changes, measure_reached
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     score = record_of_score(found)
     _say(f"{score['caught']} of {score['mutants']} caught")
     if not chosen:
-        record = {**stamp(_command(given)), **score}
+        record = {**stamp(_command(given)), **score, "not_reached": not_reached(reached_by)}
         write_record(given.out, record)
         if given.table is not None:
             put_section(given.table, TITLE, section_of(record))

@@ -6,6 +6,7 @@ What no computation sees is left alone: docstrings, annotations, decorators, imp
 from __future__ import annotations
 
 import ast
+import builtins
 import difflib
 import marshal
 from collections.abc import Callable, Iterator, Mapping
@@ -101,7 +102,25 @@ def changes_of(tree: ast.Module) -> Iterator[Change]:
             for name, replacement in operator_of(node):
                 if not hasattr(replacement, "lineno"):  # a part of the tree keeps its own place
                     ast.copy_location(replacement, node)
-                yield Change(*_position(node), name, place, replacement)
+                yield Change(*_position(node), name, _where_it_differs(node, name, place), replacement)
+
+
+def _where_it_differs(node: ast.AST, operator: str, place: Place) -> Place:
+    """A branch that is never taken makes a difference where its first statement would have run."""
+    if isinstance(node, ast.If | ast.While) and operator == "never":
+        return replace(place, statement=node.body[0].lineno)
+    return place
+
+
+def statements_of(tree: ast.Module) -> frozenset[int]:
+    """Lines of the statements in functions: those that a run may or may not reach."""
+    return frozenset(
+        statement.lineno
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef)
+        for statement in ast.walk(function)
+        if isinstance(statement, ast.stmt) and statement is not function and not _is_apart(statement, function)
+    )
 
 
 def changed(source: str, where: tuple[int, int, str]) -> ast.Module:
@@ -238,7 +257,9 @@ def _calls(node: ast.AST) -> Iterator[Named]:
     match node:
         case ast.Call(function, arguments, keywords):
             name = _name_of(function)
-            if name in _COUNTERPARTS:
+            if name in _COUNTERPARTS and (
+                isinstance(function, ast.Attribute) or hasattr(builtins, _COUNTERPARTS[name])
+            ):
                 yield f"{name}_to_{_COUNTERPARTS[name]}", ast.Call(_renamed(function), arguments, keywords)
             if len(arguments) > 1 and ast.dump(arguments[0]) != ast.dump(arguments[1]):
                 swapped = [arguments[1], arguments[0], *arguments[2:]]

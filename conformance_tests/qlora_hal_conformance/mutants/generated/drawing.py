@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
-from .changes import changes_of, makes_equal_code, told
+from .changes import changes_of, makes_equal_code, statements_of, told
 from .identity import Identity
 from .private_copy import private_copy
 from .reached import Places
@@ -60,6 +60,16 @@ def _changes_reached(module: str, reached_by: ReachedBy) -> Iterator[Drawn]:
         if sections:
             place = change.place
             yield Drawn(Identity(module, *change.where), place.within, "", "", sections, place.at_import)
+
+
+def not_reached(reached_by: ReachedBy) -> Mapping[str, list[int]]:
+    """By module the lines in functions that no section reaches: what stands there is not drawn, and not judged."""
+    reached = frozenset[tuple[str, int]]().union(*reached_by.values())
+    lines = {
+        module: sorted(n for n in statements_of(ast.parse(source_of(module))) if (module, n) not in reached)
+        for module in MODULES
+    }
+    return {module: numbers for module, numbers in lines.items() if numbers}
 
 
 def _readers(tree: ast.Module) -> Mapping[int, set[int]]:

@@ -23,6 +23,29 @@ from .sources import MODULES, source_of
 SECTIONS = tuple(sorted({number_of(case) for case in all_cases()} - {"10"}))
 """Section 10 judges what is known of a backend before it is imported, which no change touches."""
 
+ASKED_FIRST: Mapping[str, tuple[str, ...]] = {
+    "backend_dropout": ("43",),
+    "loading": ("20", "70"),
+    "refusals": ("11", "20", "70"),
+    "rounding": ("30",),
+    "step": ("31", "41", "45"),
+    "storage": ("20",),
+    "trainer": ("11", "40", "80"),
+    "adamw": ("40",),
+    "blocks": ("30", "31"),
+    "codebooks": ("20",),
+    "double_quantization": ("20",),
+    "four_bit": ("20",),
+    "int8": ("20",),
+    "llama": ("30", "31"),
+    "lora": ("30", "31"),
+    "loss": ("31", "45"),
+    "roundoff": ("30",),
+    "shape": ("30",),
+    "dropout": ("43",),
+}
+"""The sections about what a module does: most of its mutants end there. All others are asked after them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Found:
@@ -112,7 +135,7 @@ def _reached_in(section: str, suite_seed: int) -> list[str]:
 def hunt_changes(
     changes: Sequence[Drawn], journal: Journal, *, suite_seed: int, jobs: int, told: Callable[[Found], None]
 ) -> list[Found]:
-    """Each change on the sections that reach it, in their order, until a case fails."""
+    """Each change, or what the journal knows of it."""
     known = journal.found()
 
     def one(change: Drawn) -> Found:
@@ -128,9 +151,16 @@ def hunt_changes(
 
 
 def hunt_change(change: Drawn, *, suite_seed: int) -> Found:
-    """One change on the sections that reach it, in their order, until a case fails."""
-    started = time.monotonic()
-    spec = f"{__package__}.specs:{change.identity}"
-    case, reason = first_failure(spec, change.sections, seed=suite_seed) or ("", "")
+    """One change on the sections that reach it, those about its module first, until a case fails."""
+    started, spec = time.monotonic(), f"{__package__}.specs:{change.identity}"
+    about = ASKED_FIRST.get(change.identity.module, ())
+    failure = None
+    for sections in (
+        tuple(section for section in change.sections if section in about),
+        tuple(section for section in change.sections if section not in about),
+    ):
+        if sections and failure is None:
+            failure = first_failure(spec, sections, seed=suite_seed)
+    case, reason = failure or ("", "")
     seconds = round(time.monotonic() - started, 1)
     return Found(str(change.identity), change.within, change.was, change.becomes, case, reason[:200], seconds)
