@@ -46,7 +46,7 @@ def operators(source: str) -> set[str]:
 def test_each_kind_of_slip_is_among_the_changes() -> None:
     assert operators(SOURCE) >= {
         "div_to_mult", "operands_swapped", "plus_one", "minus_one", "doubled", "max_to_min",
-        "arguments_swapped", "start_left_out", "slice_dropped", "negated", "always", "never", "not_dropped",
+        "start_left_out", "slice_dropped", "negated", "always", "never", "not_dropped",
         "last_left_out", "statement_dropped",
     }  # fmt: skip
 
@@ -54,6 +54,18 @@ def test_each_kind_of_slip_is_among_the_changes() -> None:
 def test_counterpart_of_a_builtin_is_a_builtin() -> None:
     assert "sum_to_mean" in operators("x = y.sum()")
     assert "sum_to_mean" not in operators("x = sum(y)")
+
+
+@pytest.mark.parametrize(
+    "source", ["y = np.maximum(1, x)", "y = x.astype(np.float64)", "y = np.array(x, dtype=np.float64)", "assert x"]
+)
+def test_what_makes_no_difference_is_not_among_the_changes(source: str) -> None:
+    assert not {"arguments_swapped", "conversion_dropped", "dtype_left_out", "statement_dropped"} & operators(source)
+
+
+def test_narrowing_is_a_change() -> None:
+    assert "conversion_dropped" in operators("y = x.astype(np.float32)")
+    assert "arguments_swapped" in operators("y = np.append(x, 1)")
 
 
 def test_words_and_types_are_left_alone() -> None:

@@ -48,6 +48,11 @@ _COUNTERPARTS: Mapping[str, str] = {
 }  # fmt: skip
 _TRANSPOSITIONS = frozenset({"transpose", "swapaxes", "T"})
 _COPIES = frozenset({"array", "copy", "dict"})
+_CASTS = frozenset({"float", "int", "bool", "str", "tuple", "list", "frozenset", "asarray", "ascontiguousarray"})
+"""Nearly everywhere NumPy, or the reader of the value, makes the same of it without them: not a slip that shows."""
+_COMMUTATIVE = frozenset({"min", "max", "minimum", "maximum"})
+_WIDEST = "np.float64"
+"""What NumPy widens to by itself as soon as one operand is so wide."""
 _NOT_COMPUTED = (ast.Raise, ast.Import, ast.ImportFrom, ast.JoinedStr)
 _KEYWORDS_OF_VALUES = frozenset({"axis", "keepdims", "initial", "dtype"})
 
@@ -261,12 +266,12 @@ def _calls(node: ast.AST) -> Iterator[Named]:
                 isinstance(function, ast.Attribute) or hasattr(builtins, _COUNTERPARTS[name])
             ):
                 yield f"{name}_to_{_COUNTERPARTS[name]}", ast.Call(_renamed(function), arguments, keywords)
-            if len(arguments) > 1 and ast.dump(arguments[0]) != ast.dump(arguments[1]):
+            if len(arguments) > 1 and name not in _COMMUTATIVE and ast.dump(arguments[0]) != ast.dump(arguments[1]):
                 swapped = [arguments[1], arguments[0], *arguments[2:]]
                 yield "arguments_swapped", ast.Call(function, swapped, keywords)
             yield from _call_left_out(function, arguments, name)
             for keyword in keywords:
-                if keyword.arg in _KEYWORDS_OF_VALUES:
+                if keyword.arg in _KEYWORDS_OF_VALUES and ast.unparse(keyword.value) != _WIDEST:
                     others = [other for other in keywords if other is not keyword]
                     yield f"{keyword.arg}_left_out", ast.Call(function, arguments, others)
         case ast.Attribute(value, "T"):
@@ -281,8 +286,9 @@ def _call_left_out(function: ast.expr, arguments: list[ast.expr], name: str) -> 
     if name in _TRANSPOSITIONS and isinstance(function, ast.Attribute):
         yield "transposition_dropped", function.value if name == "transpose" else arguments[0]
     elif name == "astype" and isinstance(function, ast.Attribute):
-        yield "conversion_dropped", function.value
-    elif left is not None and not isinstance(left, ast.Starred):
+        if ast.unparse(arguments[0]) != _WIDEST:
+            yield "conversion_dropped", function.value
+    elif name not in _CASTS and left is not None and not isinstance(left, ast.Starred):
         yield "copy_dropped" if name in _COPIES else "call_dropped", left
 
 
@@ -334,7 +340,7 @@ def _loops(node: ast.AST) -> Iterator[Named]:
 
 def _statements(node: ast.AST) -> Iterator[Named]:
     match node:
-        case ast.Expr(ast.Call()) | ast.AugAssign() | ast.Raise() | ast.Assert():
+        case ast.Expr(ast.Call()) | ast.AugAssign() | ast.Raise():
             yield "statement_dropped", ast.Pass()
         case ast.Assign([ast.Attribute() | ast.Subscript()], _):
             yield "statement_dropped", ast.Pass()
