@@ -26,8 +26,8 @@ def test_honest_variation_passes_the_whole_suite(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["honest_in_chunks", "honest_autocast"])
-def test_honest_variation_passes_the_steps_of_a_young_adapter(name: str) -> None:
-    assert first_failure(f"qlora_hal_conformance.mutants.specs:{name}", ("44",), seed=SEED) is None
+def test_honest_variation_goes_on_as_the_oracle_does(name: str) -> None:
+    assert first_failure(f"qlora_hal_conformance.mutants.specs:{name}", ("52",), seed=SEED) is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

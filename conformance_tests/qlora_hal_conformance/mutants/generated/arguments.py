@@ -9,7 +9,14 @@ from collections.abc import Mapping
 
 NOT_YET = "not looked at yet"
 
-ARGUMENTS: Mapping[tuple[str, str, str], str] = {}
+ARGUMENTS: Mapping[tuple[str, str, str], str] = {
+    (
+        "round_to_bfloat16",
+        "lowest_kept_bit = pattern >> np.uint32(16) & np.uint32(1)",
+        "lowest_kept_bit = pattern >> np.uint32(17) & np.uint32(1)",
+    ): "Equal but for ties, one value in 2^16, which go to the other of two bfloat16 that are equally far: no further "
+    "than bfloat16's own roundoff.",
+}
 """(function, what stood there, what stands there now) -> the argument."""
 
 
