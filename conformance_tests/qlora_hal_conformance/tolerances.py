@@ -51,6 +51,7 @@ YOUNG_UPDATE_SHORTFALL = 0.5
 already rounded, an update below half a unit in the last place loses most of its effect (74 to 98 % seen); added before,
 it loses none in the mean. The bound lies half-way: rounding's own noise was 5 to 7 % over the tokens of the case."""
 
+SHARE_BY_CHANCE = 1.0 / 16.0
 MASTER_SHORTFALL = 0.25
 """The largest part of many tiny updates that may be missing. A 16-bit master weight loses all of them, a float32 one
 none; the gradient's own sign may be undecided for a few numbers out of a hundred."""
@@ -488,6 +489,12 @@ def eight_bit_drift() -> Bound:
 
 def master_weights() -> Bound:
     return Bound(MASTER_SHORTFALL, "a quarter of the distance of all updates")
+
+
+def values_of_the_compute_dtype() -> Bound:
+    """Of float32 values whose last digits are as good as drawn, one in 2^13 is a float16 and one in 2^16 a bfloat16; of
+    a tensor that was kept in one of them, all are."""
+    return Bound(SHARE_BY_CHANCE, "a sixteenth of the values: chance gives one in 2^13")
 
 
 def probe_time() -> Bound:

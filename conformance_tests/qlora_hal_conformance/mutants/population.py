@@ -1,4 +1,4 @@
-"""All mutants, in the order of the sections that catch them."""
+"""All mutants, in the order of the sections that catch them, and what else has a name here."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ from . import (
     weights,
 )
 from .registry import Mutant
+from .unseen import UNSEEN
+from .variations import VARIATIONS
 
 _ROOMS = (
     plugins,
@@ -56,3 +58,7 @@ MUTANTS: tuple[Mutant, ...] = tuple(
 
 BY_NAME: Mapping[str, Mutant] = {mutant.name: mutant for mutant in MUTANTS}
 assert len(BY_NAME) == len(MUTANTS), "two mutants have one name"
+
+NAMED: Mapping[str, Mutant] = {**BY_NAME, **{other.name: other for other in (*UNSEEN, *VARIATIONS)}}
+"""What `specs` and `trainers` offer: besides the list the unseen mutants, and the honest variations."""
+assert len(NAMED) == len(MUTANTS) + len(UNSEEN) + len(VARIATIONS), "two mutants have one name"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import time
@@ -18,6 +19,7 @@ from qlora_hal_conformance.verdicts import Verdict
 from .registry import Mutant
 
 HONEST = "qlora_hal_conformance.reference_backend:SPEC"
+BROKE_OFF = "broke_off"
 _SMALL_PRODUCTS = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 
 
@@ -89,6 +91,25 @@ def failures_of_the_honest(sections: Iterable[str] = (), *, seed: int, spec: str
 
     run(spec, tuple(sections), progress, seed=seed)
     return failed
+
+
+def first_failure(
+    spec: str, sections: Sequence[str] = (), *, seed: int, case_seconds: float = 120.0
+) -> tuple[str, str] | None:
+    """(case, reason) of the first case that fails in some sections, by default in all; None where all are green. A run
+    that breaks off outside of any case has `BROKE_OFF` in the place of one."""
+    failed: list[tuple[str, str]] = []
+
+    def progress(event: Mapping[str, object]) -> None:
+        if event["event"] == "broke_off":
+            failed.append((BROKE_OFF, str(event["how"])))
+        elif event["event"] == "ended" and not Verdict(str(event["verdict"])).is_green:
+            failed.append((str(event["case"]), str(event["message"])))
+            raise _Caught
+
+    with contextlib.suppress(_Caught):
+        run(spec, sections, progress, seed=seed, case_seconds=case_seconds)
+    return failed[0] if failed else None
 
 
 def run(

@@ -6,8 +6,8 @@ from qlora_hal.contract.backend import BackendSpec
 
 
 def __getattr__(name: str) -> BackendSpec:
-    from .population import BY_NAME
+    from .population import NAMED
 
-    if name not in BY_NAME:
+    if name not in NAMED:
         raise AttributeError(name)
-    return BY_NAME[name].spec
+    return NAMED[name].spec

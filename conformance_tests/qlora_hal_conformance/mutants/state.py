@@ -18,6 +18,22 @@ class StaleOptimizer(ReferenceTrainer):
         pass
 
 
+class AdapterInTheComputeDtype(ReferenceTrainer):
+    """Nothing of it shows in float32."""
+
+    def train_step(self, window: Sequence[Batch], settings: StepSettings) -> PendingStep:
+        pending, parameters = super().train_step(window, settings), self.attached.parameters
+        parameters.update({name: self.arithmetic.store(tensor) for name, tensor in parameters.items()})
+        return pending
+
+
+class SecondMomentsInTheComputeDtype(ReferenceTrainer):
+    def train_step(self, window: Sequence[Batch], settings: StepSettings) -> PendingStep:
+        pending, moments = super().train_step(window, settings), self.attached.state.exp_avg_sq
+        moments.update({name: self.arithmetic.store(tensor) for name, tensor in moments.items()})
+        return pending
+
+
 class StepCountLost(ReferenceTrainer):
     def import_optimizer(self, snapshot: OptimizerSnapshot) -> None:
         super().import_optimizer(replace(snapshot, step=0))
@@ -267,5 +283,19 @@ MUTANTS = (
         ("80",),
         with_trainer(PromptRepeated),
         may_fail=("11", "31"),
+    ),
+    Mutant(
+        "adapter_in_the_compute_dtype",
+        "Keeps the adapter in the compute dtype: in float32 where that is asked for.",
+        ("52",),
+        with_trainer(AdapterInTheComputeDtype),
+        may_fail=("40", "42", "44", "51"),
+    ),
+    Mutant(
+        "second_moments_in_the_compute_dtype",
+        "Keeps the second moments in the compute dtype: in float32 where that is asked for.",
+        ("52",),
+        with_trainer(SecondMomentsInTheComputeDtype),
+        may_fail=("40", "42", "44", "50"),
     ),
 )

@@ -23,8 +23,30 @@ before them. A mutant that no section catches is a hole in the suite. This file 
 
 
 def write_table(path: Path, mutants: Sequence[Mutant], hunts: Mapping[str, Hunt]) -> None:
-    """Write the whole table."""
-    path.write_text(HEADING + "\n".join(row(m, hunts[m.name]) for m in mutants) + "\n", encoding="utf-8")
+    """Write the whole table; the sections after it, which are other commands', stay."""
+    _, *others = _sections(path)
+    table = HEADING + "\n".join(row(m, hunts[m.name]) for m in mutants) + "\n"
+    path.write_text(_SECTION.join([table, *others]), encoding="utf-8")
+
+
+_SECTION = "\n## "
+
+
+def put_section(path: Path, title: str, text: str) -> None:
+    """Write one section of the document, in the place of an earlier one of this title, else at the end."""
+    written = f"{title}\n\n{text.strip()}\n"
+    table, *others = _sections(path)
+    titles = [other.partition("\n")[0] for other in others]
+    if title in titles:
+        others[titles.index(title)] = written
+    else:
+        others.append(written)
+    path.write_text(_SECTION.join([table, *others]), encoding="utf-8")
+
+
+def _sections(path: Path) -> list[str]:
+    """The table, then each section without its mark."""
+    return path.read_text(encoding="utf-8").split(_SECTION) if path.is_file() else [HEADING]
 
 
 def row(mutant: Mutant, found: Hunt) -> str:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 
 def __getattr__(name: str) -> Callable[[], object]:
-    from .population import BY_NAME
+    from .population import NAMED
 
-    if name not in BY_NAME:
+    if name not in NAMED:
         raise AttributeError(name)
-    return BY_NAME[name].trainer
+    return NAMED[name].trainer

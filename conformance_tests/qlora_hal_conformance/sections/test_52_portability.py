@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
-from qlora_hal.contract.values import Adapter, OptimizerSnapshot
+from qlora_hal.contract.values import Adapter, Float32, OptimizerSnapshot
 from qlora_hal_conformance.assertions import Judge
 from qlora_hal_conformance.fixtures import Opener, oracle_step
-from qlora_hal_conformance.parameters import OracleOf
+from qlora_hal_conformance.parameters import HALF_DTYPES, OracleOf, each_dtype
 from qlora_hal_conformance.random_inputs import draw_adapter, draw_window
-from qlora_hal_conformance.tolerances import UpdateSettings, copied
+from qlora_hal_conformance.tolerances import UpdateSettings, copied, values_of_the_compute_dtype
 from qlora_hal_conformance.updating import judge_step, oracle_at_state_of
+from qlora_hal_oracle import round_to_bfloat16
 
 RATE = 1e-2
 STEPS = 4
@@ -63,3 +65,27 @@ def test_state_there_and_back_is_unchanged(opened: Opener, seeded: np.random.Gen
     after = ready.trainer.export_optimizer()
     judging.equal("moments", after.moments, snapshot.moments)
     assert after.step == snapshot.step
+
+
+@pytest.mark.parametrize("dtype", each_dtype(*HALF_DTYPES))
+def test_state_is_float32_whatever_the_compute_dtype(
+    dtype: str, opened: Opener, seeded: np.random.Generator, judging: Judge
+) -> None:
+    """What is handed over after steps in half precision is no half precision widened: master weights and moments were
+    kept in float32. An adapter that is rounded after each step stands still at small rates."""
+    shape, _ = opened.models.drawn("main")
+    ready = opened(dtype=dtype, adapter=draw_adapter(seeded, shape))
+    for _ in range(STEPS):
+        ready.step(draw_window(seeded, shape), RATE, weight_decay=0.1)
+    adapter, moments = ready.trainer.export_adapter().tensors, ready.trainer.export_optimizer().moments
+    shares = {name: _share_in(dtype, tensor) for name, tensor in (*adapter.items(), *moments.items())}
+    most = max(shares, key=lambda name: shares[name])
+    judging.at_most(f"part of {most} that is exact in {dtype}", shares[most], values_of_the_compute_dtype())
+
+
+def _share_in(dtype: str, tensor: Float32) -> float:
+    """Part of the numbers other than 0 that the dtype holds exactly; all of a tensor of zeros."""
+    values = tensor[tensor != 0.0]
+    with np.errstate(over="ignore"):
+        rounded = round_to_bfloat16(values) if dtype == "bfloat16" else values.astype(np.float16).astype(np.float32)
+    return float(np.mean(rounded == values)) if values.size else 1.0
