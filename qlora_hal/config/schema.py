@@ -147,6 +147,10 @@ class TrainingConfig(_Part):
     adam_beta1: Fraction = 0.9
     adam_beta2: Fraction = 0.999
     adam_epsilon: Annotated[float, Field(gt=0.0)] = 1e-8
+    adam_epsilon_from_noise: bool = Field(
+        False,
+        description="Raise adam_epsilon above the rounding error of the first gradient, so that backends begin alike.",
+    )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
     seed: NonNegativeInt | None = Field(None, description="Drawn, printed and stored when unset.")
     logging_steps: PositiveInt = 1

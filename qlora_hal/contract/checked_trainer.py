@@ -132,6 +132,14 @@ class CheckedTrainer:
             self._trainer.import_optimizer(snapshot)
         self._steps_applied = snapshot.step
 
+    def gradients(self, window: Sequence[Batch]) -> Mapping[str, Float32]:
+        with self._checked("gradients"):
+            for batch in window:
+                check_gates(self._trainer.spec, batch)
+            found = self._trainer.gradients(window)
+            self._check_tensors(found, self._expected, "gradients")
+            return found
+
     def logits(self, batch: Batch) -> Float32:
         with self._checked("logits"):
             found = self._trainer.logits(batch)

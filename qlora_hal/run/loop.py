@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Protocol
 
 from qlora_hal.contract.values import Adapter, Batch, LossSum, PendingStep, StepSettings, StepStats
 from qlora_hal.errors import NumericsError, OutOfMemoryError
+from qlora_hal.run.gradient_noise import epsilon_above
 
 if TYPE_CHECKING:
     from qlora_hal.config.schema import TrainingConfig
     from qlora_hal.contract.checked_trainer import CheckedTrainer
+    from qlora_hal.contract.values import ComputeDtype
     from qlora_hal.run.lr_schedule import Schedule
 
 
@@ -57,7 +59,8 @@ class FinishedStep:
 
 @dataclass(slots=True)
 class Progress:
-    """The part of a run's state that the loop owns; it is saved as JSON and goes on from there."""
+    """The part of a run's state that the loop owns; it is saved as JSON and goes on from there. `adam_epsilon` is what
+    was measured at the first step, None where nothing is."""
 
     step: int = 0
     tokens_seen: int = 0
@@ -65,6 +68,7 @@ class Progress:
     best_step: int | None = None
     evaluations_without_improvement: int = 0
     micro_batch_splits: int = 0
+    adam_epsilon: float | None = None
 
     def as_json(self) -> dict[str, object]:
         return {name: getattr(self, name) for name in self.__slots__}
@@ -84,6 +88,7 @@ class LoopPlan:
     schedule: Schedule
     training: TrainingConfig
     save_steps: int | None
+    compute_dtype: ComputeDtype = "float32"
     evaluation: Callable[[], LossSum] | None = None
     stop_requested: Callable[[], str] = field(default=lambda: "")
     save_requested: Callable[[], bool] = field(default=lambda: False)
@@ -161,13 +166,12 @@ class _Loop:
             max_grad_norm=training.max_grad_norm or None,
             beta1=training.adam_beta1,
             beta2=training.adam_beta2,
-            epsilon=training.adam_epsilon,
         )
         pending = None
         while pending is None:  # as often as memory runs out: the window's meaning stays the same
             fitted = split_rows(window, self._progress.micro_batch_splits)
             try:
-                pending = self._trainer.train_step(fitted, settings)
+                pending = self._trainer.train_step(fitted, replace(settings, epsilon=self._epsilon(fitted)))
             except OutOfMemoryError:
                 if all(batch.input_ids.shape[0] == 1 for batch in fitted):
                     raise
@@ -207,6 +211,19 @@ class _Loop:
         keep_best(self._trainer, self._progress, self._events, step, evaluation)
         self._events.evaluated(step, evaluation, "during")
         return _patience_ran_out(self._plan, self._progress)
+
+    def _epsilon(self, window: Sequence[Batch]) -> float:
+        """What the settings say; or, for the whole run, at least the rounding error of its first gradient."""
+        training, progress = self._plan.training, self._progress
+        if not training.adam_epsilon_from_noise:
+            return training.adam_epsilon
+        if progress.adam_epsilon is None:
+            gradients, dtype = self._trainer.gradients(window), self._plan.compute_dtype
+            noise = epsilon_above(gradients, dtype, max_grad_norm=training.max_grad_norm or None)
+            progress.adam_epsilon = max(training.adam_epsilon, noise)
+            used = f"adam_epsilon is {progress.adam_epsilon:g}"
+            self._events.note(f"{used}; the rounding error of the first gradient in {dtype} is about {noise:g}")
+        return progress.adam_epsilon
 
     def _halve_micro_batches(self, window: list[Batch]) -> None:
         self.settle()

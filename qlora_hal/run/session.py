@@ -14,7 +14,7 @@ from qlora_hal.adapter.targets import resolve_targets
 from qlora_hal.contract.backend import Compute
 from qlora_hal.contract.capabilities import Feature
 from qlora_hal.contract.checked_trainer import CheckedTrainer
-from qlora_hal.contract.values import Adapter, Batch, LinearShape, LossSum
+from qlora_hal.contract.values import Adapter, Batch, ComputeDtype, LinearShape, LossSum
 from qlora_hal.data.source.sampling import WindowSampler, evaluation_batches
 from qlora_hal.detect import discovery
 from qlora_hal.detect.mac_memory import pressure_note
@@ -119,7 +119,7 @@ class Session:
             self._announce(run)
             before = self._judge_before(callbacks, progress)
             with self._context.requests.heeded_between_steps(), callbacks.watchdog:
-                stopped = loop.run(self._trainer, windows, self._plan(run), progress, callbacks)
+                stopped = loop.run(self._trainer, windows, self._plan(run, compute.dtype), progress, callbacks)
             after = None if stopped.startswith("SIG") else self._judge_after(callbacks, progress, initial, before)
             result = self._result(run, callbacks, progress, (before, after), stopped)
         self._finish(run, result, progress)
@@ -308,7 +308,7 @@ class Session:
             samples=self._samples,
         )
 
-    def _plan(self, run: RunView) -> LoopPlan:
+    def _plan(self, run: RunView, compute_dtype: ComputeDtype) -> LoopPlan:
         training = self._config.training
         warmup = warmup_steps(run.total_steps, ratio=training.warmup_ratio, steps=training.warmup_steps)
         return LoopPlan(
@@ -316,6 +316,7 @@ class Session:
             seed=self._prepared.seed,
             schedule=Schedule(training.lr_scheduler_type, training.learning_rate, warmup, run.total_steps),
             training=training,
+            compute_dtype=compute_dtype,
             save_steps=self._config.checkpoint.save_steps,
             evaluation=self._evaluation if self._prepared.data.validation is not None else None,
             stop_requested=self._context.requests.stop,

@@ -11,6 +11,7 @@ import pytest
 from qlora_hal.config.schema import TrainingConfig
 from qlora_hal.contract.values import Adapter, AdapterConfig, Batch, LossSum, StepSettings, StepStats
 from qlora_hal.errors import NumericsError, OutOfMemoryError
+from qlora_hal.run.gradient_noise import ROUNDINGS
 from qlora_hal.run.loop import FinishedStep, LoopPlan, Progress, dropout_key, run, split_rows
 from qlora_hal.run.lr_schedule import Schedule
 
@@ -53,6 +54,10 @@ class Trainer:
 
     def export_adapter(self) -> Adapter:
         return Adapter({}, AdapterConfig(1, 1.0))
+
+    def gradients(self, window: Sequence[Batch]) -> dict[str, np.ndarray]:
+        self.log.append("gradients")
+        return {"lora_A": np.zeros((2, 3), np.float32), "lora_B": np.full((3, 2), 0.25, np.float32)}
 
 
 @dataclass
@@ -233,3 +238,34 @@ def test_split_keeps_every_row_in_order() -> None:
     assert [part.input_ids.shape[0] for part in parts] == [1, 1, 1, 2]
     for name in ("input_ids", "rows", "weights"):
         assert np.array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(one, name))
+
+
+FROM_NOISE = {"adam_epsilon_from_noise": True, "max_grad_norm": 0.0}
+
+
+def test_epsilon_from_noise_is_measured_once_and_holds_for_every_step() -> None:
+    trainer = Trainer()
+    _, events = carried_out(trainer, 3, training=FROM_NOISE, compute_dtype="bfloat16")
+    assert [settings.epsilon for settings in trainer.settings] == [ROUNDINGS * 2.0**-8 * 0.25] * 3
+    assert trainer.log.count("gradients") == 1
+    assert [note for note in events.notes if "adam_epsilon is 0.015625" in note]
+
+
+def test_epsilon_from_noise_is_never_below_the_one_that_was_set() -> None:
+    trainer = Trainer()
+    carried_out(trainer, 1, training={**FROM_NOISE, "adam_epsilon": 0.5})
+    assert trainer.settings[0].epsilon == 0.5
+
+
+def test_a_resumed_run_keeps_the_epsilon_that_was_measured() -> None:
+    trainer, progress = Trainer(), Progress(adam_epsilon=0.125, step=1)
+    carried_out(trainer, 2, Progress.from_json(progress.as_json()), training=FROM_NOISE)
+    assert [settings.epsilon for settings in trainer.settings] == [0.125]
+    assert "gradients" not in trainer.log
+
+
+def test_without_the_option_no_gradient_is_looked_at() -> None:
+    trainer = Trainer()
+    carried_out(trainer, 2, training={"adam_epsilon": 1e-6})
+    assert [settings.epsilon for settings in trainer.settings] == [1e-6] * 2
+    assert "gradients" not in trainer.log

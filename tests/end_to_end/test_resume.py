@@ -57,6 +57,26 @@ def test_run_killed_during_a_save_goes_on_to_the_same_bits(optimizer: str, tmp_p
     assert steps == list(range(1, 9))
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adamw_8bit", marks=pytest.mark.long)])
+def test_epsilon_measured_in_the_first_step_outlives_a_kill(optimizer: str, tmp_path: Path) -> None:
+    extra = {
+        "training.optim": optimizer,
+        "training.adam_epsilon_from_noise": True,
+        "training.adam_epsilon": 1e-12,  # float32's rounding error is more
+        "training.max_steps": 4,
+        "checkpoint.save_steps": 2,
+    }
+    whole = train(merged(SMALL, {**SETTINGS, **extra, "output_dir": str(tmp_path / "whole")}))
+    assert killed_run(tmp_path / "broken", "ckpt.after_rename:kill@1", extra) == -signal.SIGKILL
+    resumed = resume(tmp_path / "broken")
+    assert dict(resumed.losses) == dict(whole.losses[2:])
+    assert adapter_bytes(tmp_path / "broken") == adapter_bytes(tmp_path / "whole")
+    notes = json.loads((tmp_path / "broken" / "run.json").read_text())["notes"]
+    assert [note for note in notes if note.startswith("adam_epsilon is ")] == [
+        note for note in whole.notes if note.startswith("adam_epsilon is ")
+    ]
+
+
 @pytest.mark.fault("S19", "S21")
 def test_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     asked = {"training.max_steps": 400, "training.sample_prompts": ["What does ls do?"]}
