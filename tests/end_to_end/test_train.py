@@ -112,7 +112,6 @@ def test_every_level_trains_and_is_written_down_as_resolved(weight_format: str, 
         ("training__adam_beta1", 0.5),
         ("training__adam_beta2", 0.5),
         ("training__adam_epsilon", 1e-2),
-        ("training__adam_epsilon_from_noise", True),
         ("training__seed", 8),
         ("backend__options", {"attention": "eager"}),
     ],
@@ -124,6 +123,17 @@ def test_option_is_honoured(setting: str, value: object, trained: Trained, plain
         assert losses == pytest.approx(plain_losses, rel=1e-4)
     else:
         assert losses != plain_losses
+
+
+@pytest.mark.slow
+def test_an_epsilon_from_noise_is_honoured(trained: Trained) -> None:
+    """In float32 the noise lies below the usual epsilon; against a smaller one it counts."""
+    settings = {"training__max_steps": 4, "training__adam_epsilon": 1e-15}
+    fixed, measured = (
+        [loss for _, loss in trained(name, training__adam_epsilon_from_noise=value, **settings).losses]
+        for name, value in (("fixed", False), ("measured", True))
+    )
+    assert measured != fixed
 
 
 @pytest.fixture(scope="session")
