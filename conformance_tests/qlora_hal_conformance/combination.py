@@ -11,12 +11,13 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qlora_hal.contract.capabilities import OPTIMIZER_FEATURE, Feature, WeightFormat
+from qlora_hal_oracle.families import MODEL_TYPES
 
 if TYPE_CHECKING:
     from qlora_hal_conformance.subject import Need
 
 AUTO = "auto"
-JUDGED_FAMILIES = frozenset({"llama"})
+JUDGED_FAMILIES = frozenset(MODEL_TYPES.values())
 """The families of which models are drawn here, by `model_type`."""
 
 MOST_ROWS, MOST_MICRO_BATCHES, MOST_TOKENS, LARGEST_RANK = 3, 3, 640, 256
@@ -125,6 +126,7 @@ def judged_in_words(combination: Combination, dtype: str) -> list[str]:
     targets = ", ".join(c.target_kinds) or "every linear layer"
     scale = "alpha / sqrt(r)" if c.use_rslora else "alpha / r"
     lines = [
+        f"a drawn model of {c.family}" if c.family in JUDGED_FAMILIES else "a drawn Llama",
         f"base weights: {c.weight_format}{blocks}{doubled}, {came}",
         f"computing in {dtype or 'a dtype that was not found out'}{chosen}",
         f"adapter: rank {c.judged_rank}, {scale} = {_scale(c):g}, on {targets}",

@@ -30,6 +30,9 @@ from qlora_hal_oracle.random_models import (
     write_quantized,
 )
 
+PLAIN = "llama"
+"""The family of models that most cases draw."""
+
 
 @dataclass(slots=True, eq=False)
 class Opened:
@@ -220,10 +223,11 @@ class Opener:
             prequantized = chosen is not WeightFormat.NONE and not on_load
         if isinstance(model, str):
             model = self.models.quantized(model, quantization) if prequantized else self.models.plain(model)
-        trainer = self.trainer()
-        trainer.load(ModelSource.in_folder(model.folder), quantization, compute)
+        trainer, source = self.trainer(), ModelSource.in_folder(model.folder)
+        trainer.load(source, quantization, compute)
         block = f"/{quantization.block_size}" if quantization.block_size else ""
-        self.ran.add(f"{chosen.value}{block}{'+double_quant' if double_quant else ''} in {dtype}")
+        family = "" if source.facts.model_type == PLAIN else f" of {source.facts.model_type}"
+        self.ran.add(f"{chosen.value}{block}{'+double_quant' if double_quant else ''} in {dtype}{family}")
         opened = Opened(trainer, model, quantization, dtype, compute=compute)
         if adapter is not None:
             opened.attach(adapter, optimizer)

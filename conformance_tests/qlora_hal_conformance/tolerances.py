@@ -188,17 +188,20 @@ def norm_bound(bounds: Mapping[str, Bound], gradients: Mapping[str, Float64]) ->
     """sqrt(sum over tensors of size * bound^2): a norm moves by no more than the norm of the error. Plus its own
     float32 sum."""
     squares = sum(gradients[name].size * float(bound.value) ** 2 for name, bound in bounds.items())
-    return Bound(math.sqrt(squares) + _summed(gradients), "sqrt(sum size * gradient bound^2) + 8 u32 norm")
+    return Bound(math.sqrt(squares) + _summed(gradients), "sqrt(sum size * gradient bound^2) + (8 + sqrt(n)) u32 norm")
 
 
 def norm_noise(noise: Mapping[str, Bound], gradients: Mapping[str, Float64]) -> Bound:
     """The same from what rounding does to whole tensors."""
     together = math.hypot(*(float(bound.value) for bound in noise.values()))
-    return Bound(together + _summed(gradients), "sqrt(sum gradient noise^2) + 8 u32 norm")
+    return Bound(together + _summed(gradients), "sqrt(sum gradient noise^2) + (8 + sqrt(n)) u32 norm")
 
 
 def _summed(gradients: Mapping[str, Float64]) -> float:
-    return MOMENT_ROUNDINGS * U32 * global_norm(gradients)
+    """What a float32 sum of n squares, added in whatever order, may cost their root: sqrt(n) u32 of it, twice the mean
+    of n roundings of either sign (Higham and Mary 2019), and 8 u32 for the numbers themselves."""
+    numbers = sum(gradient.size for gradient in gradients.values())
+    return (MOMENT_ROUNDINGS + math.sqrt(numbers)) * U32 * global_norm(gradients)
 
 
 def summed(values: AnyFloat, terms: int) -> Bound:
@@ -378,7 +381,7 @@ def own_update(
             "16 u32 (|p| + |update|) + u32 |update| / (1 - b^step)",
         )
         unsure = math.hypot(unsure, float(np.linalg.norm(error)))
-    of_norm = Bound(unsure + _summed(exact.gradients), "|e| + 8 u32 norm")
+    of_norm = Bound(unsure + _summed(exact.gradients), "|e| + (8 + sqrt(n)) u32 norm")
     return replace(exact, norm_bound=of_norm)
 
 

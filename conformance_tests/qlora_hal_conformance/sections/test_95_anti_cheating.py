@@ -128,7 +128,6 @@ def test_labels_decide(opened: Opener, seeded: np.random.Generator, judging: Jud
     judge_gradients(ready.trainer.gradients(window), ready.oracle(), window, ready, judging)
 
 
-@in_each_dtype
 def test_same_answers_in_a_process_without_a_test(
     opened: Opener, judging: Judge, scratch: Path, run_request: Request
 ) -> None:

@@ -31,7 +31,8 @@ from qlora_hal_conformance.tolerances import (
     resumed_bounds,
 )
 from qlora_hal_conformance.updating import judge_step
-from qlora_hal_oracle import LlamaShape
+from qlora_hal_oracle import LlamaShape, read_shape
+from qlora_hal_oracle.families import MODEL_TYPES, Config, draw_config
 from qlora_hal_oracle.random_models import TinyModel, draw_tensors, linear_shapes
 
 KEYS = (7, 2**45 + 7, 2**62 + 11)
@@ -40,6 +41,8 @@ LEARNING_RATE, LEARNING_STEPS = 1e-2, 8
 """For what is about moments that are stored in 8 bits: far enough to see whether they learn."""
 TOKENS_TO_WORK_WITH = 28
 SHORTEST_ROW = 16
+RELATIVES = {model_type: name for name, model_type in MODEL_TYPES.items() if model_type != "llama"}
+"""The name under which each family is drawn, by `model_type`; plain Llamas are those of all other sections."""
 NARROW_RANK = 32
 """The largest rank that fits the keys of every drawn shape."""
 
@@ -214,7 +217,9 @@ def _settings(run: Combination) -> UpdateSettings:
 
 # what the run has -----------------------------------------------------------------------------------------------------
 def _shape(opened: Opener, run: Combination) -> LlamaShape:
-    """A drawn shape; for a high rank a wider one, in which every layer can carry it."""
+    """A drawn shape of the run's family; a wider Llama for a high rank, in which every layer can carry it."""
+    if run.family in RELATIVES:
+        return read_shape(_config(opened, run))
     shape, _ = opened.models.drawn("main")
     if run.judged_rank <= NARROW_RANK:
         return shape
@@ -233,12 +238,25 @@ def _shape(opened: Opener, run: Combination) -> LlamaShape:
 def _model(opened: Opener, run: Combination, shape: LlamaShape) -> TinyModel:
     """As the run's checkpoint holds it: packed, or plain in its dtype."""
     models = opened.models
+    if run.family in RELATIVES:
+        name = run.family
+        models.define(name, shape, draw_tensors(shape, stream(models.seed, f"model/{name}")), _config(opened, run))
+        return _stored(opened, run, name)
     name = "main" if shape == models.drawn("main")[0] else "wide"
     if name == "wide":
         models.define(name, shape, draw_tensors(shape, stream(models.seed, "model/wide")))
+    return _stored(opened, run, name)
+
+
+def _config(opened: Opener, run: Combination) -> Config:
+    """The config.json of a drawn relative of Llama."""
+    return draw_config(RELATIVES[run.family], stream(opened.models.seed, f"config/{run.family}"))
+
+
+def _stored(opened: Opener, run: Combination, name: str) -> TinyModel:
     if run.prequantized:
-        return models.quantized(name, Quantization(run.stored_as, run.block_size, run.double_quant))
-    return models.plain(name, stored_dtype=run.stored_dtype)
+        return opened.models.quantized(name, Quantization(run.stored_as, run.block_size, run.double_quant))
+    return opened.models.plain(name, stored_dtype=run.stored_dtype)
 
 
 def _open(opened: Opener, run: Combination, adapter: Adapter) -> Opened:
