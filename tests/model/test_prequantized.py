@@ -315,7 +315,7 @@ def test_a_gptq_checkpoint_whose_bits_do_not_fit_is_refused(
 @pytest.mark.parametrize(
     ("description", "words"),
     [
-        ({"bits": 8, "group_size": 16, "quant_method": "gptq"}, "GPTQ in 8 bits"),
+        ({"bits": 2, "group_size": 16, "quant_method": "gptq"}, "GPTQ in 2 bits"),
         ({"bits": 4, "group_size": 16, "quant_method": "awq"}, "quantized with awq"),
     ],
 )
@@ -335,6 +335,45 @@ def test_plain_weights_under_another_method_are_refused(write_model: WriteModel)
     config = {"vocab_size": 96, "quantization_config": {"quant_method": "fp8"}}
     with pytest.raises(ModelError, match="quantized with fp8"):
         read_facts(write_model(config=config))
+
+
+# a weight that is stored twice ----------------------------------------------------------------------------------------
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+@pytest.mark.parametrize("part", ["weight", "biases", "weight.absmax"])
+def test_another_weight_beside_a_gptq_one_is_refused(
+    write_model: WriteModel, llama_weights: Callable[..., Tensors], part: str
+) -> None:
+    """It would go unused."""
+    weights = llama_weights()
+    tensors = {**gptq_tensors(weights, 16), f"{DOWN}.{part}": weights[f"{DOWN}.weight"]}
+    folder = write_model(tensors=tensors, config={"vocab_size": 96})
+    (folder / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 16}))
+    with pytest.raises(ModelError, match=rf"{DOWN} is stored twice, as {DOWN}\.qweight .* as {DOWN}\.{part}") as caught:
+        read_facts(folder)
+    assert caught.value.code == "QH-C73"
+
+
+@pytest.mark.parametrize("part", ["qweight", "qzeros", "weight.absmax"])
+def test_another_weight_beside_one_of_mlx_is_refused(
+    write_model: WriteModel, llama_weights: Callable[..., Tensors], part: str
+) -> None:
+    weights = {**mlx_sized(llama_weights()), f"{DOWN}.{part}": np.ones(4, np.float32)}
+    config = {"group_size": 32, "bits": 4}
+    with pytest.raises(ModelError, match=rf"{DOWN} is stored twice|neither quantization_config nor") as caught:
+        read_facts(mlx_model(write_model, weights, config, 4))
+    assert caught.value.code == "QH-C73"
+
+
+@pytest.mark.parametrize("part", ["qweight", "scales"])
+def test_another_weight_beside_one_of_bitsandbytes_is_refused(nf4_model: Path, tmp_path: Path, part: str) -> None:
+    tensors = {**_load(nf4_model), f"model.layers.0.mlp.up_proj.{part}": np.ones((4, 4), np.float32)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((nf4_model / "config.json").read_text())
+    with pytest.raises(ModelError, match="up_proj is stored twice") as caught:
+        read_facts(tmp_path)
+    assert caught.value.code == "QH-C73"
 
 
 # dtypes that nobody decodes -------------------------------------------------------------------------------------------
