@@ -35,6 +35,7 @@ def read_packing(folder: Path, config: Mapping[str, object], headers: Sequence[H
             fix=error.fix or "Name the model's unquantized version; it is quantized while loading.",
         ) from error
     _refuse_second_weights(layout, packing, checkpoint)
+    _refuse_stray_parts(layout, packing, checkpoint)
     return packing
 
 
@@ -78,6 +79,18 @@ def _refuse_second_weights(layout: CheckpointLayout, packing: Packing, checkpoin
             raise checkpoint.contradiction(
                 f"{module} is stored twice, as {module}{layout.weight} in {packing.prequantized.weight_format} and as "
                 f"{module}{found[0]}"
+            )
+
+
+def _refuse_stray_parts(layout: CheckpointLayout, packing: Packing, checkpoint: StoredCheckpoint) -> None:
+    """What describes a packed weight stands beside one. Raises ModelError QH-C73."""
+    if layouts()[layout][0] not in BUILT_IN:
+        return  # another name than ours may mean something else where nothing is packed
+    for mark in layout.marks:
+        stray = next((module for module in checkpoint.modules_with(mark) if module not in packing.shapes), None)
+        if stray is not None:
+            raise checkpoint.contradiction(
+                f"{stray}{mark} describes a weight in {packing.prequantized.weight_format}, and {stray} has none"
             )
 
 

@@ -459,6 +459,39 @@ def test_another_weight_beside_one_of_bitsandbytes_is_refused(nf4_model: Path, t
     assert caught.value.code == "QH-C73"
 
 
+@pytest.mark.parametrize("part", ["scales", "qzeros", "g_idx"])
+def test_a_part_of_gptq_beside_a_plain_weight_is_refused(
+    write_model: WriteModel, llama_weights: Callable[..., Tensors], part: str
+) -> None:
+    packed = gptq_tensors(llama_weights(), 16)
+    plain = {name: array for name, array in packed.items() if not name.startswith(DOWN)}
+    plain |= {f"{DOWN}.weight": llama_weights()[f"{DOWN}.weight"], f"{DOWN}.{part}": packed[f"{DOWN}.{part}"]}
+    folder = write_model(tensors=plain, config={"vocab_size": 96})
+    (folder / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 16}))
+    with pytest.raises(ModelError, match=rf"{DOWN}\.{part} describes a weight in int4_gptq") as caught:
+        read_facts(folder)
+    assert caught.value.code == "QH-C73"
+
+
+def test_biases_of_mlx_without_scales_are_refused(
+    write_model: WriteModel, llama_weights: Callable[..., Tensors]
+) -> None:
+    folder = mlx_model(write_model, mlx_sized(llama_weights()), FOUR_BITS, 4)
+    tensors = {name: array for name, array in _load(folder).items() if name != f"{UP}.scales"}
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"up_proj\.biases describes a weight in int4_affine"):
+        read_facts(folder)
+
+
+def test_an_absmax_without_a_state_is_refused(nf4_model: Path, tmp_path: Path) -> None:
+    save_file(
+        {name: array for name, array in _load(nf4_model).items() if name != STATE}, tmp_path / "model.safetensors"
+    )
+    (tmp_path / "config.json").write_text((nf4_model / "config.json").read_text())
+    with pytest.raises(ModelError, match=r"up_proj\.weight\.absmax describes a weight in nf4"):
+        read_facts(tmp_path)
+
+
 # dtypes that nobody decodes -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "F8_E8M0", "F6_E2M3", "F4", "C64"])
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.self_attn.q_proj.weight"])
