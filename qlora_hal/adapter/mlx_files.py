@@ -9,13 +9,13 @@ scale = alpha / r, or alpha / sqrt(r) with rsLoRA. Source: mlx-lm 0.32.2, `tuner
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
+from qlora_hal.adapter.mlx_targets import place_of
 from qlora_hal.adapter.naming import module_of
 from qlora_hal.contract.values import Adapter, Float32
 from qlora_hal.errors import AdapterError, StorageError
@@ -27,8 +27,6 @@ CONFIG_FILE = "adapter_config.json"
 PROVENANCE_FILE = "qlora_hal.json"
 CARD_FILE = "README.md"
 
-_PLACE = re.compile(r"model\.layers\.(\d+)\.([\w.-]+)")
-"""Paths that Hugging Face and mlx-lm write alike: layer number, name within the layer."""
 _EVERY_LAYER = -1
 
 
@@ -66,11 +64,6 @@ def write_mlx_adapter(
     finally:
         with suppress(OSError):
             durable.remove_tree(staging)
-
-
-def layers_of(modules: Iterable[str]) -> list[int]:
-    """Numbers of the layers that these modules are in, ascending."""
-    return sorted({int(place[1]) for module in modules if (place := _PLACE.fullmatch(module))})
 
 
 def _mlx_files(
@@ -122,9 +115,7 @@ mlx_lm.generate --model BASE --adapter-path THIS_FOLDER --prompt "..."
 
 def _placing(targets: Collection[str], linear_modules: Collection[str] | None) -> tuple[int, list[str]]:
     """(`num_layers`, `keys`): the last layers and names within them where they mean exactly `targets`, else paths."""
-    places = {
-        module: (int(place[1]), place[2]) for module in linear_modules or () if (place := _PLACE.fullmatch(module))
-    }
+    places = {module: place for module in linear_modules or () if (place := place_of(module))}
     if places and set(targets) <= set(places):
         first = min(places[module][0] for module in targets)
         names = {places[module][1] for module in targets}
@@ -135,7 +126,7 @@ def _placing(targets: Collection[str], linear_modules: Collection[str] | None) -
 
 
 def require_placeable(modules: Collection[str], where: str) -> None:
-    foreign = sorted(module for module in modules if not _PLACE.fullmatch(module))
+    foreign = sorted(module for module in modules if place_of(module) is None)
     if foreign:
         raise AdapterError(
             "QH-C65",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from qlora_hal.adapter.mlx_files import CONFIG_FILE, PROVENANCE_FILE, TENSORS_FILE, require_placeable, transposed
+from qlora_hal.adapter.mlx_targets import MlxTargets
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key
 from qlora_hal.contract.values import Adapter, AdapterConfig, Float32
 from qlora_hal.errors import AdapterError
@@ -18,14 +19,17 @@ _PARAMETERS = frozenset({"rank", "scale", "dropout", "keys", "alpha"})
 """Of `lora_parameters`. mlx-lm reads no `alpha` today; see `_require_one_meaning`."""
 
 
-def read_mlx_adapter(folder: Path) -> Adapter:
-    """An adapter that mlx-lm trained or that was written here. The tensors decide which modules it has.
+def read_mlx_adapter(folder: Path, linear_modules: Collection[str] | None = None) -> Adapter:
+    """An adapter that mlx-lm trained or that was written here. The tensors tell which modules it has, and
+    adapter_config.json has to mean those.
 
-    `num_layers` counts from the last layer, so an adapter may lack the first ones. alpha is scale r, or what
-    `qlora_hal.json` says if it gives the same scale. float16 and bfloat16 become float32.
+    `num_layers` counts from the last layer, so an adapter may lack the first ones; with `linear_modules` (all of the
+    model's) the last is known. alpha is scale r, or what `qlora_hal.json` says if it gives the same scale. float16 and
+    bfloat16 become float32.
     Raises AdapterError: QH-C50 (no such adapter, or malformed), QH-C51 (DoRA, full fine-tuning, unknown parameters, a
     scale with two meanings),
-    QH-C08 and QH-C09 (tensors that are not plain LoRA's or of another rank), QH-C11 (a dtype float32 cannot hold),
+    QH-C08 and QH-C09 (tensors that are not plain LoRA's, of another rank, or of modules that mlx-lm would give no
+    adapter), QH-C11 (a dtype float32 cannot hold),
     QH-C65 (modules whose names differ elsewhere), QH-C01; UnsafeInputError QH-C15, QH-C16.
     """
     raw_config = read_mlx_config(folder)
@@ -35,6 +39,7 @@ def read_mlx_adapter(folder: Path) -> Adapter:
     require_placeable(modules, str(folder / TENSORS_FILE))
     config = _adapter_config(parameters, modules, folder)
     _require_rank(stored.arrays, config.r, folder)
+    _refuse_left_out(raw_config, parameters, modules, linear_modules, folder)
     tensors: dict[str, Float32] = {}
     for module in modules:
         tensors[lora_a_key(module)] = transposed(stored.arrays[f"{module}.lora_a"])
@@ -201,6 +206,33 @@ def _require_rank(tensors: Mapping[str, safetensors_file.Array], rank: int, fold
             fix="Take both files from the same adapter.",
             context={"misshapen": wrong},
         )
+
+
+def _refuse_left_out(
+    raw: Mapping[str, object],
+    parameters: Mapping[str, object],
+    modules: tuple[str, ...],
+    linear_modules: Collection[str] | None,
+    folder: Path,
+) -> None:
+    """Tensors that mlx-lm would not load, by what the configuration says of names and layers."""
+    try:
+        left_out = MlxTargets.read(raw, parameters).left_out(modules, linear_modules)
+    except ValueError as problem:
+        _refuse_file(folder / CONFIG_FILE, ascii(str(problem))[1:-1], problem)
+    if not left_out:
+        return
+    told = {"num_layers": raw.get("num_layers"), "lora_layers": raw.get("lora_layers"), "keys": parameters.get("keys")}
+    settings = ", ".join(f"{name}={_short(value)}" for name, value in told.items() if value is not None)
+    raise AdapterError(
+        "QH-C09",
+        f"{len(left_out)} of {len(modules)} modules have tensors that adapter_config.json leaves out ({settings}); "
+        f"first: {', '.join(left_out[:5])}.",
+        where=str(folder / CONFIG_FILE),
+        cause="mlx-lm would not load these tensors, so that the two files are two different adapters.",
+        fix="Take both files from the same adapter.",
+        context={"left_out": left_out},
+    )
 
 
 def _read_json(path: Path) -> dict[str, object]:

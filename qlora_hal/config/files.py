@@ -33,6 +33,7 @@ file has a few hundred, three deep."""
 _PLAIN_TAGS = frozenset(
     f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "str", "int", "float", "bool", "null", "timestamp")
 )
+_NUMBER_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +119,13 @@ def _yaml(path: Path, text: str) -> tuple[object, dict[str, int]]:
     begun: list[Node] = []
 
     class MarkingConstructor(SafeConstructor):
-        """Leaves the node whose value is made where an error finds it."""
+        """Leaves the node whose value is made where an error finds it. A word with underscores is no number, as YAML
+        1.2 has it and its library has not."""
 
         def construct_object(self, node: Node, deep: bool = False) -> object:
             begun[:] = [node]
+            if node.tag in _NUMBER_TAGS and "_" in node.value:
+                return node.value
             return super().construct_object(node, deep=deep)
 
     try:

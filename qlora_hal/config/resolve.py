@@ -68,8 +68,9 @@ class _Layers:
         earlier = self.values.get(key)
         if setting.kind == "mapping" and isinstance(earlier, Mapping) and isinstance(value, Mapping):
             value = {**earlier, **value}
-        if isinstance(value, bool) and setting.kind in ("number", "whole number"):
-            # pydantic would read true as 1.
+        is_other = isinstance(value, bool) or (isinstance(value, str) and "_" in value)
+        if is_other and setting.kind in ("number", "whole number"):
+            # pydantic would read true as 1, and 1_0e-5 as 1e-4.
             self.problems.append(Problem(key, origin, value, f"{setting.expected} is expected"))
             return
         self.values[key] = str(value) if isinstance(value, Path) else value

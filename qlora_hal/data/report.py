@@ -121,7 +121,8 @@ class SourceReport:
         if self.duplicate_rows:
             remarks.append(f"duplicate rows: {self.duplicate_rows}")
         if self.unused_columns:
-            remarks.append(f"columns not used: {', '.join(self.unused_columns)}")
+            names = ", ".join(name or "''" for name in self.unused_columns)
+            remarks.append(f"columns not used: {names}")
         return [*remarks, *self.notes, *self.alerts]
 
 

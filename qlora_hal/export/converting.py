@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 from qlora_hal.adapter import mlx_files
 from qlora_hal.adapter.fitting import check_base, check_fits
 from qlora_hal.adapter.mlx_reading import read_mlx_adapter, read_mlx_provenance
+from qlora_hal.adapter.mlx_targets import layers_of
 from qlora_hal.adapter.peft_files import read_adapter, read_provenance, write_adapter
 from qlora_hal.contract.values import Adapter
 from qlora_hal.errors import AdapterError, ConfigError, StorageError
@@ -51,7 +52,7 @@ class Conversion:
             "dropout": config.dropout,
             "use_rslora": config.use_rslora,
             "modules": len(config.target_modules),
-            "layers": mlx_files.layers_of(config.target_modules),
+            "layers": layers_of(config.target_modules),
             "tensors": len(self.adapter.tensors),
             "notes": list(self.notes),
         }
@@ -76,7 +77,8 @@ def convert_adapter(source: Path, out: Path, *, to: Layout, model: ModelSource |
             where=str(out),
             fix="Name another folder; nothing was written.",
         )
-    adapter = read_adapter(folder) if found == "peft" else read_mlx_adapter(folder)
+    linear_modules = model.facts.linear_modules if model else None
+    adapter = read_adapter(folder) if found == "peft" else read_mlx_adapter(folder, linear_modules)
     mlx_files.require_placeable(adapter.config.target_modules, "target_modules")
     provenance = dict(read_provenance(folder) if found == "peft" else read_mlx_provenance(folder))
     notes = [*_fit_notes(adapter, provenance, model, folder), *_layer_notes(adapter, model)]
@@ -91,7 +93,7 @@ def convert_adapter(source: Path, out: Path, *, to: Layout, model: ModelSource |
         base_name=base_name,
         base_revision=str(revision) if revision else None,
         provenance=provenance,
-        linear_modules=model.facts.linear_modules if model else None,
+        linear_modules=linear_modules,
     )
     return Conversion(adapter, folder, out, to, base_name, tuple(notes))
 
@@ -141,8 +143,8 @@ def _fit_notes(
 
 def _layer_notes(adapter: Adapter, model: ModelSource | None) -> list[str]:
     """mlx-lm trains the last 16 layers unless told otherwise; whoever moves an adapter may not know."""
-    layers = mlx_files.layers_of(adapter.config.target_modules)
-    known = mlx_files.layers_of(model.facts.linear_modules) if model else list(range(layers[-1] + 1))
+    layers = layers_of(adapter.config.target_modules)
+    known = layers_of(model.facts.linear_modules) if model else list(range(layers[-1] + 1))
     absent = sorted(set(known) - set(layers))
     if not absent:
         return []

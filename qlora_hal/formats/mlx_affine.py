@@ -27,6 +27,7 @@ from qlora_hal_oracle.microscaling import MicroscalingFormat
 from qlora_hal_oracle.mlx_affine import CODE_BITS
 
 GROUP_SIZES = (64, 32, 128)
+_FLOATS = ("F32", "F16", "BF16")
 _ROWS_AT_A_TIME = 1024
 
 
@@ -41,8 +42,9 @@ def _read(checkpoint: StoredCheckpoint) -> Packing:
     bits = checkpoint.whole("quantization.bits", described.get("bits"))
     group_size = checkpoint.whole("quantization.group_size", described.get("group_size"))
     weight_format = _format(mode, bits, group_size)
+    _check_own_entries(checkpoint, described, (mode, bits, group_size))
     shapes = {
-        module: _shape(checkpoint, module, described, bits, group_size, is_affine=mode == "affine")
+        module: _shape(checkpoint, module, bits, group_size, is_affine=mode == "affine")
         for module in checkpoint.modules_with(".scales")
     }
     settings = {"bits": bits, "group_size": group_size, "mode": mode}
@@ -59,23 +61,53 @@ def _format(mode: object, bits: int, group_size: int) -> str:
     raise UnreadableFormatError(f"quantized with MLX {mode} in {bits} bits and groups of {group_size}")
 
 
-def _shape(
-    checkpoint: StoredCheckpoint,
-    module: str,
-    described: Mapping[str, object],
-    bits: int,
-    group_size: int,
-    *,
-    is_affine: bool,
-) -> LinearShape:
-    own = described.get(module)
-    if isinstance(own, dict) and (own.get("bits"), own.get("group_size")) != (bits, group_size):
-        raise UnreadableFormatError(f"quantized in several widths ({module}: {own.get('bits')} bits)")
+def _check_own_entries(
+    checkpoint: StoredCheckpoint, described: Mapping[str, object], of_all: tuple[object, int, int]
+) -> None:
+    """What the description says of single modules: true, false, or a mode, bits and group size, each with MLX's default
+    and not with those of all. Raises ModelError QH-C73 and UnreadableFormatError."""
+    for module, own in described.items():
+        if f"{module}.weight" not in checkpoint.tensors:
+            continue  # a setting of all, or a module that is not stored under this name
+        if not isinstance(own, bool | dict):
+            raise checkpoint.contradiction(f"quantization.{module} holds {own!r:.60}")
+        if (f"{module}.scales" in checkpoint.tensors) == (own is False):
+            stored = "scales" if own is False else "no scales"
+            raise checkpoint.contradiction(f"{module} has {stored}, quantization.{module} is {own!r:.80}")
+        if isinstance(own, dict) and (_own(own) != of_all or own.get("quantize_input")):
+            raise UnreadableFormatError(f"quantized in several ways ({module}: {_told(own)})")
+
+
+def _own(own: Mapping[str, object]) -> tuple[object, object, object]:
+    """(mode, bits, group size) of one module, with the defaults of mlx 0.32, `to_quantized`."""
+    mode = own.get("mode", "affine")
+    bits, group_size = next(
+        ((kind.bits, kind.group_size) for kind in MicroscalingFormat if kind.value == mode), (4, GROUP_SIZES[0])
+    )
+    return mode, own.get("bits") or bits, own.get("group_size") or group_size
+
+
+def _told(own: Mapping[str, object]) -> str:
+    mode, bits, group_size = _own(own)
+    inputs = ", with its inputs" if own.get("quantize_input") else ""
+    return f"{mode!s:.40} in {bits!s:.40} bits and groups of {group_size!s:.40}{inputs}"
+
+
+def _shape(checkpoint: StoredCheckpoint, module: str, bits: int, group_size: int, *, is_affine: bool) -> LinearShape:
     rows, words = checkpoint.matrix(f"{module}.weight")
     inputs = words * 32 // bits
-    for part in (".scales", ".biases") if is_affine else (".scales",):
-        if checkpoint.shape(module + part) != (rows, inputs // group_size):
+    scales = _FLOATS if is_affine else ("U8",)
+    parts = {".scales": scales, ".biases": scales} if is_affine else {".scales": scales}
+    for part in parts:
+        if inputs % group_size or checkpoint.shape(module + part) != (rows, inputs // group_size):
             raise checkpoint.contradiction(f"{module}{part} does not fit {bits} bits in groups of {group_size}")
+    for part, dtypes in {".weight": ("U32",), **parts}.items():
+        if (found := checkpoint.tensors[module + part].dtype) not in dtypes:
+            raise checkpoint.contradiction(
+                f"{module}{part} is stored as {found}; MLX packs a weight in U32, with scales in {' or '.join(scales)}"
+            )
+    if not is_affine and f"{module}.biases" in checkpoint.tensors:
+        raise checkpoint.contradiction(f"{module} has biases, which only the affine mode has")
     if checkpoint.tensors.get(f"{module}.global_scale") is not None:
         raise UnreadableFormatError(f"quantized with a global scale ({module})")
     return LinearShape(inputs, rows)

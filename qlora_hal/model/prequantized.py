@@ -23,7 +23,9 @@ def read_packing(folder: Path, config: Mapping[str, object], headers: Sequence[H
     checkpoint = _checkpoint(folder, config, headers)
     try:
         layout = _layout(checkpoint)
-        return None if layout is None else _read(layout, checkpoint)
+        if layout is None:
+            return None
+        packing = _read(layout, checkpoint)
     except UnreadableFormatError as error:
         raise ModelError(
             "QH-C72",
@@ -32,6 +34,9 @@ def read_packing(folder: Path, config: Mapping[str, object], headers: Sequence[H
             cause=error.cause,
             fix=error.fix or "Name the model's unquantized version; it is quantized while loading.",
         ) from error
+    _refuse_second_weights(layout, packing, checkpoint)
+    _refuse_stray_parts(layout, packing, checkpoint)
+    return packing
 
 
 def _layout(checkpoint: StoredCheckpoint) -> CheckpointLayout | None:
@@ -62,6 +67,31 @@ def _read(layout: CheckpointLayout, checkpoint: StoredCheckpoint) -> Packing:
             where=checkpoint.where,
             fix="Update the package that has the format; if that does not help, report this to its author.",
         ) from error
+
+
+def _refuse_second_weights(layout: CheckpointLayout, packing: Packing, checkpoint: StoredCheckpoint) -> None:
+    """A packed module has no other weight beside its own, plain or of another of our layouts: it would go unused.
+    Raises ModelError QH-C73."""
+    suffixes = {suffix for other, formats in layouts().items() if formats[0] in BUILT_IN for suffix in other.suffixes}
+    for module in packing.shapes:
+        found = sorted(suffix for suffix in suffixes - layout.suffixes if module + suffix in checkpoint.tensors)
+        if found:
+            raise checkpoint.contradiction(
+                f"{module} is stored twice, as {module}{layout.weight} in {packing.prequantized.weight_format} and as "
+                f"{module}{found[0]}"
+            )
+
+
+def _refuse_stray_parts(layout: CheckpointLayout, packing: Packing, checkpoint: StoredCheckpoint) -> None:
+    """What describes a packed weight stands beside one. Raises ModelError QH-C73."""
+    if layouts()[layout][0] not in BUILT_IN:
+        return  # another name than ours may mean something else where nothing is packed
+    for mark in layout.marks:
+        stray = next((module for module in checkpoint.modules_with(mark) if module not in packing.shapes), None)
+        if stray is not None:
+            raise checkpoint.contradiction(
+                f"{stray}{mark} describes a weight in {packing.prequantized.weight_format}, and {stray} has none"
+            )
 
 
 def _checkpoint(folder: Path, config: Mapping[str, object], headers: Sequence[Header]) -> StoredCheckpoint:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_hal.config.fields import settings
 from qlora_hal.config.resolve import require_settings, resolve_settings
 from qlora_hal.config.schema import RunConfig
 from qlora_hal.errors import ConfigError, UnsafeInputError
@@ -108,6 +109,25 @@ def test_a_learning_rate_that_is_no_number_is_an_error_with_its_line(tmp_path: P
     with pytest.raises(ConfigError, match="a number above 0 and up to 1") as caught:
         resolve_settings(written(tmp_path, "training:\n  learning_rate: fast\n"), environ={})
     assert (caught.value.code, caught.value.where, caught.value.exit_status) == ("QH-U01", "run.yaml:2", 2)
+
+
+@pytest.mark.fault("N18")
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [("training.learning_rate", "1_0e-5"), ("training.max_steps", "1_0"), ("lora.r", "_8"), ("training.seed", "0x_")],
+)
+def test_an_underscore_is_no_part_of_a_number(tmp_path: Path, path: str, value: str) -> None:
+    """Python would read 1_0e-5 as 1e-4."""
+    group, _, name = path.partition(".")
+    for given in (
+        lambda: resolve_settings(None, flags={path: value}, environ={}),
+        lambda: resolve_settings(None, environ={settings()[path].environment_name: value}),
+        lambda: resolve_settings(written(tmp_path, f"{group}:\n  {name}: {value}\n"), environ={}),
+        lambda: resolve_settings({group: {name: value}}, environ={}),
+    ):
+        with pytest.raises(ConfigError, match=rf"{value}.*is expected") as caught:
+            given()
+        assert caught.value.code == "QH-U01"
 
 
 @pytest.mark.fault("N19")
@@ -402,7 +422,7 @@ def test_a_sample_prompt_that_is_no_text_is_refused_in_its_line(tmp_path: Path) 
 
 
 @pytest.mark.fault("U03")
-@pytest.mark.parametrize("value", ["0x_", "0b_", "2020-99-99"])
+@pytest.mark.parametrize("value", ["2020-13-01", "2020-99-99"])
 def test_a_value_that_yaml_cannot_make_is_told_with_its_line(tmp_path: Path, value: str) -> None:
     file = written(tmp_path, f"lora:\n  r: 4\ntraining:\n  seed: {value}\n")
     with pytest.raises(ConfigError) as caught:

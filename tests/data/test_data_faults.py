@@ -126,6 +126,33 @@ def test_malformed_line_names_file_line_and_column(line: bytes, column: int, rea
 
 
 @pytest.mark.fault("D04")
+@pytest.mark.parametrize("indent", [0, 2])
+@pytest.mark.parametrize(
+    "rows", [{"text": "a", "more": [1, 2]}, [{"text": "a"}, {"text": "b"}]], ids=["object", "list"]
+)
+def test_json_over_several_lines_is_told_that_a_jsonl_holds_one_object_a_line(
+    rows: object, indent: int, prepared: Prepare
+) -> None:
+    with pytest.raises(
+        DataError, match=r"goes on in the next line.*\(\.jsonl\) hold one object on each line"
+    ) as caught:
+        prepared(json.dumps(rows, indent=indent))
+    assert (caught.value.code, caught.value.where) == ("QH-D04", "rows.jsonl:1:2")
+    assert "on a line of its own" in caught.value.fix
+
+
+@pytest.mark.fault("D04")
+def test_a_line_that_ends_behind_a_comma_goes_on_in_the_next(prepared: Prepare) -> None:
+    with pytest.raises(DataError, match="goes on in the next line"):
+        prepared('{"text": "a",\n"more": 1}\n')
+
+
+def test_a_column_without_a_name_is_shown_as_such(prepared: Prepare) -> None:
+    """pandas writes its index so."""
+    assert "columns not used: ''" in prepared(",text\n0,a b\n1,c d\n", name="rows.csv").report.lines()
+
+
+@pytest.mark.fault("D04")
 def test_byte_order_mark_and_crlf_change_nothing(prepared: Prepare) -> None:
     plain = prepared(b'{"text": "a b"}\n{"text": "c d"}\n')
     odd = prepared(b'\xef\xbb\xbf{"text": "a b"}\r\n\r\n{"text": "c d"}\r\n')

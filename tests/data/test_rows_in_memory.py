@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import pandas
+import pyarrow
 import pytest
 
 from qlora_hal.data.source.in_memory import ROWS_FILE, keep_rows, kept_rows, rows_in_memory
@@ -55,6 +57,8 @@ def test_a_generator_and_a_dataset_are_rows() -> None:
     [
         (b"abc", "type bytes", "a list of rows"),
         (3, "type int", "a list of rows"),
+        (pandas.DataFrame(ROWS), "a table of type DataFrame", 'data=table.to_dict("records")'),
+        (pyarrow.Table.from_pylist(ROWS), "a table of type Table", "data=table.to_pylist()"),
         ({"train": ROWS, "test": ROWS}, "a mapping with the keys 'train', 'test'", "data=dataset['train']"),
     ],
 )
@@ -64,6 +68,12 @@ def test_what_holds_no_rows_is_named_by_its_type(data: object, said: str, fix: s
     assert said in caught.value.message
     assert fix in caught.value.fix
     assert caught.value.exit_status == 4
+
+
+def test_what_is_to_be_given_for_a_table_gives_its_rows() -> None:
+    rows: list[dict[str, object]] = [{"text": "one"}, {"text": "two"}]
+    assert rows_in_memory(pandas.DataFrame(rows).to_dict("records")) == rows
+    assert rows_in_memory(pyarrow.Table.from_pylist(rows).to_pylist()) == rows
 
 
 @pytest.mark.fault("D03")

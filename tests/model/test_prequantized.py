@@ -264,6 +264,89 @@ def test_an_mlx_checkpoint_with_another_group_size_than_it_says_is_refused(
     assert caught.value.code == "QH-C73"
 
 
+UP = "model.layers.0.mlp.up_proj"
+FOUR_BITS: dict[str, object] = {"group_size": 32, "bits": 4, "mode": "affine"}
+
+
+@pytest.mark.parametrize("own", [True, FOUR_BITS, {"group_size": 32}, {"group_size": 32, "bits": 4}])
+def test_what_mlx_says_of_one_module_may_be_what_it_says_of_all(
+    write_model: WriteModel, llama_weights: Callable[..., Tensors], own: object
+) -> None:
+    described = {**FOUR_BITS, UP: own, "model.layers.0.mlp.router": False, "vision.up": {"bits": 8}}
+    facts = read_facts(mlx_model(write_model, mlx_sized(llama_weights()), described, 4))
+    assert facts.prequantized is not None
+    assert facts.prequantized.weight_format == "int4_affine"
+
+
+@pytest.mark.parametrize(
+    ("module", "own", "code", "words"),
+    [
+        (UP, False, "QH-C73", "up_proj has scales, quantization.* is False"),
+        (UP, {"bits": 8, "group_size": 32}, "QH-C72", "several ways .*up_proj: affine in 8 bits and groups of 32"),
+        (UP, {"bits": 4}, "QH-C72", "affine in 4 bits and groups of 64"),
+        (UP, {}, "QH-C72", "affine in 4 bits and groups of 64"),
+        (UP, {**FOUR_BITS, "mode": "mxfp4"}, "QH-C72", "up_proj: mxfp4 in 4 bits and groups of 32"),
+        (UP, {**FOUR_BITS, "quantize_input": True}, "QH-C72", "groups of 32, with its inputs"),
+        (UP, 4, "QH-C73", "up_proj holds 4"),
+        (UP, None, "QH-C73", "up_proj holds None"),
+        ("model.norm", True, "QH-C73", "model.norm has no scales"),
+        ("model.embed_tokens", {"bits": 8}, "QH-C72", "embed_tokens: affine in 8 bits"),
+    ],
+)
+def test_what_mlx_says_of_one_module_only_is_refused_with_its_name(
+    write_model: WriteModel,
+    llama_weights: Callable[..., Tensors],
+    module: str,
+    own: object,
+    code: str,
+    words: str,
+) -> None:
+    """A mode of one module is its own, and so are its defaults: nothing of it is inherited."""
+    with pytest.raises(ModelError, match=words) as caught:
+        read_facts(mlx_model(write_model, mlx_sized(llama_weights()), {**FOUR_BITS, module: own}, 4))
+    assert caught.value.code == code
+
+
+def test_a_module_of_a_microscaling_checkpoint_that_names_no_mode_is_affine(
+    write_model: WriteModel, llama_weights: Callable[..., Tensors]
+) -> None:
+    described: dict[str, object] = {"group_size": 32, "bits": 4, "mode": "mxfp4", UP: {"group_size": 32, "bits": 4}}
+    with pytest.raises(ModelError, match="up_proj: affine in 4 bits and groups of 32"):
+        read_facts(mlx_model(write_model, mlx_sized(llama_weights()), described, 4, "mxfp4"))
+
+
+@pytest.mark.parametrize(
+    ("mode", "part", "change", "words"),
+    [
+        ("affine", "weight", lambda found: found.view(np.int32), "up_proj.weight is stored as I32; .* in U32"),
+        ("affine", "weight", lambda found: found.view(np.float32), "stored as F32"),
+        ("affine", "scales", lambda found: found.astype(np.int32), "scales is stored as I32; .* F32 or F16 or BF16"),
+        ("affine", "biases", lambda found: found.astype(np.int16), "biases is stored as I16"),
+        ("affine", "biases", None, "biases is missing"),
+        ("mxfp4", "weight", lambda found: found.view(np.int32), "stored as I32"),
+        ("mxfp4", "scales", lambda found: found.astype(np.float32), "scales is stored as F32; .* in U8"),
+        ("mxfp4", "biases", lambda _: np.ones((64, 1), np.float32), "has biases, which only the affine mode has"),
+    ],
+)
+def test_a_part_of_a_weight_of_mlx_in_another_dtype_is_refused(
+    write_model: WriteModel,
+    llama_weights: Callable[..., Tensors],
+    mode: str,
+    part: str,
+    change: Callable[..., np.ndarray] | None,
+    words: str,
+) -> None:
+    folder = mlx_model(write_model, mlx_sized(llama_weights()), {**FOUR_BITS, "mode": mode}, 4, mode)
+    tensors = _load(folder)
+    found = tensors.pop(f"{UP}.{part}", None)
+    if change is not None:
+        tensors[f"{UP}.{part}"] = change(found)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=words) as caught:
+        read_facts(folder)
+    assert caught.value.code == "QH-C73"
+
+
 # GPTQ, in the layout of auto-gptq -----------------------------------------------------------------------------------
 def gptq_tensors(weights: Tensors, group_size: int, bits: int = 4) -> Tensors:
     stored: Tensors = {}
@@ -315,7 +398,7 @@ def test_a_gptq_checkpoint_whose_bits_do_not_fit_is_refused(
 @pytest.mark.parametrize(
     ("description", "words"),
     [
-        ({"bits": 8, "group_size": 16, "quant_method": "gptq"}, "GPTQ in 8 bits"),
+        ({"bits": 2, "group_size": 16, "quant_method": "gptq"}, "GPTQ in 2 bits"),
         ({"bits": 4, "group_size": 16, "quant_method": "awq"}, "quantized with awq"),
     ],
 )
@@ -335,6 +418,78 @@ def test_plain_weights_under_another_method_are_refused(write_model: WriteModel)
     config = {"vocab_size": 96, "quantization_config": {"quant_method": "fp8"}}
     with pytest.raises(ModelError, match="quantized with fp8"):
         read_facts(write_model(config=config))
+
+
+# a weight that is stored twice ----------------------------------------------------------------------------------------
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+@pytest.mark.parametrize("part", ["weight", "biases", "weight.absmax"])
+def test_another_weight_beside_a_gptq_one_is_refused(
+    write_model: WriteModel, llama_weights: Callable[..., Tensors], part: str
+) -> None:
+    """It would go unused."""
+    weights = llama_weights()
+    tensors = {**gptq_tensors(weights, 16), f"{DOWN}.{part}": weights[f"{DOWN}.weight"]}
+    folder = write_model(tensors=tensors, config={"vocab_size": 96})
+    (folder / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 16}))
+    with pytest.raises(ModelError, match=rf"{DOWN} is stored twice, as {DOWN}\.qweight .* as {DOWN}\.{part}") as caught:
+        read_facts(folder)
+    assert caught.value.code == "QH-C73"
+
+
+@pytest.mark.parametrize("part", ["qweight", "qzeros", "weight.absmax"])
+def test_another_weight_beside_one_of_mlx_is_refused(
+    write_model: WriteModel, llama_weights: Callable[..., Tensors], part: str
+) -> None:
+    weights = {**mlx_sized(llama_weights()), f"{DOWN}.{part}": np.ones(4, np.float32)}
+    config: dict[str, object] = {"group_size": 32, "bits": 4}
+    with pytest.raises(ModelError, match=rf"{DOWN} is stored twice|neither quantization_config nor") as caught:
+        read_facts(mlx_model(write_model, weights, config, 4))
+    assert caught.value.code == "QH-C73"
+
+
+@pytest.mark.parametrize("part", ["qweight", "scales"])
+def test_another_weight_beside_one_of_bitsandbytes_is_refused(nf4_model: Path, tmp_path: Path, part: str) -> None:
+    tensors = {**_load(nf4_model), f"model.layers.0.mlp.up_proj.{part}": np.ones((4, 4), np.float32)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((nf4_model / "config.json").read_text())
+    with pytest.raises(ModelError, match="up_proj is stored twice") as caught:
+        read_facts(tmp_path)
+    assert caught.value.code == "QH-C73"
+
+
+@pytest.mark.parametrize("part", ["scales", "qzeros", "g_idx"])
+def test_a_part_of_gptq_beside_a_plain_weight_is_refused(
+    write_model: WriteModel, llama_weights: Callable[..., Tensors], part: str
+) -> None:
+    packed = gptq_tensors(llama_weights(), 16)
+    plain = {name: array for name, array in packed.items() if not name.startswith(DOWN)}
+    plain |= {f"{DOWN}.weight": llama_weights()[f"{DOWN}.weight"], f"{DOWN}.{part}": packed[f"{DOWN}.{part}"]}
+    folder = write_model(tensors=plain, config={"vocab_size": 96})
+    (folder / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 16}))
+    with pytest.raises(ModelError, match=rf"{DOWN}\.{part} describes a weight in int4_gptq") as caught:
+        read_facts(folder)
+    assert caught.value.code == "QH-C73"
+
+
+def test_biases_of_mlx_without_scales_are_refused(
+    write_model: WriteModel, llama_weights: Callable[..., Tensors]
+) -> None:
+    folder = mlx_model(write_model, mlx_sized(llama_weights()), FOUR_BITS, 4)
+    tensors = {name: array for name, array in _load(folder).items() if name != f"{UP}.scales"}
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"up_proj\.biases describes a weight in int4_affine"):
+        read_facts(folder)
+
+
+def test_an_absmax_without_a_state_is_refused(nf4_model: Path, tmp_path: Path) -> None:
+    save_file(
+        {name: array for name, array in _load(nf4_model).items() if name != STATE}, tmp_path / "model.safetensors"
+    )
+    (tmp_path / "config.json").write_text((nf4_model / "config.json").read_text())
+    with pytest.raises(ModelError, match=r"up_proj\.weight\.absmax describes a weight in nf4"):
+        read_facts(tmp_path)
 
 
 # dtypes that nobody decodes -------------------------------------------------------------------------------------------

@@ -20,11 +20,14 @@ def rows_in_memory(data: object) -> list[Mapping[str, object]]:
     """The rows of a list, a generator, a Hugging Face dataset, or any other iterable of mappings.
 
     A row of another kind stays as it is: `data.on_bad_row` decides on it later. Every other one is as a resume will
-    read it back: lists for tuples, text for keys that are numbers. Raises DataError QH-D03 for what holds no rows, and
-    for a row that JSON cannot hold.
+    read it back: lists for tuples, text for keys that are numbers. Raises DataError QH-D03 for what holds no rows, a
+    table, and a row that JSON cannot hold.
     """
     if isinstance(data, Mapping):
-        raise _no_rows(f"a mapping with the keys {', '.join(map(repr, list(data)[:5]))}", splits=True)
+        keys = ", ".join(map(repr, list(data)[:5]))
+        raise _no_rows(f"a mapping with the keys {keys}", "Give one split of it: data=dataset['train'].")
+    if rows_of_table := _rows_of_table(data):
+        raise _no_rows(f"a table of type {type(data).__name__}", f"Give its rows: data=table.{rows_of_table}.")
     if isinstance(data, bytes | bytearray | memoryview) or not isinstance(data, Iterable):
         raise _no_rows(f"a value of type {type(data).__name__}")
     rows: list[Any] = []
@@ -76,14 +79,22 @@ def kept_rows(run_dir: Path) -> list[Mapping[str, object]] | None:
         ) from problem
 
 
-def _no_rows(what: str, *, splits: bool = False) -> DataError:
+def _rows_of_table(data: object) -> str:
+    """What gives the rows of a table of pandas, polars or Arrow, which iterates over its columns; "" for no table."""
+    if not hasattr(data, "columns") or not hasattr(data, "shape"):
+        return ""
+    calls = {"to_pylist": "to_pylist()", "to_dicts": "to_dicts()", "to_dict": 'to_dict("records")'}
+    return next((call for name, call in calls.items() if hasattr(data, name)), "")
+
+
+def _no_rows(
+    what: str, fix: str = 'Give a list of rows such as {"messages": [...]}, a dataset, or the path of a file.'
+) -> DataError:
     return DataError(
         "QH-D03",
         f"data is {what}; a path, or an iterable of rows (such as a list of mappings), was expected.",
         where="data",
-        fix="Give one split of it: data=dataset['train']."
-        if splits
-        else 'Give a list of rows such as {"messages": [...]}, a dataset, or the path of a file.',
+        fix=fix,
     )
 
 

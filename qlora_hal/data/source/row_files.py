@@ -55,6 +55,7 @@ _Lines = Iterator[tuple[int, _Value]]
 
 
 _CORRECT_OR_SKIP = "Correct the line, or set data.on_bad_row to skip, which skips such rows and counts them."
+_ONE_A_LINE = "Write each object on a line of its own, without indentation."
 _SAVE_AS_UTF8 = "Save the file as UTF-8."
 
 
@@ -122,7 +123,11 @@ def _parse_line(raw: bytes, file: str, line: int) -> _Value | None:
     except json.JSONDecodeError as error:
         if not raw.strip():
             return None
-        return malformed(file, line, min(_place(error), len(text.rstrip())) + 1, _reason(error))
+        column = min(_place(error), len(text.rstrip())) + 1
+        if _goes_on(text):
+            reason = "it goes on in the next line, where JSON Lines (.jsonl) hold one object on each line"
+            return malformed(file, line, column, reason, _ONE_A_LINE)
+        return malformed(file, line, column, _reason(error))
     except ValueError as error:
         return malformed(file, line, _column_of(text, str(error)), str(error).split(";")[0])
     except RecursionError:
@@ -130,6 +135,12 @@ def _parse_line(raw: bytes, file: str, line: int) -> _Value | None:
     if isinstance(value, dict) and raw.count(b"[") + raw.count(b"{") <= strict_json.MAX_DEPTH:
         return value
     return _sound(value, file, line)
+
+
+def _goes_on(text: str) -> bool:
+    """Whether a line is the beginning of something that was written over several lines."""
+    written = text.strip()
+    return written[:1] in ("{", "[") and written[-1:] in ("{", "[", ",")
 
 
 def _sound(value: object, file: str, line: int) -> _Value:
