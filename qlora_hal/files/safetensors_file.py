@@ -52,6 +52,11 @@ _NUMPY_DTYPES: Mapping[str, str] = {
 _DTYPE_NAMES = {dtype: name for name, dtype in _NUMPY_DTYPES.items()}
 
 
+def dtype_name(dtype: np.dtype[Any]) -> str:
+    """What safetensors calls a dtype of NumPy, `I8` for `int8`; NumPy's own name where safetensors has none."""
+    return _DTYPE_NAMES.get(dtype.newbyteorder("<").str, dtype.name)
+
+
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
     """One tensor of a header; `begin` and `end` count bytes from the start of the file."""

@@ -11,7 +11,7 @@ import numpy as np
 from qlora_hal.contract.type_checks import wrong_fields
 from qlora_hal.contract.values import Float32, LinearShape
 from qlora_hal.errors import ModelError
-from qlora_hal.files.safetensors_file import TensorEntry
+from qlora_hal.files.safetensors_file import TensorEntry, dtype_name
 from qlora_hal.formats.record import (
     LEVELS,
     Array,
@@ -132,7 +132,7 @@ def _checkpoint(description: Mapping[str, object], stored: Mapping[str, Array]) 
     return StoredCheckpoint(
         "the record's own codec",
         description,
-        {name: TensorEntry(array.dtype.name, array.shape, 0, array.nbytes) for name, array in arrays.items()},
+        {name: TensorEntry(dtype_name(array.dtype), array.shape, 0, array.nbytes) for name, array in arrays.items()},
         lambda name: arrays[name].tobytes(),
         lambda name: None,
     )
