@@ -22,6 +22,7 @@ from qlora_hal.contract.values import AdapterConfig, LinearShape
 from qlora_hal.errors import ModelError, UnsupportedFeatureError
 from qlora_hal.model.facts import read_facts
 from qlora_hal.model.own_dropout import own_dropout
+from qlora_hal_backends.torch_family.architecture import build
 from qlora_hal_backends.torch_family.base_weights import quantize
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
 from qlora_hal_backends.torch_family.lora_linear import FrozenLinear
@@ -171,6 +172,23 @@ def test_a_folder_of_the_bare_base_model_is_loaded_under_its_prefix(tmp_path: Pa
 
 
 @pytest.mark.fault("M51")
+def test_scores_are_capped_whatever_attention_transformers_would_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers 5.17 gives Gemma 2 torch's fused attention, which leaves the cap of the scores out."""
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
+
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
+    write_drawn_model(tmp_path / "capped", "gemma2", {"attn_logit_softcapping": 3.0})
+    write_drawn_model(tmp_path / "free", "gemma2", {"attn_logit_softcapping": None})
+    source, free = source_of(tmp_path / "capped"), source_of(tmp_path / "free")
+    assert build(source, "auto", torch.float32).causal.config._attn_implementation == "eager"
+    with pytest.raises(ModelError, match="caps its attention scores") as caught:
+        build(source, "sdpa", torch.float32)
+    assert caught.value.where == "backend.options.attention"
+    assert build(free, "auto", torch.float32).causal.config._attn_implementation == "sdpa"
+
+
 def test_a_package_that_transformers_misses_is_named(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its files import what they need when a model is built."""
 

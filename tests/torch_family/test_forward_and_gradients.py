@@ -11,6 +11,8 @@ import torch
 from tiny_models import FAMILIES, write_model
 from trainers import OpenTrainer, largest_difference, packed, random_batch
 
+from qlora_hal.contract.backend import Compute
+
 # Two float32 programs of the same products in another order differ by about sqrt(k) * 2^-24 relative to the largest
 # entry; k is at most 128 terms times 2 layers of about 8 products. 8 * sqrt(2048) * 2^-24 = 2.2e-5.
 FLOAT32 = 8 * 2048**0.5 * 2**-24
@@ -66,6 +68,22 @@ def _peft_gradients(folder: Path, adapter: Path, batch) -> dict[str, np.ndarray]
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
+
+
+def test_a_gradient_that_is_looked_at_in_float16_is_scaled_until_it_is_finite(llama: Path, opened: Opened) -> None:
+    """As a step's is: the scale is halved until nothing overflows, and taken off again. The CPU has no float16, so the
+    rule is tried in float32, with a scale that overflows there."""
+    batch, ready = random_batch(0, padding=4), opened(llama)
+    for name, tensor in ready.adapter.tensors.items():
+        tensor *= 1.0 if "lora_A" in name else 256.0
+    trainer = ready.trainer
+    trainer.attach(ready.adapter)
+    expected = trainer.gradients([batch])
+    trainer._compute = Compute("float16")  # type: ignore[attr-defined]
+    trainer._loss_scale = 2.0**127  # type: ignore[attr-defined]
+    found = trainer.gradients([batch])
+    assert 1.0 < trainer._loss_scale < 2.0**127  # type: ignore[attr-defined]
+    assert largest_difference(dict(found), dict(expected)) <= FLOAT32
 
 
 @pytest.mark.fault("N04")

@@ -98,13 +98,12 @@ def build(source: ModelSource, attention: object, dtype: torch.dtype) -> Archite
 def _built(source: ModelSource, attention: object, dtype: torch.dtype) -> Any:
     from accelerate import init_empty_weights
 
-    # Left to choose, transformers takes the fused attention wherever the architecture has it (Gemma 2 has not).
-    wanted = None if attention == "auto" else str(attention)
     try:
         config = read_config(source.path, trust_remote_code=source.trust_remote_code)
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # packing is done here, not by transformers
         _refuse_huge_tables(config, source, dtype)
+        wanted = _attention(config, attention, source)
         # Buffers (rotary frequencies) are computed for real: no checkpoint holds them.
         with init_empty_weights(include_buffers=False):
             return build_causal(config, dtype=dtype, attention=wanted, trust_remote_code=source.trust_remote_code)
@@ -121,6 +120,24 @@ def _built(source: ModelSource, attention: object, dtype: torch.dtype) -> Any:
             if (package := missing_package(error))
             else "Choose a decoder-only causal language model, or update transformers.",
         ) from error
+
+
+def _attention(config: Any, asked: object, source: ModelSource) -> str | None:
+    """Which attention transformers builds; None lets it choose, and it takes torch's fused one wherever it can.
+
+    That one cannot cap scores (Gemma 2); transformers 5.17 leaves the cap out there without a word, 5.23 does not.
+    """
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if asked == "sdpa" and capped:
+        raise ModelError(
+            "QH-M51",
+            f"{_name(source)} caps its attention scores, and torch's fused attention (sdpa) cannot.",
+            where="backend.options.attention",
+            fix="Remove backend.options.attention: the model then gets eager attention, which caps them.",
+        )
+    if asked == "auto":
+        return "eager" if capped else None
+    return str(asked)
 
 
 def _refuse_huge_tables(config: Any, source: ModelSource, dtype: torch.dtype) -> None:

@@ -142,9 +142,6 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
     def train_step(self, window: Sequence[Batch], settings: StepSettings) -> PendingStep:
         with self._memory_named("a training step"):
             total, norm = self._window_gradient(window, settings.denominator, settings.dropout_key)
-            while self._overflowed(norm):
-                self._loss_scale /= 2
-                total, norm = self._window_gradient(window, settings.denominator, settings.dropout_key)
             applied = self._attached_optimizer.update(settings, norm)
             return self._queue(torch.cat((total, torch.stack((norm, applied)))), WindowCount.of(window))
 
@@ -161,10 +158,21 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
     def _window_gradient(
         self, window: Sequence[Batch], denominator: float, dropout_key: int | None
     ) -> tuple[Tensor, Tensor]:
-        """Leave the gradient of weighted loss sum / denominator in the flat buffer.
+        """Leave the gradient of weighted loss sum / denominator in the flat buffer; in float16 by the largest loss
+        scale that does not overflow.
 
         Returns ([loss sum, weighted], norm), the norm NaN where anything is not finite.
         """
+        total, norm = self._scaled_gradient(window, denominator, dropout_key)
+        while self._overflowed(norm):
+            self._loss_scale /= 2
+            total, norm = self._scaled_gradient(window, denominator, dropout_key)
+        return total, norm
+
+    def _scaled_gradient(
+        self, window: Sequence[Batch], denominator: float, dropout_key: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """One backward pass at the present loss scale, which is taken off again."""
         flat = self._attached
         flat.gradients.zero_()
         checkpointing = step.recomputed_layers(self._loaded) if self._compute.gradient_checkpointing else nullcontext()

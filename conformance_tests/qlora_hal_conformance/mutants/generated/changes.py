@@ -143,6 +143,11 @@ def makes_equal_code(source: str, where: tuple[int, int, str]) -> bool:
     return _code(changed(source, where)) == _code(ast.parse(source))
 
 
+def is_written_alike(source: str, where: tuple[int, int, str]) -> bool:
+    """Whether both are the same text, as where two equal arguments change places."""
+    return ast.unparse(changed(source, where)) == ast.unparse(ast.parse(source))
+
+
 def told(source: str, where: tuple[int, int, str]) -> tuple[str, str]:
     """(what stood there, what stands there now), as code."""
     before, after = (ast.unparse(tree).splitlines() for tree in (ast.parse(source), changed(source, where)))

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
-from .changes import changes_of, makes_equal_code, statements_of, told
+from .changes import changes_of, is_written_alike, makes_equal_code, statements_of, told
 from .identity import Identity
 from .private_copy import private_copy
 from .reached import Places
@@ -104,7 +104,8 @@ def with_words(change: Drawn) -> Drawn:
 
 def _can_be_seen(change: Drawn) -> bool:
     """Neither equal code, nor code with which nothing can be imported."""
-    if makes_equal_code(source_of(change.identity.module), change.identity.where):
+    source, where = source_of(change.identity.module), change.identity.where
+    if makes_equal_code(source, where) or is_written_alike(source, where):
         return False
     return not change.at_import or _can_be_imported(change.identity)
 
