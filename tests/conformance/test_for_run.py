@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -182,10 +183,13 @@ def test_case_is_about_a_run_that_uses_all_it_needs(needs: tuple[object, ...], i
 
 
 def test_what_was_not_judged_is_said() -> None:
-    run = Combination("nf4", "auto", family="qwen2", rank=512, accumulation=32, row_length=4096, optimizer="adamw_8bit")
+    run = Combination("nf4", "auto", family="olmo2", rank=512, accumulation=32, row_length=4096, optimizer="adamw_8bit")
     said = "\n".join(not_judged_in_words(run))
-    for words in ("layers of qwen2", "rank 512", "32 x 4 rows", "641 to 4096 tokens", "8-bit moment", "own weights"):
+    for words in ("layers of olmo2", "rank 512", "32 x 4 rows", "641 to 4096 tokens", "8-bit moment", "own weights"):
         assert words in said
+    relative = replace(run, family="qwen2")
+    assert "qwen2" not in "\n".join(not_judged_in_words(relative))
+    assert "a drawn model of qwen2" in judged_in_words(relative, "bfloat16")
     assert "bfloat16 (what auto takes here)" in "\n".join(judged_in_words(run, "bfloat16"))
     assert run.judged_alpha / run.judged_rank == run.alpha / run.rank
 

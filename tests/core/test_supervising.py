@@ -25,7 +25,7 @@ from qlora_hal.processes.signals import EndedAtOnce
 from qlora_hal.report.console import RunConsole
 from qlora_hal.run.supervisor import SUPERVISED_VARIABLE, is_supervised
 
-pytestmark = pytest.mark.usefixtures("usual_signals")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("usual_signals")]
 
 
 @pytest.fixture

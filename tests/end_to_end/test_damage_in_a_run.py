@@ -32,6 +32,8 @@ from qlora_hal.files.sealed_json import sealed
 from qlora_hal.hooks import hookimpl
 from qlora_hal.inference.generate import open_generation
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:

@@ -18,6 +18,8 @@ from qlora_hal import resume, train
 from qlora_hal.demo import model_path
 from qlora_hal.errors import QloraHalError
 
+pytestmark = pytest.mark.slow
+
 
 def refused(changes: dict[str, Any], folder: Path) -> QloraHalError:
     with pytest.raises(QloraHalError) as caught:

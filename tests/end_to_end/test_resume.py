@@ -16,7 +16,7 @@ from small_runs import SMALL, merged
 from qlora_hal import TrainResult, resume, train
 from qlora_hal.errors import CheckpointError
 
-pytestmark = pytest.mark.usefixtures("usual_signals")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("usual_signals")]
 
 Trained = Callable[..., TrainResult]
 

@@ -26,6 +26,8 @@ from qlora_hal.inference.generate import open_generation
 from qlora_hal.run import identity
 from qlora_hal.run.trained_base import storage_of_training
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:

@@ -166,7 +166,8 @@ def test_zero_points_of_format_v2_are_stored_less_one_for_auto_gptq(zeros: int) 
     from qlora_hal_backends.gptq_int4.auto_gptq_engine import _stored_less_one
 
     two = packed_linear(zeros=zeros, convention=ZeroPointConvention.V2)
-    parts = (two.qweight.numpy(), _stored_less_one(two.qzeros).numpy(), two.scales.numpy(), two.g_idx.numpy())
+    less_one = _stored_less_one(two.qzeros, ACT_ORDER_V2)
+    parts = (two.qweight.numpy(), less_one.numpy(), two.scales.numpy(), two.g_idx.numpy())
     _, found = gptq_codes(GptqWeight(*parts, bits=4, convention=ZeroPointConvention.V1))
     assert (found == zeros).all()
 

@@ -36,7 +36,7 @@ def weight() -> Float32:
 
 def settings_of(kind: Kind) -> GptqSettings:
     size = kind.group_size if kind.group_size > 0 else None
-    return GptqSettings(size, kind.symmetric, kind.act_order, kind.convention.value)
+    return GptqSettings(size, kind.symmetric, kind.act_order, kind.convention.value, bits=kind.bits)
 
 
 def on_torch(stored: GptqWeight) -> PackedLinear:

@@ -33,6 +33,8 @@ from qlora_hal_backends.gptq_int4.quantizing import check_group_size
 from qlora_hal_oracle import min_max_grid, round_to_grid
 from qlora_hal_oracle.random_models import SHAPES, TinyModel, draw_tensors, linear_shapes, write_model
 
+pytestmark = pytest.mark.slow
+
 STORAGE = Quantization(WeightFormat.INT4_GPTQ, GROUP)
 ROWS: list[list[int]] = np.random.default_rng(4).integers(3, 300, (24, 48)).tolist()
 

@@ -23,6 +23,8 @@ from qlora_hal.errors import CheckpointError
 from qlora_hal.hooks import hookimpl
 from qlora_hal_backends.cpu_torch import SPEC
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {"training.max_steps": 6, "checkpoint.save_steps": 3, "training.lr_scheduler_type": "cosine"}
 
 

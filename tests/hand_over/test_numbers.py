@@ -21,6 +21,8 @@ from qlora_hal_conformance.tolerances import LOSS_CURVE_RUNS, loss_curve_bound
 from qlora_hal_oracle import UNIT_ROUNDOFF, LoraScale, OracleTrainer, loss_curve_envelope
 from qlora_hal_oracle.arithmetic import Arithmetic
 
+pytestmark = pytest.mark.slow
+
 STEPS, WINDOWS, PEAK_RATE = 40, 4, 5e-3
 
 LEGS = {

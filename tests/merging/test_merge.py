@@ -23,6 +23,8 @@ from qlora_hal.export import MergeRequest, carry_out, weights
 from qlora_hal.export.rounding import UNIT_ROUNDOFF
 from qlora_hal.report.console import RunConsole
 
+pytestmark = pytest.mark.slow
+
 FORMATS = [("none", False), ("nf4", True), ("nf4", False), ("fp4", True), ("int8", False)]
 FAMILIES = ["qwen2", "gemma2", "phi", "phi3"]
 MakeTrained = Callable[..., Any]

@@ -16,6 +16,8 @@ from qlora_hal.adapter import write_adapter
 from qlora_hal.contract.values import AdapterConfig
 from qlora_hal.formats.mlx_affine import codes_of
 
+pytestmark = pytest.mark.slow
+
 MakeTrained = Callable[..., Any]
 
 

@@ -166,7 +166,7 @@ def identity_in(module: str, line: str, operator: str) -> Identity:
     [
         ("adamw", "direction =", "div_to_mult", "52"),
         ("storage", "return packed.absmax if nested", "never", "20"),
-        ("blocks", "return x * cos + _quarter_turn(x)", "add_to_sub", "51"),
+        ("blocks", "return np.concatenate([turned * cos", "add_to_sub", "51"),
         ("dropout", "return (words >> np.uint32(1)) >= drop_below", "gte_to_lte", "43"),
     ],
 )

@@ -15,10 +15,11 @@ SEED = 20261121
 """Any would do: the command line draws one afresh in each run; here a failure must come again."""
 FEWEST = 44
 SAMPLE = {mutant.caught_by[0]: mutant.name for mutant in MUTANTS}.values()
-"""One for each section that is the first to catch some: `make test` hunts these, `make test-long` all others."""
+"""One for each section that is the first to catch some: `make test-slow` hunts these, `make test-long` all others."""
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "mutants.md"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [name if name in SAMPLE else pytest.param(name, marks=pytest.mark.long) for name in BY_NAME]
 )

@@ -241,10 +241,15 @@ def test_gptq_checkpoint_is_read_in_its_own_convention(
 def test_checkpoint_in_half_precision_is_quantized_from_its_own_values(
     stored_dtype: str, files: int, opened: Opener, seeded: np.random.Generator, judging: Judge
 ) -> None:
-    """In one file and in three with an index; embedding, norms and head are used as they are stored."""
-    ready = opened(opened.models.plain("main", stored_dtype=stored_dtype, files=files))
+    """In one file and in three with an index, all of which are quantized; embedding, norms and head are used as they
+    are stored."""
+    declared = opened.subject.capabilities.weight_formats
+    chosen = next((f for f in FORMATS if f in declared and f is not WeightFormat.NONE), opened.subject.main_format)
+    ready = opened(opened.models.plain("main", stored_dtype=stored_dtype, files=files), weight_format=chosen)
     for module in linear_shapes(ready.model.shape):
         _judge_format_error(module, ready, judging)
+        kept = np.array_equal(ready.trainer.dequantized_weight(module), _weight(module, ready))
+        assert chosen is WeightFormat.NONE or not kept, f"{module} is not quantized"
     _judge_products(ready, seeded, judging)
 
 

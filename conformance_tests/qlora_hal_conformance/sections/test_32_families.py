@@ -108,7 +108,7 @@ def test_groups_of_queries(
 
 def test_many_layers(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     """As many as small models have, all adapted."""
-    shape = draw_plain_shape(seeded, num_hidden_layers=int(seeded.integers(10, 15)))
+    shape = draw_plain_shape(seeded, num_hidden_layers=int(seeded.integers(12, 15)))
     ready = _opened_plain(opened, seeded, shape)
     _judge(ready, oracle(ready), draw_batch(seeded, shape), judging)
 
@@ -141,7 +141,9 @@ def test_thirty_three_rows(opened: Opener, oracle: OracleOf, seeded: np.random.G
     shape = draw_plain_shape(seeded)
     ready = _opened_plain(opened, seeded, shape)
     lengths = [int(length) for length in seeded.integers(4, 20, 33)]
-    _judge(ready, oracle(ready), draw_batch(seeded, shape, lengths=lengths), judging)
+    batch = draw_batch(seeded, shape, lengths=lengths)
+    _judge(ready, oracle(ready), batch, judging)
+    _judge_loss(ready, oracle(ready), [batch], judging)
 
 
 # what the cases share -------------------------------------------------------------------------------------------------
