@@ -14,6 +14,8 @@ from conformance.conftest import suite, verdicts
 from qlora_hal_conformance.conformance_run import Outcome
 from qlora_hal_conformance.verdicts import Verdict
 
+pytestmark = pytest.mark.slow
+
 REFERENCE = "qlora_hal_conformance.reference_backend:SPEC"
 KEYWORD = "evaluation or device_facts"
 EVALUATES = "11_contract/evaluation_gives_a_sum_and_a_count"

@@ -22,7 +22,7 @@ from qlora_hal.errors import CheckpointError, StoppedError
 from qlora_hal.files.sealed_json import sealed
 from qlora_hal.hooks import hookimpl
 
-pytestmark = pytest.mark.usefixtures("usual_signals")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("usual_signals")]
 
 KEPT = ("resolved", "model", "versions", "detection", "data_report", "started_at", "samples")
 
