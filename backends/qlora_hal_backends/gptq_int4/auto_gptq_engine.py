@@ -131,7 +131,7 @@ def misread_zeros(name: str) -> ModelError:
         "QH-C74",
         f"{name} holds a zero point of 0, which auto-gptq cannot represent: it stores and reads zero points minus one.",
         cause="Written by auto-gptq itself, the -1 also overwrites the adjacent zero points, so the intended weights "
-        "are not known; its kernel for act-order reads 2**bits.",
+        "are not known; its kernel for act-order reads a number one too large for its field.",
         fix="Quantize the 16-bit model again with symmetric groups, or use the engine gptqmodel for a checkpoint in "
         "format gptq_v2.",
     )
