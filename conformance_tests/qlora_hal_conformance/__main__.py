@@ -30,8 +30,10 @@ def run_from(given: argparse.Namespace) -> int:
     """Run what the parsed flags ask for."""
     from qlora_hal_conformance.conformance_run import Options, run
     from qlora_hal_conformance.for_run import ForOptions, judge_run
+    from qlora_hal_conformance.running import lanes_here
     from qlora_hal_conformance.subject import Reference
 
+    lanes = lanes_here() if given.lanes is None else given.lanes
     reference = Reference(given.backend or "", given.trainer or "", given.spec or "")
     is_named = bool(given.backend or given.trainer or given.spec)
     if given.run is not None:
@@ -45,6 +47,7 @@ def run_from(given: argparse.Namespace) -> int:
                 seed=given.seed,
                 timeout_seconds=given.timeout,
                 quiet=given.quiet,
+                lanes=lanes,
             )
         )
         return status
@@ -61,6 +64,7 @@ def run_from(given: argparse.Namespace) -> int:
         timeout_seconds=given.timeout,
         waivers=given.waivers,
         quiet=given.quiet,
+        lanes=lanes,
     )
     return run(options).status
 
@@ -121,6 +125,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--verify", type=Path, metavar="FILE", help="check a certificate instead of running")
     parser.add_argument("--list", action="store_true", help="print the ids of all cases")
     parser.add_argument("--timeout", type=float, default=DEFAULT_TIMEOUT_SECONDS, help="seconds for each case")
+    parser.add_argument(
+        "--lanes", type=int, metavar="N", help="processes that run cases side by side [one a processor, up to 4]"
+    )
     parser.add_argument("--waivers", type=Path, help="known failures [waivers.toml, if it is there]")
     parser.add_argument("--quiet", action="store_true", help="print nothing")
     work = parser.add_argument_group("for work; a filtered run never yields a certificate, and its status is 20")

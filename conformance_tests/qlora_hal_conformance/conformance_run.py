@@ -6,6 +6,7 @@ import datetime
 import secrets
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from qlora_hal_conformance.localisation import localised
 from qlora_hal_conformance.machine import machine_record
 from qlora_hal_conformance.places import shortened_facts, shortened_result
 from qlora_hal_conformance.request import DEFAULT_TIMEOUT_SECONDS, Request
-from qlora_hal_conformance.running import run_cases
+from qlora_hal_conformance.running import MOST_LANES, run_cases, said_by_children
 from qlora_hal_conformance.subject import Reference
 from qlora_hal_conformance.verdicts import CaseResult
 from qlora_hal_conformance.waivers import WAIVERS_FILE, Waiver, apply_waivers, read_waivers
@@ -30,6 +31,7 @@ from qlora_hal_conformance.waivers import WAIVERS_FILE, Waiver, apply_waivers, r
 CONFORMANT, NOT_RUN, NOT_CONFORMANT = 0, 3, 20
 """Exit statuses: 3 where the backend cannot run on this machine, which is no verdict at all."""
 LONGEST_TIMEOUT_SECONDS = 86400.0
+MOST_GIVEN_LANES = 64
 BESIDE_A_CERTIFICATE = "filtered"
 """The folder in `--out` that a filtered run writes into where `--out` holds the certificate of a whole run."""
 
@@ -47,6 +49,7 @@ class Options:
     timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS
     waivers: Path | None = None
     quiet: bool = False
+    lanes: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +71,12 @@ def run(options: Options) -> Outcome:
     require_listed(options.reference)
     _require_known_filters(options)
     require_usable_timeout(options.timeout_seconds)
+    require_usable_lanes(options.lanes)
     waivers = _waivers(options)
     out = usable_folder(options.out)
     seed = secrets.randbits(48) if options.seed is None else options.seed
     console = Console(quiet=options.quiet)
-    console.say(f"seed {seed}")
+    console.say(f"seed {seed}, {in_words(options.lanes)}")
     started = datetime.datetime.now(datetime.UTC)
     with tempfile.TemporaryDirectory(prefix="qlora-hal-conformance-", ignore_cleanup_errors=True) as folder:
         request = Request(
@@ -89,7 +93,7 @@ def run(options: Options) -> Outcome:
         if request.is_filtered and (out / "certificate.json").exists():
             out = usable_folder(out / BESIDE_A_CERTIFICATE)
             console.say(f"{options.out} holds the certificate of a whole run, which stays: this run goes to {out}")
-        run_cases(request, console.heard)
+        run_cases(request, console.heard, lanes=options.lanes)
         journal = Journal(request.journal_path)
         events = list(journal.read())
         refusal = next((event for event in events if event["event"] == "not_ready"), None)
@@ -100,9 +104,10 @@ def run(options: Options) -> Outcome:
         counted = apply_waivers(count(journal, _wanted(request, events)), waivers, started.date())
         found = localised(request, counted.results)
         extra = _extra_sections(request, console) if not request.is_filtered else []
-        log = (Path(folder) / "child.log").read_text(encoding="utf-8", errors="replace")
+        log = said_by_children(request)
     facts = {
         **facts_of(events, options.reference, seed, seed_was_given=options.seed is not None),
+        "lanes": options.lanes,
         "started": started.isoformat(timespec="seconds"),
         "wall_seconds": round((datetime.datetime.now(datetime.UTC) - started).total_seconds(), 1),
         "extra_cases": [result_as_json(shortened_result(result)) for result in extra],
@@ -143,6 +148,21 @@ def require_usable_timeout(seconds: float) -> None:
             where="--timeout",
             fix=f"Give a number above 0 and up to {LONGEST_TIMEOUT_SECONDS:g}.",
         )
+
+
+def require_usable_lanes(lanes: int) -> None:
+    """Raises ConfigError QH-N19."""
+    if not 1 <= lanes <= MOST_GIVEN_LANES:
+        raise ConfigError(
+            "QH-N19",
+            f"Cases cannot run in {lanes} lanes.",
+            where="--lanes",
+            fix=f"Give a number from 1 to {MOST_GIVEN_LANES}, or leave it out: one a processor, up to {MOST_LANES}.",
+        )
+
+
+def in_words(lanes: int) -> str:
+    return "1 lane" if lanes == 1 else f"{lanes} lanes"
 
 
 def require_a_match(request: Request, events: Sequence[Mapping[str, object]]) -> None:
@@ -200,6 +220,7 @@ def facts_of(
     """Everything of a certificate that is not a result."""
     backend: Document = {"name": reference.backend or reference.trainer}
     device: Document = {}
+    kernel_paths: set[str] = set()
     probe: object = {}
     for event in events:
         spec = event.get("spec")
@@ -207,7 +228,10 @@ def facts_of(
             backend = spec
             probe = event.get("probe", probe)
         elif event["event"] == "device":
-            device = {key: value for key, value in event.items() if key != "event"}
+            paths = event.get("kernel_paths")
+            kernel_paths |= set(map(str, paths)) if isinstance(paths, list) else set()
+            device = {**event, "kernel_paths": sorted(kernel_paths)}
+            del device["event"]
     return {
         "contract": CONTRACT_VERSION,
         "suite": {"version": SUITE_VERSION, "sha256": suite_hash()},
@@ -244,41 +268,50 @@ class Console:
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
-        self._section = ""
         self._reason = ""
-        self._verdicts: dict[str, int] = {}
+        self._left: dict[str, set[str]] = {}
+        self._verdicts: dict[str, Counter[str]] = {}
 
     def say(self, text: str) -> None:
         if not self._quiet:
             print(text, file=sys.stderr, flush=True)
 
     def heard(self, event: Mapping[str, object]) -> None:
+        """Lanes work in several sections at once: a section is told when the last of its cases has ended."""
         if event["event"] == "broke_off":
             self.say(f"broke off: {event['how']}; what the process said is in run.log")
+        cases = event.get("cases")
+        if event["event"] == "wanted" and isinstance(cases, list) and not self._left:
+            for case in map(str, cases):
+                self._left.setdefault(section_of(case), set()).add(case)
         if event["event"] != "ended":
             return
-        section = str(event["case"]).partition("/")[0]
-        if section != self._section:
-            self._end_section()
-            self._section = section
-        verdict = str(event["verdict"])
-        self._verdicts[verdict] = self._verdicts.get(verdict, 0) + 1
+        case, verdict = str(event["case"]), str(event["verdict"])
+        section = section_of(case)
+        self._verdicts.setdefault(section, Counter())[verdict] += 1
         if not result_from_json(event).verdict.is_green:
             reason = str(event["message"])
-            self.say(f"{verdict:<12} {event['case']}")
+            self.say(f"{verdict:<12} {case}")
             self.say(f"{'':<12} {'the same' if reason == self._reason else reason}")
             self._reason = reason
+        left = self._left.get(section, set())
+        left.discard(case)
+        if not left:
+            self._tell(section)
 
-    def _end_section(self) -> None:
-        if self._section:
-            counts = ", ".join(f"{number} {verdict}" for verdict, number in self._verdicts.items())
-            self.say(f"{self._section:<20} {counts}")
-        self._verdicts = {}
+    def _tell(self, section: str) -> None:
+        counts = ", ".join(f"{number} {verdict}" for verdict, number in self._verdicts.pop(section, Counter()).items())
+        if counts:
+            self.say(f"{section:<20} {counts}")
+
+    def _end_sections(self) -> None:
+        for section in tuple(self._verdicts):
+            self._tell(section)
+        self._left = {}
 
     def located(self, lines: Sequence[str]) -> None:
         """Where it is wrong, and what is still right."""
-        self._end_section()
-        self._section = ""
+        self._end_sections()
         for line in lines:
             self.say(line)
 
@@ -291,7 +324,7 @@ class Console:
 
     def end(self, state: str, counted: Count, document: Mapping[str, object], page: Path) -> None:
         """The last line: the state, how often each verdict was given, how long it took, and where to read on."""
-        self._end_section()
+        self._end_sections()
         counts = [f"{number} {verdict}" for verdict, number in counted.totals.items() if number]
         totals = ", ".join(counts) or "no case ran"
         self.say(f"{state}: {totals}; {document['wall_seconds']} s; see {page}")

@@ -21,8 +21,10 @@ from qlora_hal_conformance.conformance_run import (
     NOT_RUN,
     Console,
     facts_of,
+    in_words,
     require_a_match,
     require_listed,
+    require_usable_lanes,
     require_usable_timeout,
     usable_folder,
 )
@@ -56,6 +58,7 @@ class ForOptions:
     seed: int | None = None
     timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS
     quiet: bool = False
+    lanes: int = 1
 
 
 def judge_run(options: ForOptions) -> tuple[int, Document]:
@@ -64,13 +67,14 @@ def judge_run(options: ForOptions) -> tuple[int, Document]:
     Raises what `judged_run` raises, and ConfigError, StorageError, before any case runs.
     """
     require_usable_timeout(options.timeout_seconds)
+    require_usable_lanes(options.lanes)
     if options.reference is not None:
         require_listed(options.reference)
     run = judged_run(options.path, options.reference)
     out = usable_folder(options.out or run.folder or Path("conformance") / f"for-{options.path.stem}")
     seed = secrets.randbits(48) if options.seed is None else options.seed
     console = Console(quiet=options.quiet)
-    console.say(f"for {run.named}, on {_name(run.reference)}; seed {seed}")
+    console.say(f"for {run.named}, on {_name(run.reference)}; seed {seed}, {in_words(options.lanes)}")
     started = datetime.datetime.now(datetime.UTC)
     with tempfile.TemporaryDirectory(prefix="qlora-hal-conformance-", ignore_cleanup_errors=True) as folder:
         request = Request(
@@ -82,7 +86,8 @@ def judge_run(options: ForOptions) -> tuple[int, Document]:
             timeout_seconds=options.timeout_seconds,
             combination=run.combination,
         )
-        run_cases(request, console.heard, sections=(SECTIONS_FOLDER, RUN_SECTIONS_FOLDER))
+        sections = (SECTIONS_FOLDER, RUN_SECTIONS_FOLDER)
+        run_cases(request, console.heard, sections=sections, lanes=options.lanes)
         journal = Journal(request.journal_path)
         events = list(journal.read())
         refusal = next((event for event in events if event["event"] == "not_ready"), None)
@@ -95,6 +100,7 @@ def judge_run(options: ForOptions) -> tuple[int, Document]:
     counted = Count(tuple(map(shortened_result, counted.results)))
     facts = {
         **facts_of(events, run.reference, seed, seed_was_given=options.seed is not None),
+        "lanes": options.lanes,
         "started": started.isoformat(timespec="seconds"),
         "wall_seconds": round((datetime.datetime.now(datetime.UTC) - started).total_seconds(), 1),
     }

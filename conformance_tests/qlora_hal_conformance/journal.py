@@ -14,7 +14,7 @@ from qlora_hal_conformance.verdicts import CaseResult, Claim, Measure, Verdict
 
 @dataclass(frozen=True, slots=True)
 class Journal:
-    """Events: `collected`, `subject`, `not_ready`, `device`, `started`, `ended`, `finished`."""
+    """Events: `collected`, `wanted`, `subject`, `not_ready`, `device`, `started`, `ended`, `finished`."""
 
     path: Path
 

@@ -89,8 +89,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if request.combination is not None:
         dtype = subject.main_dtype if subject is not None else ""
         wanted = [item for item in wanted if request.combination.covers(needs_of(item), dtype)]
-        journal.write("wanted", cases=[case_id(item.nodeid) for item in wanted])
-    items[:] = [item for item in wanted if case_id(item.nodeid) not in done]
+    selected = [case_id(item.nodeid) for item in wanted]
+    journal.write("wanted", cases=selected)
+    mine = request.share(selected) - done
+    items[:] = [item for item in wanted if case_id(item.nodeid) in mine]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

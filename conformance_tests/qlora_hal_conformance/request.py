@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -13,12 +13,13 @@ from qlora_hal_conformance.subject import Reference
 
 REQUEST_VARIABLE = "QLORA_HAL_CONFORMANCE_REQUEST"
 DEFAULT_TIMEOUT_SECONDS = 180.0
+BUNDLE = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
     """One run. `folder` is the run's own temporary folder; `done` are the cases that a restarted child leaves out. With
-    a `combination` the cases are those that are about it."""
+    a `combination` the cases are those that are about it. A child in a `lane` takes its share of what was selected."""
 
     reference: Reference
     seed: int
@@ -31,6 +32,8 @@ class Request:
     extra: bool = False
     collect_only: bool = False
     combination: Combination | None = None
+    lane: int = 0
+    lanes: int = 1
 
     @property
     def is_filtered(self) -> bool:
@@ -46,6 +49,11 @@ class Request:
 
         by_section = not self.sections or number_of(case) in self.sections or section_of(case) in self.sections
         return by_section and (not self.levels or level_of(case) in self.levels)
+
+    def share(self, selected: Sequence[str]) -> set[str]:
+        """The cases of this lane: bundles of neighbours, which draw the same models, dealt out in turn. It depends on
+        nothing that happens in a run, so the same seed and lanes put the same cases into one process."""
+        return {case for place, case in enumerate(selected) if place // BUNDLE % self.lanes == self.lane}
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")

@@ -1,6 +1,8 @@
 """The parent's side of a run: children that may crash, hang or exit, and a journal that is complete all the same.
 
 The backend is never imported here. A child that dies is replaced by one that goes on after the case that killed it.
+Cases may run in several lanes side by side: each has children, a folder and a journal of its own, and the parent writes
+what it hears from them into the journal of the run.
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 from qlora_hal_conformance.catalogue import SECTIONS_FOLDER
 from qlora_hal_conformance.journal import Journal, result_as_json
@@ -27,8 +30,13 @@ MOST_RESTARTS = 12
 OPENING_SECONDS = 240.0
 """Time for collection and the first heavy import, before any case has started."""
 POLL_SECONDS = 0.02
+MOST_LANES = 4
+"""A lane loads the backend's libraries once more, 1 to 2 GB; beyond four the longest cases decide how long it takes."""
+
+_OVER = object()
 
 Progress = Callable[[Mapping[str, object]], None]
+CHILD_LOG = "child.log"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,38 +48,73 @@ class Ending:
     how: str = ""
 
 
-def run_cases(request: Request, progress: Progress, *, sections: tuple[Path, ...] = (SECTIONS_FOLDER,)) -> None:
+def run_cases(
+    request: Request, progress: Progress, *, sections: tuple[Path, ...] = (SECTIONS_FOLDER,), lanes: int = 1
+) -> None:
     """Run every case that the request lets through; whatever the backend does, the journal says it."""
+    journal = Journal(request.journal_path)
+
+    def heard(event: Mapping[str, object]) -> None:
+        journal.write(**event)  # type: ignore[arg-type]
+        progress(event)
+
+    with contextlib.ExitStack() as stack:
+        running = [_lane(_in_lane(request, number, lanes), heard, sections) for number in range(lanes)]
+        for lane in running:
+            stack.callback(lane.close)
+        while running := [lane for lane in running if _goes_on(lane)]:
+            time.sleep(POLL_SECONDS)
+
+
+def lanes_here() -> int:
+    """As many lanes as there are processors for, up to `MOST_LANES`."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(MOST_LANES, usable or 1)
+
+
+def said_by_children(request: Request) -> str:
+    """What all children of a run wrote to their output, lane by lane."""
+    logs = sorted(Path(request.folder).glob(f"lane-*/{CHILD_LOG}"))
+    return "".join(log.read_text(encoding="utf-8", errors="replace") for log in logs)
+
+
+def _in_lane(request: Request, number: int, lanes: int) -> Request:
+    folder = Path(request.folder) / f"lane-{number}"
+    folder.mkdir(exist_ok=True)
+    return replace(request, folder=str(folder), lane=number, lanes=lanes)
+
+
+def _goes_on(lane: Generator[None, None, None]) -> bool:
+    return next(lane, _OVER) is not _OVER
+
+
+def _lane(request: Request, heard: Progress, sections: tuple[Path, ...]) -> Generator[None, None, None]:
+    """One child after the other until the lane's cases are done; yields whenever it waits."""
     journal = Journal(request.journal_path)
     for _ in range(MOST_RESTARTS + 1):
         left = replace(request, done=_done(journal))
-        ending = _one_child(left, journal, progress, sections)
+        ending = yield from _one_child(left, heard, sections)
         if ending.finished:
             return
         if not ending.stuck:
             # It died outside of any case: at import, at collection, or between two. Another child would do the same.
-            _break_off(journal, progress, ending.how)
+            heard({"event": "broke_off", "how": ending.how})
             return
-        died = CaseResult(ending.stuck, Verdict.FAILED, ending.how)
-        journal.write("ended", **result_as_json(died))
-        progress({"event": "ended", **result_as_json(died)})
-    _break_off(journal, progress, f"more than {MOST_RESTARTS} cases ended the process")
-
-
-def _break_off(journal: Journal, progress: Progress, how: str) -> None:
-    journal.write("broke_off", how=how)
-    progress({"event": "broke_off", "how": how})
+        died = {"event": "ended", **result_as_json(CaseResult(ending.stuck, Verdict.FAILED, ending.how))}
+        journal.write(**died)  # type: ignore[arg-type]
+        heard(died)
+    heard({"event": "broke_off", "how": f"more than {MOST_RESTARTS} cases ended the process"})
 
 
 def _done(journal: Journal) -> tuple[str, ...]:
     return tuple(str(event["case"]) for event in journal.read() if event["event"] == "ended")
 
 
-def _one_child(request: Request, journal: Journal, progress: Progress, sections: tuple[Path, ...]) -> Ending:
-    folder = Path(request.folder)
+def _one_child(request: Request, heard: Progress, sections: tuple[Path, ...]) -> Generator[None, None, Ending]:
+    folder, journal = Path(request.folder), request.journal_path
     request.write(folder / "request.json")
-    journal.path.touch()
-    with open(folder / "child.log", "ab") as log, open(journal.path, "rb") as events:
+    journal.touch()
+    with open(folder / CHILD_LOG, "ab") as log, open(journal, "rb") as events:
         events.seek(0, os.SEEK_END)
         child = subprocess.Popen(
             _command(request, folder, sections),
@@ -83,18 +126,20 @@ def _one_child(request: Request, journal: Journal, progress: Progress, sections:
             start_new_session=True,
         )
         try:
-            return _watched(child, events, request, progress)
+            return (yield from _watched(child, events, request, heard))
         finally:
             _kill(child)
 
 
-def _watched(child: subprocess.Popen[bytes], events: object, request: Request, progress: Progress) -> Ending:
+def _watched(
+    child: subprocess.Popen[bytes], events: BinaryIO, request: Request, heard: Progress
+) -> Generator[None, None, Ending]:
     """Follow the journal until the child ends, or a case makes no progress for as long as its time."""
     running, patience, finished = "", Patience(child.pid), False
     partial = b""
     while True:
         ended = child.poll() is not None
-        partial += events.read()  # type: ignore[attr-defined]
+        partial += events.read()
         *lines, partial = partial.split(b"\n")
         for line in filter(None, lines):
             with contextlib.suppress(ValueError):
@@ -105,14 +150,14 @@ def _watched(child: subprocess.Popen[bytes], events: object, request: Request, p
                 elif event["event"] == "ended":
                     running = ""
                 finished = finished or event["event"] == "finished"
-                progress(event)
+                heard(event)
         if ended:
             return Ending(finished and not running, running, f"crashed: the process {_how(child.returncode)}")
         limit = request.timeout_seconds if running else max(OPENING_SECONDS, request.timeout_seconds)
         if patience.is_over(limit):
             what = f"hung: no answer within {limit:g} s" + ("" if running else " before the first case")
             return Ending(False, running, what)
-        time.sleep(POLL_SECONDS)
+        yield
 
 
 def _how(status: int) -> str:

@@ -55,6 +55,9 @@ def conformance(
     keyword: Annotated[
         str | None, Parameter(help="For development: run only cases whose name matches; no certificate is written.")
     ] = None,
+    lanes: Annotated[
+        int | None, Parameter(help="Processes that run cases side by side; default: one a processor, up to 4.")
+    ] = None,
     quiet: Annotated[bool, Switch, Parameter(help="Print nothing.")] = False,
 ) -> int:
     """Run the conformance suite against one backend, or judge exactly what one run computes. Exit 0 only when it is
@@ -64,6 +67,7 @@ def conformance(
     from qlora_hal_conformance.conformance_run import Options
     from qlora_hal_conformance.conformance_run import run as run_suite
     from qlora_hal_conformance.for_run import ForOptions, judge_run
+    from qlora_hal_conformance.running import lanes_here
     from qlora_hal_conformance.subject import Reference
 
     if verify is not None:
@@ -74,9 +78,10 @@ def conformance(
         return status
     reference = Reference(backend or "", trainer or "", spec or "")
     is_named = bool(backend or trainer or spec)
+    side_by_side = lanes_here() if lanes is None else lanes
     if run is not None:
         given = reference if is_named else None
-        return judge_run(ForOptions(run, given, out, certificate, keyword or "", seed, timeout, quiet))[0]
+        return judge_run(ForOptions(run, given, out, certificate, keyword or "", seed, timeout, quiet, side_by_side))[0]
     if not is_named:
         raise _nothing_named()
     name = reference.backend or (reference.trainer or reference.spec).partition(":")[0]
@@ -90,6 +95,7 @@ def conformance(
         timeout_seconds=timeout,
         waivers=waivers,
         quiet=quiet,
+        lanes=side_by_side,
     )
     return run_suite(options).status
 

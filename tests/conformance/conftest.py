@@ -27,10 +27,10 @@ def judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Out
     """Run a part of the suite on one of `odd_backends`."""
     monkeypatch.setenv("PYTHONPATH", HERE)
 
-    def judge(spec: str, *, keyword: str, timeout: float = 60.0) -> Outcome:
+    def judge(spec: str, *, keyword: str, timeout: float = 60.0, lanes: int = 1) -> Outcome:
         reference = Reference(spec=f"odd_backends:{spec}")
         out = tmp_path / "out"
-        return run(Options(reference, out, seed=1, keyword=keyword, timeout_seconds=timeout, quiet=True))
+        return run(Options(reference, out, seed=1, keyword=keyword, timeout_seconds=timeout, quiet=True, lanes=lanes))
 
     return judge
 

@@ -44,6 +44,34 @@ def test_end_of_the_process_is_the_verdict_of_its_case(spec: str, words: str, ju
     assert found[HARMLESS].verdict is Verdict.PASSED
 
 
+def test_crash_in_one_lane_is_the_verdict_of_its_case_alone(judged: Judged) -> None:
+    """Every other case is judged once, in whichever lane it is, and the figures are those of a single lane."""
+    keyword = "(11_contract or b_of_zero or losses_of_tokens) and float32 or evaluation_gives or device_facts_are"
+    outcomes = [judged("DIES", keyword=keyword, lanes=lanes) for lanes in (1, 3)]
+    alone, beside = (
+        {result.case: (result.verdict, result.measures) for result in outcome.count.results} for outcome in outcomes
+    )
+    assert alone == beside
+    assert {case for case, (verdict, _) in beside.items() if verdict is not Verdict.PASSED} >= {EVALUATES}
+    assert beside[HARMLESS][0] is Verdict.PASSED
+
+
+def test_lanes_are_said_and_kept_with_the_seed(tmp_path: Path) -> None:
+    """Together they put the same cases into the same processes again."""
+    ended = suite("--spec", REFERENCE, "-k", KEYWORD, "--lanes", "2", "--seed", "3", "--out", "out", cwd=tmp_path)
+    assert "seed 3, 2 lanes" in ended.stderr
+    document = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (document["seed"], document["lanes"]) == (3, 2)
+
+
+@pytest.mark.parametrize("lanes", ["0", "-1", "65"])
+def test_lanes_out_of_range_are_refused(lanes: str, tmp_path: Path) -> None:
+    ended = suite("--spec", REFERENCE, "--lanes", lanes, "--out", "out", cwd=tmp_path)
+    assert ended.returncode == 2
+    assert "QH-N19" in ended.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_skip_raised_by_a_backend_is_inconclusive(judged: Judged) -> None:
     outcome = judged("SKIPS", keyword="evaluation_gives or device_facts_are")
     assert verdicts(outcome) == {HARMLESS: Verdict.PASSED, EVALUATES: Verdict.INCONCLUSIVE}

@@ -16,7 +16,7 @@ from qlora_hal_oracle import EXACT, Arithmetic, LlamaShape, LoraScale, OracleLla
 from qlora_hal_oracle.arrays import Float64
 from qlora_hal_oracle.llama import ForwardPass
 from qlora_hal_oracle.lora import AdaptedLinear
-from qlora_hal_oracle.shape import HEAD, POST_MLP_NORM
+from qlora_hal_oracle.shape import DEFAULT_RMS_NORM_EPS, HEAD, POST_MLP_NORM
 
 from .registry import Mutant, Open, with_rooms, with_trainer
 
@@ -56,6 +56,10 @@ def a_plain_llama(shape: LlamaShape) -> LlamaShape:
     """The sizes alone, and the names of the tensors that came with them."""
     plain = {field.name: field.default for field in fields(LlamaShape) if field.name not in PLAIN}
     return replace(shape, **plain)  # type: ignore[arg-type]
+
+
+def another_default_epsilon(shape: LlamaShape) -> LlamaShape:
+    return replace(shape, rms_norm_eps=1e-5) if shape.rms_norm_eps == DEFAULT_RMS_NORM_EPS else shape
 
 
 def one_more_token_in_the_window(shape: LlamaShape) -> LlamaShape:
@@ -313,6 +317,12 @@ MUTANTS = (
         "Gives every second query head the second key.",
         ("30", "31"),
         with_rooms(model=GroupsInterleaved),
+    ),
+    Mutant(
+        "another_default_epsilon",
+        "Takes 1e-5 for the epsilon of the norms where config.json has the default, or nothing.",
+        ("32",),
+        read_as(another_default_epsilon),
     ),
     Mutant(
         "groups_of_powers_of_two",

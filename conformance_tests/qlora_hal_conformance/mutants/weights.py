@@ -55,6 +55,14 @@ class WeightsIgnoredInEvaluation(ReferenceTrainer):
         return found if found.weighted_loss_sum is None else replace(found, weighted_loss_sum=found.loss_sum)
 
 
+class UnweightedBatchesLeftOut(ReferenceTrainer):
+    def evaluate(self, batches: Sequence[Batch]) -> LossSum:
+        found, weighted = super().evaluate(batches), [batch for batch in batches if batch.weights is not None]
+        if not weighted:
+            return found
+        return replace(found, weighted_loss_sum=super().evaluate(weighted).weighted_loss_sum)
+
+
 class LossesWhereTheyAreMade(ReferenceTrainer):
     """Puts the loss of a token at the place that predicts it."""
 
@@ -144,6 +152,12 @@ MUTANTS = (
         "Tells the plain sum of losses as the weighted one.",
         ("45",),
         with_trainer(WeightsIgnoredInEvaluation),
+    ),
+    Mutant(
+        "unweighted_batches_left_out_of_the_evaluation",
+        "Leaves batches without weights out of the weighted sum when another has some.",
+        ("45",),
+        with_trainer(UnweightedBatchesLeftOut),
     ),
     Mutant(
         "token_losses_shifted",

@@ -31,9 +31,11 @@ from qlora_hal_conformance.subject import Family
 from qlora_hal_conformance.tolerances import loss_bound, rounding
 from qlora_hal_oracle import LlamaShape, OracleTrainer, read_shape
 from qlora_hal_oracle.families import FAMILIES, MODEL_TYPES, VARIATIONS, Config, draw_config, vary
-from qlora_hal_oracle.random_models import HEAD, draw_plain_shape, draw_tensors, tied
+from qlora_hal_oracle.random_models import EMBEDDING, HEAD, draw_plain_shape, draw_tensors, tied
 
 SIXTEEN_BITS = 65_536
+LEFT_OUT = frozenset({"rms_norm_eps", "rope_theta", "hidden_act", "tie_word_embeddings"})
+SMALL = 2.0**-9
 BEYOND_THE_ORIGINAL_LENGTH = (44, 37)
 """Positions past the 32 of a drawn Phi-3: every token of the batch gets the other factors."""
 
@@ -84,6 +86,20 @@ def test_a_stored_head_of_a_tied_model_is_used_or_refused(
     assert HEAD in untied
     opened.models.define("head", shape, untied, config)
     ready = opened("head", adapter=draw_adapter(seeded, shape))
+    _judge(ready, oracle(ready), draw_batch(seeded, shape), judging)
+
+
+@pytest.mark.needs(Family("llama", varied=True))
+def test_keys_left_out_have_the_defaults_of_their_architecture(
+    opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    """The embeddings are small, so that the first norm's epsilon is much of what it is added to."""
+    config = {key: value for key, value in draw_config("llama", seeded).items() if key not in LEFT_OUT}
+    shape = read_shape(config)
+    tensors = draw_tensors(shape, seeded)
+    tensors[EMBEDDING] = tensors[EMBEDDING] * np.float32(SMALL)
+    opened.models.define("sparse", shape, tensors, config)
+    ready = opened("sparse", adapter=draw_adapter(seeded, shape))
     _judge(ready, oracle(ready), draw_batch(seeded, shape), judging)
 
 

@@ -107,6 +107,23 @@ def test_both_sums_are_told(opened: Opener, oracle: OracleOf, seeded: np.random.
 
 
 @in_each_dtype
+@pytest.mark.parametrize("weighted", [0, 1], ids=["the_first_alone", "the_last_alone"])
+def test_weights_in_one_batch_alone(
+    weighted: int, opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
+) -> None:
+    """The tokens of a batch without weights weigh 1, whatever the other batch says."""
+    shape, _ = opened.models.drawn("main")
+    ready, window = opened(adapter=draw_adapter(seeded, shape)), draw_window(seeded, shape)
+    [window[weighted]] = _weighted(seeded, [window[weighted]])
+    reference = oracle(ready)
+    expected = sum(_weighted_sum(reference, batch) for batch in window)
+    bound = _widest(loss_bound(reference, window, ready.dtype))
+    for told in (ready.trainer.evaluate(window), ready.step(window, 0.0)):
+        assert told.weighted_loss_sum is not None, "no weighted sum was given"
+        judging.within("weighted sum", np.array(told.weighted_loss_sum), np.array(expected), bound)
+
+
+@in_each_dtype
 def test_losses_of_tokens(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     """One for each counted token, where its label stands; 0 elsewhere."""
     shape, _ = opened.models.drawn("main")
@@ -184,8 +201,8 @@ def _judge_losses(ready: Opened, reference: OracleTrainer, batch: Batch, judging
 
 
 def _weighted_sum(reference: OracleTrainer, batch: Batch) -> float:
-    assert batch.weights is not None
-    return float((reference.token_losses(batch) * batch.weights).sum())
+    weights = 1.0 if batch.weights is None else batch.weights
+    return float((reference.token_losses(batch) * weights).sum())
 
 
 def _of_a_token(bound: Bound) -> Bound:
