@@ -18,6 +18,7 @@ from qlora_hal_oracle import UNIT_ROUNDOFF, DropoutMasks, ErrorScale, LossCurveE
 from qlora_hal_oracle.adamw import AdamWState, adamw_update, clip_factor, global_norm
 from qlora_hal_oracle.arithmetic import MagnitudeRecorder, RandomRounding
 from qlora_hal_oracle.arrays import AnyFloat, Float64, TokenBatch
+from qlora_hal_oracle.loss import token_losses
 
 U32 = UNIT_ROUNDOFF["float32"]
 
@@ -162,18 +163,24 @@ def loss_bound(oracle: OracleTrainer, window: Sequence[TokenBatch], dtype: str) 
 
     One token's loss is log sum exp(z) - z[label]; each term moves by at most the largest error of z, so by 2 b
     together. The tokens' errors are of either sign and b is never reached by many, hence sqrt(n) and not n. Summing
-    n losses in float32 costs at most u32 n relative. In a coarse dtype b is the root mean square of `logits_noise`, a
-    third of which is what one logit's error is like: 2 b sqrt(n) is then 4 deviations of the sum, and a log-sum-exp,
-    being convex, adds up to b^2 / 2 for each token.
+    n losses in float32 costs at most u32 n relative. In a coarse dtype b is the root mean square of `logits_noise`,
+    three times what one logit's error is like: 2 b sqrt(n) is then 6 times the error that a sum of n label's logits
+    has. Where a few logits tower over the others (a tied head finds its own token), their errors do too; so it may be 6
+    times the 2-norm of the tokens' own errors in a randomly rounded run, where that is more. A log-sum-exp, being
+    convex, adds up to b^2 / 2 for each token.
     """
     losses = [oracle.evaluate([batch]) for batch in window]
     count = sum(tokens for _, tokens in losses)
     summing = U32 * count * abs(sum(loss for loss, _ in losses))
     if is_coarse(dtype):
         b = max(_root_mean_square(oracle, batch, dtype) for batch in window)
+        of_logits, of_tokens = 2.0 * b * math.sqrt(count), 2.0 * NOISE_WIDENING * _token_noise(oracle, window, dtype)
+        of_labels = (
+            f"2 * {b:.3g} * sqrt({count})" if of_logits >= of_tokens else "6 |error of tokens, rounded at random|"
+        )
         return Bound(
-            2.0 * b * math.sqrt(count) + count * b**2 / 2.0 + summing,
-            f"2 * {b:.3g} * sqrt({count}) + n * {b:.3g}^2 / 2 + 2^-24 * n * loss",
+            max(of_logits, of_tokens) + count * b**2 / 2.0 + summing,
+            f"{by_logits if of_logits >= of_tokens else by_tokens} + n * {b:.3g}^2 / 2 + 2^-24 * n * loss",
         )
     logits = max(float(logits_bound(oracle, batch, dtype).value) for batch in window)
     return Bound(2.0 * logits * math.sqrt(count) + summing, f"2 * {logits:.3g} * sqrt({count}) + 2^-24 * n * loss")
@@ -182,6 +189,15 @@ def loss_bound(oracle: OracleTrainer, window: Sequence[TokenBatch], dtype: str) 
 def _root_mean_square(oracle: OracleTrainer, batch: TokenBatch, dtype: str) -> float:
     numbers = int(np.count_nonzero(batch.segment_ids)) * oracle.model.shape.vocab_size
     return float(logits_noise(oracle, batch, dtype).value) / math.sqrt(max(numbers, 1))
+
+
+def _token_noise(oracle: OracleTrainer, window: Sequence[TokenBatch], dtype: str) -> float:
+    """The 2-norm of the error of each counted token's loss in a randomly rounded run."""
+    apart = []
+    for batch in window:
+        rounded = oracle.model.forward(batch, RandomRounding(UNIT_ROUNDOFF[dtype], seed=0)).logits
+        apart.append(float(np.linalg.norm(token_losses(rounded, batch.labels) - oracle.token_losses(batch))))
+    return math.hypot(*apart)
 
 
 def norm_bound(bounds: Mapping[str, Bound], gradients: Mapping[str, Float64]) -> Bound:
@@ -342,6 +358,7 @@ class OwnUpdate:
     parameters that belong to it, and bounds for them."""
 
     gradients: dict[str, Float64]
+    gradient_bounds: dict[str, Bound]
     second: dict[str, Float64]
     second_bounds: dict[str, Bound]
     parameters: dict[str, Float64]
@@ -358,7 +375,7 @@ def own_update(
     step = after.step
     corrections = (1.0 - given.beta1**step, 1.0 - given.beta2**step)
     own = UPDATE_ROUNDINGS * U32 + sum(U32 / correction for correction in corrections)
-    exact = OwnUpdate({}, {}, {}, {}, {}, Bound(0.0, ""))
+    exact = OwnUpdate({}, {}, {}, {}, {}, {}, Bound(0.0, ""))
     unsure = 0.0
     for name, tensor in start.items():
         p0 = np.asarray(tensor, dtype=np.float64)
@@ -380,6 +397,7 @@ def own_update(
             UPDATE_ROUNDINGS * U32 * np.abs(p0) + own * np.abs(update),
             "16 u32 (|p| + |update|) + u32 |update| / (1 - b^step)",
         )
+        exact.gradient_bounds[name] = Bound(float(np.linalg.norm(error)), "|e|")
         unsure = math.hypot(unsure, float(np.linalg.norm(error)))
     of_norm = Bound(unsure + _summed(exact.gradients), "|e| + (8 + sqrt(n)) u32 norm")
     return replace(exact, norm_bound=of_norm)

@@ -11,6 +11,7 @@ from qlora_hal.contract.values import Batch, Float32, OptimizerSnapshot, StepSta
 from qlora_hal_conformance.assertions import Judge
 from qlora_hal_conformance.fixtures import Opened, oracle_step
 from qlora_hal_conformance.tolerances import (
+    OwnUpdate,
     UpdateSettings,
     gradient_bounds,
     gradient_noise,
@@ -23,7 +24,6 @@ from qlora_hal_conformance.tolerances import (
 )
 from qlora_hal_oracle import OracleTrainer
 from qlora_hal_oracle.adamw import clip_factor, global_norm
-from qlora_hal_oracle.arrays import Float64
 
 
 def oracle_at_state_of(ready: Opened) -> OracleTrainer:
@@ -76,8 +76,11 @@ def judge_step(
     if noise is not None:
         factor = clip_factor(expected.grad_norm, given.max_grad_norm)
         clipped = {name: factor * gradient for name, gradient in gradients.items()}
-        twice = {name: bound.times(2.0 * factor, "gradient and norm, clipped") for name, bound in noise.items()}
-        judging.all_whole("clipped gradients", used, clipped, twice)
+        allowed = {
+            name: bound.times(2.0 * factor, "gradient and norm, clipped").plus(used.gradient_bounds[name])
+            for name, bound in noise.items()
+        }
+        judging.all_whole("clipped gradients", used.gradients, clipped, allowed)
     return stats
 
 
@@ -89,18 +92,16 @@ class Held:
     optimizer: OptimizerSnapshot
 
 
-def _judge_own_update(
-    before: Held, after: Held, stats: StepStats, given: UpdateSettings, judging: Judge
-) -> dict[str, Float64]:
-    """The clipped gradient that the first moments show, after the second moments, the adapter and the norm were found
-    to be those that AdamW makes of it."""
+def _judge_own_update(before: Held, after: Held, stats: StepStats, given: UpdateSettings, judging: Judge) -> OwnUpdate:
+    """The clipped gradient that the first moments show, and how exactly they show it, after the second moments, the
+    adapter and the norm were found to be those that AdamW makes of it."""
     exact = own_update(before.tensors, before.optimizer, after.optimizer, given)
     squares = {name: after.optimizer.moments[f"{name}.exp_avg_sq"] for name in before.tensors}
     judging.all_within("second moments by the first", squares, exact.second, exact.second_bounds)
     judging.all_within("adapter by its moments", after.tensors, exact.parameters, exact.parameter_bounds)
     clipped = stats.grad_norm * clip_factor(stats.grad_norm, given.max_grad_norm)
     judging.within("norm by the moments", np.array(clipped), np.array(global_norm(exact.gradients)), exact.norm_bound)
-    return exact.gradients
+    return exact
 
 
 def drawn_moments(ready: Opened, window: Sequence[Batch], step: int, random: np.random.Generator) -> OptimizerSnapshot:

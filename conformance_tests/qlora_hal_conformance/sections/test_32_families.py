@@ -17,7 +17,7 @@ from qlora_hal.contract.values import Batch
 from qlora_hal_conformance.assertions import Judge
 from qlora_hal_conformance.comparing import judge_gradients, judge_logits
 from qlora_hal_conformance.fixtures import Opened, Opener
-from qlora_hal_conformance.parameters import OracleOf
+from qlora_hal_conformance.parameters import OracleOf, in_each_dtype
 from qlora_hal_conformance.random_inputs import (
     at_real_tokens,
     draw_adapter,
@@ -52,6 +52,7 @@ def each_variation() -> list[ParameterSet]:
 
 
 # families -------------------------------------------------------------------------------------------------------------
+@in_each_dtype
 @pytest.mark.parametrize("family", each_family())
 def test_a_family_equals_the_oracle(
     family: str, opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge

@@ -16,6 +16,7 @@ from qlora_hal_conformance.hostile_inputs import (
     overflow_of_the_sum,
     towering,
 )
+from qlora_hal_conformance.parameters import in_each_dtype
 from qlora_hal_conformance.random_inputs import draw_adapter, draw_batch, draw_window, with_field
 from qlora_hal_conformance.tolerances import UpdateSettings, loss_bound
 from qlora_hal_conformance.updating import drawn_moments, judge_step, oracle_at_state_of
@@ -26,6 +27,7 @@ RATE = 1e-2
 CLIPS = {"clipped": 1, "not_clipped": None}
 
 
+@in_each_dtype
 @pytest.mark.parametrize("max_grad_norm", CLIPS.values(), ids=CLIPS)
 def test_no_gradient_is_finite(
     max_grad_norm: float | None, opened: Opener, seeded: np.random.Generator, judging: Judge
@@ -37,6 +39,7 @@ def test_no_gradient_is_finite(
     judge_step(ready, oracle_at_state_of(ready), window, UpdateSettings(RATE), judging)
 
 
+@in_each_dtype
 @pytest.mark.parametrize("max_grad_norm", CLIPS.values(), ids=CLIPS)
 def test_one_tensor_has_a_gradient_that_is_not_finite(
     max_grad_norm: float | None, opened: Opener, seeded: np.random.Generator, judging: Judge
@@ -47,6 +50,7 @@ def test_one_tensor_has_a_gradient_that_is_not_finite(
     _judge_next(ready, window, judging)
 
 
+@in_each_dtype
 def test_only_the_sum_of_the_micro_batches_is_not_finite(
     opened: Opener, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -55,6 +59,7 @@ def test_only_the_sum_of_the_micro_batches_is_not_finite(
     _judge_next(ready, window, judging)
 
 
+@in_each_dtype
 def test_only_one_of_three_micro_batches_is_not_finite(
     opened: Opener, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -78,7 +83,7 @@ def _with_a_towering_module(
     module = f"model.layers.{shape.num_hidden_layers - 1}.mlp.down_proj"
     if not last:
         module = modules[int(seeded.integers(len(modules)))]
-    dtype = opened.subject.main_dtype
+    dtype = opened.main_dtype
     ready = opened(adapter=towering(draw_adapter(seeded, shape), module, dtype))
     window = [_one_prediction(shape, seeded)] if last else draw_window(seeded, shape)
     _give_moments(ready, window, seeded)

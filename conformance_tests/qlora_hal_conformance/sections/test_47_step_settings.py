@@ -11,7 +11,7 @@ from qlora_hal_conformance.assertions import Judge
 from qlora_hal_conformance.comparing import judge_gradients
 from qlora_hal_conformance.fixtures import Opened, Opener, oracle_step
 from qlora_hal_conformance.hostile_inputs import quiet
-from qlora_hal_conformance.parameters import OracleOf
+from qlora_hal_conformance.parameters import OracleOf, in_each_dtype
 from qlora_hal_conformance.random_inputs import draw_adapter, draw_batch, draw_many_rows, draw_window, rows_of
 from qlora_hal_conformance.tolerances import UpdateSettings, gradient_bounds, learning_shortfall
 from qlora_hal_conformance.updating import drawn_moments, judge_step, oracle_at_state_of
@@ -34,6 +34,7 @@ LARGE_RANK = 64
 """64 x 128 numbers in the smallest tensor: more than the 4096 from which optimizers store moments in 8 bits."""
 
 
+@in_each_dtype
 @pytest.mark.parametrize("hundredths", AROUND_THE_LIMIT.values(), ids=AROUND_THE_LIMIT)
 def test_clip_around_its_limit(
     hundredths: int, opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
@@ -46,14 +47,16 @@ def test_clip_around_its_limit(
     _judge_clipped(ready, reference, window, limit, judging)
 
 
+@in_each_dtype
 def test_clip_of_small_gradients(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     """The divisor is norm + 1e-6, as in torch and MLX: where the norm itself is a millionth, that counts."""
     shape, _ = opened.models.drawn("main")
-    ready, window = opened(adapter=quiet(draw_adapter(seeded, shape), opened.subject.main_dtype)), _one(opened, seeded)
+    ready, window = opened(adapter=quiet(draw_adapter(seeded, shape), opened.main_dtype)), _one(opened, seeded)
     reference = oracle(ready)
     _judge_clipped(ready, reference, window, global_norm(reference.gradients(window)) / 2, judging)
 
 
+@in_each_dtype
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_two_steps(settings: UpdateSettings, opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
     """A first step and the one after it: what the first left in the moments counts."""
@@ -63,17 +66,19 @@ def test_two_steps(settings: UpdateSettings, opened: Opener, seeded: np.random.G
         judge_step(ready, oracle_at_state_of(ready), draw_window(seeded, shape), settings, judging)
 
 
+@in_each_dtype
 @pytest.mark.parametrize("epsilon", [1, 10**4], ids=["tiny", "of_their_size"])
 def test_epsilon_beside_small_gradients(
     epsilon: int, opened: Opener, seeded: np.random.Generator, judging: Judge
 ) -> None:
     """In units of 1e-12: a tiny one is not lifted to the usual one; one of the gradients' size halves the way."""
     shape, _ = opened.models.drawn("main")
-    ready = opened(adapter=quiet(draw_adapter(seeded, shape), opened.subject.main_dtype))
+    ready = opened(adapter=quiet(draw_adapter(seeded, shape), opened.main_dtype))
     settings = UpdateSettings(RATE, epsilon=epsilon / 10**12, max_grad_norm=None)
     judge_step(ready, oracle_at_state_of(ready), draw_window(seeded, shape), settings, judging)
 
 
+@in_each_dtype
 def test_decay_follows_the_rate(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
     """Each step decays by its own rate; where that is 0, nothing decays."""
     shape, _ = opened.models.drawn("main")
@@ -83,6 +88,7 @@ def test_decay_follows_the_rate(opened: Opener, seeded: np.random.Generator, jud
         judge_step(ready, oracle_at_state_of(ready), draw_window(seeded, shape), given, judging)
 
 
+@in_each_dtype
 def test_twenty_five_micro_batches(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -91,6 +97,7 @@ def test_twenty_five_micro_batches(
     judge_gradients(ready.trained_gradient(rows_of(whole)), oracle(ready), [whole], ready, judging)
 
 
+@in_each_dtype
 def test_thirty_three_rows(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     """In one micro-batch: one more than a block of 32."""
     shape, _ = opened.models.drawn("main")
@@ -98,6 +105,7 @@ def test_thirty_three_rows(opened: Opener, oracle: OracleOf, seeded: np.random.G
     judge_gradients(ready.trained_gradient([whole]), oracle(ready), [whole], ready, judging)
 
 
+@in_each_dtype
 def test_large_tensors(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
     """Moments of tensors of more than 4096 numbers are float32 as well: imported, used, and exported."""
     shape, _ = opened.models.drawn("main")
@@ -107,6 +115,7 @@ def test_large_tensors(opened: Opener, seeded: np.random.Generator, judging: Jud
         judge_step(ready, oracle_at_state_of(ready), window, UpdateSettings(RATE, weight_decay=0.1), judging)
 
 
+@in_each_dtype
 @pytest.mark.parametrize(
     "optimizer",
     [

@@ -14,6 +14,7 @@ from qlora_hal.contract.dropout import rows_of as rows_of_batch
 from qlora_hal.contract.values import Batch
 from qlora_hal_conformance.assertions import Judge
 from qlora_hal_conformance.fixtures import Opened, Opener, placed
+from qlora_hal_conformance.parameters import in_each_dtype
 from qlora_hal_conformance.random_inputs import draw_adapter, draw_batch, draw_many_rows, joined, rows_of, with_zero
 from qlora_hal_conformance.tolerances import EXACT, gradient_bounds
 from qlora_hal_oracle.arrays import AnyFloat, Float64
@@ -30,6 +31,7 @@ CUTS = (5, 9, 15)
 """Where fifteen rows are cut into three micro-batches."""
 
 
+@in_each_dtype
 @pytest.mark.parametrize("bits", HIGH_BITS.values(), ids=HIGH_BITS)
 def test_every_module_of_five_layers_by_every_bit_of_the_key(
     bits: tuple[int, ...], opened: Opener, seeded: np.random.Generator, judging: Judge
@@ -45,6 +47,7 @@ def test_every_module_of_five_layers_by_every_bit_of_the_key(
     judging.at_most(f"columns with another mask than the contract's, {worst}", wrong[worst], EXACT)
 
 
+@in_each_dtype
 @pytest.mark.parametrize("rate", RATES.values(), ids=RATES)
 def test_many_rows_in_three_micro_batches(
     rate: float, opened: Opener, seeded: np.random.Generator, judging: Judge

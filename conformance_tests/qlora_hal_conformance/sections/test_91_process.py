@@ -17,6 +17,7 @@ from qlora_hal_conformance.assertions import Judge
 from qlora_hal_conformance.comparing import judge_logits
 from qlora_hal_conformance.fixtures import Opener, placed
 from qlora_hal_conformance.hostile_inputs import overflow_everywhere
+from qlora_hal_conformance.parameters import in_each_dtype
 from qlora_hal_conformance.random_inputs import draw_adapter, draw_batch, draw_window, total_tokens, with_field
 from qlora_hal_conformance.tolerances import UpdateSettings, gradient_bounds, loss_bound, norm_bound
 from qlora_hal_conformance.updating import drawn_moments, judge_step, oracle_at_state_of
@@ -32,6 +33,7 @@ Given = TypeVar("Given")
 AnyArray = npt.NDArray[Any]
 
 
+@in_each_dtype
 def test_used_in_another_thread_than_it_was_loaded_in(
     opened: Opener, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -43,6 +45,7 @@ def test_used_in_another_thread_than_it_was_loaded_in(
         run(lambda: judge_logits(ready, oracle_at_state_of(ready), draw_batch(seeded, shape), judging))
 
 
+@in_each_dtype
 def test_loaded_in_another_thread_than_it_is_used_in(
     opened: Opener, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -66,6 +69,7 @@ def test_two_dtypes_at_once(one: str, other: str, opened: Opener, seeded: np.ran
             judge_logits(ready, oracle_at_state_of(ready), window[0], judging)
 
 
+@in_each_dtype
 def test_figures_read_late_are_those_of_their_own_step(
     opened: Opener, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -96,6 +100,7 @@ def test_figures_read_late_are_those_of_their_own_step(
     assert ready.trainer.export_optimizer().step == 2, "two of three steps were ordinary"
 
 
+@in_each_dtype
 def test_arrays_of_the_caller_are_left_alone(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
     """Adapter, moments, batches and prompt are bit for bit what they were, after every verb that was given them."""
     shape, _ = opened.models.drawn("main")
@@ -121,6 +126,7 @@ def test_arrays_of_the_caller_are_left_alone(opened: Opener, seeded: np.random.G
     assert not changed, f"{len(changed)} arrays of the caller were changed: {changed[:3]}"
 
 
+@in_each_dtype
 def test_later_changes_of_the_callers_arrays_have_no_effect(
     opened: Opener, seeded: np.random.Generator, judging: Judge
 ) -> None:
@@ -143,6 +149,7 @@ def test_later_changes_of_the_callers_arrays_have_no_effect(
     judge_step(ready, reference, window, _settings(), judging)
 
 
+@in_each_dtype
 def test_a_batch_whose_arrays_have_changed_is_another_batch(
     opened: Opener, seeded: np.random.Generator, judging: Judge
 ) -> None:
