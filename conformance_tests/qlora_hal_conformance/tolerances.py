@@ -175,9 +175,7 @@ def loss_bound(oracle: OracleTrainer, window: Sequence[TokenBatch], dtype: str) 
     if is_coarse(dtype):
         b = max(_root_mean_square(oracle, batch, dtype) for batch in window)
         of_logits, of_tokens = 2.0 * b * math.sqrt(count), 2.0 * NOISE_WIDENING * _token_noise(oracle, window, dtype)
-        of_labels = (
-            f"2 * {b:.3g} * sqrt({count})" if of_logits >= of_tokens else "6 |error of tokens, rounded at random|"
-        )
+        by_logits, by_tokens = f"2 * {b:.3g} * sqrt({count})", "6 |error of tokens, rounded at random|"
         return Bound(
             max(of_logits, of_tokens) + count * b**2 / 2.0 + summing,
             f"{by_logits if of_logits >= of_tokens else by_tokens} + n * {b:.3g}^2 / 2 + 2^-24 * n * loss",
