@@ -35,6 +35,8 @@ def train(
     force_unlock: bool = False,
     dry_run: bool = False,
     verify: bool = False,
+    devices: int | str | None = None,
+    max_restarts: int = 0,
     console: RunConsole | None = None,
 ) -> TrainResult:
     """Fine-tune a quantized model with LoRA; the same call on every backend.
@@ -44,6 +46,8 @@ def train(
     leaves nothing behind, and says in the result's `plan` what would run. The adapter is written to
     `<output_dir>/adapter` in PEFT layout. `overwrite` replaces an earlier run there; `force_unlock` takes a lock whose
     owner on another host has ended. `verify` hashes every byte of the model's files, and has each resume compare them.
+    `devices`, a number or "auto", starts as many ranks on this machine, which compute one step together
+    (`docs/many_devices.md`); when one fails they are started anew from the last checkpoint, `max_restarts` times.
 
     Raises the errors of `qlora_hal.errors`; whatever can be found wrong before the model loads is found there.
     """
@@ -55,6 +59,20 @@ def train(
     rows = None if data is None or isinstance(data, str | Path) else rows_in_memory(data)
     keywords = {"model": model, "data": None if rows is not None else data, "output_dir": output_dir}
     settings = resolve_settings(config, keywords={**keywords, "backend": backend})
+    if devices is not None and not dry_run:
+        from qlora_hal.ranks.starting import train_on_devices
+
+        return train_on_devices(
+            settings,
+            rows,
+            observers,
+            devices,
+            max_restarts,
+            overwrite=overwrite,
+            force_unlock=force_unlock,
+            verify=verify,
+            console=console,
+        )
     if not dry_run and is_supervised(settings.config.backend.name, observers):
         request = {
             "config": settings.config.model_dump(mode="json"),
@@ -90,6 +108,8 @@ def resume(
     force_unlock: bool = False,
     verify: bool = False,
     trust_remote_code: bool = False,
+    devices: int | str | None = None,
+    max_restarts: int = 0,
     console: RunConsole | None = None,
 ) -> TrainResult:
     """Go on with a run from its newest valid checkpoint, exactly where the backend can (`docs/resume.md`).
@@ -98,7 +118,8 @@ def resume(
     model or its optimizer (another weight format, 8-bit moments) is done only with `transfer`. `model`, `data` and
     `validation_data` say where these lie on this machine; they must be the same ones, and are remembered. `verify`
     hashes every byte of the model's files, and compares them where the run began with `verify`, as it then always does.
-    A base with Python code of its own needs `trust_remote_code` in each call: a run folder may be a stranger's.
+    `devices` may be another number than before: the steps stay the same. A base with Python code of its own needs
+    `trust_remote_code` in each call: a run folder may be a stranger's.
 
     Raises CheckpointError when no checkpoint verifies, and the errors of `train`.
     """
@@ -108,6 +129,22 @@ def resume(
 
     require_path("run_dir", run_dir)
     relocation = PathOverrides.of(model=model, data=data, validation_data=validation_data)
+    if devices is not None:
+        from qlora_hal.ranks.starting import resume_on_devices
+
+        return resume_on_devices(
+            Path(run_dir),
+            relocation,
+            observers,
+            devices,
+            max_restarts,
+            backend=backend,
+            transfer=transfer,
+            force_unlock=force_unlock,
+            verify=verify,
+            trust_remote_code=trust_remote_code,
+            console=console,
+        )
     if is_supervised(backend or "auto", observers):
         request = {
             "run_dir": str(run_dir),

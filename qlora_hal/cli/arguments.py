@@ -111,7 +111,18 @@ def _is_yes_no(path: str) -> bool:
 
 Switch = Parameter(negative="", show_default=False)
 
+DevicesOption = Annotated[
+    str | None, Parameter(help="Train on so many devices of this machine, or on all of them: auto.")
+]
+RestartsOption = Annotated[
+    int, Parameter(help="With --devices: how often to go on from the last checkpoint when a device fails.")
+]
 TrustOption = Annotated[
     bool, Switch, Parameter(help="Let the base run the Python files of its repository, which a run's record cannot.")
 ]
 """For commands that open what a run folder names: that folder may be a stranger's."""
+
+
+def as_devices(given: str | None) -> int | str | None:
+    """`--devices` as Python takes it: a number where it is one; what else it may be is decided there."""
+    return int(given) if given is not None and given.isascii() and given.isdecimal() else given

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from qlora_hal.cli.arguments import Switch, TrustOption
+from qlora_hal.cli.arguments import DevicesOption, RestartsOption, Switch, TrustOption, as_devices
 from qlora_hal.cli.train import result_as_json
 from qlora_hal.errors.terminal_text import show_json
 
@@ -32,6 +32,8 @@ def resume(
         bool, Switch, Parameter(help="Hash every byte of the model's files, and compare them at each resume.")
     ] = False,
     trust_remote_code: TrustOption = False,
+    devices: DevicesOption = None,
+    max_restarts: RestartsOption = 0,
     quiet: Annotated[bool, Switch, Parameter(help="Print only notes and errors.")] = False,
     json: Annotated[bool, Switch, Parameter(help="Print the result as JSON.")] = False,
 ) -> int:
@@ -51,6 +53,8 @@ def resume(
             force_unlock=force_unlock,
             verify=verify,
             trust_remote_code=trust_remote_code,
+            devices=as_devices(devices),
+            max_restarts=max_restarts,
             console=RunConsole(quiet=quiet, json=json),
         )
     if json:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from qlora_hal.cli.arguments import Switch
+from qlora_hal.cli.arguments import DevicesOption, RestartsOption, Switch, as_devices
 from qlora_hal.cli.flags import with_settings
 from qlora_hal.cli.settings import resolved, settings_as_json, settings_as_text
 from qlora_hal.config.resolve import ResolvedSettings
@@ -47,6 +47,8 @@ def train(
     verify: Annotated[
         bool, Switch, Parameter(help="Hash every byte of the model's files, and compare them at each resume.")
     ] = False,
+    devices: DevicesOption = None,
+    max_restarts: RestartsOption = 0,
     quiet: Annotated[bool, Switch, Parameter(help="Print only notes and errors.")] = False,
     json: Annotated[bool, Switch, Parameter(help="Print the result as JSON.")] = False,
     flags: Mapping[str, object],
@@ -70,7 +72,14 @@ def train(
     console = RunConsole(quiet=quiet, json=json)
     with kept_for_json(json):
         result = api.train(
-            settings, overwrite=overwrite, force_unlock=force_unlock, dry_run=dry_run, verify=verify, console=console
+            settings,
+            overwrite=overwrite,
+            force_unlock=force_unlock,
+            dry_run=dry_run,
+            verify=verify,
+            devices=as_devices(devices),
+            max_restarts=max_restarts,
+            console=console,
         )
     if json:
         show_json(result_as_json(result))

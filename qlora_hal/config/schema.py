@@ -138,6 +138,9 @@ class TrainingConfig(_Part):
     per_device_train_batch_size: PositiveInt = 4
     per_device_eval_batch_size: PositiveInt = 8
     gradient_accumulation_steps: PositiveInt = 1
+    global_batch_size: PositiveInt | None = Field(
+        None, description="Sequences in a step, over all devices; in the place of gradient_accumulation_steps."
+    )
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
     warmup_ratio: Fraction = 0.03
     warmup_steps: NonNegativeInt | None = Field(None, description="Overrides warmup_ratio.")
@@ -197,6 +200,17 @@ class CheckpointConfig(_Part):
     )
 
 
+class ParallelConfig(_Part):
+    """How several devices share a run."""
+
+    mode: Literal["auto", "data", "shard"] = Field(
+        "auto", description="data: each device holds the base; shard: each holds a part and gathers the rest."
+    )
+    timeout_seconds: Annotated[float, Field(gt=0.0, le=86400.0)] = Field(
+        600.0, description="How long a device waits for another one before the run is ended."
+    )
+
+
 class BackendConfig(_Part):
     """Which backend, and its own settings."""
 
@@ -216,6 +230,7 @@ class RunConfig(_Part):
     training: TrainingConfig = TrainingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     backend: BackendConfig = BackendConfig()
+    parallel: ParallelConfig = ParallelConfig()
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> RunConfig:
@@ -230,6 +245,10 @@ class RunConfig(_Part):
             raise ValueError("data.validation_split needs data.validation_path")
         if training.max_steps and training.warmup_steps and training.warmup_steps > training.max_steps:
             raise ValueError("training.warmup_steps is larger than training.max_steps")
+        if training.global_batch_size and training.gradient_accumulation_steps != 1:
+            raise ValueError(
+                "training.global_batch_size and training.gradient_accumulation_steps are mutually exclusive"
+            )
         if self.model.trust_remote_code and not _is_commit(self.model.revision):
             raise ValueError("model.trust_remote_code needs model.revision as a 40-digit commit")
         return self

@@ -108,6 +108,8 @@ class BackendSpec:
     that will run. `quantizer` is `package.module:Name` of a
     `Quantizer` for `capabilities.calibrated_formats`. `outline` is `package.module:Name` of an `Outline`, which may
     import what the trainer imports; without one the headers of the weight files decide what a model has.
+    `launcher` is a module that starts ranks of this machine: `python -m LAUNCHER RANKS MAX_RESTARTS MODULE FOLDER` runs
+    `python -m MODULE FOLDER` in each, and leaves `failures.json` in the folder (Feature.DATA_PARALLEL).
     `supervised` asks for a run in a child process, where the device's driver may end it. `prepare_process` is called
     with `backend.options` before the trainer is imported, for variables that a library reads once; a default choice
     leaves alone what the user has set. `contract` is the number that the author wrote this for.
@@ -127,6 +129,7 @@ class BackendSpec:
     memory: Callable[[MemoryQuery], MemoryConstants] = unfused
     quantizer: str = ""
     outline: str = ""
+    launcher: str = ""
     supervised: bool = False
     prepare_process: Callable[[Mapping[str, object]], None] | None = None
 
@@ -198,12 +201,14 @@ class Quantization:
 @dataclass(frozen=True, slots=True)
 class Compute:
     """How the backend computes. `options` are the backend's own settings, from `backend.options`; `world` is which of
-    several ranks this trainer is (Feature.DATA_PARALLEL)."""
+    several ranks this trainer is (Feature.DATA_PARALLEL), `shard_base` whether each of them holds a part of the packed
+    base alone and gathers the rest when it is needed (Feature.SHARDED_BASE)."""
 
     dtype: ComputeDtype = "float32"
     gradient_checkpointing: bool = False
     options: Mapping[str, object] = field(default_factory=dict)
     world: World = field(default_factory=World)
+    shard_base: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +233,10 @@ class QuantizedLoRATrainer(ABC):
     norm of all adapter gradients; AdamW with decoupled decay and bias correction, epsilon outside the root; learning
     rate given by the core; master adapter weights and moments in float32. A step whose loss or gradient is not finite
     changes nothing and says so in its stats.
+
+    With several ranks the window of a step is that of all ranks together, of which each is given its share, and what a
+    step reports is of all. Memory that runs out on one rank raises OutOfMemoryError on all, with nothing changed.
+    `evaluate` and the views are of this rank's batches, but `gradients`, which is of the whole window.
     """
 
     spec: ClassVar[BackendSpec]
@@ -236,6 +245,16 @@ class QuantizedLoRATrainer(ABC):
     """Sentences for the user on what only reading the weights could tell, set by `load`."""
 
     # life ----------------------------------------------------------------------------------------------------------
+    def join_ranks(self, world: World, timeout_seconds: float) -> None:
+        """Meet the other ranks and take this rank's device, before anything else and where there are several. From here
+        on every verb is called by all ranks in the same order, and `sum_over_ranks` works; whichever waits longer than
+        `timeout_seconds` for another rank raises. Feature.DATA_PARALLEL.
+
+        Raises ConfigError QH-R01 (no device for this rank), BackendError QH-R02 (a rank is gone), QH-R04 (they did not
+        meet).
+        """
+        raise _undeclared(self, "data_parallel")
+
     @abstractmethod
     def proved_compute_dtypes(self) -> Sequence[str]:
         """The compute dtypes that this device has, found by computing, best first. Called before `load`."""
@@ -253,8 +272,11 @@ class QuantizedLoRATrainer(ABC):
         """Put the adapter on the base with a fresh optimizer. A second call replaces both. Raises AdapterError."""
 
     def sum_over_ranks(self, values: Float64) -> Float64:
-        """The sum over all ranks of a few numbers `[n]`, for the core's votes (stop, save, split a window, a drawn
-        seed, evaluation sums); what was given where there is one rank. Feature.DATA_PARALLEL."""
+        """The sum over all ranks of a few numbers `[n]`, for the core's votes (stop, save, split a window, evaluation
+        sums); what was given where there is one rank. It is the same on every rank, bit for bit. Feature.DATA_PARALLEL.
+
+        Raises BackendError QH-R02 where a rank is gone, or does not come within the time that `join_ranks` was given.
+        """
         return values
 
     @abstractmethod

@@ -19,6 +19,7 @@ from qlora_hal.contract.values import (
     AdapterConfig,
     Batch,
     Float32,
+    Float64,
     Int32,
     LinearShape,
     LossSum,
@@ -27,6 +28,7 @@ from qlora_hal.contract.values import (
     StepSettings,
     StepStats,
 )
+from qlora_hal.contract.world import World
 from qlora_hal.errors import BackendContractError, BackendError, QloraHalError
 from qlora_hal.errors.foreign import told
 from qlora_hal.errors.terminal_text import show
@@ -49,6 +51,19 @@ class CheckedTrainer:
         self._config: AdapterConfig | None = None
         self._expected: Mapping[str, tuple[int, ...]] = {}
         self._steps_applied = 0
+        self._ranks = 1
+
+    def join_ranks(self, world: World, timeout_seconds: float) -> None:
+        with self._checked("join_ranks"):
+            self._trainer.join_ranks(world, timeout_seconds)
+        self._ranks = world.size
+
+    def sum_over_ranks(self, values: Float64) -> Float64:
+        with self._checked("sum_over_ranks"):
+            found = self._trainer.sum_over_ranks(values)
+            if not isinstance(found, np.ndarray) or found.shape != values.shape or found.dtype != np.float64:
+                raise self._broken(f"sum_over_ranks returned {_kind(found)} for float64 {list(values.shape)}")
+            return found
 
     def proved_compute_dtypes(self) -> tuple[str, ...]:
         with self._checked("proved_compute_dtypes"):
@@ -234,7 +249,10 @@ class _CheckedStep:
         with trainer._checked("resolve"):
             stats = self._pending.resolve()
             trainer._require(StepStats, stats, "resolve")
-            if stats.token_count != self._counted.tokens:
+            # With several ranks the step tells of the whole window, of which this one knows its own part alone.
+            if stats.token_count < self._counted.tokens or (
+                trainer._ranks == 1 and stats.token_count != self._counted.tokens
+            ):
                 raise trainer._broken(f"resolve counted {stats.token_count} tokens of {self._counted.tokens}")
             trainer._require_weighted(stats.weighted_loss_sum, self._counted.has_weights, "resolve")
             if stats.grad_norm < 0:

@@ -29,7 +29,11 @@ FIRST_FIELDS: Mapping[type, frozenset[str]] = {
 """What every backend reads: the minimum contract."""
 
 GATES: Mapping[type, Mapping[str, Feature]] = {
-    Compute: {"gradient_checkpointing": Feature.GRADIENT_CHECKPOINTING, "world": Feature.DATA_PARALLEL},
+    Compute: {
+        "gradient_checkpointing": Feature.GRADIENT_CHECKPOINTING,
+        "world": Feature.DATA_PARALLEL,
+        "shard_base": Feature.SHARDED_BASE,
+    },
     AdapterConfig: {"dropout": Feature.LORA_DROPOUT},
     StepSettings: {},
     Batch: {"weights": Feature.TOKEN_WEIGHTS},

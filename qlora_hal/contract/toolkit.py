@@ -46,6 +46,7 @@ def check_served(
         Feature.DOUBLE_QUANT: quantization.double_quant,
         Feature.GRADIENT_CHECKPOINTING: compute.gradient_checkpointing,
         Feature.DATA_PARALLEL: compute.world.size > 1,
+        Feature.SHARDED_BASE: compute.shard_base,
         Feature.LOAD_PREQUANTIZED: prequantized,
         Feature.QUANTIZE_ON_LOAD: not prequantized and weight_format is not WeightFormat.NONE,
     }

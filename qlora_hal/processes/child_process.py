@@ -6,10 +6,12 @@ that the parent is gone, however it went. No polling, no process id that could b
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import stat
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import IO, Any
@@ -68,3 +70,13 @@ def be_gone() -> None:
 def ask_to_stop() -> None:
     """As a user would: what can be saved is saved."""
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def end_with_starter() -> None:
+    """For a process without a pipe to whoever started it: to be asked to stop when that one has died (Linux,
+    PR_SET_PDEATHSIG of prctl(2)); elsewhere nothing happens."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+_PR_SET_PDEATHSIG = 1

@@ -23,12 +23,13 @@ from qlora_hal.contract.backend import CalibrationJob
 from qlora_hal.data import prepare
 from qlora_hal.data.source.reading import blamed_on
 from qlora_hal.detect.requirements import needs_calibration
-from qlora_hal.errors import BackendContractError, ConfigError, DataError
+from qlora_hal.errors import BackendContractError, ConfigError, DataError, UnsupportedFeatureError
 from qlora_hal.quantize.folder import quantized_for, read_quantized, set_aside, staged, unverified_note
 
 if TYPE_CHECKING:
     from qlora_hal.config.schema import QuantizationConfig, RunConfig
     from qlora_hal.contract.backend import BackendSpec, Quantization, Quantizer
+    from qlora_hal.contract.world import World
     from qlora_hal.data.tokens.store import TokenStore
     from qlora_hal.model.source import ModelSource
     from qlora_hal.report.console import RunConsole
@@ -136,6 +137,19 @@ def _named_store(prepared: PreparedRun, run_dir: Path) -> TokenStore:
             model_max_length=facts.max_position_embeddings,
             model_vocabulary_size=facts.vocabulary_size or None,
         ).train
+
+
+def refuse_calibration_by_ranks(config: RunConfig, resolved_backend: ResolvedBackend, world: World) -> None:
+    """Quantizing with calibration is the work of one process. Raises UnsupportedFeatureError QH-R06."""
+    capabilities = resolved_backend.choice.spec.capabilities
+    if world.size > 1 and needs_calibration(resolved_backend.source.facts, resolved_backend.quantization, capabilities):
+        name, weight_format = config.model.name_or_path, resolved_backend.quantization.weight_format.value
+        raise UnsupportedFeatureError(
+            "QH-R06",
+            f"{name} has yet to be quantized to {weight_format}, which several ranks cannot do together.",
+            where="model.name_or_path",
+            fix=f"Run qlora-hal quantize {name} FOLDER first, and train that folder.",
+        )
 
 
 def refuse_idle_calibration(config: RunConfig, resolved_backend: ResolvedBackend) -> None:

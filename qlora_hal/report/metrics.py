@@ -214,6 +214,12 @@ def read_metrics(path: Path) -> list[dict[str, object]]:
     return [record for line in _content(path).splitlines() if (record := _parsed(line)) is not None]
 
 
+def last_step(path: Path) -> int | None:
+    """The last step that the log has whole; None without any."""
+    steps = [int(str(record["step"])) for record in read_metrics(path) if "loss" in record] if path.is_file() else []
+    return steps[-1] if steps else None
+
+
 def loss_before(path: Path) -> float | None:
     """The validation loss of the base, from the line of the evaluation before the first step."""
     for record in read_metrics(path):

@@ -124,12 +124,15 @@ class RunCallbacks:
             provenance=self.provenance,
             answers=self._answers(),
         )
+        self._write(state)
+
+    def _write(self, state: TrainingState) -> None:
         protect = () if self.resumed_from is None else (self.resumed_from,)
         path = save_checkpoint(
             self.run.run_dir, state, keep=self.keep_checkpoints, protect=protect, record=self.record_file.content
         )
-        self.console.checkpoint(step, path)
-        self.hooks.tell("qlora_hal_checkpoint_saved", run=self.run, step=step, path=path)
+        self.console.checkpoint(state.step, path)
+        self.hooks.tell("qlora_hal_checkpoint_saved", run=self.run, step=state.step, path=path)
 
     def _answers(self) -> Mapping[str, Array]:
         """Never a reason for a save to fail: a device that is full may have no room for logits."""
@@ -144,6 +147,14 @@ class RunCallbacks:
 
     def note(self, text: str) -> None:
         self.console.note(text)
+
+
+class FollowingCallbacks(RunCallbacks):
+    """Of a rank that another one writes for: it asks its trainer for all that goes into a checkpoint, as every rank
+    must, and leaves it at that."""
+
+    def _write(self, state: TrainingState) -> None:
+        """Nothing."""
 
 
 def loss_jump(before: Sequence[float], loss: float) -> str:

@@ -61,12 +61,13 @@ _LEFTOVER = re.compile(rf"({re.escape(STAGING)}|{re.escape(PRUNING)}|{re.escape(
 class RunDirectory:
     """A run's folder, locked until `close`.
 
-    `notes` are for the user, `unfinished_saves` the steps whose save broke off.
+    `notes` are for the user, `unfinished_saves` the steps whose save broke off. Without a lock it is only read: by a
+    rank that another one writes for.
     """
 
-    def __init__(self, path: Path, lock: RunLock, content: Mapping[str, object]) -> None:
+    def __init__(self, path: Path, lock: RunLock | None, content: Mapping[str, object]) -> None:
         self.path = path
-        self.notes: list[str] = [lock.note] if lock.note else []
+        self.notes: list[str] = [lock.note] if lock is not None and lock.note else []
         self.unfinished_saves: tuple[int, ...] = ()
         self._lock = lock
         self._content = dict(content)
@@ -166,11 +167,12 @@ class RunDirectory:
 
     def keep_lock(self) -> str:
         """To be called before something is saved; what to say of a lock that vanished. Raises as `RunLock.keep`."""
-        return self._lock.keep()
+        return self._lock.keep() if self._lock is not None else ""
 
     def close(self) -> None:
         """Release the lock. Safe to call twice."""
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
     def __enter__(self) -> RunDirectory:
         return self

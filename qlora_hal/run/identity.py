@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_hal import __version__
 from qlora_hal.contract.dropout import MASKS
 from qlora_hal.errors import CheckpointError
 from qlora_hal.files import strict_json
@@ -143,6 +144,22 @@ def config_hash(config: Mapping[str, object]) -> str:
     return hashlib.sha256(strict_json.encode(trained)).hexdigest()
 
 
+def facts_of_rank(prepared: PreparedRun, state: TrainingState | None) -> dict[str, str]:
+    """What must be the same on every rank, in words that a user can look up."""
+    base = prepared.resolved_backend.source.origin
+    report = prepared.resolved_backend.report
+    return {
+        "the settings": settings_hash(prepared.config.model_dump(mode="json")),
+        "the seed": str(prepared.seed),
+        "the backend": prepared.resolved_backend.choice.spec.name,
+        "the software": f"{__version__} {sorted(report.versions.items())}",
+        "the base model": f"{base.facts.fingerprint} {base_config_hash(base.facts.config)}",
+        "the tokenizer": prepared.tokenizer.hash,
+        "the rows": str(sorted(prepared.data.hashes.items())),
+        "the checkpoint": "none" if state is None else f"{state.step} {state.provenance.get('run_id')}",
+    }
+
+
 def provenance_of(prepared: PreparedRun, resolved: Mapping[str, object]) -> dict[str, object]:
     """What an adapter or a checkpoint must match to be continued or judged."""
     base = prepared.resolved_backend.source
@@ -160,5 +177,6 @@ def provenance_of(prepared: PreparedRun, resolved: Mapping[str, object]) -> dict
         "backend_options": dict(prepared.config.backend.options),
         **({"dropout_masks": MASKS} if prepared.config.lora.dropout else {}),
         **({"quantized_fingerprint": base.facts.fingerprint} if base.made_from else {}),
+        "sequences_per_step": prepared.sequences_per_step,
         **{name: resolved[name] for name in kept},
     }

@@ -21,9 +21,14 @@ if TYPE_CHECKING:
 
 
 class Windows(Protocol):
-    """Where windows come from: a pure function of the step."""
+    """Where windows come from: a pure function of the step. `window` is this rank's share; the counts of tokens and the
+    rows are those of all ranks."""
 
     def window(self, step: int) -> list[Batch]: ...
+
+    def token_count(self, step: int) -> int: ...
+
+    def real_tokens(self, step: int) -> int: ...
 
     def rows_of(self, step: int) -> list[int]: ...
 
@@ -81,7 +86,8 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class LoopPlan:
-    """What does not change during the loop. Steps count from 0; `total_steps` is where it ends."""
+    """What does not change during the loop. Steps count from 0; `total_steps` is where it ends. `how_many_ranks` tells
+    for each flag on how many ranks it is set: what one of them is asked for, all of them do."""
 
     total_steps: int
     seed: int
@@ -92,6 +98,7 @@ class LoopPlan:
     evaluation: Callable[[], LossSum] | None = None
     stop_requested: Callable[[], str] = field(default=lambda: "")
     save_requested: Callable[[], bool] = field(default=lambda: False)
+    how_many_ranks: Callable[..., tuple[int, ...]] = field(default=lambda *flags: tuple(map(int, flags)))
 
 
 def dropout_key(seed: int, step: int) -> int:
@@ -103,6 +110,8 @@ def dropout_key(seed: int, step: int) -> int:
 
 
 EARLY_STOPPING = "early stopping"
+ANOTHER_RANK = "SIGTERM on another rank"
+"""Why a rank stops that was asked for nothing itself. A stop by a signal begins with SIG."""
 
 
 def run(trainer: CheckedTrainer, windows: Windows, plan: LoopPlan, progress: Progress, events: LoopEvents) -> str:
@@ -160,7 +169,7 @@ class _Loop:
         training = self._plan.training
         settings = StepSettings(
             learning_rate=rate,
-            denominator=float(sum(batch.counted_tokens for batch in window)),
+            denominator=float(self._windows.token_count(step)),
             dropout_key=dropout_key(self._plan.seed, step),
             weight_decay=training.weight_decay,
             max_grad_norm=training.max_grad_norm or None,
@@ -173,7 +182,8 @@ class _Loop:
             try:
                 pending = self._trainer.train_step(fitted, replace(settings, epsilon=self._epsilon(fitted)))
             except OutOfMemoryError:
-                if all(batch.input_ids.shape[0] == 1 for batch in fitted):
+                [divisible] = self._plan.how_many_ranks(any(batch.input_ids.shape[0] > 1 for batch in fitted))
+                if not divisible:
                     raise
                 self._halve_micro_batches(window)
         before, self._queued = self._queued, _Queued(step, pending, window, rate, started)
@@ -191,9 +201,12 @@ class _Loop:
         """Evaluate, save or stop where the plan says so; returns the reason to stop, or nothing."""
         plan, training = self._plan, self._plan.training
         stop = plan.stop_requested()
+        stopping, saving = plan.how_many_ranks(bool(stop), plan.save_requested())
+        if stopping and not stop:
+            stop = ANOTHER_RANK
         is_last = step == plan.total_steps
         evaluates = plan.evaluation is not None and training.eval_steps and step % training.eval_steps == 0
-        saves = plan.save_requested() or bool(plan.save_steps and step % plan.save_steps == 0) or is_last or bool(stop)
+        saves = bool(saving) or bool(plan.save_steps and step % plan.save_steps == 0) or is_last or bool(stop)
         if not (evaluates or saves or stop):
             return ""
         self.settle()  # a step that was not finite must never reach a checkpoint
@@ -242,7 +255,7 @@ class _Loop:
             raise self._not_finite(queued, stats)
         if queued.step == 0 and stats.grad_norm == 0.0:
             raise _no_gradient()
-        real_tokens = sum(batch.real_tokens for batch in queued.window)
+        real_tokens = self._windows.real_tokens(queued.step)
         self._progress.tokens_seen += real_tokens
         self._events.step(
             FinishedStep(

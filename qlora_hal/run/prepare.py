@@ -12,6 +12,7 @@ from qlora_hal.adapter.targets import require_rank, resolve_targets
 from qlora_hal.contract.backend import BackendSpec, ModelOutline, ProbeReport, Quantization
 from qlora_hal.contract.memory_constants import MemoryQuery
 from qlora_hal.contract.values import AdapterConfig, ComputeDtype, LinearShape, MemoryEstimate
+from qlora_hal.contract.world import World
 from qlora_hal.data import ChatTokenizer, prepare
 from qlora_hal.data.source.sampling import WindowSampler
 from qlora_hal.detect import discovery
@@ -21,6 +22,7 @@ from qlora_hal.detect.selection import Choice, choose
 from qlora_hal.errors import ConfigError
 from qlora_hal.memory.estimate import estimate
 from qlora_hal.model.source import resolve_model
+from qlora_hal.ranks.window_share import accumulation_of
 
 if TYPE_CHECKING:
     from qlora_hal.config.schema import RunConfig
@@ -52,7 +54,8 @@ class ResolvedBackend:
 
 @dataclass(frozen=True, slots=True)
 class PreparedRun:
-    """A run that is ready to load its model. `model_hashes` are those of its files, where they were verified."""
+    """A run that is ready to load its model. `model_hashes` are those of its files, where they were verified;
+    `accumulation` is how many micro-batches of a step each rank of `world` has."""
 
     config: RunConfig
     seed: int
@@ -61,6 +64,13 @@ class PreparedRun:
     data: PreparedData
     estimate: MemoryEstimate
     model_hashes: Mapping[str, str] = field(default_factory=dict)
+    world: World = field(default_factory=World)
+    accumulation: int = 1
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Of all ranks together."""
+        return self.config.training.per_device_train_batch_size * self.accumulation * self.world.size
 
 
 def drawn_seed(config: RunConfig) -> int:
@@ -121,8 +131,13 @@ def prepare_run(
     run_dir: Path,
     rows: Rows | None,
     console: RunConsole,
+    *,
+    world: World | None = None,
+    sequences_per_step: int | None = None,
 ) -> PreparedRun:
-    """Tokenizer, data and memory."""
+    """Tokenizer, data and memory. `sequences_per_step` are those of the run that goes on, with whatever ranks."""
+    world = world or World()
+    accumulation = accumulation_of(config.training, world, sequences_per_step)
     facts = resolved_backend.source.facts
     vocabulary_size = facts.vocabulary_size or None
     tokenizer = ChatTokenizer.from_folder(
@@ -154,7 +169,7 @@ def prepare_run(
         {name: resolved_backend.outline.linear_modules[name] for name in resolved_backend.adapter.target_modules},
         resolved_backend.report,
     )
-    return PreparedRun(config, seed, resolved_backend, tokenizer, data, memory)
+    return PreparedRun(config, seed, resolved_backend, tokenizer, data, memory, world=world, accumulation=accumulation)
 
 
 def _check_lengths(outline: ModelOutline, data: PreparedData) -> None:
@@ -230,7 +245,8 @@ def window_sampler(prepared: PreparedRun) -> WindowSampler:
     return WindowSampler(
         prepared.data.train,
         batch_size=training.per_device_train_batch_size,
-        accumulation=training.gradient_accumulation_steps,
+        accumulation=prepared.accumulation,
+        world=prepared.world,
         seed=prepared.seed,
         shuffle=data.shuffle,
         group_by_length=data.group_by_length,

@@ -20,13 +20,14 @@ from qlora_hal.detect import discovery
 from qlora_hal.detect.mac_memory import pressure_note
 from qlora_hal.errors import AdapterError, StoppedError, UnsafeInputError
 from qlora_hal.processes.signals import EndedAtOnce
+from qlora_hal.ranks.agreement import Agreement
 from qlora_hal.report.metrics import MetricsFile, loss_before, trained_seconds
 from qlora_hal.run import loop
 from qlora_hal.run.adapters import mend_adapters
-from qlora_hal.run.callbacks import RunCallbacks, write_run_adapter
+from qlora_hal.run.callbacks import FollowingCallbacks, RunCallbacks, write_run_adapter
 from qlora_hal.run.directory import BEST_ADAPTER_FOLDER
 from qlora_hal.run.finish import warning_if_regressed, write_pages, write_report_of_failed, written
-from qlora_hal.run.identity import identity_of, provenance_of
+from qlora_hal.run.identity import facts_of_rank, identity_of, provenance_of
 from qlora_hal.run.loop import LoopPlan, Progress, keep_best
 from qlora_hal.run.lr_schedule import Schedule, warmup_steps
 from qlora_hal.run.prepare import chosen_dtype, window_sampler
@@ -103,9 +104,11 @@ class Session:
         self._features = context.prepared.resolved_backend.choice.spec.capabilities.features
         self._observed: RunView | None = None
         self._samples: Samples = ()
+        self._ranks = Agreement(context.prepared.world, trainer)
 
     def train(self) -> TrainResult:
-        """Load, attach, evaluate, loop, judge, write."""
+        """Meet the other ranks, load, attach, evaluate, loop, judge, write."""
+        self._meet()
         compute = self._load()
         initial = self._attach()
         windows = window_sampler(self._prepared)
@@ -125,6 +128,13 @@ class Session:
         self._finish(run, result, progress)
         return result
 
+    def _meet(self) -> None:
+        """With the other ranks, where there are any; what they train is compared before a weight is read."""
+        world = self._prepared.world
+        if world.size > 1:
+            self._trainer.join_ranks(world, self._config.parallel.timeout_seconds)
+            self._ranks.require_alike(facts_of_rank(self._prepared, self._context.state))
+
     def _load(self) -> Compute:
         config, resolved_backend = self._config, self._prepared.resolved_backend
         compute = Compute(
@@ -135,6 +145,7 @@ class Session:
             ),
             gradient_checkpointing=config.training.gradient_checkpointing,
             options=config.backend.options,
+            world=self._prepared.world,
         )
         if note := pressure_note():
             self._context.console.note(note)
@@ -204,6 +215,7 @@ class Session:
             "total_steps": total_steps,
             "versions": dict(facts.versions),
             "memory_limit_bytes": facts.memory_limit_bytes,
+            "ranks": self._prepared.world.size,
         }
         first = self._context.state.step if self._context.state else 0
         return RunView(self._context.directory.path, self._config, resolved, total_steps, first)
@@ -220,7 +232,8 @@ class Session:
             else:
                 self._record_file.time_is_unknown()
             limit = run.resolved["memory_limit_bytes"]
-            yield RunCallbacks(
+            made_by = RunCallbacks if self._prepared.world.rank == 0 else FollowingCallbacks
+            yield made_by(
                 run=run,
                 trainer=self._trainer,
                 metrics=metrics,
@@ -321,6 +334,7 @@ class Session:
             evaluation=self._evaluation if self._prepared.data.validation is not None else None,
             stop_requested=self._context.requests.stop,
             save_requested=self._context.requests.save,
+            how_many_ranks=self._ranks.how_many,
         )
 
     def _evaluation(self) -> LossSum:
@@ -329,8 +343,9 @@ class Session:
             self._prepared.data.validation,
             batch_size=self._config.training.per_device_eval_batch_size,
             pad_id=self._prepared.tokenizer.pad_id,
+            world=self._prepared.world,
         )
-        return self._trainer.evaluate(list(batches))
+        return self._ranks.evaluation(self._trainer.evaluate(list(batches)))
 
     def _loss_before(self, callbacks: RunCallbacks, progress: Progress) -> float | None:
         """The validation loss of the base; a resumed run has it already, in its record or in its log."""

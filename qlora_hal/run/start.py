@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_hal.checkpoint.reading import checkpoints
 from qlora_hal.config.resolve import require_settings
 from qlora_hal.contract.dropout import MASKS
 from qlora_hal.data.source.in_memory import keep_rows, kept_rows
@@ -17,7 +18,10 @@ from qlora_hal.files.refused_paths import named_path
 from qlora_hal.hooks import Hooks
 from qlora_hal.model.verifying import verify_model
 from qlora_hal.processes.signals import ignored_note, requests_by_signal
-from qlora_hal.quantize.calibration import refuse_idle_calibration, with_quantized_base
+from qlora_hal.quantize.calibration import refuse_calibration_by_ranks, refuse_idle_calibration, with_quantized_base
+from qlora_hal.ranks.following import followed_existing, followed_new, silent_console
+from qlora_hal.ranks.identity import is_restart, seed_of_ranks, world_here
+from qlora_hal.ranks.window_share import sequences_of_one_rank
 from qlora_hal.report.console import RunConsole
 from qlora_hal.report.run_file import given_config, read_run_config, record_from
 from qlora_hal.run.directory import RunDirectory, rehearsed
@@ -40,6 +44,7 @@ from qlora_hal.trackers import observers_for
 if TYPE_CHECKING:
     from qlora_hal.config.resolve import ResolvedSettings
     from qlora_hal.config.schema import RunConfig
+    from qlora_hal.contract.world import World
     from qlora_hal.run.prepare import PreparedRun, Rows
 
 
@@ -55,31 +60,37 @@ def run_new(
     console: RunConsole | None,
 ) -> TrainResult:
     """Train from the start. `dry_run` ends before the model loads, and leaves nothing behind."""
-    with _shown_on(console) as console, requests_by_signal(console.note) as requests:
+    world = world_here()
+    if is_restart() and checkpoints(Path(settings.config.output_dir)):
+        return run_resumed(Path(settings.config.output_dir), observers=observers, console=console)
+    with _shown_on(console, world) as console, requests_by_signal(console.note) as requests:
         require_settings(settings.config, "model.name_or_path", "output_dir", *(["data.path"] if rows is None else []))
-        hooks = Hooks([*observers_for(settings.config.training.report_to), *observers], note=console.note)
+        told = [*observers_for(settings.config.training.report_to), *observers] if world.rank == 0 else []
+        hooks = Hooks(told, note=console.note)
         config = hooks.ready_config(settings.config)
         recorded = given_config(with_absolute_paths(config))
         if dry_run:
             with rehearsed(config.output_dir, config=recorded, overwrite=overwrite) as scratch:
-                return _planned(_prepared(config, rows, hooks, scratch, console, verify=verify))
+                return _planned(_prepared(config, rows, hooks, scratch, console, world, verify=verify))
         with (
-            RunDirectory.open_new(
+            followed_new(recorded)
+            if world.rank
+            else RunDirectory.open_new(
                 config.output_dir, config=recorded, overwrite=overwrite, force_unlock=force_unlock
             ) as directory,
             reported_when_finished(directory),
         ):
             for note in filter(None, (ignored_note(), *directory.notes)):
                 console.note(note)
-            prepared = _prepared(config, rows, hooks, directory.path, console, verify=verify)
+            prepared = _prepared(config, rows, hooks, directory.path, console, world, verify=verify)
             prepared = with_quantized_base(prepared, directory.path, console)
             record = first_record(with_absolute_paths(prepared.config), settings.origins, prepared)
             return carry_out(RunContext(prepared, directory, console, hooks, record, requests))
 
 
 @contextmanager
-def _shown_on(console: RunConsole | None) -> Iterator[RunConsole]:
-    console = console or RunConsole()
+def _shown_on(console: RunConsole | None, world: World) -> Iterator[RunConsole]:
+    console = silent_console() if world.rank else console or RunConsole()
     try:
         yield console
     finally:
@@ -87,19 +98,27 @@ def _shown_on(console: RunConsole | None) -> Iterator[RunConsole]:
 
 
 def _prepared(
-    config: RunConfig, rows: Rows | None, hooks: Hooks, run_dir: Path, console: RunConsole, *, verify: bool
+    config: RunConfig,
+    rows: Rows | None,
+    hooks: Hooks,
+    run_dir: Path,
+    console: RunConsole,
+    world: World,
+    *,
+    verify: bool,
 ) -> PreparedRun:
     """All that can be found wrong before the model loads, found; rows in memory are kept in `run_dir`."""
     for note in idle_settings(config, has_rows=rows is not None):
         console.note(note)
     resolved_backend = resolve_backend(config, hooks, console)
     refuse_idle_calibration(config, resolved_backend)
+    refuse_calibration_by_ranks(config, resolved_backend, world)
     if rows is not None:
         keep_rows(rows, run_dir)
-    seed = drawn_seed(config)
+    seed = drawn_seed(config) if world.size == 1 else seed_of_ranks(config.training.seed)
     if config.training.seed is None:
         console.note(f"no seed was given; {seed} was drawn")
-    prepared = prepare_run(config, seed, resolved_backend, run_dir, rows, console)
+    prepared = prepare_run(config, seed, resolved_backend, run_dir, rows, console, world=world)
     _refuse_endless_warmup(prepared)
     return _with_verified_model(prepared, {}, console) if verify else prepared
 
@@ -113,41 +132,54 @@ def _with_verified_model(prepared: PreparedRun, recorded: Mapping[str, object], 
 def run_resumed(
     run_dir: Path,
     *,
-    backend: str | None,
-    transfer: bool,
-    relocation: PathOverrides,
-    observers: Sequence[object],
-    force_unlock: bool,
-    verify: bool,
+    backend: str | None = None,
+    transfer: bool = False,
+    relocation: PathOverrides | None = None,
+    observers: Sequence[object] = (),
+    force_unlock: bool = False,
+    verify: bool = False,
     trust_remote_code: bool = False,
-    console: RunConsole | None,
+    console: RunConsole | None = None,
 ) -> TrainResult:
     """Go on from the newest checkpoint that verifies, on the backend that saved it or on another."""
+    world, relocation = world_here(), relocation or PathOverrides()
     with (
-        _shown_on(console) as console,
+        _shown_on(console, world) as console,
         requests_by_signal(console.note) as requests,
-        RunDirectory.open_existing(run_dir, force_unlock=force_unlock) as directory,
+        _existing(run_dir, world, force_unlock=force_unlock) as (directory, read_from),
         reported_when_finished(directory),
     ):
         if note := ignored_note():
             console.note(note)
-        state = newest_state(directory, console)
+        state = newest_state(read_from, console)
         ended = result_of_finished(directory, record_from(directory.content), state, console.note)
         if ended is not None and relocation == PathOverrides() and not verify:
             # Nothing that it was made from need be there still.
             print_already_finished(ended, console)
             return ended
-        given = relocation.applied(read_run_config(directory.path, trust_remote_code=trust_remote_code))
-        rows = kept_rows(directory.path)
+        given = relocation.applied(read_run_config(read_from.path, trust_remote_code=trust_remote_code))
+        rows = kept_rows(read_from.path)
         require_paths(given, run_dir, reads_data=rows is None)
         record = with_new_paths(record_from(directory.content), relocation, given)
-        hooks = Hooks([*observers_for(given.training.report_to), *observers], note=console.note)
+        told = [*observers_for(given.training.report_to), *observers] if world.rank == 0 else []
+        hooks = Hooks(told, note=console.note)
         if given.lora.dropout and state.provenance.get("dropout_masks") != MASKS:
             console.note("an earlier release saved this checkpoint; from here on other dropout masks are drawn")
         config, changes = settings_on_backend(given, state, backend, hooks, console, transfer=transfer)
         resolved_backend = resolve_backend(config, hooks, console)
         seed = int(str(state.provenance["seed"]))
-        prepared = prepare_run(config, seed, resolved_backend, directory.path, rows, console)
+        refuse_calibration_by_ranks(config, resolved_backend, world)
+        sequences = state.provenance.get("sequences_per_step")
+        prepared = prepare_run(
+            config,
+            seed,
+            resolved_backend,
+            directory.path,
+            rows,
+            console,
+            world=world,
+            sequences_per_step=sequences if isinstance(sequences, int) else sequences_of_one_rank(given.training),
+        )
         prepared = with_quantized_base(with_saved_targets(prepared, state), directory.path, console)
         check_same_run(state, prepared, changes)
         hashes = record.model.get("files")
@@ -161,6 +193,17 @@ def run_resumed(
             print_already_finished(ended, console)
             return ended
         return carry_out(RunContext(prepared, directory, console, hooks, record, requests, state, changes))
+
+
+@contextmanager
+def _existing(run_dir: Path, world: World, *, force_unlock: bool) -> Iterator[tuple[RunDirectory, RunDirectory]]:
+    """The folder that this rank writes into, and the one that the run is read from."""
+    if world.rank:
+        with followed_existing(run_dir) as both:
+            yield both
+    else:
+        with RunDirectory.open_existing(run_dir, force_unlock=force_unlock) as directory:
+            yield directory, directory
 
 
 def idle_settings(config: RunConfig, *, has_rows: bool) -> Iterator[str]:
@@ -195,7 +238,7 @@ def _planned(prepared: PreparedRun) -> TrainResult:
     plan = {
         "steps": window_sampler(prepared).total_steps(training.num_train_epochs, training.max_steps),
         "sequences": len(prepared.data.train),
-        "sequences_per_step": training.per_device_train_batch_size * training.gradient_accumulation_steps,
+        "sequences_per_step": prepared.sequences_per_step,
         "target_modules": len(resolved_backend.adapter.target_modules),
         "compute_dtype": likely_dtype(prepared.config, resolved_backend.choice.spec, resolved_backend.report),
         "memory": {**asdict(memory), "total": memory.total, "high": memory.high},

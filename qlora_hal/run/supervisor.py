@@ -14,10 +14,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ from qlora_hal.detect import discovery
 from qlora_hal.detect.discovery import find, load_spec, reports
 from qlora_hal.errors import OutOfMemoryError, QloraHalError
 from qlora_hal.processes import child_process
-from qlora_hal.processes.child_errors import error_from, told_of
+from qlora_hal.processes.child_errors import answer_of, defect_from, ended_from, error_from
 from qlora_hal.processes.signals import EndedAtOnce, ended_by_signals, handing_on
 from qlora_hal.report.console import RunConsole
 from qlora_hal.run.finish import ended_in
@@ -87,9 +85,9 @@ def run_in_child(verb: str, request: Mapping[str, object], run_dir: Path, consol
     if "error" in found:
         raise error_from(found["error"])
     if "ended" in found:
-        raise _ended_at_once(found["ended"])
+        raise ended_from(found["ended"])
     if "defect" in found:
-        raise _defect(found["defect"])
+        raise defect_from(found["defect"], "the training process")
     return TrainResult.from_json(found["result"])
 
 
@@ -119,44 +117,19 @@ def _ended(status: int, run_dir: Path) -> OutOfMemoryError:
     )
 
 
-def _ended_at_once(told: Mapping[str, Any]) -> EndedAtOnce:
-    ended = EndedAtOnce(told["number"])
-    ended.run_dir = None if told["run_dir"] is None else Path(told["run_dir"])
-    ended.safe_step = told["safe_step"]
-    return ended
-
-
-def _defect(told: Mapping[str, str]) -> RuntimeError:
-    error = RuntimeError(f"in the training process: {told['summary']}")
-    error.add_note(told["trace"])
-    return error
-
-
 # in the child -------------------------------------------------------------------------------------------------------
 def main() -> int:
     """Answers on a file; what people read goes to standard error as always."""
     given: Mapping[str, Any] = json.loads(sys.stdin.readline())
     child_process.end_with_parent(child_process.ask_to_stop)
-    try:
-        with ended_by_signals():
-            result = _carried_out(given["verb"], given["request"], given["console"])
-    except QloraHalError as error:
-        content: dict[str, object] = {"error": told_of(error)}
-    except EndedAtOnce as ended:
-        run_dir = None if ended.run_dir is None else str(ended.run_dir)
-        content = {"ended": {"number": ended.number, "run_dir": run_dir, "safe_step": ended.safe_step}}
-    except KeyboardInterrupt:
-        content = {"ended": {"number": signal.SIGINT, "run_dir": None, "safe_step": None}}
-    except Exception as error:
-        trace = "".join(traceback.format_exception(error))
-        content = {"defect": {"summary": f"{type(error).__name__}: {error}", "trace": trace}}
-    else:
-        content = {"result": asdict(result)}
+    with ended_by_signals():
+        content = answer_of(lambda: carried_out(given["verb"], given["request"], given["console"]))
     Path(given["answer"]).write_text(json.dumps(content, default=str), encoding="utf-8")
     return 0
 
 
-def _carried_out(verb: str, request: dict[str, Any], shown: Mapping[str, bool]) -> TrainResult:
+def carried_out(verb: str, request: dict[str, Any], shown: Mapping[str, bool]) -> TrainResult:
+    """`train` or `resume`, as a parent asked for it in JSON."""
     console = RunConsole(quiet=shown.get("quiet", False), json=shown.get("json", False))
     if verb == "resume":
         run_dir, relocation = Path(request.pop("run_dir")), PathOverrides(**request.pop("relocation"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qlora_hal.contract.backend import BackendSpec, ProbeReport
-from qlora_hal_backends.torch_family.platform import CUDA, MEMORY, OUTLINE, TORCH_OPTIONS, memory_of
+from qlora_hal_backends.torch_family.platform import CUDA, LAUNCHER, MEMORY, OUTLINE, TORCH_OPTIONS, memory_of
 
 
 def probe() -> ProbeReport:
@@ -20,6 +20,7 @@ SPEC = BackendSpec(
     capabilities=CUDA.capabilities(),
     probe=probe,
     outline=OUTLINE,
+    launcher=LAUNCHER,
     trainer="qlora_hal_backends.cuda_bnb.trainer:open_trainer",
     contract=2,
     uses_accelerator=CUDA.uses_accelerator,

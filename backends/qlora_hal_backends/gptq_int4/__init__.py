@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qlora_hal.contract.backend import BackendSpec, ProbeReport
 from qlora_hal_backends.gptq_int4.platforms import CAPABILITIES, CPU, MEMORY, NAME, OPTIONS, PRIORITY, TITLE
-from qlora_hal_backends.torch_family.platform import OUTLINE, memory_of
+from qlora_hal_backends.torch_family.platform import LAUNCHER, OUTLINE, memory_of
 
 
 def probe() -> ProbeReport:
@@ -21,6 +21,7 @@ SPEC = BackendSpec(
     capabilities=CAPABILITIES,
     probe=probe,
     outline=OUTLINE,
+    launcher=LAUNCHER,
     trainer="qlora_hal_backends.gptq_int4.trainer:open_trainer",
     contract=2,
     card_vendors=frozenset({"nvidia", "amd"}),

@@ -26,6 +26,9 @@ plain keeps transformers' own layers where the fused ones would serve."""
 OUTLINE = "qlora_hal_backends.torch_family.outline:outline"
 """`BackendSpec.outline` of every backend of this family."""
 
+LAUNCHER = "qlora_hal_backends.torch_family.launching"
+"""`BackendSpec.launcher` of those that have collectives."""
+
 LOSS_CHUNK_ROWS = 2048
 """Rows of hidden states whose logits are made at a time."""
 
@@ -114,6 +117,8 @@ EVERYWHERE = frozenset(
         Feature.TOKEN_WEIGHTS,
     }
 )
+_PARALLEL = frozenset({Feature.DATA_PARALLEL})
+"""Where torch.distributed has collectives for the device, and several can be in one machine or many."""
 _EIGHT_BIT = frozenset({Feature.ADAMW_8BIT, Feature.PAGED_ADAMW, Feature.PAGED_ADAMW_8BIT})
 _ACCELERATOR_DTYPES = ("bfloat16", "float16", "float32")
 
@@ -124,7 +129,7 @@ CUDA = TorchPlatform(
     torch_device="cuda",
     priority=100,
     preferred_dtypes=_ACCELERATOR_DTYPES,
-    features=EVERYWHERE | _EIGHT_BIT | {Feature.PEAK_MEMORY},
+    features=EVERYWHERE | _EIGHT_BIT | _PARALLEL | {Feature.PEAK_MEMORY},
     optimizer_notes={},
 )
 ROCM = TorchPlatform(
@@ -134,7 +139,7 @@ ROCM = TorchPlatform(
     torch_device="cuda",
     priority=100,
     preferred_dtypes=_ACCELERATOR_DTYPES,
-    features=EVERYWHERE | _EIGHT_BIT | {Feature.PEAK_MEMORY},
+    features=EVERYWHERE | _EIGHT_BIT | _PARALLEL | {Feature.PEAK_MEMORY},
     optimizer_notes={},
 )
 MPS = TorchPlatform(
@@ -155,7 +160,7 @@ CPU = TorchPlatform(
     torch_device="cpu",
     priority=0,
     preferred_dtypes=("float32", "bfloat16"),
-    features=EVERYWHERE | _EIGHT_BIT | {Feature.BITWISE_DETERMINISM, Feature.PEAK_MEMORY},
+    features=EVERYWHERE | _EIGHT_BIT | _PARALLEL | {Feature.BITWISE_DETERMINISM, Feature.PEAK_MEMORY},
     optimizer_notes={
         "paged_adamw": "paged_adamw is adamw here: a CPU has nothing to page to",
         "paged_adamw_8bit": "paged_adamw_8bit is adamw_8bit here: a CPU has nothing to page to",

@@ -16,6 +16,7 @@ from torch import Tensor
 from qlora_hal.adapter.fitting import check_fits
 from qlora_hal.contract import dropout
 from qlora_hal.contract.backend import BackendSpec, Compute, DeviceFacts, Quantization, QuantizedLoRATrainer
+from qlora_hal.contract.capabilities import Feature, Requirements
 from qlora_hal.contract.toolkit import (
     WindowCount,
     at_labels,
@@ -25,12 +26,14 @@ from qlora_hal.contract.toolkit import (
     evaluated,
     memory_named,
     out_of_order,
+    require,
     unknown_module,
 )
 from qlora_hal.contract.values import (
     Adapter,
     Batch,
     Float32,
+    Float64,
     Int32,
     LinearShape,
     LossSum,
@@ -39,6 +42,7 @@ from qlora_hal.contract.values import (
     StepSettings,
     StepStats,
 )
+from qlora_hal.contract.world import World
 from qlora_hal.errors import OutOfMemoryError
 from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.torch_family import fused, loading, step
@@ -56,6 +60,7 @@ from qlora_hal_backends.torch_family.lora_linear import LoRASwitches, words_on
 from qlora_hal_backends.torch_family.optimizer import Optimizer, make_optimizer
 from qlora_hal_backends.torch_family.platform import TorchPlatform
 from qlora_hal_backends.torch_family.precision import proved_dtypes
+from qlora_hal_backends.torch_family.ranks import Ranks, device_of_rank
 
 FIRST_LOSS_SCALE = 2.0**16
 """Where float16 loss scaling starts (Micikevicius et al. 2018); halved at each overflow, the step is redone."""
@@ -96,15 +101,24 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         self._fused: fused.FusedBody | fused.Refusal = fused.Refusal("no adapter is attached")
         self._optimizer: Optimizer | None = None
         self._compute = Compute()
+        self._ranks = Ranks()
         self._loss_scale = 1.0
 
     # life ----------------------------------------------------------------------------------------------------------
+    def join_ranks(self, world: World, timeout_seconds: float) -> None:
+        require(self.spec, Requirements(features=frozenset({Feature.DATA_PARALLEL})))
+        self._device = device_of_rank(self._device, world)
+        self._ranks = Ranks.join(world, self._device, timeout_seconds)
+
+    def sum_over_ranks(self, values: Float64) -> Float64:
+        return self._ranks.sum_on_host(values)
+
     def proved_compute_dtypes(self) -> tuple[str, ...]:
         return proved_dtypes(self._platform, self._device)
 
     def load(self, source: ModelSource, quantization: Quantization, compute: Compute) -> None:
         check_served(self.spec, quantization, compute, prequantized=source.facts.prequantized is not None)
-        self.close()
+        self._release()
         self._compute = compute
         self._loss_scale = FIRST_LOSS_SCALE if compute.dtype == "float16" else 1.0
         forget_peak_memory(self._device)
@@ -133,6 +147,10 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         return replace(facts, versions=versions, kernel_path=f"{facts.kernel_path}; {layers}")
 
     def close(self) -> None:
+        self._release()
+        self._ranks.leave()
+
+    def _release(self) -> None:
         self._base = self._flat = self._optimizer = None
         self._fused = fused.Refusal("no adapter is attached")
         gc.collect()
@@ -140,10 +158,10 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
 
     # training ------------------------------------------------------------------------------------------------------
     def train_step(self, window: Sequence[Batch], settings: StepSettings) -> PendingStep:
+        total, norm, counted = self._window_gradient(window, settings.denominator, settings.dropout_key)
         with self._memory_named("a training step"):
-            total, norm = self._window_gradient(window, settings.denominator, settings.dropout_key)
             applied = self._attached_optimizer.update(settings, norm)
-            return self._queue(torch.cat((total, torch.stack((norm, applied)))), WindowCount.of(window))
+            return self._queue(torch.cat((total, torch.stack((norm, applied)))), counted)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> LossSum:
@@ -157,27 +175,46 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
 
     def _window_gradient(
         self, window: Sequence[Batch], denominator: float, dropout_key: int | None
-    ) -> tuple[Tensor, Tensor]:
-        """Leave the gradient of weighted loss sum / denominator in the flat buffer; in float16 by the largest loss
-        scale that does not overflow.
+    ) -> tuple[Tensor, Tensor, WindowCount]:
+        """Leave the gradient of all ranks' weighted loss sum / denominator in the flat buffer; in float16 by the
+        largest loss scale that does not overflow.
 
-        Returns ([loss sum, weighted], norm), the norm NaN where anything is not finite.
+        Returns ([loss sum, weighted], norm, what counts), of all ranks, the norm NaN where anything is not finite.
         """
-        total, norm = self._scaled_gradient(window, denominator, dropout_key)
-        while self._overflowed(norm):
+        found = self._scaled_gradient(window, denominator, dropout_key)
+        while self._overflowed(found[1]):
             self._loss_scale /= 2
-            total, norm = self._scaled_gradient(window, denominator, dropout_key)
-        return total, norm
+            found = self._scaled_gradient(window, denominator, dropout_key)
+        return found
 
     def _scaled_gradient(
         self, window: Sequence[Batch], denominator: float, dropout_key: int | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, WindowCount]:
         """One backward pass at the present loss scale, which is taken off again."""
-        flat = self._attached
+        flat, ranks, own, short = self._attached, self._ranks, WindowCount.of(window), None
+        total = torch.zeros(2, dtype=torch.float32, device=self._device)
+        try:
+            with self._memory_named("a training step"):
+                total = self._accumulated(flat, window, denominator, dropout_key)
+        except OutOfMemoryError as problem:
+            short = problem
+        tokens, weighted = ranks.agree(short, (own.tokens, own.has_weights))
+        ranks.sum_on_device(total)
+        ranks.sum_on_device(flat.gradients)
+        if self._loss_scale != 1.0:
+            flat.gradients.div_(self._loss_scale)
+        norm = torch.linalg.vector_norm(flat.gradients)
+        norm = torch.where(torch.isfinite(total).all(), norm, torch.full_like(norm, float("nan")))
+        return total, norm, WindowCount(int(tokens), bool(weighted))
+
+    def _accumulated(
+        self, flat: FlatAdapter, window: Sequence[Batch], denominator: float, dropout_key: int | None
+    ) -> Tensor:
+        """This rank's `[loss sum, weighted]`, its scaled gradient left in the flat buffer."""
         flat.gradients.zero_()
         checkpointing = step.recomputed_layers(self._loaded) if self._compute.gradient_checkpointing else nullcontext()
         with checkpointing, self._dropout(flat, dropout_key) as see:
-            total = step.accumulate_gradients(
+            return step.accumulate_gradients(
                 self._batch_loss,
                 window,
                 self._device,
@@ -185,10 +222,6 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
                 see=see,
                 placed=self._placed,
             )
-        if self._loss_scale != 1.0:
-            flat.gradients.div_(self._loss_scale)
-        norm = torch.linalg.vector_norm(flat.gradients)
-        return total, torch.where(torch.isfinite(total).all(), norm, torch.full_like(norm, float("nan")))
 
     @contextmanager
     def _dropout(self, flat: FlatAdapter, key: int | None) -> Iterator[Callable[[Batch], None]]:
@@ -240,8 +273,8 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
             return step.logits(self._loaded, on_device).cpu().numpy()
 
     def gradients(self, window: Sequence[Batch]) -> Mapping[str, Float32]:
-        with self._memory_named("a backward pass"):
-            self._window_gradient(window, counted_tokens(window), dropout_key=None)
+        [tokens] = self._ranks.sum_on_host(np.array([counted_tokens(window)], np.float64))
+        self._window_gradient(window, float(tokens), dropout_key=None)
         flat = self._attached
         named = flat.to_host(flat.gradients)
         flat.gradients.zero_()

@@ -104,6 +104,10 @@ class WindowSampler:
         """Counted tokens of the global window, over all ranks."""
         return int(self._store.counted[self._rows(step)].sum(dtype=np.int64))
 
+    def real_tokens(self, step: int) -> int:
+        """Tokens of the global window that are not padding, over all ranks."""
+        return int(self._store.lengths[self._rows(step)].sum(dtype=np.int64))
+
     def rows_of(self, step: int) -> list[int]:
         """Source row numbers (from 1) of the global window."""
         numbers: list[int] = np.unique(self._store.row_numbers[self._rows(step)]).tolist()

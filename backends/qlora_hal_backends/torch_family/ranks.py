@@ -1,0 +1,173 @@
+"""Several torch processes as one trainer: torch.distributed's process group, and what a step asks of it.
+
+Gradients cross on the device (NCCL, RCCL; gloo on a CPU). Votes cross on the host over gloo, so that no rank waits for
+its device to be told what the others found, and so that a rank that has died is noticed: gloo's connections break with
+the process, while a kernel of NCCL waits for it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qlora_hal.contract.values import Float64
+from qlora_hal.contract.world import World
+from qlora_hal.errors import BackendError, ConfigError, OutOfMemoryError
+from qlora_hal.errors.foreign import told
+from qlora_hal_backends.torch_family.device import has_queue
+
+DEVICE_COLLECTIVES = "nccl"
+"""RCCL answers to this name as well."""
+NO_MULTICAST = "NCCL_NVLS_ENABLE"
+"""NVLink multicast adds in the switch, in an order of its own and not on every machine; sums are the same without."""
+
+
+@dataclass(slots=True)
+class Ranks:
+    """This process among `world.size`. One process is `Ranks()`, whose sums are what they are given."""
+
+    world: World = field(default_factory=World)
+    _votes: int = 0
+
+    @property
+    def are_several(self) -> bool:
+        return self.world.size > 1
+
+    @classmethod
+    def join(cls, world: World, device: torch.device, timeout_seconds: float) -> Ranks:
+        """Meet the others, where torchrun said. Raises BackendError QH-R04."""
+        if world.size == 1:
+            return cls(world)
+        if has_queue(device):
+            os.environ.setdefault(NO_MULTICAST, "0")
+        if not dist.is_initialized():
+            try:
+                dist.init_process_group(
+                    f"cpu:gloo,{device.type}:{DEVICE_COLLECTIVES}" if has_queue(device) else "gloo",
+                    timeout=datetime.timedelta(seconds=timeout_seconds),
+                    device_id=device if has_queue(device) else None,
+                )
+            except (RuntimeError, ValueError) as error:
+                raise _not_met(error, world, timeout_seconds) from error
+        return cls(world)
+
+    def leave(self) -> None:
+        """End the process group; safe where there is none."""
+        if self.are_several and dist.is_initialized():
+            with suppress(RuntimeError):  # the others may be gone already
+                dist.destroy_process_group()
+
+    def sum_on_host(self, values: Float64) -> Float64:
+        """The sum over all ranks, float64 `[n]`. Raises BackendError QH-R02."""
+        if not self.are_several:
+            return values
+        summed = torch.from_numpy(np.array(values, dtype=np.float64))
+        with self._others_present():
+            dist.all_reduce(summed)
+        return summed.numpy()
+
+    def sum_on_device(self, tensor: Tensor) -> None:
+        """Put the sum over all ranks in the place of `tensor`. Raises BackendError QH-R02, QH-R07."""
+        if not self.are_several:
+            return
+        with self._others_present():
+            if tensor.device.type in ("cpu", "cuda", "xpu"):
+                dist.all_reduce(tensor)
+            else:
+                on_host = tensor.cpu()
+                dist.all_reduce(on_host)
+                tensor.copy_(on_host)
+
+    def agree(self, out_of_memory: OutOfMemoryError | None, counts: tuple[float, ...]) -> tuple[float, ...]:
+        """The sums of `counts`, where no rank ran out of memory. Raises OutOfMemoryError on all ranks where one did:
+        its own there, and elsewhere one that names it."""
+        if not self.are_several:
+            if out_of_memory is not None:
+                raise out_of_memory
+            return counts
+        flags = np.zeros(self.world.size)
+        flags[self.world.rank] = out_of_memory is not None
+        summed = self.sum_on_host(np.concatenate((flags, counts)))
+        if out_of_memory is not None:
+            raise out_of_memory
+        if short := [rank for rank, count in enumerate(summed[: self.world.size]) if count]:
+            raise OutOfMemoryError(
+                "QH-N07",
+                f"Rank {', '.join(map(str, short))} of {self.world.size} ran out of memory in a training step.",
+                fix="Lower training.per_device_train_batch_size or data.max_seq_length.",
+                context={"ranks": short},
+            )
+        return tuple(float(count) for count in summed[self.world.size :])
+
+    @contextmanager
+    def _others_present(self) -> Iterator[None]:
+        """Before each meeting a rank writes down how far it is, so that one that does not come can be named."""
+        self._votes += 1
+        try:
+            with suppress(RuntimeError):
+                _store().set(f"qlora_hal/{self.world.rank}", str(self._votes))
+            yield
+        except RuntimeError as error:
+            self._lost(error)
+
+    def _lost(self, error: RuntimeError) -> NoReturn:
+        behind = self._behind()
+        who = f"rank {', '.join(map(str, behind))} of {self.world.size}" if behind else "another rank"
+        raise BackendError(
+            "QH-R02",
+            f"{who[0].upper()}{who[1:]} is gone or does not answer.",
+            cause=told(error),
+            fix="See what that rank said, then go on with qlora-hal resume; torchrun --max-restarts does so by itself.",
+            context={"ranks": behind},
+        ) from error
+
+    def _behind(self) -> list[int]:
+        """The ranks that have not come as far as this one."""
+        with suppress(RuntimeError, ValueError):
+            store, reached = _store(), {}
+            for rank in range(self.world.size):
+                key = f"qlora_hal/{rank}"
+                reached[rank] = int(store.get(key)) if store.check([key]) else 0
+            return [rank for rank, votes in reached.items() if votes < self._votes]
+        return []
+
+
+def device_of_rank(device: torch.device, world: World) -> torch.device:
+    """The device of this rank on its host. Raises ConfigError QH-R01 where there are fewer."""
+    if world.size == 1 or not has_queue(device):
+        return device
+    module = torch.get_device_module(device)
+    there = module.device_count()
+    if world.local_rank >= there:
+        raise ConfigError(
+            "QH-R01",
+            f"Rank {world.rank} needs {device.type} device {world.local_rank} of this machine, which has {there}.",
+            where="--devices",
+            fix=f"Ask for {there} device{'' if there == 1 else 's'}, or see what hides the others.",
+        )
+    chosen = torch.device(device.type, world.local_rank)
+    module.set_device(chosen)
+    return chosen
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
+def _not_met(error: Exception, world: World, timeout_seconds: float) -> BackendError:
+    place = f"{os.environ.get('MASTER_ADDR', 'nowhere')}:{os.environ.get('MASTER_PORT', '')}"
+    return BackendError(
+        "QH-R04",
+        f"Rank {world.rank} of {world.size} did not meet the others at {place} within {timeout_seconds:g} s.",
+        cause=told(error),
+        fix="Start all ranks with one torchrun command each, and let no other program use that port.",
+    )

@@ -1,0 +1,37 @@
+"""One rank of a run that `--devices` started: `python -m qlora_hal.ranks.child FOLDER`, by the backend's launcher."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from qlora_hal.errors import StoppedError
+from qlora_hal.processes import child_process
+from qlora_hal.processes.child_errors import answer_of
+from qlora_hal.processes.signals import ended_by_signals
+from qlora_hal.ranks.identity import world_here
+from qlora_hal.ranks.launching import REQUEST_FILE
+from qlora_hal.run.supervisor import carried_out
+
+
+def main(folder: Path) -> int:
+    """0 where the run ended well or was asked to stop; 1 where anything went wrong, so that the launcher ends the other
+    ranks."""
+    child_process.end_with_starter()
+    given = json.loads((folder / REQUEST_FILE).read_text(encoding="utf-8"))
+    file = folder / f"rank-{world_here().rank}.json"
+    file.unlink(missing_ok=True)  # of the ranks before a restart
+    with ended_by_signals():
+        answer = answer_of(lambda: carried_out(given["verb"], given["request"], given["console"]))
+    file.write_text(json.dumps(answer, default=str), encoding="utf-8")
+    return 0 if answer.keys() & {"result", "ended"} or is_stop(answer.get("error")) else 1
+
+
+def is_stop(error: object) -> bool:
+    """Whether it is the end that was asked for: the state is saved, and the run can be resumed."""
+    return isinstance(error, dict) and error["exit_status"] == StoppedError.exit_status
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

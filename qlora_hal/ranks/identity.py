@@ -1,0 +1,74 @@
+"""Which rank this process is, by what torchrun or `mlx.launch` put into its environment."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Mapping
+
+from qlora_hal.contract.world import World
+from qlora_hal.errors import ConfigError
+
+RANK, WORLD_SIZE, LOCAL_RANK = "RANK", "WORLD_SIZE", "LOCAL_RANK"
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"
+MLX_RANK, MLX_HOSTS = "MLX_RANK", "MLX_HOSTFILE"
+LAUNCHED_BY_US = "QLORA_HAL_RANKS"
+"""Set by `--devices`: the process that started the ranks tells of their failures."""
+
+
+def world_here(environment: Mapping[str, str] | None = None) -> World:
+    """The share of this process: `World()` where nothing started several. Raises ConfigError QH-R04 for variables that
+    contradict one another."""
+    given = os.environ if environment is None else environment
+    if RANK in given and WORLD_SIZE in given:
+        rank, size = _number(given, RANK), _number(given, WORLD_SIZE)
+        local = _number(given, LOCAL_RANK) if LOCAL_RANK in given else rank
+    elif MLX_RANK in given and MLX_HOSTS in given:
+        rank = local = _number(given, MLX_RANK)
+        with open(given[MLX_HOSTS], encoding="utf-8") as hosts:
+            size = len(json.load(hosts))
+    else:
+        return World()
+    if not 0 <= rank < size or local < 0:
+        raise _contradiction(f"{RANK}={rank} and {WORLD_SIZE}={size}")
+    return World(rank, size, local)
+
+
+def is_restart(environment: Mapping[str, str] | None = None) -> bool:
+    """Whether torchrun started this process anew after a failure."""
+    given = os.environ if environment is None else environment
+    return given.get(RESTARTS, "0") not in ("", "0")
+
+
+def seed_of_ranks(given: int | None, environment: Mapping[str, str] | None = None) -> int:
+    """The seed of a run of several ranks, which must be one before they can talk: the one that was set, or else one
+    that is made (31 bits) from what torchrun gave to all of them, its run id and its meeting place."""
+    if given is not None:
+        return given
+    known = os.environ if environment is None else environment
+    meeting = "/".join(known.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", MLX_HOSTS))
+    return int.from_bytes(hashlib.sha256(meeting.encode()).digest()[:4], "big") >> 1
+
+
+def named(world: World) -> str:
+    """`rank 3 on HOST`, for messages."""
+    return f"rank {world.rank} on {socket.gethostname()}"
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    try:
+        return int(environment[name])
+    except ValueError as error:
+        raise _contradiction(f"{name}={environment[name]!r}") from error
+
+
+def _contradiction(what: str) -> ConfigError:
+    return ConfigError(
+        "QH-R04",
+        f"The environment names no rank: {what}.",
+        where="environment",
+        cause="torchrun sets RANK, WORLD_SIZE and LOCAL_RANK for each process that it starts.",
+        fix="Start the ranks with torchrun or --devices, or unset these variables.",
+    )

@@ -1,0 +1,179 @@
+"""`--devices N`: the ranks of one run, started by the backend's launcher (torchrun's agent, or MLX's) and waited for.
+
+The launcher is a process of its own, in a session of its own, which starts a `ranks.child` for each device. Each child
+leaves its answer in a file; what people read goes to the terminal from rank 0 alone. What went wrong is told once, by
+the rank it went wrong on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_hal.checkpoint.reading import checkpoints
+from qlora_hal.contract.capabilities import Requirements
+from qlora_hal.detect import discovery
+from qlora_hal.detect.selection import choose
+from qlora_hal.errors import BackendError, ConfigError, QloraHalError, UnsupportedFeatureError
+from qlora_hal.processes import child_process
+from qlora_hal.processes.child_errors import defect_from, ended_from, error_from
+from qlora_hal.processes.signals import EndedAtOnce, handing_on
+from qlora_hal.ranks.identity import LAUNCHED_BY_US
+from qlora_hal.report.metrics import last_step
+from qlora_hal.run.directory import METRICS_FILE
+from qlora_hal.run.finish import ended_in
+from qlora_hal.run.result import TrainResult
+
+if TYPE_CHECKING:
+    from qlora_hal.contract.backend import BackendSpec, ProbeReport
+    from qlora_hal.report.console import RunConsole
+
+AUTO = "auto"
+REQUEST_FILE, FAILURES_FILE = "request.json", "failures.json"
+CHILD = "qlora_hal.ranks.child"
+LOST = "QH-R02"
+"""What a rank says when another one is gone: never the cause."""
+
+
+def number_of(devices: int | str, spec: BackendSpec, report: ProbeReport) -> int:
+    """How many ranks to start. Raises ConfigError QH-R01 for more than there are, UnsupportedFeatureError QH-R06 for a
+    backend that starts none."""
+    there = len(report.devices) if has_own_devices(spec, report) else 0
+    wanted = (there or 1) if devices == AUTO else int(devices)
+    if wanted > 1 and not spec.launcher:
+        raise UnsupportedFeatureError(
+            "QH-R06",
+            f"Backend {spec.name} cannot train on {wanted} devices together.",
+            where="--devices",
+            fix="Leave --devices out, or choose another backend: qlora-hal backends lists them.",
+        )
+    if wanted > there > 0:
+        raise ConfigError(
+            "QH-R01",
+            f"{wanted} devices were asked for; {spec.name} sees {there} here: {', '.join(report.devices)}.",
+            where="--devices",
+            fix=f"Give --devices {there}, or auto for all that are there.",
+        )
+    return wanted
+
+
+def has_own_devices(spec: BackendSpec, report: ProbeReport) -> bool:
+    """Whether devices are counted: ranks on a CPU share its cores, and may be as many as one likes."""
+    return spec.uses_accelerator if report.uses_accelerator is None else report.uses_accelerator
+
+
+def run_by_ranks(
+    verb: str,
+    request: Mapping[str, object],
+    run_dir: Path,
+    spec: BackendSpec,
+    ranks: int,
+    max_restarts: int,
+    console: RunConsole | None,
+) -> TrainResult:
+    """Carry out `train` or `resume` by so many ranks of this machine. Raises what the rank that failed first raised,
+    naming it; BackendError QH-R02 for one that was ended from outside; EndedAtOnce for a signal that was handed on."""
+    shown = {"quiet": console.quiet, "json": console.json} if console is not None else {}
+    with tempfile.TemporaryDirectory(prefix="qlora-hal-ranks-", ignore_cleanup_errors=True) as scratch:
+        folder = Path(scratch)
+        text = json.dumps({"verb": verb, "request": request, "console": shown})
+        (folder / REQUEST_FILE).write_text(text, encoding="utf-8")
+        command = [sys.executable, "-m", spec.launcher, str(ranks), str(max_restarts), CHILD, str(folder)]
+        environment = {**os.environ, LAUNCHED_BY_US: "1"}
+        child = child_process.start(command, start_new_session=True, env=environment)
+        try:
+            with handing_on(child.send_signal) as handed:
+                child.wait()
+        finally:
+            child_process.ended(child)
+        answers = read_answers(folder, ranks)
+        failures = _failures(folder)
+    if answers.get(0, {}).get("result") is not None and not failures:
+        return TrainResult.from_json(answers[0]["result"])
+    if handed and not any("error" in answer for answer in answers.values()):
+        raise ended_in(run_dir, EndedAtOnce(next(iter(handed)), again=False))
+    raise _what_went_wrong(answers, failures, child.returncode, run_dir)
+
+
+def read_answers(folder: Path, ranks: int) -> dict[int, dict[str, Any]]:
+    """What each rank left; a rank that was ended from outside left nothing."""
+    found = {}
+    for rank in range(ranks):
+        file = folder / f"rank-{rank}.json"
+        if file.is_file():
+            found[rank] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def _failures(folder: Path) -> dict[int, str]:
+    """How the ranks ended that the launcher saw fail, the first one first."""
+    file = folder / FAILURES_FILE
+    told = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    return {int(rank): str(how) for rank, how in told}
+
+
+def _what_went_wrong(
+    answers: Mapping[int, Mapping[str, Any]], failures: Mapping[int, str], status: int, run_dir: Path
+) -> BaseException:
+    """The cause, not what followed from it: a rank that was killed before one that said why, and both before those that
+    only missed another."""
+    silent = [rank for rank in failures if rank not in answers]
+    told = {rank: answer for rank, answer in answers.items() if "result" not in answer}
+    causes = {rank: answer for rank, answer in told.items() if answer.get("error", {}).get("code") != LOST}
+    if causes:
+        rank = min(causes, key=lambda each: (list(failures).index(each) if each in failures else len(failures), each))
+        return _told_by(rank, causes[rank], run_dir)
+    if silent:
+        return _killed(silent[0], failures[silent[0]], run_dir)
+    if told:
+        rank = min(told)
+        return _told_by(rank, told[rank], run_dir)
+    return _killed(None, f"exit status {status}", run_dir)
+
+
+def _told_by(rank: int, answer: Mapping[str, Any], run_dir: Path) -> BaseException:
+    if "ended" in answer:
+        return ended_in(run_dir, ended_from(answer["ended"]))
+    if "error" not in answer:
+        return defect_from(answer["defect"], f"rank {rank}")
+    error = error_from(answer["error"])
+    if rank:  # rank 0 is the run; another one has to say which it is
+        error.where = f"rank {rank} on {socket.gethostname()}" + (f": {error.where}" if error.where else "")
+    return error
+
+
+def _killed(rank: int | None, how: str, run_dir: Path) -> QloraHalError:
+    saved = max((step for step, _ in checkpoints(run_dir)), default=None)
+    who = "The launcher of the ranks" if rank is None else f"Rank {rank} on {socket.gethostname()}"
+    stands = f"The checkpoint of step {saved} stands." if saved is not None else "No checkpoint was saved yet."
+    return BackendError(
+        LOST,
+        f"{who} was ended by {how}{_last_step(run_dir)}. {stands}",
+        where=str(run_dir),
+        cause="The system ends the largest process when memory runs out; a scheduler or a person may have ended it.",
+        fix=f"Resume with: qlora-hal resume {run_dir}" if saved is not None else "Start the run again.",
+        context={"rank": rank, "ended_by": how, "checkpoint": saved},
+    )
+
+
+def _last_step(run_dir: Path) -> str:
+    """Where the run was, by the last whole line of its log."""
+    step = last_step(run_dir / METRICS_FILE)
+    return "" if step is None else f" after step {step}"
+
+
+def chosen_for_ranks(name: str, *, allow_cpu: bool) -> tuple[BackendSpec, ProbeReport]:
+    """The backend that will run, before any model is looked at: the one named, or the ready one of highest priority.
+
+    Raises what `selection.choose` raises.
+    """
+    entries = discovery.listed()
+    probed = discovery.reports(entries)
+    spec = choose(name, Requirements(), entries, probed, allow_cpu=allow_cpu).spec
+    return spec, next(report for report in probed if report.backend == spec.name)
