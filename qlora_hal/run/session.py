@@ -146,11 +146,26 @@ class Session:
             gradient_checkpointing=config.training.gradient_checkpointing,
             options=config.backend.options,
             world=self._prepared.world,
+            shard_base=self._shards_base(),
         )
         if note := pressure_note():
             self._context.console.note(note)
         self._trainer.load(resolved_backend.source, resolved_backend.quantization, compute)
         return compute
+
+    def _shards_base(self) -> bool:
+        """Whether each rank holds a part of the base alone: where that was asked for, or the whole does not fit."""
+        mode, prepared = self._config.parallel.mode, self._prepared
+        if prepared.world.size == 1 or mode == "data":
+            return False
+        needed, there = prepared.estimate.total, self._trainer.device_facts().memory_limit_bytes
+        if mode == "auto" and Feature.SHARDED_BASE in self._features and there is not None and needed > there:
+            self._context.console.note(
+                f"parallel.mode is shard: with a whole base each device would need {needed / 1e9:.1f} GB of its "
+                f"{there / 1e9:.1f}"
+            )
+            return True
+        return mode == "shard"
 
     def _attach(self) -> Adapter:
         state, modules = self._context.state, self._trainer.linear_modules()
@@ -216,6 +231,7 @@ class Session:
             "versions": dict(facts.versions),
             "memory_limit_bytes": facts.memory_limit_bytes,
             "ranks": self._prepared.world.size,
+            "parallel_mode": "shard" if compute.shard_base else "data",
         }
         first = self._context.state.step if self._context.state else 0
         return RunView(self._context.directory.path, self._config, resolved, total_steps, first)

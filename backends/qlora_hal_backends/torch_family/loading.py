@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from qlora_hal_backends.torch_family.base_weights import (
 )
 from qlora_hal_backends.torch_family.head_loss import Head
 from qlora_hal_backends.torch_family.lora_linear import FrozenLinear
+from qlora_hal_backends.torch_family.sharded_base import ShardedBase
 from qlora_hal_backends.torch_family.transformers_versions import recomputable_layers, stays_float32
 from qlora_hal_backends.torch_family.trial import tried
 
@@ -43,7 +45,7 @@ class BaseModel:
 
     `mixes_samples` says why several samples cannot share a row, or is empty; `rotary` where rotary positions change
     with the length of a row. `notes` are for the user. `decoding` names what unpacks the weights, `versions` the
-    packages that are needed for it beside the family's own.
+    packages that are needed for it beside the family's own. `sharded` holds the layers where each rank has a part.
     """
 
     causal: Any
@@ -56,6 +58,7 @@ class BaseModel:
     notes: tuple[str, ...] = ()
     decoding: str = BITSANDBYTES
     versions: Mapping[str, str] = field(default_factory=dict)
+    sharded: ShardedBase | None = None
 
 
 LoadBase = Callable[[ModelSource, Quantization, Compute, torch.device], BaseModel]
@@ -77,15 +80,23 @@ def load_with(
     dtype = getattr(torch, compute.dtype)
     architecture = build(source, compute.options.get("attention", "auto"), dtype)
     causal, linears = architecture.causal, architecture.linears
+    sharded = ShardedBase(compute.world, device) if compute.shard_base else None
     with Checkpoint(source.path, source.facts.tensors, architecture.stored) as checkpoint:
-        for name, linear in linears.items():
-            if not checkpoint.has_module(name):
-                continue  # one with another layer, and stored there
-            linear.base = read_weight(checkpoint, name, quantization, dtype, device)
-            if linear.base.shape != (linear.out_features, linear.in_features):
-                expected = (linear.out_features, linear.in_features)
-                raise shape_mismatch(source.name, name, linear.base.shape, expected)
-            linear.bias = _bias(checkpoint, name, linear, dtype, device)
+        for layer, names in groupby(linears, key=_layer_of):
+            held = [name for name in names if checkpoint.has_module(name)]  # others are one with another layer
+            for name in held:
+                linear = linears[name]
+                linear.base = read_weight(checkpoint, name, quantization, dtype, device)
+                if linear.base.shape != (linear.out_features, linear.in_features):
+                    expected = (linear.out_features, linear.in_features)
+                    raise shape_mismatch(source.name, name, linear.base.shape, expected)
+                linear.bias = _bias(checkpoint, name, linear, dtype, device)
+            if sharded is not None and layer and held:
+                spread = sharded.add([base for name in held if (base := linears[name].base) is not None])
+                for name, weight in zip(held, spread, strict=True):
+                    linears[name].base = weight
+        if sharded is not None:
+            sharded.finish()
         _fill_parameters(causal, checkpoint, device)
         _fill_buffers(causal, checkpoint)
         notes = [*_tie(architecture), *_unused_notes(architecture)]
@@ -107,7 +118,15 @@ def load_with(
         mixes_samples=trial.mixes_samples,
         rotary=rotary_of(causal),
         notes=tuple(notes),
+        sharded=sharded,
     )
+
+
+def _layer_of(module: str) -> str:
+    """`model.layers.3` of `model.layers.3.mlp.up_proj`: up to the first number of the path; empty for what is in no
+    layer, as the head is."""
+    parts = module.split(".")
+    return next((".".join(parts[: place + 1]) for place, part in enumerate(parts) if part.isdecimal()), "")
 
 
 class Checkpoint:

@@ -117,7 +117,7 @@ EVERYWHERE = frozenset(
         Feature.TOKEN_WEIGHTS,
     }
 )
-_PARALLEL = frozenset({Feature.DATA_PARALLEL})
+_PARALLEL = frozenset({Feature.DATA_PARALLEL, Feature.SHARDED_BASE})
 """Where torch.distributed has collectives for the device, and several can be in one machine or many."""
 _EIGHT_BIT = frozenset({Feature.ADAMW_8BIT, Feature.PAGED_ADAMW, Feature.PAGED_ADAMW_8BIT})
 _ACCELERATOR_DTYPES = ("bfloat16", "float16", "float32")

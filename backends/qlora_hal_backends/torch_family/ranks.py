@@ -24,6 +24,7 @@ from qlora_hal.contract.world import World
 from qlora_hal.errors import BackendError, ConfigError, OutOfMemoryError
 from qlora_hal.errors.foreign import told
 from qlora_hal_backends.torch_family.device import has_queue
+from qlora_hal_backends.torch_family.sharded_base import ShardedBase
 
 DEVICE_COLLECTIVES = "nccl"
 """RCCL answers to this name as well."""
@@ -87,26 +88,32 @@ class Ranks:
                 dist.all_reduce(on_host)
                 tensor.copy_(on_host)
 
-    def agree(self, out_of_memory: OutOfMemoryError | None, counts: tuple[float, ...]) -> tuple[float, ...]:
-        """The sums of `counts`, where no rank ran out of memory. Raises OutOfMemoryError on all ranks where one did:
-        its own there, and elsewhere one that names it."""
+    def of_each(self, value: float) -> list[float]:
+        """The number that each rank gives. Raises BackendError QH-R02."""
+        table = np.zeros(self.world.size)
+        table[self.world.rank] = value
+        return [float(found) for found in self.sum_on_host(table)]
+
+    def agree(self, out_of_memory: OutOfMemoryError | None, sharded: ShardedBase | None) -> None:
+        """Nothing where no rank ran out of memory. Raises OutOfMemoryError on all ranks where one did: its own there,
+        and elsewhere one that names it; the ranks are then as far as one another in gathering the base."""
         if not self.are_several:
             if out_of_memory is not None:
                 raise out_of_memory
-            return counts
-        flags = np.zeros(self.world.size)
-        flags[self.world.rank] = out_of_memory is not None
-        summed = self.sum_on_host(np.concatenate((flags, counts)))
+            return
+        short = [rank for rank, is_short in enumerate(self.of_each(out_of_memory is not None)) if is_short]
+        if not short:
+            return
+        if sharded is not None:
+            sharded.catch_up(int(max(self.of_each(sharded.gathers))))
         if out_of_memory is not None:
             raise out_of_memory
-        if short := [rank for rank, count in enumerate(summed[: self.world.size]) if count]:
-            raise OutOfMemoryError(
-                "QH-N07",
-                f"Rank {', '.join(map(str, short))} of {self.world.size} ran out of memory in a training step.",
-                fix="Lower training.per_device_train_batch_size or data.max_seq_length.",
-                context={"ranks": short},
-            )
-        return tuple(float(count) for count in summed[self.world.size :])
+        raise OutOfMemoryError(
+            "QH-N07",
+            f"Rank {', '.join(map(str, short))} of {self.world.size} ran out of memory in a training step.",
+            fix="Lower training.per_device_train_batch_size or data.max_seq_length.",
+            context={"ranks": short},
+        )
 
     @contextmanager
     def _others_present(self) -> Iterator[None]:

@@ -30,6 +30,7 @@ from qlora_hal.contract.toolkit import (
     unknown_module,
 )
 from qlora_hal.contract.values import (
+    IGNORE_LABEL,
     Adapter,
     Batch,
     Float32,
@@ -66,6 +67,15 @@ FIRST_LOSS_SCALE = 2.0**16
 """Where float16 loss scaling starts (Micikevicius et al. 2018); halved at each overflow, the step is redone."""
 SMALLEST_LOSS_SCALE = 2.0**-4
 """Below this an overflow is no matter of scaling: the step is refused."""
+
+WITHOUT_EFFECT = Batch(
+    input_ids=np.zeros((1, 8), np.int32),
+    labels=np.array([[IGNORE_LABEL] + [0] * 7], np.int32),
+    position_ids=np.arange(8, dtype=np.int32)[None],
+    segment_ids=np.ones((1, 8), np.int32),
+    rows=np.zeros(1, np.int32),
+)
+"""What a rank computes, and drops, while another one has a micro-batch more."""
 
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "alloc_failed")
 """How torch's CPU and MPS allocators and cuBLAS word it."""
@@ -171,6 +181,8 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
                 if batch.counted_tokens:
                     loss = self._batch_loss(self._placed(batch), 1.0)
                     total += loss.cpu()
+            for batch in self._to_keep_up(batches):
+                self._batch_loss(self._placed(batch), 1.0)
         return evaluated(batches, *total.tolist())
 
     def _window_gradient(
@@ -198,7 +210,8 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
                 total = self._accumulated(flat, window, denominator, dropout_key)
         except OutOfMemoryError as problem:
             short = problem
-        tokens, weighted = ranks.agree(short, (own.tokens, own.has_weights))
+        ranks.agree(short, self._loaded.sharded)
+        tokens, weighted = ranks.sum_on_host(np.array([own.tokens, own.has_weights], np.float64))
         ranks.sum_on_device(total)
         ranks.sum_on_device(flat.gradients)
         if self._loss_scale != 1.0:
@@ -214,7 +227,7 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         flat.gradients.zero_()
         checkpointing = step.recomputed_layers(self._loaded) if self._compute.gradient_checkpointing else nullcontext()
         with checkpointing, self._dropout(flat, dropout_key) as see:
-            return step.accumulate_gradients(
+            total = step.accumulate_gradients(
                 self._batch_loss,
                 window,
                 self._device,
@@ -222,6 +235,17 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
                 see=see,
                 placed=self._placed,
             )
+            for batch in self._to_keep_up(window):
+                see(batch)
+                self._batch_loss(self._placed(batch), 0.0)[-1].backward()
+            return total
+
+    def _to_keep_up(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """Micro-batches that only gather: as many as other ranks, which hold parts of this one's base, have more."""
+        if self._loaded.sharded is None:
+            return ()
+        own = sum(1 for batch in batches if batch.counted_tokens)
+        return (WITHOUT_EFFECT,) * (int(max(self._ranks.of_each(own))) - own)
 
     @contextmanager
     def _dropout(self, flat: FlatAdapter, key: int | None) -> Iterator[Callable[[Batch], None]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from qlora_hal_backends.torch_family.base_weights import BaseWeight, Blockwise4BitWeight
 from qlora_hal_backends.torch_family.fused import kernels
 from qlora_hal_backends.torch_family.fused.operations import HeadCounts, HeadNorm, Placements, Rotary
+from qlora_hal_backends.torch_family.sharded_base import at_hand
 
 HEADS_PER_PROGRAM = 8
 SWIGLU_COLUMNS = 2048
@@ -31,6 +32,7 @@ class TritonOperations:
         self._offsets: dict[int, tuple[Any, float]] = {}
 
     def dequantize(self, base: BaseWeight, out: Tensor) -> None:
+        base = at_hand(base)
         if not isinstance(base, Blockwise4BitWeight) or base.shape[1] % base.state.blocksize:
             out.copy_(base.dense())
             return

@@ -1,0 +1,183 @@
+"""A frozen base of which each rank holds a part: the packed bytes of a decoder layer are gathered when it is needed.
+
+Packed weights cross as bytes, a quarter of 16-bit weights. The layers' bytes lie in one flat buffer a layer, cut into
+as many equal chunks as there are ranks; each rank keeps one. Two slots of a whole layer's size are all that is ever
+whole: layers of even and of odd number take turns, so the next layer is on its way while this one computes. A weight's
+tensors are views of its slot, and hold its numbers from `present` until the layer after the next is asked for.
+
+Why not FSDP2 (`torch.distributed.fsdp.fully_shard`): with torch 2.11 on CUDA it refuses integer parameters ("only
+Tensors of floating point dtype can require gradients"), and bytes that are viewed as bfloat16 come back changed where
+they are NaN as such: 28,398 of 29,360,128 random bytes. torch 2.13 holds them on a CPU. So the bytes are gathered by
+`all_gather_into_tensor` here, behind the seam that FSDP2 would stand behind as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qlora_hal.contract.world import World
+from qlora_hal_backends.torch_family.base_weights import BaseWeight, Blockwise4BitWeight, DenseWeight, Int8Weight
+
+ALIGNMENT = 256
+"""Each tensor starts at a multiple of so many bytes, what a kernel's widest loads want."""
+SLOTS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """An attribute that holds a tensor of a weight."""
+
+    owner: Any
+    name: str
+    dtype: torch.dtype
+    shape: torch.Size
+
+    def put(self, tensor: Tensor) -> None:
+        setattr(self.owner, self.name, tensor)
+
+
+@dataclass(slots=True)
+class ShardedWeight:
+    """A weight of a layer whose bytes are gathered when it is read."""
+
+    weight: BaseWeight
+    layer: int
+    store: ShardedBase
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape
+
+    def gathered(self) -> BaseWeight:
+        """The weight itself, whole until the layer after the next is read. A meeting of all ranks."""
+        self.store.present(self.layer)
+        return self.weight
+
+    def dense(self) -> Tensor:
+        return self.gathered().dense()
+
+
+def at_hand(base: BaseWeight) -> BaseWeight:
+    """The weight itself, for code that reads its tensors."""
+    return base.gathered() if isinstance(base, ShardedWeight) else base
+
+
+@dataclass(slots=True)
+class _Layer:
+    """This rank's chunk of a layer's bytes, and for each tensor its place, its first byte and its number of bytes in
+    the whole."""
+
+    chunk: Tensor
+    parts: list[tuple[_Place, int, int]]
+    gathered_bytes: int
+
+
+@dataclass(slots=True)
+class ShardedBase:
+    """The layers of a base, spread over `world.size` ranks. `add` each layer in turn, then `finish`."""
+
+    world: World
+    device: torch.device
+    gathers: int = 0
+    """How many meetings there were. Ranks that broke off in the midst of a step catch up with the others by it."""
+    _layers: list[_Layer] = field(default_factory=list)
+    _slots: list[Tensor] = field(default_factory=list)
+    _present: list[int] = field(default_factory=lambda: [-1] * SLOTS)
+    _coming: tuple[int, Any] | None = None
+    _last: int = -1
+    _step: int = 1
+
+    def add(self, weights: list[BaseWeight]) -> list[BaseWeight]:
+        """Keep this rank's chunk of a layer; the weights it gives read the slots."""
+        places = [place for weight in weights for place in _places(weight)]
+        starts, end = [], 0
+        for place in places:
+            starts.append(end)
+            size = place.shape.numel() * place.dtype.itemsize
+            end += -(-size // ALIGNMENT) * ALIGNMENT
+        share = -(-end // (ALIGNMENT * self.world.size)) * ALIGNMENT
+        whole = torch.zeros(share * self.world.size, dtype=torch.uint8, device=self.device)
+        parts = []
+        for place, start in zip(places, starts, strict=True):
+            size = place.shape.numel() * place.dtype.itemsize
+            whole[start : start + size].copy_(getattr(place.owner, place.name).contiguous().view(-1).view(torch.uint8))
+            place.put(torch.empty(0, dtype=place.dtype, device=self.device))
+            parts.append((place, start, size))
+        chunk = whole[self.world.rank * share : (self.world.rank + 1) * share].clone()
+        number = len(self._layers)
+        self._layers.append(_Layer(chunk, parts, share * self.world.size))
+        return [ShardedWeight(weight, number, self) for weight in weights]
+
+    def finish(self) -> None:
+        """Make the slots, and let each tensor be a view of its own."""
+        largest = max(layer.gathered_bytes for layer in self._layers)
+        self._slots = [
+            torch.zeros(largest, dtype=torch.uint8, device=self.device) for _ in range(min(SLOTS, len(self._layers)))
+        ]
+        for number, layer in enumerate(self._layers):
+            slot = self._slots[number % SLOTS]
+            for place, start, size in layer.parts:
+                place.put(slot[start : start + size].view(place.dtype).view(place.shape))
+
+    def present(self, number: int) -> None:
+        """Have a layer's bytes in its slot, and the next one's, in the direction of travel, on their way."""
+        if number == self._last:
+            return
+        self._step = 1 if number > self._last else -1
+        if self._present[number % SLOTS] != number and (self._coming is None or self._coming[0] != number):
+            self._gather(number)
+        self._arrive()
+        self._last = number
+        following = number + self._step
+        if 0 <= following < len(self._layers) and self._present[following % SLOTS] != following:
+            self._gather(following)
+
+    def catch_up(self, gathers: int) -> None:
+        """Walk on through the layers, up and down, until this rank, which broke off in the midst of a step, has taken
+        part in as many meetings as the others had."""
+        while self.gathers < gathers:
+            if not 0 <= self._last + self._step < len(self._layers):
+                self._step = -self._step
+            self.present(self._last + self._step)
+
+    def _gather(self, number: int) -> None:
+        self._arrive()
+        layer, slot = self._layers[number], self._slots[number % SLOTS]
+        self._present[number % SLOTS] = -1
+        self.gathers += 1
+        whole = slot[: layer.gathered_bytes]
+        self._coming = (number, dist.all_gather_into_tensor(whole, layer.chunk, async_op=True))
+
+    def _arrive(self) -> None:
+        if self._coming is not None:
+            number, work = self._coming
+            work.wait()
+            self._present[number % SLOTS], self._coming = number, None
+
+
+def _places(weight: BaseWeight) -> Iterator[_Place]:
+    """The tensors of a weight that are worth spreading; tables of codes are small, and stay whole everywhere."""
+    match weight:
+        case DenseWeight():
+            yield _place(weight, "weight")
+        case Int8Weight():
+            yield _place(weight, "integers")
+            yield _place(weight, "row_absmax")
+        case Blockwise4BitWeight(state=state):
+            yield _place(weight, "packed")
+            yield _place(state, "absmax")
+            if state.nested:
+                yield _place(state.state2, "absmax")
+        case _:
+            raise TypeError(f"{type(weight).__name__} has no tensors that are known here")
+
+
+def _place(owner: Any, name: str) -> _Place:
+    tensor: Tensor = getattr(owner, name)
+    return _Place(owner, name, tensor.dtype, tensor.shape)
