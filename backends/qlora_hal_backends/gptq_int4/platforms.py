@@ -27,6 +27,7 @@ FEATURES = frozenset(
         Feature.PAGED_ADAMW,
         Feature.PAGED_ADAMW_8BIT,
         Feature.PEAK_MEMORY,
+        Feature.DATA_PARALLEL,
     }
 )
 """What holds on every device. GPTQ needs calibration, so nothing is quantized while loading: the core has a 16-bit
