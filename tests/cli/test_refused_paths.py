@@ -146,3 +146,43 @@ def test_a_rank_above_every_side_of_the_targets_is_refused(
     model = ["--model", str(model_path())] if command == ["estimate"] else []
     assert main([*command, *model, "--lora.r", "1000000000000"]) == 2
     assert "lora.r is 1000000000000; the target modules have at most 768 rows" in capsys.readouterr().err
+
+
+OTHER_BYTES = os.fsdecode(b"n\xff")
+
+
+@pytest.mark.fault("U01")
+@pytest.mark.parametrize("setting", ["model.name_or_path", "data.path", "data.chat_template", "data.validation_path"])
+def test_a_setting_that_is_not_utf8_is_refused_by_name(setting: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*DEMO, f"--{setting}", OTHER_BYTES]) == 2
+    told = capsys.readouterr().err
+    assert "QH-U01" in told
+    assert setting in told
+    assert "the byte 0xff" in told
+
+
+@pytest.mark.fault("S14")
+def test_an_output_folder_that_is_not_utf8_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / OTHER_BYTES
+    assert main(["train", "--demo", "--dry-run", "--output_dir", str(folder)]) == 8
+    assert "QH-S14" in (told := capsys.readouterr().err)
+    assert "is not UTF-8" in told
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert main(DEMO) in (2, 8)
+    assert "is not UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.fault("U30")
+def test_data_in_a_working_directory_that_is_not_utf8_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / OTHER_BYTES
+    folder.mkdir()
+    (folder / "rows.jsonl").write_bytes(data_path("train").read_bytes()[:2000].rpartition(b"\n")[0])
+    monkeypatch.chdir(folder)
+    assert main([*DEMO[:3], "--output_dir", str(tmp_path / "run"), "--data", "rows.jsonl"]) == 2
+    assert "QH-U30" in (told := capsys.readouterr().err)
+    assert "is not UTF-8" in told
