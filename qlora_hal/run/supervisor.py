@@ -27,6 +27,7 @@ from qlora_hal.config.schema import RunConfig
 from qlora_hal.detect import discovery
 from qlora_hal.detect.discovery import find, load_spec, reports
 from qlora_hal.errors import OutOfMemoryError, QloraHalError
+from qlora_hal.errors.foreign_output import foreign_output_visible
 from qlora_hal.processes import child_process
 from qlora_hal.processes.child_errors import error_from, told_of
 from qlora_hal.processes.signals import EndedAtOnce, ended_by_signals, handing_on
@@ -138,7 +139,7 @@ def main() -> int:
     given: Mapping[str, Any] = json.loads(sys.stdin.readline())
     child_process.end_with_parent(child_process.ask_to_stop)
     try:
-        with ended_by_signals():
+        with ended_by_signals(), foreign_output_visible():
             result = _carried_out(given["verb"], given["request"], given["console"])
     except QloraHalError as error:
         content: dict[str, object] = {"error": told_of(error)}
