@@ -15,6 +15,7 @@ from qlora_hal import merge, resume, train
 from qlora_hal.cli.__main__ import main
 from qlora_hal.demo import data_path, model_path
 from qlora_hal.errors import ConfigError, QloraHalError
+from qlora_hal.files.atomic_folder import staging
 
 LONG = {
     "one long name": "/tmp/" + "a" * 10_000,
@@ -186,3 +187,19 @@ def test_data_in_a_working_directory_that_is_not_utf8_is_refused(
     assert main([*DEMO[:3], "--output_dir", str(tmp_path / "run"), "--data", "rows.jsonl"]) == 2
     assert "QH-U30" in (told := capsys.readouterr().err)
     assert "is not UTF-8" in told
+
+
+@pytest.mark.fault("U30")
+@pytest.mark.parametrize("place", [0, 1, 3], ids=["model", "out", "data"])
+def test_quantize_refuses_what_is_not_utf8(place: int, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(model_path()), "out", "--data", str(data_path("train"))]
+    words[place] = OTHER_BYTES
+    assert main(["quantize", *words]) == 2
+    assert "QH-U30" in capsys.readouterr().err
+
+
+@pytest.mark.fault("U30")
+def test_a_folder_for_a_merged_model_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    folder = staging(tmp_path / OTHER_BYTES, prefix=".merging-", what="the merged model")
+    with pytest.raises(ConfigError, match="is not UTF-8"), folder:
+        pytest.fail("nothing is computed for it")
