@@ -5,17 +5,21 @@ from __future__ import annotations
 import ast
 import io
 import json
+import logging
 import unicodedata
+import warnings
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 import qlora_hal
+from qlora_hal.cli.__main__ import main
 from qlora_hal.cli.chat import converse
 from qlora_hal.cli.failures import report_unexpected, reported
 from qlora_hal.contract.checked_trainer import _to_stderr
 from qlora_hal.errors import ConfigError, DataError
+from qlora_hal.errors.foreign_output import foreign_output_visible
 from qlora_hal.errors.terminal_text import json_line, show, show_json, visible, visible_line
 from qlora_hal.report.console import RunConsole
 
@@ -144,3 +148,33 @@ def test_everything_is_printed_through_the_one_place() -> None:
         "errors/terminal_text.py",
         "errors/terminal_text.py",
     ]
+
+
+def test_what_libraries_log_and_warn_of_does_not_act() -> None:
+    printed = io.StringIO()
+    handler = logging.StreamHandler(printed)
+    log = logging.getLogger("a library of others")
+    log.addHandler(handler)
+    try:
+        with foreign_output_visible():
+            log.warning("rope_type %r %s", "a", HOSTILE)
+            warned = warnings.formatwarning(HOSTILE, UserWarning, "file.py", 1, "")
+    finally:
+        log.removeHandler(handler)
+    assert SHOWN in printed.getvalue()
+    assert SHOWN in warned
+    assert not acts(printed.getvalue() + warned)
+
+
+def test_a_command_shows_what_libraries_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[logging.LogRecord] = []
+
+    def logging_verb(tokens: list[str]) -> int:
+        made.append(logging.getLogRecordFactory()("a", logging.WARNING, "file.py", 1, HOSTILE, (), None))
+        return 0
+
+    before = logging.getLogRecordFactory()
+    monkeypatch.setattr("qlora_hal.cli.__main__._run", logging_verb)
+    assert main(["schema"]) == 0
+    assert made[0].getMessage() == SHOWN
+    assert logging.getLogRecordFactory() is before

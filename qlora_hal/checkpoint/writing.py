@@ -76,7 +76,12 @@ def save_checkpoint(
         final = _commit(staging, parent / step_name(state.step), _run_of(state.provenance))
     except OSError as problem:
         raise durable.storage_error(
-            problem, parent, what=f"step {state.step}", needed_bytes=_needed_bytes(state), safe=_safe_step(run_dir)
+            problem,
+            parent,
+            what=f"step {state.step}",
+            needed_bytes=_needed_bytes(state),
+            safe=_safe_step(run_dir),
+            resumable=bool(checkpoints(run_dir)),
         ) from problem
     finally:
         with suppress(OSError):

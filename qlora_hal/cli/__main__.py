@@ -9,6 +9,7 @@ from qlora_hal.cli.failures import report_interrupt, report_unexpected, report_u
 from qlora_hal.cli.stream_encoding import escape_what_streams_cannot_hold
 from qlora_hal.cli.streams import output_error, usable_streams
 from qlora_hal.errors import QloraHalError
+from qlora_hal.errors.foreign_output import foreign_output_visible
 from qlora_hal.files.refused_paths import refused_paths_told
 from qlora_hal.processes.signals import ended_by_signals
 
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _status(tokens: list[str], *, as_json: bool) -> int:
     try:
-        with ended_by_signals(), refused_paths_told():
+        with ended_by_signals(), foreign_output_visible(), refused_paths_told():
             return _run(tokens)
     except QloraHalError as error:
         return reported(error, as_json=as_json)

@@ -30,6 +30,7 @@ def report_interrupt(interrupt: KeyboardInterrupt, *, as_json: bool) -> int:
     status, text = INTERRUPTED, "stopped from the keyboard; nothing more was saved."
     context: dict[str, object] = {}
     if isinstance(interrupt, EndedAtOnce):
+        interrupt.learn_of_run()
         run_dir = None if interrupt.run_dir is None else str(interrupt.run_dir)
         status, text, context = interrupt.exit_status, str(interrupt), {"run_dir": run_dir, "step": interrupt.safe_step}
     if not (as_json and _printed({"code": "QH-S21", "message": text, **context, "exit_status": status})):

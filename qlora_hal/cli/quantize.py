@@ -44,10 +44,13 @@ def quantize(
 ) -> int:
     """Quantize a model with calibration: qlora-hal quantize MODEL OUT --data rows.jsonl."""
     from qlora_hal.cli.json_output import kept_for_json
+    from qlora_hal.files.refused_paths import refuse_other_encodings
     from qlora_hal.model.source import resolve_model
     from qlora_hal.quantize.calibration import Recipe, quantize_into
     from qlora_hal.report.console import RunConsole
 
+    for path in (model, str(out.absolute()), data):
+        refuse_other_encodings(path)
     console = RunConsole(json=json)
     quantization = asked_storage(format, bits, group_size)
     source = resolve_model(model, revision=revision, trust_remote_code=False)

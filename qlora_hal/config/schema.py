@@ -6,6 +6,7 @@ a note, or refused by the backend. pydantic is used at this border only.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -14,12 +15,14 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 from pydantic_core import CoreSchema, PydanticCustomError
 from pydantic_core.core_schema import no_info_after_validator_function
 
+from qlora_hal.files.refused_paths import half_of_a_character
 from qlora_hal.formats.catalogue import find_record, names
 from qlora_hal.formats.record import LEVELS
 
@@ -28,8 +31,30 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
+def _texts_in(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, held in value.items():
+            yield from _texts_in(name)
+            yield from _texts_in(held)
+    elif isinstance(value, list | tuple):
+        for held in value:
+            yield from _texts_in(held)
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _is_text(cls, value: Any, info: ValidationInfo) -> Any:
+        """Every setting is written into run.json, and libraries take paths in UTF-8 alone."""
+        if info.field_name != "output_dir":  # which has an error of its own
+            for text in _texts_in(value):
+                if (half := half_of_a_character(text)) is not None:
+                    raise ValueError(f"UTF-8 text without {half} is expected")
+        return value
 
 
 class FormatName:
@@ -173,18 +198,6 @@ class TrainingConfig(_Part):
         if seed is not None and seed >= 2**63:
             raise ValueError("a seed below 2**63 is expected")
         return seed
-
-    @field_validator("sample_prompts")
-    @classmethod
-    def _prompts_are_text(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
-        for prompt in prompts:
-            try:
-                prompt.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise ValueError(
-                    f"prompts without U+{ord(prompt[error.start]):04X}, half of a character, are expected"
-                ) from error
-        return prompts
 
 
 class CheckpointConfig(_Part):

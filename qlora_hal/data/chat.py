@@ -9,9 +9,11 @@ which parts of a turn are trained.
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from qlora_hal.data.contents import Contents
@@ -169,7 +171,10 @@ class ConversationWriter:
             return None
         start += self._heading(rendering.text[start:stop], messages, turn, tools, prompts)
         if self._template.marks_generation:
-            spans = [(max(start, first), last) for first, last in marked if first < stop and last > start]
+            # The marks come in the order of the text, none within another.
+            after = bisect.bisect_right(marked, start, key=itemgetter(1))
+            before = bisect.bisect_left(marked, stop, key=itemgetter(0))
+            spans = [(max(start, first), last) for first, last in marked[after:before]]
             return self._ended(rendering.text, spans, stop) if spans else Target((), closed=False)
         return self._ended(rendering.text, [(start, stop)], stop)
 
@@ -191,12 +196,9 @@ class ConversationWriter:
 
     @staticmethod
     def _holds_others(span: Span, rendering: Rendering, turn: int, trial: Trial | None) -> bool:
-        inside = any(
-            span[0] <= start < stop <= span[1] and rendering.text[start:stop].strip()
-            for other, spans in rendering.turns.items()
-            if other != turn
-            for start, stop in spans
-        )
+        spans = rendering.written_spans
+        within = range(bisect.bisect_left(spans, (span[0],)), bisect.bisect_left(spans, (span[1],)))
+        inside = any(spans[at][1] <= span[1] and spans[at][2] != turn for at in within)
         return inside or (trial is not None and turn in trial.holding_others)
 
     def _span_by_difference(

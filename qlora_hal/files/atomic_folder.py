@@ -9,12 +9,14 @@ from pathlib import Path
 
 from qlora_hal.errors import figures
 from qlora_hal.files import durable
+from qlora_hal.files.refused_paths import refuse_other_encodings
 
 
 @contextmanager
 def staging(out: Path, *, prefix: str, what: str) -> Iterator[Path]:
     """A folder beside `out`, gone at the end whatever happens. OSError inside becomes StorageError QH-S09, QH-S11 or
-    QH-S12, told as a failure to write `what`."""
+    QH-S12, told as a failure to write `what`. Raises ConfigError QH-U30 for a path that is not UTF-8."""
+    refuse_other_encodings(str(out.absolute()))
     folder = out.absolute().parent / f"{prefix}{out.name}-{durable.unique_name()}"
     try:
         folder.mkdir()

@@ -148,13 +148,28 @@ _NO_SPACE = frozenset({errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno
 _NO_PERMISSION = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 
+_AGAIN = {
+    True: "resume",
+    False: "start again",
+    None: "run the command again; a run that has saved a step is resumed",
+}
+
+
 def storage_error(
-    problem: OSError, place: Path, *, what: str, needed_bytes: int | None = None, safe: str = ""
+    problem: OSError,
+    place: Path,
+    *,
+    what: str,
+    needed_bytes: int | None = None,
+    safe: str = "",
+    resumable: bool | None = None,
 ) -> StorageError:
     """The error for a write that failed: QH-S09 (no space), QH-S12 (no permission) or QH-S11 (anything else).
 
-    `what` was being written to `place`; `safe` says which earlier state is untouched.
+    `what` was being written to `place`; `safe` says which earlier state is untouched, and
+    `resumable` whether a run goes on from it; None where that is not known.
     """
+    again = _AGAIN[resumable]
     name = errno.errorcode.get(problem.errno or 0, type(problem).__name__)
     free = free_bytes(place)
     context: dict[str, object] = {"errno": name, "needed_bytes": needed_bytes, "free_bytes": free}
@@ -163,13 +178,13 @@ def storage_error(
         room = f"{needs}{free if free is not None else 'unknown'} free at {place}"
         full, way_out = _what_is_full(problem, place, needed_bytes, free)
         message = f"{full} while writing {what}: {room}."
-        code, fix = "QH-S09", f"{way_out}, then resume."
+        code, fix = "QH-S09", f"{way_out}, then {again}."
     elif problem.errno in _NO_PERMISSION:
         message = f"No permission to write {what} at {place}."
         code, fix = "QH-S12", "Choose a folder that this user may write to."
     else:
         message = f"{what[0].upper()}{what[1:]} could not be written at {place}."
-        code, fix = "QH-S11", "Check the disk or the network mount, then resume."
+        code, fix = "QH-S11", f"Check the disk or the network mount, then {again}."
     cause = f"{name}: {problem.strerror or problem}"
     message = f"{message} {safe}".rstrip()
     return StorageError(code, message, where=str(place), cause=cause, fix=fix, context=context)

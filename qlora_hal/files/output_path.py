@@ -10,16 +10,16 @@ from typing import NoReturn
 
 from qlora_hal.errors import StorageError
 from qlora_hal.files import durable
+from qlora_hal.files.refused_paths import half_of_a_character
 
 
 def refuse_no_path(path: Path) -> None:
-    """Raise StorageError (QH-S14) for a text that no file system has a name for."""
+    """Raise StorageError (QH-S14) for what no file system has a name for, and for what is no UTF-8: a run writes its
+    paths down."""
     if "\0" in str(path):
         _refuse_path(path, "holds a NUL character")
-    try:
-        os.fsencode(path)
-    except UnicodeEncodeError as problem:
-        _refuse_path(path, f"holds U+{ord(str(path)[problem.start]):04X}, half of a character", problem)
+    if (half := half_of_a_character(str(path))) is not None:
+        _refuse_path(path, f"holds {half} and is not UTF-8")
 
 
 def writable_folder(path: Path) -> Path:
@@ -44,6 +44,7 @@ def writable_folder(path: Path) -> Path:
         if problem.errno == errno.ELOOP:
             _refuse_path(path, "is a loop of symbolic links", problem)
         _refuse_unwritable(path, problem)
+    refuse_no_path(real)
     try:
         real.mkdir(parents=True, exist_ok=True)
         probe = real / f".tmp-probe-{durable.unique_name()}"

@@ -60,6 +60,30 @@ def named_path(name: str | os.PathLike[str]) -> Path:
     return path
 
 
+def half_of_a_character(text: str) -> str | None:
+    """What of a text has no form in UTF-8, in words; None where all has. Python reads a byte that is no UTF-8, in a
+    path or an argument, as half of a character (PEP 383)."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as problem:
+        number = ord(text[problem.start])
+        meant = f" (the byte 0x{number - 0xDC00:02x})" if 0xDC80 <= number <= 0xDCFF else ""
+        return f"U+{number:04X}, half of a character{meant},"
+    return None
+
+
+def refuse_other_encodings(path: str) -> None:
+    """Raise ConfigError QH-U30 for a path that JSON and the libraries that open it have no text for."""
+    if (half := half_of_a_character(path)) is not None:
+        raise ConfigError(
+            "QH-U30",
+            f"The path {shortened(path)} cannot be used: it holds {half} and is not UTF-8.",
+            where=shortened(path),
+            cause="A run writes its paths down as text, and the libraries that open files take UTF-8 alone.",
+            fix="Rename that file or folder, or name one in UTF-8.",
+        )
+
+
 def shortened(path: str) -> str:
     """A path as a message can show it: no control characters, and no more than a line or two."""
     shown = ascii(path)[1:-1]

@@ -31,6 +31,14 @@ class EndedAtOnce(KeyboardInterrupt):
         self.run_dir: Path | None = None
         self.safe_step: int | None = None
 
+    def learn_of_run(self) -> None:
+        """Where this one came while an earlier one was unwinding a run: what was known of that run holds."""
+        earlier = self.__context__
+        while self.run_dir is None and earlier is not None:
+            if isinstance(earlier, EndedAtOnce):
+                self.run_dir, self.safe_step = earlier.run_dir, earlier.safe_step
+            earlier = earlier.__context__
+
     @property
     def name(self) -> str:
         """Of the signal: `SIGTERM`."""

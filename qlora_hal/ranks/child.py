@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from qlora_hal.errors import StoppedError
+from qlora_hal.errors.foreign_output import foreign_output_visible
 from qlora_hal.processes import child_process
 from qlora_hal.processes.child_errors import answer_of
 from qlora_hal.processes.signals import ended_by_signals
@@ -22,7 +23,7 @@ def main(folder: Path) -> int:
     given = json.loads((folder / REQUEST_FILE).read_text(encoding="utf-8"))
     file = folder / f"rank-{world_here().rank}.json"
     file.unlink(missing_ok=True)  # of the ranks before a restart
-    with ended_by_signals():
+    with ended_by_signals(), foreign_output_visible():
         answer = answer_of(lambda: carried_out(given["verb"], given["request"], given["console"]))
     file.write_text(json.dumps(answer, default=str), encoding="utf-8")
     return 0 if answer.keys() & {"result", "ended"} or is_stop(answer.get("error")) else 1

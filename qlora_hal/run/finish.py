@@ -45,11 +45,12 @@ def reported_when_finished(directory: RunDirectory) -> Iterator[None]:
     try:
         yield
     except EndedAtOnce as ended:
+        told = ended_in(directory.path, ended)  # before anything else: a second signal may end this, too
         if directory.content.get("status") != "finished":
             with suppress(StorageError):  # the signal is what ended the run
                 now = datetime.now(UTC).isoformat(timespec="seconds")
                 directory.record({"status": "stopped", "stopped_because": ended.name, "finished_at": now})
-        raise ended_in(directory.path, ended) from ended
+        raise told from ended
 
 
 def ended_in(run_dir: Path, ended: EndedAtOnce) -> EndedAtOnce | StoppedError:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from qlora_hal.data.source.row_files import KINDS
 from qlora_hal.data.template.chat_template import BUILT_IN
 from qlora_hal.errors import ConfigError
-from qlora_hal.files.refused_paths import named_path
+from qlora_hal.files.refused_paths import named_path, refuse_other_encodings
 
 if TYPE_CHECKING:
     from qlora_hal.config.schema import RunConfig
@@ -59,9 +59,14 @@ def require_path(name: str, place: object) -> None:
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """Every place that is on this disk as an absolute path; hub ids and built-in names stay as they are."""
+    """Every place that is on this disk as an absolute path; hub ids and built-in names stay as they are.
+
+    Raises ConfigError QH-U30 where the working directory's name is no UTF-8."""
     found = {path: place for path in _RECORDED if (place := _place(config, path)) and _is_here(path, place)}
-    return _with_paths(config, {path: os.path.abspath(os.path.expanduser(p)) for path, p in found.items()})
+    absolute = {path: os.path.abspath(os.path.expanduser(place)) for path, place in found.items()}
+    for place in absolute.values():
+        refuse_other_encodings(place)
+    return _with_paths(config, absolute)
 
 
 def require_paths(config: RunConfig, run_dir: Path, *, reads_data: bool) -> None:

@@ -25,6 +25,7 @@ from qlora_hal.config.schema import RunConfig
 from qlora_hal.detect import discovery
 from qlora_hal.detect.discovery import find, load_spec, reports
 from qlora_hal.errors import OutOfMemoryError, QloraHalError
+from qlora_hal.errors.foreign_output import foreign_output_visible
 from qlora_hal.processes import child_process
 from qlora_hal.processes.child_errors import answer_of, defect_from, ended_from, error_from
 from qlora_hal.processes.signals import EndedAtOnce, ended_by_signals, handing_on
@@ -122,7 +123,7 @@ def main() -> int:
     """Answers on a file; what people read goes to standard error as always."""
     given: Mapping[str, Any] = json.loads(sys.stdin.readline())
     child_process.end_with_parent(child_process.ask_to_stop)
-    with ended_by_signals():
+    with ended_by_signals(), foreign_output_visible():
         content = answer_of(lambda: carried_out(given["verb"], given["request"], given["console"]))
     Path(given["answer"]).write_text(json.dumps(content, default=str), encoding="utf-8")
     return 0

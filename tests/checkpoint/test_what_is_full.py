@@ -76,3 +76,11 @@ def test_each_limit_is_called_by_its_name(tmp_path: Path, number: int, said: str
 def test_bytes_that_are_free_and_not_given_point_to_a_quota(tmp_path: Path) -> None:
     error = storage_error(OSError(errno.ENOSPC, "No space left on device"), tmp_path, what="step 3", needed_bytes=10)
     assert "if many bytes are free, a quota" in error.fix or "raise the quota" in error.fix
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_what_was_no_run_is_not_to_be_resumed(tmp_path: Path, number: int) -> None:
+    problem = OSError(number, os.strerror(number))
+    assert storage_error(problem, tmp_path, what="step 3", resumable=True).fix.endswith(", then resume.")
+    assert storage_error(problem, tmp_path, what="step 3", resumable=False).fix.endswith(", then start again.")
+    assert ", then run the command again;" in storage_error(problem, tmp_path, what="the adapter").fix

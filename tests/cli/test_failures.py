@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from qlora_hal.cli.conformance import conformance
-from qlora_hal.cli.failures import reported
+from qlora_hal.cli.failures import report_interrupt, reported
 from qlora_hal.errors import ConfigError, ModelError
 from qlora_hal.files.strict_json import MAX_JSON_BYTES
+from qlora_hal.processes.signals import EndedAtOnce
+from qlora_hal.run.finish import reported_when_finished
 
 
 @pytest.mark.parametrize(("code", "is_known"), [("QH-D05", True), ("QH-TOY1", False)])
@@ -31,3 +36,19 @@ def test_a_certificate_is_read_to_its_limit_and_from_files_alone(tmp_path: Path)
     for path, reason in ((large, "it has more than"), (Path("/dev/zero"), "not a regular file"), (tmp_path, "")):
         with pytest.raises(ConfigError, match=f"QH-B51.*is no certificate: {reason}"):
             conformance(verify=path)
+
+
+@pytest.mark.fault("S21")
+def test_a_second_signal_that_comes_while_the_first_is_told_names_what_is_safe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "checkpoints" / "step-00000007").mkdir(parents=True)
+
+    def interrupted(fields: dict[str, object]) -> None:
+        raise EndedAtOnce(signal.SIGINT)
+
+    directory = SimpleNamespace(path=tmp_path, content={}, record=interrupted)
+    with pytest.raises(EndedAtOnce) as second, reported_when_finished(cast("Any", directory)):
+        raise EndedAtOnce(signal.SIGTERM, again=False)
+    assert report_interrupt(second.value, as_json=False) == 130
+    assert f"step 7 is safe on disk. Resume with: qlora-hal resume {tmp_path}" in capsys.readouterr().err

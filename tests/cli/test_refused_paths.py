@@ -15,6 +15,7 @@ from qlora_hal import merge, resume, train
 from qlora_hal.cli.__main__ import main
 from qlora_hal.demo import data_path, model_path
 from qlora_hal.errors import ConfigError, QloraHalError
+from qlora_hal.files.atomic_folder import staging
 
 LONG = {
     "one long name": "/tmp/" + "a" * 10_000,
@@ -146,3 +147,59 @@ def test_a_rank_above_every_side_of_the_targets_is_refused(
     model = ["--model", str(model_path())] if command == ["estimate"] else []
     assert main([*command, *model, "--lora.r", "1000000000000"]) == 2
     assert "lora.r is 1000000000000; the target modules have at most 768 rows" in capsys.readouterr().err
+
+
+OTHER_BYTES = os.fsdecode(b"n\xff")
+
+
+@pytest.mark.fault("U01")
+@pytest.mark.parametrize("setting", ["model.name_or_path", "data.path", "data.chat_template", "data.validation_path"])
+def test_a_setting_that_is_not_utf8_is_refused_by_name(setting: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*DEMO, f"--{setting}", OTHER_BYTES]) == 2
+    told = capsys.readouterr().err
+    assert "QH-U01" in told
+    assert setting in told
+    assert "the byte 0xff" in told
+
+
+@pytest.mark.fault("S14")
+def test_an_output_folder_that_is_not_utf8_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / OTHER_BYTES
+    assert main(["train", "--demo", "--dry-run", "--output_dir", str(folder)]) == 8
+    assert "QH-S14" in (told := capsys.readouterr().err)
+    assert "is not UTF-8" in told
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert main(DEMO) in (2, 8)
+    assert "is not UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.fault("U30")
+def test_data_in_a_working_directory_that_is_not_utf8_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / OTHER_BYTES
+    folder.mkdir()
+    (folder / "rows.jsonl").write_bytes(data_path("train").read_bytes()[:2000].rpartition(b"\n")[0])
+    monkeypatch.chdir(folder)
+    assert main([*DEMO[:3], "--output_dir", str(tmp_path / "run"), "--data", "rows.jsonl"]) == 2
+    assert "QH-U30" in (told := capsys.readouterr().err)
+    assert "is not UTF-8" in told
+
+
+@pytest.mark.fault("U30")
+@pytest.mark.parametrize("place", [0, 1, 3], ids=["model", "out", "data"])
+def test_quantize_refuses_what_is_not_utf8(place: int, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(model_path()), "out", "--data", str(data_path("train"))]
+    words[place] = OTHER_BYTES
+    assert main(["quantize", *words]) == 2
+    assert "QH-U30" in capsys.readouterr().err
+
+
+@pytest.mark.fault("U30")
+def test_a_folder_for_a_merged_model_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    folder = staging(tmp_path / OTHER_BYTES, prefix=".merging-", what="the merged model")
+    with pytest.raises(ConfigError, match="is not UTF-8"), folder:
+        pytest.fail("nothing is computed for it")

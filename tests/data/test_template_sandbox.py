@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from qlora_hal.data.chat import ConversationWriter
 from qlora_hal.data.template.chat_template import ChatTemplate, TemplateFault
-from qlora_hal.data.template.outlines import outline_of
+from qlora_hal.data.template.outlines import Outlines, outline_of
 from qlora_hal.data.template.sandbox import size_of
 from qlora_hal.data.tokens.special_text import SpecialText
 from qlora_hal.errors import DataError, UnsafeInputError
@@ -175,3 +177,20 @@ def test_content_that_passes_through_macros_and_blocks_keeps_its_outline(used: s
 def test_content_that_is_looked_at_after_a_detour_has_no_outline(used: str) -> None:
     source = "{% macro shown(text) %}{{ text }}{% endmacro %}" + CONTENT + used + "{% endfor %}"
     assert outlined(source, " a<")[0] is None
+
+
+LOOP = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<e>{% endfor %}"
+LOOP += "{% if add_generation_prompt %}<assistant>{% endif %}"
+MARKED = LOOP.replace("{{ m['content'] }}", "{% generation %}{{ m['content'] }}{% endgeneration %}")
+
+
+@pytest.mark.parametrize("source", [LOOP, MARKED], ids=["loop", "marked"])
+def test_a_conversation_of_very_many_turns_takes_time_in_proportion(source: str) -> None:
+    """20,000 turns are 600 kB of a row, whose limit is 32 MiB; each looked up among all others took minutes."""
+    writer = ConversationWriter(ChatTemplate(source, "test", {}), SpecialText({"<e>": 1}), "<e>")
+    messages = [{"role": ("user", "assistant")[n % 2], "content": "a"} for n in range(20_000)]
+    began = time.process_time()
+    assert Outlines(writer).of(messages, 0) is None
+    written = writer.write(messages)
+    assert time.process_time() - began < 20
+    assert sum(trained for _, trained in written.pieces) == 10_000

@@ -28,6 +28,10 @@ _POISON_ESCAPED = "\\ufdd2"
 """As the sign stands in a printed list and in JSON that is ASCII alone."""
 _SLOT = re.compile("\ufdd0(\\d{1,7})(-?)\ufdd1")
 
+_LONGEST = 1024
+"""Messages. Stand-ins are joined anew with each text that is added, so a longer conversation is quicker rendered; and
+hardly two of that length have the same roles."""
+
 
 @dataclass(frozen=True, slots=True)
 class Slot:
@@ -185,6 +189,8 @@ class Outlines:
         self._known: dict[tuple[object, ...], Outline | None] = {}
 
     def of(self, messages: Sequence[Mapping[str, object]], first_target: int) -> Outline | None:
+        if len(messages) > _LONGEST:
+            return None
         key = (first_target, *[message["role"] for message in messages])
         try:
             return self._known[key]

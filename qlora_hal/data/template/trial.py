@@ -106,11 +106,11 @@ class Trials:
             rendering = self._template.trace(tried, tools=offered)
         except (TemplateFault, UnsafeInputError):
             return None
-        text = rendering.text.lower()
-        unwritten = {place for word, place in words.places.items() if word not in text}
+        written = words.first_places(rendering.text.lower())
+        unwritten = {place for word, place in words.places.items() if word not in written}
         if _DUMPED_PART.search(rendering.text):
             unwritten |= {(n, CONTENT) for n, message in enumerate(tried) if isinstance(message.get(CONTENT), list)}
-        of_tools = {what for word, what in words.of_tools.items() if word not in text}
+        of_tools = {what for word, what in words.of_tools.items() if word not in written}
         return Trial(
             frozenset(unwritten),
             frozenset({TOOLS} if TOOLS in of_tools else of_tools),
@@ -169,18 +169,17 @@ def _in_turns(messages: Sequence[Message], rendering: Rendering, words: Words) -
             continue
         start, stop = rendering.turns[number][0]
         turn = rendering.text[start:stop]
-        own = [place for place, owner in _met(turn, words) if owner == number]
+        met = list(_met(turn, words))
+        own = [place for place, owner in met if owner == number]
         if own:
             openings[number] = turn[: min(own)]
-        if any(owner != number for _, owner in _met(turn, words)):
+        if any(owner != number for _, owner in met):
             holding.add(number)
     return openings, frozenset(holding)
 
 
 def _met(turn: str, words: Words) -> Iterator[tuple[int, int]]:
     """(where each word first stands in a turn, the message it belongs to)."""
-    lowered = turn.lower()
-    for word, (owner, _) in words.places.items():
-        place = lowered.find(word)
-        if place >= 0:
-            yield place, owner
+    for word, place in words.first_places(turn.lower()).items():
+        if word in words.places:
+            yield place, words.places[word][0]

@@ -6,6 +6,7 @@ The form of a conversation is its roles, the fields of its messages and of what 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ _TOOLS_TRIED = 2
 
 _ALIKE_ARGUMENTS_TRIED = 2
 _FIRST_NUMBER = 7_310_000
+_WORD = re.compile(r"qorvex(?:tool)?[0-9]+q|(?=(7[0-9]{6}))")
+"""Any word or number of a trial; a number may stand within other digits."""
 
 
 @dataclass(slots=True)
@@ -42,6 +45,15 @@ class Words:
         number = _FIRST_NUMBER + len(self.places)
         self.places[str(number)] = (message, what)
         return number
+
+    @staticmethod
+    def first_places(text: str) -> dict[str, int]:
+        """Where in a text in small letters each word first stands. One search for all of them: a row may hold as many
+        messages as values."""
+        places: dict[str, int] = {}
+        for found in _WORD.finditer(text):
+            places.setdefault(found[0] or found[1], found.start())
+        return places
 
     def of_tool(self, what: str) -> str:
         word = f"qorvextool{len(self.of_tools)}q"

@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count
 from typing import Any, cast
 
@@ -92,7 +93,7 @@ def _output(value: jinja2.nodes.Expr, name: str, arguments: list[jinja2.nodes.Ex
     return cast("jinja2.nodes.Output", output.set_lineno(line))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Rendering:
     """A rendered conversation. `turns` are the spans that loops wrote for each message, those without text left out;
     `end` is where the last loop over messages ended, 0 if none was seen; `generated` is what `{% generation %}` holds.
@@ -102,6 +103,12 @@ class Rendering:
     turns: Mapping[int, Sequence[Span]]
     end: int
     generated: Sequence[Span]
+
+    @cached_property
+    def written_spans(self) -> Sequence[tuple[int, int, int]]:
+        """(first character, one past the last, message) of every span that holds more than blanks, in order."""
+        spans = [(start, stop, number) for number, its in self.turns.items() for start, stop in its]
+        return sorted(span for span in spans if self.text[span[0] : span[1]].strip())
 
     def as_json(self) -> dict[str, object]:
         """What `from_json` reads again."""
