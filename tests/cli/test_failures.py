@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -31,3 +33,35 @@ def test_a_certificate_is_read_to_its_limit_and_from_files_alone(tmp_path: Path)
     for path, reason in ((large, "it has more than"), (Path("/dev/zero"), "not a regular file"), (tmp_path, "")):
         with pytest.raises(ConfigError, match=f"QH-B51.*is no certificate: {reason}"):
             conformance(verify=path)
+
+
+@pytest.mark.fault("I01")
+@pytest.mark.parametrize(
+    ("library", "distribution", "text"),
+    [
+        ("numpy", "numpy", "raise ImportError('its C part was built for another Python')"),
+        ("pydantic", "pydantic", "from pydantic_core import no_such_name"),
+        ("ruamel", "ruamel.yaml", "import module_that_is_not_there"),
+    ],
+)
+def test_a_broken_library_is_named_with_its_distribution_and_is_no_defect_of_ours(
+    library: str, distribution: str, text: str, tmp_path: Path
+) -> None:
+    (tmp_path / library).mkdir()
+    (tmp_path / library / "__init__.py").write_text(text)
+    (tmp_path / "run.yaml").write_text("lora:\n  r: 4\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "qlora_hal.cli", "train", "run.yaml", "--print-config"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "error[QH-I01]" in done.stderr
+    assert "is missing or broken in this installation" in done.stderr
+    assert "defect of qlora-hal" not in done.stderr
+    if library == "numpy":
+        assert f"pip install --force-reinstall {distribution}" in done.stderr
