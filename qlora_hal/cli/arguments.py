@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qlora_hal.config.fields import Setting
 
 _TRUTH_VALUES = frozenset({"true", "false", "yes", "no", "1", "0"})
+_PLAIN_TRUTH_VALUES = frozenset({"true", "false"})
 _OPTIONS = "--backend.options."
 VERBS_WITH_SETTINGS = frozenset({"train", "estimate"})
 """Verbs whose one word without a flag is the settings file."""
@@ -44,18 +45,27 @@ def _spelled(tokens: Sequence[str]) -> Iterator[str]:
 
 
 def _joined(tokens: Iterator[str]) -> Iterator[str]:
-    """`--data.packing false` becomes `--data.packing=false`, the only form in which the parser takes a value."""
-    held = ""
+    """`--data.packing false` becomes `--data.packing=false`, the only form in which the parser takes a value; so does
+    `--dry-run false`. A flag without a dot may be followed by a file: there only `true` and `false` are values."""
+    held, values = "", frozenset[str]()
     for token in tokens:
         if held:
-            if token.lower() in _TRUTH_VALUES:
-                yield f"{held}={token.lower()}"
+            if token.lower() in values:
+                yield f"{held}={token.lower() if values is _TRUTH_VALUES else token}"
                 held = ""
                 continue
             yield held
             held = ""
-        if "." in token and token.startswith("--") and "=" not in token and _is_yes_no(token[2:]):
-            held = token
+        if token == "--":
+            yield token
+            yield from tokens
+            return
+        if not token.startswith("--") or "=" in token:
+            yield token
+        elif "." not in token:
+            held, values = token, _PLAIN_TRUTH_VALUES
+        elif _is_yes_no(token[2:]):
+            held, values = token, _TRUTH_VALUES
         else:
             yield token
     if held:

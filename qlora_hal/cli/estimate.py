@@ -72,6 +72,7 @@ def estimate_run(config: RunConfig) -> Estimated:
     """The peak on the backend that is named, else on the one that would be chosen on its own hardware; where a backend
     is ready here, on this machine's."""
     from qlora_hal.adapter.targets import require_rank, resolve_targets
+    from qlora_hal.data.prepare import refuse_long_sequences
     from qlora_hal.detect.discovery import listed, reports
     from qlora_hal.detect.hardware import memory_here
     from qlora_hal.detect.requirements import quantization_of
@@ -82,6 +83,7 @@ def estimate_run(config: RunConfig) -> Estimated:
 
     model = config.model
     facts = resolve_model(model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code).facts
+    refuse_long_sequences(config.data, facts.max_position_embeddings)
     spec = _backend(config, facts)
     quantization = quantization_of(config, facts, spec.capabilities)
     targets = resolve_targets(config.lora.target_modules, facts.linear_modules)

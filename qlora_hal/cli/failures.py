@@ -48,15 +48,35 @@ def report_unexpected(error: Exception, *, as_json: bool) -> int:
     content = {"code": "QH-I01", "message": f"{type(error).__name__}: {error}", "where": place, "exit_status": 1}
     if as_json and _printed(content):
         return 1
+    why, fix = "this is a defect of qlora-hal, not of your input", ""
+    if library := _broken_library(error):
+        why = f"{library}, which qlora-hal needs, is missing or broken in this installation"
+        fix = f"pip install --force-reinstall {library}; if it stays so, "
     _print_lines(
         f"error[QH-I01]: {type(error).__name__}: {error}",
         [
             ("where", place),
-            ("why", "this is a defect of qlora-hal, not of your input"),
-            ("help", "run again with QLORA_HAL_TRACEBACK=1 and report what it prints"),
+            ("why", why),
+            ("help", f"{fix}run again with QLORA_HAL_TRACEBACK=1 and report what it prints"),
         ],
     )
     return 1
+
+
+def _broken_library(error: BaseException) -> str:
+    """The distribution whose import failed, if it is not ours; else nothing."""
+    import traceback
+    from importlib.metadata import packages_distributions
+
+    if not isinstance(error, ImportError):
+        return ""
+    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    raised_in = next((name for name in reversed(frames) if not name.startswith("importlib.")), "")
+    for module in (error.name or "", raised_in):
+        package = module.partition(".")[0]
+        if package and not package.startswith("qlora_hal") and package not in sys.stdlib_module_names:
+            return next(iter(packages_distributions().get(package, [])), package)
+    return ""
 
 
 def report_usage(error: CycloptsError, tokens: list[str]) -> ConfigError:

@@ -14,9 +14,11 @@ def resolved(config: Path | None, flags: Mapping[str, object], *, demo: bool) ->
     """File, environment and flags, over the demo's settings where it is asked for."""
     if not demo:
         return resolve_settings(config, flags=flags)
-    from qlora_hal.config.demo import demo_settings
+    from qlora_hal.config.demo import demo_settings, in_the_way
 
-    return resolve_settings(config, flags=flags, defaults=demo_settings(), defaults_name="demo")
+    return resolve_settings(
+        config, flags=flags, defaults=demo_settings(), defaults_name="demo", defaults_yield=in_the_way
+    )
 
 
 def settings_as_text(settings: ResolvedSettings) -> str:

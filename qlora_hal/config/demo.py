@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from qlora_hal.demo import data_path, model_path
 
@@ -34,3 +34,18 @@ def demo_settings() -> Mapping[str, object]:
         "data.path": str(data_path("train")),
         "data.validation_path": str(data_path("validation")),
     }
+
+
+def in_the_way(values: Mapping[str, object], given: Collection[str]) -> set[str]:
+    """The demo's settings that would keep what was `given` from having its meaning: a length in steps beside one in
+    epochs, the demo's held-out rows beside other rows, evaluation on no rows."""
+    yielding = set()
+    if "training.num_train_epochs" in given:
+        yielding.add("training.max_steps")
+    held_out = values.get("data.validation_path")
+    if "data.validation_path" not in given and not {"data.path", "data.validation_fraction"}.isdisjoint(given):
+        yielding.add("data.validation_path")
+        held_out = None
+    if not (held_out or values.get("data.validation_fraction")):
+        yielding.add("training.eval_steps")
+    return yielding

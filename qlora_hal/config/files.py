@@ -128,6 +128,7 @@ def _yaml(path: Path, text: str) -> tuple[object, dict[str, int]]:
                 return node.value
             return super().construct_object(node, deep=deep)
 
+    _refuse_other_versions(path, text)
     try:
         yaml = YAML(typ="safe", pure=True)
         yaml.Composer = CountingComposer
@@ -148,6 +149,16 @@ def _yaml(path: Path, text: str) -> tuple[object, dict[str, int]]:
         raise
     except Exception as error:  # values that look like numbers or dates and are none, of many kinds
         _raise_malformed(path, begun[0].start_mark.line + 1 if begun else None, _said(error), error)
+
+
+def _refuse_other_versions(path: Path, text: str) -> None:
+    """By the rules of 1.1 that a directive asks for, 010 is 8 and 1:30 is 90."""
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.startswith("---"):
+            return
+        if (directive := re.match(r"%YAML\s+(\S+)", line)) and directive[1] != "1.2":
+            said = f"it declares YAML {directive[1][:20]}, and is read by the rules of YAML 1.2"
+            _raise_malformed(path, number, said, None)
 
 
 def _refuse_growth_and_tags(path: Path, root: Node) -> None:
@@ -278,7 +289,7 @@ def _refused(path: Path, reason: str) -> UnsafeInputError:
     )
 
 
-def _raise_malformed(path: Path, line: int | None, said: str, cause: Exception) -> NoReturn:
+def _raise_malformed(path: Path, line: int | None, said: str, cause: Exception | None) -> NoReturn:
     raise ConfigError(
         "QH-U03",
         f"Settings file {path.name} is not well formed: {said}.",

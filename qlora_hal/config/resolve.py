@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -90,8 +90,10 @@ def resolve_settings(
     environ: Mapping[str, str] | None = None,
     defaults: Mapping[str, object] | None = None,
     defaults_name: str = "demo",
+    defaults_yield: Callable[[Mapping[str, object], Collection[str]], Collection[str]] | None = None,
 ) -> ResolvedSettings:
-    """Merge all layers and validate the result.
+    """Merge all layers and validate the result. `defaults_yield` names the defaults that make way, from all values and
+    the keys that were given otherwise.
 
     `keywords` holds dotted keys, or `model`, `data`, `output_dir`, `backend` (where `auto` means not given); `flags`
     holds dotted keys with texts as typed. A value of None means not given. A ResolvedSettings is returned as it is
@@ -113,6 +115,11 @@ def resolve_settings(
     for key, value in (flags or {}).items():
         if value is not None:
             _put_text(layers, key, value, f"command line --{key}")
+    if defaults_yield is not None:
+        given = {key for key, origin in layers.origins.items() if origin != defaults_name}
+        for key in set(defaults_yield(layers.values, given)) - given:
+            layers.values.pop(key, None)
+            layers.origins.pop(key, None)
     return _validated(layers)
 
 
@@ -168,15 +175,25 @@ def _put_configuration(layers: _Layers, config: RunConfig | Mapping[str, object]
 
 
 def _put_tree(layers: _Layers, tree: Mapping[str, object], origin: Callable[[str], str]) -> None:
+    met: set[str] = set()
+
+    def put(key: str, value: object) -> None:
+        if key in met:
+            expected = "it is set twice, in its group and by its dotted name; one of them is expected"
+            layers.problems.append(Problem(key, origin(key), value, expected))
+            return
+        met.add(key)
+        layers.put(key, value, origin(key))
+
     for name, value in tree.items():
         name = str(name)
         if name in settings() or "." in name:
-            layers.put(name, value, origin(name))
+            put(name, value)
         elif name not in groups():
             layers.unknown(name, value, origin(name))
         elif isinstance(value, Mapping):
             for leaf, leaf_value in value.items():
-                layers.put(f"{name}.{leaf}", leaf_value, origin(f"{name}.{leaf}"))
+                put(f"{name}.{leaf}", leaf_value)
         elif value is not None:
             names = ", ".join(path.rpartition(".")[2] for path in settings() if path.startswith(f"{name}."))
             expected = f"{name} is a group; its settings go below it, one per line: {names}"
@@ -265,8 +282,8 @@ def _scalar(value: object) -> object:
 
 
 def _from_json(text: str) -> object:
-    """Raises ValueError, also for what is nested too deeply or too much."""
-    return strict_json.decode_foreign(text.encode("utf-8", "surrogatepass"))
+    """Raises ValueError, also for what is nested too deeply or too much, and for a key that is there twice."""
+    return strict_json.decode(text.encode("utf-8", "surrogatepass"))
 
 
 # Validation --------------------------------------------------------------------------------------------------------

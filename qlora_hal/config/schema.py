@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -26,9 +27,29 @@ from qlora_hal.files.refused_paths import half_of_a_character
 from qlora_hal.formats.catalogue import find_record, names
 from qlora_hal.formats.record import LEVELS
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+SMALLEST_FLOAT32, LARGEST_FLOAT32 = 2.0**-126, (2.0 - 2.0**-23) * 2.0**127
+"""The normal numbers of float32, in which an adapter is updated on every backend."""
+
+
+def _fits_64_bits(number: int) -> int:
+    # Files of a run hold no others.
+    if number >= 2**63:
+        raise ValueError("a whole number below 2**63 is expected")
+    return number
+
+
+def _fits_float32(number: float) -> float:
+    # There it would be 0 or infinite: another number than the one that was set.
+    if number and not SMALLEST_FLOAT32 <= number <= LARGEST_FLOAT32:
+        raise ValueError("a number that float32 can hold is expected, from 1.2e-38 to 3.4e38")
+    return number
+
+
+PositiveInt = Annotated[int, Field(gt=0), AfterValidator(_fits_64_bits)]
+NonNegativeInt = Annotated[int, Field(ge=0), AfterValidator(_fits_64_bits)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[float, Field(gt=0.0), AfterValidator(_fits_float32)]
+NonNegative = Annotated[float, Field(ge=0.0), AfterValidator(_fits_float32)]
 
 
 def _texts_in(value: object) -> Iterator[str]:
@@ -114,7 +135,7 @@ class LoraConfig(_Part):
     """The trainable adapter."""
 
     r: PositiveInt = Field(16, description="Rank.")
-    alpha: Annotated[float, Field(gt=0)] = Field(16.0, description="The adapter's product is scaled by alpha / r.")
+    alpha: Positive = Field(16.0, description="The adapter's product is scaled by alpha / r.")
     dropout: Fraction = Field(0.0, description="Dropout on the adapter's input.")
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead (rsLoRA).")
     target_modules: str | tuple[str, ...] = Field(
@@ -157,8 +178,8 @@ class DataConfig(_Part):
 class TrainingConfig(_Part):
     """Length, learning rate, optimizer and evaluation."""
 
-    learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 2e-4
-    num_train_epochs: Annotated[float, Field(gt=0.0)] = 1.0
+    learning_rate: Annotated[Positive, Field(le=1.0)] = 2e-4
+    num_train_epochs: Annotated[float, Field(gt=0.0, le=1e9)] = 1.0
     max_steps: PositiveInt | None = Field(None, description="Optimizer steps; overrides num_train_epochs.")
     per_device_train_batch_size: PositiveInt = 4
     per_device_eval_batch_size: PositiveInt = 8
@@ -170,11 +191,11 @@ class TrainingConfig(_Part):
     warmup_ratio: Fraction = 0.03
     warmup_steps: NonNegativeInt | None = Field(None, description="Overrides warmup_ratio.")
     optim: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    max_grad_norm: Annotated[float, Field(ge=0.0)] = Field(1.0, description="0 disables clipping.")
+    weight_decay: NonNegative = 0.0
+    max_grad_norm: NonNegative = Field(1.0, description="0 disables clipping.")
     adam_beta1: Fraction = 0.9
     adam_beta2: Fraction = 0.999
-    adam_epsilon: Annotated[float, Field(gt=0.0)] = 1e-8
+    adam_epsilon: Positive = 1e-8
     adam_epsilon_from_noise: bool = Field(
         False,
         description="Raise adam_epsilon above the rounding error of the first gradient, so that backends begin alike.",
@@ -192,13 +213,6 @@ class TrainingConfig(_Part):
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
     sample_prompts: tuple[str, ...] = Field((), description="Prompts that are answered before and after training.")
 
-    @field_validator("seed")
-    @classmethod
-    def _seed_fits_63_bits(cls, seed: int | None) -> int | None:
-        if seed is not None and seed >= 2**63:
-            raise ValueError("a seed below 2**63 is expected")
-        return seed
-
 
 class CheckpointConfig(_Part):
     """When the run is saved."""
@@ -208,7 +222,7 @@ class CheckpointConfig(_Part):
         description="Save every this many steps and at the end; none or 0: only at the end, and when the run is "
         "stopped.",
     )
-    save_total_limit: Annotated[int, Field(ge=2)] = Field(
+    save_total_limit: Annotated[PositiveInt, Field(ge=2)] = Field(
         2, description="Older checkpoints are removed; at least 2 are kept."
     )
 

@@ -60,7 +60,7 @@ def mix(words: UInt32) -> UInt32:
 
 def drop_below(rate: float) -> int:
     """A number is dropped where `mix(...) >> 1` is below this. 31 bits, so that signed integers compare the same."""
-    return round(rate * 2**31)
+    return min(round(rate * 2**31), 2**31 - 1)
 
 
 def kept(key: int, module: str, rows: Int32, time: int, channels: int, rate: float) -> npt.NDArray[np.bool_]:

@@ -62,7 +62,7 @@ def prepare(
     Raises DataError (faults D01-D16 of the catalogue; QH-D65 for the same rows on both sides), HubError, StorageError
     (QH-S09, QH-S11, QH-S12), and ConfigError (QH-D54) when `max_seq_length` is above what the model was made for.
     """
-    _refuse_long_sequences(config, model_max_length)
+    refuse_long_sequences(config, model_max_length)
     source = memory_source(rows) if rows is not None else open_source(config.path, config.split)
     train, report, fingerprint = _tokenised(source, config, tokenizer, cache_dir, model_vocabulary_size)
     validation, validation_report, parts = None, None, [fingerprint]
@@ -138,7 +138,8 @@ def _trained_on_itself(train: Source, validation: Source) -> DataError:
     )
 
 
-def _refuse_long_sequences(config: DataConfig, model_max_length: int | None) -> None:
+def refuse_long_sequences(config: DataConfig, model_max_length: int | None) -> None:
+    """Raises ConfigError QH-D54 where rows may be longer than the model has positions, if that number is known."""
     if model_max_length is not None and config.max_seq_length > model_max_length:
         raise ConfigError(
             "QH-D54",

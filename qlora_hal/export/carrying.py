@@ -13,6 +13,7 @@ from qlora_hal.adapter.fitting import check_fits
 from qlora_hal.contract.checked_trainer import CheckedTrainer
 from qlora_hal.contract.values import Float32, LinearShape
 from qlora_hal.detect import discovery
+from qlora_hal.errors.redaction import redacted
 from qlora_hal.export import folder as model_folder
 from qlora_hal.export import placing
 from qlora_hal.export.comparing import (
@@ -110,6 +111,7 @@ class Merge:
             record = self._record(base, closeness, model, reference, limits)
             if self._request.requantize is not None:
                 record["requantized"] = self._requantized(self._request.requantize, base, model, reference)
+                record["notes"] = redacted(list(self._notes))
         self._finish(self._staging / base, record)
         return self._result(base, closeness[base], limits, record)
 
@@ -230,6 +232,12 @@ class Merge:
         preferred = made_by or self._plan.resolved_backend.choice.spec
         with opened_requantized(folder, preferred, model.chosen.compute.dtype, self._plan.subject) as trainer:
             found = reference.closeness(trainer.logits)
+        if not found.kl_mean < model.effect.kl_mean / 2:
+            self._note(
+                f"the model in {weight_format} is about as far from the adapter model (KL {found.kl_mean:.3g}) as the "
+                f"base alone ({model.effect.kl_mean:.3g}): rounding to {weight_format} lost much of what was learnt; "
+                "keep the adapter beside the base, or use the merged model as it is"
+            )
         return {"format": weight_format, "folder": folder.name, **found.as_json()}
 
     def _finish(self, folder: Path, record: Mapping[str, object]) -> None:

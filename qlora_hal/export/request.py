@@ -76,12 +76,14 @@ def check_request(request: MergeRequest) -> None:
         )
         if value is not None and value not in known
     ]
-    if request.max_kl is not None and not 0 <= request.max_kl < math.inf:
-        wrong.append(f"max_kl is {request.max_kl} (nats per token, 0 or more)")
-    if request.min_top1 is not None and not 0 <= request.min_top1 <= 1:
-        wrong.append(f"min_top1 is {request.min_top1} (a share from 0 to 1)")
-    if request.row_limit < 1:
-        wrong.append(f"row_limit is {request.row_limit} (1 or more)")
+    if request.max_kl is not None and not (_is_number(request.max_kl) and 0 <= request.max_kl < math.inf):
+        wrong.append(f"max_kl is {request.max_kl!r} (nats per token, 0 or more)")
+    if request.min_top1 is not None and not (_is_number(request.min_top1) and 0 <= request.min_top1 <= 1):
+        wrong.append(f"min_top1 is {request.min_top1!r} (a share from 0 to 1)")
+    if not isinstance(request.row_limit, int) or isinstance(request.row_limit, bool) or request.row_limit < 1:
+        wrong.append(f"row_limit is {request.row_limit!r} (a whole number, 1 or more)")
+    if not isinstance(request.double_quant, bool | None):
+        wrong.append(f"double_quant is {request.double_quant!r} (true or false)")
     if wrong:
         raise ConfigError(
             "QH-C62",
@@ -90,3 +92,7 @@ def check_request(request: MergeRequest) -> None:
             fix="Use one of the values named.",
             context={"wrong": wrong},
         )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -12,6 +12,7 @@ from qlora_hal.contract.values import Adapter
 from qlora_hal.errors import ConfigError
 from qlora_hal.files import durable
 from qlora_hal.files.refused_paths import named_path
+from qlora_hal.formats.catalogue import record_of
 from qlora_hal.report.run_file import read_run_config, read_run_file
 from qlora_hal.run.trained_base import adapter_folders, options_on, storage_of_training, trained_config
 
@@ -90,7 +91,22 @@ def _storage(request: MergeRequest, provenance: Mapping[str, object]) -> dict[st
             fix="Leave weight_format out; to merge into the unquantized base, set base to original.",
         )
     settings = storage_of_training(provenance)
-    return settings or {"weight_format": request.weight_format or "auto", "double_quant": request.double_quant}
+    if settings is None:
+        return {"weight_format": request.weight_format or "auto", "double_quant": request.double_quant}
+    if request.double_quant is None:
+        return settings
+    nested = settings["double_quant"]
+    if nested is None and record_of(str(recorded)).double_quant:
+        return {**settings, "double_quant": request.double_quant}
+    if request.double_quant is not bool(nested):
+        raise ConfigError(
+            "QH-C62",
+            f"double_quant is {str(request.double_quant).lower()}, but the adapter was trained on a base stored as "
+            f"{recorded} {'with' if nested else 'without'} double quantization.",
+            where="double_quant",
+            fix="Leave double_quant out: the adapter records how its base was stored.",
+        )
+    return settings
 
 
 def require_known_storage(subject: Subject, request: MergeRequest, *, prequantized: bool) -> None:

@@ -11,11 +11,10 @@ import functools
 import json
 import math
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
-
-import numpy as np
 
 from qlora_hal.files.opening import open_regular, read_stored
 
@@ -123,7 +122,9 @@ def _object(value: object) -> dict[str, object]:
 
 
 def _plain(value: object) -> object:
-    if isinstance(value, np.generic):
+    # Only who has imported NumPy can have made one; a broken installation of it is then told of by the command line.
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.generic):
         return value.item()
     raise TypeError(f"a {type(value).__name__} has no JSON form")
 

@@ -277,8 +277,9 @@ class _Loop:
             f"Step {queued.step + 1}: loss {stats.loss_sum / max(stats.token_count, 1)}, gradient norm "
             f"{stats.grad_norm}; both must be finite. The step was not applied.",
             where=f"rows {shown} of the training data",
-            cause="An overflow in the compute dtype, a learning rate that is too high, or broken base weights.",
-            fix="Lower training.learning_rate, or set quantization.compute_dtype to float32 to find the cause.",
+            cause="An overflow in the compute dtype; a learning rate, weight decay or lora.alpha that is too high; or "
+            "broken base weights.",
+            fix="Lower them, or set quantization.compute_dtype to float32 to find the cause.",
             context={"step": queued.step + 1, "rows": rows, "loss_sum": str(stats.loss_sum)},
         )
 
@@ -330,6 +331,7 @@ def _no_gradient() -> NumericsError:
     return NumericsError(
         "QH-C18",
         "The first step's gradient norm is 0: no gradient reaches the adapter.",
-        cause="A kernel without a backward, or checkpointing that cuts the graph.",
+        cause="A kernel without a backward, checkpointing that cuts the graph, a lora.alpha so small that the product "
+        "vanishes, or a lora.dropout so near 1 that nothing is kept.",
         fix="Run qlora-hal doctor to check the backend's gradients.",
     )

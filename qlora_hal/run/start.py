@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,7 +13,9 @@ from qlora_hal.config.resolve import require_settings
 from qlora_hal.contract.dropout import MASKS
 from qlora_hal.data.source.in_memory import keep_rows, kept_rows
 from qlora_hal.data.source.reading import has_splits
-from qlora_hal.errors import ConfigError
+from qlora_hal.detect.hardware import inventory, memory_here
+from qlora_hal.detect.selection import has_accelerator
+from qlora_hal.errors import ConfigError, figures
 from qlora_hal.files.refused_paths import named_path
 from qlora_hal.hooks import Hooks
 from qlora_hal.model.verifying import verify_model
@@ -69,9 +71,10 @@ def run_new(
         hooks = Hooks(told, note=console.note)
         config = hooks.ready_config(settings.config)
         recorded = given_config(with_absolute_paths(config))
+        given = frozenset(key for key, origin in settings.origins.items() if origin not in _NOT_GIVEN)
         if dry_run:
             with rehearsed(config.output_dir, config=recorded, overwrite=overwrite) as scratch:
-                return _planned(_prepared(config, rows, hooks, scratch, console, world, verify=verify))
+                return _planned(_prepared(config, given, rows, hooks, scratch, console, world, verify=verify))
         with (
             followed_new(recorded)
             if world.rank
@@ -82,7 +85,7 @@ def run_new(
         ):
             for note in filter(None, (ignored_note(), *directory.notes)):
                 console.note(note)
-            prepared = _prepared(config, rows, hooks, directory.path, console, world, verify=verify)
+            prepared = _prepared(config, given, rows, hooks, directory.path, console, world, verify=verify)
             prepared = with_quantized_base(prepared, directory.path, console)
             record = first_record(with_absolute_paths(prepared.config), settings.origins, prepared)
             return carry_out(RunContext(prepared, directory, console, hooks, record, requests))
@@ -99,6 +102,7 @@ def _shown_on(console: RunConsole | None, world: World) -> Iterator[RunConsole]:
 
 def _prepared(
     config: RunConfig,
+    given: Collection[str],
     rows: Rows | None,
     hooks: Hooks,
     run_dir: Path,
@@ -108,7 +112,7 @@ def _prepared(
     verify: bool,
 ) -> PreparedRun:
     """All that can be found wrong before the model loads, found; rows in memory are kept in `run_dir`."""
-    for note in idle_settings(config, has_rows=rows is not None):
+    for note in idle_settings(config, given, has_rows=rows is not None):
         console.note(note)
     resolved_backend = resolve_backend(config, hooks, console)
     refuse_idle_calibration(config, resolved_backend)
@@ -120,6 +124,8 @@ def _prepared(
         console.note(f"no seed was given; {seed} was drawn")
     prepared = prepare_run(config, seed, resolved_backend, run_dir, rows, console, world=world)
     _refuse_endless_warmup(prepared)
+    for note in (*_late_evaluations(prepared, given), *memory_notes(prepared)):
+        console.note(note)
     return _with_verified_model(prepared, {}, console) if verify else prepared
 
 
@@ -206,14 +212,61 @@ def _existing(run_dir: Path, world: World, *, force_unlock: bool) -> Iterator[tu
             yield directory, directory
 
 
-def idle_settings(config: RunConfig, *, has_rows: bool) -> Iterator[str]:
-    """Notes on settings that this model and these data leave without a meaning; none is passed over in silence."""
+_NOT_GIVEN = frozenset({"default", "demo"})
+"""Origins of values that nobody set for this run."""
+_OF_EVALUATION = ("training.per_device_eval_batch_size", "training.load_best_adapter_at_end")
+
+
+def idle_settings(config: RunConfig, given: Collection[str] = (), *, has_rows: bool) -> Iterator[str]:
+    """Notes on settings that this model, these data and the other settings leave without a meaning; none is passed over
+    in silence. `given` are the dotted keys that have no default's value."""
+    training, data = config.training, config.data
+    if training.max_steps and "training.num_train_epochs" in given:
+        yield "training.num_train_epochs is not used: training.max_steps says how long the run is"
+    if training.warmup_steps is not None and "training.warmup_ratio" in given:
+        yield "training.warmup_ratio is not used: training.warmup_steps says how long the warm-up is"
+    if not (data.validation_path or data.validation_fraction):
+        for name in filter(given.__contains__, _OF_EVALUATION):
+            yield f"{name} is not used: without data.validation_path or data.validation_fraction nothing is evaluated"
     if config.model.revision and named_path(config.model.name_or_path).is_dir():
         yield "model.revision applies only to hub models; a local folder is used unchanged"
     if has_rows and config.data.path:
         yield "data.path is not read: rows were given in memory"
     if config.data.split != "train" and (has_rows or not has_splits(config.data.path)):
         yield "data.split applies only to data with splits; all rows are read"
+
+
+def _late_evaluations(prepared: PreparedRun, given: Collection[str]) -> Iterator[str]:
+    training = prepared.config.training
+    if training.eval_steps is None or "training.eval_steps" not in given:
+        return
+    steps = window_sampler(prepared).total_steps(training.num_train_epochs, training.max_steps)
+    during, patience = (steps - 1) // training.eval_steps, training.early_stopping_patience
+    if not during:
+        yield (
+            f"training.eval_steps is {training.eval_steps}, and the run ends with step {steps}: it is evaluated only "
+            "before and after"
+        )
+    if patience is not None and patience > during:
+        yield (
+            f"training.early_stopping_patience is {patience}, and evaluations on the way of this run number {during}: "
+            "it cannot stop early"
+        )
+
+
+def memory_notes(prepared: PreparedRun) -> Iterator[str]:
+    """Whether the estimated peak is above what the device has; a run of shorter rows may fit all the same."""
+    chosen, peak = prepared.resolved_backend.choice.spec, prepared.estimate.total
+    if has_accelerator(chosen, prepared.resolved_backend.reports):
+        has = max((gpu.memory_total_bytes or 0 for gpu in inventory().gpus), default=0)
+    else:
+        has = memory_here()
+    if has and peak > has:
+        yield (
+            f"the estimated peak of {figures.size(peak)} is above the {figures.size(has)} of memory here; it is "
+            "reached by batches as long as data.max_seq_length allows: lower that or "
+            "training.per_device_train_batch_size"
+        )
 
 
 def _refuse_endless_warmup(prepared: PreparedRun) -> None:

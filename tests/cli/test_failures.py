@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,3 +54,35 @@ def test_a_second_signal_that_comes_while_the_first_is_told_names_what_is_safe(
         raise EndedAtOnce(signal.SIGTERM, again=False)
     assert report_interrupt(second.value, as_json=False) == 130
     assert f"step 7 is safe on disk. Resume with: qlora-hal resume {tmp_path}" in capsys.readouterr().err
+
+
+@pytest.mark.fault("I01")
+@pytest.mark.parametrize(
+    ("library", "distribution", "text"),
+    [
+        ("numpy", "numpy", "raise ImportError('its C part was built for another Python')"),
+        ("pydantic", "pydantic", "from pydantic_core import no_such_name"),
+        ("ruamel", "ruamel.yaml", "import module_that_is_not_there"),
+    ],
+)
+def test_a_broken_library_is_named_with_its_distribution_and_is_no_defect_of_ours(
+    library: str, distribution: str, text: str, tmp_path: Path
+) -> None:
+    (tmp_path / library).mkdir()
+    (tmp_path / library / "__init__.py").write_text(text)
+    (tmp_path / "run.yaml").write_text("lora:\n  r: 4\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "qlora_hal.cli", "train", "run.yaml", "--print-config"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "error[QH-I01]" in done.stderr
+    assert "is missing or broken in this installation" in done.stderr
+    assert "defect of qlora-hal" not in done.stderr
+    if library == "numpy":
+        assert f"pip install --force-reinstall {distribution}" in done.stderr

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
 import pytest
 
+from qlora_hal.cli.settings import resolved
 from qlora_hal.config.fields import settings
 from qlora_hal.config.resolve import require_settings, resolve_settings
 from qlora_hal.config.schema import RunConfig
@@ -428,3 +430,93 @@ def test_a_value_that_yaml_cannot_make_is_told_with_its_line(tmp_path: Path, val
     with pytest.raises(ConfigError) as caught:
         resolve_settings(file, environ={})
     assert caught.value.where == f"{file}:4"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("run.yaml", "training.max_steps: 3\ntraining:\n  max_steps: 4\n"),
+        ("run.yaml", "training:\n  max_steps: 4\ntraining.max_steps: 4\n"),
+        ("run.json", '{"training.max_steps": 3, "training": {"max_steps": 4}}'),
+        ("run.toml", '"training.max_steps" = 3\n[training]\nmax_steps = 4\n'),
+    ],
+)
+@pytest.mark.fault("U01")
+def test_a_setting_that_one_file_gives_in_two_spellings_is_refused(name: str, text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"QH-U01.*training\.max_steps = [34]: it is set twice"):
+        resolve_settings(written(tmp_path, text, name), environ={})
+
+
+def test_a_setting_that_one_mapping_gives_in_two_spellings_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"lora\.r = 8: it is set twice"):
+        resolve_settings({"lora.r": 4, "lora": {"r": 8}}, environ={})
+
+
+@pytest.mark.parametrize("version", ["1.1", "1.0", "1.3"])
+def test_a_file_that_declares_another_yaml_is_not_read_by_its_rules(version: str, tmp_path: Path) -> None:
+    """By those of 1.1 the steps were 8."""
+    file = written(tmp_path, f"%YAML {version}\n---\ntraining:\n  max_steps: 010\n")
+    with pytest.raises(ConfigError, match=rf"QH-U03.*declares YAML {re.escape(version)}"):
+        resolve_settings(file, environ={})
+    same = written(tmp_path, "%YAML 1.2\n---\ntraining:\n  max_steps: 010\n")
+    assert resolve_settings(same, environ={}).config.training.max_steps == 10
+
+
+def test_a_repeated_key_of_a_mapping_that_was_typed_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"backend\.options.*a mapping of names to values is expected"):
+        resolve_settings(None, flags={"backend.options": '{"layers": "plain", "layers": "auto"}'}, environ={})
+
+
+WHOLE_NUMBERS = [name for name, setting in settings().items() if setting.kind == "whole number"]
+
+
+@pytest.mark.parametrize("name", WHOLE_NUMBERS)
+def test_whole_numbers_are_those_that_the_record_of_a_run_can_hold(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{re.escape(name)} = 9223372036854775808: .*below 2\*\*63"):
+        resolve_settings({name: 2**63}, environ={})
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["adam_epsilon", "learning_rate", "weight_decay", "max_grad_norm"],
+)
+def test_numbers_that_float32_cannot_hold_are_refused_by_name(name: str) -> None:
+    """An epsilon that becomes 0 gives 0 / 0; a clipping norm that does lets no gradient through."""
+    too_large = [] if name == "learning_rate" else [1e39, 1e300]
+    for value in (1e-39, 1e-46, 5e-324, *too_large):
+        with pytest.raises(ConfigError, match=rf"training\.{name} = .*float32 can hold"):
+            resolve_settings({f"training.{name}": value}, environ={})
+    assert resolve_settings({f"training.{name}": 1.2e-38}, environ={})
+
+
+@pytest.mark.parametrize("alpha", [1e-300, 1e39])
+def test_an_alpha_that_float32_cannot_hold_is_refused(alpha: float) -> None:
+    with pytest.raises(ConfigError, match=r"lora\.alpha = .*float32 can hold"):
+        resolve_settings({"lora.alpha": alpha}, environ={})
+
+
+def test_epochs_without_end_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"num_train_epochs = 1e\+308: a number above 0 and up to 1e\+09"):
+        resolve_settings({"training.num_train_epochs": 1e308}, environ={})
+
+
+def of_the_demo(**flags: str) -> RunConfig:
+    return resolved(None, {name.replace("__", "."): value for name, value in flags.items()}, demo=True).config
+
+
+def test_what_is_given_beside_the_demo_is_not_overruled_by_it() -> None:
+    assert of_the_demo(training__num_train_epochs="1").training.max_steps is None
+    assert of_the_demo(training__num_train_epochs="1", training__max_steps="3").training.max_steps == 3
+    held_out = of_the_demo(data__validation_fraction="0.1")
+    assert (held_out.data.validation_path, held_out.training.eval_steps) == (None, 50)
+    others = of_the_demo(data__path="mine.jsonl")
+    assert (others.data.validation_path, others.training.eval_steps) == (None, None)
+    both = of_the_demo(data__path="mine.jsonl", data__validation_path="held.jsonl")
+    assert (both.data.validation_path, both.training.eval_steps) == ("held.jsonl", 50)
+    assert of_the_demo(data__validation_path="none").training.eval_steps is None
+
+
+def test_the_demo_alone_is_as_it_was() -> None:
+    config = of_the_demo()
+    assert (config.training.max_steps, config.training.eval_steps) == (200, 50)
+    assert config.data.validation_path

@@ -45,6 +45,28 @@ def test_a_dry_run_prints_plan_and_memory_and_writes_nothing(
     assert told["sequences"] == 12
 
 
+def test_a_dry_run_says_what_the_run_would_not_use_and_whether_it_fits(
+    qlora_hal: CommandLine, place: tuple[str, ...]
+) -> None:
+    done = qlora_hal(
+        *("train", *place, "--dry-run", "true", "--training.per_device_train_batch_size", str(10**9)),
+        *("--training.num_train_epochs", "2", "--training.max_steps", "5"),
+        *("--data.validation_fraction", "0.2", "--training.eval_steps", "5", "--training.early_stopping_patience", "1"),
+    )
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stderr.split())
+    assert "training.num_train_epochs is not used: training.max_steps says how long the run is" in said
+    assert "training.eval_steps is 5, and the run ends with step 5: it is evaluated only before and after" in said
+    assert "it cannot stop early" in said
+    assert re.search(r"the estimated peak of \d+ TiB is above the [\d.]+ [GT]iB of memory here", said)
+
+
+def test_an_estimate_refuses_lengths_that_train_refuses(qlora_hal: CommandLine) -> None:
+    done = qlora_hal("estimate", "--demo", "--data.max_seq_length", "100000000000")
+    assert done.returncode == 2
+    assert "QH-D54" in done.stderr
+
+
 @pytest.mark.long
 def test_a_shown_batch_can_be_shown_again_by_its_seed(qlora_hal: CommandLine, place: tuple[str, ...]) -> None:
     first = qlora_hal("train", *place, "--show-batch").stdout

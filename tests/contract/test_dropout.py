@@ -88,3 +88,9 @@ def test_a_batch_that_does_not_know_its_rows_is_refused() -> None:
     ids = np.zeros((1, 2), np.int32)
     with pytest.raises(BackendContractError, match="QH-B02"):
         rows_of(Batch(ids, ids, ids, ids))
+
+
+@pytest.mark.parametrize("rate", [1 - 2**-32, 1 - 1e-10, 1 - 2**-53])
+def test_the_bound_of_a_rate_next_to_one_fits_a_signed_integer(rate: float) -> None:
+    """One more, and torch's 32-bit comparison kept everything, multiplied by 1 / (1 - rate)."""
+    assert drop_below(rate) == 2**31 - 1

@@ -283,3 +283,15 @@ def test_prepared_rows_pack_with_reported_efficiency(
         int(data.train.lengths.sum()) / (sampler.sequences * 128), rel=1e-12
     )
     assert any(line.startswith("packing: ") for line in data.report.lines())
+
+
+@pytest.mark.parametrize("changes", [{"batch_size": 10**12}, {"accumulation": 10**30}, {"batch_size": 2**63 - 1}])
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_window_beyond_all_rows_takes_no_more_memory_than_they_do(changes: dict[str, int], packing: bool) -> None:
+    store = store_of([3, 5, 4, 6, 2])
+    sampler = sampler_of(store, packing=packing, **changes)
+    exact = sampler_of(store, packing=packing, batch_size=sampler.sequences, accumulation=1)
+    assert sampler.steps_per_epoch == 1
+    assert sampler.rows_of(3) == [1, 2, 3, 4, 5]
+    assert sum(batch.counted_tokens for batch in sampler.window(3)) == exact.token_count(3)
+    assert "each step has all of them" in sampler.notes[0]

@@ -144,6 +144,24 @@ def test_settings_without_a_meaning_are_noted(tmp_path: Path) -> None:
     assert "data.path" in " ".join(idle_settings(RunConfig.model_validate(SMALL), has_rows=True))
 
 
+def test_settings_that_others_overrule_are_noted_where_they_were_given() -> None:
+    from qlora_hal.config.schema import RunConfig
+    from qlora_hal.run.start import idle_settings
+
+    config = RunConfig.model_validate(merged(SMALL, {"training.max_steps": 3, "training.warmup_steps": 1}))
+    named = [
+        "training.num_train_epochs",
+        "training.warmup_ratio",
+        "training.per_device_eval_batch_size",
+        "training.load_best_adapter_at_end",
+    ]
+    notes = list(idle_settings(config, named, has_rows=False))
+    assert [note.partition(" is not used")[0] for note in notes] == named
+    assert list(idle_settings(config, ["training.max_steps", "training.warmup_steps"], has_rows=False)) == []
+    held_out = config.model_copy(update={"data": config.data.model_copy(update={"validation_fraction": 0.1})})
+    assert len(list(idle_settings(held_out, named, has_rows=False))) == 2
+
+
 @pytest.mark.fault("U01")
 def test_what_is_no_path_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"QH-U01.*data is a value of type list; a path was expected"):

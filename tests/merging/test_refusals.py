@@ -214,3 +214,34 @@ def test_adapted_layers_that_are_stored_under_other_names_are_not_left_out(tmp_p
     with pytest.raises(ConfigError, match="stored under other names than the loaded model has") as caught:
         merged.tensors()
     assert caught.value.code == "QH-C62"
+
+
+@pytest.mark.fault("C62")
+@pytest.mark.parametrize(
+    ("stored", "recorded", "given"), [("nf4", True, False), ("nf4", False, True), ("none", None, True)]
+)
+def test_double_quantization_other_than_the_recorded_is_refused(
+    stored: str, recorded: bool | None, given: bool, trained: MakeTrained, tmp_path: Path
+) -> None:
+    """It was not used: the merge went on with what the adapter records."""
+    one = trained(stored, **({} if recorded is None else {"double_quant": recorded}))
+    with pytest.raises(ConfigError, match=r"QH-C62.*double_quant is (true|false), but") as caught:
+        one.merge(tmp_path / "merged", double_quant=given)
+    assert f"{stored} {'with' if recorded else 'without'} double quantization" in caught.value.message
+
+
+def test_double_quantization_that_is_not_recorded_is_taken_from_the_request(
+    trained: MakeTrained, tmp_path: Path
+) -> None:
+    one = trained("nf4")
+    rewritten(one, lambda facts: facts.update(double_quant=None))
+    one.merge(tmp_path / "merged", double_quant=False, base="dequantized")
+    assert json.loads((tmp_path / "merged/merge.json").read_text())["base"]["trained_as"]["double_quant"] is False
+
+
+@pytest.mark.fault("C62")
+def test_limits_that_are_no_numbers_are_named(trained: MakeTrained, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"QH-C62") as caught:
+        trained("none").merge(tmp_path / "m", max_kl="small", min_top1=True, row_limit=2.5, double_quant="yes")
+    for word in ("max_kl is 'small'", "min_top1 is True", "row_limit is 2.5", "double_quant is 'yes'"):
+        assert word in caught.value.message

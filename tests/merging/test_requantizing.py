@@ -84,3 +84,16 @@ def test_adapter_on_a_base_that_is_stored_quantized_merges_into_it(trained: Make
     with pytest.raises(ConfigError, match="holds no other weights") as caught:
         merge(tmp_path / "second adapter", tmp_path / "third", base="original", **choices)
     assert caught.value.code == "QH-C62"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strength", "is_lost"), [(0.01, True), (3.0, False)])
+def test_a_format_in_which_the_adapter_is_lost_is_said(
+    strength: float, is_lost: bool, trained: MakeTrained, tmp_path: Path
+) -> None:
+    """What a young adapter changes is below the steps between the codes of NF4: rounding takes it back."""
+    found = trained("nf4", strength=strength).merge(tmp_path / "merged", requantize="nf4", dtype="float32")
+    record = json.loads((tmp_path / "merged/merge.json").read_text())
+    assert (record["requantized"]["kl_mean"] >= record["comparison"]["kl_of_base"] / 2) is is_lost
+    assert any("lost much of what was learnt" in note for note in found.notes) is is_lost
+    assert record["notes"] == list(found.notes)

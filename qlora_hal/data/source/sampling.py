@@ -64,6 +64,9 @@ class WindowSampler:
         self._packs = self._packed(max_seq_length) if packing else None
         self._lengths = self._sequence_lengths()
         self._order: tuple[int, Int64] = (-1, np.zeros(0, np.int64))
+        # What a step asks for may be beyond all numbers of an array; a window has no more than all sequences.
+        self._asked = self._window_size
+        self._window_size = min(self._asked, len(self._lengths))
         self.steps_per_epoch = -(-len(self._lengths) // self._window_size)
 
     @property
@@ -74,10 +77,10 @@ class WindowSampler:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know of the windows."""
-        if self.sequences >= self._window_size:
+        if self.sequences >= self._asked:
             return ()
         return (
-            f"{self.sequences} sequences are fewer than the {self._window_size} of one step; "
+            f"{self.sequences} sequences are fewer than the {self._asked} of one step; "
             "each step has all of them, in a smaller last batch",
         )
 
