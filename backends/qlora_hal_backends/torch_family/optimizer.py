@@ -50,6 +50,10 @@ def clip_factor(norm: Tensor, max_norm: float | None) -> Tensor:
     return torch.ones_like(norm) if not max_norm else (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
+AT_A_TIME = 2**24
+"""Numbers that one pass of the update takes: what it needs beside the adapter stays below a third of a gigabyte."""
+
+
 class FlatAdamW:
     """Float32 moments. A refused step is decided on the device: nothing waits for the host."""
 
@@ -63,20 +67,22 @@ class FlatAdamW:
     def update(self, settings: StepSettings, norm: Tensor) -> Tensor:
         applied = torch.isfinite(norm).to(torch.float32)
         factor = torch.where(applied > 0, clip_factor(norm, settings.max_grad_norm), torch.zeros_like(norm))
-        # nan_to_num first: 0 * inf would be NaN. It changes nothing in a finite gradient.
-        gradient = torch.nan_to_num(self._flat.gradients, nan=0.0, posinf=0.0, neginf=0.0).mul_(factor)
         self._step += applied
-        self._first.lerp_(gradient, applied * (1.0 - settings.beta1))
-        self._second.lerp_(gradient.square_(), applied * (1.0 - settings.beta2))
         # expm1 keeps the digits that 1 - b^t loses in float32 for small t.
         first_correction = -torch.expm1(self._step * math.log(settings.beta1)) if settings.beta1 else 1.0
         second_correction = -torch.expm1(self._step * math.log(settings.beta2)) if settings.beta2 else 1.0
-        denominator = (self._second / second_correction).sqrt_().add_(settings.epsilon)
         rate = applied * settings.learning_rate
-        update = (self._first / first_correction).div_(denominator).mul_(rate)
-        # Before the first applied step both corrections are 0 and the quotient is NaN; the rate 0 must win.
-        update = torch.where(applied > 0, update, torch.zeros_like(update))
-        self._flat.parameters.mul_(1.0 - rate * settings.weight_decay).sub_(update)
+        buffers = (self._flat.parameters, self._flat.gradients, self._first, self._second)
+        for parameters, gradients, first, second in zip(*(buffer.split(AT_A_TIME) for buffer in buffers), strict=True):
+            # nan_to_num first: 0 * inf would be NaN. It changes nothing in a finite gradient.
+            gradient = torch.nan_to_num(gradients, nan=0.0, posinf=0.0, neginf=0.0).mul_(factor)
+            first.lerp_(gradient, applied * (1.0 - settings.beta1))
+            second.lerp_(gradient.square_(), applied * (1.0 - settings.beta2))
+            denominator = (second / second_correction).sqrt_().add_(settings.epsilon)
+            update = (first / first_correction).div_(denominator).mul_(rate)
+            # Before the first applied step both corrections are 0 and the quotient is NaN; the rate 0 must win.
+            update = torch.where(applied > 0, update, 0.0)
+            parameters.mul_(1.0 - rate * settings.weight_decay).sub_(update)
         self._flat.refresh_compute()
         return applied
 
