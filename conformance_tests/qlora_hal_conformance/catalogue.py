@@ -87,7 +87,7 @@ def contract_judged(revision: str) -> int:
 @cache
 def suite_hash() -> str:
     """SHA-256 over every source that decides a verdict: the oracle, and all of this package but the backends made for
-    its own tests."""
+    its own tests, and `convergence`, whose references belong to no certificate."""
     digest = hashlib.sha256()
     for name, path in sorted((*_sources("oracle/", Path(qlora_hal_oracle.__file__).parent), *_sources("", HERE))):
         digest.update(f"{name}\0".encode())
@@ -96,7 +96,7 @@ def suite_hash() -> str:
 
 
 def _sources(prefix: str, root: Path) -> Iterator[tuple[str, Path]]:
-    apart = ("mutants", "reference_backend", "__pycache__")
+    apart = ("mutants", "reference_backend", "convergence", "__pycache__")
     for path in root.rglob("*"):
         relative = path.relative_to(root)
         if path.suffix in (".py", ".txt") and relative.parts[0] not in apart and "__pycache__" not in relative.parts:
