@@ -21,8 +21,7 @@ from tokenizers import Tokenizer
 from qlora_hal.contract.values import IGNORE_LABEL, PADDING_SEGMENT, Batch
 from qlora_hal.demo import data_path
 
-TRAINED_RECORDS, HELD_OUT_RECORDS = 768, 64
-TRAINED_ANSWERS, HELD_OUT_ANSWERS = 2048, 64
+TRAINED_RECORDS, TRAINED_ANSWERS, HELD_OUT = 768, 2048, 64
 LONGEST_ROW = 64
 """Tokens. Rows that are longer with some tokenizer are left out for that one."""
 PAD_TO = 8
@@ -73,7 +72,7 @@ def records() -> Task:
     """Generated sentences and the records that they become."""
     rows: dict[str, Row] = {}
     words = np.random.Philox(key=np.array([_STREAM, 0], np.uint64))
-    while len(rows) < TRAINED_RECORDS + HELD_OUT_RECORDS:
+    while len(rows) < TRAINED_RECORDS + HELD_OUT:
         drawn = [int(word) for word in words.random_raw(6)]
         facts: dict[str, object] = {
             "first": _FIRST_NAMES[drawn[0] % len(_FIRST_NAMES)],
@@ -91,7 +90,7 @@ def records() -> Task:
 def answers() -> Task:
     """The demo's own rows with one question, in their order: its training rows, and its test rows."""
     trained = dict.fromkeys(_questions(data_path("train"), TRAINED_ANSWERS))
-    held_out = [row for row in _questions(data_path("test"), 4 * HELD_OUT_ANSWERS) if row not in trained]
+    held_out = [row for row in _questions(data_path("test"), 4 * HELD_OUT) if row not in trained]
     return Task(tuple(trained), tuple(held_out))
 
 
@@ -143,7 +142,7 @@ def tokenized(task: Task, folder: Path) -> TokenTask:
         return found
 
     pad = config.get("pad_token_id")
-    held_out = encoded(task.held_out)[: max(HELD_OUT_RECORDS, HELD_OUT_ANSWERS)]
+    held_out = encoded(task.held_out)[:HELD_OUT]
     return TokenTask(tuple(encoded(task.trained)), tuple(held_out), end if pad is None else int(pad))
 
 
