@@ -38,11 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     if not (given.backend or given.trainer or given.spec):
         _parser().error("name a backend: --backend NAME, or --trainer and --spec for one under development")
+    command = "python -m qlora_hal_conformance.convergence " + shlex.join(arguments)
     try:
         subject = import_subject(Reference(given.backend or "", given.trainer or "", given.spec or ""))
-        if given.make_references:
-            return _make(subject, given, "python -m qlora_hal_conformance.convergence " + shlex.join(arguments))
-        return _judge(subject, given)
+        return (_make if given.make_references else _judge)(subject, given, command)
     except QloraHalError as error:
         print(error, file=sys.stderr)
         return error.exit_status
@@ -59,7 +58,7 @@ def _make(subject: Subject, given: argparse.Namespace, command: str) -> int:
     return PASSES
 
 
-def _judge(subject: Subject, given: argparse.Namespace) -> int:
+def _judge(subject: Subject, given: argparse.Namespace, command: str) -> int:
     chosen = _chosen(subject, given, SEEDS)
     if len(chosen.seeds) < FEWEST_SEEDS:
         _parser().error(f"{len(chosen.seeds)} seeds cannot be judged: give --seeds {FEWEST_SEEDS} or more")
@@ -68,7 +67,7 @@ def _judge(subject: Subject, given: argparse.Namespace) -> int:
     for line in in_words(found):
         print(line)
     if given.out is not None:
-        document = {**found.as_json(), "defect": given.defect or None}
+        document = {**found.as_json(), "defect": given.defect, "command": command}
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_bytes(strict_json.encode(document))
     return PASSES if found.passes else DOES_NOT
