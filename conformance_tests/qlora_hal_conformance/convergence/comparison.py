@@ -35,8 +35,8 @@ from qlora_hal_conformance.subject import Subject
 SETTINGS: Mapping[tuple[str, str], Settings] = {
     ("demo", "records"): Settings(steps=24, learning_rate=4e-4),
     ("demo", "answers"): Settings(steps=24, learning_rate=4e-4),
-    ("smollm2", "records"): Settings(steps=24, learning_rate=1e-4),
-    ("smollm2", "answers"): Settings(steps=24, learning_rate=1e-4),
+    ("smollm2", "records"): Settings(steps=24, learning_rate=2e-4),
+    ("smollm2", "answers"): Settings(steps=24, learning_rate=2e-4),
 }
 """What references are made with. A backend is judged with the settings that its references hold."""
 
