@@ -75,7 +75,8 @@ def test_references_of_other_rows_are_refused(
     assert "QH-B52" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("given", [["--seeds", "4"], ["--backend", "cpu_torch", "--seeds", "3"]])
-def test_nothing_named_and_too_few_seeds_are_usage_errors(given: list[str]) -> None:
+@pytest.mark.parametrize("given", [[], ["--backend", "cpu_torch", "--first-seed", "15"]])
+def test_no_backend_and_seeds_half_known_are_usage_errors(given: list[str]) -> None:
+    """Told before anything is trained."""
     with pytest.raises(SystemExit, match="2"):
         command.main(given)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 
+from qlora_hal.files import strict_json
+from qlora_hal_conformance.convergence.comparison import TaskResult
 from qlora_hal_conformance.convergence.judging import Judgement, Power, Verdict, judge, margins
+from qlora_hal_conformance.convergence.references import TaskReference
+from qlora_hal_conformance.convergence.training import Run, Settings
 
 SIGMA, SEEDS = 0.02, 20
 REFERENCE = dict(enumerate(1.0 + SIGMA * np.random.default_rng(11).normal(size=SEEDS)))
@@ -102,6 +107,14 @@ def test_other_seeds_are_told_apart_only_where_they_are() -> None:
         caught += wrong.mean.verdict is Verdict.DIFFERENT
     assert failed <= 15
     assert caught >= 570
+
+
+def test_a_run_that_is_not_finite_is_written_down() -> None:
+    losses = {**{seed: REFERENCE[seed] for seed in range(8)}, 3: math.nan}
+    reference = TaskReference(Settings(1, 1e-3), "", 2.0, REFERENCE)
+    runs = tuple(Run(seed, loss) for seed, loss in losses.items())
+    result = TaskResult(runs, reference, judge(losses, REFERENCE), Power(SIGMA, SEEDS, 8)).as_json()
+    assert json.loads(strict_json.encode(result))["final_losses"]["3"] is None
 
 
 def test_seeds_of_which_some_are_the_references_are_refused() -> None:

@@ -20,7 +20,7 @@ from qlora_hal_conformance.convergence.comparison import (
     read_quantization,
     unaltered,
 )
-from qlora_hal_conformance.convergence.judging import FEWEST_SEEDS, Judged
+from qlora_hal_conformance.convergence.judging import Judged, SeedsError
 from qlora_hal_conformance.convergence.models import MODELS
 from qlora_hal_conformance.convergence.references import path_of, write_references
 from qlora_hal_conformance.convergence.tasks import TASKS
@@ -60,10 +60,11 @@ def _make(subject: Subject, given: argparse.Namespace, command: str) -> int:
 
 def _judge(subject: Subject, given: argparse.Namespace, command: str) -> int:
     chosen = _chosen(subject, given, SEEDS)
-    if len(chosen.seeds) < FEWEST_SEEDS:
-        _parser().error(f"{len(chosen.seeds)} seeds cannot be judged: give --seeds {FEWEST_SEEDS} or more")
     alter = {**DEFECTS, **HONEST}.get(given.defect, unaltered)
-    found = compare(subject.with_proof(), chosen, _told, references=given.references, alter=alter)
+    try:
+        found = compare(subject, chosen, _told, references=given.references, alter=alter)
+    except SeedsError as error:
+        _parser().error(str(error))
     for line in in_words(found):
         print(line)
     if given.out is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from qlora_hal.contract.checked_trainer import CheckedTrainer
 from qlora_hal.errors import UnsupportedFeatureError
 from qlora_hal.formats.catalogue import record_of
 from qlora_hal.model.source import ModelSource
-from qlora_hal_conformance.convergence.judging import Judgement, Power, Verdict, judge
+from qlora_hal_conformance.convergence.judging import Judgement, Power, Verdict, check_seeds, judge
 from qlora_hal_conformance.convergence.models import Pretrained, read_model
 from qlora_hal_conformance.convergence.references import (
     References,
@@ -133,7 +134,7 @@ class TaskResult:
 
     def as_json(self) -> dict[str, object]:
         return {
-            "final_losses": {str(run.seed): run.loss for run in self.runs},
+            "final_losses": {str(run.seed): run.loss if math.isfinite(run.loss) else None for run in self.runs},
             "reference": {
                 "mean": self.reference.mean,
                 "standard_deviation": self.reference.standard_deviation,
@@ -176,12 +177,14 @@ def compare(
 ) -> Comparison:
     """Train the chosen seeds on the backend and judge them by the references.
 
-    Raises ConfigError QH-B52 where there are no references that fit, ModelError where the model is not installed, and
-    what the backend raises.
+    Raises SeedsError, ConfigError QH-B52 where there are no references that fit, ModelError QH-B53 where the model is not
+    installed, and what the backend raises.
     """
     quantization = chosen.quantization or quantization_of(subject)
-    dtype = chosen.dtype or subject.auto_dtype or subject.main_dtype
     kept = read_references(references or path_of(chosen.model, quantization), quantization)
+    for name in chosen.tasks:
+        check_seeds(chosen.seeds, _reference_of(kept, name).losses)
+    dtype = chosen.dtype or subject.with_proof().auto_dtype
     with tempfile.TemporaryDirectory() as place:
         model = read_model(chosen.model, Path(place) / "model")
         if kept.model_sha256 != model.sha256:

@@ -34,7 +34,7 @@ thousands of roundings and draws.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -60,6 +60,10 @@ CAUGHT = 0.95
 """The power that the smallest shift of the unpaired test is told for."""
 FEWEST_SEEDS = 4
 """Below this Pitman and Morgan's interval, with n - 2 degrees of freedom, says nothing."""
+
+
+class SeedsError(ValueError):
+    """Seeds that cannot be judged, told before anything is trained."""
 
 
 class Verdict(StrEnum):
@@ -136,16 +140,21 @@ class Judgement:
         }
 
 
+def check_seeds(seeds: Collection[int], reference: Collection[int]) -> None:
+    """Raises SeedsError for fewer seeds than `FEWEST_SEEDS`, and for seeds of which some are the reference's."""
+    if len(seeds) < FEWEST_SEEDS:
+        raise SeedsError(f"{len(seeds)} seeds cannot be judged; give at least {FEWEST_SEEDS}")
+    if 0 < len(set(seeds) & set(reference)) < len(seeds):
+        raise SeedsError("some seeds are the reference's and some are not; give all or none of them")
+
+
 def judge(losses: Mapping[int, float], reference: Mapping[int, float]) -> Judgement:
     """Seed -> final held-out loss of a backend and of the reference. Paired where every seed is one of the reference's.
 
-    Raises ValueError for fewer seeds than `FEWEST_SEEDS`, and for seeds of which some are the reference's.
+    Raises SeedsError as `check_seeds` does.
     """
-    if len(losses) < FEWEST_SEEDS:
-        raise ValueError(f"{len(losses)} seeds cannot be judged; give at least {FEWEST_SEEDS}")
+    check_seeds(losses, reference)
     shared = losses.keys() & reference.keys()
-    if shared and shared != losses.keys():
-        raise ValueError("some seeds are the reference's and some are not; give all or none of them")
     everything = np.array(list(reference.values()))
     within = margins(float(everything.std(ddof=1)), len(everything))
     found = np.array([losses[seed] for seed in sorted(losses)])
