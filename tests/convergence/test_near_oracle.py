@@ -77,11 +77,12 @@ def test_short_run_ends_where_the_numpy_oracle_ends(
     of the oracle show in float32."""
     task = tokenized(TASKS[name](), demo.folder)
     plan = Plan(type(task)(task.trained, task.held_out[:2], task.pad_id), SHORT)
-    demo.write_contract(tmp_path, QLORA)
+    weights = demo.contract_weights(QLORA)
+    demo.write_contract(tmp_path, weights)
     with opened(subject, tmp_path, Quantization(WeightFormat.NONE), "float32") as trainer:
         adapter, modules = first_adapter(trainer, SHORT, SEED), trainer.linear_modules()
         run = run_seed(trainer, plan, SEED)
-    base = {f"{module}.weight": weight for module, weight in demo.contract_weights(QLORA).items()}
+    base = {f"{module}.weight": weight for module, weight in weights.items()}
     train = oracle_losses(demo, plan, base, adapter, modules)
     envelope = loss_curve_envelope(train, unit_roundoff=UNIT_ROUNDOFF["float32"], runs=LOSS_CURVE_RUNS)
     found = np.array([*run.losses, run.loss])
@@ -102,9 +103,10 @@ class Rounding:
 
 
 def test_backend_that_does_not_keep_float32_makes_no_references(demo: Pretrained) -> None:
-    trainer: Any = Rounding(demo.contract_weights(QLORA))
+    weights = demo.contract_weights(QLORA)
+    trainer: Any = Rounding(weights)
     with pytest.raises(UnsupportedFeatureError, match="Make references with a backend that does"):
-        check_exact(trainer, demo, QLORA)
+        check_exact(trainer, weights)
 
 
 @pytest.mark.fault("B52")

@@ -15,6 +15,7 @@ import numpy as np
 from qlora_hal.contract.backend import Compute, Quantization, QuantizedLoRATrainer
 from qlora_hal.contract.capabilities import Feature, WeightFormat
 from qlora_hal.contract.checked_trainer import CheckedTrainer
+from qlora_hal.contract.values import Float32
 from qlora_hal.errors import UnsupportedFeatureError
 from qlora_hal.formats.catalogue import record_of
 from qlora_hal.model.source import ModelSource
@@ -91,10 +92,11 @@ def make_references(subject: Subject, chosen: Chosen, command: str, told: Told) 
     quantization = chosen.quantization or quantization_of(subject)
     with tempfile.TemporaryDirectory() as place:
         model = read_model(chosen.model, Path(place) / "model")
-        model.write_contract(Path(place) / "contract", quantization)
+        weights = model.contract_weights(quantization)
+        model.write_contract(Path(place) / "contract", weights)
         started = time.monotonic()
         with opened(subject, Path(place) / "contract", Quantization(WeightFormat.NONE), "float32") as trainer:
-            check_exact(trainer, model, quantization)
+            check_exact(trainer, weights)
             tasks = {}
             for name in chosen.tasks:
                 plan = _plan(model, name, SETTINGS[chosen.model, name])
@@ -111,9 +113,9 @@ def make_references(subject: Subject, chosen: Chosen, command: str, told: Told) 
         return References(chosen.model, model.sha256, quantization, tasks, made_by)
 
 
-def check_exact(trainer: CheckedTrainer, model: Pretrained, quantization: Quantization) -> None:
+def check_exact(trainer: CheckedTrainer, weights: Mapping[str, Float32]) -> None:
     """Raises UnsupportedFeatureError QH-B01 where a product would see another weight than the contract's."""
-    for module, weight in model.contract_weights(quantization).items():
+    for module, weight in weights.items():
         if not np.array_equal(trainer.dequantized_weight(module), weight):
             raise UnsupportedFeatureError(
                 "QH-B01",
@@ -177,8 +179,8 @@ def compare(
 ) -> Comparison:
     """Train the chosen seeds on the backend and judge them by the references.
 
-    Raises SeedsError, ConfigError QH-B52 where there are no references that fit, ModelError QH-B53 where the model is not
-    installed, and what the backend raises.
+    Raises SeedsError, ConfigError QH-B52 where there are no references that fit, ModelError QH-B53 where the model is
+    not installed, and what the backend raises.
     """
     quantization = chosen.quantization or quantization_of(subject)
     kept = read_references(references or path_of(chosen.model, quantization), quantization)

@@ -70,9 +70,9 @@ class Pretrained:
             found[module] = record.codec.dequantize(packed).astype(np.float32)
         return found
 
-    def write_contract(self, folder: Path, quantization: Quantization) -> None:
-        """A folder of plain float32 weights: those of the contract, and all else unchanged."""
-        base = {f"{module}.weight": weight for module, weight in self.contract_weights(quantization).items()}
+    def write_contract(self, folder: Path, weights: Mapping[str, Float32]) -> None:
+        """A folder of plain float32 weights: those of the contract by module path, and all else unchanged."""
+        base = {f"{module}.weight": weight for module, weight in weights.items()}
         write_model(folder, self.shape, {**self.tensors, **base}, config=self.config)
 
     def write_packed(self, folder: Path, quantization: Quantization) -> None:
