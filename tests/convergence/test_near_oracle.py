@@ -93,16 +93,16 @@ def test_short_run_ends_where_the_numpy_oracle_ends(
     assert found[-1] < envelope.exact[0]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_whole_run_of_numpy_ends_where_the_reference_does(demo: Pretrained) -> None:
-    """24 steps of seed 0 by the NumPy backend, which packs the base itself: apart by less than a tenth of the margin by
-    which backends are judged."""
+    """24 steps of seed 0 by the NumPy backend, which packs the base itself. They are apart by less than a thousandth of
+    the margin by which backends are judged (6e-8 nats were seen, and the margin is 0.015)."""
     kept = read_references(path_of("demo", QLORA), QLORA).tasks["records"]
     plan = Plan(tokenized(TASKS["records"](), demo.folder), kept.settings)
     numpy = import_subject(Reference(spec="qlora_hal_conformance.reference_backend:SPEC"))
     with opened(numpy, demo.folder, QLORA, "float32") as trainer:
         found = run_seed(trainer, plan, 0).loss
-    assert abs(found - kept.losses[0]) < margins(kept.standard_deviation, len(kept.losses)).mean / 10.0
+    assert abs(found - kept.losses[0]) < margins(kept.standard_deviation, len(kept.losses)).mean / 1000.0
 
 
 class Rounding:
