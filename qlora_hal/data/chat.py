@@ -35,9 +35,15 @@ Tools = Sequence[object] | None
 EMPTY_THOUGHT = re.compile(r"<think>\s*</think>")
 """A thinking part without thoughts, as templates of models that think write it."""
 
+_HEADER = "header"
+"""Where `prompts` keeps the last role that a turn began with."""
 _EXACT_TURNS = 64
 """Messages up to which each turn's prompt is rendered; in a longer conversation that would take time that grows with
 its square, and what stood after a message of the same kind stands there again."""
+
+_FARTHEST_RENDERED = 1024
+"""Messages up to which a conversation is rendered again to find one of its turns. Farther on a turn has to be found in
+the text of the whole; where it is not, the row is refused, for each such turn would cost as much as all before it."""
 
 _TAG_LINE_OR_WORDS = r"<[^<>\s]*>|\n|[^<\n]+|<"
 
@@ -188,6 +194,8 @@ class ConversationWriter:
         if not self._holds_others(spans[0], rendering, turn, trial):
             return start, stop
         # The template writes what follows (a tool's result) in the assistant's own turn: that part is not the model's.
+        if turn > _FARTHEST_RENDERED:
+            raise TurnNotFound(turn)
         alone = self._template.trace(messages[: turn + 1], tools=tools)
         (first, last), *more = alone.turns.get(turn, [(0, 0)])
         if more or first == last or not rendering.text.startswith(alone.text[first:last], start):
@@ -205,6 +213,8 @@ class ConversationWriter:
         self, rendering: Rendering, messages: Sequence[Message], turn: int, tools: Tools
     ) -> Span | None:
         """A turn without its heading, where the texts of the messages before it and up to it begin the whole text."""
+        if turn > _FARTHEST_RENDERED:
+            return None
         try:
             opened = self._template.trace(messages[:turn], add_generation_prompt=True, tools=tools).text
             closed = self._template.trace(messages[: turn + 1], tools=tools).text
@@ -236,8 +246,22 @@ class ConversationWriter:
         goes_on = turn > 0 and messages[turn - 1]["role"] == "assistant"
         if self._template.marks_generation or (self._template.offers_prompt and goes_on):
             return 0
+        return len(self._header_before(text, messages, turn, tools, prompts))
+
+    def _header_before(
+        self, text: str, messages: Sequence[Message], turn: int, tools: Tools, prompts: dict[object, str]
+    ) -> str:
+        """The role that a turn begins with. Far into a conversation it is that of the turn before, if this one begins
+        with it."""
+        known = prompts.get(_HEADER) if turn > _EXACT_TURNS else None
+        if known is not None and text.startswith(known):
+            return known
+        if turn > _FARTHEST_RENDERED:
+            raise TurnNotFound(turn)
         header = self.trials.header_of(messages, turn, tools)
-        return len(header) if header.strip() and text.startswith(header) else 0
+        found = header if header.strip() and text.startswith(header) else ""
+        prompts[_HEADER] = found
+        return found
 
     def _prompt_before(
         self, text: str, messages: Sequence[Message], turn: int, tools: Tools, prompts: dict[object, str]

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from qlora_hal.data.chat import ConversationWriter
+from qlora_hal.data.chat import ConversationWriter, TurnNotFound
 from qlora_hal.data.template.chat_template import ChatTemplate, TemplateFault
 from qlora_hal.data.template.outlines import Outlines, outline_of
 from qlora_hal.data.template.sandbox import size_of
@@ -181,10 +181,11 @@ def test_content_that_is_looked_at_after_a_detour_has_no_outline(used: str) -> N
 
 LOOP = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<e>{% endfor %}"
 LOOP += "{% if add_generation_prompt %}<assistant>{% endif %}"
+NO_PROMPT = LOOP.partition("{% if add_generation_prompt")[0]
 MARKED = LOOP.replace("{{ m['content'] }}", "{% generation %}{{ m['content'] }}{% endgeneration %}")
 
 
-@pytest.mark.parametrize("source", [LOOP, MARKED], ids=["loop", "marked"])
+@pytest.mark.parametrize("source", [LOOP, MARKED, NO_PROMPT], ids=["loop", "marked", "no prompt"])
 def test_a_conversation_of_very_many_turns_takes_time_in_proportion(source: str) -> None:
     """20,000 turns are 600 kB of a row, whose limit is 32 MiB; each looked up among all others took minutes."""
     writer = ConversationWriter(ChatTemplate(source, "test", {}), SpecialText({"<e>": 1}), "<e>")
@@ -194,3 +195,16 @@ def test_a_conversation_of_very_many_turns_takes_time_in_proportion(source: str)
     written = writer.write(messages)
     assert time.process_time() - began < 20
     assert sum(trained for _, trained in written.pieces) == 10_000
+    if source == NO_PROMPT:
+        assert {text for text, trained in written.pieces if trained} == {"a<e>"}, "the role is not the model's"
+
+
+def test_a_turn_that_only_rendering_finds_is_refused_far_into_a_conversation() -> None:
+    """Each such turn costs as much as all before it. The template writes the whole at once, behind its loop."""
+    joined = "{% set all = namespace(text='') %}{% for m in messages %}"
+    joined += "{% set all.text = all.text ~ '<' ~ m['role'] ~ '>' ~ m['content'] ~ '<e>' %}{% endfor %}{{ all.text }}"
+    writer = ConversationWriter(ChatTemplate(joined, "test", {}), SpecialText({"<e>": 1}), "<e>")
+    messages = [{"role": ("user", "assistant")[n % 2], "content": "a"} for n in range(1200)]
+    assert writer.write(messages[:200])
+    with pytest.raises(TurnNotFound, match="message 1026"):
+        writer.write(messages)
