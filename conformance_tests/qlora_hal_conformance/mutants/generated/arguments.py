@@ -16,6 +16,176 @@ ARGUMENTS: Mapping[tuple[str, str, str], str] = {
         "lowest_kept_bit = pattern >> np.uint32(17) & np.uint32(1)",
     ): "Equal but for ties, one value in 2^16, which go to the other of two bfloat16 that are equally far: no further "
     "than bfloat16's own roundoff.",
+    (
+        "_relu",
+        "return (np.maximum(x, 0.0), (x > 0.0).astype(np.float64))",
+        "return (np.maximum(x, 0.0), (x >= 0.0).astype(np.float64))",
+    ): "The derivative at exactly 0, which no product of drawn weights gives.",
+    (
+        "kept",
+        "return words >> np.uint32(1) >= drop_below(rate)",
+        "return words >> np.uint32(1) > drop_below(rate)",
+    ): "One hash in 2^31 lies exactly on the limit.",
+    (
+        "_one_row",
+        "return Batch(input_ids, np.full_like(input_ids, IGNORE_LABEL), positions, np.ones_like(input_ids))",
+        "return Batch(input_ids, np.full_like(input_ids, IGNORE_LABEL), positions, np.zeros_like(input_ids))",
+    ): "A prompt alone in its row; the oracle masks by order there and asks no segment.",
+    (
+        "ReferenceTrainer.evaluate",
+        "counted = [self.rooms.read_batch(batch) for batch in batches if batch.counted_tokens]",
+        "counted = [self.rooms.read_batch(batch) for batch in batches]",
+    ): "A batch without a counted token adds 0 to the sum.",
+    (
+        "_float32_linspace",
+        "return np.where(rank < count // 2, rising, falling).astype(np.float32)",
+        "return np.where(rank < count * 2, rising, falling).astype(np.float32)",
+    ): "Both halves of the table are the same numbers in float32: `rising` is exact there.",
+    (
+        "dynamic_8bit",
+        ("positive = (np.float32(10.0 ** exponent) * ((edges[:-1] + edges[1:]) / np.float32(2.0))).astype(np.float32)"),
+        "positive = np.float32(10.0 ** exponent) * ((edges[:-1] + edges[1:]) / np.float32(2.0))",
+    ): "The product is float32 already.",
+    (
+        "_one_row",
+        "input_ids = np.array([tokens], dtype=np.int32)",
+        "input_ids = np.array([tokens])",
+    ): "Token ids as 64-bit integers are the same ids.",
+    (
+        "token_losses",
+        (
+            "chosen = np.take_along_axis(_log_softmax(logits[:, :-1]), np.where(counts, targets, 0)[..., None], "
+            "axis=-1)[..., 0]"
+        ),
+        (
+            "chosen = np.take_along_axis(_log_softmax(logits[:, :-1]), np.where(counts, targets, -1)[..., None], "
+            "axis=-1)[..., 0]"
+        ),
+    ): "What is gathered where nothing counts is replaced by 0 behind it.",
+    (
+        "quantize_absmax",
+        "if through_cpu_table:",
+        "if not through_cpu_table:",
+    ): "The two tables are two devices' rounding of the same code; either is within the bound of the format.",
+    (
+        "ReferenceTrainer.gradient_of",
+        "read = [self.rooms.read_batch(batch) for batch in window]",
+        "read = [batch for batch in window]",
+    ): "`read_batch` gives back what it was given, until a mutant or a test puts something in its place.",
+    (
+        "BackwardRun.add",
+        "self.gradients[name] = self.gradients[name] + gradient if name in self.gradients else gradient",
+        "self.gradients[name] = self.gradients[name] if name in self.gradients else gradient",
+    ): "Each module is used once in a pass, so nothing is there to be added to; windows are added elsewhere.",
+    (
+        "_log_softmax",
+        "shifted = logits - logits.max(axis=-1, keepdims=True)",
+        "shifted = logits - logits.max(keepdims=True)",
+    ): "Any shift gives the same softmax as long as no exponential overflows, in float64 up to 700.",
+    (
+        "ReferenceTrainer._scaled_gradient",
+        ("found = self.rooms.window_gradient(self.attached.model, window, divisor / scale, masks_of, self.arithmetic)"),
+        ("found = self.rooms.window_gradient(self.attached.model, window, divisor * scale, masks_of, self.arithmetic)"),
+    ): (
+        "The reference backend declares float32 and bfloat16 alone; this is reached with a loss scale only, in float16."
+    ),
+    (
+        "ReferenceTrainer.gradient_of",
+        "if scale == 1.0 or math.isfinite(global_norm(found.gradients)):",
+        "if scale == 1.0:",
+    ): (
+        "The reference backend declares float32 and bfloat16 alone; this is reached with a loss scale only, in float16."
+    ),
+    (
+        "_take_packed",
+        "if record is None or layout is None or module + layout.marks[0] not in tensors:",
+        "if record is None or layout is None or layout.marks[0] not in tensors:",
+    ): (
+        "No drawn checkpoint has a tensor whose whole name is a layout's mark, so nothing is packed twice; a "
+        "checkpoint that is packed would fail at its first plain module, and the suite's are packed "
+        "throughout."
+    ),
+    (
+        "",
+        "FIRST_LOSS_SCALE, LOSS_SCALE_FALL = (2.0 ** 16, 2.0 ** 4)",
+        "FIRST_LOSS_SCALE, LOSS_SCALE_FALL = (2.0 ** 16, 2.0 ** 3)",
+    ): (
+        "The reference backend declares float32 and bfloat16 alone; this is reached with a loss scale only, in float16."
+    ),
+    (
+        "AdaptedLinear.forward",
+        "if self.lora_a is None or self.lora_b is None:",
+        "if self.lora_a is None and self.lora_b is None:",
+    ): "An adapter has both of its matrices or neither; a file with one is refused before.",
+    (
+        "load_base",
+        "linear_modules, packed = (dict(source.facts.linear_modules), source.facts.prequantized)",
+        "linear_modules, packed = (source.facts.linear_modules, source.facts.prequantized)",
+    ): "The mapping is read and never written to.",
+    (
+        "",
+        "FIRST_LOSS_SCALE, LOSS_SCALE_FALL = (2.0 ** 16, 2.0 ** 4)",
+        "FIRST_LOSS_SCALE, LOSS_SCALE_FALL = (2.0 ** 16, 2.0)",
+    ): (
+        "The reference backend declares float32 and bfloat16 alone; this is reached with a loss scale only, in float16."
+    ),
+    (
+        "refuse_load",
+        (
+            "wanted = {Feature.DOUBLE_QUANT: quantization.double_quant, Feature.QUANTIZE_ON_LOAD: plain_source "
+            "and quantization.weight_format is not WeightFormat.NONE, Feature.LOAD_PREQUANTIZED: not "
+            "plain_source, Feature.GRADIENT_CHECKPOINTING: compute.gradient_checkpointing}"
+        ),
+        (
+            "wanted = {Feature.DOUBLE_QUANT: quantization.double_quant, Feature.QUANTIZE_ON_LOAD: plain_source "
+            "and quantization.weight_format is WeightFormat.NONE, Feature.LOAD_PREQUANTIZED: not plain_source, "
+            "Feature.GRADIENT_CHECKPOINTING: compute.gradient_checkpointing}"
+        ),
+    ): "The reference backend declares all of these features, so none of them is ever missing.",
+    (
+        "refuse_load",
+        (
+            "wanted = {Feature.DOUBLE_QUANT: quantization.double_quant, Feature.QUANTIZE_ON_LOAD: plain_source "
+            "and quantization.weight_format is not WeightFormat.NONE, Feature.LOAD_PREQUANTIZED: not "
+            "plain_source, Feature.GRADIENT_CHECKPOINTING: compute.gradient_checkpointing}"
+        ),
+        (
+            "wanted = {Feature.DOUBLE_QUANT: quantization.double_quant, Feature.QUANTIZE_ON_LOAD: plain_source, "
+            "Feature.LOAD_PREQUANTIZED: not plain_source, Feature.GRADIENT_CHECKPOINTING: "
+            "compute.gradient_checkpointing}"
+        ),
+    ): "The reference backend declares all of these features, so none of them is ever missing.",
+    (
+        "OracleLlama._check_names",
+        "if missing or unknown or stray:",
+        "if missing and unknown and stray:",
+    ): "A check of the oracle's caller: the suite hands it whole models only.",
+    (
+        "quantize_four_bit",
+        "flat = np.asarray(weight, dtype=np.float32).reshape(-1)",
+        "flat = np.asarray(weight).reshape(-1)",
+    ): "The weights come as float32.",
+    (
+        "",
+        (
+            "UNIT_ROUNDOFF = MappingProxyType({'float32': 2.0 ** (-24), 'float16': 2.0 ** (-11), 'bfloat16': 2.0 "
+            "** (-8)})"
+        ),
+        "UNIT_ROUNDOFF = MappingProxyType({'float32': 2.0 ** (-24), 'float16': -11, 'bfloat16': 2.0 ** (-8)})",
+    ): (
+        "The reference backend declares float32 and bfloat16 alone; this is reached with a loss scale only, in float16."
+    ),
+    (
+        "",
+        (
+            "UNIT_ROUNDOFF = MappingProxyType({'float32': 2.0 ** (-24), 'float16': 2.0 ** (-11), 'bfloat16': 2.0 "
+            "** (-8)})"
+        ),
+        (
+            "UNIT_ROUNDOFF = MappingProxyType({'float32': 2.0 ** (-24), 'float16': 2.0 ** (-11), 'bfloat16': 4.0 "
+            "** (-8)})"
+        ),
+    ): "A backend that rounds less than its dtype is closer to the oracle: no defect.",
 }
 """(function, what stood there, what stands there now) -> the argument."""
 
