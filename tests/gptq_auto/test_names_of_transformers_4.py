@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qlora_hal.errors import ModelError
-from qlora_hal_backends.torch_family.transformers_versions import older_names
+from qlora_hal_backends.torch_family.transformers_versions import older_length, older_names
 
 LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
@@ -44,3 +44,23 @@ def test_rotary_parameters_without_an_older_name_are_refused(config: dict[str, o
         older_names(config, where="here")
     assert caught.value.code == "QH-M51"
     assert caught.value.exit_status == 5
+
+
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize("scaling", [YARN, {**YARN, "type": YARN["rope_type"]}])
+def test_yarn_is_stretched_by_the_factor_that_is_written(scaling: dict[str, object]) -> None:
+    """transformers 4 takes the longest length over the original one: 2048 / 64 would stretch by 32."""
+    config = {"max_position_embeddings": 2048, "rope_scaling": scaling}
+    assert older_length(config, where="here") == {"max_position_embeddings": 512}
+
+
+@pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 4.0}, {**YARN, "factor": None}])
+def test_length_stays_where_transformers_4_and_5_take_the_same(scaling: object) -> None:
+    assert older_length({"max_position_embeddings": 2048, "rope_scaling": scaling}, where="here") == {}
+
+
+def test_a_factor_that_no_length_gives_is_refused() -> None:
+    with pytest.raises(ModelError, match="by 8.01"):
+        older_length({"rope_scaling": {**YARN, "factor": 8.01}}, where="here")

@@ -203,10 +203,11 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         self, window: Sequence[Batch], denominator: float, dropout_key: int | None
     ) -> tuple[Tensor, Tensor, WindowCount]:
         """One backward pass at the present loss scale, which is taken off again."""
-        flat, ranks, own, short = self._attached, self._ranks, WindowCount.of(window), None
+        flat, ranks, own, short = self._attached, self._ranks, WindowCount(0, False), None
         total = torch.zeros(2, dtype=torch.float32, device=self._device)
         try:
             with self._memory_named("a training step"):
+                own = WindowCount.of(window)
                 total = self._accumulated(flat, window, denominator, dropout_key)
         except OutOfMemoryError as problem:
             short = problem
@@ -297,7 +298,9 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
             return step.logits(self._loaded, on_device).cpu().numpy()
 
     def gradients(self, window: Sequence[Batch]) -> Mapping[str, Float32]:
-        [tokens] = self._ranks.sum_on_host(np.array([counted_tokens(window)], np.float64))
+        with self._memory_named("a backward pass"):
+            own = counted_tokens(window)
+        [tokens] = self._ranks.sum_on_host(np.array([own], np.float64))
         self._window_gradient(window, float(tokens), dropout_key=None)
         flat = self._attached
         named = flat.to_host(flat.gradients)

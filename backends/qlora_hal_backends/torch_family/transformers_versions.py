@@ -39,7 +39,11 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> Any:
     """The model's configuration. Raises ModelError QH-M51 when an older transformers cannot express it."""
     from transformers import AutoConfig
 
-    renamed = {} if _major() >= 5 else older_names(read_json(folder / "config.json"), where=str(folder))
+    if _major() >= 5:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config, where = read_json(folder / "config.json"), str(folder)
+    renamed = older_names(config, where=where)
+    renamed |= older_length({**config, **renamed}, where=where)
     return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **renamed)
 
 
@@ -65,6 +69,30 @@ def older_names(config: Mapping[str, object], *, where: str) -> dict[str, object
     if "partial_rotary_factor" in rotary:
         names["partial_rotary_factor"] = rotary["partial_rotary_factor"]
     return names
+
+
+def older_length(config: Mapping[str, object], *, where: str) -> dict[str, object]:
+    """The longest length with which transformers 4 stretches rotary positions by the factor that is written down. For
+    YaRN it takes the longest length over the original one in its place, which 5 does only where no factor is written.
+
+    Raises ModelError QH-M51 where there is no such length.
+    """
+    scaling = config.get("rope_scaling")
+    if not isinstance(scaling, dict) or "yarn" not in (scaling.get("rope_type"), scaling.get("type")):
+        return {}
+    factor, original = scaling.get("factor"), scaling.get("original_max_position_embeddings")
+    if not isinstance(factor, int | float) or not isinstance(original, int):
+        return {}
+    longest = factor * original
+    if longest != int(longest):
+        raise ModelError(
+            "QH-M51",
+            f"config.json stretches {original} rotary positions by {factor:g} (YaRN), which this version of "
+            "transformers cannot be told.",
+            where=where,
+            fix="Use an environment with transformers 5.",
+        )
+    return {"max_position_embeddings": int(longest)}
 
 
 def build_causal(config: Any, *, dtype: torch.dtype, attention: str | None, trust_remote_code: bool) -> Any:
