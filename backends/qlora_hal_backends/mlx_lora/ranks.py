@@ -10,8 +10,10 @@ for the others waits for so many seconds only.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -47,6 +49,7 @@ class Ranks:
     _group: Any = None
     _stream: Any = None
     _own_work: mx.array | None = None
+    _hangs: bool = False
 
     @property
     def are_several(self) -> bool:
@@ -64,7 +67,10 @@ class Ranks:
         if (found := (group.rank(), group.size())) != (world.rank, world.size):
             raise _not_met(world, timeout_seconds, f"MLX calls it rank {found[0]} of {found[1]}")
         # NCCL's collectives are kernels of the GPU; all others copy on the host.
-        return cls(world, timeout_seconds, group, mx.new_thread_unsafe_stream(mx.gpu if name == "nccl" else mx.cpu))
+        stream = mx.new_thread_unsafe_stream(mx.gpu if name == "nccl" else mx.cpu)
+        ranks = cls(world, timeout_seconds, group, stream)
+        atexit.register(ranks._leave)
+        return ranks
 
     def sum_on_host(self, values: Float64) -> Float64:
         """The sum over all ranks, float64 `[n]`. Raises BackendError QH-R02.
@@ -115,6 +121,7 @@ class Ranks:
         waiting.start()
         waiting.join(self.timeout_seconds)
         if waiting.is_alive():
+            self._hangs = True
             raise _lost(self.world, f"Nothing came within {self.timeout_seconds:g} s.")
         if raised:
             with self.others_present():
@@ -129,6 +136,13 @@ class Ranks:
             if not str(error).startswith(_LOST):
                 raise
             raise _lost(self.world, told(error)) from error
+
+    def _leave(self) -> None:
+        """MLX aborts a process that ends while a collective still waits; by now all else that had to be done is."""
+        if self._hangs:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(BackendError.exit_status)
 
     def _of_each(self, values: Float64) -> Float64:
         """The numbers of every rank `[size, n]`, bit for bit."""
