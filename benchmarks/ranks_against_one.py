@@ -2,8 +2,8 @@
 
     python benchmarks/ranks_against_one.py --backend mlx_lora --ranks 2 --out docs/runs/ranks_mlx_lora.json
 
-Every run has the same rows in the same steps, so what differs is the shape of the micro-batches and the order of float32
-sums. Validation and samples are left out: they have no effect on a step.
+Every run has the same rows in the same steps, so what differs is the shape of the micro-batches and the order of
+float32 sums. Validation and samples are left out: they have no effect on a step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""`python -m qlora_hal`, as torchrun and `mlx.launch` start it: the same as `qlora-hal`."""
+"""`python -m qlora_hal` is `qlora-hal`, and so `torchrun --nproc-per-node 2 -m qlora_hal train run.yaml`."""
+
+from __future__ import annotations
 
 import sys
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qlora_hal.contract.world import World
-from qlora_hal.errors import ConfigError
+from qlora_hal.errors import BackendError
 
 RANK, WORLD_SIZE, LOCAL_RANK = "RANK", "WORLD_SIZE", "LOCAL_RANK"
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
@@ -22,7 +22,7 @@ LAUNCHED_BY_US = "QLORA_HAL_RANKS"
 
 
 def world_here(environment: Mapping[str, str] | None = None) -> World:
-    """The share of this process: `World()` where nothing started several. Raises ConfigError QH-R04 for variables that
+    """The share of this process: `World()` where nothing started several. Raises BackendError QH-R04 for variables that
     contradict one another."""
     given = os.environ if environment is None else environment
     if RANK in given and WORLD_SIZE in given:
@@ -92,8 +92,8 @@ def _number(environment: Mapping[str, str], name: str) -> int:
         raise _contradiction(f"{name}={environment[name]!r}") from error
 
 
-def _contradiction(what: str) -> ConfigError:
-    return ConfigError(
+def _contradiction(what: str) -> BackendError:
+    return BackendError(
         "QH-R04",
         f"The environment names no rank: {what}.",
         where="environment",

@@ -20,7 +20,7 @@ from stopped_runs import SHORT, rows_in
 
 from qlora_hal import train
 from qlora_hal.contract.world import World
-from qlora_hal.errors import ConfigError
+from qlora_hal.errors import BackendError
 from qlora_hal.ranks.identity import MLX_HOSTS, MLX_RANK, MLX_SIZE, seed_of_ranks, world_here
 
 LAUNCHER = "qlora_hal_backends.mlx_lora.launching"
@@ -74,13 +74,13 @@ def test_ranks_of_nccl_are_counted_by_a_variable() -> None:
 
 @pytest.mark.parametrize("content", ["no json", "{}", "[[]]", '["10.0.0.1:5000"]'])
 def test_a_file_that_lists_no_ranks_is_refused_by_name(tmp_path: Path, content: str) -> None:
-    with pytest.raises(ConfigError, match="MLX_HOSTFILE") as refused:
+    with pytest.raises(BackendError, match="MLX_HOSTFILE") as refused:
         world_here(environment(0, tmp_path / "hosts", content))
     assert refused.value.code == "QH-R04"
 
 
 def test_a_rank_that_the_file_does_not_list_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(BackendError) as refused:
         world_here(environment(2, tmp_path / "hosts", '[["10.0.0.1:1"],["10.0.0.2:2"]]'))
     assert refused.value.code == "QH-R04"
 
@@ -273,15 +273,17 @@ def wait_until(holds: Any, seconds: float = 240.0) -> None:
 
 # whole runs ----------------------------------------------------------------------------------------------------------
 DIES = """
-import os, signal
+import os, signal, subprocess, sys
 from qlora_hal.hooks import hookimpl
 @hookimpl
 def qlora_hal_step_finished(step):
-    if step == 3 and os.environ.get("MLX_RANK") == "1":
-        os.kill(os.getpid(), signal.SIGKILL)
-import sys
+    if step == 3 and os.environ.get("MLX_RANK") == "0":
+        ranks = subprocess.run(["pgrep", "-P", str(os.getppid())], capture_output=True, check=True).stdout.split()
+        for rank in {int(rank) for rank in ranks} - {os.getpid()}:
+            os.kill(rank, signal.SIGKILL)
 PLUGIN = sys.modules[__name__]
 """
+"""On rank 0, whose brother it ends: both are children of the launcher."""
 
 
 def losses_in(folder: Path) -> dict[int, float]:

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
         with _reserved_ports(ranks) as ports, ExitStack() as ended:
             with handing_on(partial(_hand_on, processes)) as asked:
                 for environment in _environments(folder / HOSTS_FILE, ports, attempt):
-                    if not asked:
+                    if not _stops(asked):
                         processes.append(
                             child_process.start([sys.executable, "-m", module, str(folder)], env=environment)
                         )

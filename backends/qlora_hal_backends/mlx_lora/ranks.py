@@ -49,7 +49,7 @@ class Ranks:
     _group: Any = None
     _stream: Any = None
     _own_work: mx.array | None = None
-    _hangs: bool = False
+    _waiting: threading.Thread | None = None
 
     @property
     def are_several(self) -> bool:
@@ -117,11 +117,10 @@ class Ranks:
             except Exception as error:
                 raised.append(error)
 
-        waiting = threading.Thread(target=wait, name="other ranks", daemon=True)
-        waiting.start()
-        waiting.join(self.timeout_seconds)
-        if waiting.is_alive():
-            self._hangs = True
+        self._waiting = threading.Thread(target=wait, name="other ranks", daemon=True)
+        self._waiting.start()
+        self._waiting.join(self.timeout_seconds)
+        if self._waiting.is_alive():
             raise _lost(self.world, f"Nothing came within {self.timeout_seconds:g} s.")
         if raised:
             with self.others_present():
@@ -139,7 +138,7 @@ class Ranks:
 
     def _leave(self) -> None:
         """MLX aborts a process that ends while a collective still waits; by now all else that had to be done is."""
-        if self._hangs:
+        if self._waiting is not None and self._waiting.is_alive():
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(BackendError.exit_status)
