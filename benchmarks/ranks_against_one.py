@@ -60,7 +60,7 @@ def trained(ranks: int, arguments: argparse.Namespace) -> dict[str, Any]:
         resolved = json.loads((Path(folder) / "run" / "run.json").read_text(encoding="utf-8"))["resolved"]
         return {
             "ranks": ranks,
-            "losses": list(result.losses),
+            "losses": [loss for _, loss in result.losses],
             "device": result.device,
             "versions": resolved["versions"],
         }
