@@ -7,32 +7,34 @@ import json
 import os
 import socket
 from collections.abc import Mapping
+from pathlib import Path
 
 from qlora_hal.contract.world import World
-from qlora_hal.errors import ConfigError
+from qlora_hal.errors import BackendError
 
 RANK, WORLD_SIZE, LOCAL_RANK = "RANK", "WORLD_SIZE", "LOCAL_RANK"
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
-MLX_RANK, MLX_HOSTS = "MLX_RANK", "MLX_HOSTFILE"
+MLX_RANK, MLX_HOSTS, MLX_RDMA_DEVICES, MLX_SIZE = "MLX_RANK", "MLX_HOSTFILE", "MLX_IBV_DEVICES", "MLX_WORLD_SIZE"
+"""What `mlx.launch` sets: the rank, and of all ranks the addresses in a file (`ring`), the Thunderbolt devices in a
+file (`jaccl`), or the number (`nccl`)."""
 LAUNCHED_BY_US = "QLORA_HAL_RANKS"
 """Set by `--devices`: the process that started the ranks tells of their failures."""
 
 
 def world_here(environment: Mapping[str, str] | None = None) -> World:
-    """The share of this process: `World()` where nothing started several. Raises ConfigError QH-R04 for variables that
+    """The share of this process: `World()` where nothing started several. Raises BackendError QH-R04 for variables that
     contradict one another."""
     given = os.environ if environment is None else environment
     if RANK in given and WORLD_SIZE in given:
         rank, size = _number(given, RANK), _number(given, WORLD_SIZE)
         local = _number(given, LOCAL_RANK) if LOCAL_RANK in given else rank
-    elif MLX_RANK in given and MLX_HOSTS in given:
-        rank = local = _number(given, MLX_RANK)
-        with open(given[MLX_HOSTS], encoding="utf-8") as hosts:
-            size = len(json.load(hosts))
+    elif MLX_RANK in given:
+        rank = _number(given, MLX_RANK)
+        size, local = _of_mlx(given, rank)
     else:
         return World()
     if not 0 <= rank < size or local < 0:
-        raise _contradiction(f"{RANK}={rank} and {WORLD_SIZE}={size}")
+        raise _contradiction(f"rank {rank} of {size}")
     return World(rank, size, local)
 
 
@@ -44,17 +46,43 @@ def is_restart(environment: Mapping[str, str] | None = None) -> bool:
 
 def seed_of_ranks(given: int | None, environment: Mapping[str, str] | None = None) -> int:
     """The seed of a run of several ranks, which must be one before they can talk: the one that was set, or else one
-    that is made (31 bits) from what torchrun gave to all of them, its run id and its meeting place."""
+    that is made (31 bits) from what torchrun gave to all of them, its run id and its meeting place, or `mlx.launch`,
+    their addresses."""
     if given is not None:
         return given
     known = os.environ if environment is None else environment
-    meeting = "/".join(known.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", MLX_HOSTS))
-    return int.from_bytes(hashlib.sha256(meeting.encode()).digest()[:4], "big") >> 1
+    meeting = [known.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")]
+    if not any(meeting):  # the file itself has another name on each rank
+        meeting = [json.dumps(_told_by_mlx(known, name)) for name in (MLX_HOSTS, MLX_RDMA_DEVICES)]
+    return int.from_bytes(hashlib.sha256("/".join(meeting).encode()).digest()[:4], "big") >> 1
 
 
 def named(world: World) -> str:
     """`rank 3 on HOST`, for messages."""
     return f"rank {world.rank} on {socket.gethostname()}"
+
+
+def _of_mlx(given: Mapping[str, str], rank: int) -> tuple[int, int]:
+    """(how many ranks, which one of its host)."""
+    if MLX_SIZE in given:
+        return _number(given, MLX_SIZE), 0  # each rank is shown its own GPU alone
+    if ring := _told_by_mlx(given, MLX_HOSTS):
+        hosts = [str(addresses[0]).rpartition(":")[0] for addresses in ring]
+        return len(hosts), hosts[:rank].count(hosts[min(rank, len(hosts) - 1)])
+    return len(_told_by_mlx(given, MLX_RDMA_DEVICES)) or 1, 0
+
+
+def _told_by_mlx(given: Mapping[str, str], name: str) -> list[list[object]]:
+    """What such a file tells of each rank; nothing where it is empty, as `mlx.launch` leaves it for one host."""
+    if name not in given:
+        return []
+    try:
+        told = json.loads(Path(given[name]).read_text(encoding="utf-8").strip() or "[]")
+    except (OSError, ValueError) as error:
+        raise _contradiction(f"{name}={given[name]} cannot be read ({error})") from error
+    if not isinstance(told, list) or not all(isinstance(entry, list) and entry for entry in told):
+        raise _contradiction(f"{name}={given[name]} is no list of lists")
+    return told
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:
@@ -64,11 +92,12 @@ def _number(environment: Mapping[str, str], name: str) -> int:
         raise _contradiction(f"{name}={environment[name]!r}") from error
 
 
-def _contradiction(what: str) -> ConfigError:
-    return ConfigError(
+def _contradiction(what: str) -> BackendError:
+    return BackendError(
         "QH-R04",
         f"The environment names no rank: {what}.",
         where="environment",
-        cause="torchrun sets RANK, WORLD_SIZE and LOCAL_RANK for each process that it starts.",
-        fix="Start the ranks with torchrun or --devices, or unset these variables.",
+        cause="torchrun sets RANK, WORLD_SIZE and LOCAL_RANK for each process that it starts, mlx.launch MLX_RANK and "
+        "MLX_HOSTFILE.",
+        fix="Start the ranks with torchrun, mlx.launch or --devices, or unset these variables.",
     )

@@ -32,6 +32,7 @@ SPEC = BackendSpec(
     trainer="qlora_hal_backends.mlx_lora.trainer:MLXLoRATrainer",
     contract=2,
     outline="qlora_hal_backends.mlx_lora.outline:outline",
+    launcher="qlora_hal_backends.mlx_lora.launching",
     uses_accelerator=not IS_CPU,
     card_vendors=frozenset({"apple", "nvidia"}),
     option_choices=MLX_OPTIONS,

@@ -94,6 +94,7 @@ _FEATURES = frozenset(
         Feature.GENERATE,
         Feature.TOKEN_WEIGHTS,
         Feature.PAGED_ADAMW,
+        Feature.DATA_PARALLEL,
     }
 )
 

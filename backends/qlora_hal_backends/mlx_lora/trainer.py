@@ -16,21 +16,24 @@ from qlora_hal.adapter.fitting import check_fits
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key
 from qlora_hal.contract import dropout
 from qlora_hal.contract.backend import BackendSpec, Compute, DeviceFacts, Quantization, QuantizedLoRATrainer
-from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal.contract.capabilities import Feature, Requirements, WeightFormat
 from qlora_hal.contract.toolkit import (
     WindowCount,
     at_labels,
     check_optimizer,
     check_served,
+    counted_tokens,
     evaluated,
     memory_named,
     out_of_order,
+    require,
     unknown_module,
 )
 from qlora_hal.contract.values import (
     Adapter,
     Batch,
     Float32,
+    Float64,
     Int32,
     LinearShape,
     LossSum,
@@ -39,6 +42,7 @@ from qlora_hal.contract.values import (
     StepSettings,
     StepStats,
 )
+from qlora_hal.contract.world import World
 from qlora_hal.errors import OutOfMemoryError
 from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.mlx_lora import SPEC, device, loading, step
@@ -47,6 +51,7 @@ from qlora_hal_backends.mlx_lora.generation import greedy
 from qlora_hal_backends.mlx_lora.lora_linear import LoRAPlace, LoRASlots
 from qlora_hal_backends.mlx_lora.nf4 import kernel_path as nf4_kernel_path
 from qlora_hal_backends.mlx_lora.optimizer import AdamW, to_device, to_host
+from qlora_hal_backends.mlx_lora.ranks import Ranks, device_of_rank
 
 _OUT_OF_MEMORY = ("insufficient memory", "attempting to allocate", "unable to allocate", "out of memory", "bad_alloc")
 """How MLX's allocators on Metal, CUDA and CPU word it; they share no exception class."""
@@ -58,8 +63,10 @@ class _QueuedStep:
 
     figures: mx.array
     counted: WindowCount
+    ranks: Ranks
 
     def resolve(self) -> StepStats:
+        self.ranks.wait_for(self.figures)
         loss_sum, weighted, grad_norm, applied = (float(figure) for figure in np.array(self.figures))
         return self.counted.stats(loss_sum, weighted, grad_norm, applied=applied > 0)
 
@@ -80,6 +87,7 @@ class MLXLoRATrainer(QuantizedLoRATrainer):
         self._base: loading.BaseModel | None = None
         self._attached: _Attached | None = None
         self._compute = Compute()
+        self._ranks = Ranks()
         self._kernel_path = "no base is loaded"
         # Streams of MLX belong to the thread that made them, and what is queued on one is seen from no other: a trainer
         # that is loaded here and stepped there needs one for all threads. Its condition is one caller at a time.
@@ -87,6 +95,15 @@ class MLXLoRATrainer(QuantizedLoRATrainer):
         self._one_caller = threading.RLock()
 
     # life ----------------------------------------------------------------------------------------------------------
+    def join_ranks(self, world: World, timeout_seconds: float) -> None:
+        require(self.spec, Requirements(features=frozenset({Feature.DATA_PARALLEL})))
+        device_of_rank(world)
+        self._stream = mx.new_thread_unsafe_stream(mx.default_device())
+        self._ranks = Ranks.join(world, timeout_seconds)
+
+    def sum_over_ranks(self, values: Float64) -> Float64:
+        return self._ranks.sum_on_host(values)
+
     def proved_compute_dtypes(self) -> tuple[str, ...]:
         return device.proved_dtypes()
 
@@ -131,11 +148,23 @@ class MLXLoRATrainer(QuantizedLoRATrainer):
     # training ------------------------------------------------------------------------------------------------------
     def train_step(self, window: Sequence[Batch], settings: StepSettings) -> PendingStep:
         at = self._at_work
+        key = settings.dropout_key if at.adapter.config.dropout > 0.0 else None
         with self._device_for("a training step"):
-            key = settings.dropout_key if at.adapter.config.dropout > 0.0 else None
-            gradients, total = at.gradient.of_window(at.optimizer.tensors, window, settings.denominator, key)
+            gradients, total, counted = self._window_gradient(window, settings.denominator, key)
             figures = at.optimizer.update(gradients, total, settings)
-        return _QueuedStep(figures, WindowCount.of(window))
+        return _QueuedStep(figures, counted, self._ranks)
+
+    def _window_gradient(
+        self, window: Sequence[Batch], denominator: float, dropout_key: int | None
+    ) -> tuple[list[mx.array], mx.array, WindowCount]:
+        """(gradient of all ranks' weighted loss sum / denominator, [loss sum, weighted], what counts), queued."""
+        at = self._at_work
+
+        def own_gradient() -> tuple[list[mx.array], mx.array]:
+            with self._device_for("a training step"):
+                return at.gradient.of_window(at.optimizer.tensors, window, denominator, dropout_key)
+
+        return self._ranks.of_all(own_gradient, WindowCount.of(window))
 
     def evaluate(self, batches: Sequence[Batch]) -> LossSum:
         at = self._at_work
@@ -168,11 +197,12 @@ class MLXLoRATrainer(QuantizedLoRATrainer):
             return to_host(step.logits(self._loaded, step.to_device(self._loaded, batch)))
 
     def gradients(self, window: Sequence[Batch]) -> Mapping[str, Float32]:
-        at = self._at_work
-        token_count = sum(batch.counted_tokens for batch in window)
+        [tokens] = self._ranks.sum_on_host(np.array([counted_tokens(window)], np.float64))
         with self._device_for("a backward pass"):
-            gradients, _ = at.gradient.of_window(at.optimizer.tensors, window, token_count, None)
-            return {name: to_host(array) for name, array in zip(at.optimizer.names, gradients, strict=True)}
+            gradients, _, _ = self._window_gradient(window, float(tokens), None)
+            self._ranks.wait_for(*gradients)
+            names = self._at_work.optimizer.names
+            return {name: to_host(array) for name, array in zip(names, gradients, strict=True)}
 
     def token_losses(self, batch: Batch, *, adapter: bool = True) -> Float32:
         base = self._loaded
@@ -239,6 +269,7 @@ class MLXLoRATrainer(QuantizedLoRATrainer):
         try:
             with (
                 memory_named("MLX", phase, words=_OUT_OF_MEMORY),
+                self._ranks.others_present(),
                 self._one_caller,
                 mx.stream(self._stream),
                 compiling_in_own_folder(),
