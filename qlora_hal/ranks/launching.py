@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +23,12 @@ from qlora_hal.checkpoint.reading import checkpoints
 from qlora_hal.contract.capabilities import Requirements
 from qlora_hal.detect import discovery
 from qlora_hal.detect.selection import choose
-from qlora_hal.errors import BackendError, ConfigError, QloraHalError, UnsupportedFeatureError
+from qlora_hal.errors import BackendError, ConfigError, QloraHalError
 from qlora_hal.processes import child_process
 from qlora_hal.processes.child_errors import defect_from, ended_from, error_from
 from qlora_hal.processes.signals import EndedAtOnce, handing_on
 from qlora_hal.ranks.identity import LAUNCHED_BY_US
+from qlora_hal.ranks.planning import not_on_several
 from qlora_hal.report.metrics import last_step
 from qlora_hal.run.directory import METRICS_FILE
 from qlora_hal.run.finish import ended_in
@@ -36,6 +40,8 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 REQUEST_FILE, FAILURES_FILE = "request.json", "failures.json"
+PROCESS_FILE = "rank-0.pid"
+"""Written by rank 0 while it can hear a request to save."""
 CHILD = "qlora_hal.ranks.child"
 LOST = "QH-R02"
 """What a rank says when another one is gone: never the cause."""
@@ -47,12 +53,7 @@ def number_of(devices: int | str, spec: BackendSpec, report: ProbeReport) -> int
     there = len(report.devices) if has_own_devices(spec, report) else 0
     wanted = (there or 1) if devices == AUTO else int(devices)
     if wanted > 1 and not spec.launcher:
-        raise UnsupportedFeatureError(
-            "QH-R06",
-            f"Backend {spec.name} cannot train on {wanted} devices together.",
-            where="--devices",
-            fix="Leave --devices out, or choose another backend: qlora-hal backends lists them.",
-        )
+        raise not_on_several(spec.name, wanted)
     if wanted > there > 0:
         raise ConfigError(
             "QH-R01",
@@ -88,7 +89,7 @@ def run_by_ranks(
         environment = {**os.environ, LAUNCHED_BY_US: "1"}
         child = child_process.start(command, start_new_session=True, env=environment)
         try:
-            with handing_on(child.send_signal) as handed:
+            with handing_on(lambda number: _hand_on(number, child, folder)) as handed:
                 child.wait()
         finally:
             child_process.ended(child)
@@ -96,9 +97,19 @@ def run_by_ranks(
         failures = _failures(folder)
     if answers.get(0, {}).get("result") is not None and not failures:
         return TrainResult.from_json(answers[0]["result"])
-    if handed and not any("error" in answer for answer in answers.values()):
+    if handed - {getattr(signal, "SIGUSR1", None)} and not any("error" in answer for answer in answers.values()):
         raise ended_in(run_dir, EndedAtOnce(next(iter(handed)), again=False))
     raise _what_went_wrong(answers, failures, child.returncode, run_dir)
+
+
+def _hand_on(number: int, launcher: subprocess.Popen[Any], folder: Path) -> None:
+    """A request to stop goes to the launcher, which asks all ranks; one to save to rank 0 alone, which asks the others
+    itself: launchers know nothing of it."""
+    if number != getattr(signal, "SIGUSR1", None):
+        launcher.send_signal(number)
+        return
+    with suppress(OSError, ValueError):  # before there is anything to save, or after
+        os.kill(int((folder / PROCESS_FILE).read_text(encoding="utf-8")), number)
 
 
 def read_answers(folder: Path, ranks: int) -> dict[int, dict[str, Any]]:

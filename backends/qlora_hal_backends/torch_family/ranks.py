@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import datetime
 import os
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -36,6 +38,10 @@ class Ranks:
     """This process among `world.size`. One process is `Ranks()`, whose sums are what they are given."""
 
     world: World = field(default_factory=World)
+    collectives: str = ""
+    seconds: float = 0.0
+    """Of this process in collectives since it joined: transfer, and waiting for slower ranks. Where the device has a
+    queue, the host's part alone: votes, and what it takes to queue the sums of gradients."""
     _votes: int = 0
 
     @property
@@ -57,8 +63,10 @@ class Ranks:
                     device_id=device if has_queue(device) else None,
                 )
             except (RuntimeError, ValueError) as error:
+                if _is_of_the_library(error):
+                    raise _library_failed(error, world) from error
                 raise _not_met(error, world, timeout_seconds) from error
-        return cls(world)
+        return cls(world, f"{DEVICE_COLLECTIVES}, votes over gloo" if has_queue(device) else "gloo")
 
     def leave(self) -> None:
         """End the process group; safe where there is none."""
@@ -112,12 +120,17 @@ class Ranks:
     def _others_present(self) -> Iterator[None]:
         """Before each meeting a rank writes down how far it is, so that one that does not come can be named."""
         self._votes += 1
+        began = time.perf_counter()
         try:
             with suppress(RuntimeError):
                 _store().set(f"qlora_hal/{self.world.rank}", str(self._votes))
             yield
         except RuntimeError as error:
+            if _is_of_the_library(error):
+                raise _library_failed(error, self.world) from error
             self._lost(error)
+        finally:
+            self.seconds += time.perf_counter() - began
 
     def _lost(self, error: RuntimeError) -> NoReturn:
         behind = self._behind()
@@ -157,6 +170,30 @@ def device_of_rank(device: torch.device, world: World) -> torch.device:
     chosen = torch.device(device.type, world.local_rank)
     module.set_device(chosen)
     return chosen
+
+
+_LIBRARY = ("nccl", "rccl")
+_LOST_PEER = (
+    *("remote process exit", "ncclremoteerror", "connection reset", "connection closed", "broken pipe"),
+    *("aborted", "timeout", "timed out"),
+)
+"""How NCCL words that another rank is gone; all else that it says is of itself."""
+
+
+def _is_of_the_library(error: BaseException) -> bool:
+    """Whether the collective library failed by itself, and not because another rank is gone."""
+    words = str(error).lower()
+    return any(name in words for name in _LIBRARY) and not any(lost in words for lost in _LOST_PEER)
+
+
+def _library_failed(error: BaseException, world: World) -> BackendError:
+    return BackendError(
+        "QH-R07",
+        f"The collective library failed on rank {world.rank} of {world.size} ({socket.gethostname()}).",
+        cause=told(error),
+        fix="Run once more with NCCL_DEBUG=WARN in the environment and read what it prints of this rank.",
+        context={"rank": world.rank},
+    )
 
 
 def _store() -> Any:
