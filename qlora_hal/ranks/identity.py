@@ -70,6 +70,12 @@ def is_restart(environment: Mapping[str, str] | None = None) -> bool:
     return given.get(RESTARTS, "0") not in ("", "0")
 
 
+def may_be_restart(environment: Mapping[str, str] | None = None) -> bool:
+    """Whether it cannot be told: torchrun counts the starts of one machine, and another may have failed."""
+    given = os.environ if environment is None else environment
+    return bool(launch_here(given)) and given.get("GROUP_WORLD_SIZE", "1") != "1"
+
+
 def seed_of_ranks(given: int | None, environment: Mapping[str, str] | None = None) -> int:
     """The seed of a run of several ranks, which must be one before they can talk: the one that was set, or else one
     that is made (31 bits) from what torchrun gave to all of them, its run id and its meeting place."""

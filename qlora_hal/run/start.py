@@ -22,7 +22,7 @@ from qlora_hal.model.verifying import verify_model
 from qlora_hal.processes.signals import ignored_note, requests_by_signal
 from qlora_hal.quantize.calibration import refuse_calibration_by_ranks, refuse_idle_calibration, with_quantized_base
 from qlora_hal.ranks.following import followed_existing, followed_new, silent_console
-from qlora_hal.ranks.identity import is_restart, launch_here, seed_of_ranks, world_here
+from qlora_hal.ranks.identity import is_restart, launch_here, may_be_restart, seed_of_ranks, world_here
 from qlora_hal.ranks.planning import plan_for
 from qlora_hal.ranks.window_share import sequences_of_one_rank
 from qlora_hal.report.console import RunConsole
@@ -66,7 +66,7 @@ def run_new(
     `planned_ranks` devices."""
     world = World(0, planned_ranks) if dry_run and planned_ranks > 1 else world_here()
     output_dir = named_path(settings.config.output_dir)
-    if is_restart() and _began_here(output_dir):
+    if _began_here(output_dir, settings.config, overwrite=overwrite):
         if checkpoints(output_dir):
             return run_resumed(output_dir, observers=observers, verify=verify, console=console)
         overwrite = True
@@ -99,13 +99,19 @@ def run_new(
             return carry_out(RunContext(prepared, directory, console, hooks, record, requests))
 
 
-def _began_here(run_dir: Path) -> bool:
+def _began_here(run_dir: Path, config: RunConfig, *, overwrite: bool) -> bool:
     """Whether the run in this folder is the one that torchrun started before: only that goes on by itself, or gives way
-    where it has saved nothing yet."""
+    where it has saved nothing yet. Of several machines only those count a start on which a rank failed; there the same
+    settings have to do."""
+    if not (is_restart() or (may_be_restart() and not overwrite)):
+        return False
     try:
-        return bool(launch_here()) and read_run_file(run_dir).get("launch") == launch_here()
+        content = read_run_file(run_dir)
     except QloraHalError:  # an earlier run's, or none: a new one looks at the folder as always
         return False
+    return content.get("launch") == launch_here() and (
+        is_restart() or content.get("config_hash") == config_hash(given_config(with_absolute_paths(config)))
+    )
 
 
 @contextmanager

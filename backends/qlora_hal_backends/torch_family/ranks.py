@@ -20,6 +20,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from qlora_hal.contract.values import Float64
 from qlora_hal.contract.world import World
@@ -31,6 +33,11 @@ DEVICE_COLLECTIVES = "nccl"
 """RCCL answers to this name as well."""
 NO_MULTICAST = "NCCL_NVLS_ENABLE"
 """NVLink multicast adds in the switch, in an order of its own and not on every machine; sums are the same without."""
+
+STARTS = "TORCHELASTIC_RESTART_COUNT"
+"""torchrun keeps one store through all starts of its ranks, with what the earlier ones left there: addresses that
+nobody listens at (pytorch issue 135712). Each start has its own part of it. The count is each machine's own."""
+SHARED_STORE, MACHINES = "TORCHELASTIC_USE_AGENT_STORE", "GROUP_WORLD_SIZE"
 
 
 @dataclass(slots=True)
@@ -56,10 +63,17 @@ class Ranks:
         if has_queue(device):
             os.environ.setdefault(NO_MULTICAST, "0")
         if not dist.is_initialized():
+            _refuse_stale_meeting(world)
+            limit = datetime.timedelta(seconds=timeout_seconds)
             try:
+                store, rank, size = next(rendezvous("env://", timeout=limit))
+                store.set_timeout(limit)
                 dist.init_process_group(
                     f"cpu:gloo,{device.type}:{DEVICE_COLLECTIVES}" if has_queue(device) else "gloo",
-                    timeout=datetime.timedelta(seconds=timeout_seconds),
+                    store=PrefixStore(f"start-{os.environ.get(STARTS, '0')}", store),
+                    rank=rank,
+                    world_size=size,
+                    timeout=limit,
                     device_id=device if has_queue(device) else None,
                 )
             except (RuntimeError, ValueError) as error:
@@ -193,6 +207,19 @@ def _library_failed(error: BaseException, world: World) -> BackendError:
         cause=told(error),
         fix="Run once more with NCCL_DEBUG=WARN in the environment and read what it prints of this rank.",
         context={"rank": world.rank},
+    )
+
+
+def _refuse_stale_meeting(world: World) -> None:
+    """Raises BackendError QH-R04 where ranks of several machines start anew in a store that keeps what is gone."""
+    given = os.environ
+    if given.get(STARTS, "0") in ("", "0") or given.get(SHARED_STORE) != "True" or given.get(MACHINES, "1") == "1":
+        return
+    raise BackendError(
+        "QH-R04",
+        f"Rank {world.rank} of {world.size} was started anew, but would meet the ranks that are gone.",
+        cause="torchrun keeps the addresses of an earlier start, and counts starts on each machine by itself.",
+        fix="Start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of every machine.",
     )
 
 
