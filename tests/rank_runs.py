@@ -25,7 +25,7 @@ QUICK: dict[str, Any] = {
     "lora.r": 4,
     "lora.target_modules": ["q_proj"],
     "lora.dropout": 0.1,
-    "training.max_steps": 8,
+    "training.max_steps": 16,
     "training.per_device_train_batch_size": 1,
     "training.gradient_accumulation_steps": 1,
     "training.global_batch_size": SEQUENCES,
