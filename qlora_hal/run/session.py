@@ -29,7 +29,7 @@ from qlora_hal.run.adapters import mend_adapters
 from qlora_hal.run.callbacks import FollowingCallbacks, RunCallbacks, write_run_adapter
 from qlora_hal.run.directory import BEST_ADAPTER_FOLDER
 from qlora_hal.run.finish import warning_if_regressed, write_pages, write_report_of_failed, written
-from qlora_hal.run.identity import facts_of_rank, identity_of, provenance_of
+from qlora_hal.run.identity import facts_of_rank, identity_of, provenance_of, software_of_rank
 from qlora_hal.run.loop import LoopPlan, Progress, keep_best
 from qlora_hal.run.lr_schedule import Schedule, warmup_steps
 from qlora_hal.run.prepare import chosen_dtype, window_sampler
@@ -136,6 +136,7 @@ class Session:
         world = self._prepared.world
         if world.size > 1:
             self._trainer.join_ranks(world, self._config.parallel.timeout_seconds)
+            self._ranks.require_alike(software_of_rank(self._prepared))
             self._ranks.require_alike(facts_of_rank(self._prepared, self._context.state))
             self._hosts = self._ranks.texts(socket.gethostname())
 

@@ -73,7 +73,7 @@ def run_new(
     with _shown_on(console, world) as console, requests_by_signal(console.note) as requests:
         require_settings(settings.config, "model.name_or_path", "output_dir", *(["data.path"] if rows is None else []))
         told = [*observers_for(settings.config.training.report_to), *observers] if world.rank == 0 else []
-        hooks = Hooks(told, note=console.note)
+        hooks = Hooks(told, note=console.note, tells=world.rank == 0)
         config = hooks.ready_config(settings.config)
         recorded = given_config(with_absolute_paths(config))
         if dry_run:
@@ -188,7 +188,7 @@ def run_resumed(
         require_paths(given, run_dir, reads_data=rows is None)
         record = with_new_paths(record_from(directory.content), relocation, given)
         told = [*observers_for(given.training.report_to), *observers] if world.rank == 0 else []
-        hooks = Hooks(told, note=console.note)
+        hooks = Hooks(told, note=console.note, tells=world.rank == 0)
         if given.lora.dropout and state.provenance.get("dropout_masks") != MASKS:
             console.note("an earlier release saved this checkpoint; from here on other dropout masks are drawn")
         config, changes = settings_on_backend(given, state, backend, hooks, console, transfer=transfer)

@@ -222,7 +222,7 @@ def test_ranks_with_other_settings_or_rows_are_told_before_the_model_loads(tmp_p
         assert other.ended() != 0
     said = one.said + other.said
     assert said.count("error[QH-R03]") == 1, said
-    assert "the settings (rank 1); the rows (rank 1)" in said
+    assert "training.learning_rate (rank 1); the rows (rank 1)" in said
     assert "run: " not in said
 
 
