@@ -15,8 +15,6 @@ from qlora_hal.errors import BackendError
 RANK, WORLD_SIZE, LOCAL_RANK = "RANK", "WORLD_SIZE", "LOCAL_RANK"
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 MLX_RANK, MLX_HOSTS = "MLX_RANK", "MLX_HOSTFILE"
-LAUNCHED_BY_US = "QLORA_HAL_RANKS"
-"""Set by `--devices`: the process that started the ranks tells of their failures."""
 
 
 def world_here(environment: Mapping[str, str] | None = None) -> World:

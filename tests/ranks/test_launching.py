@@ -145,7 +145,7 @@ def failed(error: QloraHalError) -> dict[str, object]:
     return {"error": {**told_of(error), "exit_status": error.exit_status}}
 
 
-LOST = failed(BackendError("QH-R02", "Rank 1 of 3 is gone or does not answer.", fix="Look."))
+LOST = failed(BackendError("QH-R02", "Rank 1 of 3 is gone or does not answer.", fix="Look.", context={"ranks": [1]}))
 NO_ROOM = failed(OutOfMemoryError("QH-N07", "no room", where="a step", fix="Less."))
 BAD_ROW = failed(DataError("QH-D05", "a bad row", fix="Mend it."))
 
@@ -171,9 +171,35 @@ def test_of_several_that_said_why_the_one_that_failed_first_is_told(left_behind:
     assert (error.code, error.where) == ("QH-D05", "")
 
 
+@pytest.mark.fault("R02")
+def test_a_rank_that_hung_is_told_as_that_although_it_had_to_be_killed(left_behind: Any) -> None:
+    hung = failed(
+        BackendError(
+            "QH-R02",
+            "Rank 1 of 3 is gone or does not answer. It was waited for 8 s.",
+            where="rank 1 on elsewhere",
+            fix="Look.",
+            context={"ranks": [1], "waited_seconds": 8.0},
+        )
+    )
+    error = left_behind({0: hung, 2: hung}, [(0, "exit status 1"), (1, "SIGKILL"), (2, "exit status 1")])
+    assert error.message == (
+        "Rank 1 of 3 is gone or does not answer. It was waited for 8 s. No checkpoint was saved yet."
+    )
+    assert error.where == "rank 1 on elsewhere"
+
+
+def test_ranks_that_were_asked_to_stop_because_another_failed_are_not_the_cause(left_behind: Any) -> None:
+    ended = {"ended": {"number": 15, "run_dir": None, "safe_step": None}}
+    stop = failed(StoppedError("QH-S19", "Stopped by SIGTERM after step 3; the state is saved.", fix="Go on."))
+    killed = left_behind({0: ended, 2: stop}, [(1, "SIGKILL")])
+    assert (killed.code, killed.context["rank"]) == ("QH-R02", 1)
+    assert left_behind({0: ended, 1: BAD_ROW}, [(0, "exit status 1"), (1, "exit status 1")]).code == "QH-D05"
+
+
 def test_ranks_that_only_missed_one_another_are_told_as_the_first_says(left_behind: Any) -> None:
     error = left_behind({0: LOST, 1: LOST}, [(0, "exit status 1"), (1, "exit status 1")])
-    assert error.message == "Rank 1 of 3 is gone or does not answer."
+    assert error.message == "Rank 1 of 3 is gone or does not answer. No checkpoint was saved yet."
 
 
 def test_a_launcher_that_left_nothing_is_told_with_its_end(left_behind: Any) -> None:

@@ -26,6 +26,7 @@ from rank_runs import (
     settings_file,
     steps_of,
     torchrun,
+    wait_for,
     windows,
 )
 from safetensors.numpy import load_file
@@ -157,7 +158,9 @@ def test_a_rank_that_no_longer_answers_ends_the_run_and_is_named(tmp_path: Path)
         rank_process(command, 1).send_signal(signal.SIGSTOP)
         assert command.ended() == 3, command.said
         took = time.monotonic() - began
-    assert "error[QH-R02]: Rank 1 of 2 is gone or does not answer." in command.said
+    assert "error[QH-R02]: Rank 1 of 2 is gone or does not answer. It was waited for 8 s" in command.said
+    assert f"rank 1 on {socket.gethostname()}" in command.said
+    assert re.search(r"The checkpoint of step \d+ stands\.", command.said)
     assert took < 8 + 30 + 30, "the limit, what torchrun waits for one that it ends, and the rest"
     assert checkpoints(tmp_path / "run")
 
@@ -191,6 +194,17 @@ def test_the_terminal_stops_all_ranks_with_the_state_saved(tmp_path: Path) -> No
         assert command.ended() == 75, command.said
     saved = max(step for step, _ in checkpoints(tmp_path / "run"))
     assert f"Stopped by SIGINT after step {saved}" in command.said or f"step {saved} is saved" in command.said
+    assert record(tmp_path / "run")["status"] == "stopped"
+
+
+def test_ranks_do_not_outlive_the_command_that_started_them_and_save(tmp_path: Path) -> None:
+    settings = quick(tmp_path / "run", **{"checkpoint.save_steps": 1000, "training.max_steps": 2000})
+    with running(qlora_hal("train", str(settings_file(settings)), "--devices", "2")) as command:
+        command.until("step 2/")
+        ranks = [rank_process(command, rank) for rank in (0, 1)]
+        command.process.kill()
+        wait_for(lambda: not any(rank.is_running() for rank in ranks))
+    assert checkpoints(tmp_path / "run")
     assert record(tmp_path / "run")["status"] == "stopped"
 
 

@@ -37,9 +37,9 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], Ranks]:
             raise error
 
         monkeypatch.setattr(ranks.dist, "all_reduce", all_reduce)
-        kept = Kept({"qlora_hal/1": "0"})
+        kept = Kept({"qlora_hal/1": "0"})  # and no host: it never came so far
         monkeypatch.setattr(ranks, "_store", lambda: kept)
-        return Ranks(World(0, 2, 0), "nccl")
+        return Ranks(World(0, 2, 0), "nccl", timeout_seconds=60.0)
 
     return make
 
@@ -98,6 +98,18 @@ def test_a_peer_that_is_gone_is_no_error_of_the_library_and_is_named(
     assert caught.value.code == "QH-R02"
     assert words in caught.value.cause
     assert caught.value.context == {"ranks": [1]}
+    assert caught.value.where == "rank 1 on an unknown host"
+
+
+@pytest.mark.fault("R02")
+def test_a_peer_that_was_waited_for_as_long_as_is_allowed_is_said_to_hang(
+    failing: Callable[[Exception], Ranks],
+) -> None:
+    slow = failing(RuntimeError("Timed out waiting 0ms for recv operation to complete"))
+    slow.timeout_seconds = 1e-9
+    with pytest.raises(BackendError, match=r"It was waited for 0 s \(parallel\.timeout_seconds\)\.") as caught:
+        slow.sum_on_host(np.ones(1))
+    assert caught.value.context["waited_seconds"] >= 0
 
 
 @pytest.mark.fault("R07")

@@ -39,6 +39,10 @@ STARTS = "TORCHELASTIC_RESTART_COUNT"
 nobody listens at (pytorch issue 135712). Each start has its own part of it. The count is each machine's own."""
 SHARED_STORE, MACHINES = "TORCHELASTIC_USE_AGENT_STORE", "GROUP_WORLD_SIZE"
 
+HANGS_FROM = 0.9
+"""A collective that fails after this share of the time limit waited for a rank that hangs; a dead one is noticed at
+once."""
+
 
 @dataclass(slots=True)
 class Ranks:
@@ -46,6 +50,7 @@ class Ranks:
 
     world: World = field(default_factory=World)
     collectives: str = ""
+    timeout_seconds: float = 0.0
     seconds: float = 0.0
     """Of this process in collectives since it joined: transfer, and waiting for slower ranks. Where the device has a
     queue, the host's part alone: votes, and what it takes to queue the sums of gradients."""
@@ -80,7 +85,9 @@ class Ranks:
                 if _is_of_the_library(error):
                     raise _library_failed(error, world) from error
                 raise _not_met(error, world, timeout_seconds) from error
-        return cls(world, f"{DEVICE_COLLECTIVES}, votes over gloo" if has_queue(device) else "gloo")
+        with suppress(RuntimeError, ValueError):  # a word for messages
+            _store().set(f"qlora_hal/host/{world.rank}", socket.gethostname())
+        return cls(world, f"{DEVICE_COLLECTIVES}, votes over gloo" if has_queue(device) else "gloo", timeout_seconds)
 
     def leave(self) -> None:
         """End the process group; safe where there is none."""
@@ -142,20 +149,30 @@ class Ranks:
         except RuntimeError as error:
             if _is_of_the_library(error):
                 raise _library_failed(error, self.world) from error
-            self._lost(error)
+            self._lost(error, time.perf_counter() - began)
         finally:
             self.seconds += time.perf_counter() - began
 
-    def _lost(self, error: RuntimeError) -> NoReturn:
+    def _lost(self, error: RuntimeError, waited: float) -> NoReturn:
         behind = self._behind()
+        hung = {"waited_seconds": round(waited, 1)} if waited >= HANGS_FROM * self.timeout_seconds else {}
         who = f"rank {', '.join(map(str, behind))} of {self.world.size}" if behind else "another rank"
         raise BackendError(
             "QH-R02",
-            f"{who[0].upper()}{who[1:]} is gone or does not answer.",
+            f"{who[0].upper()}{who[1:]} is gone or does not answer."
+            + (f" It was waited for {waited:.0f} s (parallel.timeout_seconds)." if hung else ""),
+            where="; ".join(f"rank {rank} on {self._host_of(rank)}" for rank in behind),
             cause=told(error),
             fix="See what that rank said, then go on with qlora-hal resume; torchrun --max-restarts does so by itself.",
-            context={"ranks": behind},
+            context={"ranks": behind, **hung},
         ) from error
+
+    def _host_of(self, rank: int) -> str:
+        with suppress(RuntimeError):
+            key = f"qlora_hal/host/{rank}"
+            if _store().check([key]):
+                return str(_store().get(key).decode("utf-8", "replace"))
+        return "an unknown host"
 
     def _behind(self) -> list[int]:
         """The ranks that have not come as far as this one."""
