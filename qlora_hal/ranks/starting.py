@@ -19,6 +19,7 @@ from qlora_hal.run.start import run_new, run_resumed
 
 if TYPE_CHECKING:
     from qlora_hal.config.resolve import ResolvedSettings
+    from qlora_hal.contract.backend import BackendSpec
     from qlora_hal.report.console import RunConsole
     from qlora_hal.run.paths import PathOverrides
     from qlora_hal.run.prepare import Rows
@@ -47,7 +48,7 @@ def train_on_devices(
     spec, report = chosen_for_ranks(config.backend.name, allow_cpu=config.backend.allow_cpu)
     ranks = number_of(devices, spec, report)
     accumulation_of(config.training, World(0, ranks))
-    if ranks == 1 or dry_run:
+    if dry_run or (ranks == 1 and not max_restarts):
         return run_new(
             settings,
             rows,
@@ -60,6 +61,7 @@ def train_on_devices(
             planned_ranks=ranks,
         )
     _refuse_observers(observers)
+    _require_launcher(spec)
     request = {
         "config": config.model_dump(mode="json"),
         "origins": dict(settings.origins),
@@ -98,9 +100,10 @@ def resume_on_devices(
         "verify": verify,
         "trust_remote_code": trust_remote_code,
     }
-    if ranks == 1:
+    if ranks == 1 and not max_restarts:
         return run_resumed(run_dir, relocation=relocation, observers=observers, console=console, **given)  # type: ignore[arg-type]
     _refuse_observers(observers)
+    _require_launcher(spec)
     request = {"run_dir": str(run_dir), "relocation": asdict(relocation), **given}
     with ended_by_signals():
         return run_by_ranks("resume", request, run_dir, spec, ranks, max_restarts, console)
@@ -144,6 +147,17 @@ def require_usable(devices: int | str | None, max_restarts: int) -> None:
             f"--devices was given to rank {world.rank} of {world.size}: torchrun has started the ranks already.",
             where="--devices",
             fix="Leave --devices out under torchrun, or torchrun in front of --devices.",
+        )
+
+
+def _require_launcher(spec: BackendSpec) -> None:
+    """One device with restarts is a rank as well. Raises UnsupportedFeatureError QH-R06."""
+    if not spec.launcher:
+        raise UnsupportedFeatureError(
+            "QH-R06",
+            f"Backend {spec.name} starts no ranks, so nothing would start the run anew.",
+            where="--max-restarts",
+            fix="Leave --max-restarts out, and resume the run where it fails.",
         )
 
 

@@ -19,6 +19,7 @@ from qlora_hal.detect.discovery import find, listed, load_spec
 from qlora_hal.errors import BackendError, ConfigError, DataError, OutOfMemoryError, QloraHalError, StoppedError
 from qlora_hal.processes.child_errors import answer_of, told_of
 from qlora_hal.processes.signals import EndedAtOnce
+from qlora_hal.ranks import starting
 from qlora_hal.ranks.launching import number_of, run_by_ranks
 
 CPU: BackendSpec = load_spec(find("cpu_torch", listed()))
@@ -99,6 +100,19 @@ def test_observers_of_this_process_cannot_follow_ranks(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="1 observers are Python objects of this process") as caught:
         train(settings(tmp_path), devices=2, observers=[Observer()])
+    assert caught.value.code == "QH-R06"
+
+
+@pytest.mark.fault("R06")
+def test_one_device_with_restarts_needs_a_launcher_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(starting, "run_by_ranks", lambda *given: seen.append(given[4]))
+    train(settings(tmp_path), devices=1, max_restarts=2)
+    assert seen == [1]
+    there = report("a CPU", accelerated=False)
+    monkeypatch.setattr(starting, "chosen_for_ranks", lambda *_, **more: (replace(CPU, launcher=""), there))
+    with pytest.raises(ConfigError, match="nothing would start the run anew") as caught:
+        train(settings(tmp_path), devices=1, max_restarts=2)
     assert caught.value.code == "QH-R06"
 
 

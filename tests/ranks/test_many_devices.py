@@ -106,6 +106,16 @@ def test_devices_go_on_by_themselves_after_a_kill(rank: int, undisturbed: Path, 
     assert adapter(tmp_path / "run") == adapter(undisturbed)
 
 
+def test_one_device_goes_on_by_itself_too(undisturbed: Path, tmp_path: Path) -> None:
+    words = qlora_hal("train", str(settings_file(quick(tmp_path / "run"))), "--devices", "1", "--max-restarts", "1")
+    with running(words) as command:
+        command.until("step 4/")
+        rank_process(command, 0).kill()
+        assert command.ended() == 0, command.said
+    assert "resumed from step" in command.said
+    assert windows(tmp_path / "run") == windows(undisturbed)
+
+
 def test_torchrun_goes_on_after_a_kill(undisturbed: Path, tmp_path: Path) -> None:
     options = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
     with running(torchrun("train", str(settings_file(quick(tmp_path / "run"))), options=options)) as command:
