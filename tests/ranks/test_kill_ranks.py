@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from kill_ranks import STEPS, differing_bits, draw, read_record, summed_up
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_every_bit_that_differs_is_counted_and_a_lost_tensor_whole() -> None:
