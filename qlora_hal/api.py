@@ -59,9 +59,11 @@ def train(
     rows = None if data is None or isinstance(data, str | Path) else rows_in_memory(data)
     keywords = {"model": model, "data": None if rows is not None else data, "output_dir": output_dir}
     settings = resolve_settings(config, keywords={**keywords, "backend": backend})
-    if devices is not None and not dry_run:
-        from qlora_hal.ranks.starting import train_on_devices
+    if devices is not None or max_restarts:
+        from qlora_hal.ranks.starting import require_usable, train_on_devices
 
+        require_usable(devices, max_restarts)
+    if devices is not None:
         return train_on_devices(
             settings,
             rows,
@@ -70,6 +72,7 @@ def train(
             max_restarts,
             overwrite=overwrite,
             force_unlock=force_unlock,
+            dry_run=dry_run,
             verify=verify,
             console=console,
         )
@@ -129,9 +132,11 @@ def resume(
 
     require_path("run_dir", run_dir)
     relocation = PathOverrides.of(model=model, data=data, validation_data=validation_data)
-    if devices is not None:
-        from qlora_hal.ranks.starting import resume_on_devices
+    if devices is not None or max_restarts:
+        from qlora_hal.ranks.starting import require_usable, resume_on_devices
 
+        require_usable(devices, max_restarts)
+    if devices is not None:
         return resume_on_devices(
             Path(run_dir),
             relocation,

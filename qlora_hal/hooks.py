@@ -84,8 +84,16 @@ class Hooks:
     never be called is refused at the start: raises ConfigError QH-U20.
     """
 
-    def __init__(self, observers: Iterable[object] = (), *, note: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(
+        self,
+        observers: Iterable[object] = (),
+        *,
+        note: Callable[[str], None] = lambda text: None,
+        tells: bool = True,
+    ) -> None:
+        """`tells` False asks plugins what they decide, and tells them nothing: for a rank behind the first."""
         self._note = note
+        self._tells = tells
         self._manager = pluggy.PluginManager(PROJECT)
         self._manager.add_hookspecs(sys.modules[__name__])
         for point in entry_points(group=ENTRY_POINT_GROUP):
@@ -106,6 +114,8 @@ class Hooks:
 
     def tell(self, hook: str, **facts: object) -> None:
         """Call one observing hook of every plugin, each behind its own wall."""
+        if not self._tells:
+            return
         plugins = self._manager.get_plugins()
         for plugin in plugins:
             call = self._manager.subset_hook_caller(hook, [other for other in plugins if other is not plugin])

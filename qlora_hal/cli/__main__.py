@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 
 from qlora_hal.cli.failures import report_interrupt, report_unexpected, report_usage, reported
 from qlora_hal.cli.stream_encoding import escape_what_streams_cannot_hold
@@ -12,13 +14,18 @@ from qlora_hal.errors import QloraHalError
 from qlora_hal.errors.foreign_output import foreign_output_visible
 from qlora_hal.files.refused_paths import refused_paths_told
 from qlora_hal.processes.signals import ended_by_signals
+from qlora_hal.ranks.identity import is_following
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status (docs/cli.md)."""
+    """Run the command line and return its exit status (docs/cli.md). A rank behind the first writes nothing to standard
+    output, which is that of all."""
     escape_what_streams_cannot_hold()
     tokens = list(sys.argv[1:] if argv is None else argv)
     with usable_streams() as output:
+        if is_following():
+            with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+                return _status(tokens, as_json=False)
         status = _status(tokens, as_json="--json" in tokens)
         output.flush()
         if output.problem is None or status != 0:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from qlora_hal.cli.arguments import Switch
+from qlora_hal.cli.arguments import DevicesOption, Switch, as_devices
 from qlora_hal.cli.flags import with_settings
 from qlora_hal.cli.settings import resolved
 from qlora_hal.errors import figures
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qlora_hal.contract.values import MemoryEstimate
     from qlora_hal.memory.gpus import KnownGpu
     from qlora_hal.model.facts import ModelFacts
+    from qlora_hal.ranks.planning import DevicePlan
 
 _PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "workspace", "runtime")
 
@@ -40,10 +41,16 @@ class Estimated:
     compute_dtype: str
     cards: tuple[KnownGpu, ...]
     machine_bytes: int | None
+    plan: DevicePlan
 
     def fits(self, memory_bytes: int) -> bool:
-        """Whether the peak fits, with the margin of the arithmetic."""
+        """Whether the peak of one device fits, with the margin of the arithmetic."""
         return self.memory.high <= memory_bytes
+
+    @property
+    def fits_here(self) -> bool:
+        """Whether the memory of this machine is enough: the ranks of a CPU share it."""
+        return self.machine_bytes is not None and self.memory.high * self.plan.devices <= self.machine_bytes
 
 
 @with_settings()
@@ -52,6 +59,7 @@ def estimate(
     /,
     *,
     demo: Annotated[bool, Switch, Parameter(help="Estimate for the small model that comes with the package.")] = False,
+    devices: DevicesOption = None,
     json: Annotated[bool, Switch, Parameter(help="Print as JSON.")] = False,
     flags: Mapping[str, object],
 ) -> int:
@@ -60,7 +68,7 @@ def estimate(
 
     settings = resolved(config, flags, demo=demo)
     require_settings(settings.config, "model.name_or_path")
-    estimated = estimate_run(settings.config)
+    estimated = estimate_run(settings.config, as_devices(devices))
     if json:
         show_json(estimate_as_json(estimated))
     else:
@@ -68,9 +76,9 @@ def estimate(
     return 0
 
 
-def estimate_run(config: RunConfig) -> Estimated:
+def estimate_run(config: RunConfig, devices: int | str | None = None) -> Estimated:
     """The peak on the backend that is named, else on the one that would be chosen on its own hardware; where a backend
-    is ready here, on this machine's."""
+    is ready here, on this machine's. `devices` may be more than there are here: it is arithmetic."""
     from qlora_hal.adapter.targets import require_rank, resolve_targets
     from qlora_hal.data.prepare import refuse_long_sequences
     from qlora_hal.detect.discovery import listed, reports
@@ -79,8 +87,12 @@ def estimate_run(config: RunConfig) -> Estimated:
     from qlora_hal.detect.selection import has_accelerator
     from qlora_hal.memory.gpus import KNOWN_GPUS
     from qlora_hal.model.source import resolve_model
+    from qlora_hal.ranks.launching import AUTO, number_of
+    from qlora_hal.ranks.planning import plan_for
+    from qlora_hal.ranks.starting import require_number
     from qlora_hal.run.prepare import estimated_memory, likely_dtype
 
+    require_number(devices)
     model = config.model
     facts = resolve_model(model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code).facts
     refuse_long_sequences(config.data, facts.max_position_embeddings)
@@ -91,10 +103,13 @@ def estimate_run(config: RunConfig) -> Estimated:
     probed = next(report for report in reports(listed()) if report.backend == spec.name)
     report = probed if probed.ready else None
     accelerated = has_accelerator(spec, (probed,))
+    memory = estimated_memory(
+        config, facts, spec, quantization, {name: facts.linear_modules[name] for name in targets}, report
+    )
+    number = number_of(AUTO, spec, probed) if devices == AUTO else int(devices or 1)
     return Estimated(
-        memory=estimated_memory(
-            config, facts, spec, quantization, {name: facts.linear_modules[name] for name in targets}, report
-        ),
+        memory=memory,
+        plan=plan_for(config, number, spec, memory),
         backend=spec.name,
         not_ready="" if probed.ready else probed.reason,
         quantization=quantization,
@@ -113,18 +128,29 @@ def estimate_as_text(estimated: Estimated, config: RunConfig) -> str:
     lines = [
         f"{config.model.name_or_path} on {estimated.backend} ({here}): base {stored.weight_format.value}{block}, "
         f"computes in {estimated.compute_dtype}, {batch} x {length} tokens, rank {config.lora.r}",
+        *_plan_lines(estimated.plan, config),
         "",
         *memory_lines({**asdict(memory), "total": memory.total, "high": memory.high}),
         "",
     ]
     for title, fits in (("fits", True), ("too small", False)):
-        places = [(card.name, card.memory_bytes) for card in estimated.cards]
+        places = [(card.name, card.memory_bytes, estimated.fits(card.memory_bytes)) for card in estimated.cards]
         if estimated.machine_bytes is not None:
-            places.append(("the memory of this machine", estimated.machine_bytes))
-        names = [f"{name} ({figures.size(size)})" for name, size in places if estimated.fits(size) is fits]
+            places.append(("the memory of this machine", estimated.machine_bytes, estimated.fits_here))
+        names = [f"{name} ({figures.size(size)})" for name, size, enough in places if enough is fits]
         if names:
             lines.append(f"{title + ':':<10} {', '.join(names)}")
     return "\n".join(lines)
+
+
+def _plan_lines(plan: DevicePlan, config: RunConfig) -> list[str]:
+    if plan.devices == 1:
+        return []
+    steps = config.training.max_steps
+    return [
+        f"{plan.devices} devices ({plan.mode}: {plan.why}): {plan.sequences_per_step} sequences a step over all of "
+        f"them, {f'{steps} steps' if steps else 'steps by the rows (train --dry-run counts them)'}; memory of each:"
+    ]
 
 
 def memory_lines(memory: Mapping[str, int]) -> list[str]:
@@ -147,13 +173,14 @@ def estimate_as_json(estimated: Estimated) -> dict[str, object]:
         "bytes": {part: getattr(memory, part) for part in _PARTS},
         "total": memory.total,
         "high": memory.high,
+        "plan": estimated.plan.as_json(),
         "cards": [
             {"name": card.name, "memory_bytes": card.memory_bytes, "fits": estimated.fits(card.memory_bytes)}
             for card in estimated.cards
         ],
         "machine": None
         if (size := estimated.machine_bytes) is None
-        else {"memory_bytes": size, "fits": estimated.fits(size)},
+        else {"memory_bytes": size, "fits": estimated.fits_here},
     }
 
 

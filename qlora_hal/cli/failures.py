@@ -9,15 +9,20 @@ from typing import TYPE_CHECKING
 
 from qlora_hal.errors import ConfigError, QloraHalError
 from qlora_hal.errors.terminal_text import show, show_json, visible, visible_line
+from qlora_hal.ranks.identity import is_following, rank_here
 
 if TYPE_CHECKING:
     from cyclopts import CycloptsError
 
 INTERRUPTED = 130
+TOLD_BY_THE_FIRST = frozenset({"QH-R03", "QH-S19", "QH-N01", "QH-N02", "QH-C18"})
+"""What all ranks find together, in the same words."""
 
 
 def reported(error: QloraHalError, *, as_json: bool) -> int:
-    """Show one of our errors and give its exit status."""
+    """Show one of our errors and give its exit status. A rank behind the first leaves to that what all found."""
+    if error.code in TOLD_BY_THE_FIRST and is_following():
+        return error.exit_status
     if not (as_json and _printed({**error.as_json(), "exit_status": error.exit_status})):
         _print_error(error)
     return error.exit_status
@@ -34,7 +39,7 @@ def report_interrupt(interrupt: KeyboardInterrupt, *, as_json: bool) -> int:
         run_dir = None if interrupt.run_dir is None else str(interrupt.run_dir)
         status, text, context = interrupt.exit_status, str(interrupt), {"run_dir": run_dir, "step": interrupt.safe_step}
     if not (as_json and _printed({"code": "QH-S21", "message": text, **context, "exit_status": status})):
-        show(f"\n{text}", stream=sys.stderr)
+        show(f"\n{rank_here()}{text}", stream=sys.stderr)
     return status
 
 
@@ -147,7 +152,7 @@ def _print_lines(headline: str, rows: list[tuple[str, str]]) -> None:
 
     console = stderr_console()
     head, separator, rest = visible(headline).partition("]: ")
-    console.print(Text.assemble((f"{head}{separator}", "bold red"), (rest, "bold")), soft_wrap=True)
+    console.print(Text.assemble((f"{rank_here()}{head}{separator}", "bold red"), (rest, "bold")), soft_wrap=True)
     for name, text in rows:
         if text:
             console.print(Text.assemble((f"  {name + ':':<7}", "cyan"), visible(text)), soft_wrap=True)

@@ -14,6 +14,7 @@ from qlora_hal.cli.arguments import DevicesOption, RestartsOption, Switch, as_de
 from qlora_hal.cli.flags import with_settings
 from qlora_hal.cli.settings import resolved, settings_as_json, settings_as_text
 from qlora_hal.config.resolve import ResolvedSettings
+from qlora_hal.errors import UnsupportedFeatureError
 from qlora_hal.errors.terminal_text import json_line, show, show_json
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ def train(
 ) -> int:
     """Train an adapter: qlora-hal train run.yaml, or qlora-hal train --model M --data D --output_dir O."""
     settings = resolved(config, flags, demo=demo)
+    if (devices is not None or max_restarts) and (print_config or show_batch or smoke):
+        raise nothing_for_devices("--print-config" if print_config else "--show-batch" if show_batch else "--smoke")
     if print_config:
         show(settings_as_json(settings) if json else settings_as_text(settings))
         return 0
@@ -88,6 +91,16 @@ def train(
     return 0
 
 
+def nothing_for_devices(flag: str) -> UnsupportedFeatureError:
+    """Several devices and a command that trains on none, or on one."""
+    return UnsupportedFeatureError(
+        "QH-R06",
+        f"{flag} does nothing on several devices.",
+        where="--devices",
+        fix=f"Leave out --devices and --max-restarts, or {flag}.",
+    )
+
+
 def batch_as_text(settings: ResolvedSettings) -> str:
     """The first batch as tokens, trained ones marked; coloured on a terminal."""
     from qlora_hal import api
@@ -115,13 +128,14 @@ def plan_as_text(result: TrainResult) -> str:
 
     plan: Mapping[str, Any] = result.plan
     block = f" in blocks of {result.block_size}" if result.block_size else ""
+    several = f" on {plan['devices']} devices ({plan['mode']}: {plan['why']})" if plan["devices"] > 1 else ""
     return "\n".join(
         [
             f"plan: {plan['steps']} steps of {plan['sequences_per_step']} sequences, from {plan['sequences']}, "
-            f"on {result.backend}; nothing was written",
+            f"on {result.backend}{several}; nothing was written",
             f"base: {result.weight_format}{block}, computes in {plan['compute_dtype']}; "
             f"adapters on {plan['target_modules']} modules",
-            "estimated memory:",
+            "estimated memory of each device:" if several else "estimated memory:",
             *memory_lines(plan["memory"]),
         ]
     )

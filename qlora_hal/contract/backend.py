@@ -19,7 +19,7 @@ from qlora_hal.contract.capabilities import (
     WeightFormat,
 )
 from qlora_hal.contract.memory_constants import MemoryConstants, MemoryQuery, unfused
-from qlora_hal.contract.world import World
+from qlora_hal.contract.world import RankFacts, World
 from qlora_hal.errors import UnsupportedFeatureError
 
 if TYPE_CHECKING:
@@ -278,6 +278,10 @@ class QuantizedLoRATrainer(ABC):
         Raises BackendError QH-R02 where a rank is gone, or does not come within the time that `join_ranks` was given.
         """
         return values
+
+    def rank_facts(self) -> RankFacts:
+        """How the ranks are joined, and what it has cost so far. Feature.DATA_PARALLEL; may be left as it is."""
+        return RankFacts()
 
     @abstractmethod
     def device_facts(self) -> DeviceFacts:

@@ -28,7 +28,7 @@ from qlora_hal.contract.values import (
     StepSettings,
     StepStats,
 )
-from qlora_hal.contract.world import World
+from qlora_hal.contract.world import RankFacts, World
 from qlora_hal.errors import BackendContractError, BackendError, QloraHalError
 from qlora_hal.errors.foreign import told
 from qlora_hal.errors.terminal_text import show
@@ -64,6 +64,12 @@ class CheckedTrainer:
             if not isinstance(found, np.ndarray) or found.shape != values.shape or found.dtype != np.float64:
                 raise self._broken(f"sum_over_ranks returned {_kind(found)} for float64 {list(values.shape)}")
             return found
+
+    def rank_facts(self) -> RankFacts:
+        with self._checked("rank_facts"):
+            facts = self._trainer.rank_facts()
+            self._require(RankFacts, facts, "rank_facts")
+            return facts
 
     def proved_compute_dtypes(self) -> tuple[str, ...]:
         with self._checked("proved_compute_dtypes"):

@@ -12,3 +12,14 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RankFacts:
+    """What a trainer knows of how its ranks are joined. `collectives` names what carries the sums, `links` what joins
+    the devices of this host (`NVLink`, `PCIe`, `unknown` where it cannot be told), `seconds` how long this process has
+    been in collectives since it joined: transfer and waiting for slower ranks alike, on the host's clock."""
+
+    collectives: str = ""
+    links: str = "unknown"
+    seconds: float = 0.0

@@ -24,6 +24,7 @@ AREAS: Mapping[str, str] = {
     "M": "Memory and models",
     "X": "Security",
     "U": "Usage",
+    "R": "Ranks: several devices",
     "I": "Inside this tool",
 }
 

@@ -16,6 +16,7 @@ from qlora_hal.errors import ConfigError
 
 HASH_PARTS, HASH_PART_BYTES = 3, 6
 """A hash crosses as three integers of 48 bits, which float64 holds exactly."""
+TEXT_BYTES = 64
 
 
 class SumsOverRanks(Protocol):
@@ -46,6 +47,12 @@ class Agreement:
         table = np.zeros((self.world.size, len(values)))
         table[self.world.rank] = values
         return table if self.is_alone else self.trainer.sum_over_ranks(table.reshape(-1)).reshape(table.shape)
+
+    def texts(self, own: str) -> list[str]:
+        """A short text of every rank, cut after 64 bytes."""
+        coded = own.encode("utf-8", "replace")[:TEXT_BYTES].ljust(TEXT_BYTES, b"\0")
+        found = self.of_each([float(byte) for byte in coded])
+        return [bytes(map(int, row)).rstrip(b"\0").decode("utf-8", "replace") for row in found]
 
     def evaluation(self, own: LossSum) -> LossSum:
         """The sums of all ranks' evaluations."""

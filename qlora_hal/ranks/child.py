@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from qlora_hal.processes import child_process
 from qlora_hal.processes.child_errors import answer_of
 from qlora_hal.processes.signals import ended_by_signals
 from qlora_hal.ranks.identity import world_here
-from qlora_hal.ranks.launching import REQUEST_FILE
+from qlora_hal.ranks.launching import PROCESS_FILE, REQUEST_FILE
 from qlora_hal.run.supervisor import carried_out
 
 
@@ -24,7 +25,10 @@ def main(folder: Path) -> int:
     file = folder / f"rank-{world_here().rank}.json"
     file.unlink(missing_ok=True)  # of the ranks before a restart
     with ended_by_signals(), foreign_output_visible():
+        if world_here().rank == 0:  # a request to save waits from here on, and ends nothing
+            (folder / PROCESS_FILE).write_text(str(os.getpid()), encoding="utf-8")
         answer = answer_of(lambda: carried_out(given["verb"], given["request"], given["console"]))
+        (folder / PROCESS_FILE).unlink(missing_ok=True)
     file.write_text(json.dumps(answer, default=str), encoding="utf-8")
     return 0 if answer.keys() & {"result", "ended"} or is_stop(answer.get("error")) else 1
 

@@ -17,13 +17,11 @@ RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 MLX_RANK, MLX_HOSTS, MLX_RDMA_DEVICES, MLX_SIZE = "MLX_RANK", "MLX_HOSTFILE", "MLX_IBV_DEVICES", "MLX_WORLD_SIZE"
 """What `mlx.launch` sets: the rank, and of all ranks the addresses in a file (`ring`), the Thunderbolt devices in a
 file (`jaccl`), or the number (`nccl`)."""
-LAUNCHED_BY_US = "QLORA_HAL_RANKS"
-"""Set by `--devices`: the process that started the ranks tells of their failures."""
 
 
 def world_here(environment: Mapping[str, str] | None = None) -> World:
     """The share of this process: `World()` where nothing started several. Raises BackendError QH-R04 for variables that
-    contradict one another."""
+    contradict one another, or of which one is there alone and says more than one process."""
     given = os.environ if environment is None else environment
     if RANK in given and WORLD_SIZE in given:
         rank, size = _number(given, RANK), _number(given, WORLD_SIZE)
@@ -32,16 +30,50 @@ def world_here(environment: Mapping[str, str] | None = None) -> World:
         rank = _number(given, MLX_RANK)
         size, local = _of_mlx(given, rank)
     else:
+        for name, alone in ((RANK, 0), (WORLD_SIZE, 1)):
+            if name in given and _number(given, name) != alone:
+                raise _contradiction(f"{name}={given[name]} stands alone")
         return World()
     if not 0 <= rank < size or local < 0:
         raise _contradiction(f"rank {rank} of {size}")
     return World(rank, size, local)
 
 
+def is_following(environment: Mapping[str, str] | None = None) -> bool:
+    """Whether another rank writes and speaks for this one; not where the environment contradicts itself."""
+    try:
+        return world_here(environment).rank > 0
+    except BackendError:
+        return False
+
+
+def rank_here() -> str:
+    """`rank 3 on HOST: `, before what a rank behind the first has to say; empty elsewhere."""
+    return f"{named(world_here())}: " if is_following() else ""
+
+
+def launch_here(environment: Mapping[str, str] | None = None) -> str:
+    """What is the same for every start of the ranks by one torchrun, and for no other torchrun: its run id; where that
+    is not unique, the process of its agent. Empty where nothing starts ranks anew."""
+    given = os.environ if environment is None else environment
+    if RESTARTS not in given:
+        return ""
+    run_id = given.get("TORCHELASTIC_RUN_ID", "")
+    if run_id not in ("", "none"):  # torchrun's default
+        return run_id
+    return f"{socket.gethostname()}/{os.getppid()}/{_started(os.getppid())}"
+
+
 def is_restart(environment: Mapping[str, str] | None = None) -> bool:
     """Whether torchrun started this process anew after a failure."""
     given = os.environ if environment is None else environment
     return given.get(RESTARTS, "0") not in ("", "0")
+
+
+def may_be_restart(environment: Mapping[str, str] | None = None) -> bool:
+    """Whether it cannot be told: torchrun counts the starts of one machine, and another may have failed."""
+    given = os.environ if environment is None else environment
+    return bool(launch_here(given)) and given.get("GROUP_WORLD_SIZE", "1") != "1"
 
 
 def seed_of_ranks(given: int | None, environment: Mapping[str, str] | None = None) -> int:
@@ -83,6 +115,14 @@ def _told_by_mlx(given: Mapping[str, str], name: str) -> list[list[object]]:
     if not isinstance(told, list) or not all(isinstance(entry, list) and entry for entry in told):
         raise _contradiction(f"{name}={given[name]} is no list of lists")
     return told
+
+
+def _started(process: int) -> str:
+    """When a process began, in the system's ticks: a number of a process alone comes again. Linux; else empty."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:

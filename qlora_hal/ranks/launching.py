@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +23,11 @@ from qlora_hal.checkpoint.reading import checkpoints
 from qlora_hal.contract.capabilities import Requirements
 from qlora_hal.detect import discovery
 from qlora_hal.detect.selection import choose
-from qlora_hal.errors import BackendError, ConfigError, QloraHalError, UnsupportedFeatureError
+from qlora_hal.errors import BackendError, ConfigError, QloraHalError
 from qlora_hal.processes import child_process
 from qlora_hal.processes.child_errors import defect_from, ended_from, error_from
 from qlora_hal.processes.signals import EndedAtOnce, handing_on
-from qlora_hal.ranks.identity import LAUNCHED_BY_US
+from qlora_hal.ranks.planning import not_on_several
 from qlora_hal.report.metrics import last_step
 from qlora_hal.run.directory import METRICS_FILE
 from qlora_hal.run.finish import ended_in
@@ -36,9 +39,11 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 REQUEST_FILE, FAILURES_FILE = "request.json", "failures.json"
+PROCESS_FILE = "rank-0.pid"
+"""Written by rank 0 while it can hear a request to save."""
 CHILD = "qlora_hal.ranks.child"
-LOST = "QH-R02"
-"""What a rank says when another one is gone: never the cause."""
+LOST, STOPPED = "QH-R02", "QH-S19"
+"""What a rank says when another one is gone, and when it was asked to stop: never the cause."""
 
 
 def number_of(devices: int | str, spec: BackendSpec, report: ProbeReport) -> int:
@@ -47,12 +52,7 @@ def number_of(devices: int | str, spec: BackendSpec, report: ProbeReport) -> int
     there = len(report.devices) if has_own_devices(spec, report) else 0
     wanted = (there or 1) if devices == AUTO else int(devices)
     if wanted > 1 and not spec.launcher:
-        raise UnsupportedFeatureError(
-            "QH-R06",
-            f"Backend {spec.name} cannot train on {wanted} devices together.",
-            where="--devices",
-            fix="Leave --devices out, or choose another backend: qlora-hal backends lists them.",
-        )
+        raise not_on_several(spec.name, wanted)
     if wanted > there > 0:
         raise ConfigError(
             "QH-R01",
@@ -85,10 +85,9 @@ def run_by_ranks(
         text = json.dumps({"verb": verb, "request": request, "console": shown})
         (folder / REQUEST_FILE).write_text(text, encoding="utf-8")
         command = [sys.executable, "-m", spec.launcher, str(ranks), str(max_restarts), CHILD, str(folder)]
-        environment = {**os.environ, LAUNCHED_BY_US: "1"}
-        child = child_process.start(command, start_new_session=True, env=environment)
+        child = child_process.start(command, start_new_session=True)
         try:
-            with handing_on(child.send_signal) as handed:
+            with handing_on(lambda number: _hand_on(number, child, folder)) as handed:
                 child.wait()
         finally:
             child_process.ended(child)
@@ -96,9 +95,19 @@ def run_by_ranks(
         failures = _failures(folder)
     if answers.get(0, {}).get("result") is not None and not failures:
         return TrainResult.from_json(answers[0]["result"])
-    if handed and not any("error" in answer for answer in answers.values()):
+    if handed - {getattr(signal, "SIGUSR1", None)} and not any("error" in answer for answer in answers.values()):
         raise ended_in(run_dir, EndedAtOnce(next(iter(handed)), again=False))
     raise _what_went_wrong(answers, failures, child.returncode, run_dir)
+
+
+def _hand_on(number: int, launcher: subprocess.Popen[Any], folder: Path) -> None:
+    """A request to stop goes to the launcher, which asks all ranks; one to save to rank 0 alone, which asks the others
+    itself: launchers know nothing of it."""
+    if number != getattr(signal, "SIGUSR1", None):
+        launcher.send_signal(number)
+        return
+    with suppress(OSError, ValueError):  # before there is anything to save, or after
+        os.kill(int((folder / PROCESS_FILE).read_text(encoding="utf-8")), number)
 
 
 def read_answers(folder: Path, ranks: int) -> dict[int, dict[str, Any]]:
@@ -121,20 +130,31 @@ def _failures(folder: Path) -> dict[int, str]:
 def _what_went_wrong(
     answers: Mapping[int, Mapping[str, Any]], failures: Mapping[int, str], status: int, run_dir: Path
 ) -> BaseException:
-    """The cause, not what followed from it: a rank that was killed before one that said why, and both before those that
-    only missed another."""
-    silent = [rank for rank in failures if rank not in answers]
+    """The cause, not what followed from it: a rank that said why, then one that was killed, and both before those that
+    only missed another or were asked to stop because of it. One that hung was killed because of that."""
     told = {rank: answer for rank, answer in answers.items() if "result" not in answer}
-    causes = {rank: answer for rank, answer in told.items() if answer.get("error", {}).get("code") != LOST}
+    causes = {rank: answer for rank, answer in told.items() if not _follows(answer)}
+    missed = {rank: answer["error"]["context"] for rank, answer in told.items() if _code_of(answer) == LOST}
+    waited_for = {rank for context in missed.values() if "waited_seconds" in context for rank in context["ranks"]}
+    silent = [rank for rank in failures if rank not in answers and rank not in waited_for]
     if causes:
         rank = min(causes, key=lambda each: (list(failures).index(each) if each in failures else len(failures), each))
         return _told_by(rank, causes[rank], run_dir)
     if silent:
         return _killed(silent[0], failures[silent[0]], run_dir)
     if told:
-        rank = min(told)
+        rank = min(missed or told)
         return _told_by(rank, told[rank], run_dir)
     return _killed(None, f"exit status {status}", run_dir)
+
+
+def _follows(answer: Mapping[str, Any]) -> bool:
+    """Whether this is how a rank ends of which another one is gone, or that was asked to stop."""
+    return "ended" in answer or _code_of(answer) in (LOST, STOPPED)
+
+
+def _code_of(answer: Mapping[str, Any]) -> str:
+    return str(answer.get("error", {}).get("code", ""))
 
 
 def _told_by(rank: int, answer: Mapping[str, Any], run_dir: Path) -> BaseException:
@@ -143,23 +163,37 @@ def _told_by(rank: int, answer: Mapping[str, Any], run_dir: Path) -> BaseExcepti
     if "error" not in answer:
         return defect_from(answer["defect"], f"rank {rank}")
     error = error_from(answer["error"])
-    if rank:  # rank 0 is the run; another one has to say which it is
+    if error.code == LOST:
+        error.message += f" {_stands(run_dir)}"
+        error.fix = _way_on(run_dir)
+    elif rank:  # rank 0 is the run; another one has to say which it is
         error.where = f"rank {rank} on {socket.gethostname()}" + (f": {error.where}" if error.where else "")
     return error
 
 
 def _killed(rank: int | None, how: str, run_dir: Path) -> QloraHalError:
-    saved = max((step for step, _ in checkpoints(run_dir)), default=None)
     who = "The launcher of the ranks" if rank is None else f"Rank {rank} on {socket.gethostname()}"
-    stands = f"The checkpoint of step {saved} stands." if saved is not None else "No checkpoint was saved yet."
     return BackendError(
         LOST,
-        f"{who} was ended by {how}{_last_step(run_dir)}. {stands}",
+        f"{who} was ended by {how}{_last_step(run_dir)}. {_stands(run_dir)}",
         where=str(run_dir),
         cause="The system ends the largest process when memory runs out; a scheduler or a person may have ended it.",
-        fix=f"Resume with: qlora-hal resume {run_dir}" if saved is not None else "Start the run again.",
-        context={"rank": rank, "ended_by": how, "checkpoint": saved},
+        fix=_way_on(run_dir),
+        context={"rank": rank, "ended_by": how, "checkpoint": _saved(run_dir)},
     )
+
+
+def _saved(run_dir: Path) -> int | None:
+    return max((step for step, _ in checkpoints(run_dir)), default=None)
+
+
+def _stands(run_dir: Path) -> str:
+    saved = _saved(run_dir)
+    return f"The checkpoint of step {saved} stands." if saved is not None else "No checkpoint was saved yet."
+
+
+def _way_on(run_dir: Path) -> str:
+    return f"Resume with: qlora-hal resume {run_dir}" if _saved(run_dir) is not None else "Start the run again."
 
 
 def _last_step(run_dir: Path) -> str:

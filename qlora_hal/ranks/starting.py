@@ -19,6 +19,7 @@ from qlora_hal.run.start import run_new, run_resumed
 
 if TYPE_CHECKING:
     from qlora_hal.config.resolve import ResolvedSettings
+    from qlora_hal.contract.backend import BackendSpec
     from qlora_hal.report.console import RunConsole
     from qlora_hal.run.paths import PathOverrides
     from qlora_hal.run.prepare import Rows
@@ -36,28 +37,31 @@ def train_on_devices(
     *,
     overwrite: bool,
     force_unlock: bool,
+    dry_run: bool,
     verify: bool,
     console: RunConsole | None,
 ) -> TrainResult:
-    """A new run by as many ranks. Raises ConfigError QH-R01, QH-R05 and UnsupportedFeatureError QH-R06 before any rank
-    is started, and as `run_by_ranks`."""
+    """A new run by as many ranks; a dry run plans for them in this process. Raises ConfigError QH-R01, QH-R05 and
+    UnsupportedFeatureError QH-R06 before any rank is started, and as `run_by_ranks`."""
     require_usable(devices, max_restarts)
     config = settings.config
     spec, report = chosen_for_ranks(config.backend.name, allow_cpu=config.backend.allow_cpu)
     ranks = number_of(devices, spec, report)
     accumulation_of(config.training, World(0, ranks))
-    if ranks == 1:
+    if dry_run or (ranks == 1 and not max_restarts):
         return run_new(
             settings,
             rows,
             observers,
             overwrite=overwrite,
             force_unlock=force_unlock,
-            dry_run=False,
+            dry_run=dry_run,
             verify=verify,
             console=console,
+            planned_ranks=ranks,
         )
     _refuse_observers(observers)
+    _require_launcher(spec)
     request = {
         "config": config.model_dump(mode="json"),
         "origins": dict(settings.origins),
@@ -96,24 +100,31 @@ def resume_on_devices(
         "verify": verify,
         "trust_remote_code": trust_remote_code,
     }
-    if ranks == 1:
+    if ranks == 1 and not max_restarts:
         return run_resumed(run_dir, relocation=relocation, observers=observers, console=console, **given)  # type: ignore[arg-type]
     _refuse_observers(observers)
+    _require_launcher(spec)
     request = {"run_dir": str(run_dir), "relocation": asdict(relocation), **given}
     with ended_by_signals():
         return run_by_ranks("resume", request, run_dir, spec, ranks, max_restarts, console)
 
 
-def require_usable(devices: int | str, max_restarts: int) -> None:
-    """Raises ConfigError QH-R01 for what is no number of devices, or where this process is a rank already."""
+def require_number(devices: int | str | None) -> None:
+    """Raises ConfigError QH-R01 for what is no number of devices."""
     is_number = isinstance(devices, int) and not isinstance(devices, bool) and 1 <= devices <= MOST_RANKS
-    if not is_number and devices != AUTO:
+    if not is_number and devices not in (AUTO, None):
         raise ConfigError(
             "QH-R01",
             f"devices is {devices!r}; a number from 1 to {MOST_RANKS} or {AUTO!r} is expected.",
             where="--devices",
             fix="Give the number of devices, or auto for all that are there.",
         )
+
+
+def require_usable(devices: int | str | None, max_restarts: int) -> None:
+    """Raises ConfigError QH-R01 for what is no number of devices or restarts, or where this process is a rank
+    already."""
+    require_number(devices)
     if isinstance(max_restarts, bool) or not isinstance(max_restarts, int) or max_restarts < 0:
         raise ConfigError(
             "QH-R01",
@@ -121,12 +132,32 @@ def require_usable(devices: int | str, max_restarts: int) -> None:
             where="--max-restarts",
             fix="Give how often the ranks may be started anew.",
         )
+    if devices is None:
+        if max_restarts:
+            raise ConfigError(
+                "QH-R01",
+                f"max_restarts is {max_restarts}, and no devices were asked for: nothing would start the run anew.",
+                where="--max-restarts",
+                fix="Add --devices, or leave --max-restarts out.",
+            )
+        return
     if (world := world_here()).size > 1:
         raise ConfigError(
             "QH-R01",
             f"--devices was given to rank {world.rank} of {world.size}: torchrun has started the ranks already.",
             where="--devices",
             fix="Leave --devices out under torchrun, or torchrun in front of --devices.",
+        )
+
+
+def _require_launcher(spec: BackendSpec) -> None:
+    """One device with restarts is a rank as well. Raises UnsupportedFeatureError QH-R06."""
+    if not spec.launcher:
+        raise UnsupportedFeatureError(
+            "QH-R06",
+            f"Backend {spec.name} starts no ranks, so nothing would start the run anew.",
+            where="--max-restarts",
+            fix="Leave --max-restarts out, and resume the run where it fails.",
         )
 
 

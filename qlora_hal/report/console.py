@@ -106,11 +106,19 @@ class RunConsole:
             self._print(_styled("data: " if number == 0 else "      ", "bold", line))
 
     def run_started(self, run: RunView) -> None:
-        """The model is loaded and the first step is about to run."""
-        facts = [str(run.resolved[key]) for key in ("weight_format", "compute_dtype") if run.resolved.get(key)]
+        """The model is loaded and the first step is about to run. A step and its batch are those of all devices."""
+        training, known = run.config.training, run.resolved
         left = run.total_steps - run.first_step
-        start = f" from step {run.first_step}" if run.first_step else ""
-        self._print(_styled("run: ", "bold", f"{left} steps{start}, {', '.join(facts)}, into {run.run_dir}"))
+        steps = f"{left} steps" + (f" from step {run.first_step}" if run.first_step else "")
+        if known.get("sequences_per_step"):
+            devices = "1 device" if known.get("ranks", 1) == 1 else f"{known['ranks']} devices"
+            steps += f" of {known['sequences_per_step']} sequences on {devices}"
+        facts = [steps]
+        if known.get("tokens_per_step"):
+            facts.append(f"about {figures.count(float(str(known['tokens_per_step'])))} tokens a step")
+        facts.append(f"learning rate {figures.rate(training.learning_rate)} ({training.lr_scheduler_type})")
+        facts += [str(known[key]) for key in ("weight_format", "compute_dtype") if known.get(key)]
+        self._print(_styled("run: ", "bold", f"{', '.join(facts)}, into {run.run_dir}"))
 
     # while it runs -------------------------------------------------------------------------------------------------
     def step(

@@ -76,6 +76,7 @@ class RunRecord:
     adapter_dir: str = ""
     notes: tuple[str, ...] = ()
     hand_overs: tuple[Mapping[str, object], ...] = ()
+    ranks: Mapping[str, object] = field(default_factory=dict)
 
 
 def given_config(config: RunConfig) -> dict[str, object]:

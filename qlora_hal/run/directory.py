@@ -80,10 +80,12 @@ class RunDirectory:
         config: Mapping[str, object],
         overwrite: bool = False,
         force_unlock: bool = False,
+        launch: str = "",
     ) -> RunDirectory:
         """Create or reuse a folder for a new run and write its first `run.json`.
 
-        `config` is JSON (`RunConfig.model_dump(mode="json")`), as the user gave it: before a seed is drawn.
+        `config` is JSON (`RunConfig.model_dump(mode="json")`), as the user gave it: before a seed is drawn. `launch`
+        says who starts the run anew when it fails (`ranks.identity.launch_here`).
         Raises StorageError QH-S14 (no usable kind of path), QH-S12 (cannot be written), QH-S09 (no space),
         OutputLockedError QH-S15 and QH-S17, ConfigError QH-S13 when an earlier run is there and `overwrite` is not set.
         """
@@ -94,6 +96,7 @@ class RunDirectory:
             created = datetime.now(UTC).isoformat(timespec="seconds")
             content = {"schema_version": SCHEMA_VERSION, "config": dict(config), "created": created}
             content["run_id"] = new_run_id()
+            content |= {"launch": launch} if launch else {}
             run = cls(path, lock, {**content, "config_hash": config_hash(config)})
             run._settle_with_earlier_run(config, overwrite=overwrite)
             run._sweep()

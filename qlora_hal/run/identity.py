@@ -144,15 +144,25 @@ def config_hash(config: Mapping[str, object]) -> str:
     return hashlib.sha256(strict_json.encode(trained)).hexdigest()
 
 
-def facts_of_rank(prepared: PreparedRun, state: TrainingState | None) -> dict[str, str]:
-    """What must be the same on every rank, in words that a user can look up."""
-    base = prepared.resolved_backend.source.origin
+def software_of_rank(prepared: PreparedRun) -> dict[str, str]:
+    """What must be the same before anything else is compared: another release has other settings."""
     report = prepared.resolved_backend.report
+    backend = prepared.resolved_backend.choice.spec.name
+    return {"the backend": backend, "the software": f"{__version__} {sorted(report.versions.items())}"}
+
+
+def facts_of_rank(prepared: PreparedRun, state: TrainingState | None) -> dict[str, str]:
+    """What must be the same on every rank, in words that a user can look up. Every rank of one release has the same
+    ones."""
+    base = prepared.resolved_backend.source.origin
+    settings = prepared.config.model_dump(mode="json")
+    named = {
+        f"{group}.{name}": str(value) for group, tree in settings.items() if isinstance(tree, dict)
+        for name, value in tree.items()
+    }  # fmt: skip
     return {
-        "the settings": settings_hash(prepared.config.model_dump(mode="json")),
+        **{name: value for name, value in named.items() if name not in PLACES},
         "the seed": str(prepared.seed),
-        "the backend": prepared.resolved_backend.choice.spec.name,
-        "the software": f"{__version__} {sorted(report.versions.items())}",
         "the base model": f"{base.facts.fingerprint} {base_config_hash(base.facts.config)}",
         "the tokenizer": prepared.tokenizer.hash,
         "the rows": str(sorted(prepared.data.hashes.items())),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,7 +29,7 @@ from qlora_hal.run.adapters import mend_adapters
 from qlora_hal.run.callbacks import FollowingCallbacks, RunCallbacks, write_run_adapter
 from qlora_hal.run.directory import BEST_ADAPTER_FOLDER
 from qlora_hal.run.finish import warning_if_regressed, write_pages, write_report_of_failed, written
-from qlora_hal.run.identity import facts_of_rank, identity_of, provenance_of
+from qlora_hal.run.identity import facts_of_rank, identity_of, provenance_of, software_of_rank
 from qlora_hal.run.loop import LoopPlan, Progress, keep_best
 from qlora_hal.run.lr_schedule import Schedule, warmup_steps
 from qlora_hal.run.prepare import chosen_dtype, window_sampler
@@ -105,6 +107,7 @@ class Session:
         self._observed: RunView | None = None
         self._samples: Samples = ()
         self._ranks = Agreement(context.prepared.world, trainer)
+        self._hosts: list[str] = []
 
     def train(self) -> TrainResult:
         """Meet the other ranks, load, attach, evaluate, loop, judge, write."""
@@ -112,16 +115,16 @@ class Session:
         compute = self._load()
         initial = self._attach()
         windows = window_sampler(self._prepared)
-        training = self._config.training
-        run = self._view(compute, windows.total_steps(training.num_train_epochs, training.max_steps))
+        run = self._view(compute, windows)
         self._record_file.begin(self._prepared, run.resolved, self._measured_transfer(run.resolved))
+        self._record_file.write(ranks=self._joined())
         with self._callbacks(run, windows) as callbacks:
             for note in windows.notes:
                 callbacks.note(note)
             progress = self._progress(callbacks)
             self._announce(run)
             before = self._judge_before(callbacks, progress)
-            with self._context.requests.heeded_between_steps(), callbacks.watchdog:
+            with self._context.requests.heeded_between_steps(), callbacks.watchdog, self._timed_ranks():
                 stopped = loop.run(self._trainer, windows, self._plan(run, compute.dtype), progress, callbacks)
             after = None if stopped.startswith("SIG") else self._judge_after(callbacks, progress, initial, before)
             result = self._result(run, callbacks, progress, (before, after), stopped)
@@ -133,7 +136,34 @@ class Session:
         world = self._prepared.world
         if world.size > 1:
             self._trainer.join_ranks(world, self._config.parallel.timeout_seconds)
+            self._ranks.require_alike(software_of_rank(self._prepared))
             self._ranks.require_alike(facts_of_rank(self._prepared, self._context.state))
+            self._hosts = self._ranks.texts(socket.gethostname())
+
+    def _joined(self) -> dict[str, object]:
+        """How many ranks there are, where, and what joins them."""
+        world = self._prepared.world
+        if world.size == 1:
+            return {"world_size": 1}
+        facts = self._trainer.rank_facts()
+        links = facts.links if len(set(self._hosts)) == 1 else f"{facts.links} on {self._hosts[0]}, a network between"
+        return {"world_size": world.size, "hosts": self._hosts, "collectives": facts.collectives, "links": links}
+
+    @contextmanager
+    def _timed_ranks(self) -> Iterator[None]:
+        """What share of the loop's time this process is in collectives, into the record."""
+        if self._prepared.world.size == 1:
+            yield
+            return
+        began, before = time.perf_counter(), self._trainer.rank_facts().seconds
+        yield
+        spent, took = self._trainer.rank_facts().seconds - before, time.perf_counter() - began
+        measured = {
+            "communication_seconds": spent,
+            "loop_seconds": took,
+            "communication_share": spent / max(took, 1e-9),
+        }
+        self._record_file.write(ranks={**self._joined(), **measured})
 
     def _load(self) -> Compute:
         config, resolved_backend = self._config, self._prepared.resolved_backend
@@ -213,9 +243,10 @@ class Session:
             check_divergence(moved.gap)
         return moved
 
-    def _view(self, compute: Compute, total_steps: int) -> RunView:
+    def _view(self, compute: Compute, windows: WindowSampler) -> RunView:
         quantization, spec = self._prepared.resolved_backend.quantization, self._prepared.resolved_backend.choice.spec
-        facts = self._trainer.device_facts()
+        facts, training = self._trainer.device_facts(), self._config.training
+        total_steps = windows.total_steps(training.num_train_epochs, training.max_steps)
         resolved: dict[str, object] = {
             "backend": spec.name,
             "device": facts.device,
@@ -232,6 +263,8 @@ class Session:
             "memory_limit_bytes": facts.memory_limit_bytes,
             "ranks": self._prepared.world.size,
             "parallel_mode": "shard" if compute.shard_base else "data",
+            "sequences_per_step": self._prepared.sequences_per_step,
+            "tokens_per_step": round(int(self._prepared.data.train.lengths.sum()) / windows.steps_per_epoch),
         }
         first = self._context.state.step if self._context.state else 0
         return RunView(self._context.directory.path, self._config, resolved, total_steps, first)

@@ -10,22 +10,25 @@ from typing import TYPE_CHECKING
 
 from qlora_hal.checkpoint.reading import checkpoints
 from qlora_hal.config.resolve import require_settings
+from qlora_hal.config.schema import ParallelConfig
 from qlora_hal.contract.dropout import MASKS
+from qlora_hal.contract.world import World
 from qlora_hal.data.source.in_memory import keep_rows, kept_rows
 from qlora_hal.data.source.reading import has_splits
 from qlora_hal.detect.hardware import inventory, memory_here
 from qlora_hal.detect.selection import has_accelerator
-from qlora_hal.errors import ConfigError, figures
+from qlora_hal.errors import ConfigError, QloraHalError, figures
 from qlora_hal.files.refused_paths import named_path
 from qlora_hal.hooks import Hooks
 from qlora_hal.model.verifying import verify_model
 from qlora_hal.processes.signals import ignored_note, requests_by_signal
 from qlora_hal.quantize.calibration import refuse_calibration_by_ranks, refuse_idle_calibration, with_quantized_base
 from qlora_hal.ranks.following import followed_existing, followed_new, silent_console
-from qlora_hal.ranks.identity import is_restart, seed_of_ranks, world_here
+from qlora_hal.ranks.identity import is_restart, launch_here, may_be_restart, seed_of_ranks, world_here
+from qlora_hal.ranks.planning import plan_for
 from qlora_hal.ranks.window_share import sequences_of_one_rank
 from qlora_hal.report.console import RunConsole
-from qlora_hal.report.run_file import given_config, read_run_config, record_from
+from qlora_hal.report.run_file import given_config, read_run_config, read_run_file, record_from
 from qlora_hal.run.directory import RunDirectory, rehearsed
 from qlora_hal.run.finish import print_already_finished, reported_when_finished, result_of_finished
 from qlora_hal.run.identity import config_hash
@@ -46,7 +49,6 @@ from qlora_hal.trackers import observers_for
 if TYPE_CHECKING:
     from qlora_hal.config.resolve import ResolvedSettings
     from qlora_hal.config.schema import RunConfig
-    from qlora_hal.contract.world import World
     from qlora_hal.run.prepare import PreparedRun, Rows
 
 
@@ -60,15 +62,20 @@ def run_new(
     dry_run: bool,
     verify: bool,
     console: RunConsole | None,
+    planned_ranks: int = 1,
 ) -> TrainResult:
-    """Train from the start. `dry_run` ends before the model loads, and leaves nothing behind."""
-    world = world_here()
-    if is_restart() and checkpoints(Path(settings.config.output_dir)):
-        return run_resumed(Path(settings.config.output_dir), observers=observers, console=console)
+    """Train from the start. `dry_run` ends before the model loads, and leaves nothing behind; it plans for
+    `planned_ranks` devices."""
+    world = World(0, planned_ranks) if dry_run and planned_ranks > 1 else world_here()
+    output_dir = named_path(settings.config.output_dir)
+    if _began_here(output_dir, settings.config, overwrite=overwrite):
+        if checkpoints(output_dir):
+            return run_resumed(output_dir, observers=observers, verify=verify, console=console)
+        overwrite = True
     with _shown_on(console, world) as console, requests_by_signal(console.note) as requests:
         require_settings(settings.config, "model.name_or_path", "output_dir", *(["data.path"] if rows is None else []))
         told = [*observers_for(settings.config.training.report_to), *observers] if world.rank == 0 else []
-        hooks = Hooks(told, note=console.note)
+        hooks = Hooks(told, note=console.note, tells=world.rank == 0)
         config = hooks.ready_config(settings.config)
         recorded = given_config(with_absolute_paths(config))
         given = frozenset(key for key, origin in settings.origins.items() if origin not in _NOT_GIVEN)
@@ -79,7 +86,11 @@ def run_new(
             followed_new(recorded)
             if world.rank
             else RunDirectory.open_new(
-                config.output_dir, config=recorded, overwrite=overwrite, force_unlock=force_unlock
+                config.output_dir,
+                config=recorded,
+                overwrite=overwrite,
+                force_unlock=force_unlock,
+                launch=launch_here(),
             ) as directory,
             reported_when_finished(directory),
         ):
@@ -89,6 +100,21 @@ def run_new(
             prepared = with_quantized_base(prepared, directory.path, console)
             record = first_record(with_absolute_paths(prepared.config), settings.origins, prepared)
             return carry_out(RunContext(prepared, directory, console, hooks, record, requests))
+
+
+def _began_here(run_dir: Path, config: RunConfig, *, overwrite: bool) -> bool:
+    """Whether the run in this folder is the one that torchrun started before: only that goes on by itself, or gives way
+    where it has saved nothing yet. Of several machines only those count a start on which a rank failed; there the same
+    settings have to do."""
+    if not (is_restart() or (may_be_restart() and not overwrite)):
+        return False
+    try:
+        content = read_run_file(run_dir)
+    except QloraHalError:  # an earlier run's, or none: a new one looks at the folder as always
+        return False
+    return content.get("launch") == launch_here() and (
+        is_restart() or content.get("config_hash") == config_hash(given_config(with_absolute_paths(config)))
+    )
 
 
 @contextmanager
@@ -112,7 +138,7 @@ def _prepared(
     verify: bool,
 ) -> PreparedRun:
     """All that can be found wrong before the model loads, found; rows in memory are kept in `run_dir`."""
-    for note in idle_settings(config, given, has_rows=rows is not None):
+    for note in idle_settings(config, given, has_rows=rows is not None, ranks=world.size):
         console.note(note)
     resolved_backend = resolve_backend(config, hooks, console)
     refuse_idle_calibration(config, resolved_backend)
@@ -168,7 +194,7 @@ def run_resumed(
         require_paths(given, run_dir, reads_data=rows is None)
         record = with_new_paths(record_from(directory.content), relocation, given)
         told = [*observers_for(given.training.report_to), *observers] if world.rank == 0 else []
-        hooks = Hooks(told, note=console.note)
+        hooks = Hooks(told, note=console.note, tells=world.rank == 0)
         if given.lora.dropout and state.provenance.get("dropout_masks") != MASKS:
             console.note("an earlier release saved this checkpoint; from here on other dropout masks are drawn")
         config, changes = settings_on_backend(given, state, backend, hooks, console, transfer=transfer)
@@ -217,7 +243,7 @@ _NOT_GIVEN = frozenset({"default", "demo"})
 _OF_EVALUATION = ("training.per_device_eval_batch_size", "training.load_best_adapter_at_end")
 
 
-def idle_settings(config: RunConfig, given: Collection[str] = (), *, has_rows: bool) -> Iterator[str]:
+def idle_settings(config: RunConfig, given: Collection[str] = (), *, has_rows: bool, ranks: int = 1) -> Iterator[str]:
     """Notes on settings that this model, these data and the other settings leave without a meaning; none is passed over
     in silence. `given` are the dotted keys that have no default's value."""
     training, data = config.training, config.data
@@ -232,6 +258,12 @@ def idle_settings(config: RunConfig, given: Collection[str] = (), *, has_rows: b
         yield "model.revision applies only to hub models; a local folder is used unchanged"
     if has_rows and config.data.path:
         yield "data.path is not read: rows were given in memory"
+    if ranks == 1:
+        yield from (
+            f"parallel.{name} does nothing on one device"
+            for name in ParallelConfig.model_fields
+            if getattr(config.parallel, name) != getattr(ParallelConfig(), name)
+        )
     if config.data.split != "train" and (has_rows or not has_splits(config.data.path)):
         yield "data.split applies only to data with splits; all rows are read"
 
@@ -295,5 +327,6 @@ def _planned(prepared: PreparedRun) -> TrainResult:
         "target_modules": len(resolved_backend.adapter.target_modules),
         "compute_dtype": likely_dtype(prepared.config, resolved_backend.choice.spec, resolved_backend.report),
         "memory": {**asdict(memory), "total": memory.total, "high": memory.high},
+        **plan_for(prepared.config, prepared.world.size, resolved_backend.choice.spec, memory).as_json(),
     }
     return TrainResult.planned(prepared, plan)

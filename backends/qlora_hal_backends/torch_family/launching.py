@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
     child_process.end_with_parent(child_process.ask_to_stop)
     logging.disable(logging.CRITICAL)  # of the agent's own loggers; the ranks speak for themselves
     try:
-        elastic_launch(_settings(ranks, restarts), sys.executable)("-m", module, str(folder))
+        elastic_launch(_settings(ranks, restarts, folder), sys.executable)("-m", module, str(folder))
     except ChildFailedError as failed:
         first_to_last = sorted(failed.failures.items(), key=lambda item: item[1].timestamp)
         told = [
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _settings(ranks: int, restarts: int) -> LaunchConfig:
+def _settings(ranks: int, restarts: int, folder: Path) -> LaunchConfig:
     known = inspect.signature(LaunchConfig).parameters
     later = {"shutdown_timeout": SECONDS_TO_SAVE} if "shutdown_timeout" in known else {}
     return LaunchConfig(
@@ -57,7 +57,7 @@ def _settings(ranks: int, restarts: int) -> LaunchConfig:
         rdzv_endpoint="localhost:0",
         max_restarts=restarts,
         monitor_interval=POLL_SECONDS,
-        logs_specs=DefaultLogsSpecs(),
+        logs_specs=DefaultLogsSpecs(log_dir=str(folder)),
         **later,  # type: ignore[arg-type]
     )
 

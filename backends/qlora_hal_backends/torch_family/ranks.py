@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import datetime
 import os
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -18,6 +20,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from qlora_hal.contract.values import Float64
 from qlora_hal.contract.world import World
@@ -31,12 +35,26 @@ DEVICE_COLLECTIVES = "nccl"
 NO_MULTICAST = "NCCL_NVLS_ENABLE"
 """NVLink multicast adds in the switch, in an order of its own and not on every machine; sums are the same without."""
 
+STARTS = "TORCHELASTIC_RESTART_COUNT"
+"""torchrun keeps one store through all starts of its ranks, with what the earlier ones left there: addresses that
+nobody listens at (pytorch issue 135712). Each start has its own part of it. The count is each machine's own."""
+SHARED_STORE, MACHINES = "TORCHELASTIC_USE_AGENT_STORE", "GROUP_WORLD_SIZE"
+
+HANGS_FROM = 0.9
+"""A collective that fails after this share of the time limit waited for a rank that hangs; a dead one is noticed at
+once."""
+
 
 @dataclass(slots=True)
 class Ranks:
     """This process among `world.size`. One process is `Ranks()`, whose sums are what they are given."""
 
     world: World = field(default_factory=World)
+    collectives: str = ""
+    timeout_seconds: float = 0.0
+    seconds: float = 0.0
+    """Of this process in collectives since it joined: transfer, and waiting for slower ranks. Where the device has a
+    queue, the host's part alone: votes, and what it takes to queue the sums of gradients."""
     _votes: int = 0
 
     @property
@@ -51,15 +69,26 @@ class Ranks:
         if has_queue(device):
             os.environ.setdefault(NO_MULTICAST, "0")
         if not dist.is_initialized():
+            _refuse_stale_meeting(world)
+            limit = datetime.timedelta(seconds=timeout_seconds)
             try:
+                store, rank, size = next(rendezvous("env://", timeout=limit))
+                store.set_timeout(limit)
                 dist.init_process_group(
                     f"cpu:gloo,{device.type}:{DEVICE_COLLECTIVES}" if has_queue(device) else "gloo",
-                    timeout=datetime.timedelta(seconds=timeout_seconds),
+                    store=PrefixStore(f"start-{os.environ.get(STARTS, '0')}", store),
+                    rank=rank,
+                    world_size=size,
+                    timeout=limit,
                     device_id=device if has_queue(device) else None,
                 )
             except (RuntimeError, ValueError) as error:
+                if _is_of_the_library(error):
+                    raise _library_failed(error, world) from error
                 raise _not_met(error, world, timeout_seconds) from error
-        return cls(world)
+        with suppress(RuntimeError, ValueError):  # a word for messages
+            _store().set(f"qlora_hal/host/{world.rank}", socket.gethostname())
+        return cls(world, f"{DEVICE_COLLECTIVES}, votes over gloo" if has_queue(device) else "gloo", timeout_seconds)
 
     def leave(self) -> None:
         """End the process group; safe where there is none."""
@@ -119,23 +148,38 @@ class Ranks:
     def _others_present(self) -> Iterator[None]:
         """Before each meeting a rank writes down how far it is, so that one that does not come can be named."""
         self._votes += 1
+        began = time.perf_counter()
         try:
             with suppress(RuntimeError):
                 _store().set(f"qlora_hal/{self.world.rank}", str(self._votes))
             yield
         except RuntimeError as error:
-            self._lost(error)
+            if _is_of_the_library(error):
+                raise _library_failed(error, self.world) from error
+            self._lost(error, time.perf_counter() - began)
+        finally:
+            self.seconds += time.perf_counter() - began
 
-    def _lost(self, error: RuntimeError) -> NoReturn:
+    def _lost(self, error: RuntimeError, waited: float) -> NoReturn:
         behind = self._behind()
+        hung = {"waited_seconds": round(waited, 1)} if waited >= HANGS_FROM * self.timeout_seconds else {}
         who = f"rank {', '.join(map(str, behind))} of {self.world.size}" if behind else "another rank"
         raise BackendError(
             "QH-R02",
-            f"{who[0].upper()}{who[1:]} is gone or does not answer.",
+            f"{who[0].upper()}{who[1:]} is gone or does not answer."
+            + (f" It was waited for {waited:.0f} s (parallel.timeout_seconds)." if hung else ""),
+            where="; ".join(f"rank {rank} on {self._host_of(rank)}" for rank in behind),
             cause=told(error),
             fix="See what that rank said, then go on with qlora-hal resume; torchrun --max-restarts does so by itself.",
-            context={"ranks": behind},
+            context={"ranks": behind, **hung},
         ) from error
+
+    def _host_of(self, rank: int) -> str:
+        with suppress(RuntimeError):
+            key = f"qlora_hal/host/{rank}"
+            if _store().check([key]):
+                return str(_store().get(key).decode("utf-8", "replace"))
+        return "an unknown host"
 
     def _behind(self) -> list[int]:
         """The ranks that have not come as far as this one."""
@@ -164,6 +208,43 @@ def device_of_rank(device: torch.device, world: World) -> torch.device:
     chosen = torch.device(device.type, world.local_rank)
     module.set_device(chosen)
     return chosen
+
+
+_LIBRARY = ("nccl", "rccl")
+_LOST_PEER = (
+    *("remote process exit", "ncclremoteerror", "connection reset", "connection closed", "broken pipe"),
+    *("aborted", "timeout", "timed out"),
+)
+"""How NCCL words that another rank is gone; all else that it says is of itself."""
+
+
+def _is_of_the_library(error: BaseException) -> bool:
+    """Whether the collective library failed by itself, and not because another rank is gone."""
+    words = str(error).lower()
+    return any(name in words for name in _LIBRARY) and not any(lost in words for lost in _LOST_PEER)
+
+
+def _library_failed(error: BaseException, world: World) -> BackendError:
+    return BackendError(
+        "QH-R07",
+        f"The collective library failed on rank {world.rank} of {world.size} ({socket.gethostname()}).",
+        cause=told(error),
+        fix="Run once more with NCCL_DEBUG=WARN in the environment and read what it prints of this rank.",
+        context={"rank": world.rank},
+    )
+
+
+def _refuse_stale_meeting(world: World) -> None:
+    """Raises BackendError QH-R04 where ranks of several machines start anew in a store that keeps what is gone."""
+    given = os.environ
+    if given.get(STARTS, "0") in ("", "0") or given.get(SHARED_STORE) != "True" or given.get(MACHINES, "1") == "1":
+        return
+    raise BackendError(
+        "QH-R04",
+        f"Rank {world.rank} of {world.size} was started anew, but would meet the ranks that are gone.",
+        cause="torchrun keeps the addresses of an earlier start, and counts starts on each machine by itself.",
+        fix="Start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of every machine.",
+    )
 
 
 def _store() -> Any:

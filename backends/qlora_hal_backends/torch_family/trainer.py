@@ -43,7 +43,7 @@ from qlora_hal.contract.values import (
     StepSettings,
     StepStats,
 )
-from qlora_hal.contract.world import World
+from qlora_hal.contract.world import RankFacts, World
 from qlora_hal.errors import OutOfMemoryError
 from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.torch_family import fused, loading, step
@@ -57,6 +57,7 @@ from qlora_hal_backends.torch_family.device import (
 )
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
 from qlora_hal_backends.torch_family.generation import greedy
+from qlora_hal_backends.torch_family.links import links_between
 from qlora_hal_backends.torch_family.lora_linear import LoRASwitches, words_on
 from qlora_hal_backends.torch_family.optimizer import Optimizer, make_optimizer
 from qlora_hal_backends.torch_family.platform import TorchPlatform
@@ -122,6 +123,9 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
 
     def sum_over_ranks(self, values: Float64) -> Float64:
         return self._ranks.sum_on_host(values)
+
+    def rank_facts(self) -> RankFacts:
+        return RankFacts(self._ranks.collectives, links_between(self._device), self._ranks.seconds)
 
     def proved_compute_dtypes(self) -> tuple[str, ...]:
         return proved_dtypes(self._platform, self._device)

@@ -1,0 +1,71 @@
+"""What a run on several devices will be, told before any is asked: batch, memory of each, and how they share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qlora_hal.contract.capabilities import Feature
+from qlora_hal.contract.world import World
+from qlora_hal.errors import UnsupportedFeatureError
+from qlora_hal.ranks.window_share import accumulation_of
+
+if TYPE_CHECKING:
+    from qlora_hal.config.schema import RunConfig
+    from qlora_hal.contract.backend import BackendSpec
+    from qlora_hal.contract.values import MemoryEstimate
+
+DATA = "data"
+
+
+@dataclass(frozen=True, slots=True)
+class DevicePlan:
+    """`mode` is how the devices share the base and `why` it is that one; `memory` is of each device,
+    `sequences_per_step` of all together."""
+
+    devices: int
+    mode: str
+    why: str
+    sequences_per_step: int
+    memory: MemoryEstimate
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "devices": self.devices,
+            "mode": self.mode,
+            "why": self.why,
+            "sequences_per_step": self.sequences_per_step,
+        }
+
+
+def plan_for(config: RunConfig, devices: int, spec: BackendSpec, memory: MemoryEstimate) -> DevicePlan:
+    """The plan for so many devices; `memory` is that of one. Raises ConfigError QH-R05, UnsupportedFeatureError
+    QH-R06 for a backend that does not train on several."""
+    if devices > 1 and Feature.DATA_PARALLEL not in spec.capabilities.features:
+        raise not_on_several(spec.name, devices)
+    sequences = config.training.per_device_train_batch_size * accumulation_of(config.training, World(0, devices))
+    mode, why = mode_of(config, devices)
+    return DevicePlan(devices, mode, why, sequences * devices, memory)
+
+
+def mode_of(config: RunConfig, devices: int) -> tuple[str, str]:
+    """How the devices share the base, and why. Raises UnsupportedFeatureError QH-R06."""
+    if devices == 1:
+        return "", "one device"
+    if config.parallel.mode == "shard":
+        raise UnsupportedFeatureError(
+            "QH-R06",
+            "parallel.mode shard cannot be planned yet: no backend spreads its base over devices.",
+            where="parallel.mode",
+            fix="Set parallel.mode to data, or leave it out.",
+        )
+    return DATA, "each device holds the whole packed base"
+
+
+def not_on_several(backend: str, devices: int) -> UnsupportedFeatureError:
+    return UnsupportedFeatureError(
+        "QH-R06",
+        f"Backend {backend} cannot train on {devices} devices together.",
+        where="--devices",
+        fix="Leave --devices out, or choose another backend: qlora-hal backends lists them.",
+    )
