@@ -68,36 +68,8 @@ STATES = (
 )  # fmt: skip
 
 
-@each_size
-def test_every_rank_answers_and_ends(size: int, worlds: Worlds) -> None:
-    """Every verb, by all ranks, in the same order: nobody waits for a rank that has nothing to do."""
-    failure = worlds(size).failure
-    if failure is not None:
-        raise failure
-
-
-@each_size
 @in_each_dtype
-def test_base_is_the_same_on_every_rank(size: int, opened: Opener, worlds: Worlds, judging: Judge) -> None:
-    world = worlds(size)
-    ready = opened(adapter=world.inputs.adapter())
-    expected = {module: ready.trainer.dequantized_weight(module) for module in ready.trainer.linear_modules()}
-    for answer in world.of_each(f"{ready.dtype}/base"):
-        judging.equal("weights", answer.arrays["weights"], expected)
-
-
 @each_size
-@in_each_dtype
-def test_all_ranks_have_the_same_bits(size: int, opened: Opener, worlds: Worlds) -> None:
-    """Figures, adapter and moments after every step: ranks that part in a last bit part for good."""
-    world = worlds(size)
-    ready = opened(adapter=world.inputs.adapter())
-    for question in STATES:
-        _alike(world, f"{ready.dtype}/{question}")
-
-
-@each_size
-@in_each_dtype
 def test_gradients_are_those_of_the_whole_window(size: int, opened: Opener, worlds: Worlds, judging: Judge) -> None:
     """Rows of 1 to 18 counted tokens, shared unequally, accumulated differently: no mean of means, and no denominator
     of a rank's own. Those that are shown, and those that a step uses."""
@@ -109,8 +81,8 @@ def test_gradients_are_those_of_the_whole_window(size: int, opened: Opener, worl
     _judge_step_of_no_rate(world, "trained", dealt, ready, reference, judging)
 
 
-@each_size
 @in_each_dtype
+@each_size
 def test_steps_are_those_of_the_whole_window(size: int, opened: Opener, worlds: Worlds, judging: Judge) -> None:
     """Three of them, one clipped by far: loss sum, token count, norm before clipping, adapter and moments."""
     world = worlds(size)
@@ -124,8 +96,28 @@ def test_steps_are_those_of_the_whole_window(size: int, opened: Opener, worlds: 
         )
 
 
-@each_size
 @in_each_dtype
+@each_size
+def test_base_is_the_same_on_every_rank(size: int, opened: Opener, worlds: Worlds, judging: Judge) -> None:
+    world = worlds(size)
+    ready = opened(adapter=world.inputs.adapter())
+    expected = {module: ready.trainer.dequantized_weight(module) for module in ready.trainer.linear_modules()}
+    for answer in world.of_each(f"{ready.dtype}/base"):
+        judging.equal("weights", answer.arrays["weights"], expected)
+
+
+@in_each_dtype
+@each_size
+def test_all_ranks_have_the_same_bits(size: int, opened: Opener, worlds: Worlds) -> None:
+    """Figures, adapter and moments after every step: ranks that part in a last bit part for good."""
+    world = worlds(size)
+    ready = opened(adapter=world.inputs.adapter())
+    for question in STATES:
+        _alike(world, f"{ready.dtype}/{question}")
+
+
+@in_each_dtype
+@each_size
 def test_views_of_a_rank_are_of_its_own_rows(size: int, opened: Opener, worlds: Worlds, judging: Judge) -> None:
     """Evaluation and logits: the core adds up what each rank was given, and a rank without a batch gives nothing."""
     world = worlds(size)
@@ -146,8 +138,8 @@ def test_views_of_a_rank_are_of_its_own_rows(size: int, opened: Opener, worlds: 
 
 
 @pytest.mark.needs(Feature.LORA_DROPOUT)
-@each_size
 @in_each_dtype
+@each_size
 def test_dropout_masks_are_those_of_global_rows(size: int, opened: Opener, worlds: Worlds, judging: Judge) -> None:
     """By a row's place in the window of all ranks: neither the same on every rank, nor drawn by the rank's number."""
     world, dealt = worlds(size), worlds(size).inputs.window("first")
@@ -157,8 +149,8 @@ def test_dropout_masks_are_those_of_global_rows(size: int, opened: Opener, world
     judge_gradients(found, ready.oracle(), dealt.window, ready, judging, masks=masks, ranks=size)
 
 
-@each_size
 @in_each_dtype
+@each_size
 def test_rank_without_a_counted_token(size: int, opened: Opener, worlds: Worlds, judging: Judge) -> None:
     """It adds nothing, and takes no place in a mean."""
     world = worlds(size)
@@ -168,8 +160,8 @@ def test_rank_without_a_counted_token(size: int, opened: Opener, worlds: Worlds,
 
 
 @pytest.mark.parametrize("who", ["first", "last"])
-@each_size
 @in_each_dtype
+@each_size
 def test_one_row_is_left(who: str, size: int, opened: Opener, worlds: Worlds, judging: Judge) -> None:
     """The last window of the data: the other ranks have no micro-batch. It is trained, once, and nothing is repeated to
     make the shares even."""
@@ -192,8 +184,8 @@ def test_equal_shares_have_the_gradient_of_one(opened: Opener, worlds: Worlds, j
 
 @pytest.mark.needs(Feature.TOKEN_WEIGHTS)
 @pytest.mark.parametrize("who", ["all", "last"])
-@each_size
 @in_each_dtype
+@each_size
 def test_weights_of_tokens(who: str, size: int, opened: Opener, worlds: Worlds, judging: Judge) -> None:
     """Where one rank's rows have weights, every rank tells the weighted sum, in which all other tokens weigh 1."""
     world = worlds(size)
@@ -217,8 +209,8 @@ def test_weights_of_tokens(who: str, size: int, opened: Opener, worlds: Worlds, 
 
 
 @pytest.mark.parametrize("who", ["first", "last"])
-@each_size
 @in_each_dtype
+@each_size
 def test_gradient_of_one_rank_that_is_not_finite_refuses_the_step_of_all(
     who: str, size: int, opened: Opener, worlds: Worlds, judging: Judge
 ) -> None:
@@ -333,6 +325,14 @@ def test_spread_base_keeps_every_byte(size: int, opened: Opener, worlds: Worlds)
     world = worlds.spread(size)
     ready = opened(EVERY_BYTE)
     _judge_spread(world, EVERY_BYTE, ready.quantization.weight_format, ready)
+
+
+@each_size
+def test_every_rank_answers_and_ends(size: int, worlds: Worlds) -> None:
+    """Every verb, by all ranks, in the same order: nobody waits for a rank that has nothing to do."""
+    failure = worlds(size).failure
+    if failure is not None:
+        raise failure
 
 
 def _alike(world: WorldAnswers, question: str) -> Answer:
