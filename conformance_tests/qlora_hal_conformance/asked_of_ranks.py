@@ -141,15 +141,18 @@ def overflowing_denominator(sizes: Sequence[float], tokens: int) -> float:
 
 
 def every_byte(shape: LlamaShape, tensors: dict[str, Float32], weight_format: WeightFormat) -> dict[str, Float32]:
-    """The model with modules whose packed bytes are 0, 1, ... 255, over and over, in formats of two 4-bit codes to a
-    byte; in others each row holds 256 levels, by turns. Where bytes travel as another type, a pair of them that is no
-    number there would be lost."""
-    codes = np.arange(BYTES)
+    """The model with modules whose packed bytes are 0, 1, ... 255 beside each other, then each of them before 127 and
+    before 255, over and over, in formats of two 4-bit codes to a byte; in others each row takes 256 levels in this
+    order. Two bytes that travel as a half-precision float may be none there, and come back as another. (FP4's negative
+    zero is left out: no encoder writes it.)"""
+    ramp = np.arange(BYTES)
+    before = [np.stack([ramp, np.full(BYTES, last)], axis=1).ravel() for last in (BYTES // 2 - 1, BYTES - 1)]
+    order = np.concatenate([ramp, *before])
     if weight_format.value in {kind.value for kind in FourBitFormat}:
         codebook = FOUR_BIT_CODEBOOKS[FourBitFormat(weight_format.value)]
-        levels = codebook[np.stack([codes // NIBBLES, codes % NIBBLES], axis=1).ravel()]
+        levels = codebook[np.stack([order // NIBBLES, order % NIBBLES], axis=1).ravel()]
     else:
-        levels = (codes - BYTES / 2 + 0.5) / (BYTES / 2)
+        levels = (order - BYTES / 2 + 0.5) / (BYTES / 2)
     found = dict(tensors)
     for module, linear in linear_shapes(shape).items():
         spread = np.float32(1.0 / np.sqrt(linear.inputs))

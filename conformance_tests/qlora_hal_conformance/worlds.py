@@ -28,10 +28,10 @@ from qlora_hal.processes.child_errors import defect_from, error_from
 from qlora_hal_conformance.asked_of_ranks import EVERY_BYTE, SIZES, STEPS, Inputs, every_byte
 from qlora_hal_conformance.comparing import must_refuse
 from qlora_hal_conformance.fixtures import Models
-from qlora_hal_conformance.parameters import DTYPES
 from qlora_hal_conformance.rank_in_child import REQUEST_FILE
 from qlora_hal_conformance.subject import Subject
 from qlora_hal_conformance.updating import Held
+from qlora_hal_oracle import UNIT_ROUNDOFF
 from qlora_hal_oracle.random_models import TinyModel
 
 DOUBLY_QUANTIZED = (WeightFormat.NF4, WeightFormat.FP4)
@@ -138,7 +138,7 @@ class Worlds:
         return str(self._folder(size) / "rank-0.npz") if done else None
 
     def _dtypes(self) -> list[str]:
-        return [d for d in DTYPES if self.subject.declares(d) and d in self.subject.proved_dtypes]
+        return [d for d in UNIT_ROUNDOFF if self.subject.declares(d) and d in self.subject.proved_dtypes]
 
     def _folder(self, size: int) -> Path:
         return self.folder / f"ranks-{size}"
@@ -155,7 +155,7 @@ class Worlds:
         stored = [weight_format.value, block, double_quant]
         return {"name": name, "folder": str(written.folder), "format": stored}
 
-    def _spread_bases(self) -> list[dict[str, object]]:
+    def spread_bases(self) -> list[dict[str, object]]:
         """The main model in each declared format, doubly quantized too, and one of every byte in the main format."""
         if not self.subject.declares(Feature.SHARDED_BASE):
             return []
@@ -179,14 +179,14 @@ class Worlds:
             "main_dtype": subject.main_dtype,
             "dropout": subject.declares(Feature.LORA_DROPOUT),
             "weights": subject.declares(Feature.TOKEN_WEIGHTS),
-            "spread": self._spread_bases(),
+            "spread": self.spread_bases(),
             "state": state,
         }
         (folder / REQUEST_FILE).write_text(json.dumps(request), encoding="utf-8")
         launcher = subject.spec.launcher
         how = _by_launcher(launcher, size, folder) if launcher else _by_suite(size, folder)
         shape, _ = self.models.drawn("main")
-        return _read(folder, Inputs(self.models.seed, shape, size), how)
+        return read_world(folder, Inputs(self.models.seed, shape, size), how)
 
 
 def devices_of_ranks(spec: BackendSpec, report: ProbeReport) -> int:
@@ -249,7 +249,7 @@ def _by_suite(size: int, folder: Path) -> str:
     return f"the ranks ended with status {', '.join('none' if s is None else str(s) for s in states)}"
 
 
-def _read(folder: Path, inputs: Inputs, how: str) -> WorldAnswers:
+def read_world(folder: Path, inputs: Inputs, how: str) -> WorldAnswers:
     found: list[dict[str, Answer]] = []
     causes: list[tuple[bool, BaseException]] = []
     for rank in range(inputs.size):
