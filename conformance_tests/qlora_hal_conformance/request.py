@@ -53,15 +53,18 @@ class Request:
         return by_section and (not self.levels or level_of(case) in self.levels)
 
     def share(self, selected: Sequence[str]) -> set[str]:
-        """The cases of this lane: bundles of neighbours, which draw the same models, dealt out in turn; a section of
-        `IN_ONE_LANE` is in the last one. It depends on nothing that happens in a run, so the same seed and lanes put
-        the same cases into one process."""
+        """The cases of this lane: bundles of neighbours, which draw the same models, each dealt out to the lane with
+        the fewest cases; first the sections of `IN_ONE_LANE`, as one bundle. It depends on nothing that happens in a
+        run, so the same seed and lanes put the same cases into one process."""
         from qlora_hal_conformance.catalogue import number_of
 
-        together = [case for case in selected if number_of(case) in IN_ONE_LANE]
         others = [case for case in selected if number_of(case) not in IN_ONE_LANE]
-        mine = {case for place, case in enumerate(others) if place // BUNDLE % self.lanes == self.lane}
-        return mine | set(together if self.lane == self.lanes - 1 else ())
+        together = [case for case in selected if number_of(case) in IN_ONE_LANE]
+        bundles = [together, *(others[start : start + BUNDLE] for start in range(0, len(others), BUNDLE))]
+        hands: list[list[str]] = [[] for _ in range(self.lanes)]
+        for bundle in bundles:
+            min(hands, key=len).extend(bundle)
+        return set(hands[self.lane])
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
