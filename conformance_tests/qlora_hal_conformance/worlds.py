@@ -36,8 +36,8 @@ from qlora_hal_oracle.random_models import TinyModel
 
 DOUBLY_QUANTIZED = (WeightFormat.NF4, WeightFormat.FP4)
 CHILD = "qlora_hal_conformance.rank_in_child"
-GONE = "QH-R02"
-"""What a rank says of another one: never the cause."""
+OF_ANOTHER = ("QH-R02", "QH-R04")
+"""What a rank says of others that are gone, or did not come: the last to be taken for the cause."""
 WORLD_SECONDS = 1800.0
 """A last resort, as for other children: the case's own clock knows of busy machines."""
 SECONDS_FOR_THE_OTHERS = 10.0
@@ -250,19 +250,22 @@ def _by_suite(size: int, folder: Path) -> str:
 
 
 def read_world(folder: Path, inputs: Inputs, how: str) -> WorldAnswers:
+    """What the ranks left. The failure is the cause, not what followed from it: what a rank says of itself comes before
+    one that left nothing (which may have been ended because another failed), and both before what ranks say of others.
+    """
     found: list[dict[str, Answer]] = []
-    causes: list[tuple[bool, BaseException]] = []
+    causes: list[tuple[int, BaseException]] = []
     for rank in range(inputs.size):
         file = folder / f"rank-{rank}.json"
         if not file.is_file():
-            causes.append((False, AssertionError(f"rank {rank} of {inputs.size} left no answer: {how}")))
+            causes.append((1, AssertionError(f"rank {rank} of {inputs.size} left no answer: {how}")))
             found.append({})
             continue
         record = json.loads(file.read_text(encoding="utf-8"))
         if "error" in record:
-            causes.append((record["error"]["code"] == GONE, error_from(record["error"])))
+            causes.append((2 * (record["error"]["code"] in OF_ANOTHER), error_from(record["error"])))
         elif "defect" in record:
-            causes.append((False, defect_from(record["defect"], f"rank {rank} of {inputs.size}")))
+            causes.append((0, defect_from(record["defect"], f"rank {rank} of {inputs.size}")))
         found.append(_answers(record["facts"], file.with_suffix(".npz")))
     causes.sort(key=lambda cause: cause[0])
     return WorldAnswers(inputs, tuple(found), causes[0][1] if causes else None)

@@ -158,6 +158,18 @@ def test_cause_is_told_and_not_what_followed_from_it(tmp_path: Path) -> None:
         read_world(tmp_path, inputs(2), "ended").of_each("votes")
 
 
+def test_rank_that_was_ended_because_another_failed_is_not_the_cause(tmp_path: Path) -> None:
+    leave(tmp_path, 1, error=told_of(NO_DEVICE))
+    with pytest.raises(ConfigError, match="Rank 1 has no device"):
+        read_world(tmp_path, inputs(2), "the ranks ended with status none, 1").of_each("votes")
+
+
+def test_rank_that_left_nothing_comes_before_those_that_missed_it(tmp_path: Path) -> None:
+    leave(tmp_path, 0, error=told_of(BackendError("QH-R04", "Not met.", fix="Meet.")))
+    with pytest.raises(AssertionError, match="rank 1 of 2 left no answer"):
+        read_world(tmp_path, inputs(2), "ended").of_each("votes")
+
+
 def test_rank_that_left_nothing_is_told_with_how_it_ended(tmp_path: Path) -> None:
     leave(tmp_path, 0)
     with pytest.raises(AssertionError, match="rank 1 of 2 left no answer: the ranks ended with status 0, -9"):
