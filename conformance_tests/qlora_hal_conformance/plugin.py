@@ -192,9 +192,10 @@ def models(run_request: Request) -> Models:
 
 
 @pytest.fixture(scope="session")
-def worlds(subject: Subject, models: Models) -> Worlds:
+def worlds(subject: Subject, models: Models) -> Iterator[Worlds]:
     """Several ranks of the backend, asked once for each number of them."""
-    return Worlds(subject, models, Path(tempfile.mkdtemp()))
+    with contextlib.closing(Worlds(subject, models, Path(tempfile.mkdtemp()))) as found:
+        yield found
 
 
 @pytest.fixture

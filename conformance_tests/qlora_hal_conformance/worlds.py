@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_hal.contract.backend import BackendSpec, Compute, ProbeReport, Quantization
+from qlora_hal.contract.backend import BackendSpec, Compute, ProbeReport, Quantization, QuantizedLoRATrainer
 from qlora_hal.contract.capabilities import Feature, WeightFormat
 from qlora_hal.contract.values import Adapter, Float32, OptimizerSnapshot, StepStats
 from qlora_hal.contract.world import World
@@ -91,6 +91,7 @@ class Worlds:
     models: Models
     folder: Path
     _asked: dict[int, WorldAnswers] = field(default_factory=dict)
+    _undeclared: QuantizedLoRATrainer | None = None
 
     def __call__(self, size: int) -> WorldAnswers:
         """The answers of so many ranks. Raises what the backend raises where it does not serve several: at the first
@@ -112,17 +113,20 @@ class Worlds:
         return self(size)
 
     def _refuse(self, world: World) -> None:
-        trainer = self.subject.open()
-        try:
+        """One trainer is asked by all cases; whether it loads for several ranks, once."""
+        if self._undeclared is None:
             must_refuse(
                 lambda: self._load(Compute(self.subject.main_dtype, world=world)),  # type: ignore[arg-type]
                 "a Compute of several ranks, which are not declared",
                 UnsupportedFeatureError,
             )
-            trainer.join_ranks(world, 1.0)
-        finally:
-            trainer.close()
+            self._undeclared = self.subject.open()
+        self._undeclared.join_ranks(world, 1.0)
         raise AssertionError("ranks that are not declared were joined")
+
+    def close(self) -> None:
+        if self._undeclared is not None:
+            self._undeclared.close()
 
     def _load(self, compute: Compute) -> None:
         main = self.subject.main_format

@@ -284,8 +284,10 @@ def last_part_lost(ranks: Ranks, part: bytes) -> list[bytes]:
 
 
 _ROOM = ("85",)
+_SECONDS = 180.0
+"""The first case of each number of ranks waits for as many processes."""
 
-MUTANTS = (
+_MUTANTS = (
     Mutant("mean_of_ranks_means", "Takes the mean of each rank's own token mean.", _ROOM,
            with_rooms(over_ranks=mean_of_means)),
     Mutant("denominator_of_each_rank", "Divides each rank's sum by its own tokens.", _ROOM,
@@ -341,3 +343,5 @@ MUTANTS = (
     Mutant("last_part_of_a_spread_base_lost", "Leaves out what the third rank holds of the base.", _ROOM,
            with_rooms(gather=last_part_lost)),
 )  # fmt: skip
+
+MUTANTS = tuple(replace(mutant, case_seconds=_SECONDS) for mutant in _MUTANTS)
