@@ -44,6 +44,8 @@ SECONDS_FOR_THE_OTHERS = 10.0
 """Where one rank failed, the others may still write down what they saw."""
 POLL_SECONDS = 0.02
 FAILURES_FILE = "failures.json"
+VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+"""Which GPUs NVIDIA's and AMD's drivers show to a process."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -193,10 +195,13 @@ class Worlds:
         return read_world(folder, Inputs(self.models.seed, shape, size), how)
 
 
-def devices_of_ranks(spec: BackendSpec, report: ProbeReport) -> int:
-    """How many devices the ranks of a backend can have here, one each; 0 where they share one, as on a CPU."""
+def devices_of_ranks(spec: BackendSpec, report: ProbeReport, environment: Mapping[str, str] | None = None) -> int:
+    """How many devices the ranks of a backend can have here, one each; 0 where they share one, as on a CPU. A probe
+    counts those of the machine, of which the user's variables may hide some."""
     own = spec.uses_accelerator if report.uses_accelerator is None else report.uses_accelerator
-    return len(report.devices) if own else 0
+    given = os.environ if environment is None else environment
+    shown = [len([part for part in given[name].split(",") if part.strip()]) for name in VISIBLE if given.get(name)]
+    return min([len(report.devices), *shown]) if own else 0
 
 
 def adapter_of(answer: Answer, inputs: Inputs) -> Adapter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from qlora_hal_conformance.request import Request
 from qlora_hal_conformance.subject import Devices, Reference, Subject
 from qlora_hal_conformance.tolerances import U32, over_ranks
 from qlora_hal_conformance.verdicts import Claim, Phase, Verdict, judge
-from qlora_hal_conformance.worlds import Worlds, read_world
+from qlora_hal_conformance.worlds import Worlds, devices_of_ranks, read_world
 from qlora_hal_oracle import FourBitFormat, OracleTrainer, quantize_four_bit
 from qlora_hal_oracle.random_models import SHAPES, draw_tensors, linear_shapes
 
@@ -50,6 +51,22 @@ def rows(size: int) -> dict[int, bytes]:
 def test_two_ranks_ask_for_two_devices_where_devices_are_counted(devices: int, claim: Claim) -> None:
     subject = Subject(Reference(), SPEC, devices=devices)
     assert subject.claim((Feature.DATA_PARALLEL, Devices(2))) is claim
+
+
+@pytest.mark.parametrize(
+    ("shown", "devices"),
+    [
+        ({}, 3),
+        ({"CUDA_VISIBLE_DEVICES": "0,2"}, 2),
+        ({"HIP_VISIBLE_DEVICES": "1"}, 1),
+        ({"CUDA_VISIBLE_DEVICES": ""}, 3),
+    ],
+)
+def test_devices_are_those_of_the_probe_that_are_not_hidden(shown: dict[str, str], devices: int) -> None:
+    report = replace(SPEC.probe(), devices=("a", "b", "c"))
+    assert devices_of_ranks(replace(SPEC, uses_accelerator=True), report, shown) == devices
+    assert devices_of_ranks(SPEC, report, shown) == 0, "ranks share a CPU"
+    assert devices_of_ranks(SPEC, replace(report, uses_accelerator=True), shown) == devices
 
 
 @pytest.mark.parametrize(

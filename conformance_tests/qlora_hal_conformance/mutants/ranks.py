@@ -161,7 +161,8 @@ class RepeatsRowsToBeEven(ReferenceTrainer):
         table = np.zeros(self.ranks.world.size)
         table[self.ranks.world.rank] = len(window)
         most = int(self.ranks.sum(table).max())
-        return super().whole_gradient([*window, *window[:1] * (most - len(window))], divisor, masks_of)
+        again = [batch for batch in window[:1] for _ in range(most - len(window))]
+        return super().whole_gradient([*window, *again], divisor, masks_of)
 
 
 class EvaluatesForAll(ReferenceTrainer):
