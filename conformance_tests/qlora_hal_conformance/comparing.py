@@ -65,11 +65,13 @@ def judge_gradients(
     *,
     masks: Sequence[DropoutMasks] | None = None,
     denominator: float | None = None,
+    ranks: int = 1,
 ) -> None:
     """Every adapter tensor's gradient, within the rounding bound. `masks`, one mapping to each micro-batch, are those
-    of LoRA dropout; `denominator` is what the window's loss is divided by, by default its counted tokens."""
+    of LoRA dropout; `denominator` is what the window's loss is divided by, by default its counted tokens; so many
+    `ranks` share the window."""
     expected = reference.window_gradients(window, masks=masks, denominator=denominator).gradients
-    bounds = gradient_bounds(reference, window, ready.dtype)
+    bounds = gradient_bounds(reference, window, ready.dtype, ranks=ranks)
     if masks is not None:
         # Kept inputs are larger by 1 / (1 - p): so may errors be, once on the way forward and once back.
         bounds = {name: bound.times(_largest(masks) ** 2, "kept inputs, twice") for name, bound in bounds.items()}

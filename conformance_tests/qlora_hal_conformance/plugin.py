@@ -26,6 +26,7 @@ from qlora_hal_conformance.random_inputs import stream
 from qlora_hal_conformance.request import Request, read_request
 from qlora_hal_conformance.subject import Need, Subject, import_subject, probe_record, spec_record
 from qlora_hal_conformance.verdicts import CaseResult, Claim, Phase, judge
+from qlora_hal_conformance.worlds import Worlds, devices_of_ranks
 from qlora_hal_oracle import OracleTrainer
 
 
@@ -68,6 +69,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     with contextlib.suppress(Exception, SystemExit):
         subject = _imported(request)
         report = subject.spec.probe()
+        subject = replace(subject, devices=devices_of_ranks(subject.spec, report))
         session.config.stash[_SUBJECT] = subject
         journal.write("subject", spec=spec_record(subject), probe=dict(probe_record(report)))
         if not report.ready:
@@ -187,6 +189,13 @@ def _prove(config: pytest.Config) -> Subject:
 def models(run_request: Request) -> Models:
     """Tiny models drawn from the run's seed."""
     return Models(Path(tempfile.mkdtemp()), run_request.seed)
+
+
+@pytest.fixture(scope="session")
+def worlds(subject: Subject, models: Models) -> Iterator[Worlds]:
+    """Several ranks of the backend, asked once for each number of them."""
+    with contextlib.closing(Worlds(subject, models, Path(tempfile.mkdtemp()))) as found:
+        yield found
 
 
 @pytest.fixture

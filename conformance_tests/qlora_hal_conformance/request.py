@@ -14,6 +14,8 @@ from qlora_hal_conformance.subject import Reference
 REQUEST_VARIABLE = "QLORA_HAL_CONFORMANCE_REQUEST"
 DEFAULT_TIMEOUT_SECONDS = 180.0
 BUNDLE = 4
+IN_ONE_LANE = ("85",)
+"""Sections whose cases share what is dear to start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +53,18 @@ class Request:
         return by_section and (not self.levels or level_of(case) in self.levels)
 
     def share(self, selected: Sequence[str]) -> set[str]:
-        """The cases of this lane: bundles of neighbours, which draw the same models, dealt out in turn. It depends on
-        nothing that happens in a run, so the same seed and lanes put the same cases into one process."""
-        return {case for place, case in enumerate(selected) if place // BUNDLE % self.lanes == self.lane}
+        """The cases of this lane: bundles of neighbours, which draw the same models, each dealt out to the lane with
+        the fewest cases; first the sections of `IN_ONE_LANE`, as one bundle. It depends on nothing that happens in a
+        run, so the same seed and lanes put the same cases into one process."""
+        from qlora_hal_conformance.catalogue import number_of
+
+        others = [case for case in selected if number_of(case) not in IN_ONE_LANE]
+        together = [case for case in selected if number_of(case) in IN_ONE_LANE]
+        bundles = [together, *(others[start : start + BUNDLE] for start in range(0, len(others), BUNDLE))]
+        hands: list[list[str]] = [[] for _ in range(self.lanes)]
+        for bundle in bundles:
+            min(hands, key=len).extend(bundle)
+        return set(hands[self.lane])
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")

@@ -25,8 +25,15 @@ class Family:
     varied: bool = False
 
 
-Need = Feature | WeightFormat | Family | str | tuple[WeightFormat, int]
-"""A feature, a weight format, a family of models, a compute dtype by name, or a block size of a format."""
+@dataclass(frozen=True, slots=True)
+class Devices:
+    """So many devices of this machine, where each rank has one of its own."""
+
+    number: int
+
+
+Need = Feature | WeightFormat | Family | Devices | str | tuple[WeightFormat, int]
+"""A feature, a weight format, a family of models, devices, a compute dtype by name, or a block size of a format."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +55,15 @@ class Reference:
 @dataclass(frozen=True, slots=True)
 class Subject:
     """An imported spec, and the compute dtypes its device proved. Where one run is judged, `combination` says how it
-    opens trainers."""
+    opens trainers. `devices` is how many the probe found; 0 where ranks share one, as on a CPU, or where it cannot
+    tell."""
 
     reference: Reference
     spec: BackendSpec
     distribution: str = ""
     proved_dtypes: tuple[str, ...] = ()
     combination: Combination | None = None
+    devices: int = 0
 
     @property
     def capabilities(self) -> Capabilities:
@@ -98,6 +107,8 @@ class Subject:
                 return need in self.capabilities.features
             case WeightFormat():
                 return need in self.capabilities.weight_formats
+            case Devices():
+                return True  # a matter of the machine, which `claim` asks
             case Family(model_type, varied):
                 return model_type in self.capabilities.families and not varied
             case (weight_format, block_size):
@@ -115,7 +126,13 @@ class Subject:
         dtypes = [need for need in needs if type(need) is str]
         if self.proved_dtypes and any(dtype not in self.proved_dtypes for dtype in dtypes):
             return Claim.NARROWED
+        if any(isinstance(need, Devices) and self.is_short_of(need.number) for need in needs):
+            return Claim.NARROWED
         return Claim.DECLARED
+
+    def is_short_of(self, devices: int) -> bool:
+        """Whether the probe found fewer."""
+        return 0 < self.devices < devices
 
     def open(self) -> QuantizedLoRATrainer:
         """A fresh trainer. Raises BackendError, BackendContractError."""

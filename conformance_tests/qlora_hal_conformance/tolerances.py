@@ -18,7 +18,7 @@ from qlora_hal_oracle import UNIT_ROUNDOFF, DropoutMasks, ErrorScale, LossCurveE
 from qlora_hal_oracle.adamw import AdamWState, adamw_update, clip_factor, global_norm
 from qlora_hal_oracle.arithmetic import MagnitudeRecorder, RandomRounding
 from qlora_hal_oracle.arrays import AnyFloat, Float64, TokenBatch
-from qlora_hal_oracle.loss import token_losses
+from qlora_hal_oracle.loss import count_tokens, token_losses
 
 U32 = UNIT_ROUNDOFF["float32"]
 
@@ -112,10 +112,31 @@ def logits_bound(oracle: OracleTrainer, batch: TokenBatch, dtype: str) -> Bound:
     return rounding(recorder.scales["lm_head"], dtype)
 
 
-def gradient_bounds(oracle: OracleTrainer, window: Sequence[TokenBatch], dtype: str) -> dict[str, Bound]:
-    """The rounding bound of each adapter tensor's gradient."""
+def gradient_bounds(
+    oracle: OracleTrainer, window: Sequence[TokenBatch], dtype: str, *, ranks: int = 1
+) -> dict[str, Bound]:
+    """The rounding bound of each adapter tensor's gradient; with that of `over_ranks` where some share the window."""
     scales = oracle.error_scales(window)
-    return {name: rounding(scales[name], dtype) for name in oracle.export_adapter()}
+    bounds = {name: rounding(scales[name], dtype) for name in oracle.export_adapter()}
+    if ranks == 1:
+        return bounds
+    crossing = over_ranks(oracle, window, ranks)
+    return {name: bound.plus(crossing[name]) for name, bound in bounds.items()}
+
+
+def over_ranks(oracle: OracleTrainer, window: Sequence[TokenBatch], ranks: int) -> dict[str, Bound]:
+    """What the sum of R ranks' float32 gradients adds to that of one: R - 1 additions, each off by u32 of a partial
+    sum, none of which is larger than the sum of the magnitudes of the micro-batches' gradients: (R - 1) u32 max(sum
+    |g|). Each rank's own sum is one that the bound of one rank knows already, in another order."""
+    tokens = count_tokens(window)
+    magnitudes = {name: np.zeros_like(tensor) for name, tensor in oracle.export_adapter().items()}
+    for batch in window:
+        for name, gradient in oracle.window_gradients([batch], denominator=tokens).gradients.items():
+            magnitudes[name] += np.abs(gradient)
+    return {
+        name: Bound((ranks - 1) * U32 * float(magnitude.max()), f"{ranks - 1} u32 max(sum |g of a micro-batch|)")
+        for name, magnitude in magnitudes.items()
+    }
 
 
 def is_coarse(dtype: str) -> bool:
@@ -158,20 +179,20 @@ def gradient_noise(
     }
 
 
-def loss_bound(oracle: OracleTrainer, window: Sequence[TokenBatch], dtype: str) -> Bound:
+def loss_bound(oracle: OracleTrainer, window: Sequence[TokenBatch], dtype: str, *, ranks: int = 1) -> Bound:
     """2 b sqrt(n) + u32 n * mean loss, with b the bound of the logits and n the counted tokens.
 
     One token's loss is log sum exp(z) - z[label]; each term moves by at most the largest error of z, so by 2 b
     together. The tokens' errors are of either sign and b is never reached by many, hence sqrt(n) and not n. Summing
-    n losses in float32 costs at most u32 n relative. In a coarse dtype b is the root mean square of `logits_noise`,
-    three times what one logit's error is like: 2 b sqrt(n) is then 6 times the error that a sum of n label's logits
-    has. Where a few logits tower over the others (a tied head finds its own token), their errors do too; so it may be 6
-    times the 2-norm of the tokens' own errors in a randomly rounded run, where that is more. A log-sum-exp, being
-    convex, adds up to b^2 / 2 for each token.
+    n losses in float32 costs at most u32 n relative, and adding those of R ranks u32 (R - 1). In a coarse dtype b is
+    the root mean square of `logits_noise`, three times what one logit's error is like: 2 b sqrt(n) is then 6 times the
+    error that a sum of n label's logits has. Where a few logits tower over the others (a tied head finds its own
+    token), their errors do too; so it may be 6 times the 2-norm of the tokens' own errors in a randomly rounded run,
+    where that is more. A log-sum-exp, being convex, adds up to b^2 / 2 for each token.
     """
     losses = [oracle.evaluate([batch]) for batch in window]
     count = sum(tokens for _, tokens in losses)
-    summing = U32 * count * abs(sum(loss for loss, _ in losses))
+    summing = U32 * (count + ranks - 1) * abs(sum(loss for loss, _ in losses))
     if is_coarse(dtype):
         b = max(_root_mean_square(oracle, batch, dtype) for batch in window)
         of_logits, of_tokens = 2.0 * b * math.sqrt(count), 2.0 * NOISE_WIDENING * _token_noise(oracle, window, dtype)
@@ -223,6 +244,11 @@ def summed(values: AnyFloat, terms: int) -> Bound:
     in another order each time, u32 max|x| of their own float32 sums."""
     magnitude = np.abs(np.asarray(values, dtype=np.float64))
     return Bound(terms * U32 * (magnitude + magnitude.max(initial=0.0)), f"{terms} u32 (|x| + max|x|)")
+
+
+def summed_in_float64(magnitude: AnyFloat, terms: int) -> Bound:
+    """A float64 sum of a few terms in whatever order: (n - 1) 2^-53 sum |x| (Higham, section 4.2)."""
+    return Bound((terms - 1) * 2.0**-53 * np.asarray(magnitude, np.float64), f"{terms - 1} 2^-53 sum |x|")
 
 
 def copied(values: AnyFloat) -> Bound:
@@ -307,9 +333,9 @@ class UpdateBounds:
 
 
 def update_bounds(
-    oracle: OracleTrainer, window: Sequence[TokenBatch], dtype: str, given: UpdateSettings
+    oracle: OracleTrainer, window: Sequence[TokenBatch], dtype: str, given: UpdateSettings, *, ranks: int = 1
 ) -> UpdateBounds:
-    """Bounds of the step that `oracle` is about to take.
+    """Bounds of the step that `oracle` is about to take, of a window that so many ranks share.
 
     Let e be the gradient's bound. The clip factor f moves by at most f * (norm bound / norm), so the clipped gradient
     by E = f (e + |g| norm bound / norm). The update is evaluated at g - E, g and g + E; the larger distance, twice
@@ -317,7 +343,7 @@ def update_bounds(
     Float32 adds 16 u32 (|p| + |update|). Moments: (1 - b1) E and (1 - b2) (2 |g| E + E^2), plus 8 u32.
     """
     gradients = oracle.gradients(window)
-    bounds = gradient_bounds(oracle, window, dtype)
+    bounds = gradient_bounds(oracle, window, dtype, ranks=ranks)
     norm = global_norm(gradients)
     relative_norm = float(norm_bound(bounds, gradients).value) / norm
     factor = clip_factor(norm, given.max_grad_norm)
@@ -408,24 +434,31 @@ def first_update(learning_rate: float, parameters: AnyFloat) -> Bound:
 
 
 def resumed_bounds(
-    oracle: OracleTrainer, windows: Sequence[Sequence[TokenBatch]], dtype: str, given: UpdateSettings
+    oracle: OracleTrainer,
+    windows: Sequence[Sequence[TokenBatch]],
+    dtype: str,
+    given: UpdateSettings | Sequence[UpdateSettings],
+    *,
+    ranks: int = 1,
 ) -> dict[str, Bound]:
     """For a backend that does not claim equal bits: two runs of several steps from one state part by at most the sum,
     over the steps, of twice the bound of that step. `oracle` walks along. An error of one step also bends the gradient
-    of the next; it is far below that step's own rounding bound, because a bound of an update is far below a weight."""
+    of the next; it is far below that step's own rounding bound, because a bound of an update is far below a weight.
+    What is `given` may differ from step to step; so many `ranks` share each window."""
     total: dict[str, Bound] = {}
-    for window in windows:
-        step = update_bounds(oracle, window, dtype, given).parameters
+    of_each = [given] * len(windows) if isinstance(given, UpdateSettings) else given
+    for window, settings in zip(windows, of_each, strict=True):
+        step = update_bounds(oracle, window, dtype, settings, ranks=ranks).parameters
         for name, bound in step.items():
             twice = bound.times(2.0, "two runs")
             total[name] = twice if name not in total else total[name].plus(twice)
         oracle.train_step(
             window,
-            learning_rate=given.learning_rate,
-            weight_decay=given.weight_decay,
-            max_grad_norm=given.max_grad_norm,
-            betas=(given.beta1, given.beta2),
-            eps=given.epsilon,
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.epsilon,
         )
     return {name: Bound(bound.value, "sum over steps of 2 * bound of one step") for name, bound in total.items()}
 

@@ -50,37 +50,11 @@ def judge_step(
     What the step did with its gradient is judged apart from how exact the gradient is: the update must be AdamW's of
     the gradient that the step's own moments show, to float32 whatever the compute dtype.
     """
-    bounds = update_bounds(reference, window, ready.dtype, given)
-    gradients = reference.gradients(window)
-    noise = gradient_noise(reference, window, ready.dtype) if is_coarse(ready.dtype) else None
-    of_norm = (
-        norm_bound(gradient_bounds(reference, window, ready.dtype), gradients)
-        if noise is None
-        else norm_noise(noise, gradients)
-    )
-    of_loss = loss_bound(reference, window, ready.dtype)
     settings = asdict(given)
     before = Held(ready.trainer.export_adapter().tensors, ready.trainer.export_optimizer())
     stats = ready.step(window, settings.pop("learning_rate"), dropout_key=dropout_key, **settings)
-    adapter, snapshot = ready.trainer.export_adapter().tensors, ready.trainer.export_optimizer()
-    expected = oracle_step(reference, window, given.learning_rate, **settings)
-    assert stats.applied, "the step was not applied"
-    assert stats.token_count == expected.token_count, f"{stats.token_count} tokens, {expected.token_count} count"
-    judging.within("loss sum", np.array(stats.loss_sum), np.array(expected.loss_sum), of_loss)
-    judging.within("gradient norm before clipping", np.array(stats.grad_norm), np.array(expected.grad_norm), of_norm)
-    step, moments = reference.export_optimizer()
-    assert snapshot.step == step, f"the optimizer says step {snapshot.step} after {step}"
-    judging.all_within("adapter after the step", adapter, reference.export_adapter(), bounds.parameters)
-    judging.all_within("moments after the step", snapshot.moments, moments, bounds.moments)
-    used = _judge_own_update(before, Held(adapter, snapshot), stats, given, judging)
-    if noise is not None:
-        factor = clip_factor(expected.grad_norm, given.max_grad_norm)
-        clipped = {name: factor * gradient for name, gradient in gradients.items()}
-        allowed = {
-            name: bound.times(2.0 * factor, "gradient and norm, clipped").plus(used.gradient_bounds[name])
-            for name, bound in noise.items()
-        }
-        judging.all_whole("clipped gradients", used.gradients, clipped, allowed)
+    after = Held(ready.trainer.export_adapter().tensors, ready.trainer.export_optimizer())
+    judge_taken_step(before, after, stats, reference, window, given, ready.dtype, judging)
     return stats
 
 
@@ -90,6 +64,51 @@ class Held:
 
     tensors: Mapping[str, Float32]
     optimizer: OptimizerSnapshot
+
+
+def judge_taken_step(
+    before: Held,
+    after: Held,
+    stats: StepStats,
+    reference: OracleTrainer,
+    window: Sequence[Batch],
+    given: UpdateSettings,
+    dtype: str,
+    judging: Judge,
+    *,
+    ranks: int = 1,
+) -> None:
+    """`judge_step` of a step that was taken elsewhere, by `ranks` that shared the window. `reference` has the state
+    before it, and is left one step on."""
+    bounds = update_bounds(reference, window, dtype, given, ranks=ranks)
+    gradients = reference.gradients(window)
+    noise = gradient_noise(reference, window, dtype) if is_coarse(dtype) else None
+    of_norm = (
+        norm_bound(gradient_bounds(reference, window, dtype, ranks=ranks), gradients)
+        if noise is None
+        else norm_noise(noise, gradients)
+    )
+    of_loss = loss_bound(reference, window, dtype, ranks=ranks)
+    adapter, snapshot = after.tensors, after.optimizer
+    settings = asdict(given)
+    expected = oracle_step(reference, window, settings.pop("learning_rate"), **settings)
+    assert stats.applied, "the step was not applied"
+    assert stats.token_count == expected.token_count, f"{stats.token_count} tokens, {expected.token_count} count"
+    judging.within("loss sum", np.array(stats.loss_sum), np.array(expected.loss_sum), of_loss)
+    judging.within("gradient norm before clipping", np.array(stats.grad_norm), np.array(expected.grad_norm), of_norm)
+    step, moments = reference.export_optimizer()
+    assert snapshot.step == step, f"the optimizer says step {snapshot.step} after {step}"
+    judging.all_within("adapter after the step", adapter, reference.export_adapter(), bounds.parameters)
+    judging.all_within("moments after the step", snapshot.moments, moments, bounds.moments)
+    used = _judge_own_update(before, after, stats, given, judging)
+    if noise is not None:
+        factor = clip_factor(expected.grad_norm, given.max_grad_norm)
+        clipped = {name: factor * gradient for name, gradient in gradients.items()}
+        allowed = {
+            name: bound.times(2.0 * factor, "gradient and norm, clipped").plus(used.gradient_bounds[name])
+            for name, bound in noise.items()
+        }
+        judging.all_whole("clipped gradients", used.gradients, clipped, allowed)
 
 
 def _judge_own_update(before: Held, after: Held, stats: StepStats, given: UpdateSettings, judging: Judge) -> OwnUpdate:

@@ -24,9 +24,14 @@ class Verdict(StrEnum):
         return self in (Verdict.PASSED, Verdict.REFUSED)
 
 
+NO_DEVICE_FOR_RANK = "QH-R01"
+"""How a backend refuses a rank that finds no device of its own."""
+
+
 class Claim(StrEnum):
-    """Whether what a case needs is declared. NARROWED: declared by the backend, not proved by this device. OPEN: a
-    model that no backend has to serve; it is computed as the oracle computes it, or refused."""
+    """Whether what a case needs is declared. NARROWED: declared by the backend, not proved by this device, or in need
+    of more devices than this machine has. OPEN: a model that no backend has to serve; it is computed as the oracle
+    computes it, or refused."""
 
     DECLARED = "declared"
     UNDECLARED = "undeclared"
@@ -94,7 +99,7 @@ class CaseResult:
 
 def judge(phases: Sequence[Phase], claim: Claim) -> Judgement:
     """The verdict of a case from how its phases ended and whether it was declared."""
-    from qlora_hal.errors import ModelError, UnsupportedFeatureError
+    from qlora_hal.errors import ConfigError, ModelError, UnsupportedFeatureError
 
     for phase in phases:
         if phase.was_skipped:
@@ -108,7 +113,12 @@ def judge(phases: Sequence[Phase], claim: Claim) -> Judgement:
         if claim is Claim.UNDECLARED:
             return Judgement(Verdict.FAILED, "it works but is not declared: declare it in the spec's capabilities")
         return Judgement(Verdict.PASSED)
-    if isinstance(call.error, UnsupportedFeatureError) or (claim is Claim.OPEN and isinstance(call.error, ModelError)):
+    lacks_a_device = isinstance(call.error, ConfigError) and call.error.code == NO_DEVICE_FOR_RANK
+    if (
+        isinstance(call.error, UnsupportedFeatureError)
+        or (claim is Claim.OPEN and isinstance(call.error, ModelError))
+        or (claim is Claim.NARROWED and lacks_a_device)
+    ):
         return _judge_refusal(call.error, claim)
     if claim is Claim.UNDECLARED:
         return Judgement(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,9 @@ from dataclasses import replace
 import numpy as np
 
 from qlora_hal.contract.backend import Availability, BackendSpec
-from qlora_hal.contract.values import Batch, Float32, LossSum
+from qlora_hal.contract.values import Adapter, Batch, Float32, LossSum
+from qlora_hal.contract.world import World
+from qlora_hal.errors import ConfigError
 from qlora_hal_conformance.reference_backend import SPEC as HONEST
 from qlora_hal_conformance.reference_backend import probe
 from qlora_hal_oracle import DropoutMasks
@@ -60,7 +63,6 @@ def _end_session() -> None:
 def _start_another_and_die() -> None:
     """What was started holds the lock on the file that `LOCKED_BY_ANOTHER` names for as long as it lives."""
     import fcntl
-    import subprocess
 
     with open(os.environ["LOCKED_BY_ANOTHER"], "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -169,4 +171,61 @@ def wrong_with_other_storage() -> object:
     return trainer
 
 
+def of_one_device() -> object:
+    """Gives every rank but the first no device, as a machine with one card does."""
+    from qlora_hal_conformance.reference_backend.trainer import ReferenceTrainer
+
+    class OneDevice(ReferenceTrainer):
+        def join_ranks(self, world: World, timeout_seconds: float) -> None:
+            if world.local_rank:
+                raise ConfigError("QH-R01", f"Rank {world.rank} has no device.", fix="Ask for 1 device.")
+            super().join_ranks(world, timeout_seconds)
+
+    return OneDevice(spec=_named("of_one_device"))
+
+
+def dies_as_second_rank() -> object:
+    from qlora_hal_conformance.reference_backend.trainer import ReferenceTrainer
+
+    class Dies(ReferenceTrainer):
+        def attach(self, adapter: Adapter, optimizer: str = "adamw") -> None:
+            if self.ranks.world.rank:
+                os._exit(7)
+            super().attach(adapter, optimizer)
+
+    return Dies(spec=_named("dies_as_second_rank"))
+
+
+ONE_DEVICE = replace(
+    _named("of_one_device"),
+    uses_accelerator=True,
+    probe=lambda: replace(probe(), backend="of_one_device", devices=("a card",)),
+)
+NO_DEVICE_OF_TWO = replace(
+    ONE_DEVICE, probe=lambda: replace(probe(), backend="of_one_device", devices=("a card", "another card"))
+)
+DIES_AS_SECOND_RANK = _named("dies_as_second_rank")
+WITH_LAUNCHER = replace(HONEST, launcher="odd_backends")
+"""This module, run: `python -m odd_backends RANKS MAX_RESTARTS MODULE FOLDER`."""
+
+
+def launch(ranks: str, restarts: str, module: str, folder: str) -> int:
+    """As a backend's own launcher: ranks that meet where it says, and a file that says who started them."""
+    assert restarts == "0"
+    with open(os.path.join(folder, "launched"), "w") as file:
+        file.write(ranks)
+    meeting = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 10000)}
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, folder],
+            env={**os.environ, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(int(ranks))
+    ]
+    return max(child.wait() for child in children)
+
+
 TOGETHER, OTHER_STORAGE = _named("wrong_only_together"), _named("wrong_with_other_storage")
+
+if __name__ == "__main__":
+    sys.exit(launch(*sys.argv[1:]))

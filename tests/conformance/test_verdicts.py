@@ -26,8 +26,8 @@ OTHER = KeyError("packing")
         ((Family("gemma2"),), Claim.DECLARED),
         ((Family("mamba"),), Claim.OPEN),
         ((Family("gemma2", varied=True),), Claim.OPEN),
-        ((Family("mamba"), Feature.DATA_PARALLEL), Claim.OPEN),
-        ((Family("gemma2"), Feature.DATA_PARALLEL), Claim.UNDECLARED),
+        ((Family("mamba"), Feature.PEAK_MEMORY), Claim.OPEN),
+        ((Family("gemma2"), Feature.PEAK_MEMORY), Claim.UNDECLARED),
     ],
 )
 def test_models_that_no_declaration_covers_are_open(needs: tuple[Need, ...], claim: Claim) -> None:

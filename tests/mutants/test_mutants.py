@@ -8,8 +8,8 @@ import pytest
 
 from qlora_hal_conformance.mutants.__main__ import main
 from qlora_hal_conformance.mutants.population import BY_NAME, MUTANTS
-from qlora_hal_conformance.mutants.run_mutants import failures_of_the_honest, hunt
-from qlora_hal_conformance.mutants.table import rows_of_registry
+from qlora_hal_conformance.mutants.run_mutants import Hunt, failures_of_the_honest, hunt
+from qlora_hal_conformance.mutants.table import put_section, rows_of_registry, write_table
 
 SEED = 20261121
 """Any would do: the command line draws one afresh in each run; here a failure must come again."""
@@ -64,6 +64,17 @@ def test_document_lists_every_mutant() -> None:
     told = "run: python -m qlora_hal_conformance.mutants --out docs/mutants.md"
     assert len(listed) == len(expected), told
     assert all(line.startswith(start) for line, start in zip(listed, expected, strict=True)), told
+
+
+def test_table_keeps_the_row_of_a_mutant_that_was_not_hunted(tmp_path: Path) -> None:
+    first, second = MUTANTS[:2]
+    path = tmp_path / "mutants.md"
+    write_table(path, MUTANTS, {m.name: Hunt(m.name, ("10_detection/a",), (), "wrong", 1.0) for m in (first, second)})
+    put_section(path, "Others", "A text.")
+    write_table(path, MUTANTS, {second.name: Hunt(second.name, ("11_contract/b",), (), "wrong", 1.0)})
+    listed = [line for line in path.read_text().splitlines() if line.startswith("| `")]
+    assert [line.split("|")[-2].strip() for line in listed] == ["`10_detection/a`", "`11_contract/b`"]
+    assert path.read_text().endswith("## Others\n\nA text.\n")
 
 
 def test_unknown_name_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:

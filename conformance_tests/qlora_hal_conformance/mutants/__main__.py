@@ -39,8 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
     early = [found.mutant for found in hunts.values() if found.too_early]
     print(f"{len(mutants) - len(survivors)} of {len(mutants)} caught in {time.monotonic() - started:.0f} s", end="")
     print(f"; survived: {', '.join(survivors)}" if survivors else "")
-    if given.out and not given.only:
-        write_table(Path(given.out), mutants, hunts)
+    if given.out:
+        write_table(Path(given.out), MUTANTS, hunts)
     return LET_ONE_THROUGH if survivors or early or honest else CAUGHT_ALL
 
 
@@ -53,7 +53,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--fingerprints", action="store_true", help="write down which cases each turns red, for localisation"
     )
-    parser.add_argument("--out", metavar="FILE", help="write the table as Markdown")
+    parser.add_argument("--out", metavar="FILE", help="write the table as Markdown; with --only, these rows of it")
     return parser.parse_args(arguments)
 
 

@@ -23,9 +23,12 @@ before them. A mutant that no section catches is a hole in the suite. This file 
 
 
 def write_table(path: Path, mutants: Sequence[Mutant], hunts: Mapping[str, Hunt]) -> None:
-    """Write the whole table; the sections after it, which are other commands', stay."""
-    _, *others = _sections(path)
-    table = HEADING + "\n".join(row(m, hunts[m.name]) for m in mutants) + "\n"
+    """Write the whole table; the sections after it, which are other commands', stay. A mutant that was not hunted keeps
+    its row, if it has one."""
+    table, *others = _sections(path)
+    kept = {line.split("`")[1]: line for line in table.splitlines() if line.startswith("| `")}
+    rows = [row(m, hunts[m.name]) if m.name in hunts else kept.get(m.name, "") for m in mutants]
+    table = HEADING + "\n".join(filter(None, rows)) + "\n"
     path.write_text(_SECTION.join([table, *others]), encoding="utf-8")
 
 

@@ -32,6 +32,8 @@ CAPABILITIES = Capabilities(
             Feature.BITWISE_DETERMINISM,
             Feature.GENERATE,
             Feature.TOKEN_WEIGHTS,
+            Feature.DATA_PARALLEL,
+            Feature.SHARDED_BASE,
         }
     ),
     block_sizes={WeightFormat.NF4: FOUR_BIT_BLOCK_SIZES, WeightFormat.FP4: FOUR_BIT_BLOCK_SIZES},

@@ -20,6 +20,8 @@ def refuse_load(spec: BackendSpec, source: ModelSource, quantization: Quantizati
         Feature.QUANTIZE_ON_LOAD: plain_source and quantization.weight_format is not WeightFormat.NONE,
         Feature.LOAD_PREQUANTIZED: not plain_source,
         Feature.GRADIENT_CHECKPOINTING: compute.gradient_checkpointing,
+        Feature.DATA_PARALLEL: compute.world.size > 1,
+        Feature.SHARDED_BASE: compute.shard_base,
     }
     require(
         spec,

@@ -12,7 +12,7 @@ from qlora_hal_oracle import Arithmetic, LlamaShape, LoraScale, OracleLlama
 from qlora_hal_oracle.adamw import AdamWState
 from qlora_hal_oracle.arrays import Float32, Float64
 
-from . import dropout, rounding, step, storage
+from . import dropout, ranks, rounding, step, storage
 from .loading import Pack, Unpack
 
 DrawMasks = Callable[[AdapterConfig, Mapping[str, LinearShape], Int32, int, int], Mapping[str, Float64]]
@@ -42,7 +42,7 @@ class Rooms:
     """What the trainer is put together from. The defaults are honest.
 
     `read_batch` is what the model sees of a batch in training; `adapter_in` and `adapter_out` turn a tensor of the
-    core into the backend's and back.
+    core into the backend's and back. `over_ranks`, `votes` and `gather` (of a spread base) do nothing with one rank.
     """
 
     pack: Pack = storage.pack
@@ -55,6 +55,9 @@ class Rooms:
     window_gradient: WindowGradient = step.window_gradient
     clip: Clip = step.clip
     update: Update = step.update
+    over_ranks: ranks.OverRanks = ranks.over_ranks
+    votes: ranks.Votes = ranks.votes
+    gather: ranks.Gather = ranks.gather
     adapter_in: Callable[[Float32], Float64] = lambda tensor: np.array(tensor, dtype=np.float64)
     adapter_out: Callable[[Float64], Float32] = float32_copy
 

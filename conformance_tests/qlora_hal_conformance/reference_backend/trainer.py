@@ -13,6 +13,7 @@ import numpy as np
 
 from qlora_hal.adapter.fitting import check_fits
 from qlora_hal.contract.backend import BackendSpec, Compute, DeviceFacts, Quantization, QuantizedLoRATrainer
+from qlora_hal.contract.capabilities import Feature, Requirements
 from qlora_hal.contract.dropout import rows_of
 from qlora_hal.contract.toolkit import (
     MOMENTS,
@@ -22,6 +23,7 @@ from qlora_hal.contract.toolkit import (
     check_moments,
     memory_named,
     out_of_order,
+    require,
     unknown_module,
 )
 from qlora_hal.contract.values import (
@@ -38,6 +40,7 @@ from qlora_hal.contract.values import (
     StepSettings,
     StepStats,
 )
+from qlora_hal.contract.world import World
 from qlora_hal.model.source import ModelSource
 from qlora_hal_oracle import DropoutMasks, OracleLlama
 from qlora_hal_oracle.adamw import AdamWState, global_norm
@@ -46,10 +49,13 @@ from qlora_hal_oracle.loss import token_loss_sum, token_losses
 
 from . import SPEC
 from .loading import LoadedBase, load_base
+from .ranks import Ranks, WholeWindow
 from .refusals import refuse_load, refuse_untargeted
 from .rooms import HONEST, Rooms
 from .rounding import ROUNDINGS
+from .spreading import spread_and_gathered
 from .step import MasksOf, WindowResult, weighted_sum
+from .storage import Stored
 
 FIRST_LOSS_SCALE, LOSS_SCALE_FALL = 2.0**16, 2.0**4
 """float16 ends at 6e-8, above many a gradient: a loss is scaled up (Micikevicius et al. 2018), less where it then
@@ -78,18 +84,27 @@ class ReferenceTrainer(QuantizedLoRATrainer):
         self.compute = Compute()
         self._base: LoadedBase | None = None
         self._attached: Attached | None = None
+        self.ranks = Ranks()
 
     # life ----------------------------------------------------------------------------------------------------------
+    def join_ranks(self, world: World, timeout_seconds: float) -> None:
+        require(self.spec, Requirements(features=frozenset({Feature.DATA_PARALLEL})))
+        self.ranks = Ranks.join(world, timeout_seconds)
+
+    def sum_over_ranks(self, values: Float64) -> Float64:
+        return self.rooms.votes(self.ranks, values)
+
     def proved_compute_dtypes(self) -> tuple[str, ...]:
         return tuple(dtype for dtype in ROUNDINGS if dtype in self.spec.capabilities.compute_dtypes)
 
     def load(self, source: ModelSource, quantization: Quantization, compute: Compute) -> None:
         refuse_load(self.spec, source, quantization, compute)
-        self.close()
+        self._base = self._attached = None
         self.compute = compute
         self.arithmetic = self.rooms.arithmetic(compute.dtype)
         with _quiet():
-            self._base = load_base(source, quantization, self.arithmetic.store, self.rooms.pack, self.rooms.unpack)
+            unpack = self._unpack_spread if compute.shard_base else self.rooms.unpack
+            self._base = load_base(source, quantization, self.arithmetic.store, self.rooms.pack, unpack)
 
     def linear_modules(self) -> Mapping[str, LinearShape]:
         return dict(self.base.linear_modules)
@@ -109,19 +124,21 @@ class ReferenceTrainer(QuantizedLoRATrainer):
 
     def close(self) -> None:
         self._base = self._attached = None
+        self.ranks.leave()
+        self.ranks = Ranks()
 
     # training ------------------------------------------------------------------------------------------------------
     def train_step(self, window: Sequence[Batch], settings: StepSettings) -> PendingStep:
         attached = self.attached
-        found = self.gradient_of(window, settings.denominator, self._masks_of(settings.dropout_key))
+        whole = self.whole_gradient(window, settings.denominator, self._masks_of(settings.dropout_key))
+        found = whole.found
         norm = global_norm(found.gradients) if math.isfinite(found.loss_sum) else math.nan
         applied = math.isfinite(norm)
         if applied:
             with _quiet():
                 clipped = self.rooms.clip(found.gradients, norm, settings.max_grad_norm)
                 self.rooms.update(attached.parameters, clipped, attached.state, settings, self.arithmetic)
-        counted = sum(batch.counted_tokens for batch in window)
-        return Done(StepStats(found.loss_sum, counted, norm, applied, found.weighted_loss_sum))
+        return Done(StepStats(found.loss_sum, whole.tokens, norm, applied, found.weighted_loss_sum))
 
     def evaluate(self, batches: Sequence[Batch]) -> LossSum:
         check_batches(self.spec, batches)
@@ -137,8 +154,14 @@ class ReferenceTrainer(QuantizedLoRATrainer):
         tokens = sum(batch.counted_tokens for batch in batches)
         return LossSum(math.fsum(losses), tokens, math.fsum(weighted) if has_weights else None)
 
+    def whole_gradient(self, window: Sequence[Batch], divisor: float, masks_of: MasksOf) -> WholeWindow:
+        """That of all ranks, of which each has its share of the window."""
+        counted = sum(batch.counted_tokens for batch in window)
+        with _quiet():
+            return self.rooms.over_ranks(self.ranks, self.gradient_of(window, divisor, masks_of), counted, divisor)
+
     def gradient_of(self, window: Sequence[Batch], divisor: float, masks_of: MasksOf) -> WindowResult:
-        """What both `train_step` and `gradients` are made of."""
+        """What both `train_step` and `gradients` are made of, of this rank's share."""
         with self.memory_named("a training step"), _quiet():
             check_batches(self.spec, window)
             read = [self.rooms.read_batch(batch) for batch in window]
@@ -206,8 +229,8 @@ class ReferenceTrainer(QuantizedLoRATrainer):
             return token_losses(logits, batch.labels).astype(np.float32)
 
     def gradients(self, window: Sequence[Batch]) -> Mapping[str, Float32]:
-        divisor = sum(batch.counted_tokens for batch in window)
-        found = self.gradient_of(window, divisor, lambda batch: {})
+        [divisor] = self.ranks.sum(np.array([sum(batch.counted_tokens for batch in window)], np.float64))
+        found = self.whole_gradient(window, float(divisor), lambda batch: {}).found
         return {name: self.rooms.adapter_out(gradient) for name, gradient in found.gradients.items()}
 
     def dequantized_weight(self, module: str) -> Float32:
@@ -229,6 +252,11 @@ class ReferenceTrainer(QuantizedLoRATrainer):
         return np.array(tokens[len(prompt) :], dtype=np.int32)
 
     # inside --------------------------------------------------------------------------------------------------------
+    def _unpack_spread(self, stored: Stored) -> Float64:
+        """The weight of a module of which each rank keeps every so many-th byte, gathered from all of them."""
+        whole: Float64 = self.rooms.unpack(spread_and_gathered(stored, self.ranks, self.rooms.gather))
+        return whole
+
     def memory_named(self, phase: str) -> AbstractContextManager[None]:
         """Raises OutOfMemoryError for NumPy's MemoryError."""
         return memory_named("NumPy", phase)
