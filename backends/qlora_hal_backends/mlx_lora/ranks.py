@@ -46,6 +46,9 @@ class Ranks:
 
     world: World = field(default_factory=World)
     timeout_seconds: float = 0.0
+    collectives: str = ""
+    seconds: float = 0.0
+    """How long this process has waited for others since it joined."""
     _group: Any = None
     _stream: Any = None
     _own_work: mx.array | None = None
@@ -68,7 +71,7 @@ class Ranks:
             raise _not_met(world, timeout_seconds, f"MLX calls it rank {found[0]} of {found[1]}")
         # NCCL's collectives are kernels of the GPU; all others copy on the host.
         stream = mx.new_thread_unsafe_stream(mx.gpu if name == "nccl" else mx.cpu)
-        ranks = cls(world, timeout_seconds, group, stream)
+        ranks = cls(world, timeout_seconds, f"MLX {name}", _group=group, _stream=stream)
         atexit.register(ranks._leave)
         return ranks
 
@@ -117,9 +120,11 @@ class Ranks:
             except Exception as error:
                 raised.append(error)
 
+        began = time.perf_counter()
         self._waiting = threading.Thread(target=wait, name="other ranks", daemon=True)
         self._waiting.start()
         self._waiting.join(self.timeout_seconds)
+        self.seconds += time.perf_counter() - began
         if self._waiting.is_alive():
             raise _lost(self.world, f"Nothing came within {self.timeout_seconds:g} s.")
         if raised:

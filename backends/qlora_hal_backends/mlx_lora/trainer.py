@@ -42,7 +42,7 @@ from qlora_hal.contract.values import (
     StepSettings,
     StepStats,
 )
-from qlora_hal.contract.world import World
+from qlora_hal.contract.world import RankFacts, World
 from qlora_hal.errors import OutOfMemoryError
 from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.mlx_lora import SPEC, device, loading, step
@@ -103,6 +103,9 @@ class MLXLoRATrainer(QuantizedLoRATrainer):
 
     def sum_over_ranks(self, values: Float64) -> Float64:
         return self._ranks.sum_on_host(values)
+
+    def rank_facts(self) -> RankFacts:
+        return RankFacts(self._ranks.collectives, seconds=self._ranks.seconds)
 
     def proved_compute_dtypes(self) -> tuple[str, ...]:
         return device.proved_dtypes()
