@@ -20,6 +20,7 @@ BATCH = Batch(IDS, IDS, IDS, IDS)
 ASKED = {
     Feature.GRADIENT_CHECKPOINTING: Compute(gradient_checkpointing=True),
     Feature.DATA_PARALLEL: Compute(world=World(1, 2)),
+    Feature.SHARDED_BASE: Compute(shard_base=True),
     Feature.LORA_DROPOUT: AdapterConfig(2, 2.0, dropout=0.1),
     Feature.TOKEN_WEIGHTS: replace(BATCH, weights=np.zeros((1, 3), np.float32)),
 }

@@ -28,6 +28,12 @@ class Windows:
     def window(self, step: int) -> list[Batch]:
         return [batch(self.rows), batch(self.rows)]
 
+    def token_count(self, step: int) -> int:
+        return sum(batch.counted_tokens for batch in self.window(step))
+
+    def real_tokens(self, step: int) -> int:
+        return sum(int(batch.segment_ids.astype(bool).sum()) for batch in self.window(step))
+
     def rows_of(self, step: int) -> list[int]:
         return [10 * step, 10 * step + 1]
 
