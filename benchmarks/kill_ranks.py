@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         work = Path(scratch)
         settings = write_settings(work)
         undisturbed, seconds = reference_run(settings, work / "undisturbed", chosen.ranks)
-        while len(lines) < chosen.kills:
+        while sum(line["killed"] for line in lines) < chosen.kills:
             number = len(lines)
             drawn = draw(random.Random(f"{chosen.seed}/{number}"), chosen.ranks, seconds)
             line = {"case": number, **killed_run(settings, work / f"case-{number}", chosen.ranks, drawn, undisturbed)}

@@ -29,10 +29,10 @@ class Windows:
         return [batch(self.rows), batch(self.rows)]
 
     def token_count(self, step: int) -> int:
-        return sum(each.counted_tokens for each in self.window(step))
+        return sum(batch.counted_tokens for batch in self.window(step))
 
     def real_tokens(self, step: int) -> int:
-        return sum(each.real_tokens for each in self.window(step))
+        return sum(int(batch.segment_ids.astype(bool).sum()) for batch in self.window(step))
 
     def rows_of(self, step: int) -> list[int]:
         return [10 * step, 10 * step + 1]
