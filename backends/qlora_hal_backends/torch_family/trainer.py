@@ -242,7 +242,7 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
             )
             for batch in self._to_keep_up(window):
                 see(batch)
-                self._batch_loss(self._placed(batch), 0.0)[-1].backward()
+                step.minimised(self._batch_loss(self._placed(batch), 0.0)).backward()
             return total
 
     def _to_keep_up(self, batches: Sequence[Batch]) -> Sequence[Batch]:
