@@ -203,6 +203,7 @@ def test_the_terminal_stops_all_ranks_with_the_state_saved(tmp_path: Path) -> No
         command.until("step 3/")
         command.process.send_signal(signal.SIGINT)
         assert command.ended() == 75, command.said
+    assert "death signal" not in command.said, "torchrun's own words"
     saved = max(step for step, _ in checkpoints(tmp_path / "run"))
     assert f"Stopped by SIGINT after step {saved}" in command.said or f"step {saved} is saved" in command.said
     assert record(tmp_path / "run")["status"] == "stopped"
