@@ -127,6 +127,11 @@ SUMS = 5
 """The last entries of a vote, which are no integers."""
 
 
+def refused_question(dtype: str) -> str:
+    """Where a rank tells that it does not compute in a dtype."""
+    return f"{dtype}/refused"
+
+
 def spread_question(how: str, model: str, weight_format: str, double_quant: bool = False) -> str:
     return f"{how}/{model}/{weight_format}{'+double_quant' if double_quant else ''}"
 

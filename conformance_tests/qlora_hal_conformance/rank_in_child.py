@@ -22,7 +22,7 @@ from qlora_hal.contract.backend import Compute, Quantization, QuantizedLoRATrain
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.values import Adapter, Float32, OptimizerSnapshot, StepSettings
 from qlora_hal.contract.world import World
-from qlora_hal.errors import QloraHalError
+from qlora_hal.errors import QloraHalError, UnsupportedFeatureError
 from qlora_hal.model.source import ModelSource
 from qlora_hal.processes import child_process
 from qlora_hal.processes.child_errors import told_of
@@ -39,6 +39,7 @@ from qlora_hal_conformance.asked_of_ranks import (
     Dealt,
     Inputs,
     overflowing_denominator,
+    refused_question,
     spread_question,
 )
 from qlora_hal_conformance.fixtures import Models
@@ -114,7 +115,11 @@ def ask_everything(rank: Rank, request: Mapping[str, Any]) -> None:
     """All questions; those that need a feature only where it is declared."""
     _ask_votes(rank, "votes_before_load")
     for dtype in request["dtypes"]:
-        rank.load(request["base"], dtype)
+        try:
+            rank.load(request["base"], dtype)
+        except UnsupportedFeatureError as refusal:  # declared, and not proved on this device
+            rank.answers.put(refused_question(dtype), told_of(refusal))
+            continue
         _ask_views(rank)
         _ask_steps(rank)
         _ask_uneven(rank)

@@ -25,7 +25,7 @@ from qlora_hal.errors import UnsupportedFeatureError
 from qlora_hal.model.source import ModelSource
 from qlora_hal.processes import child_process
 from qlora_hal.processes.child_errors import defect_from, error_from
-from qlora_hal_conformance.asked_of_ranks import EVERY_BYTE, SIZES, STEPS, Inputs, every_byte
+from qlora_hal_conformance.asked_of_ranks import EVERY_BYTE, SIZES, STEPS, Inputs, every_byte, refused_question
 from qlora_hal_conformance.comparing import must_refuse
 from qlora_hal_conformance.fixtures import Models
 from qlora_hal_conformance.rank_in_child import REQUEST_FILE
@@ -79,7 +79,11 @@ class WorldAnswers:
     failure: BaseException | None = None
 
     def of_each(self, question: str) -> list[Answer]:
-        """One of each rank. Raises what went wrong where it was not answered by all."""
+        """One of each rank. Raises what went wrong where it was not answered by all, and what the ranks raised of a
+        dtype in which they do not compute."""
+        refused = refused_question(question.partition("/")[0])
+        if all(refused in answers for answers in self.by_rank):
+            raise error_from(self.by_rank[0][refused].facts)
         if any(question not in answers for answers in self.by_rank):
             raise self.failure or AssertionError(f"no rank failed, and {question} was not answered")
         return [answers[question] for answers in self.by_rank]
@@ -140,11 +144,12 @@ class Worlds:
     def _state_of(self, size: int) -> str | None:
         """The file with the state that rank 0 of another world exported, where it came so far."""
         answers = self(size)
-        done = all(f"{dtype}/step-{len(STEPS)}" in answers.by_rank[0] for dtype in self._dtypes())
+        told = answers.by_rank[0]
+        done = all(f"{d}/step-{len(STEPS)}" in told or refused_question(d) in told for d in self._dtypes())
         return str(self._folder(size) / "rank-0.npz") if done else None
 
     def _dtypes(self) -> list[str]:
-        return [d for d in UNIT_ROUNDOFF if self.subject.declares(d) and d in self.subject.proved_dtypes]
+        return [dtype for dtype in UNIT_ROUNDOFF if self.subject.declares(dtype)]
 
     def _folder(self, size: int) -> Path:
         return self.folder / f"ranks-{size}"
