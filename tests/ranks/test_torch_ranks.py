@@ -48,7 +48,7 @@ def test_one_rank_asks_nobody_and_leaves_nothing() -> None:
     alone = Ranks.join(World(), CPU, 1.0)
     values = np.array([1.0, 2.0])
     assert alone.sum_on_host(values) is values
-    assert alone.agree(None, (3.0,)) == (3.0,)
+    alone.agree(None)
     assert alone.seconds == 0.0
     alone.leave()
 
