@@ -118,19 +118,21 @@ def below(process: int) -> list[psutil.Process]:
 def rank_process(command: Command, rank: int) -> psutil.Process:
     """The process of a rank that the command started."""
 
-    def found() -> psutil.Process | None:
-        for process in below(command.process.pid):
-            try:
-                words, given = process.cmdline(), process.environ()
-            except psutil.Error:
-                continue
-            if given.get("RANK") == str(rank) and {"qlora_hal", "qlora_hal.ranks.child"} & set(words):
-                return process
-        return None
-
-    process = wait_for(found)
+    process = wait_for(lambda: rank_below(command, rank))
     assert isinstance(process, psutil.Process)
     return process
+
+
+def rank_below(command: Command, rank: int) -> psutil.Process | None:
+    """The same where it is there now."""
+    for process in below(command.process.pid):
+        try:
+            words, given = process.cmdline(), process.environ()
+        except psutil.Error:
+            continue
+        if given.get("RANK") == str(rank) and {"qlora_hal", "qlora_hal.ranks.child"} & set(words):
+            return process
+    return None
 
 
 def wait_for(ready: Callable[[], Any]) -> Any:

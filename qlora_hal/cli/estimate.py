@@ -85,6 +85,7 @@ def estimate_run(config: RunConfig, devices: int | str | None = None) -> Estimat
     from qlora_hal.detect.hardware import memory_here
     from qlora_hal.detect.requirements import quantization_of
     from qlora_hal.detect.selection import has_accelerator
+    from qlora_hal.memory.estimate import spread_over
     from qlora_hal.memory.gpus import KNOWN_GPUS
     from qlora_hal.model.source import resolve_model
     from qlora_hal.ranks.launching import AUTO, number_of
@@ -106,14 +107,16 @@ def estimate_run(config: RunConfig, devices: int | str | None = None) -> Estimat
     memory = estimated_memory(
         config, facts, spec, quantization, {name: facts.linear_modules[name] for name in targets}, report
     )
+    dtype = likely_dtype(config, spec, report)
     number = number_of(AUTO, spec, probed) if devices == AUTO else int(devices or 1)
+    plan = plan_for(config, number, spec, memory, lambda: spread_over(memory, facts, dtype, number))
     return Estimated(
-        memory=memory,
-        plan=plan_for(config, number, spec, memory),
+        memory=plan.memory,
+        plan=plan,
         backend=spec.name,
         not_ready="" if probed.ready else probed.reason,
         quantization=quantization,
-        compute_dtype=likely_dtype(config, spec, report),
+        compute_dtype=dtype,
         cards=tuple(card for card in KNOWN_GPUS if accelerated and card.vendor in spec.card_vendors),
         machine_bytes=None if accelerated else memory_here(),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qlora_hal.contract.capabilities import WeightFormat
@@ -73,6 +74,16 @@ def estimate(
         runtime=constants.runtime_bytes,
         relative_error=constants.relative_error,
     )
+
+
+def spread_over(memory: MemoryEstimate, facts: ModelFacts, compute_dtype: ComputeDtype, devices: int) -> MemoryEstimate:
+    """The same on each of so many devices that hold the decoder layers' packed weights together: a share of them, and
+    two layers whole, the one that computes and the one that is on its way. All else every device has."""
+    linear_weights = sum(linear.parameters for linear in facts.linear_modules.values())
+    rest = (facts.parameter_count - linear_weights - _tied_head_weights(facts)) * DTYPE_BYTES[compute_dtype]
+    in_layers = max(memory.weights - rest, 0)
+    held = in_layers // devices + 2 * in_layers // max(decoder_shape(facts).layers, 2)
+    return replace(memory, weights=memory.weights - in_layers + held)
 
 
 def adapter_parameters(targets: Targets, r: int) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qlora_hal.contract.capabilities import Feature
 from qlora_hal.contract.world import World
 from qlora_hal.errors import UnsupportedFeatureError
+from qlora_hal.errors.figures import size
 from qlora_hal.ranks.window_share import accumulation_of
 
 if TYPE_CHECKING:
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from qlora_hal.contract.backend import BackendSpec
     from qlora_hal.contract.values import MemoryEstimate
 
-DATA = "data"
+AUTO, DATA, SHARD = "auto", "data", "shard"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,27 +40,43 @@ class DevicePlan:
         }
 
 
-def plan_for(config: RunConfig, devices: int, spec: BackendSpec, memory: MemoryEstimate) -> DevicePlan:
-    """The plan for so many devices; `memory` is that of one. Raises ConfigError QH-R05, UnsupportedFeatureError
+def plan_for(
+    config: RunConfig,
+    devices: int,
+    spec: BackendSpec,
+    memory: MemoryEstimate,
+    spread: Callable[[], MemoryEstimate],
+    memory_there: int | None = None,
+) -> DevicePlan:
+    """The plan for so many devices, each with `memory_there` bytes where that is known; `memory` is that of one with
+    the whole base, `spread` gives that of each with a share of it. Raises ConfigError QH-R05, UnsupportedFeatureError
     QH-R06 for a backend that does not train on several."""
     if devices > 1 and Feature.DATA_PARALLEL not in spec.capabilities.features:
         raise not_on_several(spec.name, devices)
     sequences = config.training.per_device_train_batch_size * accumulation_of(config.training, World(0, devices))
-    mode, why = mode_of(config, devices)
-    return DevicePlan(devices, mode, why, sequences * devices, memory)
+    mode, why = mode_of(config, devices, spec, memory, memory_there)
+    of_each = spread() if mode == SHARD else memory
+    return DevicePlan(devices, mode, why, sequences * devices, of_each)
 
 
-def mode_of(config: RunConfig, devices: int) -> tuple[str, str]:
-    """How the devices share the base, and why. Raises UnsupportedFeatureError QH-R06."""
+def mode_of(
+    config: RunConfig, devices: int, spec: BackendSpec, memory: MemoryEstimate, memory_there: int | None
+) -> tuple[str, str]:
+    """How the devices share the base, and why. Raises UnsupportedFeatureError QH-R06 where the backend cannot."""
     if devices == 1:
         return "", "one device"
-    if config.parallel.mode == "shard":
+    can_spread = Feature.SHARDED_BASE in spec.capabilities.features
+    if config.parallel.mode == SHARD and not can_spread:
         raise UnsupportedFeatureError(
             "QH-R06",
-            "parallel.mode shard cannot be planned yet: no backend spreads its base over devices.",
+            f"Backend {spec.name} cannot spread its base over devices (parallel.mode shard).",
             where="parallel.mode",
             fix="Set parallel.mode to data, or leave it out.",
         )
+    if config.parallel.mode == SHARD:
+        return SHARD, "each device holds a share of the packed base, as asked for"
+    if config.parallel.mode == AUTO and can_spread and memory_there is not None and memory.total > memory_there:
+        return SHARD, f"with a whole base each device would need {size(memory.total)} of its {size(memory_there)}"
     return DATA, "each device holds the whole packed base"
 
 

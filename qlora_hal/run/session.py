@@ -23,6 +23,7 @@ from qlora_hal.detect.mac_memory import pressure_note
 from qlora_hal.errors import AdapterError, StoppedError, UnsafeInputError
 from qlora_hal.processes.signals import EndedAtOnce
 from qlora_hal.ranks.agreement import Agreement
+from qlora_hal.ranks.planning import SHARD, mode_of
 from qlora_hal.report.metrics import MetricsFile, loss_before, trained_seconds
 from qlora_hal.run import loop
 from qlora_hal.run.adapters import mend_adapters
@@ -184,18 +185,16 @@ class Session:
         return compute
 
     def _shards_base(self) -> bool:
-        """Whether each rank holds a part of the base alone: where that was asked for, or the whole does not fit."""
-        mode, prepared = self._config.parallel.mode, self._prepared
-        if prepared.world.size == 1 or mode == "data":
-            return False
-        needed, there = prepared.estimate.total, self._trainer.device_facts().memory_limit_bytes
-        if mode == "auto" and Feature.SHARDED_BASE in self._features and there is not None and needed > there:
-            self._context.console.note(
-                f"parallel.mode is shard: with a whole base each device would need {needed / 1e9:.1f} GB of its "
-                f"{there / 1e9:.1f}"
-            )
-            return True
-        return mode == "shard"
+        """Whether each rank holds a part of the base alone. What was planned is what is done, by what the device itself
+        says of its memory; where the base does not fit on one of them, all hold parts."""
+        prepared, there = self._prepared, self._trainer.device_facts().memory_limit_bytes
+        spec = prepared.resolved_backend.choice.spec
+        mode, why = mode_of(self._config, prepared.world.size, spec, prepared.estimate, there)
+        [short] = self._ranks.how_many(mode == SHARD)
+        if short and self._config.parallel.mode != SHARD:
+            reason = why if mode == SHARD else f"a whole base does not fit on {short} of the devices"
+            self._context.console.note(f"parallel.mode is {SHARD}: {reason}")
+        return short > 0
 
     def _attach(self) -> Adapter:
         state, modules = self._context.state, self._trainer.linear_modules()

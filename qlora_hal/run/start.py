@@ -20,6 +20,7 @@ from qlora_hal.detect.selection import has_accelerator
 from qlora_hal.errors import ConfigError, QloraHalError, figures
 from qlora_hal.files.refused_paths import named_path
 from qlora_hal.hooks import Hooks
+from qlora_hal.memory.estimate import spread_over
 from qlora_hal.model.verifying import verify_model
 from qlora_hal.processes.signals import ignored_note, requests_by_signal
 from qlora_hal.quantize.calibration import refuse_calibration_by_ranks, refuse_idle_calibration, with_quantized_base
@@ -286,13 +287,16 @@ def _late_evaluations(prepared: PreparedRun, given: Collection[str]) -> Iterator
         )
 
 
+def memory_of_a_device(prepared: PreparedRun) -> int:
+    """Bytes of the device that trains, as far as the machine tells; 0 where it does not."""
+    if has_accelerator(prepared.resolved_backend.choice.spec, prepared.resolved_backend.reports):
+        return max((gpu.memory_total_bytes or 0 for gpu in inventory().gpus), default=0)
+    return memory_here()
+
+
 def memory_notes(prepared: PreparedRun) -> Iterator[str]:
     """Whether the estimated peak is above what the device has; a run of shorter rows may fit all the same."""
-    chosen, peak = prepared.resolved_backend.choice.spec, prepared.estimate.total
-    if has_accelerator(chosen, prepared.resolved_backend.reports):
-        has = max((gpu.memory_total_bytes or 0 for gpu in inventory().gpus), default=0)
-    else:
-        has = memory_here()
+    has, peak = memory_of_a_device(prepared), prepared.estimate.total
     if has and peak > has:
         yield (
             f"the estimated peak of {figures.size(peak)} is above the {figures.size(has)} of memory here; it is "
@@ -319,14 +323,24 @@ def _refuse_endless_warmup(prepared: PreparedRun) -> None:
 
 def _planned(prepared: PreparedRun) -> TrainResult:
     """What a dry run found out, in the form of a result without a step."""
-    resolved_backend, training, memory = prepared.resolved_backend, prepared.config.training, prepared.estimate
+    resolved_backend, training = prepared.resolved_backend, prepared.config.training
+    dtype = likely_dtype(prepared.config, resolved_backend.choice.spec, resolved_backend.report)
+    devices = plan_for(
+        prepared.config,
+        prepared.world.size,
+        resolved_backend.choice.spec,
+        prepared.estimate,
+        lambda: spread_over(prepared.estimate, resolved_backend.source.facts, dtype, prepared.world.size),
+        memory_of_a_device(prepared) or None,
+    )
+    memory = devices.memory
     plan = {
         "steps": window_sampler(prepared).total_steps(training.num_train_epochs, training.max_steps),
         "sequences": len(prepared.data.train),
         "sequences_per_step": prepared.sequences_per_step,
         "target_modules": len(resolved_backend.adapter.target_modules),
-        "compute_dtype": likely_dtype(prepared.config, resolved_backend.choice.spec, resolved_backend.report),
+        "compute_dtype": dtype,
         "memory": {**asdict(memory), "total": memory.total, "high": memory.high},
-        **plan_for(prepared.config, prepared.world.size, resolved_backend.choice.spec, memory).as_json(),
+        **devices.as_json(),
     }
     return TrainResult.planned(prepared, plan)

@@ -20,6 +20,7 @@ from rank_runs import (
     losses,
     qlora_hal,
     quick,
+    rank_below,
     rank_process,
     record,
     running,
@@ -202,6 +203,7 @@ def test_the_terminal_stops_all_ranks_with_the_state_saved(tmp_path: Path) -> No
         command.until("step 3/")
         command.process.send_signal(signal.SIGINT)
         assert command.ended() == 75, command.said
+    assert "death signal" not in command.said, "torchrun's own words"
     saved = max(step for step, _ in checkpoints(tmp_path / "run"))
     assert f"Stopped by SIGINT after step {saved}" in command.said or f"step {saved} is saved" in command.said
     assert record(tmp_path / "run")["status"] == "stopped"
@@ -275,6 +277,21 @@ def alone_as_rank_0(folder: Path, port: int) -> str:
     with running(qlora_hal("train", str(file)), **meeting) as command:
         assert command.ended() == 3, command.said
     return command.said
+
+
+def test_two_launchers_go_on_together_after_a_kill(undisturbed: Path, tmp_path: Path) -> None:
+    """As on two machines: each counts the failures of its own ranks alone."""
+    meeting = ("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "two")
+    options = (*meeting, "--rdzv-endpoint", f"localhost:{free_port()}", "--max-restarts", "1")
+    words = torchrun("train", str(settings_file(quick(tmp_path / "run"))), options=options)
+    fresh = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    with running(words, **fresh) as one, running(words, **fresh) as other:
+        wait_for(lambda: "step 4/" in one.said + other.said)
+        second = wait_for(lambda: rank_below(one, 1) or rank_below(other, 1))
+        second.kill()
+        assert (one.ended(), other.ended()) == (0, 0), one.said + other.said
+    assert "resumed from step" in one.said + other.said
+    assert adapter(tmp_path / "run") == adapter(undisturbed)
 
 
 STARVED = """

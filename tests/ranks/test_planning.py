@@ -14,7 +14,10 @@ from qlora_hal import train
 from qlora_hal.cli.__main__ import main
 from qlora_hal.cli.estimate import estimate_as_json, estimate_as_text, estimate_run
 from qlora_hal.config.schema import RunConfig
+from qlora_hal.contract.values import MemoryEstimate
+from qlora_hal.detect.discovery import find, listed, load_spec
 from qlora_hal.errors import ConfigError, QloraHalError
+from qlora_hal.ranks.planning import mode_of
 from qlora_hal.report.console import RunConsole
 from qlora_hal.run.start import idle_settings
 
@@ -52,7 +55,7 @@ def test_the_ranks_of_a_cpu_share_its_memory(tmp_path: Path) -> None:
         (0, {}, "QH-R01"),
         ("many", {}, "QH-R01"),
         (4, {}, "QH-R05"),
-        (2, {"parallel.mode": "shard"}, "QH-R06"),
+        (2, {"parallel.mode": "shard", "backend.name": "mlx_lora"}, "QH-R06"),
         (2, {"backend.name": "mps_bnb"}, "QH-R06"),
     ],
 )
@@ -62,6 +65,36 @@ def test_estimate_refuses_what_a_run_would_refuse(
     with pytest.raises(QloraHalError) as caught:
         estimate_run(config(tmp_path, **changes), devices)
     assert caught.value.code == code
+
+
+def test_devices_that_hold_shares_of_the_base_need_less(tmp_path: Path) -> None:
+    """All that is not in a decoder layer is whole on each, and two layers are."""
+    whole = estimate_run(config(tmp_path), 2)
+    shares = [estimate_run(config(tmp_path, **{"parallel.mode": "shard"}), devices) for devices in (2, 6)]
+    assert [estimated.plan.mode for estimated in (whole, *shares)] == ["data", "shard", "shard"]
+    assert shares[1].memory.weights < shares[0].memory.weights
+    assert {(e.memory.adapter, e.memory.activations) for e in shares} == {
+        (whole.memory.adapter, whole.memory.activations)
+    }
+
+
+def plan_with(there: int | None, mode: str, needed: int, tmp_path: Path) -> str:
+    spec = load_spec(find("cpu_torch", listed()))
+    memory = MemoryEstimate(needed, 0, 0, 0, 0, 0, 0, 0)
+    return mode_of(config(tmp_path, **{"parallel.mode": mode}), 2, spec, memory, there)[0]
+
+
+@pytest.mark.parametrize(
+    ("there", "mode", "expected"),
+    [
+        *((100, "auto", "data"), (99, "auto", "shard"), (None, "auto", "data")),
+        *((99, "data", "data"), (None, "shard", "shard")),
+    ],
+)
+def test_auto_spreads_the_base_where_the_whole_does_not_fit(
+    there: int | None, mode: str, expected: str, tmp_path: Path
+) -> None:
+    assert plan_with(there, mode, 100, tmp_path) == expected
 
 
 def test_estimate_takes_more_devices_than_there_are(tmp_path: Path) -> None:

@@ -137,6 +137,21 @@ def test_each_start_of_torchrun_meets_in_its_own_part_of_the_store(monkeypatch: 
         given["store"].set("address", start)
 
 
+def test_machines_that_count_their_starts_otherwise_meet_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the machine on which a rank failed counts it."""
+    given: dict[str, dist.Store] = {}
+    store = dist.HashStore()
+    monkeypatch.setattr(ranks.dist, "init_process_group", lambda *_, **more: given.update(more))
+    monkeypatch.setattr(ranks, "rendezvous", lambda *_, **more: iter([(store, 0, 2)]))
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    Ranks.join(World(0, 2, 0), CPU, 1.0)
+    given["store"].set("address", "here")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    Ranks.join(World(1, 2, 0), CPU, 1.0)
+    assert given["store"].check(["address"])
+
+
 @pytest.mark.fault("R04")
 def test_a_start_of_several_machines_that_would_meet_what_is_gone_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     variables = {

@@ -29,7 +29,7 @@ POLL_SECONDS = 0.1
 def main(arguments: Sequence[str]) -> int:
     ranks, restarts, module, folder = int(arguments[0]), int(arguments[1]), arguments[2], Path(arguments[3])
     child_process.end_with_parent(child_process.ask_to_stop)
-    logging.disable(logging.CRITICAL)  # of the agent's own loggers; the ranks speak for themselves
+    logging.disable(logging.CRITICAL)  # torch gives each of its loggers a level of its own
     try:
         elastic_launch(_settings(ranks, restarts, folder), sys.executable)("-m", module, str(folder))
     except ChildFailedError as failed:

@@ -75,7 +75,7 @@ class Ranks:
                 store.set_timeout(limit)
                 dist.init_process_group(
                     f"cpu:gloo,{device.type}:{DEVICE_COLLECTIVES}" if has_queue(device) else "gloo",
-                    store=PrefixStore(f"start-{os.environ.get(STARTS, '0')}", store),
+                    store=PrefixStore(_part_of_store(), store),
                     rank=rank,
                     world_size=size,
                     timeout=limit,
@@ -233,6 +233,12 @@ def _library_failed(error: BaseException, world: World) -> BackendError:
         fix="Run once more with NCCL_DEBUG=WARN in the environment and read what it prints of this rank.",
         context={"rank": world.rank},
     )
+
+
+def _part_of_store() -> str:
+    """Of one machine the number of the start; several machines count otherwise, and have a new store each time."""
+    given = os.environ
+    return f"start-{given.get(STARTS, '0') if given.get(MACHINES, '1') == '1' else 'of-several-machines'}"
 
 
 def _refuse_stale_meeting(world: World) -> None:

@@ -8,7 +8,7 @@ tensors are views of its slot, and hold its numbers from `present` until the lay
 Why not FSDP2 (`torch.distributed.fsdp.fully_shard`): with torch 2.11 on CUDA it refuses integer parameters ("only
 Tensors of floating point dtype can require gradients"), and bytes that are viewed as bfloat16 come back changed where
 they are NaN as such: 28,398 of 29,360,128 random bytes. torch 2.13 holds them on a CPU. So the bytes are gathered by
-`all_gather_into_tensor` here, behind the seam that FSDP2 would stand behind as well.
+torch.distributed's gather here, behind the seam that FSDP2 would stand behind as well.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ ALIGNMENT = 256
 """Each tensor starts at a multiple of so many bytes, what a kernel's widest loads want."""
 SLOTS = 2
 
-_gather_whole = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-"""The second name is an older torch's; a newer one warns of it."""
+_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""Its name from torch 2.13 on, and before."""
 
 
 class GatherError(RuntimeError):
@@ -184,7 +184,7 @@ class ShardedBase:
         self._present[number % SLOTS] = -1
         whole = slot[: layer.gathered_bytes]
         with self._timed():
-            self._coming = (number, _gather_whole(whole, layer.chunk, async_op=True))
+            self._coming = (number, _gather_into(whole, layer.chunk, async_op=True))
 
     def _arrive(self) -> None:
         if self._coming is not None:

@@ -121,6 +121,11 @@ def token_losses(base: BaseModel, batch: DeviceBatch) -> Tensor:
     return row_losses(states.reshape(-1, states.shape[-1])[batch.counted], batch.targets, base.head)
 
 
+def minimised(loss: Tensor) -> Tensor:
+    """Of a batch's loss: the weighted sum where there is one."""
+    return loss if loss.ndim == 0 else loss[-1]
+
+
 def accumulate_gradients(
     batch_loss: BatchLoss,
     window: Sequence[Batch],
@@ -139,7 +144,7 @@ def accumulate_gradients(
             continue
         see(batch)
         loss = batch_loss(placed(batch), gradient_scale)
-        (loss if loss.ndim == 0 else loss[-1]).backward()
+        minimised(loss).backward()
         total += loss.detach()
     return total
 

@@ -252,8 +252,7 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
 
     def _pass_without_effect(self, batch_loss: step.BatchLoss, see: Callable[[Batch], None]) -> None:
         see(WITHOUT_EFFECT)
-        loss = batch_loss(self._placed(WITHOUT_EFFECT), 0.0)
-        (loss if loss.ndim == 0 else loss[-1]).backward()
+        step.minimised(batch_loss(self._placed(WITHOUT_EFFECT), 0.0)).backward()
 
     def _recomputed(self) -> AbstractContextManager[None]:
         return step.recomputed_layers(self._loaded) if self._compute.gradient_checkpointing else nullcontext()
@@ -434,8 +433,7 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
             with memory_named(str(self._device), phase, kinds=(torch.OutOfMemoryError,), words=_OUT_OF_MEMORY):
                 yield
         except GatherError as error:
-            assert error.__cause__ is not None
-            self._ranks.failed(error.__cause__, error.waited_seconds)
+            self._ranks.failed(error.__cause__ or error, error.waited_seconds)
         except OutOfMemoryError:
             if self._flat is not None:
                 self._flat.gradients.zero_()
