@@ -104,7 +104,7 @@ def alike(**options: Any) -> dict[str, Any]:
 
 def short_of_memory(at: int, **options: Any) -> dict[str, Any]:
     """Rank 1 has no memory left the `at`-th time that it asks for a layer in a step, which is then taken again."""
-    found = {}
+    found: dict[str, Any] = {}
     for fails in (False, True):
         trainer = opened(shard=True, **options)
         taken(trainer, 0, own_window(0))
@@ -149,7 +149,7 @@ def gone(**options: Any) -> dict[str, Any]:
                 os._exit(9)
             present(store, number)
 
-        ShardedBase.present = ended  # type: ignore[method-assign]
+        pytest.MonkeyPatch().setattr(ShardedBase, "present", ended)
     taken(trainer, 0, own_window(0))
     return {}
 

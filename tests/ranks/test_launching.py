@@ -19,6 +19,7 @@ from qlora_hal import resume, train
 from qlora_hal.contract.backend import Availability, BackendSpec, ProbeReport
 from qlora_hal.detect.discovery import find, listed, load_spec
 from qlora_hal.errors import BackendError, ConfigError, DataError, OutOfMemoryError, QloraHalError, StoppedError
+from qlora_hal.processes import child_process
 from qlora_hal.processes.child_errors import answer_of, told_of
 from qlora_hal.processes.signals import EndedAtOnce
 from qlora_hal.ranks import child, starting
@@ -194,7 +195,7 @@ def test_a_rank_whose_starter_is_gone_with_its_folder_ends_without_a_word(
         shutil.rmtree(tmp_path / "ranks")
 
     monkeypatch.setattr(child, "carried_out", folder_gone)
-    monkeypatch.setattr(child.child_process, "end_with_starter", lambda: None)
+    monkeypatch.setattr(child_process, "end_with_starter", lambda: None)
     assert child.main(tmp_path / "ranks") == 1
 
 

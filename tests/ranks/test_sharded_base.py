@@ -70,9 +70,10 @@ def test_a_base_in_parts_gives_the_bits_of_a_whole_one_where_ranks_have_unequal_
 def test_a_rank_short_of_memory_within_the_layers_keeps_the_others_company_and_the_step_is_taken_again(
     tmp_path: Path,
 ) -> None:
-    places = [1, 15, 50, 100, 160]
-    asked = [
-        *({"at": place} for place in places),
+    asked: list[dict[str, Any]] = [
+        {"at": 1},
+        {"at": 15},
+        {"at": 160},
         {"at": 70, "checkpointing": True},
         {"at": 30, "targets": ["3.mlp.down_proj"]},
     ]
