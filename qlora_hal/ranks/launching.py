@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -41,6 +42,8 @@ AUTO = "auto"
 REQUEST_FILE, FAILURES_FILE = "request.json", "failures.json"
 PROCESS_FILE = "rank-0.pid"
 """Written by rank 0 while it can hear a request to save."""
+SECONDS_TO_SAVE = 600
+"""How long ranks have that were asked to stop, as launchers give it to them."""
 CHILD = "qlora_hal.ranks.child"
 LOST, STOPPED = "QH-R02", "QH-S19"
 """What a rank says when another one is gone, and when it was asked to stop: never the cause."""
@@ -91,13 +94,30 @@ def run_by_ranks(
                 child.wait()
         finally:
             child_process.ended(child)
+        if child.returncode < 0:
+            _wait_for_the_first(folder)
         answers = read_answers(folder, ranks)
         failures = _failures(folder)
     if answers.get(0, {}).get("result") is not None and not failures:
         return TrainResult.from_json(answers[0]["result"])
     if handed - {getattr(signal, "SIGUSR1", None)} and not any("error" in answer for answer in answers.values()):
         raise ended_in(run_dir, EndedAtOnce(next(iter(handed)), again=False))
+    if child.returncode < 0 and not handed and all(map(_follows, answers.values())):
+        raise _killed(None, signal.Signals(-child.returncode).name, run_dir)
     raise _what_went_wrong(answers, failures, child.returncode, run_dir)
+
+
+def _wait_for_the_first(folder: Path) -> None:
+    """For rank 0 of a launcher that was killed: it is asked to stop, and holds the run's folder until it has saved."""
+    with suppress(OSError, ValueError):  # it never began, or is gone
+        process, until = int((folder / PROCESS_FILE).read_text(encoding="utf-8")), time.monotonic() + SECONDS_TO_SAVE
+        while not (folder / answer_file(0)).is_file() and time.monotonic() < until:
+            os.kill(process, 0)
+            time.sleep(0.1)
+
+
+def answer_file(rank: int) -> str:
+    return f"rank-{rank}.json"
 
 
 def _hand_on(number: int, launcher: subprocess.Popen[Any], folder: Path) -> None:
@@ -114,7 +134,7 @@ def read_answers(folder: Path, ranks: int) -> dict[int, dict[str, Any]]:
     """What each rank left; a rank that was ended from outside left nothing."""
     found = {}
     for rank in range(ranks):
-        file = folder / f"rank-{rank}.json"
+        file = folder / answer_file(rank)
         if file.is_file():
             found[rank] = json.loads(file.read_text(encoding="utf-8"))
     return found

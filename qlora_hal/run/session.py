@@ -186,13 +186,15 @@ class Session:
 
     def _shards_base(self) -> bool:
         """Whether each rank holds a part of the base alone. What was planned is what is done, by what the device itself
-        says of its memory."""
+        says of its memory; where the base does not fit on one of them, all hold parts."""
         prepared, there = self._prepared, self._trainer.device_facts().memory_limit_bytes
         spec = prepared.resolved_backend.choice.spec
         mode, why = mode_of(self._config, prepared.world.size, spec, prepared.estimate, there)
-        if mode == SHARD and self._config.parallel.mode != SHARD:
-            self._context.console.note(f"parallel.mode is {mode}: {why}")
-        return mode == SHARD
+        [short] = self._ranks.how_many(mode == SHARD)
+        if short and self._config.parallel.mode != SHARD:
+            reason = why if mode == SHARD else f"a whole base does not fit on {short} of the devices"
+            self._context.console.note(f"parallel.mode is {SHARD}: {reason}")
+        return short > 0
 
     def _attach(self) -> Adapter:
         state, modules = self._context.state, self._trainer.linear_modules()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +19,10 @@ from qlora_hal import resume, train
 from qlora_hal.contract.backend import Availability, BackendSpec, ProbeReport
 from qlora_hal.detect.discovery import find, listed, load_spec
 from qlora_hal.errors import BackendError, ConfigError, DataError, OutOfMemoryError, QloraHalError, StoppedError
+from qlora_hal.processes import child_process
 from qlora_hal.processes.child_errors import answer_of, told_of
 from qlora_hal.processes.signals import EndedAtOnce
-from qlora_hal.ranks import starting
+from qlora_hal.ranks import child, starting
 from qlora_hal.ranks.launching import number_of, run_by_ranks
 
 CPU: BackendSpec = load_spec(find("cpu_torch", listed()))
@@ -153,6 +156,47 @@ def left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             return error
 
     return run
+
+
+KILLED_LAUNCHER = """
+import os, signal, subprocess, sys
+from pathlib import Path
+folder = Path(sys.argv[4])
+late = "import sys, time, pathlib; time.sleep(2); pathlib.Path(sys.argv[1]).write_text(sys.argv[2])"
+rank = subprocess.Popen([sys.executable, "-c", late, str(folder / "rank-0.json"), os.environ["LEFT_BEHIND"]])
+(folder / "rank-0.pid").write_text(str(rank.pid))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.fault("R02")
+def test_the_ranks_of_a_launcher_that_was_killed_are_waited_for_and_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are asked to stop, and hold the run's folder until they have saved."""
+    (tmp_path / "killed_launcher.py").write_text(KILLED_LAUNCHER)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    stopped = failed(StoppedError("QH-S19", "Stopped by SIGTERM after step 2; the state is saved.", fix="Resume."))
+    monkeypatch.setenv("LEFT_BEHIND", json.dumps(stopped, default=str))
+    began = time.monotonic()
+    with pytest.raises(BackendError, match=r"The launcher of the ranks was ended by SIGKILL\.") as caught:
+        run_by_ranks("train", {}, tmp_path / "run", replace(CPU, launcher="killed_launcher"), 1, 0, None)
+    assert caught.value.code == "QH-R02"
+    assert time.monotonic() - began >= 2
+
+
+def test_a_rank_whose_starter_is_gone_with_its_folder_ends_without_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ranks").mkdir()
+    (tmp_path / "ranks" / "request.json").write_text(json.dumps({"verb": "train", "request": {}, "console": {}}))
+
+    def folder_gone(*given: object) -> None:
+        shutil.rmtree(tmp_path / "ranks")
+
+    monkeypatch.setattr(child, "carried_out", folder_gone)
+    monkeypatch.setattr(child_process, "end_with_starter", lambda: None)
+    assert child.main(tmp_path / "ranks") == 1
 
 
 def failed(error: QloraHalError) -> dict[str, object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch.distributed as dist
 
 from qlora_hal.contract.world import World
 from qlora_hal.errors import BackendError, ConfigError
-from qlora_hal_backends.torch_family import links, ranks
+from qlora_hal_backends.torch_family import launching, links, ranks
 from qlora_hal_backends.torch_family.ranks import Ranks, device_of_rank
 
 CPU = torch.device("cpu")
@@ -48,7 +49,7 @@ def test_one_rank_asks_nobody_and_leaves_nothing() -> None:
     alone = Ranks.join(World(), CPU, 1.0)
     values = np.array([1.0, 2.0])
     assert alone.sum_on_host(values) is values
-    assert alone.agree(None, (3.0,)) == (3.0,)
+    alone.agree(None)
     assert alone.seconds == 0.0
     alone.leave()
 
@@ -150,6 +151,12 @@ def test_machines_that_count_their_starts_otherwise_meet_all_the_same(monkeypatc
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     Ranks.join(World(1, 2, 0), CPU, 1.0)
     assert given["store"].check(["address"])
+
+
+def test_ranks_of_one_machine_meet_where_no_name_has_to_be_looked_up(tmp_path: Path) -> None:
+    """torch looks up the machine's own name otherwise, and ranks whose machine has one that nobody knows never meet."""
+    settings = launching._settings(2, 0, tmp_path)
+    assert (settings.local_addr, settings.rdzv_endpoint) == ("localhost", "localhost:0")
 
 
 @pytest.mark.fault("R04")

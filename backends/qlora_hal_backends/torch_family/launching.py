@@ -21,6 +21,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from qlora_hal.processes import child_process
 
 FAILURES_FILE = "failures.json"
+HERE = "localhost"
 SECONDS_TO_SAVE = 600
 """How long a rank that is asked to stop has to finish its step and to save."""
 POLL_SECONDS = 0.1
@@ -54,7 +55,8 @@ def _settings(ranks: int, restarts: int, folder: Path) -> LaunchConfig:
         nproc_per_node=ranks,
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        rdzv_endpoint=f"{HERE}:0",
+        local_addr=HERE,  # by default the machine's own name, which not every machine can look up
         max_restarts=restarts,
         monitor_interval=POLL_SECONDS,
         logs_specs=DefaultLogsSpecs(log_dir=str(folder)),

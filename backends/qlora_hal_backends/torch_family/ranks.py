@@ -28,7 +28,6 @@ from qlora_hal.contract.world import World
 from qlora_hal.errors import BackendError, ConfigError, OutOfMemoryError
 from qlora_hal.errors.foreign import told
 from qlora_hal_backends.torch_family.device import has_queue
-from qlora_hal_backends.torch_family.sharded_base import ShardedBase
 
 DEVICE_COLLECTIVES = "nccl"
 """RCCL answers to this name as well."""
@@ -123,9 +122,9 @@ class Ranks:
         table[self.world.rank] = value
         return [float(found) for found in self.sum_on_host(table)]
 
-    def agree(self, out_of_memory: OutOfMemoryError | None, sharded: ShardedBase | None) -> None:
+    def agree(self, out_of_memory: OutOfMemoryError | None) -> None:
         """Nothing where no rank ran out of memory. Raises OutOfMemoryError on all ranks where one did: its own there,
-        and elsewhere one that names it; the ranks are then as far as one another in gathering the base."""
+        and elsewhere one that names it."""
         if not self.are_several:
             if out_of_memory is not None:
                 raise out_of_memory
@@ -133,8 +132,6 @@ class Ranks:
         short = [rank for rank, is_short in enumerate(self.of_each(out_of_memory is not None)) if is_short]
         if not short:
             return
-        if sharded is not None:
-            sharded.catch_up(int(max(self.of_each(sharded.gathers))))
         if out_of_memory is not None:
             raise out_of_memory
         raise OutOfMemoryError(
@@ -154,13 +151,17 @@ class Ranks:
                 _store().set(f"qlora_hal/{self.world.rank}", str(self._votes))
             yield
         except RuntimeError as error:
-            if _is_of_the_library(error):
-                raise _library_failed(error, self.world) from error
-            self._lost(error, time.perf_counter() - began)
+            self.failed(error, time.perf_counter() - began)
         finally:
             self.seconds += time.perf_counter() - began
 
-    def _lost(self, error: RuntimeError, waited: float) -> NoReturn:
+    def failed(self, error: BaseException, waited: float) -> NoReturn:
+        """Raises, of what a collective raised after so many seconds, BackendError QH-R02 or QH-R07."""
+        if _is_of_the_library(error):
+            raise _library_failed(error, self.world) from error
+        self._lost(error, waited)
+
+    def _lost(self, error: BaseException, waited: float) -> NoReturn:
         behind = self._behind()
         hung = {"waited_seconds": round(waited, 1)} if waited >= HANGS_FROM * self.timeout_seconds else {}
         who = f"rank {', '.join(map(str, behind))} of {self.world.size}" if behind else "another rank"

@@ -13,7 +13,9 @@ torch.distributed's gather here, behind the seam that FSDP2 would stand behind a
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +32,14 @@ SLOTS = 2
 
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """Its name from torch 2.13 on, and before."""
+
+
+class GatherError(RuntimeError):
+    """Bytes of a layer did not arrive: the collective's own error is the cause. `waited_seconds` for them."""
+
+    def __init__(self, waited_seconds: float) -> None:
+        super().__init__("the bytes of a layer did not arrive")
+        self.waited_seconds = waited_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +97,21 @@ class ShardedBase:
 
     world: World
     device: torch.device
-    gathers: int = 0
-    """How many meetings there were. Ranks that broke off in the midst of a step catch up with the others by it."""
+    passes: int = 0
+    """How many passes over the layers were begun."""
+    seconds: float = 0.0
+    """Of this process in gathers; where the device has a queue, what it takes to queue them."""
     _layers: list[_Layer] = field(default_factory=list)
     _slots: list[Tensor] = field(default_factory=list)
     _present: list[int] = field(default_factory=lambda: [-1] * SLOTS)
     _coming: tuple[int, Any] | None = None
     _last: int = -1
     _step: int = 1
+    _visits: int = 0
+    """Layers asked for since the pass began, each time that another one than before was."""
+    _last_before: int = -1
+    _replayed: tuple[int, int] | None = None
+    """While a pass is gone through once more: the visits that are still to come again, and the last one."""
 
     def add(self, weights: list[BaseWeight]) -> list[BaseWeight]:
         """Keep this rank's chunk of a layer; the weights it gives read the slots."""
@@ -130,38 +147,62 @@ class ShardedBase:
 
     def present(self, number: int) -> None:
         """Have a layer's bytes in its slot, and the next one's, in the direction of travel, on their way."""
+        if self._replayed is not None:
+            left, last = self._replayed
+            if number != last:
+                self._replayed = (left - 1, number) if left > 1 else None
+            return
         if number == self._last:
             return
         self._step = 1 if number > self._last else -1
         if self._present[number % SLOTS] != number and (self._coming is None or self._coming[0] != number):
             self._gather(number)
         self._arrive()
-        self._last = number
+        self._last, self._visits = number, self._visits + 1
         following = number + self._step
         if 0 <= following < len(self._layers) and self._present[following % SLOTS] != following:
             self._gather(following)
 
-    def catch_up(self, gathers: int) -> None:
-        """Walk on through the layers, up and down, until this rank, which broke off in the midst of a step, has taken
-        part in as many meetings as the others had."""
-        while self.gathers < gathers:
-            if not 0 <= self._last + self._step < len(self._layers):
-                self._step = -self._step
-            self.present(self._last + self._step)
+    def begin_pass(self) -> None:
+        """Every rank has the same passes over the layers in the same order, and each asks for the same layers."""
+        self.passes += 1
+        self._visits, self._last_before = 0, self._last
+
+    @contextmanager
+    def broken_pass_again(self) -> Iterator[None]:
+        """For a pass, with whatever small batch, in the place of one that broke off: what that one gathered is not
+        gathered once more (its numbers mean nothing), what the other ranks still wait for is."""
+        self._replayed = (self._visits, self._last_before) if self._visits else None
+        try:
+            yield
+        finally:
+            self._replayed = None
 
     def _gather(self, number: int) -> None:
         self._arrive()
         layer, slot = self._layers[number], self._slots[number % SLOTS]
         self._present[number % SLOTS] = -1
-        self.gathers += 1
         whole = slot[: layer.gathered_bytes]
-        self._coming = (number, _gather_into(whole, layer.chunk, async_op=True))
+        with self._timed():
+            self._coming = (number, _gather_into(whole, layer.chunk, async_op=True))
 
     def _arrive(self) -> None:
         if self._coming is not None:
             number, work = self._coming
-            work.wait()
+            with self._timed():
+                work.wait()
             self._present[number % SLOTS], self._coming = number, None
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Raises GatherError for what the collective raises."""
+        began = time.perf_counter()
+        try:
+            yield
+        except RuntimeError as error:
+            raise GatherError(time.perf_counter() - began) from error
+        finally:
+            self.seconds += time.perf_counter() - began
 
 
 def _places(weight: BaseWeight) -> Iterator[_Place]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -63,6 +63,7 @@ from qlora_hal_backends.torch_family.optimizer import Optimizer, make_optimizer
 from qlora_hal_backends.torch_family.platform import TorchPlatform
 from qlora_hal_backends.torch_family.precision import proved_dtypes
 from qlora_hal_backends.torch_family.ranks import Ranks, device_of_rank
+from qlora_hal_backends.torch_family.sharded_base import GatherError
 
 FIRST_LOSS_SCALE = 2.0**16
 """Where float16 loss scaling starts (Micikevicius et al. 2018); halved at each overflow, the step is redone."""
@@ -76,7 +77,7 @@ WITHOUT_EFFECT = Batch(
     segment_ids=np.ones((1, 8), np.int32),
     rows=np.zeros(1, np.int32),
 )
-"""What a rank computes, and drops, while another one has a micro-batch more."""
+"""What a rank computes, and drops, while another one has a micro-batch more or while it has no memory for its own."""
 
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "alloc_failed")
 """How torch's CPU and MPS allocators and cuBLAS word it."""
@@ -125,7 +126,8 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         return self._ranks.sum_on_host(values)
 
     def rank_facts(self) -> RankFacts:
-        return RankFacts(self._ranks.collectives, links_between(self._device), self._ranks.seconds)
+        gathering = self._base.sharded.seconds if self._base is not None and self._base.sharded is not None else 0.0
+        return RankFacts(self._ranks.collectives, links_between(self._device), self._ranks.seconds + gathering)
 
     def proved_compute_dtypes(self) -> tuple[str, ...]:
         return proved_dtypes(self._platform, self._device)
@@ -180,12 +182,13 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> LossSum:
         total = torch.zeros(2, dtype=torch.float64 if self._device.type != "mps" else torch.float32)
+        lacking = self._lacking(batches)
         with self._memory_named("evaluation"):
             for batch in batches:
                 if batch.counted_tokens:
                     loss = self._batch_loss(self._placed(batch), 1.0)
                     total += loss.cpu()
-            for batch in self._to_keep_up(batches):
+            for batch in (WITHOUT_EFFECT,) * lacking:
                 self._batch_loss(self._placed(batch), 1.0)
         return evaluated(batches, *total.tolist())
 
@@ -209,13 +212,17 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         """One backward pass at the present loss scale, which is taken off again."""
         flat, ranks, own, short = self._attached, self._ranks, WindowCount(0, False), None
         total = torch.zeros(2, dtype=torch.float32, device=self._device)
+        lacking = self._lacking(window)
+        passes = self._passes
         try:
             with self._memory_named("a training step"):
                 own = WindowCount.of(window)
-                total = self._accumulated(flat, window, denominator, dropout_key)
+                total = self._accumulated(flat, window, lacking, denominator, dropout_key)
         except OutOfMemoryError as problem:
             short = problem
-        ranks.agree(short, self._loaded.sharded)
+            due = lacking + sum(1 for batch in window if batch.counted_tokens)
+            self._catch_up(flat, passes, passes + due, dropout_key)
+        ranks.agree(short)
         tokens, weighted = ranks.sum_on_host(np.array([own.tokens, own.has_weights], np.float64))
         ranks.sum_on_device(total)
         ranks.sum_on_device(flat.gradients)
@@ -226,12 +233,11 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         return total, norm, WindowCount(int(tokens), bool(weighted))
 
     def _accumulated(
-        self, flat: FlatAdapter, window: Sequence[Batch], denominator: float, dropout_key: int | None
+        self, flat: FlatAdapter, window: Sequence[Batch], lacking: int, denominator: float, dropout_key: int | None
     ) -> Tensor:
         """This rank's `[loss sum, weighted]`, its scaled gradient left in the flat buffer."""
         flat.gradients.zero_()
-        checkpointing = step.recomputed_layers(self._loaded) if self._compute.gradient_checkpointing else nullcontext()
-        with checkpointing, self._dropout(flat, dropout_key) as see:
+        with self._recomputed(), self._dropout(flat, dropout_key) as see:
             total = step.accumulate_gradients(
                 self._batch_loss,
                 window,
@@ -240,17 +246,45 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
                 see=see,
                 placed=self._placed,
             )
-            for batch in self._to_keep_up(window):
-                see(batch)
-                step.minimised(self._batch_loss(self._placed(batch), 0.0)).backward()
+            for _ in range(lacking):
+                self._pass_without_effect(self._batch_loss, see)
             return total
 
-    def _to_keep_up(self, batches: Sequence[Batch]) -> Sequence[Batch]:
-        """Micro-batches that only gather: as many as other ranks, which hold parts of this one's base, have more."""
+    def _pass_without_effect(self, batch_loss: step.BatchLoss, see: Callable[[Batch], None]) -> None:
+        see(WITHOUT_EFFECT)
+        step.minimised(batch_loss(self._placed(WITHOUT_EFFECT), 0.0)).backward()
+
+    def _recomputed(self) -> AbstractContextManager[None]:
+        return step.recomputed_layers(self._loaded) if self._compute.gradient_checkpointing else nullcontext()
+
+    def _lacking(self, batches: Sequence[Batch]) -> int:
+        """How many micro-batches more another rank has, which holds parts of this one's base. Asked before the first
+        of them: ranks that gather can answer nothing else."""
         if self._loaded.sharded is None:
-            return ()
+            return 0
         own = sum(1 for batch in batches if batch.counted_tokens)
-        return (WITHOUT_EFFECT,) * (int(max(self._ranks.of_each(own))) - own)
+        return int(max(self._ranks.of_each(own))) - own
+
+    @property
+    def _passes(self) -> int:
+        return 0 if self._loaded.sharded is None else self._loaded.sharded.passes
+
+    def _catch_up(self, flat: FlatAdapter, before: int, due: int, dropout_key: int | None) -> None:
+        """Where ranks hold parts of one another's base: gather, without memory for the window, what the others gather
+        up to its end, which is their pass number `due`; they come to no vote otherwise. `before` it began after."""
+        sharded = self._loaded.sharded
+        if sharded is None:
+            return
+        with (
+            self._memory_named("catching up with the other ranks"),
+            self._recomputed(),
+            self._dropout(flat, dropout_key) as see,
+        ):
+            if sharded.passes > before:
+                with sharded.broken_pass_again():
+                    self._pass_without_effect(self._bare_batch_loss, see)
+            while sharded.passes < due:
+                self._pass_without_effect(self._batch_loss, see)
 
     @contextmanager
     def _dropout(self, flat: FlatAdapter, key: int | None) -> Iterator[Callable[[Batch], None]]:
@@ -359,6 +393,18 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
 
     @property
     def _batch_loss(self) -> step.BatchLoss:
+        sharded, batch_loss = self._loaded.sharded, self._bare_batch_loss
+        if sharded is None:
+            return batch_loss
+
+        def begun(batch: step.DeviceBatch, gradient_scale: float) -> Tensor:
+            sharded.begin_pass()
+            return batch_loss(batch, gradient_scale)
+
+        return begun
+
+    @property
+    def _bare_batch_loss(self) -> step.BatchLoss:
         if isinstance(self._fused, fused.FusedBody):
             return self._fused.batch_loss
         return partial(step.batch_loss, self._loaded)
@@ -386,6 +432,8 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         try:
             with memory_named(str(self._device), phase, kinds=(torch.OutOfMemoryError,), words=_OUT_OF_MEMORY):
                 yield
+        except GatherError as error:
+            self._ranks.failed(error.__cause__ or error, error.waited_seconds)
         except OutOfMemoryError:
             if self._flat is not None:
                 self._flat.gradients.zero_()
