@@ -136,7 +136,7 @@ class ShardedBase:
 
     def finish(self) -> None:
         """Make the slots, and let each tensor be a view of its own."""
-        largest = max(layer.gathered_bytes for layer in self._layers)
+        largest = max((layer.gathered_bytes for layer in self._layers), default=0)
         self._slots = [
             torch.zeros(largest, dtype=torch.uint8, device=self.device) for _ in range(min(SLOTS, len(self._layers)))
         ]
