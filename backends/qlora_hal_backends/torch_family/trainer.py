@@ -220,8 +220,9 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
                 total = self._accumulated(flat, window, lacking, denominator, dropout_key)
         except OutOfMemoryError as problem:
             short = problem
-            due = lacking + sum(1 for batch in window if batch.counted_tokens)
-            self._catch_up(flat, passes, passes + due, dropout_key)
+            if self._loaded.sharded is not None:
+                due = lacking + sum(1 for batch in window if batch.counted_tokens)
+                self._catch_up(flat, passes, passes + due, dropout_key)
         ranks.agree(short)
         tokens, weighted = ranks.sum_on_host(np.array([own.tokens, own.has_weights], np.float64))
         ranks.sum_on_device(total)
@@ -262,7 +263,8 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         of them: ranks that gather can answer nothing else."""
         if self._loaded.sharded is None:
             return 0
-        own = sum(1 for batch in batches if batch.counted_tokens)
+        with self._memory_named("a training step"):
+            own = sum(1 for batch in batches if batch.counted_tokens)
         return int(max(self._ranks.of_each(own))) - own
 
     @property
