@@ -228,19 +228,19 @@ def of(outcome: Outcome) -> Mapping[str, Verdict]:
     return {case: found[case] for case in found if number_of(case) == "85"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_machine_of_one_card_refuses_two_ranks_and_that_is_green(judged: Callable[..., Outcome]) -> None:
     assert set(of(judged("ONE_DEVICE", keyword=ONE_CASE)).values()) == {Verdict.REFUSED}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_machine_of_two_cards_may_not_refuse_two_ranks(judged: Callable[..., Outcome]) -> None:
     outcome = judged("NO_DEVICE_OF_TWO", keyword=ONE_CASE)
     assert set(of(outcome).values()) == {Verdict.FAILED}
     assert "Rank 1 has no device" in outcome.count.results[0].message
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rank_that_dies_fails_the_case_and_ends_the_others(judged: Callable[..., Outcome]) -> None:
     outcome = judged("DIES_AS_SECOND_RANK", keyword=ONE_CASE)
     [result] = [result for result in outcome.count.results if number_of(result.case) == "85"]
@@ -249,6 +249,6 @@ def test_rank_that_dies_fails_the_case_and_ends_the_others(judged: Callable[...,
     assert ", 7" in result.message
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_launcher_of_the_backend_starts_the_ranks(judged: Callable[..., Outcome]) -> None:
     assert set(of(judged("WITH_LAUNCHER", keyword=ONE_CASE)).values()) == {Verdict.PASSED}

@@ -35,7 +35,7 @@ def judged(references: Path, *more: str) -> int:
         return command.main([*asked, *more])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_honest_backend_passes_and_says_what_it_was_judged_by(
     short_references: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -51,20 +51,20 @@ def test_honest_backend_passes_and_says_what_it_was_judged_by(
     assert result["defect"] is None
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_defect_is_refused(short_references: Path, defect: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert judged(short_references, "--dtype", "float32", "--defect", defect) == command.DOES_NOT
     assert "NOT shown to be like the reference" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("variation", HONEST)
 def test_honest_variation_passes(short_references: Path, variation: str) -> None:
     assert judged(short_references, "--dtype", "float32", "--defect", variation) == command.PASSES
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_references_of_other_rows_are_refused(
     short_references: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

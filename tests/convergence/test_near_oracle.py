@@ -69,7 +69,7 @@ def oracle_losses(
     return train
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", TASKS)
 def test_short_run_ends_where_the_numpy_oracle_ends(
     subject: Subject, demo: Pretrained, tmp_path: Path, name: str
@@ -93,7 +93,7 @@ def test_short_run_ends_where_the_numpy_oracle_ends(
     assert found[-1] < envelope.exact[0]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_whole_run_of_numpy_ends_where_the_reference_does(demo: Pretrained) -> None:
     """24 steps of seed 0 by the NumPy backend, which packs the base itself. They are apart by less than a thousandth of
     the margin by which backends are judged (6e-8 nats were seen, and the margin is 0.015)."""

@@ -92,7 +92,7 @@ def test_ranks_draw_one_seed_from_files_of_different_names(tmp_path: Path) -> No
     assert first != seed_of_ranks(None, environment(0, tmp_path / "others", hosts.replace(":2", ":3")))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_mlx_launch_starts_knows_its_rank() -> None:
     program = "from qlora_hal.ranks.identity import *; print(world_here(), seed_of_ranks(None))"
     launch = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--hosts", HERE, "--backend", "ring"]
@@ -112,7 +112,7 @@ HERE = "127.0.0.1"
 
 
 # sums ----------------------------------------------------------------------------------------------------------------
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("size", [2, 3])
 def test_sums_over_ranks_are_those_of_float64_and_the_same_bits_everywhere(tmp_path: Path, size: int) -> None:
     """Parts of hashes have 48 bits, which float32 does not hold; the others show any rounding."""
@@ -151,7 +151,7 @@ def same_bits(left: dict[str, Any], right: dict[str, Any]) -> bool:
     return left.keys() == right.keys() and all(left[name].tobytes() == right[name].tobytes() for name in left)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("shares", [uneven_shares, idle_shares])
 def test_gradients_are_those_of_the_whole_window_on_every_rank(
     of_one: Any, of_two: list[dict[str, Any]], shares: Any
@@ -172,7 +172,7 @@ def test_gradients_are_those_of_the_whole_window_on_every_rank(
     assert same_bits(part(of_two[0], name), part(of_two[1], name))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_with_a_micro_batch_each_take_the_steps_of_one_bit_for_bit(
     llama: Path, of_two: list[dict[str, Any]]
 ) -> None:
@@ -188,7 +188,7 @@ def test_two_ranks_with_a_micro_batch_each_take_the_steps_of_one_bit_for_bit(
         assert same_bits(part(found, "adapter"), dict(adapter))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_memory_that_runs_out_on_one_rank_is_raised_on_all_and_changes_nothing(of_two: list[dict[str, Any]]) -> None:
     """That nothing was changed is shown by the steps after it, which are those of a trainer that had enough."""
     first, second = (str(found["out_of_memory"]) for found in of_two)
@@ -197,7 +197,7 @@ def test_memory_that_runs_out_on_one_rank_is_raised_on_all_and_changes_nothing(o
     assert "MLX" in second
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_gradient_that_is_not_finite_on_one_rank_refuses_the_step_on_all(of_two: list[dict[str, Any]]) -> None:
     for found in of_two:
         _, _, norm, applied = found["spoilt"]
@@ -206,7 +206,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_refuses_the_step_on_all(of_tw
         assert same_bits(part(found, "adapter"), part(found, "after"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_same_ranks_give_the_same_bits_again(llama: Path, of_two: list[dict[str, Any]], tmp_path: Path) -> None:
     assert carried_out(tmp_path, 2, name="steps", model=str(llama)) == 0
     again = dict(np.load(tmp_path / "rank-1.npz"))
@@ -215,7 +215,7 @@ def test_the_same_ranks_give_the_same_bits_again(llama: Path, of_two: list[dict[
 
 
 # ranks that are not there --------------------------------------------------------------------------------------------
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_rank_that_dies_is_noticed_at_once(tmp_path: Path) -> None:
     assert carried_out(tmp_path, 2, name="leaves", how="killed", timeout_seconds=120) == 1
     code, message, _ = told(tmp_path, 0)
@@ -223,14 +223,14 @@ def test_a_rank_that_dies_is_noticed_at_once(tmp_path: Path) -> None:
     assert failures(tmp_path)[0] == [1, "SIGKILL"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_rank_that_hangs_is_given_up_after_the_time_there_is(tmp_path: Path) -> None:
     assert carried_out(tmp_path, 2, name="leaves", how="hangs", timeout_seconds=2) == 1
     assert told(tmp_path, 0) == ["QH-R02", "Rank 1 of 2 is gone or does not answer.", "Nothing came within 2 s."]
     assert failures(tmp_path) == [[0, "exit status 3"]]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_rank_that_never_comes_is_given_up_after_the_time_there_is(tmp_path: Path) -> None:
     assert carried_out(tmp_path, 2, name="alone", timeout_seconds=2) == 0
     code, message, seconds = told(tmp_path, 0)
@@ -239,20 +239,20 @@ def test_a_rank_that_never_comes_is_given_up_after_the_time_there_is(tmp_path: P
 
 
 # the launcher --------------------------------------------------------------------------------------------------------
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_rank_that_fails_ends_the_others_and_is_told_of(tmp_path: Path) -> None:
     assert carried_out(tmp_path, 3, name="fails", times=1) == 1
     assert failures(tmp_path) == [[1, "exit status 7"]]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ranks_are_started_anew_as_often_as_was_asked(tmp_path: Path) -> None:
     assert carried_out(tmp_path / "enough", 2, 2, name="fails", times=2) == 0
     assert not (tmp_path / "enough" / "failures.json").exists()
     assert carried_out(tmp_path / "too few", 2, 1, name="fails", times=2) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_request_to_stop_reaches_every_rank(tmp_path: Path, number: signal.Signals) -> None:
     launcher = start(tmp_path, 2, name="waits")
@@ -291,7 +291,7 @@ def losses_in(folder: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines if "learning_rate" in line}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_whose_rank_is_killed_says_so_and_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
     """Two ranks with a micro-batch each add what one adds, in the same order: the losses are those of one, bit for bit,
     before the end and after it."""
