@@ -75,6 +75,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         vocab_size=128256,
         tie_word_embeddings=False,
     ),
+    "70b": dict(  # Llama 3.1 70B
+        hidden_size=8192,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=28672,
+        vocab_size=128256,
+        tie_word_embeddings=False,
+    ),
 }
 RANK, ALPHA, CLIP = 16, 16.0, 1.0
 WARM_UP_STEPS = 3

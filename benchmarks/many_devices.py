@@ -17,9 +17,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from h200_step import CLIP, QUANTIZATION, SHAPES, WARM_UP_STEPS, as_batch, first_adapter, open_trainer, write_checkpoint
@@ -31,16 +33,6 @@ from qlora_hal.model.source import ModelSource
 from qlora_hal.ranks.identity import world_here
 from qlora_hal_backends.torch_family.ranks import Ranks
 
-SHAPES["70b"] = dict(  # Llama 3.1 70B
-    hidden_size=8192,
-    num_hidden_layers=80,
-    num_attention_heads=64,
-    num_key_value_heads=8,
-    head_dim=128,
-    intermediate_size=28672,
-    vocab_size=128256,
-    tie_word_embeddings=False,
-)
 LAUNCHER = "qlora_hal_backends.torch_family.launching"
 TIMEOUT_SECONDS = 120.0
 
@@ -96,13 +88,12 @@ def measure(folder: Path) -> None:
         compute = Compute("bfloat16", work.checkpointing, {}, world, mode == "shard" and world.size > 1)
         trainer.load(source, QUANTIZATION, compute)
         trainer.attach(first_adapter(SHAPES[work.shape]), work.optimizer)
-        if mode == "without sums":
-            Ranks.sum_on_device = lambda self, tensor: None  # type: ignore[method-assign]
         loaded = torch.cuda.memory_allocated() / 1e9
-        for rows, length, count in work.sizes:
-            found.append(_size(trainer, world, mode, (rows, length, count), work, loaded))
-            if world.rank == 0:
-                print(found[-1], file=sys.stderr, flush=True)
+        with mock.patch.object(Ranks, "sum_on_device") if mode == "without sums" else nullcontext():
+            for rows, length, count in work.sizes:
+                found.append(_size(trainer, world, mode, (rows, length, count), work, loaded))
+                if world.rank == 0:
+                    print(found[-1], file=sys.stderr, flush=True)
     trainer.close()
     if world.rank == 0:
         Path(work.out).write_text(json.dumps([asdict(each) for each in found]), encoding="utf-8")

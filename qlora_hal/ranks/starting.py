@@ -43,7 +43,6 @@ def train_on_devices(
 ) -> TrainResult:
     """A new run by as many ranks; a dry run plans for them in this process. Raises ConfigError QH-R01, QH-R05 and
     UnsupportedFeatureError QH-R06 before any rank is started, and as `run_by_ranks`."""
-    require_usable(devices, max_restarts)
     config = settings.config
     spec, report = chosen_for_ranks(config.backend.name, allow_cpu=config.backend.allow_cpu)
     ranks = number_of(devices, spec, report)
@@ -89,7 +88,6 @@ def resume_on_devices(
     console: RunConsole | None,
 ) -> TrainResult:
     """A run that goes on, by as many ranks. Raises as `train_on_devices`, and CheckpointError where none verifies."""
-    require_usable(devices, max_restarts)
     name = backend or str(latest_state(run_dir)[0].provenance["backend"])
     spec, report = chosen_for_ranks(name, allow_cpu=True)
     ranks = number_of(devices, spec, report)

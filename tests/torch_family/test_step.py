@@ -12,6 +12,7 @@ from trainers import OpenTrainer, largest_difference, random_batch
 
 from qlora_hal.contract.capabilities import OPTIMIZER_FEATURE
 from qlora_hal.contract.values import Adapter
+from qlora_hal_backends.torch_family import optimizer
 
 # An update is a product of at most a dozen float32 operations on float32 moments: 12 * 2^-24, on values that are at
 # most 4 learning rates away from where they began; doubled for the gradient's own rounding, which AdamW's quotient
@@ -41,6 +42,23 @@ def test_four_steps_equal_torch_adamw_with_decay_and_clipping(
     # Relative to the distance travelled, 4 steps of at most lr each: a wrong update is of that size.
     worst = max(np.abs(found[name] - expected[name]).max() for name in found)
     assert worst <= FLOAT32_UPDATE * 4 * 1e-2 + 2**-24 * max(np.abs(t).max() for t in expected.values()) * 8
+
+
+@pytest.mark.parametrize("at_a_time", [500, 1777])
+def test_an_update_in_parts_has_the_bits_of_one_at_once(
+    at_a_time: int, llama: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, in_parts = opened(llama), opened(llama)
+    for _ in range(2):
+        whole.step([random_batch(1)], weight_decay=0.1)
+    monkeypatch.setattr(optimizer, "AT_A_TIME", at_a_time)
+    for _ in range(2):
+        in_parts.step([random_batch(1)], weight_decay=0.1)
+    expected, found = whole.trainer.export_adapter().tensors, in_parts.trainer.export_adapter().tensors
+    assert sum(tensor.size for tensor in found.values()) > 2 * at_a_time, "one part is no parts"
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    moments = whole.trainer.export_optimizer().moments
+    assert all(np.array_equal(m, moments[n]) for n, m in in_parts.trainer.export_optimizer().moments.items())
 
 
 def test_not_finite_step_changes_nothing_and_says_so(llama: Path, opened: Opened) -> None:
