@@ -306,11 +306,11 @@ def open_trainer():
     from qlora_hal_backends.torch_family.platform import CPU as PLATFORM
     from qlora_hal_backends.torch_family.trainer import TorchLoRATrainer
     class Starved(TorchLoRATrainer):
-        def _accumulated(self, flat, window, denominator, dropout_key):
+        def _accumulated(self, flat, window, lacking, denominator, dropout_key):
             if self._ranks.world.rank == 1 and any(batch.input_ids.shape[0] > 1 for batch in window):
                 flat.gradients.fill_(1.0)
                 raise OutOfMemoryError("QH-N07", "no room for two rows", fix="Less.")
-            return super()._accumulated(flat, window, denominator, dropout_key)
+            return super()._accumulated(flat, window, lacking, denominator, dropout_key)
     return Starved(SPEC, PLATFORM)
 """
 
