@@ -1,10 +1,13 @@
-"""report.html: a whole run on one page. One file, nothing fetched, no script; light and dark.
+"""report.html: a whole run on one page. One file, nothing fetched; light and dark, on a phone and on a desktop.
 
-Every text goes through jinja2's autoescape: prompts, answers and paths come from outside.
+Every text goes through jinja2's autoescape: prompts, answers and paths come from outside. The page of a finished run
+has no script. That of a run in progress has one, which loads the page again; no other may run there, by its hash.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +19,7 @@ from qlora_hal.errors import figures
 from qlora_hal.files.replacing import replace_file
 from qlora_hal.report.run_file import read_run_file
 from qlora_hal.report.series import RunSeries, read_series
-from qlora_hal.report.svg import Curve, chart
+from qlora_hal.report.svg import Curve, chart, has_logarithmic_scale
 from qlora_hal.report.transfer_record import transfer_from
 
 REPORT_FILE = "report.html"
@@ -41,17 +44,30 @@ class Chart:
     title: str
     drawing: Markup
     legend: tuple[tuple[str, str], ...] = ()
+    logarithmic: bool = False
 
 
-def write_report(run_dir: Path) -> Path:
-    """Read run.json and metrics.jsonl and write report.html beside them. Raises ConfigError (S50), StorageError."""
+RELOADING_SECONDS = 10
+_RELOADING = f"""
+const box = document.getElementById("reloading");
+box.checked = sessionStorage.getItem("reloading") !== "off";
+box.addEventListener("change", () => sessionStorage.setItem("reloading", box.checked ? "on" : "off"));
+setInterval(() => {{ if (box.checked && !document.hidden) location.reload(); }}, {RELOADING_SECONDS * 1000});
+"""
+_RELOADING_HASH = base64.b64encode(hashlib.sha256(_RELOADING.encode()).digest()).decode()
+
+
+def write_report(run_dir: Path, *, in_progress: bool = False) -> Path:
+    """Read run.json and metrics.jsonl and write report.html beside them; one of a run `in_progress` loads itself again
+    every `RELOADING_SECONDS`, until the reader switches that off. Raises ConfigError (S50), StorageError."""
     path = run_dir / REPORT_FILE
-    page = render_report(read_run_file(run_dir), read_series(run_dir), run_dir.resolve().name)
+    run, series = read_run_file(run_dir), read_series(run_dir)
+    page = render_report(run, series, run_dir.resolve().name, in_progress=in_progress)
     replace_file(path, page.encode("utf-8", "replace"))  # a name or an answer can hold half of a character
     return path
 
 
-def render_report(run: Mapping[str, object], series: RunSeries, name: str) -> str:
+def render_report(run: Mapping[str, object], series: RunSeries, name: str, *, in_progress: bool = False) -> str:
     """The page as text."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -63,6 +79,9 @@ def render_report(run: Mapping[str, object], series: RunSeries, name: str) -> st
     charts = _charts(series)
     return environment.get_template(_TEMPLATE).render(
         name=name,
+        reloading=Markup(_RELOADING) if in_progress else "",
+        reloading_hash=_RELOADING_HASH,
+        reloading_seconds=RELOADING_SECONDS,
         subtitle=_subtitle(run),
         config_hash=str(run.get("config_hash", ""))[:16],
         status=_status(run),
@@ -165,27 +184,30 @@ def _tiles(run: Mapping[str, object], series: RunSeries) -> list[Tile]:
 
 def _charts(series: RunSeries) -> list[Chart]:
     loss_curves = [
-        Curve("training loss", series.loss, "faint"),
-        Curve("training loss, average", series.loss_average, "line"),
-        Curve("evaluation loss", series.eval_loss, "marks"),
+        Curve("each step", series.loss, "faint"),
+        Curve("average", series.loss_average, "line"),
+        Curve("evaluation", series.eval_loss, "marks"),
     ]
-    legend = (("faint", "each step"), ("line", "average"), *((("marks", "evaluation"),) if series.eval_loss else ()))
-    wanted: list[tuple[str, Sequence[Curve], Callable[[float], str], tuple[tuple[str, str], ...]]] = [
-        ("Loss", loss_curves, _short, legend),
-        ("Gradient norm before clipping", [Curve("gradient norm", series.grad_norm)], _short, ()),
-        ("Learning rate", [Curve("learning rate", series.learning_rate)], _learning_rate, ()),
-        ("Tokens per second", [Curve("tokens per second", series.tokens_per_second)], figures.count, ()),
-        ("Memory", [Curve("memory", series.memory_bytes)], figures.size, ()),
+    drawn = [
+        _chart("Loss", loss_curves, _short, has_logarithmic_scale(loss_curves)),
+        _chart(
+            "Gradient norm before clipping", norm := [Curve("", series.grad_norm)], _short, has_logarithmic_scale(norm)
+        ),
+        _chart("Learning rate", [Curve("", series.learning_rate)], _learning_rate),
+        _chart("Tokens per second", [Curve("", series.tokens_per_second)], figures.count),
+        _chart("Memory", [Curve("", series.memory_bytes)], figures.size),
     ]
-    return [made for title, curves, number, words in wanted if (made := _chart(title, curves, number, words))]
+    return [chart for chart in drawn if chart is not None]
 
 
 def _chart(
-    title: str, curves: Sequence[Curve], number: Callable[[float], str], legend: tuple[tuple[str, str], ...]
+    title: str, curves: Sequence[Curve], number: Callable[[float], str], logarithmic: bool = False
 ) -> Chart | None:
-    drawing = chart(title, curves, number=number, **_MAIN_SIZE if title == "Loss" else {})
+    size = _MAIN_SIZE if title == "Loss" else {}
+    drawing = chart(title, curves, number=number, logarithmic=logarithmic, **size)
+    legend = tuple((curve.style, curve.name) for curve in curves if curve.name and curve.points)
     # Safe to mark: svg.chart escapes every text it is given.
-    return Chart(title, Markup(drawing), legend) if drawing else None
+    return Chart(title, Markup(drawing), legend, logarithmic) if drawing else None
 
 
 def _short(value: float) -> str:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qlora_hal.files.safetensors_file import Array
     from qlora_hal.hooks import Hooks
     from qlora_hal.report.console import RunConsole
+    from qlora_hal.report.live_page import LivePage
     from qlora_hal.run.loop import FinishedStep, Progress
     from qlora_hal.run.record import RunRecordFile
     from qlora_hal.run.result import RunView
@@ -48,6 +49,7 @@ class RunCallbacks:
     measures_memory: bool
     memory_limit: int | None
     epoch_of: Callable[[int], float]
+    page: LivePage | None = None
     questions: Sequence[Batch] = ()
     resumed_from: int | None = None
     losses: list[tuple[int, float]] = field(default_factory=list)
@@ -99,6 +101,8 @@ class RunCallbacks:
             stats=finished.stats,
             learning_rate=finished.learning_rate,
         )
+        if self.page is not None:
+            self.page.refresh()
 
     @property
     def tokens_per_second(self) -> float | None:

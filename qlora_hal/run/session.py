@@ -24,6 +24,7 @@ from qlora_hal.errors import AdapterError, StoppedError, UnsafeInputError
 from qlora_hal.processes.signals import EndedAtOnce
 from qlora_hal.ranks.agreement import Agreement
 from qlora_hal.ranks.planning import SHARD, mode_of
+from qlora_hal.report.live_page import LivePage
 from qlora_hal.report.metrics import MetricsFile, loss_before, trained_seconds
 from qlora_hal.run import loop
 from qlora_hal.run.adapters import mend_adapters
@@ -280,7 +281,8 @@ class Session:
             else:
                 self._record_file.time_is_unknown()
             limit = run.resolved["memory_limit_bytes"]
-            made_by = RunCallbacks if self._prepared.world.rank == 0 else FollowingCallbacks
+            leads = self._prepared.world.rank == 0
+            made_by = RunCallbacks if leads else FollowingCallbacks
             yield made_by(
                 run=run,
                 trainer=self._trainer,
@@ -294,6 +296,7 @@ class Session:
                 measures_memory=Feature.PEAK_MEMORY in self._features,
                 memory_limit=limit if isinstance(limit, int) else None,
                 epoch_of=windows.epoch_of,
+                page=LivePage(run.run_dir) if leads else None,
                 questions=questions(self._prepared),
                 resumed_from=context.state.step if context.state else None,
             )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
+import random
 import re
 import struct
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -15,8 +19,9 @@ from report.conftest import run_record, write_metrics
 from qlora_hal.errors import figures
 from qlora_hal.report.curves import write_loss_png
 from qlora_hal.report.html import flat_rows, write_report
+from qlora_hal.report.live_page import LivePage
 from qlora_hal.report.run_file import write_run_file
-from qlora_hal.report.svg import Curve, chart, round_ticks
+from qlora_hal.report.svg import Curve, chart, has_logarithmic_scale, round_ticks
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
@@ -85,6 +90,51 @@ def test_the_page_needs_no_network_and_runs_no_script(run_dir: Path) -> None:
     assert "default-src 'none'" in page
 
 
+def test_the_page_of_a_run_in_progress_has_one_script_and_allows_no_other(run_dir: Path) -> None:
+    page = write_report(run_dir, in_progress=True).read_text(encoding="utf-8")
+    scripts = re.findall(r"<script>(.*?)</script>", page, flags=re.S)
+    assert len(scripts) == 1
+    allowed = base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()
+    assert f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'" in page
+    assert "location.reload()" in scripts[0]
+
+
+def test_headings_go_down_one_level_at_a_time(run_dir: Path) -> None:
+    levels = [int(level) for level in re.findall(r"<h([1-6])", write_report(run_dir).read_text(encoding="utf-8"))]
+    assert levels[0] == 1
+    assert all(deeper <= before + 1 for before, deeper in pairwise(levels))
+
+
+def test_a_page_of_very_many_steps_stays_below_150_kilobytes(run_dir: Path) -> None:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    step = next(line for line in lines if "loss" in line)
+    drawn = random.Random(1)
+    with (run_dir / "metrics.jsonl").open("w", encoding="utf-8") as log:
+        for number in range(1, 20_001):
+            noisy = {name: drawn.uniform(0.1, 9.0) for name in ("loss", "grad_norm", "learning_rate")}
+            log.write(json.dumps({**step, **noisy, "step": number}) + "\n")
+    assert write_report(run_dir).stat().st_size < 150_000
+
+
+def test_the_page_of_a_run_is_written_again_after_ten_seconds_and_never_takes_more_than_a_share(run_dir: Path) -> None:
+    told: list[float] = []
+    seconds = iter([0.0, 0.02, 5.0, 11.0, 12.0, 30.0, 213.0, 213.1])
+    page = LivePage(run_dir, clock=lambda: told.append(now := next(seconds)) or now)
+    report = run_dir / "report.html"
+    written = []
+    for _ in range(5):
+        report.unlink(missing_ok=True)
+        page.refresh()
+        written.append((told[-1], report.exists()))
+    # Written in 0.02 s: the next after 10 s. One second: the next after 200.
+    assert written == [(0.02, True), (5.0, False), (12.0, True), (30.0, False), (213.1, True)]
+
+
+def test_a_page_that_cannot_be_written_does_not_stop_a_run(tmp_path: Path) -> None:
+    LivePage(tmp_path / "absent").refresh()
+    assert not (tmp_path / "absent").exists()
+
+
 def test_texts_of_users_stay_texts(run_dir: Path) -> None:
     page = write_report(run_dir).read_text(encoding="utf-8")
     assert "<script>alert" not in page
@@ -95,7 +145,7 @@ def test_a_step_that_was_not_finite_is_announced(run_dir: Path) -> None:
     assert "was not finite at step 7" in write_report(run_dir).read_text(encoding="utf-8")
 
 
-def test_every_curve_is_drawn_with_one_mark_for_each_evaluation(run_dir: Path) -> None:
+def test_every_curve_is_drawn_with_one_mark_for_each_evaluation_in_both_scales(run_dir: Path) -> None:
     page = write_report(run_dir).read_text(encoding="utf-8")
     drawings = [ElementTree.fromstring(text) for text in re.findall(r"<svg.*?</svg>", page, flags=re.S)]
     assert [drawing.attrib["aria-label"] for drawing in drawings] == [
@@ -105,7 +155,7 @@ def test_every_curve_is_drawn_with_one_mark_for_each_evaluation(run_dir: Path) -
         "Tokens per second by step",
         "Memory by step",
     ]
-    assert sum(element.tag.endswith("circle") for element in drawings[0].iter()) == 2
+    assert sum(element.tag.endswith("circle") for element in drawings[0].iter()) == 2 * 2
 
 
 def test_a_run_that_has_not_begun_has_a_report_too(run_dir: Path) -> None:
@@ -144,6 +194,35 @@ def test_a_long_curve_is_thinned_without_losing_its_spike() -> None:
 def test_equal_values_and_a_single_point_can_be_drawn() -> None:
     for points in ([(1.0, 2.0)], [(1.0, 0.0), (2.0, 0.0)], [(1.0, -3.0), (2.0, -3.0)]):
         ElementTree.fromstring(chart("x", [Curve("x", points)], number=str))
+
+
+def test_each_step_of_a_chart_can_be_read() -> None:
+    drawing = chart("x", [Curve("a", [(1.0, 2.0), (3.0, 4.0)]), Curve("b", [(2.0, 8.0)])], number="{:.1f}".format)
+    words = [text for text in re.findall(r"<text [^>]*>(.*?)</text>", drawing) if text.startswith("step ")]
+    assert words == ["step 1: a 2.0", "step 2: a 2.0, b 8.0", "step 3: a 4.0, b 8.0"]
+
+
+def test_a_long_chart_is_read_in_sixty_places_with_the_last_among_them() -> None:
+    drawing = chart("x", [Curve("", [(float(step), 1.0 + step) for step in range(1001)])], number=str)
+    words = re.findall(r">(step [^<]*)<", drawing)
+    assert len(words) <= 61
+    assert words[-1] == "step 1000: 1001.0"
+
+
+def test_a_logarithmic_scale_puts_equal_factors_at_equal_distances() -> None:
+    curves = [Curve("", [(1.0, 1.0), (2.0, 10.0), (3.0, 100.0)])]
+    assert has_logarithmic_scale(curves)
+    drawing = chart("x", curves, number="{:g}".format, logarithmic=True)
+    by_powers = re.search(r'<g class="logarithmic">(.*?)</g>', drawing, flags=re.S)
+    assert by_powers is not None
+    heights = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", by_powers[1])]
+    assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.11)  # rounded to a tenth of a pixel
+    assert {"1", "10", "100"} <= set(re.findall(r">([\d.]+)</text>", by_powers[1]))
+
+
+@pytest.mark.parametrize("values", [(0.0, 1.0), (-1.0, 1.0), (1.0, 1.5), (float("nan"),)])
+def test_a_logarithmic_scale_is_not_offered_where_it_shows_nothing(values: tuple[float, ...]) -> None:
+    assert not has_logarithmic_scale([Curve("", [(float(step), value) for step, value in enumerate(values)])])
 
 
 def test_a_chart_without_finite_points_is_empty() -> None:
