@@ -47,8 +47,17 @@ def qlora_hal_run_started(run: RunView) -> None:
 
 
 @hookspec
-def qlora_hal_step_finished(run: RunView, step: int, stats: StepStats, learning_rate: float) -> None:
-    """Observe: one optimizer step is known. Called once a step, one step late."""
+def qlora_hal_step_finished(
+    run: RunView,
+    step: int,
+    stats: StepStats,
+    learning_rate: float,
+    epoch: float,
+    tokens_per_second: float,
+    memory_bytes: int | None,
+) -> None:
+    """Observe: one optimizer step is known. Called once a step, one step late. `epoch` counts from 0 with fractions,
+    `tokens_per_second` is of this step, `memory_bytes` the device's peak so far where the backend tells it."""
 
 
 @hookspec

@@ -29,6 +29,7 @@ _SHORT = {
     "training.logging_steps": "1",
     "training.sample_prompts": [],
     "training.report_to": [],
+    "training.tracker_project": "none",
     "checkpoint.save_steps": "none",
 }
 

@@ -210,7 +210,15 @@ class TrainingConfig(_Part):
         None, description="Stop after this many evaluations without improvement. Needs eval_steps."
     )
     load_best_adapter_at_end: bool = Field(True, description="Keep the adapter with the lowest evaluation loss.")
-    report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field(
+        (), description="Trackers that get the figures of the run, beside metrics.jsonl. Each must be installed."
+    )
+    tracker_project: str | None = Field(
+        None,
+        min_length=1,
+        description="The project (in MLflow: the experiment) that wandb, mlflow and trackio put the run into. "
+        "Default: their own variables, else qlora-hal.",
+    )
     sample_prompts: tuple[str, ...] = Field((), description="Prompts that are answered before and after training.")
 
 
@@ -270,6 +278,8 @@ class RunConfig(_Part):
             raise ValueError("data.validation_path and data.validation_fraction are mutually exclusive")
         if data.validation_split and not data.validation_path:
             raise ValueError("data.validation_split needs data.validation_path")
+        if training.tracker_project and not set(training.report_to) - {"tensorboard"}:
+            raise ValueError("training.tracker_project needs wandb, mlflow or trackio in training.report_to")
         if training.max_steps and training.warmup_steps and training.warmup_steps > training.max_steps:
             raise ValueError("training.warmup_steps is larger than training.max_steps")
         if training.global_batch_size and training.gradient_accumulation_steps != 1:

@@ -69,6 +69,7 @@ class RunCallbacks:
         speed = sum(tokens for tokens, _ in self._recent) / max(sum(took for _, took in self._recent), 1e-9)
         self.watchdog.beat(seconds)
         memory = self.trainer.peak_memory_bytes() if self.measures_memory else None
+        speed_of_step = finished.real_tokens / max(finished.seconds, 1e-9)
         self.metrics.append(
             step_record(
                 finished.step,
@@ -76,7 +77,7 @@ class RunCallbacks:
                 learning_rate=finished.learning_rate,
                 epoch=finished.epoch,
                 tokens_seen=finished.tokens_seen,
-                tokens_per_second=finished.real_tokens / max(finished.seconds, 1e-9),
+                tokens_per_second=speed_of_step,
                 seconds_per_step=finished.seconds,
                 memory_bytes=memory,
             )
@@ -100,6 +101,9 @@ class RunCallbacks:
             step=finished.step,
             stats=finished.stats,
             learning_rate=finished.learning_rate,
+            epoch=finished.epoch,
+            tokens_per_second=speed_of_step,
+            memory_bytes=memory,
         )
         if self.page is not None:
             self.page.refresh()

@@ -1,7 +1,7 @@
-"""Trackers as observers of a run: each is a small object with our hooks, used only when its library is installed.
+"""Trackers as observers of a run: each is a small object around its library, used only when that is installed.
 
-metrics.jsonl is always written and needs none of them. The figures are the same in every tracker:
-`train/loss`, `train/grad_norm`, `train/learning_rate`, `eval/loss`.
+metrics.jsonl is always written and needs none of them. The figures are the same in every tracker: `train/loss`,
+`train/grad_norm`, `train/learning_rate`, `train/epoch`, `train/tokens_per_second`, `train/memory_bytes`, `eval/loss`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from importlib.util import find_spec
 from typing import Protocol, cast
 
 from qlora_hal.errors import ConfigError
+from qlora_hal.trackers.observer import Tracker, TrackerObserver
 
 
-class _ObserverModule(Protocol):
-    def make_observer(self) -> object: ...
+class _TrackerModule(Protocol):
+    def make_tracker(self) -> Tracker: ...
 
 
 def observers_for(report_to: Sequence[str]) -> tuple[object, ...]:
@@ -30,4 +31,4 @@ def observers_for(report_to: Sequence[str]) -> tuple[object, ...]:
             fix=f"Run: pip install {' '.join(absent)}",
         )
     modules = [import_module(f"{__name__}.{name}") for name in report_to]
-    return tuple(cast(_ObserverModule, module).make_observer() for module in modules)
+    return tuple(TrackerObserver(cast(_TrackerModule, module).make_tracker()) for module in modules)

@@ -1,67 +1,46 @@
-"""MLflow. The server comes from its own variables (MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME)."""
+"""MLflow. The server comes from its own variable MLFLOW_TRACKING_URI; a project is what it calls an experiment."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from pathlib import Path
 
-from qlora_hal.hooks import hookimpl
-from qlora_hal.trackers import figures_of_run
-
-if TYPE_CHECKING:
-    from qlora_hal.contract.values import LossSum, StepStats
-    from qlora_hal.run.result import RunView, TrainResult
+from qlora_hal.trackers.figures_of_run import samples_as_text
+from qlora_hal.trackers.observer import Figures, Samples, Tracker
 
 _VALUE_LIMIT = 500
 """MLflow's file store refuses longer parameter values."""
 
 
-def make_observer() -> MlflowObserver:
-    return MlflowObserver()
+def make_tracker() -> Tracker:
+    return MlflowTracker()
 
 
-class MlflowObserver:
-    """One MLflow run for each call of train or resume."""
+class MlflowTracker:
+    """Without a project, MLFLOW_EXPERIMENT_NAME decides."""
 
-    def __init__(self) -> None:
-        self._started = False
-
-    @hookimpl
-    def qlora_hal_run_started(self, run: RunView) -> None:
+    def start(self, run_dir: Path, name: str, project: str | None, settings: Mapping[str, object]) -> None:
         import mlflow
 
-        mlflow.start_run(run_name=figures_of_run.run_name(run))
-        self._started = True
-        mlflow.log_params({key: str(value)[:_VALUE_LIMIT] for key, value in figures_of_run.settings_of(run).items()})
+        if project is not None:
+            mlflow.set_experiment(project)
+        mlflow.start_run(run_name=name)
+        mlflow.log_params({key: str(value)[:_VALUE_LIMIT] for key, value in settings.items()})
 
-    @hookimpl
-    def qlora_hal_step_finished(self, run: RunView, step: int, stats: StepStats, learning_rate: float) -> None:
-        self._log(figures_of_run.of_step(stats, learning_rate), step)
+    def log(self, figures: Figures, step: int) -> None:
+        import mlflow
 
-    @hookimpl
-    def qlora_hal_evaluated(self, run: RunView, step: int, evaluation: LossSum) -> None:
-        self._log(figures_of_run.of_evaluation(evaluation), step)
+        mlflow.log_metrics(dict(figures), step=step)
 
-    @hookimpl
-    def qlora_hal_run_finished(self, run: RunView, result: TrainResult) -> None:
-        if self._started:
-            import mlflow
+    def finish(self, figures: Figures, samples: Samples) -> None:
+        import mlflow
 
-            mlflow.log_metrics(figures_of_run.of_result(result))
-        self._end("FINISHED")
+        mlflow.log_metrics(dict(figures))
+        if samples:
+            mlflow.log_text(samples_as_text(samples), "samples.md")
+        mlflow.end_run("FINISHED")
 
-    @hookimpl
-    def qlora_hal_run_failed(self, run: RunView, error: BaseException) -> None:
-        self._end("FAILED")
+    def fail(self) -> None:
+        import mlflow
 
-    def _end(self, status: str) -> None:
-        if self._started:
-            import mlflow
-
-            mlflow.end_run(status)
-            self._started = False
-
-    def _log(self, figures: dict[str, float], step: int) -> None:
-        if self._started and figures:
-            import mlflow
-
-            mlflow.log_metrics(figures, step=step)
+        mlflow.end_run("FAILED")

@@ -3,59 +3,37 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-from qlora_hal.hooks import hookimpl
-from qlora_hal.trackers import figures_of_run
-
-if TYPE_CHECKING:
-    from qlora_hal.contract.values import LossSum, StepStats
-    from qlora_hal.run.result import RunView, TrainResult
+from qlora_hal.trackers.figures_of_run import DEFAULT_PROJECT, samples_as_text
+from qlora_hal.trackers.observer import Figures, Samples, Tracker
 
 
-def make_observer() -> TrackioObserver:
-    return TrackioObserver()
+def make_tracker() -> Tracker:
+    return TrackioTracker()
 
 
-class TrackioObserver:
-    """One trackio run for each call of train or resume."""
+class TrackioTracker:
+    """Without a project, TRACKIO_PROJECT decides."""
 
-    def __init__(self) -> None:
-        self._run: Any = None
+    _run: Any
 
-    @hookimpl
-    def qlora_hal_run_started(self, run: RunView) -> None:
+    def start(self, run_dir: Path, name: str, project: str | None, settings: Mapping[str, object]) -> None:
         import trackio
 
-        self._run = trackio.init(
-            project=os.environ.get("TRACKIO_PROJECT", "qlora-hal"),
-            name=figures_of_run.run_name(run),
-            config=dict(figures_of_run.settings_of(run)),
-        )
+        project = project or os.environ.get("TRACKIO_PROJECT", DEFAULT_PROJECT)
+        self._run = trackio.init(project=project, name=name, config=dict(settings))
 
-    @hookimpl
-    def qlora_hal_step_finished(self, run: RunView, step: int, stats: StepStats, learning_rate: float) -> None:
-        self._log(figures_of_run.of_step(stats, learning_rate), step)
+    def log(self, figures: Figures, step: int) -> None:
+        self._run.log(dict(figures), step=step)
 
-    @hookimpl
-    def qlora_hal_evaluated(self, run: RunView, step: int, evaluation: LossSum) -> None:
-        self._log(figures_of_run.of_evaluation(evaluation), step)
+    def finish(self, figures: Figures, samples: Samples) -> None:
+        import trackio
 
-    @hookimpl
-    def qlora_hal_run_finished(self, run: RunView, result: TrainResult) -> None:
-        if self._run is not None:
-            self._run.log(figures_of_run.of_result(result))
-        self._end()
+        self._run.log({**figures, **({"samples": trackio.Markdown(samples_as_text(samples))} if samples else {})})
+        self._run.finish()
 
-    @hookimpl
-    def qlora_hal_run_failed(self, run: RunView, error: BaseException) -> None:
-        self._end()
-
-    def _end(self) -> None:
-        if self._run is not None:
-            self._run.finish()
-            self._run = None
-
-    def _log(self, figures: dict[str, float], step: int) -> None:
-        if self._run is not None and figures:
-            self._run.log(figures, step=step)
+    def fail(self) -> None:
+        self._run.finish()

@@ -17,6 +17,8 @@ from qlora_hal.report.console import RunConsole
 from qlora_hal.run.identity import facts_of_rank, software_of_rank
 from qlora_hal.run.prepare import prepare_run, resolve_backend
 
+REST_OF_STEP = {"learning_rate": 0.1, "epoch": 0.5, "tokens_per_second": 300.0, "memory_bytes": None}
+
 
 class Observer:
     def __init__(self) -> None:
@@ -31,7 +33,7 @@ class Observer:
 def test_plugins_are_told_of_a_run_once_by_the_rank_that_writes(tells: bool, seen: list[int]) -> None:
     observer = Observer()
     hooks = Hooks([observer], tells=tells)
-    hooks.tell("qlora_hal_step_finished", run=None, step=4, stats=None, learning_rate=0.1)
+    hooks.tell("qlora_hal_step_finished", run=None, step=4, stats=None, **REST_OF_STEP)
     assert observer.seen == seen
 
 
