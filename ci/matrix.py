@@ -106,13 +106,14 @@ def support_table(wanted: Sequence[Platform], certificates: Sequence[Document]) 
 def on_revisions(certificates: Sequence[Document]) -> list[str]:
     """An empty line and the sentence; nothing when every certificate is of the present revision."""
     versions = {str(_mapping(document, "suite").get("version")) for document in certificates}
-    earlier = " and ".join(sorted(versions - {SUITE_VERSION}))
+    earlier = sorted(versions - {SUITE_VERSION})
     if not earlier:
         return []
+    named = f"revision {earlier[0]}" if len(earlier) == 1 else f"revisions {', '.join(earlier[:-1])} and {earlier[-1]}"
     return [
         "",
-        f"The column *suite* is the revision of the suite and the start of its hash: rows of revision {earlier} were "
-        f"judged by the cases and bounds of that revision, not by those of the present one, {SUITE_VERSION}.",
+        f"The column *suite* is the revision of the suite and the start of its hash: rows of {named} were "
+        f"judged by the cases and bounds of their revision, not by those of the present one, {SUITE_VERSION}.",
     ]
 
 

@@ -29,6 +29,7 @@ EARLIER_REVISIONS = (
     ("2", "eaa24402a41d012badace814da284e2ba544d6bd17e3ac9d8d74d2a6774a380d"),
     ("3", "dbf53b47b166a4d0a417e1c84f1317e22ab0a7df131f8374fedce690f52ac394"),
     ("4", "ee1fbe335b8d1e5d2fe8b7d559300caa8ce950459fadc5df321f095f10dc4702"),
+    ("5", "501ec27f3062df29c896afccf8d284c0e2cde131b8535716ff4b94108ffeee3b"),
 )
 """Each published revision before the present one, with the SHA-256 of its suite. A certificate of one is checked
 against that revision's list of cases."""
@@ -87,8 +88,9 @@ def contract_judged(revision: str) -> int:
 
 @cache
 def suite_hash() -> str:
-    """SHA-256 over every source that decides a verdict: the oracle, and all of this package but the backends made for
-    its own tests and the reference convergence points, which decide no case and name their own sources."""
+    """SHA-256 over every source that decides a verdict: the oracle, and all of this package but what decides none: the
+    backends made for its own tests, the reference convergence points, which name their own sources, and the pages that
+    show a certificate."""
     digest = hashlib.sha256()
     for name, path in sorted((*_sources("oracle/", Path(qlora_hal_oracle.__file__).parent), *_sources("", HERE))):
         digest.update(f"{name}\0".encode())
@@ -97,7 +99,7 @@ def suite_hash() -> str:
 
 
 def _sources(prefix: str, root: Path) -> Iterator[tuple[str, Path]]:
-    apart = ("mutants", "reference_backend", "convergence", "__pycache__")
+    apart = ("mutants", "reference_backend", "convergence", "report", "__pycache__")
     for path in root.rglob("*"):
         relative = path.relative_to(root)
         if path.suffix in (".py", ".txt") and relative.parts[0] not in apart and "__pycache__" not in relative.parts:

@@ -58,6 +58,15 @@ def draw_batch(
     return Batch(input_ids, labels, (places * segment_ids).astype(np.int32), segment_ids)
 
 
+def draw_two_tokens_seen(random: np.random.Generator, shape: LlamaShape) -> Batch:
+    """One row whose only counted token is predicted from two that differ. Of equal tokens the values are equal, so
+    whatever attention makes of them is the same, and the gradient of a query is nothing but rounding."""
+    while True:
+        batch = draw_batch(random, shape, lengths=(3,), prompt=2)
+        if batch.input_ids[0, 0] != batch.input_ids[0, 1]:
+            return batch
+
+
 def draw_many_rows(random: np.random.Generator, shape: LlamaShape, rows: int = 16) -> Batch:
     """As many rows as a GPU gets at once, short ones, so that all lengths occur."""
     return draw_batch(random, shape, lengths=[int(length) for length in random.integers(4, 20, rows)])

@@ -100,7 +100,7 @@ def test_certificate_of_an_earlier_revision_says_so_beside_one_of_the_present(pr
     assert "| 1 (01234567) |" in near
     assert f"| {SUITE_VERSION} (fedcba98) |" in far
     readme = (project / "README.md").read_text()
-    assert "rows of revision 1 were judged by the cases and bounds of that revision" in readme
+    assert "rows of revision 1 were judged by the cases and bounds of their revision" in readme
     assert f"not by those of the present one, {SUITE_VERSION}." in readme
 
 

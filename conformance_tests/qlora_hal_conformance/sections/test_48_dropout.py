@@ -15,7 +15,14 @@ from qlora_hal.contract.values import Batch
 from qlora_hal_conformance.assertions import Judge
 from qlora_hal_conformance.fixtures import Opened, Opener, placed
 from qlora_hal_conformance.parameters import in_each_dtype
-from qlora_hal_conformance.random_inputs import draw_adapter, draw_batch, draw_many_rows, joined, rows_of, with_zero
+from qlora_hal_conformance.random_inputs import (
+    draw_adapter,
+    draw_many_rows,
+    draw_two_tokens_seen,
+    joined,
+    rows_of,
+    with_zero,
+)
 from qlora_hal_conformance.tolerances import EXACT, gradient_bounds
 from qlora_hal_oracle.arrays import AnyFloat, Float64
 from qlora_hal_oracle.random_models import draw_tensors
@@ -39,7 +46,7 @@ def test_every_module_of_five_layers_by_every_bit_of_the_key(
     """With A = 0 no mask changes what another module sees. Two tokens are seen, and a column of A's gradient is 0 where
     the contract drops that input of both; elsewhere it is not. No rounding can hide which columns these are."""
     ready = _with_five_layers(opened, seeded)
-    window = placed([draw_batch(seeded, ready.model.shape, lengths=(3,), prompt=2)])
+    window = placed([draw_two_tokens_seen(seeded, ready.model.shape)])
     key = LOW_KEY + sum(2**bit for bit in bits)
     found, expected = ready.trained_gradient(window, dropout_key=key), _expected(ready, window, key)
     wrong = {name: _wrong_columns(found[name], e) for name, e in expected.items() if "lora_A" in name}
