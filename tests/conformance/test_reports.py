@@ -37,10 +37,63 @@ def mixed(results: list[CaseResult]) -> list[CaseResult]:
 def test_every_report_is_written_and_shows_every_case(mixed: list[CaseResult], tmp_path: Path) -> None:
     write_reports(tmp_path, certificate_of(mixed), mixed)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    shown = page.replace("<wbr>", "")
-    assert [r.case for r in mixed if r.case.partition("/")[2] not in shown] == []
+    assert [
+        case for case in (r.case.partition("/")[2].removesuffix("]") for r in mixed) if not _shown(case, page)
+    ] == []
     assert json.loads((tmp_path / "badge.json").read_text())["schemaVersion"] == 1
     assert "| case | verdict | why |" in (tmp_path / "matrix.md").read_text(encoding="utf-8")
+
+
+def _shown(case: str, page: str) -> bool:
+    test, _, parameters = case.partition("[")
+    rows = [row for row in page.split("<tr>") if f"<code>{test}</code>" in row]
+    return any(not parameters or re.search(rf"[> ]{re.escape(parameters)}[< ]", row) for row in rows)
+
+
+def test_cases_that_ended_alike_share_a_row_with_the_tightest_figures(
+    results: list[CaseResult], tmp_path: Path
+) -> None:
+    several = [n for n, result in enumerate(results) if result.case.startswith("30_forward/logits_equal_the_oracle[")][
+        :3
+    ]
+    assert len(several) == 3
+    for place, measured in zip(several, (0.1, 0.7, 0.2), strict=True):
+        results[place] = replace(results[place], measures=(Measure("logits", measured, 1.0, "one"),))
+    write_reports(tmp_path, certificate_of(results), results)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    (row,) = (row for row in page.split("<tr>") if "<code>logits_equal_the_oracle</code>" in row)
+    tightest = results[several[1]].case.partition("[")[2].removesuffix("]")
+    assert f'title="{tightest}: logits, at most one"' in row
+    assert "70 %" in row
+
+
+def test_refusals_of_a_test_share_a_row_and_failures_keep_their_own(results: list[CaseResult], tmp_path: Path) -> None:
+    several = [n for n, result in enumerate(results) if result.case.startswith("30_forward/logits_equal_the_oracle[")][
+        :4
+    ]
+    verdicts = (Verdict.REFUSED, Verdict.REFUSED, Verdict.FAILED, Verdict.FAILED)
+    for number, (place, verdict) in enumerate(zip(several, verdicts, strict=True)):
+        results[place] = replace(results[place], verdict=verdict, message=f"why {number}", measures=())
+    write_reports(tmp_path, certificate_of(results), results)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    whys = [
+        re.findall(r"<p>(.*?)</p>", row) for row in page.split("<tr>") if "<code>logits_equal_the_oracle</code>" in row
+    ]
+    assert sorted(why for row in whys for why in row) == ["why 0 And 1 like it.", "why 2", "why 3"]
+
+
+def test_page_of_every_case_stays_below_150_kilobytes(results: list[CaseResult], tmp_path: Path) -> None:
+    """Of as many cases with figures as refusals, each with words of its own."""
+    refused = [
+        replace(result, verdict=Verdict.REFUSED, message=f"Backend toy does not support format {n}.", measures=())
+        if n % 2
+        else replace(
+            result, measures=(Measure("error of model.layers.0.mlp", n / 7e3, 1.0, "a formula of some length"),)
+        )
+        for n, result in enumerate(results)
+    ]
+    write_reports(tmp_path, certificate_of(refused), refused)
+    assert (tmp_path / "report.html").stat().st_size < 150_000
 
 
 def test_page_is_well_formed_and_needs_nothing_from_elsewhere(mixed: list[CaseResult], tmp_path: Path) -> None:

@@ -155,7 +155,8 @@ def _legend() -> str:
     return (
         '<section class="legend"><p>Each bar is the largest measured error of a case as a part of its bound, on a '
         "logarithmic scale: short bars are far from the bound, a bar that reaches the line uses all of it. "
-        "<i>exact</i> is equal bit for bit. Point at a bar for the formula.</p>"
+        "<i>exact</i> is equal bit for bit. Point at a bar for the formula. The cases of one test stand "
+        "in one row, with the figures of the tightest; results.json has those of each.</p>"
         f'<div class="axis">{ticks}</div></section>'
     )
 
@@ -175,40 +176,76 @@ def _section(section: str, results: Sequence[CaseResult]) -> str:
     green = sum(result.verdict.is_green for result in results)
     tone = "good" if green == len(results) else "bad"
     seconds = sum(result.seconds for result in results)
-    rows = "".join(_row(result) for result in results)
+    rows = "".join(_rows(results))
     title = SECTION_TITLES.get(number_of(section), section)
     is_open = "" if tone == "good" and len(results) > 30 else " open"
     return (
         f'<details class="cases"{is_open}><summary><span class="number">{escape(number_of(section))}</span> '
         f'{escape(title)} <span class="count {tone}">{green} / {len(results)}</span>'
-        f'<span class="time">{seconds:.1f} s</span></summary><table><thead><tr><th>case</th><th>measured</th>'
-        f"<th>bound</th><th>used of the bound</th></tr></thead><tbody>{rows}</tbody></table></details>"
+        f'<span class="time">{seconds:.1f} s</span></summary>{_table(rows)}</details>'
     )
 
 
-def _row(result: CaseResult) -> str:
-    mark = f'<span class="mark {result.verdict.value}" title="{result.verdict.value}">{MARKS[result.verdict]}</span>'
-    name = escape(result.case.partition("/")[2]).replace("_", "_<wbr>")
-    why = f'<p class="why">{escape(result.message)}</p>' if result.message else ""
+def _table(rows: str) -> str:
+    head = "<thead><tr><th>cases</th><th>measured</th><th>bound</th><th>used of the bound</th></tr></thead>"
+    return f"<table>{head}<tbody>{rows}</tbody></table>"
+
+
+def _rows(results: Sequence[CaseResult]) -> Iterable[str]:
+    """One row for all cases of a test that ended alike: its parameters are listed, and the tightest figures shown. What
+    is not green keeps a row for each message."""
+    alike: dict[tuple[str, Verdict, str], list[CaseResult]] = {}
+    for result in results:
+        told = "" if result.verdict.is_green else result.message
+        alike.setdefault((_test_of(result), result.verdict, told), []).append(result)
+    return (_row(name, cases) for (name, _, _), cases in alike.items())
+
+
+def _test_of(result: CaseResult) -> str:
+    return result.case.partition("/")[2].partition("[")[0]
+
+
+def _row(name: str, cases: Sequence[CaseResult]) -> str:
+    mark = f'<i class="{cases[0].verdict.value}">{MARKS[cases[0].verdict]}</i>'
+    given = " &middot; ".join(escape(parameters) for case in cases if (parameters := _parameters_of(case)))
+    parts = [f"{mark}<code>{escape(name)}</code>", f"<small>{given}</small>" if given else ""]
+    parts.append(f"<p>{escape(_why(cases))}</p>" if _why(cases) else "")
+    measured = max((case for case in cases if case.tightest), key=lambda case: _order(case.tightest), default=None)
+    figures = "<td></td><td></td><td></td>" if measured is None else _figures(measured, several=len(cases) > 1)
+    return f"<tr><td>{''.join(parts)}</td>{figures}</tr>"
+
+
+def _why(cases: Sequence[CaseResult]) -> str:
+    first, *others = dict.fromkeys(case.message for case in cases if case.message) or [""]
+    return f"{first} And {len(others)} like it." if others else first
+
+
+def _parameters_of(result: CaseResult) -> str:
+    return result.case.partition("[")[2].removesuffix("]")
+
+
+def _order(measure: Measure | None) -> tuple[bool, float]:
+    """The tightest last; what is not a number at all holds no bound."""
+    assert measure is not None
+    return (not measure.holds, measure.used if math.isfinite(measure.used) else math.inf)
+
+
+def _figures(result: CaseResult, *, several: bool) -> str:
     tightest = result.tightest
-    if tightest is None:
-        figures = "<td></td><td></td><td></td>"
-    else:
-        figures = f"<td>{_number(tightest.measured)}</td><td>{_number(tightest.bound)}</td><td>{_bar(tightest)}</td>"
-    return f"<tr><td>{mark} <code>{name}</code>{why}</td>{figures}</tr>"
+    assert tightest is not None
+    where = f"{_parameters_of(result)}: " if several else ""
+    figures = (_number(tightest.measured), _number(tightest.bound), _bar(tightest, where))
+    return "".join(f"<td>{figure}</td>" for figure in figures)
 
 
-def _bar(measure: Measure) -> str:
-    hint = escape(f"{measure.what}: {measure.measured:.3g} of {measure.bound:.3g} = {measure.formula}", quote=True)
+def _bar(measure: Measure, where: str) -> str:
+    hint = escape(f"{where}{measure.what}, at most {measure.formula}", quote=True)
     if measure.used <= 0.0:
-        return f'<span class="exact" title="{hint}">exact</span>'
+        return f'<em title="{hint}">exact</em>'
     width = _width(measure.used)
     tone = "over" if not measure.holds else "near" if measure.used > 0.5 else "within"
     share = "over" if not measure.holds else f"{100 * measure.used:.3g} %"
-    return (
-        f'<span class="bar" title="{hint}"><i class="{tone}" style="width:{width:.1f}%"></i></span>'
-        f'<span class="share">{share}</span>'
-    )
+    return f'<b title="{hint}"><i class="{tone}" style="width:{width:.1f}%"></i></b>{share}'
 
 
 def _width(used: float) -> float:
@@ -231,11 +268,8 @@ def _extra(document: Mapping[str, object]) -> str:
     records = document.get("extra_cases")
     if not isinstance(records, list) or not records:
         return ""
-    rows = "".join(_row(result_from_json(record)) for record in records)
-    return (
-        '<details class="cases" open><summary>Sections of plugins, not counted</summary><table><thead><tr><th>case</th>'
-        f"<th>measured</th><th>bound</th><th>used of the bound</th></tr></thead><tbody>{rows}</tbody></table></details>"
-    )
+    rows = "".join(_rows([result_from_json(record) for record in records]))
+    return f'<details class="cases" open><summary>Sections of plugins, not counted</summary>{_table(rows)}</details>'
 
 
 def _record(document: Mapping[str, object]) -> str:

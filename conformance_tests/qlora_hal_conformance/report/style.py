@@ -37,7 +37,7 @@ h2 { font-size: 1.05rem; margin: 0 0 .6rem; }
 .verdict { font-weight: 600; font-size: .82rem; } .verdict.failed { color: var(--bad); }
 .verdict.inconclusive, .verdict.waived { color: var(--warn); }
 .legend p { color: var(--soft); font-size: .87rem; max-width: 48rem; margin: 0 0 .4rem; }
-.axis { position: relative; height: 1.5rem; width: min(22rem, 100%); border-top: 1.5px solid var(--soft);
+.axis { position: relative; height: 1.5rem; width: min(22rem, 100% - 4rem); border-top: 1.5px solid var(--soft);
   margin: 0 3rem 0 1rem; }
 .axis span { position: absolute; transform: translateX(-50%); font-size: .75rem; color: var(--soft); top: .15rem; }
 .cases, .record { margin-top: .8rem; background: var(--card); border: 1px solid var(--line); border-radius: .6rem;
@@ -50,19 +50,25 @@ table { width: 100%; border-collapse: collapse; font-size: .87rem; }
 th { text-align: left; color: var(--soft); font-weight: 500; }
 .cases th, .cases td { padding: .3rem 1rem; border-top: 1px solid var(--line); vertical-align: top; }
 .cases td:nth-child(2), .cases td:nth-child(3) { white-space: nowrap; font-variant-numeric: tabular-nums; }
-.cases td:nth-child(4) { white-space: nowrap; width: 14rem; }
-code { font: .86em/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-.mark { display: inline-block; width: 1.1rem; font-weight: 700; }
-.mark.passed { color: var(--good); } .mark.refused { color: var(--info); } .mark.failed { color: var(--bad); }
-.mark.inconclusive, .mark.waived { color: var(--warn); }
-.why { margin: 0 0 0 1.3rem; color: var(--soft); overflow-wrap: anywhere; max-width: 40rem; }
-.bar { display: inline-block; width: 9rem; height: .6rem; background: var(--track); border-radius: 2px;
-  border-right: 2px solid var(--soft); vertical-align: middle; }
-.bar i { display: block; height: 100%; border-radius: 2px 0 0 2px; background: var(--good); }
-.bar i.near { background: var(--warn); } .bar i.over { background: var(--bad); }
-.share { margin-left: .5rem; color: var(--soft); font-size: .8rem; font-variant-numeric: tabular-nums; }
-.exact { color: var(--soft); font-style: italic; }
+.cases td:nth-child(4) { white-space: nowrap; width: 14rem; color: var(--soft); font-size: .8rem;
+  font-variant-numeric: tabular-nums; }
+code { font: .86em/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
+td > i { display: inline-block; width: 1.1rem; font-weight: 700; font-style: normal; }
+i.passed { color: var(--good); } i.refused { color: var(--info); } i.failed { color: var(--bad); }
+i.inconclusive, i.waived { color: var(--warn); }
+.cases small, .cases p { display: block; margin: 0 0 0 1.3rem; color: var(--soft); overflow-wrap: anywhere;
+  max-width: 40rem; }
+.cases b { display: inline-block; width: 9rem; height: .6rem; margin-right: .5rem; background: var(--track);
+  border-radius: 2px; border-right: 2px solid var(--soft); vertical-align: middle; }
+b i { display: block; height: 100%; border-radius: 2px 0 0 2px; background: var(--good); }
+b i.near { background: var(--warn); } b i.over { background: var(--bad); }
 .record th, .record td { padding: .25rem 1rem; border-top: 1px solid var(--line); vertical-align: top; }
 .record th { white-space: nowrap; } .record td { overflow-wrap: anywhere; }
+@media (max-width: 40rem) { /* a row becomes a stack: its name, then measured, bound and bar in one line */
+  .cases thead { position: absolute; clip-path: inset(50%); } .cases table, .cases tbody, .cases tr { display: block; }
+  .cases tr { border-top: 1px solid var(--line); padding: .4rem 1rem; } .cases td { border: 0; padding: 0 .6rem 0 0; }
+  .cases td:first-child { display: block; padding: 0; }
+  .cases td:not(:first-child) { display: inline-block; width: auto; }
+  .cases td:empty { display: none !important; } .cases b { width: 5rem; } .record th { white-space: normal; } }
 @media print { body { background: #fff; } .cases, .record { break-inside: avoid-page; } }
 """
