@@ -101,11 +101,11 @@ def settings_text(syntax: Syntax) -> str:
 
 
 def _lines(setting: Setting, syntax: Syntax, *, indent: str) -> list[str]:
-    about = setting.description or f"{setting.expected[0].upper()}{setting.expected[1:]}."
     choices = f" ({' | '.join(setting.choices)})" if setting.choices else ""
     name = setting.path.rpartition(".")[2]
     assigned = syntax.assigned(name, syntax.value(setting))
-    return [f"{indent}## {about}{choices}", f"{indent}{'' if setting.path in _FILL_IN else '# '}{assigned}"]
+    said_only = "" if setting.path in _FILL_IN else "# "
+    return [f"{indent}## {setting.description}{choices}", f"{indent}{said_only}{assigned}"]
 
 
 def _in_yaml(setting: Setting) -> str:

@@ -178,31 +178,45 @@ class DataConfig(_Part):
 class TrainingConfig(_Part):
     """Length, learning rate, optimizer and evaluation."""
 
-    learning_rate: Annotated[Positive, Field(le=1.0)] = 2e-4
-    num_train_epochs: Annotated[float, Field(gt=0.0, le=1e9)] = 1.0
+    learning_rate: Annotated[Positive, Field(le=1.0)] = Field(
+        2e-4, description="The rate after warmup. Adapters take about ten times that of full fine-tuning."
+    )
+    num_train_epochs: Annotated[float, Field(gt=0.0, le=1e9)] = Field(
+        1.0, description="How often each row is seen; a part of an epoch is allowed."
+    )
     max_steps: PositiveInt | None = Field(None, description="Optimizer steps; overrides num_train_epochs.")
-    per_device_train_batch_size: PositiveInt = 4
-    per_device_eval_batch_size: PositiveInt = 8
-    gradient_accumulation_steps: PositiveInt = 1
+    per_device_train_batch_size: PositiveInt = Field(
+        4, description="Sequences of a micro-batch on each device; more take more memory, not another step."
+    )
+    per_device_eval_batch_size: PositiveInt = Field(8, description="Sequences of a batch of evaluation on each device.")
+    gradient_accumulation_steps: PositiveInt = Field(
+        1, description="Micro-batches of one optimizer step. Each counted token weighs the same."
+    )
     global_batch_size: PositiveInt | None = Field(
         None, description="Sequences in a step, over all devices; in the place of gradient_accumulation_steps."
     )
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
-    warmup_ratio: Fraction = 0.03
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
+        "linear", description="How the rate goes on after warmup: it stays, or falls to 0 at the last step."
+    )
+    warmup_ratio: Fraction = Field(0.03, description="Share of all steps in which the rate rises to learning_rate.")
     warmup_steps: NonNegativeInt | None = Field(None, description="Overrides warmup_ratio.")
-    optim: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
-    weight_decay: NonNegative = 0.0
+    optim: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
+        "adamw", description="AdamW with moments in float32 or in 8 bits; paged ones may move to the host's memory."
+    )
+    weight_decay: NonNegative = Field(0.0, description="AdamW's decay of the adapter, times the learning rate.")
     max_grad_norm: NonNegative = Field(1.0, description="0 disables clipping.")
-    adam_beta1: Fraction = 0.9
-    adam_beta2: Fraction = 0.999
-    adam_epsilon: Positive = 1e-8
+    adam_beta1: Fraction = Field(0.9, description="How much of the first moment each step keeps.")
+    adam_beta2: Fraction = Field(0.999, description="How much of the second moment each step keeps.")
+    adam_epsilon: Positive = Field(1e-8, description="Added to the root of the second moment, which it is divided by.")
     adam_epsilon_from_noise: bool = Field(
         False,
         description="Raise adam_epsilon above the rounding error of the first gradient, so that backends begin alike.",
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
     seed: NonNegativeInt | None = Field(None, description="Drawn, printed and stored when unset.")
-    logging_steps: PositiveInt = 1
+    logging_steps: PositiveInt = Field(
+        1, description="Print a line every this many steps; metrics.jsonl has every step."
+    )
     eval_steps: PositiveInt | None = Field(
         None, description="Evaluate every this many steps; always before and after training."
     )

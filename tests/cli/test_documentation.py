@@ -9,6 +9,7 @@ from pathlib import Path
 import qlora_hal
 from qlora_hal.cli.application import VERBS
 from qlora_hal.cli.reference import with_settings_table
+from qlora_hal.config.fields import settings
 from qlora_hal.errors.fault_catalogue import EXIT_STATUSES
 from qlora_hal.report.run_file import RunRecord
 
@@ -18,6 +19,10 @@ DOCS = Path(qlora_hal.__file__).parent.parent / "docs"
 def test_the_table_of_settings_is_the_schemas() -> None:
     page = (DOCS / "cli.md").read_text(encoding="utf-8")
     assert page == with_settings_table(page)
+
+
+def test_every_setting_says_in_a_sentence_what_it_does() -> None:
+    assert [path for path, setting in settings().items() if not setting.description.endswith(".")] == []
 
 
 def test_every_verb_and_exit_status_stands_in_the_page() -> None:
