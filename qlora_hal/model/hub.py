@@ -1,5 +1,5 @@
-"""The Hugging Face hub: what a repository holds, whole files of it, parts of a file; retried, checked for size, or a clear
-error. Which files of a model are wanted, and when, is decided in `hub_model`.
+"""The Hugging Face hub: what a repository holds, whole files of it, parts of a file; retried, checked for size, or a
+clear error. Which files of a model are wanted, and when, is decided in `hub_model`.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Retries:
 
 @dataclass(frozen=True, slots=True)
 class Repository:
-    """A model of the hub at one commit: `revision` is what was asked for, `sizes` its files with their bytes, None where
-    the hub does not tell them."""
+    """A model of the hub at one commit: `revision` is what was asked for, `sizes` its files with their bytes, None
+    where the hub does not tell them."""
 
     name: str
     revision: str | None
@@ -100,8 +100,8 @@ def look_up(name: str, revision: str | None, retries: Retries | None = None) -> 
 def fetch(
     repository: Repository, names: Collection[str], *, progress: bool = False, retries: Retries | None = None
 ) -> Path:
-    """Bring these files into the cache, as far as they are not there, and give the folder. What was begun goes on, and a
-    partial file never gets further. `progress` shows a bar where standard error is a terminal.
+    """Bring these files into the cache, as far as they are not there, and give the folder. What was begun goes on, and
+    a partial file never gets further. `progress` shows a bar where standard error is a terminal.
 
     Raises Unreachable, HubError (QH-E12, QH-E13 for a file that stays incomplete), StorageError QH-E22.
     """

@@ -27,8 +27,8 @@ _DESCRIPTION = (
 _SMALL_FILES = (
     "*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
-"""Configuration, tokenizer files, chat templates and terms of use; nothing that runs. Of the weights only what the index
-names is fetched: pickles, exports to other formats and second copies (`consolidated.safetensors`) never are."""
+"""Configuration, tokenizer files, chat templates and terms of use; nothing that runs. Of the weights only what the
+index names is fetched: pickles, exports to other formats and second copies (`consolidated.safetensors`) never are."""
 _TEMPLATES = "additional_chat_templates/*.jinja"
 """The one subfolder that is read."""
 _WEIGHTS = frozenset({".safetensors", ".gguf", *PICKLE_SUFFIXES})
@@ -54,7 +54,7 @@ class RemoteWeights:
 
 @dataclass(frozen=True, slots=True)
 class HubModel:
-    """The folder of a commit in the cache. `weights` and their checked `headers` are there while they lie on the hub."""
+    """The folder of a commit in the cache. `weights` and their checked `headers` are set while they lie on the hub."""
 
     folder: Path
     commit: str
