@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 
 from qlora_hal.cli.completed_command import with_completed_command
-from qlora_hal.cli.failures import report_interrupt, report_unexpected, report_usage, reported
+from qlora_hal.cli.failures import report_interrupt, report_unexpected, reported
 from qlora_hal.cli.stream_encoding import escape_what_streams_cannot_hold
 from qlora_hal.cli.streams import output_error, usable_streams
 from qlora_hal.errors import QloraHalError
@@ -53,6 +53,7 @@ def _run(tokens: list[str]) -> int:
 
     from qlora_hal.cli.application import application
     from qlora_hal.cli.arguments import canonical
+    from qlora_hal.cli.usage import report_usage
 
     try:
         app = application()

@@ -55,13 +55,17 @@ def choose(
     raise _nothing_fits(rejections, reports, able)
 
 
-def refuse_nothing_ready(
+def refuse_unready(
     name: str, entries: Sequence[BackendEntry], reports: Sequence[ProbeReport], *, allow_cpu: bool
 ) -> None:
-    """What `choose` would say of any model, before one is looked at: `auto`, and nothing with an accelerator is ready.
-    Raises BackendUnavailableError QH-E01."""
+    """What `choose` would say of any model, before one is looked at: the backend that is named is not there, or cannot
+    run here; or none is named and nothing with an accelerator is ready. Raises BackendNotFoundError and
+    BackendUnavailableError."""
+    if name != "auto":
+        _require_ready(name, entries, reports)
+        return
     ready, rejections = _able_backends(Requirements(), entries, reports)
-    if name != "auto" or (allow_cpu and ready) or any(has_accelerator(spec, reports) for spec in ready):
+    if (allow_cpu and ready) or any(has_accelerator(spec, reports) for spec in ready):
         return
     raise _nothing_fits({**rejections, **dict.fromkeys((spec.name for spec in ready), _CPU_IS_NAMED)}, reports, ready)
 
@@ -80,16 +84,7 @@ def _first(candidates: Sequence[BackendSpec]) -> BackendSpec:
 
 
 def _named(name: str, needs: Requirements, entries: Sequence[BackendEntry], reports: Sequence[ProbeReport]) -> Choice:
-    entry = find(name, entries)
-    report = next(report for report in reports if report.backend == name)
-    if not report.ready:
-        raise BackendUnavailableError(
-            "QH-B05",
-            f"Backend {name} cannot run here: {report.reason}",
-            fix=report.fix,
-            context={"reports": [r.as_json() for r in reports]},
-        )
-    spec = load_spec(entry)
+    spec = load_spec(_require_ready(name, entries, reports))
     lacks = unmet_requirements(needs, spec.capabilities)
     if lacks:
         other = _who_can(needs, entries, reports, but_not=name)
@@ -102,6 +97,19 @@ def _named(name: str, needs: Requirements, entries: Sequence[BackendEntry], repo
             context={"lacks": list(lacks)} | ({"add": {"--backend": other}} if other else {}),
         )
     return Choice(spec, "it was requested")
+
+
+def _require_ready(name: str, entries: Sequence[BackendEntry], reports: Sequence[ProbeReport]) -> BackendEntry:
+    entry = find(name, entries)
+    report = next(report for report in reports if report.backend == name)
+    if not report.ready:
+        raise BackendUnavailableError(
+            "QH-B05",
+            f"Backend {name} cannot run here: {report.reason}",
+            fix=report.fix,
+            context={"reports": [r.as_json() for r in reports]},
+        )
+    return entry
 
 
 def _able_backends(

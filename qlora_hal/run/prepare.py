@@ -19,7 +19,7 @@ from qlora_hal.data.source.sampling import WindowSampler
 from qlora_hal.detect import discovery
 from qlora_hal.detect.discovery import reports
 from qlora_hal.detect.requirements import quantization_of, requirements_of, unmet_description_note
-from qlora_hal.detect.selection import Choice, choose, refuse_nothing_ready
+from qlora_hal.detect.selection import Choice, choose, refuse_unready
 from qlora_hal.errors import ConfigError, figures
 from qlora_hal.memory.estimate import estimate
 from qlora_hal.model.source import is_on_hub, plan_model, with_weights
@@ -84,7 +84,7 @@ def resolve_backend(config: RunConfig, hooks: Hooks, console: RunConsole) -> Res
     entries = discovery.listed(hooks.offered_backends())
     probed = reports(entries)
     if is_on_hub(config.model.name_or_path) and not hooks.chooses_backend:
-        refuse_nothing_ready(config.backend.name, entries, probed, allow_cpu=config.backend.allow_cpu)
+        refuse_unready(config.backend.name, entries, probed, allow_cpu=config.backend.allow_cpu)
     source = plan_model(
         config.model.name_or_path, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
     )
