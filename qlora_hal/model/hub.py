@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import glob
 import re
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -100,8 +101,8 @@ def look_up(name: str, revision: str | None, retries: Retries | None = None) -> 
 def fetch(
     repository: Repository, names: Collection[str], *, progress: bool = False, retries: Retries | None = None
 ) -> Path:
-    """Bring these files into the cache, as far as they are not there, and give the folder. What was begun goes on, and
-    a partial file never gets further. `progress` shows a bar where standard error is a terminal.
+    """Bring these files into the cache, as far as they are not there, and give the folder; a partial file never gets
+    further. `progress` shows a bar where standard error is a terminal.
 
     Raises Unreachable, HubError (QH-E12, QH-E13 for a file that stays incomplete), StorageError QH-E22.
     """
@@ -116,7 +117,7 @@ def fetch(
                     repository.name,
                     revision=repository.revision,
                     allow_patterns=patterns,
-                    tqdm_class=None if progress else _Unseen,
+                    tqdm_class=None if progress and sys.stderr.isatty() else _Unseen,
                 )
             )
 
@@ -175,8 +176,7 @@ def not_cached(name: str, reason: str, held: str) -> HubError:
 def require_space(repository: Repository, names: Collection[str]) -> None:
     """Refuse a download that the disk of the cache cannot hold. Raises StorageError QH-E22 with both figures."""
     cache = _cache_of(repository.name)
-    begun = sum(part.stat().st_size for part in (cache / "blobs").glob("*.incomplete"))
-    needed = sum(repository.sizes[name] or 0 for name in repository.missing(names)) - begun
+    needed = sum(repository.sizes[name] or 0 for name in repository.missing(names))
     free = free_bytes(cache)
     if free is not None and needed > free:
         raise _no_space(repository, needed, free)

@@ -82,7 +82,7 @@ def planned(name: str, *, revision: str | None, trust_remote_code: bool, tokeniz
 
 
 def fetch_weights(weights: RemoteWeights, *, progress: bool) -> None:
-    """Bring the weights into the cache; what was begun goes on. Raises HubError (QH-E11, QH-E12, QH-E13) and
+    """Bring the weights into the cache, those files that it has not yet. Raises HubError (QH-E11, QH-E12, QH-E13) and
     StorageError QH-E22."""
     hub.require_space(weights.repository, weights.files)
     try:
@@ -123,9 +123,14 @@ def _header(repository: Repository, name: str) -> Header:
     size = repository.sizes[name]
     if size is None:
         raise Unreachable(f"the hub does not tell the size of {name}")
-    return read_header_by_ranges(
-        repository.folder() / name, size, partial(hub.read_range, repository, name), _FIRST_BYTES
-    )
+    return read_header_by_ranges(repository.folder() / name, size, partial(_part, repository, name), _FIRST_BYTES)
+
+
+def _part(repository: Repository, name: str, begin: int, end: int) -> bytes:
+    try:
+        return hub.read_range(repository, name, begin, end)
+    except Unreachable as failure:
+        raise hub.not_cached(repository.name, failure.reason, "its description, without its weights") from failure
 
 
 def _whole_copy(name: str, revision: str | None, reason: str, cause: Exception | None = None) -> HubModel:

@@ -34,7 +34,8 @@ class Sparse:
 
 @dataclass
 class FakeHub:
-    """One repository. `answers` holds statuses to give first, `cut` how often the weights come short; `served` counts
+    """One repository. `answers` holds statuses to give first, `cut` how often the weights come short, `down` the one
+    file that no request gets whole; `served` counts
     the bytes of bodies by file, those of the API under `api`; `ranges` False ignores that a part was asked for."""
 
     files: Mapping[str, bytes | Sparse]
@@ -42,6 +43,7 @@ class FakeHub:
     answers: list[tuple[int, Mapping[str, str]]] = field(default_factory=list)
     gated: bool = False
     cut: int = 0
+    down: str = ""
     ranges: bool = True
     requests: Counter[str] = field(default_factory=Counter)
     served: Counter[str] = field(default_factory=Counter)
@@ -95,6 +97,8 @@ class FakeHub:
         elif name.endswith(".safetensors") and self.cut:
             self.cut -= 1
             end -= 7
+        if name == self.down and status == 200:
+            return 503, {}, b"{}"
         body = data[begin:end]
         self.served[name] += len(body)
         return status, headers, body

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.model.fake_hub import COMMIT, FakeHub, serving
 from tests.model.hub_client import Client
+
+WriteModel = Callable[..., Path]
 
 NOWHERE = "http://127.0.0.1:9"
 """Port 9 (discard) refuses connections."""
@@ -157,6 +160,22 @@ def test_a_partial_file_in_the_cache_is_replaced(client: Client, files: dict[str
         blob.write_bytes(blob.read_bytes()[: len(files["model.safetensors"]) // 2])
         assert client.resolve(hub.address)["linear"] == 14
     assert path.read_bytes() == files["model.safetensors"]
+
+
+@pytest.mark.fault("E11")
+def test_weight_files_that_are_complete_are_not_fetched_again_after_a_download_broke_off(
+    client: Client, write_model: WriteModel
+) -> None:
+    files = {path.name: path.read_bytes() for path in write_model("sharded", shards=2).iterdir()}
+    first, second = sorted(name for name in files if name.endswith(".safetensors"))
+    with serving(FakeHub(files, down=second)) as hub:
+        answer = client.resolve(hub.address)
+        assert (answer["code"], answer["exit_status"]) == ("QH-E11", 11)
+        assert "not all of its weights" in answer["message"]
+        hub.down = ""
+        before = hub.served[first]
+        assert client.resolve(hub.address)["linear"] == 14
+        assert hub.served[first] - before <= 16 * 1024
 
 
 @pytest.mark.fault("C01")
