@@ -182,7 +182,7 @@ def require_space(repository: Repository, names: Collection[str]) -> None:
         raise _no_space(repository, needed, free)
 
 
-class _Unseen(tqdm):  # type: ignore[type-arg]
+class _Unseen(tqdm):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "disable": True})
 
