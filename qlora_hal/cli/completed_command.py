@@ -24,7 +24,7 @@ def with_completed_command(error: QloraHalError, tokens: Sequence[str]) -> Qlora
     return error
 
 
-def _added(error: QloraHalError, tokens: Sequence[str]) -> Mapping[str, str]:
+def _added(error: QloraHalError, tokens: Sequence[str]) -> dict[str, str]:
     add, absent = error.context.get("add"), error.context.get("absent")
     if isinstance(add, Mapping):
         return {str(flag): str(value) for flag, value in add.items()}
@@ -33,7 +33,7 @@ def _added(error: QloraHalError, tokens: Sequence[str]) -> Mapping[str, str]:
     return {flag: FILL_IN[path] for path, flag in _FLAGS.items() if path in absent} | _backend(tokens)
 
 
-def _backend(tokens: Sequence[str]) -> Mapping[str, str]:
+def _backend(tokens: Sequence[str]) -> dict[str, str]:
     """The backend that would have to be named next, where the command trains and nothing else may name one."""
     from qlora_hal.config.fields import settings
     from qlora_hal.detect.discovery import listed, reports
