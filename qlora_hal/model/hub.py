@@ -184,7 +184,7 @@ def require_space(repository: Repository, names: Collection[str]) -> None:
 
 class _Unseen(tqdm):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "disable": True})
+        super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
 
 
 def _with_retries(call: Callable[[], _Result], retries: Retries) -> _Result:
