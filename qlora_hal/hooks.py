@@ -113,6 +113,11 @@ class Hooks:
     def offered_backends(self) -> tuple[BackendSpec, ...]:
         return tuple(spec for offered in self._manager.hook.qlora_hal_backends() for spec in offered)
 
+    @property
+    def chooses_backend(self) -> bool:
+        """Whether a plugin may choose the backend, which takes the facts of the model."""
+        return bool(self._manager.hook.qlora_hal_choose_backend.get_hookimpls())
+
     def chosen_backend(self, reports: tuple[ProbeReport, ...], needs: Requirements) -> str | None:
         name: str | None = self._manager.hook.qlora_hal_choose_backend(reports=reports, needs=needs)
         return name

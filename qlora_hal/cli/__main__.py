@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 
-from qlora_hal.cli.failures import report_interrupt, report_unexpected, report_usage, reported
+from qlora_hal.cli.failures import report_interrupt, report_unexpected, reported
 from qlora_hal.cli.stream_encoding import escape_what_streams_cannot_hold
 from qlora_hal.cli.streams import output_error, usable_streams
 from qlora_hal.errors import QloraHalError
@@ -40,7 +40,9 @@ def _status(tokens: list[str], *, as_json: bool) -> int:
         with ended_by_signals(), foreign_output_visible(), refused_paths_told():
             return _run(tokens)
     except QloraHalError as error:
-        return reported(error, as_json=as_json)
+        from qlora_hal.cli.completed_command import with_completed_command
+
+        return reported(with_completed_command(error, tokens), as_json=as_json)
     except KeyboardInterrupt as interrupt:
         return report_interrupt(interrupt, as_json=as_json)
     except Exception as error:
@@ -52,6 +54,7 @@ def _run(tokens: list[str]) -> int:
 
     from qlora_hal.cli.application import application
     from qlora_hal.cli.arguments import canonical
+    from qlora_hal.cli.usage import report_usage
 
     try:
         app = application()

@@ -75,7 +75,7 @@ def _joined(tokens: Iterator[str]) -> Iterator[str]:
 def _repeated(tokens: Iterator[str]) -> Iterator[str]:
     """`--training.report_to wandb mlflow` becomes two flags of one value each, the form in which the parser takes
     them. The name of a settings file ends the list."""
-    flag, values = "", 0
+    flag, values, previous = "", 0, ""
     for token in tokens:
         if token == "--":
             yield token
@@ -83,17 +83,25 @@ def _repeated(tokens: Iterator[str]) -> Iterator[str]:
             return
         if token.startswith("--"):
             name, equals, _ = token.partition("=")
-            flag, values = ("", 0) if _setting(name) is None else (name, 1 if equals else 0)
+            flag, values = ("", 0) if setting_of_flag(name) is None else (name, 1 if equals else 0)
         elif flag and values and not token.lower().endswith(_FILE_ENDINGS):
             if not _takes_a_list(flag):
-                raise _one_value(flag, token)
+                raise _one_value(flag, token, follows_equals=previous == "=")
             yield flag
         elif flag:
             flag, values = (flag, 1) if not values else ("", 0)
         yield token
+        previous = token
 
 
-def _one_value(flag: str, value: str) -> ConfigError:
+def _one_value(flag: str, value: str, *, follows_equals: bool) -> ConfigError:
+    if follows_equals:
+        return ConfigError(
+            "QH-U04",
+            f"{flag} = {value} has spaces around the =; {flag}={value} is expected.",
+            where="command line",
+            fix=f"Write {flag} {value}.",
+        )
     return ConfigError(
         "QH-U04",
         f"{flag} takes one value; {value!r} follows it.",
@@ -103,19 +111,20 @@ def _one_value(flag: str, value: str) -> ConfigError:
     )
 
 
-def _setting(flag: str) -> Setting | None:
+def setting_of_flag(flag: str) -> Setting | None:
+    """The setting that a flag sets, `--data` as `--data.path`; None where it sets none."""
     from qlora_hal.config.fields import settings
 
     return settings().get(_OTHER_NAMES.get(flag, flag[2:]))
 
 
 def _takes_a_list(flag: str) -> bool:
-    setting = _setting(flag)
+    setting = setting_of_flag(flag)
     return setting is not None and setting.kind in ("list", "text or list")
 
 
 def _is_yes_no(path: str) -> bool:
-    setting = _setting(f"--{path}")
+    setting = setting_of_flag(f"--{path}")
     return setting is not None and setting.kind == "true or false"
 
 

@@ -87,7 +87,7 @@ def estimate_run(config: RunConfig, devices: int | str | None = None) -> Estimat
     from qlora_hal.detect.selection import has_accelerator
     from qlora_hal.memory.estimate import spread_over
     from qlora_hal.memory.gpus import KNOWN_GPUS
-    from qlora_hal.model.source import resolve_model
+    from qlora_hal.model.source import plan_model
     from qlora_hal.ranks.launching import AUTO, number_of
     from qlora_hal.ranks.planning import plan_for
     from qlora_hal.ranks.starting import require_number
@@ -95,7 +95,9 @@ def estimate_run(config: RunConfig, devices: int | str | None = None) -> Estimat
 
     require_number(devices)
     model = config.model
-    facts = resolve_model(model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code).facts
+    facts = plan_model(
+        model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code, tokenizer=False
+    ).facts
     refuse_long_sequences(config.data, facts.max_position_embeddings)
     spec = _backend(config, facts)
     quantization = quantization_of(config, facts, spec.capabilities)

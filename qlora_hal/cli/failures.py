@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
-from qlora_hal.errors import ConfigError, QloraHalError
+from qlora_hal.errors import QloraHalError
 from qlora_hal.errors.terminal_text import show, show_json, visible, visible_line
 from qlora_hal.ranks.identity import is_following, rank_here
-
-if TYPE_CHECKING:
-    from cyclopts import CycloptsError
 
 INTERRUPTED = 130
 TOLD_BY_THE_FIRST = frozenset({"QH-R03", "QH-S19", "QH-N01", "QH-N02", "QH-C18"})
@@ -82,52 +78,6 @@ def _broken_library(error: BaseException) -> str:
         if package and not package.startswith("qlora_hal") and package not in sys.stdlib_module_names:
             return next(iter(packages_distributions().get(package, [])), package)
     return ""
-
-
-def report_usage(error: CycloptsError, tokens: list[str]) -> ConfigError:
-    """A parser's complaint as our error, with the nearest known word."""
-    import difflib
-
-    from cyclopts.exceptions import UnknownCommandError, UnknownOptionError
-
-    from qlora_hal.cli.application import VERBS
-
-    text = " ".join(str(error).split())
-    verb = tokens[0] if tokens and tokens[0] in VERBS else ""
-    fix = f"Run qlora-hal {verb} --help." if verb else "Run qlora-hal --help."
-    if isinstance(error, UnknownOptionError):
-        flag = (error.token.keyword or error.token.value).partition("=")[0]
-        own = [name for argument in error.argument_collection for name in argument.names if name.startswith("--")]
-        nearest = _nearest_flag(flag, own)
-        text = f"{_as_typed(flag, tokens)} is not a flag of qlora-hal {verb}".rstrip()
-        text += f"; did you mean {nearest}?" if nearest else "."
-    elif isinstance(error, UnknownCommandError) and tokens and not verb:
-        close = difflib.get_close_matches(tokens[0], VERBS, n=1)
-        text = f"{tokens[0]} is not a command; did you mean {close[0]}?" if close else f"{tokens[0]} is not a command."
-    return ConfigError("QH-U04", text, where="command line", fix=fix)
-
-
-def _as_typed(flag: str, tokens: Sequence[str]) -> str:
-    """The flag with the dashes and underscores that the user gave it."""
-    from qlora_hal.cli.arguments import canonical
-
-    typed = (token.partition("=")[0] for token in tokens)
-    return next((token for token in typed if canonical([token]) == [flag]), flag)
-
-
-def _nearest_flag(flag: str, own: Sequence[str]) -> str | None:
-    """The flag of the same verb that was most likely meant: a setting known by that word first, then by its letters."""
-    import difflib
-
-    from qlora_hal.config.fields import known_by_name, nearest_setting
-
-    words = flag.lstrip("-")
-    if (setting := f"--{known_by_name(words)}") in own:
-        return setting
-    if close := difflib.get_close_matches(flag, own, n=1, cutoff=0.75):
-        return close[0]
-    setting = f"--{nearest_setting(words)}"
-    return setting if setting in own else None
 
 
 def _printed(content: Mapping[str, object]) -> bool:

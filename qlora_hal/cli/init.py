@@ -17,11 +17,12 @@ from qlora_hal.files.output_path import write_whole
 from qlora_hal.files.replacing import replace_file
 
 SCHEMA_FILE = "qlora-hal.schema.json"
-_FILL_IN = {
+FILL_IN = {
     "output_dir": "runs/first",
     "model.name_or_path": "path/to/model",
     "data.path": "path/to/rows.jsonl",
 }
+"""What stands for settings that everybody has to give."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +105,13 @@ def _lines(setting: Setting, syntax: Syntax, *, indent: str) -> list[str]:
     choices = f" ({' | '.join(setting.choices)})" if setting.choices else ""
     name = setting.path.rpartition(".")[2]
     assigned = syntax.assigned(name, syntax.value(setting))
-    said_only = "" if setting.path in _FILL_IN else "# "
+    said_only = "" if setting.path in FILL_IN else "# "
     return [f"{indent}## {setting.description}{choices}", f"{indent}{said_only}{assigned}"]
 
 
 def _in_yaml(setting: Setting) -> str:
-    if setting.path in _FILL_IN:
-        return _FILL_IN[setting.path]
+    if setting.path in FILL_IN:
+        return FILL_IN[setting.path]
     if setting.kind in ("mapping", "list"):
         return "{}" if setting.kind == "mapping" else "[]"
     return setting.default_text or ("null" if setting.optional else '""')
@@ -118,8 +119,8 @@ def _in_yaml(setting: Setting) -> str:
 
 def _in_toml(setting: Setting) -> str:
     """TOML has no null: what is unset by default stays empty, for the user to fill in."""
-    if setting.path in _FILL_IN or (setting.kind in ("text", "choice", "text or list") and not setting.optional):
-        return json.dumps(_FILL_IN.get(setting.path, setting.default_text))
+    if setting.path in FILL_IN or (setting.kind in ("text", "choice", "text or list") and not setting.optional):
+        return json.dumps(FILL_IN.get(setting.path, setting.default_text))
     if setting.kind in ("mapping", "list"):
         return "{}" if setting.kind == "mapping" else "[]"
     return setting.default_text

@@ -45,7 +45,7 @@ def quantize(
     """Quantize a model with calibration: qlora-hal quantize MODEL OUT --data rows.jsonl."""
     from qlora_hal.cli.json_output import kept_for_json
     from qlora_hal.files.refused_paths import refuse_other_encodings
-    from qlora_hal.model.source import resolve_model
+    from qlora_hal.model.source import plan_model, with_weights
     from qlora_hal.quantize.calibration import Recipe, quantize_into
     from qlora_hal.report.console import RunConsole
 
@@ -53,11 +53,12 @@ def quantize(
         refuse_other_encodings(path)
     console = RunConsole(json=json)
     quantization = asked_storage(format, bits, group_size)
-    source = resolve_model(model, revision=revision, trust_remote_code=False)
+    source = plan_model(model, revision=revision, trust_remote_code=False)
     refuse_quantized(source)
     spec = able_backend(backend, quantization)
     calibration = calibration_of(source, data, rows=rows, max_seq_length=max_seq_length)
     recipe = Recipe(quantization, symmetric=not asymmetric, act_order=act_order)
+    source = with_weights(source, progress=not json)
     with kept_for_json(json):
         made = quantize_into(out, source, spec, recipe, calibration, {"engine": engine}, console.note)
     result = {"folder": str(out), "fingerprint": made.facts.fingerprint, "backend": spec.name}

@@ -15,6 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from qlora_hal.config import habits
 from qlora_hal.config.schema import FormatName, RunConfig
 
 Kind = Literal["text", "whole number", "number", "true or false", "choice", "list", "text or list", "mapping"]
@@ -22,51 +23,6 @@ Kind = Literal["text", "whole number", "number", "true or false", "choice", "lis
 ENVIRONMENT_PREFIX = "QLORA_HAL_"
 _LONGEST_NAME = 80
 """Beyond it nothing was mistyped, and the search for what is near takes time by the square of the length."""
-
-# Names from neighbouring tools that people type from habit; each maps to the setting of the same meaning here.
-_HABITS: Mapping[str, str] = {
-    "lora_r": "lora.r",
-    "rank": "lora.r",
-    "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout",
-    "lora_target_modules": "lora.target_modules",
-    "lora_target": "lora.target_modules",
-    "lr": "training.learning_rate",
-    "epochs": "training.num_train_epochs",
-    "num_epochs": "training.num_train_epochs",
-    "num_train_steps": "training.max_steps",
-    "steps": "training.max_steps",
-    "iters": "training.max_steps",
-    "grad_accumulation_steps": "training.gradient_accumulation_steps",
-    "grad_checkpoint": "training.gradient_checkpointing",
-    "scheduler": "training.lr_scheduler_type",
-    "warmup": "training.warmup_ratio",
-    "evals_per_epoch": "training.eval_steps",
-    "steps_per_eval": "training.eval_steps",
-    "save_every": "checkpoint.save_steps",
-    "batch_size": "training.per_device_train_batch_size",
-    "micro_batch_size": "training.per_device_train_batch_size",
-    "lr_scheduler": "training.lr_scheduler_type",
-    "optimizer": "training.optim",
-    "base_model": "model.name_or_path",
-    "model_name_or_path": "model.name_or_path",
-    "dataset": "data.path",
-    "datasets": "data.path",
-    "train_file": "data.path",
-    "validation_file": "data.validation_path",
-    "sequence_len": "data.max_seq_length",
-    "max_length": "data.max_seq_length",
-    "max_seq_len": "data.max_seq_length",
-    "cutoff_len": "data.max_seq_length",
-    "sample_packing": "data.packing",
-    "load_in_4bit": "quantization.weight_format",
-    "load_in_8bit": "quantization.weight_format",
-    "bnb_4bit_quant_type": "quantization.weight_format",
-    "bnb_4bit_use_double_quant": "quantization.double_quant",
-    "bnb_4bit_compute_dtype": "quantization.compute_dtype",
-    "group_size": "quantization.block_size",
-    "device": "backend.name",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +76,8 @@ def groups() -> Mapping[str, str]:
 def known_by_name(name: str) -> str | None:
     """The setting whose last word, here or in a neighbouring tool, is that of a dotted `name` without dots or in
     another group, or None."""
-    leaf = name.replace("-", "_").lower().rpartition(".")[2]
-    return _HABITS.get(leaf) or _by_leaf().get(leaf)
+    leaf = habits.leaf(name)
+    return habits.SETTINGS.get(leaf) or _by_leaf().get(leaf)
 
 
 def nearest_setting(name: str) -> str | None:

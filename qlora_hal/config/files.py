@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -33,6 +34,7 @@ file has a few hundred, three deep."""
 _PLAIN_TAGS = frozenset(
     f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "str", "int", "float", "bool", "null", "timestamp")
 )
+_ENDINGS = (".yaml", ".yml", ".toml", ".json")
 _NUMBER_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
@@ -88,7 +90,7 @@ def _text(path: Path) -> str:
     except OSError as error:
         raise ConfigError(
             "QH-U02",
-            f"Settings file {path} cannot be read: {error.strerror or error}.",
+            f"Settings file {path} cannot be read: {error.strerror or error}{_near(path)}",
             where=str(path),
             cause=""
             if path.suffix
@@ -97,6 +99,16 @@ def _text(path: Path) -> str:
         ) from error
     except UnicodeDecodeError as error:
         _raise_malformed(path, None, f"byte {error.start} is not UTF-8", error)
+
+
+def _near(path: Path) -> str:
+    """`; did you mean run.yaml?` where a settings file of nearly that name lies beside."""
+    try:
+        beside = {entry.stem: entry for entry in path.parent.iterdir() if entry.suffix.lower() in _ENDINGS}
+    except OSError:
+        beside = {}
+    near = get_close_matches(path.stem, beside, n=1)
+    return f"; did you mean {beside[near[0]]}?" if near else "."
 
 
 # YAML ------------------------------------------------------------------------------------------------------------

@@ -52,6 +52,14 @@ class Problem:
 
 
 _NOT_SHOWN = object()
+_OTHER_CHOICES = {
+    "int4": "4bit", "q4": "4bit", "4": "4bit", "8": "8bit", "bf16": "bfloat16", "fp16": "float16", "half": "float16",
+    "fp32": "float32", "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw",
+    "adamw_bnb_8bit": "adamw_8bit", "paged_adamw_32bit": "paged_adamw", "cosine_with_restarts": "cosine",
+    "jsonl": "auto", "chatml": "messages", "openai": "messages", "chat": "messages",
+    "input_output": "prompt_completion", "completion": "prompt_completion", "instruction": "alpaca",
+}  # fmt: skip
+"""Choices of neighboring tools, and the nearest one here."""
 
 
 def shorten(value: object) -> str:
@@ -83,7 +91,7 @@ def config_error(problems: Sequence[Problem]) -> ConfigError:
     context: dict[str, object] = {"problems": [problem.as_json() for problem in problems[:_MOST_TOLD]]}
     if len(problems) == 1:
         only = problems[0]
-        message = only.sentence() if only.hint else f"{only.sentence()}."
+        message = only.sentence() if only.hint.endswith(("?", ".")) else f"{only.sentence()}."
         return ConfigError("QH-U01", message, where=only.origin, fix=fix, context=context)
     told = [f"    {p.origin}  {p.sentence()}" for p in problems[:_MOST_TOLD]]
     more = [f"    and {len(problems) - _MOST_TOLD} more"] if len(problems) > _MOST_TOLD else []
@@ -119,8 +127,13 @@ def _setting_path(location: Iterable[object]) -> str | None:
 
 
 def _near_choice(setting: Setting, value: object) -> str:
-    close = get_close_matches(value, setting.choices, n=1) if isinstance(value, str) else []
-    return f"did you mean {close[0]}?" if close and setting.kind == "choice" else ""
+    word = value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
+    if not isinstance(word, str) or not setting.choices:
+        return ""
+    if word.lower() in ("none", "no", "off", "null") and setting.kind == "list":
+        return "leave it out for none"
+    close = get_close_matches(_OTHER_CHOICES.get(word.lower(), word.lower()), setting.choices, n=1)
+    return f"did you mean {close[0]}?" if close else ""
 
 
 def _expected(setting: Setting, kind: str, message: str) -> str:

@@ -23,6 +23,7 @@ from qlora_hal.config.fields import (
     settings,
 )
 from qlora_hal.config.files import BYTE_LIMIT, read_settings_file
+from qlora_hal.config.habits import remark
 from qlora_hal.config.problems import Problem, config_error, problems_of_validation
 from qlora_hal.config.schema import RunConfig
 from qlora_hal.errors import ConfigError
@@ -249,9 +250,9 @@ def _from_text(setting: Setting, value: object) -> object:
         # A lone word is a module's name; only all-linear and real patterns stay texts.
         texts = _listed(value, split=False)
         names = "[A-Za-z0-9_]+"
-        if len(texts) == 1 and not re.fullmatch(rf"{names}(\s*,\s*{names})*", texts[0]):
+        if len(texts) == 1 and not re.fullmatch(rf"{names}(\s*[,\s]\s*{names})*", texts[0]):
             return texts[0]
-        return _listed(value, split=True)
+        return tuple(name for text in _listed(value, split=True) for name in text.split())
     if setting.kind == "mapping":
         return _mapping(value)
     return value
@@ -302,5 +303,7 @@ def _validated(layers: _Layers) -> ResolvedSettings:
 def _unknown(key: str, value: object, origin: str, is_searched: bool) -> Problem:
     if is_searched and isinstance(value, Mapping) and "." not in key and (group := nearest_group(key)):
         return Problem(key, origin, value, "no group has that name", f"did you mean {group}?")
+    if is_searched and (instead := remark(key)):
+        return Problem(key, origin, value, "no setting has that name", f"{instead}.")
     nearest = nearest_setting(key) if is_searched else None
     return Problem(key, origin, value, "no setting has that name", f"did you mean {nearest}?" if nearest else "")

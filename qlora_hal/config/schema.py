@@ -6,6 +6,7 @@ a note, or refused by the backend. pydantic is used at this border only.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
@@ -142,6 +143,19 @@ class LoraConfig(_Part):
         "all-linear", description="all-linear, a list of names (q_proj), or a regular expression over full paths."
     )
     bias: Literal["none"] = Field("none", description="Biases are not trained.")
+
+    @field_validator("target_modules")
+    @classmethod
+    def _means_modules(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        """Spellings that would match no module, told before a model is looked at."""
+        names = (value,) if isinstance(value, str) else value
+        if len(names) == 1 and names[0].lower().replace("_", "-").strip() in ("all", "all-linear", "linear"):
+            if names[0].lower() != "all-linear":
+                raise ValueError("all-linear is expected for all linear layers")
+        elif isinstance(value, str) and re.fullmatch(r"\w+(\s*[,\s]\s*\w+)+", value):
+            listed = ", ".join(re.split(r"[,\s]+", value))
+            raise ValueError(f"a list is expected for several names: [{listed}]")
+        return value
 
 
 class DataConfig(_Part):

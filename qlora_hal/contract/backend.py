@@ -150,7 +150,8 @@ class ModelOutline:
 
 class Outline(Protocol):
     """A function that looks at config.json and the headers of the weight files only. Called before data are read, so
-    that a model the backend cannot load is refused by name in a dry run. `options` are `backend.options`."""
+    that a model the backend cannot load is refused by name in a dry run. `options` are `backend.options`. While
+    `source.remote` is set the weight files lie on the hub, and `source.facts` has what their headers say."""
 
     def __call__(self, source: ModelSource, options: Mapping[str, object]) -> ModelOutline:
         """Raises ModelError: QH-M51 for an architecture that the backend does not train, QH-M50 for tensors that do

@@ -181,7 +181,7 @@ def find(name: str, entries: Sequence[BackendEntry]) -> BackendEntry:
     matches = [entry for entry in entries if entry.name == name]
     if not matches:
         names = sorted({entry.name for entry in entries})
-        close = difflib.get_close_matches(name, names, n=1)
+        close = [known for known in names if known.startswith(f"{name}_")] or difflib.get_close_matches(name, names)
         raise BackendNotFoundError(
             "QH-B03",
             f"There is no backend {name!r}; installed are {', '.join(names)}.",

@@ -10,6 +10,8 @@ from qlora_hal.contract.capabilities import Requirements, unmet_requirements
 from qlora_hal.detect.discovery import BackendEntry, find, load_spec
 from qlora_hal.errors import BackendUnavailableError, QloraHalError, UnsupportedFeatureError
 
+_CPU_IS_NAMED = "ready, but auto chooses the CPU only when backend.allow_cpu is true"
+
 AskHook = Callable[[tuple[ProbeReport, ...], Requirements], str | None]
 
 
@@ -49,11 +51,55 @@ def choose(
     if able and allow_cpu:
         return _highest(able, able, rejections, "no accelerator is ready and the CPU is allowed")
     for spec in able:
-        rejections[spec.name] = "ready, but auto chooses the CPU only when backend.allow_cpu is true"
+        rejections[spec.name] = _CPU_IS_NAMED
     raise _nothing_fits(rejections, reports, able)
 
 
+def refuse_unready(
+    name: str, entries: Sequence[BackendEntry], reports: Sequence[ProbeReport], *, allow_cpu: bool
+) -> None:
+    """What `choose` would say of any model, before one is looked at: the backend that is named is not there, or cannot
+    run here; or none is named and nothing with an accelerator is ready. Raises BackendNotFoundError and
+    BackendUnavailableError."""
+    if name != "auto":
+        _require_ready(name, entries, reports)
+        return
+    ready, rejections = _able_backends(Requirements(), entries, reports)
+    if (allow_cpu and ready) or any(has_accelerator(spec, reports) for spec in ready):
+        return
+    raise _nothing_fits({**rejections, **dict.fromkeys((spec.name for spec in ready), _CPU_IS_NAMED)}, reports, ready)
+
+
+def backend_to_name(entries: Sequence[BackendEntry], reports: Sequence[ProbeReport]) -> str | None:
+    """The backend that a run here has to name, because `auto` takes none: nothing with an accelerator is ready. None
+    where something is, or nothing is ready at all."""
+    ready, _ = _able_backends(Requirements(), entries, reports)
+    if not ready or any(has_accelerator(spec, reports) for spec in ready):
+        return None
+    return _first(ready).name
+
+
+def _first(candidates: Sequence[BackendSpec]) -> BackendSpec:
+    return max(candidates, key=lambda spec: (spec.priority, spec.name))
+
+
 def _named(name: str, needs: Requirements, entries: Sequence[BackendEntry], reports: Sequence[ProbeReport]) -> Choice:
+    spec = load_spec(_require_ready(name, entries, reports))
+    lacks = unmet_requirements(needs, spec.capabilities)
+    if lacks:
+        other = _who_can(needs, entries, reports, but_not=name)
+        raise UnsupportedFeatureError(
+            "QH-B01",
+            f"Backend {name} does not support what this run needs: {'; '.join(lacks)}.",
+            fix=f"Choose --backend {other}, or change the setting."
+            if other
+            else "Change the setting; no ready backend here supports it.",
+            context={"lacks": list(lacks)} | ({"add": {"--backend": other}} if other else {}),
+        )
+    return Choice(spec, "it was requested")
+
+
+def _require_ready(name: str, entries: Sequence[BackendEntry], reports: Sequence[ProbeReport]) -> BackendEntry:
     entry = find(name, entries)
     report = next(report for report in reports if report.backend == name)
     if not report.ready:
@@ -63,16 +109,7 @@ def _named(name: str, needs: Requirements, entries: Sequence[BackendEntry], repo
             fix=report.fix,
             context={"reports": [r.as_json() for r in reports]},
         )
-    spec = load_spec(entry)
-    lacks = unmet_requirements(needs, spec.capabilities)
-    if lacks:
-        raise UnsupportedFeatureError(
-            "QH-B01",
-            f"Backend {name} does not support what this run needs: {'; '.join(lacks)}.",
-            fix=_who_can(needs, entries, reports, but_not=name),
-            context={"lacks": list(lacks)},
-        )
-    return Choice(spec, "it was requested")
+    return entry
 
 
 def _able_backends(
@@ -106,7 +143,7 @@ def has_accelerator(spec: BackendSpec, reports: Sequence[ProbeReport]) -> bool:
 def _highest(
     candidates: Sequence[BackendSpec], able: Sequence[BackendSpec], rejections: dict[str, str], reason: str
 ) -> Choice:
-    chosen = max(candidates, key=lambda spec: (spec.priority, spec.name))
+    chosen = _first(candidates)
     for spec in able:
         if spec is not chosen:
             rejections[spec.name] = f"ready, but {chosen.name} has the higher priority"
@@ -115,15 +152,13 @@ def _highest(
 
 def _who_can(
     needs: Requirements, entries: Sequence[BackendEntry], reports: Sequence[ProbeReport], *, but_not: str
-) -> str:
+) -> str | None:
     able = [
         spec.name
         for spec in _able_backends(needs, entries, reports)[0]
         if spec.name != but_not and not _lacks_arithmetic(spec, needs, reports)
     ]
-    if able:
-        return f"Choose --backend {able[0]}, or change the setting."
-    return "Change the setting; no ready backend here supports it."
+    return able[0] if able else None
 
 
 def _lacks_arithmetic(spec: BackendSpec, needs: Requirements, reports: Sequence[ProbeReport]) -> bool:
@@ -137,15 +172,14 @@ def _nothing_fits(
 ) -> BackendUnavailableError:
     listing = "\n".join(f"    {name}: {reason}" for name, reason in sorted(rejections.items()))
     fixes = {report.backend: report.fix for report in reports if report.fix}
-    return BackendUnavailableError(
+    error = BackendUnavailableError(
         "QH-E01",
         f"No backend with an accelerator can be used for this run:\n{listing}",
-        fix=_on_the_cpu(max(on_cpu, key=lambda spec: (spec.priority, spec.name)).name)
-        if on_cpu
-        else "Run qlora-hal doctor: it prints one fix for each.",
+        fix="Run qlora-hal doctor: it prints one fix for each.",
         context={"reports": [report.as_json() for report in reports], "fixes": fixes},
     )
-
-
-def _on_the_cpu(backend: str) -> str:
-    return f"To train on this machine's CPU, add --backend {backend}; in Python, backend={backend!r}."
+    if on_cpu:
+        name = _first(on_cpu).name
+        error.fix = f"To train on this machine's CPU, add --backend {name}; in Python, backend={name!r}."
+        error.context["add"] = {"--backend": name}
+    return error

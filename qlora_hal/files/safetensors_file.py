@@ -28,6 +28,7 @@ from qlora_hal.files.opening import open_regular
 
 Array = npt.NDArray[Any]
 
+LENGTH_PREFIX_BYTES = 8
 MAX_HEADER_BYTES = 32 * 1024 * 1024
 """100 000 tensors with long names need about 20 MB; the reference reader's 100 MB can cost a gigabyte to parse."""
 MAX_TENSORS = 100_000
@@ -182,25 +183,39 @@ def _read_tensor(stream: io.BufferedReader, entry: TensorEntry, digest: hashlib.
     return flat.reshape(entry.shape)
 
 
-def _checked_header(stream: io.BufferedReader, path: Path) -> tuple[Header, bytes]:
-    """The header and the raw bytes before the first tensor."""
-    size = os.fstat(stream.fileno()).st_size
-    start = stream.read(8)
-    if len(start) < 8:
+def header_length(start: bytes, size: int, path: Path) -> int:
+    """Bytes of the JSON header that the first 8 bytes of a file of `size` bytes declare.
+
+    Raises UnsafeInputError QH-C16 over the limit, AdapterError QH-C01 where the file is shorter than that.
+    """
+    if len(start) < LENGTH_PREFIX_BYTES:
         _refuse(path, "QH-C01", f"has {len(start)} bytes, at least 8 are expected")
-    length = struct.unpack("<Q", start)[0]
+    length = int(struct.unpack("<Q", start[:LENGTH_PREFIX_BYTES])[0])
     if length > MAX_HEADER_BYTES:
         _refuse(path, "QH-C16", f"declares a header of {length} bytes, at most {MAX_HEADER_BYTES} are read")
-    if 8 + length > size:
-        _refuse(path, "QH-C01", f"has {size} bytes, its header alone needs {8 + length}")
-    raw = stream.read(length)
-    if len(raw) < length:
-        _refuse(path, "QH-C01", "ends inside its header")
+    if LENGTH_PREFIX_BYTES + length > size:
+        _refuse(path, "QH-C01", f"has {size} bytes, its header alone needs {LENGTH_PREFIX_BYTES + length}")
+    return length
+
+
+def check_header(raw: bytes, size: int, path: Path) -> Header:
+    """The checked header of a file of `size` bytes, from its JSON alone. Raises as `read_header` does."""
     for mark, limit in _MAX_MARKS.items():
         if (found := raw.count(mark)) > limit:
             _refuse(path, "QH-C16", f"has {found} '{mark.decode()}' in its header, {MAX_TENSORS} tensors are the limit")
     tensors, metadata = _entries(raw, path)
-    return Header(_contiguous(tensors, 8 + length, size, path), metadata), start + raw
+    return Header(_contiguous(tensors, LENGTH_PREFIX_BYTES + len(raw), size, path), metadata)
+
+
+def _checked_header(stream: io.BufferedReader, path: Path) -> tuple[Header, bytes]:
+    """The header and the raw bytes before the first tensor."""
+    size = os.fstat(stream.fileno()).st_size
+    start = stream.read(LENGTH_PREFIX_BYTES)
+    length = header_length(start, size, path)
+    raw = stream.read(length)
+    if len(raw) < length:
+        _refuse(path, "QH-C01", "ends inside its header")
+    return check_header(raw, size, path), start + raw
 
 
 def _entries(raw: bytes, path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from qlora_hal.model.fingerprint import fingerprint
 from qlora_hal.model.linear_shapes import linear_modules
 from qlora_hal.model.packed_facts import Prequantized
 from qlora_hal.model.prequantized import read_packing
+from qlora_hal.model.safetensors_headers import Header
 from qlora_hal.model.stored_dtypes import FLOATING_DTYPES, refuse_unread_dtypes
 from qlora_hal.model.weight_files import read_headers, read_json
 
@@ -38,7 +39,7 @@ class ModelFacts:
 
     `linear_modules` maps module path -> shape of every linear layer that can carry LoRA, the head left out, with
     the unpacked shapes of a pre-quantized checkpoint. `fingerprint` is a SHA-256 over the headers and samples of the
-    contents: equal shapes with other weights differ.
+    contents: equal shapes with other weights differ; it is empty while the weights lie on the hub.
     """
 
     architecture: str
@@ -53,8 +54,9 @@ class ModelFacts:
     max_position_embeddings: int | None = None
 
 
-def read_facts(folder: Path) -> ModelFacts:
-    """Read config.json and the headers of the weight files; no weight is loaded.
+def read_facts(folder: Path, remote_headers: Sequence[Header] | None = None) -> ModelFacts:
+    """Read config.json and the headers of the weight files; no weight is loaded. `remote_headers` are those of weight
+    files that lie on the hub.
 
     Raises ModelError (QH-C70 config.json missing or broken, QH-C71 no weights, QH-C79 a missing shard, QH-C01 a
     truncated file, QH-C72 a quantization or dtype that no backend reads, QH-C73 a contradictory quantized checkpoint,
@@ -62,7 +64,7 @@ def read_facts(folder: Path) -> ModelFacts:
     headers).
     """
     config = read_json(folder / "config.json")
-    headers = read_headers(folder)
+    headers = read_headers(folder) if remote_headers is None else remote_headers
     tensors = {
         name: TensorFacts(tensor.dtype, tensor.shape, tensor.byte_count, header.path.name)
         for header in headers
@@ -83,7 +85,7 @@ def read_facts(folder: Path) -> ModelFacts:
         tensors=tensors,
         linear_modules=linear_modules(shapes, model_type, vocabulary_size, tensors),
         parameter_count=_parameter_count(tensors, packed_shapes, layout.suffixes if layout else frozenset()),
-        fingerprint=fingerprint(headers),
+        fingerprint=fingerprint(headers) if remote_headers is None else "",
         prequantized=packing.prequantized if packing else None,
         vocabulary_size=vocabulary_size,
         max_position_embeddings=_whole_number(config, "max_position_embeddings", "n_positions", "n_ctx"),

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from qlora_hal.model.safetensors_headers import LENGTH_PREFIX_BYTES, Header
+from qlora_hal.files.safetensors_file import LENGTH_PREFIX_BYTES
+from qlora_hal.model.safetensors_headers import Header
 
 if TYPE_CHECKING:
     from qlora_hal.model.facts import TensorFacts
@@ -28,10 +29,8 @@ def fingerprint(headers: Sequence[Header]) -> str:
         end = max((tensor.end for tensor in header.tensors.values()), default=start)
         digest.update(len(header.raw).to_bytes(8, "little"))
         digest.update(header.raw)
-        with header.path.open("rb") as file:
-            for offset, length in windows(start, end):
-                file.seek(offset)
-                digest.update(file.read(length))
+        for offset, length in windows(start, end):
+            digest.update(header.read_range(offset, offset + length))
     return digest.hexdigest()
 
 

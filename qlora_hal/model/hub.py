@@ -1,19 +1,21 @@
-"""Snapshots from the Hugging Face hub: only files that are safe to open, retried, checked for size, or a clear error.
-
-huggingface_hub is imported inside functions: it costs a good part of a second.
+"""The Hugging Face hub: what a repository holds, whole files of it, parts of a file; retried, checked for size, or a
+clear error. Which files of a model are wanted, and when, is decided in `hub_model`.
 """
 
 from __future__ import annotations
 
+import errno
+import glob
 import re
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, snapshot_download
 from huggingface_hub.errors import (
     DisabledRepoError,
     GatedRepoError,
@@ -22,18 +24,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, tqdm
 
-from qlora_hal.errors import HubError
-from qlora_hal.model.safety import refuse_pickle_only
-
-SAFE_PATTERNS = (
-    "*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt",
-    "LICENSE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
-"""Weights, configuration, tokenizer files, chat templates and terms of use; nothing that runs."""
-
-CODE_PATTERNS = ("*.py",)
-"""Fetched only with trust_remote_code and a pinned commit."""
+from qlora_hal.errors import HubError, StorageError, figures
+from qlora_hal.files.durable import free_bytes
 
 _LOGIN = "hf auth login"
 _Result = TypeVar("_Result")
@@ -55,39 +49,30 @@ class Retries:
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
-    """A folder of the cache and the commit it belongs to."""
+class Repository:
+    """A model of the hub at one commit: `revision` is what was asked for, `sizes` its files with their bytes, None
+    where the hub does not tell them."""
 
-    path: Path
+    name: str
+    revision: str | None
     commit: str
+    sizes: Mapping[str, int | None]
+
+    def folder(self) -> Path:
+        """Where the cache has this commit, whether it lies there or not."""
+        return _cache_of(self.name) / "snapshots" / self.commit
+
+    def missing(self, names: Collection[str]) -> tuple[str, ...]:
+        """Which of these files the cache lacks, or has in another size."""
+        return tuple(name for name in names if not self._is_here(name))
+
+    def _is_here(self, name: str) -> bool:
+        file, expected = self.folder() / name, self.sizes.get(name)
+        return file.is_file() and expected in (None, file.stat().st_size)
 
 
-def fetch_snapshot(
-    repository: str, *, revision: str | None, trust_remote_code: bool, retries: Retries | None = None
-) -> Snapshot:
-    """Download what is missing of a model and return its folder.
-
-    Raises HubError QH-E11 when the hub cannot be reached and the cache has no copy, QH-E12 when the model or revision
-    is missing, private or gated, QH-E13 when a file stays incomplete; UnsafeInputError QH-C17 for pickle-only models.
-    """
-    retries = retries or Retries()
-    patterns = SAFE_PATTERNS + (CODE_PATTERNS if trust_remote_code else ())
-    if _offline():
-        return _cached(repository, revision, patterns, "HF_HUB_OFFLINE is set", None)
-    try:
-        sizes = _with_retries(lambda: _listed(repository, revision), retries)
-        refuse_pickle_only(sizes, where=repository, on_hub=True)
-        path = _with_retries(lambda: _downloaded(repository, revision, patterns), retries)
-        _complete(repository, path, sizes, retries)
-    except _PassingFailure as failure:
-        if failure.incomplete_file:
-            raise _incomplete(repository, failure.incomplete_file) from failure
-        return _cached(repository, revision, patterns, failure.reason, failure)
-    return Snapshot(path, path.name)
-
-
-class _PassingFailure(Exception):
-    """A failure that a later attempt may not meet."""
+class Unreachable(Exception):
+    """The hub did not answer, or not in a usable way, at any attempt; another time it may."""
 
     def __init__(self, reason: str, asked_seconds: float | None = None, incomplete_file: str = "") -> None:
         super().__init__(reason)
@@ -96,69 +81,162 @@ class _PassingFailure(Exception):
         self.incomplete_file = incomplete_file
 
 
+def is_offline() -> bool:
+    """Whether HF_HUB_OFFLINE forbids asking the hub."""
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def look_up(name: str, revision: str | None, retries: Retries | None = None) -> Repository:
+    """What the hub has under this name, in one request. Raises Unreachable, and HubError QH-E12 when the model or the
+    revision is missing, private or gated."""
+
+    def asked() -> Repository:
+        with _hub_errors(name, revision):
+            info = HfApi().model_info(name, revision=revision, files_metadata=True)
+        return Repository(name, revision, info.sha or "", {file.rfilename: file.size for file in info.siblings or ()})
+
+    return _with_retries(asked, retries or Retries())
+
+
+def fetch(
+    repository: Repository, names: Collection[str], *, progress: bool = False, retries: Retries | None = None
+) -> Path:
+    """Bring these files into the cache, as far as they are not there, and give the folder; a partial file never gets
+    further. `progress` shows a bar where standard error is a terminal.
+
+    Raises Unreachable, HubError (QH-E12, QH-E13 for a file that stays incomplete), StorageError QH-E22.
+    """
+    retries = retries or Retries()
+    # By the name that was asked for: the cache then finds the commit under that name without the hub.
+    patterns = [glob.escape(name) for name in names]
+
+    def fetched() -> Path:
+        with _hub_errors(repository.name, repository.revision), _space_told(repository, names):
+            return Path(
+                snapshot_download(
+                    repository.name,
+                    revision=repository.revision,
+                    allow_patterns=patterns,
+                    tqdm_class=None if progress and sys.stderr.isatty() else _Unseen,
+                )
+            )
+
+    try:
+        folder = _with_retries(fetched, retries)
+        if folder.name != repository.commit:
+            raise Unreachable(f"{repository.name} was changed on the hub while it was read")
+        _complete(repository, names, retries)
+    except Unreachable as failure:
+        if failure.incomplete_file:
+            raise _incomplete(repository.name, failure.incomplete_file) from failure
+        raise
+    return folder
+
+
+def read_range(repository: Repository, name: str, begin: int, end: int, retries: Retries | None = None) -> bytes:
+    """The bytes [begin, end) of a file, of which no more is fetched. Raises Unreachable and HubError QH-E12."""
+    url = hf_hub_url(repository.name, name, revision=repository.commit)
+    headers = {**build_hf_headers(), "Range": f"bytes={begin}-{end - 1}"}
+
+    def asked() -> bytes:
+        with _hub_errors(repository.name, repository.commit):
+            answer = get_session().get(url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+            hf_raise_for_status(answer)
+        content: bytes = answer.content
+        # A server that knows no ranges answers 200 with the whole file.
+        part = content if answer.status_code == 206 else content[begin:end]
+        if len(part) != end - begin:
+            raise Unreachable(f"the hub gave {len(part)} of {end - begin} bytes of {name}")
+        return part
+
+    return _with_retries(asked, retries or Retries())
+
+
+def cached(name: str, revision: str | None, reason: str, cause: Exception | None = None) -> Path:
+    """The folder of a model that the cache has; `reason` is why the hub is not asked. Raises HubError QH-E11."""
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["config.json"], local_files_only=True))
+    except LocalEntryNotFoundError as error:
+        partly = type(error).__name__ == "IncompleteSnapshotError"  # huggingface_hub 0 has no such class
+        raise not_cached(name, reason, "only a part of it" if partly else "no copy") from (cause or error)
+
+
+def not_cached(name: str, reason: str, held: str) -> HubError:
+    """The error for a model that can neither be fetched nor taken from the cache, which has `held` (QH-E11)."""
+    return HubError(
+        "QH-E11",
+        f"The model {name} cannot be fetched, and this machine's cache has {held}.",
+        where=name,
+        cause=f"{reason}.",
+        fix="Check the network, the proxy and HF_HUB_OFFLINE, or copy the model's folder here and give its path.",
+        context={"repository": name},
+    )
+
+
+def require_space(repository: Repository, names: Collection[str]) -> None:
+    """Refuse a download that the disk of the cache cannot hold. Raises StorageError QH-E22 with both figures."""
+    cache = _cache_of(repository.name)
+    needed = sum(repository.sizes[name] or 0 for name in repository.missing(names))
+    free = free_bytes(cache)
+    if free is not None and needed > free:
+        raise _no_space(repository, needed, free)
+
+
+class _Unseen(tqdm):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
+
+
 def _with_retries(call: Callable[[], _Result], retries: Retries) -> _Result:
     for attempt in range(retries.attempts):
         try:
             return call()
-        except _PassingFailure as failure:
+        except Unreachable as failure:
             if attempt + 1 == retries.attempts:
                 raise
             retries.pause(attempt, failure.asked_seconds)
     raise AssertionError("at least one attempt is made")
 
 
-def _offline() -> bool:
-    return bool(constants.HF_HUB_OFFLINE)
+def _cache_of(name: str) -> Path:
+    return Path(constants.HF_HUB_CACHE).expanduser() / f"models--{name.replace('/', '--')}"
 
 
-def _listed(repository: str, revision: str | None) -> dict[str, int | None]:
-    """File names of the repository with their sizes in bytes, where the hub tells them."""
-    with _hub_errors(repository, revision):
-        info = HfApi().model_info(repository, revision=revision, files_metadata=True)
-    return {file.rfilename: file.size for file in info.siblings or ()}
-
-
-def _downloaded(repository: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    with _hub_errors(repository, revision):
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
-
-
-def _complete(repository: str, path: Path, sizes: Mapping[str, int | None], retries: Retries) -> None:
-    """Fetch again what lies in the cache with another size than the hub has; a partial file never gets further."""
-
-    def wrong(name: str) -> bool:
-        file, expected = path / name, sizes[name]
-        return expected is not None and file.is_file() and file.stat().st_size != expected
+def _complete(repository: Repository, names: Collection[str], retries: Retries) -> None:
+    """Fetch again what lies in the cache with another size than the hub has."""
 
     def fetch_again(name: str) -> None:
-        with _hub_errors(repository, path.name):
-            hf_hub_download(repository, name, revision=path.name, force_download=True)
-        if wrong(name):
-            raise _PassingFailure("the size differs", incomplete_file=name)
+        with _hub_errors(repository.name, repository.commit), _space_told(repository, names):
+            hf_hub_download(repository.name, name, revision=repository.commit, force_download=True)
+        if repository.missing([name]):
+            raise Unreachable("the size differs", incomplete_file=name)
 
-    for name in filter(wrong, sizes):
+    for name in repository.missing(names):
         _with_retries(lambda name=name: fetch_again(name), retries)  # type: ignore[misc]
 
 
-def _cached(
-    repository: str, revision: str | None, patterns: Sequence[str], reason: str, cause: Exception | None
-) -> Snapshot:
+@contextmanager
+def _space_told(repository: Repository, names: Collection[str]) -> Iterator[None]:
+    """A disk that others filled meanwhile, told as one that was full before."""
     try:
-        path = Path(
-            snapshot_download(repository, revision=revision, allow_patterns=list(patterns), local_files_only=True)
-        )
-    except LocalEntryNotFoundError as error:
-        partly = type(error).__name__ == "IncompleteSnapshotError"  # huggingface_hub 0 has no such class
-        raise HubError(
-            "QH-E11",
-            f"The model {repository} cannot be fetched, and this machine's cache has "
-            f"{'only a part of it' if partly else 'no copy'}.",
-            where=repository,
-            cause=f"{reason}.",
-            fix="Check the network, the proxy and HF_HUB_OFFLINE, or copy the model's folder here and give its path.",
-            context={"repository": repository, "revision": revision},
-        ) from (cause or error)
-    return Snapshot(path, path.name)
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        needed = sum(repository.sizes.get(name) or 0 for name in repository.missing(names))
+        raise _no_space(repository, needed, free_bytes(_cache_of(repository.name)) or 0) from error
+
+
+def _no_space(repository: Repository, needed: int, free: int) -> StorageError:
+    place = constants.HF_HUB_CACHE
+    return StorageError(
+        "QH-E22",
+        f"The weights of {repository.name} need {figures.size(needed)} more; {figures.size(free)} are free at {place}.",
+        where=place,
+        cause="The hub tells the sizes of the files before they are fetched.",
+        fix="Free space there, or set HF_HOME to a folder on a larger disk.",
+        context={"needed_bytes": needed, "free_bytes": free},
+    )
 
 
 @contextmanager
@@ -176,13 +254,13 @@ def _hub_errors(repository: str, revision: str | None) -> Iterator[None]:
         # snapshot_download wraps what really happened.
         if isinstance(error.__cause__, HfHubHTTPError):
             raise _http_failure(repository, revision, error.__cause__) from error
-        raise _PassingFailure(_one_line(error.__cause__ or error)) from error
+        raise Unreachable(_one_line(error.__cause__ or error)) from error
     except (http_error, ConnectionError, TimeoutError) as error:
-        raise _PassingFailure(_one_line(error)) from error
+        raise Unreachable(_one_line(error)) from error
     except OSError as error:
         if "Consistency check failed" not in str(error):
             raise
-        raise _PassingFailure(_one_line(error), incomplete_file=_file_named_in(str(error))) from error
+        raise Unreachable(_one_line(error), incomplete_file=_file_named_in(str(error))) from error
 
 
 def _http_failure(repository: str, revision: str | None, error: Exception) -> Exception:
@@ -207,7 +285,7 @@ def _http_failure(repository: str, revision: str | None, error: Exception) -> Ex
             f"Check the spelling; for a private model run: {_LOGIN}",
         )
     if status == 429 or status >= 500 or status == 408:
-        return _PassingFailure(f"The hub answered {status}", _retry_after(error))
+        return Unreachable(f"The hub answered {status}", _retry_after(error))
     return _refused(
         repository, f"The hub refused {repository} with status {status}.", f"Check the account's rights: {_LOGIN}"
     )

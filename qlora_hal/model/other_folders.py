@@ -4,6 +4,7 @@ file, a clone whose large files are still pointers."""
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 from qlora_hal.errors import ModelError
@@ -87,9 +88,9 @@ def is_a_file(path: Path) -> ModelError:
     )
 
 
-def gguf_only(folder: Path) -> ModelError | None:
-    """The error for a folder whose weights are GGUF files (QH-C71); None where it holds none."""
-    names = sorted(path.name for path in folder.glob("*.gguf"))
+def gguf_only(folder: Path, present: Iterable[str]) -> ModelError | None:
+    """The error for a folder whose weights are GGUF files (QH-C71); None where none is `present`."""
+    names = sorted(name for name in present if name.endswith(".gguf"))
     if not names:
         return None
     return ModelError(

@@ -96,12 +96,12 @@ def _refuse_stray_parts(layout: CheckpointLayout, packing: Packing, checkpoint: 
 
 def _checkpoint(folder: Path, config: Mapping[str, object], headers: Sequence[Header]) -> StoredCheckpoint:
     tensors = {name: tensor for header in headers for name, tensor in header.tensors.items()}
-    files = {name: header.path for header in headers for name in header.tensors}
+    holders = {name: header for header in headers for name in header.tensors}
     return StoredCheckpoint(
         str(folder),
         config,
         tensors,
-        lambda name: read_tensor_bytes(files[name], tensors[name]),
+        lambda name: read_tensor_bytes(holders[name], name),
         lambda name: read_json(folder / name) if (folder / name).is_file() else None,
     )
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qlora_hal.errors import HubError, ModelError
 from qlora_hal.files.refused_paths import named_path
 from qlora_hal.model.facts import ModelFacts, read_facts
-from qlora_hal.model.hub import fetch_snapshot
+from qlora_hal.model.hub_model import HubModel, RemoteWeights, fetch_weights, planned
 from qlora_hal.model.other_folders import gguf_only, is_a_file, refuse_adapter, refuse_pointers
 from qlora_hal.model.safety import is_commit, refuse_pickle_only, refuse_remote_code, unpinned_code
 from qlora_hal.model.weight_files import read_json
@@ -25,7 +25,9 @@ _HUB_ADDRESS = "https://huggingface.co/"
 class ModelSource:
     """A base model on this disk. `name` is what the user wrote; `revision` the resolved commit of a hub model.
 
-    `made_from` is the model that was quantized into this one, where that was done for the run.
+    `made_from` is the model that was quantized into this one, where that was done for the run. `remote` are its weights
+    where only their headers were read, on the hub: `path` then has config.json alone, or with the tokenizer, and
+    `with_weights` fetches the rest.
     """
 
     name: str
@@ -34,6 +36,7 @@ class ModelSource:
     revision: str | None = None
     trust_remote_code: bool = False
     made_from: ModelSource | None = None
+    remote: RemoteWeights | None = None
 
     @classmethod
     def in_folder(cls, folder: Path) -> ModelSource:
@@ -47,26 +50,55 @@ class ModelSource:
 
 
 def resolve_model(name_or_path: str, *, revision: str | None, trust_remote_code: bool) -> ModelSource:
-    """A folder as it is, or the snapshot of a hub model; checked, with its facts.
+    """A folder as it is, or the snapshot of a hub model with its weights; checked, with its facts.
+
+    Raises as `plan_model` and `with_weights`.
+    """
+    return with_weights(plan_model(name_or_path, revision=revision, trust_remote_code=trust_remote_code))
+
+
+def plan_model(
+    name_or_path: str, *, revision: str | None, trust_remote_code: bool, tokenizer: bool = True
+) -> ModelSource:
+    """The same before any weight of a hub model is fetched: its facts come from headers that are read in place, and
+    without fingerprint. Without `tokenizer` config.json is all that is fetched.
 
     Raises ModelError (QH-E70 nothing there, QH-E71 a file, QH-C71 an adapter or a run, QH-C70 pointers of Git LFS, and
     what `read_facts` raises), UnsafeInputError (QH-C17 pickle weights only, QH-E14 the model's own Python files) and
     HubError (QH-E11 unreachable, QH-E12 gated or missing, QH-E13 incomplete).
     """
-    folder = _local_folder(name_or_path)
-    commit = None
-    if folder is None:
-        folder, commit = _from_hub(name_or_path, revision, trust_remote_code)
+    local = _local_folder(name_or_path)
+    hub = None if local is not None else _from_hub(name_or_path, revision, trust_remote_code, tokenizer=tokenizer)
+    folder, commit = (local or Path(), None) if hub is None else (hub.folder, hub.commit)
     refuse_pointers(folder)
     if not (folder / "config.json").is_file():
         refuse_adapter(folder)
         refuse_pickle_only(_file_names(folder), where=str(folder))
-        raise gguf_only(folder) or _no_config(folder)
+        raise gguf_only(folder, _file_names(folder)) or _no_config(folder)
     refuse_remote_code(
         read_json(folder / "config.json"), where=name_or_path, revision=commit, trust_remote_code=trust_remote_code
     )
     refuse_pickle_only(_file_names(folder), where=str(folder))
-    return ModelSource(name_or_path, folder, read_facts(folder), commit, trust_remote_code)
+    facts = read_facts(folder, hub.headers if hub is not None else None)
+    remote = hub.weights if hub is not None else None
+    return ModelSource(name_or_path, folder, facts, commit, trust_remote_code, remote=remote)
+
+
+def with_weights(source: ModelSource, *, progress: bool = True) -> ModelSource:
+    """The model with its weights on this disk, fetched where they are not yet; `progress` shows a bar in a terminal.
+
+    Raises StorageError QH-E22 when the disk cannot hold them, before anything is fetched, HubError (QH-E11, QH-E13),
+    and what `read_facts` raises.
+    """
+    if source.remote is None:
+        return source
+    fetch_weights(source.remote, progress=progress)
+    return replace(source, facts=read_facts(source.path), remote=None)
+
+
+def is_on_hub(name_or_path: str) -> bool:
+    """Whether the name can only be one of the hub. Raises ModelError (QH-E70, QH-E71) where it is neither."""
+    return _local_folder(name_or_path) is None
 
 
 def _local_folder(name: str) -> Path | None:
@@ -86,19 +118,18 @@ def _local_folder(name: str) -> Path | None:
     return None
 
 
-def _from_hub(name: str, revision: str | None, trust_remote_code: bool) -> tuple[Path, str]:
+def _from_hub(name: str, revision: str | None, trust_remote_code: bool, *, tokenizer: bool) -> HubModel:
     repository = name.removeprefix(_HUB_ADDRESS).strip("/")
     if trust_remote_code and not is_commit(revision):
         raise unpinned_code(repository, revision)
     try:
-        snapshot = fetch_snapshot(repository, revision=revision, trust_remote_code=trust_remote_code)
+        return planned(repository, revision=revision, trust_remote_code=trust_remote_code, tokenizer=tokenizer)
     except HubError as error:
         if error.code != "QH-E13" and not name.startswith(_HUB_ADDRESS):
             error.message = f"There is no folder {name} here, so it was treated as a hub model. {error.message}"
             error.args = (error.message,)
             error.cause = " ".join(filter(None, [error.cause, _close_names(Path(name))]))
         raise
-    return snapshot.path, snapshot.commit
 
 
 def _nothing_there(name: str, path: Path, *, may_be_hub_id: bool) -> ModelError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from qlora_hal.errors import ModelError
@@ -12,6 +12,7 @@ from qlora_hal.model.safetensors_headers import Header, malformed, read_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_ADAPTER_FILES = frozenset({"adapter_model.safetensors", "adapters.safetensors"})
 _LONGEST_NAME = 255
 _INDEX_BYTES_LIMIT = 64_000_000
 
@@ -35,23 +36,37 @@ def read_headers(folder: Path) -> tuple[Header, ...]:
     Raises ModelError QH-C79 for a shard or tensor that the index names and the folder lacks, QH-C71 for a folder
     without weights, and what `read_header` raises.
     """
-    index = folder / INDEX_FILE
-    if (folder / SINGLE_FILE).is_file():
-        return (read_header(folder / SINGLE_FILE),)
-    if index.is_file():
-        return _sharded(folder, index)
-    return (read_header(_only_file(folder)),)
+    names = weight_files(folder, [path.name for path in folder.iterdir() if path.is_file()])
+    return checked_headers(folder, [read_header(folder / name) for name in names])
 
 
-def _sharded(folder: Path, index: Path) -> tuple[Header, ...]:
-    weight_map = read_weight_map(index)
-    headers = tuple(read_header(folder / name) for name in sorted(set(weight_map.values())))
-    _check_index(folder, weight_map, headers)
-    return headers
+def weight_files(folder: Path, present: Collection[str]) -> tuple[str, ...]:
+    """Names of the files that hold the weights, in order, of a model whose files are `present`; its index lies in
+    `folder`. Others that a repository may have beside them, under other names, hold the same weights again.
+
+    Raises ModelError QH-C71 where there are none, or several that nothing joins, QH-C79 for a shard that is not
+    present, and as `read_weight_map`.
+    """
+    if SINGLE_FILE in present:
+        return (SINGLE_FILE,)
+    if INDEX_FILE in present:
+        return tuple(sorted(set(read_weight_map(folder / INDEX_FILE, present).values())))
+    return (_only_file(folder, present),)
 
 
-def read_weight_map(index: Path) -> Mapping[str, str]:
-    """Tensor name -> file name of an index whose files are all in its folder.
+def checked_headers(folder: Path, headers: Sequence[Header]) -> tuple[Header, ...]:
+    """The headers, held against each other and, where there is one, against the index in `folder`.
+
+    Raises UnsafeInputError QH-C15 for a tensor that two files hold, ModelError QH-C79 for one that the index places
+    elsewhere.
+    """
+    if [header.path.name for header in headers] != [SINGLE_FILE] and (folder / INDEX_FILE).is_file():
+        _check_index(folder, read_weight_map(folder / INDEX_FILE, [h.path.name for h in headers]), headers)
+    return tuple(headers)
+
+
+def read_weight_map(index: Path, present: Collection[str] | None = None) -> Mapping[str, str]:
+    """Tensor name -> file name of an index whose files are all `present`, or in its folder where that is not given.
 
     Raises ModelError QH-C79 for files that are not, QH-C70; UnsafeInputError QH-C15 for a map that is none, or names a
     file elsewhere.
@@ -67,7 +82,7 @@ def read_weight_map(index: Path) -> Mapping[str, str]:
             raise malformed(
                 index, f"a shard name of {len(name)} characters; a file name has up to {_LONGEST_NAME} bytes"
             )
-    missing = [name for name in shards if not (folder / name).is_file()]
+    missing = [name for name in shards if not ((folder / name).is_file() if present is None else name in present)]
     if missing:
         raise ModelError(
             "QH-C79",
@@ -79,7 +94,7 @@ def read_weight_map(index: Path) -> Mapping[str, str]:
     return weight_map
 
 
-def _check_index(folder: Path, weight_map: Mapping[str, str], headers: tuple[Header, ...]) -> None:
+def _check_index(folder: Path, weight_map: Mapping[str, str], headers: Sequence[Header]) -> None:
     found: dict[str, str] = {}
     for header in headers:
         for name in header.tensors:
@@ -104,36 +119,36 @@ def refuse_absent(folder: Path, weight_map: Mapping[str, str], found: Mapping[st
         )
 
 
-def _only_file(folder: Path) -> Path:
+def _only_file(folder: Path, present: Collection[str]) -> str:
     """The weights under another name, as auto-gptq writes them."""
-    adapter_names = {"adapter_model.safetensors", "adapters.safetensors"}
-    files = sorted(p for p in folder.glob("*.safetensors") if p.name not in adapter_names)
+    in_folder = sorted(name for name in present if name.endswith(".safetensors") and "/" not in name)
+    files = [name for name in in_folder if name not in _ADAPTER_FILES]
     if len(files) == 1:
         return files[0]
     if not files:
-        raise _no_weights(folder)
+        raise _no_weights(folder, present)
     raise ModelError(
         "QH-C71",
-        f"{folder.name} holds {len(files)} safetensors files and no {INDEX_FILE}: {_names(files)}.",
+        f"{folder.name} holds {len(files)} safetensors files and no {INDEX_FILE}: {_listed(files)}.",
         where=str(folder),
         cause=f"Without {SINGLE_FILE} or an index it is unknown which files belong together.",
         fix=f"Add {INDEX_FILE} from the model's source, or keep one file and name it {SINGLE_FILE}.",
     )
 
 
-def _no_weights(folder: Path) -> ModelError:
-    if (folder / "adapter_config.json").is_file():
+def _no_weights(folder: Path, present: Collection[str]) -> ModelError:
+    if "adapter_config.json" in present:
         return an_adapter(folder, "adapter_config.json")
-    if gguf := gguf_only(folder):
+    if gguf := gguf_only(folder, present):
         return gguf
     return ModelError(
         "QH-C71",
-        f"{folder.name} holds no safetensors weights; it holds {_names(sorted(folder.iterdir())) or 'nothing'}.",
+        f"{folder.name} holds no safetensors weights; it holds {_listed(sorted(present)) or 'nothing'}.",
         where=str(folder),
         fix="Name a folder with config.json and model.safetensors.",
     )
 
 
-def _names(paths: list[Path]) -> str:
-    shown = ", ".join(p.name for p in paths[:8])
-    return shown + (f" and {len(paths) - 8} more" if len(paths) > 8 else "")
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:8])
+    return shown + (f" and {len(names) - 8} more" if len(names) > 8 else "")

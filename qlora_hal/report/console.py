@@ -90,6 +90,15 @@ class RunConsole:
         self.notes.append(text)
         self._print(_styled("note: ", "yellow", text), always=True)
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether a person sits before it who wants to see how things go on."""
+        return self._watched
+
+    def fetching(self, text: str) -> None:
+        """What is being fetched, or was; the bar between is the hub library's."""
+        self._print(_styled("fetch: ", "bold", text))
+
     def detection(self, chosen: str, why: str, reports: Sequence[ProbeReport], rejections: Mapping[str, str]) -> None:
         """Which backend was taken, and of every other why not."""
         devices = next((", ".join(r.devices) for r in reports if r.backend == chosen), "")

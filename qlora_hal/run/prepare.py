@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,10 +19,10 @@ from qlora_hal.data.source.sampling import WindowSampler
 from qlora_hal.detect import discovery
 from qlora_hal.detect.discovery import reports
 from qlora_hal.detect.requirements import quantization_of, requirements_of, unmet_description_note
-from qlora_hal.detect.selection import Choice, choose
-from qlora_hal.errors import ConfigError
+from qlora_hal.detect.selection import Choice, choose, refuse_unready
+from qlora_hal.errors import ConfigError, figures
 from qlora_hal.memory.estimate import estimate
-from qlora_hal.model.source import resolve_model
+from qlora_hal.model.source import is_on_hub, plan_model, with_weights
 from qlora_hal.ranks.window_share import accumulation_of
 
 if TYPE_CHECKING:
@@ -79,13 +80,15 @@ def drawn_seed(config: RunConfig) -> int:
 
 
 def resolve_backend(config: RunConfig, hooks: Hooks, console: RunConsole) -> ResolvedBackend:
-    """Model facts, then needs, then the backend, then what of it is trained."""
-    source = resolve_model(
+    """Model facts, then needs, then the backend, then what of it is trained. Of a hub model no weight is fetched."""
+    entries = discovery.listed(hooks.offered_backends())
+    probed = reports(entries)
+    if is_on_hub(config.model.name_or_path) and not hooks.chooses_backend:
+        refuse_unready(config.backend.name, entries, probed, allow_cpu=config.backend.allow_cpu)
+    source = plan_model(
         config.model.name_or_path, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
     )
     needs = requirements_of(config, source.facts)
-    entries = discovery.listed(hooks.offered_backends())
-    probed = reports(entries)
     choice = choose(
         config.backend.name,
         needs,
@@ -105,6 +108,20 @@ def resolve_backend(config: RunConfig, hooks: Hooks, console: RunConsole) -> Res
     lora = config.lora
     adapter = AdapterConfig(lora.r, lora.alpha, lora.dropout, lora.use_rslora, targets)
     return ResolvedBackend(source, choice, probed, quantization, adapter, outline)
+
+
+def with_fetched_weights(prepared: PreparedRun, console: RunConsole) -> PreparedRun:
+    """The run with its base on this disk, and a line before and after what was fetched. Raises as `with_weights`."""
+    resolved_backend = prepared.resolved_backend
+    remote = resolved_backend.source.remote
+    if remote is None:
+        return prepared
+    started = time.perf_counter()
+    size = figures.size(remote.missing_bytes)
+    console.fetching(f"{size} of weights from the hub, in {len(remote.files)} files")
+    source = with_weights(resolved_backend.source, progress=console.is_watched)
+    console.fetching(f"done in {figures.duration(time.perf_counter() - started)}")
+    return replace(prepared, resolved_backend=replace(resolved_backend, source=source))
 
 
 def check_options(config: RunConfig, choice: Choice) -> None:

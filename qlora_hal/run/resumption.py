@@ -13,7 +13,7 @@ from qlora_hal.checkpoint import latest_state
 from qlora_hal.checkpoint.reading import kept_record, unfinished_notes
 from qlora_hal.detect import discovery
 from qlora_hal.errors import CheckpointError
-from qlora_hal.model.source import resolve_model
+from qlora_hal.model.source import plan_model
 from qlora_hal.model.verifying import base_config_hash
 from qlora_hal.report.run_file import given_config
 from qlora_hal.run.identity import PLACES, flat_settings, require_own
@@ -67,7 +67,7 @@ def refuse_to_store_anew(step: int, config: RunConfig, changes: Sequence[str]) -
     if change is None:
         return
     named = config.model
-    facts = resolve_model(named.name_or_path, revision=named.revision, trust_remote_code=named.trust_remote_code).facts
+    facts = plan_model(named.name_or_path, revision=named.revision, trust_remote_code=named.trust_remote_code).facts
     if facts.prequantized is None:
         return
     stored = facts.prequantized.weight_format

@@ -14,13 +14,14 @@ from qlora_hal.config.schema import ParallelConfig
 from qlora_hal.contract.dropout import MASKS
 from qlora_hal.contract.world import World
 from qlora_hal.data.source.in_memory import keep_rows, kept_rows
-from qlora_hal.data.source.reading import has_splits
+from qlora_hal.data.source.reading import blamed_on, has_splits, refuse_absent
 from qlora_hal.detect.hardware import inventory, memory_here
 from qlora_hal.detect.selection import has_accelerator
 from qlora_hal.errors import ConfigError, QloraHalError, figures
 from qlora_hal.files.refused_paths import named_path
 from qlora_hal.hooks import Hooks
 from qlora_hal.memory.estimate import spread_over
+from qlora_hal.model.hub import require_space
 from qlora_hal.model.verifying import verify_model
 from qlora_hal.processes.signals import ignored_note, requests_by_signal
 from qlora_hal.quantize.calibration import refuse_calibration_by_ranks, refuse_idle_calibration, with_quantized_base
@@ -34,7 +35,14 @@ from qlora_hal.run.directory import RunDirectory, rehearsed
 from qlora_hal.run.finish import print_already_finished, reported_when_finished, result_of_finished
 from qlora_hal.run.identity import config_hash
 from qlora_hal.run.paths import PathOverrides, require_paths, with_absolute_paths
-from qlora_hal.run.prepare import drawn_seed, likely_dtype, prepare_run, resolve_backend, window_sampler
+from qlora_hal.run.prepare import (
+    drawn_seed,
+    likely_dtype,
+    prepare_run,
+    resolve_backend,
+    window_sampler,
+    with_fetched_weights,
+)
 from qlora_hal.run.record import first_record
 from qlora_hal.run.result import TrainResult
 from qlora_hal.run.resumption import (
@@ -49,7 +57,7 @@ from qlora_hal.trackers import observers_for
 
 if TYPE_CHECKING:
     from qlora_hal.config.resolve import ResolvedSettings
-    from qlora_hal.config.schema import RunConfig
+    from qlora_hal.config.schema import DataConfig, RunConfig
     from qlora_hal.run.prepare import PreparedRun, Rows
 
 
@@ -82,7 +90,11 @@ def run_new(
         given = frozenset(key for key, origin in settings.origins.items() if origin not in _NOT_GIVEN)
         if dry_run:
             with rehearsed(config.output_dir, config=recorded, overwrite=overwrite) as scratch:
-                return _planned(_prepared(config, given, rows, hooks, scratch, console, world, verify=verify))
+                prepared = _prepared(config, given, rows, hooks, scratch, console, world)
+                for note in _not_fetched(prepared, verify=verify):
+                    console.note(note)
+                is_here = prepared.resolved_backend.source.remote is None
+                return _planned(_with_verified_model(prepared, {}, console) if verify and is_here else prepared)
         with (
             followed_new(recorded)
             if world.rank
@@ -97,7 +109,10 @@ def run_new(
         ):
             for note in filter(None, (ignored_note(), *directory.notes)):
                 console.note(note)
-            prepared = _prepared(config, given, rows, hooks, directory.path, console, world, verify=verify)
+            prepared = _prepared(config, given, rows, hooks, directory.path, console, world)
+            prepared = with_fetched_weights(prepared, console)
+            if verify:
+                prepared = _with_verified_model(prepared, {}, console)
             prepared = with_quantized_base(prepared, directory.path, console)
             record = first_record(with_absolute_paths(prepared.config), settings.origins, prepared)
             return carry_out(RunContext(prepared, directory, console, hooks, record, requests))
@@ -135,13 +150,15 @@ def _prepared(
     run_dir: Path,
     console: RunConsole,
     world: World,
-    *,
-    verify: bool,
 ) -> PreparedRun:
-    """All that can be found wrong before the model loads, found; rows in memory are kept in `run_dir`."""
+    """All that can be found wrong before weights are fetched, or the model loads, found: the cheapest first. Rows in
+    memory are kept in `run_dir`."""
     for note in idle_settings(config, given, has_rows=rows is not None, ranks=world.size):
         console.note(note)
+    _refuse_absent_rows(config.data, has_rows=rows is not None)
     resolved_backend = resolve_backend(config, hooks, console)
+    if remote := resolved_backend.source.remote:
+        require_space(remote.repository, remote.files)
     refuse_idle_calibration(config, resolved_backend)
     refuse_calibration_by_ranks(config, resolved_backend, world)
     if rows is not None:
@@ -153,7 +170,26 @@ def _prepared(
     _refuse_endless_warmup(prepared)
     for note in (*_late_evaluations(prepared, given), *memory_notes(prepared)):
         console.note(note)
-    return _with_verified_model(prepared, {}, console) if verify else prepared
+    return prepared
+
+
+def _refuse_absent_rows(data: DataConfig, *, has_rows: bool) -> None:
+    """What a look at the disk tells of the rows, before anything is fetched. Raises DataError (QH-D50, QH-D51)."""
+    named = (("data.path", "" if has_rows else data.path), ("data.validation_path", data.validation_path))
+    for setting, path in named:
+        if path:
+            with blamed_on(setting):
+                refuse_absent(path)
+
+
+def _not_fetched(prepared: PreparedRun, *, verify: bool) -> Iterator[str]:
+    """What a dry run leaves to the run: the weights that lie on the hub."""
+    remote = prepared.resolved_backend.source.remote
+    if remote is None:
+        return
+    yield f"{figures.size(remote.missing_bytes)} of weights lie on the hub; the run fetches them"
+    if verify:
+        yield "--verify hashes nothing in this dry run: the weights are not on this machine"
 
 
 def _with_verified_model(prepared: PreparedRun, recorded: Mapping[str, object], console: RunConsole) -> PreparedRun:
@@ -213,7 +249,8 @@ def run_resumed(
             world=world,
             sequences_per_step=sequences if isinstance(sequences, int) else sequences_of_one_rank(given.training),
         )
-        prepared = with_quantized_base(with_saved_targets(prepared, state), directory.path, console)
+        prepared = with_fetched_weights(with_saved_targets(prepared, state), console)
+        prepared = with_quantized_base(prepared, directory.path, console)
         check_same_run(state, prepared, changes)
         hashes = record.model.get("files")
         if verify or hashes:

@@ -10,8 +10,13 @@ import pytest
 from qlora_hal.contract.backend import Availability, BackendSpec, ProbeReport
 from qlora_hal.contract.capabilities import Capabilities, Feature, Requirements, WeightFormat
 from qlora_hal.detect.discovery import BackendEntry, reports
-from qlora_hal.detect.selection import Choice, choose
-from qlora_hal.errors import BackendNotFoundError, BackendUnavailableError, UnsupportedFeatureError
+from qlora_hal.detect.selection import Choice, backend_to_name, choose, refuse_unready
+from qlora_hal.errors import (
+    BackendNotFoundError,
+    BackendUnavailableError,
+    QloraHalError,
+    UnsupportedFeatureError,
+)
 
 FOUR_BIT = Requirements(level="4bit")
 
@@ -137,3 +142,48 @@ def test_float16_on_a_device_without_an_accelerator_is_nobodys_advice() -> None:
     with pytest.raises(UnsupportedFeatureError) as refusal:
         chosen("plain", half, spec("plain", accelerator=False), replace(declares, uses_accelerator=True))
     assert "--backend declares" in refusal.value.fix
+
+
+def entries_of(*specs: BackendSpec) -> list[BackendEntry]:
+    return [BackendEntry(s.name, "this process", spec=s) for s in specs]
+
+
+@pytest.mark.fault("E01")
+@pytest.mark.parametrize(
+    ("name", "allow_cpu", "specs", "refused"),
+    [
+        ("auto", False, (spec("cpu", accelerator=False),), "QH-E01"),
+        ("auto", True, (spec("gpu", ready=False),), "QH-E01"),
+        ("gpu", True, (spec("gpu", ready=False), spec("cpu", accelerator=False)), "QH-B05"),
+        ("npu", True, (spec("cpu", accelerator=False),), "QH-B03"),
+    ],
+)
+def test_what_no_model_could_change_is_refused_before_one_is_looked_at(
+    name: str, allow_cpu: bool, specs: tuple[BackendSpec, ...], refused: str
+) -> None:
+    entries = entries_of(*specs)
+    with pytest.raises(QloraHalError) as refusal:
+        refuse_unready(name, entries, reports(entries), allow_cpu=allow_cpu)
+    assert refusal.value.code == refused
+
+
+@pytest.mark.parametrize(
+    ("name", "allow_cpu", "specs"),
+    [
+        ("auto", False, (spec("gpu"), spec("cpu", accelerator=False))),
+        ("auto", True, (spec("cpu", accelerator=False),)),
+        ("cpu", False, (spec("cpu", accelerator=False),)),
+    ],
+)
+def test_what_a_model_may_still_decide_is_left_to_it(
+    name: str, allow_cpu: bool, specs: tuple[BackendSpec, ...]
+) -> None:
+    entries = entries_of(*specs)
+    refuse_unready(name, entries, reports(entries), allow_cpu=allow_cpu)
+
+
+def test_a_backend_has_to_be_named_only_where_none_has_an_accelerator() -> None:
+    alone = entries_of(spec("cpu", 1, accelerator=False), spec("older", 0, accelerator=False), spec("g", ready=False))
+    beside = entries_of(spec("cpu", accelerator=False), spec("gpu"))
+    assert backend_to_name(alone, reports(alone)) == "cpu"
+    assert backend_to_name(beside, reports(beside)) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from trainers import OpenTrainer, open_cpu_trainer, random_batch, source_of
 from qlora_hal.contract.backend import Compute, Quantization
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.errors import ModelError
+from qlora_hal.model.hub import Repository
+from qlora_hal.model.hub_model import RemoteWeights
 from qlora_hal_backends.mlx_lora.outline import outline
 from qlora_hal_backends.mlx_lora.trainer import MLXLoRATrainer
 
@@ -223,3 +226,19 @@ def test_a_head_that_bitsandbytes_quantized_is_called_what_it_is(tmp_path: Path)
     with pytest.raises(ModelError, match="lm_head is quantized in this checkpoint") as caught:
         outline(source_of(folder), {})
     assert caught.value.code == "QH-C72"
+
+
+# weights that lie on the hub -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
+@pytest.mark.parametrize("change", [None, with_a_copy_for_a_head], ids=["as written", "a copy for a head"])
+def test_outline_is_the_same_before_the_weights_are_fetched(
+    tmp_path: Path, family: str, change: Callable[[Tensors], object] | None
+) -> None:
+    folder = write_model(tmp_path / "here", family, **({} if change is None else {"tie_word_embeddings": True}))
+    here = source_of(folder if change is None else edit_tensors(folder, change))
+    described = tmp_path / "described"
+    described.mkdir()
+    shutil.copyfile(here.path / "config.json", described / "config.json")
+    files = RemoteWeights(Repository("org/tiny", None, "0" * 40, {}), ("model.safetensors",))
+    there = replace(here, path=described, remote=files)
+    assert outline(there, {}) == outline(here, {})

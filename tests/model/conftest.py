@@ -10,6 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from qlora_hal.export.requantizing import write_packed
+from qlora_hal.formats.nf4 import WRITER
+from qlora_hal.model.source import ModelSource
+from tests.model.hub_client import Client
+
 HIDDEN, FEED_FORWARD, VOCABULARY, LAYERS, KEY_VALUE = 32, 48, 96, 2, 16
 
 LLAMA_CONFIG: Mapping[str, object] = {
@@ -86,3 +91,30 @@ def write_model(tmp_path: Path) -> WriteModel:
 @pytest.fixture
 def llama_weights() -> Callable[..., dict[str, np.ndarray]]:
     return llama_tensors
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Client:
+    folder = tmp_path / "work"
+    folder.mkdir()
+    return Client(folder)
+
+
+@pytest.fixture
+def files(write_model: WriteModel) -> dict[str, bytes]:
+    """What a small repository holds, with files beside the model that are not to be fetched."""
+    folder = write_model("served")
+    served = {path.name: path.read_bytes() for path in folder.iterdir()}
+    return served | {
+        "tokenizer.json": b"{}", "chat_template.jinja": b"{{ messages }}", "pytorch_model.bin": b"pickle",
+        "modeling_tiny.py": b"raise SystemExit", "README.md": b"# tiny",
+        "LICENSE": b"terms", "NOTICE.txt": b"names", "USE_POLICY.md": b"uses",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def nf4_files(write_model: WriteModel, tmp_path: Path) -> dict[str, bytes]:
+    """The same model in NF4, as bitsandbytes stores it."""
+    base = ModelSource.in_folder(write_model("base", config={**LLAMA_CONFIG, "torch_dtype": "float16"}))
+    write_packed(base, tmp_path / "packed", WRITER)
+    return {path.name: path.read_bytes() for path in (tmp_path / "packed").iterdir()}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -14,32 +16,57 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 COMMIT = "c0ffee" + "0" * 34
 
 
+@dataclass(frozen=True)
+class Sparse:
+    """A file of `size` bytes of which only the first are made; the rest are zeros, and made when they are asked for."""
+
+    start: bytes
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, part: slice) -> bytes:
+        begin, end, _ = part.indices(self.size)
+        made = self.start[begin:end]
+        return made + bytes(end - begin - len(made))
+
+
 @dataclass
 class FakeHub:
-    """One repository, `org/tiny`. `answers` holds statuses to give first, `cut` how often the weights come short."""
+    """One repository. `answers` holds statuses to give first, `cut` how often the weights come short, `down` the one
+    file that no request gets whole; `served` counts
+    the bytes of bodies by file, those of the API under `api`; `ranges` False ignores that a part was asked for."""
 
-    files: Mapping[str, bytes]
+    files: Mapping[str, bytes | Sparse]
+    name: str = "org/tiny"
     answers: list[tuple[int, Mapping[str, str]]] = field(default_factory=list)
     gated: bool = False
     cut: int = 0
+    down: str = ""
+    ranges: bool = True
     requests: Counter[str] = field(default_factory=Counter)
+    served: Counter[str] = field(default_factory=Counter)
     address: str = ""
 
-    def answer(self, method: str, path: str) -> tuple[int, Mapping[str, str], bytes]:
+    def answer(self, method: str, path: str, asked: str | None = None) -> tuple[int, Mapping[str, str], bytes]:
+        """`asked` is the Range header. What a HEAD would have as its body is not made."""
         self.requests[f"{method} {path.split('?')[0]}"] += 1
         if self.answers:
             status, headers = self.answers.pop(0)
             return status, headers, b"{}"
-        if path.startswith("/api/models/org/tiny"):
-            return self._api(path)
-        if path.startswith("/org/tiny/resolve/"):
-            return self._file(method, path.split("?")[0].split("/", 5)[5])
+        if path.startswith(f"/api/models/{self.name}"):
+            status, headers, body = self._api(path)
+            self.served["api"] += len(body)
+            return status, headers, body
+        if path.startswith(f"/{self.name}/resolve/"):
+            return self._file(method, path.split("?")[0].split("/", 5)[5], asked)
         return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
 
     def _api(self, path: str) -> tuple[int, Mapping[str, str], bytes]:
         if "/tree/" in path:
             listing: object = [
-                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                {"type": "file", "path": name, "size": len(data), "oid": _hash(name, data)}
                 for name, data in self.files.items()
             ]
             return 200, {"Content-Type": "application/json"}, json.dumps(listing).encode()
@@ -47,31 +74,102 @@ class FakeHub:
         if revision not in {"main", COMMIT}:
             return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
         siblings = [{"rfilename": name, "size": len(data)} for name, data in self.files.items()]
-        info = {"id": "org/tiny", "sha": COMMIT, "siblings": siblings, "private": False, "downloads": 0, "tags": []}
+        info = {"id": self.name, "sha": COMMIT, "siblings": siblings, "private": False, "downloads": 0, "tags": []}
         return 200, {"Content-Type": "application/json"}, json.dumps(info).encode()
 
-    def _file(self, method: str, name: str) -> tuple[int, Mapping[str, str], bytes]:
+    def _file(self, method: str, name: str, asked: str | None) -> tuple[int, Mapping[str, str], bytes]:
         if self.gated:
             return 403, {"X-Error-Code": "GatedRepo"}, b"{}"
         data = self.files[name]
         headers = {
-            "ETag": f'"{hashlib.sha1(data).hexdigest()}"',
+            "ETag": f'"{_hash(name, data)}"',
             "X-Repo-Commit": COMMIT,
             "X-Linked-Size": str(len(data)),
+            "Accept-Ranges": "bytes",
         }
-        if method == "GET" and name.endswith(".safetensors") and self.cut:
+        if method == "HEAD":
+            return 200, {**headers, "Content-Length": str(len(data))}, b""
+        begin, end, status = 0, len(data), 200
+        if self.ranges and asked and (part := re.fullmatch(r"bytes=(\d+)-(\d*)", asked)):
+            begin, end = int(part[1]), min(int(part[2]) + 1 if part[2] else len(data), len(data))
+            headers |= {"Content-Range": f"bytes {begin}-{end - 1}/{len(data)}"}
+            status = 206
+        elif name.endswith(".safetensors") and self.cut:
             self.cut -= 1
-            data = data[:-7]
-        return 200, headers, data
+            end -= 7
+        if name == self.down and status == 200:
+            return 503, {}, b"{}"
+        body = data[begin:end]
+        self.served[name] += len(body)
+        return status, headers, body
+
+
+def _hash(name: str, data: bytes | Sparse) -> str:
+    return hashlib.sha1(data if isinstance(data, bytes) else f"{name} {data.size}".encode()).hexdigest()
+
+
+def llama_70b_shape() -> dict[str, bytes | Sparse]:
+    """The files of a repository of the shape of Llama 3.1 70B: 141 GB of weights in 30 shards, more copies of them, and
+    real headers. Its tokenizer.json is as long as the real one."""
+    hidden, feed_forward, key_value, vocabulary, layers = 8192, 28672, 1024, 128256, 80
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
+    for layer in range(layers):
+        at = f"model.layers.{layer}"
+        shapes |= {
+            f"{at}.self_attn.q_proj.weight": (hidden, hidden),
+            f"{at}.self_attn.k_proj.weight": (key_value, hidden),
+            f"{at}.self_attn.v_proj.weight": (key_value, hidden),
+            f"{at}.self_attn.o_proj.weight": (hidden, hidden),
+            f"{at}.mlp.gate_proj.weight": (feed_forward, hidden),
+            f"{at}.mlp.up_proj.weight": (feed_forward, hidden),
+            f"{at}.mlp.down_proj.weight": (hidden, feed_forward),
+            f"{at}.input_layernorm.weight": (hidden,),
+            f"{at}.post_attention_layernorm.weight": (hidden,),
+        }
+    shapes |= {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
+        "intermediate_size": feed_forward, "num_hidden_layers": layers, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "vocab_size": vocabulary, "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-05, "hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    names, shards = list(shapes), 30
+    files: dict[str, bytes | Sparse] = {}
+    weight_map: dict[str, str] = {}
+    for number in range(shards):
+        part = names[len(names) * number // shards : len(names) * (number + 1) // shards]
+        file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        files[file] = _sparse_shard({name: shapes[name] for name in part})
+        weight_map |= dict.fromkeys(part, file)
+    weights = sum(len(shard) for shard in files.values())
+    return files | {
+        "config.json": json.dumps(config).encode(),
+        "model.safetensors.index.json": json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2).encode(),
+        "tokenizer.json": bytes(9_085_657),
+        "consolidated.safetensors": Sparse(b"", weights),
+        "original/consolidated.00.pth": Sparse(b"", weights),
+        "original/params.json": b"{}",
+        "onnx/model.onnx_data": Sparse(b"", weights),
+    }
+
+
+def _sparse_shard(shapes: Mapping[str, tuple[int, ...]]) -> Sparse:
+    entries, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * math.prod(shape)
+        entries[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
+    header = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return Sparse(len(header).to_bytes(8, "little") + header, 8 + len(header) + end)
 
 
 @contextmanager
 def serving(hub: FakeHub) -> Iterator[FakeHub]:
     class Handler(BaseHTTPRequestHandler):
         def _reply(self) -> None:
-            status, headers, body = hub.answer(self.command, self.path)
+            status, headers, body = hub.answer(self.command, self.path, self.headers.get("Range"))
             self.send_response(status)
-            for key, value in {**headers, "Content-Length": str(len(body))}.items():
+            for key, value in {"Content-Length": str(len(body)), **headers}.items():
                 self.send_header(key, value)
             self.end_headers()
             if self.command != "HEAD":

@@ -3,95 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.model.fake_hub import COMMIT, FakeHub, serving
+from tests.model.hub_client import Client
 
 WriteModel = Callable[..., Path]
-
-CHILD = """
-import json, sys, warnings
-warnings.simplefilter("ignore")
-from qlora_hal.errors import QloraHalError
-from qlora_hal.model import hub
-from qlora_hal.model.source import resolve_model
-
-asked = json.loads(sys.argv[1])
-waits = []
-patient = hub.Retries(sleep=waits.append)
-hub.Retries = lambda: patient
-try:
-    source = resolve_model(asked["name"], revision=asked["revision"], trust_remote_code=asked["trust"])
-    print(json.dumps({
-        "files": sorted(p.name for p in source.path.iterdir()), "revision": source.revision, "waits": waits,
-        "linear": len(source.facts.linear_modules), "path": str(source.path),
-    }))
-except QloraHalError as error:
-    print(json.dumps({**error.as_json(), "exit_status": error.exit_status, "waits": waits}))
-"""
-
-
-class Client:
-    """Resolves a model in a child that has its own cache; retries do not really sleep, their waits are reported."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.cache = folder / "hf"
-
-    def resolve(
-        self,
-        address: str,
-        name: str = "org/tiny",
-        *,
-        revision: str | None = None,
-        trust: bool = False,
-        offline: bool = False,
-    ) -> dict[str, Any]:
-        # Nothing of this process's settings: libraries that other tests import change the environment.
-        kept = ("PATH", "HOME", "LANG", "TMPDIR", "SYSTEMROOT")
-        environment = {key: os.environ[key] for key in kept if key in os.environ}
-        environment |= {
-            "HF_ENDPOINT": address, "HF_HOME": str(self.cache), "HF_HUB_OFFLINE": str(int(offline)),
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1",
-        }  # fmt: skip
-        asked = json.dumps({"name": name, "revision": revision, "trust": trust})
-        done = subprocess.run(
-            [sys.executable, "-c", CHILD, asked],
-            env=environment,
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stderr
-        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return answer
-
-
-@pytest.fixture
-def client(tmp_path: Path) -> Client:
-    folder = tmp_path / "work"
-    folder.mkdir()
-    return Client(folder)
-
-
-@pytest.fixture
-def files(write_model: WriteModel) -> dict[str, bytes]:
-    folder = write_model("served")
-    served = {path.name: path.read_bytes() for path in folder.iterdir()}
-    return served | {
-        "tokenizer.json": b"{}", "chat_template.jinja": b"{{ messages }}", "pytorch_model.bin": b"pickle",
-        "modeling_tiny.py": b"raise SystemExit", "README.md": b"# tiny",
-        "LICENSE": b"terms", "NOTICE.txt": b"names", "USE_POLICY.md": b"uses",
-    }  # fmt: skip
-
 
 NOWHERE = "http://127.0.0.1:9"
 """Port 9 (discard) refuses connections."""
@@ -240,6 +160,22 @@ def test_a_partial_file_in_the_cache_is_replaced(client: Client, files: dict[str
         blob.write_bytes(blob.read_bytes()[: len(files["model.safetensors"]) // 2])
         assert client.resolve(hub.address)["linear"] == 14
     assert path.read_bytes() == files["model.safetensors"]
+
+
+@pytest.mark.fault("E11")
+def test_weight_files_that_are_complete_are_not_fetched_again_after_a_download_broke_off(
+    client: Client, write_model: WriteModel
+) -> None:
+    files = {path.name: path.read_bytes() for path in write_model("sharded", shards=2).iterdir()}
+    first, second = sorted(name for name in files if name.endswith(".safetensors"))
+    with serving(FakeHub(files, down=second)) as hub:
+        answer = client.resolve(hub.address)
+        assert (answer["code"], answer["exit_status"]) == ("QH-E11", 11)
+        assert "not all of its weights" in answer["message"]
+        hub.down = ""
+        before = hub.served[first]
+        assert client.resolve(hub.address)["linear"] == 14
+        assert hub.served[first] - before <= 16 * 1024
 
 
 @pytest.mark.fault("C01")

@@ -10,11 +10,16 @@ from typing import Any, cast
 import mlx.core as mx
 
 from qlora_hal.errors import ModelError
-from qlora_hal.model.facts import text_config
+from qlora_hal.model.facts import TensorFacts, text_config
 from qlora_hal.model.source import ModelSource
 
 Arrays = dict[str, mx.array]
 
+_DTYPES = {
+    "BOOL": mx.bool_, "U8": mx.uint8, "U16": mx.uint16, "U32": mx.uint32, "U64": mx.uint64,
+    "I8": mx.int8, "I16": mx.int16, "I32": mx.int32, "I64": mx.int64,
+    "F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32,
+}  # fmt: skip
 _FREQUENCIES = re.compile(r"\b(rotary_emb|rope)\.inv_freq$")
 _CAUSAL_MASK = re.compile(r"\.(attn|attention)\.(masked_)?bias$")
 _OTHER_TOWERS = re.compile(
@@ -47,22 +52,36 @@ class Weights:
 
 
 def open_tensors(source: ModelSource) -> Arrays:
-    """All shards, lazily, under the checkpoint's own names. Raises ModelError QH-M50 for one that MLX cannot read."""
+    """All shards, lazily, under the checkpoint's own names; zeros of the same shapes, never made, while the weights lie
+    on the hub. Raises ModelError QH-M50 for one that MLX cannot read."""
     arrays: Arrays = {}
+    if source.remote is not None:
+        arrays = {name: _outlined(tensor, source) for name, tensor in source.facts.tensors.items()}
+        return {name: array for name, array in arrays.items() if not _is_recomputed(name, array)}
     for file in sorted({tensor.file for tensor in source.facts.tensors.values()}):
         # Contents decide what MLX reads, not the name: blobs of the hub's cache have none.
         path = (source.path / file).resolve(strict=True)
         try:
             arrays.update(cast("Arrays", mx.load(str(path), format="safetensors")))
         except (RuntimeError, ValueError) as error:
-            raise ModelError(
-                "QH-M50",
-                f"MLX cannot read {file}.",
-                where=source.name,
-                cause=str(error).splitlines()[0],
-                fix="Name a version of the model in bfloat16, float16 or float32.",
-            ) from error
+            raise _unread(file, source, str(error).splitlines()[0]) from error
     return {name: array for name, array in arrays.items() if not _is_recomputed(name, array)}
+
+
+def _outlined(tensor: TensorFacts, source: ModelSource) -> mx.array:
+    if tensor.dtype not in _DTYPES:
+        raise _unread(tensor.file, source, f"MLX has no dtype {tensor.dtype}")
+    return mx.zeros(tensor.shape, _DTYPES[tensor.dtype])
+
+
+def _unread(file: str, source: ModelSource, cause: str) -> ModelError:
+    return ModelError(
+        "QH-M50",
+        f"MLX cannot read {file}.",
+        where=source.name,
+        cause=cause,
+        fix="Name a version of the model in bfloat16, float16 or float32.",
+    )
 
 
 def _is_recomputed(name: str, array: mx.array) -> bool:

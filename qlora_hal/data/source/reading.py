@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
@@ -37,15 +38,38 @@ def open_source(path: str, split: str = "train") -> Source:
         return hub_rows.saved_source(here, split)
     if here.is_dir():
         return _folder_source(path, here, split)
-    if hub_rows.could_be_id(path) and here.suffix.lower() not in KINDS:
-        return hub_rows.hub_source(path, split)
+    refuse_absent(path)
+    return hub_rows.hub_source(path, split)
+
+
+def refuse_absent(path: str) -> None:
+    """What names alone tell: nothing is there and the name is no dataset id, or the file is of a kind that is not read.
+    Raises DataError (QH-D50, QH-D51)."""
+    here = named_path(path)
+    if here.is_file():
+        _refuse_other_kinds([here])
+    if here.exists() or (hub_rows.could_be_id(path) and not _is_named_like_a_file(here)):
+        return
+    near = get_close_matches(here.name, _names_in(here.parent), n=1)
     raise DataError(
         "QH-D50",
-        f"There is no file, folder or dataset {path!r}.",
+        f"There is no file, folder or dataset {path!r}{f'; did you mean {here.with_name(near[0])}?' if near else '.'}",
         where="data.path",
         cause="The name is neither a path on this disk nor a dataset id of the form owner/name.",
         fix="Give data.path the path of a JSONL, JSON, CSV or Parquet file.",
     )
+
+
+def _is_named_like_a_file(path: Path) -> bool:
+    """Whether a name ends as data files do, or nearly: `rows.jsnl` is a slip, and no dataset of the hub."""
+    return bool(get_close_matches(path.suffix.lower(), KINDS, n=1, cutoff=0.75))
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return [entry.name for entry in folder.iterdir()]
+    except OSError:
+        return []
 
 
 def has_splits(path: str) -> bool:
@@ -122,7 +146,7 @@ def _folder_source(name: str, folder: Path, split: str) -> Source:
     return replace(source, notes=notes, alerts=(alert,) if alert else ())
 
 
-def _files_source(name: str, files: Sequence[Path]) -> Source:
+def _refuse_other_kinds(files: Sequence[Path]) -> None:
     for file in files:
         if file.suffix.lower() not in KINDS:
             raise DataError(
@@ -131,6 +155,10 @@ def _files_source(name: str, files: Sequence[Path]) -> Source:
                 where=str(file),
                 fix="Name the file by what it holds, for example rows.jsonl.",
             )
+
+
+def _files_source(name: str, files: Sequence[Path]) -> Source:
+    _refuse_other_kinds(files)
 
     def read() -> Iterator[Row]:
         number = 0
