@@ -116,7 +116,7 @@ def _chat_template(value: Value, given: Given) -> Outcome:
 def _targets_linear(value: Value, given: Given) -> Outcome:
     if not is_on(value):
         return unneeded("off there; lora_target_modules counts")
-    if given.get("lora_target_modules"):
+    if given.values.get("lora_target_modules"):
         return unneeded("lora_target_modules is set as well and is taken")
     return becomes({"lora.target_modules": "all-linear"}, "every linear layer but the head")
 

@@ -272,6 +272,7 @@ MLX_LM = Tool(
         "With grad_accumulation_steps mlx-lm takes the mean of its micro-batches' means; here every trained token of "
         "a step "
         "counts alike, so rows with few tokens weigh less.",
+        "mlx-lm also counts one padding token behind each row that is shorter than its batch (`default_loss`, 0.32.2).",
         "mlx-lm writes scale where PEFT writes alpha / r: a scale of 20 at rank 8 is alpha 160.",
     ),
     groups=frozenset({"lora_parameters", "lr_schedule"}),
