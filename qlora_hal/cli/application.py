@@ -15,6 +15,8 @@ VERBS: Mapping[str, tuple[str, str]] = {
     "resume": (TRAINING, "Resume a run that was stopped."),
     "unpickle": (TRAINING, "Convert pickled weights to safetensors, without running the code they hold."),
     "quantize": (TRAINING, "Quantize a model with calibration (int4_gptq)."),
+    "runs": (TRAINING, "List the runs of a folder."),
+    "compare": (TRAINING, "Compare two runs: settings that differ, figures, curves on one page."),
     "chat": (TRAINING, "Chat with the base model and the trained one, side by side."),
     "generate": (TRAINING, "Answer one prompt with and without the adapter."),
     "merge": (TRAINING, "Merge an adapter into its base, and prove that the result is the same model."),

@@ -15,7 +15,8 @@ _POINT_LIMIT = 600
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """One line of a chart. `style` is a CSS class: `line`, `faint`, or `marks` for points joined by a line."""
+    """One line of a chart. `style` is a CSS class: `line`, `faint`, or `marks` for points joined by a line; a name that
+    begins so, such as `marks-b`, is drawn alike."""
 
     name: str
     points: Sequence[Point]
@@ -113,7 +114,7 @@ def _drawn(curve: Curve, scale: _Scale) -> str:
     places = [(scale.x(x), scale.y(y)) for x, y in curve.points]
     path = " ".join(f"{'M' if n == 0 else 'L'}{x:.1f} {y:.1f}" for n, (x, y) in enumerate(places))
     parts = [f'<path class="{curve.style}" d="{path}"><title>{escape(curve.name)}</title></path>']
-    if curve.style == "marks" or len(places) == 1:
+    if curve.style.startswith("marks") or len(places) == 1:
         parts.extend(
             f'<circle class="{curve.style}" cx="{x:.1f}" cy="{y:.1f}" r="4">'
             f"<title>{escape(curve.name)} at step {step:g}: {value:.6g}</title></circle>"
