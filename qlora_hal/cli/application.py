@@ -24,6 +24,7 @@ VERBS: Mapping[str, tuple[str, str]] = {
     "backends": (MACHINE, "List the backends and whether each can run here."),
     "doctor": (MACHINE, "Check the machine, and run the self-test of every ready backend."),
     "estimate": (MACHINE, "Estimate the memory of a run."),
+    "advise": (MACHINE, "Advise on format, rank, rate and batch for a model, its data and a memory."),
     "conformance": (MACHINE, "Prove that a backend computes what the others compute."),
     "init": (SETTINGS, "Write a commented settings file."),
     "schema": (SETTINGS, "Print the JSON schema of the settings."),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from qlora_hal.errors import figures
 from qlora_hal.report.comparison import ComparedRun, Comparison
 from qlora_hal.report.series import Points, RunSeries
 from qlora_hal.report.svg import Curve, chart
@@ -57,9 +58,16 @@ def _charts(runs: tuple[ComparedRun, ComparedRun]) -> list[tuple[str, Markup]]:
         ("Gradient norm before clipping", _curves(runs, lambda s: s.grad_norm, "line")),
         ("Learning rate", _curves(runs, lambda s: s.learning_rate, "line")),
     ]
-    drawn = [(title, chart(title, curves, number=lambda value: f"{value:.3g}", **_SIZE)) for title, curves in wanted]
+    drawn = [(title, chart(title, curves, number=_NUMBERS.get(title, _short), **_SIZE)) for title, curves in wanted]
     # Safe to mark: svg.chart escapes every text it is given.
     return [(title, Markup(drawing)) for title, drawing in drawn if drawing]
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}"
+
+
+_NUMBERS: Mapping[str, Callable[[float], str]] = {"Learning rate": lambda value: figures.rate(value) if value else "0"}
 
 
 def _curves(runs: tuple[ComparedRun, ComparedRun], points: Callable[[RunSeries], Points], style: str) -> list[Curve]:
