@@ -19,6 +19,7 @@ from qlora_hal.errors.terminal_text import show, show_json
 if TYPE_CHECKING:
     from qlora_hal.config.schema import RunConfig
     from qlora_hal.contract.backend import BackendSpec, ProbeReport
+    from qlora_hal.detect.hardware import Machine
     from qlora_hal.memory.advice import Plan, RowFacts, Situation
     from qlora_hal.model.source import ModelSource
 
@@ -30,7 +31,7 @@ _UNITS = {"M": 2**20, "G": 2**30, "T": 2**40}
 def advise(
     *,
     memory: Annotated[
-        str | None, Parameter(help="Memory of the device, as 24GB; default: of this machine's own device.")
+        str | None, Parameter(help="Memory of one device, as 24GB; default: that of this machine.")
     ] = None,
     json: Annotated[bool, Switch, Parameter(help="Print as JSON.")] = False,
     flags: Mapping[str, object],
@@ -68,6 +69,7 @@ def _situation(config: RunConfig, memory: int | None) -> Situation:
     from qlora_hal.adapter.targets import resolve_targets
     from qlora_hal.config.resolve import resolve_settings
     from qlora_hal.detect.discovery import listed, reports
+    from qlora_hal.detect.hardware import inventory
     from qlora_hal.detect.requirements import quantization_of
     from qlora_hal.memory.advice import Situation
     from qlora_hal.memory.estimate import adapter_parameters
@@ -89,7 +91,7 @@ def _situation(config: RunConfig, memory: int | None) -> Situation:
 
     return Situation(
         backend=spec.name,
-        memory_bytes=_memory_here(spec, report) if memory is None else memory,
+        memory_bytes=memory_of_device(spec, report, inventory()) if memory is None else memory,
         parameters=facts.parameter_count,
         stored=facts.prequantized.weight_format if facts.prequantized else "",
         rows=_row_facts(config, source) if config.data.path else None,
@@ -115,14 +117,16 @@ def _backend(
     return backend_for(config, source.facts)
 
 
-def _memory_here(spec: BackendSpec, report: ProbeReport | None) -> int:
-    from qlora_hal.detect.hardware import inventory, memory_here
+def memory_of_device(spec: BackendSpec, report: ProbeReport | None, machine: Machine) -> int:
+    """Bytes of the smallest card of this machine that the backend runs on, or of the machine's own memory."""
     from qlora_hal.detect.selection import has_accelerator
+    from qlora_hal.memory.gpus import apple_working_set
 
-    gpus = [gpu.memory_bytes for gpu in inventory().gpus if gpu.vendor in spec.card_vendors and gpu.memory_bytes]
-    if report is not None and has_accelerator(spec, (report,)) and gpus:
-        return min(gpus)
-    return memory_here()
+    cards = [(gpu, gpu.memory_total_bytes) for gpu in machine.gpus if gpu.vendor in spec.card_vendors]
+    told = [apple_working_set(size) if gpu.vendor == "apple" else size for gpu, size in cards if size]
+    if told and report is not None and has_accelerator(spec, (report,)):
+        return min(told)
+    return min(machine.memory_bytes, machine.memory_limit_bytes or machine.memory_bytes)
 
 
 def _row_facts(config: RunConfig, source: ModelSource) -> RowFacts:

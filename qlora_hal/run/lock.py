@@ -118,7 +118,7 @@ def is_held(folder: Path) -> bool | None:
         return False
     try:
         # A process that began later only has the number of the one that is meant; `since` is in whole seconds.
-        return psutil.Process(pid).create_time() < datetime.fromisoformat(since).timestamp() + 1
+        return bool(psutil.Process(pid).create_time() < datetime.fromisoformat(since).timestamp() + 1)
     except (psutil.Error, ValueError, OverflowError):
         return False
 

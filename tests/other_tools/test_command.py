@@ -49,11 +49,12 @@ def test_a_dry_run_accepts_the_written_file(tmp_path: Path, capsys: pytest.Captu
 
 def test_a_file_that_is_there_is_kept_and_a_line_break_in_a_value_ends_no_comment(tmp_path: Path) -> None:
     theirs = tmp_path / "theirs.yml"
-    theirs.write_text('base_model: a/b\nrun_name: "x\\noutput_dir: /etc"\nwandb_name: "y\\nlora: {r: 1}"\n')
+    theirs.write_text('base_model: a/b\nlr_scheduler: "x\\noutput_dir: /etc"\n"y\\nlora: {r: 1}": 2\n')
     ours = tmp_path / "run.yaml"
     assert main(["init", str(ours), "--from", str(theirs)]) == 0
     before = ours.read_bytes()
-    assert resolve_settings(ours, environ={}).config.lora.r == 16
+    config = resolve_settings(ours, environ={}).config
+    assert (config.lora.r, config.output_dir) == (16, "runs/first")
     assert main(["init", str(ours), "--from", str(theirs)]) == 2
     assert ours.read_bytes() == before
 

@@ -113,7 +113,15 @@ def test_a_run_at_work_is_told_from_one_that_was_interrupted(run_dir: Path) -> N
     ("owner", "state"),
     [
         ({"host": "another-host", "pid": 1, "since": "2026-01-01T00:00:00+00:00"}, "running elsewhere"),
-        ({"host": os.uname().nodename, "pid": 1, "boot_id": "another start"}, "interrupted"),
+        (
+            {
+                "host": os.uname().nodename,
+                "pid": os.getpid(),
+                "since": "2999-01-01T00:00:00+00:00",
+                "boot_id": "another",
+            },
+            "interrupted",
+        ),
     ],
 )
 def test_a_process_of_another_host_or_an_earlier_start_is_not_taken_for_a_living_one(
