@@ -355,7 +355,10 @@ ADAPTER = table(
         "LoraConfig.rank_pattern LoraConfig.alpha_pattern LoraConfig.loftq_config get_peft_model.loftq_config",
         "One rank and one alpha hold for all modules, and A and B begin as usual.",
     ),
-    not_needed("LoraConfig.task_type lora_task_type task_type LoraConfig.inference_mode", "Language models only."),
+    not_needed(
+        "LoraConfig.task_type lora_task_type task_type LoraConfig.inference_mode get_peft_model.task_type",
+        "Language models only.",
+    ),
 )
 
 QUANTIZATION = table(

@@ -24,7 +24,19 @@ _OBJECTS = frozenset(
         *("data_collator", "callbacks", "compute_metrics", "formatting_func", "optimizers"),
     }
 )
-_OTHER_OBJECTIVES = ("DPO", "ORPO", "KTO", "GRPO", "PPO", "CPO", "RLOO", "Reward", "GKD", "OnlineDPO")
+_OTHER_OBJECTIVES = (
+    "DPO",
+    "ORPO",
+    "KTO",
+    "GRPO",
+    "PPO",
+    "CPO",
+    "RLOO",
+    "Reward",
+    "GKD",
+    "OnlineDPO",
+    "SentenceTransformer",
+)
 _METHODS = frozenset({"get_peft_model"})
 _FUNCTIONS = frozenset({"load_dataset", "train_on_responses_only", "get_chat_template"})
 _RECORDS = frozenset({"LoraConfig", "BitsAndBytesConfig"})

@@ -125,7 +125,7 @@ def _defaults(given: Given) -> dict[str, Default]:
 
 
 SCRIPT = table(
-    same("from_pretrained.model_name model_name_or_path", "model.name_or_path"),
+    same("from_pretrained.model_name model_name_or_path base_model_name_or_path", "model.name_or_path"),
     translated("from_pretrained.revision model_revision", "model.revision", "Branch, tag or commit.", hf.revision),
     same("load_dataset.path dataset_name", "data.path"),
     translated("load_dataset.split dataset_train_split", "data.split", "One split.", _split),
@@ -147,7 +147,7 @@ SCRIPT = table(
         "from_pretrained.use_cache "
         "from_pretrained.quantization_config from_pretrained.low_cpu_mem_usage load_dataset.token "
         "load_dataset.num_proc "
-        "load_dataset.data_dir load_dataset.streaming",
+        "load_dataset.data_dir load_dataset.streaming load_dataset.column_names load_dataset.skiprows",
         "It steers that tool's own program, or is read where it is made.",
     ),
     not_needed(

@@ -71,7 +71,8 @@ _OWN = table(
     translated("load_in_8bit from_pretrained.load_in_8bit", "quantization.weight_format", "LLM.int8.", hf.eight_bit),
     same("max_seq_length from_pretrained.max_seq_length max_length", "data.max_seq_length"),
     translated(
-        "use_gradient_checkpointing get_peft_model.use_gradient_checkpointing",
+        "use_gradient_checkpointing get_peft_model.use_gradient_checkpointing "
+        "from_pretrained.use_gradient_checkpointing",
         "training.gradient_checkpointing",
         "`unsloth` also moves activations to the host.",
         hf.checkpointing,
@@ -98,7 +99,8 @@ _OWN = table(
     not_needed(
         "from_pretrained.fast_inference from_pretrained.max_lora_rank from_pretrained.gpu_memory_utilization "
         "get_peft_model.max_seq_length get_chat_template.map_eos_token from_pretrained.offload_embedding "
-        "from_pretrained.load_in_16bit",
+        "from_pretrained.load_in_16bit from_pretrained.auto_model from_pretrained.unsloth_force_compile "
+        "from_pretrained.unsloth_tiled_mlp",
         "It is for serving or has no use there.",
     ),
 )
