@@ -58,7 +58,7 @@ def _unasked(tool: Tool) -> Iterator[str]:
     keys = tool.by_name()
     for name, default in tool.defaults(Given({})).items():
         here = keys[name].here if name in keys else ""
-        if here:
+        if here and default.value is not None:
             yield f"| `{here}` | as `{name}: {_cell(str(default.value))}` | {tool.title}'s default |"
     for path, (value, why) in tool.habits.items():
         yield f"| `{path}` | {str(value).lower() if isinstance(value, bool) else value} | {_cell(why)} |"
