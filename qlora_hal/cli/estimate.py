@@ -99,7 +99,7 @@ def estimate_run(config: RunConfig, devices: int | str | None = None) -> Estimat
         model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code, tokenizer=False
     ).facts
     refuse_long_sequences(config.data, facts.max_position_embeddings)
-    spec = _backend(config, facts)
+    spec = backend_for(config, facts)
     quantization = quantization_of(config, facts, spec.capabilities)
     targets = resolve_targets(config.lora.target_modules, facts.linear_modules)
     require_rank(config.lora.r, [facts.linear_modules[name] for name in targets])
@@ -189,7 +189,7 @@ def estimate_as_json(estimated: Estimated) -> dict[str, object]:
     }
 
 
-def _backend(config: RunConfig, facts: ModelFacts) -> BackendSpec:
+def backend_for(config: RunConfig, facts: ModelFacts) -> BackendSpec:
     """The named backend; else the first by priority that can store this model, ready here or not."""
     from qlora_hal.contract.capabilities import unmet_requirements
     from qlora_hal.detect.discovery import find, listed, load_spec

@@ -41,12 +41,55 @@ def init(
         Path, Parameter(help="The file to write, .yaml, .yml or .toml; - prints YAML.", allow_leading_hyphen=True)
     ] = Path("run.yaml"),
     /,
+    *,
+    source: Annotated[
+        Path | None,
+        Parameter(
+            name="--from",
+            help="Make it from a configuration of Axolotl, LLaMA-Factory, mlx-lm or TRL, or from a training script or "
+            "notebook of TRL or Unsloth, which is read and not run.",
+        ),
+    ] = None,
+    from_tool: Annotated[
+        str | None,
+        Parameter(help="Whose file it is: axolotl, llama-factory, mlx-lm, trl or unsloth; default: by its keys."),
+    ] = None,
 ) -> int:
     """Write a commented settings file, and beside it the schema that lets an editor complete and check it."""
+    if from_tool is not None and source is None:
+        raise ConfigError(
+            "QH-U04",
+            "--from-tool says which tool a file is for; --from names none.",
+            where="command line",
+            fix="Add --from FILE, or leave out --from-tool.",
+        )
     if str(file) == "-":
-        print(settings_text(YAML), end="")
+        print(settings_text(YAML) if source is None else _imported(source, from_tool, YAML)[0], end="")
         return 0
     syntax = _syntax_of(file)
+    _refuse_existing(file)
+    text, told = (settings_text(syntax), "") if source is None else _imported(source, from_tool, syntax, str(file))
+    _write(file, text)
+    from qlora_hal.errors.terminal_text import show
+
+    show(
+        told or f"wrote {file}. Fill in model, data and output_dir, then: qlora-hal train {file}",
+        stream=sys.stderr,
+    )
+    return 0
+
+
+def _imported(source: Path, tool: str | None, syntax: Syntax, written: str = "run.yaml") -> tuple[str, str]:
+    """The file, and what to say of it."""
+    from qlora_hal.cli.imported_settings import Form, imported_text, summary
+    from qlora_hal.config.other_tools.importing import imported
+
+    made = imported(source, tool)
+    assigned = syntax.assigned("{}", "{}")
+    return imported_text(made, Form(syntax.editor_line, syntax.group, syntax.indent, assigned)), summary(made, written)
+
+
+def _refuse_existing(file: Path) -> None:
     if file.exists():
         raise ConfigError(
             "QH-U07",
@@ -54,20 +97,19 @@ def init(
             where=str(file),
             fix=f"Choose another name: qlora-hal init other{file.suffix}",
         )
+
+
+def _write(file: Path, text: str) -> None:
     from qlora_hal.cli.schema import schema_text
 
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         replace_file(file.parent / SCHEMA_FILE, (schema_text() + "\n").encode())
-        write_whole(file, settings_text(syntax))
+        write_whole(file, text)
     except OSError as error:
         raise StorageError(
             "QH-S12", f"{file} cannot be written: {error.strerror}.", where=str(file), fix="Choose another path."
         ) from error
-    from qlora_hal.errors.terminal_text import show
-
-    show(f"wrote {file}. Fill in model, data and output_dir, then: qlora-hal train {file}", stream=sys.stderr)
-    return 0
 
 
 def _syntax_of(file: Path) -> Syntax:

@@ -24,6 +24,7 @@ from qlora_hal.config.fields import (
 )
 from qlora_hal.config.files import BYTE_LIMIT, read_settings_file
 from qlora_hal.config.habits import remark
+from qlora_hal.config.other_tools.hints import foreign_key_hint
 from qlora_hal.config.problems import Problem, config_error, problems_of_validation
 from qlora_hal.config.schema import RunConfig
 from qlora_hal.errors import ConfigError
@@ -306,4 +307,5 @@ def _unknown(key: str, value: object, origin: str, is_searched: bool) -> Problem
     if is_searched and (instead := remark(key)):
         return Problem(key, origin, value, "no setting has that name", f"{instead}.")
     nearest = nearest_setting(key) if is_searched else None
-    return Problem(key, origin, value, "no setting has that name", f"did you mean {nearest}?" if nearest else "")
+    hint = f"did you mean {nearest}?" if nearest else foreign_key_hint(key) or ""
+    return Problem(key, origin, value, "no setting has that name", hint)

@@ -26,7 +26,7 @@ _LOGARITHMIC_FROM = 2.0
 @dataclass(frozen=True, slots=True)
 class Curve:
     """One line of a chart; one that stands alone needs no `name`. `style` is a CSS class: `line`, `faint`, or `marks`
-    for points joined by a line."""
+    for points joined by a line; a class that begins so, such as `marks-b`, is drawn alike."""
 
     name: str
     points: Sequence[Point]
@@ -171,7 +171,7 @@ def _drawn(curve: Curve, scale: _Scale) -> str:
     places = [(scale.x(step), scale.y(value)) for step, value in points]
     path = " ".join(f"{'M' if n == 0 else 'L'}{x:.1f} {y:.1f}" for n, (x, y) in enumerate(places))
     parts = [f'<path class="{curve.style}" d="{path}"/>']
-    if curve.style == "marks" or len(places) == 1:
+    if curve.style.startswith("marks") or len(places) == 1:
         parts.extend(f'<circle class="{curve.style}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>' for x, y in places)
     return "".join(parts)
 

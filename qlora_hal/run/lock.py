@@ -105,6 +105,24 @@ class RunLock:
         self._held.release()
 
 
+def is_held(folder: Path) -> bool | None:
+    """Whether a run lives in a folder, told from what its process wrote and without touching the lock; None for a
+    process of another host, which cannot be asked."""
+    owner = _last_owner(folder)
+    if owner is None:
+        return False
+    if owner.get("host") != socket.gethostname():
+        return None
+    pid, since = owner.get("pid"), owner.get("since")
+    if owner.get("boot_id") != boot_id() or not isinstance(pid, int) or not isinstance(since, str):
+        return False
+    try:
+        # A process that began later only has the number of the one that is meant; `since` is in whole seconds.
+        return bool(psutil.Process(pid).create_time() < datetime.fromisoformat(since).timestamp() + 1)
+    except (psutil.Error, ValueError, OverflowError):
+        return False
+
+
 def boot_id() -> str:
     """What tells one start of this machine from the next."""
     with suppress(OSError):

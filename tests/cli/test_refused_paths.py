@@ -39,6 +39,10 @@ COMMANDS = {
     "quantize": ["quantize", "PATH", "out", "--data", str(data_path("train"))],
     "estimate": ["estimate", "--model", "PATH"],
     "init": ["init", "PATH"],
+    "another tool's file": ["init", "-", "--from", "PATH"],
+    "runs": ["runs", "PATH"],
+    "compare": ["compare", "PATH", "PATH"],
+    "advise": ["advise", "--model", "PATH"],
     "certificate": ["conformance", "cpu_torch", "--verify", "PATH"],
 }
 

@@ -1,0 +1,198 @@
+"""`qlora-hal advise`: which settings for this model, these rows and this memory, each with its reason and source."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from qlora_hal.cli.arguments import Switch
+from qlora_hal.cli.flags import with_settings
+from qlora_hal.errors import ConfigError, figures
+from qlora_hal.errors.terminal_text import show, show_json
+
+if TYPE_CHECKING:
+    from qlora_hal.config.schema import RunConfig
+    from qlora_hal.contract.backend import BackendSpec, ProbeReport
+    from qlora_hal.detect.hardware import Machine
+    from qlora_hal.memory.advice import Plan, RowFacts, Situation
+    from qlora_hal.model.source import ModelSource
+
+_UNITS = {"M": 2**20, "G": 2**30, "T": 2**40}
+"""Cards are sold in GB and hold GiB: both are read as 2**30 bytes."""
+
+
+@with_settings(only=("model", "data", "backend"))
+def advise(
+    *,
+    memory: Annotated[
+        str | None, Parameter(help="Memory of one device, as 24GB; default: that of this machine.")
+    ] = None,
+    json: Annotated[bool, Switch, Parameter(help="Print as JSON.")] = False,
+    flags: Mapping[str, object],
+) -> int:
+    """Advise on a run: qlora-hal advise --model M --data D --memory 24GB. Nothing is trained and nothing written."""
+    from qlora_hal.config.resolve import require_settings, resolve_settings
+    from qlora_hal.memory.advice import advise as rules
+
+    config = resolve_settings(None, flags=flags).config
+    require_settings(config, "model.name_or_path")
+    situation = _situation(config, None if memory is None else memory_bytes(memory))
+    plan = rules(situation)
+    if json:
+        show_json(plan_as_json(plan, situation))
+    else:
+        show(plan_as_text(plan, situation, flags))
+    return 0
+
+
+def memory_bytes(text: str) -> int:
+    """`24GB`, `24 GiB`, `80` (GB). Raises ConfigError QH-U01."""
+    found = re.fullmatch(r"\s*(\d{1,6}(?:\.\d{1,3})?)\s*(?:([MGT])i?B?)?\s*", text, flags=re.IGNORECASE)
+    size = int(float(found[1]) * _UNITS[(found[2] or "G").upper()]) if found else 0
+    if size <= 0:
+        raise ConfigError(
+            "QH-U01",
+            f"--memory is {text!r}; a size such as 24GB is expected.",
+            where="command line --memory",
+            fix="Give the memory of one device: --memory 24GB",
+        )
+    return size
+
+
+def _situation(config: RunConfig, memory: int | None) -> Situation:
+    from qlora_hal.adapter.targets import resolve_targets
+    from qlora_hal.config.resolve import resolve_settings
+    from qlora_hal.detect.discovery import listed, reports
+    from qlora_hal.detect.hardware import inventory
+    from qlora_hal.detect.requirements import quantization_of
+    from qlora_hal.memory.advice import Situation
+    from qlora_hal.memory.estimate import adapter_parameters
+    from qlora_hal.model.source import resolve_model
+    from qlora_hal.run.prepare import estimated_memory
+
+    model = config.model
+    source = resolve_model(model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    facts = source.facts
+    probed = reports(listed())
+    spec = _backend(config, source, probed, on_this_machine=memory is None)
+    report = next((report for report in probed if report.backend == spec.name and report.ready), None)
+    targets = {name: facts.linear_modules[name] for name in resolve_targets("all-linear", facts.linear_modules)}
+
+    def peak(settings: Mapping[str, object]) -> int:
+        asked = resolve_settings(config, keywords=settings, environ={}).config
+        quantization = quantization_of(asked, facts, spec.capabilities)
+        return estimated_memory(asked, facts, spec, quantization, targets, report).high
+
+    return Situation(
+        backend=spec.name,
+        memory_bytes=memory_of_device(spec, report, inventory()) if memory is None else memory,
+        parameters=facts.parameter_count,
+        stored=facts.prequantized.weight_format if facts.prequantized else "",
+        rows=_row_facts(config, source) if config.data.path else None,
+        positions=facts.max_position_embeddings,
+        peak=peak,
+        adapter_parameters=lambda rank: adapter_parameters(targets, rank),
+    )
+
+
+def _backend(
+    config: RunConfig, source: ModelSource, probed: tuple[ProbeReport, ...], *, on_this_machine: bool
+) -> BackendSpec:
+    """The named backend; else of those that support the model the first by priority, of this machine where the memory
+    is its own."""
+    from qlora_hal.cli.estimate import backend_for
+    from qlora_hal.detect.discovery import listed
+    from qlora_hal.detect.requirements import requirements_of
+    from qlora_hal.detect.selection import choose
+
+    if on_this_machine:
+        needs = requirements_of(config, source.facts)
+        return choose(config.backend.name, needs, listed(), probed, allow_cpu=True).spec
+    return backend_for(config, source.facts)
+
+
+def memory_of_device(spec: BackendSpec, report: ProbeReport | None, machine: Machine) -> int:
+    """Bytes of the smallest card of this machine that the backend runs on, or of the machine's own memory."""
+    from qlora_hal.detect.selection import has_accelerator
+    from qlora_hal.memory.gpus import apple_working_set
+
+    cards = [(gpu, gpu.memory_total_bytes) for gpu in machine.gpus if gpu.vendor in spec.card_vendors]
+    told = [apple_working_set(size) if gpu.vendor == "apple" else size for gpu, size in cards if size]
+    if told and report is not None and has_accelerator(spec, (report,)):
+        return min(told)
+    return min(machine.memory_bytes, machine.memory_limit_bytes or machine.memory_bytes)
+
+
+def _row_facts(config: RunConfig, source: ModelSource) -> RowFacts:
+    """The rows as tokens, in a temporary folder. Raises as `prepare` does."""
+    from qlora_hal.data.prepare import prepare
+    from qlora_hal.data.tokens.tokenizer import ChatTokenizer
+    from qlora_hal.memory.advice import RowFacts
+
+    facts = source.facts
+    size = facts.vocabulary_size or None
+    tokenizer = ChatTokenizer.from_folder(
+        source.path, chat_template=config.data.chat_template, model_vocabulary_size=size
+    )
+    length = min(config.data.max_seq_length, facts.max_position_embeddings or config.data.max_seq_length)
+    data = config.data.model_copy(update={"max_seq_length": length})
+    with tempfile.TemporaryDirectory() as folder:
+        report = prepare(data, tokenizer, cache_dir=Path(folder), seed=0, model_vocabulary_size=size).report.train
+    return RowFacts(report.rows_used, report.trained_tokens, max(report.length_percentiles.values()))
+
+
+def plan_as_text(plan: Plan, situation: Situation, flags: Mapping[str, object]) -> str:
+    """Each line of advice with why and source, the peak, and what to paste."""
+    lines = [f"for {situation.backend} with {figures.size(situation.memory_bytes)}:"]
+    for item in plan.advice:
+        lines += ["", f"{item.subject}: {item.choice}", f"  why:    {item.why}", f"  source: {item.source}"]
+    verdict = "fits" if plan.fits else "does not fit"
+    lines += [
+        "",
+        f"peak: up to {figures.size(plan.peak)} of {figures.size(situation.memory_bytes)}, which {verdict}",
+        "",
+    ]
+    lines += ["in run.yaml:", *_as_yaml(plan.settings), "", "or on the command line:", f"  {_as_command(plan, flags)}"]
+    return "\n".join(lines)
+
+
+def _as_yaml(settings: Mapping[str, object]) -> list[str]:
+    from qlora_hal.config.resolve import nest
+
+    lines = []
+    for group, values in nest(settings).items():
+        lines.append(f"  {group}:")
+        lines += (
+            [f"    {name}: {_written(value)}" for name, value in values.items()] if isinstance(values, dict) else []
+        )
+    return lines
+
+
+def _as_command(plan: Plan, flags: Mapping[str, object]) -> str:
+    given = {path: value for path, value in flags.items() if path not in plan.settings}
+    words = [f"--{path} {shlex.quote(_written(value))}" for path, value in {**given, **plan.settings}.items()]
+    return " ".join(["qlora-hal train", *words, "--output_dir runs/first"])
+
+
+def _written(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def plan_as_json(plan: Plan, situation: Situation) -> dict[str, object]:
+    return {
+        "backend": situation.backend,
+        "memory_bytes": situation.memory_bytes,
+        "advice": [
+            {"subject": item.subject, "choice": item.choice, "why": item.why, "source": item.source}
+            for item in plan.advice
+        ],
+        "settings": plan.settings,
+        "peak_bytes": plan.peak,
+        "fits": plan.fits,
+    }

@@ -1,0 +1,260 @@
+"""LLaMA-Factory's YAML and JSON. Read in the release of August 2026: `hparams/*_args.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from qlora_hal.config.other_tools import hugging_face as hf
+from qlora_hal.config.other_tools.tables import (
+    Default,
+    Given,
+    Outcome,
+    Rule,
+    Tool,
+    Value,
+    as_names,
+    becomes,
+    is_off,
+    is_on,
+    left,
+    no_place,
+    not_needed,
+    same,
+    table,
+    taken,
+    translated,
+    unneeded,
+)
+from qlora_hal.files import strict_json
+
+
+def _quantization_bit(value: Value, given: Given) -> Outcome:
+    if is_off(value):
+        return unneeded("nothing is quantized there")
+    method = str(given.get("quantization_method", "bnb")).lower()
+    if method not in ("bnb", "bitsandbytes"):
+        return left(f"{method} with {value} bits is not offered; here 4bit and 8bit are bitsandbytes' formats")
+    if str(value) == "8":
+        return hf.eight_bit(True, given)
+    if str(value) != "4":
+        return left(f"{value} bits are not offered; here 4bit and 8bit are")
+    kind = str(given.get("quantization_type", "nf4"))
+    return becomes({"quantization.weight_format": kind}, f"bitsandbytes' {kind.upper()} in blocks of 64")
+
+
+def _only_with_bits(here: str) -> Rule:
+    def rule(value: Value, given: Given) -> Outcome:
+        if is_off(given.get("quantization_bit")):
+            return unneeded("nothing is quantized there")
+        return taken(here, value)
+
+    return rule
+
+
+def _finetuning_type(value: Value, given: Given) -> Outcome:
+    if value == "lora":
+        return unneeded("LoRA, as here")
+    return left(f"{value} is not offered: here an adapter is trained, and the base stays frozen")
+
+
+def _target(value: Value, given: Given) -> Outcome:
+    if value == "all":
+        return becomes({"lora.target_modules": "all-linear"}, "every linear layer but the head")
+    return taken("lora.target_modules", as_names(value))
+
+
+_FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "openai": "messages"}
+
+
+def _dataset(value: Value, given: Given) -> Outcome:
+    """A name of dataset_info.json, which stands for a file beside it or for a data set of the hub."""
+    first, *others = as_names(value)
+    folder = Path(str(given.get("dataset_dir")))
+    more = f"; more data sets are not taken: {', '.join(others)}" if others else ""
+    entry = _entry(folder, first)
+    if "file_name" in entry:
+        settings: dict[str, Value] = {"data.path": str(folder / str(entry["file_name"]))}
+    elif "hf_hub_url" in entry:
+        settings = {"data.path": entry["hf_hub_url"]}
+    else:
+        note = f"{first} is a name of {folder / 'dataset_info.json'}, which does not say it here"
+        return left(f"{note}: set data.path to its file or hub id{more}")
+    if entry.get("formatting", "alpaca") in _FORMATS and "columns" not in entry:
+        settings["data.format"] = _FORMATS[str(entry.get("formatting", "alpaca"))]
+    return becomes(settings, f"by dataset_info.json{more}")
+
+
+def _entry(folder: Path, name: str) -> Mapping[str, Value]:
+    try:
+        entry = strict_json.read_foreign_object(folder / "dataset_info.json").get(name)
+    except (OSError, ValueError):
+        return {}
+    return entry if isinstance(entry, Mapping) else {}
+
+
+def _eval_dataset(value: Value, given: Given) -> Outcome:
+    outcome = _dataset(value, given)
+    path = outcome.settings.get("data.path")
+    return outcome if path is None else becomes({"data.validation_path": path}, outcome.note)
+
+
+def _template(value: Value, given: Given) -> Outcome:
+    if value == "chatml":
+        return taken("data.chat_template", "chatml")
+    return left(
+        f"LLaMA-Factory writes its own template {value}; here the tokenizer's is used, or a Jinja file in "
+        "data.chat_template"
+    )
+
+
+def _packing(value: Value, given: Given) -> Outcome:
+    if is_off(value):
+        return taken("data.packing", False)
+    if is_on(given.get("neat_packing")):
+        return taken("data.packing", True)
+    return becomes({"data.packing": True}, "rows of one sequence see each other there (without neat_packing), not here")
+
+
+def _train_on_prompt(value: Value, given: Given) -> Outcome:
+    return (
+        becomes({"data.train_on": "all"}, "loss on prompts, too")
+        if is_on(value)
+        else taken("data.train_on", "assistant")
+    )
+
+
+def _no_checkpointing(value: Value, given: Given) -> Outcome:
+    return becomes({"training.gradient_checkpointing": not is_on(value)}, "on there unless it is disabled")
+
+
+def _max_samples(value: Value, given: Given) -> Outcome:
+    return left(f"all rows are read here; keep a file with the first {value}")
+
+
+def _defaults(given: Given) -> dict[str, Default]:
+    rank = given.number("lora_rank", 8)
+    return {
+        **hf.training_defaults(),
+        "lora_rank": Default(8),
+        "lora_alpha": Default(2 * rank),
+        "cutoff_len": Default(2048),
+        "disable_gradient_checkpointing": Default(False),
+        "dataset_dir": Default("data"),
+    }
+
+
+def _objective(given: Given) -> str:
+    stage = str(given.get("stage", "sft"))
+    return "" if stage in ("sft", "pt") else f"stage: {stage}"
+
+
+def _stage(value: Value, given: Given) -> Outcome:
+    if value == "pt":
+        return becomes({"data.train_on": "all"}, "pre-training is a loss on all tokens")
+    return unneeded("supervised fine-tuning, as here")
+
+
+_OWN = table(
+    same("model_name_or_path", "model.name_or_path"),
+    translated("model_revision", "model.revision", "Branch, tag or commit.", hf.revision),
+    translated("stage", "data.train_on", "`sft`, or `pt`: a loss on all tokens.", _stage),
+    translated("finetuning_type", "", "`lora`; others are not offered.", _finetuning_type),
+    same("lora_rank", "lora.r"),
+    same("lora_alpha", "lora.alpha", "Twice the rank there when it is not given."),
+    same("lora_dropout", "lora.dropout"),
+    same("use_rslora", "lora.use_rslora"),
+    translated("lora_target", "lora.target_modules", "`all`, or names with commas.", _target),
+    translated("quantization_bit", "quantization.weight_format", "bitsandbytes' 4 or 8 bits.", _quantization_bit),
+    translated(
+        "quantization_type", "quantization.weight_format", "nf4 or fp4.", _only_with_bits("quantization.weight_format")
+    ),
+    translated(
+        "double_quantization",
+        "quantization.double_quant",
+        "On there by default.",
+        _only_with_bits("quantization.double_quant"),
+    ),
+    translated("dataset", "data.path", "Names of dataset_info.json in `dataset_dir`.", _dataset),
+    translated("eval_dataset", "data.validation_path", "Names of dataset_info.json.", _eval_dataset),
+    translated("template", "data.chat_template", "LLaMA-Factory's own templates by name.", _template),
+    same("cutoff_len", "data.max_seq_length"),
+    translated("packing", "data.packing", "Rows of a sequence see each other, unless `neat_packing`.", _packing),
+    translated("train_on_prompt", "data.train_on", "Loss on prompts, too.", _train_on_prompt),
+    translated("val_size", "data.validation_fraction", "A share, or from 1 a number of rows.", hf.held_out),
+    translated(
+        "disable_gradient_checkpointing", "training.gradient_checkpointing", "On there by default.", _no_checkpointing
+    ),
+    translated("max_samples", "", "The first rows of each data set.", _max_samples),
+    translated(
+        "pure_bf16",
+        "quantization.compute_dtype",
+        "Adapters are bfloat16, too, there; float32 here.",
+        hf.half_precision("bfloat16"),
+    ),
+    no_place("use_dora", "DoRA trains magnitudes beside the product; here the adapter is plain LoRA."),
+    no_place("additional_target", "Embeddings and heads stay frozen; adapters are on linear layers."),
+    no_place("loraplus_lr_ratio pissa_init pissa_iter pissa_convert", "A and B begin and learn as in LoRA's paper."),
+    no_place("mask_history", "All assistant turns are trained, not the last alone."),
+    no_place("adapter_name_or_path", "A run begins with a new adapter; merge the old one into its base first."),
+    no_place("default_system enable_thinking tool_format", "What a row and the chat template say is rendered."),
+    no_place(
+        "mix_strategy interleave_probs streaming", "One data set is read, before the first step.", off=("concat",)
+    ),
+    no_place(
+        "use_galore use_apollo use_badam use_adam_mini use_muon use_llama_pro",
+        "Here the optimizer is AdamW on an adapter.",
+    ),
+    no_place(
+        "use_unsloth use_kt use_mca use_v1_kernels kt_config kt_cpu_activation",
+        "The backend is chosen by backend.name, which --help lists.",
+    ),
+    no_place("use_swanlab", "Trackers are named in training.report_to (tensorboard, wandb, mlflow, trackio)."),
+    no_place("rope_scaling shift_attn mixture_of_depths resize_vocab", "The model is taken as its files say."),
+    no_place(
+        "image_max_pixels video_max_pixels video_fps video_maxlen freeze_vision_tower freeze_multi_modal_projector",
+        "Text models are trained here.",
+    ),
+    no_place("trust_remote_code", hf.STRANGERS_CODE),
+    not_needed(
+        "flash_attn enable_liger_kernel quantization_method quantization_device_map use_reentrant_gc upcast_layernorm "
+        "neat_packing",
+        "It is for speed there, or is said by another key.",
+    ),
+    not_needed(
+        "preprocessing_num_workers preprocessing_batch_size overwrite_cache plot_loss tokenized_path cache_dir "
+        "dataset_dir media_dir ray_num_workers include_num_input_tokens_seen ignore_pad_token_for_loss "
+        "predict_with_generate "
+        "low_cpu_mem_usage hf_hub_token use_fast_tokenizer infer_backend export_dir export_size export_device "
+        "export_legacy_format",
+        "It is for caches, logs and processes there.",
+    ),
+)
+
+LLAMA_FACTORY = Tool(
+    name="llama-factory",
+    title="LLaMA-Factory",
+    read="August 2026",
+    keys=table(
+        *_OWN, *(key for key in hf.TRAINING if not {name for own in _OWN for name in own.names} & set(key.names))
+    ),
+    marks=frozenset(
+        {
+            "finetuning_type",
+            "cutoff_len",
+            "lora_rank",
+            "lora_target",
+            "quantization_bit",
+            "stage",
+            "dataset_dir",
+            "template",
+        }
+    ),
+    defaults=_defaults,
+    habits={
+        **hf.HABITS,
+        "quantization.weight_format": ("none", "nothing is quantized unless quantization_bit is set"),
+    },
+    about=("LLaMA-Factory trains every assistant turn, as here.",),
+    objective=_objective,
+)

@@ -1,0 +1,123 @@
+"""Advice on a run: by the estimate's arithmetic and by rules with sources."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+
+from qlora_hal.cli.__main__ import main
+from qlora_hal.cli.advise import memory_bytes
+from qlora_hal.cli.estimate import estimate_run
+from qlora_hal.config.resolve import nest, resolve_settings
+from qlora_hal.demo import data_path, model_path
+from qlora_hal.errors import ConfigError
+from qlora_hal.memory.advice import RANKS, RowFacts, Situation, advise
+
+GIB = 2**30
+
+
+def peak(settings: Mapping[str, object]) -> int:
+    """A model of 8B: 16 or 5 GiB, and a GiB for each sequence whose activations are kept."""
+    base = 16 if settings.get("quantization.weight_format") == "none" else 5
+    kept = 0.25 if settings.get("training.gradient_checkpointing") else 1.0
+    return int(GIB * (base + kept * int(str(settings["training.per_device_train_batch_size"]))))
+
+
+SITUATION = Situation(
+    backend="any",
+    memory_bytes=80 * GIB,
+    parameters=8_000_000_000,
+    stored="",
+    rows=RowFacts(1000, 200_000, 700),
+    positions=4096,
+    peak=peak,
+    adapter_parameters=lambda rank: 2_600_000 * rank,
+)
+
+
+def settings_for(memory: float, **changes: object) -> dict[str, object]:
+    return advise(replace(SITUATION, memory_bytes=int(memory * GIB), **changes)).settings  # type: ignore[arg-type]
+
+
+def test_a_large_card_trains_lora_and_a_small_one_qlora() -> None:
+    assert settings_for(80)["quantization.weight_format"] == "none"
+    assert settings_for(20)["quantization.weight_format"] == "none"  # 16 + 4 sequences
+    assert settings_for(19.9)["quantization.weight_format"] == "4bit"
+
+
+def test_the_largest_micro_batch_that_fits_is_taken_and_sixteen_sequences_make_a_step() -> None:
+    for memory, size, again in ((80, 16, False), (13.5, 8, False), (6, 1, False), (5.6, 2, True), (5.3, 1, True)):
+        made = settings_for(memory)
+        assert made["training.per_device_train_batch_size"] == size, memory
+        assert made["training.gradient_checkpointing"] is again
+        assert size * int(str(made["training.gradient_accumulation_steps"])) == 16
+
+
+def test_what_does_not_fit_is_said_with_how_much_is_missing() -> None:
+    plan = advise(replace(SITUATION, memory_bytes=4 * GIB))
+    assert not plan.fits
+    assert "1.25 GiB too much" in next(line.why for line in plan.advice if line.subject == "batch")
+
+
+def test_a_quantized_checkpoint_is_used_as_it_is() -> None:
+    assert "quantization.weight_format" not in settings_for(80, stored="int4_gptq")
+
+
+@pytest.mark.parametrize(("trained_tokens", "rank"), [(1000, 16), (10**8, 32), (10**9, 256), (10**12, RANKS[-1])])
+def test_the_rank_holds_what_the_rows_say(trained_tokens: int, rank: int) -> None:
+    assert settings_for(80, rows=RowFacts(10, trained_tokens, 700))["lora.r"] == rank
+
+
+def test_rows_that_an_adapter_cannot_hold_are_said() -> None:
+    plan = advise(replace(SITUATION, rows=RowFacts(10, 10**12, 700)))
+    assert "full tuning may learn more" in next(line.why for line in plan.advice if line.subject == "rank")
+
+
+def test_the_rate_is_lower_above_twenty_billion_weights() -> None:
+    assert settings_for(80)["training.learning_rate"] == 2e-4
+    assert settings_for(80, parameters=33_000_000_000)["training.learning_rate"] == 1e-4
+
+
+def test_rows_are_as_long_as_the_longest_and_no_longer_than_the_model() -> None:
+    assert settings_for(80)["data.max_seq_length"] == 768
+    assert settings_for(80, rows=RowFacts(10, 10, 9000))["data.max_seq_length"] == 4096
+    assert "data.max_seq_length" not in settings_for(80, rows=None)
+
+
+def test_every_line_has_a_reason_and_a_source() -> None:
+    assert all(line.why and line.source for line in advise(SITUATION).advice)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("24GB", 24 * GIB), ("24 GiB", 24 * GIB), ("80", 80 * GIB), ("512mb", GIB // 2), ("1.5T", 1536 * GIB)],
+)
+def test_a_memory_is_read_as_cards_are_sold(text: str, size: int) -> None:
+    assert memory_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "0GB", "-4GB", "24 GBs", "1e3GB"])
+def test_another_text_is_no_memory(text: str) -> None:
+    with pytest.raises(ConfigError, match="24GB is expected") as caught:
+        memory_bytes(text)
+    assert caught.value.code == "QH-U01"
+
+
+def test_the_command_uses_the_estimates_arithmetic(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["advise", "--model", str(model_path()), "--data", str(data_path("validation")), "--memory", "24GB"]
+    assert main([*words, "--backend", "cpu_torch", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    given = {"model.name_or_path": str(model_path()), "backend.name": "cpu_torch"}
+    config = resolve_settings(nest({**given, **told["settings"]}), environ={}).config
+    assert estimate_run(config).memory.high == told["peak_bytes"]
+    assert told["fits"]
+
+
+def test_what_it_prints_to_paste_is_accepted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["advise", "--model", str(model_path()), "--memory", "8GB", "--backend", "cpu_torch"]) == 0
+    command = capsys.readouterr().out.rpartition("qlora-hal ")[2].split()
+    assert main([*command, "--print-config"]) == 0
+    assert "command line --lora.r" in capsys.readouterr().out

@@ -1,0 +1,31 @@
+"""A key of another tool that is typed as a setting is answered in its own words."""
+
+from __future__ import annotations
+
+import pytest
+
+from qlora_hal.config.other_tools.hints import foreign_key_hint
+from qlora_hal.config.resolve import resolve_settings
+from qlora_hal.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("micro_batch_size", "training.per_device_train_batch_size"),
+        ("--training.micro-batch-size", "training.per_device_train_batch_size"),
+        ("num_layers", "The last so many layers"),
+        ("neftune_noise_alpha", "no place here"),
+    ],
+)
+def test_a_known_key_says_what_it_is_here(key: str, said: str) -> None:
+    assert said in (foreign_key_hint(key) or "")
+
+
+def test_an_unknown_key_says_nothing() -> None:
+    assert foreign_key_hint("frobnicate") is None
+
+
+def test_a_key_without_a_place_is_answered_where_settings_are_read() -> None:
+    with pytest.raises(ConfigError, match="NEFTune adds noise to embeddings"):
+        resolve_settings({"neftune_noise_alpha": 5}, environ={})

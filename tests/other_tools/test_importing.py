@@ -1,0 +1,222 @@
+"""What another tool's file becomes: each key taken, translated, not needed, or named as without a place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from other_tools.conftest import BY_TOOL, FILES, Importer
+
+from qlora_hal.config.fields import settings
+from qlora_hal.config.other_tools.catalogue import TOOLS
+from qlora_hal.config.other_tools.importing import Imported, imported
+from qlora_hal.config.other_tools.reference import with_tables
+from qlora_hal.config.other_tools.tables import Fate
+from qlora_hal.errors import ConfigError, QloraHalError
+
+PAGE = Path(__file__).parents[2] / "docs" / "from_other_tools.md"
+
+
+def note_of(made: Imported, key: str) -> str:
+    return next(line.outcome.note for line in made.lines if line.key == key)
+
+
+@pytest.mark.parametrize("tool", [tool.name for tool in TOOLS])
+def test_a_published_configuration_is_recognized_and_every_key_of_it_is_known(tool: str) -> None:
+    made = imported(FILES / BY_TOOL[tool])
+    assert made.tool.name == tool
+    assert made.unknown == ()
+
+
+@pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.name)
+def test_every_setting_that_a_table_names_exists(tool: object) -> None:
+    assert [key.here for key in tool.keys if key.here and key.here not in settings()] == []  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.name)
+def test_a_key_stands_once_in_a_table(tool: object) -> None:
+    names = [name for key in tool.keys for name in key.names]  # type: ignore[attr-defined]
+    assert sorted(names) == sorted(set(names))
+
+
+def test_the_page_holds_the_tables() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == with_tables(page)
+
+
+def test_axolotl_is_taken_with_its_own_defaults() -> None:
+    made = imported(FILES / "axolotl.yml")
+    assert made.settings["quantization.weight_format"] == "nf4"
+    assert made.settings["lora.target_modules"] == "all-linear"
+    assert made.settings["data.path"] == "teknium/GPT4-LLM-Cleaned"
+    assert made.settings["data.validation_fraction"] == 0.1
+    assert made.settings["training.optim"] == "adamw_8bit"
+    assert made.settings["data.truncation"] == "drop"  # Axolotl drops long rows unasked
+    assert "evals_per_epoch" in {line.key for line in made.with_fate(Fate.NO_PLACE)}
+    assert "wandb_project" in made.unset
+
+
+def test_mlx_lms_scale_is_alpha_over_rank_and_its_counts_are_micro_batches(import_text: Importer) -> None:
+    text = "iters: 100\ngrad_accumulation_steps: 4\nsave_every: 20\nlora_parameters: {rank: 8, scale: 20.0, dropout: 0}"
+    made = import_text(text + "\nmodel: some/base-4bit\ndata: some/rows\n")
+    assert made.settings["lora.alpha"] == 160.0
+    assert made.settings["training.max_steps"] == 25
+    assert made.settings["checkpoint.save_steps"] == 5
+    assert "20 x 8" in note_of(made, "lora_parameters.scale")
+
+
+def test_mlx_lms_last_layers_become_an_expression_when_the_base_is_here(import_text: Importer, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 4}')
+    keys = "lora_parameters: {rank: 8, scale: 1.0, keys: [self_attn.q_proj]}"
+    made = import_text(f"model: {tmp_path}\nnum_layers: 2\niters: 1\n{keys}\n")
+    assert made.settings["lora.target_modules"] == r"model\.layers\.(?:2|3)\.(?:self_attn\.q_proj)"
+    assert made.settings["quantization.weight_format"] == "none"  # mlx-lm never quantizes
+
+
+def test_how_many_layers_an_absent_base_has_is_not_guessed(import_text: Importer) -> None:
+    made = import_text("model: some/base\nnum_layers: 2\niters: 1\n")
+    assert made.settings.get("lora.target_modules", "all-linear") == "all-linear"
+    assert "not on this disk" in note_of(made, "num_layers")
+
+
+def test_mlx_lms_adam_has_no_decay_and_its_adamw_has(import_text: Importer) -> None:
+    adam = import_text("optimizer: adam\niters: 1\nmodel: a/b\n").settings
+    adamw = import_text("optimizer: adamw\niters: 1\nmodel: a/b\n").settings
+    assert (adam["training.weight_decay"], adamw["training.weight_decay"]) == (0.0, 0.01)
+
+
+def test_llama_factorys_alpha_is_twice_the_rank_unless_it_is_given(import_text: Importer) -> None:
+    base = "stage: sft\nmodel_name_or_path: a/b\nlora_rank: 32\n"
+    assert import_text(base).settings["lora.alpha"] == 64
+    assert import_text(f"{base}lora_alpha: 8\n").settings["lora.alpha"] == 8
+
+
+def test_llama_factorys_data_sets_are_looked_up_where_they_are_declared(import_text: Importer, tmp_path: Path) -> None:
+    (tmp_path / "dataset_info.json").write_text('{"mine": {"file_name": "mine.json"}, "theirs": {"hf_hub_url": "a/b"}}')
+    base = f"stage: sft\nmodel_name_or_path: a/b\ndataset_dir: {tmp_path}\n"
+    assert import_text(f"{base}dataset: mine\n").settings["data.path"] == str(tmp_path / "mine.json")
+    made = import_text(f"{base}dataset: theirs, mine\n")
+    assert made.settings["data.path"] == "a/b"
+    assert "mine" in note_of(made, "dataset")
+    assert import_text(f"{base}dataset: other\n").missing == ("data.path", "output_dir")
+
+
+def test_trl_trains_all_tokens_and_peft_two_modules_unless_they_are_told(import_text: Importer) -> None:
+    made = import_text("dataset_name: a/b\nuse_peft: true\nmodel_name_or_path: c/d\n")
+    assert made.settings["data.train_on"] == "all"
+    assert made.settings["lora.target_modules"] == ["q_proj", "v_proj"]
+    assert made.settings["lora.alpha"] == 32
+    assert made.settings["quantization.weight_format"] == "none"
+
+
+def test_what_trains_all_weights_there_is_said_although_no_key_says_it(import_text: Importer) -> None:
+    made = import_text("dataset_name: a/b\nmodel_name_or_path: c/d\n")
+    assert "all weights are trained there" in note_of(made, "use_peft")
+
+
+def test_a_script_is_read_and_not_run() -> None:
+    made = imported(FILES / "trl_script.py")
+    assert made.settings["model.name_or_path"] == "facebook/opt-350m"  # through a name
+    assert made.settings["quantization.compute_dtype"] == "bfloat16"
+    assert made.settings["quantization.double_quant"] is True
+    assert made.settings["lora.r"] == 16
+    assert "computes it (len(dataset))" in note_of(made, "max_steps")
+
+
+def test_an_unsloth_script_gives_its_first_model_and_all_tokens() -> None:
+    made = imported(FILES / "unsloth_script.py")
+    assert made.settings["model.name_or_path"] == "unsloth/Llama-3.1-8B"
+    assert made.settings["data.train_on"] == "all"
+    assert made.settings["training.optim"] == "adamw_8bit"
+
+
+def test_a_call_for_answers_only_is_seen(import_text: Importer) -> None:
+    text = (FILES / "unsloth_script.py").read_text() + "\ntrainer = train_on_responses_only(trainer)\n"
+    assert import_text(text, "script.py").settings["data.train_on"] == "assistant"
+
+
+def test_a_name_that_is_set_twice_is_computed(import_text: Importer) -> None:
+    text = (FILES / "unsloth_script.py").read_text() + "\nload_in_4bit = False\n"
+    assert "the script computes it" in note_of(import_text(text, "script.py"), "from_pretrained.load_in_4bit")
+
+
+def test_a_notebook_is_read_without_its_shell_lines(import_text: Importer) -> None:
+    cells = '[{"cell_type": "code", "source": ["!pip install unsloth \\\\\\n", "    trl\\n"]}, '
+    code = "model = FastLanguageModel.from_pretrained('a/b', load_in_4bit=True)"
+    text = '{"cells": ' + cells + '{"cell_type": "code", "source": "%time\\n' + code + '"}]}'
+    assert import_text(text, "note.ipynb").settings["model.name_or_path"] == "a/b"
+
+
+def test_of_two_keys_for_one_setting_the_first_counts_and_the_other_is_named(import_text: Importer) -> None:
+    made = import_text("base_model: a/b\nadapter: lora\nadam_epsilon: 1e-8\nadam_eps: 1e-5\n")
+    assert made.settings["training.adam_epsilon"] == 1e-8
+    assert "and counts" in note_of(made, "adam_eps")
+
+
+def test_an_unknown_key_is_named(import_text: Importer) -> None:
+    assert import_text("base_model: a/b\nfrobnicate: 3\n").unknown == ("frobnicate",)
+
+
+def test_evaluation_without_rows_is_left_with_a_note(import_text: Importer) -> None:
+    made = import_text("base_model: a/b\neval_steps: 5\n")
+    assert "training.eval_steps" not in made.settings
+    assert "held-out rows" in note_of(made, "eval_steps")
+
+
+def test_a_wrong_value_is_refused_with_its_line(import_text: Importer) -> None:
+    with pytest.raises(ConfigError) as caught:
+        import_text("base_model: a/b\nlora_r: true\n")
+    assert (caught.value.code, caught.value.where) == ("QH-U01", "theirs.yaml:2")
+    with pytest.raises(ConfigError) as caught:
+        import_text("base_model: a/b\nlearning_rate: 5\n")
+    assert (caught.value.code, caught.value.where) == ("QH-U01", "theirs.yaml:2")
+
+
+@pytest.mark.fault("U60")
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("frobnicate: 3\n", "none of the keys"),
+        ("base_model: a/b\nlora_rank: 8\n", "keys of several tools"),
+    ],
+)
+def test_a_file_of_no_clear_tool_is_asked_about(import_text: Importer, text: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told) as caught:
+        import_text(text)
+    assert caught.value.code == "QH-U60"
+    assert "--from-tool" in caught.value.fix
+
+
+def test_the_tool_can_be_named(import_text: Importer) -> None:
+    assert import_text("base_model: a/b\nlora_rank: 8\n", tool="axolotl").tool.name == "axolotl"
+    with pytest.raises(ConfigError, match="no importer for 'torchtune'"):
+        import_text("base_model: a/b\n", tool="torchtune")
+
+
+@pytest.mark.fault("U61")
+@pytest.mark.parametrize(
+    ("text", "name", "objective"),
+    [
+        ("base_model: a/b\nrl: dpo\n", "a.yml", "rl: dpo"),
+        ("stage: dpo\nmodel_name_or_path: a/b\n", "a.yaml", "stage: dpo"),
+        ("from trl import GRPOConfig\nGRPOConfig(learning_rate=1e-5)\nSFTConfig(seed=1)\n", "a.py", "GRPOConfig"),
+    ],
+)
+def test_another_objective_is_refused(import_text: Importer, text: str, name: str, objective: str) -> None:
+    with pytest.raises(QloraHalError, match=objective) as caught:
+        import_text(text, name)
+    assert caught.value.code == "QH-U61"
+
+
+@pytest.mark.parametrize(("text", "name"), [("def (:\n", "a.py"), ("{", "a.ipynb"), ("a: [\n", "a.yaml")])
+def test_a_file_that_is_not_well_formed_is_refused(import_text: Importer, text: str, name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        import_text(text, name)
+    assert caught.value.code == "QH-U03"
+
+
+def test_a_file_that_is_absent_is_refused(tmp_path: Path) -> None:
+    for name in ("none.yaml", "none.py"):
+        with pytest.raises(ConfigError) as caught:
+            imported(tmp_path / name)
+        assert caught.value.code == "QH-U02"
