@@ -254,6 +254,8 @@ def _from_text(setting: Setting, value: object) -> object:
         return _listed(value, split=True)
     if setting.kind == "mapping":
         return _mapping(value)
+    if setting.kind == "groups":
+        return _from_json(value) if isinstance(value, str) else value
     return value
 
 
