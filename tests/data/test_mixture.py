@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def test_ranks_share_the_windows_of_one(prepared: Prepare, sources: Callable[...
     for step in range(8):
         rows = [batch.labels[batch.labels >= 0].tolist() for rank in ranks for batch in rank.window(step)]
         whole = [batch.labels[batch.labels >= 0].tolist() for batch in one.window(step)]
-        assert sorted(sum(rows, [])) == sorted(sum(whole, []))
+        assert sorted(chain(*rows)) == sorted(chain(*whole))
 
 
 def test_packs_hold_rows_of_one_source(prepared: Prepare, sources: Callable[..., Any]) -> None:

@@ -30,8 +30,6 @@ USUAL_MARKS: Marks = ("<think>", "</think>")
 _THOUGHT, _ANSWER = "hesitantly", "decidedly"
 _TAG = r"(?:<[^<>\s]*>|\[[^\[\]\s]*\])"
 _OPENING = re.compile(rf"{_TAG}\w*\s*$")
-_CHAIN = re.compile(rf"(?:{_TAG}\w*)+\s*$")
-"""Where the text begins with what is for the model to write, as gpt-oss's <|channel|>analysis<|message|>."""
 _CLOSING = re.compile(_TAG)
 
 
@@ -52,11 +50,12 @@ def _marks_of(template: ChatTemplate) -> Marks | None:
             continue
         before, thought, behind = text.partition(_THOUGHT)
         between, answer, _ = behind.partition(_ANSWER)
-        own = before.removeprefix(prompt) if before.startswith(prompt) else ""
-        opening = _CHAIN.search(own) or _OPENING.search(before)
-        closing = _CLOSING.search(between)
+        # What follows the prompt is for the model to write: all of gpt-oss's <|channel|>analysis<|message|>, say.
+        own = before.removeprefix(prompt).strip() if before.startswith(prompt) else ""
+        last_tag, closing = _OPENING.search(before), _CLOSING.search(between)
+        opening = own or (last_tag.group().strip() if last_tag else "")
         if thought and answer and opening and closing:
-            return opening.group().strip(), closing.group()
+            return opening, closing.group()
     return None
 
 
