@@ -242,7 +242,9 @@ def _tokenised(
         [f"the tokens of {source.name} were prepared again: {path.name} cannot be used, {problem}"] if problem else []
     )
     alerts = [*source.alerts, *report.alerts, *again]
-    report = replace(report, source=source.name, duplicate_rows=_duplicates(store), alerts=alerts)
+    report = replace(
+        report, source=source.name, parts=list(source.parts), duplicate_rows=_duplicates(store), alerts=alerts
+    )
     return store, report, fingerprint
 
 
