@@ -172,7 +172,7 @@ def test_common_pairs_are_a_question_and_its_answer_and_said_so(question: str, a
 def lines_of(error: DataError) -> list[tuple[Mapping[str, str], Mapping[str, str]]]:
     """(what the line says in a settings file, what its flag says) of each line that an error offers."""
     found = []
-    for line, flag in re.findall(r"(data\.columns: \{.*?\})   \(flag: (.*?\}'?)\)(?=;|\.|$)", error.fix):
+    for line, flag in re.findall(r"\n    (data\.columns: .*)\n    (--data\.columns .*)", error.fix):
         in_file = resolve_settings(YAML(typ="safe").load(line), environ={}).config.data.columns
         name, value = shlex.split(flag)
         typed = resolve_settings(None, flags={name.removeprefix("--"): value}, environ={}).config.data.columns

@@ -136,7 +136,7 @@ def unrecognized(row: Row, value: Mapping[str, object]) -> DataError:
         fix = f"Put the list under {held} at the top level of the file: it holds the rows."
     elif lines and not row.columns:
         which = "this line" if len(lines) == 1 else "the line that is meant"
-        fix = f"Put {which} into the settings file, or its flag behind the command: {'; or '.join(lines)}"
+        fix = "\n    ".join([f"Put {which} into the settings file, or its flag behind the command:", *lines])
     return DataError(
         "QH-D03",
         f"The row has the keys {keys}; one of these was expected: {'; '.join(EVIDENCE.values())}.",
@@ -151,7 +151,7 @@ def _has_shape(row: object) -> bool:
 
 def _lines_to_paste(value: Mapping[str, object]) -> list[str]:
     return [
-        f"data.columns: {text}   (flag: --data.columns {shlex.quote(text)})"
+        f"data.columns: {text}\n    --data.columns {shlex.quote(text)}"
         for columns in _possible(value)[:_MOST_LINES]
         for text in [json.dumps(dict(columns), ensure_ascii=False)]
     ]
