@@ -93,6 +93,7 @@ def shards(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_of_a_hub_dataset_only_the_beginning_is_fetched(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
-from data.chat_templates.conversations import Render, said
+from data.chat_templates.conversations import Prepare, Render, said
+
+from qlora_hal.data import ChatTokenizer
+from qlora_hal.data.template.reasoning import ReasoningMarks
 
 ROWS = [said("user", "q1"), said("assistant", "a1"), said("user", "q2"), said("assistant", "a2")]
 THOUGHTFUL = [said("user", "q1"), said("assistant", "a1", reasoning_content="r1"), said("user", "q2")]
@@ -274,12 +277,34 @@ def test_reasoning_carries_loss_unless_it_is_masked(name: str, render: Render) -
     assert any(note.startswith("reasoning without loss") for note in masked.notes)
 
 
-@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if not family.thoughts])
-def test_where_nothing_is_reasoning_that_is_told(name: str, render: Render) -> None:
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if "<think>" not in family.answers[1]])
+def test_where_nothing_is_reasoning_all_is_trained_and_that_is_told(name: str, render: Render) -> None:
     family = FAMILIES[name]
-    found = render(family.template, ROWS, eos=family.end, ends=[family.end], mask_reasoning=True)
+    ends = [family.end, "<|end|>"] if family.end == "<|return|>" else [family.end]
+    found = render(family.template, ROWS, eos=family.end, ends=ends, mask_reasoning=True)
     assert found.trained == family.answers
     assert any("data.mask_reasoning leaves nothing out" in alert for alert in found.alerts)
+
+
+def test_a_thought_that_the_prompt_opens_ends_at_its_mark_alone() -> None:
+    marks = ReasoningMarks((("<|a|>", "<|b|>"),))
+    thought = [("ask<|a|>", False), ("think", True), ("ing<|b|>answer<|b|>", True)]
+    assert marks.left_out(thought) == (
+        [("ask<|a|>", False), ("thinking", False), ("<|b|>answer<|b|>", True)],
+        1,
+    )
+    assert marks.left_out([("ask", False), ("answer<|b|>", True)]) == ([("ask", False), ("answer<|b|>", True)], 0)
+    assert marks.left_out([("one<|a|>two", True)]) == ([("one<|a|>", True), ("two", False)], 1)
+
+
+@pytest.mark.parametrize("turn", ["<think>no end", "no beginning</think>answer", "answer<think></think>"])
+def test_completions_without_a_template_have_the_usual_marks(
+    turn: str, prepared: Prepare, chatml: ChatTokenizer
+) -> None:
+    data = prepared([{"prompt": "p", "completion": turn}], mask_reasoning=True)
+    ids, mask = data.train.row(0)
+    trained = chatml.decode([number for number, kept in zip(ids, mask, strict=True) if kept], False)
+    assert trained.removesuffix("<|im_end|>") == turn.replace("no end", "").replace("no beginning", "")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
