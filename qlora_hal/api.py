@@ -28,6 +28,7 @@ def train(
     *,
     model: str | Path | None = None,
     data: str | Path | Rows | None = None,
+    validation_data: str | Path | Rows | None = None,
     output_dir: str | Path | None = None,
     backend: str = "auto",
     observers: Sequence[object] = (),
@@ -42,22 +43,32 @@ def train(
     """Fine-tune a quantized model with LoRA; the same call on every backend.
 
     Give one `config` (a YAML, TOML or JSON file, a mapping, a `RunConfig`), or the keywords, or both: keywords win.
-    `data` may be rows in memory: a list, a generator or a dataset of mappings. `dry_run` stops before the model loads,
-    leaves nothing behind, and says in the result's `plan` what would run. The adapter is written to
-    `<output_dir>/adapter` in PEFT layout. `overwrite` replaces an earlier run there; `force_unlock` takes a lock whose
-    owner on another host has ended. `verify` hashes every byte of the model's files, and has each resume compare them.
-    `devices`, a number or "auto", starts as many ranks on this machine, which compute one step together
+    `data` and `validation_data` may be rows in memory: a list or generator of mappings, a frame of pandas or Polars, a
+    dict of columns, a data set; of a DatasetDict the split train is trained on and validation evaluated on. `dry_run`
+    stops before the model loads, leaves nothing behind, and says in the result's `plan` what would run. The adapter is
+    written to `<output_dir>/adapter` in PEFT layout. `overwrite` replaces an earlier run there; `force_unlock` takes a
+    lock whose owner on another host has ended. `verify` hashes every byte of the model's files, and has each resume
+    compare them. `devices`, a number or "auto", starts as many ranks on this machine, which compute one step together
     (`docs/many_devices.md`); when one fails they are started anew from the last checkpoint, `max_restarts` times.
 
     Raises the errors of `qlora_hal.errors`; whatever can be found wrong before the model loads is found there.
     """
     from qlora_hal.config.resolve import resolve_settings
-    from qlora_hal.data.source.in_memory import rows_in_memory
+    from qlora_hal.data.source.in_memory import rows_in_memory, splits_in_memory
     from qlora_hal.run.start import run_new
     from qlora_hal.run.supervisor import is_supervised, run_in_child
 
-    rows = None if data is None or isinstance(data, str | Path) else rows_in_memory(data)
-    keywords = {"model": model, "data": None if rows is not None else data, "output_dir": output_dir}
+    given, held_out = splits_in_memory(data)
+    validation_data = held_out if validation_data is None else validation_data  # type: ignore[assignment]
+    rows, validation_rows = (
+        None if one is None or isinstance(one, str | Path) else rows_in_memory(one) for one in (given, validation_data)
+    )
+    keywords = {
+        "model": model,
+        "data": None if rows is not None else data,
+        "data.validation_path": None if validation_rows is not None else validation_data,
+        "output_dir": output_dir,
+    }
     settings = resolve_settings(config, keywords={**keywords, "backend": backend})
     if devices is not None or max_restarts:
         from qlora_hal.ranks.starting import require_usable, train_on_devices
@@ -70,6 +81,7 @@ def train(
             observers,
             devices,
             max_restarts,
+            validation_rows=validation_rows,
             overwrite=overwrite,
             force_unlock=force_unlock,
             dry_run=dry_run,
@@ -81,6 +93,7 @@ def train(
             "config": settings.config.model_dump(mode="json"),
             "origins": dict(settings.origins),
             "rows": rows,
+            "validation_rows": validation_rows,
             "overwrite": overwrite,
             "force_unlock": force_unlock,
             "verify": verify,
@@ -90,6 +103,7 @@ def train(
         settings,
         rows,
         observers,
+        validation_rows=validation_rows,
         overwrite=overwrite,
         force_unlock=force_unlock,
         dry_run=dry_run,
@@ -247,7 +261,7 @@ def first_batch(settings: ResolvedSettings) -> tuple[Batch, ChatTokenizer, int]:
     from qlora_hal.report.console import RunConsole
     from qlora_hal.run.prepare import drawn_seed, prepare_run, resolve_backend, window_sampler
 
-    require_settings(settings.config, "model.name_or_path", "data.path")
+    require_settings(settings.config, "model.name_or_path", *([] if settings.config.data.sources else ["data.path"]))
     console = RunConsole(quiet=True)
     with tempfile.TemporaryDirectory() as folder:
         resolved_backend = resolve_backend(settings.config, Hooks(), console)

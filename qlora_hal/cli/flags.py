@@ -20,6 +20,7 @@ _METAVARS = {
     "list": "ITEM",
     "text or list": "NAME",
     "mapping": "JSON",
+    "groups": "JSON",
 }
 
 

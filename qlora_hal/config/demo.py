@@ -42,8 +42,11 @@ def in_the_way(values: Mapping[str, object], given: Collection[str]) -> set[str]
     yielding = set()
     if "training.num_train_epochs" in given:
         yielding.add("training.max_steps")
+    if "data.sources" in given:
+        yielding.add("data.path")
     held_out = values.get("data.validation_path")
-    if "data.validation_path" not in given and not {"data.path", "data.validation_fraction"}.isdisjoint(given):
+    other_rows = {"data.path", "data.sources", "data.validation_fraction"}
+    if "data.validation_path" not in given and not other_rows.isdisjoint(given):
         yielding.add("data.validation_path")
         held_out = None
     if not (held_out or values.get("data.validation_fraction")):

@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from qlora_hal.config import habits
 from qlora_hal.config.schema import FormatName, RunConfig
 
-Kind = Literal["text", "whole number", "number", "true or false", "choice", "list", "text or list", "mapping"]
+Kind = Literal["text", "whole number", "number", "true or false", "choice", "list", "text or list", "mapping", "groups"]
 
 ENVIRONMENT_PREFIX = "QLORA_HAL_"
 _LONGEST_NAME = 80
@@ -122,7 +122,10 @@ def _setting(path: str, field: FieldInfo) -> Setting:
     for named in (item for item in bounds if isinstance(item, FormatName)):
         kind, choices = "choice", named.choices()
     default = field.get_default(call_default_factory=True, validated_data={})
-    return Setting(path, kind, _expected(kind, choices, bounds), choices, default, optional, field.description or "")
+    expected = _expected(kind, choices, bounds)
+    if kind == "groups":
+        expected = f"{expected} with {', '.join(get_args(annotation)[0].model_fields)}"
+    return Setting(path, kind, expected, choices, default, optional, field.description or "")
 
 
 def _unwrap(annotation: Any, bounds: list[object]) -> tuple[Any, list[object], bool]:
@@ -148,6 +151,8 @@ def _kind(annotation: Any) -> tuple[Kind, tuple[str, ...]]:
         return "text or list", ()
     if origin is tuple:
         item = get_args(annotation)[0]
+        if isinstance(item, type) and issubclass(item, BaseModel):
+            return "groups", ()
         return "list", tuple(str(a) for a in get_args(item)) if get_origin(item) is Literal else ()
     if origin is dict:
         return "mapping", ()
@@ -167,6 +172,7 @@ def _expected(kind: Kind, choices: tuple[str, ...], bounds: list[object]) -> str
         "text": "a string",
         "text or list": "a string or a list of strings",
         "mapping": "a mapping of names to values",
+        "groups": "a list of mappings",
     }.get(kind, kind)
 
 

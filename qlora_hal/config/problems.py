@@ -112,7 +112,12 @@ def problems_of_validation(error: ValidationError, origins: Mapping[str, str]) -
             continue
         expected = f"{_expected(settings()[path], str(item['type']), str(item['msg']))}"
         hint = _near_choice(settings()[path], item["input"])
-        found.setdefault(path, Problem(path, origins.get(path, "default"), item["input"], expected, hint))
+        within = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in item["loc"])[1:]
+        place = within if settings()[path].kind == "groups" else path
+        if place != path:
+            expected = str(item["msg"]).removeprefix("Value error, ")
+            expected = expected[:1].lower() + expected[1:]
+        found.setdefault(place, Problem(place, origins.get(path, "default"), item["input"], expected, hint))
     return list(found.values())
 
 

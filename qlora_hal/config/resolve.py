@@ -256,6 +256,8 @@ def _from_text(setting: Setting, value: object) -> object:
         return tuple(name for text in _listed(value, split=True) for name in text.split())
     if setting.kind == "mapping":
         return _mapping(value)
+    if setting.kind == "groups":
+        return _from_json(value) if isinstance(value, str) else value
     return value
 
 

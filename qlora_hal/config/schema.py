@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
@@ -158,12 +159,59 @@ class LoraConfig(_Part):
         return value
 
 
+FORMAT_COLUMNS = (
+    *("messages", "conversations", "system", "system_prompt", "tools", "functions"),
+    *("instruction", "input", "output", "history", "prompt", "completion", "text"),
+)
+"""The names by which rows of the known formats are read."""
+
+
+def _column_name(value: object) -> object:
+    # A header of numbers alone is read as numbers by YAML and by flags.
+    return str(value) if type(value) is int else value
+
+
+def _read_by_name(columns: dict[str, str]) -> dict[str, str]:
+    if unknown := [name for name in columns if name not in FORMAT_COLUMNS]:
+        raise ValueError(
+            f"{unknown[0]!r} is no name that a format has; on the left one of {', '.join(FORMAT_COLUMNS)} is expected, "
+            "on the right a column of your rows"
+        )
+    if len(set(columns.values())) < len(columns):
+        raise ValueError("each column is expected once, for it can stand for one name only")
+    return columns
+
+
+Columns = Annotated[dict[str, Annotated[str, BeforeValidator(_column_name)]], AfterValidator(_read_by_name)]
+
+
+class DataSource(_Part):
+    """One of several data sets that are trained on together."""
+
+    path: Annotated[str, Field(min_length=1)]
+    split: str = "train"
+    weight: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.0
+    columns: Columns = Field(default_factory=dict)
+
+
 class DataConfig(_Part):
     """What is trained on."""
 
     path: str = Field("", description="A JSONL, JSON, CSV or Parquet file, a folder, or a Hugging Face dataset id.")
     split: str = Field(
         "train", description="Split of a Hugging Face dataset, or of a folder whose file names contain it."
+    )
+    sources: tuple[DataSource, ...] = Field(
+        (),
+        description="Several data sets in the place of data.path, each with path, weight (how often an epoch has each "
+        "of its rows; default 1), columns and split.",
+    )
+    columns: Columns = Field(
+        default_factory=dict,
+        description="Names of a format and the columns of your rows that stand for them: prompt: question.",
+    )
+    max_rows: PositiveInt | None = Field(
+        None, description="Read only so many rows from the beginning of the training data, of each source."
     )
     validation_path: str | None = Field(None, description="Rows for evaluation.")
     validation_split: str | None = Field(
@@ -176,8 +224,11 @@ class DataConfig(_Part):
     chat_template: str | None = Field(
         None, description="A built-in template's name, one of the tokenizer's, or a Jinja file; default: its own."
     )
-    train_on: Literal["assistant", "all"] = Field(
-        "assistant", description="Loss on all assistant turns, or on all tokens."
+    train_on: Literal["assistant", "last", "all"] = Field(
+        "assistant", description="Loss on all assistant turns, on the last one of each row, or on all tokens."
+    )
+    mask_reasoning: bool = Field(
+        False, description="No loss on what stands between the marks of reasoning, as <think> and </think>."
     )
     max_seq_length: PositiveInt = Field(1024, description="Maximum length of a row in tokens.")
     truncation: Literal["right", "left", "drop", "split"] = Field("right", description="What happens to longer rows.")
@@ -187,6 +238,19 @@ class DataConfig(_Part):
         "fail", description="A malformed row stops the run, or is skipped and counted."
     )
     shuffle: bool = Field(True, description="A new row order in each epoch, determined by the seed.")
+
+    @model_validator(mode="after")
+    def _options_fit_together(self) -> DataConfig:
+        if self.path and self.sources:
+            raise ValueError("data.path and data.sources are mutually exclusive")
+        if self.sources and self.split != "train":
+            raise ValueError("data.split applies to data.path; name a split in each entry of data.sources")
+        places = [(source.path, source.split) for source in self.sources]
+        if len(set(places)) < len(places):
+            raise ValueError("data.sources names the same rows twice; give them a weight instead")
+        if self.mask_reasoning and self.train_on == "all":
+            raise ValueError("data.mask_reasoning leaves tokens out, and data.train_on all trains every token")
+        return self
 
 
 class TrainingConfig(_Part):
@@ -300,8 +364,6 @@ class RunConfig(_Part):
         training, data = self.training, self.data
         if training.early_stopping_patience and not training.eval_steps:
             raise ValueError("training.early_stopping_patience needs training.eval_steps")
-        if training.eval_steps and not (data.validation_path or data.validation_fraction):
-            raise ValueError("training.eval_steps needs data.validation_path or data.validation_fraction")
         if data.validation_path and data.validation_fraction:
             raise ValueError("data.validation_path and data.validation_fraction are mutually exclusive")
         if data.validation_split and not data.validation_path:

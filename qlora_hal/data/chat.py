@@ -13,6 +13,7 @@ import bisect
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,7 @@ _FARTHEST_RENDERED = 1024
 """Messages up to which a conversation is rendered again to find one of its turns. Farther on a turn has to be found in
 the text of the whole; where it is not, the row is refused, for each such turn would cost as much as all before it."""
 
+_TAG_AT_END = re.compile(r"(<[^<>\s]*>)\s*\Z")
 _TAG_LINE_OR_WORDS = r"<[^<>\s]*>|\n|[^<\n]+|<"
 
 
@@ -293,6 +295,14 @@ class ConversationWriter:
             self._prompt_after_user = ""
             self._prompt_after_user = self._prompt([{"role": "user", "content": "a"}], None)
         return self._prompt_after_user
+
+    @cached_property
+    def prompt_tag(self) -> str:
+        """The tag that a generation prompt ends with, as <think>; empty where it ends otherwise."""
+        if not self._template.offers_prompt:
+            return ""
+        found = _TAG_AT_END.search(self._prompt([], None))
+        return found.group(1) if found else ""
 
     # where a turn ends ----------------------------------------------------------------------------------------------
     def _ended(self, text: str, spans: Sequence[Span], stop: int) -> Target:

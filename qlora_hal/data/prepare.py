@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qlora_hal.data.report import DataReport, SourceReport
+from qlora_hal.data.report import DataReport, SourceReport, SourceShare
+from qlora_hal.data.source.columns import with_columns
+from qlora_hal.data.source.mixture import (
+    ALL_ONCE,
+    Share,
+    beginning,
+    one_after_another,
+    sequences_in_epoch,
+    source_of_rows,
+)
 from qlora_hal.data.source.reading import blamed_on, has_splits, open_source
 from qlora_hal.data.source.rows import Source, memory_source
 from qlora_hal.data.tokens.order import Purpose, permutation
@@ -28,18 +37,19 @@ if TYPE_CHECKING:
     from qlora_hal.config.schema import DataConfig
     from qlora_hal.data.tokens.tokenizer import ChatTokenizer
 
-_VERSION = 4
+_VERSION = 5
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedData:
     """Rows ready to be trained on. `fingerprint` changes when any token, mask or row could; it is of what they are made
-    from, `hashes` (SHA-256 by part) of the tokens themselves."""
+    from, `hashes` (SHA-256 by part) of the tokens themselves. `shares` are the sources of the training rows."""
 
     train: TokenStore
     validation: TokenStore | None
     report: DataReport
     fingerprint: str
+    shares: tuple[Share, ...] = ALL_ONCE
 
     @property
     def hashes(self) -> Mapping[str, str]:
@@ -54,21 +64,23 @@ def prepare(
     cache_dir: Path,
     seed: int,
     rows: Sequence[Mapping[str, object]] | None = None,
+    validation_rows: Sequence[Mapping[str, object]] | None = None,
     model_max_length: int | None = None,
     model_vocabulary_size: int | None = None,
 ) -> PreparedData:
-    """Read, render, tokenise and account for the data of a run; `rows` take the place of `config.path`.
+    """Read, render, tokenise and account for the data of a run; `rows` take the place of `config.path`,
+    `validation_rows` that of `config.validation_path`.
 
     Raises DataError (faults D01-D16 of the catalogue; QH-D65 for the same rows on both sides), HubError, StorageError
     (QH-S09, QH-S11, QH-S12), and ConfigError (QH-D54) when `max_seq_length` is above what the model was made for.
     """
     refuse_long_sequences(config, model_max_length)
-    source = memory_source(rows) if rows is not None else open_source(config.path, config.split)
+    source = _training_source(config, rows)
     train, report, fingerprint = _tokenised(source, config, tokenizer, cache_dir, model_vocabulary_size)
     validation, validation_report, parts = None, None, [fingerprint]
-    if config.validation_path:
+    if config.validation_path or validation_rows is not None:
         with blamed_on("data.validation_path", split="data.validation_split"):
-            held = _validation_source(config.validation_path, config.validation_split)
+            held = _validation_source(config, validation_rows)
             found = _tokenised(held, config, tokenizer, cache_dir, model_vocabulary_size)
         validation, validation_report, second = found
         if second == fingerprint:
@@ -77,16 +89,20 @@ def prepare(
     elif config.validation_fraction:
         train, validation = hold_out(train, config.validation_fraction, seed)
         parts.append(f"{config.validation_fraction} {seed}")
+    shares = _shares(config, report) if rows is None else ALL_ONCE
+    if config.sources and rows is None:
+        parts.append(json.dumps([weight for _, weight in shares]))
     whole = DataReport(
         report,
         validation_report,
+        sources=_account_of_sources(train, shares, report),
         train_sequences=len(train),
         validation_sequences=0 if validation is None else len(validation),
         leaked_rows=0 if validation is None else _leaked(train, validation),
         packing_efficiency=_packing_efficiency(train, config),
         notes=tokenizer.notes,
     )
-    return PreparedData(train, validation, whole, hashlib.sha256("\n".join(parts).encode()).hexdigest())
+    return PreparedData(train, validation, whole, hashlib.sha256("\n".join(parts).encode()).hexdigest(), shares)
 
 
 def hold_out(store: TokenStore, fraction: float, seed: int) -> tuple[TokenStore, TokenStore]:
@@ -113,13 +129,66 @@ def hold_out(store: TokenStore, fraction: float, seed: int) -> tuple[TokenStore,
     return store.subset(np.flatnonzero(~held)), store.subset(np.flatnonzero(held))
 
 
-def _validation_source(path: str, split: str | None) -> Source:
+def _training_source(config: DataConfig, rows: Sequence[Mapping[str, object]] | None) -> Source:
+    """The training rows under the names of a format, no more of them than data.max_rows. Raises as `open_source`."""
+
+    def opened(source: Source, columns: Mapping[str, str]) -> Source:
+        read = source if config.max_rows is None else beginning(source, config.max_rows)
+        return with_columns(read, columns or config.columns)
+
+    if rows is not None:
+        return opened(memory_source(rows), {})
+    if not config.sources:
+        return opened(open_source(config.path, config.split, config.max_rows), {})
+    found = []
+    for number, source in enumerate(config.sources):
+        with blamed_on(f"data.sources[{number}].path", split=f"data.sources[{number}].split"):
+            found.append(opened(open_source(source.path, source.split, config.max_rows), source.columns))
+    return one_after_another(found)
+
+
+def _shares(config: DataConfig, report: SourceReport) -> tuple[Share, ...]:
+    if not config.sources:
+        return ALL_ONCE
+    return tuple((first, source.weight) for first, source in zip(report.first_rows, config.sources, strict=True))
+
+
+def _account_of_sources(store: TokenStore, shares: Sequence[Share], report: SourceReport) -> list[SourceShare]:
+    """What an epoch has of each of several sources. Raises DataError (QH-D01) for one that has nothing to train on."""
+    names = report.parts
+    if not names:
+        return []
+    source = source_of_rows(store.row_numbers, shares)
+    counts = np.bincount(source, minlength=len(shares))
+    if not counts.all():
+        empty = names[int(np.argmin(counts))]
+        raise DataError(
+            "QH-D01",
+            f"No row of {empty} is left to train on.",
+            where="data.sources",
+            fix="Remove it from data.sources, or correct its rows.",
+        )
+    trained = np.bincount(source, weights=store.counted, minlength=len(shares))
+    weights = [weight for _, weight in shares]
+    all_tokens = float(trained @ np.array(weights))
+    return [
+        SourceShare(
+            name, weight, int(count), sequences_in_epoch(int(count), weight), float(tokens) * weight / all_tokens
+        )
+        for name, weight, count, tokens in zip(names, weights, counts, trained, strict=True)
+    ]
+
+
+def _validation_source(config: DataConfig, rows: Sequence[Mapping[str, object]] | None) -> Source:
     """The validation rows: of what has splits, those of `validation` where no other is named.
 
     Raises as `open_source` does.
     """
+    if rows is not None:
+        return with_columns(memory_source(rows), config.columns)
+    path, split = config.validation_path or "", config.validation_split
     if split is None or has_splits(path):
-        return open_source(path, split or "validation")
+        return with_columns(open_source(path, split or "validation"), config.columns)
     raise DataError(
         "QH-D50",
         f"{path!r} has no splits, but the split {split!r} was given.",
@@ -173,12 +242,15 @@ def _tokenised(
         [f"the tokens of {source.name} were prepared again: {path.name} cannot be used, {problem}"] if problem else []
     )
     alerts = [*source.alerts, *report.alerts, *again]
-    report = replace(report, source=source.name, duplicate_rows=_duplicates(store), alerts=alerts)
+    report = replace(
+        report, source=source.name, parts=list(source.parts), duplicate_rows=_duplicates(store), alerts=alerts
+    )
     return store, report, fingerprint
 
 
 def _fingerprint(source: Source, config: DataConfig, tokenizer: ChatTokenizer, vocabulary: int | None) -> str:
     settings = [config.format, config.train_on, config.max_seq_length, config.truncation, config.on_bad_row]
+    settings += [config.mask_reasoning]
     parts = [_VERSION, source.digest(), source.kind, tokenizer.hash, tokenizer.template_name, vocabulary, *settings]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

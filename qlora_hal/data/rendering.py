@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from qlora_hal.data.chat import TurnNotFound, trained_turns
+from qlora_hal.data.chat import Piece, TurnNotFound, trained_turns
 from qlora_hal.data.contents import ArgumentsAs
+from qlora_hal.data.source.columns import shape_of_columns
 from qlora_hal.data.source.row_formats import (
     USED_COLUMNS,
     Conversation,
     Shape,
     Writing,
     example_of,
-    shape_of,
-    unrecognised,
 )
 from qlora_hal.data.source.rows import Row
 from qlora_hal.data.template.chat_template import ChatTemplate, TemplateFault
 from qlora_hal.data.template.conversation_text import ConversationRenderer, ConversationText, says_anything
 from qlora_hal.data.template.message_fields import names_of_other_fields
 from qlora_hal.data.template.omissions import OmissionCounts
-from qlora_hal.data.template.outlines import Outlines
+from qlora_hal.data.template.reasoning import ReasoningMarks, reasoning_marks
 from qlora_hal.data.tokens.encoding import RenderedRow, RowEncoder
 from qlora_hal.data.tokens.tokenizer import ChatTokenizer, template_refused
 from qlora_hal.errors import DataError
@@ -39,6 +38,7 @@ class RenderingCounts:
 
     shapes: Counter[Shape] = field(default_factory=Counter)
     unused_columns: set[str] = field(default_factory=set)
+    pairs: Counter[tuple[str, str]] = field(default_factory=Counter)
     end_added_rows: int = 0
     special_in_text: Counter[str] = field(default_factory=Counter)
     rows_with_special: int = 0
@@ -50,6 +50,7 @@ class RenderingCounts:
     arguments_as: Counter[ArgumentsAs] = field(default_factory=Counter)
     unmarked_turns: int = 0
     empty_thoughts: int = 0
+    masked_thoughts: int = 0
     rows_with_tool_template: int = 0
 
     def add(self, found: ConversationText) -> None:
@@ -79,8 +80,18 @@ class RowRenderer:
     """Renders rows of any shape for one tokenizer. Rows in Alpaca's shape have a text form of their own, which is used
     when the tokenizer has no template."""
 
-    def __init__(self, tokenizer: ChatTokenizer, encoder: RowEncoder, shape: Shape | None) -> None:
+    def __init__(
+        self,
+        tokenizer: ChatTokenizer,
+        encoder: RowEncoder,
+        shape: Shape | None,
+        *,
+        last_turn_alone: bool = False,
+        masks_reasoning: bool = False,
+    ) -> None:
         self._tokenizer, self._encoder, self._shape = tokenizer, encoder, shape
+        self._last_turn_alone, self._masks_reasoning = last_turn_alone, masks_reasoning
+        self._marks: dict[ChatTokenizer, ReasoningMarks] = {}
         self._alpaca = tokenizer if tokenizer.template is not None else tokenizer.with_template("alpaca")
         self._input_heading = "### Input:\n" if self._alpaca.template_name == "alpaca" else ""
         self.counts = RenderingCounts()
@@ -93,19 +104,21 @@ class RowRenderer:
         value = row.value
         if isinstance(value, DataError):
             raise value
-        shape = self._shape or shape_of(value)
-        if shape is None:
-            raise unrecognised(row, value)
+        named = row.columns
+        row, shape = shape_of_columns(row, value, self._shape)
         example = example_of(row, shape, self._input_heading)
         rendered: RenderedRow | None = None
         if isinstance(example, Conversation):
             rendered = self._conversation(row, example, self._alpaca if shape == "alpaca" else self._tokenizer)
         elif example.target.strip(_BLANKS):
-            rendered = _written(row, example)
+            rendered = self._written(row, example)
         else:
             self.counts.empty_rows += 1
         self.counts.shapes[shape] += 1
-        self.counts.note_columns(shape, value)
+        if row.columns is not named:
+            self.counts.pairs[row.columns["instruction"], row.columns["output"]] += 1
+        assert isinstance(row.value, Mapping)
+        self.counts.note_columns(shape, row.value)
         return rendered
 
     def _conversation(self, row: Row, example: Conversation, tokenizer: ChatTokenizer) -> RenderedRow:
@@ -115,8 +128,10 @@ class RowRenderer:
         if not example.plain:
             self.counts.rows_with_tool_template += tokenizer is not self._tokenizer and bool(example.tools)
             example = _in_form(example, tokenizer)
+        if self._last_turn_alone:
+            example = _last_turn_alone(example)
         example = self._without_empty_turns(example, tokenizer.template)
-        if example.plain and (rendered := self._by_outline(row, example, tokenizer.outlines)) is not None:
+        if example.plain and (rendered := self._by_outline(row, example, tokenizer)) is not None:
             return rendered
         return self._by_template(row, example, tokenizer)
 
@@ -135,13 +150,14 @@ class RowRenderer:
         self.counts.empty_turns += len(empty)
         return replace(example, untrained=example.untrained | empty, plain=False)
 
-    def _by_outline(self, row: Row, example: Conversation, outlines: Outlines) -> RenderedRow | None:
-        outline = outlines.of(example.messages, example.first_target)
+    def _by_outline(self, row: Row, example: Conversation, tokenizer: ChatTokenizer) -> RenderedRow | None:
+        assert tokenizer.outlines is not None
+        outline = tokenizer.outlines.of(example.messages, example.first_target)
         if outline is None:
             return None
         contents = [message["content"] for message in example.messages]
         text = outline.text(contents)  # type: ignore[arg-type]
-        if text is None:
+        if text is None or (self._masks_reasoning and self._marks_of(tokenizer).occur_in(text)):
             return None
         if not outline.anchored:
             self._encoder.prepare_outline(outline)
@@ -167,9 +183,34 @@ class RowRenderer:
         self.counts.add(found)
         is_text = bool(found.special) and not found.special_is_read
         restored = tokenizer.special.restore if is_text else str
-        pieces = [(restored(text), trained, False) for text, trained in found.written.pieces]
+        written = self._without_reasoning(found.written.pieces, tokenizer)
+        pieces = [(restored(text), trained, False) for text, trained in written]
         text = "".join(text for text, _, _ in pieces)
         return RenderedRow(row.number, row.where, text, _digest(row, text), pieces=pieces, protected=is_text)
+
+    def _written(self, row: Row, example: Writing) -> RenderedRow:
+        pieces = [(example.prompt, False, True)] if example.prompt else []
+        target = self._without_reasoning([(example.target, True)], self._tokenizer)
+        pieces += [(text, trained, True) for text, trained in target]
+        text = example.prompt + example.target
+        return RenderedRow(row.number, row.where, text, _digest(row, text), pieces=pieces, is_writing=True)
+
+    def _without_reasoning(self, pieces: list[Piece], tokenizer: ChatTokenizer) -> list[Piece]:
+        if not self._masks_reasoning:
+            return pieces
+        kept, found = self._marks_of(tokenizer).left_out(pieces)
+        self.counts.masked_thoughts += found
+        return kept
+
+    def _marks_of(self, tokenizer: ChatTokenizer) -> ReasoningMarks:
+        if tokenizer not in self._marks:
+            self._marks[tokenizer] = reasoning_marks(tokenizer.template)
+        return self._marks[tokenizer]
+
+
+def _last_turn_alone(example: Conversation) -> Conversation:
+    answers = (number for number, message in enumerate(example.messages) if message["role"] == "assistant")
+    return replace(example, first_target=max(example.first_target, *answers, 0))
 
 
 def _in_form(example: Conversation, tokenizer: ChatTokenizer) -> Conversation:
@@ -182,13 +223,6 @@ def _in_form(example: Conversation, tokenizer: ChatTokenizer) -> Conversation:
         return example
     only_texts = all(m.keys() == {"role", "content"} and isinstance(m["content"], str) for m in messages)
     return replace(example, messages=messages, plain=only_texts and not example.tools and not example.untrained)
-
-
-def _written(row: Row, example: Writing) -> RenderedRow:
-    pieces = [(example.prompt, False, True)] if example.prompt else []
-    pieces.append((example.target, True, True))
-    text = example.prompt + example.target
-    return RenderedRow(row.number, row.where, text, _digest(row, text), pieces=pieces, is_writing=True)
 
 
 def _digest(row: Row, text: str) -> bytes:

@@ -18,7 +18,8 @@ class SourceReport:
 
     `shapes` counts rows by shape; `bad_rows` lists the first malformed rows as text; row numbers count from 1.
     `histogram` is (longest length in the bin, rows). `empty_turns` are assistant turns that say nothing; `alerts` are
-    what of this the user is told at once.
+    what of this the user is told at once. `parts` are the names of several sources in one, and
+    `first_rows` the number of each one's first row.
     """
 
     source: str
@@ -56,6 +57,8 @@ class SourceReport:
     empty_turns: int = 0
     notes: Sequence[str] = ()
     alerts: Sequence[str] = ()
+    parts: Sequence[str] = ()
+    first_rows: Sequence[int] = ()
 
     def as_json(self) -> dict[str, object]:
         return asdict(self)
@@ -127,6 +130,24 @@ class SourceReport:
 
 
 @dataclass(frozen=True, slots=True)
+class SourceShare:
+    """What an epoch has of one of several sources: `rows` are those it holds, `rows_in_epoch` those of an epoch (packs
+    of rows are drawn as a whole), `trained_tokens` their share of what an epoch trains."""
+
+    source: str
+    weight: float
+    rows: int
+    rows_in_epoch: int
+    trained_tokens: float
+
+    def line(self) -> str:
+        return (
+            f"of {self.source} (weight {self.weight:g}): {self.rows_in_epoch} rows in an epoch, of {self.rows}; "
+            f"{100 * self.trained_tokens:.1f} % of the trained tokens"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class DataReport:
     """The account of all data of a run. `leaked_rows` are validation rows whose text is also trained on.
 
@@ -141,13 +162,14 @@ class DataReport:
     packing_efficiency: float | None = None
     reused: bool = False
     notes: tuple[str, ...] = field(default=())
+    sources: Sequence[SourceShare] = ()
 
     def as_json(self) -> dict[str, object]:
         return asdict(self)
 
     def lines(self) -> list[str]:
         """The report as lines of text."""
-        lines = self.train.lines()
+        lines = [*self.train.lines(), *(share.line() for share in self.sources)]
         if self.validation is not None:
             lines += [f"validation {line}" for line in self.validation.lines()]
         if self.validation_sequences:

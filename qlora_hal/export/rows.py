@@ -13,7 +13,7 @@ import numpy as np
 
 from qlora_hal.contract.values import Batch
 from qlora_hal.data import evaluation_batches, prepare
-from qlora_hal.data.source.in_memory import kept_rows
+from qlora_hal.data.source.in_memory import GivenRows
 from qlora_hal.data.source.reading import blamed_on
 from qlora_hal.errors import ConfigError, DataError
 
@@ -85,10 +85,10 @@ def held_out_rows(request: MergeRequest, subject: Subject, tokenizer: ChatTokeni
     """
     if request.rows is not None:
         data = subject.config.data.model_copy(
-            update={"path": request.rows, "validation_path": None, "validation_fraction": 0.0}
+            update={"path": request.rows, "sources": (), "validation_path": None, "validation_fraction": 0.0}
         )
         with tempfile.TemporaryDirectory() as folder, blamed_on("--rows"):
-            store, _ = _prepared(data, tokenizer, Path(folder), subject, facts, rows=None)
+            store, _ = _prepared(data, tokenizer, Path(folder), subject, facts, GivenRows())
             first = _scored(store)[: request.row_limit]
             return _rows(store, first, "named", Path(request.rows).name, tokenizer)
     if subject.run_dir is None:
@@ -107,9 +107,9 @@ def _rows_of_run(subject: Subject, tokenizer: ChatTokenizer, facts: ModelFacts) 
     cache = subject.run_dir / "tokens"
     try:
         if cache.is_dir():
-            return _prepared(subject.config.data, tokenizer, cache, subject, facts, kept_rows(subject.run_dir))
+            return _prepared(subject.config.data, tokenizer, cache, subject, facts, GivenRows.kept(subject.run_dir))
         with tempfile.TemporaryDirectory() as folder:
-            rows = kept_rows(subject.run_dir)
+            rows = GivenRows.kept(subject.run_dir)
             return _prepared(subject.config.data, tokenizer, Path(folder), subject, facts, rows)
     except (DataError, OSError) as error:
         raise _no_rows(f"the run's own rows can no longer be read ({error})") from error
@@ -121,14 +121,15 @@ def _prepared(
     cache_dir: Path,
     subject: Subject,
     facts: ModelFacts,
-    rows: list[Mapping[str, object]] | None,
+    rows: GivenRows,
 ) -> tuple[TokenStore, TokenStore | None]:
     prepared = prepare(
         data,
         tokenizer,
         cache_dir=cache_dir,
         seed=subject.seed,
-        rows=rows,
+        rows=rows.train,
+        validation_rows=rows.validation,
         model_max_length=facts.max_position_embeddings,
         model_vocabulary_size=facts.vocabulary_size or None,
     )

@@ -127,10 +127,11 @@ def with_quantized_base(prepared: PreparedRun, run_dir: Path, console: RunConsol
 def _named_store(prepared: PreparedRun, run_dir: Path) -> TokenStore:
     """The rows of `quantization.calibration_path`, read as the training rows are."""
     config, facts = prepared.config, prepared.resolved_backend.source.facts
-    update = {"path": config.quantization.calibration_path, "validation_path": None, "validation_fraction": 0.0}
+    path = config.quantization.calibration_path
+    update = {"path": path, "sources": (), "validation_path": None, "validation_fraction": 0.0}
     with blamed_on("quantization.calibration_path"):
         return prepare(
-            config.data.model_copy(update={**update, "train_on": "all"}),
+            config.data.model_copy(update={**update, "train_on": "all", "mask_reasoning": False}),
             prepared.tokenizer,
             cache_dir=run_dir / "tokens",
             seed=prepared.seed,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -204,6 +204,8 @@ def read_run_config(run_dir: Path, *, trust_remote_code: bool = False) -> RunCon
         home = config.get(group) if group else config
         if isinstance(home, dict) and isinstance(home.get(name), str):
             home[name] = os.path.expanduser(home[name])
+    for source in _sources_of(config):
+        source["path"] = os.path.expanduser(str(source.get("path")))
     read = resolve_settings(config, environ={}).config
     if read.model.trust_remote_code and not trust_remote_code:
         raise UnsafeInputError(
@@ -215,6 +217,12 @@ def read_run_config(run_dir: Path, *, trust_remote_code: bool = False) -> RunCon
             "(trust_remote_code=True in Python).",
         )
     return read
+
+
+def _sources_of(config: Mapping[str, object]) -> Iterator[dict[str, object]]:
+    data = config.get("data")
+    sources = data.get("sources") if isinstance(data, dict) else None
+    return (source for source in (sources if isinstance(sources, list) else ()) if isinstance(source, dict))
 
 
 _PATHS = (

@@ -28,7 +28,15 @@ from qlora_hal.files.durable import write_json_atomically
 from qlora_hal.files.output_path import refuse_no_path, writable_folder
 from qlora_hal.files.refused_paths import named_path
 from qlora_hal.report.run_file import read_run_file
-from qlora_hal.run.identity import PLACE_KEYS, config_hash, differing_settings, flat_settings, new_run_id, shown_value
+from qlora_hal.run.identity import (
+    PLACE_KEYS,
+    config_hash,
+    differing_settings,
+    flat_settings,
+    is_place,
+    new_run_id,
+    shown_value,
+)
 from qlora_hal.run.lock import LOCK_FILE, OWNER_FILE, RunLock
 from qlora_hal.run.recovery import read_or_recovered
 
@@ -42,7 +50,7 @@ SCHEMA_VERSION = 1
 
 _OUTPUTS = (
     *(CHECKPOINTS_FOLDER, LATEST_LINK, ADAPTER_FOLDER, BEST_ADAPTER_FOLDER, METRICS_FILE, "report.html", "loss.png"),
-    *("tokens", "rows.jsonl"),
+    *("tokens", "rows.jsonl", "validation_rows.jsonl"),
 )
 """What an overwritten run leaves; other files in the folder are the user's and are never touched."""
 _OWN = (*(name for name in _OUTPUTS if name != LATEST_LINK), RUN_FILE, LOCK_FILE, OWNER_FILE, "tensorboard")
@@ -277,7 +285,9 @@ def _outputs_in(path: Path) -> list[str]:
 def _refuse_unless_it_never_began(path: Path, config: Mapping[str, object], outputs: Sequence[str]) -> list[str]:
     """Notes on an earlier run that may be started over. Raises ConfigError QH-S13 for any that is worth something."""
     earlier = read_run_file(path)["config"]
-    differing = differing_settings(earlier if isinstance(earlier, dict) else {}, config, apart_from=PLACE_KEYS)
+    differing = differing_settings(
+        earlier if isinstance(earlier, dict) else {}, config, apart_from=PLACE_KEYS.__contains__
+    )
     saved = len(checkpoints(path))
     if saved or ADAPTER_FOLDER in outputs or (differing and _has_content(path / METRICS_FILE)):
         _refuse_earlier_run(path, differing, saved)
@@ -291,7 +301,12 @@ def _refuse_to_remove_inputs(path: Path, config: Mapping[str, object], outputs: 
     kept."""
     removed = [Path(os.path.realpath(path)), *(Path(os.path.realpath(path / name)) for name in outputs)]
     for setting, value in flat_settings(config):
-        if setting not in _INPUTS or not isinstance(value, str) or not value:
+        if (
+            not (setting in _INPUTS or is_place(setting))
+            or setting == "output_dir"
+            or not isinstance(value, str)
+            or not value
+        ):
             continue
         given = Path(os.path.realpath(Path(value).expanduser()))
         is_run_itself = given == removed[0] and setting != "model.name_or_path"  # whose files are left where they are

@@ -7,8 +7,9 @@ is compared by fingerprints, the rest by these two.
 from __future__ import annotations
 
 import hashlib
+import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,8 +25,14 @@ if TYPE_CHECKING:
 
 PLACES = frozenset({"output_dir", "model.name_or_path", "data.path", "data.validation_path"})
 """Settings that say where something lies, not what it is."""
+_SOURCE_PLACE = re.compile(r"data\.sources\.\d+\.path")
 
 _SHOWN_SETTINGS = 8
+
+
+def is_place(setting: str) -> bool:
+    """Whether a setting, by its dotted key, says where something lies that a run reads or writes."""
+    return setting in PLACES or _SOURCE_PLACE.fullmatch(setting) is not None
 
 
 def new_run_id() -> str:
@@ -43,27 +50,29 @@ def identity_of(content: Mapping[str, object]) -> dict[str, object]:
 
 def settings_hash(config: Mapping[str, object]) -> str:
     """SHA-256 of a configuration without its places."""
-    trained = {key: value for key, value in flat_settings(config) if key not in PLACES}
+    trained = {key: value for key, value in flat_settings(config) if not is_place(key)}
     return hashlib.sha256(strict_json.encode(trained)).hexdigest()
 
 
 def flat_settings(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """(dotted key, value) of every setting of a nested configuration."""
+    """(dotted key, value) of every setting of a nested configuration; groups in a list are counted from 0."""
     for key, value in config.items():
         if isinstance(value, dict):
             yield from flat_settings(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and value and all(isinstance(group, dict) for group in value):
+            yield from flat_settings({str(number): group for number, group in enumerate(value)}, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
 def differing_settings(
-    there: Mapping[str, object], here: Mapping[str, object], *, apart_from: frozenset[str] = PLACES
+    there: Mapping[str, object], here: Mapping[str, object], *, apart_from: Callable[[str], bool] = is_place
 ) -> dict[str, tuple[object, object]]:
     """Dotted key -> (value there, value here) of what two configurations set otherwise."""
     # Through JSON, so that a tuple equals the list that was read back.
     now = dict(flat_settings(strict_json.decode_object(strict_json.encode(dict(here)))))
     then = dict(flat_settings(there))
-    keys = (key for key in sorted({*now, *then}) if key not in apart_from)
+    keys = (key for key in sorted({*now, *then}) if not apart_from(key))
     return {key: (then.get(key), now.get(key)) for key in keys if then.get(key) != now.get(key)}
 
 
@@ -155,13 +164,9 @@ def facts_of_rank(prepared: PreparedRun, state: TrainingState | None) -> dict[st
     """What must be the same on every rank, in words that a user can look up. Every rank of one release has the same
     ones."""
     base = prepared.resolved_backend.source.origin
-    settings = prepared.config.model_dump(mode="json")
-    named = {
-        f"{group}.{name}": str(value) for group, tree in settings.items() if isinstance(tree, dict)
-        for name, value in tree.items()
-    }  # fmt: skip
+    settings = flat_settings(prepared.config.model_dump(mode="json"))
     return {
-        **{name: value for name, value in named.items() if name not in PLACES},
+        **{name: str(value) for name, value in settings if not is_place(name)},
         "the seed": str(prepared.seed),
         "the base model": f"{base.facts.fingerprint} {base_config_hash(base.facts.config)}",
         "the tokenizer": prepared.tokenizer.hash,

@@ -22,6 +22,7 @@ _FLAGS: Mapping[str, str] = {
     "data.validation_path": "--validation-data FILE",
 }
 """The settings that name a place, with the flag of `resume` that moves it."""
+_TRAINING_ROWS = ("data.path", "data.sources.")
 _RECORDED = (*_FLAGS, "quantization.calibration_path", "data.chat_template")
 
 
@@ -42,8 +43,31 @@ class PathOverrides:
 
     def applied(self, config: RunConfig) -> RunConfig:
         """The configuration with the new places; that they hold the same things is checked later."""
-        given = {"model.name_or_path": self.model, "data.path": self.data, "data.validation_path": self.validation_data}
-        return _with_paths(config, {path: place for path, place in given.items() if place is not None})
+        given = {"model.name_or_path": self.model, "data.validation_path": self.validation_data}
+        places = {path: place for path, place in given.items() if place is not None}
+        if self.data is not None:
+            places |= _in_folder(config, self.data) if config.data.sources else {"data.path": self.data}
+        return _with_paths(config, places)
+
+
+def _in_folder(config: RunConfig, folder: str) -> dict[str, str]:
+    """Where the sources of data.sources lie in one folder, each under the name that it had; hub datasets stay.
+
+    Raises ConfigError QH-U18 where two have one name."""
+    places = {
+        f"data.sources.{number}.path": os.path.join(folder, Path(source.path).name)
+        for number, source in enumerate(config.data.sources)
+        if _is_path(source.path)
+    }
+    if len(set(places.values())) < len(places):
+        raise ConfigError(
+            "QH-U18",
+            f"The sources of the run cannot be told apart by their names in {folder}.",
+            where="data.sources",
+            cause="A run with data.sources is moved with one folder, in which each source has the name that it had.",
+            fix="Put the sources back where run.json says that they are, and leave --data out.",
+        )
+    return places
 
 
 def require_path(name: str, place: object) -> None:
@@ -62,7 +86,8 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     """Every place that is on this disk as an absolute path; hub ids and built-in names stay as they are.
 
     Raises ConfigError QH-U30 where the working directory's name is no UTF-8."""
-    found = {path: place for path in _RECORDED if (place := _place(config, path)) and _is_here(path, place)}
+    paths = (*_RECORDED, *_source_paths(config))
+    found = {path: place for path in paths if (place := _place(config, path)) and _is_here(path, place)}
     absolute = {path: os.path.abspath(os.path.expanduser(place)) for path, place in found.items()}
     for place in absolute.values():
         refuse_other_encodings(place)
@@ -71,14 +96,11 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
 def require_paths(config: RunConfig, run_dir: Path, *, reads_data: bool) -> None:
     """Name every place of a run that is gone, with the flag of `resume` for it. Raises ConfigError QH-U18."""
-    gone = {
-        path: place
-        for path in _FLAGS
-        if (place := _place(config, path)) and (reads_data or path != "data.path") and _is_gone(place)
-    }
+    read = {path for path in (*_FLAGS, *_source_paths(config)) if reads_data or not path.startswith(_TRAINING_ROWS)}
+    gone = {path: place for path in sorted(read) if (place := _place(config, path)) and _is_gone(place)}
     if gone:
         listing = "; ".join(f"{path} {place}" for path, place in gone.items())
-        flags = " ".join(_FLAGS[path] for path in gone)
+        flags = " ".join(dict.fromkeys(_FLAGS.get(path, "--data FOLDER") for path in gone))
         raise ConfigError(
             "QH-U18",
             f"What the run was made with is not where it was: {listing}.",
@@ -97,19 +119,32 @@ def _is_here(path: str, place: str) -> bool:
 
 def _is_gone(place: str) -> bool:
     """Whether a path, and no hub id, names nothing here."""
+    return _is_path(place) and not named_path(place).exists()
+
+
+def _is_path(place: str) -> bool:
     path = named_path(place)
-    is_path = path.is_absolute() or place.startswith(".") or path.suffix.lower() in KINDS
-    return is_path and not path.exists()
+    return path.is_absolute() or place.startswith(".") or path.suffix.lower() in KINDS
+
+
+def _source_paths(config: RunConfig) -> list[str]:
+    return [f"data.sources.{number}.path" for number in range(len(config.data.sources))]
 
 
 def _place(config: RunConfig, path: str) -> str | None:
-    group, _, name = path.partition(".")
-    place: str | None = getattr(getattr(config, group), name)
+    group, name, *inner = path.split(".")
+    held = getattr(getattr(config, group), name)
+    place: str | None = held[int(inner[0])].path if inner else held
     return place
 
 
 def _with_paths(config: RunConfig, places: Mapping[str, str]) -> RunConfig:
-    for path, place in places.items():
-        group, _, name = path.partition(".")
+    for path, new in places.items():
+        place: object = new
+        group, name, *inner = path.split(".")
+        if inner:
+            sources = list(config.data.sources)
+            sources[int(inner[0])] = sources[int(inner[0])].model_copy(update={"path": place})
+            place = tuple(sources)
         config = config.model_copy(update={group: getattr(config, group).model_copy(update={name: place})})
     return config

@@ -149,6 +149,7 @@ def prepare_run(
     rows: Rows | None,
     console: RunConsole,
     *,
+    validation_rows: Rows | None = None,
     world: World | None = None,
     sequences_per_step: int | None = None,
 ) -> PreparedRun:
@@ -171,6 +172,7 @@ def prepare_run(
         cache_dir=run_dir / "tokens",
         seed=seed,
         rows=rows,
+        validation_rows=validation_rows,
         model_max_length=facts.max_position_embeddings,
         model_vocabulary_size=vocabulary_size,
     )
@@ -270,4 +272,5 @@ def window_sampler(prepared: PreparedRun) -> WindowSampler:
         packing=data.packing,
         max_seq_length=data.max_seq_length,
         pad_id=prepared.tokenizer.pad_id,
+        shares=prepared.data.shares,
     )

@@ -43,7 +43,7 @@ def require_config_unchanged(run_dir: Path, content: Mapping[str, object], copy:
     if recorded is None or not isinstance(config, dict) or config_hash(config) == recorded:
         return
     saved = copy.get("config")
-    differing = differing_settings(saved, config, apart_from=frozenset()) if isinstance(saved, dict) else {}
+    differing = differing_settings(saved, config, apart_from=lambda _: False) if isinstance(saved, dict) else {}
     listed = shown_differences(differing)
     raise CheckpointError(
         "QH-C20",

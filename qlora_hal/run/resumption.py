@@ -16,7 +16,7 @@ from qlora_hal.errors import CheckpointError
 from qlora_hal.model.source import plan_model
 from qlora_hal.model.verifying import base_config_hash
 from qlora_hal.report.run_file import given_config
-from qlora_hal.run.identity import PLACES, flat_settings, require_own
+from qlora_hal.run.identity import flat_settings, is_place, require_own
 from qlora_hal.run.paths import PathOverrides, with_absolute_paths
 from qlora_hal.run.recovery import require_config_unchanged
 from qlora_hal.run.transfer import check_allowed, transferred_config
@@ -88,10 +88,20 @@ def with_new_paths(record: RunRecord, relocation: PathOverrides, config: RunConf
     recorded: dict[str, Any] = {
         key: dict(part) if isinstance(part, dict) else part for key, part in record.config.items()
     }
-    for path in PLACES & moved.keys() - {"output_dir"}:
-        group, _, name = path.partition(".")
-        recorded[group][name] = moved[path]
+    for path in filter(is_place, moved.keys() - {"output_dir"}):
+        group, *inner = path.split(".")
+        recorded[group] = _with_place(recorded[group], inner, moved[path])
     return replace(record, config=recorded)
+
+
+def _with_place(tree: Any, path: Sequence[str], place: object) -> Any:
+    """A tree with another value under a path of names and, in a list, of numbers."""
+    if not path:
+        return place
+    name, *inner = path
+    if isinstance(tree, list):
+        return [_with_place(one, inner, place) if str(n) == name else one for n, one in enumerate(tree)]
+    return {**tree, name: _with_place(tree.get(name), inner, place)}
 
 
 def with_saved_targets(prepared: PreparedRun, state: TrainingState) -> PreparedRun:

@@ -264,7 +264,7 @@ class Session:
             "ranks": self._prepared.world.size,
             "parallel_mode": "shard" if compute.shard_base else "data",
             "sequences_per_step": self._prepared.sequences_per_step,
-            "tokens_per_step": round(int(self._prepared.data.train.lengths.sum()) / windows.steps_per_epoch),
+            "tokens_per_step": round(windows.tokens_per_step),
         }
         first = self._context.state.step if self._context.state else 0
         return RunView(self._context.directory.path, self._config, resolved, total_steps, first)

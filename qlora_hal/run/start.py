@@ -13,8 +13,8 @@ from qlora_hal.config.resolve import require_settings
 from qlora_hal.config.schema import ParallelConfig
 from qlora_hal.contract.dropout import MASKS
 from qlora_hal.contract.world import World
-from qlora_hal.data.source.in_memory import keep_rows, kept_rows
-from qlora_hal.data.source.reading import blamed_on, has_splits, refuse_absent
+from qlora_hal.data.source.in_memory import GivenRows
+from qlora_hal.data.source.reading import blamed_on, has_splits, refuse_absent, validation_files
 from qlora_hal.detect.hardware import inventory, memory_here
 from qlora_hal.detect.selection import has_accelerator
 from qlora_hal.errors import ConfigError, QloraHalError, figures
@@ -66,6 +66,7 @@ def run_new(
     rows: Rows | None,
     observers: Sequence[object],
     *,
+    validation_rows: Rows | None = None,
     overwrite: bool,
     force_unlock: bool,
     dry_run: bool,
@@ -75,6 +76,9 @@ def run_new(
 ) -> TrainResult:
     """Train from the start. `dry_run` ends before the model loads, and leaves nothing behind; it plans for
     `planned_ranks` devices."""
+    given_rows = GivenRows(rows, validation_rows)
+    config, note_on_validation = _with_validation_of_folder(settings.config, given_rows)
+    settings = replace(settings, config=config)
     world = World(0, planned_ranks) if dry_run and planned_ranks > 1 else world_here()
     output_dir = named_path(settings.config.output_dir)
     if _began_here(output_dir, settings.config, overwrite=overwrite):
@@ -82,7 +86,10 @@ def run_new(
             return run_resumed(output_dir, observers=observers, verify=verify, console=console)
         overwrite = True
     with _shown_on(console, world) as console, requests_by_signal(console.note) as requests:
-        require_settings(settings.config, "model.name_or_path", "output_dir", *(["data.path"] if rows is None else []))
+        needs_path = rows is None and not settings.config.data.sources
+        require_settings(settings.config, "model.name_or_path", "output_dir", *(["data.path"] if needs_path else []))
+        if note_on_validation:
+            console.note(note_on_validation)
         told = [*observers_for(settings.config.training.report_to), *observers] if world.rank == 0 else []
         hooks = Hooks(told, note=console.note, tells=world.rank == 0)
         config = hooks.ready_config(settings.config)
@@ -90,7 +97,7 @@ def run_new(
         given = frozenset(key for key, origin in settings.origins.items() if origin not in _NOT_GIVEN)
         if dry_run:
             with rehearsed(config.output_dir, config=recorded, overwrite=overwrite) as scratch:
-                prepared = _prepared(config, given, rows, hooks, scratch, console, world)
+                prepared = _prepared(config, given, given_rows, hooks, scratch, console, world)
                 for note in _not_fetched(prepared, verify=verify):
                     console.note(note)
                 is_here = prepared.resolved_backend.source.remote is None
@@ -109,7 +116,7 @@ def run_new(
         ):
             for note in filter(None, (ignored_note(), *directory.notes)):
                 console.note(note)
-            prepared = _prepared(config, given, rows, hooks, directory.path, console, world)
+            prepared = _prepared(config, given, given_rows, hooks, directory.path, console, world)
             prepared = with_fetched_weights(prepared, console)
             if verify:
                 prepared = _with_verified_model(prepared, {}, console)
@@ -145,7 +152,7 @@ def _shown_on(console: RunConsole | None, world: World) -> Iterator[RunConsole]:
 def _prepared(
     config: RunConfig,
     given: Collection[str],
-    rows: Rows | None,
+    rows: GivenRows,
     hooks: Hooks,
     run_dir: Path,
     console: RunConsole,
@@ -153,29 +160,38 @@ def _prepared(
 ) -> PreparedRun:
     """All that can be found wrong before weights are fetched, or the model loads, found: the cheapest first. Rows in
     memory are kept in `run_dir`."""
-    for note in idle_settings(config, given, has_rows=rows is not None, ranks=world.size):
+    refuse_evaluation_of_nothing(config, rows)
+    has_rows, has_validation_rows = rows.train is not None, rows.validation is not None
+    for note in idle_settings(
+        config, given, has_rows=has_rows, has_validation_rows=has_validation_rows, ranks=world.size
+    ):
         console.note(note)
-    _refuse_absent_rows(config.data, has_rows=rows is not None)
+    _refuse_absent_rows(config.data, rows)
     resolved_backend = resolve_backend(config, hooks, console)
     if remote := resolved_backend.source.remote:
         require_space(remote.repository, remote.files)
     refuse_idle_calibration(config, resolved_backend)
     refuse_calibration_by_ranks(config, resolved_backend, world)
-    if rows is not None:
-        keep_rows(rows, run_dir)
+    rows.keep(run_dir)
     seed = drawn_seed(config) if world.size == 1 else seed_of_ranks(config.training.seed)
     if config.training.seed is None:
         console.note(f"no seed was given; {seed} was drawn")
-    prepared = prepare_run(config, seed, resolved_backend, run_dir, rows, console, world=world)
+    prepared = prepare_run(
+        config, seed, resolved_backend, run_dir, rows.train, console, validation_rows=rows.validation, world=world
+    )
     _refuse_endless_warmup(prepared)
     for note in (*_late_evaluations(prepared, given), *memory_notes(prepared)):
         console.note(note)
     return prepared
 
 
-def _refuse_absent_rows(data: DataConfig, *, has_rows: bool) -> None:
+def _refuse_absent_rows(data: DataConfig, rows: GivenRows) -> None:
     """What a look at the disk tells of the rows, before anything is fetched. Raises DataError (QH-D50, QH-D51)."""
-    named = (("data.path", "" if has_rows else data.path), ("data.validation_path", data.validation_path))
+    named = [(f"data.sources[{number}].path", source.path) for number, source in enumerate(data.sources)]
+    if rows.train is None:
+        named.append(("data.path", data.path))
+    if rows.validation is None:
+        named.append(("data.validation_path", data.validation_path or ""))
     for setting, path in named:
         if path:
             with blamed_on(setting):
@@ -227,8 +243,8 @@ def run_resumed(
             print_already_finished(ended, console)
             return ended
         given = relocation.applied(read_run_config(read_from.path, trust_remote_code=trust_remote_code))
-        rows = kept_rows(read_from.path)
-        require_paths(given, run_dir, reads_data=rows is None)
+        rows = GivenRows.kept(read_from.path)
+        require_paths(given, run_dir, reads_data=rows.train is None)
         record = with_new_paths(record_from(directory.content), relocation, given)
         told = [*observers_for(given.training.report_to), *observers] if world.rank == 0 else []
         hooks = Hooks(told, note=console.note, tells=world.rank == 0)
@@ -244,8 +260,9 @@ def run_resumed(
             seed,
             resolved_backend,
             directory.path,
-            rows,
+            rows.train,
             console,
+            validation_rows=rows.validation,
             world=world,
             sequences_per_step=sequences if isinstance(sequences, int) else sequences_of_one_rank(given.training),
         )
@@ -281,7 +298,45 @@ _NOT_GIVEN = frozenset({"default", "demo"})
 _OF_EVALUATION = ("training.per_device_eval_batch_size", "training.load_best_adapter_at_end")
 
 
-def idle_settings(config: RunConfig, given: Collection[str] = (), *, has_rows: bool, ranks: int = 1) -> Iterator[str]:
+def refuse_evaluation_of_nothing(config: RunConfig, rows: GivenRows) -> None:
+    """Raises ConfigError QH-U01 where evaluations are asked for, and there are no rows to evaluate on."""
+    if config.training.eval_steps and not (rows.validation is not None or _evaluates(config.data)):
+        raise ConfigError(
+            "QH-U01",
+            f"training.eval_steps is {config.training.eval_steps}, and there are no validation rows.",
+            where="training.eval_steps",
+            fix="Set data.validation_path or data.validation_fraction, or remove training.eval_steps.",
+        )
+
+
+def _evaluates(data: DataConfig) -> bool:
+    return bool(data.validation_path or data.validation_fraction)
+
+
+def _with_validation_of_folder(config: RunConfig, rows: GivenRows) -> tuple[RunConfig, str]:
+    """The configuration with data.validation_path set where the folder of data.path holds validation rows beside the
+    training rows, as mlx-lm's do, and nothing else is said of them; and the note that says so."""
+    data = config.data
+    if rows.train is not None or rows.validation is not None or not data.path or data.split != "train":
+        return config, ""
+    files = "" if _evaluates(data) else validation_files(data.path)
+    if not files:
+        return config, ""
+    update = {"data": data.model_copy(update={"validation_path": data.path})}
+    return config.model_copy(update=update), (
+        f"data.validation_path is {data.path}, too: {files} there holds validation rows; name the training file itself "
+        "in data.path to train without them"
+    )
+
+
+def idle_settings(
+    config: RunConfig,
+    given: Collection[str] = (),
+    *,
+    has_rows: bool,
+    has_validation_rows: bool = False,
+    ranks: int = 1,
+) -> Iterator[str]:
     """Notes on settings that this model, these data and the other settings leave without a meaning; none is passed over
     in silence. `given` are the dotted keys that have no default's value."""
     training, data = config.training, config.data
@@ -289,21 +344,28 @@ def idle_settings(config: RunConfig, given: Collection[str] = (), *, has_rows: b
         yield "training.num_train_epochs is not used: training.max_steps says how long the run is"
     if training.warmup_steps is not None and "training.warmup_ratio" in given:
         yield "training.warmup_ratio is not used: training.warmup_steps says how long the warm-up is"
-    if not (data.validation_path or data.validation_fraction):
+    if not (has_validation_rows or _evaluates(data)):
         for name in filter(given.__contains__, _OF_EVALUATION):
             yield f"{name} is not used: without data.validation_path or data.validation_fraction nothing is evaluated"
     if config.model.revision and named_path(config.model.name_or_path).is_dir():
         yield "model.revision applies only to hub models; a local folder is used unchanged"
-    if has_rows and config.data.path:
-        yield "data.path is not read: rows were given in memory"
+    if has_rows:
+        for name in (name for name in ("path", "sources") if getattr(data, name)):
+            yield f"data.{name} is not read: rows were given in memory"
+    if has_validation_rows:
+        for name in (name for name in ("validation_path", "validation_fraction") if getattr(data, name)):
+            yield f"data.{name} is not used: validation rows were given in memory"
     if ranks == 1:
         yield from (
             f"parallel.{name} does nothing on one device"
             for name in ParallelConfig.model_fields
             if getattr(config.parallel, name) != getattr(ParallelConfig(), name)
         )
-    if config.data.split != "train" and (has_rows or not has_splits(config.data.path)):
+    if data.split != "train" and (has_rows or not has_splits(data.path)):
         yield "data.split applies only to data with splits; all rows are read"
+    for number, source in enumerate(() if has_rows else data.sources):
+        if source.split != "train" and not has_splits(source.path):
+            yield f"data.sources[{number}].split applies only to data with splits; all rows are read"
 
 
 def _late_evaluations(prepared: PreparedRun, given: Collection[str]) -> Iterator[str]:

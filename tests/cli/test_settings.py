@@ -511,6 +511,8 @@ def test_what_is_given_beside_the_demo_is_not_overruled_by_it() -> None:
     assert (held_out.data.validation_path, held_out.training.eval_steps) == (None, 50)
     others = of_the_demo(data__path="mine.jsonl")
     assert (others.data.validation_path, others.training.eval_steps) == (None, None)
+    several = of_the_demo(data__sources='[{"path": "mine.jsonl"}]')
+    assert (several.data.path, several.data.validation_path, several.training.eval_steps) == ("", None, None)
     both = of_the_demo(data__path="mine.jsonl", data__validation_path="held.jsonl")
     assert (both.data.validation_path, both.training.eval_steps) == ("held.jsonl", 50)
     assert of_the_demo(data__validation_path="none").training.eval_steps is None

@@ -123,7 +123,7 @@ def prepared(tmp_path: Path, chatml: ChatTokenizer) -> Prepare:
     """Prepare rows (in memory, or the text of a file) with settings of the data group."""
 
     def run(
-        rows: Sequence[Mapping[str, object]] | str | bytes,
+        rows: Sequence[Mapping[str, object]] | str | bytes | None,
         *,
         tokenizer: ChatTokenizer = chatml,
         name: str = "rows.jsonl",

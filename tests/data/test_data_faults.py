@@ -96,8 +96,8 @@ def test_wrong_field_names_file_line_field_got_and_wanted(
 
 @pytest.mark.fault("D03")
 def test_row_without_known_keys_lists_the_shapes(prepared: Prepare) -> None:
-    with pytest.raises(DataError, match=r"QH-D03.*keys answer, question.*keys prompt and completion"):
-        prepared([{"question": "a", "answer": "b"}])
+    with pytest.raises(DataError, match=r"QH-D03.*keys reply, title.*keys prompt and completion"):
+        prepared([{"title": "a", "reply": "b"}])
     with pytest.raises(DataError, match=r"QH-D03.*A row is a list"):
         prepared("[1]\n")
 

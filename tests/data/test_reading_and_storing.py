@@ -132,7 +132,7 @@ def test_rows_that_a_split_cuts_out_have_a_digest_of_their_own(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("name", "contents", "code"),
     [
-        ("a.txt", b"x", "QH-D51"),
+        ("a.md", b"x", "QH-D51"),
         ("a.parquet", b"PAR1 no", "QH-D04"),
         ("a.csv", b"text,b\none\n", "QH-D04"),
         ("a.csv", b'text\n"one\n', "QH-D04"),

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import datasets
+import numpy
 import pandas
 import pyarrow
 import pytest
 
-from qlora_hal.data.source.in_memory import ROWS_FILE, keep_rows, kept_rows, rows_in_memory
+from qlora_hal.data.source.in_memory import (
+    ROWS_FILE,
+    GivenRows,
+    keep_rows,
+    kept_rows,
+    rows_in_memory,
+    splits_in_memory,
+)
 from qlora_hal.errors import DataError
 
 ROWS: list[dict[str, object]] = [{"text": "one"}, {"text": "two", "more": [1, None, {"a": 2.5}]}]
@@ -41,8 +51,6 @@ def test_a_damaged_file_of_kept_rows_is_named(tmp_path: Path) -> None:
 
 
 def test_a_generator_and_a_dataset_are_rows() -> None:
-    import datasets
-
     def generated() -> Iterator[dict[str, object]]:
         yield from ROWS
 
@@ -57,9 +65,9 @@ def test_a_generator_and_a_dataset_are_rows() -> None:
     [
         (b"abc", "type bytes", "a list of rows"),
         (3, "type int", "a list of rows"),
-        (pandas.DataFrame(ROWS), "a table of type DataFrame", 'data=table.to_dict("records")'),
-        (pyarrow.Table.from_pylist(ROWS), "a table of type Table", "data=table.to_pylist()"),
-        ({"train": ROWS, "test": ROWS}, "a mapping with the keys 'train', 'test'", "data=dataset['train']"),
+        ({"train": ROWS, "n": 1}, "a mapping with the keys 'train', 'n'", "data=dataset['train']"),
+        ({"text": ["a", "b"], "n": [1]}, "a mapping with the keys 'text', 'n'", "lists of one length"),
+        (pyarrow.chunked_array([["a"]]), "a single column of type ChunkedArray", 'data={"text": column}'),
     ],
 )
 def test_what_holds_no_rows_is_named_by_its_type(data: object, said: str, fix: str) -> None:
@@ -70,10 +78,69 @@ def test_what_holds_no_rows_is_named_by_its_type(data: object, said: str, fix: s
     assert caught.value.exit_status == 4
 
 
-def test_what_is_to_be_given_for_a_table_gives_its_rows() -> None:
-    rows: list[dict[str, object]] = [{"text": "one"}, {"text": "two"}]
-    assert rows_in_memory(pandas.DataFrame(rows).to_dict("records")) == rows
-    assert rows_in_memory(pyarrow.Table.from_pylist(rows).to_pylist()) == rows
+def without_library(name: str) -> Any:
+    """A test of a library that the checks need not have: polars is in the extra `tests`."""
+    return pytest.importorskip(name)
+
+
+CHATS: list[dict[str, object]] = [
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}], "n": 1},
+    {"messages": [{"role": "user", "content": "ü\u2028"}], "n": None},
+]
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        pandas.DataFrame,
+        pyarrow.Table.from_pylist,
+        lambda rows: pyarrow.Table.from_pylist(rows).to_reader(),
+        lambda rows: without_library("polars").DataFrame(rows),
+        # As pandas reads a Parquet file: NumPy's arrays in cells, and objects with the keys of all others.
+        lambda rows: pyarrow.Table.from_pylist(rows).to_pandas(),
+        lambda rows: datasets.Dataset.from_list(rows),
+        lambda rows: datasets.Dataset.from_list(rows).to_iterable_dataset(),
+        lambda rows: {name: [row[name] for row in rows] for name in rows[0]},
+        lambda rows: {name: pandas.Series([row[name] for row in rows]) for name in rows[0]},
+    ],
+)
+def test_every_table_gives_its_rows(table: Callable[[list[dict[str, object]]], object]) -> None:
+    assert rows_in_memory(table(CHATS)) == CHATS
+
+
+@pytest.mark.parametrize("nothing", [None, float("nan"), pandas.NA, pandas.NaT, numpy.float32("nan")])
+def test_an_empty_cell_is_no_value(nothing: object) -> None:
+    frame = pandas.DataFrame({"text": ["a", nothing]}, dtype=object)
+    assert rows_in_memory(frame) == [{"text": "a"}, {"text": None}]
+
+
+@pytest.mark.fault("D03")
+def test_a_table_with_two_columns_of_one_name_is_refused() -> None:
+    frame = pandas.DataFrame([["a", "b"]], columns=["text", "text"])
+    table = pyarrow.table([["a"], ["b"]], names=["text", "text"])
+    for given in (frame, table):
+        with pytest.raises(DataError, match="1 column names more than once: 'text'"):
+            rows_in_memory(given)
+
+
+def test_of_a_mapping_of_splits_train_and_validation_are_taken() -> None:
+    rows, others = datasets.Dataset.from_list(ROWS[:1]), datasets.Dataset.from_list(ROWS[:1])
+    assert splits_in_memory(datasets.DatasetDict(train=rows, validation=others)) == (rows, others)
+    assert splits_in_memory({"train": ROWS, "valid": ROWS[:1]}) == (ROWS, ROWS[:1])
+    assert splits_in_memory({"train": ROWS}) == (ROWS, None)
+    columns = {"messages": [[{"role": "user"}]], "tools": [{"name": "a"}]}
+    assert splits_in_memory(columns) == (columns, None)
+
+
+@pytest.mark.fault("D03")
+def test_splits_without_one_to_train_on_are_refused() -> None:
+    with pytest.raises(DataError, match="a mapping with the splits 'test', 'dev'"):
+        splits_in_memory({"test": ROWS, "dev": ROWS})
+
+
+def test_rows_of_both_kinds_come_back_as_they_were(tmp_path: Path) -> None:
+    GivenRows(ROWS, ROWS[:1]).keep(tmp_path)
+    assert GivenRows.kept(tmp_path) == GivenRows(ROWS, ROWS[:1])
 
 
 @pytest.mark.fault("D03")

@@ -34,6 +34,7 @@ from safetensors.numpy import load_file
 
 from qlora_hal import resume, train
 from qlora_hal.checkpoint.reading import checkpoints
+from qlora_hal.demo import data_path
 from qlora_hal.errors import BackendError, ConfigError
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("usual_signals")]
@@ -72,6 +73,22 @@ def test_two_devices_give_what_one_gives(undisturbed: Path, tmp_path: Path) -> N
     ours, theirs = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (undisturbed, tmp_path / "run"))
     for name, tensor in theirs.items():
         np.testing.assert_allclose(ours[name], tensor, atol=1e-3 * float(np.abs(tensor).max()))
+
+
+def test_two_devices_have_the_rows_of_several_sources_and_those_in_memory(tmp_path: Path) -> None:
+    lines = data_path("train").read_text(encoding="utf-8").splitlines(keepends=True)
+    sources = []
+    for name, part, weight in (("a", lines[:20], 0.6), ("b", lines[20:30], 2)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+        sources.append({"path": str(tmp_path / f"{name}.jsonl"), "weight": weight})
+    changes = {"data.path": "", "data.sources": sources, "training.max_steps": 6, "training.eval_steps": 3}
+    held = [json.loads(line) for line in lines[30:38]]
+    for name, devices in (("one", None), ("two", 2)):
+        train(quick(tmp_path / name, **changes), validation_data=held, devices=devices)
+    assert windows(tmp_path / "one") == windows(tmp_path / "two")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=LOSS_BOUND)
+    one, two = (record(tmp_path / name)["eval_loss_after"] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=LOSS_BOUND)
 
 
 def test_the_record_says_who_computed_it_and_what_talking_cost(undisturbed: Path) -> None:

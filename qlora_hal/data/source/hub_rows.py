@@ -46,18 +46,26 @@ def saved_source(folder: Path, split: str) -> Source:
     return dataset_source(str(folder), _split_of(loaded, split, str(folder)), split)
 
 
-def hub_source(name: str, split: str) -> Source:
-    """The rows of a hub dataset, from the cache when offline.
+def hub_source(name: str, split: str, max_rows: int | None = None) -> Source:
+    """The rows of a hub dataset, from the cache when offline. With `max_rows` only so many are fetched, each time they
+    are read, and nothing is kept in the cache of `datasets`.
 
     Raises HubError (QH-E11, QH-D17), DataError (QH-D50 no dataset or no such split, QH-D51 missing library).
     """
     datasets = _library()
     _refuse_kind_of_file(name, datasets)
+    if max_rows is not None and "[" in split:
+        raise DataError(
+            "QH-D50",
+            f"The split {split!r} is cut out of the whole dataset, of which data.max_rows fetches only {max_rows}.",
+            where="data.split",
+            fix="Remove the brackets from data.split, or data.max_rows.",
+        )
     try:
-        loaded = datasets.load_dataset(name, split=split)
+        loaded = datasets.load_dataset(name, split=split, streaming=max_rows is not None)
     except Exception as error:  # the library raises whatever a file leads it to
         raise _unreachable(name, split, error) from error
-    return dataset_source(name, loaded, split)
+    return dataset_source(name, loaded if max_rows is None else loaded.take(max_rows), split)
 
 
 def _refuse_kind_of_file(name: str, datasets: Any) -> None:
@@ -134,6 +142,8 @@ def _split_of(loaded: Any, split: str, name: str) -> Any:
 def dataset_source(name: str, dataset: Any, split: str) -> Source:
     """The rows of what `datasets` loaded as `split`, which may cut rows out (`train[:10%]`)."""
 
+    if dataset.features is None:  # of a stream they are known when the first rows have come
+        dataset = dataset._resolve_features()
     nested = nested_columns(dataset.features.arrow_schema)
 
     def read() -> Iterator[Row]:
@@ -164,7 +174,7 @@ def _rows_of(dataset: Any, name: str) -> Iterator[Any]:
 
 
 def _digest(dataset: Any, name: str, split: str) -> Callable[[], str]:
-    files = [Path(str(entry["filename"])) for entry in dataset.cache_files]
+    files = [Path(str(entry["filename"])) for entry in getattr(dataset, "cache_files", ())]
     # A cut, a selection or a filter would not show in the bytes of the files; then the rows themselves are hashed.
     if files and dataset._indices is None and "[" not in split:
         return lambda: digest_of_files(files)

@@ -4,32 +4,56 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qlora_hal.data.source.row_files import nested_columns, without_absent_keys
+from qlora_hal.data.source.split_files import SPLIT_WORDS
+from qlora_hal.data.source.tables import rows_of_columns, rows_of_table
 from qlora_hal.errors import DataError
 from qlora_hal.files.opening import open_regular, refuse_link
 from qlora_hal.files.replacing import replace_file
 from qlora_hal.files.strict_json import unique_keys
 
-ROWS_FILE = "rows.jsonl"
+ROWS_FILE, VALIDATION_ROWS_FILE = "rows.jsonl", "validation_rows.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class GivenRows:
+    """Rows that were given in memory; None where they are read from files, or there are none."""
+
+    train: Sequence[Mapping[str, object]] | None = None
+    validation: Sequence[Mapping[str, object]] | None = None
+
+    def keep(self, run_dir: Path) -> None:
+        """Write them beside the run. Raises StorageError (QH-S09, QH-S11, QH-S12)."""
+        for rows, name in ((self.train, ROWS_FILE), (self.validation, VALIDATION_ROWS_FILE)):
+            if rows is not None:
+                keep_rows(rows, run_dir, name)
+
+    @classmethod
+    def kept(cls, run_dir: Path) -> GivenRows:
+        """Those that `keep` wrote. Raises DataError QH-D04, UnsafeInputError QH-X06 for a link."""
+        return cls(kept_rows(run_dir), kept_rows(run_dir, VALIDATION_ROWS_FILE))
 
 
 def rows_in_memory(data: object) -> list[Mapping[str, object]]:
-    """The rows of a list, a generator, a Hugging Face dataset, or any other iterable of mappings.
+    """The rows of a list, a generator, a Hugging Face dataset, a table (pandas, Polars, Arrow), a dict of columns, or
+    any other iterable of mappings.
 
     A row of another kind stays as it is: `data.on_bad_row` decides on it later. Every other one is as a resume will
-    read it back: lists for tuples, text for keys that are numbers. Raises DataError QH-D03 for what holds no rows, a
-    table, and a row that JSON cannot hold.
+    read it back: lists for tuples, text for keys that are numbers. Raises DataError QH-D03 for what holds no rows, and
+    for a row that JSON cannot hold.
     """
     if isinstance(data, Mapping):
-        keys = ", ".join(map(repr, list(data)[:5]))
-        raise _no_rows(f"a mapping with the keys {keys}", "Give one split of it: data=dataset['train'].")
-    if rows_of_table := _rows_of_table(data):
-        raise _no_rows(f"a table of type {type(data).__name__}", f"Give its rows: data=table.{rows_of_table}.")
+        data = _rows_of_mapping(data)
+    elif not hasattr(data, "features") and (table := rows_of_table(data)) is not None:
+        data = table
     if isinstance(data, bytes | bytearray | memoryview) or not isinstance(data, Iterable):
-        raise _no_rows(f"a value of type {type(data).__name__}")
+        is_query = hasattr(data, "collect")  # Polars computes it when it is asked to
+        fix = {"fix": "Give data.collect()."} if is_query else {}
+        raise _no_rows(f"a value of type {type(data).__name__}", **fix)
     rows: list[Any] = []
     for number, given in enumerate(_of_dataset(data), start=1):
         row = dict(given) if isinstance(given, Mapping) else given
@@ -50,17 +74,17 @@ def _of_dataset(data: Iterable[Any]) -> Iterable[Any]:
     return (without_absent_keys(dict(row), columns) for row in data)
 
 
-def keep_rows(rows: Sequence[Mapping[str, object]], run_dir: Path) -> None:
+def keep_rows(rows: Sequence[Mapping[str, object]], run_dir: Path, name: str = ROWS_FILE) -> None:
     """Write the rows beside the run, one JSON text a line. Raises StorageError (QH-S09, QH-S11, QH-S12)."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     # JSON escapes no lone surrogate when it keeps other characters as they are; the row comes back as it was given.
-    replace_file(run_dir / ROWS_FILE, text.encode("utf-8", "surrogatepass"))
+    replace_file(run_dir / name, text.encode("utf-8", "surrogatepass"))
 
 
-def kept_rows(run_dir: Path) -> list[Mapping[str, object]] | None:
+def kept_rows(run_dir: Path, name: str = ROWS_FILE) -> list[Mapping[str, object]] | None:
     """The rows that `keep_rows` wrote, or None where the run reads a file. Raises DataError QH-D04, UnsafeInputError
     QH-X06 for a link."""
-    path = run_dir / ROWS_FILE
+    path = run_dir / name
     refuse_link(path)
     if not path.is_file():
         return None
@@ -79,12 +103,36 @@ def kept_rows(run_dir: Path) -> list[Mapping[str, object]] | None:
         ) from problem
 
 
-def _rows_of_table(data: object) -> str:
-    """What gives the rows of a table of pandas, polars or Arrow, which iterates over its columns; "" for no table."""
-    if not hasattr(data, "columns") or not hasattr(data, "shape"):
-        return ""
-    calls = {"to_pylist": "to_pylist()", "to_dicts": "to_dicts()", "to_dict": 'to_dict("records")'}
-    return next((call for name, call in calls.items() if hasattr(data, name)), "")
+def splits_in_memory(data: object) -> tuple[object, object | None]:
+    """(training rows, validation rows or None) of a mapping of splits, as a DatasetDict is; anything else as it is.
+
+    Raises DataError QH-D03 for splits without one called train.
+    """
+    if not isinstance(data, Mapping) or not data or not _holds_splits(data):
+        return data, None
+    splits = {SPLIT_WORDS.get(str(name), name): rows for name, rows in data.items()}
+    if "train" not in splits:
+        raise _no_rows(f"a mapping with the splits {_keys_of(data)}", "Give one of them: data=dataset['...'].")
+    return splits["train"], splits.get("validation")
+
+
+def _holds_splits(data: Mapping[Any, Any]) -> bool:
+    """Whether the values are data sets, or lists of rows under names of splits."""
+    if all(hasattr(rows, "features") for rows in data.values()):
+        return True
+    are_rows = all(isinstance(rows, list) and rows and isinstance(rows[0], Mapping) for rows in data.values())
+    return are_rows and all(name in SPLIT_WORDS for name in data)
+
+
+def _rows_of_mapping(data: Mapping[Any, Any]) -> list[dict[str, object]]:
+    if (rows := rows_of_columns(data)) is None:
+        fix = "Give a dict of columns, lists of one length, or one split: data=dataset['train']."
+        raise _no_rows(f"a mapping with the keys {_keys_of(data)}", fix)
+    return rows
+
+
+def _keys_of(data: Mapping[Any, Any]) -> str:
+    return ", ".join(map(repr, list(data)[:5]))
 
 
 def _no_rows(

@@ -25,8 +25,9 @@ RUN_MARKS = ("run.json", "run.lock")
 """What the output folder of a run holds from its start. Its records end in .json and .jsonl, and are no rows."""
 
 
-def open_source(path: str, split: str = "train") -> Source:
-    """The source behind a file, a folder, or a Hugging Face dataset id; of what has splits, the rows of `split`.
+def open_source(path: str, split: str = "train", max_rows: int | None = None) -> Source:
+    """The source behind a file, a folder, or a Hugging Face dataset id; of what has splits, the rows of `split`. Of a
+    hub dataset no more than `max_rows` are fetched; the caller reads no more of others.
 
     Raises DataError (QH-D50 nothing there or no such split, QH-D51 kind of file or missing library) and HubError
     (QH-E11, QH-D17).
@@ -39,7 +40,7 @@ def open_source(path: str, split: str = "train") -> Source:
     if here.is_dir():
         return _folder_source(path, here, split)
     refuse_absent(path)
-    return hub_rows.hub_source(path, split)
+    return hub_rows.hub_source(path, split, max_rows)
 
 
 def refuse_absent(path: str) -> None:
@@ -81,6 +82,19 @@ def has_splits(path: str) -> bool:
     return bool(split_names(here, _files_in(here))) if here.is_dir() else not here.exists()
 
 
+def validation_files(path: str) -> str:
+    """The files of validation rows that a folder holds beside training rows; empty where it holds none, or is none.
+
+    Raises DataError (QH-D50) as `open_source` does."""
+    here = named_path(path)
+    if not here.is_dir() or hub_rows.is_saved_dataset(here):
+        return ""
+    files = _files_in(here)
+    if "validation" not in split_names(here, files):
+        return ""
+    return listed(here, files_of_split(here, files, "validation")[0])
+
+
 @contextmanager
 def blamed_on(setting: str, split: str = "data.split") -> Iterator[None]:
     """Let errors about the rows that are read name the settings that they come from; readers know only `data.path` and
@@ -118,7 +132,9 @@ def _files_in(folder: Path) -> list[Path]:
             cause=f"Files ending in {', '.join(KINDS)} are read.",
             fix="Put a JSONL file there, or name the file itself in data.path.",
         )
-    return files
+    # Beside rows, a text file is a README or a license.
+    rows = [file for file in files if KINDS[file.suffix.lower()] != "text file"]
+    return rows or files
 
 
 def _walked(folder: Path) -> Iterator[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from qlora_hal.data.source.row_files import type_name
@@ -36,11 +37,17 @@ def value_fault(row: Row, field: str, got: object, wanted: str, fix: str = _CORR
 def _fault(row: Row, field: str, held: str, wanted: str, fix: str = _CORRECT_OR_SKIP) -> DataError:
     return DataError(
         "QH-D03",
-        f"The field {field} holds {held}; {wanted} was expected.",
+        f"The field {_named(row, field)} holds {held}; {wanted} was expected.",
         where=row.where,
         fix=fix,
         context={"field": field, "row": row.number},
     )
+
+
+def _named(row: Row, field: str) -> str:
+    """A field by its name in a format, and by the user's own where that is another one."""
+    column = row.columns.get(re.split(r"[.\[]", field, maxsplit=1)[0])
+    return field if column is None else f"{field} (column {shown(column)})"
 
 
 def _kind_of(value: object) -> str:

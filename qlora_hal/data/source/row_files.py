@@ -28,6 +28,7 @@ KINDS: Mapping[str, str] = {
     ".csv": "CSV",
     ".tsv": "CSV",
     ".parquet": "Parquet",
+    ".txt": "text file",
 }
 """Kind of a file by how its name ends."""
 
@@ -452,6 +453,22 @@ def _rows_at_once(metadata: Any) -> int:
     return max(1, min(64, 4 * MAX_ROW_BYTES // min(max(largest, 1), MAX_ROW_BYTES)))
 
 
+def _whole_text(path: Path) -> _Lines:
+    """The one row of a text file: a file is one text, as a document is, with its end token behind it."""
+    if path.stat().st_size > MAX_ROW_BYTES:
+        raise DataError(
+            "QH-D07",
+            f"{path.name} has more than {MAX_ROW_BYTES // 2**20} MiB, the most that is read as one text.",
+            where=path.name,
+            fix="Split it into several files of one folder, where one text ends and the next begins.",
+        )
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path) from error
+    yield 1, {"text": text}
+
+
 def missing_library(name: str, what: str) -> DataError:
     """The error when an optional library is not installed (QH-D51)."""
     return DataError(
@@ -467,6 +484,7 @@ _READERS: Mapping[str, Callable[[Path], _Lines]] = {
     "JSON": _json_lines,
     "CSV": _csv_lines,
     "Parquet": _parquet_lines,
+    "text file": _whole_text,
 }
 
 

@@ -16,7 +16,6 @@ from qlora_hal.data.source.row_values import refuse_other_values
 from qlora_hal.data.source.rows import Row
 from qlora_hal.data.template.turns import Conversation, Message, conversation_of, from_json_text, joined
 from qlora_hal.data.tokens.objectives import refuse_other_objective
-from qlora_hal.errors import DataError
 
 __all__ = ["EVIDENCE", "USED_COLUMNS", "Conversation", "Example", "Shape", "Writing"]
 
@@ -87,25 +86,6 @@ def example_of(row: Row, shape: Shape, input_heading: str = "") -> Example:
     if shape == "alpaca":
         return _alpaca(row, row.value, input_heading)
     return _READ_AS[shape](row, row.value)
-
-
-def unrecognised(row: Row, value: Mapping[str, object]) -> DataError:
-    """The error for a row whose keys show no shape (QH-D03)."""
-    refuse_other_objective(row, value, is_text=False)
-    keys = ", ".join(sorted(map(str, value))) or "none"
-    held = next((key for key, rows in value.items() if isinstance(rows, list) and rows and _has_shape(rows[0])), None)
-    return DataError(
-        "QH-D03",
-        f"The row has the keys {keys}; one of these was expected: {'; '.join(EVIDENCE.values())}.",
-        where=row.where,
-        fix="Rename the columns, or set data.format if the row is meant to have one of these formats."
-        if held is None
-        else f"Put the list under {held} at the top level of the file: it holds the rows.",
-    )
-
-
-def _has_shape(row: object) -> bool:
-    return isinstance(row, Mapping) and shape_of(row) is not None
 
 
 def _string(row: Row, value: Mapping[str, object], field: str, *, may_be_absent: bool = False) -> str:

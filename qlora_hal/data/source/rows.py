@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from qlora_hal.data.source.row_errors import field_fault
@@ -16,12 +17,18 @@ from qlora_hal.files.strict_json import JsonProblem, refuse_depth
 
 
 class Row(NamedTuple):
-    """One row of a source. `number` counts rows from 1 over all files; `line` is the line (or row) in `file`."""
+    """One row of a source. `number` counts rows from 1 over all files; `line` is the line (or row) in `file`.
+
+    `columns` says which of the user's columns stand under which names of `value`, where they were given others; `part`
+    which of several sources the row is of, from 0.
+    """
 
     number: int
     file: str
     line: int
     value: Mapping[str, object] | DataError
+    columns: Mapping[str, str] = MappingProxyType({})
+    part: int = 0
 
     @property
     def where(self) -> str:
@@ -31,7 +38,7 @@ class Row(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Source:
     """Rows with a name and an identity. `digest` is a SHA-256 of the contents; `rows` may be called again;
-    `notes` are for the report, `alerts` also for the user at once."""
+    `notes` are for the report, `alerts` also for the user at once; `parts` are the names of several sources in one."""
 
     name: str
     kind: str
@@ -40,6 +47,7 @@ class Source:
     stamp: Callable[[], object] = lambda: None
     notes: tuple[str, ...] = ()
     alerts: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
 
 
 def memory_source(rows: Sequence[Mapping[str, object]]) -> Source:

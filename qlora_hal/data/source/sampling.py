@@ -7,13 +7,15 @@ interruption, on any backend and with any split over ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 
 from qlora_hal.contract.values import Batch
 from qlora_hal.contract.world import World
+from qlora_hal.data.source.mixture import ALL_ONCE, Share, drawn, source_of_rows
 from qlora_hal.data.tokens.batching import batch_of, without_labels
 from qlora_hal.data.tokens.order import Purpose, permutation
 from qlora_hal.data.tokens.packing import pack
@@ -30,8 +32,10 @@ class WindowSampler:
 
     A *sequence* is one row, or one pack of rows. An epoch has every sequence once. Its global window k is the k-th
     group of `batch_size * accumulation * world.size` sequences of the epoch's order; the last one may be smaller and is
-    used like the others, weighted by its tokens. Packs are formed once for all epochs (rows in a pack do not see each
-    other, so their company carries nothing), hence every epoch has `steps_per_epoch` steps.
+    used like the others, weighted by its tokens. Packs are formed once for all epochs, of the rows of one source (rows
+    in a pack do not see each other, so their company carries nothing), hence every epoch has `steps_per_epoch` steps.
+
+    Of several sources an epoch has as many sequences as their weights say (`shares`, see mixture.py).
 
     With `group_by_length`, the random order is cut into buckets of 32 windows; inside a bucket sequences are
     sorted by length and the resulting windows are put in random order. Without `shuffle` the order is that of the
@@ -54,6 +58,7 @@ class WindowSampler:
         pad_id: int,
         pad_to_multiple: int = 8,
         world: World | None = None,
+        shares: Sequence[Share] = ALL_ONCE,
     ) -> None:
         """Raises DataError: QH-D01 for a store without rows, QH-D05 for a row that nothing can be learnt from."""
         _refuse_unusable(store)
@@ -61,18 +66,20 @@ class WindowSampler:
         self._batch_size, self._world = batch_size, world or World()
         self._pad_id, self._pad_to_multiple = pad_id, pad_to_multiple
         self._window_size = batch_size * accumulation * self._world.size
-        self._packs = self._packed(max_seq_length) if packing else None
+        self._weights = [weight for _, weight in shares]
+        source = source_of_rows(store.row_numbers, shares)
+        rows_by_source = [np.flatnonzero(source == number) for number in range(len(shares))]
+        packs_by_source = [self._packed(rows, max_seq_length) for rows in rows_by_source] if packing else None
+        self._packs = None if packs_by_source is None else [pack for packs in packs_by_source for pack in packs]
+        self._sources = rows_by_source if packs_by_source is None else _counted_through(map(len, packs_by_source))
         self._lengths = self._sequence_lengths()
         self._order: tuple[int, Int64] = (-1, np.zeros(0, np.int64))
         # What a step asks for may be beyond all numbers of an array; a window has no more than all sequences.
         self._asked = self._window_size
-        self._window_size = min(self._asked, len(self._lengths))
-        self.steps_per_epoch = -(-len(self._lengths) // self._window_size)
-
-    @property
-    def sequences(self) -> int:
+        self.sequences = len(self._of_epoch(0))
         """Sequences in an epoch: rows, or packs of them."""
-        return len(self._lengths)
+        self._window_size = min(self._asked, self.sequences)
+        self.steps_per_epoch = -(-self.sequences // self._window_size)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -92,6 +99,11 @@ class WindowSampler:
     def epoch_of(self, step: int) -> float:
         """Epochs done before a step."""
         return step / self.steps_per_epoch
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens of a step on average, without padding."""
+        return float(self._lengths[self._of_epoch(0)].sum()) / self.steps_per_epoch
 
     def window(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step (from 0, over the whole run); at least one."""
@@ -133,21 +145,30 @@ class WindowSampler:
             self._order = (epoch, order)
         return order
 
+    def _of_epoch(self, epoch: int) -> Int64:
+        """The sequences that an epoch has, source after source."""
+        return np.concatenate(
+            [
+                sequences[drawn(len(sequences), weight, source=n, seed=self._seed, epoch=epoch, shuffle=self._shuffle)]
+                for n, (sequences, weight) in enumerate(zip(self._sources, self._weights, strict=True))
+            ]
+        )
+
     def _ordered(self, epoch: int) -> Int64:
-        count = len(self._lengths)
+        order = self._of_epoch(epoch)
         if not self._shuffle:
-            return np.arange(count)
-        order = permutation(count, self._seed, Purpose.ROWS, epoch)
+            return order
+        count = len(order)
+        order = order[permutation(count, self._seed, Purpose.ROWS, epoch)]
         if not self._grouped:
             return order
         bucket = np.arange(count) // (WINDOWS_PER_BUCKET * self._window_size)
         order = order[np.lexsort((self._lengths[order], bucket))]
         return np.take(order, _windows_shuffled(count, self._window_size, self._seed, epoch))
 
-    def _packed(self, capacity: int) -> list[list[int]]:
-        count = len(self._store)
-        order = permutation(count, self._seed, Purpose.PACKING) if self._shuffle else np.arange(count)
-        packs = pack(self._store.lengths, capacity, order)
+    def _packed(self, rows: Int64, capacity: int) -> list[list[int]]:
+        order = permutation(len(rows), self._seed, Purpose.PACKING) if self._shuffle else np.arange(len(rows))
+        packs = [rows[places].tolist() for places in pack(self._store.lengths[rows], capacity, order)]
         return packs if self._shuffle else sorted(map(sorted, packs))
 
     def _sequence_lengths(self) -> Int64:
@@ -184,6 +205,12 @@ def evaluation_batches(
     for at in range(world.rank * batch_size, len(order), world.size * batch_size):
         sequences = [[int(row)] for row in order[at : at + batch_size]]
         yield batch_of(store, sequences, pad_id=pad_id, pad_to_multiple=pad_to_multiple)
+
+
+def _counted_through(counts: Iterable[int]) -> list[Int64]:
+    """For sets of so many sequences each, their numbers where all are counted through."""
+    bounds = np.cumsum([0, *counts])
+    return [np.arange(first, last) for first, last in pairwise(bounds)]
 
 
 def _windows_shuffled(count: int, window: int, seed: int, epoch: int) -> Int64:

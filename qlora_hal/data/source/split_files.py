@@ -8,11 +8,12 @@ from pathlib import Path
 
 from qlora_hal.errors import DataError
 
-_WORDS = {
+SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
+"""Words for a split, and its usual name."""
 _LISTED_FILES = 10
 
 
@@ -30,7 +31,7 @@ def files_of_split(folder: Path, files: Sequence[Path], split: str) -> tuple[lis
     names = split_names(folder, files)
     if not names:
         return list(files), ""
-    wanted = _WORDS.get(split, split)
+    wanted = SPLIT_WORDS.get(split, split)
     unnamed = "" if wanted == "train" and "train" not in names else wanted
     chosen = [file for file in files if _split_of(file.relative_to(folder)) in (wanted, unnamed)]
     if not chosen:
@@ -54,4 +55,4 @@ def listed(folder: Path, files: Sequence[Path]) -> str:
 def _split_of(file: Path) -> str:
     """The split that a name shows, the file's before its folders'; empty where none does."""
     words = (word for part in reversed(file.with_suffix("").parts) for word in re.split("[^a-z]+", part.lower()))
-    return next((_WORDS[word] for word in words if word in _WORDS), "")
+    return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "")

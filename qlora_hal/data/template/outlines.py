@@ -189,7 +189,7 @@ class Outlines:
         self._known: dict[tuple[object, ...], Outline | None] = {}
 
     def of(self, messages: Sequence[Mapping[str, object]], first_target: int) -> Outline | None:
-        if len(messages) > _LONGEST:
+        if len(messages) > _LONGEST or self._opens_like_the_prompt(messages):
             return None
         key = (first_target, *[message["role"] for message in messages])
         try:
@@ -202,6 +202,14 @@ class Outlines:
             if len(self._known) < 4096:
                 self._known[key] = outline
             return outline
+
+    def _opens_like_the_prompt(self, messages: Sequence[Mapping[str, object]]) -> bool:
+        """Whether an answer begins with the tag that the generation prompt ends with: that is part of the prompt there,
+        and trained nowhere, which no outline of other contents tells."""
+        tag = self._writer.prompt_tag
+        return bool(tag) and any(
+            str(message["content"]).lstrip().startswith(tag) for message in messages if message["role"] == "assistant"
+        )
 
     def _is_right(self, outline: Outline, messages: Sequence[Mapping[str, object]], first_target: int) -> bool:
         contents = [str(message["content"]) for message in messages]

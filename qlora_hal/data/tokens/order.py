@@ -19,6 +19,7 @@ class Purpose(IntEnum):
     WINDOWS = 2
     PACKING = 3
     HOLD_OUT = 4
+    MIXTURE = 5
 
 
 def permutation(count: int, seed: int, purpose: Purpose, epoch: int = 0) -> npt.NDArray[np.int64]:

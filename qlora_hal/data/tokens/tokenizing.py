@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 CHUNK_ROWS, CHUNK_CHARACTERS = 1024, 2**21
 CHUNKS_AHEAD = 3
-_SKIPPABLE = frozenset({"QH-D03", "QH-D04", "QH-D07", "QH-D08", "QH-D12"})
+_SKIPPABLE = frozenset({"QH-D03", "QH-D04", "QH-D07", "QH-D08", "QH-D12", "QH-D66"})
 
 
 @dataclass(slots=True)
@@ -55,11 +55,19 @@ class Preparation:
         self._source, self._config, self._tokenizer, self._vocabulary = source, config, tokenizer, vocabulary
         self._encoder = RowEncoder(tokenizer, train_on_all=config.train_on == "all")
         shape = None if config.format == "auto" else config.format
-        self._renderer = RowRenderer(tokenizer, self._encoder, shape)
+        self._renderer = RowRenderer(
+            tokenizer,
+            self._encoder,
+            shape,
+            last_turn_alone=config.train_on == "last",
+            masks_reasoning=config.mask_reasoning,
+        )
         self._fitting = FittingCounts()
         self._bad = _BadRows()
         self._stops = np.array(tokenizer.stop_ids, np.int32)
         self._read = self._used = self._ended = 0
+        self._first_rows: list[int] = []
+        self._text_files: dict[int, str] = {}
 
     def run(self, path: Path, fingerprint: str) -> tuple[TokenStore, SourceReport]:
         with TokenWriter(path) as writer:
@@ -89,6 +97,10 @@ class Preparation:
         characters = 0
         for row in self._source.rows():
             self._read += 1
+            while len(self._first_rows) <= row.part:
+                self._first_rows.append(row.number)
+            if row.file.lower().endswith(".txt"):
+                self._text_files[row.number] = row.file
             try:
                 rendered = self._renderer.render(row)
             except DataError as error:
@@ -121,12 +133,29 @@ class Preparation:
     def _fit(self, rows: TokenRows) -> TokenRows:
         config, tokenizer = self._config, self._tokenizer
         bos = tokenizer.bos_id if tokenizer.bos_id != tokenizer.eos_id else None
+        self._refuse_cut_text(rows)
         fitted = fit(rows, config.max_seq_length, config.truncation, bos, self._fitting)
         if len(fitted.lengths):
             trained = np.flatnonzero(fitted.trained)
             last = trained[np.searchsorted(trained, np.cumsum(fitted.lengths)) - 1]
             self._ended += int(np.isin(fitted.ids[last], self._stops).sum())
         return fitted
+
+    def _refuse_cut_text(self, rows: TokenRows) -> None:
+        """Raise DataError QH-D67 for a text file of which only the beginning would be trained."""
+        limit = self._config.max_seq_length
+        if self._config.truncation != "right" or not self._text_files:
+            return
+        for number, length in zip(rows.numbers.tolist(), rows.lengths.tolist(), strict=True):
+            if number in self._text_files and length > limit:
+                raise DataError(
+                    "QH-D67",
+                    f"{self._text_files[number]} is one text of {length} tokens; with data.truncation right only the "
+                    f"first {limit} of them would be trained.",
+                    where="data.truncation",
+                    fix="Set data.truncation to split, which trains all of it in pieces of data.max_seq_length tokens.",
+                    context={"row": number, "tokens": length},
+                )
 
     def _nothing_usable(self) -> DataError:
         fitting, limit = self._fitting, self._config.max_seq_length
@@ -197,6 +226,12 @@ class Preparation:
             empty_turns=rendering.empty_turns,
             notes=self._notes(),
             alerts=self._alerts(),
+            parts=list(self._source.parts),
+            first_rows=[
+                *self._first_rows,
+                *[self._read + 1]
+                * (len(self._source.parts) - len(self._first_rows)),  # of sources that end without a row
+            ],
         )
 
     def _alerts(self) -> list[str]:
@@ -208,6 +243,8 @@ class Preparation:
                 f"assistant turns that the template does not enclose in {{% generation %}}, without loss: "
                 f"{counts.unmarked_turns}"
             )
+        if self._config.mask_reasoning and not counts.masked_thoughts:
+            alerts.append("data.mask_reasoning leaves nothing out: no trained part of a row holds marks of reasoning")
         if counts.special_read:
             met = ", ".join(f"{token} {count}" for token, count in counts.special_read.items())
             alerts.append(f"special tokens in messages that the template reads, encoded as tokens: {met}")
@@ -219,6 +256,11 @@ class Preparation:
         if len(counts.shapes) > 1:
             shapes = ", ".join(f"{shape} {number}" for shape, number in counts.shapes.most_common())
             notes.append(f"the rows have {len(counts.shapes)} formats: {shapes}")
+        for (question, answer), number in counts.pairs.items():
+            notes.append(
+                f"the columns {question} and {answer} are read as instruction and output, a question and its answer, "
+                f"in {number} rows; data.columns says otherwise where something else is meant"
+            )
         if "alpaca" in counts.shapes and self._tokenizer.template is None:
             notes.append(
                 "the tokenizer has no chat template; rows in the format alpaca use the built-in template alpaca"
@@ -235,6 +277,8 @@ class Preparation:
                 f"the template writes an empty <think></think> into {counts.empty_thoughts} answers; it is trained "
                 "with them, so the model learns to answer without thinking"
             )
+        if counts.masked_thoughts:
+            notes.append(f"reasoning without loss, between its marks: in {counts.masked_thoughts} answers")
         for (form, why), number in counts.arguments_as.items():
             notes.append(f"the arguments of calls were given to the template as {form} in {number} rows: {why}")
         return notes

@@ -15,6 +15,19 @@ Message = dict[str, Any]
 SPECIAL = [
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|observation|>", "[THINK]"),
     *("<|header_start|>", "<|header_end|>", "<|eot|>", "<end_of_utterance>"),
+    *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "<s>", "</s>"),
+    *("[INST]", "[/INST]", "[/THINK]", "<|end|>", "<|start|>", "<|channel|>", "<|message|>", "<|return|>"),
+    *("<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|eom|>", "<|im_user|>", "<|im_assistant|>", "<|im_middle|>"),
+    *("<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>"),
+    *("<|START_THINKING|>", "<|END_THINKING|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>", "<seed:bos>", "<seed:eos>"),
+    *(
+        "<｜User｜>",
+        "<｜Assistant｜>",
+        "<｜end▁of▁sentence｜>",
+        "<|start_of_role|>",
+        "<|end_of_role|>",
+        "<|end_of_text|>",
+    ),
 ]
 TOOLS = [
     {

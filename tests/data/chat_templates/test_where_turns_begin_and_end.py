@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +15,14 @@ from data.chat_templates.conversations import (
     RESULT,
     THINKING,
     Message,
+    Prepare,
     Render,
+    Trained,
     call,
     said,
 )
 
+from qlora_hal.data import ChatTokenizer
 from qlora_hal.data.template.chat_template import ChatTemplate
 from qlora_hal.errors import DataError
 
@@ -36,6 +40,23 @@ def test_what_a_generation_prompt_holds_is_never_trained(render: Render) -> None
     found = render(OPENING_THOUGHT, messages)
     assert found.trained == [f"<b>{END}", f"e\n</think>\n\nd{END}"]
     assert found.ids == found.theirs([*messages[:-1], said("assistant", "d", reasoning_content="e")], tokenize=True)
+
+
+def test_what_a_prompt_opens_is_not_trained_where_a_content_repeats_it(
+    folders: Mapping[str, Path], prepared: Prepare, trained_text: Trained, tmp_path: Path
+) -> None:
+    """Whatever rows came before: those without a thought have the same roles."""
+    source = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+    )
+    (tmp_path / "template.jinja").write_text(source)
+    tokenizer = ChatTokenizer.from_folder(folders["chatml"], chat_template=str(tmp_path / "template.jinja"))
+    plain, thinking = (
+        {"messages": [said("user", "q"), said("assistant", content)]} for content in ("a", "<think>\nb\n</think>\n\nc")
+    )
+    data = prepared([plain, thinking], tokenizer=tokenizer)
+    assert [trained_text(data, tokenizer, row) for row in (0, 1)] == [[f"a{END}"], [f"b\n</think>\n\nc{END}"]]
 
 
 def test_a_long_conversation_is_rendered_a_bounded_number_of_times_with_the_same_result(

@@ -1,0 +1,117 @@
+"""Where reasoning stands in a turn: between the marks that a template writes around it, or that people write.
+
+A template's own marks are found by a trial: it writes a turn with a thought, and what stands right before and behind
+the thought are its marks. `<think>` and `</think>` count in any case, for rows often hold them in their contents.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
+from typing import TYPE_CHECKING
+
+from qlora_hal.data.template.chat_template import REASONING_FIELDS, TemplateFault
+from qlora_hal.data.template.message_fields import CONTENT
+from qlora_hal.errors import UnsafeInputError
+
+if TYPE_CHECKING:
+    from qlora_hal.data.template.chat_template import ChatTemplate
+    from qlora_hal.data.template.turn_marks import Span
+
+    Piece = tuple[str, bool]
+
+Marks = tuple[str, str]
+"""What stands before a thought, and behind it."""
+
+USUAL_MARKS: Marks = ("<think>", "</think>")
+_THOUGHT, _ANSWER = "hesitantly", "decidedly"
+_TAG = r"(?:<[^<>\s]*>|\[[^\[\]\s]*\])"
+_OPENING = re.compile(rf"{_TAG}\w*\s*$")
+_CLOSING = re.compile(_TAG)
+
+
+def reasoning_marks(template: ChatTemplate | None) -> ReasoningMarks:
+    """The marks that count in turns of this template."""
+    found = None if template is None else _marks_of(template)
+    return ReasoningMarks((USUAL_MARKS,) if found is None or found == USUAL_MARKS else (found, USUAL_MARKS))
+
+
+def _marks_of(template: ChatTemplate) -> Marks | None:
+    asked = {"role": "user", CONTENT: "text"}
+    for content in (_ANSWER, [{"type": "text", "text": _ANSWER}]):
+        answered = {"role": "assistant", **dict.fromkeys(REASONING_FIELDS, _THOUGHT), CONTENT: content}
+        try:
+            text = template.trace([asked, answered]).text
+            prompt = template.trace([asked], add_generation_prompt=True).text
+        except (TemplateFault, UnsafeInputError):
+            continue
+        before, thought, behind = text.partition(_THOUGHT)
+        between, answer, _ = behind.partition(_ANSWER)
+        # What follows the prompt is for the model to write: all of gpt-oss's <|channel|>analysis<|message|>, say.
+        own = before.removeprefix(prompt).strip() if before.startswith(prompt) else ""
+        last_tag, closing = _OPENING.search(before), _CLOSING.search(between)
+        opening = own or (last_tag.group().strip() if last_tag else "")
+        if thought and answer and opening and closing:
+            return opening, closing.group()
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningMarks:
+    """Pairs of marks, and what stands between them."""
+
+    pairs: Sequence[Marks]
+
+    def occur_in(self, text: str) -> bool:
+        """Whether an opening mark, or one that closes nothing but reasoning, stands in the text."""
+        marks = (mark for pair in self.pairs for mark in (pair if _mirrored(*pair) else pair[:1]))
+        return any(mark in text for mark in marks)
+
+    def left_out(self, pieces: Sequence[Piece]) -> tuple[list[Piece], int]:
+        """The pieces of a text without loss on what stands between marks; the marks keep theirs. And in how many
+        trained parts there was reasoning."""
+        text = "".join(piece for piece, _ in pieces)
+        kept: list[Piece] = []
+        at = found = 0
+        for trained, group in groupby(pieces, key=itemgetter(1)):
+            stop = at + sum(len(piece) for piece, _ in group)
+            spans = self._spans(text, at, stop) if trained else []
+            found += any(text[first:last].strip() for first, last in spans)
+            for first, last in spans:
+                kept += [(text[at:first], True), (text[first:last], False)]
+                at = last
+            kept.append((text[at:stop], trained))
+            at = stop
+        return [piece for piece in kept if piece[0]], found
+
+    def _spans(self, text: str, start: int, stop: int) -> list[Span]:
+        """What lies between marks of a trained part, in order and apart from one another."""
+        spans: list[Span] = []
+        for first, last in sorted(span for pair in self.pairs for span in _between(text, start, stop, *pair)):
+            begin = max(first, spans[-1][1]) if spans else first
+            if begin < last:
+                spans.append((begin, last))
+        return spans
+
+
+def _between(text: str, start: int, stop: int, opening: str, closing: str) -> Iterator[Span]:
+    """Reasoning may have been opened by the prompt in front of `start`; one that is never closed ends at `stop`."""
+    at = start
+    first, end = text.find(opening, start, stop), text.find(closing, start, stop)
+    opened = text[:start].rstrip().endswith(opening)
+    if opened or (_mirrored(opening, closing) and end >= 0 and (first < 0 or end < first)):
+        yield start, end if end >= 0 else stop
+        at = end + len(closing) if end >= 0 else stop
+    while (begin := text.find(opening, at, stop)) >= 0:
+        begin += len(opening)
+        end = text.find(closing, begin, stop)
+        yield begin, end if end >= 0 else stop
+        at = end + len(closing) if end >= 0 else stop
+
+
+def _mirrored(opening: str, closing: str) -> bool:
+    """Whether a mark closes nothing else: gpt-oss's <|end|> also ends answers."""
+    return closing.replace("/", "", 1) == opening
