@@ -31,7 +31,7 @@ class Observer:
 def test_plugins_are_told_of_a_run_once_by_the_rank_that_writes(tells: bool, seen: list[int]) -> None:
     observer = Observer()
     hooks = Hooks([observer], tells=tells)
-    hooks.tell("qlora_hal_step_finished", run=None, step=4, stats=None, learning_rate=0.1)
+    hooks.tell("qlora_hal_step_finished", run=None, step=4, stats=None, learning_rate=0.1, epoch=0.1)
     assert observer.seen == seen
 
 

@@ -51,8 +51,8 @@ def test_the_hooks_of_every_tracker_fit_their_specification(name: str) -> None:
     hooks = Hooks((observer,), note=notes.append)
     # Before a run has started there is nothing to write to, and nothing fails.
     run = RunView(Path("runs/a"), RunConfig(), {}, 1)
-    hooks.tell("qlora_hal_step_finished", run=run, step=1, stats=StepStats(1.0, 1, 1.0), learning_rate=1e-4)
-    hooks.tell("qlora_hal_evaluated", run=run, step=1, evaluation=LossSum(1.0, 1))
+    hooks.tell("qlora_hal_step_finished", run=run, step=1, stats=StepStats(1.0, 1, 1.0), learning_rate=1e-4, epoch=0.1)
+    hooks.tell("qlora_hal_evaluated", run=run, step=1, evaluation=LossSum(1.0, 1), metrics={})
     hooks.tell("qlora_hal_run_failed", run=run, error=MemoryError())
     assert notes == []
 
