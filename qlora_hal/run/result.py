@@ -50,7 +50,7 @@ class TrainResult:
     adapter_dir: Path
     steps: int
     tokens: int
-    losses: tuple[tuple[int, float], ...]
+    losses: tuple[tuple[int, float], ...] = field(repr=False)
     eval_loss_before: float | None
     eval_loss_after: float | None
     wall_seconds: float

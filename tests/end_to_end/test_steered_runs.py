@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 
 from qlora_hal import Control, LoadedModel, hookimpl, resume, train
 from qlora_hal.config.schema import RunConfig
+from qlora_hal.contract.values import LossSum, StepStats
 from qlora_hal.contract.world import World
 from qlora_hal.errors import ConfigError, StoppedError, UnsupportedFeatureError
+from qlora_hal.hooks import Hooks
 from qlora_hal.run.measured import MetricFunctions, check_observers
 from qlora_hal.trainer_callbacks import as_observer
 
@@ -39,8 +42,6 @@ def logged(run: Path, name: str) -> list[object]:
 @pytest.mark.slow
 @pytest.mark.parametrize("given_again", [True, False])
 def test_a_steered_run_that_was_stopped_ends_with_the_same_bits(tmp_path: Path, given_again: bool) -> None:
-    from stopped_runs import StopAfter
-
     rows = rows_in(tmp_path)
     settings = {**SHORT, **rows, "training.max_steps": 6, "training.lr_scheduler_type": "constant"}
     whole = train(merged(SMALL, {**settings, "output_dir": str(tmp_path / "whole")}), observers=[Halves()])
@@ -175,3 +176,26 @@ def test_a_callback_that_is_not_wrapped_is_answered_with_how_to(tmp_path: Path) 
     settings = merged(SMALL, {"output_dir": str(tmp_path / "run")})
     with pytest.raises(ConfigError, match=r"QH-U20.*trainer_callbacks\.as_observer\(callback\)"):
         train(settings, observers=[PrinterCallback()])
+
+
+PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "python.md"
+
+
+def test_the_observer_of_the_page_halves_the_rate_on_a_plateau() -> None:
+    (example,) = [block for block in re.findall("```python\n(.*?)```", PAGE.read_text(), re.DOTALL) if "Halve" in block]
+    names: dict[str, Any] = {}
+    exec(example, names)
+    hooks = Hooks([names["HalveOnPlateau"]()])
+    asked = [
+        hooks.control(run=None, step=step, stats=None, evaluation=LossSum(loss, 1), metrics={})
+        for step, loss in enumerate([3.0, 2.0, 2.5, 2.5, 1.0])
+    ]
+    assert asked == [None, None, None, Control(learning_rate_factor=0.5), None]
+    assert hooks.control(run=None, step=1, stats=StepStats(1.0, 1, 1.0), evaluation=None, metrics={}) is None
+
+
+def test_the_callback_of_the_page_is_an_observer() -> None:
+    (example,) = [block for block in re.findall("```python\n(.*?)```", PAGE.read_text(), re.DOTALL) if "Early" in block]
+    names: dict[str, Any] = {}
+    exec(example, names)
+    assert Hooks([names["observer"]]).steering() == ["observer 1 (CallbackObserver)"]
