@@ -1,8 +1,8 @@
 # %% [markdown]
 # # First run on a CPU
 #
-# A small model is fine-tuned on rows in memory, judged, asked, and merged. Everything here runs on a CPU in about two
-# minutes and downloads nothing; on a GPU only `backend` changes.
+# A small model is fine-tuned on rows in memory, judged, asked, and merged. Everything here runs on a CPU in about a
+# minute and downloads nothing; on a GPU only `backend` changes.
 #
 # Install into the environment of this kernel: `pip install "qlora-hal[cpu]"`.
 
@@ -22,7 +22,7 @@ for report in qlora_hal.backends():
 
 # %%
 with data_path("train").open(encoding="utf-8") as lines:
-    rows = [json.loads(line) for _, line in zip(range(600), lines, strict=False)]
+    rows = [json.loads(line) for _, line in zip(range(300), lines, strict=False)]
 rows[0]
 
 # %% [markdown]
@@ -31,7 +31,7 @@ rows[0]
 # `dry_run` checks settings, data and memory before any weight is read.
 
 # %%
-SETTINGS = {"backend": "cpu_torch", "max_seq_length": 128, "max_steps": 60, "validation_fraction": 0.1, "seed": 1}
+SETTINGS = {"backend": "cpu_torch", "max_seq_length": 128, "max_steps": 30, "validation_fraction": 0.1, "seed": 1}
 plan = qlora_hal.train(model_path(), rows, output_dir="runs/first", dry_run=True, quiet=True, **SETTINGS).plan
 {name: plan[name] for name in ("steps", "sequences", "sequences_per_step", "target_modules", "compute_dtype")}
 
@@ -54,7 +54,7 @@ result = qlora_hal.train(
     output_dir="runs/first",
     learning_rate=2e-3,
     r=8,
-    eval_steps=20,
+    eval_steps=10,
     metrics={"answer_length": answer_length},
     **SETTINGS,
 )

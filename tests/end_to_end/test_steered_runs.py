@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from small_runs import SMALL, merged
-from stopped_runs import SHORT, adapter_bytes, rows_in, whole_run
+from stopped_runs import SHORT, StopAfter, adapter_bytes, rows_in, whole_run
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback
 
 from qlora_hal import Control, LoadedModel, hookimpl, resume, train

@@ -64,7 +64,7 @@ def test_the_first_notebook_runs(make_notebooks: ModuleType, tmp_path: Path) -> 
     done = make_notebooks.executed(make_notebooks.notebook_of(source), tmp_path)
     displays = [out for cell in done.cells for out in cell.get("outputs", []) if out.output_type == "display_data"]
     (display,) = [out for out in displays if "qlora-hal" in out.data.get("text/html", "")]
-    assert "step 60/60" in display.data["text/html"]
+    assert "step 30/30" in display.data["text/html"]
     assert (tmp_path / "runs" / "merged" / "config.json").is_file()
 
 
