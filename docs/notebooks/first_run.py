@@ -1,8 +1,8 @@
 # %% [markdown]
 # # First run on a CPU
 #
-# A small model is fine-tuned on rows in memory, judged, asked, and merged. Everything here runs on a CPU in about a
-# minute and downloads nothing; on a GPU only `backend` changes.
+# A small model is fine-tuned on rows in memory, judged, asked, and merged. Everything here runs on a CPU in a minute
+# or two and downloads nothing; on a GPU only `backend` changes.
 #
 # Install into the environment of this kernel: `pip install "qlora-hal[cpu]"`.
 
@@ -74,8 +74,8 @@ result
 # %% [markdown]
 # ## Ask
 #
-# The base and its adapter, opened once. The small model knows commands of a shell, and a minute of training makes its
-# answers shorter rather than wiser.
+# The base and its adapter, opened once. The small model knows commands of a shell; thirty steps teach it the form
+# of an answer rather than its content.
 
 # %%
 with qlora_hal.load("runs/first") as model:
