@@ -15,7 +15,7 @@ SPREAD := -n $(WORKERS) --dist loadfile
 MATRIX ?=
 PYTEST = PATH="$(CURDIR)/$(BIN):$$PATH" TMPDIR=$(CURDIR)/.tmp $(BIN)/python -m pytest -q
 
-.PHONY: demo test test-slow test-long test-matrix types kernels environment test-environment
+.PHONY: demo notebooks test test-slow test-long test-matrix types kernels environment test-environment
 
 # Fine-tune the embedded demo model on the hardware found here; results in runs/demo.
 demo: environment
@@ -51,6 +51,12 @@ test-long: test-environment
 # The newest and the oldest versions that pyproject.toml allows, on every Python found here.
 test-matrix:
 	$(PYTHON) ci/version_matrix.py $(MATRIX)
+
+# docs/notebooks from their sources, executed on this machine in an environment of their own.
+notebooks:
+	$(PYTHON) -m venv .venv-notebooks
+	.venv-notebooks/bin/pip install -q -c constraints.txt -e ".[cpu,conformance,notebooks]"
+	.venv-notebooks/bin/python ci/make_notebooks.py
 
 environment:
 	$(PYTHON) ci/setup_environment.py

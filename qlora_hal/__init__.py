@@ -8,20 +8,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from qlora_hal.api import backends, merge, resume, train
+    from qlora_hal.api import backends, load, merge, resume, train
     from qlora_hal.config.schema import RunConfig
     from qlora_hal.errors import QloraHalError
     from qlora_hal.export.request import MergeResult
+    from qlora_hal.hooks import Control, hookimpl
+    from qlora_hal.inference.loaded_model import LoadedModel
     from qlora_hal.run.result import TrainResult
 
 __version__ = "0.2.0"
 __all__ = [
+    "Control",
+    "LoadedModel",
     "MergeResult",
     "QloraHalError",
     "RunConfig",
     "TrainResult",
     "__version__",
     "backends",
+    "hookimpl",
+    "load",
     "merge",
     "resume",
     "train",
@@ -31,7 +37,11 @@ _HOME = {
     "train": "qlora_hal.api",
     "resume": "qlora_hal.api",
     "merge": "qlora_hal.api",
+    "load": "qlora_hal.api",
     "backends": "qlora_hal.api",
+    "Control": "qlora_hal.hooks",
+    "hookimpl": "qlora_hal.hooks",
+    "LoadedModel": "qlora_hal.inference.loaded_model",
     "RunConfig": "qlora_hal.config.schema",
     "QloraHalError": "qlora_hal.errors",
     "MergeResult": "qlora_hal.export.request",
@@ -45,3 +55,7 @@ def __getattr__(name: str) -> object:
     from importlib import import_module
 
     return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import pluggy
 
@@ -18,12 +20,42 @@ if TYPE_CHECKING:
     from qlora_hal.contract.backend import BackendSpec, ProbeReport
     from qlora_hal.contract.capabilities import Requirements
     from qlora_hal.contract.values import LossSum, StepStats
+    from qlora_hal.inference.loaded_model import LoadedModel
     from qlora_hal.run.result import RunView, TrainResult
 
+T = TypeVar("T")
 PROJECT = "qlora_hal"
 ENTRY_POINT_GROUP = "qlora_hal.hooks"
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """What an observer asks of the run.
+
+    An answer to step n takes hold once step n + 1 is taken, which was under way already: the run stops, saves or
+    evaluates then, and step n + 2 is the first with another learning rate. An answer to an evaluation takes hold at
+    once. What was asked is saved with the run, so one that was killed does the same when it goes on; an observer's own
+    memory is not.
+
+    `stop` ends the run as early stopping does: its adapter is written, and no resume takes a further step.
+    `learning_rate_factor` multiplies the scheduled rate from then on, on top of earlier factors. Of several observers
+    all are heeded. Raises ValueError for a factor that is not a finite number above 0.
+    """
+
+    stop: bool = False
+    save: bool = False
+    evaluate: bool = False
+    learning_rate_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        factor = self.learning_rate_factor
+        if factor is not None and not (math.isfinite(factor) and factor > 0):
+            raise ValueError(f"learning_rate_factor is {factor}; a finite number above 0 is expected")
+
+
+STEERING_HOOKS = ("qlora_hal_metrics", "qlora_hal_control")
 
 
 @hookspec
@@ -61,8 +93,22 @@ def qlora_hal_step_finished(
 
 
 @hookspec
-def qlora_hal_evaluated(run: RunView, step: int, evaluation: LossSum) -> None:
-    """Observe: an evaluation ended. Called before, during (`training.eval_steps`) and after training."""
+def qlora_hal_evaluated(run: RunView, step: int, evaluation: LossSum, metrics: Mapping[str, float]) -> None:
+    """Observe: an evaluation ended. Called before, during (`training.eval_steps`) and after training. `metrics` are
+    what `qlora_hal_metrics` gave."""
+
+
+@hookspec
+def qlora_hal_metrics(run: RunView, step: int, model: LoadedModel) -> Mapping[str, float]:  # type: ignore[empty-body]
+    """Measure: figures of the model as it is now, by name. Called with each evaluation, before observers are."""
+
+
+@hookspec
+def qlora_hal_control(
+    run: RunView, step: int, stats: StepStats | None, evaluation: LossSum | None, metrics: Mapping[str, float]
+) -> Control | None:
+    """Steer: what the run is to do otherwise, or None. Called after `qlora_hal_step_finished` with `stats`, and after
+    each evaluation on the way with `evaluation` and `metrics`. See `Control` for when it takes hold."""
 
 
 @hookspec
@@ -128,17 +174,53 @@ class Hooks:
 
     def tell(self, hook: str, **facts: object) -> None:
         """Call one observing hook of every plugin, each behind its own wall."""
-        if not self._tells:
-            return
-        plugins = self._manager.get_plugins()
+        if self._tells:
+            self._answers(hook, object, facts)
+
+    def control(self, **facts: object) -> Control | None:
+        """What the plugins ask of the run together, or None."""
+        asked = self._answers("qlora_hal_control", Control, facts)
+        if not asked:
+            return None
+        factors = [control.learning_rate_factor for control in asked if control.learning_rate_factor is not None]
+        return Control(
+            stop=any(control.stop for control in asked),
+            save=any(control.save for control in asked),
+            evaluate=any(control.evaluate for control in asked),
+            learning_rate_factor=math.prod(factors) if factors else None,
+        )
+
+    def measured(self, **facts: object) -> dict[str, float]:
+        """The figures that the plugins give of a model, by name; what is no number is told of and left out."""
+        given = self._answers("qlora_hal_metrics", dict, facts)
+        figures = {str(name): value for found in given for name, value in found.items()}
+        for name in [name for name, value in figures.items() if not isinstance(value, int | float)]:
+            self._note(f"metric {name} is left out: it is a {type(figures.pop(name)).__name__}, not a number")
+        return figures
+
+    def steering(self) -> list[str]:
+        """The names of the plugins that steer a run, or measure its model."""
+        found = [impl for hook in STEERING_HOOKS for impl in getattr(self._manager.hook, hook).get_hookimpls()]
+        return list(dict.fromkeys(impl.plugin_name for impl in found))
+
+    def _answers(self, hook: str, kind: type[T], facts: Mapping[str, object]) -> list[T]:
+        """What each plugin answers that answers anything; one that raises, or answers in another kind, is told of once
+        and asked no more."""
+        answers: list[T] = []
+        plugins = [impl.plugin for impl in getattr(self._manager.hook, hook).get_hookimpls()]
+        everyone = self._manager.get_plugins()
         for plugin in plugins:
-            call = self._manager.subset_hook_caller(hook, [other for other in plugins if other is not plugin])
+            call = self._manager.subset_hook_caller(hook, [other for other in everyone if other is not plugin])
             try:
-                call(**facts)
+                for found in call(**facts):
+                    if not isinstance(found, kind):
+                        raise TypeError(f"it gave a value of type {type(found).__name__}, not {kind.__name__}")
+                    answers.append(found)
             except Exception as error:
                 name = self._manager.get_name(plugin)
                 self._manager.unregister(plugin)
                 self._note(f"{name} failed in {hook} and is disabled: {type(error).__name__}: {error}")
+        return answers
 
     def _observe(self, name: str, observer: object) -> None:
         """Register what the caller gave. Raises ConfigError QH-U20 when it has no hook, or one that nobody calls."""
@@ -147,6 +229,8 @@ class Hooks:
         except Exception as error:
             raise _unfit(name, f"cannot be called: {str(error).splitlines()[-1]}") from error
         calls = self._manager.get_hookcallers(observer) or []
+        if not calls and "TrainerCallback" in {kind.__name__ for kind in type(observer).__mro__}:
+            raise _unfit(name, "is a TrainerCallback; qlora_hal.trainer_callbacks.as_observer(callback) makes it one")
         if not calls:
             raise _unfit(name, "has no hook; mark its methods with qlora_hal.hooks.hookimpl")
         if unknown := [call.name for call in calls if not call.has_spec()]:

@@ -16,8 +16,8 @@ ROOMS, LOOSE_MODULES = 21, 5
 MAY_BE_IMPORTED_INSIDE = frozenset(
     {
         # Slow to import, or of an extra that may not be installed.
-        "datasets", "matplotlib", "mlx", "mlx_lm", "pyarrow", "pynvml", "rich", "torch", "transformers",
-        "mlflow", "tensorboard", "trackio", "wandb",
+        "IPython", "datasets", "matplotlib", "mlx", "mlx_lm", "pyarrow", "pynvml", "rich", "torch", "transformers",
+        "mlflow", "pandas", "tensorboard", "trackio", "wandb",
         # Not on every system.
         "fcntl", "resource",
     }

@@ -103,7 +103,7 @@ def test_notes_and_samples_of_a_run_do_not_act() -> None:
 
 def test_answers_of_a_model_do_not_act_and_keep_their_lines() -> None:
     class Model:
-        def answer_with(self, messages: object, *, adapter: bool, max_new_tokens: int) -> str:
+        def generate(self, messages: object, *, adapter: bool, max_new_tokens: int) -> str:
             return f"one\ntwo {HOSTILE}"
 
     for is_terminal in (False, True):

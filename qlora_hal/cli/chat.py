@@ -33,9 +33,9 @@ _HELP = "/reset starts over, /save FILE saves the conversation as JSON, /stats s
 
 
 class Answers(Protocol):
-    """What answers: `qlora_hal.inference.generate.GenerationPair`."""
+    """What answers: `qlora_hal.inference.loaded_model.LoadedModel`."""
 
-    def answer_with(self, messages: Sequence[Message], *, adapter: bool, max_new_tokens: int) -> str: ...
+    def generate(self, messages: Sequence[Message], *, adapter: bool, max_new_tokens: int) -> str: ...
 
 
 @dataclass(slots=True)
@@ -54,8 +54,8 @@ class Conversation:
         """Both answers to the next turn of the user."""
         turn = {"role": "user", "content": text}
         started = time.perf_counter()
-        base = answers.answer_with([*self.base, turn], adapter=False, max_new_tokens=max_new_tokens)
-        adapter = answers.answer_with([*self.adapter, turn], adapter=True, max_new_tokens=max_new_tokens)
+        base = answers.generate([*self.base, turn], adapter=False, max_new_tokens=max_new_tokens)
+        adapter = answers.generate([*self.adapter, turn], adapter=True, max_new_tokens=max_new_tokens)
         self.seconds += time.perf_counter() - started
         self.base += [turn, {"role": "assistant", "content": base}]
         self.adapter += [turn, {"role": "assistant", "content": adapter}]

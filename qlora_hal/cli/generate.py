@@ -53,9 +53,9 @@ def generate(
             trust_remote_code=trust_remote_code,
         )
         with closing(opened) as pair:
-            answers = {"base": pair.answer_with(asked, adapter=False, max_new_tokens=max_new_tokens)}
+            answers = {"base": pair.generate(asked, adapter=False, max_new_tokens=max_new_tokens)}
             if not base_only:
-                answers["adapter"] = pair.answer_with(asked, adapter=True, max_new_tokens=max_new_tokens)
+                answers["adapter"] = pair.generate(asked, adapter=True, max_new_tokens=max_new_tokens)
     if json:
         show_json({"prompt": prompt, **answers})
     elif base_only:

@@ -99,6 +99,11 @@ def _by_leaf() -> Mapping[str, str]:
     return {path.rpartition(".")[2]: path for path in settings()}
 
 
+def setting_named(name: str) -> str:
+    """The setting whose last word is `name`, which one has. Raises KeyError."""
+    return _by_leaf()[name]
+
+
 def nearest_group(name: str) -> str | None:
     """The group a mistyped top-level key most likely means, or None."""
     if len(name) > _LONGEST_NAME:

@@ -23,10 +23,12 @@ from ruamel.yaml.nodes import MappingNode, SequenceNode
 from qlora_hal.errors import ConfigError, UnsafeInputError
 from qlora_hal.files import strict_json, strict_toml
 from qlora_hal.files.opening import read_stored
+from qlora_hal.files.refused_paths import named_path
 
 if TYPE_CHECKING:
     from ruamel.yaml.nodes import Node
 
+ENDINGS = (".yaml", ".yml", ".toml", ".json")
 BYTE_LIMIT = 256 * 1024
 NODE_LIMIT, DEPTH_LIMIT = strict_toml.MAX_VALUES, strict_toml.MAX_DEPTH
 """Keys and values, also after every alias is written out, and groups and lists within one another; the largest sensible
@@ -55,10 +57,16 @@ class SettingsFile:
         return self.path.name
 
 
+def is_settings_file(named: str | Path) -> bool:
+    """Whether a path is one of settings, and not of a model: by its ending, or because a file is there, which no model
+    is. Raises OSError as `named_path`."""
+    return Path(named).suffix.lower() in ENDINGS or named_path(named).is_file()
+
+
 def read_settings_file(path: Path) -> SettingsFile:
     """Read `.yaml`, `.yml`, `.toml` or `.json`. Raises ConfigError (U02, U03), UnsafeInputError (X07)."""
     text = _text(path)
-    readers = {".yaml": _yaml, ".yml": _yaml, ".toml": _toml, ".json": _json}
+    readers = dict(zip(ENDINGS, (_yaml, _yaml, _toml, _json), strict=True))
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise ConfigError(

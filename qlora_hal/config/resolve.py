@@ -20,10 +20,12 @@ from qlora_hal.config.fields import (
     groups,
     nearest_group,
     nearest_setting,
+    setting_named,
     settings,
 )
 from qlora_hal.config.files import BYTE_LIMIT, read_settings_file
 from qlora_hal.config.habits import remark
+from qlora_hal.config.keywords import CommonSettings
 from qlora_hal.config.other_tools.hints import foreign_key_hint
 from qlora_hal.config.problems import Problem, config_error, problems_of_validation
 from qlora_hal.config.schema import RunConfig
@@ -33,8 +35,12 @@ from qlora_hal.files import strict_json
 OTHER_ENVIRONMENT_NAMES = frozenset({"QLORA_HAL_CACHE", "QLORA_HAL_FAULTS", "QLORA_HAL_TRACEBACK"})
 """Variables with our prefix that are no settings of a run."""
 
+KEYWORD = "keyword"
+"""The origin of what was given in Python."""
 _MOST_SEARCHED = 50
 _KEYWORD_SETTINGS = {"model": "model.name_or_path", "data": "data.path", "backend": "backend.name"}
+_LEFT_OUT = (*_KEYWORD_SETTINGS, "output_dir")
+"""Keywords whose value None means that they were not given; any other one's is a value."""
 _NOT_FROM_ENVIRONMENT = frozenset({"model.trust_remote_code"})
 
 
@@ -97,10 +103,10 @@ def resolve_settings(
     """Merge all layers and validate the result. `defaults_yield` names the defaults that make way, from all values and
     the keys that were given otherwise.
 
-    `keywords` holds dotted keys, or `model`, `data`, `output_dir`, `backend` (where `auto` means not given); `flags`
-    holds dotted keys with texts as typed. A value of None means not given. A ResolvedSettings is returned as it is
-    when nothing is added, so that resolving twice keeps the origins. Raises ConfigError (U01..U03),
-    UnsafeInputError (X07).
+    `keywords` holds dotted keys, groups, common settings by their own names, or `model`, `data`, `output_dir`,
+    `backend` (of which None and the backend `auto` mean not given); `flags` holds dotted keys with texts as typed,
+    where None means not given. A ResolvedSettings is returned as it is when nothing is added, so that resolving twice
+    keeps the origins. Raises ConfigError (U01..U03), UnsafeInputError (X07).
     """
     if isinstance(config, ResolvedSettings):
         if not dict(_given_keywords(keywords or {})) and not flags:
@@ -112,8 +118,7 @@ def resolve_settings(
             layers.put(key, value, defaults_name)
         _put_configuration(layers, config)
         _put_environment(layers, os.environ if environ is None else environ)
-    for key, value in _given_keywords(keywords or {}):
-        layers.put(key, value, "keyword")
+    _put_tree(layers, _given_keywords(keywords or {}), lambda key: KEYWORD)
     for key, value in (flags or {}).items():
         if value is not None:
             _put_text(layers, key, value, f"command line --{key}")
@@ -164,19 +169,19 @@ def _put_configuration(layers: _Layers, config: RunConfig | Mapping[str, object]
     if config is None:
         return
     if isinstance(config, RunConfig):
-        _put_tree(layers, config.model_dump(exclude_unset=True), lambda key: "config argument")
+        _put_tree(layers, config.model_dump(exclude_unset=True).items(), lambda key: "config argument")
     elif isinstance(config, Mapping):
-        _put_tree(layers, config, lambda key: "config argument")
+        _put_tree(layers, config.items(), lambda key: "config argument")
     elif not isinstance(config, str | Path):
         received = type(config).__name__
         expected = f"a settings file, a mapping or a RunConfig is expected, not a value of type {received}"
         layers.problems.append(Problem("config", "config argument", config, expected))
     else:
         file = read_settings_file(Path(config))
-        _put_tree(layers, file.values, file.origin)
+        _put_tree(layers, file.values.items(), file.origin)
 
 
-def _put_tree(layers: _Layers, tree: Mapping[str, object], origin: Callable[[str], str]) -> None:
+def _put_tree(layers: _Layers, tree: Iterable[tuple[str, object]], origin: Callable[[str], str]) -> None:
     met: set[str] = set()
 
     def put(key: str, value: object) -> None:
@@ -187,7 +192,7 @@ def _put_tree(layers: _Layers, tree: Mapping[str, object], origin: Callable[[str
         met.add(key)
         layers.put(key, value, origin(key))
 
-    for name, value in tree.items():
+    for name, value in tree:
         name = str(name)
         if name in settings() or "." in name:
             put(name, value)
@@ -223,9 +228,20 @@ def _put_environment(layers: _Layers, environ: Mapping[str, str]) -> None:
 
 def _given_keywords(keywords: Mapping[str, object]) -> Iterator[tuple[str, object]]:
     for key, value in keywords.items():
-        if value is None or (key == "backend" and value == "auto"):
+        if (key in _LEFT_OUT and value is None) or (key == "backend" and value == "auto"):
             continue
-        yield _KEYWORD_SETTINGS.get(key, key), value
+        if key in CommonSettings.__annotations__:
+            key = setting_named(key)
+        yield key if isinstance(value, Mapping) else _KEYWORD_SETTINGS.get(key, key), value
+
+
+def _as_keyword(path: str) -> str:
+    """A setting as a call of `train` spells it: `learning_rate`, or `training={"adam_beta2": ...}`."""
+    group, _, name = path.rpartition(".")
+    short = {path: key for key, path in _KEYWORD_SETTINGS.items()}
+    if path in short or not group:
+        return short.get(path, path)
+    return name if name in CommonSettings.__annotations__ else f'{group}={{"{name}": ...}}'
 
 
 def _put_text(layers: _Layers, key: str, value: object, origin: str) -> None:
@@ -309,5 +325,7 @@ def _unknown(key: str, value: object, origin: str, is_searched: bool) -> Problem
     if is_searched and (instead := remark(key)):
         return Problem(key, origin, value, "no setting has that name", f"{instead}.")
     nearest = nearest_setting(key) if is_searched else None
+    if nearest and origin == KEYWORD:
+        nearest = _as_keyword(nearest)
     hint = f"did you mean {nearest}?" if nearest else foreign_key_hint(key) or ""
     return Problem(key, origin, value, "no setting has that name", hint)

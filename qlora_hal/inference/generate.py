@@ -8,17 +8,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_hal.adapter.fitting import check_base, check_fits
-from qlora_hal.adapter.peft_files import read_adapter, read_provenance, unvouched_note
+from qlora_hal.adapter.initial import initial_adapter
+from qlora_hal.adapter.peft_files import CONFIG_FILE, read_adapter, read_provenance, unvouched_note
+from qlora_hal.config.resolve import resolve_settings
 from qlora_hal.contract.backend import Compute
 from qlora_hal.contract.checked_trainer import CheckedTrainer
 from qlora_hal.data import ChatTokenizer
 from qlora_hal.detect import discovery
 from qlora_hal.errors import ConfigError
+from qlora_hal.files.refused_paths import named_path
+from qlora_hal.formats.record import LEVELS
+from qlora_hal.hooks import Hooks
+from qlora_hal.inference.loaded_model import LoadedModel
 from qlora_hal.model.source import resolve_model
 from qlora_hal.quantize.calibration import base_of_run
 from qlora_hal.report.console import RunConsole
 from qlora_hal.report.run_file import read_run_config
-from qlora_hal.run.samples import SAMPLE_TOKENS, Messages, answer, prompt_tokens
+from qlora_hal.run.directory import RUN_FILE
+from qlora_hal.run.prepare import resolve_backend
 from qlora_hal.run.trained_base import (
     adapter_folders,
     backend_of_training,
@@ -33,46 +40,6 @@ if TYPE_CHECKING:
     from qlora_hal.contract.values import ComputeDtype
 
 
-@dataclass(slots=True)
-class GenerationPair:
-    """One loaded base with an adapter that can be switched off. `positions` are the model's, where known."""
-
-    trainer: CheckedTrainer
-    tokenizer: ChatTokenizer
-    positions: int | None = None
-
-    def answer(self, messages: Messages, *, max_new_tokens: int = SAMPLE_TOKENS) -> tuple[str, str]:
-        """(base's answer, adapter's answer). Raises as `answer_with`."""
-        base, tuned = (
-            self.answer_with(messages, adapter=adapter, max_new_tokens=max_new_tokens) for adapter in (False, True)
-        )
-        return base, tuned
-
-    def answer_with(self, messages: Messages, *, adapter: bool, max_new_tokens: int = SAMPLE_TOKENS) -> str:
-        """The answer of the adapter or of the base alone, which ends where the model's positions do. Raises ConfigError
-        QH-U19 when the prompt leaves none."""
-        if self.positions is not None:
-            max_new_tokens = min(max_new_tokens, self._room(messages, self.positions))
-        return answer(self.trainer, self.tokenizer, messages, adapter=adapter, max_new_tokens=max_new_tokens)
-
-    def _room(self, messages: Messages, positions: int) -> int:
-        taken = len(prompt_tokens(self.tokenizer, messages))
-        if taken >= positions:
-            raise ConfigError(
-                "QH-U19",
-                f"The conversation has {taken} tokens; this model has positions up to {positions}, and an answer needs "
-                "some of them.",
-                where="prompt",
-                cause="Past its positions a model's answers mean nothing.",
-                fix="Shorten the prompt; in a chat, /reset starts over.",
-                context={"tokens": taken, "positions": positions},
-            )
-        return positions - taken
-
-    def close(self) -> None:
-        self.trainer.close()
-
-
 def open_generation(
     *,
     run_dir: Path | None = None,
@@ -82,7 +49,7 @@ def open_generation(
     allow_base_mismatch: bool = False,
     trust_remote_code: bool = False,
     console: RunConsole | None = None,
-) -> GenerationPair:
+) -> LoadedModel:
     """Open a run's adapter, or any adapter beside a model, on the base as it was stored in training.
 
     `backend` "auto" is the backend that trained, where it is here. Raises ConfigError, AdapterError QH-C61 (the run has
@@ -118,7 +85,88 @@ def open_generation(
     except BaseException:
         trainer.close()
         raise
-    return GenerationPair(trainer, tokenizer, source.facts.max_position_embeddings)
+    return LoadedModel(trainer, tokenizer, source.facts.max_position_embeddings)
+
+
+def open_any(
+    target: str | Path,
+    *,
+    model: str | None = None,
+    revision: str | None = None,
+    weight_format: str | None = None,
+    backend: str = "auto",
+    allow_base_mismatch: bool = False,
+    trust_remote_code: bool = False,
+    console: RunConsole | None = None,
+) -> LoadedModel:
+    """Open what is there: a run, an adapter (with its base, or `model`), else a model, be it a folder or a hub id.
+
+    Raises as `open_generation` and `open_base`, and ConfigError QH-U42 for an option that means nothing there.
+    """
+    folder = named_path(target)
+    is_adapter = (folder / CONFIG_FILE).is_file()
+    if not (is_adapter or (folder / RUN_FILE).is_file()):
+        _refuse_idle(target, "a model", {"model": model, "allow_base_mismatch": allow_base_mismatch})
+        named = {"name_or_path": str(target), "revision": revision, "trust_remote_code": trust_remote_code}
+        return open_base(named, weight_format=weight_format or "auto", backend=backend, console=console)
+    _refuse_idle(target, "opened as it was trained", {"weight_format": weight_format, "revision": revision})
+    adapter_dir, run_dir = adapter_folders(folder)
+    if run_dir is None and model is None:
+        raise ConfigError(
+            "QH-U14",
+            f"{target} is an adapter without its run: its base model has to be named.",
+            where=str(target),
+            fix="Name it: load(adapter, model=NAME_OR_PATH).",
+        )
+    return open_generation(
+        run_dir=run_dir,
+        adapter_dir=adapter_dir,
+        model=model,
+        backend=backend,
+        allow_base_mismatch=allow_base_mismatch,
+        trust_remote_code=trust_remote_code,
+        console=console,
+    )
+
+
+def open_base(
+    named: Mapping[str, object], *, weight_format: str, backend: str, console: RunConsole | None = None
+) -> LoadedModel:
+    """Open a model without an adapter, a base or a merged one; `named` as in the settings' group `model`. The
+    `weight_format` auto is how its files have it. Raises as `resolve_settings`, `resolve_model` and `resolve_backend`.
+    """
+    console = console or RunConsole(quiet=True)
+    chosen = {"model": named, "backend": {"name": backend, "allow_cpu": True}, "weight_format": weight_format, "r": 1}
+    config = resolve_settings(None, keywords=chosen, environ={}).config
+    facts = resolve_model(**config.model.model_dump()).facts
+    if weight_format == "auto" and facts.prequantized is None:
+        unchanged = type(config.quantization)(weight_format=LEVELS[0])
+        config = config.model_copy(update={"quantization": unchanged})
+    resolved_backend = resolve_backend(config, Hooks(), console)
+    tokenizer = ChatTokenizer.from_folder(
+        resolved_backend.source.path, model_vocabulary_size=facts.vocabulary_size or None
+    )
+    trainer = CheckedTrainer(discovery.open_trainer(resolved_backend.choice.spec, {}))
+    try:
+        dtype: ComputeDtype = trainer.proved_compute_dtypes()[0]  # type: ignore[assignment]
+        trainer.load(resolved_backend.source, resolved_backend.quantization, Compute(dtype=dtype))
+        # Only a model with an adapter answers, by the contract; one of zeros changes nothing.
+        trainer.attach(initial_adapter(resolved_backend.adapter, trainer.linear_modules(), seed=0), "adamw")
+    except BaseException:
+        trainer.close()
+        raise
+    return LoadedModel(trainer, tokenizer, facts.max_position_embeddings, has_adapter=False)
+
+
+def _refuse_idle(target: str | Path, what: str, options: Mapping[str, object]) -> None:
+    """Raises ConfigError QH-U42 for what was given and has no meaning there."""
+    for name in (name for name, value in options.items() if value):
+        raise ConfigError(
+            "QH-U42",
+            f"{name} means nothing here: {target} is {what}.",
+            where=name,
+            fix=f"Leave {name} out.",
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from qlora_hal.errors.way_on import resume_line
+
 # SIGHUP (a closed terminal) and SIGUSR1 do not exist on Windows.
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 _SAVE: signal.Signals | None = getattr(signal, "SIGUSR1", None)
@@ -56,7 +58,7 @@ class EndedAtOnce(KeyboardInterrupt):
             return f"ended immediately by {self.name}; no step was saved yet, start again."
         return (
             f"ended immediately by {self.name}; step {self.safe_step} is safe on disk. "
-            f"Resume with: qlora-hal resume {self.run_dir}"
+            f"Resume with: {resume_line(self.run_dir)}"
         )
 
 

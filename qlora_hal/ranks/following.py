@@ -20,7 +20,7 @@ PREFIX = "qlora-hal-rank-"
 
 
 def silent_console() -> RunConsole:
-    return RunConsole(quiet=True, stream=io.StringIO(), environ={})
+    return RunConsole(silent=True, stream=io.StringIO(), environ={}, logger=None)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from qlora_hal.contract.capabilities import Requirements
 from qlora_hal.detect import discovery
 from qlora_hal.detect.selection import choose
 from qlora_hal.errors import BackendError, ConfigError, QloraHalError
+from qlora_hal.errors.way_on import resume_line
 from qlora_hal.processes import child_process
 from qlora_hal.processes.child_errors import defect_from, ended_from, error_from
 from qlora_hal.processes.signals import EndedAtOnce, handing_on
@@ -82,7 +83,7 @@ def run_by_ranks(
 ) -> TrainResult:
     """Carry out `train` or `resume` by so many ranks of this machine. Raises what the rank that failed first raised,
     naming it; BackendError QH-R02 for one that was ended from outside; EndedAtOnce for a signal that was handed on."""
-    shown = {"quiet": console.quiet, "json": console.json} if console is not None else {}
+    shown = console.manner if console is not None else {}
     with tempfile.TemporaryDirectory(prefix="qlora-hal-ranks-", ignore_cleanup_errors=True) as scratch:
         folder = Path(scratch)
         text = json.dumps({"verb": verb, "request": request, "console": shown})
@@ -213,7 +214,7 @@ def _stands(run_dir: Path) -> str:
 
 
 def _way_on(run_dir: Path) -> str:
-    return f"Resume with: qlora-hal resume {run_dir}" if _saved(run_dir) is not None else "Start the run again."
+    return f"Resume with: {resume_line(run_dir)}" if _saved(run_dir) is not None else "Start the run again."
 
 
 def _last_step(run_dir: Path) -> str:

@@ -1,7 +1,12 @@
-"""What a run shows in the terminal. Everything goes to stderr: a live line where a person watches, else plain lines."""
+"""What a run shows in the terminal. Everything goes to stderr: a live line where a person watches, else plain lines.
+
+All of it also goes to the logger `qlora_hal`, notes as warnings and the rest as information: where a program configures
+logging, it has the messages of a run like those of any library.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -13,18 +18,22 @@ from typing import TYPE_CHECKING, TextIO
 
 from qlora_hal.errors import figures
 from qlora_hal.errors.terminal_text import visible
+from qlora_hal.errors.way_on import in_notebook, resume_line
 from qlora_hal.report.lasting_stream import LastingStream, lasting
 from qlora_hal.report.metrics import Smoother
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.live import Live
+    from rich.text import Text
 
     from qlora_hal.contract.backend import ProbeReport
     from qlora_hal.contract.values import StepStats
     from qlora_hal.run.result import RunView, TrainResult
 
 _REFRESH_SECONDS = 0.1
+LOGGER = logging.getLogger("qlora_hal")
+LOGGER.addHandler(logging.NullHandler())  # else notes would be written to stderr once more where nobody set up logging
 
 
 def stderr_console(stream: TextIO | LastingStream | None = None, environ: Mapping[str, str] | None = None) -> Console:
@@ -60,7 +69,8 @@ def is_watched(stream: TextIO | LastingStream, environ: Mapping[str, str]) -> bo
 class RunConsole:
     """Shows one run.
 
-    `quiet` keeps only notes, `json` keeps stderr free of the live line and of tables; stdout is never written here.
+    `quiet` keeps only notes, `silent` not even them; `json` keeps stderr free of the live line and of tables. stdout is
+    never written here. `logger` gets every message, however quiet this is.
     """
 
     def __init__(
@@ -68,12 +78,16 @@ class RunConsole:
         *,
         quiet: bool = False,
         json: bool = False,
+        silent: bool = False,
         stream: TextIO | None = None,
         environ: Mapping[str, str] | None = None,
+        logger: logging.Logger | None = LOGGER,
     ) -> None:
         variables = os.environ if environ is None else environ
-        self.quiet = quiet
+        self.quiet = quiet = quiet or silent
         self.json = json
+        self.silent = silent
+        self._logger = logger
         self.notes: list[str] = []
         """Every note that was shown since the last `close`."""
         self._stream = lasting(sys.stderr if stream is None else stream)
@@ -84,11 +98,18 @@ class RunConsole:
         self._shown_at = 0.0
         self._smoother = Smoother()
 
+    @property
+    def manner(self) -> dict[str, bool]:
+        """How it was asked to show things, for the console of a child process."""
+        return {"quiet": self.quiet, "json": self.json, "silent": self.silent}
+
     # before the first step -----------------------------------------------------------------------------------------
     def note(self, text: str) -> None:
         """One sentence that the user should know; shown even when quiet."""
         self.notes.append(text)
-        self._print(_styled("note: ", "yellow", text), always=True)
+        self._log(logging.WARNING, text)
+        if not self.silent:
+            self._show(_styled("note: ", "yellow", text))
 
     @property
     def is_watched(self) -> bool:
@@ -147,7 +168,8 @@ class RunConsole:
     ) -> None:
         """One optimizer step; `step` counts from 1."""
         average = self._smoother.add(stats.loss)
-        if self.quiet:
+        is_due = step % run.config.training.logging_steps == 0 or step == run.total_steps
+        if self.quiet and not self._is_logged(logging.INFO):
             return
         memory = "" if memory_bytes is None else f"mem {figures.size(memory_bytes)}"
         if memory and memory_limit:
@@ -163,14 +185,18 @@ class RunConsole:
             memory,
             f"{figures.count(tokens_seen)} tokens",
         ]
-        if self._watched:
-            self._show_live(step, run.total_steps, [part for part in parts if part])
-        elif step % run.config.training.logging_steps == 0 or step == run.total_steps:
-            self._print("  ".join([f"step {step}/{run.total_steps}", *filter(None, parts)]))
+        parts = [part for part in parts if part]
+        line = "  ".join([f"step {step}/{run.total_steps}", *parts])
+        if is_due:
+            self._log(logging.INFO, line)
+        if not self.quiet:
+            self._show_step(run, step, stats.loss, parts, line if is_due else "")
 
-    def evaluated(self, step: int, loss: float, label: str) -> None:
-        """An evaluation ended; `label` is `before`, `during` or `after`."""
-        self._print(_styled("eval: ", "bold", f"step {step} ({label})  loss {figures.loss(loss)}{_perplexity(loss)}"))
+    def evaluated(self, step: int, loss: float, label: str, metrics: Mapping[str, float] | None = None) -> None:
+        """An evaluation ended; `label` is `before`, `during` or `after`, `metrics` are a user's own figures."""
+        own = "".join(f"  {name} {value:.4g}" for name, value in (metrics or {}).items())
+        told = f"step {step} ({label})  loss {figures.loss(loss)}{_perplexity(loss)}{own}"
+        self._print(_styled("eval: ", "bold", told))
 
     def checkpoint(self, step: int, path: Path) -> None:
         """A checkpoint is durable."""
@@ -180,20 +206,18 @@ class RunConsole:
     def samples(self, rows: Sequence[Mapping[str, str]]) -> None:
         """Answers before and after training. A row has `prompt`, `before`, `after`."""
         self._stop_live()
-        if self.quiet or not rows:
+        shown = [(key, " ".join(row.get(key, "").split())) for row in rows for key in ("prompt", "before", "after")]
+        if not (rows and self._watched):
+            for key, text in shown:
+                self._print(f"sample {key}: {text}")
             return
-        if self._watched:
-            self._console.print(_sample_table(rows))
-            return
-        for row in rows:
-            for key in ("prompt", "before", "after"):
-                self._print(f"sample {key}: {' '.join(row.get(key, '').split())}")
+        self._console.print(_sample_table(rows))
+        for key, text in shown:
+            self._log(logging.INFO, f"sample {key}: {text}")
 
     def finished(self, result: TrainResult, paths: Mapping[str, Path]) -> None:
         """The summary, and the commands that make sense next. `paths` names what was written."""
         self._stop_live()
-        if self.quiet:
-            return
         for name, text in summary(result, paths):
             self._print(_styled(f"{name:<12}", "bold", text))
         self._print(_styled("next:", "bold", ""))
@@ -206,11 +230,29 @@ class RunConsole:
         self.notes.clear()
 
     # drawing -------------------------------------------------------------------------------------------------------
-    def _print(self, content: RenderableType, *, always: bool = False) -> None:
+    def _print(self, content: str | Text) -> None:
+        """One line for the user and the logger."""
+        self._log(logging.INFO, content if isinstance(content, str) else content.plain)
+        if not self.quiet:
+            self._show(content)
+
+    def _log(self, level: int, text: str) -> None:
+        if self._logger is not None:
+            self._logger.log(level, "%s", visible(text))
+
+    def _is_logged(self, level: int) -> bool:
+        return self._logger is not None and self._logger.isEnabledFor(level)
+
+    def _show_step(self, run: RunView, step: int, loss: float, parts: Sequence[str], line: str) -> None:
+        """`line` is empty where no line is due."""
+        if self._watched:
+            self._show_live(step, run.total_steps, parts)
+        elif line:
+            self._show(line)
+
+    def _show(self, content: str | Text) -> None:
         from rich.text import Text
 
-        if self.quiet and not always:
-            return
         # Text keeps square brackets of users' data from being read as markup; soft wrap keeps paths whole.
         content = Text(visible(content)) if isinstance(content, str) else content
         (self._live.console if self._live else self._console).print(content, soft_wrap=True)
@@ -259,7 +301,11 @@ def summary(result: TrainResult, paths: Mapping[str, Path]) -> list[tuple[str, s
 
 
 def next_commands(result: TrainResult) -> tuple[str, ...]:
-    """The commands that make sense after this result, ready to be pasted. A stopped run has no adapter to ask yet."""
+    """The commands that make sense after this result, ready to be pasted; calls of Python in a notebook. A stopped run
+    has no adapter to ask yet."""
+    if in_notebook():
+        asked = resume_line(result.run_dir)
+        return (asked,) if result.stopped_by_signal else (asked.replace(".resume(", ".load(") + '.generate("...")',)
     run = quote(str(result.run_dir))
     report = f"python -m webbrowser -t {quote(str(result.run_dir / 'report.html'))}"
     if result.stopped_by_signal:
@@ -267,7 +313,7 @@ def next_commands(result: TrainResult) -> tuple[str, ...]:
     return (f"qlora-hal chat --run {run}", f'qlora-hal generate --run {run} --prompt "..."', report)
 
 
-def _styled(head: str, style: str, text: str) -> RenderableType:
+def _styled(head: str, style: str, text: str) -> Text:
     from rich.text import Text
 
     return Text.assemble((visible(head), style), visible(text))

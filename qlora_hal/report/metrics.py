@@ -59,9 +59,17 @@ def step_record(
     }
 
 
-def evaluation_record(step: int, evaluation: LossSum, label: str) -> dict[str, object]:
-    """The line of one evaluation; `label` is `before`, `during` or `after`."""
-    return {"step": step, "eval_loss": evaluation.loss, "eval_tokens": evaluation.token_count, "label": label}
+def evaluation_record(
+    step: int, evaluation: LossSum, label: str, metrics: Mapping[str, float] | None = None
+) -> dict[str, object]:
+    """The line of one evaluation; `label` is `before`, `during` or `after`, `metrics` are a user's own figures."""
+    figures: dict[str, object] = {"eval_loss": evaluation.loss, "eval_tokens": evaluation.token_count}
+    return {
+        "step": step,
+        **figures,
+        **{f"eval_{name}": value for name, value in (metrics or {}).items()},
+        "label": label,
+    }
 
 
 class MetricsFile:

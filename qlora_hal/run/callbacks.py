@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from qlora_hal.contract.checked_trainer import CheckedTrainer
     from qlora_hal.contract.values import Adapter, Batch, LossSum
     from qlora_hal.files.safetensors_file import Array
-    from qlora_hal.hooks import Hooks
+    from qlora_hal.hooks import Control, Hooks
+    from qlora_hal.inference.loaded_model import LoadedModel
     from qlora_hal.report.console import RunConsole
     from qlora_hal.report.live_page import LivePage
     from qlora_hal.run.loop import FinishedStep, Progress
@@ -39,6 +40,7 @@ class RunCallbacks:
 
     run: RunView
     trainer: CheckedTrainer
+    model: LoadedModel
     metrics: MetricsFile
     console: RunConsole
     hooks: Hooks
@@ -57,7 +59,7 @@ class RunCallbacks:
     trained_seconds: float = 0.0
     _recent: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_SPEED_WINDOW))
 
-    def step(self, finished: FinishedStep) -> None:
+    def step(self, finished: FinishedStep) -> Control | None:
         if jump := loss_jump([loss for _, loss in self.losses[-_JUMP_WINDOW:]], finished.stats.loss):
             self.note(f"step {finished.step}: {jump}")
         self.losses.append((finished.step, finished.stats.loss))
@@ -107,15 +109,19 @@ class RunCallbacks:
         )
         if self.page is not None:
             self.page.refresh()
+        return self.hooks.control(run=self.run, step=finished.step, stats=finished.stats, evaluation=None, metrics={})
 
     @property
     def tokens_per_second(self) -> float | None:
         return self.trained_tokens / self.trained_seconds if self.trained_seconds > 0 else None
 
-    def evaluated(self, step: int, evaluation: LossSum, label: str) -> None:
-        self.metrics.append(evaluation_record(step, evaluation, label))
-        self.console.evaluated(step, evaluation.loss, label)
-        self.hooks.tell("qlora_hal_evaluated", run=self.run, step=step, evaluation=evaluation)
+    def evaluated(self, step: int, evaluation: LossSum, label: str) -> Control | None:
+        measured = self.hooks.measured(run=self.run, step=step, model=self.model)
+        self.metrics.append(evaluation_record(step, evaluation, label, measured))
+        self.console.evaluated(step, evaluation.loss, label, measured)
+        facts = {"run": self.run, "step": step, "evaluation": evaluation, "metrics": measured}
+        self.hooks.tell("qlora_hal_evaluated", **facts)
+        return self.hooks.control(stats=None, **facts) if label == "during" else None
 
     def save(self, step: int, progress: Progress) -> None:
         if note := self.metrics.restored():

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 from qlora_hal.checkpoint.reading import checkpoints
 from qlora_hal.errors import QloraHalError, StoppedError, StorageError
+from qlora_hal.errors.way_on import resume_line
 from qlora_hal.processes.signals import EndedAtOnce
 from qlora_hal.report.curves import LOSS_PICTURE, write_loss_png
 from qlora_hal.report.html import REPORT_FILE, write_report
 from qlora_hal.run.adapters import adapter_problem
-from qlora_hal.run.directory import ADAPTER_FOLDER, METRICS_FILE, RUN_FILE
-from qlora_hal.run.result import TrainResult
+from qlora_hal.run.directory import RUN_FILE
+from qlora_hal.run.result import TrainResult, written
 
 if TYPE_CHECKING:
     from qlora_hal.checkpoint import TrainingState
@@ -63,7 +64,7 @@ def ended_in(run_dir: Path, ended: EndedAtOnce) -> EndedAtOnce | StoppedError:
         "QH-S19",
         f"Stopped by {ended.name} while no step was in progress; step {ended.safe_step} is saved.",
         where=str(run_dir),
-        fix=f"Resume with: qlora-hal resume {run_dir}",
+        fix=f"Resume with: {resume_line(run_dir)}",
         context={"step": ended.safe_step},
     )
 
@@ -93,18 +94,6 @@ def write_report_of_failed(run_dir: Path) -> None:
     way of the report: a full disk, or memory that ran out, is likely both."""
     with suppress(QloraHalError, OSError, MemoryError):
         write_report(run_dir)
-
-
-def written(run_dir: Path) -> dict[str, Path]:
-    """What lies in the folder of a run of that which is shown at its end."""
-    names = {
-        "run": RUN_FILE,
-        "metrics": METRICS_FILE,
-        "report": REPORT_FILE,
-        "curve": LOSS_PICTURE,
-        "adapter": ADAPTER_FOLDER,
-    }
-    return {shown: run_dir / name for shown, name in names.items() if (run_dir / name).exists()}
 
 
 def warning_if_regressed(before: float | None, after: float | None, progress: Progress) -> str:

@@ -9,14 +9,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
+from qlora_hal.config.schema import SMALLEST_FLOAT32
 from qlora_hal.contract.values import Adapter, Batch, LossSum, PendingStep, StepSettings, StepStats
 from qlora_hal.errors import NumericsError, OutOfMemoryError
 from qlora_hal.run.gradient_noise import epsilon_above
+from qlora_hal.run.steering import EVALUATE, SAVE, STOP, Steering
 
 if TYPE_CHECKING:
     from qlora_hal.config.schema import TrainingConfig
     from qlora_hal.contract.checked_trainer import CheckedTrainer
     from qlora_hal.contract.values import ComputeDtype
+    from qlora_hal.hooks import Control
     from qlora_hal.run.lr_schedule import Schedule
 
 
@@ -36,11 +39,12 @@ class Windows(Protocol):
 
 
 class LoopEvents(Protocol):
-    """What the loop tells as it goes. Exceptions stop the run, so observers are wrapped before they come here."""
+    """What the loop tells as it goes, and what is asked of it in answer. Exceptions stop the run, so observers are
+    wrapped before they come here."""
 
-    def step(self, finished: FinishedStep) -> None: ...
+    def step(self, finished: FinishedStep) -> Control | None: ...
 
-    def evaluated(self, step: int, evaluation: LossSum, label: str) -> None: ...
+    def evaluated(self, step: int, evaluation: LossSum, label: str) -> Control | None: ...
 
     def save(self, step: int, progress: Progress) -> None: ...
 
@@ -74,13 +78,16 @@ class Progress:
     evaluations_without_improvement: int = 0
     micro_batch_splits: int = 0
     adam_epsilon: float | None = None
+    steering: Steering = field(default_factory=Steering)
 
     def as_json(self) -> dict[str, object]:
-        return {name: getattr(self, name) for name in self.__slots__}
+        return {**{name: getattr(self, name) for name in self.__slots__}, "steering": self.steering.as_json()}
 
     @classmethod
     def from_json(cls, stored: dict[str, object]) -> Progress:
         known = {name: stored[name] for name in cls.__slots__ if name in stored}
+        if isinstance(asked := known.get("steering"), dict):
+            known["steering"] = Steering.from_json(asked)
         return cls(**known)  # type: ignore[arg-type]
 
 
@@ -110,6 +117,7 @@ def dropout_key(seed: int, step: int) -> int:
 
 
 EARLY_STOPPING = "early stopping"
+OBSERVER = "observer"
 ANOTHER_RANK = "SIGTERM on another rank"
 """Why a rank stops that was asked for nothing itself. A stop by a signal begins with SIG."""
 
@@ -118,12 +126,15 @@ def run(trainer: CheckedTrainer, windows: Windows, plan: LoopPlan, progress: Pro
     """Train from `progress.step` to the end; return why it stopped.
 
     One step is always queued ahead of the one that is read, and the next window is made while the device computes.
-    A run that early stopping ended takes no further step, however often it is resumed. Raises NumericsError (a
-    non-finite step changed nothing), OutOfMemoryError, and what the events raise.
+    A run that early stopping or an observer ended takes no further step, however often it is resumed. Raises
+    NumericsError (a non-finite step changed nothing), OutOfMemoryError, and what the events raise.
     """
     if progress.step < plan.total_steps and _patience_ran_out(plan, progress):
         events.note(f"early stopping ended the run after step {progress.step}; no further step is taken")
         return EARLY_STOPPING
+    if progress.step < plan.total_steps and progress.steering.has_stopped(progress.step):
+        events.note(f"an observer ended the run after step {progress.step}; no further step is taken")
+        return OBSERVER
     loop = _Loop(trainer, windows, plan, progress, events)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="windows") as maker:
         ahead = maker.submit(windows.window, progress.step)
@@ -165,7 +176,7 @@ class _Loop:
         """Queue the next step, then read the one before it."""
         started = time.perf_counter()
         step = self._progress.step
-        rate = self._plan.schedule.learning_rate(step)
+        rate = self._plan.schedule.learning_rate(step) * self._progress.steering.factor(step)
         training = self._plan.training
         settings = StepSettings(
             learning_rate=rate,
@@ -199,31 +210,59 @@ class _Loop:
 
     def pause_after(self, step: int) -> str:
         """Evaluate, save or stop where the plan says so; returns the reason to stop, or nothing."""
-        plan, training = self._plan, self._plan.training
+        plan = self._plan
         stop = plan.stop_requested()
         stopping, saving = plan.how_many_ranks(bool(stop), plan.save_requested())
         if stopping and not stop:
             stop = ANOTHER_RANK
-        is_last = step == plan.total_steps
-        evaluates = plan.evaluation is not None and training.eval_steps and step % training.eval_steps == 0
+        is_last, steering = step == plan.total_steps, self._progress.steering
+        evaluates = self._evaluates(step)
+        stop = stop or self._stop_by_observer(step)
         saves = bool(saving) or bool(plan.save_steps and step % plan.save_steps == 0) or is_last or bool(stop)
+        saves = saves or steering.is_due(SAVE, step)
         if not (evaluates or saves or stop):
             return ""
         self.settle()  # a step that was not finite must never reach a checkpoint
-        if evaluates and not is_last and self._evaluate(step):
-            stop = stop or EARLY_STOPPING
-            saves = True
+        if evaluates and not is_last:
+            patience_ran_out = self._evaluate(step)
+            stop = stop or (EARLY_STOPPING if patience_ran_out else self._stop_by_observer(step))
+            saves = saves or bool(stop) or steering.is_due(SAVE, step)
         if saves:
             self._events.save(step, self._progress)
         return stop
+
+    def _stop_by_observer(self, step: int) -> str:
+        return OBSERVER if self._progress.steering.is_due(STOP, step) and step < self._plan.total_steps else ""
+
+    def _evaluates(self, step: int) -> bool:
+        every, asked = self._plan.training.eval_steps, self._progress.steering.is_due(EVALUATE, step)
+        if self._plan.evaluation is None:
+            if asked:
+                self._events.note(f"step {step}: an observer asked for an evaluation, and there are no validation rows")
+            return False
+        return asked or bool(every and step % every == 0)
 
     def _evaluate(self, step: int) -> bool:
         """Whether patience has run out."""
         assert self._plan.evaluation is not None
         evaluation = self._plan.evaluation()
         keep_best(self._trainer, self._progress, self._events, step, evaluation)
-        self._events.evaluated(step, evaluation, "during")
+        self._heed(self._events.evaluated(step, evaluation, "during"), step)
         return _patience_ran_out(self._plan, self._progress)
+
+    def _heed(self, control: Control | None, after: int) -> None:
+        """What an observer asked for takes hold once `after` steps are taken."""
+        if control is None:
+            return
+        steering, factor = self._progress.steering, control.learning_rate_factor
+        if factor is not None:
+            peak = self._plan.schedule.peak * steering.factor(after) * factor
+            if not SMALLEST_FLOAT32 <= peak <= 1.0:
+                self._events.note(
+                    f"an observer asked for a peak learning rate of {peak:.3g}; up to 1 is expected, and none changes"
+                )
+                control = replace(control, learning_rate_factor=None)
+        steering.heed(control, after)
 
     def _epsilon(self, window: Sequence[Batch]) -> float:
         """What the settings say; or, for the whole run, at least the rounding error of its first gradient."""
@@ -257,17 +296,17 @@ class _Loop:
             raise _no_gradient()
         real_tokens = self._windows.real_tokens(queued.step)
         self._progress.tokens_seen += real_tokens
-        self._events.step(
-            FinishedStep(
-                step=queued.step + 1,
-                stats=stats,
-                learning_rate=queued.learning_rate,
-                epoch=self._windows.epoch_of(queued.step + 1),
-                seconds=ended - queued.started,
-                real_tokens=real_tokens,
-                tokens_seen=self._progress.tokens_seen,
-            )
+        finished = FinishedStep(
+            step=queued.step + 1,
+            stats=stats,
+            learning_rate=queued.learning_rate,
+            epoch=self._windows.epoch_of(queued.step + 1),
+            seconds=ended - queued.started,
+            real_tokens=real_tokens,
+            tokens_seen=self._progress.tokens_seen,
         )
+        # The step after it is under way, or would be but for a save: a resume must not see the difference.
+        self._heed(self._events.step(finished), finished.step + 1)
 
     def _not_finite(self, queued: _Queued, stats: StepStats) -> NumericsError:
         rows = self._windows.rows_of(queued.step)

@@ -7,6 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_hal.report.curves import LOSS_PICTURE
+from qlora_hal.report.html import REPORT_FILE
+from qlora_hal.report.metrics_table import MetricsTable
+from qlora_hal.report.notebook import result_html
+from qlora_hal.run.directory import ADAPTER_FOLDER, METRICS_FILE, RUN_FILE
+
 if TYPE_CHECKING:
     from qlora_hal.config.schema import RunConfig
     from qlora_hal.report.run_file import RunRecord
@@ -44,7 +50,7 @@ class TrainResult:
     adapter_dir: Path
     steps: int
     tokens: int
-    losses: tuple[tuple[int, float], ...]
+    losses: tuple[tuple[int, float], ...] = field(repr=False)
     eval_loss_before: float | None
     eval_loss_after: float | None
     wall_seconds: float
@@ -114,3 +120,30 @@ class TrainResult:
     def stopped_by_signal(self) -> bool:
         """Whether the run was told to stop and can go on; else it has ended, and its adapter is written."""
         return self.stopped_because.startswith("SIG")
+
+    @property
+    def metrics(self) -> MetricsTable:
+        """What was logged of the whole run, earlier calls included: a row for each step. It is a list of dicts, with
+        `columns()` and `to_pandas()`. Raises OSError."""
+        return MetricsTable.of_run(self.run_dir / METRICS_FILE)
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """What lies in the run's folder, by name: run, metrics, report, curve, adapter."""
+        return written(self.run_dir)
+
+    def _repr_html_(self) -> str:
+        """Key figures and curve, for notebooks."""
+        return result_html(self)
+
+
+def written(run_dir: Path) -> dict[str, Path]:
+    """What lies in the folder of a run of that which is shown at its end."""
+    names = {
+        "run": RUN_FILE,
+        "metrics": METRICS_FILE,
+        "report": REPORT_FILE,
+        "curve": LOSS_PICTURE,
+        "adapter": ADAPTER_FOLDER,
+    }
+    return {shown: run_dir / name for shown, name in names.items() if (run_dir / name).exists()}

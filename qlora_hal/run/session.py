@@ -21,6 +21,8 @@ from qlora_hal.data.source.sampling import WindowSampler, evaluation_batches
 from qlora_hal.detect import discovery
 from qlora_hal.detect.mac_memory import pressure_note
 from qlora_hal.errors import AdapterError, StoppedError, UnsafeInputError
+from qlora_hal.errors.way_on import resume_line
+from qlora_hal.inference.loaded_model import LoadedModel
 from qlora_hal.processes.signals import EndedAtOnce
 from qlora_hal.ranks.agreement import Agreement
 from qlora_hal.ranks.planning import SHARD, mode_of
@@ -30,13 +32,13 @@ from qlora_hal.run import loop
 from qlora_hal.run.adapters import mend_adapters
 from qlora_hal.run.callbacks import FollowingCallbacks, RunCallbacks, write_run_adapter
 from qlora_hal.run.directory import BEST_ADAPTER_FOLDER
-from qlora_hal.run.finish import warning_if_regressed, write_pages, write_report_of_failed, written
+from qlora_hal.run.finish import warning_if_regressed, write_pages, write_report_of_failed
 from qlora_hal.run.identity import facts_of_rank, identity_of, provenance_of, software_of_rank
 from qlora_hal.run.loop import LoopPlan, Progress, keep_best
 from qlora_hal.run.lr_schedule import Schedule, warmup_steps
 from qlora_hal.run.prepare import chosen_dtype, window_sampler
 from qlora_hal.run.record import RunRecordFile
-from qlora_hal.run.result import RunView, TrainResult
+from qlora_hal.run.result import RunView, TrainResult, written
 from qlora_hal.run.samples import answer
 from qlora_hal.run.transfer import ROWS, TOKENS, batch_of_tokens, check_divergence, measured_divergence, planned
 from qlora_hal.run.watchdog import Watchdog
@@ -90,7 +92,7 @@ def carry_out(context: RunContext) -> TrainResult:
             "QH-S19",
             f"Stopped by {result.stopped_because} after step {result.steps}; the state is saved.",
             where=str(context.directory.path),
-            fix=f"Resume with: qlora-hal resume {context.directory.path}",
+            fix=f"Resume with: {resume_line(context.directory.path)}",
             context={"step": result.steps},
         )
     return result
@@ -280,12 +282,13 @@ class Session:
                 self._record_file.trained_before(trained_seconds(metrics.path))
             else:
                 self._record_file.time_is_unknown()
-            limit = run.resolved["memory_limit_bytes"]
+            limit, source = run.resolved["memory_limit_bytes"], self._prepared.resolved_backend.source
             leads = self._prepared.world.rank == 0
             made_by = RunCallbacks if leads else FollowingCallbacks
             yield made_by(
                 run=run,
                 trainer=self._trainer,
+                model=LoadedModel(self._trainer, self._prepared.tokenizer, source.facts.max_position_embeddings),
                 metrics=metrics,
                 console=context.console,
                 hooks=context.hooks,

@@ -34,6 +34,7 @@ from qlora_hal.report.run_file import given_config, read_run_config, read_run_fi
 from qlora_hal.run.directory import RunDirectory, rehearsed
 from qlora_hal.run.finish import print_already_finished, reported_when_finished, result_of_finished
 from qlora_hal.run.identity import config_hash
+from qlora_hal.run.measured import check_observers
 from qlora_hal.run.paths import PathOverrides, require_paths, with_absolute_paths
 from qlora_hal.run.prepare import (
     drawn_seed,
@@ -93,6 +94,7 @@ def run_new(
         told = [*observers_for(settings.config.training.report_to), *observers] if world.rank == 0 else []
         hooks = Hooks(told, note=console.note, tells=world.rank == 0)
         config = hooks.ready_config(settings.config)
+        check_observers(observers, config, world)
         recorded = given_config(with_absolute_paths(config))
         given = frozenset(key for key, origin in settings.origins.items() if origin not in _NOT_GIVEN)
         if dry_run:
@@ -248,6 +250,7 @@ def run_resumed(
         record = with_new_paths(record_from(directory.content), relocation, given)
         told = [*observers_for(given.training.report_to), *observers] if world.rank == 0 else []
         hooks = Hooks(told, note=console.note, tells=world.rank == 0)
+        check_observers(observers, given, world)
         if given.lora.dropout and state.provenance.get("dropout_masks") != MASKS:
             console.note("an earlier release saved this checkpoint; from here on other dropout masks are drawn")
         config, changes = settings_on_backend(given, state, backend, hooks, console, transfer=transfer)

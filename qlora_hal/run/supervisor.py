@@ -26,6 +26,7 @@ from qlora_hal.detect import discovery
 from qlora_hal.detect.discovery import find, load_spec, reports
 from qlora_hal.errors import OutOfMemoryError, QloraHalError
 from qlora_hal.errors.foreign_output import foreign_output_visible
+from qlora_hal.errors.way_on import resume_line
 from qlora_hal.processes import child_process
 from qlora_hal.processes.child_errors import answer_of, defect_from, ended_from, error_from
 from qlora_hal.processes.signals import EndedAtOnce, ended_by_signals, handing_on
@@ -64,7 +65,7 @@ def run_in_child(verb: str, request: Mapping[str, object], run_dir: Path, consol
     """Carry out `train` or `resume` in a child. Raises what the child raised (RuntimeError for what is not ours),
     EndedAtOnce when a signal handed on ended it, and OutOfMemoryError QH-S24 when it was ended from outside, with the
     way to go on."""
-    shown = {"quiet": console.quiet, "json": console.json} if console is not None else {}
+    shown = console.manner if console is not None else {}
     with tempfile.TemporaryDirectory(prefix="qlora-hal-run-") as scratch:
         answer = Path(scratch) / "answer.json"
         text = json.dumps({"verb": verb, "request": request, "console": shown, "answer": str(answer)})
@@ -110,7 +111,7 @@ def _ended(status: int, run_dir: Path) -> OutOfMemoryError:
         f"The training process was ended by {how}.",
         where=str(run_dir),
         cause=_LIKELY_CAUSES.get(-status, "Its last message is above."),
-        fix=f"Resume with: qlora-hal resume {run_dir}"
+        fix=f"Resume with: {resume_line(run_dir)}"
         if saved
         else "Lower training.per_device_train_batch_size or data.max_seq_length, set training.gradient_checkpointing "
         "true, and start again; no checkpoint was saved yet.",
@@ -131,7 +132,9 @@ def main() -> int:
 
 def carried_out(verb: str, request: dict[str, Any], shown: Mapping[str, bool]) -> TrainResult:
     """`train` or `resume`, as a parent asked for it in JSON."""
-    console = RunConsole(quiet=shown.get("quiet", False), json=shown.get("json", False))
+    console = RunConsole(
+        quiet=shown.get("quiet", False), json=shown.get("json", False), silent=shown.get("silent", False)
+    )
     if verb == "resume":
         run_dir, relocation = Path(request.pop("run_dir")), PathOverrides(**request.pop("relocation"))
         return run_resumed(run_dir, relocation=relocation, observers=(), console=console, **request)

@@ -33,8 +33,10 @@ def of_step(
     return {name: float(value) for name, value in figures.items() if value is not None and math.isfinite(value)}
 
 
-def of_evaluation(evaluation: LossSum) -> dict[str, float]:
-    return {"eval/loss": evaluation.loss} if math.isfinite(evaluation.loss) else {}
+def of_evaluation(evaluation: LossSum, metrics: Mapping[str, float]) -> dict[str, float]:
+    """The loss and what the user's own functions found, as far as they are finite."""
+    figures = {"eval/loss": evaluation.loss, **{f"eval/{name}": value for name, value in metrics.items()}}
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
 def of_result(result: TrainResult) -> dict[str, float]:

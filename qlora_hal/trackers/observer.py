@@ -62,8 +62,8 @@ class TrackerObserver:
             self._tracker.log(figures, step)
 
     @hookimpl
-    def qlora_hal_evaluated(self, step: int, evaluation: LossSum) -> None:
-        figures = figures_of_run.of_evaluation(evaluation)
+    def qlora_hal_evaluated(self, step: int, evaluation: LossSum, metrics: Figures) -> None:
+        figures = figures_of_run.of_evaluation(evaluation, metrics)
         if self._started and figures:
             self._tracker.log(figures, step)
 

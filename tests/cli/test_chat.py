@@ -22,7 +22,7 @@ class Echo:
     def __init__(self) -> None:
         self.asked: list[tuple[str, list[str]]] = []
 
-    def answer_with(self, messages: Sequence[dict[str, str]], *, adapter: bool, max_new_tokens: int) -> str:
+    def generate(self, messages: Sequence[dict[str, str]], *, adapter: bool, max_new_tokens: int) -> str:
         name = "adapter" if adapter else "base"
         self.asked.append((name, [m["content"] for m in messages if m["role"] == "assistant"]))
         return f"{name} {len(messages)} messages, last {messages[-1]['content']} [x]"
@@ -85,9 +85,9 @@ def test_a_name_that_no_file_can_have_and_a_full_disk_are_told_and_the_chat_goes
 @pytest.mark.fault("D08")
 def test_a_line_that_is_no_text_is_refused_and_the_chat_goes_on() -> None:
     class Strict(Echo):
-        def answer_with(self, messages: Sequence[dict[str, str]], *, adapter: bool, max_new_tokens: int) -> str:
+        def generate(self, messages: Sequence[dict[str, str]], *, adapter: bool, max_new_tokens: int) -> str:
             prompt_tokens(Untokenized(), messages)  # type: ignore[arg-type]
-            return super().answer_with(messages, adapter=adapter, max_new_tokens=max_new_tokens)
+            return super().generate(messages, adapter=adapter, max_new_tokens=max_new_tokens)
 
     shown, echo = io.StringIO(), Strict()
     console = Console(file=shown, force_terminal=False, highlight=False, markup=False, width=200)

@@ -10,7 +10,7 @@ import pytest
 from qlora_hal.data import ChatTokenizer
 from qlora_hal.demo import model_path
 from qlora_hal.errors import ConfigError
-from qlora_hal.inference.generate import GenerationPair, prompt_tokens
+from qlora_hal.inference.loaded_model import LoadedModel, prompt_tokens
 
 
 class Lengths:
@@ -26,7 +26,7 @@ class Lengths:
 
 def asked_for(words: int, positions: int, max_new_tokens: int) -> list[int]:
     trainer = Lengths()
-    pair = GenerationPair(trainer, ChatTokenizer.from_folder(model_path()), positions)  # type: ignore[arg-type]
+    pair = LoadedModel(trainer, ChatTokenizer.from_folder(model_path()), positions)  # type: ignore[arg-type]
     pair.answer([{"role": "user", "content": "ls " * words}], max_new_tokens=max_new_tokens)
     return trainer.asked
 

@@ -30,7 +30,7 @@ class Misspelt:
 
 class OtherArguments:
     @hookimpl
-    def qlora_hal_step_finished(self, color: int) -> None:
+    def qlora_hal_step_finished(self, batch: int) -> None:
         raise AssertionError
 
 
@@ -40,7 +40,7 @@ class OtherArguments:
         (Unmarked(), r"\(Unmarked\) has no hook; mark its methods with qlora_hal\.hooks\.hookimpl"),
         (5, r"\(int\) has no hook"),
         (Misspelt(), r"\(Misspelt\) has qlora_hal_step_finnished, and no hook has that name; qlora_hal_step_finished"),
-        (OtherArguments(), r"\(OtherArguments\) cannot be called: .*color"),
+        (OtherArguments(), r"\(OtherArguments\) cannot be called: .*batch"),
     ],
 )
 def test_an_observer_that_would_never_be_called_is_refused(observer: object, problem: str) -> None:

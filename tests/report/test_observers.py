@@ -55,7 +55,7 @@ def test_before_a_run_has_started_no_tracker_is_asked_anything(name: str) -> Non
     hooks = Hooks((observer_of(name),), note=notes.append)
     run = RunView(Path("runs/a"), RunConfig(), {}, 1)
     hooks.tell("qlora_hal_step_finished", run=run, step=1, stats=StepStats(1.0, 1, 1.0), **REST_OF_STEP)
-    hooks.tell("qlora_hal_evaluated", run=run, step=1, evaluation=LossSum(1.0, 1))
+    hooks.tell("qlora_hal_evaluated", run=run, step=1, evaluation=LossSum(1.0, 1), metrics={})
     hooks.tell("qlora_hal_run_failed", run=run, error=MemoryError())
     assert notes == []
 
@@ -144,7 +144,7 @@ def test_a_tracker_gets_settings_figures_and_sample_answers_in_order() -> None:
     hooks.tell("qlora_hal_run_started", run=run)
     step = {**REST_OF_STEP, "memory_bytes": 2048}
     hooks.tell("qlora_hal_step_finished", run=run, step=7, stats=StepStats(6.0, 3, 4.0), **step)
-    hooks.tell("qlora_hal_evaluated", run=run, step=7, evaluation=LossSum(3.0, 2))
+    hooks.tell("qlora_hal_evaluated", run=run, step=7, evaluation=LossSum(3.0, 2), metrics={"exact": 0.25})
     hooks.tell("qlora_hal_run_finished", run=run, result=result)
     assert notebook.written == [
         ("start", "a", "answers", 0.5),
@@ -159,7 +159,7 @@ def test_a_tracker_gets_settings_figures_and_sample_answers_in_order() -> None:
                 "train/memory_bytes": 2048.0,
             },
         ),
-        (7, {"eval/loss": 1.5}),
+        (7, {"eval/loss": 1.5, "eval/exact": 0.25}),
         ("finish", 12.5, list(samples)),
     ]
 
@@ -176,7 +176,7 @@ def test_figures_that_are_not_finite_are_left_out() -> None:
         "train/learning_rate": 1e-4,
         "train/epoch": 0.5,
     }
-    assert figures_of_run.of_evaluation(LossSum(0.0, 0)) == {}
+    assert figures_of_run.of_evaluation(LossSum(0.0, 0), {"exact": 0.5, "odd": math.inf}) == {"eval/exact": 0.5}
 
 
 @pytest.mark.fault("X11")

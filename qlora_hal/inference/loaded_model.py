@@ -1,0 +1,106 @@
+"""A model that is open and answers: a base, with its adapter where it has one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from qlora_hal.contract.checked_trainer import CheckedTrainer
+from qlora_hal.data import ChatTokenizer
+from qlora_hal.errors import ConfigError
+from qlora_hal.run.samples import Messages, answer, prompt_tokens
+
+ANSWER_TOKENS = 256
+
+
+@dataclass(slots=True)
+class LoadedModel:
+    """What `qlora_hal.load` gives, and what metric functions are given during training.
+
+    Answers are greedy, so the same question has the same answer, and there is no seed. `positions` are the model's,
+    where known; `has_adapter` is False for a base alone. Close it, or use it as a context manager: it holds the device.
+    """
+
+    trainer: CheckedTrainer = field(repr=False)
+    tokenizer: ChatTokenizer = field(repr=False)
+    positions: int | None = None
+    has_adapter: bool = True
+
+    def generate(
+        self, prompt: str | Messages, *, max_new_tokens: int = ANSWER_TOKENS, adapter: bool | None = None
+    ) -> str:
+        """The answer to a prompt, or to a conversation of `{"role": ..., "content": ...}`; at most `max_new_tokens`
+        tokens, and none past the model's positions. `adapter` False asks the base alone.
+
+        Raises ConfigError QH-U19 when the prompt leaves no position, QH-U42 for an adapter that is not there,
+        DataError QH-D08.
+        """
+        if adapter and not self.has_adapter:
+            raise ConfigError(
+                "QH-U42",
+                "adapter is True, and this model was opened without one.",
+                where="adapter",
+                fix="Leave it out, or open a run: qlora_hal.load(run_dir).",
+            )
+        if max_new_tokens < 1:
+            raise ConfigError(
+                "QH-U42",
+                f"max_new_tokens is {max_new_tokens}; a number from 1 on is expected.",
+                where="max_new_tokens",
+                fix="Give the largest number of tokens that an answer may have.",
+            )
+        if self.positions is not None:
+            max_new_tokens = min(max_new_tokens, self._room(prompt, self.positions))
+        asked = self.has_adapter if adapter is None else adapter
+        return answer(self.trainer, self.tokenizer, prompt, adapter=asked, max_new_tokens=max_new_tokens)
+
+    def answer(self, messages: str | Messages, *, max_new_tokens: int = ANSWER_TOKENS) -> tuple[str, str]:
+        """(base's answer, adapter's answer). Raises as `generate`."""
+        base = self.generate(messages, adapter=False, max_new_tokens=max_new_tokens)
+        return base, self.generate(messages, adapter=True, max_new_tokens=max_new_tokens)
+
+    def chat(self, *, system: str | None = None) -> Chat:
+        """A conversation that remembers its turns."""
+        return Chat(self, [] if system is None else [{"role": "system", "content": system}])
+
+    def close(self) -> None:
+        """Give the device back."""
+        self.trainer.close()
+
+    def __enter__(self) -> LoadedModel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _room(self, prompt: str | Messages, positions: int) -> int:
+        taken = len(prompt_tokens(self.tokenizer, prompt))
+        if taken >= positions:
+            raise ConfigError(
+                "QH-U19",
+                f"The conversation has {taken} tokens; this model has positions up to {positions}, and an answer needs "
+                "some of them.",
+                where="prompt",
+                cause="Past its positions a model's answers mean nothing.",
+                fix="Shorten the prompt; in a chat, /reset starts over.",
+                context={"tokens": taken, "positions": positions},
+            )
+        return positions - taken
+
+
+@dataclass(slots=True)
+class Chat:
+    """The turns of a conversation so far, in `messages`."""
+
+    model: LoadedModel = field(repr=False)
+    messages: list[Mapping[str, str]] = field(default_factory=list)
+
+    def ask(self, text: str, *, max_new_tokens: int = ANSWER_TOKENS) -> str:
+        """The answer to the next turn; both are remembered. Raises as `LoadedModel.generate`, and forgets the turn."""
+        asked: Sequence[Mapping[str, str]] = [*self.messages, {"role": "user", "content": text}]
+        answered = self.model.generate(asked, max_new_tokens=max_new_tokens)
+        self.messages = [*asked, {"role": "assistant", "content": answered}]
+        return answered

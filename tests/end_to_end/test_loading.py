@@ -1,0 +1,71 @@
+"""`qlora_hal.load`: a run, an adapter, a merged folder or a base, open for questions."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from small_runs import small_run
+
+from qlora_hal import TrainResult, load, merge
+from qlora_hal.cli.__main__ import main
+from qlora_hal.demo import model_path
+from qlora_hal.errors import ConfigError
+
+pytestmark = pytest.mark.usefixtures("usual_signals")
+
+ASKED = "What does tail do?"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    folder = tmp_path_factory.mktemp("loading")
+    return small_run(folder / "run", {"training.max_steps": 3, "data.max_seq_length": 64})
+
+
+@pytest.mark.slow
+def test_a_run_answers_as_the_command_does(run: TrainResult, capsys: pytest.CaptureFixture[str]) -> None:
+    with load(run.run_dir) as model:
+        tuned, base = model.generate(ASKED, max_new_tokens=8), model.generate(ASKED, max_new_tokens=8, adapter=False)
+        assert model.generate([{"role": "user", "content": ASKED}], max_new_tokens=8) == tuned
+        chat = model.chat(system="Be brief.")
+        first = chat.ask(ASKED, max_new_tokens=4)
+        assert [message["role"] for message in chat.messages] == ["system", "user", "assistant"]
+        assert chat.messages[-1]["content"] == first
+    capsys.readouterr()
+    main(["generate", "--run", str(run.run_dir), "--prompt", ASKED, "--max-new-tokens", "8"])
+    assert capsys.readouterr().out == f"base:    {base}\nadapter: {tuned}\n"
+
+
+@pytest.mark.slow
+def test_an_adapter_alone_needs_its_base_named(run: TrainResult, tmp_path: Path) -> None:
+    alone = Path(shutil.copytree(run.adapter_dir, tmp_path / "adapter"))
+    with pytest.raises(ConfigError, match=r"QH-U14.*an adapter without its run") as caught:
+        load(alone)
+    assert caught.value.fix == "Name it: load(adapter, model=NAME_OR_PATH)."
+    with load(run.run_dir) as whole, load(alone, model=model_path()) as given, load(run.adapter_dir) as inside:
+        answers = {model.generate(ASKED, max_new_tokens=8) for model in (whole, given, inside)}
+    assert len(answers) == 1
+
+
+@pytest.mark.slow
+def test_bases_and_merged_folders_open_as_their_files_have_them(run: TrainResult, tmp_path: Path) -> None:
+    merged = merge(run.run_dir, tmp_path / "merged", dtype="float32", quiet=True)
+    with load(merged.path) as model, load(run.run_dir) as tuned:
+        assert model.generate(ASKED, max_new_tokens=8) == tuned.generate(ASKED, max_new_tokens=8)
+        with pytest.raises(ConfigError, match=r"QH-U42.*opened without one"):
+            model.generate(ASKED, adapter=True)
+        with pytest.raises(ConfigError, match=r"QH-U42.*max_new_tokens is 0"):
+            model.generate(ASKED, max_new_tokens=0)
+    with load(model_path(), weight_format="nf4") as base, load(run.run_dir) as tuned:
+        assert base.generate(ASKED, max_new_tokens=8) == tuned.generate(ASKED, max_new_tokens=8, adapter=False)
+
+
+@pytest.mark.fault("U42")
+def test_options_without_meaning_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"QH-U42.*weight_format means nothing here: .* is opened as it was trained"):
+        load(tmp_path, weight_format="nf4")
+    with pytest.raises(ConfigError, match=r"QH-U42.*model means nothing here: .* is a model"):
+        load(model_path(), model="other")
