@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from qlora_hal.errors import figures
 from qlora_hal.files.replacing import replace_file
+from qlora_hal.report.curves import loss_curves
 from qlora_hal.report.run_file import read_run_file
 from qlora_hal.report.series import RunSeries, read_series
 from qlora_hal.report.svg import Curve, chart
@@ -164,14 +165,9 @@ def _tiles(run: Mapping[str, object], series: RunSeries) -> list[Tile]:
 
 
 def _charts(series: RunSeries) -> list[Chart]:
-    loss_curves = [
-        Curve("training loss", series.loss, "faint"),
-        Curve("training loss, average", series.loss_average, "line"),
-        Curve("evaluation loss", series.eval_loss, "marks"),
-    ]
     legend = (("faint", "each step"), ("line", "average"), *((("marks", "evaluation"),) if series.eval_loss else ()))
     wanted: list[tuple[str, Sequence[Curve], Callable[[float], str], tuple[tuple[str, str], ...]]] = [
-        ("Loss", loss_curves, _short, legend),
+        ("Loss", loss_curves(series), _short, legend),
         ("Gradient norm before clipping", [Curve("gradient norm", series.grad_norm)], _short, ()),
         ("Learning rate", [Curve("learning rate", series.learning_rate)], _learning_rate, ()),
         ("Tokens per second", [Curve("tokens per second", series.tokens_per_second)], figures.count, ()),

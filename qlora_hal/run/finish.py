@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from qlora_hal.checkpoint.reading import checkpoints
 from qlora_hal.errors import QloraHalError, StoppedError, StorageError
 from qlora_hal.processes.signals import EndedAtOnce
-from qlora_hal.report.curves import LOSS_PICTURE, write_loss_png
+from qlora_hal.report.curves import LOSS_PICTURE, write_loss_picture
 from qlora_hal.report.html import REPORT_FILE, write_report
 from qlora_hal.run.adapters import adapter_problem
 from qlora_hal.run.directory import ADAPTER_FOLDER, METRICS_FILE, RUN_FILE
@@ -81,7 +81,7 @@ def print_already_finished(result: TrainResult, console: RunConsole) -> None:
 def write_pages(run_dir: Path) -> None:
     """The report and the curve of what run.json and the log hold. Raises StorageError."""
     write_report(run_dir)
-    write_loss_png(run_dir)
+    write_loss_picture(run_dir)
 
 
 def _is_older(page: Path, run_dir: Path) -> bool:
