@@ -60,6 +60,7 @@ def _named(name: str, needs: Requirements, entries: Sequence[BackendEntry], repo
         raise BackendUnavailableError(
             "QH-B05",
             f"Backend {name} cannot run here: {report.reason}",
+            cause="\n".join(report.notes),
             fix=report.fix,
             context={"reports": [r.as_json() for r in reports]},
         )
