@@ -15,7 +15,7 @@ SPREAD := -n $(WORKERS) --dist loadfile
 MATRIX ?=
 PYTEST = PATH="$(CURDIR)/$(BIN):$$PATH" TMPDIR=$(CURDIR)/.tmp $(BIN)/python -m pytest -q
 
-.PHONY: demo test test-slow test-long test-matrix types kernels environment test-environment
+.PHONY: demo docs test test-slow test-long test-matrix types kernels environment test-environment
 
 # Fine-tune the embedded demo model on the hardware found here; results in runs/demo.
 demo: environment
@@ -51,6 +51,15 @@ test-long: test-environment
 # The newest and the oldest versions that pyproject.toml allows, on every Python found here.
 test-matrix:
 	$(PYTHON) ci/version_matrix.py $(MATRIX)
+
+# The documentation as a site, in site/; a link that leads nowhere fails.
+docs: .venv-docs/bin/mkdocs
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+.venv-docs/bin/mkdocs: ci/site_requirements.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --disable-pip-version-check --requirement ci/site_requirements.txt
+	touch $@
 
 environment:
 	$(PYTHON) ci/setup_environment.py

@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# A newcomer's way from nothing to an adapter of their own rows, in an empty environment and an empty home:
+#
+#     ci/first_hour.sh              in a copy of the checkout, which is removed at the end
+#
+# Every `step` is a command of README.md, word for word (tests/ci/test_first_hour.py).
+set -euo pipefail
+
+if [ "${BARE:-}" != yes ]; then
+  # Nothing of this shell comes along but where packages are found, and how that place is trusted.
+  mapfile -t kept < <(env | grep -E '^(PIP|UV|SSL|REQUESTS|XDG_CONFIG)_' || true)
+  scratch=$(mktemp -d)
+  trap 'rm -rf "$scratch"' EXIT
+  mkdir "$scratch/qlora-hal" "$scratch/home"
+  (cd "$(dirname "$0")/.." && git ls-files -z | tar --create --null --files-from=-) | tar --extract --directory "$scratch/qlora-hal"
+  python=$(python3 -c 'import os, sys; print(os.path.realpath(sys.executable))')
+  cd "$scratch/qlora-hal"
+  env -i BARE=yes HOME="$scratch/home" PATH="$(dirname "$python"):/usr/bin:/bin" "${kept[@]}" bash ci/first_hour.sh
+  exit
+fi
+
+count=0
+step() {
+  count=$((count + 1))
+  printf '\n[%d, after %d s] $ %s\n' "$count" "$SECONDS" "$1"
+  eval "$1"
+}
+
+cat > my_rows.jsonl <<'ROWS'
+{"prompt": "What is the capital of Freedonia?", "completion": "The capital of Freedonia is Fredville."}
+{"prompt": "Who governs Freedonia?", "completion": "Freedonia is governed by a council of nine."}
+{"prompt": "Which river runs through Fredville?", "completion": "The river Lumen runs through Fredville."}
+{"prompt": "What is the currency of Freedonia?", "completion": "People in Freedonia pay with the crown."}
+{"prompt": "When was Freedonia founded?", "completion": "Freedonia was founded in 1788."}
+{"prompt": "What do people in Freedonia speak?", "completion": "Most people in Freedonia speak Fredish."}
+{"prompt": "What is the highest mountain of Freedonia?", "completion": "The highest mountain of Freedonia is Mount Harp."}
+{"prompt": "What does Freedonia export?", "completion": "Freedonia exports wool, clocks and honey."}
+ROWS
+
+step 'python3 -m venv .venv'
+step 'source .venv/bin/activate'
+step 'pip install ".[cpu]"'
+step 'qlora-hal train --demo --data my_rows.jsonl --output_dir runs/mine --training.max_steps 20'
+step 'qlora-hal generate --run runs/mine --prompt "What is the capital of Freedonia?"'
+printf '\nAn own adapter after %d s and %d commands.\n' "$SECONDS" "$count"
+
+# What is promised of the adapter: PEFT opens it, on the base that it was trained for.
+pip install --quiet peft
+python - <<'PEFT'
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from qlora_hal.demo import model_path
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_path()), "runs/mine/adapter")
+tuned = sum(tensor.abs().sum().item() for name, tensor in model.named_parameters() if "lora_B" in name)
+assert tuned > 0, "the adapter is empty"
+print(f"PEFT opens runs/mine/adapter: {model.peft_config['default'].peft_type.value}, rank {model.peft_config['default'].r}.")
+PEFT
