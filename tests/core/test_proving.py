@@ -37,7 +37,7 @@ def test_a_trainer_that_leaves_or_prints_has_not_proved_itself(
             "from qlora_hal.errors import OutOfMemoryError\n"
             "from qlora_hal_conformance.reference_backend.trainer import ReferenceTrainer\n"
             "class Trainer(ReferenceTrainer):\n"
-            "    def load(self, *given): raise OutOfMemoryError('QH-N07', 'the GPU is full')\n",
+            "    def load(self, *given): raise OutOfMemoryError('QH-N07', 'the GPU is full', fix='x')\n",
             "the GPU is full",
         ),
     ],
