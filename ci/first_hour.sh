@@ -7,8 +7,9 @@
 set -euo pipefail
 
 if [ "${BARE:-}" != yes ]; then
-  # Nothing of this shell comes along but where packages are found, and how that place is trusted.
-  mapfile -t kept < <(env | grep -E '^(PIP|UV|SSL|REQUESTS|XDG_CONFIG)_' || true)
+  # Nothing of this shell comes along but where packages are found, how that place is trusted, and how many threads are
+  # allowed: on a busy machine several of them wait for each other.
+  mapfile -t kept < <(env | grep -E '^(PIP|UV|SSL|REQUESTS|XDG_CONFIG|OMP)_' || true)
   scratch=$(mktemp -d)
   trap 'rm -rf "$scratch"' EXIT
   mkdir "$scratch/qlora-hal" "$scratch/home"
