@@ -28,14 +28,14 @@ step() {
 }
 
 cat > my_rows.jsonl <<'ROWS'
-{"prompt": "What is the capital of Freedonia?", "completion": "The capital of Freedonia is Fredville."}
-{"prompt": "Who governs Freedonia?", "completion": "Freedonia is governed by a council of nine."}
-{"prompt": "Which river runs through Fredville?", "completion": "The river Lumen runs through Fredville."}
-{"prompt": "What is the currency of Freedonia?", "completion": "People in Freedonia pay with the crown."}
-{"prompt": "When was Freedonia founded?", "completion": "Freedonia was founded in 1788."}
-{"prompt": "What do people in Freedonia speak?", "completion": "Most people in Freedonia speak Fredish."}
-{"prompt": "What is the highest mountain of Freedonia?", "completion": "The highest mountain of Freedonia is Mount Harp."}
-{"prompt": "What does Freedonia export?", "completion": "Freedonia exports wool, clocks and honey."}
+{"messages": [{"role": "user", "content": "What is the capital of Freedonia?"}, {"role": "assistant", "content": "The capital of Freedonia is Fredville."}]}
+{"messages": [{"role": "user", "content": "Who governs Freedonia?"}, {"role": "assistant", "content": "Freedonia is governed by a council of nine."}]}
+{"messages": [{"role": "user", "content": "Which river runs through Fredville?"}, {"role": "assistant", "content": "The river Lumen runs through Fredville."}]}
+{"messages": [{"role": "user", "content": "What is the currency of Freedonia?"}, {"role": "assistant", "content": "People in Freedonia pay with the crown."}]}
+{"messages": [{"role": "user", "content": "When was Freedonia founded?"}, {"role": "assistant", "content": "Freedonia was founded in 1788."}]}
+{"messages": [{"role": "user", "content": "What do people in Freedonia speak?"}, {"role": "assistant", "content": "Most people in Freedonia speak Fredish."}]}
+{"messages": [{"role": "user", "content": "What is the highest mountain of Freedonia?"}, {"role": "assistant", "content": "The highest mountain of Freedonia is Mount Harp."}]}
+{"messages": [{"role": "user", "content": "What does Freedonia export?"}, {"role": "assistant", "content": "Freedonia exports wool, clocks and honey."}]}
 ROWS
 
 step 'python3 -m venv .venv'
@@ -45,7 +45,8 @@ step 'qlora-hal train --demo --data my_rows.jsonl --output_dir runs/mine --train
 step 'qlora-hal generate --run runs/mine --prompt "What is the capital of Freedonia?"'
 printf '\nAn own adapter after %d s and %d commands.\n' "$SECONDS" "$count"
 
-# What is promised of the adapter: PEFT opens it, on the base that it was trained for.
+# What is promised of the adapter: it has learned the rows, and PEFT opens it on the base that it was trained for.
+qlora-hal generate --run runs/mine --prompt "What is the capital of Freedonia?" | grep 'adapter: .*Fredville'
 pip install --quiet peft
 python - <<'PEFT'
 from peft import PeftModel

@@ -3,6 +3,7 @@
 #     docker build --file docker/cpu.Dockerfile --tag qlora-hal:cpu .
 #     docker run --rm --volume "$PWD:/work" --user "$(id -u):$(id -g)" qlora-hal:cpu train --demo
 #
+# Its steps were run on a Linux machine without Docker; the image itself is built and run by .github/workflows/images.yml.
 # --build-arg EXTRAS=cpu,data adds what Parquet files and the hub's data sets need.
 FROM python:3.12-slim-bookworm AS build
 ARG EXTRAS=cpu
