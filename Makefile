@@ -15,7 +15,7 @@ SPREAD := -n $(WORKERS) --dist loadfile
 MATRIX ?=
 PYTEST = PATH="$(CURDIR)/$(BIN):$$PATH" TMPDIR=$(CURDIR)/.tmp $(BIN)/python -m pytest -q
 
-.PHONY: demo notebooks test test-slow test-long test-matrix types kernels environment test-environment
+.PHONY: demo docs notebooks test test-slow test-long test-matrix types kernels environment test-environment
 
 # Fine-tune the embedded demo model on the hardware found here; results in runs/demo.
 demo: environment
@@ -57,6 +57,15 @@ notebooks:
 	$(PYTHON) -m venv .venv-notebooks
 	.venv-notebooks/bin/pip install -q -c constraints.txt -e ".[cpu,conformance,notebooks]"
 	.venv-notebooks/bin/python ci/make_notebooks.py
+
+# The documentation as a site, in site/; a link that leads nowhere fails.
+docs: .venv-docs/bin/mkdocs
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+.venv-docs/bin/mkdocs: ci/site_requirements.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --disable-pip-version-check --requirement ci/site_requirements.txt
+	touch $@
 
 environment:
 	$(PYTHON) ci/setup_environment.py

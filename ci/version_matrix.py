@@ -192,8 +192,8 @@ def kept(environment: Path) -> Path:
 
 def install(python: str, versions: str, part: str) -> list[str]:
     command = [uv(), "pip", "install", "--quiet", "--python", python, "--resolution", RESOLUTION[versions]]
-    if part == "backends" and sys.platform == "linux" and is_reachable(PYTORCH_INDEX):
-        command += ["--torch-backend", "cpu"]  # PyPI's torch for Linux carries CUDA
+    if part == "backends" and not is_reachable(PYTORCH_INDEX):
+        command += ["--no-sources"]  # PyPI's torch, which for Linux carries CUDA
     return [*command, "--editable", f"{ROOT}[{EXTRAS[part]}]"]
 
 

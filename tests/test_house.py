@@ -16,7 +16,7 @@ ROOMS, LOOSE_MODULES = 21, 5
 MAY_BE_IMPORTED_INSIDE = frozenset(
     {
         # Slow to import, or of an extra that may not be installed.
-        "IPython", "datasets", "matplotlib", "mlx", "mlx_lm", "pyarrow", "pynvml", "rich", "torch", "transformers",
+        "IPython", "datasets", "mlx", "mlx_lm", "pyarrow", "pynvml", "rich", "torch", "transformers",
         "mlflow", "pandas", "tensorboard", "trackio", "wandb",
         # Not on every system.
         "fcntl", "resource",

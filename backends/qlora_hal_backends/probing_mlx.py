@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from qlora_hal.contract.backend import Availability
 from qlora_hal.detect.hardware import Machine
-from qlora_hal.errors.installation import requirement
+from qlora_hal.errors.installation import install_line, pip, requirement
 from qlora_hal_backends.probing_devices import Obstacle, apple_silicon, no_device
 from qlora_hal_backends.probing_limits import SMALLEST_DRIVER
 from qlora_hal_backends.probing_packages import Packages, version_numbers, versions_out_of_range
@@ -39,7 +39,7 @@ def _mlx_on_linux(packages: Packages, machine: Machine) -> Obstacle | str:
         return Obstacle(
             Availability.WRONG_BUILD,
             "mlx is installed without a library to compute with: neither mlx-cpu nor mlx-cuda-12 nor mlx-cuda-13.",
-            f"pip install {requirement('mlx-cpu')}",
+            install_line("mlx-cpu"),
         )
     return _mlx_on_nvidia(machine, toolkit)
 
@@ -50,7 +50,7 @@ def _mlx_on_nvidia(machine: Machine, toolkit: int) -> Obstacle | str:
         return Obstacle(
             Availability.WRONG_BUILD,
             f"mlx-cuda-{toolkit} is installed, but no NVIDIA GPU was found.",
-            f"pip uninstall -y mlx-cuda-{toolkit} && pip install {requirement('mlx-cpu')}",
+            f"{pip(f'uninstall -y mlx-cuda-{toolkit}')} && {install_line('mlx-cpu')}",
         )
     branch, needed = version_numbers(machine.nvidia_driver), SMALLEST_DRIVER[toolkit]
     if branch and branch[0] < needed:
@@ -65,9 +65,7 @@ def _mlx_on_nvidia(machine: Machine, toolkit: int) -> Obstacle | str:
 def _mlx_is_installed(packages: Packages, extra: str) -> Obstacle | None:
     missing = [name for name in MLX_FAMILY if packages.version(name) is None]
     if missing:
-        return Obstacle(
-            Availability.MISSING_PACKAGE, f"Not installed: {', '.join(missing)}.", f"pip install {requirement(extra)}"
-        )
+        return Obstacle(Availability.MISSING_PACKAGE, f"Not installed: {', '.join(missing)}.", install_line(extra))
     if wrong := versions_out_of_range(packages, MLX_FAMILY, {}):
-        return Obstacle(Availability.WRONG_BUILD, wrong, f"pip install -U {requirement(extra)}")
+        return Obstacle(Availability.WRONG_BUILD, wrong, pip(f"install -U {requirement(extra)}"))
     return None

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from qlora_hal.contract.backend import Availability
 from qlora_hal.detect.gpu import Gpu
-from qlora_hal.errors.installation import requirement
+from qlora_hal.errors.installation import install_line, pip, requirement
 from qlora_hal_backends.probing_devices import Obstacle, Place, no_device
 from qlora_hal_backends.probing_limits import (
     NEWEST_ROCM,
@@ -43,7 +43,7 @@ TOO_NEW: Mapping[str, str] = {"transformers": "6"}
 _EXTRA: Mapping[Device, str] = {"cuda": "cuda", "rocm": "rocm", "mps": "torch-family", "cpu": "cpu"}
 _TORCH_INDEX = "https://download.pytorch.org/whl"
 _ROCM_WHEEL = "rocm7.2"
-_REINSTALL_BITSANDBYTES = "pip install --force-reinstall --no-deps 'bitsandbytes>=0.50'"
+_REINSTALL_BITSANDBYTES = pip("install --force-reinstall --no-deps 'bitsandbytes>=0.50'")
 
 
 def packages_are_there(place: Place) -> Obstacle | None:
@@ -56,18 +56,22 @@ def packages_are_there(place: Place) -> Obstacle | None:
             Availability.MISSING_PACKAGE, f"Not installed: {', '.join(missing)}.", _install_line(place, missing)
         )
     if wrong := versions_out_of_range(packages, TORCH_FAMILY, TOO_NEW):
-        return Obstacle(Availability.WRONG_BUILD, wrong, f"pip install -U {requirement(_EXTRA[place.device])}")
+        return Obstacle(Availability.WRONG_BUILD, wrong, pip(f"install -U {requirement(_EXTRA[place.device])}"))
     return None
 
 
 def _install_line(place: Place, missing: list[str]) -> str:
-    line = f"pip install {requirement(_EXTRA[place.device])}"
+    line = install_line(_EXTRA[place.device])
     # PyPI has torch for CUDA on Linux and for the CPU elsewhere; everything else comes from torch's own index.
     on_pypi = place.device in {"mps", "cpu"} or (place.device == "cuda" and place.machine.system == "Linux")
     wants_old_cuda = place.device == "cuda" and cuda_wheel_tag(place.machine) != "cu130"
     if "torch" in missing and (not on_pypi or wants_old_cuda):
-        return f"pip install torch --index-url {_TORCH_INDEX}/{_wheel_tag(place)} && {line}"
+        return f"{pip(f'install torch --index-url {_TORCH_INDEX}/{_wheel_tag(place)}')} && {line}"
     return line
+
+
+def _reinstall_torch(wheel_tag: str) -> str:
+    return pip(f"install --force-reinstall torch --index-url {_TORCH_INDEX}/{wheel_tag}")
 
 
 def _wheel_tag(place: Place) -> str:
@@ -85,7 +89,7 @@ def _old_rocm_fork(packages: Packages) -> Obstacle | None:
     return Obstacle(
         Availability.WRONG_BUILD,
         f"{name} is a fork from before 0.49; the official bitsandbytes has ROCm libraries itself since then.",
-        f"pip uninstall -y {distribution} && {_REINSTALL_BITSANDBYTES}",
+        f"{pip(f'uninstall -y {distribution}')} && {_REINSTALL_BITSANDBYTES}",
     )
 
 
@@ -99,7 +103,7 @@ def torch_fits_the_device(place: Place) -> Obstacle | None:
         Availability.WRONG_BUILD,
         f"torch {build.version} ({build.toolkit_name}) {built_for.get(build.kind, 'is built for another device')}, "
         f"but this machine has {gpu_name(gpu)}.",
-        f"pip install --force-reinstall torch --index-url {_TORCH_INDEX}/{_wheel_tag(place)}",
+        _reinstall_torch(_wheel_tag(place)),
     )
 
 
@@ -114,8 +118,7 @@ def driver_runs_the_toolkit(place: Place) -> Obstacle | None:
         Availability.WRONG_BUILD,
         f"The NVIDIA driver is too old: {installed} is installed, torch {build.version} is built with "
         f"{build.toolkit_name}, which needs {needed} or newer.",
-        f"Update the driver to {needed} or newer, or: pip install --force-reinstall torch "
-        f"--index-url {_TORCH_INDEX}/{cuda_wheel_tag(place.machine)}",
+        f"Update the driver to {needed} or newer, or: {_reinstall_torch(cuda_wheel_tag(place.machine))}",
     )
 
 
@@ -131,7 +134,7 @@ def cards_are_in_the_cuda_wheel(place: Place) -> Obstacle | None:
         Availability.WRONG_BUILD,
         f"torch {place.build.version} ({place.build.toolkit_name}) is built for compute capability {low[0]}.{low[1]} "
         f"to {upper}; this machine has {listing}.",
-        f"pip install --force-reinstall torch --index-url {_TORCH_INDEX}/{tag}",
+        _reinstall_torch(tag),
     )
 
 

@@ -20,6 +20,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from qlora_hal.errors import BackendError, ModelError, QloraHalError, StorageError, UnsafeInputError
+from qlora_hal.errors.installation import pip
 from qlora_hal.files import durable
 from qlora_hal.files.safetensors_file import read_header
 from qlora_hal.model.shards import Array, PlannedTensor, total_bytes, write_shards
@@ -233,7 +234,7 @@ def _require_safe_torch() -> None:
             "QH-E64",
             f"Pickles are opened with torch {lowest} or newer; {found or 'none'} is installed.",
             cause="The restricted unpickler of older ones can be made to run code (CVE-2025-32434, CVE-2026-24747).",
-            fix=f"pip install 'torch>={lowest}', in an environment of its own if necessary.",
+            fix=pip(f"install 'torch>={lowest}'") + ", in an environment of its own if necessary.",
         )
 
 

@@ -192,7 +192,7 @@ def result_of(run_dir: Path) -> dict[str, Any]:
     figures = [{key: value for key, value in line.items() if key not in _TIMING_KEYS} for line in lines]
     # A step that is saved and read again is logged before its evaluation; the order among equals is not promised.
     figures.sort(key=lambda line: (line["step"], "eval_loss" in line, str(line.get("label"))))
-    shown = {name: (run_dir / name).is_file() for name in ("report.html", "loss.png")}
+    shown = {name: (run_dir / name).is_file() for name in ("report.html", "loss.svg")}
     return {"files": files, "figures": figures, "shown": shown, **{key: record.get(key) for key in _RESULT_KEYS}}
 
 

@@ -38,6 +38,7 @@ def application() -> App:
     import qlora_hal
     from qlora_hal.cli.help_layout import help_formatter
 
+    also = Group("Also", sort_key=9)
     app = App(
         name="qlora-hal",
         help="QLoRA fine-tuning with one call on NVIDIA, AMD, Apple and CPU.",
@@ -45,7 +46,13 @@ def application() -> App:
         help_format="plaintext",
         help_formatter=help_formatter(),
         suppress_keyboard_interrupt=False,  # the entry point says what is safe, and ends with the signal's own status
-        group_commands=Group("Also", sort_key=9),
+        group_commands=also,
+    )
+    app.command(
+        "qlora_hal.cli.install_completion:install_completion",
+        name="--install-completion",
+        help="Have the shell complete commands and flags.",
+        group=also,
     )
     panels = {title: Group(title, sort_key=n) for n, title in enumerate((TRAINING, MACHINE, SETTINGS))}
     for number, (verb, (panel, sentence)) in enumerate(VERBS.items()):

@@ -37,7 +37,7 @@ def compare(
             "QH-U07", f"{page} already exists.", where=str(page), fix="Choose another name, or remove the file."
         )
     runs = ComparedRun.read(first), ComparedRun.read(second)
-    differing = differing_settings(runs[0].part("config"), runs[1].part("config"), apart_from=frozenset())
+    differing = differing_settings(runs[0].part("config"), runs[1].part("config"), apart_from=lambda key: False)
     comparison = compared(*runs, differing)
     if json:
         show_json(comparison.as_json())

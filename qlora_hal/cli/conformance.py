@@ -123,12 +123,12 @@ def _require_pytest() -> None:
     from importlib.util import find_spec
 
     if find_spec("pytest") is None:
-        from qlora_hal.errors.installation import requirement
+        from qlora_hal.errors.installation import install_line
 
         raise ConfigError(
             "QH-U50",
             "The conformance suite runs on pytest, which is not installed.",
-            fix=f"Run: pip install {requirement('conformance')}",
+            fix=f"Run: {install_line('conformance')}",
         )
 
 

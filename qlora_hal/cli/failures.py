@@ -52,7 +52,9 @@ def report_unexpected(error: Exception, *, as_json: bool) -> int:
     why, fix = "this is a defect of qlora-hal, not of your input", ""
     if library := _broken_library(error):
         why = f"{library}, which qlora-hal needs, is missing or broken in this installation"
-        fix = f"pip install --force-reinstall {library}; if it stays so, "
+        from qlora_hal.errors.installation import pip
+
+        fix = f"{pip(f'install --force-reinstall {library}')}; if it stays so, "
     _print_lines(
         f"error[QH-I01]: {type(error).__name__}: {error}",
         [

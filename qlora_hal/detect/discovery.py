@@ -12,6 +12,7 @@ import difflib
 import io
 import json
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,8 +37,8 @@ from qlora_hal.errors import (
     BackendNotFoundError,
     QloraHalError,
 )
-from qlora_hal.errors.foreign import told
-from qlora_hal.errors.installation import is_from_folder
+from qlora_hal.errors.foreign import place_in_plugin, told, traceback_in_plugin
+from qlora_hal.errors.installation import is_from_index, pip
 from qlora_hal.formats.catalogue import wrong_claims
 from qlora_hal.model.linear_shapes import left_out_notes
 from qlora_hal.processes.subprocess_call import SubprocessCallError, answer_stream, ask, one_line
@@ -104,8 +105,11 @@ def probe(entry: BackendEntry) -> ProbeReport:
         with contextlib.redirect_stdout(printed):  # stdout belongs to --json
             report = load_spec(entry).probe()
     except (Exception, SystemExit) as error:
-        reason = error.message if isinstance(error, QloraHalError) else f"{type(error).__name__}: {error}"
-        return _broken(entry, " ".join(reason.split()))
+        if isinstance(error, QloraHalError):
+            reason, trace = error.message, error.cause
+        else:
+            reason, trace = _placed(error), _for_its_author(entry, error)
+        return _broken(entry, " ".join(reason.split()), notes=tuple(trace.splitlines()))
     if not isinstance(report, ProbeReport):
         return _broken(entry, f"probe() returned {type(report).__name__}, not a ProbeReport")
     return replace(report, backend=entry.name, distribution=entry.distribution)
@@ -146,8 +150,9 @@ def _imported(entry: BackendEntry) -> object:
             ) from error
         raise BackendError(
             "QH-E08",
-            f"Backend {entry.name} of {entry.distribution} cannot be imported: {type(error).__name__}: {error}",
+            f"Backend {entry.name} of {entry.distribution} cannot be imported: {_placed(error)}",
             where=entry.entry_point.value,
+            cause=_for_its_author(entry, error),
             fix=_repair(entry),
         ) from error
 
@@ -167,12 +172,21 @@ def _module_of_contract_1(error: ImportError) -> str:
 
 
 def _repair(entry: BackendEntry) -> str:
-    """Update what came from an index; what is installed from a folder is being written, and its author wants to see
-    where it fails."""
-    if entry.entry_point is not None and is_from_folder(entry.distribution):
+    """Update what came from an index; anything else is being written, and its author wants to see where it fails."""
+    if entry.entry_point is not None and not is_from_index(entry.distribution):
         module = entry.entry_point.value.partition(":")[0]
-        return f"See where it fails with: python -c 'import {module}'"
-    return f"Update or uninstall it: pip install -U {entry.distribution}."
+        return f"See where it fails with: {shlex.quote(sys.executable)} -c 'import {module}'"
+    return f"Update or uninstall it: {pip(f'install -U {entry.distribution}')}"
+
+
+def _placed(error: BaseException) -> str:
+    """A plugin's exception with file and line."""
+    place = place_in_plugin(error)
+    return f"{type(error).__name__}: {error}" + (f" ({place})" if place else "")
+
+
+def _for_its_author(entry: BackendEntry, error: BaseException) -> str:
+    return "" if is_from_index(entry.distribution) else traceback_in_plugin(error)
 
 
 def find(name: str, entries: Sequence[BackendEntry]) -> BackendEntry:
@@ -236,6 +250,7 @@ def _called(spec: BackendSpec, path: str, options: Mapping[str, object], *argume
             "QH-B04",
             f"Backend {spec.name} could not be opened: {told(error)}",
             where=path,
+            cause=f"It was raised in {place}." if (place := place_in_plugin(error)) else "",
             fix="Run qlora-hal doctor; if it names no cause, report this to the backend's author.",
         ) from error
     return found
@@ -249,7 +264,7 @@ def _without_name_conflicts(entries: Sequence[BackendEntry]) -> tuple[list[Backe
 
 
 def _name_conflict_report(entry: BackendEntry) -> ProbeReport:
-    fix = "Give the backend another name." if entry.spec else f"Uninstall it: pip uninstall {entry.distribution}."
+    fix = "Give the backend another name." if entry.spec else f"Uninstall it: {pip(f'uninstall {entry.distribution}')}"
     return ProbeReport(
         f"{entry.name} ({entry.distribution})",
         Availability.BROKEN,
@@ -271,7 +286,7 @@ def _clash_report(name: str, distributions: Sequence[str]) -> ProbeReport:
         name,
         Availability.BROKEN,
         f"Two distributions offer a backend called {name}: {' and '.join(distributions)}.",
-        f"Uninstall one of them: pip uninstall {distributions[-1]}.",
+        f"Uninstall one of them: {pip(f'uninstall {distributions[-1]}')}",
     )
 
 
@@ -300,13 +315,14 @@ def _probe_in_child(entry: BackendEntry) -> ProbeReport:
         return _broken(entry, f"its probe returned no report: {error}")
 
 
-def _broken(entry: BackendEntry, reason: str, *, fix: str = "") -> ProbeReport:
+def _broken(entry: BackendEntry, reason: str, *, fix: str = "", notes: tuple[str, ...] = ()) -> ProbeReport:
     return ProbeReport(
         entry.name,
         Availability.BROKEN,
         f"{entry.distribution} could not be queried: {reason}",
         fix or _repair(entry),
         distribution=entry.distribution,
+        notes=notes,
     )
 
 

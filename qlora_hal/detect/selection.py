@@ -106,6 +106,7 @@ def _require_ready(name: str, entries: Sequence[BackendEntry], reports: Sequence
         raise BackendUnavailableError(
             "QH-B05",
             f"Backend {name} cannot run here: {report.reason}",
+            cause="\n".join(report.notes),
             fix=report.fix,
             context={"reports": [r.as_json() for r in reports]},
         )

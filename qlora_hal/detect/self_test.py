@@ -20,7 +20,7 @@ from qlora_hal.contract.backend import Compute, Quantization
 from qlora_hal.contract.capabilities import Feature, WeightFormat
 from qlora_hal.contract.values import IGNORE_LABEL, Adapter, AdapterConfig, Batch, StepSettings
 from qlora_hal.detect import discovery
-from qlora_hal.errors import QloraHalError
+from qlora_hal.errors import OutOfMemoryError, QloraHalError
 from qlora_hal.files.safetensors_file import file_chunks
 from qlora_hal.formats.catalogue import record_of
 from qlora_hal.model.source import ModelSource
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 HIDDEN, FEED_FORWARD, VOCABULARY, TIME = 64, 128, 96, 12
 LEARNING_RATE, STEPS = 1e-2, 8
+SIGKILL = 9  # `signal` has it not on every system
 
 
 def self_test(backend: str, *, timeout_seconds: float = 120.0) -> Mapping[str, object]:
@@ -43,6 +44,8 @@ def self_test(backend: str, *, timeout_seconds: float = 120.0) -> Mapping[str, o
     except SubprocessCallError as silence:
         if silence.waited is not None:
             return _failed(f"not verified: the self-test process {silence}", fix=_more_time(backend, silence.waited))
+        if silence.signal == SIGKILL:
+            return _failed(f"not verified: the self-test process {silence}", fix=_more_memory(backend))
         return _failed(f"the self-test process {silence}")
 
 
@@ -58,6 +61,13 @@ def _more_time(backend: str, seconds: float) -> str:
     )
 
 
+def _more_memory(backend: str) -> str:
+    """No fault of a driver ends a process with SIGKILL: the system does when memory runs out, or somebody does."""
+    return (
+        f"Memory ran out, most likely: close what else runs here, then run qlora-hal doctor --backend {backend} again"
+    )
+
+
 class _SelfTest:
     """The checks, in order; each is a sentence that a user understands."""
 
@@ -68,6 +78,9 @@ class _SelfTest:
         self.trainer: QuantizedLoRATrainer = discovery.open_trainer(spec)
         self.batch = _batch()
         self.checks: list[dict[str, str]] = []
+        self.fix = (
+            f"Do not train with {spec.name} here; update the driver and its packages, then run qlora-hal doctor again."
+        )
 
     def run(self) -> Mapping[str, object]:
         for name, check in (
@@ -82,8 +95,7 @@ class _SelfTest:
                 return {
                     "verdict": "fail",
                     "reason": f"{name}: {self.checks[-1]['detail']}",
-                    "fix": f"Do not train with {self.spec.name} here; update the driver and its packages, then run "
-                    "qlora-hal doctor again.",
+                    "fix": self.fix,
                     "checks": self.checks,
                 }
         return {"verdict": "pass", "reason": "computes what the reference computes", "fix": "", "checks": self.checks}
@@ -91,6 +103,8 @@ class _SelfTest:
     def _passes(self, name: str, check: Callable[[], tuple[bool, str]]) -> bool:
         try:
             passed, detail = check()
+        except OutOfMemoryError as error:
+            passed, detail, self.fix = False, one_line(error.message), _more_memory(self.spec.name)
         except (Exception, SystemExit) as error:
             passed, detail = False, one_line(f"{type(error).__name__}: {error}")
         self.checks.append({"name": name, "verdict": "pass" if passed else "fail", "detail": detail})
@@ -221,5 +235,5 @@ if __name__ == "__main__":
             spec = discovery.load_spec(discovery.find(sys.argv[1], discovery.listed()))
             answer = _SelfTest(spec, Path(scratch)).run()
         except QloraHalError as error:
-            answer = _failed(error.message)
+            answer = _failed(error.message, fix=error.fix)
         json.dump(answer, stream)

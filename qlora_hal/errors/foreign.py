@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
+import traceback
+from collections.abc import Iterator
+from itertools import dropwhile
+from pathlib import Path
 
 
 def told(error: BaseException) -> str:
@@ -11,6 +16,31 @@ def told(error: BaseException) -> str:
     package = missing_package(error)
     missing = f" (the package {package} is not installed)" if package else ""
     return f"{type(error).__name__}: {error}{missing}"
+
+
+def place_in_plugin(error: BaseException) -> str:
+    """`FILE, line N` where a plugin raised it, or where its syntax is wrong; empty where none of its code was run."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}, line {error.lineno}"
+    last = next(reversed(list(_frames_of_plugin(error))), None)
+    return f"{last.filename}, line {last.lineno}" if last else ""
+
+
+def traceback_in_plugin(error: BaseException) -> str:
+    """The traceback from where a plugin's code begins: what its author needs, without the import machinery and us."""
+    lines = traceback.format_list(list(_frames_of_plugin(error))) + traceback.format_exception_only(error)
+    return "".join(lines).rstrip()
+
+
+def _frames_of_plugin(error: BaseException) -> Iterator[traceback.FrameSummary]:
+    return dropwhile(_is_ours_or_of_imports, traceback.extract_tb(error.__traceback__))
+
+
+def _is_ours_or_of_imports(frame: traceback.FrameSummary) -> bool:
+    return frame.filename.startswith((f"{_CORE}{os.sep}", f"{_IMPORTLIB}{os.sep}", "<frozen importlib"))
+
+
+_CORE, _IMPORTLIB = Path(__file__).parents[1], Path(importlib.util.__file__).parent
 
 
 def missing_package(error: BaseException) -> str:

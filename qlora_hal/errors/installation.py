@@ -1,12 +1,16 @@
-"""Where this distribution was installed from, so that advice to add an extra works from a checkout or a repository too:
-the bare name is right only where it came from a package index."""
+"""How this distribution was installed, so that advice to install works here: from a checkout or a repository, where the
+bare name is right only for what came from a package index, and in an environment that uv made, which has no pip."""
 
 from __future__ import annotations
 
 import json
 import shlex
+import shutil
+import sys
+import sysconfig
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 DISTRIBUTION = "qlora-hal"
@@ -14,12 +18,28 @@ DISTRIBUTION = "qlora-hal"
 
 def requirement(*extras: str) -> str:
     """What follows `pip install` to add `extras` to this installation, quoted for a shell. PEP 610 tells its origin."""
-    return _requirement(f"[{','.join(extras)}]" if extras else "", _direct_url(DISTRIBUTION))
+    return _requirement(f"[{','.join(extras)}]" if extras else "", _recorded(DISTRIBUTION, "direct_url.json"))
 
 
-def is_from_folder(name: str) -> bool:
-    """Whether a distribution was installed from a folder of this machine: most likely one that is being written."""
-    return '"dir_info"' in (_direct_url(name) or "")
+def install_line(*extras: str) -> str:
+    """The command line that adds `extras` to this installation."""
+    return pip(f"install {requirement(*extras)}")
+
+
+def pip(arguments: str) -> str:
+    """A command line that has pip's `arguments` carried out in this environment, whichever `pip` a shell would find."""
+    if _recorded("pip", "METADATA") is None:  # to look for the module would have setuptools withdraw its distutils
+        return f"uv pip {arguments} --python {shlex.quote(sys.executable)}"
+    found = shutil.which("pip")
+    if found and Path(found).parent == Path(sysconfig.get_path("scripts")):
+        return f"pip {arguments}"
+    return f"{shlex.quote(sys.executable)} -m pip {arguments}"
+
+
+def is_from_index(name: str) -> bool:
+    """Whether a distribution came from a package index. What lies on the path without an installer's mark, or came from
+    a folder or a file of this machine, is most likely being written here (PEP 376 and 610)."""
+    return bool(_recorded(name, "INSTALLER")) and _recorded(name, "direct_url.json") is None
 
 
 def _requirement(extras: str, origin: str | None) -> str:
@@ -37,8 +57,8 @@ def _requirement(extras: str, origin: str | None) -> str:
 
 
 @cache
-def _direct_url(name: str) -> str | None:
+def _recorded(name: str, file: str) -> str | None:
     try:
-        return distribution(name).read_text("direct_url.json")
+        return distribution(name).read_text(file)
     except PackageNotFoundError:
         return None

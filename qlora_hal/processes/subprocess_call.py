@@ -17,11 +17,12 @@ _LINE = 500
 
 class SubprocessCallError(Exception):
     """Why a child gave no answer, as the end of a sentence about it. `waited` is how many seconds it had, where it was
-    slow rather than wrong."""
+    slow rather than wrong; `signal` what ended it, where something did."""
 
-    def __init__(self, reason: str, waited: float | None = None) -> None:
+    def __init__(self, reason: str, *, waited: float | None = None, signal: int | None = None) -> None:
         super().__init__(reason)
         self.waited = waited
+        self.signal = signal
 
 
 def ask(module: str, *arguments: str, seconds: float) -> Mapping[str, Any]:
@@ -46,8 +47,9 @@ def ask(module: str, *arguments: str, seconds: float) -> Mapping[str, Any]:
     if isinstance(found, dict):
         return found
     last = (errors.strip().splitlines() or ["no message"])[-1]
-    ending = f"signal {-child.returncode}" if child.returncode < 0 else f"exit status {child.returncode}"
-    raise SubprocessCallError(f"ended with {ending} and no response: {one_line(last)}")
+    signal = -child.returncode if child.returncode < 0 else None
+    ending = f"signal {signal}" if signal else f"exit status {child.returncode}"
+    raise SubprocessCallError(f"ended with {ending} and no response: {one_line(last)}", signal=signal)
 
 
 def load_of_machine() -> str:

@@ -1,1 +1,1 @@
-"""What a run leaves to be read: metrics.jsonl, run.json, report.html, loss.png, and the lines in the terminal."""
+"""What a run leaves to be read: metrics.jsonl, run.json, report.html, loss.svg, and the lines in the terminal."""

@@ -14,7 +14,7 @@ from qlora_hal.report.series import Points, RunSeries
 from qlora_hal.report.svg import Curve, chart
 
 _TEMPLATE = "comparison.html.jinja"
-_SIZE = {"width": 1080, "height": 320}
+_WIDTH, _HEIGHT = 1080, 320
 
 
 def render_comparison(comparison: Comparison) -> str:
@@ -58,7 +58,10 @@ def _charts(runs: tuple[ComparedRun, ComparedRun]) -> list[tuple[str, Markup]]:
         ("Gradient norm before clipping", _curves(runs, lambda s: s.grad_norm, "line")),
         ("Learning rate", _curves(runs, lambda s: s.learning_rate, "line")),
     ]
-    drawn = [(title, chart(title, curves, number=_NUMBERS.get(title, _short), **_SIZE)) for title, curves in wanted]
+    drawn = [
+        (title, chart(title, curves, number=_NUMBERS.get(title, _short), width=_WIDTH, height=_HEIGHT))
+        for title, curves in wanted
+    ]
     # Safe to mark: svg.chart escapes every text it is given.
     return [(title, Markup(drawing)) for title, drawing in drawn if drawing]
 

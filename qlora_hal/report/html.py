@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from qlora_hal.errors import figures
 from qlora_hal.files.replacing import replace_file
+from qlora_hal.report.curves import loss_curves
 from qlora_hal.report.run_file import read_run_file
 from qlora_hal.report.series import RunSeries, read_series
 from qlora_hal.report.svg import Curve, chart, has_logarithmic_scale
@@ -183,16 +184,10 @@ def _tiles(run: Mapping[str, object], series: RunSeries) -> list[Tile]:
 
 
 def _charts(series: RunSeries) -> list[Chart]:
-    loss_curves = [
-        Curve("each step", series.loss, "faint"),
-        Curve("average", series.loss_average, "line"),
-        Curve("evaluation", series.eval_loss, "marks"),
-    ]
+    loss, norm = loss_curves(series), [Curve("", series.grad_norm)]
     drawn = [
-        _chart("Loss", loss_curves, _short, has_logarithmic_scale(loss_curves)),
-        _chart(
-            "Gradient norm before clipping", norm := [Curve("", series.grad_norm)], _short, has_logarithmic_scale(norm)
-        ),
+        _chart("Loss", loss, _short, has_logarithmic_scale(loss)),
+        _chart("Gradient norm before clipping", norm, _short, has_logarithmic_scale(norm)),
         _chart("Learning rate", [Curve("", series.learning_rate)], _learning_rate),
         _chart("Tokens per second", [Curve("", series.tokens_per_second)], figures.count),
         _chart("Memory", [Curve("", series.memory_bytes)], figures.size),

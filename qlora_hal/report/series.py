@@ -1,4 +1,4 @@
-"""The curves of a run, read from its metrics once for both the HTML report and the PNG."""
+"""The curves of a run, read from its metrics once for both the HTML report and the picture."""
 
 from __future__ import annotations
 

@@ -49,8 +49,9 @@ BEST_ADAPTER_FOLDER = "best_adapter"
 SCHEMA_VERSION = 1
 
 _OUTPUTS = (
-    *(CHECKPOINTS_FOLDER, LATEST_LINK, ADAPTER_FOLDER, BEST_ADAPTER_FOLDER, METRICS_FILE, "report.html", "loss.png"),
+    *(CHECKPOINTS_FOLDER, LATEST_LINK, ADAPTER_FOLDER, BEST_ADAPTER_FOLDER, METRICS_FILE, "report.html", "loss.svg"),
     *("tokens", "rows.jsonl", "validation_rows.jsonl"),
+    "loss.png",  # the picture that releases up to 0.2 drew
 )
 """What an overwritten run leaves; other files in the folder are the user's and are never touched."""
 _OWN = (*(name for name in _OUTPUTS if name != LATEST_LINK), RUN_FILE, LOCK_FILE, OWNER_FILE, "tensorboard")

@@ -12,7 +12,7 @@ from qlora_hal.checkpoint.reading import checkpoints
 from qlora_hal.errors import QloraHalError, StoppedError, StorageError
 from qlora_hal.errors.way_on import resume_line
 from qlora_hal.processes.signals import EndedAtOnce
-from qlora_hal.report.curves import LOSS_PICTURE, write_loss_png
+from qlora_hal.report.curves import LOSS_PICTURE, write_loss_picture
 from qlora_hal.report.html import REPORT_FILE, write_report
 from qlora_hal.run.adapters import adapter_problem
 from qlora_hal.run.directory import RUN_FILE
@@ -82,7 +82,7 @@ def print_already_finished(result: TrainResult, console: RunConsole) -> None:
 def write_pages(run_dir: Path) -> None:
     """The report and the curve of what run.json and the log hold. Raises StorageError."""
     write_report(run_dir)
-    write_loss_png(run_dir)
+    write_loss_picture(run_dir)
 
 
 def _is_older(page: Path, run_dir: Path) -> bool:

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import Protocol, cast
 
 from qlora_hal.errors import ConfigError
+from qlora_hal.errors.installation import pip
 from qlora_hal.trackers.observer import Tracker, TrackerObserver
 
 
@@ -28,7 +29,7 @@ def observers_for(report_to: Sequence[str]) -> tuple[object, ...]:
             "QH-U05",
             f"training.report_to names {', '.join(absent)}, not installed here.",
             where="training.report_to",
-            fix=f"Run: pip install {' '.join(absent)}",
+            fix=f"Run: {pip('install ' + ' '.join(absent))}",
         )
     modules = [import_module(f"{__name__}.{name}") for name in report_to]
     return tuple(TrackerObserver(cast(_TrackerModule, module).make_tracker()) for module in modules)

@@ -19,7 +19,7 @@ from qlora_hal.run.trained_base import finished_adapter
 from tests.checkpoint.small_states import assert_same_state, small_state
 
 CONFIG: dict[str, Any] = {"output_dir": "x", "lora": {"r": 8}}
-FILES = ("run.json", "run.lock", "run.lock.json", "metrics.jsonl", "rows.jsonl", "report.html", "loss.png")
+FILES = ("run.json", "run.lock", "run.lock.json", "metrics.jsonl", "rows.jsonl", "report.html", "loss.svg")
 FOLDERS = ("checkpoints", "adapter", "best_adapter", "tokens", "tensorboard")
 
 

@@ -135,9 +135,11 @@ def test_overwriting_removes_the_old_run_and_nothing_of_the_users(tmp_path: Path
     RunDirectory.open_new(tmp_path, config=CONFIG).close()
     save_checkpoint(tmp_path, small_state(5), keep=2)
     (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "loss.png").write_text("a picture that release 0.2 drew")
     with RunDirectory.open_new(tmp_path, config=CHANGED, overwrite=True) as run:
         assert run.content["config"] == CHANGED
     assert not (tmp_path / "checkpoints").exists()
+    assert not (tmp_path / "loss.png").exists()
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 

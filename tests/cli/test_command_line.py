@@ -260,3 +260,21 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     )
     assert done.returncode == 0
     assert done.stderr == ""
+
+
+def test_a_shell_completes_commands_once_that_is_installed(qlora_hal: CommandLine, tmp_path: Path) -> None:
+    done = qlora_hal("--install-completion", "--shell", "bash", HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    script = tmp_path / ".local/share/bash-completion/completions/qlora-hal"
+    assert str(script) in done.stdout
+    assert str(script) in (tmp_path / ".bashrc").read_text()
+    ask = f"source {script}; COMP_WORDS=(qlora-hal do); COMP_CWORD=1; _qlora_hal; echo ${{COMPREPLY[*]}}"
+    offered = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True).stdout
+    assert offered.split() == ["doctor"]
+
+
+def test_completion_that_cannot_be_written_is_told_as_that(qlora_hal: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / ".local").write_text("in the way")
+    done = qlora_hal("--install-completion", "--shell", "bash", HOME=str(tmp_path))
+    assert "error[QH-S11]" in done.stderr
+    assert "The completion script could not be written" in done.stderr

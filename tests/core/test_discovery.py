@@ -14,6 +14,7 @@ from installed_plugins import GOOD, install
 
 from qlora_hal.detect.discovery import BackendEntry, find, listed, load_spec, open_trainer
 from qlora_hal.errors import BackendError
+from qlora_hal.errors.installation import pip
 
 
 def probed(folder: Path) -> dict[str, tuple[str, str, str]]:
@@ -41,6 +42,8 @@ def test_broken_plugins_are_named_and_the_others_work(tmp_path: Path) -> None:
             "wrong": ("wrongtype", "SPEC = 7"),
         },
     )
+    for info in tmp_path.glob("*.dist-info"):
+        (info / "INSTALLER").write_text("pip\n")
     found = probed(tmp_path)
     assert found["good"][0] == "ready"
     assert found["chatting"][0] == "ready"
@@ -54,17 +57,42 @@ def test_broken_plugins_are_named_and_the_others_work(tmp_path: Path) -> None:
         availability, said, fix = found[name]
         assert availability == "broken"
         assert reason in said
-        assert fix.startswith("Update or uninstall it: pip install -U ")
+        assert fix.startswith("Update or uninstall it: ")
+        assert "pip install -U " in fix
 
 
-def test_an_author_is_shown_the_fault_of_a_plugin_that_is_being_written(tmp_path: Path) -> None:
-    install(tmp_path, {"mine": ("raising", "raise ValueError('no such flag')")})
-    (info,) = tmp_path.glob("mine*.dist-info")
-    (info / "direct_url.json").write_text(json.dumps({"url": tmp_path.as_uri(), "dir_info": {"editable": True}}))
+@pytest.mark.fault("E08")
+@pytest.mark.parametrize("installed", [True, False], ids=["editable", "on the path"])
+def test_an_author_is_shown_file_and_line_of_a_plugin_that_is_being_written(tmp_path: Path, installed: bool) -> None:
+    install(tmp_path, {"mine": ("raising", "import json\ndef read():\n    json.loads('?')\nread()\n")})
+    if installed:
+        (info,) = tmp_path.glob("mine*.dist-info")
+        (info / "INSTALLER").write_text("pip\n")
+        (info / "direct_url.json").write_text(json.dumps({"url": tmp_path.as_uri(), "dir_info": {"editable": True}}))
     availability, reason, fix = probed(tmp_path)["raising"]
     assert availability == "broken"
-    assert "no such flag" in reason
-    assert fix.startswith("See where it fails with: python -c 'import ")
+    assert "JSONDecodeError" in reason
+    assert "pip" not in fix
+    shown = subprocess.run(fix.partition(": ")[2], shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert f'{tmp_path / "mine.py"}", line 4' in shown.stderr
+
+
+@pytest.mark.fault("E08")
+def test_a_named_plugin_of_ones_own_is_told_with_its_traceback(tmp_path: Path) -> None:
+    install(tmp_path, {"mine": ("raising", "def read():\n    raise ValueError('no such flag')\nread()\n")})
+    asked = [sys.executable, "-m", "qlora_hal.cli", "train", "--demo", "--dry-run", "--backend", "raising"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(asked, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert "error[QH-B05]" in done.stderr
+    assert f'File "{tmp_path / "mine.py"}", line 3, in <module>' in done.stderr
+    assert f'File "{tmp_path / "mine.py"}", line 2, in read' in done.stderr
+    assert "importlib" not in done.stderr
+
+
+@pytest.mark.fault("E08")
+def test_a_plugin_that_is_no_python_is_told_by_file_and_line(tmp_path: Path) -> None:
+    install(tmp_path, {"mine": ("odd", "SPEC = (\n")})
+    assert f"({tmp_path / 'mine.py'}, line 1)" in probed(tmp_path)["odd"][1]
 
 
 @pytest.mark.fault("E07")
@@ -84,7 +112,7 @@ def test_built_in_name_cannot_be_taken_over(tmp_path: Path) -> None:
     availability, reason, fix = found["cpu_torch (impostor)"]
     assert availability == "broken"
     assert reason == "impostor offers a backend called cpu_torch, which is the name of a built-in one."
-    assert fix == "Uninstall it: pip uninstall impostor."
+    assert fix == f"Uninstall it: {pip('uninstall impostor')}"
 
 
 def test_the_name_of_a_built_in_backend_finds_the_built_in_one() -> None:
@@ -146,7 +174,8 @@ def test_plugin_that_leaves_in_this_process_alone_is_passed_over(tmp_path: Path)
     leaves = "import sys\nif 'qlora_hal.detect.discovery' not in sys.orig_argv: sys.exit(0)\n"
     install(tmp_path, {"twofaced": ("odd", leaves + GOOD)})
     said = in_a_process_with(tmp_path, CHOOSE)
-    assert said == "True Backend odd of twofaced cannot be imported: SystemExit: 0"
+    place = f"{tmp_path / 'twofaced.py'}, line 2"
+    assert said == f"True Backend odd of twofaced cannot be imported: SystemExit: 0 ({place})"
 
 
 @pytest.mark.fault("E08")

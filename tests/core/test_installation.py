@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
 
 import pytest
+from installed_plugins import describe
 
-from qlora_hal.errors.installation import _requirement, is_from_folder, requirement
+from qlora_hal.errors.installation import _requirement, install_line, is_from_index, pip, requirement
 
 HERE = {"url": "file:///home/me/my%20work/qlora", "dir_info": {"editable": True}}
 BRANCH = {
@@ -36,6 +43,40 @@ def test_several_extras_are_one_requirement() -> None:
     assert "[data,gptq]" in requirement("data", "gptq")
 
 
-def test_what_no_index_has_is_known_by_its_folder() -> None:
-    assert not is_from_folder("pytest")
-    assert not is_from_folder("no such distribution")
+def test_what_no_installer_took_from_an_index_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("indexed", "written_here", "from-a-folder"):
+        describe(tmp_path, name, {})
+    for name in ("indexed", "from_a_folder"):
+        (tmp_path / f"{name}-1.0.dist-info" / "INSTALLER").write_text("pip\n")
+    (tmp_path / "from_a_folder-1.0.dist-info" / "direct_url.json").write_text(json.dumps(HERE))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert is_from_index("indexed")
+    assert not is_from_index("written_here")
+    assert not is_from_index("from-a-folder")
+    assert not is_from_index("no such distribution")
+
+
+def test_a_command_of_pip_works_in_this_environment_whatever_the_shell_would_find(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Carried out in a shell: with this environment first on PATH, with a foreign pip there, and without pip in it."""
+    here = str(Path(sysconfig.get_path("scripts")))
+    (tmp_path / "pip").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "pip").chmod(0o755)
+    for path, line in ((here, "pip --version"), (str(tmp_path), f"{sys.executable} -m pip --version")):
+        monkeypatch.setenv("PATH", path + os.pathsep + os.environ["PATH"])
+        assert pip("--version") == line
+        subprocess.run(pip("--version"), shell=True, capture_output=True, check=True)
+    bare = tmp_path / "bare"
+    venv.create(bare)
+    asked = "from qlora_hal.errors.installation import install_line; print(install_line('cpu'))"
+    root = str(Path(__file__).resolve().parents[2])
+    bare_python = bare / "bin" / "python"
+    said = subprocess.run(
+        [bare_python, "-c", asked], env={"PYTHONPATH": root}, capture_output=True, text=True, check=True
+    ).stdout
+    assert said == f"uv pip install 'qlora-hal[cpu]' --python {bare_python}\n"
+
+
+def test_one_line_adds_extras_to_this_installation() -> None:
+    assert install_line("data", "gptq") == pip(f"install {requirement('data', 'gptq')}")

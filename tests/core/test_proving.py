@@ -29,6 +29,33 @@ def test_a_trainer_that_leaves_or_prints_has_not_proved_itself(
     assert reason in str(said["reason"])
 
 
+@pytest.mark.parametrize(
+    ("trainer", "reason"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "ended with signal 9"),
+        (
+            "from qlora_hal.errors import OutOfMemoryError\n"
+            "from qlora_hal_conformance.reference_backend.trainer import ReferenceTrainer\n"
+            "class Trainer(ReferenceTrainer):\n"
+            "    def load(self, *given): raise OutOfMemoryError('QH-N07', 'the GPU is full', fix='x')\n",
+            "the GPU is full",
+        ),
+    ],
+    ids=["killed by the system", "refused by the device"],
+)
+def test_a_proof_that_lacked_memory_is_not_blamed_on_a_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: str, reason: str
+) -> None:
+    install(tmp_path, {"odd-plugin": ("odd", GOOD.replace("nowhere:Nothing", "odd_trainer:Trainer"))})
+    (tmp_path / "odd_trainer.py").write_text(trainer)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    said = self_test("odd", timeout_seconds=60)
+    assert said["verdict"] == "fail"
+    assert reason in str(said["reason"])
+    assert "driver" not in str(said["fix"])
+    assert "qlora-hal doctor --backend odd again" in str(said["fix"])
+
+
 def test_a_proof_that_only_took_too_long_is_not_blamed_on_a_driver(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

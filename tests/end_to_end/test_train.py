@@ -43,7 +43,7 @@ def test_run_folder_holds_what_the_run_resolved_to(demo_run: TrainResult) -> Non
     lines = [json.loads(line) for line in (demo_run.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
     assert [line["label"] for line in lines if "eval_loss" in line] == ["before", "during", "during", "after"]
-    for name in ("report.html", "loss.png", "adapter/adapter_model.safetensors", "checkpoints/step-00000012"):
+    for name in ("report.html", "loss.svg", "adapter/adapter_model.safetensors", "checkpoints/step-00000012"):
         assert (demo_run.run_dir / name).exists(), name
 
 

@@ -9,7 +9,7 @@ from gptq_int4.gptq_checkpoints import KINDS, V1, V2, Kind, packed
 from torch import nn
 
 from qlora_hal.errors import ModelError, UnsupportedFeatureError
-from qlora_hal.errors.installation import requirement
+from qlora_hal.errors.installation import install_line
 from qlora_hal_backends.gptq_int4.engines import (
     ENGINES,
     GPTQMODEL,
@@ -181,7 +181,7 @@ def test_without_a_fitting_engine_every_reason_is_told() -> None:
     assert "gptqmodel is not installed" in error.message
     assert f"auto_gptq needs transformers {OLD_TRANSFORMERS} or newer" in error.message
     assert "5.23.0 is installed" in error.message
-    assert error.fix == f"pip install {requirement('gptq')}"
+    assert error.fix == install_line("gptq")
 
 
 def test_an_old_engine_is_told_from_a_missing_one() -> None:

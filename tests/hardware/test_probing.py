@@ -16,7 +16,7 @@ import pytest
 
 from qlora_hal.contract.backend import Availability, ProbeReport
 from qlora_hal.detect.hardware import inventory
-from qlora_hal.errors.installation import requirement
+from qlora_hal.errors.installation import install_line, pip
 from qlora_hal_backends.probing import probe_here, probe_mlx, probe_torch
 from qlora_hal_backends.probing_limits import Device, bf16_supported, likely_dtype
 from qlora_hal_backends.probing_mlx import MLX_FAMILY
@@ -102,10 +102,10 @@ def test_nothing_installed_names_all_packages_and_one_line_to_install_them() -> 
     report = probed(recording, "cuda")
     assert report.availability is Availability.MISSING_PACKAGE
     assert report.reason == "Not installed: torch, transformers, accelerate, bitsandbytes."
-    assert report.fix == f"pip install {requirement('cuda')}"
+    assert report.fix == install_line("cuda")
     rocm = {**load("amd_mi300x"), "packages": recording["packages"]}
     assert "whl/rocm7.2" in probed(rocm, "rocm").fix
-    assert probed(rocm, "rocm").fix.endswith(f"pip install {requirement('rocm')}")
+    assert probed(rocm, "rocm").fix.endswith(install_line("rocm"))
     old_card = {**load("nvidia_v100"), "packages": recording["packages"]}
     assert "whl/cu126" in probed(old_card, "cuda").fix
 
@@ -196,7 +196,8 @@ def test_an_old_rocm_fork_is_recognised_and_explained(versions: dict[str, str]) 
     report = probed(recording, "rocm")
     assert report.availability is Availability.WRONG_BUILD
     assert "fork from before 0.49" in report.reason
-    assert report.fix.startswith("pip uninstall -y ")
+    (fork,) = versions
+    assert report.fix.startswith(pip(f"uninstall -y {fork}"))
 
 
 @pytest.mark.fault("E18")

@@ -1,4 +1,4 @@
-"""report.html and loss.png from a run folder."""
+"""report.html and loss.svg from a run folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import hashlib
 import json
 import random
 import re
-import struct
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +16,7 @@ import pytest
 from report.conftest import run_record, write_metrics
 
 from qlora_hal.errors import figures
-from qlora_hal.report.curves import write_loss_png
+from qlora_hal.report.curves import write_loss_picture
 from qlora_hal.report.html import flat_rows, write_report
 from qlora_hal.report.live_page import LivePage
 from qlora_hal.report.run_file import write_run_file
@@ -170,14 +169,23 @@ def test_a_run_json_of_another_writer_with_fewer_keys_is_shown(run_dir: Path) ->
     assert "lora.r" in outline_of(write_report(run_dir).read_text(encoding="utf-8")).texts
 
 
-@pytest.mark.parametrize("with_metrics", [True, False])
-def test_loss_png_is_a_picture(run_dir: Path, with_metrics: bool) -> None:
-    if not with_metrics:
-        (run_dir / "metrics.jsonl").unlink()
-    content = write_loss_png(run_dir).read_bytes()
-    assert content[:8] == b"\x89PNG\r\n\x1a\n"
-    width, height = struct.unpack(">II", content[16:24])
-    assert (width, height) == (960, 540)  # 8 x 4.5 inches at 120 dots per inch
+def test_the_picture_of_the_loss_shows_what_the_page_shows_and_stands_alone(run_dir: Path) -> None:
+    page = write_report(run_dir).read_text(encoding="utf-8")
+    picture = write_loss_picture(run_dir).read_text(encoding="utf-8")
+    ElementTree.fromstring(picture)
+    drawn = re.findall(r'<(?:path|circle) class="[^"]+"[^>]*>', picture)
+    assert drawn
+    assert drawn == re.findall(r'<(?:path|circle) class="[^"]+"[^>]*>', page)[: len(drawn)]
+    assert "svg path.line { stroke" in picture
+    assert "not finite at step 7)" in picture
+    assert set(re.findall(r"https?://[^\s\"'<>]+", picture)) == {"http://www.w3.org/2000/svg"}
+
+
+def test_the_picture_of_a_run_that_has_not_begun_says_so(run_dir: Path) -> None:
+    (run_dir / "metrics.jsonl").unlink()
+    picture = write_loss_picture(run_dir).read_text(encoding="utf-8")
+    ElementTree.fromstring(picture)
+    assert "No loss was logged." in picture
 
 
 # Drawing -----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import pytest
 from qlora_hal.config.schema import RunConfig
 from qlora_hal.contract.values import LossSum, StepStats
 from qlora_hal.errors import ConfigError
+from qlora_hal.errors.installation import pip
 from qlora_hal.hooks import Hooks
 from qlora_hal.run.result import RunView, TrainResult
 from qlora_hal.trackers import figures_of_run, observers_for
@@ -37,7 +38,7 @@ def test_trackers_that_are_absent_are_all_named_with_one_install_command(monkeyp
     with pytest.raises(ConfigError, match="names tensorboard, wandb, not installed here") as caught:
         observers_for(("tensorboard", "wandb"))
     assert (caught.value.code, caught.value.exit_status) == ("QH-U05", 2)
-    assert caught.value.fix == "Run: pip install tensorboard wandb"
+    assert caught.value.fix == f"Run: {pip('install tensorboard wandb')}"
 
 
 @pytest.mark.parametrize("name", TRACKERS)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from qlora_hal.errors import UnsupportedFeatureError
-from qlora_hal.errors.installation import requirement
+from qlora_hal.errors.installation import install_line, requirement
 
 if TYPE_CHECKING:
     import torch
@@ -166,7 +166,7 @@ GPTQMODEL = Engine(
         "swordfish",
         "torch_int8",
     ),
-    install=f"pip install {requirement('gptq')}",
+    install=install_line("gptq"),
     environment={
         # 7.6 builds a pool of two loader threads within one that has a single thread on two cores, and raises.
         "GPTQMODEL_CPU_WORKERS": "2",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qlora_hal.errors import BackendUnavailableError, ModelError
+from qlora_hal.errors.installation import pip
 from qlora_hal_backends.gptq_int4.contained import surroundings_kept
 from qlora_hal_backends.gptq_int4.engines import (
     WORD_BITS,
@@ -135,7 +136,7 @@ def _imported(path: str) -> Any:
             "QH-E61",
             f"gptqmodel is installed, but {path} cannot be imported.",
             cause=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            fix="pip install --force-reinstall 'gptqmodel>=7.6,<8'",
+            fix=pip("install --force-reinstall 'gptqmodel>=7.6,<8'"),
         ) from error
 
 

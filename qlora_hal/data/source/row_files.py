@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from qlora_hal.data.source.json_array import ArrayFault, array_elements
 from qlora_hal.data.source.json_text import MAX_ROW_VALUES, decoded, decoded_cell
 from qlora_hal.errors import DataError
-from qlora_hal.errors.installation import requirement
+from qlora_hal.errors.installation import install_line
 from qlora_hal.files import strict_json
 from qlora_hal.files.signatures import other_encoding, what_it_is_instead
 
@@ -475,7 +475,7 @@ def missing_library(name: str, what: str) -> DataError:
         "QH-D51",
         f"Reading {what} needs the library {name}, which is not installed.",
         where="data.path",
-        fix=f"Run: pip install {requirement('data')}",
+        fix=f"Run: {install_line('data')}",
     )
 
 
