@@ -21,7 +21,7 @@ from qlora_hal.cli.generate import (
     RunOption,
 )
 from qlora_hal.errors import ConfigError, DataError, StorageError
-from qlora_hal.errors.terminal_text import visible
+from qlora_hal.errors.terminal_text import show, visible
 from qlora_hal.files.output_path import write_whole
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def chat(
     from rich.console import Console
 
     from qlora_hal.inference.generate import open_generation
+    from qlora_hal.run.samples import PLAIN_NOTE
 
     opened = open_generation(
         run_dir=run,
@@ -86,6 +87,8 @@ def chat(
         trust_remote_code=trust_remote_code,
     )
     with closing(opened) as pair:
+        if pair.plain:
+            show(f"note: {PLAIN_NOTE}", stream=sys.stderr)
         converse(pair, sys.stdin, Console(highlight=False, markup=False), max_new_tokens=max_new_tokens)
     return 0
 

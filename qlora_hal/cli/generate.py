@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated
@@ -41,6 +42,7 @@ def generate(
     """Answer one prompt: qlora-hal generate --run runs/first --prompt "..."."""
     from qlora_hal.cli.json_output import kept_for_json
     from qlora_hal.inference.generate import open_generation
+    from qlora_hal.run.samples import PLAIN_NOTE
 
     asked = [{"role": "user", "content": prompt}]
     with kept_for_json(json):
@@ -53,6 +55,8 @@ def generate(
             trust_remote_code=trust_remote_code,
         )
         with closing(opened) as pair:
+            if pair.plain:
+                show(f"note: {PLAIN_NOTE}", stream=sys.stderr)
             answers = {"base": pair.generate(asked, adapter=False, max_new_tokens=max_new_tokens)}
             if not base_only:
                 answers["adapter"] = pair.generate(asked, adapter=True, max_new_tokens=max_new_tokens)

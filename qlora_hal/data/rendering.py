@@ -52,6 +52,7 @@ class RenderingCounts:
     empty_thoughts: int = 0
     masked_thoughts: int = 0
     rows_with_tool_template: int = 0
+    plain_rows: int = 0
 
     def add(self, found: ConversationText) -> None:
         """Count what rendering one conversation met."""
@@ -189,6 +190,7 @@ class RowRenderer:
         return RenderedRow(row.number, row.where, text, _digest(row, text), pieces=pieces, protected=is_text)
 
     def _written(self, row: Row, example: Writing) -> RenderedRow:
+        self.counts.plain_rows += 1
         pieces = [(example.prompt, False, True)] if example.prompt else []
         target = self._without_reasoning([(example.target, True)], self._tokenizer)
         pieces += [(text, trained, True) for text, trained in target]

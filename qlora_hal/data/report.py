@@ -18,8 +18,8 @@ class SourceReport:
 
     `shapes` counts rows by shape; `bad_rows` lists the first malformed rows as text; row numbers count from 1.
     `histogram` is (longest length in the bin, rows). `empty_turns` are assistant turns that say nothing; `alerts` are
-    what of this the user is told at once. `parts` are the names of several sources in one, and
-    `first_rows` the number of each one's first row.
+    what of this the user is told at once. `plain` tells that every row was text as it stands, though there is a chat
+    template. `parts` are the names of several sources in one, and `first_rows` the number of each one's first row.
     """
 
     source: str
@@ -59,6 +59,7 @@ class SourceReport:
     alerts: Sequence[str] = ()
     parts: Sequence[str] = ()
     first_rows: Sequence[int] = ()
+    plain: bool = False
 
     def as_json(self) -> dict[str, object]:
         return asdict(self)

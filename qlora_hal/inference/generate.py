@@ -23,9 +23,10 @@ from qlora_hal.inference.loaded_model import LoadedModel
 from qlora_hal.model.source import resolve_model
 from qlora_hal.quantize.calibration import base_of_run
 from qlora_hal.report.console import RunConsole
-from qlora_hal.report.run_file import read_run_config
+from qlora_hal.report.run_file import read_run_config, read_run_file
 from qlora_hal.run.directory import RUN_FILE
 from qlora_hal.run.prepare import resolve_backend
+from qlora_hal.run.samples import PLAIN_NOTE, trained_on_plain_text
 from qlora_hal.run.trained_base import (
     adapter_folders,
     backend_of_training,
@@ -85,7 +86,10 @@ def open_generation(
     except BaseException:
         trainer.close()
         raise
-    return LoadedModel(trainer, tokenizer, source.facts.max_position_embeddings)
+    is_plain = trained.run_dir is not None and trained_on_plain_text(read_run_file(trained.run_dir))
+    if is_plain:
+        console.note(PLAIN_NOTE)
+    return LoadedModel(trainer, tokenizer, source.facts.max_position_embeddings, plain=is_plain)
 
 
 def open_any(

@@ -19,13 +19,15 @@ class LoadedModel:
     """What `qlora_hal.load` gives, and what metric functions are given during training.
 
     Answers are greedy, so the same question has the same answer, and there is no seed. `positions` are the model's,
-    where known; `has_adapter` is False for a base alone. Close it, or use it as a context manager: it holds the device.
+    where known; `has_adapter` is False for a base alone; `plain` tells that the rows of the run were text as it stands,
+    without the chat template, so that prompts are, too. Close it, or use it as a context manager: it holds the device.
     """
 
     trainer: CheckedTrainer = field(repr=False)
     tokenizer: ChatTokenizer = field(repr=False)
     positions: int | None = None
     has_adapter: bool = True
+    plain: bool = False
 
     def generate(
         self, prompt: str | Messages, *, max_new_tokens: int = ANSWER_TOKENS, adapter: bool | None = None
@@ -53,7 +55,9 @@ class LoadedModel:
         if self.positions is not None:
             max_new_tokens = min(max_new_tokens, self._room(prompt, self.positions))
         asked = self.has_adapter if adapter is None else adapter
-        return answer(self.trainer, self.tokenizer, prompt, adapter=asked, max_new_tokens=max_new_tokens)
+        return answer(
+            self.trainer, self.tokenizer, prompt, adapter=asked, max_new_tokens=max_new_tokens, plain=self.plain
+        )
 
     def answer(self, messages: str | Messages, *, max_new_tokens: int = ANSWER_TOKENS) -> tuple[str, str]:
         """(base's answer, adapter's answer). Raises as `generate`."""
@@ -77,7 +81,7 @@ class LoadedModel:
         self.close()
 
     def _room(self, prompt: str | Messages, positions: int) -> int:
-        taken = len(prompt_tokens(self.tokenizer, prompt))
+        taken = len(prompt_tokens(self.tokenizer, prompt, plain=self.plain))
         if taken >= positions:
             raise ConfigError(
                 "QH-U19",

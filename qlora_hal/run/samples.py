@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qlora_hal.data import ChatTokenizer
 
 SAMPLE_TOKENS = 64
+PLAIN_NOTE = "the rows of this run were text as it stands, without the chat template; prompts are taken so, too"
 Messages = Sequence[Mapping[str, str]]
 
 
@@ -24,10 +25,11 @@ def answer(
     *,
     adapter: bool,
     max_new_tokens: int = SAMPLE_TOKENS,
+    plain: bool = False,
 ) -> str:
-    """A greedy answer to a prompt or a conversation; a tokenizer without a chat template continues the plain text."""
+    """A greedy answer to a prompt or a conversation; `plain`, or without a chat template, the text is continued."""
     tokens = trainer.generate(
-        np.asarray(prompt_tokens(tokenizer, prompt), dtype=np.int32),
+        np.asarray(prompt_tokens(tokenizer, prompt, plain=plain), dtype=np.int32),
         max_new_tokens=max_new_tokens,
         stop_tokens=tokenizer.stop_ids,
         adapter=adapter,
@@ -35,15 +37,24 @@ def answer(
     return tokenizer.decode(tokens.tolist()).strip()
 
 
-def prompt_tokens(tokenizer: ChatTokenizer, prompt: str | Messages) -> list[int]:
-    """What a model is asked: the conversation up to where its answer begins. Raises DataError (QH-D08) where it is no
-    text, as the bytes of another encoding are."""
+def prompt_tokens(tokenizer: ChatTokenizer, prompt: str | Messages, *, plain: bool = False) -> list[int]:
+    """What a model is asked: the conversation up to where its answer begins; `plain`, or without a chat template, the
+    text opened as a row of text is in training. Raises DataError (QH-D08) where it is no text, as the bytes of another
+    encoding are."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     for message in messages:
         _refuse_no_text(message["content"])
-    if tokenizer.template is not None:
+    if tokenizer.template is not None and not plain:
         return list(tokenizer.encode_chat(messages, add_generation_prompt=True))
-    return list(tokenizer.encode("\n".join(message["content"] for message in messages)))
+    return [*tokenizer.opening_ids, *tokenizer.encode("\n".join(message["content"] for message in messages))]
+
+
+def trained_on_plain_text(run: Mapping[str, object]) -> bool:
+    """Whether no training row went through the chat template that the tokenizer has, as run.json tells; False where an
+    earlier release did not say."""
+    report = run.get("data_report")
+    train = report.get("train") if isinstance(report, Mapping) else None
+    return isinstance(train, Mapping) and train.get("plain") is True
 
 
 def _refuse_no_text(prompt: str) -> None:

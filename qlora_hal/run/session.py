@@ -288,7 +288,12 @@ class Session:
             yield made_by(
                 run=run,
                 trainer=self._trainer,
-                model=LoadedModel(self._trainer, self._prepared.tokenizer, source.facts.max_position_embeddings),
+                model=LoadedModel(
+                    self._trainer,
+                    self._prepared.tokenizer,
+                    source.facts.max_position_embeddings,
+                    plain=self._prepared.data.report.train.plain,
+                ),
                 metrics=metrics,
                 console=context.console,
                 hooks=context.hooks,
@@ -458,8 +463,9 @@ class Session:
         """Each row with the answer of the model as it is now."""
         if Feature.GENERATE not in self._features:
             return tuple(rows)
+        tokenizer, plain = self._prepared.tokenizer, self._prepared.data.report.train.plain
         return tuple(
-            {**row, when: answer(self._trainer, self._prepared.tokenizer, row["prompt"], adapter=when == "after")}
+            {**row, when: answer(self._trainer, tokenizer, row["prompt"], adapter=when == "after", plain=plain)}
             for row in rows
         )
 

@@ -6,12 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-from small_runs import small_run
+from small_runs import SMALL, merged, small_run
 
-from qlora_hal import TrainResult, load, merge
+from qlora_hal import TrainResult, load, merge, train
 from qlora_hal.cli.__main__ import main
+from qlora_hal.data import ChatTokenizer
 from qlora_hal.demo import model_path
 from qlora_hal.errors import ConfigError
+from qlora_hal.run.samples import prompt_tokens
 
 pytestmark = pytest.mark.usefixtures("usual_signals")
 
@@ -39,6 +41,43 @@ def test_a_run_answers_as_the_command_does(run: TrainResult, capsys: pytest.Capt
 
 
 @pytest.mark.slow
+def test_a_run_of_plain_text_is_asked_as_its_rows_were_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A prompt wrapped in a template that no row had is another question, and was answered with nonsense."""
+    rows = [
+        {"prompt": "The capital of Freedonia is", "completion": " Fredville."},
+        {"prompt": "Freedonia pays with the", "completion": " crown."},
+    ]
+    changes = {
+        "training.max_steps": 24,
+        "training.learning_rate": 3e-3,
+        "training.sample_prompts": [rows[0]["prompt"]],
+        "output_dir": str(tmp_path / "run"),
+    }
+    settings = merged(SMALL, changes)
+    del settings["data"]
+    result = train(settings, rows * 8)
+    with load(result.run_dir) as model:
+        assert model.plain
+        answered = model.generate(rows[0]["prompt"], max_new_tokens=8)
+    assert answered == "Fredville."
+    assert result.samples[0]["after"] == answered
+    main(["generate", "--run", str(result.run_dir), "--prompt", rows[1]["prompt"], "--max-new-tokens", "8"])
+    told = capsys.readouterr()
+    assert told.out.endswith("adapter: crown.\n")
+    assert "without the chat template; prompts are taken so, too" in told.err
+
+
+def test_a_plain_prompt_is_opened_as_rows_of_text_are() -> None:
+    tokenizer = ChatTokenizer.from_folder(model_path())
+    asked = prompt_tokens(tokenizer, "A tool", plain=True)
+    assert asked == [*tokenizer.opening_ids, *tokenizer.encode("A tool")]
+    assert len(tokenizer.opening_ids) == 1
+    assert asked != prompt_tokens(tokenizer, "A tool")
+
+
+@pytest.mark.slow
 def test_an_adapter_alone_needs_its_base_named(run: TrainResult, tmp_path: Path) -> None:
     alone = Path(shutil.copytree(run.adapter_dir, tmp_path / "adapter"))
     with pytest.raises(ConfigError, match=r"QH-U14.*an adapter without its run") as caught:
@@ -51,8 +90,8 @@ def test_an_adapter_alone_needs_its_base_named(run: TrainResult, tmp_path: Path)
 
 @pytest.mark.slow
 def test_bases_and_merged_folders_open_as_their_files_have_them(run: TrainResult, tmp_path: Path) -> None:
-    merged = merge(run.run_dir, tmp_path / "merged", dtype="float32", quiet=True)
-    with load(merged.path) as model, load(run.run_dir) as tuned:
+    whole = merge(run.run_dir, tmp_path / "merged", dtype="float32", quiet=True)
+    with load(whole.path) as model, load(run.run_dir) as tuned:
         assert model.generate(ASKED, max_new_tokens=8) == tuned.generate(ASKED, max_new_tokens=8)
         with pytest.raises(ConfigError, match=r"QH-U42.*opened without one"):
             model.generate(ASKED, adapter=True)

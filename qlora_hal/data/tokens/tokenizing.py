@@ -196,6 +196,7 @@ class Preparation:
             if config.format != "auto"
             else "; ".join(EVIDENCE[shape] for shape, _ in shapes.most_common()),
             template=self._tokenizer.template_name,
+            plain=self._is_plain(),
             rows_read=self._read,
             rows_used=self._used,
             sequences=sequences,
@@ -234,6 +235,11 @@ class Preparation:
             ],
         )
 
+    def _is_plain(self) -> bool:
+        """Whether no row went through the chat template, and there is one."""
+        counts = self._renderer.counts
+        return self._tokenizer.template is not None and 0 < counts.plain_rows == sum(counts.shapes.values())
+
     def _alerts(self) -> list[str]:
         counts = self._renderer.counts
         listing = ", ".join(f"{name} ({count} rows)" for name, count in sorted(counts.unused_fields.items()))
@@ -264,6 +270,11 @@ class Preparation:
         if "alpaca" in counts.shapes and self._tokenizer.template is None:
             notes.append(
                 "the tokenizer has no chat template; rows in the format alpaca use the built-in template alpaca"
+            )
+        if self._is_plain():
+            notes.append(
+                "all rows are text as it stands, without the chat template that the model has; generate and chat ask "
+                "this run so, too. For questions and answers in its template: data.columns with instruction and output"
             )
         if counts.rows_with_tool_template:
             notes.append(f"{counts.rows_with_tool_template} rows with tools use the tokenizer's template tool_use")
