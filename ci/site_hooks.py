@@ -34,7 +34,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     from mkdocs.structure.files import File
 
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name, text in {FIRST_PAGE: readme, "python.md": _python(), "hooks.md": _hooks()}.items():
+    for name, text in {FIRST_PAGE: readme, "python_reference.md": _python(), "hooks.md": _hooks()}.items():
         files.append(File.generated(config, name, content=text))
     return files
 
@@ -64,7 +64,7 @@ def _python() -> str:
 
     names = [name for name in qlora_hal.__all__ if not name.startswith("_")]
     entries = [f"::: qlora_hal.{name}" for name in sorted(names, key=lambda name: (name[0].isupper(), name))]
-    return "\n\n".join(["# Python", "What `import qlora_hal` offers.", *entries, ""])
+    return "\n\n".join(["# Python reference", "What `import qlora_hal` offers.", *entries, ""])
 
 
 def _hooks() -> str:
