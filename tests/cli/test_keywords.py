@@ -16,7 +16,7 @@ from qlora_hal import RunConfig, train
 from qlora_hal.config.fields import groups, settings
 from qlora_hal.config.keywords import CommonSettings, SettingsByKeyword, is_settings_of_data
 from qlora_hal.config.resolve import resolve_settings
-from qlora_hal.demo import model_path
+from qlora_hal.demo import data_path, model_path
 from qlora_hal.errors import ConfigError, DataError
 
 
@@ -128,8 +128,18 @@ def test_settings_of_the_data_go_by_group() -> None:
 
 
 def test_columns_are_taken_as_rows(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"QH-D03.*a mapping with the keys 'prompt'"):
-        train(str(model_path()), {"prompt": ["a"], "completion": ["b"]}, output_dir=tmp_path / "run", dry_run=True)
+    columns = {"prompt": ["a", "c"], "completion": ["b", "d"]}
+    planned = train(str(model_path()), columns, output_dir=tmp_path / "run", backend="cpu_torch", dry_run=True)
+    assert planned.plan["sequences"] == 2
+
+
+def test_validation_rows_of_a_file_stand_beside_those_of_the_settings(tmp_path: Path) -> None:
+    settings = {"training": {"eval_steps": 2}, "data": {"validation_path": str(data_path("validation"))}}
+    here = {"output_dir": tmp_path / "run", "backend": "cpu_torch", "dry_run": True}
+    train(settings, [{"text": "a"}], model=model_path(), **here)
+    with pytest.raises(DataError, match=r"QH-D50.*gone\.jsonl") as caught:
+        train(settings, [{"text": "a"}], model=model_path(), validation_data="gone.jsonl", **here)
+    assert caught.value.where == "data.validation_path"
 
 
 def test_only_public_names_are_listed() -> None:
