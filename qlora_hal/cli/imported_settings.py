@@ -15,12 +15,17 @@ _FILL_IN = {"model.name_or_path": "path/to/model", "data.path": "path/to/rows.js
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How a format writes groups and assignments; values are written as JSON, which YAML and TOML both read."""
+    """How a format writes groups and assignments. Values are written as JSON, which YAML and TOML both read but for
+    what stands between a name and its value in a mapping: `between`."""
 
     editor_line: str
     group: str
     indent: str
     assigned: str
+    between: str
+
+    def value(self, value: object) -> str:
+        return json.dumps(value, ensure_ascii=False, separators=(", ", self.between))
 
 
 def imported_text(imported: Imported, form: Form) -> str:
@@ -49,7 +54,7 @@ def _group_lines(group: str, imported: Imported, form: Form) -> Iterator[str]:
         if path in imported.missing:
             value, origin = json.dumps(_FILL_IN[path]), "fill in: the file does not say it"
         else:
-            value, origin = json.dumps(imported.settings[path], ensure_ascii=False), imported.origins[path]
+            value, origin = form.value(imported.settings[path]), imported.origins[path]
         yield f"{indent}{form.assigned.format(name, value)}  # {_comment(origin)}"
 
 
@@ -60,7 +65,7 @@ def _notes(imported: Imported) -> Mapping[str, list[str]]:
         if line.outcome.note and line.outcome.settings:
             first = next((path for path in line.outcome.settings if path in imported.settings), None)
             if first:
-                found.setdefault(first, []).append(f"{line.key} = {shown(line.value)}: {line.outcome.note}")
+                found.setdefault(first, []).append(f"{line.key} = {shown(line.value, line.key)}: {line.outcome.note}")
     return found
 
 
@@ -100,7 +105,7 @@ def summary(imported: Imported, written: str) -> str:
 
 def _key_and_value(line: Line) -> str:
     where = f" (line {line.line})" if line.line else " (not given)"
-    return f"{line.key}{where} = {shown(line.value)}"
+    return f"{line.key}{where} = {shown(line.value, line.key)}"
 
 
 def _arrow(line: Line) -> str:

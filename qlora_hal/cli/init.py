@@ -86,7 +86,9 @@ def _imported(source: Path, tool: str | None, syntax: Syntax, written: str = "ru
 
     made = imported(source, tool)
     assigned = syntax.assigned("{}", "{}")
-    return imported_text(made, Form(syntax.editor_line, syntax.group, syntax.indent, assigned)), summary(made, written)
+    between = assigned.replace("{}", "")
+    form = Form(syntax.editor_line, syntax.group, syntax.indent, assigned, between)
+    return imported_text(made, form), summary(made, written)
 
 
 def _refuse_existing(file: Path) -> None:
