@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _UNITS = {"M": 2**20, "G": 2**30, "T": 2**40}
 """Cards are sold in GB and hold GiB: both are read as 2**30 bytes."""
+_LONGEST = 2**24
+"""Tokens of a row that are counted where a model's headers name no limit."""
 
 
 @with_settings(only=("model", "data", "backend"))
@@ -94,7 +96,7 @@ def _situation(config: RunConfig, memory: int | None) -> Situation:
         memory_bytes=memory_of_device(spec, report, inventory()) if memory is None else memory,
         parameters=facts.parameter_count,
         stored=facts.prequantized.weight_format if facts.prequantized else "",
-        rows=_row_facts(config, source) if config.data.path else None,
+        rows=_row_facts(config, source) if config.data.path or config.data.sources else None,
         positions=facts.max_position_embeddings,
         peak=peak,
         adapter_parameters=lambda rank: adapter_parameters(targets, rank),
@@ -140,7 +142,8 @@ def _row_facts(config: RunConfig, source: ModelSource) -> RowFacts:
     tokenizer = ChatTokenizer.from_folder(
         source.path, chat_template=config.data.chat_template, model_vocabulary_size=size
     )
-    length = min(config.data.max_seq_length, facts.max_position_embeddings or config.data.max_seq_length)
+    # Counted as far as the model can read: what is advised is the length of the rows, not the default one.
+    length = facts.max_position_embeddings or _LONGEST
     data = config.data.model_copy(update={"max_seq_length": length})
     with tempfile.TemporaryDirectory() as folder:
         report = prepare(data, tokenizer, cache_dir=Path(folder), seed=0, model_vocabulary_size=size).report.train

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from qlora_hal.config.fields import groups, settings
 from qlora_hal.config.other_tools.importing import Imported, Line, shown
 from qlora_hal.config.other_tools.tables import Fate
+from qlora_hal.errors.terminal_text import visible_line
 
 _FILL_IN = {"model.name_or_path": "path/to/model", "data.path": "path/to/rows.jsonl", "output_dir": "runs/first"}
 
@@ -25,7 +26,8 @@ class Form:
     between: str
 
     def value(self, value: object) -> str:
-        return json.dumps(value, ensure_ascii=False, separators=(", ", self.between))
+        text = json.dumps(value, ensure_ascii=False, separators=(", ", self.between))
+        return "".join(mark if mark.isprintable() else f"\\U{ord(mark):08x}" for mark in text)
 
 
 def imported_text(imported: Imported, form: Form) -> str:
@@ -120,5 +122,5 @@ def _short(value: object) -> str:
 
 
 def _comment(text: str) -> str:
-    """On one line: a line break would end the comment."""
-    return " ".join(text.split())
+    """On one line, for a break would end the comment, and without what neither format allows in one."""
+    return visible_line(" ".join(text.split()))

@@ -93,3 +93,15 @@ def test_no_secret_is_carried_along(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["init", str(tmp_path / "run.yaml"), "--from", str(tmp_path / name)]) == 0
     told = capsys.readouterr()
     assert secret not in (tmp_path / "run.yaml").read_text() + told.out + told.err
+
+
+@pytest.mark.parametrize("written", ["run.yaml", "run.toml"])
+def test_marks_that_no_file_may_hold_are_escaped(tmp_path: Path, written: str) -> None:
+    theirs = tmp_path / "theirs.json"
+    odd = "a\u2028b\x7f\u202e\x1b[31m\u0085😀"
+    theirs.write_text(
+        json.dumps({"base_model": "a/b", "adapter": "lora", "output_dir": odd, "lr_scheduler": odd, odd: 1})
+    )
+    ours = tmp_path / written
+    assert main(["init", str(ours), "--from", str(theirs)]) == 0
+    assert resolve_settings(ours, environ={}).config.output_dir == odd

@@ -360,7 +360,7 @@ def test_what_a_script_computes_is_not_replaced_by_a_habit(import_text: Importer
     assert "quantization.weight_format" not in made.settings
 
 
-ODD = (
+ODD: tuple[object, ...] = (
     float("nan"),
     float("inf"),
     10**400,
@@ -390,3 +390,40 @@ def test_an_odd_value_ends_no_rule(tool: Tool, value: object) -> None:
 def test_a_base_that_can_be_no_path_is_a_name(tmp_path: Path, path: str, import_text: Importer) -> None:
     made = import_text(json.dumps({"model": path, "iters": 1, "data": path}), "theirs.json")
     assert made.settings["model.name_or_path"] == path
+
+
+def notebook(*cells: str) -> str:
+    return json.dumps({"cells": [{"cell_type": "code", "source": cell} for cell in cells]})
+
+
+def test_a_cell_with_shell_lines_of_any_kind_is_read(import_text: Importer) -> None:
+    shell = "here = !pwd\n!pip install a \\\n    b\n%time\nif True:\n    !ls\nSFTConfig?\n"
+    made = import_text(notebook("%%bash\npip install (", f"{shell}SFTConfig(seed=3)\n"), "note.ipynb")
+    assert made.settings["training.seed"] == 3
+
+
+def test_a_cell_that_says_something_and_cannot_be_read_is_refused(import_text: Importer) -> None:
+    with pytest.raises(ConfigError) as caught:
+        import_text(notebook("SFTConfig(seed=1)", "!ls\nLoraConfig(r=4) (("), "note.ipynb")
+    assert caught.value.code == "QH-U03"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("x = 1\n" * 200_000, "characters of code"),
+        ("SFTConfig(seed=1)\n" + "#" * (17 * 1024 * 1024), "more than 16777216 bytes"),
+        ("x = " + "-" * 100_000 + "1\n", "nested too deeply"),
+    ],
+    ids=["code", "bytes", "depth"],
+)
+def test_a_script_without_end_is_refused_at_once(import_text: Importer, text: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told) as caught:
+        import_text(text, "script.py")
+    assert caught.value.code == "QH-U03"
+
+
+def test_a_value_that_is_not_understood_is_not_called_off(import_text: Importer) -> None:
+    made = import_text("base_model: a/b\nadapter: lora\nval_set_size: many\ntorch_dtype: float8\n")
+    assert "no share of the rows" in note_of(made, "val_set_size")
+    assert "float8 is not offered" in note_of(made, "torch_dtype")

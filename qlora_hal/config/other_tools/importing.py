@@ -138,7 +138,9 @@ def _recognized(source: _Source) -> Tool:
         f"{source.path.name} {found}: {', '.join(list(source.values)[:8]) or 'it is empty'}.",
         where=str(source.path),
         cause="One key can mean different things in two tools.",
-        fix=f"Name the tool: --from-tool {(candidates or TOOLS)[0].name}",
+        fix=f"Name the tool: --from-tool {candidates[0].name}"
+        if candidates
+        else f"Name the tool where it is one of these: --from-tool {TOOLS[0].name}. Files of others are not read.",
         context={"candidates": [tool.name for tool in candidates]},
     )
 
