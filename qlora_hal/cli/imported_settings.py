@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from shlex import quote
 
 from qlora_hal.config.fields import groups, settings
 from qlora_hal.config.other_tools.importing import Imported, Line, shown
@@ -102,7 +103,7 @@ def summary(imported: Imported, written: str) -> str:
     lines += [f"not known to this importer: {', '.join(imported.unknown)}"] if imported.unknown else []
     if imported.missing:
         lines.append(f"fill in: {', '.join(imported.missing)}")
-    return "\n".join([*lines, f"wrote {written}. Check it: qlora-hal train {written} --dry-run"])
+    return "\n".join([*lines, f"wrote {written}. Check it: qlora-hal train {quote(written)} --dry-run"])
 
 
 def _key_and_value(line: Line) -> str:

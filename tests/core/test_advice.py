@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -121,3 +123,16 @@ def test_what_it_prints_to_paste_is_accepted(capsys: pytest.CaptureFixture[str])
     command = capsys.readouterr().out.rpartition("qlora-hal ")[2].split()
     assert main([*command, "--print-config"]) == 0
     assert "command line --lora.r" in capsys.readouterr().out
+
+
+def test_rows_are_counted_as_far_as_the_model_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = shutil.copytree(model_path(), tmp_path / "longer")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4096}))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "Say it.", "completion": "word thing " * 1500}) + "\n")
+    words = ["advise", "--model", str(model), "--data", str(rows), "--memory", "24GB", "--backend", "cpu_torch"]
+    assert main([*words, "--json"]) == 0
+    advice = {line["subject"]: line["why"] for line in json.loads(capsys.readouterr().out)["advice"]}
+    assert "1 rows has 3007 tokens" in advice["length"]
+    assert advice["rank"].startswith("3,002 trained tokens")
