@@ -299,8 +299,8 @@ AXOLOTL = Tool(
         no_place("unfrozen_parameters", _FULL),
         no_place(
             "wandb_project use_wandb use_mlflow mlflow_experiment_name trackio_project_name comet_project_name",
-            "Name trackers in training.report_to (tensorboard, wandb, mlflow, trackio); their own variables name "
-            "projects.",
+            "Name trackers in training.report_to (tensorboard, wandb, mlflow, trackio) and their project in "
+            "training.tracker_project.",
         ),
         no_place(
             "deepspeed fsdp fsdp_config fsdp_version", "Several devices are started with --devices N (parallel.mode)."
