@@ -157,7 +157,7 @@ def _defaults(given: Given) -> dict[str, Default]:
         "lr_scheduler": Default("cosine"),
         "lora_target_modules": Default(hf.TARGETS_OF_PEFT, ("lora.target_modules",)),
         "excess_length_strategy": Default("drop"),
-        "save_steps": Default(500),
+        "save_steps": Default(500, ("saves_per_epoch",)),
         "seed": Default(42),
     }
 

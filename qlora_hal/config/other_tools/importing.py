@@ -219,7 +219,7 @@ def _add_what_is_done_unasked(
     """Where a key is absent, that tool's own choice, unless it is this project's as well; returned are choices that
     have no place here."""
     keys = tool.by_name()
-    asked = set(values)
+    asked = {*values, *(name for name, value in given.values.items() if value is not None)}
     lines = []
     for name, default in tool.defaults(given).items():
         if (name in given.values and given.values[name] is not None) or asked & set(default.unless) or name not in keys:
