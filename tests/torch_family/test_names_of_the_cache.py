@@ -6,8 +6,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from qlora_hal_backends.torch_family.transformers_versions import cache_argument
 from torch import nn
+
+from qlora_hal_backends.torch_family.transformers_versions import cache_argument
 
 
 class Newer(nn.Module):
