@@ -57,6 +57,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return _LINK.sub(on_the_site, markdown)
 
 
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """The link to the repository without the theme's script, which asks GitHub for stars on each visit."""
+    return output.replace(' data-md-component="source"', "")
+
+
 def _python() -> str:
     """The public names of the package, each with its signature and docstring."""
     sys.path.insert(0, str(ROOT))

@@ -15,7 +15,7 @@ from qlora_hal.errors.terminal_text import show, show_json, visible_line
 if TYPE_CHECKING:
     from qlora_hal.run.listing import RunSummary
 
-_TITLES = ("run", "state", "model", "backend", "steps", "loss", "evaluation", "time")
+_TITLES = ("run", "state", "model", "backend", "steps", "loss (average)", "evaluation", "time")
 _WIDEST = 40
 
 

@@ -38,12 +38,14 @@ def demo_settings() -> Mapping[str, object]:
 
 def in_the_way(values: Mapping[str, object], given: Collection[str]) -> set[str]:
     """The demo's settings that would keep what was `given` from having its meaning: a length in steps beside one in
-    epochs, the demo's held-out rows beside other rows, evaluation on no rows."""
+    epochs, the demo's held-out rows and its questions beside other rows, evaluation on no rows."""
     yielding = set()
     if "training.num_train_epochs" in given:
         yielding.add("training.max_steps")
     if "data.sources" in given:
         yielding.add("data.path")
+    if not {"data.path", "data.sources"}.isdisjoint(given):
+        yielding.add("training.sample_prompts")
     held_out = values.get("data.validation_path")
     other_rows = {"data.path", "data.sources", "data.validation_fraction"}
     if "data.validation_path" not in given and not other_rows.isdisjoint(given):

@@ -19,8 +19,9 @@ DEPTH = 4
 
 @dataclass(frozen=True, slots=True)
 class RunSummary:
-    """One run. `state` is finished, stopped, failed, running, interrupted (its process is gone) or broken; `problem`
-    says what is wrong with its record, and what is known of it stands nevertheless. Losses are nats per token."""
+    """One run. `state` is finished, stopped, failed, running, interrupted (its process is gone), not started
+    (refused before the model loaded) or broken; `problem` says what is wrong with its record, and what is known of it
+    stands nevertheless. Losses are nats per token."""
 
     folder: Path
     state: str
@@ -88,10 +89,12 @@ def _summarized(folder: Path, run: Mapping[str, object], series: RunSeries, prob
 
 def _state(folder: Path, run: Mapping[str, object]) -> str:
     status = str(run.get("status") or "")
-    if status != "running":
+    if status not in ("", "running"):
         return status
     held = is_held(folder)
-    return "interrupted" if held is False else "running" if held else "running elsewhere"
+    if held is False:
+        return "interrupted" if status else "not started"
+    return "running" if held else "running elsewhere"
 
 
 def _run_folders(folder: Path, depth: int) -> Iterator[Path]:

@@ -516,9 +516,13 @@ def test_what_is_given_beside_the_demo_is_not_overruled_by_it() -> None:
     both = of_the_demo(data__path="mine.jsonl", data__validation_path="held.jsonl")
     assert (both.data.validation_path, both.training.eval_steps) == ("held.jsonl", 50)
     assert of_the_demo(data__validation_path="none").training.eval_steps is None
+    assert of_the_demo(data__path="mine.jsonl").training.sample_prompts == ()
+    asked = of_the_demo(data__path="mine.jsonl", training__sample_prompts='["Who?"]')
+    assert asked.training.sample_prompts == ("Who?",)
 
 
 def test_the_demo_alone_is_as_it_was() -> None:
     config = of_the_demo()
     assert (config.training.max_steps, config.training.eval_steps) == (200, 50)
     assert config.data.validation_path
+    assert config.training.sample_prompts

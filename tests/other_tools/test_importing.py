@@ -53,6 +53,7 @@ def test_axolotl_is_taken_with_its_own_defaults() -> None:
     assert made.settings["data.validation_fraction"] == 0.1
     assert made.settings["training.optim"] == "adamw_8bit"
     assert made.settings["data.truncation"] == "drop"  # Axolotl drops long rows unasked
+    assert "checkpoint.save_steps" not in made.settings  # saves_per_epoch, which has no place here, says it there
     assert "evals_per_epoch" in {line.key for line in made.with_fate(Fate.NO_PLACE)}
     assert "wandb_project" in made.unset
 

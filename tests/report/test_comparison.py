@@ -13,7 +13,9 @@ from xml.etree import ElementTree
 
 import pytest
 from report.conftest import HOSTILE, run_record, write_metrics
+from small_runs import SMALL, merged
 
+from qlora_hal import train
 from qlora_hal.cli.__main__ import main
 from qlora_hal.config.resolve import resolve_settings
 from qlora_hal.errors import ConfigError
@@ -108,6 +110,12 @@ def test_a_run_at_work_is_told_from_one_that_was_interrupted(run_dir: Path) -> N
     finally:
         lock.release()
     assert summary(run_dir).state == "interrupted"
+
+
+def test_a_run_that_was_refused_before_it_began_is_told_as_such(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no validation rows"):
+        train(merged(SMALL, {"output_dir": str(tmp_path), "training.eval_steps": 2, "data.validation_path": None}))
+    assert summary(tmp_path).state == "not started"
 
 
 @pytest.mark.parametrize(

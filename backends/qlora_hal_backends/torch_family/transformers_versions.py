@@ -6,6 +6,7 @@ Major 5 is what the family is made for. Major 4 is here because auto-gptq 0.7.1 
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -164,6 +165,11 @@ def new_cache(config: Any) -> Any:
     from transformers import DynamicCache
 
     return DynamicCache(config=config) if _major() >= 5 else DynamicCache()
+
+
+def cache_argument(model: Any) -> str:
+    """What a model's forward pass calls its key-value cache: `cache` since 5.24, where the older name only warns."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 @contextmanager

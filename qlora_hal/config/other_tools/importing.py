@@ -225,7 +225,7 @@ def _add_what_is_done_unasked(
     """Where a key is absent, that tool's own choice, unless it is this project's as well; returned are choices that
     have no place here."""
     keys = tool.by_name()
-    asked = set(values)
+    asked = {*values, *(name for name, value in given.values.items() if value is not None)}
     computed = {keys[name].here for name, value in given.values.items() if name in keys and isinstance(value, Computed)}
     lines = []
     for name, default in tool.defaults(given).items():

@@ -74,8 +74,8 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Default:
-    """What a tool takes for a key that is not given, where this project's default is another. It stands back when a key
-    of the file makes one of these settings."""
+    """What a tool takes for a key that is not given, where this project's default is another. It stands back when the
+    file has one of these keys, or makes one of these settings."""
 
     value: Value
     unless: tuple[str, ...] = ()
