@@ -90,7 +90,7 @@ def train(
     keywords = {
         "model": model,
         "data": None if rows is not None else data,
-        "data.validation_path": None if validation_rows is not None else validation_data,
+        "validation_data": None if validation_rows is not None else validation_data,
         "output_dir": output_dir,
         "backend": backend,
     }
