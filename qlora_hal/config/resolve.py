@@ -109,9 +109,9 @@ def resolve_settings(
     the keys that were given otherwise.
 
     `keywords` holds dotted keys, groups, common settings by their own names, or `model`, `data`, `validation_data`,
-    `output_dir`, `backend` (of which None and the backend `auto` mean not given); `flags` holds dotted keys with texts as
-    typed, where None means not given. A ResolvedSettings is returned as it is when nothing is added, so that resolving twice
-    keeps the origins. Raises ConfigError (U01..U03), UnsafeInputError (X07).
+    `output_dir`, `backend` (of which None and the backend `auto` mean not given); `flags` holds dotted keys with texts
+    as typed, where None means not given. A ResolvedSettings is returned as it is when nothing is added, so that
+    resolving twice keeps the origins. Raises ConfigError (U01..U03), UnsafeInputError (X07).
     """
     if isinstance(config, ResolvedSettings):
         if not dict(_given_keywords(keywords or {})) and not flags:

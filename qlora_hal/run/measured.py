@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     Metric: TypeAlias = Callable[[LoadedModel], float]
 
+
 class MetricFunction:
     """The observer of one entry of `train(metrics={"exact_match": function})`: one that raises takes none along."""
 
