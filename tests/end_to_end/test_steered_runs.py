@@ -13,11 +13,13 @@ from stopped_runs import SHORT, StopAfter, adapter_bytes, rows_in, whole_run
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback
 
 from qlora_hal import Control, LoadedModel, hookimpl, resume, train
+from qlora_hal.config.schema import RunConfig
 from qlora_hal.contract.values import LossSum, StepStats
 from qlora_hal.contract.world import World
 from qlora_hal.errors import ConfigError, StoppedError, UnsupportedFeatureError
 from qlora_hal.hooks import Hooks
 from qlora_hal.run.measured import MetricFunction, check_observers, observers_with
+from qlora_hal.run.result import RunView
 from qlora_hal.trainer_callbacks import as_observer
 
 pytestmark = pytest.mark.usefixtures("usual_signals")
@@ -205,6 +207,22 @@ def test_a_callback_is_told_the_events_that_exist(tmp_path: Path) -> None:
     (note,) = [note for note in result.notes if "observer" in note]
     assert "CallbackObserver) failed in qlora_hal_step_finished and is disabled" in note
     assert "[QH-U43] Peeks uses model, which is the backend's own." in note
+
+
+def test_a_callback_is_told_of_an_epochs_end_where_one_ends_also_after_a_resume(tmp_path: Path) -> None:
+    config = RunConfig.model_validate({"training": {"num_train_epochs": 3}})
+    for steps_per_epoch in (1, 3, 7, 49):
+        for resumed_at in (0, steps_per_epoch, steps_per_epoch + 2):
+            events, total = Events(), 3 * steps_per_epoch
+            hooks = Hooks([as_observer(events)])
+            run = RunView(tmp_path, config, {}, total, resumed_at)
+            hooks.tell("qlora_hal_run_started", run=run)
+            for step in range(resumed_at + 1, total + 1):
+                facts = {"stats": StepStats(1.0, 1, 1.0), "learning_rate": 1e-3, "epoch": step / steps_per_epoch}
+                facts |= {"tokens_per_second": 1.0, "memory_bytes": None}
+                hooks.tell("qlora_hal_step_finished", run=run, step=step, **facts)
+            ended = [f"epoch {epoch}" for epoch in (1, 2, 3) if epoch * steps_per_epoch > resumed_at]
+            assert [told for told in events.told if told.startswith("epoch")] == ended
 
 
 class ActsInside(TrainerCallback):  # type: ignore[misc]
