@@ -242,3 +242,19 @@ def test_factors_that_are_none_together_change_nothing_and_stop_no_run() -> None
         hooks = Hooks([Asks(factor), Asks(factor)], note=notes.append)
         assert hooks.control(**facts) == Control(save=True)
         assert notes == [f"observers asked for rates that are {told} times as high together; none changes"]
+
+
+def test_a_wish_at_an_evaluation_takes_no_wish_of_a_step_away() -> None:
+    def always(step: int) -> Control:
+        return Control(save=True, evaluate=True)
+
+    events = Events(to_step=always, to_evaluation=always)
+    carried_out(events)
+    # The answer to step 1 is due after step 2; every later step and evaluation asks again.
+    assert [entry for entry in events.log if entry.startswith("evaluated")] == [
+        f"evaluated {n}" for n in range(2, STEPS)
+    ]
+    assert sorted(events.saved) == list(range(2, STEPS + 1))
+    resumed = Events(to_step=always, to_evaluation=always)
+    carried_out(resumed, Progress.from_json(json.loads(events.saved[3])))
+    assert sorted(resumed.saved) == list(range(4, STEPS + 1))

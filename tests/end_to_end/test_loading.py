@@ -41,6 +41,19 @@ def test_a_run_answers_as_the_command_does(run: TrainResult, capsys: pytest.Capt
 
 
 @pytest.mark.slow
+@pytest.mark.fault("U42")
+def test_a_closed_model_says_so_and_another_one_goes_on(run: TrainResult) -> None:
+    first, second = load(run.run_dir), load(run.run_dir)
+    answer = first.generate(ASKED, max_new_tokens=4)
+    first.close()
+    first.close()
+    with pytest.raises(ConfigError, match=r"QH-U42.*is closed"):
+        first.generate(ASKED)
+    with second:
+        assert second.generate(ASKED, max_new_tokens=4) == answer
+
+
+@pytest.mark.slow
 def test_a_run_of_plain_text_is_asked_as_its_rows_were_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

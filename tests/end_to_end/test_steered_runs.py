@@ -133,6 +133,17 @@ def test_no_observer_overwrites_the_loss_of_a_run_or_the_figure_of_another() -> 
 
 
 @pytest.mark.slow
+def test_a_metric_that_closes_its_model_leaves_the_run_its_device(tmp_path: Path) -> None:
+    def answered(model: LoadedModel) -> float:
+        with model:
+            return float(bool(model.generate(ASKED, max_new_tokens=1)))
+
+    changes = {**SHORT, **rows_in(tmp_path), "training.max_steps": 2, "output_dir": str(tmp_path / "run")}
+    result = train(merged(SMALL, changes), metrics={"answered": answered})
+    assert logged(result.run_dir, "eval_answered") == [1.0, 1.0]
+
+
+@pytest.mark.slow
 def test_metrics_are_asked_with_validation_rows_in_memory(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in Path(rows_in(tmp_path)["data.path"]).read_text().splitlines()]
     changes = {**SHORT, "training.eval_steps": None, "training.max_steps": 1, "output_dir": str(tmp_path / "run")}
