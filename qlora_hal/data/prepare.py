@@ -77,6 +77,7 @@ def prepare(
     refuse_long_sequences(config, model_max_length)
     source = _training_source(config, rows)
     train, report, fingerprint = _tokenised(source, config, tokenizer, cache_dir, model_vocabulary_size)
+    shares = _shares(config, report) if rows is None else ALL_ONCE
     validation, validation_report, parts = None, None, [fingerprint]
     if config.validation_path or validation_rows is not None:
         with blamed_on("data.validation_path", split="data.validation_split"):
@@ -87,9 +88,8 @@ def prepare(
             raise _trained_on_itself(source, held)
         parts.append(second)
     elif config.validation_fraction:
-        train, validation = hold_out(train, config.validation_fraction, seed)
+        train, validation = hold_out(train, config.validation_fraction, seed, shares)
         parts.append(f"{config.validation_fraction} {seed}")
-    shares = _shares(config, report) if rows is None else ALL_ONCE
     if config.sources and rows is None:
         parts.append(json.dumps([weight for _, weight in shares]))
     in_epoch = _in_epoch(train, shares, config, seed)
@@ -106,10 +106,13 @@ def prepare(
     return PreparedData(train, validation, whole, hashlib.sha256("\n".join(parts).encode()).hexdigest(), shares)
 
 
-def hold_out(store: TokenStore, fraction: float, seed: int) -> tuple[TokenStore, TokenStore]:
-    """(training rows, validation rows). Rows with the same text, and pieces of one row, stay on one side.
+def hold_out(
+    store: TokenStore, fraction: float, seed: int, shares: Sequence[Share] = ALL_ONCE
+) -> tuple[TokenStore, TokenStore]:
+    """(training rows, validation rows). Rows with the same text, and pieces of one row, stay on one side; a source of
+    which nothing would be left to train on is not held out.
 
-    Raises DataError (QH-D01) when that leaves nothing to train on.
+    Raises DataError (QH-D01) when that leaves nothing to train on, or to judge by.
     """
     texts, group = np.unique(store.digests, return_inverse=True)
     sizes = np.bincount(group, minlength=len(texts))
@@ -126,7 +129,18 @@ def hold_out(store: TokenStore, fraction: float, seed: int) -> tuple[TokenStore,
     count = int(np.searchsorted(np.cumsum(sizes[order]), wanted)) + 1
     chosen = np.zeros(len(texts), dtype=bool)
     chosen[order[: min(count, len(texts) - 1)]] = True
+    source = source_of_rows(store.row_numbers, shares)
+    for of_source in (group[source == number] for number in range(len(shares))):
+        if chosen[of_source].all():
+            chosen[of_source] = False
     held = chosen[group]
+    if not held.any():
+        raise DataError(
+            "QH-D01",
+            "No row can be held out for validation: each source would be left without one to train on.",
+            where="data.validation_fraction",
+            fix="Add more rows, or name a file in data.validation_path.",
+        )
     return store.subset(np.flatnonzero(~held)), store.subset(np.flatnonzero(held))
 
 

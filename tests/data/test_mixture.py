@@ -205,6 +205,20 @@ def test_held_out_rows_are_of_all_sources_and_leave_some_of_each(
     assert sampler_of(data).sequences == data.report.sources[0].rows + round(data.report.sources[1].rows / 2)
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_no_source_is_held_out_to_its_last_row(seed: int, prepared: Prepare, sources: Callable[..., Any]) -> None:
+    data = prepared(None, sources=sources(1, 9), validation_fraction=0.5, seed=seed)
+    assert data.validation is not None
+    assert 1 in data.train.row_numbers
+    assert 4 <= len(data.validation) <= 5
+
+
+@pytest.mark.fault("D01")
+def test_sources_of_one_row_each_have_none_to_hold_out(prepared: Prepare, sources: Callable[..., Any]) -> None:
+    with pytest.raises(DataError, match=r"QH-D01.*each source would be left without one"):
+        prepared(None, sources=sources(1, 1), validation_fraction=0.5)
+
+
 @pytest.mark.fault("D01")
 @pytest.mark.parametrize("counts", [(2, 0, 2), (2, 2, 0), (0, 2, 2)])
 def test_a_source_without_rows_is_refused_by_name(
