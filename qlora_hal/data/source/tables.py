@@ -103,10 +103,9 @@ def _plain_row(row: Mapping[Any, Any]) -> dict[str, object]:
 
 
 def _is_empty(value: object) -> bool:
-    is_number = isinstance(value, float | np.floating)
-    return (
-        type(value).__name__ in _NO_VALUE or (is_number and math.isnan(value)) or (_is_date(value) and np.isnat(value))
-    )
+    if isinstance(value, float | np.floating):
+        return math.isnan(value)
+    return type(value).__name__ in _NO_VALUE or (_is_date(value) and bool(np.isnat(value)))
 
 
 def _is_date(value: object) -> TypeGuard[np.datetime64 | np.timedelta64]:
