@@ -90,10 +90,11 @@ def train(
     keywords = {
         "model": model,
         "data": None if rows is not None else data,
-        "validation_data": None if validation_rows is not None else validation_data,
         "output_dir": output_dir,
         "backend": backend,
     }
+    if validation_data is not None and validation_rows is None:
+        keywords["data.validation_path"] = validation_data
     settings_here = resolve_settings(config, keywords={**keywords, **settings})
     observers = observers_with(metrics, observers)
     console = console_here(console, quiet=quiet)

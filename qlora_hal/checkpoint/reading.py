@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 from typing import TypeVar
 
 from qlora_hal.adapter.as_written import WRITTEN
@@ -262,4 +263,4 @@ def _weights_only_hint(path: Path) -> str:
         whole = all(file_sha256(path / name) == manifest.files[name].sha256 for name in (TENSORS_FILE, CONFIG_FILE))
     except (BrokenCheckpoint, ForeignSchema, OSError):
         return ""
-    return f" Its adapter alone is intact: qlora-hal generate --adapter {path} opens it." if whole else ""
+    return f" Its adapter alone is intact: qlora-hal generate --adapter {quote(str(path))} opens it." if whole else ""

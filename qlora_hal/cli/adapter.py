@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
@@ -52,7 +53,7 @@ def as_text(done: Conversion) -> str:
     scale = f"alpha {config.alpha:g}, scale {config.scale:g}" + (" (rsLoRA)" if config.use_rslora else "")
     base = done.base_name or "BASE"
     opened = {
-        "mlx": f'mlx_lm.generate --model {base} --adapter-path {done.out} --prompt "..."',
+        "mlx": f'mlx_lm.generate --model {quote(base)} --adapter-path {quote(str(done.out))} --prompt "..."',
         "peft": f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{done.out}")',
     }
     return (

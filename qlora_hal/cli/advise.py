@@ -6,6 +6,7 @@ import re
 import shlex
 import tempfile
 from collections.abc import Mapping
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 _UNITS = {"M": 2**20, "G": 2**30, "T": 2**40}
 """Cards are sold in GB and hold GiB: both are read as 2**30 bytes."""
+_LONGEST = 2**24
+"""Tokens of a row that are counted where a model's headers name no limit."""
 
 
 @with_settings(only=("model", "data", "backend"))
@@ -42,7 +45,8 @@ def advise(
 
     config = resolve_settings(None, flags=flags).config
     require_settings(config, "model.name_or_path")
-    situation = _situation(config, None if memory is None else memory_bytes(memory))
+    given_length = config.data.max_seq_length if "data.max_seq_length" in flags else None
+    situation = _situation(config, None if memory is None else memory_bytes(memory), given_length)
     plan = rules(situation)
     if json:
         show_json(plan_as_json(plan, situation))
@@ -65,7 +69,7 @@ def memory_bytes(text: str) -> int:
     return size
 
 
-def _situation(config: RunConfig, memory: int | None) -> Situation:
+def _situation(config: RunConfig, memory: int | None, given_length: int | None) -> Situation:
     from qlora_hal.adapter.targets import resolve_targets
     from qlora_hal.config.resolve import resolve_settings
     from qlora_hal.detect.discovery import listed, reports
@@ -94,8 +98,9 @@ def _situation(config: RunConfig, memory: int | None) -> Situation:
         memory_bytes=memory_of_device(spec, report, inventory()) if memory is None else memory,
         parameters=facts.parameter_count,
         stored=facts.prequantized.weight_format if facts.prequantized else "",
-        rows=_row_facts(config, source) if config.data.path else None,
+        rows=_row_facts(config, source, given_length) if config.data.path or config.data.sources else None,
         positions=facts.max_position_embeddings,
+        given_length=given_length,
         peak=peak,
         adapter_parameters=lambda rank: adapter_parameters(targets, rank),
     )
@@ -129,7 +134,7 @@ def memory_of_device(spec: BackendSpec, report: ProbeReport | None, machine: Mac
     return min(machine.memory_bytes, machine.memory_limit_bytes or machine.memory_bytes)
 
 
-def _row_facts(config: RunConfig, source: ModelSource) -> RowFacts:
+def _row_facts(config: RunConfig, source: ModelSource, given_length: int | None) -> RowFacts:
     """The rows as tokens, in a temporary folder. Raises as `prepare` does."""
     from qlora_hal.data.prepare import prepare
     from qlora_hal.data.tokens.tokenizer import ChatTokenizer
@@ -140,7 +145,8 @@ def _row_facts(config: RunConfig, source: ModelSource) -> RowFacts:
     tokenizer = ChatTokenizer.from_folder(
         source.path, chat_template=config.data.chat_template, model_vocabulary_size=size
     )
-    length = min(config.data.max_seq_length, facts.max_position_embeddings or config.data.max_seq_length)
+    # Counted as far as the model can read: what is advised is the length of the rows, not the default one.
+    length = min(facts.max_position_embeddings or _LONGEST, given_length or _LONGEST)
     data = config.data.model_copy(update={"max_seq_length": length})
     with tempfile.TemporaryDirectory() as folder:
         report = prepare(data, tokenizer, cache_dir=Path(folder), seed=0, model_vocabulary_size=size).report.train
@@ -181,6 +187,8 @@ def _as_command(plan: Plan, flags: Mapping[str, object]) -> str:
 
 
 def _written(value: object) -> str:
+    if isinstance(value, Mapping | list | tuple):
+        return dumps(value, ensure_ascii=False)
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -5,22 +5,30 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from shlex import quote
 
 from qlora_hal.config.fields import groups, settings
 from qlora_hal.config.other_tools.importing import Imported, Line, shown
 from qlora_hal.config.other_tools.tables import Fate
+from qlora_hal.errors.terminal_text import visible_line
 
 _FILL_IN = {"model.name_or_path": "path/to/model", "data.path": "path/to/rows.jsonl", "output_dir": "runs/first"}
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How a format writes groups and assignments; values are written as JSON, which YAML and TOML both read."""
+    """How a format writes groups and assignments. Values are written as JSON, which YAML and TOML both read but for
+    what stands between a name and its value in a mapping: `between`."""
 
     editor_line: str
     group: str
     indent: str
     assigned: str
+    between: str
+
+    def value(self, value: object) -> str:
+        text = json.dumps(value, ensure_ascii=False, separators=(", ", self.between))
+        return "".join(mark if mark.isprintable() else f"\\U{ord(mark):08x}" for mark in text)
 
 
 def imported_text(imported: Imported, form: Form) -> str:
@@ -49,7 +57,7 @@ def _group_lines(group: str, imported: Imported, form: Form) -> Iterator[str]:
         if path in imported.missing:
             value, origin = json.dumps(_FILL_IN[path]), "fill in: the file does not say it"
         else:
-            value, origin = json.dumps(imported.settings[path], ensure_ascii=False), imported.origins[path]
+            value, origin = form.value(imported.settings[path]), imported.origins[path]
         yield f"{indent}{form.assigned.format(name, value)}  # {_comment(origin)}"
 
 
@@ -60,7 +68,7 @@ def _notes(imported: Imported) -> Mapping[str, list[str]]:
         if line.outcome.note and line.outcome.settings:
             first = next((path for path in line.outcome.settings if path in imported.settings), None)
             if first:
-                found.setdefault(first, []).append(f"{line.key} = {shown(line.value)}: {line.outcome.note}")
+                found.setdefault(first, []).append(f"{line.key} = {shown(line.value, line.key)}: {line.outcome.note}")
     return found
 
 
@@ -95,12 +103,12 @@ def summary(imported: Imported, written: str) -> str:
     lines += [f"not known to this importer: {', '.join(imported.unknown)}"] if imported.unknown else []
     if imported.missing:
         lines.append(f"fill in: {', '.join(imported.missing)}")
-    return "\n".join([*lines, f"wrote {written}. Check it: qlora-hal train {written} --dry-run"])
+    return "\n".join([*lines, f"wrote {written}. Check it: qlora-hal train {quote(written)} --dry-run"])
 
 
 def _key_and_value(line: Line) -> str:
     where = f" (line {line.line})" if line.line else " (not given)"
-    return f"{line.key}{where} = {shown(line.value)}"
+    return f"{line.key}{where} = {shown(line.value, line.key)}"
 
 
 def _arrow(line: Line) -> str:
@@ -115,5 +123,5 @@ def _short(value: object) -> str:
 
 
 def _comment(text: str) -> str:
-    """On one line: a line break would end the comment."""
-    return " ".join(text.split())
+    """On one line, for a break would end the comment, and without what neither format allows in one."""
+    return visible_line(" ".join(text.split()))

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -73,7 +74,7 @@ def init(
     from qlora_hal.errors.terminal_text import show
 
     show(
-        told or f"wrote {file}. Fill in model, data and output_dir, then: qlora-hal train {file}",
+        told or f"wrote {file}. Fill in model, data and output_dir, then: qlora-hal train {quote(str(file))}",
         stream=sys.stderr,
     )
     return 0
@@ -86,7 +87,9 @@ def _imported(source: Path, tool: str | None, syntax: Syntax, written: str = "ru
 
     made = imported(source, tool)
     assigned = syntax.assigned("{}", "{}")
-    return imported_text(made, Form(syntax.editor_line, syntax.group, syntax.indent, assigned)), summary(made, written)
+    between = assigned.replace("{}", "")
+    form = Form(syntax.editor_line, syntax.group, syntax.indent, assigned, between)
+    return imported_text(made, form), summary(made, written)
 
 
 def _refuse_existing(file: Path) -> None:
@@ -95,7 +98,7 @@ def _refuse_existing(file: Path) -> None:
             "QH-U07",
             f"{file} already exists.",
             where=str(file),
-            fix=f"Choose another name: qlora-hal init other{file.suffix}",
+            fix=f"Choose another name: qlora-hal init other{quote(file.suffix)}",
         )
 
 
@@ -121,7 +124,7 @@ def _syntax_of(file: Path) -> Syntax:
             f"{file.name} ends in {file.suffix or 'nothing'}; one of .yaml, .yml, .toml is expected.",
             where=str(file),
             cause=f"The file explains every setting in comments, and {why}.",
-            fix=f"Choose another name: qlora-hal init {file.with_suffix('.yaml')}",
+            fix=f"Choose another name: qlora-hal init {quote(str(file.with_suffix('.yaml')))}",
         )
     return syntax
 

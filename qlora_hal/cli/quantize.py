@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
@@ -65,7 +66,7 @@ def quantize(
     if json:
         show_json(result)
     else:
-        show(f"{out}\nTrain on it: qlora-hal train --model {out} --data ...")
+        show(f"{out}\nTrain on it: qlora-hal train --model {quote(str(out))} --data ...")
     return 0
 
 

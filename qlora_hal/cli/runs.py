@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
@@ -46,7 +47,7 @@ def runs_as_text(found: list[RunSummary], folder: Path) -> str:
         if run.problem:
             lines.append(f"{_name(run, folder)} is broken: {visible_line(run.problem)}")
         elif run.state == "interrupted":
-            lines.append(f"{_name(run, folder)} was interrupted; to go on: qlora-hal resume {run.folder}")
+            lines.append(f"{_name(run, folder)} was interrupted; to go on: qlora-hal resume {quote(str(run.folder))}")
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from itertools import pairwise
+from shlex import quote
 
 from cyclopts import CycloptsError
 from cyclopts.exceptions import MissingArgumentError, UnknownCommandError, UnknownOptionError, UnusedCliTokensError
@@ -73,7 +74,7 @@ def _too_many(word: str, verb: str, tokens: Sequence[str], fix: str) -> tuple[st
     if verb in VERBS_WITH_SETTINGS:
         return f"{word} is one argument too many: one settings file is expected, and flags.", f"Remove {word}."
     if verb in ("chat", "generate"):
-        return f"{word} belongs to no flag; did you mean --run {word}?", f"Write --run {word}."
+        return f"{word} belongs to no flag; did you mean --run {word}?", f"Write --run {quote(word)}."
     return f"{word} is one argument too many for qlora-hal {verb}.", fix
 
 

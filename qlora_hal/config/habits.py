@@ -58,12 +58,11 @@ SETTINGS: Mapping[str, str] = dict(
             "enable_activation_checkpointing",
             "training.seed": "random_state random_seed",
             "training.logging_steps": "log_steps log_every logging_interval steps_per_report log_interval",
-            "training.eval_steps": "evals_per_epoch steps_per_eval eval_every eval_interval eval_strategy "
-            "evaluation_strategy",
+            "training.eval_steps": "steps_per_eval eval_every eval_interval eval_strategy evaluation_strategy",
             "training.early_stopping_patience": "patience early_stopping",
             "training.load_best_adapter_at_end": "load_best_model_at_end",
             "training.report_to": "logger loggers tracker trackers",
-            "checkpoint.save_steps": "save_every save_interval save_strategy saves_per_epoch",
+            "checkpoint.save_steps": "save_every save_interval save_strategy",
             "checkpoint.save_total_limit": "max_checkpoints keep_checkpoints",
             "output_dir": "output out out_dir save_dir save_path adapter_path adapter_dir output_path",
             "backend.name": "device",
@@ -76,6 +75,8 @@ _LEFT_OUT = "leave it out: LoRA on a quantized base is what is trained, and weig
 _IS_COMMAND = "leave it out: train is the command"
 _SEVERAL_DEVICES = "pass --devices N"
 _LINEAR = "write lora.target_modules: all-linear, which is the default"
+_A_NUMBER = {"evals": "training.eval_steps", "saves": "checkpoint.save_steps"}
+"""Of times in an epoch, where a number of steps is expected here."""
 _BACKEND_CHOOSES = "leave it out: the backend chooses"
 
 REMARKS: Mapping[str, str] = {
@@ -88,7 +89,12 @@ REMARKS: Mapping[str, str] = {
     **dict.fromkeys(("do_train", "train", "stage"), _IS_COMMAND),
     **dict.fromkeys(("lora_target_linear", "all_linear"), _LINEAR),
     **dict.fromkeys(("num_gpus", "gpus", "nproc_per_node", "num_devices", "fsdp", "deepspeed"), _SEVERAL_DEVICES),
-    **dict.fromkeys(("wandb", "use_wandb", "wandb_project"), "write training.report_to: [wandb]"),
+    **dict.fromkeys(("wandb", "use_wandb"), "write training.report_to: [wandb]"),
+    "wandb_project": "write training.tracker_project, and training.report_to: [wandb]",
+    **{
+        f"{what}_per_epoch": f"set {setting} to the steps of an epoch / the number"
+        for what, setting in _A_NUMBER.items()
+    },
     **dict.fromkeys(("flash_attention", "flash_attn", "attn_implementation", "use_flash_attn"), _BACKEND_CHOOSES),
     **dict.fromkeys(("resume", "resume_from_checkpoint"), "go on with a run by qlora-hal resume RUN_DIR"),
     **dict.fromkeys(("overwrite_output_dir", "force"), "pass --overwrite"),

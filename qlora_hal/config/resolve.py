@@ -38,12 +38,7 @@ OTHER_ENVIRONMENT_NAMES = frozenset({"QLORA_HAL_CACHE", "QLORA_HAL_FAULTS", "QLO
 KEYWORD = "keyword"
 """The origin of what was given in Python."""
 _MOST_SEARCHED = 50
-_KEYWORD_SETTINGS = {
-    "model": "model.name_or_path",
-    "data": "data.path",
-    "validation_data": "data.validation_path",
-    "backend": "backend.name",
-}
+_KEYWORD_SETTINGS = {"model": "model.name_or_path", "data": "data.path", "backend": "backend.name"}
 _LEFT_OUT = (*_KEYWORD_SETTINGS, "output_dir")
 """Keywords whose value None means that they were not given; any other one's is a value."""
 _NOT_FROM_ENVIRONMENT = frozenset({"model.trust_remote_code"})
@@ -108,10 +103,10 @@ def resolve_settings(
     """Merge all layers and validate the result. `defaults_yield` names the defaults that make way, from all values and
     the keys that were given otherwise.
 
-    `keywords` holds dotted keys, groups, common settings by their own names, or `model`, `data`, `validation_data`,
-    `output_dir`, `backend` (of which None and the backend `auto` mean not given); `flags` holds dotted keys with texts
-    as typed, where None means not given. A ResolvedSettings is returned as it is when nothing is added, so that
-    resolving twice keeps the origins. Raises ConfigError (U01..U03), UnsafeInputError (X07).
+    `keywords` holds dotted keys, groups, common settings by their own names, or `model`, `data`, `output_dir`,
+    `backend` (of which None and the backend `auto` mean not given); `flags` holds dotted keys with texts as typed,
+    where None means not given. A ResolvedSettings is returned as it is when nothing is added, so that resolving twice
+    keeps the origins. Raises ConfigError (U01..U03), UnsafeInputError (X07).
     """
     if isinstance(config, ResolvedSettings):
         if not dict(_given_keywords(keywords or {})) and not flags:

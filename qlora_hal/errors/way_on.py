@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from shlex import quote
 
 
 def in_notebook() -> bool:
@@ -15,6 +17,6 @@ def in_notebook() -> bool:
 def resume_line(run_dir: Path) -> str:
     """What goes on with a run, to be typed where its user is."""
     if not in_notebook():
-        return f"qlora-hal resume {run_dir}"
+        return f"qlora-hal resume {quote(str(run_dir))}"
     near = run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
-    return f'qlora_hal.resume("{near.as_posix()}")'
+    return f"qlora_hal.resume({json.dumps(near.as_posix(), ensure_ascii=False)})"

@@ -24,6 +24,7 @@ RANKS = (16, 32, 64, 128, 256)
 BITS_PER_PARAMETER, BITS_PER_TOKEN = 2.0, 1.0
 LARGE_PARAMETERS = 20_000_000_000
 """Between QLoRA's 13B, trained at 2e-4, and its 33B, at 1e-4."""
+_LENGTH = "data.max_seq_length"
 SHORTEST, STEP = 128, 128
 """Row lengths that are advised: multiples of STEP, which kernels like, from SHORTEST."""
 
@@ -41,7 +42,7 @@ class RowFacts:
 class Situation:
     """What is advised on. `stored` is the weight format of a quantized checkpoint, or empty. `peak` is the estimate in
     bytes, with its margin, for settings by dotted path; `adapter_parameters` are trainable weights by rank. `positions`
-    is how long rows may be."""
+    is how long rows may be, `given_length` what the user wants them to be."""
 
     backend: str
     memory_bytes: int
@@ -51,6 +52,7 @@ class Situation:
     positions: int | None
     peak: Callable[[Mapping[str, object]], int]
     adapter_parameters: Callable[[int], int]
+    given_length: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,14 @@ def advise(situation: Situation) -> Plan:
 
 def _about_rows(situation: Situation) -> Iterator[Advice]:
     rows, positions = situation.rows, situation.positions
+    if (given := situation.given_length) is not None:
+        longest = (
+            f"the longest of {rows.rows} rows has {rows.longest} tokens"
+            if rows
+            else "without --data no row was counted"
+        )
+        yield Advice("length", f"rows up to {given} tokens", f"it is given; {longest}", ARITHMETIC, {_LENGTH: given})
+        return
     if rows is None:
         return
     length = max(SHORTEST, -(-rows.longest // STEP) * STEP)
@@ -99,7 +109,7 @@ def _about_rows(situation: Situation) -> Iterator[Advice]:
     why = f"the longest of {rows.rows} rows has {rows.longest} tokens"
     if positions and rows.longest > positions:
         why += f", and the model has positions up to {positions}: longer rows are cut"
-    yield Advice("length", f"rows up to {length} tokens", why, ARITHMETIC, {"data.max_seq_length": length})
+    yield Advice("length", f"rows up to {length} tokens", why, ARITHMETIC, {_LENGTH: length})
 
 
 def _about_the_adapter(situation: Situation) -> Iterator[Advice]:

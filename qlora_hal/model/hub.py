@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import math
 import re
 import sys
 import time
@@ -30,6 +31,7 @@ from qlora_hal.errors import HubError, StorageError, figures
 from qlora_hal.files.durable import free_bytes
 
 _LOGIN = "hf auth login"
+_CHUNK = 64 * 1024
 _Result = TypeVar("_Result")
 
 
@@ -92,7 +94,9 @@ def look_up(name: str, revision: str | None, retries: Retries | None = None) -> 
 
     def asked() -> Repository:
         with _hub_errors(name, revision):
-            info = HfApi().model_info(name, revision=revision, files_metadata=True)
+            # Its own default is to wait without end.
+            patience = constants.HF_HUB_DOWNLOAD_TIMEOUT
+            info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=patience)
         return Repository(name, revision, info.sha or "", {file.rfilename: file.size for file in info.siblings or ()})
 
     return _with_retries(asked, retries or Retries())
@@ -139,15 +143,19 @@ def read_range(repository: Repository, name: str, begin: int, end: int, retries:
     headers = {**build_hf_headers(), "Range": f"bytes={begin}-{end - 1}"}
 
     def asked() -> bytes:
-        with _hub_errors(repository.name, repository.commit):
-            answer = get_session().get(url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
-            hf_raise_for_status(answer)
-        content: bytes = answer.content
-        # A server that knows no ranges answers 200 with the whole file.
-        part = content if answer.status_code == 206 else content[begin:end]
+        part = bytearray()
+        with _hub_errors(repository.name, repository.commit), _streamed(url, headers) as (status, chunks):
+            # A server that knows no ranges answers 200 and sends the whole file: gigabytes, of which no more is read
+            # than is wanted, and nothing else is kept.
+            position = begin if status == 206 else 0
+            for chunk in chunks:
+                part += chunk[max(begin - position, 0) : max(end - position, 0)]
+                position += len(chunk)
+                if position >= end:
+                    break
         if len(part) != end - begin:
             raise Unreachable(f"the hub gave {len(part)} of {end - begin} bytes of {name}")
-        return part
+        return bytes(part)
 
     return _with_retries(asked, retries or Retries())
 
@@ -185,6 +193,19 @@ def require_space(repository: Repository, names: Collection[str]) -> None:
 class _Unseen(tqdm):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _streamed(url: str, headers: Mapping[str, str]) -> Iterator[tuple[int, Iterator[bytes]]]:
+    """Status and body of an answer, read as it comes. huggingface_hub 0 asks by requests, later releases by httpx."""
+    session: Any = get_session()
+    wanted = {"headers": headers, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT}
+    by_httpx = hasattr(session, "stream") and callable(session.stream)
+    with session.stream("GET", url, **wanted) if by_httpx else session.get(url, stream=True, **wanted) as answer:
+        if answer.status_code >= 400 and by_httpx:
+            answer.read()  # what went wrong may stand in the body
+        hf_raise_for_status(answer)
+        yield answer.status_code, answer.iter_bytes() if by_httpx else answer.iter_content(_CHUNK)
 
 
 def _with_retries(call: Callable[[], _Result], retries: Retries) -> _Result:
@@ -309,9 +330,10 @@ def _incomplete(repository: str, file: str) -> HubError:
 def _retry_after(error: Exception) -> float | None:
     headers: Mapping[str, str] = getattr(getattr(error, "response", None), "headers", {})
     try:
-        return float(headers.get("Retry-After", ""))
+        seconds = float(headers.get("Retry-After", ""))
     except ValueError:
         return None
+    return seconds if math.isfinite(seconds) and seconds >= 0 else None
 
 
 def _one_line(error: BaseException) -> str:

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -149,7 +150,7 @@ def refuse_calibration_by_ranks(config: RunConfig, resolved_backend: ResolvedBac
             "QH-R06",
             f"{name} has yet to be quantized to {weight_format}, which several ranks cannot do together.",
             where="model.name_or_path",
-            fix=f"Run qlora-hal quantize {name} FOLDER first, and train that folder.",
+            fix=f"Run qlora-hal quantize {quote(name)} FOLDER first, and train that folder.",
         )
 
 

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_hal.errors import figures
+from qlora_hal.errors import ConfigError, figures
+from qlora_hal.files.opening import refuse_link
 from qlora_hal.report.html import flat_rows
 from qlora_hal.report.run_file import read_run_file
-from qlora_hal.report.series import RunSeries, read_series
+from qlora_hal.report.series import METRICS_FILE, RunSeries, read_series
 
 _COMPARED = ("resolved", "model", "versions", "environment")
 """Parts of run.json beside its configuration that two runs can differ in."""
@@ -25,8 +26,20 @@ class ComparedRun:
 
     @classmethod
     def read(cls, folder: Path) -> ComparedRun:
-        """Raises as `read_run_file` does; OSError where the log cannot be read."""
-        return cls(folder, read_run_file(folder), read_series(folder))
+        """Raises as `read_run_file` does; also ConfigError QH-S50 where the log cannot be read, UnsafeInputError QH-X06
+        where it is a link."""
+        record = read_run_file(folder)
+        refuse_link(folder / METRICS_FILE)
+        try:
+            return cls(folder, record, read_series(folder))
+        except OSError as problem:
+            raise ConfigError(
+                "QH-S50",
+                f"{folder} cannot be used as a run folder: {METRICS_FILE} cannot be read: "
+                f"{problem.strerror or problem}.",
+                where=str(folder / METRICS_FILE),
+                fix="Put the file that the run wrote back, or remove it: the run is then compared without its curves.",
+            ) from problem
 
     def part(self, name: str) -> Mapping[str, object]:
         value = self.record.get(name)

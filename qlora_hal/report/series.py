@@ -35,7 +35,7 @@ def read_series(run_dir: Path) -> RunSeries:
     evaluations: dict[int, dict[str, object]] = {}
     for record in read_metrics(run_dir / METRICS_FILE):
         step = record.get("step")
-        if isinstance(step, int):
+        if type(step) is int:  # true is no step
             (evaluations if "eval_loss" in record else steps)[step] = record
     rows = [steps[step] for step in sorted(steps)]
     losses = _points(rows, "loss")

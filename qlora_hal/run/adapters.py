@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from qlora_hal.adapter.peft_files import read_adapter, read_provenance
@@ -46,8 +47,8 @@ def require_own_adapter(folder: Path, run_id: object) -> None:
             f"{folder} does not hold the adapter that its run wrote: {problem}.",
             where=str(folder),
             cause="It was put there later.",
-            fix=f"Restore it: qlora-hal resume {folder.parent} writes it again; or name the adapter and its model: "
-            "--adapter DIR --model MODEL.",
+            fix=f"Restore it: qlora-hal resume {quote(str(folder.parent))} writes it again; "
+            "or name the adapter and its model: --adapter DIR --model MODEL.",
         )
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from shlex import quote
 from types import TracebackType
 from typing import NoReturn
 
@@ -333,7 +334,9 @@ def _refuse_earlier_run(path: Path, differing: Mapping[str, tuple[object, object
     listed = ", ".join(f"{key} (there {shown_value(then)}, now {shown_value(now)})" for key, (then, now) in pairs)
     counted = f"{len(differing)} {'key differs' if len(differing) == 1 else 'keys differ'}"
     what = f"another configuration; {counted}: {listed}" if differing else "this same configuration"
-    going_on = f"Resume the old run (qlora-hal resume {path}), replace it" if saved else "Replace the old run"
+    going_on = (
+        f"Resume the old run (qlora-hal resume {quote(str(path))}), replace it" if saved else "Replace the old run"
+    )
     raise ConfigError(
         "QH-S13",
         f"{path} holds a run with {what}; it has {saved} checkpoint{'' if saved == 1 else 's'}. An empty or new folder "
@@ -346,7 +349,9 @@ def _refuse_earlier_run(path: Path, differing: Mapping[str, tuple[object, object
 
 
 def _refuse_foreign_outputs(path: Path, outputs: Sequence[str]) -> NoReturn:
-    or_resume = f"; qlora-hal resume {path} writes {RUN_FILE} again from a checkpoint" if checkpoints(path) else ""
+    or_resume = (
+        f"; qlora-hal resume {quote(str(path))} writes {RUN_FILE} again from a checkpoint" if checkpoints(path) else ""
+    )
     raise ConfigError(
         "QH-S13",
         f"{path} holds {', '.join(outputs)} but no {RUN_FILE}, so no run of qlora_hal is known to have made them.",

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from qlora_hal.data.source.row_files import KINDS
@@ -106,7 +107,7 @@ def require_paths(config: RunConfig, run_dir: Path, *, reads_data: bool) -> None
             f"What the run was made with is not where it was: {listing}.",
             where=", ".join(gone),
             cause="It was moved or removed, or the run came here from another machine.",
-            fix=f"Give its new path: qlora-hal resume {run_dir} {flags}",
+            fix=f"Give its new path: qlora-hal resume {quote(str(run_dir))} {flags}",
             context={"gone": gone},
         )
 

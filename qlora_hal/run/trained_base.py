@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from qlora_hal.adapter.peft_files import CONFIG_FILE, PROVENANCE_FILE, read_provenance
@@ -64,13 +65,13 @@ def finished_adapter(run_dir: Path, *, option: str = "") -> Path:
         return adapter_dir
     status = record.get("status", "unknown")
     saved = [str(path) for _, path in checkpoints(run_dir)]
-    or_checkpoint = f", or name one of its checkpoints, such as {option}{saved[-1]}" if saved else ""
+    or_checkpoint = f", or name one of its checkpoints, such as {option}{quote(saved[-1])}" if saved else ""
     raise AdapterError(
         "QH-C61",
         f"The run {run_dir} has no finished adapter; its status is {status}.",
         where=str(run_dir),
         cause="A run writes its adapter folder when it ends.",
-        fix=f"Finish it with qlora-hal resume {run_dir}{or_checkpoint}.",
+        fix=f"Finish it with qlora-hal resume {quote(str(run_dir))}{or_checkpoint}.",
         context={"status": status, "checkpoints": len(saved)},
     )
 

@@ -17,7 +17,7 @@ from qlora_hal.config.fields import groups, settings
 from qlora_hal.config.keywords import CommonSettings, SettingsByKeyword, is_settings_of_data
 from qlora_hal.config.resolve import resolve_settings
 from qlora_hal.demo import data_path, model_path
-from qlora_hal.errors import ConfigError
+from qlora_hal.errors import ConfigError, DataError
 
 
 def resolved(**keywords: object) -> dict[str, object]:
@@ -102,15 +102,6 @@ def test_the_first_argument_is_a_model_or_a_configuration(tmp_path: Path, monkey
     assert {result.plan["steps"] for result in planned} == {3}
 
 
-def test_validation_rows_of_a_configuration_stay_where_a_call_names_none(tmp_path: Path) -> None:
-    changes = {"data.validation_path": str(data_path("validation")), "training.eval_steps": 1}
-    configuration = merged(SMALL, {**changes, "output_dir": str(tmp_path / "run")})
-    train(configuration, dry_run=True, quiet=True)  # raises QH-U01 where nothing would be evaluated
-    assert resolved(validation_data="b.jsonl")["data.validation_path"] == "b.jsonl"
-    with pytest.raises(ConfigError, match=r"QH-U01.*it is set twice"):
-        resolved(validation_data="b.jsonl", validation_path="c.jsonl")
-
-
 @pytest.mark.fault("U40")
 def test_two_models_or_two_configurations_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"QH-U40.*'m'.*is taken as the model, and model= is there"):
@@ -141,9 +132,18 @@ def test_settings_of_the_data_go_by_group() -> None:
 
 
 def test_columns_are_taken_as_rows(tmp_path: Path) -> None:
-    columns = {"question": ["a", "b"], "answer": ["c", "d"], "sources": [["book"], ["page"]]}
-    named = {"output_dir": tmp_path / "run", "backend": "cpu_torch", "dry_run": True, "quiet": True}
-    assert train(str(model_path()), columns, **named).plan["sequences"] == 2
+    columns = {"prompt": ["a", "c"], "completion": ["b", "d"], "sources": [["book"], ["page"]]}
+    planned = train(str(model_path()), columns, output_dir=tmp_path / "run", backend="cpu_torch", dry_run=True)
+    assert planned.plan["sequences"] == 2
+
+
+def test_validation_rows_of_a_file_stand_beside_those_of_the_settings(tmp_path: Path) -> None:
+    settings = {"training": {"eval_steps": 2}, "data": {"validation_path": str(data_path("validation"))}}
+    here = {"output_dir": tmp_path / "run", "backend": "cpu_torch", "dry_run": True}
+    train(settings, [{"text": "a"}], model=model_path(), **here)
+    with pytest.raises(DataError, match=r"QH-D50.*gone\.jsonl") as caught:
+        train(settings, [{"text": "a"}], model=model_path(), validation_data="gone.jsonl", **here)
+    assert caught.value.where == "data.validation_path"
 
 
 def test_only_public_names_are_listed() -> None:

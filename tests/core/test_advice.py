@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -116,8 +119,34 @@ def test_the_command_uses_the_estimates_arithmetic(capsys: pytest.CaptureFixture
     assert told["fits"]
 
 
-def test_what_it_prints_to_paste_is_accepted(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["advise", "--model", str(model_path()), "--memory", "8GB", "--backend", "cpu_torch"]) == 0
-    command = capsys.readouterr().out.rpartition("qlora-hal ")[2].split()
+def test_what_it_prints_to_paste_is_accepted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tmp_path / "my rows.jsonl"
+    rows.write_text('{"question": "Which?", "answer": "This."}\n')
+    data = ["--data", str(rows), "--data.columns", '{"prompt": "question", "completion": "answer"}']
+    assert main(["advise", "--model", str(model_path()), *data, "--memory", "8GB", "--backend", "cpu_torch"]) == 0
+    command = shlex.split(capsys.readouterr().out.rpartition("qlora-hal ")[2])
     assert main([*command, "--print-config"]) == 0
     assert "command line --lora.r" in capsys.readouterr().out
+
+
+def test_rows_are_counted_as_far_as_the_model_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = shutil.copytree(model_path(), tmp_path / "longer")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4096}))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "Say it.", "completion": "word thing " * 1500}) + "\n")
+    words = ["advise", "--model", str(model), "--data", str(rows), "--memory", "24GB", "--backend", "cpu_torch"]
+    assert main([*words, "--json"]) == 0
+    advice = {line["subject"]: line["why"] for line in json.loads(capsys.readouterr().out)["advice"]}
+    assert "1 rows has 3007 tokens" in advice["length"]
+    assert advice["rank"].startswith("3,002 trained tokens")
+
+
+def test_a_length_that_is_given_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["advise", "--model", str(model_path()), "--data", str(data_path("validation")), "--memory", "24GB"]
+    assert main([*words, "--data.max_seq_length", "48", "--backend", "cpu_torch", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["settings"]["data.max_seq_length"] == 48
+    given = {"model.name_or_path": str(model_path()), "backend.name": "cpu_torch"}
+    config = resolve_settings(nest({**given, **told["settings"]}), environ={}).config
+    assert estimate_run(config).memory.high == told["peak_bytes"]

@@ -52,9 +52,10 @@ def test_the_same_call_gives_the_losses_of_torch(tmp_path: Path) -> None:
 
 
 def test_a_model_that_mlx_lm_computes_otherwise_is_refused_before_data_are_read(tmp_path: Path) -> None:
-    model = write_model(tmp_path / "model", "jamba")
+    model, rows = write_model(tmp_path / "model", "jamba"), tmp_path / "rows.jsonl"
+    rows.write_text("nothing that could be read")
     with pytest.raises(ModelError, match="does not compute what this config") as caught:
-        run(tmp_path / "run", "mlx_lora", dry_run=True, model__name_or_path=str(model), data__path="/no/such/file")
+        run(tmp_path / "run", "mlx_lora", dry_run=True, model__name_or_path=str(model), data__path=str(rows))
     assert caught.value.code == "QH-M51"
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 COMMIT = "c0ffee" + "0" * 34
+PIECE = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Sparse:
 class FakeHub:
     """One repository. `answers` holds statuses to give first, `cut` how often the weights come short, `down` the one
     file that no request gets whole; `served` counts
-    the bytes of bodies by file, those of the API under `api`; `ranges` False ignores that a part was asked for."""
+    the bytes of bodies by file, those of the API under `api`, and `sent` those that a client took; `ranges` False
+    ignores that a part was asked for."""
 
     files: Mapping[str, bytes | Sparse]
     name: str = "org/tiny"
@@ -47,6 +49,7 @@ class FakeHub:
     ranges: bool = True
     requests: Counter[str] = field(default_factory=Counter)
     served: Counter[str] = field(default_factory=Counter)
+    sent: int = 0
     address: str = ""
 
     def answer(self, method: str, path: str, asked: str | None = None) -> tuple[int, Mapping[str, str], bytes]:
@@ -173,7 +176,16 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
                 self.send_header(key, value)
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(body)
+                self._send(body)
+
+        def _send(self, body: bytes) -> None:
+            for begin in range(0, len(body), PIECE):
+                try:
+                    self.wfile.write(body[begin : begin + PIECE])
+                except ConnectionError:  # the client has what it wanted
+                    self.close_connection = True
+                    return
+                hub.sent += len(body[begin : begin + PIECE])
 
         do_GET = do_HEAD = _reply
 

@@ -37,6 +37,7 @@ class Client:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.cache = folder / "hf"
+        self.patience_seconds = 10
 
     def resolve(
         self,
@@ -64,5 +65,6 @@ class Client:
         environment |= {
             "HF_ENDPOINT": address, "HF_HOME": str(self.cache), "HF_HUB_OFFLINE": str(int(offline)),
             "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1",
+            "HF_HUB_DOWNLOAD_TIMEOUT": str(self.patience_seconds),
         }  # fmt: skip
         return subprocess.run(command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=300)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,6 +99,21 @@ def test_too_many_requests_and_server_errors_are_waited_out(client: Client, file
     # The server's own wish first, then doubling: attempt 1 waits 2 s, attempt 2 waits 4 s.
     assert answer["waits"] == [7.0, 2.0, 4.0]
     assert answer["linear"] == 14
+
+
+@pytest.mark.parametrize("asked", ["nan", "inf", "-5", "soon", "1e999"])
+def test_a_wait_that_is_none_is_not_waited(client: Client, files: dict[str, bytes], asked: str) -> None:
+    with serving(FakeHub(files, answers=[(429, {"Retry-After": asked})])) as hub:
+        answer = client.resolve(hub.address)
+    assert answer["waits"] == [1.0]
+
+
+@pytest.mark.fault("E11")
+def test_a_hub_that_takes_the_call_and_never_answers_is_left(client: Client) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        client.patience_seconds = 1
+        answer = client.resolve(f"http://127.0.0.1:{silent.getsockname()[1]}")
+    assert answer["code"] == "QH-E11"
 
 
 @pytest.mark.fault("E11")

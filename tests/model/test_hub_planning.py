@@ -29,13 +29,13 @@ def rows(folder: Path) -> Path:
     return file
 
 
-def larger_than_any_disk(stored: bytes | Sparse) -> Sparse:
-    """The same weights and 4 PiB of frequencies, a buffer of old checkpoints that no architecture asks for."""
+def with_frequencies(stored: bytes | Sparse, count: int = 2**50) -> Sparse:
+    """The same weights and (of 2**50, 4 PiB) frequencies, a buffer of old checkpoints that no architecture asks for."""
     start = 8 + int.from_bytes(stored[:8], "little")
     header, end = json.loads(stored[8:start]), len(stored) - start
-    frequencies = {"dtype": "F32", "shape": [2**50], "data_offsets": [end, end + 2**52]}
+    frequencies = {"dtype": "F32", "shape": [count], "data_offsets": [end, end + 4 * count]}
     raw = json.dumps({**header, "model.layers.0.self_attn.rotary_emb.inv_freq": frequencies}).encode()
-    return Sparse(len(raw).to_bytes(8, "little") + raw, 8 + len(raw) + end + 2**52)
+    return Sparse(len(raw).to_bytes(8, "little") + raw, 8 + len(raw) + end + 4 * count)
 
 
 def demo_files() -> dict[str, bytes | Sparse]:
@@ -60,6 +60,14 @@ def test_hub_without_ranges_still_gives_the_facts(client: Client, files: dict[st
     assert done.returncode == 0, done.stderr
 
 
+def test_hub_without_ranges_is_heard_no_longer_than_a_header_lasts(client: Client, files: dict[str, bytes]) -> None:
+    weights = with_frequencies(files["model.safetensors"], 2**24)
+    with serving(FakeHub({**files, "model.safetensors": weights}, ranges=False)) as hub:
+        done = client.command(hub.address, "estimate", "--model", "org/tiny", *SHORT)
+    assert done.returncode == 0, done.stderr
+    assert hub.sent < len(weights) // 4
+
+
 @pytest.mark.fault("E11")
 def test_description_alone_in_the_cache_is_told_offline(client: Client, files: dict[str, bytes]) -> None:
     with serving(FakeHub(files)) as hub:
@@ -82,7 +90,7 @@ def test_packed_weights_are_described_by_parts_that_are_read_in_place(
 @pytest.mark.fault("E22")
 def test_disk_that_cannot_hold_the_weights_is_told_before_any_is_fetched(client: Client) -> None:
     files = demo_files()
-    files["model.safetensors"] = larger_than_any_disk(files["model.safetensors"])
+    files["model.safetensors"] = with_frequencies(files["model.safetensors"])
     with serving(FakeHub(files)) as hub:
         done = train(client, hub, "org/tiny", rows(client.folder))
     assert done.returncode == 8, done.stderr

@@ -62,3 +62,46 @@ def test_a_file_that_is_there_is_kept_and_a_line_break_in_a_value_ends_no_commen
 def test_a_tool_without_a_file_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["init", "-", "--from-tool", "axolotl"]) == 2
     assert "QH-U04" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("written", ["run.yaml", "run.toml"])
+def test_several_data_sets_and_columns_are_written_in_either_format(tmp_path: Path, written: str) -> None:
+    theirs = tmp_path / "theirs.yml"
+    theirs.write_text(
+        "base_model: a/b\nadapter: lora\ndatasets: [{path: 'x: y/ü z', field_messages: talk}, {path: c/d}]\n"
+    )
+    ours = tmp_path / written
+    assert main(["init", str(ours), "--from", str(theirs)]) == 0
+    first, second = resolve_settings(ours, environ={}).config.data.sources
+    assert (first.path, first.columns, second.path) == ("x: y/ü z", {"messages": "talk"}, "c/d")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.yaml", "model_name_or_path: a/b\nuse_peft: true\nhub_token: {0}\nenv: {{HF_TOKEN: {0}}}\n"),
+        ("b.yaml", "model_name_or_path: a/b\nstage: sft\nhf_hub_token: {0}\nadapter_name_or_path: https://u:{0}@x/y\n"),
+        (
+            "c.py",
+            "FastLanguageModel.from_pretrained('a/b', token='{0}')\nSFTConfig(hub_token=f('{0}'), deepspeed='{0}')\n",
+        ),
+    ],
+)
+def test_no_secret_is_carried_along(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text: str) -> None:
+    secret = "hf_" + "aB3" * 11
+    (tmp_path / name).write_text(text.format(secret))
+    assert main(["init", str(tmp_path / "run.yaml"), "--from", str(tmp_path / name)]) == 0
+    told = capsys.readouterr()
+    assert secret not in (tmp_path / "run.yaml").read_text() + told.out + told.err
+
+
+@pytest.mark.parametrize("written", ["run.yaml", "run.toml"])
+def test_marks_that_no_file_may_hold_are_escaped(tmp_path: Path, written: str) -> None:
+    theirs = tmp_path / "theirs.json"
+    odd = "a\u2028b\x7f\u202e\x1b[31m\u0085😀"
+    theirs.write_text(
+        json.dumps({"base_model": "a/b", "adapter": "lora", "output_dir": odd, "lr_scheduler": odd, odd: 1})
+    )
+    ours = tmp_path / written
+    assert main(["init", str(ours), "--from", str(theirs)]) == 0
+    assert resolve_settings(ours, environ={}).config.output_dir == odd

@@ -29,3 +29,11 @@ def test_an_unknown_key_says_nothing() -> None:
 def test_a_key_without_a_place_is_answered_where_settings_are_read() -> None:
     with pytest.raises(ConfigError, match="NEFTune adds noise to embeddings"):
         resolve_settings({"neftune_noise_alpha": 5}, environ={})
+
+
+@pytest.mark.parametrize(
+    ("key", "setting"), [("evals_per_epoch", "training.eval_steps"), ("saves_per_epoch", "checkpoint.save_steps")]
+)
+def test_a_number_in_an_epoch_is_not_taken_for_a_number_of_steps(key: str, setting: str) -> None:
+    with pytest.raises(ConfigError, match=f"set {setting} to the steps of an epoch / the number"):
+        resolve_settings({key: 4}, environ={})

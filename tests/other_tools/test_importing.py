@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from qlora_hal.config.fields import settings
 from qlora_hal.config.other_tools.catalogue import TOOLS
 from qlora_hal.config.other_tools.importing import Imported, imported
 from qlora_hal.config.other_tools.reference import with_tables
-from qlora_hal.config.other_tools.tables import Fate
+from qlora_hal.config.other_tools.tables import Fate, Given, Tool
 from qlora_hal.errors import ConfigError, QloraHalError
 
 PAGE = Path(__file__).parents[2] / "docs" / "from_other_tools.md"
@@ -96,8 +97,7 @@ def test_llama_factorys_data_sets_are_looked_up_where_they_are_declared(import_t
     base = f"stage: sft\nmodel_name_or_path: a/b\ndataset_dir: {tmp_path}\n"
     assert import_text(f"{base}dataset: mine\n").settings["data.path"] == str(tmp_path / "mine.json")
     made = import_text(f"{base}dataset: theirs, mine\n")
-    assert made.settings["data.path"] == "a/b"
-    assert "mine" in note_of(made, "dataset")
+    assert made.settings["data.sources"] == [{"path": "a/b"}, {"path": str(tmp_path / "mine.json")}]
     assert import_text(f"{base}dataset: other\n").missing == ("data.path", "output_dir")
 
 
@@ -220,3 +220,210 @@ def test_a_file_that_is_absent_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as caught:
             imported(tmp_path / name)
         assert caught.value.code == "QH-U02"
+
+
+# What a tool does, as its own code has it --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "stored"),
+    [
+        ("adapter: lora\n", "none"),
+        ("adapter: lora\nload_in_8bit: false\n", "none"),
+        ("adapter: lora\nload_in_4bit: true\n", "nf4"),
+        ("adapter: lora\nload_in_8bit: true\n", "8bit"),
+        ("adapter: qlora\n", "nf4"),
+        ("adapter: lora\ngptq: true\n", "auto"),
+    ],
+)
+def test_axolotl_quantizes_only_what_it_is_asked_to(import_text: Importer, keys: str, stored: str) -> None:
+    assert import_text(f"base_model: a/b\n{keys}").settings["quantization.weight_format"] == stored
+
+
+def test_axolotls_linear_layers_come_beside_the_named_ones(import_text: Importer) -> None:
+    both = "lora_target_modules: [q_proj]\nlora_target_linear: true\n"
+    made = import_text(f"base_model: a/b\nadapter: lora\n{both}")
+    assert made.settings["lora.target_modules"] == "all-linear"
+    assert "adds every linear layer" in note_of(made, "lora_target_modules")
+
+
+def test_axolotls_data_sets_are_all_taken_with_their_columns(import_text: Importer) -> None:
+    turns = "message_property_mappings: {role: from, content: value}"
+    one = f"{{path: x/y, type: chat_template, field_messages: talk, {turns}}}"
+    two = "{path: z/w, type: completion, field: story, split: 'train[:5%]', name: main}"
+    made = import_text(f"base_model: a/b\nadapter: lora\ndatasets: [{one}, {two}]\n")
+    assert made.settings["data.sources"] == [
+        {"path": "x/y", "columns": {"messages": "talk"}},
+        {"path": "z/w", "columns": {"text": "story"}},
+    ]
+    assert "data.format" not in made.settings
+    told = note_of(made, "datasets")
+    assert "train[:5%] is a part of a split" in told
+    assert "name of the data set is not taken" in told
+    assert "message_property_mappings" not in told
+    assert "data.path" not in made.missing
+
+
+def test_files_of_a_hub_data_set_are_no_files_of_this_disk(import_text: Importer) -> None:
+    hub = import_text("base_model: a/b\nadapter: lora\ndatasets: [{path: x/y, data_files: part.jsonl}]\n")
+    assert hub.settings["data.path"] == "x/y"
+    assert "part of it" in note_of(hub, "datasets")
+    here = import_text("base_model: a/b\nadapter: lora\ndatasets: [{path: json, data_files: [a.jsonl, b.jsonl]}]\n")
+    assert here.settings["data.sources"] == [{"path": "a.jsonl"}, {"path": "b.jsonl"}]
+
+
+def test_a_data_set_that_is_listed_twice_is_taken_once_and_told(import_text: Importer) -> None:
+    made = import_text("base_model: a/b\nadapter: lora\ndatasets: [{path: x/y}, {path: x/y}]\n")
+    assert made.settings["data.path"] == "x/y"
+    assert "more than once" in note_of(made, "datasets")
+
+
+def test_mlx_lm_masks_all_but_the_last_answer(import_text: Importer) -> None:
+    assert import_text("model: a/b\niters: 1\nmask_prompt: true\n").settings["data.train_on"] == "last"
+
+
+def test_mlx_lms_first_updates_are_told_of_without_a_key(import_text: Importer) -> None:
+    assert "does not correct the moments' bias" in note_of(import_text("model: a/b\niters: 1\n"), "optimizer")
+
+
+def test_mlx_lms_hub_data_sets_keep_their_columns_and_default_splits_are_told(import_text: Importer) -> None:
+    rows = "[{path: x/y, prompt_feature: q, completion_feature: answer, config: {name: main}}, {path: z/w}]"
+    made = import_text(f"model: a/b\niters: 1\nhf_dataset: {rows}\n")
+    columns = {"prompt": "q", "completion": "answer"}
+    assert made.settings["data.sources"] == [{"path": "x/y", "columns": columns}, {"path": "z/w"}]
+    assert "train[:80%]" in note_of(made, "hf_dataset")
+    assert "config of x/y is not taken" in note_of(made, "hf_dataset")
+
+
+@pytest.mark.parametrize(
+    ("keys", "path", "value"),
+    [
+        ("stage: sft\nneat_packing: true\n", "data.packing", True),
+        ("stage: sft\nneat_packing: true\npacking: false\n", "data.packing", True),
+        ("stage: pt\n", "data.packing", True),
+        ("stage: pt\npacking: false\n", "data.packing", False),
+        ("stage: sft\nmask_history: true\n", "data.train_on", "last"),
+        ("stage: sft\nmax_samples: 50\n", "data.max_rows", 50),
+        ("stage: sft\ndisable_shuffling: true\n", "data.shuffle", False),
+    ],
+)
+def test_llama_factorys_keys_of_rows_have_their_settings(
+    import_text: Importer, keys: str, path: str, value: object
+) -> None:
+    assert import_text(f"model_name_or_path: a/b\nfinetuning_type: lora\n{keys}").settings[path] == value
+
+
+def test_llama_factorys_columns_are_taken(import_text: Importer, tmp_path: Path) -> None:
+    (tmp_path / "dataset_info.json").write_text(
+        '{"asked": {"file_name": "a.json", "columns": {"prompt": "q", "response": "r"}, "subset": "main"},'
+        ' "plain": {"file_name": "p.json", "columns": {"prompt": "words"}}}'
+    )
+    base = f"stage: sft\nmodel_name_or_path: a/b\ndataset_dir: {tmp_path}\n"
+    asked = import_text(f"{base}dataset: asked\n")
+    assert asked.settings["data.columns"] == {"instruction": "q", "output": "r"}
+    assert asked.settings["data.format"] == "alpaca"
+    assert "subset of asked is not taken" in note_of(asked, "dataset")
+    plain = import_text(f"{base}dataset: plain\n").settings
+    assert (plain["data.format"], plain["data.columns"]) == ("text", {"text": "words"})
+
+
+def test_bitsandbytes_keeps_plain_scales_unless_a_script_asks(import_text: Importer) -> None:
+    text = "BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4')\nSFTConfig(seed=1)\n"
+    assert import_text(text, "a.py").settings["quantization.double_quant"] is False
+
+
+def test_arguments_of_transformers_train_all_tokens_too(import_text: Importer) -> None:
+    made = import_text("SFTTrainer(args=TrainingArguments('out'))\n", "a.py")
+    assert made.settings["data.train_on"] == "all"
+    assert "training.gradient_checkpointing" not in made.settings
+    assert made.settings["training.learning_rate"] == 5e-5
+
+
+def test_trls_loss_on_completions_alone_is_told_of(import_text: Importer) -> None:
+    made = import_text("dataset_name: a/b\nuse_peft: true\nmodel_name_or_path: c/d\n")
+    assert "the completion alone" in note_of(made, "assistant_only_loss")
+
+
+def test_unsloth_writes_its_own_defaults_over_trls(import_text: Importer) -> None:
+    loaded = "m = FastLanguageModel.from_pretrained('a/b')\n"
+    own = import_text(f"{loaded}SFTTrainer(args=SFTConfig(output_dir='out'))\n", "a.py").settings
+    expected = {"learning_rate": 5e-5, "gradient_accumulation_steps": 2, "warmup_ratio": 0.1, "weight_decay": 0.001}
+    assert {name: own[f"training.{name}"] for name in expected} == expected
+    assert (own["training.optim"], own["training.seed"]) == ("adamw_8bit", 3407)
+    theirs = import_text(f"{loaded}SFTTrainer(args=TrainingArguments('out'))\n", "a.py").settings
+    assert theirs["training.per_device_train_batch_size"] == 8
+    assert "training.weight_decay" not in theirs
+
+
+def test_what_a_script_computes_is_not_replaced_by_a_habit(import_text: Importer) -> None:
+    made = import_text("BitsAndBytesConfig(load_in_4bit=asked())\nSFTConfig(seed=1)\n", "a.py")
+    assert "quantization.weight_format" not in made.settings
+
+
+ODD: tuple[object, ...] = (
+    float("nan"),
+    float("inf"),
+    10**400,
+    -1,
+    "",
+    "1e999",
+    "\0",
+    "~nobody",
+    "x" * 5000,
+    True,
+    [],
+    [[]],
+    {},
+    {"path": 1},
+)
+
+
+@pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.name)
+@pytest.mark.parametrize("value", [*ODD, [None, 3, {"path": {}}]], ids=lambda value: repr(value)[:20])
+def test_an_odd_value_ends_no_rule(tool: Tool, value: object) -> None:
+    around = {"grad_accumulation_steps": 2, "lr_schedule.name": "cosine_decay", "optimizer_config": value}
+    for key in tool.keys:
+        assert key.rule(value, Given({**around, key.names[0]: value}, {}, {"num_hidden_layers": 4})).note is not None
+
+
+@pytest.mark.parametrize("path", ["~nobody/x", "a\0b", "x" * 5000])
+def test_a_base_that_can_be_no_path_is_a_name(tmp_path: Path, path: str, import_text: Importer) -> None:
+    made = import_text(json.dumps({"model": path, "iters": 1, "data": path}), "theirs.json")
+    assert made.settings["model.name_or_path"] == path
+
+
+def notebook(*cells: str) -> str:
+    return json.dumps({"cells": [{"cell_type": "code", "source": cell} for cell in cells]})
+
+
+def test_a_cell_with_shell_lines_of_any_kind_is_read(import_text: Importer) -> None:
+    shell = "here = !pwd\n!pip install a \\\n    b\n%time\nif True:\n    !ls\nSFTConfig?\n"
+    made = import_text(notebook("%%bash\npip install (", f"{shell}SFTConfig(seed=3)\n"), "note.ipynb")
+    assert made.settings["training.seed"] == 3
+
+
+def test_a_cell_that_says_something_and_cannot_be_read_is_refused(import_text: Importer) -> None:
+    with pytest.raises(ConfigError) as caught:
+        import_text(notebook("SFTConfig(seed=1)", "!ls\nLoraConfig(r=4) (("), "note.ipynb")
+    assert caught.value.code == "QH-U03"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("x = 1\n" * 200_000, "characters of code"),
+        ("SFTConfig(seed=1)\n" + "#" * (17 * 1024 * 1024), "more than 16777216 bytes"),
+        ("x = " + "-" * 100_000 + "1\n", "nested too deeply"),
+    ],
+    ids=["code", "bytes", "depth"],
+)
+def test_a_script_without_end_is_refused_at_once(import_text: Importer, text: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told) as caught:
+        import_text(text, "script.py")
+    assert caught.value.code == "QH-U03"
+
+
+def test_a_value_that_is_not_understood_is_not_called_off(import_text: Importer) -> None:
+    made = import_text("base_model: a/b\nadapter: lora\nval_set_size: many\ntorch_dtype: float8\n")
+    assert "no share of the rows" in note_of(made, "val_set_size")
+    assert "float8 is not offered" in note_of(made, "torch_dtype")

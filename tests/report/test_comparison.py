@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -165,3 +166,34 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as caught:
             runs_below(tmp_path / name)
         assert caught.value.code == "QH-U62"
+
+
+@pytest.mark.parametrize("kind", ["a folder", "a pipe"])
+def test_a_log_that_is_no_file_is_told_of_the_run(
+    run_dir: Path, other_run: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    log = other_run / "metrics.jsonl"
+    log.unlink()
+    log.mkdir() if kind == "a folder" else os.mkfifo(log)
+    assert main(["compare", str(run_dir), str(other_run)]) == 2
+    told = capsys.readouterr().err
+    assert "error[QH-S50]" in told
+    assert "metrics.jsonl cannot be read" in told
+
+
+@pytest.mark.fault("X06")
+def test_a_log_is_not_read_through_a_link(run_dir: Path, other_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = other_run / "metrics.jsonl"
+    log.unlink()
+    log.symlink_to(run_dir / "metrics.jsonl")
+    assert main(["compare", str(run_dir), str(other_run)]) == 10
+    assert "error[QH-X06]" in capsys.readouterr().err
+
+
+def test_the_way_on_can_be_pasted_where_a_folder_has_spaces(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run_dir.parent / "a run's folder"
+    folder.mkdir()
+    write_run_file(folder, replace(run_record(), status="running"))
+    assert main(["runs", str(folder.parent)]) == 0
+    command = capsys.readouterr().out.rpartition("qlora-hal ")[2]
+    assert shlex.split(command) == ["resume", str(folder)]

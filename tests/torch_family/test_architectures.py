@@ -152,9 +152,10 @@ def test_a_dry_run_refuses_before_it_reads_data(model_type: str, tmp_path: Path)
     from qlora_hal import train
 
     write_drawn_model(tmp_path / "model", model_type)
+    (tmp_path / "rows.jsonl").write_text("nothing that could be read")
     settings = {
         "model": {"name_or_path": str(tmp_path / "model")},
-        "data": {"path": str(tmp_path / "no such rows.jsonl")},
+        "data": {"path": str(tmp_path / "rows.jsonl")},
         "backend": {"name": "cpu_torch"},
         "output_dir": str(tmp_path / "run"),
     }

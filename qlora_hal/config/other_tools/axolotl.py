@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from qlora_hal.config.other_tools import hugging_face as hf
+from qlora_hal.config.other_tools.data_sets import DataSet, lies_here, renamed, rows_from, whole_split
 from qlora_hal.config.other_tools.tables import (
     Default,
     Fate,
@@ -65,42 +66,90 @@ def _bnb_config(value: Value, given: Given) -> Outcome:
 
 def _datasets(value: Value, given: Given) -> Outcome:
     rows = [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
-    if not rows:
+    notes: list[str] = []
+    settings = rows_from([found for row in rows for found in _data_sets(row, notes)], notes)
+    if not settings:
         return left("a list of data sets with a path each is expected")
-    first, others = rows[0], [str(row.get("path")) for row in rows[1:]]
-    settings: dict[str, Value] = {"data.path": _path_of(first)}
-    kind = first.get("type", "")
-    notes = []
-    if isinstance(kind, str) and (form := _FORMATS.get(kind.partition(".")[0])):
+    forms = {_form(row, notes) for row in rows}
+    if len(forms) == 1 and (form := forms.pop()):
         settings["data.format"] = form
-        if form == "alpaca":
-            notes.append("Axolotl writes Alpaca's own prompt around a row; here it becomes turns of the chat template")
-    elif kind:
-        notes.append(f"type {kind} is not known here: the format of a row is recognized and reported")
-    if "split" in first:
-        settings["data.split"] = first["split"]
-    strange = sorted(first.keys() - {"path", "type", "split", "data_files", "ds_type"})
-    if strange:
+    return becomes(settings, "; ".join(dict.fromkeys(notes))) if notes else Outcome(Fate.TAKEN, settings)
+
+
+_READ_OF_A_DATA_SET = frozenset(
+    {
+        *("path", "type", "split", "data_files", "ds_type", "field", "field_messages", "field_tools"),
+        *("message_property_mappings", "message_field_role", "message_field_content"),
+    }
+)
+
+
+def _data_sets(row: Mapping[str, Value], notes: list[str]) -> Iterator[DataSet]:
+    text = isinstance(row.get("type"), str) and str(row["type"]).startswith("completion")
+    named = (
+        {"text": row.get("field")} if text else {"messages": row.get("field_messages"), "tools": row.get("field_tools")}
+    )
+    columns = renamed({name: column for name, column in named.items() if column != "conversations"})
+    split = whole_split(row.get("split"), notes)
+    if strange := sorted(str(key) for key in row.keys() - _READ_OF_A_DATA_SET | _other_turns(row)):
         notes.append(f"{', '.join(strange)} of the data set is not taken; --show-batch shows what is trained on")
-    if others:
-        notes.append(f"more data sets are not taken: {', '.join(others)}")
-    return becomes(settings, "; ".join(notes)) if notes else Outcome(Fate.TAKEN, settings)
+    for path in _paths_of(row, notes):
+        yield DataSet(path, split, columns)
 
 
-def _path_of(dataset: Mapping[str, Value]) -> Value:
-    files = dataset.get("data_files")
-    first = files[0] if isinstance(files, list) and files else files
-    return first if isinstance(first, str) else dataset.get("path")
+def _other_turns(row: Mapping[str, Value]) -> set[str]:
+    """Keys that name the parts of a turn otherwise than role and content, or from and value: those are read."""
+    mapped = row.get("message_property_mappings")
+    parts = dict(mapped) if isinstance(mapped, Mapping) else {}
+    strange = (
+        {"message_property_mappings"} if parts and not set(map(str, parts.values())) <= _PARTS_OF_A_TURN else set()
+    )
+    older = {"message_field_role", "message_field_content"}
+    return strange | {key for key in older if str(row.get(key, "role")) not in _PARTS_OF_A_TURN}
+
+
+_PARTS_OF_A_TURN = frozenset({"role", "content", "from", "value"})
+
+
+def _form(row: Mapping[str, Value], notes: list[str]) -> str:
+    """The format of its rows by their type, or "" for one that is recognized row by row."""
+    kind = row.get("type") or ""
+    form = _FORMATS.get(kind.partition(".")[0], "") if isinstance(kind, str) else ""
+    if form == "alpaca":
+        notes.append("Axolotl writes Alpaca's own prompt around a row; here it becomes turns of the chat template")
+    elif kind and not form:
+        notes.append(f"type {kind} is not known here: the format of a row is recognized and reported")
+    return form
+
+
+_BUILDERS = frozenset({"json", "csv", "parquet", "arrow", "text"})
+
+
+def _paths_of(dataset: Mapping[str, Value], notes: list[str]) -> list[str]:
+    """The files that a data set names, or its path where they are files of a repository."""
+    path, named = dataset.get("path"), dataset.get("data_files")
+    files = [file for file in (named if isinstance(named, list) else [named]) if isinstance(file, str) and file]
+    if not isinstance(path, str) or not path:
+        return files
+    if files and (path in _BUILDERS or lies_here(path)):
+        return files
+    if files:
+        notes.append(f"data_files of {path} are a part of it, which is not taken: all its files are read")
+    return [path]
 
 
 def _test_datasets(value: Value, given: Given) -> Outcome:
     rows = [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
     if not rows:
         return unneeded("nothing is set there")
-    settings: dict[str, Value] = {"data.validation_path": _path_of(rows[0])}
-    if "split" in rows[0]:
-        settings["data.validation_split"] = rows[0]["split"]
-    return becomes(settings, "the first one" if len(rows) > 1 else "rows for evaluation")
+    notes = ["the first one" if len(rows) > 1 else "rows for evaluation"]
+    paths, split = _paths_of(rows[0], notes), whole_split(rows[0].get("split"), notes)
+    if not paths:
+        return left("a list of data sets with a path each is expected")
+    settings: dict[str, Value] = {"data.validation_path": paths[0]}
+    if split:
+        settings["data.validation_split"] = split
+    return becomes(settings, "; ".join(notes))
 
 
 def _chat_template(value: Value, given: Given) -> Outcome:
@@ -116,9 +165,19 @@ def _chat_template(value: Value, given: Given) -> Outcome:
 def _targets_linear(value: Value, given: Given) -> Outcome:
     if not is_on(value):
         return unneeded("off there; lora_target_modules counts")
-    if given.values.get("lora_target_modules"):
-        return unneeded("lora_target_modules is set as well and is taken")
     return becomes({"lora.target_modules": "all-linear"}, "every linear layer but the head")
+
+
+def _target_modules(value: Value, given: Given) -> Outcome:
+    if is_on(given.get("lora_target_linear")):
+        return unneeded("lora_target_linear adds every linear layer to them")
+    return hf.target_modules(value, given)
+
+
+def _gptq(value: Value, given: Given) -> Outcome:
+    if is_off(value):
+        return unneeded("off there")
+    return becomes({"quantization.weight_format": "auto"}, "the base stays as its files are stored")
 
 
 def _excess(value: Value, given: Given) -> Outcome:
@@ -157,7 +216,6 @@ def _defaults(given: Given) -> dict[str, Default]:
         "lr_scheduler": Default("cosine"),
         "lora_target_modules": Default(hf.TARGETS_OF_PEFT, ("lora.target_modules",)),
         "excess_length_strategy": Default("drop"),
-        "save_steps": Default(500),
         "seed": Default(42),
     }
 
@@ -181,7 +239,7 @@ AXOLOTL = Tool(
         same("lora_alpha", "lora.alpha"),
         same("lora_dropout", "lora.dropout"),
         same("peft_use_rslora", "lora.use_rslora"),
-        translated("lora_target_modules", "lora.target_modules", "Names or one expression.", hf.target_modules),
+        translated("lora_target_modules", "lora.target_modules", "Names or one expression.", _target_modules),
         translated("lora_target_linear", "lora.target_modules", "Every linear layer but the head.", _targets_linear),
         translated("datasets", "data.path", "A list; `type` is the format of a row.", _datasets),
         translated("test_datasets", "data.validation_path", "Rows for evaluation.", _test_datasets),
@@ -241,8 +299,8 @@ AXOLOTL = Tool(
         no_place("unfrozen_parameters", _FULL),
         no_place(
             "wandb_project use_wandb use_mlflow mlflow_experiment_name trackio_project_name comet_project_name",
-            "Name trackers in training.report_to (tensorboard, wandb, mlflow, trackio); their own variables name "
-            "projects.",
+            "Name trackers in training.report_to (tensorboard, wandb, mlflow, trackio) and their project in "
+            "training.tracker_project.",
         ),
         no_place(
             "deepspeed fsdp fsdp_config fsdp_version", "Several devices are started with --devices N (parallel.mode)."
@@ -261,7 +319,8 @@ AXOLOTL = Tool(
             "plugins", "Plugins are for speed or other losses there; here losses and kernels come from the backend."
         ),
         no_place("curriculum_sampling sample_packing_sequentially", "Rows are drawn anew in each epoch."),
-        no_place("quantize_moe_experts gptq", "Stored as the checkpoint is, or by quantization.weight_format."),
+        translated("gptq", "quantization.weight_format", "A base that is stored in GPTQ.", _gptq),
+        no_place("quantize_moe_experts", "Stored as the checkpoint is, or by quantization.weight_format."),
         no_place("roles_to_train train_on_eos", "Assistant turns are trained whole, with their end."),
         not_needed(
             "flash_attention flash_attn_cross_entropy flash_attn_rms_norm xformers_attention sdp_attention "
@@ -297,7 +356,10 @@ AXOLOTL = Tool(
         {"base_model", "micro_batch_size", "sequence_len", "lora_target_linear", "val_set_size", "adapter"}
     ),
     defaults=_defaults,
-    habits=hf.HABITS,
+    habits={
+        **hf.HABITS,
+        "quantization.weight_format": ("none", "nothing is quantized unless load_in_4bit or load_in_8bit is set"),
+    },
     about=("Axolotl's loss of a step is the mean over its trained tokens, as here.",),
     objective=_objective,
 )

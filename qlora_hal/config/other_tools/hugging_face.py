@@ -104,7 +104,9 @@ def dtype(value: Value, given: Given) -> Outcome:
     )
     if name in ("bfloat16", "float16", "float32"):
         return becomes({"quantization.compute_dtype": name}, "what is not quantized is held and multiplied in it")
-    return unneeded("auto: the device decides, as here")
+    if is_off(value) or name == "auto":
+        return unneeded("auto: the device decides, as here")
+    return left(f"{value} is not offered; here bfloat16, float16 and float32 are")
 
 
 def trackers(value: Value, given: Given) -> Outcome:
@@ -167,8 +169,10 @@ def eval_strategy(value: Value, given: Given) -> Outcome:
 
 def held_out(value: Value, given: Given) -> Outcome:
     number = as_number(value)
-    if number is None or number == 0:
+    if is_off(value) or number == 0:
         return unneeded("no rows are held out there, none here")
+    if number is None or number < 0:
+        return left(f"{value} is no share of the rows and no number of them")
     if number < 1:
         return becomes({"data.validation_fraction": number}, "the same share; other rows, for the draw is another")
     return left(f"{number:g} rows there; here a share is held out (data.validation_fraction) or a file is named")

@@ -19,9 +19,11 @@ from qlora_hal.config.problems import Problem, config_error, problems_of_validat
 from qlora_hal.config.resolve import nest
 from qlora_hal.config.schema import RunConfig
 from qlora_hal.errors import ConfigError, UnsupportedFeatureError
+from qlora_hal.errors.redaction import is_secret_name, redacted
 from qlora_hal.files import strict_json
 
 _SCRIPTS = (".py", ".ipynb")
+_NEEDED = ("model.name_or_path", "data.path", "output_dir")
 _FEWEST_KNOWN = 2
 """Keys that have to be known before a file without any mark counts as one of Hugging Face's arguments."""
 
@@ -136,7 +138,9 @@ def _recognized(source: _Source) -> Tool:
         f"{source.path.name} {found}: {', '.join(list(source.values)[:8]) or 'it is empty'}.",
         where=str(source.path),
         cause="One key can mean different things in two tools.",
-        fix=f"Name the tool: --from-tool {(candidates or TOOLS)[0].name}",
+        fix=f"Name the tool: --from-tool {candidates[0].name}"
+        if candidates
+        else f"Name the tool where it is one of these: --from-tool {TOOLS[0].name}. Files of others are not read.",
         context={"candidates": [tool.name for tool in candidates]},
     )
 
@@ -158,7 +162,7 @@ def _config_of(model: Value) -> Mapping[str, Value]:
         return {}
     try:
         return strict_json.read_foreign_object(Path(model).expanduser() / "config.json")
-    except (OSError, ValueError):
+    except (OSError, ValueError, RuntimeError):  # also the home of nobody
         return {}
 
 
@@ -190,7 +194,9 @@ def _translated(source: _Source, tool: Tool, given: Given) -> Imported:
         origins=origins,
         unset=tuple(name for name in names if name in keys and source.values[name] is None),
         unknown=tuple(name for name in names if name not in keys),
-        missing=tuple(path for path in ("model.name_or_path", "data.path", "output_dir") if not values.get(path)),
+        missing=tuple(
+            path for path in _NEEDED if not values.get(path) and not (path == "data.path" and "data.sources" in values)
+        ),
     )
 
 
@@ -220,18 +226,22 @@ def _add_what_is_done_unasked(
     have no place here."""
     keys = tool.by_name()
     asked = set(values)
+    computed = {keys[name].here for name, value in given.values.items() if name in keys and isinstance(value, Computed)}
     lines = []
     for name, default in tool.defaults(given).items():
         if (name in given.values and given.values[name] is not None) or asked & set(default.unless) or name not in keys:
             continue
         outcome = keys[name].rule(default.value, given)
-        if outcome.fate is Fate.NO_PLACE:
+        told = outcome.fate is Fate.NO_PLACE or (
+            outcome.note and outcome.settings and not asked & outcome.settings.keys()
+        )
+        if told:
             lines.append(Line(name, None, default.value, outcome))
         for path, value in outcome.settings.items():
-            if path not in values and value != settings()[path].default:
+            if path not in values and (told or value != settings()[path].default):
                 values[path], origins[path] = value, f"{name} is not given; {tool.title} takes {shown(default.value)}"
     for path, (value, why) in tool.habits.items():
-        if path not in values and value != settings()[path].default:
+        if path not in values and path not in computed and value != settings()[path].default:
             values[path], origins[path] = value, why
     return lines
 
@@ -274,10 +284,12 @@ def _booleans_for_numbers(values: Mapping[str, Value], where: Mapping[str, str])
             yield Problem(path, where[path], value, f"{setting.expected} is expected")
 
 
-def shown(value: Value) -> str:
-    """A value of another tool on one line."""
-    text = f"({value.text})" if isinstance(value, Computed) else str(value)
-    text = " ".join(text.split())
+def shown(value: Value, key: str = "") -> str:
+    """A value of another tool on one line, without secrets."""
+    if isinstance(value, str) and is_secret_name(key):
+        return "[removed]"
+    text = f"({value.text})" if isinstance(value, Computed) else str(redacted(value))
+    text = " ".join(str(redacted(text)).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qlora_hal.config.other_tools import hugging_face as hf
+from qlora_hal.config.other_tools.data_sets import DataSet, renamed, rows_from, whole_split
 from qlora_hal.config.other_tools.tables import (
     Default,
     Given,
@@ -68,21 +69,61 @@ _FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "openai": "messages"}
 
 
 def _dataset(value: Value, given: Given) -> Outcome:
-    """A name of dataset_info.json, which stands for a file beside it or for a data set of the hub."""
-    first, *others = as_names(value)
-    folder = Path(str(given.get("dataset_dir")))
-    more = f"; more data sets are not taken: {', '.join(others)}" if others else ""
-    entry = _entry(folder, first)
-    if "file_name" in entry:
-        settings: dict[str, Value] = {"data.path": str(folder / str(entry["file_name"]))}
-    elif "hf_hub_url" in entry:
-        settings = {"data.path": entry["hf_hub_url"]}
+    """Names of dataset_info.json, which stand for files beside it or for data sets of the hub."""
+    folder, notes = Path(str(given.get("dataset_dir"))), ["by dataset_info.json"]
+    entries = {name: _entry(folder, name) for name in as_names(value)}
+    found = [_data_set(folder, name, entry, notes) for name, entry in entries.items()]
+    settings = rows_from([data_set for data_set in found if data_set is not None], notes)
+    unsaid = ", ".join(name for name, data_set in zip(entries, found, strict=True) if data_set is None)
+    if unsaid:
+        notes.append(f"{folder / 'dataset_info.json'} does not say here what {unsaid} is: set its file or hub id")
+    if not settings:
+        return left(notes[-1])
+    forms = {_form(entry) for entry in entries.values()}
+    if not unsaid and len(forms) == 1 and (form := forms.pop()):
+        settings["data.format"] = form
+        if form == "alpaca":
+            notes.append("instruction and input are joined by one line break there, by two here")
+    return becomes(settings, "; ".join(notes))
+
+
+_READ_OF_AN_ENTRY = frozenset({"file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "formatting", "columns", "split"})
+_COLUMNS = {
+    **{"prompt": "instruction", "query": "input", "response": "output"},
+    **{name: name for name in ("history", "messages", "system", "tools")},
+}
+"""What the columns of an entry are called there, and by which name of a format they are read here."""
+
+
+def _data_set(folder: Path, name: str, entry: Mapping[str, Value], notes: list[str]) -> DataSet | None:
+    if "hf_hub_url" in entry:
+        path = str(entry["hf_hub_url"])
+    elif "file_name" in entry:
+        path = str(folder / str(entry["file_name"]))
     else:
-        note = f"{first} is a name of {folder / 'dataset_info.json'}, which does not say it here"
-        return left(f"{note}: set data.path to its file or hub id{more}")
-    if entry.get("formatting", "alpaca") in _FORMATS and "columns" not in entry:
-        settings["data.format"] = _FORMATS[str(entry.get("formatting", "alpaca"))]
-    return becomes(settings, f"by dataset_info.json{more}")
+        return None
+    there = _columns(entry)
+    named = (
+        {"text": there["prompt"]}
+        if _form(entry) == "text"
+        else {_COLUMNS[key]: column for key, column in there.items() if key in _COLUMNS and column != "conversations"}
+    )
+    strange = sorted({*(entry.keys() - _READ_OF_AN_ENTRY), *(there.keys() - _COLUMNS.keys())})
+    if strange:
+        notes.append(f"{', '.join(strange)} of {name} is not taken; --show-batch shows what is trained on")
+    return DataSet(path, whole_split(entry.get("split"), notes), renamed(named))
+
+
+def _columns(entry: Mapping[str, Value]) -> Mapping[str, Value]:
+    columns = entry.get("columns")
+    return columns if isinstance(columns, Mapping) else {}
+
+
+def _form(entry: Mapping[str, Value]) -> str:
+    """The format of an entry's rows; a prompt that no column answers is a text to train on (`stage: pt`)."""
+    columns = _columns(entry)
+    form = _FORMATS.get(str(entry.get("formatting", "alpaca")), "")
+    return "text" if form == "alpaca" and "prompt" in columns and "response" not in columns else form
 
 
 def _entry(folder: Path, name: str) -> Mapping[str, Value]:
@@ -94,9 +135,13 @@ def _entry(folder: Path, name: str) -> Mapping[str, Value]:
 
 
 def _eval_dataset(value: Value, given: Given) -> Outcome:
-    outcome = _dataset(value, given)
+    outcome = _dataset(",".join(as_names(value)[:1]), given)
     path = outcome.settings.get("data.path")
-    return outcome if path is None else becomes({"data.validation_path": path}, outcome.note)
+    if path is None:
+        return outcome
+    more = "; more data sets are not taken" if len(as_names(value)) > 1 else ""
+    settings = {"data.validation_path": path, "data.validation_split": outcome.settings.get("data.split")}
+    return becomes({here: held for here, held in settings.items() if held}, f"{outcome.note}{more}")
 
 
 def _template(value: Value, given: Given) -> Outcome:
@@ -109,10 +154,10 @@ def _template(value: Value, given: Given) -> Outcome:
 
 
 def _packing(value: Value, given: Given) -> Outcome:
+    if is_on(given.get("neat_packing")):
+        return becomes({"data.packing": True}, "neat_packing packs, whatever packing says")
     if is_off(value):
         return taken("data.packing", False)
-    if is_on(given.get("neat_packing")):
-        return taken("data.packing", True)
     return becomes({"data.packing": True}, "rows of one sequence see each other there (without neat_packing), not here")
 
 
@@ -128,8 +173,23 @@ def _no_checkpointing(value: Value, given: Given) -> Outcome:
     return becomes({"training.gradient_checkpointing": not is_on(value)}, "on there unless it is disabled")
 
 
-def _max_samples(value: Value, given: Given) -> Outcome:
-    return left(f"all rows are read here; keep a file with the first {value}")
+def _neat_packing(value: Value, given: Given) -> Outcome:
+    if is_off(value):
+        return unneeded("packing says it")
+    return becomes({"data.packing": True}, "it packs, too; rows of one sequence do not see each other, as here")
+
+
+def _mask_history(value: Value, given: Given) -> Outcome:
+    if is_off(value):
+        return unneeded("every turn is trained, as here")
+    note = "the last turn of each row; a row that is too long loses its earliest turns there"
+    return becomes({"data.train_on": "last"}, note)
+
+
+def _no_shuffling(value: Value, given: Given) -> Outcome:
+    return becomes(
+        {"data.shuffle": not is_on(value)}, "rows in the order of the file" if is_on(value) else "in drawn order"
+    )
 
 
 def _defaults(given: Given) -> dict[str, Default]:
@@ -141,6 +201,7 @@ def _defaults(given: Given) -> dict[str, Default]:
         "cutoff_len": Default(2048),
         "disable_gradient_checkpointing": Default(False),
         "dataset_dir": Default("data"),
+        **({"packing": Default(True)} if given.get("stage") == "pt" else {}),
     }
 
 
@@ -185,7 +246,12 @@ _OWN = table(
     translated(
         "disable_gradient_checkpointing", "training.gradient_checkpointing", "On there by default.", _no_checkpointing
     ),
-    translated("max_samples", "", "The first rows of each data set.", _max_samples),
+    same("max_samples", "data.max_rows", "The first rows of each data set."),
+    translated("neat_packing", "data.packing", "Packs without attention across rows.", _neat_packing),
+    translated("mask_history", "data.train_on", "The last turn alone.", _mask_history),
+    translated("disable_shuffling", "data.shuffle", "Rows in the order of the file.", _no_shuffling),
+    same("early_stopping_steps", "training.early_stopping_patience", "Evaluations without improvement."),
+    no_place("use_dft_loss use_asft_loss use_eaft_loss", "The loss here is the plain negative log-likelihood."),
     translated(
         "pure_bf16",
         "quantization.compute_dtype",
@@ -195,11 +261,12 @@ _OWN = table(
     no_place("use_dora", "DoRA trains magnitudes beside the product; here the adapter is plain LoRA."),
     no_place("additional_target", "Embeddings and heads stay frozen; adapters are on linear layers."),
     no_place("loraplus_lr_ratio pissa_init pissa_iter pissa_convert", "A and B begin and learn as in LoRA's paper."),
-    no_place("mask_history", "All assistant turns are trained, not the last alone."),
     no_place("adapter_name_or_path", "A run begins with a new adapter; merge the old one into its base first."),
     no_place("default_system enable_thinking tool_format", "What a row and the chat template say is rendered."),
     no_place(
-        "mix_strategy interleave_probs streaming", "One data set is read, before the first step.", off=("concat",)
+        "mix_strategy interleave_probs streaming",
+        "Data sets are joined, and read before the first step.",
+        off=("concat",),
     ),
     no_place(
         "use_galore use_apollo use_badam use_adam_mini use_muon use_llama_pro",
@@ -217,8 +284,7 @@ _OWN = table(
     ),
     no_place("trust_remote_code", hf.STRANGERS_CODE),
     not_needed(
-        "flash_attn enable_liger_kernel quantization_method quantization_device_map use_reentrant_gc upcast_layernorm "
-        "neat_packing",
+        "flash_attn enable_liger_kernel quantization_method quantization_device_map use_reentrant_gc upcast_layernorm",
         "It is for speed there, or is said by another key.",
     ),
     not_needed(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
 from qlora_hal.config.other_tools import hugging_face as hf
+from qlora_hal.config.other_tools.data_sets import DataSet, lies_here, renamed, rows_from, whole_split
 from qlora_hal.config.other_tools.tables import (
     Default,
     Fate,
@@ -92,33 +92,42 @@ def _steps(here: str) -> Rule:
 
 
 def _data(value: Value, given: Given) -> Outcome:
-    folder = Path(str(value))
-    if folder.is_dir() and not (folder / "valid.jsonl").is_file():
+    if lies_here(str(value)) and not lies_here(f"{value}/valid.jsonl"):
         return taken("data.path", value)
     settings = {"data.path": value, "data.validation_path": value, "data.validation_split": "valid"}
     return becomes(settings, "its split valid is scored during training")
 
 
 def _hub_data(value: Value, given: Given) -> Outcome:
-    first = value[0] if isinstance(value, list) and value else value
-    if not isinstance(first, Mapping) or "path" not in first:
+    rows = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, Mapping)]
+    rows = [item for item in rows if isinstance(item.get("path"), str)]
+    notes: list[str] = []
+    settings = rows_from([_hub_data_set(row, notes) for row in rows], notes)
+    if not settings:
         return left("a data set with a path is expected")
-    settings: dict[str, Value] = {"data.path": first["path"]}
-    notes = []
-    for key, here in (("train_split", "data.split"), ("valid_split", "data.validation_split")):
-        split = first.get(key)
-        if isinstance(split, str) and "[" not in split:
-            settings[here] = split
-        elif split is not None:
-            notes.append(f"{key} {split} is a part of a split, which is not offered")
-    if "data.validation_split" in settings:
-        settings["data.validation_path"] = first["path"]
-    columns = [
-        first[key] for key in ("prompt_feature", "completion_feature", "text_feature", "chat_feature") if key in first
-    ]
-    if columns:
-        notes.append(f"columns {', '.join(map(str, columns))}: the format of a row is recognized and reported")
-    return becomes(settings, "; ".join(notes) or "a data set of the hub")
+    valid = whole_split(rows[0].get("valid_split"), notes)
+    if valid:
+        settings |= {"data.validation_path": rows[0]["path"], "data.validation_split": valid}
+        if len(rows) > 1:
+            notes.append("rows for evaluation are those of the first data set")
+    return becomes(settings, "; ".join(dict.fromkeys(notes)) or "a data set of the hub")
+
+
+_HUB_COLUMNS = {
+    **{"prompt_feature": "prompt", "completion_feature": "completion"},
+    **{"text_feature": "text", "chat_feature": "messages"},
+}
+
+
+def _hub_data_set(row: Mapping[str, Value], notes: list[str]) -> DataSet:
+    if "train_split" not in row or "valid_split" not in row:
+        absent = "train[:80%] is trained on" if "train_split" not in row else "train[-10%:] is scored"
+        notes.append(f"{absent} there where the file does not say it; here data.validation_fraction holds rows out")
+    strange = sorted(map(str, row.keys() - {"path", "train_split", "valid_split", "test_split", *_HUB_COLUMNS}))
+    if strange:
+        notes.append(f"{', '.join(strange)} of {row['path']} is not taken")
+    columns = renamed({here: row[there] for there, here in _HUB_COLUMNS.items() if there in row})
+    return DataSet(str(row["path"]), whole_split(row.get("train_split"), notes), columns)
 
 
 def _fine_tune_type(value: Value, given: Given) -> Outcome:
@@ -186,7 +195,7 @@ def _warmup(value: Value, given: Given) -> Outcome:
 
 def _mask_prompt(value: Value, given: Given) -> Outcome:
     if is_on(value):
-        return becomes({"data.train_on": "assistant"}, "there the last answer of a row is trained, here every one")
+        return becomes({"data.train_on": "last"}, "the last answer of each row")
     return becomes({"data.train_on": "all"}, "loss on all tokens, as mlx-lm does unless mask_prompt is set")
 
 

@@ -7,6 +7,7 @@ Anything else is `Computed`.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ _METHODS = frozenset({"get_peft_model"})
 _FUNCTIONS = frozenset({"load_dataset", "train_on_responses_only", "get_chat_template"})
 _RECORDS = frozenset({"LoraConfig", "BitsAndBytesConfig"})
 _LOADERS = ("AutoModelFor", "Fast")
+_READ_NAMES = _CONFIGURATIONS | _TRAINERS | _METHODS | _FUNCTIONS | _RECORDS | {"from_pretrained"}
 _POSITIONAL = {
     "from_pretrained": ("model_name",),
     "load_dataset": ("path", "name"),
@@ -49,6 +51,10 @@ _POSITIONAL = {
 }
 _OTHER_NAMES = {"pretrained_model_name_or_path": "model_name", "model_id": "model_name"}
 _MOST_BYTES = 16 * 1024 * 1024
+"""Of a notebook with its pictures; its code, as a script, has far less."""
+_MOST_CODE = 1024 * 1024
+_SHELL = re.compile(r"\s*(?:[!%?]|[\w.,\s\[\]]+=\s*[!%]|[\w.]+\?{1,2}\s*$)")
+"""A line for a notebook's own shell: a command, a magic, a value made by one of them, a question."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +77,8 @@ def read_script(path: Path) -> Script:
         line = getattr(error, "lineno", None)
         raise ConfigError(
             "QH-U03",
-            f"{path.name} is not Python that can be read: {getattr(error, 'msg', None) or error}.",
+            f"{path.name} is not Python that can be read: "
+            f"{getattr(error, 'msg', None) or str(error) or 'it is nested too deeply'}.",
             where=f"{path}:{line}" if line else str(path),
             fix="Correct that line, or write its arguments into a YAML file.",
         ) from error
@@ -81,9 +88,13 @@ def read_script(path: Path) -> Script:
 def _text(path: Path) -> str:
     try:
         raw = read_stored(path, _MOST_BYTES)
-        if path.suffix.lower() == ".ipynb":
-            return "\n".join(_cells(strict_json.decode_foreign(raw)))
-        return raw.decode("utf-8-sig")
+        if len(raw) > _MOST_BYTES:
+            raise ValueError(f"it has more than {_MOST_BYTES} bytes")
+        is_notebook = path.suffix.lower() == ".ipynb"
+        text = "\n".join(_cells(strict_json.decode_foreign(raw))) if is_notebook else raw.decode("utf-8-sig")
+        if len(text) > _MOST_CODE:
+            raise ValueError(f"it has {len(text)} characters of code, more than the limit of {_MOST_CODE}")
+        return text
     except OSError as error:
         raise ConfigError(
             "QH-U02",
@@ -109,18 +120,28 @@ def _cells(notebook: object) -> Iterator[str]:
 
 
 def _python_of(cell: str) -> str:
-    """A cell without lines for the notebook's own shell, which are no Python; nothing of a cell that is all shell."""
+    """A cell without lines for the notebook's own shell, which are no Python. What still is none is left out where
+    nothing in it could say anything of a run, and is kept, to be refused, where it could."""
+    if _is_python(cell):
+        return cell
     lines = cell.splitlines()
-    shell = [number for number, line in enumerate(lines) if line.lstrip().startswith(("!", "%"))]
-    for number in shell:  # `pass` keeps a block whole that holds nothing else
-        lines[number] = lines[number][: len(lines[number]) - len(lines[number].lstrip())] + "pass"
+    continued = False
+    for number, line in enumerate(lines):
+        if is_shell := continued or _SHELL.match(line) is not None:  # `pass` keeps a block that holds nothing else
+            lines[number] = line[: len(line) - len(line.lstrip())] + "pass" if not continued else ""
+        continued = is_shell and line.rstrip().endswith("\\")
     text = "\n".join(lines)
-    if shell:
-        try:
-            ast.parse(text)
-        except (SyntaxError, ValueError):
-            return ""
-    return text
+    if _is_python(text):
+        return text
+    return text if any(name in cell for name in _READ_NAMES) else ""
+
+
+def _is_python(text: str) -> bool:
+    try:
+        ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
 
 
 def _arguments(tree: ast.Module) -> Script:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qlora_hal.config.other_tools import hugging_face as hf
+from qlora_hal.config.other_tools.data_sets import DataSet, rows_from, whole_split
 from qlora_hal.config.other_tools.tables import (
     Default,
     Given,
@@ -56,7 +57,10 @@ def _assistant_only(value: Value, given: Given) -> Outcome:
         return taken("data.train_on", "assistant")
     if is_on(given.get("completion_only_loss")):
         return unneeded("completion_only_loss is set")
-    return becomes({"data.train_on": "all"}, "all tokens of a conversation are trained there unless it is set")
+    note = "all tokens of a conversation or a text are trained there unless it is set"
+    if given.values.get("completion_only_loss") is None:
+        note += "; of rows of prompt and completion the completion alone: set data.train_on: assistant for such rows"
+    return becomes({"data.train_on": "all"}, note)
 
 
 def _completion_only(value: Value, given: Given) -> Outcome:
@@ -88,16 +92,19 @@ def _template_path(value: Value, given: Given) -> Outcome:
 
 
 def _dataset_mixture(value: Value, given: Given) -> Outcome:
-    first = value[0] if isinstance(value, list) and value else None
-    if not isinstance(first, Mapping) or "path" not in first:
+    rows = [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
+    notes: list[str] = []
+    found = [
+        DataSet(str(row["path"]), whole_split(row.get("split"), notes))
+        for row in rows
+        if isinstance(row.get("path"), str)
+    ]
+    settings = rows_from(found, notes)
+    if not settings:
         return left("a list of data sets with a path each is expected")
-    settings: dict[str, Value] = {"data.path": first["path"]}
-    if "split" in first:
-        settings["data.split"] = first["split"]
-    others = (
-        [str(item.get("path")) for item in value[1:] if isinstance(item, Mapping)] if isinstance(value, list) else []
-    )
-    return becomes(settings, f"more data sets are not taken: {', '.join(others)}" if others else "the only one")
+    if strange := sorted({str(key) for row in rows for key in row} - {"path", "split"}):
+        notes.append(f"{', '.join(strange)} of the data sets is not taken")
+    return becomes(settings, "; ".join(dict.fromkeys(notes)) or "all rows of each")
 
 
 def is_script(given: Given) -> bool:
@@ -113,12 +120,14 @@ def _defaults(given: Given) -> dict[str, Default]:
     own["lora_target_modules"] = Default(hf.TARGETS_OF_PEFT)
     if is_script(given):
         if given.values.get("trainer") == "TrainingArguments":
-            own = hf.training_defaults()
+            own |= hf.training_defaults()
+            del own["gradient_checkpointing"]
         adapter: dict[str, Value] = {"lora_r": 8, "lora_alpha": 8, "lora_target_modules": hf.TARGETS_OF_PEFT}
         return {
             **own,
             **{name: Default(value) for name, value in adapter.items()},
             "bnb_4bit_quant_type": Default("fp4"),
+            "use_bnb_nested_quant": Default(False),
         }
     adapter = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "use_peft": False, "use_bnb_nested_quant": False}
     return {**own, **{name: Default(value) for name, value in adapter.items()}}

@@ -49,9 +49,21 @@ def _full(value: Value, given: Given) -> Outcome:
     )
 
 
+_ITS_OWN_ARGUMENTS = hf.training_defaults(
+    learning_rate=5e-5,
+    per_device_train_batch_size=4,
+    gradient_accumulation_steps=2,
+    warmup_ratio=0.1,
+    weight_decay=0.001,
+    optim="adamw_8bit",
+    seed=3407,
+)
+"""What Unsloth writes over the defaults of SFTConfig and its own arguments (`models/rl.py`)."""
+
+
 def _defaults(given: Given) -> dict[str, Default]:
     return {
-        **hf.training_defaults(learning_rate=2e-5 if given.values.get("trainer") == "SFTConfig" else 5e-5),
+        **(hf.training_defaults() if given.values.get("trainer") == "TrainingArguments" else _ITS_OWN_ARGUMENTS),
         "load_in_4bit": Default(True, ("quantization.weight_format",)),
         "lora_r": Default(16),
         "lora_alpha": Default(16),
