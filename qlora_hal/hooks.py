@@ -41,7 +41,8 @@ class Control:
 
     `stop` ends the run as early stopping does: its adapter is written, and no resume takes a further step.
     `learning_rate_factor` multiplies the scheduled rate from then on, on top of earlier factors. Of several observers
-    all are heeded. Raises ValueError for a factor that is not a finite number above 0.
+    all are heeded. Raises ValueError for a factor that is not a finite number above 0; numbers of NumPy and of tensor
+    libraries become Python's, for what is asked is saved as JSON.
     """
 
     stop: bool = False
@@ -50,10 +51,22 @@ class Control:
     learning_rate_factor: float | None = None
 
     def __post_init__(self) -> None:
-        factor = self.learning_rate_factor
-        if factor is not None and not (math.isfinite(factor) and factor > 0):
+        for name in ("stop", "save", "evaluate"):
+            object.__setattr__(self, name, bool(getattr(self, name)))
+        if self.learning_rate_factor is None:
+            return
+        factor = float(self.learning_rate_factor)
+        if not _can_be_factor(factor):
             raise ValueError(f"learning_rate_factor is {factor}; a finite number above 0 is expected")
+        object.__setattr__(self, "learning_rate_factor", factor)
 
+
+def _can_be_factor(factor: float) -> bool:
+    return math.isfinite(factor) and factor > 0
+
+
+OWN_FIGURES = frozenset({"loss", "tokens"})
+"""An evaluation's line in metrics.jsonl has its own `eval_loss` and `eval_tokens`."""
 
 STEERING_HOOKS = ("qlora_hal_metrics", "qlora_hal_control")
 
@@ -154,7 +167,8 @@ class Hooks:
         for point in entry_points(group=ENTRY_POINT_GROUP):
             self._add(point.name, point.load)
         for number, observer in enumerate(observers, start=1):
-            self._observe(f"observer {number} ({type(observer).__name__})", observer)
+            name = getattr(observer, "name_in_notes", f"observer {number} ({type(observer).__name__})")
+            self._observe(name, observer)
 
     def offered_backends(self) -> tuple[BackendSpec, ...]:
         return tuple(spec for offered in self._manager.hook.qlora_hal_backends() for spec in offered)
@@ -183,19 +197,27 @@ class Hooks:
         if not asked:
             return None
         factors = [control.learning_rate_factor for control in asked if control.learning_rate_factor is not None]
+        factor = math.prod(factors) if factors else None
+        if factor is not None and not _can_be_factor(factor):
+            self._note(f"observers asked for rates that are {factor:g} times as high together; none changes")
+            factor = None
         return Control(
             stop=any(control.stop for control in asked),
             save=any(control.save for control in asked),
             evaluate=any(control.evaluate for control in asked),
-            learning_rate_factor=math.prod(factors) if factors else None,
+            learning_rate_factor=factor,
         )
 
     def measured(self, **facts: object) -> dict[str, float]:
-        """The figures that the plugins give of a model, by name; what is no number is told of and left out."""
-        given = self._answers("qlora_hal_metrics", dict, facts)
-        figures = {str(name): value for found in given for name, value in found.items()}
-        for name in [name for name, value in figures.items() if not isinstance(value, int | float)]:
-            self._note(f"metric {name} is left out: it is a {type(figures.pop(name)).__name__}, not a number")
+        """The figures that the plugins give of a model, by name; what is no number, or has the name of a figure of the
+        run itself, is told of and left out."""
+        figures: dict[str, float] = {}
+        for found in self._answers("qlora_hal_metrics", dict, facts):
+            for name, value in found.items():
+                if why := _unfit_figure(str(name), value, figures):
+                    self._note(f"metric {name} is left out: {why}")
+                else:
+                    figures[str(name)] = value
         return figures
 
     def steering(self) -> list[str]:
@@ -247,6 +269,15 @@ class Hooks:
             if self._manager.has_plugin(name):
                 self._manager.unregister(name=name)
             self._note(f"plugin {name} is skipped: {type(error).__name__}: {error}")
+
+
+def _unfit_figure(name: str, value: object, others: Mapping[str, float]) -> str:
+    """Why a figure of a model cannot be kept under its name; empty where it can."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return f"it is a {type(value).__name__}, not a number"
+    if name in OWN_FIGURES:
+        return f"eval_{name} is a figure of the run itself"
+    return "another observer gives one of that name" if name in others else ""
 
 
 def _hook_names() -> list[str]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qlora_hal.run.result import RunView
 
 INSIDE_A_STEP = ("on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_optimizer_step")
+_ROUNDING = 1e-9
 NOT_SHARED = ("model", "processing_class", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader")
 
 
@@ -69,11 +70,11 @@ class CallbackObserver:
     def qlora_hal_step_finished(
         self, run: RunView, step: int, stats: StepStats, learning_rate: float, epoch: float
     ) -> None:
-        before, self._state.global_step, self._state.epoch = self._state.epoch, step, epoch
+        self._state.global_step, self._state.epoch = step, epoch
         self._tell("on_step_end")
         if step % run.config.training.logging_steps == 0:
             self._log({"loss": stats.loss, "grad_norm": stats.grad_norm, "learning_rate": learning_rate})
-        if math.floor(epoch) > math.floor(before or 0.0):
+        if _ends_an_epoch(step, epoch):
             self._tell("on_epoch_end")
             if step < run.total_steps:
                 self._tell("on_epoch_begin")
@@ -127,6 +128,12 @@ class _Absent:
         if name.startswith("__"):  # looked for by copy, pickle and the like
             raise AttributeError(name)
         raise _unfit(self._refusal, "Leave the callback out, or write an observer.")
+
+
+def _ends_an_epoch(step: int, epoch: float) -> bool:
+    """Whether a step is the last one of an epoch; told by the step alone, for a resumed run begins within one."""
+    before = epoch * (step - 1) / step
+    return math.floor(epoch + _ROUNDING) > math.floor(before + _ROUNDING)
 
 
 def _arguments(run: RunView) -> Any:

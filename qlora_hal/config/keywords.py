@@ -64,8 +64,10 @@ class SettingsByKeyword(CommonSettings, total=False):
 
 def is_settings_of_data(data: object) -> bool:
     """Whether a mapping given as `data` holds settings of that group, and not the columns of a table or the splits of a
-    data set: those are lists, arrays or data sets, one and all."""
-    return isinstance(data, Mapping) and ("sources" in data or not (data and all(map(_holds_rows, data.values()))))
+    data set: those are lists, arrays or data sets, one and all. Alone, `sources` is a setting; else a column."""
+    if not isinstance(data, Mapping):
+        return False
+    return data.keys() <= {"sources"} or not all(map(_holds_rows, data.values()))
 
 
 def _holds_rows(value: object) -> bool:

@@ -27,7 +27,7 @@ from qlora_hal.data.source.mixture import (
 from qlora_hal.data.source.reading import blamed_on, has_splits, open_source
 from qlora_hal.data.source.rows import Source, memory_source
 from qlora_hal.data.tokens.order import Purpose, permutation
-from qlora_hal.data.tokens.packing import pack
+from qlora_hal.data.tokens.packing import packs_of
 from qlora_hal.data.tokens.store import NotAStore, TokenStore, open_store
 from qlora_hal.data.tokens.tokenizing import Preparation
 from qlora_hal.errors import ConfigError, DataError
@@ -77,6 +77,7 @@ def prepare(
     refuse_long_sequences(config, model_max_length)
     source = _training_source(config, rows)
     train, report, fingerprint = _tokenised(source, config, tokenizer, cache_dir, model_vocabulary_size)
+    shares = _shares(config, report) if rows is None else ALL_ONCE
     validation, validation_report, parts = None, None, [fingerprint]
     if config.validation_path or validation_rows is not None:
         with blamed_on("data.validation_path", split="data.validation_split"):
@@ -87,28 +88,31 @@ def prepare(
             raise _trained_on_itself(source, held)
         parts.append(second)
     elif config.validation_fraction:
-        train, validation = hold_out(train, config.validation_fraction, seed)
+        train, validation = hold_out(train, config.validation_fraction, seed, shares)
         parts.append(f"{config.validation_fraction} {seed}")
-    shares = _shares(config, report) if rows is None else ALL_ONCE
     if config.sources and rows is None:
         parts.append(json.dumps([weight for _, weight in shares]))
+    in_epoch = _in_epoch(train, shares, config, seed)
     whole = DataReport(
         report,
         validation_report,
-        sources=_account_of_sources(train, shares, report),
+        sources=_account_of_sources(in_epoch, report),
         train_sequences=len(train),
         validation_sequences=0 if validation is None else len(validation),
         leaked_rows=0 if validation is None else _leaked(train, validation),
-        packing_efficiency=_packing_efficiency(train, config),
+        packing_efficiency=_packing_efficiency(in_epoch, config),
         notes=tokenizer.notes,
     )
     return PreparedData(train, validation, whole, hashlib.sha256("\n".join(parts).encode()).hexdigest(), shares)
 
 
-def hold_out(store: TokenStore, fraction: float, seed: int) -> tuple[TokenStore, TokenStore]:
-    """(training rows, validation rows). Rows with the same text, and pieces of one row, stay on one side.
+def hold_out(
+    store: TokenStore, fraction: float, seed: int, shares: Sequence[Share] = ALL_ONCE
+) -> tuple[TokenStore, TokenStore]:
+    """(training rows, validation rows). Rows with the same text, and pieces of one row, stay on one side; a source of
+    which nothing would be left to train on is not held out.
 
-    Raises DataError (QH-D01) when that leaves nothing to train on.
+    Raises DataError (QH-D01) when that leaves nothing to train on, or to judge by.
     """
     texts, group = np.unique(store.digests, return_inverse=True)
     sizes = np.bincount(group, minlength=len(texts))
@@ -125,7 +129,18 @@ def hold_out(store: TokenStore, fraction: float, seed: int) -> tuple[TokenStore,
     count = int(np.searchsorted(np.cumsum(sizes[order]), wanted)) + 1
     chosen = np.zeros(len(texts), dtype=bool)
     chosen[order[: min(count, len(texts) - 1)]] = True
+    source = source_of_rows(store.row_numbers, shares)
+    for of_source in (group[source == number] for number in range(len(shares))):
+        if chosen[of_source].all():
+            chosen[of_source] = False
     held = chosen[group]
+    if not held.any():
+        raise DataError(
+            "QH-D01",
+            "No row can be held out for validation: each source would be left without one to train on.",
+            where="data.validation_fraction",
+            fix="Add more rows, or name a file in data.validation_path.",
+        )
     return store.subset(np.flatnonzero(~held)), store.subset(np.flatnonzero(held))
 
 
@@ -153,29 +168,60 @@ def _shares(config: DataConfig, report: SourceReport) -> tuple[Share, ...]:
     return tuple((first, source.weight) for first, source in zip(report.first_rows, config.sources, strict=True))
 
 
-def _account_of_sources(store: TokenStore, shares: Sequence[Share], report: SourceReport) -> list[SourceShare]:
+@dataclass(frozen=True, slots=True)
+class _InEpoch:
+    """How much of one source the store holds, in rows, tokens, and sequences (rows, or packs of them), and how many of
+    these sequences an epoch has."""
+
+    weight: float
+    rows: int
+    tokens: int
+    trained_tokens: int
+    sequences: int
+    drawn: int
+
+    @property
+    def times(self) -> float:
+        """How often an epoch has each row, on average."""
+        return self.drawn / max(self.sequences, 1)
+
+
+def _in_epoch(store: TokenStore, shares: Sequence[Share], config: DataConfig, seed: int) -> list[_InEpoch]:
+    source, found = source_of_rows(store.row_numbers, shares), []
+    for number, (_, weight) in enumerate(shares):
+        rows = np.flatnonzero(source == number)
+        sequences = len(rows)
+        if config.packing:
+            sequences = len(packs_of(rows, store.lengths, config.max_seq_length, seed=seed, shuffle=config.shuffle))
+        tokens, trained = (int(counts[rows].sum(dtype=np.int64)) for counts in (store.lengths, store.counted))
+        found.append(_InEpoch(weight, len(rows), tokens, trained, sequences, sequences_in_epoch(sequences, weight)))
+    return found
+
+
+def _account_of_sources(sources: Sequence[_InEpoch], report: SourceReport) -> list[SourceShare]:
     """What an epoch has of each of several sources. Raises DataError (QH-D01) for one that has nothing to train on."""
     names = report.parts
     if not names:
         return []
-    source = source_of_rows(store.row_numbers, shares)
-    counts = np.bincount(source, minlength=len(shares))
-    if not counts.all():
-        empty = names[int(np.argmin(counts))]
+    empty = next((name for name, source in zip(names, sources, strict=True) if not source.rows), None)
+    if empty is not None:
         raise DataError(
             "QH-D01",
             f"No row of {empty} is left to train on.",
             where="data.sources",
             fix="Remove it from data.sources, or correct its rows.",
         )
-    trained = np.bincount(source, weights=store.counted, minlength=len(shares))
-    weights = [weight for _, weight in shares]
-    all_tokens = float(trained @ np.array(weights))
+    trained = sum(source.trained_tokens * source.times for source in sources)
     return [
         SourceShare(
-            name, weight, int(count), sequences_in_epoch(int(count), weight), float(tokens) * weight / all_tokens
+            name,
+            source.weight,
+            source.rows,
+            round(source.rows * source.times),
+            source.trained_tokens * source.times / trained,
+            effective_weight=source.times,
         )
-        for name, weight, count, tokens in zip(names, weights, counts, trained, strict=True)
+        for name, source in zip(names, sources, strict=True)
     ]
 
 
@@ -284,9 +330,8 @@ def _leaked(train: TokenStore, validation: TokenStore) -> int:
     return int(np.isin(np.unique(validation.digests), train.digests).sum())
 
 
-def _packing_efficiency(store: TokenStore, config: DataConfig) -> float | None:
+def _packing_efficiency(sources: Sequence[_InEpoch], config: DataConfig) -> float | None:
     if not config.packing:
         return None
-    lengths = store.lengths
-    packs = pack(lengths, config.max_seq_length, np.arange(len(lengths)))
-    return float(lengths.sum()) / (len(packs) * config.max_seq_length)
+    tokens = sum(source.tokens * source.times for source in sources)
+    return tokens / (sum(source.drawn for source in sources) * config.max_seq_length)

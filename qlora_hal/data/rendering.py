@@ -18,7 +18,7 @@ from qlora_hal.data.source.row_formats import (
     example_of,
 )
 from qlora_hal.data.source.rows import Row
-from qlora_hal.data.template.chat_template import ChatTemplate, TemplateFault
+from qlora_hal.data.template.chat_template import REASONING_FIELDS, ChatTemplate, TemplateFault
 from qlora_hal.data.template.conversation_text import ConversationRenderer, ConversationText, says_anything
 from qlora_hal.data.template.message_fields import names_of_other_fields
 from qlora_hal.data.template.omissions import OmissionCounts
@@ -51,6 +51,7 @@ class RenderingCounts:
     unmarked_turns: int = 0
     empty_thoughts: int = 0
     masked_thoughts: int = 0
+    unmasked_rows: int = 0
     rows_with_tool_template: int = 0
     plain_rows: int = 0
 
@@ -182,6 +183,10 @@ class RowRenderer:
             error.where = error.where or row.where
             raise
         self.counts.add(found)
+        if self._masks_reasoning and self._marks_of(tokenizer).unknown:
+            self.counts.unmasked_rows += any(
+                message.get(name) for message in example.messages for name in REASONING_FIELDS
+            )
         is_text = bool(found.special) and not found.special_is_read
         restored = tokenizer.special.restore if is_text else str
         written = self._without_reasoning(found.written.pieces, tokenizer)

@@ -132,14 +132,26 @@ class SourceReport:
 
 @dataclass(frozen=True, slots=True)
 class SourceShare:
-    """What an epoch has of one of several sources: `rows` are those it holds, `rows_in_epoch` those of an epoch (packs
-    of rows are drawn as a whole), `trained_tokens` their share of what an epoch trains."""
+    """What an epoch has of one of several sources: `rows` are those it holds, `rows_in_epoch` those of an epoch (on
+    average, where rows are drawn in packs), `trained_tokens` their share of what an epoch trains. `effective_weight` is
+    what is left of the weight where whole sequences are drawn, one at least."""
 
     source: str
     weight: float
     rows: int
     rows_in_epoch: int
     trained_tokens: float
+    effective_weight: float
+
+    @property
+    def alert(self) -> str:
+        """What to say where the weight cannot be kept; empty where it can."""
+        if abs(self.effective_weight - self.weight) <= 0.05 * self.weight:
+            return ""
+        return (
+            f"the weight {self.weight:g} of {self.source} is {self.effective_weight:.3g} in this run: an epoch has "
+            "whole sequences (rows, or packs of them), and at least one of each source"
+        )
 
     def line(self) -> str:
         return (
@@ -188,6 +200,7 @@ class DataReport:
         held = self.validation.alerts if self.validation else ()
         leaked = f"{self.leaked_rows} validation rows are also trained on; their loss says nothing about other rows"
         alerts = [*self.train.alerts, *(f"validation {text}" for text in held)]
+        alerts += filter(None, (share.alert for share in self.sources))
         return [*alerts, leaked] if self.leaked_rows else alerts
 
     def __str__(self) -> str:

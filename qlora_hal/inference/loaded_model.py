@@ -21,6 +21,7 @@ class LoadedModel:
     Answers are greedy, so the same question has the same answer, and there is no seed. `positions` are the model's,
     where known; `has_adapter` is False for a base alone; `plain` tells that the rows of the run were text as it stands,
     without the chat template, so that prompts are, too. Close it, or use it as a context manager: it holds the device.
+    One that is `lent`, as to metric functions, goes on when they close it: it is the run's.
     """
 
     trainer: CheckedTrainer = field(repr=False)
@@ -28,6 +29,8 @@ class LoadedModel:
     positions: int | None = None
     has_adapter: bool = True
     plain: bool = False
+    lent: bool = False
+    is_closed: bool = field(default=False, init=False)
 
     def generate(
         self, prompt: str | Messages, *, max_new_tokens: int = ANSWER_TOKENS, adapter: bool | None = None
@@ -35,9 +38,13 @@ class LoadedModel:
         """The answer to a prompt, or to a conversation of `{"role": ..., "content": ...}`; at most `max_new_tokens`
         tokens, and none past the model's positions. `adapter` False asks the base alone.
 
-        Raises ConfigError QH-U19 when the prompt leaves no position, QH-U42 for an adapter that is not there,
-        DataError QH-D08.
+        Raises ConfigError QH-U19 when the prompt leaves no position, QH-U42 for an adapter that is not there and for a
+        model that was closed, DataError QH-D08.
         """
+        if self.is_closed:
+            raise ConfigError(
+                "QH-U42", "This model is closed.", where="generate", fix="Open it again with qlora_hal.load."
+            )
         if adapter and not self.has_adapter:
             raise ConfigError(
                 "QH-U42",
@@ -69,8 +76,10 @@ class LoadedModel:
         return Chat(self, [] if system is None else [{"role": "system", "content": system}])
 
     def close(self) -> None:
-        """Give the device back."""
-        self.trainer.close()
+        """Give the device back. A closed model answers nothing more."""
+        if not self.lent:
+            self.is_closed = True
+            self.trainer.close()
 
     def __enter__(self) -> LoadedModel:
         return self

@@ -7,38 +7,34 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from qlora_hal.errors import ConfigError, UnsupportedFeatureError
-from qlora_hal.hooks import Hooks, hookimpl
+from qlora_hal.hooks import OWN_FIGURES, Hooks, hookimpl
 
 if TYPE_CHECKING:
-    from qlora_hal.config.schema import RunConfig
     from qlora_hal.contract.world import World
     from qlora_hal.inference.loaded_model import LoadedModel
 
     Metric: TypeAlias = Callable[[LoadedModel], float]
 
-TAKEN_NAMES = frozenset({"loss", "tokens"})
-"""An evaluation's line in metrics.jsonl has its own `eval_loss` and `eval_tokens`."""
 
+class MetricFunction:
+    """The observer of one entry of `train(metrics={"exact_match": function})`: one that raises takes none along."""
 
-class MetricFunctions:
-    """The observer for `train(metrics={"exact_match": function})`."""
-
-    def __init__(self, functions: Mapping[str, Metric]) -> None:
+    def __init__(self, name: str, function: Metric) -> None:
         """Raises ConfigError QH-U41 for what is no function under a name of its own."""
-        for name, function in functions.items():
-            if not callable(function) or not str(name).isidentifier() or name in TAKEN_NAMES:
-                raise ConfigError(
-                    "QH-U41",
-                    f"metrics has {name!r}: {type(function).__name__}; a name of letters, digits and underscores "
-                    f"(other than {' and '.join(sorted(TAKEN_NAMES))}) with a function of the model was expected.",
-                    where="metrics",
-                    fix='Give it as metrics={"exact_match": function}, where function(model) returns a number.',
-                )
-        self._functions = dict(functions)
+        if not callable(function) or not str(name).isidentifier() or name in OWN_FIGURES:
+            raise ConfigError(
+                "QH-U41",
+                f"metrics has {name!r}: {type(function).__name__}; a name of letters, digits and underscores "
+                f"(other than {' and '.join(sorted(OWN_FIGURES))}) with a function of the model was expected.",
+                where="metrics",
+                fix='Give it as metrics={"exact_match": function}, where function(model) returns a number.',
+            )
+        self._name, self._function = name, function
+        self.name_in_notes = f"metric {name}"
 
     @hookimpl
     def qlora_hal_metrics(self, model: LoadedModel) -> Mapping[str, float]:
-        return {name: number(function(model), name) for name, function in self._functions.items()}
+        return {self._name: number(self._function(model), self._name)}
 
 
 def number(value: object, name: str) -> float:
@@ -50,15 +46,15 @@ def number(value: object, name: str) -> float:
 
 
 def observers_with(metrics: Mapping[str, Metric] | None, observers: Sequence[object]) -> tuple[object, ...]:
-    """The observers of a call, one for its metrics among them."""
-    return (*observers, *([MetricFunctions(metrics)] if metrics else []))
+    """The observers of a call, one for each of its metrics among them."""
+    return (*observers, *(MetricFunction(name, function) for name, function in (metrics or {}).items()))
 
 
-def check_observers(observers: Sequence[object], config: RunConfig, world: World) -> None:
+def check_observers(observers: Sequence[object], world: World, *, evaluates: bool) -> None:
     """Before anything is read: raises ConfigError QH-U41 for metrics that would never be asked for, and
     UnsupportedFeatureError QH-R06 for observers that steer or measure one of several ranks."""
-    has_metrics = any(isinstance(observer, MetricFunctions) for observer in observers)
-    if has_metrics and not (config.data.validation_path or config.data.validation_fraction):
+    has_metrics = any(isinstance(observer, MetricFunction) for observer in observers)
+    if has_metrics and not evaluates:
         raise ConfigError(
             "QH-U41",
             "metrics are given, and nothing is evaluated: there are no validation rows.",

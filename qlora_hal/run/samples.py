@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qlora_hal.data.source.rows import Row
+from qlora_hal.data.template.turns import conversation_of, joined
 from qlora_hal.errors import DataError
 
 if TYPE_CHECKING:
@@ -39,14 +41,19 @@ def answer(
 
 def prompt_tokens(tokenizer: ChatTokenizer, prompt: str | Messages, *, plain: bool = False) -> list[int]:
     """What a model is asked: the conversation up to where its answer begins; `plain`, or without a chat template, the
-    text opened as a row of text is in training. Raises DataError (QH-D08) where it is no text, as the bytes of another
-    encoding are."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    for message in messages:
-        _refuse_no_text(message["content"])
+    text opened as a row of text is in training. A conversation is read as those of rows are: other words for who speaks
+    are translated. Raises DataError (QH-D03 no conversation, QH-D12 another role, QH-D08) where it is no text, as the
+    bytes of another encoding are."""
+    asked = {"role": "user", "content": prompt}
+    messages = (
+        [asked] if isinstance(prompt, str) else conversation_of(Row(1, "prompt", 1, {}), prompt, "prompt").messages
+    )
+    texts = [str(joined(message.get("content", ""))) for message in messages]
+    for text in texts:
+        _refuse_no_text(text)
     if tokenizer.template is not None and not plain:
         return list(tokenizer.encode_chat(messages, add_generation_prompt=True))
-    return [*tokenizer.opening_ids, *tokenizer.encode("\n".join(message["content"] for message in messages))]
+    return [*tokenizer.opening_ids, *tokenizer.encode("\n".join(texts))]
 
 
 def trained_on_plain_text(run: Mapping[str, object]) -> bool:

@@ -293,6 +293,7 @@ class Session:
                     self._prepared.tokenizer,
                     source.facts.max_position_embeddings,
                     plain=self._prepared.data.report.train.plain,
+                    lent=True,
                 ),
                 metrics=metrics,
                 console=context.console,

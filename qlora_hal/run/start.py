@@ -94,7 +94,7 @@ def run_new(
         told = [*observers_for(settings.config.training.report_to), *observers] if world.rank == 0 else []
         hooks = Hooks(told, note=console.note, tells=world.rank == 0)
         config = hooks.ready_config(settings.config)
-        check_observers(observers, config, world)
+        check_observers(observers, world, evaluates=_evaluates(config.data, has_rows=given_rows.validation is not None))
         recorded = given_config(with_absolute_paths(config))
         given = frozenset(key for key, origin in settings.origins.items() if origin not in _NOT_GIVEN)
         if dry_run:
@@ -251,7 +251,7 @@ def run_resumed(
         record = with_new_paths(record_from(directory.content), relocation, given)
         told = [*observers_for(given.training.report_to), *observers] if world.rank == 0 else []
         hooks = Hooks(told, note=console.note, tells=world.rank == 0)
-        check_observers(observers, given, world)
+        check_observers(observers, world, evaluates=_evaluates(given.data, has_rows=rows.validation is not None))
         if given.lora.dropout and state.provenance.get("dropout_masks") != MASKS:
             console.note("an earlier release saved this checkpoint; from here on other dropout masks are drawn")
         config, changes = settings_on_backend(given, state, backend, hooks, console, transfer=transfer)
@@ -304,7 +304,7 @@ _OF_EVALUATION = ("training.per_device_eval_batch_size", "training.load_best_ada
 
 def refuse_evaluation_of_nothing(config: RunConfig, rows: GivenRows) -> None:
     """Raises ConfigError QH-U01 where evaluations are asked for, and there are no rows to evaluate on."""
-    if config.training.eval_steps and not (rows.validation is not None or _evaluates(config.data)):
+    if config.training.eval_steps and not _evaluates(config.data, has_rows=rows.validation is not None):
         raise ConfigError(
             "QH-U01",
             f"training.eval_steps is {config.training.eval_steps}, and there are no validation rows.",
@@ -313,8 +313,9 @@ def refuse_evaluation_of_nothing(config: RunConfig, rows: GivenRows) -> None:
         )
 
 
-def _evaluates(data: DataConfig) -> bool:
-    return bool(data.validation_path or data.validation_fraction)
+def _evaluates(data: DataConfig, *, has_rows: bool) -> bool:
+    """Whether there are validation rows: in memory (`has_rows`), or by the settings."""
+    return has_rows or bool(data.validation_path or data.validation_fraction)
 
 
 def _with_validation_of_folder(config: RunConfig, rows: GivenRows) -> tuple[RunConfig, str]:
@@ -323,7 +324,7 @@ def _with_validation_of_folder(config: RunConfig, rows: GivenRows) -> tuple[RunC
     data = config.data
     if rows.train is not None or rows.validation is not None or not data.path or data.split != "train":
         return config, ""
-    files = "" if _evaluates(data) else validation_files(data.path)
+    files = "" if _evaluates(data, has_rows=False) else validation_files(data.path)
     if not files:
         return config, ""
     update = {"data": data.model_copy(update={"validation_path": data.path})}
@@ -348,7 +349,7 @@ def idle_settings(
         yield "training.num_train_epochs is not used: training.max_steps says how long the run is"
     if training.warmup_steps is not None and "training.warmup_ratio" in given:
         yield "training.warmup_ratio is not used: training.warmup_steps says how long the warm-up is"
-    if not (has_validation_rows or _evaluates(data)):
+    if not _evaluates(data, has_rows=has_validation_rows):
         for name in filter(given.__contains__, _OF_EVALUATION):
             yield f"{name} is not used: without data.validation_path or data.validation_fraction nothing is evaluated"
     if config.model.revision and named_path(config.model.name_or_path).is_dir():

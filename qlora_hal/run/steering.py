@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,19 +15,20 @@ STOP, SAVE, EVALUATE = "stop", "save", "evaluate"
 
 @dataclass(slots=True)
 class Steering:
-    """What is due once so many steps are taken, and the factors of the learning rate with the step (from 0) that each
-    begins with. Both are told by steps and not by the moment, so a run that was killed in between goes the same way."""
+    """What is due once so many steps are taken (two places at most: an answer to a step and one to an evaluation), and
+    the factors of the learning rate with the step (from 0) that each begins with. Both are told by steps and not by the
+    moment, so a run that was killed in between goes the same way."""
 
-    due: dict[str, int] = field(default_factory=dict)
+    due: dict[str, list[int]] = field(default_factory=dict)
     factors: list[tuple[int, float]] = field(default_factory=list)
 
     def heed(self, control: Control, after: int) -> None:
         """It takes hold once `after` steps are taken: from then on the rate is another one."""
         if control.stop:  # a run that has stopped stays so, whatever its last step is answered with
-            self.due[STOP] = min(after, self.due.get(STOP, after))
+            self.due[STOP] = [min((after, *self.due.get(STOP, ())))]
         for name, asked in ((SAVE, control.save), (EVALUATE, control.evaluate)):
             if asked:
-                self.due[name] = after
+                self.due[name] = sorted({after, *self.due.get(name, ())})[-2:]
         if control.learning_rate_factor is not None:
             factor = self.factor(after) * control.learning_rate_factor
             begun = [change for change in self.factors if change[0] < after]
@@ -39,10 +39,10 @@ class Steering:
         return next((factor for begins, factor in reversed(self.factors) if begins <= step), 1.0)
 
     def is_due(self, name: str, taken: int) -> bool:
-        return self.due.get(name) == taken
+        return taken in self.due.get(name, ())
 
     def has_stopped(self, taken: int) -> bool:
-        return self.due.get(STOP, math.inf) <= taken
+        return any(step <= taken for step in self.due.get(STOP, ()))
 
     def as_json(self) -> dict[str, object]:
         return {"due": self.due, "factors": [list(change) for change in self.factors]}

@@ -115,7 +115,11 @@ def test_two_models_or_two_configurations_are_refused() -> None:
     [
         ({"max_seq_length": 5}, True),
         ({}, True),
+        ({"sources": [{"path": "a.jsonl"}]}, True),
+        ({"sources": [{"path": "a.jsonl"}], "max_rows": 5}, True),
         ({"prompt": ["a"], "completion": ["b"]}, False),
+        ({"prompt": ["a"], "completion": ["b"], "sources": [["book"]]}, False),
+        ({"prompt": ["a"], "completion": ["b"], "sources": [{"path": "a.pdf"}]}, False),
         ([{"text": "a"}], False),
     ],
 )
@@ -128,7 +132,7 @@ def test_settings_of_the_data_go_by_group() -> None:
 
 
 def test_columns_are_taken_as_rows(tmp_path: Path) -> None:
-    columns = {"prompt": ["a", "c"], "completion": ["b", "d"]}
+    columns = {"prompt": ["a", "c"], "completion": ["b", "d"], "sources": [["book"], ["page"]]}
     planned = train(str(model_path()), columns, output_dir=tmp_path / "run", backend="cpu_torch", dry_run=True)
     assert planned.plan["sequences"] == 2
 

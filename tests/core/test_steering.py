@@ -215,3 +215,46 @@ def test_an_answer_of_another_kind_is_told_of_once() -> None:
 def test_a_factor_that_is_no_rate_is_refused(factor: float) -> None:
     with pytest.raises(ValueError, match="a finite number above 0"):
         Control(learning_rate_factor=factor)
+
+
+def test_factors_of_other_libraries_are_saved_as_pythons_numbers() -> None:
+    import torch
+
+    for half in (np.float32(0.5), np.array(0.5), torch.tensor(0.5)):
+        events = Events(lambda step, half=half: Control(save=np.bool_(step == 2), learning_rate_factor=half))  # type: ignore[misc]
+        _, rates = carried_out(events, save_steps=1)
+        assert all(type(rate) is float for rate in rates)
+        assert rates[-1] == 0.5**STEPS * 2
+
+
+def test_factors_that_are_none_together_change_nothing_and_stop_no_run() -> None:
+    class Asks:
+        def __init__(self, factor: float) -> None:
+            self.factor = factor
+
+        @hookimpl
+        def qlora_hal_control(self) -> Control:
+            return Control(save=True, learning_rate_factor=self.factor)
+
+    facts = {"run": None, "step": 1, "stats": None, "evaluation": None, "metrics": {}}
+    for factor, told in ((1e200, "inf"), (1e-200, "0")):
+        notes: list[str] = []
+        hooks = Hooks([Asks(factor), Asks(factor)], note=notes.append)
+        assert hooks.control(**facts) == Control(save=True)
+        assert notes == [f"observers asked for rates that are {told} times as high together; none changes"]
+
+
+def test_a_wish_at_an_evaluation_takes_no_wish_of_a_step_away() -> None:
+    def always(step: int) -> Control:
+        return Control(save=True, evaluate=True)
+
+    events = Events(to_step=always, to_evaluation=always)
+    carried_out(events)
+    # The answer to step 1 is due after step 2; every later step and evaluation asks again.
+    assert [entry for entry in events.log if entry.startswith("evaluated")] == [
+        f"evaluated {n}" for n in range(2, STEPS)
+    ]
+    assert sorted(events.saved) == list(range(2, STEPS + 1))
+    resumed = Events(to_step=always, to_evaluation=always)
+    carried_out(resumed, Progress.from_json(json.loads(events.saved[3])))
+    assert sorted(resumed.saved) == list(range(4, STEPS + 1))

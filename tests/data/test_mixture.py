@@ -139,6 +139,41 @@ def test_the_report_says_what_an_epoch_has_of_each_source(prepared: Prepare, sou
     assert f"of {entries[0]['path']} (weight 2): 8 rows in an epoch, of 4; " in " ".join(lines)
 
 
+@pytest.mark.parametrize("weights", [(0.001, 1), (0.25, 1), (1, 2.5), (0.5, 0.5)])
+@pytest.mark.parametrize("packing", [False, True])
+def test_what_the_report_says_of_an_epoch_is_what_its_windows_hold(
+    weights: tuple[float, float], packing: bool, prepared: Prepare, sources: Callable[..., Any]
+) -> None:
+    data = prepared(None, sources=sources(14, 9, weights=weights), packing=packing, max_seq_length=64, seed=3)
+    sampler = sampler_of(data, packing=packing, max_seq_length=64)
+    # Packs differ in what they hold: over as many epochs as there are packs each is met equally often.
+    epochs = range(len(sampler._lengths))
+    rows = sum((rows_of_epoch(sampler, epoch) for epoch in epochs), Counter[int]())
+    counted = dict(zip(data.train.row_numbers.tolist(), data.train.counted.tolist(), strict=True))
+    tokens = [sum(n * counted[row] for row, n in rows.items() if (row > 14) is second) for second in (False, True)]
+    for second, share in enumerate(data.report.sources):
+        met = sum(n for row, n in rows.items() if (row > 14) is bool(second)) / len(epochs)
+        assert share.rows_in_epoch == pytest.approx(met, abs=1)
+        assert share.trained_tokens == pytest.approx(tokens[second] / sum(tokens), abs=0.02)
+        assert share.effective_weight == pytest.approx(met / share.rows, rel=0.1)
+    if packing:
+        real = sampler._store.lengths
+        held = sum(int(real[sampler._rows(step)].sum()) for step in range(len(epochs) * sampler.steps_per_epoch))
+        places = len(epochs) * sampler.sequences * 64
+        assert data.report.packing_efficiency == pytest.approx(held / places, rel=0.05)
+
+
+def test_a_weight_that_whole_sequences_cannot_keep_is_told(prepared: Prepare, sources: Callable[..., Any]) -> None:
+    entries = sources(14, 3, weights=[0.25, 1])
+    assert prepared(None, sources=entries).report.alerts == [
+        f"the weight 0.25 of {entries[0]['path']} is 0.286 in this run: an epoch has whole sequences (rows, or packs "
+        "of them), and at least one of each source"
+    ]
+    (alert,) = prepared(None, sources=entries, packing=True, max_seq_length=128).report.alerts
+    assert "is 1 in this run" in alert
+    assert prepared(None, sources=sources(12, 3, weights=[0.25, 1])).report.alerts == []
+
+
 def test_another_weight_is_another_run_of_the_same_tokens(
     prepared: Prepare, sources: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -168,6 +203,20 @@ def test_held_out_rows_are_of_all_sources_and_leave_some_of_each(
     assert data.validation is not None
     assert {bool(row <= 40) for row in data.validation.row_numbers.tolist()} == {True, False}
     assert sampler_of(data).sequences == data.report.sources[0].rows + round(data.report.sources[1].rows / 2)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_source_is_held_out_to_its_last_row(seed: int, prepared: Prepare, sources: Callable[..., Any]) -> None:
+    data = prepared(None, sources=sources(1, 9), validation_fraction=0.5, seed=seed)
+    assert data.validation is not None
+    assert 1 in data.train.row_numbers
+    assert 4 <= len(data.validation) <= 5
+
+
+@pytest.mark.fault("D01")
+def test_sources_of_one_row_each_have_none_to_hold_out(prepared: Prepare, sources: Callable[..., Any]) -> None:
+    with pytest.raises(DataError, match=r"QH-D01.*each source would be left without one"):
+        prepared(None, sources=sources(1, 1), validation_fraction=0.5)
 
 
 @pytest.mark.fault("D01")

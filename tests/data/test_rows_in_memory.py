@@ -114,6 +114,37 @@ def test_an_empty_cell_is_no_value(nothing: object) -> None:
     assert rows_in_memory(frame) == [{"text": "a"}, {"text": None}]
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        [{"text": "a", "score": 1.0}, {"text": "b", "score": float("nan")}],
+        pyarrow.table({"text": ["a", "b"], "score": [1.0, float("nan")]}),
+        {"text": ["a", "b"], "score": numpy.array([1, numpy.nan], numpy.float32)},
+    ],
+)
+def test_an_empty_number_is_no_value_in_whatever_holds_it(given: object) -> None:
+    assert rows_in_memory(given) == [{"text": "a", "score": 1.0}, {"text": "b", "score": None}]
+
+
+@pytest.mark.fault("D03")
+def test_a_date_is_refused_in_a_column_as_in_a_frame() -> None:
+    with pytest.raises(DataError, match="The field 'day' of the row cannot be written as JSON"):
+        rows_in_memory({"text": ["a"], "day": numpy.array(["2026-01-01"], "datetime64[ns]")})
+    assert rows_in_memory({"text": ["a"], "day": numpy.array(["NaT"], "datetime64[ns]")}) == [
+        {"text": "a", "day": None}
+    ]
+
+
+@pytest.mark.fault("D03")
+def test_a_map_with_a_key_twice_is_refused_and_neither_value_lost() -> None:
+    kind = pyarrow.map_(pyarrow.string(), pyarrow.int64())
+    table = pyarrow.table({"calls": pyarrow.array([[("a", 1), ("b", 2)], [("a", 1), ("a", 2)]], kind)})
+    assert rows_in_memory(table.slice(0, 1)) == [{"calls": {"a": 1, "b": 2}}]
+    with pytest.raises(DataError, match="has a key more than once") as caught:
+        rows_in_memory(table)
+    assert caught.value.where == "data:2"
+
+
 @pytest.mark.fault("D03")
 def test_a_table_with_two_columns_of_one_name_is_refused() -> None:
     frame = pandas.DataFrame([["a", "b"]], columns=["text", "text"])
@@ -136,6 +167,13 @@ def test_of_a_mapping_of_splits_train_and_validation_are_taken() -> None:
 def test_splits_without_one_to_train_on_are_refused() -> None:
     with pytest.raises(DataError, match="a mapping with the splits 'test', 'dev'"):
         splits_in_memory({"test": ROWS, "dev": ROWS})
+
+
+@pytest.mark.fault("D03")
+@pytest.mark.parametrize("names", [("train", "training"), ("train", "validation", "dev")])
+def test_of_two_names_of_one_split_none_is_lost(names: tuple[str, ...]) -> None:
+    with pytest.raises(DataError, match="several names of one split"):
+        splits_in_memory(dict.fromkeys(names, ROWS))
 
 
 def test_rows_of_both_kinds_come_back_as_they_were(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from small_runs import SMALL, merged, small_run
@@ -12,7 +13,7 @@ from qlora_hal import TrainResult, load, merge, train
 from qlora_hal.cli.__main__ import main
 from qlora_hal.data import ChatTokenizer
 from qlora_hal.demo import model_path
-from qlora_hal.errors import ConfigError
+from qlora_hal.errors import ConfigError, DataError
 from qlora_hal.run.samples import prompt_tokens
 
 pytestmark = pytest.mark.usefixtures("usual_signals")
@@ -38,6 +39,19 @@ def test_a_run_answers_as_the_command_does(run: TrainResult, capsys: pytest.Capt
     capsys.readouterr()
     main(["generate", "--run", str(run.run_dir), "--prompt", ASKED, "--max-new-tokens", "8"])
     assert capsys.readouterr().out == f"base:    {base}\nadapter: {tuned}\n"
+
+
+@pytest.mark.slow
+@pytest.mark.fault("U42")
+def test_a_closed_model_says_so_and_another_one_goes_on(run: TrainResult) -> None:
+    first, second = load(run.run_dir), load(run.run_dir)
+    answer = first.generate(ASKED, max_new_tokens=4)
+    first.close()
+    first.close()
+    with pytest.raises(ConfigError, match=r"QH-U42.*is closed"):
+        first.generate(ASKED)
+    with second:
+        assert second.generate(ASKED, max_new_tokens=4) == answer
 
 
 @pytest.mark.slow
@@ -67,6 +81,30 @@ def test_a_run_of_plain_text_is_asked_as_its_rows_were_written(
     told = capsys.readouterr()
     assert told.out.endswith("adapter: crown.\n")
     assert "without the chat template; prompts are taken so, too" in told.err
+
+
+def test_a_conversation_is_read_as_those_of_rows_are() -> None:
+    tokenizer = ChatTokenizer.from_folder(model_path())
+    asked = prompt_tokens(tokenizer, [{"role": "user", "content": ASKED}])
+    assert asked == prompt_tokens(tokenizer, ASKED)
+    assert asked == prompt_tokens(tokenizer, [{"from": "human", "value": ASKED}])
+    assert asked == prompt_tokens(tokenizer, [{"role": "user", "content": [{"type": "text", "text": ASKED}]}])
+
+
+@pytest.mark.fault("D03", "D12")
+@pytest.mark.parametrize(
+    ("prompt", "code"),
+    [
+        ([{"role": "usr", "content": ASKED}], "QH-D12"),
+        ([{"role": "user"}], "QH-D03"),
+        ([ASKED], "QH-D03"),
+        ([], "QH-D03"),
+        (5, "QH-D03"),
+    ],
+)
+def test_a_conversation_that_is_none_is_refused_and_not_answered(prompt: Any, code: str) -> None:
+    with pytest.raises(DataError, match=code):
+        prompt_tokens(ChatTokenizer.from_folder(model_path()), prompt)
 
 
 def test_a_plain_prompt_is_opened_as_rows_of_text_are() -> None:

@@ -70,7 +70,7 @@ def test_evaluations_of_no_rows_are_refused_before_the_model_loads(tmp_path: Pat
 def test_rows_in_memory_and_files_of_the_same_purpose_are_noted(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    tree = settings(tmp_path / "run", data__sources=[{"path": "a.jsonl"}], data__validation_fraction=0.5)
+    tree = settings(tmp_path / "run", data__sources=[{"path": "/no/a.jsonl"}], data__validation_fraction=0.5)
     train(tree, data=CHATS[:30], validation_data=CHATS[30:], dry_run=True)
     said = capfd.readouterr().err
     assert "data.sources is not read: rows were given in memory" in said

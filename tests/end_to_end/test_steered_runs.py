@@ -18,7 +18,8 @@ from qlora_hal.contract.values import LossSum, StepStats
 from qlora_hal.contract.world import World
 from qlora_hal.errors import ConfigError, StoppedError, UnsupportedFeatureError
 from qlora_hal.hooks import Hooks
-from qlora_hal.run.measured import MetricFunctions, check_observers
+from qlora_hal.run.measured import MetricFunction, check_observers, observers_with
+from qlora_hal.run.result import RunView
 from qlora_hal.trainer_callbacks import as_observer
 
 pytestmark = pytest.mark.usefixtures("usual_signals")
@@ -85,12 +86,72 @@ def test_metrics_without_anything_to_evaluate_are_refused_before_the_model_loads
 
 
 @pytest.mark.fault("R06")
-@pytest.mark.parametrize("observer", [Halves(), MetricFunctions({"length": len})])
+@pytest.mark.parametrize("observer", [Halves(), MetricFunction("length", len)])
 def test_what_steers_or_measures_is_refused_on_several_ranks(observer: object) -> None:
-    config = RunConfig.model_validate({"data": {"validation_fraction": 0.1}})
-    with pytest.raises(UnsupportedFeatureError, match=r"QH-R06.*observer 1 .*would steer or measure one of 2 ranks"):
-        check_observers([observer], config, World(1, 2))
-    check_observers([observer], config, World())
+    named = r"QH-R06.*(observer 1 \(Halves\)|metric length) would steer or measure one of 2 ranks"
+    with pytest.raises(UnsupportedFeatureError, match=named):
+        check_observers([observer], World(1, 2), evaluates=True)
+    check_observers([observer], World(), evaluates=True)
+
+
+def figures_of(*observers: object) -> tuple[list[dict[str, float]], list[str]]:
+    """What two evaluations are given by observers, and the notes."""
+    notes: list[str] = []
+    hooks = Hooks(observers, note=notes.append)
+    return [hooks.measured(run=None, step=step, model=None) for step in (1, 2)], notes
+
+
+def test_a_metric_that_raises_takes_no_other_along() -> None:
+    functions: dict[str, Any] = {"bad": lambda model: 1 / 0, "none": lambda model: None, "good": lambda model: 0.5}
+    figures, notes = figures_of(*observers_with(functions, []))
+    assert figures == [{"good": 0.5}] * 2
+    assert notes == [
+        "metric bad failed in qlora_hal_metrics and is disabled: ZeroDivisionError: division by zero",
+        "metric none failed in qlora_hal_metrics and is disabled: "
+        "TypeError: none gave a value of type NoneType; a number is expected",
+    ]
+
+
+class Gives:
+    def __init__(self, **figures: object) -> None:
+        self._figures = figures
+
+    @hookimpl
+    def qlora_hal_metrics(self) -> dict[str, object]:
+        return self._figures
+
+
+def test_no_observer_overwrites_the_loss_of_a_run_or_the_figure_of_another() -> None:
+    figures, notes = figures_of(Gives(f1=0.5), Gives(loss=0.0, tokens=1, f1=0.25, sure=True, recall=1))
+    assert figures == [{"f1": 0.5, "recall": 1}] * 2
+    assert notes[:4] == [
+        "metric loss is left out: eval_loss is a figure of the run itself",
+        "metric tokens is left out: eval_tokens is a figure of the run itself",
+        "metric f1 is left out: another observer gives one of that name",
+        "metric sure is left out: it is a bool, not a number",
+    ]
+
+
+@pytest.mark.slow
+def test_a_metric_that_closes_its_model_leaves_the_run_its_device(tmp_path: Path) -> None:
+    def answered(model: LoadedModel) -> float:
+        with model:
+            return float(bool(model.generate(ASKED, max_new_tokens=1)))
+
+    changes = {**SHORT, **rows_in(tmp_path), "training.max_steps": 2, "output_dir": str(tmp_path / "run")}
+    result = train(merged(SMALL, changes), metrics={"answered": answered})
+    assert logged(result.run_dir, "eval_answered") == [1.0, 1.0]
+
+
+@pytest.mark.slow
+def test_metrics_are_asked_with_validation_rows_in_memory(tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in Path(rows_in(tmp_path)["data.path"]).read_text().splitlines()]
+    changes = {**SHORT, "training.eval_steps": None, "training.max_steps": 1, "output_dir": str(tmp_path / "run")}
+    settings = merged(SMALL, {**changes, "data.path": ""})
+    given = {"train": lines[:20], "validation": lines[20:24]}
+    result = train(settings, data=given, metrics={"one": lambda model: 1.0})
+    assert logged(result.run_dir, "eval_one") == [1.0, 1.0]
+    assert resume(result.run_dir, metrics={"one": lambda model: 1.0}).steps == 1
 
 
 # transformers' callbacks --------------------------------------------------------------------------------------------
@@ -157,6 +218,22 @@ def test_a_callback_is_told_the_events_that_exist(tmp_path: Path) -> None:
     (note,) = [note for note in result.notes if "observer" in note]
     assert "CallbackObserver) failed in qlora_hal_step_finished and is disabled" in note
     assert "[QH-U43] Peeks uses model, which is the backend's own." in note
+
+
+def test_a_callback_is_told_of_an_epochs_end_where_one_ends_also_after_a_resume(tmp_path: Path) -> None:
+    config = RunConfig.model_validate({"training": {"num_train_epochs": 3}})
+    for steps_per_epoch in (1, 3, 7, 49):
+        for resumed_at in (0, steps_per_epoch, steps_per_epoch + 2):
+            events, total = Events(), 3 * steps_per_epoch
+            hooks = Hooks([as_observer(events)])
+            run = RunView(tmp_path, config, {}, total, resumed_at)
+            hooks.tell("qlora_hal_run_started", run=run)
+            for step in range(resumed_at + 1, total + 1):
+                facts = {"stats": StepStats(1.0, 1, 1.0), "learning_rate": 1e-3, "epoch": step / steps_per_epoch}
+                facts |= {"tokens_per_second": 1.0, "memory_bytes": None}
+                hooks.tell("qlora_hal_step_finished", run=run, step=step, **facts)
+            ended = [f"epoch {epoch}" for epoch in (1, 2, 3) if epoch * steps_per_epoch > resumed_at]
+            assert [told for told in events.told if told.startswith("epoch")] == ended
 
 
 class ActsInside(TrainerCallback):  # type: ignore[misc]

@@ -10,7 +10,7 @@ from typing import Any
 
 from qlora_hal.data.source.row_files import nested_columns, without_absent_keys
 from qlora_hal.data.source.split_files import SPLIT_WORDS
-from qlora_hal.data.source.tables import rows_of_columns, rows_of_table
+from qlora_hal.data.source.tables import rows_of_columns, rows_of_table, without_empty
 from qlora_hal.errors import DataError
 from qlora_hal.files.opening import open_regular, refuse_link
 from qlora_hal.files.replacing import replace_file
@@ -43,8 +43,8 @@ def rows_in_memory(data: object) -> list[Mapping[str, object]]:
     any other iterable of mappings.
 
     A row of another kind stays as it is: `data.on_bad_row` decides on it later. Every other one is as a resume will
-    read it back: lists for tuples, text for keys that are numbers. Raises DataError QH-D03 for what holds no rows, and
-    for a row that JSON cannot hold.
+    read it back: None for empty cells, lists for tuples, text for keys that are numbers. Raises DataError QH-D03 for
+    what holds no rows, and for a row that JSON cannot hold.
     """
     if isinstance(data, Mapping):
         data = _rows_of_mapping(data)
@@ -56,7 +56,7 @@ def rows_in_memory(data: object) -> list[Mapping[str, object]]:
         raise _no_rows(f"a value of type {type(data).__name__}", **fix)
     rows: list[Any] = []
     for number, given in enumerate(_of_dataset(data), start=1):
-        row = dict(given) if isinstance(given, Mapping) else given
+        row = without_empty(given) if isinstance(given, Mapping) else given
         try:
             rows.append(json.loads(json.dumps(row), object_pairs_hook=unique_keys))
         except (TypeError, ValueError, RecursionError) as problem:
@@ -106,14 +106,17 @@ def kept_rows(run_dir: Path, name: str = ROWS_FILE) -> list[Mapping[str, object]
 def splits_in_memory(data: object) -> tuple[object, object | None]:
     """(training rows, validation rows or None) of a mapping of splits, as a DatasetDict is; anything else as it is.
 
-    Raises DataError QH-D03 for splits without one called train.
+    Raises DataError QH-D03 for splits without one called train, and for several names of one split.
     """
     if not isinstance(data, Mapping) or not data or not _holds_splits(data):
         return data, None
-    splits = {SPLIT_WORDS.get(str(name), name): rows for name, rows in data.items()}
-    if "train" not in splits:
-        raise _no_rows(f"a mapping with the splits {_keys_of(data)}", "Give one of them: data=dataset['...'].")
-    return splits["train"], splits.get("validation")
+    splits = [(SPLIT_WORDS.get(str(name), name), rows) for name, rows in data.items()]
+    train, validation = ([rows for kind, rows in splits if kind == wanted] for wanted in ("train", "validation"))
+    if len(train) != 1 or len(validation) > 1:
+        several = "several names of one split, " if train else ""
+        fix = "Give one of them: data=dataset['...'], and another one as validation_data."
+        raise _no_rows(f"a mapping with {several}the splits {_keys_of(data)}", fix)
+    return train[0], next(iter(validation), None)
 
 
 def _holds_splits(data: Mapping[Any, Any]) -> bool:

@@ -344,7 +344,7 @@ def _parquet_lines(path: Path) -> _Lines:
             _refuse_repeated_columns(path, file.schema_arrow.names)
             nested = nested_columns(file.schema_arrow, reads_json=True)
             for batch in file.iter_batches(batch_size=_rows_at_once(file.metadata)):
-                for value in _rows_of(batch):
+                for value in rows_of_batch(batch):
                     line += 1
                     yield (
                         line,
@@ -359,7 +359,7 @@ def _parquet_lines(path: Path) -> _Lines:
         ) from error
 
 
-def _rows_of(batch: Any) -> Iterator[dict[str, object] | None]:
+def rows_of_batch(batch: Any) -> Iterator[dict[str, object] | None]:
     """The rows of a batch, their maps as objects; None for one in which an object has a key twice."""
     try:
         yield from batch.to_pylist(maps_as_pydicts="strict")
@@ -370,7 +370,7 @@ def _rows_of(batch: Any) -> Iterator[dict[str, object] | None]:
             yield None
             return
         for number in range(batch.num_rows):
-            yield from _rows_of(batch.slice(number, 1))
+            yield from rows_of_batch(batch.slice(number, 1))
 
 
 def _repeating(path: Path, line: int) -> DataError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -18,7 +19,7 @@ from qlora_hal.contract.world import World
 from qlora_hal.data.source.mixture import ALL_ONCE, Share, drawn, source_of_rows
 from qlora_hal.data.tokens.batching import batch_of, without_labels
 from qlora_hal.data.tokens.order import Purpose, permutation
-from qlora_hal.data.tokens.packing import pack
+from qlora_hal.data.tokens.packing import packs_of
 from qlora_hal.data.tokens.store import TokenStore
 from qlora_hal.data.tokens.token_rows import Int64
 from qlora_hal.errors import DataError
@@ -69,7 +70,8 @@ class WindowSampler:
         self._weights = [weight for _, weight in shares]
         source = source_of_rows(store.row_numbers, shares)
         rows_by_source = [np.flatnonzero(source == number) for number in range(len(shares))]
-        packs_by_source = [self._packed(rows, max_seq_length) for rows in rows_by_source] if packing else None
+        packed = partial(packs_of, lengths=store.lengths, capacity=max_seq_length, seed=seed, shuffle=shuffle)
+        packs_by_source = list(map(packed, rows_by_source)) if packing else None
         self._packs = None if packs_by_source is None else [pack for packs in packs_by_source for pack in packs]
         self._sources = rows_by_source if packs_by_source is None else _counted_through(map(len, packs_by_source))
         self._lengths = self._sequence_lengths()
@@ -165,11 +167,6 @@ class WindowSampler:
         bucket = np.arange(count) // (WINDOWS_PER_BUCKET * self._window_size)
         order = order[np.lexsort((self._lengths[order], bucket))]
         return np.take(order, _windows_shuffled(count, self._window_size, self._seed, epoch))
-
-    def _packed(self, rows: Int64, capacity: int) -> list[list[int]]:
-        order = permutation(len(rows), self._seed, Purpose.PACKING) if self._shuffle else np.arange(len(rows))
-        packs = [rows[places].tolist() for places in pack(self._store.lengths[rows], capacity, order)]
-        return packs if self._shuffle else sorted(map(sorted, packs))
 
     def _sequence_lengths(self) -> Int64:
         lengths = self._store.lengths

@@ -6,11 +6,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn, TypeGuard
 
 import numpy as np
 
-from qlora_hal.data.source.row_files import missing_library, nested_columns, without_absent_keys
+from qlora_hal.data.source.row_files import (
+    missing_library,
+    nested_columns,
+    rows_of_batch,
+    without_absent_keys,
+)
 from qlora_hal.errors import DataError
 
 _NO_VALUE = frozenset({"NAType", "NaTType", "NoneType"})
@@ -60,8 +65,21 @@ def _rows_of_stream(data: Any) -> Iterable[Mapping[str, object]]:
         ) from error
     _refuse_repeated(stream.schema.names)
     nested = nested_columns(stream.schema, reads_json=True)
-    rows = (row for batch in stream for row in batch.to_pylist(maps_as_pydicts="lossy"))
-    return (without_absent_keys(row, nested) for row in rows)
+    rows = (row for batch in stream for row in rows_of_batch(batch))
+    return (
+        without_absent_keys(row, nested) if row is not None else _refuse_repeating(number)
+        for number, row in enumerate(rows, start=1)
+    )
+
+
+def _refuse_repeating(number: int) -> NoReturn:
+    raise DataError(
+        "QH-D03",
+        "An object of the row has a key more than once.",
+        where=f"data:{number}",
+        cause="A map of a table may hold a key twice; of an object, one of the two values would be lost.",
+        fix="Correct the row, or leave it out.",
+    )
 
 
 def _refuse_repeated(names: Iterable[object]) -> None:
@@ -75,17 +93,28 @@ def _refuse_repeated(names: Iterable[object]) -> None:
         )
 
 
+def without_empty(row: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A row with None in the place of what libraries of tables have for an empty cell."""
+    return {name: None if _is_empty(value) else value for name, value in row.items()}
+
+
 def _plain_row(row: Mapping[Any, Any]) -> dict[str, object]:
-    return {str(name): None if _is_empty(value) else _plain(value) for name, value in row.items()}
+    return {str(name): _plain(value) for name, value in without_empty(row).items()}
 
 
 def _is_empty(value: object) -> bool:
-    return type(value).__name__ in _NO_VALUE or (isinstance(value, float) and math.isnan(value))
+    if isinstance(value, float | np.floating):
+        return math.isnan(value)
+    return type(value).__name__ in _NO_VALUE or (_is_date(value) and bool(np.isnat(value)))
+
+
+def _is_date(value: object) -> TypeGuard[np.datetime64 | np.timedelta64]:
+    return isinstance(value, np.datetime64 | np.timedelta64)
 
 
 def _plain(value: Any) -> Any:
     """A cell without NumPy's types. Objects have no keys without a value: a table gives each the keys of all."""
-    if isinstance(value, np.ndarray | np.generic):
+    if isinstance(value, np.ndarray | np.generic) and not _is_date(value):  # which NumPy would make a bare number
         value = value.tolist()
     if isinstance(value, Mapping):
         return {key: _plain(held) for key, held in value.items() if held is not None}

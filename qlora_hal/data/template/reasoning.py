@@ -27,8 +27,9 @@ Marks = tuple[str, str]
 """What stands before a thought, and behind it."""
 
 USUAL_MARKS: Marks = ("<think>", "</think>")
+_UNKNOWN: Marks = ("", "")
 _THOUGHT, _ANSWER = "hesitantly", "decidedly"
-_TAG = r"(?:<[^<>\s]*>|\[[^\[\]\s]*\])"
+_TAG = r"(?:<[^<>\s]*>|\[[^\[\]\s]*\]|◁[^◁▷\s]*▷)"
 _OPENING = re.compile(rf"{_TAG}\w*\s*$")
 _CLOSING = re.compile(_TAG)
 
@@ -36,10 +37,14 @@ _CLOSING = re.compile(_TAG)
 def reasoning_marks(template: ChatTemplate | None) -> ReasoningMarks:
     """The marks that count in turns of this template."""
     found = None if template is None else _marks_of(template)
-    return ReasoningMarks((USUAL_MARKS,) if found is None or found == USUAL_MARKS else (found, USUAL_MARKS))
+    own = () if found in (None, USUAL_MARKS, _UNKNOWN) else (found,)
+    return ReasoningMarks((*own, USUAL_MARKS), unknown=found == _UNKNOWN)
 
 
 def _marks_of(template: ChatTemplate) -> Marks | None:
+    """None where the template writes no thought, `_UNKNOWN` where it writes one between no marks that are told apart
+    from text."""
+    writes = False
     asked = {"role": "user", CONTENT: "text"}
     for content in (_ANSWER, [{"type": "text", "text": _ANSWER}]):
         answered = {"role": "assistant", **dict.fromkeys(REASONING_FIELDS, _THOUGHT), CONTENT: content}
@@ -56,14 +61,16 @@ def _marks_of(template: ChatTemplate) -> Marks | None:
         opening = own or (last_tag.group().strip() if last_tag else "")
         if thought and answer and opening and closing:
             return opening, closing.group()
-    return None
+        writes = writes or bool(thought)
+    return _UNKNOWN if writes else None
 
 
 @dataclass(frozen=True, slots=True)
 class ReasoningMarks:
-    """Pairs of marks, and what stands between them."""
+    """Pairs of marks, and what stands between them; `unknown` where the template writes thoughts between others."""
 
     pairs: Sequence[Marks]
+    unknown: bool = False
 
     def occur_in(self, text: str) -> bool:
         """Whether an opening mark, or one that closes nothing but reasoning, stands in the text."""
@@ -103,13 +110,24 @@ def _between(text: str, start: int, stop: int, opening: str, closing: str) -> It
     first, end = text.find(opening, start, stop), text.find(closing, start, stop)
     opened = text[:start].rstrip().endswith(opening)
     if opened or (_mirrored(opening, closing) and end >= 0 and (first < 0 or end < first)):
-        yield start, end if end >= 0 else stop
-        at = end + len(closing) if end >= 0 else stop
+        last = _end_of_thought(text, start, stop, opening, closing)
+        yield start, last
+        at = min(last + len(closing), stop)
     while (begin := text.find(opening, at, stop)) >= 0:
         begin += len(opening)
-        end = text.find(closing, begin, stop)
-        yield begin, end if end >= 0 else stop
-        at = end + len(closing) if end >= 0 else stop
+        last = _end_of_thought(text, begin, stop, opening, closing)
+        yield begin, last
+        at = min(last + len(closing), stop)
+
+
+def _end_of_thought(text: str, begin: int, stop: int, opening: str, closing: str) -> int:
+    """Where the thought that begins at `begin` ends: at the last mark that closes nothing else. Thoughts quote their
+    marks, and templates read them so (`content.split('</think>')[-1]`)."""
+    end = text.find(closing, begin, stop)
+    if end < 0 or not _mirrored(opening, closing):
+        return end if end >= 0 else stop
+    following = text.find(opening, end, stop)
+    return text.rfind(closing, end, following if following >= 0 else stop)
 
 
 def _mirrored(opening: str, closing: str) -> bool:

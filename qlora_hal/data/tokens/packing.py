@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
+from qlora_hal.data.tokens.order import Purpose, permutation
 from qlora_hal.data.tokens.token_rows import Int64
+
+
+def packs_of(rows: Int64, lengths: Int64, capacity: int, *, seed: int, shuffle: bool) -> list[list[int]]:
+    """The rows of each sequence of a run; `lengths` are those of all rows, `rows` the ones of one source."""
+    order = permutation(len(rows), seed, Purpose.PACKING) if shuffle else np.arange(len(rows))
+    packs = [rows[places].tolist() for places in pack(lengths[rows], capacity, order)]
+    return packs if shuffle else sorted(map(sorted, packs))
 
 
 def pack(lengths: Int64, capacity: int, order: Int64) -> list[list[int]]:

@@ -251,6 +251,11 @@ class Preparation:
             )
         if self._config.mask_reasoning and not counts.masked_thoughts:
             alerts.append("data.mask_reasoning leaves nothing out: no trained part of a row holds marks of reasoning")
+        if counts.unmasked_rows:
+            alerts.append(
+                f"data.mask_reasoning: the template writes reasoning between no marks that are known, and it carries "
+                f"loss in {counts.unmasked_rows} rows; remove it from them, or name another data.chat_template"
+            )
         if counts.special_read:
             met = ", ".join(f"{token} {count}" for token, count in counts.special_read.items())
             alerts.append(f"special tokens in messages that the template reads, encoded as tokens: {met}")

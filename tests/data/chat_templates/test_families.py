@@ -297,6 +297,41 @@ def test_a_thought_that_the_prompt_opens_ends_at_its_mark_alone() -> None:
     assert marks.left_out([("one<|a|>two", True)]) == ([("one<|a|>", True), ("two", False)], 1)
 
 
+def test_reasoning_between_unknown_marks_is_told_and_other_marks_do_not_hide_it(render: Render) -> None:
+    written = chatml(
+        "{{ '<|im_start|>assistant\\n' }}{% if r %}{{ 'Thought: {R} Answer: ' }}{% endif %}{{ '{A}<|im_end|>' }}"
+    )
+    rows = [*THOUGHTFUL[:3], said("assistant", "<think>r2</think>a2")]
+    found = render(written, rows, mask_reasoning=True)
+    assert found.trained == [f"Thought: r1 Answer: a1{IM}", "<think>", f"</think>a2{IM}"]
+    assert any("reasoning between no marks that are known, and it carries loss in 1 rows" in a for a in found.alerts)
+    assert not any("no marks that are known" in a for a in render(written, ROWS, mask_reasoning=True).alerts)
+
+
+def test_marks_of_triangles_are_marks(render: Render) -> None:
+    written = chatml(
+        "{{ '<|im_start|>assistant\\n' }}{% if r %}{{ '◁think▷{R}◁/think▷' }}{% endif %}{{ '{A}<|im_end|>' }}"
+    )
+    found = render(written, THOUGHTFUL, mask_reasoning=True)
+    assert found.trained == ["◁think▷", f"◁/think▷a1{IM}", "◁think▷", f"◁/think▷a2{IM}"]
+
+
+@pytest.mark.parametrize(
+    ("turn", "kept"),
+    [
+        ("<think>one<think>two</think>three</think>answer", ["<think>", "</think>answer"]),
+        ("<think>as in </think> here</think>answer", ["<think>", "</think>answer"]),
+        ("<think>write <think> first</think>answer", ["<think>", "</think>answer"]),
+        ("<think>one</think>a<think>two</think>b", ["<think>", "</think>a<think>", "</think>b"]),
+        ("one</think>two</think>answer", ["</think>answer"]),
+    ],
+)
+def test_a_thought_that_quotes_its_marks_is_masked_to_its_end(turn: str, kept: list[str]) -> None:
+    pieces, found = ReasoningMarks((("<think>", "</think>"),)).left_out([("ask", False), (turn, True)])
+    assert [text for text, trained in pieces if trained] == kept
+    assert found == 1
+
+
 @pytest.mark.parametrize("turn", ["<think>no end", "no beginning</think>answer", "answer<think></think>"])
 def test_completions_without_a_template_have_the_usual_marks(
     turn: str, prepared: Prepare, chatml: ChatTokenizer
