@@ -90,10 +90,11 @@ def train(
     keywords = {
         "model": model,
         "data": None if rows is not None else data,
-        "data.validation_path": None if validation_rows is not None else validation_data,
         "output_dir": output_dir,
         "backend": backend,
     }
+    if held_out is not None:  # else the configuration's own stay
+        keywords["data.validation_path"] = None if validation_rows is not None else validation_data
     settings_here = resolve_settings(config, keywords={**keywords, **settings})
     observers = observers_with(metrics, observers)
     console = console_here(console, quiet=quiet)
