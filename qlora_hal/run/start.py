@@ -189,8 +189,9 @@ def _prepared(
 
 def _refuse_absent_rows(data: DataConfig, rows: GivenRows) -> None:
     """What a look at the disk tells of the rows, before anything is fetched. Raises DataError (QH-D50, QH-D51)."""
-    named = [(f"data.sources[{number}].path", source.path) for number, source in enumerate(data.sources)]
+    named = []
     if rows.train is None:
+        named += [(f"data.sources[{number}].path", source.path) for number, source in enumerate(data.sources)]
         named.append(("data.path", data.path))
     if rows.validation is None:
         named.append(("data.validation_path", data.validation_path or ""))
