@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -16,6 +17,7 @@ from qlora_hal.adapter.peft_files import (
     read_adapter,
     read_provenance,
 )
+from qlora_hal.data.tokens.tokenizer_files import MORE_TEMPLATES
 from qlora_hal.errors import AdapterError
 from qlora_hal.errors.redaction import published
 from qlora_hal.export import folder as model_folder
@@ -197,29 +199,38 @@ def _merged_files(folder: Path, repository: str, subject: Subject, notes: list[s
     _require_own_and_unchanged(folder, record, weights, subject)
     files: dict[str, bytes | Path] = {}
     left = []
-    for path in sorted(folder.iterdir()):
-        is_weight = path.name in weights
-        if path.name == CARD_FILE or not (is_weight or _is_beside_weights(path)):
-            left += [path.name] if path.name != CARD_FILE else []
-            continue
-        refuse_link(path)
-        files[path.name] = path
+    for path in (*sorted(folder.iterdir()), *sorted(folder.glob(f"{MORE_TEMPLATES}/*.jinja"))):
+        name = path.relative_to(folder).as_posix()
+        if name in weights or _is_beside_weights(name):
+            refuse_link(path)
+            files[name] = _without_own_place(path)
+        elif name not in (CARD_FILE, MORE_TEMPLATES):
+            left.append(name)
     if left:
-        notes.append(f"not sent, for a merge does not write it at the top of its folder: {', '.join(left)}")
+        notes.append(f"not sent, for it is no part of the merged model: {', '.join(left)}")
     sections = [*_opened_merged(repository), *subject.sections, "## Merge", ""]
     card = model_folder.model_card(record, subject.base, report_rows(record), sections)
     return {CARD_FILE: card.encode("utf-8"), **files}
 
 
-def _is_beside_weights(path: Path) -> bool:
-    names = (model_folder.RECORD_FILE, INDEX_FILE, "config.json", *model_folder.COPIED)
-    return path.is_file() and any(fnmatch(path.name, name) for name in names)
+def _is_beside_weights(name: str) -> bool:
+    known = (model_folder.RECORD_FILE, INDEX_FILE, "config.json", *model_folder.COPIED, f"{MORE_TEMPLATES}/*.jinja")
+    return any(fnmatch(name, pattern) for pattern in known)
+
+
+def _without_own_place(path: Path) -> bytes | Path:
+    """The file, or its content where it says (`_name_or_path`) from which folder somebody once loaded it."""
+    if path.name not in ("config.json", "tokenizer_config.json"):
+        return path
+    content = strict_json.read_foreign_object(path)
+    shown = {key: published(value) if key.endswith("name_or_path") else value for key, value in content.items()}
+    return path if shown == content else (json.dumps(shown, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _merge_record(folder: Path) -> dict[str, object]:
     try:
         record = strict_json.read_object(folder / model_folder.RECORD_FILE)
-        if isinstance(record.get("files"), dict) and isinstance(record.get("adapter"), dict):
+        if record.get("files") and isinstance(record["files"], dict) and isinstance(record.get("adapter"), dict):
             report_rows(record)  # needs what a card shows
             return record
         reason = "its merge.json names no weights"

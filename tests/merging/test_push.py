@@ -234,15 +234,19 @@ def test_only_a_certificate_that_verifies_and_is_of_the_backend_is_named(run: Tr
 
 @pytest.mark.slow
 @pytest.mark.fault("C81")
-def test_a_merged_model_goes_up_without_what_else_lies_there(
-    run: TrainResult, own_run: Path, client: Client, tmp_path: Path
-) -> None:
+def test_a_merged_model_goes_up_without_what_else_lies_there(run: TrainResult, client: Client, tmp_path: Path) -> None:
     merged = merge(run.run_dir, tmp_path / "merged", dtype="float32", row_limit=2, quiet=True).path
     (merged / "optimizer.bin").write_bytes(b"mine")
+    (merged / "additional_chat_templates").mkdir()
+    (merged / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+    config = json.loads((merged / "config.json").read_text())
+    (merged / "config.json").write_text(json.dumps({**config, "_name_or_path": str(tmp_path / "base")}))
     with serving(WritableHub(name="me/whole")) as hub:
         (answer,) = client.push(hub.address, (WRITE_TOKEN, run.run_dir, "me/whole", {"merged": str(merged)}))
         back = client.download(hub.address, "me/whole", token=WRITE_TOKEN)
     assert "optimizer.bin" not in hub.files
+    assert "additional_chat_templates/tools.jinja" in hub.files
+    assert str(tmp_path) not in hub.files["config.json"][:].decode()
     assert any("optimizer.bin" in note for note in answer["notes"])
     assert {"config.json", "merge.json", "model.safetensors", "tokenizer.json"} <= hub.files.keys()
     assert 'AutoModelForCausalLM.from_pretrained("me/whole")' in answer["card"]
