@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from qlora_hal.api import backends, load, merge, resume, train
+    from qlora_hal.api import backends, load, merge, push, resume, train
     from qlora_hal.config.schema import RunConfig
     from qlora_hal.errors import QloraHalError
+    from qlora_hal.export.publishing import PushResult
     from qlora_hal.export.request import MergeResult
     from qlora_hal.hooks import Control, hookimpl
     from qlora_hal.inference.loaded_model import LoadedModel
@@ -21,6 +22,7 @@ __all__ = [
     "Control",
     "LoadedModel",
     "MergeResult",
+    "PushResult",
     "QloraHalError",
     "RunConfig",
     "TrainResult",
@@ -29,6 +31,7 @@ __all__ = [
     "hookimpl",
     "load",
     "merge",
+    "push",
     "resume",
     "train",
 ]
@@ -37,6 +40,7 @@ _HOME = {
     "train": "qlora_hal.api",
     "resume": "qlora_hal.api",
     "merge": "qlora_hal.api",
+    "push": "qlora_hal.api",
     "load": "qlora_hal.api",
     "backends": "qlora_hal.api",
     "Control": "qlora_hal.hooks",
@@ -45,6 +49,7 @@ _HOME = {
     "RunConfig": "qlora_hal.config.schema",
     "QloraHalError": "qlora_hal.errors",
     "MergeResult": "qlora_hal.export.request",
+    "PushResult": "qlora_hal.export.publishing",
     "TrainResult": "qlora_hal.run.result",
 }
 

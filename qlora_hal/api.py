@@ -1,4 +1,4 @@
-"""`train`, `resume`, `merge`, `load` and `backends`: the whole story in one page."""
+"""`train`, `resume`, `merge`, `push`, `load` and `backends`: the whole story in one page."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qlora_hal.contract.backend import ProbeReport
     from qlora_hal.contract.values import Batch
     from qlora_hal.data import ChatTokenizer
+    from qlora_hal.export.publishing import PushResult
     from qlora_hal.export.request import BaseChoice, MergeResult, OutputDtype
     from qlora_hal.inference.loaded_model import LoadedModel
     from qlora_hal.report.console import RunConsole
@@ -306,6 +307,48 @@ def merge(
         trust_remote_code=trust_remote_code,
     )
     return carry_out(request, console_here(console, quiet=quiet))
+
+
+@refused_paths_told()
+def push(
+    run: str | Path,
+    repository: str,
+    *,
+    merged: str | Path | None = None,
+    base_model: str | None = None,
+    certificate: str | Path | None = None,
+    private: bool = False,
+    exist_ok: bool = False,
+    dry_run: bool = False,
+    quiet: bool = False,
+    console: RunConsole | None = None,
+) -> PushResult:
+    """Upload a finished run's adapter, or the model `merged` from it, to `owner/name` on the Hugging Face hub.
+
+    One commit: the files that open it, without places or secrets of this machine, and a model card with data,
+    settings, losses, versions and what `conformance.json` beside the run says. `certificate` is verified, and named on
+    the card. `base_model` names the base on the hub where a folder was trained on. A repository that exists is added
+    to only with `exist_ok`; nothing on the hub is deleted. `dry_run` asks nothing of the hub. See docs/publish.md.
+
+    Raises HubError (QH-E23 not logged in, QH-E24 no right to write, QH-E25 it exists, QH-E26 not gone through),
+    ConfigError (QH-U21 no `owner/name`, QH-S50, QH-B51, QH-B54), AdapterError (QH-C61 no finished adapter,
+    QH-C22, QH-C81).
+    """
+    from qlora_hal.export.publishing import PushRequest, publish
+    from qlora_hal.report.notebook import console_here
+    from qlora_hal_conformance import certificate as suite
+
+    request = PushRequest(
+        run=Path(run),
+        repository=repository,
+        merged=None if merged is None else Path(merged),
+        base_model=base_model,
+        certificate=None if certificate is None else Path(certificate),
+        private=private,
+        exist_ok=exist_ok,
+        dry_run=dry_run,
+    )
+    return publish(request, console_here(console, quiet=quiet), suite)
 
 
 @refused_paths_told()

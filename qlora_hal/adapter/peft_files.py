@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -21,6 +21,7 @@ from qlora_hal.adapter.peft_targets import PeftTargets
 from qlora_hal.adapter.targets import shortest_names
 from qlora_hal.contract.values import Adapter, AdapterConfig
 from qlora_hal.errors import AdapterError, StorageError, UnsafeInputError
+from qlora_hal.errors.redaction import published, redacted
 from qlora_hal.files import durable, safetensors_file, strict_json
 from qlora_hal.files.durable import WrittenFile
 from qlora_hal.model.safety import conversion_command
@@ -28,6 +29,8 @@ from qlora_hal.model.safety import conversion_command
 __all__ = [
     "check_base",
     "check_fits",
+    "model_card",
+    "published_files",
     "read_adapter",
     "read_provenance",
     "unvouched_note",
@@ -40,6 +43,7 @@ CONFIG_FILE = "adapter_config.json"
 PROVENANCE_FILE = "qlora_hal.json"
 CARD_FILE = "README.md"
 
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HARMLESS = frozenset(
     {
         "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern",
@@ -80,7 +84,7 @@ def write_adapter(
             provenance=provenance,
             linear_modules=linear_modules,
         )
-        card = _model_card(adapter.config, base_name, provenance).encode("utf-8")
+        card = model_card(adapter.config, base_name, provenance).encode("utf-8")
         durable.write_new(staging / CARD_FILE, [card])
         durable.flush_folder(staging)
         _put_in_place(staging, folder)
@@ -196,10 +200,17 @@ def _peft_config(
     }
 
 
-def _model_card(config: AdapterConfig, base_name: str, provenance: Mapping[str, object]) -> str:
-    hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", base_name) is not None
-    front = ["---", "library_name: peft", "pipeline_tag: text-generation", "tags: [lora, qlora, qlora_hal]"]
-    front += [f"base_model: {json.dumps(base_name)}"] if hub_id else []
+def model_card(
+    config: AdapterConfig,
+    base_name: str,
+    provenance: Mapping[str, object],
+    *,
+    name: str | None = None,
+    sections: Sequence[str] = (),
+) -> str:
+    """README.md of an adapter: how to open it, and how it came to be. `name` is what it is opened by where it lies on
+    the hub; `sections` are lines of Markdown between the two."""
+    front = card_front("library_name: peft", ("lora", "qlora", "qlora_hal"), base_name)
     # A card is made to be published; of a local base it says the folder's name, not where somebody keeps it.
     shown = Path(base_name).name if Path(base_name).is_absolute() else base_name
     rows: list[tuple[str, object]] = [
@@ -210,17 +221,41 @@ def _model_card(config: AdapterConfig, base_name: str, provenance: Mapping[str, 
     ]
     rows += [("rsLoRA", config.use_rslora), ("modules", len(config.target_modules))]
     rows += sorted((key, value) for key, value in provenance.items() if key != "base_name")
-    table = [f"| {key} | {_cell(value)} |" for key, value in rows]
-    text = ["---", "", "# LoRA adapter", "", *_how_to_open(shown, provenance), ""]
-    return "\n".join([*front, *text, "| | |", "|---|---|", *table, ""])
+    opened = "this_folder" if name is None else json.dumps(name)
+    text = ["# LoRA adapter", "", *_how_to_open(shown, provenance, opened), "", *sections]
+    return "\n".join([*front, *text, *card_table(rows), ""])
 
 
-def _how_to_open(base: str, provenance: Mapping[str, object]) -> list[str]:
+def card_front(library: str, tags: Sequence[str], base_name: str) -> list[str]:
+    """The head of a model card, which the hub reads; the base is named where it is one of the hub's."""
+    front = ["---", library, "pipeline_tag: text-generation", f"tags: [{', '.join(tags)}]"]
+    return [*front, *([f"base_model: {json.dumps(base_name)}"] if _HUB_ID.fullmatch(base_name) else []), "---", ""]
+
+
+def card_table(rows: Iterable[tuple[str, object]]) -> list[str]:
+    """Names and values as a table of Markdown."""
+    return ["| | |", "|---|---|", *(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows)]
+
+
+def published_files(folder: Path, adapter: Adapter, base_name: str) -> dict[str, bytes]:
+    """The two JSON files of an adapter as they may be published: with this name of the base, and without where things
+    lie on this machine or its secrets. `read_adapter` takes them beside the same tensors."""
+    config = redacted({**_read_config(folder), "base_model_name_or_path": base_name})
+    files = {CONFIG_FILE: strict_json.encode(config)}
+    if document := _document(folder):
+        facts = published({**provenance_in(document), "base_name": base_name})
+        assert isinstance(facts, dict)
+        tensors = durable.hashed(folder / TENSORS_FILE)
+        files[PROVENANCE_FILE] = strict_json.encode(vouched(facts, tensors, adapter.config))
+    return files
+
+
+def _how_to_open(base: str, provenance: Mapping[str, object], opened: str) -> list[str]:
     """Lines that open the adapter, on the 4-bit base where transformers can make the one that it was trained on."""
     weight_format, dtype = provenance.get("weight_format"), provenance.get("compute_dtype")
     is_64 = provenance.get("block_size") == 64  # transformers makes no other blocks
     if weight_format not in ("nf4", "fp4") or not is_64 or dtype is None:
-        opening = ["from peft import PeftModel", "model = PeftModel.from_pretrained(base_model, this_folder)"]
+        opening = ["from peft import PeftModel", f"model = PeftModel.from_pretrained(base_model, {opened})"]
         return ["Trained with qlora_hal; open it with PEFT:", "", "```python", *opening, "```"]
     return [
         f"Trained with qlora_hal on the base in {weight_format}, whose rounding it makes up for; open it on that base:",
@@ -235,7 +270,7 @@ def _how_to_open(base: str, provenance: Mapping[str, object]) -> list[str]:
         f"    bnb_4bit_use_double_quant={bool(provenance.get('double_quant'))}, bnb_4bit_compute_dtype=torch.{dtype},",
         ")",
         f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)}, quantization_config=four_bit)",
-        "model = PeftModel.from_pretrained(base, this_folder)",
+        f"model = PeftModel.from_pretrained(base, {opened})",
         "```",
     ]
 

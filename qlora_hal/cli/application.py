@@ -20,6 +20,7 @@ VERBS: Mapping[str, tuple[str, str]] = {
     "chat": (TRAINING, "Chat with the base model and the trained one, side by side."),
     "generate": (TRAINING, "Answer one prompt with and without the adapter."),
     "merge": (TRAINING, "Merge an adapter into its base, and prove that the result is the same model."),
+    "push": (TRAINING, "Upload a run's adapter, or the model merged from it, to the Hugging Face hub."),
     "adapter": (TRAINING, "Convert an adapter between PEFT's layout and mlx-lm's."),
     "backends": (MACHINE, "List the backends and whether each can run here."),
     "doctor": (MACHINE, "Check the machine, and run the self-test of every ready backend."),

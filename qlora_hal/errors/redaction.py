@@ -25,6 +25,21 @@ def redacted(value: object, secrets: Sequence[str] | None = None) -> object:
     return value
 
 
+def published(value: object) -> object:
+    """The value for a stranger's eyes: redacted, and of every path only its last name."""
+    return redacted(_without_folders(value))
+
+
+def _without_folders(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {key: _without_folders(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_folders(item) for item in value]
+    if isinstance(value, (str, Path)) and _PATH.match(str(value)):
+        return re.split(r"[/\\]", str(value).rstrip("/\\"))[-1]
+    return value
+
+
 def environment_secrets(environ: Mapping[str, str]) -> tuple[str, ...]:
     """Values of environment variables whose names say that they are secret, and the passwords in addresses that any of
     them holds; longest first. Short values are no secrets, and would stand in many words."""
@@ -43,6 +58,7 @@ def is_secret_variable(name: str) -> bool:
     return name not in _OPEN_VARIABLES and (is_secret_name(name) or _SECRET_VARIABLE.search(name) is not None)
 
 
+_PATH = re.compile(r"/|\\\\|~[/\\]|\.{1,2}[/\\]|[A-Za-z]:[/\\]|file:")
 _SECRET_KEY = re.compile(
     r"(?i)(^|_|-|\.)(token|api_?key|[a-z0-9]+[_-]key|secret|password|passwd|passphrase|credential|authorization)s?$"
 )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
+from qlora_hal.adapter.peft_files import card_front, card_table
 from qlora_hal.data.tokens.tokenizer import chosen_template
 from qlora_hal.data.tokens.tokenizer_files import MORE_TEMPLATES, chat_templates
 from qlora_hal.files import durable
@@ -19,7 +19,7 @@ RECORD_FILE = "merge.json"
 CARD_FILE = "README.md"
 TEMPLATE_FILE = "chat_template.jinja"
 
-_COPIED = (
+COPIED = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken",
     TEMPLATE_FILE, "chat_template.json", "processor_config.json", "preprocessor_config.json",
@@ -27,7 +27,6 @@ _COPIED = (
 )  # fmt: skip
 _OF_QUANTIZATION = ("quantization_config", "quantization")
 """Keys of config.json that describe packed weights: transformers and bitsandbytes or GPTQ, then MLX."""
-_NOT_A_CARD = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def write_configuration(folder: Path, source: ModelSource, dtype: str, chat_template: str | None) -> None:
@@ -36,7 +35,7 @@ def write_configuration(folder: Path, source: ModelSource, dtype: str, chat_temp
     content = (json.dumps(merged_config(source.facts.config, dtype), indent=2, ensure_ascii=False) + "\n").encode()
     durable.write_new(folder / "config.json", [content])
     for path in sorted(source.path.iterdir()):
-        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in _COPIED):
+        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in COPIED):
             shutil.copyfile(path, folder / path.name)
     if source.trust_remote_code:
         for name in named_python_files(source.facts.config):
@@ -72,22 +71,21 @@ def chat_template_of(name: str | None, base: Path) -> str | None:
     return chosen_template(name, chat_templates(base))[0]
 
 
-def model_card(record: Mapping[str, object], base_name: str, rows: Sequence[tuple[str, str]]) -> str:
-    """README.md: what was merged and how close it is; `rows` are (name, value) of the report."""
-    front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [qlora, qlora_hal, merged]"]
-    front += [f"base_model: {json.dumps(base_name)}"] if _NOT_A_CARD.fullmatch(base_name) else []
-    table = [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows]
+def model_card(
+    record: Mapping[str, object], base_name: str, rows: Sequence[tuple[str, str]], sections: Sequence[str] = ()
+) -> str:
+    """README.md: what was merged and how close it is; `rows` are (name, value) of the report, `sections` lines of
+    Markdown above them."""
+    front = card_front("library_name: transformers", ("qlora", "qlora_hal", "merged"), base_name)
     notes = [f"- {_cell(note)}" for note in record.get("notes", ())]  # type: ignore[attr-defined]
-    text = [*front, "---", "", "# Merged model", ""]
+    text = [*front, "# Merged model", ""]
     text += [
         "A LoRA adapter merged into its base with qlora_hal. The merged model was compared with base and adapter, as",
         f"they were trained, on rows of text; `{RECORD_FILE}` holds every figure. The license of the base applies.",
         "",
-        "| | |",
-        "|---|---|",
-        *table,
+        *sections,
     ]
-    return "\n".join([*text, *(["", "## Notes", "", *notes] if notes else []), ""])
+    return "\n".join([*text, *card_table(rows), *(["", "## Notes", "", *notes] if notes else []), ""])
 
 
 def _cell(text: str) -> str:

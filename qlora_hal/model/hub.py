@@ -30,7 +30,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from qlora_hal.errors import HubError, StorageError, figures
 from qlora_hal.files.durable import free_bytes
 
-_LOGIN = "hf auth login"
+LOGIN = "hf auth login"
 _CHUNK = 64 * 1024
 _Result = TypeVar("_Result")
 
@@ -260,13 +260,16 @@ def _no_space(repository: Repository, needed: int, free: int) -> StorageError:
     )
 
 
+def http_error() -> type[Exception]:
+    """The widest class of the HTTP library, whichever library huggingface_hub is built on."""
+    own = ("builtins", HfHubHTTPError.__module__)
+    kinds = [kind for kind in HfHubHTTPError.__mro__ if issubclass(kind, Exception) and kind.__module__ not in own]
+    return kinds[-1]
+
+
 @contextmanager
 def _hub_errors(repository: str, revision: str | None) -> Iterator[None]:
     """Turn what huggingface_hub raises into a HubError for good, or into a passing failure."""
-    # The widest class of the HTTP library, whichever library huggingface_hub is built on.
-    own = ("builtins", HfHubHTTPError.__module__)
-    kinds = [kind for kind in HfHubHTTPError.__mro__ if issubclass(kind, Exception) and kind.__module__ not in own]
-    http_error: type[Exception] = kinds[-1]
     try:
         yield
     except HfHubHTTPError as error:
@@ -276,7 +279,7 @@ def _hub_errors(repository: str, revision: str | None) -> Iterator[None]:
         if isinstance(error.__cause__, HfHubHTTPError):
             raise _http_failure(repository, revision, error.__cause__) from error
         raise Unreachable(_one_line(error.__cause__ or error)) from error
-    except (http_error, ConnectionError, TimeoutError) as error:
+    except (http_error(), ConnectionError, TimeoutError) as error:
         raise Unreachable(_one_line(error)) from error
     except OSError as error:
         if "Consistency check failed" not in str(error):
@@ -291,7 +294,7 @@ def _http_failure(repository: str, revision: str | None, error: Exception) -> Ex
         return _refused(
             repository,
             f"The model {repository} is gated: it exists, but this machine's account may not read it.",
-            f"Accept its terms on its page, then run: {_LOGIN}",
+            f"Accept its terms on its page, then run: {LOGIN}",
         )
     if isinstance(error, RevisionNotFoundError):
         return _refused(
@@ -303,12 +306,12 @@ def _http_failure(repository: str, revision: str | None, error: Exception) -> Ex
         return _refused(
             repository,
             f"The hub has no model {repository}, or it is private; the hub does not say which.",
-            f"Check the spelling; for a private model run: {_LOGIN}",
+            f"Check the spelling; for a private model run: {LOGIN}",
         )
     if status == 429 or status >= 500 or status == 408:
         return Unreachable(f"The hub answered {status}", _retry_after(error))
     return _refused(
-        repository, f"The hub refused {repository} with status {status}.", f"Check the account's rights: {_LOGIN}"
+        repository, f"The hub refused {repository} with status {status}.", f"Check the account's rights: {LOGIN}"
     )
 
 

@@ -1,7 +1,8 @@
-"""A server on 127.0.0.1 that speaks as much of the hub's protocol as a download needs, with faults on demand."""
+"""A server on 127.0.0.1 that speaks what downloads and commits need of the hub's protocol, with faults on demand."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import math
@@ -47,6 +48,7 @@ class FakeHub:
     cut: int = 0
     down: str = ""
     ranges: bool = True
+    private: bool = False
     requests: Counter[str] = field(default_factory=Counter)
     served: Counter[str] = field(default_factory=Counter)
     sent: int = 0
@@ -77,7 +79,14 @@ class FakeHub:
         if revision not in {"main", COMMIT}:
             return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
         siblings = [{"rfilename": name, "size": len(data)} for name, data in self.files.items()]
-        info = {"id": self.name, "sha": COMMIT, "siblings": siblings, "private": False, "downloads": 0, "tags": []}
+        info = {
+            "id": self.name,
+            "sha": COMMIT,
+            "siblings": siblings,
+            "private": self.private,
+            "downloads": 0,
+            "tags": [],
+        }
         return 200, {"Content-Type": "application/json"}, json.dumps(info).encode()
 
     def _file(self, method: str, name: str, asked: str | None) -> tuple[int, Mapping[str, str], bytes]:
@@ -105,6 +114,105 @@ class FakeHub:
         body = data[begin:end]
         self.served[name] += len(body)
         return status, headers, body
+
+
+WRITE_TOKEN = "hf_" + "w" * 30
+READ_TOKEN = "hf_" + "r" * 30
+
+
+@dataclass
+class WritableHub(FakeHub):
+    """A repository that can be made and committed to, by WRITE_TOKEN alone; `name` starts with the one account's name.
+    Small files come within the commit, *.safetensors by the LFS protocol before it. `ignored` are names that its
+    .gitignore keeps out."""
+
+    files: dict[str, bytes | Sparse] = field(default_factory=dict)
+    exists: bool = False
+    private: bool = False
+    ignored: frozenset[str] = frozenset()
+    full: bool = False
+    stored: dict[str, bytes] = field(default_factory=dict)
+    commits: list[list[str]] = field(default_factory=list)
+
+    def receive(self, method: str, path: str, body: bytes, token: str) -> tuple[int, Mapping[str, str], bytes]:
+        """What is posted or put; `token` is the one of the request."""
+        path = path.split("?")[0]
+        self.requests[f"{method} {path}"] += 1
+        if path.startswith("/stored/"):
+            self.stored[path.removeprefix("/stored/")] = body
+            return 200, {}, b"{}"
+        if path == "/api/validate-yaml":
+            return _json({"errors": [], "warnings": []})
+        if token not in (WRITE_TOKEN, READ_TOKEN):
+            return 401, {}, b'{"error": "Invalid credentials in Authorization header"}'
+        if token == READ_TOKEN:
+            return 403, {}, b'{"error": "You don\'t have the rights to write there"}'
+        if path == "/api/repos/create":
+            return self._create(json.loads(body))
+        if path.endswith("/objects/batch"):
+            return self._batch(json.loads(body))
+        if path == f"/api/models/{self.name}/preupload/main":
+            return self._preupload(json.loads(body))
+        if path == f"/api/models/{self.name}/commit/main":
+            return self._commit(body)
+        return 404, {}, b"{}"
+
+    def _create(self, asked: Mapping[str, object]) -> tuple[int, Mapping[str, str], bytes]:
+        if asked["organization"] != self.name.split("/")[0]:
+            return 403, {}, b'{"error": "You don\'t have the rights to create a model under this namespace"}'
+        if self.exists:
+            return 409, {}, b'{"error": "You already created this model repo"}'
+        self.exists = True
+        # Releases before and after 2.0 of huggingface_hub say it in other words.
+        self.private = asked.get("private") is True or asked.get("visibility") == "private"
+        return _json({"url": f"{self.address}/{self.name}"})
+
+    def _preupload(self, asked: Mapping[str, list[Mapping[str, object]]]) -> tuple[int, Mapping[str, str], bytes]:
+        return _json(
+            {
+                "files": [
+                    {
+                        "path": file["path"],
+                        "uploadMode": "lfs" if str(file["path"]).endswith(".safetensors") else "regular",
+                        "shouldIgnore": file["path"] in self.ignored,
+                    }
+                    for file in asked["files"]
+                ]
+            }
+        )
+
+    def _batch(self, asked: Mapping[str, list[Mapping[str, object]]]) -> tuple[int, Mapping[str, str], bytes]:
+        if self.full:
+            return 507, {}, b"{}"
+        uploads = [
+            {**file, "actions": {"upload": {"href": f"{self.address}/stored/{file['oid']}"}}}
+            for file in asked["objects"]
+        ]
+        return _json({"transfer": "basic", "objects": uploads})
+
+    def _commit(self, body: bytes) -> tuple[int, Mapping[str, str], bytes]:
+        operations = [json.loads(line) for line in body.splitlines()]
+        for operation in operations:
+            value = operation["value"]
+            if operation["key"] == "file":
+                self.files[value["path"]] = base64.b64decode(value["content"])
+            elif operation["key"] == "lfsFile":
+                content = self.stored[value["oid"]]
+                assert (hashlib.sha256(content).hexdigest(), len(content)) == (value["oid"], value["size"])
+                self.files[value["path"]] = content
+        self.commits.append([operation["key"] for operation in operations])
+        url = f"{self.address}/{self.name}/commit/{COMMIT}"
+        return _json({"success": True, "commitOid": COMMIT, "commitUrl": url, "hookOutput": ""})
+
+    def answer(self, method: str, path: str, asked: str | None = None) -> tuple[int, Mapping[str, str], bytes]:
+        if not self.exists:
+            self.requests[f"{method} {path.split('?')[0]}"] += 1
+            return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
+        return super().answer(method, path, asked)
+
+
+def _json(value: object) -> tuple[int, Mapping[str, str], bytes]:
+    return 200, {"Content-Type": "application/json"}, json.dumps(value).encode()
 
 
 def _hash(name: str, data: bytes | Sparse) -> str:
@@ -170,7 +278,12 @@ def _sparse_shard(shapes: Mapping[str, tuple[int, ...]]) -> Sparse:
 def serving(hub: FakeHub) -> Iterator[FakeHub]:
     class Handler(BaseHTTPRequestHandler):
         def _reply(self) -> None:
-            status, headers, body = hub.answer(self.command, self.path, self.headers.get("Range"))
+            if self.command in ("POST", "PUT"):
+                assert isinstance(hub, WritableHub)
+                token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+                status, headers, body = hub.receive(self.command, self.path, self._body(), token)
+            else:
+                status, headers, body = hub.answer(self.command, self.path, self.headers.get("Range"))
             self.send_response(status)
             for key, value in {"Content-Length": str(len(body)), **headers}.items():
                 self.send_header(key, value)
@@ -187,7 +300,17 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
                     return
                 hub.sent += len(body[begin : begin + PIECE])
 
-        do_GET = do_HEAD = _reply
+        do_GET = do_HEAD = do_POST = do_PUT = _reply
+
+        def _body(self) -> bytes:
+            if self.headers.get("Transfer-Encoding") != "chunked":
+                return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            parts = []
+            while size := int(self.rfile.readline(), 16):
+                parts.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(parts)
 
         def log_message(self, format: str, *args: object) -> None:
             pass

@@ -61,6 +61,12 @@ def refuse_absent(path: str) -> None:
     )
 
 
+def is_dataset_id(path: str) -> bool:
+    """Whether a name that `open_source` takes is a dataset's of the hub, and not a file's or a folder's."""
+    here = named_path(path)
+    return hub_rows.could_be_id(path) and not here.exists() and not _is_named_like_a_file(here)
+
+
 def _is_named_like_a_file(path: Path) -> bool:
     """Whether a name ends as data files do, or nearly: `rows.jsnl` is a slip, and no dataset of the hub."""
     return bool(get_close_matches(path.suffix.lower(), KINDS, n=1, cutoff=0.75))
