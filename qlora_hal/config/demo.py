@@ -18,10 +18,16 @@ _SETTINGS: Mapping[str, object] = {
     "training.eval_steps": 50,
     "training.logging_steps": 10,
     "training.lr_scheduler_type": "cosine",
+    # Held-out rows of the kinds that are learned best; each was answered right by every run that was scored
+    # (demo/score_answers.py, docs/runs/demo_answers.json).
     "training.sample_prompts": (
-        "What does the command tail do?",
-        "The synopsis of tac says: tac [OPTION]... [FILE]...\nHow is tac called?",
-        "lagoon means: a body of water cut off from a larger body by a reef. What kind of thing is that?",
+        "echo - display a line of text\nThe description begins like this: Echo the STRING(s) to standard output.\n"
+        "Sum it up in one line.",
+        "The synopsis of pv says: pv [OPTION] [FILE]...\nHow is pv called?",
+        "-x: Use encryption when writing files.\n-: The file to edit is read from stdin.\n"
+        "-nb: Become an editor server for NetBeans.\n"
+        "These are options of vim. Which one do I need for this: become an editor server for NetBeans?",
+        "If polenta is a thick mush made of cornmeal boiled in stock or water, what is polenta a kind of?",
     ),
 }
 

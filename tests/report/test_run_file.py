@@ -12,7 +12,7 @@ import pytest
 
 from qlora_hal.config.resolve import resolve_settings
 from qlora_hal.errors import ConfigError, UnsafeInputError
-from qlora_hal.errors.redaction import redacted
+from qlora_hal.errors.redaction import published, redacted
 from qlora_hal.files import sealed_json, strict_json
 from qlora_hal.report.html import write_report
 from qlora_hal.report.run_file import (
@@ -72,6 +72,21 @@ def test_the_home_folder_is_shortened_only_where_it_is_a_folder(monkeypatch: pyt
     monkeypatch.setattr(Path, "home", lambda: Path("/home/ada"))
     said = redacted(["/home/ada", "/home/ada/x", "in /home/ada/x, y", "/home/adam/x", "/srv/home/ada/x"], secrets=())
     assert said == ["~", "~/x", "in ~/x, y", "/home/adam/x", "/srv/home/ada/x"]
+
+
+def test_of_a_path_only_the_last_name_is_published() -> None:
+    given = {
+        "data": ["/srv/mine/rows.jsonl", "../rows/b.csv", "~/c/", "C:\\mine\\d.txt"],
+        "model": {"name_or_path": "org/model", "api_key": "0123456789"},
+        "pattern": ".*q_proj",
+        "r": 16,
+    }
+    assert published(given) == {
+        "data": ["rows.jsonl", "b.csv", "c", "d.txt"],
+        "model": {"name_or_path": "org/model", "api_key": "[removed]"},
+        "pattern": ".*q_proj",
+        "r": 16,
+    }
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
