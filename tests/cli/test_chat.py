@@ -109,6 +109,7 @@ class FullDisk(io.StringIO):
 
 class Untokenized:
     template = None
+    opening_ids = ()
 
     def encode(self, text: str) -> list[int]:
         return [0]
