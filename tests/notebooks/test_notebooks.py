@@ -58,7 +58,7 @@ def test_places_are_taken_out_of_what_was_shown(make_notebooks: ModuleType, tmp_
     assert make_notebooks.without_places(shown, tmp_path) == "into runs/first, from ~/rows, in ."
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_first_notebook_runs(make_notebooks: ModuleType, tmp_path: Path) -> None:
     source = next(source for source in SOURCES if source.stem == "first_run")
     done = make_notebooks.executed(make_notebooks.notebook_of(source), tmp_path)
