@@ -24,11 +24,11 @@ SECTION_TITLES = {
     "80": "Generation", "90": "Faults", "95": "Honesty",
 }  # fmt: skip
 MARKS = {
-    Verdict.PASSED: "&#10003;",
-    Verdict.REFUSED: "&#8856;",
-    Verdict.FAILED: "&#10007;",
+    Verdict.PASSED: "✓",
+    Verdict.REFUSED: "⊘",
+    Verdict.FAILED: "✗",
     Verdict.INCONCLUSIVE: "?",
-    Verdict.WAIVED: "&#9888;",
+    Verdict.WAIVED: "⚠",
 }
 
 
@@ -207,7 +207,7 @@ def _test_of(result: CaseResult) -> str:
 
 def _row(name: str, cases: Sequence[CaseResult]) -> str:
     mark = f'<i class="{cases[0].verdict.value}">{MARKS[cases[0].verdict]}</i>'
-    given = " &middot; ".join(escape(parameters) for case in cases if (parameters := _parameters_of(case)))
+    given = " · ".join(escape(parameters) for case in cases if (parameters := _parameters_of(case)))
     parts = [f"{mark}<code>{escape(name)}</code>", f"<small>{given}</small>" if given else ""]
     parts.append(f"<p>{escape(_why(cases))}</p>" if _why(cases) else "")
     measured = max((case for case in cases if case.tightest), key=lambda case: _order(case.tightest), default=None)
