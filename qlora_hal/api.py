@@ -58,11 +58,11 @@ def train(
         train("run.yaml", max_steps=100)
 
     The first argument is a configuration where it is a mapping, a `RunConfig`, or a file (.yaml, .yml, .toml, .json);
-    any other text or path is the model. `config=` and `model=` say which is meant. `data` and
-    `validation_data` may be rows in memory: a list or generator of mappings, a frame of pandas or Polars, a dict of
-    columns, a data set; of a DatasetDict the split train is trained on and validation evaluated on. Settings are
-    keywords: the common ones by their own names, all of them by group, `training={"adam_beta2": 0.95}`,
-    `data={"packing": True}`; they win over the configuration.
+    any other text or path is the model. `config=` and `model=` say which is meant. `data` and `validation_data` may be
+    rows in memory: a list or generator of mappings, a frame of pandas or Polars, a dict of columns, a data set; of a
+    DatasetDict the split train is trained on and validation evaluated on. Settings are keywords: the common ones by
+    their own names, all of them by group, `training={"adam_beta2": 0.95}`, `data={"packing": True}`; they win over the
+    configuration.
 
     `dry_run` stops before the model loads, leaves nothing behind, and says in the result's `plan` what would run. The
     adapter is written to `<output_dir>/adapter` in PEFT layout. `overwrite` replaces an earlier run there;
@@ -84,9 +84,9 @@ def train(
     from qlora_hal.run.supervisor import is_supervised, run_in_child
 
     config, model = _told_apart(model_or_config, config, model)
-    given, held_out = (None, None) if _is_named(data) else splits_in_memory(data)
+    given, split = (None, None) if _is_named(data) else splits_in_memory(data)
+    held_out = _held_out(validation_data, split, settings)
     rows = None if given is None else rows_in_memory(given)
-    held_out = validation_data if validation_data is not None else held_out
     validation_rows = None if held_out is None or isinstance(held_out, str | Path) else rows_in_memory(held_out)
     keywords = {
         "model": model,
@@ -94,8 +94,8 @@ def train(
         "output_dir": output_dir,
         "backend": backend,
     }
-    if validation_data is not None and validation_rows is None:
-        keywords["data.validation_path"] = validation_data
+    if held_out is not None and validation_rows is None:
+        keywords["data.validation_path"] = held_out
     settings_here = resolve_settings(config, keywords={**keywords, **settings})
     observers = observers_with(metrics, observers)
     console = console_here(console, quiet=quiet)
@@ -144,6 +144,27 @@ def train(
 def _is_named(data: object) -> bool:
     """Whether `data` says where rows are, or is settings, and holds none itself."""
     return data is None or isinstance(data, str | Path) or is_settings_of_data(data)
+
+
+def _held_out(validation_data: object, split: object, settings: Mapping[str, object]) -> object:
+    """What the call itself evaluates on, None where the configuration says. Raises ConfigError QH-U40 where it is
+    named twice."""
+    named = {
+        "validation_data": validation_data,
+        "validation_path": settings.get("validation_path"),
+        "the validation split of data": split,
+    }
+    given = [name for name, rows in named.items() if rows is not None]
+    if len(given) > 1:
+        from qlora_hal.errors import ConfigError
+
+        raise ConfigError(
+            "QH-U40",
+            f"train was given two of the same: {' and '.join(given)} are both rows to evaluate on.",
+            where=given[0],
+            fix="Leave out all but one.",
+        )
+    return validation_data if validation_data is not None else split
 
 
 def _told_apart(

@@ -146,6 +146,19 @@ def test_validation_rows_of_a_file_stand_beside_those_of_the_settings(tmp_path: 
     assert caught.value.where == "data.validation_path"
 
 
+def test_the_splits_of_a_data_set_are_rows_and_no_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{"prompt": letter, "completion": "b"} for letter in "acdef"])
+    splits = datasets.DatasetDict(train=rows.select(range(3)), validation=rows.select(range(3, 5)))
+    here = {"output_dir": tmp_path / "run", "backend": "cpu_torch", "dry_run": True}
+    assert train(str(model_path()), splits, eval_steps=1, **here).plan["sequences"] == 3
+    assert "training on 3 sequences, validating on 2" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(ConfigError, match=r"QH-U40.*validation_data and the validation split of data"):
+        train(str(model_path()), splits, validation_data="rows.jsonl", **here)
+    with pytest.raises(ConfigError, match=r"QH-U40.*validation_data and validation_path"):
+        train(str(model_path()), "rows.jsonl", validation_data="a.jsonl", validation_path="b.jsonl", **here)
+
+
 def test_only_public_names_are_listed() -> None:
     assert dir(qlora_hal) == sorted(qlora_hal.__all__)
     assert all(getattr(qlora_hal, name) is not None for name in dir(qlora_hal))
