@@ -88,12 +88,8 @@ def train(
     held_out = _held_out(validation_data, split, settings)
     rows = None if given is None else rows_in_memory(given)
     validation_rows = None if held_out is None or isinstance(held_out, str | Path) else rows_in_memory(held_out)
-    keywords = {
-        "model": model,
-        "data": None if rows is not None else data,
-        "output_dir": output_dir,
-        "backend": backend,
-    }
+    named = data if rows is None else None
+    keywords: dict[str, object] = {"model": model, "data": named, "output_dir": output_dir, "backend": backend}
     if held_out is not None and validation_rows is None:
         keywords["data.validation_path"] = held_out
     settings_here = resolve_settings(config, keywords={**keywords, **settings})
