@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 from chat_templates import CONVERSATIONS, templates_of_transformers, templates_of_trl, write_folder
+from jinja2.exceptions import TemplateError
 
 from qlora_hal.config.schema import DataConfig
 from qlora_hal.contract.values import Int32
@@ -94,7 +95,7 @@ class Options:
                 return_dict=False,
                 add_generation_prompt=True,
             )
-        except Exception:  # templates fail in many ways
+        except (TemplateError, TypeError):  # it refuses the beginning of the conversation, or cannot write it
             return ["prompt: none"]
         if list(prompt) != ids[: len(prompt)].tolist():
             return ["prompt: not the beginning of the row"]
