@@ -17,15 +17,18 @@ _SHARE_OF_TIME = 1 / 200
 
 @dataclass(slots=True)
 class LivePage:
-    """The page of a run in `run_dir`. `clock` tells seconds."""
+    """The page of a run in `run_dir`; a run that is over before the first is due has none but that of its end. `clock`
+    tells seconds."""
 
     run_dir: Path
     clock: Callable[[], float] = time.monotonic
-    _due: float = 0.0
+    _due: float | None = None
 
     def refresh(self) -> None:
         """Write the page if it is old enough. A page that cannot be written never stops a run: its end tells."""
         began = self.clock()
+        if self._due is None:
+            self._due = began + RELOADING_SECONDS
         if began < self._due:
             return
         with suppress(QloraHalError, OSError, MemoryError):
