@@ -64,6 +64,13 @@ def test_lanes_are_said_and_kept_with_the_seed(tmp_path: Path) -> None:
     assert (document["seed"], document["lanes"]) == (3, 2)
 
 
+def test_honest_reference_passes_every_case_of_errors(tmp_path: Path) -> None:
+    """No mutant is caught there first, so none would tell that the copy without a change fails."""
+    ended = suite("--spec", REFERENCE, "--section", "70", "--out", "out", cwd=tmp_path)
+    cases = json.loads((tmp_path / "out" / "results.json").read_text())["cases"]
+    assert {case["verdict"] for case in cases} == {"passed"}, ended.stderr
+
+
 @pytest.mark.parametrize("lanes", ["0", "-1", "65"])
 def test_lanes_out_of_range_are_refused(lanes: str, tmp_path: Path) -> None:
     ended = suite("--spec", REFERENCE, "--lanes", lanes, "--out", "out", cwd=tmp_path)

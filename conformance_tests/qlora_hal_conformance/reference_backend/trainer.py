@@ -156,7 +156,8 @@ class ReferenceTrainer(QuantizedLoRATrainer):
 
     def whole_gradient(self, window: Sequence[Batch], divisor: float, masks_of: MasksOf) -> WholeWindow:
         """That of all ranks, of which each has its share of the window."""
-        counted = sum(batch.counted_tokens for batch in window)
+        with self.memory_named("counting tokens"):
+            counted = sum(batch.counted_tokens for batch in window)
         with _quiet():
             return self.rooms.over_ranks(self.ranks, self.gradient_of(window, divisor, masks_of), counted, divisor)
 
