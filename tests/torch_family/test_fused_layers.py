@@ -6,22 +6,18 @@ With plain torch in place of the kernels these run anywhere; with the kernels, o
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from tiny_models import VOCABULARY, write_model
-from torch import Tensor
-from trainers import moved_adapter, random_batch, source_of
+from fused_models import DEVICE, FAMILIES, SAME_FUNCTION, load, packed, relative
+from tiny_models import VOCABULARY
+from trainers import random_batch
 
-from qlora_hal.contract.backend import Compute, Quantization
 from qlora_hal.contract.capabilities import WeightFormat
-from qlora_hal.contract.values import AdapterConfig, Batch
-from qlora_hal_backends.torch_family import fused, head_loss, loading, step
-from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
+from qlora_hal.contract.values import Batch
+from qlora_hal_backends.torch_family import fused, head_loss, step
 from qlora_hal_backends.torch_family.fused.attach import attach_with
 from qlora_hal_backends.torch_family.fused.head_loss import loss_sum_with
 from qlora_hal_backends.torch_family.fused.layer_weights import GroupBuffer, GroupShape, Slot
@@ -29,17 +25,6 @@ from qlora_hal_backends.torch_family.fused.operations import Operations
 from qlora_hal_backends.torch_family.fused.reference import ReferenceOperations
 from qlora_hal_backends.torch_family.fused.supported import model_refusal
 from qlora_hal_backends.torch_family.fused.tape import Keep
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-FAMILIES: Mapping[str, Mapping[str, object]] = {
-    "llama": {},
-    "llama with biases": {"attention_bias": True, "mlp_bias": True},
-    "qwen2": {},
-    "qwen3": {},
-    "mistral": {"sliding_window": 64},
-}
-# Two float32 schedules of a two-layer model differ by rounding in other orders: 2^-24 for each of some hundred terms.
-SAME_FUNCTION = 1e-5
 
 pytestmark = pytest.mark.filterwarnings(
     # Triton's interpreter on NumPy 2.
@@ -55,65 +40,6 @@ def operations(request: pytest.FixtureRequest) -> Operations:
     from qlora_hal_backends.torch_family.fused.triton_operations import TritonOperations
 
     return TritonOperations()
-
-
-@dataclass
-class Model:
-    """A loaded base with an adapter whose B is not zero."""
-
-    base: loading.BaseModel
-    flat: FlatAdapter
-    compute: Compute
-
-    def gradient(self, loss: step.BatchLoss | Callable[..., Tensor], *batches: Batch) -> tuple[float, Tensor]:
-        self.flat.gradients.zero_()
-        total = 0.0
-        for batch in batches:
-            value = loss(step.to_device(batch, DEVICE), 1 / 40)
-            value.backward()
-            total += value.item()
-        return total, self.flat.gradients.clone()
-
-    def plain(self, batch: step.DeviceBatch, scale: float) -> Tensor:
-        return step.batch_loss(self.base, batch, scale)
-
-
-def load(
-    folder: Path,
-    family: str = "llama",
-    *,
-    dtype: str = "float32",
-    weight_format: WeightFormat = WeightFormat.NF4,
-    targets: Callable[[str], bool] = lambda module: True,
-    r: int = 4,
-    dropout: float = 0.0,
-    changes: Mapping[str, object] | None = None,
-    **options: object,
-) -> Model:
-    path = write_model(folder, family.partition(" ")[0], **(changes or FAMILIES.get(family, {})))
-    four_bit = weight_format is WeightFormat.NF4
-    compute = Compute(dtype, False, options)  # type: ignore[arg-type]
-    quantization = Quantization(weight_format, 64 if four_bit else None, four_bit)
-    with torch.no_grad():
-        base = loading.load_base(source_of(path), quantization, compute, DEVICE)
-    shapes = {name: linear.shape for name, linear in base.linears.items()}
-    config = AdapterConfig(r, 2.0 * r, dropout, False, tuple(sorted(filter(targets, shapes))))
-    flat = FlatAdapter.place(moved_adapter(config, shapes), base.linears, getattr(torch, dtype), DEVICE)
-    return Model(base, flat, compute)
-
-
-def packed(batch: Batch) -> Batch:
-    """Two samples in each row."""
-    half = batch.input_ids.shape[1] // 2
-    positions, segments, labels = batch.position_ids.copy(), batch.segment_ids.copy(), batch.labels.copy()
-    positions[:, half:] -= half
-    segments[:, half:] = np.where(segments[:, half:] > 0, 2, 0)
-    labels[:, half] = -100
-    return replace(batch, position_ids=positions, segment_ids=segments, labels=labels)
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.mark.parametrize(
@@ -232,16 +158,19 @@ def test_adapter_is_added_before_the_sum_is_rounded() -> None:
     assert ((found - exact).abs() <= 2.0**-8 * exact.abs() + 136 * 2.0**-24 * 8).all()
 
 
-@pytest.mark.parametrize("time", [8, 9])
-def test_rows_longer_than_the_sliding_window_take_the_plain_layers(time: int, tmp_path: Path) -> None:
-    model = load(tmp_path, "mistral", changes={"sliding_window": 8})
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+@pytest.mark.parametrize("arrange", [lambda batch: batch, packed], ids=["one sample a row", "packed"])
+def test_sliding_windows_hide_what_they_hide_in_the_plain_layers(
+    family: str, arrange: Callable[[Batch], Batch], tmp_path: Path
+) -> None:
+    """Of Mistral in each layer, of this Qwen 2 in the second alone."""
+    uneven = {"use_sliding_window": True, "max_window_layers": 1} if family == "qwen2" else {}
+    model = load(tmp_path, family, changes={"sliding_window": 4, **uneven})
     body = attach_with(ReferenceOperations(), model.base, model.flat, model.compute)
-    tokens = np.arange(3, 3 + 2 * time, dtype=np.int32).reshape(2, time)
-    positions = np.tile(np.arange(time, dtype=np.int32), (2, 1))
-    batch = Batch(tokens, tokens.copy(), positions, np.ones_like(tokens))
-    assert body.serves(step.to_device(batch, DEVICE)) == (time <= 8)
-    _, expected = model.gradient(model.plain, batch)
-    _, found = model.gradient(body.batch_loss, batch)
+    assert [layer.window for layer in body.layers] == ([None, 4] if family == "qwen2" else [4, 4])
+    expected_loss, expected = model.gradient(model.plain, arrange(random_batch(3)))
+    loss, found = model.gradient(body.batch_loss, arrange(random_batch(3)))
+    assert loss == pytest.approx(expected_loss, rel=SAME_FUNCTION)
     assert relative(found, expected) < SAME_FUNCTION
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qlora_hal.contract.backend import Compute
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
+from qlora_hal_backends.torch_family.fused.attention import CausalAttention
 from qlora_hal_backends.torch_family.fused.body import FusedBody, RotaryTables
 from qlora_hal_backends.torch_family.fused.collecting import layer_weights, make_buffers
 from qlora_hal_backends.torch_family.fused.decoder_layer import DecoderLayer
@@ -17,10 +18,10 @@ from qlora_hal_backends.torch_family.fused.operations import HeadCounts, Operati
 from qlora_hal_backends.torch_family.fused.supported import (
     attention_of,
     device_refusal,
-    longest_without_window,
     model_refusal,
 )
 from qlora_hal_backends.torch_family.fused.tape import Keep
+from qlora_hal_backends.torch_family.fused.varlen import SAMPLE_BY_SAMPLE, UnevenAttention, proved_varlen
 from qlora_hal_backends.torch_family.loading import BaseModel
 
 
@@ -29,6 +30,10 @@ class Refusal:
     """The model keeps its plain layers; `reason` goes into the run's `kernel_path`."""
 
     reason: str
+
+    @property
+    def words(self) -> str:
+        return f"plain layers: {self.reason}"
 
 
 def try_attach(base: BaseModel, flat: FlatAdapter, compute: Compute, device: torch.device) -> FusedBody | Refusal:
@@ -40,7 +45,8 @@ def try_attach(base: BaseModel, flat: FlatAdapter, compute: Compute, device: tor
         operations = _proved_kernels(device)
     except Exception as error:  # Triton compiles here and now: a missing C compiler or driver shows in many classes
         return Refusal(f"the kernels do not run here ({type(error).__name__}: {str(error).partition(chr(10))[0]})")
-    return attach_with(operations, base, flat, compute)
+    uneven = proved_varlen(device, _head_counts(base), getattr(torch, compute.dtype))
+    return attach_with(operations, base, flat, compute, uneven=uneven)
 
 
 def _proved_kernels(device: torch.device) -> Operations:
@@ -63,6 +69,7 @@ def attach_with(
     flat: FlatAdapter,
     compute: Compute,
     *,
+    uneven: UnevenAttention = SAMPLE_BY_SAMPLE,
     keep: Keep | None = None,
     residual_dtype: torch.dtype | None = None,
 ) -> FusedBody:
@@ -78,6 +85,7 @@ def attach_with(
         heads=_head_counts(base),
         epsilon=float(norm.variance_epsilon),
         attention_scale=float(attention.scaling),
+        attention=CausalAttention(uneven.attention),
         buffers=buffers,
         operations=operations,
     )
@@ -92,7 +100,7 @@ def attach_with(
         rotary_tables=_rotary_tables(base),
         keep=keep or (Keep.RESIDUAL if compute.gradient_checkpointing else Keep.PRODUCTS),
         residual_dtype=residual_dtype or like.dtype,
-        longest=longest_without_window(base),
+        attention_path=uneven.words,
     )
 
 

@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_hal.contract.values import Batch
 from qlora_hal_backends.torch_family import step
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
+from qlora_hal_backends.torch_family.fused.attention import Samples
 from qlora_hal_backends.torch_family.fused.decoder_layer import DecoderLayer
+from qlora_hal_backends.torch_family.fused.end_to_end import without_padding
 from qlora_hal_backends.torch_family.fused.head_loss import loss_sum_with, select_rows
 from qlora_hal_backends.torch_family.fused.layer_weights import LayerWeights
 from qlora_hal_backends.torch_family.fused.operations import Rotary
@@ -39,8 +42,8 @@ class _Tape:
 class FusedBody:
     """`hidden_states` and `batch_loss` of `step`, for a base whose layers the fused schedule computes.
 
-    `keep` is what layers keep for backward. `longest` is the longest row that attention without a window equals, or
-    None; a longer batch, and one with the adapter switched off, takes the plain layers.
+    `keep` is what layers keep for backward. `attention_path` says in words how samples of unequal lengths are attended
+    to. A batch with the adapter switched off takes the plain layers.
     """
 
     base: BaseModel
@@ -51,7 +54,7 @@ class FusedBody:
     rotary_tables: RotaryTables
     keep: Keep
     residual_dtype: torch.dtype
-    longest: int | None = None
+    attention_path: str
     _anchor: Tensor = field(init=False)
     _tables: tuple[Tensor, Tensor] | None = None
 
@@ -59,12 +62,18 @@ class FusedBody:
         # Autograd records a function when an input wants a gradient; the adapter's parameters are not its inputs.
         self._anchor = torch.zeros((), device=self.flat.parameters.device, requires_grad=True)
 
-    def serves(self, batch: DeviceBatch) -> bool:
-        return self.flat.switches.enabled and (self.longest is None or batch.input_ids.shape[1] <= self.longest)
+    @property
+    def words(self) -> str:
+        """For the run's `kernel_path`."""
+        return f"fused layers, {self.attention_path}"
+
+    def laid_out(self, batch: Batch) -> Batch:
+        """What `batch_loss` is best given in place of a batch: the same samples, without their padding."""
+        return without_padding(batch) if self.flat.switches.enabled else batch
 
     def hidden_states(self, batch: DeviceBatch) -> Tensor:
         """The last hidden states `[batch, time, hidden]`."""
-        if not self.serves(batch):
+        if not self.flat.switches.enabled:
             return step.hidden_states(self.base, batch)
         if torch.is_grad_enabled():
             states: Tensor = _BodyFunction.apply(self._anchor, self, batch)  # type: ignore[no-untyped-call]
@@ -93,7 +102,7 @@ class FusedBody:
                 tape.layers.append(layer_tape)
         assert pending is not None
         tape.last_h, states = self.schedule.final_norm(self.final_norm, residual, pending, embedded.dtype)
-        return states.unflatten(0, (sequences.batch, sequences.time)), tape
+        return states.unflatten(0, batch.input_ids.shape), tape
 
     def _backward(self, tape: _Tape, gradient: Tensor) -> None:
         assert tape.last_h is not None, "a tape is read once"
@@ -110,13 +119,13 @@ class FusedBody:
 
     def _sequences(self, batch: DeviceBatch) -> Sequences:
         size, time = batch.input_ids.shape
-        if self._tables is None or self._tables[0].shape[0] < time:
-            self._tables = self.rotary_tables(time)
+        samples = Samples.of(batch.lengths or (time,) * size, batch.input_ids.device)
+        if self._tables is None or self._tables[0].shape[0] < samples.longest:
+            self._tables = self.rotary_tables(samples.longest)
         positions = batch.position_ids
         if positions is None:
-            every_row = torch.arange(time, device=batch.input_ids.device).repeat(size)
-            return Sequences(size, time, Rotary(*self._tables, every_row), None)
-        return Sequences(size, time, Rotary(*self._tables, positions.flatten()), packed_mask(positions))
+            positions = torch.arange(time, device=batch.input_ids.device).repeat(size)
+        return Sequences(size * time, Rotary(*self._tables, positions.flatten()), samples)
 
 
 class _BodyFunction(torch.autograd.Function):
@@ -132,11 +141,3 @@ class _BodyFunction(torch.autograd.Function):
         assert tape is not None, "the fused body's backward runs once for each forward"
         ctx.body._backward(tape, gradient)
         return None, None, None
-
-
-def packed_mask(positions: Tensor) -> Tensor:
-    """Who attends to whom `[batch, 1, time, time]`: causally, within the sample that a restart at position 0 began."""
-    sample = (positions == 0).cumsum(dim=1)
-    same = sample[:, :, None] == sample[:, None, :]
-    time = torch.arange(positions.shape[1], device=positions.device)
-    return (same & (time[:, None] >= time[None, :]))[:, None]

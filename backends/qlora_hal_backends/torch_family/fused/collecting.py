@@ -66,9 +66,18 @@ def layer_weights(layer: Any, path: str, buffers: LayerBuffers, flat: FlatAdapte
         input_norm=layer.input_layernorm.weight.detach(),
         middle_norm=layer.post_attention_layernorm.weight.detach(),
         head_norm=head_norm,
+        window=_window_of(attention),
         groups={name: _group_weights(layer, path, buffer, flat) for name, buffer in buffers.groups.items()},
         adapter=Placements(entries, torch.tensor(entries, dtype=torch.int64).to(flat.compute.device)),
     )
+
+
+def _window_of(attention: Any) -> int | None:
+    """The sliding window of one layer. Families with both kinds of layers keep it on the module, and Mistral and Phi 3,
+    whose layers are all of one kind, in the configuration alone."""
+    own = hasattr(attention, "sliding_window")
+    window = attention.sliding_window if own else getattr(attention.config, "sliding_window", None)
+    return None if window is None else int(window)
 
 
 def _placements(

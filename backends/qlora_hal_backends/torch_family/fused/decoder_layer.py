@@ -1,4 +1,4 @@
-"""Forward and backward of one decoder layer, scheduled by hand; autograd works inside the attention only.
+"""Forward and backward of one decoder layer, scheduled by hand; attention knows its own backward.
 
 A layer receives the residual stream and the branch output that is still to be added to it, so that the addition, the
 norm and the cast happen in one pass over memory:
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
+from qlora_hal_backends.torch_family.fused.attention import Attention
 from qlora_hal_backends.torch_family.fused.layer_weights import AdapterGradients, LayerBuffers, LayerWeights
 from qlora_hal_backends.torch_family.fused.operations import HeadCounts, Operations
 from qlora_hal_backends.torch_family.fused.tape import (
@@ -37,6 +37,7 @@ class DecoderLayer:
     heads: HeadCounts
     epsilon: float
     attention_scale: float
+    attention: Attention
     buffers: LayerBuffers
     operations: Operations
 
@@ -68,16 +69,23 @@ class DecoderLayer:
         projected = into.product(extended, layer.groups["attention_in"].bias)
         del extended, x
         query, key, value = self._heads(layer, projected, sequences)
-        with torch.set_grad_enabled(with_graph):
-            mixed = self._attention(query, key, value, sequences.mask)
+        mixed = self.attention(
+            query,
+            key,
+            value,
+            sequences.samples,
+            scale=self.attention_scale,
+            window=layer.window,
+            with_graph=with_graph,
+        )
         extended = out.new_input(sequences.rows)
-        self.operations.copy_rows(_rows_of(mixed), extended[:, : out.columns])
+        self.operations.copy_rows(mixed.output, extended[:, : out.columns])
         output_low_rank = _kept_apart(out.low_rank(extended[:, : out.columns], extended[:, out.columns :]))
         branch = out.product(extended, layer.groups["attention_out"].bias)
-        return branch, AttentionTape(h1, low_rank, projected, query, key, value, mixed, output_low_rank)
+        return branch, AttentionTape(h1, low_rank, projected, mixed, output_low_rank)
 
     def _heads(self, layer: LayerWeights, projected: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries and keys, and values: leaves `[batch, heads, time, d]` that share memory with the products.
+        """Rotated queries and keys, and values: views `[M, heads, d]` of the products.
 
         Rotation is linear and works in place; a norm before it is not, so its input is left standing for backward.
         """
@@ -85,20 +93,8 @@ class DecoderLayer:
         rotated = projected if layer.head_norm is None else projected.new_empty(projected.shape[0], keys_end)
         self.operations.rotate(projected, rotated, heads, sequences.rotary, layer.head_norm)
         parts = (rotated[:, : heads.query_columns], rotated[:, heads.query_columns : keys_end], projected[:, keys_end:])
-        shape = (sequences.batch, sequences.time, -1, heads.size)
-        query, key, value = (part.unflatten(0, shape[:2]).unflatten(2, shape[2:]).transpose(1, 2) for part in parts)
-        return query.detach().requires_grad_(), key.detach().requires_grad_(), value.detach().requires_grad_()
-
-    def _attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        grouped = self.heads.query != self.heads.key_value
-        if grouped and (mask is not None or query.dtype == torch.float32):
-            # The kernels that take a mask or float32 know no grouped heads; torch would fall back to whole matrices.
-            repeats = self.heads.query // self.heads.key_value
-            key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-            grouped = False
-        return scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.attention_scale, enable_gqa=grouped
-        )
+        query, key, value = (part.unflatten(1, (-1, heads.size)) for part in parts)
+        return query, key, value
 
     def _gate_up(self, layer: LayerWeights, h1: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """(h2, gate and up products, low-rank input). Without `branch`, `h1` is h2 already."""
@@ -198,7 +194,7 @@ class DecoderLayer:
         v = out.low_rank_gradient(middle.extended)
         mixed_gradient = out.input_gradient(middle.extended)
         gradients.of_b(layer.groups["attention_out"], middle.extended, tape.output_low_rank)
-        gradients.of_a(layer.groups["attention_out"], v, _rows_of(tape.mixed.detach()))
+        gradients.of_a(layer.groups["attention_out"], v, tape.mixed.output)
         extended = self._heads_backward(layer, tape, mixed_gradient, sequences)
         v = into.low_rank_gradient(extended)
         gradients.of_b(layer.groups["attention_in"], extended, tape.input_low_rank)
@@ -220,8 +216,7 @@ class DecoderLayer:
         """Through the attention and the rotation, into the group's gradient buffer."""
         heads, rotary = self.heads, sequences.rotary
         keys_start, keys_end = heads.query_columns, heads.query_columns + heads.key_columns
-        upstream = mixed_gradient.view(sequences.batch, sequences.time, heads.query, heads.size).transpose(1, 2)
-        query, key, value = torch.autograd.grad(tape.mixed, (tape.query, tape.key, tape.value), upstream)
+        query, key, value = tape.mixed.backward(mixed_gradient)
         extended = self.buffers.groups["attention_in"].new_gradient(sequences.rows)
         for gradient, columns, is_key in (
             (query, slice(0, keys_start), False),
@@ -231,9 +226,7 @@ class DecoderLayer:
                 gradient, extended[:, columns], rotary, layer.head_norm, tape.projected[:, columns], is_key
             )
         values = extended[:, keys_end : keys_end + heads.key_columns]
-        values.unflatten(0, (sequences.batch, sequences.time)).unflatten(2, (heads.key_value, heads.size)).copy_(
-            value.transpose(1, 2)
-        )
+        self.operations.copy_rows(value.transpose(1, 2).flatten(0, 1).flatten(1), values)
         return extended
 
     def _norm_backward(
@@ -273,8 +266,3 @@ class DecoderLayer:
 def _kept_apart(tail: Tensor | None) -> Tensor | None:
     """A copy of the thin tail, so that the wide buffer behind it can be freed."""
     return None if tail is None else tail.clone()
-
-
-def _rows_of(mixed: Tensor) -> Tensor:
-    """`[batch, heads, time, d]` as `[M, heads * d]`; fused attention lays its output out so that this is a view."""
-    return mixed.detach().transpose(1, 2).flatten(0, 1).flatten(1)

@@ -194,7 +194,7 @@ def rotate(
     tl.store(target + HALF, (second * c + first * s).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["time"])  # each packed batch has another
 def rotate_backward(
     gradient,
     batch_stride,

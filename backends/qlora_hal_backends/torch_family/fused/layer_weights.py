@@ -88,6 +88,7 @@ class LayerWeights:
     input_norm: Tensor
     middle_norm: Tensor
     head_norm: HeadNorm | None
+    window: int | None  # how many tokens one sees, itself among them; None: all before it
     groups: Mapping[str, GroupWeights]
     adapter: Placements
 

@@ -99,16 +99,6 @@ def _linear_refusals(base: BaseModel, flat: FlatAdapter) -> Iterator[str]:
         yield f"an adapter outside the decoder layers ({outside[0]})"
 
 
-def longest_without_window(base: BaseModel) -> int | None:
-    """The longest row for which a sliding window hides nothing, or None where no layer has a window."""
-    config = base.causal.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if window is None or (kinds is not None and "sliding_attention" not in kinds):
-        return None
-    return int(window)
-
-
 def attention_of(base: BaseModel) -> Any:
     """The attention module of the first layer; the layers are of one shape."""
     layers: Any = base.layers

@@ -7,6 +7,7 @@ from enum import Enum
 
 from torch import Tensor
 
+from qlora_hal_backends.torch_family.fused.attention import Mixed, Samples
 from qlora_hal_backends.torch_family.fused.operations import Rotary
 
 
@@ -20,16 +21,11 @@ class Keep(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Sequences:
-    """What all layers need to know of a batch. `mask` `[batch, 1, time, time]` where samples share a row."""
+    """What all layers need to know of a batch: M rows, in which its samples lie end to end."""
 
-    batch: int
-    time: int
+    rows: int
     rotary: Rotary
-    mask: Tensor | None
-
-    @property
-    def rows(self) -> int:
-        return self.batch * self.time
+    samples: Samples
 
 
 @dataclass(slots=True)
@@ -37,10 +33,7 @@ class AttentionTape:
     h1: Tensor  # [M, D]
     input_low_rank: Tensor | None
     projected: Tensor  # [M, (h + 2 kv) d]; queries and keys before norm and rotation where heads are normed
-    query: Tensor  # [batch, h, time, d], leaves of the attention's own graph
-    key: Tensor
-    value: Tensor
-    mixed: Tensor  # [batch, h, time, d], with that graph behind it
+    mixed: Mixed  # [M, h d], and what attention keeps
     output_low_rank: Tensor | None
 
 
