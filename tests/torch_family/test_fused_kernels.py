@@ -8,6 +8,7 @@ Inputs are float32 unless a test says otherwise: the interpreter truncates where
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch
 from qlora_hal.contract.backend import Quantization
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal_backends.torch_family.base_weights import quantize
+from qlora_hal_backends.torch_family.fused.kernel_trial import differing
 from qlora_hal_backends.torch_family.fused.operations import HeadCounts, HeadNorm, Operations, Placements, Rotary
 from qlora_hal_backends.torch_family.fused.reference import ReferenceOperations
 
@@ -212,3 +214,19 @@ def test_dropout_masks_are_those_of_the_contract(kernels: Operations, channels: 
     found = mask(words_on(tokens.reshape(-1), DEVICE), words_on(words, DEVICE), rate, torch.float32)
     expected = kept(key, "model.layers.3.mlp.up_proj", rows, 5, channels, rate).reshape(-1, channels)
     assert np.array_equal(found.cpu().numpy(), expected.astype(np.float32))
+
+
+def test_all_kernels_pass_the_trial_that_a_device_is_given(kernels: Operations) -> None:
+    assert differing(kernels, DEVICE) == []
+
+
+def test_the_trial_names_each_operation_that_computes_something_else() -> None:
+    class Wrong(ReferenceOperations):
+        def swiglu(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
+            super().swiglu(gate_up, out)
+            out[-1, -1] += 0.01
+
+        def place(self, source: torch.Tensor, target: torch.Tensor, placements: Placements) -> None:
+            super().place(source, target, replace(placements, entries=placements.entries[:1]))
+
+    assert differing(Wrong(), DEVICE) == ["place", "swiglu"]

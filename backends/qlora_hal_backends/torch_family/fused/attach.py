@@ -14,6 +14,7 @@ from qlora_hal_backends.torch_family.fused.attention import CausalAttention
 from qlora_hal_backends.torch_family.fused.body import FusedBody, RotaryTables
 from qlora_hal_backends.torch_family.fused.collecting import layer_weights, make_buffers
 from qlora_hal_backends.torch_family.fused.decoder_layer import DecoderLayer
+from qlora_hal_backends.torch_family.fused.kernel_trial import proved_kernels
 from qlora_hal_backends.torch_family.fused.operations import HeadCounts, Operations
 from qlora_hal_backends.torch_family.fused.supported import (
     attention_of,
@@ -42,25 +43,11 @@ def try_attach(base: BaseModel, flat: FlatAdapter, compute: Compute, device: tor
     if reason is not None:
         return Refusal(reason)
     try:
-        operations = _proved_kernels(device)
+        operations = proved_kernels(device)
     except Exception as error:  # Triton compiles here and now: a missing C compiler or driver shows in many classes
         return Refusal(f"the kernels do not run here ({type(error).__name__}: {str(error).partition(chr(10))[0]})")
     uneven = proved_varlen(device, _head_counts(base), getattr(torch, compute.dtype))
     return attach_with(operations, base, flat, compute, uneven=uneven)
-
-
-def _proved_kernels(device: torch.device) -> Operations:
-    """Triton's operations, after one of them has computed what the reference does. Raises whatever Triton raises."""
-    from qlora_hal_backends.torch_family.fused.reference import ReferenceOperations
-    from qlora_hal_backends.torch_family.fused.triton_operations import TritonOperations
-
-    gate_up = torch.linspace(-4, 4, 8 * 64, device=device).view(8, 64)
-    found, expected = gate_up.new_empty(8, 32), gate_up.new_empty(8, 32)
-    TritonOperations().swiglu(gate_up, found)
-    ReferenceOperations().swiglu(gate_up, expected)
-    if not torch.allclose(found, expected, rtol=1e-5, atol=1e-5):
-        raise ArithmeticError("a kernel computed something else than torch")
-    return TritonOperations()
 
 
 def attach_with(

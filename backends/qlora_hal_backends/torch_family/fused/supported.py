@@ -32,9 +32,7 @@ def device_refusal(device: torch.device) -> str | None:
     """Why the kernels cannot run on this device, or None."""
     if device.type != "cuda":
         return f"no Triton kernels on {device.type}"
-    if torch.version.hip is not None:
-        return "the kernels have not been run on ROCm"
-    if torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
         return "the device is older than Triton's kernels"
     if find_spec("triton") is None:
         return "Triton is not installed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class UnevenAttention:
 SAMPLE_BY_SAMPLE = UnevenAttention(SampleBySample(), "packed rows sample by sample")
 
 
+@cache
 def proved_varlen(device: torch.device, heads: HeadCounts, dtype: torch.dtype) -> UnevenAttention:
     """Flash attention over cumulative lengths, or one sample after another, with the reason."""
     refusal = _refusal(device, heads, dtype)
