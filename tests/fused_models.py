@@ -25,6 +25,21 @@ FAMILIES: Mapping[str, Mapping[str, object]] = {
     "qwen2": {},
     "qwen3": {},
     "mistral": {"sliding_window": 64},
+    "phi3": {"pad_token_id": 0},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 2.0,
+    },
+    "gemma": {"head_dim": 32},
+    "gemma2": {"head_dim": 32, "sliding_window": 8, "query_pre_attn_scalar": 24, "attn_logit_softcapping": None},
+    "gemma3_text": {
+        "head_dim": 32,
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 24,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
 }
 # Two float32 schedules of a two-layer model differ by rounding in other orders: 2^-24 for each of some hundred terms.
 SAME_FUNCTION = 1e-5

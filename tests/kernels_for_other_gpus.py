@@ -25,6 +25,7 @@ from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal_backends.torch_family import dropout_kernel
 from qlora_hal_backends.torch_family.base_weights import quantize
 from qlora_hal_backends.torch_family.fused import kernels
+from qlora_hal_backends.torch_family.fused.families import Activation
 from qlora_hal_backends.torch_family.fused.operations import HeadCounts, HeadNorm, Placements, Rotary
 from qlora_hal_backends.torch_family.fused.triton_operations import TritonOperations
 
@@ -81,12 +82,17 @@ def _type_of(value: Any) -> str:
 def launches() -> list[Launch]:
     """Of every kernel, in bfloat16 and with each choice that changes its code."""
     noted: list[Launch] = []
-    found = {name: kernel for name, kernel in vars(kernels).items() if isinstance(kernel, JITFunction)}
+    found = {
+        name: kernel
+        for name, kernel in vars(kernels).items()
+        if isinstance(kernel, JITFunction) and not name.startswith("_")  # those are parts of others
+    }
     found_elsewhere = {"_mask": dropout_kernel._mask}
     for module, kernels_of in ((kernels, found), (dropout_kernel, found_elsewhere)):
         for name, kernel in kernels_of.items():
             setattr(module, name, Noted(name, kernel, noted))
-    _launch_all(TritonOperations(), torch.bfloat16)
+    for activation in Activation:
+        _launch_all(TritonOperations(activation), torch.bfloat16)
     assert {launch.name for launch in noted} == found.keys() | found_elsewhere.keys(), "a kernel is never launched"
     return noted
 

@@ -217,7 +217,7 @@ def test_dropout_masks_are_those_of_the_contract(kernels: Operations, channels: 
 
 
 def test_all_kernels_pass_the_trial_that_a_device_is_given(kernels: Operations) -> None:
-    assert differing(kernels, DEVICE) == []
+    assert differing(kernels, REFERENCE, DEVICE) == []
 
 
 def test_the_trial_names_each_operation_that_computes_something_else() -> None:
@@ -229,4 +229,4 @@ def test_the_trial_names_each_operation_that_computes_something_else() -> None:
         def place(self, source: torch.Tensor, target: torch.Tensor, placements: Placements) -> None:
             super().place(source, target, replace(placements, entries=placements.entries[:1]))
 
-    assert differing(Wrong(), DEVICE) == ["place", "swiglu"]
+    assert differing(Wrong(), REFERENCE, DEVICE) == ["place", "swiglu"]

@@ -19,6 +19,7 @@ from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.values import Batch
 from qlora_hal_backends.torch_family import fused, head_loss, step
 from qlora_hal_backends.torch_family.fused.attach import attach_with
+from qlora_hal_backends.torch_family.fused.families import activation_of
 from qlora_hal_backends.torch_family.fused.head_loss import loss_sum_with
 from qlora_hal_backends.torch_family.fused.layer_weights import GroupBuffer, GroupShape, Slot
 from qlora_hal_backends.torch_family.fused.operations import Operations
@@ -44,7 +45,10 @@ def operations(request: pytest.FixtureRequest) -> Operations:
 
 @pytest.mark.parametrize(
     "family",
-    [pytest.param(name, marks=() if name in ("qwen3", "llama with biases") else pytest.mark.long) for name in FAMILIES],
+    [
+        pytest.param(name, marks=() if name in ("qwen3", "llama with biases", "gemma3_text") else pytest.mark.long)
+        for name in FAMILIES
+    ],
 )
 @pytest.mark.parametrize("arrange", [lambda batch: batch, packed], ids=["one sample a row", "packed"])
 def test_loss_and_gradients_equal_those_of_the_plain_layers(
@@ -52,10 +56,11 @@ def test_loss_and_gradients_equal_those_of_the_plain_layers(
 ) -> None:
     model = load(tmp_path, family)
     assert model_refusal(model.base, model.flat, model.compute) is None
+    of_the_model = type(operations)(activation_of(model.base))  # type: ignore[call-arg]
     batch = arrange(random_batch(3))
     expected_loss, expected = model.gradient(model.plain, batch)
     for keep in Keep:
-        body = attach_with(operations, model.base, model.flat, model.compute, keep=keep)
+        body = attach_with(of_the_model, model.base, model.flat, model.compute, keep=keep)
         loss, found = model.gradient(body.batch_loss, batch)
         assert loss == pytest.approx(expected_loss, rel=SAME_FUNCTION)
         assert relative(found, expected) < SAME_FUNCTION, keep
@@ -206,7 +211,8 @@ def test_head_loss_equals_the_plain_one(softcap: float | None, operations: Opera
 
 def test_refusals_name_their_reason(tmp_path: Path) -> None:
     cases = [
-        ("GemmaDecoderLayer", load(tmp_path / "1", "gemma")),
+        ("layers of type CohereDecoderLayer are not", load(tmp_path / "1", "cohere")),
+        ("capped at 50.0", load(tmp_path / "5", "gemma2", changes={"head_dim": 32, "attn_logit_softcapping": 50.0})),
         ("dropout 0.1", load(tmp_path / "2", dropout=0.1)),
         ("attention is eager", load(tmp_path / "3", attention="eager")),
         ("layers is plain", load(tmp_path / "4", layers="plain")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,15 @@ from qlora_hal_backends.torch_family.fused.attention import CausalAttention
 from qlora_hal_backends.torch_family.fused.body import FusedBody, RotaryTables
 from qlora_hal_backends.torch_family.fused.collecting import layer_weights, make_buffers
 from qlora_hal_backends.torch_family.fused.decoder_layer import DecoderLayer
+from qlora_hal_backends.torch_family.fused.families import (
+    Activation,
+    activation_of,
+    embedding_scale_of,
+    epsilon_of,
+    family_of,
+    head_width_of,
+    rotary_kinds,
+)
 from qlora_hal_backends.torch_family.fused.kernel_trial import proved_kernels
 from qlora_hal_backends.torch_family.fused.operations import HeadCounts, Operations
 from qlora_hal_backends.torch_family.fused.supported import (
@@ -43,7 +53,7 @@ def try_attach(base: BaseModel, flat: FlatAdapter, compute: Compute, device: tor
     if reason is not None:
         return Refusal(reason)
     try:
-        operations = proved_kernels(device)
+        operations = proved_kernels(device, activation_of(base) or Activation.SILU)
     except Exception as error:  # Triton compiles here and now: a missing C compiler or driver shows in many classes
         return Refusal(f"the kernels do not run here ({type(error).__name__}: {str(error).partition(chr(10))[0]})")
     uneven = proved_varlen(device, _head_counts(base), getattr(torch, compute.dtype))
@@ -64,13 +74,14 @@ def attach_with(
 
     `keep` follows `compute.gradient_checkpointing`, and `residual_dtype` is the compute dtype, unless given.
     """
+    assert operations.activation is activation_of(base), "operations are made for a model's activation"
     attention = attention_of(base)
-    norm = base.body.norm
+    family, norm = family_of(base), base.body.norm
     like = norm.weight.detach().to(getattr(torch, compute.dtype))
-    buffers = make_buffers(list(base.layers), flat, like, operations)
+    buffers = make_buffers(list(base.layers), family.groups, flat, like, operations)
     schedule = DecoderLayer(
         heads=_head_counts(base),
-        epsilon=float(norm.variance_epsilon),
+        epsilon=epsilon_of(norm),
         attention_scale=float(attention.scaling),
         attention=CausalAttention(uneven.attention),
         buffers=buffers,
@@ -81,35 +92,40 @@ def attach_with(
         flat=flat,
         schedule=schedule,
         layers=[
-            layer_weights(layer, path, buffers, flat) for layer, path in zip(base.layers, _paths(base), strict=True)
+            layer_weights(layer, path, family, buffers, flat)
+            for layer, path in zip(base.layers, _paths(base), strict=True)
         ],
-        final_norm=norm.weight.detach(),
+        final_norm=family.norm_weight(norm),
         rotary_tables=_rotary_tables(base),
         keep=keep or (Keep.RESIDUAL if compute.gradient_checkpointing else Keep.PRODUCTS),
         residual_dtype=residual_dtype or like.dtype,
         attention_path=uneven.words,
+        embedding_scale=embedding_scale_of(base),
     )
 
 
 def _head_counts(base: BaseModel) -> HeadCounts:
-    attention = attention_of(base)
-    size = int(attention.head_dim)
-    return HeadCounts(attention.q_proj.out_features // size, attention.k_proj.out_features // size, size)
+    config, size = base.causal.config.get_text_config(), head_width_of(base)
+    return HeadCounts(int(config.num_attention_heads), int(config.num_key_value_heads), size)
 
 
 def _paths(base: BaseModel) -> list[str]:
     """The module path of each decoder layer, as the adapter's names have it."""
     by_linear = {linear: path for path, linear in base.linears.items()}
     layers: Any = base.layers
-    return [by_linear[layer.self_attn.q_proj].removesuffix(".self_attn.q_proj") for layer in layers]
+    return [by_linear[layer.self_attn.o_proj].removesuffix(".self_attn.o_proj") for layer in layers]
 
 
 def _rotary_tables(base: BaseModel) -> RotaryTables:
-    def tables(time: int) -> tuple[Tensor, Tensor]:
+    device = next(base.body.rotary_emb.buffers()).device
+
+    def tables(time: int) -> Mapping[str, tuple[Tensor, Tensor]]:
+        return {name: halves(time, {"layer_type": name} if name else {}) for name in rotary_kinds(base)}
+
+    def halves(time: int, of: Mapping[str, str]) -> tuple[Tensor, Tensor]:
         """cos and sin `[time, d / 2]` in float32: the model repeats each angle for both halves of a head."""
-        rotary = base.body.rotary_emb
-        device = rotary.inv_freq.device
-        cos, sin = rotary(torch.empty(1, device=device), position_ids=torch.arange(time, device=device)[None])
+        positions = torch.arange(time, device=device)[None]
+        cos, sin = base.body.rotary_emb(torch.empty(1, device=device), position_ids=positions, **of)
         half = cos.shape[-1] // 2
         return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
 

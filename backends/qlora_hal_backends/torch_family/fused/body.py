@@ -6,7 +6,7 @@ returns none: the input is embeddings, which are frozen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,8 @@ from qlora_hal_backends.torch_family.fused.tape import Keep, LayerTape, Sequence
 from qlora_hal_backends.torch_family.loading import BaseModel
 from qlora_hal_backends.torch_family.step import DeviceBatch
 
-RotaryTables = Callable[[int], tuple[Tensor, Tensor]]
+RotaryTables = Callable[[int], Mapping[str, tuple[Tensor, Tensor]]]
+"""Of positions up to a bound: cos and sin by type of layer, "" where all are alike."""
 
 
 @dataclass(slots=True)
@@ -55,8 +56,10 @@ class FusedBody:
     keep: Keep
     residual_dtype: torch.dtype
     attention_path: str
+    embedding_scale: float
     _anchor: Tensor = field(init=False)
-    _tables: tuple[Tensor, Tensor] | None = None
+    _tables: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _longest: int = 0
 
     def __post_init__(self) -> None:
         # Autograd records a function when an input wants a gradient; the adapter's parameters are not its inputs.
@@ -93,7 +96,7 @@ class FusedBody:
         sequences = self._sequences(batch)
         tape = _Tape(sequences)
         self.schedule.buffers.forget_adapter()
-        embedded = self.base.body.embed_tokens(batch.input_ids).detach()
+        embedded = self._embedded(batch)
         residual: Tensor = embedded.flatten(0, 1).to(self.residual_dtype)
         pending: Tensor | None = None
         for layer in self.layers:
@@ -117,15 +120,21 @@ class FusedBody:
             if below is not None:
                 stream = below
 
+    def _embedded(self, batch: DeviceBatch) -> Tensor:
+        embedded: Tensor = self.base.body.embed_tokens(batch.input_ids).detach()
+        return embedded if self.embedding_scale == 1.0 else embedded * self.embedding_scale
+
     def _sequences(self, batch: DeviceBatch) -> Sequences:
         size, time = batch.input_ids.shape
         samples = Samples.of(batch.lengths or (time,) * size, batch.input_ids.device)
-        if self._tables is None or self._tables[0].shape[0] < samples.longest:
-            self._tables = self.rotary_tables(samples.longest)
+        if self._longest < samples.longest:
+            self._tables, self._longest = self.rotary_tables(samples.longest), samples.longest
         positions = batch.position_ids
         if positions is None:
             positions = torch.arange(time, device=batch.input_ids.device).repeat(size)
-        return Sequences(size * time, Rotary(*self._tables, positions.flatten()), samples)
+        positions = positions.flatten()
+        rotary = {name: Rotary(cos, sin, positions) for name, (cos, sin) in self._tables.items()}
+        return Sequences(size * time, rotary, samples)
 
 
 class _BodyFunction(torch.autograd.Function):

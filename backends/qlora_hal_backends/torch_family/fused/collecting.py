@@ -10,12 +10,13 @@ from torch import Tensor
 
 from qlora_hal_backends.torch_family.base_weights import BaseWeight
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
+from qlora_hal_backends.torch_family.fused.families import Groups, LayerFamily, epsilon_of
 from qlora_hal_backends.torch_family.fused.layer_weights import (
-    GROUPS,
     RANK_MULTIPLE,
     GroupBuffer,
     GroupShape,
     GroupWeights,
+    Join,
     LayerBuffers,
     LayerWeights,
     Slot,
@@ -24,11 +25,13 @@ from qlora_hal_backends.torch_family.fused.operations import HeadNorm, Operation
 from qlora_hal_backends.torch_family.lora_linear import FrozenLinear
 
 
-def make_buffers(layers: Sequence[object], flat: FlatAdapter, like: Tensor, operations: Operations) -> LayerBuffers:
+def make_buffers(
+    layers: Sequence[object], groups: Groups, flat: FlatAdapter, like: Tensor, operations: Operations
+) -> LayerBuffers:
     """Buffers for layers of one shape. A projection that any layer adapts has its ranks in every layer."""
     adapted = flat.adapter.config.target_modules
     shapes = {}
-    for name, modules in GROUPS.items():
+    for name, modules in groups.items():
         linears = [linear_of(layers[0], module) for module in modules]
         anywhere = [any(path.endswith(f".{module}") for path in adapted) for module in modules]
         shapes[name] = _group_shape(modules, linears, anywhere, flat.adapter.config.r)
@@ -48,13 +51,13 @@ def _group_shape(
     return GroupShape(slots, linears[0].in_features, -(-ranks // RANK_MULTIPLE) * RANK_MULTIPLE)
 
 
-def layer_weights(layer: Any, path: str, buffers: LayerBuffers, flat: FlatAdapter) -> LayerWeights:
+def layer_weights(layer: Any, path: str, family: LayerFamily, buffers: LayerBuffers, flat: FlatAdapter) -> LayerWeights:
     """Collect one layer. `path` is its module path, as the adapter names it."""
     attention = layer.self_attn
     head_norm = None
     if hasattr(attention, "q_norm"):
-        weights = torch.stack((attention.q_norm.weight.detach(), attention.k_norm.weight.detach()))
-        head_norm = HeadNorm(weights, float(attention.q_norm.variance_epsilon))
+        weights = torch.stack((family.norm_weight(attention.q_norm), family.norm_weight(attention.k_norm)))
+        head_norm = HeadNorm(weights, epsilon_of(attention.q_norm))
     entries = [
         entry
         for buffer in buffers.groups.values()
@@ -63,13 +66,23 @@ def layer_weights(layer: Any, path: str, buffers: LayerBuffers, flat: FlatAdapte
         for entry in _placements(buffer, slot, path, flat)
     ]
     return LayerWeights(
-        input_norm=layer.input_layernorm.weight.detach(),
-        middle_norm=layer.post_attention_layernorm.weight.detach(),
+        input_norm=family.norm_weight(layer.input_layernorm),
+        middle_norm=family.norm_weight(getattr(layer, family.middle_norm)),
         head_norm=head_norm,
         window=_window_of(attention),
+        rotary=getattr(attention, "layer_type", None) or "",
+        attention_join=_join(layer, family, family.attention_norm),
+        feed_forward_join=_join(layer, family, family.feed_forward_norm),
         groups={name: _group_weights(layer, path, buffer, flat) for name, buffer in buffers.groups.items()},
         adapter=Placements(entries, torch.tensor(entries, dtype=torch.int64).to(flat.compute.device)),
     )
+
+
+def _join(layer: Any, family: LayerFamily, norm: str | None) -> Join | None:
+    if norm is not None:
+        return Join(family.norm_weight(getattr(layer, norm)), 1.0)
+    scale = float(getattr(layer, "residual_multiplier", 1.0))
+    return None if scale == 1.0 else Join(None, scale)
 
 
 def _window_of(attention: Any) -> int | None:

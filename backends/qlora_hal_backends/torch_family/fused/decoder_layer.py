@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qlora_hal_backends.torch_family.fused.attention import Attention
-from qlora_hal_backends.torch_family.fused.layer_weights import AdapterGradients, LayerBuffers, LayerWeights
+from qlora_hal_backends.torch_family.fused.layer_weights import AdapterGradients, Join, LayerBuffers, LayerWeights
 from qlora_hal_backends.torch_family.fused.operations import HeadCounts, Operations
 from qlora_hal_backends.torch_family.fused.tape import (
     AttentionTape,
@@ -50,13 +50,15 @@ class DecoderLayer:
         branch, attention = self._attend(layer, residual, pending, sequences, with_graph=keep is not None)
         h2, gate_up, low_rank = self._gate_up(layer, attention.h1, branch)
         output, output_low_rank = self._feed_forward_out(layer, gate_up)
+        joined = self._joined(output, layer.feed_forward_join)
         tape = None
         if keep is Keep.RESIDUAL:
             tape = LayerTape(attention.h1, None, None)
         elif keep is not None:
             kept = gate_up if keep is Keep.PRODUCTS else None
-            tape = LayerTape(attention.h1, attention, FeedForwardTape(h2, low_rank, kept, output_low_rank))
-        return h2, output, tape
+            feed_forward = FeedForwardTape(h2, low_rank, kept, output_low_rank)
+            tape = LayerTape(attention.h1, attention, feed_forward, _read_again(output, layer.feed_forward_join))
+        return h2, joined, tape
 
     def _attend(
         self, layer: LayerWeights, residual: Tensor, pending: Tensor | None, sequences: Sequences, with_graph: bool
@@ -82,7 +84,9 @@ class DecoderLayer:
         self.operations.copy_rows(mixed.output, extended[:, : out.columns])
         output_low_rank = _kept_apart(out.low_rank(extended[:, : out.columns], extended[:, out.columns :]))
         branch = out.product(extended, layer.groups["attention_out"].bias)
-        return branch, AttentionTape(h1, low_rank, projected, mixed, output_low_rank)
+        join = layer.attention_join
+        tape = AttentionTape(h1, low_rank, projected, mixed, _read_again(branch, join), output_low_rank)
+        return self._joined(branch, join), tape
 
     def _heads(self, layer: LayerWeights, projected: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values: views `[M, heads, d]` of the products.
@@ -91,7 +95,7 @@ class DecoderLayer:
         """
         heads, keys_end = self.heads, self.heads.query_columns + self.heads.key_columns
         rotated = projected if layer.head_norm is None else projected.new_empty(projected.shape[0], keys_end)
-        self.operations.rotate(projected, rotated, heads, sequences.rotary, layer.head_norm)
+        self.operations.rotate(projected, rotated, heads, sequences.rotary_of(layer), layer.head_norm)
         parts = (rotated[:, : heads.query_columns], rotated[:, heads.query_columns : keys_end], projected[:, keys_end:])
         query, key, value = (part.unflatten(1, (-1, heads.size)) for part in parts)
         return query, key, value
@@ -129,8 +133,16 @@ class DecoderLayer:
         self.buffers.hold(layer)
         gradients = AdapterGradients()
         attention, feed_forward, gate_up = self._replayed(layer, tape, sequences)
+        if layer.feed_forward_join is not None:
+            output, tape.output = tape.output, None
+            if output is None:
+                output, _ = self._feed_forward_out(layer, gate_up)
+            above = self._before_join(above, layer.feed_forward_join, output, "feed_forward_out")
+            del output
         middle = self._feed_forward_backward(layer, feed_forward, gate_up, above, gradients)
         del gate_up, feed_forward
+        if layer.attention_join is not None:
+            middle = self._before_join(middle, layer.attention_join, attention.branch, "attention_out")
         below = self._attention_backward(layer, attention, middle, sequences, gradients, is_lowest)
         gradients.add()
         return below
@@ -214,7 +226,7 @@ class DecoderLayer:
         self, layer: LayerWeights, tape: AttentionTape, mixed_gradient: Tensor, sequences: Sequences
     ) -> Tensor:
         """Through the attention and the rotation, into the group's gradient buffer."""
-        heads, rotary = self.heads, sequences.rotary
+        heads, rotary = self.heads, sequences.rotary_of(layer)
         keys_start, keys_end = heads.query_columns, heads.query_columns + heads.key_columns
         query, key, value = tape.mixed.backward(mixed_gradient)
         extended = self.buffers.groups["attention_in"].new_gradient(sequences.rows)
@@ -250,6 +262,28 @@ class DecoderLayer:
         )
         return StreamGradient(rounded if exact is None else exact, extended), x if x is not None else rounded
 
+    def _joined(self, branch: Tensor, join: Join | None) -> Tensor:
+        """A branch as it is added to the stream."""
+        if join is None:
+            return branch
+        if join.norm is None:
+            return branch * join.scale
+        normed = torch.empty_like(branch)
+        self.operations.add_norm(branch, None, join.norm, self.epsilon, normed)
+        return normed
+
+    def _before_join(self, stream: StreamGradient, join: Join, branch: Tensor | None, consumer: str) -> StreamGradient:
+        """The gradient of a branch, for the group that made it, beside that of the stream which passes it by."""
+        group = self.buffers.groups[consumer]
+        extended = group.new_gradient(stream.exact.shape[0])
+        rounded = extended[:, : group.rows]
+        if join.norm is None:
+            rounded.copy_(stream.exact * join.scale)
+        else:
+            assert branch is not None, "a branch that is normed was kept"
+            self.operations.norm_backward(stream.exact, branch, join.norm, self.epsilon, None, rounded, None, None)
+        return StreamGradient(stream.exact, extended)
+
     def final_norm(
         self, weight: Tensor, residual: Tensor, pending: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
@@ -261,6 +295,11 @@ class DecoderLayer:
     def final_norm_backward(self, weight: Tensor, h: Tensor, gradient: Tensor) -> StreamGradient:
         """The stream's gradient at the top."""
         return self._norm_backward(gradient, h, weight, None, "feed_forward_out", wants_x=False)[0]
+
+
+def _read_again(branch: Tensor, join: Join | None) -> Tensor | None:
+    """A branch whose norm backward goes through."""
+    return None if join is None or join.norm is None else branch
 
 
 def _kept_apart(tail: Tensor | None) -> Tensor | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from qlora_hal.contract.backend import Quantization
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal_backends.torch_family.base_weights import quantize
+from qlora_hal_backends.torch_family.fused.families import Activation
 from qlora_hal_backends.torch_family.fused.operations import HeadCounts, HeadNorm, Operations, Placements, Rotary
 from qlora_hal_backends.torch_family.fused.reference import ReferenceOperations
 
@@ -25,20 +26,20 @@ own (1e-6 each), what bitsandbytes' decoder may round otherwise. A wrong index o
 
 
 @cache
-def proved_kernels(device: torch.device) -> Operations:
+def proved_kernels(device: torch.device, activation: Activation) -> Operations:
     """Triton's operations. Raises whatever Triton raises, and ArithmeticError with the names of those that differ."""
     from qlora_hal_backends.torch_family.fused.triton_operations import TritonOperations
 
-    operations = TritonOperations()
-    wrong = differing(operations, device)
+    operations = TritonOperations(activation)
+    wrong = differing(operations, ReferenceOperations(activation), device)
     if wrong:
         raise ArithmeticError(f"{', '.join(wrong)}: not what torch computes")
     return operations
 
 
-def differing(operations: Operations, device: torch.device) -> list[str]:
+def differing(operations: Operations, reference: Operations, device: torch.device) -> list[str]:
     """The operations whose results are not those of the reference."""
-    found, expected = (_results(each, device) for each in (operations, ReferenceOperations()))
+    found, expected = (_results(each, device) for each in (operations, reference))
     return [name for name in expected if not torch.allclose(found[name], expected[name], rtol=CLOSE, atol=CLOSE)]
 
 

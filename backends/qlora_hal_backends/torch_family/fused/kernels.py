@@ -10,6 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from qlora_hal_backends.torch_family.fused.reference import GELU_CUBE, GELU_SCALE
+
+_GELU_SCALE, _GELU_CUBE = tl.constexpr(GELU_SCALE), tl.constexpr(GELU_CUBE)
+
 
 @triton.jit
 def dequantize(
@@ -95,6 +99,7 @@ def add_norm(
 @triton.jit
 def norm_backward(
     gradient,
+    gradient_stride,
     h,
     weight,
     residual_gradient,
@@ -114,7 +119,7 @@ def norm_backward(
     column = tl.arange(0, WIDTH)
     inside = column < D
     x = tl.load(h + row * D + column, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(gradient + row * D + column, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gradient + row * gradient_stride + column, mask=inside, other=0.0).to(tl.float32)
     w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     inverse_rms = 1.0 / tl.sqrt(tl.sum(x * x) / D + epsilon)
     unit = x * inverse_rms
@@ -130,29 +135,41 @@ def norm_backward(
 
 
 @triton.jit
-def swiglu(gate_up, out, F, out_stride, WIDTH: tl.constexpr):
+def _activated(gate, GELU: tl.constexpr):
+    """The activation of a gate and its derivative."""
+    if GELU:
+        tanh = 2.0 * tl.sigmoid(2.0 * _GELU_SCALE * (gate + _GELU_CUBE * gate * gate * gate)) - 1.0
+        slope = 0.5 * gate * (1.0 - tanh * tanh) * _GELU_SCALE * (1.0 + 3.0 * _GELU_CUBE * gate * gate)
+        return 0.5 * gate * (1.0 + tanh), 0.5 * (1.0 + tanh) + slope
+    else:
+        sigmoid = tl.sigmoid(gate)
+        return gate * sigmoid, sigmoid + gate * sigmoid * (1.0 - sigmoid)
+
+
+@triton.jit
+def swiglu(gate_up, out, F, out_stride, GELU: tl.constexpr, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < F
     gate = tl.load(gate_up + row * 2 * F + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * F + F + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * out_stride + column, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=inside)
+    activated, _ = _activated(gate, GELU)
+    tl.store(out + row * out_stride + column, (activated * up).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def swiglu_backward(gate_up, gradient, out, product, F, out_stride, WIDTH: tl.constexpr):
+def swiglu_backward(gate_up, gradient, out, product, F, out_stride, GELU: tl.constexpr, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < F
     gate = tl.load(gate_up + row * 2 * F + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * F + F + column, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(gradient + row * F + column, mask=inside, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    gate_gradient = g * up * (sigmoid + silu * (1.0 - sigmoid))
-    tl.store(product + row * F + column, (silu * up).to(product.dtype.element_ty), mask=inside)
+    activated, slope = _activated(gate, GELU)
+    gate_gradient = g * up * slope
+    tl.store(product + row * F + column, (activated * up).to(product.dtype.element_ty), mask=inside)
     tl.store(out + row * out_stride + column, gate_gradient.to(out.dtype.element_ty), mask=inside)
-    tl.store(out + row * out_stride + F + column, (g * silu).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * out_stride + F + column, (g * activated).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -33,13 +33,6 @@ from qlora_hal_backends.torch_family.flat_adapter import ALIGNMENT, FlatAdapter
 from qlora_hal_backends.torch_family.fused.operations import HeadNorm, Operations, Placements
 from qlora_hal_backends.torch_family.lora_linear import product_in_float32
 
-GROUPS: Mapping[str, tuple[str, ...]] = {
-    "attention_in": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attention_out": ("self_attn.o_proj",),
-    "feed_forward_in": ("mlp.gate_proj", "mlp.up_proj"),
-    "feed_forward_out": ("mlp.down_proj",),
-}
-
 RANK_MULTIPLE = 8
 """Ranks are padded with zeros to this: matrix kernels want rows that start at multiples of 16 bytes."""
 
@@ -82,6 +75,14 @@ class GroupWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class Join:
+    """What happens to a branch before it is added to the stream: a norm (Gemma 2 and 3) or a factor (Granite)."""
+
+    norm: Tensor | None
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
 class LayerWeights:
     """All that is constant in one decoder layer, and where its adapter comes from and its gradients go."""
 
@@ -89,6 +90,9 @@ class LayerWeights:
     middle_norm: Tensor
     head_norm: HeadNorm | None
     window: int | None  # how many tokens one sees, itself among them; None: all before it
+    rotary: str  # which of the model's rotary tables
+    attention_join: Join | None
+    feed_forward_join: Join | None
     groups: Mapping[str, GroupWeights]
     adapter: Placements
 

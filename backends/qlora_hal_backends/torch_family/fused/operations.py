@@ -17,6 +17,7 @@ from typing import Protocol
 from torch import Tensor
 
 from qlora_hal_backends.torch_family.base_weights import BaseWeight
+from qlora_hal_backends.torch_family.fused.families import Activation
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,8 @@ class Placements:
 class Operations(Protocol):
     """What a decoder layer needs beside matrix products and attention."""
 
+    activation: Activation
+
     def dequantize(self, base: BaseWeight, out: Tensor) -> None:
         """Write the weight `[rows, columns]` into a strided `out`."""
         ...
@@ -97,7 +100,7 @@ class Operations(Protocol):
         out_exact: Tensor | None,
         normed: Tensor | None,
     ) -> None:
-        """Gradient of h: the norm's, plus `residual_gradient` (strided).
+        """Gradient of h: the norm's, plus `residual_gradient`. Both gradients may be strided.
 
         Written to the strided `out` in the compute dtype and, where given, to `out_exact` `[M, D]`. `normed` receives
         the forward output again.
@@ -105,7 +108,7 @@ class Operations(Protocol):
         ...
 
     def swiglu(self, gate_up: Tensor, out: Tensor) -> None:
-        """silu(gate) * up of `gate_up` `[M, 2F]` into a strided `out` `[M, F]`."""
+        """activation(gate) * up of `gate_up` `[M, 2F]` into a strided `out` `[M, F]`; the activation is the model's."""
         ...
 
     def swiglu_backward(self, gate_up: Tensor, gradient: Tensor, out: Tensor, product: Tensor) -> None:

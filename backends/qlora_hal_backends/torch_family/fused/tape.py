@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
 from torch import Tensor
 
 from qlora_hal_backends.torch_family.fused.attention import Mixed, Samples
+from qlora_hal_backends.torch_family.fused.layer_weights import LayerWeights
 from qlora_hal_backends.torch_family.fused.operations import Rotary
 
 
@@ -24,8 +26,11 @@ class Sequences:
     """What all layers need to know of a batch: M rows, in which its samples lie end to end."""
 
     rows: int
-    rotary: Rotary
+    rotary: Mapping[str, Rotary]  # "" where all layers have the same
     samples: Samples
+
+    def rotary_of(self, layer: LayerWeights) -> Rotary:
+        return self.rotary.get(layer.rotary) or self.rotary[""]
 
 
 @dataclass(slots=True)
@@ -34,6 +39,7 @@ class AttentionTape:
     input_low_rank: Tensor | None
     projected: Tensor  # [M, (h + 2 kv) d]; queries and keys before norm and rotation where heads are normed
     mixed: Mixed  # [M, h d], and what attention keeps
+    branch: Tensor | None  # [M, D] before a norm that it is joined with
     output_low_rank: Tensor | None
 
 
@@ -52,6 +58,7 @@ class LayerTape:
     h1: Tensor
     attention: AttentionTape | None
     feed_forward: FeedForwardTape | None
+    output: Tensor | None = None  # [M, D], of the feed-forward before a norm that it is joined with
 
 
 @dataclass(slots=True)

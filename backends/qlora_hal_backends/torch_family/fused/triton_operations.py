@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qlora_hal_backends.torch_family.base_weights import BaseWeight, Blockwise4BitWeight
 from qlora_hal_backends.torch_family.fused import kernels
+from qlora_hal_backends.torch_family.fused.families import Activation
 from qlora_hal_backends.torch_family.fused.operations import HeadCounts, HeadNorm, Placements, Rotary
 from qlora_hal_backends.torch_family.sharded_base import at_hand
 
@@ -26,7 +27,8 @@ NORM_ELEMENTS_PER_WARP = 512
 class TritonOperations:
     """See `operations.Operations`."""
 
-    def __init__(self) -> None:
+    def __init__(self, activation: Activation = Activation.SILU) -> None:
+        self.activation = activation
         # Offsets of nested absmax on the host, read once instead of at each launch. The state is kept beside its
         # offset, so that no other object can take its id.
         self._offsets: dict[int, tuple[Any, float]] = {}
@@ -110,6 +112,7 @@ class TritonOperations:
         upstream = gradient if residual_gradient is None else residual_gradient
         kernels.norm_backward[(rows,)](
             gradient,
+            gradient.stride(0),
             h,
             weight,
             upstream,
@@ -129,13 +132,23 @@ class TritonOperations:
     def swiglu(self, gate_up: Tensor, out: Tensor) -> None:
         rows, width = out.shape
         block = min(SWIGLU_COLUMNS, triton.next_power_of_2(width))
-        kernels.swiglu[(rows, triton.cdiv(width, block))](gate_up, out, width, out.stride(0), WIDTH=block, num_warps=4)
+        kernels.swiglu[(rows, triton.cdiv(width, block))](
+            gate_up, out, width, out.stride(0), GELU=self.activation is Activation.GELU_TANH, WIDTH=block, num_warps=4
+        )
 
     def swiglu_backward(self, gate_up: Tensor, gradient: Tensor, out: Tensor, product: Tensor) -> None:
         rows, width = product.shape
         block = min(SWIGLU_COLUMNS, triton.next_power_of_2(width))
         kernels.swiglu_backward[(rows, triton.cdiv(width, block))](
-            gate_up, gradient, out, product, width, out.stride(0), WIDTH=block, num_warps=4
+            gate_up,
+            gradient,
+            out,
+            product,
+            width,
+            out.stride(0),
+            GELU=self.activation is Activation.GELU_TANH,
+            WIDTH=block,
+            num_warps=4,
         )
 
     def rotate(self, source: Tensor, out: Tensor, heads: HeadCounts, rotary: Rotary, norm: HeadNorm | None) -> None:
