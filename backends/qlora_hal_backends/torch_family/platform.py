@@ -115,6 +115,8 @@ EVERYWHERE = frozenset(
         Feature.PACKING,
         Feature.GENERATE,
         Feature.TOKEN_WEIGHTS,
+        Feature.RECOMPUTATION_CHOICE,
+        Feature.BASE_OFFLOAD,
     }
 )
 _PARALLEL = frozenset({Feature.DATA_PARALLEL, Feature.SHARDED_BASE})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,8 @@ from qlora_hal.contract.backend import Compute
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
 from qlora_hal_backends.torch_family.fused.body import FusedBody, RotaryTables
 from qlora_hal_backends.torch_family.fused.collecting import layer_weights, make_buffers
-from qlora_hal_backends.torch_family.fused.decoder_layer import DecoderLayer
+from qlora_hal_backends.torch_family.fused.decoder_layer import TILE_ROWS, DecoderLayer
+from qlora_hal_backends.torch_family.fused.layer_inputs import HostMemory
 from qlora_hal_backends.torch_family.fused.operations import HeadCounts, Operations
 from qlora_hal_backends.torch_family.fused.supported import (
     attention_of,
@@ -22,6 +24,9 @@ from qlora_hal_backends.torch_family.fused.supported import (
 )
 from qlora_hal_backends.torch_family.fused.tape import Keep
 from qlora_hal_backends.torch_family.loading import BaseModel
+
+KEPT: Mapping[str, Keep] = {"selective": Keep.ALL_BUT_GATE_UP, "full": Keep.RESIDUAL, "offload": Keep.RESIDUAL}
+"""What layers keep under each `Compute.recompute`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,21 +70,24 @@ def attach_with(
     *,
     keep: Keep | None = None,
     residual_dtype: torch.dtype | None = None,
+    tile_rows: int = TILE_ROWS,
 ) -> FusedBody:
     """Build the body for a model that `model_refusal` has no word against.
 
-    `keep` follows `compute.gradient_checkpointing`, and `residual_dtype` is the compute dtype, unless given.
+    `keep` follows `compute.recompute`, and `residual_dtype` is the compute dtype, unless given.
     """
+    recomputes = compute.gradient_checkpointing
     attention = attention_of(base)
     norm = base.body.norm
     like = norm.weight.detach().to(getattr(torch, compute.dtype))
-    buffers = make_buffers(list(base.layers), flat, like, operations)
+    buffers = make_buffers(list(base.layers), flat, like, operations, shared=recomputes)
     schedule = DecoderLayer(
         heads=_head_counts(base),
         epsilon=float(norm.variance_epsilon),
         attention_scale=float(attention.scaling),
         buffers=buffers,
         operations=operations,
+        tile_rows=tile_rows,
     )
     return FusedBody(
         base=base,
@@ -90,9 +98,10 @@ def attach_with(
         ],
         final_norm=norm.weight.detach(),
         rotary_tables=_rotary_tables(base),
-        keep=keep or (Keep.RESIDUAL if compute.gradient_checkpointing else Keep.PRODUCTS),
+        keep=keep or (KEPT[compute.recompute] if recomputes else Keep.PRODUCTS),
         residual_dtype=residual_dtype or like.dtype,
         longest=longest_without_window(base),
+        host=HostMemory(like.device) if recomputes and compute.recompute == "offload" else None,
     )
 
 
