@@ -153,8 +153,7 @@ def memory_named(
         "QH-N07",
         f"{device} ran out of memory in {phase}.",
         cause=reason,
-        fix="Lower training.per_device_train_batch_size or data.max_seq_length, or set "
-        "training.gradient_checkpointing true.",
+        fix="Lower training.per_device_train_batch_size or data.max_seq_length, or set training.recompute: auto.",
         context={"phase": phase},
     )
 

@@ -7,17 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from tiny_models import write_model
 from trainers import moved_adapter, random_batch, source_of
 
 from qlora_hal.contract.backend import Compute, Quantization
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.values import AdapterConfig, Float32, StepSettings
-from qlora_hal.errors import UnsupportedFeatureError
 from qlora_hal_backends.cpu_torch import SPEC
 from qlora_hal_backends.torch_family.platform import CPU
-from qlora_hal_backends.torch_family.streamed_base import StreamedBase
 from qlora_hal_backends.torch_family.trainer import TorchLoRATrainer
 
 NF4 = Quantization(WeightFormat.NF4, 64, True)

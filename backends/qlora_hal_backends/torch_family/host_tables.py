@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from qlora_hal.errors import UnsupportedFeatureError
+from qlora_hal.memory.placement import HEAD_PIECE_BYTES
 from qlora_hal_backends.torch_family.copy_queue import Copy, CopyQueue, host_memory
 from qlora_hal_backends.torch_family.device import has_queue
 
-PIECE_BYTES = 2**26
+PIECE_BYTES = HEAD_PIECE_BYTES
 """Of a piece of the head: a millisecond on its way, and two of them are on the device."""
 
 

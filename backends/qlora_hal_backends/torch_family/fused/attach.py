@@ -13,7 +13,7 @@ from qlora_hal.contract.backend import Compute
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
 from qlora_hal_backends.torch_family.fused.body import FusedBody, RotaryTables
 from qlora_hal_backends.torch_family.fused.collecting import layer_weights, make_buffers
-from qlora_hal_backends.torch_family.fused.decoder_layer import TILE_ROWS, DecoderLayer
+from qlora_hal_backends.torch_family.fused.decoder_layer import DecoderLayer
 from qlora_hal_backends.torch_family.fused.layer_inputs import HostMemory
 from qlora_hal_backends.torch_family.fused.operations import HeadCounts, Operations
 from qlora_hal_backends.torch_family.fused.supported import (
@@ -24,6 +24,7 @@ from qlora_hal_backends.torch_family.fused.supported import (
 )
 from qlora_hal_backends.torch_family.fused.tape import Keep
 from qlora_hal_backends.torch_family.loading import BaseModel
+from qlora_hal_backends.torch_family.platform import TILE_ROWS
 
 KEPT: Mapping[str, Keep] = {"selective": Keep.ALL_BUT_GATE_UP, "full": Keep.RESIDUAL, "offload": Keep.RESIDUAL}
 """What layers keep under each `Compute.recompute`."""

@@ -35,9 +35,7 @@ from qlora_hal_backends.torch_family.fused.tape import (
     Sequences,
     StreamGradient,
 )
-
-TILE_ROWS = 4096
-"""Rows of a tile of the feed-forward. A product of so many rows keeps a large GPU busy for a millisecond and more."""
+from qlora_hal_backends.torch_family.platform import TILE_ROWS
 
 
 @dataclass(frozen=True, slots=True)
