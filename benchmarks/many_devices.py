@@ -4,8 +4,8 @@
 
 Weak scaling: each device has the same rows, whatever their number. Every number of ranks runs in processes of its own,
 started as `--devices` starts them, on the cards of one machine, one after another. `without sums` leaves the reduction
-of the gradients out, which is wrong, and shows what it costs. With `--cap-gb` each process may allocate so much. `--recompute`
-and `--base-offload` are `training.recompute` and `training.base_offload`:
+of the gradients out, which is wrong, and shows what it costs. With `--cap-gb` each process may allocate so much.
+`--recompute` and `--base-offload` are `training.recompute` and `training.base_offload`:
 
     python benchmarks/many_devices.py --shape 70b --ranks 2 --modes shard --sizes 1x512x1 --cap-gb 24 \
         --recompute offload --base-offload embeddings,head --optimizer adamw_8bit --checkpoint FOLDER

@@ -5,8 +5,8 @@
 
 Each row of work is run under several choices, one after another in one process, on the same random weights and tokens
 (`h200_step.py` says which). `peak` is of torch's allocator from loading on, in decimal GB; `context` is what the
-process holds on the device beside what the allocator reserved. With `--cap-gb` the allocator may take no more than so much, and
-a choice that does not fit says so. The first choice of a row is what the others' losses are compared with.
+process holds on the device beside what the allocator reserved. With `--cap-gb` the allocator may take no more than so
+much, and a choice that does not fit says so. The first choice of a row is what the others' losses are compared with.
 """
 
 from __future__ import annotations

@@ -89,8 +89,8 @@ def _candidates(training: TrainingConfig, features: Collection[Feature]) -> Iter
             recomputations += [SELECTIVE, FULL, OFFLOAD]
         elif Feature.GRADIENT_CHECKPOINTING in features:
             recomputations += [FULL]
-    offloads: list[tuple[OffloadedPart, ...]] = [offload] if offload != AUTO else [()]
-    if offload == AUTO and Feature.BASE_OFFLOAD in features:
+    offloads: list[tuple[OffloadedPart, ...]] = [()] if offload == "auto" else [offload]
+    if offload == "auto" and Feature.BASE_OFFLOAD in features:
         offloads += [("embeddings",), ("embeddings", "layers"), ("embeddings", "layers", "head")]
     for parts in offloads:
         for kind in recomputations:

@@ -24,10 +24,11 @@ PIECE_BYTES = HEAD_PIECE_BYTES
 
 
 class HostEmbedding(nn.Module):
-    """`nn.Embedding` whose table stays on the host."""
+    """`nn.Embedding` whose table stays on the host; its rows are multiplied by `scale` where there is one (Gemma)."""
 
-    def __init__(self, table: Tensor, device: torch.device) -> None:
+    def __init__(self, table: Tensor, device: torch.device, scale: Tensor | None = None) -> None:
         super().__init__()
+        self._scale = scale
         self._held = [table]  # in a list: a module's own tensors are moved to the device with it
         self._device = device
         self._announced: tuple[Tensor, Tensor] | None = None
@@ -45,17 +46,19 @@ class HostEmbedding(nn.Module):
 
     def _looked_up(self, ids: Tensor) -> Tensor:
         rows = nn.functional.embedding(ids, self._held[0])
+        if self._scale is not None:
+            rows = rows * self._scale
         return rows.pin_memory().to(self._device, non_blocking=True) if has_queue(self._device) else rows
 
 
 class StreamedMatrix:
     """A matrix `[rows, columns]` on the host that is read a piece of its rows at a time."""
 
-    def __init__(self, matrix: Tensor, device: torch.device, piece_bytes: int = PIECE_BYTES) -> None:
+    def __init__(self, matrix: Tensor, device: torch.device) -> None:
         memory = host_memory(matrix.numel() * matrix.element_size(), device)
         self.on_host = memory.view(matrix.dtype).view(matrix.shape).copy_(matrix)
         self._queue = CopyQueue(device)
-        rows = max(1, min(matrix.shape[0], piece_bytes // (matrix.shape[1] * matrix.element_size())))
+        rows = max(1, min(matrix.shape[0], PIECE_BYTES // (matrix.shape[1] * matrix.element_size())))
         self._pieces = [slice(start, min(start + rows, matrix.shape[0])) for start in range(0, matrix.shape[0], rows)]
         self._slots = [
             torch.empty(rows, matrix.shape[1], dtype=matrix.dtype, device=device)
@@ -87,6 +90,8 @@ class StreamedMatrix:
 
 class StreamedLinear(nn.Module):
     """`nn.Linear` whose weight is a `StreamedMatrix`, for who calls the architecture's own head."""
+
+    bias: Tensor | None
 
     def __init__(self, weight: StreamedMatrix, bias: Tensor | None) -> None:
         super().__init__()
@@ -129,8 +134,12 @@ class Tables:
         return cls(found.get("embeddings", ""), found.get("head", ""), frozenset(names), notes)
 
     def move_to_host(self, causal: Any, device: torch.device) -> HostEmbedding | None:
-        """Put modules that read the host's memory in the place of the architecture's, whose weights were filled."""
-        table = causal.get_submodule(self.embeddings).weight if self.embeddings else None
+        """Put modules that read the host's memory in the place of the architecture's, whose weights were filled.
+        Raises UnsupportedFeatureError QH-B01 for embeddings that are more than a table and a factor."""
+        table, scale = None, None
+        if self.embeddings:
+            layer = causal.get_submodule(self.embeddings)
+            table, scale = layer.weight, _scale_of(layer)
         if self.head:
             layer = causal.get_submodule(self.head)
             bias = None if layer.bias is None else layer.bias.detach().to(device)
@@ -139,7 +148,7 @@ class Tables:
             causal.set_submodule(self.head, StreamedLinear(matrix, bias))
         if table is None:
             return None
-        embedding = HostEmbedding(table.detach(), device)
+        embedding = HostEmbedding(table.detach(), device, scale)
         causal.set_submodule(self.embeddings, embedding)
         return embedding
 
@@ -148,15 +157,33 @@ _KINDS = {"embeddings": nn.Embedding, "head": nn.Linear}
 
 
 def _path_of(part: str, layer: Any, paths: dict[int, str]) -> str:
-    if type(layer) is not _KINDS[part]:
-        raise UnsupportedFeatureError(
-            "QH-B01",
-            f"The {part} of this model ({type(layer).__name__}) cannot be kept in the host's memory.",
-            where="training.base_offload",
-            fix=f"Take {part} out of training.base_offload.",
-        )
+    kind = _KINDS[part]
+    if not isinstance(layer, kind) or (part == "head" and type(layer) is not kind):
+        raise _not_on_host(part, layer)
     return paths[id(layer)]
 
 
+def _scale_of(layer: Any) -> Tensor | None:
+    """What the rows of an embedding are multiplied by, found by trying."""
+    ids = torch.arange(min(8, layer.weight.shape[0]))
+    rows, found = nn.functional.embedding(ids, layer.weight), layer(ids)
+    if torch.equal(found, rows):
+        return None
+    scale = getattr(layer, "embed_scale", None)
+    if isinstance(scale, Tensor) and torch.equal(found, rows * scale.to(rows.dtype)):
+        return scale.to(rows.dtype)
+    raise _not_on_host("embeddings", layer)
+
+
+def _not_on_host(part: str, layer: Any) -> UnsupportedFeatureError:
+    return UnsupportedFeatureError(
+        "QH-B01",
+        f"The {part} of this model ({type(layer).__name__}) cannot be kept in the host's memory.",
+        where="training.base_offload",
+        fix=f"Take {part} out of training.base_offload.",
+    )
+
+
 def _are_tied(causal: Any) -> bool:
-    return bool(causal.config.get_text_config().tie_word_embeddings)
+    embeddings, head = causal.get_input_embeddings(), causal.get_output_embeddings()
+    return head is not None and bool(causal.config.get_text_config().tie_word_embeddings) and embeddings is not None
