@@ -290,7 +290,19 @@ class TrainingConfig(_Part):
         False,
         description="Raise adam_epsilon above the rounding error of the first gradient, so that backends begin alike.",
     )
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: true is recompute full."
+    )
+    recompute: Literal["none", "selective", "full", "offload", "auto"] | None = Field(
+        None,
+        description="What backward computes again: nothing, the feed-forward's products, whole layers, or whole layers "
+        "with their inputs in the host's memory; auto: the fastest that fits. Unset: as gradient_checkpointing says.",
+    )
+    base_offload: tuple[Literal["embeddings", "layers", "head"], ...] | Literal["auto"] = Field(
+        (),
+        description="Parts of the base that live in the host's memory and are copied when they are needed; auto: what "
+        "has to, by the estimate.",
+    )
     seed: NonNegativeInt | None = Field(None, description="Drawn, printed and stored when unset.")
     logging_steps: PositiveInt = Field(
         1, description="Print a line every this many steps; metrics.jsonl has every step."
@@ -375,6 +387,13 @@ class RunConfig(_Part):
         if training.global_batch_size and training.gradient_accumulation_steps != 1:
             raise ValueError(
                 "training.global_batch_size and training.gradient_accumulation_steps are mutually exclusive"
+            )
+        if training.gradient_checkpointing and training.recompute == "none":
+            raise ValueError("training.gradient_checkpointing true and training.recompute none contradict each other")
+        if self.parallel.mode == "shard" and "layers" in training.base_offload:
+            raise ValueError(
+                "training.base_offload layers and parallel.mode shard are mutually exclusive: the layers are in the "
+                "host's memory, or spread over the devices"
             )
         if self.model.trust_remote_code and not _is_commit(self.model.revision):
             raise ValueError("model.trust_remote_code needs model.revision as a 40-digit commit")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,27 @@ def test_other_weight_formats_are_served_too(
     _, expected = model.gradient(model.plain, random_batch(3))
     _, found = model.gradient(body.batch_loss, random_batch(3))
     assert relative(found, expected) < SAME_FUNCTION
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full", "offload"])
+@pytest.mark.parametrize("family", ["qwen3", "llama with biases"])
+def test_recomputing_in_tiles_and_shared_buffers_equals_keeping_everything(
+    family: str, recompute: str, operations: Operations, tmp_path: Path
+) -> None:
+    model = load(tmp_path, family, targets=lambda module: "layers.0." in module or "o_proj" in module, r=3)
+    rows = random_batch(3).input_ids.size
+    whole = attach_with(operations, model.base, model.flat, model.compute)
+    expected_loss, expected = model.gradient(whole.batch_loss, random_batch(3), random_batch(4))
+    compute = replace(model.compute, gradient_checkpointing=True, recompute=recompute)  # type: ignore[arg-type]
+    for tile_rows in (rows, rows // 3):  # in one piece; in four, the last shorter
+        body = attach_with(operations, model.base, model.flat, compute, tile_rows=tile_rows)
+        for _ in range(2):  # what one pass leaves in shared memory must not reach the next
+            loss, found = model.gradient(body.batch_loss, random_batch(3), random_batch(4))
+            # The rows' products are the same sums. The adapter's gradients are sums over rows, taken in parts: float32
+            # additions in another order.
+            assert loss == pytest.approx(expected_loss, rel=SAME_FUNCTION)
+            assert relative(found, expected) < SAME_FUNCTION
+    assert not torch.equal(expected, torch.zeros_like(expected))
 
 
 def test_gradients_of_the_micro_batches_of_a_window_add_up(tmp_path: Path) -> None:

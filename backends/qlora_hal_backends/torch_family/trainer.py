@@ -255,7 +255,10 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         step.minimised(batch_loss(self._placed(WITHOUT_EFFECT), 0.0)).backward()
 
     def _recomputed(self) -> AbstractContextManager[None]:
-        return step.recomputed_layers(self._loaded) if self._compute.gradient_checkpointing else nullcontext()
+        compute = self._compute
+        if not compute.gradient_checkpointing:
+            return nullcontext()
+        return step.recomputed_layers(self._loaded, compute.recompute, self._device)
 
     def _lacking(self, batches: Sequence[Batch]) -> int:
         """How many micro-batches more another rank has, which holds parts of this one's base. Asked before the first
@@ -390,7 +393,10 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
 
     def _placed(self, batch: Batch) -> step.DeviceBatch:
         step.check_lengths(self._loaded, batch)
-        return step.to_device(batch, self._device)
+        placed = step.to_device(batch, self._device)
+        if (table := self._loaded.host_embedding) is not None:
+            table.announce(placed.input_ids, batch.input_ids)
+        return placed
 
     def _laid_out(self, batch: Batch) -> step.DeviceBatch:
         """A batch for `_batch_loss`, without padding where the layers need none."""

@@ -25,6 +25,7 @@ from qlora_hal_backends.torch_family.fused.families import (
     rotary_kinds,
 )
 from qlora_hal_backends.torch_family.fused.kernel_trial import proved_kernels
+from qlora_hal_backends.torch_family.fused.layer_inputs import HostMemory
 from qlora_hal_backends.torch_family.fused.operations import HeadCounts, Operations
 from qlora_hal_backends.torch_family.fused.supported import (
     attention_of,
@@ -34,6 +35,10 @@ from qlora_hal_backends.torch_family.fused.supported import (
 from qlora_hal_backends.torch_family.fused.tape import Keep
 from qlora_hal_backends.torch_family.fused.varlen import SAMPLE_BY_SAMPLE, UnevenAttention, proved_varlen
 from qlora_hal_backends.torch_family.loading import BaseModel
+from qlora_hal_backends.torch_family.platform import TILE_ROWS
+
+KEPT: Mapping[str, Keep] = {"selective": Keep.ALL_BUT_GATE_UP, "full": Keep.RESIDUAL, "offload": Keep.RESIDUAL}
+"""What layers keep under each `Compute.recompute`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +74,18 @@ def attach_with(
     uneven: UnevenAttention = SAMPLE_BY_SAMPLE,
     keep: Keep | None = None,
     residual_dtype: torch.dtype | None = None,
+    tile_rows: int = TILE_ROWS,
 ) -> FusedBody:
     """Build the body for a model that `model_refusal` has no word against.
 
-    `keep` follows `compute.gradient_checkpointing`, and `residual_dtype` is the compute dtype, unless given.
+    `keep` follows `compute.recompute`, and `residual_dtype` is the compute dtype, unless given.
     """
     assert operations.activation is activation_of(base), "operations are made for a model's activation"
+    recomputes = compute.gradient_checkpointing
     attention = attention_of(base)
     family, norm = family_of(base), base.body.norm
     like = norm.weight.detach().to(getattr(torch, compute.dtype))
-    buffers = make_buffers(list(base.layers), family.groups, flat, like, operations)
+    buffers = make_buffers(list(base.layers), family.groups, flat, like, operations, shared=recomputes)
     schedule = DecoderLayer(
         heads=_head_counts(base),
         epsilon=epsilon_of(norm),
@@ -86,6 +93,7 @@ def attach_with(
         attention=CausalAttention(uneven.attention),
         buffers=buffers,
         operations=operations,
+        tile_rows=tile_rows,
     )
     return FusedBody(
         base=base,
@@ -97,10 +105,11 @@ def attach_with(
         ],
         final_norm=family.norm_weight(norm),
         rotary_tables=_rotary_tables(base),
-        keep=keep or (Keep.RESIDUAL if compute.gradient_checkpointing else Keep.PRODUCTS),
+        keep=keep or (KEPT[compute.recompute] if recomputes else Keep.PRODUCTS),
         residual_dtype=residual_dtype or like.dtype,
         attention_path=uneven.words,
         embedding_scale=embedding_scale_of(base),
+        host=HostMemory(like.device) if recomputes and compute.recompute == "offload" else None,
     )
 
 

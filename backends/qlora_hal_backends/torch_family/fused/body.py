@@ -6,7 +6,8 @@ returns none: the input is embeddings, which are frozen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,12 @@ from qlora_hal_backends.torch_family.fused.attention import Samples
 from qlora_hal_backends.torch_family.fused.decoder_layer import DecoderLayer
 from qlora_hal_backends.torch_family.fused.end_to_end import without_padding
 from qlora_hal_backends.torch_family.fused.head_loss import loss_sum_with, select_rows
+from qlora_hal_backends.torch_family.fused.layer_inputs import (
+    HostMemory,
+    LayerInputs,
+    OffloadedInputs,
+    ResidentInputs,
+)
 from qlora_hal_backends.torch_family.fused.layer_weights import LayerWeights
 from qlora_hal_backends.torch_family.fused.operations import Rotary
 from qlora_hal_backends.torch_family.fused.tape import Keep, LayerTape, Sequences
@@ -35,6 +42,7 @@ class _Tape:
     """One forward pass, until its backward has read it. Layers are taken off as they are done with."""
 
     sequences: Sequences
+    inputs: LayerInputs
     layers: list[LayerTape] = field(default_factory=list)
     last_h: Tensor | None = None
 
@@ -43,8 +51,9 @@ class _Tape:
 class FusedBody:
     """`hidden_states` and `batch_loss` of `step`, for a base whose layers the fused schedule computes.
 
-    `keep` is what layers keep for backward. `attention_path` says in words how samples of unequal lengths are attended
-    to. A batch with the adapter switched off takes the plain layers.
+    `keep` is what layers keep for backward, `host` where the inputs of recomputed layers wait for it, None on the
+    device. `attention_path` says in words how samples of unequal lengths are attended to. A batch with the adapter
+    switched off takes the plain layers.
     """
 
     base: BaseModel
@@ -57,6 +66,7 @@ class FusedBody:
     residual_dtype: torch.dtype
     attention_path: str
     embedding_scale: float
+    host: HostMemory | None = None
     _anchor: Tensor = field(init=False)
     _tables: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _longest: int = 0
@@ -94,7 +104,7 @@ class FusedBody:
 
     def _forward(self, batch: DeviceBatch, keep: Keep | None) -> tuple[Tensor, _Tape]:
         sequences = self._sequences(batch)
-        tape = _Tape(sequences)
+        tape = _Tape(sequences, self._inputs(keep))
         self.schedule.buffers.forget_adapter()
         embedded = self._embedded(batch)
         residual: Tensor = embedded.flatten(0, 1).to(self.residual_dtype)
@@ -102,6 +112,7 @@ class FusedBody:
         for layer in self.layers:
             residual, pending, layer_tape = self.schedule.forward(layer, residual, pending, sequences, keep)
             if layer_tape is not None:
+                tape.inputs.keep(layer_tape.give_input())
                 tape.layers.append(layer_tape)
         assert pending is not None
         tape.last_h, states = self.schedule.final_norm(self.final_norm, residual, pending, embedded.dtype)
@@ -114,15 +125,30 @@ class FusedBody:
         tape.last_h = None
         del rows, gradient
         for index in reversed(range(len(self.layers))):
-            below = self.schedule.backward(
-                self.layers[index], tape.layers.pop(), stream, tape.sequences, is_lowest=index == 0
-            )
+            layer_tape = tape.layers.pop()
+            layer_tape.h1 = tape.inputs.take()
+            below = self.schedule.backward(self.layers[index], layer_tape, stream, tape.sequences, is_lowest=index == 0)
             if below is not None:
                 stream = below
 
     def _embedded(self, batch: DeviceBatch) -> Tensor:
         embedded: Tensor = self.base.body.embed_tokens(batch.input_ids).detach()
         return embedded if self.embedding_scale == 1.0 else embedded * self.embedding_scale
+
+    def _inputs(self, keep: Keep | None) -> LayerInputs:
+        if self.host is None or keep is not Keep.RESIDUAL:
+            return ResidentInputs()
+        return OffloadedInputs(self.host, len(self.layers))
+
+    @contextmanager
+    def _copies_settled(self) -> Iterator[None]:
+        """Where a pass breaks off, its copies end before its memory is used for something else."""
+        try:
+            yield
+        except BaseException:
+            if self.host is not None:
+                self.host.queue.settle()
+            raise
 
     def _sequences(self, batch: DeviceBatch) -> Sequences:
         size, time = batch.input_ids.shape
@@ -140,7 +166,8 @@ class FusedBody:
 class _BodyFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, body: FusedBody, batch: DeviceBatch) -> Tensor:
-        states, ctx.tape = body._forward(batch, body.keep)
+        with body._copies_settled():
+            states, ctx.tape = body._forward(batch, body.keep)
         ctx.body = body
         return states
 
@@ -148,5 +175,6 @@ class _BodyFunction(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
         tape, ctx.tape = ctx.tape, None
         assert tape is not None, "the fused body's backward runs once for each forward"
-        ctx.body._backward(tape, gradient)
+        with ctx.body._copies_settled():
+            ctx.body._backward(tape, gradient)
         return None, None, None

@@ -24,18 +24,28 @@ from qlora_hal_backends.torch_family.fused.layer_weights import (
 from qlora_hal_backends.torch_family.fused.operations import HeadNorm, Operations, Placements
 from qlora_hal_backends.torch_family.lora_linear import FrozenLinear
 
+_Entry = tuple[int, int, int, int, int]
+"""See `operations.Placements`."""
+
 
 def make_buffers(
-    layers: Sequence[object], groups: Groups, flat: FlatAdapter, like: Tensor, operations: Operations
+    layers: Sequence[object],
+    groups: Groups,
+    flat: FlatAdapter,
+    like: Tensor,
+    operations: Operations,
+    *,
+    shared: bool = False,
 ) -> LayerBuffers:
-    """Buffers for layers of one shape. A projection that any layer adapts has its ranks in every layer."""
+    """Buffers for layers of one shape, in `shared` memory or apart. A projection that any layer adapts has its ranks in
+    every layer."""
     adapted = flat.adapter.config.target_modules
     shapes = {}
     for name, modules in groups.items():
         linears = [linear_of(layers[0], module) for module in modules]
         anywhere = [any(path.endswith(f".{module}") for path in adapted) for module in modules]
         shapes[name] = _group_shape(modules, linears, anywhere, flat.adapter.config.r)
-    return LayerBuffers(shapes, flat, like, operations)
+    return LayerBuffers(shapes, flat, like, operations, shared=shared)
 
 
 def _group_shape(
@@ -58,13 +68,7 @@ def layer_weights(layer: Any, path: str, family: LayerFamily, buffers: LayerBuff
     if hasattr(attention, "q_norm"):
         weights = torch.stack((family.norm_weight(attention.q_norm), family.norm_weight(attention.k_norm)))
         head_norm = HeadNorm(weights, epsilon_of(attention.q_norm))
-    entries = [
-        entry
-        for buffer in buffers.groups.values()
-        for slot in buffer.slots
-        if slot.rank is not None
-        for entry in _placements(buffer, slot, path, flat)
-    ]
+    entries = {name: _group_placements(buffer, path, flat) for name, buffer in buffers.groups.items()}
     return LayerWeights(
         input_norm=family.norm_weight(layer.input_layernorm),
         middle_norm=family.norm_weight(getattr(layer, family.middle_norm)),
@@ -73,8 +77,13 @@ def layer_weights(layer: Any, path: str, family: LayerFamily, buffers: LayerBuff
         rotary=getattr(attention, "layer_type", None) or "",
         attention_join=_join(layer, family, family.attention_norm),
         feed_forward_join=_join(layer, family, family.feed_forward_norm),
-        groups={name: _group_weights(layer, path, buffer, flat) for name, buffer in buffers.groups.items()},
-        adapter=Placements(entries, torch.tensor(entries, dtype=torch.int64).to(flat.compute.device)),
+        groups={
+            name: _group_weights(
+                layer, path, buffer, flat, _on_device([*_zeros_around(buffer), *entries[name]], flat.compute.device)
+            )
+            for name, buffer in buffers.groups.items()
+        },
+        adapter=_on_device([entry for part in entries.values() for entry in part], flat.compute.device),
     )
 
 
@@ -93,9 +102,27 @@ def _window_of(attention: Any) -> int | None:
     return None if window is None else int(window)
 
 
-def _placements(
-    buffer: GroupBuffer, slot: Slot, path: str, flat: FlatAdapter
-) -> Iterator[tuple[int, int, int, int, int]]:
+def _on_device(entries: Sequence[_Entry], device: torch.device) -> Placements:
+    return Placements(entries, torch.tensor(entries, dtype=torch.int64).to(device))
+
+
+def _group_placements(buffer: GroupBuffer, path: str, flat: FlatAdapter) -> list[_Entry]:
+    return [entry for slot in buffer.slots if slot.rank is not None for entry in _placements(buffer, slot, path, flat)]
+
+
+def _zeros_around(buffer: GroupBuffer) -> Iterator[_Entry]:
+    """What no adapter of the group fills and its products read: B off its diagonal blocks, and the padded ranks."""
+    used = max((slot.rank.stop for slot in buffer.slots if slot.rank is not None), default=0)
+    empty = [buffer.a[used:]]
+    for slot in buffer.slots:
+        rows = buffer.b[slot.rows]
+        empty += [rows] if slot.rank is None else [rows[:, : slot.rank.start], rows[:, slot.rank.stop :]]
+    for target in empty:
+        if target.numel():
+            yield -1, int(target.storage_offset()), target.shape[0], target.shape[1], target.stride(0)
+
+
+def _placements(buffer: GroupBuffer, slot: Slot, path: str, flat: FlatAdapter) -> Iterator[_Entry]:
     """A and B of one projection; zeros where other layers adapt it and this one does not."""
     targets = (buffer.a[slot.rank], buffer.b[slot.rows, slot.rank])
     for name, target in zip(_tensor_names(path, slot), targets, strict=True):
@@ -108,7 +135,7 @@ def _tensor_names(path: str, slot: Slot) -> tuple[str, str]:
     return f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
 
 
-def _group_weights(layer: Any, path: str, buffer: GroupBuffer, flat: FlatAdapter) -> GroupWeights:
+def _group_weights(layer: Any, path: str, buffer: GroupBuffer, flat: FlatAdapter, adapter: Placements) -> GroupWeights:
     linears = [linear_of(layer, slot.module) for slot in buffer.slots]
     a_gradients: list[tuple[Tensor, slice]] = []
     b_gradients: list[tuple[Tensor, slice, slice]] = []
@@ -121,6 +148,7 @@ def _group_weights(layer: Any, path: str, buffer: GroupBuffer, flat: FlatAdapter
         rows=buffer.rows,
         bases=[_base_of(linear) for linear in linears],
         bias=_group_bias(linears, buffer.w),
+        adapter=adapter,
         a_gradients=a_gradients,
         b_gradients=b_gradients,
     )

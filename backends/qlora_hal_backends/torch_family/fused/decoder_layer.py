@@ -8,10 +8,16 @@ norm and the cast happen in one pass over memory:
 
 Nothing elementwise is kept for backward: norms and the gated product are computed again where their inputs are read
 anyway. `Keep` says which matrix products are kept.
+
+The feed-forward sees each row by itself. Where its products are not kept it goes through the rows in tiles, forward
+and backward, so that its widest buffers (six feed-forward widths a row at the height of backward) are bounded however
+long a row is. Only the adapter's gradients are sums over rows: tile by tile they are the same terms, added in float32
+in another order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,12 +28,14 @@ from qlora_hal_backends.torch_family.fused.layer_weights import AdapterGradients
 from qlora_hal_backends.torch_family.fused.operations import HeadCounts, Operations
 from qlora_hal_backends.torch_family.fused.tape import (
     AttentionTape,
+    FeedForwardProducts,
     FeedForwardTape,
     Keep,
     LayerTape,
     Sequences,
     StreamGradient,
 )
+from qlora_hal_backends.torch_family.platform import TILE_ROWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +48,7 @@ class DecoderLayer:
     attention: Attention
     buffers: LayerBuffers
     operations: Operations
+    tile_rows: int = TILE_ROWS
 
     # forward -------------------------------------------------------------------------------------------------------
     def forward(
@@ -48,17 +57,16 @@ class DecoderLayer:
         """Return (h2, output still to be added, tape). `keep` None is evaluation: no tape."""
         self.buffers.hold(layer)
         branch, attention = self._attend(layer, residual, pending, sequences, with_graph=keep is not None)
-        h2, gate_up, low_rank = self._gate_up(layer, attention.h1, branch)
-        output, output_low_rank = self._feed_forward_out(layer, gate_up)
-        joined = self._joined(output, layer.feed_forward_join)
-        tape = None
+        h1 = attention.h1
+        if keep in (None, Keep.RESIDUAL):
+            del attention
+        h2, output, products = self._feed_forward(layer, h1, branch, keeps_products=keep is Keep.PRODUCTS)
+        output = self._joined(output, layer.feed_forward_join)
+        if keep is None:
+            return h2, output, None
         if keep is Keep.RESIDUAL:
-            tape = LayerTape(attention.h1, None, None)
-        elif keep is not None:
-            kept = gate_up if keep is Keep.PRODUCTS else None
-            feed_forward = FeedForwardTape(h2, low_rank, kept, output_low_rank)
-            tape = LayerTape(attention.h1, attention, feed_forward, _read_again(output, layer.feed_forward_join))
-        return h2, joined, tape
+            return h2, output, LayerTape(h1, None, None)
+        return h2, output, LayerTape(h1, attention, FeedForwardTape(h2, products))
 
     def _attend(
         self, layer: LayerWeights, residual: Tensor, pending: Tensor | None, sequences: Sequences, with_graph: bool
@@ -100,22 +108,45 @@ class DecoderLayer:
         query, key, value = (part.unflatten(1, (-1, heads.size)) for part in parts)
         return query, key, value
 
-    def _gate_up(self, layer: LayerWeights, h1: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(h2, gate and up products, low-rank input). Without `branch`, `h1` is h2 already."""
-        into = self.buffers.groups["feed_forward_in"]
-        extended = into.new_input(h1.shape[0])
-        x = extended[:, : into.columns]
-        h2 = self.operations.add_norm(h1, branch, layer.middle_norm, self.epsilon, x)
-        low_rank = _kept_apart(into.low_rank(x, extended[:, into.columns :]))
-        return h2, into.product(extended, layer.groups["feed_forward_in"].bias), low_rank
+    def _feed_forward(
+        self, layer: LayerWeights, h1: Tensor, branch: Tensor, *, keeps_products: bool
+    ) -> tuple[Tensor, Tensor, FeedForwardProducts | None]:
+        """(h2, output still to be joined, products where they are kept): in one piece where they are, else in tiles."""
+        if keeps_products:
+            h2, products = self._gate_up(layer, h1, branch)
+            output, products.output_low_rank = self._feed_forward_out(layer, products.gate_up)
+            products.output = _read_again(output, layer.feed_forward_join)
+            return h2, output, products
+        h2, output = torch.empty_like(h1), torch.empty_like(branch)
+        for rows in self._tiles(h1.shape[0]):
+            _, products = self._gate_up(layer, h1[rows], branch[rows], into=h2[rows])
+            self._feed_forward_out(layer, products.gate_up, into=output[rows])
+        return h2, output, None
 
-    def _feed_forward_out(self, layer: LayerWeights, gate_up: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _tiles(self, rows: int) -> Iterator[slice]:
+        return (slice(start, min(start + self.tile_rows, rows)) for start in range(0, rows, self.tile_rows))
+
+    def _gate_up(
+        self, layer: LayerWeights, h1: Tensor, branch: Tensor | None, into: Tensor | None = None
+    ) -> tuple[Tensor, FeedForwardProducts]:
+        """(h2, gate and up products). Without `branch`, `h1` is h2 already."""
+        group = self.buffers.groups["feed_forward_in"]
+        extended = group.new_input(h1.shape[0])
+        x = extended[:, : group.columns]
+        h2 = self.operations.add_norm(h1, branch, layer.middle_norm, self.epsilon, x, into)
+        low_rank = _kept_apart(group.low_rank(x, extended[:, group.columns :]))
+        gate_up = group.product(extended, layer.groups["feed_forward_in"].bias)
+        return h2, FeedForwardProducts(low_rank, gate_up, None, None)
+
+    def _feed_forward_out(
+        self, layer: LayerWeights, gate_up: Tensor, into: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         out = self.buffers.groups["feed_forward_out"]
         extended = out.new_input(gate_up.shape[0])
         x = extended[:, : out.columns]
         self.operations.swiglu(gate_up, x)
         low_rank = _kept_apart(out.low_rank(x, extended[:, out.columns :]))
-        return out.product(extended, layer.groups["feed_forward_out"].bias), low_rank
+        return out.product(extended, layer.groups["feed_forward_out"].bias, into), low_rank
 
     # backward ------------------------------------------------------------------------------------------------------
     def backward(
@@ -132,15 +163,10 @@ class DecoderLayer:
         """
         self.buffers.hold(layer)
         gradients = AdapterGradients()
-        attention, feed_forward, gate_up = self._replayed(layer, tape, sequences)
-        if layer.feed_forward_join is not None:
-            output, tape.output = tape.output, None
-            if output is None:
-                output, _ = self._feed_forward_out(layer, gate_up)
-            above = self._before_join(above, layer.feed_forward_join, output, "feed_forward_out")
-            del output
-        middle = self._feed_forward_backward(layer, feed_forward, gate_up, above, gradients)
-        del gate_up, feed_forward
+        attention, feed_forward = self._replayed(layer, tape, sequences)
+        middle = self._feed_forward_backward(layer, feed_forward, above, gradients)
+        del feed_forward
+        above.forget()
         if layer.attention_join is not None:
             middle = self._before_join(middle, layer.attention_join, attention.branch, "attention_out")
         below = self._attention_backward(layer, attention, middle, sequences, gradients, is_lowest)
@@ -149,49 +175,74 @@ class DecoderLayer:
 
     def _replayed(
         self, layer: LayerWeights, tape: LayerTape, sequences: Sequences
-    ) -> tuple[AttentionTape, FeedForwardTape, Tensor]:
-        """Compute again what was not kept. The last product of a layer is never needed again."""
+    ) -> tuple[AttentionTape, FeedForwardTape]:
+        """Compute again what was not kept, but for the feed-forward's products, which are made tile by tile. The last
+        product of a layer is never needed again."""
         attention, feed_forward = tape.attention, tape.feed_forward
         tape.attention = tape.feed_forward = None
         if attention is None:
-            branch, attention = self._attend(layer, tape.h1, None, sequences, with_graph=True)
-            h2, gate_up, low_rank = self._gate_up(layer, attention.h1, branch)
-            return attention, FeedForwardTape(h2, low_rank, None, None), gate_up
-        assert feed_forward is not None
-        if feed_forward.gate_up is None:
-            _, gate_up, _ = self._gate_up(layer, feed_forward.h2, None)
-        else:
-            gate_up, feed_forward.gate_up = feed_forward.gate_up, None
-        return attention, feed_forward, gate_up
+            h1 = tape.give_input()
+            branch, attention = self._attend(layer, h1, None, sequences, with_graph=True)
+            # As `add_norm` adds: in float32, rounded once to the residual's dtype.
+            h2 = branch.add_(h1) if branch.dtype == h1.dtype else h1 + branch
+            return attention, FeedForwardTape(h2, None)
+        assert feed_forward is not None, "attention is kept with what follows it, or computed again with it"
+        return attention, feed_forward
 
     def _feed_forward_backward(
+        self, layer: LayerWeights, tape: FeedForwardTape, above: StreamGradient, gradients: AdapterGradients
+    ) -> StreamGradient:
+        """The stream's gradient between attention and feed-forward."""
+        middle = self._new_stream_gradient(tape.h2, "attention_out")
+        products, tape.products = tape.products, None
+        if products is not None:
+            self._rows_backward(layer, tape.h2, products, self._of_output(layer, above, products), middle, gradients)
+            return middle
+        for rows in self._tiles(tape.h2.shape[0]):
+            _, products = self._gate_up(layer, tape.h2[rows], None)
+            of_output = self._of_output(layer, above.of(rows), products)
+            self._rows_backward(layer, tape.h2[rows], products, of_output, middle.of(rows), gradients)
+            del products
+            gradients.add()
+        return middle
+
+    def _of_output(self, layer: LayerWeights, above: StreamGradient, products: FeedForwardProducts) -> StreamGradient:
+        """The gradient of the feed-forward's output, which a join changes."""
+        join, output = layer.feed_forward_join, products.output
+        if join is None:
+            return above
+        if join.norm is not None and output is None:
+            output, _ = self._feed_forward_out(layer, products.gate_up)
+        products.output = None
+        return self._before_join(above, join, output, "feed_forward_out")
+
+    def _rows_backward(
         self,
         layer: LayerWeights,
-        tape: FeedForwardTape,
-        gate_up: Tensor,
+        h2: Tensor,
+        products: FeedForwardProducts,
         above: StreamGradient,
+        middle: StreamGradient,
         gradients: AdapterGradients,
-    ) -> StreamGradient:
+    ) -> None:
+        """The feed-forward's backward into `middle`."""
         into, out = self.buffers.groups["feed_forward_in"], self.buffers.groups["feed_forward_out"]
         v = out.low_rank_gradient(above.extended)
         product_gradient = out.input_gradient(above.extended)
-        extended = into.new_gradient(gate_up.shape[0])
+        extended = into.new_gradient(h2.shape[0])
         product = torch.empty_like(product_gradient)
-        self.operations.swiglu_backward(gate_up, product_gradient, extended[:, : into.rows], product)
-        low_rank = tape.output_low_rank
+        self.operations.swiglu_backward(products.gate_up, product_gradient, extended[:, : into.rows], product)
+        low_rank = products.output_low_rank
         gradients.of_b(
             layer.groups["feed_forward_out"], above.extended, out.low_rank(product) if low_rank is None else low_rank
         )
         gradients.of_a(layer.groups["feed_forward_out"], v, product)
-        del product, product_gradient, gate_up
+        products.gate_up = product_gradient = product = h2.new_empty(0)
         v = into.low_rank_gradient(extended)
         x_gradient = into.input_gradient(extended)
-        gradients.of_b(layer.groups["feed_forward_in"], extended, tape.input_low_rank)
-        middle, x = self._norm_backward(
-            x_gradient, tape.h2, layer.middle_norm, above, "attention_out", wants_x=v is not None
-        )
+        gradients.of_b(layer.groups["feed_forward_in"], extended, products.input_low_rank)
+        x = self._norm_backward_into(x_gradient, h2, layer.middle_norm, above, middle, wants_x=v is not None)
         gradients.of_a(layer.groups["feed_forward_in"], v, x)
-        return middle
 
     def _attention_backward(
         self,
@@ -252,15 +303,33 @@ class DecoderLayer:
         wants_x: bool,
     ) -> tuple[StreamGradient, Tensor]:
         """Gradient of the stream below a norm, in the gradient buffer of the group that consumes it; and norm(h)."""
+        below = self._new_stream_gradient(h, consumer)
+        return below, self._norm_backward_into(x_gradient, h, weight, above, below, wants_x=wants_x)
+
+    def _new_stream_gradient(self, h: Tensor, consumer: str) -> StreamGradient:
         group = self.buffers.groups[consumer]
         extended = group.new_gradient(h.shape[0])
         rounded = extended[:, : group.rows]
-        exact = None if h.dtype == rounded.dtype else torch.empty_like(h)
+        return StreamGradient(rounded if h.dtype == rounded.dtype else torch.empty_like(h), extended)
+
+    def _norm_backward_into(
+        self,
+        x_gradient: Tensor,
+        h: Tensor,
+        weight: Tensor,
+        above: StreamGradient | None,
+        below: StreamGradient,
+        *,
+        wants_x: bool,
+    ) -> Tensor:
+        """Fill `below`; gives norm(h), and something else where it is not wanted."""
+        rounded = below.extended[:, : h.shape[1]]
+        exact = None if h.dtype == rounded.dtype else below.exact
         x = torch.empty_like(x_gradient) if wants_x else None
         self.operations.norm_backward(
             x_gradient, h, weight, self.epsilon, None if above is None else above.exact, rounded, exact, x
         )
-        return StreamGradient(rounded if exact is None else exact, extended), x if x is not None else rounded
+        return x if x is not None else rounded
 
     def _joined(self, branch: Tensor, join: Join | None) -> Tensor:
         """A branch as it is added to the stream."""

@@ -138,8 +138,10 @@ def norm_backward(
 def _activated(gate, GELU: tl.constexpr):
     """The activation of a gate and its derivative."""
     if GELU:
-        tanh = 2.0 * tl.sigmoid(2.0 * _GELU_SCALE * (gate + _GELU_CUBE * gate * gate * gate)) - 1.0
-        slope = 0.5 * gate * (1.0 - tanh * tanh) * _GELU_SCALE * (1.0 + 3.0 * _GELU_CUBE * gate * gate)
+        # Tensors stand before the constants: Triton's interpreter would take the product for a constant.
+        square = gate * gate
+        tanh = 2.0 * tl.sigmoid((gate + gate * square * _GELU_CUBE) * (2.0 * _GELU_SCALE)) - 1.0
+        slope = 0.5 * gate * (1.0 - tanh * tanh) * _GELU_SCALE * (square * (3.0 * _GELU_CUBE) + 1.0)
         return 0.5 * gate * (1.0 + tanh), 0.5 * (1.0 + tanh) + slope
     else:
         sigmoid = tl.sigmoid(gate)

@@ -85,8 +85,17 @@ class Operations(Protocol):
         """Copy `[M, n]` into a strided `out`."""
         ...
 
-    def add_norm(self, residual: Tensor, pending: Tensor | None, weight: Tensor, epsilon: float, out: Tensor) -> Tensor:
-        """Return h = residual + pending `[M, D]` and write rms_norm(h) * weight into a strided `out`."""
+    def add_norm(
+        self,
+        residual: Tensor,
+        pending: Tensor | None,
+        weight: Tensor,
+        epsilon: float,
+        out: Tensor,
+        into: Tensor | None = None,
+    ) -> Tensor:
+        """Return h = residual + pending `[M, D]`, in `into` where given, and write rms_norm(h) * weight into a strided
+        `out`. Without `pending`, h is `residual` itself."""
         ...
 
     def norm_backward(

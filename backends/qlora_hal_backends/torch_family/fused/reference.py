@@ -35,8 +35,18 @@ class ReferenceOperations:
     def copy_rows(self, source: Tensor, out: Tensor) -> None:
         out.copy_(source)
 
-    def add_norm(self, residual: Tensor, pending: Tensor | None, weight: Tensor, epsilon: float, out: Tensor) -> Tensor:
+    def add_norm(
+        self,
+        residual: Tensor,
+        pending: Tensor | None,
+        weight: Tensor,
+        epsilon: float,
+        out: Tensor,
+        into: Tensor | None = None,
+    ) -> Tensor:
         h = residual if pending is None else (residual.float() + pending.float()).to(residual.dtype)
+        if pending is not None and into is not None:
+            h = into.copy_(h)
         out.copy_(_normed(h.float(), epsilon) * weight.float())
         return h
 

@@ -46,19 +46,32 @@ class AttentionTape:
 @dataclass(slots=True)
 class FeedForwardTape:
     h2: Tensor  # [M, D]
+    products: FeedForwardProducts | None  # None: computed again from h2, some rows at a time
+
+
+@dataclass(slots=True)
+class FeedForwardProducts:
+    """Of the rows of a tile, or of all. What is None is computed again where it is read."""
+
     input_low_rank: Tensor | None
-    gate_up: Tensor | None  # [M, 2F]; None: computed again from h2
+    gate_up: Tensor  # [rows, 2F]
     output_low_rank: Tensor | None
+    output: Tensor | None  # [rows, D], before a norm that it is joined with
 
 
 @dataclass(slots=True)
 class LayerTape:
-    """What backward needs. Both parts None: computed again from `h1`."""
+    """What backward needs. Both parts None: computed again from `h1`, which may wait elsewhere until then."""
 
-    h1: Tensor
+    h1: Tensor | None
     attention: AttentionTape | None
     feed_forward: FeedForwardTape | None
-    output: Tensor | None = None  # [M, D], of the feed-forward before a norm that it is joined with
+
+    def give_input(self) -> Tensor:
+        """`h1`, which this tape holds no longer."""
+        assert self.h1 is not None, "a layer's input is given away once"
+        given, self.h1 = self.h1, None
+        return given
 
 
 @dataclass(slots=True)
@@ -68,3 +81,11 @@ class StreamGradient:
 
     exact: Tensor
     extended: Tensor
+
+    def of(self, rows: slice) -> StreamGradient:
+        """A view of some rows."""
+        return StreamGradient(self.exact[rows], self.extended[rows])
+
+    def forget(self) -> None:
+        """Let its memory go while those who called still hold this object."""
+        self.exact = self.extended = self.exact.new_empty(0)

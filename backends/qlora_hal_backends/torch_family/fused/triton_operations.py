@@ -12,7 +12,7 @@ from qlora_hal_backends.torch_family.base_weights import BaseWeight, Blockwise4B
 from qlora_hal_backends.torch_family.fused import kernels
 from qlora_hal_backends.torch_family.fused.families import Activation
 from qlora_hal_backends.torch_family.fused.operations import HeadCounts, HeadNorm, Placements, Rotary
-from qlora_hal_backends.torch_family.sharded_base import at_hand
+from qlora_hal_backends.torch_family.layer_slots import at_hand
 
 HEADS_PER_PROGRAM = 8
 SWIGLU_COLUMNS = 2048
@@ -80,9 +80,19 @@ class TritonOperations:
             source, source.stride(0), out, out.stride(0), width, WIDTH=block, num_warps=4
         )
 
-    def add_norm(self, residual: Tensor, pending: Tensor | None, weight: Tensor, epsilon: float, out: Tensor) -> Tensor:
+    def add_norm(
+        self,
+        residual: Tensor,
+        pending: Tensor | None,
+        weight: Tensor,
+        epsilon: float,
+        out: Tensor,
+        into: Tensor | None = None,
+    ) -> Tensor:
         rows, width = residual.shape
-        h = residual if pending is None else torch.empty_like(residual)
+        if pending is None:
+            into = residual
+        h = torch.empty_like(residual) if into is None else into
         kernels.add_norm[(rows,)](
             residual,
             residual if pending is None else pending,
