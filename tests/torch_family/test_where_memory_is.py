@@ -53,13 +53,17 @@ def losses_and_adapter(trainer: TorchLoRATrainer) -> tuple[list[float], Mapping[
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full", "offload"])
-def test_recomputation_changes_no_bit(recompute: str, tmp_path: Path) -> None:
+def test_recomputation_changes_nothing(recompute: Any, tmp_path: Path) -> None:
     path = write_model(tmp_path, "llama")
-    kept = losses_and_adapter(trainer_of(path, Compute("float32")))
-    found = losses_and_adapter(trainer_of(path, Compute("float32", True, recompute=recompute)))  # type: ignore[arg-type]
-    assert found[0] == kept[0]
-    for name, tensor in kept[1].items():
-        np.testing.assert_array_equal(found[1][name], tensor)
+    kept, again = (trainer_of(path, compute) for compute in (Compute(), Compute("float32", True, recompute=recompute)))
+    window = [random_batch(0), random_batch(1)]
+    expected, found = kept.gradients(window), again.gradients(window)
+    # A CPU repeats the very operations; the fused layers of a GPU compute the gated product once more in the kernel
+    # of its backward, which may round otherwise.
+    bound = SAME_FUNCTION if DEVICE.type == "cuda" else 0.0
+    for name, gradient in expected.items():
+        assert np.linalg.norm(found[name] - gradient) <= bound * np.linalg.norm(gradient), name
+    assert again.evaluate(window) == kept.evaluate(window)
 
 
 @pytest.mark.parametrize("weight_format", [WeightFormat.NF4, WeightFormat.INT8, WeightFormat.NONE])
