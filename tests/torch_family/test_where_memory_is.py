@@ -9,16 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny_models import HIDDEN, VOCABULARY, write_model
+from torch import Tensor, nn
 from trainers import moved_adapter, random_batch, source_of
 
 from qlora_hal.contract.backend import Compute, Quantization
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.values import AdapterConfig, Float32, StepSettings
 from qlora_hal.errors import UnsupportedFeatureError
-from qlora_hal_backends.cpu_torch import SPEC
+from qlora_hal_backends import cpu_torch, cuda_bnb
 from qlora_hal_backends.torch_family import host_tables
-from qlora_hal_backends.torch_family.platform import CPU
+from qlora_hal_backends.torch_family.platform import CPU, CUDA
 from qlora_hal_backends.torch_family.trainer import TorchLoRATrainer
 
 NF4 = Quantization(WeightFormat.NF4, 64, True)
@@ -27,8 +29,12 @@ SAME_FUNCTION = 1e-5
 EVERYWHERE: Any = ("embeddings", "layers", "head")
 
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def trainer_of(path: Path, compute: Compute, quantization: Quantization = NF4) -> TorchLoRATrainer:
-    trainer = TorchLoRATrainer(SPEC, CPU)
+    """On a GPU where there is one: float32 and 16 tokens a row leave its attention nothing to add in another order."""
+    trainer = TorchLoRATrainer(*((cuda_bnb.SPEC, CUDA) if DEVICE.type == "cuda" else (cpu_torch.SPEC, CPU)))
     trainer.load(source_of(path), quantization, compute)
     shapes = trainer.linear_modules()
     trainer.attach(moved_adapter(AdapterConfig(4, 8.0, 0.0, False, tuple(sorted(shapes))), shapes))
@@ -47,13 +53,17 @@ def losses_and_adapter(trainer: TorchLoRATrainer) -> tuple[list[float], Mapping[
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full", "offload"])
-def test_recomputation_changes_no_bit_on_a_cpu(recompute: str, tmp_path: Path) -> None:
+def test_recomputation_changes_nothing(recompute: Any, tmp_path: Path) -> None:
     path = write_model(tmp_path, "llama")
-    kept = losses_and_adapter(trainer_of(path, Compute("float32")))
-    found = losses_and_adapter(trainer_of(path, Compute("float32", True, recompute=recompute)))  # type: ignore[arg-type]
-    assert found[0] == kept[0]
-    for name, tensor in kept[1].items():
-        np.testing.assert_array_equal(found[1][name], tensor)
+    kept, again = (trainer_of(path, compute) for compute in (Compute(), Compute("float32", True, recompute=recompute)))
+    window = [random_batch(0), random_batch(1)]
+    expected, found = kept.gradients(window), again.gradients(window)
+    # A CPU repeats the very operations; the fused layers of a GPU compute the gated product once more in the kernel
+    # of its backward, which may round otherwise.
+    bound = SAME_FUNCTION if DEVICE.type == "cuda" else 0.0
+    for name, gradient in expected.items():
+        assert np.linalg.norm(found[name] - gradient) <= bound * np.linalg.norm(gradient), name
+    assert again.evaluate(window) == kept.evaluate(window)
 
 
 @pytest.mark.parametrize("weight_format", [WeightFormat.NF4, WeightFormat.INT8, WeightFormat.NONE])
@@ -120,28 +130,27 @@ def test_layers_on_the_host_and_spread_over_ranks_are_refused_together(tmp_path:
         trainer_of(write_model(tmp_path, "llama"), compute)
 
 
-class Shifted(torch.nn.Embedding):
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+class Shifted(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
         return super().forward(ids) + 1
 
 
-class Model(torch.nn.Module):
-    def __init__(self, embeddings: torch.nn.Module) -> None:
+class Model(nn.Module):
+    def __init__(self, embeddings: nn.Module) -> None:
         super().__init__()
         self.embed_tokens = embeddings
 
-    def get_input_embeddings(self) -> torch.nn.Module:
+    def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
 
     def get_output_embeddings(self) -> None:
         return None
 
 
-def test_embeddings_that_are_more_than_a_table_are_refused() -> None:
-    for model in (Model(Shifted(9, 4)), Model(torch.nn.Linear(9, 4))):
-        with pytest.raises(UnsupportedFeatureError, match="embeddings of this model .* cannot be kept"):
-            tables = host_tables.Tables.of(model, ("embeddings",))
-            tables.move_to_host(model, torch.device("cpu"))
+@pytest.mark.parametrize("layer", [Shifted(9, 4), nn.Linear(9, 4)])
+def test_embeddings_that_are_more_than_a_table_are_refused(layer: nn.Module) -> None:
+    with pytest.raises(UnsupportedFeatureError, match="embeddings of this model"):
+        host_tables.Tables.of(Model(layer), ("embeddings",)).move_to_host(Model(layer), DEVICE)
 
 
 @pytest.mark.parametrize(("parts", "where"), [(("embeddings",), "the device"), (("head",), "the host")])
