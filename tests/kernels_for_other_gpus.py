@@ -26,7 +26,7 @@ from qlora_hal_backends.torch_family import dropout_kernel
 from qlora_hal_backends.torch_family.base_weights import quantize
 from qlora_hal_backends.torch_family.fused import kernels
 from qlora_hal_backends.torch_family.fused.families import Activation
-from qlora_hal_backends.torch_family.fused.operations import HeadCounts, HeadNorm, Placements, Rotary
+from qlora_hal_backends.torch_family.fused.operations import Dropout, HeadCounts, HeadNorm, Masks, Placements, Rotary
 from qlora_hal_backends.torch_family.fused.triton_operations import TritonOperations
 
 TYPES = {
@@ -124,6 +124,10 @@ def _launch_all(operations: TritonOperations, dtype: torch.dtype) -> None:
     for with_gradient in (True, False):
         operations.cross_entropy(logits, torch.zeros(ROWS, dtype=torch.int64), 1.0, with_gradient)
     words = torch.zeros(ROWS, dtype=torch.int32)
+    for rank in (16, 256):
+        masks = Masks(Dropout(words, 0.1), torch.zeros(3, WIDTH, dtype=torch.int32), rank)
+        operations.drop(wide, masks, 0, wide)
+        operations.add_dropped(wide.float(), wide[:, : 3 * rank], wide, masks, wide)
     dropout_kernel.mask(words, words, 0.1, dtype)
 
 

@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fused_models import DEVICE, FAMILIES, SAME_FUNCTION, load, packed, relative
 from tiny_models import VOCABULARY
 from trainers import random_batch
 
+from qlora_hal.contract import dropout
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.values import Batch
 from qlora_hal_backends.torch_family import fused, head_loss, step
@@ -27,6 +29,7 @@ from qlora_hal_backends.torch_family.fused.operations import Operations
 from qlora_hal_backends.torch_family.fused.reference import ReferenceOperations
 from qlora_hal_backends.torch_family.fused.supported import model_refusal
 from qlora_hal_backends.torch_family.fused.tape import Keep
+from qlora_hal_backends.torch_family.lora_linear import words_on
 
 pytestmark = pytest.mark.filterwarnings(
     # Triton's interpreter on NumPy 2.
@@ -119,6 +122,29 @@ def test_recomputing_in_tiles_and_shared_buffers_equals_keeping_everything(
     assert not torch.equal(expected, torch.zeros_like(expected))
 
 
+@pytest.mark.parametrize("recompute", [None, "full"])
+@pytest.mark.parametrize("rate", [0.05, 0.5])
+def test_dropout_is_that_of_the_plain_layers(
+    rate: float, recompute: str | None, operations: Operations, tmp_path: Path
+) -> None:
+    """Of every projection, of layers that adapt some of them, and tile by tile."""
+    model = load(
+        tmp_path, "llama with biases", targets=lambda module: "layers.0." in module or "v_proj" in module, dropout=rate
+    )
+    assert model_refusal(model.base, model.flat, model.compute) is None
+    compute = replace(model.compute, gradient_checkpointing=recompute is not None, recompute=recompute or "full")
+    body = attach_with(operations, model.base, model.flat, compute, tile_rows=15)
+    without_loss, without = model.gradient(model.plain, random_batch(3))
+    words = dropout.token_words(2**40 + 3, np.arange(2, dtype=np.int32), 20)
+    model.flat.switches.token_words = words_on(words.reshape(-1), DEVICE)
+    expected_loss, expected = model.gradient(model.plain, random_batch(3))
+    loss, found = model.gradient(body.batch_loss, random_batch(3))
+    assert loss == pytest.approx(expected_loss, rel=SAME_FUNCTION)
+    assert relative(found, expected) < SAME_FUNCTION
+    assert relative(without, expected) > 1000 * SAME_FUNCTION
+    assert without_loss != expected_loss
+
+
 def test_gradients_of_the_micro_batches_of_a_window_add_up(tmp_path: Path) -> None:
     model = load(tmp_path)
     body = attach_with(ReferenceOperations(), model.base, model.flat, model.compute)
@@ -173,7 +199,9 @@ def test_adapter_is_added_before_the_sum_is_rounded() -> None:
     rows, columns, r = 64, 128, 8
     generator = torch.Generator().manual_seed(0)
     memory = torch.randn(rows + r, columns + r, generator=generator).bfloat16().to(DEVICE)
-    buffer = GroupBuffer(GroupShape([Slot("only", slice(0, rows), slice(0, r))], columns, r), 2.0, memory)
+    buffer = GroupBuffer(
+        GroupShape([Slot("only", slice(0, rows), slice(0, r))], columns, r), 2.0, memory, ReferenceOperations()
+    )
     buffer.b.mul_(0.002)  # a young adapter: its product is below the spacing of bfloat16 at the base product
     extended = torch.randn(32, columns + r, generator=generator).bfloat16().to(DEVICE)
     low_rank = buffer.low_rank(extended[:, :columns], extended[:, columns:])
@@ -235,7 +263,6 @@ def test_refusals_name_their_reason(tmp_path: Path) -> None:
     cases = [
         ("layers of type CohereDecoderLayer are not", load(tmp_path / "1", "cohere")),
         ("capped at 50.0", load(tmp_path / "5", "gemma2", changes={"head_dim": 32, "attn_logit_softcapping": 50.0})),
-        ("dropout 0.1", load(tmp_path / "2", dropout=0.1)),
         ("attention is eager", load(tmp_path / "3", attention="eager")),
         ("layers is plain", load(tmp_path / "4", layers="plain")),
     ]

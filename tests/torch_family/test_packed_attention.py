@@ -17,6 +17,7 @@ from fused_models import SAME_FUNCTION, Model, load, packed, relative
 from torch import Tensor
 from trainers import random_batch
 
+from qlora_hal.contract import dropout
 from qlora_hal.contract.values import Batch
 from qlora_hal_backends.torch_family import step
 from qlora_hal_backends.torch_family.fused.attach import attach_with
@@ -38,6 +39,7 @@ from qlora_hal_backends.torch_family.fused.varlen import (
     largest_error,
     proved_varlen,
 )
+from qlora_hal_backends.torch_family.lora_linear import words_on
 
 CPU = torch.device("cpu")
 HEADS = HeadCounts(query=6, key_value=2, size=16)
@@ -273,6 +275,22 @@ def test_views_that_answer_for_each_place_are_given_the_whole_batch(tmp_path: Pa
     assert states.shape == expected.shape
     real = torch.from_numpy(batch.segment_ids > 0)
     assert relative(states[real], expected[real]) < SAME_FUNCTION
+
+
+@pytest.mark.parametrize(
+    "arrange", [lambda: padded((20, 7, 1), 20), lambda: padded((64, 62), 64)], ids=["laid out", "as it is"]
+)
+def test_dropout_of_a_batch_is_the_same_without_its_padding(arrange: Callable[[], Batch], tmp_path: Path) -> None:
+    model = load(tmp_path, dropout=0.3)
+    body, batch = body_of(model), arrange()
+    rows = np.arange(len(batch.input_ids), dtype=np.int32)
+    words = dropout.token_words(2**50 + 9, rows, batch.input_ids.shape[1])
+    model.flat.switches.token_words = words_on(words.reshape(-1), CPU)
+    expected_loss, expected = gradient(model, model.plain, batch)
+    model.flat.switches.token_words = words_on(body.laid_out_words(batch, words), CPU)
+    loss, found = gradient(model, body.batch_loss, body.laid_out(batch))
+    assert loss == pytest.approx(expected_loss, rel=SAME_FUNCTION)
+    assert relative(found, expected) < SAME_FUNCTION
 
 
 # on a GPU -------------------------------------------------------------------------------------------------------------

@@ -297,7 +297,9 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         def see(batch: Batch) -> None:
             if key is not None and flat.adapter.config.dropout > 0.0:
                 words = dropout.token_words(key, dropout.rows_of(batch), batch.input_ids.shape[1])
-                flat.switches.token_words = words_on(words.reshape(-1), self._device)
+                body = self._fused
+                laid_out = body.laid_out_words(batch, words) if isinstance(body, fused.FusedBody) else words.reshape(-1)
+                flat.switches.token_words = words_on(laid_out, self._device)
 
         try:
             yield see

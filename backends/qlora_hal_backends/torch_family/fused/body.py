@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_hal.contract.dropout import UInt32
 from qlora_hal.contract.values import Batch
 from qlora_hal_backends.torch_family import step
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
 from qlora_hal_backends.torch_family.fused.attention import Samples
 from qlora_hal_backends.torch_family.fused.decoder_layer import DecoderLayer
-from qlora_hal_backends.torch_family.fused.end_to_end import without_padding
+from qlora_hal_backends.torch_family.fused.end_to_end import kept_places, without_padding
 from qlora_hal_backends.torch_family.fused.head_loss import loss_sum_with, select_rows
 from qlora_hal_backends.torch_family.fused.layer_inputs import (
     HostMemory,
@@ -28,7 +29,7 @@ from qlora_hal_backends.torch_family.fused.layer_inputs import (
     ResidentInputs,
 )
 from qlora_hal_backends.torch_family.fused.layer_weights import LayerWeights
-from qlora_hal_backends.torch_family.fused.operations import Rotary
+from qlora_hal_backends.torch_family.fused.operations import Dropout, Rotary
 from qlora_hal_backends.torch_family.fused.tape import Keep, LayerTape, Sequences
 from qlora_hal_backends.torch_family.loading import BaseModel
 from qlora_hal_backends.torch_family.step import DeviceBatch
@@ -83,6 +84,11 @@ class FusedBody:
     def laid_out(self, batch: Batch) -> Batch:
         """What `batch_loss` is best given in place of a batch: the same samples, without their padding."""
         return without_padding(batch) if self.flat.switches.enabled else batch
+
+    def laid_out_words(self, batch: Batch, words: UInt32) -> UInt32:
+        """Dropout's words `[batch, time]` of a batch, as those of its `laid_out` `[M]`."""
+        kept = kept_places(batch) if self.flat.switches.enabled else None
+        return words.reshape(-1) if kept is None else words[kept]
 
     def hidden_states(self, batch: DeviceBatch) -> Tensor:
         """The last hidden states `[batch, time, hidden]`."""
@@ -160,7 +166,14 @@ class FusedBody:
             positions = torch.arange(time, device=batch.input_ids.device).repeat(size)
         positions = positions.flatten()
         rotary = {name: Rotary(cos, sin, positions) for name, (cos, sin) in self._tables.items()}
-        return Sequences(size * time, rotary, samples)
+        return Sequences(size * time, rotary, samples, self._dropout(size * time))
+
+    def _dropout(self, rows: int) -> Dropout | None:
+        tokens = self.flat.switches.token_words
+        if tokens is None:
+            return None
+        assert tokens.shape[0] == rows, "dropout's words are those of the batch as it is laid out"
+        return Dropout(tokens, self.flat.adapter.config.dropout)
 
 
 class _BodyFunction(torch.autograd.Function):

@@ -151,7 +151,22 @@ def _group_weights(layer: Any, path: str, buffer: GroupBuffer, flat: FlatAdapter
         adapter=adapter,
         a_gradients=a_gradients,
         b_gradients=b_gradients,
+        channels=_channel_words(linears, buffer, flat),
+        rank=flat.adapter.config.r,
     )
+
+
+def _channel_words(linears: Sequence[FrozenLinear], buffer: GroupBuffer, flat: FlatAdapter) -> Tensor | None:
+    """Zeros for a projection that this layer does not adapt: its A and B are zeros, too."""
+    if not flat.adapter.config.dropout or not buffer.adapted:
+        return None
+    nothing = torch.zeros(buffer.columns, dtype=torch.int32, device=flat.compute.device)
+    words = [
+        nothing if linear.lora is None or linear.lora.channel_words is None else linear.lora.channel_words
+        for linear, slot in zip(linears, buffer.slots, strict=True)
+        if slot.rank is not None
+    ]
+    return torch.stack(words)
 
 
 def _group_bias(linears: Sequence[FrozenLinear], like: Tensor) -> Tensor | None:

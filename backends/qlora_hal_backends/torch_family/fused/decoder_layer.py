@@ -25,7 +25,7 @@ from torch import Tensor
 
 from qlora_hal_backends.torch_family.fused.attention import Attention
 from qlora_hal_backends.torch_family.fused.layer_weights import AdapterGradients, Join, LayerBuffers, LayerWeights
-from qlora_hal_backends.torch_family.fused.operations import HeadCounts, Operations
+from qlora_hal_backends.torch_family.fused.operations import Dropout, HeadCounts, Operations
 from qlora_hal_backends.torch_family.fused.tape import (
     AttentionTape,
     FeedForwardProducts,
@@ -60,7 +60,9 @@ class DecoderLayer:
         h1 = attention.h1
         if keep in (None, Keep.RESIDUAL):
             del attention
-        h2, output, products = self._feed_forward(layer, h1, branch, keeps_products=keep is Keep.PRODUCTS)
+        h2, output, products = self._feed_forward(
+            layer, h1, branch, sequences.dropout, keeps_products=keep is Keep.PRODUCTS
+        )
         output = self._joined(output, layer.feed_forward_join)
         if keep is None:
             return h2, output, None
@@ -75,7 +77,8 @@ class DecoderLayer:
         extended = into.new_input(sequences.rows)
         x = extended[:, : into.columns]
         h1 = self.operations.add_norm(residual, pending, layer.input_norm, self.epsilon, x)
-        low_rank = _kept_apart(into.low_rank(x, extended[:, into.columns :]))
+        masks = layer.groups["attention_in"].masks(sequences.dropout)
+        low_rank = _kept_apart(into.low_rank(x, extended[:, into.columns :], masks))
         projected = into.product(extended, layer.groups["attention_in"].bias)
         del extended, x
         query, key, value = self._heads(layer, projected, sequences)
@@ -90,7 +93,8 @@ class DecoderLayer:
         )
         extended = out.new_input(sequences.rows)
         self.operations.copy_rows(mixed.output, extended[:, : out.columns])
-        output_low_rank = _kept_apart(out.low_rank(extended[:, : out.columns], extended[:, out.columns :]))
+        masks = layer.groups["attention_out"].masks(sequences.dropout)
+        output_low_rank = _kept_apart(out.low_rank(extended[:, : out.columns], extended[:, out.columns :], masks))
         branch = out.product(extended, layer.groups["attention_out"].bias)
         join = layer.attention_join
         tape = AttentionTape(h1, low_rank, projected, mixed, _read_again(branch, join), output_low_rank)
@@ -109,43 +113,51 @@ class DecoderLayer:
         return query, key, value
 
     def _feed_forward(
-        self, layer: LayerWeights, h1: Tensor, branch: Tensor, *, keeps_products: bool
+        self, layer: LayerWeights, h1: Tensor, branch: Tensor, dropout: Dropout | None, *, keeps_products: bool
     ) -> tuple[Tensor, Tensor, FeedForwardProducts | None]:
         """(h2, output still to be joined, products where they are kept): in one piece where they are, else in tiles."""
         if keeps_products:
-            h2, products = self._gate_up(layer, h1, branch)
-            output, products.output_low_rank = self._feed_forward_out(layer, products.gate_up)
+            h2, products = self._gate_up(layer, h1, branch, dropout)
+            output, products.output_low_rank = self._feed_forward_out(layer, products.gate_up, dropout)
             products.output = _read_again(output, layer.feed_forward_join)
             return h2, output, products
         h2, output = torch.empty_like(h1), torch.empty_like(branch)
         for rows in self._tiles(h1.shape[0]):
-            _, products = self._gate_up(layer, h1[rows], branch[rows], into=h2[rows])
-            self._feed_forward_out(layer, products.gate_up, into=output[rows])
+            of_rows = _of(dropout, rows)
+            _, products = self._gate_up(layer, h1[rows], branch[rows], of_rows, into=h2[rows])
+            self._feed_forward_out(layer, products.gate_up, of_rows, into=output[rows])
         return h2, output, None
 
     def _tiles(self, rows: int) -> Iterator[slice]:
         return (slice(start, min(start + self.tile_rows, rows)) for start in range(0, rows, self.tile_rows))
 
     def _gate_up(
-        self, layer: LayerWeights, h1: Tensor, branch: Tensor | None, into: Tensor | None = None
+        self,
+        layer: LayerWeights,
+        h1: Tensor,
+        branch: Tensor | None,
+        dropout: Dropout | None,
+        into: Tensor | None = None,
     ) -> tuple[Tensor, FeedForwardProducts]:
         """(h2, gate and up products). Without `branch`, `h1` is h2 already."""
         group = self.buffers.groups["feed_forward_in"]
         extended = group.new_input(h1.shape[0])
         x = extended[:, : group.columns]
         h2 = self.operations.add_norm(h1, branch, layer.middle_norm, self.epsilon, x, into)
-        low_rank = _kept_apart(group.low_rank(x, extended[:, group.columns :]))
+        masks = layer.groups["feed_forward_in"].masks(dropout)
+        low_rank = _kept_apart(group.low_rank(x, extended[:, group.columns :], masks))
         gate_up = group.product(extended, layer.groups["feed_forward_in"].bias)
         return h2, FeedForwardProducts(low_rank, gate_up, None, None)
 
     def _feed_forward_out(
-        self, layer: LayerWeights, gate_up: Tensor, into: Tensor | None = None
+        self, layer: LayerWeights, gate_up: Tensor, dropout: Dropout | None, into: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         out = self.buffers.groups["feed_forward_out"]
         extended = out.new_input(gate_up.shape[0])
         x = extended[:, : out.columns]
         self.operations.swiglu(gate_up, x)
-        low_rank = _kept_apart(out.low_rank(x, extended[:, out.columns :]))
+        masks = layer.groups["feed_forward_out"].masks(dropout)
+        low_rank = _kept_apart(out.low_rank(x, extended[:, out.columns :], masks))
         return out.product(extended, layer.groups["feed_forward_out"].bias, into), low_rank
 
     # backward ------------------------------------------------------------------------------------------------------
@@ -162,9 +174,9 @@ class DecoderLayer:
         Nothing below the lowest layer is trained: its input's gradient is not computed, and None is returned.
         """
         self.buffers.hold(layer)
-        gradients = AdapterGradients()
+        gradients = AdapterGradients(self.operations)
         attention, feed_forward = self._replayed(layer, tape, sequences)
-        middle = self._feed_forward_backward(layer, feed_forward, above, gradients)
+        middle = self._feed_forward_backward(layer, feed_forward, above, sequences.dropout, gradients)
         del feed_forward
         above.forget()
         if layer.attention_join is not None:
@@ -190,29 +202,38 @@ class DecoderLayer:
         return attention, feed_forward
 
     def _feed_forward_backward(
-        self, layer: LayerWeights, tape: FeedForwardTape, above: StreamGradient, gradients: AdapterGradients
+        self,
+        layer: LayerWeights,
+        tape: FeedForwardTape,
+        above: StreamGradient,
+        dropout: Dropout | None,
+        gradients: AdapterGradients,
     ) -> StreamGradient:
         """The stream's gradient between attention and feed-forward."""
         middle = self._new_stream_gradient(tape.h2, "attention_out")
         products, tape.products = tape.products, None
         if products is not None:
-            self._rows_backward(layer, tape.h2, products, self._of_output(layer, above, products), middle, gradients)
+            of_output = self._of_output(layer, above, products, dropout)
+            self._rows_backward(layer, tape.h2, products, of_output, middle, dropout, gradients)
             return middle
         for rows in self._tiles(tape.h2.shape[0]):
-            _, products = self._gate_up(layer, tape.h2[rows], None)
-            of_output = self._of_output(layer, above.of(rows), products)
-            self._rows_backward(layer, tape.h2[rows], products, of_output, middle.of(rows), gradients)
+            of_rows = _of(dropout, rows)
+            _, products = self._gate_up(layer, tape.h2[rows], None, of_rows)
+            of_output = self._of_output(layer, above.of(rows), products, of_rows)
+            self._rows_backward(layer, tape.h2[rows], products, of_output, middle.of(rows), of_rows, gradients)
             del products
             gradients.add()
         return middle
 
-    def _of_output(self, layer: LayerWeights, above: StreamGradient, products: FeedForwardProducts) -> StreamGradient:
+    def _of_output(
+        self, layer: LayerWeights, above: StreamGradient, products: FeedForwardProducts, dropout: Dropout | None
+    ) -> StreamGradient:
         """The gradient of the feed-forward's output, which a join changes."""
         join, output = layer.feed_forward_join, products.output
         if join is None:
             return above
         if join.norm is not None and output is None:
-            output, _ = self._feed_forward_out(layer, products.gate_up)
+            output, _ = self._feed_forward_out(layer, products.gate_up, dropout)
         products.output = None
         return self._before_join(above, join, output, "feed_forward_out")
 
@@ -223,26 +244,29 @@ class DecoderLayer:
         products: FeedForwardProducts,
         above: StreamGradient,
         middle: StreamGradient,
+        dropout: Dropout | None,
         gradients: AdapterGradients,
     ) -> None:
         """The feed-forward's backward into `middle`."""
         into, out = self.buffers.groups["feed_forward_in"], self.buffers.groups["feed_forward_out"]
-        v = out.low_rank_gradient(above.extended)
-        product_gradient = out.input_gradient(above.extended)
+        of_in, of_out = layer.groups["feed_forward_in"], layer.groups["feed_forward_out"]
+        in_masks, out_masks = of_in.masks(dropout), of_out.masks(dropout)
+        v = out.low_rank_gradient(above.extended, out_masks)
+        product_gradient = out.input_gradient(above.extended, out_masks)
         extended = into.new_gradient(h2.shape[0])
         product = torch.empty_like(product_gradient)
         self.operations.swiglu_backward(products.gate_up, product_gradient, extended[:, : into.rows], product)
         low_rank = products.output_low_rank
-        gradients.of_b(
-            layer.groups["feed_forward_out"], above.extended, out.low_rank(product) if low_rank is None else low_rank
-        )
-        gradients.of_a(layer.groups["feed_forward_out"], v, product)
+        if low_rank is None:
+            low_rank = out.low_rank(product, masks=out_masks)
+        gradients.of_b(of_out, above.extended, low_rank)
+        gradients.of_a(of_out, v, product, out_masks)
         products.gate_up = product_gradient = product = h2.new_empty(0)
-        v = into.low_rank_gradient(extended)
-        x_gradient = into.input_gradient(extended)
-        gradients.of_b(layer.groups["feed_forward_in"], extended, products.input_low_rank)
+        v = into.low_rank_gradient(extended, in_masks)
+        x_gradient = into.input_gradient(extended, in_masks)
+        gradients.of_b(of_in, extended, products.input_low_rank)
         x = self._norm_backward_into(x_gradient, h2, layer.middle_norm, above, middle, wants_x=v is not None)
-        gradients.of_a(layer.groups["feed_forward_in"], v, x)
+        gradients.of_a(of_in, v, x, in_masks)
 
     def _attention_backward(
         self,
@@ -254,23 +278,25 @@ class DecoderLayer:
         is_lowest: bool,
     ) -> StreamGradient | None:
         into, out = self.buffers.groups["attention_in"], self.buffers.groups["attention_out"]
-        v = out.low_rank_gradient(middle.extended)
-        mixed_gradient = out.input_gradient(middle.extended)
-        gradients.of_b(layer.groups["attention_out"], middle.extended, tape.output_low_rank)
-        gradients.of_a(layer.groups["attention_out"], v, tape.mixed.output)
+        of_in, of_out = layer.groups["attention_in"], layer.groups["attention_out"]
+        in_masks, out_masks = of_in.masks(sequences.dropout), of_out.masks(sequences.dropout)
+        v = out.low_rank_gradient(middle.extended, out_masks)
+        mixed_gradient = out.input_gradient(middle.extended, out_masks)
+        gradients.of_b(of_out, middle.extended, tape.output_low_rank)
+        gradients.of_a(of_out, v, tape.mixed.output, out_masks)
         extended = self._heads_backward(layer, tape, mixed_gradient, sequences)
-        v = into.low_rank_gradient(extended)
-        gradients.of_b(layer.groups["attention_in"], extended, tape.input_low_rank)
+        v = into.low_rank_gradient(extended, in_masks)
+        gradients.of_b(of_in, extended, tape.input_low_rank)
         if is_lowest:
             x = middle.extended.new_empty(tape.h1.shape)
             self.operations.add_norm(tape.h1, None, layer.input_norm, self.epsilon, x)
-            gradients.of_a(layer.groups["attention_in"], v, x)
+            gradients.of_a(of_in, v, x, in_masks)
             return None
-        x_gradient = into.input_gradient(extended)
+        x_gradient = into.input_gradient(extended, in_masks)
         below, x = self._norm_backward(
             x_gradient, tape.h1, layer.input_norm, middle, "feed_forward_out", wants_x=v is not None
         )
-        gradients.of_a(layer.groups["attention_in"], v, x)
+        gradients.of_a(of_in, v, x, in_masks)
         return below
 
     def _heads_backward(
@@ -364,6 +390,10 @@ class DecoderLayer:
     def final_norm_backward(self, weight: Tensor, h: Tensor, gradient: Tensor) -> StreamGradient:
         """The stream's gradient at the top."""
         return self._norm_backward(gradient, h, weight, None, "feed_forward_out", wants_x=False)[0]
+
+
+def _of(dropout: Dropout | None, rows: slice) -> Dropout | None:
+    return None if dropout is None else dropout.of(rows)
 
 
 def _read_again(branch: Tensor, join: Join | None) -> Tensor | None:

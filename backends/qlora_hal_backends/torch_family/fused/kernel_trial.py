@@ -15,7 +15,15 @@ from qlora_hal.contract.backend import Quantization
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal_backends.torch_family.base_weights import quantize
 from qlora_hal_backends.torch_family.fused.families import Activation
-from qlora_hal_backends.torch_family.fused.operations import HeadCounts, HeadNorm, Operations, Placements, Rotary
+from qlora_hal_backends.torch_family.fused.operations import (
+    Dropout,
+    HeadCounts,
+    HeadNorm,
+    Masks,
+    Operations,
+    Placements,
+    Rotary,
+)
 from qlora_hal_backends.torch_family.fused.reference import ReferenceOperations
 
 ROWS, WIDTH, HEADS = 6, 192, HeadCounts(query=9, key_value=3, size=16)
@@ -87,6 +95,13 @@ def _results(operations: Operations, device: torch.device) -> Mapping[str, Tenso
         results[f"rotate_backward{name}"] = room(HEADS.query_columns)
         source = x[:, : HEADS.query_columns]
         operations.rotate_backward(upstream, results[f"rotate_backward{name}"], rotary, norm, source, False)
+
+    words = torch.arange(ROWS * 7919, device=device).to(torch.int32).view(7919, ROWS)[::911] * 40503
+    masks = Masks(Dropout(words[0].contiguous(), 0.3), words[1:3].repeat(1, WIDTH // ROWS).contiguous(), rank=5)
+    results["drop"] = room(WIDTH)
+    operations.drop(x, masks, 1, results["drop"])
+    results["add_dropped"] = room(WIDTH)
+    operations.add_dropped(x, drawn(ROWS, 16), drawn(16, WIDTH), masks, results["add_dropped"])
 
     logits = drawn(ROWS, 300) * 3
     losses = operations.cross_entropy(logits, torch.arange(ROWS, device=device), 0.5, True)

@@ -68,6 +68,31 @@ class Placements:
         return max((rows * columns for _, _, rows, columns, _ in self.entries), default=0)
 
 
+@dataclass(frozen=True, slots=True)
+class Dropout:
+    """LoRA dropout of some rows (`qlora_hal.contract.dropout`): their words int32 `[M]`, and the share dropped."""
+
+    tokens: Tensor
+    rate: float
+
+    def of(self, rows: slice) -> Dropout:
+        return Dropout(self.tokens[rows], self.rate)
+
+
+@dataclass(frozen=True, slots=True)
+class Masks:
+    """What a group's adapted projections keep of their common input: each has words of its own, int32 `[n, K]`."""
+
+    dropout: Dropout
+    channels: Tensor
+    rank: int
+
+    @property
+    def rescaled(self) -> float:
+        """What is kept counts for what is dropped, too."""
+        return 1.0 / (1.0 - self.dropout.rate)
+
+
 class Operations(Protocol):
     """What a decoder layer needs beside matrix products and attention."""
 
@@ -140,6 +165,17 @@ class Operations(Protocol):
         """Gradient of the columns before `rotate`, from `[batch, heads, time, d]` of any strides.
 
         `out` and `source` are the strided columns of these heads; `source` (before the norm) is read with a norm only.
+        """
+        ...
+
+    def drop(self, x: Tensor, masks: Masks, number: int, out: Tensor) -> None:
+        """`x` `[M, K]` where projection `number` keeps it, 0 elsewhere; both may be strided. Not rescaled."""
+        ...
+
+    def add_dropped(self, product: Tensor, v: Tensor, a: Tensor, masks: Masks, out: Tensor) -> None:
+        """`product` `[M, K]` in float32 plus, for each projection, v A where it keeps its input.
+
+        Its v and A are the columns `[M, r]` of the strided `v` and the rows `[r, K]` of the strided `a`.
         """
         ...
 

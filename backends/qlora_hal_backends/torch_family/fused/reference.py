@@ -9,7 +9,8 @@ from torch import Tensor
 
 from qlora_hal_backends.torch_family.base_weights import BaseWeight
 from qlora_hal_backends.torch_family.fused.families import Activation
-from qlora_hal_backends.torch_family.fused.operations import HeadCounts, HeadNorm, Placements, Rotary
+from qlora_hal_backends.torch_family.fused.operations import HeadCounts, HeadNorm, Masks, Placements, Rotary
+from qlora_hal_backends.torch_family.lora_linear import kept_inputs
 
 GELU_SCALE, GELU_CUBE = math.sqrt(2.0 / math.pi), 0.044715
 """Of the approximation by tanh (Hendrycks and Gimpel 2016)."""
@@ -115,6 +116,17 @@ class ReferenceOperations:
             x = source.float().unflatten(-1, (-1, gradient.shape[-1]))
             unrotated = _norm_gradient(unrotated, x, norm.weights[int(is_key)].float(), norm.epsilon)
         out.copy_(unrotated.flatten(1))
+
+    def drop(self, x: Tensor, masks: Masks, number: int, out: Tensor) -> None:
+        out.copy_(x * kept_inputs(masks.dropout.tokens, masks.channels[number], masks.dropout.rate))
+
+    def add_dropped(self, product: Tensor, v: Tensor, a: Tensor, masks: Masks, out: Tensor) -> None:
+        exact = product.clone()
+        for number, channels in enumerate(masks.channels):
+            rank = slice(number * masks.rank, (number + 1) * masks.rank)
+            kept = kept_inputs(masks.dropout.tokens, channels, masks.dropout.rate)
+            exact += (v[:, rank].float() @ a[rank].float()) * kept
+        out.copy_(exact)
 
     def cross_entropy(self, logits: Tensor, targets: Tensor, scale: float, with_gradient: bool) -> Tensor:
         exact = logits.float()

@@ -68,8 +68,6 @@ def _refusals(base: BaseModel, flat: FlatAdapter, compute: Compute) -> Iterator[
         yield "backend.options.attention is eager"
     if compute.options.get("layers") == "plain":
         yield "backend.options.layers is plain"
-    if flat.adapter.config.dropout > 0:
-        yield f"LoRA dropout {flat.adapter.config.dropout}"
     yield from _rotary_refusals(base)
     yield from _linear_refusals(base, flat)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qlora_hal_backends.torch_family.fused.attention import Mixed, Samples
 from qlora_hal_backends.torch_family.fused.layer_weights import LayerWeights
-from qlora_hal_backends.torch_family.fused.operations import Rotary
+from qlora_hal_backends.torch_family.fused.operations import Dropout, Rotary
 
 
 class Keep(Enum):
@@ -28,6 +28,7 @@ class Sequences:
     rows: int
     rotary: Mapping[str, Rotary]  # "" where all layers have the same
     samples: Samples
+    dropout: Dropout | None
 
     def rotary_of(self, layer: LayerWeights) -> Rotary:
         return self.rotary.get(layer.rotary) or self.rotary[""]
