@@ -17,7 +17,7 @@ from trainers import moved_adapter, random_batch, source_of
 from qlora_hal.contract.backend import Compute, Quantization
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.values import AdapterConfig, Float32, StepSettings
-from qlora_hal.errors import UnsupportedFeatureError
+from qlora_hal.errors import UnsupportedFeatureError, figures
 from qlora_hal_backends import cpu_torch, cuda_bnb
 from qlora_hal_backends.torch_family import host_tables
 from qlora_hal_backends.torch_family.platform import CPU, CUDA
@@ -110,6 +110,28 @@ def test_embeddings_and_layers_on_the_host_leave_their_slots_alone_on_the_device
     assert base.streamed is not None
     assert len(base.streamed._slots) == 2
     assert not any(parameter.numel() > HIDDEN for parameter in base.causal.parameters())
+
+
+def test_cost_of_streaming_is_said_when_the_base_is_loaded(tmp_path: Path) -> None:
+    path = write_model(tmp_path, "llama", num_hidden_layers=5)
+    trainer = trainer_of(path, Compute(base_offload=("layers",)))
+    layers = trainer._loaded.streamed
+    assert layers is not None
+    all_bytes = figures.size(sum(on_host.numel() for on_host, _ in layers._layers))
+    assert any(f"{all_bytes} cross to the device" in note and "/s measured now" in note for note in trainer.load_notes)
+    assert not trainer_of(path, Compute()).load_notes
+
+
+def test_copy_that_is_not_awaited_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the equalities above rest on: a slot that still holds another layer gives other numbers."""
+    path = write_model(tmp_path, "llama", num_hidden_layers=5)
+    expected = trainer_of(path, Compute()).gradients([random_batch(0)])
+    trainer = trainer_of(path, Compute(base_offload=("layers",)))
+    base = trainer._loaded.streamed
+    assert base is not None
+    monkeypatch.setattr(base._queue, "copy", lambda target, source: None)
+    found = trainer.gradients([random_batch(0)])
+    assert any(not np.array_equal(found[name], gradient) for name, gradient in expected.items())
 
 
 def test_each_pass_copies_each_layer_once_in_each_direction(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def load_with(
         layers=_decoder_layers(causal, compute),
         mixes_samples=trial.mixes_samples,
         rotary=rotary_of(causal),
-        notes=tuple(notes),
+        notes=tuple(notes) if not isinstance(store, StreamedBase) else (*notes, store.cost()),
         sharded=store if isinstance(store, ShardedBase) else None,
         streamed=store if isinstance(store, StreamedBase) else None,
         host_embedding=host_embedding,

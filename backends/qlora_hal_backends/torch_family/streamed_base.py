@@ -7,11 +7,13 @@ is what a resident base would compute, of the same bytes.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from qlora_hal.errors.figures import size
 from qlora_hal_backends.torch_family.base_weights import BaseWeight
 from qlora_hal_backends.torch_family.copy_queue import Copy, CopyQueue, host_memory
 from qlora_hal_backends.torch_family.layer_slots import SLOTS, Place, SlotWeight, move_into, places_of, view_from
@@ -56,6 +58,24 @@ class StreamedBase:
         ]
         for number, (_, places) in enumerate(self._layers):
             view_from(self._slots[number % SLOTS].memory, places)
+
+    def cost(self) -> str:
+        """A sentence: what a pass copies, and how long that takes at the rate of copies that are made now."""
+        self._last = -1
+        for slot in self._slots:
+            slot.layer = -1
+        self._queue.settle()
+        before, began = self.copied_bytes, time.perf_counter()
+        for number in range(len(self._slots)):
+            self._fetch(number)
+        self._queue.settle()
+        rate = (self.copied_bytes - before) / max(time.perf_counter() - began, 1e-9)
+        one_way = sum(on_host.numel() for on_host, _ in self._layers)
+        return (
+            f"the decoder layers are in the host's memory: {size(one_way)} cross to the device in each direction of a "
+            f"pass, {one_way / rate * 1e3:.0f} ms at the {size(rate)}/s measured now; a pass of so few tokens that it "
+            "computes for less waits for them"
+        )
 
     def present(self, number: int) -> None:
         if number == self._last:
