@@ -266,6 +266,11 @@ class TrainingConfig(_Part):
     per_device_train_batch_size: PositiveInt = Field(
         4, description="Sequences of a micro-batch on each device; more take more memory, not another step."
     )
+    tokens_per_batch: PositiveInt | None = Field(
+        None,
+        description="Micro-batches of as many sequences as fit into so many tokens, padding counted, in the place of "
+        "per_device_train_batch_size; the step stays the same.",
+    )
     per_device_eval_batch_size: PositiveInt = Field(8, description="Sequences of a batch of evaluation on each device.")
     gradient_accumulation_steps: PositiveInt = Field(
         1, description="Micro-batches of one optimizer step. Each counted token weighs the same."
@@ -371,6 +376,13 @@ class RunConfig(_Part):
     backend: BackendConfig = BackendConfig()
     parallel: ParallelConfig = ParallelConfig()
 
+    @property
+    def full_batch_rows(self) -> int:
+        """Rows of `data.max_seq_length` in a micro-batch, which their number bounds or their tokens."""
+        if self.training.tokens_per_batch is None:
+            return self.training.per_device_train_batch_size
+        return self.training.tokens_per_batch // self.data.max_seq_length
+
     @model_validator(mode="after")
     def _parts_fit_together(self) -> RunConfig:
         training, data = self.training, self.data
@@ -387,6 +399,11 @@ class RunConfig(_Part):
         if training.global_batch_size and training.gradient_accumulation_steps != 1:
             raise ValueError(
                 "training.global_batch_size and training.gradient_accumulation_steps are mutually exclusive"
+            )
+        if training.tokens_per_batch and training.tokens_per_batch < data.max_seq_length:
+            raise ValueError(
+                f"training.tokens_per_batch {training.tokens_per_batch} is less than one row of data.max_seq_length "
+                f"{data.max_seq_length}"
             )
         if training.gradient_checkpointing and training.recompute == "none":
             raise ValueError("training.gradient_checkpointing true and training.recompute none contradict each other")

@@ -261,7 +261,7 @@ def estimated_memory(
         r=config.lora.r,
         targets=targets,
         optimizer=config.training.optim,
-        batch_size=config.training.per_device_train_batch_size,
+        batch_size=config.full_batch_rows,
         sequence_length=config.data.max_seq_length,
         gradient_checkpointing=placement.recomputes_layers,
         constants=spec.memory(
@@ -309,6 +309,7 @@ def window_sampler(prepared: PreparedRun) -> WindowSampler:
     return WindowSampler(
         prepared.data.train,
         batch_size=training.per_device_train_batch_size,
+        tokens_per_batch=training.tokens_per_batch,
         accumulation=prepared.accumulation,
         world=prepared.world,
         seed=prepared.seed,
