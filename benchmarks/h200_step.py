@@ -65,6 +65,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         vocab_size=128256,
         tie_word_embeddings=True,
     ),
+    "7b": dict(  # Llama 7B
+        hidden_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        head_dim=128,
+        intermediate_size=11008,
+        vocab_size=32000,
+        tie_word_embeddings=False,
+    ),
     "8b": dict(  # Llama 3.1 8B
         hidden_size=4096,
         num_hidden_layers=32,
@@ -73,6 +83,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         head_dim=128,
         intermediate_size=14336,
         vocab_size=128256,
+        tie_word_embeddings=False,
+    ),
+    "65b": dict(  # Llama 65B
+        hidden_size=8192,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=64,
+        head_dim=128,
+        intermediate_size=22016,
+        vocab_size=32000,
         tie_word_embeddings=False,
     ),
     "70b": dict(  # Llama 3.1 70B

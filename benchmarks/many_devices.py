@@ -5,6 +5,10 @@
 Weak scaling: each device has the same rows, whatever their number. Every number of ranks runs in processes of its own,
 started as `--devices` starts them, on the cards of one machine, one after another. `without sums` leaves the reduction
 of the gradients out, which is wrong, and shows what it costs. With `--cap-gb` each process may allocate so much.
+`--recompute` and `--base-offload` are `training.recompute` and `training.base_offload`:
+
+    python benchmarks/many_devices.py --shape 70b --ranks 2 --modes shard --sizes 1x512x1 --cap-gb 24 \
+        --recompute offload --base-offload embeddings,head --optimizer adamw_8bit --checkpoint FOLDER
 """
 
 from __future__ import annotations
@@ -46,7 +50,8 @@ class Work:
     modes: Sequence[str]
     sizes: Sequence[tuple[int, int, int]]
     steps: int
-    checkpointing: bool
+    recompute: str
+    base_offload: Sequence[str]
     optimizer: str
     cap_gb: float
     out: str
@@ -85,7 +90,15 @@ def measure(folder: Path) -> None:
         trainer.join_ranks(world, TIMEOUT_SECONDS)
     for mode in work.modes:
         torch.cuda.reset_peak_memory_stats()
-        compute = Compute("bfloat16", work.checkpointing, {}, world, mode == "shard" and world.size > 1)
+        compute = Compute(
+            "bfloat16",
+            work.recompute != "none",
+            {},
+            world,
+            mode == "shard" and world.size > 1,
+            recompute="full" if work.recompute == "none" else work.recompute,  # type: ignore[arg-type]
+            base_offload=tuple(work.base_offload),  # type: ignore[arg-type]
+        )
         trainer.load(source, QUANTIZATION, compute)
         trainer.attach(first_adapter(SHAPES[work.shape]), work.optimizer)
         loaded = torch.cuda.memory_allocated() / 1e9
@@ -175,7 +188,8 @@ def main() -> None:
     parser.add_argument("--modes", default="data,shard,without sums")
     parser.add_argument("--sizes", default="4x2048x1,1x2048x1")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--recompute", choices=("none", "selective", "full", "offload"), default="none")
+    parser.add_argument("--base-offload", default="", help="of embeddings, layers, head; separated by commas")
     parser.add_argument("--optimizer", default="adamw")
     parser.add_argument("--cap-gb", type=float, default=0.0)
     parser.add_argument("--checkpoint", type=Path, required=True, help="made here if it is not there")
@@ -189,7 +203,8 @@ def main() -> None:
         "checkpoint": str(given.checkpoint),
         "sizes": [[int(part) for part in size.split("x")] for size in given.sizes.split(",")],
         "steps": given.steps,
-        "checkpointing": given.checkpointing,
+        "recompute": given.recompute,
+        "base_offload": [part for part in given.base_offload.split(",") if part],
         "optimizer": given.optimizer,
         "cap_gb": given.cap_gb,
     }

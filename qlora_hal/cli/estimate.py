@@ -129,7 +129,7 @@ def estimate_as_text(estimated: Estimated, config: RunConfig) -> str:
     memory, stored = estimated.memory, estimated.quantization
     block = f" in blocks of {stored.block_size}" if stored.block_size else ""
     here = f"not ready here: {estimated.not_ready.rstrip('.')}" if estimated.not_ready else "ready here"
-    batch, length = config.training.per_device_train_batch_size, config.data.max_seq_length
+    batch, length = config.full_batch_rows, config.data.max_seq_length
     lines = [
         f"{config.model.name_or_path} on {estimated.backend} ({here}): base {stored.weight_format.value}{block}, "
         f"computes in {estimated.compute_dtype}, {batch} x {length} tokens, rank {config.lora.r}",

@@ -56,6 +56,9 @@ SETTINGS: Mapping[str, str] = dict(
             "training.adam_epsilon": "adam_eps eps epsilon",
             "training.gradient_checkpointing": "grad_checkpoint use_gradient_checkpointing checkpointing "
             "enable_activation_checkpointing",
+            "training.tokens_per_batch": "max_tokens_per_batch batch_tokens tokens_per_micro_batch max_batch_tokens",
+            "training.recompute": "recomputation activation_checkpointing activation_offloading recompute_granularity",
+            "training.base_offload": "offload cpu_offload offload_param fsdp_cpu_offload fsdp_offload_params",
             "training.seed": "random_state random_seed",
             "training.logging_steps": "log_steps log_every logging_interval steps_per_report log_interval",
             "training.eval_steps": "steps_per_eval eval_every eval_interval eval_strategy evaluation_strategy",

@@ -266,6 +266,11 @@ class TrainingConfig(_Part):
     per_device_train_batch_size: PositiveInt = Field(
         4, description="Sequences of a micro-batch on each device; more take more memory, not another step."
     )
+    tokens_per_batch: PositiveInt | None = Field(
+        None,
+        description="Micro-batches of as many sequences as fit into so many tokens, padding counted, in the place of "
+        "per_device_train_batch_size; the step stays the same.",
+    )
     per_device_eval_batch_size: PositiveInt = Field(8, description="Sequences of a batch of evaluation on each device.")
     gradient_accumulation_steps: PositiveInt = Field(
         1, description="Micro-batches of one optimizer step. Each counted token weighs the same."
@@ -290,7 +295,19 @@ class TrainingConfig(_Part):
         False,
         description="Raise adam_epsilon above the rounding error of the first gradient, so that backends begin alike.",
     )
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: true is recompute full."
+    )
+    recompute: Literal["none", "selective", "full", "offload", "auto"] | None = Field(
+        None,
+        description="What backward computes again: nothing, the feed-forward's products, whole layers, or whole layers "
+        "with their inputs in the host's memory; auto: the fastest that fits. Unset: as gradient_checkpointing says.",
+    )
+    base_offload: tuple[Literal["embeddings", "layers", "head"], ...] | Literal["auto"] = Field(
+        (),
+        description="Parts of the base that live in the host's memory and are copied when they are needed; auto: what "
+        "has to, by the estimate.",
+    )
     seed: NonNegativeInt | None = Field(None, description="Drawn, printed and stored when unset.")
     logging_steps: PositiveInt = Field(
         1, description="Print a line every this many steps; metrics.jsonl has every step."
@@ -359,6 +376,13 @@ class RunConfig(_Part):
     backend: BackendConfig = BackendConfig()
     parallel: ParallelConfig = ParallelConfig()
 
+    @property
+    def full_batch_rows(self) -> int:
+        """Rows of `data.max_seq_length` in a micro-batch, which their number bounds or their tokens."""
+        if self.training.tokens_per_batch is None:
+            return self.training.per_device_train_batch_size
+        return self.training.tokens_per_batch // self.data.max_seq_length
+
     @model_validator(mode="after")
     def _parts_fit_together(self) -> RunConfig:
         training, data = self.training, self.data
@@ -375,6 +399,18 @@ class RunConfig(_Part):
         if training.global_batch_size and training.gradient_accumulation_steps != 1:
             raise ValueError(
                 "training.global_batch_size and training.gradient_accumulation_steps are mutually exclusive"
+            )
+        if training.tokens_per_batch and training.tokens_per_batch < data.max_seq_length:
+            raise ValueError(
+                f"training.tokens_per_batch {training.tokens_per_batch} is less than one row of data.max_seq_length "
+                f"{data.max_seq_length}"
+            )
+        if training.gradient_checkpointing and training.recompute == "none":
+            raise ValueError("training.gradient_checkpointing true and training.recompute none contradict each other")
+        if self.parallel.mode == "shard" and "layers" in training.base_offload:
+            raise ValueError(
+                "training.base_offload layers and parallel.mode shard are mutually exclusive: the layers are in the "
+                "host's memory, or spread over the devices"
             )
         if self.model.trust_remote_code and not _is_commit(self.model.revision):
             raise ValueError("model.trust_remote_code needs model.revision as a 40-digit commit")

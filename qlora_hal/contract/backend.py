@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from qlora_hal.contract.capabilities import (
     Capabilities,
@@ -199,17 +199,29 @@ class Quantization:
     double_quant: bool = False
 
 
+Recompute = Literal["selective", "full", "offload"]
+OffloadedPart = Literal["embeddings", "layers", "head"]
+"""The table of token embeddings, the decoder layers' packed weights, the output head."""
+
+
 @dataclass(frozen=True, slots=True)
 class Compute:
     """How the backend computes. `options` are the backend's own settings, from `backend.options`; `world` is which of
     several ranks this trainer is (Feature.DATA_PARALLEL), `shard_base` whether each of them holds a part of the packed
-    base alone and gathers the rest when it is needed (Feature.SHARDED_BASE)."""
+    base alone and gathers the rest when it is needed (Feature.SHARDED_BASE).
+
+    With `gradient_checkpointing`, `recompute` says what of a layer is computed again: all of it from its input
+    (`full`), all with the inputs waiting in the host's memory (`offload`), or its feed-forward's products alone
+    (`selective`); the others than `full` need Feature.RECOMPUTATION_CHOICE. `base_offload` names the parts of the base
+    that live in the host's memory and reach the device when they are needed (Feature.BASE_OFFLOAD)."""
 
     dtype: ComputeDtype = "float32"
     gradient_checkpointing: bool = False
     options: Mapping[str, object] = field(default_factory=dict)
     world: World = field(default_factory=World)
     shard_base: bool = False
+    recompute: Recompute = "full"
+    base_offload: tuple[OffloadedPart, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,6 +93,11 @@ class Feature(StrEnum):
     """Several ranks, each with the whole packed base (`Compute.world`)."""
     SHARDED_BASE = "sharded_base"
     """Several ranks, the packed base spread over them."""
+    RECOMPUTATION_CHOICE = "recomputation_choice"
+    """Other parts of a layer are recomputed than all of it, or its input waits in the host's memory
+    (`Compute.recompute`)."""
+    BASE_OFFLOAD = "base_offload"
+    """Parts of the base live in the host's memory (`Compute.base_offload`)."""
     TOKEN_WEIGHTS = "token_weights"
     """A loss of weighted tokens (`Batch.weights`), and `token_losses` to make them from."""
 

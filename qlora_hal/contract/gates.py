@@ -33,6 +33,8 @@ GATES: Mapping[type, Mapping[str, Feature]] = {
         "gradient_checkpointing": Feature.GRADIENT_CHECKPOINTING,
         "world": Feature.DATA_PARALLEL,
         "shard_base": Feature.SHARDED_BASE,
+        "recompute": Feature.RECOMPUTATION_CHOICE,
+        "base_offload": Feature.BASE_OFFLOAD,
     },
     AdapterConfig: {"dropout": Feature.LORA_DROPOUT},
     StepSettings: {},

@@ -14,6 +14,9 @@ class MemoryConstants:
     backward pass, per token, in the compute dtype. The defaults are those of unfused modules: two norm inputs kept in
     float32 (4), two norm outputs, the query and the attention output (4); gate, its SiLU, up and their product (4).
     `working_layers` is what is alive beyond that while one layer is differentiated, in units of what a layer keeps.
+    `working_feed_forward_copies` are of that width and alive in the layer that is differentiated alone, for no more
+    than `feed_forward_tile` rows at a time where that is a number. `recomputed_inputs` is how many layers' inputs are
+    on the device at a time where whole layers are recomputed; None: all.
     `cross_entropy_rows` is the chunk of a chunked cross-entropy, None when all logits exist at once.
     """
 
@@ -22,6 +25,9 @@ class MemoryConstants:
     hidden_copies: float = 8.0
     feed_forward_copies: float = 4.0
     working_layers: float = 0.0
+    working_feed_forward_copies: float = 0.0
+    feed_forward_tile: int | None = None
+    recomputed_inputs: int | None = None
     dequantized_copies: int = 1
     cross_entropy_rows: int | None = None
     attention_scores_kept: bool = False
@@ -34,13 +40,14 @@ class MemoryConstants:
 class MemoryQuery:
     """Which code will run: for models of this architecture (`model_type`) in this compute dtype, with this LoRA dropout
     and these `backend.options`, on this kind of device. `device_kind` "" is not known: the hardware that the backend is
-    made for."""
+    made for. `recompute` is what backward computes again (`Compute.recompute`), `none` where nothing."""
 
     architecture: str
     compute_dtype: str
     dropout: float = 0.0
     options: Mapping[str, object] = field(default_factory=dict)
     device_kind: str = ""
+    recompute: str = "none"
 
 
 def unfused(query: MemoryQuery) -> MemoryConstants:

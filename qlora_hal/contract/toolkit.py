@@ -47,6 +47,8 @@ def check_served(
         Feature.GRADIENT_CHECKPOINTING: compute.gradient_checkpointing,
         Feature.DATA_PARALLEL: compute.world.size > 1,
         Feature.SHARDED_BASE: compute.shard_base,
+        Feature.RECOMPUTATION_CHOICE: compute.recompute != "full",
+        Feature.BASE_OFFLOAD: bool(compute.base_offload),
         Feature.LOAD_PREQUANTIZED: prequantized,
         Feature.QUANTIZE_ON_LOAD: not prequantized and weight_format is not WeightFormat.NONE,
     }
@@ -151,8 +153,7 @@ def memory_named(
         "QH-N07",
         f"{device} ran out of memory in {phase}.",
         cause=reason,
-        fix="Lower training.per_device_train_batch_size or data.max_seq_length, or set "
-        "training.gradient_checkpointing true.",
+        fix="Lower training.per_device_train_batch_size or data.max_seq_length, or set training.recompute: auto.",
         context={"phase": phase},
     )
 

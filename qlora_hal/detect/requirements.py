@@ -8,6 +8,7 @@ from qlora_hal.contract.capabilities import OPTIMIZER_FEATURE, Capabilities, Fea
 from qlora_hal.errors import ConfigError
 from qlora_hal.formats.catalogue import formats_of_level, record_of, records
 from qlora_hal.formats.record import LEVELS
+from qlora_hal.memory.placement import AUTO, FULL, OFFLOAD, SELECTIVE, asked_recompute
 from qlora_hal.model.facts import ModelFacts
 from qlora_hal.model.packed_facts import Prequantized
 
@@ -87,7 +88,9 @@ def _features(config: RunConfig, *, quantizes: bool, loads: bool) -> frozenset[F
         (quantizes, Feature.QUANTIZE_ON_LOAD),
         (loads, Feature.LOAD_PREQUANTIZED),
         (bool(config.quantization.double_quant), Feature.DOUBLE_QUANT),
-        (config.training.gradient_checkpointing, Feature.GRADIENT_CHECKPOINTING),
+        (asked_recompute(config.training) in (SELECTIVE, FULL, OFFLOAD), Feature.GRADIENT_CHECKPOINTING),
+        (asked_recompute(config.training) in (SELECTIVE, OFFLOAD), Feature.RECOMPUTATION_CHOICE),
+        (config.training.base_offload not in ((), AUTO), Feature.BASE_OFFLOAD),
         (config.lora.dropout > 0, Feature.LORA_DROPOUT),
         (config.data.packing, Feature.PACKING),
     ]

@@ -182,8 +182,11 @@ def _activation_bytes(
         one_layer += batch_size * shape.heads * sequence_length**2 * compute_bytes
     one_layer += tokens * adapter_ranks * compute_bytes / max(shape.layers, 1)
     working = int(constants.working_layers * one_layer)
+    tile = tokens if constants.feed_forward_tile is None else min(tokens, constants.feed_forward_tile)
+    working += int(tile * constants.working_feed_forward_copies * shape.feed_forward * compute_bytes)
     if gradient_checkpointing:
-        return int(shape.layers * tokens * shape.hidden * compute_bytes + one_layer), working
+        inputs = shape.layers if constants.recomputed_inputs is None else constants.recomputed_inputs
+        return int(min(inputs, shape.layers) * tokens * shape.hidden * compute_bytes + one_layer), working
     return int(shape.layers * one_layer), working
 
 

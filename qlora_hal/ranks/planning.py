@@ -75,6 +75,8 @@ def mode_of(
         )
     if config.parallel.mode == SHARD:
         return SHARD, "each device holds a share of the packed base, as asked for"
+    if "layers" in config.training.base_offload:
+        return DATA, "each device reads the layers from the host's memory"
     if config.parallel.mode == AUTO and can_spread and memory_there is not None and memory.total > memory_there:
         return SHARD, f"with a whole base each device would need {size(memory.total)} of its {size(memory_there)}"
     return DATA, "each device holds the whole packed base"

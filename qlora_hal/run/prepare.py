@@ -18,10 +18,12 @@ from qlora_hal.data import ChatTokenizer, prepare
 from qlora_hal.data.source.sampling import WindowSampler
 from qlora_hal.detect import discovery
 from qlora_hal.detect.discovery import reports
+from qlora_hal.detect.hardware import inventory, memory_here
 from qlora_hal.detect.requirements import quantization_of, requirements_of, unmet_description_note
-from qlora_hal.detect.selection import Choice, choose, refuse_unready
+from qlora_hal.detect.selection import Choice, choose, has_accelerator, refuse_unready
 from qlora_hal.errors import ConfigError, figures
-from qlora_hal.memory.estimate import estimate
+from qlora_hal.memory.estimate import estimate, spread_over
+from qlora_hal.memory.placement import Placement, chosen_placement, with_base_offloaded
 from qlora_hal.model.source import is_on_hub, plan_model, with_weights
 from qlora_hal.ranks.window_share import accumulation_of
 
@@ -64,6 +66,7 @@ class PreparedRun:
     tokenizer: ChatTokenizer
     data: PreparedData
     estimate: MemoryEstimate
+    placement: Placement = field(default_factory=Placement)
     model_hashes: Mapping[str, str] = field(default_factory=dict)
     world: World = field(default_factory=World)
     accumulation: int = 1
@@ -180,15 +183,51 @@ def prepare_run(
     _check_lengths(resolved_backend.outline, data)
     for alert in data.report.alerts:
         console.note(alert)
-    memory = estimated_memory(
+    placement, memory = _placed(config, resolved_backend, world)
+    if placement.why:
+        console.note(f"{placement.words()}: {placement.why}")
+    elif config.training.gradient_checkpointing and config.training.recompute is None:
+        console.note("training.gradient_checkpointing true is training.recompute full")
+    return PreparedRun(
         config,
-        facts,
-        resolved_backend.choice.spec,
-        resolved_backend.quantization,
-        {name: resolved_backend.outline.linear_modules[name] for name in resolved_backend.adapter.target_modules},
-        resolved_backend.report,
+        seed,
+        resolved_backend,
+        tokenizer,
+        data,
+        memory,
+        placement,
+        world=world,
+        accumulation=accumulation,
     )
-    return PreparedRun(config, seed, resolved_backend, tokenizer, data, memory, world=world, accumulation=accumulation)
+
+
+def _placed(config: RunConfig, resolved_backend: ResolvedBackend, world: World) -> tuple[Placement, MemoryEstimate]:
+    """What is recomputed and what is on the host, and the peak with that."""
+    spec, facts = resolved_backend.choice.spec, resolved_backend.source.facts
+    modules = resolved_backend.outline.linear_modules
+    targets = {name: modules[name] for name in resolved_backend.adapter.target_modules}
+
+    def with_placement(placement: Placement) -> MemoryEstimate:
+        return estimated_memory(
+            config, facts, spec, resolved_backend.quantization, targets, resolved_backend.report, placement
+        )
+
+    def peak_of_each(placement: Placement) -> int:
+        memory = with_placement(placement)
+        if world.size > 1 and config.parallel.mode == "shard":
+            memory = spread_over(memory, facts, likely_dtype(config, spec, resolved_backend.report), world.size)
+        return memory.high
+
+    there = memory_of_a_device(resolved_backend) or None
+    placement = chosen_placement(config.training, spec.capabilities.features, peak_of_each, there)
+    return placement, with_placement(placement)
+
+
+def memory_of_a_device(resolved_backend: ResolvedBackend) -> int:
+    """Bytes of the device that trains, as far as the machine tells; 0 where it does not."""
+    if has_accelerator(resolved_backend.choice.spec, resolved_backend.reports):
+        return max((gpu.memory_total_bytes or 0 for gpu in inventory().gpus), default=0)
+    return memory_here()
 
 
 def _check_lengths(outline: ModelOutline, data: PreparedData) -> None:
@@ -205,11 +244,15 @@ def estimated_memory(
     quantization: Quantization,
     targets: Mapping[str, LinearShape],
     report: ProbeReport | None = None,
+    placement: Placement | None = None,
 ) -> MemoryEstimate:
     """The peak by arithmetic, for the longest batch this configuration allows, on the device that `report` tells of;
-    without one on the hardware that the backend is made for."""
+    without one on the hardware that the backend is made for. Without a `placement`, the one that is asked for, and the
+    fastest where that is `auto`."""
     compute_dtype = likely_dtype(config, spec, report)
-    return estimate(
+    if placement is None:
+        placement = chosen_placement(config.training, spec.capabilities.features, lambda _: 0, None)
+    memory = estimate(
         facts,
         weight_format=quantization.weight_format,
         block_size=quantization.block_size,
@@ -218,9 +261,9 @@ def estimated_memory(
         r=config.lora.r,
         targets=targets,
         optimizer=config.training.optim,
-        batch_size=config.training.per_device_train_batch_size,
+        batch_size=config.full_batch_rows,
         sequence_length=config.data.max_seq_length,
-        gradient_checkpointing=config.training.gradient_checkpointing,
+        gradient_checkpointing=placement.recomputes_layers,
         constants=spec.memory(
             MemoryQuery(
                 facts.model_type,
@@ -228,9 +271,11 @@ def estimated_memory(
                 config.lora.dropout,
                 config.backend.options,
                 report.device_kind if report is not None else "",
+                placement.recompute,
             )
         ),
     )
+    return with_base_offloaded(memory, facts, compute_dtype, placement.base_offload)
 
 
 def likely_dtype(config: RunConfig, spec: BackendSpec, report: ProbeReport | None = None) -> ComputeDtype:
@@ -264,6 +309,7 @@ def window_sampler(prepared: PreparedRun) -> WindowSampler:
     return WindowSampler(
         prepared.data.train,
         batch_size=training.per_device_train_batch_size,
+        tokens_per_batch=training.tokens_per_batch,
         accumulation=prepared.accumulation,
         world=prepared.world,
         seed=prepared.seed,

@@ -23,6 +23,7 @@ from qlora_hal.detect.mac_memory import pressure_note
 from qlora_hal.errors import AdapterError, StoppedError, UnsafeInputError
 from qlora_hal.errors.way_on import resume_line
 from qlora_hal.inference.loaded_model import LoadedModel
+from qlora_hal.memory.placement import FULL, NONE
 from qlora_hal.processes.signals import EndedAtOnce
 from qlora_hal.ranks.agreement import Agreement
 from qlora_hal.ranks.planning import SHARD, mode_of
@@ -171,16 +172,19 @@ class Session:
 
     def _load(self) -> Compute:
         config, resolved_backend = self._config, self._prepared.resolved_backend
+        placement = self._prepared.placement
         compute = Compute(
             dtype=chosen_dtype(  # type: ignore[arg-type]
                 config.quantization.compute_dtype,
                 self._trainer.proved_compute_dtypes(),
                 resolved_backend.choice.spec.name,
             ),
-            gradient_checkpointing=config.training.gradient_checkpointing,
+            gradient_checkpointing=placement.recompute != NONE,
             options=config.backend.options,
             world=self._prepared.world,
             shard_base=self._shards_base(),
+            recompute=placement.recompute if placement.recompute != NONE else FULL,  # type: ignore[arg-type]
+            base_offload=placement.base_offload,
         )
         if note := pressure_note():
             self._context.console.note(note)
@@ -265,6 +269,8 @@ class Session:
             "memory_limit_bytes": facts.memory_limit_bytes,
             "ranks": self._prepared.world.size,
             "parallel_mode": "shard" if compute.shard_base else "data",
+            "recompute": self._prepared.placement.recompute,
+            "base_offload": list(compute.base_offload),
             "sequences_per_step": self._prepared.sequences_per_step,
             "tokens_per_step": round(windows.tokens_per_step),
         }

@@ -15,8 +15,6 @@ from qlora_hal.contract.dropout import MASKS
 from qlora_hal.contract.world import World
 from qlora_hal.data.source.in_memory import GivenRows
 from qlora_hal.data.source.reading import blamed_on, has_splits, refuse_absent, validation_files
-from qlora_hal.detect.hardware import inventory, memory_here
-from qlora_hal.detect.selection import has_accelerator
 from qlora_hal.errors import ConfigError, QloraHalError, figures
 from qlora_hal.files.refused_paths import named_path
 from qlora_hal.hooks import Hooks
@@ -39,6 +37,7 @@ from qlora_hal.run.paths import PathOverrides, require_paths, with_absolute_path
 from qlora_hal.run.prepare import (
     drawn_seed,
     likely_dtype,
+    memory_of_a_device,
     prepare_run,
     resolve_backend,
     window_sampler,
@@ -391,16 +390,9 @@ def _late_evaluations(prepared: PreparedRun, given: Collection[str]) -> Iterator
         )
 
 
-def memory_of_a_device(prepared: PreparedRun) -> int:
-    """Bytes of the device that trains, as far as the machine tells; 0 where it does not."""
-    if has_accelerator(prepared.resolved_backend.choice.spec, prepared.resolved_backend.reports):
-        return max((gpu.memory_total_bytes or 0 for gpu in inventory().gpus), default=0)
-    return memory_here()
-
-
 def memory_notes(prepared: PreparedRun) -> Iterator[str]:
     """Whether the estimated peak is above what the device has; a run of shorter rows may fit all the same."""
-    has, peak = memory_of_a_device(prepared), prepared.estimate.total
+    has, peak = memory_of_a_device(prepared.resolved_backend), prepared.estimate.total
     if has and peak > has:
         yield (
             f"the estimated peak of {figures.size(peak)} is above the {figures.size(has)} of memory here; it is "
@@ -435,7 +427,7 @@ def _planned(prepared: PreparedRun) -> TrainResult:
         resolved_backend.choice.spec,
         prepared.estimate,
         lambda: spread_over(prepared.estimate, resolved_backend.source.facts, dtype, prepared.world.size),
-        memory_of_a_device(prepared) or None,
+        memory_of_a_device(prepared.resolved_backend) or None,
     )
     memory = devices.memory
     plan = {

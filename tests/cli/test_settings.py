@@ -154,6 +154,16 @@ def test_a_value_outside_its_range_is_refused_with_the_range(path: str, value: s
     assert caught.value.exit_status == 2
 
 
+def test_fewer_tokens_in_a_batch_than_in_a_row_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"tokens_per_batch 1024 is less than one row of data\.max_seq_length 2048"):
+        resolve_settings({}, flags={"training.tokens_per_batch": "1024", "data.max_seq_length": "2048"}, environ={})
+
+
+def test_a_batch_by_tokens_has_as_many_full_rows_as_fit_into_them() -> None:
+    flags = {"training.tokens_per_batch": "8192", "data.max_seq_length": "2000"}
+    assert resolve_settings({}, flags=flags, environ={}).config.full_batch_rows == 4
+
+
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [

@@ -21,6 +21,8 @@ ASKED = {
     Feature.GRADIENT_CHECKPOINTING: Compute(gradient_checkpointing=True),
     Feature.DATA_PARALLEL: Compute(world=World(1, 2)),
     Feature.SHARDED_BASE: Compute(shard_base=True),
+    Feature.RECOMPUTATION_CHOICE: Compute(gradient_checkpointing=True, recompute="offload"),
+    Feature.BASE_OFFLOAD: Compute(base_offload=("layers",)),
     Feature.LORA_DROPOUT: AdapterConfig(2, 2.0, dropout=0.1),
     Feature.TOKEN_WEIGHTS: replace(BATCH, weights=np.zeros((1, 3), np.float32)),
 }

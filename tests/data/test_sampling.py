@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,7 @@ cases = st.fixed_dictionaries(
         "shuffle": st.booleans(),
         "group_by_length": st.booleans(),
         "packing": st.booleans(),
+        "tokens_per_batch": st.none() | st.integers(CAPACITY, 6 * CAPACITY),
     }
 )
 
@@ -124,6 +126,37 @@ def test_rows_of_a_window_do_not_depend_on_how_it_is_split(case: dict[str, Any],
     for batch_size, accumulation, ranks in ((12, 1, 1), (2, 3, 2), (1, 4, 3)):
         case.update(batch_size=batch_size, accumulation=accumulation)
         assert sampler_of(store, **case, world=World(0, ranks)).rows_of(step) == whole.rows_of(step)
+
+
+@settings(deadline=None, max_examples=100)
+@given(case=cases, step=st.integers(0, 12), tokens=st.integers(CAPACITY, 6 * CAPACITY))
+def test_micro_batches_by_tokens_cut_the_same_window_elsewhere(case: dict[str, Any], step: int, tokens: int) -> None:
+    """The rows, their order and so their places in the window, which dropout's masks are drawn by, are the same."""
+    store = store_of(case.pop("lengths"))
+    case.pop("ranks")
+    by_rows = sampler_of(store, **{**case, "tokens_per_batch": None}).window(step)
+    by_tokens = sampler_of(store, **{**case, "tokens_per_batch": tokens}).window(step)
+    assert rows_in_order(by_tokens) == rows_in_order(by_rows)
+    for batch in by_tokens:
+        assert batch.input_ids.size <= tokens or len(batch.input_ids) == 1
+    for batch, following in pairwise(by_tokens):
+        width = max(batch.input_ids.shape[1], -(-int((following.segment_ids[0] > 0).sum()) // 8) * 8)
+        assert (len(batch.input_ids) + 1) * width > tokens, "the next row would have found room"
+
+
+def rows_in_order(window: Sequence[Batch]) -> list[tuple[int, list[int]]]:
+    """(place in the window, tokens without padding) of each sequence."""
+    return [
+        (int(place), tokens[segments > 0].tolist())
+        for batch in window
+        for place, tokens, segments in zip(batch.rows, batch.input_ids, batch.segment_ids, strict=True)
+    ]
+
+
+def test_short_rows_take_fewer_micro_batches_by_tokens() -> None:
+    store = store_of([8] * 24)
+    assert len(sampler_of(store, batch_size=2, accumulation=12).window(0)) == 12
+    assert len(sampler_of(store, batch_size=2, accumulation=12, tokens_per_batch=64).window(0)) == 3
 
 
 def test_order_changes_with_the_epoch_and_the_seed_only_when_shuffled() -> None:

@@ -23,6 +23,7 @@ FEATURES = frozenset(
         Feature.PACKING,
         Feature.GENERATE,
         Feature.TOKEN_WEIGHTS,
+        Feature.RECOMPUTATION_CHOICE,
         Feature.ADAMW_8BIT,
         Feature.PAGED_ADAMW,
         Feature.PAGED_ADAMW_8BIT,

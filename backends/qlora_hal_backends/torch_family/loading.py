@@ -31,10 +31,15 @@ from qlora_hal_backends.torch_family.base_weights import (
     quantize,
 )
 from qlora_hal_backends.torch_family.head_loss import Head
+from qlora_hal_backends.torch_family.host_tables import HostEmbedding, Tables
 from qlora_hal_backends.torch_family.lora_linear import FrozenLinear
 from qlora_hal_backends.torch_family.sharded_base import ShardedBase
+from qlora_hal_backends.torch_family.streamed_base import StreamedBase
 from qlora_hal_backends.torch_family.transformers_versions import recomputable_layers, stays_float32
 from qlora_hal_backends.torch_family.trial import tried
+
+FEED_FORWARD = "mlp"
+"""What transformers' decoder layers call it."""
 
 BITSANDBYTES = "bitsandbytes dequantize"
 
@@ -45,7 +50,8 @@ class BaseModel:
 
     `mixes_samples` says why several samples cannot share a row, or is empty; `rotary` where rotary positions change
     with the length of a row. `notes` are for the user. `decoding` names what unpacks the weights, `versions` the
-    packages that are needed for it beside the family's own. `sharded` holds the layers where each rank has a part.
+    packages that are needed for it beside the family's own. `sharded` holds the layers where each rank has a part,
+    `streamed` where they are in the host's memory; `host_embedding` looks tokens up there.
     """
 
     causal: Any
@@ -59,6 +65,8 @@ class BaseModel:
     decoding: str = BITSANDBYTES
     versions: Mapping[str, str] = field(default_factory=dict)
     sharded: ShardedBase | None = None
+    streamed: StreamedBase | None = None
+    host_embedding: HostEmbedding | None = None
 
 
 LoadBase = Callable[[ModelSource, Quantization, Compute, torch.device], BaseModel]
@@ -80,7 +88,7 @@ def load_with(
     dtype = getattr(torch, compute.dtype)
     architecture = build(source, compute.options.get("attention", "auto"), dtype)
     causal, linears = architecture.causal, architecture.linears
-    sharded = ShardedBase(compute.world, device) if compute.shard_base else None
+    store = _layer_store(compute, device)
     with Checkpoint(source.path, source.facts.tensors, architecture.stored) as checkpoint:
         for layer, names in groupby(linears, key=_layer_of):
             held = [name for name in names if checkpoint.has_module(name)]  # others are one with another layer
@@ -91,15 +99,17 @@ def load_with(
                     expected = (linear.out_features, linear.in_features)
                     raise shape_mismatch(source.name, name, linear.base.shape, expected)
                 linear.bias = _bias(checkpoint, name, linear, dtype, device)
-            if sharded is not None and layer and held:
-                spread = sharded.add([base for name in held if (base := linears[name].base) is not None])
-                for name, weight in zip(held, spread, strict=True):
+            if store is not None and layer and held:
+                moved = store.add([base for name in held if (base := linears[name].base) is not None])
+                for name, weight in zip(held, moved, strict=True):
                     linears[name].base = weight
-        if sharded is not None:
-            sharded.finish()
-        _fill_parameters(causal, checkpoint, device)
+        if store is not None:
+            store.finish()
+        tables = Tables.of(causal, compute.base_offload)
+        _fill_parameters(causal, checkpoint, lambda name: torch.device("cpu") if name in tables.names else device)
         _fill_buffers(causal, checkpoint)
-        notes = [*_tie(architecture), *_unused_notes(architecture)]
+        notes = [*_tie(architecture), *_unused_notes(architecture), *tables.notes]
+    host_embedding = tables.move_to_host(causal, device)
     causal.to(device)
     causal.eval()
     causal.requires_grad_(False)
@@ -117,9 +127,26 @@ def load_with(
         layers=_decoder_layers(causal, compute),
         mixes_samples=trial.mixes_samples,
         rotary=rotary_of(causal),
-        notes=tuple(notes),
-        sharded=sharded,
+        notes=tuple(notes) if not isinstance(store, StreamedBase) else (*notes, store.cost()),
+        sharded=store if isinstance(store, ShardedBase) else None,
+        streamed=store if isinstance(store, StreamedBase) else None,
+        host_embedding=host_embedding,
     )
+
+
+def _layer_store(compute: Compute, device: torch.device) -> ShardedBase | StreamedBase | None:
+    """Where packed layers are kept, if not on the device. Raises UnsupportedFeatureError QH-B01 for two at once."""
+    on_host = "layers" in compute.base_offload
+    if on_host and compute.shard_base:
+        raise UnsupportedFeatureError(
+            "QH-B01",
+            "The decoder layers can be spread over the devices or kept in the host's memory, not both.",
+            where="training.base_offload",
+            fix="Take layers out of training.base_offload, or set parallel.mode: data.",
+        )
+    if on_host:
+        return StreamedBase(device)
+    return ShardedBase(compute.world, device) if compute.shard_base else None
 
 
 def _layer_of(module: str) -> str:
@@ -262,13 +289,13 @@ def _bias(
     return None
 
 
-def _fill_parameters(causal: Any, checkpoint: Checkpoint, device: torch.device) -> None:
+def _fill_parameters(causal: Any, checkpoint: Checkpoint, device_of: Callable[[str], torch.device]) -> None:
     """Every parameter that is stored under its own name, in the dtype that the architecture gives it."""
     in_float32 = stays_float32(causal)
     for name, parameter in list(causal.named_parameters(remove_duplicate=False)):
         if checkpoint.has(name):
             dtype = torch.float32 if in_float32(name) and parameter.is_floating_point() else parameter.dtype
-            tensor = finite_in(checkpoint.take(name, device), dtype, name, checkpoint.where)
+            tensor = finite_in(checkpoint.take(name, device_of(name)), dtype, name, checkpoint.where)
             _set(causal, name, nn.Parameter(tensor, requires_grad=False))
 
 
@@ -317,7 +344,20 @@ def _unused_notes(architecture: Architecture) -> Iterator[str]:
 
 def _decoder_layers(causal: Any, compute: Compute) -> nn.ModuleList:
     """What gradient checkpointing recomputes one by one. Raises UnsupportedFeatureError QH-B01 where it is asked for
-    and no such layers are found."""
+    and no such layers are found, or none with the part that is to be recomputed."""
+    layers = _layers_of(causal, compute)
+    selective = compute.gradient_checkpointing and compute.recompute == "selective"
+    if selective and not all(isinstance(getattr(layer, FEED_FORWARD, None), nn.Module) for layer in layers):
+        raise UnsupportedFeatureError(
+            "QH-B01",
+            f"No feed-forward to recompute by itself was found in the layers of {type(causal).__name__}.",
+            where="training.recompute",
+            fix="Set training.recompute: full.",
+        )
+    return layers
+
+
+def _layers_of(causal: Any, compute: Compute) -> nn.ModuleList:
     count = getattr(causal.config.get_text_config(), "num_hidden_layers", None)
     for module in causal.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
@@ -327,7 +367,7 @@ def _decoder_layers(causal: Any, compute: Compute) -> nn.ModuleList:
         raise UnsupportedFeatureError(
             "QH-B01",
             f"No decoder layers to recompute were found in {type(causal).__name__}.",
-            where="training.gradient_checkpointing",
-            fix="Set training.gradient_checkpointing: false.",
+            where="training.recompute",
+            fix="Set training.recompute: none.",
         )
     return layers

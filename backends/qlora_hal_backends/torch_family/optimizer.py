@@ -50,8 +50,8 @@ def clip_factor(norm: Tensor, max_norm: float | None) -> Tensor:
     return torch.ones_like(norm) if not max_norm else (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
-AT_A_TIME = 2**24
-"""Numbers that one pass of the update takes: what it needs beside the adapter stays below a third of a gigabyte."""
+AT_A_TIME = 2**23
+"""Numbers that one pass of the update takes: what it needs beside the adapter stays below 170 MB."""
 
 
 class FlatAdamW:
@@ -123,7 +123,8 @@ class BitsandbytesAdamW:
             eps=settings.epsilon,
             weight_decay=settings.weight_decay,
         )
-        self._parameter.grad = self._flat.gradients * clip_factor(norm, settings.max_grad_norm)
+        # In place: a copy would be as large as the adapter, and the next window begins with zeros.
+        self._parameter.grad = self._flat.gradients.mul_(clip_factor(norm, settings.max_grad_norm))
         self._inner.step()
         self._parameter.grad = None
         self._flat.refresh_compute()
@@ -148,7 +149,7 @@ class BitsandbytesAdamW:
 
     def restore(self, snapshot: OptimizerSnapshot) -> None:
         # The state's tensors are made by the inner optimizer at its first step; a step at rate 0 makes them.
-        self._parameter.grad = torch.zeros_like(self._parameter)
+        self._parameter.grad = self._flat.gradients.zero_()
         self._inner.param_groups[0].update(lr=0.0, weight_decay=0.0)
         self._inner.step()
         self._parameter.grad = None

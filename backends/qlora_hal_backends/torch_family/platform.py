@@ -32,6 +32,10 @@ LAUNCHER = "qlora_hal_backends.torch_family.launching"
 LOSS_CHUNK_ROWS = 2048
 """Rows of hidden states whose logits are made at a time."""
 
+TILE_ROWS = 4096
+"""Rows of a tile of the fused feed-forward where it is computed again. A product of so many rows keeps a large GPU busy
+for a millisecond and more."""
+
 
 MEMORY = MemoryConstants(cross_entropy_rows=LOSS_CHUNK_ROWS)
 """Of transformers' layers. The head's loss is computed in chunks, so the logits of a batch never stand whole."""
@@ -44,6 +48,23 @@ def fused_memory(memory: MemoryConstants) -> MemoryConstants:
     """What the fused layers change: they keep their matrix products and nothing elementwise (`fused.decoder_layer`).
     Gate, up, their product and the gradients of all three are alive in one layer's backward."""
     return replace(memory, hidden_copies=4.0, feed_forward_copies=2.0, working_layers=1.5)
+
+
+def recomputed_memory(memory: MemoryConstants, recompute: str, *, fused: bool) -> MemoryConstants:
+    """The same with a choice of recomputation. The fused feed-forward is made again in tiles: gate, up, their product
+    and the gradients of all three, six of its widths a row. Beside them stand a recomputed layer's attention and the
+    streams above and below it, some nine hidden widths."""
+    if recompute == "none":
+        return memory
+    inputs = 3 if recompute == "offload" else None  # one that computes, one that comes, one that stayed
+    if not fused:
+        copies = memory.feed_forward_copies
+        selective = replace(memory, feed_forward_copies=0.0, working_feed_forward_copies=copies)
+        return selective if recompute == "selective" else replace(memory, recomputed_inputs=inputs)
+    tiled = replace(memory, feed_forward_copies=0.0, working_feed_forward_copies=6.0, feed_forward_tile=TILE_ROWS)
+    if recompute == "selective":
+        return tiled
+    return replace(tiled, hidden_copies=9.0, working_layers=0.0, recomputed_inputs=inputs)
 
 
 def memory_of(plain: MemoryConstants, *, fused: bool) -> Callable[[MemoryQuery], MemoryConstants]:
@@ -64,7 +85,7 @@ def memory_of(plain: MemoryConstants, *, fused: bool) -> Callable[[MemoryQuery],
             and query.options.get("layers") != "plain"
             and query.options.get("attention") != "eager"
         )
-        return faster if serves else plain
+        return recomputed_memory(faster if serves else plain, query.recompute, fused=serves)
 
     return answer
 
@@ -115,6 +136,8 @@ EVERYWHERE = frozenset(
         Feature.PACKING,
         Feature.GENERATE,
         Feature.TOKEN_WEIGHTS,
+        Feature.RECOMPUTATION_CHOICE,
+        Feature.BASE_OFFLOAD,
     }
 )
 _PARALLEL = frozenset({Feature.DATA_PARALLEL, Feature.SHARDED_BASE})

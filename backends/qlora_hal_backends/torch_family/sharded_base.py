@@ -1,9 +1,7 @@
 """A frozen base of which each rank holds a part: the packed bytes of a decoder layer are gathered when it is needed.
 
-Packed weights cross as bytes, a quarter of 16-bit weights. The layers' bytes lie in one flat buffer a layer, cut into
-as many equal chunks as there are ranks; each rank keeps one. Two slots of a whole layer's size are all that is ever
-whole: layers of even and of odd number take turns, so the next layer is on its way while this one computes. A weight's
-tensors are views of its slot, and hold its numbers from `present` until the layer after the next is asked for.
+Packed weights cross as bytes, a quarter of 16-bit weights. A layer's bytes (`layer_slots`) are cut into as many equal
+chunks as there are ranks; each rank keeps one, and no more than two layers are ever whole.
 
 Why not FSDP2 (`torch.distributed.fsdp.fully_shard`): with torch 2.11 on CUDA it refuses integer parameters ("only
 Tensors of floating point dtype can require gradients"), and bytes that are viewed as bfloat16 come back changed where
@@ -24,11 +22,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qlora_hal.contract.world import World
-from qlora_hal_backends.torch_family.base_weights import BaseWeight, Blockwise4BitWeight, DenseWeight, Int8Weight
-
-ALIGNMENT = 256
-"""Each tensor starts at a multiple of so many bytes, what a kernel's widest loads want."""
-SLOTS = 2
+from qlora_hal_backends.torch_family.base_weights import BaseWeight
+from qlora_hal_backends.torch_family.layer_slots import (
+    ALIGNMENT,
+    SLOTS,
+    Place,
+    SlotWeight,
+    move_into,
+    places_of,
+    view_from,
+)
 
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """Its name from torch 2.13 on, and before."""
@@ -42,52 +45,12 @@ class GatherError(RuntimeError):
         self.waited_seconds = waited_seconds
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """An attribute that holds a tensor of a weight."""
-
-    owner: Any
-    name: str
-    dtype: torch.dtype
-    shape: torch.Size
-
-    def put(self, tensor: Tensor) -> None:
-        setattr(self.owner, self.name, tensor)
-
-
-@dataclass(slots=True)
-class ShardedWeight:
-    """A weight of a layer whose bytes are gathered when it is read."""
-
-    weight: BaseWeight
-    layer: int
-    store: ShardedBase
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.weight.shape
-
-    def gathered(self) -> BaseWeight:
-        """The weight itself, whole until the layer after the next is read. A meeting of all ranks."""
-        self.store.present(self.layer)
-        return self.weight
-
-    def dense(self) -> Tensor:
-        return self.gathered().dense()
-
-
-def at_hand(base: BaseWeight) -> BaseWeight:
-    """The weight itself, for code that reads its tensors."""
-    return base.gathered() if isinstance(base, ShardedWeight) else base
-
-
 @dataclass(slots=True)
 class _Layer:
-    """This rank's chunk of a layer's bytes, and for each tensor its place, its first byte and its number of bytes in
-    the whole."""
+    """This rank's chunk of a layer's bytes, and where each tensor lies in the whole."""
 
     chunk: Tensor
-    parts: list[tuple[_Place, int, int]]
+    places: list[Place]
     gathered_bytes: int
 
 
@@ -115,24 +78,14 @@ class ShardedBase:
 
     def add(self, weights: list[BaseWeight]) -> list[BaseWeight]:
         """Keep this rank's chunk of a layer; the weights it gives read the slots."""
-        places = [place for weight in weights for place in _places(weight)]
-        starts, end = [], 0
-        for place in places:
-            starts.append(end)
-            size = place.shape.numel() * place.dtype.itemsize
-            end += -(-size // ALIGNMENT) * ALIGNMENT
-        share = -(-end // (ALIGNMENT * self.world.size)) * ALIGNMENT
+        places, size = places_of(weights)
+        share = -(-size // (ALIGNMENT * self.world.size)) * ALIGNMENT
         whole = torch.zeros(share * self.world.size, dtype=torch.uint8, device=self.device)
-        parts = []
-        for place, start in zip(places, starts, strict=True):
-            size = place.shape.numel() * place.dtype.itemsize
-            whole[start : start + size].copy_(getattr(place.owner, place.name).contiguous().view(-1).view(torch.uint8))
-            place.put(torch.empty(0, dtype=place.dtype, device=self.device))
-            parts.append((place, start, size))
+        move_into(whole, places, self.device)
         chunk = whole[self.world.rank * share : (self.world.rank + 1) * share].clone()
         number = len(self._layers)
-        self._layers.append(_Layer(chunk, parts, share * self.world.size))
-        return [ShardedWeight(weight, number, self) for weight in weights]
+        self._layers.append(_Layer(chunk, places, share * self.world.size))
+        return [SlotWeight(weight, number, self) for weight in weights]
 
     def finish(self) -> None:
         """Make the slots, and let each tensor be a view of its own."""
@@ -141,9 +94,7 @@ class ShardedBase:
             torch.zeros(largest, dtype=torch.uint8, device=self.device) for _ in range(min(SLOTS, len(self._layers)))
         ]
         for number, layer in enumerate(self._layers):
-            slot = self._slots[number % SLOTS]
-            for place, start, size in layer.parts:
-                place.put(slot[start : start + size].view(place.dtype).view(place.shape))
+            view_from(self._slots[number % SLOTS], layer.places)
 
     def present(self, number: int) -> None:
         """Have a layer's bytes in its slot, and the next one's, in the direction of travel, on their way."""
@@ -203,25 +154,3 @@ class ShardedBase:
             raise GatherError(time.perf_counter() - began) from error
         finally:
             self.seconds += time.perf_counter() - began
-
-
-def _places(weight: BaseWeight) -> Iterator[_Place]:
-    """The tensors of a weight that are worth spreading; tables of codes are small, and stay whole everywhere."""
-    match weight:
-        case DenseWeight():
-            yield _place(weight, "weight")
-        case Int8Weight():
-            yield _place(weight, "integers")
-            yield _place(weight, "row_absmax")
-        case Blockwise4BitWeight(state=state):
-            yield _place(weight, "packed")
-            yield _place(state, "absmax")
-            if state.nested:
-                yield _place(state.state2, "absmax")
-        case _:
-            raise TypeError(f"{type(weight).__name__} has no tensors that are known here")
-
-
-def _place(owner: Any, name: str) -> _Place:
-    tensor: Tensor = getattr(owner, name)
-    return _Place(owner, name, tensor.dtype, tensor.shape)

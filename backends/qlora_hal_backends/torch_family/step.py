@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
+from qlora_hal.contract.backend import Recompute
 from qlora_hal.contract.toolkit import next_labels, next_weights
 from qlora_hal.contract.values import IGNORE_LABEL, Batch
 from qlora_hal.errors import UnsupportedFeatureError
 from qlora_hal_backends.torch_family.device import has_queue
 from qlora_hal_backends.torch_family.head_loss import loss_sum, row_losses, whole_loss_sum
-from qlora_hal_backends.torch_family.loading import BaseModel
+from qlora_hal_backends.torch_family.loading import FEED_FORWARD, BaseModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,7 @@ class DeviceBatch:
     counted: Tensor  # [counted]
     targets: Tensor  # [counted]
     weights: Tensor | None = None  # float32 [counted]
+    lengths: tuple[int, ...] | None = None  # of the samples of a packed batch, end to end; padding counts as samples
 
 
 BatchLoss = Callable[[DeviceBatch, float], Tensor]
@@ -48,7 +51,15 @@ def to_device(batch: Batch, device: torch.device) -> DeviceBatch:
         counted=_copy(counted, device),
         targets=_copy(flat[counted], device),
         weights=None if batch.weights is None else _copy(next_weights(batch).reshape(-1)[counted], device),
+        lengths=_sample_lengths(batch) if batch.is_packed else None,
     )
+
+
+def _sample_lengths(batch: Batch) -> tuple[int, ...]:
+    """Of the samples as they lie one after the other, row by row; the padding at a row's end is one of them."""
+    begins = np.ones(batch.segment_ids.shape, bool)
+    begins[:, 1:] = batch.segment_ids[:, 1:] != batch.segment_ids[:, :-1]
+    return tuple(np.diff(np.flatnonzero(begins), append=begins.size).tolist())
 
 
 def check_lengths(base: BaseModel, batch: Batch) -> None:
@@ -150,16 +161,25 @@ def accumulate_gradients(
 
 
 @contextmanager
-def recomputed_layers(base: BaseModel) -> Iterator[None]:
-    """Gradient checkpointing (Chen et al. 2016) of each decoder layer, for the time of one window.
+def recomputed_layers(base: BaseModel, recompute: Recompute, device: torch.device) -> Iterator[None]:
+    """Gradient checkpointing (Chen et al. 2016) of each decoder layer or of its feed-forward alone, for the time of one
+    window.
 
-    The layers' own `forward` is wrapped on the instance: nothing stays patched, and no class is touched. Dropout masks
+    The modules' own `forward` is wrapped on the instance: nothing stays patched, and no class is touched. Dropout masks
     are keyed, so no generator state needs to be kept for the recomputation.
     """
-    for layer in base.layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    modules = [getattr(layer, FEED_FORWARD) if recompute == "selective" else layer for layer in base.layers]
+    for module in modules:
+        forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
+        module.forward = partial(_saved_on_host, forward, has_queue(device)) if recompute == "offload" else forward
     try:
         yield
     finally:
-        for layer in base.layers:
-            del layer.forward
+        for module in modules:
+            del module.forward
+
+
+def _saved_on_host(forward: Callable[..., Any], pinned: bool, /, *arguments: Any, **named: Any) -> Any:
+    """What a checkpointed layer keeps is its input; here that waits in the host's memory."""
+    with save_on_cpu(pin_memory=pinned):
+        return forward(*arguments, **named)

@@ -18,6 +18,7 @@ from torch import Tensor
 from qlora_hal.errors import ModelError
 from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.torch_family.head_loss import Head
+from qlora_hal_backends.torch_family.host_tables import StreamedMatrix
 
 LEFT, RIGHT = (1, 2, 3), (5, 8, 4)
 """Two samples, of ids that every vocabulary has."""
@@ -144,7 +145,11 @@ def _seen(one: _Pass, scale: float = 1.0) -> Tensor:
 def _head(causal: Any, body: Any | None, natural: _Pass, larger: _Pass, scale: float) -> Head | None:
     """The first candidate that gives the architecture's logits from its last hidden states, at both sizes."""
     layer = causal.get_output_embeddings()
-    if natural.states is None or larger.states is None or not isinstance(getattr(layer, "weight", None), Tensor):
+    if (
+        natural.states is None
+        or larger.states is None
+        or not isinstance(getattr(layer, "weight", None), Tensor | StreamedMatrix)
+    ):
         return None
     if not _is_body(body, natural):
         return None

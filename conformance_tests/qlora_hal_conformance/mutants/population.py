@@ -21,6 +21,7 @@ from . import (
     settings,
     sizes,
     state,
+    streaming,
     training,
     watched,
     weights,
@@ -49,6 +50,7 @@ _ROOMS = (
     watched,
     cheats,
     combinations,
+    streaming,
 )
 
 MUTANTS: tuple[Mutant, ...] = tuple(

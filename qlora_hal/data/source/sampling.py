@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -42,7 +42,9 @@ class WindowSampler:
     sorted by length and the resulting windows are put in random order. Without `shuffle` the order is that of the
     source, and grouping only arranges the sequences of a window among its micro-batches.
 
-    Which rows a window holds depends on the product of batch size, accumulation and ranks, not on the factors.
+    Which rows a window holds depends on the product of batch size, accumulation and ranks, not on the factors. With
+    `tokens_per_batch` it is cut into micro-batches by their tokens instead: as many sequences, in their order, as have
+    no more than that with their padding. The step is the same; of short rows it takes fewer micro-batches.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class WindowSampler:
         max_seq_length: int,
         pad_id: int,
         pad_to_multiple: int = 8,
+        tokens_per_batch: int | None = None,
         world: World | None = None,
         shares: Sequence[Share] = ALL_ONCE,
     ) -> None:
@@ -66,6 +69,7 @@ class WindowSampler:
         self._store, self._seed, self._shuffle, self._grouped = store, seed, shuffle, group_by_length
         self._batch_size, self._world = batch_size, world or World()
         self._pad_id, self._pad_to_multiple = pad_id, pad_to_multiple
+        self._tokens_per_batch = tokens_per_batch
         self._window_size = batch_size * accumulation * self._world.size
         self._weights = [weight for _, weight in shares]
         source = source_of_rows(store.row_numbers, shares)
@@ -110,12 +114,12 @@ class WindowSampler:
     def window(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step (from 0, over the whole run); at least one."""
         groups = self._micro_batches(step)
-        mine = groups[self._world.rank :: self._world.size]
+        places = accumulate(map(len, groups), initial=0)
+        mine = list(zip(groups, places, strict=False))[self._world.rank :: self._world.size]
         if not mine:
             # Every rank takes part in the reduction; this one with tokens that carry no loss.
             return [without_labels(self._batch(groups[0], 0))]
-        places = range(self._world.rank, len(groups), self._world.size)
-        return [self._batch(group, place * self._batch_size) for place, group in zip(places, mine, strict=True)]
+        return [self._batch(group, place) for group, place in mine]
 
     def token_count(self, step: int) -> int:
         """Counted tokens of the global window, over all ranks."""
@@ -138,7 +142,20 @@ class WindowSampler:
         chosen = order[place * self._window_size : (place + 1) * self._window_size]
         if self._grouped:
             chosen = chosen[np.argsort(-self._lengths[chosen], kind="stable")]
-        return [chosen[at : at + self._batch_size] for at in range(0, len(chosen), self._batch_size)]
+        if self._tokens_per_batch is None:
+            return [chosen[at : at + self._batch_size] for at in range(0, len(chosen), self._batch_size)]
+        return list(self._filled(chosen, self._tokens_per_batch))
+
+    def _filled(self, chosen: Int64, tokens: int) -> Iterator[Int64]:
+        """Cut where one more sequence would make a micro-batch of more tokens; a sequence above them is alone."""
+        begin = width = 0
+        for place, length in enumerate(self._lengths[chosen].tolist()):
+            padded = -(-length // self._pad_to_multiple) * self._pad_to_multiple
+            if place > begin and (place - begin + 1) * max(width, padded) > tokens:
+                yield chosen[begin:place]
+                begin, width = place, 0
+            width = max(width, padded)
+        yield chosen[begin:]
 
     def _epoch_order(self, epoch: int) -> Int64:
         known, order = self._order

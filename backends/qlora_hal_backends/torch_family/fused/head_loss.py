@@ -20,9 +20,10 @@ def loss_sum_with(
     gradient_scale: float,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """`head_loss.loss_sum`, computed with `operations`. Heads that reshape their logits, and weighted tokens, take the
-    plain function."""
-    if head.softcap is not None or head.multiplier != 1.0 or head.bias is not None or weights is not None:
+    """`head_loss.loss_sum`, computed with `operations`. Heads that reshape their logits or come in pieces, and weighted
+    tokens, take the plain function."""
+    reshaped = head.softcap is not None or head.multiplier != 1.0 or head.bias is not None
+    if reshaped or weights is not None or not isinstance(head.weight, Tensor):
         return plain.loss_sum(hidden, targets, head, gradient_scale, weights)
     result: Tensor = _HeadLoss.apply(hidden, targets, head.weight, gradient_scale, operations)  # type: ignore[no-untyped-call]
     return result

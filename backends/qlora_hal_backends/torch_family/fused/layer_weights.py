@@ -12,7 +12,8 @@ effect and more to rounding.
 
 One buffer `[N + R, K + R]` holds W, B beside it and A below it, so both products read views of it. The sum runs in
 the product's float32 accumulator and is rounded once, at no measurable cost (R is 16 to 64 of thousands of columns).
-The four buffers hold one layer at a time.
+The four buffers hold one layer at a time. Where memory is dear they share it (`LayerBuffers`): a group is then brought
+when a product asks for it.
 
                  K columns    R columns
     N rows     [    W       |    B     ]        W: the group's weights, one below the other
@@ -22,23 +23,18 @@ The four buffers hold one layer at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from qlora_hal_backends.torch_family.base_weights import BaseWeight
 from qlora_hal_backends.torch_family.flat_adapter import ALIGNMENT, FlatAdapter
-from qlora_hal_backends.torch_family.fused.operations import HeadNorm, Operations, Placements
+from qlora_hal_backends.torch_family.fused.operations import Dropout, HeadNorm, Masks, Operations, Placements
 from qlora_hal_backends.torch_family.lora_linear import product_in_float32
-
-GROUPS: Mapping[str, tuple[str, ...]] = {
-    "attention_in": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attention_out": ("self_attn.o_proj",),
-    "feed_forward_in": ("mlp.gate_proj", "mlp.up_proj"),
-    "feed_forward_out": ("mlp.down_proj",),
-}
 
 RANK_MULTIPLE = 8
 """Ranks are padded with zeros to this: matrix kernels want rows that start at multiples of 16 bytes."""
@@ -77,8 +73,24 @@ class GroupWeights:
     rows: int
     bases: Sequence[BaseWeight]
     bias: Tensor | None
+    adapter: Placements
+    """Its A and B, with zeros wherever else the products look: for a buffer whose memory another group had."""
     a_gradients: Sequence[tuple[Tensor, slice]]
     b_gradients: Sequence[tuple[Tensor, slice, slice]]
+    channels: Tensor | None = None
+    """Dropout's words of each adapted projection's inputs, int32 `[n, K]`."""
+    rank: int = 0
+
+    def masks(self, dropout: Dropout | None) -> Masks | None:
+        return None if dropout is None or self.channels is None else Masks(dropout, self.channels, self.rank)
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """What happens to a branch before it is added to the stream: a norm (Gemma 2 and 3) or a factor (Granite)."""
+
+    norm: Tensor | None
+    scale: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,15 +100,33 @@ class LayerWeights:
     input_norm: Tensor
     middle_norm: Tensor
     head_norm: HeadNorm | None
+    window: int | None  # how many tokens one sees, itself among them; None: all before it
+    rotary: str  # which of the model's rotary tables
+    attention_join: Join | None
+    feed_forward_join: Join | None
     groups: Mapping[str, GroupWeights]
     adapter: Placements
 
 
-class GroupBuffer:
-    """The buffer of one group and the products that read it."""
+def _is_here() -> None:
+    """Of a buffer that is filled before its products are asked for."""
 
-    def __init__(self, shape: GroupShape, scale: float, buffer: Tensor) -> None:
+
+class GroupBuffer:
+    """The buffer of one group and the products that read it. `bring` fills it, where it is not filled yet."""
+
+    def __init__(
+        self,
+        shape: GroupShape,
+        scale: float,
+        buffer: Tensor,
+        operations: Operations,
+        bring: Callable[[], None] = _is_here,
+    ) -> None:
+        self._bring = bring
+        self._operations = operations
         self.slots = shape.slots
+        self.adapted = [slot.rank for slot in shape.slots if slot.rank is not None]
         self.rows, self.columns, self.ranks = shape.rows, shape.columns, shape.ranks
         self._scale = scale
         self._buffer = buffer
@@ -114,65 +144,152 @@ class GroupBuffer:
         """Uninitialized `[rows, N + R]`."""
         return self._buffer.new_empty(rows, self.rows + self.ranks)
 
-    def low_rank(self, x: Tensor, tail: Tensor | None = None) -> Tensor | None:
-        """t = scale * x A^T `[rows, R]`, in `tail` where given; None where nothing of the group is adapted."""
-        return self._thin(x, self.a.t(), tail)
+    def low_rank(self, x: Tensor, tail: Tensor | None = None, masks: Masks | None = None) -> Tensor | None:
+        """t = scale * x A^T `[rows, R]`, in `tail` where given; None where nothing of the group is adapted. With
+        `masks` each projection has what it keeps of x, scaled anew."""
+        if masks is None or not self.ranks:
+            return self._thin(x, self.a.t(), tail)
+        self._bring()
+        t = x.new_empty(x.shape[0], self.ranks) if tail is None else tail
+        for number, rank in enumerate(self.adapted):
+            dropped = torch.empty_like(x, memory_format=torch.contiguous_format)
+            self._operations.drop(x, masks, number, dropped)
+            scale = self._scale * masks.rescaled
+            torch.addmm(t[:, rank], dropped, self.a[rank].t(), beta=0, alpha=scale, out=t[:, rank])
+        t[:, self.adapted[-1].stop :] = 0.0  # the padded ranks meet zeros of B, and must be finite for it
+        return t
 
-    def low_rank_gradient(self, gradient: Tensor) -> Tensor | None:
+    def low_rank_gradient(self, gradient: Tensor, masks: Masks | None = None) -> Tensor | None:
         """Fill and return v = scale * dy B, the last R columns of `gradient`."""
-        return self._thin(gradient[:, : self.rows], self.b, gradient[:, self.rows :])
+        scale = 1.0 if masks is None else masks.rescaled
+        return self._thin(gradient[:, : self.rows], self.b, gradient[:, self.rows :], scale)
 
-    def product(self, extended: Tensor, bias: Tensor | None) -> Tensor:
-        """y of an input made by `new_input`."""
-        return extended @ self._forward if bias is None else torch.addmm(bias, extended, self._forward)
+    def product(self, extended: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """y of an input made by `new_input`, in `out` where given."""
+        self._bring()
+        if bias is None:
+            return torch.mm(extended, self._forward, out=out)
+        return torch.addmm(bias, extended, self._forward, out=out)
 
-    def input_gradient(self, gradient: Tensor) -> Tensor:
+    def input_gradient(self, gradient: Tensor, masks: Masks | None = None) -> Tensor:
         """dx of a gradient whose last R columns hold v."""
-        return gradient @ self._backward
+        self._bring()
+        if masks is None or not self.ranks:
+            return gradient @ self._backward
+        # What passes through the adapter is dropped where its input was, so it cannot ride in the product.
+        base = product_in_float32(gradient[:, : self.rows], self.w)
+        out = torch.empty_like(base, dtype=gradient.dtype)
+        self._operations.add_dropped(base, gradient[:, self.rows :], self.a, masks, out)
+        return out
 
-    def _thin(self, left: Tensor, right: Tensor, out: Tensor | None) -> Tensor | None:
+    def _thin(self, left: Tensor, right: Tensor, out: Tensor | None, scale: float = 1.0) -> Tensor | None:
         if not self.ranks:
             return None
+        self._bring()
         if out is None:
             out = left.new_empty(left.shape[0], self.ranks)
         # With beta 0 the uninitialized `out` is not read.
-        return torch.addmm(out, left, right, beta=0, alpha=self._scale, out=out)
+        return torch.addmm(out, left, right, beta=0, alpha=self._scale * scale, out=out)
 
 
 class LayerBuffers:
-    """The four buffers in one flat tensor, and whose weights are in them."""
+    """The four buffers in one flat tensor, and whose weights are in them.
+
+    Apart, each group has its own memory, and `hold` fills all four at once. `shared`, the attention's two groups and
+    the first of the feed-forward take turns in one place, and the second of the feed-forward has its own, for these two
+    alternate tile by tile. Of a 65B layer that is two thirds; backward decodes the attention twice for it.
+    """
 
     def __init__(
-        self, shapes: Mapping[str, GroupShape], flat: FlatAdapter, like: Tensor, operations: Operations
+        self,
+        shapes: Mapping[str, GroupShape],
+        flat: FlatAdapter,
+        like: Tensor,
+        operations: Operations,
+        *,
+        shared: bool = False,
     ) -> None:
-        sizes = [-(-math.prod(shape.size) // ALIGNMENT) * ALIGNMENT for shape in shapes.values()]
-        # Zeros stay where no projection writes: off the diagonal of B, and in the padded ranks.
-        self._memory = torch.zeros(sum(sizes), dtype=like.dtype, device=like.device)
-        scale = flat.adapter.config.scale
-        self.groups = {
-            name: GroupBuffer(shape, scale, part[: math.prod(shape.size)].view(shape.size))
-            for (name, shape), part in zip(shapes.items(), self._memory.split(sizes), strict=True)
+        sizes = {name: -(-math.prod(shape.size) // ALIGNMENT) * ALIGNMENT for name, shape in shapes.items()}
+        starts = _starts_in_turns(sizes) if shared else _starts_apart(sizes)
+        # Zeros stay where no projection writes: off the diagonal of B, and in the padded ranks. Where memory is shared
+        # they do not, and are written with the adapter.
+        self._memory = torch.zeros(
+            max(starts[name] + size for name, size in sizes.items()), dtype=like.dtype, device=like.device
+        )
+        self._shared = shared
+        ends = {name: starts[name] + size for name, size in sizes.items()}
+        self._rivals = {
+            name: [
+                other for other in shapes if other != name and starts[other] < ends[name] and starts[name] < ends[other]
+            ]
+            for name in shapes
         }
         self._adapter = flat.compute
         self._operations = operations
-        self._base_of: LayerWeights | None = None
-        self._adapter_of: LayerWeights | None = None
+        self._layer: LayerWeights | None = None
+        self._base_of: dict[str, LayerWeights] = {}
+        self._adapter_of: dict[str, LayerWeights] = {}
+        scale = flat.adapter.config.scale
+        self.groups = {
+            name: GroupBuffer(
+                shape,
+                scale,
+                self._memory[starts[name] : starts[name] + math.prod(shape.size)].view(shape.size),
+                operations,
+                partial(self._bring, name) if shared else _is_here,
+            )
+            for name, shape in shapes.items()
+        }
 
     def hold(self, layer: LayerWeights) -> None:
-        """Dequantize a layer and copy its adapter beside it, unless it is there already."""
-        if self._base_of is not layer:
-            self._base_of = None
-            for name, buffer in self.groups.items():
-                for slot, base in zip(buffer.slots, layer.groups[name].bases, strict=True):
-                    self._operations.dequantize(base, buffer.w[slot.rows])
-            self._base_of = layer
-        if self._adapter_of is not layer:
+        """From here on the products are of this layer, with the adapter as it is now."""
+        self._layer = layer
+        if self._shared:
+            return
+        for name in self.groups:
+            self._decode(name, layer)
+        if any(self._adapter_of.get(name) is not layer for name in self.groups):
             self._operations.place(self._adapter, self._memory, layer.adapter)
-            self._adapter_of = layer
+            self._adapter_of = dict.fromkeys(self.groups, layer)
 
     def forget_adapter(self) -> None:
         """The adapter was updated, or may have been."""
-        self._adapter_of = None
+        self._adapter_of.clear()
+
+    def _bring(self, name: str) -> None:
+        layer = self._layer
+        assert layer is not None, "a layer is held before its products are asked for"
+        self._decode(name, layer)
+        if self._adapter_of.get(name) is not layer:
+            self._operations.place(self._adapter, self._memory, layer.groups[name].adapter)
+            self._adapter_of[name] = layer
+
+    def _decode(self, name: str, layer: LayerWeights) -> None:
+        """Dequantize a group of a layer, unless it is there already."""
+        if self._base_of.get(name) is layer:
+            return
+        for gone in (name, *self._rivals[name]):
+            self._base_of.pop(gone, None)
+            self._adapter_of.pop(gone, None)
+        buffer = self.groups[name]
+        for slot, base in zip(buffer.slots, layer.groups[name].bases, strict=True):
+            self._operations.dequantize(base, buffer.w[slot.rows])
+        self._base_of[name] = layer
+
+
+def _starts_apart(sizes: Mapping[str, int]) -> dict[str, int]:
+    return dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
+
+
+def _starts_in_turns(sizes: Mapping[str, int]) -> dict[str, int]:
+    """The first feed-forward group lies over the attention's two, the second behind them all."""
+    attention = sizes["attention_in"] + sizes["attention_out"]
+    return {
+        "attention_in": 0,
+        "attention_out": sizes["attention_in"],
+        "feed_forward_in": 0,
+        "feed_forward_out": max(attention, sizes["feed_forward_in"]),
+    }
 
 
 class AdapterGradients:
@@ -182,13 +299,21 @@ class AdapterGradients:
     micro-batches.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, operations: Operations) -> None:
+        self._operations = operations
         self._gradients: list[Tensor] = []
         self._terms: list[Tensor] = []
 
-    def of_a(self, group: GroupWeights, v: Tensor | None, x: Tensor) -> None:
-        """dA = v^T x, for each adapted projection of the group."""
+    def of_a(self, group: GroupWeights, v: Tensor | None, x: Tensor, masks: Masks | None = None) -> None:
+        """dA = v^T x, for each adapted projection of the group; with `masks` of what it keeps of x."""
         if v is None or not group.a_gradients:
+            return
+        if masks is not None:
+            for gradient, rank in group.a_gradients:
+                dropped = torch.empty_like(x, memory_format=torch.contiguous_format)
+                self._operations.drop(x, masks, rank.start // masks.rank, dropped)
+                self._gradients.append(gradient)
+                self._terms.append(product_in_float32(v[:, rank].t(), dropped))
             return
         products = product_in_float32(v.t(), x)
         for gradient, rank in group.a_gradients:
@@ -205,5 +330,7 @@ class AdapterGradients:
             self._terms.append(products[rows, rank])
 
     def add(self) -> None:
+        """Add what was gathered, and gather anew: no gradient may stand twice in one call."""
         if self._gradients:
             torch._foreach_add_(self._gradients, self._terms)
+        self._gradients, self._terms = [], []

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
 from torch import Tensor
 
-from qlora_hal_backends.torch_family.fused.operations import Rotary
+from qlora_hal_backends.torch_family.fused.attention import Mixed, Samples
+from qlora_hal_backends.torch_family.fused.layer_weights import LayerWeights
+from qlora_hal_backends.torch_family.fused.operations import Dropout, Rotary
 
 
 class Keep(Enum):
@@ -20,16 +23,15 @@ class Keep(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Sequences:
-    """What all layers need to know of a batch. `mask` `[batch, 1, time, time]` where samples share a row."""
+    """What all layers need to know of a batch: M rows, in which its samples lie end to end."""
 
-    batch: int
-    time: int
-    rotary: Rotary
-    mask: Tensor | None
+    rows: int
+    rotary: Mapping[str, Rotary]  # "" where all layers have the same
+    samples: Samples
+    dropout: Dropout | None
 
-    @property
-    def rows(self) -> int:
-        return self.batch * self.time
+    def rotary_of(self, layer: LayerWeights) -> Rotary:
+        return self.rotary.get(layer.rotary) or self.rotary[""]
 
 
 @dataclass(slots=True)
@@ -37,28 +39,40 @@ class AttentionTape:
     h1: Tensor  # [M, D]
     input_low_rank: Tensor | None
     projected: Tensor  # [M, (h + 2 kv) d]; queries and keys before norm and rotation where heads are normed
-    query: Tensor  # [batch, h, time, d], leaves of the attention's own graph
-    key: Tensor
-    value: Tensor
-    mixed: Tensor  # [batch, h, time, d], with that graph behind it
+    mixed: Mixed  # [M, h d], and what attention keeps
+    branch: Tensor | None  # [M, D] before a norm that it is joined with
     output_low_rank: Tensor | None
 
 
 @dataclass(slots=True)
 class FeedForwardTape:
     h2: Tensor  # [M, D]
+    products: FeedForwardProducts | None  # None: computed again from h2, some rows at a time
+
+
+@dataclass(slots=True)
+class FeedForwardProducts:
+    """Of the rows of a tile, or of all. What is None is computed again where it is read."""
+
     input_low_rank: Tensor | None
-    gate_up: Tensor | None  # [M, 2F]; None: computed again from h2
+    gate_up: Tensor  # [rows, 2F]
     output_low_rank: Tensor | None
+    output: Tensor | None  # [rows, D], before a norm that it is joined with
 
 
 @dataclass(slots=True)
 class LayerTape:
-    """What backward needs. Both parts None: computed again from `h1`."""
+    """What backward needs. Both parts None: computed again from `h1`, which may wait elsewhere until then."""
 
-    h1: Tensor
+    h1: Tensor | None
     attention: AttentionTape | None
     feed_forward: FeedForwardTape | None
+
+    def give_input(self) -> Tensor:
+        """`h1`, which this tape holds no longer."""
+        assert self.h1 is not None, "a layer's input is given away once"
+        given, self.h1 = self.h1, None
+        return given
 
 
 @dataclass(slots=True)
@@ -68,3 +82,11 @@ class StreamGradient:
 
     exact: Tensor
     extended: Tensor
+
+    def of(self, rows: slice) -> StreamGradient:
+        """A view of some rows."""
+        return StreamGradient(self.exact[rows], self.extended[rows])
+
+    def forget(self) -> None:
+        """Let its memory go while those who called still hold this object."""
+        self.exact = self.extended = self.exact.new_empty(0)

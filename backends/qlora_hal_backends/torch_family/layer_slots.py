@@ -1,0 +1,121 @@
+"""The packed bytes of decoder layers that are elsewhere, and the two slots on the device in which they are read.
+
+A layer's tensors lie in one flat run of bytes, so that a layer moves as a whole: from the other ranks (`sharded_base`)
+or from the host's memory (`streamed_base`). Two slots of a whole layer's size are all that the device holds of them:
+layers of even and of odd number take turns, so the next layer is on its way while this one computes. A weight's tensors
+are views of its slot, and hold its numbers from `present` until the layer after the next is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from qlora_hal_backends.torch_family.base_weights import BaseWeight, Blockwise4BitWeight, DenseWeight, Int8Weight
+
+ALIGNMENT = 256
+"""Each tensor starts at a multiple of so many bytes, what a kernel's widest loads want."""
+SLOTS = 2
+
+
+class LayerStore(Protocol):
+    """Where the bytes of layers are kept. `add` each layer in turn, then `finish`."""
+
+    def add(self, weights: list[BaseWeight]) -> list[BaseWeight]:
+        """Take a layer; the weights it gives read the slots."""
+        ...
+
+    def finish(self) -> None:
+        """Make the slots."""
+        ...
+
+    def present(self, number: int) -> None:
+        """Have a layer's bytes in its slot, and the next one's, in the direction of travel, on their way."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """An attribute that holds a tensor of a weight, and where it lies in its layer's bytes."""
+
+    owner: Any
+    name: str
+    dtype: torch.dtype
+    shape: torch.Size
+    start: int = 0
+
+    @property
+    def size(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+    def put(self, tensor: Tensor) -> None:
+        setattr(self.owner, self.name, tensor)
+
+
+@dataclass(slots=True)
+class SlotWeight:
+    """A weight of a layer whose bytes come when it is read."""
+
+    weight: BaseWeight
+    layer: int
+    store: LayerStore
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape
+
+    def present(self) -> BaseWeight:
+        """The weight itself, whole until the layer after the next is read."""
+        self.store.present(self.layer)
+        return self.weight
+
+    def dense(self) -> Tensor:
+        return self.present().dense()
+
+
+def at_hand(base: BaseWeight) -> BaseWeight:
+    """The weight itself, for code that reads its tensors."""
+    return base.present() if isinstance(base, SlotWeight) else base
+
+
+def places_of(weights: Sequence[BaseWeight]) -> tuple[list[Place], int]:
+    """Where each tensor of a layer lies in its bytes, and how many these are."""
+    places, end = [], 0
+    for owner, name in (found for weight in weights for found in _tensors_of(weight)):
+        tensor: Tensor = getattr(owner, name)
+        places.append(Place(owner, name, tensor.dtype, tensor.shape, end))
+        end += -(-places[-1].size // ALIGNMENT) * ALIGNMENT
+    return places, end
+
+
+def move_into(whole: Tensor, places: Sequence[Place], device: torch.device) -> None:
+    """Copy a layer's tensors into its bytes, and let go of them."""
+    for place in places:
+        tensor: Tensor = getattr(place.owner, place.name)
+        whole[place.start : place.start + place.size].copy_(tensor.contiguous().view(-1).view(torch.uint8))
+        place.put(torch.empty(0, dtype=place.dtype, device=device))
+
+
+def view_from(slot: Tensor, places: Sequence[Place]) -> None:
+    """Let a layer's tensors be views of a slot."""
+    for place in places:
+        place.put(slot[place.start : place.start + place.size].view(place.dtype).view(place.shape))
+
+
+def _tensors_of(weight: BaseWeight) -> Iterator[tuple[Any, str]]:
+    """The tensors of a weight that are worth moving; tables of codes are small, and stay on the device."""
+    match weight:
+        case DenseWeight():
+            yield weight, "weight"
+        case Int8Weight():
+            yield from ((weight, "integers"), (weight, "row_absmax"))
+        case Blockwise4BitWeight(state=state):
+            yield from ((weight, "packed"), (state, "absmax"))
+            if state.nested:
+                yield state.state2, "absmax"
+        case _:
+            raise TypeError(f"{type(weight).__name__} has no tensors that are known here")

@@ -1,0 +1,100 @@
+"""A frozen base in the host's memory, whose layers visit the device: for models that are larger than it.
+
+Packed layers cross, a quarter of 16-bit weights, once in each direction of a pass; the next one in the direction of
+travel is copied while the present one computes, so with enough tokens in a pass the copies cost nothing. What computes
+is what a resident base would compute, of the same bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from qlora_hal.errors.figures import size
+from qlora_hal_backends.torch_family.base_weights import BaseWeight
+from qlora_hal_backends.torch_family.copy_queue import Copy, CopyQueue, host_memory
+from qlora_hal_backends.torch_family.layer_slots import SLOTS, Place, SlotWeight, move_into, places_of, view_from
+
+
+@dataclass(slots=True)
+class _Slot:
+    """`layer` is whose bytes it holds or will hold, -1 of none; `coming` the copy that brings them."""
+
+    memory: Tensor
+    layer: int = -1
+    coming: Copy = None
+
+
+@dataclass(slots=True)
+class StreamedBase:
+    """The layers of a base in page-locked memory. `add` each layer in turn, then `finish`."""
+
+    device: torch.device
+    copied_bytes: int = 0
+    """To the device, since the base was loaded."""
+    _layers: list[tuple[Tensor, list[Place]]] = field(default_factory=list)
+    _slots: list[_Slot] = field(default_factory=list)
+    _last: int = -1
+    _queue: CopyQueue = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._queue = CopyQueue(self.device)
+
+    def add(self, weights: list[BaseWeight]) -> list[BaseWeight]:
+        places, size = places_of(weights)
+        on_host = host_memory(size, self.device)
+        move_into(on_host, places, self.device)
+        self._layers.append((on_host, places))
+        return [SlotWeight(weight, len(self._layers) - 1, self) for weight in weights]
+
+    def finish(self) -> None:
+        largest = max((on_host.numel() for on_host, _ in self._layers), default=0)
+        self._slots = [
+            _Slot(torch.zeros(largest, dtype=torch.uint8, device=self.device))
+            for _ in range(min(SLOTS, len(self._layers)))
+        ]
+        for number, (_, places) in enumerate(self._layers):
+            view_from(self._slots[number % SLOTS].memory, places)
+
+    def cost(self) -> str:
+        """A sentence: what a pass copies, and how long that takes at the rate of copies that are made now."""
+        self._last = -1
+        for slot in self._slots:
+            slot.layer = -1
+        self._queue.settle()
+        before, began = self.copied_bytes, time.perf_counter()
+        for number in range(len(self._slots)):
+            self._fetch(number)
+        self._queue.settle()
+        rate = (self.copied_bytes - before) / max(time.perf_counter() - began, 1e-9)
+        one_way = sum(on_host.numel() for on_host, _ in self._layers)
+        return (
+            f"the decoder layers are in the host's memory: {size(one_way)} cross to the device in each direction of a "
+            f"pass, {one_way / rate * 1e3:.0f} ms at the {size(rate)}/s measured now; a pass of so few tokens that it "
+            "computes for less waits for them"
+        )
+
+    def present(self, number: int) -> None:
+        if number == self._last:
+            return
+        # From the lowest layer it goes up only: a pass that follows an evaluation begins there.
+        following = number + (1 if number > self._last or number == 0 else -1)
+        self._fetch(number)
+        slot = self._slots[number % SLOTS]
+        self._queue.arrived(slot.coming)
+        slot.coming, self._last = None, number
+        if 0 <= following < len(self._layers):
+            # Into the slot of the layer before: all that reads it was asked for before.
+            self._fetch(following)
+
+    def _fetch(self, number: int) -> None:
+        slot = self._slots[number % SLOTS]
+        if slot.layer == number:
+            return
+        on_host, _ = self._layers[number]
+        self._queue.arrived(slot.coming)
+        slot.layer, slot.coming = number, self._queue.copy(slot.memory[: on_host.numel()], on_host)
+        self.copied_bytes += on_host.numel()

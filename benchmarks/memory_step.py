@@ -1,0 +1,227 @@
+"""Memory and speed of one step under each choice of recomputation and of where the base lives, losses beside.
+
+    PYTHONPATH=.:backends:benchmarks python benchmarks/memory_step.py --rows 8b-recomputed,8b-16k --json FILE
+    PYTHONPATH=.:backends:benchmarks python benchmarks/memory_step.py --rows tiny        # runs on a CPU
+
+Each row of work is run under several choices, one after another in one process, on the same random weights and tokens
+(`h200_step.py` says which). `peak` is of torch's allocator from loading on, in decimal GB; `context` is what the
+process holds on the device beside what the allocator reserved. With `--cap-gb` the allocator may take no more than so
+much, and a choice that does not fit says so. The first choice of a row is what the others' losses are compared with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from h200_step import (
+    CLIP,
+    QUANTIZATION,
+    SHAPES,
+    WARM_UP_STEPS,
+    allocated_gb,
+    as_batch,
+    empty_memory,
+    first_adapter,
+    open_trainer,
+    synchronize,
+    token_batches,
+    write_checkpoint,
+)
+
+from qlora_hal.contract.backend import Compute
+from qlora_hal.contract.values import StepSettings
+from qlora_hal.errors import OutOfMemoryError
+from qlora_hal.model.facts import read_facts
+from qlora_hal.model.source import ModelSource
+
+ALL_ON_HOST = ("embeddings", "layers", "head")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """`recompute` is `training.recompute`, `offload` `training.base_offload`."""
+
+    recompute: str = "none"
+    offload: tuple[str, ...] = ()
+    optimizer: str = "adamw"
+
+    def __str__(self) -> str:
+        base = f", host: {'+'.join(self.offload)}" if self.offload else ""
+        return f"{self.recompute}{base}, {self.optimizer}"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Work: so many rows of so many tokens."""
+
+    shape: str
+    rows: int
+    length: int
+    choices: Sequence[Choice]
+
+
+KEPT, SELECTIVE, FULL, OFFLOAD = (Choice(kind) for kind in ("none", "selective", "full", "offload"))
+LEAST = Choice("offload", ALL_ON_HOST, "adamw_8bit")
+ROWS = {
+    "tiny": Row("tiny", 2, 64, (KEPT, SELECTIVE, FULL, OFFLOAD, Choice("none", ("embeddings", "layers")), LEAST)),
+    "8b-recomputed": Row("8b", 4, 2048, (KEPT, SELECTIVE, FULL, OFFLOAD)),
+    "8b-16k": Row("8b", 1, 16384, (FULL, OFFLOAD)),
+    "8b-64k": Row("8b", 1, 65536, (OFFLOAD,)),
+    "8b-90k": Row("8b", 1, 92160, (OFFLOAD,)),
+    "8b-350k": Row("8b", 1, 350208, (OFFLOAD,)),
+    "8b-streamed-512": Row(
+        "8b", 1, 512, (FULL, Choice("full", ("embeddings", "layers")), Choice("offload", ALL_ON_HOST), LEAST)
+    ),
+    "8b-streamed-8192": Row(
+        "8b", 4, 2048, (KEPT, Choice("none", ("embeddings", "layers")), Choice("none", ALL_ON_HOST))
+    ),
+    "7b-512": Row(
+        "7b",
+        1,
+        512,
+        (FULL, OFFLOAD, Choice("offload", (), "adamw_8bit"), Choice("offload", ("embeddings",), "adamw_8bit")),
+    ),
+    "65b-512": Row("65b", 1, 512, (FULL, OFFLOAD, Choice("offload", ("embeddings",), "adamw_8bit"))),
+    "65b-streamed-512": Row("65b", 1, 512, (Choice("offload", ALL_ON_HOST),)),
+    "65b-streamed-2048": Row("65b", 1, 2048, (Choice("offload", ALL_ON_HOST),)),
+    "65b-streamed-8192": Row("65b", 4, 2048, (Choice("offload", ALL_ON_HOST),)),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One choice at one row of work. `apart` is the largest difference from the losses of the row's first choice."""
+
+    row: str
+    choice: str
+    tokens_per_second: float
+    step_ms: float
+    peak_gb: float
+    reserved_gb: float
+    loaded_gb: float
+    context_gb: float
+    losses: list[float]
+    apart: float
+    notes: list[str]
+    kernel_path: str
+
+
+def measured(name: str, choice: Choice, folder: Path, steps: int, first: Sequence[float]) -> Measured:
+    row = ROWS[name]
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    dtype = "bfloat16" if device.type == "cuda" else "float32"
+    empty_memory(device)
+    recompute: Any = "full" if choice.recompute == "none" else choice.recompute
+    with open_trainer() as trainer:
+        source = ModelSource(folder.name, folder, read_facts(folder))
+        offload: Any = choice.offload
+        compute = Compute(dtype, choice.recompute != "none", {}, recompute=recompute, base_offload=offload)
+        trainer.load(source, QUANTIZATION, compute)
+        notes = list(trainer.load_notes)
+        trainer.attach(first_adapter(SHAPES[row.shape]), choice.optimizer)
+        loaded = allocated_gb(device, "memory_allocated")
+        batches = [as_batch(tokens) for tokens in token_batches(SHAPES[row.shape], row.rows, row.length)]
+        seconds, losses = [], []
+        for index in range(steps):
+            batch = batches[index % 2]
+            synchronize(device)
+            start = time.perf_counter()
+            settings = StepSettings(1e-4, batch.counted_tokens, max_grad_norm=CLIP)
+            losses.append(round(float(trainer.train_step([batch], settings).resolve().loss), 5))
+            synchronize(device)
+            seconds.append(time.perf_counter() - start)
+        kernel_path = trainer.device_facts().kernel_path
+        typical = statistics.median(seconds[WARM_UP_STEPS:] or seconds)
+        return Measured(
+            row=name,
+            choice=str(choice),
+            tokens_per_second=round(row.rows * row.length / typical, 1),
+            step_ms=round(typical * 1e3, 2),
+            peak_gb=round(allocated_gb(device, "max_memory_allocated"), 3),
+            reserved_gb=round(allocated_gb(device, "max_memory_reserved"), 3),
+            loaded_gb=round(loaded, 3),
+            context_gb=round(_context_gb(device), 3),
+            losses=losses,
+            apart=round(max((abs(a - b) for a, b in zip(losses, first, strict=False)), default=0.0), 6),
+            notes=notes,
+            kernel_path=kernel_path,
+        )
+
+
+def _context_gb(device: torch.device) -> float:
+    """What is in use on the device and not of the allocator; other processes must be off it."""
+    if device.type != "cuda":
+        return 0.0
+    free, total = torch.cuda.mem_get_info(device)
+    return (total - free - torch.cuda.memory_reserved(device)) / 1e9
+
+
+def results(names: Sequence[str], folder_of: Any, steps: int) -> Iterator[Measured]:
+    for name in names:
+        first: list[float] = []
+        for choice in ROWS[name].choices:
+            try:
+                found = measured(name, choice, folder_of(ROWS[name].shape), steps, first)
+            except (OutOfMemoryError, torch.OutOfMemoryError) as error:
+                print(f"# {name}, {choice}: out of memory: {str(error).splitlines()[0]}", flush=True)
+                continue
+            first = first or found.losses
+            print(f"# {json.dumps(asdict(found))}", flush=True)
+            yield found
+
+
+def table(found: Sequence[Measured]) -> str:
+    lines = ["| work | recompute, base, optimizer | tokens/s | step ms | peak GB | reserved | context | losses apart |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    lines += [
+        f"| {m.row} | {m.choice} | {m.tokens_per_second:,.0f} | {m.step_ms} | {m.peak_gb} | {m.reserved_gb} | "
+        f"{m.context_gb} | {m.apart} |"
+        for m in found
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", default="8b-recomputed", help=f"of {', '.join(ROWS)}; separated by commas")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--cap-gb", type=float, default=0.0, help="what the allocator may take, decimal GB")
+    parser.add_argument("--folder", type=Path, default=Path("/tmp"), help="where checkpoints are made and kept")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if given.cap_gb and device.type == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(given.cap_gb * 1e9 / total, 0)
+
+    def folder_of(shape: str) -> Path:
+        folder: Path = given.folder / f"qlora-hal-bench-{shape}"
+        write_checkpoint(folder, SHAPES[shape], device)
+        return folder
+
+    found = list(results(given.rows.split(","), folder_of, given.steps))
+    print(table(found))
+    if given.json:
+        record = {
+            "command": f"python benchmarks/memory_step.py --rows {given.rows} --steps {given.steps}"
+            + (f" --cap-gb {given.cap_gb:g}" if given.cap_gb else ""),
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+            "torch": torch.__version__,
+            "found": [asdict(each) for each in found],
+        }
+        with contextlib.suppress(OSError):
+            given.json.parent.mkdir(parents=True, exist_ok=True)
+        given.json.write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""What is recomputed, where a base lives and where activations wait: the same losses and gradients everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import HIDDEN, VOCABULARY, write_model
+from torch import Tensor, nn
+from trainers import moved_adapter, random_batch, source_of
+
+from qlora_hal.contract.backend import Compute, Quantization
+from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal.contract.values import AdapterConfig, Float32, StepSettings
+from qlora_hal.errors import UnsupportedFeatureError, figures
+from qlora_hal_backends import cpu_torch, cuda_bnb
+from qlora_hal_backends.torch_family import host_tables
+from qlora_hal_backends.torch_family.platform import CPU, CUDA
+from qlora_hal_backends.torch_family.trainer import TorchLoRATrainer
+
+NF4 = Quantization(WeightFormat.NF4, 64, True)
+SAME_FUNCTION = 1e-5
+"""Some hundred float32 terms in another order, 2^-24 each."""
+EVERYWHERE: Any = ("embeddings", "layers", "head")
+
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def trainer_of(path: Path, compute: Compute, quantization: Quantization = NF4) -> TorchLoRATrainer:
+    """On a GPU where there is one: float32 and 16 tokens a row leave its attention nothing to add in another order."""
+    trainer = TorchLoRATrainer(*((cuda_bnb.SPEC, CUDA) if DEVICE.type == "cuda" else (cpu_torch.SPEC, CPU)))
+    trainer.load(source_of(path), quantization, compute)
+    shapes = trainer.linear_modules()
+    trainer.attach(moved_adapter(AdapterConfig(4, 8.0, 0.0, False, tuple(sorted(shapes))), shapes))
+    return trainer
+
+
+def losses_and_adapter(trainer: TorchLoRATrainer) -> tuple[list[float], Mapping[str, Float32]]:
+    """Three steps of two micro-batches, an evaluation between them."""
+    losses = []
+    for number in range(3):
+        window = [random_batch(2 * number), random_batch(2 * number + 1)]
+        denominator = float(sum(batch.counted_tokens for batch in window))
+        losses.append(trainer.train_step(window, StepSettings(1e-2, denominator, max_grad_norm=1.0)).resolve().loss)
+        losses.append(trainer.evaluate(window).loss)
+    return losses, trainer.export_adapter().tensors
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full", "offload"])
+def test_recomputation_changes_nothing(recompute: Any, tmp_path: Path) -> None:
+    path = write_model(tmp_path, "llama")
+    kept, again = (trainer_of(path, compute) for compute in (Compute(), Compute("float32", True, recompute=recompute)))
+    window = [random_batch(0), random_batch(1)]
+    expected, found = kept.gradients(window), again.gradients(window)
+    # A CPU repeats the very operations; the fused layers of a GPU compute the gated product once more in the kernel
+    # of its backward, which may round otherwise.
+    bound = SAME_FUNCTION if DEVICE.type == "cuda" else 0.0
+    for name, gradient in expected.items():
+        assert np.linalg.norm(found[name] - gradient) <= bound * np.linalg.norm(gradient), name
+    assert again.evaluate(window) == kept.evaluate(window)
+
+
+@pytest.mark.parametrize("weight_format", [WeightFormat.NF4, WeightFormat.INT8, WeightFormat.NONE])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_streamed_base_gives_the_bits_of_a_resident_one(
+    weight_format: WeightFormat, checkpointing: bool, tmp_path: Path
+) -> None:
+    path = write_model(tmp_path, "llama", num_hidden_layers=5)
+    four_bit = weight_format is WeightFormat.NF4
+    quantization = Quantization(weight_format, 64 if four_bit else None, four_bit)
+    resident = losses_and_adapter(trainer_of(path, Compute("float32", checkpointing), quantization))
+    streamed = losses_and_adapter(
+        trainer_of(path, Compute("float32", checkpointing, base_offload=("embeddings", "layers")), quantization)
+    )
+    assert streamed[0] == resident[0]
+    for name, tensor in resident[1].items():
+        np.testing.assert_array_equal(streamed[1][name], tensor)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere"])  # a plain head; a capped one; a multiplied one
+def test_head_in_pieces_gives_the_loss_of_a_whole_one(
+    family: str, weighted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_tables, "PIECE_BYTES", 15 * HIDDEN * 4)  # fifteen rows a piece; the last is shorter
+    assert VOCABULARY % 15
+    path = write_model(tmp_path, family)
+    batch = random_batch(0)
+    if weighted:
+        weights = np.linspace(-1, 2, batch.labels.size, dtype=np.float32)
+        batch = replace(batch, weights=weights.reshape(batch.labels.shape))
+    whole, in_pieces = (trainer_of(path, Compute("float32", base_offload=parts)) for parts in ((), ("head",)))
+    assert in_pieces.evaluate([batch]).loss == pytest.approx(whole.evaluate([batch]).loss, rel=SAME_FUNCTION)
+    np.testing.assert_allclose(in_pieces.logits(batch), whole.logits(batch), rtol=SAME_FUNCTION, atol=1e-5)
+    expected, found = whole.gradients([batch]), in_pieces.gradients([batch])
+    # The same logits; their exponentials, and the gradient's terms, are added piece by piece in float32.
+    for name, gradient in expected.items():
+        assert np.linalg.norm(found[name] - gradient) <= SAME_FUNCTION * np.linalg.norm(gradient), name
+
+
+def test_embeddings_and_layers_on_the_host_leave_their_slots_alone_on_the_device(tmp_path: Path) -> None:
+    trainer = trainer_of(write_model(tmp_path, "llama", num_hidden_layers=5), Compute(base_offload=EVERYWHERE))
+    base = trainer._loaded
+    assert base.streamed is not None
+    assert len(base.streamed._slots) == 2
+    assert not any(parameter.numel() > HIDDEN for parameter in base.causal.parameters())
+
+
+def test_cost_of_streaming_is_said_when_the_base_is_loaded(tmp_path: Path) -> None:
+    path = write_model(tmp_path, "llama", num_hidden_layers=5)
+    trainer = trainer_of(path, Compute(base_offload=("layers",)))
+    layers = trainer._loaded.streamed
+    assert layers is not None
+    all_bytes = figures.size(sum(on_host.numel() for on_host, _ in layers._layers))
+    assert any(f"{all_bytes} cross to the device" in note and "/s measured now" in note for note in trainer.load_notes)
+    assert not trainer_of(path, Compute()).load_notes
+
+
+def test_copy_that_is_not_awaited_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the equalities above rest on: a slot that still holds another layer gives other numbers."""
+    path = write_model(tmp_path, "llama", num_hidden_layers=5)
+    expected = trainer_of(path, Compute()).gradients([random_batch(0)])
+    trainer = trainer_of(path, Compute(base_offload=("layers",)))
+    base = trainer._loaded.streamed
+    assert base is not None
+    monkeypatch.setattr(base._queue, "copy", lambda target, source: None)
+    found = trainer.gradients([random_batch(0)])
+    assert any(not np.array_equal(found[name], gradient) for name, gradient in expected.items())
+
+
+def test_each_pass_copies_each_layer_once_in_each_direction(tmp_path: Path) -> None:
+    trainer = trainer_of(write_model(tmp_path, "llama", num_hidden_layers=5), Compute(base_offload=("layers",)))
+    base = trainer._loaded.streamed
+    assert base is not None
+    trainer.gradients([random_batch(0)])
+    before = base.copied_bytes
+    trainer.gradients([random_batch(0)])
+    layer = base._layers[0][0].numel()
+    # Up: all but the two lowest, which are there from the pass before; down: all but the two highest.
+    assert base.copied_bytes - before == 2 * (5 - 2) * layer
+
+
+def test_layers_on_the_host_and_spread_over_ranks_are_refused_together(tmp_path: Path) -> None:
+    compute = Compute(shard_base=True, base_offload=("layers",))
+    with pytest.raises(UnsupportedFeatureError, match="not both"):
+        trainer_of(write_model(tmp_path, "llama"), compute)
+
+
+class Shifted(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) + 1
+
+
+class Model(nn.Module):
+    def __init__(self, embeddings: nn.Module) -> None:
+        super().__init__()
+        self.embed_tokens = embeddings
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+
+@pytest.mark.parametrize("layer", [Shifted(9, 4), nn.Linear(9, 4)])
+def test_embeddings_that_are_more_than_a_table_are_refused(layer: nn.Module) -> None:
+    with pytest.raises(UnsupportedFeatureError, match="embeddings of this model"):
+        host_tables.Tables.of(Model(layer), ("embeddings",)).move_to_host(Model(layer), DEVICE)
+
+
+@pytest.mark.parametrize(("parts", "where"), [(("embeddings",), "the device"), (("head",), "the host")])
+def test_tied_table_goes_where_the_head_goes_and_that_is_said(parts: Any, where: str, tmp_path: Path) -> None:
+    path = write_model(tmp_path, "llama", tie_word_embeddings=True)
+    trainer = trainer_of(path, Compute(base_offload=parts))
+    assert any(f"it stays in {where}" in note for note in trainer.load_notes)
+    assert (trainer._loaded.host_embedding is None) == (parts == ("embeddings",))
+    expected = trainer_of(path, Compute()).evaluate([random_batch(0)]).loss
+    assert trainer.evaluate([random_batch(0)]).loss == pytest.approx(expected, rel=SAME_FUNCTION)
