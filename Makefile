@@ -15,7 +15,7 @@ SPREAD := -n $(WORKERS) --dist loadfile
 MATRIX ?=
 PYTEST = PATH="$(CURDIR)/$(BIN):$$PATH" TMPDIR=$(CURDIR)/.tmp $(BIN)/python -m pytest -q
 
-.PHONY: demo docs notebooks test test-slow test-long test-matrix types kernels environment test-environment
+.PHONY: demo docs notebooks test test-cuda test-slow test-long test-matrix types kernels environment test-environment
 
 # Fine-tune the embedded demo model on the hardware found here; results in runs/demo.
 demo: environment
@@ -27,7 +27,7 @@ test: test-environment
 	$(BIN)/ruff format --check .
 	mkdir -p .tmp
 	$(MAKE) --no-print-directory --jobs 2 types kernels  # one process each
-	$(PYTEST) $(SPREAD) -m "not slow and not long and not needs_triton"
+	$(PYTEST) $(SPREAD) -m "not slow and not long and not needs_triton and not needs_cuda"
 	$(PYTHON) ci/version_matrix.py --corners --part core --versions newest
 
 types:
@@ -36,17 +36,21 @@ types:
 kernels:
 	TRITON_INTERPRET=1 $(PYTEST) -m "needs_triton and not slow and not long" tests/torch_family
 
+# Where an NVIDIA GPU is found; the kernels run compiled there.
+test-cuda: test-environment
+	$(PYTEST) -m "needs_cuda or (needs_triton and not long)" tests/torch_family
+
 # What takes several seconds and seldom fails; .ci/run runs it behind `make test`.
 test-slow: test-environment
 	mkdir -p .tmp
 	TRITON_INTERPRET=1 $(PYTEST) -m "needs_triton and slow and not long" tests/torch_family || [ $$? -eq 5 ]
-	$(PYTEST) $(SPREAD) -m "slow and not long and not needs_triton"
+	$(PYTEST) $(SPREAD) -m "slow and not long and not needs_triton and not needs_cuda"
 
 # What takes minutes and seldom fails: every mutant, whole runs of the suite.
 test-long: test-environment
 	mkdir -p .tmp
 	TRITON_INTERPRET=1 $(PYTEST) -m "needs_triton and long" tests/torch_family
-	$(PYTEST) $(SPREAD) -m "long and not needs_triton"
+	$(PYTEST) $(SPREAD) -m "long and not needs_triton and not needs_cuda"
 
 # The newest and the oldest versions that pyproject.toml allows, on every Python found here.
 test-matrix:

@@ -49,7 +49,7 @@ CORE_TESTS = (
     "checkpoint/test_saving_and_loading.py",
     "report",
 )
-SELECTED = "not slow and not long and not needs_triton and not needs_gptqmodel"
+SELECTED = "not slow and not long and not needs_triton and not needs_cuda and not needs_gptqmodel"
 DEMO = ("train", "--demo", "--overwrite", "--training.max_steps", "4")
 SECTION = "40"
 SECONDS_OF_A_CASE = "900"  # a busy machine is no finding

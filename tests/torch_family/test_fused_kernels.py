@@ -8,6 +8,7 @@ Inputs are float32 unless a test says otherwise: the interpreter truncates where
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,9 +16,21 @@ import torch
 
 from qlora_hal.contract.backend import Quantization
 from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal.contract.dropout import channel_words, kept, token_words
 from qlora_hal_backends.torch_family.base_weights import quantize
-from qlora_hal_backends.torch_family.fused.operations import HeadCounts, HeadNorm, Operations, Placements, Rotary
+from qlora_hal_backends.torch_family.fused.families import Activation
+from qlora_hal_backends.torch_family.fused.kernel_trial import differing
+from qlora_hal_backends.torch_family.fused.operations import (
+    Dropout,
+    HeadCounts,
+    HeadNorm,
+    Masks,
+    Operations,
+    Placements,
+    Rotary,
+)
 from qlora_hal_backends.torch_family.fused.reference import ReferenceOperations
+from qlora_hal_backends.torch_family.lora_linear import words_on
 
 pytestmark = [
     pytest.mark.needs_triton,
@@ -124,14 +137,17 @@ def test_norm_backward_is_the_gradient_of_the_norm_in_float64(
         torch.testing.assert_close(normed, y.detach().float(), **CLOSE)
 
 
-def test_swiglu_and_its_gradient_are_those_of_float64(kernels: Operations) -> None:
+@pytest.mark.parametrize("activation", Activation)
+def test_gated_products_and_their_gradients_are_those_of_float64(kernels: Operations, activation: Activation) -> None:
+    kernels = type(kernels)(activation)  # type: ignore[call-arg]
     gate_up, gradient = random(ROWS, 2 * WIDTH) * 4, random(ROWS, WIDTH, seed=1)
     out, gate_up_gradient, product = poisoned(ROWS, WIDTH), poisoned(ROWS, 2 * WIDTH), torch.empty_like(gradient)
     kernels.swiglu(gate_up, out)
     kernels.swiglu_backward(gate_up, gradient, gate_up_gradient, product)
     x = gate_up.double().requires_grad_()
     gate, up = x.chunk(2, dim=-1)
-    y = torch.nn.functional.silu(gate) * up
+    is_silu = activation is Activation.SILU
+    y = (torch.nn.functional.silu(gate) if is_silu else torch.nn.functional.gelu(gate, approximate="tanh")) * up
     (expected,) = torch.autograd.grad(y, x, gradient.double())
     torch.testing.assert_close(out, y.detach().float(), **CLOSE)
     torch.testing.assert_close(product, y.detach().float(), **CLOSE)
@@ -203,12 +219,48 @@ def test_cross_entropy_and_its_gradient_are_those_of_float64(kernels: Operations
 @pytest.mark.parametrize("rate", [0.05, 0.5])
 @pytest.mark.parametrize("channels", [7, 48, 2050])
 def test_dropout_masks_are_those_of_the_contract(kernels: Operations, channels: int, rate: float) -> None:
-    from qlora_hal.contract.dropout import channel_words, kept, token_words
     from qlora_hal_backends.torch_family.dropout_kernel import mask
-    from qlora_hal_backends.torch_family.lora_linear import words_on
 
     key, rows = 2**62 + 11, np.array([0, 3], np.int32)
     tokens, words = token_words(key, rows, 5), channel_words("model.layers.3.mlp.up_proj", channels)
     found = mask(words_on(tokens.reshape(-1), DEVICE), words_on(words, DEVICE), rate, torch.float32)
     expected = kept(key, "model.layers.3.mlp.up_proj", rows, 5, channels, rate).reshape(-1, channels)
     assert np.array_equal(found.cpu().numpy(), expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("rank", [3, 16, 40])
+def test_what_is_dropped_before_and_after_the_adapter_is_what_the_contract_drops(
+    kernels: Operations, rank: int
+) -> None:
+    key, rows, width, names = 2**62 + 11, np.array([0, 3], np.int32), 150, ("layers.0.q_proj", "layers.0.k_proj")
+    tokens = words_on(token_words(key, rows, 35).reshape(-1), DEVICE)
+    channels = torch.stack([words_on(channel_words(name, width), DEVICE) for name in names])
+    masks = Masks(Dropout(tokens, 0.4), channels, rank)
+    keeps = [torch.from_numpy(kept(key, name, rows, 35, width, 0.4).reshape(-1, width)).to(DEVICE) for name in names]
+    x, v, a = random(70, width + 8)[:, :width], random(70, 2 * rank + 8, seed=1), random(2 * rank + 8, width, seed=2)
+    product = random(70, width, seed=3)
+    for number, keep in enumerate(keeps):
+        out = poisoned(70, width)
+        kernels.drop(x, masks, number, out)
+        assert torch.equal(out, x * keep)
+    out = poisoned(70, width)
+    kernels.add_dropped(product, v, a, masks, out)
+    first, second = (v[:, part].double() @ a[part].double() for part in (slice(0, rank), slice(rank, 2 * rank)))
+    expected = product.double() + first * keeps[0] + second * keeps[1]
+    torch.testing.assert_close(out, expected.float(), **CLOSE)
+
+
+def test_all_kernels_pass_the_trial_that_a_device_is_given(kernels: Operations) -> None:
+    assert differing(kernels, REFERENCE, DEVICE) == []
+
+
+def test_the_trial_names_each_operation_that_computes_something_else() -> None:
+    class Wrong(ReferenceOperations):
+        def swiglu(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
+            super().swiglu(gate_up, out)
+            out[-1, -1] += 0.01
+
+        def place(self, source: torch.Tensor, target: torch.Tensor, placements: Placements) -> None:
+            super().place(source, target, replace(placements, entries=placements.entries[:1]))
+
+    assert differing(Wrong(), REFERENCE, DEVICE) == ["place", "swiglu"]

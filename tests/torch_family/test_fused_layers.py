@@ -6,40 +6,30 @@ With plain torch in place of the kernels these run anywhere; with the kernels, o
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny_models import VOCABULARY, write_model
-from torch import Tensor
-from trainers import moved_adapter, random_batch, source_of
+from fused_models import DEVICE, FAMILIES, SAME_FUNCTION, load, packed, relative
+from tiny_models import VOCABULARY
+from trainers import random_batch
 
-from qlora_hal.contract.backend import Compute, Quantization
+from qlora_hal.contract import dropout
 from qlora_hal.contract.capabilities import WeightFormat
-from qlora_hal.contract.values import AdapterConfig, Batch
-from qlora_hal_backends.torch_family import fused, head_loss, loading, step
-from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
+from qlora_hal.contract.values import Batch
+from qlora_hal_backends.torch_family import fused, head_loss, step
 from qlora_hal_backends.torch_family.fused.attach import attach_with
+from qlora_hal_backends.torch_family.fused.families import activation_of
 from qlora_hal_backends.torch_family.fused.head_loss import loss_sum_with
 from qlora_hal_backends.torch_family.fused.layer_weights import GroupBuffer, GroupShape, Slot
 from qlora_hal_backends.torch_family.fused.operations import Operations
 from qlora_hal_backends.torch_family.fused.reference import ReferenceOperations
 from qlora_hal_backends.torch_family.fused.supported import model_refusal
 from qlora_hal_backends.torch_family.fused.tape import Keep
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-FAMILIES: Mapping[str, Mapping[str, object]] = {
-    "llama": {},
-    "llama with biases": {"attention_bias": True, "mlp_bias": True},
-    "qwen2": {},
-    "qwen3": {},
-    "mistral": {"sliding_window": 64},
-}
-# Two float32 schedules of a two-layer model differ by rounding in other orders: 2^-24 for each of some hundred terms.
-SAME_FUNCTION = 1e-5
+from qlora_hal_backends.torch_family.lora_linear import words_on
 
 pytestmark = pytest.mark.filterwarnings(
     # Triton's interpreter on NumPy 2.
@@ -57,68 +47,12 @@ def operations(request: pytest.FixtureRequest) -> Operations:
     return TritonOperations()
 
 
-@dataclass
-class Model:
-    """A loaded base with an adapter whose B is not zero."""
-
-    base: loading.BaseModel
-    flat: FlatAdapter
-    compute: Compute
-
-    def gradient(self, loss: step.BatchLoss | Callable[..., Tensor], *batches: Batch) -> tuple[float, Tensor]:
-        self.flat.gradients.zero_()
-        total = 0.0
-        for batch in batches:
-            value = loss(step.to_device(batch, DEVICE), 1 / 40)
-            value.backward()
-            total += value.item()
-        return total, self.flat.gradients.clone()
-
-    def plain(self, batch: step.DeviceBatch, scale: float) -> Tensor:
-        return step.batch_loss(self.base, batch, scale)
-
-
-def load(
-    folder: Path,
-    family: str = "llama",
-    *,
-    dtype: str = "float32",
-    weight_format: WeightFormat = WeightFormat.NF4,
-    targets: Callable[[str], bool] = lambda module: True,
-    r: int = 4,
-    dropout: float = 0.0,
-    changes: Mapping[str, object] | None = None,
-    **options: object,
-) -> Model:
-    path = write_model(folder, family.partition(" ")[0], **(changes or FAMILIES.get(family, {})))
-    four_bit = weight_format is WeightFormat.NF4
-    compute = Compute(dtype, False, options)  # type: ignore[arg-type]
-    quantization = Quantization(weight_format, 64 if four_bit else None, four_bit)
-    with torch.no_grad():
-        base = loading.load_base(source_of(path), quantization, compute, DEVICE)
-    shapes = {name: linear.shape for name, linear in base.linears.items()}
-    config = AdapterConfig(r, 2.0 * r, dropout, False, tuple(sorted(filter(targets, shapes))))
-    flat = FlatAdapter.place(moved_adapter(config, shapes), base.linears, getattr(torch, dtype), DEVICE)
-    return Model(base, flat, compute)
-
-
-def packed(batch: Batch) -> Batch:
-    """Two samples in each row."""
-    half = batch.input_ids.shape[1] // 2
-    positions, segments, labels = batch.position_ids.copy(), batch.segment_ids.copy(), batch.labels.copy()
-    positions[:, half:] -= half
-    segments[:, half:] = np.where(segments[:, half:] > 0, 2, 0)
-    labels[:, half] = -100
-    return replace(batch, position_ids=positions, segment_ids=segments, labels=labels)
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
-
-
 @pytest.mark.parametrize(
     "family",
-    [pytest.param(name, marks=() if name in ("qwen3", "llama with biases") else pytest.mark.long) for name in FAMILIES],
+    [
+        pytest.param(name, marks=() if name in ("qwen3", "llama with biases", "gemma3_text") else pytest.mark.long)
+        for name in FAMILIES
+    ],
 )
 @pytest.mark.parametrize("arrange", [lambda batch: batch, packed], ids=["one sample a row", "packed"])
 def test_loss_and_gradients_equal_those_of_the_plain_layers(
@@ -126,10 +60,11 @@ def test_loss_and_gradients_equal_those_of_the_plain_layers(
 ) -> None:
     model = load(tmp_path, family)
     assert model_refusal(model.base, model.flat, model.compute) is None
+    of_the_model = type(operations)(activation_of(model.base))  # type: ignore[call-arg]
     batch = arrange(random_batch(3))
     expected_loss, expected = model.gradient(model.plain, batch)
     for keep in Keep:
-        body = attach_with(operations, model.base, model.flat, model.compute, keep=keep)
+        body = attach_with(of_the_model, model.base, model.flat, model.compute, keep=keep)
         loss, found = model.gradient(body.batch_loss, batch)
         assert loss == pytest.approx(expected_loss, rel=SAME_FUNCTION)
         assert relative(found, expected) < SAME_FUNCTION, keep
@@ -187,6 +122,29 @@ def test_recomputing_in_tiles_and_shared_buffers_equals_keeping_everything(
     assert not torch.equal(expected, torch.zeros_like(expected))
 
 
+@pytest.mark.parametrize("recompute", [None, "full"])
+@pytest.mark.parametrize("rate", [0.05, 0.5])
+def test_dropout_is_that_of_the_plain_layers(
+    rate: float, recompute: str | None, operations: Operations, tmp_path: Path
+) -> None:
+    """Of every projection, of layers that adapt some of them, and tile by tile."""
+    model = load(
+        tmp_path, "llama with biases", targets=lambda module: "layers.0." in module or "v_proj" in module, dropout=rate
+    )
+    assert model_refusal(model.base, model.flat, model.compute) is None
+    compute = replace(model.compute, gradient_checkpointing=recompute is not None, recompute=recompute or "full")
+    body = attach_with(operations, model.base, model.flat, compute, tile_rows=15)
+    without_loss, without = model.gradient(model.plain, random_batch(3))
+    words = dropout.token_words(2**40 + 3, np.arange(2, dtype=np.int32), 20)
+    model.flat.switches.token_words = words_on(words.reshape(-1), DEVICE)
+    expected_loss, expected = model.gradient(model.plain, random_batch(3))
+    loss, found = model.gradient(body.batch_loss, random_batch(3))
+    assert loss == pytest.approx(expected_loss, rel=SAME_FUNCTION)
+    assert relative(found, expected) < SAME_FUNCTION
+    assert relative(without, expected) > 1000 * SAME_FUNCTION
+    assert without_loss != expected_loss
+
+
 def test_gradients_of_the_micro_batches_of_a_window_add_up(tmp_path: Path) -> None:
     model = load(tmp_path)
     body = attach_with(ReferenceOperations(), model.base, model.flat, model.compute)
@@ -241,7 +199,9 @@ def test_adapter_is_added_before_the_sum_is_rounded() -> None:
     rows, columns, r = 64, 128, 8
     generator = torch.Generator().manual_seed(0)
     memory = torch.randn(rows + r, columns + r, generator=generator).bfloat16().to(DEVICE)
-    buffer = GroupBuffer(GroupShape([Slot("only", slice(0, rows), slice(0, r))], columns, r), 2.0, memory)
+    buffer = GroupBuffer(
+        GroupShape([Slot("only", slice(0, rows), slice(0, r))], columns, r), 2.0, memory, ReferenceOperations()
+    )
     buffer.b.mul_(0.002)  # a young adapter: its product is below the spacing of bfloat16 at the base product
     extended = torch.randn(32, columns + r, generator=generator).bfloat16().to(DEVICE)
     low_rank = buffer.low_rank(extended[:, :columns], extended[:, columns:])
@@ -253,16 +213,19 @@ def test_adapter_is_added_before_the_sum_is_rounded() -> None:
     assert ((found - exact).abs() <= 2.0**-8 * exact.abs() + 136 * 2.0**-24 * 8).all()
 
 
-@pytest.mark.parametrize("time", [8, 9])
-def test_rows_longer_than_the_sliding_window_take_the_plain_layers(time: int, tmp_path: Path) -> None:
-    model = load(tmp_path, "mistral", changes={"sliding_window": 8})
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+@pytest.mark.parametrize("arrange", [lambda batch: batch, packed], ids=["one sample a row", "packed"])
+def test_sliding_windows_hide_what_they_hide_in_the_plain_layers(
+    family: str, arrange: Callable[[Batch], Batch], tmp_path: Path
+) -> None:
+    """Of Mistral in each layer, of this Qwen 2 in the second alone."""
+    uneven = {"use_sliding_window": True, "max_window_layers": 1} if family == "qwen2" else {}
+    model = load(tmp_path, family, changes={"sliding_window": 4, **uneven})
     body = attach_with(ReferenceOperations(), model.base, model.flat, model.compute)
-    tokens = np.arange(3, 3 + 2 * time, dtype=np.int32).reshape(2, time)
-    positions = np.tile(np.arange(time, dtype=np.int32), (2, 1))
-    batch = Batch(tokens, tokens.copy(), positions, np.ones_like(tokens))
-    assert body.serves(step.to_device(batch, DEVICE)) == (time <= 8)
-    _, expected = model.gradient(model.plain, batch)
-    _, found = model.gradient(body.batch_loss, batch)
+    assert [layer.window for layer in body.layers] == ([None, 4] if family == "qwen2" else [4, 4])
+    expected_loss, expected = model.gradient(model.plain, arrange(random_batch(3)))
+    loss, found = model.gradient(body.batch_loss, arrange(random_batch(3)))
+    assert loss == pytest.approx(expected_loss, rel=SAME_FUNCTION)
     assert relative(found, expected) < SAME_FUNCTION
 
 
@@ -298,8 +261,8 @@ def test_head_loss_equals_the_plain_one(softcap: float | None, operations: Opera
 
 def test_refusals_name_their_reason(tmp_path: Path) -> None:
     cases = [
-        ("GemmaDecoderLayer", load(tmp_path / "1", "gemma")),
-        ("dropout 0.1", load(tmp_path / "2", dropout=0.1)),
+        ("layers of type CohereDecoderLayer are not", load(tmp_path / "1", "cohere")),
+        ("capped at 50.0", load(tmp_path / "5", "gemma2", changes={"head_dim": 32, "attn_logit_softcapping": 50.0})),
         ("attention is eager", load(tmp_path / "3", attention="eager")),
         ("layers is plain", load(tmp_path / "4", layers="plain")),
     ]

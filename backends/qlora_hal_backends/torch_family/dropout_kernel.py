@@ -16,18 +16,23 @@ _WIDTH = 1024
 
 
 @triton.jit
-def _mask(tokens, channels, out, count, threshold, WIDTH: tl.constexpr):
-    row = tl.program_id(0)
-    place = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    valid = place < count
-    words = tl.load(channels + place, mask=valid, other=0).to(tl.uint32, bitcast=True)
-    words += tl.load(tokens + row).to(tl.uint32, bitcast=True)
+def is_kept(words, threshold):
+    """`qlora_hal.contract.dropout.kept` for sums of token and channel words, as unsigned integers."""
     words ^= words >> _FIRST
     words *= _FACTOR
     words ^= words >> _SECOND
     words *= _OTHER_FACTOR
     words ^= words >> _THIRD
-    kept = (words >> 1).to(tl.int32) >= threshold
+    return (words >> 1).to(tl.int32) >= threshold
+
+
+@triton.jit
+def _mask(tokens, channels, out, count, threshold, WIDTH: tl.constexpr):
+    row = tl.program_id(0)
+    place = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    valid = place < count
+    words = tl.load(channels + place, mask=valid, other=0).to(tl.uint32, bitcast=True)
+    kept = is_kept(words + tl.load(tokens + row).to(tl.uint32, bitcast=True), threshold)
     tl.store(out + row.to(tl.int64) * count + place, tl.where(kept, 1.0, 0.0).to(out.dtype.element_ty), mask=valid)
 
 

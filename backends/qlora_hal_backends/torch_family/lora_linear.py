@@ -171,9 +171,9 @@ def plain_mask(token_words: Tensor, channel_words: Tensor, rate: float, dtype: t
 
 @cache
 def _mask_on(device: torch.device) -> Callable[[Tensor, Tensor, float, torch.dtype], Tensor]:
-    """In one kernel on an NVIDIA GPU where Triton compiles it and it gives the same bits (`benchmarks/dropout_masks.py`
+    """In one kernel on a GPU where Triton compiles it and it gives the same bits (`benchmarks/dropout_masks.py`
     says what that saves); in torch's operations elsewhere."""
-    if device.type != "cuda" or torch.version.hip or find_spec("triton") is None:
+    if device.type != "cuda" or find_spec("triton") is None:
         return plain_mask
     tokens, channels = (words_on(dropout.channel_words(name, 64), device) for name in ("tokens", "channels"))
     try:

@@ -32,6 +32,7 @@ class DeviceBatch:
     counted: Tensor  # [counted]
     targets: Tensor  # [counted]
     weights: Tensor | None = None  # float32 [counted]
+    lengths: tuple[int, ...] | None = None  # of the samples of a packed batch, end to end; padding counts as samples
 
 
 BatchLoss = Callable[[DeviceBatch, float], Tensor]
@@ -50,7 +51,15 @@ def to_device(batch: Batch, device: torch.device) -> DeviceBatch:
         counted=_copy(counted, device),
         targets=_copy(flat[counted], device),
         weights=None if batch.weights is None else _copy(next_weights(batch).reshape(-1)[counted], device),
+        lengths=_sample_lengths(batch) if batch.is_packed else None,
     )
+
+
+def _sample_lengths(batch: Batch) -> tuple[int, ...]:
+    """Of the samples as they lie one after the other, row by row; the padding at a row's end is one of them."""
+    begins = np.ones(batch.segment_ids.shape, bool)
+    begins[:, 1:] = batch.segment_ids[:, 1:] != batch.segment_ids[:, :-1]
+    return tuple(np.diff(np.flatnonzero(begins), append=begins.size).tolist())
 
 
 def check_lengths(base: BaseModel, batch: Batch) -> None:

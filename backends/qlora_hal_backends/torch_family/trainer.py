@@ -159,8 +159,7 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         base = self._base
         facts = describe_device(self._platform, self._device, base.decoding if base else loading.BITSANDBYTES)
         versions = {**facts.versions, **(base.versions if base else {})}
-        layers = "fused layers" if isinstance(self._fused, fused.FusedBody) else f"plain layers: {self._fused.reason}"
-        return replace(facts, versions=versions, kernel_path=f"{facts.kernel_path}; {layers}")
+        return replace(facts, versions=versions, kernel_path=f"{facts.kernel_path}; {self._fused.words}")
 
     def close(self) -> None:
         self._release()
@@ -186,7 +185,7 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         with self._memory_named("evaluation"):
             for batch in batches:
                 if batch.counted_tokens:
-                    loss = self._batch_loss(self._placed(batch), 1.0)
+                    loss = self._batch_loss(self._laid_out(batch), 1.0)
                     total += loss.cpu()
             for batch in (WITHOUT_EFFECT,) * lacking:
                 self._batch_loss(self._placed(batch), 1.0)
@@ -245,7 +244,7 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
                 self._device,
                 gradient_scale=self._loss_scale / denominator if denominator else 0.0,
                 see=see,
-                placed=self._placed,
+                placed=self._laid_out,
             )
             for _ in range(lacking):
                 self._pass_without_effect(self._batch_loss, see)
@@ -298,7 +297,9 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         def see(batch: Batch) -> None:
             if key is not None and flat.adapter.config.dropout > 0.0:
                 words = dropout.token_words(key, dropout.rows_of(batch), batch.input_ids.shape[1])
-                flat.switches.token_words = words_on(words.reshape(-1), self._device)
+                body = self._fused
+                laid_out = body.laid_out_words(batch, words) if isinstance(body, fused.FusedBody) else words.reshape(-1)
+                flat.switches.token_words = words_on(laid_out, self._device)
 
         try:
             yield see
@@ -398,6 +399,13 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         if (table := self._loaded.host_embedding) is not None:
             table.announce(placed.input_ids, batch.input_ids)
         return placed
+
+    def _laid_out(self, batch: Batch) -> step.DeviceBatch:
+        """A batch for `_batch_loss`, without padding where the layers need none."""
+        if not isinstance(self._fused, fused.FusedBody):
+            return self._placed(batch)
+        step.check_lengths(self._loaded, batch)
+        return step.to_device(self._fused.laid_out(batch), self._device)
 
     @property
     def _batch_loss(self) -> step.BatchLoss:

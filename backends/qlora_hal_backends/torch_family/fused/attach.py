@@ -11,18 +11,29 @@ from torch import Tensor
 
 from qlora_hal.contract.backend import Compute
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
+from qlora_hal_backends.torch_family.fused.attention import CausalAttention
 from qlora_hal_backends.torch_family.fused.body import FusedBody, RotaryTables
 from qlora_hal_backends.torch_family.fused.collecting import layer_weights, make_buffers
 from qlora_hal_backends.torch_family.fused.decoder_layer import DecoderLayer
+from qlora_hal_backends.torch_family.fused.families import (
+    Activation,
+    activation_of,
+    embedding_scale_of,
+    epsilon_of,
+    family_of,
+    head_width_of,
+    rotary_kinds,
+)
+from qlora_hal_backends.torch_family.fused.kernel_trial import proved_kernels
 from qlora_hal_backends.torch_family.fused.layer_inputs import HostMemory
 from qlora_hal_backends.torch_family.fused.operations import HeadCounts, Operations
 from qlora_hal_backends.torch_family.fused.supported import (
     attention_of,
     device_refusal,
-    longest_without_window,
     model_refusal,
 )
 from qlora_hal_backends.torch_family.fused.tape import Keep
+from qlora_hal_backends.torch_family.fused.varlen import SAMPLE_BY_SAMPLE, UnevenAttention, proved_varlen
 from qlora_hal_backends.torch_family.loading import BaseModel
 from qlora_hal_backends.torch_family.platform import TILE_ROWS
 
@@ -36,6 +47,10 @@ class Refusal:
 
     reason: str
 
+    @property
+    def words(self) -> str:
+        return f"plain layers: {self.reason}"
+
 
 def try_attach(base: BaseModel, flat: FlatAdapter, compute: Compute, device: torch.device) -> FusedBody | Refusal:
     """The fused body of a base whose adapter is placed, or why it has none."""
@@ -43,24 +58,11 @@ def try_attach(base: BaseModel, flat: FlatAdapter, compute: Compute, device: tor
     if reason is not None:
         return Refusal(reason)
     try:
-        operations = _proved_kernels(device)
+        operations = proved_kernels(device, activation_of(base) or Activation.SILU)
     except Exception as error:  # Triton compiles here and now: a missing C compiler or driver shows in many classes
         return Refusal(f"the kernels do not run here ({type(error).__name__}: {str(error).partition(chr(10))[0]})")
-    return attach_with(operations, base, flat, compute)
-
-
-def _proved_kernels(device: torch.device) -> Operations:
-    """Triton's operations, after one of them has computed what the reference does. Raises whatever Triton raises."""
-    from qlora_hal_backends.torch_family.fused.reference import ReferenceOperations
-    from qlora_hal_backends.torch_family.fused.triton_operations import TritonOperations
-
-    gate_up = torch.linspace(-4, 4, 8 * 64, device=device).view(8, 64)
-    found, expected = gate_up.new_empty(8, 32), gate_up.new_empty(8, 32)
-    TritonOperations().swiglu(gate_up, found)
-    ReferenceOperations().swiglu(gate_up, expected)
-    if not torch.allclose(found, expected, rtol=1e-5, atol=1e-5):
-        raise ArithmeticError("a kernel computed something else than torch")
-    return TritonOperations()
+    uneven = proved_varlen(device, _head_counts(base), getattr(torch, compute.dtype))
+    return attach_with(operations, base, flat, compute, uneven=uneven)
 
 
 def attach_with(
@@ -69,6 +71,7 @@ def attach_with(
     flat: FlatAdapter,
     compute: Compute,
     *,
+    uneven: UnevenAttention = SAMPLE_BY_SAMPLE,
     keep: Keep | None = None,
     residual_dtype: torch.dtype | None = None,
     tile_rows: int = TILE_ROWS,
@@ -77,15 +80,17 @@ def attach_with(
 
     `keep` follows `compute.recompute`, and `residual_dtype` is the compute dtype, unless given.
     """
+    assert operations.activation is activation_of(base), "operations are made for a model's activation"
     recomputes = compute.gradient_checkpointing
     attention = attention_of(base)
-    norm = base.body.norm
+    family, norm = family_of(base), base.body.norm
     like = norm.weight.detach().to(getattr(torch, compute.dtype))
-    buffers = make_buffers(list(base.layers), flat, like, operations, shared=recomputes)
+    buffers = make_buffers(list(base.layers), family.groups, flat, like, operations, shared=recomputes)
     schedule = DecoderLayer(
         heads=_head_counts(base),
-        epsilon=float(norm.variance_epsilon),
+        epsilon=epsilon_of(norm),
         attention_scale=float(attention.scaling),
+        attention=CausalAttention(uneven.attention),
         buffers=buffers,
         operations=operations,
         tile_rows=tile_rows,
@@ -95,36 +100,41 @@ def attach_with(
         flat=flat,
         schedule=schedule,
         layers=[
-            layer_weights(layer, path, buffers, flat) for layer, path in zip(base.layers, _paths(base), strict=True)
+            layer_weights(layer, path, family, buffers, flat)
+            for layer, path in zip(base.layers, _paths(base), strict=True)
         ],
-        final_norm=norm.weight.detach(),
+        final_norm=family.norm_weight(norm),
         rotary_tables=_rotary_tables(base),
         keep=keep or (KEPT[compute.recompute] if recomputes else Keep.PRODUCTS),
         residual_dtype=residual_dtype or like.dtype,
-        longest=longest_without_window(base),
+        attention_path=uneven.words,
+        embedding_scale=embedding_scale_of(base),
         host=HostMemory(like.device) if recomputes and compute.recompute == "offload" else None,
     )
 
 
 def _head_counts(base: BaseModel) -> HeadCounts:
-    attention = attention_of(base)
-    size = int(attention.head_dim)
-    return HeadCounts(attention.q_proj.out_features // size, attention.k_proj.out_features // size, size)
+    config, size = base.causal.config.get_text_config(), head_width_of(base)
+    return HeadCounts(int(config.num_attention_heads), int(config.num_key_value_heads), size)
 
 
 def _paths(base: BaseModel) -> list[str]:
     """The module path of each decoder layer, as the adapter's names have it."""
     by_linear = {linear: path for path, linear in base.linears.items()}
     layers: Any = base.layers
-    return [by_linear[layer.self_attn.q_proj].removesuffix(".self_attn.q_proj") for layer in layers]
+    return [by_linear[layer.self_attn.o_proj].removesuffix(".self_attn.o_proj") for layer in layers]
 
 
 def _rotary_tables(base: BaseModel) -> RotaryTables:
-    def tables(time: int) -> tuple[Tensor, Tensor]:
+    device = next(base.body.rotary_emb.buffers()).device
+
+    def tables(time: int) -> Mapping[str, tuple[Tensor, Tensor]]:
+        return {name: halves(time, {"layer_type": name} if name else {}) for name in rotary_kinds(base)}
+
+    def halves(time: int, of: Mapping[str, str]) -> tuple[Tensor, Tensor]:
         """cos and sin `[time, d / 2]` in float32: the model repeats each angle for both halves of a head."""
-        rotary = base.body.rotary_emb
-        device = rotary.inv_freq.device
-        cos, sin = rotary(torch.empty(1, device=device), position_ids=torch.arange(time, device=device)[None])
+        positions = torch.arange(time, device=device)[None]
+        cos, sin = base.body.rotary_emb(torch.empty(1, device=device), position_ids=positions, **of)
         half = cos.shape[-1] // 2
         return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
 

@@ -6,7 +6,7 @@ returns none: the input is embeddings, which are frozen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_hal.contract.dropout import UInt32
+from qlora_hal.contract.values import Batch
 from qlora_hal_backends.torch_family import step
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
+from qlora_hal_backends.torch_family.fused.attention import Samples
 from qlora_hal_backends.torch_family.fused.decoder_layer import DecoderLayer
+from qlora_hal_backends.torch_family.fused.end_to_end import kept_places, without_padding
 from qlora_hal_backends.torch_family.fused.head_loss import loss_sum_with, select_rows
 from qlora_hal_backends.torch_family.fused.layer_inputs import (
     HostMemory,
@@ -25,12 +29,13 @@ from qlora_hal_backends.torch_family.fused.layer_inputs import (
     ResidentInputs,
 )
 from qlora_hal_backends.torch_family.fused.layer_weights import LayerWeights
-from qlora_hal_backends.torch_family.fused.operations import Rotary
+from qlora_hal_backends.torch_family.fused.operations import Dropout, Rotary
 from qlora_hal_backends.torch_family.fused.tape import Keep, LayerTape, Sequences
 from qlora_hal_backends.torch_family.loading import BaseModel
 from qlora_hal_backends.torch_family.step import DeviceBatch
 
-RotaryTables = Callable[[int], tuple[Tensor, Tensor]]
+RotaryTables = Callable[[int], Mapping[str, tuple[Tensor, Tensor]]]
+"""Of positions up to a bound: cos and sin by type of layer, "" where all are alike."""
 
 
 @dataclass(slots=True)
@@ -48,8 +53,8 @@ class FusedBody:
     """`hidden_states` and `batch_loss` of `step`, for a base whose layers the fused schedule computes.
 
     `keep` is what layers keep for backward, `host` where the inputs of recomputed layers wait for it, None on the
-    device. `longest` is the longest row that attention without a window equals, or None; a longer batch, and one with
-    the adapter switched off, takes the plain layers.
+    device. `attention_path` says in words how samples of unequal lengths are attended to. A batch with the adapter
+    switched off takes the plain layers.
     """
 
     base: BaseModel
@@ -60,21 +65,34 @@ class FusedBody:
     rotary_tables: RotaryTables
     keep: Keep
     residual_dtype: torch.dtype
-    longest: int | None = None
+    attention_path: str
+    embedding_scale: float
     host: HostMemory | None = None
     _anchor: Tensor = field(init=False)
-    _tables: tuple[Tensor, Tensor] | None = None
+    _tables: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _longest: int = 0
 
     def __post_init__(self) -> None:
         # Autograd records a function when an input wants a gradient; the adapter's parameters are not its inputs.
         self._anchor = torch.zeros((), device=self.flat.parameters.device, requires_grad=True)
 
-    def serves(self, batch: DeviceBatch) -> bool:
-        return self.flat.switches.enabled and (self.longest is None or batch.input_ids.shape[1] <= self.longest)
+    @property
+    def words(self) -> str:
+        """For the run's `kernel_path`."""
+        return f"fused layers, {self.attention_path}"
+
+    def laid_out(self, batch: Batch) -> Batch:
+        """What `batch_loss` is best given in place of a batch: the same samples, without their padding."""
+        return without_padding(batch) if self.flat.switches.enabled else batch
+
+    def laid_out_words(self, batch: Batch, words: UInt32) -> UInt32:
+        """Dropout's words `[batch, time]` of a batch, as those of its `laid_out` `[M]`."""
+        kept = kept_places(batch) if self.flat.switches.enabled else None
+        return words.reshape(-1) if kept is None else words[kept]
 
     def hidden_states(self, batch: DeviceBatch) -> Tensor:
         """The last hidden states `[batch, time, hidden]`."""
-        if not self.serves(batch):
+        if not self.flat.switches.enabled:
             return step.hidden_states(self.base, batch)
         if torch.is_grad_enabled():
             states: Tensor = _BodyFunction.apply(self._anchor, self, batch)  # type: ignore[no-untyped-call]
@@ -94,7 +112,7 @@ class FusedBody:
         sequences = self._sequences(batch)
         tape = _Tape(sequences, self._inputs(keep))
         self.schedule.buffers.forget_adapter()
-        embedded = self.base.body.embed_tokens(batch.input_ids).detach()
+        embedded = self._embedded(batch)
         residual: Tensor = embedded.flatten(0, 1).to(self.residual_dtype)
         pending: Tensor | None = None
         for layer in self.layers:
@@ -104,7 +122,7 @@ class FusedBody:
                 tape.layers.append(layer_tape)
         assert pending is not None
         tape.last_h, states = self.schedule.final_norm(self.final_norm, residual, pending, embedded.dtype)
-        return states.unflatten(0, (sequences.batch, sequences.time)), tape
+        return states.unflatten(0, batch.input_ids.shape), tape
 
     def _backward(self, tape: _Tape, gradient: Tensor) -> None:
         assert tape.last_h is not None, "a tape is read once"
@@ -118,6 +136,10 @@ class FusedBody:
             below = self.schedule.backward(self.layers[index], layer_tape, stream, tape.sequences, is_lowest=index == 0)
             if below is not None:
                 stream = below
+
+    def _embedded(self, batch: DeviceBatch) -> Tensor:
+        embedded: Tensor = self.base.body.embed_tokens(batch.input_ids).detach()
+        return embedded if self.embedding_scale == 1.0 else embedded * self.embedding_scale
 
     def _inputs(self, keep: Keep | None) -> LayerInputs:
         if self.host is None or keep is not Keep.RESIDUAL:
@@ -136,13 +158,22 @@ class FusedBody:
 
     def _sequences(self, batch: DeviceBatch) -> Sequences:
         size, time = batch.input_ids.shape
-        if self._tables is None or self._tables[0].shape[0] < time:
-            self._tables = self.rotary_tables(time)
+        samples = Samples.of(batch.lengths or (time,) * size, batch.input_ids.device)
+        if self._longest < samples.longest:
+            self._tables, self._longest = self.rotary_tables(samples.longest), samples.longest
         positions = batch.position_ids
         if positions is None:
-            every_row = torch.arange(time, device=batch.input_ids.device).repeat(size)
-            return Sequences(size, time, Rotary(*self._tables, every_row), None)
-        return Sequences(size, time, Rotary(*self._tables, positions.flatten()), packed_mask(positions))
+            positions = torch.arange(time, device=batch.input_ids.device).repeat(size)
+        positions = positions.flatten()
+        rotary = {name: Rotary(cos, sin, positions) for name, (cos, sin) in self._tables.items()}
+        return Sequences(size * time, rotary, samples, self._dropout(size * time))
+
+    def _dropout(self, rows: int) -> Dropout | None:
+        tokens = self.flat.switches.token_words
+        if tokens is None:
+            return None
+        assert tokens.shape[0] == rows, "dropout's words are those of the batch as it is laid out"
+        return Dropout(tokens, self.flat.adapter.config.dropout)
 
 
 class _BodyFunction(torch.autograd.Function):
@@ -160,11 +191,3 @@ class _BodyFunction(torch.autograd.Function):
         with ctx.body._copies_settled():
             ctx.body._backward(tape, gradient)
         return None, None, None
-
-
-def packed_mask(positions: Tensor) -> Tensor:
-    """Who attends to whom `[batch, 1, time, time]`: causally, within the sample that a restart at position 0 began."""
-    sample = (positions == 0).cumsum(dim=1)
-    same = sample[:, :, None] == sample[:, None, :]
-    time = torch.arange(positions.shape[1], device=positions.device)
-    return (same & (time[:, None] >= time[None, :]))[:, None]

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from qlora_hal_backends.torch_family.base_weights import BaseWeight
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
+from qlora_hal_backends.torch_family.fused.families import Groups, LayerFamily, epsilon_of
 from qlora_hal_backends.torch_family.fused.layer_weights import (
-    GROUPS,
     RANK_MULTIPLE,
     GroupBuffer,
     GroupShape,
     GroupWeights,
+    Join,
     LayerBuffers,
     LayerWeights,
     Slot,
@@ -28,13 +29,19 @@ _Entry = tuple[int, int, int, int, int]
 
 
 def make_buffers(
-    layers: Sequence[object], flat: FlatAdapter, like: Tensor, operations: Operations, *, shared: bool = False
+    layers: Sequence[object],
+    groups: Groups,
+    flat: FlatAdapter,
+    like: Tensor,
+    operations: Operations,
+    *,
+    shared: bool = False,
 ) -> LayerBuffers:
     """Buffers for layers of one shape, in `shared` memory or apart. A projection that any layer adapts has its ranks in
     every layer."""
     adapted = flat.adapter.config.target_modules
     shapes = {}
-    for name, modules in GROUPS.items():
+    for name, modules in groups.items():
         linears = [linear_of(layers[0], module) for module in modules]
         anywhere = [any(path.endswith(f".{module}") for path in adapted) for module in modules]
         shapes[name] = _group_shape(modules, linears, anywhere, flat.adapter.config.r)
@@ -54,18 +61,22 @@ def _group_shape(
     return GroupShape(slots, linears[0].in_features, -(-ranks // RANK_MULTIPLE) * RANK_MULTIPLE)
 
 
-def layer_weights(layer: Any, path: str, buffers: LayerBuffers, flat: FlatAdapter) -> LayerWeights:
+def layer_weights(layer: Any, path: str, family: LayerFamily, buffers: LayerBuffers, flat: FlatAdapter) -> LayerWeights:
     """Collect one layer. `path` is its module path, as the adapter names it."""
     attention = layer.self_attn
     head_norm = None
     if hasattr(attention, "q_norm"):
-        weights = torch.stack((attention.q_norm.weight.detach(), attention.k_norm.weight.detach()))
-        head_norm = HeadNorm(weights, float(attention.q_norm.variance_epsilon))
+        weights = torch.stack((family.norm_weight(attention.q_norm), family.norm_weight(attention.k_norm)))
+        head_norm = HeadNorm(weights, epsilon_of(attention.q_norm))
     entries = {name: _group_placements(buffer, path, flat) for name, buffer in buffers.groups.items()}
     return LayerWeights(
-        input_norm=layer.input_layernorm.weight.detach(),
-        middle_norm=layer.post_attention_layernorm.weight.detach(),
+        input_norm=family.norm_weight(layer.input_layernorm),
+        middle_norm=family.norm_weight(getattr(layer, family.middle_norm)),
         head_norm=head_norm,
+        window=_window_of(attention),
+        rotary=getattr(attention, "layer_type", None) or "",
+        attention_join=_join(layer, family, family.attention_norm),
+        feed_forward_join=_join(layer, family, family.feed_forward_norm),
         groups={
             name: _group_weights(
                 layer, path, buffer, flat, _on_device([*_zeros_around(buffer), *entries[name]], flat.compute.device)
@@ -74,6 +85,21 @@ def layer_weights(layer: Any, path: str, buffers: LayerBuffers, flat: FlatAdapte
         },
         adapter=_on_device([entry for part in entries.values() for entry in part], flat.compute.device),
     )
+
+
+def _join(layer: Any, family: LayerFamily, norm: str | None) -> Join | None:
+    if norm is not None:
+        return Join(family.norm_weight(getattr(layer, norm)), 1.0)
+    scale = float(getattr(layer, "residual_multiplier", 1.0))
+    return None if scale == 1.0 else Join(None, scale)
+
+
+def _window_of(attention: Any) -> int | None:
+    """The sliding window of one layer. Families with both kinds of layers keep it on the module, and Mistral and Phi 3,
+    whose layers are all of one kind, in the configuration alone."""
+    own = hasattr(attention, "sliding_window")
+    window = attention.sliding_window if own else getattr(attention.config, "sliding_window", None)
+    return None if window is None else int(window)
 
 
 def _on_device(entries: Sequence[_Entry], device: torch.device) -> Placements:
@@ -125,7 +151,22 @@ def _group_weights(layer: Any, path: str, buffer: GroupBuffer, flat: FlatAdapter
         adapter=adapter,
         a_gradients=a_gradients,
         b_gradients=b_gradients,
+        channels=_channel_words(linears, buffer, flat),
+        rank=flat.adapter.config.r,
     )
+
+
+def _channel_words(linears: Sequence[FrozenLinear], buffer: GroupBuffer, flat: FlatAdapter) -> Tensor | None:
+    """Zeros for a projection that this layer does not adapt: its A and B are zeros, too."""
+    if not flat.adapter.config.dropout or not buffer.adapted:
+        return None
+    nothing = torch.zeros(buffer.columns, dtype=torch.int32, device=flat.compute.device)
+    words = [
+        nothing if linear.lora is None or linear.lora.channel_words is None else linear.lora.channel_words
+        for linear, slot in zip(linears, buffer.slots, strict=True)
+        if slot.rank is not None
+    ]
+    return torch.stack(words)
 
 
 def _group_bias(linears: Sequence[FrozenLinear], like: Tensor) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Forward and backward of one decoder layer, scheduled by hand; autograd works inside the attention only.
+"""Forward and backward of one decoder layer, scheduled by hand; attention knows its own backward.
 
 A layer receives the residual stream and the branch output that is still to be added to it, so that the addition, the
 norm and the cast happen in one pass over memory:
@@ -22,10 +22,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from qlora_hal_backends.torch_family.fused.layer_weights import AdapterGradients, LayerBuffers, LayerWeights
-from qlora_hal_backends.torch_family.fused.operations import HeadCounts, Operations
+from qlora_hal_backends.torch_family.fused.attention import Attention
+from qlora_hal_backends.torch_family.fused.layer_weights import AdapterGradients, Join, LayerBuffers, LayerWeights
+from qlora_hal_backends.torch_family.fused.operations import Dropout, HeadCounts, Operations
 from qlora_hal_backends.torch_family.fused.tape import (
     AttentionTape,
     FeedForwardProducts,
@@ -45,6 +45,7 @@ class DecoderLayer:
     heads: HeadCounts
     epsilon: float
     attention_scale: float
+    attention: Attention
     buffers: LayerBuffers
     operations: Operations
     tile_rows: int = TILE_ROWS
@@ -59,7 +60,10 @@ class DecoderLayer:
         h1 = attention.h1
         if keep in (None, Keep.RESIDUAL):
             del attention
-        h2, output, products = self._feed_forward(layer, h1, branch, keeps_products=keep is Keep.PRODUCTS)
+        h2, output, products = self._feed_forward(
+            layer, h1, branch, sequences.dropout, keeps_products=keep is Keep.PRODUCTS
+        )
+        output = self._joined(output, layer.feed_forward_join)
         if keep is None:
             return h2, output, None
         if keep is Keep.RESIDUAL:
@@ -73,79 +77,87 @@ class DecoderLayer:
         extended = into.new_input(sequences.rows)
         x = extended[:, : into.columns]
         h1 = self.operations.add_norm(residual, pending, layer.input_norm, self.epsilon, x)
-        low_rank = _kept_apart(into.low_rank(x, extended[:, into.columns :]))
+        masks = layer.groups["attention_in"].masks(sequences.dropout)
+        low_rank = _kept_apart(into.low_rank(x, extended[:, into.columns :], masks))
         projected = into.product(extended, layer.groups["attention_in"].bias)
         del extended, x
         query, key, value = self._heads(layer, projected, sequences)
-        with torch.set_grad_enabled(with_graph):
-            mixed = self._attention(query, key, value, sequences.mask)
+        mixed = self.attention(
+            query,
+            key,
+            value,
+            sequences.samples,
+            scale=self.attention_scale,
+            window=layer.window,
+            with_graph=with_graph,
+        )
         extended = out.new_input(sequences.rows)
-        self.operations.copy_rows(_rows_of(mixed), extended[:, : out.columns])
-        output_low_rank = _kept_apart(out.low_rank(extended[:, : out.columns], extended[:, out.columns :]))
+        self.operations.copy_rows(mixed.output, extended[:, : out.columns])
+        masks = layer.groups["attention_out"].masks(sequences.dropout)
+        output_low_rank = _kept_apart(out.low_rank(extended[:, : out.columns], extended[:, out.columns :], masks))
         branch = out.product(extended, layer.groups["attention_out"].bias)
-        return branch, AttentionTape(h1, low_rank, projected, query, key, value, mixed, output_low_rank)
+        join = layer.attention_join
+        tape = AttentionTape(h1, low_rank, projected, mixed, _read_again(branch, join), output_low_rank)
+        return self._joined(branch, join), tape
 
     def _heads(self, layer: LayerWeights, projected: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries and keys, and values: leaves `[batch, heads, time, d]` that share memory with the products.
+        """Rotated queries and keys, and values: views `[M, heads, d]` of the products.
 
         Rotation is linear and works in place; a norm before it is not, so its input is left standing for backward.
         """
         heads, keys_end = self.heads, self.heads.query_columns + self.heads.key_columns
         rotated = projected if layer.head_norm is None else projected.new_empty(projected.shape[0], keys_end)
-        self.operations.rotate(projected, rotated, heads, sequences.rotary, layer.head_norm)
+        self.operations.rotate(projected, rotated, heads, sequences.rotary_of(layer), layer.head_norm)
         parts = (rotated[:, : heads.query_columns], rotated[:, heads.query_columns : keys_end], projected[:, keys_end:])
-        shape = (sequences.batch, sequences.time, -1, heads.size)
-        query, key, value = (part.unflatten(0, shape[:2]).unflatten(2, shape[2:]).transpose(1, 2) for part in parts)
-        return query.detach().requires_grad_(), key.detach().requires_grad_(), value.detach().requires_grad_()
-
-    def _attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        grouped = self.heads.query != self.heads.key_value
-        if grouped and (mask is not None or query.dtype == torch.float32):
-            # The kernels that take a mask or float32 know no grouped heads; torch would fall back to whole matrices.
-            repeats = self.heads.query // self.heads.key_value
-            key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-            grouped = False
-        return scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.attention_scale, enable_gqa=grouped
-        )
+        query, key, value = (part.unflatten(1, (-1, heads.size)) for part in parts)
+        return query, key, value
 
     def _feed_forward(
-        self, layer: LayerWeights, h1: Tensor, branch: Tensor, *, keeps_products: bool
+        self, layer: LayerWeights, h1: Tensor, branch: Tensor, dropout: Dropout | None, *, keeps_products: bool
     ) -> tuple[Tensor, Tensor, FeedForwardProducts | None]:
-        """(h2, output still to be added, products where they are kept): in one piece where they are, else in tiles."""
+        """(h2, output still to be joined, products where they are kept): in one piece where they are, else in tiles."""
         if keeps_products:
-            h2, products = self._gate_up(layer, h1, branch)
-            output, products.output_low_rank = self._feed_forward_out(layer, products.gate_up)
+            h2, products = self._gate_up(layer, h1, branch, dropout)
+            output, products.output_low_rank = self._feed_forward_out(layer, products.gate_up, dropout)
+            products.output = _read_again(output, layer.feed_forward_join)
             return h2, output, products
         h2, output = torch.empty_like(h1), torch.empty_like(branch)
         for rows in self._tiles(h1.shape[0]):
-            _, products = self._gate_up(layer, h1[rows], branch[rows], into=h2[rows])
-            self._feed_forward_out(layer, products.gate_up, into=output[rows])
+            of_rows = _of(dropout, rows)
+            _, products = self._gate_up(layer, h1[rows], branch[rows], of_rows, into=h2[rows])
+            self._feed_forward_out(layer, products.gate_up, of_rows, into=output[rows])
         return h2, output, None
 
     def _tiles(self, rows: int) -> Iterator[slice]:
         return (slice(start, min(start + self.tile_rows, rows)) for start in range(0, rows, self.tile_rows))
 
     def _gate_up(
-        self, layer: LayerWeights, h1: Tensor, branch: Tensor | None, into: Tensor | None = None
+        self,
+        layer: LayerWeights,
+        h1: Tensor,
+        branch: Tensor | None,
+        dropout: Dropout | None,
+        into: Tensor | None = None,
     ) -> tuple[Tensor, FeedForwardProducts]:
         """(h2, gate and up products). Without `branch`, `h1` is h2 already."""
         group = self.buffers.groups["feed_forward_in"]
         extended = group.new_input(h1.shape[0])
         x = extended[:, : group.columns]
         h2 = self.operations.add_norm(h1, branch, layer.middle_norm, self.epsilon, x, into)
-        low_rank = _kept_apart(group.low_rank(x, extended[:, group.columns :]))
+        masks = layer.groups["feed_forward_in"].masks(dropout)
+        low_rank = _kept_apart(group.low_rank(x, extended[:, group.columns :], masks))
         gate_up = group.product(extended, layer.groups["feed_forward_in"].bias)
-        return h2, FeedForwardProducts(low_rank, gate_up, None)
+        return h2, FeedForwardProducts(low_rank, gate_up, None, None)
 
     def _feed_forward_out(
-        self, layer: LayerWeights, gate_up: Tensor, into: Tensor | None = None
+        self, layer: LayerWeights, gate_up: Tensor, dropout: Dropout | None, into: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         out = self.buffers.groups["feed_forward_out"]
         extended = out.new_input(gate_up.shape[0])
         x = extended[:, : out.columns]
         self.operations.swiglu(gate_up, x)
-        low_rank = _kept_apart(out.low_rank(x, extended[:, out.columns :]))
+        masks = layer.groups["feed_forward_out"].masks(dropout)
+        low_rank = _kept_apart(out.low_rank(x, extended[:, out.columns :], masks))
         return out.product(extended, layer.groups["feed_forward_out"].bias, into), low_rank
 
     # backward ------------------------------------------------------------------------------------------------------
@@ -162,11 +174,13 @@ class DecoderLayer:
         Nothing below the lowest layer is trained: its input's gradient is not computed, and None is returned.
         """
         self.buffers.hold(layer)
-        gradients = AdapterGradients()
+        gradients = AdapterGradients(self.operations)
         attention, feed_forward = self._replayed(layer, tape, sequences)
-        middle = self._feed_forward_backward(layer, feed_forward, above, gradients)
+        middle = self._feed_forward_backward(layer, feed_forward, above, sequences.dropout, gradients)
         del feed_forward
         above.forget()
+        if layer.attention_join is not None:
+            middle = self._before_join(middle, layer.attention_join, attention.branch, "attention_out")
         below = self._attention_backward(layer, attention, middle, sequences, gradients, is_lowest)
         gradients.add()
         return below
@@ -188,20 +202,40 @@ class DecoderLayer:
         return attention, feed_forward
 
     def _feed_forward_backward(
-        self, layer: LayerWeights, tape: FeedForwardTape, above: StreamGradient, gradients: AdapterGradients
+        self,
+        layer: LayerWeights,
+        tape: FeedForwardTape,
+        above: StreamGradient,
+        dropout: Dropout | None,
+        gradients: AdapterGradients,
     ) -> StreamGradient:
         """The stream's gradient between attention and feed-forward."""
         middle = self._new_stream_gradient(tape.h2, "attention_out")
         products, tape.products = tape.products, None
         if products is not None:
-            self._rows_backward(layer, tape.h2, products, above, middle, gradients)
+            of_output = self._of_output(layer, above, products, dropout)
+            self._rows_backward(layer, tape.h2, products, of_output, middle, dropout, gradients)
             return middle
         for rows in self._tiles(tape.h2.shape[0]):
-            _, products = self._gate_up(layer, tape.h2[rows], None)
-            self._rows_backward(layer, tape.h2[rows], products, above.of(rows), middle.of(rows), gradients)
+            of_rows = _of(dropout, rows)
+            _, products = self._gate_up(layer, tape.h2[rows], None, of_rows)
+            of_output = self._of_output(layer, above.of(rows), products, of_rows)
+            self._rows_backward(layer, tape.h2[rows], products, of_output, middle.of(rows), of_rows, gradients)
             del products
             gradients.add()
         return middle
+
+    def _of_output(
+        self, layer: LayerWeights, above: StreamGradient, products: FeedForwardProducts, dropout: Dropout | None
+    ) -> StreamGradient:
+        """The gradient of the feed-forward's output, which a join changes."""
+        join, output = layer.feed_forward_join, products.output
+        if join is None:
+            return above
+        if join.norm is not None and output is None:
+            output, _ = self._feed_forward_out(layer, products.gate_up, dropout)
+        products.output = None
+        return self._before_join(above, join, output, "feed_forward_out")
 
     def _rows_backward(
         self,
@@ -210,26 +244,29 @@ class DecoderLayer:
         products: FeedForwardProducts,
         above: StreamGradient,
         middle: StreamGradient,
+        dropout: Dropout | None,
         gradients: AdapterGradients,
     ) -> None:
         """The feed-forward's backward into `middle`."""
         into, out = self.buffers.groups["feed_forward_in"], self.buffers.groups["feed_forward_out"]
-        v = out.low_rank_gradient(above.extended)
-        product_gradient = out.input_gradient(above.extended)
+        of_in, of_out = layer.groups["feed_forward_in"], layer.groups["feed_forward_out"]
+        in_masks, out_masks = of_in.masks(dropout), of_out.masks(dropout)
+        v = out.low_rank_gradient(above.extended, out_masks)
+        product_gradient = out.input_gradient(above.extended, out_masks)
         extended = into.new_gradient(h2.shape[0])
         product = torch.empty_like(product_gradient)
         self.operations.swiglu_backward(products.gate_up, product_gradient, extended[:, : into.rows], product)
         low_rank = products.output_low_rank
-        gradients.of_b(
-            layer.groups["feed_forward_out"], above.extended, out.low_rank(product) if low_rank is None else low_rank
-        )
-        gradients.of_a(layer.groups["feed_forward_out"], v, product)
+        if low_rank is None:
+            low_rank = out.low_rank(product, masks=out_masks)
+        gradients.of_b(of_out, above.extended, low_rank)
+        gradients.of_a(of_out, v, product, out_masks)
         products.gate_up = product_gradient = product = h2.new_empty(0)
-        v = into.low_rank_gradient(extended)
-        x_gradient = into.input_gradient(extended)
-        gradients.of_b(layer.groups["feed_forward_in"], extended, products.input_low_rank)
+        v = into.low_rank_gradient(extended, in_masks)
+        x_gradient = into.input_gradient(extended, in_masks)
+        gradients.of_b(of_in, extended, products.input_low_rank)
         x = self._norm_backward_into(x_gradient, h2, layer.middle_norm, above, middle, wants_x=v is not None)
-        gradients.of_a(layer.groups["feed_forward_in"], v, x)
+        gradients.of_a(of_in, v, x, in_masks)
 
     def _attention_backward(
         self,
@@ -241,33 +278,34 @@ class DecoderLayer:
         is_lowest: bool,
     ) -> StreamGradient | None:
         into, out = self.buffers.groups["attention_in"], self.buffers.groups["attention_out"]
-        v = out.low_rank_gradient(middle.extended)
-        mixed_gradient = out.input_gradient(middle.extended)
-        gradients.of_b(layer.groups["attention_out"], middle.extended, tape.output_low_rank)
-        gradients.of_a(layer.groups["attention_out"], v, _rows_of(tape.mixed.detach()))
+        of_in, of_out = layer.groups["attention_in"], layer.groups["attention_out"]
+        in_masks, out_masks = of_in.masks(sequences.dropout), of_out.masks(sequences.dropout)
+        v = out.low_rank_gradient(middle.extended, out_masks)
+        mixed_gradient = out.input_gradient(middle.extended, out_masks)
+        gradients.of_b(of_out, middle.extended, tape.output_low_rank)
+        gradients.of_a(of_out, v, tape.mixed.output, out_masks)
         extended = self._heads_backward(layer, tape, mixed_gradient, sequences)
-        v = into.low_rank_gradient(extended)
-        gradients.of_b(layer.groups["attention_in"], extended, tape.input_low_rank)
+        v = into.low_rank_gradient(extended, in_masks)
+        gradients.of_b(of_in, extended, tape.input_low_rank)
         if is_lowest:
             x = middle.extended.new_empty(tape.h1.shape)
             self.operations.add_norm(tape.h1, None, layer.input_norm, self.epsilon, x)
-            gradients.of_a(layer.groups["attention_in"], v, x)
+            gradients.of_a(of_in, v, x, in_masks)
             return None
-        x_gradient = into.input_gradient(extended)
+        x_gradient = into.input_gradient(extended, in_masks)
         below, x = self._norm_backward(
             x_gradient, tape.h1, layer.input_norm, middle, "feed_forward_out", wants_x=v is not None
         )
-        gradients.of_a(layer.groups["attention_in"], v, x)
+        gradients.of_a(of_in, v, x, in_masks)
         return below
 
     def _heads_backward(
         self, layer: LayerWeights, tape: AttentionTape, mixed_gradient: Tensor, sequences: Sequences
     ) -> Tensor:
         """Through the attention and the rotation, into the group's gradient buffer."""
-        heads, rotary = self.heads, sequences.rotary
+        heads, rotary = self.heads, sequences.rotary_of(layer)
         keys_start, keys_end = heads.query_columns, heads.query_columns + heads.key_columns
-        upstream = mixed_gradient.view(sequences.batch, sequences.time, heads.query, heads.size).transpose(1, 2)
-        query, key, value = torch.autograd.grad(tape.mixed, (tape.query, tape.key, tape.value), upstream)
+        query, key, value = tape.mixed.backward(mixed_gradient)
         extended = self.buffers.groups["attention_in"].new_gradient(sequences.rows)
         for gradient, columns, is_key in (
             (query, slice(0, keys_start), False),
@@ -277,9 +315,7 @@ class DecoderLayer:
                 gradient, extended[:, columns], rotary, layer.head_norm, tape.projected[:, columns], is_key
             )
         values = extended[:, keys_end : keys_end + heads.key_columns]
-        values.unflatten(0, (sequences.batch, sequences.time)).unflatten(2, (heads.key_value, heads.size)).copy_(
-            value.transpose(1, 2)
-        )
+        self.operations.copy_rows(value.transpose(1, 2).flatten(0, 1).flatten(1), values)
         return extended
 
     def _norm_backward(
@@ -321,6 +357,28 @@ class DecoderLayer:
         )
         return x if x is not None else rounded
 
+    def _joined(self, branch: Tensor, join: Join | None) -> Tensor:
+        """A branch as it is added to the stream."""
+        if join is None:
+            return branch
+        if join.norm is None:
+            return branch * join.scale
+        normed = torch.empty_like(branch)
+        self.operations.add_norm(branch, None, join.norm, self.epsilon, normed)
+        return normed
+
+    def _before_join(self, stream: StreamGradient, join: Join, branch: Tensor | None, consumer: str) -> StreamGradient:
+        """The gradient of a branch, for the group that made it, beside that of the stream which passes it by."""
+        group = self.buffers.groups[consumer]
+        extended = group.new_gradient(stream.exact.shape[0])
+        rounded = extended[:, : group.rows]
+        if join.norm is None:
+            rounded.copy_(stream.exact * join.scale)
+        else:
+            assert branch is not None, "a branch that is normed was kept"
+            self.operations.norm_backward(stream.exact, branch, join.norm, self.epsilon, None, rounded, None, None)
+        return StreamGradient(stream.exact, extended)
+
     def final_norm(
         self, weight: Tensor, residual: Tensor, pending: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
@@ -334,11 +392,15 @@ class DecoderLayer:
         return self._norm_backward(gradient, h, weight, None, "feed_forward_out", wants_x=False)[0]
 
 
+def _of(dropout: Dropout | None, rows: slice) -> Dropout | None:
+    return None if dropout is None else dropout.of(rows)
+
+
+def _read_again(branch: Tensor, join: Join | None) -> Tensor | None:
+    """A branch whose norm backward goes through."""
+    return None if join is None or join.norm is None else branch
+
+
 def _kept_apart(tail: Tensor | None) -> Tensor | None:
     """A copy of the thin tail, so that the wide buffer behind it can be freed."""
     return None if tail is None else tail.clone()
-
-
-def _rows_of(mixed: Tensor) -> Tensor:
-    """`[batch, heads, time, d]` as `[M, heads * d]`; fused attention lays its output out so that this is a view."""
-    return mixed.detach().transpose(1, 2).flatten(0, 1).flatten(1)

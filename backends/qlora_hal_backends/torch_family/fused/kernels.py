@@ -10,6 +10,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from qlora_hal_backends.torch_family.dropout_kernel import is_kept
+from qlora_hal_backends.torch_family.fused.reference import GELU_CUBE, GELU_SCALE
+
+_GELU_SCALE, _GELU_CUBE = tl.constexpr(GELU_SCALE), tl.constexpr(GELU_CUBE)
+
 
 @triton.jit
 def dequantize(
@@ -95,6 +100,7 @@ def add_norm(
 @triton.jit
 def norm_backward(
     gradient,
+    gradient_stride,
     h,
     weight,
     residual_gradient,
@@ -114,7 +120,7 @@ def norm_backward(
     column = tl.arange(0, WIDTH)
     inside = column < D
     x = tl.load(h + row * D + column, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(gradient + row * D + column, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gradient + row * gradient_stride + column, mask=inside, other=0.0).to(tl.float32)
     w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     inverse_rms = 1.0 / tl.sqrt(tl.sum(x * x) / D + epsilon)
     unit = x * inverse_rms
@@ -130,29 +136,46 @@ def norm_backward(
 
 
 @triton.jit
-def swiglu(gate_up, out, F, out_stride, WIDTH: tl.constexpr):
+def _activated(gate, GELU: tl.constexpr):
+    """The activation of a gate and its derivative."""
+    if GELU:
+        # Tensors stand before the constants: Triton's interpreter would take the product for a constant. By the decay
+        # (1 + tanh) / 2 is exact where tanh is near -1, and nothing overflows.
+        square = gate * gate
+        inner = (gate + gate * square * _GELU_CUBE) * _GELU_SCALE
+        decay = tl.exp(tl.abs(inner) * -2.0)
+        share = tl.where(inner < 0.0, decay, 1.0) / (1.0 + decay)
+        steepness = 2.0 * decay / ((1.0 + decay) * (1.0 + decay))  # (1 - tanh^2) / 2
+        return gate * share, share + gate * steepness * (square * (3.0 * _GELU_CUBE) + 1.0) * _GELU_SCALE
+    else:
+        sigmoid = tl.sigmoid(gate)
+        return gate * sigmoid, sigmoid + gate * sigmoid * (1.0 - sigmoid)
+
+
+@triton.jit
+def swiglu(gate_up, out, F, out_stride, GELU: tl.constexpr, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < F
     gate = tl.load(gate_up + row * 2 * F + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * F + F + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * out_stride + column, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=inside)
+    activated, _ = _activated(gate, GELU)
+    tl.store(out + row * out_stride + column, (activated * up).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def swiglu_backward(gate_up, gradient, out, product, F, out_stride, WIDTH: tl.constexpr):
+def swiglu_backward(gate_up, gradient, out, product, F, out_stride, GELU: tl.constexpr, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < F
     gate = tl.load(gate_up + row * 2 * F + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * F + F + column, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(gradient + row * F + column, mask=inside, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    gate_gradient = g * up * (sigmoid + silu * (1.0 - sigmoid))
-    tl.store(product + row * F + column, (silu * up).to(product.dtype.element_ty), mask=inside)
+    activated, slope = _activated(gate, GELU)
+    gate_gradient = g * up * slope
+    tl.store(product + row * F + column, (activated * up).to(product.dtype.element_ty), mask=inside)
     tl.store(out + row * out_stride + column, gate_gradient.to(out.dtype.element_ty), mask=inside)
-    tl.store(out + row * out_stride + F + column, (g * silu).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * out_stride + F + column, (g * activated).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -194,7 +217,7 @@ def rotate(
     tl.store(target + HALF, (second * c + first * s).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["time"])  # each packed batch has another
 def rotate_backward(
     gradient,
     batch_stride,
@@ -244,6 +267,61 @@ def rotate_backward(
     target = out + row * out_stride + place
     tl.store(target, first.to(out.dtype.element_ty), mask=inside)
     tl.store(target + HALF, second.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def drop(x, x_stride, tokens, channels, out, out_stride, K, threshold, WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    inside = column < K
+    words = tl.load(channels + column, mask=inside, other=0).to(tl.uint32, bitcast=True)
+    kept = is_kept(words + tl.load(tokens + row).to(tl.uint32, bitcast=True), threshold)
+    value = tl.load(x + row * x_stride + column, mask=inside & kept, other=0.0)
+    tl.store(out + row * out_stride + column, value, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])  # each packed batch has another
+def add_dropped(
+    product,
+    v,
+    v_stride,
+    a,
+    a_stride,
+    tokens,
+    channels,
+    out,
+    out_stride,
+    rows,
+    K,
+    threshold,
+    RANK: tl.constexpr,
+    PADDED: tl.constexpr,
+    PROJECTIONS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    inside = (row < rows)[:, None] & (column < K)[None, :]
+    rank = tl.arange(0, PADDED)
+    total = tl.load(product + row[:, None] * K + column[None, :], mask=inside, other=0.0)
+    of_row = tl.load(tokens + row, mask=row < rows, other=0).to(tl.uint32, bitcast=True)
+    for projection in range(PROJECTIONS):
+        first = projection * RANK + rank
+        left = tl.load(
+            v + row[:, None] * v_stride + first[None, :],
+            mask=(row < rows)[:, None] & (rank < RANK)[None, :],
+            other=0.0,
+        )
+        right = tl.load(
+            a + first[:, None].to(tl.int64) * a_stride + column[None, :],
+            mask=(rank < RANK)[:, None] & (column < K)[None, :],
+            other=0.0,
+        )
+        words = tl.load(channels + projection * K + column, mask=column < K, other=0).to(tl.uint32, bitcast=True)
+        kept = is_kept(of_row[:, None] + words[None, :], threshold)
+        total += tl.where(kept, tl.dot(left, right, input_precision="ieee"), 0.0)
+    tl.store(out + row[:, None] * out_stride + column[None, :], total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -33,15 +33,8 @@ from torch import Tensor
 
 from qlora_hal_backends.torch_family.base_weights import BaseWeight
 from qlora_hal_backends.torch_family.flat_adapter import ALIGNMENT, FlatAdapter
-from qlora_hal_backends.torch_family.fused.operations import HeadNorm, Operations, Placements
+from qlora_hal_backends.torch_family.fused.operations import Dropout, HeadNorm, Masks, Operations, Placements
 from qlora_hal_backends.torch_family.lora_linear import product_in_float32
-
-GROUPS: Mapping[str, tuple[str, ...]] = {
-    "attention_in": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attention_out": ("self_attn.o_proj",),
-    "feed_forward_in": ("mlp.gate_proj", "mlp.up_proj"),
-    "feed_forward_out": ("mlp.down_proj",),
-}
 
 RANK_MULTIPLE = 8
 """Ranks are padded with zeros to this: matrix kernels want rows that start at multiples of 16 bytes."""
@@ -84,6 +77,20 @@ class GroupWeights:
     """Its A and B, with zeros wherever else the products look: for a buffer whose memory another group had."""
     a_gradients: Sequence[tuple[Tensor, slice]]
     b_gradients: Sequence[tuple[Tensor, slice, slice]]
+    channels: Tensor | None = None
+    """Dropout's words of each adapted projection's inputs, int32 `[n, K]`."""
+    rank: int = 0
+
+    def masks(self, dropout: Dropout | None) -> Masks | None:
+        return None if dropout is None or self.channels is None else Masks(dropout, self.channels, self.rank)
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """What happens to a branch before it is added to the stream: a norm (Gemma 2 and 3) or a factor (Granite)."""
+
+    norm: Tensor | None
+    scale: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +100,10 @@ class LayerWeights:
     input_norm: Tensor
     middle_norm: Tensor
     head_norm: HeadNorm | None
+    window: int | None  # how many tokens one sees, itself among them; None: all before it
+    rotary: str  # which of the model's rotary tables
+    attention_join: Join | None
+    feed_forward_join: Join | None
     groups: Mapping[str, GroupWeights]
     adapter: Placements
 
@@ -104,9 +115,18 @@ def _is_here() -> None:
 class GroupBuffer:
     """The buffer of one group and the products that read it. `bring` fills it, where it is not filled yet."""
 
-    def __init__(self, shape: GroupShape, scale: float, buffer: Tensor, bring: Callable[[], None] = _is_here) -> None:
+    def __init__(
+        self,
+        shape: GroupShape,
+        scale: float,
+        buffer: Tensor,
+        operations: Operations,
+        bring: Callable[[], None] = _is_here,
+    ) -> None:
         self._bring = bring
+        self._operations = operations
         self.slots = shape.slots
+        self.adapted = [slot.rank for slot in shape.slots if slot.rank is not None]
         self.rows, self.columns, self.ranks = shape.rows, shape.columns, shape.ranks
         self._scale = scale
         self._buffer = buffer
@@ -124,13 +144,25 @@ class GroupBuffer:
         """Uninitialized `[rows, N + R]`."""
         return self._buffer.new_empty(rows, self.rows + self.ranks)
 
-    def low_rank(self, x: Tensor, tail: Tensor | None = None) -> Tensor | None:
-        """t = scale * x A^T `[rows, R]`, in `tail` where given; None where nothing of the group is adapted."""
-        return self._thin(x, self.a.t(), tail)
+    def low_rank(self, x: Tensor, tail: Tensor | None = None, masks: Masks | None = None) -> Tensor | None:
+        """t = scale * x A^T `[rows, R]`, in `tail` where given; None where nothing of the group is adapted. With
+        `masks` each projection has what it keeps of x, scaled anew."""
+        if masks is None or not self.ranks:
+            return self._thin(x, self.a.t(), tail)
+        self._bring()
+        t = x.new_empty(x.shape[0], self.ranks) if tail is None else tail
+        for number, rank in enumerate(self.adapted):
+            dropped = torch.empty_like(x, memory_format=torch.contiguous_format)
+            self._operations.drop(x, masks, number, dropped)
+            scale = self._scale * masks.rescaled
+            torch.addmm(t[:, rank], dropped, self.a[rank].t(), beta=0, alpha=scale, out=t[:, rank])
+        t[:, self.adapted[-1].stop :] = 0.0  # the padded ranks meet zeros of B, and must be finite for it
+        return t
 
-    def low_rank_gradient(self, gradient: Tensor) -> Tensor | None:
+    def low_rank_gradient(self, gradient: Tensor, masks: Masks | None = None) -> Tensor | None:
         """Fill and return v = scale * dy B, the last R columns of `gradient`."""
-        return self._thin(gradient[:, : self.rows], self.b, gradient[:, self.rows :])
+        scale = 1.0 if masks is None else masks.rescaled
+        return self._thin(gradient[:, : self.rows], self.b, gradient[:, self.rows :], scale)
 
     def product(self, extended: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
         """y of an input made by `new_input`, in `out` where given."""
@@ -139,19 +171,25 @@ class GroupBuffer:
             return torch.mm(extended, self._forward, out=out)
         return torch.addmm(bias, extended, self._forward, out=out)
 
-    def input_gradient(self, gradient: Tensor) -> Tensor:
+    def input_gradient(self, gradient: Tensor, masks: Masks | None = None) -> Tensor:
         """dx of a gradient whose last R columns hold v."""
         self._bring()
-        return gradient @ self._backward
+        if masks is None or not self.ranks:
+            return gradient @ self._backward
+        # What passes through the adapter is dropped where its input was, so it cannot ride in the product.
+        base = product_in_float32(gradient[:, : self.rows], self.w)
+        out = torch.empty_like(base, dtype=gradient.dtype)
+        self._operations.add_dropped(base, gradient[:, self.rows :], self.a, masks, out)
+        return out
 
-    def _thin(self, left: Tensor, right: Tensor, out: Tensor | None) -> Tensor | None:
+    def _thin(self, left: Tensor, right: Tensor, out: Tensor | None, scale: float = 1.0) -> Tensor | None:
         if not self.ranks:
             return None
         self._bring()
         if out is None:
             out = left.new_empty(left.shape[0], self.ranks)
         # With beta 0 the uninitialized `out` is not read.
-        return torch.addmm(out, left, right, beta=0, alpha=self._scale, out=out)
+        return torch.addmm(out, left, right, beta=0, alpha=self._scale * scale, out=out)
 
 
 class LayerBuffers:
@@ -197,6 +235,7 @@ class LayerBuffers:
                 shape,
                 scale,
                 self._memory[starts[name] : starts[name] + math.prod(shape.size)].view(shape.size),
+                operations,
                 partial(self._bring, name) if shared else _is_here,
             )
             for name, shape in shapes.items()
@@ -260,13 +299,21 @@ class AdapterGradients:
     micro-batches.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, operations: Operations) -> None:
+        self._operations = operations
         self._gradients: list[Tensor] = []
         self._terms: list[Tensor] = []
 
-    def of_a(self, group: GroupWeights, v: Tensor | None, x: Tensor) -> None:
-        """dA = v^T x, for each adapted projection of the group."""
+    def of_a(self, group: GroupWeights, v: Tensor | None, x: Tensor, masks: Masks | None = None) -> None:
+        """dA = v^T x, for each adapted projection of the group; with `masks` of what it keeps of x."""
         if v is None or not group.a_gradients:
+            return
+        if masks is not None:
+            for gradient, rank in group.a_gradients:
+                dropped = torch.empty_like(x, memory_format=torch.contiguous_format)
+                self._operations.drop(x, masks, rank.start // masks.rank, dropped)
+                self._gradients.append(gradient)
+                self._terms.append(product_in_float32(v[:, rank].t(), dropped))
             return
         products = product_in_float32(v.t(), x)
         for gradient, rank in group.a_gradients:

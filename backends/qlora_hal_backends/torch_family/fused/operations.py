@@ -17,6 +17,7 @@ from typing import Protocol
 from torch import Tensor
 
 from qlora_hal_backends.torch_family.base_weights import BaseWeight
+from qlora_hal_backends.torch_family.fused.families import Activation
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +68,35 @@ class Placements:
         return max((rows * columns for _, _, rows, columns, _ in self.entries), default=0)
 
 
+@dataclass(frozen=True, slots=True)
+class Dropout:
+    """LoRA dropout of some rows (`qlora_hal.contract.dropout`): their words int32 `[M]`, and the share dropped."""
+
+    tokens: Tensor
+    rate: float
+
+    def of(self, rows: slice) -> Dropout:
+        return Dropout(self.tokens[rows], self.rate)
+
+
+@dataclass(frozen=True, slots=True)
+class Masks:
+    """What a group's adapted projections keep of their common input: each has words of its own, int32 `[n, K]`."""
+
+    dropout: Dropout
+    channels: Tensor
+    rank: int
+
+    @property
+    def rescaled(self) -> float:
+        """What is kept counts for what is dropped, too."""
+        return 1.0 / (1.0 - self.dropout.rate)
+
+
 class Operations(Protocol):
     """What a decoder layer needs beside matrix products and attention."""
+
+    activation: Activation
 
     def dequantize(self, base: BaseWeight, out: Tensor) -> None:
         """Write the weight `[rows, columns]` into a strided `out`."""
@@ -106,7 +134,7 @@ class Operations(Protocol):
         out_exact: Tensor | None,
         normed: Tensor | None,
     ) -> None:
-        """Gradient of h: the norm's, plus `residual_gradient` (strided).
+        """Gradient of h: the norm's, plus `residual_gradient`. Both gradients may be strided.
 
         Written to the strided `out` in the compute dtype and, where given, to `out_exact` `[M, D]`. `normed` receives
         the forward output again.
@@ -114,7 +142,7 @@ class Operations(Protocol):
         ...
 
     def swiglu(self, gate_up: Tensor, out: Tensor) -> None:
-        """silu(gate) * up of `gate_up` `[M, 2F]` into a strided `out` `[M, F]`."""
+        """activation(gate) * up of `gate_up` `[M, 2F]` into a strided `out` `[M, F]`; the activation is the model's."""
         ...
 
     def swiglu_backward(self, gate_up: Tensor, gradient: Tensor, out: Tensor, product: Tensor) -> None:
@@ -137,6 +165,17 @@ class Operations(Protocol):
         """Gradient of the columns before `rotate`, from `[batch, heads, time, d]` of any strides.
 
         `out` and `source` are the strided columns of these heads; `source` (before the norm) is read with a norm only.
+        """
+        ...
+
+    def drop(self, x: Tensor, masks: Masks, number: int, out: Tensor) -> None:
+        """`x` `[M, K]` where projection `number` keeps it, 0 elsewhere; both may be strided. Not rescaled."""
+        ...
+
+    def add_dropped(self, product: Tensor, v: Tensor, a: Tensor, masks: Masks, out: Tensor) -> None:
+        """`product` `[M, K]` in float32 plus, for each projection, v A where it keeps its input.
+
+        Its v and A are the columns `[M, r]` of the strided `v` and the rows `[r, K]` of the strided `a`.
         """
         ...
 

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from qlora_hal_backends.torch_family.base_weights import BaseWeight
-from qlora_hal_backends.torch_family.fused.operations import HeadCounts, HeadNorm, Placements, Rotary
+from qlora_hal_backends.torch_family.fused.families import Activation
+from qlora_hal_backends.torch_family.fused.operations import HeadCounts, HeadNorm, Masks, Placements, Rotary
+from qlora_hal_backends.torch_family.lora_linear import kept_inputs
+
+GELU_SCALE, GELU_CUBE = math.sqrt(2.0 / math.pi), 0.044715
+"""Of the approximation by tanh (Hendrycks and Gimpel 2016)."""
 
 
 class ReferenceOperations:
     """See `operations.Operations`."""
+
+    def __init__(self, activation: Activation = Activation.SILU) -> None:
+        self.activation = activation
 
     def dequantize(self, base: BaseWeight, out: Tensor) -> None:
         out.copy_(base.dense())
@@ -63,14 +73,24 @@ class ReferenceOperations:
 
     def swiglu(self, gate_up: Tensor, out: Tensor) -> None:
         gate, up = gate_up.float().chunk(2, dim=-1)
-        out.copy_(gate * torch.sigmoid(gate) * up)
+        out.copy_(self._activated(gate)[0] * up)
 
     def swiglu_backward(self, gate_up: Tensor, gradient: Tensor, out: Tensor, product: Tensor) -> None:
         gate, up = gate_up.float().chunk(2, dim=-1)
-        upstream, sigmoid = gradient.float(), torch.sigmoid(gate)
-        silu = gate * sigmoid
-        product.copy_(silu * up)
-        out.copy_(torch.cat((upstream * up * (sigmoid + silu * (1.0 - sigmoid)), upstream * silu), dim=-1))
+        upstream = gradient.float()
+        activated, slope = self._activated(gate)
+        product.copy_(activated * up)
+        out.copy_(torch.cat((upstream * up * slope, upstream * activated), dim=-1))
+
+    def _activated(self, gate: Tensor) -> tuple[Tensor, Tensor]:
+        """The activation and its derivative."""
+        if self.activation is Activation.SILU:
+            sigmoid = torch.sigmoid(gate)
+            return gate * sigmoid, sigmoid + gate * sigmoid * (1.0 - sigmoid)
+        inner = GELU_SCALE * (gate + GELU_CUBE * gate**3)
+        tanh = torch.tanh(inner)
+        slope = 0.5 * (1.0 + tanh) + 0.5 * gate * (1.0 - tanh**2) * GELU_SCALE * (1.0 + 3.0 * GELU_CUBE * gate**2)
+        return 0.5 * gate * (1.0 + tanh), slope
 
     def rotate(self, source: Tensor, out: Tensor, heads: HeadCounts, rotary: Rotary, norm: HeadNorm | None) -> None:
         columns = heads.query_columns + heads.key_columns
@@ -96,6 +116,17 @@ class ReferenceOperations:
             x = source.float().unflatten(-1, (-1, gradient.shape[-1]))
             unrotated = _norm_gradient(unrotated, x, norm.weights[int(is_key)].float(), norm.epsilon)
         out.copy_(unrotated.flatten(1))
+
+    def drop(self, x: Tensor, masks: Masks, number: int, out: Tensor) -> None:
+        out.copy_(x * kept_inputs(masks.dropout.tokens, masks.channels[number], masks.dropout.rate))
+
+    def add_dropped(self, product: Tensor, v: Tensor, a: Tensor, masks: Masks, out: Tensor) -> None:
+        exact = product.clone()
+        for number, channels in enumerate(masks.channels):
+            rank = slice(number * masks.rank, (number + 1) * masks.rank)
+            kept = kept_inputs(masks.dropout.tokens, channels, masks.dropout.rate)
+            exact += (v[:, rank].float() @ a[rank].float()) * kept
+        out.copy_(exact)
 
     def cross_entropy(self, logits: Tensor, targets: Tensor, scale: float, with_gradient: bool) -> Tensor:
         exact = logits.float()

@@ -10,13 +10,15 @@ import torch
 
 from qlora_hal.contract.backend import Compute
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
-from qlora_hal_backends.torch_family.fused.layer_weights import GROUPS
+from qlora_hal_backends.torch_family.fused.families import (
+    FAMILIES,
+    activation_of,
+    family_of,
+    head_width_of,
+    rotary_kinds,
+)
 from qlora_hal_backends.torch_family.loading import BaseModel
 from qlora_hal_backends.torch_family.lora_linear import FrozenLinear
-
-LAYERS = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"})
-"""transformers' layers that are: norm, attention with rotary halves, add, norm, gated SiLU, add. Named, not guessed:
-a layer that differs in one line (Gemma's 1 + w, Granite's multipliers) would be computed wrong without an error."""
 
 STATIC_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})
 """Rotary kinds whose angles do not depend on the length of the batch."""
@@ -32,9 +34,7 @@ def device_refusal(device: torch.device) -> str | None:
     """Why the kernels cannot run on this device, or None."""
     if device.type != "cuda":
         return f"no Triton kernels on {device.type}"
-    if torch.version.hip is not None:
-        return "the kernels have not been run on ROCm"
-    if torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
         return "the device is older than Triton's kernels"
     if find_spec("triton") is None:
         return "Triton is not installed"
@@ -48,37 +48,45 @@ def model_refusal(base: BaseModel, flat: FlatAdapter, compute: Compute) -> str |
 
 def _refusals(base: BaseModel, flat: FlatAdapter, compute: Compute) -> Iterator[str]:
     kinds = {type(layer).__name__ for layer in base.layers}
-    if not kinds <= LAYERS or type(base.body).__module__.partition(".")[0] != "transformers":
+    if (
+        len(kinds) != 1
+        or not kinds <= FAMILIES.keys()
+        or type(base.body).__module__.partition(".")[0] != "transformers"
+    ):
         yield f"layers of type {', '.join(sorted(kinds))} are not in the fused schedule"
         return
     if base.head is None:
         yield "logits that only the architecture itself can make"
     config = base.causal.config.get_text_config()
-    if config.hidden_act not in ("silu", "swish"):
-        yield f"feed-forward activation {config.hidden_act}, not silu"
+    if activation_of(base) is None:
+        yield "a feed-forward activation other than SiLU and GELU by tanh"
+    if getattr(attention_of(base), "attn_logit_softcapping", None) is not None:
+        yield f"attention scores capped at {config.attn_logit_softcapping}"
+    if not attention_of(base).is_causal:
+        yield "attention that is not causal"
     if compute.options.get("attention") == "eager":
         yield "backend.options.attention is eager"
     if compute.options.get("layers") == "plain":
         yield "backend.options.layers is plain"
-    if flat.adapter.config.dropout > 0:
-        yield f"LoRA dropout {flat.adapter.config.dropout}"
-    yield from _rotary_refusals(base, config)
+    yield from _rotary_refusals(base)
     yield from _linear_refusals(base, flat)
 
 
-def _rotary_refusals(base: BaseModel, config: Any) -> Iterator[str]:
-    kind = getattr(base.body.rotary_emb, "rope_type", None)
-    if kind not in STATIC_ROTARY:
-        yield f"rotary embedding of kind {kind}"
-    size = attention_of(base).head_dim
-    if 2 * base.body.rotary_emb.inv_freq.numel() != size:
-        yield "rotary embedding over part of a head"
+def _rotary_refusals(base: BaseModel) -> Iterator[str]:
+    if hasattr(base.body, "rotary_emb_local"):
+        yield "two rotary embeddings, as transformers 4 keeps them"
+    size = head_width_of(base)
+    for kind, turned in rotary_kinds(base).values():
+        if kind not in STATIC_ROTARY:
+            yield f"rotary embedding of kind {kind}"
+        if turned != size:
+            yield "rotary embedding over part of a head"
     if size % WIDTH_MULTIPLE:
         yield f"head size {size} is not a multiple of {WIDTH_MULTIPLE}"
 
 
 def _linear_refusals(base: BaseModel, flat: FlatAdapter) -> Iterator[str]:
-    modules = [module for group in GROUPS.values() for module in group]
+    modules = [module for group in family_of(base).groups.values() for module in group]
     layers: Any = base.layers
     shapes: set[tuple[tuple[int, int], ...]] = set()
     paths = {linear: path for path, linear in base.linears.items()}
@@ -97,16 +105,6 @@ def _linear_refusals(base: BaseModel, flat: FlatAdapter) -> Iterator[str]:
     outside = sorted(set(flat.adapter.config.target_modules) - known)
     if outside:
         yield f"an adapter outside the decoder layers ({outside[0]})"
-
-
-def longest_without_window(base: BaseModel) -> int | None:
-    """The longest row for which a sliding window hides nothing, or None where no layer has a window."""
-    config = base.causal.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if window is None or (kinds is not None and "sliding_attention" not in kinds):
-        return None
-    return int(window)
 
 
 def attention_of(base: BaseModel) -> Any:

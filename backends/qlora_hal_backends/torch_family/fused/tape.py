@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
 from torch import Tensor
 
-from qlora_hal_backends.torch_family.fused.operations import Rotary
+from qlora_hal_backends.torch_family.fused.attention import Mixed, Samples
+from qlora_hal_backends.torch_family.fused.layer_weights import LayerWeights
+from qlora_hal_backends.torch_family.fused.operations import Dropout, Rotary
 
 
 class Keep(Enum):
@@ -20,16 +23,15 @@ class Keep(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Sequences:
-    """What all layers need to know of a batch. `mask` `[batch, 1, time, time]` where samples share a row."""
+    """What all layers need to know of a batch: M rows, in which its samples lie end to end."""
 
-    batch: int
-    time: int
-    rotary: Rotary
-    mask: Tensor | None
+    rows: int
+    rotary: Mapping[str, Rotary]  # "" where all layers have the same
+    samples: Samples
+    dropout: Dropout | None
 
-    @property
-    def rows(self) -> int:
-        return self.batch * self.time
+    def rotary_of(self, layer: LayerWeights) -> Rotary:
+        return self.rotary.get(layer.rotary) or self.rotary[""]
 
 
 @dataclass(slots=True)
@@ -37,10 +39,8 @@ class AttentionTape:
     h1: Tensor  # [M, D]
     input_low_rank: Tensor | None
     projected: Tensor  # [M, (h + 2 kv) d]; queries and keys before norm and rotation where heads are normed
-    query: Tensor  # [batch, h, time, d], leaves of the attention's own graph
-    key: Tensor
-    value: Tensor
-    mixed: Tensor  # [batch, h, time, d], with that graph behind it
+    mixed: Mixed  # [M, h d], and what attention keeps
+    branch: Tensor | None  # [M, D] before a norm that it is joined with
     output_low_rank: Tensor | None
 
 
@@ -52,11 +52,12 @@ class FeedForwardTape:
 
 @dataclass(slots=True)
 class FeedForwardProducts:
-    """Of the rows of a tile, or of all. Without `output_low_rank` it is computed again."""
+    """Of the rows of a tile, or of all. What is None is computed again where it is read."""
 
     input_low_rank: Tensor | None
     gate_up: Tensor  # [rows, 2F]
     output_low_rank: Tensor | None
+    output: Tensor | None  # [rows, D], before a norm that it is joined with
 
 
 @dataclass(slots=True)

@@ -8,14 +8,18 @@ import torch
 import triton
 from torch import Tensor
 
+from qlora_hal.contract.dropout import drop_below
 from qlora_hal_backends.torch_family.base_weights import BaseWeight, Blockwise4BitWeight
 from qlora_hal_backends.torch_family.fused import kernels
-from qlora_hal_backends.torch_family.fused.operations import HeadCounts, HeadNorm, Placements, Rotary
+from qlora_hal_backends.torch_family.fused.families import Activation
+from qlora_hal_backends.torch_family.fused.operations import HeadCounts, HeadNorm, Masks, Placements, Rotary
 from qlora_hal_backends.torch_family.layer_slots import at_hand
 
 HEADS_PER_PROGRAM = 8
 SWIGLU_COLUMNS = 2048
 COPIED_COLUMNS = 4096
+DROPPED_COLUMNS = 2048
+SMALLEST_DOT = 16
 VOCABULARY_COLUMNS = 8192
 DEQUANTIZED_ELEMENTS = 2048  # with two warps the fastest of 1024-8192 elements and 2-16 warps on an H200
 DEQUANTIZE_WARPS = 2
@@ -26,7 +30,8 @@ NORM_ELEMENTS_PER_WARP = 512
 class TritonOperations:
     """See `operations.Operations`."""
 
-    def __init__(self) -> None:
+    def __init__(self, activation: Activation = Activation.SILU) -> None:
+        self.activation = activation
         # Offsets of nested absmax on the host, read once instead of at each launch. The state is kept beside its
         # offset, so that no other object can take its id.
         self._offsets: dict[int, tuple[Any, float]] = {}
@@ -120,6 +125,7 @@ class TritonOperations:
         upstream = gradient if residual_gradient is None else residual_gradient
         kernels.norm_backward[(rows,)](
             gradient,
+            gradient.stride(0),
             h,
             weight,
             upstream,
@@ -139,13 +145,23 @@ class TritonOperations:
     def swiglu(self, gate_up: Tensor, out: Tensor) -> None:
         rows, width = out.shape
         block = min(SWIGLU_COLUMNS, triton.next_power_of_2(width))
-        kernels.swiglu[(rows, triton.cdiv(width, block))](gate_up, out, width, out.stride(0), WIDTH=block, num_warps=4)
+        kernels.swiglu[(rows, triton.cdiv(width, block))](
+            gate_up, out, width, out.stride(0), GELU=self.activation is Activation.GELU_TANH, WIDTH=block, num_warps=4
+        )
 
     def swiglu_backward(self, gate_up: Tensor, gradient: Tensor, out: Tensor, product: Tensor) -> None:
         rows, width = product.shape
         block = min(SWIGLU_COLUMNS, triton.next_power_of_2(width))
         kernels.swiglu_backward[(rows, triton.cdiv(width, block))](
-            gate_up, gradient, out, product, width, out.stride(0), WIDTH=block, num_warps=4
+            gate_up,
+            gradient,
+            out,
+            product,
+            width,
+            out.stride(0),
+            GELU=self.activation is Activation.GELU_TANH,
+            WIDTH=block,
+            num_warps=4,
         )
 
     def rotate(self, source: Tensor, out: Tensor, heads: HeadCounts, rotary: Rotary, norm: HeadNorm | None) -> None:
@@ -201,6 +217,46 @@ class TritonOperations:
             NORM=norm is not None,
             HEADS=HEADS_PER_PROGRAM,
             WIDTH=triton.next_power_of_2(size // 2),
+            num_warps=4,
+        )
+
+    def drop(self, x: Tensor, masks: Masks, number: int, out: Tensor) -> None:
+        rows, width = x.shape
+        block = min(DROPPED_COLUMNS, triton.next_power_of_2(width))
+        kernels.drop[(rows, triton.cdiv(width, block))](
+            x,
+            x.stride(0),
+            masks.dropout.tokens,
+            masks.channels[number],
+            out,
+            out.stride(0),
+            width,
+            drop_below(masks.dropout.rate),
+            WIDTH=block,
+            num_warps=4,
+        )
+
+    def add_dropped(self, product: Tensor, v: Tensor, a: Tensor, masks: Masks, out: Tensor) -> None:
+        rows, width = product.shape
+        padded = max(SMALLEST_DOT, triton.next_power_of_2(masks.rank))
+        tile = {"ROWS": 64, "WIDTH": 128} if padded <= 64 else {"ROWS": 32, "WIDTH": 32}
+        kernels.add_dropped[(triton.cdiv(rows, tile["ROWS"]), triton.cdiv(width, tile["WIDTH"]))](
+            product,
+            v,
+            v.stride(0),
+            a,
+            a.stride(0),
+            masks.dropout.tokens,
+            masks.channels,
+            out,
+            out.stride(0),
+            rows,
+            width,
+            drop_below(masks.dropout.rate),
+            RANK=masks.rank,
+            PADDED=padded,
+            PROJECTIONS=masks.channels.shape[0],
+            **tile,
             num_warps=4,
         )
 

@@ -1,0 +1,128 @@
+"""transformers' decoder layers in the words of the schedule: a record each, and what is read from a loaded model by it.
+
+Classes are named, not guessed: a layer that differs in one line would be computed wrong without an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_hal_backends.torch_family.loading import BaseModel
+
+Groups = Mapping[str, tuple[str, ...]]
+
+SEPARATE: Groups = {
+    "attention_in": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attention_out": ("self_attn.o_proj",),
+    "feed_forward_in": ("mlp.gate_proj", "mlp.up_proj"),
+    "feed_forward_out": ("mlp.down_proj",),
+}
+JOINED: Groups = {
+    **SEPARATE,
+    "attention_in": ("self_attn.qkv_proj",),
+    "feed_forward_in": ("mlp.gate_up_proj",),
+}
+
+
+class Activation(Enum):
+    """Of the gate in the feed-forward product."""
+
+    SILU = "silu"
+    GELU_TANH = "gelu_tanh"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFamily:
+    """norm, attention, add, norm, gated product, add. Names are of modules below a layer.
+
+    `attention_norm` and `feed_forward_norm` are applied to a branch before it is added. `counts_from_one`: a norm
+    multiplies with 1 + its weight.
+    """
+
+    groups: Groups
+    middle_norm: str = "post_attention_layernorm"
+    attention_norm: str | None = None
+    feed_forward_norm: str | None = None
+    counts_from_one: bool = False
+
+    def norm_weight(self, norm: Any) -> Tensor:
+        """What a norm's result is multiplied with, rounded nowhere."""
+        weight: Tensor = norm.weight.detach()
+        return 1.0 + weight.float() if self.counts_from_one else weight
+
+
+LLAMA = LayerFamily(SEPARATE)
+GEMMA = LayerFamily(SEPARATE, counts_from_one=True)
+GEMMA_3 = LayerFamily(
+    SEPARATE,
+    middle_norm="pre_feedforward_layernorm",
+    attention_norm="post_attention_layernorm",
+    feed_forward_norm="post_feedforward_layernorm",
+    counts_from_one=True,
+)
+
+FAMILIES: Mapping[str, LayerFamily] = {
+    "LlamaDecoderLayer": LLAMA,
+    "MistralDecoderLayer": LLAMA,
+    "Qwen2DecoderLayer": LLAMA,
+    "Qwen3DecoderLayer": LLAMA,
+    "GraniteDecoderLayer": LLAMA,  # its multipliers are read from the layer and from the body
+    "Phi3DecoderLayer": LayerFamily(JOINED),
+    "GemmaDecoderLayer": GEMMA,
+    "Gemma2DecoderLayer": GEMMA_3,
+    "Gemma3DecoderLayer": GEMMA_3,
+}
+
+
+def family_of(base: BaseModel) -> LayerFamily:
+    layers: Any = base.layers
+    return FAMILIES[type(layers[0]).__name__]
+
+
+def epsilon_of(norm: Any) -> float:
+    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
+
+
+def activation_of(base: BaseModel) -> Activation | None:
+    """By what it computes: its name differs between versions and families. None: neither of ours."""
+    layers: Any = base.layers
+    mlp = layers[0].mlp
+    found = mlp.activation_fn if hasattr(mlp, "activation_fn") else mlp.act_fn
+    x = torch.linspace(-6, 6, 97)
+    y = found(x)
+    if torch.allclose(y, torch.nn.functional.silu(x), rtol=1e-5, atol=1e-6):
+        return Activation.SILU
+    # The exact GELU differs from this one by up to 5e-4.
+    if torch.allclose(y, torch.nn.functional.gelu(x, approximate="tanh"), rtol=1e-5, atol=1e-6):
+        return Activation.GELU_TANH
+    return None
+
+
+def embedding_scale_of(base: BaseModel) -> float:
+    """What the body multiplies embeddings with after its embedding layer."""
+    body: Any = base.body
+    if hasattr(body, "embedding_multiplier"):
+        return float(body.embedding_multiplier)
+    if not family_of(base).counts_from_one or hasattr(body.embed_tokens, "embed_scale"):
+        return 1.0
+    return float(base.causal.config.get_text_config().hidden_size ** 0.5)
+
+
+def head_width_of(base: BaseModel) -> int:
+    layers: Any = base.layers
+    return int(layers[0].self_attn.head_dim)
+
+
+def rotary_kinds(base: BaseModel) -> Mapping[str, tuple[str | None, int]]:
+    """(kind of rotary embedding, how many coordinates it turns) by type of layer; one entry "" where all are alike."""
+    rotary: Any = base.body.rotary_emb
+    kinds = getattr(rotary, "rope_type", None)
+    if not isinstance(kinds, Mapping):
+        return {"": (kinds, 2 * rotary.inv_freq.numel())}
+    return {name: (kind, 2 * getattr(rotary, f"{name}_inv_freq").numel()) for name, kind in kinds.items()}

@@ -1,0 +1,152 @@
+"""Compiles every Triton kernel for GPUs that need not be there, as `TritonOperations` launches it. Run as a child:
+
+    python kernels_for_other_gpus.py cuda:90:32 hip:gfx942:64 ...
+
+Prints, for each target, what was made of each kernel as `{target: {kernel: kind of binary}}`. No kernel is started:
+each is replaced by one that notes its arguments, from which the types of its parameters are read.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from qlora_hal.contract.backend import Quantization
+from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal_backends.torch_family import dropout_kernel
+from qlora_hal_backends.torch_family.base_weights import quantize
+from qlora_hal_backends.torch_family.fused import kernels
+from qlora_hal_backends.torch_family.fused.families import Activation
+from qlora_hal_backends.torch_family.fused.operations import Dropout, HeadCounts, HeadNorm, Masks, Placements, Rotary
+from qlora_hal_backends.torch_family.fused.triton_operations import TritonOperations
+
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+ROWS, WIDTH, HEADS = 4, 4096, HeadCounts(32, 8, 128)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    name: str
+    kernel: JITFunction
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    options: Mapping[str, Any]
+
+
+class Noted:
+    """Stands for one kernel; a launch of it is noted."""
+
+    def __init__(self, name: str, kernel: JITFunction, launches: list[Launch]) -> None:
+        self._name, self._kernel, self._launches = name, kernel, launches
+
+    def __getitem__(self, grid: object) -> Any:
+        def launch(*given: Any, **named: Any) -> None:
+            parameters = {parameter.name: parameter for parameter in self._kernel.params}
+            arguments = dict(zip(parameters, given, strict=False))
+            arguments |= {name: value for name, value in named.items() if name in parameters}
+            assert arguments.keys() == parameters.keys(), f"{self._name}: {arguments.keys() ^ parameters.keys()}"
+            self._launches.append(
+                Launch(
+                    self._name,
+                    self._kernel,
+                    {n: "constexpr" if parameters[n].is_constexpr else _type_of(v) for n, v in arguments.items()},
+                    {n: v for n, v in arguments.items() if parameters[n].is_constexpr},
+                    {n: v for n, v in named.items() if n not in parameters},
+                )
+            )
+
+        return launch
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def launches() -> list[Launch]:
+    """Of every kernel, in bfloat16 and with each choice that changes its code."""
+    noted: list[Launch] = []
+    found = {
+        name: kernel
+        for name, kernel in vars(kernels).items()
+        if isinstance(kernel, JITFunction) and not name.startswith("_")  # those are parts of others
+    }
+    found_elsewhere = {"_mask": dropout_kernel._mask}
+    for module, kernels_of in ((kernels, found), (dropout_kernel, found_elsewhere)):
+        for name, kernel in kernels_of.items():
+            setattr(module, name, Noted(name, kernel, noted))
+    for activation in Activation:
+        _launch_all(TritonOperations(activation), torch.bfloat16)
+    assert {launch.name for launch in noted} == found.keys() | found_elsewhere.keys(), "a kernel is never launched"
+    return noted
+
+
+def _launch_all(operations: TritonOperations, dtype: torch.dtype) -> None:
+    wide = torch.zeros(ROWS, WIDTH, dtype=dtype)
+    weight, logits = torch.ones(WIDTH, dtype=dtype), torch.zeros(ROWS, 128256, dtype=dtype)
+    for nested in (True, False):
+        packed = quantize(torch.ones(16, WIDTH, dtype=dtype), Quantization(WeightFormat.NF4, 64, nested), dtype)
+        operations.dequantize(packed, torch.zeros(16, WIDTH, dtype=dtype))
+    entries = [(0, 0, 4, 8, 8)]
+    operations.place(wide.flatten(), wide.flatten(), Placements(entries, torch.tensor(entries)))
+    operations.copy_rows(wide, wide)
+    for residual in (wide, wide.float()):
+        operations.add_norm(residual, wide, weight, 1e-6, wide)
+        operations.add_norm(residual, None, weight, 1e-6, wide)
+        operations.norm_backward(wide, residual, weight, 1e-6, residual, wide, residual, wide)
+    operations.norm_backward(wide, wide, weight, 1e-6, None, wide, None, None)
+    double = torch.zeros(ROWS, 2 * WIDTH, dtype=dtype)
+    operations.swiglu(double, wide)
+    operations.swiglu_backward(double, wide, double, wide)
+    table = torch.zeros(ROWS, HEADS.size // 2)
+    rotary = Rotary(table, table, torch.arange(ROWS))
+    query = wide[:, : HEADS.query_columns]
+    upstream = query.unflatten(1, (HEADS.query, HEADS.size)).transpose(0, 1)[None]
+    for norm in (None, HeadNorm(torch.ones(2, HEADS.size, dtype=dtype), 1e-6)):
+        operations.rotate(double, double, HEADS, rotary, norm)
+        operations.rotate_backward(upstream, query, rotary, norm, query, False)
+    for with_gradient in (True, False):
+        operations.cross_entropy(logits, torch.zeros(ROWS, dtype=torch.int64), 1.0, with_gradient)
+    words = torch.zeros(ROWS, dtype=torch.int32)
+    for rank in (16, 256):
+        masks = Masks(Dropout(words, 0.1), torch.zeros(3, WIDTH, dtype=torch.int32), rank)
+        operations.drop(wide, masks, 0, wide)
+        operations.add_dropped(wide.float(), wide[:, : 3 * rank], wide, masks, wide)
+    dropout_kernel.mask(words, words, 0.1, dtype)
+
+
+def compiled(target: GPUTarget, noted: list[Launch]) -> Iterator[tuple[str, str]]:
+    for launch in noted:
+        source = ASTSource(fn=launch.kernel, signature=dict(launch.signature), constexprs=dict(launch.constants))
+        binary = triton.compile(source, target=target, options=dict(launch.options))
+        yield launch.name, next(kind for kind in ("cubin", "hsaco") if kind in binary.asm)
+
+
+def main() -> None:
+    noted = launches()
+    made = {}
+    for text in sys.argv[1:]:
+        backend, arch, lanes = text.split(":")
+        target = GPUTarget(backend, int(arch) if arch.isdecimal() else arch, int(lanes))
+        made[text] = dict(compiled(target, noted))
+    print(json.dumps(made))
+
+
+if __name__ == "__main__":
+    main()
