@@ -175,7 +175,9 @@ def test_embeddings_that_are_more_than_a_table_are_refused(layer: nn.Module) -> 
         host_tables.Tables.of(Model(layer), ("embeddings",)).move_to_host(Model(layer), DEVICE)
 
 
-@pytest.mark.parametrize(("parts", "where"), [(("embeddings",), "stays on the device"), (("head",), "goes to the host")])
+@pytest.mark.parametrize(
+    ("parts", "where"), [(("embeddings",), "stays on the device"), (("head",), "goes to the host")]
+)
 def test_tied_table_goes_where_the_head_goes_and_that_is_said(parts: Any, where: str, tmp_path: Path) -> None:
     path = write_model(tmp_path, "llama", tie_word_embeddings=True)
     trainer = trainer_of(path, Compute(base_offload=parts))

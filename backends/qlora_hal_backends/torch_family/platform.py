@@ -51,9 +51,9 @@ def fused_memory(memory: MemoryConstants) -> MemoryConstants:
 
 
 def recomputed_memory(memory: MemoryConstants, recompute: str, *, fused: bool) -> MemoryConstants:
-    """The same with a choice of recomputation. The fused feed-forward is made again in tiles: gate, up, their product
-    and the gradients of all three, six of its widths a row. Beside them stand a recomputed layer's attention and the
-    streams above and below it, some nine hidden widths."""
+    """The same with a choice of recomputation. The fused feed-forward is made again in tiles: gate, up and their
+    product, whose gradients take their places, three of its widths a row. Beside them stand a recomputed layer's
+    attention and the streams above and below it, some nine hidden widths."""
     if recompute == "none":
         return memory
     inputs = 3 if recompute == "offload" else None  # one that computes, one that comes, one that stayed
@@ -61,7 +61,7 @@ def recomputed_memory(memory: MemoryConstants, recompute: str, *, fused: bool) -
         copies = memory.feed_forward_copies
         selective = replace(memory, feed_forward_copies=0.0, working_feed_forward_copies=copies)
         return selective if recompute == "selective" else replace(memory, recomputed_inputs=inputs)
-    tiled = replace(memory, feed_forward_copies=0.0, working_feed_forward_copies=6.0, feed_forward_tile=TILE_ROWS)
+    tiled = replace(memory, feed_forward_copies=0.0, working_feed_forward_copies=3.0, feed_forward_tile=TILE_ROWS)
     if recompute == "selective":
         return tiled
     return replace(tiled, hidden_copies=9.0, working_layers=0.0, recomputed_inputs=inputs)
