@@ -84,12 +84,16 @@ class FlatAdapter:
         return flat
 
     def view(self, buffer: Tensor, name: str) -> Tensor:
+        shape = self.slices[name][1]
+        if len(shape) == 3:
+            return self._kept(buffer, name)[:, : math.prod(shape[1:])].unflatten(1, shape[1:])
+        return self._kept(buffer, name)
+
+    def _kept(self, buffer: Tensor, name: str) -> Tensor:
+        """A tensor as it lies in the buffer: of a stack `[experts, numbers]`, padding included."""
         start, shape = self.slices[name]
         if len(shape) == 3:
-            experts, rows, columns = shape
-            padded = _padded(rows * columns, STATE_BLOCK)
-            each = buffer[start : start + experts * padded].view(experts, padded)
-            return each[:, : rows * columns].unflatten(1, (rows, columns))
+            shape = (shape[0], _padded(math.prod(shape[1:]), STATE_BLOCK))
         return buffer[start : start + math.prod(shape)].view(shape)
 
     def refresh_compute(self) -> None:
@@ -135,8 +139,8 @@ class FlatAdapter:
         return words_on(dropout.channel_words(module, channels), self.parameters.device)
 
     def _parameter(self, name: str) -> nn.Parameter:
-        parameter = nn.Parameter(self.view(self.parameters, name))
-        parameter.grad = self.view(self.gradients, name)  # autograd adds into it in place
+        parameter = nn.Parameter(self._kept(self.parameters, name))
+        parameter.grad = self._kept(self.gradients, name)  # autograd adds into it in place
         return parameter
 
 

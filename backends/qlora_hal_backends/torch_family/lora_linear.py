@@ -40,7 +40,9 @@ class LoRASwitches:
 
 @dataclass(slots=True)
 class LoRAWeights:
-    """One layer's adapter: float32 master parameters and their copies in the compute dtype, refreshed each step."""
+    """One layer's adapter: float32 master parameters and their copies in the compute dtype, refreshed each step. Of a
+    stack of experts the copies are `[experts, r, in]` and `[experts, out, r]`, the parameters `[experts, numbers]`,
+    padded to whole blocks of an optimizer's state."""
 
     a: nn.Parameter  # [r, in]
     b: nn.Parameter  # [out, r]

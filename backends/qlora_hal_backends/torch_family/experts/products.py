@@ -189,8 +189,17 @@ class StackProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         rows, low_rank = ctx.saved_tensors
-        found = ctx.products.adapted_backward(dy.contiguous(), rows, low_rank, ctx.weight, ctx.lora, ctx.groups)
-        return *found, None, None, None, None
+        lora: LoRAWeights = ctx.lora
+        dx, *grads = ctx.products.adapted_backward(dy.contiguous(), rows, low_rank, ctx.weight, lora, ctx.groups)
+        grad_a, grad_b = (_as_kept(grad, kept) for grad, kept in zip(grads, (lora.a, lora.b), strict=True))
+        return dx, grad_a, grad_b, None, None, None, None
+
+
+def _as_kept(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """A gradient of a stack in the shape of its parameter, which may be padded."""
+    flat = gradient.flatten(1)
+    padding = parameter.shape[1] - flat.shape[1]
+    return torch.nn.functional.pad(flat, (0, padding)) if padding else flat
 
 
 class FrozenStackProduct(torch.autograd.Function):
