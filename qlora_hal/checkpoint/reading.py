@@ -15,6 +15,7 @@ from shlex import quote
 from typing import TypeVar
 
 from qlora_hal.adapter.as_written import WRITTEN
+from qlora_hal.adapter.peft_experts import stacked
 from qlora_hal.adapter.peft_files import CONFIG_FILE, PROVENANCE_FILE, TENSORS_FILE
 from qlora_hal.checkpoint.manifest import (
     BrokenCheckpoint,
@@ -131,7 +132,7 @@ def _state_in(path: Path, manifest: Manifest) -> TrainingState:
         adapter = _verified_arrays(path / TENSORS_FILE, manifest)
         optimizer = _verified_arrays(path / OPTIMIZER_FILE, manifest)
         answers = _verified_arrays(path / ANSWERS_FILE, manifest).arrays if ANSWERS_FILE in manifest.files else {}
-        state = state_from(document, adapter.arrays, optimizer.arrays, answers)
+        state = state_from(document, stacked(adapter.arrays), optimizer.arrays, answers)
         _check_same_origin(path, manifest, state, adapter.sha256)
     except (BrokenCheckpoint, OSError, QloraHalError, ValueError) as problem:
         check_hashes(path, manifest)

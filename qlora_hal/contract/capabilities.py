@@ -100,6 +100,8 @@ class Feature(StrEnum):
     """Parts of the base live in the host's memory (`Compute.base_offload`)."""
     TOKEN_WEIGHTS = "token_weights"
     """A loss of weighted tokens (`Batch.weights`), and `token_losses` to make them from."""
+    EXPERTS = "experts"
+    """Models with routed experts: each stack of them is a module (`LinearShape.experts`) that can carry LoRA."""
 
 
 OPTIMIZER_FEATURE: Mapping[str, Feature | None] = {
