@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -90,6 +91,8 @@ class OracleLlama:
     A bias that is given is added, whatever the shape says; one that the shape has must be given. Where the head is tied
     and one is given all the same, the one that is given is used, as by transformers.
     """
+
+    mixture: ClassVar[type[Mixture]] = Mixture
 
     def __init__(
         self, shape: LlamaShape, base: Mapping[str, AnyFloat], adapter: dict[str, Float64], scale: LoraScale
@@ -236,7 +239,7 @@ class OracleLlama:
             return None
         path = f"model.layers.{layer}"
         correction = self.base[f"{path}.{shape.correction}"] if shape.corrected else None
-        return Mixture(shape, self.shape.activation, correction, lambda name: self.linear(f"{path}.{name}"))
+        return self.mixture(shape, self.shape.activation, correction, lambda name: self.linear(f"{path}.{name}"))
 
     def share_keys(self, x: Float64) -> Float64:
         """A key, or a value, for each query head."""

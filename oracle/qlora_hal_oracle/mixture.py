@@ -64,7 +64,7 @@ class Mixture:
         shape, store = self.shape, arithmetic.store
         tokens = x.reshape(-1, x.shape[-1])
         logits, router = self.router(shape.router).forward(tokens, arithmetic)
-        routing = route(shape, logits, self.correction)
+        routing = self.route(logits)
         places, capacity = _places(routing.chosen, shape.experts)
         laid_out = np.zeros((shape.experts, capacity, x.shape[-1]))
         laid_out[routing.chosen, places] = tokens[:, None]
@@ -74,9 +74,17 @@ class Mixture:
         y = store(weighted.sum(axis=1)).reshape(x.shape)
         shared = None
         if shape.shared:
-            shared = self._shared_forward(x, apply, arithmetic)
+            shared = self.shared_forward(x, apply, arithmetic)
             y = store(y + store(shared.share * shared.output))
         return y, MixtureTrace(x, router, routing, places, gate, up, output, shared)
+
+    def route(self, logits: Float64) -> Routing:
+        """Where the tokens of these router logits `[tokens, experts]` go."""
+        return route(self.shape, logits, self.correction)
+
+    def route_backward(self, grad_weights: Float64, routing: Routing) -> Float64:
+        """Gradient of the router's logits from that of the weights."""
+        return route_backward(self.shape, grad_weights, routing)
 
     def backward(self, grad: Float64, trace: MixtureTrace, back: Apply, run: BackwardRun) -> Float64:
         """Gradient of the input; those of the layers are added to the run's."""
@@ -90,13 +98,14 @@ class Mixture:
         grad_laid_out = back(shape.expert("gate"), store(grad_gate)) + back(shape.expert("up"), store(grad_up))
         grad_x = store(grad_laid_out[chosen, places].sum(axis=1))
         grad_weights = store((grad_tokens[:, None] * trace.output[chosen, places]).sum(axis=-1))
-        grad_logits = store(route_backward(shape, grad_weights, routing))
+        grad_logits = store(self.route_backward(grad_weights, routing))
         grad_x = (grad_x + self.router(shape.router).backward(grad_logits, trace.router, run)).reshape(grad.shape)
         if trace.shared is not None:
             grad_x = grad_x + self._shared_backward(grad, trace.shared, back, run)
         return store(grad_x)
 
-    def _shared_forward(self, x: Float64, apply: Apply, arithmetic: Arithmetic) -> SharedTrace:
+    def shared_forward(self, x: Float64, apply: Apply, arithmetic: Arithmetic) -> SharedTrace:
+        """The expert that every token passes."""
         shape, store = self.shape, arithmetic.store
         gate, up = apply(shape.shared_expert("gate"), x), apply(shape.shared_expert("up"), x)
         output = apply(shape.shared_expert("down"), store(blocks.gated(gate, up, self.activation)))

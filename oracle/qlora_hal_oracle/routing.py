@@ -19,11 +19,12 @@ _SUM_EPSILON = 1e-20
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Routing:
-    """Where each token goes. `scores` are `[tokens, experts]`; `chosen`, indices of experts, and `weights` are
-    `[tokens, experts per token]`, the best first. `margin` `[tokens]` is how far the scores that decide would have to
-    move towards each other before the choice were another."""
+    """Where each token goes. `scores` and `deciding`, by which experts are ranked, are `[tokens, experts]`; `chosen`,
+    indices of experts, and `weights` are `[tokens, experts per token]`, the best first. `margin` `[tokens]` is how far
+    the scores that decide would have to move towards each other before the choice were another."""
 
     scores: Float64
+    deciding: Float64
     chosen: Int64
     weights: Float64
     margin: Float64
@@ -45,7 +46,7 @@ def route(mixture: MixtureShape, logits: Float64, correction: Float64 | None) ->
     weights = np.take_along_axis(scores, chosen, axis=-1)
     if mixture.normalized:
         weights = weights / (weights.sum(axis=-1, keepdims=True) + _epsilon(mixture))
-    return Routing(scores, chosen, mixture.scaling * weights, np.minimum(margin, margin_of_groups))
+    return Routing(scores, deciding, chosen, mixture.scaling * weights, np.minimum(margin, margin_of_groups))
 
 
 def route_backward(mixture: MixtureShape, grad_weights: Float64, routing: Routing) -> Float64:
