@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -13,7 +14,8 @@ from qlora_hal.contract.values import Adapter, AdapterConfig, Float32, LinearSha
 
 
 def initial_adapter(config: AdapterConfig, linear_modules: Mapping[str, LinearShape], seed: int) -> Adapter:
-    """A uniform in +-1/sqrt(in) `[r, in]`, B zero `[out, r]`, float32, for every path in `config.target_modules`.
+    """A uniform in +-1/sqrt(in) `[r, in]`, B zero `[out, r]`, float32, for every path in `config.target_modules`; of a
+    stack `[experts, r, in]` and `[experts, out, r]`.
 
     The bound is what PEFT's `kaiming_uniform_(a=sqrt(5))` (He et al. 2015) and mlx-lm both come to. Each tensor has a
     Philox stream of its own, keyed by seed and name: another set of modules never changes a tensor.
@@ -32,6 +34,6 @@ def _uniform(seed: int, name: str, shape: tuple[int, ...], *, bound: float) -> F
     # Raw generator output, because NumPy freezes the bit streams but not the distributions built on them (NEP 19).
     name_hash = int.from_bytes(hashlib.sha256(name.encode("utf-8")).digest()[:8], "little")
     stream = np.random.Philox(key=np.array([seed, name_hash], dtype=np.uint64))
-    count = shape[0] * shape[1]
+    count = math.prod(shape)
     unit = (stream.random_raw(count) >> np.uint64(40)).astype(np.float64) * 2.0**-24  # 24 bits in [0, 1)
     return ((2.0 * unit - 1.0) * bound).astype(np.float32).reshape(shape)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qlora_hal.adapter.mlx_experts import mlx_path
 from qlora_hal.adapter.mlx_targets import place_of
 from qlora_hal.adapter.naming import module_of
 from qlora_hal.contract.values import Adapter, Float32
@@ -76,10 +77,11 @@ def _mlx_files(
     config = adapter.config
     require_placeable(config.target_modules, "target_modules")
     tensors = {
-        f"{module}.lora_{half.lower()}": transposed(tensor)
+        f"{mlx_path(module)}.lora_{half.lower()}": transposed(tensor)
         for (module, half), tensor in ((module_of(key), tensor) for key, tensor in adapter.tensors.items())
     }
-    num_layers, keys = _placing(config.target_modules, linear_modules)
+    targets = [mlx_path(module) for module in config.target_modules]
+    num_layers, keys = _placing(targets, linear_modules and [mlx_path(module) for module in linear_modules])
     parameters = {"rank": config.r, "scale": config.scale, "dropout": config.dropout, "keys": keys}
     mlx_config = {
         "fine_tune_type": "lora",
@@ -141,4 +143,5 @@ def require_placeable(modules: Collection[str], where: str) -> None:
 
 def transposed(tensor: safetensors_file.Array) -> Float32:
     # A transposed view would be written with the bytes of the original.
-    return np.ascontiguousarray(tensor.T.astype(np.float32, copy=False))
+    """A or B of one library as the other keeps it: of a linear layer transposed, of a stack of experts the same."""
+    return np.ascontiguousarray((tensor if tensor.ndim == 3 else tensor.T).astype(np.float32, copy=False))

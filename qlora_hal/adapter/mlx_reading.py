@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
+from qlora_hal.adapter.mlx_experts import hub_path, mlx_path
 from qlora_hal.adapter.mlx_files import CONFIG_FILE, PROVENANCE_FILE, TENSORS_FILE, require_placeable, transposed
 from qlora_hal.adapter.mlx_targets import MlxTargets
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key
@@ -39,12 +41,14 @@ def read_mlx_adapter(folder: Path, linear_modules: Collection[str] | None = None
     require_placeable(modules, str(folder / TENSORS_FILE))
     config = _adapter_config(parameters, modules, folder)
     _require_rank(stored.arrays, config.r, folder)
-    _refuse_left_out(raw_config, parameters, modules, linear_modules, folder)
+    in_model = linear_modules and [mlx_path(module) for module in linear_modules]
+    _refuse_left_out(raw_config, parameters, modules, in_model, folder)
     tensors: dict[str, Float32] = {}
     for module in modules:
-        tensors[lora_a_key(module)] = transposed(stored.arrays[f"{module}.lora_a"])
-        tensors[lora_b_key(module)] = transposed(stored.arrays[f"{module}.lora_b"])
-    return Adapter({name: tensors[name] for name in sorted(tensors)}, config)
+        tensors[lora_a_key(hub_path(module))] = transposed(stored.arrays[f"{module}.lora_a"])
+        tensors[lora_b_key(hub_path(module))] = transposed(stored.arrays[f"{module}.lora_b"])
+    ours = replace(config, target_modules=tuple(sorted(map(hub_path, modules))))
+    return Adapter({name: tensors[name] for name in sorted(tensors)}, ours)
 
 
 def read_mlx_config(folder: Path) -> dict[str, object]:
@@ -190,11 +194,17 @@ def _modules_of(tensors: Collection[str], folder: Path) -> tuple[str, ...]:
     )
 
 
+def _rank_axis(name: str, dimensions: int) -> int:
+    """Of a linear layer's A `[in, r]` and B `[r, out]`; of a stack's `[experts, r, in]` and `[experts, out, r]`."""
+    is_a = name.endswith("lora_a")
+    return int(is_a) if dimensions == 2 else 2 - int(is_a)
+
+
 def _require_rank(tensors: Mapping[str, safetensors_file.Array], rank: int, folder: Path) -> None:
     wrong = [
         f"{name} {list(tensor.shape)}"
         for name, tensor in sorted(tensors.items())
-        if tensor.ndim != 2 or tensor.shape[1 if name.endswith("lora_a") else 0] != rank
+        if tensor.ndim not in (2, 3) or tensor.shape[_rank_axis(name, tensor.ndim)] != rank
     ]
     if wrong:
         raise AdapterError(
@@ -202,7 +212,7 @@ def _require_rank(tensors: Mapping[str, safetensors_file.Array], rank: int, fold
             f"{len(wrong)} of {len(tensors)} tensors are not of rank {rank}, which adapter_config.json states; first: "
             f"{', '.join(wrong[:5])}.",
             where=str(folder / TENSORS_FILE),
-            cause="Ranks that differ by module, and the stacked experts of a mixture, have no plain LoRA counterpart.",
+            cause="Ranks that differ by module have no plain LoRA counterpart.",
             fix="Take both files from the same adapter.",
             context={"misshapen": wrong},
         )

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+from qlora_hal.adapter import peft_experts
 from qlora_hal.adapter.as_written import is_vouched, provenance_in, require_as_written, vouched
 from qlora_hal.adapter.fitting import check_base, check_fits
 from qlora_hal.adapter.naming import module_of
@@ -24,6 +25,7 @@ from qlora_hal.errors import AdapterError, StorageError, UnsafeInputError
 from qlora_hal.errors.redaction import published, redacted
 from qlora_hal.files import durable, safetensors_file, strict_json
 from qlora_hal.files.durable import WrittenFile
+from qlora_hal.model.expert_stacks import place_of
 from qlora_hal.model.safety import conversion_command
 
 __all__ = [
@@ -110,9 +112,9 @@ def write_adapter_files(
     File name -> size and hash, in the order of writing; `qlora_hal.json` comes last, with the hash of the tensors.
     Raises OSError.
     """
-    config = _peft_config(adapter.config, base_name, base_revision, linear_modules)
+    config = _peft_config(adapter, base_name, base_revision, linear_modules)
     facts = {**provenance, "base_name": base_name, "base_revision": base_revision}
-    tensors = safetensors_file.file_chunks(adapter.tensors, {"format": "pt"})
+    tensors = safetensors_file.file_chunks(peft_experts.per_expert(adapter.tensors), {"format": "pt"})
     written = {TENSORS_FILE: durable.write_new(folder / TENSORS_FILE, tensors, midway=midway)}
     for name, content in (
         (CONFIG_FILE, config),
@@ -132,11 +134,14 @@ def read_adapter(folder: Path) -> Adapter:
     Raises UnsafeInputError: QH-C15, QH-C16 (see `safe_tensors_file`), QH-C17 (pickle only).
     """
     raw_config = _read_config(folder)
-    _refuse_unsupported(raw_config, folder)
     tensors = _read_tensors(folder)
-    modules = _modules_of(tensors.arrays, folder)
+    stacks = peft_experts.stacks_in(tensors.arrays)
+    _refuse_unsupported(raw_config, folder, on_experts=bool(stacks))
+    paths = _modules_of(tensors.arrays, folder)
+    modules = tuple(sorted(stacks | {path for path in paths if place_of(path) is None}))
     config = _adapter_config(raw_config, modules, folder)
-    _refuse_left_out(raw_config, modules, folder)
+    _refuse_other_patterns(raw_config, config, folder)
+    _refuse_left_out(raw_config, paths, stacks, folder)
     _refuse_other_ranks(tensors.arrays, config.r, folder)
     lossy = {name: dtype for name, dtype in tensors.dtypes.items() if dtype not in ("F32", "F16", "BF16")}
     if lossy:
@@ -149,7 +154,7 @@ def read_adapter(folder: Path) -> Adapter:
             context={"tensors": lossy},
         )
     require_as_written(folder, _document(folder), tensors.sha256, config)
-    floats = {name: array.astype("float32", copy=False) for name, array in tensors.arrays.items()}
+    floats = {name: array.astype("float32", copy=False) for name, array in _stacked(tensors.arrays, folder).items()}
     return Adapter({name: floats[name] for name in sorted(floats)}, config)
 
 
@@ -181,9 +186,17 @@ def _document(folder: Path) -> Mapping[str, object]:
 
 
 def _peft_config(
-    config: AdapterConfig, base_name: str, base_revision: str | None, linear_modules: Collection[str] | None
+    adapter: Adapter, base_name: str, base_revision: str | None, linear_modules: Collection[str] | None
 ) -> dict[str, object]:
+    config = adapter.config
+    stacks = {module_of(name)[0] for name, tensor in adapter.tensors.items() if tensor.ndim == 3}
+    chosen = (
+        peft_experts.fields_for(config, stacks, linear_modules)
+        if stacks
+        else {"target_modules": shortest_names(config.target_modules, linear_modules)}
+    )
     return {
+        **chosen,
         "base_model_name_or_path": base_name,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -194,7 +207,6 @@ def _peft_config(
         "peft_type": "LORA",
         "r": config.r,
         "revision": base_revision,
-        "target_modules": shortest_names(config.target_modules, linear_modules),
         "task_type": "CAUSAL_LM",
         "use_rslora": config.use_rslora,
     }
@@ -343,23 +355,47 @@ def _read_tensors(folder: Path) -> safetensors_file.TensorFile:
         _refuse_file(path, f"cannot be read ({problem.strerror or problem})", problem)
 
 
-def _refuse_unsupported(config: Mapping[str, object], folder: Path) -> None:
+def _stacked(tensors: Mapping[str, safetensors_file.Array], folder: Path) -> dict[str, safetensors_file.Array]:
+    try:
+        return peft_experts.stacked(tensors)
+    except ValueError as problem:
+        raise AdapterError(
+            "QH-C09",
+            f"The adapter's tensors are not those of a stack of experts: {problem}.",
+            where=str(folder / TENSORS_FILE),
+            fix="Take both files from the same adapter.",
+        ) from problem
+
+
+def _refuse_other_patterns(raw: Mapping[str, object], config: AdapterConfig, folder: Path) -> None:
+    """Of an adapter on experts: ranks and scales of modules, other than PEFT needs for the experts' fused weights."""
+    expected = peft_experts.patterns(config)
+    if found := [name for name in expected if raw.get(name) and raw[name] != expected[name]]:
+        _refuse_settings(raw, found, folder)
+
+
+def _refuse_unsupported(config: Mapping[str, object], folder: Path, *, on_experts: bool) -> None:
     """Everything set that plain LoRA does not have, unknown fields included: ignoring one could change the result."""
-    found = [name for name in sorted(config) if name not in (*_HARMLESS, "bias", "init_lora_weights") and config[name]]
+    plain = (*_HARMLESS, "bias", "init_lora_weights", *(peft_experts.FIELDS if on_experts else ()))
+    found = [name for name in sorted(config) if name not in plain and config[name]]
     if config.get("bias", "none") != "none":
         found.append("bias")
     if config.get("init_lora_weights") not in _PLAIN_INITIALISATIONS:
         found.append("init_lora_weights")
     if found:
-        settings = ", ".join(f"{name}={_short(config[name])}" for name in found)
-        raise AdapterError(
-            "QH-C51",
-            f"The adapter uses {len(found)} settings beyond plain LoRA: {settings}.",
-            where=str(folder / CONFIG_FILE),
-            cause="They change what the tensors mean, so they are not dropped silently.",
-            fix="Merge the adapter with PEFT, or train one without these settings.",
-            context={"unsupported": found},
-        )
+        _refuse_settings(config, found, folder)
+
+
+def _refuse_settings(config: Mapping[str, object], found: list[str], folder: Path) -> NoReturn:
+    settings = ", ".join(f"{name}={_short(config[name])}" for name in found)
+    raise AdapterError(
+        "QH-C51",
+        f"The adapter uses {len(found)} settings beyond plain LoRA: {settings}.",
+        where=str(folder / CONFIG_FILE),
+        cause="They change what the tensors mean, so they are not dropped silently.",
+        fix="Merge the adapter with PEFT, or train one without these settings.",
+        context={"unsupported": found},
+    )
 
 
 def _modules_of(tensors: Collection[str], folder: Path) -> tuple[str, ...]:
@@ -392,10 +428,12 @@ def _modules_of(tensors: Collection[str], folder: Path) -> tuple[str, ...]:
     )
 
 
-def _refuse_left_out(raw: Mapping[str, object], modules: tuple[str, ...], folder: Path) -> None:
-    """Tensors that PEFT would leave out, by what the configuration says of modules and layers."""
+def _refuse_left_out(
+    raw: Mapping[str, object], modules: tuple[str, ...], stacks: Collection[str], folder: Path
+) -> None:
+    """Tensors that PEFT would leave out, by what the configuration says of modules, parameters and layers."""
     try:
-        left_out = PeftTargets.read(raw).left_out(modules)
+        left_out = PeftTargets.read(raw).left_out(modules, stacks)
     except ValueError as problem:
         _refuse_file(folder / CONFIG_FILE, ascii(str(problem))[1:-1], problem)
     if not left_out:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from qlora_hal.adapter.peft_experts import left_out
 from qlora_hal.adapter.targets import asks_for_all, names_module
 
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
@@ -22,6 +23,7 @@ class PeftTargets:
     excluded: str | tuple[str, ...]
     layers: tuple[int, ...] | None
     layers_pattern: tuple[str, ...]
+    parameters: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, config: Mapping[str, object]) -> PeftTargets:
@@ -31,11 +33,16 @@ class PeftTargets:
             _names(config, "exclude_modules") or (),
             _numbers(config, "layers_to_transform"),
             _plain_words(config, "layers_pattern"),
+            _plain_words(config, "target_parameters"),
         )
 
-    def left_out(self, modules: Collection[str]) -> list[str]:
-        """Those of `modules` that PEFT would give no adapter; none where it chooses by the kind of model."""
-        return [] if self.modules is None else [module for module in modules if not self._chooses(module)]
+    def left_out(self, modules: Collection[str], stacks: Collection[str] = ()) -> list[str]:
+        """Those of `modules` that PEFT would give no adapter; none where it chooses by the kind of model. Experts of
+        `stacks` have paths of their own."""
+        if self.modules is None and not self.parameters:
+            return []
+        unnamed = [module for module in modules if not self._chooses(module)]
+        return left_out(unnamed, stacks, self.parameters) if self.parameters else unnamed
 
     def _chooses(self, module: str) -> bool:
         if _is_meant(self.excluded, module) or self.modules is None:

@@ -9,18 +9,58 @@ from collections.abc import Collection, Mapping
 from typing import NoReturn
 
 from qlora_hal.contract.values import LinearShape
-from qlora_hal.errors import ConfigError, ModelError
+from qlora_hal.errors import ConfigError, ModelError, UnsupportedFeatureError
+from qlora_hal.model.expert_stacks import is_shared, missing_halves
 
 ALL_LINEAR = "all-linear"
 
 
-def resolve_targets(requested: str | tuple[str, ...], linear_modules: Mapping[str, LinearShape]) -> tuple[str, ...]:
+def resolve_targets(
+    requested: str | tuple[str, ...], linear_modules: Mapping[str, LinearShape], experts: str = "all"
+) -> tuple[str, ...]:
     """Full paths of the modules that `requested` means, sorted.
 
     `all-linear` is every one; names match a whole path or its end (`q_proj`, `self_attn.q_proj`); any other string is
-    a regular expression that must match the whole path. Raises ConfigError QH-N13 for an empty request or a model
-    without linear layers, QH-S53 for a broken expression; ModelError QH-C07 for a name or expression without a match.
+    a regular expression that must match the whole path. `experts` is `lora.experts`. Raises ConfigError QH-N13 for an
+    empty request or a model without linear layers, QH-S53 for a broken expression, QH-U22 for one half of a gated
+    projection of experts, QH-U23 for shared experts that the model lacks; ModelError QH-C07 for a name or expression
+    without a match.
     """
+    found = _matching(requested, linear_modules)
+    targets = tuple(path for path in found if _is_wanted(path, linear_modules[path], experts))
+    if experts == "shared" and not any(map(is_shared, linear_modules)):
+        raise ConfigError(
+            "QH-U23",
+            "lora.experts is shared; this model has no shared experts.",
+            where="lora.experts",
+            fix="Set lora.experts to all or none.",
+        )
+    if not targets:
+        raise ConfigError(
+            "QH-N13",
+            f"Nothing would be trained: the {len(found)} modules that target_modules means are experts, and "
+            f"lora.experts is {experts}.",
+            where="lora.experts",
+            fix="Set lora.experts: all, or name other modules.",
+        )
+    if missing := missing_halves(targets, linear_modules):
+        raise ConfigError(
+            "QH-U22",
+            f"{len(missing)} stacks of experts would carry no LoRA while the other half of their gated projection "
+            f"does; the first is {missing[0]}.",
+            where="lora.target_modules",
+            cause="Model libraries hold both halves as one weight, and PEFT opens no adapter on half of it.",
+            fix=f"Add {missing[0].rpartition('.')[2]} to target_modules.",
+        )
+    return targets
+
+
+def _is_wanted(path: str, shape: LinearShape, experts: str) -> bool:
+    """Whether `lora.experts` lets a module carry LoRA."""
+    return (shape.experts == 1 or experts == "all") and (experts != "none" or not is_shared(path))
+
+
+def _matching(requested: str | tuple[str, ...], linear_modules: Mapping[str, LinearShape]) -> tuple[str, ...]:
     if not requested or not linear_modules:
         _refuse_nothing_to_train(requested, linear_modules)
     if isinstance(requested, str):
@@ -44,6 +84,19 @@ def require_rank(r: int, shapes: Collection[LinearShape]) -> None:
             where="lora.r",
             cause="A matrix has no rank above its smaller side; beyond, adapters only take memory.",
             fix="Set lora.r to 8, 16 or 64.",
+        )
+
+
+def require_no_dropout_on_experts(dropout: float, shapes: Collection[LinearShape]) -> None:
+    """Raise UnsupportedFeatureError (QH-U24) for dropout on the input of stacked experts."""
+    if dropout and (stacks := sum(shape.experts > 1 for shape in shapes)):
+        raise UnsupportedFeatureError(
+            "QH-U24",
+            f"lora.dropout is {dropout:g}; {stacks} of the target modules are stacks of experts, which have no "
+            "dropout.",
+            where="lora.dropout",
+            cause="PEFT opens no adapter with dropout on the experts' weights.",
+            fix="Set lora.dropout: 0, or lora.experts: none.",
         )
 
 

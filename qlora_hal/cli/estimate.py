@@ -101,7 +101,7 @@ def estimate_run(config: RunConfig, devices: int | str | None = None) -> Estimat
     refuse_long_sequences(config.data, facts.max_position_embeddings)
     spec = backend_for(config, facts)
     quantization = quantization_of(config, facts, spec.capabilities)
-    targets = resolve_targets(config.lora.target_modules, facts.linear_modules)
+    targets = resolve_targets(config.lora.target_modules, facts.linear_modules, config.lora.experts)
     require_rank(config.lora.r, [facts.linear_modules[name] for name in targets])
     probed = next(report for report in reports(listed()) if report.backend == spec.name)
     report = probed if probed.ready else None

@@ -143,6 +143,11 @@ class LoraConfig(_Part):
     target_modules: str | tuple[str, ...] = Field(
         "all-linear", description="all-linear, a list of names (q_proj), or a regular expression over full paths."
     )
+    experts: Literal["all", "none", "shared"] = Field(
+        "all",
+        description="Of a mixture of experts: whether target_modules means experts too. none: no expert, shared: only "
+        "those that see every token.",
+    )
     bias: Literal["none"] = Field("none", description="Biases are not trained.")
 
     @field_validator("target_modules")

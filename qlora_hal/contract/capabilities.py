@@ -95,6 +95,8 @@ class Feature(StrEnum):
     """Several ranks, the packed base spread over them."""
     TOKEN_WEIGHTS = "token_weights"
     """A loss of weighted tokens (`Batch.weights`), and `token_losses` to make them from."""
+    EXPERTS = "experts"
+    """Models with routed experts: each stack of them is a module (`LinearShape.experts`) that can carry LoRA."""
 
 
 OPTIMIZER_FEATURE: Mapping[str, Feature | None] = {

@@ -24,7 +24,8 @@ def requirements_of(config: RunConfig, facts: ModelFacts) -> Requirements:
     else:
         level, weight_format = "", WeightFormat(asked)
     return Requirements(
-        features=_features(config, quantizes=stored is None and asked != "none", loads=stored is not None),
+        features=_features(config, quantizes=stored is None and asked != "none", loads=stored is not None)
+        | _features_of_model(facts),
         level=level,
         weight_format=weight_format,
         block_size=config.quantization.block_size if stored is None else stored.block_size,
@@ -94,6 +95,11 @@ def _features(config: RunConfig, *, quantizes: bool, loads: bool) -> frozenset[F
     features = {feature for is_wanted, feature in wanted if is_wanted}
     optimizer = OPTIMIZER_FEATURE[config.training.optim]
     return frozenset(features | ({optimizer} if optimizer else set()))
+
+
+def _features_of_model(facts: ModelFacts) -> frozenset[Feature]:
+    has_experts = any(shape.experts > 1 for shape in facts.linear_modules.values())
+    return frozenset({Feature.EXPERTS} if has_experts else ())
 
 
 def _check_stored(config: RunConfig, stored: Prequantized) -> None:

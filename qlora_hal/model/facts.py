@@ -10,6 +10,7 @@ from typing import Any
 
 from qlora_hal.contract.values import LinearShape
 from qlora_hal.formats.catalogue import record_of
+from qlora_hal.model import expert_stacks
 from qlora_hal.model.claimed_layers import refuse_claimed_layers
 from qlora_hal.model.fingerprint import fingerprint
 from qlora_hal.model.linear_shapes import linear_modules
@@ -38,8 +39,9 @@ class ModelFacts:
     """Facts for selection, memory and target modules.
 
     `linear_modules` maps module path -> shape of every linear layer that can carry LoRA, the head left out, with
-    the unpacked shapes of a pre-quantized checkpoint. `fingerprint` is a SHA-256 over the headers and samples of the
-    contents: equal shapes with other weights differ; it is empty while the weights lie on the hub.
+    the unpacked shapes of a pre-quantized checkpoint; a stack of experts is one of them (`expert_stacks`).
+    `fingerprint` is a SHA-256 over the headers and samples of the contents: equal shapes with other weights differ; it
+    is empty while the weights lie on the hub.
     """
 
     architecture: str
@@ -60,8 +62,8 @@ def read_facts(folder: Path, remote_headers: Sequence[Header] | None = None) -> 
 
     Raises ModelError (QH-C70 config.json missing or broken, QH-C71 no weights, QH-C79 a missing shard, QH-C01 a
     truncated file, QH-C72 a quantization or dtype that no backend reads, QH-C73 a contradictory quantized checkpoint,
-    QH-M50 far more layers in the configuration than in the weights) and UnsafeInputError (QH-C15, QH-C16 malformed
-    headers).
+    QH-M50 far more layers in the configuration than in the weights, or another number of experts) and UnsafeInputError
+    (QH-C15, QH-C16 malformed headers).
     """
     config = read_json(folder / "config.json")
     headers = read_headers(folder) if remote_headers is None else remote_headers
@@ -77,7 +79,7 @@ def read_facts(folder: Path, remote_headers: Sequence[Header] | None = None) -> 
     layout = record_of(packing.prequantized.weight_format).layout if packing else None
     model_type = str(config.get("model_type", ""))
     vocabulary_size = _whole_number(config, "vocab_size") or 0
-    shapes = _plain_shapes(tensors) | packed_shapes
+    shapes = _with_stacks(_plain_shapes(tensors) | packed_shapes, tensors, config, str(folder))
     return ModelFacts(
         architecture=_architecture(config),
         model_type=model_type,
@@ -116,6 +118,18 @@ def _plain_shapes(tensors: Mapping[str, TensorFacts]) -> dict[str, LinearShape]:
         for name, tensor in tensors.items()
         if name.endswith(".weight") and len(tensor.shape) == 2 and tensor.dtype in FLOATING_DTYPES
     }
+
+
+def _with_stacks(
+    shapes: Mapping[str, LinearShape],
+    tensors: Mapping[str, TensorFacts],
+    config: Mapping[str, object],
+    where: str,
+) -> dict[str, LinearShape]:
+    """`shapes` with the experts of each projection as one module."""
+    described = text_config(config)
+    floating = {name: tensor.shape for name, tensor in tensors.items() if tensor.dtype in FLOATING_DTYPES}
+    return expert_stacks.joined(shapes, described, where) | expert_stacks.of_joined_tensors(floating, described, where)
 
 
 def _parameter_count(

@@ -2,8 +2,9 @@
 
 Every two-dimensional `<module>.weight` is one, unless its name says embedding, position table, norm, convolution, head,
 router, or part of a tower that sees no text. Fused projections (Phi-3's `qkv_proj`, `gate_up_proj`) are ordinary linear
-layers. A backend that can build the architecture without weights knows better (`BackendSpec.outline`), and asks
-`reason_left_out` here, so that the same layers are left out everywhere.
+layers; the routed experts of a block are one module for each projection (`expert_stacks`). A backend that can build the
+architecture without weights knows better (`BackendSpec.outline`), and asks `reason_left_out` here, so that the same
+layers are left out everywhere.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from qlora_hal.contract.values import LinearShape
+from qlora_hal.model import expert_stacks
 
 if TYPE_CHECKING:
     from qlora_hal.model.facts import ModelFacts
@@ -45,8 +47,8 @@ _OTHER_TOWERS = frozenset(
 _NOTES: Mapping[str, str] = {
     "conv1d": "{count} Conv1D projections ({names}) carry no LoRA here: they are not linear layers and 4-bit "
     "quantization leaves them as they are",
-    "expert": "{count} projections of mixture-of-experts blocks carry no LoRA here: the model libraries store all "
-    "experts of a block in one three-dimensional weight",
+    "expert": "{count} projections of single experts carry no LoRA: all experts of a block are adapted as one stack, "
+    "or none",
     "router": "{count} routers ({names}) carry no LoRA",
     "mixer": "{count} projections of state-space mixers ({names}) carry no LoRA: the scan reads their weights itself "
     "and would bypass an adapter",
@@ -77,7 +79,7 @@ def reason_left_out(module: str, mixers: Collection[str] = ()) -> str:
     parts = module.split(".")
     if not _OTHER_TOWERS.isdisjoint(parts):
         return "tower"
-    if "experts" in parts:
+    if expert_stacks.place_of(module):
         return "expert"
     if leaf in _ROUTER_NAMES or "router" in parts:
         return "router"
@@ -99,7 +101,9 @@ def left_out_notes(facts: ModelFacts) -> tuple[str, ...]:
     left_out: dict[str, str] = {}
     for name, tensor in facts.tensors.items():
         module = name.removesuffix(".qweight").removesuffix(".weight")
-        if module == name or module in facts.linear_modules or len(tensor.shape) != 2:
+        place = expert_stacks.place_of(module)
+        is_adapted = (place.module if place else module) in facts.linear_modules
+        if module == name or is_adapted or len(tensor.shape) != 2:
             continue
         left_out[module] = _no_linear_layer(module, facts.model_type) or reason_left_out(module, mixers)
     return sentences(left_out)

@@ -219,7 +219,7 @@ class Session:
         resolved_backend = self._prepared.resolved_backend
         told, found = (
             resolved_backend.adapter.target_modules,
-            resolve_targets(self._config.lora.target_modules, modules),
+            resolve_targets(self._config.lora.target_modules, modules, self._config.lora.experts),
         )
         if found == told:
             return

@@ -131,9 +131,10 @@ FAMILIES: dict[str, tuple[Tensors, dict[str, object], dict[str, tuple[int, int]]
         {"model_type": "qwen2_moe", "vocab_size": 64},
         {
             "model.layers.0.self_attn.q_proj": LinearShape(8, 8),
+            "model.layers.0.mlp.experts.up_proj": LinearShape(8, 16, experts=2),
             "model.layers.0.mlp.shared_expert.up_proj": LinearShape(8, 16),
         },
-        "2 projections of mixture-of-experts blocks carry no LoRA",
+        "1 routers (gate) carry no LoRA",
     ),
     "a head under another name": (
         {

@@ -1,0 +1,154 @@
+"""Adapters on stacks of experts in PEFT's files: a pair of tensors for each expert, named as the hub's layers are.
+
+A stack's A `[experts, r, in]` is written as `<block>.experts.0.<projection>.lora_A.weight` `[r, in]` and so on. PEFT
+(0.21, `utils/transformers_weight_conversion.py`) turns these into what the model library holds: gate and up projection
+as one weight, whose adapter has rank 2 r, block by block. What it also needs is told by adapter_config.json: the fused
+parameters (`target_parameters`), and that rank with the scale that leaves each half its own. A dense layer whose name
+the experts' projections share (of a shared expert, say) is named as a parameter, too: as a module, PEFT would take its
+name for the experts' and leave the layer out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qlora_hal.adapter.naming import lora_a_key, lora_b_key, module_of
+from qlora_hal.contract.values import AdapterConfig
+from qlora_hal.model.expert_stacks import path_of, place_of
+
+if TYPE_CHECKING:
+    from qlora_hal.files.safetensors_file import Array
+
+FIELDS = ("target_parameters", "rank_pattern", "alpha_pattern")
+"""Fields of adapter_config.json that plain LoRA on linear layers does not need."""
+
+_FUSED = {
+    "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj",
+    "w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj",
+}  # fmt: skip
+_BLOCKS = {"block_sparse_moe": "mlp"}
+"""What transformers calls a block that checkpoints name otherwise."""
+_FUSED_RANK = r".*\.gate_up_proj"
+
+
+def per_expert(tensors: Mapping[str, Array]) -> dict[str, Array]:
+    """Tensors of stacks as one for each expert; all others as they are."""
+    found: dict[str, Array] = {}
+    for name, tensor in tensors.items():
+        if tensor.ndim != 3:
+            found[name] = tensor
+            continue
+        module, half = module_of(name)
+        key = lora_a_key if half == "A" else lora_b_key
+        found |= {key(path_of(module, number)): part for number, part in enumerate(tensor)}
+    return found
+
+
+def stacks_in(tensors: Iterable[str]) -> set[str]:
+    """Paths of the stacks whose experts have tensors under these names, which may hold others."""
+    stacks: set[str] = set()
+    for name in tensors:
+        with suppress(ValueError):
+            if place := place_of(module_of(name)[0]):
+                stacks.add(place.module)
+    return stacks
+
+
+def stacked(tensors: Mapping[str, Array]) -> dict[str, Array]:
+    """The inverse. Raises ValueError, with words for a message, where the tensors of a stack's experts do not fit
+    together."""
+    found: dict[str, Array] = {}
+    stacks: dict[str, dict[int, Array]] = {}
+    for name, tensor in tensors.items():
+        module, half = module_of(name)
+        if place := place_of(module):
+            key = lora_a_key if half == "A" else lora_b_key
+            stacks.setdefault(key(place.module), {})[place.number] = tensor
+        else:
+            found[name] = tensor
+    for name, experts in stacks.items():
+        if sorted(experts) != list(range(len(experts))):
+            raise ValueError(f"{name} has {len(experts)} experts, with numbers up to {max(experts)}")
+        if len({tensor.shape for tensor in experts.values()}) > 1:
+            raise ValueError(f"the experts of {name} have tensors of different shapes")
+        found[name] = np.stack([experts[number] for number in range(len(experts))])
+    return found
+
+
+def fields_for(
+    config: AdapterConfig, stacks: Collection[str], linear_modules: Collection[str] | None
+) -> dict[str, object]:
+    """What adapter_config.json says where `stacks` are among the targets: `target_modules` and `FIELDS`. Names are
+    short where all modules of the model that they mean are targets."""
+    parameters = {_parameter(module, is_stack=module in stacks) for module in config.target_modules}
+    named = sorted(module for module in config.target_modules if module not in stacks and not _shares_name(module))
+    parameters.discard("")
+    gated = any(name.endswith(".gate_up_proj") for name in parameters)
+    return {
+        "target_modules": _short_modules(named, linear_modules),
+        "target_parameters": _short_parameters(parameters, stacks, linear_modules),
+        **(patterns(config) if gated else {"rank_pattern": {}, "alpha_pattern": {}}),
+    }
+
+
+def patterns(config: AdapterConfig) -> dict[str, object]:
+    """The rank of a fused gate and up projection, and the alpha that leaves each half its scale."""
+    alpha = config.alpha * 2 ** (0.5 if config.use_rslora else 1.0)
+    return {
+        "rank_pattern": {_FUSED_RANK: 2 * config.r},
+        "alpha_pattern": {_FUSED_RANK: int(alpha) if alpha == int(alpha) else alpha},
+    }
+
+
+def left_out(modules: Iterable[str], stacks: Collection[str], parameters: Collection[str]) -> list[str]:
+    """Those of `modules` that `target_parameters` does not mean."""
+    places = {module: place_of(module) for module in modules}
+    paths = {module: place.module if place else module for module, place in places.items()}
+    return [
+        module
+        for module, path in paths.items()
+        if not _is_meant(_parameter(path, is_stack=path in stacks, always=True), parameters)
+    ]
+
+
+def _is_meant(name: str, parameters: Collection[str]) -> bool:
+    return any(name == wanted or name.endswith(f".{wanted}") for wanted in parameters)
+
+
+def _shares_name(module: str) -> bool:
+    return module.rpartition(".")[2] in _FUSED
+
+
+def _parameter(module: str, *, is_stack: bool, always: bool = False) -> str:
+    """The parameter of the model library that holds a module's weight; "" where PEFT takes the module's name."""
+    if not is_stack:
+        return f"{module}.weight" if always or _shares_name(module) else ""
+    block, _, projection = module.rpartition(".")
+    parts = (_BLOCKS.get(part, part) for part in block.split("."))
+    return ".".join((*parts, _FUSED.get(projection, projection)))
+
+
+def _short_modules(named: list[str], linear_modules: Collection[str] | None) -> list[str]:
+    leaves = {path.rpartition(".")[2] for path in named}
+    if linear_modules is None:
+        return named
+    reached = {path for path in linear_modules if path.rpartition(".")[2] in leaves}
+    return sorted(leaves) if reached == set(named) else named
+
+
+def _short_parameters(
+    parameters: Collection[str], stacks: Collection[str], linear_modules: Collection[str] | None
+) -> list[str]:
+    dense = {name for name in parameters if name.endswith(".weight")}
+    fused = set(parameters) - dense
+    if linear_modules is not None and {path for path in linear_modules if _is_in_stack(path)} == set(stacks):
+        fused = {".".join(name.split(".")[-2:]) for name in fused}
+    return sorted(fused | dense)
+
+
+def _is_in_stack(path: str) -> bool:
+    return "experts" in path.split(".")

@@ -1,0 +1,143 @@
+"""Routed experts in a checkpoint: all of one projection are one module, a stack, whatever tensors hold them.
+
+The path of a stack is that of the hub's layer with the expert's number left out: `model.layers.0.mlp.experts.3.up_proj`
+is expert 3 of `model.layers.0.mlp.experts.up_proj`. Adapters, first values and keys go by these paths on every backend,
+also where a checkpoint stores all experts of a block in one tensor, gate and up projection joined
+(`experts.gate_up_proj`): these are `experts.gate_proj` and `experts.up_proj` there, too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from qlora_hal.contract.values import LinearShape
+from qlora_hal.errors import ModelError
+
+GATE_AND_UP = (("gate_proj", "up_proj"), ("w1", "w3"))
+"""Names of the two projections that model libraries hold as one weight."""
+COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""What config.json calls the number of routed experts of a block."""
+
+_ONE_EXPERT = re.compile(r"(?P<block>.+\.experts)\.(?P<number>\d+)\.(?P<projection>[\w.]+)")
+_JOINED = re.compile(r"(?P<block>.+\.experts)\.(?P<projection>gate_up_proj|down_proj)")
+_SHARED = frozenset({"shared_expert", "shared_experts", "shared_mlp"})
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertPlace:
+    """One expert of a stack: the stack's path and the expert's number."""
+
+    module: str
+    number: int
+
+
+def place_of(module: str) -> ExpertPlace | None:
+    """The stack that a layer with a number of its own belongs to; None for any other layer."""
+    found = _ONE_EXPERT.fullmatch(module)
+    return ExpertPlace(f"{found['block']}.{found['projection']}", int(found["number"])) if found else None
+
+
+def path_of(module: str, number: int) -> str:
+    """The inverse: the path of one expert's layer."""
+    block, _, projection = module.rpartition(".experts.")
+    return f"{block}.experts.{number}.{projection}"
+
+
+def is_shared(module: str) -> bool:
+    """Whether a layer belongs to an expert that sees every token."""
+    return not _SHARED.isdisjoint(module.split("."))
+
+
+def paired_with(module: str) -> str:
+    """The other half of a gated projection: `up_proj` for `gate_proj` and the other way round; "" without one."""
+    block, _, projection = module.rpartition(".")
+    pairs = {one: other for pair in GATE_AND_UP for one, other in (pair, reversed(pair))}
+    return f"{block}.{pairs[projection]}" if projection in pairs else ""
+
+
+def joined(shapes: Mapping[str, LinearShape], config: Mapping[str, object], where: str) -> dict[str, LinearShape]:
+    """`shapes` with one entry for each stack in place of its experts'. A block with one expert alone stays as it is.
+
+    Raises ModelError QH-M50 where the experts of a stack differ in shape, where one is missing, or where their number
+    contradicts config.json.
+    """
+    found = {module: shape for module, shape in shapes.items() if place_of(module) is None}
+    places = sorted((place.module, place.number, module) for module in shapes if (place := place_of(module)))
+    for stack, members in groupby(places, key=lambda place: place[0]):
+        paths = {number: module for _, number, module in members}
+        if list(paths) == [0]:
+            found[paths[0]] = shapes[paths[0]]
+        else:
+            found[stack] = _stacked(stack, {number: shapes[path] for number, path in paths.items()}, config, where)
+    return found
+
+
+def of_joined_tensors(
+    tensors: Mapping[str, Sequence[int]], config: Mapping[str, object], where: str
+) -> dict[str, LinearShape]:
+    """Path -> shape of the stacks that checkpoints hold as tensors `[experts, ...]` of all experts of a block.
+
+    `tensors` are names with their dimensions. Weights are `[experts, out, in]`, or `[experts, in, out]` where the side
+    that config.json calls hidden_size says so. Raises ModelError QH-M50 as `joined`.
+    """
+    blocks: dict[str, dict[str, Sequence[int]]] = {}
+    for name, dimensions in tensors.items():
+        if len(dimensions) == 3 and (match := _JOINED.fullmatch(name)):
+            blocks.setdefault(match["block"], {})[match["projection"]] = dimensions
+    found: dict[str, LinearShape] = {}
+    for block, weights in blocks.items():
+        if len(weights) < 2 or weights["gate_up_proj"][0] < 2:
+            continue
+        count, *sides = weights["gate_up_proj"]
+        hidden = config.get("hidden_size")
+        is_transposed = sides[0] == hidden and sides[1] != hidden
+        inputs, both = sides if is_transposed else reversed(sides)
+        _check_count(block, count, config, where)
+        for projection in GATE_AND_UP[0]:
+            found[f"{block}.{projection}"] = LinearShape(inputs, both // 2, count)
+        found[f"{block}.down_proj"] = LinearShape(both // 2, inputs, count)
+    return found
+
+
+def missing_halves(targets: Iterable[str], linear_modules: Mapping[str, LinearShape]) -> list[str]:
+    """Stacks whose other half of a gated pair is among `targets` while they are not."""
+    chosen = set(targets)
+    halves = (paired_with(module) for module in chosen if linear_modules[module].experts > 1)
+    return sorted(other for other in halves if other in linear_modules and other not in chosen)
+
+
+def _stacked(stack: str, members: Mapping[int, LinearShape], config: Mapping[str, object], where: str) -> LinearShape:
+    count = len(members)
+    if absent := sorted(set(range(max(members) + 1)) - set(members)):
+        raise ModelError(
+            "QH-M50",
+            f"Expert {absent[0]} of {stack} is not stored; {count} others are, up to number {max(members)}.",
+            where=where,
+            fix="Get the model again from its source, all files from one revision.",
+        )
+    shapes = sorted(set(members.values()), key=lambda shape: shape.weight)
+    if len(shapes) > 1:
+        raise ModelError(
+            "QH-M50",
+            f"The experts of {stack} have weights of different shapes: {list(shapes[0].weight)} and "
+            f"{list(shapes[1].weight)}; one shape is expected.",
+            where=where,
+            fix="Get the model again from its source, all files from one revision.",
+        )
+    _check_count(stack, count, config, where)
+    return replace(shapes[0], experts=count)
+
+
+def _check_count(stack: str, count: int, config: Mapping[str, object], where: str) -> None:
+    claimed = {key: value for key in COUNT_KEYS if type(value := config.get(key)) is int}
+    if claimed and count not in claimed.values():
+        key, value = next(iter(claimed.items()))
+        raise ModelError(
+            "QH-M50",
+            f"{stack} has {count} experts; by config.json ({key}) there are {value}.",
+            where=where,
+            fix="Check that config.json belongs to these weights.",
+        )
