@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from qlora_hal.model.expert_stacks import path_of
 
 from qlora_hal.contract.backend import Quantization
 from qlora_hal.contract.values import LinearShape
@@ -15,6 +14,7 @@ from qlora_hal.errors import ModelError
 from qlora_hal.files.safetensors_file import Array, read_arrays
 from qlora_hal.formats.catalogue import record_of
 from qlora_hal.formats.record import FormatRecord
+from qlora_hal.model.expert_stacks import path_of
 from qlora_hal.model.source import ModelSource
 from qlora_hal_oracle import FourBitFormat, FourBitLayout, FourBitWeight, LlamaShape, QuantizedAbsmax, read_shape
 from qlora_hal_oracle.arrays import Float64
