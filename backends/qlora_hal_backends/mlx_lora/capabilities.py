@@ -126,7 +126,7 @@ MLX_NOTES: Mapping[str, str] = {
     **({"bfloat16": "MLX emulates bfloat16 on a CPU: correct, but many times slower than float32"} if IS_CPU else {}),
 }
 
-MIXTURES = frozenset({"mixtral", "qwen2_moe", "qwen3_moe"})
+MIXTURES = frozenset({"mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v3"})
 """Kinds of models whose experts are trained: those of `experts.FAMILIES`."""
 
 CAPABILITIES = Capabilities(

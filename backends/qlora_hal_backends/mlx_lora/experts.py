@@ -1,14 +1,15 @@
 """Mixtures of experts in mlx-lm's models: routing by the contract's rule, frozen experts with adapters.
 
-mlx-lm takes the best experts with `argpartition`, which says nothing of equal scores, and in Qwen2-MoE reads no
-`norm_topk_prob`. So the block around its `switch_mlp` is ours; router and shared expert stay mlx-lm's own modules.
-Every expert computes as `FrozenLinear` does: the adapter's product is added before anything is rounded.
+mlx-lm promises nothing of equal scores, and in Qwen2-MoE reads no `norm_topk_prob`. So the block around its
+`switch_mlp` is ours; router and shared expert stay mlx-lm's own modules. Every expert computes as `FrozenLinear` does:
+the adapter's product is added before anything is rounded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -19,26 +20,25 @@ from qlora_hal.model.facts import text_config
 from qlora_hal_backends.mlx_lora.config_reading import Config
 from qlora_hal_backends.mlx_lora.expert_weights import StackedWeight
 from qlora_hal_backends.mlx_lora.lora_linear import LoRAPlace, LoRASlots
-
-CHOSEN = -1.0
-"""Below every score of a softmax."""
+from qlora_hal_backends.mlx_lora.routing import Routing, sigmoid_routing, softmax_routing
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertFamily:
-    """How a kind of model has its experts: the block's name in a decoder layer, the hub's names of an expert's gate, up
-    and down projection, and whether the weights of the chosen experts are divided by their sum, None where config.json
-    says it (`norm_topk_prob`)."""
+    """How a kind of model has its experts: the block's name in a decoder layer, how config.json says where tokens go,
+    and the hub's names of an expert's gate, up and down projection."""
 
     block: str
+    routing: Callable[[Config], Routing]
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    normalized: bool | None = None
 
 
 FAMILIES: Mapping[str, ExpertFamily] = {
-    "mixtral": ExpertFamily("block_sparse_moe", ("w1", "w3", "w2"), normalized=True),
-    "qwen2_moe": ExpertFamily("mlp"),
-    "qwen3_moe": ExpertFamily("mlp"),
+    "mixtral": ExpertFamily("block_sparse_moe", partial(softmax_routing, normalized=True), ("w1", "w3", "w2")),
+    "qwen2_moe": ExpertFamily("mlp", softmax_routing),
+    "qwen3_moe": ExpertFamily("mlp", softmax_routing),
+    "glm4_moe": ExpertFamily("mlp", sigmoid_routing),
+    "deepseek_v3": ExpertFamily("mlp", sigmoid_routing),
 }
 """By `model_type`: the mixtures whose experts are trained here."""
 
@@ -71,11 +71,13 @@ def expert_blocks(causal: Any, model_type: str) -> Iterator[ExpertBlock]:
 def put_experts(block: ExpertBlock, experts: tuple[FrozenExperts, FrozenExperts, FrozenExperts], read: Config) -> None:
     """Frozen experts and our routing in the place of mlx-lm's block. `read` is config.json as transformers reads it."""
     config = text_config(read)
-    normalized = FAMILIES[str(config["model_type"])].normalized
-    if normalized is None:
-        normalized = bool(config.get("norm_topk_prob"))
-    chosen = int(str(config["num_experts_per_tok"]))
-    setattr(block.layer, block.attribute, RoutedExperts(block.built, experts, chosen, normalized=normalized))
+    routing = FAMILIES[str(config["model_type"])].routing(config)
+    setattr(block.layer, block.attribute, RoutedExperts(block.built, experts, routing))
+
+
+SHARED, SHARED_GATE = "shared_experts", "shared_expert_gate"
+KEPT = ("gate", "shared_expert", SHARED_GATE, SHARED)
+"""Modules of mlx-lm's block that stay."""
 
 
 class FrozenExperts:
@@ -105,25 +107,33 @@ def _gathered(rows: mx.array, matrices: mx.array, experts: mx.array) -> mx.array
 
 class RoutedExperts(Module):
     """y = sum over the chosen experts of weight * down(silu(gate(x)) * up(x)), and the shared expert's where there is
-    one, times the sigmoid of its gate."""
+    one, times the sigmoid of its gate where it has one."""
 
     def __init__(
-        self, block: Any, experts: tuple[FrozenExperts, FrozenExperts, FrozenExperts], chosen: int, *, normalized: bool
+        self, block: Any, experts: tuple[FrozenExperts, FrozenExperts, FrozenExperts], routing: Routing
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.gate = block.gate
-        if hasattr(block, "shared_expert"):
-            self.shared_expert, self.shared_expert_gate = block.shared_expert, block.shared_expert_gate
-        self.stacks = FrozenStacks(*experts)
-        self.chosen, self.normalized = chosen, normalized
+        for name in KEPT:
+            if name in block:
+                setattr(self, name, block[name])
+        self.stacks, self.routing = FrozenStacks(*experts), routing
 
     def __call__(self, x: mx.array) -> mx.array:
         tokens = x.reshape(-1, x.shape[-1])
-        chosen, weights = choose(self.gate(tokens), self.chosen, normalized=self.normalized)
+        chosen, weights = self._routed(tokens)
         y = (self.stacks(tokens, chosen) * weights[..., None].astype(x.dtype)).sum(axis=1).reshape(x.shape)
-        if "shared_expert" in self:
+        if SHARED_GATE in self:
             y = y + mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+        elif SHARED in self:
+            y = y + self.shared_experts(x)
         return y.astype(x.dtype)
+
+    def _routed(self, tokens: mx.array) -> tuple[mx.array, mx.array]:
+        if not self.routing.is_sigmoid:
+            return self.routing(self.gate(tokens))
+        # transformers makes these logits in float32, whatever the model's dtype.
+        logits = tokens.astype(mx.float32) @ self.gate.weight.astype(mx.float32).T
+        return self.routing(logits, self.gate.e_score_correction_bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,18 +158,3 @@ class FrozenStacks:
         rows = repeated[order]
         y = self.down(silu(self.gate(rows, experts)) * self.up(rows, experts), experts)
         return y[mx.argsort(order)].reshape(count, each, -1)
-
-
-def choose(logits: mx.array, number: int, *, normalized: bool) -> tuple[mx.array, mx.array]:
-    """(indices, weights), both `[tokens, number]`: the experts with the highest softmax score, of equal ones those with
-    the lower index. Weights are float32 and carry the router's gradient."""
-    scores = mx.softmax(logits.astype(mx.float32), axis=-1)
-    left, chosen = mx.stop_gradient(scores), []
-    for _ in range(number):
-        # The first of equal values, by every device of MLX; `argpartition` and `argsort` promise no order of them.
-        best = mx.argmax(left, axis=-1, keepdims=True)
-        chosen.append(best)
-        left = mx.put_along_axis(left, best, mx.array(CHOSEN), axis=-1)
-    indices = mx.stop_gradient(mx.concatenate(chosen, axis=-1))
-    weights = mx.take_along_axis(scores, indices, axis=-1)
-    return indices, weights / weights.sum(axis=-1, keepdims=True) if normalized else weights
