@@ -3,8 +3,10 @@ Tests and `benchmarks/architectures.py` only."""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from trainers import OpenTrainer, open_cpu_trainer, packed, random_batch, source_of
@@ -109,6 +111,8 @@ def peft_step(model: Any, adapter: Adapter, batch: Batch) -> tuple[float, dict[s
     from peft import LoraConfig, get_peft_model
 
     config = adapter.config
+    if any(tensor.ndim == 3 for tensor in adapter.tensors.values()):
+        return _peft_step_with_experts(model, adapter, batch)
     targets = list(config.target_modules)
     wrapped = get_peft_model(model, LoraConfig(r=config.r, lora_alpha=config.alpha, target_modules=targets)).eval()
     named = dict(wrapped.named_parameters())
@@ -116,9 +120,54 @@ def peft_step(model: Any, adapter: Adapter, batch: Batch) -> tuple[float, dict[s
     with torch.no_grad():
         for name, tensor in adapter.tensors.items():
             theirs[name].copy_(torch.from_numpy(tensor))
-    logits = wrapped(input_ids=torch.from_numpy(batch.input_ids).long(), use_cache=False).logits.float()
-    labels = torch.from_numpy(batch.labels).long()
-    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    loss = _loss_of(wrapped, batch)
     loss.backward()
     gradients = {name: torch.zeros_like(found) if found.grad is None else found.grad for name, found in theirs.items()}
     return float(loss.detach()), {name: gradient.numpy() for name, gradient in gradients.items()}
+
+
+def _loss_of(wrapped: Any, batch: Batch) -> Any:
+    import torch
+
+    logits = wrapped(input_ids=torch.from_numpy(batch.input_ids).long(), use_cache=False).logits.float()
+    labels = torch.from_numpy(batch.labels).long()
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def _peft_step_with_experts(model: Any, adapter: Adapter, batch: Batch) -> tuple[float, dict[str, Any]]:
+    """The adapter opened from its file. PEFT keeps a stack's A as `[experts * r, in]` and B as `[out, r * experts]`;
+    gate and up as one of twice the rank, B in two blocks of which those beside the diagonal are no part of it."""
+    from peft import PeftModel
+
+    from qlora_hal.adapter import module_of, write_adapter
+    from qlora_hal.adapter.naming import lora_a_key, lora_b_key
+    from qlora_hal.model.expert_stacks import paired_with
+
+    with TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft 0.21: patterns of parameters, an older name of recomputation
+        write_adapter(Path(folder) / "a", adapter, base_name="base", base_revision=None, provenance={})
+        wrapped = PeftModel.from_pretrained(model, Path(folder) / "a", is_trainable=True).eval()
+    loss = _loss_of(wrapped, batch)
+    loss.backward()
+    found = {name.replace(".default", ""): parameter.grad for name, parameter in wrapped.named_parameters()}
+    gradients: dict[str, Any] = {}
+    for name, tensor in adapter.tensors.items():
+        module, half = module_of(name)
+        if tensor.ndim == 2:
+            gradients[name] = found[name].numpy()
+            continue
+        block = module.rpartition(".")[0].replace("block_sparse_moe", "mlp")
+        is_gate = module.endswith((".gate_proj", ".w1"))
+        inner = ".base_layer" if paired_with(module) else ""
+        key = (lora_a_key if half == "A" else lora_b_key)(f"{block}{inner}")
+        experts, rank = tensor.shape[0], adapter.config.r
+        if half == "A":
+            stack = found[key].view(experts, -1, tensor.shape[2])
+            part = stack[:, :rank] if is_gate or not inner else stack[:, rank:]
+        else:
+            stack = found[key].view(found[key].shape[0], -1, experts).permute(2, 0, 1)  # [experts, out, r or 2 r]
+            outputs = tensor.shape[1]
+            part = stack[:, :outputs, :rank] if is_gate or not inner else stack[:, outputs:, rank:]
+            part = stack if not inner else part
+        gradients[name] = part.numpy()
+    return float(loss.detach()), gradients

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,7 @@ from qlora_hal.export.request import MergeRequest, MergeResult, check_request
 from qlora_hal.export.rounding import DTYPE_BYTES
 from qlora_hal.export.weights import BaseFiles, BaseWeight, MergedModel
 from qlora_hal.files import atomic_folder, durable, strict_json
+from qlora_hal.model.expert_stacks import place_of
 from qlora_hal.model.facts import read_facts
 from qlora_hal.model.shards import SHARD_BYTES, write_shards
 from qlora_hal.model.source import ModelSource
@@ -60,6 +62,10 @@ def carry_out(request: MergeRequest, console: RunConsole, *, shard_bytes: int = 
     placing.check_space(request.out, _needed_bytes(plan), candidates=len(plan.candidates))
     with placing.staging(request.out) as staging:
         return Merge(plan, staging, console, notes, shard_bytes).carry_out()
+
+
+_PROJECTIONS = 3
+"""Stacks of one block: files hold an expert's projections beside each other, and each view decodes all experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +199,9 @@ class Merge:
             trainer.close()
 
     def _original_weight(self, module: str) -> Float32:
-        return self._files.float32(f"{module}.weight")
+        if f"{module}.weight" in self._source.facts.tensors:
+            return self._files.float32(f"{module}.weight")
+        return self._files.stack(module)
 
     def _write(
         self,
@@ -248,8 +256,15 @@ class Merge:
 
 
 def _dequantized_weight(trainer: CheckedTrainer) -> BaseWeight:
-    # A copy: what the view gives may be the very memory of the base.
-    return lambda module: np.array(trainer.dequantized_weight(module), dtype=np.float32)
+    stack = lru_cache(maxsize=_PROJECTIONS)(trainer.dequantized_weight)
+
+    def weight(module: str) -> Float32:
+        place = place_of(module)
+        found = stack(place.module)[place.number] if place is not None else trainer.dequantized_weight(module)
+        # A copy: what the view gives may be the very memory of the base.
+        return np.array(found, dtype=np.float32)
+
+    return weight
 
 
 def _needed_bytes(plan: MergePlan) -> int:

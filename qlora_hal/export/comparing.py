@@ -18,6 +18,7 @@ from qlora_hal.contract.values import Adapter
 from qlora_hal.detect import discovery
 from qlora_hal.detect.discovery import reports
 from qlora_hal.detect.selection import choose
+from qlora_hal.model.expert_stacks import layers_of
 from qlora_hal.model.facts import read_facts
 from qlora_hal.model.source import ModelSource
 from qlora_hal.run.prepare import chosen_dtype
@@ -70,8 +71,13 @@ def _same_base_in_float32(facts: ModelFacts, quantization: Quantization, trained
     if facts.prequantized is not None or quantization.weight_format is WeightFormat.NONE:
         return True
     names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-    stored = {names.get(facts.tensors[f"{module}.weight"].dtype, "") for module in facts.linear_modules}
-    return stored == {trained_dtype}
+    tensors = [
+        facts.tensors.get(f"{layer}.weight")
+        for module, shape in facts.linear_modules.items()
+        for layer in layers_of(module, shape)
+    ]
+    # Experts that are one tensor have names of their own; what cannot be told is not taken to be the same.
+    return {names.get(tensor.dtype, "") if tensor else "" for tensor in tensors} == {trained_dtype}
 
 
 @contextmanager

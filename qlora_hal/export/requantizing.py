@@ -23,11 +23,12 @@ from qlora_hal.detect.discovery import find, load_spec, reports
 from qlora_hal.detect.selection import choose
 from qlora_hal.errors import UnsupportedFeatureError
 from qlora_hal.export.comparing import without_effect
-from qlora_hal.export.weights import BaseFiles, MergedTensor
+from qlora_hal.export.weights import BaseFiles, MergedTensor, experts_in_one_tensor
 from qlora_hal.files import durable
 from qlora_hal.files.safetensors_file import DTYPE_BITS
 from qlora_hal.formats.catalogue import record_of
 from qlora_hal.formats.record import PackedWriter
+from qlora_hal.model.expert_stacks import halves_of, layer_in
 from qlora_hal.model.facts import ModelFacts, read_facts
 from qlora_hal.model.shards import Array, write_shards
 from qlora_hal.model.source import ModelSource
@@ -71,10 +72,13 @@ def write_packed(source: ModelSource, folder: Path, writer: PackedWriter) -> Non
     files, tensors = BaseFiles(read_headers(source.path)), []
     for name, stored in source.facts.tensors.items():
         module = name.removesuffix(".weight")
-        if module == name or module not in source.facts.linear_modules:
+        layer = layer_in(source.facts.linear_modules, module)
+        if halves_of(name, source.facts.linear_modules):
+            raise experts_in_one_tensor(name)
+        if module == name or layer is None:
             tensors.append(MergedTensor(name, stored.dtype, stored.shape, stored.byte_count))
             continue
-        shapes = writer.shapes(module, source.facts.linear_modules[module], dtype)
+        shapes = writer.shapes(module, layer, dtype)
         tensors += [
             MergedTensor(part, kind, shape, math.prod(shape) * DTYPE_BITS[kind] // 8, module)
             for part, (kind, shape) in shapes.items()

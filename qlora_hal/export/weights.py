@@ -19,14 +19,18 @@ from qlora_hal.errors import ConfigError, ModelError, NumericsError
 from qlora_hal.export.rounding import DTYPE_BYTES, SAFETENSORS_DTYPE, is_finite, rounded
 from qlora_hal.files.safetensors_file import TensorEntry
 from qlora_hal.formats.packed_modules import PackedModules
+from qlora_hal.model.expert_stacks import GATE_AND_UP, halves_of, layer_in, place_of
 from qlora_hal.model.facts import ModelFacts
 from qlora_hal.model.safetensors_headers import Header
 from qlora_hal.model.shards import Array, PlannedTensor
 from qlora_hal.model.stored_dtypes import FLOATING_DTYPES
 
 BaseWeight = Callable[[str], Float32]
-"""Module path -> its base weight `[out, in]` in float32, in an array of the caller's own."""
+"""Module path -> its base weight `[out, in]` in float32, in an array of the caller's own; of one expert by the path
+that its layer has in files with a tensor for each, of a stack `[experts, out, in]`."""
 
+_OTHER_LAYOUTS = frozenset({"gpt_oss"})
+"""Model types whose joined weights have gate and up in turns, or both sides the other way round."""
 _ROWS_AT_A_TIME_BYTES = 64 * 2**20
 _NUMPY_DTYPES: Mapping[str, str] = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1",
@@ -39,6 +43,16 @@ class MergedTensor(PlannedTensor):
     """A tensor of the merged model. `module` is the linear layer whose weight it is, else ""."""
 
     module: str = ""
+
+
+def experts_in_one_tensor(name: str) -> ConfigError:
+    """The refusal of a layout of experts that cannot be written packed."""
+    return ConfigError(
+        "QH-C62",
+        f"{name} holds all experts of a block in one tensor; they are packed one by one, under names of their own.",
+        fix="Use the model as the hub has it, with a tensor for each expert.",
+        context={"modules": [name]},
+    )
 
 
 class BaseFiles:
@@ -70,6 +84,14 @@ class BaseFiles:
             return (stored.astype(np.uint32) << 16).view(np.float32)
         return stored.astype(np.float32)
 
+    def stack(self, module: str) -> Float32:
+        """A stack of experts `[experts, out, in]` out of the tensor of its whole block, gate before up."""
+        block, _, projection = module.rpartition(".")
+        if projection == "down_proj":
+            return self.float32(module)
+        both = self.float32(f"{block}.gate_up_proj")
+        return np.ascontiguousarray(np.split(both, 2, axis=1)[GATE_AND_UP[0].index(projection)])
+
 
 class MergedModel:
     """The merged tensors of one base. `base_weight` gives the weights that the adapter is added to, `linear_modules`
@@ -97,7 +119,9 @@ class MergedModel:
         """All tensors, in the order of the base's files. Raises ConfigError QH-C62 when an adapted layer is stored
         under another name than the loaded model has for it: its adapter would be left out."""
         planned = [self._planned(name) for name in self._facts.tensors if name not in self._packed.belongings]
-        absent = sorted(self._targets - {tensor.module for tensor in planned})
+        written = {place.module if (place := place_of(tensor.module)) else tensor.module for tensor in planned}
+        written |= {stack for tensor in planned for stack in halves_of(tensor.module, self._linears)}
+        absent = sorted(self._targets - written)
         if absent:
             raise ConfigError(
                 "QH-C62",
@@ -119,30 +143,54 @@ class MergedModel:
     def _planned(self, name: str) -> MergedTensor:
         stored = self._facts.tensors[name]
         module = self._packed.module_of_weight(name) or name.removesuffix(".weight")
-        if module in self._packed.modules or (module != name and module in self._linears):
+        if module in self._packed.modules or (module != name and layer_in(self._linears, module) is not None):
             shape = self._shape(module)
             return self._floating(f"{module}.weight", shape.weight, module)
+        if self._holds_stacks(name):
+            return self._floating(name, stored.shape, name)
         if stored.dtype in FLOATING_DTYPES:
             return self._floating(name, stored.shape, "")
         return MergedTensor(name, stored.dtype, stored.shape, stored.byte_count)
 
     def _shape(self, module: str) -> LinearShape:
-        if module in self._linears:
-            return self._linears[module]
-        return self._packed.shape(module, self._facts)
+        return layer_in(self._linears, module) or self._packed.shape(module, self._facts)
+
+    def _holds_stacks(self, name: str) -> bool:
+        """Whether a tensor holds all experts of a block as `[experts, out, in]`, gate before up."""
+        stacks = [self._linears[stack] for stack in halves_of(name, self._linears)]
+        if not stacks or self._facts.model_type in _OTHER_LAYOUTS:
+            return False
+        outputs = sum(stack.outputs for stack in stacks)
+        return self._facts.tensors[name].shape == (stacks[0].experts, outputs, stacks[0].inputs)
 
     def _floating(self, name: str, shape: tuple[int, ...], module: str) -> MergedTensor:
         size = math.prod(shape) * DTYPE_BYTES[self._dtype]
         return MergedTensor(name, SAFETENSORS_DTYPE[self._dtype], shape, size, module)
 
     def _merged(self, module: str) -> Float32:
-        if module not in self._linears:
+        if stacks := halves_of(module, self._linears):
+            return np.concatenate([self._merged_stack(stack) for stack in stacks], axis=1)
+        if layer_in(self._linears, module) is None:
             return self._packed.decoded(module, self._files.stored, self._files.float32, self._facts)
-        weight = self._base_weight(module)
-        if module in self._targets:
-            a, b = self._adapter.tensors[lora_a_key(module)], self._adapter.tensors[lora_b_key(module)]
-            add_product(weight, a, b, self._adapter.config.scale)
+        weight, place = self._base_weight(module), place_of(module)
+        if place is not None and place.module in self._targets:
+            self._add(weight, place.module, place.number)
+        elif module in self._targets:
+            self._add(weight, module)
         return weight
+
+    def _merged_stack(self, stack: str) -> Float32:
+        weight = self._base_weight(stack)
+        if stack in self._targets:
+            for number, one in enumerate(weight):
+                self._add(one, stack, number)
+        return weight
+
+    def _add(self, weight: Float32, module: str, expert: int | None = None) -> None:
+        a, b = self._adapter.tensors[lora_a_key(module)], self._adapter.tensors[lora_b_key(module)]
+        if expert is not None:
+            a, b = a[expert], b[expert]
+        add_product(weight, a, b, self._adapter.config.scale)
 
     def _rounded(self, name: str, values: Float32) -> Array:
         stored = rounded(values, self._dtype)

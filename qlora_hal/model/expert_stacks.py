@@ -46,6 +46,31 @@ def path_of(module: str, number: int) -> str:
     return f"{block}.experts.{number}.{projection}"
 
 
+def layer_in(linear_modules: Mapping[str, LinearShape], layer: str) -> LinearShape | None:
+    """The shape of a layer as checkpoints store it, alone or as one expert of a stack; None where no module has it."""
+    place = place_of(layer)
+    if place is None:
+        shape = linear_modules.get(layer)
+        return shape if shape is None or shape.experts == 1 else None
+    stack = linear_modules.get(place.module)
+    return None if stack is None or place.number >= stack.experts else replace(stack, experts=1)
+
+
+def layers_of(module: str, shape: LinearShape) -> list[str]:
+    """The layers that a module is in a checkpoint with a tensor for each expert."""
+    return [module] if shape.experts == 1 else [path_of(module, number) for number in range(shape.experts)]
+
+
+def halves_of(tensor: str, linear_modules: Mapping[str, LinearShape]) -> tuple[str, ...]:
+    """The stacks that a tensor of all experts of a block holds, one behind the other along its second side."""
+    found = _JOINED.fullmatch(tensor)
+    if found is None:
+        return ()
+    names = GATE_AND_UP[0] if found["projection"] == "gate_up_proj" else (found["projection"],)
+    paths = tuple(f"{found['block']}.{name}" for name in names)
+    return paths if linear_modules.keys() >= set(paths) else ()
+
+
 def is_shared(module: str) -> bool:
     """Whether a layer belongs to an expert that sees every token."""
     return not _SHARED.isdisjoint(module.split("."))

@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from qlora_hal.contract.rotary_length import RotaryLength, rotary_length
+from qlora_hal.contract.values import LinearShape
 from qlora_hal.errors import ModelError
 from qlora_hal.errors.foreign import missing_package
+from qlora_hal.model.expert_stacks import place_of
 from qlora_hal.model.linear_shapes import natural_order, reason_left_out, state_space_mixers
 from qlora_hal.model.source import ModelSource
 from qlora_hal.model.stored_dtypes import FLOATING_DTYPES, not_a_weight, packed_elsewhere
+from qlora_hal_backends.torch_family.experts import ExpertNames, ExpertStack, place_experts
 from qlora_hal_backends.torch_family.lora_linear import FrozenLinear
 from qlora_hal_backends.torch_family.transformers_versions import (
     NameInModel,
@@ -55,7 +58,8 @@ class Architecture:
 
     `stored` maps names in the model to names in the files, biases of packed layers that have none there included.
     `tied` are groups of parameters that are one by config.json. `adapted` are the linear layers that can carry LoRA,
-    `left_out` the others with the reason. `unused` are stored tensors that the architecture has no use for, as
+    `left_out` the others with the reason. `experts` are the stacks of routed experts, by their paths in the core, and
+    `expert_names` says which tensors hold them. `unused` are stored tensors that the architecture has no use for, as
     transformers knows.
     """
 
@@ -66,6 +70,15 @@ class Architecture:
     adapted: tuple[str, ...]
     left_out: Mapping[str, str]
     unused: tuple[str, ...]
+    experts: Mapping[str, ExpertStack]
+    expert_names: ExpertNames
+
+    @property
+    def shapes(self) -> dict[str, LinearShape]:
+        """Every module that can carry LoRA."""
+        shapes = {name: self.linears[name].shape for name in self.adapted}
+        shapes |= {name: stack.shape for name, stack in self.experts.items()}
+        return dict(sorted(shapes.items(), key=lambda item: natural_order(item[0])))
 
 
 def build(source: ModelSource, attention: object, dtype: torch.dtype) -> Architecture:
@@ -78,21 +91,28 @@ def build(source: ModelSource, attention: object, dtype: torch.dtype) -> Archite
         causal = _built(source, attention, dtype)
     _refuse_other_kinds(causal, source)
     named = _named_tensors(causal)
-    renamed = _names_in_model(causal, named, source)
-    linears = _place_linears(causal)
+    rename = tensor_renamer(causal, named)
+    expert_names = ExpertNames(place_experts(causal))
+    renamed = _names_in_model(rename, expert_names, source)
+    linears, routers = _place_linears(causal, renamed)
     _refuse_packed_elsewhere(renamed, linears, source)
     tied = _tied_groups(causal)
     extra = _biases_of_packed_layers(renamed, linears)
-    stored = {ours: theirs for theirs, ours in renamed.items() if ours in extra or _belongs(ours, named)}
+    stored = {
+        ours: theirs
+        for theirs, ours in renamed.items()
+        if ours in extra or _belongs(ours, named) or _is_of_an_expert(theirs, ours)
+    }
     unused = tuple(sorted(set(renamed) - set(stored.values()), key=natural_order))
-    _check_complete(causal, linears, stored, tied, unused, source)
+    _check_complete(causal, linears, stored, tied, unused, expert_names, source)
     mixers = state_space_mixers(named)
     reasons = {name: reason_left_out(name, mixers) for name in linears}
     adapted = tuple(sorted((name for name in linears if not reasons[name]), key=natural_order))
     if not adapted:
         raise _untrained(source, f"None of its {len(linears)} linear layers can carry LoRA{_conv1d_words(causal)}.")
-    left_out = {name: reason for name, reason in reasons.items() if reason}
-    return Architecture(causal, linears, stored, tied, adapted, left_out, unused)
+    left_out = {name: reason for name, reason in reasons.items() if reason} | dict.fromkeys(routers, "router")
+    stacks = expert_names.place_stacks()
+    return Architecture(causal, linears, stored, tied, adapted, left_out, unused, stacks, expert_names)
 
 
 def _built(source: ModelSource, attention: object, dtype: torch.dtype) -> Any:
@@ -191,14 +211,20 @@ def _named_tensors(causal: Any) -> dict[str, Any]:
     return dict(causal.state_dict(keep_vars=True))
 
 
-def _names_in_model(causal: Any, named: Mapping[str, Any], source: ModelSource) -> dict[str, str]:
-    """Stored name -> name in the model, by transformers' own table. Raises ModelError QH-M51 where that table does not
-    only rename, but joins or splits tensors: so it loads most mixtures of experts."""
-    rename = tensor_renamer(causal, named)
+def _names_in_model(
+    rename: Callable[[str], NameInModel], expert_names: ExpertNames, source: ModelSource
+) -> dict[str, str]:
+    """Stored name -> name in the model, by transformers' own table; experts' tensors keep their names. Raises
+    ModelError QH-M51 where that table does not only rename, but joins or splits other tensors."""
     renamed: dict[str, str] = {}
     converted: list[str] = []
     for stored in sorted(source.facts.tensors, key=natural_order):
+        packed = _PACKED.fullmatch(stored)
+        layer = packed["module"] if packed else stored.removesuffix(".weight")
         name = _renamed(stored, rename)
+        if expert_names.takes(layer, rename(f"{layer}.weight") if packed else name):
+            renamed[stored] = stored
+            continue
         renamed[stored] = name.name
         if name.is_converted:
             converted.append(stored)
@@ -221,7 +247,13 @@ def _renamed(stored: str, rename: Any) -> NameInModel:
     if packed is None:
         return rename(stored)  # type: ignore[no-any-return]
     weight: NameInModel = rename(f"{packed['module']}.weight")
-    return NameInModel(f"{weight.name.removesuffix('.weight')}.{packed['part']}", weight.is_converted)
+    return replace(weight, name=f"{weight.name.removesuffix('.weight')}.{packed['part']}")
+
+
+def _is_of_an_expert(stored: str, name: str) -> bool:
+    """Whether a tensor keeps its name because it is one expert's (`ExpertNames`)."""
+    packed = _PACKED.fullmatch(stored)
+    return stored == name and place_of(packed["module"] if packed else stored.removesuffix(".weight")) is not None
 
 
 def _refuse_doubles(renamed: Mapping[str, str], source: ModelSource) -> None:
@@ -236,8 +268,11 @@ def _refuse_doubles(renamed: Mapping[str, str], source: ModelSource) -> None:
             )
 
 
-def _place_linears(causal: Any) -> dict[str, FrozenLinear]:
-    """Put ours in the place of transformers' linear layers, the head and what must stay in float32 left out."""
+def _place_linears(causal: Any, renamed: Mapping[str, str]) -> tuple[dict[str, FrozenLinear], list[str]]:
+    """Put ours in the place of transformers' linear layers, the head and what must stay in float32 left out, and the
+    routers, which are given as well: they are not quantized unless the checkpoint has them so."""
+    packed = {found["module"] for name in renamed.values() if (found := _PACKED.fullmatch(name))}
+    routers: list[str] = []
     head = causal.get_output_embeddings()
     in_float32 = stays_float32(causal)
     kinds = {type(module) for module in causal.modules() if isinstance(module, nn.Linear)}
@@ -246,11 +281,14 @@ def _place_linears(causal: Any) -> dict[str, FrozenLinear]:
     for name, module in list(causal.named_modules()):
         if not isinstance(module, nn.Linear) or module is head or in_float32(f"{name}.weight"):
             continue
+        if reason_left_out(name) == "router" and name not in packed:
+            routers.append(name)
+            continue
         if type(module) in products:
             frozen = FrozenLinear(module.in_features, module.out_features, has_bias=module.bias is not None)
             causal.set_submodule(name, frozen)
             linears[name] = frozen
-    return linears
+    return linears, routers
 
 
 def _is_product(kind: Any) -> bool:
@@ -312,6 +350,7 @@ def _check_complete(
     stored: Mapping[str, str],
     tied: Sequence[tuple[str, ...]],
     unused: Sequence[str],
+    expert_names: ExpertNames,
     source: ModelSource,
 ) -> None:
     """Every parameter and stored buffer has its tensor, every tensor its place, their shapes agree, and they hold
@@ -324,6 +363,7 @@ def _check_complete(
     shared = {name for group in tied if there.intersection(group) for name in group}
     shapes = dict(_expected_shapes(causal, linears))
     missing = sorted((name for name in shapes if name not in there | shared), key=natural_order)
+    missing += expert_names.missing()
     if missing or left:
         raise ModelError(
             "QH-M50",
@@ -338,7 +378,11 @@ def _check_complete(
         found = source.facts.tensors[stored[name]].shape if name in stored else expected
         if tuple(found) != expected and name.rpartition(".")[0] not in modules:
             raise shape_mismatch(source.name, name, found, expected)
-    for name in _floating(causal, linears):
+    for layer, expected in expert_names.expected_shapes():
+        name = layer if layer in stored else f"{layer}.weight"
+        if layer not in modules and tuple(source.facts.tensors[name].shape) != expected:
+            raise shape_mismatch(source.name, name, source.facts.tensors[name].shape, expected)
+    for name in (*_floating(causal, linears), *(f"{layer}.weight" for layer, _ in expert_names.expected_shapes())):
         if name in stored and name.rpartition(".")[0] not in modules:
             dtype = source.facts.tensors[stored[name]].dtype
             if dtype not in FLOATING_DTYPES:

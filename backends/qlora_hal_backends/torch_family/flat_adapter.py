@@ -5,35 +5,65 @@ One norm, one optimizer update and one cast serve every layer; each layer sees v
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qlora_hal.adapter.naming import lora_a_key, lora_b_key
 from qlora_hal.contract import dropout
 from qlora_hal.contract.values import Adapter, Float32
+from qlora_hal_backends.torch_family.experts import ExpertStack
 from qlora_hal_backends.torch_family.lora_linear import FrozenLinear, LoRASwitches, LoRAWeights, words_on
 
 # Each tensor starts at a multiple of this many elements: 64 bytes in bfloat16, what matrix kernels want of a pointer.
 ALIGNMENT = 32
 
 
+STATE_BLOCK = 256
+"""An expert's part starts at a multiple of this many elements: an 8-bit optimizer keeps one scale to as many."""
+
+AdaptedLayer = FrozenLinear | ExpertStack
+
+
+@dataclass(frozen=True, slots=True)
+class StackOfExperts:
+    """Where A and B of one stack lie: each `(start, elements of one expert)`, the experts behind one another."""
+
+    experts: int
+    parts: tuple[tuple[int, int], tuple[int, int]]
+
+    def each(self, buffer: Tensor, block: int = 1) -> tuple[Tensor, Tensor]:
+        """A's and B's part `[experts, elements]` of a flat buffer that holds one number to `block` elements."""
+        sizes = [(start // block, size // block) for start, size in self.parts]
+        a, b = (buffer[start : start + self.experts * size].view(self.experts, size) for start, size in sizes)
+        return a, b
+
+    def trained(self, gradients: Tensor) -> Tensor:
+        """Bool `[experts]`: whose gradient is not zero in every number. NaN is not zero."""
+        a, b = self.each(gradients)
+        return a.any(dim=1) | b.any(dim=1)
+
+
 @dataclass(slots=True)
 class FlatAdapter:
-    """`parameters`, `gradients` float32 and `compute` (in the compute dtype) share one layout, `slices`."""
+    """`parameters`, `gradients` float32 and `compute` (in the compute dtype) share one layout, `slices`; `stacks` are
+    the parts of it that belong to routed experts."""
 
     adapter: Adapter
-    slices: Mapping[str, tuple[int, tuple[int, int]]]  # tensor name -> (start, shape)
+    slices: Mapping[str, tuple[int, tuple[int, ...]]]  # tensor name -> (start, shape)
     parameters: Tensor
     gradients: Tensor
     compute: Tensor
     switches: LoRASwitches
+    stacks: tuple[StackOfExperts, ...]
 
     @classmethod
     def place(
-        cls, adapter: Adapter, linears: Mapping[str, FrozenLinear], dtype: torch.dtype, device: torch.device
+        cls, adapter: Adapter, linears: Mapping[str, AdaptedLayer], dtype: torch.dtype, device: torch.device
     ) -> FlatAdapter:
         """Copy the adapter's tensors beside their layers and let the layers use them."""
         slices, size = _layout(adapter)
@@ -45,6 +75,7 @@ class FlatAdapter:
             gradients=torch.zeros_like(parameters),
             compute=parameters if dtype == torch.float32 else torch.zeros(size, dtype=dtype, device=device),
             switches=LoRASwitches(),
+            stacks=tuple(_stacks(adapter, slices)),
         )
         for name, tensor in adapter.tensors.items():
             flat.view(parameters, name).copy_(torch.from_numpy(np.ascontiguousarray(tensor)))
@@ -53,8 +84,17 @@ class FlatAdapter:
         return flat
 
     def view(self, buffer: Tensor, name: str) -> Tensor:
+        shape = self.slices[name][1]
+        if len(shape) == 3:
+            return self._kept(buffer, name)[:, : math.prod(shape[1:])].unflatten(1, shape[1:])
+        return self._kept(buffer, name)
+
+    def _kept(self, buffer: Tensor, name: str) -> Tensor:
+        """A tensor as it lies in the buffer: of a stack `[experts, numbers]`, padding included."""
         start, shape = self.slices[name]
-        return buffer[start : start + shape[0] * shape[1]].view(shape)
+        if len(shape) == 3:
+            shape = (shape[0], _padded(math.prod(shape[1:]), STATE_BLOCK))
+        return buffer[start : start + math.prod(shape)].view(shape)
 
     def refresh_compute(self) -> None:
         """Cast the master parameters; called after every update."""
@@ -63,11 +103,8 @@ class FlatAdapter:
 
     def to_host(self, buffer: Tensor) -> dict[str, Float32]:
         """One transfer, then named float32 arrays."""
-        host = buffer.detach().float().cpu().numpy()
-        return {
-            name: host[start : start + shape[0] * shape[1]].reshape(shape).copy()
-            for name, (start, shape) in self.slices.items()
-        }
+        host = buffer.detach().float().cpu()
+        return {name: self.view(host, name).numpy().copy() for name in self.slices}
 
     def from_host(self, tensors: Mapping[str, Float32]) -> Tensor:
         """The inverse of `to_host`: a new flat buffer on the device."""
@@ -76,11 +113,11 @@ class FlatAdapter:
             self.view(buffer, name).copy_(torch.from_numpy(np.ascontiguousarray(tensors[name])))
         return buffer.to(self.parameters.device)
 
-    def detach_from(self, linears: Mapping[str, FrozenLinear]) -> None:
+    def detach_from(self, linears: Mapping[str, AdaptedLayer]) -> None:
         for linear in linears.values():
             linear.lora = None
 
-    def _hand_to_layers(self, linears: Mapping[str, FrozenLinear]) -> None:
+    def _hand_to_layers(self, linears: Mapping[str, AdaptedLayer]) -> None:
         config = self.adapter.config
         for module in config.target_modules:
             names = [f"base_model.model.{module}.lora_{side}.weight" for side in "AB"]
@@ -102,16 +139,33 @@ class FlatAdapter:
         return words_on(dropout.channel_words(module, channels), self.parameters.device)
 
     def _parameter(self, name: str) -> nn.Parameter:
-        parameter = nn.Parameter(self.view(self.parameters, name))
-        parameter.grad = self.view(self.gradients, name)  # autograd adds into it in place
+        parameter = nn.Parameter(self._kept(self.parameters, name))
+        parameter.grad = self._kept(self.gradients, name)  # autograd adds into it in place
         return parameter
 
 
-def _layout(adapter: Adapter) -> tuple[dict[str, tuple[int, tuple[int, int]]], int]:
-    slices: dict[str, tuple[int, tuple[int, int]]] = {}
+def _layout(adapter: Adapter) -> tuple[dict[str, tuple[int, tuple[int, ...]]], int]:
+    slices: dict[str, tuple[int, tuple[int, ...]]] = {}
     start = 0
     for name in sorted(adapter.tensors):
-        rows, columns = adapter.tensors[name].shape
-        slices[name] = (start, (rows, columns))
-        start += -(-rows * columns // ALIGNMENT) * ALIGNMENT
+        shape = adapter.tensors[name].shape
+        if len(shape) == 3:
+            start = _padded(start, STATE_BLOCK)
+            size = shape[0] * _padded(math.prod(shape[1:]), STATE_BLOCK)
+        else:
+            size = _padded(math.prod(shape), ALIGNMENT)
+        slices[name] = (start, shape)
+        start += size
     return slices, start
+
+
+def _stacks(adapter: Adapter, slices: Mapping[str, tuple[int, tuple[int, ...]]]) -> Iterator[StackOfExperts]:
+    for module in adapter.config.target_modules:
+        (a, a_shape), (b, b_shape) = (slices[key(module)] for key in (lora_a_key, lora_b_key))
+        if len(a_shape) == 3:
+            sizes = [_padded(math.prod(shape[1:]), STATE_BLOCK) for shape in (a_shape, b_shape)]
+            yield StackOfExperts(a_shape[0], ((a, sizes[0]), (b, sizes[1])))
+
+
+def _padded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from qlora_hal_backends.torch_family.base_weights import (
     Int8Weight,
     quantize,
 )
+from qlora_hal_backends.torch_family.experts import ExpertStack, RoutedExperts, pack_experts
 from qlora_hal_backends.torch_family.head_loss import Head
 from qlora_hal_backends.torch_family.lora_linear import FrozenLinear
 from qlora_hal_backends.torch_family.sharded_base import ShardedBase
@@ -45,13 +47,14 @@ class BaseModel:
 
     `mixes_samples` says why several samples cannot share a row, or is empty; `rotary` where rotary positions change
     with the length of a row. `notes` are for the user. `decoding` names what unpacks the weights, `versions` the
-    packages that are needed for it beside the family's own. `sharded` holds the layers where each rank has a part.
+    packages that are needed for it beside the family's own. `sharded` holds the layers where each rank has a part,
+    `experts` the blocks whose stacks are among `linears`.
     """
 
     causal: Any
     body: Any
     head: Head | None
-    linears: Mapping[str, FrozenLinear]
+    linears: Mapping[str, FrozenLinear | ExpertStack]
     layers: nn.ModuleList
     mixes_samples: str = ""
     rotary: RotaryLength | None = None
@@ -59,6 +62,7 @@ class BaseModel:
     decoding: str = BITSANDBYTES
     versions: Mapping[str, str] = field(default_factory=dict)
     sharded: ShardedBase | None = None
+    experts: tuple[RoutedExperts, ...] = ()
 
 
 LoadBase = Callable[[ModelSource, Quantization, Compute, torch.device], BaseModel]
@@ -81,6 +85,13 @@ def load_with(
     architecture = build(source, compute.options.get("attention", "auto"), dtype)
     causal, linears = architecture.causal, architecture.linears
     sharded = ShardedBase(compute.world, device) if compute.shard_base else None
+    if sharded is not None and architecture.experts:
+        raise UnsupportedFeatureError(
+            "QH-B01",
+            "A base with routed experts cannot be spread over ranks here.",
+            where="training.shard_base",
+            fix="Give each rank the whole base, or choose a model without a mixture of experts.",
+        )
     with Checkpoint(source.path, source.facts.tensors, architecture.stored) as checkpoint:
         for layer, names in groupby(linears, key=_layer_of):
             held = [name for name in names if checkpoint.has_module(name)]  # others are one with another layer
@@ -97,6 +108,8 @@ def load_with(
                     linears[name].base = weight
         if sharded is not None:
             sharded.finish()
+        read_layer = partial(_read_layer, read_weight, checkpoint, quantization, dtype, device)
+        pack_experts(architecture.expert_names, checkpoint, read_layer, quantization, dtype, device)
         _fill_parameters(causal, checkpoint, device)
         _fill_buffers(causal, checkpoint)
         notes = [*_tie(architecture), *_unused_notes(architecture)]
@@ -113,13 +126,25 @@ def load_with(
         causal=causal,
         body=trial.body,
         head=trial.head,
-        linears={name: linears[name] for name in architecture.adapted},
+        linears={name: linears.get(name) or architecture.experts[name] for name in architecture.shapes},
+        experts=tuple(architecture.expert_names.blocks.values()),
         layers=_decoder_layers(causal, compute),
         mixes_samples=trial.mixes_samples,
         rotary=rotary_of(causal),
         notes=tuple(notes),
         sharded=sharded,
     )
+
+
+def _read_layer(
+    read_weight: ReadWeight,
+    checkpoint: Checkpoint,
+    quantization: Quantization,
+    dtype: torch.dtype,
+    device: torch.device,
+    name: str,
+) -> BaseWeight:
+    return read_weight(checkpoint, name, quantization, dtype, device)
 
 
 def _layer_of(module: str) -> str:
@@ -170,11 +195,26 @@ class Checkpoint:
                 fix="Check that the folder is complete and that config.json belongs to it.",
             )
         stored = self._stored[name] or name
+        tensor: Tensor = self._file_of(stored).get_tensor(stored)
+        return tensor.to(device)
+
+    def take_part(self, name: str, number: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """One of the parts along the first side, of which no other is read. Raises ModelError QH-M52 as `finite_in`."""
+        stored = self._stored[name] or name
+        part: Tensor = self._file_of(stored).get_slice(stored)[number].to(device)
+        finite_in(part, dtype, name, self.where)
+        return part
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether any layer is quantized in the files."""
+        return any(name.endswith((".SCB", ".qweight")) or ".weight." in name for name in self._stored)
+
+    def _file_of(self, stored: str) -> Any:
         file = self._tensors[stored].file
         if file not in self._open:
             self._open[file] = self._stack.enter_context(safe_open(self._folder / file, framework="pt"))
-        tensor: Tensor = self._open[file].get_tensor(stored)
-        return tensor.to(device)
+        return self._open[file]
 
     def with_prefix(self, prefix: str) -> list[str]:
         return [name for name in self._stored if name.startswith(prefix)]

@@ -40,7 +40,9 @@ class LoRASwitches:
 
 @dataclass(slots=True)
 class LoRAWeights:
-    """One layer's adapter: float32 master parameters and their copies in the compute dtype, refreshed each step."""
+    """One layer's adapter: float32 master parameters and their copies in the compute dtype, refreshed each step. Of a
+    stack of experts the copies are `[experts, r, in]` and `[experts, out, r]`, the parameters `[experts, numbers]`,
+    padded to whole blocks of an optimizer's state."""
 
     a: nn.Parameter  # [r, in]
     b: nn.Parameter  # [out, r]
@@ -110,7 +112,7 @@ class _AdaptedProduct(torch.autograd.Function):
         dropped = rows if keep is None else rows * keep
         scale = lora.scale if keep is None else lora.scale / (1.0 - lora.dropout)
         low_rank = dropped @ lora.a_compute.t()  # [rows, r]
-        y = _sum_of_products(rows, base.dense().t(), low_rank * scale, lora.b_compute.t())
+        y = sum_of_products(rows, base.dense().t(), low_rank * scale, lora.b_compute.t())
         ctx.save_for_backward(rows, low_rank)
         ctx.base, ctx.lora, ctx.token_words, ctx.shape = base, lora, token_words, x.shape
         # Not `view`: some architectures change a projection in place (OLMo clips it), which autograd forbids to views
@@ -131,14 +133,14 @@ class _AdaptedProduct(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, grad_a, grad_b, None, None, None
         if keep is None:
-            dx = _sum_of_products(dy_rows, ctx.base.dense(), v, lora.a_compute)
+            dx = sum_of_products(dy_rows, ctx.base.dense(), v, lora.a_compute)
         else:
             both = product_in_float32(dy_rows, ctx.base.dense())
             dx = both.addcmul_(product_in_float32(v, lora.a_compute), keep).to(dy.dtype)
         return dx.view(ctx.shape), grad_a, grad_b, None, None, None
 
 
-def _sum_of_products(rows: Tensor, weight: Tensor, low_rank: Tensor, adapter: Tensor) -> Tensor:
+def sum_of_products(rows: Tensor, weight: Tensor, low_rank: Tensor, adapter: Tensor) -> Tensor:
     """`rows @ weight + low_rank @ adapter`, rounded once. In float32 two roundings are far below what matters."""
     if rows.dtype == torch.float32:
         return (low_rank @ adapter).addmm_(rows, weight)

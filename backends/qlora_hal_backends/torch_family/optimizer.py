@@ -4,12 +4,15 @@ AdamW (Loshchilov & Hutter 2019), with bias correction and epsilon outside the r
 
     m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2
     p = p (1 - lr wd) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+
+An expert of a stack whose gradient is zero in every number, A's and B's, keeps p, m and v bit for bit: it had no token,
+or none that reaches the loss.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,7 +23,7 @@ from torch import Tensor
 from qlora_hal.contract.toolkit import MOMENTS, check_moments
 from qlora_hal.contract.values import OptimizerSnapshot, StepSettings
 from qlora_hal_backends.torch_family.device import has_queue
-from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
+from qlora_hal_backends.torch_family.flat_adapter import STATE_BLOCK, FlatAdapter
 
 
 class Optimizer(Protocol):
@@ -71,20 +74,37 @@ class FlatAdamW:
         # expm1 keeps the digits that 1 - b^t loses in float32 for small t.
         first_correction = -torch.expm1(self._step * math.log(settings.beta1)) if settings.beta1 else 1.0
         second_correction = -torch.expm1(self._step * math.log(settings.beta2)) if settings.beta2 else 1.0
-        rate = applied * settings.learning_rate
-        buffers = (self._flat.parameters, self._flat.gradients, self._first, self._second)
-        for parameters, gradients, first, second in zip(*(buffer.split(AT_A_TIME) for buffer in buffers), strict=True):
+        for (parameters, gradients, first, second), trained in self._parts():
+            changed = applied if trained is None else applied * trained
+            rate = changed * settings.learning_rate
             # nan_to_num first: 0 * inf would be NaN. It changes nothing in a finite gradient.
             gradient = torch.nan_to_num(gradients, nan=0.0, posinf=0.0, neginf=0.0).mul_(factor)
-            first.lerp_(gradient, applied * (1.0 - settings.beta1))
-            second.lerp_(gradient.square_(), applied * (1.0 - settings.beta2))
+            first.lerp_(gradient, changed * (1.0 - settings.beta1))
+            second.lerp_(gradient.square_(), changed * (1.0 - settings.beta2))
             denominator = (second / second_correction).sqrt_().add_(settings.epsilon)
             update = (first / first_correction).div_(denominator).mul_(rate)
             # Before the first applied step both corrections are 0 and the quotient is NaN; the rate 0 must win.
-            update = torch.where(applied > 0, update, 0.0)
+            update = torch.where(changed > 0, update, 0.0)
             parameters.mul_(1.0 - rate * settings.weight_decay).sub_(update)
         self._flat.refresh_compute()
         return applied
+
+    def _parts(self) -> Iterator[tuple[list[Tensor], Tensor | None]]:
+        """Parameters, gradients and both moments, some at a time: of linear layers flat, of a stack of experts
+        `[experts, numbers]` with 1 or 0 `[experts, 1]` for each that has a gradient or none."""
+        flat = self._flat
+        buffers = (flat.parameters, flat.gradients, self._first, self._second)
+        for start, end in _between_stacks(flat):
+            yield from (
+                (list(part), None)
+                for part in zip(*(buffer[start:end].split(AT_A_TIME) for buffer in buffers), strict=True)
+            )
+        for stack in flat.stacks:
+            trained = stack.trained(flat.gradients).to(torch.float32)[:, None]
+            for half in zip(*(stack.each(buffer) for buffer in buffers), strict=True):
+                at_a_time = max(1, AT_A_TIME // half[0].shape[1])
+                split = (part.split(at_a_time) for part in (*half, trained))
+                yield from ((list(parts), chosen) for *parts, chosen in zip(*split, strict=True))
 
     def snapshot(self) -> OptimizerSnapshot:
         return OptimizerSnapshot(int(self._step.item()), named_moments(self._flat, self._first, self._second))
@@ -123,11 +143,32 @@ class BitsandbytesAdamW:
             eps=settings.epsilon,
             weight_decay=settings.weight_decay,
         )
+        kept = [(part, idle, part[idle].clone()) for part, idle in self._idle()]
         self._parameter.grad = self._flat.gradients * clip_factor(norm, settings.max_grad_norm)
         self._inner.step()
         self._parameter.grad = None
+        for part, idle, numbers in kept:
+            part[idle] = numbers
         self._flat.refresh_compute()
         return torch.ones_like(norm)
+
+    def _idle(self) -> list[tuple[Tensor, Tensor]]:
+        """Parameters and state of each stack `[experts, numbers]`, with the numbers of the experts without a gradient.
+        The kernel has no other way to leave them as they are."""
+        flat = self._flat
+        trained = [stack.trained(flat.gradients) for stack in flat.stacks]
+        if not trained or bool(torch.cat(trained).all()):
+            return []
+        state = self._inner.state.get(self._parameter) or {}
+        numbers = [flat.parameters, *(state[key] for key in ("state1", "state2") if key in state)]
+        scales = [state[key] for key in ("absmax1", "absmax2") if key in state]
+        found: list[tuple[Tensor, Tensor]] = []
+        for stack, is_trained in zip(flat.stacks, trained, strict=True):
+            idle = (~is_trained).nonzero().flatten()
+            parts = [part for buffer in numbers for part in stack.each(buffer)]
+            parts += [part for buffer in scales for part in stack.each(buffer, STATE_BLOCK)]
+            found += [(part, idle.to(part.device)) for part in parts if len(idle)]
+        return found
 
     def snapshot(self) -> OptimizerSnapshot:
         device = self._flat.parameters.device
@@ -160,6 +201,18 @@ class BitsandbytesAdamW:
             for index, moment in enumerate(flat_moments(self._flat, snapshot), start=1):
                 _store_moment(state, index, moment)
         state["step"] = snapshot.step
+
+
+def _between_stacks(flat: FlatAdapter) -> Iterator[tuple[int, int]]:
+    """(start, end) of what belongs to no stack of experts."""
+    held = sorted((start, start + stack.experts * size) for stack in flat.stacks for start, size in stack.parts)
+    begin = 0
+    for start, end in held:
+        if start > begin:
+            yield begin, start
+        begin = end
+    if begin < len(flat.parameters):
+        yield begin, len(flat.parameters)
 
 
 _NATIVE_KEYS = ("state1", "state2", "absmax1", "absmax2")

@@ -16,9 +16,7 @@ from qlora_hal_backends.torch_family.architecture import Architecture, build, ro
 def outline(source: ModelSource, options: Mapping[str, object]) -> ModelOutline:
     """Build the architecture without memory and put its names beside those of the files. Raises ModelError."""
     architecture = build(source, options.get("attention", "auto"), torch.float32)
-    linears = architecture.linears
-    modules = {name: linears[name].shape for name in architecture.adapted}
-    return ModelOutline(modules, tuple(_notes(architecture)), rotary_of(architecture.causal))
+    return ModelOutline(architecture.shapes, tuple(_notes(architecture)), rotary_of(architecture.causal))
 
 
 def _notes(architecture: Architecture) -> Iterator[str]:
@@ -30,8 +28,8 @@ def _notes(architecture: Architecture) -> Iterator[str]:
 
 
 def _experts_note(architecture: Architecture) -> str:
-    """Experts that are one weight of three dimensions: no linear layers, and most of a mixture's parameters. Small
-    convolutions have as many dimensions."""
+    """Experts of a kind that is not taken apart: one weight of three dimensions, and most of a mixture's parameters.
+    Small convolutions have as many dimensions."""
     linears = sum(linear.in_features * linear.out_features for linear in architecture.linears.values())
     parameters = list(architecture.causal.parameters())
     experts = [parameter.numel() for parameter in parameters if parameter.dim() == 3]

@@ -80,7 +80,8 @@ class TorchPlatform:
 
     `device` is what the probe looks for; `torch_device` is torch's word for it (ROCm answers to "cuda").
     `preferred_dtypes` is the order in which `auto` tries compute dtypes; each is proved by computing before it is used.
-    `optimizer_notes` says what an optimizer becomes where the device has no use for paging.
+    `optimizer_notes` says what an optimizer becomes where the device has no use for paging. `grouped_products`: torch
+    has a kernel there for the products of many experts at once.
     """
 
     backend: str
@@ -92,6 +93,7 @@ class TorchPlatform:
     features: frozenset[Feature]
     optimizer_notes: Mapping[str, str]
     uses_accelerator: bool = True
+    grouped_products: bool = False
 
     def capabilities(self) -> Capabilities:
         four_bit = (WeightFormat.NF4, WeightFormat.FP4)
@@ -115,6 +117,7 @@ EVERYWHERE = frozenset(
         Feature.PACKING,
         Feature.GENERATE,
         Feature.TOKEN_WEIGHTS,
+        Feature.EXPERTS,
     }
 )
 _PARALLEL = frozenset({Feature.DATA_PARALLEL, Feature.SHARDED_BASE})
@@ -131,6 +134,7 @@ CUDA = TorchPlatform(
     preferred_dtypes=_ACCELERATOR_DTYPES,
     features=EVERYWHERE | _EIGHT_BIT | _PARALLEL | {Feature.PEAK_MEMORY},
     optimizer_notes={},
+    grouped_products=True,
 )
 ROCM = TorchPlatform(
     backend="rocm_bnb",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qlora_hal.adapter.fitting import check_fits
+from qlora_hal.adapter.targets import require_no_dropout_on_experts
 from qlora_hal.contract import dropout
 from qlora_hal.contract.backend import BackendSpec, Compute, DeviceFacts, Quantization, QuantizedLoRATrainer
 from qlora_hal.contract.capabilities import Feature, Requirements
@@ -55,6 +56,7 @@ from qlora_hal_backends.torch_family.device import (
     has_queue,
     peak_memory_bytes,
 )
+from qlora_hal_backends.torch_family.experts import proved_products
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
 from qlora_hal_backends.torch_family.generation import greedy
 from qlora_hal_backends.torch_family.links import links_between
@@ -140,6 +142,10 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         forget_peak_memory(self._device)
         with self._memory_named("loading the base"), torch.no_grad():
             self._base = self._load_base(source, quantization, compute, self._device)
+            if self._base.experts:
+                require(self.spec, Requirements(features=frozenset({Feature.EXPERTS})))
+            for block in self._base.experts:
+                block.products = proved_products(self._device, grouped=self._platform.grouped_products)
         self.load_notes = self._base.notes
 
     def linear_modules(self) -> Mapping[str, LinearShape]:
@@ -148,7 +154,10 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
     def attach(self, adapter: Adapter, optimizer: str = "adamw") -> None:
         check_optimizer(optimizer, self.spec)
         with self._memory_named("attaching the adapter"):
-            check_fits(adapter, self.linear_modules(), where=f"the adapter for {self.spec.name}")
+            modules = self.linear_modules()
+            check_fits(adapter, modules, where=f"the adapter for {self.spec.name}")
+            targets = [modules[name] for name in adapter.config.target_modules]
+            require_no_dropout_on_experts(adapter.config.dropout, targets)
             self._loaded_without_adapter()
             dtype = getattr(torch, self._compute.dtype)
             self._flat = FlatAdapter.place(adapter, self._loaded.linears, dtype, self._device)

@@ -109,10 +109,13 @@ def build_causal(config: Any, *, dtype: torch.dtype, attention: str | None, trus
 
 @dataclass(frozen=True, slots=True)
 class NameInModel:
-    """Where a stored tensor goes. `is_converted`: it is not taken as it is, but joined with others or split."""
+    """Where a stored tensor goes. `is_converted`: it is not taken as it is, but joined with others or split, by these
+    `operations`; `place` is its own among the kinds of tensors that are joined."""
 
     name: str
     is_converted: bool = False
+    place: int = 0
+    operations: tuple[str, ...] = ()
 
 
 def tensor_renamer(causal: Any, names: Iterable[str]) -> Callable[[str], NameInModel]:
@@ -132,7 +135,11 @@ def tensor_renamer(causal: Any, names: Iterable[str]) -> Callable[[str], NameInM
         name, pattern = rename_source_key(stored, renamings, converters, prefix, known)
         if name not in known and stored in known:
             name, pattern = rename_source_key(stored, [], [], prefix, known)
-        return NameInModel(name, pattern is not None)
+        if pattern is None:
+            return NameInModel(name)
+        converter = next(entry for entry in converters if pattern in entry.source_patterns)
+        operations = tuple(type(operation).__name__ for operation in converter.operations)
+        return NameInModel(name, True, list(converter.source_patterns).index(pattern), operations)
 
     return rename
 

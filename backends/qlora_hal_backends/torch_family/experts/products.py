@@ -1,0 +1,215 @@
+"""One product for each expert that has rows: `y_e = x_e W_e^T + scale x_e A_e^T B_e^T`, forward and backward.
+
+Rows are sorted by expert. As in `lora_linear`, base and adapter are summed in one product over a longer inner dimension
+and rounded once. Two ways compute the same: a loop over the experts that have rows, which decodes no other, and torch's
+grouped product, which needs no number on the host. The latter gives gradients of A and B that were rounded to bfloat16
+once, where the loop keeps float32: torch's fast kernel has no other output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from qlora_hal_backends.torch_family.experts.stacked_weights import StackedWeight
+from qlora_hal_backends.torch_family.lora_linear import LoRAWeights, product_in_float32, sum_of_products
+
+_ALIGNMENT = 8
+"""Sides of a grouped product: 16 bytes in bfloat16, what its kernel wants of each row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Rows `ends[e - 1]` to `ends[e]` are expert e's; int32 `[experts]`, on the device of the rows."""
+
+    ends: Tensor
+
+    def parts(self) -> Iterator[tuple[int, slice]]:
+        """The experts that have rows, with their rows. Waits for the device."""
+        start = 0
+        for expert, end in enumerate(self.ends.tolist()):
+            if end > start:
+                yield expert, slice(start, end)
+            start = end
+
+
+class Products(Protocol):
+    """A way to compute the products of one stack."""
+
+    def frozen(self, rows: Tensor, weight: StackedWeight, groups: Groups) -> Tensor: ...
+
+    def frozen_backward(self, dy: Tensor, weight: StackedWeight, groups: Groups) -> Tensor: ...
+
+    def adapted(self, rows: Tensor, weight: StackedWeight, lora: LoRAWeights, groups: Groups) -> tuple[Tensor, Tensor]:
+        """(y `[rows, out]`, x A^T `[rows, r]`)."""
+        ...
+
+    def adapted_backward(
+        self, dy: Tensor, rows: Tensor, low_rank: Tensor, weight: StackedWeight, lora: LoRAWeights, groups: Groups
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(dx, dA, dB), the latter in float32."""
+        ...
+
+
+class LoopOverExperts:
+    """An expert at a time."""
+
+    def frozen(self, rows: Tensor, weight: StackedWeight, groups: Groups) -> Tensor:
+        y = rows.new_empty(rows.shape[0], weight.shape[1])
+        for expert, part in groups.parts():
+            torch.mm(rows[part], weight.expert(expert).t(), out=y[part])
+        return y
+
+    def frozen_backward(self, dy: Tensor, weight: StackedWeight, groups: Groups) -> Tensor:
+        dx = dy.new_empty(dy.shape[0], weight.shape[2])
+        for expert, part in groups.parts():
+            torch.mm(dy[part], weight.expert(expert), out=dx[part])
+        return dx
+
+    def adapted(self, rows: Tensor, weight: StackedWeight, lora: LoRAWeights, groups: Groups) -> tuple[Tensor, Tensor]:
+        y = rows.new_empty(rows.shape[0], weight.shape[1])
+        low_rank = rows.new_empty(rows.shape[0], lora.a_compute.shape[1])
+        for expert, part in groups.parts():
+            x, b = rows[part], lora.b_compute[expert]
+            low_rank[part] = x @ lora.a_compute[expert].t()
+            y[part] = sum_of_products(x, weight.expert(expert).t(), low_rank[part] * lora.scale, b.t())
+        return y, low_rank
+
+    def adapted_backward(
+        self, dy: Tensor, rows: Tensor, low_rank: Tensor, weight: StackedWeight, lora: LoRAWeights, groups: Groups
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dx = torch.empty_like(rows)
+        grad_a = torch.zeros(lora.a_compute.shape, dtype=torch.float32, device=rows.device)
+        grad_b = torch.zeros(lora.b_compute.shape, dtype=torch.float32, device=rows.device)
+        for expert, part in groups.parts():
+            v = (dy[part] @ lora.b_compute[expert]) * lora.scale
+            grad_a[expert] = product_in_float32(v.t(), rows[part])
+            grad_b[expert] = product_in_float32(dy[part].t(), low_rank[part]).mul_(lora.scale)
+            dx[part] = sum_of_products(dy[part], weight.expert(expert), v, lora.a_compute[expert])
+        return dx, grad_a, grad_b
+
+
+class GroupedProducts:
+    """torch's grouped product, for bfloat16 where all sides are multiples of 8; the loop for anything else."""
+
+    def __init__(self) -> None:
+        self._loop = LoopOverExperts()
+
+    def frozen(self, rows: Tensor, weight: StackedWeight, groups: Groups) -> Tensor:
+        if not _is_fit(rows, *weight.shape[1:]):
+            return self._loop.frozen(rows, weight, groups)
+        return torch.nn.functional.grouped_mm(rows, weight.dense().transpose(1, 2), offs=groups.ends)
+
+    def frozen_backward(self, dy: Tensor, weight: StackedWeight, groups: Groups) -> Tensor:
+        if not _is_fit(dy, *weight.shape[1:]):
+            return self._loop.frozen_backward(dy, weight, groups)
+        return torch.nn.functional.grouped_mm(dy, weight.dense(), offs=groups.ends)
+
+    def adapted(self, rows: Tensor, weight: StackedWeight, lora: LoRAWeights, groups: Groups) -> tuple[Tensor, Tensor]:
+        a, b = lora.a_compute, lora.b_compute
+        if not _is_fit(rows, *weight.shape[1:], a.shape[1]):
+            return self._loop.adapted(rows, weight, lora, groups)
+        multiply = torch.nn.functional.grouped_mm
+        low_rank = multiply(rows, a.transpose(1, 2), offs=groups.ends)
+        joined = torch.cat((weight.dense(), b), dim=2)
+        y = multiply(torch.cat((rows, low_rank * lora.scale), dim=1), joined.transpose(1, 2), offs=groups.ends)
+        return y, low_rank
+
+    def adapted_backward(
+        self, dy: Tensor, rows: Tensor, low_rank: Tensor, weight: StackedWeight, lora: LoRAWeights, groups: Groups
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        a, b = lora.a_compute, lora.b_compute
+        if not _is_fit(rows, *weight.shape[1:], a.shape[1]):
+            return self._loop.adapted_backward(dy, rows, low_rank, weight, lora, groups)
+        multiply = torch.nn.functional.grouped_mm
+        v = multiply(dy, b, offs=groups.ends) * lora.scale
+        grad_a = multiply(v.t(), rows, offs=groups.ends).float()
+        grad_b = multiply(dy.t(), low_rank, offs=groups.ends).float().mul_(lora.scale)
+        joined = torch.cat((weight.dense(), a), dim=1)
+        return multiply(torch.cat((dy, v), dim=1), joined, offs=groups.ends), grad_a, grad_b
+
+
+def _is_fit(rows: Tensor, *sides: int) -> bool:
+    return rows.dtype == torch.bfloat16 and not any(side % _ALIGNMENT for side in sides)
+
+
+@cache
+def proved_products(device: torch.device, *, grouped: bool) -> Products:
+    """The grouped product where a platform has it (`TorchPlatform.grouped_products`) and it gives what the loop gives,
+    an expert without rows among them; the loop elsewhere."""
+    if not grouped or not hasattr(torch.nn.functional, "grouped_mm"):
+        return LoopOverExperts()
+    try:
+        return GroupedProducts() if _agrees(device) else LoopOverExperts()
+    except Exception:  # an older GPU, a build without the kernel: whatever torch raises
+        return LoopOverExperts()
+
+
+def _agrees(device: torch.device) -> bool:
+    """Integers up to 4 are exact in bfloat16, and so are their sums here."""
+    generator = torch.Generator().manual_seed(0)
+    rows, weight = (
+        torch.randint(-2, 3, shape, generator=generator).to(device, torch.bfloat16) for shape in ((24, 16), (3, 8, 16))
+    )
+    ends = torch.tensor([10, 10, 24], dtype=torch.int32, device=device)
+    multiply = torch.nn.functional.grouped_mm
+    parts = [slice(0, 10), slice(10, 10), slice(10, 24)]
+    forward = torch.cat([rows[part] @ weight[number].t() for number, part in enumerate(parts)])
+    y = multiply(rows, weight.transpose(1, 2), offs=ends)
+    expected = torch.stack([forward[part].t().float() @ rows[part].float() for part in parts])
+    found = multiply(forward.t(), rows, offs=ends).float()
+    # Sums of 14 products up to 64 * 2 need more digits than bfloat16 has.
+    return torch.equal(y, forward) and bool(((found - expected).abs() <= expected.abs() * 2.0**-8).all())
+
+
+class StackProduct(torch.autograd.Function):
+    """The adapted product as a function of rows, A and B."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        a: Tensor,
+        b: Tensor,
+        weight: StackedWeight,
+        lora: LoRAWeights,
+        groups: Groups,
+        products: Products,
+    ) -> Tensor:
+        y, low_rank = products.adapted(rows, weight, lora, groups)
+        ctx.save_for_backward(rows, low_rank)
+        ctx.weight, ctx.lora, ctx.groups, ctx.products = weight, lora, groups, products
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        rows, low_rank = ctx.saved_tensors
+        lora: LoRAWeights = ctx.lora
+        dx, *grads = ctx.products.adapted_backward(dy.contiguous(), rows, low_rank, ctx.weight, lora, ctx.groups)
+        grad_a, grad_b = (_as_kept(grad, kept) for grad, kept in zip(grads, (lora.a, lora.b), strict=True))
+        return dx, grad_a, grad_b, None, None, None, None
+
+
+def _as_kept(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """A gradient of a stack in the shape of its parameter, which may be padded."""
+    flat = gradient.flatten(1)
+    padding = parameter.shape[1] - flat.shape[1]
+    return torch.nn.functional.pad(flat, (0, padding)) if padding else flat
+
+
+class FrozenStackProduct(torch.autograd.Function):
+    """The product without an adapter."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: StackedWeight, groups: Groups, products: Products) -> Tensor:
+        ctx.weight, ctx.groups, ctx.products = weight, groups, products
+        return products.frozen(rows, weight, groups)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.products.frozen_backward(dy.contiguous(), ctx.weight, ctx.groups), None, None, None

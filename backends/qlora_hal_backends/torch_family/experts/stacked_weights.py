@@ -1,0 +1,183 @@
+"""The packed weights of all experts of one projection. Each expert is packed alone, so that its bits are those of its
+layer; equal parts then lie behind one another, and one decoder call gives all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from bitsandbytes import functional as codec
+from torch import Tensor
+
+from qlora_hal_backends.torch_family.base_weights import (
+    BaseWeight,
+    Blockwise4BitWeight,
+    DenseWeight,
+    Int8Weight,
+)
+
+
+class StackedWeight(Protocol):
+    """Frozen weights of shape `[experts, out, in]`."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+
+    def dense(self) -> Tensor:
+        """All of them `[experts, out, in]` in the compute dtype. The caller must not write to it."""
+        ...
+
+    def expert(self, number: int) -> Tensor:
+        """One `[out, in]`."""
+        ...
+
+
+@dataclass(slots=True)
+class DenseStack:
+    """Not quantized."""
+
+    weight: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        experts, outputs, inputs = self.weight.shape
+        return experts, outputs, inputs
+
+    def dense(self) -> Tensor:
+        return self.weight
+
+    def expert(self, number: int) -> Tensor:
+        return self.weight[number]
+
+
+@dataclass(slots=True)
+class Int8Stack:
+    """`Int8Weight` for each expert: integers `[experts, out, in]`, scales `[experts, out]`."""
+
+    integers: Tensor
+    row_absmax: Tensor
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        experts, outputs, inputs = self.integers.shape
+        return experts, outputs, inputs
+
+    def dense(self) -> Tensor:
+        experts, outputs, inputs = self.shape
+        flat = Int8Weight(self.integers.flatten(0, 1), self.row_absmax.flatten(), self.dtype)
+        return flat.dense().view(experts, outputs, inputs)
+
+    def expert(self, number: int) -> Tensor:
+        return Int8Weight(self.integers[number], self.row_absmax[number], self.dtype).dense()
+
+
+@dataclass(slots=True)
+class Blockwise4BitStack:
+    """`Blockwise4BitWeight` for each expert. `packed` is `[experts, bytes]` and `absmax` `[experts, blocks]`; `nested`
+    are the scales of the scales `[experts, blocks of blocks]` and `offsets` `[experts]`, None without double
+    quantization. `like` is the first expert's state, for what all share."""
+
+    packed: Tensor
+    absmax: Tensor
+    nested: Tensor | None
+    offsets: Tensor | None
+    like: codec.QuantState
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.packed.shape[0], self.like.shape[0], self.like.shape[1]
+
+    def dense(self) -> Tensor:
+        experts, outputs, inputs = self.shape
+        absmax = self._whole_absmax()
+        if absmax is None:
+            return torch.stack([self.expert(number) for number in range(experts)])
+        shape = torch.Size((experts * outputs, inputs))
+        flat = Blockwise4BitWeight(self.packed.view(-1, 1), self._state(absmax.view(-1), shape))
+        return flat.dense().view(experts, outputs, inputs)
+
+    def expert(self, number: int) -> Tensor:
+        state = self._state(self.absmax[number], self.like.shape)
+        if self.nested is not None and self.offsets is not None:
+            state.nested = True
+            state.offset = self.offsets[number]
+            state.state2 = self._nested_state(self.nested[number])
+        return Blockwise4BitWeight(self.packed[number].view(-1, 1), state).dense()
+
+    def _whole_absmax(self) -> Tensor | None:
+        """Float32 scales of all experts behind one another; None where an expert ends within a block."""
+        experts, outputs, inputs = self.shape
+        if outputs * inputs % self.like.blocksize:
+            return None
+        if self.nested is None or self.offsets is None:
+            return self.absmax
+        if self.absmax.shape[1] % self.like.state2.blocksize:
+            return None
+        codes = self.absmax.view(-1)
+        scales = codec.dequantize_blockwise(codes, self._nested_state(self.nested.view(-1)))
+        return scales.view(experts, -1) + self.offsets[:, None]
+
+    def _state(self, absmax: Tensor, shape: torch.Size) -> codec.QuantState:
+        like = self.like
+        return codec.QuantState(
+            absmax=absmax,
+            shape=shape,
+            code=like.code,
+            blocksize=like.blocksize,
+            quant_type=like.quant_type,
+            dtype=like.dtype,
+        )
+
+    def _nested_state(self, absmax: Tensor) -> codec.QuantState:
+        inner = self.like.state2
+        return codec.QuantState(absmax=absmax, code=inner.code, blocksize=inner.blocksize, dtype=inner.dtype)
+
+
+@dataclass(slots=True)
+class SeparateWeights:
+    """Experts in a format whose parts are not laid behind one another."""
+
+    weights: Sequence[BaseWeight]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return len(self.weights), *self.weights[0].shape
+
+    def dense(self) -> Tensor:
+        return torch.stack([weight.dense() for weight in self.weights])
+
+    def expert(self, number: int) -> Tensor:
+        return self.weights[number].dense()
+
+
+def stacked(weights: Sequence[BaseWeight]) -> StackedWeight:
+    """The weights of all experts as one."""
+    dense = [weight.weight for weight in weights if isinstance(weight, DenseWeight)]
+    if len(dense) == len(weights):
+        return DenseStack(torch.stack(dense))
+    integers = [weight for weight in weights if isinstance(weight, Int8Weight)]
+    if len(integers) == len(weights):
+        return Int8Stack(
+            torch.stack([weight.integers for weight in integers]),
+            torch.stack([weight.row_absmax for weight in integers]),
+            integers[0].dtype,
+        )
+    blocks = [weight for weight in weights if isinstance(weight, Blockwise4BitWeight)]
+    if len(blocks) == len(weights):
+        return _stacked_blocks(blocks)
+    return SeparateWeights(weights)
+
+
+def _stacked_blocks(weights: Sequence[Blockwise4BitWeight]) -> Blockwise4BitStack:
+    states = [weight.state for weight in weights]
+    nested = states[0].nested
+    return Blockwise4BitStack(
+        packed=torch.stack([weight.packed.reshape(-1) for weight in weights]),
+        absmax=torch.stack([state.absmax for state in states]),
+        nested=torch.stack([state.state2.absmax for state in states]) if nested else None,
+        offsets=torch.stack([state.offset.reshape(()) for state in states]) if nested else None,
+        like=states[0],
+    )

@@ -1,0 +1,128 @@
+"""A mixture of experts from its folder to an adapter that PEFT opens, a resume, and a merged model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from small_runs import SMALL, merged
+from tiny_models import write_model
+from trainers import random_batch, source_of
+
+from qlora_hal import merge, resume, train
+from qlora_hal.adapter import read_adapter
+from qlora_hal.contract.backend import Compute, Quantization
+from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal.demo import data_path, model_path
+from qlora_hal.errors import ConfigError, UnsupportedFeatureError
+from qlora_hal.model.facts import read_facts
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+SETTINGS = {"training.max_steps": 4, "checkpoint.save_steps": 2, "data.max_seq_length": 64, "lora.r": 4}
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3-MoE with the demo's tokenizer."""
+    folder = tmp_path_factory.mktemp("qwen3_moe")
+    vocabulary = read_facts(model_path()).vocabulary_size
+    write_model(folder, "qwen3_moe", vocab_size=vocabulary, max_position_embeddings=1024)
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(model_path() / name, folder / name)
+    return folder
+
+
+def settings(mixture: Path, folder: Path, **changes: Any) -> dict[str, Any]:
+    base = {**SETTINGS, "model.name_or_path": str(mixture), "output_dir": str(folder)}
+    return merged(SMALL, {**base, **changes})
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_train_writes_an_adapter_that_peft_opens_with_the_trainers_logits(mixture: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from qlora_hal_backends.cpu_torch.trainer import open_trainer
+
+    result = train(settings(mixture, tmp_path / "run", **{"quantization.weight_format": "none"}))
+    adapter = read_adapter(result.adapter_dir)
+    stacks = [name for name, tensor in adapter.tensors.items() if tensor.ndim == 3]
+    assert len(stacks) == 12
+    assert all(adapter.tensors[name].any() for name in stacks)
+    batch = random_batch(0, vocabulary=4096)
+    trainer = open_trainer()
+    trainer.load(source_of(mixture), Quantization(WeightFormat.NONE), Compute())
+    trainer.attach(adapter)
+    ours = trainer.logits(batch)
+    model = AutoModelForCausalLM.from_pretrained(mixture, dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(model, result.adapter_dir).eval()
+    with torch.no_grad():
+        expected = theirs(input_ids=torch.from_numpy(batch.input_ids).long()).logits.numpy()
+    # Float32 sums of at most 96 terms in another order.
+    assert np.abs(ours - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_a_resumed_run_ends_with_the_same_bits(optimizer: str, mixture: Path, tmp_path: Path) -> None:
+    extra = {"training.optim": optimizer, "training.weight_decay": 0.1}
+    whole = train(settings(mixture, tmp_path / "whole", **extra))
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    for newer in (tmp_path / "broken").glob("checkpoints/*4"):
+        shutil.rmtree(newer)
+    shutil.rmtree(tmp_path / "broken" / "adapter")
+    resumed = resume(tmp_path / "broken")
+    assert resumed.steps == whole.steps == 4
+    expected, found = (load_file(run.adapter_dir / "adapter_model.safetensors") for run in (whole, resumed))
+    assert expected.keys() == found.keys()
+    assert all(np.array_equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("base", ["none", "nf4"])
+def test_a_merge_writes_the_layout_that_the_folder_has(base: str, mixture: Path, tmp_path: Path) -> None:
+    result = train(settings(mixture, tmp_path / "run", **{"quantization.weight_format": base}))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(data_path("validation").read_text().splitlines(keepends=True)[:8]))
+    done = merge(result.adapter_dir, tmp_path / "merged", rows=rows, backend="cpu_torch", row_limit=8, dtype="float32")
+    assert done.kl <= done.max_kl < 1e-8
+    before, after = (load_file(folder / "model.safetensors") for folder in (mixture, tmp_path / "merged"))
+    assert {name: tensor.shape for name, tensor in before.items()} == {n: tensor.shape for n, tensor in after.items()}
+    name = "model.layers.0.mlp.experts.2.up_proj"
+    adapter = load_file(result.adapter_dir / "adapter_model.safetensors")
+    a, b = (adapter[f"base_model.model.{name}.lora_{half}.weight"] for half in "AB")
+    moved = after[f"{name}.weight"] - before[f"{name}.weight"]
+    if base == "none":
+        np.testing.assert_allclose(moved, 16 / 4 * (b @ a), atol=1e-6)
+    assert np.abs(moved).max() > 0
+
+
+def test_only_attention_is_adapted_without_experts(mixture: Path, tmp_path: Path) -> None:
+    result = train(settings(mixture, tmp_path / "run", **{"lora.experts": "none"}))
+    modules = read_adapter(result.adapter_dir).config.target_modules
+    assert {module.split(".")[3] for module in modules} == {"self_attn"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"lora.experts": "shared"}, "QH-U23"),
+        ({"lora.dropout": 0.1}, "QH-U24"),
+        ({"lora.target_modules": ["gate_proj"]}, "QH-U22"),
+        ({"lora.target_modules": ["up_proj", "gate_proj"], "lora.experts": "none"}, "QH-N13"),
+        ({"backend.name": "gptq_int4", "backend.allow_cpu": True}, "QH-B01"),
+    ],
+)
+def test_a_dry_run_refuses_before_it_reads_data(
+    changes: dict[str, Any], code: str, mixture: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.jsonl").write_text("nothing that could be read")
+    asked = settings(mixture, tmp_path / "run", **{"data.path": str(tmp_path / "rows.jsonl"), **changes})
+    with pytest.raises((ConfigError, UnsupportedFeatureError)) as refusal:
+        train(asked, dry_run=True)
+    assert refusal.value.code == code, json.dumps(refusal.value.context)

@@ -1,0 +1,184 @@
+"""Routed experts: what transformers and PEFT compute, packed and adapted one by one, in float32 on a CPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from against_transformers import compare, reference_of
+from bitsandbytes import functional as codec
+from drawn_models import write_drawn_model
+from safetensors.torch import load_file, save_file
+from trainers import open_cpu_trainer, random_batch, source_of
+
+from qlora_hal.adapter.naming import lora_a_key, lora_b_key
+from qlora_hal.errors import ModelError, UnsupportedFeatureError
+from qlora_hal.model.expert_stacks import path_of
+from qlora_hal_backends.torch_family.outline import outline
+
+MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3"]
+FURTHER = ["qwen3_next", "deepseek_v2", "glm4_moe", "olmoe", "dots1", "hunyuan_v1_moe", "exaone_moe", "flex_olmo"]
+UP = "model.layers.1.mlp.experts.up_proj"
+
+
+@pytest.mark.parametrize("model_type", [*MIXTURES, *(pytest.param(name, marks=pytest.mark.slow) for name in FURTHER)])
+def test_logits_loss_and_gradients_are_those_of_transformers_and_peft(model_type: str, tmp_path: Path) -> None:
+    write_drawn_model(tmp_path, model_type)
+    shapes = outline(source_of(tmp_path), {}).linear_modules
+    assert any(shape.experts == 4 for shape in shapes.values())
+    assert dict(source_of(tmp_path).facts.linear_modules) == dict(shapes), "headers tell what the loaded model has"
+    found = compare(tmp_path, reference_of(tmp_path))
+    assert found["result"] == "equal", found
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_each_expert_is_packed_as_its_layer_would_be(double_quant: bool, tmp_path: Path) -> None:
+    """Sides that are whole blocks, and sides that are not: bitsandbytes' bits for the two-dimensional weight."""
+    for width in (32, 40):
+        folder = tmp_path / str(width)
+        write_drawn_model(folder, "qwen3_moe", {"moe_intermediate_size": width})
+        opened = open_cpu_trainer(folder, weight_format="nf4" if double_quant else "fp4")
+        stored = load_file(folder / "model.safetensors")
+        found = opened.trainer.dequantized_weight(UP)
+        for number in range(4):
+            weight = stored[f"{path_of(UP, number)}.weight"].float()
+            kind = "nf4" if double_quant else "fp4"
+            packed, state = codec.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type=kind)
+            expected = codec.dequantize_4bit(packed, state)
+            if width % 64 == 0:
+                np.testing.assert_array_equal(found[number], expected.numpy())
+            stack = opened.trainer._base.linears[UP].base  # type: ignore[attr-defined]
+            assert torch.equal(stack.packed[number], packed.flatten())
+            np.testing.assert_array_equal(stack.expert(number).numpy(), found[number])
+
+
+def test_a_checkpoint_with_all_experts_in_one_tensor_is_the_same_model(tmp_path: Path) -> None:
+    write_drawn_model(tmp_path / "each", "qwen3_moe")
+    stored = load_file(tmp_path / "each" / "model.safetensors")
+    joined: dict[str, torch.Tensor] = {name: tensor for name, tensor in stored.items() if ".experts." not in name}
+    for layer in range(2):
+        block = f"model.layers.{layer}.mlp.experts"
+        by_expert = [
+            {leaf: stored[f"{block}.{number}.{leaf}.weight"] for leaf in ("gate_proj", "up_proj", "down_proj")}
+            for number in range(4)
+        ]
+        joined[f"{block}.gate_up_proj"] = torch.stack(
+            [torch.cat((expert["gate_proj"], expert["up_proj"])) for expert in by_expert]
+        )
+        joined[f"{block}.down_proj"] = torch.stack([expert["down_proj"] for expert in by_expert])
+    (tmp_path / "joined").mkdir()
+    save_file(joined, tmp_path / "joined" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "joined" / "config.json").write_bytes((tmp_path / "each" / "config.json").read_bytes())
+    trainers = [open_cpu_trainer(tmp_path / name, weight_format="nf4") for name in ("each", "joined")]
+    assert trainers[0].trainer.linear_modules() == trainers[1].trainer.linear_modules()
+    batch = random_batch(0)
+    np.testing.assert_array_equal(trainers[0].trainer.logits(batch), trainers[1].trainer.logits(batch))
+
+
+def test_recomputed_layers_have_the_same_gradients(tmp_path: Path) -> None:
+    write_drawn_model(tmp_path, "qwen3_moe")
+    batch = random_batch(0)
+    plain, recomputed = (
+        open_cpu_trainer(tmp_path, checkpointing=again).trainer.gradients([batch]) for again in (False, True)
+    )
+    for name, gradient in plain.items():
+        np.testing.assert_array_equal(gradient, recomputed[name])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_an_expert_without_tokens_keeps_its_adapter_and_moments(optimizer: str, tmp_path: Path) -> None:
+    """Of 16 experts, 4 tokens of 2 each reach at most 8. Its momentum and its decay would move it otherwise."""
+    write_drawn_model(tmp_path, "qwen3_moe", {"num_experts": 16, "num_local_experts": 16})
+    opened = open_cpu_trainer(tmp_path, optimizer=optimizer)
+    everyone, few = random_batch(0, rows=8), random_batch(1, rows=1, time=4, prompt=1)
+    for _ in range(2):
+        opened.step([everyone], weight_decay=0.1)
+    gradients = opened.trainer.gradients([few])
+    before, moments = opened.trainer.export_adapter().tensors, opened.trainer.export_optimizer().moments
+    opened.step([few], weight_decay=0.1)
+    after, moments_after = opened.trainer.export_adapter().tensors, opened.trainer.export_optimizer().moments
+    a, b = lora_a_key(UP), lora_b_key(UP)
+    idle = [n for n in range(16) if not gradients[a][n].any() and not gradients[b][n].any()]
+    assert 8 <= len(idle) < 16
+    assert any(moments[f"{b}.exp_avg"][number].any() for number in idle), "they have momentum"
+    for number in range(16):
+        unchanged = [
+            np.array_equal(old[name][number], new[name][number])
+            for old, new, names in (
+                (before, after, (a, b)),
+                (moments, moments_after, [f"{key}.{kind}" for key in (a, b) for kind in ("exp_avg", "exp_avg_sq")]),
+            )
+            for name in names
+        ]
+        assert all(unchanged) if number in idle else not any(unchanged)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3"])
+def test_of_equal_scores_the_lower_number_wins(model_type: str, tmp_path: Path) -> None:
+    """A router whose rows are one row: transformers' choice is whatever torch.topk gives."""
+    write_drawn_model(tmp_path, model_type, {"num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8})
+    stored = load_file(tmp_path / "model.safetensors")
+    routers = [name for name in stored if name.endswith("mlp.gate.weight")]
+    stored |= {name: stored[name][:1].expand_as(stored[name]).contiguous() for name in routers}
+    stored |= {name: torch.zeros_like(stored[name]) for name in stored if name.endswith("e_score_correction_bias")}
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    opened = open_cpu_trainer(tmp_path)
+    chosen: list[Any] = []
+    for block in opened.trainer._base.experts:  # type: ignore[attr-defined]
+        block.register_forward_pre_hook(lambda _, given: chosen.append(given[1]))
+    opened.trainer.logits(random_batch(0))
+    assert chosen
+    for experts in chosen:
+        first = torch.arange(experts.shape[-1]).expand_as(experts)
+        assert torch.equal(experts.sort(dim=-1).values, first)
+
+
+def test_the_router_and_the_shared_gate_are_neither_packed_nor_trained(tmp_path: Path) -> None:
+    write_drawn_model(tmp_path, "qwen2_moe")
+    opened = open_cpu_trainer(tmp_path, weight_format="nf4")
+    stored = load_file(tmp_path / "model.safetensors")
+    held = dict(opened.trainer._base.causal.named_parameters())  # type: ignore[attr-defined]
+    for name in ("model.layers.0.mlp.gate.weight", "model.layers.0.mlp.shared_expert_gate.weight"):
+        np.testing.assert_array_equal(held[name].detach().numpy(), stored[name].numpy())
+        assert not held[name].requires_grad
+
+
+@pytest.mark.fault("U24")
+def test_dropout_on_stacked_experts_is_refused_by_the_trainer_too(tmp_path: Path) -> None:
+    write_drawn_model(tmp_path, "qwen3_moe")
+    with pytest.raises(UnsupportedFeatureError) as refusal:
+        open_cpu_trainer(tmp_path, dropout=0.1)
+    assert refusal.value.code == "QH-U24"
+    attention = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)]
+    assert open_cpu_trainer(tmp_path, dropout=0.1, targets=attention).step([random_batch(0)]).applied
+
+
+@pytest.mark.fault("M50")
+def test_a_projection_that_is_not_stored_is_named(tmp_path: Path) -> None:
+    write_drawn_model(tmp_path, "qwen3_moe")
+    stored = load_file(tmp_path / "model.safetensors")
+    kept = {name: tensor for name, tensor in stored.items() if "layers.1.mlp.experts.2.up_proj" not in name}
+    # With the number of the last expert gone, headers alone tell nothing but a smaller stack.
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"Expert 2 of model\.layers\.1\.mlp\.experts\.up_proj") as refusal:
+        source_of(tmp_path)
+    assert refusal.value.code == "QH-M50"
+    kept |= {f"{path_of(UP, number)}.weight": stored[f"{path_of(UP, number)}.weight"] for number in range(4)}
+    kept = {name: tensor for name, tensor in kept.items() if "layers.1" not in name or "up_proj" not in name}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="1 tensors missing") as refusal:
+        outline(source_of(tmp_path), {})
+    assert refusal.value.code == "QH-M50"
+
+
+def test_an_adapter_switched_off_leaves_the_base(tmp_path: Path) -> None:
+    write_drawn_model(tmp_path, "mixtral")
+    opened, batch = open_cpu_trainer(tmp_path), random_batch(0)
+    base = opened.trainer.token_losses(batch, adapter=False)
+    zero = {name: tensor * ("lora_A" in name) for name, tensor in opened.adapter.tensors.items()}
+    opened.trainer.attach(replace(opened.adapter, tensors=zero))
+    np.testing.assert_allclose(opened.trainer.token_losses(batch), base, rtol=1e-6)
