@@ -12,7 +12,7 @@ import numpy as np
 from qlora_hal.contract.backend import Compute, Quantization, QuantizedLoRATrainer
 from qlora_hal.contract.capabilities import Feature, WeightFormat
 from qlora_hal.contract.dropout import kept, rows_of
-from qlora_hal.contract.values import Adapter, Batch, Float32, StepSettings, StepStats
+from qlora_hal.contract.values import Adapter, Batch, Float32, OptimizerSnapshot, StepSettings, StepStats
 from qlora_hal.model.source import ModelSource
 from qlora_hal_conformance.random_inputs import stream, total_tokens
 from qlora_hal_conformance.subject import Subject
@@ -57,7 +57,13 @@ class Opened:
 
     def trained_gradient(self, window: Sequence[Batch], **settings: object) -> dict[str, Float32]:
         """The gradient that a *training step* used, unclipped: with beta1 = 0 the first moment is the gradient, and
-        with a learning rate of 0 the step leaves the adapter alone."""
+        with a learning rate of 0 the step leaves the adapter alone. The moments of an expert without tokens stay as
+        they are, so where there are experts all begin as zeros."""
+        assert self.adapter is not None
+        if any(tensor.ndim == 3 for tensor in self.adapter.tensors.values()):
+            held = self.trainer.export_optimizer()
+            nothing = {name: np.zeros_like(moment) for name, moment in held.moments.items()}
+            self.trainer.import_optimizer(OptimizerSnapshot(held.step, nothing))
         stats = self.step(window, 0.0, beta1=0.0, max_grad_norm=None, **settings)
         assert stats.applied, "an ordinary step was not applied"
         moments = self.trainer.export_optimizer().moments

@@ -15,9 +15,9 @@ import numpy as np
 
 from qlora_hal.contract.values import OptimizerSnapshot
 from qlora_hal_oracle import UNIT_ROUNDOFF, DropoutMasks, ErrorScale, LossCurveEnvelope, OracleTrainer
-from qlora_hal_oracle.adamw import AdamWState, adamw_update, clip_factor, global_norm
+from qlora_hal_oracle.adamw import AdamWState, adamw_update, clip_factor, global_norm, idle_experts
 from qlora_hal_oracle.arithmetic import MagnitudeRecorder, RandomRounding
-from qlora_hal_oracle.arrays import AnyFloat, Float64, TokenBatch
+from qlora_hal_oracle.arrays import AnyFloat, Bool, Float64, TokenBatch
 from qlora_hal_oracle.loss import count_tokens, token_losses
 
 U32 = UNIT_ROUNDOFF["float32"]
@@ -339,8 +339,9 @@ def update_bounds(
 
     Let e be the gradient's bound. The clip factor f moves by at most f * (norm bound / norm), so the clipped gradient
     by E = f (e + |g| norm bound / norm). The update is evaluated at g - E, g and g + E; the larger distance, twice
-    (SMOOTHNESS), is the bound: where |g| <= E an early Adam step has an undecided sign, and this says so by itself.
-    Float32 adds 16 u32 (|p| + |update|). Moments: (1 - b1) E and (1 - b2) (2 |g| E + E^2), plus 8 u32.
+    (SMOOTHNESS), is the bound: where |g| <= E an early Adam step has an undecided sign, and this says so by itself. The
+    gradient of an expert without tokens is no result of sums: E is 0. Float32 adds 16 u32 (|p| + |update|). Moments:
+    (1 - b1) E and (1 - b2) (2 |g| E + E^2), plus 8 u32.
     """
     gradients = oracle.gradients(window)
     bounds = gradient_bounds(oracle, window, dtype, ranks=ranks)
@@ -348,8 +349,11 @@ def update_bounds(
     relative_norm = float(norm_bound(bounds, gradients).value) / norm
     factor = clip_factor(norm, given.max_grad_norm)
     center = {name: gradient * factor for name, gradient in gradients.items()}
+    idle = idle_experts(gradients)
     error = {
-        name: factor * (float(bounds[name].value) + np.abs(gradient) * relative_norm)
+        name: np.where(
+            idle.get(name, np.False_), 0.0, factor * (float(bounds[name].value) + np.abs(gradient) * relative_norm)
+        )
         for name, gradient in gradients.items()
     }
     start, (step, moments) = oracle.export_adapter(), oracle.export_optimizer()
@@ -395,8 +399,9 @@ def own_update(
 ) -> OwnUpdate:
     """The gradient is (m1 - b1 m0) / (1 - b1), known to e = 8 u32 (|m1| + |m0|) / (1 - b1). It must have left
     v1 = b2 v0 + (1 - b2) g^2, to (1 - b2) (2 |g| e + e^2) + 8 u32 v; and m1 and v1 as they stand must have moved the
-    parameters, to 16 u32 (|p| + |update|) and what a float32 1 - b^step is off by, u32 / (1 - b^step) of the update."""
-    step = after.step
+    parameters, to 16 u32 (|p| + |update|) and what a float32 1 - b^step is off by, u32 / (1 - b^step) of the update. An
+    expert of which no moment moved had no tokens: it has no gradient, and its parameters may not have moved either."""
+    step, still = after.step, _still_experts(before, after)
     corrections = (1.0 - given.beta1**step, 1.0 - given.beta2**step)
     own = UPDATE_ROUNDINGS * U32 + sum(U32 / correction for correction in corrections)
     exact = OwnUpdate({}, {}, {}, {}, {}, {}, Bound(0.0, ""))
@@ -413,6 +418,11 @@ def own_update(
         of_second = (1.0 - given.beta2) * (2.0 * np.abs(gradient) * error + error**2)
         update = m1 / corrections[0] / (np.sqrt(v1 / corrections[1]) + given.epsilon)
         update = given.learning_rate * (update + given.weight_decay * p0)
+        if name in still:
+            gradient, error, of_second, update = (
+                np.where(still[name], 0.0, values) for values in (gradient, error, of_second, update)
+            )
+            second = np.where(still[name], v0, second)
         exact.gradients[name], exact.second[name], exact.parameters[name] = gradient, second, p0 - update
         exact.second_bounds[name] = Bound(
             of_second + MOMENT_ROUNDINGS * U32 * (second + v0), "(1 - b2) (2 |g| e + e^2) + 8 u32 v"
@@ -425,6 +435,17 @@ def own_update(
         unsure = math.hypot(unsure, float(np.linalg.norm(error)))
     of_norm = Bound(unsure + _summed(exact.gradients), "|e| + (8 + sqrt(n)) u32 norm")
     return replace(exact, norm_bound=of_norm)
+
+
+def _still_experts(before: OptimizerSnapshot, after: OptimizerSnapshot) -> dict[str, Bool]:
+    """`[experts, 1, 1]` by name of an adapter tensor of a stack: whether the first moments of A and of B are what they
+    were, to the last bit."""
+    changes = {
+        name.removesuffix(".exp_avg"): (after.moments[name] - moment).astype(np.float64)
+        for name, moment in before.moments.items()
+        if name.endswith(".exp_avg")
+    }
+    return idle_experts(changes)
 
 
 def first_update(learning_rate: float, parameters: AnyFloat) -> Bound:

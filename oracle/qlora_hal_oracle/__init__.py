@@ -50,7 +50,8 @@ from .microscaling import (
 )
 from .mlx_affine import MlxAffineWeight, dequantize_mlx_affine, mlx_affine_error_bound, quantize_mlx_affine
 from .roundoff import UNIT_ROUNDOFF, round_to_bfloat16
-from .shape import LlamaShape
+from .routing import Routing
+from .shape import LlamaShape, MixtureShape
 from .trainer import OracleStep, OracleTrainer, WindowGradients
 
 __all__ = [
@@ -79,6 +80,7 @@ __all__ = [
     "MicroscalingCodec",
     "MicroscalingFormat",
     "MicroscalingWeight",
+    "MixtureShape",
     "MlxAffineCodec",
     "MlxAffineWeight",
     "OracleLlama",
@@ -86,6 +88,7 @@ __all__ = [
     "OracleTrainer",
     "QuantizedAbsmax",
     "RandomRounding",
+    "Routing",
     "Spread",
     "StoredTensors",
     "TokenBatch",

@@ -95,7 +95,8 @@ class ErrorScale:
         return constant * math.sqrt(self.depth) * per_product * self.magnitude
 
 
-# One product of each stage a token passes, forward and back: the rest run beside these, not after them.
+# One product of each stage a token passes, forward and back: the rest run beside these, not after them, as a shared
+# expert does beside those that were chosen.
 _LONGEST_CHAIN = (
     ".q_proj",
     ".qkv_proj",
@@ -105,9 +106,13 @@ _LONGEST_CHAIN = (
     ".gate_proj",
     ".gate_up_proj",
     ".down_proj",
+    ".w1",
+    ".w2",
     "lm_head",
     "lm_head.grad_input",
     ".down_proj.grad_input",
+    ".w2.grad_input",
+    ".w1.grad_input",
     ".gate_proj.grad_input",
     ".gate_up_proj.grad_input",
     ".o_proj.grad_input",
@@ -116,6 +121,7 @@ _LONGEST_CHAIN = (
     ".q_proj.grad_input",
     ".qkv_proj.grad_input",
 )
+_BESIDE = ".shared_expert"
 
 
 @dataclass(slots=True)
@@ -140,7 +146,7 @@ class MagnitudeRecorder:
         before = self.scales.get(name)
         total = magnitude if before is None else before.magnitude + magnitude
         self.scales[name] = ErrorScale(total, self._longest, self._depth)
-        self._depth += name.endswith(_LONGEST_CHAIN)
+        self._depth += name.endswith(_LONGEST_CHAIN) and _BESIDE not in name
         return left @ right
 
     def store(self, values: Float64) -> Float64:

@@ -13,9 +13,10 @@ import numpy as np
 
 from .arrays import Float64
 from .blocks import ACTIVATIONS
+from .config_values import Config, integer, numbers, real, refuse_key
+from .mixture_reading import mixture_of_deepseek, mixture_of_mixtral, mixture_of_qwen
 from .shape import DEFAULT_RMS_NORM_EPS, DEFAULT_ROPE_THETA, LlamaShape
 
-Config = Mapping[str, object]
 Parts = dict[str, object]
 """Fields of `LlamaShape` that differ from a plain Llama's."""
 
@@ -37,17 +38,17 @@ def read_shape(config: Config) -> LlamaShape:
 
 
 def _sizes(config: Config) -> Parts:
-    hidden_size = _integer(config, "hidden_size")
-    heads = _integer(config, "num_attention_heads")
+    hidden_size = integer(config, "hidden_size")
+    heads = integer(config, "num_attention_heads")
     return {
-        "vocab_size": _integer(config, "vocab_size"),
+        "vocab_size": integer(config, "vocab_size"),
         "hidden_size": hidden_size,
-        "intermediate_size": _integer(config, "intermediate_size"),
-        "num_hidden_layers": _integer(config, "num_hidden_layers"),
+        "intermediate_size": integer(config, "intermediate_size"),
+        "num_hidden_layers": integer(config, "num_hidden_layers"),
         "num_attention_heads": heads,
-        "num_key_value_heads": _integer(config, "num_key_value_heads", heads),
-        "head_dim": _integer(config, "head_dim", hidden_size // heads),
-        "rms_norm_eps": _real(config, "rms_norm_eps", DEFAULT_RMS_NORM_EPS),
+        "num_key_value_heads": integer(config, "num_key_value_heads", heads),
+        "head_dim": integer(config, "head_dim", hidden_size // heads),
+        "rms_norm_eps": real(config, "rms_norm_eps", DEFAULT_RMS_NORM_EPS),
         "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
     }
 
@@ -63,8 +64,8 @@ def _llama(config: Config) -> Parts:
 
 def _mistral(config: Config) -> Parts:
     # AutoConfig takes a Mistral with kinds of layers for a Ministral.
-    _refuse(config, "layer_types")
-    window = _integer(config, "sliding_window", 4096) if config.get("sliding_window", 4096) is not None else 0
+    refuse_key(config, "layer_types")
+    window = integer(config, "sliding_window", 4096) if config.get("sliding_window", 4096) is not None else 0
     return {"activation": _activation(config, "hidden_act"), "windows": _everywhere(config, window)}
 
 
@@ -73,7 +74,7 @@ def _qwen2(config: Config) -> Parts:
         "activation": _activation(config, "hidden_act"),
         "query_key_value_bias": True,
         "windows": _windows_of_qwen(config),
-        "head_dim": _integer(config, "hidden_size") // _integer(config, "num_attention_heads"),
+        "head_dim": integer(config, "hidden_size") // integer(config, "num_attention_heads"),
     }
 
 
@@ -82,7 +83,7 @@ def _qwen3(config: Config) -> Parts:
         "activation": _activation(config, "hidden_act"),
         "query_key_norm": True,
         "windows": _windows_of_qwen(config),
-        "head_dim": _integer(config, "head_dim", 128),
+        "head_dim": integer(config, "head_dim", 128),
         **_biases(config),
     }
 
@@ -98,28 +99,28 @@ def _gemma2(config: Config) -> Parts:
 
 def _gemma3(config: Config) -> Parts:
     # transformers 5.23 hands no cap to this family's attention.
-    _refuse(config, "attn_logit_softcapping")
+    refuse_key(config, "attn_logit_softcapping")
     _refuse_new_rope(config)
-    every = _integer(config, "sliding_window_pattern", 6)
+    every = integer(config, "sliding_window_pattern", 6)
     return {
         **_gemma(config),
         "query_key_norm": True,
         "logits_softcap": _cap(config, "final_logit_softcapping", None),
         "windows": _windows_of_types(config, lambda layer: (layer + 1) % every != 0),
-        "rope_theta": _real(config, "rope_theta", 1e6),
-        "local_rope_theta": _real(config, "rope_local_base_freq", 10000.0),
+        "rope_theta": real(config, "rope_theta", 1e6),
+        "local_rope_theta": real(config, "rope_local_base_freq", 10000.0),
     }
 
 
 def _gemma(config: Config) -> Parts:
-    _refuse(config, "use_bidirectional_attention")
+    refuse_key(config, "use_bidirectional_attention")
     return {
         "activation": _activation(config, "hidden_activation", "gelu_pytorch_tanh"),
         "norm_offset": 1.0,
         "norms_around": True,
-        "attention_scale": _real(config, "query_pre_attn_scalar", 256.0) ** -0.5,
-        "embedding_scale": _integer(config, "hidden_size") ** 0.5,
-        "head_dim": _integer(config, "head_dim", 256),
+        "attention_scale": real(config, "query_pre_attn_scalar", 256.0) ** -0.5,
+        "embedding_scale": integer(config, "hidden_size") ** 0.5,
+        "head_dim": integer(config, "head_dim", 256),
         "tie_word_embeddings": bool(config.get("tie_word_embeddings", True)),
         **_biases(config),
     }
@@ -132,9 +133,9 @@ def _phi3(config: Config) -> Parts:
     window = config.get("sliding_window")
     return {
         "activation": _activation(config, "hidden_act"),
-        "windows": _everywhere(config, 0 if window is None else _integer(config, "sliding_window")),
-        "rotary_share": _real({**config, **_rope_settings(config)}, "partial_rotary_factor", 1.0),
-        "rms_norm_eps": _real(config, "rms_norm_eps", 1e-5),
+        "windows": _everywhere(config, 0 if window is None else integer(config, "sliding_window")),
+        "rotary_share": real({**config, **_rope_settings(config)}, "partial_rotary_factor", 1.0),
+        "rms_norm_eps": real(config, "rms_norm_eps", 1e-5),
         "fused_projections": True,
     }
 
@@ -142,10 +143,52 @@ def _phi3(config: Config) -> Parts:
 def _granite(config: Config) -> Parts:
     return {
         **_llama(config),
-        "attention_scale": _real(config, "attention_multiplier", 1.0),
-        "embedding_scale": _real(config, "embedding_multiplier", 1.0),
-        "residual_scale": _real(config, "residual_multiplier", 1.0),
-        "logits_scale": 1.0 / _real(config, "logits_scaling", 1.0),
+        "attention_scale": real(config, "attention_multiplier", 1.0),
+        "embedding_scale": real(config, "embedding_multiplier", 1.0),
+        "residual_scale": real(config, "residual_multiplier", 1.0),
+        "logits_scale": 1.0 / real(config, "logits_scaling", 1.0),
+    }
+
+
+def _mixtral(config: Config) -> Parts:
+    window = integer(config, "sliding_window") if config.get("sliding_window") is not None else 0
+    return {
+        "activation": _activation(config, "hidden_act"),
+        "windows": _everywhere(config, window),
+        "rms_norm_eps": real(config, "rms_norm_eps", 1e-5),
+        "rope_theta": _base_frequency(config, 1e6),
+        "mixture": mixture_of_mixtral(config),
+    }
+
+
+def _qwen2_moe(config: Config) -> Parts:
+    refuse_key(config, "use_sliding_window")
+    return {
+        "activation": _activation(config, "hidden_act"),
+        "query_key_value_bias": bool(config.get("qkv_bias", True)),
+        "mixture": mixture_of_qwen(config, shared=True),
+    }
+
+
+def _qwen3_moe(config: Config) -> Parts:
+    window = integer(config, "sliding_window", 4096) if config.get("use_sliding_window") else 0
+    return {
+        "activation": _activation(config, "hidden_act"),
+        "query_key_norm": True,
+        "windows": _everywhere(config, window),
+        "mixture": mixture_of_qwen(config, shared=False),
+        **_biases(config),
+    }
+
+
+def _glm4_moe(config: Config) -> Parts:
+    return {
+        "activation": _activation(config, "hidden_act"),
+        "query_key_value_bias": bool(config.get("attention_bias")),
+        "query_key_norm": bool(config.get("use_qk_norm")),
+        "rotary_share": real({**config, **_rope_settings(config)}, "partial_rotary_factor", 0.5),
+        "rms_norm_eps": real(config, "rms_norm_eps", 1e-5),
+        "mixture": mixture_of_deepseek(config),
     }
 
 
@@ -158,6 +201,10 @@ FAMILIES: Mapping[str, Callable[[Config], Parts]] = {
     "gemma3_text": _gemma3,
     "phi3": _phi3,
     "granite": _granite,
+    "mixtral": _mixtral,
+    "qwen2_moe": _qwen2_moe,
+    "qwen3_moe": _qwen3_moe,
+    "glm4_moe": _glm4_moe,
 }
 """`model_type` -> what it does otherwise than a plain Llama, with transformers' own defaults."""
 
@@ -175,32 +222,27 @@ def _biases(config: Config) -> Parts:
 
 
 def _cap(config: Config, key: str, default: float | None) -> float | None:
-    return None if config.get(key, default) is None else _real(config, key, default or 0.0)
-
-
-def _refuse(config: Config, key: str) -> None:
-    if config.get(key):
-        raise ValueError(f"{key} is {config[key]!r}; the oracle does not compute it for this model_type")
+    return None if config.get(key, default) is None else real(config, key, default or 0.0)
 
 
 # windows --------------------------------------------------------------------------------------------------------------
 def _everywhere(config: Config, window: int) -> tuple[int, ...]:
-    return (window,) * _integer(config, "num_hidden_layers") if window else ()
+    return (window,) * integer(config, "num_hidden_layers") if window else ()
 
 
 def _windows_of_qwen(config: Config) -> tuple[int, ...]:
     if not config.get("use_sliding_window"):
         return ()
-    first = _integer(config, "max_window_layers", 28)
+    first = integer(config, "max_window_layers", 28)
     return _windows_of_types(config, lambda layer: layer >= first)
 
 
 def _windows_of_types(config: Config, slides: Callable[[int], bool]) -> tuple[int, ...]:
     """Layers by `layer_types`, or by the family's rule where config.json does not list them."""
-    layers, types = _integer(config, "num_hidden_layers"), config.get("layer_types")
+    layers, types = integer(config, "num_hidden_layers"), config.get("layer_types")
     if config.get("sliding_window", 4096) is None:
         return ()
-    window = _integer(config, "sliding_window", 4096)
+    window = integer(config, "sliding_window", 4096)
     sliding = [kind == SLIDING for kind in types] if isinstance(types, list) else [slides(n) for n in range(layers)]
     return tuple(window if slides_here else 0 for slides_here in sliding) if any(sliding) else ()
 
@@ -209,7 +251,7 @@ def _windows_of_types(config: Config, slides: Callable[[int], bool]) -> tuple[in
 def _rotary(config: Config, pairs: int) -> Parts:
     """`rotary_factors` and what belongs to them, for heads in which `pairs` pairs are turned."""
     settings = _rope_settings(config)
-    theta = _real(settings if "rope_theta" in settings else config, "rope_theta", DEFAULT_ROPE_THETA)
+    theta = _base_frequency(config, DEFAULT_ROPE_THETA)
     kind = str(settings.get("rope_type", "default"))
     if kind not in ROPE_TYPES:
         raise ValueError(f"rope_type is {kind!r}; the oracle computes {', '.join(ROPE_TYPES)} only")
@@ -217,18 +259,23 @@ def _rotary(config: Config, pairs: int) -> Parts:
     return {"rope_theta": theta, **ROPE_TYPES[kind]({**config, **settings}, wavelengths)}
 
 
+def _base_frequency(config: Config, default: float) -> float:
+    settings = _rope_settings(config)
+    return real(settings if "rope_theta" in settings else config, "rope_theta", default)
+
+
 def _unscaled(settings: Config, wavelengths: Float64) -> Parts:
     return {}
 
 
 def _linear(settings: Config, wavelengths: Float64) -> Parts:
-    return {"rotary_factors": (_real(settings, "factor"),) * len(wavelengths)}
+    return {"rotary_factors": (real(settings, "factor"),) * len(wavelengths)}
 
 
 def _llama3(settings: Config, wavelengths: Float64) -> Parts:
     """Long waves are stretched by `factor`, short ones not, those between by a mixture of frequencies (Llama 3.1)."""
-    factor, length = _real(settings, "factor"), _real(settings, "original_max_position_embeddings")
-    low, high = _real(settings, "low_freq_factor"), _real(settings, "high_freq_factor")
+    factor, length = real(settings, "factor"), real(settings, "original_max_position_embeddings")
+    low, high = real(settings, "low_freq_factor"), real(settings, "high_freq_factor")
     kept = np.clip((length / wavelengths - low) / (high - low), 0.0, 1.0)
     return {"rotary_factors": _divisors(kept + (1.0 - kept) / factor)}
 
@@ -236,16 +283,16 @@ def _llama3(settings: Config, wavelengths: Float64) -> Parts:
 def _yarn(settings: Config, wavelengths: Float64) -> Parts:
     """A ramp over the pairs between those that turn `beta_fast` and `beta_slow` times (arXiv:2309.00071)."""
     for key in ("mscale", "mscale_all_dim", "attention_factor"):
-        _refuse(settings, key)
-    factor, length = _real(settings, "factor"), _real(settings, "original_max_position_embeddings")
-    pairs, theta = len(wavelengths), _real(settings, "rope_theta", DEFAULT_ROPE_THETA)
+        refuse_key(settings, key)
+    factor, length = real(settings, "factor"), real(settings, "original_max_position_embeddings")
+    pairs, theta = len(wavelengths), real(settings, "rope_theta", DEFAULT_ROPE_THETA)
 
     def pair_that_turns(times: float) -> float:
         return pairs * math.log(length / (times * 2.0 * math.pi)) / math.log(theta)
 
     first, last = (
-        pair_that_turns(_real(settings, "beta_fast", 32.0)),
-        pair_that_turns(_real(settings, "beta_slow", 1.0)),
+        pair_that_turns(real(settings, "beta_fast", 32.0)),
+        pair_that_turns(real(settings, "beta_slow", 1.0)),
     )
     if settings.get("truncate", True):
         first, last = math.floor(first), math.ceil(last)
@@ -257,13 +304,13 @@ def _yarn(settings: Config, wavelengths: Float64) -> Parts:
 
 def _longrope(settings: Config, wavelengths: Float64) -> Parts:
     """A factor for each pair, of two sets: up to the original length, and beyond it (arXiv:2402.13753)."""
-    _refuse(settings, "attention_factor")
-    original = _integer(settings, "original_max_position_embeddings")
-    factor = settings.get("factor") or _integer(settings, "max_position_embeddings") / original
+    refuse_key(settings, "attention_factor")
+    original = integer(settings, "original_max_position_embeddings")
+    factor = settings.get("factor") or integer(settings, "max_position_embeddings") / original
     beyond = float(str(factor)) > 1.0
     return {
-        "rotary_factors": _list(settings, "short_factor"),
-        "long_rotary_factors": _list(settings, "long_factor"),
+        "rotary_factors": numbers(settings, "short_factor"),
+        "long_rotary_factors": numbers(settings, "long_factor"),
         "rotary_original_length": original,
         "rotary_magnitude": math.sqrt(1.0 + math.log(float(str(factor))) / math.log(original)) if beyond else 1.0,
     }
@@ -295,27 +342,3 @@ def _refuse_new_rope(config: Config) -> None:
     """Where layers of two kinds have rotary positions of their own, the names of transformers 4 alone are read."""
     if config.get("rope_parameters") is not None:
         raise ValueError("rope_parameters for kinds of layers are not read here; rope_theta and rope_scaling are")
-
-
-# values ---------------------------------------------------------------------------------------------------------------
-def _integer(config: Config, key: str, default: int | None = None) -> int:
-    value = config.get(key)
-    if value is None:
-        value = default
-    if not isinstance(value, int):
-        raise ValueError(f"config.json: {key} is {value!r}, an integer is needed")
-    return value
-
-
-def _real(config: Config, key: str, default: float | None = None) -> float:
-    value = config.get(key, default)
-    if not isinstance(value, int | float):
-        raise ValueError(f"config.json: {key} is {value!r}, a number is needed")
-    return float(value)
-
-
-def _list(config: Config, key: str) -> tuple[float, ...]:
-    values = config.get(key)
-    if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
-        raise ValueError(f"config.json: {key} is {values!r}, a list of numbers is needed")
-    return tuple(float(value) for value in values)

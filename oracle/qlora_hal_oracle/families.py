@@ -22,7 +22,7 @@ all together are a multiple of 128 wide: whole blocks and groups in each row."""
 
 def draw_config(family: str, random: Random) -> Config:
     """The config.json of a model of the family."""
-    return FAMILIES[family](random)
+    return {**FAMILIES, **MIXTURES}[family](random)
 
 
 def _drawn(random: Random, model_type: str, architecture: str, *, head_dim_written: bool = True) -> Config:
@@ -149,6 +149,68 @@ def _granite(random: Random) -> Config:
     }
 
 
+def _mixtral(random: Random) -> Config:
+    return {
+        **_drawn(random, "mixtral", "MixtralForCausalLM", head_dim_written=False),
+        "intermediate_size": 128,
+        "num_local_experts": int(random.integers(4, 7)),
+        "num_experts_per_tok": 2,
+        "sliding_window": None,
+    }
+
+
+def _qwen2_moe(random: Random) -> Config:
+    return {
+        **_drawn(random, "qwen2_moe", "Qwen2MoeForCausalLM", head_dim_written=False),
+        **_experts_of_qwen(random),
+        "use_sliding_window": False,
+        "shared_expert_intermediate_size": 256,
+        "norm_topk_prob": False,
+    }
+
+
+def _qwen3_moe(random: Random) -> Config:
+    return {
+        **_drawn(random, "qwen3_moe", "Qwen3MoeForCausalLM"),
+        **_experts_of_qwen(random),
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "norm_topk_prob": True,
+    }
+
+
+def _experts_of_qwen(random: Random) -> Config:
+    return {
+        "moe_intermediate_size": 128,
+        "num_experts": int(random.integers(5, 9)),
+        "num_experts_per_tok": int(random.integers(2, 4)),
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "output_router_logits": False,
+    }
+
+
+def _glm4_moe(random: Random) -> Config:
+    """One layer without experts, one with; of four groups of two experts the two best are open to a token."""
+    return {
+        **_drawn(random, "glm4_moe", "Glm4MoeForCausalLM"),
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "partial_rotary_factor": 0.5,
+        "moe_intermediate_size": 128,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 3,
+        "n_group": 4,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": float(random.choice((1.5, 2.5))),
+        "num_nextn_predict_layers": 0,
+    }
+
+
 FAMILIES: Mapping[str, Callable[[Random], Config]] = {
     "llama": _llama,
     "llama3": _llama3,
@@ -160,6 +222,14 @@ FAMILIES: Mapping[str, Callable[[Random], Config]] = {
     "phi3": _phi3,
     "granite": _granite,
 }
+
+MIXTURES: Mapping[str, Callable[[Random], Config]] = {
+    "mixtral": _mixtral,
+    "qwen2_moe": _qwen2_moe,
+    "qwen3_moe": _qwen3_moe,
+    "glm4_moe": _glm4_moe,
+}
+"""Families with experts. Their names are their `model_type`."""
 
 MODEL_TYPES: Mapping[str, str] = {**{name: name for name in FAMILIES}, "llama3": "llama", "gemma3": "gemma3_text"}
 """The `model_type` of each family."""
@@ -200,10 +270,24 @@ VARIATIONS: Mapping[str, Variation] = {
 """Each is computed as its architecture's code computes it, or refused. A key that this code does not read changes
 nothing."""
 
+VARIATIONS_OF_MIXTURES: Mapping[str, Variation] = {
+    "weights_not_normalised": Variation("qwen3_moe", {"norm_topk_prob": False}),
+    "weights_normalised": Variation("qwen2_moe", {"norm_topk_prob": True}),
+    "experts_in_every_second_layer": Variation("qwen3_moe", {"decoder_sparse_step": 2}),
+    "a_layer_without_experts": Variation("qwen2_moe", {"mlp_only_layers": [1]}),
+    "experts_in_all_layers": Variation("glm4_moe", {"first_k_dense_replace": 0}),
+    "one_group": Variation("glm4_moe", {"n_group": 1, "topk_group": 1}),
+    "sigmoid_not_normalised": Variation("glm4_moe", {"norm_topk_prob": False, "use_qk_norm": False}),
+    "two_shared_experts": Variation("glm4_moe", {"n_shared_experts": 2}),
+    "window_of_mixtral": Variation("mixtral", {"sliding_window": 6}),
+    "one_expert_a_token": Variation("mixtral", {"num_experts_per_tok": 1}),
+}
+"""The same of families with experts."""
+
 
 def vary(name: str, random: Random) -> Config:
     """The config.json of a variation."""
-    variation = VARIATIONS[name]
+    variation = {**VARIATIONS, **VARIATIONS_OF_MIXTURES}[name]
     return {**draw_config(variation.family, random), **variation.keys}
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from . import blocks
 from .arithmetic import EXACT, Arithmetic
 from .arrays import AnyFloat, Bool, Float64, TokenBatch
 from .lora import AdaptedLinear, BackwardRun, LinearTrace, LoraScale, adapted_modules, lora_a_name, lora_b_name
+from .mixture import Apply, Mixture, MixtureTrace
 from .shape import (
     EMBEDDING,
     FINAL_NORM,
@@ -42,10 +44,19 @@ class RowView:
     allowed: Bool
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class GatedTrace:
+    """What the gradient of an MLP needs of its middle."""
+
+    gate: Float64
+    up: Float64
+
+
 @dataclass(slots=True, eq=False)
 class LayerTrace:
     """Values one layer leaves for its gradient; names follow the forward pass. `drawn_*` are queries and keys before
-    their norm, `attended` and `mixed_up` what the branches give before theirs."""
+    their norm, `attended` and `mixed_up` what the branches give before theirs; `fed` is what the MLP, or the mixture of
+    experts, leaves."""
 
     view: RowView
     entry: Float64
@@ -57,8 +68,7 @@ class LayerTrace:
     attention: blocks.AttentionTrace
     attended: Float64
     middle: Float64
-    gate: Float64
-    up: Float64
+    fed: GatedTrace | MixtureTrace
     mixed_up: Float64
     linears: dict[str, LinearTrace]
 
@@ -82,6 +92,8 @@ class OracleLlama:
     and one is given all the same, the one that is given is used, as by transformers.
     """
 
+    mixture: ClassVar[type[Mixture]] = Mixture
+
     def __init__(
         self, shape: LlamaShape, base: Mapping[str, AnyFloat], adapter: dict[str, Float64], scale: LoraScale
     ) -> None:
@@ -93,7 +105,7 @@ class OracleLlama:
 
     def _check_names(self) -> None:
         layers = range(self.shape.num_hidden_layers)
-        modules = [HEAD] + [f"model.layers.{layer}.{name}" for layer in layers for name in self.shape.layer_linears()]
+        modules = [HEAD] + [f"model.layers.{at}.{name}" for at in layers for name in self.shape.layer_linears(at)]
         needed = self.shape.tensor_shapes().keys()
         allowed = needed | {f"{module}.bias" for module in modules} | {f"{HEAD}.weight"}
         missing, unknown = sorted(needed - self.base.keys()), sorted(self.base.keys() - allowed)
@@ -128,7 +140,7 @@ class OracleLlama:
         traces = []
         for layer in range(self.shape.num_hidden_layers):
             view = views[self.shape.window(layer)]
-            hidden, trace = self._layer_forward(f"model.layers.{layer}", hidden, view, arithmetic, masks)
+            hidden, trace = self._layer_forward(layer, hidden, view, arithmetic, masks)
             traces.append(trace)
         # The factor of the logits stands before the head: equal numbers, and the product has their magnitude.
         normalized = arithmetic.store(self._norm(FINAL_NORM, hidden, arithmetic) * self.shape.logits_scale)
@@ -158,9 +170,10 @@ class OracleLlama:
         return self.shape.norm_offset + self.base[f"{name}.weight"]
 
     def _layer_forward(
-        self, path: str, entry: Float64, view: RowView, arithmetic: Arithmetic, masks: DropoutMasks
+        self, layer: int, entry: Float64, view: RowView, arithmetic: Arithmetic, masks: DropoutMasks
     ) -> tuple[Float64, LayerTrace]:
         """middle = entry + attention(norm(entry)); output = middle + mlp(norm(middle))."""
+        path = f"model.layers.{layer}"
         linears: dict[str, LinearTrace] = {}
 
         def apply(name: str, x: Float64) -> Float64:
@@ -200,17 +213,33 @@ class OracleLlama:
         attended = apply("self_attn.o_proj", blocks.join_heads(mixed))
         middle = join(entry, norm(POST_ATTENTION_NORM, attended) if shape.norms_around else attended)
 
-        x = norm(shape.pre_mlp_norm, middle)
-        if shape.fused_projections:
+        mixed_up, fed = self._feed_forward(layer, norm(shape.pre_mlp_norm, middle), apply, arithmetic)
+        output = join(middle, norm(POST_MLP_NORM, mixed_up) if shape.norms_around else mixed_up)
+        return output, LayerTrace(
+            view, entry, drawn_query, drawn_key, query, key, value, attention, attended, middle, fed, mixed_up, linears,
+        )  # fmt: skip
+
+    def _feed_forward(
+        self, layer: int, x: Float64, apply: Apply, arithmetic: Arithmetic
+    ) -> tuple[Float64, GatedTrace | MixtureTrace]:
+        """The MLP of a layer, or its mixture of experts."""
+        mixture = self._mixture(layer)
+        if mixture is not None:
+            return mixture.forward(x, apply, arithmetic)
+        if self.shape.fused_projections:
             gate, up = self.split_gate_up(apply("mlp.gate_up_proj", x))
         else:
             gate, up = (apply(name, x) for name in GATE_UP)
-        mixed_up = apply("mlp.down_proj", store(blocks.gated(gate, up, shape.activation)))
-        output = join(middle, norm(POST_MLP_NORM, mixed_up) if shape.norms_around else mixed_up)
-        return output, LayerTrace(
-            view, entry, drawn_query, drawn_key, query, key, value, attention, attended, middle, gate, up, mixed_up,
-            linears,
-        )  # fmt: skip
+        inner = arithmetic.store(blocks.gated(gate, up, self.shape.activation))
+        return apply("mlp.down_proj", inner), GatedTrace(gate, up)
+
+    def _mixture(self, layer: int) -> Mixture | None:
+        shape = self.shape.mixture_of(layer)
+        if shape is None:
+            return None
+        path = f"model.layers.{layer}"
+        correction = self.base[f"{path}.{shape.correction}"] if shape.corrected else None
+        return self.mixture(shape, self.shape.activation, correction, lambda name: self.linear(f"{path}.{name}"))
 
     def share_keys(self, x: Float64) -> Float64:
         """A key, or a value, for each query head."""
@@ -243,7 +272,7 @@ class OracleLlama:
         grad = self._norm_backward(FINAL_NORM, grad * self.shape.logits_scale, forward.last_hidden, run)
         for layer in reversed(range(self.shape.num_hidden_layers)):
             path = f"model.layers.{layer}"
-            grad = self._mlp_backward(path, grad, forward.layers[layer], run)
+            grad = self._mlp_backward(layer, grad, forward.layers[layer], run)
             grad = self._attention_backward(path, grad, forward.layers[layer], run)
         if with_base:
             self._embedding_backward(grad, forward.batch, run)
@@ -263,12 +292,13 @@ class OracleLlama:
 
     def _mlp_backward(
         self,
-        path: str,
+        layer: int,
         grad: Float64,
         trace: LayerTrace,
         run: BackwardRun,
     ) -> Float64:
         """Gradient of `middle` from the gradient of the layer's output: past the MLP, and through it."""
+        path = f"model.layers.{layer}"
 
         def back(name: str, g: Float64) -> Float64:
             return self.linear(f"{path}.{name}").backward(g, trace.linears[name], run)
@@ -277,15 +307,25 @@ class OracleLlama:
         grad_branch = store(shape.residual_scale * grad)
         if shape.norms_around:
             grad_branch = self._norm_backward(f"{path}.{POST_MLP_NORM}", grad_branch, trace.mixed_up, run)
-        grad_gated = back("mlp.down_proj", grad_branch)
-        gradients = blocks.gated_backward(grad_gated, trace.gate, trace.up, shape.activation)
-        if shape.fused_projections:
-            grad_x = back("mlp.gate_up_proj", store(np.concatenate(gradients, axis=-1)))
-        else:
-            gate_name, up_name = GATE_UP
-            grad_x = back(gate_name, store(gradients[0])) + back(up_name, store(gradients[1]))
+        grad_x = self._feed_backward(layer, grad_branch, trace.fed, back, run)
         through = self._norm_backward(f"{path}.{shape.pre_mlp_norm}", grad_x, trace.middle, run)
         return store(grad + through)
+
+    def _feed_backward(
+        self, layer: int, grad: Float64, trace: GatedTrace | MixtureTrace, back: Apply, run: BackwardRun
+    ) -> Float64:
+        """Through the MLP of a layer, or its mixture of experts."""
+        mixture = self._mixture(layer)
+        if isinstance(trace, MixtureTrace):
+            assert mixture is not None, "a mixture left the trace"
+            return mixture.backward(grad, trace, back, run)
+        store = run.arithmetic.store
+        grad_gated = back("mlp.down_proj", grad)
+        gradients = blocks.gated_backward(grad_gated, trace.gate, trace.up, self.shape.activation)
+        if self.shape.fused_projections:
+            return back("mlp.gate_up_proj", store(np.concatenate(gradients, axis=-1)))
+        gate_name, up_name = GATE_UP
+        return back(gate_name, store(gradients[0])) + back(up_name, store(gradients[1]))
 
     def _attention_backward(
         self,

@@ -1,7 +1,8 @@
 """A frozen linear layer with a low-rank adapter: names, scale, forward and gradient.
 
 y = x W^T + b + scale * B A drop(x), with A `[r, in]`, B `[out, r]` (arXiv:2106.09685, section 4.1). The adapter's
-product is added to the base product before anything is rounded to the compute dtype.
+product is added to the base product before anything is rounded to the compute dtype. A stack of experts is the same
+with one axis before the others: x `[experts, places, in]`, A `[experts, r, in]`, B `[experts, out, r]`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from .arithmetic import Arithmetic
 from .arrays import Float64
@@ -42,6 +45,13 @@ def lora_a_name(module: str) -> str:
 def lora_b_name(module: str) -> str:
     """PEFT's name of the tensor B of a module path."""
     return f"{_PREFIX}{module}{_SUFFIX_B}"
+
+
+def other_of_pair(name: str) -> str:
+    """B's name of the module whose A has this name, and the other way round."""
+    if name.endswith(_SUFFIX_A):
+        return name.removesuffix(_SUFFIX_A) + _SUFFIX_B
+    return name.removesuffix(_SUFFIX_B) + _SUFFIX_A
 
 
 def adapted_modules(adapter: Mapping[str, Float64]) -> tuple[str, ...]:
@@ -83,7 +93,7 @@ class BackwardRun:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdaptedLinear:
-    """One linear layer: frozen weight `[out, in]`, optional bias, optional adapter pair."""
+    """One linear layer: frozen weight `[out, in]`, optional bias, optional adapter pair; or a stack of them."""
 
     module: str
     weight: Float64
@@ -94,15 +104,15 @@ class AdaptedLinear:
 
     def forward(self, x: Float64, arithmetic: Arithmetic, mask: Float64 | None = None) -> tuple[Float64, LinearTrace]:
         """(y, trace). `mask` is the dropout mask, its 1/(1-p) already in it; it acts on the adapter's input only."""
-        y = arithmetic.product(self.module, x, arithmetic.store(self.weight).T)
+        y = arithmetic.product(self.module, x, _turned(arithmetic.store(self.weight)))
         if self.bias is not None:
             y = y + self.bias
         if self.lora_a is None or self.lora_b is None:
             return arithmetic.store(y), LinearTrace(x, x, None, None)
         dropped = x if mask is None else x * mask
-        low_rank = arithmetic.product(f"{self.module}.lora_A", dropped, arithmetic.store(self.lora_a).T)
+        low_rank = arithmetic.product(f"{self.module}.lora_A", dropped, _turned(arithmetic.store(self.lora_a)))
         low_rank = arithmetic.store(low_rank)
-        update = arithmetic.product(f"{self.module}.lora_B", low_rank, arithmetic.store(self.lora_b).T)
+        update = arithmetic.product(f"{self.module}.lora_B", low_rank, _turned(arithmetic.store(self.lora_b)))
         return arithmetic.store(y + self.scale * update), LinearTrace(x, dropped, low_rank, mask)
 
     def backward(self, grad: Float64, trace: LinearTrace, run: BackwardRun) -> Float64:
@@ -114,22 +124,26 @@ class AdaptedLinear:
         arithmetic = run.arithmetic
         grad_x = arithmetic.product(f"{self.module}.grad_input", grad, arithmetic.store(self.weight))
         if run.with_base:
-            run.add(f"{self.module}.weight", _tokens(grad).T @ _tokens(trace.x))
+            run.add(f"{self.module}.weight", _turned(self._tokens(grad)) @ self._tokens(trace.x))
             if self.bias is not None:
-                run.add(f"{self.module}.bias", _tokens(grad).sum(axis=0))
+                run.add(f"{self.module}.bias", self._tokens(grad).sum(axis=-2))
         if self.lora_a is None or self.lora_b is None or trace.low_rank is None:
             return arithmetic.store(grad_x)
         name_a, name_b = lora_a_name(self.module), lora_b_name(self.module)
         scaled = self.scale * grad
-        grad_b = arithmetic.product(name_b, _tokens(scaled).T, _tokens(trace.low_rank))
+        grad_b = arithmetic.product(name_b, _turned(self._tokens(scaled)), self._tokens(trace.low_rank))
         grad_low_rank = arithmetic.product(f"{self.module}.grad_low_rank", scaled, arithmetic.store(self.lora_b))
         grad_low_rank = arithmetic.store(grad_low_rank)
-        grad_a = arithmetic.product(name_a, _tokens(grad_low_rank).T, _tokens(trace.dropped))
+        grad_a = arithmetic.product(name_a, _turned(self._tokens(grad_low_rank)), self._tokens(trace.dropped))
         run.add(name_b, arithmetic.store(grad_b))
         run.add(name_a, arithmetic.store(grad_a))
         through_a = arithmetic.product(f"{self.module}.grad_dropped", grad_low_rank, arithmetic.store(self.lora_a))
         return arithmetic.store(grad_x + (through_a if trace.mask is None else through_a * trace.mask))
 
+    def _tokens(self, x: Float64) -> Float64:
+        """One row to a token; in a stack one to each place of an expert."""
+        return x if self.weight.ndim == 3 else x.reshape(-1, x.shape[-1])
 
-def _tokens(x: Float64) -> Float64:
-    return x.reshape(-1, x.shape[-1])
+
+def _turned(matrix: Float64) -> Float64:
+    return np.swapaxes(matrix, -1, -2)

@@ -32,6 +32,8 @@ Config = Mapping[str, object]
 
 FIRST_ORDINARY_TOKEN = 3
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+ROUTERS = ("mlp.gate.weight", "block_sparse_moe.gate.weight")
+STACK = ".experts."
 
 
 def _shape(
@@ -120,15 +122,30 @@ def _center_and_spread(name: str, sides: tuple[int, ...], shape: LlamaShape) -> 
     if name.endswith("norm.weight"):
         # Norms start at 1 in real models; a wrong one would not show there.
         return 1.0 - shape.norm_offset, 0.2
-    return (0.0, 0.3) if name.endswith(".bias") else (0.0, 1.0 / sides[1] ** 0.5)
+    if name.endswith("bias"):
+        return 0.0, 0.3
+    # A router tells experts apart: logits of 2, so that weights of chosen experts differ.
+    return 0.0, (2.0 if name.endswith(ROUTERS) else 1.0) / sides[-1] ** 0.5
+
+
+def stored_one_by_one(tensors: Mapping[str, Float32]) -> Tensors:
+    """As the hub's checkpoints have stacks of experts: `experts.w1.weight` is `experts.0.w1.weight`, and so on."""
+    found: Tensors = {}
+    for name, tensor in tensors.items():
+        if tensor.ndim == 3:
+            found |= {name.replace(STACK, f"{STACK}{expert}."): weight for expert, weight in enumerate(tensor)}
+        else:
+            found[name] = tensor
+    return found
 
 
 def linear_shapes(shape: LlamaShape) -> dict[str, LinearShape]:
-    """Module path -> shape of every linear layer, the head left out."""
+    """Module path -> shape of every linear layer that can carry an adapter, the head left out; a stack of experts is
+    one."""
     return {
-        f"model.layers.{layer}.{name}": LinearShape(inputs, outputs)
+        f"model.layers.{layer}.{name}": LinearShape(sides[-1], sides[-2], *sides[:-2])
         for layer in range(shape.num_hidden_layers)
-        for name, (outputs, inputs) in shape.layer_linears().items()
+        for name, sides in shape.layer_linears(layer).items()
     }
 
 
@@ -144,7 +161,8 @@ def write_model(
     """Plain weights in float32, float16 or bfloat16, in one file or in several with an index; `tensors` of the result
     are what the files really hold. `config` is the config.json of a model that is no plain Llama."""
     kept = {name: _rounded(tensor, stored_dtype) for name, tensor in tensors.items()}
-    write_weights(folder, {name: _as_stored(t, stored_dtype) for name, t in kept.items()}, files=files)
+    stored = {name: _as_stored(t, stored_dtype) for name, t in stored_one_by_one(kept).items()}
+    write_weights(folder, stored, files=files)
     write_config(folder, shape, dtype=stored_dtype, config=config)
     return TinyModel(folder, shape, kept)
 
@@ -216,8 +234,9 @@ def write_quantized(
     files: int = 1,
     config: Config | None = None,
 ) -> TinyModel:
-    """The linear layers already packed, as the format's codec writes them, or another one of the format's; the rest in
-    `stored_dtype`. A tensor that is left out is left out. Raises ValueError for a format in which nothing is packed."""
+    """The linear layers already packed, as the format's codec writes them, or another one of the format's, each expert
+    by itself; the rest in `stored_dtype`. A tensor that is left out is left out. Raises ValueError for a format in
+    which nothing is packed."""
     record = record_of(quantization.weight_format)
     if record.layout is None:
         raise ValueError("there is no packed layout of weights that are not quantized")
@@ -227,14 +246,21 @@ def write_quantized(
     arrays = {name: _as_stored(tensor, stored_dtype) for name, tensor in rest.items()}
     stored: dict[str, Float64] = {}
     for module in linears:
-        if f"{module}.weight" in tensors:
-            packed = codec.quantize(tensors[f"{module}.weight"], size, quantization.double_quant)
-            stored[module] = codec.dequantize(packed)
-            arrays |= {module + suffix: (_safe_name(tensor), tensor) for suffix, tensor in packed.items()}
+        decoded = []
+        for name, weight in stored_one_by_one(_only(f"{module}.weight", tensors)).items():
+            packed, path = codec.quantize(weight, size, quantization.double_quant), name.removesuffix(".weight")
+            decoded.append(codec.dequantize(packed))
+            arrays |= {path + suffix: (_safe_name(tensor), tensor) for suffix, tensor in packed.items()}
+        if decoded:
+            stored[module] = np.stack(decoded) if linears[module].experts > 1 else decoded[0]
     write_weights(folder, arrays, files=files)
     described = codec.description(size, quantization.double_quant)
     write_config(folder, shape, dtype=stored_dtype, more=described, config=config)
     return TinyModel(folder, shape, {**tensors, **rest}, stored)
+
+
+def _only(name: str, tensors: Mapping[str, Float32]) -> Tensors:
+    return {name: tensors[name]} if name in tensors else {}
 
 
 def write_safetensors(path: Path, arrays: Mapping[str, tuple[str, Array]]) -> None:

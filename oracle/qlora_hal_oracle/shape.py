@@ -15,6 +15,86 @@ QUERY_NORM, KEY_NORM = "self_attn.q_norm", "self_attn.k_norm"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MixtureShape:
+    """Layers whose feed-forward part is a mixture of experts (arXiv:1701.06538, arXiv:2401.04088).
+
+    - `path` is its module in a decoder layer; `gate`, `up`, `down` are the names of an expert's linear layers;
+    - `scoring` of the router's logits, "softmax" over all experts or "sigmoid";
+    - `normalized`: the weights of the chosen experts are divided by their sum, then multiplied with `scaling`;
+    - `corrected`: a bias of each expert is added to its score for the choice, and to no weight (DeepSeek-V3);
+    - of `groups` of neighbouring experts only those in the `groups_chosen` best can be chosen (DeepSeek-V3);
+    - `shared` is the module of an expert that every token passes, `shared_inner` wide, with `shared_gate` that of a
+      sigmoid that multiplies what it gives (Qwen 2); no name, no such expert;
+    - `layers`: which have a mixture, the others an MLP; empty for all.
+    """
+
+    experts: int
+    experts_per_token: int
+    inner: int
+    path: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    scoring: str = "softmax"
+    normalized: bool = True
+    scaling: float = 1.0
+    corrected: bool = False
+    groups: int = 1
+    groups_chosen: int = 1
+    shared: str = ""
+    shared_inner: int = 0
+    shared_gate: str = ""
+    layers: tuple[bool, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 < self.experts_per_token <= self.experts * self.groups_chosen // self.groups:
+            raise ValueError(
+                f"{self.experts_per_token} of {self.experts} experts in {self.groups_chosen} of {self.groups} groups "
+                "are to be chosen for a token"
+            )
+        if self.experts % self.groups:
+            raise ValueError(f"{self.experts} experts cannot form {self.groups} groups of one size")
+
+    @property
+    def router(self) -> str:
+        """The router, by its name in a decoder layer."""
+        return f"{self.path}.gate"
+
+    @property
+    def correction(self) -> str:
+        """The bias of the choice."""
+        return f"{self.router}.e_score_correction_bias"
+
+    @property
+    def shared_gate_path(self) -> str:
+        return f"{self.path}.{self.shared_gate}"
+
+    def expert(self, part: str) -> str:
+        """The stack of all experts' "gate", "up" or "down", by its name in a decoder layer."""
+        return f"{self.path}.experts.{getattr(self, part)}"
+
+    def shared_expert(self, part: str) -> str:
+        """The shared expert's "gate", "up" or "down"."""
+        return f"{self.path}.{self.shared}.{getattr(self, part)}"
+
+    def linears(self, hidden: int) -> dict[str, tuple[int, ...]]:
+        """What can carry adapters: (experts, outputs, inputs) of the stacks, (outputs, inputs) of the shared expert."""
+        found = {self.expert(part): (self.experts, *sides) for part, sides in _parts(self.inner, hidden).items()}
+        if self.shared:
+            found |= {self.shared_expert(part): sides for part, sides in _parts(self.shared_inner, hidden).items()}
+        return found
+
+    def routers(self, hidden: int) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor that decides about tokens, by its name in a decoder layer."""
+        found: dict[str, tuple[int, ...]] = {f"{self.router}.weight": (self.experts, hidden)}
+        if self.corrected:
+            found[self.correction] = (self.experts,)
+        if self.shared_gate:
+            found[f"{self.shared_gate_path}.weight"] = (1, hidden)
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LlamaShape:
     """Sizes and constants; names as in Hugging Face's `LlamaConfig` where it has them.
 
@@ -33,7 +113,8 @@ class LlamaShape:
       `long_rotary_factors` do so where a batch has more than `rotary_original_length` positions; `rotary_magnitude`
       multiplies sine and cosine;
     - scales of the embeddings, of what each branch adds, and of the logits (all of them factors);
-    - `fused_projections`: queries, keys and values are one linear layer, gate and up another (Phi-3).
+    - `fused_projections`: queries, keys and values are one linear layer, gate and up another (Phi-3);
+    - `mixture`: layers with experts in place of the MLP.
     """
 
     vocab_size: int
@@ -67,6 +148,7 @@ class LlamaShape:
     residual_scale: float = 1.0
     logits_scale: float = 1.0
     fused_projections: bool = False
+    mixture: MixtureShape | None = None
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -80,6 +162,8 @@ class LlamaShape:
         for factors in (self.rotary_factors, self.long_rotary_factors):
             if len(factors) not in (0, self.rotary_size // 2):
                 raise ValueError(f"{len(factors)} rotary factors for {self.rotary_size // 2} pairs")
+        if self.mixture is not None and len(self.mixture.layers) not in (0, self.num_hidden_layers):
+            raise ValueError(f"{len(self.mixture.layers)} layers have experts or none, of {self.num_hidden_layers}")
 
     @property
     def queries_per_key(self) -> int:
@@ -113,22 +197,34 @@ class LlamaShape:
         """How many tokens a token sees in this layer; 0 for all."""
         return self.windows[layer] if self.windows else 0
 
-    def layer_linears(self) -> dict[str, tuple[int, int]]:
-        """(outputs, inputs) of every linear layer of a decoder layer, by its name there, in the order of the pass."""
-        hidden, inner, queries, keys = self.hidden_size, self.intermediate_size, self.query_size, self.key_size
+    def mixture_of(self, layer: int) -> MixtureShape | None:
+        """The experts of a layer; None where it has an MLP."""
+        has = self.mixture is not None and (not self.mixture.layers or self.mixture.layers[layer])
+        return self.mixture if has else None
+
+    def layer_linears(self, layer: int) -> dict[str, tuple[int, ...]]:
+        """(outputs, inputs) of every linear layer of a decoder layer that can carry an adapter, by its name there, in
+        the order of the pass; (experts, outputs, inputs) of a stack of experts."""
+        hidden, queries, keys = self.hidden_size, self.query_size, self.key_size
+        mixture = self.mixture_of(layer)
         if self.fused_projections:
             attention = {"self_attn.qkv_proj": (queries + 2 * keys, hidden)}
-            gates = {"mlp.gate_up_proj": (2 * inner, hidden)}
         else:
             attention = {
                 f"self_attn.{n}_proj": (size, hidden) for n, size in (("q", queries), ("k", keys), ("v", keys))
             }
-            gates = {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden)}
-        return {**attention, "self_attn.o_proj": (hidden, queries), **gates, "mlp.down_proj": (hidden, inner)}
+        feed_forward = self._mlp() if mixture is None else mixture.linears(hidden)
+        return {**attention, "self_attn.o_proj": (hidden, queries), **feed_forward}
+
+    def _mlp(self) -> dict[str, tuple[int, ...]]:
+        hidden, inner = self.hidden_size, self.intermediate_size
+        if self.fused_projections:
+            return {"mlp.gate_up_proj": (2 * inner, hidden), "mlp.down_proj": (hidden, inner)}
+        return {f"mlp.{part}_proj": sides for part, sides in _parts(inner, hidden).items()}
 
     def has_bias(self, linear: str) -> bool:
         """Whether a linear layer of a decoder layer has one."""
-        if linear.startswith("mlp."):
+        if not linear.startswith("self_attn."):
             return self.mlp_bias
         return self.output_bias if linear == "self_attn.o_proj" else self.query_key_value_bias
 
@@ -139,7 +235,7 @@ class LlamaShape:
         return {**dict.fromkeys(names, self.hidden_size), **dict.fromkeys(of_heads, self.head_dim)}
 
     def tensor_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Name -> shape of every tensor that a checkpoint must have."""
+        """Name -> shape of every tensor that a checkpoint must have; a stack of experts is one tensor here."""
         shapes: dict[str, tuple[int, ...]] = {
             f"{EMBEDDING}.weight": (self.vocab_size, self.hidden_size),
             f"{FINAL_NORM}.weight": (self.hidden_size,),
@@ -148,9 +244,17 @@ class LlamaShape:
             shapes[f"{HEAD}.weight"] = (self.vocab_size, self.hidden_size)
         for layer in range(self.num_hidden_layers):
             path = f"model.layers.{layer}"
-            for name, sides in self.layer_linears().items():
+            mixture = self.mixture_of(layer)
+            if mixture is not None:
+                shapes |= {f"{path}.{name}": sides for name, sides in mixture.routers(self.hidden_size).items()}
+            for name, sides in self.layer_linears(layer).items():
                 shapes[f"{path}.{name}.weight"] = sides
                 if self.has_bias(name):
                     shapes[f"{path}.{name}.bias"] = sides[:1]
             shapes |= {f"{path}.{name}.weight": (width,) for name, width in self.layer_norms().items()}
         return shapes
+
+
+def _parts(inner: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    """(outputs, inputs) of the three linear layers of a gated feed-forward part, in the order of the pass."""
+    return {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}

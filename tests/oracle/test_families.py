@@ -44,6 +44,7 @@ def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
         return call
 
     monkeypatch.setattr(torch.Tensor, "to", wide(torch.Tensor.to))
+    monkeypatch.setattr(torch.Tensor, "type", wide(torch.Tensor.type))
 
 
 def in_transformers(folder: Path, oracle: OracleTrainer) -> Any:

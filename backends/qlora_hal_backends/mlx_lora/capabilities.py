@@ -95,6 +95,7 @@ _FEATURES = frozenset(
         Feature.TOKEN_WEIGHTS,
         Feature.PAGED_ADAMW,
         Feature.DATA_PARALLEL,
+        Feature.EXPERTS,
     }
 )
 
@@ -125,12 +126,16 @@ MLX_NOTES: Mapping[str, str] = {
     **({"bfloat16": "MLX emulates bfloat16 on a CPU: correct, but many times slower than float32"} if IS_CPU else {}),
 }
 
+MIXTURES = frozenset({"mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v3"})
+"""Kinds of models whose experts are trained: those of `experts.FAMILIES`."""
+
 CAPABILITIES = Capabilities(
     weight_formats=frozenset({WeightFormat.NONE, WeightFormat.NF4, *MLX_FORMATS}),
     compute_dtypes=frozenset({"bfloat16", "float32"}),
     features=_FEATURES | ({Feature.BITWISE_DETERMINISM} if IS_CPU else set()),
     block_sizes={WeightFormat.NF4: BLOCK_SIZES, **{f: known.group_sizes for f, known in MLX_FORMATS.items()}},
     levels={"none": WeightFormat.NONE, "8bit": WeightFormat.INT8_AFFINE, "4bit": WeightFormat.INT4_AFFINE},
+    families=MIXTURES,
 )
 MEMORY = MemoryConstants(
     cross_entropy_rows=LOSS_CHUNK_ROWS,

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
+from qlora_hal_backends.mlx_lora.experts import FrozenExperts
 from qlora_hal_backends.mlx_lora.lora_linear import FrozenLinear, LoRASlots
 
 
@@ -17,7 +18,7 @@ class RecomputedLayer:
     Everything else that the model asks of a layer is answered by the layer itself.
     """
 
-    def __init__(self, layer: Module, linears: Sequence[FrozenLinear], slots: LoRASlots) -> None:
+    def __init__(self, layer: Module, linears: Sequence[FrozenLinear | FrozenExperts], slots: LoRASlots) -> None:
         self._layer = layer
         self._linears = linears
         self._slots = slots

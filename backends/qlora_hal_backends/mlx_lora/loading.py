@@ -28,17 +28,33 @@ from qlora_hal_backends.mlx_lora.base_weights import BaseWeight
 from qlora_hal_backends.mlx_lora.compared import check_compared
 from qlora_hal_backends.mlx_lora.config_reading import Config
 from qlora_hal_backends.mlx_lora.embedding import put_embedding_right
+from qlora_hal_backends.mlx_lora.expert_loading import (
+    StoredExperts,
+    forget_joined,
+    load_experts,
+    names_in_mlx_lm,
+    take_experts,
+)
+from qlora_hal_backends.mlx_lora.experts import ExpertBlock, FrozenExperts, FrozenStacks, expert_blocks
 from qlora_hal_backends.mlx_lora.gradient_checkpointing import RecomputedLayer
 from qlora_hal_backends.mlx_lora.head import Head, find_head
 from qlora_hal_backends.mlx_lora.linear_weights import read_base_weight, require_finite
 from qlora_hal_backends.mlx_lora.lora_linear import FrozenLinear, LoRASlots
 from qlora_hal_backends.mlx_lora.sliding_window import MissingWindow
-from qlora_hal_backends.mlx_lora.stored_tensors import Weights, mismatch, open_tensors, renamed, ties_its_head
+from qlora_hal_backends.mlx_lora.stored_tensors import (
+    Weights,
+    mismatch,
+    open_tensors,
+    renamed,
+    ties_its_head,
+    with_the_head_that_is_tied,
+)
 
 
 @dataclass(slots=True)
 class BaseModel:
-    """A loaded base. `linears` are by the names of the checkpoint, which are the canonical ones.
+    """A loaded base. `linears` are by the names of the checkpoint, which are the canonical ones; a stack of experts is
+    one.
 
     `rotary` tells where rotary positions change with the length of a row; `mixes_samples` why several samples cannot
     share a row, "" where they can, None while nobody has asked (`packing.why_not`).
@@ -46,7 +62,7 @@ class BaseModel:
 
     causal: Any
     head: Head | None
-    linears: Mapping[str, FrozenLinear]
+    linears: Mapping[str, FrozenLinear | FrozenExperts]
     slots: LoRASlots
     architecture: str
     window: MissingWindow
@@ -57,7 +73,8 @@ class BaseModel:
 @dataclass(frozen=True, slots=True)
 class Assembled:
     """A model and the tensors that belong in it, none of them read. `linears` maps the path of every linear layer that
-    can carry LoRA to its module."""
+    can carry LoRA to its module; `blocks` are the mixtures of experts, whose tensors `experts` holds. `read` is
+    config.json as transformers reads it."""
 
     causal: Any
     window: MissingWindow
@@ -66,6 +83,14 @@ class Assembled:
     linears: Mapping[str, Module]
     hidden_size: int
     notes: tuple[str, ...]
+    blocks: tuple[ExpertBlock, ...]
+    experts: StoredExperts
+    read: Config
+
+    def paths(self) -> frozenset[str]:
+        """The canonical paths of all modules that can carry LoRA."""
+        stacks = (stack for block in self.blocks for stack in block.stacks)
+        return frozenset((*(self.weights.origin[path] for path in self.linears), *stacks))
 
 
 def assemble(source: ModelSource) -> Assembled:
@@ -74,16 +99,25 @@ def assemble(source: ModelSource) -> Assembled:
     read = read_config(source)
     notes = check_compared(source, read)
     arrays = open_tensors(source)
-    built = build_model(source, read, ties_its_head(arrays, source.facts.config, read))
+    is_tied = ties_its_head(arrays, source.facts.config, read)
+    built = build_model(source, read, is_tied)
     causal = built.causal
+    if is_tied:
+        arrays = with_the_head_that_is_tied(arrays, causal)
+    experts = take_experts(arrays, source)
+    forget_joined(arrays, experts)
     weights = renamed(arrays, causal, source)
+    blocks = tuple(block for block in expert_blocks(causal, source.facts.model_type) if experts.has(block.stacks[0]))
+    packed_apart = names_in_mlx_lm(blocks)
+    for name in packed_apart & weights.arrays.keys():
+        del weights.arrays[name]
     linears = {
         path: module
         for path, module in reversed(causal.named_modules())
         if type(module) is Linear and weights.origin.get(path) in source.facts.linear_modules
     }
     _refuse_packed_elsewhere(weights, linears, source)
-    _check_complete(causal, weights, source)
+    _check_complete(causal, weights, source, packed_apart)
     hidden_size = int(text_config(read).get("hidden_size") or 0)
     return Assembled(
         causal,
@@ -93,6 +127,9 @@ def assemble(source: ModelSource) -> Assembled:
         linears,
         hidden_size,
         (*notes, *weights.notes, *built.notes, *_dropout(read)),
+        blocks,
+        experts,
+        read,
     )
 
 
@@ -115,7 +152,7 @@ def load_base(source: ModelSource, quantization: Quantization, compute: Compute)
     assembled = assemble(source)
     causal, weights = assembled.causal, assembled.weights
     slots = LoRASlots()
-    linears = {}
+    linears: dict[str, FrozenLinear | FrozenExperts] = {}
     for path, module in assembled.linears.items():
         base = _packed(weights, path, source, quantization, dtype, expected=_sides(module))
         bias = weights.take(f"{path}.bias").astype(mx.float32) if weights.has(f"{path}.bias") else None
@@ -125,6 +162,8 @@ def load_base(source: ModelSource, quantization: Quantization, compute: Compute)
         frozen = FrozenLinear(base, bias, slots)
         _place(causal, path, frozen)
         linears[weights.origin[path]] = frozen
+    for block in assembled.blocks:
+        linears |= load_experts(block, assembled.experts, source, quantization, dtype, slots, assembled.read)
     _fill_parameters(causal, weights, source, dtype)
     put_embedding_right(causal, source.facts.model_type, assembled.hidden_size, dtype)
     base_model = BaseModel(
@@ -203,11 +242,11 @@ def _quantize_places(causal: Any, weights: Weights, source: ModelSource) -> None
     )
 
 
-def _check_complete(causal: Any, weights: Weights, source: ModelSource) -> None:
+def _check_complete(causal: Any, weights: Weights, source: ModelSource, apart: Collection[str]) -> None:
     """Raises ModelError QH-M50 with all that is missing or left over, or for a wrong shape or dtype, before anything is
-    read."""
+    read. What is in `apart` is checked where it is packed."""
     packed = source.facts.prequantized is not None
-    expected = dict(_parameters(causal))
+    expected = {name: parameter for name, parameter in _parameters(causal) if name not in apart}
     missing = sorted(name for name in expected if not weights.has(name))
     left = [
         name
@@ -265,7 +304,9 @@ def _recompute_layers(base: BaseModel) -> None:
 
 def _parts(module: Any) -> list[Any]:
     """The frozen layers below a module: they are attributes, not children that MLX knows."""
-    return [value for child in module.modules() for value in vars(child).values() if isinstance(value, FrozenLinear)]
+    found = [value for child in module.modules() for value in vars(child).values()]
+    stacks = [part for value in found if isinstance(value, FrozenStacks) for part in (value.gate, value.up, value.down)]
+    return [*(value for value in found if isinstance(value, FrozenLinear)), *stacks]
 
 
 def decoder_layers(causal: Any) -> list[Any]:

@@ -3,6 +3,7 @@
     m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2
     p = p (1 - lr wd) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
+An expert whose A and B have no gradient at all got no token: its p, m and v stay as they are, to the last bit.
 mlx.optimizers.AdamW leaves the correction out by default and knows no refusal, so this is written here.
 """
 
@@ -10,16 +11,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from qlora_hal.adapter.naming import lora_a_key, lora_b_key, module_of
 from qlora_hal.contract.toolkit import MOMENTS, check_moments
 from qlora_hal.contract.values import OptimizerSnapshot, StepSettings
 
 Arrays = list[mx.array]
+STACK_AXES = 3
+"""Of an adapter tensor of a stack of experts, `[experts, ...]`."""
 
 
 class AdamW:
@@ -32,7 +37,7 @@ class AdamW:
         self.parameters: Arrays = [tensors[name] for name in self.names]
         self._moments = [[mx.zeros_like(p) for p in self.parameters] for _ in MOMENTS]
         self._step = mx.array(0.0)
-        self._apply = compiled(_updated)
+        self._apply = compiled(partial(_updated, _pairs(self.names, tensors)))
 
     @property
     def tensors(self) -> dict[str, mx.array]:
@@ -98,7 +103,19 @@ def _logarithm(beta: float) -> float:
     return math.log(beta) if beta > 0.0 else -math.inf
 
 
+def _pairs(names: Sequence[str], tensors: Mapping[str, mx.array]) -> tuple[int | None, ...]:
+    """For each tensor of a stack of experts the place of the other one of its module, A's of B and B's of A."""
+    places = {name: place for place, name in enumerate(names)}
+    found: list[int | None] = []
+    for name in names:
+        module, half = module_of(name)
+        other = lora_b_key(module) if half == "A" else lora_a_key(module)
+        found.append(places[other] if tensors[name].ndim == STACK_AXES else None)
+    return tuple(found)
+
+
 def _updated(
+    pairs: tuple[int | None, ...],
     parameters: Arrays,
     first: Arrays,
     second: Arrays,
@@ -115,15 +132,23 @@ def _updated(
     # expm1 keeps the digits that 1 - b^t loses in float32 for small t.
     correction1, correction2 = -mx.expm1(now * log1), -mx.expm1(now * log2)
     after: tuple[Arrays, Arrays, Arrays] = ([], [], [])
-    for p, m, v, g in zip(parameters, first, second, gradients, strict=True):
+    for place, (p, m, v, g) in enumerate(zip(parameters, first, second, gradients, strict=True)):
+        other = pairs[place]
+        moves = applied if other is None else applied & (_has_any(g) | _has_any(gradients[other]))
         g = g * factor
         new_m = beta1 * m + rest1 * g
         new_v = beta2 * v + rest2 * (g * g)
         update = rate * (new_m / correction1) / (mx.sqrt(new_v / correction2) + epsilon)
         for kept, new, old in zip(after, (p - decay * p - update, new_m, new_v), (p, m, v), strict=True):
-            kept.append(mx.where(applied, new, old))
+            kept.append(mx.where(moves, new, old))
     figures = mx.concatenate([loss_sum, mx.stack([norm, applied.astype(mx.float32)])])
     return *after, mx.where(applied, now, step), figures
+
+
+def _has_any(gradient: mx.array) -> mx.array:
+    """Whether an expert has a gradient, `[experts, 1, 1]`."""
+    found: mx.array = (gradient != 0).any(axis=(-2, -1), keepdims=True)
+    return found
 
 
 def global_norm(arrays: Sequence[mx.array]) -> mx.array:

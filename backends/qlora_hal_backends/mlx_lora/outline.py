@@ -15,7 +15,7 @@ def outline(source: ModelSource, options: Mapping[str, object]) -> ModelOutline:
     """Raises ModelError as `assemble` does. MLX opens the weight files here and reads their headers; of a
     tied model that has a head stored, the head and the embedding."""
     assembled = assemble(source)
-    here = {assembled.weights.origin[path] for path in assembled.linears}
+    here = assembled.paths()
     shapes = {name: shape for name, shape in source.facts.linear_modules.items() if name in here}
     notes = (*left_out_notes(source.facts), *_not_here(source, shapes), *assembled.notes)
     return ModelOutline(shapes, notes, assembled.rotary)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from qlora_hal.errors import ModelError
 from qlora_hal.model.facts import TensorFacts, text_config
@@ -103,6 +104,17 @@ def ties_its_head(arrays: Arrays, config: Mapping[str, object], read: Mapping[st
     for name in [name for name in arrays if name.startswith(tuple(heads))]:
         del arrays[name]
     return True
+
+
+def with_the_head_that_is_tied(arrays: Arrays, causal: Any) -> Arrays:
+    """`arrays` with the embedding as the head too, where mlx-lm's model has a head of its own whatever config.json says
+    (Qwen2-MoE); to be asked of a model that ties. The numbers are the same in memory."""
+    named: list[tuple[str, mx.array]] = cast("Any", tree_flatten(causal.parameters()))
+    heads = [name for name, _ in named if _HEAD.search(name) and name not in arrays]
+    embedding = next((array for name, array in arrays.items() if _EMBEDDING.search(name)), None)
+    if embedding is None:
+        return arrays
+    return {**arrays, **{name: mx.stop_gradient(embedding) for name in heads}}
 
 
 def _below(module: str, arrays: Arrays) -> Arrays:

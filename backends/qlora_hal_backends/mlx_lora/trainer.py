@@ -14,6 +14,7 @@ import numpy as np
 
 from qlora_hal.adapter.fitting import check_fits
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key
+from qlora_hal.adapter.targets import require_no_dropout_on_experts
 from qlora_hal.contract import dropout
 from qlora_hal.contract.backend import BackendSpec, Compute, DeviceFacts, Quantization, QuantizedLoRATrainer
 from qlora_hal.contract.capabilities import Feature, Requirements, WeightFormat
@@ -122,12 +123,15 @@ class MLXLoRATrainer(QuantizedLoRATrainer):
 
     def linear_modules(self) -> Mapping[str, LinearShape]:
         shapes = {name: linear.base.shape for name, linear in self._loaded.linears.items()}
-        return {name: LinearShape(inputs, outputs) for name, (outputs, inputs) in shapes.items()}
+        return {name: LinearShape(inputs, outputs, *experts) for name, (*experts, outputs, inputs) in shapes.items()}
 
     def attach(self, adapter: Adapter, optimizer: str = "adamw") -> None:
         check_optimizer(optimizer, self.spec)
         with self._device_for("attaching the adapter"):
-            check_fits(adapter, self.linear_modules(), where=f"the adapter for {self.spec.name}")
+            modules = self.linear_modules()
+            check_fits(adapter, modules, where=f"the adapter for {self.spec.name}")
+            targets = [modules[name] for name in adapter.config.target_modules]
+            require_no_dropout_on_experts(adapter.config.dropout, targets)
             self._place(adapter)
             tensors = {name: to_device(tensor) for name, tensor in adapter.tensors.items()}
             mx.eval(*tensors.values())
@@ -263,7 +267,7 @@ class MLXLoRATrainer(QuantizedLoRATrainer):
             linear.place = None
             if name in config.target_modules:
                 a_name, b_name = lora_a_key(name), lora_b_key(name)
-                words = _channel_words(name, linear.base.shape[1]) if config.dropout else None
+                words = _channel_words(name, linear.base.shape[-1]) if config.dropout else None
                 linear.place = LoRAPlace(a_name, b_name, config.scale, config.dropout, words)
 
     @contextmanager

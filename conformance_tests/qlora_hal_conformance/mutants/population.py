@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from . import (
     cheats,
     combinations,
+    experts,
     families,
     formats,
     forward,
@@ -35,6 +36,7 @@ _ROOMS = (
     formats,
     forward,
     families,
+    experts,
     loss,
     training,
     state,

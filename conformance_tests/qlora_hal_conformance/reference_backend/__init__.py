@@ -17,6 +17,7 @@ from qlora_hal.contract.capabilities import Capabilities, Feature, WeightFormat
 NAME = "reference"
 FOUR_BIT_BLOCK_SIZES = (64, 32, 128, 256)
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite"})
+FAMILIES |= {"mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe"}
 
 CAPABILITIES = Capabilities(
     weight_formats=frozenset({WeightFormat.NONE, WeightFormat.INT8, WeightFormat.NF4, WeightFormat.FP4}),
@@ -34,6 +35,7 @@ CAPABILITIES = Capabilities(
             Feature.TOKEN_WEIGHTS,
             Feature.DATA_PARALLEL,
             Feature.SHARDED_BASE,
+            Feature.EXPERTS,
         }
     ),
     block_sizes={WeightFormat.NF4: FOUR_BIT_BLOCK_SIZES, WeightFormat.FP4: FOUR_BIT_BLOCK_SIZES},

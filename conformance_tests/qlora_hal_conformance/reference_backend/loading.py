@@ -14,6 +14,7 @@ from qlora_hal.errors import ModelError
 from qlora_hal.files.safetensors_file import Array, read_arrays
 from qlora_hal.formats.catalogue import record_of
 from qlora_hal.formats.record import FormatRecord
+from qlora_hal.model.expert_stacks import path_of
 from qlora_hal.model.source import ModelSource
 from qlora_hal_oracle import FourBitFormat, FourBitLayout, FourBitWeight, LlamaShape, QuantizedAbsmax, read_shape
 from qlora_hal_oracle.arrays import Float64
@@ -37,7 +38,7 @@ class LoadedBase:
 def load_base(
     source: ModelSource, quantization: Quantization, rounded: Round, pack: Pack, unpack: Unpack
 ) -> LoadedBase:
-    """Read every tensor, quantize the linear layers, keep the rest in the compute dtype.
+    """Read every tensor, quantize the linear layers, experts one by one, keep the rest in the compute dtype.
 
     Raises ModelError (QH-M50) with every tensor that is missing, left over or of another shape.
     """
@@ -47,10 +48,18 @@ def load_base(
     linear_modules, packed = dict(source.facts.linear_modules), source.facts.prequantized
     record = record_of(packed.weight_format) if packed is not None else None
     weights: dict[str, Float64] = {}
-    for module in linear_modules:
-        if any(module + suffix in tensors for suffix in _weight_suffixes(record)):
-            stored = _take_packed(tensors, module, record) or pack(tensors.pop(f"{module}.weight"), quantization)
-            weights[f"{module}.weight"] = rounded(unpack(stored))
+
+    def read(module: str) -> Float64 | None:
+        if not any(module + suffix in tensors for suffix in _weight_suffixes(record)):
+            return None
+        stored = _take_packed(tensors, module, record) or pack(tensors.pop(f"{module}.weight"), quantization)
+        return rounded(unpack(stored))
+
+    for module, linear in linear_modules.items():
+        paths = [module] if linear.experts == 1 else [path_of(module, expert) for expert in range(linear.experts)]
+        found = [weight for weight in map(read, paths) if weight is not None]
+        if found:
+            weights[f"{module}.weight"] = found[0] if linear.experts == 1 else np.stack(found)
     weights |= {name: rounded(tensor.astype(np.float64)) for name, tensor in tensors.items() if _is_weight(name)}
     shape = _shape(source)
     _check_complete(source, shape, weights)

@@ -22,6 +22,7 @@ def refuse_load(spec: BackendSpec, source: ModelSource, quantization: Quantizati
         Feature.GRADIENT_CHECKPOINTING: compute.gradient_checkpointing,
         Feature.DATA_PARALLEL: compute.world.size > 1,
         Feature.SHARDED_BASE: compute.shard_base,
+        Feature.EXPERTS: any(linear.experts > 1 for linear in source.facts.linear_modules.values()),
     }
     require(
         spec,

@@ -12,6 +12,7 @@ from typing import ClassVar
 import numpy as np
 
 from qlora_hal.adapter.fitting import check_fits
+from qlora_hal.adapter.targets import require_no_dropout_on_experts
 from qlora_hal.contract.backend import BackendSpec, Compute, DeviceFacts, Quantization, QuantizedLoRATrainer
 from qlora_hal.contract.capabilities import Feature, Requirements
 from qlora_hal.contract.dropout import rows_of
@@ -114,6 +115,8 @@ class ReferenceTrainer(QuantizedLoRATrainer):
         with self.memory_named("attaching the adapter"):
             check_fits(adapter, self.base.linear_modules, where="attach")
             refuse_untargeted(adapter)
+            targets = [self.base.linear_modules[module] for module in adapter.config.target_modules]
+            require_no_dropout_on_experts(adapter.config.dropout, targets)
             parameters = {name: self.rooms.adapter_in(tensor) for name, tensor in sorted(adapter.tensors.items())}
         model = self.rooms.model(self.base.shape, self.base.weights, parameters, self.rooms.scale(adapter.config))
         self._attached = Attached(adapter, parameters, model, AdamWState())
@@ -156,9 +159,8 @@ class ReferenceTrainer(QuantizedLoRATrainer):
 
     def whole_gradient(self, window: Sequence[Batch], divisor: float, masks_of: MasksOf) -> WholeWindow:
         """That of all ranks, of which each has its share of the window."""
-        with self.memory_named("counting tokens"):
+        with self.memory_named("a training step"), _quiet():
             counted = sum(batch.counted_tokens for batch in window)
-        with _quiet():
             return self.rooms.over_ranks(self.ranks, self.gradient_of(window, divisor, masks_of), counted, divisor)
 
     def gradient_of(self, window: Sequence[Batch], divisor: float, masks_of: MasksOf) -> WindowResult:

@@ -11,7 +11,6 @@ import pytest
 from qlora_hal.contract.backend import Compute, Quantization
 from qlora_hal.contract.capabilities import Feature, WeightFormat
 from qlora_hal.formats.catalogue import record_of
-from qlora_hal.formats.record import FormatRecord
 from qlora_hal.model.source import ModelSource
 from qlora_hal_conformance.assertions import Judge
 from qlora_hal_conformance.comparing import judge_gradients, judge_logits, must_refuse, unless_refused
@@ -25,15 +24,14 @@ from qlora_hal_conformance.parameters import (
     in_each_dtype,
 )
 from qlora_hal_conformance.random_inputs import draw_adapter, draw_batch
+from qlora_hal_conformance.stored_weights import in_dtype, judge_format_error, judge_stored, weight_to_store
 from qlora_hal_conformance.subject import Subject
 from qlora_hal_conformance.tolerances import (
     Bound,
     codebook_distance,
     decoded_exactly,
-    format_error,
     grid_spacing,
     nearest_entry,
-    solver_error,
     stored_rounding,
 )
 from qlora_hal_oracle import (
@@ -49,7 +47,6 @@ from qlora_hal_oracle import (
     quantize_four_bit,
     quantize_microscaling,
     quantize_mlx_affine,
-    round_to_bfloat16,
 )
 from qlora_hal_oracle.arrays import Float32, Float64
 from qlora_hal_oracle.codebooks import FOUR_BIT_CODEBOOKS
@@ -96,7 +93,7 @@ def test_every_weight_is_within_the_bound_of_its_format(
 ) -> None:
     ready = opened(weight_format=weight_format)
     for module in linear_shapes(ready.model.shape):
-        _judge_format_error(module, ready, judging)
+        judge_format_error(module, ready, judging)
 
 
 @pytest.mark.parametrize("weight_format", each_format())
@@ -104,9 +101,9 @@ def test_every_layer_of_a_deep_model_is_stored_so(weight_format: WeightFormat, o
     """Within the bound, and not closer to the original than the format allows: a layer left out would be."""
     ready = opened("deep", weight_format=weight_format)
     for module in linear_shapes(ready.model.shape):
-        _judge_format_error(module, ready, judging)
+        judge_format_error(module, ready, judging)
         if weight_format is not WeightFormat.NONE:
-            weight, decoded = _weight(module, ready), ready.trainer.dequantized_weight(module)
+            weight, decoded = weight_to_store(module, ready), ready.trainer.dequantized_weight(module)
             assert not np.array_equal(decoded, weight), f"{module} is not quantized"
 
 
@@ -117,7 +114,10 @@ def test_blocks_have_the_size_that_was_asked_for(
     """Every decoded weight lies on the grid of its own block, and on the nearest point of it."""
     ready = opened(weight_format=weight_format, block_size=size)
     for module in linear_shapes(ready.model.shape):
-        weight, decoded = _weight(module, ready), ready.trainer.dequantized_weight(module).astype(np.float64)
+        weight, decoded = (
+            weight_to_store(module, ready),
+            ready.trainer.dequantized_weight(module).astype(np.float64),
+        )
         match record_of(weight_format).codec:
             case MlxAffineCodec() as codec:
                 _judge_affine_grid(module, ready, codec, decoded, judging)
@@ -158,7 +158,7 @@ def test_double_quantization_keeps_its_bound(
     ready = opened(weight_format=weight_format, double_quant=True)
     coded = 0
     for module in linear_shapes(ready.model.shape):
-        _judge_format_error(module, ready, judging)
+        judge_format_error(module, ready, judging)
         decoded = ready.trainer.dequantized_weight(module).astype(np.float64)
         found = np.abs(decoded.reshape(-1, ready.quantization.block_size or 0)).max(axis=1)
         stored, read = _absmax_by_reading(module, ready)
@@ -166,7 +166,7 @@ def test_double_quantization_keeps_its_bound(
             _absmax_bound(read) + decoded_exactly(found, ready.dtype).value + stored_rounding(read, ready.dtype) / 2
         )
         judging.within(f"absmax of {module}", found, read, Bound(allowed, "bound of the 8-bit codec + 2 u |a|"))
-        coded += min(_count_apart(found, _in_dtype(absmax, ready.dtype)) for absmax in (stored, read))
+        coded += min(_count_apart(found, in_dtype(absmax, ready.dtype)) for absmax in (stored, read))
     assert coded, "every absmax is exact: double quantization was ignored"
     _judge_products(ready, seeded, judging)
 
@@ -190,7 +190,7 @@ def test_quantized_checkpoint_is_taken_as_it_is(
     """The weights are those that the stored codes decode to, not those of a second quantization, and the products are
     theirs."""
     ready = opened(weight_format=weight_format, block_size=size, double_quant=double, prequantized=True)
-    _judge_stored(ready, judging)
+    judge_stored(ready, judging)
     _judge_products(ready, seeded, judging)
 
 
@@ -204,7 +204,7 @@ def test_quantized_checkpoint_in_several_files(opened: Opener, seeded: np.random
         storage = Quantization(weight_format, opened.default_block(weight_format))
         model = opened.models.quantized("main", storage, stored_dtype="bfloat16", files=3)
         ready = opened(model, weight_format=weight_format, block_size=storage.block_size, prequantized=True)
-        _judge_stored(ready, judging)
+        judge_stored(ready, judging)
         _judge_products(ready, seeded, judging)
 
 
@@ -230,7 +230,7 @@ def test_gptq_checkpoint_is_read_in_its_own_convention(
     name = f"gptq-{kind.convention.value}-{kind.symmetric}-{kind.act_order}"
     model = write_quantized(opened.models.folder / name, shape, tensors, storage, codec=kind)
     ready = opened(model, weight_format=storage.weight_format, block_size=storage.block_size, prequantized=True)
-    _judge_stored(ready, judging)
+    judge_stored(ready, judging)
     _judge_products(ready, seeded, judging)
 
 
@@ -247,8 +247,8 @@ def test_checkpoint_in_half_precision_is_quantized_from_its_own_values(
     chosen = next((f for f in FORMATS if f in declared and f is not WeightFormat.NONE), opened.subject.main_format)
     ready = opened(opened.models.plain("main", stored_dtype=stored_dtype, files=files), weight_format=chosen)
     for module in linear_shapes(ready.model.shape):
-        _judge_format_error(module, ready, judging)
-        kept = np.array_equal(ready.trainer.dequantized_weight(module), _weight(module, ready))
+        judge_format_error(module, ready, judging)
+        kept = np.array_equal(ready.trainer.dequantized_weight(module), weight_to_store(module, ready))
         assert chosen is WeightFormat.NONE or not kept, f"{module} is not quantized"
     _judge_products(ready, seeded, judging)
 
@@ -284,7 +284,7 @@ def test_rows_without_a_whole_number_of_blocks(weight_format: WeightFormat, open
     if ready is None:
         return
     for module in linear_shapes(ready.model.shape):
-        _judge_format_error(module, ready, judging)
+        judge_format_error(module, ready, judging)
 
 
 def test_format_of_another_distribution_is_its_codec(opened: Opener, judging: Judge) -> None:
@@ -295,10 +295,12 @@ def test_format_of_another_distribution_is_its_codec(opened: Opener, judging: Ju
         if opened.subject.declares(Feature.QUANTIZE_ON_LOAD):
             ready = of_format(prequantized=False)
             for module in linear_shapes(ready.model.shape):
-                _judge_format_error(module, ready, judging)
-                assert not np.array_equal(ready.trainer.dequantized_weight(module), _weight(module, ready)), module
+                judge_format_error(module, ready, judging)
+                assert not np.array_equal(ready.trainer.dequantized_weight(module), weight_to_store(module, ready)), (
+                    module
+                )
         if opened.subject.declares(Feature.LOAD_PREQUANTIZED):
-            _judge_stored(of_format(prequantized=True), judging)
+            judge_stored(of_format(prequantized=True), judging)
 
 
 def _storages_of_others(subject: Subject) -> Iterator[tuple[WeightFormat, int | None, bool]]:
@@ -337,40 +339,10 @@ def _judge_products(ready: Opened, seeded: np.random.Generator, judging: Judge) 
 
 
 # the formats ----------------------------------------------------------------------------------------------------------
-def _judge_stored(ready: Opened, judging: Judge) -> None:
-    assert ready.model.stored is not None
-    for module, expected in ready.model.stored.items():
-        found = ready.trainer.dequantized_weight(module)
-        judging.within(module, found, expected, decoded_exactly(expected, ready.dtype))
-
-
-def _judge_format_error(module: str, ready: Opened, judging: Judge) -> None:
-    weight, decoded, record = _weight(module, ready), ready.trainer.dequantized_weight(module), _record(ready)
-    if record.calibrated:
-        _judge_calibrated(module, ready, weight, decoded, judging)
-        return
-    bound = record.codec.error_bound(weight, ready.quantization.block_size, ready.quantization.double_quant)
-    assert bound is not None, f"{record.name} is not calibrated, and its codec has no bound"
-    judging.within(module, decoded, weight, format_error(bound, weight, ready.dtype))
-
-
-def _record(ready: Opened) -> FormatRecord:
-    return record_of(ready.quantization.weight_format)
-
-
-def _weight(module: str, ready: Opened) -> Float32:
-    """What there is to quantize: the weight in the compute dtype, as a backend may read it."""
-    return _in_dtype(ready.model.tensors[f"{module}.weight"], ready.dtype)
-
-
-def _in_dtype(values: Float32, dtype: str) -> Float32:
-    return round_to_bfloat16(values) if dtype == "bfloat16" else values.astype(dtype).astype(np.float32)
-
-
 def _four_bit(module: str, ready: Opened) -> FourBitWeight:
     kind = FourBitFormat(ready.quantization.weight_format.value)
     size = ready.quantization.block_size or 0
-    return quantize_four_bit(_weight(module, ready), weight_format=kind, block_size=size)
+    return quantize_four_bit(weight_to_store(module, ready), weight_format=kind, block_size=size)
 
 
 def _absmax_by_reading(module: str, ready: Opened) -> tuple[Float32, Float32]:
@@ -379,7 +351,7 @@ def _absmax_by_reading(module: str, ready: Opened) -> tuple[Float32, Float32]:
     kind = FourBitFormat(ready.quantization.weight_format.value)
     stored, read = (
         quantize_four_bit(weight, weight_format=kind, block_size=ready.quantization.block_size or 0).absmax
-        for weight in (ready.model.tensors[f"{module}.weight"], _weight(module, ready))
+        for weight in (ready.model.tensors[f"{module}.weight"], weight_to_store(module, ready))
     )
     return stored, read
 
@@ -412,35 +384,22 @@ def _per_value(absmax: Float32, layout: FourBitLayout) -> Float64:
 
 def _judge_affine_grid(module: str, ready: Opened, codec: MlxAffineCodec, decoded: Float64, judging: Judge) -> None:
     size = ready.quantization.block_size or 0
-    stored = quantize_mlx_affine(_weight(module, ready), bits=codec.bits, group_size=size)
+    stored = quantize_mlx_affine(weight_to_store(module, ready), bits=codec.bits, group_size=size)
     scale, bias = (np.repeat(v.astype(np.float64), stored.group_size, axis=1) for v in (stored.scales, stored.biases))
     codes = (decoded - bias) / scale
     spacing = grid_spacing(np.ones_like(codes), ready.dtype)
     judging.within(f"codes of {module}", codes, np.rint(codes), spacing)
-    _judge_format_error(module, ready, judging)
+    judge_format_error(module, ready, judging)
 
 
 def _judge_microscaling_grid(
     module: str, ready: Opened, codec: MicroscalingCodec, decoded: Float64, judging: Judge
 ) -> None:
     """Every decoded weight is an element of the format times the scale of its own group."""
-    stored = quantize_microscaling(_weight(module, ready), codec.kind)
+    stored = quantize_microscaling(weight_to_store(module, ready), codec.kind)
     elements = stored.weight_format.elements
     elements = elements[~np.isnan(elements)]
     ratios = decoded / np.repeat(stored.scales, stored.weight_format.group_size, axis=1)
     chosen = elements[np.abs(ratios[..., None] - elements).argmin(axis=-1)]
     judging.within(f"elements of {module}", ratios, chosen, codebook_distance(ready.dtype))
-    _judge_format_error(module, ready, judging)
-
-
-def _judge_calibrated(module: str, ready: Opened, weight: Float32, decoded: Float32, judging: Judge) -> None:
-    """Which code the solver picks is its own affair; that each group has no more levels than there are codes, and that
-    the whole is no further from the weights than one step in the mean, is not."""
-    size = ready.quantization.block_size or weight.shape[1]
-    codes = 2 ** _record(ready).bits
-    for start in range(0, weight.shape[1], size):
-        group, original = decoded[:, start : start + size].astype(np.float64), weight[:, start : start + size]
-        error = np.sqrt(((group - original) ** 2).mean(axis=1))
-        judging.within(f"mean error of {module}", error, np.zeros_like(error), solver_error(original, codes))
-        levels = max(len(np.unique(row)) for row in group)
-        assert levels <= codes, f"{module} has {levels} levels in a group of {codes} codes"
+    judge_format_error(module, ready, judging)
