@@ -16,7 +16,7 @@ import contextlib
 import json
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from qlora_hal.contract.values import StepSettings
 from qlora_hal.errors import OutOfMemoryError
 from qlora_hal.model.facts import read_facts
 from qlora_hal.model.source import ModelSource
+from qlora_hal_backends.torch_family.trainer import TorchLoRATrainer
 
 ALL_ON_HOST = ("embeddings", "layers", "head")
 
@@ -61,47 +62,38 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Work: so many rows of so many tokens."""
+    """Work: micro-batches of so many rows of so many tokens, one size after the other, for each choice."""
 
     shape: str
-    rows: int
-    length: int
+    sizes: Sequence[tuple[int, int]]
     choices: Sequence[Choice]
 
 
 KEPT, SELECTIVE, FULL, OFFLOAD = (Choice(kind) for kind in ("none", "selective", "full", "offload"))
-LEAST = Choice("offload", ALL_ON_HOST, "adamw_8bit")
+SMALLEST = Choice("offload", ALL_ON_HOST, "adamw_8bit")
+STREAMED = Choice("offload", ("embeddings", "layers"))
+FIT_IN_LESS = Choice("offload", ("embeddings",), "adamw_8bit")
 ROWS = {
-    "tiny": Row("tiny", 2, 64, (KEPT, SELECTIVE, FULL, OFFLOAD, Choice("none", ("embeddings", "layers")), LEAST)),
-    "8b-recomputed": Row("8b", 4, 2048, (KEPT, SELECTIVE, FULL, OFFLOAD)),
-    "8b-16k": Row("8b", 1, 16384, (FULL, OFFLOAD)),
-    "8b-64k": Row("8b", 1, 65536, (OFFLOAD,)),
-    "8b-90k": Row("8b", 1, 92160, (OFFLOAD,)),
-    "8b-350k": Row("8b", 1, 350208, (OFFLOAD,)),
-    "8b-streamed-512": Row(
-        "8b", 1, 512, (FULL, Choice("full", ("embeddings", "layers")), Choice("offload", ALL_ON_HOST), LEAST)
-    ),
-    "8b-streamed-8192": Row(
-        "8b", 4, 2048, (KEPT, Choice("none", ("embeddings", "layers")), Choice("none", ALL_ON_HOST))
-    ),
-    "7b-512": Row(
-        "7b",
-        1,
-        512,
-        (FULL, OFFLOAD, Choice("offload", (), "adamw_8bit"), Choice("offload", ("embeddings",), "adamw_8bit")),
-    ),
-    "65b-512": Row("65b", 1, 512, (FULL, OFFLOAD, Choice("offload", ("embeddings",), "adamw_8bit"))),
-    "65b-streamed-512": Row("65b", 1, 512, (Choice("offload", ALL_ON_HOST),)),
-    "65b-streamed-2048": Row("65b", 1, 2048, (Choice("offload", ALL_ON_HOST),)),
-    "65b-streamed-8192": Row("65b", 4, 2048, (Choice("offload", ALL_ON_HOST),)),
+    "tiny": Row("tiny", ((2, 64), (1, 32)), (KEPT, SELECTIVE, FULL, OFFLOAD, STREAMED, SMALLEST)),
+    "8b-recomputed": Row("8b", ((4, 2048),), (KEPT, SELECTIVE, FULL, OFFLOAD)),
+    "8b-long": Row("8b", ((1, 16384), (1, 65536)), (OFFLOAD,)),
+    "8b-90k": Row("8b", ((1, 92160),), (OFFLOAD,)),
+    "8b-350k": Row("8b", ((1, 350208),), (OFFLOAD,)),
+    "8b-streamed-512": Row("8b", ((1, 512),), (OFFLOAD, STREAMED, SMALLEST)),
+    "8b-streamed-8192": Row("8b", ((4, 2048),), (KEPT, Choice("none", ("embeddings", "layers")))),
+    "7b-512": Row("7b", ((1, 512),), (OFFLOAD, FULL, Choice("offload", (), "adamw_8bit"), FIT_IN_LESS)),
+    "65b-512": Row("65b", ((1, 512),), (OFFLOAD, FIT_IN_LESS)),
+    "65b-streamed": Row("65b", ((1, 512), (1, 2048), (4, 2048)), (Choice("offload", ALL_ON_HOST),)),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One choice at one row of work. `apart` is the largest difference from the losses of the row's first choice."""
+    """One choice at one size of a row of work."""
 
     row: str
+    rows: int
+    length: int
     choice: str
     tokens_per_second: float
     step_ms: float
@@ -110,51 +102,60 @@ class Measured:
     loaded_gb: float
     context_gb: float
     losses: list[float]
-    apart: float
     notes: list[str]
     kernel_path: str
 
 
-def measured(name: str, choice: Choice, folder: Path, steps: int, first: Sequence[float]) -> Measured:
+def measured(name: str, choice: Choice, folder: Path, steps: int) -> Iterator[Measured]:
+    """Each size of a row under one choice."""
     row = ROWS[name]
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    dtype = "bfloat16" if device.type == "cuda" else "float32"
     empty_memory(device)
-    recompute: Any = "full" if choice.recompute == "none" else choice.recompute
+    recomputes = choice.recompute != "none"
+    recompute: Any = choice.recompute if recomputes else "full"
+    offload: Any = choice.offload
+    dtype = "bfloat16" if device.type == "cuda" else "float32"
     with open_trainer() as trainer:
         source = ModelSource(folder.name, folder, read_facts(folder))
-        offload: Any = choice.offload
-        compute = Compute(dtype, choice.recompute != "none", {}, recompute=recompute, base_offload=offload)
-        trainer.load(source, QUANTIZATION, compute)
-        notes = list(trainer.load_notes)
+        trainer.load(source, QUANTIZATION, Compute(dtype, recomputes, recompute=recompute, base_offload=offload))
         trainer.attach(first_adapter(SHAPES[row.shape]), choice.optimizer)
-        loaded = allocated_gb(device, "memory_allocated")
-        batches = [as_batch(tokens) for tokens in token_batches(SHAPES[row.shape], row.rows, row.length)]
-        seconds, losses = [], []
-        for index in range(steps):
-            batch = batches[index % 2]
-            synchronize(device)
-            start = time.perf_counter()
-            settings = StepSettings(1e-4, batch.counted_tokens, max_grad_norm=CLIP)
-            losses.append(round(float(trainer.train_step([batch], settings).resolve().loss), 5))
-            synchronize(device)
-            seconds.append(time.perf_counter() - start)
-        kernel_path = trainer.device_facts().kernel_path
-        typical = statistics.median(seconds[WARM_UP_STEPS:] or seconds)
-        return Measured(
-            row=name,
-            choice=str(choice),
-            tokens_per_second=round(row.rows * row.length / typical, 1),
-            step_ms=round(typical * 1e3, 2),
-            peak_gb=round(allocated_gb(device, "max_memory_allocated"), 3),
-            reserved_gb=round(allocated_gb(device, "max_memory_reserved"), 3),
-            loaded_gb=round(loaded, 3),
-            context_gb=round(_context_gb(device), 3),
-            losses=losses,
-            apart=round(max((abs(a - b) for a, b in zip(losses, first, strict=False)), default=0.0), 6),
-            notes=notes,
-            kernel_path=kernel_path,
-        )
+        for rows, length in row.sizes:
+            yield _size(trainer, name, choice, (rows, length), device, steps)
+
+
+def _size(
+    trainer: TorchLoRATrainer, name: str, choice: Choice, size: tuple[int, int], device: torch.device, steps: int
+) -> Measured:
+    """Raises OutOfMemoryError."""
+    rows, length = size
+    empty_memory(device)
+    loaded = allocated_gb(device, "memory_allocated")
+    batches = [as_batch(tokens) for tokens in token_batches(SHAPES[ROWS[name].shape], rows, length)]
+    seconds, losses = [], []
+    for index in range(steps):
+        batch = batches[index % 2]
+        synchronize(device)
+        start = time.perf_counter()
+        settings = StepSettings(1e-4, batch.counted_tokens, max_grad_norm=CLIP)
+        losses.append(round(float(trainer.train_step([batch], settings).resolve().loss), 5))
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    typical = statistics.median(seconds[min(WARM_UP_STEPS, steps // 2) :])
+    return Measured(
+        row=name,
+        rows=rows,
+        length=length,
+        choice=str(choice),
+        tokens_per_second=round(rows * length / typical, 1),
+        step_ms=round(typical * 1e3, 2),
+        peak_gb=round(allocated_gb(device, "max_memory_allocated"), 3),
+        reserved_gb=round(allocated_gb(device, "max_memory_reserved"), 3),
+        loaded_gb=round(loaded, 3),
+        context_gb=round(_context_gb(device), 3),
+        losses=losses,
+        notes=list(trainer.load_notes),
+        kernel_path=trainer.device_facts().kernel_path,
+    )
 
 
 def _context_gb(device: torch.device) -> float:
@@ -165,26 +166,29 @@ def _context_gb(device: torch.device) -> float:
     return (total - free - torch.cuda.memory_reserved(device)) / 1e9
 
 
-def results(names: Sequence[str], folder_of: Any, steps: int) -> Iterator[Measured]:
+def results(names: Sequence[str], folder_of: Callable[[str], Path], steps: int) -> Iterator[Measured]:
     for name in names:
-        first: list[float] = []
         for choice in ROWS[name].choices:
             try:
-                found = measured(name, choice, folder_of(ROWS[name].shape), steps, first)
+                for found in measured(name, choice, folder_of(ROWS[name].shape), steps):
+                    print(f"# {json.dumps(asdict(found))}", flush=True)
+                    yield found
             except (OutOfMemoryError, torch.OutOfMemoryError) as error:
                 print(f"# {name}, {choice}: out of memory: {str(error).splitlines()[0]}", flush=True)
-                continue
-            first = first or found.losses
-            print(f"# {json.dumps(asdict(found))}", flush=True)
-            yield found
+
+
+def apart(found: Measured, all_found: Sequence[Measured]) -> float:
+    """The largest difference from the losses of the row's first choice at the same size."""
+    first = next(m for m in all_found if (m.row, m.rows, m.length) == (found.row, found.rows, found.length))
+    return round(max(abs(a - b) for a, b in zip(found.losses, first.losses, strict=True)), 6)
 
 
 def table(found: Sequence[Measured]) -> str:
     lines = ["| work | recompute, base, optimizer | tokens/s | step ms | peak GB | reserved | context | losses apart |"]
     lines += ["|---|---|---|---|---|---|---|---|"]
     lines += [
-        f"| {m.row} | {m.choice} | {m.tokens_per_second:,.0f} | {m.step_ms} | {m.peak_gb} | {m.reserved_gb} | "
-        f"{m.context_gb} | {m.apart} |"
+        f"| {m.row} {m.rows} x {m.length} | {m.choice} | {m.tokens_per_second:,.0f} | {m.step_ms} | {m.peak_gb} | "
+        f"{m.reserved_gb} | {m.context_gb} | {apart(m, found)} |"
         for m in found
     ]
     return "\n".join(lines)
@@ -193,6 +197,7 @@ def table(found: Sequence[Measured]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", default="8b-recomputed", help=f"of {', '.join(ROWS)}; separated by commas")
+    parser.add_argument("--make", default="", help="make the checkpoints of these shapes, and nothing else")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--cap-gb", type=float, default=0.0, help="what the allocator may take, decimal GB")
     parser.add_argument("--folder", type=Path, default=Path("/tmp"), help="where checkpoints are made and kept")
@@ -208,6 +213,10 @@ def main() -> None:
         write_checkpoint(folder, SHAPES[shape], device)
         return folder
 
+    if given.make:
+        for shape in given.make.split(","):
+            folder_of(shape)
+        return
     found = list(results(given.rows.split(","), folder_of, given.steps))
     print(table(found))
     if given.json:

@@ -153,7 +153,7 @@ def _kind(annotation: Any) -> tuple[Kind, tuple[str, ...]]:
     if origin is Literal:
         return "choice", tuple(str(a) for a in get_args(annotation))
     if origin in (Union, types.UnionType):
-        return "text or list", ()
+        return "text or list", tuple(choice for kind in get_args(annotation) for choice in _kind(kind)[1])
     if origin is tuple:
         item = get_args(annotation)[0]
         if isinstance(item, type) and issubclass(item, BaseModel):
@@ -168,6 +168,8 @@ def _kind(annotation: Any) -> tuple[Kind, tuple[str, ...]]:
 def _expected(kind: Kind, choices: tuple[str, ...], bounds: list[object]) -> str:
     if kind == "choice":
         return f"one of {', '.join(choices)}"
+    if kind == "text or list" and choices:
+        return f"{choices[-1]}, or a list of {', '.join(choices[:-1])}"
     if kind == "list":
         return f"a list of {', '.join(choices)}" if choices else "a list of strings"
     if kind in ("whole number", "number"):

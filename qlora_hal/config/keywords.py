@@ -27,8 +27,8 @@ class CommonSettings(TypedDict, total=False):
     optim: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
     weight_decay: float
     gradient_checkpointing: bool
-    recompute: Literal["none", "selective", "full", "offload", "auto"]
-    base_offload: Sequence[str] | Literal["auto"]
+    recompute: Literal["none", "selective", "full", "offload", "auto"] | None
+    base_offload: tuple[Literal["embeddings", "layers", "head"], ...] | Literal["auto"]
     seed: int | None
     eval_steps: int | None
     early_stopping_patience: int | None

@@ -17,6 +17,9 @@ class MemoryConstants:
     `working_feed_forward_copies` are of that width and alive in the layer that is differentiated alone, for no more
     than `feed_forward_tile` rows at a time where that is a number. `recomputed_inputs` is how many layers' inputs are
     on the device at a time where whole layers are recomputed; None: all.
+    `logit_bytes` are those of a logit from its product to its gradient; None: in the compute dtype, in float32 and as a
+    float32 gradient. `dequantized_copies` counts weights of the largest linear layer's size that stand decoded at once.
+    `master_bytes` are those of an adapter weight with its copy in the compute dtype.
     `cross_entropy_rows` is the chunk of a chunked cross-entropy, None when all logits exist at once.
     """
 
@@ -28,8 +31,9 @@ class MemoryConstants:
     working_feed_forward_copies: float = 0.0
     feed_forward_tile: int | None = None
     recomputed_inputs: int | None = None
-    dequantized_copies: int = 1
+    dequantized_copies: float = 1.0
     cross_entropy_rows: int | None = None
+    logit_bytes: int | None = None
     attention_scores_kept: bool = False
     master_bytes: int = 4
     gradient_bytes: int = 4

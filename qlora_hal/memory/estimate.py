@@ -58,7 +58,7 @@ def estimate(
     largest = max((linear.parameters for linear in facts.linear_modules.values()), default=0)
     is_quantized = weight_format is not WeightFormat.NONE
     logits = _logits_bytes(facts.vocabulary_size, tokens, compute_bytes, constants)
-    dequantized = constants.dequantized_copies * largest * compute_bytes if is_quantized else 0
+    dequantized = int(constants.dequantized_copies * largest * compute_bytes) if is_quantized else 0
     kept, working = _activation_bytes(
         shape, batch_size, sequence_length, r * len(targets), compute_bytes, gradient_checkpointing, constants
     )
@@ -193,5 +193,5 @@ def _activation_bytes(
 def _logits_bytes(vocabulary_size: int, tokens: int, compute_bytes: int, constants: MemoryConstants) -> int:
     """Logits in the compute dtype, a float32 copy when that is another dtype, and the float32 gradient."""
     rows = tokens if constants.cross_entropy_rows is None else min(tokens, constants.cross_entropy_rows)
-    per_logit = compute_bytes + (4 if compute_bytes != 4 else 0) + 4
+    per_logit = constants.logit_bytes or compute_bytes + (4 if compute_bytes != 4 else 0) + 4
     return rows * vocabulary_size * per_logit

@@ -146,6 +146,9 @@ def plain_losses(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 def test_checkpointing_and_paging_change_memory_and_not_numbers(trained: Trained, plain_losses: list[float]) -> None:
     for name, setting in {
         "checkpointing": {"training__gradient_checkpointing": True},
+        "selective": {"training__recompute": "selective"},
+        "offload": {"training__recompute": "offload", "training__base_offload": ["embeddings", "layers"]},
+        "auto": {"training__recompute": "auto", "training__base_offload": "auto"},
         "paged": {"training__optim": "paged_adamw"},
     }.items():
         assert [loss for _, loss in trained(name, training__max_steps=4, **setting).losses] == plain_losses

@@ -152,6 +152,11 @@ def test_gated_products_and_their_gradients_are_those_of_float64(kernels: Operat
     torch.testing.assert_close(out, y.detach().float(), **CLOSE)
     torch.testing.assert_close(product, y.detach().float(), **CLOSE)
     torch.testing.assert_close(gate_up_gradient, expected.float(), **CLOSE)
+    wide, product = poisoned(ROWS, 2 * WIDTH), gradient.clone()
+    wide.copy_(gate_up)
+    kernels.swiglu_backward(wide, product, wide, product)  # in place
+    assert torch.equal(wide, gate_up_gradient)
+    assert torch.equal(product, y.detach().float()) or torch.allclose(product, y.detach().float(), **CLOSE)
 
 
 HEADS = HeadCounts(

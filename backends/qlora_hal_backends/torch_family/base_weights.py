@@ -50,6 +50,14 @@ class Blockwise4BitWeight:
 
     packed: Tensor
     state: codec.QuantState
+    _host_offset: float | None = None
+
+    @property
+    def host_offset(self) -> float:
+        """The offset of a nested absmax, brought to the host once: a kernel takes it as a number at each launch."""
+        if self._host_offset is None:
+            self._host_offset = float(self.state.offset)
+        return self._host_offset
 
     @property
     def shape(self) -> tuple[int, int]:

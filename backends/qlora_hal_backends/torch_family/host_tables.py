@@ -125,8 +125,8 @@ class Tables:
         notes: tuple[str, ...] = ()
         if len(wanted) == 1 and _are_tied(causal):
             goes = "head" in wanted
-            where = "the host's memory" if goes else "the device, which the head needs"
-            notes = (f"embeddings and head are one table in this model: it stays in {where}",)
+            where = "goes to the host's memory" if goes else "stays on the device, where the head needs it"
+            notes = (f"embeddings and head are one table in this model: it {where}",)
             wanted = {"embeddings", "head"} if goes else set()
         paths = {id(module): path for path, module in causal.named_modules()}
         found = {part: _path_of(part, layers[part], paths) for part in wanted}

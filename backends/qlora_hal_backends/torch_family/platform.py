@@ -46,14 +46,24 @@ FUSED_ARCHITECTURES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
 def fused_memory(memory: MemoryConstants) -> MemoryConstants:
     """What the fused layers change: they keep their matrix products and nothing elementwise (`fused.decoder_layer`).
-    Gate, up, their product and the gradients of all three are alive in one layer's backward."""
-    return replace(memory, hidden_copies=4.0, feed_forward_copies=2.0, working_layers=1.5)
+    Gate, up and their product, whose gradients take their places, are alive in one layer's backward. A whole layer
+    stands decoded (3.7 times the largest weight of a Llama 3, 4.5 of a Llama 1), the adapter has a copy in 16 bits, and
+    the gradient of the logits takes their place."""
+    return replace(
+        memory,
+        hidden_copies=4.0,
+        feed_forward_copies=2.0,
+        working_layers=1.2,
+        dequantized_copies=4.0,
+        master_bytes=6,
+        logit_bytes=2,
+    )
 
 
 def recomputed_memory(memory: MemoryConstants, recompute: str, *, fused: bool) -> MemoryConstants:
-    """The same with a choice of recomputation. The fused feed-forward is made again in tiles: gate, up, their product
-    and the gradients of all three, six of its widths a row. Beside them stand a recomputed layer's attention and the
-    streams above and below it, some nine hidden widths."""
+    """The same with a choice of recomputation. The fused feed-forward is made again in tiles: gate, up and their
+    product, whose gradients take their places, three of its widths a row. Beside them stand a recomputed layer's
+    attention and the streams above and below it, some nine hidden widths."""
     if recompute == "none":
         return memory
     inputs = 3 if recompute == "offload" else None  # one that computes, one that comes, one that stayed
@@ -61,7 +71,13 @@ def recomputed_memory(memory: MemoryConstants, recompute: str, *, fused: bool) -
         copies = memory.feed_forward_copies
         selective = replace(memory, feed_forward_copies=0.0, working_feed_forward_copies=copies)
         return selective if recompute == "selective" else replace(memory, recomputed_inputs=inputs)
-    tiled = replace(memory, feed_forward_copies=0.0, working_feed_forward_copies=6.0, feed_forward_tile=TILE_ROWS)
+    tiled = replace(
+        memory,
+        feed_forward_copies=0.0,
+        working_feed_forward_copies=3.0,
+        feed_forward_tile=TILE_ROWS,
+        dequantized_copies=3.0,  # gate and up, or the attention's, and down
+    )
     if recompute == "selective":
         return tiled
     return replace(tiled, hidden_copies=9.0, working_layers=0.0, recomputed_inputs=inputs)

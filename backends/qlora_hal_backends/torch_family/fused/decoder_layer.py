@@ -10,7 +10,7 @@ Nothing elementwise is kept for backward: norms and the gated product are comput
 anyway. `Keep` says which matrix products are kept.
 
 The feed-forward sees each row by itself. Where its products are not kept it goes through the rows in tiles, forward
-and backward, so that its widest buffers (six feed-forward widths a row at the height of backward) are bounded however
+and backward, so that its widest buffers (three feed-forward widths a row at the height of backward) are bounded however
 long a row is. Only the adapter's gradients are sums over rows: tile by tile they are the same terms, added in float32
 in another order.
 """
@@ -118,14 +118,15 @@ class DecoderLayer:
         """(h2, output still to be joined, products where they are kept): in one piece where they are, else in tiles."""
         if keeps_products:
             h2, products = self._gate_up(layer, h1, branch, dropout)
-            output, products.output_low_rank = self._feed_forward_out(layer, products.gate_up, dropout)
+            output, products.output_low_rank = self._feed_forward_out(layer, products, dropout)
             products.output = _read_again(output, layer.feed_forward_join)
             return h2, output, products
         h2, output = torch.empty_like(h1), torch.empty_like(branch)
         for rows in self._tiles(h1.shape[0]):
             of_rows = _of(dropout, rows)
             _, products = self._gate_up(layer, h1[rows], branch[rows], of_rows, into=h2[rows])
-            self._feed_forward_out(layer, products.gate_up, of_rows, into=output[rows])
+            self._feed_forward_out(layer, products, of_rows, into=output[rows])
+            del products
         return h2, output, None
 
     def _tiles(self, rows: int) -> Iterator[slice]:
@@ -146,16 +147,17 @@ class DecoderLayer:
         h2 = self.operations.add_norm(h1, branch, layer.middle_norm, self.epsilon, x, into)
         masks = layer.groups["feed_forward_in"].masks(dropout)
         low_rank = _kept_apart(group.low_rank(x, extended[:, group.columns :], masks))
-        gate_up = group.product(extended, layer.groups["feed_forward_in"].bias)
-        return h2, FeedForwardProducts(low_rank, gate_up, None, None)
+        products = group.new_gradient(h1.shape[0])
+        group.product(extended, layer.groups["feed_forward_in"].bias, products[:, : group.rows])
+        return h2, FeedForwardProducts(low_rank, products, None, None)
 
     def _feed_forward_out(
-        self, layer: LayerWeights, gate_up: Tensor, dropout: Dropout | None, into: Tensor | None = None
+        self, layer: LayerWeights, products: FeedForwardProducts, dropout: Dropout | None, into: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         out = self.buffers.groups["feed_forward_out"]
-        extended = out.new_input(gate_up.shape[0])
+        extended = out.new_input(products.extended.shape[0])
         x = extended[:, : out.columns]
-        self.operations.swiglu(gate_up, x)
+        self.operations.swiglu(products.extended[:, : 2 * out.columns], x)
         masks = layer.groups["feed_forward_out"].masks(dropout)
         low_rank = _kept_apart(out.low_rank(x, extended[:, out.columns :], masks))
         return out.product(extended, layer.groups["feed_forward_out"].bias, into), low_rank
@@ -233,7 +235,7 @@ class DecoderLayer:
         if join is None:
             return above
         if join.norm is not None and output is None:
-            output, _ = self._feed_forward_out(layer, products.gate_up, dropout)
+            output, _ = self._feed_forward_out(layer, products, dropout)
         products.output = None
         return self._before_join(above, join, output, "feed_forward_out")
 
@@ -252,16 +254,17 @@ class DecoderLayer:
         of_in, of_out = layer.groups["feed_forward_in"], layer.groups["feed_forward_out"]
         in_masks, out_masks = of_in.masks(dropout), of_out.masks(dropout)
         v = out.low_rank_gradient(above.extended, out_masks)
-        product_gradient = out.input_gradient(above.extended, out_masks)
-        extended = into.new_gradient(h2.shape[0])
-        product = torch.empty_like(product_gradient)
-        self.operations.swiglu_backward(products.gate_up, product_gradient, extended[:, : into.rows], product)
+        product = out.input_gradient(above.extended, out_masks)
+        extended = products.extended
+        gate_up = extended[:, : into.rows]
+        # In place: the product takes the place of its gradient, the gradients of gate and up that of gate and up.
+        self.operations.swiglu_backward(gate_up, product, gate_up, product)
         low_rank = products.output_low_rank
         if low_rank is None:
             low_rank = out.low_rank(product, masks=out_masks)
         gradients.of_b(of_out, above.extended, low_rank)
         gradients.of_a(of_out, v, product, out_masks)
-        products.gate_up = product_gradient = product = h2.new_empty(0)
+        del product
         v = into.low_rank_gradient(extended, in_masks)
         x_gradient = into.input_gradient(extended, in_masks)
         gradients.of_b(of_in, extended, products.input_low_rank)

@@ -153,23 +153,26 @@ def _activated(gate, GELU: tl.constexpr):
 
 
 @triton.jit
-def swiglu(gate_up, out, F, out_stride, GELU: tl.constexpr, WIDTH: tl.constexpr):
+def swiglu(gate_up, gate_up_stride, out, F, out_stride, GELU: tl.constexpr, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < F
-    gate = tl.load(gate_up + row * 2 * F + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * F + F + column, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(gate_up + row * gate_up_stride + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * gate_up_stride + F + column, mask=inside, other=0.0).to(tl.float32)
     activated, _ = _activated(gate, GELU)
     tl.store(out + row * out_stride + column, (activated * up).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def swiglu_backward(gate_up, gradient, out, product, F, out_stride, GELU: tl.constexpr, WIDTH: tl.constexpr):
+def swiglu_backward(
+    gate_up, gate_up_stride, gradient, out, product, F, out_stride, GELU: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Each element is read before it is written, and by no other program: results may stand where the inputs did."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < F
-    gate = tl.load(gate_up + row * 2 * F + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * F + F + column, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(gate_up + row * gate_up_stride + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * gate_up_stride + F + column, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(gradient + row * F + column, mask=inside, other=0.0).to(tl.float32)
     activated, slope = _activated(gate, GELU)
     gate_gradient = g * up * slope

@@ -142,11 +142,13 @@ class Operations(Protocol):
         ...
 
     def swiglu(self, gate_up: Tensor, out: Tensor) -> None:
-        """activation(gate) * up of `gate_up` `[M, 2F]` into a strided `out` `[M, F]`; the activation is the model's."""
+        """activation(gate) * up of a strided `gate_up` `[M, 2F]` into a strided `out` `[M, F]`; the activation is the
+        model's."""
         ...
 
     def swiglu_backward(self, gate_up: Tensor, gradient: Tensor, out: Tensor, product: Tensor) -> None:
-        """Gradient of `gate_up` into a strided `out`; `product` `[M, F]` receives the forward output again."""
+        """Gradient of a strided `gate_up` into a strided `out`; `product` `[M, F]` receives the forward output again.
+        `out` may be `gate_up`, and `product` `gradient`."""
         ...
 
     def rotate(self, source: Tensor, out: Tensor, heads: HeadCounts, rotary: Rotary, norm: HeadNorm | None) -> None:

@@ -79,8 +79,9 @@ class ReferenceOperations:
         gate, up = gate_up.float().chunk(2, dim=-1)
         upstream = gradient.float()
         activated, slope = self._activated(gate)
-        product.copy_(activated * up)
-        out.copy_(torch.cat((upstream * up * slope, upstream * activated), dim=-1))
+        found, again = torch.cat((upstream * up * slope, upstream * activated), dim=-1), activated * up
+        out.copy_(found)
+        product.copy_(again)
 
     def _activated(self, gate: Tensor) -> tuple[Tensor, Tensor]:
         """The activation and its derivative."""

@@ -55,7 +55,7 @@ class FeedForwardProducts:
     """Of the rows of a tile, or of all. What is None is computed again where it is read."""
 
     input_low_rank: Tensor | None
-    gate_up: Tensor  # [rows, 2F]
+    extended: Tensor  # [rows, 2F + R]: gate and up, and what backward makes of them in their place
     output_low_rank: Tensor | None
     output: Tensor | None  # [rows, D], before a norm that it is joined with
 

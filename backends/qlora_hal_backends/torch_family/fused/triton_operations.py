@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 from torch import Tensor
@@ -32,9 +30,6 @@ class TritonOperations:
 
     def __init__(self, activation: Activation = Activation.SILU) -> None:
         self.activation = activation
-        # Offsets of nested absmax on the host, read once instead of at each launch. The state is kept beside its
-        # offset, so that no other object can take its id.
-        self._offsets: dict[int, tuple[Any, float]] = {}
 
     def dequantize(self, base: BaseWeight, out: Tensor) -> None:
         base = at_hand(base)
@@ -50,7 +45,7 @@ class TritonOperations:
             state.absmax,
             nested.absmax if nested is not None else state.absmax,
             nested.code if nested is not None else state.code,
-            self._offset(state) if nested is not None else 0.0,
+            base.host_offset if nested is not None else 0.0,
             state.code,
             out,
             base.shape[1],
@@ -64,12 +59,6 @@ class TritonOperations:
             # bitsandbytes rounds the product of the nested scale before it adds the offset; fused they differ.
             enable_fp_fusion=False,
         )
-
-    def _offset(self, state: Any) -> float:
-        key = id(state)
-        if key not in self._offsets:
-            self._offsets[key] = (state, float(state.offset))
-        return self._offsets[key][1]
 
     def place(self, source: Tensor, target: Tensor, placements: Placements) -> None:
         if placements.entries:
@@ -146,7 +135,14 @@ class TritonOperations:
         rows, width = out.shape
         block = min(SWIGLU_COLUMNS, triton.next_power_of_2(width))
         kernels.swiglu[(rows, triton.cdiv(width, block))](
-            gate_up, out, width, out.stride(0), GELU=self.activation is Activation.GELU_TANH, WIDTH=block, num_warps=4
+            gate_up,
+            gate_up.stride(0),
+            out,
+            width,
+            out.stride(0),
+            GELU=self.activation is Activation.GELU_TANH,
+            WIDTH=block,
+            num_warps=4,
         )
 
     def swiglu_backward(self, gate_up: Tensor, gradient: Tensor, out: Tensor, product: Tensor) -> None:
@@ -154,6 +150,7 @@ class TritonOperations:
         block = min(SWIGLU_COLUMNS, triton.next_power_of_2(width))
         kernels.swiglu_backward[(rows, triton.cdiv(width, block))](
             gate_up,
+            gate_up.stride(0),
             gradient,
             out,
             product,
