@@ -39,6 +39,7 @@ class Estimated:
     not_ready: str
     quantization: Quantization
     compute_dtype: str
+    read_from: str
     cards: tuple[KnownGpu, ...]
     machine_bytes: int | None
     plan: DevicePlan
@@ -96,7 +97,11 @@ def estimate_run(config: RunConfig, devices: int | str | None = None) -> Estimat
     require_number(devices)
     model = config.model
     facts = plan_model(
-        model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code, tokenizer=False
+        model.name_or_path,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        tokenizer=False,
+        config_is_enough=True,
     ).facts
     refuse_long_sequences(config.data, facts.max_position_embeddings)
     spec = backend_for(config, facts)
@@ -119,6 +124,7 @@ def estimate_run(config: RunConfig, devices: int | str | None = None) -> Estimat
         not_ready="" if probed.ready else probed.reason,
         quantization=quantization,
         compute_dtype=dtype,
+        read_from=facts.read_from,
         cards=tuple(card for card in KNOWN_GPUS if accelerated and card.vendor in spec.card_vendors),
         machine_bytes=None if accelerated else memory_here(),
     )
@@ -170,6 +176,7 @@ def estimate_as_json(estimated: Estimated) -> dict[str, object]:
     memory, stored = estimated.memory, estimated.quantization
     return {
         "backend": estimated.backend,
+        "read_from": estimated.read_from,
         "not_ready": estimated.not_ready,
         "weight_format": stored.weight_format.value,
         "block_size": stored.block_size,
