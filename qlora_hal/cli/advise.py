@@ -111,10 +111,10 @@ def _backend(
 ) -> BackendSpec:
     """The named backend; else of those that support the model the first by priority, of this machine where the memory
     is its own."""
-    from qlora_hal.cli.estimate import backend_for
     from qlora_hal.detect.discovery import listed
     from qlora_hal.detect.requirements import requirements_of
     from qlora_hal.detect.selection import choose
+    from qlora_hal.run.planned_memory import backend_for
 
     if on_this_machine:
         needs = requirements_of(config, source.facts)

@@ -6,6 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
+HEAP_BLOCK_BYTES = 32 * 2**20
+"""glibc gives larger blocks pages of their own, and these back when they are freed (mallopt(3): DEFAULT_MMAP_THRESHOLD_MAX)."""
+
+
 @dataclass(frozen=True, slots=True)
 class MemoryConstants:
     """What depends on the backend's code and not on the model.
@@ -14,7 +18,9 @@ class MemoryConstants:
     backward pass, per token, in the compute dtype. The defaults are those of unfused modules: two norm inputs kept in
     float32 (4), two norm outputs, the query and the attention output (4); gate, its SiLU, up and their product (4).
     `working_layers` is what is alive beyond that while one layer is differentiated, in units of what a layer keeps.
-    `cross_entropy_rows` is the chunk of a chunked cross-entropy, None when all logits exist at once.
+    `cross_entropy_rows` is the chunk of a chunked cross-entropy, None when all logits exist at once. `heap_holes` is
+    what the host's allocator keeps between blocks, as a share of what comes and goes in a step, where the largest
+    tensor is smaller than `HEAP_BLOCK_BYTES`.
     """
 
     runtime_bytes: int = 600_000_000
@@ -28,6 +34,7 @@ class MemoryConstants:
     master_bytes: int = 4
     gradient_bytes: int = 4
     relative_error: float = 0.15
+    heap_holes: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

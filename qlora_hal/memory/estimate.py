@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qlora_hal.contract.capabilities import WeightFormat
-from qlora_hal.contract.memory_constants import MemoryConstants
+from qlora_hal.contract.memory_constants import HEAP_BLOCK_BYTES, MemoryConstants
 from qlora_hal.contract.values import LinearShape, MemoryEstimate
 from qlora_hal.formats.catalogue import record_of
 from qlora_hal.model.shape import DecoderShape, decoder_shape
@@ -62,15 +62,18 @@ def estimate(
     kept, working = _activation_bytes(
         shape, batch_size, sequence_length, r * len(targets), compute_bytes, gradient_checkpointing, constants
     )
+    # Logits are gone before a layer is differentiated.
+    activations = kept + max(working - logits, 0)
+    largest_block = tokens * max(shape.feed_forward, shape.hidden) * compute_bytes
+    holes = constants.heap_holes if largest_block < HEAP_BLOCK_BYTES else 0.0
     return MemoryEstimate(
         weights=weight_bytes(facts, weight_format, block_size, double_quant, compute_dtype),
         adapter=constants.master_bytes * adapter_weights,
         gradients=constants.gradient_bytes * adapter_weights,
         optimizer=optimizer_bytes(targets, r, optimizer),
-        # Logits are gone before a layer is differentiated.
-        activations=kept + max(working - logits, 0),
+        activations=activations,
         logits=logits,
-        workspace=constants.workspace_bytes + dequantized,
+        workspace=constants.workspace_bytes + dequantized + int(holes * (activations + logits)),
         runtime=constants.runtime_bytes,
         relative_error=constants.relative_error,
     )
@@ -174,7 +177,8 @@ def _activation_bytes(
     gradient_checkpointing: bool,
     constants: MemoryConstants,
 ) -> tuple[int, int]:
-    """What is kept for backward, and what is alive beyond it while one layer is differentiated."""
+    """What is kept for backward, and what is alive beyond it while one layer is differentiated: with recomputation that
+    is all of the layer."""
     tokens = batch_size * sequence_length
     widths = constants.hidden_copies * shape.hidden + constants.feed_forward_copies * shape.feed_forward
     one_layer = tokens * (widths + 2 * shape.key_value) * compute_bytes
@@ -183,7 +187,7 @@ def _activation_bytes(
     one_layer += tokens * adapter_ranks * compute_bytes / max(shape.layers, 1)
     working = int(constants.working_layers * one_layer)
     if gradient_checkpointing:
-        return int(shape.layers * tokens * shape.hidden * compute_bytes + one_layer), working
+        return shape.layers * tokens * shape.hidden * compute_bytes, int(one_layer) + working
     return int(shape.layers * one_layer), working
 
 
