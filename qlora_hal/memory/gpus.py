@@ -71,15 +71,21 @@ KNOWN_GPUS: tuple[KnownGpu, ...] = (
     _nvidia("L40", 46068, "L40 data sheet"),
     _nvidia("L40S", 46068, "L40S data sheet"),
     _nvidia("RTX 3060 12 GB", 12288, _GA102),
+    _nvidia("RTX 3060 Ti", 8192, _GA102),
     _nvidia("RTX 3070", 8192, _GA102),
     _nvidia("RTX 3080 10 GB", 10240, _GA102),
+    _nvidia("RTX 3080 Ti", 12288, _GA102),
     _nvidia("RTX 3090", 24576, _GA102),
     _nvidia("RTX 4060", 8188, _ADA),
+    _nvidia("RTX 4060 Ti 8 GB", 8188, _ADA),
     _nvidia("RTX 4060 Ti 16 GB", 16380, _ADA),
     _nvidia("RTX 4070", 12282, _ADA),
+    _nvidia("RTX 4070 Ti", 12282, _ADA),
     _nvidia("RTX 4070 Ti SUPER", 16376, _ADA),
     _nvidia("RTX 4080", 16376, _ADA),
     _nvidia("RTX 4090", 24564, _ADA),
+    _nvidia("RTX 5060", 8151, _BLACKWELL),
+    _nvidia("RTX 5060 Ti 8 GB", 8151, _BLACKWELL),
     _nvidia("RTX 5060 Ti 16 GB", 16311, _BLACKWELL),
     _nvidia("RTX 5070", 12227, _BLACKWELL),
     _nvidia("RTX 5070 Ti", 16303, _BLACKWELL),
@@ -105,11 +111,11 @@ working set, of unified memory. bfloat16 came with NVIDIA's Ampere and AMD's CDN
 
 def known_gpu(name: str) -> KnownGpu:
     """The card of that name: all of its words are in the name, as `4090`, `rtx-4090`, `A100 80GB`; of several the one
-    whose name ends with them. Raises ConfigError QH-U80 with the closest names."""
+    whose name, with its memory or without, ends with them. Raises ConfigError QH-U80 with the closest names."""
     asked = _words(name)
     found = [card for card in KNOWN_GPUS if asked and set(asked) <= set(_words(card.name))]
     if len(found) > 1:
-        exact = [card for card in found if _words(card.name)[-len(asked) :] == asked]
+        exact = [card for card in found if asked in (_words(card.name)[-len(asked) :], _model(card)[-len(asked) :])]
         found = exact or found
     if len(found) == 1:
         return found[0]
@@ -133,6 +139,12 @@ _GLUED = re.compile(r"(?<=\d)(?=gi?b\b)|(?<=[a-z])(?=\d{4})|(?<=\d{4})(?=[a-z])"
 def _words(name: str) -> tuple[str, ...]:
     spaced = _GLUED.sub(" ", re.sub(r"[^a-z0-9]+", " ", name.lower()))
     return tuple(word for word in spaced.replace("gib", "gb").split() if word not in ("geforce", "tesla", "sxm", "pcie"))
+
+
+def _model(card: KnownGpu) -> tuple[str, ...]:
+    """The name's words without the memory at its end."""
+    words = _words(card.name)
+    return words[:-2] if words[-1] == "gb" else words
 
 
 def _closest(asked: tuple[str, ...]) -> list[str]:

@@ -62,8 +62,11 @@ class PlannedModel:
 
     def on(self, card: KnownGpu) -> PlannedModel:
         """The same model on a card. Raises as `backend_for`."""
-        spec = backend_for(self.config, self.facts, card)
-        return replace(self, spec=spec, here=device_of(card, spec), device=device_of(card, spec))
+        return replace(self, spec=backend_for(self.config, self.facts, card)).with_device(card)
+
+    def with_device(self, card: KnownGpu) -> PlannedModel:
+        """The same backend on a card."""
+        return replace(self, device=device_of(card, self.spec))
 
     def with_settings(self, changes: Mapping[str, object]) -> PlannedModel:
         """The same with some settings otherwise. Raises ConfigError."""

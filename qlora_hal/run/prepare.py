@@ -56,7 +56,8 @@ class ResolvedBackend:
 @dataclass(frozen=True, slots=True)
 class PreparedRun:
     """A run that is ready to load its model. `model_hashes` are those of its files, where they were verified;
-    `accumulation` is how many micro-batches of a step each rank of `world` has."""
+    `accumulation` is how many micro-batches of a step each rank of `world` has, and `micro_batch_splits` how often each
+    is halved from the start, so that the plan keeps to `training.memory_limit`."""
 
     config: RunConfig
     seed: int
@@ -67,6 +68,7 @@ class PreparedRun:
     model_hashes: Mapping[str, str] = field(default_factory=dict)
     world: World = field(default_factory=World)
     accumulation: int = 1
+    micro_batch_splits: int = 0
 
     @property
     def sequences_per_step(self) -> int:

@@ -35,7 +35,9 @@ from qlora_hal.run.directory import RunDirectory, rehearsed
 from qlora_hal.run.finish import print_already_finished, reported_when_finished, result_of_finished
 from qlora_hal.run.identity import config_hash
 from qlora_hal.run.measured import check_observers
+from qlora_hal.run.memory_cap import within_limit
 from qlora_hal.run.paths import PathOverrides, require_paths, with_absolute_paths
+from qlora_hal.run.planned_memory import PlannedModel
 from qlora_hal.run.prepare import (
     drawn_seed,
     likely_dtype,
@@ -182,7 +184,25 @@ def _prepared(
         config, seed, resolved_backend, run_dir, rows.train, console, validation_rows=rows.validation, world=world
     )
     _refuse_endless_warmup(prepared)
+    prepared = _within_memory_limit(prepared, console)
     for note in (*_late_evaluations(prepared, given), *memory_notes(prepared)):
+        console.note(note)
+    return prepared
+
+
+def _within_memory_limit(prepared: PreparedRun, console: RunConsole) -> PreparedRun:
+    """Raises ConfigError QH-U81 where the run cannot keep to `training.memory_limit`."""
+    resolved = prepared.resolved_backend
+    planned = PlannedModel(
+        prepared.config,
+        resolved.source.facts,
+        resolved.source.path,
+        resolved.choice.spec,
+        resolved.report,
+        resolved.report,
+    )
+    prepared, note = within_limit(prepared, planned)
+    if note:
         console.note(note)
     return prepared
 
@@ -392,10 +412,14 @@ def _late_evaluations(prepared: PreparedRun, given: Collection[str]) -> Iterator
 
 
 def memory_of_a_device(prepared: PreparedRun) -> int:
-    """Bytes of the device that trains, as far as the machine tells; 0 where it does not."""
+    """Bytes of the device that trains, as far as the machine tells, and no more than `training.memory_limit`; 0 where
+    neither says."""
     if has_accelerator(prepared.resolved_backend.choice.spec, prepared.resolved_backend.reports):
-        return max((gpu.memory_total_bytes or 0 for gpu in inventory().gpus), default=0)
-    return memory_here()
+        has = max((gpu.memory_total_bytes or 0 for gpu in inventory().gpus), default=0)
+    else:
+        has = memory_here()
+    limit = prepared.config.training.memory_limit_bytes
+    return min(filter(None, (has, limit)), default=0)
 
 
 def memory_notes(prepared: PreparedRun) -> Iterator[str]:
