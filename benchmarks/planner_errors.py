@@ -16,6 +16,7 @@ import platform
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from qlora_hal.config.resolve import resolve_settings
 from qlora_hal.detect.discovery import find, listed, load_spec, reports
 from qlora_hal.detect.selection import has_accelerator
 from qlora_hal.memory.drawn_model import layers_of
-from qlora_hal.run.memory_probe import STEPS, measured_peak, probed
+from qlora_hal.run.memory_probe import STEPS, Measured, calibrated, measured_peak, probed
 from qlora_hal.run.planned_memory import PlannedModel
 
 SHAPES: Mapping[str, Mapping[str, int]] = {
@@ -52,25 +53,26 @@ def llama(name: str, family: str = "llama") -> dict[str, Any]:
 
 
 Case = tuple[str, dict[str, Any]]
+Line = dict[str, Any]
 
 
 def cpu_cases() -> Iterator[Case]:
-    """25 configurations: shapes, batches, recomputation, formats, ranks, optimizers and families."""
-    for shape, (batch, length) in product(("14M", "34M"), ((2, 128), (4, 256), (1, 1024))):
-        for again in (False, True):
+    """23 configurations: shapes, batches, recomputation, formats, ranks, optimizers and families."""
+    sizes = {"14M": ((2, 128), (4, 256), (1, 1024)), "34M": ((2, 128), (4, 256))}
+    for shape, of_shape in sizes.items():
+        for (batch, length), again in product(of_shape, (False, True)):
             yield shape, _settings(batch, length, **{"training.gradient_checkpointing": again})
-    yield "60M", _settings(2, 256)
-    yield "60M", _settings(2, 256, **{"training.gradient_checkpointing": True})
     yield "4M", _settings(8, 256)
     for weight_format in ("none", "8bit", "fp4"):
-        yield "34M", _settings(4, 256, **{"quantization.weight_format": weight_format})
-    yield "34M", _settings(4, 256, **{"lora.r": 64})
-    yield "34M", _settings(4, 256, **{"lora.r": 64, "training.optim": "adamw_8bit"})
-    yield "34M", _settings(4, 256, **{"lora.target_modules": ["q_proj", "v_proj"]})
-    yield "34M", _settings(4, 256, **{"lora.dropout": 0.1})
-    yield "34M qwen3", _settings(4, 256)
-    yield "34M mistral", _settings(4, 256)
-    yield "34M gemma2", _settings(4, 256)
+        yield "14M", _settings(4, 256, **{"quantization.weight_format": weight_format})
+    yield "14M", _settings(4, 256, **{"lora.r": 64})
+    yield "14M", _settings(4, 256, **{"lora.r": 64, "training.optim": "adamw_8bit"})
+    yield "14M", _settings(4, 256, **{"lora.target_modules": ["q_proj", "v_proj"]})
+    for family in ("qwen3", "mistral", "gemma2"):
+        yield f"14M {family}", _settings(4, 256)
+    yield "14M", _settings(4, 256, **{"lora.dropout": 0.1})
+    yield "14M", _settings(4, 256, **{"data.packing": True})
+    yield "60M", _settings(2, 256)
 
 
 def gpu_cases() -> Iterator[Case]:
@@ -98,24 +100,35 @@ def _settings(batch: int, length: int, **others: Any) -> dict[str, Any]:
     return {"training.per_device_train_batch_size": batch, "data.max_seq_length": length, **others}
 
 
-def one(shape: str, settings: Mapping[str, Any], backend: str, *, with_probe: bool) -> dict[str, object]:
-    """Predict, probe, train."""
-    size, _, family = shape.partition(" ")
-    with tempfile.TemporaryDirectory() as scratch:
-        (Path(scratch) / "config.json").write_text(json.dumps(llama(size, family or "llama")))
-        keywords = {"model": scratch, "backend": backend, **settings}
-        config = resolve_settings(None, keywords=keywords, environ={}).config
-        planned = PlannedModel.of(config)
-        spec, found = load_spec(find(backend, listed())), reports(listed())
-        on_host = not has_accelerator(spec, found)
-        estimate = planned.estimate()
-        runtime = 0 if on_host else estimate.runtime
-        line: dict[str, object] = {"shape": shape, "settings": dict(settings), "predicted": estimate.total - runtime}
-        if with_probe:
-            calibrated = probed(config, planned.facts, planned.estimate_of, model=None, on_host=on_host)
-            line |= {"probed": calibrated.peak, "probes": calibrated.as_json()["measured"]}
-        whole = measured_peak(config, planned.facts, layers_of(planned.facts), model=None, on_host=on_host)
-        return {**line, "measured": max(whole.peak, whole.loading or 0)}
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """The backend that is predicted and measured."""
+
+    backend: str
+    on_host: bool
+
+    def line(self, shape: str, settings: Mapping[str, Any], *, with_probe: bool, known: Line | None = None) -> Line:
+        """Predict, probe and train; what `known` holds of that is not measured again."""
+        size, _, family = shape.partition(" ")
+        with tempfile.TemporaryDirectory() as scratch:
+            (Path(scratch) / "config.json").write_text(json.dumps(llama(size, family or "llama")))
+            keywords = {"model": scratch, "backend": self.backend, **settings}
+            config = resolve_settings(None, keywords=keywords, environ={}).config
+            planned = PlannedModel.of(config)
+            facts, estimate = planned.facts, planned.estimate()
+            runtime = 0 if self.on_host else estimate.runtime
+            line: Line = {"shape": shape, "settings": dict(settings), "predicted": estimate.total - runtime}
+            if known is not None and "probes" in known:
+                measured = [Measured(**one) for one in known["probes"]]
+                found = calibrated(measured, facts, planned.estimate_of, on_host=self.on_host)
+                line |= {"probed": found.peak, "probes": known["probes"]}
+            elif with_probe:
+                found = probed(config, facts, planned.estimate_of, model=None, on_host=self.on_host)
+                line |= {"probed": found.peak, "probes": found.as_json()["measured"]}
+            if known is not None:
+                return {**line, "measured": known["measured"]}
+            whole = measured_peak(config, facts, layers_of(facts), model=None, on_host=self.on_host)
+            return {**line, "measured": max(whole.peak, whole.loading or 0)}
 
 
 def summary(lines: Sequence[Mapping[str, Any]], key: str) -> dict[str, object]:
@@ -141,35 +154,36 @@ def main() -> int:
     parser.add_argument("--set", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--first", type=int, default=None, help="only so many configurations")
     parser.add_argument("--without-probe", action="store_true")
+    parser.add_argument("--again", action="store_true", help="predict again what was measured, and measure nothing")
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
     cases = list(cpu_cases() if asked.set == "cpu" else gpu_cases())[: asked.first]
-    record = json.loads(asked.out.read_text()) if asked.out.is_file() else {"configurations": []}
-    lines = record["configurations"]
-    done = [(line["shape"], line["settings"]) for line in lines]
+    earlier = json.loads(asked.out.read_text())["configurations"] if asked.out.is_file() else []
     report = next(report for report in reports(listed()) if report.backend == asked.backend)
+    bench = Bench(asked.backend, not has_accelerator(load_spec(find(asked.backend, listed())), [report]))
+    lines: list[Line] = []
+    record: dict[str, object] = {}
     for shape, settings in cases:
-        if (shape, settings) in done:
+        known = next((line for line in earlier if (line["shape"], line["settings"]) == (shape, settings)), None)
+        if known is None and asked.again:
             continue
-        line = one(shape, settings, asked.backend, with_probe=not asked.without_probe)
-        lines.append(line)
-        figures = ", ".join(f"{key} {int(str(line[key])) / 1e6:.0f}" for key in ("predicted", "probed", "measured") if key in line)
-        print(f"{shape} {settings}: {figures} MB", flush=True)
+        lines.append(bench.line(shape, settings, with_probe=not asked.without_probe, known=known))
+        told = ", ".join(f"{key} {lines[-1][key] / 1e6:.0f}" for key in ("predicted", "probed", "measured") if key in lines[-1])
+        print(f"{shape} {settings}: {told} MB", flush=True)
+        later = [line for line in earlier if all(line["settings"] != l["settings"] or line["shape"] != l["shape"] for l in lines)]
         record = {
             "command": f"python benchmarks/planner_errors.py --backend {asked.backend} --set {asked.set}",
-            "backend": asked.backend,
             "devices": list(report.devices),
-            "machine": platform.processor() or platform.machine(),
+            "machine": platform.machine(),
             "versions": dict(report.versions),
             "python": platform.python_version(),
             "steps": STEPS,
-            "bytes": "predicted from config.json alone, probed with two and four layers, measured whole",
             "without_probe": summary(lines, "predicted"),
             "with_probe": summary(lines, "probed"),
-            "configurations": lines,
+            "configurations": [*lines, *later],
         }
         asked.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps({key: record[key] for key in ("without_probe", "with_probe")}, indent=1))
+    print(json.dumps({key: record.get(key) for key in ("without_probe", "with_probe")}, indent=1))
     return 0
 
 

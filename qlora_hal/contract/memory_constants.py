@@ -19,8 +19,8 @@ class MemoryConstants:
     float32 (4), two norm outputs, the query and the attention output (4); gate, its SiLU, up and their product (4).
     `working_layers` is what is alive beyond that while one layer is differentiated, in units of what a layer keeps.
     `cross_entropy_rows` is the chunk of a chunked cross-entropy, None when all logits exist at once. `heap_holes` is
-    what the host's allocator keeps between blocks, as a share of what comes and goes in a step, where the largest
-    tensor is smaller than `HEAP_BLOCK_BYTES`.
+    what the host's allocator keeps between blocks, as a share of the logits and of a few layers' activations, where the
+    largest tensor is smaller than `HEAP_BLOCK_BYTES`.
     """
 
     runtime_bytes: int = 600_000_000

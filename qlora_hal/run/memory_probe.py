@@ -1,16 +1,16 @@
 """The estimate calibrated on this machine: a few of the model's layers, trained for two steps by the code that will run.
 
-A child process trains a model with the same widths, vocabulary, batch and settings, and as many layers as `depths`
-says, once with few and once with more of them. What the layers of the whole model add follows from the two: on a device
-with memory of its own the peak grows by the same for each layer. Memory of the host is counted in resident pages, and
-glibc's heap keeps holes between blocks, which are no straight line; there the arithmetic is scaled to what was measured.
+A child process trains a model with the same widths, vocabulary, batch and settings, and few layers. What the others add
+follows: on a device with memory of its own the peak grows by the same for each layer, so two depths tell. Memory of the
+host is counted in resident pages, between which glibc's heap keeps holes, and two depths would measure their difference;
+there the arithmetic of the other layers is added, scaled to what was measured.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from qlora_hal.model.facts import ModelFacts
 
 DEPTHS = (2, 4)
-"""Layers of the two models; one of a few more layers than the second is measured whole."""
+"""Layers that are measured, on the host the second alone. A model that has no more is measured whole."""
+HOST_SPREAD = 0.02
+"""Added to what is foreseen of the host: two runs of one configuration differed by up to 1.8 %."""
 STEPS = 2
 """The second step meets everything that the first one made and kept."""
 CHILD_SECONDS = 1800.0
@@ -88,11 +90,45 @@ def probed(
             cause="It trains a model of random weights with the same widths and a few layers.",
             fix="Leave --probe out; the estimate by arithmetic stands.",
         )
-    depths = (layers,) if layers <= DEPTHS[-1] else DEPTHS
-    measured = [measured_peak(config, facts, depth, model=model, on_host=on_host) for depth in depths]
-    foreseen, whole = [working(estimate_of(first_layers(facts, depth))) for depth in depths], estimate_of(facts)
-    peak = extrapolated(measured, foreseen, layers, working(whole))
+    depths = (layers,) if layers <= DEPTHS[-1] else DEPTHS[1:] if on_host else DEPTHS
+    measured = tuple(measured_peak(config, facts, depth, model=model, on_host=on_host) for depth in depths)
+    return calibrated(measured, facts, estimate_of, on_host=on_host)
+
+
+def calibrated(
+    measured: Sequence[Measured], facts: ModelFacts, estimate_of: EstimateOf, *, on_host: bool
+) -> Calibration:
+    """The whole model's peak, from what some of its layers took."""
+    last, layers, whole = measured[-1], layers_of(facts), estimate_of(facts)
+    if last.layers == layers:
+        peak = max(last.peak, last.loading or 0)
+    elif on_host and last.resident is not None:
+        peak = _on_host(last, estimate_of(first_layers(facts, last.layers)), whole)
+    else:
+        peak = _on_a_line(measured, layers)
     return Calibration(tuple(measured), peak, 0 if on_host else whole.runtime)
+
+
+def _on_a_line(measured: Sequence[Measured], layers: int) -> int:
+    (few, low), (more, high) = ((one.layers, one.peak) for one in measured[-2:])
+    return high + (high - low) * (layers - more) // (more - few)
+
+
+def _on_host(last: Measured, foreseen: MemoryEstimate, whole: MemoryEstimate) -> int:
+    """`last` and what the other layers add: what stays by arithmetic, what comes and goes scaled to what it took."""
+    assert last.resident is not None
+    scale = (last.peak - last.resident) / _working(foreseen)
+    stays, works = _staying(whole) - _staying(foreseen), _working(whole) - _working(foreseen)
+    loading = (last.loading or 0) + stays
+    return int((1 + HOST_SPREAD) * max(loading, last.peak + stays + scale * works))
+
+
+def _working(memory: MemoryEstimate) -> int:
+    return memory.activations + memory.logits + memory.workspace
+
+
+def _staying(memory: MemoryEstimate) -> int:
+    return memory.weights + memory.adapter + memory.gradients + memory.optimizer
 
 
 def measured_peak(
@@ -104,29 +140,6 @@ def measured_peak(
         folder.mkdir()
         write_drawn_model(facts, layers, folder, model)
         return _measured(config, Path(scratch), layers, on_host=on_host)
-
-
-def working(memory: MemoryEstimate) -> int:
-    """What comes and goes with a step, by arithmetic."""
-    return memory.activations + memory.logits + memory.workspace
-
-
-def extrapolated(measured: list[Measured], foreseen: list[int], layers: int, foreseen_whole: int) -> int:
-    """The peak of `layers` layers, from one or two depths. `foreseen` is the arithmetic's `working` of each."""
-    last = measured[-1]
-    if last.layers == layers:
-        return max(last.peak, last.loading or 0)
-    if last.resident is None:
-        return _line(layers, {one.layers: one.peak for one in measured})
-    ratios = [(one.peak - (one.resident or 0)) / most for one, most in zip(measured, foreseen, strict=True)]
-    resident = _line(layers, {one.layers: one.resident or 0 for one in measured})
-    loading = _line(layers, {one.layers: one.loading or 0 for one in measured})
-    return max(loading, resident + int(foreseen_whole * sum(ratios) / len(ratios)))
-
-
-def _line(layers: int, points: Mapping[int, int]) -> int:
-    (few, low), (more, high) = sorted(points.items())
-    return high + (high - low) * (layers - more) // (more - few)
 
 
 def probe_settings(config: RunConfig, folder: Path) -> RunConfig:

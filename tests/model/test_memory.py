@@ -281,8 +281,9 @@ def test_holes_of_the_heap_are_counted_where_tensors_are_small() -> None:
     solid, holed = MemoryConstants(), MemoryConstants(heap_holes=0.25)
     few, many = {"batch_size": 1, "sequence_length": 512}, {"batch_size": 1, "sequence_length": 2048}
     small, with_holes = (qlora(LLAMA_8B, constants=constants, **few) for constants in (solid, holed))
-    # 512 x 14336 x 2 bytes = 14 MiB, below glibc's 32; 2048 of them are above.
-    assert with_holes.workspace - small.workspace == (small.activations + small.logits) // 4
+    # 512 x 14336 x 2 bytes = 14 MiB, below glibc's 32; 2048 of them are above. Of 32 layers eight leave holes.
+    kept = qlora(LLAMA_8B, constants=solid, **few, gradient_checkpointing=False).activations
+    assert with_holes.workspace - small.workspace == pytest.approx((kept / 4 + small.logits) / 4, rel=1e-6)
     assert qlora(LLAMA_8B, constants=holed, **many) == qlora(LLAMA_8B, constants=solid, **many)
 
 
