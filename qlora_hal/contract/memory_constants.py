@@ -20,7 +20,8 @@ class MemoryConstants:
     `working_layers` is what is alive beyond that while one layer is differentiated, in units of what a layer keeps.
     `cross_entropy_rows` is the chunk of a chunked cross-entropy, None when all logits exist at once. `heap_holes` is
     what the host's allocator keeps between blocks, as a share of the logits and of a few layers' activations, where the
-    largest tensor is smaller than `HEAP_BLOCK_BYTES`.
+    largest tensor is smaller than `HEAP_BLOCK_BYTES`. `loading_holes` is what it keeps of loading, in bytes for each
+    weight of the linear layers, where their weights are that small; a step uses it again.
     """
 
     runtime_bytes: int = 600_000_000
@@ -35,6 +36,7 @@ class MemoryConstants:
     gradient_bytes: int = 4
     relative_error: float = 0.15
     heap_holes: float = 0.0
+    loading_holes: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

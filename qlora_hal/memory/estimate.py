@@ -74,6 +74,10 @@ def estimate(
         few = replace(shape, layers=min(shape.layers, HOLED_LAYERS))
         left, _ = _activation_bytes(few, batch_size, sequence_length, r * len(targets), compute_bytes, False, constants)
         holes = int(constants.heap_holes * (left + logits))
+    workspace = constants.workspace_bytes + dequantized + holes
+    loading = 0
+    if largest * 4 < HEAP_BLOCK_BYTES:
+        loading = int(constants.loading_holes * sum(linear.parameters for linear in facts.linear_modules.values()))
     return MemoryEstimate(
         weights=weight_bytes(facts, weight_format, block_size, double_quant, compute_dtype),
         adapter=constants.master_bytes * adapter_weights,
@@ -81,9 +85,10 @@ def estimate(
         optimizer=optimizer_bytes(targets, r, optimizer),
         activations=activations,
         logits=logits,
-        workspace=constants.workspace_bytes + dequantized + holes,
+        workspace=max(workspace, loading - activations - logits),
         runtime=constants.runtime_bytes,
         relative_error=constants.relative_error,
+        loading=loading,
     )
 
 

@@ -119,7 +119,7 @@ def _on_host(last: Measured, foreseen: MemoryEstimate, whole: MemoryEstimate) ->
     assert last.resident is not None
     scale = (last.peak - last.resident) / _working(foreseen)
     stays, works = _staying(whole) - _staying(foreseen), _working(whole) - _working(foreseen)
-    loading = (last.loading or 0) + stays
+    loading = (last.loading or 0) + stays + whole.loading - foreseen.loading
     return int((1 + HOST_SPREAD) * max(loading, last.peak + stays + scale * works))
 
 

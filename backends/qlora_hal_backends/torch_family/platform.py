@@ -44,6 +44,9 @@ HOST_HEAP_HOLES = 0.35
 """Of what a step takes and gives back, glibc's heap kept 0.2 to 0.4 beside it at tensors of some megabytes
 (docs/runs/planner_errors_cpu.json)."""
 
+HOST_LOADING_HOLES = 6.0
+"""A weight passes through the heap in float32 while it is packed; at its peak loading held as much again and half of it."""
+
 
 def host_memory(query: MemoryQuery) -> MemoryConstants:
     """Of transformers' layers on the host, whose memory is counted in resident pages. In float32 the inputs of norms are
@@ -54,6 +57,7 @@ def host_memory(query: MemoryQuery) -> MemoryConstants:
         workspace_bytes=24_000_000,
         hidden_copies=6.0 if query.compute_dtype == "float32" else MEMORY.hidden_copies,
         heap_holes=HOST_HEAP_HOLES if sys.platform == "linux" else 0.0,
+        loading_holes=HOST_LOADING_HOLES if sys.platform == "linux" else 0.0,
     )
 
 
