@@ -1,6 +1,6 @@
 """The tables of docs/memory.md, computed: no number in them is measured or typed.
 
-    python benchmarks/memory_tables.py --write docs/memory.md
+python benchmarks/memory_tables.py --write docs/memory.md
 """
 
 from __future__ import annotations
@@ -65,11 +65,13 @@ def circulating() -> Iterator[str]:
 
 
 def cards(shape: str, batch: int, length: int) -> Iterator[str]:
-    """Every known card."""
+    """Every known card that can hold the model in 4 bits, whatever the settings."""
     methods = (FULL, LORA, EIGHT_BIT, FOUR_BIT)
-    yield f"| card | memory | dtype | {' | '.join(methods)} | what makes 4-bit fit | data sheet |"
+    yield f"| card | memory | dtype | {' | '.join(methods)} | what makes 4-bit fit | source |"
     yield f"|{'---|' * (5 + len(methods))}"
     for row in card_rows(planned(shape, batch, length)):
+        if row.advice is not None and not row.advice.fits:
+            continue
         size = figures.size(row.card.memory_bytes)
         memory = f"{row.card.devices} x {size}" if row.card.devices > 1 else size
         classes = " | ".join(row.verdicts[method].value for method in methods)

@@ -4,8 +4,8 @@
     python benchmarks/planner_errors.py --backend cuda_bnb --set gpu --out docs/runs/planner_errors_h200.json
 
 Each configuration is predicted from its config.json alone, then predicted with the probe, then trained whole for two
-steps by `run_new` in a process of its own, whose peak is what `run.json` of such a run would hold. The weights are drawn.
-The record is written after each configuration, and a run that was ended goes on with the next one.
+steps by `run_new` in a process of its own, whose peak is what `run.json` of such a run would hold. The weights are
+drawn. The record is written after each configuration, and a run that was ended goes on with the next one.
 """
 
 from __future__ import annotations
@@ -168,9 +168,11 @@ def main() -> int:
         if known is None and asked.again:
             continue
         lines.append(bench.line(shape, settings, with_probe=not asked.without_probe, known=known))
-        told = ", ".join(f"{key} {lines[-1][key] / 1e6:.0f}" for key in ("predicted", "probed", "measured") if key in lines[-1])
+        told = ", ".join(
+            f"{key} {lines[-1][key] / 1e6:.0f}" for key in ("predicted", "probed", "measured") if key in lines[-1]
+        )
         print(f"{shape} {settings}: {told} MB", flush=True)
-        later = [line for line in earlier if all(line["settings"] != l["settings"] or line["shape"] != l["shape"] for l in lines)]
+        later = earlier[len(lines) :] if known is not None else []
         record = {
             "command": f"python benchmarks/planner_errors.py --backend {asked.backend} --set {asked.set}",
             "devices": list(report.devices),

@@ -122,7 +122,9 @@ def estimate(
         bool, Switch, Parameter(help="Find the largest batch and the longest row that fit, and their settings.")
     ] = False,
     cards: Annotated[
-        bool, Switch, Parameter(help="Table of all known cards: full tuning, LoRA, 8-bit, 4-bit, and what makes it fit.")
+        bool,
+        Switch,
+        Parameter(help="Table of all known cards: full tuning, LoRA, 8-bit, 4-bit, and what makes it fit."),
     ] = False,
     inference: Annotated[
         bool, Switch, Parameter(help="Memory of answering too: weights, and keys and values of the batch.")
@@ -178,7 +180,7 @@ def estimate_run(config: RunConfig, devices: int | str | None = None, wanted: Wa
         spec,
         memory,
         lambda: spread_over(memory, facts, dtype, number),
-        min(filter(None, (card and card.memory_bytes, config.training.memory_limit_bytes)), default=None),
+        _memory_of_each(card, config),
     )
     known = tuple(card for card in KNOWN_GPUS if accelerated and card.vendor in spec.card_vendors)
     estimated = Estimated(
@@ -191,6 +193,12 @@ def estimate_run(config: RunConfig, devices: int | str | None = None, wanted: Wa
         on_cards=_in_other_dtypes(planned, known) if card is None and plan.devices == 1 else {},
     )
     return _with_wanted(estimated, wanted, config)
+
+
+def _memory_of_each(card: KnownGpu | None, config: RunConfig) -> int | None:
+    """Bytes of one device, as far as a card or a cap is named."""
+    named = (card.memory_bytes if card is not None else None, config.training.memory_limit_bytes)
+    return min((size for size in named if size is not None), default=None)
 
 
 def _in_other_dtypes(planned: PlannedModel, cards: Sequence[KnownGpu]) -> dict[str, MemoryEstimate]:

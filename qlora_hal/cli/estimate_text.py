@@ -117,7 +117,9 @@ def _remedy_lines(remedy: Remedy, has: int) -> Iterator[str]:
         yield from _wrapped(f"By arithmetic it fits {figures.size(has)}; what was measured does not.", "")
         return
     if remedy.fits:
-        yield from _wrapped(f"It fits {figures.size(has)} with {remedy.words} (up to {figures.size(remedy.high)}):", "  ")
+        yield from _wrapped(
+            f"It fits {figures.size(has)} with {remedy.words} (up to {figures.size(remedy.high)}):", "  "
+        )
         yield from _setting_lines(remedy.settings)
     else:
         yield from _wrapped(
@@ -180,7 +182,7 @@ def advice_in_short(row: CardRow, method: str) -> str:
         return ""
     if advice.fits:
         return f"{method} fits with {advice.words}"
-    return f"{method} needs up to {figures.size(advice.high)} at least"
+    return f"{method} needs {figures.size(advice.high)} at the least"
 
 
 def _wrapped(text: str, indent: str) -> list[str]:

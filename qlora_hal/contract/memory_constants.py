@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-
 HEAP_BLOCK_BYTES = 32 * 2**20
-"""glibc gives larger blocks pages of their own, and these back when they are freed (mallopt(3): DEFAULT_MMAP_THRESHOLD_MAX)."""
+"""glibc gives larger blocks pages of their own, and these back when they are freed (mallopt(3),
+DEFAULT_MMAP_THRESHOLD_MAX)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -196,8 +196,8 @@ class OptimizerSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes at the peak of training, by cause; `high` bounds the total. `loading` is what the host's heap keeps of loading,
-    which a step uses again: it is counted in `workspace` where a step needs less."""
+    """Bytes at the peak of training, by cause; `high` bounds the total. `loading` is what the host's heap keeps of
+    loading, which a step uses again: it is counted in `workspace` where a step needs less."""
 
     weights: int
     adapter: int

@@ -27,8 +27,8 @@ SMALLEST_8BIT_STATE = 4096
 """bitsandbytes keeps the moments of smaller tensors in float32 (`min_8bit_size`)."""
 
 HOLED_LAYERS = 8
-"""Of so many layers' activations the heap's holes are counted at most, recomputed or not: backward runs in a thread with a
-heap of its own, so what forward freed is not reused there. Measured with up to eight layers."""
+"""Of so many layers' activations the heap's holes are counted at most, recomputed or not: backward runs in a thread
+with a heap of its own, so what forward freed is not reused there. Measured with up to eight layers."""
 
 Targets = Mapping[str, LinearShape]
 

@@ -1,4 +1,4 @@
-"""What fits into a memory: classes, the largest batch and row, and the settings that make a run fit. Arithmetic alone."""
+"""What fits into a memory: classes, the largest batch and row, and the settings that make a run fit."""
 
 from __future__ import annotations
 

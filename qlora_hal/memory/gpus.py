@@ -1,4 +1,4 @@
-"""Well-known accelerators, for `estimate` on a machine that does not have them: memory, 16-bit dtype, and whose word it is."""
+"""Well-known accelerators, for `estimate` on a machine that has none of them: memory, dtype, and whose word it is."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ DEVICE_KINDS: Mapping[str, str] = {"nvidia": "cuda", "amd": "rocm", "apple": "mp
 
 @dataclass(frozen=True, slots=True)
 class KnownGpu:
-    """One accelerator, with the memory that its driver reports for one device of it. `compute_dtype` is the 16-bit dtype
-    that its matrix units have; `source` is the vendor's document of both. `devices` are on one card."""
+    """One accelerator, with the memory that its driver reports for one device of it. `compute_dtype` is the 16-bit
+    dtype that its matrix units have; `source` is the vendor's document of both. `devices` are on one card."""
 
     name: str
     vendor: str
@@ -105,8 +105,9 @@ KNOWN_GPUS: tuple[KnownGpu, ...] = (
     _amd("Radeon AI PRO R9700", 32, "Radeon AI PRO R9700 specifications"),
     *(_mac(gib) for gib in (8, 16, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)),
 )
-"""Totals as `nvidia-smi` and amdgpu report them, which is the data sheet's memory less what the driver keeps; Apple: the
-working set, of unified memory. bfloat16 came with NVIDIA's Ampere and AMD's CDNA; Turing and Volta have float16 alone."""
+"""Totals as `nvidia-smi` and amdgpu report them, which is the data sheet's memory less what the driver keeps; Apple:
+the working set, of unified memory. bfloat16 came with NVIDIA's Ampere and AMD's CDNA; Turing and Volta have float16
+alone."""
 
 
 def known_gpu(name: str) -> KnownGpu:
@@ -138,7 +139,9 @@ _GLUED = re.compile(r"(?<=\d)(?=gi?b\b)|(?<=[a-z])(?=\d{4})|(?<=\d{4})(?=[a-z])"
 
 def _words(name: str) -> tuple[str, ...]:
     spaced = _GLUED.sub(" ", re.sub(r"[^a-z0-9]+", " ", name.lower()))
-    return tuple(word for word in spaced.replace("gib", "gb").split() if word not in ("geforce", "tesla", "sxm", "pcie"))
+    return tuple(
+        word for word in spaced.replace("gib", "gb").split() if word not in ("geforce", "tesla", "sxm", "pcie")
+    )
 
 
 def _model(card: KnownGpu) -> tuple[str, ...]:

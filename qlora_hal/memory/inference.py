@@ -30,8 +30,8 @@ class InferenceMemory:
 
 
 def kv_cache_bytes(facts: ModelFacts, sequences: int, length: int, compute_dtype: ComputeDtype) -> int:
-    """2 x layers x key heads x head size x length x bytes, for each sequence. Layers with a sliding window may keep less;
-    libraries differ in that."""
+    """2 x layers x key heads x head size x length x bytes, for each sequence. Layers with a sliding window may keep
+    less; libraries differ in that."""
     shape = decoder_shape(facts)
     return 2 * shape.layers * shape.key_value * length * DTYPE_BYTES[compute_dtype] * sequences
 

@@ -31,7 +31,8 @@ class _Family:
     """How a family departs from Llama. `norms` are those of a layer that have the model's width. `bias` of queries,
     keys and values: `flag` is config.json's `attention_bias`, which `bias_of_output` has the output share. `head_norms`
     are `""`, `head` (one for all heads), `all` (as wide as all heads together) or `each` (where `use_qk_norm` is set).
-    `head_size` is what a missing `head_dim` means, None a share of the width. `experts` are the names of a block and in it."""
+    `head_size` is what a missing `head_dim` means, None a share of the width. `experts` are the names of a block of
+    experts, and of the gate, up and down projection in it."""
 
     norms: tuple[str, ...] = LLAMA_NORMS
     bias: str = "flag"
@@ -65,12 +66,8 @@ _FAMILIES: Mapping[str, _Family] = {
         fused_feed_forward=True,
         head_size=128,
     ),
-    "mixtral": _Family(
-        bias="never", bias_of_output=False, experts=("block_sparse_moe", ("w1", "w3", "w2"))
-    ),
-    "qwen3_moe": _Family(
-        head_norms="head", head_size=128, experts=("mlp", ("gate_proj", "up_proj", "down_proj"))
-    ),
+    "mixtral": _Family(bias="never", bias_of_output=False, experts=("block_sparse_moe", ("w1", "w3", "w2"))),
+    "qwen3_moe": _Family(head_norms="head", head_size=128, experts=("mlp", ("gate_proj", "up_proj", "down_proj"))),
 }
 DESCRIBED_FAMILIES = frozenset(_FAMILIES)
 

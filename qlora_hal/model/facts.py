@@ -42,8 +42,9 @@ class ModelFacts:
     """Facts for selection, memory and target modules.
 
     `linear_modules` maps module path -> shape of every linear layer that can carry LoRA, the head left out, with
-    the unpacked shapes of a pre-quantized checkpoint. `read_from` is where names and shapes are from. `fingerprint` is a SHA-256 over the headers and samples of the
-    contents: equal shapes with other weights differ; it is empty while the weights lie on the hub.
+    the unpacked shapes of a pre-quantized checkpoint. `read_from` is where names and shapes are from.
+    `fingerprint` is a SHA-256 over the headers and samples of the contents: equal shapes with other weights differ; it
+    is empty while the weights lie on the hub, and without weights.
     """
 
     architecture: str
@@ -59,9 +60,7 @@ class ModelFacts:
     read_from: str = HEADERS
 
 
-def read_facts(
-    folder: Path, remote_headers: Sequence[Header] | None = None, *, read_from: str = HEADERS
-) -> ModelFacts:
+def read_facts(folder: Path, remote_headers: Sequence[Header] | None = None, *, read_from: str = HEADERS) -> ModelFacts:
     """Read config.json and the headers of the weight files; no weight is loaded. `remote_headers` are those of weight
     files that lie on the hub, or what config.json says of them; `read_from` says which, in words.
 

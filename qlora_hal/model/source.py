@@ -78,7 +78,9 @@ def plan_model(
     hub = (
         None
         if local is not None
-        else _from_hub(name_or_path, revision, trust_remote_code, tokenizer=tokenizer, config_is_enough=config_is_enough)
+        else _from_hub(
+            name_or_path, revision, trust_remote_code, tokenizer=tokenizer, config_is_enough=config_is_enough
+        )
     )
     folder, commit = (local or Path(), None) if hub is None else (hub.folder, hub.commit)
     refuse_pointers(folder)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from qlora_hal.adapter.peft_files import write_adapter
 from qlora_hal.checkpoint import TrainingState, save_checkpoint
-from qlora_hal.errors import figures, QloraHalError
+from qlora_hal.errors import QloraHalError, figures
 from qlora_hal.report.metrics import MetricsFile, evaluation_record, step_record
 from qlora_hal.run.directory import BEST_ADAPTER_FOLDER
 from qlora_hal.run.transfer import reference_logits

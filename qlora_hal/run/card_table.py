@@ -89,10 +89,10 @@ def full_tuning(lora: MemoryEstimate, parameters: int) -> MemoryEstimate:
 
 def others_of(planned: PlannedModel) -> tuple[Step, ...]:
     """What else takes less memory, where the backend has it and the settings have it not yet."""
-    config, steps = planned.config, []
-    if planned.facts.prequantized is None and config.quantization.weight_format not in ("auto", "4bit"):
-        if planned.quantization.weight_format != planned.spec.capabilities.levels.get("4bit"):
-            steps.append(Step("the base in 4 bits", _settings_of("4bit")))
+    config, steps = planned.config, list[Step]()
+    four_bit = planned.spec.capabilities.levels.get("4bit")
+    if planned.facts.prequantized is None and four_bit and planned.quantization.weight_format != four_bit:
+        steps.append(Step("the base in 4 bits", _settings_of("4bit")))
     if config.training.optim == "adamw" and Feature.ADAMW_8BIT in planned.spec.capabilities.features:
         steps.append(Step("moments in 8 bits", {"training.optim": "adamw_8bit"}))
     return tuple(steps)

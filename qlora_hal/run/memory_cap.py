@@ -46,7 +46,8 @@ def within_limit(prepared: PreparedRun, planned: PlannedModel) -> tuple[Prepared
 def _too_low(planned: PlannedModel, limit: int, needed: int) -> ConfigError:
     least = remedy_of(planned, limit)
     fix = (
-        f"It fits with {least.words}: " + " ".join(f"--{path} {_typed(value)}" for path, value in _told(planned, least.settings))
+        f"It fits with {least.words}: "
+        + " ".join(f"--{path} {_typed(value)}" for path, value in _told(planned, least.settings))
         if least.fits
         else f"Give it more: with {least.words} it needs up to {figures.size(least.high)}. A smaller model needs less."
     )

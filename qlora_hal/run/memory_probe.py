@@ -1,9 +1,9 @@
-"""The estimate calibrated on this machine: a few of the model's layers, trained for two steps by the code that will run.
+"""The estimate calibrated here: a few of the model's layers, trained for two steps by the code that will run.
 
-A child process trains a model with the same widths, vocabulary, batch and settings, and few layers. What the others add
-follows: on a device with memory of its own the peak grows by the same for each layer, so two depths tell. Memory of the
-host is counted in resident pages, between which glibc's heap keeps holes, and two depths would measure their difference;
-there the arithmetic of the other layers is added, scaled to what was measured.
+A child process trains a model with the same widths, vocabulary, batch and settings, and few layers. What the others
+add follows: on a device with memory of its own the peak grows by the same for each layer, so two depths tell. Memory of
+the host is counted in resident pages, between which glibc's heap keeps holes, and two depths would measure their
+difference; there the arithmetic of the other layers is added, scaled to what was measured.
 """
 
 from __future__ import annotations
@@ -131,9 +131,7 @@ def _staying(memory: MemoryEstimate) -> int:
     return memory.weights + memory.adapter + memory.gradients + memory.optimizer
 
 
-def measured_peak(
-    config: RunConfig, facts: ModelFacts, layers: int, *, model: Path | None, on_host: bool
-) -> Measured:
+def measured_peak(config: RunConfig, facts: ModelFacts, layers: int, *, model: Path | None, on_host: bool) -> Measured:
     """What two steps take with the first `layers` layers. Raises BackendError QH-M61."""
     with tempfile.TemporaryDirectory(prefix="qlora-hal-probe-") as scratch:
         folder = Path(scratch) / "model"
@@ -153,10 +151,18 @@ def probe_settings(config: RunConfig, folder: Path) -> RunConfig:
             "data": type(data)(max_seq_length=data.max_seq_length, packing=data.packing, format="text"),
             "training": training.model_copy(
                 update={
-                    "max_steps": STEPS, "warmup_steps": None, "gradient_accumulation_steps": 1,
-                    "global_batch_size": None, "eval_steps": None, "early_stopping_patience": None, "report_to": (),
-                    "tracker_project": None, "sample_prompts": (), "seed": 0,
-                }  # fmt: skip
+                    "max_steps": STEPS,
+                    "warmup_steps": None,
+                    "gradient_accumulation_steps": 1,
+                    "global_batch_size": None,
+                    "eval_steps": None,
+                    "early_stopping_patience": None,
+                    "report_to": (),
+                    "tracker_project": None,
+                    "sample_prompts": (),
+                    "seed": 0,
+                    "memory_limit": None,
+                }
             ),
             "checkpoint": type(config.checkpoint)(),
             "parallel": type(config.parallel)(),

@@ -87,9 +87,7 @@ class PlannedModel:
 
     def estimate_of(self, facts: ModelFacts) -> MemoryEstimate:
         """The same settings with another model's facts."""
-        return estimated_memory(
-            self.config, facts, self.spec, self.quantization, self.targets_of(facts), self.device
-        )
+        return estimated_memory(self.config, facts, self.spec, self.quantization, self.targets_of(facts), self.device)
 
     def targets_of(self, facts: ModelFacts) -> dict[str, LinearShape]:
         """The modules that carry the adapter."""
@@ -103,9 +101,7 @@ def device_of(card: KnownGpu, spec: BackendSpec) -> ProbeReport:
     computes in float32."""
     able = spec.capabilities.compute_dtypes
     dtype: ComputeDtype = card.compute_dtype if card.compute_dtype in able else "float32"
-    return ProbeReport(
-        spec.name, Availability.READY, card.name, device_kind=card.device_kind, compute_dtype=dtype
-    )
+    return ProbeReport(spec.name, Availability.READY, card.name, device_kind=card.device_kind, compute_dtype=dtype)
 
 
 def backend_for(config: RunConfig, facts: ModelFacts, card: KnownGpu | None = None) -> BackendSpec:

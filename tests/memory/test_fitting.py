@@ -1,4 +1,4 @@
-"""What fits, by an estimate that can be computed in the head: a GiB for each row of 1024 tokens, a quarter recomputed."""
+"""What fits, by an estimate that can be done in the head: a GiB for each row of 1024 tokens, a quarter recomputed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ from collections.abc import Mapping
 import pytest
 
 from qlora_hal.contract.values import MemoryEstimate
-from qlora_hal.memory.fitting import ACCUMULATION, BATCH, LENGTH, RECOMPUTE, Step, Verdict, largest_fits, remedy, verdict
+from qlora_hal.memory.fitting import (
+    ACCUMULATION,
+    BATCH,
+    LENGTH,
+    RECOMPUTE,
+    Step,
+    Verdict,
+    largest_fits,
+    remedy,
+    verdict,
+)
 
 GIB = 2**30
 EIGHT_BIT_MOMENTS = Step("moments in 8 bits", {"training.optim": "adamw_8bit"})

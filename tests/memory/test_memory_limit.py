@@ -49,7 +49,7 @@ def test_a_limit_below_one_row_says_what_it_needs_and_what_would_fit() -> None:
 
 
 def test_a_limit_that_no_setting_reaches_says_the_least() -> None:
-    with pytest.raises(ConfigError, match="training.memory_limit is 64 MiB") as refused:
+    with pytest.raises(ConfigError, match=r"training\.memory_limit is 64 MiB") as refused:
         splits_within(planned(), 64 * MIB)
     assert "Give it more" in refused.value.fix
 

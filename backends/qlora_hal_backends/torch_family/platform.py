@@ -38,19 +38,19 @@ MEMORY = MemoryConstants(cross_entropy_rows=LOSS_CHUNK_ROWS)
 """Of transformers' layers. The head's loss is computed in chunks, so the logits of a batch never stand whole."""
 
 HOST_RUNTIME_BYTES = 540_000_000
-"""Resident pages of Python, torch, transformers and bitsandbytes before a model is loaded; on Linux with the packages of
-`constraints.txt` (`benchmarks/planner_errors.py` measures what is foreseen with it)."""
+"""Resident pages of Python, torch, transformers and bitsandbytes before a model is loaded; on Linux with the packages
+of `constraints.txt` (`benchmarks/planner_errors.py` measures what is foreseen with it)."""
 HOST_HEAP_HOLES = 0.35
 """Of what a step takes and gives back, glibc's heap kept 0.2 to 0.4 beside it at tensors of some megabytes
 (docs/runs/planner_errors_cpu.json)."""
 
 HOST_LOADING_HOLES = 6.0
-"""A weight passes through the heap in float32 while it is packed; at its peak loading held as much again and half of it."""
+"""A weight passes through the heap in float32 while it is packed; at its peak loading held that and half as much."""
 
 
 def host_memory(query: MemoryQuery) -> MemoryConstants:
-    """Of transformers' layers on the host, whose memory is counted in resident pages. In float32 the inputs of norms are
-    kept as they are, without a copy in float32."""
+    """Of transformers' layers on the host, whose memory is counted in resident pages. In float32 the inputs of norms
+    are kept as they are, without a copy in float32."""
     return replace(
         MEMORY,
         runtime_bytes=HOST_RUNTIME_BYTES,
