@@ -72,7 +72,8 @@ def estimate(
     holes = 0
     if constants.heap_holes and largest_block < HEAP_BLOCK_BYTES:
         few = replace(shape, layers=min(shape.layers, HOLED_LAYERS))
-        left, _ = _activation_bytes(few, batch_size, sequence_length, r * len(targets), compute_bytes, False, constants)
+        ranks = r * len(targets) * few.layers // max(shape.layers, 1)
+        left, _ = _activation_bytes(few, batch_size, sequence_length, ranks, compute_bytes, False, constants)
         holes = int(constants.heap_holes * (left + logits))
     workspace = constants.workspace_bytes + dequantized + holes
     loading = 0
