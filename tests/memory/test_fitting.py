@@ -50,6 +50,12 @@ def test_the_largest_batch_and_the_longest_row_are_exact() -> None:
     assert peak({BATCH: 4, LENGTH: 1024}).high > 8 * GIB
 
 
+def test_every_memory_has_its_largest_batch() -> None:
+    for rows in range(1, 70):
+        assert largest_fits(peak, (5 + rows) * GIB, 1024, 1024)[0].rows == rows
+        assert largest_fits(peak, (6 + rows) * GIB - 1, 1024, 1024)[0].rows == rows
+
+
 def test_nothing_fits_a_memory_below_the_weights() -> None:
     assert largest_fits(peak, 4 * GIB, 1024, None) == ()
 
