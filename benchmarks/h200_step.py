@@ -29,7 +29,7 @@ import statistics
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,30 @@ SHAPES: dict[str, dict[str, Any]] = {
         head_dim=128,
         intermediate_size=14336,
         vocab_size=128256,
+        tie_word_embeddings=False,
+    ),
+    "gemma3-4b": dict(  # Gemma 3 4B, its text model
+        model_type="gemma3_text",
+        hidden_size=2560,
+        num_hidden_layers=34,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=256,
+        intermediate_size=10240,
+        vocab_size=262208,
+        sliding_window=1024,
+        query_pre_attn_scalar=256,
+        tie_word_embeddings=True,
+    ),
+    "phi3-mini": dict(  # Phi 3 mini, 4k
+        model_type="phi3",
+        hidden_size=3072,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        intermediate_size=8192,
+        vocab_size=32064,
+        sliding_window=2047,
         tie_word_embeddings=False,
     ),
     "65b": dict(  # Llama 65B
@@ -143,7 +167,7 @@ def write_checkpoint(folder: Path, shape: Mapping[str, Any], device: torch.devic
     """Random weights N(0, 0.02), the projections packed by bitsandbytes, in transformers' pre-quantized layout."""
     from bitsandbytes import functional
     from safetensors.torch import save_file
-    from transformers import LlamaConfig
+    from transformers import AutoModelForCausalLM
 
     if (folder / "config.json").exists():
         return
@@ -163,23 +187,20 @@ def write_checkpoint(folder: Path, shape: Mapping[str, Any], device: torch.devic
             )
             tensors[name] = packed.cpu()
             tensors |= {f"{name}.{part}": value.cpu() for part, value in state.as_dict(packed=True).items()}
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"model.layers.{layer}.{norm}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
-    tensors["model.norm.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
     tensors["model.embed_tokens.weight"] = random(shape["vocab_size"], hidden).cpu()
     if not shape["tie_word_embeddings"]:
         tensors["lm_head.weight"] = random(shape["vocab_size"], hidden).cpu()
+    config = config_of(shape)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    one = 0.0 if config.model_type.startswith("gemma") else 1.0  # Gemma's norms count from 1
+    tensors |= {
+        name: torch.full(parameter.shape, one, dtype=torch.bfloat16)
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 1
+    }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = LlamaConfig(
-        **shape,
-        max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-    )
-    config.architectures = ["LlamaForCausalLM"]
+    config.architectures = [type(model).__name__]
     config.dtype = torch.bfloat16
     config.quantization_config = dict(
         quant_method="bitsandbytes",
@@ -193,10 +214,37 @@ def write_checkpoint(folder: Path, shape: Mapping[str, Any], device: torch.devic
     config.save_pretrained(folder)
 
 
+def config_of(shape: Mapping[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    rotary = {"rope_type": "default", "rope_theta": 500000.0}
+    named = dict(shape)
+    model_type = named.pop("model_type", "llama")
+    if model_type != "gemma3_text":  # which has two, of its own
+        named["rope_parameters"] = rotary
+    return AutoConfig.for_model(
+        model_type,
+        **named,
+        max_position_embeddings=4096 if model_type == "phi3" else 8192,
+        rms_norm_eps=1e-5,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+
+
 def projections(shape: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     """Module below a layer -> (out, in)."""
-    hidden, inner, size = shape["hidden_size"], shape["intermediate_size"], shape["head_dim"]
+    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
+    size = shape.get("head_dim", hidden // shape["num_attention_heads"])
     query, key = shape["num_attention_heads"] * size, shape["num_key_value_heads"] * size
+    if shape.get("model_type") == "phi3":
+        return {
+            "self_attn.qkv_proj": (query + 2 * key, hidden),
+            "self_attn.o_proj": (hidden, query),
+            "mlp.gate_up_proj": (2 * inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+        }
     return {
         "self_attn.q_proj": (query, hidden),
         "self_attn.k_proj": (key, hidden),
@@ -208,7 +256,7 @@ def projections(shape: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     }
 
 
-def first_adapter(shape: Mapping[str, Any], random_b: float = 0.0) -> Adapter:
+def first_adapter(shape: Mapping[str, Any], random_b: float = 0.0, dropout: float = 0.0) -> Adapter:
     """A uniform with PEFT's bound, seeded by the tensor's name; B zero, or normal for the gradient check."""
     tensors: dict[str, np.ndarray[Any, Any]] = {}
     modules = []
@@ -222,7 +270,7 @@ def first_adapter(shape: Mapping[str, Any], random_b: float = 0.0) -> Adapter:
             tensors[name] = random.uniform(-bound, bound, (RANK, columns)).astype(np.float32)
             b = random.standard_normal((rows, RANK), dtype=np.float32) * random_b
             tensors[f"base_model.model.{path}.lora_B.weight"] = b.astype(np.float32)
-    return Adapter(tensors, AdapterConfig(RANK, ALPHA, 0.0, False, tuple(sorted(modules))))
+    return Adapter(tensors, AdapterConfig(RANK, ALPHA, dropout, False, tuple(sorted(modules))))
 
 
 def token_batches(shape: Mapping[str, Any], micro_batch: int, length: int) -> list[np.ndarray[Any, Any]]:
@@ -291,7 +339,7 @@ def our_trainer(
     with open_trainer() as trainer:
         source = ModelSource(bench.folder.name, bench.folder, read_facts(bench.folder))
         trainer.load(source, QUANTIZATION, Compute(dtype, checkpointing, {"layers": layers}))
-        trainer.attach(first_adapter(bench.shape, random_b), "adamw")
+        trainer.attach(first_adapter(bench.shape, random_b, bench.arguments.dropout), "adamw")
         yield trainer, trainer.device_facts().kernel_path
 
 
@@ -312,8 +360,11 @@ def our_step(bench: Bench, *, checkpointing: bool, layers: str = "auto") -> Iter
     with our_trainer(bench, checkpointing=checkpointing, layers=layers) as (trainer, kernel_path):
 
         def step(tokens: np.ndarray[Any, Any]) -> float:
-            batch = as_batch(tokens)
-            settings = StepSettings(bench.arguments.learning_rate, batch.counted_tokens, max_grad_norm=CLIP)
+            batch = replace(as_batch(tokens), rows=np.arange(len(tokens), dtype=np.int32))
+            key = 1 if bench.arguments.dropout else None
+            settings = StepSettings(
+                bench.arguments.learning_rate, batch.counted_tokens, max_grad_norm=CLIP, dropout_key=key
+            )
             return trainer.train_step([batch], settings).resolve().loss
 
         yield step, kernel_path
@@ -493,6 +544,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=2048, help="tokens of a row")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--dropout", type=float, default=0.0, help="LoRA dropout of our systems")
     parser.add_argument("--systems", type=lambda text: text.split(";"), default=list(SYSTEMS), help="separated by ;")
     parser.add_argument("--checkpoint", type=Path, default=None, help="where the random weights are written")
     parser.add_argument("--check", action="store_true", help="compare gradients and losses too")

@@ -6,7 +6,8 @@
 Each row of work is run under several choices, one after another in one process, on the same random weights and tokens
 (`h200_step.py` says which). `peak` is of torch's allocator from loading on, in decimal GB; `context` is what the
 process holds on the device beside what the allocator reserved. With `--cap-gb` the allocator may take no more than so
-much, and a choice that does not fit says so. The first choice of a row is what the others' losses are compared with.
+much, and a choice that does not fit says so. The first choice of a row is what the others' losses are compared with;
+attention's backward adds in an order of its own each time, unless `--deterministic` asks for one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -199,10 +201,14 @@ def main() -> None:
     parser.add_argument("--rows", default="8b-recomputed", help=f"of {', '.join(ROWS)}; separated by commas")
     parser.add_argument("--make", default="", help="make the checkpoints of these shapes, and nothing else")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--deterministic", action="store_true", help="losses that repeat bit for bit; slower")
     parser.add_argument("--cap-gb", type=float, default=0.0, help="what the allocator may take, decimal GB")
     parser.add_argument("--folder", type=Path, default=Path("/tmp"), help="where checkpoints are made and kept")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    if given.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if given.cap_gb and device.type == "cuda":
         total = torch.cuda.get_device_properties(0).total_memory
@@ -222,7 +228,8 @@ def main() -> None:
     if given.json:
         record = {
             "command": f"python benchmarks/memory_step.py --rows {given.rows} --steps {given.steps}"
-            + (f" --cap-gb {given.cap_gb:g}" if given.cap_gb else ""),
+            + (f" --cap-gb {given.cap_gb:g}" if given.cap_gb else "")
+            + (" --deterministic" if given.deterministic else ""),
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
             "torch": torch.__version__,
             "found": [asdict(each) for each in found],

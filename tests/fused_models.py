@@ -25,6 +25,10 @@ FAMILIES: Mapping[str, Mapping[str, object]] = {
     "qwen2": {},
     "qwen3": {},
     "mistral": {"sliding_window": 64},
+    "ministral": {"head_dim": 16, "sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]},
+    "smollm3": {"no_rope_layers": [1, 0], "pad_token_id": 0},
+    "seed_oss": {"head_dim": 16},
+    "cwm": {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]},
     "phi3": {"pad_token_id": 0},
     "granite": {
         "embedding_multiplier": 3.0,

@@ -40,12 +40,14 @@ def opened(
     checkpointing: bool = False,
     targets: Sequence[str] | None = None,
     optimizer: str = "adamw",
+    recompute: str = "full",
+    base_offload: Sequence[str] = (),
 ) -> Any:
     trainer = open_trainer()
     trainer.join_ranks(WORLD, TIMEOUT_SECONDS)
     four_bit = weight_format in ("nf4", "fp4")
     quantization = Quantization(WeightFormat(weight_format), 64 if four_bit else None, four_bit)
-    compute = Compute(dtype, checkpointing, {}, WORLD, shard)  # type: ignore[arg-type]
+    compute = Compute(dtype, checkpointing, {}, WORLD, shard, recompute, tuple(base_offload))  # type: ignore[arg-type]
     trainer.load(source_of(model_path()), quantization, compute)
     modules = trainer.linear_modules()
     names = [name for name in sorted(modules) if targets is None or any(part in name for part in targets)]

@@ -37,6 +37,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "afmoe": {"num_hidden_layers": 4, "head_dim": 16, "moe_intermediate_size": 32, "num_experts": 4,
               "num_experts_per_tok": 2, "num_dense_layers": 1, "sliding_window": 8},
     "cohere": {},
+    "cwm": {"sliding_window": 8},
     "cohere2": {"num_hidden_layers": 4, "head_dim": 16, "sliding_window": 8},
     "deepseek_v3": {"num_key_value_heads": 4, "moe_intermediate_size": 32, "n_routed_experts": 4,
                     "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
@@ -57,10 +58,13 @@ OTHERS: dict[str, dict[str, Any]] = {
     "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
               "expert_layer_offset": 1, "num_experts": 4, "num_experts_per_tok": 2, "mamba_d_state": 8,
               "mamba_dt_rank": 4},
+    "ministral": {"head_dim": 16, "sliding_window": 8},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
     "nemotron": {"head_dim": 16},
     "olmo": {},
     "qwen3_moe": {"moe_intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
+    "seed_oss": {},
+    "smollm3": {"pad_token_id": 0},
     "starcoder2": {"sliding_window": 8},
 }  # fmt: skip
 """Further architectures, which only some tests look at."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import tempfile
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from cyclopts import Parameter
 
 from qlora_hal.cli.arguments import Switch
 from qlora_hal.cli.flags import with_settings
+from qlora_hal.config.sizes import size_in_bytes
 from qlora_hal.errors import ConfigError, figures
 from qlora_hal.errors.terminal_text import show, show_json
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from qlora_hal.memory.advice import Plan, RowFacts, Situation
     from qlora_hal.model.source import ModelSource
 
-_UNITS = {"M": 2**20, "G": 2**30, "T": 2**40}
-"""Cards are sold in GB and hold GiB: both are read as 2**30 bytes."""
 _LONGEST = 2**24
 """Tokens of a row that are counted where a model's headers name no limit."""
 
@@ -57,9 +55,8 @@ def advise(
 
 def memory_bytes(text: str) -> int:
     """`24GB`, `24 GiB`, `80` (GB). Raises ConfigError QH-U01."""
-    found = re.fullmatch(r"\s*(\d{1,6}(?:\.\d{1,3})?)\s*(?:([MGT])i?B?)?\s*", text, flags=re.IGNORECASE)
-    size = int(float(found[1]) * _UNITS[(found[2] or "G").upper()]) if found else 0
-    if size <= 0:
+    size = size_in_bytes(text)
+    if size is None:
         raise ConfigError(
             "QH-U01",
             f"--memory is {text!r}; a size such as 24GB is expected.",
@@ -77,11 +74,16 @@ def _situation(config: RunConfig, memory: int | None, given_length: int | None) 
     from qlora_hal.detect.requirements import quantization_of
     from qlora_hal.memory.advice import Situation
     from qlora_hal.memory.estimate import adapter_parameters
-    from qlora_hal.model.source import resolve_model
+    from qlora_hal.model.source import plan_model
     from qlora_hal.run.prepare import estimated_memory
 
     model = config.model
-    source = resolve_model(model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    source = plan_model(
+        model.name_or_path,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        config_is_enough=not (config.data.path or config.data.sources),
+    )
     facts = source.facts
     probed = reports(listed())
     spec = _backend(config, source, probed, on_this_machine=memory is None)
@@ -111,10 +113,10 @@ def _backend(
 ) -> BackendSpec:
     """The named backend; else of those that support the model the first by priority, of this machine where the memory
     is its own."""
-    from qlora_hal.cli.estimate import backend_for
     from qlora_hal.detect.discovery import listed
     from qlora_hal.detect.requirements import requirements_of
     from qlora_hal.detect.selection import choose
+    from qlora_hal.run.planned_memory import backend_for
 
     if on_this_machine:
         needs = requirements_of(config, source.facts)

@@ -1,56 +1,113 @@
-"""`qlora-hal estimate`: the memory of a run by arithmetic over the model's headers; no weights are loaded."""
+"""`qlora-hal estimate`: the memory of a run by arithmetic over config.json or headers; no weights are loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from qlora_hal.cli.arguments import DevicesOption, Switch, as_devices
+from qlora_hal.cli.estimate_text import PARTS, estimate_as_text, memory_lines
 from qlora_hal.cli.flags import with_settings
 from qlora_hal.cli.settings import resolved
-from qlora_hal.errors import figures
+from qlora_hal.errors import ConfigError
 from qlora_hal.errors.terminal_text import show, show_json
 
 if TYPE_CHECKING:
     from qlora_hal.config.schema import RunConfig
-    from qlora_hal.contract.backend import BackendSpec, Quantization
     from qlora_hal.contract.values import MemoryEstimate
+    from qlora_hal.memory.fitting import Fit, Remedy, Verdict
     from qlora_hal.memory.gpus import KnownGpu
-    from qlora_hal.model.facts import ModelFacts
+    from qlora_hal.memory.inference import InferenceMemory
     from qlora_hal.ranks.planning import DevicePlan
+    from qlora_hal.run.card_table import CardRow
+    from qlora_hal.run.memory_probe import Calibration
+    from qlora_hal.run.planned_memory import PlannedModel
 
-_PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "workspace", "runtime")
+__all__ = ["Estimated", "estimate", "estimate_as_json", "estimate_as_text", "estimate_run", "memory_lines"]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is asked for beside the estimate itself."""
+
+    gpu: str | None = None
+    fit: bool = False
+    cards: bool = False
+    inference: bool = False
+    probe: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Estimated:
     """An estimate and what it was made for.
 
-    `not_ready` is why the backend cannot run here, empty where it can. A backend that computes on the CPU here has no
-    `cards`, but this machine's memory in bytes.
+    `memory` is of each of `plan`'s devices. `cards` are those that it is held against: the one that was named, or all
+    known ones of the backend. A backend that computes on the CPU here has none, but this machine's memory in bytes.
+    `memory_limit` is the cap of the settings; `on_cards` are the estimates of cards, by name, that compute in another
+    dtype. The last five are there where they were asked for.
     """
 
+    planned: PlannedModel
     memory: MemoryEstimate
-    backend: str
-    not_ready: str
-    quantization: Quantization
-    compute_dtype: str
     cards: tuple[KnownGpu, ...]
     machine_bytes: int | None
     plan: DevicePlan
+    memory_limit: int | None = None
+    on_cards: Mapping[str, MemoryEstimate] = field(default_factory=dict)
+    remedy: Remedy | None = None
+    fits_of: tuple[Fit, ...] | None = None
+    table: tuple[CardRow, ...] | None = None
+    inference: InferenceMemory | None = None
+    probe: Calibration | None = None
 
-    def fits(self, memory_bytes: int) -> bool:
-        """Whether the peak of one device fits, with the margin of the arithmetic."""
-        return self.memory.high <= memory_bytes
+    @property
+    def backend(self) -> str:
+        return self.planned.spec.name
+
+    @property
+    def not_ready(self) -> str:
+        """Why the backend cannot run here, empty where it can."""
+        return "" if self.planned.here.ready else self.planned.here.reason
+
+    @property
+    def total(self) -> int:
+        """What was calibrated where there is a probe, else by arithmetic."""
+        return self.probe.total if self.probe is not None else self.memory.total
+
+    @property
+    def high(self) -> int:
+        return self.probe.high if self.probe is not None else self.memory.high
+
+    def verdict(self, memory_bytes: int, devices: int = 1) -> Verdict:
+        """Whether the peak of so many devices that share a memory fits."""
+        from qlora_hal.memory.fitting import verdict
+
+        return verdict(self.total * devices, self.high * devices, memory_bytes)
+
+    def verdict_on(self, card: KnownGpu) -> Verdict:
+        """Whether it fits a card, in the dtype that the card computes in."""
+        from qlora_hal.memory.fitting import verdict
+
+        there = self.on_cards.get(card.name)
+        if there is None:
+            return self.verdict(card.memory_bytes)
+        return verdict(there.total, there.high, card.memory_bytes)
 
     @property
     def fits_here(self) -> bool:
         """Whether the memory of this machine is enough: the ranks of a CPU share it."""
-        return self.machine_bytes is not None and self.memory.high * self.plan.devices <= self.machine_bytes
+        return self.machine_bytes is not None and self.high * self.plan.devices <= self.machine_bytes
+
+    @property
+    def smallest_memory(self) -> int | None:
+        """What the run has to fit into: the cap, the named card or this machine's memory, whichever is the least."""
+        named = [card.memory_bytes for card in self.cards] if len(self.cards) == 1 else []
+        known = [*named, *filter(None, (self.memory_limit, self.machine_bytes))]
+        return min(known, default=None)
 
 
 @with_settings()
@@ -60,15 +117,31 @@ def estimate(
     *,
     demo: Annotated[bool, Switch, Parameter(help="Estimate for the small model that comes with the package.")] = False,
     devices: DevicesOption = None,
+    gpu: Annotated[str | None, Parameter(help="Estimate for a card that is not here: RTX 4090, A100 80GB.")] = None,
+    fit: Annotated[
+        bool, Switch, Parameter(help="Find the largest batch and the longest row that fit, and their settings.")
+    ] = False,
+    cards: Annotated[
+        bool,
+        Switch,
+        Parameter(help="Table of all known cards: full tuning, LoRA, 8-bit, 4-bit, and what makes it fit."),
+    ] = False,
+    inference: Annotated[
+        bool, Switch, Parameter(help="Memory of answering too: weights, and keys and values of the batch.")
+    ] = False,
+    probe: Annotated[
+        bool, Switch, Parameter(help="Train a few layers of the model here, for seconds, and calibrate the estimate.")
+    ] = False,
     json: Annotated[bool, Switch, Parameter(help="Print as JSON.")] = False,
     flags: Mapping[str, object],
 ) -> int:
-    """Estimate the memory of a run: qlora-hal estimate --model M --training.per_device_train_batch_size 8."""
+    """Estimate the memory of a run: qlora-hal estimate --model M --gpu 'RTX 4090' --fit. config.json is enough."""
     from qlora_hal.config.resolve import require_settings
 
     settings = resolved(config, flags, demo=demo)
     require_settings(settings.config, "model.name_or_path")
-    estimated = estimate_run(settings.config, as_devices(devices))
+    wanted = Wanted(gpu, fit, cards, inference, probe)
+    estimated = estimate_run(settings.config, as_devices(devices), wanted)
     if json:
         show_json(estimate_as_json(estimated))
     else:
@@ -76,139 +149,172 @@ def estimate(
     return 0
 
 
-def estimate_run(config: RunConfig, devices: int | str | None = None) -> Estimated:
-    """The peak on the backend that is named, else on the one that would be chosen on its own hardware; where a backend
-    is ready here, on this machine's. `devices` may be more than there are here: it is arithmetic."""
-    from qlora_hal.adapter.targets import require_rank, resolve_targets
-    from qlora_hal.data.prepare import refuse_long_sequences
-    from qlora_hal.detect.discovery import listed, reports
+def estimate_run(config: RunConfig, devices: int | str | None = None, wanted: Wanted | None = None) -> Estimated:
+    """The peak on the backend that is named, else on the one that would be chosen on its own hardware, or on the card
+    that is named; where a backend is ready here, on this machine's. `devices` may be more than there are here: it is
+    arithmetic, but for `wanted.probe`.
+
+    Raises ConfigError QH-U80 for an unknown card, QH-U82 where none of the memories is known that `wanted.fit` needs,
+    ModelError QH-M60 and BackendError QH-M61 of the probe, and as `PlannedModel.of`.
+    """
     from qlora_hal.detect.hardware import memory_here
-    from qlora_hal.detect.requirements import quantization_of
     from qlora_hal.detect.selection import has_accelerator
     from qlora_hal.memory.estimate import spread_over
-    from qlora_hal.memory.gpus import KNOWN_GPUS
-    from qlora_hal.model.source import plan_model
+    from qlora_hal.memory.gpus import KNOWN_GPUS, known_gpu
     from qlora_hal.ranks.launching import AUTO, number_of
     from qlora_hal.ranks.planning import plan_for
     from qlora_hal.ranks.starting import require_number
-    from qlora_hal.run.prepare import estimated_memory, likely_dtype
+    from qlora_hal.run.planned_memory import PlannedModel
 
     require_number(devices)
-    model = config.model
-    facts = plan_model(
-        model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code, tokenizer=False
-    ).facts
-    refuse_long_sequences(config.data, facts.max_position_embeddings)
-    spec = backend_for(config, facts)
-    quantization = quantization_of(config, facts, spec.capabilities)
-    targets = resolve_targets(config.lora.target_modules, facts.linear_modules, config.lora.experts)
-    require_rank(config.lora.r, [facts.linear_modules[name] for name in targets])
-    probed = next(report for report in reports(listed()) if report.backend == spec.name)
-    report = probed if probed.ready else None
-    accelerated = has_accelerator(spec, (probed,))
-    memory = estimated_memory(
-        config, facts, spec, quantization, {name: facts.linear_modules[name] for name in targets}, report
+    wanted = wanted or Wanted()
+    card = known_gpu(wanted.gpu) if wanted.gpu is not None else None
+    planned = PlannedModel.of(config, card)
+    facts, spec = planned.facts, planned.spec
+    accelerated = card is not None or has_accelerator(spec, (planned.here,))
+    memory, dtype = planned.estimate(), planned.compute_dtype
+    number = number_of(AUTO, spec, planned.here) if devices == AUTO else int(devices or 1)
+    plan = plan_for(
+        config,
+        number,
+        spec,
+        memory,
+        lambda: spread_over(memory, facts, dtype, number),
+        _memory_of_each(card, config),
     )
-    dtype = likely_dtype(config, spec, report)
-    number = number_of(AUTO, spec, probed) if devices == AUTO else int(devices or 1)
-    plan = plan_for(config, number, spec, memory, lambda: spread_over(memory, facts, dtype, number))
-    return Estimated(
+    known = tuple(card for card in KNOWN_GPUS if accelerated and card.vendor in spec.card_vendors)
+    estimated = Estimated(
+        planned=planned,
         memory=plan.memory,
         plan=plan,
-        backend=spec.name,
-        not_ready="" if probed.ready else probed.reason,
-        quantization=quantization,
-        compute_dtype=dtype,
-        cards=tuple(card for card in KNOWN_GPUS if accelerated and card.vendor in spec.card_vendors),
+        cards=known if card is None else (card,),
         machine_bytes=None if accelerated else memory_here(),
+        memory_limit=config.training.memory_limit_bytes,
+        on_cards=_in_other_dtypes(planned, known) if card is None and plan.devices == 1 else {},
     )
+    return _with_wanted(estimated, wanted, config)
 
 
-def estimate_as_text(estimated: Estimated, config: RunConfig) -> str:
-    """A table of the parts, the total with its margin, and the cards on both sides of it, or this machine."""
-    memory, stored = estimated.memory, estimated.quantization
-    block = f" in blocks of {stored.block_size}" if stored.block_size else ""
-    here = f"not ready here: {estimated.not_ready.rstrip('.')}" if estimated.not_ready else "ready here"
-    batch, length = config.full_batch_rows, config.data.max_seq_length
-    lines = [
-        f"{config.model.name_or_path} on {estimated.backend} ({here}): base {stored.weight_format.value}{block}, "
-        f"computes in {estimated.compute_dtype}, {batch} x {length} tokens, rank {config.lora.r}",
-        *_plan_lines(estimated.plan, config),
-        "",
-        *memory_lines({**asdict(memory), "total": memory.total, "high": memory.high}),
-        "",
-    ]
-    for title, fits in (("fits", True), ("too small", False)):
-        places = [(card.name, card.memory_bytes, estimated.fits(card.memory_bytes)) for card in estimated.cards]
-        if estimated.machine_bytes is not None:
-            places.append(("the memory of this machine", estimated.machine_bytes, estimated.fits_here))
-        names = [f"{name} ({figures.size(size)})" for name, size, enough in places if enough is fits]
-        if names:
-            lines.append(f"{title + ':':<10} {', '.join(names)}")
-    return "\n".join(lines)
+def _memory_of_each(card: KnownGpu | None, config: RunConfig) -> int | None:
+    """Bytes of one device, as far as a card or a cap is named."""
+    named = (card.memory_bytes if card is not None else None, config.training.memory_limit_bytes)
+    return min((size for size in named if size is not None), default=None)
 
 
-def _plan_lines(plan: DevicePlan, config: RunConfig) -> list[str]:
-    if plan.devices == 1:
-        return []
-    steps = config.training.max_steps
-    return [
-        f"{plan.devices} devices ({plan.mode}: {plan.why}): {plan.sequences_per_step} sequences a step over all of "
-        f"them, {f'{steps} steps' if steps else 'steps by the rows (train --dry-run counts them)'}; memory of each:"
-    ]
+def _in_other_dtypes(planned: PlannedModel, cards: Sequence[KnownGpu]) -> dict[str, MemoryEstimate]:
+    """The estimates of cards whose 16-bit dtype is not the one that was estimated with, where none was asked for."""
+    if planned.config.quantization.compute_dtype != "auto":
+        return {}
+    of_dtype: dict[str, MemoryEstimate] = {}
+    for card in cards:
+        if card.compute_dtype != planned.compute_dtype and card.compute_dtype not in of_dtype:
+            of_dtype[card.compute_dtype] = planned.with_device(card).estimate()
+    return {card.name: of_dtype[card.compute_dtype] for card in cards if card.compute_dtype in of_dtype}
 
 
-def memory_lines(memory: Mapping[str, int]) -> list[str]:
-    """Bytes by cause, and in all with the margin of the arithmetic."""
-    return [
-        *(f"  {part:<12} {figures.size(memory[part]):>10}" for part in _PARTS),
-        f"  {'total':<12} {figures.size(memory['total']):>10}   up to {figures.size(memory['high'])}",
-    ]
+def _with_wanted(estimated: Estimated, wanted: Wanted, config: RunConfig) -> Estimated:
+    """The same with what was asked for beside it."""
+    from qlora_hal.memory.fitting import Verdict, largest_fits
+    from qlora_hal.memory.inference import inference_memory
+    from qlora_hal.run.card_table import card_rows, remedy_of, remembered
+    from qlora_hal.run.memory_probe import probed
+
+    planned = estimated.planned
+    if wanted.probe:
+        _refuse_probe_elsewhere(planned, wanted)
+        calibration = probed(
+            config,
+            planned.facts,
+            planned.estimate_of,
+            model=planned.folder,
+            on_host=estimated.machine_bytes is not None,
+        )
+        estimated = replace(estimated, probe=calibration)
+    has = estimated.smallest_memory
+    if has is not None and estimated.verdict(has) is not Verdict.FITS:
+        estimated = replace(estimated, remedy=remedy_of(planned, has))
+    if wanted.fit:
+        if has is None:
+            raise ConfigError(
+                "QH-U82",
+                "--fit needs to know the memory that the run has to fit into.",
+                where="command line --fit",
+                fix="Name a card or a size: --gpu 'RTX 4090', or --training.memory_limit 24GB",
+            )
+        length, positions = config.data.max_seq_length, planned.facts.max_position_embeddings
+        estimated = replace(estimated, fits_of=largest_fits(remembered(planned), has, length, positions))
+    if wanted.cards:
+        estimated = replace(estimated, table=card_rows(planned))
+    if wanted.inference:
+        batch, length = config.training.per_device_train_batch_size, config.data.max_seq_length
+        found = inference_memory(
+            planned.facts, planned.quantization, planned.compute_dtype, batch, length, estimated.memory.runtime
+        )
+        estimated = replace(estimated, inference=found)
+    return estimated
+
+
+def _refuse_probe_elsewhere(planned: PlannedModel, wanted: Wanted) -> None:
+    """Raises ConfigError QH-U83 for a probe of a device that is not here."""
+    if wanted.gpu is None and planned.here.ready:
+        return
+    reason = f"--gpu names {wanted.gpu}" if wanted.gpu is not None else planned.here.reason.rstrip(".")
+    raise ConfigError(
+        "QH-U83",
+        f"--probe measures on a device of this machine: {reason}.",
+        where="command line --probe",
+        fix="Leave --probe out, or run it on the machine that will train, without --gpu.",
+    )
 
 
 def estimate_as_json(estimated: Estimated) -> dict[str, object]:
-    memory, stored = estimated.memory, estimated.quantization
-    return {
+    """All facts of the text, in bytes."""
+    memory, planned = estimated.memory, estimated.planned
+    stored = planned.quantization
+    told: dict[str, object] = {
         "backend": estimated.backend,
         "not_ready": estimated.not_ready,
+        "read_from": planned.facts.read_from,
+        "parameters": planned.facts.parameter_count,
         "weight_format": stored.weight_format.value,
         "block_size": stored.block_size,
         "double_quant": stored.double_quant,
-        "compute_dtype": estimated.compute_dtype,
-        "bytes": {part: getattr(memory, part) for part in _PARTS},
+        "compute_dtype": planned.compute_dtype,
+        "bytes": {part: getattr(memory, part) for part in PARTS},
         "total": memory.total,
         "high": memory.high,
         "plan": estimated.plan.as_json(),
         "cards": [
-            {"name": card.name, "memory_bytes": card.memory_bytes, "fits": estimated.fits(card.memory_bytes)}
+            {
+                "name": card.name,
+                "memory_bytes": card.memory_bytes,
+                "fits": estimated.verdict_on(card).value == "fits",
+                "class": estimated.verdict_on(card).value,
+                "source": card.source,
+            }
             for card in estimated.cards
         ],
         "machine": None
         if (size := estimated.machine_bytes) is None
         else {"memory_bytes": size, "fits": estimated.fits_here},
+        "memory_limit": None
+        if (limit := estimated.memory_limit) is None
+        else {"memory_bytes": limit, "class": estimated.verdict(limit).value},
+        "advice": None
+        if (advice := estimated.remedy) is None
+        else {"settings": advice.settings, "high": advice.high, "fits": advice.fits},
     }
-
-
-def backend_for(config: RunConfig, facts: ModelFacts) -> BackendSpec:
-    """The named backend; else the first by priority that can store this model, ready here or not."""
-    from qlora_hal.contract.capabilities import unmet_requirements
-    from qlora_hal.detect.discovery import find, listed, load_spec
-    from qlora_hal.detect.requirements import requirements_of
-    from qlora_hal.errors import UnsupportedFeatureError
-
-    entries = listed()
-    if config.backend.name != "auto":
-        return load_spec(find(config.backend.name, entries))
-    specs = [load_spec(entry) for entry in entries if entry.built_in]
-    needs = requirements_of(config, facts)
-    able = [spec for spec in specs if not unmet_requirements(needs, spec.capabilities)]
-    if not able:
-        raise UnsupportedFeatureError(
-            "QH-B01",
-            "No built-in backend supports these settings.",
-            cause="; ".join(
-                f"{spec.name}: {', '.join(unmet_requirements(needs, spec.capabilities))}" for spec in specs
-            ),
-            fix="Change the setting that every line names, or name a backend with --backend.",
-        )
-    return max(able, key=lambda spec: spec.priority)
+    if estimated.probe is not None:
+        told["probe"] = estimated.probe.as_json()
+    if estimated.fits_of is not None:
+        told["fit"] = [{"settings": one.settings, "high": one.high} for one in estimated.fits_of]
+    if (answering := estimated.inference) is not None:
+        told["inference"] = {
+            "sequences": answering.sequences,
+            "length": answering.length,
+            "bytes": {"weights": answering.weights, "kv_cache": answering.cache, "runtime": answering.runtime},
+            "total": answering.total,
+        }
+    if estimated.table is not None:
+        told["table"] = [row.as_json() for row in estimated.table]
+    return told

@@ -124,7 +124,7 @@ def batch_as_json(settings: ResolvedSettings) -> str:
 
 def plan_as_text(result: TrainResult) -> str:
     """What a dry run found: one line for the work, one for the base, and the memory by cause."""
-    from qlora_hal.cli.estimate import memory_lines
+    from qlora_hal.cli.estimate_text import memory_lines
 
     plan: Mapping[str, Any] = result.plan
     block = f" in blocks of {result.block_size}" if result.block_size else ""

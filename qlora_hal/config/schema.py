@@ -25,6 +25,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, PydanticCustomError
 from pydantic_core.core_schema import no_info_after_validator_function
 
+from qlora_hal.config.sizes import size_in_bytes
 from qlora_hal.files.refused_paths import half_of_a_character
 from qlora_hal.formats.catalogue import find_record, names
 from qlora_hal.formats.record import LEVELS
@@ -313,6 +314,11 @@ class TrainingConfig(_Part):
         description="Parts of the base that live in the host's memory and are copied when they are needed; auto: what "
         "has to, by the estimate.",
     )
+    memory_limit: str | None = Field(
+        None,
+        description="The most that the run is planned to take of a device's memory, as 24GB: micro-batches are cut to "
+        "what fits, and a run that cannot fit is refused before it loads.",
+    )
     seed: NonNegativeInt | None = Field(None, description="Drawn, printed and stored when unset.")
     logging_steps: PositiveInt = Field(
         1, description="Print a line every this many steps; metrics.jsonl has every step."
@@ -334,6 +340,17 @@ class TrainingConfig(_Part):
         "Default: their own variables, else qlora-hal.",
     )
     sample_prompts: tuple[str, ...] = Field((), description="Prompts that are answered before and after training.")
+
+    @field_validator("memory_limit")
+    @classmethod
+    def _means_a_size(cls, value: str | None) -> str | None:
+        if value is not None and size_in_bytes(value) is None:
+            raise ValueError("a size such as 24GB is expected")
+        return value
+
+    @property
+    def memory_limit_bytes(self) -> int | None:
+        return None if self.memory_limit is None else size_in_bytes(self.memory_limit)
 
 
 class CheckpointConfig(_Part):

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+HEAP_BLOCK_BYTES = 32 * 2**20
+"""glibc gives larger blocks pages of their own, and these back when they are freed (mallopt(3),
+DEFAULT_MMAP_THRESHOLD_MAX)."""
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryConstants:
@@ -20,7 +24,10 @@ class MemoryConstants:
     `logit_bytes` are those of a logit from its product to its gradient; None: in the compute dtype, in float32 and as a
     float32 gradient. `dequantized_copies` counts weights of the largest linear layer's size that stand decoded at once.
     `master_bytes` are those of an adapter weight with its copy in the compute dtype.
-    `cross_entropy_rows` is the chunk of a chunked cross-entropy, None when all logits exist at once.
+    `cross_entropy_rows` is the chunk of a chunked cross-entropy, None when all logits exist at once. `heap_holes` is
+    what the host's allocator keeps between blocks, as a share of the logits and of a few layers' activations, where the
+    largest tensor is smaller than `HEAP_BLOCK_BYTES`. `loading_holes` is what it keeps of loading, in bytes for each
+    weight of the linear layers, where their weights are that small; a step uses it again.
     """
 
     runtime_bytes: int = 600_000_000
@@ -38,6 +45,8 @@ class MemoryConstants:
     master_bytes: int = 4
     gradient_bytes: int = 4
     relative_error: float = 0.15
+    heap_holes: float = 0.0
+    loading_holes: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

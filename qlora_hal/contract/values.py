@@ -196,7 +196,8 @@ class OptimizerSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes at the peak of training, by cause; `low` and `high` bound the total."""
+    """Bytes at the peak of training, by cause; `high` bounds the total. `loading` is what the host's heap keeps of
+    loading, which a step uses again: it is counted in `workspace` where a step needs less."""
 
     weights: int
     adapter: int
@@ -207,6 +208,7 @@ class MemoryEstimate:
     workspace: int
     runtime: int
     relative_error: float = 0.15
+    loading: int = 0
 
     @property
     def total(self) -> int:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qlora_hal.contract.capabilities import WeightFormat
-from qlora_hal.contract.memory_constants import MemoryConstants
+from qlora_hal.contract.memory_constants import HEAP_BLOCK_BYTES, MemoryConstants
 from qlora_hal.contract.values import LinearShape, MemoryEstimate
 from qlora_hal.formats.catalogue import record_of
 from qlora_hal.model.shape import DecoderShape, decoder_shape
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 DTYPE_BYTES: Mapping[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 SMALLEST_8BIT_STATE = 4096
 """bitsandbytes keeps the moments of smaller tensors in float32 (`min_8bit_size`)."""
+
+HOLED_LAYERS = 8
+"""Of so many layers' activations the heap's holes are counted at most, recomputed or not: backward runs in a thread
+with a heap of its own, so what forward freed is not reused there. Measured with up to eight layers."""
 
 Targets = Mapping[str, LinearShape]
 
@@ -62,17 +66,30 @@ def estimate(
     kept, working = _activation_bytes(
         shape, batch_size, sequence_length, r * len(targets), compute_bytes, gradient_checkpointing, constants
     )
+    # Logits are gone before a layer is differentiated.
+    activations = kept + max(working - logits, 0)
+    largest_block = tokens * max(shape.feed_forward, shape.hidden) * compute_bytes
+    holes = 0
+    if constants.heap_holes and largest_block < HEAP_BLOCK_BYTES:
+        few = replace(shape, layers=min(shape.layers, HOLED_LAYERS))
+        ranks = r * len(targets) * few.layers // max(shape.layers, 1)
+        left, _ = _activation_bytes(few, batch_size, sequence_length, ranks, compute_bytes, False, constants)
+        holes = int(constants.heap_holes * (left + logits))
+    workspace = constants.workspace_bytes + dequantized + holes
+    loading = 0
+    if largest * 4 < HEAP_BLOCK_BYTES:
+        loading = int(constants.loading_holes * sum(linear.parameters for linear in facts.linear_modules.values()))
     return MemoryEstimate(
         weights=weight_bytes(facts, weight_format, block_size, double_quant, compute_dtype),
         adapter=constants.master_bytes * adapter_weights,
         gradients=constants.gradient_bytes * adapter_weights,
         optimizer=optimizer_bytes(targets, r, optimizer),
-        # Logits are gone before a layer is differentiated.
-        activations=kept + max(working - logits, 0),
+        activations=activations,
         logits=logits,
-        workspace=constants.workspace_bytes + dequantized,
+        workspace=max(workspace, loading - activations - logits),
         runtime=constants.runtime_bytes,
         relative_error=constants.relative_error,
+        loading=loading,
     )
 
 
@@ -174,7 +191,8 @@ def _activation_bytes(
     gradient_checkpointing: bool,
     constants: MemoryConstants,
 ) -> tuple[int, int]:
-    """What is kept for backward, and what is alive beyond it while one layer is differentiated."""
+    """What is kept for backward, and what is alive beyond it while one layer is differentiated: with recomputation that
+    is all of the layer."""
     tokens = batch_size * sequence_length
     widths = constants.hidden_copies * shape.hidden + constants.feed_forward_copies * shape.feed_forward
     # Each of a token's experts has a row of its own, before and after, and what is between the projections.
@@ -187,8 +205,8 @@ def _activation_bytes(
     tile = tokens if constants.feed_forward_tile is None else min(tokens, constants.feed_forward_tile)
     working += int(tile * constants.working_feed_forward_copies * shape.feed_forward * compute_bytes)
     if gradient_checkpointing:
-        inputs = shape.layers if constants.recomputed_inputs is None else constants.recomputed_inputs
-        return int(min(inputs, shape.layers) * tokens * shape.hidden * compute_bytes + one_layer), working
+        inputs = shape.layers if constants.recomputed_inputs is None else min(shape.layers, constants.recomputed_inputs)
+        return inputs * tokens * shape.hidden * compute_bytes, int(one_layer) + working
     return int(shape.layers * one_layer), working
 
 

@@ -1,20 +1,39 @@
-"""Memory of well-known accelerators, for `estimate` on a machine that does not have them."""
+"""Well-known accelerators, for `estimate` on a machine that has none of them: memory, dtype, and whose word it is."""
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qlora_hal.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qlora_hal.contract.values import ComputeDtype
 
 MIB = 2**20
 GIB = 2**30
 
+DEVICE_KINDS: Mapping[str, str] = {"nvidia": "cuda", "amd": "rocm", "apple": "mps"}
+
 
 @dataclass(frozen=True, slots=True)
 class KnownGpu:
-    """One accelerator, with the memory that its driver reports."""
+    """One accelerator, with the memory that its driver reports for one device of it. `compute_dtype` is the 16-bit
+    dtype that its matrix units have; `source` is the vendor's document of both. `devices` are on one card."""
 
     name: str
     vendor: str
     memory_bytes: int
+    compute_dtype: ComputeDtype = "bfloat16"
+    source: str = ""
+    devices: int = 1
+
+    @property
+    def device_kind(self) -> str:
+        return DEVICE_KINDS[self.vendor]
 
 
 def apple_working_set(unified_bytes: int) -> int:
@@ -25,27 +44,121 @@ def apple_working_set(unified_bytes: int) -> int:
     return unified_bytes * 2 // 3 if unified_bytes <= 32 * GIB else unified_bytes * 3 // 4
 
 
+def _nvidia(name: str, mib: int, source: str, compute_dtype: ComputeDtype = "bfloat16") -> KnownGpu:
+    return KnownGpu(f"NVIDIA {name}", "nvidia", mib * MIB, compute_dtype, f"NVIDIA, {source}")
+
+
+def _amd(name: str, gib: int, source: str, devices: int = 1) -> KnownGpu:
+    return KnownGpu(f"AMD {name}", "amd", gib * GIB, "bfloat16", f"AMD, {source}", devices)
+
+
+def _mac(gib: int) -> KnownGpu:
+    source = "Apple, Metal: recommendedMaxWorkingSetSize"
+    return KnownGpu(f"Apple M-series, {gib} GB", "apple", apple_working_set(gib * GIB), "bfloat16", source)
+
+
+_TURING, _VOLTA = "Turing architecture white paper", "Tesla V100 architecture white paper"
+_GA102, _ADA = "Ampere GA102 architecture white paper", "Ada GPU architecture white paper"
+_BLACKWELL = "RTX Blackwell GPU architecture white paper"
+
 KNOWN_GPUS: tuple[KnownGpu, ...] = (
-    KnownGpu("NVIDIA T4", "nvidia", 15360 * MIB),
-    KnownGpu("NVIDIA V100 16 GB", "nvidia", 16384 * MIB),
-    KnownGpu("NVIDIA V100 32 GB", "nvidia", 32768 * MIB),
-    KnownGpu("NVIDIA L4", "nvidia", 23034 * MIB),
-    KnownGpu("NVIDIA A10G", "nvidia", 23028 * MIB),
-    KnownGpu("NVIDIA L40S", "nvidia", 46068 * MIB),
-    KnownGpu("NVIDIA RTX 3090", "nvidia", 24576 * MIB),
-    KnownGpu("NVIDIA RTX 4090", "nvidia", 24564 * MIB),
-    KnownGpu("NVIDIA RTX 5090", "nvidia", 32607 * MIB),
-    KnownGpu("NVIDIA A100 40 GB", "nvidia", 40960 * MIB),
-    KnownGpu("NVIDIA A100 80 GB", "nvidia", 81920 * MIB),
-    KnownGpu("NVIDIA H100 80 GB", "nvidia", 81559 * MIB),
-    KnownGpu("NVIDIA H200", "nvidia", 143771 * MIB),
-    KnownGpu("AMD Instinct MI210", "amd", 64 * GIB),
-    KnownGpu("AMD Instinct MI250 (one die)", "amd", 64 * GIB),
-    KnownGpu("AMD Instinct MI300X", "amd", 192 * GIB),
-    KnownGpu("AMD Radeon RX 7900 XTX", "amd", 24 * GIB),
-    KnownGpu("Apple M-series, 16 GB", "apple", apple_working_set(16 * GIB)),
-    KnownGpu("Apple M-series, 32 GB", "apple", apple_working_set(32 * GIB)),
-    KnownGpu("Apple M-series, 64 GB", "apple", apple_working_set(64 * GIB)),
-    KnownGpu("Apple M-series, 128 GB", "apple", apple_working_set(128 * GIB)),
+    _nvidia("T4", 15360, f"T4 data sheet; {_TURING}", "float16"),
+    _nvidia("V100 16 GB", 16384, f"V100 data sheet; {_VOLTA}", "float16"),
+    _nvidia("V100 32 GB", 32768, f"V100 data sheet; {_VOLTA}", "float16"),
+    _nvidia("L4", 23034, "L4 data sheet"),
+    _nvidia("A10G", 23028, "A10 data sheet"),
+    _nvidia("RTX A6000", 49140, f"RTX A6000 data sheet; {_GA102}"),
+    _nvidia("L40", 46068, "L40 data sheet"),
+    _nvidia("L40S", 46068, "L40S data sheet"),
+    _nvidia("RTX 3060 12 GB", 12288, _GA102),
+    _nvidia("RTX 3060 Ti", 8192, _GA102),
+    _nvidia("RTX 3070", 8192, _GA102),
+    _nvidia("RTX 3080 10 GB", 10240, _GA102),
+    _nvidia("RTX 3080 Ti", 12288, _GA102),
+    _nvidia("RTX 3090", 24576, _GA102),
+    _nvidia("RTX 4060", 8188, _ADA),
+    _nvidia("RTX 4060 Ti 8 GB", 8188, _ADA),
+    _nvidia("RTX 4060 Ti 16 GB", 16380, _ADA),
+    _nvidia("RTX 4070", 12282, _ADA),
+    _nvidia("RTX 4070 Ti", 12282, _ADA),
+    _nvidia("RTX 4070 Ti SUPER", 16376, _ADA),
+    _nvidia("RTX 4080", 16376, _ADA),
+    _nvidia("RTX 4090", 24564, _ADA),
+    _nvidia("RTX 5060", 8151, _BLACKWELL),
+    _nvidia("RTX 5060 Ti 8 GB", 8151, _BLACKWELL),
+    _nvidia("RTX 5060 Ti 16 GB", 16311, _BLACKWELL),
+    _nvidia("RTX 5070", 12227, _BLACKWELL),
+    _nvidia("RTX 5070 Ti", 16303, _BLACKWELL),
+    _nvidia("RTX 5080", 16303, _BLACKWELL),
+    _nvidia("RTX 5090", 32607, _BLACKWELL),
+    _nvidia("A100 40 GB", 40960, "A100 data sheet"),
+    _nvidia("A100 80 GB", 81920, "A100 data sheet"),
+    _nvidia("H100 80 GB", 81559, "H100 data sheet"),
+    _nvidia("H200", 143771, "H200 data sheet"),
+    _nvidia("B200", 183359, "DGX B200 data sheet"),
+    _amd("Instinct MI100", 32, "Instinct MI100 data sheet"),
+    _amd("Instinct MI210", 64, "Instinct MI210 data sheet"),
+    _amd("Instinct MI250X", 64, "Instinct MI250X data sheet: two dies of 64 GB, each a device", devices=2),
+    _amd("Instinct MI300X", 192, "Instinct MI300X data sheet"),
+    _amd("Radeon RX 7900 XTX", 24, "Radeon RX 7900 XTX specifications"),
+    _amd("Radeon RX 9070 XT", 16, "Radeon RX 9070 XT specifications"),
+    _amd("Radeon AI PRO R9700", 32, "Radeon AI PRO R9700 specifications"),
+    *(_mac(gib) for gib in (8, 16, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)),
 )
-"""As `nvidia-smi` and amdgpu report the totals; Apple: the working set, of unified memory."""
+"""Totals as `nvidia-smi` and amdgpu report them, which is the data sheet's memory less what the driver keeps; Apple:
+the working set, of unified memory. bfloat16 came with NVIDIA's Ampere and AMD's CDNA; Turing and Volta have float16
+alone."""
+
+
+def known_gpu(name: str) -> KnownGpu:
+    """The card of that name: all of its words are in the name, as `4090`, `rtx-4090`, `A100 80GB`; of several the one
+    whose name, with its memory or without, ends with them. Raises ConfigError QH-U80 with the closest names."""
+    asked = _words(name)
+    found = [card for card in KNOWN_GPUS if asked and set(asked) <= set(_words(card.name))]
+    if len(found) > 1:
+        exact = [card for card in found if asked in (_words(card.name)[-len(asked) :], _model(card)[-len(asked) :])]
+        found = exact or found
+    if len(found) == 1:
+        return found[0]
+    names = [card.name for card in found] or _closest(asked)
+    raise ConfigError(
+        "QH-U80",
+        f"--gpu {name!r} {'may be several cards' if found else 'is no card that is known here'}.",
+        where="command line --gpu",
+        cause=f"Close names: {', '.join(names)}." if names else "",
+        fix="Name one of them, or the memory of one device: --training.memory_limit 24GB"
+        if names
+        else "Name the memory of one device instead: --training.memory_limit 24GB",
+        context={"close": names},
+    )
+
+
+_GLUED = re.compile(r"(?<=\d)(?=gi?b\b)|(?<=[a-z])(?=\d{4})|(?<=\d{4})(?=[a-z])")
+"""Where names are written together: `80GB`, `rtx4090`, `4090ti`."""
+
+
+def _words(name: str) -> tuple[str, ...]:
+    spaced = _GLUED.sub(" ", re.sub(r"[^a-z0-9]+", " ", name.lower()))
+    return tuple(
+        word for word in spaced.replace("gib", "gb").split() if word not in ("geforce", "tesla", "sxm", "pcie")
+    )
+
+
+def _model(card: KnownGpu) -> tuple[str, ...]:
+    """The name's words without the memory at its end."""
+    words = _words(card.name)
+    return words[:-2] if words[-1] == "gb" else words
+
+
+def _closest(asked: tuple[str, ...]) -> list[str]:
+    """Up to four names, the closest first: by the word that is closest in each."""
+    short = {card.name: " ".join(_words(card.name)[1:]) for card in KNOWN_GPUS}
+    scores = {
+        name: max(
+            difflib.SequenceMatcher(None, " ".join(asked), words).ratio(),
+            max((difflib.SequenceMatcher(None, " ".join(asked), word).ratio() for word in words.split()), default=0.0),
+        )
+        for name, words in short.items()
+    }
+    ranked = sorted(scores, key=lambda name: -scores[name])
+    return [name for name in ranked[:4] if scores[name] >= 0.5]

@@ -22,6 +22,10 @@ from qlora_hal.model.weight_files import read_headers, read_json
 
 LARGEST_SIZE = 2**40
 """No width, count or number of positions reaches it; larger ones are no sizes."""
+HEADERS = "the headers of the weight files"
+CONFIG_ALONE = "config.json alone"
+CONFIG_AND_SIZES = "config.json, with which the names and sizes of the weight files agree"
+"""What facts are read from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +44,8 @@ class ModelFacts:
 
     `linear_modules` maps module path -> shape of every linear layer that can carry LoRA, the head left out, with
     the unpacked shapes of a pre-quantized checkpoint; a stack of experts is one of them (`expert_stacks`).
-    `fingerprint` is a SHA-256 over the headers and samples of the contents: equal shapes with other weights differ; it
-    is empty while the weights lie on the hub.
+    `read_from` is where names and shapes are from. `fingerprint` is a SHA-256 over the headers and samples of the
+    contents: equal shapes with other weights differ; it is empty while the weights lie on the hub, and without weights.
     """
 
     architecture: str
@@ -54,11 +58,12 @@ class ModelFacts:
     prequantized: Prequantized | None = None
     vocabulary_size: int = 0
     max_position_embeddings: int | None = None
+    read_from: str = HEADERS
 
 
-def read_facts(folder: Path, remote_headers: Sequence[Header] | None = None) -> ModelFacts:
+def read_facts(folder: Path, remote_headers: Sequence[Header] | None = None, *, read_from: str = HEADERS) -> ModelFacts:
     """Read config.json and the headers of the weight files; no weight is loaded. `remote_headers` are those of weight
-    files that lie on the hub.
+    files that lie on the hub, or what config.json says of them; `read_from` says which, in words.
 
     Raises ModelError (QH-C70 config.json missing or broken, QH-C71 no weights, QH-C79 a missing shard, QH-C01 a
     truncated file, QH-C72 a quantization or dtype that no backend reads, QH-C73 a contradictory quantized checkpoint,
@@ -91,6 +96,7 @@ def read_facts(folder: Path, remote_headers: Sequence[Header] | None = None) -> 
         prequantized=packing.prequantized if packing else None,
         vocabulary_size=vocabulary_size,
         max_position_embeddings=_whole_number(config, "max_position_embeddings", "n_positions", "n_ctx"),
+        read_from=read_from,
     )
 
 

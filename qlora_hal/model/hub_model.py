@@ -14,11 +14,12 @@ from functools import partial
 from pathlib import Path, PurePath
 
 from qlora_hal.model import hub
+from qlora_hal.model.described_weights import agreed_header
 from qlora_hal.model.hub import Repository, Unreachable
 from qlora_hal.model.other_folders import gguf_only
 from qlora_hal.model.safetensors_headers import Header, read_header_by_ranges
 from qlora_hal.model.safety import PICKLE_SUFFIXES, refuse_pickle_only
-from qlora_hal.model.weight_files import INDEX_FILE, checked_headers, weight_files
+from qlora_hal.model.weight_files import INDEX_FILE, checked_headers, read_json, read_weight_map, weight_files
 
 _DESCRIPTION = (
     "config.json", "generation_config.json", "quantize_config.json", "quant_config.json", INDEX_FILE,
@@ -54,15 +55,19 @@ class RemoteWeights:
 
 @dataclass(frozen=True, slots=True)
 class HubModel:
-    """The folder of a commit in the cache. `weights` and their checked `headers` are set while they lie on the hub."""
+    """The folder of a commit in the cache. `weights` and their checked `headers` are set while they lie on the hub;
+    `from_config` where the headers are what config.json describes, held against names and sizes alone."""
 
     folder: Path
     commit: str
     weights: RemoteWeights | None = None
     headers: tuple[Header, ...] | None = None
+    from_config: bool = False
 
 
-def planned(name: str, *, revision: str | None, trust_remote_code: bool, tokenizer: bool) -> HubModel:
+def planned(
+    name: str, *, revision: str | None, trust_remote_code: bool, tokenizer: bool, config_is_enough: bool = False
+) -> HubModel:
     """A model without its weights, where the cache does not have them already; without its `tokenizer` where nobody
     asks for it. When the hub cannot be reached, the cache's copy, whole.
 
@@ -76,7 +81,7 @@ def planned(name: str, *, revision: str | None, trust_remote_code: bool, tokeniz
         repository = hub.look_up(name, revision)
         refuse_pickle_only(repository.sizes, where=name, on_hub=True)
         hub.fetch(repository, _wanted(repository, tokenizer=tokenizer, code=trust_remote_code))
-        return _described(repository)
+        return _described(repository, config_is_enough=config_is_enough)
     except Unreachable as failure:
         return _whole_copy(name, revision, failure.reason, failure)
 
@@ -105,7 +110,7 @@ def _is_one_of(name: str, patterns: Collection[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _described(repository: Repository) -> HubModel:
+def _described(repository: Repository, *, config_is_enough: bool) -> HubModel:
     folder = repository.folder()
     if not (folder / "config.json").is_file():
         if gguf := gguf_only(Path(repository.name), repository.sizes):
@@ -114,9 +119,21 @@ def _described(repository: Repository) -> HubModel:
     weights = RemoteWeights(repository, weight_files(folder, repository.sizes))
     if not repository.missing(weights.files):
         return HubModel(folder, repository.commit)
+    if config_is_enough and (header := _agreed(repository, folder, weights.files)) is not None:
+        return HubModel(folder, repository.commit, weights, (header,), from_config=True)
     with ThreadPoolExecutor(_READERS) as readers:
         headers = list(readers.map(partial(_header, repository), weights.files))
     return HubModel(folder, repository.commit, weights, checked_headers(folder, headers))
+
+
+def _agreed(repository: Repository, folder: Path, files: Collection[str]) -> Header | None:
+    """What config.json describes, where the index and the sizes that the hub tells say the same."""
+    sizes = [size for name in files if (size := repository.sizes[name]) is not None]
+    if len(sizes) < len(files):
+        return None
+    index = folder / INDEX_FILE
+    named = read_weight_map(index, files) if len(files) > 1 and index.is_file() else {}
+    return agreed_header(read_json(folder / "config.json"), folder, named, sizes)
 
 
 def _header(repository: Repository, name: str) -> Header:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from qlora_hal.errors import HubError, ModelError
 from qlora_hal.files.refused_paths import named_path
-from qlora_hal.model.facts import ModelFacts, read_facts
+from qlora_hal.model.described_weights import DESCRIBED_FAMILIES, described_header, why_not_described
+from qlora_hal.model.facts import CONFIG_ALONE, CONFIG_AND_SIZES, HEADERS, ModelFacts, read_facts
 from qlora_hal.model.hub_model import HubModel, RemoteWeights, fetch_weights, planned
 from qlora_hal.model.other_folders import gguf_only, is_a_file, refuse_adapter, refuse_pointers
 from qlora_hal.model.safety import is_commit, refuse_pickle_only, refuse_remote_code, unpinned_code
@@ -58,17 +59,29 @@ def resolve_model(name_or_path: str, *, revision: str | None, trust_remote_code:
 
 
 def plan_model(
-    name_or_path: str, *, revision: str | None, trust_remote_code: bool, tokenizer: bool = True
+    name_or_path: str,
+    *,
+    revision: str | None,
+    trust_remote_code: bool,
+    tokenizer: bool = True,
+    config_is_enough: bool = False,
 ) -> ModelSource:
     """The same before any weight of a hub model is fetched: its facts come from headers that are read in place, and
-    without fingerprint. Without `tokenizer` config.json is all that is fetched.
+    without fingerprint. Without `tokenizer` config.json and the index are all that is fetched. With `config_is_enough`
+    a folder needs no weights, and no header is read on the hub, where config.json describes them.
 
     Raises ModelError (QH-E70 nothing there, QH-E71 a file, QH-C71 an adapter or a run, QH-C70 pointers of Git LFS, and
     what `read_facts` raises), UnsafeInputError (QH-C17 pickle weights only, QH-E14 the model's own Python files) and
     HubError (QH-E11 unreachable, QH-E12 gated or missing, QH-E13 incomplete).
     """
     local = _local_folder(name_or_path)
-    hub = None if local is not None else _from_hub(name_or_path, revision, trust_remote_code, tokenizer=tokenizer)
+    hub = (
+        None
+        if local is not None
+        else _from_hub(
+            name_or_path, revision, trust_remote_code, tokenizer=tokenizer, config_is_enough=config_is_enough
+        )
+    )
     folder, commit = (local or Path(), None) if hub is None else (hub.folder, hub.commit)
     refuse_pointers(folder)
     if not (folder / "config.json").is_file():
@@ -79,7 +92,12 @@ def plan_model(
         read_json(folder / "config.json"), where=name_or_path, revision=commit, trust_remote_code=trust_remote_code
     )
     refuse_pickle_only(_file_names(folder), where=str(folder))
-    facts = read_facts(folder, hub.headers if hub is not None else None)
+    if config_is_enough and hub is None and not any(name.endswith(".safetensors") for name in _file_names(folder)):
+        return ModelSource(name_or_path, folder, _described_facts(folder), commit, trust_remote_code)
+    if hub is not None:
+        facts = read_facts(folder, hub.headers, read_from=CONFIG_AND_SIZES if hub.from_config else HEADERS)
+    else:
+        facts = read_facts(folder)
     remote = hub.weights if hub is not None else None
     return ModelSource(name_or_path, folder, facts, commit, trust_remote_code, remote=remote)
 
@@ -118,12 +136,34 @@ def _local_folder(name: str) -> Path | None:
     return None
 
 
-def _from_hub(name: str, revision: str | None, trust_remote_code: bool, *, tokenizer: bool) -> HubModel:
+def _described_facts(folder: Path) -> ModelFacts:
+    """Of a folder without weights. Raises ModelError QH-C71 where config.json does not say what they are."""
+    config = read_json(folder / "config.json")
+    if reason := why_not_described(config):
+        raise ModelError(
+            "QH-C71",
+            f"{folder.resolve().name} holds no safetensors weights, and config.json alone is not enough: {reason}.",
+            where=str(folder / "config.json"),
+            cause=f"Families that are: {', '.join(sorted(DESCRIBED_FAMILIES))}; not quantized.",
+            fix="Name the model on the hub, whose headers are read in place, or a folder that has its weights.",
+        )
+    return read_facts(folder, [described_header(config, folder)], read_from=CONFIG_ALONE)
+
+
+def _from_hub(
+    name: str, revision: str | None, trust_remote_code: bool, *, tokenizer: bool, config_is_enough: bool
+) -> HubModel:
     repository = name.removeprefix(_HUB_ADDRESS).strip("/")
     if trust_remote_code and not is_commit(revision):
         raise unpinned_code(repository, revision)
     try:
-        return planned(repository, revision=revision, trust_remote_code=trust_remote_code, tokenizer=tokenizer)
+        return planned(
+            repository,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            tokenizer=tokenizer,
+            config_is_enough=config_is_enough,
+        )
     except HubError as error:
         if error.code != "QH-E13" and not name.startswith(_HUB_ADDRESS):
             error.message = f"There is no folder {name} here, so it was treated as a hub model. {error.message}"

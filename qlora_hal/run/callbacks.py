@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from qlora_hal.adapter.peft_files import write_adapter
 from qlora_hal.checkpoint import TrainingState, save_checkpoint
-from qlora_hal.errors import QloraHalError
+from qlora_hal.errors import QloraHalError, figures
 from qlora_hal.report.metrics import MetricsFile, evaluation_record, step_record
 from qlora_hal.run.directory import BEST_ADAPTER_FOLDER
 from qlora_hal.run.transfer import reference_logits
@@ -58,6 +58,18 @@ class RunCallbacks:
     trained_tokens: int = 0
     trained_seconds: float = 0.0
     _recent: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_SPEED_WINDOW))
+    _above_limit: bool = False
+
+    def _tell_above_limit(self, step: int, peak: int | None) -> None:
+        """Once, where what was planned to stay below `training.memory_limit` did not."""
+        limit = self.run.config.training.memory_limit_bytes
+        if peak is None or limit is None or peak <= limit or self._above_limit:
+            return
+        self._above_limit = True
+        self.note(
+            f"step {step}: {figures.size(peak)} at the peak, above training.memory_limit ({figures.size(limit)}); the "
+            "plan was lower. A smaller training.per_device_train_batch_size takes less"
+        )
 
     def step(self, finished: FinishedStep) -> Control | None:
         if jump := loss_jump([loss for _, loss in self.losses[-_JUMP_WINDOW:]], finished.stats.loss):
@@ -71,6 +83,7 @@ class RunCallbacks:
         speed = sum(tokens for tokens, _ in self._recent) / max(sum(took for _, took in self._recent), 1e-9)
         self.watchdog.beat(seconds)
         memory = self.trainer.peak_memory_bytes() if self.measures_memory else None
+        self._tell_above_limit(finished.step, memory)
         speed_of_step = finished.real_tokens / max(finished.seconds, 1e-9)
         self.metrics.append(
             step_record(

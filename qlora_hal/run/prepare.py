@@ -23,7 +23,7 @@ from qlora_hal.detect.requirements import quantization_of, requirements_of, unme
 from qlora_hal.detect.selection import Choice, choose, has_accelerator, refuse_unready
 from qlora_hal.errors import ConfigError, figures
 from qlora_hal.memory.estimate import estimate, spread_over
-from qlora_hal.memory.placement import Placement, chosen_placement, with_base_offloaded
+from qlora_hal.memory.placement import NONE, OFFLOAD, SELECTIVE, Placement, chosen_placement, with_base_offloaded
 from qlora_hal.model.source import is_on_hub, plan_model, with_weights
 from qlora_hal.ranks.window_share import accumulation_of
 
@@ -58,7 +58,8 @@ class ResolvedBackend:
 @dataclass(frozen=True, slots=True)
 class PreparedRun:
     """A run that is ready to load its model. `model_hashes` are those of its files, where they were verified;
-    `accumulation` is how many micro-batches of a step each rank of `world` has."""
+    `accumulation` is how many micro-batches of a step each rank of `world` has, and `micro_batch_splits` how often each
+    is halved from the start, so that the plan keeps to `training.memory_limit`."""
 
     config: RunConfig
     seed: int
@@ -70,6 +71,18 @@ class PreparedRun:
     model_hashes: Mapping[str, str] = field(default_factory=dict)
     world: World = field(default_factory=World)
     accumulation: int = 1
+    micro_batch_splits: int = 0
+
+    @property
+    def settled_config(self) -> RunConfig:
+        """The configuration with what `auto` became of recomputation and of the base's place."""
+        again, choice = self.placement.recompute != NONE, self.placement.recompute in (SELECTIVE, OFFLOAD)
+        changes = {
+            "gradient_checkpointing": again,
+            "recompute": self.placement.recompute if choice else None,
+            "base_offload": self.placement.base_offload,
+        }
+        return self.config.model_copy(update={"training": self.config.training.model_copy(update=changes)})
 
     @property
     def sequences_per_step(self) -> int:
@@ -219,16 +232,19 @@ def _placed(config: RunConfig, resolved_backend: ResolvedBackend, world: World) 
             memory = spread_over(memory, facts, likely_dtype(config, spec, resolved_backend.report), world.size)
         return memory.high
 
-    there = memory_of_a_device(resolved_backend) or None
+    there = memory_of_a_device(resolved_backend, config) or None
     placement = chosen_placement(config.training, spec.capabilities.features, peak_of_each, there)
     return placement, with_placement(placement)
 
 
-def memory_of_a_device(resolved_backend: ResolvedBackend) -> int:
-    """Bytes of the device that trains, as far as the machine tells; 0 where it does not."""
+def memory_of_a_device(resolved_backend: ResolvedBackend, config: RunConfig) -> int:
+    """Bytes of the device that trains, as far as the machine tells, and no more than `training.memory_limit`; 0 where
+    neither says."""
     if has_accelerator(resolved_backend.choice.spec, resolved_backend.reports):
-        return max((gpu.memory_total_bytes or 0 for gpu in inventory().gpus), default=0)
-    return memory_here()
+        has = max((gpu.memory_total_bytes or 0 for gpu in inventory().gpus), default=0)
+    else:
+        has = memory_here()
+    return min(filter(None, (has, config.training.memory_limit_bytes)), default=0)
 
 
 def _check_lengths(outline: ModelOutline, data: PreparedData) -> None:

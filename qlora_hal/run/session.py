@@ -194,7 +194,8 @@ class Session:
     def _shards_base(self) -> bool:
         """Whether each rank holds a part of the base alone. What was planned is what is done, by what the device itself
         says of its memory; where the base does not fit on one of them, all hold parts."""
-        prepared, there = self._prepared, self._trainer.device_facts().memory_limit_bytes
+        prepared, has = self._prepared, self._trainer.device_facts().memory_limit_bytes
+        there = min(filter(None, (has, self._config.training.memory_limit_bytes)), default=None)
         spec = prepared.resolved_backend.choice.spec
         mode, why = mode_of(self._config, prepared.world.size, spec, prepared.estimate, there)
         [short] = self._ranks.how_many(mode == SHARD)
@@ -331,7 +332,7 @@ class Session:
     def _progress(self, callbacks: RunCallbacks) -> Progress:
         """Where the loop begins; for a resumed run with its adapters as they were then."""
         if self._context.state is None:
-            return Progress()
+            return Progress(micro_batch_splits=self._prepared.micro_batch_splits)
         progress = Progress.from_json(dict(self._context.state.loop))
         mend_adapters(self._context.directory, progress, callbacks)
         return progress

@@ -33,7 +33,9 @@ from qlora_hal.run.directory import RunDirectory, rehearsed
 from qlora_hal.run.finish import print_already_finished, reported_when_finished, result_of_finished
 from qlora_hal.run.identity import config_hash
 from qlora_hal.run.measured import check_observers
+from qlora_hal.run.memory_cap import within_limit
 from qlora_hal.run.paths import PathOverrides, require_paths, with_absolute_paths
+from qlora_hal.run.planned_memory import PlannedModel
 from qlora_hal.run.prepare import (
     drawn_seed,
     likely_dtype,
@@ -181,7 +183,25 @@ def _prepared(
         config, seed, resolved_backend, run_dir, rows.train, console, validation_rows=rows.validation, world=world
     )
     _refuse_endless_warmup(prepared)
+    prepared = _within_memory_limit(prepared, console)
     for note in (*_late_evaluations(prepared, given), *memory_notes(prepared)):
+        console.note(note)
+    return prepared
+
+
+def _within_memory_limit(prepared: PreparedRun, console: RunConsole) -> PreparedRun:
+    """Raises ConfigError QH-U81 where the run cannot keep to `training.memory_limit`."""
+    resolved = prepared.resolved_backend
+    planned = PlannedModel(
+        prepared.settled_config,
+        resolved.source.facts,
+        resolved.source.path,
+        resolved.choice.spec,
+        resolved.report,
+        resolved.report,
+    )
+    prepared, note = within_limit(prepared, planned)
+    if note:
         console.note(note)
     return prepared
 
@@ -392,7 +412,7 @@ def _late_evaluations(prepared: PreparedRun, given: Collection[str]) -> Iterator
 
 def memory_notes(prepared: PreparedRun) -> Iterator[str]:
     """Whether the estimated peak is above what the device has; a run of shorter rows may fit all the same."""
-    has, peak = memory_of_a_device(prepared.resolved_backend), prepared.estimate.total
+    has, peak = memory_of_a_device(prepared.resolved_backend, prepared.config), prepared.estimate.total
     if has and peak > has:
         yield (
             f"the estimated peak of {figures.size(peak)} is above the {figures.size(has)} of memory here; it is "
@@ -427,7 +447,7 @@ def _planned(prepared: PreparedRun) -> TrainResult:
         resolved_backend.choice.spec,
         prepared.estimate,
         lambda: spread_over(prepared.estimate, resolved_backend.source.facts, dtype, prepared.world.size),
-        memory_of_a_device(prepared.resolved_backend) or None,
+        memory_of_a_device(prepared.resolved_backend, prepared.config) or None,
     )
     memory = devices.memory
     plan = {

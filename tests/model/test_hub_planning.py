@@ -46,18 +46,35 @@ def test_estimate_of_70_billion_parameters_fetches_under_5_megabytes(client: Cli
     with serving(FakeHub(llama_70b_shape(), name=LLAMA_70B)) as hub:
         done = client.command(hub.address, "estimate", "--model", LLAMA_70B, "--json")
     assert done.returncode == 0, done.stderr
-    four_bits = json.loads(done.stdout)["bytes"]["weights"]
-    assert 0.5 < four_bits / PARAMETERS < 0.7
+    told = json.loads(done.stdout)
+    assert 0.5 < told["bytes"]["weights"] / PARAMETERS < 0.7
     assert sum(hub.served.values()) < 1_000_000
-    assert weights_served(hub) == 30 * 16 * 1024
+    assert weights_served(hub) == 0, "config.json, the index and the sizes of the files agree"
+    assert told["read_from"] == "config.json, with which the names and sizes of the weight files agree"
+    assert set(hub.served) == {"api", "config.json", "model.safetensors.index.json"}
     assert "tokenizer.json" not in hub.served
     assert not {"consolidated.safetensors", "original/params.json", "onnx/model.onnx_data"} & hub.served.keys()
 
 
+def test_headers_are_read_where_config_and_weights_differ(client: Client) -> None:
+    files = llama_70b_shape()
+    config = json.loads(bytes(files["config.json"]))  # type: ignore[arg-type]
+    files["config.json"] = json.dumps({**config, "intermediate_size": 28416}).encode()
+    with serving(FakeHub(files, name=LLAMA_70B)) as hub:
+        done = client.command(hub.address, "estimate", "--model", LLAMA_70B, "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert 0.5 < told["bytes"]["weights"] / PARAMETERS < 0.7
+    assert told["read_from"] == "the headers of the weight files"
+    assert weights_served(hub) == 30 * 16 * 1024
+
+
 def test_hub_without_ranges_still_gives_the_facts(client: Client, files: dict[str, bytes]) -> None:
-    with serving(FakeHub(files, ranges=False)) as hub:
+    weights = with_frequencies(files["model.safetensors"], 2**12)
+    with serving(FakeHub({**files, "model.safetensors": weights}, ranges=False)) as hub:
         done = client.command(hub.address, "estimate", "--model", "org/tiny", *SHORT)
     assert done.returncode == 0, done.stderr
+    assert weights_served(hub)
 
 
 def test_hub_without_ranges_is_heard_no_longer_than_a_header_lasts(client: Client, files: dict[str, bytes]) -> None:

@@ -58,6 +58,7 @@ def test_a_base_in_parts_gives_the_bits_of_a_whole_one_where_ranks_have_unequal_
         {"weight_format": "int8", "dtype": "bfloat16"},
         {"weight_format": "fp4", "optimizer": "adamw_8bit"},
         {"dtype": "bfloat16", "targets": ["5.mlp.down_proj"]},
+        {"checkpointing": True, "recompute": "offload", "base_offload": ["embeddings", "head"]},
     ]
     for rank in two_ranks("alike", asked, tmp_path):
         assert len(rank) == len(asked)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qlora_hal.contract.backend import BackendSpec, ProbeReport
-from qlora_hal_backends.torch_family.platform import CPU, LAUNCHER, MEMORY, OUTLINE, TORCH_OPTIONS, memory_of
+from qlora_hal_backends.torch_family.platform import CPU, LAUNCHER, OUTLINE, TORCH_OPTIONS, host_memory
 
 
 def probe() -> ProbeReport:
@@ -27,5 +27,5 @@ SPEC = BackendSpec(
     card_vendors=frozenset(),
     option_choices=TORCH_OPTIONS,
     notes=CPU.optimizer_notes,
-    memory=memory_of(MEMORY, fused=False),
+    memory=host_memory,
 )

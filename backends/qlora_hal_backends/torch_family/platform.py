@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -39,6 +40,30 @@ for a millisecond and more."""
 
 MEMORY = MemoryConstants(cross_entropy_rows=LOSS_CHUNK_ROWS)
 """Of transformers' layers. The head's loss is computed in chunks, so the logits of a batch never stand whole."""
+
+HOST_RUNTIME_BYTES = 555_000_000
+"""Resident pages of Python, torch, transformers and bitsandbytes before a model is loaded; on Linux with the packages
+of `constraints.txt` (`benchmarks/planner_errors.py` measures what is foreseen with it)."""
+HOST_HEAP_HOLES = 0.35
+"""Of what a step takes and gives back, glibc's heap kept 0.2 to 0.4 beside it at tensors of some megabytes
+(docs/runs/planner_errors_cpu.json)."""
+
+HOST_LOADING_HOLES = 6.0
+"""A weight passes through the heap in float32 while it is packed; at its peak loading held that and half as much."""
+
+
+def host_memory(query: MemoryQuery) -> MemoryConstants:
+    """Of transformers' layers on the host, whose memory is counted in resident pages. In float32 the inputs of norms
+    are kept as they are, without a copy in float32."""
+    return replace(
+        MEMORY,
+        runtime_bytes=HOST_RUNTIME_BYTES,
+        workspace_bytes=24_000_000,
+        hidden_copies=6.0 if query.compute_dtype == "float32" else MEMORY.hidden_copies,
+        heap_holes=HOST_HEAP_HOLES if sys.platform == "linux" else 0.0,
+        loading_holes=HOST_LOADING_HOLES if sys.platform == "linux" else 0.0,
+    )
+
 
 FUSED_ARCHITECTURES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """`model_type` of the layers that `fused.supported` names."""

@@ -93,6 +93,14 @@ def samples_of_the_first_row(batch: Batch) -> Batch:
     return replace(batch, segment_ids=np.where(batch.segment_ids > 0, of_first, 0).astype(np.int32))
 
 
+def samples_begin_one_token_early(batch: Batch) -> Batch:
+    """Lengths of samples summed up wrongly by one: the last token of a sample belongs to the next."""
+    segments = batch.segment_ids.copy()
+    ends = (segments[:, 1:] > segments[:, :-1]) & (segments[:, :-1] > 0)
+    segments[:, :-1] = np.where(ends, segments[:, 1:], segments[:, :-1])
+    return replace(batch, segment_ids=segments)
+
+
 def packing_lost_beyond(time: int) -> Callable[[Batch], Batch]:
     return lambda batch: packing_lost(batch) if batch.input_ids.shape[1] > time else batch
 
@@ -266,6 +274,12 @@ MUTANTS = (
         "Lets the samples of a row after the eighth see each other.",
         ("30", "31"),
         with_rooms(read_batch=mask_of_eight_samples),
+    ),
+    Mutant(
+        "sample_sees_its_neighbours_last_token",
+        "Begins each packed sample at the last token of the one before it.",
+        ("30", "31"),
+        with_rooms(read_batch=samples_begin_one_token_early),
     ),
     Mutant(
         "packed_as_the_first_row",

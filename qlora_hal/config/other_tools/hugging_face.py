@@ -183,7 +183,7 @@ def checkpointing(value: Value, given: Given) -> Outcome:
         return taken("training.gradient_checkpointing", False)
     if is_on(value):
         return taken("training.gradient_checkpointing", True)
-    note = f"{value} also moves activations to the host there; here they are computed again"
+    note = f"{value} also moves activations to the host there; here training.recompute offload does, on torch"
     return becomes({"training.gradient_checkpointing": True}, note)
 
 

@@ -16,6 +16,7 @@ from qlora_hal_backends.torch_family.fused.body import FusedBody, RotaryTables
 from qlora_hal_backends.torch_family.fused.collecting import layer_weights, make_buffers
 from qlora_hal_backends.torch_family.fused.decoder_layer import DecoderLayer
 from qlora_hal_backends.torch_family.fused.families import (
+    NO_ROTARY,
     Activation,
     activation_of,
     embedding_scale_of,
@@ -23,6 +24,7 @@ from qlora_hal_backends.torch_family.fused.families import (
     family_of,
     head_width_of,
     rotary_kinds,
+    rotary_of,
 )
 from qlora_hal_backends.torch_family.fused.kernel_trial import proved_kernels
 from qlora_hal_backends.torch_family.fused.layer_inputs import HostMemory
@@ -127,9 +129,13 @@ def _paths(base: BaseModel) -> list[str]:
 
 def _rotary_tables(base: BaseModel) -> RotaryTables:
     device = next(base.body.rotary_emb.buffers()).device
+    layers: Any = base.layers
+    some_have_none = any(rotary_of(layer.self_attn) == NO_ROTARY for layer in layers)
 
     def tables(time: int) -> Mapping[str, tuple[Tensor, Tensor]]:
-        return {name: halves(time, {"layer_type": name} if name else {}) for name in rotary_kinds(base)}
+        found = {name: halves(time, {"layer_type": name} if name else {}) for name in rotary_kinds(base)}
+        cos, sin = next(iter(found.values()))
+        return {**found, NO_ROTARY: (torch.ones_like(cos), torch.zeros_like(sin))} if some_have_none else found
 
     def halves(time: int, of: Mapping[str, str]) -> tuple[Tensor, Tensor]:
         """cos and sin `[time, d / 2]` in float32: the model repeats each angle for both halves of a head."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qlora_hal_backends.torch_family.base_weights import BaseWeight
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
-from qlora_hal_backends.torch_family.fused.families import Groups, LayerFamily, epsilon_of
+from qlora_hal_backends.torch_family.fused.families import Groups, LayerFamily, epsilon_of, rotary_of
 from qlora_hal_backends.torch_family.fused.layer_weights import (
     RANK_MULTIPLE,
     GroupBuffer,
@@ -74,7 +74,7 @@ def layer_weights(layer: Any, path: str, family: LayerFamily, buffers: LayerBuff
         middle_norm=family.norm_weight(getattr(layer, family.middle_norm)),
         head_norm=head_norm,
         window=_window_of(attention),
-        rotary=getattr(attention, "layer_type", None) or "",
+        rotary=rotary_of(attention),
         attention_join=_join(layer, family, family.attention_norm),
         feed_forward_join=_join(layer, family, family.feed_forward_norm),
         groups={

@@ -17,6 +17,9 @@ from qlora_hal_backends.torch_family.loading import BaseModel
 
 Groups = Mapping[str, tuple[str, ...]]
 
+NO_ROTARY = "none"
+"""Of layers that turn nothing (SmolLM3's every fourth)."""
+
 SEPARATE: Groups = {
     "attention_in": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "attention_out": ("self_attn.o_proj",),
@@ -72,6 +75,10 @@ FAMILIES: Mapping[str, LayerFamily] = {
     "MistralDecoderLayer": LLAMA,
     "Qwen2DecoderLayer": LLAMA,
     "Qwen3DecoderLayer": LLAMA,
+    "MinistralDecoderLayer": LLAMA,
+    "SmolLM3DecoderLayer": LLAMA,
+    "SeedOssDecoderLayer": LLAMA,
+    "CwmDecoderLayer": LLAMA,
     "GraniteDecoderLayer": LLAMA,  # its multipliers are read from the layer and from the body
     "Phi3DecoderLayer": LayerFamily(JOINED),
     "GemmaDecoderLayer": GEMMA,
@@ -117,6 +124,13 @@ def embedding_scale_of(base: BaseModel) -> float:
 def head_width_of(base: BaseModel) -> int:
     layers: Any = base.layers
     return int(layers[0].self_attn.head_dim)
+
+
+def rotary_of(attention: Any) -> str:
+    """Which rotary embedding a layer has: that of its type, the only one (""), or none."""
+    if not getattr(attention, "use_rope", True):
+        return NO_ROTARY
+    return getattr(attention, "layer_type", None) or ""
 
 
 def rotary_kinds(base: BaseModel) -> Mapping[str, tuple[str | None, int]]:

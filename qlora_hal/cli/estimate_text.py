@@ -1,0 +1,189 @@
+"""An estimate as it stands in a terminal of 80 columns."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from qlora_hal.errors import figures
+
+if TYPE_CHECKING:
+    from qlora_hal.cli.estimate import Estimated
+    from qlora_hal.config.schema import RunConfig
+    from qlora_hal.memory.fitting import Fit, Remedy, Verdict
+    from qlora_hal.memory.inference import InferenceMemory
+    from qlora_hal.ranks.planning import DevicePlan
+    from qlora_hal.run.card_table import CardRow
+    from qlora_hal.run.memory_probe import Calibration
+
+PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "workspace", "runtime")
+_WIDTH = 79
+_MARK = {"fits": "fits", "tight": "tight", "too small": "-"}
+
+
+def estimate_as_text(estimated: Estimated, config: RunConfig) -> str:
+    """The parts, the total with its margin, what it fits into, and what was asked for beside it."""
+    memory = estimated.memory
+    lines = [
+        *_head(estimated, config),
+        "",
+        *memory_lines({**asdict(memory), "total": memory.total, "high": memory.high}),
+    ]
+    if estimated.probe is not None:
+        lines += ["", *_probe_lines(estimated.probe, memory.total)]
+    lines += ["", *_places(estimated)]
+    if (has := estimated.smallest_memory) is not None and estimated.remedy is not None:
+        lines += ["", *_remedy_lines(estimated.remedy, has)]
+    if has is not None and estimated.fits_of is not None:
+        lines += ["", *_fit_lines(estimated.fits_of, has)]
+    if estimated.inference is not None:
+        lines += ["", *_inference_lines(estimated.inference)]
+    if estimated.table is not None:
+        lines += ["", *table_lines(estimated.table, config)]
+    return "\n".join(lines)
+
+
+def memory_lines(memory: Mapping[str, int]) -> list[str]:
+    """Bytes by cause, and in all with the margin of the arithmetic."""
+    return [
+        *(f"  {part:<12} {figures.size(memory[part]):>10}" for part in PARTS),
+        f"  {'total':<12} {figures.size(memory['total']):>10}   up to {figures.size(memory['high'])}",
+    ]
+
+
+def _head(estimated: Estimated, config: RunConfig) -> Iterator[str]:
+    planned = estimated.planned
+    stored = planned.quantization
+    block = f" in blocks of {stored.block_size}" if stored.block_size else ""
+    if planned.device is not None and planned.device is not planned.here:
+        here = f"an {planned.device.reason}"
+    elif estimated.cards and len(estimated.cards) == 1:
+        here = f"on {estimated.cards[0].name}"
+    else:
+        here = f"not ready here: {estimated.not_ready.rstrip('.')}" if estimated.not_ready else "ready here"
+    batch, length = config.full_batch_rows, config.data.max_seq_length
+    yield from _wrapped(f"{config.model.name_or_path}: {figures.count(planned.facts.parameter_count)} weights", "  ")
+    yield from _wrapped(f"  read from {planned.facts.read_from}", "  ")
+    yield from _wrapped(f"  on {estimated.backend} ({here})", "  ")
+    yield from _wrapped(
+        f"  base {stored.weight_format.value}{block}, computes in {planned.compute_dtype}, "
+        f"{batch} x {length} tokens, rank {config.lora.r}",
+        "  ",
+    )
+    yield from _plan_lines(estimated.plan, config)
+
+
+def _plan_lines(plan: DevicePlan, config: RunConfig) -> list[str]:
+    if plan.devices == 1:
+        return []
+    steps = config.training.max_steps
+    return [
+        f"{plan.devices} devices ({plan.mode}: {plan.why}): {plan.sequences_per_step} sequences a step over all of "
+        f"them, {f'{steps} steps' if steps else 'steps by the rows (train --dry-run counts them)'}; memory of each:"
+    ]
+
+
+def _probe_lines(probe: Calibration, by_arithmetic: int) -> Iterator[str]:
+    yield "measured here, two steps each, random weights:"
+    for one in probe.measured:
+        yield f"  {f'{one.layers} layers':<12} {figures.size(max(one.peak, one.loading or 0)):>10}"
+    yield f"  {'whole':<12} {figures.size(probe.total):>10}   up to {figures.size(probe.high)}, by the probe"
+    apart = probe.total / by_arithmetic - 1
+    yield f"  {'':<12} {figures.size(by_arithmetic):>10}   by arithmetic alone; the probe says {apart:+.0%}"
+
+
+def _places(estimated: Estimated) -> Iterator[str]:
+    """Cards, the cap and this machine by class, the cards of one class by their memory."""
+    from qlora_hal.memory.fitting import Verdict
+
+    found: dict[Verdict, list[str]] = {one: [] for one in Verdict}
+    if (limit := estimated.memory_limit) is not None:
+        found[estimated.verdict(limit)].append(f"training.memory_limit ({figures.size(limit)})")
+    if (machine := estimated.machine_bytes) is not None:
+        name = f"the memory of this machine ({figures.size(machine)})"
+        found[estimated.verdict(machine, estimated.plan.devices)].append(name)
+    for card in sorted(estimated.cards, key=lambda card: card.memory_bytes):
+        name = card.name if len(estimated.cards) == 1 else card.name.partition(" ")[2]  # one backend, one vendor
+        found[estimated.verdict_on(card)].append(f"{name} ({figures.size(card.memory_bytes)})")
+    for one, names in found.items():
+        if names:
+            yield from _wrapped(f"{one.value + ':':<10} {', '.join(names)}", " " * 11)
+
+
+def _remedy_lines(remedy: Remedy, has: int) -> Iterator[str]:
+    if not remedy.steps:
+        yield from _wrapped(f"By arithmetic it fits {figures.size(has)}; what was measured does not.", "")
+        return
+    if remedy.fits:
+        yield from _wrapped(
+            f"It fits {figures.size(has)} with {remedy.words} (up to {figures.size(remedy.high)}):", "  "
+        )
+        yield from _setting_lines(remedy.settings)
+    else:
+        yield from _wrapped(
+            f"No setting makes it fit {figures.size(has)}: with {remedy.words} it needs up to "
+            f"{figures.size(remedy.high)}. Take a smaller model, a larger card, or several that share the base "
+            "(--devices N --parallel.mode shard).",
+            "",
+        )
+
+
+def _fit_lines(fits: Sequence[Fit], has: int) -> Iterator[str]:
+    yield f"the most that fits {figures.size(has)}:"
+    if not fits:
+        yield "  nothing; shorter rows (--data.max_seq_length) or 4 bits take less"
+        return
+    yield f"  {'rows x tokens':<16} {'tokens':>8}   {'activations':<12} {'up to':>10}"
+    for one in fits:
+        kept = "recomputed" if one.recomputed else "kept"
+        shape = f"{one.rows} x {one.length}"
+        yield f"  {shape:<16} {one.rows * one.length:>8}   {kept:<12} {figures.size(one.high):>10}"
+    yield "settings of the first:"
+    yield from _setting_lines(fits[0].settings)
+
+
+def _setting_lines(settings: Mapping[str, object]) -> Iterator[str]:
+    for path, value in settings.items():
+        if value is not None:
+            yield f"  --{path} {str(value).lower() if isinstance(value, bool) else value}"
+
+
+def _inference_lines(answering: InferenceMemory) -> Iterator[str]:
+    yield f"inference, {answering.sequences} x {answering.length} tokens:"
+    for name, size in (("weights", answering.weights), ("KV cache", answering.cache), ("runtime", answering.runtime)):
+        yield f"  {name:<12} {figures.size(size):>10}"
+    yield f"  {'total':<12} {figures.size(answering.total):>10}"
+
+
+def table_lines(rows: Sequence[CardRow], config: RunConfig) -> Iterator[str]:
+    """A line for each card; below it what makes the last method fit, where it does not."""
+    batch, length = config.training.per_device_train_batch_size, config.data.max_seq_length
+    methods = list(rows[0].verdicts) if rows else []
+    yield from _wrapped(
+        f"known cards, {batch} x {length} tokens (fits: with a margin of 15 %; tight: without it; -: too small):", ""
+    )
+    yield f"  {'card':<25} {'memory':>11} {'dtype':<9}" + "".join(f" {name:<6}" for name in methods)
+    for row in rows:
+        marks = "".join(f" {_MARK[row.verdicts[name].value]:<6}" for name in methods)
+        size = figures.size(row.card.memory_bytes)
+        memory = f"{row.card.devices} x {size}" if row.card.devices > 1 else size
+        line = f"  {row.card.name:<25} {memory:>11} {row.compute_dtype:<9}{marks}"
+        yield line.rstrip()
+        if row.advice is not None:
+            yield from _wrapped(f"      {advice_in_short(row, methods[-1])}", "      ")
+
+
+def advice_in_short(row: CardRow, method: str) -> str:
+    """What makes a method fit a card."""
+    advice = row.advice
+    if advice is None:
+        return ""
+    if advice.fits:
+        return f"{method} fits with {advice.words}"
+    return f"{method} needs {figures.size(advice.high)} at the least"
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)

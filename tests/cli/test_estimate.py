@@ -1,0 +1,145 @@
+"""The command `estimate`: from config.json alone, for a card, and what fits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_hal.cli.__main__ import main
+from qlora_hal.cli.estimate import Wanted, estimate_as_json, estimate_run
+from qlora_hal.config.resolve import resolve_settings
+from qlora_hal.errors import ConfigError, UnsupportedFeatureError
+from tests.memory.configs import write_config
+
+SHORT = ("--training.per_device_train_batch_size", "1", "--data.max_seq_length", "2048")
+
+
+@pytest.fixture
+def llama_8b(tmp_path: Path) -> str:
+    folder = tmp_path / "llama-8b"
+    write_config(folder, hidden=4096, inner=14336, layers=32, heads=32, key_heads=8, vocabulary=128256)
+    return str(folder)
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main(["estimate", *arguments, "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_config_alone_is_enough_and_is_named(llama_8b: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = told(capsys, "--model", llama_8b)
+    assert (found["read_from"], found["parameters"]) == ("config.json alone", 8_030_261_248)
+    assert 0.5 < found["bytes"]["weights"] / found["parameters"] < 0.75
+
+
+@pytest.mark.parametrize(
+    ("card", "backend", "dtype"),
+    [
+        ("RTX 4090", "cuda_bnb", "bfloat16"),
+        ("V100 32GB", "cuda_bnb", "float16"),
+        ("MI300X", "rocm_bnb", "bfloat16"),
+        ("7900 XTX", "rocm_bnb", "bfloat16"),
+    ],
+)
+def test_a_card_decides_backend_and_dtype(
+    card: str, backend: str, dtype: str, llama_8b: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = told(capsys, "--model", llama_8b, "--gpu", card)
+    assert (found["backend"], found["compute_dtype"], found["machine"]) == (backend, dtype, None)
+    assert len(found["cards"]) == 1
+
+
+def test_a_named_backend_that_does_not_run_on_the_card_is_refused(llama_8b: str) -> None:
+    config = resolve_settings(None, keywords={"model": llama_8b, "backend": "rocm_bnb"}, environ={}).config
+    with pytest.raises(UnsupportedFeatureError, match="does not run on an NVIDIA RTX 4090"):
+        estimate_run(config, None, Wanted(gpu="RTX 4090"))
+
+
+def test_what_fits_is_held_against_the_estimate(llama_8b: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = told(capsys, "--model", llama_8b, "--gpu", "RTX 4090", "--fit")
+    memory = found["cards"][0]["memory_bytes"]
+    assert found["fit"]
+    for one in found["fit"]:
+        words = [word for path, value in one["settings"].items() for word in (f"--{path}", str(value).lower())]
+        again = told(capsys, "--model", llama_8b, "--gpu", "RTX 4090", *words)
+        assert again["high"] == one["high"] <= memory
+
+
+def test_advice_makes_it_fit(llama_8b: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = told(capsys, "--model", llama_8b, "--gpu", "RTX 3060")
+    assert found["cards"][0]["class"] == "too small"
+    assert found["advice"]["fits"]
+    assert found["advice"]["high"] <= found["cards"][0]["memory_bytes"]
+
+
+def test_the_table_has_all_cards_and_methods_in_order(llama_8b: str, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {row["name"]: row for row in told(capsys, "--model", llama_8b, "--cards", *SHORT)["table"]}
+    assert len(rows) > 40
+    order = ["too small", "tight", "fits"]
+    for row in rows.values():
+        classes = [row["methods"][name]["class"] for name in ("full", "LoRA", "8-bit", "4-bit")]
+        assert classes == sorted(classes, key=order.index), "less memory never fits worse"
+        assert (row["advice"] is None) == (classes[-1] == "fits")
+        totals = row["methods"]
+        # 16 bytes a weight, and the activations.
+        assert totals["full"]["total"] > 16 * 8_030_261_248
+    assert rows["NVIDIA V100 32 GB"]["compute_dtype"] == "float16"
+    assert rows["AMD Instinct MI250X"]["devices"] == 2
+    assert rows["NVIDIA H200"]["methods"]["LoRA"]["class"] == "fits"
+
+
+def test_keys_and_values_stand_beside_the_weights(llama_8b: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = told(capsys, "--model", llama_8b, "--gpu", "H100", "--inference", *SHORT)["inference"]
+    assert found["bytes"]["kv_cache"] == 131_072 * 2048
+    assert found["total"] == sum(found["bytes"].values())
+
+
+def test_a_cap_is_what_the_run_has_to_fit_into(llama_8b: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--model", llama_8b, "--gpu", "H100", "--training.memory_limit", "10GB")
+    found = told(capsys, *words, "--fit")
+    assert found["memory_limit"] == {"memory_bytes": 10 * 2**30, "class": "too small"}
+    assert all(one["high"] <= 10 * 2**30 for one in found["fit"])
+    assert found["advice"]["fits"]
+
+
+@pytest.mark.parametrize("arguments", [("--gpu", "RTX 3060", "--fit", "--inference"), ("--cards",), ()])
+def test_the_text_fits_a_terminal(
+    arguments: tuple[str, ...], llama_8b: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(llama_8b).parent)
+    assert main(["estimate", "--model", "llama-8b", *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80, max(lines, key=len)
+
+
+@pytest.mark.fault("U82")
+def test_fit_needs_a_memory(llama_8b: str) -> None:
+    config = resolve_settings(None, keywords={"model": llama_8b, "backend": "rocm_bnb"}, environ={}).config
+    with pytest.raises(ConfigError, match="--fit needs to know the memory") as refused:
+        estimate_run(config, None, Wanted(fit=True))
+    assert refused.value.code == "QH-U82"
+
+
+@pytest.mark.fault("U83")
+@pytest.mark.parametrize(("backend", "gpu"), [("auto", "RTX 4090"), ("rocm_bnb", None)])
+def test_a_device_that_is_not_here_is_not_measured(backend: str, gpu: str | None, llama_8b: str) -> None:
+    config = resolve_settings(None, keywords={"model": llama_8b, "backend": backend}, environ={}).config
+    with pytest.raises(ConfigError, match="measures on a device of this machine") as refused:
+        estimate_run(config, None, Wanted(gpu=gpu, probe=True))
+    assert refused.value.code == "QH-U83"
+
+
+@pytest.mark.slow
+def test_the_probe_stands_beside_the_arithmetic(tmp_path: Path) -> None:
+    write_config(tmp_path, hidden=64, inner=128, layers=3, heads=4, key_heads=2, vocabulary=512)
+    keywords = {"model": str(tmp_path), "backend": "cpu_torch", "data.max_seq_length": 64}
+    found = estimate_run(resolve_settings(None, keywords=keywords, environ={}).config, None, Wanted(probe=True))
+    told = estimate_as_json(found)
+    assert found.probe is not None
+    assert found.high == found.probe.high != found.memory.high
+    assert told["probe"]["total"] == found.probe.total  # type: ignore[index]
+    assert told["total"] == found.memory.total
