@@ -41,6 +41,7 @@ _PACKED = re.compile(r"(?P<module>.+)\.(?P<part>qweight|qzeros|scales|g_idx|SCB|
 _REFUSED = {
     "cpmant": "Its forward pass lets every token of a prompt see the whole prompt.",
     "reformer": "Its reversible layers pass no gradient to an adapter inside them.",
+    "laguna": "PEFT 0.21 leaves out the adapters of its shared experts, whose layers transformers renames.",
 }
 """Architectures whose configuration gives no sign of it; what else is not causal is found out in `trial`."""
 

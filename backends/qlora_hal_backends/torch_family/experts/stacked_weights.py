@@ -18,7 +18,6 @@ from qlora_hal_backends.torch_family.base_weights import (
     Int8Weight,
 )
 
-
 _LARGEST_COUNT = 2**31 - 1
 """Numbers that bitsandbytes' decoder counts in one call."""
 
@@ -135,7 +134,7 @@ class Blockwise4BitStack:
 
     def _state(self, absmax: Tensor, shape: torch.Size) -> codec.QuantState:
         like = self.like
-        return codec.QuantState(
+        return codec.QuantState(  # type: ignore[no-untyped-call]
             absmax=absmax,
             shape=shape,
             code=like.code,
@@ -146,7 +145,8 @@ class Blockwise4BitStack:
 
     def _nested_state(self, absmax: Tensor) -> codec.QuantState:
         inner = self.like.state2
-        return codec.QuantState(absmax=absmax, code=inner.code, blocksize=inner.blocksize, dtype=inner.dtype)
+        kept = {"code": inner.code, "blocksize": inner.blocksize, "dtype": inner.dtype}
+        return codec.QuantState(absmax=absmax, **kept)  # type: ignore[no-untyped-call]
 
 
 @dataclass(slots=True)
