@@ -137,26 +137,33 @@ def _loss_of(wrapped: Any, batch: Batch) -> Any:
 def _peft_step_with_experts(model: Any, adapter: Adapter, batch: Batch) -> tuple[float, dict[str, Any]]:
     """The adapter opened from its file. PEFT keeps a stack's A as `[experts * r, in]` and B as `[out, r * experts]`;
     gate and up as one of twice the rank, B in two blocks of which those beside the diagonal are no part of it."""
+    import torch
     from peft import PeftModel
 
     from qlora_hal.adapter import module_of, write_adapter
     from qlora_hal.adapter.naming import lora_a_key, lora_b_key
-    from qlora_hal.model.expert_stacks import paired_with
+    from qlora_hal.model.expert_stacks import INTERLEAVED, paired_with
 
     with TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft 0.21: patterns of parameters, an older name of recomputation
-        write_adapter(Path(folder) / "a", adapter, base_name="base", base_revision=None, provenance={})
+        in_turns = model.config.model_type in INTERLEAVED
+        provenance = {"experts_in_files": "interleaved"} if in_turns else {}
+        write_adapter(Path(folder) / "a", adapter, base_name="base", base_revision=None, provenance=provenance)
         wrapped = PeftModel.from_pretrained(model, Path(folder) / "a", is_trainable=True).eval()
     loss = _loss_of(wrapped, batch)
     loss.backward()
-    found = {name.replace(".default", ""): parameter.grad for name, parameter in wrapped.named_parameters()}
+    found = {
+        name.replace(".default", ""): torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for name, parameter in wrapped.named_parameters()
+        if ".lora_" in name
+    }
     gradients: dict[str, Any] = {}
     for name, tensor in adapter.tensors.items():
         module, half = module_of(name)
         if tensor.ndim == 2:
             gradients[name] = found[name].numpy()
             continue
-        block = module.rpartition(".")[0].replace("block_sparse_moe", "mlp")
+        block = module.rpartition(".")[0].replace("block_sparse_moe", "mlp").replace("ffn", "mlp")
         is_gate = module.endswith((".gate_proj", ".w1"))
         inner = ".base_layer" if paired_with(module) else ""
         key = (lora_a_key if half == "A" else lora_b_key)(f"{block}{inner}")
@@ -167,7 +174,8 @@ def _peft_step_with_experts(model: Any, adapter: Adapter, batch: Batch) -> tuple
         else:
             stack = found[key].view(found[key].shape[0], -1, experts).permute(2, 0, 1)  # [experts, out, r or 2 r]
             outputs = tensor.shape[1]
-            part = stack[:, :outputs, :rank] if is_gate or not inner else stack[:, outputs:, rank:]
+            gate, up = (slice(0, None, 2), slice(1, None, 2)) if in_turns else (slice(outputs), slice(outputs, None))
+            part = stack[:, gate, :rank] if is_gate else stack[:, up, rank:]
             part = stack if not inner else part
         gradients[name] = part.numpy()
     return float(loss.detach()), gradients
