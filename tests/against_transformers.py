@@ -141,11 +141,13 @@ def _peft_step_with_experts(model: Any, adapter: Adapter, batch: Batch) -> tuple
 
     from qlora_hal.adapter import module_of, write_adapter
     from qlora_hal.adapter.naming import lora_a_key, lora_b_key
-    from qlora_hal.model.expert_stacks import paired_with
+    from qlora_hal.model.expert_stacks import INTERLEAVED, paired_with
 
     with TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft 0.21: patterns of parameters, an older name of recomputation
-        write_adapter(Path(folder) / "a", adapter, base_name="base", base_revision=None, provenance={})
+        in_turns = model.config.model_type in INTERLEAVED
+        provenance = {"experts_in_files": "interleaved"} if in_turns else {}
+        write_adapter(Path(folder) / "a", adapter, base_name="base", base_revision=None, provenance=provenance)
         wrapped = PeftModel.from_pretrained(model, Path(folder) / "a", is_trainable=True).eval()
     loss = _loss_of(wrapped, batch)
     loss.backward()
@@ -167,7 +169,8 @@ def _peft_step_with_experts(model: Any, adapter: Adapter, batch: Batch) -> tuple
         else:
             stack = found[key].view(found[key].shape[0], -1, experts).permute(2, 0, 1)  # [experts, out, r or 2 r]
             outputs = tensor.shape[1]
-            part = stack[:, :outputs, :rank] if is_gate or not inner else stack[:, outputs:, rank:]
+            gate, up = (slice(0, None, 2), slice(1, None, 2)) if in_turns else (slice(outputs), slice(outputs, None))
+            part = stack[:, gate, :rank] if is_gate else stack[:, up, rank:]
             part = stack if not inner else part
         gradients[name] = part.numpy()
     return float(loss.detach()), gradients

@@ -18,6 +18,7 @@ import numpy as np
 from qlora_hal.adapter.mlx_experts import mlx_path
 from qlora_hal.adapter.mlx_targets import place_of
 from qlora_hal.adapter.naming import module_of
+from qlora_hal.adapter.peft_experts import INTERLEAVED, LAYOUT
 from qlora_hal.contract.values import Adapter, Float32
 from qlora_hal.errors import AdapterError, StorageError
 from qlora_hal.files import durable, safetensors_file, strict_json
@@ -76,12 +77,13 @@ def _mlx_files(
 ) -> dict[str, Iterable[Chunk]]:
     config = adapter.config
     require_placeable(config.target_modules, "target_modules")
+    path = _unchanged if provenance.get(LAYOUT) == INTERLEAVED else mlx_path
     tensors = {
-        f"{mlx_path(module)}.lora_{half.lower()}": transposed(tensor)
+        f"{path(module)}.lora_{half.lower()}": transposed(tensor)
         for (module, half), tensor in ((module_of(key), tensor) for key, tensor in adapter.tensors.items())
     }
-    targets = [mlx_path(module) for module in config.target_modules]
-    num_layers, keys = _placing(targets, linear_modules and [mlx_path(module) for module in linear_modules])
+    targets = [path(module) for module in config.target_modules]
+    num_layers, keys = _placing(targets, linear_modules and [path(module) for module in linear_modules])
     parameters = {"rank": config.r, "scale": config.scale, "dropout": config.dropout, "keys": keys}
     mlx_config = {
         "fine_tune_type": "lora",
@@ -97,6 +99,11 @@ def _mlx_files(
         PROVENANCE_FILE: [strict_json.encode(facts)],
         CARD_FILE: [_CARD.encode("utf-8")],
     }
+
+
+def _unchanged(module: str) -> str:
+    """gpt-oss has the hub's names in mlx-lm too."""
+    return module
 
 
 _CARD = """---

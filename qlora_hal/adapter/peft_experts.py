@@ -6,6 +6,10 @@ as one weight, whose adapter has rank 2 r, block by block. What it also needs is
 parameters (`target_parameters`), and that rank with the scale that leaves each half its own. A dense layer whose name
 the experts' projections share (of a shared expert, say) is named as a parameter, too: as a module, PEFT would take its
 name for the experts' and leave the layer out.
+
+gpt-oss has no layers of single experts on the hub, and PEFT makes none of such names: its adapters are written as PEFT
+holds them, A of all experts as `[experts * r, in]` and B as `[out, r * experts]`, of gate and up as one, their rows in
+turns.
 """
 
 from __future__ import annotations
@@ -18,11 +22,14 @@ import numpy as np
 
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key, module_of
 from qlora_hal.contract.values import AdapterConfig
-from qlora_hal.model.expert_stacks import path_of, place_of
+from qlora_hal.model.expert_stacks import GATE_AND_UP, path_of, place_of
 
 if TYPE_CHECKING:
     from qlora_hal.files.safetensors_file import Array
 
+LAYOUT, INTERLEAVED = "experts_in_files", "interleaved"
+"""The key of an adapter's provenance, and its value where experts have no names of their own."""
+_INNER = ".base_layer"
 FIELDS = ("target_parameters", "rank_pattern", "alpha_pattern")
 """Fields of adapter_config.json that plain LoRA on linear layers does not need."""
 
@@ -46,6 +53,55 @@ def per_expert(tensors: Mapping[str, Array]) -> dict[str, Array]:
         key = lora_a_key if half == "A" else lora_b_key
         found |= {key(path_of(module, number)): part for number, part in enumerate(tensor)}
     return found
+
+
+def in_files(tensors: Mapping[str, Array], provenance: Mapping[str, object]) -> dict[str, Array]:
+    """All tensors of an adapter as files hold them. `provenance` says where experts have no names of their own."""
+    if provenance.get(LAYOUT) != INTERLEAVED:
+        return per_expert(tensors)
+    found = {name: tensor for name, tensor in tensors.items() if tensor.ndim != 3}
+    stacks = {name: tensor for name, tensor in tensors.items() if tensor.ndim == 3}
+    for module in sorted({module_of(name)[0] for name in stacks}):
+        block, _, projection = module.rpartition(".")
+        a, b = stacks[lora_a_key(module)], stacks[lora_b_key(module)]
+        if projection == "up_proj":
+            continue
+        if projection == "gate_proj":
+            other = f"{block}.up_proj"
+            a = np.concatenate([a, stacks[lora_a_key(other)]], axis=1)
+            experts, outputs, r = b.shape
+            both = np.zeros((experts, outputs, 2, 2, r), b.dtype)
+            both[:, :, 0, 0], both[:, :, 1, 1] = b, stacks[lora_b_key(other)]
+            b, block = both.reshape(experts, 2 * outputs, 2 * r), f"{block}{_INNER}"
+        found[lora_a_key(block)] = a.reshape(-1, a.shape[2])
+        found[lora_b_key(block)] = np.ascontiguousarray(b.transpose(1, 2, 0)).reshape(b.shape[1], -1)
+    return found
+
+
+def named(tensors: Mapping[str, Array], r: object, provenance: Mapping[str, object]) -> dict[str, Array]:
+    """Of tensors in a file, those of experts under names of their own. Raises ValueError where they do not have rank
+    `r`."""
+    if provenance.get(LAYOUT) != INTERLEAVED or type(r) is not int or r < 1:
+        return dict(tensors)
+    found: dict[str, Array] = {}
+    for name, tensor in tensors.items():
+        module, half = module_of(name)
+        block = module.removesuffix(_INNER)
+        if not block.endswith(".experts"):
+            found[name] = tensor
+            continue
+        rank = r if block == module else 2 * r
+        if tensor.shape[0 if half == "A" else 1] % rank:
+            raise ValueError(f"{name} has no whole number of experts of rank {rank}")
+        if half == "A":
+            key, stack = lora_a_key, tensor.reshape(-1, rank, tensor.shape[1])
+            parts = [stack] if rank == r else [stack[:, :r], stack[:, r:]]
+        else:
+            key, stack = lora_b_key, tensor.reshape(tensor.shape[0], rank, -1).transpose(2, 0, 1)
+            parts = [stack] if rank == r else [stack[:, ::2, :r], stack[:, 1::2, r:]]
+        leaves = ("down_proj",) if rank == r else GATE_AND_UP[0]
+        found |= {key(f"{block}.{leaf}"): np.ascontiguousarray(part) for leaf, part in zip(leaves, parts, strict=True)}
+    return per_expert(found)
 
 
 def stacks_in(tensors: Iterable[str]) -> set[str]:
@@ -85,11 +141,11 @@ def fields_for(
     """What adapter_config.json says where `stacks` are among the targets: `target_modules` and `FIELDS`. Names are
     short where all modules of the model that they mean are targets."""
     parameters = {_parameter(module, is_stack=module in stacks) for module in config.target_modules}
-    named = sorted(module for module in config.target_modules if module not in stacks and not _shares_name(module))
+    plain = sorted(module for module in config.target_modules if module not in stacks and not _shares_name(module))
     parameters.discard("")
     gated = any(name.endswith(".gate_up_proj") for name in parameters)
     return {
-        "target_modules": _short_modules(named, linear_modules),
+        "target_modules": _short_modules(plain, linear_modules),
         "target_parameters": _short_parameters(parameters, stacks, linear_modules),
         **(patterns(config) if gated else {"rank_pattern": {}, "alpha_pattern": {}}),
     }

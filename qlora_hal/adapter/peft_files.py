@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -114,7 +115,7 @@ def write_adapter_files(
     """
     config = _peft_config(adapter, base_name, base_revision, linear_modules)
     facts = {**provenance, "base_name": base_name, "base_revision": base_revision}
-    tensors = safetensors_file.file_chunks(peft_experts.per_expert(adapter.tensors), {"format": "pt"})
+    tensors = safetensors_file.file_chunks(peft_experts.in_files(adapter.tensors, provenance), {"format": "pt"})
     written = {TENSORS_FILE: durable.write_new(folder / TENSORS_FILE, tensors, midway=midway)}
     for name, content in (
         (CONFIG_FILE, config),
@@ -135,6 +136,7 @@ def read_adapter(folder: Path) -> Adapter:
     """
     raw_config = _read_config(folder)
     tensors = _read_tensors(folder)
+    tensors = replace(tensors, arrays=_named(tensors.arrays, raw_config.get("r"), folder))
     stacks = peft_experts.stacks_in(tensors.arrays)
     _refuse_unsupported(raw_config, folder, on_experts=bool(stacks))
     paths = _modules_of(tensors.arrays, folder)
@@ -353,6 +355,14 @@ def _read_tensors(folder: Path) -> safetensors_file.TensorFile:
         return safetensors_file.read_arrays(path)
     except OSError as problem:
         _refuse_file(path, f"cannot be read ({problem.strerror or problem})", problem)
+
+
+def _named(tensors: Mapping[str, safetensors_file.Array], r: object, folder: Path) -> dict[str, safetensors_file.Array]:
+    document = _document(folder)
+    try:
+        return peft_experts.named(tensors, r, provenance_in(document) if document else {})
+    except ValueError:  # the names are looked at next
+        return dict(tensors)
 
 
 def _stacked(tensors: Mapping[str, safetensors_file.Array], folder: Path) -> dict[str, safetensors_file.Array]:

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from qlora_hal.contract.values import LinearShape
 from qlora_hal.errors import ConfigError, ModelError, UnsupportedFeatureError
-from qlora_hal.model.expert_stacks import is_shared, missing_halves
+from qlora_hal.model.expert_stacks import is_shared, missing_parts
 
 ALL_LINEAR = "all-linear"
 
@@ -22,9 +22,9 @@ def resolve_targets(
 
     `all-linear` is every one; names match a whole path or its end (`q_proj`, `self_attn.q_proj`); any other string is
     a regular expression that must match the whole path. `experts` is `lora.experts`. Raises ConfigError QH-N13 for an
-    empty request or a model without linear layers, QH-S53 for a broken expression, QH-U22 for one half of a gated
-    projection of experts, QH-U23 for shared experts that the model lacks; ModelError QH-C07 for a name or expression
-    without a match.
+    empty request or a model without linear layers, QH-S53 for a broken expression, QH-U22 for experts' gate or up
+    projection without the others, QH-U23 for shared experts that the model lacks; ModelError QH-C07 for a name or
+    expression without a match.
     """
     found = _matching(requested, linear_modules)
     targets = tuple(path for path in found if _is_wanted(path, linear_modules[path], experts))
@@ -43,14 +43,16 @@ def resolve_targets(
             where="lora.experts",
             fix="Set lora.experts: all, or name other modules.",
         )
-    if missing := missing_halves(targets, linear_modules):
+    if missing := missing_parts(targets, linear_modules):
+        leaves = sorted({path.rpartition(".")[2] for path in missing})
         raise ConfigError(
             "QH-U22",
-            f"{len(missing)} stacks of experts would carry no LoRA while the other half of their gated projection "
-            f"does; the first is {missing[0]}.",
+            f"{len(missing)} stacks of experts would carry no LoRA while gate or up projection of their blocks do; the "
+            f"first is {missing[0]}.",
             where="lora.target_modules",
-            cause="Model libraries hold both halves as one weight, and PEFT opens no adapter on half of it.",
-            fix=f"Add {missing[0].rpartition('.')[2]} to target_modules.",
+            cause="Model libraries hold gate and up projection as one weight; PEFT opens an adapter on it whole, and "
+            "beside one on the projection that follows.",
+            fix=f"Add {' and '.join(leaves)} to target_modules.",
         )
     return targets
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from shlex import quote
 from typing import TypeVar
 
+from qlora_hal.adapter import peft_experts
 from qlora_hal.adapter.as_written import WRITTEN
 from qlora_hal.adapter.peft_files import CONFIG_FILE, PROVENANCE_FILE, TENSORS_FILE
 from qlora_hal.checkpoint.manifest import (
@@ -42,7 +43,7 @@ from qlora_hal.checkpoint.state import (
 from qlora_hal.errors import CheckpointError, QloraHalError
 from qlora_hal.files import durable, strict_json
 from qlora_hal.files.opening import open_regular
-from qlora_hal.files.safetensors_file import TensorFile, read_arrays
+from qlora_hal.files.safetensors_file import Array, TensorFile, read_arrays
 
 _READ_WHOLE = frozenset({STATE_FILE, TENSORS_FILE, OPTIMIZER_FILE, ANSWERS_FILE, PROVENANCE_FILE})
 
@@ -131,7 +132,7 @@ def _state_in(path: Path, manifest: Manifest) -> TrainingState:
         adapter = _verified_arrays(path / TENSORS_FILE, manifest)
         optimizer = _verified_arrays(path / OPTIMIZER_FILE, manifest)
         answers = _verified_arrays(path / ANSWERS_FILE, manifest).arrays if ANSWERS_FILE in manifest.files else {}
-        state = state_from(document, adapter.arrays, optimizer.arrays, answers)
+        state = state_from(document, _in_stacks(adapter.arrays, document), optimizer.arrays, answers)
         _check_same_origin(path, manifest, state, adapter.sha256)
     except (BrokenCheckpoint, OSError, QloraHalError, ValueError) as problem:
         check_hashes(path, manifest)
@@ -140,6 +141,13 @@ def _state_in(path: Path, manifest: Manifest) -> TrainingState:
         reason = problem.message if isinstance(problem, QloraHalError) else f"{problem}"
         raise _unusable(path, reason) from problem
     return state
+
+
+def _in_stacks(adapter: Mapping[str, Array], document: Mapping[str, object]) -> dict[str, Array]:
+    """The adapter's tensors as the core has them. Raises ValueError."""
+    settings, provenance = document.get("adapter"), document.get("provenance")
+    r = settings.get("r") if isinstance(settings, dict) else None
+    return peft_experts.stacked(peft_experts.named(adapter, r, provenance if isinstance(provenance, dict) else {}))
 
 
 def _unusable(path: Path, reason: str) -> CheckpointError:

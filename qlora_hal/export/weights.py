@@ -19,7 +19,7 @@ from qlora_hal.errors import ConfigError, ModelError, NumericsError
 from qlora_hal.export.rounding import DTYPE_BYTES, SAFETENSORS_DTYPE, is_finite, rounded
 from qlora_hal.files.safetensors_file import TensorEntry
 from qlora_hal.formats.packed_modules import PackedModules
-from qlora_hal.model.expert_stacks import GATE_AND_UP, halves_of, layer_in, place_of
+from qlora_hal.model.expert_stacks import GATE_AND_UP, INTERLEAVED, halves_of, layer_in, place_of
 from qlora_hal.model.facts import ModelFacts
 from qlora_hal.model.safetensors_headers import Header
 from qlora_hal.model.shards import Array, PlannedTensor
@@ -29,8 +29,6 @@ BaseWeight = Callable[[str], Float32]
 """Module path -> its base weight `[out, in]` in float32, in an array of the caller's own; of one expert by the path
 that its layer has in files with a tensor for each, of a stack `[experts, out, in]`."""
 
-_OTHER_LAYOUTS = frozenset({"gpt_oss"})
-"""Model types whose joined weights have gate and up in turns, or both sides the other way round."""
 _ROWS_AT_A_TIME_BYTES = 64 * 2**20
 _NUMPY_DTYPES: Mapping[str, str] = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1",
@@ -158,7 +156,7 @@ class MergedModel:
     def _holds_stacks(self, name: str) -> bool:
         """Whether a tensor holds all experts of a block as `[experts, out, in]`, gate before up."""
         stacks = [self._linears[stack] for stack in halves_of(name, self._linears)]
-        if not stacks or self._facts.model_type in _OTHER_LAYOUTS:
+        if not stacks or self._facts.model_type in INTERLEAVED:
             return False
         outputs = sum(stack.outputs for stack in stacks)
         return self._facts.tensors[name].shape == (stacks[0].experts, outputs, stacks[0].inputs)

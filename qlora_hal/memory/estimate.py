@@ -177,6 +177,8 @@ def _activation_bytes(
     """What is kept for backward, and what is alive beyond it while one layer is differentiated."""
     tokens = batch_size * sequence_length
     widths = constants.hidden_copies * shape.hidden + constants.feed_forward_copies * shape.feed_forward
+    # Each of a token's experts has a row of its own, before and after, and what is between the projections.
+    widths += shape.routed * (2 * shape.hidden + constants.feed_forward_copies * shape.routed_width)
     one_layer = tokens * (widths + 2 * shape.key_value) * compute_bytes
     if constants.attention_scores_kept:
         one_layer += batch_size * shape.heads * sequence_length**2 * compute_bytes

@@ -18,6 +18,9 @@ from qlora_hal.errors import ModelError
 
 GATE_AND_UP = (("gate_proj", "up_proj"), ("w1", "w3"))
 """Names of the two projections that model libraries hold as one weight."""
+INTERLEAVED = frozenset({"gpt_oss"})
+"""Model types that have no tensor for each expert anywhere: all of a block in one `[experts, in, out]`, gate and up in
+turns."""
 COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """What config.json calls the number of routed experts of a block."""
 
@@ -127,11 +130,16 @@ def of_joined_tensors(
     return found
 
 
-def missing_halves(targets: Iterable[str], linear_modules: Mapping[str, LinearShape]) -> list[str]:
-    """Stacks whose other half of a gated pair is among `targets` while they are not."""
+def missing_parts(targets: Iterable[str], linear_modules: Mapping[str, LinearShape]) -> list[str]:
+    """Stacks that are no targets, while what cannot be adapted without them is: gate and up projection go with
+    each other and with the projection that follows."""
     chosen = set(targets)
-    halves = (paired_with(module) for module in chosen if linear_modules[module].experts > 1)
-    return sorted(other for other in halves if other in linear_modules and other not in chosen)
+    found: set[str] = set()
+    for module in chosen:
+        if linear_modules[module].experts > 1 and (other := paired_with(module)):
+            block, _, projection = module.rpartition(".")
+            found |= {other, f"{block}.{'w2' if projection in ('w1', 'w3') else 'down_proj'}"}
+    return sorted(found & linear_modules.keys() - chosen)
 
 
 def _stacked(stack: str, members: Mapping[int, LinearShape], config: Mapping[str, object], where: str) -> LinearShape:

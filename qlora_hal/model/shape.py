@@ -14,13 +14,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DecoderShape:
-    """Widths in elements per token. `key_value` is the width of keys (and of values) together over all heads."""
+    """Widths in elements per token. `key_value` is the width of keys (and of values) together over all heads. Of a
+    mixture each token goes to `routed` experts of `routed_width`, and `feed_forward` is of what sees every token."""
 
     layers: int
     hidden: int
     feed_forward: int
     heads: int
     key_value: int
+    routed: int = 0
+    routed_width: int = 0
 
 
 def decoder_shape(facts: ModelFacts) -> DecoderShape:
@@ -34,13 +37,29 @@ def decoder_shape(facts: ModelFacts) -> DecoderShape:
     key_value_heads = _first(config, "num_key_value_heads") or heads
     head_size = _first(config, "head_dim") or hidden // heads
     feed_forward = _first(config, "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+    stacks = [shape for shape in facts.linear_modules.values() if shape.experts > 1]
     return DecoderShape(
         layers=layers,
         hidden=hidden,
-        feed_forward=feed_forward or max([4 * hidden, *outputs]),
+        feed_forward=_dense_width(facts, layers) if stacks else feed_forward or max([4 * hidden, *outputs]),
         heads=heads,
         key_value=key_value_heads * head_size,
+        routed=_first(config, *_ROUTED) or 1 if stacks else 0,
+        routed_width=max((min(shape.inputs, shape.outputs) for shape in stacks), default=0),
     )
+
+
+_ROUTED = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+
+
+def _dense_width(facts: ModelFacts, layers: int) -> int:
+    """Of a mixture's gated layers that see every token (shared experts, the first layers of some), an average."""
+    gates = [
+        shape.outputs
+        for path, shape in facts.linear_modules.items()
+        if shape.experts == 1 and path.endswith((".gate_proj", ".w1"))
+    ]
+    return sum(gates) // max(layers, 1)
 
 
 def _first(config: Mapping[str, object], *names: str) -> int | None:

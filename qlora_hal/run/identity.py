@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_hal import __version__
+from qlora_hal.adapter.peft_experts import INTERLEAVED, LAYOUT
 from qlora_hal.contract.dropout import MASKS
 from qlora_hal.errors import CheckpointError
 from qlora_hal.files import strict_json
+from qlora_hal.model import expert_stacks
 from qlora_hal.model.verifying import base_config_hash
 
 if TYPE_CHECKING:
@@ -191,6 +193,7 @@ def provenance_of(prepared: PreparedRun, resolved: Mapping[str, object]) -> dict
         "token_hashes": dict(prepared.data.hashes),
         "backend_options": dict(prepared.config.backend.options),
         **({"dropout_masks": MASKS} if prepared.config.lora.dropout else {}),
+        **({LAYOUT: INTERLEAVED} if base.facts.model_type in expert_stacks.INTERLEAVED else {}),
         **({"quantized_fingerprint": base.facts.fingerprint} if base.made_from else {}),
         "sequences_per_step": prepared.sequences_per_step,
         **{name: resolved[name] for name in kept},

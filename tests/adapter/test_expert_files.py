@@ -26,10 +26,10 @@ def drawn_model(folder: Path, model_type: str) -> Any:
     return write_drawn_model(folder, model_type)
 
 
-def drawn_adapter(folder: Path, seed: int = 0, **settings: Any) -> Adapter:
-    """An adapter on all layers, its B drawn as well."""
+def drawn_adapter(folder: Path, seed: int = 0, targets: Any = "all-linear", **settings: Any) -> Adapter:
+    """An adapter whose B is drawn as well."""
     modules = read_facts(folder).linear_modules
-    config = AdapterConfig(4, 6.0, target_modules=resolve_targets("all-linear", modules), **settings)
+    config = AdapterConfig(4, 6.0, target_modules=resolve_targets(targets, modules), **settings)
     adapter = initial_adapter(config, modules, seed)
     generator = np.random.default_rng(seed)
     drawn = {
@@ -39,8 +39,15 @@ def drawn_adapter(folder: Path, seed: int = 0, **settings: Any) -> Adapter:
     return replace(adapter, tensors=drawn)
 
 
-def written(folder: Path, adapter: Adapter, linear_modules: Any = None) -> Path:
-    write_adapter(folder, adapter, base_name="base", base_revision=None, provenance={}, linear_modules=linear_modules)
+def written(folder: Path, adapter: Adapter, linear_modules: Any = None, provenance: Any = None) -> Path:
+    write_adapter(
+        folder,
+        adapter,
+        base_name="base",
+        base_revision=None,
+        provenance=provenance or {},
+        linear_modules=linear_modules,
+    )
     return folder
 
 
@@ -80,11 +87,13 @@ def test_peft_opens_it_with_the_logits_of_the_merged_weights(model_type: str, us
     assert moved > 0.1
 
 
-def test_a_stack_is_read_as_it_was_written(tmp_path: Path) -> None:
-    drawn_model(tmp_path / "base", "qwen2_moe")
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "gpt_oss"])
+def test_a_stack_is_read_as_it_was_written(model_type: str, tmp_path: Path) -> None:
+    drawn_model(tmp_path / "base", model_type)
     adapter = drawn_adapter(tmp_path / "base")
+    provenance = {"experts_in_files": "interleaved"} if model_type == "gpt_oss" else {}
     for number, linear_modules in enumerate((None, read_facts(tmp_path / "base").linear_modules)):
-        found = read_adapter(written(tmp_path / f"adapter{number}", adapter, linear_modules))
+        found = read_adapter(written(tmp_path / f"adapter{number}", adapter, linear_modules, provenance))
         assert found.config == adapter.config
         assert found.tensors.keys() == adapter.tensors.keys()
         assert all(np.array_equal(found.tensors[name], tensor) for name, tensor in adapter.tensors.items())
@@ -123,12 +132,29 @@ def test_a_stack_that_lacks_an_expert_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("U22")
-def test_one_half_of_a_gated_projection_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("named", "fix"), [(("w1", "w2"), "w3"), (("w1", "w3"), "w2"), (("w3",), "w1 and w2"), (("w2",), "")]
+)
+def test_what_peft_opens_only_together_is_adapted_together(named: tuple[str, ...], fix: str, tmp_path: Path) -> None:
     drawn_model(tmp_path, "mixtral")
     modules = read_facts(tmp_path).linear_modules
-    with pytest.raises(ConfigError, match=r"experts\.w3") as refusal:
-        resolve_targets(("w1", "w2"), modules)
-    assert (refusal.value.code, refusal.value.fix) == ("QH-U22", "Add w3 to target_modules.")
+    if not fix:
+        assert len(resolve_targets(named, modules)) == 2
+        return
+    with pytest.raises(ConfigError) as refusal:
+        resolve_targets(named, modules)
+    assert (refusal.value.code, refusal.value.fix) == ("QH-U22", f"Add {fix} to target_modules.")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_peft_opens_an_adapter_on_the_last_projection_alone(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    model = drawn_model(tmp_path / "base", "mixtral")
+    plain = model(IDS).logits
+    adapter = drawn_adapter(tmp_path / "base", targets=("w2",))
+    found = PeftModel.from_pretrained(model, written(tmp_path / "adapter", adapter))(IDS).logits
+    assert (found - plain).abs().max() > 0.01
 
 
 @pytest.mark.fault("U23")

@@ -16,11 +16,18 @@ from safetensors.torch import load_file, save_file
 from trainers import open_cpu_trainer, random_batch, source_of
 
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key
+from qlora_hal.contract.backend import Quantization
+from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.errors import ModelError, UnsupportedFeatureError
 from qlora_hal.model.expert_stacks import path_of
+from qlora_hal_backends.torch_family.base_weights import quantize
+from qlora_hal_backends.torch_family.experts import proved_products
+from qlora_hal_backends.torch_family.experts.products import GroupedProducts, Groups, LoopOverExperts
+from qlora_hal_backends.torch_family.experts.stacked_weights import stacked
+from qlora_hal_backends.torch_family.lora_linear import LoRASwitches, LoRAWeights
 from qlora_hal_backends.torch_family.outline import outline
 
-MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3"]
+MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss"]
 FURTHER = ["qwen3_next", "deepseek_v2", "glm4_moe", "olmoe", "dots1", "hunyuan_v1_moe", "exaone_moe", "flex_olmo"]
 UP = "model.layers.1.mlp.experts.up_proj"
 
@@ -182,3 +189,38 @@ def test_an_adapter_switched_off_leaves_the_base(tmp_path: Path) -> None:
     zero = {name: tensor * ("lora_A" in name) for name, tensor in opened.adapter.tensors.items()}
     opened.trainer.attach(replace(opened.adapter, tensors=zero))
     np.testing.assert_allclose(opened.trainer.token_losses(batch), base, rtol=1e-6)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_grouped_products_are_those_of_the_loop(nested: bool) -> None:
+    """In bfloat16, as on a GPU; torch has the same call on a CPU. One expert has no rows."""
+    generator = torch.Generator().manual_seed(0)
+    quantization = Quantization(WeightFormat.NF4, 64, nested)
+    layers = [quantize(torch.randn(64, 256, generator=generator), quantization, torch.bfloat16) for _ in range(3)]
+    weight = stacked(layers)
+    assert torch.equal(weight.dense(), torch.stack([layer.dense() for layer in layers]))
+    a, b = (0.1 * torch.randn(sides, generator=generator).bfloat16() for sides in ((3, 8, 256), (3, 64, 8)))
+    kept = torch.nn.Parameter(torch.zeros(3, 1))
+    lora = LoRAWeights(kept, kept, a, b, 2.0, 0.0, None, LoRASwitches())
+    groups = Groups(torch.tensor([10, 10, 24], dtype=torch.int32))
+    rows, dy = (torch.randn(24, side, generator=generator).bfloat16() for side in (256, 64))
+    loop, grouped = LoopOverExperts(), GroupedProducts()
+    pairs = [
+        (loop.frozen(rows, weight, groups), grouped.frozen(rows, weight, groups)),
+        (loop.frozen_backward(dy, weight, groups), grouped.frozen_backward(dy, weight, groups)),
+        *zip(loop.adapted(rows, weight, lora, groups), grouped.adapted(rows, weight, lora, groups), strict=True),
+    ]
+    low_rank = pairs[-1][0]
+    arguments = (dy, rows, low_rank, weight, lora, groups)
+    pairs += zip(loop.adapted_backward(*arguments), grouped.adapted_backward(*arguments), strict=True)
+    for expected, found in pairs:
+        # Both round a float32 sum to bfloat16 once, the gradients of A and B after a product that was rounded before.
+        assert expected.shape == found.shape
+        assert (found.float() - expected.float()).abs().max() <= 2.0**-7 * expected.float().abs().max()
+    assert not pairs[-1][1][1].any(), "an expert without rows has no gradient"
+
+
+def test_a_device_without_the_kernel_loops() -> None:
+    assert isinstance(proved_products(torch.device("cpu"), grouped=False), LoopOverExperts)
+    assert isinstance(proved_products(torch.device("meta"), grouped=True), LoopOverExperts)
+    assert isinstance(proved_products(torch.device("cpu"), grouped=True), GroupedProducts)

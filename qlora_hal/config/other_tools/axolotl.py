@@ -292,7 +292,10 @@ AXOLOTL = Tool(
         translated("use_tensorboard", "training.report_to", "A tracker.", _tensorboard),
         no_place("peft_use_dora", "DoRA trains magnitudes beside the product; here the adapter is plain LoRA."),
         no_place("lora_modules_to_save", "Embeddings and heads stay frozen; adapters are on linear layers."),
-        no_place("lora_target_parameters", "Adapters on stacked experts are not offered."),
+        no_place(
+            "lora_target_parameters",
+            "Experts are target modules like others (gate_proj, up_proj, down_proj); lora.experts leaves them out.",
+        ),
         no_place("peft_layers_to_transform", "Write the layers into an expression in lora.target_modules."),
         no_place("peft_init_lora_weights peft loraplus_lr_ratio relora", "A and B begin and learn as in LoRA's paper."),
         no_place("neftune_noise_alpha", "NEFTune adds noise to embeddings; no backend here does."),

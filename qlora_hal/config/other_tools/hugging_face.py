@@ -343,7 +343,7 @@ ADAPTER = table(
     ),
     no_place(
         "lora_target_parameters LoraConfig.target_parameters get_peft_model.target_parameters",
-        "Adapters on stacked experts are not offered.",
+        "Experts are target modules like others (gate_proj, up_proj, down_proj); lora.experts leaves them out.",
     ),
     no_place(
         "LoraConfig.init_lora_weights get_peft_model.init_lora_weights init_lora_weights",

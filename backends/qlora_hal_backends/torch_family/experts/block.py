@@ -55,19 +55,21 @@ class RoutedExperts(nn.Module):
         gate, up, down = self.stacks
         tokens, width = hidden_states.shape
         chosen, order = torch.sort(top_k_index.reshape(-1), stable=True)
-        counts = torch.bincount(chosen, minlength=self.experts)
-        groups = Groups(torch.cumsum(counts, dim=0).to(torch.int32))
+        numbers = torch.arange(self.experts, device=chosen.device)
+        # Not bincount, which waits for the device.
+        groups = Groups(torch.searchsorted(chosen, numbers, right=True).to(torch.int32))
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order), device=order.device)
         each = top_k_index.shape[-1]
-        rows = hidden_states[order // each]
+        rows = _SentToExperts.apply(hidden_states, order, back, each)  # type: ignore[no-untyped-call]
         halves = (stack.rows(rows, groups, self.products) for stack in (gate, up))
         inner = self._gated(*self._with_biases(*halves, chosen))
         y = down.rows(inner, groups, self.products)
         if self.down_proj_bias is not None:
             y = y + self.down_proj_bias[chosen]
         y = y * top_k_weights.reshape(-1)[order, None]
-        back = torch.empty_like(order)
-        back[order] = torch.arange(len(order), device=order.device)
-        return y[back].view(tokens, each, width).sum(dim=1).to(hidden_states.dtype)
+        by_token: Tensor = _SentBack.apply(y, order, back)  # type: ignore[no-untyped-call]
+        return by_token.view(tokens, each, width).sum(dim=1).to(hidden_states.dtype)
 
     def _with_biases(self, gate: Tensor, up: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         both = self.gate_up_proj_bias
@@ -82,6 +84,36 @@ class RoutedExperts(nn.Module):
             return both[..., ::2], both[..., 1::2]
         gate, up = both.chunk(2, dim=-1)
         return gate, up
+
+
+class _SentToExperts(torch.autograd.Function):
+    """Each token's row once for each of its experts, sorted by expert. Autograd would add the gradients of its rows
+    by an index with repetitions, which is slow; they are as many for each token."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, order: Tensor, back: Tensor, each: int) -> Tensor:
+        ctx.save_for_backward(back)
+        ctx.each = each
+        return tokens[order // each]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (back,) = ctx.saved_tensors
+        return grad[back].view(-1, ctx.each, grad.shape[-1]).sum(dim=1), None, None, None
+
+
+class _SentBack(torch.autograd.Function):
+    """Rows in the order of the tokens again."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return rows[back]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (order,) = ctx.saved_tensors
+        return grad[order], None, None
 
 
 def _gating(theirs: Any) -> Callable[[Tensor, Tensor], Tensor]:
