@@ -14,7 +14,7 @@ from adapter_mlx.both_tools import logits_in_mlx
 from drawn_models import write_drawn_model
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import load_adapters
-from mlx_lm.utils import load_model
+from mlx_lm.utils import load_model, save_config, save_model
 from safetensors.numpy import load_file, save_file
 from tiny_models import write_model
 from trainers import OpenTrainer, largest_difference, open_cpu_trainer, random_batch, source_of
@@ -24,7 +24,7 @@ from qlora_hal.adapter.mlx_experts import mlx_path
 from qlora_hal.adapter.naming import module_of
 from qlora_hal.adapter.targets import require_experts_served
 from qlora_hal.contract.values import Batch, Float32
-from qlora_hal.errors import UnsupportedFeatureError
+from qlora_hal.errors import ModelError, UnsupportedFeatureError
 from qlora_hal.model.expert_stacks import path_of
 from qlora_hal.model.facts import read_facts
 from qlora_hal_backends.mlx_lora.capabilities import MIXTURES
@@ -197,12 +197,25 @@ def test_experts_in_one_tensor_are_the_same_model(tmp_path: Path, opened: Opened
     assert np.array_equal(one.trainer.logits(batch), other.trainer.logits(batch))
 
 
+def test_experts_as_mlx_lm_stacks_them_are_refused_and_not_left_as_they_are(tmp_path: Path) -> None:
+    base = drawn(tmp_path / "base", "qwen3_moe")
+    model, config = load_model(base)
+    (tmp_path / "stacked").mkdir()
+    save_model(tmp_path / "stacked", model)
+    save_config(config, tmp_path / "stacked" / "config.json")
+    with pytest.raises(ModelError, match="not stored as on the hub") as refused:
+        outline(source_of(tmp_path / "stacked"), {})
+    assert refused.value.code == "QH-M51"
+
+
 # what is not trained --------------------------------------------------------------------------------------------------
 @pytest.mark.fault("U25")
 def test_experts_that_are_not_trained_here_are_refused_unless_none_is_asked_for(tmp_path: Path) -> None:
     source = source_of(write_model(tmp_path, "afmoe"))
-    served = outline(source, {}).linear_modules
+    found = outline(source, {})
+    served = found.linear_modules
     assert served, "the other layers are"
+    assert any("stacks of experts carry no LoRA here" in note for note in found.notes)
     stored = source.facts.linear_modules
     with pytest.raises(UnsupportedFeatureError, match=r"mlx_lora does not train the experts") as refused:
         require_experts_served("all", stored, served, "mlx_lora")
