@@ -137,6 +137,7 @@ def _loss_of(wrapped: Any, batch: Batch) -> Any:
 def _peft_step_with_experts(model: Any, adapter: Adapter, batch: Batch) -> tuple[float, dict[str, Any]]:
     """The adapter opened from its file. PEFT keeps a stack's A as `[experts * r, in]` and B as `[out, r * experts]`;
     gate and up as one of twice the rank, B in two blocks of which those beside the diagonal are no part of it."""
+    import torch
     from peft import PeftModel
 
     from qlora_hal.adapter import module_of, write_adapter
@@ -151,14 +152,18 @@ def _peft_step_with_experts(model: Any, adapter: Adapter, batch: Batch) -> tuple
         wrapped = PeftModel.from_pretrained(model, Path(folder) / "a", is_trainable=True).eval()
     loss = _loss_of(wrapped, batch)
     loss.backward()
-    found = {name.replace(".default", ""): parameter.grad for name, parameter in wrapped.named_parameters()}
+    found = {
+        name.replace(".default", ""): torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for name, parameter in wrapped.named_parameters()
+        if ".lora_" in name
+    }
     gradients: dict[str, Any] = {}
     for name, tensor in adapter.tensors.items():
         module, half = module_of(name)
         if tensor.ndim == 2:
             gradients[name] = found[name].numpy()
             continue
-        block = module.rpartition(".")[0].replace("block_sparse_moe", "mlp")
+        block = module.rpartition(".")[0].replace("block_sparse_moe", "mlp").replace("ffn", "mlp")
         is_gate = module.endswith((".gate_proj", ".w1"))
         inner = ".base_layer" if paired_with(module) else ""
         key = (lora_a_key if half == "A" else lora_b_key)(f"{block}{inner}")

@@ -37,7 +37,7 @@ _FUSED = {
     "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj",
     "w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj",
 }  # fmt: skip
-_BLOCKS = {"block_sparse_moe": "mlp"}
+_BLOCKS = {"block_sparse_moe": "mlp", "ffn": "mlp"}
 """What transformers calls a block that checkpoints name otherwise."""
 _FUSED_RANK = r".*\.gate_up_proj"
 

@@ -21,7 +21,7 @@ from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.errors import ModelError, UnsupportedFeatureError
 from qlora_hal.model.expert_stacks import path_of
 from qlora_hal_backends.torch_family.base_weights import quantize
-from qlora_hal_backends.torch_family.experts import proved_products
+from qlora_hal_backends.torch_family.experts import proved_products, stacked_weights
 from qlora_hal_backends.torch_family.experts.products import GroupedProducts, Groups, LoopOverExperts
 from qlora_hal_backends.torch_family.experts.stacked_weights import stacked
 from qlora_hal_backends.torch_family.lora_linear import LoRASwitches, LoRAWeights
@@ -224,3 +224,12 @@ def test_a_device_without_the_kernel_loops() -> None:
     assert isinstance(proved_products(torch.device("cpu"), grouped=False), LoopOverExperts)
     assert isinstance(proved_products(torch.device("meta"), grouped=True), LoopOverExperts)
     assert isinstance(proved_products(torch.device("cpu"), grouped=True), GroupedProducts)
+
+
+def test_more_numbers_than_a_decoder_counts_are_decoded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    quantization = Quantization(WeightFormat.NF4, 64, True)
+    layers = [quantize(torch.randn(64, 256, generator=generator), quantization, torch.float32) for _ in range(3)]
+    whole = stacked(layers).dense()
+    monkeypatch.setattr(stacked_weights, "_LARGEST_COUNT", 2 * 64 * 256)
+    assert torch.equal(stacked(layers).dense(), whole)

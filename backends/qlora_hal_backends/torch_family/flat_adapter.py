@@ -86,7 +86,9 @@ class FlatAdapter:
     def view(self, buffer: Tensor, name: str) -> Tensor:
         shape = self.slices[name][1]
         if len(shape) == 3:
-            return self._kept(buffer, name)[:, : math.prod(shape[1:])].unflatten(1, shape[1:])
+            rows, columns = shape[1:]
+            stack: Tensor = self._kept(buffer, name)[:, : rows * columns].unflatten(1, (rows, columns))
+            return stack
         return self._kept(buffer, name)
 
     def _kept(self, buffer: Tensor, name: str) -> Tensor:

@@ -89,8 +89,8 @@ def load_with(
         raise UnsupportedFeatureError(
             "QH-B01",
             "A base with routed experts cannot be spread over ranks here.",
-            where="training.shard_base",
-            fix="Give each rank the whole base, or choose a model without a mixture of experts.",
+            where="parallel.mode",
+            fix="Set parallel.mode: data, which gives each rank the whole base.",
         )
     with Checkpoint(source.path, source.facts.tensors, architecture.stored) as checkpoint:
         for layer, names in groupby(linears, key=_layer_of):

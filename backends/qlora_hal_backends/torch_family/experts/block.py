@@ -29,6 +29,9 @@ class RoutedExperts(nn.Module):
     """The experts of one block. `gate`, `up` and `down` are filled when the checkpoint is read; `sides` are the widths
     outside and between the projections."""
 
+    gate_up_proj_bias: Tensor | None
+    down_proj_bias: Tensor | None
+
     def __init__(self, theirs: Any) -> None:
         super().__init__()
         self.experts = int(theirs.num_experts)
@@ -62,8 +65,8 @@ class RoutedExperts(nn.Module):
         back[order] = torch.arange(len(order), device=order.device)
         each = top_k_index.shape[-1]
         rows = _SentToExperts.apply(hidden_states, order, back, each)  # type: ignore[no-untyped-call]
-        halves = (stack.rows(rows, groups, self.products) for stack in (gate, up))
-        inner = self._gated(*self._with_biases(*halves, chosen))
+        inputs = (stack.rows(rows, groups, self.products) for stack in (gate, up))
+        inner = self._gated(*self._with_biases(tuple(inputs), chosen))
         y = down.rows(inner, groups, self.products)
         if self.down_proj_bias is not None:
             y = y + self.down_proj_bias[chosen]
@@ -71,12 +74,11 @@ class RoutedExperts(nn.Module):
         by_token: Tensor = _SentBack.apply(y, order, back)  # type: ignore[no-untyped-call]
         return by_token.view(tokens, each, width).sum(dim=1).to(hidden_states.dtype)
 
-    def _with_biases(self, gate: Tensor, up: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        both = self.gate_up_proj_bias
-        if both is None:
-            return gate, up
-        gate_bias, up_bias = self.halves(both)
-        return gate + gate_bias[chosen], up + up_bias[chosen]
+    def _with_biases(self, inputs: tuple[Tensor, ...], chosen: Tensor) -> tuple[Tensor, ...]:
+        if self.gate_up_proj_bias is None:
+            return inputs
+        biases = self.halves(self.gate_up_proj_bias)
+        return tuple(rows + bias[chosen] for rows, bias in zip(inputs, biases, strict=True))
 
     def halves(self, both: Tensor) -> tuple[Tensor, Tensor]:
         """Gate and up of what transformers holds as one, along its last side."""

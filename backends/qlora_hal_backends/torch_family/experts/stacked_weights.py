@@ -18,6 +18,9 @@ from qlora_hal_backends.torch_family.base_weights import (
     Int8Weight,
 )
 
+_LARGEST_COUNT = 2**31 - 1
+"""Numbers that bitsandbytes' decoder counts in one call."""
+
 
 class StackedWeight(Protocol):
     """Frozen weights of shape `[experts, out, in]`."""
@@ -95,9 +98,18 @@ class Blockwise4BitStack:
         absmax = self._whole_absmax()
         if absmax is None:
             return torch.stack([self.expert(number) for number in range(experts)])
-        shape = torch.Size((experts * outputs, inputs))
-        flat = Blockwise4BitWeight(self.packed.view(-1, 1), self._state(absmax.view(-1), shape))
-        return flat.dense().view(experts, outputs, inputs)
+        at_a_time = max(1, _LARGEST_COUNT // (outputs * inputs))
+        parts = [
+            self._decoded(packed, scales)
+            for packed, scales in zip(self.packed.split(at_a_time), absmax.split(at_a_time), strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _decoded(self, packed: Tensor, absmax: Tensor) -> Tensor:
+        """Some experts at once."""
+        experts, (outputs, inputs) = len(packed), self.shape[1:]
+        state = self._state(absmax.reshape(-1), torch.Size((experts * outputs, inputs)))
+        return Blockwise4BitWeight(packed.reshape(-1, 1), state).dense().view(experts, outputs, inputs)
 
     def expert(self, number: int) -> Tensor:
         state = self._state(self.absmax[number], self.like.shape)
@@ -122,7 +134,7 @@ class Blockwise4BitStack:
 
     def _state(self, absmax: Tensor, shape: torch.Size) -> codec.QuantState:
         like = self.like
-        return codec.QuantState(
+        return codec.QuantState(  # type: ignore[no-untyped-call]
             absmax=absmax,
             shape=shape,
             code=like.code,
@@ -133,7 +145,8 @@ class Blockwise4BitStack:
 
     def _nested_state(self, absmax: Tensor) -> codec.QuantState:
         inner = self.like.state2
-        return codec.QuantState(absmax=absmax, code=inner.code, blocksize=inner.blocksize, dtype=inner.dtype)
+        kept = {"code": inner.code, "blocksize": inner.blocksize, "dtype": inner.dtype}
+        return codec.QuantState(absmax=absmax, **kept)  # type: ignore[no-untyped-call]
 
 
 @dataclass(slots=True)
