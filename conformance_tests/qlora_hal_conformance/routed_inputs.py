@@ -14,7 +14,7 @@ from qlora_hal.contract.values import IGNORE_LABEL, PADDING_SEGMENT, Batch
 from qlora_hal_conformance.random_inputs import draw_batch, with_field
 from qlora_hal_oracle import EXACT, UNIT_ROUNDOFF, OracleTrainer, RandomRounding
 from qlora_hal_oracle.arithmetic import Arithmetic
-from qlora_hal_oracle.arrays import Bool, Float64
+from qlora_hal_oracle.arrays import Bool, Float32, Float64
 from qlora_hal_oracle.llama import ForwardPass
 from qlora_hal_oracle.mixture import MixtureTrace
 from qlora_hal_oracle.random_models import FIRST_ORDINARY_TOKEN
@@ -78,7 +78,7 @@ def tokens_of_experts(oracle: OracleTrainer, window: Sequence[Batch]) -> list[se
     return found
 
 
-def without_choice(tensors: dict[str, np.ndarray], routers: Sequence[str]) -> dict[str, np.ndarray]:
+def without_choice(tensors: dict[str, Float32], routers: Sequence[str]) -> dict[str, Float32]:
     """The model with routers, and their corrections, of zeros: all experts tie for every token, in any arithmetic."""
     endings = tuple(f".{name}" for name in routers)
     return {name: np.zeros_like(tensor) if name.endswith(endings) else tensor for name, tensor in tensors.items()}
@@ -96,7 +96,8 @@ def _undecided(oracle: OracleTrainer, batch: Batch, dtype: str) -> Bool:
         apart: Float64 = np.abs(one.routing.deciding - other.routing.deciding)[real.reshape(-1)]
         deviation = float(np.median(apart)) / NORMAL_MEDIAN
         undecided |= (one.routing.margin < MARGIN_DEVIATIONS * deviation).reshape(undecided.shape)
-    return undecided & real
+    found: Bool = undecided & real
+    return found
 
 
 def _arithmetics(unit_roundoff: float) -> tuple[Arithmetic, Arithmetic]:

@@ -76,8 +76,8 @@ def adamw_update(
 def idle_experts(gradients: Mapping[str, Float64]) -> dict[str, Bool]:
     """`[experts, 1, 1]` by tensor name, for the stacks among them: whether all numbers of this expert's A and of its B
     are zero. That is the mark of an expert to which the window sent no token that counts."""
-    still = {
-        name: ~gradient.any(axis=(-2, -1), keepdims=True)
+    still: dict[str, Bool] = {
+        name: np.asarray(~gradient.any(axis=(-2, -1), keepdims=True))
         for name, gradient in gradients.items()
         if gradient.ndim == STACK_AXES
     }

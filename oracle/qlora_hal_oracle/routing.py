@@ -62,7 +62,8 @@ def route_backward(mixture: MixtureShape, grad_weights: Float64, routing: Routin
     np.put_along_axis(grad_scores, routing.chosen, grad_chosen, axis=-1)
     scores = routing.scores
     if mixture.scoring == "softmax":
-        return scores * (grad_scores - (grad_scores * scores).sum(axis=-1, keepdims=True))
+        grad: Float64 = scores * (grad_scores - (grad_scores * scores).sum(axis=-1, keepdims=True))
+        return grad
     return grad_scores * scores * (1.0 - scores)
 
 

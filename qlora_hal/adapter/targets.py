@@ -102,6 +102,22 @@ def require_no_dropout_on_experts(dropout: float, shapes: Collection[LinearShape
         )
 
 
+def require_experts_served(
+    experts: str, stored: Mapping[str, LinearShape], served: Mapping[str, LinearShape], backend: str
+) -> None:
+    """Raise UnsupportedFeatureError (QH-U25) where experts are to carry LoRA and the backend has no layer for them.
+    `stored` are the modules that the checkpoint's headers show, `served` those of the backend's own outline."""
+    missing = [path for path, shape in stored.items() if shape.experts > 1 and path not in served]
+    if missing and experts == "all":
+        raise UnsupportedFeatureError(
+            "QH-U25",
+            f"Backend {backend} does not train the experts of this kind of model; lora.experts is all. "
+            f"{len(missing)} stacks of experts are stored; the first is {missing[0]}.",
+            where="lora.experts",
+            fix="Set lora.experts: none to train all other layers, or choose another backend.",
+        )
+
+
 def asks_for_all(requested: str | tuple[str, ...]) -> bool:
     """Whether `target_modules` is `all-linear`."""
     return isinstance(requested, str) and requested.lower() == ALL_LINEAR

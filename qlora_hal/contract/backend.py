@@ -247,6 +247,12 @@ class QuantizedLoRATrainer(ABC):
     rate given by the core; master adapter weights and moments in float32. A step whose loss or gradient is not finite
     changes nothing and says so in its stats.
 
+    Where layers are mixtures of experts (Feature.EXPERTS) a stack of experts is one module. Every token passes through
+    the experts that the architecture's own scores choose, of equal ones through those with the lower index; none is
+    dropped. An expert whose A and B have no gradient at all in a step, because no token that counts reached it, keeps
+    them and their moments to the last bit: no decay, no momentum. Clip and step count are as ever. Routers are frozen.
+    Dropout on a stack's input is refused.
+
     With several ranks the window of a step is that of all ranks together, of which each is given its share, and what a
     step reports is of all. Memory that runs out on one rank raises OutOfMemoryError on all, with nothing changed.
     `evaluate` and the views are of this rank's batches, but `gradients`, which is of the whole window.

@@ -9,7 +9,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_hal.adapter.targets import require_no_dropout_on_experts, require_rank, resolve_targets
+from qlora_hal.adapter.targets import (
+    require_experts_served,
+    require_no_dropout_on_experts,
+    require_rank,
+    resolve_targets,
+)
 from qlora_hal.contract.backend import BackendSpec, ModelOutline, ProbeReport, Quantization
 from qlora_hal.contract.memory_constants import MemoryQuery
 from qlora_hal.contract.values import AdapterConfig, ComputeDtype, LinearShape, MemoryEstimate
@@ -119,6 +124,7 @@ def resolve_backend(config: RunConfig, hooks: Hooks, console: RunConsole) -> Res
         console.note(f"{choice.spec.name}: {note}")
     quantization = quantization_of(config, source.facts, choice.spec.capabilities)
     outline = discovery.outline_of(choice.spec, source, config.backend.options)
+    require_experts_served(config.lora.experts, source.facts.linear_modules, outline.linear_modules, choice.spec.name)
     targets = resolve_targets(config.lora.target_modules, outline.linear_modules, config.lora.experts)
     require_rank(config.lora.r, [outline.linear_modules[name] for name in targets])
     require_no_dropout_on_experts(config.lora.dropout, [outline.linear_modules[name] for name in targets])

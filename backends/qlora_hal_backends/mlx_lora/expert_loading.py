@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.models.switch_layers import SwitchLinear
 
 from qlora_hal.contract.backend import Quantization
 from qlora_hal.contract.values import LinearShape
@@ -20,7 +21,7 @@ from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.mlx_lora.base_weights import BaseWeight
 from qlora_hal_backends.mlx_lora.config_reading import Config
 from qlora_hal_backends.mlx_lora.expert_weights import StackedWeight, stacked
-from qlora_hal_backends.mlx_lora.experts import FAMILIES, ExpertBlock, FrozenExperts, put_experts
+from qlora_hal_backends.mlx_lora.experts import FAMILIES, ExpertBlock, FrozenExperts, expert_blocks, put_experts
 from qlora_hal_backends.mlx_lora.linear_weights import read_base_weight, require_finite
 from qlora_hal_backends.mlx_lora.lora_linear import LoRASlots
 from qlora_hal_backends.mlx_lora.stored_tensors import Arrays, Weights
@@ -35,9 +36,6 @@ class StoredExperts:
     """Of each stack, by its canonical path, the tensors of every expert under the checkpoint's names."""
 
     stacks: Mapping[str, tuple[Arrays, ...]]
-
-    def has(self, stack: str) -> bool:
-        return stack in self.stacks
 
 
 def take_experts(arrays: Arrays, source: ModelSource) -> StoredExperts:
@@ -84,6 +82,30 @@ def forget_joined(arrays: Arrays, stored: StoredExperts) -> None:
         block, _, projection = module.rpartition(".")
         arrays.pop(f"{block}.{projection}", None)
         arrays.pop(f"{block}.{_JOINED}", None)
+
+
+def blocks_with_experts(causal: Any, stored: StoredExperts, source: ModelSource) -> tuple[ExpertBlock, ...]:
+    """The mixtures whose experts are packed and adapted here. Raises ModelError QH-M51 for a checkpoint of such a
+    family in which they are not stored as on the hub: they would stay as they are, unpacked and without adapters."""
+    found = tuple(expert_blocks(causal, source.facts.model_type))
+    for block in found:
+        missing = [stack for stack in block.stacks if stack not in stored.stacks]
+        if missing:
+            raise ModelError(
+                "QH-M51",
+                f"The experts of {block.path} are not stored as on the hub: {missing[0]} was not found.",
+                where=source.name,
+                cause="mlx-lm's own checkpoints hold all experts of a layer in one tensor, switch_mlp.",
+                fix="Name the model's original folder on the hub; it is quantized while loading.",
+            )
+    return found
+
+
+def left_as_they_are(causal: Any, blocks: Iterable[ExpertBlock]) -> tuple[str, ...]:
+    """A sentence on stacks of experts that carry no adapter and are not packed."""
+    packed = {id(linear) for block in blocks for linear in _built(block)}
+    others = [module for module in causal.modules() if isinstance(module, SwitchLinear) and id(module) not in packed]
+    return (f"{len(others)} stacks of experts carry no LoRA here and stay in 16 bits.",) if others else ()
 
 
 def names_in_mlx_lm(blocks: Iterable[ExpertBlock]) -> frozenset[str]:

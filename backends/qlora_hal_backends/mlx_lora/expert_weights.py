@@ -69,7 +69,8 @@ class DenseStack:
         return self.weight.astype(mx.float32)
 
     def _decoded_after(self, moment: mx.array) -> mx.array:
-        return mx.depends([self.weight], [moment])[0].astype(mx.float32)
+        weight: mx.array = mx.depends([self.weight], [moment])[0]
+        return weight.astype(mx.float32)
 
 
 @dataclass(slots=True)
@@ -204,7 +205,9 @@ def _joined_absmax(parts: Sequence[NF4Weight]) -> mx.array | NestedAbsmax:
     if not nested:
         return mx.concatenate([cast("mx.array", part.absmax).reshape(-1) for part in parts])
     return StackedNestedAbsmax(
-        *(mx.stack([getattr(one, name).reshape(-1) for one in nested]) for name in ("codes", "table", "absmax")),
+        codes=mx.stack([one.codes.reshape(-1) for one in nested]),
+        table=mx.stack([one.table.reshape(-1) for one in nested]),
+        absmax=mx.stack([one.absmax.reshape(-1) for one in nested]),
         offset=mx.stack([one.offset.reshape(()) for one in nested]),
         block_size=nested[0].block_size,
     )

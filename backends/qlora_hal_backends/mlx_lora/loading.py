@@ -30,12 +30,14 @@ from qlora_hal_backends.mlx_lora.config_reading import Config
 from qlora_hal_backends.mlx_lora.embedding import put_embedding_right
 from qlora_hal_backends.mlx_lora.expert_loading import (
     StoredExperts,
+    blocks_with_experts,
     forget_joined,
+    left_as_they_are,
     load_experts,
     names_in_mlx_lm,
     take_experts,
 )
-from qlora_hal_backends.mlx_lora.experts import ExpertBlock, FrozenExperts, FrozenStacks, expert_blocks
+from qlora_hal_backends.mlx_lora.experts import ExpertBlock, FrozenExperts, FrozenStacks
 from qlora_hal_backends.mlx_lora.gradient_checkpointing import RecomputedLayer
 from qlora_hal_backends.mlx_lora.head import Head, find_head
 from qlora_hal_backends.mlx_lora.linear_weights import read_base_weight, require_finite
@@ -107,7 +109,7 @@ def assemble(source: ModelSource) -> Assembled:
     experts = take_experts(arrays, source)
     forget_joined(arrays, experts)
     weights = renamed(arrays, causal, source)
-    blocks = tuple(block for block in expert_blocks(causal, source.facts.model_type) if experts.has(block.stacks[0]))
+    blocks = blocks_with_experts(causal, experts, source)
     packed_apart = names_in_mlx_lm(blocks)
     for name in packed_apart & weights.arrays.keys():
         del weights.arrays[name]
@@ -126,7 +128,7 @@ def assemble(source: ModelSource) -> Assembled:
         weights,
         linears,
         hidden_size,
-        (*notes, *weights.notes, *built.notes, *_dropout(read)),
+        (*notes, *weights.notes, *built.notes, *left_as_they_are(causal, blocks), *_dropout(read)),
         blocks,
         experts,
         read,

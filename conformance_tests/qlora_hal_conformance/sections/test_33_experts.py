@@ -38,7 +38,8 @@ from qlora_hal_oracle import LlamaShape, OracleTrainer, read_shape
 from qlora_hal_oracle.families import MIXTURES, VARIATIONS_OF_MIXTURES, Config, draw_config, vary
 from qlora_hal_oracle.random_models import draw_tensors, linear_shapes
 
-RATE, DECAY = 1e-2, 0.5
+RATE = 1e-2
+DECAY = 0.5
 STEPS = 3
 MANY_TOKENS = (90, 70, 84)
 """All to the same few experts: several times the share of each in a balanced batch."""
