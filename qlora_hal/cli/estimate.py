@@ -246,7 +246,7 @@ def _with_wanted(estimated: Estimated, wanted: Wanted, config: RunConfig) -> Est
     if wanted.cards:
         estimated = replace(estimated, table=card_rows(planned))
     if wanted.inference:
-        batch, length = config.training.per_device_train_batch_size, config.data.max_seq_length
+        batch, length = config.full_batch_rows, config.data.max_seq_length
         found = inference_memory(
             planned.facts, planned.quantization, planned.compute_dtype, batch, length, estimated.memory.runtime
         )

@@ -159,7 +159,7 @@ def _inference_lines(answering: InferenceMemory) -> Iterator[str]:
 
 def table_lines(rows: Sequence[CardRow], config: RunConfig) -> Iterator[str]:
     """A line for each card; below it what makes the last method fit, where it does not."""
-    batch, length = config.training.per_device_train_batch_size, config.data.max_seq_length
+    batch, length = config.full_batch_rows, config.data.max_seq_length
     methods = list(rows[0].verdicts) if rows else []
     yield from _wrapped(
         f"known cards, {batch} x {length} tokens (fits: with a margin of 15 %; tight: without it; -: too small):", ""

@@ -102,7 +102,7 @@ def remedy_of(planned: PlannedModel, memory_bytes: int) -> Remedy:
     """What makes the run fit into so much memory of one device."""
     training, peak = planned.config.training, remembered(planned)
     accumulation = training.gradient_accumulation_steps if training.global_batch_size is None else None
-    batch, length = training.per_device_train_batch_size, planned.config.data.max_seq_length
+    batch, length = planned.config.full_batch_rows, planned.config.data.max_seq_length
     return remedy(peak, memory_bytes, batch, accumulation, length, others_of(planned))
 
 

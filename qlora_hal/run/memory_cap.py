@@ -19,7 +19,7 @@ def splits_within(planned: PlannedModel, limit: int) -> int:
 
     Raises ConfigError QH-U81 where one row is more than the limit, with what it needs and what would fit.
     """
-    batch, splits = planned.config.training.per_device_train_batch_size, 0
+    batch, splits = planned.config.full_batch_rows, 0
     high = planned.estimate().high
     while high > limit and batch > 1:
         batch, splits = (batch + 1) // 2, splits + 1
@@ -35,11 +35,13 @@ def within_limit(prepared: PreparedRun, planned: PlannedModel) -> tuple[Prepared
     limit = planned.config.training.memory_limit_bytes
     if limit is None or not (splits := splits_within(planned, limit)):
         return prepared, ""
-    rows = -(-planned.config.training.per_device_train_batch_size // 2**splits)
+    rows = -(-planned.config.full_batch_rows // 2**splits)
     memory = planned.estimate({BATCH: rows})
+    length, by_tokens = planned.config.data.max_seq_length, planned.config.training.tokens_per_batch is not None
+    most = f"{rows * length} tokens" if by_tokens else f"{rows} row{'s' if rows > 1 else ''}"
     return replace(prepared, micro_batch_splits=splits, estimate=memory), (
-        f"training.memory_limit is {figures.size(limit)}: micro-batches have at most {rows} row"
-        f"{'s' if rows > 1 else ''}, of up to {figures.size(memory.high)}. The step is the same."
+        f"training.memory_limit is {figures.size(limit)}: micro-batches have at most {most}, of up to "
+        f"{figures.size(memory.high)}. The step is the same."
     )
 
 

@@ -153,6 +153,8 @@ def probe_settings(config: RunConfig, folder: Path) -> RunConfig:
                 update={
                     "max_steps": STEPS,
                     "warmup_steps": None,
+                    "per_device_train_batch_size": config.full_batch_rows,
+                    "tokens_per_batch": None,
                     "gradient_accumulation_steps": 1,
                     "global_batch_size": None,
                     "eval_steps": None,

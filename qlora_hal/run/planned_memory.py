@@ -14,6 +14,7 @@ from qlora_hal.data.prepare import refuse_long_sequences
 from qlora_hal.detect.discovery import find, listed, load_spec, reports
 from qlora_hal.detect.requirements import quantization_of, requirements_of
 from qlora_hal.errors import UnsupportedFeatureError
+from qlora_hal.memory.fitting import BATCH
 from qlora_hal.model.source import plan_model
 from qlora_hal.run.prepare import estimated_memory, likely_dtype
 
@@ -69,7 +70,10 @@ class PlannedModel:
         return replace(self, device=device_of(card, self.spec))
 
     def with_settings(self, changes: Mapping[str, object]) -> PlannedModel:
-        """The same with some settings otherwise. Raises ConfigError."""
+        """The same with some settings otherwise; a number of rows takes the place of `training.tokens_per_batch`.
+        Raises ConfigError."""
+        if BATCH in changes:
+            changes = {"training.tokens_per_batch": None, **changes}
         return replace(self, config=resolve_settings(self.config, keywords=changes, environ={}).config)
 
     @property

@@ -35,6 +35,13 @@ def test_micro_batches_are_halved_until_they_fit() -> None:
     assert splits_within(run, peaks[1]) == 3
 
 
+def test_micro_batches_by_tokens_are_planned_as_so_many_full_rows_and_halved_alike() -> None:
+    by_rows, by_tokens = planned(), planned(**{"training.tokens_per_batch": 8 * 1024 + 1000})
+    assert by_tokens.config.full_batch_rows == 8
+    assert by_tokens.estimate() == by_rows.estimate()
+    assert splits_within(by_tokens, by_rows.estimate({BATCH: 2}).high) == 2
+
+
 @pytest.mark.fault("U81")
 def test_a_limit_below_one_row_says_what_it_needs_and_what_would_fit() -> None:
     run = planned()
