@@ -156,7 +156,9 @@ def _known_experts(causal: Any) -> Iterator[tuple[str, Any]]:
     for path, module in causal.named_modules():
         weights = {name for name, _ in module.named_parameters(recurse=False)}
         plain = {"gate_up_proj", "down_proj"} <= weights <= {"gate_up_proj", "down_proj", *_BIASES}
-        if plain and getattr(module, "has_gate", False) and not module.has_post_expert_norm:
+        # The norm after each expert came to transformers after 5.17.
+        has_norm = getattr(module, "has_post_expert_norm", False)
+        if plain and getattr(module, "has_gate", False) and not has_norm:
             yield path, module
 
 
