@@ -19,7 +19,7 @@ from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.values import AdapterConfig, Float32, StepSettings
 from qlora_hal.errors import UnsupportedFeatureError, figures
 from qlora_hal_backends import cpu_torch, cuda_bnb
-from qlora_hal_backends.torch_family import host_tables
+from qlora_hal_backends.torch_family import host_tables, trial
 from qlora_hal_backends.torch_family.platform import CPU, CUDA
 from qlora_hal_backends.torch_family.trainer import TorchLoRATrainer
 
@@ -100,6 +100,19 @@ def test_head_in_pieces_gives_the_loss_of_a_whole_one(
     np.testing.assert_allclose(in_pieces.logits(batch), whole.logits(batch), rtol=SAME_FUNCTION, atol=1e-5)
     expected, found = whole.gradients([batch]), in_pieces.gradients([batch])
     # The same logits; their exponentials, and the gradient's terms, are added piece by piece in float32.
+    for name, gradient in expected.items():
+        assert np.linalg.norm(found[name] - gradient) <= SAME_FUNCTION * np.linalg.norm(gradient), name
+
+
+def test_architecture_that_makes_its_own_logits_of_a_head_in_pieces_is_differentiated_through_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_tables, "PIECE_BYTES", 15 * HIDDEN * 4)  # twenty-two pieces take turns in two slots
+    monkeypatch.setattr(trial, "_head", lambda *given: None)
+    path = write_model(tmp_path, "llama")
+    whole, in_pieces = (trainer_of(path, Compute(base_offload=parts)) for parts in ((), ("head",)))
+    assert in_pieces._loaded.head is None
+    expected, found = whole.gradients([random_batch(0)]), in_pieces.gradients([random_batch(0)])
     for name, gradient in expected.items():
         assert np.linalg.norm(found[name] - gradient) <= SAME_FUNCTION * np.linalg.norm(gradient), name
 

@@ -18,6 +18,7 @@ from qlora_hal.errors import UnsupportedFeatureError
 from qlora_hal.memory.placement import HEAD_PIECE_BYTES
 from qlora_hal_backends.torch_family.copy_queue import Copy, CopyQueue, host_memory
 from qlora_hal_backends.torch_family.device import has_queue
+from qlora_hal_backends.torch_family.lora_linear import product_in_float32
 
 PIECE_BYTES = HEAD_PIECE_BYTES
 """Of a piece of the head: a millisecond on its way, and two of them are on the device."""
@@ -99,8 +100,25 @@ class StreamedLinear(nn.Module):
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        product = torch.cat([nn.functional.linear(x, piece) for _, piece in self.weight.pieces()], dim=-1)
+        product: Tensor = _StreamedProduct.apply(x, self.weight)  # type: ignore[no-untyped-call]
         return product if self.bias is None else product + self.bias
+
+
+class _StreamedProduct(torch.autograd.Function):
+    """x W^T. A piece is overwritten by the one after the next, so autograd may keep none: backward reads them again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: StreamedMatrix) -> Tensor:
+        ctx.weight = weight
+        return torch.cat([nn.functional.linear(x, piece) for _, piece in weight.pieces()], dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        rows = dy.reshape(-1, dy.shape[-1])
+        dx = torch.zeros(rows.shape[0], ctx.weight.shape[1], dtype=torch.float32, device=dy.device)
+        for vocabulary, piece in ctx.weight.pieces():
+            dx += product_in_float32(rows[:, vocabulary], piece)
+        return dx.to(dy.dtype).view(*dy.shape[:-1], -1), None
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,7 +80,7 @@ def tried(causal: Any, source: ModelSource, device: torch.device) -> Trial:
     together, mixes = _shared_row(causal, body, device, larger)
     if not mixes and not _keep_apart(_seen(together, larger), _seen(apart), apart):
         mixes = "it mixes the samples of a row"
-    head = _head(causal, body, apart, together, larger)
+    head = _head(causal, body, apart, together, larger, torch.tensor(rows, device=device))
     return Trial(body if head is not None else None, head, mixes)
 
 
@@ -142,7 +142,7 @@ def _seen(one: _Pass, scale: float = 1.0) -> Tensor:
     return one.logits / scale if one.states is None else one.states.float()
 
 
-def _head(causal: Any, body: Any | None, natural: _Pass, larger: _Pass, scale: float) -> Head | None:
+def _head(causal: Any, body: Any | None, natural: _Pass, larger: _Pass, scale: float, tokens: Tensor) -> Head | None:
     """The first candidate that gives the architecture's logits from its last hidden states, at both sizes."""
     layer = causal.get_output_embeddings()
     if (
@@ -151,7 +151,7 @@ def _head(causal: Any, body: Any | None, natural: _Pass, larger: _Pass, scale: f
         or not isinstance(getattr(layer, "weight", None), Tensor | StreamedMatrix)
     ):
         return None
-    if not _is_body(body, natural):
+    if not _is_body(body, natural, tokens):
         return None
     cases = ((natural.states, natural.logits), (larger.states * scale, larger.logits))
     for head in _candidates(causal, layer):
@@ -160,13 +160,14 @@ def _head(causal: Any, body: Any | None, natural: _Pass, larger: _Pass, scale: f
     return None
 
 
-def _is_body(body: Any, natural: _Pass) -> bool:
-    """Whether the body alone, called as in training, gives the states that the architecture made its logits from."""
+def _is_body(body: Any, natural: _Pass, tokens: Tensor) -> bool:
+    """Whether the body alone, called as in training, gives the states that the architecture made its logits from. The
+    same `tokens` in the same shape: products of another one may be rounded otherwise, and eighty layers of random
+    weights make much of that."""
     assert natural.states is not None
-    tokens = torch.tensor([[*LEFT, *RIGHT]], device=natural.states.device)
     try:
         found = body(input_ids=tokens, use_cache=False).last_hidden_state
-        return _near(found.float(), natural.states[:1].float(), natural.other_sums)
+        return _near(found.float(), natural.states.float(), natural.other_sums)
     except _FAILURES:
         return False
 
