@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -233,3 +234,27 @@ def test_more_numbers_than_a_decoder_counts_are_decoded_in_parts(monkeypatch: py
     whole = stacked(layers).dense()
     monkeypatch.setattr(stacked_weights, "_LARGEST_COUNT", 2 * 64 * 256)
     assert torch.equal(stacked(layers).dense(), whole)
+
+
+def test_a_checkpoint_whose_experts_are_packed_is_the_same_base(tmp_path: Path) -> None:
+    """As bitsandbytes saves each layer, before transformers 5: the packed bits are taken as they are."""
+    write_drawn_model(tmp_path / "plain", "mixtral")
+    stored = load_file(tmp_path / "plain" / "model.safetensors")
+    packed: dict[str, torch.Tensor] = {}
+    for name, weight in stored.items():
+        if weight.dim() != 2 or "embed" in name or "lm_head" in name or name.endswith("gate.weight"):
+            packed[name] = weight
+            continue
+        codes, state = codec.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+        packed |= {name: codes, **{f"{name}.{part}": value for part, value in state.as_dict(packed=True).items()}}
+    (tmp_path / "packed").mkdir()
+    save_file(packed, tmp_path / "packed" / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    method = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    described = {**method, "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "float32"}
+    (tmp_path / "packed" / "config.json").write_text(json.dumps({**config, "quantization_config": described}))
+    opened = [open_cpu_trainer(tmp_path / name, weight_format="nf4").trainer for name in ("plain", "packed")]
+    module = "model.layers.1.block_sparse_moe.experts.w3"
+    weights = [trainer.dequantized_weight(module) for trainer in opened]
+    np.testing.assert_array_equal(*weights)
+    np.testing.assert_array_equal(*(trainer.logits(random_batch(0)) for trainer in opened))

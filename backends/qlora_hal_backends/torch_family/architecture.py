@@ -330,6 +330,8 @@ def _refuse_packed_elsewhere(
         return
     for stored, name in renamed.items():
         packed, module = _PACKED.fullmatch(stored), _PACKED.fullmatch(name)
+        if _is_of_an_expert(stored, name):
+            continue
         if packed and module and packed["part"] != "scales" and module["module"] not in linears:
             raise packed_elsewhere(packed["module"], source.name)
 

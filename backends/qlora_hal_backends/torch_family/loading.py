@@ -6,11 +6,12 @@ dropped before the next, so the 16-bit model never stands whole in memory.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,7 @@ class Checkpoint:
         self._folder = folder
         self._tensors = tensors
         self._stored = dict.fromkeys(tensors) if stored is None else stored
+        self._sorted = sorted(self._stored)
         self._stack = ExitStack()
         self._open: dict[str, Any] = {}
 
@@ -217,7 +219,8 @@ class Checkpoint:
         return self._open[file]
 
     def with_prefix(self, prefix: str) -> list[str]:
-        return [name for name in self._stored if name.startswith(prefix)]
+        first = bisect_left(self._sorted, prefix)
+        return list(takewhile(lambda name: name.startswith(prefix), islice(self._sorted, first, None)))
 
 
 def finite(tensor: Tensor, name: str, where: str) -> Tensor:
