@@ -49,14 +49,25 @@ def test_the_activation_that_is_asked_for_is_computed(
     check_base_logits(opened(folder), folder, random_batch(0))
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "relu2"])
-def test_an_activation_of_experts_that_mlx_lm_takes_for_silu_is_refused(activation: str, tmp_path: Path) -> None:
-    error = refusal(write_model(tmp_path, "afmoe", hidden_act=activation))
+@pytest.mark.parametrize(
+    ("family", "activation"),
+    [
+        ("afmoe", "gelu"),
+        ("afmoe", "gelu_pytorch_tanh"),
+        ("afmoe", "relu2"),
+        ("mixtral", "gelu_pytorch_tanh"),
+        ("qwen3_moe", "gelu_pytorch_tanh"),
+    ],
+)
+def test_an_activation_of_experts_that_mlx_lm_takes_for_silu_is_refused(
+    family: str, activation: str, tmp_path: Path
+) -> None:
+    error = refusal(write_model(tmp_path, family, hidden_act=activation))
     assert error.code == "QH-M51"
     assert f'hidden_act = "{activation}"' in error.cause
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["ernie4_5_moe"])
 def test_another_activation_than_the_usual_is_refused_where_nobody_compared(family: str, tmp_path: Path) -> None:
     error = refusal(write_model(tmp_path, family, hidden_act="gelu_pytorch_tanh"))
     assert error.code == "QH-M51"

@@ -29,6 +29,7 @@ from qlora_hal.model.expert_stacks import path_of
 from qlora_hal.model.facts import read_facts
 from qlora_hal_backends.mlx_lora.capabilities import MIXTURES
 from qlora_hal_backends.mlx_lora.experts import FAMILIES
+from qlora_hal_backends.mlx_lora.gradient_checkpointing import RecomputedLayer
 from qlora_hal_backends.mlx_lora.outline import outline
 from qlora_hal_backends.mlx_lora.routing import Routing, best
 
@@ -138,9 +139,7 @@ def test_gradients_and_a_step_are_those_of_the_torch_family(model_type: str, tmp
 
 @pytest.mark.parametrize("weight_format", ["none", "nf4", "int4_affine"])
 @pytest.mark.parametrize("compile", ["off", "auto"])
-def test_recomputation_and_packed_rows_change_nothing(
-    compile: str, weight_format: str, tmp_path: Path, opened: Opened
-) -> None:
+def test_recomputation_changes_nothing(compile: str, weight_format: str, tmp_path: Path, opened: Opened) -> None:
     write_drawn_model(tmp_path, "qwen3_moe")
     size = None if weight_format == "none" else 32
     window, found = [random_batch(6), random_batch(7, time=9)], []
@@ -148,6 +147,8 @@ def test_recomputation_and_packed_rows_change_nothing(
         ready = opened(
             tmp_path, weight_format=weight_format, block_size=size, checkpointing=checkpointing, compile=compile
         )
+        layers = ready.trainer._base.causal.model.layers  # type: ignore[attr-defined]
+        assert all(isinstance(layer, RecomputedLayer) is checkpointing for layer in layers)
         ready.step(window, 0.0, beta1=0.0, max_grad_norm=None)
         found.append(dict(ready.trainer.export_optimizer().moments))
     assert largest_difference(*found) <= FLOAT32

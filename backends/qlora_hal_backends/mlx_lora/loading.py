@@ -6,6 +6,7 @@ and each weight is read, packed and dropped before the next: the 16-bit model ne
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -312,12 +313,15 @@ def _parts(module: Any) -> list[Any]:
 
 
 def decoder_layers(causal: Any) -> list[Any]:
-    """The model's own list of decoder layers, to be changed in place."""
-    layers = causal.layers
-    if not isinstance(layers, list):
-        raise ModelError(
-            "QH-M51",
-            f"No list of decoder layers was found in {type(causal).__module__}.",
-            fix="Set training.gradient_checkpointing false, or choose another model.",
-        )
-    return layers
+    """The model's own list of decoder layers, to be changed in place. What `causal.layers` gives is a copy where mlx-lm
+    can cut a model into pipeline stages (Qwen3-MoE, DeepSeek-V3): a change of it would change nothing."""
+    shown = list(causal.layers)
+    for module in causal.modules():
+        for value in module.values():
+            if isinstance(value, list) and len(value) == len(shown) and all(map(operator.is_, value, shown)):
+                return value
+    raise ModelError(
+        "QH-M51",
+        f"No list of decoder layers was found in {type(causal).__module__}.",
+        fix="Set training.gradient_checkpointing false, or choose another model.",
+    )
