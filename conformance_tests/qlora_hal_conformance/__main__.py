@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from qlora_hal.cli.streams import output_error, usable_streams
 from qlora_hal.errors import QloraHalError
 from qlora_hal_conformance.request import DEFAULT_TIMEOUT_SECONDS
 
@@ -15,6 +16,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0 only when the backend is conformant, or right for the run of --for; 20 when it is not, 3 when it cannot run
     here; 0 and 20 for --verify."""
     given = _parser().parse_args(argv)
+    with usable_streams() as output:
+        status = _status(given)
+        output.flush()
+        if output.problem is None or status != 0 or isinstance(output.problem, BrokenPipeError):
+            return status  # a reader that left, as `head` does, has what it wanted
+        error = output_error(output.problem)
+        print(error, file=sys.stderr)
+        return error.exit_status
+
+
+def _status(given: argparse.Namespace) -> int:
     try:
         if given.verify is not None:
             return verify_and_print(given.verify)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import fcntl
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,6 +71,17 @@ def test_honest_reference_passes_every_case_of_errors(tmp_path: Path) -> None:
     ended = suite("--spec", REFERENCE, "--section", "70", "--out", "out", cwd=tmp_path)
     cases = json.loads((tmp_path / "out" / "results.json").read_text())["cases"]
     assert {case["verdict"] for case in cases} == {"passed"}, ended.stderr
+
+
+def test_reader_that_leaves_has_what_it_wanted() -> None:
+    """`--list | head`: status 0, and no traceback."""
+    command = [sys.executable, "-m", "qlora_hal_conformance", "--list"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        running.stdout.close()
+        assert running.stderr.read() == b""
+        assert running.wait() == 0
 
 
 @pytest.mark.parametrize("lanes", ["0", "-1", "65"])

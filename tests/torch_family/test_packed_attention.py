@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fused_models import SAME_FUNCTION, Model, load, packed, relative
+from fused_models import DEVICE, SAME_FUNCTION, Model, load, packed, relative
 from torch import Tensor
 from trainers import random_batch
 
@@ -243,7 +243,7 @@ def test_loss_and_gradients_are_those_of_the_padded_batch(
 def gradient(model: Model, loss: step.BatchLoss, batch: Batch) -> tuple[list[float], Tensor]:
     """Of the sum that is minimised: weighted where tokens are."""
     model.flat.gradients.zero_()
-    value = loss(step.to_device(batch, CPU), 1 / 40)
+    value = loss(step.to_device(batch, DEVICE), 1 / 40)
     step.minimised(value).backward()
     return value.detach().reshape(-1).tolist(), model.flat.gradients.clone()
 
@@ -270,8 +270,8 @@ def test_views_that_answer_for_each_place_are_given_the_whole_batch(tmp_path: Pa
     model = load(tmp_path)
     batch = packed(random_batch(3, padding=5))
     with torch.no_grad():
-        states = body_of(model).hidden_states(step.to_device(batch, CPU))
-        expected = step.hidden_states(model.base, step.to_device(batch, CPU))
+        states = body_of(model).hidden_states(step.to_device(batch, DEVICE))
+        expected = step.hidden_states(model.base, step.to_device(batch, DEVICE))
     assert states.shape == expected.shape
     real = torch.from_numpy(batch.segment_ids > 0)
     assert relative(states[real], expected[real]) < SAME_FUNCTION
