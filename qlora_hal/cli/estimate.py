@@ -172,6 +172,8 @@ def estimate_run(config: RunConfig, devices: int | str | None = None, wanted: Wa
     planned = PlannedModel.of(config, card)
     facts, spec = planned.facts, planned.spec
     accelerated = card is not None or has_accelerator(spec, (planned.here,))
+    machine, named = None if accelerated else memory_here(), _memory_of_each(card, config)
+    planned = replace(planned, memory_bytes=machine if named is None else named)
     memory, dtype = planned.estimate(), planned.compute_dtype
     number = number_of(AUTO, spec, planned.here) if devices == AUTO else int(devices or 1)
     plan = plan_for(
@@ -180,7 +182,7 @@ def estimate_run(config: RunConfig, devices: int | str | None = None, wanted: Wa
         spec,
         memory,
         lambda: spread_over(memory, facts, dtype, number),
-        _memory_of_each(card, config),
+        named,
     )
     known = tuple(card for card in KNOWN_GPUS if accelerated and card.vendor in spec.card_vendors)
     estimated = Estimated(
@@ -188,7 +190,7 @@ def estimate_run(config: RunConfig, devices: int | str | None = None, wanted: Wa
         memory=plan.memory,
         plan=plan,
         cards=known if card is None else (card,),
-        machine_bytes=None if accelerated else memory_here(),
+        machine_bytes=machine,
         memory_limit=config.training.memory_limit_bytes,
         on_cards=_in_other_dtypes(planned, known) if card is None and plan.devices == 1 else {},
     )

@@ -72,6 +72,9 @@ def _head(estimated: Estimated, config: RunConfig) -> Iterator[str]:
         f"{batch} x {length} tokens, rank {config.lora.r}",
         "  ",
     )
+    placement = planned.placement()
+    if placement.why:
+        yield from _wrapped(f"  {placement.words()}: {placement.why}", "  ")
     yield from _plan_lines(estimated.plan, config)
 
 
@@ -145,9 +148,11 @@ def _fit_lines(fits: Sequence[Fit], has: int) -> Iterator[str]:
 
 
 def _setting_lines(settings: Mapping[str, object]) -> Iterator[str]:
+    from qlora_hal.memory.fitting import flag
+
     for path, value in settings.items():
         if value is not None:
-            yield f"  --{path} {str(value).lower() if isinstance(value, bool) else value}"
+            yield f"  {flag(path, value)}"
 
 
 def _inference_lines(answering: InferenceMemory) -> Iterator[str]:

@@ -266,6 +266,8 @@ def _from_text(setting: Setting, value: object) -> object:
     if setting.kind == "text or list":
         # A lone word is a module's name; only all-linear and real patterns stay texts.
         texts = _listed(value, split=False)
+        if texts == setting.choices[-1:]:  # the one that is a text
+            return texts[0]
         names = "[A-Za-z0-9_]+"
         if len(texts) == 1 and not re.fullmatch(rf"{names}(\s*[,\s]\s*{names})*", texts[0]):
             return texts[0]

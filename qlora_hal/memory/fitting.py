@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from qlora_hal.memory.placement import FULL, NONE
+
 if TYPE_CHECKING:
     from qlora_hal.contract.values import MemoryEstimate
 
@@ -14,7 +16,8 @@ Peak = Callable[[Mapping[str, object]], "MemoryEstimate"]
 """The estimate with some settings, by dotted path, otherwise."""
 
 BATCH, ACCUMULATION = "training.per_device_train_batch_size", "training.gradient_accumulation_steps"
-RECOMPUTE, LENGTH = "training.gradient_checkpointing", "data.max_seq_length"
+RECOMPUTE, LENGTH = "training.recompute", "data.max_seq_length"
+BASE_OFFLOAD = "training.base_offload"
 LENGTH_STEP = 128
 """Rows are planned in multiples of it, which kernels like."""
 LONGEST, LARGEST_BATCH = 2**20, 1024
@@ -47,7 +50,7 @@ class Fit:
 
     @property
     def settings(self) -> dict[str, object]:
-        return {BATCH: self.rows, LENGTH: self.length, RECOMPUTE: self.recomputed}
+        return {BATCH: self.rows, LENGTH: self.length, RECOMPUTE: _recompute(self.recomputed)}
 
 
 def largest_fits(peak: Peak, memory_bytes: int, length: int, positions: int | None) -> tuple[Fit, ...]:
@@ -58,7 +61,7 @@ def largest_fits(peak: Peak, memory_bytes: int, length: int, positions: int | No
     for recomputed in (False, True):
 
         def high(rows: int, tokens: int, recomputed: bool = recomputed) -> int:
-            return peak({BATCH: rows, LENGTH: tokens, RECOMPUTE: recomputed}).high
+            return peak({BATCH: rows, LENGTH: tokens, RECOMPUTE: _recompute(recomputed)}).high
 
         rows = _largest(lambda rows: high(rows, length) <= memory_bytes, LARGEST_BATCH)
         if rows:
@@ -94,6 +97,15 @@ class Remedy:
         return ", ".join(step.words for step in self.steps)
 
 
+def flag(path: str, value: object) -> str:
+    """A setting as it is typed."""
+    if isinstance(value, bool):
+        value = str(value).lower()
+    elif isinstance(value, tuple):
+        value = ",".join(value)
+    return f"--{path} {value}"
+
+
 def remedy(
     peak: Peak, memory_bytes: int, batch: int, accumulation: int | None, length: int, others: Sequence[Step]
 ) -> Remedy:
@@ -113,7 +125,7 @@ def remedy(
         taken = [Step(words, {BATCH: rows, **of_step})]
         if (found := peak(settings()).high) <= memory_bytes:
             return Remedy(tuple(taken), found, fits=True)
-    for step in (Step("activations recomputed", {RECOMPUTE: True}), *others):
+    for step in (Step("activations recomputed", {RECOMPUTE: FULL}), *others):
         taken = [*taken, step]
         if (found := peak(settings()).high) <= memory_bytes:
             return Remedy(tuple(taken), found, fits=True)
@@ -125,6 +137,10 @@ def remedy(
         taken = [*taken, Step(f"rows of up to {shorter} tokens", {LENGTH: shorter})]
     found = peak(settings()).high
     return Remedy(tuple(taken), found, found <= memory_bytes)
+
+
+def _recompute(layers: bool) -> str:
+    return FULL if layers else NONE
 
 
 def _halves(batch: int) -> Iterator[int]:

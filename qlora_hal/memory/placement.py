@@ -75,8 +75,8 @@ def chosen_placement(
     peaks = {candidate: peak_of(candidate) for candidate in candidates}
     fitting = next((candidate for candidate in candidates if peaks[candidate] <= memory_there), None)
     chosen = fitting or min(candidates, key=peaks.__getitem__)
-    relation = "within" if fitting else "the least there is, above"
-    return replace(chosen, why=f"an estimated peak of {size(peaks[chosen])}, {relation} the {size(memory_there)} here")
+    relation = "within" if fitting else "the least there is, but above"
+    return replace(chosen, why=f"an estimated peak of {size(peaks[chosen])}, {relation} {size(memory_there)}")
 
 
 def _candidates(training: TrainingConfig, features: Collection[Feature]) -> Iterator[Placement]:

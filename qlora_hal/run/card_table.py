@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from qlora_hal.contract.capabilities import Feature
 from qlora_hal.contract.values import MemoryEstimate
 from qlora_hal.errors import QloraHalError
-from qlora_hal.memory.fitting import Remedy, Step, Verdict, remedy, verdict
+from qlora_hal.memory.fitting import BASE_OFFLOAD, RECOMPUTE, Remedy, Step, Verdict, remedy, verdict
 from qlora_hal.memory.gpus import KNOWN_GPUS, KnownGpu
+from qlora_hal.memory.placement import EMBEDDINGS, HEAD, LAYERS, OFFLOAD
 
 if TYPE_CHECKING:
     from qlora_hal.run.planned_memory import PlannedModel
@@ -90,11 +91,16 @@ def full_tuning(lora: MemoryEstimate, parameters: int) -> MemoryEstimate:
 def others_of(planned: PlannedModel) -> tuple[Step, ...]:
     """What else takes less memory, where the backend has it and the settings have it not yet."""
     config, steps = planned.config, list[Step]()
+    features = planned.spec.capabilities.features
+    if Feature.RECOMPUTATION_CHOICE in features:
+        steps.append(Step("their inputs on the host", {RECOMPUTE: OFFLOAD}))
     four_bit = planned.spec.capabilities.levels.get("4bit")
     if planned.facts.prequantized is None and four_bit and planned.quantization.weight_format != four_bit:
         steps.append(Step("the base in 4 bits", _settings_of("4bit")))
-    if config.training.optim == "adamw" and Feature.ADAMW_8BIT in planned.spec.capabilities.features:
+    if config.training.optim == "adamw" and Feature.ADAMW_8BIT in features:
         steps.append(Step("moments in 8 bits", {"training.optim": "adamw_8bit"}))
+    if Feature.BASE_OFFLOAD in features and not config.training.base_offload:
+        steps.append(Step("the base on the host", {BASE_OFFLOAD: (EMBEDDINGS, LAYERS, HEAD)}))
     return tuple(steps)
 
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qlora_hal.errors import ConfigError, figures
-from qlora_hal.memory.fitting import BATCH, RECOMPUTE
+from qlora_hal.memory.fitting import BATCH, RECOMPUTE, flag
+from qlora_hal.memory.placement import asked_recompute
 from qlora_hal.run.card_table import remedy_of
 
 if TYPE_CHECKING:
@@ -48,8 +49,7 @@ def within_limit(prepared: PreparedRun, planned: PlannedModel) -> tuple[Prepared
 def _too_low(planned: PlannedModel, limit: int, needed: int) -> ConfigError:
     least = remedy_of(planned, limit)
     fix = (
-        f"It fits with {least.words}: "
-        + " ".join(f"--{path} {_typed(value)}" for path, value in _told(planned, least.settings))
+        f"It fits with {least.words}: " + " ".join(flag(path, value) for path, value in _told(planned, least.settings))
         if least.fits
         else f"Give it more: with {least.words} it needs up to {figures.size(least.high)}. A smaller model needs less."
     )
@@ -67,9 +67,5 @@ def _too_low(planned: PlannedModel, limit: int, needed: int) -> ConfigError:
 def _told(planned: PlannedModel, settings: dict[str, object]) -> list[tuple[str, object]]:
     """Those that are not as they are already; a level of quantization without its siblings."""
     now = planned.config.training
-    kept = {BATCH: now.per_device_train_batch_size, RECOMPUTE: now.gradient_checkpointing}
+    kept = {BATCH: now.per_device_train_batch_size, RECOMPUTE: asked_recompute(now)}
     return [(path, value) for path, value in settings.items() if value is not None and kept.get(path) != value]
-
-
-def _typed(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

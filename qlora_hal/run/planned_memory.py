@@ -14,7 +14,8 @@ from qlora_hal.data.prepare import refuse_long_sequences
 from qlora_hal.detect.discovery import find, listed, load_spec, reports
 from qlora_hal.detect.requirements import quantization_of, requirements_of
 from qlora_hal.errors import UnsupportedFeatureError
-from qlora_hal.memory.fitting import BATCH
+from qlora_hal.memory.fitting import BATCH, RECOMPUTE
+from qlora_hal.memory.placement import Placement, chosen_placement
 from qlora_hal.model.source import plan_model
 from qlora_hal.run.prepare import estimated_memory, likely_dtype
 
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class PlannedModel:
     """A model, its settings, and the backend that would train it. `here` is what its probe says of this machine;
-    `device` tells of the device that is planned for, None where only the hardware is known that the backend is for."""
+    `device` tells of the device that is planned for, None where only the hardware is known that the backend is for;
+    `memory_bytes` is what it has, as far as a card, the cap, or this machine says."""
 
     config: RunConfig
     facts: ModelFacts
@@ -39,6 +41,7 @@ class PlannedModel:
     spec: BackendSpec
     here: ProbeReport
     device: ProbeReport | None
+    memory_bytes: int | None = None
 
     @classmethod
     def of(cls, config: RunConfig, card: KnownGpu | None = None) -> PlannedModel:
@@ -67,13 +70,15 @@ class PlannedModel:
 
     def with_device(self, card: KnownGpu) -> PlannedModel:
         """The same backend on a card."""
-        return replace(self, device=device_of(card, self.spec))
+        return replace(self, device=device_of(card, self.spec), memory_bytes=card.memory_bytes)
 
     def with_settings(self, changes: Mapping[str, object]) -> PlannedModel:
-        """The same with some settings otherwise; a number of rows takes the place of `training.tokens_per_batch`.
-        Raises ConfigError."""
+        """The same with some settings otherwise; a number of rows takes the place of `training.tokens_per_batch`, and a
+        choice of recomputation that of the older switch. Raises ConfigError."""
         if BATCH in changes:
             changes = {"training.tokens_per_batch": None, **changes}
+        if RECOMPUTE in changes:
+            changes = {"training.gradient_checkpointing": False, **changes}
         return replace(self, config=resolve_settings(self.config, keywords=changes, environ={}).config)
 
     @property
@@ -91,7 +96,21 @@ class PlannedModel:
 
     def estimate_of(self, facts: ModelFacts) -> MemoryEstimate:
         """The same settings with another model's facts."""
-        return estimated_memory(self.config, facts, self.spec, self.quantization, self.targets_of(facts), self.device)
+        return self._with_placement(facts, self.placement(facts))
+
+    def placement(self, facts: ModelFacts | None = None) -> Placement:
+        """What is recomputed and what is on the host: as asked for, and where that is `auto` what fits."""
+        model = facts or self.facts
+        return chosen_placement(
+            self.config.training,
+            self.spec.capabilities.features,
+            lambda placement: self._with_placement(model, placement).high,
+            self.memory_bytes,
+        )
+
+    def _with_placement(self, facts: ModelFacts, placement: Placement) -> MemoryEstimate:
+        targets = self.targets_of(facts)
+        return estimated_memory(self.config, facts, self.spec, self.quantization, targets, self.device, placement)
 
     def targets_of(self, facts: ModelFacts) -> dict[str, LinearShape]:
         """The modules that carry the adapter."""

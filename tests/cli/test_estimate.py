@@ -76,6 +76,33 @@ def test_advice_makes_it_fit(llama_8b: str, capsys: pytest.CaptureFixture[str]) 
     assert found["advice"]["high"] <= found["cards"][0]["memory_bytes"]
 
 
+@pytest.mark.parametrize("asked", [("--training.recompute", "none"), ("--training.gradient_checkpointing", "true"), ()])
+@pytest.mark.parametrize("limit", ["11GB", "5GB"])
+def test_advice_is_what_makes_it_fit_when_it_is_typed(
+    limit: str, asked: tuple[str, ...], llama_8b: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever was said of recomputation before."""
+    settings = ("--model", llama_8b, "--gpu", "RTX 3060", "--data.max_seq_length", "4096")
+    advice = told(capsys, *settings, *asked, "--training.memory_limit", limit)["advice"]
+    typed = [word for path, value in advice["settings"].items() if value is not None for word in _typed(path, value)]
+    capsys.readouterr()
+    others = asked if "--training.recompute" not in typed else ()
+    again = told(capsys, *settings, *others, *typed)
+    assert advice["fits"]
+    assert again["high"] == advice["high"] <= int(limit.removesuffix("GB")) * 10**9
+
+
+def _typed(path: str, value: object) -> tuple[str, str]:
+    return f"--{path}", ",".join(value) if isinstance(value, list) else str(value)
+
+
+def test_what_is_left_to_the_estimate_is_what_fits_the_card(llama_8b: str, capsys: pytest.CaptureFixture[str]) -> None:
+    auto = ("--training.recompute", "auto", "--training.base_offload", "auto")
+    for card, choice in (("H200", "recompute none"), ("RTX 3060", "recompute offload")):
+        assert main(["estimate", "--model", llama_8b, "--gpu", card, "--data.max_seq_length", "4096", *auto]) == 0
+        assert f"{choice}: an estimated peak of" in capsys.readouterr().out
+
+
 def test_the_table_has_all_cards_and_methods_in_order(llama_8b: str, capsys: pytest.CaptureFixture[str]) -> None:
     rows = {row["name"]: row for row in told(capsys, "--model", llama_8b, "--cards", *SHORT)["table"]}
     assert len(rows) > 40

@@ -25,9 +25,9 @@ EIGHT_BIT_MOMENTS = Step("moments in 8 bits", {"training.optim": "adamw_8bit"})
 
 def peak(changes: Mapping[str, object]) -> MemoryEstimate:
     """4 GiB of weights, 1 of moments, and what the tokens take; without a margin."""
-    settings = {BATCH: 8, LENGTH: 1024, RECOMPUTE: False, "training.optim": "adamw", **changes}
+    settings = {BATCH: 8, LENGTH: 1024, RECOMPUTE: "none", "training.optim": "adamw", **changes}
     tokens = int(str(settings[BATCH])) * int(str(settings[LENGTH]))
-    kept = GIB * tokens // 1024 // (4 if settings[RECOMPUTE] else 1)
+    kept = GIB * tokens // 1024 // (4 if settings[RECOMPUTE] == "full" else 1)
     moments = GIB if settings["training.optim"] == "adamw" else 0
     return MemoryEstimate(4 * GIB, 0, 0, moments, kept, 0, 0, 0, relative_error=0.0)
 
@@ -66,16 +66,16 @@ def test_nothing_fits_a_memory_below_the_weights() -> None:
         (13, "", {}),
         (9, "micro-batches of 4 rows", {BATCH: 4, ACCUMULATION: 4}),
         (6, "micro-batches of 1 row", {BATCH: 1, ACCUMULATION: 16}),
-        (5.5, "micro-batches of 1 row, activations recomputed", {BATCH: 1, ACCUMULATION: 16, RECOMPUTE: True}),
+        (5.5, "micro-batches of 1 row, activations recomputed", {BATCH: 1, ACCUMULATION: 16, RECOMPUTE: "full"}),
         (
             4.25,
             "micro-batches of 1 row, activations recomputed, moments in 8 bits",
-            {BATCH: 1, ACCUMULATION: 16, RECOMPUTE: True, "training.optim": "adamw_8bit"},
+            {BATCH: 1, ACCUMULATION: 16, RECOMPUTE: "full", "training.optim": "adamw_8bit"},
         ),
         (
             4.125,
             "micro-batches of 1 row, activations recomputed, moments in 8 bits, rows of up to 512 tokens",
-            {BATCH: 1, ACCUMULATION: 16, RECOMPUTE: True, "training.optim": "adamw_8bit", LENGTH: 512},
+            {BATCH: 1, ACCUMULATION: 16, RECOMPUTE: "full", "training.optim": "adamw_8bit", LENGTH: 512},
         ),
     ],
 )

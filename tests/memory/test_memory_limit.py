@@ -50,7 +50,7 @@ def test_a_limit_below_one_row_says_what_it_needs_and_what_would_fit() -> None:
         splits_within(run, needed - 1)
     assert refused.value.code == "QH-U81"
     assert refused.value.context["needed_bytes"] == needed
-    assert "--training.gradient_checkpointing true" in refused.value.fix
+    assert "--training.recompute full" in refused.value.fix
     told = {path: value for path, value in refused.value.context["settings"].items()}  # type: ignore[attr-defined]
     assert run.estimate(told).high < needed, "what is advised fits"
 
