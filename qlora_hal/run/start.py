@@ -199,18 +199,12 @@ def _within_memory_limit(prepared: PreparedRun, console: RunConsole) -> Prepared
         resolved.choice.spec,
         resolved.report,
         resolved.report,
-        _memory_to_keep_to(prepared),
+        memory_of_a_device(resolved, prepared.settled_config) or None,
     )
     prepared, note = within_limit(prepared, planned)
     if note:
         console.note(note)
     return prepared
-
-
-def _memory_to_keep_to(prepared: PreparedRun) -> int | None:
-    limit = prepared.settled_config.training.memory_limit_bytes
-    there = memory_of_a_device(prepared.resolved_backend) or None
-    return min((size for size in (limit, there) if size is not None), default=None)
 
 
 def _refuse_absent_rows(data: DataConfig, rows: GivenRows) -> None:
