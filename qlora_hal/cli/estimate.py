@@ -162,7 +162,7 @@ def estimate_run(config: RunConfig, devices: int | str | None = None, wanted: Wa
     from qlora_hal.memory.estimate import spread_over
     from qlora_hal.memory.gpus import KNOWN_GPUS, known_gpu
     from qlora_hal.ranks.launching import AUTO, number_of
-    from qlora_hal.ranks.planning import plan_for
+    from qlora_hal.ranks.planning import SHARD, plan_for
     from qlora_hal.ranks.starting import require_number
     from qlora_hal.run.planned_memory import PlannedModel
 
@@ -184,6 +184,8 @@ def estimate_run(config: RunConfig, devices: int | str | None = None, wanted: Wa
         lambda: spread_over(memory, facts, dtype, number),
         named,
     )
+    if plan.mode == SHARD:
+        planned = replace(planned, share=plan.devices)
     known = tuple(card for card in KNOWN_GPUS if accelerated and card.vendor in spec.card_vendors)
     estimated = Estimated(
         planned=planned,
@@ -204,7 +206,10 @@ def _memory_of_each(card: KnownGpu | None, config: RunConfig) -> int | None:
 
 
 def _in_other_dtypes(planned: PlannedModel, cards: Sequence[KnownGpu]) -> dict[str, MemoryEstimate]:
-    """The estimates of cards whose 16-bit dtype is not the one that was estimated with, where none was asked for."""
+    """The estimates of cards whose 16-bit dtype is not the one that was estimated with, where none was asked for; of
+    all cards where something is chosen by their memory."""
+    if planned.is_left_to_the_card:
+        return {card.name: planned.with_device(card).estimate() for card in cards}
     if planned.config.quantization.compute_dtype != "auto":
         return {}
     of_dtype: dict[str, MemoryEstimate] = {}

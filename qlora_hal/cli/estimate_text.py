@@ -82,10 +82,13 @@ def _plan_lines(plan: DevicePlan, config: RunConfig) -> list[str]:
     if plan.devices == 1:
         return []
     steps = config.training.max_steps
-    return [
-        f"{plan.devices} devices ({plan.mode}: {plan.why}): {plan.sequences_per_step} sequences a step over all of "
-        f"them, {f'{steps} steps' if steps else 'steps by the rows (train --dry-run counts them)'}; memory of each:"
-    ]
+    return list(
+        _wrapped(
+            f"{plan.devices} devices ({plan.mode}: {plan.why}): {plan.sequences_per_step} sequences a step over all of "
+            f"them, {f'{steps} steps' if steps else 'steps by the rows (train --dry-run counts them)'}; memory of each:",
+            "  ",
+        )
+    )
 
 
 def _probe_lines(probe: Calibration, by_arithmetic: int) -> Iterator[str]:

@@ -260,6 +260,8 @@ def _put_text(layers: _Layers, key: str, value: object, origin: str) -> None:
 
 def _from_text(setting: Setting, value: object) -> object:
     if setting.optional and isinstance(value, str) and value.lower() in ("none", "null"):
+        if value.lower() in setting.choices:  # `recompute none` says something
+            return value.lower()
         return None
     if setting.kind == "list":
         return _listed(value, split=bool(setting.choices))

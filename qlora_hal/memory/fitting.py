@@ -17,7 +17,7 @@ Peak = Callable[[Mapping[str, object]], "MemoryEstimate"]
 
 BATCH, ACCUMULATION = "training.per_device_train_batch_size", "training.gradient_accumulation_steps"
 RECOMPUTE, LENGTH = "training.recompute", "data.max_seq_length"
-BASE_OFFLOAD = "training.base_offload"
+BASE_OFFLOAD, TOKENS = "training.base_offload", "training.tokens_per_batch"
 LENGTH_STEP = 128
 """Rows are planned in multiples of it, which kernels like."""
 LONGEST, LARGEST_BATCH = 2**20, 1024
@@ -107,11 +107,18 @@ def flag(path: str, value: object) -> str:
 
 
 def remedy(
-    peak: Peak, memory_bytes: int, batch: int, accumulation: int | None, length: int, others: Sequence[Step]
+    peak: Peak,
+    memory_bytes: int,
+    batch: int,
+    accumulation: int | None,
+    length: int,
+    others: Sequence[Step],
+    of_rows: Callable[[int], Mapping[str, object]] | None = None,
 ) -> Remedy:
     """Smaller micro-batches with as many rows to a step; then activations recomputed; then `others`; then shorter rows.
     In the order of their price in time and quality (docs/choose_settings.md). `accumulation` None: the settings say how
-    many rows a step has, whatever the micro-batch."""
+    many rows a step has, whatever the micro-batch. `of_rows` are the settings that cut micro-batches without changing
+    the rows of a step, where there are such."""
     taken: list[Step] = []
 
     def settings() -> dict[str, object]:
@@ -122,7 +129,7 @@ def remedy(
     for rows in _halves(batch):
         words = f"micro-batches of {rows} row{'s' if rows > 1 else ''}"
         of_step = {} if accumulation is None else {ACCUMULATION: -(-batch * accumulation // rows)}
-        taken = [Step(words, {BATCH: rows, **of_step})]
+        taken = [Step(words, of_rows(rows) if of_rows else {BATCH: rows, **of_step})]
         if (found := peak(settings()).high) <= memory_bytes:
             return Remedy(tuple(taken), found, fits=True)
     for step in (Step("activations recomputed", {RECOMPUTE: FULL}), *others):

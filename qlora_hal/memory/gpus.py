@@ -111,10 +111,11 @@ alone."""
 
 
 def known_gpu(name: str) -> KnownGpu:
-    """The card of that name: all of its words are in the name, as `4090`, `rtx-4090`, `A100 80GB`; of several the one
-    whose name, with its memory or without, ends with them. Raises ConfigError QH-U80 with the closest names."""
+    """The card of that name: all of its words are in the name, and all that tell the model apart are asked for, as
+    `4090`, `rtx-4090`, `A100 80GB`; of several the one whose name, with its memory or without, ends with them. Raises
+    ConfigError QH-U80 with the closest names."""
     asked = _words(name)
-    found = [card for card in KNOWN_GPUS if asked and set(asked) <= set(_words(card.name))]
+    found = [card for card in KNOWN_GPUS if _model_words(card) <= set(asked) <= set(_words(card.name))]
     if len(found) > 1:
         exact = [card for card in found if asked in (_words(card.name)[-len(asked) :], _model(card)[-len(asked) :])]
         found = exact or found
@@ -137,17 +138,27 @@ _GLUED = re.compile(r"(?<=\d)(?=gi?b\b)|(?<=[a-z])(?=\d{4})|(?<=\d{4})(?=[a-z])"
 """Where names are written together: `80GB`, `rtx4090`, `4090ti`."""
 
 
+_OF_NO_MODEL = re.compile(r"geforce|tesla|sxm\d*|pcie|hbm\d*e?")
+"""Words of some names, `nvidia-smi`'s among them, that tell no card from another."""
+_BRANDS = frozenset({"nvidia", "amd", "apple", "rtx", "rx", "radeon", "instinct"})
+
+
 def _words(name: str) -> tuple[str, ...]:
     spaced = _GLUED.sub(" ", re.sub(r"[^a-z0-9]+", " ", name.lower()))
-    return tuple(
-        word for word in spaced.replace("gib", "gb").split() if word not in ("geforce", "tesla", "sxm", "pcie")
-    )
+    return tuple(word for word in spaced.replace("gib", "gb").split() if not _OF_NO_MODEL.fullmatch(word))
 
 
 def _model(card: KnownGpu) -> tuple[str, ...]:
     """The name's words without the memory at its end."""
     words = _words(card.name)
     return words[:-2] if words[-1] == "gb" else words
+
+
+def _model_words(card: KnownGpu) -> frozenset[str]:
+    """What tells the model apart: of an Apple chip it is the memory."""
+    if card.vendor == "apple":
+        return frozenset({"apple"})
+    return frozenset(_model(card)) - _BRANDS
 
 
 def _closest(asked: tuple[str, ...]) -> list[str]:

@@ -64,10 +64,12 @@ def chosen_placement(
     features: Collection[Feature],
     peak_of: Callable[[Placement], int],
     memory_there: int | None,
+    *,
+    sharded: bool = False,
 ) -> Placement:
     """What was asked for, and where that is `auto` the fastest whose `peak_of` is within `memory_there`. Where nothing
     is, the one with the lowest peak; where the memory is not known, the fastest."""
-    candidates = list(_candidates(training, features))
+    candidates = list(_candidates(training, features, sharded))
     if AUTO not in (asked_recompute(training), training.base_offload):
         return candidates[0]
     if memory_there is None:
@@ -79,8 +81,8 @@ def chosen_placement(
     return replace(chosen, why=f"an estimated peak of {size(peaks[chosen])}, {relation} {size(memory_there)}")
 
 
-def _candidates(training: TrainingConfig, features: Collection[Feature]) -> Iterator[Placement]:
-    """All that is asked for or may be chosen, the fastest first."""
+def _candidates(training: TrainingConfig, features: Collection[Feature], sharded: bool) -> Iterator[Placement]:
+    """All that is asked for or may be chosen, the fastest first. Layers that are spread over devices are on them."""
     recompute, offload = asked_recompute(training), training.base_offload
     recomputations = [recompute]
     if recompute == AUTO:
@@ -91,10 +93,19 @@ def _candidates(training: TrainingConfig, features: Collection[Feature]) -> Iter
             recomputations += [FULL]
     offloads: list[tuple[OffloadedPart, ...]] = [()] if offload == "auto" else [offload]
     if offload == "auto" and Feature.BASE_OFFLOAD in features:
-        offloads += [("embeddings",), ("embeddings", "layers"), ("embeddings", "layers", "head")]
+        more: list[tuple[OffloadedPart, ...]] = [("embeddings", "layers"), ("embeddings", "layers", "head")]
+        offloads += [("embeddings",), *([("embeddings", "head")] if sharded else more)]
     for parts in offloads:
         for kind in recomputations:
             yield Placement(kind, parts)
+
+
+def _has_head(facts: ModelFacts) -> bool:
+    """Whether a head is stored: families tie it by a default of theirs, without a word in config.json."""
+    return any(name.rpartition(".")[0].rpartition(".")[2] in _HEADS for name in facts.tensors)
+
+
+_HEADS = frozenset({"lm_head", "embed_out", "output"})
 
 
 def with_base_offloaded(
@@ -103,7 +114,7 @@ def with_base_offloaded(
     """The estimate of a device without these parts of the base, but for what of them is on it at a time."""
     width, hidden = DTYPE_BYTES[compute_dtype], decoder_shape(facts).hidden
     table = facts.vocabulary_size * hidden * width
-    tied = bool(facts.config.get("tie_word_embeddings"))
+    tied = facts.config.get("tie_word_embeddings") is True or not _has_head(facts)
     linear_weights = sum(linear.parameters for linear in facts.linear_modules.values())
     rest = (facts.parameter_count - linear_weights - _tied_head_weights(facts)) * width
     in_layers = max(memory.weights - rest, 0)

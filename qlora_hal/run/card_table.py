@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from qlora_hal.contract.capabilities import Feature
 from qlora_hal.contract.values import MemoryEstimate
 from qlora_hal.errors import QloraHalError
-from qlora_hal.memory.fitting import BASE_OFFLOAD, RECOMPUTE, Remedy, Step, Verdict, remedy, verdict
+from qlora_hal.memory.fitting import BASE_OFFLOAD, RECOMPUTE, TOKENS, Remedy, Step, Verdict, remedy, verdict
 from qlora_hal.memory.gpus import KNOWN_GPUS, KnownGpu
 from qlora_hal.memory.placement import EMBEDDINGS, HEAD, LAYERS, OFFLOAD
 
@@ -58,17 +58,21 @@ def card_rows(planned: PlannedModel, cards: Sequence[KnownGpu] = KNOWN_GPUS) -> 
     format alone."""
 
     @cache
-    def on_device(vendor: str, dtype: str) -> tuple[PlannedModel, Mapping[str, MemoryEstimate]] | None:
-        card = next(card for card in cards if (card.vendor, card.compute_dtype) == (vendor, dtype))
+    def on_device(vendor: str, dtype: str, name: str) -> tuple[PlannedModel, Mapping[str, MemoryEstimate]] | None:
+        alike = (card for card in cards if (card.vendor, card.compute_dtype) == (vendor, dtype))
+        card = next(card for card in alike if name in ("", card.name))
         try:
             there = planned.on(card)
             return there, peaks_of(there)
         except QloraHalError:  # no backend for the card stores this model
             return None
 
+    def of_each(card: KnownGpu) -> str:
+        return card.name if planned.is_left_to_the_card else ""
+
     rows = []
     for card in cards:
-        if (found := on_device(card.vendor, card.compute_dtype)) is not None:
+        if (found := on_device(card.vendor, card.compute_dtype, of_each(card))) is not None:
             there, peaks = found
             rows.append(_row(card, there, peaks))
     return tuple(rows)
@@ -100,7 +104,8 @@ def others_of(planned: PlannedModel) -> tuple[Step, ...]:
     if config.training.optim == "adamw" and Feature.ADAMW_8BIT in features:
         steps.append(Step("moments in 8 bits", {"training.optim": "adamw_8bit"}))
     if Feature.BASE_OFFLOAD in features and not config.training.base_offload:
-        steps.append(Step("the base on the host", {BASE_OFFLOAD: (EMBEDDINGS, LAYERS, HEAD)}))
+        parts = (EMBEDDINGS, HEAD) if planned.is_sharded else (EMBEDDINGS, LAYERS, HEAD)
+        steps.append(Step(f"{' and '.join(parts)} on the host", {BASE_OFFLOAD: parts}))
     return tuple(steps)
 
 
@@ -109,7 +114,8 @@ def remedy_of(planned: PlannedModel, memory_bytes: int) -> Remedy:
     training, peak = planned.config.training, remembered(planned)
     accumulation = training.gradient_accumulation_steps if training.global_batch_size is None else None
     batch, length = planned.config.full_batch_rows, planned.config.data.max_seq_length
-    return remedy(peak, memory_bytes, batch, accumulation, length, others_of(planned))
+    of_rows = (lambda rows: {TOKENS: rows * length}) if training.tokens_per_batch is not None else None
+    return remedy(peak, memory_bytes, batch, accumulation, length, others_of(planned), of_rows)
 
 
 def remembered(planned: PlannedModel) -> Callable[[Mapping[str, object]], MemoryEstimate]:

@@ -14,9 +14,11 @@ from qlora_hal.data.prepare import refuse_long_sequences
 from qlora_hal.detect.discovery import find, listed, load_spec, reports
 from qlora_hal.detect.requirements import quantization_of, requirements_of
 from qlora_hal.errors import UnsupportedFeatureError
+from qlora_hal.memory.estimate import spread_over
 from qlora_hal.memory.fitting import BATCH, RECOMPUTE
-from qlora_hal.memory.placement import Placement, chosen_placement
+from qlora_hal.memory.placement import AUTO, Placement, asked_recompute, chosen_placement
 from qlora_hal.model.source import plan_model
+from qlora_hal.ranks.planning import SHARD
 from qlora_hal.run.prepare import estimated_memory, likely_dtype
 
 if TYPE_CHECKING:
@@ -33,7 +35,8 @@ if TYPE_CHECKING:
 class PlannedModel:
     """A model, its settings, and the backend that would train it. `here` is what its probe says of this machine;
     `device` tells of the device that is planned for, None where only the hardware is known that the backend is for;
-    `memory_bytes` is what it has, as far as a card, the cap, or this machine says."""
+    `memory_bytes` is what it has, as far as a card, the cap, or this machine says. `share` devices hold the packed
+    layers together."""
 
     config: RunConfig
     facts: ModelFacts
@@ -42,6 +45,7 @@ class PlannedModel:
     here: ProbeReport
     device: ProbeReport | None
     memory_bytes: int | None = None
+    share: int = 1
 
     @classmethod
     def of(cls, config: RunConfig, card: KnownGpu | None = None) -> PlannedModel:
@@ -106,11 +110,23 @@ class PlannedModel:
             self.spec.capabilities.features,
             lambda placement: self._with_placement(model, placement).high,
             self.memory_bytes,
+            sharded=self.is_sharded,
         )
+
+    @property
+    def is_left_to_the_card(self) -> bool:
+        """Whether what is kept where follows from the memory of the device."""
+        return AUTO in (asked_recompute(self.config.training), self.config.training.base_offload)
+
+    @property
+    def is_sharded(self) -> bool:
+        """The layers cannot be on the host, then."""
+        return self.share > 1 or self.config.parallel.mode == SHARD
 
     def _with_placement(self, facts: ModelFacts, placement: Placement) -> MemoryEstimate:
         targets = self.targets_of(facts)
-        return estimated_memory(self.config, facts, self.spec, self.quantization, targets, self.device, placement)
+        whole = estimated_memory(self.config, facts, self.spec, self.quantization, targets, self.device, placement)
+        return spread_over(whole, facts, self.compute_dtype, self.share) if self.share > 1 else whole
 
     def targets_of(self, facts: ModelFacts) -> dict[str, LinearShape]:
         """The modules that carry the adapter."""

@@ -239,7 +239,9 @@ def _placed(config: RunConfig, resolved_backend: ResolvedBackend, world: World) 
         return memory.high
 
     there = memory_of_a_device(resolved_backend, config) or None
-    placement = chosen_placement(config.training, spec.capabilities.features, peak_of_each, there)
+    placement = chosen_placement(
+        config.training, spec.capabilities.features, peak_of_each, there, sharded=config.parallel.mode == "shard"
+    )
     return placement, with_placement(placement)
 
 

@@ -103,6 +103,60 @@ def test_what_is_left_to_the_estimate_is_what_fits_the_card(llama_8b: str, capsy
         assert f"{choice}: an estimated peak of" in capsys.readouterr().out
 
 
+AUTO = ("--training.recompute", "auto", "--training.base_offload", "auto")
+
+
+def test_what_is_left_to_the_card_is_judged_card_by_card(llama_8b: str, capsys: pytest.CaptureFixture[str]) -> None:
+    of_all = told(capsys, "--model", llama_8b, "--data.max_seq_length", "2048", *AUTO)["cards"]
+    classes = {card["name"]: card["class"] for card in of_all}
+    for name in ("NVIDIA RTX 3070", "NVIDIA RTX 4080", "NVIDIA V100 16 GB", "NVIDIA H200"):
+        [alone] = told(capsys, "--model", llama_8b, "--data.max_seq_length", "2048", "--gpu", name, *AUTO)["cards"]
+        assert classes[name] == alone["class"] == "fits"
+
+
+def test_devices_that_share_the_base_are_advised_for_their_share(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_config(tmp_path / "32b", hidden=5120, inner=27648, layers=64, heads=40, key_heads=8, vocabulary=152064)
+    settings = ("--model", str(tmp_path / "32b"), "--gpu", "RTX 4090", "--devices", "4", "--parallel.mode", "shard")
+    advice = told(capsys, *settings)["advice"]
+    assert "training.base_offload" not in advice["settings"]
+    typed = [word for path, value in advice["settings"].items() for word in _typed(path, value)]
+    again = told(capsys, *settings, *typed)
+    assert again["high"] == advice["high"] <= 24 * 2**30
+    assert told(capsys, *settings, *AUTO)["high"] > 0, "layers on the host are not among what is tried"
+
+
+def test_a_table_that_config_json_does_not_call_tied_is_one_table_where_no_head_is_stored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Gemma ties by a default of its own."""
+    folder = tmp_path / "gemma"
+    config = write_config(folder, hidden=2048, inner=16384, layers=18, heads=8, key_heads=1, vocabulary=256000)
+    told_of = []
+    for tied in ({"tie_word_embeddings": True}, {}):
+        gemma = {**config, "model_type": "gemma", "head_dim": 256, "hidden_act": "gelu_pytorch_tanh", **tied}
+        if not tied:
+            del gemma["tie_word_embeddings"]
+        (folder / "config.json").write_text(json.dumps(gemma))
+        offloaded = told(capsys, "--model", str(folder), "--gpu", "4090", "--training.base_offload", "embeddings,head")
+        told_of.append(offloaded["bytes"]["weights"])
+    assert told_of[0] == told_of[1] > 0
+
+
+def test_recompute_none_is_a_choice_and_not_its_absence(llama_8b: str, capsys: pytest.CaptureFixture[str]) -> None:
+    both = ("--training.gradient_checkpointing", "true", "--training.recompute", "none")
+    assert main(["estimate", "--model", llama_8b, *both]) == 2
+    assert "contradict each other" in capsys.readouterr().err
+
+
+def test_advice_with_tokens_per_batch_cuts_tokens(llama_8b: str, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ("--model", llama_8b, "--training.memory_limit", "19GB", "--training.tokens_per_batch")
+    advice = told(capsys, *settings, "10240")["advice"]
+    assert advice["settings"] == {"training.tokens_per_batch": 3072}
+    assert told(capsys, *settings, "3072")["high"] == advice["high"]
+
+
 def test_the_table_has_all_cards_and_methods_in_order(llama_8b: str, capsys: pytest.CaptureFixture[str]) -> None:
     rows = {row["name"]: row for row in told(capsys, "--model", llama_8b, "--cards", *SHORT)["table"]}
     assert len(rows) > 40

@@ -18,6 +18,8 @@ from qlora_hal.memory.gpus import GIB, KNOWN_GPUS, known_gpu
         ("4070 Ti", "NVIDIA RTX 4070 Ti"),
         ("A100 80GB", "NVIDIA A100 80 GB"),
         ("A100-SXM-40GB", "NVIDIA A100 40 GB"),
+        ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80 GB"),
+        ("NVIDIA H100 80GB HBM3", "NVIDIA H100 80 GB"),
         ("H100", "NVIDIA H100 80 GB"),
         ("L40", "NVIDIA L40"),
         ("A6000", "NVIDIA RTX A6000"),
@@ -43,6 +45,8 @@ def test_each_card_is_known_by_its_own_name() -> None:
         ("A100", "NVIDIA A100 40 GB"),
         ("4060 Ti", "NVIDIA RTX 4060 Ti 16 GB"),
         ("MI300", "AMD Instinct MI300X"),
+        ("RTX 4070 SUPER", "NVIDIA RTX 4070"),
+        ("RTX 6000", "NVIDIA RTX A6000"),
     ],
 )
 def test_an_unknown_card_is_refused_with_the_closest_names(written: str, close: str) -> None:
