@@ -82,12 +82,11 @@ def _plan_lines(plan: DevicePlan, config: RunConfig) -> list[str]:
     if plan.devices == 1:
         return []
     steps = config.training.max_steps
-    return list(
-        _wrapped(
-            f"{plan.devices} devices ({plan.mode}: {plan.why}): {plan.sequences_per_step} sequences a step over all of "
-            f"them, {f'{steps} steps' if steps else 'steps by the rows (train --dry-run counts them)'}; memory of each:",
-            "  ",
-        )
+    length = f"{steps} steps" if steps else "steps by the rows (train --dry-run counts them)"
+    return _wrapped(
+        f"{plan.devices} devices ({plan.mode}: {plan.why}): {plan.sequences_per_step} sequences a step over all of "
+        f"them, {length}; memory of each:",
+        "  ",
     )
 
 
