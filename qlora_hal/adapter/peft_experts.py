@@ -27,8 +27,9 @@ from qlora_hal.model.expert_stacks import GATE_AND_UP, path_of, place_of
 if TYPE_CHECKING:
     from qlora_hal.files.safetensors_file import Array
 
-LAYOUT, INTERLEAVED = "experts_in_files", "interleaved"
-"""The key of an adapter's provenance, and its value where experts have no names of their own."""
+LAYOUT, NUMBERED, INTERLEAVED = "experts_in_files", "numbered", "interleaved"
+"""The key that the provenance of every adapter on a mixture has, and its values: experts have names of their own, or
+none."""
 _INNER = ".base_layer"
 FIELDS = ("target_parameters", "rank_pattern", "alpha_pattern")
 """Fields of adapter_config.json that plain LoRA on linear layers does not need."""
@@ -138,8 +139,8 @@ def stacked(tensors: Mapping[str, Array]) -> dict[str, Array]:
 def fields_for(
     config: AdapterConfig, stacks: Collection[str], linear_modules: Collection[str] | None
 ) -> dict[str, object]:
-    """What adapter_config.json says where `stacks` are among the targets: `target_modules` and `FIELDS`. Names are
-    short where all modules of the model that they mean are targets."""
+    """What adapter_config.json says where the model is a mixture, of which `stacks` are among the targets:
+    `target_modules` and `FIELDS`. Names are short where all modules of the model that they mean are targets."""
     parameters = {_parameter(module, is_stack=module in stacks) for module in config.target_modules}
     plain = sorted(module for module in config.target_modules if module not in stacks and not _shares_name(module))
     parameters.discard("")

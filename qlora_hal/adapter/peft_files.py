@@ -113,7 +113,7 @@ def write_adapter_files(
     File name -> size and hash, in the order of writing; `qlora_hal.json` comes last, with the hash of the tensors.
     Raises OSError.
     """
-    config = _peft_config(adapter, base_name, base_revision, linear_modules)
+    config = _peft_config(adapter, base_name, base_revision, provenance, linear_modules)
     facts = {**provenance, "base_name": base_name, "base_revision": base_revision}
     tensors = safetensors_file.file_chunks(peft_experts.in_files(adapter.tensors, provenance), {"format": "pt"})
     written = {TENSORS_FILE: durable.write_new(folder / TENSORS_FILE, tensors, midway=midway)}
@@ -138,7 +138,8 @@ def read_adapter(folder: Path) -> Adapter:
     tensors = _read_tensors(folder)
     tensors = replace(tensors, arrays=_named(tensors.arrays, raw_config.get("r"), folder))
     stacks = peft_experts.stacks_in(tensors.arrays)
-    _refuse_unsupported(raw_config, folder, on_experts=bool(stacks))
+    document = _document(folder)
+    _refuse_unsupported(raw_config, folder, on_experts=bool(stacks) or peft_experts.LAYOUT in _provenance_of(document))
     paths = _modules_of(tensors.arrays, folder)
     modules = tuple(sorted(stacks | {path for path in paths if place_of(path) is None}))
     config = _adapter_config(raw_config, modules, folder)
@@ -155,7 +156,7 @@ def read_adapter(folder: Path) -> Adapter:
             fix="Save the adapter in float32, float16 or bfloat16.",
             context={"tensors": lossy},
         )
-    require_as_written(folder, _document(folder), tensors.sha256, config)
+    require_as_written(folder, document, tensors.sha256, config)
     floats = {name: array.astype("float32", copy=False) for name, array in _stacked(tensors.arrays, folder).items()}
     return Adapter({name: floats[name] for name in sorted(floats)}, config)
 
@@ -188,13 +189,18 @@ def _document(folder: Path) -> Mapping[str, object]:
 
 
 def _peft_config(
-    adapter: Adapter, base_name: str, base_revision: str | None, linear_modules: Collection[str] | None
+    adapter: Adapter,
+    base_name: str,
+    base_revision: str | None,
+    provenance: Mapping[str, object],
+    linear_modules: Collection[str] | None,
 ) -> dict[str, object]:
     config = adapter.config
     stacks = {module_of(name)[0] for name, tensor in adapter.tensors.items() if tensor.ndim == 3}
+    # Of a mixture PEFT takes the names of dense layers for the experts', whether these are adapted or not.
     chosen = (
         peft_experts.fields_for(config, stacks, linear_modules)
-        if stacks
+        if stacks or peft_experts.LAYOUT in provenance
         else {"target_modules": shortest_names(config.target_modules, linear_modules)}
     )
     return {
@@ -360,9 +366,13 @@ def _read_tensors(folder: Path) -> safetensors_file.TensorFile:
 def _named(tensors: Mapping[str, safetensors_file.Array], r: object, folder: Path) -> dict[str, safetensors_file.Array]:
     document = _document(folder)
     try:
-        return peft_experts.named(tensors, r, provenance_in(document) if document else {})
+        return peft_experts.named(tensors, r, _provenance_of(document))
     except ValueError:  # the names are looked at next
         return dict(tensors)
+
+
+def _provenance_of(document: Mapping[str, object]) -> Mapping[str, object]:
+    return provenance_in(document) if document else {}
 
 
 def _stacked(tensors: Mapping[str, safetensors_file.Array], folder: Path) -> dict[str, safetensors_file.Array]:

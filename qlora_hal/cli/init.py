@@ -157,17 +157,21 @@ def _lines(setting: Setting, syntax: Syntax, *, indent: str) -> list[str]:
 def _in_yaml(setting: Setting) -> str:
     if setting.path in FILL_IN:
         return FILL_IN[setting.path]
-    if setting.kind in ("mapping", "list", "groups"):
+    if _is_empty(setting):
         return "{}" if setting.kind == "mapping" else "[]"
     return setting.default_text or ("null" if setting.optional else '""')
 
 
+def _is_empty(setting: Setting) -> bool:
+    return setting.kind in ("mapping", "list", "groups") or setting.default == ()
+
+
 def _in_toml(setting: Setting) -> str:
     """TOML has no null: what is unset by default stays empty, for the user to fill in."""
+    if setting.path not in FILL_IN and _is_empty(setting):
+        return "{}" if setting.kind == "mapping" else "[]"
     if setting.path in FILL_IN or (setting.kind in ("text", "choice", "text or list") and not setting.optional):
         return json.dumps(FILL_IN.get(setting.path, setting.default_text))
-    if setting.kind in ("mapping", "list", "groups"):
-        return "{}" if setting.kind == "mapping" else "[]"
     return setting.default_text
 
 

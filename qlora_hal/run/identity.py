@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_hal import __version__
-from qlora_hal.adapter.peft_experts import INTERLEAVED, LAYOUT
+from qlora_hal.adapter.peft_experts import INTERLEAVED, LAYOUT, NUMBERED
 from qlora_hal.contract.dropout import MASKS
 from qlora_hal.errors import CheckpointError
 from qlora_hal.files import strict_json
@@ -23,6 +23,7 @@ from qlora_hal.model.verifying import base_config_hash
 
 if TYPE_CHECKING:
     from qlora_hal.checkpoint import TrainingState
+    from qlora_hal.model.facts import ModelFacts
     from qlora_hal.run.prepare import PreparedRun
 
 PLACES = frozenset({"output_dir", "model.name_or_path", "data.path", "data.validation_path"})
@@ -177,6 +178,13 @@ def facts_of_rank(prepared: PreparedRun, state: TrainingState | None) -> dict[st
     }
 
 
+def _layout_of_experts(facts: ModelFacts) -> dict[str, object]:
+    """Of a mixture, how an adapter's files name experts; nothing of other models."""
+    if all(shape.experts == 1 for shape in facts.linear_modules.values()):
+        return {}
+    return {LAYOUT: INTERLEAVED if facts.model_type in expert_stacks.INTERLEAVED else NUMBERED}
+
+
 def provenance_of(prepared: PreparedRun, resolved: Mapping[str, object]) -> dict[str, object]:
     """What an adapter or a checkpoint must match to be continued or judged."""
     base = prepared.resolved_backend.source
@@ -193,7 +201,7 @@ def provenance_of(prepared: PreparedRun, resolved: Mapping[str, object]) -> dict
         "token_hashes": dict(prepared.data.hashes),
         "backend_options": dict(prepared.config.backend.options),
         **({"dropout_masks": MASKS} if prepared.config.lora.dropout else {}),
-        **({LAYOUT: INTERLEAVED} if base.facts.model_type in expert_stacks.INTERLEAVED else {}),
+        **_layout_of_experts(base.facts),
         **({"quantized_fingerprint": base.facts.fingerprint} if base.made_from else {}),
         "sequences_per_step": prepared.sequences_per_step,
         **{name: resolved[name] for name in kept},

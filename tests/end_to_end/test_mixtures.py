@@ -29,10 +29,19 @@ SETTINGS = {"training.max_steps": 4, "checkpoint.save_steps": 2, "data.max_seq_l
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen3-MoE with the demo's tokenizer."""
-    folder = tmp_path_factory.mktemp("qwen3_moe")
+    return with_the_demos_tokenizer(tmp_path_factory.mktemp("qwen3_moe"), "qwen3_moe")
+
+
+@pytest.fixture(scope="module")
+def with_a_dense_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """And shared experts beside the routed ones."""
+    return with_the_demos_tokenizer(tmp_path_factory.mktemp("deepseek_v3"), "deepseek_v3")
+
+
+def with_the_demos_tokenizer(folder: Path, kind: str) -> Path:
+    """A random mixture."""
     vocabulary = read_facts(model_path()).vocabulary_size
-    write_model(folder, "qwen3_moe", vocab_size=vocabulary, max_position_embeddings=1024)
+    write_model(folder, kind, vocab_size=vocabulary, max_position_embeddings=1024)
     for name in TOKENIZER_FILES:
         shutil.copyfile(model_path() / name, folder / name)
     return folder
@@ -43,30 +52,61 @@ def settings(mixture: Path, folder: Path, **changes: Any) -> dict[str, Any]:
     return merged(SMALL, {**base, **changes})
 
 
-@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+opened_by_peft = pytest.mark.filterwarnings(
+    "ignore:The following (rank|alpha)_pattern keys:RuntimeWarning",
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+)
+
+
+@opened_by_peft
 def test_train_writes_an_adapter_that_peft_opens_with_the_trainers_logits(mixture: Path, tmp_path: Path) -> None:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    from qlora_hal_backends.cpu_torch.trainer import open_trainer
-
     result = train(settings(mixture, tmp_path / "run", **{"quantization.weight_format": "none"}))
     adapter = read_adapter(result.adapter_dir)
     stacks = [name for name, tensor in adapter.tensors.items() if tensor.ndim == 3]
     assert len(stacks) == 12
     assert all(adapter.tensors[name].any() for name in stacks)
+    check_peft_has_the_trainers_logits(mixture, result.adapter_dir)
+
+
+@opened_by_peft
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"lora.experts": "none"},
+        {"lora.experts": "shared"},
+        {"lora.target_modules": r"model\.layers\.0\.mlp\..*"},
+        {"lora.target_modules": r".*shared_experts\.down_proj"},
+    ],
+    ids=["no expert", "shared experts", "a dense layer", "one projection of shared experts"],
+)
+def test_peft_takes_dense_layers_of_a_mixture_for_what_they_are(
+    chosen: dict[str, str], with_a_dense_layer: Path, tmp_path: Path
+) -> None:
+    """Their names are those of the experts' projections, which PEFT looks for first."""
+    run = {"quantization.weight_format": "none", "training.learning_rate": 1e-2, **chosen}
+    result = train(settings(with_a_dense_layer, tmp_path / "run", **run))
+    assert not any(tensor.ndim == 3 for tensor in read_adapter(result.adapter_dir).tensors.values())
+    check_peft_has_the_trainers_logits(with_a_dense_layer, result.adapter_dir)
+
+
+def check_peft_has_the_trainers_logits(base: Path, adapter_dir: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from qlora_hal_backends.cpu_torch.trainer import open_trainer
+
     batch = random_batch(0, vocabulary=4096)
     trainer = open_trainer()
-    trainer.load(source_of(mixture), Quantization(WeightFormat.NONE), Compute())
-    trainer.attach(adapter)
-    ours = trainer.logits(batch)
-    model = AutoModelForCausalLM.from_pretrained(mixture, dtype=torch.float32)
-    theirs = PeftModel.from_pretrained(model, result.adapter_dir).eval()
+    trainer.load(source_of(base), Quantization(WeightFormat.NONE), Compute())
+    trainer.attach(read_adapter(adapter_dir))
+    ours, ids = trainer.logits(batch), torch.from_numpy(batch.input_ids).long()
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     with torch.no_grad():
-        expected = theirs(input_ids=torch.from_numpy(batch.input_ids).long()).logits.numpy()
+        without = model(input_ids=ids).logits.numpy()
+        expected = PeftModel.from_pretrained(model, adapter_dir).eval()(input_ids=ids).logits.numpy()
     # Float32 sums of at most 96 terms in another order.
     assert np.abs(ours - expected).max() <= 1e-5 * np.abs(expected).max()
+    assert np.abs(ours - without).max() > 1e-3 * np.abs(without).max(), "the adapter moves the logits"
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
