@@ -74,6 +74,11 @@ def halves_of(tensor: str, linear_modules: Mapping[str, LinearShape]) -> tuple[s
     return paths if linear_modules.keys() >= set(paths) else ()
 
 
+def is_joined(tensor: str) -> bool:
+    """Whether a tensor's name says that it holds all experts of a block."""
+    return _JOINED.fullmatch(tensor) is not None
+
+
 def is_shared(module: str) -> bool:
     """Whether a layer belongs to an expert that sees every token."""
     return not _SHARED.isdisjoint(module.split("."))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from qlora_hal.contract.values import LinearShape
-from qlora_hal.model.expert_stacks import GATE_AND_UP, place_of
+from qlora_hal.model.expert_stacks import GATE_AND_UP, is_joined, place_of
 from qlora_hal_backends.torch_family.experts.block import RoutedExperts
 from qlora_hal_backends.torch_family.experts.stack import ExpertStack
 
@@ -51,7 +51,7 @@ class ExpertNames:
             projection.stack = place.module
             projection.paths[place.number] = layer
             return True
-        if found.is_converted:
+        if found.is_converted or not is_joined(layer):
             return False
         stored_block = layer.rpartition(".")[0]
         halves = zip(HALVES, GATE_AND_UP[0], strict=True) if weight == "gate_up_proj" else [("down", weight)]
@@ -59,6 +59,10 @@ class ExpertNames:
             projection = self.projections[block, half]
             projection.stack, projection.joined = f"{stored_block}.{leaf}", layer
         return True
+
+    def holds(self, name: str) -> bool:
+        """Whether a weight of this name in the model is one of experts."""
+        return name.removesuffix(".weight").rpartition(".")[0] in self.blocks
 
     def missing(self) -> Iterator[str]:
         """Names of weights that no stored tensor holds."""
