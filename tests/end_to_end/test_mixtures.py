@@ -20,7 +20,7 @@ from qlora_hal.adapter import read_adapter
 from qlora_hal.contract.backend import Compute, Quantization
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.demo import data_path, model_path
-from qlora_hal.errors import ConfigError, UnsupportedFeatureError
+from qlora_hal.errors import ConfigError, ModelError, UnsupportedFeatureError
 from qlora_hal.model.facts import read_facts
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
@@ -166,3 +166,12 @@ def test_a_dry_run_refuses_before_it_reads_data(
     with pytest.raises((ConfigError, UnsupportedFeatureError)) as refusal:
         train(asked, dry_run=True)
     assert refusal.value.code == code, json.dumps(refusal.value.context)
+
+
+def test_a_mixture_of_one_expert_is_refused_before_it_loads(tmp_path: Path) -> None:
+    write_model(tmp_path / "one", "qwen3_moe", num_experts=1, num_local_experts=1, num_experts_per_tok=1)
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(model_path() / name, tmp_path / "one" / name)
+    with pytest.raises(ModelError) as refusal:
+        train(settings(tmp_path / "one", tmp_path / "run"), dry_run=True)
+    assert refusal.value.code == "QH-M51"

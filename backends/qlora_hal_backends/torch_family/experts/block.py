@@ -158,7 +158,8 @@ def _known_experts(causal: Any) -> Iterator[tuple[str, Any]]:
         plain = {"gate_up_proj", "down_proj"} <= weights <= {"gate_up_proj", "down_proj", *_BIASES}
         # The norm after each expert came to transformers after 5.17.
         has_norm = getattr(module, "has_post_expert_norm", False)
-        if plain and getattr(module, "has_gate", False) and not has_norm:
+        # One expert alone is no stack to the core.
+        if plain and getattr(module, "has_gate", False) and not has_norm and module.num_experts > 1:
             yield path, module
 
 
