@@ -104,9 +104,11 @@ class Estimated:
 
     @property
     def smallest_memory(self) -> int | None:
-        """What the run has to fit into: the cap, the named card or this machine's memory, whichever is the least."""
+        """What each device's part of the run has to fit into: the cap, the named card or its share of this machine's
+        memory, whichever is the least."""
         named = [card.memory_bytes for card in self.cards] if len(self.cards) == 1 else []
-        known = [*named, *filter(None, (self.memory_limit, self.machine_bytes))]
+        of_machine = self.machine_bytes // self.plan.devices if self.machine_bytes is not None else None
+        known = [*named, *filter(None, (self.memory_limit, of_machine))]
         return min(known, default=None)
 
 
@@ -159,7 +161,6 @@ def estimate_run(config: RunConfig, devices: int | str | None = None, wanted: Wa
     """
     from qlora_hal.detect.hardware import memory_here
     from qlora_hal.detect.selection import has_accelerator
-    from qlora_hal.memory.estimate import spread_over
     from qlora_hal.memory.gpus import KNOWN_GPUS, known_gpu
     from qlora_hal.ranks.launching import AUTO, number_of
     from qlora_hal.ranks.planning import SHARD, plan_for
@@ -170,22 +171,17 @@ def estimate_run(config: RunConfig, devices: int | str | None = None, wanted: Wa
     wanted = wanted or Wanted()
     card = known_gpu(wanted.gpu) if wanted.gpu is not None else None
     planned = PlannedModel.of(config, card)
-    facts, spec = planned.facts, planned.spec
+    spec = planned.spec
     accelerated = card is not None or has_accelerator(spec, (planned.here,))
     machine, named = None if accelerated else memory_here(), _memory_of_each(card, config)
-    planned = replace(planned, memory_bytes=machine if named is None else named)
-    memory, dtype = planned.estimate(), planned.compute_dtype
     number = number_of(AUTO, spec, planned.here) if devices == AUTO else int(devices or 1)
-    plan = plan_for(
-        config,
-        number,
-        spec,
-        memory,
-        lambda: spread_over(memory, facts, dtype, number),
-        named,
-    )
+    # Ranks on this machine's processor share its memory.
+    known_bytes = [size for size in (named, machine // number if machine is not None else None) if size is not None]
+    planned = replace(planned, memory_bytes=min(known_bytes, default=None))
+    sharing = replace(planned, share=number)
+    plan = plan_for(config, number, spec, planned.estimate(), sharing.estimate, named)
     if plan.mode == SHARD:
-        planned = replace(planned, share=plan.devices)
+        planned = sharing
     known = tuple(card for card in KNOWN_GPUS if accelerated and card.vendor in spec.card_vendors)
     estimated = Estimated(
         planned=planned,

@@ -138,7 +138,7 @@ def _remedy_lines(remedy: Remedy, has: int) -> Iterator[str]:
 def _fit_lines(fits: Sequence[Fit], has: int) -> Iterator[str]:
     yield f"the most that fits {figures.size(has)}:"
     if not fits:
-        yield "  nothing; shorter rows (--data.max_seq_length) or 4 bits take less"
+        yield "  nothing, with all activations kept or recomputed; what takes less stands above"
         return
     yield f"  {'rows x tokens':<16} {'tokens':>8}   {'activations':<12} {'up to':>10}"
     for one in fits:

@@ -400,10 +400,15 @@ class RunConfig(_Part):
 
     @property
     def full_batch_rows(self) -> int:
-        """Rows of `data.max_seq_length` in a micro-batch, which their number bounds or their tokens."""
+        """Rows of `data.max_seq_length` in a micro-batch, which their number bounds, or their tokens and the rows of a
+        step."""
         if self.training.tokens_per_batch is None:
             return self.training.per_device_train_batch_size
-        return self.training.tokens_per_batch // self.data.max_seq_length
+        training = self.training
+        of_step = training.global_batch_size or (
+            training.per_device_train_batch_size * training.gradient_accumulation_steps
+        )
+        return min(self.training.tokens_per_batch // self.data.max_seq_length, of_step)
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> RunConfig:
@@ -427,8 +432,11 @@ class RunConfig(_Part):
                 f"training.tokens_per_batch {training.tokens_per_batch} is less than one row of data.max_seq_length "
                 f"{data.max_seq_length}"
             )
-        if training.gradient_checkpointing and training.recompute == "none":
-            raise ValueError("training.gradient_checkpointing true and training.recompute none contradict each other")
+        if training.gradient_checkpointing and training.recompute in ("none", "selective"):
+            raise ValueError(
+                f"training.gradient_checkpointing true and training.recompute {training.recompute} contradict each "
+                "other"
+            )
         if self.parallel.mode == "shard" and "layers" in training.base_offload:
             raise ValueError(
                 "training.base_offload layers and parallel.mode shard are mutually exclusive: the layers are in the "

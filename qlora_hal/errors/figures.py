@@ -37,7 +37,8 @@ def count(number: float | None) -> str:
     if number is None or not math.isfinite(number):
         return "?"
     for limit, mark in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
-        if abs(number) >= limit:
+        # From half a unit of the third digit below on: 999.9M would be written 1e+03M.
+        if abs(number) >= limit * (1 - 5e-4 if mark != "k" else 1):
             return f"{number / (1e3 if mark == 'k' else limit):.3g}{mark}"
     return f"{number:,.0f}"
 

@@ -120,6 +120,14 @@ class MergedModel:
         written = {place.module if (place := place_of(tensor.module)) else tensor.module for tensor in planned}
         written |= {stack for tensor in planned for stack in halves_of(tensor.module, self._linears)}
         absent = sorted(self._targets - written)
+        if absent and self._facts.model_type in INTERLEAVED:
+            raise ConfigError(
+                "QH-C62",
+                f"{len(absent)} adapted stacks of experts ({absent[0]}) cannot be merged: {self._facts.model_type} "
+                "stores them as [experts, in, out], gate and up projection in turns, which a merge does not write.",
+                fix="Use the adapter with its base, or train one without them: --lora.experts none",
+                context={"modules": absent},
+            )
         if absent:
             raise ConfigError(
                 "QH-C62",

@@ -114,11 +114,12 @@ def remedy(
     length: int,
     others: Sequence[Step],
     of_rows: Callable[[int], Mapping[str, object]] | None = None,
+    rows_of_step: int | None = None,
 ) -> Remedy:
     """Smaller micro-batches with as many rows to a step; then activations recomputed; then `others`; then shorter rows.
     In the order of their price in time and quality (docs/choose_settings.md). `accumulation` None: the settings say how
     many rows a step has, whatever the micro-batch. `of_rows` are the settings that cut micro-batches without changing
-    the rows of a step, where there are such."""
+    the rows of a step, where there are such. `rows_of_step` is a number that micro-batches have to divide."""
     taken: list[Step] = []
 
     def settings() -> dict[str, object]:
@@ -127,6 +128,8 @@ def remedy(
     if (found := peak({}).high) <= memory_bytes:
         return Remedy((), found, fits=True)
     for rows in _halves(batch):
+        if rows_of_step is not None and rows_of_step % rows:
+            continue
         words = f"micro-batches of {rows} row{'s' if rows > 1 else ''}"
         of_step = {} if accumulation is None else {ACCUMULATION: -(-batch * accumulation // rows)}
         taken = [Step(words, of_rows(rows) if of_rows else {BATCH: rows, **of_step})]

@@ -115,7 +115,9 @@ def remedy_of(planned: PlannedModel, memory_bytes: int) -> Remedy:
     accumulation = training.gradient_accumulation_steps if training.global_batch_size is None else None
     batch, length = planned.config.full_batch_rows, planned.config.data.max_seq_length
     of_rows = (lambda rows: {TOKENS: rows * length}) if training.tokens_per_batch is not None else None
-    return remedy(peak, memory_bytes, batch, accumulation, length, others_of(planned), of_rows)
+    return remedy(
+        peak, memory_bytes, batch, accumulation, length, others_of(planned), of_rows, training.global_batch_size
+    )
 
 
 def remembered(planned: PlannedModel) -> Callable[[Mapping[str, object]], MemoryEstimate]:

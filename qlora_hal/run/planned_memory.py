@@ -149,6 +149,13 @@ def backend_for(config: RunConfig, facts: ModelFacts, card: KnownGpu | None = No
     entries = listed()
     if config.backend.name != "auto":
         spec = load_spec(find(config.backend.name, entries))
+        if lacks := unmet_requirements(requirements_of(config, facts), spec.capabilities):
+            raise UnsupportedFeatureError(
+                "QH-B01",
+                f"Backend {spec.name} does not support what was requested: {'; '.join(lacks)}.",
+                where="backend.name",
+                fix="Change the setting that is named, or leave --backend out.",
+            )
         if card is not None and card.vendor not in spec.card_vendors:
             raise UnsupportedFeatureError(
                 "QH-B01",

@@ -25,7 +25,7 @@ from qlora_hal.processes.signals import ignored_note, requests_by_signal
 from qlora_hal.quantize.calibration import refuse_calibration_by_ranks, refuse_idle_calibration, with_quantized_base
 from qlora_hal.ranks.following import followed_existing, followed_new, silent_console
 from qlora_hal.ranks.identity import is_restart, launch_here, may_be_restart, seed_of_ranks, world_here
-from qlora_hal.ranks.planning import plan_for
+from qlora_hal.ranks.planning import SHARD, mode_of, plan_for
 from qlora_hal.ranks.window_share import sequences_of_one_rank
 from qlora_hal.report.console import RunConsole
 from qlora_hal.report.run_file import given_config, read_run_config, read_run_file, record_from
@@ -199,12 +199,20 @@ def _within_memory_limit(prepared: PreparedRun, console: RunConsole) -> Prepared
         resolved.choice.spec,
         resolved.report,
         resolved.report,
-        memory_of_a_device(resolved, prepared.settled_config) or None,
+        there := memory_of_a_device(resolved, prepared.settled_config) or None,
+        _share(prepared, there),
     )
     prepared, note = within_limit(prepared, planned)
     if note:
         console.note(note)
     return prepared
+
+
+def _share(prepared: PreparedRun, memory_there: int | None) -> int:
+    """How many devices hold the packed layers together."""
+    spec, devices = prepared.resolved_backend.choice.spec, prepared.world.size
+    mode, _ = mode_of(prepared.settled_config, devices, spec, prepared.estimate, memory_there)
+    return devices if mode == SHARD else 1
 
 
 def _refuse_absent_rows(data: DataConfig, rows: GivenRows) -> None:

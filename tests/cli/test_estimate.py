@@ -145,16 +145,54 @@ def test_a_table_that_config_json_does_not_call_tied_is_one_table_where_no_head_
 
 
 def test_recompute_none_is_a_choice_and_not_its_absence(llama_8b: str, capsys: pytest.CaptureFixture[str]) -> None:
-    both = ("--training.gradient_checkpointing", "true", "--training.recompute", "none")
-    assert main(["estimate", "--model", llama_8b, *both]) == 2
-    assert "contradict each other" in capsys.readouterr().err
+    for choice in ("none", "selective"):
+        both = ("--training.gradient_checkpointing", "true", "--training.recompute", choice)
+        assert main(["estimate", "--model", llama_8b, *both]) == 2
+        assert "contradict each other" in capsys.readouterr().err
+
+
+def test_advice_keeps_to_a_global_batch_size(llama_8b: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Micro-batches of 5 or 3 rows do not make up 8."""
+    settings = ("--model", llama_8b, "--training.memory_limit", "16GB", "--training.global_batch_size", "8")
+    advice = told(capsys, *settings, "--training.per_device_train_batch_size", "8")["advice"]
+    rows = advice["settings"]["training.per_device_train_batch_size"]
+    assert 8 % rows == 0
+    typed = [word for path, value in advice["settings"].items() for word in _typed(path, value)]
+    assert told(capsys, *settings, *typed)["high"] == advice["high"]
+
+
+def test_ranks_of_this_machine_share_its_memory(
+    llama_8b: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlora_hal.detect.hardware.memory_here", lambda: 30 * 2**30)
+    settings = ("--model", llama_8b, "--backend", "cpu_torch", "--data.max_seq_length", "128")
+    [alone, both] = (told(capsys, *settings, "--devices", number) for number in ("1", "2"))
+    assert alone["high"] < 30 * 2**30 < 2 * both["high"]
+    assert "advice" not in alone or alone["advice"] is None
+    assert both["advice"]["high"] <= 15 * 2**30
+    assert both["advice"]["fits"]
+
+
+def test_a_named_backend_is_not_estimated_with_what_it_refuses(llama_8b: str) -> None:
+    keywords = {"model": llama_8b, "backend": "mlx_lora", "training.base_offload": ["embeddings"]}
+    config = resolve_settings(None, keywords=keywords, environ={}).config
+    with pytest.raises(UnsupportedFeatureError) as refused:
+        estimate_run(config)
+    assert refused.value.code == "QH-B01"
+
+
+def test_micro_batches_by_tokens_have_no_more_rows_than_a_step(
+    llama_8b: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = ("--model", llama_8b, "--data.max_seq_length", "1024", "--training.per_device_train_batch_size", "2")
+    assert told(capsys, *step, "--training.tokens_per_batch", "8192")["high"] == told(capsys, *step)["high"]
 
 
 def test_advice_with_tokens_per_batch_cuts_tokens(llama_8b: str, capsys: pytest.CaptureFixture[str]) -> None:
     settings = ("--model", llama_8b, "--training.memory_limit", "19GB", "--training.tokens_per_batch")
     advice = told(capsys, *settings, "10240")["advice"]
-    assert advice["settings"] == {"training.tokens_per_batch": 3072}
-    assert told(capsys, *settings, "3072")["high"] == advice["high"]
+    assert advice["settings"] == {"training.tokens_per_batch": 2048}
+    assert told(capsys, *settings, "2048")["high"] == advice["high"]
 
 
 def test_the_table_has_all_cards_and_methods_in_order(llama_8b: str, capsys: pytest.CaptureFixture[str]) -> None:

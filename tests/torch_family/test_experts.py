@@ -87,6 +87,37 @@ def test_a_checkpoint_with_all_experts_in_one_tensor_is_the_same_model(tmp_path:
     np.testing.assert_array_equal(trainers[0].trainer.logits(batch), trainers[1].trainer.logits(batch))
 
 
+def test_a_checkpoint_that_stores_experts_twice_is_refused(tmp_path: Path) -> None:
+    """One by one and in one tensor: nothing says which is meant."""
+    write_drawn_model(tmp_path, "qwen3_moe")
+    stored = load_file(tmp_path / "model.safetensors")
+    block = "model.layers.0.mlp.experts"
+    both = torch.stack([stored[f"{block}.{number}.down_proj.weight"] for number in range(4)])
+    save_file({**stored, f"{block}.down_proj": both}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError) as refused:
+        open_cpu_trainer(tmp_path)
+    assert refused.value.code == "QH-M51"
+
+
+def test_a_device_without_grouped_products_says_why_it_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("no kernel for this device\nand more")
+
+    device, multiply = torch.device("cpu"), torch.nn.functional.grouped_mm
+    assert proved_products.__wrapped__(device, grouped=False).words == "experts one by one"
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", lacking, raising=False)
+    assert proved_products.__wrapped__(device, grouped=True).words == (
+        "experts one by one (grouped products do not run here: RuntimeError: no kernel for this device)"
+    )
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", lambda *given, **offsets: multiply(*given, **offsets) + 1)
+    assert "something else" in proved_products.__wrapped__(device, grouped=True).words
+
+
+def test_device_facts_say_how_experts_are_computed(tmp_path: Path) -> None:
+    write_drawn_model(tmp_path, "qwen3_moe")
+    assert open_cpu_trainer(tmp_path).trainer.device_facts().kernel_path.endswith("; experts one by one")
+
+
 def test_recomputed_layers_have_the_same_gradients(tmp_path: Path) -> None:
     write_drawn_model(tmp_path, "qwen3_moe")
     batch = random_batch(0)

@@ -168,7 +168,10 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         base = self._base
         facts = describe_device(self._platform, self._device, base.decoding if base else loading.BITSANDBYTES)
         versions = {**facts.versions, **(base.versions if base else {})}
-        return replace(facts, versions=versions, kernel_path=f"{facts.kernel_path}; {self._fused.words}")
+        experts = [block.products.words for block in base.experts[:1]] if base else []
+        return replace(
+            facts, versions=versions, kernel_path="; ".join([facts.kernel_path, self._fused.words, *experts])
+        )
 
     def close(self) -> None:
         self._release()

@@ -39,7 +39,10 @@ class Groups:
 
 
 class Products(Protocol):
-    """A way to compute the products of one stack."""
+    """A way to compute the products of one stack. `words` say which, for the run's `kernel_path`."""
+
+    @property
+    def words(self) -> str: ...
 
     def frozen(self, rows: Tensor, weight: StackedWeight, groups: Groups) -> Tensor: ...
 
@@ -56,8 +59,15 @@ class Products(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
 class LoopOverExperts:
-    """An expert at a time."""
+    """An expert at a time; `reason` is why, where a device might have more."""
+
+    reason: str = ""
+
+    @property
+    def words(self) -> str:
+        return "experts one by one" + (f" ({self.reason})" if self.reason else "")
 
     def frozen(self, rows: Tensor, weight: StackedWeight, groups: Groups) -> Tensor:
         y = rows.new_empty(rows.shape[0], weight.shape[1])
@@ -97,6 +107,8 @@ class LoopOverExperts:
 class GroupedProducts:
     """torch's grouped product, for bfloat16 where all sides are multiples of 8 and there are rows enough; the loop for
     anything else."""
+
+    words = "experts by grouped products"
 
     def __init__(self) -> None:
         self._loop = LoopOverExperts()
@@ -147,13 +159,17 @@ def _is_fit(rows: Tensor, weight: StackedWeight, *rank: int) -> bool:
 @cache
 def proved_products(device: torch.device, *, grouped: bool) -> Products:
     """The grouped product where a platform has it (`TorchPlatform.grouped_products`) and it gives what the loop gives,
-    an expert without rows among them; the loop elsewhere."""
-    if not grouped or not hasattr(torch.nn.functional, "grouped_mm"):
+    an expert without rows among them; the loop elsewhere, with the reason."""
+    if not grouped:
         return LoopOverExperts()
+    if not hasattr(torch.nn.functional, "grouped_mm"):
+        return LoopOverExperts(f"torch {torch.__version__} has no grouped products")
     try:
-        return GroupedProducts() if _agrees(device) else LoopOverExperts()
-    except Exception:  # an older GPU, a build without the kernel: whatever torch raises
-        return LoopOverExperts()
+        agrees = _agrees(device)
+    except Exception as error:  # an older GPU, a build without the kernel: torch raises many classes
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return LoopOverExperts(f"grouped products do not run here: {reason}")
+    return GroupedProducts() if agrees else LoopOverExperts("grouped products computed something else than the loop")
 
 
 def _agrees(device: torch.device) -> bool:

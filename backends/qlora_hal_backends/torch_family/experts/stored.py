@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qlora_hal_backends.torch_family.transformers_versions import NameInModel
 
 HALVES = ("gate", "up")
+_WEIGHTS = frozenset({"gate_up_proj", "down_proj"})
 _PLAIN_OPERATIONS = frozenset({"MergeModulelist", "Concatenate"})
 """What the table does where each stored tensor is one expert's weight as it is."""
 
@@ -42,27 +43,32 @@ class ExpertNames:
         """Whether a tensor is an expert's. `layer` is its name in the files without `.weight`, `found` what the model
         library makes of it."""
         block, _, weight = found.name.removesuffix(".weight").rpartition(".")
-        if block not in self.blocks or weight not in ("gate_up_proj", "down_proj"):
+        if not self.holds(found.name):
             return False
         place = place_of(layer)
         if place is not None and found.is_converted and _PLAIN_OPERATIONS.issuperset(found.operations):
             half = HALVES[found.place] if weight == "gate_up_proj" else "down"
             projection = self.projections[block, half]
+            if projection.joined:  # stored twice: nothing says which is meant
+                return False
             projection.stack = place.module
             projection.paths[place.number] = layer
             return True
         if found.is_converted or not is_joined(layer):
             return False
         stored_block = layer.rpartition(".")[0]
-        halves = zip(HALVES, GATE_AND_UP[0], strict=True) if weight == "gate_up_proj" else [("down", weight)]
+        halves = list(zip(HALVES, GATE_AND_UP[0], strict=True)) if weight == "gate_up_proj" else [("down", weight)]
+        if any(self.projections[block, half].paths for half, _ in halves):
+            return False
         for half, leaf in halves:
             projection = self.projections[block, half]
             projection.stack, projection.joined = f"{stored_block}.{leaf}", layer
         return True
 
     def holds(self, name: str) -> bool:
-        """Whether a weight of this name in the model is one of experts."""
-        return name.removesuffix(".weight").rpartition(".")[0] in self.blocks
+        """Whether a tensor of this name in the model is the weights of experts; their biases are ordinary parameters."""
+        block, _, weight = name.removesuffix(".weight").rpartition(".")
+        return block in self.blocks and weight in _WEIGHTS
 
     def missing(self) -> Iterator[str]:
         """Names of weights that no stored tensor holds."""
