@@ -66,7 +66,7 @@ class ExpertNames:
         return True
 
     def holds(self, name: str) -> bool:
-        """Whether a tensor of this name in the model is the weights of experts; their biases are ordinary parameters."""
+        """Whether a tensor of this name in the model holds experts' weights; their biases are ordinary parameters."""
         block, _, weight = name.removesuffix(".weight").rpartition(".")
         return block in self.blocks and weight in _WEIGHTS
 
