@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from small_runs import SMALL, merged
 
 from qlora_hal import train
+from qlora_hal.cli.__main__ import main
 from qlora_hal.config.resolve import resolve_settings
 from qlora_hal.errors import ConfigError
 from qlora_hal.memory.fitting import BATCH
@@ -95,3 +97,19 @@ def test_a_run_with_a_limit_takes_smaller_micro_batches_and_the_same_step(tmp_pa
 def test_a_new_run_begins_with_the_splits_of_its_plan() -> None:
     """They are kept in checkpoints as those are that memory forced."""
     assert Progress.from_json(Progress(micro_batch_splits=2).as_json()).micro_batch_splits == 2
+
+
+def test_devices_that_share_the_base_keep_to_the_limit_with_their_share(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = ("--training.per_device_train_batch_size", "1", "--quantization.weight_format", "none")
+    run = ("--demo", "--backend", "cpu_torch", "--devices", "2", *row, "--output_dir", str(tmp_path / "run"))
+    highs = []
+    for mode in ("data", "shard"):
+        assert main(["estimate", *run, "--parallel.mode", mode, "--json"]) == 0
+        highs.append(json.loads(capsys.readouterr().out)["high"])
+    limit = f"{sum(highs) / 2 / MIB:.3f}MB"
+    assert highs[1] < highs[0]
+    for mode, status in (("data", 2), ("shard", 0)):
+        asked = [*run, "--parallel.mode", mode, "--training.memory_limit", limit, "--dry-run"]
+        assert main(["train", *asked]) == status, capsys.readouterr().err

@@ -49,8 +49,6 @@ class ExpertNames:
         if place is not None and found.is_converted and _PLAIN_OPERATIONS.issuperset(found.operations):
             half = HALVES[found.place] if weight == "gate_up_proj" else "down"
             projection = self.projections[block, half]
-            if projection.joined:  # stored twice: nothing says which is meant
-                return False
             projection.stack = place.module
             projection.paths[place.number] = layer
             return True
@@ -58,6 +56,7 @@ class ExpertNames:
             return False
         stored_block = layer.rpartition(".")[0]
         halves = list(zip(HALVES, GATE_AND_UP[0], strict=True)) if weight == "gate_up_proj" else [("down", weight)]
+        # Stored twice, nothing says which is meant. Names with numbers come first.
         if any(self.projections[block, half].paths for half, _ in halves):
             return False
         for half, leaf in halves:
