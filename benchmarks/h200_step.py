@@ -1,7 +1,7 @@
 """Training speed of one GPU: our step against a plain QLoRA loop, same packed weights, same data, same settings.
 
-    PYTHONPATH=.:backends python benchmarks/h200_step.py --shape 8b --micro-batch 4,1 --json result.json
-    PYTHONPATH=.:backends python benchmarks/h200_step.py --shape 8b --check
+    PYTHONPATH=.:backends:benchmarks python benchmarks/h200_step.py --shape 8b --micro-batch 4,1 --json result.json
+    PYTHONPATH=.:backends:benchmarks python benchmarks/h200_step.py --shape 8b --check
 
 Needs a CUDA device, and `transformers`, `peft`, `accelerate` and `bitsandbytes` beside this project's torch family.
 
@@ -23,116 +23,40 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import json
 import statistics
 import time
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from random_model import (
+    ALPHA,
+    CLIP,
+    QUANTIZATION,
+    RANK,
+    SHAPES,
+    WARM_UP_STEPS,
+    allocated_gb,
+    as_batch,
+    empty_memory,
+    first_adapter,
+    open_trainer,
+    projections,
+    synchronize,
+    token_batches,
+    write_checkpoint,
+)
 
-from qlora_hal.contract.backend import Compute, Quantization
-from qlora_hal.contract.capabilities import WeightFormat
-from qlora_hal.contract.values import Adapter, AdapterConfig, Batch, StepSettings
+from qlora_hal.contract.backend import Compute
+from qlora_hal.contract.values import StepSettings
 from qlora_hal.model.facts import read_facts
 from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.torch_family.base_weights import BaseWeight
 from qlora_hal_backends.torch_family.trainer import TorchLoRATrainer
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": dict(
-        hidden_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        intermediate_size=512,
-        vocab_size=1024,
-        tie_word_embeddings=False,
-    ),
-    "1b": dict(  # Llama 3.2 1B
-        hidden_size=2048,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        intermediate_size=8192,
-        vocab_size=128256,
-        tie_word_embeddings=True,
-    ),
-    "7b": dict(  # Llama 7B
-        hidden_size=4096,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        head_dim=128,
-        intermediate_size=11008,
-        vocab_size=32000,
-        tie_word_embeddings=False,
-    ),
-    "8b": dict(  # Llama 3.1 8B
-        hidden_size=4096,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        intermediate_size=14336,
-        vocab_size=128256,
-        tie_word_embeddings=False,
-    ),
-    "gemma3-4b": dict(  # Gemma 3 4B, its text model
-        model_type="gemma3_text",
-        hidden_size=2560,
-        num_hidden_layers=34,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=256,
-        intermediate_size=10240,
-        vocab_size=262208,
-        sliding_window=1024,
-        query_pre_attn_scalar=256,
-        tie_word_embeddings=True,
-    ),
-    "phi3-mini": dict(  # Phi 3 mini, 4k
-        model_type="phi3",
-        hidden_size=3072,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        intermediate_size=8192,
-        vocab_size=32064,
-        sliding_window=2047,
-        tie_word_embeddings=False,
-    ),
-    "65b": dict(  # Llama 65B
-        hidden_size=8192,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=64,
-        head_dim=128,
-        intermediate_size=22016,
-        vocab_size=32000,
-        tie_word_embeddings=False,
-    ),
-    "70b": dict(  # Llama 3.1 70B
-        hidden_size=8192,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        head_dim=128,
-        intermediate_size=28672,
-        vocab_size=128256,
-        tie_word_embeddings=False,
-    ),
-}
-RANK, ALPHA, CLIP = 16, 16.0, 1.0
-WARM_UP_STEPS = 3
-QUANTIZATION = Quantization(WeightFormat.NF4, 64, True)
 
 
 @dataclass(slots=True)
@@ -160,127 +84,6 @@ class Bench:
     shape: dict[str, Any]
     results: list[Result] = field(default_factory=list)
     checks: dict[str, Any] = field(default_factory=dict)
-
-
-# the checkpoint -------------------------------------------------------------------------------------------------------
-def write_checkpoint(folder: Path, shape: Mapping[str, Any], device: torch.device) -> None:
-    """Random weights N(0, 0.02), the projections packed by bitsandbytes, in transformers' pre-quantized layout."""
-    from bitsandbytes import functional
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM
-
-    if (folder / "config.json").exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator(device=device).manual_seed(0)
-
-    def random(*size: int) -> torch.Tensor:
-        return torch.randn(*size, device=device, generator=generator).mul_(0.02).bfloat16()
-
-    tensors: dict[str, torch.Tensor] = {}
-    hidden = shape["hidden_size"]
-    for layer in range(shape["num_hidden_layers"]):
-        for module, (rows, columns) in projections(shape).items():
-            name = f"model.layers.{layer}.{module}.weight"
-            packed, state = functional.quantize_4bit(
-                random(rows, columns), blocksize=64, compress_statistics=True, quant_type="nf4"
-            )
-            tensors[name] = packed.cpu()
-            tensors |= {f"{name}.{part}": value.cpu() for part, value in state.as_dict(packed=True).items()}
-    tensors["model.embed_tokens.weight"] = random(shape["vocab_size"], hidden).cpu()
-    if not shape["tie_word_embeddings"]:
-        tensors["lm_head.weight"] = random(shape["vocab_size"], hidden).cpu()
-    config = config_of(shape)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    one = 0.0 if config.model_type.startswith("gemma") else 1.0  # Gemma's norms count from 1
-    tensors |= {
-        name: torch.full(parameter.shape, one, dtype=torch.bfloat16)
-        for name, parameter in model.named_parameters()
-        if parameter.ndim == 1
-    }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config.architectures = [type(model).__name__]
-    config.dtype = torch.bfloat16
-    config.quantization_config = dict(
-        quant_method="bitsandbytes",
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype="bfloat16",
-        bnb_4bit_quant_storage="uint8",
-        llm_int8_skip_modules=["lm_head"],
-    )
-    config.save_pretrained(folder)
-
-
-def config_of(shape: Mapping[str, Any]) -> Any:
-    from transformers import AutoConfig
-
-    rotary = {"rope_type": "default", "rope_theta": 500000.0}
-    named = dict(shape)
-    model_type = named.pop("model_type", "llama")
-    if model_type != "gemma3_text":  # which has two, of its own
-        named["rope_parameters"] = rotary
-    return AutoConfig.for_model(
-        model_type,
-        **named,
-        max_position_embeddings=4096 if model_type == "phi3" else 8192,
-        rms_norm_eps=1e-5,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-
-
-def projections(shape: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """Module below a layer -> (out, in)."""
-    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
-    size = shape.get("head_dim", hidden // shape["num_attention_heads"])
-    query, key = shape["num_attention_heads"] * size, shape["num_key_value_heads"] * size
-    if shape.get("model_type") == "phi3":
-        return {
-            "self_attn.qkv_proj": (query + 2 * key, hidden),
-            "self_attn.o_proj": (hidden, query),
-            "mlp.gate_up_proj": (2 * inner, hidden),
-            "mlp.down_proj": (hidden, inner),
-        }
-    return {
-        "self_attn.q_proj": (query, hidden),
-        "self_attn.k_proj": (key, hidden),
-        "self_attn.v_proj": (key, hidden),
-        "self_attn.o_proj": (hidden, query),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-
-
-def first_adapter(shape: Mapping[str, Any], random_b: float = 0.0, dropout: float = 0.0) -> Adapter:
-    """A uniform with PEFT's bound, seeded by the tensor's name; B zero, or normal for the gradient check."""
-    tensors: dict[str, np.ndarray[Any, Any]] = {}
-    modules = []
-    for layer in range(shape["num_hidden_layers"]):
-        for module, (rows, columns) in projections(shape).items():
-            path = f"model.layers.{layer}.{module}"
-            modules.append(path)
-            name = f"base_model.model.{path}.lora_A.weight"
-            random = np.random.default_rng(zlib.crc32(name.encode()))
-            bound = columns**-0.5
-            tensors[name] = random.uniform(-bound, bound, (RANK, columns)).astype(np.float32)
-            b = random.standard_normal((rows, RANK), dtype=np.float32) * random_b
-            tensors[f"base_model.model.{path}.lora_B.weight"] = b.astype(np.float32)
-    return Adapter(tensors, AdapterConfig(RANK, ALPHA, dropout, False, tuple(sorted(modules))))
-
-
-def token_batches(shape: Mapping[str, Any], micro_batch: int, length: int) -> list[np.ndarray[Any, Any]]:
-    random = np.random.default_rng(1234)
-    return [random.integers(10, shape["vocab_size"], (micro_batch, length), dtype=np.int32) for _ in range(2)]
-
-
-def as_batch(tokens: np.ndarray[Any, Any]) -> Batch:
-    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape).copy()
-    return Batch(tokens, tokens.copy(), positions, np.ones_like(tokens))
 
 
 # the systems ----------------------------------------------------------------------------------------------------------
@@ -343,18 +146,6 @@ def our_trainer(
         yield trainer, trainer.device_facts().kernel_path
 
 
-def open_trainer() -> TorchLoRATrainer:
-    if torch.cuda.is_available():
-        from qlora_hal_backends.cuda_bnb import SPEC
-        from qlora_hal_backends.torch_family.platform import CUDA
-
-        return TorchLoRATrainer(SPEC, CUDA)
-    from qlora_hal_backends.cpu_torch import SPEC
-    from qlora_hal_backends.torch_family.platform import CPU
-
-    return TorchLoRATrainer(SPEC, CPU)
-
-
 @contextlib.contextmanager
 def our_step(bench: Bench, *, checkpointing: bool, layers: str = "auto") -> Iterator[tuple[Step, str]]:
     with our_trainer(bench, checkpointing=checkpointing, layers=layers) as (trainer, kernel_path):
@@ -381,22 +172,6 @@ SYSTEMS: dict[str, Callable[[Bench], Any]] = {
 
 
 # measuring ------------------------------------------------------------------------------------------------------------
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def empty_memory(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def allocated_gb(device: torch.device, figure: str) -> float:
-    return getattr(torch.cuda, figure)(device) / 1e9 if device.type == "cuda" else 0.0
-
-
 def measure(bench: Bench, system: str, step: Step, micro_batch: int, kernel_path: str) -> Result:
     device, length = bench.device, bench.arguments.length
     batches = token_batches(bench.shape, micro_batch, length)

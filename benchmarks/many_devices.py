@@ -28,7 +28,16 @@ from typing import Any
 from unittest import mock
 
 import torch
-from h200_step import CLIP, QUANTIZATION, SHAPES, WARM_UP_STEPS, as_batch, first_adapter, open_trainer, write_checkpoint
+from random_model import (
+    CLIP,
+    QUANTIZATION,
+    SHAPES,
+    WARM_UP_STEPS,
+    as_batch,
+    first_adapter,
+    open_trainer,
+    write_checkpoint,
+)
 
 from qlora_hal.contract.backend import Compute
 from qlora_hal.contract.values import StepSettings

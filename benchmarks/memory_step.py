@@ -4,7 +4,7 @@
     PYTHONPATH=.:backends:benchmarks python benchmarks/memory_step.py --rows tiny        # runs on a CPU
 
 Each row of work is run under several choices, one after another in one process, on the same random weights and tokens
-(`h200_step.py` says which). `peak` is of torch's allocator from loading on, in decimal GB; `context` is what the
+(`random_model.py` says which). `peak` is of torch's allocator from loading on, in decimal GB; `context` is what the
 process holds on the device beside what the allocator reserved. With `--cap-gb` the allocator may take no more than so
 much, and a choice that does not fit says so. The first choice of a row is what the others' losses are compared with:
 whole steps, so that a last bit of a gradient shows as a sign of AdamW's first update. Attention's backward adds in an
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from h200_step import (
+from random_model import (
     CLIP,
     QUANTIZATION,
     SHAPES,

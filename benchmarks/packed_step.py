@@ -2,7 +2,7 @@
 
     PYTHONPATH=.:backends:benchmarks python benchmarks/packed_step.py --shape 8b --json result.json
 
-Needs a CUDA device. The checkpoint, the adapter and the settings are those of h200_step.py: random weights in NF4 with
+Needs a CUDA device. The checkpoint and the adapter are those of random_model.py: random weights in NF4 with
 double quantization, LoRA r = 16 on all seven projections, AdamW with float32 moments, clipping at 1.0; the wall clock
 of whole optimizer steps, the device synchronised on both sides. Figures count real tokens of all steps after the third.
 
@@ -32,7 +32,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from h200_step import (
+from random_model import (
     CLIP,
     QUANTIZATION,
     SHAPES,

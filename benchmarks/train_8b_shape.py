@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from h200_step import SHAPES, write_checkpoint
+from random_model import SHAPES, write_checkpoint
 
 from qlora_hal import train
 from qlora_hal.data import ChatTokenizer
