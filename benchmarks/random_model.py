@@ -21,91 +21,44 @@ from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.values import Adapter, AdapterConfig, Batch
 from qlora_hal_backends.torch_family.trainer import TorchLoRATrainer
 
+
+def _llama(
+    hidden: int, layers: int, heads: tuple[int, int], inner: int, vocabulary: int, **other: Any
+) -> dict[str, Any]:
+    """Keys of a config.json. `heads` are those of queries and of keys."""
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "head_dim": hidden // heads[0],
+        "intermediate_size": inner,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": False,
+        **other,
+    }
+
+
 SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": dict(
-        hidden_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        intermediate_size=512,
-        vocab_size=1024,
-        tie_word_embeddings=False,
-    ),
-    "1b": dict(  # Llama 3.2 1B
-        hidden_size=2048,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        intermediate_size=8192,
-        vocab_size=128256,
-        tie_word_embeddings=True,
-    ),
-    "7b": dict(  # Llama 7B
-        hidden_size=4096,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        head_dim=128,
-        intermediate_size=11008,
-        vocab_size=32000,
-        tie_word_embeddings=False,
-    ),
-    "8b": dict(  # Llama 3.1 8B
-        hidden_size=4096,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        intermediate_size=14336,
-        vocab_size=128256,
-        tie_word_embeddings=False,
-    ),
-    "gemma3-4b": dict(  # Gemma 3 4B, its text model
+    "tiny": _llama(256, 2, (4, 2), 512, 1024),
+    "1b": _llama(2048, 16, (32, 8), 8192, 128256, tie_word_embeddings=True),  # Llama 3.2
+    "7b": _llama(4096, 32, (32, 32), 11008, 32000),  # Llama
+    "8b": _llama(4096, 32, (32, 8), 14336, 128256),  # Llama 3.1
+    "gemma3-4b": _llama(  # its text model
+        2560,
+        34,
+        (8, 4),
+        10240,
+        262208,
         model_type="gemma3_text",
-        hidden_size=2560,
-        num_hidden_layers=34,
-        num_attention_heads=8,
-        num_key_value_heads=4,
         head_dim=256,
-        intermediate_size=10240,
-        vocab_size=262208,
         sliding_window=1024,
         query_pre_attn_scalar=256,
         tie_word_embeddings=True,
     ),
-    "phi3-mini": dict(  # Phi 3 mini, 4k
-        model_type="phi3",
-        hidden_size=3072,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        intermediate_size=8192,
-        vocab_size=32064,
-        sliding_window=2047,
-        tie_word_embeddings=False,
-    ),
-    "65b": dict(  # Llama 65B
-        hidden_size=8192,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=64,
-        head_dim=128,
-        intermediate_size=22016,
-        vocab_size=32000,
-        tie_word_embeddings=False,
-    ),
-    "70b": dict(  # Llama 3.1 70B
-        hidden_size=8192,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        head_dim=128,
-        intermediate_size=28672,
-        vocab_size=128256,
-        tie_word_embeddings=False,
-    ),
+    "phi3-mini": _llama(3072, 32, (32, 32), 8192, 32064, model_type="phi3", sliding_window=2047),  # its 4k
+    "65b": _llama(8192, 80, (64, 64), 22016, 32000),  # Llama
+    "70b": _llama(8192, 80, (64, 8), 28672, 128256),  # Llama 3.1
 }
 RANK, ALPHA, CLIP = 16, 16.0, 1.0
 WARM_UP_STEPS = 3
