@@ -20,6 +20,7 @@ from qlora_hal.contract.rotary_length import RotaryLength, rotary_length
 from qlora_hal.contract.values import LinearShape
 from qlora_hal.errors import ModelError
 from qlora_hal.errors.foreign import missing_package
+from qlora_hal.formats.gpt_oss import BLOCKS, SCALES
 from qlora_hal.model.expert_stacks import place_of
 from qlora_hal.model.linear_shapes import natural_order, reason_left_out, state_space_mixers
 from qlora_hal.model.source import ModelSource
@@ -37,6 +38,9 @@ from qlora_hal_backends.torch_family.transformers_versions import (
 
 _PACKED = re.compile(r"(?P<module>.+)\.(?P<part>qweight|qzeros|scales|g_idx|SCB|weight_format|weight\..+)")
 """What quantized checkpoints store in place of, or beside, a module's weight."""
+
+_PACKED_EXPERTS = re.compile(rf"(?P<module>.+\.experts\.(gate_up_proj|down_proj))({BLOCKS}|{SCALES})")
+"""What gpt-oss stores in place of the weight of all experts of a block."""
 
 _REFUSED = {
     "cpmant": "Its forward pass lets every token of a prompt see the whole prompt.",
@@ -222,6 +226,11 @@ def _names_in_model(
     renamed: dict[str, str] = {}
     converted: list[str] = []
     for stored in sorted(source.facts.tensors, key=natural_order):
+        if (joined := _PACKED_EXPERTS.fullmatch(stored)) and expert_names.takes(
+            joined["module"], rename(joined["module"]), is_packed=True
+        ):
+            renamed[stored] = stored
+            continue
         packed = _PACKED.fullmatch(stored)
         layer = packed["module"] if packed else stored.removesuffix(".weight")
         name = _renamed(stored, rename)
@@ -254,7 +263,9 @@ def _renamed(stored: str, rename: Any) -> NameInModel:
 
 
 def _is_of_an_expert(stored: str, name: str) -> bool:
-    """Whether a tensor keeps its name because it is one expert's (`ExpertNames`)."""
+    """Whether a tensor keeps its name because it is one expert's, or bytes of all (`ExpertNames`)."""
+    if _PACKED_EXPERTS.fullmatch(stored):
+        return stored == name
     packed = _PACKED.fullmatch(stored)
     return stored == name and place_of(packed["module"] if packed else stored.removesuffix(".weight")) is not None
 
