@@ -32,7 +32,7 @@ Config = Mapping[str, object]
 
 FIRST_ORDINARY_TOKEN = 3
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-ROUTERS = ("mlp.gate.weight", "block_sparse_moe.gate.weight")
+ROUTERS = ("mlp.gate.weight", "block_sparse_moe.gate.weight", "mlp.router.weight")
 STACK = ".experts."
 
 
@@ -124,6 +124,8 @@ def _center_and_spread(name: str, sides: tuple[int, ...], shape: LlamaShape) -> 
         return 1.0 - shape.norm_offset, 0.2
     if name.endswith("bias"):
         return 0.0, 0.3
+    if name.endswith("sinks"):
+        return 0.0, 1.0
     # A router tells experts apart: logits of 2, so that weights of chosen experts differ.
     return 0.0, (2.0 if name.endswith(ROUTERS) else 1.0) / sides[-1] ** 0.5
 
@@ -136,6 +138,27 @@ def stored_one_by_one(tensors: Mapping[str, Float32]) -> Tensors:
             found |= {name.replace(STACK, f"{STACK}{expert}."): weight for expert, weight in enumerate(tensor)}
         else:
             found[name] = tensor
+    return found
+
+
+def is_joined(shape: LlamaShape) -> bool:
+    """Whether checkpoints have all experts of a block in one tensor."""
+    return shape.mixture is not None and shape.mixture.joined
+
+
+def stored_joined(tensors: Mapping[str, Float32]) -> Tensors:
+    """As gpt-oss has its experts: `[experts, in, out]`, gate and up in turns along the last side, and their biases."""
+    found = {name: tensor for name, tensor in tensors.items() if STACK not in name}
+    for block in sorted({name.partition(STACK)[0] + STACK for name in tensors if STACK in name}):
+        for part, ending in (("weight", ""), ("bias", "_bias")):
+            if f"{block}down_proj.{part}" not in tensors:
+                continue
+            gate, up, down = (tensors[f"{block}{name}_proj.{part}"] for name in ("gate", "up", "down"))
+            if part == "weight":
+                gate, up, down = (np.swapaxes(tensor, 1, 2) for tensor in (gate, up, down))
+            both = np.stack((gate, up), axis=-1)
+            found[f"{block}gate_up_proj{ending}"] = both.reshape(*both.shape[:-2], -1)
+            found[f"{block}down_proj{ending}"] = np.ascontiguousarray(down)
     return found
 
 
@@ -161,7 +184,8 @@ def write_model(
     """Plain weights in float32, float16 or bfloat16, in one file or in several with an index; `tensors` of the result
     are what the files really hold. `config` is the config.json of a model that is no plain Llama."""
     kept = {name: _rounded(tensor, stored_dtype) for name, tensor in tensors.items()}
-    stored = {name: _as_stored(t, stored_dtype) for name, t in stored_one_by_one(kept).items()}
+    laid_out = stored_joined(kept) if is_joined(shape) else stored_one_by_one(kept)
+    stored = {name: _as_stored(t, stored_dtype) for name, t in laid_out.items()}
     write_weights(folder, stored, files=files)
     write_config(folder, shape, dtype=stored_dtype, config=config)
     return TinyModel(folder, shape, kept)
