@@ -18,11 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from qlora_hal.contract.backend import Quantization
+from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.values import LinearShape
 from qlora_hal.formats.catalogue import record_of
 
 from .arrays import Float32, Float64
-from .codecs import Codec
+from .codecs import Codec, MicroscalingCodec
+from .microscaling import MicroscalingFormat
 from .roundoff import round_to_bfloat16
 from .shape import LlamaShape
 
@@ -34,6 +36,7 @@ FIRST_ORDINARY_TOKEN = 3
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROUTERS = ("mlp.gate.weight", "block_sparse_moe.gate.weight", "mlp.router.weight")
 STACK = ".experts."
+UNPACKED_OF_GPT_OSS = ("model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head")
 
 
 def _shape(
@@ -260,7 +263,9 @@ def write_quantized(
 ) -> TinyModel:
     """The linear layers already packed, as the format's codec writes them, or another one of the format's, each expert
     by itself; the rest in `stored_dtype`. A tensor that is left out is left out. Raises ValueError for a format in
-    which nothing is packed."""
+    which nothing is packed. MXFP4 of a gpt-oss is in its own layout, of the experts alone."""
+    if is_joined(shape) and quantization.weight_format == WeightFormat.MXFP4:
+        return _write_published(folder, shape, tensors, stored_dtype=stored_dtype, files=files, config=config)
     record = record_of(quantization.weight_format)
     if record.layout is None:
         raise ValueError("there is no packed layout of weights that are not quantized")
@@ -279,6 +284,41 @@ def write_quantized(
             stored[module] = np.stack(decoded) if linears[module].experts > 1 else decoded[0]
     write_weights(folder, arrays, files=files)
     described = codec.description(size, quantization.double_quant)
+    write_config(folder, shape, dtype=stored_dtype, more=described, config=config)
+    return TinyModel(folder, shape, {**tensors, **rest}, stored)
+
+
+def _write_published(
+    folder: Path,
+    shape: LlamaShape,
+    tensors: Mapping[str, Float32],
+    *,
+    stored_dtype: str,
+    files: int,
+    config: Config | None,
+) -> TinyModel:
+    """As gpt-oss is on the hub: `_blocks` and `_scales` of each projection, a row of bytes to each output, gate and up
+    in turns; all else is plain (transformers 5.23, `integrations/mxfp4.py`)."""
+    codec = MicroscalingCodec(MicroscalingFormat.MXFP4)
+    experts = {name: tensor for name, tensor in tensors.items() if STACK in name and name.endswith(".weight")}
+    rest = {name: _rounded(tensor, stored_dtype) for name, tensor in tensors.items() if name not in experts}
+    arrays = {name: _as_stored(tensor, stored_dtype) for name, tensor in stored_joined(rest).items()}
+    codes: dict[str, Array] = {}
+    stored: dict[str, Float64] = {}
+    for name, stack in experts.items():
+        packed = [codec.quantize(weight, None) for weight in stack]
+        stored[name.removesuffix(".weight")] = np.stack([codec.dequantize(one) for one in packed])
+        bytes_of_rows = np.stack([one[".weight"].view(np.uint8) for one in packed])
+        codes[f"{name}_blocks"] = bytes_of_rows.reshape(*bytes_of_rows.shape[:2], -1, 16)
+        codes[f"{name}_scales"] = np.stack([one[".scales"] for one in packed])
+    for block in sorted({name.partition(STACK)[0] + STACK for name in experts}):
+        for part in ("blocks", "scales"):
+            gate, up, down = (codes[f"{block}{name}_proj.weight_{part}"] for name in ("gate", "up", "down"))
+            both = np.stack((gate, up), axis=2)
+            arrays[f"{block}gate_up_proj_{part}"] = "U8", both.reshape(len(both), -1, *both.shape[3:])
+            arrays[f"{block}down_proj_{part}"] = "U8", down
+    write_weights(folder, arrays, files=files)
+    described = {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": list(UNPACKED_OF_GPT_OSS)}}
     write_config(folder, shape, dtype=stored_dtype, more=described, config=config)
     return TinyModel(folder, shape, {**tensors, **rest}, stored)
 
