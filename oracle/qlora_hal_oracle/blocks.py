@@ -211,7 +211,8 @@ def limited_gated_backward(grad: Float64, gate: Float64, up: Float64, limit: flo
 
 def _sigmoid(x: Float64) -> Float64:
     # tanh does not overflow where exp(-x) would.
-    return 0.5 * (1.0 + np.tanh(0.5 * x))
+    s: Float64 = 0.5 * (1.0 + np.tanh(0.5 * x))
+    return s
 
 
 def _silu(x: Float64) -> tuple[Float64, Float64]:

@@ -15,7 +15,7 @@ from qlora_hal_oracle.microscaling import MicroscalingFormat
 
 METHOD = "mxfp4"
 BLOCKS, SCALES = "_blocks", "_scales"
-_GROUP = MicroscalingFormat.MXFP4.group_size
+GROUP = MicroscalingFormat.MXFP4.group_size
 
 
 def _recognizes(checkpoint: StoredCheckpoint) -> bool:
@@ -38,17 +38,17 @@ def _read(checkpoint: StoredCheckpoint) -> Packing:
         )
     shapes = {module: _shape(checkpoint, module) for module in modules}
     settings = {"quant_method": METHOD}
-    return Packing(Prequantized(METHOD, MicroscalingFormat.MXFP4.value, _GROUP, False, settings), shapes)
+    return Packing(Prequantized(METHOD, MicroscalingFormat.MXFP4.value, GROUP, False, settings), shapes)
 
 
 def _shape(checkpoint: StoredCheckpoint, module: str) -> LinearShape:
     if not is_joined(module):
         raise UnreadableFormatError(f"quantized to MXFP4 with {module}{BLOCKS}, which is of no routed experts")
     sides = checkpoint.shape(module + BLOCKS)
-    if len(sides) != 4 or 2 * sides[3] != _GROUP:
+    if len(sides) != 4 or 2 * sides[3] != GROUP:
         raise UnreadableFormatError(
-            f"quantized to MXFP4 with {module}{BLOCKS} of shape {list(sides)}; [experts, out, in / {_GROUP}, "
-            f"{_GROUP // 2}] is known"
+            f"quantized to MXFP4 with {module}{BLOCKS} of shape {list(sides)}; [experts, out, in / {GROUP}, "
+            f"{GROUP // 2}] is known"
         )
     if checkpoint.shape(module + SCALES) != sides[:3]:
         found = list(checkpoint.shape(module + SCALES))
@@ -58,7 +58,7 @@ def _shape(checkpoint: StoredCheckpoint, module: str) -> LinearShape:
             raise checkpoint.contradiction(f"{module}{part} is stored as {dtype}; MXFP4 is bytes (U8)")
     if module in checkpoint.tensors:
         raise checkpoint.contradiction(f"{module} is stored twice, packed and in 16 bits")
-    return LinearShape(sides[2] * _GROUP, sides[1], sides[0])
+    return LinearShape(sides[2] * GROUP, sides[1], sides[0])
 
 
 LAYOUT = CheckpointLayout(METHOD, _recognizes, _read, marks=(SCALES,), weight=BLOCKS)
