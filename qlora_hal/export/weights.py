@@ -158,8 +158,8 @@ class MergedModel:
         return layer_in(self._linears, module) or self._packed.shape(module, self._facts)
 
     def _shape_of_block(self, module: str) -> tuple[int, ...]:
-        """The dimensions of a tensor that holds all experts of a block, in 16 bits: `[experts, out, in]`, gate before up,
-        or gpt-oss's `[experts, in, out]`; empty for any other tensor, and for one that is stored otherwise."""
+        """The dimensions of a tensor that holds all experts of a block, not packed: `[experts, out, in]`, gate before
+        up, or gpt-oss's `[experts, in, out]`; empty for any other tensor, and for one that is stored otherwise."""
         stacks = [self._linears[stack] for stack in halves_of(module, self._linears)]
         if not stacks:
             return ()
@@ -219,7 +219,7 @@ class MergedModel:
 
 
 def _in_turns(stacks: Sequence[Float32]) -> Float32:
-    """Stacks `[experts, out, in]` as gpt-oss has them: `[experts, in, out]`, the outputs of one and another in turns."""
+    """Stacks `[experts, out, in]` as gpt-oss has them: `[experts, in, out]`, outputs of one and another in turns."""
     experts, outputs, inputs = stacks[0].shape
     whole = np.empty((experts, inputs, outputs * len(stacks)), np.float32)
     for place, stack in enumerate(stacks):

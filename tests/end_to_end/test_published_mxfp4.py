@@ -1,4 +1,4 @@
-"""gpt-oss as it is published, from its folder to an adapter that PEFT opens, a resume, and a merged model in 16 bits."""
+"""gpt-oss as it is published, from its folder to an adapter that PEFT opens, a resume, and a merged model."""
 
 from __future__ import annotations
 
@@ -98,7 +98,8 @@ def test_what_the_checkpoint_has_may_be_asked_for(asked: str, published: Path, t
 @pytest.mark.parametrize("asked", ["nf4", "8bit", "none"])
 def test_another_format_is_refused_before_data_are_read(asked: str, published: Path, tmp_path: Path) -> None:
     """Neither its experts nor its attention are packed anew."""
-    changes = {"quantization.weight_format": asked, "data.path": str(tmp_path / "absent.jsonl")}
+    (tmp_path / "rows.jsonl").write_text("nothing that could be read")
+    changes = {"quantization.weight_format": asked, "data.path": str(tmp_path / "rows.jsonl")}
     with pytest.raises(ConfigError) as refusal:
         train(settings(published, tmp_path / "run", **changes), dry_run=True)
     assert refusal.value.code == "QH-U11"
@@ -107,7 +108,8 @@ def test_another_format_is_refused_before_data_are_read(asked: str, published: P
 @pytest.mark.fault("M51")
 def test_mlx_refuses_it_by_name(published: Path, tmp_path: Path) -> None:
     pytest.importorskip("mlx.core")
-    changes = {"backend.name": "mlx_lora", "data.path": str(tmp_path / "absent.jsonl")}
+    (tmp_path / "rows.jsonl").write_text("nothing that could be read")
+    changes = {"backend.name": "mlx_lora", "backend.allow_cpu": True, "data.path": str(tmp_path / "rows.jsonl")}
     with pytest.raises(ModelError, match="gpt_oss") as refusal:
         train(settings(published, tmp_path / "run", **changes), dry_run=True)
     assert refusal.value.code == "QH-M51"
