@@ -344,7 +344,9 @@ def _refuse_packed_elsewhere(
         packed, module = _PACKED.fullmatch(stored), _PACKED.fullmatch(name)
         if _is_of_an_expert(stored, name):
             continue
-        if packed and module and packed["part"] != "scales" and module["module"] not in linears:
+        # Other parameters may be called scales, too; beside MLX's packed weights nothing is.
+        is_mark = packed and (packed["part"] != "scales" or source.facts.prequantized.method == "mlx")
+        if packed and module and is_mark and module["module"] not in linears:
             raise packed_elsewhere(packed["module"], source.name)
 
 
