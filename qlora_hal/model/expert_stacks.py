@@ -23,6 +23,10 @@ INTERLEAVED = frozenset({"gpt_oss"})
 turns."""
 COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """What config.json calls the number of routed experts of a block."""
+PER_TOKEN_KEYS = (
+    "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k", "top_k_experts",
+)  # fmt: skip
+"""What it calls the number of experts that a token goes to."""
 
 _ONE_EXPERT = re.compile(r"(?P<block>.+\.experts)\.(?P<number>\d+)\.(?P<projection>[\w.]+)")
 _JOINED = re.compile(r"(?P<block>.+\.experts)\.(?P<projection>gate_up_proj|down_proj)")
@@ -133,6 +137,40 @@ def of_joined_tensors(
             found[f"{block}.{projection}"] = LinearShape(inputs, both // 2, count)
         found[f"{block}.down_proj"] = LinearShape(both // 2, inputs, count)
     return found
+
+
+def refuse_nonsense(shapes: Iterable[LinearShape], config: Mapping[str, object], where: str) -> None:
+    """Raises ModelError QH-M50 for numbers in config.json by which no token could be sent to experts, with their key:
+    transformers builds such a model, and fails over the first batch, or sends tokens elsewhere."""
+    count = max((shape.experts for shape in shapes), default=1)
+    if count == 1:
+        return
+    groups = config.get("n_group")
+    known: dict[str, tuple[int, int | None]] = {
+        **dict.fromkeys(COUNT_KEYS, (1, None)),
+        **dict.fromkeys(PER_TOKEN_KEYS, (1, count)),
+        "n_group": (1, count),
+        "topk_group": (1, groups if type(groups) is int and groups > 0 else None),
+        "decoder_sparse_step": (1, None),
+        "first_k_dense_replace": (0, None),
+        "n_shared_experts": (0, None),
+    }
+    for key, (least, most) in known.items():
+        value = config.get(key)
+        if type(value) is int and not least <= value <= (value if most is None else most):
+            limits = f"from {least} to {most}" if most is not None else f"of {least} or more"
+            raise _nonsense(f"{key} is {value}; a whole number {limits} is expected", where)
+    if type(groups) is int and count % groups:
+        raise _nonsense(f"n_group is {groups}, which does not divide {count} experts", where)
+
+
+def _nonsense(what: str, where: str) -> ModelError:
+    return ModelError(
+        "QH-M50",
+        f"config.json describes no mixture that could compute: {what}.",
+        where=where,
+        fix="Get config.json again from the model's source.",
+    )
 
 
 def missing_parts(targets: Iterable[str], linear_modules: Mapping[str, LinearShape]) -> list[str]:

@@ -67,7 +67,8 @@ def read_facts(folder: Path, remote_headers: Sequence[Header] | None = None, *, 
 
     Raises ModelError (QH-C70 config.json missing or broken, QH-C71 no weights, QH-C79 a missing shard, QH-C01 a
     truncated file, QH-C72 a quantization or dtype that no backend reads, QH-C73 a contradictory quantized checkpoint,
-    QH-M50 far more layers in the configuration than in the weights, or another number of experts) and UnsafeInputError
+    QH-M50 far more layers in the configuration than in the weights, another number of experts, or experts to which no
+    token could go) and UnsafeInputError
     (QH-C15, QH-C16 malformed headers).
     """
     config = read_json(folder / "config.json")
@@ -85,6 +86,7 @@ def read_facts(folder: Path, remote_headers: Sequence[Header] | None = None, *, 
     model_type = str(config.get("model_type", ""))
     vocabulary_size = _whole_number(config, "vocab_size") or 0
     shapes = _with_stacks(_plain_shapes(tensors), packed_shapes, tensors, config, str(folder))
+    expert_stacks.refuse_nonsense(shapes.values(), text_config(config), str(folder))
     return ModelFacts(
         architecture=_architecture(config),
         model_type=model_type,

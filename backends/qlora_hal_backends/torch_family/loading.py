@@ -37,7 +37,7 @@ from qlora_hal_backends.torch_family.experts import ExpertStack, RoutedExperts, 
 from qlora_hal_backends.torch_family.head_loss import Head
 from qlora_hal_backends.torch_family.host_tables import HostEmbedding, Tables
 from qlora_hal_backends.torch_family.lora_linear import FrozenLinear
-from qlora_hal_backends.torch_family.microscaling import LARGEST, NO_NUMBER, Mxfp4Weight
+from qlora_hal_backends.torch_family.microscaling import LARGEST, Mxfp4Weight
 from qlora_hal_backends.torch_family.sharded_base import ShardedBase
 from qlora_hal_backends.torch_family.streamed_base import StreamedBase
 from qlora_hal_backends.torch_family.transformers_versions import recomputable_layers, stays_float32
@@ -249,11 +249,9 @@ class Checkpoint:
         return part
 
     def numbers_in(self, weight: Mxfp4Weight, name: str) -> Mxfp4Weight:
-        """`weight` again, that of the layer `name`. Raises ModelError QH-M52 as `finite_in`."""
-        largest = int(weight.scales.max())
-        if largest == NO_NUMBER:
-            raise no_number(name, self.where)
-        if LARGEST * 2.0 ** (largest - 127) > torch.finfo(weight.dtype).max:
+        """`weight` again, that of the layer `name`. Raises ModelError QH-M52 as `finite_in`; only where a scale is that
+        large, the one for NaN among them, is it decoded for that."""
+        if LARGEST * 2.0 ** (int(weight.scales.max()) - 127) > torch.finfo(weight.dtype).max:
             finite_in(replace(weight, dtype=torch.float32).dense(), weight.dtype, name, self.where)
         return weight
 
@@ -277,12 +275,7 @@ def finite(tensor: Tensor, name: str, where: str) -> Tensor:
     """`tensor` again. Raises ModelError QH-M52 where it holds NaN or infinity."""
     if bool(torch.isfinite(tensor).all()):
         return tensor
-    raise no_number(name, where)
-
-
-def no_number(name: str, where: str) -> ModelError:
-    """The refusal of a tensor that holds NaN or infinity."""
-    return ModelError(
+    raise ModelError(
         "QH-M52",
         f"{name} holds NaN or infinity; finite numbers are expected.",
         where=where,
