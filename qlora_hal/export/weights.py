@@ -19,7 +19,7 @@ from qlora_hal.errors import ConfigError, ModelError, NumericsError
 from qlora_hal.export.rounding import DTYPE_BYTES, SAFETENSORS_DTYPE, is_finite, rounded
 from qlora_hal.files.safetensors_file import TensorEntry
 from qlora_hal.formats.packed_modules import PackedModules
-from qlora_hal.model.expert_stacks import GATE_AND_UP, INTERLEAVED, halves_of, layer_in, place_of
+from qlora_hal.model.expert_stacks import GATE_AND_UP, INTERLEAVED, halves_of, joined_place, layer_in, place_of
 from qlora_hal.model.facts import ModelFacts
 from qlora_hal.model.safetensors_headers import Header
 from qlora_hal.model.shards import Array, PlannedTensor
@@ -87,7 +87,8 @@ class BaseFiles:
         gpt-oss's `[experts, in, out]`."""
         block, _, projection = module.rpartition(".")
         halves = GATE_AND_UP[0]
-        whole = self.float32(f"{block}.gate_up_proj" if projection in halves else module)
+        joined = (block, "gate_up_proj" if projection in halves else projection)
+        whole = self.float32(next(name for name in self._places if joined_place(name) == joined))
         rows = np.swapaxes(whole, 1, 2) if in_turns else whole
         if projection in halves:
             place = halves.index(projection)
@@ -146,7 +147,7 @@ class MergedModel:
         stored = self._facts.tensors[name]
         module = self._packed.module_of_weight(name) or name.removesuffix(".weight")
         if (module != name or stored.dtype in FLOATING_DTYPES) and (shape := self._shape_of_block(module)):
-            return self._floating(module, shape, module)
+            return self._floating(module if module in self._packed.modules else name, shape, module)
         if module in self._packed.modules or (module != name and layer_in(self._linears, module) is not None):
             linear = self._shape(module)
             return self._floating(f"{module}.weight", linear.weight, module)
@@ -165,7 +166,7 @@ class MergedModel:
             return ()
         sides = (sum(stack.outputs for stack in stacks), stacks[0].inputs)
         shape = (stacks[0].experts, *(reversed(sides) if self._in_turns else sides))
-        stored = self._facts.tensors.get(module)
+        stored = self._facts.tensors.get(module) or self._facts.tensors.get(f"{module}.weight")
         return shape if stored is None or stored.shape == shape else ()
 
     @property

@@ -21,6 +21,8 @@ GATE_AND_UP = (("gate_proj", "up_proj"), ("w1", "w3"))
 INTERLEAVED = frozenset({"gpt_oss"})
 """Model types that have no tensor for each expert anywhere: all of a block in one `[experts, in, out]`, gate and up in
 turns."""
+CONCATENATED = frozenset({"granitemoe", "granitemoeshared", "granitemoehybrid"})
+"""The same as `[experts, out, in]`, gate before up, under names of their own (`_GRANITE`)."""
 COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """What config.json calls the number of routed experts of a block."""
 PER_TOKEN_KEYS = (
@@ -30,6 +32,9 @@ PER_TOKEN_KEYS = (
 
 _ONE_EXPERT = re.compile(r"(?P<block>.+\.experts)\.(?P<number>\d+)\.(?P<projection>[\w.]+)")
 _JOINED = re.compile(r"(?P<block>.+\.experts)\.(?P<projection>gate_up_proj|down_proj)")
+_GRANITE = re.compile(r"(?P<block>.+\.block_sparse_moe)\.(?P<projection>input_linear|output_linear)(\.weight)?")
+_OF_GRANITE = {"input_linear": "gate_up_proj", "output_linear": "down_proj"}
+"""What GraniteMoe stores for them (transformers 5.23, `conversion_mapping`)."""
 _SHARED = frozenset({"shared_expert", "shared_experts", "shared_mlp"})
 
 
@@ -70,17 +75,27 @@ def layers_of(module: str, shape: LinearShape) -> list[str]:
 
 def halves_of(tensor: str, linear_modules: Mapping[str, LinearShape]) -> tuple[str, ...]:
     """The stacks that a tensor of all experts of a block holds, one behind the other along its second side."""
-    found = _JOINED.fullmatch(tensor)
-    if found is None:
+    place = joined_place(tensor)
+    if place is None:
         return ()
-    names = GATE_AND_UP[0] if found["projection"] == "gate_up_proj" else (found["projection"],)
-    paths = tuple(f"{found['block']}.{name}" for name in names)
+    block, projection = place
+    names = GATE_AND_UP[0] if projection == "gate_up_proj" else (projection,)
+    paths = tuple(f"{block}.{name}" for name in names)
     return paths if linear_modules.keys() >= set(paths) else ()
 
 
 def is_joined(tensor: str) -> bool:
     """Whether a tensor's name says that it holds all experts of a block."""
-    return _JOINED.fullmatch(tensor) is not None
+    return joined_place(tensor) is not None
+
+
+def joined_place(tensor: str) -> tuple[str, str] | None:
+    """The path of the experts that a tensor holds all of, and whether it is their `gate_up_proj` or `down_proj`."""
+    if found := _JOINED.fullmatch(tensor):
+        return found["block"], found["projection"]
+    if found := _GRANITE.fullmatch(tensor):
+        return f"{found['block']}.experts", _OF_GRANITE[found["projection"]]
+    return None
 
 
 def is_shared(module: str) -> bool:
@@ -122,8 +137,9 @@ def of_joined_tensors(
     """
     blocks: dict[str, dict[str, Sequence[int]]] = {}
     for name, dimensions in tensors.items():
-        if len(dimensions) == 3 and (match := _JOINED.fullmatch(name)):
-            blocks.setdefault(match["block"], {})[match["projection"]] = dimensions
+        if len(dimensions) == 3 and (place := joined_place(name)):
+            block, projection = place
+            blocks.setdefault(block, {})[projection] = dimensions
     found: dict[str, LinearShape] = {}
     for block, weights in blocks.items():
         if len(weights) < 2 or weights["gate_up_proj"][0] < 2:

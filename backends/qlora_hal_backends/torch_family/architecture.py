@@ -21,7 +21,7 @@ from qlora_hal.contract.values import LinearShape
 from qlora_hal.errors import ModelError
 from qlora_hal.errors.foreign import missing_package
 from qlora_hal.formats.gpt_oss import BLOCKS, SCALES
-from qlora_hal.model.expert_stacks import place_of
+from qlora_hal.model.expert_stacks import is_joined, place_of
 from qlora_hal.model.linear_shapes import natural_order, reason_left_out, state_space_mixers
 from qlora_hal.model.source import ModelSource
 from qlora_hal.model.stored_dtypes import FLOATING_DTYPES, not_a_weight, packed_elsewhere
@@ -263,11 +263,12 @@ def _renamed(stored: str, rename: Any) -> NameInModel:
 
 
 def _is_of_an_expert(stored: str, name: str) -> bool:
-    """Whether a tensor keeps its name because it is one expert's, or bytes of all (`ExpertNames`)."""
-    if _PACKED_EXPERTS.fullmatch(stored):
-        return stored == name
+    """Whether a tensor keeps its name because it is one expert's, or holds all of a block (`ExpertNames`)."""
+    if stored != name:
+        return False
     packed = _PACKED.fullmatch(stored)
-    return stored == name and place_of(packed["module"] if packed else stored.removesuffix(".weight")) is not None
+    layer = packed["module"] if packed else stored.removesuffix(".weight")
+    return bool(_PACKED_EXPERTS.fullmatch(stored)) or is_joined(layer) or place_of(layer) is not None
 
 
 def _refuse_doubles(renamed: Mapping[str, str], source: ModelSource) -> None:

@@ -81,7 +81,8 @@ def _of_joined(
     dtype: torch.dtype,
     device: torch.device,
 ) -> BaseWeight:
-    stored = checkpoint.take_part(projection.joined, number, device, dtype)
+    name = projection.joined if checkpoint.has(projection.joined) else f"{projection.joined}.weight"
+    stored = checkpoint.take_part(name, number, device, dtype)
     columns = stored if block.is_transposed else stored.t()  # [in, out]
     if half in HALVES:
         columns = block.halves(columns)[HALVES.index(half)]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from qlora_hal.contract.values import LinearShape
 from qlora_hal.formats.gpt_oss import BLOCKS, SCALES
-from qlora_hal.model.expert_stacks import GATE_AND_UP, is_joined, place_of
+from qlora_hal.model.expert_stacks import GATE_AND_UP, joined_place, place_of
 from qlora_hal_backends.torch_family.experts.block import RoutedExperts
 from qlora_hal_backends.torch_family.experts.stack import ExpertStack
 from qlora_hal_backends.torch_family.microscaling import GROUP_SIZE
@@ -56,9 +56,10 @@ class ExpertNames:
             projection.stack = place.module
             projection.paths[place.number] = layer
             return True
-        if found.is_converted or not is_joined(layer):
+        joined = joined_place(layer)
+        if found.is_converted or joined is None:
             return False
-        stored_block = layer.rpartition(".")[0]
+        stored_block, _ = joined
         halves = list(zip(HALVES, GATE_AND_UP[0], strict=True)) if weight == "gate_up_proj" else [("down", weight)]
         # Stored twice, nothing says which is meant. Names with numbers come first.
         if any(self.projections[block, half].paths for half, _ in halves):
