@@ -142,12 +142,13 @@ def _peft_step_with_experts(model: Any, adapter: Adapter, batch: Batch) -> tuple
 
     from qlora_hal.adapter import module_of, write_adapter
     from qlora_hal.adapter.naming import lora_a_key, lora_b_key
+    from qlora_hal.adapter.peft_experts import LAYOUT, NUMBERED, layout_of
     from qlora_hal.model.expert_stacks import INTERLEAVED, paired_with
 
     with TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft 0.21: patterns of parameters, an older name of recomputation
         in_turns = model.config.model_type in INTERLEAVED
-        provenance = {"experts_in_files": "interleaved"} if in_turns else {}
+        provenance = {LAYOUT: layout_of(model.config.model_type)}
         write_adapter(Path(folder) / "a", adapter, base_name="base", base_revision=None, provenance=provenance)
         wrapped = PeftModel.from_pretrained(model, Path(folder) / "a", is_trainable=True).eval()
     loss = _loss_of(wrapped, batch)
@@ -163,7 +164,9 @@ def _peft_step_with_experts(model: Any, adapter: Adapter, batch: Batch) -> tuple
         if tensor.ndim == 2:
             gradients[name] = found[name].numpy()
             continue
-        block = module.rpartition(".")[0].replace("block_sparse_moe", "mlp").replace("ffn", "mlp")
+        block = module.rpartition(".")[0].replace("ffn", "mlp")
+        if provenance[LAYOUT] == NUMBERED:
+            block = block.replace("block_sparse_moe", "mlp")
         is_gate = module.endswith((".gate_proj", ".w1"))
         inner = ".base_layer" if paired_with(module) else ""
         key = (lora_a_key if half == "A" else lora_b_key)(f"{block}{inner}")

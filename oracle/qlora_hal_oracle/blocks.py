@@ -106,13 +106,21 @@ def attention(
     *,
     scale: float,
     cap: float | None = None,
+    sinks: Float64 | None = None,
 ) -> tuple[Float64, AttentionTrace]:
-    """(softmax(soft_cap(scale q k^T)) v, trace), all `[batch, heads, time, d]`; keys already repeated to the heads."""
+    """(softmax(soft_cap(scale q k^T)) v, trace), all `[batch, heads, time, d]`; keys already repeated to the heads. The
+    softmax is also over `sinks` `[heads]`, where there are, of which no value follows."""
     products = arithmetic.product(f"{name}.scores", query, np.swapaxes(key, -1, -2))
     scores = soft_cap(products * scale, cap)
     shifted = np.where(allowed, scores, -np.inf)
-    exponentials = np.exp(shifted - shifted.max(axis=-1, keepdims=True))
-    weights = arithmetic.store(exponentials / exponentials.sum(axis=-1, keepdims=True))
+    largest = shifted.max(axis=-1, keepdims=True)
+    if sinks is not None:
+        largest = np.maximum(largest, sinks[:, None, None])
+    exponentials = np.exp(shifted - largest)
+    total = exponentials.sum(axis=-1, keepdims=True)
+    if sinks is not None:
+        total = total + np.exp(sinks[:, None, None] - largest)
+    weights = arithmetic.store(exponentials / total)
     mixed = arithmetic.store(arithmetic.product(f"{name}.mix", weights, value))
     return mixed, AttentionTrace(weights, scale * soft_cap_slope(scores, cap))
 
@@ -138,6 +146,14 @@ def attention_backward(
     grad_query = arithmetic.product(f"{name}.grad_query", grad_scores, key)
     grad_key = arithmetic.product(f"{name}.grad_key", np.swapaxes(grad_scores, -1, -2), query)
     return arithmetic.store(grad_query), arithmetic.store(grad_key), arithmetic.store(grad_value)
+
+
+def sinks_backward(grad: Float64, value: Float64, trace: AttentionTrace) -> Float64:
+    """`[heads]`: with p = 1 - sum(P) the sink's share, dp of which is 0: -p sum(dP P), over all queries."""
+    along = (trace.weights * (grad @ np.swapaxes(value, -1, -2))).sum(axis=-1)
+    shares = 1.0 - trace.weights.sum(axis=-1)
+    total: Float64 = -(shares * along).sum(axis=(0, 2))
+    return total
 
 
 def split_heads(x: Float64, heads: int) -> Float64:
@@ -175,10 +191,33 @@ def gated_backward(grad: Float64, gate: Float64, up: Float64, activation: str = 
     return grad * up * slope, grad * value
 
 
+GPT_OSS_SLOPE = 1.702
+"""gpt-oss's `swiglu_alpha`: x sigmoid(1.702 x) is near GELU (arXiv:1606.08415)."""
+
+
+def limited_gated(gate: Float64, up: Float64, limit: float) -> Float64:
+    """gpt-oss: (u + 1) g sigmoid(1.702 g), with g the gate up to the limit and u within plus and minus the limit."""
+    g, u = np.minimum(gate, limit), np.clip(up, -limit, limit)
+    return (u + 1.0) * g * _sigmoid(GPT_OSS_SLOPE * g)
+
+
+def limited_gated_backward(grad: Float64, gate: Float64, up: Float64, limit: float) -> tuple[Float64, Float64]:
+    """(gradient of the gate, of up): zero beyond the limit."""
+    g, u = np.minimum(gate, limit), np.clip(up, -limit, limit)
+    s = _sigmoid(GPT_OSS_SLOPE * g)
+    slope = s * (1.0 + GPT_OSS_SLOPE * g * (1.0 - s))
+    return grad * (u + 1.0) * slope * (gate <= limit), grad * g * s * (np.abs(up) <= limit)
+
+
+def _sigmoid(x: Float64) -> Float64:
+    # tanh does not overflow where exp(-x) would.
+    s: Float64 = 0.5 * (1.0 + np.tanh(0.5 * x))
+    return s
+
+
 def _silu(x: Float64) -> tuple[Float64, Float64]:
     """x s with s = sigmoid(x), and s (1 + x (1 - s))."""
-    # tanh does not overflow where exp(-x) would.
-    s = 0.5 * (1.0 + np.tanh(0.5 * x))
+    s = _sigmoid(x)
     return x * s, s * (1.0 + x * (1.0 - s))
 
 

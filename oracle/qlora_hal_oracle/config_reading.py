@@ -14,7 +14,7 @@ import numpy as np
 from .arrays import Float64
 from .blocks import ACTIVATIONS
 from .config_values import Config, integer, numbers, real, refuse_key
-from .mixture_reading import mixture_of_deepseek, mixture_of_mixtral, mixture_of_qwen
+from .mixture_reading import mixture_of_deepseek, mixture_of_gpt_oss, mixture_of_mixtral, mixture_of_qwen
 from .shape import DEFAULT_RMS_NORM_EPS, DEFAULT_ROPE_THETA, LlamaShape
 
 Parts = dict[str, object]
@@ -192,6 +192,22 @@ def _glm4_moe(config: Config) -> Parts:
     }
 
 
+def _gpt_oss(config: Config) -> Parts:
+    if not _rope_settings(config):
+        raise ValueError("without rope_scaling transformers takes yarn for a gpt-oss; it has to be written down here")
+    has_biases = bool(config.get("attention_bias", True))
+    return {
+        "query_key_value_bias": has_biases,
+        "output_bias": has_biases,
+        "attention_sinks": True,
+        "windows": _windows_of_types({"sliding_window": 128, **config}, lambda layer: layer % 2 == 0),
+        "head_dim": integer(config, "head_dim", 64),
+        "rms_norm_eps": real(config, "rms_norm_eps", 1e-5),
+        "rope_theta": _base_frequency(config, 150000.0),
+        "mixture": mixture_of_gpt_oss(config),
+    }
+
+
 FAMILIES: Mapping[str, Callable[[Config], Parts]] = {
     "llama": _llama,
     "mistral": _mistral,
@@ -205,6 +221,7 @@ FAMILIES: Mapping[str, Callable[[Config], Parts]] = {
     "qwen2_moe": _qwen2_moe,
     "qwen3_moe": _qwen3_moe,
     "glm4_moe": _glm4_moe,
+    "gpt_oss": _gpt_oss,
 }
 """`model_type` -> what it does otherwise than a plain Llama, with transformers' own defaults."""
 

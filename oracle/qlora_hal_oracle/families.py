@@ -211,6 +211,23 @@ def _glm4_moe(random: Random) -> Config:
     }
 
 
+def _gpt_oss(random: Random) -> Config:
+    """Two key heads at least, windows in the first of its layers, experts and routers with biases."""
+    return {
+        **_drawn(random, "gpt_oss", "GptOssForCausalLM"),
+        "intermediate_size": 128,
+        "num_local_experts": int(random.integers(4, 7)),
+        "num_experts_per_tok": 2,
+        "attention_bias": True,
+        "sliding_window": _window(random),
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+        "swiglu_limit": 7.0,
+        "tie_word_embeddings": False,
+        "output_router_logits": False,
+    }
+
+
 FAMILIES: Mapping[str, Callable[[Random], Config]] = {
     "llama": _llama,
     "llama3": _llama3,
@@ -228,6 +245,7 @@ MIXTURES: Mapping[str, Callable[[Random], Config]] = {
     "qwen2_moe": _qwen2_moe,
     "qwen3_moe": _qwen3_moe,
     "glm4_moe": _glm4_moe,
+    "gpt_oss": _gpt_oss,
 }
 """Families with experts. Their names are their `model_type`."""
 
@@ -281,6 +299,7 @@ VARIATIONS_OF_MIXTURES: Mapping[str, Variation] = {
     "two_shared_experts": Variation("glm4_moe", {"n_shared_experts": 2}),
     "window_of_mixtral": Variation("mixtral", {"sliding_window": 6}),
     "one_expert_a_token": Variation("mixtral", {"num_experts_per_tok": 1}),
+    "gates_at_their_limit": Variation("gpt_oss", {"swiglu_limit": 0.75}),
 }
 """The same of families with experts."""
 

@@ -25,6 +25,7 @@ from .shape import (
     POST_ATTENTION_NORM,
     POST_MLP_NORM,
     QUERY_NORM,
+    SINKS,
     LlamaShape,
 )
 
@@ -209,6 +210,7 @@ class OracleLlama:
             f"{path}.self_attn",
             scale=shape.score_scale,
             cap=shape.attention_softcap,
+            sinks=self.base[f"{path}.{SINKS}"] if shape.attention_sinks else None,
         )
         attended = apply("self_attn.o_proj", blocks.join_heads(mixed))
         middle = join(entry, norm(POST_ATTENTION_NORM, attended) if shape.norms_around else attended)
@@ -347,6 +349,8 @@ class OracleLlama:
         grad_query, grad_key, grad_value = blocks.attention_backward(
             grad_mixed, trace.query, trace.key, trace.value, trace.attention, run.arithmetic, f"{path}.self_attn"
         )
+        if run.with_base and shape.attention_sinks:
+            run.add(f"{path}.{SINKS}", blocks.sinks_backward(grad_mixed, trace.value, trace.attention))
         grad_key = blocks.repeat_keys_backward(grad_key, shape.queries_per_key)
         grad_value = blocks.repeat_keys_backward(grad_value, shape.queries_per_key)
         grad_query = store(blocks.rotate_backward(grad_query, view.cos, view.sin))

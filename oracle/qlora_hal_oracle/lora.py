@@ -106,7 +106,7 @@ class AdaptedLinear:
         """(y, trace). `mask` is the dropout mask, its 1/(1-p) already in it; it acts on the adapter's input only."""
         y = arithmetic.product(self.module, x, _turned(arithmetic.store(self.weight)))
         if self.bias is not None:
-            y = y + self.bias
+            y = y + (self.bias if self.weight.ndim == 2 else self.bias[:, None])
         if self.lora_a is None or self.lora_b is None:
             return arithmetic.store(y), LinearTrace(x, x, None, None)
         dropped = x if mask is None else x * mask

@@ -69,7 +69,7 @@ class Mixture:
         laid_out = np.zeros((shape.experts, capacity, x.shape[-1]))
         laid_out[routing.chosen, places] = tokens[:, None]
         gate, up = apply(shape.expert("gate"), laid_out), apply(shape.expert("up"), laid_out)
-        output = apply(shape.expert("down"), store(blocks.gated(gate, up, self.activation)))
+        output = apply(shape.expert("down"), store(self.gated(gate, up)))
         weighted = store(store(routing.weights)[..., None] * output[routing.chosen, places])
         y = store(weighted.sum(axis=1)).reshape(x.shape)
         shared = None
@@ -77,6 +77,18 @@ class Mixture:
             shared = self.shared_forward(x, apply, arithmetic)
             y = store(y + store(shared.share * shared.output))
         return y, MixtureTrace(x, router, routing, places, gate, up, output, shared)
+
+    def gated(self, gate: Float64, up: Float64) -> Float64:
+        """What a routed expert has between its projections."""
+        if self.shape.limit is not None:
+            return blocks.limited_gated(gate, up, self.shape.limit)
+        return blocks.gated(gate, up, self.activation)
+
+    def gated_backward(self, grad: Float64, gate: Float64, up: Float64) -> tuple[Float64, Float64]:
+        """(gradient of the gate, of up)."""
+        if self.shape.limit is not None:
+            return blocks.limited_gated_backward(grad, gate, up, self.shape.limit)
+        return blocks.gated_backward(grad, gate, up, self.activation)
 
     def route(self, logits: Float64) -> Routing:
         """Where the tokens of these router logits `[tokens, experts]` go."""
@@ -94,7 +106,7 @@ class Mixture:
         grad_output = np.zeros_like(trace.output)
         grad_output[chosen, places] = store(routing.weights[..., None] * grad_tokens[:, None])
         grad_gated = back(shape.expert("down"), grad_output)
-        grad_gate, grad_up = blocks.gated_backward(grad_gated, trace.gate, trace.up, self.activation)
+        grad_gate, grad_up = self.gated_backward(grad_gated, trace.gate, trace.up)
         grad_laid_out = back(shape.expert("gate"), store(grad_gate)) + back(shape.expert("up"), store(grad_up))
         grad_x = store(grad_laid_out[chosen, places].sum(axis=1))
         grad_weights = store((grad_tokens[:, None] * trace.output[chosen, places]).sum(axis=-1))

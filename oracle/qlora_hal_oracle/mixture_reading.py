@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .blocks import GPT_OSS_SLOPE
 from .config_values import Config, integer, real
 from .shape import MixtureShape
 
@@ -56,6 +57,21 @@ def mixture_of_deepseek(config: Config) -> MixtureShape:
         shared="shared_experts",
         shared_inner=inner * integer(config, "n_shared_experts", 1),
         layers=_layers(config, lambda layer: layer >= first),
+    )
+
+
+def mixture_of_gpt_oss(config: Config) -> MixtureShape:
+    """The softmax over the chosen experts alone is that over all, divided by its sum."""
+    if real(config, "swiglu_alpha", GPT_OSS_SLOPE) != GPT_OSS_SLOPE:
+        raise ValueError(f"swiglu_alpha is {config['swiglu_alpha']!r}; the oracle computes {GPT_OSS_SLOPE} only")
+    return MixtureShape(
+        experts=_experts(config, "num_local_experts", "num_experts", default=128),
+        experts_per_token=integer(config, "num_experts_per_tok", 4),
+        inner=integer(config, "intermediate_size", 2880),
+        router_name="router",
+        biased=True,
+        limit=real(config, "swiglu_limit", 7.0),
+        joined=True,
     )
 
 

@@ -18,11 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from qlora_hal.contract.backend import Quantization
+from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.values import LinearShape
 from qlora_hal.formats.catalogue import record_of
 
 from .arrays import Float32, Float64
-from .codecs import Codec
+from .codecs import Codec, MicroscalingCodec
+from .microscaling import MicroscalingFormat
 from .roundoff import round_to_bfloat16
 from .shape import LlamaShape
 
@@ -32,8 +34,9 @@ Config = Mapping[str, object]
 
 FIRST_ORDINARY_TOKEN = 3
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-ROUTERS = ("mlp.gate.weight", "block_sparse_moe.gate.weight")
+ROUTERS = ("mlp.gate.weight", "block_sparse_moe.gate.weight", "mlp.router.weight")
 STACK = ".experts."
+UNPACKED_OF_GPT_OSS = ("model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head")
 
 
 def _shape(
@@ -124,6 +127,8 @@ def _center_and_spread(name: str, sides: tuple[int, ...], shape: LlamaShape) -> 
         return 1.0 - shape.norm_offset, 0.2
     if name.endswith("bias"):
         return 0.0, 0.3
+    if name.endswith("sinks"):
+        return 0.0, 1.0
     # A router tells experts apart: logits of 2, so that weights of chosen experts differ.
     return 0.0, (2.0 if name.endswith(ROUTERS) else 1.0) / sides[-1] ** 0.5
 
@@ -136,6 +141,27 @@ def stored_one_by_one(tensors: Mapping[str, Float32]) -> Tensors:
             found |= {name.replace(STACK, f"{STACK}{expert}."): weight for expert, weight in enumerate(tensor)}
         else:
             found[name] = tensor
+    return found
+
+
+def is_joined(shape: LlamaShape) -> bool:
+    """Whether checkpoints have all experts of a block in one tensor."""
+    return shape.mixture is not None and shape.mixture.joined
+
+
+def stored_joined(tensors: Mapping[str, Float32]) -> Tensors:
+    """As gpt-oss has its experts: `[experts, in, out]`, gate and up in turns along the last side, and their biases."""
+    found = {name: tensor for name, tensor in tensors.items() if STACK not in name}
+    for block in sorted({name.partition(STACK)[0] + STACK for name in tensors if STACK in name}):
+        for part, ending in (("weight", ""), ("bias", "_bias")):
+            if f"{block}down_proj.{part}" not in tensors:
+                continue
+            gate, up, down = (tensors[f"{block}{name}_proj.{part}"] for name in ("gate", "up", "down"))
+            if part == "weight":
+                gate, up, down = (np.swapaxes(tensor, 1, 2) for tensor in (gate, up, down))
+            both = np.stack((gate, up), axis=-1)
+            found[f"{block}gate_up_proj{ending}"] = both.reshape(*both.shape[:-2], -1)
+            found[f"{block}down_proj{ending}"] = np.ascontiguousarray(down)
     return found
 
 
@@ -161,7 +187,8 @@ def write_model(
     """Plain weights in float32, float16 or bfloat16, in one file or in several with an index; `tensors` of the result
     are what the files really hold. `config` is the config.json of a model that is no plain Llama."""
     kept = {name: _rounded(tensor, stored_dtype) for name, tensor in tensors.items()}
-    stored = {name: _as_stored(t, stored_dtype) for name, t in stored_one_by_one(kept).items()}
+    laid_out = stored_joined(kept) if is_joined(shape) else stored_one_by_one(kept)
+    stored = {name: _as_stored(t, stored_dtype) for name, t in laid_out.items()}
     write_weights(folder, stored, files=files)
     write_config(folder, shape, dtype=stored_dtype, config=config)
     return TinyModel(folder, shape, kept)
@@ -236,7 +263,9 @@ def write_quantized(
 ) -> TinyModel:
     """The linear layers already packed, as the format's codec writes them, or another one of the format's, each expert
     by itself; the rest in `stored_dtype`. A tensor that is left out is left out. Raises ValueError for a format in
-    which nothing is packed."""
+    which nothing is packed. MXFP4 of a gpt-oss is in its own layout, of the experts alone."""
+    if is_joined(shape) and quantization.weight_format == WeightFormat.MXFP4:
+        return _write_published(folder, shape, tensors, stored_dtype=stored_dtype, files=files, config=config)
     record = record_of(quantization.weight_format)
     if record.layout is None:
         raise ValueError("there is no packed layout of weights that are not quantized")
@@ -255,6 +284,41 @@ def write_quantized(
             stored[module] = np.stack(decoded) if linears[module].experts > 1 else decoded[0]
     write_weights(folder, arrays, files=files)
     described = codec.description(size, quantization.double_quant)
+    write_config(folder, shape, dtype=stored_dtype, more=described, config=config)
+    return TinyModel(folder, shape, {**tensors, **rest}, stored)
+
+
+def _write_published(
+    folder: Path,
+    shape: LlamaShape,
+    tensors: Mapping[str, Float32],
+    *,
+    stored_dtype: str,
+    files: int,
+    config: Config | None,
+) -> TinyModel:
+    """As gpt-oss is on the hub: `_blocks` and `_scales` of each projection, a row of bytes to each output, gate and up
+    in turns; all else is plain (transformers 5.23, `integrations/mxfp4.py`)."""
+    codec = MicroscalingCodec(MicroscalingFormat.MXFP4)
+    experts = {name: tensor for name, tensor in tensors.items() if STACK in name and name.endswith(".weight")}
+    rest = {name: _rounded(tensor, stored_dtype) for name, tensor in tensors.items() if name not in experts}
+    arrays = {name: _as_stored(tensor, stored_dtype) for name, tensor in stored_joined(rest).items()}
+    codes: dict[str, Array] = {}
+    stored: dict[str, Float64] = {}
+    for name, stack in experts.items():
+        packed = [codec.quantize(weight, None) for weight in stack]
+        stored[name.removesuffix(".weight")] = np.stack([codec.dequantize(one) for one in packed])
+        bytes_of_rows = np.stack([one[".weight"].view(np.uint8) for one in packed])
+        codes[f"{name}_blocks"] = bytes_of_rows.reshape(*bytes_of_rows.shape[:2], -1, 16)
+        codes[f"{name}_scales"] = np.stack([one[".scales"] for one in packed])
+    for block in sorted({name.partition(STACK)[0] + STACK for name in experts}):
+        for part in ("blocks", "scales"):
+            gate, up, down = (codes[f"{block}{name}_proj.weight_{part}"] for name in ("gate", "up", "down"))
+            both = np.stack((gate, up), axis=2)
+            arrays[f"{block}gate_up_proj_{part}"] = "U8", both.reshape(len(both), -1, *both.shape[3:])
+            arrays[f"{block}down_proj_{part}"] = "U8", down
+    write_weights(folder, arrays, files=files)
+    described = {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": list(UNPACKED_OF_GPT_OSS)}}
     write_config(folder, shape, dtype=stored_dtype, more=described, config=config)
     return TinyModel(folder, shape, {**tensors, **rest}, stored)
 

@@ -11,6 +11,7 @@ DEFAULT_RMS_NORM_EPS = 1e-6
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
 INPUT_NORM, POST_ATTENTION_NORM = "input_layernorm", "post_attention_layernorm"
 PRE_MLP_NORM, POST_MLP_NORM = "pre_feedforward_layernorm", "post_feedforward_layernorm"
+SINKS = "self_attn.sinks"
 QUERY_NORM, KEY_NORM = "self_attn.q_norm", "self_attn.k_norm"
 
 
@@ -25,7 +26,9 @@ class MixtureShape:
     - of `groups` of neighbouring experts only those in the `groups_chosen` best can be chosen (DeepSeek-V3);
     - `shared` is the module of an expert that every token passes, `shared_inner` wide, with `shared_gate` that of a
       sigmoid that multiplies what it gives (Qwen 2); no name, no such expert;
-    - `layers`: which have a mixture, the others an MLP; empty for all.
+    - `layers`: which have a mixture, the others an MLP; empty for all;
+    - `biased`: router and experts add biases; `limit` cuts gate and up, which are then gated as gpt-oss gates them;
+    - `joined`: checkpoints have all experts of a block in one tensor, `[experts, in, out]`, gate and up in turns.
     """
 
     experts: int
@@ -45,6 +48,10 @@ class MixtureShape:
     shared_inner: int = 0
     shared_gate: str = ""
     layers: tuple[bool, ...] = ()
+    router_name: str = "gate"
+    biased: bool = False
+    limit: float | None = None
+    joined: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.experts_per_token <= self.experts * self.groups_chosen // self.groups:
@@ -58,7 +65,7 @@ class MixtureShape:
     @property
     def router(self) -> str:
         """The router, by its name in a decoder layer."""
-        return f"{self.path}.gate"
+        return f"{self.path}.{self.router_name}"
 
     @property
     def correction(self) -> str:
@@ -87,6 +94,8 @@ class MixtureShape:
     def routers(self, hidden: int) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor that decides about tokens, by its name in a decoder layer."""
         found: dict[str, tuple[int, ...]] = {f"{self.router}.weight": (self.experts, hidden)}
+        if self.biased:
+            found[f"{self.router}.bias"] = (self.experts,)
         if self.corrected:
             found[self.correction] = (self.experts,)
         if self.shared_gate:
@@ -114,6 +123,7 @@ class LlamaShape:
       multiplies sine and cosine;
     - scales of the embeddings, of what each branch adds, and of the logits (all of them factors);
     - `fused_projections`: queries, keys and values are one linear layer, gate and up another (Phi-3);
+    - `attention_sinks`: a score of each query head that takes its share of the softmax and gives nothing (gpt-oss);
     - `mixture`: layers with experts in place of the MLP.
     """
 
@@ -148,6 +158,7 @@ class LlamaShape:
     residual_scale: float = 1.0
     logits_scale: float = 1.0
     fused_projections: bool = False
+    attention_sinks: bool = False
     mixture: MixtureShape | None = None
 
     def __post_init__(self) -> None:
@@ -225,7 +236,7 @@ class LlamaShape:
     def has_bias(self, linear: str) -> bool:
         """Whether a linear layer of a decoder layer has one."""
         if not linear.startswith("self_attn."):
-            return self.mlp_bias
+            return self.mlp_bias or (self.mixture is not None and self.mixture.biased)
         return self.output_bias if linear == "self_attn.o_proj" else self.query_key_value_bias
 
     def layer_norms(self) -> dict[str, int]:
@@ -250,7 +261,9 @@ class LlamaShape:
             for name, sides in self.layer_linears(layer).items():
                 shapes[f"{path}.{name}.weight"] = sides
                 if self.has_bias(name):
-                    shapes[f"{path}.{name}.bias"] = sides[:1]
+                    shapes[f"{path}.{name}.bias"] = sides[:-1]
+            if self.attention_sinks:
+                shapes[f"{path}.{SINKS}"] = (self.num_attention_heads,)
             shapes |= {f"{path}.{name}.weight": (width,) for name, width in self.layer_norms().items()}
         return shapes
 

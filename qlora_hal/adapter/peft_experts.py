@@ -7,9 +7,9 @@ parameters (`target_parameters`), and that rank with the scale that leaves each 
 the experts' projections share (of a shared expert, say) is named as a parameter, too: as a module, PEFT would take its
 name for the experts' and leave the layer out.
 
-gpt-oss has no layers of single experts on the hub, and PEFT makes none of such names: its adapters are written as PEFT
-holds them, A of all experts as `[experts * r, in]` and B as `[out, r * experts]`, of gate and up as one, their rows in
-turns.
+gpt-oss and GraniteMoe have no layers of single experts on the hub, and PEFT makes none of such names: their adapters
+are written as PEFT holds them, A of all experts as `[experts * r, in]` and B as `[out, r * experts]`, of gate and up as
+one, their rows in turns or, in GraniteMoe, those of the gate first.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ import numpy as np
 
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key, module_of
 from qlora_hal.contract.values import AdapterConfig
+from qlora_hal.model import expert_stacks
 from qlora_hal.model.expert_stacks import GATE_AND_UP, path_of, place_of
 
 if TYPE_CHECKING:
     from qlora_hal.files.safetensors_file import Array
 
-LAYOUT, NUMBERED, INTERLEAVED = "experts_in_files", "numbered", "interleaved"
+LAYOUT, NUMBERED, INTERLEAVED, CONCATENATED = "experts_in_files", "numbered", "interleaved", "concatenated"
 """The key that the provenance of every adapter on a mixture has, and its values: experts have names of their own, or
-none."""
+none, with gate and up in turns or one behind the other."""
+_WITHOUT_NAMES = frozenset({INTERLEAVED, CONCATENATED})
 _INNER = ".base_layer"
 FIELDS = ("target_parameters", "rank_pattern", "alpha_pattern")
 """Fields of adapter_config.json that plain LoRA on linear layers does not need."""
@@ -41,6 +43,13 @@ _FUSED = {
 _BLOCKS = {"block_sparse_moe": "mlp", "ffn": "mlp"}
 """What transformers calls a block that checkpoints name otherwise."""
 _FUSED_RANK = r".*\.gate_up_proj"
+
+
+def layout_of(model_type: str) -> str:
+    """How the adapters of a kind of mixture name experts in files."""
+    if model_type in expert_stacks.INTERLEAVED:
+        return INTERLEAVED
+    return CONCATENATED if model_type in expert_stacks.CONCATENATED else NUMBERED
 
 
 def per_expert(tensors: Mapping[str, Array]) -> dict[str, Array]:
@@ -58,8 +67,9 @@ def per_expert(tensors: Mapping[str, Array]) -> dict[str, Array]:
 
 def in_files(tensors: Mapping[str, Array], provenance: Mapping[str, object]) -> dict[str, Array]:
     """All tensors of an adapter as files hold them. `provenance` says where experts have no names of their own."""
-    if provenance.get(LAYOUT) != INTERLEAVED:
+    if provenance.get(LAYOUT) not in _WITHOUT_NAMES:
         return per_expert(tensors)
+    in_turns = provenance[LAYOUT] == INTERLEAVED
     found = {name: tensor for name, tensor in tensors.items() if tensor.ndim != 3}
     stacks = {name: tensor for name, tensor in tensors.items() if tensor.ndim == 3}
     for module in sorted({module_of(name)[0] for name in stacks}):
@@ -71,8 +81,10 @@ def in_files(tensors: Mapping[str, Array], provenance: Mapping[str, object]) -> 
             other = f"{block}.up_proj"
             a = np.concatenate([a, stacks[lora_a_key(other)]], axis=1)
             experts, outputs, r = b.shape
-            both = np.zeros((experts, outputs, 2, 2, r), b.dtype)
-            both[:, :, 0, 0], both[:, :, 1, 1] = b, stacks[lora_b_key(other)]
+            sides = (outputs, 2) if in_turns else (2, outputs)
+            both = np.zeros((experts, *sides, 2, r), b.dtype)
+            by_half = np.moveaxis(both, 2, 1) if in_turns else both  # [experts, 2, out, 2, r]
+            by_half[:, 0, :, 0], by_half[:, 1, :, 1] = b, stacks[lora_b_key(other)]
             b, block = both.reshape(experts, 2 * outputs, 2 * r), f"{block}{_INNER}"
         found[lora_a_key(block)] = a.reshape(-1, a.shape[2])
         found[lora_b_key(block)] = np.ascontiguousarray(b.transpose(1, 2, 0)).reshape(b.shape[1], -1)
@@ -82,8 +94,9 @@ def in_files(tensors: Mapping[str, Array], provenance: Mapping[str, object]) -> 
 def named(tensors: Mapping[str, Array], r: object, provenance: Mapping[str, object]) -> dict[str, Array]:
     """Of tensors in a file, those of experts under names of their own. Raises ValueError where they do not have rank
     `r`."""
-    if provenance.get(LAYOUT) != INTERLEAVED or type(r) is not int or r < 1:
+    if provenance.get(LAYOUT) not in _WITHOUT_NAMES or type(r) is not int or r < 1:
         return dict(tensors)
+    in_turns = provenance[LAYOUT] == INTERLEAVED
     found: dict[str, Array] = {}
     for name, tensor in tensors.items():
         module, half = module_of(name)
@@ -99,7 +112,8 @@ def named(tensors: Mapping[str, Array], r: object, provenance: Mapping[str, obje
             parts = [stack] if rank == r else [stack[:, :r], stack[:, r:]]
         else:
             key, stack = lora_b_key, tensor.reshape(tensor.shape[0], rank, -1).transpose(2, 0, 1)
-            parts = [stack] if rank == r else [stack[:, ::2, :r], stack[:, 1::2, r:]]
+            gate, up = (stack[:, ::2], stack[:, 1::2]) if in_turns else np.array_split(stack, 2, axis=1)
+            parts = [stack] if rank == r else [gate[..., :r], up[..., r:]]
         leaves = ("down_proj",) if rank == r else GATE_AND_UP[0]
         found |= {key(f"{block}.{leaf}"): np.ascontiguousarray(part) for leaf, part in zip(leaves, parts, strict=True)}
     return per_expert(found)
@@ -185,7 +199,9 @@ def _parameter(module: str, *, is_stack: bool, always: bool = False) -> str:
     if not is_stack:
         return f"{module}.weight" if always or _shares_name(module) else ""
     block, _, projection = module.rpartition(".")
-    parts = (_BLOCKS.get(part, part) for part in block.split("."))
+    # GraniteMoe's block keeps its name; Mixtral's, whose projections have numbers, does not.
+    kept = "block_sparse_moe" if projection in (*GATE_AND_UP[0], "down_proj") else ""
+    parts = (part if part == kept else _BLOCKS.get(part, part) for part in block.split("."))
     return ".".join((*parts, _FUSED.get(projection, projection)))
 
 

@@ -34,7 +34,7 @@ from qlora_hal.export.request import MergeRequest, MergeResult, check_request
 from qlora_hal.export.rounding import DTYPE_BYTES
 from qlora_hal.export.weights import BaseFiles, BaseWeight, MergedModel
 from qlora_hal.files import atomic_folder, durable, strict_json
-from qlora_hal.model.expert_stacks import place_of
+from qlora_hal.model.expert_stacks import INTERLEAVED, place_of
 from qlora_hal.model.facts import read_facts
 from qlora_hal.model.shards import SHARD_BYTES, write_shards
 from qlora_hal.model.source import ModelSource
@@ -201,7 +201,7 @@ class Merge:
     def _original_weight(self, module: str) -> Float32:
         if f"{module}.weight" in self._source.facts.tensors:
             return self._files.float32(f"{module}.weight")
-        return self._files.stack(module)
+        return self._files.stack(module, in_turns=self._source.facts.model_type in INTERLEAVED)
 
     def _write(
         self,

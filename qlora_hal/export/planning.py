@@ -65,6 +65,8 @@ def planned(request: MergeRequest, console: RunConsole, note: Callable[[str], No
         calibrating_backend(calibrated)  # refused now, not after the merge
     trained_base = base_of_run(resolved_backend, subject.run_dir)
     candidates = _candidates(request.base, resolved_backend)
+    if stored := source.facts.prequantized:
+        note(f"the base is stored as {stored.weight_format}; the merged model no longer is, it is in {request.dtype}")
     tokenizer = ChatTokenizer.from_folder(
         source.path,
         chat_template=subject.config.data.chat_template,

@@ -7,7 +7,7 @@ rounding to the output's dtype. One tensor is in memory at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from qlora_hal.errors import ConfigError, ModelError, NumericsError
 from qlora_hal.export.rounding import DTYPE_BYTES, SAFETENSORS_DTYPE, is_finite, rounded
 from qlora_hal.files.safetensors_file import TensorEntry
 from qlora_hal.formats.packed_modules import PackedModules
-from qlora_hal.model.expert_stacks import GATE_AND_UP, INTERLEAVED, halves_of, layer_in, place_of
+from qlora_hal.model.expert_stacks import GATE_AND_UP, INTERLEAVED, halves_of, joined_place, layer_in, place_of
 from qlora_hal.model.facts import ModelFacts
 from qlora_hal.model.safetensors_headers import Header
 from qlora_hal.model.shards import Array, PlannedTensor
@@ -82,13 +82,18 @@ class BaseFiles:
             return (stored.astype(np.uint32) << 16).view(np.float32)
         return stored.astype(np.float32)
 
-    def stack(self, module: str) -> Float32:
-        """A stack of experts `[experts, out, in]` out of the tensor of its whole block, gate before up."""
+    def stack(self, module: str, *, in_turns: bool) -> Float32:
+        """A stack of experts `[experts, out, in]` out of the tensor of its whole block, gate before up; `in_turns`, of
+        gpt-oss's `[experts, in, out]`."""
         block, _, projection = module.rpartition(".")
-        if projection == "down_proj":
-            return self.float32(module)
-        both = self.float32(f"{block}.gate_up_proj")
-        return np.ascontiguousarray(np.split(both, 2, axis=1)[GATE_AND_UP[0].index(projection)])
+        halves = GATE_AND_UP[0]
+        joined = (block, "gate_up_proj" if projection in halves else projection)
+        whole = self.float32(next(name for name in self._places if joined_place(name) == joined))
+        rows = np.swapaxes(whole, 1, 2) if in_turns else whole
+        if projection in halves:
+            place = halves.index(projection)
+            rows = rows[:, place::2] if in_turns else np.split(rows, 2, axis=1)[place]
+        return np.ascontiguousarray(rows)
 
 
 class MergedModel:
@@ -120,14 +125,6 @@ class MergedModel:
         written = {place.module if (place := place_of(tensor.module)) else tensor.module for tensor in planned}
         written |= {stack for tensor in planned for stack in halves_of(tensor.module, self._linears)}
         absent = sorted(self._targets - written)
-        if absent and self._facts.model_type in INTERLEAVED:
-            raise ConfigError(
-                "QH-C62",
-                f"{len(absent)} adapted stacks of experts ({absent[0]}) cannot be merged: {self._facts.model_type} "
-                "stores them as [experts, in, out], gate and up projection in turns, which a merge does not write.",
-                fix="Use the adapter with its base, or train one without them: --lora.experts none",
-                context={"modules": absent},
-            )
         if absent:
             raise ConfigError(
                 "QH-C62",
@@ -149,11 +146,11 @@ class MergedModel:
     def _planned(self, name: str) -> MergedTensor:
         stored = self._facts.tensors[name]
         module = self._packed.module_of_weight(name) or name.removesuffix(".weight")
+        if (module != name or stored.dtype in FLOATING_DTYPES) and (shape := self._shape_of_block(module)):
+            return self._floating(module if module in self._packed.modules else name, shape, module)
         if module in self._packed.modules or (module != name and layer_in(self._linears, module) is not None):
-            shape = self._shape(module)
-            return self._floating(f"{module}.weight", shape.weight, module)
-        if self._holds_stacks(name):
-            return self._floating(name, stored.shape, name)
+            linear = self._shape(module)
+            return self._floating(f"{module}.weight", linear.weight, module)
         if stored.dtype in FLOATING_DTYPES:
             return self._floating(name, stored.shape, "")
         return MergedTensor(name, stored.dtype, stored.shape, stored.byte_count)
@@ -161,13 +158,20 @@ class MergedModel:
     def _shape(self, module: str) -> LinearShape:
         return layer_in(self._linears, module) or self._packed.shape(module, self._facts)
 
-    def _holds_stacks(self, name: str) -> bool:
-        """Whether a tensor holds all experts of a block as `[experts, out, in]`, gate before up."""
-        stacks = [self._linears[stack] for stack in halves_of(name, self._linears)]
-        if not stacks or self._facts.model_type in INTERLEAVED:
-            return False
-        outputs = sum(stack.outputs for stack in stacks)
-        return self._facts.tensors[name].shape == (stacks[0].experts, outputs, stacks[0].inputs)
+    def _shape_of_block(self, module: str) -> tuple[int, ...]:
+        """The dimensions of a tensor that holds all experts of a block, not packed: `[experts, out, in]`, gate before
+        up, or gpt-oss's `[experts, in, out]`; empty for any other tensor, and for one that is stored otherwise."""
+        stacks = [self._linears[stack] for stack in halves_of(module, self._linears)]
+        if not stacks:
+            return ()
+        sides = (sum(stack.outputs for stack in stacks), stacks[0].inputs)
+        shape = (stacks[0].experts, *(reversed(sides) if self._in_turns else sides))
+        stored = self._facts.tensors.get(module) or self._facts.tensors.get(f"{module}.weight")
+        return shape if stored is None or stored.shape == shape else ()
+
+    @property
+    def _in_turns(self) -> bool:
+        return self._facts.model_type in INTERLEAVED
 
     def _floating(self, name: str, shape: tuple[int, ...], module: str) -> MergedTensor:
         size = math.prod(shape) * DTYPE_BYTES[self._dtype]
@@ -175,7 +179,8 @@ class MergedModel:
 
     def _merged(self, module: str) -> Float32:
         if stacks := halves_of(module, self._linears):
-            return np.concatenate([self._merged_stack(stack) for stack in stacks], axis=1)
+            parts = [self._merged_stack(stack) for stack in stacks]
+            return _in_turns(parts) if self._in_turns else np.concatenate(parts, axis=1)
         if layer_in(self._linears, module) is None:
             return self._packed.decoded(module, self._files.stored, self._files.float32, self._facts)
         weight, place = self._base_weight(module), place_of(module)
@@ -212,6 +217,15 @@ class MergedModel:
             else "Get the base and the adapter again.",
             context={"tensor": name, "largest": largest},
         )
+
+
+def _in_turns(stacks: Sequence[Float32]) -> Float32:
+    """Stacks `[experts, out, in]` as gpt-oss has them: `[experts, in, out]`, outputs of one and another in turns."""
+    experts, outputs, inputs = stacks[0].shape
+    whole = np.empty((experts, inputs, outputs * len(stacks)), np.float32)
+    for place, stack in enumerate(stacks):
+        whole[:, :, place :: len(stacks)] = np.swapaxes(stack, 1, 2)
+    return whole
 
 
 def add_product(weight: Float32, a: Float32, b: Float32, scale: float) -> None:

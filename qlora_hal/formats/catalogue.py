@@ -26,6 +26,7 @@ from qlora_hal.formats.microscaling import MICROSCALING
 from qlora_hal.formats.mlx_affine import MLX_AFFINE
 from qlora_hal.formats.record import LEVELS, CheckpointLayout, FormatRecord
 from qlora_hal.formats.unquantized import UNQUANTIZED
+from qlora_hal.model.packed_facts import Prequantized
 
 ENTRY_POINT_GROUP = "qlora_hal.formats"
 
@@ -83,12 +84,17 @@ def formats_of_level(level: str) -> frozenset[str]:
     return frozenset(record.name for record in records() if record.level == level)
 
 
+def layout_of(stored: Prequantized) -> CheckpointLayout | None:
+    """How a checkpoint that is quantized already holds its packed weights."""
+    return record_of(stored.weight_format).layout_of(stored.method)
+
+
 def layouts() -> Mapping[CheckpointLayout, tuple[FormatRecord, ...]]:
     """The layouts of checkpoints in the order in which they are tried, each with its formats."""
     grouped: dict[CheckpointLayout, tuple[FormatRecord, ...]] = {}
     for record in records():
-        if record.layout is not None:
-            grouped[record.layout] = (*grouped.get(record.layout, ()), record)
+        for layout in record.layouts:
+            grouped[layout] = (*grouped.get(layout, ()), record)
     return grouped
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from qlora_hal.formats import mlx_affine
-from qlora_hal.formats.record import FormatRecord
+from qlora_hal.formats import gpt_oss, mlx_affine
+from qlora_hal.formats.record import CheckpointLayout, FormatRecord
 from qlora_hal_oracle.codecs import MicroscalingCodec
 from qlora_hal_oracle.microscaling import MicroscalingFormat
 
@@ -14,7 +14,7 @@ LAYOUT = replace(mlx_affine.LAYOUT, decode=None)
 """MLX's files, of which only the linear layers are decoded here."""
 
 
-def _microscaling(kind: MicroscalingFormat, level: str, title: str) -> FormatRecord:
+def _microscaling(kind: MicroscalingFormat, level: str, title: str, *further_layouts: CheckpointLayout) -> FormatRecord:
     def packed_bytes(inputs: int, outputs: int, block_size: int, double_quant: bool, compute_bytes: int) -> int:
         """The codes, and a byte of scale to a group."""
         return inputs * outputs * kind.bits // 8 + math.ceil(inputs / block_size) * outputs
@@ -29,11 +29,15 @@ def _microscaling(kind: MicroscalingFormat, level: str, title: str) -> FormatRec
         layout=LAYOUT,
         block_sizes=(kind.group_size,),
         within_rows=True,
+        further_layouts=further_layouts,
     )
 
 
+MXFP4 = _microscaling(
+    MicroscalingFormat.MXFP4, "4bit", "4-bit floats (E2M1), one power of two to 32 of them", gpt_oss.LAYOUT
+)
 MICROSCALING = (
-    _microscaling(MicroscalingFormat.MXFP4, "4bit", "4-bit floats (E2M1), one power of two to 32 of them"),
+    MXFP4,
     _microscaling(MicroscalingFormat.NVFP4, "4bit", "4-bit floats (E2M1), one 8-bit float (E4M3) to 16 of them"),
     _microscaling(MicroscalingFormat.MXFP8, "8bit", "8-bit floats (E4M3), one power of two to 32 of them"),
 )

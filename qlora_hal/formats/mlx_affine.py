@@ -38,6 +38,7 @@ def _recognizes(checkpoint: StoredCheckpoint) -> bool:
 def _read(checkpoint: StoredCheckpoint) -> Packing:
     described = checkpoint.config["quantization"]
     assert isinstance(described, dict)
+    _refuse_stacks(checkpoint)
     mode = described.get("mode", "affine")
     bits = checkpoint.whole("quantization.bits", described.get("bits"))
     group_size = checkpoint.whole("quantization.group_size", described.get("group_size"))
@@ -49,6 +50,18 @@ def _read(checkpoint: StoredCheckpoint) -> Packing:
     }
     settings = {"bits": bits, "group_size": group_size, "mode": mode}
     return Packing(Prequantized("mlx", weight_format, group_size, False, settings), shapes)
+
+
+def _refuse_stacks(checkpoint: StoredCheckpoint) -> None:
+    """mlx-lm's own mixtures have all experts of a layer in one packed tensor, and most of them a router in 8 bits
+    beside experts in 4. Raises UnreadableFormatError."""
+    for module in checkpoint.modules_with(".scales"):
+        if len(checkpoint.shape(f"{module}.scales")) == 3:
+            raise UnreadableFormatError(
+                f"a mixture as mlx-lm stacks it, all experts of a layer in {module}",
+                cause="Packed experts are read one by one, under the names of the hub.",
+                fix="Name the model's original folder on the hub; it is quantized while loading.",
+            )
 
 
 def _format(mode: object, bits: int, group_size: int) -> str:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from qlora_hal.contract.values import Float32, LinearShape
 from qlora_hal.errors import ModelError
-from qlora_hal.formats.catalogue import record_of
+from qlora_hal.formats.catalogue import layout_of
 from qlora_hal.model.facts import ModelFacts
 from qlora_hal.model.packed_facts import Prequantized
 
@@ -32,7 +32,7 @@ class PackedModules:
         stored = facts.prequantized
         if stored is None:
             return cls()
-        layout = record_of(stored.weight_format).layout
+        layout = layout_of(stored)
         assert layout is not None
         mark = layout.marks[0]
         modules = frozenset(name.removesuffix(mark) for name in facts.tensors if name.endswith(mark))
@@ -63,7 +63,7 @@ class PackedModules:
         """The weight `[out, in]` of such a module. Raises ModelError QH-C72 for a format of which only linear layers
         are decoded."""
         packed = _packed(facts)
-        layout = record_of(packed.weight_format).layout
+        layout = layout_of(packed)
         if layout is None or layout.decode is None:
             raise _only_linear_layers(module, packed)
         return layout.decode(module, stored, as_float32, packed)

@@ -159,8 +159,9 @@ class FormatRecord:
     `packed_bytes` counts the scales too. `block_sizes` are all that exist, the default first; none: no blocks.
     `within_rows`: blocks end with the row, and must divide it. `double_quant`: the scales can be quantized too.
     `calibrated`: a solver chooses the codes with the help of rows of data, before the model is loaded.
-    `codec` is what the format means: a backend is judged by it. `layout` is None where nothing is packed. With a
-    `writer` the core itself brings a merged model into the format.
+    `codec` is what the format means: a backend is judged by it. `layout` is None where nothing is packed; it is what
+    the codec writes, and `further_layouts` are those of other libraries that hold the same numbers. With a `writer` the
+    core itself brings a merged model into the format.
     """
 
     name: str
@@ -175,6 +176,15 @@ class FormatRecord:
     double_quant: bool = False
     calibrated: bool = False
     writer: PackedWriter | None = None
+    further_layouts: tuple[CheckpointLayout, ...] = ()
+
+    @property
+    def layouts(self) -> tuple[CheckpointLayout, ...]:
+        return (*self.further_layouts,) if self.layout is None else (self.layout, *self.further_layouts)
+
+    def layout_of(self, method: str) -> CheckpointLayout | None:
+        """The layout of a library, by what `Prequantized.method` calls it."""
+        return next((layout for layout in self.layouts if layout.method == method), self.layout)
 
     @property
     def weight_format(self) -> WeightFormat:
@@ -190,6 +200,16 @@ class FormatRecord:
         if self.level == "none":
             return "none"
         return "4bit" if self.bits <= 4 else "8bit"
+
+    def require_whole_blocks(self, module: str, inputs: int, block_size: int | None, where: str) -> None:
+        """Raises ModelError QH-M53 where blocks must divide the rows of a layer and do not."""
+        if self.within_rows and block_size and inputs % block_size:
+            raise ModelError(
+                "QH-M53",
+                f"{module} has rows of {inputs} weights, which groups of {block_size} do not divide.",
+                where=where,
+                fix="Set quantization.block_size to a smaller size, or quantization.weight_format to none.",
+            )
 
     def bytes_of(
         self, shape: LinearShape, block_size: int | None = None, double_quant: bool = False, compute_bytes: int = 2

@@ -165,7 +165,7 @@ def _stored_bytes(facts: ModelFacts, compute_bytes: int) -> int:
     }
     total = 0
     for name, tensor in facts.tensors.items():
-        belongs = any(prefix in packed for prefix in _prefixes(name))
+        belongs = tensor.dtype not in FLOATING_DTYPES or any(prefix in packed for prefix in _prefixes(name))
         total += tensor.byte_count if belongs else math.prod(tensor.shape) * compute_bytes
     return total
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_hal.files.safetensors_file import DTYPE_BITS, TensorEntry
+from qlora_hal.formats.gpt_oss import BLOCKS, GROUP, METHOD, SCALES
 from qlora_hal.model.claimed_layers import MAX_LAYERS, MAX_OF_OTHERS
 from qlora_hal.model.safetensors_headers import Header
 
@@ -29,10 +30,12 @@ Shapes = dict[str, tuple[int, ...]]
 @dataclass(frozen=True, slots=True)
 class _Family:
     """How a family departs from Llama. `norms` are those of a layer that have the model's width. `bias` of queries,
-    keys and values: `flag` is config.json's `attention_bias`, which `bias_of_output` has the output share. `head_norms`
-    are `""`, `head` (one for all heads), `all` (as wide as all heads together) or `each` (where `use_qk_norm` is set).
+    keys and values: `flag` is config.json's `attention_bias`, `flag_true` the same where a missing one is true;
+    `bias_of_output` has the output share it. `head_norms` are `""`, `head` (one for all heads), `all` (as wide as all
+    heads together) or `each` (where `use_qk_norm` is set).
     `head_size` is what a missing `head_dim` means, None a share of the width. `experts` are the names of a block of
-    experts, and of the gate, up and down projection in it."""
+    experts, and of the gate, up and down projection in it. `joined_experts`: all of a block in one tensor, with biases,
+    and attention with sinks, as gpt-oss has them; in 16 bits or in MXFP4."""
 
     norms: tuple[str, ...] = LLAMA_NORMS
     bias: str = "flag"
@@ -44,6 +47,7 @@ class _Family:
     tied: bool = False
     head_size: int | None = None
     experts: tuple[str, tuple[str, str, str]] | None = None
+    joined_experts: bool = False
 
 
 _NO_BIAS = _Family(bias="never", bias_of_output=False)
@@ -67,6 +71,9 @@ _FAMILIES: Mapping[str, _Family] = {
         head_size=128,
     ),
     "mixtral": _Family(bias="never", bias_of_output=False, experts=("block_sparse_moe", ("w1", "w3", "w2"))),
+    "gpt_oss": _Family(
+        bias="flag_true", head_size=64, joined_experts=True, experts=("mlp", ("gate_proj", "up_proj", "down_proj"))
+    ),
     "qwen3_moe": _Family(head_norms="head", head_size=128, experts=("mlp", ("gate_proj", "up_proj", "down_proj"))),
 }
 DESCRIBED_FAMILIES = frozenset(_FAMILIES)
@@ -74,7 +81,7 @@ DESCRIBED_FAMILIES = frozenset(_FAMILIES)
 
 def why_not_described(config: Mapping[str, object]) -> str:
     """Why config.json alone does not say what the weights are, as the end of a sentence; empty where it does."""
-    if config.get("quantization_config") or config.get("quantization"):
+    if (config.get("quantization_config") or config.get("quantization")) and not _is_published_mxfp4(config):
         return "it is stored quantized, and which layers are packed stands in the weight files alone"
     model_type = str(config.get("model_type", ""))[:40]
     if model_type not in _FAMILIES:
@@ -109,8 +116,9 @@ def described_header(config: Mapping[str, object], folder: Path, dtype: str = ""
     dtype = dtype or _DTYPES[str(_dtype_of(config))]
     tensors, end = {}, 0
     for name, shape in described_shapes(config).items():
-        begin, end = end, end + math.prod(shape) * DTYPE_BITS[dtype] // 8
-        tensors[name] = TensorEntry(dtype, shape, begin, end)
+        own = "U8" if name.endswith((BLOCKS, SCALES)) else dtype
+        begin, end = end, end + math.prod(shape) * DTYPE_BITS[own] // 8
+        tensors[name] = TensorEntry(own, shape, begin, end)
     return Header(folder / "config.json", b"", {}, tensors, _no_weights)
 
 
@@ -140,10 +148,13 @@ def _attention(config: Mapping[str, object], family: _Family) -> Shapes:
         sides = {"qkv_proj": sum(sides.values())}
     shapes: Shapes = {f"{name}.weight": (side, hidden) for name, side in sides.items()}
     shapes["o_proj.weight"] = (hidden, heads * head)
-    if family.bias == "always" or (family.bias == "flag" and config.get("attention_bias") is True):
+    flag = config.get("attention_bias", family.bias == "flag_true")
+    if family.bias == "always" or (family.bias in ("flag", "flag_true") and flag is True):
         shapes |= {f"{name}.bias": (side,) for name, side in sides.items()}
         if family.bias_of_output:
             shapes["o_proj.bias"] = (hidden,)
+    if family.joined_experts:
+        shapes["sinks"] = (heads,)
     shapes |= _head_norms(family.head_norms, heads, key_heads, head, each=config.get("use_qk_norm") is True)
     return {f"self_attn.{name}": shape for name, shape in shapes.items()}
 
@@ -160,6 +171,8 @@ def _head_norms(kind: str, heads: int, key_heads: int, head: int, *, each: bool)
 
 def _feed_forward(config: Mapping[str, object], family: _Family) -> Shapes:
     hidden = _required(config, "hidden_size")
+    if family.joined_experts:
+        return _joined_experts(config)
     if family.experts:
         block, (gate, up, down) = family.experts
         inner = _size(config, "moe_intermediate_size") or _required(config, "intermediate_size")
@@ -179,11 +192,33 @@ def _feed_forward(config: Mapping[str, object], family: _Family) -> Shapes:
     return shapes
 
 
+def _joined_experts(config: Mapping[str, object]) -> Shapes:
+    hidden, inner = _required(config, "hidden_size"), _required(config, "intermediate_size")
+    experts = _size(config, "num_experts") or _required(config, "num_local_experts")
+    shapes: Shapes = {"mlp.router.weight": (experts, hidden), "mlp.router.bias": (experts,)}
+    for name, inputs, outputs in (("gate_up_proj", hidden, 2 * inner), ("down_proj", inner, hidden)):
+        path = f"mlp.experts.{name}"
+        if _is_published_mxfp4(config):
+            shapes[path + BLOCKS] = (experts, outputs, inputs // GROUP, GROUP // 2)
+            shapes[path + SCALES] = (experts, outputs, inputs // GROUP)
+        else:
+            shapes[path] = (experts, inputs, outputs)
+        shapes[f"{path}_bias"] = (experts, outputs)
+    return shapes
+
+
+def _is_published_mxfp4(config: Mapping[str, object]) -> bool:
+    """Whether it is gpt-oss as it is on the hub: which tensors are packed, and how, follows from config.json."""
+    described = config.get("quantization_config")
+    is_packed = isinstance(described, dict) and described.get("quant_method") == METHOD
+    return is_packed and config.get("model_type") == "gpt_oss"
+
+
 def _needed(config: Mapping[str, object], family: _Family) -> Iterator[str]:
     yield from ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    if not family.experts:
+    if not family.experts or family.joined_experts:
         yield "intermediate_size"
-    elif _size(config, "num_experts") is None:
+    if family.experts and _size(config, "num_experts") is None:
         yield "num_local_experts"
 
 
@@ -192,8 +227,10 @@ def _family_of(config: Mapping[str, object]) -> _Family:
 
 
 def _dtype_of(config: Mapping[str, object]) -> object:
-    """transformers 5 writes `dtype`, 4 wrote `torch_dtype`; both may be left out of what was float32."""
-    found = config.get("dtype") or config.get("torch_dtype") or "float32"
+    """transformers 5 writes `dtype`, 4 wrote `torch_dtype`; both may be left out of what was float32, and gpt-oss has
+    neither."""
+    default = "bfloat16" if _is_published_mxfp4(config) else "float32"
+    found = config.get("dtype") or config.get("torch_dtype") or default
     return str(found).removeprefix("torch.")
 
 

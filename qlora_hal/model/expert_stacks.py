@@ -21,11 +21,20 @@ GATE_AND_UP = (("gate_proj", "up_proj"), ("w1", "w3"))
 INTERLEAVED = frozenset({"gpt_oss"})
 """Model types that have no tensor for each expert anywhere: all of a block in one `[experts, in, out]`, gate and up in
 turns."""
+CONCATENATED = frozenset({"granitemoe", "granitemoeshared", "granitemoehybrid"})
+"""The same as `[experts, out, in]`, gate before up, under names of their own (`_GRANITE`)."""
 COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """What config.json calls the number of routed experts of a block."""
+PER_TOKEN_KEYS = (
+    "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k", "top_k_experts",
+)  # fmt: skip
+"""What it calls the number of experts that a token goes to."""
 
 _ONE_EXPERT = re.compile(r"(?P<block>.+\.experts)\.(?P<number>\d+)\.(?P<projection>[\w.]+)")
 _JOINED = re.compile(r"(?P<block>.+\.experts)\.(?P<projection>gate_up_proj|down_proj)")
+_GRANITE = re.compile(r"(?P<block>.+\.block_sparse_moe)\.(?P<projection>input_linear|output_linear)(\.weight)?")
+_OF_GRANITE = {"input_linear": "gate_up_proj", "output_linear": "down_proj"}
+"""What GraniteMoe stores for them (transformers 5.23, `conversion_mapping`)."""
 _SHARED = frozenset({"shared_expert", "shared_experts", "shared_mlp"})
 
 
@@ -66,17 +75,27 @@ def layers_of(module: str, shape: LinearShape) -> list[str]:
 
 def halves_of(tensor: str, linear_modules: Mapping[str, LinearShape]) -> tuple[str, ...]:
     """The stacks that a tensor of all experts of a block holds, one behind the other along its second side."""
-    found = _JOINED.fullmatch(tensor)
-    if found is None:
+    place = joined_place(tensor)
+    if place is None:
         return ()
-    names = GATE_AND_UP[0] if found["projection"] == "gate_up_proj" else (found["projection"],)
-    paths = tuple(f"{found['block']}.{name}" for name in names)
+    block, projection = place
+    names = GATE_AND_UP[0] if projection == "gate_up_proj" else (projection,)
+    paths = tuple(f"{block}.{name}" for name in names)
     return paths if linear_modules.keys() >= set(paths) else ()
 
 
 def is_joined(tensor: str) -> bool:
     """Whether a tensor's name says that it holds all experts of a block."""
-    return _JOINED.fullmatch(tensor) is not None
+    return joined_place(tensor) is not None
+
+
+def joined_place(tensor: str) -> tuple[str, str] | None:
+    """The path of the experts that a tensor holds all of, and whether it is their `gate_up_proj` or `down_proj`."""
+    if found := _JOINED.fullmatch(tensor):
+        return found["block"], found["projection"]
+    if found := _GRANITE.fullmatch(tensor):
+        return f"{found['block']}.experts", _OF_GRANITE[found["projection"]]
+    return None
 
 
 def is_shared(module: str) -> bool:
@@ -118,8 +137,9 @@ def of_joined_tensors(
     """
     blocks: dict[str, dict[str, Sequence[int]]] = {}
     for name, dimensions in tensors.items():
-        if len(dimensions) == 3 and (match := _JOINED.fullmatch(name)):
-            blocks.setdefault(match["block"], {})[match["projection"]] = dimensions
+        if len(dimensions) == 3 and (place := joined_place(name)):
+            block, projection = place
+            blocks.setdefault(block, {})[projection] = dimensions
     found: dict[str, LinearShape] = {}
     for block, weights in blocks.items():
         if len(weights) < 2 or weights["gate_up_proj"][0] < 2:
@@ -133,6 +153,40 @@ def of_joined_tensors(
             found[f"{block}.{projection}"] = LinearShape(inputs, both // 2, count)
         found[f"{block}.down_proj"] = LinearShape(both // 2, inputs, count)
     return found
+
+
+def refuse_nonsense(shapes: Iterable[LinearShape], config: Mapping[str, object], where: str) -> None:
+    """Raises ModelError QH-M50 for numbers in config.json by which no token could be sent to experts, with their key:
+    transformers builds such a model, and fails over the first batch, or sends tokens elsewhere."""
+    count = max((shape.experts for shape in shapes), default=1)
+    if count == 1:
+        return
+    groups = config.get("n_group")
+    known: dict[str, tuple[int, int | None]] = {
+        **dict.fromkeys(COUNT_KEYS, (1, None)),
+        **dict.fromkeys(PER_TOKEN_KEYS, (1, count)),
+        "n_group": (1, count),
+        "topk_group": (1, groups if type(groups) is int and groups > 0 else None),
+        "decoder_sparse_step": (1, None),
+        "first_k_dense_replace": (0, None),
+        "n_shared_experts": (0, None),
+    }
+    for key, (least, most) in known.items():
+        value = config.get(key)
+        if type(value) is int and not least <= value <= (value if most is None else most):
+            limits = f"from {least} to {most}" if most is not None else f"of {least} or more"
+            raise _nonsense(f"{key} is {value}; a whole number {limits} is expected", where)
+    if type(groups) is int and count % groups:
+        raise _nonsense(f"n_group is {groups}, which does not divide {count} experts", where)
+
+
+def _nonsense(what: str, where: str) -> ModelError:
+    return ModelError(
+        "QH-M50",
+        f"config.json describes no mixture that could compute: {what}.",
+        where=where,
+        fix="Get config.json again from the model's source.",
+    )
 
 
 def missing_parts(targets: Iterable[str], linear_modules: Mapping[str, LinearShape]) -> list[str]:

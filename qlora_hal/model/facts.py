@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_hal.contract.values import LinearShape
-from qlora_hal.formats.catalogue import record_of
+from qlora_hal.formats.catalogue import layout_of
 from qlora_hal.model import expert_stacks
 from qlora_hal.model.claimed_layers import refuse_claimed_layers
 from qlora_hal.model.fingerprint import fingerprint
@@ -67,7 +67,8 @@ def read_facts(folder: Path, remote_headers: Sequence[Header] | None = None, *, 
 
     Raises ModelError (QH-C70 config.json missing or broken, QH-C71 no weights, QH-C79 a missing shard, QH-C01 a
     truncated file, QH-C72 a quantization or dtype that no backend reads, QH-C73 a contradictory quantized checkpoint,
-    QH-M50 far more layers in the configuration than in the weights, or another number of experts) and UnsafeInputError
+    QH-M50 far more layers in the configuration than in the weights, another number of experts, or experts to which no
+    token could go) and UnsafeInputError
     (QH-C15, QH-C16 malformed headers).
     """
     config = read_json(folder / "config.json")
@@ -81,10 +82,11 @@ def read_facts(folder: Path, remote_headers: Sequence[Header] | None = None, *, 
     packing = read_packing(folder, config, headers)
     refuse_unread_dtypes(tensors, str(folder))
     packed_shapes = dict(packing.shapes) if packing else {}
-    layout = record_of(packing.prequantized.weight_format).layout if packing else None
+    layout = layout_of(packing.prequantized) if packing else None
     model_type = str(config.get("model_type", ""))
     vocabulary_size = _whole_number(config, "vocab_size") or 0
-    shapes = _with_stacks(_plain_shapes(tensors) | packed_shapes, tensors, config, str(folder))
+    shapes = _with_stacks(_plain_shapes(tensors), packed_shapes, tensors, config, str(folder))
+    expert_stacks.refuse_nonsense(shapes.values(), text_config(config), str(folder))
     return ModelFacts(
         architecture=_architecture(config),
         model_type=model_type,
@@ -127,15 +129,21 @@ def _plain_shapes(tensors: Mapping[str, TensorFacts]) -> dict[str, LinearShape]:
 
 
 def _with_stacks(
-    shapes: Mapping[str, LinearShape],
+    plain: Mapping[str, LinearShape],
+    packed: Mapping[str, LinearShape],
     tensors: Mapping[str, TensorFacts],
     config: Mapping[str, object],
     where: str,
 ) -> dict[str, LinearShape]:
-    """`shapes` with the experts of each projection as one module."""
+    """The layers with the experts of each projection as one module."""
     described = text_config(config)
-    floating = {name: tensor.shape for name, tensor in tensors.items() if tensor.dtype in FLOATING_DTYPES}
-    return expert_stacks.joined(shapes, described, where) | expert_stacks.of_joined_tensors(floating, described, where)
+    stacks = {name: shape for name, shape in packed.items() if shape.experts > 1}
+    alone = {name: shape for name, shape in {**plain, **packed}.items() if name not in stacks}
+    whole: dict[str, Sequence[int]] = {
+        name: tensor.shape for name, tensor in tensors.items() if tensor.dtype in FLOATING_DTYPES
+    }
+    whole |= {name: shape.weight for name, shape in stacks.items()}
+    return expert_stacks.joined(alone, described, where) | expert_stacks.of_joined_tensors(whole, described, where)
 
 
 def _parameter_count(

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Prequantized:
-    """How a checkpoint is already quantized. `method` is `bitsandbytes`, `gptq` or `mlx`."""
+    """How a checkpoint is already quantized. `method` is `bitsandbytes`, `gptq`, `mlx` or
+    `mxfp4`, which is transformers' word for the folders of gpt-oss."""
 
     method: str
     weight_format: str

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qlora_hal.model.expert_stacks import PER_TOKEN_KEYS
 from qlora_hal.model.facts import LARGEST_SIZE, text_config
 
 if TYPE_CHECKING:
@@ -44,12 +45,9 @@ def decoder_shape(facts: ModelFacts) -> DecoderShape:
         feed_forward=_dense_width(facts, layers) if stacks else feed_forward or max([4 * hidden, *outputs]),
         heads=heads,
         key_value=key_value_heads * head_size,
-        routed=_first(config, *_ROUTED) or 1 if stacks else 0,
+        routed=_first(config, *PER_TOKEN_KEYS) or 1 if stacks else 0,
         routed_width=max((min(shape.inputs, shape.outputs) for shape in stacks), default=0),
     )
-
-
-_ROUTED = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 
 
 def _dense_width(facts: ModelFacts, layers: int) -> int:

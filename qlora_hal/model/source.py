@@ -144,7 +144,7 @@ def _described_facts(folder: Path) -> ModelFacts:
             "QH-C71",
             f"{folder.resolve().name} holds no safetensors weights, and config.json alone is not enough: {reason}.",
             where=str(folder / "config.json"),
-            cause=f"Families that are: {', '.join(sorted(DESCRIBED_FAMILIES))}; not quantized.",
+            cause=f"Families that are: {', '.join(sorted(DESCRIBED_FAMILIES))}; quantized, gpt_oss in MXFP4 alone.",
             fix="Name the model on the hub, whose headers are read in place, or a folder that has its weights.",
         )
     return read_facts(folder, [described_header(config, folder)], read_from=CONFIG_ALONE)

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_hal import __version__
-from qlora_hal.adapter.peft_experts import INTERLEAVED, LAYOUT, NUMBERED
+from qlora_hal.adapter.peft_experts import LAYOUT, layout_of
 from qlora_hal.contract.dropout import MASKS
 from qlora_hal.errors import CheckpointError
 from qlora_hal.files import strict_json
-from qlora_hal.model import expert_stacks
 from qlora_hal.model.verifying import base_config_hash
 
 if TYPE_CHECKING:
@@ -182,7 +181,7 @@ def _layout_of_experts(facts: ModelFacts) -> dict[str, object]:
     """Of a mixture, how an adapter's files name experts; nothing of other models."""
     if all(shape.experts == 1 for shape in facts.linear_modules.values()):
         return {}
-    return {LAYOUT: INTERLEAVED if facts.model_type in expert_stacks.INTERLEAVED else NUMBERED}
+    return {LAYOUT: layout_of(facts.model_type)}
 
 
 def provenance_of(prepared: PreparedRun, resolved: Mapping[str, object]) -> dict[str, object]:

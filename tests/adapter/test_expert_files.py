@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from qlora_hal.adapter import initial_adapter, read_adapter, resolve_targets, write_adapter
+from qlora_hal.adapter.peft_experts import layout_of
 from qlora_hal.adapter.targets import require_no_dropout_on_experts
 from qlora_hal.contract.values import Adapter, AdapterConfig
 from qlora_hal.errors import AdapterError, ConfigError, UnsupportedFeatureError
@@ -87,11 +88,11 @@ def test_peft_opens_it_with_the_logits_of_the_merged_weights(model_type: str, us
     assert moved > 0.1
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_moe", "gpt_oss"])
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "gpt_oss", "granitemoe"])
 def test_a_stack_is_read_as_it_was_written(model_type: str, tmp_path: Path) -> None:
     drawn_model(tmp_path / "base", model_type)
     adapter = drawn_adapter(tmp_path / "base")
-    provenance = {"experts_in_files": "interleaved"} if model_type == "gpt_oss" else {}
+    provenance = {"experts_in_files": layout_of(model_type)}
     for number, linear_modules in enumerate((None, read_facts(tmp_path / "base").linear_modules)):
         found = read_adapter(written(tmp_path / f"adapter{number}", adapter, linear_modules, provenance))
         assert found.config == adapter.config

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawn_models import write_drawn_model
 from safetensors.numpy import load_file
 from small_runs import SMALL, merged
 from tiny_models import write_model
@@ -22,6 +23,7 @@ from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.demo import data_path, model_path
 from qlora_hal.errors import ConfigError, ModelError, UnsupportedFeatureError
 from qlora_hal.model.facts import read_facts
+from qlora_hal_backends.cpu_torch.trainer import open_trainer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 SETTINGS = {"training.max_steps": 4, "checkpoint.save_steps": 2, "data.max_seq_length": 64, "lora.r": 4}
@@ -93,8 +95,6 @@ def check_peft_has_the_trainers_logits(base: Path, adapter_dir: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from qlora_hal_backends.cpu_torch.trainer import open_trainer
-
     batch = random_batch(0, vocabulary=4096)
     trainer = open_trainer()
     trainer.load(source_of(base), Quantization(WeightFormat.NONE), Compute())
@@ -140,6 +140,40 @@ def test_a_merge_writes_the_layout_that_the_folder_has(base: str, mixture: Path,
     if base == "none":
         np.testing.assert_allclose(moved, 16 / 4 * (b @ a), atol=1e-6)
     assert np.abs(moved).max() > 0
+
+
+@opened_by_peft
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["none", "nf4"])
+@pytest.mark.parametrize("kind", ["gpt_oss", "granitemoe"])
+def test_experts_in_one_tensor_merge_into_the_layout_of_the_hub(kind: str, base: str, tmp_path: Path) -> None:
+    """Gate and up in turns, or under names of their own; transformers opens the folder with the adapter's logits."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "base"
+    vocabulary = read_facts(model_path()).vocabulary_size
+    write_drawn_model(folder, kind, {"vocab_size": vocabulary, "max_position_embeddings": 1024})
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(model_path() / name, folder / name)
+    changes = {"quantization.weight_format": base, "data.packing": False, "training.learning_rate": 1e-2}
+    result = train(settings(folder, tmp_path / "run", **changes))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(data_path("validation").read_text().splitlines(keepends=True)[:8]))
+    done = merge(result.adapter_dir, tmp_path / "merged", rows=rows, backend="cpu_torch", row_limit=8, dtype="float32")
+    assert done.kl <= done.max_kl < 1e-8
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "merged"))
+    assert {name: tensor.shape for name, tensor in before.items()} == {n: tensor.shape for n, tensor in after.items()}
+    if base == "none":
+        check_peft_has_the_trainers_logits(folder, result.adapter_dir)
+        batch = random_batch(0, vocabulary=4096)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+        with torch.no_grad():
+            found = model(input_ids=torch.from_numpy(batch.input_ids).long()).logits.numpy()
+        trainer = open_trainer()
+        trainer.load(source_of(folder), Quantization(WeightFormat.NONE), Compute())
+        trainer.attach(read_adapter(result.adapter_dir))
+        expected = trainer.logits(batch)
+        assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 def test_only_attention_is_adapted_without_experts(mixture: Path, tmp_path: Path) -> None:

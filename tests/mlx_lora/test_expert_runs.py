@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.tuner.utils import load_adapters
-from mlx_lm.utils import load_model
+from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 from small_runs import SMALL, merged
 from tiny_models import write_model
 
@@ -24,7 +24,7 @@ from qlora_hal.contract.backend import Compute, Quantization
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.values import Batch
 from qlora_hal.demo import model_path
-from qlora_hal.errors import UnsupportedFeatureError
+from qlora_hal.errors import ModelError, UnsupportedFeatureError
 from qlora_hal.model.facts import read_facts
 from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.mlx_lora.trainer import MLXLoRATrainer
@@ -105,3 +105,20 @@ def test_a_mixture_whose_experts_mlx_does_not_train_is_refused_in_a_dry_run(tmp_
         train(settings(base, tmp_path / "run"))
     assert refused.value.code == "QH-U25"
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+@pytest.mark.fault("C72")
+def test_a_mixture_that_mlx_lm_quantized_is_refused_by_name(tmp_path: Path) -> None:
+    """mlx-lm's own folder of it, made by mlx-lm."""
+    source = mixture(tmp_path / "hub", "qwen3_moe")
+    model, config = load_model(source)
+    model, config = quantize_model(model, config, group_size=32, bits=4)
+    save_model(tmp_path / "mlx", model)
+    save_config(config, tmp_path / "mlx" / "config.json")
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(source / name, tmp_path / "mlx" / name)
+    (tmp_path / "rows.jsonl").write_text("nothing that could be read")
+    changes = {"backend.allow_cpu": True, "data.path": str(tmp_path / "rows.jsonl")}
+    with pytest.raises(ModelError, match=r"as mlx-lm stacks it.*switch_mlp") as refusal:
+        train(settings(tmp_path / "mlx", tmp_path / "run", **changes), dry_run=True)
+    assert refusal.value.code == "QH-C72"

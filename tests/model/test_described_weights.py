@@ -35,6 +35,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "olmo2": [{}, {"attention_bias": True}],
     "smollm3": [{}, {"attention_bias": True, "mlp_bias": True}],
     "cohere": [{}, {"use_qk_norm": True}],
+    "gpt_oss": [{"num_local_experts": 4}, {"num_local_experts": 4, "attention_bias": False, "head_dim": 16}],
     "glm4": [{}, {"attention_bias": True, "head_dim": 32}],
 }
 

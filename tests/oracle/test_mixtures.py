@@ -16,13 +16,20 @@ from qlora_hal_conformance.fixtures import make_oracle
 from qlora_hal_conformance.random_inputs import draw_adapter, draw_batch, stream
 from qlora_hal_oracle import LlamaShape, MixtureShape, OracleTrainer, read_shape
 from qlora_hal_oracle.families import MIXTURES, VARIATIONS_OF_MIXTURES, Config, draw_config, vary
-from qlora_hal_oracle.random_models import draw_tensors, write_model
+from qlora_hal_oracle.random_models import draw_tensors, is_joined, stored_joined, write_model
 from qlora_hal_oracle.routing import route, route_backward
 
 from .test_families import AGREEMENT, in_float64, logits_and_gradients  # noqa: F401  # the fixture judges here too
 
 LENGTHS = (24, 17)
 EXPERTS = ".experts."
+
+
+def in_names_of_transformers(tensors: dict[str, Any], shape: LlamaShape) -> dict[str, Any]:
+    """As transformers 5 holds them."""
+    if is_joined(shape):
+        return stored_joined(tensors)
+    return dict(of_transformers(name, tensors, shape) for name in tensors)
 
 
 def of_transformers(name: str, tensors: dict[str, Any], shape: LlamaShape) -> tuple[str, Any]:
@@ -53,7 +60,7 @@ def in_transformers(folder: Path, oracle: OracleTrainer) -> Any:
             updates[f"{linear.module}.weight"] = linear.scale * linear.lora_b @ linear.lora_a
     named = dict(model.named_parameters())
     with torch.no_grad():
-        for name, update in dict(of_transformers(name, updates, oracle.model.shape) for name in updates).items():
+        for name, update in in_names_of_transformers(updates, oracle.model.shape).items():
             named[name].add_(torch.from_numpy(update))
     return model
 
@@ -70,7 +77,7 @@ def compare(folder: Path, config: Config) -> None:
     # With B A added into the weights their gradient is that of the base.
     found = oracle.window_gradients([batch], denominator=1.0, with_base=True).gradients
     base = {name: gradient for name, gradient in found.items() if "lora_" not in name}
-    of_base = dict(of_transformers(name, base, shape) for name in base)
+    of_base = in_names_of_transformers(base, shape)
     assert of_base.keys() == gradients.keys()
     for name, gradient in of_base.items():
         assert np.abs(gradient - gradients[name]).max() < AGREEMENT * max(1.0, np.abs(gradient).max()), name

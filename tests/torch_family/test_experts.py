@@ -30,6 +30,7 @@ from qlora_hal_backends.torch_family.outline import outline
 
 MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss"]
 FURTHER = ["qwen3_next", "deepseek_v2", "glm4_moe", "olmoe", "dots1", "hunyuan_v1_moe", "exaone_moe", "flex_olmo"]
+FURTHER += ["granitemoe", "granitemoeshared"]
 UP = "model.layers.1.mlp.experts.up_proj"
 
 

@@ -16,7 +16,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from qlora_hal.contract.backend import Quantization
 from qlora_hal.contract.values import LinearShape
 from qlora_hal.errors import ModelError
-from qlora_hal.model.expert_stacks import path_of
+from qlora_hal.model.expert_stacks import INTERLEAVED, path_of
 from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.mlx_lora.base_weights import BaseWeight
 from qlora_hal_backends.mlx_lora.config_reading import Config
@@ -56,6 +56,20 @@ def take_experts(arrays: Arrays, source: ModelSource) -> StoredExperts:
             if part not in STACKED_BY_MLX_LM:
                 del arrays[name]
     return StoredExperts({module: tuple(parts) for module, parts in found.items()})
+
+
+def refuse_joined_in_turns(source: ModelSource) -> None:
+    """Raises ModelError QH-M51 for experts as gpt-oss has them, in 16 bits or in MXFP4: with biases, gate and up in
+    turns."""
+    facts = source.facts
+    if facts.model_type in INTERLEAVED and any(shape.experts > 1 for shape in facts.linear_modules.values()):
+        raise ModelError(
+            "QH-M51",
+            f"{facts.model_type} is not trained by this backend.",
+            where=source.name,
+            cause="Its experts have biases, and gate and up projection in turns; they are not read here.",
+            fix="Train it with a backend of the torch family: qlora-hal backends lists them.",
+        )
 
 
 def _split(name: str) -> tuple[str, str, str]:

@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from qlora_hal.contract.backend import Quantization
 from qlora_hal.errors import ModelError
+from qlora_hal.formats.catalogue import record_of
 from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.mlx_lora.base_weights import BaseWeight, CodebookWeight, DenseWeight, GroupedWeight, quantize
 from qlora_hal_backends.mlx_lora.capabilities import MLX_FORMATS
@@ -40,15 +41,7 @@ def _packed_by_bitsandbytes(weights: Weights, path: str, dtype: Any) -> BaseWeig
 
 
 def _quantized(weight: mx.array, path: str, where: str, quantization: Quantization, dtype: Any) -> BaseWeight:
-    size = quantization.block_size
-    grouped = quantization.weight_format in MLX_FORMATS
-    if grouped and size and (weight.ndim != 2 or weight.shape[-1] % size):
-        raise ModelError(
-            "QH-M53",
-            f"{path} has rows of {weight.shape[-1]} weights, which groups of {size} do not divide.",
-            where=where,
-            fix="Set quantization.block_size to a smaller size, or quantization.weight_format to none.",
-        )
+    record_of(quantization.weight_format).require_whole_blocks(path, weight.shape[-1], quantization.block_size, where)
     # Before it is packed: some codecs make an ordinary number of what is none.
     require_finite(path, (weight,), where)
     return quantize(weight, quantization, dtype)

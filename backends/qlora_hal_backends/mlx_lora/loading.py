@@ -36,6 +36,7 @@ from qlora_hal_backends.mlx_lora.expert_loading import (
     left_as_they_are,
     load_experts,
     names_in_mlx_lm,
+    refuse_joined_in_turns,
     take_experts,
 )
 from qlora_hal_backends.mlx_lora.experts import ExpertBlock, FrozenExperts, FrozenStacks
@@ -99,6 +100,7 @@ class Assembled:
 def assemble(source: ModelSource) -> Assembled:
     """mlx-lm's model, and every stored tensor assigned to it. Raises ModelError: QH-M51 for an architecture that mlx-lm
     lacks or would compute otherwise, QH-M50 with every tensor that is missing or left over."""
+    refuse_joined_in_turns(source)
     read = read_config(source)
     notes = check_compared(source, read)
     arrays = open_tensors(source)

@@ -20,7 +20,8 @@ from qlora_hal.contract.rotary_length import RotaryLength, rotary_length
 from qlora_hal.contract.values import LinearShape
 from qlora_hal.errors import ModelError
 from qlora_hal.errors.foreign import missing_package
-from qlora_hal.model.expert_stacks import place_of
+from qlora_hal.formats.gpt_oss import BLOCKS, SCALES
+from qlora_hal.model.expert_stacks import is_joined, place_of
 from qlora_hal.model.linear_shapes import natural_order, reason_left_out, state_space_mixers
 from qlora_hal.model.source import ModelSource
 from qlora_hal.model.stored_dtypes import FLOATING_DTYPES, not_a_weight, packed_elsewhere
@@ -37,6 +38,9 @@ from qlora_hal_backends.torch_family.transformers_versions import (
 
 _PACKED = re.compile(r"(?P<module>.+)\.(?P<part>qweight|qzeros|scales|g_idx|SCB|weight_format|weight\..+)")
 """What quantized checkpoints store in place of, or beside, a module's weight."""
+
+_PACKED_EXPERTS = re.compile(rf"(?P<module>.+\.experts\.(gate_up_proj|down_proj))({BLOCKS}|{SCALES})")
+"""What gpt-oss stores in place of the weight of all experts of a block."""
 
 _REFUSED = {
     "cpmant": "Its forward pass lets every token of a prompt see the whole prompt.",
@@ -222,6 +226,11 @@ def _names_in_model(
     renamed: dict[str, str] = {}
     converted: list[str] = []
     for stored in sorted(source.facts.tensors, key=natural_order):
+        if (joined := _PACKED_EXPERTS.fullmatch(stored)) and expert_names.takes(
+            joined["module"], rename(joined["module"]), is_packed=True
+        ):
+            renamed[stored] = stored
+            continue
         packed = _PACKED.fullmatch(stored)
         layer = packed["module"] if packed else stored.removesuffix(".weight")
         name = _renamed(stored, rename)
@@ -254,9 +263,12 @@ def _renamed(stored: str, rename: Any) -> NameInModel:
 
 
 def _is_of_an_expert(stored: str, name: str) -> bool:
-    """Whether a tensor keeps its name because it is one expert's (`ExpertNames`)."""
+    """Whether a tensor keeps its name because it is one expert's, or holds all of a block (`ExpertNames`)."""
+    if stored != name:
+        return False
     packed = _PACKED.fullmatch(stored)
-    return stored == name and place_of(packed["module"] if packed else stored.removesuffix(".weight")) is not None
+    layer = packed["module"] if packed else stored.removesuffix(".weight")
+    return bool(_PACKED_EXPERTS.fullmatch(stored)) or is_joined(layer) or place_of(layer) is not None
 
 
 def _refuse_doubles(renamed: Mapping[str, str], source: ModelSource) -> None:
@@ -333,7 +345,9 @@ def _refuse_packed_elsewhere(
         packed, module = _PACKED.fullmatch(stored), _PACKED.fullmatch(name)
         if _is_of_an_expert(stored, name):
             continue
-        if packed and module and packed["part"] != "scales" and module["module"] not in linears:
+        # Other parameters may be called scales, too; beside MLX's packed weights nothing is.
+        is_mark = packed and (packed["part"] != "scales" or source.facts.prequantized.method == "mlx")
+        if packed and module and is_mark and module["module"] not in linears:
             raise packed_elsewhere(packed["module"], source.name)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qlora_hal.contract.backend import Quantization
 from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal_backends.torch_family import microscaling
 
 INT8_LEVELS = 127.0
 
@@ -124,5 +125,7 @@ def quantize(weight: Tensor, quantization: Quantization, dtype: torch.dtype) -> 
                 quant_type=quantization.weight_format.value,
             )
             return Blockwise4BitWeight(packed, state)
+        case WeightFormat.MXFP4:
+            return microscaling.encoded(weight.to(dtype), dtype)
         case other:
             raise AssertionError(f"{other} is not in this family's capabilities")

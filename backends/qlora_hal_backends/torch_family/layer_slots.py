@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qlora_hal_backends.torch_family.base_weights import BaseWeight, Blockwise4BitWeight, DenseWeight, Int8Weight
+from qlora_hal_backends.torch_family.microscaling import Mxfp4Weight
 
 ALIGNMENT = 256
 """Each tensor starts at a multiple of so many bytes, what a kernel's widest loads want."""
@@ -117,5 +118,7 @@ def _tensors_of(weight: BaseWeight) -> Iterator[tuple[Any, str]]:
             yield from ((weight, "packed"), (state, "absmax"))
             if state.nested:
                 yield state.state2, "absmax"
+        case Mxfp4Weight():
+            yield from ((weight, "packed"), (weight, "scales"))
         case _:
             raise TypeError(f"{type(weight).__name__} has no tensors that are known here")

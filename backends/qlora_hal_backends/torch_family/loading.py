@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby, islice, takewhile
 from pathlib import Path
@@ -24,6 +24,7 @@ from qlora_hal.contract.backend import Compute, Quantization
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.rotary_length import RotaryLength
 from qlora_hal.errors import ModelError, UnsupportedFeatureError
+from qlora_hal.formats.catalogue import record_of
 from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.torch_family.architecture import Architecture, build, rotary_of, shape_mismatch
 from qlora_hal_backends.torch_family.base_weights import (
@@ -36,6 +37,7 @@ from qlora_hal_backends.torch_family.experts import ExpertStack, RoutedExperts, 
 from qlora_hal_backends.torch_family.head_loss import Head
 from qlora_hal_backends.torch_family.host_tables import HostEmbedding, Tables
 from qlora_hal_backends.torch_family.lora_linear import FrozenLinear
+from qlora_hal_backends.torch_family.microscaling import LARGEST, Mxfp4Weight
 from qlora_hal_backends.torch_family.sharded_base import ShardedBase
 from qlora_hal_backends.torch_family.streamed_base import StreamedBase
 from qlora_hal_backends.torch_family.transformers_versions import recomputable_layers, stays_float32
@@ -82,8 +84,15 @@ ReadWeight = Callable[["Checkpoint", str, Quantization, torch.dtype, torch.devic
 
 def load_base(source: ModelSource, quantization: Quantization, compute: Compute, device: torch.device) -> BaseModel:
     """Load and pack. Raises ModelError with every tensor that is missing or left over."""
-    read = _read_bitsandbytes if source.facts.prequantized is not None else read_and_quantize
-    return load_with(source, quantization, compute, device, read)
+    return load_with(source, quantization, compute, device, _reader_of(source))
+
+
+def _reader_of(source: ModelSource) -> ReadWeight:
+    """How a linear layer's tensors become its weight."""
+    stored = source.facts.prequantized
+    if stored is None:
+        return read_and_quantize
+    return _read_mxfp4 if stored.weight_format == WeightFormat.MXFP4 else _read_bitsandbytes
 
 
 def load_with(
@@ -229,15 +238,27 @@ class Checkpoint:
 
     def take_part(self, name: str, number: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """One of the parts along the first side, of which no other is read. Raises ModelError QH-M52 as `finite_in`."""
-        stored = self._stored[name] or name
-        part: Tensor = self._file_of(stored).get_slice(stored)[number].to(device)
+        part = self.take_bytes_of_part(name, number, device)
         finite_in(part, dtype, name, self.where)
         return part
+
+    def take_bytes_of_part(self, name: str, number: int, device: torch.device) -> Tensor:
+        """One of the parts along the first side, as it is stored."""
+        stored = self._stored[name] or name
+        part: Tensor = self._file_of(stored).get_slice(stored)[number].to(device)
+        return part
+
+    def numbers_in(self, weight: Mxfp4Weight, name: str) -> Mxfp4Weight:
+        """`weight` again, that of the layer `name`. Raises ModelError QH-M52 as `finite_in`; only where a scale is that
+        large, the one for NaN among them, is it decoded for that."""
+        if LARGEST * 2.0 ** (int(weight.scales.max()) - 127) > torch.finfo(weight.dtype).max:
+            finite_in(replace(weight, dtype=torch.float32).dense(), weight.dtype, name, self.where)
+        return weight
 
     @property
     def is_packed(self) -> bool:
         """Whether any layer is quantized in the files."""
-        return any(name.endswith((".SCB", ".qweight")) or ".weight." in name for name in self._stored)
+        return any(name.endswith((".SCB", ".qweight", ".scales")) or ".weight." in name for name in self._stored)
 
     def _file_of(self, stored: str) -> Any:
         file = self._tensors[stored].file
@@ -285,7 +306,19 @@ def read_and_quantize(
     weight = checkpoint.take(f"{name}.weight", device)
     # A codec may turn NaN into an ordinary code (bitsandbytes on CUDA does): nothing later would show it.
     finite_in(weight, dtype, f"{name}.weight", checkpoint.where)
+    format_record = record_of(quantization.weight_format)
+    format_record.require_whole_blocks(name, weight.shape[-1], quantization.block_size, checkpoint.where)
     return quantize(weight, quantization, dtype)
+
+
+def _read_mxfp4(
+    checkpoint: Checkpoint, name: str, quantization: Quantization, dtype: torch.dtype, device: torch.device
+) -> BaseWeight:
+    """A layer as MLX packs it; others stay as they are, as all but the experts of gpt-oss do."""
+    if not checkpoint.has(f"{name}.scales"):
+        return read_and_quantize(checkpoint, name, Quantization(WeightFormat.NONE), dtype, device)
+    packed = checkpoint.take(f"{name}.weight", device).view(torch.uint8)
+    return checkpoint.numbers_in(Mxfp4Weight(packed, checkpoint.take(f"{name}.scales", device), dtype), name)
 
 
 def _read_bitsandbytes(

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from qlora_hal.contract.backend import ModelOutline
+from qlora_hal.formats import gpt_oss
 from qlora_hal.model.linear_shapes import sentences
 from qlora_hal.model.own_dropout import dropout_note
 from qlora_hal.model.source import ModelSource
@@ -16,7 +17,8 @@ from qlora_hal_backends.torch_family.architecture import Architecture, build, ro
 def outline(source: ModelSource, options: Mapping[str, object]) -> ModelOutline:
     """Build the architecture without memory and put its names beside those of the files. Raises ModelError."""
     architecture = build(source, options.get("attention", "auto"), torch.float32)
-    return ModelOutline(architecture.shapes, tuple(_notes(architecture)), rotary_of(architecture.causal))
+    notes = (*_notes(architecture), *_published_notes(source, architecture))
+    return ModelOutline(architecture.shapes, notes, rotary_of(architecture.causal))
 
 
 def _notes(architecture: Architecture) -> Iterator[str]:
@@ -25,6 +27,15 @@ def _notes(architecture: Architecture) -> Iterator[str]:
         yield note
     if note := dropout_note(architecture.causal.config.to_dict()):
         yield note
+
+
+def _published_notes(source: ModelSource, architecture: Architecture) -> Iterator[str]:
+    """What of gpt-oss's folder is MXFP4, and what is not."""
+    if source.facts.prequantized is not None and source.facts.prequantized.method == gpt_oss.METHOD:
+        yield (
+            f"the experts stay in MXFP4, as they are stored; the {len(architecture.adapted)} other linear layers stay "
+            "unquantized, as they are stored"
+        )
 
 
 def _experts_note(architecture: Architecture) -> str:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from qlora_hal.contract.capabilities import Capabilities, Feature, WeightFormat
 from qlora_hal.contract.memory_constants import MemoryConstants, MemoryQuery
+from qlora_hal.formats.microscaling import MXFP4
 
 TorchDevice = Literal["cuda", "rocm", "mps", "cpu"]
 
@@ -160,10 +161,10 @@ class TorchPlatform:
     def capabilities(self) -> Capabilities:
         four_bit = (WeightFormat.NF4, WeightFormat.FP4)
         return Capabilities(
-            weight_formats=frozenset({WeightFormat.NONE, WeightFormat.INT8, *four_bit}),
+            weight_formats=frozenset({WeightFormat.NONE, WeightFormat.INT8, WeightFormat.MXFP4, *four_bit}),
             compute_dtypes=frozenset(self.preferred_dtypes),
             features=self.features,
-            block_sizes={f: BLOCK_SIZES for f in four_bit},
+            block_sizes={**dict.fromkeys(four_bit, BLOCK_SIZES), WeightFormat.MXFP4: MXFP4.block_sizes},
             levels={"none": WeightFormat.NONE, "8bit": WeightFormat.INT8, "4bit": WeightFormat.NF4},
             families=FAMILIES,
         )

@@ -17,7 +17,7 @@ from qlora_hal.contract.capabilities import Capabilities, Feature, WeightFormat
 NAME = "reference"
 FOUR_BIT_BLOCK_SIZES = (64, 32, 128, 256)
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite"})
-FAMILIES |= {"mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe"}
+FAMILIES |= {"mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "gpt_oss"}
 
 CAPABILITIES = Capabilities(
     weight_formats=frozenset({WeightFormat.NONE, WeightFormat.INT8, WeightFormat.NF4, WeightFormat.FP4}),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from qlora_hal.contract.backend import Quantization
+from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.values import LinearShape
 from qlora_hal.errors import ModelError
 from qlora_hal.files.safetensors_file import Array, read_arrays
@@ -22,6 +24,7 @@ from qlora_hal_oracle.arrays import Float64
 from .rounding import Round
 from .storage import BlockwiseFourBit, Coded, RowwiseInt8, Stored
 
+_JOINED = re.compile(r"(?P<block>.+\.experts)\.(?P<projection>gate_up_proj|down_proj)(_(?P<part>bias|blocks|scales))?")
 Pack = Callable[[Array, Quantization], Stored]
 Unpack = Callable[[Stored], Float64]
 
@@ -45,6 +48,7 @@ def load_base(
     tensors: dict[str, Array] = {}
     for file in sorted({facts.file for facts in source.facts.tensors.values()}):
         tensors.update(read_arrays(source.path / file).arrays)
+    tensors = one_by_one(tensors)
     linear_modules, packed = dict(source.facts.linear_modules), source.facts.prequantized
     record = record_of(packed.weight_format) if packed is not None else None
     weights: dict[str, Float64] = {}
@@ -52,7 +56,12 @@ def load_base(
     def read(module: str) -> Float64 | None:
         if not any(module + suffix in tensors for suffix in _weight_suffixes(record)):
             return None
-        stored = _take_packed(tensors, module, record) or pack(tensors.pop(f"{module}.weight"), quantization)
+        stored = _take_packed(tensors, module, record)
+        if stored is None:
+            weight = tensors.pop(f"{module}.weight")
+            own = Quantization(WeightFormat.NONE) if packed is not None else quantization
+            record_of(own.weight_format).require_whole_blocks(module, weight.shape[-1], own.block_size, source.name)
+            stored = pack(weight, own)
         return rounded(unpack(stored))
 
     for module, linear in linear_modules.items():
@@ -64,6 +73,31 @@ def load_base(
     shape = _shape(source)
     _check_complete(source, shape, weights)
     return LoadedBase(shape, weights, linear_modules)
+
+
+def one_by_one(tensors: Mapping[str, Array]) -> dict[str, Array]:
+    """The tensors of all experts of a gpt-oss, gate and up in turns, as those of each expert; its bytes of MXFP4 under
+    the names that MLX gives them."""
+    found: dict[str, Array] = {}
+    for name, array in tensors.items():
+        joined = _JOINED.fullmatch(name)
+        if joined is None:
+            found[name] = array
+            continue
+        part = joined["part"] or "weight"
+        rows = array if part in ("blocks", "scales", "bias") else np.swapaxes(array, 1, 2)  # [experts, out, ...]
+        halves = {"gate_proj": rows[:, ::2], "up_proj": rows[:, 1::2]}
+        for projection, stack in (halves if joined["projection"] == "gate_up_proj" else {"down_proj": rows}).items():
+            if part == "bias":
+                found[f"{joined['block']}.{projection}.bias"] = stack
+                continue
+            for number, one in enumerate(stack):
+                path = path_of(f"{joined['block']}.{projection}", number)
+                if part == "blocks":
+                    found[f"{path}.weight"] = np.ascontiguousarray(one.reshape(len(one), -1)).view(np.uint32)
+                else:
+                    found[f"{path}.{part}"] = np.ascontiguousarray(one)
+    return found
 
 
 def _weight_suffixes(record: FormatRecord | None) -> set[str]:

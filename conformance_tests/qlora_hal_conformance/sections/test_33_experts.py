@@ -30,9 +30,9 @@ from qlora_hal_conformance.fixtures import Opened, Opener
 from qlora_hal_conformance.parameters import PACKED_FORMATS, OracleOf, each_dtype, each_format, in_each_dtype
 from qlora_hal_conformance.random_inputs import at_real_tokens, draw_adapter, draw_batch, draw_window, packed
 from qlora_hal_conformance.routed_inputs import draw_routed, draw_routed_window, tokens_of_experts, without_choice
-from qlora_hal_conformance.stored_weights import each_matrix, judge_format_error, judge_stored
+from qlora_hal_conformance.stored_weights import each_matrix, judge_format_error, judge_stored, weight_to_store
 from qlora_hal_conformance.subject import Family, Subject
-from qlora_hal_conformance.tolerances import UpdateSettings
+from qlora_hal_conformance.tolerances import UpdateSettings, decoded_exactly
 from qlora_hal_conformance.updating import drawn_moments, judge_step, oracle_at_state_of
 from qlora_hal_oracle import LlamaShape, OracleTrainer, read_shape
 from qlora_hal_oracle.families import MIXTURES, VARIATIONS_OF_MIXTURES, Config, draw_config, vary
@@ -263,6 +263,25 @@ def test_quantized_checkpoint_of_a_mixture_is_taken_as_it_is(
     ready = opened("drawn", weight_format=weight_format, prequantized=True, adapter=draw_adapter(seeded, shape))
     judge_stored(ready, judging)
     _judge_products(ready, ready.oracle(), seeded, judging)
+
+
+@has_experts
+@pytest.mark.needs(Feature.LOAD_PREQUANTIZED, WeightFormat.MXFP4, Family("gpt_oss"))
+@in_each_dtype
+def test_published_experts_of_gpt_oss_are_kept(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
+    """MXFP4 as the hub has it: the experts' codes are what is computed with, before steps and after them, and all else
+    stays as it is stored."""
+    shape = _drawn(opened, seeded, draw_config("gpt_oss", seeded))
+    ready = opened("drawn", weight_format=WeightFormat.MXFP4, prequantized=True, adapter=draw_adapter(seeded, shape))
+    judge_stored(ready, judging)
+    assert ready.model.stored is not None
+    for module in linear_shapes(shape).keys() - ready.model.stored.keys():
+        weight = weight_to_store(module, ready)
+        found = ready.trainer.dequantized_weight(module)
+        judging.within(module, found, weight, decoded_exactly(weight.astype(np.float64), ready.dtype))
+    _judge_products(ready, ready.oracle(), seeded, judging)
+    ready.step([draw_routed(seeded, oracle_at_state_of(ready), ready.dtype)], RATE)
+    judge_stored(ready, judging)
 
 
 # adapters -------------------------------------------------------------------------------------------------------------

@@ -9,10 +9,13 @@ import torch
 
 from qlora_hal.contract.backend import Quantization
 from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal.formats.catalogue import record_of
+from qlora_hal.formats.gpt_oss import BLOCKS, SCALES
 from qlora_hal_backends.torch_family.base_weights import BaseWeight, quantize
 from qlora_hal_backends.torch_family.experts.block import RoutedExperts
 from qlora_hal_backends.torch_family.experts.stacked_weights import stacked
 from qlora_hal_backends.torch_family.experts.stored import HALVES, ExpertNames, StoredProjection
+from qlora_hal_backends.torch_family.microscaling import Mxfp4Weight
 
 if TYPE_CHECKING:
     from qlora_hal_backends.torch_family.loading import Checkpoint
@@ -34,7 +37,12 @@ def pack_experts(
     for (path, half), projection in names.projections.items():
         block = names.blocks[path]
         stack = getattr(block, half)
-        if projection.joined:
+        if projection.is_packed:
+            weights = [
+                _of_packed(checkpoint, block, projection.joined, half, number, dtype, device)
+                for number in range(block.experts)
+            ]
+        elif projection.joined:
             wanted = quantization if not checkpoint.is_packed else Quantization(WeightFormat.NONE)
             weights = [
                 _of_joined(checkpoint, block, projection, half, number, wanted, dtype, device)
@@ -43,6 +51,24 @@ def pack_experts(
         else:
             weights = [read_layer(projection.paths[number]) for number in range(block.experts)]
         stack.base = stacked(weights)
+
+
+def _of_packed(
+    checkpoint: Checkpoint,
+    block: RoutedExperts,
+    joined: str,
+    half: str,
+    number: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> BaseWeight:
+    """The bytes as they are, a row of them for each output: in turns, as the 16-bit columns are."""
+    packed, scales = (checkpoint.take_bytes_of_part(joined + part, number, device) for part in (BLOCKS, SCALES))
+    if half in HALVES:
+        place = HALVES.index(half)
+        packed, scales = packed[place::2], scales[place::2]
+    weight = Mxfp4Weight(packed.flatten(1), scales.contiguous(), dtype)
+    return checkpoint.numbers_in(weight, joined)
 
 
 def _of_joined(
@@ -55,8 +81,11 @@ def _of_joined(
     dtype: torch.dtype,
     device: torch.device,
 ) -> BaseWeight:
-    stored = checkpoint.take_part(projection.joined, number, device, dtype)
+    name = projection.joined if checkpoint.has(projection.joined) else f"{projection.joined}.weight"
+    stored = checkpoint.take_part(name, number, device, dtype)
     columns = stored if block.is_transposed else stored.t()  # [in, out]
     if half in HALVES:
         columns = block.halves(columns)[HALVES.index(half)]
+    record = record_of(quantization.weight_format)
+    record.require_whole_blocks(projection.joined, columns.shape[0], quantization.block_size, checkpoint.where)
     return quantize(columns.t().contiguous(), quantization, dtype)

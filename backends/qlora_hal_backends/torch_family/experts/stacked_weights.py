@@ -17,6 +17,7 @@ from qlora_hal_backends.torch_family.base_weights import (
     DenseWeight,
     Int8Weight,
 )
+from qlora_hal_backends.torch_family.microscaling import Mxfp4Weight, decoded
 
 _LARGEST_COUNT = 2**31 - 1
 """Numbers that bitsandbytes' decoder counts in one call."""
@@ -150,6 +151,26 @@ class Blockwise4BitStack:
 
 
 @dataclass(slots=True)
+class Mxfp4Stack:
+    """`Mxfp4Weight` for each expert: codes `[experts, out, in / 2]`, scales `[experts, out, in / 32]`."""
+
+    packed: Tensor
+    scales: Tensor
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        experts, outputs, width = self.packed.shape
+        return experts, outputs, 2 * width
+
+    def dense(self) -> Tensor:
+        return decoded(self.packed, self.scales, self.dtype)
+
+    def expert(self, number: int) -> Tensor:
+        return decoded(self.packed[number], self.scales[number], self.dtype)
+
+
+@dataclass(slots=True)
 class SeparateWeights:
     """Experts in a format whose parts are not laid behind one another."""
 
@@ -181,6 +202,13 @@ def stacked(weights: Sequence[BaseWeight]) -> StackedWeight:
     blocks = [weight for weight in weights if isinstance(weight, Blockwise4BitWeight)]
     if len(blocks) == len(weights):
         return _stacked_blocks(blocks)
+    microscaled = [weight for weight in weights if isinstance(weight, Mxfp4Weight)]
+    if len(microscaled) == len(weights):
+        return Mxfp4Stack(
+            torch.stack([weight.packed for weight in microscaled]),
+            torch.stack([weight.scales for weight in microscaled]),
+            microscaled[0].dtype,
+        )
     return SeparateWeights(weights)
 
 

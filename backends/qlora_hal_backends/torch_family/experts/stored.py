@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from qlora_hal.contract.values import LinearShape
-from qlora_hal.model.expert_stacks import GATE_AND_UP, is_joined, place_of
+from qlora_hal.formats.gpt_oss import BLOCKS, SCALES
+from qlora_hal.model.expert_stacks import GATE_AND_UP, joined_place, place_of
 from qlora_hal_backends.torch_family.experts.block import RoutedExperts
 from qlora_hal_backends.torch_family.experts.stack import ExpertStack
+from qlora_hal_backends.torch_family.microscaling import GROUP_SIZE
 
 if TYPE_CHECKING:
     from qlora_hal_backends.torch_family.transformers_versions import NameInModel
@@ -23,11 +25,13 @@ _PLAIN_OPERATIONS = frozenset({"MergeModulelist", "Concatenate"})
 
 @dataclass(slots=True)
 class StoredProjection:
-    """Where the weights of one stack are: `paths` number -> layer, one for each expert, or `joined`, one tensor."""
+    """Where the weights of one stack are: `paths` number -> layer, one for each expert, or `joined`, one tensor, of
+    which `is_packed` says that it is gpt-oss's two of bytes."""
 
     stack: str = ""
     paths: dict[int, str] = field(default_factory=dict)
     joined: str = ""
+    is_packed: bool = False
 
 
 class ExpertNames:
@@ -39,9 +43,9 @@ class ExpertNames:
             (path, half): StoredProjection() for path in blocks for half in (*HALVES, "down")
         }
 
-    def takes(self, layer: str, found: NameInModel) -> bool:
+    def takes(self, layer: str, found: NameInModel, *, is_packed: bool = False) -> bool:
         """Whether a tensor is an expert's. `layer` is its name in the files without `.weight`, `found` what the model
-        library makes of it."""
+        library makes of it; `is_packed`: it is part of gpt-oss's bytes."""
         block, _, weight = found.name.removesuffix(".weight").rpartition(".")
         if not self.holds(found.name):
             return False
@@ -52,16 +56,17 @@ class ExpertNames:
             projection.stack = place.module
             projection.paths[place.number] = layer
             return True
-        if found.is_converted or not is_joined(layer):
+        joined = joined_place(layer)
+        if found.is_converted or joined is None:
             return False
-        stored_block = layer.rpartition(".")[0]
+        stored_block, _ = joined
         halves = list(zip(HALVES, GATE_AND_UP[0], strict=True)) if weight == "gate_up_proj" else [("down", weight)]
         # Stored twice, nothing says which is meant. Names with numbers come first.
         if any(self.projections[block, half].paths for half, _ in halves):
             return False
         for half, leaf in halves:
             projection = self.projections[block, half]
-            projection.stack, projection.joined = f"{stored_block}.{leaf}", layer
+            projection.stack, projection.joined, projection.is_packed = f"{stored_block}.{leaf}", layer, is_packed
         return True
 
     def holds(self, name: str) -> bool:
@@ -97,4 +102,9 @@ class ExpertNames:
                 yield layer, (outer, inner) if half == "down" else (inner, outer)
             if projection.joined:
                 sides = (outer, inner) if half == "down" else (2 * inner, outer)
+                if projection.is_packed:
+                    groups = (block.experts, sides[0], sides[1] // GROUP_SIZE)
+                    yield projection.joined + BLOCKS, (*groups, GROUP_SIZE // 2)
+                    yield projection.joined + SCALES, groups
+                    continue
                 yield projection.joined, (block.experts, *(reversed(sides) if block.is_transposed else sides))
