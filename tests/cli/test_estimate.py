@@ -60,7 +60,7 @@ def test_a_named_backend_that_does_not_run_on_the_card_is_refused(llama_8b: str)
 
 
 def test_what_fits_is_held_against_the_estimate(llama_8b: str, capsys: pytest.CaptureFixture[str]) -> None:
-    card = ("--model", llama_8b, "--gpu", "RTX 3060")
+    card = ("--model", llama_8b, "--gpu", "RTX 3060 12GB")
     found = told(capsys, *card, "--fit")
     assert {one["settings"].get("training.recompute") for one in found["fit"]} >= {"selective", "full", "offload"}
     assert any("training.base_offload" in one["settings"] for one in found["fit"])
@@ -159,7 +159,7 @@ QWEN3_30B = {
 
 
 def test_advice_makes_it_fit(llama_8b: str, capsys: pytest.CaptureFixture[str]) -> None:
-    found = told(capsys, "--model", llama_8b, "--gpu", "RTX 3060")
+    found = told(capsys, "--model", llama_8b, "--gpu", "RTX 3060 12GB")
     assert found["cards"][0]["class"] == "too small"
     assert found["advice"]["fits"]
     assert found["advice"]["high"] <= found["cards"][0]["memory_bytes"]
@@ -171,7 +171,7 @@ def test_advice_is_what_makes_it_fit_when_it_is_typed(
     limit: str, asked: tuple[str, ...], llama_8b: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whatever was said of recomputation before."""
-    settings = ("--model", llama_8b, "--gpu", "RTX 3060", "--data.max_seq_length", "4096")
+    settings = ("--model", llama_8b, "--gpu", "RTX 3060 12GB", "--data.max_seq_length", "4096")
     advice = told(capsys, *settings, *asked, "--training.memory_limit", limit)["advice"]
     typed = [word for path, value in advice["settings"].items() if value is not None for word in _typed(path, value)]
     capsys.readouterr()
@@ -187,7 +187,7 @@ def _typed(path: str, value: object) -> tuple[str, str]:
 
 def test_what_is_left_to_the_estimate_is_what_fits_the_card(llama_8b: str, capsys: pytest.CaptureFixture[str]) -> None:
     auto = ("--training.recompute", "auto", "--training.base_offload", "auto")
-    for card, choice in (("H200", "recompute none"), ("RTX 3060", "recompute offload")):
+    for card, choice in (("H200", "recompute none"), ("RTX 3060 12GB", "recompute offload")):
         assert main(["estimate", "--model", llama_8b, "--gpu", card, "--data.max_seq_length", "4096", *auto]) == 0
         assert f"{choice}: an estimated peak of" in capsys.readouterr().out
 
@@ -215,7 +215,7 @@ def test_devices_that_share_the_base_are_advised_for_their_share(
     typed = [word for path, value in advice["settings"].items() for word in _typed(path, value)]
     again = told(capsys, *settings, *typed)
     assert again["high"] == advice["high"] <= 24 * 2**30
-    assert main(["estimate", *settings[:3], "RTX 3060", *settings[4:], *AUTO]) == 0
+    assert main(["estimate", *settings[:3], "RTX 3060 12GB", *settings[4:], *AUTO]) == 0
     assert "embeddings and head of the base in the host's memory" in capsys.readouterr().out
 
 
@@ -319,7 +319,7 @@ def test_a_cap_is_what_the_run_has_to_fit_into(llama_8b: str, capsys: pytest.Cap
     assert found["advice"]["fits"]
 
 
-@pytest.mark.parametrize("arguments", [("--gpu", "RTX 3060", "--fit", "--inference"), ("--cards",), ()])
+@pytest.mark.parametrize("arguments", [("--gpu", "RTX 3060 12GB", "--fit", "--inference"), ("--cards",), ()])
 def test_the_text_fits_a_terminal(
     arguments: tuple[str, ...], llama_8b: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
