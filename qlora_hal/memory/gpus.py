@@ -176,9 +176,9 @@ KNOWN_GPUS: tuple[KnownGpu, ...] = (
     *(_mac(gib) for gib in (8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)),
 )
 """Totals as `nvidia-smi` and amdgpu report them, which is the data sheet's memory less what the driver keeps; Apple:
-the working set, of unified memory. A card of one name that was sold with two memories has a row for each; of a laptop's
-GPU the name tells the memory, which often differs from the card's. bfloat16 came with NVIDIA's Ampere and AMD's CDNA; Turing and Volta have float16
-alone."""
+the working set, of unified memory. A card of one name that was sold with two memories has a row for each; of a
+laptop's GPU the name tells the memory, which often differs from the card's. bfloat16 came with NVIDIA's Ampere and
+AMD's CDNA; Turing and Volta have float16 alone."""
 
 
 def known_gpu(name: str) -> KnownGpu:
