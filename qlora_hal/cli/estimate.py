@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Estimated", "estimate", "estimate_as_json", "estimate_as_text", "estimate_run", "memory_lines"]
 
+PROBES = 3
+"""So many batches are trained with at most before one is told that fits."""
+
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
@@ -39,6 +42,8 @@ class Wanted:
     cards: bool = False
     inference: bool = False
     probe: bool = False
+    given: frozenset[str] = frozenset()
+    """Settings that the user made, by dotted path: `fit` leaves them as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +86,12 @@ class Estimated:
     @property
     def high(self) -> int:
         return self.probe.high if self.probe is not None else self.memory.high
+
+    def high_of(self, other: MemoryEstimate) -> int:
+        """The peak of other settings with its margin, by what the probe took with these where there is one."""
+        from qlora_hal.run.memory_probe import corrected
+
+        return other.high if self.probe is None else corrected(other, self.memory, self.probe)
 
     def verdict(self, memory_bytes: int, devices: int = 1) -> Verdict:
         """Whether the peak of so many devices that share a memory fits."""
@@ -142,7 +153,7 @@ def estimate(
 
     settings = resolved(config, flags, demo=demo)
     require_settings(settings.config, "model.name_or_path")
-    wanted = Wanted(gpu, fit, cards, inference, probe)
+    wanted = Wanted(gpu, fit, cards, inference, probe, settings.given)
     estimated = estimate_run(settings.config, as_devices(devices), wanted)
     if json:
         show_json(estimate_as_json(estimated))
@@ -217,25 +228,19 @@ def _in_other_dtypes(planned: PlannedModel, cards: Sequence[KnownGpu]) -> dict[s
 
 def _with_wanted(estimated: Estimated, wanted: Wanted, config: RunConfig) -> Estimated:
     """The same with what was asked for beside it."""
-    from qlora_hal.memory.fitting import Verdict, largest_fits
+    from qlora_hal.memory.fitting import Verdict
     from qlora_hal.memory.inference import inference_memory
-    from qlora_hal.run.card_table import card_rows, remedy_of, remembered
-    from qlora_hal.run.memory_probe import probed
+    from qlora_hal.run.card_table import card_rows, fits_of, remedy_of, remembered
 
     planned = estimated.planned
+    peak = None
     if wanted.probe:
         _refuse_probe_elsewhere(planned, wanted)
-        calibration = probed(
-            config,
-            planned.facts,
-            planned.estimate_of,
-            model=planned.folder,
-            on_host=estimated.machine_bytes is not None,
-        )
-        estimated = replace(estimated, probe=calibration)
+        estimated = replace(estimated, probe=_probed(estimated, planned))
+        peak = remembered(planned, estimated.high_of)
     has = estimated.smallest_memory
     if has is not None and estimated.verdict(has) is not Verdict.FITS:
-        estimated = replace(estimated, remedy=remedy_of(planned, has))
+        estimated = replace(estimated, remedy=remedy_of(planned, has, peak))
     if wanted.fit:
         if has is None:
             raise ConfigError(
@@ -244,17 +249,43 @@ def _with_wanted(estimated: Estimated, wanted: Wanted, config: RunConfig) -> Est
                 where="command line --fit",
                 fix="Name a card or a size: --gpu 'RTX 4090', or --training.memory_limit 24GB",
             )
-        length, positions = config.data.max_seq_length, planned.facts.max_position_embeddings
-        estimated = replace(estimated, fits_of=largest_fits(remembered(planned), has, length, positions))
+        fitting = fits_of(planned, has, wanted.given, peak)
+        estimated = replace(estimated, fits_of=_first_measured(estimated, fitting, has, wanted) if peak else fitting)
     if wanted.cards:
         estimated = replace(estimated, table=card_rows(planned))
     if wanted.inference:
         batch, length = config.full_batch_rows, config.data.max_seq_length
-        found = inference_memory(
+        answering = inference_memory(
             planned.facts, planned.quantization, planned.compute_dtype, batch, length, estimated.memory.runtime
         )
-        estimated = replace(estimated, inference=found)
+        estimated = replace(estimated, inference=answering)
     return estimated
+
+
+def _probed(estimated: Estimated, planned: PlannedModel) -> Calibration:
+    """What a few layers take here with the settings of `planned`."""
+    from qlora_hal.run.memory_probe import probed
+
+    on_host = estimated.machine_bytes is not None
+    return probed(planned.config, planned.facts, planned.estimate_of, model=planned.folder, on_host=on_host)
+
+
+def _first_measured(estimated: Estimated, found: tuple[Fit, ...], has: int, wanted: Wanted) -> tuple[Fit, ...]:
+    """What fits, the first of it trained with here: where that takes more than was foreseen, what it took is what the
+    rest is foreseen by."""
+    from qlora_hal.run.card_table import fits_of, remembered
+
+    for _ in range(PROBES):
+        if not found:
+            break
+        first, *others = found
+        there = estimated.planned.with_settings(first.settings)
+        calibration = _probed(estimated, there)
+        if calibration.high <= has:
+            return replace(first, high=calibration.high, is_measured=True), *others
+        corrected = replace(estimated, planned=there, memory=there.estimate(), probe=calibration)
+        found = fits_of(estimated.planned, has, wanted.given, remembered(estimated.planned, corrected.high_of))
+    return found
 
 
 def _refuse_probe_elsewhere(planned: PlannedModel, wanted: Wanted) -> None:
@@ -305,12 +336,27 @@ def estimate_as_json(estimated: Estimated) -> dict[str, object]:
         else {"memory_bytes": limit, "class": estimated.verdict(limit).value},
         "advice": None
         if (advice := estimated.remedy) is None
-        else {"settings": advice.settings, "high": advice.high, "fits": advice.fits},
+        else {
+            "settings": advice.settings,
+            "high": advice.high,
+            "fits": advice.fits,
+            "time": round(advice.time, 3),
+            "gives_up": list(advice.gives_up),
+        },
     }
     if estimated.probe is not None:
         told["probe"] = estimated.probe.as_json()
     if estimated.fits_of is not None:
-        told["fit"] = [{"settings": one.settings, "high": one.high} for one in estimated.fits_of]
+        told["fit"] = [
+            {
+                "settings": one.settings,
+                "high": one.high,
+                "time": round(one.choice.time, 3),
+                "gives_up": list(one.taken.gives_up),
+                "measured": one.is_measured,
+            }
+            for one in estimated.fits_of
+        ]
     if (answering := estimated.inference) is not None:
         told["inference"] = {
             "sequences": answering.sequences,

@@ -118,34 +118,42 @@ def _places(estimated: Estimated) -> Iterator[str]:
 
 
 def _remedy_lines(remedy: Remedy, has: int) -> Iterator[str]:
-    if not remedy.steps:
-        yield from _wrapped(f"By arithmetic it fits {figures.size(has)}; what was measured does not.", "")
-        return
     if remedy.fits:
         yield from _wrapped(
-            f"It fits {figures.size(has)} with {remedy.words} (up to {figures.size(remedy.high)}):", "  "
+            f"It fits {figures.size(has)} with {remedy.words} (up to {figures.size(remedy.high)}"
+            f"{_at_what_speed(remedy.time)}):",
+            "  ",
         )
         yield from _setting_lines(remedy.settings)
+        for given_up in remedy.gives_up:
+            yield from _wrapped(f"  gives up: {given_up}", "    ")
     else:
         yield from _wrapped(
-            f"No setting makes it fit {figures.size(has)}: with {remedy.words} it needs up to "
+            f"No setting makes it fit {figures.size(has)}: with {remedy.words or 'these settings'} it needs up to "
             f"{figures.size(remedy.high)}. Take a smaller model, a larger card, or several that share the base "
             "(--devices N --parallel.mode shard).",
             "",
         )
 
 
+def _at_what_speed(time: float) -> str:
+    """A price in the tokens of a second, by what an H200 was measured at."""
+    return f"; {1 / time:.2f} of the tokens/s, by an H200's figures" if time > 1.005 else ""
+
+
 def _fit_lines(fits: Sequence[Fit], has: int) -> Iterator[str]:
     yield f"the most that fits {figures.size(has)}:"
     if not fits:
-        yield "  nothing, with all activations kept or recomputed; what takes less stands above"
+        yield "  nothing, whatever is recomputed or on the host; what takes less stands above"
         return
-    yield f"  {'rows x tokens':<16} {'tokens':>8}   {'activations':<12} {'up to':>10}"
+    yield f"  {'rows x tokens':<14} {'tokens':>8} {'up to':>10}  {'tokens/s':<8}  settings"
     for one in fits:
-        kept = "recomputed" if one.recomputed else "kept"
         shape = f"{one.rows} x {one.length}"
-        yield f"  {shape:<16} {one.rows * one.length:>8}   {kept:<12} {figures.size(one.high):>10}"
-    yield "settings of the first:"
+        measured = " (measured)" if one.is_measured else ""
+        speed = f"{fits[0].choice.time / one.choice.time:.2f}"
+        line = f"  {shape:<14} {one.tokens:>8} {figures.size(one.high):>10}  {speed:<8}  "
+        yield from _wrapped(f"{line}{one.taken.words or 'as they are'}{measured}", " " * 49)
+    yield "settings of the first (tokens/s beside it, by an H200's figures):"
     yield from _setting_lines(fits[0].settings)
 
 
@@ -188,7 +196,8 @@ def advice_in_short(row: CardRow, method: str) -> str:
     if advice is None:
         return ""
     if advice.fits:
-        return f"{method} fits with {advice.words}"
+        speed = f" ({1 / advice.time:.2f} of the tokens/s)" if advice.time > 1.005 else ""
+        return f"{method} fits with {advice.words}{speed}"
     return f"{method} needs {figures.size(advice.high)} at the least"
 
 

@@ -37,6 +37,7 @@ OTHER_ENVIRONMENT_NAMES = frozenset({"QLORA_HAL_CACHE", "QLORA_HAL_FAULTS", "QLO
 
 KEYWORD = "keyword"
 """The origin of what was given in Python."""
+_DEFAULTS = frozenset({"default", "demo"})
 _MOST_SEARCHED = 50
 _KEYWORD_SETTINGS = {"model": "model.name_or_path", "data": "data.path", "backend": "backend.name"}
 _LEFT_OUT = (*_KEYWORD_SETTINGS, "output_dir")
@@ -58,6 +59,11 @@ class ResolvedSettings:
     def values(self) -> Mapping[str, object]:
         """Dotted key -> value, in the order of the schema."""
         return dict(flatten_config(self.config))
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Dotted keys of what was set for this run, and is no default of the schema or of the demo."""
+        return frozenset(key for key, origin in self.origins.items() if origin not in _DEFAULTS)
 
 
 @dataclass(slots=True)

@@ -410,6 +410,11 @@ class RunConfig(_Part):
         )
         return min(self.training.tokens_per_batch // self.data.max_seq_length, of_step)
 
+    def with_rows(self, rows: int) -> RunConfig:
+        """The same with micro-batches of so many full rows."""
+        changes = {"per_device_train_batch_size": rows, "tokens_per_batch": None}
+        return self.model_copy(update={"training": self.training.model_copy(update=changes)})
+
     @model_validator(mode="after")
     def _parts_fit_together(self) -> RunConfig:
         training, data = self.training, self.data

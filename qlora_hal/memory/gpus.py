@@ -57,9 +57,15 @@ def _mac(gib: int) -> KnownGpu:
     return KnownGpu(f"Apple M-series, {gib} GB", "apple", apple_working_set(gib * GIB), "bfloat16", source)
 
 
+def _geforce(source: str, memories: Mapping[str, int]) -> tuple[KnownGpu, ...]:
+    """Cards of a generation, by name, with their MiB."""
+    return tuple(_nvidia(name, mib, source) for name, mib in memories.items())
+
+
 _TURING, _VOLTA = "Turing architecture white paper", "Tesla V100 architecture white paper"
 _GA102, _ADA = "Ampere GA102 architecture white paper", "Ada GPU architecture white paper"
 _BLACKWELL = "RTX Blackwell GPU architecture white paper"
+_LAPTOPS = "GeForce laptops, comparison of specifications"
 
 KNOWN_GPUS: tuple[KnownGpu, ...] = (
     _nvidia("T4", 15360, f"T4 data sheet; {_TURING}", "float16"),
@@ -70,27 +76,86 @@ KNOWN_GPUS: tuple[KnownGpu, ...] = (
     _nvidia("RTX A6000", 49140, f"RTX A6000 data sheet; {_GA102}"),
     _nvidia("L40", 46068, "L40 data sheet"),
     _nvidia("L40S", 46068, "L40S data sheet"),
-    _nvidia("RTX 3060 12 GB", 12288, _GA102),
-    _nvidia("RTX 3060 Ti", 8192, _GA102),
-    _nvidia("RTX 3070", 8192, _GA102),
-    _nvidia("RTX 3080 10 GB", 10240, _GA102),
-    _nvidia("RTX 3080 Ti", 12288, _GA102),
-    _nvidia("RTX 3090", 24576, _GA102),
-    _nvidia("RTX 4060", 8188, _ADA),
-    _nvidia("RTX 4060 Ti 8 GB", 8188, _ADA),
-    _nvidia("RTX 4060 Ti 16 GB", 16380, _ADA),
-    _nvidia("RTX 4070", 12282, _ADA),
-    _nvidia("RTX 4070 Ti", 12282, _ADA),
-    _nvidia("RTX 4070 Ti SUPER", 16376, _ADA),
-    _nvidia("RTX 4080", 16376, _ADA),
-    _nvidia("RTX 4090", 24564, _ADA),
-    _nvidia("RTX 5060", 8151, _BLACKWELL),
-    _nvidia("RTX 5060 Ti 8 GB", 8151, _BLACKWELL),
-    _nvidia("RTX 5060 Ti 16 GB", 16311, _BLACKWELL),
-    _nvidia("RTX 5070", 12227, _BLACKWELL),
-    _nvidia("RTX 5070 Ti", 16303, _BLACKWELL),
-    _nvidia("RTX 5080", 16303, _BLACKWELL),
-    _nvidia("RTX 5090", 32607, _BLACKWELL),
+    *_geforce(
+        _GA102,
+        {
+            "RTX 3050 6 GB": 6144,
+            "RTX 3050 8 GB": 8192,
+            "RTX 3060 8 GB": 8192,
+            "RTX 3060 12 GB": 12288,
+            "RTX 3060 Ti": 8192,
+            "RTX 3070": 8192,
+            "RTX 3070 Ti": 8192,
+            "RTX 3080 10 GB": 10240,
+            "RTX 3080 12 GB": 12288,
+            "RTX 3080 Ti": 12288,
+            "RTX 3090": 24576,
+            "RTX 3090 Ti": 24564,
+        },
+    ),
+    *_geforce(
+        _LAPTOPS,
+        {
+            "RTX 3050 Laptop 4 GB": 4096,
+            "RTX 3050 Laptop 6 GB": 6144,
+            "RTX 3050 Ti Laptop": 4096,
+            "RTX 3060 Laptop": 6144,
+            "RTX 3070 Laptop": 8192,
+            "RTX 3070 Ti Laptop": 8192,
+            "RTX 3080 Laptop 8 GB": 8192,
+            "RTX 3080 Laptop 16 GB": 16384,
+            "RTX 3080 Ti Laptop": 16384,
+        },
+    ),
+    *_geforce(
+        _ADA,
+        {
+            "RTX 4060": 8188,
+            "RTX 4060 Ti 8 GB": 8188,
+            "RTX 4060 Ti 16 GB": 16380,
+            "RTX 4070": 12282,
+            "RTX 4070 SUPER": 12282,
+            "RTX 4070 Ti": 12282,
+            "RTX 4070 Ti SUPER": 16376,
+            "RTX 4080": 16376,
+            "RTX 4080 SUPER": 16376,
+            "RTX 4090": 24564,
+        },
+    ),
+    *_geforce(
+        _LAPTOPS,
+        {
+            "RTX 4050 Laptop": 6141,
+            "RTX 4060 Laptop": 8188,
+            "RTX 4070 Laptop": 8188,
+            "RTX 4080 Laptop": 12282,
+            "RTX 4090 Laptop": 16376,
+        },
+    ),
+    *_geforce(
+        _BLACKWELL,
+        {
+            "RTX 5050": 8151,
+            "RTX 5060": 8151,
+            "RTX 5060 Ti 8 GB": 8151,
+            "RTX 5060 Ti 16 GB": 16311,
+            "RTX 5070": 12227,
+            "RTX 5070 Ti": 16303,
+            "RTX 5080": 16303,
+            "RTX 5090": 32607,
+        },
+    ),
+    *_geforce(
+        _LAPTOPS,
+        {
+            "RTX 5050 Laptop": 8151,
+            "RTX 5060 Laptop": 8151,
+            "RTX 5070 Laptop": 8151,
+            "RTX 5070 Ti Laptop": 12227,
+            "RTX 5080 Laptop": 16303,
+            "RTX 5090 Laptop": 24463,
+        },
+    ),
     _nvidia("A100 40 GB", 40960, "A100 data sheet"),
     _nvidia("A100 80 GB", 81920, "A100 data sheet"),
     _nvidia("H100 80 GB", 81559, "H100 data sheet"),
@@ -100,14 +165,20 @@ KNOWN_GPUS: tuple[KnownGpu, ...] = (
     _amd("Instinct MI210", 64, "Instinct MI210 data sheet"),
     _amd("Instinct MI250X", 64, "Instinct MI250X data sheet: two dies of 64 GB, each a device", devices=2),
     _amd("Instinct MI300X", 192, "Instinct MI300X data sheet"),
+    _amd("Radeon RX 7900 GRE", 16, "Radeon RX 7900 GRE specifications"),
+    _amd("Radeon RX 7900 XT", 20, "Radeon RX 7900 XT specifications"),
     _amd("Radeon RX 7900 XTX", 24, "Radeon RX 7900 XTX specifications"),
+    _amd("Radeon RX 9060 XT 8 GB", 8, "Radeon RX 9060 XT specifications"),
+    _amd("Radeon RX 9060 XT 16 GB", 16, "Radeon RX 9060 XT specifications"),
+    _amd("Radeon RX 9070", 16, "Radeon RX 9070 specifications"),
     _amd("Radeon RX 9070 XT", 16, "Radeon RX 9070 XT specifications"),
     _amd("Radeon AI PRO R9700", 32, "Radeon AI PRO R9700 specifications"),
-    *(_mac(gib) for gib in (8, 16, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)),
+    *(_mac(gib) for gib in (8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)),
 )
 """Totals as `nvidia-smi` and amdgpu report them, which is the data sheet's memory less what the driver keeps; Apple:
-the working set, of unified memory. bfloat16 came with NVIDIA's Ampere and AMD's CDNA; Turing and Volta have float16
-alone."""
+the working set, of unified memory. A card of one name that was sold with two memories has a row for each; of a
+laptop's GPU the name tells the memory, which often differs from the card's. bfloat16 came with NVIDIA's Ampere and
+AMD's CDNA; Turing and Volta have float16 alone."""
 
 
 def known_gpu(name: str) -> KnownGpu:
@@ -138,14 +209,17 @@ _GLUED = re.compile(r"(?<=\d)(?=gi?b\b)|(?<=[a-z])(?=\d{4})|(?<=\d{4})(?=[a-z])"
 """Where names are written together: `80GB`, `rtx4090`, `4090ti`."""
 
 
-_OF_NO_MODEL = re.compile(r"geforce|tesla|sxm\d*|pcie|hbm\d*e?")
+_OF_NO_MODEL = re.compile(r"geforce|gpu|tesla|sxm\d*|pcie|hbm\d*e?")
 """Words of some names, `nvidia-smi`'s among them, that tell no card from another."""
+_SYNONYMS: Mapping[str, str] = {"gib": "gb", "notebook": "laptop", "mobile": "laptop"}
 _BRANDS = frozenset({"nvidia", "amd", "apple", "rtx", "rx", "radeon", "instinct"})
 
 
 def _words(name: str) -> tuple[str, ...]:
     spaced = _GLUED.sub(" ", re.sub(r"[^a-z0-9]+", " ", name.lower()))
-    return tuple(word for word in spaced.replace("gib", "gb").split() if not _OF_NO_MODEL.fullmatch(word))
+    for written, meant in _SYNONYMS.items():
+        spaced = spaced.replace(written, meant)
+    return tuple(word for word in spaced.split() if not _OF_NO_MODEL.fullmatch(word))
 
 
 def _model(card: KnownGpu) -> tuple[str, ...]:

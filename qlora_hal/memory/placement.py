@@ -2,15 +2,15 @@
 
 The order of `auto` is that of the time it takes. Keeping all activations is fastest. Computing the feed-forward's
 widest products again costs less than whole layers; their inputs on the host cost no more as long as the copies hide
-behind the computation. Of the base, the token embeddings cost a copy of a row a token; layers and head cross whole in
-each pass.
+behind the computation. Of the base, the token embeddings cost a copy of a row a token; head and layers cross whole in
+each pass, at a rate that the machine's link decides, so they come after all recomputation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from qlora_hal.contract.capabilities import Feature
 from qlora_hal.errors.figures import size
@@ -26,7 +26,11 @@ if TYPE_CHECKING:
     from qlora_hal.model.facts import ModelFacts
 
 AUTO, NONE, SELECTIVE, FULL, OFFLOAD = "auto", "none", "selective", "full", "offload"
-EMBEDDINGS, LAYERS, HEAD = "embeddings", "layers", "head"
+EMBEDDINGS: Final = "embeddings"
+LAYERS: Final = "layers"
+HEAD: Final = "head"
+IN_HOST_MEMORY = frozenset({"cpu", "mps"})
+"""Kinds of devices whose memory is the host's: what waits there saves nothing."""
 SLOTS = 2
 """Layers, or pieces of the head, that are on the device while the rest is on the host."""
 HEAD_PIECE_BYTES = 2**26
@@ -47,9 +51,39 @@ class Placement:
         """Whole ones, from their inputs."""
         return self.recompute in (FULL, OFFLOAD)
 
+    def in_one_memory(self) -> Placement:
+        """What it takes where the device's memory is the host's."""
+        return replace(self, recompute=FULL if self.recompute == OFFLOAD else self.recompute, base_offload=())
+
     def words(self) -> str:
         base = f", {' and '.join(self.base_offload)} of the base in the host's memory" if self.base_offload else ""
         return f"recompute {self.recompute}{base}"
+
+
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """Whether anything can go `to_host` (a device may have no memory of its own) and whether `layers` of the base can:
+    those that are spread over devices are on them, and experts are read where they lie."""
+
+    to_host: bool = True
+    layers: bool = True
+
+
+def recomputations(features: Collection[Feature], moves: Moves) -> list[str]:
+    """What may be recomputed, by the time that it takes."""
+    if Feature.RECOMPUTATION_CHOICE in features:
+        return [NONE, SELECTIVE, FULL, *([OFFLOAD] if moves.to_host else [])]
+    return [NONE, *([FULL] if Feature.GRADIENT_CHECKPOINTING in features else [])]
+
+
+def base_offloads(features: Collection[Feature], moves: Moves) -> list[tuple[OffloadedPart, ...]]:
+    """Parts of the base that may be on the host together, by what crosses in a pass: of the embeddings a row a token,
+    of the head all, of the layers all."""
+    nothing: tuple[OffloadedPart, ...] = ()
+    if Feature.BASE_OFFLOAD not in features or not moves.to_host:
+        return [nothing]
+    whole: list[tuple[OffloadedPart, ...]] = [nothing, (EMBEDDINGS,), (EMBEDDINGS, HEAD)]
+    return [*whole, (EMBEDDINGS, LAYERS), (EMBEDDINGS, LAYERS, HEAD)] if moves.layers else whole
 
 
 def asked_recompute(training: TrainingConfig) -> str:
@@ -65,11 +99,11 @@ def chosen_placement(
     peak_of: Callable[[Placement], int],
     memory_there: int | None,
     *,
-    sharded: bool = False,
+    moves: Moves | None = None,
 ) -> Placement:
     """What was asked for, and where that is `auto` the fastest whose `peak_of` is within `memory_there`. Where nothing
     is, the one with the lowest peak; where the memory is not known, the fastest."""
-    candidates = list(_candidates(training, features, sharded))
+    candidates = list(_candidates(training, features, moves or Moves()))
     if AUTO not in (asked_recompute(training), training.base_offload):
         return candidates[0]
     if memory_there is None:
@@ -81,22 +115,13 @@ def chosen_placement(
     return replace(chosen, why=f"an estimated peak of {size(peaks[chosen])}, {relation} {size(memory_there)}")
 
 
-def _candidates(training: TrainingConfig, features: Collection[Feature], sharded: bool) -> Iterator[Placement]:
-    """All that is asked for or may be chosen, the fastest first. Layers that are spread over devices are on them."""
+def _candidates(training: TrainingConfig, features: Collection[Feature], moves: Moves) -> Iterator[Placement]:
+    """All that is asked for or may be chosen, the fastest first."""
     recompute, offload = asked_recompute(training), training.base_offload
-    recomputations = [recompute]
-    if recompute == AUTO:
-        recomputations = [NONE]
-        if Feature.RECOMPUTATION_CHOICE in features:
-            recomputations += [SELECTIVE, FULL, OFFLOAD]
-        elif Feature.GRADIENT_CHECKPOINTING in features:
-            recomputations += [FULL]
-    offloads: list[tuple[OffloadedPart, ...]] = [()] if offload == "auto" else [offload]
-    if offload == "auto" and Feature.BASE_OFFLOAD in features:
-        more: list[tuple[OffloadedPart, ...]] = [("embeddings", "layers"), ("embeddings", "layers", "head")]
-        offloads += [("embeddings",), *([("embeddings", "head")] if sharded else more)]
-    for parts in offloads:
-        for kind in recomputations:
+    again = recomputations(features, moves) if recompute == AUTO else [recompute]
+    parts_of_base = base_offloads(features, moves) if offload == "auto" else [offload]
+    for parts in parts_of_base:
+        for kind in again:
             yield Placement(kind, parts)
 
 

@@ -2,26 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
-from qlora_hal.contract.capabilities import Feature
+from qlora_hal.contract.capabilities import OPTIMIZER_FEATURE
 from qlora_hal.contract.values import MemoryEstimate
 from qlora_hal.errors import QloraHalError
-from qlora_hal.memory.fitting import BASE_OFFLOAD, RECOMPUTE, TOKENS, Remedy, Step, Verdict, remedy, verdict
+from qlora_hal.formats.catalogue import record_of
+from qlora_hal.memory.fitting import (
+    AS_IT_IS,
+    BASE_OFFLOAD,
+    BATCH,
+    LENGTH,
+    LONGEST,
+    RECOMPUTE,
+    TOKENS,
+    Asked,
+    Choices,
+    Fit,
+    Peak,
+    PriceOf,
+    Remedy,
+    Step,
+    Verdict,
+    largest_fits,
+    remedy,
+    smaller_batches,
+    verdict,
+)
 from qlora_hal.memory.gpus import KNOWN_GPUS, KnownGpu
-from qlora_hal.memory.placement import EMBEDDINGS, HEAD, LAYERS, OFFLOAD
+from qlora_hal.memory.placement import AUTO, OFFLOAD, SELECTIVE, asked_recompute, base_offloads, recomputations
+from qlora_hal.memory.placement import FULL as WHOLE_LAYERS
+from qlora_hal.memory.time_prices import PassChoice
+from qlora_hal.model.expert_stacks import is_shared
 
 if TYPE_CHECKING:
     from qlora_hal.run.planned_memory import PlannedModel
 
 FULL, LORA, EIGHT_BIT, FOUR_BIT = "full", "LoRA", "8-bit", "4-bit"
 LEVELS: Mapping[str, str] = {LORA: "none", EIGHT_BIT: "8bit", FOUR_BIT: "4bit"}
+OPTIMIZER, EXPERTS, CHECKPOINTING = "training.optim", "lora.experts", "training.gradient_checkpointing"
+RECOMPUTE_WORDS: Mapping[str, str] = {
+    SELECTIVE: "the feed-forward recomputed",
+    WHOLE_LAYERS: "activations recomputed",
+    OFFLOAD: "activations recomputed with their inputs on the host",
+}
 FULL_BYTES = {"weights": 2, "gradients": 2, "adapter": 4, "optimizer": 8}
 """Of each parameter in full tuning with mixed precision (Micikevicius et al. 2018): weights and gradients in 16 bits, a
 master copy and two moments in float32. Not what is trained here: it stands beside for comparison."""
+
+
+Peaks = Mapping[str, MemoryEstimate]
+"""By method."""
+AdviceOf = Callable[[int], Remedy]
+"""What makes a run fit into so many bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +85,13 @@ class CardRow:
             },
             "advice": None
             if self.advice is None
-            else {"settings": self.advice.settings, "high": self.advice.high, "fits": self.advice.fits},
+            else {
+                "settings": self.advice.settings,
+                "high": self.advice.high,
+                "fits": self.advice.fits,
+                "time": round(self.advice.time, 3),
+                "gives_up": list(self.advice.gives_up),
+            },
         }
 
 
@@ -58,12 +100,14 @@ def card_rows(planned: PlannedModel, cards: Sequence[KnownGpu] = KNOWN_GPUS) -> 
     format alone."""
 
     @cache
-    def on_device(vendor: str, dtype: str, name: str) -> tuple[PlannedModel, Mapping[str, MemoryEstimate]] | None:
+    def on_device(vendor: str, dtype: str, name: str) -> tuple[PlannedModel, Peaks, AdviceOf] | None:
         alike = (card for card in cards if (card.vendor, card.compute_dtype) == (vendor, dtype))
         card = next(card for card in alike if name in ("", card.name))
         try:
             there = planned.on(card)
-            return there, peaks_of(there)
+            peaks = peaks_of(there)
+            least = there.with_settings(_settings_of("4bit")) if FOUR_BIT in peaks else there
+            return there, peaks, partial(remedy_of, least, peak=remembered(least))
         except QloraHalError:  # no backend for the card stores this model
             return None
 
@@ -73,8 +117,7 @@ def card_rows(planned: PlannedModel, cards: Sequence[KnownGpu] = KNOWN_GPUS) -> 
     rows = []
     for card in cards:
         if (found := on_device(card.vendor, card.compute_dtype, of_each(card))) is not None:
-            there, peaks = found
-            rows.append(_row(card, there, peaks))
+            rows.append(_row(card, *found))
     return tuple(rows)
 
 
@@ -92,54 +135,141 @@ def full_tuning(lora: MemoryEstimate, parameters: int) -> MemoryEstimate:
     return replace(lora, **{part: count * parameters for part, count in FULL_BYTES.items()})
 
 
-def others_of(planned: PlannedModel) -> tuple[Step, ...]:
-    """What else takes less memory, where the backend has it and the settings have it not yet."""
-    config, steps = planned.config, list[Step]()
-    features = planned.spec.capabilities.features
-    if Feature.RECOMPUTATION_CHOICE in features:
-        steps.append(Step("their inputs on the host", {RECOMPUTE: OFFLOAD}))
-    four_bit = planned.spec.capabilities.levels.get("4bit")
-    if planned.facts.prequantized is None and four_bit and planned.quantization.weight_format != four_bit:
-        steps.append(Step("the base in 4 bits", _settings_of("4bit")))
-    if config.training.optim == "adamw" and Feature.ADAMW_8BIT in features:
-        steps.append(Step("moments in 8 bits", {"training.optim": "adamw_8bit"}))
-    if Feature.BASE_OFFLOAD in features and not config.training.base_offload:
-        parts = (EMBEDDINGS, HEAD) if planned.is_sharded else (EMBEDDINGS, LAYERS, HEAD)
-        steps.append(Step(f"{' and '.join(parts)} on the host", {BASE_OFFLOAD: parts}))
-    return tuple(steps)
-
-
-def remedy_of(planned: PlannedModel, memory_bytes: int) -> Remedy:
-    """What makes the run fit into so much memory of one device."""
-    training, peak = planned.config.training, remembered(planned)
+def choices_of(planned: PlannedModel) -> Choices:
+    """What takes less memory, where the backend has it and the settings have it not yet."""
+    training = planned.config.training
     accumulation = training.gradient_accumulation_steps if training.global_batch_size is None else None
-    batch, length = planned.config.full_batch_rows, planned.config.data.max_seq_length
+    length = planned.config.data.max_seq_length
     of_rows = (lambda rows: {TOKENS: rows * length}) if training.tokens_per_batch is not None else None
-    return remedy(
-        peak, memory_bytes, batch, accumulation, length, others_of(planned), of_rows, training.global_batch_size
+    batches = smaller_batches(planned.config.full_batch_rows, accumulation, of_rows, training.global_batch_size)
+    return (
+        tuple(batches),
+        (AS_IT_IS, *_more_recomputed(planned)),
+        (AS_IT_IS, *_more_offloaded(planned)),
+        (AS_IT_IS, *_smaller_moments(planned)),
+        (AS_IT_IS, *_four_bits(planned)),
+        (AS_IT_IS, *_fewer_experts(planned)),
     )
 
 
-def remembered(planned: PlannedModel) -> Callable[[Mapping[str, object]], MemoryEstimate]:
-    """Its estimate with some settings otherwise, each computed once."""
-    known: dict[tuple[tuple[str, object], ...], MemoryEstimate] = {}
+def _more_recomputed(planned: PlannedModel) -> Iterator[Step]:
+    asked = asked_recompute(planned.config.training)
+    if asked == AUTO:
+        return
+    choices = recomputations(planned.spec.capabilities.features, planned.moves)
+    for choice in choices[choices.index(asked) + 1 :] if asked in choices else ():
+        yield Step(RECOMPUTE_WORDS[choice], {RECOMPUTE: choice})
 
-    def peak(changes: Mapping[str, object]) -> MemoryEstimate:
+
+def _more_offloaded(planned: PlannedModel) -> Iterator[Step]:
+    now = planned.config.training.base_offload
+    if now == AUTO:
+        return
+    for parts in base_offloads(planned.spec.capabilities.features, planned.moves):
+        if set(parts) > set(now):
+            yield _offloaded(parts)
+
+
+def _offloaded(parts: Sequence[str]) -> Step:
+    return Step(f"{' and '.join(parts)} on the host", {BASE_OFFLOAD: tuple(parts)})
+
+
+def _smaller_moments(planned: PlannedModel) -> Iterator[Step]:
+    smaller = f"{planned.config.training.optim}_8bit"
+    if (feature := OPTIMIZER_FEATURE.get(smaller)) is not None and feature in planned.spec.capabilities.features:
+        yield Step("moments in 8 bits", {OPTIMIZER: smaller}, "the moments are rounded to 8 bits")
+
+
+def _four_bits(planned: PlannedModel) -> Iterator[Step]:
+    four_bit = planned.spec.capabilities.levels.get("4bit")
+    if planned.facts.prequantized is None and four_bit and planned.quantization.weight_format != four_bit:
+        yield Step("the base in 4 bits", _settings_of("4bit"), "the base's weights are rounded to 4 bits")
+
+
+def _fewer_experts(planned: PlannedModel) -> Iterator[Step]:
+    """Of a mixture the adapters of its experts are most of what is trained."""
+    modules, asked = planned.facts.linear_modules, planned.config.lora.experts
+    routed = sum(modules[path].experts > 1 for path in planned.targets_of(planned.facts))
+    fewer = {"all": ("shared", "none") if any(map(is_shared, modules)) else ("none",), "shared": ("none",)}
+    for choice in fewer.get(asked, ()):
+        if choice == "shared" and not routed:
+            continue
+        try:
+            trained = len(planned.with_settings({EXPERTS: choice}).targets_of(planned.facts))
+        except QloraHalError:  # nothing else is a target
+            continue
+        left = len(planned.targets_of(planned.facts)) - trained
+        if left:
+            which = "routed experts" if choice == "shared" else "experts"
+            words = f"no adapters on the {which}"
+            yield Step(words, {EXPERTS: choice}, f"the {which} stay as they are: {trained} modules are trained")
+
+
+def fits_of(
+    planned: PlannedModel, memory_bytes: int, given: Collection[str] = (), peak: Peak | None = None
+) -> tuple[Fit, ...]:
+    """What fits into so much memory of one device, by the arithmetic or by another `peak`. Settings that are `given`,
+    by dotted path, stay as they are; of the others batch, length, what is recomputed, parts of the base on the host and
+    the optimizer are looked for."""
+    training, length = planned.config.training, planned.config.data.max_seq_length
+    features = planned.spec.capabilities.features
+    again: list[Step] = [AS_IT_IS]
+    if asked_recompute(training) != AUTO and not {RECOMPUTE, CHECKPOINTING} & set(given):
+        again = [Step(f"recompute {one}", {RECOMPUTE: one}) for one in recomputations(features, planned.moves)]
+    parts: list[Step] = [AS_IT_IS]
+    if BASE_OFFLOAD not in given:
+        parts += [_offloaded(one) for one in base_offloads(features, planned.moves) if one]
+    moments = [AS_IT_IS, *(() if OPTIMIZER in given else _smaller_moments(planned))]
+    longest = None if LENGTH in given else min(planned.facts.max_position_embeddings or LONGEST, LONGEST)
+    if training.tokens_per_batch is not None:  # rows follow from the length, which is at most so many tokens
+        longest = None if longest is None else min(longest, training.tokens_per_batch)
+        asked = Asked(
+            length, planned.config.full_batch_rows, longest, settings_of=lambda rows, length: {LENGTH: length}
+        )
+    else:
+        rows = training.per_device_train_batch_size if BATCH in given else None
+        asked = Asked(length, rows, longest, training.global_batch_size)
+    choices = (again, parts, moments)
+    return largest_fits(peak or remembered(planned), price_of(planned), memory_bytes, choices, asked)
+
+
+def price_of(planned: PlannedModel) -> PriceOf:
+    """What a pass takes with some settings otherwise."""
+
+    def price(changes: Mapping[str, object]) -> PassChoice:
+        asked = planned.with_settings(changes)
+        placement = asked.placement()
+        tokens = asked.config.full_batch_rows * asked.config.data.max_seq_length
+        bits = record_of(asked.quantization.weight_format).bits
+        return PassChoice(tokens, placement.recompute, placement.base_offload, bits)
+
+    return price
+
+
+def remedy_of(planned: PlannedModel, memory_bytes: int, peak: Peak | None = None) -> Remedy:
+    """What makes the run fit into so much memory of one device, by the arithmetic or by another `peak`."""
+    length = planned.config.data.max_seq_length
+    return remedy(peak or remembered(planned), price_of(planned), memory_bytes, choices_of(planned), length)
+
+
+def remembered(planned: PlannedModel, high_of: Callable[[MemoryEstimate], int] = lambda memory: memory.high) -> Peak:
+    """The peak of its estimate, with the margin, with some settings otherwise; each is computed once."""
+    known: dict[tuple[tuple[str, object], ...], int] = {}
+
+    def peak(changes: Mapping[str, object]) -> int:
         key = tuple(sorted(changes.items()))
         if key not in known:
-            known[key] = planned.estimate(changes)
+            known[key] = high_of(planned.estimate(changes))
         return known[key]
 
     return peak
 
 
-def _row(card: KnownGpu, there: PlannedModel, peaks: Mapping[str, MemoryEstimate]) -> CardRow:
-    verdicts = {name: verdict(peak.total, peak.high, card.memory_bytes) for name, peak in peaks.items()}
-    last = list(peaks)[-1]
-    advice = None
-    if verdicts[last] is not Verdict.FITS:
-        least = there.with_settings(_settings_of("4bit")) if last == FOUR_BIT else there
-        advice = remedy_of(least, card.memory_bytes)
+def _row(card: KnownGpu, there: PlannedModel, peaks: Peaks, advice_of: AdviceOf) -> CardRow:
+    limit = there.config.training.memory_limit_bytes
+    has = card.memory_bytes if limit is None else min(limit, card.memory_bytes)
+    verdicts = {name: verdict(peak.total, peak.high, has) for name, peak in peaks.items()}
+    advice = None if verdicts[list(peaks)[-1]] is Verdict.FITS else advice_of(has)
     return CardRow(card, there.spec.name, there.compute_dtype, peaks, verdicts, advice)
 
 

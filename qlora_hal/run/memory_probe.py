@@ -109,6 +109,13 @@ def calibrated(
     return Calibration(tuple(measured), peak, 0 if on_host else whole.runtime)
 
 
+def corrected(other: MemoryEstimate, foreseen: MemoryEstimate, found: Calibration) -> int:
+    """The peak of other settings with its margin: what was `found` beyond what was `foreseen` of the settings that were
+    measured grows with what comes and goes; what was found below it does not."""
+    apart, ratio = found.total - foreseen.total, _working(other) / max(_working(foreseen), 1)
+    return int((other.total + apart * (ratio if apart > 0 else min(ratio, 1))) * (1 + PROBED_ERROR))
+
+
 def _on_a_line(measured: Sequence[Measured], layers: int) -> int:
     (few, low), (more, high) = ((one.layers, one.peak) for one in measured[-2:])
     return high + (high - low) * (layers - more) // (more - few)

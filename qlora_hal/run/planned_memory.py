@@ -16,10 +16,10 @@ from qlora_hal.detect.requirements import quantization_of, requirements_of
 from qlora_hal.errors import UnsupportedFeatureError
 from qlora_hal.memory.estimate import spread_over
 from qlora_hal.memory.fitting import BATCH, RECOMPUTE
-from qlora_hal.memory.placement import AUTO, Placement, asked_recompute, chosen_placement
+from qlora_hal.memory.placement import AUTO, Moves, Placement, asked_recompute, chosen_placement
 from qlora_hal.model.source import plan_model
 from qlora_hal.ranks.planning import SHARD
-from qlora_hal.run.prepare import estimated_memory, likely_dtype
+from qlora_hal.run.prepare import estimated_memory, likely_dtype, moves_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -73,8 +73,10 @@ class PlannedModel:
         return replace(self, spec=backend_for(self.config, self.facts, card)).with_device(card)
 
     def with_device(self, card: KnownGpu) -> PlannedModel:
-        """The same backend on a card."""
-        return replace(self, device=device_of(card, self.spec), memory_bytes=card.memory_bytes)
+        """The same backend on a card, of which no more than `training.memory_limit` is taken."""
+        limit = self.config.training.memory_limit_bytes
+        has = card.memory_bytes if limit is None else min(limit, card.memory_bytes)
+        return replace(self, device=device_of(card, self.spec), memory_bytes=has)
 
     def with_settings(self, changes: Mapping[str, object]) -> PlannedModel:
         """The same with some settings otherwise; a number of rows takes the place of `training.tokens_per_batch`, and a
@@ -110,8 +112,12 @@ class PlannedModel:
             self.spec.capabilities.features,
             lambda placement: self._with_placement(model, placement).high,
             self.memory_bytes,
-            sharded=self.is_sharded,
+            moves=self.moves,
         )
+
+    @property
+    def moves(self) -> Moves:
+        return moves_of(self.facts, self.spec, self.device, spread=self.is_sharded)
 
     @property
     def is_left_to_the_card(self) -> bool:

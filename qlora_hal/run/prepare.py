@@ -27,8 +27,21 @@ from qlora_hal.detect.hardware import inventory, memory_here
 from qlora_hal.detect.requirements import quantization_of, requirements_of, unmet_description_note
 from qlora_hal.detect.selection import Choice, choose, has_accelerator, refuse_unready
 from qlora_hal.errors import ConfigError, figures
+from qlora_hal.formats.catalogue import record_of
 from qlora_hal.memory.estimate import estimate, spread_over
-from qlora_hal.memory.placement import NONE, OFFLOAD, SELECTIVE, Placement, chosen_placement, with_base_offloaded
+from qlora_hal.memory.fitting import halves
+from qlora_hal.memory.gpus import DEVICE_KINDS
+from qlora_hal.memory.placement import (
+    IN_HOST_MEMORY,
+    NONE,
+    OFFLOAD,
+    SELECTIVE,
+    Moves,
+    Placement,
+    chosen_placement,
+    with_base_offloaded,
+)
+from qlora_hal.memory.time_prices import PassChoice
 from qlora_hal.model.source import is_on_hub, plan_model, with_weights
 from qlora_hal.ranks.window_share import accumulation_of
 
@@ -222,27 +235,41 @@ def prepare_run(
 
 
 def _placed(config: RunConfig, resolved_backend: ResolvedBackend, world: World) -> tuple[Placement, MemoryEstimate]:
-    """What is recomputed and what is on the host, and the peak with that."""
+    """What is recomputed and what is on the host, and the peak with that. What is `auto` is chosen for the batch that
+    is asked for, and for smaller ones where `training.memory_limit` cuts it."""
     spec, facts = resolved_backend.choice.spec, resolved_backend.source.facts
-    modules = resolved_backend.outline.linear_modules
+    modules, quantization = resolved_backend.outline.linear_modules, resolved_backend.quantization
     targets = {name: modules[name] for name in resolved_backend.adapter.target_modules}
+    spread = config.parallel.mode == "shard"
+    moves = moves_of(facts, spec, resolved_backend.report, spread=spread)
+    there = memory_of_a_device(resolved_backend, config) or None
 
-    def with_placement(placement: Placement) -> MemoryEstimate:
-        return estimated_memory(
-            config, facts, spec, resolved_backend.quantization, targets, resolved_backend.report, placement
-        )
+    def memory_with(placement: Placement, asked: RunConfig) -> MemoryEstimate:
+        return estimated_memory(asked, facts, spec, quantization, targets, resolved_backend.report, placement)
 
-    def peak_of_each(placement: Placement) -> int:
-        memory = with_placement(placement)
-        if world.size > 1 and config.parallel.mode == "shard":
+    def high_of_each(placement: Placement, asked: RunConfig) -> int:
+        memory = memory_with(placement, asked)
+        if world.size > 1 and spread:
             memory = spread_over(memory, facts, likely_dtype(config, spec, resolved_backend.report), world.size)
         return memory.high
 
-    there = memory_of_a_device(resolved_backend, config) or None
-    placement = chosen_placement(
-        config.training, spec.capabilities.features, peak_of_each, there, sharded=config.parallel.mode == "shard"
-    )
-    return placement, with_placement(placement)
+    def chosen(asked: RunConfig) -> Placement:
+        return chosen_placement(
+            config.training, spec.capabilities.features, lambda one: high_of_each(one, asked), there, moves=moves
+        )
+
+    placement = chosen(config)
+    limit = config.training.memory_limit_bytes
+    if placement.why and limit is not None and high_of_each(placement, config) > limit:
+        cut = [(asked, chosen(asked)) for asked in map(config.with_rows, halves(config.full_batch_rows))]
+        bits, length = record_of(quantization.weight_format).bits, config.data.max_seq_length
+        fitting = {
+            PassChoice(asked.full_batch_rows * length, one.recompute, one.base_offload, bits).time: one
+            for asked, one in reversed(cut)
+            if high_of_each(one, asked) <= limit
+        }
+        placement = fitting[min(fitting)] if fitting else placement
+    return placement, memory_with(placement, config)
 
 
 def memory_of_a_device(resolved_backend: ResolvedBackend, config: RunConfig) -> int:
@@ -277,6 +304,8 @@ def estimated_memory(
     compute_dtype = likely_dtype(config, spec, report)
     if placement is None:
         placement = chosen_placement(config.training, spec.capabilities.features, lambda _: 0, None)
+    if device_kind_of(spec, report) in IN_HOST_MEMORY:
+        placement = placement.in_one_memory()
     memory = estimate(
         facts,
         weight_format=quantization.weight_format,
@@ -301,6 +330,23 @@ def estimated_memory(
         ),
     )
     return with_base_offloaded(memory, facts, compute_dtype, placement.base_offload)
+
+
+def moves_of(facts: ModelFacts, spec: BackendSpec, report: ProbeReport | None, *, spread: bool) -> Moves:
+    """What can go to the host of the device that `report` tells of, without one of the hardware that the backend is
+    made for. `spread` layers are on the devices."""
+    has_experts = any(linear.experts > 1 for linear in facts.linear_modules.values())
+    return Moves(device_kind_of(spec, report) not in IN_HOST_MEMORY, not spread and not has_experts)
+
+
+def device_kind_of(spec: BackendSpec, report: ProbeReport | None) -> str:
+    """`cuda`, `rocm`, `mps`, `cpu`, or "" where nothing says it."""
+    if report is not None and report.device_kind:
+        return report.device_kind
+    if not spec.uses_accelerator:
+        return "cpu"
+    kinds = {DEVICE_KINDS.get(vendor, "") for vendor in spec.card_vendors}
+    return kinds.pop() if len(kinds) == 1 else ""
 
 
 def likely_dtype(config: RunConfig, spec: BackendSpec, report: ProbeReport | None = None) -> ComputeDtype:

@@ -97,10 +97,9 @@ def run_new(
         config = hooks.ready_config(settings.config)
         check_observers(observers, world, evaluates=_evaluates(config.data, has_rows=given_rows.validation is not None))
         recorded = given_config(with_absolute_paths(config))
-        given = frozenset(key for key, origin in settings.origins.items() if origin not in _NOT_GIVEN)
         if dry_run:
             with rehearsed(config.output_dir, config=recorded, overwrite=overwrite) as scratch:
-                prepared = _prepared(config, given, given_rows, hooks, scratch, console, world)
+                prepared = _prepared(config, settings.given, given_rows, hooks, scratch, console, world)
                 for note in _not_fetched(prepared, verify=verify):
                     console.note(note)
                 is_here = prepared.resolved_backend.source.remote is None
@@ -119,7 +118,7 @@ def run_new(
         ):
             for note in filter(None, (ignored_note(), *directory.notes)):
                 console.note(note)
-            prepared = _prepared(config, given, given_rows, hooks, directory.path, console, world)
+            prepared = _prepared(config, settings.given, given_rows, hooks, directory.path, console, world)
             prepared = with_fetched_weights(prepared, console)
             if verify:
                 prepared = _with_verified_model(prepared, {}, console)
@@ -325,8 +324,6 @@ def _existing(run_dir: Path, world: World, *, force_unlock: bool) -> Iterator[tu
             yield directory, directory
 
 
-_NOT_GIVEN = frozenset({"default", "demo"})
-"""Origins of values that nobody set for this run."""
 _OF_EVALUATION = ("training.per_device_eval_batch_size", "training.load_best_adapter_at_end")
 
 

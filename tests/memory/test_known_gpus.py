@@ -14,7 +14,14 @@ from qlora_hal.memory.gpus import GIB, KNOWN_GPUS, known_gpu
         ("RTX 4090", "NVIDIA RTX 4090"),
         ("rtx4090", "NVIDIA RTX 4090"),
         ("NVIDIA GeForce RTX 4090", "NVIDIA RTX 4090"),
-        ("3060", "NVIDIA RTX 3060 12 GB"),
+        ("3060 12GB", "NVIDIA RTX 3060 12 GB"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA RTX 4090 Laptop"),
+        ("rtx 3080 mobile 16GB", "NVIDIA RTX 3080 Laptop 16 GB"),
+        ("5070 ti laptop", "NVIDIA RTX 5070 Ti Laptop"),
+        ("RTX 4070 SUPER", "NVIDIA RTX 4070 SUPER"),
+        ("3090", "NVIDIA RTX 3090"),
+        ("9070", "AMD Radeon RX 9070"),
+        ("RX 9070 XT", "AMD Radeon RX 9070 XT"),
         ("4070 Ti", "NVIDIA RTX 4070 Ti"),
         ("A100 80GB", "NVIDIA A100 80 GB"),
         ("A100-SXM-40GB", "NVIDIA A100 40 GB"),
@@ -45,7 +52,9 @@ def test_each_card_is_known_by_its_own_name() -> None:
         ("A100", "NVIDIA A100 40 GB"),
         ("4060 Ti", "NVIDIA RTX 4060 Ti 16 GB"),
         ("MI300", "AMD Instinct MI300X"),
-        ("RTX 4070 SUPER", "NVIDIA RTX 4070"),
+        ("RTX 3060", "NVIDIA RTX 3060 8 GB"),
+        ("3080 laptop", "NVIDIA RTX 3080 Laptop 8 GB"),
+        ("RTX 4060 SUPER", "NVIDIA RTX 4060"),
         ("RTX 6000", "NVIDIA RTX A6000"),
     ],
 )
@@ -62,6 +71,21 @@ def test_a_name_that_is_close_to_none_is_told_what_to_give_instead(written: str)
     with pytest.raises(ConfigError) as refused:
         known_gpu(written)
     assert "--training.memory_limit 24GB" in refused.value.fix
+
+
+@pytest.mark.parametrize("number", [*range(3050, 3100, 10), *range(4050, 4100, 10), *range(5050, 5100, 10)])
+def test_desktops_and_laptops_of_one_number_are_other_cards(number: int) -> None:
+    names = [card.name for card in KNOWN_GPUS if str(number) in card.name.split()]
+    laptops = [name for name in names if "Laptop" in name]
+    assert names
+    assert bool(laptops) == (number != 3090)
+    assert len(laptops) < len(names) or number == 4050, "NVIDIA sold no 4050 but for laptops"
+
+
+def test_a_laptop_often_has_less_memory() -> None:
+    for number in ("3060 8GB", "3070", "4080", "4090", "5070", "5090"):
+        assert known_gpu(f"{number.split()[0]} laptop").memory_bytes <= known_gpu(number).memory_bytes
+    assert known_gpu("RTX 4090 Laptop").memory_bytes == 16376 * 2**20
 
 
 def test_cards_without_bfloat16_compute_in_float16() -> None:

@@ -19,6 +19,7 @@ from qlora_hal.report.console import RunConsole
 from qlora_hal.run.loop import Progress
 from qlora_hal.run.memory_cap import splits_within
 from qlora_hal.run.planned_memory import PlannedModel
+from tests.memory.configs import write_config
 
 MIB = 2**20
 
@@ -92,6 +93,44 @@ def test_a_run_with_a_limit_takes_smaller_micro_batches_and_the_same_step(tmp_pa
     assert [step for step, _ in capped.losses] == [step for step, _ in free.losses]
     for (_, one), (_, other) in zip(capped.losses, free.losses, strict=True):
         assert one == pytest.approx(other, rel=1e-5), "float32 sums in another order"
+
+
+AUTO = {"training.recompute": "auto"}
+
+
+def test_what_is_left_to_the_memory_is_chosen_for_the_micro_batches_that_are_cut(tmp_path: Path) -> None:
+    """Eight rows fit with nothing, two recomputed; one row fits with all activations kept, and takes less time."""
+    shape = {"data.max_seq_length": 1024, "training.per_device_train_batch_size": 8}
+    run = planned(**shape)
+    limit = run.estimate({BATCH: 1, "training.recompute": "none"}).high
+    assert run.estimate({BATCH: 8, "training.recompute": "full"}).high > limit
+    said = io.StringIO()
+    cap = {"training.memory_limit": f"{limit / MIB + 1:.3f}MB", "output_dir": str(tmp_path)}
+    rehearsed = train(merged(SMALL, {**shape, **AUTO, **cap}), console=RunConsole(stream=said), dry_run=True)
+    assert "micro-batches have at most 1 row" in said.getvalue()
+    assert "recompute none: an estimated peak of" in said.getvalue()
+    assert "but above" not in said.getvalue()
+    assert rehearsed is not None
+
+
+def test_what_is_left_to_a_card_keeps_to_the_limit(llama_8b: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """On every card of the list, not on the one alone that is named."""
+    asked = ("--model", llama_8b, "--training.recompute", "auto", "--training.memory_limit", "20GB", *ONE_ROW)
+    assert main(["estimate", *asked, "--cards", "--json"]) == 0
+    table = {row["name"]: row for row in json.loads(capsys.readouterr().out)["table"]}
+    assert main(["estimate", *asked, "--gpu", "H200", "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert alone["high"] <= 20 * 2**30
+    assert table["NVIDIA H200"]["methods"]["4-bit"]["high"] == alone["high"]
+
+
+ONE_ROW = ("--training.per_device_train_batch_size", "1", "--data.max_seq_length", "4096")
+
+
+@pytest.fixture
+def llama_8b(tmp_path: Path) -> str:
+    write_config(tmp_path / "8b", hidden=4096, inner=14336, layers=32, heads=32, key_heads=8, vocabulary=128256)
+    return str(tmp_path / "8b")
 
 
 def test_a_new_run_begins_with_the_splits_of_its_plan() -> None:

@@ -21,7 +21,16 @@ from qlora_hal.memory.drawn_model import drawn_text, first_layers, layers_of, wr
 from qlora_hal.model.described_weights import described_header
 from qlora_hal.model.facts import ModelFacts, read_facts
 from qlora_hal.model.packed_facts import Prequantized
-from qlora_hal.run.memory_probe import Measured, calibrated, measured_peak, probe_settings, probed
+from qlora_hal.run.memory_probe import (
+    PROBED_ERROR,
+    Calibration,
+    Measured,
+    calibrated,
+    corrected,
+    measured_peak,
+    probe_settings,
+    probed,
+)
 from qlora_hal.run.planned_memory import PlannedModel
 from tests.memory.configs import write_config
 
@@ -75,6 +84,16 @@ def test_what_decides_about_memory_stays_as_it_is(tmp_path: Path) -> None:
     assert [getattr(settings.training, name) for name in kept] == [getattr(asked.training, name) for name in kept]
     assert (settings.data.max_seq_length, settings.data.packing, settings.data.path) == (32, True, "")
     assert settings.training.global_batch_size is None
+
+
+@pytest.mark.parametrize(("apart", "doubled", "halved"), [(60, 120, 30), (-60, -60, -30)])
+def test_what_was_measured_corrects_other_settings(apart: int, doubled: int, halved: int) -> None:
+    """What is above the arithmetic grows with the batch; what is below it shrinks, and does not grow."""
+    batches = {rows: MemoryEstimate(1000, 10, 10, 20, 100 * rows, 20 * rows, 0, 500) for rows in (1, 2, 4)}
+    found = Calibration((), batches[2].total + apart, 0)
+    for rows, expected in ((2, apart), (4, doubled), (1, halved)):
+        high = corrected(batches[rows], batches[2], found)
+        assert high == int((batches[rows].total + expected) * (1 + PROBED_ERROR))
 
 
 def by_layer(staying: int, working: int) -> Any:

@@ -10,12 +10,15 @@ from tiny_models import HIDDEN, VOCABULARY, write_model
 from qlora_hal.config.schema import TrainingConfig
 from qlora_hal.contract.capabilities import Feature, WeightFormat
 from qlora_hal.memory.estimate import estimate
-from qlora_hal.memory.placement import HEAD_PIECE_BYTES, Placement, chosen_placement, with_base_offloaded
+from qlora_hal.memory.placement import HEAD_PIECE_BYTES, Moves, Placement, chosen_placement, with_base_offloaded
 from qlora_hal.model.facts import read_facts
 
 ALL = frozenset(Feature)
 PEAKS = {"none": 100, "selective": 80, "full": 50, "offload": 40}
-OFFLOADED = {(): 60, ("embeddings",): 50, ("embeddings", "layers"): 10, ("embeddings", "layers", "head"): 0}
+OFFLOADED = {
+    (): 60, ("embeddings",): 50, ("embeddings", "head"): 40, ("embeddings", "layers"): 10,
+    ("embeddings", "layers", "head"): 0,
+}  # fmt: skip
 
 
 def peak(placement: Placement) -> int:
@@ -40,7 +43,8 @@ def test_fastest_recomputation_that_fits_is_taken(memory: int, recompute: str) -
         (160, ("none", ())),
         (100, ("offload", ())),
         (99, ("offload", ("embeddings",))),
-        (89, ("full", ("embeddings", "layers"))),
+        (89, ("offload", ("embeddings", "head"))),
+        (79, ("full", ("embeddings", "layers"))),
         (3, ("offload", ("embeddings", "layers", "head"))),
     ],
 )
@@ -48,6 +52,19 @@ def test_base_stays_on_the_device_as_long_as_recomputing_is_enough(
     memory: int, expected: tuple[str, tuple[str, ...]]
 ) -> None:
     assert chosen(memory, recompute="auto", base_offload="auto") == expected
+
+
+def test_nothing_goes_to_a_host_whose_memory_is_the_devices() -> None:
+    both = TrainingConfig(recompute="auto", base_offload="auto")
+    found = chosen_placement(both, ALL, peak, 5, moves=Moves(to_host=False))
+    assert (found.recompute, found.base_offload) == ("full", ())
+    assert Placement("offload", ("layers",)).in_one_memory() == Placement("full", ())
+
+
+def test_layers_that_cannot_go_stay() -> None:
+    both = TrainingConfig(recompute="auto", base_offload="auto")
+    found = chosen_placement(both, ALL, peak, 5, moves=Moves(layers=False))
+    assert (found.recompute, found.base_offload) == ("offload", ("embeddings", "head"))
 
 
 def test_auto_takes_no_more_than_the_backend_can() -> None:

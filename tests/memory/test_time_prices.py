@@ -1,0 +1,72 @@
+"""Prices are what records hold, and order choices as they were measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_hal.memory.time_prices import (
+    HEAD_AGAIN,
+    HEAD_TOKENS,
+    LAYERS_TOKENS,
+    PASS_TOKENS,
+    RECOMPUTED,
+    STREAMED,
+    PassChoice,
+)
+
+RUNS = Path(__file__).parents[2] / "docs" / "runs"
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[tuple[str, str], dict[str, Any]]:
+    found = json.loads((RUNS / "h200_memory_steps.json").read_text())["alone_on_the_gpu"]["found"]
+    return {(step["row"], step["choice"]): step for step in found}
+
+
+@pytest.fixture(scope="module")
+def passes() -> tuple[float, float]:
+    """Milliseconds of a pass with no tokens, and of a token."""
+    results = json.loads((RUNS / "h200_step_8b.json").read_text())["results"]
+    times = {one["micro_batch"] * 2048: one["step_ms"] for one in results if one["system"] == "ours"}
+    token = (times[8192] - times[2048]) / (8192 - 2048)
+    return times[2048] - 2048 * token, token
+
+
+def test_recomputation_costs_what_it_was_measured_to_cost(alone: dict[tuple[str, str], dict[str, Any]]) -> None:
+    fastest = alone["8b-recomputed", "none, adamw"]["tokens_per_second"]
+    for choice, price in RECOMPUTED.items():
+        measured = fastest / alone["8b-recomputed", f"{choice}, adamw"]["tokens_per_second"]
+        assert price == pytest.approx(measured, abs=0.01)
+
+
+def test_a_pass_costs_what_it_was_measured_to_cost(passes: tuple[float, float]) -> None:
+    nothing, token = passes
+    assert pytest.approx(nothing / token, abs=1) == PASS_TOKENS
+    assert 1 / PassChoice(2048).time * PassChoice(8192).time == pytest.approx(15532.1 / 17022.9, abs=0.001)
+
+
+def test_layers_cost_what_they_were_measured_to_cost(
+    alone: dict[tuple[str, str], dict[str, Any]], passes: tuple[float, float]
+) -> None:
+    stayed = alone["8b-streamed-8192", "none, adamw"]["tokens_per_second"]
+    crossed = alone["8b-streamed-8192", "none, host: embeddings+layers, adamw"]
+    assert pytest.approx(stayed / crossed["tokens_per_second"], abs=0.005) == STREAMED
+    [note] = crossed["notes"]
+    assert "3.35 GiB cross to the device in each direction of a pass, 67 ms" in note
+    assert pytest.approx(2 * 67 / passes[1], abs=5) == LAYERS_TOKENS
+    head = 128256 * 4096
+    assert pytest.approx(LAYERS_TOKENS * head * 2 / (3.35 * 2**30), abs=5) == HEAD_TOKENS
+    assert pytest.approx(head / 8.03e9 / 2, abs=0.005) == HEAD_AGAIN
+
+
+def test_copies_hide_behind_enough_tokens_and_no_fewer() -> None:
+    layers = ("embeddings", "layers")
+    assert PassChoice(8192, "none", layers).time == PassChoice(8192).time * STREAMED
+    assert PassChoice(512, "none", layers).time == LAYERS_TOKENS / 512
+    assert PassChoice(8192, "none", layers, bits=16).time == 4 * LAYERS_TOKENS / 8192
+    assert PassChoice(512, "none", ("embeddings",)).time == PassChoice(512).time
+    assert PassChoice(512, "none", ("head",)).time > PassChoice(512).time
