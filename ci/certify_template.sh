@@ -10,7 +10,8 @@ awk '/^```sh$/ {inside = 1; next} /^```$/ {inside = 0} inside' "$root/docs/write
 test -s "$folder/commands.sh"
 mkdir "$folder/empty"
 cd "$folder/empty"
-export PATH="$(dirname "$python"):$PATH" TEMPLATE="$root/examples/plugin_template" PIP_DISABLE_PIP_VERSION_CHECK=1
+PATH="$(dirname "$python"):$PATH"
+export PATH TEMPLATE="$root/examples/plugin_template" PIP_DISABLE_PIP_VERSION_CHECK=1
 bash -euxo pipefail "$folder/commands.sh"
 if [ -n "${OUT:-}" ]; then
   mkdir -p "$OUT"

@@ -3,7 +3,8 @@
 #     docker build --file docker/cpu.Dockerfile --tag qlora-hal:cpu .
 #     docker run --rm --volume "$PWD:/work" --user "$(id -u):$(id -g)" qlora-hal:cpu train --demo
 #
-# Its steps were run on a Linux machine without Docker; the image itself is built and run by .github/workflows/images.yml.
+# Built and run with buildah on a Debian base with Python 3.11 in the place of the one below, and not yet with Docker:
+# .github/workflows/images.yml does that.
 # --build-arg EXTRAS=cpu,data adds what Parquet files and the hub's data sets need.
 FROM python:3.12-slim-bookworm AS build
 ARG EXTRAS=cpu
@@ -21,7 +22,7 @@ RUN useradd --create-home --uid 1000 qlora && install --directory --owner qlora 
 COPY --from=build /opt/qlora-hal /opt/qlora-hal
 # A home that any --user can write to: caches of models and of compiled kernels go there.
 ENV PATH=/opt/qlora-hal/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1
-USER qlora
+USER 1000
 WORKDIR /work
 ENTRYPOINT ["qlora-hal"]
 CMD ["doctor"]

@@ -24,7 +24,7 @@ COPY --from=build /opt/qlora-hal /opt/qlora-hal
 # two names of NVIDIA.
 ENV PATH=/opt/qlora-hal/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1 \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
-USER qlora
+USER 1000
 WORKDIR /work
 ENTRYPOINT ["qlora-hal"]
 CMD ["doctor"]

@@ -13,14 +13,16 @@ RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-de
     && python3 -m venv /opt/qlora-hal
 ENV PATH=/opt/qlora-hal/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 # The index for ROCm has torch in a few versions, each with a Triton of its own: its newest is taken.
+# hadolint ignore=DL3013
 RUN pip install --index-url https://download.pytorch.org/whl/rocm7.2 torch
 COPY . /src
 RUN grep --invert-match --extended-regexp '^(torch|triton)==' /src/constraints.txt > /tmp/constraints.txt \
     && pip install --constraint /tmp/constraints.txt "/src[${EXTRAS}]" \
     && rm -r /src /tmp/constraints.txt
-RUN useradd --create-home qlora && install --directory --owner qlora /work
+# Ubuntu's images have a user 1000 of their own.
+RUN useradd --create-home --uid 1001 qlora && install --directory --owner qlora /work
 ENV HOME=/tmp PYTHONUNBUFFERED=1
-USER qlora
+USER 1001
 WORKDIR /work
 ENTRYPOINT ["qlora-hal"]
 CMD ["doctor"]

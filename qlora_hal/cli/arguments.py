@@ -25,7 +25,7 @@ _OTHER_NAMES = {"--model": "model.name_or_path", "--data": "data.path", "--backe
 def canonical(tokens: Sequence[str]) -> list[str]:
     """The tokens with every flag spelled as it is registered: fields as in the file, other flags with dashes.
 
-    Raises ConfigError QH-U04 where a setting of one value is followed by several.
+    Raises ConfigError QH-U04 where a setting of one value is followed by several, or by another flag instead of one.
     """
     spelled = _joined(_spelled(tokens))
     return list(_repeated(spelled) if tokens and tokens[0] in VERBS_WITH_SETTINGS else spelled)
@@ -82,6 +82,8 @@ def _repeated(tokens: Iterator[str]) -> Iterator[str]:
             yield from tokens
             return
         if token.startswith("--"):
+            if flag and not values and not _is_yes_no(flag[2:]):
+                raise _no_value(flag)
             name, equals, _ = token.partition("=")
             flag, values = ("", 0) if setting_of_flag(name) is None else (name, 1 if equals else 0)
         elif flag and values and not token.lower().endswith(_FILE_ENDINGS):
@@ -109,6 +111,18 @@ def _one_value(flag: str, value: str, *, follows_equals: bool) -> ConfigError:
         cause="An argument without a flag is the settings file, which ends in .yaml, .yml, .toml or .json.",
         fix=f"Quote a value that contains spaces, or remove {value!r}.",
     )
+
+
+def without_value(flag: str, setting: Setting) -> tuple[str, str]:
+    """What to say of a flag that ends without its value, and what to do."""
+    return f"{flag} requires an argument: {setting.expected} is expected.", f"Write it after {flag}."
+
+
+def _no_value(flag: str) -> ConfigError:
+    setting = setting_of_flag(flag)
+    assert setting is not None
+    message, fix = without_value(flag, setting)
+    return ConfigError("QH-U04", message, where="command line", fix=fix)
 
 
 def setting_of_flag(flag: str) -> Setting | None:

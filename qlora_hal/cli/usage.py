@@ -12,9 +12,9 @@ from cyclopts import CycloptsError
 from cyclopts.exceptions import MissingArgumentError, UnknownCommandError, UnknownOptionError, UnusedCliTokensError
 
 from qlora_hal.cli.application import VERBS
-from qlora_hal.cli.arguments import VERBS_WITH_SETTINGS, canonical, setting_of_flag
-from qlora_hal.config.fields import known_by_name, nearest_setting
-from qlora_hal.config.habits import remark
+from qlora_hal.cli.arguments import VERBS_WITH_SETTINGS, canonical, setting_of_flag, without_value
+from qlora_hal.config.fields import known_by_name, setting_by_letters
+from qlora_hal.config.other_tools.hints import Hint, hint_for
 from qlora_hal.errors import ConfigError
 
 _OTHER_VERBS = {
@@ -47,14 +47,16 @@ def _unknown_flag(error: UnknownOptionError, verb: str, tokens: Sequence[str], f
     flag = (error.token.keyword or error.token.value).partition("=")[0]
     own = [name for argument in error.argument_collection for name in argument.names if name.startswith("--")]
     text = f"{_as_typed(flag, tokens)} is not a flag of qlora-hal {verb}".rstrip()
-    if verb in VERBS_WITH_SETTINGS and (instead := _as_flags(remark(flag.lstrip("-")))):
-        return f"{text}; {instead}.", f"{instead[0].upper()}{instead[1:]}."
-    nearest = _nearest_flag(flag, own)
+    hint = hint_for(flag) if verb in VERBS_WITH_SETTINGS else Hint()
+    nearest = f"--{hint.meant}" if hint.said and hint.meant else _nearest_flag(flag, own)
+    if hint.to_do:
+        to_do = _as_flags(hint.to_do)
+        return f"{text}; {_as_flags(hint.said)}.", f"{to_do[0].upper()}{to_do[1:]}."
     if nearest is None:
         return f"{text}.", fix
     setting = setting_of_flag(nearest)
     value = f" with {setting.expected}" if setting is not None else ""
-    return f"{text}; did you mean {nearest}?", f"Write {nearest}{value}."
+    return f"{text}; {f'{hint.said}.' if hint.said else f'did you mean {nearest}?'}", f"Write {nearest}{value}."
 
 
 def _as_flags(words: str) -> str:
@@ -83,7 +85,7 @@ def _missing(error: MissingArgumentError, verb: str, tokens: Sequence[str], fix:
     name = _as_typed(error.keyword or error.argument.name, tokens)
     setting = setting_of_flag(name) if name.startswith("--") else None
     if setting is not None:
-        return f"{name} requires an argument: {setting.expected} is expected.", f"Write it after {name}."
+        return without_value(name, setting)
     return f"qlora-hal {verb} requires an argument {name}.", fix
 
 
@@ -100,5 +102,5 @@ def _nearest_flag(flag: str, own: Sequence[str]) -> str | None:
         return setting
     if close := difflib.get_close_matches(flag, own, n=1, cutoff=0.75):
         return close[0]
-    setting = f"--{nearest_setting(words)}"
+    setting = f"--{setting_by_letters(words)}"
     return setting if setting in own else None

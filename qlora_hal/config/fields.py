@@ -80,12 +80,10 @@ def known_by_name(name: str) -> str | None:
     return habits.SETTINGS.get(leaf) or _by_leaf().get(leaf)
 
 
-def nearest_setting(name: str) -> str | None:
-    """The setting a mistyped dotted name most likely means, or None."""
+def setting_by_letters(name: str) -> str | None:
+    """The setting whose name is spelled most like a mistyped one, or None."""
     if len(name) > _LONGEST_NAME:
         return None
-    if known := known_by_name(name):
-        return known
     name = name.replace("-", "_").lower()
     close = get_close_matches(name, settings(), n=1, cutoff=0.75)
     if close:

@@ -19,14 +19,12 @@ from qlora_hal.config.fields import (
     Setting,
     groups,
     nearest_group,
-    nearest_setting,
     setting_named,
     settings,
 )
 from qlora_hal.config.files import BYTE_LIMIT, read_settings_file
-from qlora_hal.config.habits import remark
 from qlora_hal.config.keywords import CommonSettings
-from qlora_hal.config.other_tools.hints import foreign_key_hint
+from qlora_hal.config.other_tools.hints import Hint, hint_for
 from qlora_hal.config.problems import Problem, config_error, problems_of_validation
 from qlora_hal.config.schema import RunConfig
 from qlora_hal.errors import ConfigError
@@ -222,8 +220,8 @@ def _put_environment(layers: _Layers, environ: Mapping[str, str]) -> None:
         setting = by_name.get(name)
         key = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
         if setting is None:
-            nearest = nearest_setting(key)
-            hint = f"did you mean {settings()[nearest].environment_name}?" if nearest else ""
+            found = hint_for(key)
+            hint = f"did you mean {settings()[found.meant].environment_name}?" if found.meant else found.said
             layers.problems.append(Problem(name, origin, environ[name], "no setting has that name", hint))
         elif setting.path in _NOT_FROM_ENVIRONMENT:
             expected = "this setting is not taken from the environment; write it in the file or as a flag"
@@ -332,10 +330,7 @@ def _validated(layers: _Layers) -> ResolvedSettings:
 def _unknown(key: str, value: object, origin: str, is_searched: bool) -> Problem:
     if is_searched and isinstance(value, Mapping) and "." not in key and (group := nearest_group(key)):
         return Problem(key, origin, value, "no group has that name", f"did you mean {group}?")
-    if is_searched and (instead := remark(key)):
-        return Problem(key, origin, value, "no setting has that name", f"{instead}.")
-    nearest = nearest_setting(key) if is_searched else None
-    if nearest and origin == KEYWORD:
-        nearest = _as_keyword(nearest)
-    hint = f"did you mean {nearest}?" if nearest else foreign_key_hint(key) or ""
+    found = hint_for(key) if is_searched else Hint()
+    meant = _as_keyword(found.meant) if found.meant and origin == KEYWORD else found.meant
+    hint = found.said or (f"did you mean {meant}?" if meant else "")
     return Problem(key, origin, value, "no setting has that name", hint)

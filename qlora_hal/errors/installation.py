@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 import sysconfig
+from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -17,8 +18,12 @@ DISTRIBUTION = "qlora-hal"
 
 
 def requirement(*extras: str) -> str:
-    """What follows `pip install` to add `extras` to this installation, quoted for a shell. PEP 610 tells its origin."""
-    return _requirement(f"[{','.join(extras)}]" if extras else "", _recorded(DISTRIBUTION, "direct_url.json"))
+    """What follows `pip install` to add `extras` to this installation, quoted for a shell. PEP 610 tells its origin;
+    where that was a folder or a file of this machine and is gone, as in an image, it is what the extras stand for."""
+    origin = _recorded(DISTRIBUTION, "direct_url.json")
+    if extras and _is_gone(_address(origin)):
+        return " ".join(shlex.quote(package) for package in _packages(extras))
+    return _requirement(f"[{','.join(extras)}]" if extras else "", origin)
 
 
 def install_line(*extras: str) -> str:
@@ -42,18 +47,42 @@ def is_from_index(name: str) -> bool:
     return bool(_recorded(name, "INSTALLER")) and _recorded(name, "direct_url.json") is None
 
 
-def _requirement(extras: str, origin: str | None) -> str:
+def _address(origin: str | None) -> str:
     try:
-        recorded = json.loads(origin or "{}")
-        url = str(recorded.get("url", ""))
+        return str(json.loads(origin or "{}").get("url", ""))
     except (ValueError, AttributeError):
+        return ""
+
+
+def _is_gone(url: str) -> bool:
+    return url.startswith("file:") and not Path(unquote(urlparse(url).path)).exists()
+
+
+def _packages(extras: Sequence[str]) -> Sequence[str]:
+    """What `extras` add to this distribution on this machine, those that they include among it."""
+    from packaging.requirements import Requirement  # huggingface_hub brings it
+
+    found: dict[str, None] = {}
+    for wanted in map(Requirement, distribution(DISTRIBUTION).requires or ()):
+        asked = [extra for extra in extras if wanted.marker and wanted.marker.evaluate({"extra": extra})]
+        if not asked or (wanted.marker and wanted.marker.evaluate({"extra": ""})):
+            continue
+        wanted.marker = None
+        found |= dict.fromkeys(_packages(sorted(wanted.extras)) if wanted.name == DISTRIBUTION else [str(wanted)])
+    return list(found)
+
+
+def _requirement(extras: str, origin: str | None) -> str:
+    url = _address(origin)
+    if not url:
         return shlex.quote(f"{DISTRIBUTION}{extras}")
+    recorded = json.loads(origin or "{}")
     if url.startswith("file:") and "dir_info" in recorded:
         folder = shlex.quote(unquote(urlparse(url).path) + extras)
         return f"-e {folder}" if recorded["dir_info"].get("editable") else folder
     if isinstance(vcs := recorded.get("vcs_info"), dict):
         return shlex.quote(f"{DISTRIBUTION}{extras} @ {vcs.get('vcs')}+{url}@{vcs.get('commit_id')}")
-    return shlex.quote(f"{DISTRIBUTION}{extras} @ {url}" if url else f"{DISTRIBUTION}{extras}")
+    return shlex.quote(f"{DISTRIBUTION}{extras} @ {url}")
 
 
 @cache

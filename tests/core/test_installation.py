@@ -39,6 +39,42 @@ def test_an_extra_is_asked_of_the_place_it_was_installed_from(origin: str | None
     assert _requirement("[cuda]", origin) == installed
 
 
+def test_where_the_place_is_gone_an_extra_is_asked_for_by_its_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in an image, whose stage that had the sources is not kept."""
+    sources, packages = tmp_path / "src", tmp_path / "packages"
+    sources.mkdir()
+    requires = """Metadata-Version: 2.4
+Name: qlora-hal
+Version: 1
+Provides-Extra: family
+Provides-Extra: gptq
+Requires-Dist: numpy>=1
+Requires-Dist: torch>=2.8; extra == 'family'
+Requires-Dist: far-away; (sys_platform == 'plan9') and extra == 'gptq'
+Requires-Dist: gptqmodel[x]<8,>=7.6; extra == 'gptq'
+Requires-Dist: qlora-hal[family]; extra == 'gptq'
+"""
+    describe(packages, "qlora_hal", {})
+    folder = next(packages.glob("qlora_hal-*.dist-info"))
+    (folder / "METADATA").write_text(requires)
+    (folder / "direct_url.json").write_text(json.dumps({"url": sources.as_uri(), "dir_info": {}}))
+    asked = "from qlora_hal.errors.installation import requirement; print(requirement('gptq'))"
+    root = Path(__file__).resolve().parents[2]
+
+    def told() -> str:
+        path = os.pathsep.join((str(packages), str(root)))
+        environment = {**os.environ, "PYTHONPATH": path}
+        return subprocess.run(
+            [sys.executable, "-c", asked], env=environment, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    assert told() == f"'{sources}[gptq]'"
+    sources.rmdir()
+    assert told() == "'gptqmodel[x]<8,>=7.6' 'torch>=2.8'"
+
+
 def test_several_extras_are_one_requirement() -> None:
     assert "[data,gptq]" in requirement("data", "gptq")
 

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-import pytest
+import json
 
-from qlora_hal.config.other_tools.hints import foreign_key_hint
+import pytest
+from other_tools.conftest import FILES
+
+from qlora_hal.config.fields import known_by_name, settings
+from qlora_hal.config.other_tools.catalogue import TOOLS
+from qlora_hal.config.other_tools.hints import hint_for
+from qlora_hal.config.other_tools.tables import Tool
 from qlora_hal.config.resolve import resolve_settings
 from qlora_hal.errors import ConfigError
+
+ARGUMENTS = json.loads((FILES / "arguments.json").read_text(encoding="utf-8"))
+"""The names of each tool's arguments, as its release lists them."""
 
 
 @pytest.mark.parametrize(
@@ -14,16 +23,46 @@ from qlora_hal.errors import ConfigError
     [
         ("micro_batch_size", "training.per_device_train_batch_size"),
         ("--training.micro-batch-size", "training.per_device_train_batch_size"),
-        ("num_layers", "The last so many layers"),
-        ("neftune_noise_alpha", "no place here"),
+        ("num_layers", "by a regular expression over full paths"),
+        ("neftune_noise_alpha", "has no place here: NEFTune adds noise"),
+        ("flash_attn_cross_entropy", "is not needed here: It is for speed"),
+        ("layers_to_transform", "has no place here: Write the layers into an expression"),
+        ("lr_schedule.name", "lr_schedule.name of mlx-lm (Constant when there is none) is training.lr_scheduler_type"),
     ],
 )
 def test_a_known_key_says_what_it_is_here(key: str, said: str) -> None:
-    assert said in (foreign_key_hint(key) or "")
+    hint = hint_for(key)
+    assert said in (hint.said or hint.meant)
+
+
+def test_a_variable_of_the_environment_is_answered_alike() -> None:
+    with pytest.raises(ConfigError, match="NEFTune adds noise to embeddings"):
+        resolve_settings({}, environ={"QLORA_HAL_TRAINING__NEFTUNE_NOISE_ALPHA": "5"})
 
 
 def test_an_unknown_key_says_nothing() -> None:
-    assert foreign_key_hint("frobnicate") is None
+    assert not hint_for("frobnicate")
+
+
+def is_known(name: str) -> bool:
+    """Whether its answer is about this very name, and not about one that is spelled alike."""
+    hint = hint_for(name)
+    return name in settings() or bool(hint.said) or hint.meant == known_by_name(name)
+
+
+@pytest.mark.parametrize("tool", ARGUMENTS)
+def test_every_argument_of_a_tool_is_answered_with_its_setting_or_its_reason(tool: str) -> None:
+    assert [name for name in ARGUMENTS[tool]["names"] if not is_known(name)] == []
+
+
+@pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.name)
+def test_no_key_of_a_table_is_taken_for_a_setting_that_is_only_spelled_like_it(tool: Tool) -> None:
+    assert [name for name in tool.by_name() if not is_known(name)] == []
+
+
+def test_letters_count_for_a_name_that_no_tool_has() -> None:
+    assert hint_for("training.learning_rat").meant == "training.learning_rate"
+    assert not is_known("learning_rat")
 
 
 def test_a_key_without_a_place_is_answered_where_settings_are_read() -> None:

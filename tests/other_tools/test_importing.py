@@ -154,6 +154,14 @@ def test_of_two_keys_for_one_setting_the_first_counts_and_the_other_is_named(imp
     assert "and counts" in note_of(made, "adam_eps")
 
 
+def test_keys_without_a_place_here_do_not_make_a_file_one_of_trl(import_text: Importer) -> None:
+    accelerate = (
+        "compute_environment: LOCAL_MACHINE\nfsdp_config: {fsdp_version: 2}\nuse_cpu: false\nnum_processes: 2\n"
+    )
+    with pytest.raises(ConfigError, match="QH-U60"):
+        import_text(accelerate)
+
+
 def test_an_unknown_key_is_named(import_text: Importer) -> None:
     assert import_text("base_model: a/b\nfrobnicate: 3\n").unknown == ("frobnicate",)
 

@@ -290,25 +290,67 @@ AXOLOTL = Tool(
         same("early_stopping_patience", "training.early_stopping_patience"),
         same("output_dir", "output_dir"),
         translated("use_tensorboard", "training.report_to", "A tracker.", _tensorboard),
+        translated("float32", "quantization.compute_dtype", "float32 products.", hf.half_precision("float32")),
+        no_place("chat_template_jinja", "Write it into a file, and name that in data.chat_template."),
+        no_place("gpu_memory_limit max_memory", "Write training.memory_limit, as 24GB."),
+        no_place("pretraining_dataset", "Name the texts in data.path; rows of text are trained whole."),
         no_place("peft_use_dora", "DoRA trains magnitudes beside the product; here the adapter is plain LoRA."),
-        no_place("lora_modules_to_save", "Embeddings and heads stay frozen; adapters are on linear layers."),
+        no_place(
+            "lora_modules_to_save peft_ensure_weight_tying peft_trainable_token_indices fix_untrained_tokens", hf.FROZEN
+        ),
         no_place(
             "lora_target_parameters",
             "Experts are target modules like others (gate_proj, up_proj, down_proj); lora.experts leaves them out.",
         ),
-        no_place("peft_layers_to_transform", "Write the layers into an expression in lora.target_modules."),
-        no_place("peft_init_lora_weights peft loraplus_lr_ratio relora", "A and B begin and learn as in LoRA's paper."),
-        no_place("neftune_noise_alpha", "NEFTune adds noise to embeddings; no backend here does."),
-        no_place("unfrozen_parameters", _FULL),
         no_place(
-            "wandb_project use_wandb use_mlflow mlflow_experiment_name trackio_project_name comet_project_name",
+            "peft_layers_to_transform peft_layers_pattern",
+            "Write the layers into an expression in lora.target_modules.",
+        ),
+        no_place(
+            "peft_init_lora_weights peft loraplus_lr_ratio loraplus_lr_embedding relora relora_cpu_offload "
+            "relora_prune_method relora_prune_ratio jagged_restart_steps jagged_restart_warmup_steps "
+            "jagged_restart_anneal_steps",
+            hf.PLAIN_LORA,
+        ),
+        no_place("lora_rank_pattern lora_alpha_pattern", "One rank and one alpha hold for all modules."),
+        no_place("peft_autocast_adapter_dtype", "Adapters are float32 here.", off=(True,)),
+        no_place(
+            "neftune_noise_alpha noisy_embedding_alpha", "NEFTune adds noise to embeddings; no backend here does."
+        ),
+        no_place(
+            "unfrozen_parameters full_finetune lisa_n_layers lisa_step_interval lisa_layers_attribute reinit_weights",
+            _FULL,
+        ),
+        no_place(
+            "adam_beta3 adam_epsilon2 dion_lr dion_momentum dion_rank_fraction dion_rank_multiple_of embedding_lr "
+            "embedding_lr_scale lr_groups qgalore_cos_threshold qgalore_gamma_proj qgalore_proj_bits "
+            "qgalore_proj_group_size qgalore_proj_quant qgalore_proj_type qgalore_queue_size qgalore_rank "
+            "qgalore_scale qgalore_update_proj_gap",
+            hf.ADAMW,
+        ),
+        no_place("use_eaft eaft_alpha eaft_k ebft", hf.LOSS),
+        no_place("fp8 fp8_config fp8_enable_fsdp_float8_all_gather", "Products are bfloat16, float16 or float32 here."),
+        no_place(
+            "qat quantization model_quantization_config model_quantization_config_kwargs use_onebitllms",
+            "Formats of the base are those of quantization.weight_format.",
+        ),
+        no_place(
+            "wandb_project use_wandb use_mlflow mlflow_experiment_name use_trackio trackio_project_name use_comet "
+            "comet_project_name use_swanlab swanlab_project",
             "Name trackers in training.report_to (tensorboard, wandb, mlflow, trackio) and their project in "
             "training.tracker_project.",
         ),
         no_place(
-            "deepspeed fsdp fsdp_config fsdp_version", "Several devices are started with --devices N (parallel.mode)."
+            "deepspeed fsdp fsdp_config fsdp_version fsdp_final_state_dict_type dp_shard_size dp_replicate_size "
+            "world_size use_ray ray_num_workers resources_per_worker accelerator_config",
+            hf.DEVICES,
         ),
-        no_place("context_parallel_size expert_parallel_size tensor_parallel_size", "Rows are not cut over devices."),
+        no_place(
+            "context_parallel_size expert_parallel_size tensor_parallel_size sequence_parallel_degree heads_k_stride "
+            "ring_attn_func",
+            "Rows are not cut over devices.",
+        ),
+        no_place("layer_offloading ple_cpu_offload lora_on_cpu", "Write training.base_offload."),
         no_place(
             "resume_from_checkpoint auto_resume_from_checkpoints", "Checkpoints of other tools are not continued."
         ),
@@ -316,12 +358,23 @@ AXOLOTL = Tool(
         no_place(
             "special_tokens tokens added_tokens_overrides", "The tokenizer's files are taken unchanged.", off=({},)
         ),
+        no_place(
+            "default_system_message chat_template_kwargs role_boundaries",
+            "What a row and the chat template say is rendered.",
+        ),
+        no_place("dataset_exact_deduplication", "Rows that are there twice are trained twice; the report counts them."),
+        no_place(
+            "min_sample_len dataset_shard_num dataset_shard_idx", "Rows are taken as data.path and data.max_rows say."
+        ),
         no_place("eot_tokens", "What a turn ends with comes from the chat template itself."),
         no_place("trust_remote_code", hf.STRANGERS_CODE),
         no_place(
             "plugins", "Plugins are for speed or other losses there; here losses and kernels come from the backend."
         ),
-        no_place("curriculum_sampling sample_packing_sequentially", "Rows are drawn anew in each epoch."),
+        no_place(
+            "curriculum_sampling sample_packing_sequentially batch_flattening pretraining_sample_concatenation",
+            "Rows are drawn anew in each epoch.",
+        ),
         translated("gptq", "quantization.weight_format", "A base that is stored in GPTQ.", _gptq),
         no_place("quantize_moe_experts", "Stored as the checkpoint is, or by quantization.weight_format."),
         no_place("roles_to_train train_on_eos", "Assistant turns are trained whole, with their end."),
@@ -331,6 +384,15 @@ AXOLOTL = Tool(
             "flex_attention tf32 torch_compile liger_rope liger_rms_norm liger_glu_activation liger_layer_norm "
             "liger_fused_linear_cross_entropy liger_rms_norm_gated cut_cross_entropy lora_mlp_kernel lora_qkv_kernel "
             "lora_o_kernel unsloth_lora_mlp use_kernels use_scattermoe activation_offloading low_cpu_mem_usage "
+            "use_sonicmoe use_dsv4_kernels use_glm_dsa_kernels torch_compile_mode "
+            "chunked_cross_entropy chunked_cross_entropy_num_chunks deepcompile eager_attention sage_attention "
+            "sdpa_varlen flash_attn_d512 flash_attn_fuse_mlp flash_optimum flex_attn_compile_kwargs fused_attn_kernel "
+            "gemma4_hybrid_attn_impl large_head_attention experts_implementation lora_embedding_kernel "
+            "torch_compile_options torch_empty_cache_steps tiled_mlp tiled_mlp_num_shards tiled_mlp_use_original_mlp "
+            "selective_checkpointing gc_steps gc_collect_steps embeddings_skip_upcast fp32_norms fp32_norm_classes "
+            "pretrain_multipack_attn pretrain_multipack_buffer_size streaming_multipack_buffer_size "
+            "sample_packing_bin_size sample_packing_eff_est sample_packing_group_size sample_packing_mp_start_method "
+            "qlora_sharded_model_loading "
             "gradient_checkpointing_kwargs pad_to_sequence_len eval_sample_packing multipack_real_batches",
             "It is for speed or memory there; here backends choose their kernels.",
         ),
@@ -338,6 +400,13 @@ AXOLOTL = Tool(
             "wandb_entity wandb_watch wandb_name wandb_run_id wandb_log_model dataset_prepared_path "
             "push_dataset_to_hub hub_model_id "
             "hf_use_auth_token save_only_model max_packed_sequence_len trackio_run_name trackio_space_id "
+            "swanlab_experiment_name swanlab_description swanlab_mode swanlab_log_completions "
+            "comet_api_key comet_experiment_config comet_experiment_key comet_mode comet_online comet_workspace "
+            "hf_mlflow_log_artifacts hub_revision mlflow_run_name mlflow_tracking_uri wandb_mode use_otel_metrics "
+            "otel_metrics_host otel_metrics_port ray_run_name include_tkps include_tokens_per_second "
+            "total_num_tokens total_supervised_tokens profiler_steps profiler_steps_start save_first_step "
+            "tokenizer_save_jinja_files dynamic_checkpoint dataset_keep_in_memory num_dataset_shards_to_save "
+            "preprocess_iterable shuffle_before_merging_datasets "
             "dataset_processes shuffle_merged_datasets skip_prepare_dataset",
             "It is for logs, caches and uploads there.",
         ),
@@ -348,12 +417,42 @@ AXOLOTL = Tool(
             "loss_watchdog_patience "
             "lora_fan_in_fan_out tokenizer_use_fast tokenizer_legacy processor_type tokenizer_use_mistral_common "
             "torchdistx_path "
-            "gptq_groupsize gptq_model_v1",
-            "The model's own files say it here.",
+            "gptq_groupsize gptq_model_v1 is_falcon_derived_model is_mistral_derived_model is_qwen_derived_model "
+            "type_of_model trainer_cls axolotl_config_path is_preprocess experimental_skip_move_to_device "
+            "ddp_broadcast_buffers ddp_bucket_cap_mb",
+            "The model's own files say it here, or it steers that tool's own program.",
         ),
-        no_place("cosine_min_lr_ratio cosine_constant_lr_ratio", "Schedules here have no arguments; cosine ends at 0."),
-        no_place("model_config resize_token_embeddings_to_32x", "The model is taken as its files say."),
-        no_place("rl", "Another objective than supervised fine-tuning."),
+        no_place(
+            "cosine_min_lr_ratio cosine_constant_lr_ratio eta_min lr_div_factor lr_quadratic_warmup",
+            "Schedules here have no arguments; cosine ends at 0.",
+        ),
+        no_place(
+            "model_config resize_token_embeddings_to_32x overrides_of_model_config overrides_of_model_kwargs "
+            "cls_model_config shrink_embeddings mean_resizing_embeddings llama4_linearized_experts "
+            "peft_layer_replication scaling_softmax scaling_softmax_bias scaling_softmax_factor s2_attention use_pose "
+            "pose_max_context_len pose_num_chunks pose_split_on_token_ids",
+            hf.AS_FILES_SAY,
+        ),
+        no_place("image_size image_resize_algorithm processor_kwargs freeze_mm_modules", hf.TEXT_MODELS),
+        no_place(
+            "rl rl_beta trl vllm dpo_beta dpo_generate_during_eval dpo_label_smoothing dpo_loss_type dpo_loss_weights "
+            "dpo_norm_loss dpo_padding_free dpo_use_liger_kernel dpo_use_logits_to_keep dpo_use_weighting "
+            "kto_desirable_weight kto_undesirable_weight orpo_alpha cpo_alpha rpo_alpha simpo_gamma reward_model "
+            "process_reward_model center_rewards_coefficient num_labels max_prompt_len precompute_ref_log_probs",
+            hf.OBJECTIVE,
+        ),
+        not_needed(
+            "do_bench_eval bench_dataset bench_split do_causal_lm_eval eval_causal_lm_metrics eval_max_new_tokens "
+            "eval_table_size eval_sequence_len",
+            hf.METRICS,
+        ),
+        not_needed(
+            "generate_samples num_generation_samples generation_do_sample generation_max_new_tokens "
+            "generation_prompt_ratio generation_temperature generation_top_k generation_top_p gradio_max_new_tokens "
+            "gradio_server_name gradio_server_port gradio_share gradio_temperature gradio_title",
+            f"{hf.ANSWERS} Prompts for the report are training.sample_prompts here.",
+        ),
+        not_needed("merge_lora merge_method", "Merging is a command of its own: `qlora-hal merge`."),
     ),
     marks=frozenset(
         {"base_model", "micro_batch_size", "sequence_len", "lora_target_linear", "val_set_size", "adapter"}

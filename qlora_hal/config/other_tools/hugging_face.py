@@ -28,6 +28,17 @@ from qlora_hal.config.other_tools.tables import (
 )
 
 SEED = "The same number draws other values here: order of rows, first adapter and dropout have generators of their own."
+DEVICES = "Several devices are started with --devices N (parallel.mode)."
+METRICS = "Evaluations give the loss here; metrics of your own are functions in Python (train(metrics=...))."
+OBJECTIVE = "Another objective than supervised fine-tuning."
+LOSS = "The loss here is the plain negative log-likelihood."
+PLAIN_LORA = "Here the adapter is plain LoRA: A and B begin and learn as in its paper."
+FROZEN = "Embeddings and heads stay frozen; adapters are on linear layers."
+ADAMW = "Here the optimizer is AdamW on an adapter."
+AS_FILES_SAY = "The model is taken as its files say."
+TEXT_MODELS = "Text models are trained here."
+TOKENIZER = "The tokenizer's files are taken unchanged."
+ANSWERS = "It is for answers there, which training does not change."
 STRANGERS_CODE = (
     "Code of a model's repository runs here only for a fixed commit: set model.revision to 40 digits and "
     "model.trust_remote_code to true, if the model needs it."
@@ -294,13 +305,26 @@ TRAINING = table(
     no_place(
         "resume_from_checkpoint", "Checkpoints of other tools cannot be continued; `qlora-hal resume` continues a run."
     ),
-    no_place("push_to_hub hub_model_id hub_strategy hub_private_repo", "Nothing is uploaded by a run."),
+    no_place(
+        "push_to_hub hub_model_id hub_strategy hub_private_repo hub_always_push hub_revision",
+        "Nothing is uploaded by a run; `qlora-hal push` uploads it afterwards.",
+    ),
     no_place(
         "metric_for_best_model greater_is_better",
         "The best adapter is the one with the lowest evaluation loss.",
         off=("eval_loss", "loss"),
     ),
     no_place("data_seed", "training.seed draws the order of rows, too."),
+    no_place("accelerator_config parallelism_config", DEVICES),
+    no_place("eval_delay", "Evaluations come every training.eval_steps from the beginning."),
+    no_place("bf16_full_eval fp16_full_eval", "Evaluations are computed as training is."),
+    no_place("ignore_data_skip", "A run that is resumed goes on with the rows that it had not seen."),
+    no_place(
+        "logging_nan_inf_filter",
+        "A step that is not finite changes nothing here, stops the run and names the rows.",
+        off=("false",),
+    ),
+    no_place("use_cpu", "Name a backend for CPUs in backend.name; `qlora-hal backends` lists them."),
     not_needed(
         "tf32 torch_compile torch_compile_backend torch_compile_mode use_liger_kernel liger_kernel_config "
         "dataloader_num_workers "
@@ -317,9 +341,19 @@ TRAINING = table(
         "do_train do_eval do_predict remove_unused_columns gradient_checkpointing_kwargs "
         "activation_checkpointing_kwargs "
         "ddp_timeout ddp_find_unused_parameters ddp_backend local_rank label_names average_tokens_across_devices "
-        "length_column_name train_sampling_strategy use_cache",
+        "length_column_name train_sampling_strategy use_cache ddp_broadcast_buffers ddp_bucket_cap_mb ddp_static_graph "
+        "dataloader_in_order dataloader_multiprocessing_context torch_empty_cache_steps save_on_each_node "
+        "log_level_replica log_on_each_node restore_callback_states_from_checkpoint enable_jit_checkpoint",
         "It steers that tool's own program.",
     ),
+    not_needed(
+        "batch_eval_metrics eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics "
+        "prediction_loss_only",
+        METRICS,
+    ),
+    not_needed("eval_on_start", "Held-out rows are scored before the first step here."),
+    not_needed("full_determinism", "training.seed fixes all that is drawn here."),
+    not_needed("trackio_bucket_id trackio_static_space_id", "It is for logs there."),
 )
 
 ADAPTER = table(
@@ -359,6 +393,20 @@ ADAPTER = table(
         "LoraConfig.rank_pattern LoraConfig.alpha_pattern LoraConfig.loftq_config get_peft_model.loftq_config",
         "One rank and one alpha hold for all modules, and A and B begin as usual.",
     ),
+    no_place(
+        "LoraConfig.alora_invocation_tokens LoraConfig.arrow_config LoraConfig.corda_config LoraConfig.eva_config "
+        "LoraConfig.kasa_config LoraConfig.lora_ga_config LoraConfig.monteclora_config LoraConfig.velora_config "
+        "LoraConfig.use_bdlora LoraConfig.use_qalora LoraConfig.qalora_group_size LoraConfig.lora_bias",
+        PLAIN_LORA,
+    ),
+    no_place("LoraConfig.exclude_modules", "Name the modules that get an adapter in lora.target_modules."),
+    no_place("LoraConfig.ensure_weight_tying LoraConfig.trainable_token_indices", FROZEN),
+    no_place("LoraConfig.layer_replication", AS_FILES_SAY),
+    not_needed(
+        "LoraConfig.auto_mapping LoraConfig.fan_in_fan_out LoraConfig.megatron_config LoraConfig.megatron_core "
+        "LoraConfig.peft_type LoraConfig.peft_version LoraConfig.runtime_config",
+        "It steers that tool's own program.",
+    ),
     not_needed(
         "LoraConfig.task_type lora_task_type task_type LoraConfig.inference_mode get_peft_model.task_type",
         "Language models only.",
@@ -396,6 +444,16 @@ QUANTIZATION = table(
         "The dtype of products.",
         dtype,
     ),
+    no_place(
+        "BitsAndBytesConfig.llm_int8_threshold",
+        "8 bits are of weights here; activations are not rounded, and no column is left out.",
+    ),
+    no_place("BitsAndBytesConfig.llm_int8_skip_modules", "Layers are not left out of quantization by name."),
+    no_place(
+        "BitsAndBytesConfig.llm_int8_enable_fp32_cpu_offload",
+        "training.base_offload keeps the base in the host's memory, in its format.",
+    ),
+    not_needed("BitsAndBytesConfig.llm_int8_has_fp16_weight", "The base stays frozen."),
     not_needed(
         "bnb_4bit_quant_storage BitsAndBytesConfig.bnb_4bit_quant_storage",
         "The dtype that packed bytes are declared as; the numbers are the same.",

@@ -125,7 +125,7 @@ def _recognized(source: _Source) -> Tool:
     if source.is_script:
         known = [tool for tool in (UNSLOTH, TRL) if tool is TRL or tool in candidates]
         candidates = known[:1] if source.values else []
-    elif not candidates and len(source.values.keys() & TRL.by_name().keys()) >= _FEWEST_KNOWN:
+    elif not candidates and len(source.values.keys() & _become_settings(TRL)) >= _FEWEST_KNOWN:
         candidates = [TRL]
     if len(candidates) == 1:
         return candidates[0]
@@ -143,6 +143,10 @@ def _recognized(source: _Source) -> Tool:
         else f"Name the tool where it is one of these: --from-tool {TOOLS[0].name}. Files of others are not read.",
         context={"candidates": [tool.name for tool in candidates]},
     )
+
+
+def _become_settings(tool: Tool) -> set[str]:
+    return {name for name, key in tool.by_name().items() if key.fate in (Fate.TAKEN, Fate.TRANSLATED)}
 
 
 def _given(source: _Source, tool: Tool) -> Given:

@@ -251,7 +251,19 @@ _OWN = table(
     translated("mask_history", "data.train_on", "The last turn alone.", _mask_history),
     translated("disable_shuffling", "data.shuffle", "Rows in the order of the file.", _no_shuffling),
     same("early_stopping_steps", "training.early_stopping_patience", "Evaluations without improvement."),
-    no_place("use_dft_loss use_asft_loss use_eaft_loss", "The loss here is the plain negative log-likelihood."),
+    no_place("use_dft_loss use_asft_loss use_eaft_loss asft_alpha eaft_alpha moe_aux_loss_coef", hf.LOSS),
+    no_place(
+        "pref_beta pref_ftx pref_bco_weight pref_loss dpo_label_smoothing kto_chosen_weight kto_rejected_weight "
+        "ld_alpha simpo_gamma ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards ref_model "
+        "ref_model_adapters ref_model_quantization_bit reward_model reward_model_adapters "
+        "reward_model_quantization_bit reward_model_type",
+        hf.OBJECTIVE,
+    ),
+    no_place(
+        "freeze_trainable_layers freeze_trainable_modules freeze_extra_modules train_from_scratch",
+        "Weights of the base stay frozen here; an adapter is trained.",
+    ),
+    no_place("oft_rank oft_block_size oft_target module_dropout", "Here the adapter is LoRA."),
     translated(
         "pure_bf16",
         "quantization.compute_dtype",
@@ -262,30 +274,81 @@ _OWN = table(
     no_place("additional_target", "Embeddings and heads stay frozen; adapters are on linear layers."),
     no_place("loraplus_lr_ratio pissa_init pissa_iter pissa_convert", "A and B begin and learn as in LoRA's paper."),
     no_place("adapter_name_or_path", "A run begins with a new adapter; merge the old one into its base first."),
-    no_place("default_system enable_thinking tool_format", "What a row and the chat template say is rendered."),
+    no_place(
+        "default_system enable_thinking preserve_thinking tool_format",
+        "What a row and the chat template say is rendered.",
+    ),
     no_place(
         "mix_strategy interleave_probs streaming",
         "Data sets are joined, and read before the first step.",
         off=("concat",),
     ),
     no_place(
-        "use_galore use_apollo use_badam use_adam_mini use_muon use_llama_pro",
-        "Here the optimizer is AdamW on an adapter.",
+        "use_galore use_apollo use_badam use_adam_mini use_muon use_llama_pro apollo_layerwise apollo_proj "
+        "apollo_proj_type apollo_rank apollo_scale apollo_scale_front apollo_scale_type apollo_target "
+        "apollo_update_interval badam_mask_mode badam_mode badam_start_block badam_switch_interval badam_switch_mode "
+        "badam_update_ratio badam_verbose galore_layerwise galore_proj_type galore_rank galore_scale galore_target "
+        "galore_update_interval loraplus_lr_embedding",
+        hf.ADAMW,
     ),
     no_place(
-        "use_unsloth use_kt use_mca use_v1_kernels kt_config kt_cpu_activation",
+        "use_unsloth use_kt use_mca use_v1_kernels kt_config kt_cpu_activation "
+        "kt_expert_checkpoint_path kt_lora_expert_intermediate_size kt_lora_expert_num kt_use_lora_experts "
+        "kt_weight_path kt_non_expert_weight_path",
         "The backend is chosen by backend.name, which --help lists.",
+    ),
+    no_place("fp8 fp8_backend fp8_enable_fsdp_float8_all_gather", "Products are bfloat16, float16 or float32 here."),
+    no_place("use_hyper_parallel hyper_parallel_args", hf.DEVICES),
+    no_place(
+        "tensor_model_parallel_size pipeline_model_parallel_size expert_model_parallel_size context_parallel_size "
+        "sequence_parallel",
+        "Rows and layers are not cut over devices.",
+    ),
+    no_place("create_new_adapter adapter_folder", "A run begins with one new adapter."),
+    no_place(
+        "add_tokens add_special_tokens init_special_tokens new_special_tokens_config split_special_tokens",
+        hf.TOKENIZER,
     ),
     no_place("use_swanlab", "Trackers are named in training.report_to (tensorboard, wandb, mlflow, trackio)."),
     no_place("rope_scaling shift_attn mixture_of_depths resize_vocab", "The model is taken as its files say."),
     no_place(
-        "image_max_pixels video_max_pixels video_fps video_maxlen freeze_vision_tower freeze_multi_modal_projector",
-        "Text models are trained here.",
+        "image_max_pixels video_max_pixels video_fps video_maxlen freeze_vision_tower freeze_multi_modal_projector "
+        "freeze_language_model image_min_pixels video_min_pixels image_do_pan_and_scan crop_to_patches "
+        "audio_sampling_rate use_audio_in_video",
+        hf.TEXT_MODELS,
     ),
     no_place("trust_remote_code", hf.STRANGERS_CODE),
     not_needed(
         "flash_attn enable_liger_kernel quantization_method quantization_device_map use_reentrant_gc upcast_layernorm",
         "It is for speed there, or is said by another key.",
+    ),
+    not_needed(
+        "do_sample temperature top_k top_p num_beams max_new_tokens repetition_penalty length_penalty "
+        "skip_special_tokens use_kv_cache infer_dtype vllm_config vllm_enforce_eager vllm_gpu_util vllm_max_lora_rank "
+        "vllm_maxlen sglang_config sglang_lora_backend sglang_maxlen sglang_mem_fraction sglang_tp_size",
+        hf.ANSWERS,
+    ),
+    not_needed(
+        "compute_accuracy eval_num_beams eval_on_each_dataset task task_dir lang n_shot download_mode", hf.METRICS
+    ),
+    not_needed(
+        "export_hub_model_id export_quantization_bit export_quantization_dataset export_quantization_maxlen "
+        "export_quantization_nsamples",
+        "It is for merging and quantizing afterwards: `qlora-hal merge` and `qlora-hal quantize`.",
+    ),
+    not_needed(
+        "swanlab_api_key swanlab_lark_secret swanlab_lark_webhook_url swanlab_logdir swanlab_mode swanlab_project "
+        "swanlab_run_name swanlab_workspace enable_torch_profiler profile_modules profiler_active_steps "
+        "profiler_output_dir profiler_profile_memory profiler_record_shapes profiler_repeat profiler_wait_steps "
+        "profiler_warmup_steps profiler_with_stack print_param_status include_effective_tokens_per_second",
+        "It is for logs and measuring there.",
+    ),
+    not_needed(
+        "bias_activation_fusion apply_rope_fusion use_distributed_optimizer overlap_param_gather overlap_grad_reduce "
+        "moe_grouped_gemm moe_token_dispatcher_type "
+        "master_addr master_port ray_init_kwargs data_shared_file_system buffer_size block_diag_attn offload_folder "
+        "use_unsloth_gc upcast_lmhead_output ms_hub_token om_hub_token",
+        "It steers that tool's own program.",
     ),
     not_needed(
         "preprocessing_num_workers preprocessing_batch_size overwrite_cache plot_loss tokenized_path cache_dir "

@@ -251,7 +251,9 @@ MLX_LM = Tool(
         same("grad_checkpoint", "training.gradient_checkpointing"),
         translated("steps_per_report", "training.logging_steps", "Micro-batches.", _steps("training.logging_steps")),
         translated("steps_per_eval", "training.eval_steps", "Micro-batches.", _steps("training.eval_steps")),
-        translated("save_every", "checkpoint.save_steps", "Micro-batches.", _steps("checkpoint.save_steps")),
+        translated(
+            "save_every steps_per_save", "checkpoint.save_steps", "Micro-batches.", _steps("checkpoint.save_steps")
+        ),
         same("adapter_path", "output_dir", "The adapter is in its folder `adapter` here."),
         translated("report_to", "training.report_to", "Trackers.", hf.trackers),
         no_place(
@@ -261,6 +263,7 @@ MLX_LM = Tool(
         no_place("val_batches", "All rows that are held out are scored here.", off=(-1,)),
         no_place("test test_batches", "Score the test rows by naming them as data.validation_path."),
         no_place("trust_remote_code", hf.STRANGERS_CODE),
+        not_needed("adapter_file", "The adapter is in the run's folder here."),
         not_needed("train config clear_cache_threshold project_name", "It steers that tool's own program."),
     ),
     marks=frozenset(

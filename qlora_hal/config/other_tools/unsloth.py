@@ -98,8 +98,10 @@ _OWN = table(
     translated("full_finetuning from_pretrained.full_finetuning", "", "All weights.", _full),
     no_place("get_peft_model.random_state", "Of the adapter's first values; training.seed draws them here."),
     no_place(
-        "get_peft_model.finetune_vision_layers get_peft_model.finetune_audio_layers",
-        "Text models are trained here.",
+        "get_peft_model.finetune_vision_layers get_peft_model.finetune_audio_layers from_pretrained.whisper_language "
+        "from_pretrained.whisper_task from_pretrained.num_labels from_pretrained.id2label from_pretrained.label2id "
+        "from_pretrained.pooling_mode",
+        hf.TEXT_MODELS,
     ),
     no_place(
         "get_peft_model.finetune_language_layers get_peft_model.finetune_attention_modules "
@@ -107,13 +109,48 @@ _OWN = table(
         "Name the modules in lora.target_modules.",
         off=(True,),
     ),
-    no_place("get_peft_model.qat_scheme embedding_learning_rate get_chat_template.mapping", "It is not offered."),
+    no_place(
+        "get_peft_model.finetune_last_n_layers",
+        "Write the layers into an expression: target_modules: 'model\\.layers\\.(?:30|31)\\..*'.",
+    ),
+    no_place("get_peft_model.ensure_weight_tying", hf.FROZEN),
+    no_place("from_pretrained.rope_scaling", hf.AS_FILES_SAY),
+    no_place(
+        "from_pretrained.resize_model_vocab from_pretrained.tokenizer_name from_pretrained.tokenizer_revision "
+        "from_pretrained.fix_tokenizer",
+        hf.TOKENIZER,
+    ),
+    no_place("from_pretrained.subfolder", "Name the folder itself in model.name_or_path."),
+    no_place(
+        "cos_threshold gamma_proj proj_quant proj_quant_group_size proj_quant_n_bit queue_size "
+        "stochastic_round update_proj_gap weight_group_size weight_quant",
+        hf.ADAMW,
+    ),
+    no_place(
+        "from_pretrained.load_in_fp8 from_pretrained.float8_kv_cache from_pretrained.float32_mixed_precision",
+        "Formats are those of quantization.weight_format, and products bfloat16, float16 or float32.",
+    ),
+    no_place(
+        "get_peft_model.qat_scheme from_pretrained.qat_scheme embedding_learning_rate get_chat_template.mapping",
+        "It is not offered.",
+    ),
     not_needed(
         "from_pretrained.fast_inference from_pretrained.max_lora_rank from_pretrained.gpu_memory_utilization "
         "get_peft_model.max_seq_length get_chat_template.map_eos_token from_pretrained.offload_embedding "
         "from_pretrained.load_in_16bit from_pretrained.auto_model from_pretrained.unsloth_force_compile "
         "from_pretrained.unsloth_tiled_mlp",
         "It is for serving or has no use there.",
+    ),
+    not_needed(
+        "from_pretrained.auto_config from_pretrained.auto_config_from_caller from_pretrained.checkpoint_skip_layers "
+        "from_pretrained.cls from_pretrained.device_map_planner_kwargs from_pretrained.disable_log_stats "
+        "from_pretrained.for_inference from_pretrained.fullgraph from_pretrained.local_files_only "
+        "from_pretrained.model_patcher from_pretrained.model_types from_pretrained.offload_layers "
+        "from_pretrained.on_model_resolved from_pretrained.return_logits from_pretrained.return_tokenizer "
+        "from_pretrained.supports_sdpa get_peft_model.temporary_location from_pretrained.text_intent "
+        "from_pretrained.text_only from_pretrained.text_only_decoder from_pretrained.unsloth_vllm_standby "
+        "from_pretrained.use_exact_model_name from_pretrained.use_unpadding",
+        "It steers that tool's own program.",
     ),
 )
 _TAKEN = {name for key in _OWN for name in key.names}
