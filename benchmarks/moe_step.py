@@ -9,6 +9,9 @@ together: no checkpoint is written but for embeddings, norms and routers. LoRA r
 dropout. A step is one micro-batch of `--rows` rows of `--length` random tokens, every position a label; the median of
 the steps after the second counts, the device synchronised on both sides. Peak memory is torch's allocator's.
 
+Layers are fused where the device has the kernels; `plain layers` are those of transformers with our linear layers and
+experts, on the same device in the same run, and say what the schedule is worth. `kernel_path` says which ran.
+
 The other side (`peft`) has the same decoded weights in bfloat16, which is how transformers 5 and bitsandbytes leave
 experts: its memory is that of a 16-bit model, and its losses stand beside ours.
 """
@@ -54,7 +57,18 @@ SHAPES: dict[str, dict[str, Any]] = {
 RANK, ALPHA = 16, 16.0
 WARM_UP_STEPS = 2
 QUANTIZATION = Quantization(WeightFormat.NF4, 64, True)
-SYSTEMS = ("all", "all, recomputed", "all, recomputed, adamw_8bit", "none", "none, recomputed, adamw_8bit", "peft")
+SYSTEMS = (
+    "all",
+    "none",
+    "all, plain layers",
+    "none, plain layers",
+    "all, recomputed",
+    "all, recomputed, adamw_8bit",
+    "none, recomputed, adamw_8bit",
+    "all, recomputed, adamw_8bit, plain layers",
+    "none, recomputed, adamw_8bit, plain layers",
+    "peft",
+)
 
 
 @dataclass(slots=True)
@@ -253,7 +267,8 @@ def run_ours(bench: Bench, system: str) -> None:
     experts, *words = system.split(", ")
     optimizer = "adamw_8bit" if "adamw_8bit" in words else "adamw"
     dtype: Any = "bfloat16" if bench.device.type == "cuda" else "float32"
-    bench.load(Compute(dtype, gradient_checkpointing="recomputed" in words))
+    options = {"layers": "plain"} if "plain layers" in words else {}
+    bench.load(Compute(dtype, "recomputed" in words, options))
     adapter = bench.adapter(experts)
     bench.trainer.attach(adapter, optimizer)
     numbers = sum(tensor.size for tensor in adapter.tensors.values())

@@ -24,8 +24,12 @@ from qlora_hal.contract.backend import Quantization
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal_backends.torch_family import dropout_kernel
 from qlora_hal_backends.torch_family.base_weights import quantize
+from qlora_hal_backends.torch_family.experts.stacked_weights import stacked
 from qlora_hal_backends.torch_family.fused import kernels
 from qlora_hal_backends.torch_family.fused.families import Activation
+from qlora_hal_backends.torch_family.fused.mixture import kernels as mixture_kernels
+from qlora_hal_backends.torch_family.fused.mixture.operations import Router
+from qlora_hal_backends.torch_family.fused.mixture.triton_operations import TritonMixture
 from qlora_hal_backends.torch_family.fused.operations import Dropout, HeadCounts, HeadNorm, Masks, Placements, Rotary
 from qlora_hal_backends.torch_family.fused.triton_operations import TritonOperations
 
@@ -33,6 +37,7 @@ TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.uint8: "*u8",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -83,17 +88,18 @@ def launches() -> list[Launch]:
     """Of every kernel, in bfloat16 and with each choice that changes its code."""
     noted: list[Launch] = []
     found = {
-        name: kernel
-        for name, kernel in vars(kernels).items()
+        (module, name): kernel
+        for module in (kernels, mixture_kernels)
+        for name, kernel in vars(module).items()
         if isinstance(kernel, JITFunction) and not name.startswith("_") and name != "is_kept"  # parts of others
     }
-    found_elsewhere = {"_mask": dropout_kernel._mask}
-    for module, kernels_of in ((kernels, found), (dropout_kernel, found_elsewhere)):
-        for name, kernel in kernels_of.items():
-            setattr(module, name, Noted(name, kernel, noted))
+    found[dropout_kernel, "_mask"] = dropout_kernel._mask
+    for (module, name), kernel in found.items():
+        setattr(module, name, Noted(name, kernel, noted))
     for activation in Activation:
         _launch_all(TritonOperations(activation), torch.bfloat16)
-    assert {launch.name for launch in noted} == found.keys() | found_elsewhere.keys(), "a kernel is never launched"
+        _launch_all_of_mixtures(TritonMixture(activation), torch.bfloat16)
+    assert {launch.name for launch in noted} == {name for _, name in found}, "a kernel is never launched"
     return list({repr(launch): launch for launch in noted}.values())
 
 
@@ -129,6 +135,31 @@ def _launch_all(operations: TritonOperations, dtype: torch.dtype) -> None:
         operations.drop(wide, masks, 0, wide)
         operations.add_dropped(wide.float(), wide[:, : 3 * rank], wide, masks, wide)
     dropout_kernel.mask(words, words, 0.1, dtype)
+
+
+def _launch_all_of_mixtures(operations: TritonMixture, dtype: torch.dtype) -> None:
+    """In the shape of Qwen3-30B-A3B: 128 experts, 8 a token, 768 wide between hidden states of 2048."""
+    tokens, each, hidden, inner = 4, 8, 2048, 768
+    places = torch.arange(tokens * each)
+    for nested in (True, False):
+        layer = quantize(torch.ones(16, hidden, dtype=dtype), Quantization(WeightFormat.NF4, 64, nested), dtype)
+        operations.dequantize_stack(stacked([layer] * 2), torch.zeros(2, 16, hidden, dtype=dtype))
+    logits = torch.zeros(tokens, 128, dtype=dtype)
+    weight_gradient = torch.zeros(tokens, each)
+    x = torch.zeros(tokens, hidden, dtype=dtype)
+    rows = torch.zeros(tokens * each, hidden, dtype=dtype)
+    gate_up, product = (torch.zeros(tokens * each, width, dtype=dtype) for width in (2 * inner, inner))
+    for router in (Router(each, True, dtype), Router(each, False, torch.float32)):
+        weights, experts = operations.route(logits, router)
+        operations.route_backward(logits, experts, weight_gradient, router, logits)
+        operations.weighted_swiglu(gate_up, weights, places, product)
+        operations.weighted_swiglu_backward(gate_up, product, weights, places, gate_up, product, weight_gradient)
+    for back in (places, None):
+        operations.send(x, places, each, rows, back)
+    for addend in (x, None):
+        operations.collect(rows, places, addend, x)
+    matrices = torch.zeros(128, 32, hidden)
+    operations.add_to_experts(matrices[:, :16], matrices.to(dtype)[:, :16], torch.zeros(128, dtype=torch.int32))
 
 
 def compiled(target: GPUTarget, noted: list[Launch]) -> Iterator[tuple[str, str]]:

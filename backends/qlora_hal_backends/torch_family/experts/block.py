@@ -43,9 +43,13 @@ class RoutedExperts(nn.Module):
         self.gate: ExpertStack | None = None
         self.up: ExpertStack | None = None
         self.down: ExpertStack | None = None
-        self._gated = _gating(theirs)
+        self.gated = _gating(theirs)
         for name in _BIASES:
             setattr(self, name, getattr(theirs, name, None))
+
+    @property
+    def has_biases(self) -> bool:
+        return any(getattr(self, name) is not None for name in _BIASES)
 
     @property
     def stacks(self) -> tuple[ExpertStack, ExpertStack, ExpertStack]:
@@ -66,7 +70,7 @@ class RoutedExperts(nn.Module):
         each = top_k_index.shape[-1]
         rows = _SentToExperts.apply(hidden_states, order, back, each)  # type: ignore[no-untyped-call]
         inputs = (stack.rows(rows, groups, self.products) for stack in (gate, up))
-        inner = self._gated(*self._with_biases(tuple(inputs), chosen))
+        inner = self.gated(*self._with_biases(tuple(inputs), chosen))
         y = down.rows(inner, groups, self.products)
         if self.down_proj_bias is not None:
             y = y + self.down_proj_bias[chosen]
@@ -166,13 +170,13 @@ def _known_experts(causal: Any) -> Iterator[tuple[str, Any]]:
 def _lower_number_wins(forward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(forward)
     def with_rule(*args: Any, **kwargs: Any) -> Any:
-        with _TiesByNumber():
+        with TiesByNumber():
             return forward(*args, **kwargs)
 
     return with_rule
 
 
-class _TiesByNumber(TorchFunctionMode):
+class TiesByNumber(TorchFunctionMode):
     """`torch.topk` that takes the first of equal entries: a stable sort has that order, on every device."""
 
     def __torch_function__(

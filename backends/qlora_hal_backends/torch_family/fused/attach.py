@@ -26,12 +26,20 @@ from qlora_hal_backends.torch_family.fused.families import (
     rotary_kinds,
     rotary_of,
 )
+from qlora_hal_backends.torch_family.fused.feed_forward import DenseFeedForward, FeedForward
 from qlora_hal_backends.torch_family.fused.kernel_trial import proved_kernels
 from qlora_hal_backends.torch_family.fused.layer_inputs import HostMemory
+from qlora_hal_backends.torch_family.fused.mixture.collecting import make_stack_buffers, mixture_weights, router_of
+from qlora_hal_backends.torch_family.fused.mixture.feed_forward import HiddenRoom, MixtureFeedForward
+from qlora_hal_backends.torch_family.fused.mixture.kernel_trial import proved_mixture_kernels
+from qlora_hal_backends.torch_family.fused.mixture.operations import MixtureOperations
+from qlora_hal_backends.torch_family.fused.mixture.weights import MixtureWeights, StackBuffers
 from qlora_hal_backends.torch_family.fused.operations import HeadCounts, Operations
+from qlora_hal_backends.torch_family.fused.stream import Stream
 from qlora_hal_backends.torch_family.fused.supported import (
     attention_of,
     device_refusal,
+    experts_refusal,
     model_refusal,
 )
 from qlora_hal_backends.torch_family.fused.tape import Keep
@@ -56,15 +64,17 @@ class Refusal:
 
 def try_attach(base: BaseModel, flat: FlatAdapter, compute: Compute, device: torch.device) -> FusedBody | Refusal:
     """The fused body of a base whose adapter is placed, or why it has none."""
-    reason = device_refusal(device) or model_refusal(base, flat, compute)
+    reason = device_refusal(device) or model_refusal(base, flat, compute) or experts_refusal(base, compute)
     if reason is not None:
         return Refusal(reason)
+    activation = activation_of(base) or Activation.SILU
     try:
-        operations = proved_kernels(device, activation_of(base) or Activation.SILU)
+        operations = proved_kernels(device, activation)
+        mixture = proved_mixture_kernels(device, activation) if base.experts else None
     except Exception as error:  # Triton compiles here and now: a missing C compiler or driver shows in many classes
         return Refusal(f"the kernels do not run here ({type(error).__name__}: {str(error).partition(chr(10))[0]})")
     uneven = proved_varlen(device, _head_counts(base), getattr(torch, compute.dtype))
-    return attach_with(operations, base, flat, compute, uneven=uneven)
+    return attach_with(operations, base, flat, compute, mixture=mixture, uneven=uneven)
 
 
 def attach_with(
@@ -73,12 +83,13 @@ def attach_with(
     flat: FlatAdapter,
     compute: Compute,
     *,
+    mixture: MixtureOperations | None = None,
     uneven: UnevenAttention = SAMPLE_BY_SAMPLE,
     keep: Keep | None = None,
     residual_dtype: torch.dtype | None = None,
     tile_rows: int = TILE_ROWS,
 ) -> FusedBody:
-    """Build the body for a model that `model_refusal` has no word against.
+    """Build the body for a model that `model_refusal` has no word against; `mixture` where it has experts.
 
     `keep` follows `compute.recompute`, and `residual_dtype` is the compute dtype, unless given.
     """
@@ -87,14 +98,25 @@ def attach_with(
     attention = attention_of(base)
     family, norm = family_of(base), base.body.norm
     like = norm.weight.detach().to(getattr(torch, compute.dtype))
-    buffers = make_buffers(list(base.layers), family.groups, flat, like, operations, shared=recomputes)
+    # The attention of a mixture is little beside its experts: taking turns with them would save nothing.
+    shares = recomputes and not family.mixtures
+    buffers = make_buffers(list(base.layers), family.groups, flat, like, operations, shared=shares)
+    stream = Stream(epsilon_of(norm), operations)
+    feed_forward: FeedForward = DenseFeedForward(buffers, operations, stream)
+    experts: list[MixtureWeights | None] = [None for _ in base.layers]
+    if family.mixtures:
+        assert mixture is not None, "a mixture has operations of its own"
+        stacks = make_stack_buffers(list(base.layers), flat, like, mixture, operations)
+        experts = [mixture_weights(layer, stacks, flat) for layer in base.layers]
+        feed_forward = _mixture(base, stacks, operations, mixture, stream, like)
     schedule = DecoderLayer(
         heads=_head_counts(base),
-        epsilon=epsilon_of(norm),
         attention_scale=float(attention.scaling),
         attention=CausalAttention(uneven.attention),
         buffers=buffers,
         operations=operations,
+        stream=stream,
+        feed_forward=feed_forward,
         tile_rows=tile_rows,
     )
     return FusedBody(
@@ -102,8 +124,8 @@ def attach_with(
         flat=flat,
         schedule=schedule,
         layers=[
-            layer_weights(layer, path, family, buffers, flat)
-            for layer, path in zip(base.layers, _paths(base), strict=True)
+            layer_weights(layer, path, family, buffers, flat, of_experts)
+            for layer, path, of_experts in zip(base.layers, _paths(base), experts, strict=True)
         ],
         final_norm=family.norm_weight(norm),
         rotary_tables=_rotary_tables(base),
@@ -113,6 +135,20 @@ def attach_with(
         embedding_scale=embedding_scale_of(base),
         host=HostMemory(like.device) if recomputes and compute.recompute == "offload" else None,
     )
+
+
+def _mixture(
+    base: BaseModel,
+    stacks: StackBuffers,
+    operations: Operations,
+    mixture: MixtureOperations,
+    stream: Stream,
+    like: Tensor,
+) -> MixtureFeedForward:
+    layers: Any = base.layers
+    router = router_of(layers[0].mlp)
+    assert router is not None, "`supported` refuses other routers"
+    return MixtureFeedForward(router, stacks, operations, mixture, stream, HiddenRoom(stacks.into.columns, like))
 
 
 def _head_counts(base: BaseModel) -> HeadCounts:

@@ -111,7 +111,7 @@ class FusedBody:
     def _forward(self, batch: DeviceBatch, keep: Keep | None) -> tuple[Tensor, _Tape]:
         sequences = self._sequences(batch)
         tape = _Tape(sequences, self._inputs(keep))
-        self.schedule.buffers.forget_adapter()
+        self.schedule.forget_adapter()
         embedded = self._embedded(batch)
         residual: Tensor = embedded.flatten(0, 1).to(self.residual_dtype)
         pending: Tensor | None = None

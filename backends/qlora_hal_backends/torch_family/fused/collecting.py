@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_hal.contract.values import LinearShape
 from qlora_hal_backends.torch_family.base_weights import BaseWeight
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
 from qlora_hal_backends.torch_family.fused.families import Groups, LayerFamily, epsilon_of, rotary_of
@@ -21,10 +22,11 @@ from qlora_hal_backends.torch_family.fused.layer_weights import (
     LayerWeights,
     Slot,
 )
+from qlora_hal_backends.torch_family.fused.mixture.weights import MixtureWeights
 from qlora_hal_backends.torch_family.fused.operations import HeadNorm, Operations, Placements
 from qlora_hal_backends.torch_family.lora_linear import FrozenLinear
 
-_Entry = tuple[int, int, int, int, int]
+Entry = tuple[int, int, int, int, int]
 """See `operations.Placements`."""
 
 
@@ -42,26 +44,31 @@ def make_buffers(
     adapted = flat.adapter.config.target_modules
     shapes = {}
     for name, modules in groups.items():
-        linears = [linear_of(layers[0], module) for module in modules]
+        linear_shapes = [linear_of(layers[0], module).shape for module in modules]
         anywhere = [any(path.endswith(f".{module}") for path in adapted) for module in modules]
-        shapes[name] = _group_shape(modules, linears, anywhere, flat.adapter.config.r)
+        shapes[name] = group_shape(modules, linear_shapes, anywhere, flat.adapter.config.r)
     return LayerBuffers(shapes, flat, like, operations, shared=shared)
 
 
-def _group_shape(
-    modules: Sequence[str], linears: Sequence[FrozenLinear], adapted: Sequence[bool], r: int
-) -> GroupShape:
+def group_shape(modules: Sequence[str], shapes: Sequence[LinearShape], adapted: Sequence[bool], r: int) -> GroupShape:
     slots: list[Slot] = []
     row = ranks = 0
-    for module, linear, has_rank in zip(modules, linears, adapted, strict=True):
+    for module, shape, has_rank in zip(modules, shapes, adapted, strict=True):
         rank = slice(ranks, ranks + r) if has_rank else None
-        slots.append(Slot(module, slice(row, row + linear.out_features), rank))
-        row += linear.out_features
+        slots.append(Slot(module, slice(row, row + shape.outputs), rank))
+        row += shape.outputs
         ranks += r if has_rank else 0
-    return GroupShape(slots, linears[0].in_features, -(-ranks // RANK_MULTIPLE) * RANK_MULTIPLE)
+    return GroupShape(slots, shapes[0].inputs, -(-ranks // RANK_MULTIPLE) * RANK_MULTIPLE)
 
 
-def layer_weights(layer: Any, path: str, family: LayerFamily, buffers: LayerBuffers, flat: FlatAdapter) -> LayerWeights:
+def layer_weights(
+    layer: Any,
+    path: str,
+    family: LayerFamily,
+    buffers: LayerBuffers,
+    flat: FlatAdapter,
+    experts: MixtureWeights | None = None,
+) -> LayerWeights:
     """Collect one layer. `path` is its module path, as the adapter names it."""
     attention = layer.self_attn
     head_norm = None
@@ -79,11 +86,12 @@ def layer_weights(layer: Any, path: str, family: LayerFamily, buffers: LayerBuff
         feed_forward_join=_join(layer, family, family.feed_forward_norm),
         groups={
             name: _group_weights(
-                layer, path, buffer, flat, _on_device([*_zeros_around(buffer), *entries[name]], flat.compute.device)
+                layer, path, buffer, flat, on_device([*_zeros_around(buffer), *entries[name]], flat.compute.device)
             )
             for name, buffer in buffers.groups.items()
         },
-        adapter=_on_device([entry for part in entries.values() for entry in part], flat.compute.device),
+        adapter=on_device([entry for part in entries.values() for entry in part], flat.compute.device),
+        experts=experts,
     )
 
 
@@ -102,15 +110,15 @@ def _window_of(attention: Any) -> int | None:
     return None if window is None else int(window)
 
 
-def _on_device(entries: Sequence[_Entry], device: torch.device) -> Placements:
+def on_device(entries: Sequence[Entry], device: torch.device) -> Placements:
     return Placements(entries, torch.tensor(entries, dtype=torch.int64).to(device))
 
 
-def _group_placements(buffer: GroupBuffer, path: str, flat: FlatAdapter) -> list[_Entry]:
+def _group_placements(buffer: GroupBuffer, path: str, flat: FlatAdapter) -> list[Entry]:
     return [entry for slot in buffer.slots if slot.rank is not None for entry in _placements(buffer, slot, path, flat)]
 
 
-def _zeros_around(buffer: GroupBuffer) -> Iterator[_Entry]:
+def _zeros_around(buffer: GroupBuffer) -> Iterator[Entry]:
     """What no adapter of the group fills and its products read: B off its diagonal blocks, and the padded ranks."""
     used = max((slot.rank.stop for slot in buffer.slots if slot.rank is not None), default=0)
     empty = [buffer.a[used:]]
@@ -122,7 +130,7 @@ def _zeros_around(buffer: GroupBuffer) -> Iterator[_Entry]:
             yield -1, int(target.storage_offset()), target.shape[0], target.shape[1], target.stride(0)
 
 
-def _placements(buffer: GroupBuffer, slot: Slot, path: str, flat: FlatAdapter) -> Iterator[_Entry]:
+def _placements(buffer: GroupBuffer, slot: Slot, path: str, flat: FlatAdapter) -> Iterator[Entry]:
     """A and B of one projection; zeros where other layers adapt it and this one does not."""
     targets = (buffer.a[slot.rank], buffer.b[slot.rows, slot.rank])
     for name, target in zip(_tensor_names(path, slot), targets, strict=True):

@@ -24,8 +24,10 @@ import torch
 from torch import Tensor
 
 from qlora_hal_backends.torch_family.fused.attention import Attention
+from qlora_hal_backends.torch_family.fused.feed_forward import FeedForward, kept_apart
 from qlora_hal_backends.torch_family.fused.layer_weights import AdapterGradients, Join, LayerBuffers, LayerWeights
 from qlora_hal_backends.torch_family.fused.operations import Dropout, HeadCounts, Operations
+from qlora_hal_backends.torch_family.fused.stream import Stream
 from qlora_hal_backends.torch_family.fused.tape import (
     AttentionTape,
     FeedForwardProducts,
@@ -43,19 +45,30 @@ class DecoderLayer:
     """The schedule. One object serves all layers of a model; their weights come as an argument."""
 
     heads: HeadCounts
-    epsilon: float
     attention_scale: float
     attention: Attention
     buffers: LayerBuffers
     operations: Operations
+    stream: Stream
+    feed_forward: FeedForward
     tile_rows: int = TILE_ROWS
+
+    def hold(self, layer: LayerWeights) -> None:
+        """From here on the products are of this layer, with the adapter as it is now."""
+        self.buffers.hold(layer)
+        self.feed_forward.hold(layer)
+
+    def forget_adapter(self) -> None:
+        """The adapter was updated, or may have been."""
+        self.buffers.forget_adapter()
+        self.feed_forward.forget_adapter()
 
     # forward -------------------------------------------------------------------------------------------------------
     def forward(
         self, layer: LayerWeights, residual: Tensor, pending: Tensor | None, sequences: Sequences, keep: Keep | None
     ) -> tuple[Tensor, Tensor, LayerTape | None]:
         """Return (h2, output still to be added, tape). `keep` None is evaluation: no tape."""
-        self.buffers.hold(layer)
+        self.hold(layer)
         branch, attention = self._attend(layer, residual, pending, sequences, with_graph=keep is not None)
         h1 = attention.h1
         if keep in (None, Keep.RESIDUAL):
@@ -63,7 +76,7 @@ class DecoderLayer:
         h2, output, products = self._feed_forward(
             layer, h1, branch, sequences.dropout, keeps_products=keep is Keep.PRODUCTS
         )
-        output = self._joined(output, layer.feed_forward_join)
+        output = self.stream.joined(output, layer.feed_forward_join)
         if keep is None:
             return h2, output, None
         if keep is Keep.RESIDUAL:
@@ -76,9 +89,9 @@ class DecoderLayer:
         into, out = self.buffers.groups["attention_in"], self.buffers.groups["attention_out"]
         extended = into.new_input(sequences.rows)
         x = extended[:, : into.columns]
-        h1 = self.operations.add_norm(residual, pending, layer.input_norm, self.epsilon, x)
+        h1 = self.operations.add_norm(residual, pending, layer.input_norm, self.stream.epsilon, x)
         masks = layer.groups["attention_in"].masks(sequences.dropout)
-        low_rank = _kept_apart(into.low_rank(x, extended[:, into.columns :], masks))
+        low_rank = kept_apart(into.low_rank(x, extended[:, into.columns :], masks))
         projected = into.product(extended, layer.groups["attention_in"].bias)
         del extended, x
         query, key, value = self._heads(layer, projected, sequences)
@@ -94,11 +107,11 @@ class DecoderLayer:
         extended = out.new_input(sequences.rows)
         self.operations.copy_rows(mixed.output, extended[:, : out.columns])
         masks = layer.groups["attention_out"].masks(sequences.dropout)
-        output_low_rank = _kept_apart(out.low_rank(extended[:, : out.columns], extended[:, out.columns :], masks))
+        output_low_rank = kept_apart(out.low_rank(extended[:, : out.columns], extended[:, out.columns :], masks))
         branch = out.product(extended, layer.groups["attention_out"].bias)
         join = layer.attention_join
         tape = AttentionTape(h1, low_rank, projected, mixed, _read_again(branch, join), output_low_rank)
-        return self._joined(branch, join), tape
+        return self.stream.joined(branch, join), tape
 
     def _heads(self, layer: LayerWeights, projected: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values: views `[M, heads, d]` of the products.
@@ -117,50 +130,20 @@ class DecoderLayer:
     ) -> tuple[Tensor, Tensor, FeedForwardProducts | None]:
         """(h2, output still to be joined, products where they are kept): in one piece where they are, else in tiles."""
         if keeps_products:
-            h2, products = self._gate_up(layer, h1, branch, dropout)
-            output, products.output_low_rank = self._feed_forward_out(layer, products, dropout)
+            h2, products = self.feed_forward.inner(layer, h1, branch, dropout)
+            output, products.output_low_rank = self.feed_forward.outer(layer, products, dropout)
             products.output = _read_again(output, layer.feed_forward_join)
             return h2, output, products
         h2, output = torch.empty_like(h1), torch.empty_like(branch)
         for rows in self._tiles(h1.shape[0]):
             of_rows = _of(dropout, rows)
-            _, products = self._gate_up(layer, h1[rows], branch[rows], of_rows, into=h2[rows])
-            self._feed_forward_out(layer, products, of_rows, into=output[rows])
+            _, products = self.feed_forward.inner(layer, h1[rows], branch[rows], of_rows, into=h2[rows])
+            self.feed_forward.outer(layer, products, of_rows, into=output[rows])
             del products
         return h2, output, None
 
     def _tiles(self, rows: int) -> Iterator[slice]:
         return (slice(start, min(start + self.tile_rows, rows)) for start in range(0, rows, self.tile_rows))
-
-    def _gate_up(
-        self,
-        layer: LayerWeights,
-        h1: Tensor,
-        branch: Tensor | None,
-        dropout: Dropout | None,
-        into: Tensor | None = None,
-    ) -> tuple[Tensor, FeedForwardProducts]:
-        """(h2, gate and up products). Without `branch`, `h1` is h2 already."""
-        group = self.buffers.groups["feed_forward_in"]
-        extended = group.new_input(h1.shape[0])
-        x = extended[:, : group.columns]
-        h2 = self.operations.add_norm(h1, branch, layer.middle_norm, self.epsilon, x, into)
-        masks = layer.groups["feed_forward_in"].masks(dropout)
-        low_rank = _kept_apart(group.low_rank(x, extended[:, group.columns :], masks))
-        products = group.new_gradient(h1.shape[0])
-        group.product(extended, layer.groups["feed_forward_in"].bias, products[:, : group.rows])
-        return h2, FeedForwardProducts(low_rank, products, None, None)
-
-    def _feed_forward_out(
-        self, layer: LayerWeights, products: FeedForwardProducts, dropout: Dropout | None, into: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        out = self.buffers.groups["feed_forward_out"]
-        extended = out.new_input(products.extended.shape[0])
-        x = extended[:, : out.columns]
-        self.operations.swiglu(products.extended[:, : 2 * out.columns], x)
-        masks = layer.groups["feed_forward_out"].masks(dropout)
-        low_rank = _kept_apart(out.low_rank(x, extended[:, out.columns :], masks))
-        return out.product(extended, layer.groups["feed_forward_out"].bias, into), low_rank
 
     # backward ------------------------------------------------------------------------------------------------------
     def backward(
@@ -175,14 +158,16 @@ class DecoderLayer:
 
         Nothing below the lowest layer is trained: its input's gradient is not computed, and None is returned.
         """
-        self.buffers.hold(layer)
+        self.hold(layer)
         gradients = AdapterGradients(self.operations)
         attention, feed_forward = self._replayed(layer, tape, sequences)
         middle = self._feed_forward_backward(layer, feed_forward, above, sequences.dropout, gradients)
         del feed_forward
         above.forget()
         if layer.attention_join is not None:
-            middle = self._before_join(middle, layer.attention_join, attention.branch, "attention_out")
+            middle = self.stream.before_join(
+                middle, layer.attention_join, attention.branch, self.buffers.groups["attention_out"]
+            )
         below = self._attention_backward(layer, attention, middle, sequences, gradients, is_lowest)
         gradients.add()
         return below
@@ -212,17 +197,19 @@ class DecoderLayer:
         gradients: AdapterGradients,
     ) -> StreamGradient:
         """The stream's gradient between attention and feed-forward."""
-        middle = self._new_stream_gradient(tape.h2, "attention_out")
+        middle = self.stream.new_gradient(tape.h2, self.buffers.groups["attention_out"])
         products, tape.products = tape.products, None
         if products is not None:
             of_output = self._of_output(layer, above, products, dropout)
-            self._rows_backward(layer, tape.h2, products, of_output, middle, dropout, gradients)
+            self.feed_forward.rows_backward(layer, tape.h2, products, of_output, middle, dropout, gradients)
             return middle
         for rows in self._tiles(tape.h2.shape[0]):
             of_rows = _of(dropout, rows)
-            _, products = self._gate_up(layer, tape.h2[rows], None, of_rows)
+            _, products = self.feed_forward.inner(layer, tape.h2[rows], None, of_rows)
             of_output = self._of_output(layer, above.of(rows), products, of_rows)
-            self._rows_backward(layer, tape.h2[rows], products, of_output, middle.of(rows), of_rows, gradients)
+            self.feed_forward.rows_backward(
+                layer, tape.h2[rows], products, of_output, middle.of(rows), of_rows, gradients
+            )
             del products
             gradients.add()
         return middle
@@ -235,41 +222,9 @@ class DecoderLayer:
         if join is None:
             return above
         if join.norm is not None and output is None:
-            output, _ = self._feed_forward_out(layer, products, dropout)
+            output, _ = self.feed_forward.outer(layer, products, dropout)
         products.output = None
-        return self._before_join(above, join, output, "feed_forward_out")
-
-    def _rows_backward(
-        self,
-        layer: LayerWeights,
-        h2: Tensor,
-        products: FeedForwardProducts,
-        above: StreamGradient,
-        middle: StreamGradient,
-        dropout: Dropout | None,
-        gradients: AdapterGradients,
-    ) -> None:
-        """The feed-forward's backward into `middle`."""
-        into, out = self.buffers.groups["feed_forward_in"], self.buffers.groups["feed_forward_out"]
-        of_in, of_out = layer.groups["feed_forward_in"], layer.groups["feed_forward_out"]
-        in_masks, out_masks = of_in.masks(dropout), of_out.masks(dropout)
-        v = out.low_rank_gradient(above.extended, out_masks)
-        product = out.input_gradient(above.extended, out_masks)
-        extended = products.extended
-        gate_up = extended[:, : into.rows]
-        # In place: the product takes the place of its gradient, the gradients of gate and up that of gate and up.
-        self.operations.swiglu_backward(gate_up, product, gate_up, product)
-        low_rank = products.output_low_rank
-        if low_rank is None:
-            low_rank = out.low_rank(product, masks=out_masks)
-        gradients.of_b(of_out, above.extended, low_rank)
-        gradients.of_a(of_out, v, product, out_masks)
-        del product
-        v = into.low_rank_gradient(extended, in_masks)
-        x_gradient = into.input_gradient(extended, in_masks)
-        gradients.of_b(of_in, extended, products.input_low_rank)
-        x = self._norm_backward_into(x_gradient, h2, layer.middle_norm, above, middle, wants_x=v is not None)
-        gradients.of_a(of_in, v, x, in_masks)
+        return self.stream.before_join(above, join, output, self.feed_forward.gradient_room)
 
     def _attention_backward(
         self,
@@ -292,12 +247,12 @@ class DecoderLayer:
         gradients.of_b(of_in, extended, tape.input_low_rank)
         if is_lowest:
             x = middle.extended.new_empty(tape.h1.shape)
-            self.operations.add_norm(tape.h1, None, layer.input_norm, self.epsilon, x)
+            self.operations.add_norm(tape.h1, None, layer.input_norm, self.stream.epsilon, x)
             gradients.of_a(of_in, v, x, in_masks)
             return None
         x_gradient = into.input_gradient(extended, in_masks)
-        below, x = self._norm_backward(
-            x_gradient, tape.h1, layer.input_norm, middle, "feed_forward_out", wants_x=v is not None
+        below, x = self.stream.norm_backward(
+            x_gradient, tape.h1, layer.input_norm, middle, self.feed_forward.gradient_room, wants_x=v is not None
         )
         gradients.of_a(of_in, v, x, in_masks)
         return below
@@ -321,78 +276,18 @@ class DecoderLayer:
         self.operations.copy_rows(value.transpose(1, 2).flatten(0, 1).flatten(1), values)
         return extended
 
-    def _norm_backward(
-        self,
-        x_gradient: Tensor,
-        h: Tensor,
-        weight: Tensor,
-        above: StreamGradient | None,
-        consumer: str,
-        *,
-        wants_x: bool,
-    ) -> tuple[StreamGradient, Tensor]:
-        """Gradient of the stream below a norm, in the gradient buffer of the group that consumes it; and norm(h)."""
-        below = self._new_stream_gradient(h, consumer)
-        return below, self._norm_backward_into(x_gradient, h, weight, above, below, wants_x=wants_x)
-
-    def _new_stream_gradient(self, h: Tensor, consumer: str) -> StreamGradient:
-        group = self.buffers.groups[consumer]
-        extended = group.new_gradient(h.shape[0])
-        rounded = extended[:, : group.rows]
-        return StreamGradient(rounded if h.dtype == rounded.dtype else torch.empty_like(h), extended)
-
-    def _norm_backward_into(
-        self,
-        x_gradient: Tensor,
-        h: Tensor,
-        weight: Tensor,
-        above: StreamGradient | None,
-        below: StreamGradient,
-        *,
-        wants_x: bool,
-    ) -> Tensor:
-        """Fill `below`; gives norm(h), and something else where it is not wanted."""
-        rounded = below.extended[:, : h.shape[1]]
-        exact = None if h.dtype == rounded.dtype else below.exact
-        x = torch.empty_like(x_gradient) if wants_x else None
-        self.operations.norm_backward(
-            x_gradient, h, weight, self.epsilon, None if above is None else above.exact, rounded, exact, x
-        )
-        return x if x is not None else rounded
-
-    def _joined(self, branch: Tensor, join: Join | None) -> Tensor:
-        """A branch as it is added to the stream."""
-        if join is None:
-            return branch
-        if join.norm is None:
-            return branch * join.scale
-        normed = torch.empty_like(branch)
-        self.operations.add_norm(branch, None, join.norm, self.epsilon, normed)
-        return normed
-
-    def _before_join(self, stream: StreamGradient, join: Join, branch: Tensor | None, consumer: str) -> StreamGradient:
-        """The gradient of a branch, for the group that made it, beside that of the stream which passes it by."""
-        group = self.buffers.groups[consumer]
-        extended = group.new_gradient(stream.exact.shape[0])
-        rounded = extended[:, : group.rows]
-        if join.norm is None:
-            rounded.copy_(stream.exact * join.scale)
-        else:
-            assert branch is not None, "a branch that is normed was kept"
-            self.operations.norm_backward(stream.exact, branch, join.norm, self.epsilon, None, rounded, None, None)
-        return StreamGradient(stream.exact, extended)
-
     def final_norm(
         self, weight: Tensor, residual: Tensor, pending: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """(h, states) after the last layer."""
         states = torch.empty_like(residual, dtype=dtype)
-        h = self.operations.add_norm(residual, pending, weight, self.epsilon, states)
+        h = self.operations.add_norm(residual, pending, weight, self.stream.epsilon, states)
         return h, states
 
     def final_norm_backward(self, weight: Tensor, h: Tensor, gradient: Tensor) -> StreamGradient:
         """The stream's gradient at the top."""
-        return self._norm_backward(gradient, h, weight, None, "feed_forward_out", wants_x=False)[0]
+        room = self.feed_forward.gradient_room
+        return self.stream.norm_backward(gradient, h, weight, None, room, wants_x=False)[0]
 
 
 def _of(dropout: Dropout | None, rows: slice) -> Dropout | None:
@@ -402,8 +297,3 @@ def _of(dropout: Dropout | None, rows: slice) -> Dropout | None:
 def _read_again(branch: Tensor, join: Join | None) -> Tensor | None:
     """A branch whose norm backward goes through."""
     return None if join is None or join.norm is None else branch
-
-
-def _kept_apart(tail: Tensor | None) -> Tensor | None:
-    """A copy of the thin tail, so that the wide buffer behind it can be freed."""
-    return None if tail is None else tail.clone()

@@ -20,9 +20,12 @@ Groups = Mapping[str, tuple[str, ...]]
 NO_ROTARY = "none"
 """Of layers that turn nothing (SmolLM3's every fourth)."""
 
-SEPARATE: Groups = {
+ATTENTION: Groups = {
     "attention_in": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "attention_out": ("self_attn.o_proj",),
+}
+SEPARATE: Groups = {
+    **ATTENTION,
     "feed_forward_in": ("mlp.gate_proj", "mlp.up_proj"),
     "feed_forward_out": ("mlp.down_proj",),
 }
@@ -45,7 +48,7 @@ class LayerFamily:
     """norm, attention, add, norm, gated product, add. Names are of modules below a layer.
 
     `attention_norm` and `feed_forward_norm` are applied to a branch before it is added. `counts_from_one`: a norm
-    multiplies with 1 + its weight.
+    multiplies with 1 + its weight. `mixtures` are the classes of its feed-forward, `mlp`, where that is of experts.
     """
 
     groups: Groups
@@ -53,6 +56,7 @@ class LayerFamily:
     attention_norm: str | None = None
     feed_forward_norm: str | None = None
     counts_from_one: bool = False
+    mixtures: frozenset[str] = frozenset()
 
     def norm_weight(self, norm: Any) -> Tensor:
         """What a norm's result is multiplied with, rounded nowhere."""
@@ -81,6 +85,8 @@ FAMILIES: Mapping[str, LayerFamily] = {
     "CwmDecoderLayer": LLAMA,
     "GraniteDecoderLayer": LLAMA,  # its multipliers are read from the layer and from the body
     "Phi3DecoderLayer": LayerFamily(JOINED),
+    "Qwen3MoeDecoderLayer": LayerFamily(ATTENTION, mixtures=frozenset({"Qwen3MoeSparseMoeBlock"})),
+    "MixtralDecoderLayer": LayerFamily(ATTENTION, mixtures=frozenset({"MixtralSparseMoeBlock"})),
     "GemmaDecoderLayer": GEMMA,
     "Gemma2DecoderLayer": GEMMA_3,
     "Gemma3DecoderLayer": GEMMA_3,
@@ -100,9 +106,11 @@ def activation_of(base: BaseModel) -> Activation | None:
     """By what it computes: its name differs between versions and families. None: neither of ours."""
     layers: Any = base.layers
     mlp = layers[0].mlp
-    found = mlp.activation_fn if hasattr(mlp, "activation_fn") else mlp.act_fn
     x = torch.linspace(-6, 6, 97)
-    y = found(x)
+    if family_of(base).mixtures:
+        y = mlp.experts.gated(x, torch.ones_like(x))
+    else:
+        y = (mlp.activation_fn if hasattr(mlp, "activation_fn") else mlp.act_fn)(x)
     if torch.allclose(y, torch.nn.functional.silu(x), rtol=1e-5, atol=1e-6):
         return Activation.SILU
     # The exact GELU differs from this one by up to 5e-4.

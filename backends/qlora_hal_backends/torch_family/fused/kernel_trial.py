@@ -47,7 +47,10 @@ def proved_kernels(device: torch.device, activation: Activation) -> Operations:
 
 def differing(operations: Operations, reference: Operations, device: torch.device) -> list[str]:
     """The operations whose results are not those of the reference."""
-    found, expected = (_results(each, device) for each in (operations, reference))
+    return differing_results(*(_results(each, device) for each in (operations, reference)))
+
+
+def differing_results(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
     return [name for name in expected if not torch.allclose(found[name], expected[name], rtol=CLOSE, atol=CLOSE)]
 
 

@@ -17,7 +17,7 @@ _GELU_SCALE, _GELU_CUBE = tl.constexpr(GELU_SCALE), tl.constexpr(GELU_CUBE)
 
 
 @triton.jit
-def dequantize(
+def _decoded_blocks(
     packed,
     absmax,
     nested_absmax,
@@ -55,6 +55,41 @@ def dequantize(
     start = row * out_stride + (element - row * columns)
     target = out + start[:, None] + tl.arange(0, BLOCK)[None, :]
     tl.store(target, tl.interleave(high, low).to(out.dtype.element_ty), mask=valid[:, None])
+
+
+@triton.jit
+def dequantize(
+    packed,
+    absmax,
+    nested_absmax,
+    nested_code,
+    offset,
+    code,
+    out,
+    columns,
+    out_stride,
+    block_count,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    NESTED_BLOCK: tl.constexpr,
+    NESTED: tl.constexpr,
+):
+    _decoded_blocks(
+        packed,
+        absmax,
+        nested_absmax,
+        nested_code,
+        offset,
+        code,
+        out,
+        columns,
+        out_stride,
+        block_count,
+        BLOCK,
+        BLOCKS,
+        NESTED_BLOCK,
+        NESTED,
+    )
 
 
 @triton.jit

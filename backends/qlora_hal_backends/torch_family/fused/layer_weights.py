@@ -33,6 +33,7 @@ from torch import Tensor
 
 from qlora_hal_backends.torch_family.base_weights import BaseWeight
 from qlora_hal_backends.torch_family.flat_adapter import ALIGNMENT, FlatAdapter
+from qlora_hal_backends.torch_family.fused.mixture.weights import MixtureWeights
 from qlora_hal_backends.torch_family.fused.operations import Dropout, HeadNorm, Masks, Operations, Placements
 from qlora_hal_backends.torch_family.lora_linear import product_in_float32
 
@@ -106,6 +107,7 @@ class LayerWeights:
     feed_forward_join: Join | None
     groups: Mapping[str, GroupWeights]
     adapter: Placements
+    experts: MixtureWeights | None = None  # in place of the feed-forward's groups
 
 
 def _is_here() -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from qlora_hal.contract.backend import Compute
+from qlora_hal.contract.values import LinearShape
+from qlora_hal_backends.torch_family.experts import GroupedProducts, RoutedExperts
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
 from qlora_hal_backends.torch_family.fused.families import (
     FAMILIES,
@@ -17,6 +19,7 @@ from qlora_hal_backends.torch_family.fused.families import (
     head_width_of,
     rotary_kinds,
 )
+from qlora_hal_backends.torch_family.fused.mixture.collecting import router_of
 from qlora_hal_backends.torch_family.loading import BaseModel
 from qlora_hal_backends.torch_family.lora_linear import FrozenLinear
 
@@ -25,6 +28,9 @@ STATIC_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})
 
 OLDEST_CAPABILITY = (8, 0)
 """NVIDIA compute capability of the oldest devices that Triton 3 is made for (Ampere)."""
+
+GROUPED_DTYPE = "bfloat16"
+"""What torch's grouped products are fast in."""
 
 WIDTH_MULTIPLE = 16
 """Of every matrix dimension: rows must start at multiples of 16 bytes in each dtype."""
@@ -57,6 +63,8 @@ def _refusals(base: BaseModel, flat: FlatAdapter, compute: Compute) -> Iterator[
         return
     if base.head is None:
         yield "logits that only the architecture itself can make"
+    if family_of(base).mixtures:
+        yield from _mixture_refusals(base)
     config = base.causal.config.get_text_config()
     if activation_of(base) is None:
         yield "a feed-forward activation other than SiLU and GELU by tanh"
@@ -85,10 +93,34 @@ def _rotary_refusals(base: BaseModel) -> Iterator[str]:
         yield f"head size {size} is not a multiple of {WIDTH_MULTIPLE}"
 
 
+def experts_refusal(base: BaseModel, compute: Compute) -> str | None:
+    """Why the products of experts cannot be grouped here, or None."""
+    products = [block.products for block in base.experts]
+    if not all(isinstance(each, GroupedProducts) for each in products):
+        return products[0].words
+    if products and compute.dtype != GROUPED_DTYPE:
+        return f"experts one by one in {compute.dtype}"
+    return None
+
+
+def _mixture_refusals(base: BaseModel) -> Iterator[str]:
+    layers: Any = base.layers
+    blocks = [layer.mlp for layer in layers]
+    others = {type(block).__name__ for block in blocks} - family_of(base).mixtures
+    if others:
+        yield f"feed-forwards of type {', '.join(sorted(others))} among those of experts"
+    if not all(isinstance(block.experts, RoutedExperts) for block in blocks):
+        yield "experts that are not stacked"
+    if any(block.experts.has_biases for block in blocks):
+        yield "experts with biases"
+    if router_of(blocks[0]) is None:
+        yield "a router other than softmax over the best"
+
+
 def _linear_refusals(base: BaseModel, flat: FlatAdapter) -> Iterator[str]:
     modules = [module for group in family_of(base).groups.values() for module in group]
     layers: Any = base.layers
-    shapes: set[tuple[tuple[int, int], ...]] = set()
+    shapes: set[tuple[LinearShape, ...]] = set()
     paths = {linear: path for path, linear in base.linears.items()}
     known: set[str] = set()
     for layer in layers:
@@ -96,11 +128,15 @@ def _linear_refusals(base: BaseModel, flat: FlatAdapter) -> Iterator[str]:
         if not all(isinstance(linear, FrozenLinear) and linear.base is not None for linear in linears):
             yield "a projection that is not a frozen linear layer"
             return
-        shapes.add(tuple((linear.out_features, linear.in_features) for linear in linears))
+        if family_of(base).mixtures:
+            linears += layer.mlp.experts.stacks
+        shapes.add(tuple(linear.shape for linear in linears))
         known.update(paths[linear] for linear in linears)
     if len(shapes) != 1:
         yield "layers of different shapes"
-    if any(width % WIDTH_MULTIPLE for shape in shapes for pair in shape for width in pair):
+    if any(
+        width % WIDTH_MULTIPLE for of_layer in shapes for shape in of_layer for width in (shape.inputs, shape.outputs)
+    ):
         yield f"a width that is not a multiple of {WIDTH_MULTIPLE}"
     outside = sorted(set(flat.adapter.config.target_modules) - known)
     if outside:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qlora_hal_backends.torch_family.fused.attention import Mixed, Samples
 from qlora_hal_backends.torch_family.fused.layer_weights import LayerWeights
+from qlora_hal_backends.torch_family.fused.mixture.operations import Routed
 from qlora_hal_backends.torch_family.fused.operations import Dropout, Rotary
 
 
@@ -58,6 +59,7 @@ class FeedForwardProducts:
     extended: Tensor  # [rows, 2F + R]: gate and up, and what backward makes of them in their place
     output_low_rank: Tensor | None
     output: Tensor | None  # [rows, D], before a norm that it is joined with
+    routed: Routed | None = None  # of a mixture, whose rows are those of its experts, and without room for R
 
 
 @dataclass(slots=True)

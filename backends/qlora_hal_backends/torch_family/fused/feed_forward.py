@@ -1,0 +1,144 @@
+"""The feed-forward of a decoder layer, for some rows at a time: what the schedule asks of one, and the dense one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from qlora_hal_backends.torch_family.fused.layer_weights import AdapterGradients, LayerBuffers, LayerWeights
+from qlora_hal_backends.torch_family.fused.operations import Dropout, Operations
+from qlora_hal_backends.torch_family.fused.stream import GradientRoom, Stream
+from qlora_hal_backends.torch_family.fused.tape import FeedForwardProducts, StreamGradient
+
+
+class FeedForward(Protocol):
+    """One object serves all layers of a model, as the schedule does."""
+
+    @property
+    def gradient_room(self) -> GradientRoom:
+        """For the gradient of its output."""
+        ...
+
+    def hold(self, layer: LayerWeights) -> None:
+        """From here on its products are of this layer. What `LayerBuffers` holds is there already."""
+        ...
+
+    def forget_adapter(self) -> None:
+        """The adapter was updated, or may have been."""
+        ...
+
+    def inner(
+        self,
+        layer: LayerWeights,
+        h1: Tensor,
+        branch: Tensor | None,
+        dropout: Dropout | None,
+        into: Tensor | None = None,
+    ) -> tuple[Tensor, FeedForwardProducts]:
+        """(h2, what is made of its norm before the activation). Without `branch`, `h1` is h2 already."""
+        ...
+
+    def outer(
+        self, layer: LayerWeights, products: FeedForwardProducts, dropout: Dropout | None, into: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(output, in `into` where given; its low-rank inputs)."""
+        ...
+
+    def rows_backward(
+        self,
+        layer: LayerWeights,
+        h2: Tensor,
+        products: FeedForwardProducts,
+        above: StreamGradient,
+        middle: StreamGradient,
+        dropout: Dropout | None,
+        gradients: AdapterGradients,
+    ) -> None:
+        """From the gradient of the output `above` to that of h2, into `middle`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DenseFeedForward:
+    """Gate and up are one product, of one group; down is another's."""
+
+    buffers: LayerBuffers
+    operations: Operations
+    stream: Stream
+
+    @property
+    def gradient_room(self) -> GradientRoom:
+        return self.buffers.groups["feed_forward_out"]
+
+    def hold(self, layer: LayerWeights) -> None:
+        pass
+
+    def forget_adapter(self) -> None:
+        pass
+
+    def inner(
+        self,
+        layer: LayerWeights,
+        h1: Tensor,
+        branch: Tensor | None,
+        dropout: Dropout | None,
+        into: Tensor | None = None,
+    ) -> tuple[Tensor, FeedForwardProducts]:
+        group = self.buffers.groups["feed_forward_in"]
+        extended = group.new_input(h1.shape[0])
+        x = extended[:, : group.columns]
+        h2 = self.operations.add_norm(h1, branch, layer.middle_norm, self.stream.epsilon, x, into)
+        masks = layer.groups["feed_forward_in"].masks(dropout)
+        low_rank = kept_apart(group.low_rank(x, extended[:, group.columns :], masks))
+        products = group.new_gradient(h1.shape[0])
+        group.product(extended, layer.groups["feed_forward_in"].bias, products[:, : group.rows])
+        return h2, FeedForwardProducts(low_rank, products, None, None)
+
+    def outer(
+        self, layer: LayerWeights, products: FeedForwardProducts, dropout: Dropout | None, into: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        out = self.buffers.groups["feed_forward_out"]
+        extended = out.new_input(products.extended.shape[0])
+        x = extended[:, : out.columns]
+        self.operations.swiglu(products.extended[:, : 2 * out.columns], x)
+        masks = layer.groups["feed_forward_out"].masks(dropout)
+        low_rank = kept_apart(out.low_rank(x, extended[:, out.columns :], masks))
+        return out.product(extended, layer.groups["feed_forward_out"].bias, into), low_rank
+
+    def rows_backward(
+        self,
+        layer: LayerWeights,
+        h2: Tensor,
+        products: FeedForwardProducts,
+        above: StreamGradient,
+        middle: StreamGradient,
+        dropout: Dropout | None,
+        gradients: AdapterGradients,
+    ) -> None:
+        into, out = self.buffers.groups["feed_forward_in"], self.buffers.groups["feed_forward_out"]
+        of_in, of_out = layer.groups["feed_forward_in"], layer.groups["feed_forward_out"]
+        in_masks, out_masks = of_in.masks(dropout), of_out.masks(dropout)
+        v = out.low_rank_gradient(above.extended, out_masks)
+        product = out.input_gradient(above.extended, out_masks)
+        extended = products.extended
+        gate_up = extended[:, : into.rows]
+        # In place: the product takes the place of its gradient, the gradients of gate and up that of gate and up.
+        self.operations.swiglu_backward(gate_up, product, gate_up, product)
+        low_rank = products.output_low_rank
+        if low_rank is None:
+            low_rank = out.low_rank(product, masks=out_masks)
+        gradients.of_b(of_out, above.extended, low_rank)
+        gradients.of_a(of_out, v, product, out_masks)
+        del product
+        v = into.low_rank_gradient(extended, in_masks)
+        x_gradient = into.input_gradient(extended, in_masks)
+        gradients.of_b(of_in, extended, products.input_low_rank)
+        x = self.stream.norm_backward_into(x_gradient, h2, layer.middle_norm, above, middle, wants_x=v is not None)
+        gradients.of_a(of_in, v, x, in_masks)
+
+
+def kept_apart(tail: Tensor | None) -> Tensor | None:
+    """A copy of the thin tail, so that the wide buffer behind it can be freed."""
+    return None if tail is None else tail.clone()

@@ -1,0 +1,106 @@
+"""From the experts of transformers' blocks and the flat adapter to the weights and buffers of the fused layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_hal.adapter.naming import lora_a_key, lora_b_key
+from qlora_hal_backends.torch_family.experts import ExpertStack, TiesByNumber
+from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
+from qlora_hal_backends.torch_family.fused.collecting import Entry, group_shape, on_device
+from qlora_hal_backends.torch_family.fused.layer_weights import GroupShape
+from qlora_hal_backends.torch_family.fused.mixture.operations import MixtureOperations, Router
+from qlora_hal_backends.torch_family.fused.mixture.reference import ReferenceMixture
+from qlora_hal_backends.torch_family.fused.mixture.weights import (
+    MixtureWeights,
+    StackBuffer,
+    StackBuffers,
+    StackWeights,
+)
+from qlora_hal_backends.torch_family.fused.operations import Operations
+
+HALVES = (("gate", "up"), ("down",))
+"""The stacks of a block by group."""
+TRIAL_ROWS = 64
+
+
+def router_of(block: Any) -> Router | None:
+    """By what it computes, in its own dtype: which fields a router has differs between versions and families. None:
+    not softmax over the best."""
+    weight = getattr(block.gate, "weight", None)
+    if weight is None or weight.dim() != 2:
+        return None
+    x = torch.randn(TRIAL_ROWS, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    with torch.no_grad(), TiesByNumber():
+        found = block.gate(x)
+        if not isinstance(found, tuple) or len(found) != 3:
+            return None
+        _, weights, experts = found
+        logits = x @ weight.t()
+    if weights.shape != experts.shape:
+        return None
+    for normalizes in (True, False):
+        router = Router(experts.shape[1], normalizes, weights.dtype)
+        expected, chosen = ReferenceMixture().route(logits, router)
+        if torch.equal(chosen.long(), experts) and torch.allclose(weights, expected, rtol=1e-6, atol=1e-7):
+            return router
+    return None
+
+
+def make_stack_buffers(
+    layers: Sequence[Any], flat: FlatAdapter, like: Tensor, mixture: MixtureOperations, operations: Operations
+) -> StackBuffers:
+    """For layers of one shape. A projection that any layer adapts has its ranks in every layer."""
+    blocks = [layer.mlp.experts for layer in layers]
+    into, out = (_shape_of(blocks, halves, flat) for halves in HALVES)
+    return StackBuffers(into, out, blocks[0].experts, flat, like, mixture, operations)
+
+
+def _shape_of(blocks: Sequence[Any], halves: Sequence[str], flat: FlatAdapter) -> GroupShape:
+    stacks = [[getattr(block, half) for block in blocks] for half in halves]
+    adapted = [any(stack.name in flat.adapter.config.target_modules for stack in of_half) for of_half in stacks]
+    return group_shape(halves, [of_half[0].shape for of_half in stacks], adapted, flat.adapter.config.r)
+
+
+def mixture_weights(layer: Any, buffers: StackBuffers, flat: FlatAdapter) -> MixtureWeights:
+    block = layer.mlp.experts
+    groups = [
+        (buffer, [getattr(block, slot.module) for slot in buffer.slots]) for buffer in (buffers.into, buffers.out)
+    ]
+    entries = [entry for buffer, stacks in groups for entry in _placements(buffer, stacks, flat)]
+    into, out = (_stack_weights(buffer, stacks, flat) for buffer, stacks in groups)
+    return MixtureWeights(layer.mlp.gate.weight.detach(), into, out, on_device(entries, flat.compute.device))
+
+
+def _placements(buffer: StackBuffer, stacks: Sequence[ExpertStack], flat: FlatAdapter) -> Iterator[Entry]:
+    """A and B of each expert; zeros where other layers adapt a projection and this one does not."""
+    for slot, stack in zip(buffer.slots, stacks, strict=True):
+        if slot.rank is None:
+            continue
+        sides = ((lora_a_key, buffer.a[:, slot.rank]), (lora_b_key, buffer.b[:, slot.rows, slot.rank]))
+        for key, target in sides:
+            name = key(stack.name)
+            source = flat.view(flat.compute, name) if name in flat.slices else None
+            experts, rows, columns = target.shape
+            for expert in range(experts):
+                start = -1 if source is None else int(source.storage_offset()) + expert * source.stride(0)
+                place = int(target.storage_offset()) + expert * target.stride(0)
+                yield start, place, rows, columns, target.stride(1)
+
+
+def _stack_weights(buffer: StackBuffer, stacks: Sequence[ExpertStack], flat: FlatAdapter) -> StackWeights:
+    a_gradients: list[tuple[Tensor, slice]] = []
+    b_gradients: list[tuple[Tensor, slice, slice]] = []
+    bases = []
+    for slot, stack in zip(buffer.slots, stacks, strict=True):
+        assert stack.base is not None, "the base is loaded before an adapter is attached"
+        bases.append(stack.base)
+        a, b = lora_a_key(stack.name), lora_b_key(stack.name)
+        if slot.rank is not None and a in flat.slices:
+            a_gradients.append((flat.view(flat.gradients, a), slot.rank))
+            b_gradients.append((flat.view(flat.gradients, b), slot.rows, slot.rank))
+    return StackWeights(bases, a_gradients, b_gradients)

@@ -1,0 +1,155 @@
+"""Routed experts as `fused.feed_forward.FeedForward`.
+
+    x = norm(h2)                      x_e: the rows of x that the router sends to expert e
+    y_e = (w_e silu(x_e G_e^T) x_e U_e^T) D_e^T            output of a token: the sum of its rows of y
+
+A token's weight w_e belongs behind the last product; as that is linear, it rides in the gated product before it. There
+its gradient is a sum over the experts' width, and the outputs of experts are neither kept nor computed again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qlora_hal_backends.torch_family.fused.layer_weights import AdapterGradients, LayerWeights
+from qlora_hal_backends.torch_family.fused.mixture.operations import MixtureOperations, Routed, Router
+from qlora_hal_backends.torch_family.fused.mixture.weights import MixtureWeights, StackBuffers
+from qlora_hal_backends.torch_family.fused.operations import Dropout, Operations
+from qlora_hal_backends.torch_family.fused.stream import GradientRoom, Stream
+from qlora_hal_backends.torch_family.fused.tape import FeedForwardProducts, StreamGradient
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenRoom:
+    """`GradientRoom` of what reads a gradient as it is. `like` has the dtype."""
+
+    rows: int
+    like: Tensor
+
+    def new_gradient(self, rows: int) -> Tensor:
+        return self.like.new_empty(rows, self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class MixtureFeedForward:
+    router: Router
+    buffers: StackBuffers
+    operations: Operations
+    mixture: MixtureOperations
+    stream: Stream
+    gradient_room: GradientRoom
+
+    def hold(self, layer: LayerWeights) -> None:
+        self.buffers.hold(_experts_of(layer))
+
+    def forget_adapter(self) -> None:
+        self.buffers.forget_adapter()
+
+    def inner(
+        self,
+        layer: LayerWeights,
+        h1: Tensor,
+        branch: Tensor | None,
+        dropout: Dropout | None,
+        into: Tensor | None = None,
+    ) -> tuple[Tensor, FeedForwardProducts]:
+        x = self._hidden(h1.shape[0])
+        h2 = self.operations.add_norm(h1, branch, layer.middle_norm, self.stream.epsilon, x, into)
+        group = self.buffers.into
+        routed = self._routed(_experts_of(layer), x)
+        extended = group.new_input(routed.rows)
+        rows = extended[:, : group.columns]
+        self.mixture.send(x, routed.order, routed.each, rows, routed.back)
+        low_rank = group.low_rank(rows, routed.ends, extended[:, group.columns :])
+        gate_up = group.product(extended, routed.ends)
+        return h2, FeedForwardProducts(low_rank, gate_up, None, None, routed)
+
+    def outer(
+        self, layer: LayerWeights, products: FeedForwardProducts, dropout: Dropout | None, into: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        routed, group = _routed_of(products), self.buffers.out
+        extended = group.new_input(routed.rows)
+        product = extended[:, : group.columns]
+        self.mixture.weighted_swiglu(products.extended, routed.weights, routed.order, product)
+        low_rank = group.low_rank(product, routed.ends, extended[:, group.columns :])
+        y = group.product(extended, routed.ends)
+        output = self._hidden(len(routed.logits)) if into is None else into
+        self.mixture.collect(y, routed.back, None, output)
+        return output, low_rank
+
+    def rows_backward(
+        self,
+        layer: LayerWeights,
+        h2: Tensor,
+        products: FeedForwardProducts,
+        above: StreamGradient,
+        middle: StreamGradient,
+        dropout: Dropout | None,
+        gradients: AdapterGradients,
+    ) -> None:
+        experts, routed = _experts_of(layer), _routed_of(products)
+        gate_up, weight_gradient = self._through_experts(experts, routed, products, above.extended)
+        v = self.buffers.into.low_rank_gradient(gate_up, routed.ends)
+        rows = self.buffers.into.input_gradient(gate_up, routed.ends)
+        of_b = (gate_up[:, : self.buffers.into.rows], products.input_low_rank)
+        self.buffers.into.add_gradients(experts.into, routed.ends, of_b=of_b)
+        x_gradient = self._hidden(h2.shape[0])
+        self.mixture.collect(rows, routed.back, self._through_router(experts, routed, weight_gradient), x_gradient)
+        x = self.stream.norm_backward_into(x_gradient, h2, layer.middle_norm, above, middle, wants_x=v is not None)
+        if v is not None:
+            self.mixture.send(x, routed.order, routed.each, rows)
+            self.buffers.into.add_gradients(experts.into, routed.ends, of_a=(v, rows))
+
+    def _through_experts(
+        self, experts: MixtureWeights, routed: Routed, products: FeedForwardProducts, output_gradient: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of gate and up, with room for v beside them, and of the routing weights, float32 `[M, k]`."""
+        into, out = self.buffers.into, self.buffers.out
+        extended = out.new_gradient(routed.rows)
+        self.mixture.send(output_gradient[:, : out.rows], routed.order, routed.each, extended[:, : out.rows])
+        v = out.low_rank_gradient(extended, routed.ends)
+        product = out.input_gradient(extended, routed.ends)
+        gate_up = into.new_gradient(routed.rows)
+        weight_gradient = torch.empty(routed.weights.shape, dtype=torch.float32, device=product.device)
+        # The product takes the place of its gradient.
+        self.mixture.weighted_swiglu_backward(
+            products.extended, product, routed.weights, routed.order, gate_up[:, : into.rows], product, weight_gradient
+        )
+        low_rank = products.output_low_rank
+        if low_rank is None:
+            low_rank = out.low_rank(product, routed.ends)
+        out.add_gradients(experts.out, routed.ends, of_a=(v, product), of_b=(extended[:, : out.rows], low_rank))
+        return gate_up, weight_gradient
+
+    def _through_router(self, experts: MixtureWeights, routed: Routed, weight_gradient: Tensor) -> Tensor:
+        """The gradient of x `[M, D]` by way of the routing weights; the choice itself has none."""
+        logits_gradient = torch.empty_like(routed.logits)
+        self.mixture.route_backward(routed.logits, routed.experts, weight_gradient, self.router, logits_gradient)
+        return logits_gradient @ experts.router
+
+    def _hidden(self, rows: int) -> Tensor:
+        """Uninitialized `[rows, D]`."""
+        return self.buffers.into.memory.new_empty(rows, self.buffers.into.columns)
+
+    def _routed(self, experts: MixtureWeights, x: Tensor) -> Routed:
+        logits = x @ experts.router.t()
+        weights, chosen = self.mixture.route(logits, self.router)
+        # Stable: the rows of an expert are in the order of their tokens, whatever sorts them.
+        sorted_experts, order = torch.sort(chosen.view(-1), stable=True)
+        numbers = torch.arange(logits.shape[1], dtype=chosen.dtype, device=chosen.device)
+        # Not bincount, which waits for the device.
+        ends = torch.searchsorted(sorted_experts, numbers, right=True, out_int32=True)
+        return Routed(logits, chosen, weights, order, torch.empty_like(order), ends)
+
+
+def _experts_of(layer: LayerWeights) -> MixtureWeights:
+    assert layer.experts is not None, "a layer without experts has a dense feed-forward"
+    return layer.experts
+
+
+def _routed_of(products: FeedForwardProducts) -> Routed:
+    assert products.routed is not None, "made by `inner`"
+    return products.routed

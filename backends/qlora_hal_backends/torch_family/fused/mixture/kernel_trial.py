@@ -1,0 +1,84 @@
+"""Whether the kernels of a mixture compute on this device what torch does; see `fused.kernel_trial`. Asked where a
+model has experts: a dense one needs none of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from qlora_hal.contract.backend import Quantization
+from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal_backends.torch_family.base_weights import quantize
+from qlora_hal_backends.torch_family.experts.stacked_weights import stacked
+from qlora_hal_backends.torch_family.fused.families import Activation
+from qlora_hal_backends.torch_family.fused.kernel_trial import differing_results
+from qlora_hal_backends.torch_family.fused.mixture.operations import MixtureOperations, Router
+from qlora_hal_backends.torch_family.fused.mixture.reference import ReferenceMixture
+
+TOKENS, EXPERTS, EACH, WIDTH = 6, 5, 3, 48
+
+
+@cache
+def proved_mixture_kernels(device: torch.device, activation: Activation) -> MixtureOperations:
+    """Triton's operations. Raises whatever Triton raises, and ArithmeticError with the names of those that differ."""
+    from qlora_hal_backends.torch_family.fused.mixture.triton_operations import TritonMixture
+
+    operations = TritonMixture(activation)
+    wrong = differing(operations, ReferenceMixture(activation), device)
+    if wrong:
+        raise ArithmeticError(f"{', '.join(wrong)}: not what torch computes")
+    return operations
+
+
+def differing(operations: MixtureOperations, reference: MixtureOperations, device: torch.device) -> list[str]:
+    """The operations whose results are not those of the reference."""
+    return differing_results(*(_results(each, device) for each in (operations, reference)))
+
+
+def _results(operations: MixtureOperations, device: torch.device) -> Mapping[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator).to(device)
+
+    results: dict[str, Tensor] = {}
+    # Blocks of 128: bitsandbytes has none of 64 for AMD's wide wavefronts.
+    packing = Quantization(WeightFormat.NF4, 128, True)
+    base = stacked([quantize(drawn(8, 384), packing, torch.float32) for _ in range(3)])
+    results["dequantize_stack"] = torch.zeros(3, 10, 400, device=device)
+    operations.dequantize_stack(base, results["dequantize_stack"][:, 1:9, :384])
+
+    logits = drawn(TOKENS, EXPERTS)
+    logits[0, 1:3] = logits[0].max()  # two that are equal
+    for normalizes in (True, False):
+        router = Router(EACH, normalizes, torch.float32)
+        weights, experts = operations.route(logits, router)
+        gradient = torch.zeros_like(logits)
+        operations.route_backward(logits, experts, drawn(TOKENS, EACH), router, gradient)
+        name = " and normalize" if normalizes else ""
+        results[f"route{name}"] = torch.cat((weights, experts.float()), dim=1)
+        results[f"route_backward{name}"] = gradient
+
+    places = torch.randperm(TOKENS * EACH, generator=generator).to(device)
+    tokens, back = drawn(TOKENS, WIDTH), torch.zeros_like(places)
+    sent, collected = torch.zeros(TOKENS * EACH, WIDTH, device=device), torch.zeros(TOKENS, WIDTH, device=device)
+    operations.send(tokens, places, EACH, sent, back)
+    results["send"] = torch.cat((sent, back[:, None].float()), dim=1)
+    operations.collect(drawn(TOKENS * EACH, WIDTH), back, tokens, collected)
+    results["collect"] = collected
+
+    gate_up, weights = drawn(TOKENS * EACH, 2 * WIDTH), drawn(TOKENS, EACH)
+    product, upstream = torch.zeros_like(sent), drawn(TOKENS * EACH, WIDTH)
+    operations.weighted_swiglu(gate_up, weights, places, product)
+    results["weighted_swiglu"] = product
+    gradient, again, of_weights = torch.zeros_like(gate_up), torch.zeros_like(sent), torch.zeros_like(weights)
+    operations.weighted_swiglu_backward(gate_up, upstream, weights, places, gradient, again, of_weights)
+    results["weighted_swiglu_backward"] = torch.cat((gradient, again, of_weights.view(-1, 1)), dim=1)
+
+    ends = torch.tensor([4, 4, 7], dtype=torch.int32, device=device)
+    results["add_to_experts"] = drawn(3, 6, 20)
+    operations.add_to_experts(results["add_to_experts"], drawn(3, 9, 24)[:, 2:8, :20], ends)
+    return results

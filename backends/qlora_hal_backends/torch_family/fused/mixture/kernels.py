@@ -1,0 +1,212 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
+"""Triton kernels for the feed-forward of a mixture; `triton_operations` launches them. Importing it needs Triton.
+
+As in `fused.kernels`, inputs are read once, computed with in float32 and rounded when they are stored, and index
+arithmetic on rows is 64-bit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from qlora_hal_backends.torch_family.fused.kernels import _activated, _decoded_blocks
+
+
+@triton.jit
+def dequantize_stack(
+    packed,
+    absmax,
+    nested_absmax,
+    nested_code,
+    offsets,
+    code,
+    out,
+    columns,
+    out_stride,
+    expert_stride,
+    block_count,
+    nested_count,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    NESTED_BLOCK: tl.constexpr,
+    NESTED: tl.constexpr,
+):
+    """`dequantize` of each expert, whose parts lie behind one another."""
+    expert = tl.program_id(1).to(tl.int64)
+    offset = 0.0
+    if NESTED:
+        offset = tl.load(offsets + expert)
+    _decoded_blocks(
+        packed + expert * block_count * (BLOCK // 2),
+        absmax + expert * block_count,
+        nested_absmax + expert * nested_count,
+        nested_code,
+        offset,
+        code,
+        out + expert * expert_stride,
+        columns,
+        out_stride,
+        block_count,
+        BLOCK,
+        BLOCKS,
+        NESTED_BLOCK,
+        NESTED,
+    )
+
+
+@triton.jit
+def _probabilities(logits, row, E, EXPERTS: tl.constexpr):
+    """Of one row; 0 beyond the last expert."""
+    expert = tl.arange(0, EXPERTS)
+    x = tl.load(logits + row * E + expert, mask=expert < E, other=float("-inf")).to(tl.float32)
+    x = tl.exp(x - tl.max(x))
+    return x / tl.sum(x)
+
+
+@triton.jit
+def route(
+    logits,
+    weights,
+    experts,
+    E,
+    EACH: tl.constexpr,
+    NORMALIZES: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    PLACES: tl.constexpr,
+):
+    """The best is taken `EACH` times; what was taken counts less than everything."""
+    row = tl.program_id(0).to(tl.int64)
+    expert, place = tl.arange(0, EXPERTS), tl.arange(0, PLACES)
+    left = tl.where(expert < E, _probabilities(logits, row, E, EXPERTS), -1.0)
+    picked = tl.zeros((PLACES,), tl.float32)
+    numbers = tl.zeros((PLACES,), tl.int32)
+    for j in range(EACH):
+        # Where a score is no number, none is the best, and any expert does: the loss is none either.
+        best = tl.minimum(tl.argmax(left, 0, tie_break_left=True), E - 1)
+        picked = tl.where(place == j, tl.max(left, 0), picked)
+        numbers = tl.where(place == j, best, numbers)
+        left = tl.where(expert == best, -1.0, left)
+    if NORMALIZES:
+        picked = picked / tl.sum(picked)
+    target = row * EACH + place
+    tl.store(weights + target, picked.to(weights.dtype.element_ty), mask=place < EACH)
+    tl.store(experts + target, numbers.to(tl.int16), mask=place < EACH)
+
+
+@triton.jit
+def route_backward(
+    logits, experts, gradient, out, E, EACH: tl.constexpr, NORMALIZES: tl.constexpr, EXPERTS: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    expert = tl.arange(0, EXPERTS)
+    p = _probabilities(logits, row, E, EXPERTS)
+    upstream = tl.zeros((EXPERTS,), tl.float32)
+    share = tl.zeros((EXPERTS,), tl.float32)
+    for j in range(EACH):
+        chosen = expert == tl.load(experts + row * EACH + j).to(tl.int32)
+        upstream = tl.where(chosen, tl.load(gradient + row * EACH + j), upstream)
+        share = tl.where(chosen, p, share)
+    if NORMALIZES:
+        share = share / tl.sum(share)
+        p = share
+    d = p * (upstream - tl.sum(share * upstream))
+    tl.store(out + row * E + expert, d.to(out.dtype.element_ty), mask=expert < E)
+
+
+@triton.jit
+def send(
+    tokens, token_stride, order, out, out_stride, back, D, EACH: tl.constexpr, BACK: tl.constexpr, WIDTH: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    place = tl.load(order + row)
+    x = tl.load(tokens + (place // EACH) * token_stride + column, mask=column < D, other=0.0)
+    tl.store(out + row * out_stride + column, x, mask=column < D)
+    if BACK:
+        tl.store(back + place, row, mask=tl.program_id(1) == 0)
+
+
+@triton.jit
+def collect(rows, row_stride, back, addend, out, D, EACH: tl.constexpr, ADDEND: tl.constexpr, WIDTH: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    total = tl.zeros((WIDTH,), tl.float32)
+    for j in range(EACH):
+        row = tl.load(back + token * EACH + j)
+        total += tl.load(rows + row * row_stride + column, mask=column < D, other=0.0).to(tl.float32)
+    if ADDEND:
+        total += tl.load(addend + token * D + column, mask=column < D, other=0.0).to(tl.float32)
+    tl.store(out + token * D + column, total.to(out.dtype.element_ty), mask=column < D)
+
+
+@triton.jit
+def weighted_swiglu(
+    gate_up, gate_up_stride, weights, order, out, F, out_stride, GELU: tl.constexpr, WIDTH: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    inside = column < F
+    weight = tl.load(weights + tl.load(order + row)).to(tl.float32)
+    gate = tl.load(gate_up + row * gate_up_stride + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * gate_up_stride + F + column, mask=inside, other=0.0).to(tl.float32)
+    activated, _ = _activated(gate, GELU)
+    tl.store(out + row * out_stride + column, (activated * up * weight).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def weighted_swiglu_backward(
+    gate_up,
+    gate_up_stride,
+    gradient,
+    gradient_stride,
+    weights,
+    order,
+    out,
+    out_stride,
+    product,
+    product_stride,
+    weight_gradient,
+    F,
+    GELU: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """One program a row: the gradient of its weight is a sum over all of it. Each element is read before it is written:
+    the product may stand where its gradient did."""
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.load(order + row)
+    weight = tl.load(weights + place).to(tl.float32)
+    along = tl.zeros((WIDTH,), tl.float32)
+    for start in range(0, F, WIDTH):
+        column = start + tl.arange(0, WIDTH)
+        inside = column < F
+        gate = tl.load(gate_up + row * gate_up_stride + column, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(gate_up + row * gate_up_stride + F + column, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(gradient + row * gradient_stride + column, mask=inside, other=0.0).to(tl.float32)
+        activated, slope = _activated(gate, GELU)
+        unweighted = activated * up
+        along += g * unweighted
+        g *= weight
+        target = out + row * out_stride + column
+        tl.store(target, (g * up * slope).to(out.dtype.element_ty), mask=inside)
+        tl.store(target + F, (g * activated).to(out.dtype.element_ty), mask=inside)
+        tl.store(
+            product + row * product_stride + column, (unweighted * weight).to(product.dtype.element_ty), mask=inside
+        )
+    tl.store(weight_gradient + place, tl.sum(along))
+
+
+@triton.jit
+def add_to_experts(
+    gradient, expert_stride, products, product_stride, row_stride, ends, COLUMNS, count, ELEMENTS: tl.constexpr
+):
+    expert = tl.program_id(1).to(tl.int64)
+    start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+    if tl.load(ends + expert) > start:
+        element = tl.program_id(0) * ELEMENTS + tl.arange(0, ELEMENTS)
+        inside = element < count
+        row = element // COLUMNS
+        source = products + expert * product_stride + row.to(tl.int64) * row_stride + (element - row * COLUMNS)
+        target = gradient + expert * expert_stride + element
+        x = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+        tl.store(target, tl.load(target, mask=inside, other=0.0) + x, mask=inside)

@@ -1,0 +1,180 @@
+"""The operations of a mixture on a GPU: shapes and strides for the Triton kernels. Importing it needs Triton."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from qlora_hal_backends.torch_family.experts.stacked_weights import Blockwise4BitStack, StackedWeight
+from qlora_hal_backends.torch_family.fused.families import Activation
+from qlora_hal_backends.torch_family.fused.mixture import kernels
+from qlora_hal_backends.torch_family.fused.mixture.operations import Router
+from qlora_hal_backends.torch_family.fused.triton_operations import DEQUANTIZE_WARPS, DEQUANTIZED_ELEMENTS
+
+COLUMNS = 2048
+"""Of one program, at most."""
+ADDED_ELEMENTS = 4096
+
+
+class TritonMixture:
+    """See `operations.MixtureOperations`."""
+
+    def __init__(self, activation: Activation = Activation.SILU) -> None:
+        self.activation = activation
+
+    def dequantize_stack(self, base: StackedWeight, out: Tensor) -> None:
+        experts, rows, columns = base.shape
+        if not isinstance(base, Blockwise4BitStack) or columns % base.like.blocksize:
+            out.copy_(base.dense())
+            return
+        nested, offsets = base.nested, base.offsets
+        size = base.like.blocksize
+        blocks = max(1, DEQUANTIZED_ELEMENTS // size)
+        kernels.dequantize_stack[(triton.cdiv(rows * columns // size, blocks), experts)](
+            base.packed,
+            base.absmax,
+            base.absmax if nested is None else nested,
+            base.like.code if nested is None else base.like.state2.code,
+            base.absmax if offsets is None else offsets,
+            base.like.code,
+            out,
+            columns,
+            out.stride(1),
+            out.stride(0),
+            rows * columns // size,
+            0 if nested is None else nested.shape[1],
+            BLOCK=size,
+            BLOCKS=blocks,
+            NESTED_BLOCK=1 if nested is None else base.like.state2.blocksize,
+            NESTED=nested is not None,
+            num_warps=DEQUANTIZE_WARPS,
+            enable_fp_fusion=False,  # as in `fused.triton_operations`
+        )
+
+    def route(self, logits: Tensor, router: Router) -> tuple[Tensor, Tensor]:
+        tokens, experts = logits.shape
+        weights = logits.new_empty(tokens, router.each, dtype=router.dtype)
+        chosen = logits.new_empty(tokens, router.each, dtype=torch.int16)
+        kernels.route[(tokens,)](
+            logits,
+            weights,
+            chosen,
+            experts,
+            EACH=router.each,
+            NORMALIZES=router.normalizes,
+            EXPERTS=triton.next_power_of_2(experts),
+            PLACES=triton.next_power_of_2(router.each),
+            num_warps=1,
+        )
+        return weights, chosen
+
+    def route_backward(self, logits: Tensor, experts: Tensor, gradient: Tensor, router: Router, out: Tensor) -> None:
+        kernels.route_backward[(logits.shape[0],)](
+            logits,
+            experts,
+            gradient,
+            out,
+            logits.shape[1],
+            EACH=router.each,
+            NORMALIZES=router.normalizes,
+            EXPERTS=triton.next_power_of_2(logits.shape[1]),
+            num_warps=1,
+        )
+
+    def send(self, tokens: Tensor, order: Tensor, each: int, out: Tensor, back: Tensor | None = None) -> None:
+        rows, width = out.shape
+        block = _block(width)
+        kernels.send[(rows, triton.cdiv(width, block))](
+            tokens,
+            tokens.stride(0),
+            order,
+            out,
+            out.stride(0),
+            order if back is None else back,
+            width,
+            EACH=each,
+            BACK=back is not None,
+            WIDTH=block,
+            num_warps=4,
+        )
+
+    def collect(self, rows: Tensor, back: Tensor, addend: Tensor | None, out: Tensor) -> None:
+        tokens, width = out.shape
+        block = _block(width)
+        kernels.collect[(tokens, triton.cdiv(width, block))](
+            rows,
+            rows.stride(0),
+            back,
+            out if addend is None else addend,
+            out,
+            width,
+            EACH=len(back) // tokens,
+            ADDEND=addend is not None,
+            WIDTH=block,
+            num_warps=4,
+        )
+
+    def weighted_swiglu(self, gate_up: Tensor, weights: Tensor, order: Tensor, out: Tensor) -> None:
+        rows, width = out.shape
+        block = _block(width)
+        kernels.weighted_swiglu[(rows, triton.cdiv(width, block))](
+            gate_up,
+            gate_up.stride(0),
+            weights,
+            order,
+            out,
+            width,
+            out.stride(0),
+            GELU=self.activation is Activation.GELU_TANH,
+            WIDTH=block,
+            num_warps=4,
+        )
+
+    def weighted_swiglu_backward(
+        self,
+        gate_up: Tensor,
+        gradient: Tensor,
+        weights: Tensor,
+        order: Tensor,
+        out: Tensor,
+        product: Tensor,
+        weight_gradient: Tensor,
+    ) -> None:
+        rows, width = product.shape
+        kernels.weighted_swiglu_backward[(rows,)](
+            gate_up,
+            gate_up.stride(0),
+            gradient,
+            gradient.stride(0),
+            weights,
+            order,
+            out,
+            out.stride(0),
+            product,
+            product.stride(0),
+            weight_gradient,
+            width,
+            GELU=self.activation is Activation.GELU_TANH,
+            WIDTH=_block(width),
+            num_warps=4,
+        )
+
+    def add_to_experts(self, gradient: Tensor, products: Tensor, ends: Tensor) -> None:
+        experts, rows, columns = gradient.shape
+        kernels.add_to_experts[(triton.cdiv(rows * columns, ADDED_ELEMENTS), experts)](
+            gradient,
+            gradient.stride(0),
+            products,
+            products.stride(0),
+            products.stride(1),
+            ends,
+            columns,
+            rows * columns,
+            ELEMENTS=ADDED_ELEMENTS,
+            num_warps=4,
+        )
+
+
+def _block(width: int) -> int:
+    return min(COLUMNS, int(triton.next_power_of_2(width)))

@@ -1,0 +1,337 @@
+"""Mixtures in the fused schedule against transformers' own layers, on tiny real models: one function, two schedules.
+
+With plain torch in place of the kernels these run anywhere; with the kernels, on a GPU or in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from against_transformers import compare, reference_of
+from drawn_models import write_drawn_model
+from fused_models import DEVICE, SAME_FUNCTION, Model, load, packed, relative
+from trainers import open_cpu_trainer, random_batch
+
+from qlora_hal.contract import dropout
+from qlora_hal.contract.backend import Compute
+from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal.contract.values import Batch
+from qlora_hal_backends.torch_family import fused, step
+from qlora_hal_backends.torch_family.experts import GroupedProducts
+from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
+from qlora_hal_backends.torch_family.fused.attach import attach_with
+from qlora_hal_backends.torch_family.fused.body import FusedBody
+from qlora_hal_backends.torch_family.fused.families import activation_of
+from qlora_hal_backends.torch_family.fused.mixture.collecting import router_of
+from qlora_hal_backends.torch_family.fused.mixture.operations import MixtureOperations, Router
+from qlora_hal_backends.torch_family.fused.mixture.reference import ReferenceMixture
+from qlora_hal_backends.torch_family.fused.operations import Operations
+from qlora_hal_backends.torch_family.fused.reference import ReferenceOperations
+from qlora_hal_backends.torch_family.fused.supported import experts_refusal, model_refusal
+from qlora_hal_backends.torch_family.fused.tape import Keep
+from qlora_hal_backends.torch_family.loading import BaseModel
+from qlora_hal_backends.torch_family.lora_linear import words_on
+
+pytestmark = pytest.mark.filterwarnings(
+    # Triton's interpreter on NumPy 2.
+    "ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning"
+)
+
+MIXTURES: Mapping[str, Mapping[str, object]] = {
+    "qwen3_moe": {"norm_topk_prob": True},
+    "qwen3_moe as it is": {"norm_topk_prob": False, "num_local_experts": 5, "num_experts_per_tok": 3},
+    "mixtral": {"sliding_window": None},
+    "mixtral of windows": {"sliding_window": 4, "hidden_act": "gelu_pytorch_tanh"},
+}
+
+
+@dataclass(frozen=True)
+class Both:
+    """The two sets of operations that a mixture needs."""
+
+    dense: Operations
+    mixture: MixtureOperations
+
+    def of(self, base: BaseModel) -> Both:
+        activation = activation_of(base)
+        return Both(type(self.dense)(activation), type(self.mixture)(activation))  # type: ignore[call-arg]
+
+
+IN_TORCH = Both(ReferenceOperations(), ReferenceMixture())
+
+
+@pytest.fixture(params=["torch", pytest.param("triton", marks=[pytest.mark.needs_triton, pytest.mark.long])])
+def operations(request: pytest.FixtureRequest) -> Both:
+    """A layer in Triton's interpreter takes a minute: of those, `make test` has one, of few tokens."""
+    return IN_TORCH if request.param == "torch" else in_triton()
+
+
+def in_triton() -> Both:
+    assert DEVICE.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1", "without a GPU, set TRITON_INTERPRET=1"
+    from qlora_hal_backends.torch_family.fused.mixture.triton_operations import TritonMixture
+    from qlora_hal_backends.torch_family.fused.triton_operations import TritonOperations
+
+    return Both(TritonOperations(), TritonMixture())
+
+
+def mixture(folder: Path, family: str = "qwen3_moe", **choices: object) -> Model:
+    changes = choices.pop("changes", MIXTURES.get(family))
+    return load(folder, family.partition(" ")[0], changes=changes, **choices)  # type: ignore[arg-type]
+
+
+def fused_body(
+    model: Model, operations: Both = IN_TORCH, compute: Compute | None = None, **choices: object
+) -> FusedBody:
+    assert model_refusal(model.base, model.flat, model.compute) is None
+    both = operations.of(model.base)
+    compute = compute or model.compute
+    return attach_with(both.dense, model.base, model.flat, compute, mixture=both.mixture, **choices)  # type: ignore[arg-type]
+
+
+def assert_same(model: Model, body: FusedBody, *batches: Batch) -> None:
+    """Loss and gradients of the fused schedule are those of the plain layers."""
+    expected_loss, expected = model.gradient(model.plain, *batches)
+    loss, found = model.gradient(body.batch_loss, *batches)
+    assert loss == pytest.approx(expected_loss, rel=SAME_FUNCTION)
+    assert relative(found, expected) < SAME_FUNCTION
+    assert expected.any()
+
+
+def experts_only(flat: FlatAdapter, gradients: torch.Tensor) -> list[torch.Tensor]:
+    """Of each stack whose expert is trained, bool `[experts]`."""
+    return [stack.trained(gradients) for stack in flat.stacks]
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("arrange", [lambda batch: batch, packed], ids=["one sample a row", "packed"])
+def test_loss_and_gradients_equal_those_of_the_plain_layers(
+    family: str, arrange: Callable[[Batch], Batch], operations: Both, tmp_path: Path
+) -> None:
+    model = mixture(tmp_path, family)
+    for keep in Keep:
+        assert_same(model, fused_body(model, operations, keep=keep), arrange(random_batch(3)))
+
+
+@pytest.mark.needs_triton
+def test_kernels_give_loss_and_gradients_of_the_plain_layers(tmp_path: Path) -> None:
+    model = mixture(tmp_path, "qwen3_moe as it is")
+    assert_same(model, fused_body(model, in_triton()), random_batch(3, rows=1, time=4, prompt=1))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_fused_mixtures_are_those_of_transformers_and_peft(
+    family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Logits, loss, gradients, and the loss of packed rows, all by the fused schedule."""
+    attached: list[FusedBody] = []
+
+    def attach(base: BaseModel, flat: FlatAdapter, compute: Compute, device: torch.device) -> FusedBody:
+        attached.append(fused_body(Model(base, flat, compute)))
+        return attached[-1]
+
+    write_drawn_model(tmp_path, family)
+    monkeypatch.setattr(fused, "try_attach", attach)
+    found = compare(tmp_path, reference_of(tmp_path))
+    assert found["result"] == "equal", found
+    assert attached
+
+
+@pytest.mark.parametrize("experts", ["all", "none"])
+def test_several_steps_are_those_of_the_plain_layers(experts: str, tmp_path: Path) -> None:
+    write_drawn_model(tmp_path, "qwen3_moe", {"norm_topk_prob": True})
+    attention = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(2) for name in "qkvo"]
+    targets = None if experts == "all" else attention
+    plain, by_hand = (open_cpu_trainer(tmp_path, weight_format="nf4", targets=targets) for _ in range(2))
+    inside = by_hand.trainer
+    model = Model(inside._base, inside._flat, inside._compute)  # type: ignore[attr-defined]
+    inside._fused = fused_body(model)  # type: ignore[attr-defined]
+    for seed in range(4):
+        window = [random_batch(seed), packed(random_batch(seed + 10))]
+        expected, found = plain.step(window, weight_decay=0.1), by_hand.step(window, weight_decay=0.1)
+        # Of each step the rounding of the one before is part; Adam divides it by the size of a gradient.
+        assert found.loss == pytest.approx(expected.loss, rel=10 * SAME_FUNCTION)
+        assert found.grad_norm == pytest.approx(expected.grad_norm, rel=100 * SAME_FUNCTION)
+    before, after = plain.adapter.tensors, plain.trainer.export_adapter().tensors
+    for name, tensor in by_hand.trainer.export_adapter().tensors.items():
+        moved = np.abs(after[name] - before[name]).max()
+        assert moved > 0
+        assert np.abs(tensor - after[name]).max() < 1e-2 * moved
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full", "offload"])
+def test_recomputing_in_tiles_equals_keeping_everything(recompute: str, operations: Both, tmp_path: Path) -> None:
+    model = mixture(tmp_path, targets=lambda module: "layers.0." in module or "o_proj" in module, r=3)
+    rows = random_batch(3).input_ids.size
+    compute = replace(model.compute, gradient_checkpointing=True, recompute=recompute)  # type: ignore[arg-type]
+    for tile_rows in (rows, rows // 3, 1):  # in one piece; in four, the last shorter; a token at a time
+        body = fused_body(model, operations, compute, tile_rows=tile_rows)
+        for _ in range(2):
+            assert_same(model, body, random_batch(3), packed(random_batch(4)))
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        lambda module: "experts" not in module,
+        lambda module: "experts" in module,
+        lambda module: "down_proj" in module,
+        lambda module: "layers.1." in module and "up_proj" in module,  # layer 0 has ranks of zeros
+        lambda module: "layers.0." in module,
+    ],
+    ids=["attention", "experts", "down", "one layer's up", "the lowest layer"],
+)
+def test_any_choice_of_projections_can_be_adapted(
+    targets: Callable[[str], bool], operations: Both, tmp_path: Path
+) -> None:
+    model = mixture(tmp_path, targets=targets, r=3)  # three ranks, of two projections: padded to eight
+    assert_same(model, fused_body(model, operations), random_batch(3))
+
+
+@pytest.mark.parametrize("weight_format", [WeightFormat.NONE, WeightFormat.INT8])
+def test_other_weight_formats_are_served_too(weight_format: WeightFormat, operations: Both, tmp_path: Path) -> None:
+    model = mixture(tmp_path, weight_format=weight_format)
+    assert_same(model, fused_body(model, operations), random_batch(3))
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["two experts a token", "all experts a token"])
+def test_an_expert_without_tokens_has_no_gradient(dense: bool, operations: Both, tmp_path: Path) -> None:
+    """Two rows of one token of 16 experts, and of one whole row each: nothing of an idle expert is touched."""
+    each = 16 if dense else 2
+    model = mixture(tmp_path, changes={"num_local_experts": 16, "num_experts_per_tok": each, "norm_topk_prob": True})
+    few = random_batch(3, rows=1, time=2, prompt=1)
+    body = fused_body(model, operations)
+    assert_same(model, body, few)
+    trained = experts_only(model.flat, model.gradient(body.batch_loss, few)[1])
+    assert all(found.all() if dense else 0 < found.sum() <= 4 for found in trained)
+    model.flat.gradients.fill_(-0.0)
+    body.batch_loss(step.to_device(few, DEVICE), 1.0).backward()
+    for stack, found in zip(model.flat.stacks, trained, strict=True):
+        for part in stack.each(model.flat.gradients):
+            assert not part[~found].any()
+
+
+@pytest.mark.parametrize("favourite", [0, 3])
+def test_one_expert_may_take_all_tokens(favourite: int, operations: Both, tmp_path: Path) -> None:
+    model = mixture(tmp_path, changes={"num_experts_per_tok": 1, "norm_topk_prob": False})
+    for block in (layer.mlp for layer in model.base.layers):
+        # Scores that no token moves: all of its row in one direction, in which all of the hidden states have a part.
+        block.gate.weight.data.zero_()
+        block.gate.weight.data[favourite] = 3.0
+    flip = [layer.post_attention_layernorm.weight for layer in model.base.layers]
+    chosen: list[torch.Tensor] = []
+    for block in model.base.experts:
+        block.register_forward_pre_hook(lambda _, given: chosen.append(given[1]))
+    for weight in flip:
+        weight.data.abs_()
+    model.base.body.embed_tokens.weight.data.abs_()
+    body = fused_body(model, operations)
+    assert_same(model, body, random_batch(3))
+    assert any(bool((experts == favourite).all()) for experts in chosen)
+
+
+def test_of_equal_scores_the_lower_number_wins(operations: Both, tmp_path: Path) -> None:
+    """A router whose rows are one row, but for one that is never better."""
+    model = mixture(tmp_path, changes={"num_local_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": True})
+    for layer in model.base.layers:
+        weight = layer.mlp.gate.weight.data
+        weight.copy_(weight[:1].expand_as(weight))
+    body = fused_body(model, operations)
+    assert_same(model, body, random_batch(3))
+    trained = experts_only(model.flat, model.gradient(body.batch_loss, random_batch(3))[1])
+    assert all(found.tolist() == [True] * 3 + [False] * 5 for found in trained)
+
+
+def test_dropout_of_the_attention_is_that_of_the_plain_layers(operations: Both, tmp_path: Path) -> None:
+    model = mixture(tmp_path, targets=lambda module: "self_attn" in module, dropout=0.4)
+    without_loss, without = model.gradient(model.plain, random_batch(3))
+    words = dropout.token_words(2**40 + 3, np.arange(2, dtype=np.int32), 20)
+    model.flat.switches.token_words = words_on(words.reshape(-1), DEVICE)
+    for recompute in (None, "full"):
+        compute = replace(model.compute, gradient_checkpointing=recompute is not None, recompute=recompute or "full")
+        assert_same(model, fused_body(model, operations, compute, tile_rows=15), random_batch(3))
+    assert model.gradient(model.plain, random_batch(3))[0] != without_loss
+    assert without.any()
+
+
+def test_updated_adapter_is_used_at_the_next_forward(tmp_path: Path) -> None:
+    model = mixture(tmp_path)
+    body = fused_body(model)
+    model.gradient(body.batch_loss, random_batch(1))
+    model.flat.parameters.mul_(1.5)
+    model.flat.refresh_compute()
+    assert_same(model, body, random_batch(1))
+
+
+def test_evaluation_gives_the_same_loss_and_touches_no_gradient(tmp_path: Path) -> None:
+    model = mixture(tmp_path)
+    body = fused_body(model)
+    loss, gradient = model.gradient(body.batch_loss, random_batch(1))
+    with torch.no_grad():
+        evaluated = body.batch_loss(step.to_device(random_batch(1), DEVICE), 1.0)
+    # Nothing is kept, so the feed-forward goes through its rows in tiles: of one tile, the same products.
+    assert evaluated.item() == loss
+    assert torch.equal(model.flat.gradients, gradient)
+
+
+def test_bfloat16_gradients_are_no_worse_than_those_of_the_plain_layers(tmp_path: Path) -> None:
+    """With the choices of the exact router, whose scores differ by more than bfloat16 does."""
+    changes = {"num_local_experts": 2, "num_experts_per_tok": 2, "norm_topk_prob": True}
+    exact = mixture(tmp_path / "exact", weight_format=WeightFormat.NONE, changes=changes)
+    rounded = mixture(tmp_path / "rounded", weight_format=WeightFormat.NONE, dtype="bfloat16", changes=changes)
+    for parameter, source in zip(exact.base.causal.parameters(), rounded.base.causal.parameters(), strict=True):
+        parameter.data.copy_(source.data)
+    for name, linear in exact.base.linears.items():
+        linear.base.weight.copy_(rounded.base.linears[name].base.weight)  # type: ignore[union-attr]
+    exact.flat.parameters.copy_(rounded.flat.compute)
+    batches = [random_batch(seed) for seed in range(4)]
+    _, expected = exact.gradient(exact.plain, *batches)
+    _, plain = rounded.gradient(rounded.plain, *batches)
+    _, found = rounded.gradient(fused_body(rounded).batch_loss, *batches)
+    # Both errors are draws of rounding noise; half as much again is a bound on the draw, not on the method.
+    assert relative(found, expected) < 1.5 * relative(plain, expected)
+    assert relative(found, expected) < 0.1
+
+
+def test_routers_are_known_by_what_they_compute(tmp_path: Path) -> None:
+    model = mixture(tmp_path / "1")
+    block = model.base.layers[0].mlp
+    assert router_of(block) == Router(2, True, torch.float32)
+    block.gate.norm_topk_prob = False
+    assert router_of(block) == Router(2, False, torch.float32)
+    scaled = block.gate.forward
+    block.gate.forward = lambda x: (scaled(x)[0], 1.01 * scaled(x)[1], scaled(x)[2])
+    assert router_of(block) is None
+    assert "a router other than softmax" in str(model_refusal(model.base, model.flat, model.compute))
+
+
+def test_refusals_name_their_reason(tmp_path: Path) -> None:
+    write_drawn_model(tmp_path / "gpt_oss", "gpt_oss")
+    write_drawn_model(tmp_path / "deepseek_v3", "deepseek_v3")
+    write_drawn_model(tmp_path / "dense", "qwen3_moe", {"decoder_sparse_step": 2})
+    cases = {
+        "gpt_oss": "layers of type GptOssDecoderLayer are not in the fused schedule",
+        "deepseek_v3": "layers of type DeepseekV3DecoderLayer are not in the fused schedule",
+        "dense": "feed-forwards of type Qwen3MoeMLP among those of experts",
+    }
+    for name, words in cases.items():
+        trainer = open_cpu_trainer(tmp_path / name).trainer
+        refusal = model_refusal(trainer._base, trainer._flat, trainer._compute)  # type: ignore[attr-defined]
+        assert words in str(refusal)
+
+
+def test_experts_that_are_not_grouped_keep_the_plain_layers(tmp_path: Path) -> None:
+    """And the run's kernel path says so, after what the device says."""
+    model = mixture(tmp_path)
+    assert experts_refusal(model.base, model.compute) == "experts one by one"
+    for block in model.base.experts:
+        block.products = GroupedProducts()
+    assert experts_refusal(model.base, model.compute) == "experts one by one in float32"
+    assert experts_refusal(model.base, replace(model.compute, dtype="bfloat16")) is None
+    refusal = fused.try_attach(model.base, model.flat, model.compute, torch.device("cpu"))
+    assert refusal == fused.Refusal("no Triton kernels on cpu")
