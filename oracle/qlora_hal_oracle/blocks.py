@@ -198,7 +198,8 @@ GPT_OSS_SLOPE = 1.702
 def limited_gated(gate: Float64, up: Float64, limit: float) -> Float64:
     """gpt-oss: (u + 1) g sigmoid(1.702 g), with g the gate up to the limit and u within plus and minus the limit."""
     g, u = np.minimum(gate, limit), np.clip(up, -limit, limit)
-    return (u + 1.0) * g * _sigmoid(GPT_OSS_SLOPE * g)
+    product: Float64 = (u + 1.0) * g * _sigmoid(GPT_OSS_SLOPE * g)
+    return product
 
 
 def limited_gated_backward(grad: Float64, gate: Float64, up: Float64, limit: float) -> tuple[Float64, Float64]:

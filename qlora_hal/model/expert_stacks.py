@@ -21,7 +21,7 @@ GATE_AND_UP = (("gate_proj", "up_proj"), ("w1", "w3"))
 INTERLEAVED = frozenset({"gpt_oss"})
 """Model types that have no tensor for each expert anywhere: all of a block in one `[experts, in, out]`, gate and up in
 turns."""
-CONCATENATED = frozenset({"granitemoe", "granitemoeshared", "granitemoehybrid"})
+CONCATENATED = frozenset({"granitemoe", "granitemoeshared", "granitemoehybrid", "granitemoe_swa"})
 """The same as `[experts, out, in]`, gate before up, under names of their own (`_GRANITE`)."""
 COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """What config.json calls the number of routed experts of a block."""

@@ -46,7 +46,6 @@ _REFUSED = {
     "cpmant": "Its forward pass lets every token of a prompt see the whole prompt.",
     "reformer": "Its reversible layers pass no gradient to an adapter inside them.",
     "laguna": "PEFT 0.21 leaves out the adapters of its shared experts, whose layers transformers renames.",
-    "granitemoe_swa": "PEFT 0.21 opens no adapter on its experts.",
     "deepseek_v4": "Its compressed attention lets samples of a row change one another, which short rows do not show.",
 }
 """Architectures whose configuration gives no sign of it; what else is not causal is found out in `trial`."""
