@@ -113,6 +113,8 @@ def _mixture_refusals(base: BaseModel) -> Iterator[str]:
         yield "experts that are not stacked"
     if any(block.experts.has_biases for block in blocks):
         yield "experts with biases"
+    if any(getattr(getattr(block, "shared_expert_gate", None), "bias", None) is not None for block in blocks):
+        yield "a gate of the shared expert with a bias"
     if router_of(blocks[0]) is None:
         yield "a router other than softmax over the best"
 

@@ -73,7 +73,14 @@ def mixture_weights(layer: Any, buffers: StackBuffers, flat: FlatAdapter) -> Mix
     ]
     entries = [entry for buffer, stacks in groups for entry in _placements(buffer, stacks, flat)]
     into, out = (_stack_weights(buffer, stacks, flat) for buffer, stacks in groups)
-    return MixtureWeights(layer.mlp.gate.weight.detach(), into, out, on_device(entries, flat.compute.device))
+    shared_gate = getattr(layer.mlp, "shared_expert_gate", None)
+    return MixtureWeights(
+        router=layer.mlp.gate.weight.detach(),
+        shared_gate=None if shared_gate is None else shared_gate.weight.detach(),
+        into=into,
+        out=out,
+        adapter=on_device(entries, flat.compute.device),
+    )
 
 
 def _placements(buffer: StackBuffer, stacks: Sequence[ExpertStack], flat: FlatAdapter) -> Iterator[Entry]:
