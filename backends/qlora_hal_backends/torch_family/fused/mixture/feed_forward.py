@@ -161,12 +161,17 @@ class MixtureFeedForward:
     def _routed(self, experts: MixtureWeights, x: Tensor) -> Routed:
         logits = x @ experts.router.t()
         weights, chosen = self.mixture.route(logits, self.router)
-        # Stable: the rows of an expert are in the order of their tokens, whatever sorts them.
-        sorted_experts, order = torch.sort(chosen.view(-1), stable=True)
-        numbers = torch.arange(logits.shape[1], dtype=chosen.dtype, device=chosen.device)
-        # Not bincount, which waits for the device.
-        ends = torch.searchsorted(sorted_experts, numbers, right=True, out_int32=True)
+        order, ends = sorted_by_expert(chosen, logits.shape[1])
         return Routed(logits, chosen, weights, order, torch.empty_like(order), ends)
+
+
+def sorted_by_expert(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """`order` and `ends` of `Routed` from the choices `[M, k]`. Nothing waits for the device."""
+    # Stable: the rows of an expert are in the order of their tokens, whatever sorts them.
+    found, order = torch.sort(chosen.view(-1), stable=True)
+    numbers = torch.arange(experts, dtype=chosen.dtype, device=chosen.device)
+    # Not bincount, which does wait.
+    return order, torch.searchsorted(found, numbers, right=True, out_int32=True)
 
 
 def _experts_of(layer: LayerWeights) -> MixtureWeights:
