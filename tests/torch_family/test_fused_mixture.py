@@ -127,8 +127,9 @@ def test_loss_and_gradients_equal_those_of_the_plain_layers(
 
 
 @pytest.mark.needs_triton
-def test_kernels_give_loss_and_gradients_of_the_plain_layers(tmp_path: Path) -> None:
-    model = mixture(tmp_path, "qwen3_moe as it is")
+@pytest.mark.parametrize("family", ["qwen3_moe as it is", "qwen2_moe"])
+def test_kernels_give_loss_and_gradients_of_the_plain_layers(family: str, tmp_path: Path) -> None:
+    model = mixture(tmp_path, family)
     assert_same(model, fused_body(model, in_triton()), random_batch(3, rows=1, time=4, prompt=1))
 
 
