@@ -320,6 +320,9 @@ def test_routers_are_known_by_what_they_compute(tmp_path: Path) -> None:
     assert router_of(block) == Router(2, True, torch.float32)
     block.gate.norm_topk_prob = False
     assert router_of(block) == Router(2, False, torch.float32)
+    for parameter in block.gate.parameters():
+        parameter.data = parameter.data.bfloat16()
+    assert router_of(block) == Router(2, False, torch.bfloat16)
     scaled = block.gate.forward
     block.gate.forward = lambda x: (scaled(x)[0], 1.01 * scaled(x)[1], scaled(x)[2])
     assert router_of(block) is None

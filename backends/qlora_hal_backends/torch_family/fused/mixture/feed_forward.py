@@ -138,6 +138,7 @@ class MixtureFeedForward:
         self.mixture.weighted_swiglu_backward(
             products.extended, product, routed.weights, routed.order, gate_up[:, : into.rows], product, weight_gradient
         )
+        products.extended = product.new_empty(0)  # gate and up are not read again
         low_rank = products.output_low_rank
         if low_rank is None:
             low_rank = out.low_rank(product, routed.ends)
