@@ -344,6 +344,18 @@ def test_refusals_name_their_reason(tmp_path: Path) -> None:
         assert words in str(refusal)
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_experts_as_transformers_4_has_them_are_refused(family: str, tmp_path: Path) -> None:
+    """A list of modules; Mixtral's, under another name."""
+    model = mixture(tmp_path, family)
+    layer = model.base.layers[1]
+    layer.mlp.experts = torch.nn.ModuleList()
+    if family == "mixtral":
+        layer.block_sparse_moe = layer.mlp
+        del layer.mlp
+    assert "not stacked" in str(model_refusal(model.base, model.flat, model.compute))
+
+
 def test_experts_that_are_not_grouped_keep_the_plain_layers(tmp_path: Path) -> None:
     """And the run's kernel path says so, after what the device says."""
     model = mixture(tmp_path)
