@@ -87,9 +87,10 @@ class AsKernels:
         return counted
 
 
-def counts_of(layers: int, experts: str, recompute: str | None, fused: bool) -> Counter[str]:
+def counts_of(layers: int, experts: str, recompute: str | None, fused: bool, number: int = 8) -> Counter[str]:
+    """Of one step, with so many experts a layer."""
     # So wide that an expert is a whole number of blocks of scales, as in real models: one call decodes a stack.
-    shape = {**SHAPES["tiny"], "num_hidden_layers": layers, "moe_intermediate_size": 128}
+    shape = {**SHAPES["tiny"], "num_hidden_layers": layers, "moe_intermediate_size": 128, "num_experts": number}
     compute = Compute("bfloat16", recompute is not None, recompute=recompute or "full")  # type: ignore[arg-type]
     with TemporaryDirectory() as folder:
         source = drawn_source(Path(folder), shape)

@@ -47,6 +47,14 @@ MIXTURES: Mapping[str, Mapping[str, object]] = {
     "qwen3_moe": {"norm_topk_prob": True},
     "qwen3_moe as it is": {"norm_topk_prob": False, "num_local_experts": 5, "num_experts_per_tok": 3},
     "mixtral": {"sliding_window": None},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+        "norm_topk_prob": False,
+    },
+    "qwen2_moe of windows": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
     "mixtral of windows": {"sliding_window": 4, "hidden_act": "gelu_pytorch_tanh"},
 }
 
@@ -119,12 +127,13 @@ def test_loss_and_gradients_equal_those_of_the_plain_layers(
 
 
 @pytest.mark.needs_triton
-def test_kernels_give_loss_and_gradients_of_the_plain_layers(tmp_path: Path) -> None:
-    model = mixture(tmp_path, "qwen3_moe as it is")
+@pytest.mark.parametrize("family", ["qwen3_moe as it is", "qwen2_moe"])
+def test_kernels_give_loss_and_gradients_of_the_plain_layers(family: str, tmp_path: Path) -> None:
+    model = mixture(tmp_path, family)
     assert_same(model, fused_body(model, in_triton()), random_batch(3, rows=1, time=4, prompt=1))
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "qwen2_moe"])
 def test_fused_mixtures_are_those_of_transformers_and_peft(
     family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -164,9 +173,14 @@ def test_several_steps_are_those_of_the_plain_layers(experts: str, tmp_path: Pat
         assert np.abs(tensor - after[name]).max() < 1e-2 * moved
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full", "offload"])
-def test_recomputing_in_tiles_equals_keeping_everything(recompute: str, operations: Both, tmp_path: Path) -> None:
-    model = mixture(tmp_path, targets=lambda module: "layers.0." in module or "o_proj" in module, r=3)
+@pytest.mark.parametrize(
+    ("family", "recompute"),
+    [("qwen3_moe", "selective"), ("qwen3_moe", "full"), ("qwen3_moe", "offload"), ("qwen2_moe", "full")],
+)
+def test_recomputing_in_tiles_equals_keeping_everything(
+    family: str, recompute: str, operations: Both, tmp_path: Path
+) -> None:
+    model = mixture(tmp_path, family, targets=lambda module: "layers.0." in module or "o_proj" in module, r=3)
     rows = random_batch(3).input_ids.size
     compute = replace(model.compute, gradient_checkpointing=True, recompute=recompute)  # type: ignore[arg-type]
     for tile_rows in (rows, rows // 3, 1):  # in one piece; in four, the last shorter; a token at a time
@@ -247,8 +261,10 @@ def test_of_equal_scores_the_lower_number_wins(operations: Both, tmp_path: Path)
     assert all(found.tolist() == [True] * 3 + [False] * 5 for found in trained)
 
 
-def test_dropout_of_the_attention_is_that_of_the_plain_layers(operations: Both, tmp_path: Path) -> None:
-    model = mixture(tmp_path, targets=lambda module: "self_attn" in module, dropout=0.4)
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe"])
+def test_dropout_is_that_of_the_plain_layers(family: str, operations: Both, tmp_path: Path) -> None:
+    """Of the attention and of the shared expert; routed ones have none."""
+    model = mixture(tmp_path, family, targets=lambda module: ".experts." not in module, dropout=0.4)
     without_loss, without = model.gradient(model.plain, random_batch(3))
     words = dropout.token_words(2**40 + 3, np.arange(2, dtype=np.int32), 20)
     model.flat.switches.token_words = words_on(words.reshape(-1), DEVICE)
@@ -304,6 +320,9 @@ def test_routers_are_known_by_what_they_compute(tmp_path: Path) -> None:
     assert router_of(block) == Router(2, True, torch.float32)
     block.gate.norm_topk_prob = False
     assert router_of(block) == Router(2, False, torch.float32)
+    for parameter in block.gate.parameters():
+        parameter.data = parameter.data.bfloat16()
+    assert router_of(block) == Router(2, False, torch.bfloat16)
     scaled = block.gate.forward
     block.gate.forward = lambda x: (scaled(x)[0], 1.01 * scaled(x)[1], scaled(x)[2])
     assert router_of(block) is None
@@ -323,6 +342,18 @@ def test_refusals_name_their_reason(tmp_path: Path) -> None:
         trainer = open_cpu_trainer(tmp_path / name).trainer
         refusal = model_refusal(trainer._base, trainer._flat, trainer._compute)  # type: ignore[attr-defined]
         assert words in str(refusal)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_experts_as_transformers_4_has_them_are_refused(family: str, tmp_path: Path) -> None:
+    """A list of modules; Mixtral's, under another name."""
+    model = mixture(tmp_path, family)
+    layer = model.base.layers[1]
+    layer.mlp.experts = torch.nn.ModuleList()
+    if family == "mixtral":
+        layer.block_sparse_moe = layer.mlp
+        del layer.mlp
+    assert "not stacked" in str(model_refusal(model.base, model.flat, model.compute))
 
 
 def test_experts_that_are_not_grouped_keep_the_plain_layers(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal_backends.torch_family.base_weights import quantize
 from qlora_hal_backends.torch_family.experts.stacked_weights import stacked
 from qlora_hal_backends.torch_family.fused.families import Activation
-from qlora_hal_backends.torch_family.fused.mixture.kernel_trial import differing
+from qlora_hal_backends.torch_family.fused.mixture.kernel_trial import differing, differing_products
 from qlora_hal_backends.torch_family.fused.mixture.operations import MixtureOperations, Router
 from qlora_hal_backends.torch_family.fused.mixture.reference import ReferenceMixture
 
@@ -168,6 +168,18 @@ def test_what_stands_for_an_expert_without_rows_is_not_read(
 
 def test_all_operations_pass_the_trial_that_a_device_is_given(operations: MixtureOperations) -> None:
     assert differing(operations, ReferenceMixture(), DEVICE) == []
+
+
+def test_the_trial_also_asks_what_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of grouped products of views, and of a sort of small integers."""
+    assert differing_products(DEVICE) == []
+    multiply = torch.nn.functional.grouped_mm
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "grouped_mm",
+        lambda left, right, offs: multiply(left, right, offs=offs) if left.dim() == right.dim() else left @ right[0],
+    )
+    assert differing_products(DEVICE) == ["product", "input_gradient", "low_rank", "low_rank_gradient"]
 
 
 def test_the_trial_names_each_operation_that_computes_something_else() -> None:

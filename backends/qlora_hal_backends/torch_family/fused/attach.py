@@ -33,6 +33,7 @@ from qlora_hal_backends.torch_family.fused.mixture.collecting import make_stack_
 from qlora_hal_backends.torch_family.fused.mixture.feed_forward import HiddenRoom, MixtureFeedForward
 from qlora_hal_backends.torch_family.fused.mixture.kernel_trial import proved_mixture_kernels
 from qlora_hal_backends.torch_family.fused.mixture.operations import MixtureOperations
+from qlora_hal_backends.torch_family.fused.mixture.shared import SharedExpert
 from qlora_hal_backends.torch_family.fused.mixture.weights import MixtureWeights, StackBuffers
 from qlora_hal_backends.torch_family.fused.operations import HeadCounts, Operations
 from qlora_hal_backends.torch_family.fused.stream import Stream
@@ -102,13 +103,14 @@ def attach_with(
     shares = recomputes and not family.mixtures
     buffers = make_buffers(list(base.layers), family.groups, flat, like, operations, shared=shares)
     stream = Stream(epsilon_of(norm), operations)
-    feed_forward: FeedForward = DenseFeedForward(buffers, operations, stream)
+    dense = DenseFeedForward(buffers, operations, stream)
+    feed_forward: FeedForward = dense
     experts: list[MixtureWeights | None] = [None for _ in base.layers]
     if family.mixtures:
         assert mixture is not None, "a mixture has operations of its own"
         stacks = make_stack_buffers(list(base.layers), flat, like, mixture, operations)
         experts = [mixture_weights(layer, stacks, flat) for layer in base.layers]
-        feed_forward = _mixture(base, stacks, operations, mixture, stream, like)
+        feed_forward = _mixture(base, stacks, dense, mixture, like)
     schedule = DecoderLayer(
         heads=_head_counts(base),
         attention_scale=float(attention.scaling),
@@ -140,15 +142,24 @@ def attach_with(
 def _mixture(
     base: BaseModel,
     stacks: StackBuffers,
-    operations: Operations,
+    dense: DenseFeedForward,
     mixture: MixtureOperations,
-    stream: Stream,
     like: Tensor,
 ) -> MixtureFeedForward:
+    """`dense` is of the shared expert, where the family has one."""
     layers: Any = base.layers
     router = router_of(layers[0].mlp)
     assert router is not None, "`supported` refuses other routers"
-    return MixtureFeedForward(router, stacks, operations, mixture, stream, HiddenRoom(stacks.into.columns, like))
+    has_shared = "feed_forward_in" in dense.buffers.groups
+    return MixtureFeedForward(
+        router=router,
+        buffers=stacks,
+        operations=dense.operations,
+        mixture=mixture,
+        stream=dense.stream,
+        gradient_room=dense.gradient_room if has_shared else HiddenRoom(stacks.into.columns, like),
+        shared=SharedExpert(dense, mixture) if has_shared else None,
+    )
 
 
 def _head_counts(base: BaseModel) -> HeadCounts:

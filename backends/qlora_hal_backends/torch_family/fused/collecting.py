@@ -103,10 +103,15 @@ def _join(layer: Any, family: LayerFamily, norm: str | None) -> Join | None:
 
 
 def _window_of(attention: Any) -> int | None:
-    """The sliding window of one layer. Families with both kinds of layers keep it on the module, and Mistral and Phi 3,
-    whose layers are all of one kind, in the configuration alone."""
-    own = hasattr(attention, "sliding_window")
-    window = attention.sliding_window if own else getattr(attention.config, "sliding_window", None)
+    """The sliding window of one layer. Families with both kinds of layers keep it on the module, Qwen2-MoE on those
+    alone that have one, and Mistral and Phi 3, whose layers are all of one kind, in the configuration."""
+    config = attention.config
+    if hasattr(attention, "sliding_window"):
+        window = attention.sliding_window
+    elif getattr(config, "layer_types", None) and config.layer_types[attention.layer_idx] != "sliding_attention":
+        window = None
+    else:
+        window = getattr(config, "sliding_window", None)
     return None if window is None else int(window)
 
 

@@ -24,6 +24,11 @@ ATTENTION: Groups = {
     "attention_in": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "attention_out": ("self_attn.o_proj",),
 }
+WITH_SHARED_EXPERT: Groups = {
+    **ATTENTION,
+    "feed_forward_in": ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+    "feed_forward_out": ("mlp.shared_expert.down_proj",),
+}
 SEPARATE: Groups = {
     **ATTENTION,
     "feed_forward_in": ("mlp.gate_proj", "mlp.up_proj"),
@@ -86,6 +91,7 @@ FAMILIES: Mapping[str, LayerFamily] = {
     "GraniteDecoderLayer": LLAMA,  # its multipliers are read from the layer and from the body
     "Phi3DecoderLayer": LayerFamily(JOINED),
     "Qwen3MoeDecoderLayer": LayerFamily(ATTENTION, mixtures=frozenset({"Qwen3MoeSparseMoeBlock"})),
+    "Qwen2MoeDecoderLayer": LayerFamily(WITH_SHARED_EXPERT, mixtures=frozenset({"Qwen2MoeSparseMoeBlock"})),
     "MixtralDecoderLayer": LayerFamily(ATTENTION, mixtures=frozenset({"MixtralSparseMoeBlock"})),
     "GemmaDecoderLayer": GEMMA,
     "Gemma2DecoderLayer": GEMMA_3,

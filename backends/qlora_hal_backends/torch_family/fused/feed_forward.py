@@ -90,19 +90,32 @@ class DenseFeedForward:
         extended = group.new_input(h1.shape[0])
         x = extended[:, : group.columns]
         h2 = self.operations.add_norm(h1, branch, layer.middle_norm, self.stream.epsilon, x, into)
+        return h2, self.gate_up(layer, extended, dropout)
+
+    def gate_up(self, layer: LayerWeights, extended: Tensor, dropout: Dropout | None) -> FeedForwardProducts:
+        """Of an input made by the group, whose first K columns are filled."""
+        group = self.buffers.groups["feed_forward_in"]
         masks = layer.groups["feed_forward_in"].masks(dropout)
+        x = extended[:, : group.columns]
         low_rank = kept_apart(group.low_rank(x, extended[:, group.columns :], masks))
-        products = group.new_gradient(h1.shape[0])
+        products = group.new_gradient(extended.shape[0])
         group.product(extended, layer.groups["feed_forward_in"].bias, products[:, : group.rows])
-        return h2, FeedForwardProducts(low_rank, products, None, None)
+        return FeedForwardProducts(low_rank, products, None, None)
 
     def outer(
         self, layer: LayerWeights, products: FeedForwardProducts, dropout: Dropout | None, into: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         out = self.buffers.groups["feed_forward_out"]
         extended = out.new_input(products.extended.shape[0])
+        self.operations.swiglu(products.extended[:, : 2 * out.columns], extended[:, : out.columns])
+        return self.down(layer, extended, dropout, into)
+
+    def down(
+        self, layer: LayerWeights, extended: Tensor, dropout: Dropout | None, into: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(output, its low-rank inputs) of an input made by the group, whose first K columns are filled."""
+        out = self.buffers.groups["feed_forward_out"]
         x = extended[:, : out.columns]
-        self.operations.swiglu(products.extended[:, : 2 * out.columns], x)
         masks = layer.groups["feed_forward_out"].masks(dropout)
         low_rank = kept_apart(out.low_rank(x, extended[:, out.columns :], masks))
         return out.product(extended, layer.groups["feed_forward_out"].bias, into), low_rank
@@ -117,26 +130,48 @@ class DenseFeedForward:
         dropout: Dropout | None,
         gradients: AdapterGradients,
     ) -> None:
+        v, product = self.product_gradient(layer, above.extended, dropout)
+        gate_up = products.extended[:, : self.buffers.groups["feed_forward_in"].rows]
+        # In place: the product takes the place of its gradient, the gradients of gate and up that of gate and up.
+        self.operations.swiglu_backward(gate_up, product, gate_up, product)
+        v, x_gradient = self.input_gradient(layer, products, v, product, above.extended, dropout, gradients)
+        del product
+        x = self.stream.norm_backward_into(x_gradient, h2, layer.middle_norm, above, middle, wants_x=v is not None)
+        of_in = layer.groups["feed_forward_in"]
+        gradients.of_a(of_in, v, x, of_in.masks(dropout))
+
+    def product_gradient(
+        self, layer: LayerWeights, output_gradient: Tensor, dropout: Dropout | None
+    ) -> tuple[Tensor | None, Tensor]:
+        """(v of the last group, the gradient of the gated product)."""
+        out, masks = self.buffers.groups["feed_forward_out"], layer.groups["feed_forward_out"].masks(dropout)
+        v = out.low_rank_gradient(output_gradient, masks)
+        return v, out.input_gradient(output_gradient, masks)
+
+    def input_gradient(
+        self,
+        layer: LayerWeights,
+        products: FeedForwardProducts,
+        v: Tensor | None,
+        product: Tensor,
+        output_gradient: Tensor,
+        dropout: Dropout | None,
+        gradients: AdapterGradients,
+    ) -> tuple[Tensor | None, Tensor]:
+        """(v of the first group, the gradient of x), where `products` hold the gradients of gate and up, `product` the
+        gated product again, and `v` is that of the last group."""
         into, out = self.buffers.groups["feed_forward_in"], self.buffers.groups["feed_forward_out"]
         of_in, of_out = layer.groups["feed_forward_in"], layer.groups["feed_forward_out"]
         in_masks, out_masks = of_in.masks(dropout), of_out.masks(dropout)
-        v = out.low_rank_gradient(above.extended, out_masks)
-        product = out.input_gradient(above.extended, out_masks)
-        extended = products.extended
-        gate_up = extended[:, : into.rows]
-        # In place: the product takes the place of its gradient, the gradients of gate and up that of gate and up.
-        self.operations.swiglu_backward(gate_up, product, gate_up, product)
-        low_rank = products.output_low_rank
+        extended, low_rank = products.extended, products.output_low_rank
         if low_rank is None:
             low_rank = out.low_rank(product, masks=out_masks)
-        gradients.of_b(of_out, above.extended, low_rank)
+        gradients.of_b(of_out, output_gradient, low_rank)
         gradients.of_a(of_out, v, product, out_masks)
-        del product
         v = into.low_rank_gradient(extended, in_masks)
         x_gradient = into.input_gradient(extended, in_masks)
         gradients.of_b(of_in, extended, products.input_low_rank)
-        x = self.stream.norm_backward_into(x_gradient, h2, layer.middle_norm, above, middle, wants_x=v is not None)
-        gradients.of_a(of_in, v, x, in_masks)
+        return v, x_gradient
 
 
 def kept_apart(tail: Tensor | None) -> Tensor | None:

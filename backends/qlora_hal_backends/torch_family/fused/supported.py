@@ -105,14 +105,17 @@ def experts_refusal(base: BaseModel, compute: Compute) -> str | None:
 
 def _mixture_refusals(base: BaseModel) -> Iterator[str]:
     layers: Any = base.layers
-    blocks = [layer.mlp for layer in layers]
-    others = {type(block).__name__ for block in blocks} - family_of(base).mixtures
+    blocks = [getattr(layer, "mlp", None) for layer in layers]
+    others = {type(block).__name__ for block in blocks if block is not None} - family_of(base).mixtures
     if others:
         yield f"feed-forwards of type {', '.join(sorted(others))} among those of experts"
-    if not all(isinstance(block.experts, RoutedExperts) for block in blocks):
-        yield "experts that are not stacked"
+    if not all(isinstance(getattr(block, "experts", None), RoutedExperts) for block in blocks):
+        yield "experts that are not stacked, as transformers 4 keeps them"
+        return
     if any(block.experts.has_biases for block in blocks):
         yield "experts with biases"
+    if any(getattr(getattr(block, "shared_expert_gate", None), "bias", None) is not None for block in blocks):
+        yield "a gate of the shared expert with a bias"
     if router_of(blocks[0]) is None:
         yield "a router other than softmax over the best"
 

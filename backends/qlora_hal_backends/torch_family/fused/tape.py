@@ -60,6 +60,16 @@ class FeedForwardProducts:
     output_low_rank: Tensor | None
     output: Tensor | None  # [rows, D], before a norm that it is joined with
     routed: Routed | None = None  # of a mixture, whose rows are those of its experts, and without room for R
+    shared: SharedProducts | None = None
+
+
+@dataclass(slots=True)
+class SharedProducts:
+    """Of the expert that all tokens go to, with the weight of each in its gated product."""
+
+    products: FeedForwardProducts
+    weights: Tensor  # [M, 1]
+    places: Tensor  # 0 to M
 
 
 @dataclass(slots=True)

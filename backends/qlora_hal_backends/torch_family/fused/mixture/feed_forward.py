@@ -3,8 +3,9 @@
     x = norm(h2)                      x_e: the rows of x that the router sends to expert e
     y_e = (w_e silu(x_e G_e^T) x_e U_e^T) D_e^T            output of a token: the sum of its rows of y
 
-A token's weight w_e belongs behind the last product; as that is linear, it rides in the gated product before it. There
-its gradient is a sum over the experts' width, and the outputs of experts are neither kept nor computed again.
+and of what the shared expert makes of it, where there is one. A token's weight w_e belongs behind the last product; as
+that is linear, it rides in the gated product before it. There its gradient is a sum over the experts' width, and the
+outputs of experts are neither kept nor computed again.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from qlora_hal_backends.torch_family.fused.layer_weights import AdapterGradients, LayerWeights
 from qlora_hal_backends.torch_family.fused.mixture.operations import MixtureOperations, Routed, Router
+from qlora_hal_backends.torch_family.fused.mixture.shared import SharedExpert
 from qlora_hal_backends.torch_family.fused.mixture.weights import MixtureWeights, StackBuffers
 from qlora_hal_backends.torch_family.fused.operations import Dropout, Operations
 from qlora_hal_backends.torch_family.fused.stream import GradientRoom, Stream
@@ -41,6 +43,7 @@ class MixtureFeedForward:
     mixture: MixtureOperations
     stream: Stream
     gradient_room: GradientRoom
+    shared: SharedExpert | None
 
     def hold(self, layer: LayerWeights) -> None:
         self.buffers.hold(_experts_of(layer))
@@ -56,16 +59,20 @@ class MixtureFeedForward:
         dropout: Dropout | None,
         into: Tensor | None = None,
     ) -> tuple[Tensor, FeedForwardProducts]:
-        x = self._hidden(h1.shape[0])
+        group, experts = self.buffers.into, _experts_of(layer)
+        x_extended = self._new_x(h1.shape[0])
+        x = x_extended[:, : group.columns]
         h2 = self.operations.add_norm(h1, branch, layer.middle_norm, self.stream.epsilon, x, into)
-        group = self.buffers.into
-        routed = self._routed(_experts_of(layer), x)
+        shared = None
+        if self.shared is not None and experts.shared_gate is not None:
+            shared = self.shared.inner(layer, x_extended, experts.shared_gate, dropout)
+        routed = self._routed(experts, x)
         extended = group.new_input(routed.rows)
         rows = extended[:, : group.columns]
         self.mixture.send(x, routed.order, routed.each, rows, routed.back)
         low_rank = group.low_rank(rows, routed.ends, extended[:, group.columns :])
         gate_up = group.product(extended, routed.ends)
-        return h2, FeedForwardProducts(low_rank, gate_up, None, None, routed)
+        return h2, FeedForwardProducts(low_rank, gate_up, None, None, routed, shared)
 
     def outer(
         self, layer: LayerWeights, products: FeedForwardProducts, dropout: Dropout | None, into: Tensor | None = None
@@ -77,7 +84,10 @@ class MixtureFeedForward:
         low_rank = group.low_rank(product, routed.ends, extended[:, group.columns :])
         y = group.product(extended, routed.ends)
         output = self._hidden(len(routed.logits)) if into is None else into
-        self.mixture.collect(y, routed.back, None, output)
+        of_all = None
+        if self.shared is not None and products.shared is not None:
+            of_all = self.shared.outer(layer, products.shared, dropout)
+        self.mixture.collect(y, routed.back, of_all, output)
         return output, low_rank
 
     def rows_backward(
@@ -96,9 +106,19 @@ class MixtureFeedForward:
         rows = self.buffers.into.input_gradient(gate_up, routed.ends)
         of_b = (gate_up[:, : self.buffers.into.rows], products.input_low_rank)
         self.buffers.into.add_gradients(experts.into, routed.ends, of_b=of_b)
+        shared_v, of_x = None, self._through_router(experts, routed, weight_gradient)
+        if self.shared is not None and products.shared is not None and experts.shared_gate is not None:
+            shared_v, of_shared = self.shared.backward(
+                layer, products.shared, above.extended, experts.shared_gate, dropout, gradients
+            )
+            of_x = of_x.add_(of_shared)
         x_gradient = self._hidden(h2.shape[0])
-        self.mixture.collect(rows, routed.back, self._through_router(experts, routed, weight_gradient), x_gradient)
-        x = self.stream.norm_backward_into(x_gradient, h2, layer.middle_norm, above, middle, wants_x=v is not None)
+        self.mixture.collect(rows, routed.back, of_x, x_gradient)
+        wants_x = v is not None or shared_v is not None
+        x = self.stream.norm_backward_into(x_gradient, h2, layer.middle_norm, above, middle, wants_x=wants_x)
+        if shared_v is not None:
+            group = layer.groups["feed_forward_in"]
+            gradients.of_a(group, shared_v, x, group.masks(dropout))
         if v is not None:
             self.mixture.send(x, routed.order, routed.each, rows)
             self.buffers.into.add_gradients(experts.into, routed.ends, of_a=(v, rows))
@@ -118,6 +138,7 @@ class MixtureFeedForward:
         self.mixture.weighted_swiglu_backward(
             products.extended, product, routed.weights, routed.order, gate_up[:, : into.rows], product, weight_gradient
         )
+        products.extended = product.new_empty(0)  # gate and up are not read again
         low_rank = products.output_low_rank
         if low_rank is None:
             low_rank = out.low_rank(product, routed.ends)
@@ -130,6 +151,10 @@ class MixtureFeedForward:
         self.mixture.route_backward(routed.logits, routed.experts, weight_gradient, self.router, logits_gradient)
         return logits_gradient @ experts.router
 
+    def _new_x(self, rows: int) -> Tensor:
+        """Uninitialized `[rows, D]`, with the columns that the shared expert wants behind."""
+        return self._hidden(rows) if self.shared is None else self.shared.new_input(rows)
+
     def _hidden(self, rows: int) -> Tensor:
         """Uninitialized `[rows, D]`."""
         return self.buffers.into.memory.new_empty(rows, self.buffers.into.columns)
@@ -137,12 +162,17 @@ class MixtureFeedForward:
     def _routed(self, experts: MixtureWeights, x: Tensor) -> Routed:
         logits = x @ experts.router.t()
         weights, chosen = self.mixture.route(logits, self.router)
-        # Stable: the rows of an expert are in the order of their tokens, whatever sorts them.
-        sorted_experts, order = torch.sort(chosen.view(-1), stable=True)
-        numbers = torch.arange(logits.shape[1], dtype=chosen.dtype, device=chosen.device)
-        # Not bincount, which waits for the device.
-        ends = torch.searchsorted(sorted_experts, numbers, right=True, out_int32=True)
+        order, ends = sorted_by_expert(chosen, logits.shape[1])
         return Routed(logits, chosen, weights, order, torch.empty_like(order), ends)
+
+
+def sorted_by_expert(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """`order` and `ends` of `Routed` from the choices `[M, k]`. Nothing waits for the device."""
+    # Stable: the rows of an expert are in the order of their tokens, whatever sorts them.
+    found, order = torch.sort(chosen.view(-1), stable=True)
+    numbers = torch.arange(experts, dtype=chosen.dtype, device=chosen.device)
+    # Not bincount, which does wait.
+    return order, torch.searchsorted(found, numbers, right=True, out_int32=True)
 
 
 def _experts_of(layer: LayerWeights) -> MixtureWeights:

@@ -15,8 +15,11 @@ from qlora_hal_backends.torch_family.base_weights import quantize
 from qlora_hal_backends.torch_family.experts.stacked_weights import stacked
 from qlora_hal_backends.torch_family.fused.families import Activation
 from qlora_hal_backends.torch_family.fused.kernel_trial import differing_results
+from qlora_hal_backends.torch_family.fused.layer_weights import GroupShape, Slot
+from qlora_hal_backends.torch_family.fused.mixture.feed_forward import sorted_by_expert
 from qlora_hal_backends.torch_family.fused.mixture.operations import MixtureOperations, Router
 from qlora_hal_backends.torch_family.fused.mixture.reference import ReferenceMixture
+from qlora_hal_backends.torch_family.fused.mixture.weights import StackBuffer, grouped
 
 TOKENS, EXPERTS, EACH, WIDTH = 6, 5, 3, 48
 
@@ -27,7 +30,7 @@ def proved_mixture_kernels(device: torch.device, activation: Activation) -> Mixt
     from qlora_hal_backends.torch_family.fused.mixture.triton_operations import TritonMixture
 
     operations = TritonMixture(activation)
-    wrong = differing(operations, ReferenceMixture(activation), device)
+    wrong = [*differing(operations, ReferenceMixture(activation), device), *differing_products(device)]
     if wrong:
         raise ArithmeticError(f"{', '.join(wrong)}: not what torch computes")
     return operations
@@ -36,6 +39,49 @@ def proved_mixture_kernels(device: torch.device, activation: Activation) -> Mixt
 def differing(operations: MixtureOperations, reference: MixtureOperations, device: torch.device) -> list[str]:
     """The operations whose results are not those of the reference."""
     return differing_results(*(_results(each, device) for each in (operations, reference)))
+
+
+def differing_products(device: torch.device) -> list[str]:
+    """What torch computes otherwise than a loop over experts would: the sort, and the grouped products of views as
+    `StackBuffer` has them, an expert without rows among them. Small integers and their sums are exact in bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*size: int) -> Tensor:
+        return torch.randint(-1, 2, size, generator=generator).to(device, torch.bfloat16)
+
+    shape = GroupShape([Slot("up", slice(0, 32), slice(0, 8))], columns=16, ranks=8)
+    buffer = StackBuffer(shape, 2.0, drawn(3, *shape.size), ReferenceMixture())
+    chosen = torch.tensor([[2], [0]] * 11 + [[2], [2]], dtype=torch.int16, device=device)
+    order, ends = sorted_by_expert(chosen, 3)
+    x, dy = drawn(24, 24), drawn(24, 40)
+    found = {
+        "sorted_by_expert": torch.cat((order, ends)),
+        "product": buffer.product(x, ends),
+        "input_gradient": buffer.input_gradient(dy, ends),
+        "low_rank": _some(buffer.low_rank(x[:, :16], ends)),
+        "low_rank_gradient": _some(buffer.low_rank_gradient(dy.clone(), ends)),
+        "sums over rows": grouped(dy[:, :32].t(), x[:, :16], ends)[[0, 2]],
+    }
+    parts = [(0, slice(0, 11)), (2, slice(11, 24))]  # nothing goes to the second
+
+    def looped(rows: Tensor, matrices: Tensor) -> Tensor:
+        return torch.cat([rows[part].float() @ matrices[expert].float() for expert, part in parts])
+
+    places = [*range(1, 22, 2), *range(0, 22, 2), 22, 23]
+    expected = {
+        "sorted_by_expert": torch.tensor([*places, 11, 11, 24], device=device).float(),
+        "product": looped(x, buffer.memory[:, :32].transpose(1, 2)),
+        "input_gradient": looped(dy, buffer.memory[:, :, :16]),
+        "low_rank": 2 * looped(x[:, :16], buffer.a.transpose(1, 2)),
+        "low_rank_gradient": 2 * looped(dy[:, :32], buffer.b),
+        "sums over rows": torch.stack([dy[part, :32].t().float() @ x[part, :16].float() for _, part in parts]),
+    }
+    return differing_results({name: result.float() for name, result in found.items()}, expected)
+
+
+def _some(thin: Tensor | None) -> Tensor:
+    assert thin is not None, "the group has ranks"
+    return thin
 
 
 def _results(operations: MixtureOperations, device: torch.device) -> Mapping[str, Tensor]:

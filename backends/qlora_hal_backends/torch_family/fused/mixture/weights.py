@@ -43,6 +43,7 @@ class MixtureWeights:
     """All that is constant in the experts of one layer, and where their adapters come from and their gradients go."""
 
     router: Tensor  # [E, D]
+    shared_gate: Tensor | None  # [1, D]
     into: StackWeights  # gate and up
     out: StackWeights  # down
     adapter: Placements
