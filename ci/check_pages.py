@@ -1,9 +1,9 @@
 """Look at the pages that this project writes as a browser does: `python ci/check_pages.py --out docs/runs/pages.json`.
 
-The report of a run and the page of a certificate are opened in headless Chromium, on a phone and on a desktop, light
-and dark, with everything unfolded. axe-core must find nothing, nothing may be wider than the screen, and no page
-heavier than 150 kB. It takes a kept run, the same run in progress, and 20,000 steps of it; files named as arguments are
-looked at besides, such as the `report.html` of `qlora-hal conformance`.
+The report of a run, the comparison of two and the page of a certificate are opened in headless Chromium, on a phone and
+on a desktop, light and dark, with everything unfolded. axe-core must find nothing, nothing may stand out of the screen,
+and no page be heavier than 150 kB. It takes a kept run, the same run in progress, 20,000 steps of it, the comparison
+with another kept run, and the certificates of docs/certificates; files named as arguments are looked at besides.
 
 Needs `pip install playwright axe-playwright-python` and a Chromium (CHROMIUM names it, or it is on PATH).
 """
@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -23,9 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from qlora_hal.report.html import write_report
+from qlora_hal_conformance.journal import result_from_json
+from qlora_hal_conformance.report.html import html_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = ROOT / "docs" / "runs" / "cpu_demo"
+OTHER_RUN = ROOT / "docs" / "runs" / "h200_demo"
 SCREENS = {"phone": (390, 844), "desktop": (1280, 900)}
 SCHEMES = ("light", "dark")
 LONG_RUN = 20_000
@@ -44,8 +48,14 @@ class Look:
     too_wide: int
 
     @property
-    def holds(self) -> bool:
-        return not self.violations and self.too_wide <= 0 and self.bytes < HEAVIEST_BYTES
+    def wrong(self) -> list[str]:
+        """What is wrong with it, in words; nothing where it is right."""
+        found = list(self.violations)
+        if self.too_wide > 0:
+            found.append(f"{self.too_wide} px too wide")
+        if self.bytes >= HEAVIEST_BYTES:
+            found.append(f"as heavy as {HEAVIEST_BYTES} bytes or more")
+        return found
 
 
 def main() -> int:
@@ -55,26 +65,39 @@ def main() -> int:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         pages = {
-            **dict(pages_of_a_run(Path(folder))),
+            **dict(pages_of_runs(Path(folder))),
+            **dict(pages_of_certificates(Path(folder))),
             **{f"{p.parent.name}/{p.name}": p.resolve() for p in given.pages},
         }
         looks, browser = looked_at(pages)
     for look in looks:
-        state = "right" if look.holds else f"WRONG: {', '.join(look.violations)}, {look.too_wide} px too wide"
+        state = f"WRONG: {', '.join(look.wrong)}" if look.wrong else "right"
         print(f"{look.page}, {look.screen}, {look.scheme}: {look.bytes} bytes, {state}")
     if given.out:
         command = " ".join(["python ci/check_pages.py", *(f"{p.parent.name}/{p.name}" for p in given.pages)])
         record = {"command": command, "browser": browser, "axe-playwright-python": version("axe-playwright-python")}
         given.out.write_text(json.dumps({**record, "looks": [asdict(look) for look in looks]}, indent=1) + "\n")
-    return 0 if all(look.holds for look in looks) else 1
+    return 1 if any(look.wrong for look in looks) else 0
 
 
-def pages_of_a_run(folder: Path) -> Iterator[tuple[str, Path]]:
+def pages_of_runs(folder: Path) -> Iterator[tuple[str, Path]]:
     for name, in_progress, steps in (("run", False, None), ("in progress", True, None), ("long", False, LONG_RUN)):
         run = shutil.copytree(RUN, folder / name)
         if steps is not None:
             lengthen(run / "metrics.jsonl", steps)
         yield f"report of a run ({name})", write_report(run, in_progress=in_progress)
+    comparison = folder / "comparison.html"
+    command = [sys.executable, "-m", "qlora_hal", "compare", str(RUN), str(OTHER_RUN), "--page", str(comparison)]
+    subprocess.run(command, check=True, capture_output=True)
+    yield "comparison of two runs", comparison
+
+
+def pages_of_certificates(folder: Path) -> Iterator[tuple[str, Path]]:
+    for certificate in sorted((ROOT / "docs" / "certificates").glob("*.json")):
+        document = json.loads(certificate.read_text(encoding="utf-8"))
+        page = folder / f"{certificate.stem}.html"
+        page.write_text(html_text(document, [result_from_json(case) for case in document["cases"]]), encoding="utf-8")
+        yield f"certificate {certificate.stem}", page
 
 
 def lengthen(log: Path, steps: int) -> None:

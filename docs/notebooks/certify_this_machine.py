@@ -5,8 +5,9 @@
 # passes leaves a certificate, which is a row of the support table. On a free GPU (a T4 of a notebook service) the whole
 # suite runs here; nothing is downloaded, its models are small and drawn at random.
 #
-# Install into the environment of this kernel, then restart it: `pip install "qlora-hal[cuda,conformance]"`, with `rocm`
-# or `mlx` in the place of `cuda` elsewhere ([page](../certify_your_machine.md)).
+# Install into the environment of this kernel, then restart it:
+# `pip install "qlora-hal[cuda,conformance] @ git+https://github.com/OWNER/qlora-hal"`, with `rocm` or `mlx` in the
+# place of `cuda` elsewhere ([page](../certify_your_machine.md)).
 
 # %%
 import json

@@ -4,7 +4,7 @@
 # A small model is fine-tuned on rows in memory, judged, asked, and merged. Everything here runs on a CPU in a minute
 # or two and downloads nothing; on a GPU only `backend` changes.
 #
-# Install into the environment of this kernel: `pip install "qlora-hal[cpu]"`.
+# Install into the environment of this kernel: `pip install "qlora-hal[cpu] @ git+https://github.com/OWNER/qlora-hal"`.
 
 # %%
 import json
