@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return status
         if isinstance(output.problem, BrokenPipeError):  # `qlora-hal schema | head` has what it wanted
             return 0
-        return reported(output_error(output.problem), as_json=False)
+        return reported(output_error(output.why), as_json=False)
 
 
 def _status(tokens: list[str], *, as_json: bool) -> int:

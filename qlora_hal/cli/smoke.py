@@ -47,7 +47,15 @@ class StopAfterFirstStep:
             signal.raise_signal(signal.SIGTERM)
 
 
-def run_smoke(settings: ResolvedSettings, *, json: bool, verify: bool = False) -> int:
+def run_smoke(
+    settings: ResolvedSettings,
+    *,
+    json: bool = False,
+    quiet: bool = False,
+    overwrite: bool = False,
+    force_unlock: bool = False,
+    verify: bool = False,
+) -> int:
     """Train, be stopped, resume to the end, answer a prompt. Raises what any of these raises."""
     from qlora_hal import api
     from qlora_hal.cli.json_output import kept_for_json
@@ -56,10 +64,17 @@ def run_smoke(settings: ResolvedSettings, *, json: bool, verify: bool = False) -
 
     with kept_for_json(json), _output_folder(settings) as folder:
         short = resolve_settings(settings, flags={**_SHORT, "output_dir": str(folder)})
-        console = RunConsole(json=json)
+        console = RunConsole(quiet=quiet, json=json)
         stopped_at = 0
         try:
-            result = api.train(short, observers=(StopAfterFirstStep(),), overwrite=True, console=console)
+            result = api.train(
+                short,
+                observers=(StopAfterFirstStep(),),
+                overwrite=overwrite,
+                force_unlock=force_unlock,
+                verify=verify,
+                console=console,
+            )
         except StoppedError as stopped:
             step = stopped.context.get("step")
             stopped_at = step if isinstance(step, int) else 0
@@ -92,8 +107,9 @@ def run_smoke(settings: ResolvedSettings, *, json: bool, verify: bool = False) -
 
 @contextmanager
 def _output_folder(settings: ResolvedSettings) -> Iterator[Path]:
-    """The folder that the user gave, or a temporary one that goes afterwards."""
-    if settings.config.output_dir and settings.origins["output_dir"] != "demo":
+    """The folder that this command names, or a temporary one that goes afterwards: that of a settings file is for the
+    run itself."""
+    if settings.config.output_dir and settings.origins["output_dir"].startswith("command line"):
         yield Path(settings.config.output_dir)
         return
     folder = Path(mkdtemp(prefix="qlora-hal-smoke-"))

@@ -25,13 +25,13 @@ def usable_streams() -> Iterator[LastingStream]:
         sys.stdout, sys.stderr = before
 
 
-def output_error(problem: OSError) -> StorageError:
+def output_error(why: str) -> StorageError:
     """A result that was asked for and is not out."""
     return StorageError(
         "QH-S11",
         "The result could not be written to standard output.",
         where="standard output",
-        cause=os.strerror(problem.errno) if problem.errno else str(problem),
+        cause=why,
         fix="Redirect it to a file or a pipe that can be written; everything else the command had to do is done.",
     )
 

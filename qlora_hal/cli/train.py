@@ -14,7 +14,7 @@ from qlora_hal.cli.arguments import DevicesOption, RestartsOption, Switch, as_de
 from qlora_hal.cli.flags import with_settings
 from qlora_hal.cli.settings import resolved, settings_as_json, settings_as_text
 from qlora_hal.config.resolve import ResolvedSettings
-from qlora_hal.errors import UnsupportedFeatureError
+from qlora_hal.errors import ConfigError, UnsupportedFeatureError
 from qlora_hal.errors.terminal_text import json_line, show, show_json
 
 if TYPE_CHECKING:
@@ -55,6 +55,9 @@ def train(
     flags: Mapping[str, object],
 ) -> int:
     """Train an adapter: qlora-hal train run.yaml, or qlora-hal train --model M --data D --output_dir O."""
+    _refuse_several_ends(
+        {"--print-config": print_config, "--show-batch": show_batch, "--smoke": smoke, "--dry-run": dry_run}
+    )
     settings = resolved(config, flags, demo=demo)
     if (devices is not None or max_restarts) and (print_config or show_batch or smoke):
         raise nothing_for_devices("--print-config" if print_config else "--show-batch" if show_batch else "--smoke")
@@ -67,7 +70,9 @@ def train(
     if smoke:
         from qlora_hal.cli.smoke import run_smoke
 
-        return run_smoke(settings, json=json, verify=verify)
+        return run_smoke(
+            settings, json=json, quiet=quiet, overwrite=overwrite, force_unlock=force_unlock, verify=verify
+        )
     from qlora_hal import api
     from qlora_hal.cli.json_output import kept_for_json
     from qlora_hal.report.console import RunConsole
@@ -89,6 +94,19 @@ def train(
     elif dry_run:
         show(plan_as_text(result))
     return 0
+
+
+def _refuse_several_ends(asked: Mapping[str, bool]) -> None:
+    """Each of these flags does something other than to train. Raises ConfigError QH-U04 for two of them: one would be
+    passed over, and --dry-run promises that nothing is written."""
+    given = [flag for flag, is_given in asked.items() if is_given]
+    if len(given) > 1:
+        raise ConfigError(
+            "QH-U04",
+            f"{' and '.join(given)} are mutually exclusive: each does something else in the place of the run.",
+            where="command line",
+            fix="Give one of them at a time.",
+        )
 
 
 def nothing_for_devices(flag: str) -> UnsupportedFeatureError:

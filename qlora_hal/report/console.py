@@ -258,7 +258,7 @@ class RunConsole:
         (self._live.console if self._live else self._console).print(content, soft_wrap=True)
         if self._stream.problem is not None and not self._told_of_loss:
             self._told_of_loss = True
-            self.notes.append(f"standard error can no longer be written ({self._stream.problem.strerror})")
+            self.notes.append(f"standard error can no longer be written ({self._stream.why})")
 
     def _show_live(self, step: int, total: int, parts: Sequence[str]) -> None:
         from rich.live import Live

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from small_runs import SMALL, merged
 
+from qlora_hal.report.console import RunConsole
 from qlora_hal.report.lasting_stream import LastingStream
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
@@ -73,6 +74,36 @@ def test_a_stream_that_fails_is_written_to_no_more_and_says_what_was_wrong() -> 
         stream.flush()
         assert not stream.isatty()
     # closing it did not raise: its descriptor leads nowhere by now
+
+
+def test_a_stream_that_the_program_closed_is_written_to_no_more() -> None:
+    closed = io.StringIO()
+    closed.close()
+    stream = LastingStream(closed)
+    assert not stream.isatty()
+    assert stream.write("abc") == 3
+    stream.flush()
+    assert stream.why == "I/O operation on closed file"
+
+
+def test_what_the_encoding_of_a_stream_has_no_form_for_is_escaped() -> None:
+    for encoding, written in (("ascii", rb"\xfc \u2581"), ("cp1252", b"\xfc \\u2581"), ("utf-8", "ü ▁".encode())):
+        held = io.BytesIO()
+        stream = LastingStream(io.TextIOWrapper(held, encoding=encoding))
+        stream.write("ü ▁")
+        stream.flush()
+        assert (held.getvalue(), stream.problem) == (written, None)
+
+
+def test_a_stream_that_raises_anything_ends_nothing() -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise RuntimeError("the window is gone")
+
+    console = RunConsole(stream=Gone(), environ={})
+    console.note("first")
+    console.note("second")
+    assert console.notes == ["first", "standard error can no longer be written (the window is gone)", "second"]
 
 
 def test_without_any_stream_nothing_is_written_and_nothing_fails() -> None:
