@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         output.flush()
         if output.problem is None or status != 0 or isinstance(output.problem, BrokenPipeError):
             return status  # a reader that left, as `head` does, has what it wanted
-        error = output_error(output.problem)
+        error = output_error(output.why)
         print(error, file=sys.stderr)
         return error.exit_status
 

@@ -127,11 +127,13 @@ def remedy(
 
     if (found := peak({}).high) <= memory_bytes:
         return Remedy((), found, fits=True)
+    if accumulation is not None and of_rows is None:
+        rows_of_step = batch * accumulation  # that number of rows, and not the next larger one
     for rows in _halves(batch):
         if rows_of_step is not None and rows_of_step % rows:
             continue
         words = f"micro-batches of {rows} row{'s' if rows > 1 else ''}"
-        of_step = {} if accumulation is None else {ACCUMULATION: -(-batch * accumulation // rows)}
+        of_step = {} if accumulation is None else {ACCUMULATION: batch * accumulation // rows}
         taken = [Step(words, of_rows(rows) if of_rows else {BATCH: rows, **of_step})]
         if (found := peak(settings()).high) <= memory_bytes:
             return Remedy(tuple(taken), found, fits=True)

@@ -85,6 +85,17 @@ def test_the_cheapest_settings_come_first(memory: float, words: str, settings: d
     assert found.high == peak(settings).high <= memory * GIB
 
 
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "most", "rows"), [(5, 1, 3, 1), (6, 1, 3, 3), (3, 2, 2, 2), (9, 1, 5, 3)]
+)
+def test_smaller_micro_batches_leave_the_rows_of_a_step_as_they_are(
+    batch: int, accumulation: int, most: int, rows: int
+) -> None:
+    memory = peak({BATCH: most}).high
+    found = remedy(peak, memory, batch, accumulation, 1024, [])
+    assert (found.fits, found.settings) == (True, {BATCH: rows, ACCUMULATION: batch * accumulation // rows})
+
+
 def test_what_no_setting_makes_fit_is_said_with_the_least() -> None:
     found = remedy(peak, 4 * GIB, 8, 2, 1024, [EIGHT_BIT_MOMENTS])
     assert not found.fits
