@@ -65,6 +65,8 @@ def _can_be_factor(factor: float) -> bool:
     return math.isfinite(factor) and factor > 0
 
 
+MOST_FIGURES, LONGEST_NAME = 500, 100
+"""Of an evaluation: its line in metrics.jsonl is read back within bounds."""
 OWN_FIGURES = frozenset({"loss", "tokens"})
 """An evaluation's line in metrics.jsonl has its own `eval_loss` and `eval_tokens`."""
 
@@ -217,7 +219,7 @@ class Hooks:
                 if why := _unfit_figure(str(name), value, figures):
                     self._note(f"metric {name} is left out: {why}")
                 else:
-                    figures[str(name)] = value
+                    figures[str(name)] = float(value)
         return figures
 
     def steering(self) -> list[str]:
@@ -275,6 +277,10 @@ def _unfit_figure(name: str, value: object, others: Mapping[str, float]) -> str:
     """Why a figure of a model cannot be kept under its name; empty where it can."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return f"it is a {type(value).__name__}, not a number"
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        return "it is larger than any number with a point"
+    if len(name) > LONGEST_NAME or len(others) >= MOST_FIGURES:
+        return f"at most {MOST_FIGURES} are kept, with names of up to {LONGEST_NAME} characters"
     if name in OWN_FIGURES:
         return f"eval_{name} is a figure of the run itself"
     return "another observer gives one of that name" if name in others else ""

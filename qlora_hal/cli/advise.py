@@ -69,6 +69,7 @@ def memory_bytes(text: str) -> int:
 def _situation(config: RunConfig, memory: int | None, given_length: int | None) -> Situation:
     from qlora_hal.adapter.targets import resolve_targets
     from qlora_hal.config.resolve import resolve_settings
+    from qlora_hal.data.prepare import refuse_long_sequences
     from qlora_hal.detect.discovery import listed, reports
     from qlora_hal.detect.hardware import inventory
     from qlora_hal.detect.requirements import quantization_of
@@ -85,6 +86,8 @@ def _situation(config: RunConfig, memory: int | None, given_length: int | None) 
         config_is_enough=not (config.data.path or config.data.sources),
     )
     facts = source.facts
+    if given_length is not None:
+        refuse_long_sequences(config.data, facts.max_position_embeddings)
     probed = reports(listed())
     spec = _backend(config, source, probed, on_this_machine=memory is None)
     report = next((report for report in probed if report.backend == spec.name and report.ready), None)

@@ -134,6 +134,17 @@ def resolve_settings(
     return _validated(layers)
 
 
+def revalidated(config: object, origin: str) -> RunConfig:
+    """A configuration that code has made, which pydantic checks only when it is asked to. Raises ConfigError QH-U01."""
+    if not isinstance(config, RunConfig):
+        expected = f"a RunConfig is expected, not a value of type {type(config).__name__}"
+        raise config_error([Problem("config", origin, config, expected)])
+    try:
+        return RunConfig.model_validate(config.model_dump(warnings=False))
+    except ValidationError as error:
+        raise config_error(problems_of_validation(error, dict.fromkeys(settings(), origin))) from error
+
+
 def require_settings(config: RunConfig, *paths: str) -> None:
     """Refuse a configuration in which one of these is empty, naming all that are. Raises ConfigError QH-U12."""
     values = dict(flatten_config(config))

@@ -33,6 +33,9 @@ from qlora_hal.formats.record import LEVELS
 SMALLEST_FLOAT32, LARGEST_FLOAT32 = 2.0**-126, (2.0 - 2.0**-23) * 2.0**127
 """The normal numbers of float32, in which an adapter is updated on every backend."""
 
+MOST_SEQUENCES = 2**40
+"""Of a step. On all devices that one run may have there are still fewer than a record can count, and than a float."""
+
 
 def _fits_64_bits(number: int) -> int:
     # Files of a run hold no others.
@@ -404,11 +407,15 @@ class RunConfig(_Part):
         step."""
         if self.training.tokens_per_batch is None:
             return self.training.per_device_train_batch_size
+        return min(self.training.tokens_per_batch // self.data.max_seq_length, self._rows_of_a_step)
+
+    @property
+    def _rows_of_a_step(self) -> int:
+        """On one device, or over all of them."""
         training = self.training
-        of_step = training.global_batch_size or (
+        return training.global_batch_size or (
             training.per_device_train_batch_size * training.gradient_accumulation_steps
         )
-        return min(self.training.tokens_per_batch // self.data.max_seq_length, of_step)
 
     def with_rows(self, rows: int) -> RunConfig:
         """The same with micro-batches of so many full rows."""
@@ -431,6 +438,12 @@ class RunConfig(_Part):
         if training.global_batch_size and training.gradient_accumulation_steps != 1:
             raise ValueError(
                 "training.global_batch_size and training.gradient_accumulation_steps are mutually exclusive"
+            )
+        if (rows := self._rows_of_a_step) > MOST_SEQUENCES:
+            named = "global_batch_size" if training.global_batch_size else "per_device_train_batch_size"
+            raise ValueError(
+                f"training.{named} makes a step of {rows} sequences, with what is accumulated; at most "
+                f"{MOST_SEQUENCES} are expected"
             )
         if training.tokens_per_batch and training.tokens_per_batch < data.max_seq_length:
             raise ValueError(

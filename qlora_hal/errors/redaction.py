@@ -7,13 +7,16 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+REMOVED = "[removed]"
+"""What stands in the place of a secret."""
+
 
 def redacted(value: object, secrets: Sequence[str] | None = None) -> object:
     """The value with secrets replaced and the home folder written as `~`, through all lists and mappings."""
     known = environment_secrets(os.environ) if secrets is None else secrets
     if isinstance(value, Mapping):
         return {
-            _redacted_text(str(key), known): "[removed]"
+            _redacted_text(str(key), known): REMOVED
             if _SECRET_KEY.search(str(key)) and isinstance(item, str)
             else redacted(item, known)
             for key, item in value.items()
@@ -89,8 +92,8 @@ _LOGIN_PASSWORD = re.compile(r"://[^\s/@:]*:([^\s\"'<>]+)@")
 
 def _redacted_text(text: str, secrets: Sequence[str]) -> str:
     for secret in secrets:
-        text = text.replace(secret, "[removed]")
-    text = _WEB_TOKEN.sub(_without_web_token, _SECRET_TEXT.sub("[removed]", text))
+        text = text.replace(secret, REMOVED)
+    text = _WEB_TOKEN.sub(_without_web_token, _SECRET_TEXT.sub(REMOVED, text))
     text = _WORDS.sub(_without_login, text)
     text = _SECRET_PAIR.sub(r"\1[removed]", text)
     home = str(Path.home())
@@ -100,7 +103,7 @@ def _redacted_text(text: str, secrets: Sequence[str]) -> str:
 
 
 def _without_web_token(match: re.Match[str]) -> str:
-    return "[removed]" if match.group(1) else match.group()
+    return REMOVED if match.group(1) else match.group()
 
 
 def _without_login(match: re.Match[str]) -> str:

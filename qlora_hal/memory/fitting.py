@@ -214,9 +214,11 @@ def smaller_batches(
     step has, whatever the micro-batch. `of_rows` are the settings that cut micro-batches without changing the rows of a
     step, where there are such. `rows_of_step` is a number that micro-batches have to divide."""
     yield AS_IT_IS
+    if accumulation is not None and of_rows is None:
+        rows_of_step = batch * accumulation  # that number of rows, and not the next larger one
     for rows in halves(batch):
         if rows_of_step is None or rows_of_step % rows == 0:
-            of_step = {} if accumulation is None else {ACCUMULATION: -(-batch * accumulation // rows)}
+            of_step = {} if accumulation is None else {ACCUMULATION: batch * accumulation // rows}
             words = f"micro-batches of {rows} row{'s' if rows > 1 else ''}"
             yield Step(words, of_rows(rows) if of_rows else {BATCH: rows, **of_step})
 

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 Record = Mapping[str, object]
 
-_LONGEST_LINE = 64 * 1024
-"""A line of a step has some 300 bytes."""
+_LONGEST_LINE = 512 * 1024
+"""A line of a step has some 300 bytes; that of an evaluation as many figures as `hooks.MOST_FIGURES`."""
 
 
 def step_record(

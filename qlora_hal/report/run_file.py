@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 RUN_FILE = "run.json"
+_BEYOND_COUNTING = 2**63
+"""Such whole numbers are no longer read: an estimate can reach it, of rows that are longer than any memory is large."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +244,8 @@ def _plain(value: object) -> object:
         return [_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
+    if isinstance(value, int) and abs(value) >= _BEYOND_COUNTING:
+        return float(value)
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from qlora_hal.errors import ConfigError, UnsupportedFeatureError
@@ -46,7 +46,22 @@ def number(value: object, name: str) -> float:
 
 
 def observers_with(metrics: Mapping[str, Metric] | None, observers: Sequence[object]) -> tuple[object, ...]:
-    """The observers of a call, one for each of its metrics among them."""
+    """The observers of a call, one for each of its metrics among them. Raises ConfigError QH-U20 and QH-U41 for what is
+    no list of the ones, and no mapping of names to the others."""
+    if isinstance(observers, str) or not isinstance(observers, Iterable):
+        raise ConfigError(
+            "QH-U20",
+            f"observers is a value of type {type(observers).__name__}; a list of observers was expected.",
+            where="observers",
+            fix="Put it into a list: observers=[observer].",
+        )
+    if not isinstance(metrics, Mapping | None):
+        raise ConfigError(
+            "QH-U41",
+            f"metrics is a value of type {type(metrics).__name__}; a mapping of names to functions was expected.",
+            where="metrics",
+            fix='Give it as metrics={"exact_match": function}, where function(model) returns a number.',
+        )
     return (*observers, *(MetricFunction(name, function) for name, function in (metrics or {}).items()))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -102,7 +102,7 @@ class RunRecordFile:
                 "steps": self._steps,
                 "tokens": self._tokens,
                 "timings": self._timings(),
-                "notes": tuple(dict.fromkeys((*self._earlier.notes, *self._console.notes))),
+                "notes": _kept_notes((*self._earlier.notes, *self._console.notes)),
                 **facts,
             },
         )
@@ -149,6 +149,17 @@ class RunRecordFile:
         earlier = self._earlier.peak_memory_bytes
         same = self._earlier.resolved.get("device") == self._record.resolved.get("device")
         return max(peak, earlier) if same and peak is not None and earlier is not None else peak
+
+
+MOST_NOTES = 1000
+"""In run.json, which is written anew at each save and read within bounds. A run may tell something of each step."""
+_MORE_NOTES = "there were more notes, which this record leaves out"
+
+
+def _kept_notes(notes: Sequence[str]) -> tuple[str, ...]:
+    """Each once, the first of them where there are too many."""
+    once = [note for note in dict.fromkeys(notes) if note != _MORE_NOTES]
+    return tuple(once) if len(once) <= MOST_NOTES and _MORE_NOTES not in notes else (*once[:MOST_NOTES], _MORE_NOTES)
 
 
 def first_record(config: RunConfig, origins: Mapping[str, str], prepared: PreparedRun) -> RunRecord:

@@ -3,7 +3,7 @@ that it was made from is still the same."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from qlora_hal.checkpoint import latest_state
 from qlora_hal.checkpoint.reading import kept_record, unfinished_notes
 from qlora_hal.detect import discovery
 from qlora_hal.errors import CheckpointError
+from qlora_hal.errors.redaction import REMOVED
 from qlora_hal.model.source import plan_model
 from qlora_hal.model.verifying import base_config_hash
 from qlora_hal.report.run_file import given_config
@@ -44,6 +45,16 @@ def newest_state(directory: RunDirectory, console: RunConsole) -> TrainingState:
         console.note(note)
     console.note(f"resumed from step {state.step}")
     return state
+
+
+def settings_without_secrets(config: Mapping[str, object]) -> list[str]:
+    """The settings of a record that it does not hold as they were given: a token, or a secret of the environment, was
+    taken out."""
+
+    def texts(value: object) -> list[str]:
+        return [value] if isinstance(value, str) else list(map(str, value)) if isinstance(value, list) else []
+
+    return [key for key, value in flat_settings(config) if any(REMOVED in text for text in texts(value))]
 
 
 def settings_on_backend(

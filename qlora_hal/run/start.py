@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_hal.checkpoint.reading import checkpoints
-from qlora_hal.config.resolve import require_settings
+from qlora_hal.config.resolve import require_settings, revalidated
 from qlora_hal.config.schema import ParallelConfig
 from qlora_hal.contract.dropout import MASKS
 from qlora_hal.contract.world import World
 from qlora_hal.data.source.in_memory import GivenRows
 from qlora_hal.data.source.reading import blamed_on, has_splits, refuse_absent, validation_files
 from qlora_hal.errors import ConfigError, QloraHalError, figures
+from qlora_hal.errors.redaction import REMOVED
 from qlora_hal.files.refused_paths import named_path
 from qlora_hal.hooks import Hooks
 from qlora_hal.memory.estimate import spread_over
@@ -51,6 +52,7 @@ from qlora_hal.run.resumption import (
     check_same_run,
     newest_state,
     settings_on_backend,
+    settings_without_secrets,
     with_new_paths,
     with_saved_targets,
 )
@@ -94,7 +96,7 @@ def run_new(
             console.note(note_on_validation)
         told = [*observers_for(settings.config.training.report_to), *observers] if world.rank == 0 else []
         hooks = Hooks(told, note=console.note, tells=world.rank == 0)
-        config = hooks.ready_config(settings.config)
+        config = revalidated(hooks.ready_config(settings.config), "qlora_hal_config_ready")
         check_observers(observers, world, evaluates=_evaluates(config.data, has_rows=given_rows.validation is not None))
         recorded = given_config(with_absolute_paths(config))
         if dry_run:
@@ -274,6 +276,10 @@ def run_resumed(
             return ended
         given = relocation.applied(read_run_config(read_from.path, trust_remote_code=trust_remote_code))
         rows = GivenRows.kept(read_from.path)
+        if without := settings_without_secrets(given_config(given)):
+            console.note(
+                f"{', '.join(without)}: what looked like a secret is not in run.json, and {REMOVED} stands in its place"
+            )
         require_paths(given, run_dir, reads_data=rows.train is None)
         record = with_new_paths(record_from(directory.content), relocation, given)
         told = [*observers_for(given.training.report_to), *observers] if world.rank == 0 else []

@@ -10,7 +10,7 @@ import pytest
 
 from qlora_hal.cli.settings import resolved
 from qlora_hal.config.fields import settings
-from qlora_hal.config.resolve import require_settings, resolve_settings
+from qlora_hal.config.resolve import require_settings, resolve_settings, revalidated
 from qlora_hal.config.schema import RunConfig
 from qlora_hal.errors import ConfigError, UnsafeInputError
 
@@ -536,3 +536,30 @@ def test_the_demo_alone_is_as_it_was() -> None:
     assert (config.training.max_steps, config.training.eval_steps) == (200, 50)
     assert config.data.validation_path
     assert config.training.sample_prompts
+
+
+@pytest.mark.fault("U01")
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"per_device_train_batch_size": 2**62}, "per_device_train_batch_size"),
+        ({"per_device_train_batch_size": 2**21, "gradient_accumulation_steps": 2**20}, "per_device_train_batch_size"),
+        ({"global_batch_size": 2**40 + 1}, "global_batch_size"),
+    ],
+)
+def test_a_step_of_more_sequences_than_a_record_can_count_is_refused(settings: dict[str, int], named: str) -> None:
+    with pytest.raises(ConfigError, match=rf"training.{named} makes a step of \d+ sequences") as caught:
+        resolve_settings({"training": settings}, environ={})
+    assert caught.value.where == "config argument"
+
+
+@pytest.mark.fault("U01")
+def test_a_configuration_that_code_has_made_is_held_against_the_schema() -> None:
+    config = RunConfig()
+    assert revalidated(config, "a plugin") == config
+    wrong = config.model_copy(update={"training": config.training.model_copy(update={"max_steps": -5})})
+    with pytest.raises(ConfigError, match=r"training.max_steps = -5: a whole number above 0 is expected") as caught:
+        revalidated(wrong, "a plugin")
+    assert caught.value.where == "a plugin"
+    with pytest.raises(ConfigError, match="a RunConfig is expected, not a value of type dict"):
+        revalidated({}, "a plugin")

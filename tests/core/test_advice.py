@@ -142,6 +142,13 @@ def test_rows_are_counted_as_far_as_the_model_reads(tmp_path: Path, capsys: pyte
     assert advice["rank"].startswith("3,002 trained tokens")
 
 
+@pytest.mark.fault("D54")
+def test_a_length_that_the_model_has_no_positions_for_is_not_advised(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["advise", "--model", str(model_path()), "--memory", "24GB", "--data.max_seq_length", "100000"]
+    assert main(words) == 2
+    assert "error[QH-D54]: data.max_seq_length is 100000" in capsys.readouterr().err
+
+
 def test_a_length_that_is_given_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["advise", "--model", str(model_path()), "--data", str(data_path("validation")), "--memory", "24GB"]
     assert main([*words, "--data.max_seq_length", "48", "--backend", "cpu_torch", "--json"]) == 0

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from small_runs import SMALL, merged
 
 import qlora_hal
-from qlora_hal import train
+from qlora_hal import resume, train
+from qlora_hal.config.schema import RunConfig
 from qlora_hal.errors import ConfigError
 from qlora_hal.hooks import Hooks, hookimpl
 
@@ -47,6 +49,40 @@ def test_an_observer_that_would_never_be_called_is_refused(observer: object, pro
     with pytest.raises(ConfigError, match=f"QH-U20.*Observer 1 {problem}") as caught:
         Hooks([observer])
     assert "<" not in caught.value.message
+
+
+@pytest.mark.fault("U20", "U41")
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"observers": Unmarked()}, r"QH-U20.*observers is a value of type Unmarked; a list of observers"),
+        ({"observers": None}, r"QH-U20.*observers is a value of type NoneType"),
+        ({"observers": "wandb"}, r"QH-U20.*observers is a value of type str"),
+        ({"metrics": [len]}, r"QH-U41.*metrics is a value of type list; a mapping of names to functions"),
+    ],
+)
+def test_what_is_no_list_of_observers_and_no_mapping_of_metrics_is_refused(
+    given: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        train(merged(SMALL, {"output_dir": str(tmp_path / "run")}), **given)
+    with pytest.raises(ConfigError, match=problem):
+        resume(tmp_path / "run", **given)
+    assert not (tmp_path / "run").exists()
+
+
+class NoSteps:
+    @hookimpl
+    def qlora_hal_config_ready(self, config: RunConfig) -> RunConfig:
+        return config.model_copy(update={"training": config.training.model_copy(update={"max_steps": -5})})
+
+
+@pytest.mark.fault("U01")
+def test_a_configuration_of_a_plugin_is_held_against_the_schema(tmp_path: Path) -> None:
+    settings = merged(SMALL, {"output_dir": str(tmp_path / "run")})
+    with pytest.raises(ConfigError, match=r"QH-U01.*training.max_steps = -5") as caught:
+        train(settings, observers=[NoSteps()], dry_run=True, quiet=True)
+    assert caught.value.where == "qlora_hal_config_ready"
 
 
 def test_the_observer_of_the_page_prints_every_step(

@@ -279,3 +279,17 @@ def test_checkpoint_knows_the_epoch_it_was_saved_in(settings: dict[str, Any]) ->
     found = {step: load_checkpoint(path).epoch for step, path in checkpoints(result.run_dir)}
     assert found == {step: epochs[step] for step in found}
     assert found[6] > 0
+
+
+@pytest.mark.fault("X11")
+def test_a_resume_says_which_settings_the_record_does_not_hold_as_they_were_given(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DB_PASSWORD", "postgres")
+    settings["training"]["sample_prompts"] = ["How is postgres started?"]
+    with pytest.raises(StoppedError):
+        train(settings, observers=[StopAfter(2)])
+    resumed = resume(settings["output_dir"])
+    assert [sample["prompt"] for sample in resumed.samples] == ["How is [removed] started?"]
+    told = "training.sample_prompts: what looked like a secret is not in run.json, and [removed] stands in its place"
+    assert told in resumed.notes

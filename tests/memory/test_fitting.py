@@ -164,6 +164,19 @@ def test_shorter_rows_are_the_last_that_is_advised() -> None:
     assert found.settings == {BATCH: 1, RECOMPUTE: "full", "training.optim": "adamw_8bit", LENGTH: 512}
 
 
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "rows"), [(5, 1, [1]), (6, 1, [3, 2, 1]), (3, 2, [2, 1]), (9, 1, [3, 1]), (4, 2, [2, 1])]
+)
+def test_smaller_micro_batches_leave_the_rows_of_a_step_as_they_are(
+    batch: int, accumulation: int, rows: list[int]
+) -> None:
+    as_it_is, *smaller = smaller_batches(batch, accumulation)
+    assert not as_it_is.settings
+    assert [step.settings for step in smaller] == [
+        {BATCH: one, ACCUMULATION: batch * accumulation // one} for one in rows
+    ]
+
+
 def test_what_no_setting_makes_fit_is_said_with_the_least() -> None:
     found = remedy(peak, price, GIB // 4, CHOICES, 1024)
     assert not found.fits
