@@ -43,9 +43,12 @@ plan = qlora_hal.train(model_path(), rows, output_dir="runs/first", dry_run=True
 
 
 # %%
-def answer_length(model: qlora_hal.LoadedModel) -> float:
-    """How many words the model answers with."""
-    return len(model.generate("What does the command tail do?", max_new_tokens=32).split())
+QUESTION = "The synopsis of pv says: pv [OPTION] [FILE]...\nHow is pv called?"
+
+
+def names_pv(model: qlora_hal.LoadedModel) -> float:
+    """Whether the answer holds the call that the question tells."""
+    return float("pv [OPTION] [FILE]" in model.generate(QUESTION, max_new_tokens=32))
 
 
 result = qlora_hal.train(
@@ -55,7 +58,7 @@ result = qlora_hal.train(
     learning_rate=2e-3,
     r=8,
     eval_steps=10,
-    metrics={"answer_length": answer_length},
+    metrics={"names_pv": names_pv},
     **SETTINGS,
 )
 
@@ -74,12 +77,12 @@ result
 # %% [markdown]
 # ## Ask
 #
-# The base and its adapter, opened once. The small model knows commands of a shell; thirty steps teach it the form
-# of an answer rather than its content.
+# The base and its adapter, opened once, are asked what no row above holds. The small base only babbles; thirty steps
+# teach it to take its answer out of what the question says.
 
 # %%
 with qlora_hal.load("runs/first") as model:
-    for question in ("What does the command tail do?", "How do I count the lines of a file?"):
+    for question in (QUESTION, "If polenta is a thick mush made of cornmeal, what is polenta a kind of?"):
         base, tuned = model.answer(question, max_new_tokens=40)
         print(f"{question}\n  base:    {base!r}\n  adapter: {tuned!r}")
 
@@ -121,4 +124,4 @@ short.steps, short.stopped_because
 # %%
 merged = qlora_hal.merge("runs/first", "runs/merged", dtype="float32", quiet=True)
 with qlora_hal.load(merged.path) as model:
-    print(repr(model.generate("What does the command tail do?", max_new_tokens=40)))
+    print(repr(model.generate(QUESTION, max_new_tokens=40)))

@@ -84,10 +84,10 @@ _BOUNDED = _BoundedRepr()
 _BOUNDED.maxstring = _BOUNDED.maxother = 2 * _VALUE_WIDTH
 
 
-def config_error(problems: Sequence[Problem]) -> ConfigError:
-    """All problems as one QH-U01."""
+def config_error(problems: Sequence[Problem], way_on: str = "") -> ConfigError:
+    """All problems as one QH-U01. `way_on` is what to do, where that is not to correct each."""
     which = "it" if len(problems) == 1 else "them"
-    fix = f"Correct {which}; qlora-hal init writes every setting with its meaning."
+    fix = way_on or f"Correct {which}; qlora-hal init writes every setting with its meaning."
     context: dict[str, object] = {"problems": [problem.as_json() for problem in problems[:_MOST_TOLD]]}
     if len(problems) == 1:
         only = problems[0]

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 
 from pydantic import ValidationError
 
@@ -24,7 +25,7 @@ from qlora_hal.config.fields import (
 )
 from qlora_hal.config.files import BYTE_LIMIT, read_settings_file
 from qlora_hal.config.keywords import CommonSettings
-from qlora_hal.config.other_tools.hints import Hint, hint_for
+from qlora_hal.config.other_tools.hints import Hint, hint_for, tool_of
 from qlora_hal.config.problems import Problem, config_error, problems_of_validation
 from qlora_hal.config.schema import RunConfig
 from qlora_hal.errors import ConfigError
@@ -71,6 +72,7 @@ class _Layers:
     values: dict[str, object] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    way_on: str = ""
 
     def put(self, key: str, value: object, origin: str) -> None:
         setting = settings().get(key)
@@ -193,6 +195,10 @@ def _put_configuration(layers: _Layers, config: RunConfig | Mapping[str, object]
         layers.problems.append(Problem("config", "config argument", config, expected))
     else:
         file = read_settings_file(Path(config))
+        if tool := tool_of(file.values):
+            ours = "run.yaml" if Path(config).name != "run.yaml" else "ours.yaml"
+            command = f"qlora-hal init --from {quote(str(config))} {ours}"
+            layers.way_on = f"It is a configuration of {tool.title}; take it over by: {command}"
         _put_tree(layers, file.values.items(), file.origin)
 
 
@@ -332,9 +338,9 @@ def _validated(layers: _Layers) -> ResolvedSettings:
     try:
         config = RunConfig.model_validate(nest(layers.values))
     except ValidationError as error:
-        raise config_error([*layers.problems, *problems_of_validation(error, layers.origins)]) from error
+        raise config_error([*layers.problems, *problems_of_validation(error, layers.origins)], layers.way_on) from error
     if layers.problems:
-        raise config_error(layers.problems)
+        raise config_error(layers.problems, layers.way_on)
     return ResolvedSettings(config, {path: layers.origins.get(path, "default") for path in settings()})
 
 

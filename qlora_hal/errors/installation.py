@@ -4,6 +4,7 @@ bare name is right only for what came from a package index, and in an environmen
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -15,6 +16,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 DISTRIBUTION = "qlora-hal"
+_OF_AN_EXTRA = re.compile(r"(?P<package>[^;]+); (?:\((?P<marker>.+)\) and )?extra == '(?P<extra>[^']+)'")
+"""A requirement as hatchling writes it into the metadata."""
 
 
 def requirement(*extras: str) -> str:
@@ -59,16 +62,17 @@ def _is_gone(url: str) -> bool:
 
 
 def _packages(extras: Sequence[str]) -> Sequence[str]:
-    """What `extras` add to this distribution on this machine, those that they include among it."""
-    from packaging.requirements import Requirement  # huggingface_hub brings it
-
+    """What `extras` add to this distribution, those that they include among it; pip judges markers of the machine."""
     found: dict[str, None] = {}
-    for wanted in map(Requirement, distribution(DISTRIBUTION).requires or ()):
-        asked = [extra for extra in extras if wanted.marker and wanted.marker.evaluate({"extra": extra})]
-        if not asked or (wanted.marker and wanted.marker.evaluate({"extra": ""})):
+    for line in distribution(DISTRIBUTION).requires or ():
+        added = _OF_AN_EXTRA.fullmatch(line)
+        if added is None or added["extra"] not in extras:
             continue
-        wanted.marker = None
-        found |= dict.fromkeys(_packages(sorted(wanted.extras)) if wanted.name == DISTRIBUTION else [str(wanted)])
+        if included := re.fullmatch(rf"{DISTRIBUTION}\[(.+)\]", added["package"]):
+            found |= dict.fromkeys(_packages(included[1].split(",")))
+        else:
+            marker = f"; {added['marker']}".replace("'", '"') if added["marker"] else ""
+            found[f"{added['package']}{marker}"] = None
     return list(found)
 
 

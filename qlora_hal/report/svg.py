@@ -138,13 +138,14 @@ def _grid(scale: _Scale, number: Number) -> Iterable[str]:
         y = scale.y(value)
         yield f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
         yield f'<text class="tick" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(number(value))}</text>'
-    for value in round_ticks(scale.x_low, scale.x_high, 7):
-        if value == int(value):
-            x = scale.x(value)
-            anchor = "middle" if x < right - 2 * _RIGHT else "end"  # a centered one would leave the picture there
-            yield f'<text class="tick" x="{x:.1f}" y="{bottom + 18}" text-anchor="{anchor}">{int(value)}</text>'
+    whole = [value for value in round_ticks(scale.x_low, scale.x_high, 7) if value == int(value)]
+    for value in whole:
+        x = scale.x(value)
+        anchor = "middle" if x < right - 2 * _RIGHT else "end"  # a centered one would leave the picture there
+        # The word stands beside the last number: below it, both would overlap in the large letters of a phone.
+        told = f"step {int(value)}" if value == whole[-1] else int(value)
+        yield f'<text class="tick" x="{x:.1f}" y="{bottom + 18}" text-anchor="{anchor}">{told}</text>'
     yield f'<line class="axis" x1="{_LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>'
-    yield f'<text class="tick" x="{right}" y="{scale.height - 2}" text-anchor="end">step</text>'
 
 
 def round_ticks(low: float, high: float, wanted: int) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from installed_plugins import describe
 
-from qlora_hal.errors.installation import _requirement, install_line, is_from_index, pip, requirement
+from qlora_hal.errors.installation import _packages, _requirement, install_line, is_from_index, pip, requirement
 
 HERE = {"url": "file:///home/me/my%20work/qlora", "dir_info": {"editable": True}}
 BRANCH = {
@@ -72,7 +73,15 @@ Requires-Dist: qlora-hal[family]; extra == 'gptq'
 
     assert told() == f"'{sources}[gptq]'"
     sources.rmdir()
-    assert told() == "'gptqmodel[x]<8,>=7.6' 'torch>=2.8'"
+    packages_asked = ['far-away; sys_platform == "plan9"', "gptqmodel[x]<8,>=7.6", "torch>=2.8"]
+    assert shlex.split(told()) == packages_asked
+
+
+def test_every_extra_of_this_distribution_stands_for_packages() -> None:
+    """Of the metadata that this distribution really has."""
+    assert any(package.startswith("gptqmodel") for package in _packages(["gptq"]))
+    assert any(package.startswith("torch>=") for package in _packages(["gptq"]))  # of the extra that gptq includes
+    assert all("mlx" in package for package in _packages(["mlx"]))
 
 
 def test_several_extras_are_one_requirement() -> None:

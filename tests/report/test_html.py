@@ -208,9 +208,19 @@ def test_equal_values_and_a_single_point_can_be_drawn() -> None:
         ElementTree.fromstring(chart("x", [Curve("x", points)], number=str))
 
 
+def test_the_name_of_the_axis_stands_in_the_row_of_its_numbers() -> None:
+    """Below the last number it would cover it in the large letters of a phone."""
+    drawn = chart("Loss", [Curve("loss", [(step, 1.0 / step) for step in range(1, 21)])], number=str)
+    ticks = re.findall(r'class="tick" x="([\d.]+)" y="([\d.]+)" text-anchor="(?:end|middle)">(?:step )?(\d+)<', drawn)
+    rows = {y for _, y, told in ticks if told in ("5", "10", "15", "20")}
+    assert len(rows) == 1
+    assert drawn.count("step 20<") == 1
+    assert ">step<" not in drawn
+
+
 def test_each_step_of_a_chart_can_be_read() -> None:
     drawing = chart("x", [Curve("a", [(1.0, 2.0), (3.0, 4.0)]), Curve("b", [(2.0, 8.0)])], number="{:.1f}".format)
-    words = [text for text in re.findall(r"<text [^>]*>(.*?)</text>", drawing) if text.startswith("step ")]
+    words = [text for text in re.findall(r"<text [^>]*>(.*?)</text>", drawing) if re.match(r"step \d+: ", text)]
     assert words == ["step 1: a 2.0", "step 2: a 2.0, b 8.0", "step 3: a 4.0, b 8.0"]
 
 

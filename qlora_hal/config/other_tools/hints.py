@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from qlora_hal.config.fields import known_by_name, setting_by_letters
+from qlora_hal.config.fields import known_by_name, setting_by_letters, settings
 from qlora_hal.config.habits import remark
 from qlora_hal.config.other_tools.catalogue import TOOLS
 from qlora_hal.config.other_tools.tables import Fate, Key, Tool
@@ -14,6 +14,9 @@ from qlora_hal.config.other_tools.tables import Fate, Key, Tool
 _CALLS = frozenset({"LoraConfig", "BitsAndBytesConfig", "from_pretrained", "get_peft_model"})
 """Calls of scripts whose arguments people also write as settings. Those of others, as `load_dataset.name`, are words
 that mean too much."""
+
+
+_FEWEST_MARKS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,8 @@ def hint_for(name: str) -> Hint:
     A name that some tool has comes before one that is spelled alike: `train_on_eos` is not `data.train_on`.
     """
     name = name.lstrip("-").replace("-", "_")
+    if group := _groups().get(name):
+        return Hint(said=group, to_do="write those settings")
     if "." in name and (whole := _known().get(name)):
         return _foreign(*whole)
     if words := remark(name):
@@ -46,12 +51,33 @@ def hint_for(name: str) -> Hint:
     return Hint(setting_by_letters(name) or "")
 
 
+def tool_of(values: Mapping[str, object]) -> Tool | None:
+    """The tool whose configuration this is, told by at least two keys that no other tool has; None for one of ours."""
+    within = {f"{group}.{key}" for group, below in values.items() if isinstance(below, Mapping) for key in below}
+    marks = {tool.name: len(tool.marks & (values.keys() | within) - settings().keys()) for tool in TOOLS}
+    most = max(TOOLS, key=lambda tool: marks[tool.name])
+    return most if marks[most.name] >= _FEWEST_MARKS else None
+
+
 def _foreign(tool: Tool, key: Key) -> Hint:
     there, name = key.there.rstrip("."), key.names[0]
     if key.here and key.fate is not Fate.NO_PLACE:
         return Hint(key.here, f"{name} of {tool.title}{f' ({there})' if there else ''} is {key.here} here")
     judged = "is not needed here" if key.fate is Fate.NOT_NEEDED else "has no place here"
     return Hint(said=f"{name} of {tool.title} {judged}: {there}", to_do="leave it out")
+
+
+@cache
+def _groups() -> Mapping[str, str]:
+    """Group of settings of a tool -> what its settings are here."""
+    return {group: f"of {tool.title}, {_listed(tool, group)} here" for tool in TOOLS for group in sorted(tool.groups)}
+
+
+def _listed(tool: Tool, group: str) -> str:
+    inside = [
+        (name.partition(".")[2], key.here) for name, key in tool.by_name().items() if name.startswith(f"{group}.")
+    ]
+    return ", ".join(f"{name} is {here}" for name, here in inside if here)
 
 
 @cache
