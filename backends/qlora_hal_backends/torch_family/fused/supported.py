@@ -105,7 +105,7 @@ def experts_refusal(base: BaseModel, compute: Compute) -> str | None:
 
 def _mixture_refusals(base: BaseModel) -> Iterator[str]:
     layers: Any = base.layers
-    blocks = [getattr(layer, "mlp", None) for layer in layers]
+    blocks: list[Any] = [getattr(layer, "mlp", None) for layer in layers]
     others = {type(block).__name__ for block in blocks if block is not None} - family_of(base).mixtures
     if others:
         yield f"feed-forwards of type {', '.join(sorted(others))} among those of experts"
