@@ -114,6 +114,13 @@ def memory_here() -> int:
     return min(machine.memory_bytes, machine.memory_limit_bytes or machine.memory_bytes)
 
 
+def memory_available_here() -> int:
+    """Bytes of memory that nothing on this machine takes now, and no more than the container's."""
+    facts = LiveFacts()
+    total, available = facts.memory()
+    return min(available, _container_limit(facts, total) or available)
+
+
 def _nvidia_gpus(facts: MachineFacts) -> tuple[Gpu, ...]:
     """From NVML; where that does not answer, from the driver's own files, without memory or compute capability."""
     nvml = facts.nvml()

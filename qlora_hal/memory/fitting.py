@@ -109,11 +109,13 @@ class Fit:
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What is looked for: batches of rows of `length`, of `rows` where that is a number, and where the length is open
-    rows up to `longest`. `settings_of` are those of a batch; micro-batches have to divide `rows_of_step`."""
+    rows up to `longest`. `settings_of` are those of a batch; micro-batches have to divide `rows_of_step`. Rows of the
+    length `alone` and more are alone in their micro-batch where that is filled by tokens."""
 
     length: int
     rows: int | None = None
     longest: int | None = None
+    alone: int = 0
     rows_of_step: int | None = None
     settings_of: Callable[[int, int], Mapping[str, object]] = lambda rows, length: {BATCH: rows, LENGTH: length}
 
@@ -126,7 +128,8 @@ def largest_fits(peak: Peak, price: PriceOf, memory_bytes: int, choices: Choices
 
         def fit(rows: int, length: int, taken: Taken = taken) -> Fit:
             settings = {**asked.settings_of(rows, length), **taken.settings}
-            return Fit(rows, length, taken, settings, peak(settings), price(settings))
+            choice = price(settings)
+            return Fit(choice.tokens // length, length, taken, settings, peak(settings), choice)
 
         def fits(rows: int, length: int, fit: Callable[[int, int], Fit] = fit) -> bool:
             return fit(rows, length).high <= memory_bytes
@@ -147,8 +150,10 @@ def _rows_that_fit(fits: Callable[[int, int], bool], asked: Asked) -> int:
 
 
 def _longest_that_fits(fits: Callable[[int, int], bool], asked: Asked) -> int:
+    alone = -(-asked.alone // LENGTH_STEP)
     most = (asked.longest or 0) // LENGTH_STEP
-    return LENGTH_STEP * _largest(lambda steps: fits(asked.rows or 1, steps * LENGTH_STEP), most)
+    found = _largest(lambda steps: fits(asked.rows or 1, max(steps, alone) * LENGTH_STEP), most)
+    return LENGTH_STEP * max(found, alone) if found else 0
 
 
 def _worth_it(found: Sequence[Fit]) -> Iterator[Fit]:

@@ -223,12 +223,11 @@ def fits_of(
     longest = None if LENGTH in given else min(planned.facts.max_position_embeddings or LONGEST, LONGEST)
     if training.tokens_per_batch is not None:  # rows follow from the length, which is at most so many tokens
         longest = None if longest is None else min(longest, training.tokens_per_batch)
-        asked = Asked(
-            length, planned.config.full_batch_rows, longest, settings_of=lambda rows, length: {LENGTH: length}
-        )
+        full, alone = planned.config.full_batch_rows, training.tokens_per_batch // 2 + 1
+        asked = Asked(length, full, longest, alone if full > 1 else 0, settings_of=lambda _, length: {LENGTH: length})
     else:
         rows = training.per_device_train_batch_size if BATCH in given else None
-        asked = Asked(length, rows, longest, training.global_batch_size)
+        asked = Asked(length, rows, longest, rows_of_step=training.global_batch_size)
     choices = (again, parts, moments)
     return largest_fits(peak or remembered(planned), price_of(planned), memory_bytes, choices, asked)
 

@@ -104,6 +104,25 @@ def test_what_is_given_stays_as_it_is(
     assert told(capsys, *card, *words)["high"] == fits[0]["high"] <= 24 * 2**30
 
 
+def test_rows_that_are_filled_by_tokens_are_as_many_as_their_length_allows(
+    llama_8b: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A row that is alone may be longer than two whose tokens are more."""
+    by_tokens = ("--model", llama_8b, "--gpu", "RTX 3090", "--training.tokens_per_batch", "8192")
+    fits = told(capsys, *by_tokens, "--fit")["fit"]
+    kept = [one["settings"] for one in fits if one["settings"]["training.recompute"] == "none"][-1]
+    longest = kept["data.max_seq_length"]
+    assert 4096 < longest < 8192
+    others = [word for path, value in kept.items() if path != "data.max_seq_length" for word in _typed(path, value)]
+    peaks = [
+        told(capsys, *by_tokens, *others, "--data.max_seq_length", str(longest + more))["high"] for more in (0, 128)
+    ]
+    assert peaks[0] <= 24 * 2**30 < peaks[1]
+    assert told(capsys, *by_tokens, *others, "--data.max_seq_length", "4096")["high"] > 24 * 2**30
+    assert main(["estimate", *by_tokens, "--fit"]) == 0
+    assert "1 x 8192 " in capsys.readouterr().out
+
+
 def test_a_small_card_is_advised_the_least_that_makes_it_fit(llama_8b: str, capsys: pytest.CaptureFixture[str]) -> None:
     card = ("--model", llama_8b, "--gpu", "RTX 3070", *SHORT)
     advice = told(capsys, *card)["advice"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +18,12 @@ from trainers import moved_adapter, random_batch, source_of
 from qlora_hal.contract.backend import Compute, Quantization
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.values import AdapterConfig, Float32, StepSettings
-from qlora_hal.errors import UnsupportedFeatureError, figures
+from qlora_hal.errors import StorageError, UnsupportedFeatureError, figures
 from qlora_hal_backends import cpu_torch, cuda_bnb
-from qlora_hal_backends.torch_family import host_tables, trial
+from qlora_hal_backends.torch_family import host_tables, layers_at_rest, trial
+from qlora_hal_backends.torch_family.layers_at_rest import SPARED, DiskLayers, HostLayers
 from qlora_hal_backends.torch_family.platform import CPU, CUDA
+from qlora_hal_backends.torch_family.streamed_base import StreamedBase
 from qlora_hal_backends.torch_family.trainer import TorchLoRATrainer
 
 NF4 = Quantization(WeightFormat.NF4, 64, True)
@@ -39,6 +42,12 @@ def trainer_of(path: Path, compute: Compute, quantization: Quantization = NF4) -
     shapes = trainer.linear_modules()
     trainer.attach(moved_adapter(AdapterConfig(4, 8.0, 0.0, False, tuple(sorted(shapes))), shapes))
     return trainer
+
+
+def layers_of(trainer: TorchLoRATrainer) -> StreamedBase:
+    base = trainer._loaded.streamed
+    assert base is not None
+    return base
 
 
 def losses_and_adapter(trainer: TorchLoRATrainer) -> tuple[list[float], Mapping[str, Float32]]:
@@ -68,16 +77,18 @@ def test_recomputation_changes_nothing(recompute: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("weight_format", [WeightFormat.NF4, WeightFormat.INT8, WeightFormat.NONE])
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("rest", ["host", "disk"])
 def test_streamed_base_gives_the_bits_of_a_resident_one(
-    weight_format: WeightFormat, checkpointing: bool, tmp_path: Path
+    rest: str, weight_format: WeightFormat, checkpointing: bool, tmp_path: Path
 ) -> None:
     path = write_model(tmp_path, "llama", num_hidden_layers=5)
     four_bit = weight_format is WeightFormat.NF4
     quantization = Quantization(weight_format, 64 if four_bit else None, four_bit)
     resident = losses_and_adapter(trainer_of(path, Compute("float32", checkpointing), quantization))
-    streamed = losses_and_adapter(
-        trainer_of(path, Compute("float32", checkpointing, base_offload=("embeddings", "layers")), quantization)
-    )
+    compute = Compute("float32", checkpointing, {"offloaded_layers": rest}, base_offload=("embeddings", "layers"))
+    trainer = trainer_of(path, compute, quantization)
+    assert isinstance(layers_of(trainer).at_rest, DiskLayers if rest == "disk" else HostLayers)
+    streamed = losses_and_adapter(trainer)
     assert streamed[0] == resident[0]
     for name, tensor in resident[1].items():
         np.testing.assert_array_equal(streamed[1][name], tensor)
@@ -119,18 +130,14 @@ def test_architecture_that_makes_its_own_logits_of_a_head_in_pieces_is_different
 
 def test_embeddings_and_layers_on_the_host_leave_their_slots_alone_on_the_device(tmp_path: Path) -> None:
     trainer = trainer_of(write_model(tmp_path, "llama", num_hidden_layers=5), Compute(base_offload=EVERYWHERE))
-    base = trainer._loaded
-    assert base.streamed is not None
-    assert len(base.streamed._slots) == 2
-    assert not any(parameter.numel() > HIDDEN for parameter in base.causal.parameters())
+    assert len(layers_of(trainer)._slots) == 2
+    assert not any(parameter.numel() > HIDDEN for parameter in trainer._loaded.causal.parameters())
 
 
 def test_cost_of_streaming_is_said_when_the_base_is_loaded(tmp_path: Path) -> None:
     path = write_model(tmp_path, "llama", num_hidden_layers=5)
     trainer = trainer_of(path, Compute(base_offload=("layers",)))
-    layers = trainer._loaded.streamed
-    assert layers is not None
-    all_bytes = figures.size(sum(on_host.numel() for on_host, _ in layers._layers))
+    all_bytes = figures.size(sum(size for size, _ in layers_of(trainer)._layers))
     assert any(f"{all_bytes} cross to the device" in note and "/s measured now" in note for note in trainer.load_notes)
     assert not trainer_of(path, Compute()).load_notes
 
@@ -140,8 +147,7 @@ def test_copy_that_is_not_awaited_is_seen(tmp_path: Path, monkeypatch: pytest.Mo
     path = write_model(tmp_path, "llama", num_hidden_layers=5)
     expected = trainer_of(path, Compute()).gradients([random_batch(0)])
     trainer = trainer_of(path, Compute(base_offload=("layers",)))
-    base = trainer._loaded.streamed
-    assert base is not None
+    base = layers_of(trainer)
     monkeypatch.setattr(base._queue, "copy", lambda target, source: None)
     found = trainer.gradients([random_batch(0)])
     assert any(not np.array_equal(found[name], gradient) for name, gradient in expected.items())
@@ -149,14 +155,107 @@ def test_copy_that_is_not_awaited_is_seen(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_each_pass_copies_each_layer_once_in_each_direction(tmp_path: Path) -> None:
     trainer = trainer_of(write_model(tmp_path, "llama", num_hidden_layers=5), Compute(base_offload=("layers",)))
-    base = trainer._loaded.streamed
-    assert base is not None
+    base = layers_of(trainer)
     trainer.gradients([random_batch(0)])
     before = base.copied_bytes
     trainer.gradients([random_batch(0)])
-    layer = base._layers[0][0].numel()
+    layer, _ = base._layers[0]
     # Up: all but the two lowest, which are there from the pass before; down: all but the two highest.
     assert base.copied_bytes - before == 2 * (5 - 2) * layer
+
+
+LAYERS: Any = ("layers",)
+ON_DISK: Any = {"offloaded_layers": "disk"}
+
+
+def test_layers_go_to_the_disk_where_the_memory_left_is_too_little_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_model(tmp_path, "llama", num_hidden_layers=5)
+    needed = sum(size for size, _ in layers_of(trainer_of(path, Compute(base_offload=LAYERS)))._layers)
+    for left, kind, words in (
+        (int(needed / (1 - SPARED)) + 1, HostLayers, "are in the host's memory:"),
+        (int(needed / (1 - SPARED)) - 1, DiskLayers, f"they take {figures.size(needed)} and the host has"),
+    ):
+        monkeypatch.setattr(layers_at_rest, "memory_available_here", lambda left=left: left)
+        trainer = trainer_of(path, Compute(base_offload=LAYERS))
+        assert isinstance(layers_of(trainer).at_rest, kind)
+        assert any(words in note for note in trainer.load_notes)
+
+
+def test_layers_on_the_disk_leave_two_buffers_in_memory_and_no_file_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QLORA_HAL_CACHE", str(tmp_path / "cache"))
+    trainer = trainer_of(
+        write_model(tmp_path / "model", "llama", num_hidden_layers=7),
+        Compute("float32", False, ON_DISK, base_offload=LAYERS),
+    )
+    trainer.gradients([random_batch(0)])
+    at_rest = layers_of(trainer).at_rest
+    assert isinstance(at_rest, DiskLayers)
+    largest = max(size for size, _ in layers_of(trainer)._layers)
+    assert [buffer.memory.numel() for buffer in at_rest._buffers] == [largest, largest]
+    assert at_rest._end == sum(size for size, _ in layers_of(trainer)._layers)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_layer_is_read_while_the_one_before_the_last_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up, and down again; at the turn the third layer from the top is the only one that is waited for."""
+    path = write_model(tmp_path, "llama", num_hidden_layers=6)
+    base = layers_of(trainer_of(path, Compute("float32", False, ON_DISK, base_offload=LAYERS)))
+    for number in (0, 1, 2, 3, 4, 5, 4, 3, 2, 1, 0):
+        base.present(number)
+    events = list[tuple[str, int]]()
+    ahead = base.at_rest.ahead
+    monkeypatch.setattr(base.at_rest, "ahead", lambda number: (events.append(("read", number)), ahead(number)))
+    for direction, ends in ((1, range(6)), (-1, range(4, -1, -1))):
+        events.clear()
+        for number in ends:
+            events.append(("computes", number))
+            base.present(number)
+        for number in (3, 4, 5) if direction == 1 else (2, 1, 0):
+            assert events.index(("read", number)) < events.index(("computes", number - direction))
+
+
+def test_wrong_bytes_on_the_disk_are_seen(tmp_path: Path) -> None:
+    """What the equality with a resident base rests on: the file is what is computed with."""
+    path = write_model(tmp_path, "llama", num_hidden_layers=5)
+    expected = trainer_of(path, Compute()).gradients([random_batch(0)])
+    trainer = trainer_of(path, Compute("float32", False, ON_DISK, base_offload=LAYERS))
+    at_rest = layers_of(trainer).at_rest
+    assert isinstance(at_rest, DiskLayers)
+    at_rest._places[3] = at_rest._places[4]
+    found = trainer.gradients([random_batch(0)])
+    assert any(not np.array_equal(found[name], gradient) for name, gradient in expected.items())
+
+
+def test_file_that_cannot_grow_is_an_error_with_its_way_out(tmp_path: Path) -> None:
+    path = write_model(tmp_path, "llama", num_hidden_layers=5)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(StorageError, match="packed layers") as refused:
+            trainer_of(path, Compute("float32", False, ON_DISK, base_offload=LAYERS))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert refused.value.code == "QH-S09"
+
+
+def test_file_that_was_cut_is_an_error(tmp_path: Path) -> None:
+    path = write_model(tmp_path, "llama", num_hidden_layers=5)
+    trainer = trainer_of(path, Compute("float32", False, ON_DISK, base_offload=LAYERS))
+    at_rest = layers_of(trainer).at_rest
+    assert isinstance(at_rest, DiskLayers)
+    at_rest._file.truncate(at_rest._places[2][0])
+    with pytest.raises(StorageError, match="could not be read again") as refused:
+        trainer.gradients([random_batch(0)])
+    assert refused.value.code == "QH-S11"
+
+
+def test_option_without_layers_to_move_is_told(tmp_path: Path) -> None:
+    trainer = trainer_of(write_model(tmp_path, "llama"), Compute("float32", False, ON_DISK))
+    assert any("offloaded_layers has no effect" in note for note in trainer.load_notes)
 
 
 def test_layers_on_the_host_and_spread_over_ranks_are_refused_together(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qlora_hal.contract.backend import BackendSpec, ProbeReport
-from qlora_hal_backends.torch_family.platform import CPU, LAUNCHER, OUTLINE, TORCH_OPTIONS, host_memory
+from qlora_hal_backends.torch_family.platform import CPU, LAUNCHER, OUTLINE, STREAMING_OPTIONS, host_memory
 
 
 def probe() -> ProbeReport:
@@ -25,7 +25,7 @@ SPEC = BackendSpec(
     contract=2,
     uses_accelerator=CPU.uses_accelerator,
     card_vendors=frozenset(),
-    option_choices=TORCH_OPTIONS,
+    option_choices=STREAMING_OPTIONS,
     notes=CPU.optimizer_notes,
     memory=host_memory,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qlora_hal.contract.backend import BackendSpec, ProbeReport
-from qlora_hal_backends.torch_family.platform import CUDA, LAUNCHER, MEMORY, OUTLINE, TORCH_OPTIONS, memory_of
+from qlora_hal_backends.torch_family.platform import CUDA, LAUNCHER, MEMORY, OUTLINE, STREAMING_OPTIONS, memory_of
 
 
 def probe() -> ProbeReport:
@@ -25,7 +25,7 @@ SPEC = BackendSpec(
     contract=2,
     uses_accelerator=CUDA.uses_accelerator,
     card_vendors=frozenset({"nvidia"}),
-    option_choices=TORCH_OPTIONS,
+    option_choices=STREAMING_OPTIONS,
     notes=CUDA.optimizer_notes,
     memory=memory_of(MEMORY, fused=True),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qlora_hal.contract.backend import BackendSpec, ProbeReport
-from qlora_hal_backends.torch_family.platform import MEMORY, MPS, OUTLINE, TORCH_OPTIONS, memory_of
+from qlora_hal_backends.torch_family.platform import MEMORY, MPS, OUTLINE, STREAMING_OPTIONS, memory_of
 
 
 def probe() -> ProbeReport:
@@ -24,7 +24,7 @@ SPEC = BackendSpec(
     contract=2,
     uses_accelerator=MPS.uses_accelerator,
     card_vendors=frozenset({"apple"}),
-    option_choices=TORCH_OPTIONS,
+    option_choices=STREAMING_OPTIONS,
     notes=MPS.optimizer_notes,
     memory=memory_of(MEMORY, fused=False),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qlora_hal.contract.backend import BackendSpec, ProbeReport
-from qlora_hal_backends.torch_family.platform import LAUNCHER, MEMORY, OUTLINE, ROCM, TORCH_OPTIONS, memory_of
+from qlora_hal_backends.torch_family.platform import LAUNCHER, MEMORY, OUTLINE, ROCM, STREAMING_OPTIONS, memory_of
 
 
 def probe() -> ProbeReport:
@@ -25,7 +25,7 @@ SPEC = BackendSpec(
     contract=2,
     uses_accelerator=ROCM.uses_accelerator,
     card_vendors=frozenset({"amd"}),
-    option_choices=TORCH_OPTIONS,
+    option_choices=STREAMING_OPTIONS,
     notes=ROCM.optimizer_notes,
     memory=memory_of(MEMORY, fused=False),
 )

@@ -36,6 +36,7 @@ from qlora_hal_backends.torch_family.base_weights import (
 from qlora_hal_backends.torch_family.experts import ExpertStack, RoutedExperts, pack_experts
 from qlora_hal_backends.torch_family.head_loss import Head
 from qlora_hal_backends.torch_family.host_tables import HostEmbedding, Tables
+from qlora_hal_backends.torch_family.layers_at_rest import AUTO, OPTION, idle_note
 from qlora_hal_backends.torch_family.lora_linear import FrozenLinear
 from qlora_hal_backends.torch_family.microscaling import LARGEST, Mxfp4Weight
 from qlora_hal_backends.torch_family.sharded_base import ShardedBase
@@ -102,7 +103,7 @@ def load_with(
     dtype = getattr(torch, compute.dtype)
     architecture = build(source, compute.options.get("attention", "auto"), dtype)
     causal, linears = architecture.causal, architecture.linears
-    store = _layer_store(compute, device)
+    store = _layer_store(compute, device, len({layer for name in linears if (layer := _layer_of(name))}))
     if store is not None and architecture.experts:
         raise UnsupportedFeatureError(
             "QH-B01",
@@ -132,6 +133,8 @@ def load_with(
         _fill_parameters(causal, checkpoint, lambda name: torch.device("cpu") if name in tables.names else device)
         _fill_buffers(causal, checkpoint)
         notes = [*_tie(architecture), *_unused_notes(architecture), *tables.notes]
+        if not isinstance(store, StreamedBase) and (idle := idle_note(str(compute.options.get(OPTION, AUTO)))):
+            notes.append(idle)
     host_embedding = tables.move_to_host(causal, device)
     causal.to(device)
     causal.eval()
@@ -158,7 +161,7 @@ def load_with(
     )
 
 
-def _layer_store(compute: Compute, device: torch.device) -> ShardedBase | StreamedBase | None:
+def _layer_store(compute: Compute, device: torch.device, layers: int) -> ShardedBase | StreamedBase | None:
     """Where packed layers are kept, if not on the device. Raises UnsupportedFeatureError QH-B01 for two at once."""
     on_host = "layers" in compute.base_offload
     if on_host and compute.shard_base:
@@ -169,7 +172,7 @@ def _layer_store(compute: Compute, device: torch.device) -> ShardedBase | Stream
             fix="Take layers out of training.base_offload, or set parallel.mode: data.",
         )
     if on_host:
-        return StreamedBase(device)
+        return StreamedBase(device, layers, str(compute.options.get(OPTION, AUTO)))
     return ShardedBase(compute.world, device) if compute.shard_base else None
 
 

@@ -24,6 +24,10 @@ TORCH_OPTIONS: Mapping[str, tuple[object, ...]] = {
 """`backend.options` of this family. Eager attention is the cure where a device's fused attention gives NaN; `layers`
 plain keeps transformers' own layers where the fused ones would serve."""
 
+STREAMING_OPTIONS: Mapping[str, tuple[object, ...]] = {**TORCH_OPTIONS, "offloaded_layers": ("auto", "host", "disk")}
+"""Those of backends that can take a base's layers from the device: where these rest. `auto`: on the disk where the
+host's memory does not have them left."""
+
 
 OUTLINE = "qlora_hal_backends.torch_family.outline:outline"
 """`BackendSpec.outline` of every backend of this family."""

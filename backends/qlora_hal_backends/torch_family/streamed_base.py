@@ -1,4 +1,4 @@
-"""A frozen base in the host's memory, whose layers visit the device: for models that are larger than it.
+"""A frozen base beside the device, whose layers visit it: for models that are larger than it.
 
 Packed layers cross, a quarter of 16-bit weights, once in each direction of a pass; the next one in the direction of
 travel is copied while the present one computes, so with enough tokens in a pass the copies cost nothing. What computes
@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from qlora_hal.errors.figures import size
+from qlora_hal.errors.figures import size as in_words
 from qlora_hal_backends.torch_family.base_weights import BaseWeight
-from qlora_hal_backends.torch_family.copy_queue import Copy, CopyQueue, host_memory
+from qlora_hal_backends.torch_family.copy_queue import Copy, CopyQueue
 from qlora_hal_backends.torch_family.layer_slots import SLOTS, Place, SlotWeight, move_into, places_of, view_from
+from qlora_hal_backends.torch_family.layers_at_rest import AUTO, LayersAtRest, resting_place
 
 
 @dataclass(slots=True)
@@ -30,12 +31,17 @@ class _Slot:
 
 @dataclass(slots=True)
 class StreamedBase:
-    """The layers of a base in page-locked memory. `add` each layer in turn, then `finish`."""
+    """The layers of a base `at_rest` in the host's memory or on its disk. `add` each layer in turn, then `finish`."""
 
     device: torch.device
+    layers: int
+    """How many there will be."""
+    choice: str = AUTO
+    """Where they rest (`layers_at_rest.CHOICES`)."""
     copied_bytes: int = 0
     """To the device, since the base was loaded."""
-    _layers: list[tuple[Tensor, list[Place]]] = field(default_factory=list)
+    at_rest: LayersAtRest = field(init=False)
+    _layers: list[tuple[int, list[Place]]] = field(default_factory=list)
     _slots: list[_Slot] = field(default_factory=list)
     _last: int = -1
     _queue: CopyQueue = field(init=False)
@@ -45,13 +51,16 @@ class StreamedBase:
 
     def add(self, weights: list[BaseWeight]) -> list[BaseWeight]:
         places, size = places_of(weights)
-        on_host = host_memory(size, self.device)
-        move_into(on_host, places, self.device)
-        self._layers.append((on_host, places))
+        if not self._layers:
+            self.at_rest = resting_place(self.choice, self.layers * size, self.device)
+        whole = self.at_rest.room(size)
+        move_into(whole, places, self.device)
+        self.at_rest.keep(whole)
+        self._layers.append((size, places))
         return [SlotWeight(weight, len(self._layers) - 1, self) for weight in weights]
 
     def finish(self) -> None:
-        largest = max((on_host.numel() for on_host, _ in self._layers), default=0)
+        largest = max((size for size, _ in self._layers), default=0)
         self._slots = [
             _Slot(torch.zeros(largest, dtype=torch.uint8, device=self.device))
             for _ in range(min(SLOTS, len(self._layers)))
@@ -70,11 +79,11 @@ class StreamedBase:
             self._fetch(number)
         self._queue.settle()
         rate = (self.copied_bytes - before) / max(time.perf_counter() - began, 1e-9)
-        one_way = sum(on_host.numel() for on_host, _ in self._layers)
+        one_way = sum(size for size, _ in self._layers)
         return (
-            f"the decoder layers are in the host's memory: {size(one_way)} cross to the device in each direction of a "
-            f"pass, {one_way / rate * 1e3:.0f} ms at the {size(rate)}/s measured now; a pass of so few tokens that it "
-            "computes for less waits for them"
+            f"the decoder layers are in {self.at_rest.where}: {in_words(one_way)} cross to the device in each "
+            f"direction of a pass, {one_way / rate * 1e3:.0f} ms at the {in_words(rate)}/s measured now; a pass of so "
+            "few tokens that it computes for less waits for them"
         )
 
     def present(self, number: int) -> None:
@@ -89,12 +98,14 @@ class StreamedBase:
         if 0 <= following < len(self._layers):
             # Into the slot of the layer before: all that reads it was asked for before.
             self._fetch(following)
+            self.at_rest.ahead(2 * following - number)
 
     def _fetch(self, number: int) -> None:
         slot = self._slots[number % SLOTS]
         if slot.layer == number:
             return
-        on_host, _ = self._layers[number]
+        size, _ = self._layers[number]
         self._queue.arrived(slot.coming)
-        slot.layer, slot.coming = number, self._queue.copy(slot.memory[: on_host.numel()], on_host)
-        self.copied_bytes += on_host.numel()
+        slot.layer, slot.coming = number, self._queue.copy(slot.memory[:size], self.at_rest.take(number))
+        self.at_rest.lent(number, slot.coming)
+        self.copied_bytes += size
