@@ -65,11 +65,12 @@ def chosen_placement(
     peak_of: Callable[[Placement], int],
     memory_there: int | None,
     *,
-    sharded: bool = False,
+    layers_stay: bool = False,
 ) -> Placement:
     """What was asked for, and where that is `auto` the fastest whose `peak_of` is within `memory_there`. Where nothing
-    is, the one with the lowest peak; where the memory is not known, the fastest."""
-    candidates = list(_candidates(training, features, sharded))
+    is, the one with the lowest peak; where the memory is not known, the fastest. `layers_stay`: on the device, as those
+    that are spread over several do, and those with routed experts."""
+    candidates = list(_candidates(training, features, layers_stay))
     if AUTO not in (asked_recompute(training), training.base_offload):
         return candidates[0]
     if memory_there is None:
@@ -81,8 +82,8 @@ def chosen_placement(
     return replace(chosen, why=f"an estimated peak of {size(peaks[chosen])}, {relation} {size(memory_there)}")
 
 
-def _candidates(training: TrainingConfig, features: Collection[Feature], sharded: bool) -> Iterator[Placement]:
-    """All that is asked for or may be chosen, the fastest first. Layers that are spread over devices are on them."""
+def _candidates(training: TrainingConfig, features: Collection[Feature], layers_stay: bool) -> Iterator[Placement]:
+    """All that is asked for or may be chosen, the fastest first."""
     recompute, offload = asked_recompute(training), training.base_offload
     recomputations = [recompute]
     if recompute == AUTO:
@@ -94,7 +95,7 @@ def _candidates(training: TrainingConfig, features: Collection[Feature], sharded
     offloads: list[tuple[OffloadedPart, ...]] = [()] if offload == "auto" else [offload]
     if offload == "auto" and Feature.BASE_OFFLOAD in features:
         more: list[tuple[OffloadedPart, ...]] = [("embeddings", "layers"), ("embeddings", "layers", "head")]
-        offloads += [("embeddings",), *([("embeddings", "head")] if sharded else more)]
+        offloads += [("embeddings",), *([("embeddings", "head")] if layers_stay else more)]
     for parts in offloads:
         for kind in recomputations:
             yield Placement(kind, parts)

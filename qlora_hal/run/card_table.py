@@ -104,7 +104,7 @@ def others_of(planned: PlannedModel) -> tuple[Step, ...]:
     if config.training.optim == "adamw" and Feature.ADAMW_8BIT in features:
         steps.append(Step("moments in 8 bits", {"training.optim": "adamw_8bit"}))
     if Feature.BASE_OFFLOAD in features and not config.training.base_offload:
-        parts = (EMBEDDINGS, HEAD) if planned.is_sharded else (EMBEDDINGS, LAYERS, HEAD)
+        parts = (EMBEDDINGS, HEAD) if planned.layers_stay else (EMBEDDINGS, LAYERS, HEAD)
         steps.append(Step(f"{' and '.join(parts)} on the host", {BASE_OFFLOAD: parts}))
     return tuple(steps)
 

@@ -110,7 +110,7 @@ class PlannedModel:
             self.spec.capabilities.features,
             lambda placement: self._with_placement(model, placement).high,
             self.memory_bytes,
-            sharded=self.is_sharded,
+            layers_stay=self.layers_stay,
         )
 
     @property
@@ -119,9 +119,10 @@ class PlannedModel:
         return AUTO in (asked_recompute(self.config.training), self.config.training.base_offload)
 
     @property
-    def is_sharded(self) -> bool:
-        """The layers cannot be on the host, then."""
-        return self.share > 1 or self.config.parallel.mode == SHARD
+    def layers_stay(self) -> bool:
+        """Whether the layers cannot be on the host: those that are spread over devices, and those with experts."""
+        is_spread = self.share > 1 or self.config.parallel.mode == SHARD
+        return is_spread or self.facts.has_routed_experts
 
     def _with_placement(self, facts: ModelFacts, placement: Placement) -> MemoryEstimate:
         targets = self.targets_of(facts)

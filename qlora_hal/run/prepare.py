@@ -240,7 +240,11 @@ def _placed(config: RunConfig, resolved_backend: ResolvedBackend, world: World) 
 
     there = memory_of_a_device(resolved_backend, config) or None
     placement = chosen_placement(
-        config.training, spec.capabilities.features, peak_of_each, there, sharded=config.parallel.mode == "shard"
+        config.training,
+        spec.capabilities.features,
+        peak_of_each,
+        there,
+        layers_stay=config.parallel.mode == "shard" or facts.has_routed_experts,
     )
     return placement, with_placement(placement)
 

@@ -50,6 +50,16 @@ def test_base_stays_on_the_device_as_long_as_recomputing_is_enough(
     assert chosen(memory, recompute="auto", base_offload="auto") == expected
 
 
+def test_layers_that_stay_are_not_put_on_the_host() -> None:
+    """Those with routed experts, and those that are spread over devices."""
+    settings = TrainingConfig(recompute="auto", base_offload="auto")
+    sizes = {**OFFLOADED, ("embeddings", "head"): 20}
+    found = chosen_placement(
+        settings, ALL, lambda one: PEAKS[one.recompute] + sizes[one.base_offload], 5, layers_stay=True
+    )
+    assert found.base_offload == ("embeddings", "head")
+
+
 def test_auto_takes_no_more_than_the_backend_can() -> None:
     assert chosen(5, frozenset(), recompute="auto", base_offload="auto") == ("none", ())
     assert chosen(5, frozenset({Feature.GRADIENT_CHECKPOINTING}), recompute="auto") == ("full", ())
