@@ -35,7 +35,8 @@ def estimate_as_text(estimated: Estimated, config: RunConfig) -> str:
         lines += ["", *_probe_lines(estimated.probe, memory.total)]
     lines += ["", *_places(estimated)]
     if (has := estimated.smallest_memory) is not None and estimated.remedy is not None:
-        lines += ["", *_remedy_lines(estimated.remedy, has)]
+        can_spread = not estimated.planned.facts.has_routed_experts
+        lines += ["", *_remedy_lines(estimated.remedy, has, can_spread=can_spread)]
     if has is not None and estimated.fits_of is not None:
         lines += ["", *_fit_lines(estimated.fits_of, has)]
     if estimated.inference is not None:
@@ -117,7 +118,11 @@ def _places(estimated: Estimated) -> Iterator[str]:
             yield from _wrapped(f"{one.value + ':':<10} {', '.join(names)}", " " * 11)
 
 
-def _remedy_lines(remedy: Remedy, has: int) -> Iterator[str]:
+def _remedy_lines(remedy: Remedy, has: int, *, can_spread: bool) -> Iterator[str]:
+    """`can_spread`: the base can lie on several devices; one with routed experts cannot."""
+    if remedy.fits and not remedy.steps:
+        yield from _wrapped(f"By arithmetic it fits {figures.size(has)}; what was measured does not.", "")
+        return
     if remedy.fits:
         yield from _wrapped(
             f"It fits {figures.size(has)} with {remedy.words} (up to {figures.size(remedy.high)}"
@@ -128,10 +133,14 @@ def _remedy_lines(remedy: Remedy, has: int) -> Iterator[str]:
         for given_up in remedy.gives_up:
             yield from _wrapped(f"  gives up: {given_up}", "    ")
     else:
+        others = "a smaller model or a larger card"
+        if can_spread:
+            others = (
+                "a smaller model, a larger card, or several that share the base (--devices N --parallel.mode shard)"
+            )
         yield from _wrapped(
             f"No setting makes it fit {figures.size(has)}: with {remedy.words or 'these settings'} it needs up to "
-            f"{figures.size(remedy.high)}. Take a smaller model, a larger card, or several that share the base "
-            "(--devices N --parallel.mode shard).",
+            f"{figures.size(remedy.high)}. Take {others}.",
             "",
         )
 

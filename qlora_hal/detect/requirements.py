@@ -101,8 +101,7 @@ def _features(config: RunConfig, *, quantizes: bool, loads: bool) -> frozenset[F
 
 
 def _features_of_model(facts: ModelFacts) -> frozenset[Feature]:
-    has_experts = any(shape.experts > 1 for shape in facts.linear_modules.values())
-    return frozenset({Feature.EXPERTS} if has_experts else ())
+    return frozenset({Feature.EXPERTS} if facts.has_routed_experts else ())
 
 
 def _check_stored(config: RunConfig, stored: Prequantized) -> None:

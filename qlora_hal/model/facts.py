@@ -60,6 +60,10 @@ class ModelFacts:
     max_position_embeddings: int | None = None
     read_from: str = HEADERS
 
+    @property
+    def has_routed_experts(self) -> bool:
+        return any(shape.experts > 1 for shape in self.linear_modules.values())
+
 
 def read_facts(folder: Path, remote_headers: Sequence[Header] | None = None, *, read_from: str = HEADERS) -> ModelFacts:
     """Read config.json and the headers of the weight files; no weight is loaded. `remote_headers` are those of weight

@@ -179,7 +179,7 @@ def facts_of_rank(prepared: PreparedRun, state: TrainingState | None) -> dict[st
 
 def _layout_of_experts(facts: ModelFacts) -> dict[str, object]:
     """Of a mixture, how an adapter's files name experts; nothing of other models."""
-    if all(shape.experts == 1 for shape in facts.linear_modules.values()):
+    if not facts.has_routed_experts:
         return {}
     return {LAYOUT: layout_of(facts.model_type)}
 

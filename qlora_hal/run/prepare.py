@@ -335,8 +335,7 @@ def estimated_memory(
 def moves_of(facts: ModelFacts, spec: BackendSpec, report: ProbeReport | None, *, spread: bool) -> Moves:
     """What can go to the host of the device that `report` tells of, without one of the hardware that the backend is
     made for. `spread` layers are on the devices."""
-    has_experts = any(linear.experts > 1 for linear in facts.linear_modules.values())
-    return Moves(device_kind_of(spec, report) not in IN_HOST_MEMORY, not spread and not has_experts)
+    return Moves(device_kind_of(spec, report) not in IN_HOST_MEMORY, not spread and not facts.has_routed_experts)
 
 
 def device_kind_of(spec: BackendSpec, report: ProbeReport | None) -> str:

@@ -394,3 +394,20 @@ def test_the_probe_stands_beside_the_arithmetic(tmp_path: Path) -> None:
     assert found.high == found.probe.high != found.memory.high
     assert told["probe"]["total"] == found.probe.total  # type: ignore[index]
     assert told["total"] == found.memory.total
+
+
+def test_no_advice_for_a_mixture_is_what_its_backends_refuse(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """gpt-oss-120b: experts stay on the device, whole (QH-B01)."""
+    config = {
+        "model_type": "gpt_oss", "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 36,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 128,
+        "num_experts_per_tok": 4, "vocab_size": 201088, "quantization_config": {"quant_method": "mxfp4"},
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["estimate", "--model", str(tmp_path), "--gpu", "H100 80GB"]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "embeddings and head on the host" in words
+    assert "layers" not in words
+    assert "share the base" not in words
