@@ -65,7 +65,7 @@ def _geforce(source: str, memories: Mapping[str, int]) -> tuple[KnownGpu, ...]:
 _TURING, _VOLTA = "Turing architecture white paper", "Tesla V100 architecture white paper"
 _GA102, _ADA = "Ampere GA102 architecture white paper", "Ada GPU architecture white paper"
 _BLACKWELL = "RTX Blackwell GPU architecture white paper"
-_LAPTOPS = "GeForce laptops, comparison of specifications"
+_LAPTOPS = "nvidia.com/geforce/gaming-laptops/compare"
 
 KNOWN_GPUS: tuple[KnownGpu, ...] = (
     _nvidia("T4", 15360, f"T4 data sheet; {_TURING}", "float16"),
