@@ -179,7 +179,7 @@ def resting_place(choice: str, needed: int, device: torch.device) -> LayersAtRes
     available = memory_available_here()
     if needed <= available * (1 - SPARED):
         return HostLayers(device)
-    why = f"for they take {in_words(needed)} and the host has {in_words(available)} left"
+    why = f"because they take {in_words(needed)} and the host has {in_words(available)} left"
     return DiskLayers(device, cache_folder(), why)
 
 
