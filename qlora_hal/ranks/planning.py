@@ -47,6 +47,8 @@ def plan_for(
     memory: MemoryEstimate,
     spread: Callable[[], MemoryEstimate],
     memory_there: int | None = None,
+    *,
+    has_experts: bool = False,
 ) -> DevicePlan:
     """The plan for so many devices, each with `memory_there` bytes where that is known; `memory` is that of one with
     the whole base, `spread` gives that of each with a share of it. Raises ConfigError QH-R05, UnsupportedFeatureError
@@ -54,22 +56,30 @@ def plan_for(
     if devices > 1 and Feature.DATA_PARALLEL not in spec.capabilities.features:
         raise not_on_several(spec.name, devices)
     sequences = config.training.per_device_train_batch_size * accumulation_of(config.training, World(0, devices))
-    mode, why = mode_of(config, devices, spec, memory, memory_there)
+    mode, why = mode_of(config, devices, spec, memory, memory_there, has_experts=has_experts)
     of_each = spread() if mode == SHARD else memory
     return DevicePlan(devices, mode, why, sequences * devices, of_each)
 
 
 def mode_of(
-    config: RunConfig, devices: int, spec: BackendSpec, memory: MemoryEstimate, memory_there: int | None
+    config: RunConfig,
+    devices: int,
+    spec: BackendSpec,
+    memory: MemoryEstimate,
+    memory_there: int | None,
+    *,
+    has_experts: bool = False,
 ) -> tuple[str, str]:
-    """How the devices share the base, and why. Raises UnsupportedFeatureError QH-R06 where the backend cannot."""
+    """How the devices share the base, and why. A base with routed experts (`has_experts`) is whole on each: no
+    backend spreads stacked experts. Raises UnsupportedFeatureError QH-R06 where the base cannot be spread."""
     if devices == 1:
         return "", "one device"
-    can_spread = Feature.SHARDED_BASE in spec.capabilities.features
+    can_spread = Feature.SHARDED_BASE in spec.capabilities.features and not has_experts
     if config.parallel.mode == SHARD and not can_spread:
         raise UnsupportedFeatureError(
             "QH-R06",
-            f"Backend {spec.name} cannot spread its base over devices (parallel.mode shard).",
+            f"{'A base with routed experts' if has_experts else f'The base of backend {spec.name}'} cannot be spread "
+            "over devices (parallel.mode shard).",
             where="parallel.mode",
             fix="Set parallel.mode to data, or leave it out.",
         )

@@ -26,7 +26,7 @@ from qlora_hal.detect.discovery import reports
 from qlora_hal.detect.hardware import inventory, memory_here
 from qlora_hal.detect.requirements import quantization_of, requirements_of, unmet_description_note
 from qlora_hal.detect.selection import Choice, choose, has_accelerator, refuse_unready
-from qlora_hal.errors import ConfigError, figures
+from qlora_hal.errors import ConfigError, UnsupportedFeatureError, figures
 from qlora_hal.formats.catalogue import record_of
 from qlora_hal.memory.estimate import estimate, spread_over
 from qlora_hal.memory.fitting import halves
@@ -242,6 +242,13 @@ def _placed(config: RunConfig, resolved_backend: ResolvedBackend, world: World) 
     targets = {name: modules[name] for name in resolved_backend.adapter.target_modules}
     spread = config.parallel.mode == "shard"
     moves = moves_of(facts, spec, resolved_backend.report, spread=spread)
+    if "layers" in config.training.base_offload and facts.has_routed_experts:
+        raise UnsupportedFeatureError(
+            "QH-B01",
+            "The layers of a base with routed experts cannot be in the host's memory.",
+            where="training.base_offload",
+            fix="Take layers out of training.base_offload; embeddings and head can stay in it.",
+        )
     there = memory_of_a_device(resolved_backend, config) or None
 
     def memory_with(placement: Placement, asked: RunConfig) -> MemoryEstimate:

@@ -209,3 +209,10 @@ def test_a_mixture_of_one_expert_is_refused_before_it_loads(tmp_path: Path) -> N
     with pytest.raises(ModelError) as refusal:
         train(settings(tmp_path / "one", tmp_path / "run"), dry_run=True)
     assert refusal.value.code == "QH-M51"
+
+
+@pytest.mark.fault("B01")
+def test_experts_that_are_to_lie_in_the_hosts_memory_are_refused_before_loading(mixture: Path, tmp_path: Path) -> None:
+    given = settings(mixture, tmp_path / "run", **{"training.base_offload": ["layers"]})
+    with pytest.raises(UnsupportedFeatureError, match="routed experts cannot be in the host's memory"):
+        train(given, dry_run=True)
