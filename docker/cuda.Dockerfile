@@ -3,7 +3,8 @@
 #     docker build --file docker/cuda.Dockerfile --tag qlora-hal:cuda .
 #     docker run --rm --gpus all --volume "$PWD:/work" --user "$(id -u):$(id -g)" qlora-hal:cuda doctor
 #
-# Never built or run so far. --build-arg EXTRAS=cuda,data adds what Parquet files and the hub's data sets need.
+# Built with buildah on a Debian base with Python 3.11 in the place of the one below; `doctor` ran in it, without a GPU. Not run
+# on NVIDIA hardware, nor built with Docker. --build-arg EXTRAS=cuda,data adds what Parquet files and the hub's data sets need.
 FROM python:3.12-slim-bookworm AS build
 ARG EXTRAS=cuda
 RUN python -m venv /opt/qlora-hal
