@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 from conformance.conftest import certificate_of
@@ -105,9 +106,13 @@ def test_page_is_well_formed_and_needs_nothing_from_elsewhere(mixed: list[CaseRe
 
 
 class _Balance(HTMLParser):
-    """Notes every tag that is closed out of order or never."""
+    """Notes every tag that is closed out of order or never. A cell ends with the next one or its row, a row with the
+    next one or its body, as HTML has it."""
 
     _VOID = frozenset({"meta", "wbr", "br"})
+    _ENDED_BY = MappingProxyType(
+        {"td": frozenset({"td", "th", "tr", "/tr", "/tbody"}), "tr": frozenset({"tr", "/tbody"})}
+    )
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,10 +120,16 @@ class _Balance(HTMLParser):
         self.wrong: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._end_before(tag)
         if tag not in self._VOID:
             self.open.append(tag)
 
+    def _end_before(self, tag: str) -> None:
+        while self.open and tag in self._ENDED_BY.get(self.open[-1], ()):
+            self.open.pop()
+
     def handle_endtag(self, tag: str) -> None:
+        self._end_before(f"/{tag}")
         if self.open and self.open[-1] == tag:
             self.open.pop()
         else:
