@@ -347,8 +347,8 @@ def _opened_without_choice(opened: Opener, seeded: np.random.Generator, config: 
     shape = read_shape(config)
     assert shape.mixture is not None
     routers = shape.mixture.routers(shape.hidden_size)
-    opened.models.define("tied", shape, without_choice(draw_tensors(shape, seeded), list(routers)), config)
-    return opened("tied", adapter=draw_adapter(seeded, shape))
+    opened.models.define("ties", shape, without_choice(draw_tensors(shape, seeded), list(routers)), config)
+    return opened("ties", adapter=draw_adapter(seeded, shape))
 
 
 def _judge_products(ready: Opened, reference: OracleTrainer, seeded: np.random.Generator, judging: Judge) -> None:
