@@ -188,7 +188,7 @@ def estimate_run(config: RunConfig, devices: int | str | None = None, wanted: Wa
     number = number_of(AUTO, spec, planned.here) if devices == AUTO else int(devices or 1)
     # Ranks on this machine's processor share its memory.
     known_bytes = [size for size in (named, machine // number if machine is not None else None) if size is not None]
-    planned = replace(planned, memory_bytes=min(known_bytes, default=None))
+    planned = replace(planned, memory_bytes=min(known_bytes, default=None), devices=number)
     sharing = replace(planned, share=number)
     plan = plan_for(
         config, number, spec, planned.estimate(), sharing.estimate, named, has_experts=planned.facts.has_routed_experts

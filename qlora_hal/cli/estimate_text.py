@@ -25,6 +25,8 @@ _MARK = {"fits": "fits", "tight": "tight", "too small": "-"}
 
 def estimate_as_text(estimated: Estimated, config: RunConfig) -> str:
     """The parts, the total with its margin, what it fits into, and what was asked for beside it."""
+    from qlora_hal.ranks.planning import can_spread
+
     memory = estimated.memory
     lines = [
         *_head(estimated, config),
@@ -35,8 +37,8 @@ def estimate_as_text(estimated: Estimated, config: RunConfig) -> str:
         lines += ["", *_probe_lines(estimated.probe, memory.total)]
     lines += ["", *_places(estimated)]
     if (has := estimated.smallest_memory) is not None and estimated.remedy is not None:
-        can_spread = not estimated.planned.facts.has_routed_experts
-        lines += ["", *_remedy_lines(estimated.remedy, has, can_spread=can_spread)]
+        spreads = can_spread(estimated.planned.spec, has_experts=estimated.planned.facts.has_routed_experts)
+        lines += ["", *_remedy_lines(estimated.remedy, has, spreads=spreads)]
     if has is not None and estimated.fits_of is not None:
         lines += ["", *_fit_lines(estimated.fits_of, has)]
     if estimated.inference is not None:
@@ -118,8 +120,8 @@ def _places(estimated: Estimated) -> Iterator[str]:
             yield from _wrapped(f"{one.value + ':':<10} {', '.join(names)}", " " * 11)
 
 
-def _remedy_lines(remedy: Remedy, has: int, *, can_spread: bool) -> Iterator[str]:
-    """`can_spread`: the base can lie on several devices; one with routed experts cannot."""
+def _remedy_lines(remedy: Remedy, has: int, *, spreads: bool) -> Iterator[str]:
+    """`spreads`: the base can lie on several devices."""
     if remedy.fits and not remedy.steps:
         yield from _wrapped(f"By arithmetic it fits {figures.size(has)}; what was measured does not.", "")
         return
@@ -134,7 +136,7 @@ def _remedy_lines(remedy: Remedy, has: int, *, can_spread: bool) -> Iterator[str
             yield from _wrapped(f"  gives up: {given_up}", "    ")
     else:
         others = "a smaller model or a larger card"
-        if can_spread:
+        if spreads:
             others = (
                 "a smaller model, a larger card, or several that share the base (--devices N --parallel.mode shard)"
             )

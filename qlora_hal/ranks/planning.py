@@ -74,8 +74,8 @@ def mode_of(
     backend spreads stacked experts. Raises UnsupportedFeatureError QH-R06 where the base cannot be spread."""
     if devices == 1:
         return "", "one device"
-    can_spread = Feature.SHARDED_BASE in spec.capabilities.features and not has_experts
-    if config.parallel.mode == SHARD and not can_spread:
+    spreads = can_spread(spec, has_experts=has_experts)
+    if config.parallel.mode == SHARD and not spreads:
         raise UnsupportedFeatureError(
             "QH-R06",
             f"{'A base with routed experts' if has_experts else f'The base of backend {spec.name}'} cannot be spread "
@@ -87,9 +87,14 @@ def mode_of(
         return SHARD, "each device holds a share of the packed base, as asked for"
     if "layers" in config.training.base_offload:
         return DATA, "each device reads the layers from the host's memory"
-    if config.parallel.mode == AUTO and can_spread and memory_there is not None and memory.total > memory_there:
+    if config.parallel.mode == AUTO and spreads and memory_there is not None and memory.total > memory_there:
         return SHARD, f"with a whole base each device would need {size(memory.total)} of its {size(memory_there)}"
     return DATA, "each device holds the whole packed base"
+
+
+def can_spread(spec: BackendSpec, *, has_experts: bool) -> bool:
+    """Whether devices can hold shares of the base."""
+    return Feature.SHARDED_BASE in spec.capabilities.features and not has_experts
 
 
 def not_on_several(backend: str, devices: int) -> UnsupportedFeatureError:

@@ -141,7 +141,7 @@ def choices_of(planned: PlannedModel) -> Choices:
     accumulation = training.gradient_accumulation_steps if training.global_batch_size is None else None
     length = planned.config.data.max_seq_length
     of_rows = (lambda rows: {TOKENS: rows * length}) if training.tokens_per_batch is not None else None
-    batches = smaller_batches(planned.config.full_batch_rows, accumulation, of_rows, training.global_batch_size)
+    batches = smaller_batches(planned.config.full_batch_rows, accumulation, of_rows, planned.rows_of_step)
     return (
         tuple(batches),
         (AS_IT_IS, *_more_recomputed(planned)),
@@ -227,7 +227,7 @@ def fits_of(
         asked = Asked(length, full, longest, alone if full > 1 else 0, settings_of=lambda _, length: {LENGTH: length})
     else:
         rows = training.per_device_train_batch_size if BATCH in given else None
-        asked = Asked(length, rows, longest, rows_of_step=training.global_batch_size)
+        asked = Asked(length, rows, longest, rows_of_step=planned.rows_of_step)
     choices = (again, parts, moments)
     return largest_fits(peak or remembered(planned), price_of(planned), memory_bytes, choices, asked)
 

@@ -19,7 +19,7 @@ from qlora_hal.memory.fitting import BATCH, RECOMPUTE
 from qlora_hal.memory.placement import AUTO, Moves, Placement, asked_recompute, chosen_placement
 from qlora_hal.model.source import plan_model
 from qlora_hal.ranks.planning import SHARD
-from qlora_hal.run.prepare import estimated_memory, likely_dtype, moves_of
+from qlora_hal.run.prepare import estimated_memory, likely_dtype, moves_of, refuse_layers_of_experts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 class PlannedModel:
     """A model, its settings, and the backend that would train it. `here` is what its probe says of this machine;
     `device` tells of the device that is planned for, None where only the hardware is known that the backend is for;
-    `memory_bytes` is what it has, as far as a card, the cap, or this machine says. `share` devices hold the packed
-    layers together."""
+    `memory_bytes` is what it has, as far as a card, the cap, or this machine says. `devices` train together, and
+    `share` of them hold the packed layers together."""
 
     config: RunConfig
     facts: ModelFacts
@@ -45,6 +45,7 @@ class PlannedModel:
     here: ProbeReport
     device: ProbeReport | None
     memory_bytes: int | None = None
+    devices: int = 1
     share: int = 1
 
     @classmethod
@@ -52,7 +53,7 @@ class PlannedModel:
         """On the named backend, else on the one that would be chosen on its own hardware, or on `card`; where a backend
         is ready here and no card is named, on this machine's device.
 
-        Raises as `plan_model`, `refuse_long_sequences` and `backend_for`.
+        Raises as `plan_model`, `refuse_long_sequences`, `refuse_layers_of_experts` and `backend_for`.
         """
         model = config.model
         source = plan_model(
@@ -63,6 +64,7 @@ class PlannedModel:
             config_is_enough=True,
         )
         refuse_long_sequences(config.data, source.facts.max_position_embeddings)
+        refuse_layers_of_experts(config, source.facts)
         spec = backend_for(config, source.facts, card)
         here = next(report for report in reports(listed()) if report.backend == spec.name)
         device = device_of(card, spec) if card is not None else here if here.ready else None
@@ -123,6 +125,12 @@ class PlannedModel:
     def is_left_to_the_card(self) -> bool:
         """Whether what is kept where follows from the memory of the device."""
         return AUTO in (asked_recompute(self.config.training), self.config.training.base_offload)
+
+    @property
+    def rows_of_step(self) -> int | None:
+        """What micro-batches of one device have to divide, where the rows of a step over all of them are settled."""
+        rows = self.config.training.global_batch_size
+        return None if rows is None else rows // self.devices
 
     @property
     def is_sharded(self) -> bool:

@@ -33,6 +33,7 @@ from qlora_hal.memory.fitting import halves
 from qlora_hal.memory.gpus import DEVICE_KINDS
 from qlora_hal.memory.placement import (
     IN_HOST_MEMORY,
+    LAYERS,
     NONE,
     OFFLOAD,
     SELECTIVE,
@@ -242,13 +243,7 @@ def _placed(config: RunConfig, resolved_backend: ResolvedBackend, world: World) 
     targets = {name: modules[name] for name in resolved_backend.adapter.target_modules}
     spread = config.parallel.mode == "shard"
     moves = moves_of(facts, spec, resolved_backend.report, spread=spread)
-    if "layers" in config.training.base_offload and facts.has_routed_experts:
-        raise UnsupportedFeatureError(
-            "QH-B01",
-            "The layers of a base with routed experts cannot be in the host's memory.",
-            where="training.base_offload",
-            fix="Take layers out of training.base_offload; embeddings and head can stay in it.",
-        )
+    refuse_layers_of_experts(config, facts)
     there = memory_of_a_device(resolved_backend, config) or None
 
     def memory_with(placement: Placement, asked: RunConfig) -> MemoryEstimate:
@@ -343,6 +338,17 @@ def moves_of(facts: ModelFacts, spec: BackendSpec, report: ProbeReport | None, *
     """What can go to the host of the device that `report` tells of, without one of the hardware that the backend is
     made for. `spread` layers are on the devices."""
     return Moves(device_kind_of(spec, report) not in IN_HOST_MEMORY, not spread and not facts.has_routed_experts)
+
+
+def refuse_layers_of_experts(config: RunConfig, facts: ModelFacts) -> None:
+    """Raises UnsupportedFeatureError QH-B01 where experts, which are read where they lie, should be on the host."""
+    if LAYERS in config.training.base_offload and facts.has_routed_experts:
+        raise UnsupportedFeatureError(
+            "QH-B01",
+            "The layers of a base with routed experts cannot be in the host's memory.",
+            where="training.base_offload",
+            fix="Take layers out of training.base_offload; embeddings and head can stay in it.",
+        )
 
 
 def device_kind_of(spec: BackendSpec, report: ProbeReport | None) -> str:

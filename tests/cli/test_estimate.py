@@ -411,3 +411,32 @@ def test_no_advice_for_a_mixture_is_what_its_backends_refuse(
     assert "embeddings and head on the host" in words
     assert "layers" not in words
     assert "share the base" not in words
+    assert main(["estimate", "--model", str(tmp_path), "--training.base_offload", "layers"]) == 2
+    assert "routed experts cannot be in the host's memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("card", "is_advised"), [("RTX 3060 8GB", True), ("Apple 8GB", False)])
+def test_to_share_the_base_is_advised_where_the_backend_can(
+    card: str, is_advised: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_config(tmp_path / "405b", hidden=16384, inner=53248, layers=126, heads=128, key_heads=8, vocabulary=128256)
+    settings = ["--model", str(tmp_path / "405b"), "--gpu", card]
+    assert main(["estimate", *settings]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "No setting makes it fit" in words
+    assert ("--devices N --parallel.mode shard" in words) is is_advised
+    assert (main(["estimate", *settings, "--devices", "8", "--parallel.mode", "shard"]) == 0) is is_advised
+
+
+def test_micro_batches_that_are_advised_can_be_dealt_out_to_all_devices(
+    llama_8b: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a step of 24 rows each of two devices has 12; 24 and 8 do not divide them."""
+    step = ("--model", llama_8b, "--gpu", "RTX 4090", "--devices", "2", "--training.global_batch_size", "24")
+    batch = "training.per_device_train_batch_size"
+    fitting = told(capsys, *step, "--fit")["fit"]
+    assert max(one["settings"][batch] for one in fitting) == 12
+    two_rows = told(capsys, "--model", llama_8b, "--gpu", "RTX 4090", f"--{batch}", "2")["high"]
+    limit = ("--training.memory_limit", f"{two_rows / 2**20 + 1:.3f}MB")
+    advice = told(capsys, *step[:-1], "6", f"--{batch}", "3", *limit)["advice"]
+    assert advice["settings"][batch] != 2  # of a step of six rows, each device has three
