@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bitsandbytes import functional as codec
+from safetensors.torch import load_file, save_file
 from tiny_models import write_model
 from trainers import OpenTrainer, open_cpu_trainer, random_batch, source_of
 
@@ -82,6 +85,37 @@ def test_checkpoint_written_by_transformers_is_taken_as_it_is(
     assert ours.step([random_batch(0)]).applied
 
 
+@pytest.mark.parametrize("scales", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_codes_stored_under_the_name_of_a_float_and_scales_in_sixteen_bits_are_read(
+    double_quant: bool, scales: torch.dtype, tmp_path: Path
+) -> None:
+    """As FSDP wants codes stored. Kernels read them as bytes, and bitsandbytes its scales as float32."""
+    plain, module = write_model(tmp_path / "plain", "llama"), "model.layers.1.mlp.up_proj"
+    tensors = load_file(plain / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        codes, state = codec.quantize_4bit(
+            tensors[name], blocksize=64, compress_statistics=double_quant, quant_storage=torch.bfloat16
+        )
+        parts = state.as_dict(packed=True)
+        scale = "nested_absmax" if double_quant else "absmax"
+        parts[scale] = parts[scale].to(scales)
+        tensors |= {name: codes, **{f"{name}.{part}": value for part, value in parts.items()}}
+        if name == f"{module}.weight":
+            (state.state2 if double_quant else state).absmax = parts[scale].float()
+            expected = codec.dequantize_4bit(codes.view(torch.uint8).view(-1, 1), state)
+    stored = tmp_path / "packed"
+    stored.mkdir()
+    save_file(tensors, stored / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((plain / "config.json").read_text())
+    method = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    described = {**method, "bnb_4bit_use_double_quant": double_quant, "bnb_4bit_quant_storage": "bfloat16"}
+    (stored / "config.json").write_text(json.dumps({**config, "quantization_config": described}))
+    trainer = open_cpu_trainer(stored, weight_format="nf4").trainer
+    assert trainer._base.linears[module].base.packed.dtype == torch.uint8  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(trainer.dequantized_weight(module), expected.numpy())
+
+
 @pytest.mark.long
 def test_loading_never_holds_the_unquantized_model(tmp_path: Path) -> None:
     """Anonymous memory at its peak, in a fresh process: 4-bit weights, what stays unquantized, and one tensor."""
@@ -127,8 +161,6 @@ print(peak[0] - before)
 
 @pytest.mark.fault("M50")
 def test_weights_that_do_not_fit_the_configuration_are_all_named(tmp_path: Path) -> None:
-    import json
-
     from qlora_hal.errors import ModelError
 
     folder = write_model(tmp_path, "llama")

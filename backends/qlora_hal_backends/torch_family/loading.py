@@ -337,11 +337,13 @@ def _read_bitsandbytes(
     if not parts:
         dense = Quantization(WeightFormat.NONE)
         return read_and_quantize(checkpoint, name, dense, dtype, device)
-    packed = checkpoint.take(f"{name}.weight", device)
+    # Sharded trainers want the bytes of codes under the name of a float (`bnb_4bit_quant_storage`); kernels read bytes.
+    packed = checkpoint.take(f"{name}.weight", device).view(torch.uint8).view(-1, 1)
     tensors = {part: checkpoint.take(part, device) for part in parts}
     for part, tensor in tensors.items():
         if tensor.is_floating_point():
-            finite(tensor, part, checkpoint.where)
+            # Whatever the dtype of its scales, bitsandbytes reads them as float32.
+            tensors[part] = finite(tensor, part, checkpoint.where).float()
     state = codec.QuantState.from_dict(tensors, device=device)
     state.dtype = dtype
     return Blockwise4BitWeight(packed, state)
