@@ -176,7 +176,7 @@ def test_a_log_with_hostile_lines_is_read_without_them(tmp_path: Path) -> None:
         "[" * 50_000,
         '{"step":' * 20_000,
         '{"step": ' + "9" * 5_000 + "}",
-        '{"step": 2, "x": "' + "a" * 70_000 + '"}',
+        '{"step": 2, "x": "' + "a" * 600_000 + '"}',
     ]
     path.write_text("\n".join(['{"step": 1, "loss": 2.0}', *hostile, '{"step": 3, "loss": 1.0}', ""]))
     with bounded():
