@@ -90,6 +90,7 @@ def verdicts(document: Mapping[str, object]) -> dict[str, str]:
 
 
 # what is judged -------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "verdict"),
     [
@@ -107,6 +108,7 @@ def test_what_is_wrong_only_together_is_found_where_a_run_has_it_together(
     assert set(verdicts(document).values()) == {verdict}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "verdict"), [("bfloat16", "failed"), ("float32", "passed")])
 def test_what_is_wrong_in_one_dtype_is_found_by_the_run_that_computes_in_it(
     dtype: str, verdict: str, written: Written, judged: Judged

@@ -185,6 +185,7 @@ NO_PROMPT = LOOP.partition("{% if add_generation_prompt")[0]
 MARKED = LOOP.replace("{{ m['content'] }}", "{% generation %}{{ m['content'] }}{% endgeneration %}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", [LOOP, MARKED, NO_PROMPT], ids=["loop", "marked", "no prompt"])
 def test_a_conversation_of_very_many_turns_takes_time_in_proportion(source: str) -> None:
     """20,000 turns are 600 kB of a row, whose limit is 32 MiB; each looked up among all others took minutes."""
@@ -199,6 +200,7 @@ def test_a_conversation_of_very_many_turns_takes_time_in_proportion(source: str)
         assert {text for text, trained in written.pieces if trained} == {"a<e>"}, "the role is not the model's"
 
 
+@pytest.mark.slow
 def test_a_turn_that_only_rendering_finds_is_refused_far_into_a_conversation() -> None:
     """Each such turn costs as much as all before it. The template writes the whole at once, behind its loop."""
     joined = "{% set all = namespace(text='') %}{% for m in messages %}"

@@ -143,6 +143,7 @@ def plain_losses(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     return [loss for _, loss in small_run(tmp_path_factory.mktemp("plain") / "run", {"training.max_steps": 4}).losses]
 
 
+@pytest.mark.slow
 def test_checkpointing_and_paging_change_memory_and_not_numbers(trained: Trained, plain_losses: list[float]) -> None:
     for name, setting in {
         "checkpointing": {"training__gradient_checkpointing": True},

@@ -60,6 +60,7 @@ def test_the_suite_judges_a_backend_by_the_codec_of_its_own_format(tmp_path: Pat
     assert len(own["measures"]) == 28  # seven linear layers in two blocks, quantized here and stored already
 
 
+@pytest.mark.slow
 def test_the_suite_catches_a_backend_that_decodes_it_wrongly(tmp_path: Path) -> None:
     """Each row with the scale of the row before it."""
     install_example(tmp_path, "format_plugin")

@@ -33,6 +33,8 @@ from qlora_hal_backends.gptq_int4.loading import checked_settings
 from qlora_hal_oracle import ZeroPointConvention
 from qlora_hal_oracle.random_models import linear_shapes
 
+pytestmark = pytest.mark.slow
+
 MODULE = "model.layers.1.mlp.down_proj"
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 

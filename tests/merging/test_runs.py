@@ -38,6 +38,7 @@ def command(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, capture_output=True, text=True, check=False, cwd=cwd, timeout=120)
 
 
+@pytest.mark.slow
 def test_run_is_merged_with_one_command_and_answers_as_its_adapter_does(run: TrainResult, tmp_path: Path) -> None:
     done = command("merge", run.run_dir, tmp_path / "merged", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

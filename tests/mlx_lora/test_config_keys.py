@@ -17,6 +17,8 @@ from trainers import OpenTrainer, random_batch, source_of
 from qlora_hal.errors import ModelError, QloraHalError
 from qlora_hal_backends.mlx_lora.outline import outline
 
+pytestmark = pytest.mark.slow
+
 Opened = Callable[..., OpenTrainer]
 
 

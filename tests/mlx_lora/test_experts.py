@@ -137,6 +137,7 @@ def test_gradients_and_a_step_are_those_of_the_torch_family(model_type: str, tmp
     assert largest_difference(*moments) <= 2 * FLOAT32, "gradients, and the norm that clips them"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight_format", ["none", "nf4", "int4_affine"])
 @pytest.mark.parametrize("compile", ["off", "auto"])
 def test_recomputation_changes_nothing(compile: str, weight_format: str, tmp_path: Path, opened: Opened) -> None:

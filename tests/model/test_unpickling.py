@@ -29,6 +29,8 @@ from qlora_hal.errors import QloraHalError, UnsafeInputError
 from qlora_hal.model.pickled_weights import Unpickled, find_pickled, unpickle
 from qlora_hal.model.source import resolve_model
 
+pytestmark = pytest.mark.slow
+
 WriteModel = Callable[..., Path]
 
 

@@ -49,6 +49,7 @@ def test_there_are_enough_mutants_each_with_a_sentence_and_a_section() -> None:
         assert mutant.caught_by == tuple(sorted(mutant.caught_by)), f"{mutant.name}: the earliest section comes first"
 
 
+@pytest.mark.slow
 def test_cheat_that_knows_seed_0_is_caught_by_a_fresh_seed_alone() -> None:
     """What it answers for the inputs it knows is right: only fresh inputs tell."""
     known = hunt(BY_NAME["answers_seed_0_only"], seed=0)

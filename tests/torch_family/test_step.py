@@ -75,6 +75,7 @@ def test_not_finite_step_changes_nothing_and_says_so(llama: Path, opened: Opened
     assert not any(moment.any() for moment in snapshot.moments.values())
 
 
+@pytest.mark.slow
 def test_dropout_follows_its_key_and_is_off_in_evaluation(llama: Path, opened: Opened) -> None:
     window = [random_batch(1)]
     same, again, other = (opened(llama, dropout=0.4) for _ in range(3))
