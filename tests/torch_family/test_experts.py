@@ -14,6 +14,7 @@ from against_transformers import compare, reference_of
 from bitsandbytes import functional as codec
 from drawn_models import write_drawn_model
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from trainers import open_cpu_trainer, random_batch, source_of
 
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key
@@ -266,6 +267,32 @@ def test_more_numbers_than_a_decoder_counts_are_decoded_in_parts(monkeypatch: py
     whole = stacked(layers).dense()
     monkeypatch.setattr(stacked_weights, "_LARGEST_COUNT", 2 * 64 * 256)
     assert torch.equal(stacked(layers).dense(), whole)
+
+
+@pytest.mark.parametrize("weight_format", [WeightFormat.INT8, WeightFormat.MXFP4])
+def test_what_stands_between_packed_and_decoded_experts_is_a_part_of_them(
+    weight_format: WeightFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    quantization = Quantization(weight_format, 32 if weight_format is WeightFormat.MXFP4 else None, False)
+    layers = [quantize(torch.randn(64, 256, generator=generator), quantization, torch.bfloat16) for _ in range(5)]
+    monkeypatch.setattr(stacked_weights, "_AT_ONCE", 2 * 64 * 256)
+    made: list[torch.Tensor] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = func(*args, **(kwargs or {}))
+            if isinstance(found, torch.Tensor):
+                made.append(found)
+            return found
+
+    stack = stacked(layers)
+    with Watch():
+        whole = stack.dense()
+    assert torch.equal(whole, torch.stack([layer.dense() for layer in layers]))
+    wide = [tensor for tensor in made if tensor.dtype in (torch.float32, torch.int32)]
+    assert wide
+    assert max(tensor.numel() for tensor in wide) <= 2 * 64 * 256
 
 
 def test_a_checkpoint_whose_experts_are_packed_is_the_same_base(tmp_path: Path) -> None:

@@ -18,11 +18,13 @@ from trainers import moved_adapter, random_batch, source_of
 from qlora_hal.contract.backend import Compute, Quantization
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.values import AdapterConfig, Float32, StepSettings
+from qlora_hal.contract.world import World
 from qlora_hal.errors import StorageError, UnsupportedFeatureError, figures
 from qlora_hal_backends import cpu_torch, cuda_bnb
-from qlora_hal_backends.torch_family import host_tables, layers_at_rest, trial
+from qlora_hal_backends.torch_family import host_tables, layers_at_rest, loading, trial
 from qlora_hal_backends.torch_family.layers_at_rest import SPARED, DiskLayers, HostLayers
 from qlora_hal_backends.torch_family.platform import CPU, CUDA
+from qlora_hal_backends.torch_family.ranks import most_ranks_here
 from qlora_hal_backends.torch_family.streamed_base import StreamedBase
 from qlora_hal_backends.torch_family.trainer import TorchLoRATrainer
 
@@ -183,6 +185,28 @@ def test_layers_go_to_the_disk_where_the_memory_left_is_too_little_and_that_is_s
         assert any(words in note for note in trainer.load_notes)
 
 
+def test_memory_left_is_enough_for_all_ranks_of_the_host_or_layers_go_to_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They load at the same time: each sees the memory that the others are about to take."""
+    path = write_model(tmp_path, "llama", num_hidden_layers=5)
+    needed = sum(size for size, _ in layers_of(trainer_of(path, Compute(base_offload=LAYERS)))._layers)
+    monkeypatch.setattr(loading, "most_ranks_here", lambda world, device: world.size)
+    for ranks, kind in ((1, HostLayers), (3, HostLayers), (4, DiskLayers)):
+        left = int(3 * needed / (1 - SPARED)) + 1
+        monkeypatch.setattr(layers_at_rest, "memory_available_here", lambda left=left: left)
+        trainer = trainer_of(path, Compute(base_offload=LAYERS, world=World(0, ranks)))
+        assert isinstance(layers_of(trainer).at_rest, kind)
+    assert any("for each of 4 ranks" in note for note in trainer.load_notes)
+
+
+def test_a_host_has_no_more_ranks_than_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert most_ranks_here(World(3, 8), torch.device("cpu")) == 8
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert most_ranks_here(World(3, 8), torch.device("cuda")) == 4
+    assert most_ranks_here(World(0, 2), torch.device("cuda")) == 2
+
+
 def test_layers_on_the_disk_leave_two_buffers_in_memory_and_no_file_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,6 +275,19 @@ def test_file_that_was_cut_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="could not be read again") as refused:
         trainer.gradients([random_batch(0)])
     assert refused.value.code == "QH-S11"
+
+
+def test_read_ahead_that_failed_is_no_matter_where_its_layer_is_not_wanted(tmp_path: Path) -> None:
+    path = write_model(tmp_path, "llama", num_hidden_layers=5)
+    trainer = trainer_of(path, Compute("float32", False, ON_DISK, base_offload=LAYERS))
+    at_rest = layers_of(trainer).at_rest
+    assert isinstance(at_rest, DiskLayers)
+    expected = at_rest.take(1).clone()
+    at_rest._file.truncate(at_rest._places[2][0])
+    at_rest.ahead(3)
+    assert torch.equal(at_rest.take(1), expected)
+    with pytest.raises(StorageError, match="could not be read again"):
+        at_rest.take(3)
 
 
 def test_option_without_layers_to_move_is_told(tmp_path: Path) -> None:

@@ -133,8 +133,7 @@ class DiskLayers:
         buffer = self._buffers[number % BUFFERS]
         if not 0 <= number < len(self._places) or buffer.layer == number:
             return
-        if buffer.reading is not None:
-            buffer.reading.result()
+        # One thread reads, in this order: a read that is still going on, or has failed, is nobody's any more.
         buffer.layer = number
         buffer.reading = self._reader.submit(self._read, buffer, *self._places[number])
 
@@ -169,17 +168,18 @@ class DiskLayers:
             target = target[read:]
 
 
-def resting_place(choice: str, needed: int, device: torch.device) -> LayersAtRest:
+def resting_place(choice: str, needed: int, device: torch.device, ranks: int = 1) -> LayersAtRest:
     """Where `needed` bytes of layers rest: as `backend.options` says, and where that is `auto` on the disk if the
-    host's memory does not have them left."""
+    host's memory does not have them left for each of its `ranks`, which all ask at the same time."""
     if choice == HOST:
         return HostLayers(device)
     if choice == DISK:
         return DiskLayers(device, cache_folder(), f"as backend.options.{OPTION} says")
     available = memory_available_here()
-    if needed <= available * (1 - SPARED):
+    if ranks * needed <= available * (1 - SPARED):
         return HostLayers(device)
-    why = f"because they take {in_words(needed)} and the host has {in_words(available)} left"
+    each = f" for each of {ranks} ranks" if ranks > 1 else ""
+    why = f"because they take {in_words(needed)}{each} and the host has {in_words(available)} left"
     return DiskLayers(device, cache_folder(), why)
 
 

@@ -39,6 +39,7 @@ from qlora_hal_backends.torch_family.host_tables import HostEmbedding, Tables
 from qlora_hal_backends.torch_family.layers_at_rest import AUTO, OPTION, idle_note
 from qlora_hal_backends.torch_family.lora_linear import FrozenLinear
 from qlora_hal_backends.torch_family.microscaling import LARGEST, Mxfp4Weight
+from qlora_hal_backends.torch_family.ranks import most_ranks_here
 from qlora_hal_backends.torch_family.sharded_base import ShardedBase
 from qlora_hal_backends.torch_family.streamed_base import StreamedBase
 from qlora_hal_backends.torch_family.transformers_versions import recomputable_layers, stays_float32
@@ -172,7 +173,8 @@ def _layer_store(compute: Compute, device: torch.device, layers: int) -> Sharded
             fix="Take layers out of training.base_offload, or set parallel.mode: data.",
         )
     if on_host:
-        return StreamedBase(device, layers, str(compute.options.get(OPTION, AUTO)))
+        choice = str(compute.options.get(OPTION, AUTO))
+        return StreamedBase(device, layers, choice, most_ranks_here(compute.world, device))
     return ShardedBase(compute.world, device) if compute.shard_base else None
 
 

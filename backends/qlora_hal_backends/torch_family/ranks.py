@@ -211,6 +211,12 @@ def device_of_rank(device: torch.device, world: World) -> torch.device:
     return chosen
 
 
+def most_ranks_here(world: World, device: torch.device) -> int:
+    """How many ranks this host may have: no more than devices, where each has one to itself."""
+    there = torch.get_device_module(device).device_count() if has_queue(device) else world.size
+    return min(world.size, there)
+
+
 _LIBRARY = ("nccl", "rccl")
 _LOST_PEER = (
     *("remote process exit", "ncclremoteerror", "connection reset", "connection closed", "broken pipe"),

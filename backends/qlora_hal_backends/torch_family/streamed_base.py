@@ -38,6 +38,8 @@ class StreamedBase:
     """How many there will be."""
     choice: str = AUTO
     """Where they rest (`layers_at_rest.CHOICES`)."""
+    ranks: int = 1
+    """How many of this host keep them, each for itself."""
     copied_bytes: int = 0
     """To the device, since the base was loaded."""
     at_rest: LayersAtRest = field(init=False)
@@ -52,7 +54,7 @@ class StreamedBase:
     def add(self, weights: list[BaseWeight]) -> list[BaseWeight]:
         places, size = places_of(weights)
         if not self._layers:
-            self.at_rest = resting_place(self.choice, self.layers * size, self.device)
+            self.at_rest = resting_place(self.choice, self.layers * size, self.device, self.ranks)
         whole = self.at_rest.room(size)
         move_into(whole, places, self.device)
         self.at_rest.keep(whole)

@@ -3,7 +3,7 @@ layer; equal parts then lie behind one another, and one decoder call gives all o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +21,9 @@ from qlora_hal_backends.torch_family.microscaling import Mxfp4Weight, decoded
 
 _LARGEST_COUNT = 2**31 - 1
 """Numbers that bitsandbytes' decoder counts in one call."""
+_AT_ONCE = 2**26
+"""Numbers that are decoded together where what stands between takes more memory than they do: eight bytes of each
+integer, four of each byte of MXFP4."""
 
 
 class StackedWeight(Protocol):
@@ -70,9 +73,12 @@ class Int8Stack:
         return experts, outputs, inputs
 
     def dense(self) -> Tensor:
-        experts, outputs, inputs = self.shape
-        flat = Int8Weight(self.integers.flatten(0, 1), self.row_absmax.flatten(), self.dtype)
-        return flat.dense().view(experts, outputs, inputs)
+        return _in_parts(self, self.integers.device, self._decoded)
+
+    def _decoded(self, part: slice) -> Tensor:
+        integers = self.integers[part]
+        flat = Int8Weight(integers.flatten(0, 1), self.row_absmax[part].flatten(), self.dtype)
+        return flat.dense().view(integers.shape)
 
     def expert(self, number: int) -> Tensor:
         return Int8Weight(self.integers[number], self.row_absmax[number], self.dtype).dense()
@@ -164,7 +170,10 @@ class Mxfp4Stack:
         return experts, outputs, 2 * width
 
     def dense(self) -> Tensor:
-        return decoded(self.packed, self.scales, self.dtype)
+        return _in_parts(self, self.packed.device, self._decoded)
+
+    def _decoded(self, part: slice) -> Tensor:
+        return decoded(self.packed[part], self.scales[part], self.dtype)
 
     def expert(self, number: int) -> Tensor:
         return decoded(self.packed[number], self.scales[number], self.dtype)
@@ -185,6 +194,19 @@ class SeparateWeights:
 
     def expert(self, number: int) -> Tensor:
         return self.weights[number].dense()
+
+
+def _in_parts(stack: Int8Stack | Mxfp4Stack, device: torch.device, decode: Callable[[slice], Tensor]) -> Tensor:
+    """All experts, some at a time."""
+    experts, outputs, inputs = stack.shape
+    at_a_time = max(1, _AT_ONCE // (outputs * inputs))
+    if at_a_time >= experts:
+        return decode(slice(None))
+    whole = torch.empty(stack.shape, dtype=stack.dtype, device=device)
+    for start in range(0, experts, at_a_time):
+        part = slice(start, start + at_a_time)
+        whole[part] = decode(part)
+    return whole
 
 
 def stacked(weights: Sequence[BaseWeight]) -> StackedWeight:
