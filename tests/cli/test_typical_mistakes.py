@@ -133,7 +133,7 @@ MISTAKES = [
     file("axolotl.yaml", "QH-U01", "3 settings", "write lora.target_modules: all-linear", "init --from axolotl"),
     file("factory.yaml", "QH-U01", '"q_proj,v_proj"', "did you mean lora.target_modules?", "init --from factory.yaml"),
     file("mlx.yaml", "QH-U01", "iters = 100", "did you mean training.max_steps?", "qlora-hal init --from mlx.yaml"),
-    file("mlx.yaml --data rows.jsonl", "QH-U01", "lora_parameters = {'scale': 20.0}", "scale x rank) is lora.alpha", "--from"),
+    file("mlx.yaml --data rows.jsonl", "QH-U01", "lora_parameters = {", "scale x rank) is lora.alpha", "--from"),
     file("names.yaml", "QH-U01", '"q_proj, v_proj"', "a list is expected for several names: [q_proj, v_proj]", "Corr"),
     file("linear.yaml", "QH-U01", '"all_linear"', "all-linear is expected", "Correct it"),
     file("colon.yaml", "QH-U01", '"learning_rate 1e-4"', "training is a group; its settings go below it", "Corre"),
