@@ -66,6 +66,8 @@ def run_smoke(
         short = resolve_settings(settings, flags={**_SHORT, "output_dir": str(folder)})
         console = RunConsole(quiet=quiet, json=json)
         stopped_at = 0
+        # The run is this command's own: what was permitted it holds for going on with it.
+        trusted = settings.config.model.trust_remote_code
         try:
             result = api.train(
                 short,
@@ -78,8 +80,8 @@ def run_smoke(
         except StoppedError as stopped:
             step = stopped.context.get("step")
             stopped_at = step if isinstance(step, int) else 0
-            result = api.resume(folder, console=console)
-        pair = open_generation(run_dir=folder, adapter_dir=None, model=None, backend=result.backend)
+            result = api.resume(folder, trust_remote_code=trusted, console=console)
+        pair = open_generation(run_dir=folder, backend=result.backend, trust_remote_code=trusted)
         try:
             base, adapted = pair.answer([{"role": "user", "content": "Hello"}], max_new_tokens=16)
         finally:

@@ -13,6 +13,9 @@ from qlora_hal import train
 from qlora_hal.cli.__main__ import main
 from qlora_hal.run.directory import RunDirectory
 
+CODE = ("--model.trust_remote_code", "true", "--model.revision", "a" * 40)
+"""Who gives this permission gives it to the whole command. The model brings no code."""
+
 
 def of_one_step(folder: Path) -> dict[str, object]:
     return quick(folder, **{"training.max_steps": 1, "training.global_batch_size": None})
@@ -42,7 +45,7 @@ def test_a_smoke_test_honors_the_flags_beside_it(tmp_path: Path, capsys: pytest.
     assert not run.exists(), "the folder of a settings file is for the run itself"
 
     train(of_one_step(named), quiet=True)
-    assert main(["train", file, "--smoke", "--output_dir", str(named), "--overwrite", "--verify", "--json"]) == 0
+    assert main(["train", file, "--smoke", "--output_dir", str(named), "--overwrite", "--verify", "--json", *CODE]) == 0
     assert json.loads(capsys.readouterr().out)["resumed"] is True
     record = json.loads((named / "run.json").read_text())
     assert record["steps"] == 3

@@ -28,6 +28,8 @@ ARGUMENTS = json.loads((FILES / "arguments.json").read_text(encoding="utf-8"))
         ("flash_attn_cross_entropy", "is not needed here: It is for speed"),
         ("layers_to_transform", "has no place here: Write the layers into an expression"),
         ("lr_schedule.name", "lr_schedule.name of mlx-lm (Constant when there is none) is training.lr_scheduler_type"),
+        ("steps_per_save", "steps_per_save of mlx-lm (Micro-batches) is checkpoint.save_steps"),
+        ("lora_parameters", "scale (The factor itself: alpha = scale x rank) is lora.alpha"),
     ],
 )
 def test_a_known_key_says_what_it_is_here(key: str, said: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +18,7 @@ that mean too much."""
 
 
 _FEWEST_MARKS = 2
+_DOTTED = re.compile(r"\b\w+\.\w+\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +43,14 @@ def hint_for(name: str) -> Hint:
     if group := _groups().get(name):
         return Hint(said=group, to_do="write those settings")
     if "." in name and (whole := _known().get(name)):
-        return _foreign(*whole)
+        return _foreign(name, *whole)
     if words := remark(name):
         return Hint(said=words, to_do=words)
     if known := known_by_name(name):
         return Hint(known)
-    if foreign := _known().get(name.rpartition(".")[2]):
-        return _foreign(*foreign)
+    last = name.rpartition(".")[2]
+    if foreign := _known().get(last):
+        return _foreign(last, *foreign)
     return Hint(setting_by_letters(name) or "")
 
 
@@ -59,12 +62,19 @@ def tool_of(values: Mapping[str, object]) -> Tool | None:
     return most if marks[most.name] >= _FEWEST_MARKS else None
 
 
-def _foreign(tool: Tool, key: Key) -> Hint:
-    there, name = key.there.rstrip("."), key.names[0]
+def _foreign(name: str, tool: Tool, key: Key) -> Hint:
     if key.here and key.fate is not Fate.NO_PLACE:
-        return Hint(key.here, f"{name} of {tool.title}{f' ({there})' if there else ''} is {key.here} here")
+        return Hint(key.here, f"{_is_here(f'{name} of {tool.title}', key)} here")
     judged = "is not needed here" if key.fate is Fate.NOT_NEEDED else "has no place here"
-    return Hint(said=f"{name} of {tool.title} {judged}: {there}", to_do="leave it out")
+    instead = next((word for word in _DOTTED.findall(key.there) if word in settings()), None)
+    to_do = f"use --{instead}, or leave it out" if instead else "leave it out"
+    return Hint(said=f"{name} of {tool.title} {judged}: {key.there.rstrip('.')}", to_do=to_do)
+
+
+def _is_here(name: str, key: Key) -> str:
+    """What a key is called here, with what its value means there: it may be counted otherwise."""
+    there = key.there.rstrip(".")
+    return f"{name}{f' ({there})' if there else ''} is {key.here}"
 
 
 @cache
@@ -74,10 +84,8 @@ def _groups() -> Mapping[str, str]:
 
 
 def _listed(tool: Tool, group: str) -> str:
-    inside = [
-        (name.partition(".")[2], key.here) for name, key in tool.by_name().items() if name.startswith(f"{group}.")
-    ]
-    return ", ".join(f"{name} is {here}" for name, here in inside if here)
+    inside = [(name.partition(".")[2], key) for name, key in tool.by_name().items() if name.startswith(f"{group}.")]
+    return ", ".join(_is_here(name, key) for name, key in inside if key.here)
 
 
 @cache
