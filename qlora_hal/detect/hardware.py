@@ -7,8 +7,9 @@ Everything raw is read through one `MachineFacts`, so that a recorded set of fac
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
 
 from qlora_hal.detect.amd_gpus import amd_gpus
 from qlora_hal.detect.gpu import Gpu, Vendor
@@ -114,11 +115,11 @@ def memory_here() -> int:
     return min(machine.memory_bytes, machine.memory_limit_bytes or machine.memory_bytes)
 
 
-def memory_available_here() -> int:
-    """Bytes of memory that nothing on this machine takes now, and no more than the container's."""
-    facts = LiveFacts()
-    total, available = facts.memory()
-    return min(available, _container_limit(facts, total) or available)
+def memory_available_here(facts: MachineFacts | None = None) -> int:
+    """Bytes of memory that nothing on this machine takes now, and no more than its container has left."""
+    facts = facts or LiveFacts()
+    _, available = facts.memory()
+    return max(0, min([available, *_left_in_groups(facts)]))
 
 
 def _nvidia_gpus(facts: MachineFacts) -> tuple[Gpu, ...]:
@@ -212,20 +213,48 @@ def _cpu(facts: MachineFacts, sysctl: Mapping[str, str], logical_cores: int) -> 
 def _container_limit(facts: MachineFacts, total: int) -> int | None:
     """The tightest memory limit of this process's control groups and of those around them, version 2 or 1; None when
     it is no limit."""
-    groups = facts.read("/proc/self/cgroup") or ""
-    files = [
-        *_from_root_to_own(groups, r"^0::(/.*)$", "/sys/fs/cgroup", "memory.max"),
-        *_from_root_to_own(
-            groups, r"^\d+:[^:]*\bmemory\b[^:]*:(/.*)$", "/sys/fs/cgroup/memory", "memory.limit_in_bytes"
-        ),
-    ]
-    values = [(facts.read(file) or "").strip() for file in files]
-    limits = [int(value) for value in values if value.isdigit() and int(value) < _NO_CGROUP_LIMIT]
+    limits = [limit for _, limit, _ in _limited_groups(facts)]
     return min(limits) if limits and min(limits) < total else None
 
 
-def _from_root_to_own(groups: str, pattern: str, root: str, file: str) -> list[str]:
-    """A file of every control group above this process, that of its own last; `groups` is /proc/self/cgroup."""
-    own = re.search(pattern, groups, re.MULTILINE)
-    names = [name for name in own[1].split("/") if name] if own else []
-    return ["/".join([root, *names[:depth], file]) for depth in range(len(names) + 1)]
+def _left_in_groups(facts: MachineFacts) -> Iterator[int]:
+    """What each group that has a limit may still take. Pages of files that nobody used lately make way."""
+    for version, limit, group in _limited_groups(facts):
+        used = (facts.read(f"{group}/{version.usage}") or "").strip()
+        unused = re.search(rf"^{version.inactive} (\d+)$", facts.read(f"{group}/memory.stat") or "", re.MULTILINE)
+        yield limit - (int(used) if used.isdigit() else 0) + (int(unused[1]) if unused else 0)
+
+
+class _GroupFiles(NamedTuple):
+    """Of one version of control groups: how /proc/self/cgroup names the own one, and the files of each."""
+
+    own: str
+    root: str
+    limit: str
+    usage: str
+    inactive: str
+
+
+_GROUP_FILES = (
+    _GroupFiles(r"^0::(/.*)$", "/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    _GroupFiles(
+        r"^\d+:[^:]*\bmemory\b[^:]*:(/.*)$",
+        "/sys/fs/cgroup/memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+)
+
+
+def _limited_groups(facts: MachineFacts) -> Iterator[tuple[_GroupFiles, int, str]]:
+    """(version, limit, folder) of every control group from the root to this process's own that has a limit."""
+    groups = facts.read("/proc/self/cgroup") or ""
+    for version in _GROUP_FILES:
+        own = re.search(version.own, groups, re.MULTILINE)
+        names = [name for name in own[1].split("/") if name] if own else []
+        for depth in range(len(names) + 1):
+            folder = "/".join([version.root, *names[:depth]])
+            value = (facts.read(f"{folder}/{version.limit}") or "").strip()
+            if value.isdigit() and int(value) < _NO_CGROUP_LIMIT:
+                yield version, int(value), folder

@@ -12,7 +12,7 @@ import pytest
 
 from qlora_hal.detect.amd_gpus import gfx_name
 from qlora_hal.detect.gpu import Gpu
-from qlora_hal.detect.hardware import Machine, inventory
+from qlora_hal.detect.hardware import Machine, inventory, memory_available_here
 from qlora_hal.detect.machine_facts import LiveFacts, NvmlFacts
 from tests.hardware.replay import NAMES, ReplayedFacts, load
 
@@ -136,6 +136,23 @@ def test_wsl_is_recognised() -> None:
 )
 def test_the_containers_memory_limit_is_found(files: dict[str, str], limit: int | None) -> None:
     assert replayed("plain_cpu", files={"/proc/cpuinfo": "model name\t: X\n", **files}).memory_limit_bytes == limit
+
+
+@pytest.mark.parametrize(
+    ("files", "left"),
+    [
+        ({}, None),
+        ({"memory.max": 4 * GIB}, 4 * GIB),
+        ({"memory.max": 4 * GIB, "memory.current": 3 * GIB}, GIB),
+        ({"memory.max": 4 * GIB, "memory.current": 3 * GIB, "memory.stat": f"anon 1\ninactive_file {GIB}\n"}, 2 * GIB),
+        ({"memory.max": 2 * GIB, "memory.current": 3 * GIB}, 0),
+        ({"memory/memory.limit_in_bytes": 4 * GIB, "memory/memory.usage_in_bytes": 3 * GIB}, GIB),
+    ],
+)
+def test_what_a_container_has_left_is_what_can_be_taken(files: dict[str, object], left: int | None) -> None:
+    groups = {f"/sys/fs/cgroup/{name}": f"{text}\n" for name, text in files.items()}
+    facts = ReplayedFacts({**load("plain_cpu"), "files": groups})
+    assert memory_available_here(facts) == (facts.memory()[1] if left is None else left)
 
 
 def test_why_nvml_does_not_answer_is_kept() -> None:
