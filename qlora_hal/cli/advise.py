@@ -76,6 +76,7 @@ def _situation(config: RunConfig, memory: int | None, given_length: int | None) 
     from qlora_hal.memory.advice import Situation
     from qlora_hal.memory.estimate import adapter_parameters
     from qlora_hal.model.source import plan_model
+    from qlora_hal.ranks.planning import can_spread
     from qlora_hal.run.prepare import estimated_memory
 
     model = config.model
@@ -106,6 +107,7 @@ def _situation(config: RunConfig, memory: int | None, given_length: int | None) 
         rows=_row_facts(config, source, given_length) if config.data.path or config.data.sources else None,
         positions=facts.max_position_embeddings,
         given_length=given_length,
+        spreads=can_spread(spec, has_experts=facts.has_routed_experts),
         peak=peak,
         adapter_parameters=lambda rank: adapter_parameters(targets, rank),
     )

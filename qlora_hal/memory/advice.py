@@ -42,7 +42,8 @@ class RowFacts:
 class Situation:
     """What is advised on. `stored` is the weight format of a quantized checkpoint, or empty. `peak` is the estimate in
     bytes, with its margin, for settings by dotted path; `adapter_parameters` are trainable weights by rank. `positions`
-    is how long rows may be, `given_length` what the user wants them to be."""
+    is how long rows may be, `given_length` what the user wants them to be; devices can share the base where it
+    `spreads`."""
 
     backend: str
     memory_bytes: int
@@ -53,6 +54,7 @@ class Situation:
     peak: Callable[[Mapping[str, object]], int]
     adapter_parameters: Callable[[int], int]
     given_length: int | None = None
+    spreads: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,10 +197,9 @@ def _batch(situation: Situation, settings: Mapping[str, object]) -> Advice:
                 return Advice("batch", choice, why, f"{ARITHMETIC}; {QLORA}, table 9; {REGRET}", made)
     least = _batch_settings(1, again=True)
     short = situation.peak({**settings, **least}) - situation.memory_bytes
-    why = (
-        f"even so it is {figures.size(short)} too much: shorten data.max_seq_length, take a smaller model, or spread "
-        "the base over several devices (--devices N --parallel.mode shard)"
-    )
+    why = f"even so it is {figures.size(short)} too much: shorten data.max_seq_length or take a smaller model"
+    if situation.spreads:
+        why += ", or spread the base over several devices (--devices N --parallel.mode shard)"
     return Advice("batch", f"1 x {SEQUENCES_PER_STEP} sequences, activations computed again", why, ARITHMETIC, least)
 
 

@@ -201,7 +201,8 @@ def _within_memory_limit(prepared: PreparedRun, console: RunConsole) -> Prepared
         resolved.report,
         resolved.report,
         there := memory_of_a_device(resolved, prepared.settled_config) or None,
-        _share(prepared, there),
+        devices=prepared.world.size,
+        share=_share(prepared, there),
     )
     prepared, note = within_limit(prepared, planned)
     if note:

@@ -157,3 +157,10 @@ def test_a_length_that_is_given_is_kept(capsys: pytest.CaptureFixture[str]) -> N
     given = {"model.name_or_path": str(model_path()), "backend.name": "cpu_torch"}
     config = resolve_settings(nest({**given, **told["settings"]}), environ={}).config
     assert estimate_run(config).memory.high == told["peak_bytes"]
+
+
+@pytest.mark.parametrize("spreads", [True, False])
+def test_devices_that_share_the_base_are_advised_where_they_can(spreads: bool) -> None:
+    plan = advise(replace(SITUATION, memory_bytes=int(GIB), spreads=spreads))
+    [batch] = [advice for advice in plan.advice if advice.subject == "batch"]
+    assert ("--parallel.mode shard" in batch.why) is spreads
