@@ -37,6 +37,7 @@ from qlora_hal.memory.placement import AUTO, OFFLOAD, SELECTIVE, asked_recompute
 from qlora_hal.memory.placement import FULL as WHOLE_LAYERS
 from qlora_hal.memory.time_prices import PassChoice
 from qlora_hal.model.expert_stacks import is_shared
+from qlora_hal.ranks.planning import SHARD
 
 if TYPE_CHECKING:
     from qlora_hal.run.planned_memory import PlannedModel
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 FULL, LORA, EIGHT_BIT, FOUR_BIT = "full", "LoRA", "8-bit", "4-bit"
 LEVELS: Mapping[str, str] = {LORA: "none", EIGHT_BIT: "8bit", FOUR_BIT: "4bit"}
 OPTIMIZER, EXPERTS, CHECKPOINTING = "training.optim", "lora.experts", "training.gradient_checkpointing"
+MODE = "parallel.mode"
 RECOMPUTE_WORDS: Mapping[str, str] = {
     SELECTIVE: "the feed-forward recomputed",
     WHOLE_LAYERS: "activations recomputed",
@@ -143,6 +145,7 @@ def choices_of(planned: PlannedModel) -> Choices:
     of_rows = (lambda rows: {TOKENS: rows * length}) if training.tokens_per_batch is not None else None
     batches = smaller_batches(planned.config.full_batch_rows, accumulation, of_rows, planned.rows_of_step)
     return (
+        _spread(planned),
         tuple(batches),
         (AS_IT_IS, *_more_recomputed(planned)),
         (AS_IT_IS, *_more_offloaded(planned)),
@@ -150,6 +153,13 @@ def choices_of(planned: PlannedModel) -> Choices:
         (AS_IT_IS, *_four_bits(planned)),
         (AS_IT_IS, *_fewer_experts(planned)),
     )
+
+
+def _spread(planned: PlannedModel) -> tuple[Step, ...]:
+    """What `auto` came to with the settings as they are has to be said with others: they could make it `data`."""
+    if planned.share == 1 or planned.config.parallel.mode == SHARD:
+        return (AS_IT_IS,)
+    return (Step(f"the base spread over {planned.share} devices", {MODE: SHARD}),)
 
 
 def _more_recomputed(planned: PlannedModel) -> Iterator[Step]:
@@ -228,7 +238,7 @@ def fits_of(
     else:
         rows = training.per_device_train_batch_size if BATCH in given else None
         asked = Asked(length, rows, longest, rows_of_step=planned.rows_of_step)
-    choices = (again, parts, moments)
+    choices = (_spread(planned), again, parts, moments)
     return largest_fits(peak or remembered(planned), price_of(planned), memory_bytes, choices, asked)
 
 

@@ -440,3 +440,15 @@ def test_micro_batches_that_are_advised_can_be_dealt_out_to_all_devices(
     limit = ("--training.memory_limit", f"{two_rows / 2**20 + 1:.3f}MB")
     advice = told(capsys, *step[:-1], "6", f"--{batch}", "3", *limit)["advice"]
     assert advice["settings"][batch] != 2  # of a step of six rows, each device has three
+
+
+def test_advice_for_a_base_that_is_spread_says_so(llama_8b: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Left to `auto`, the smaller micro-batches that are advised would have each device hold the whole base again."""
+    card = ("--model", llama_8b, "--gpu", "RTX 3060 12 GB", "--devices", "2", "--training.global_batch_size", "16")
+    found = told(capsys, *card, "--training.tokens_per_batch", "8192")
+    assert found["plan"]["mode"] == "shard"
+    assert found["advice"]["fits"]
+    assert found["advice"]["settings"]["parallel.mode"] == "shard"
+    words = [f"--{path} {value}" for path, value in found["advice"]["settings"].items()]
+    again = told(capsys, *card, *" ".join(words).split())
+    assert (again["plan"]["mode"], again["high"]) == ("shard", found["advice"]["high"])
