@@ -147,6 +147,14 @@ def test_the_containers_memory_limit_is_found(files: dict[str, str], limit: int 
         ({"memory.max": 4 * GIB, "memory.current": 3 * GIB, "memory.stat": f"anon 1\ninactive_file {GIB}\n"}, 2 * GIB),
         ({"memory.max": 2 * GIB, "memory.current": 3 * GIB}, 0),
         ({"memory/memory.limit_in_bytes": 4 * GIB, "memory/memory.usage_in_bytes": 3 * GIB}, GIB),
+        (
+            {
+                "memory/memory.limit_in_bytes": 4 * GIB,
+                "memory/memory.usage_in_bytes": 3 * GIB,
+                "memory/memory.stat": f"inactive_file 1\ntotal_inactive_file {GIB}\n",
+            },
+            2 * GIB,
+        ),
     ],
 )
 def test_what_a_container_has_left_is_what_can_be_taken(files: dict[str, object], left: int | None) -> None:
