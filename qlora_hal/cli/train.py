@@ -149,8 +149,8 @@ def plan_as_text(result: TrainResult) -> str:
     several = f" on {plan['devices']} devices ({plan['mode']}: {plan['why']})" if plan["devices"] > 1 else ""
     return "\n".join(
         [
-            f"plan: {plan['steps']} steps of {plan['sequences_per_step']} sequences, from {plan['sequences']}, "
-            f"on {result.backend}{several}; nothing was written",
+            f"plan: {plan['steps']} step{'' if plan['steps'] == 1 else 's'} of {plan['sequences_per_step']} sequences, "
+            f"from {plan['sequences']}, on {result.backend}{several}; nothing was written",
             f"base: {result.weight_format}{block}, computes in {plan['compute_dtype']}; "
             f"adapters on {plan['target_modules']} modules",
             "estimated memory of each device:" if several else "estimated memory:",

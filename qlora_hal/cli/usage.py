@@ -50,13 +50,18 @@ def _unknown_flag(error: UnknownOptionError, verb: str, tokens: Sequence[str], f
     hint = hint_for(flag) if verb in VERBS_WITH_SETTINGS else Hint()
     nearest = f"--{hint.meant}" if hint.said and hint.meant else _nearest_flag(flag, own)
     if hint.to_do:
-        to_do = _as_flags(hint.to_do)
-        return f"{text}; {_as_flags(hint.said)}.", f"{to_do[0].upper()}{to_do[1:]}."
+        return f"{text}; {_as_flags(hint.said)}.", f"{_begun(_as_flags(hint.to_do))}."
     if nearest is None:
         return f"{text}.", fix
     setting = setting_of_flag(nearest)
     value = f" with {setting.expected}" if setting is not None else ""
     return f"{text}; {f'{hint.said}.' if hint.said else f'did you mean {nearest}?'}", f"Write {nearest}{value}."
+
+
+def _begun(sentence: str) -> str:
+    """With a capital, unless the name of a setting begins it."""
+    first = sentence.partition(" ")[0]
+    return sentence if "." in first else f"{sentence[0].upper()}{sentence[1:]}"
 
 
 def _as_flags(words: str) -> str:

@@ -48,7 +48,7 @@ def plan_for(
     spread: Callable[[], MemoryEstimate],
     memory_there: int | None = None,
     *,
-    has_experts: bool = False,
+    has_experts: bool,
 ) -> DevicePlan:
     """The plan for so many devices, each with `memory_there` bytes where that is known; `memory` is that of one with
     the whole base, `spread` gives that of each with a share of it. Raises ConfigError QH-R05, UnsupportedFeatureError
@@ -68,7 +68,7 @@ def mode_of(
     memory: MemoryEstimate,
     memory_there: int | None,
     *,
-    has_experts: bool = False,
+    has_experts: bool,
 ) -> tuple[str, str]:
     """How the devices share the base, and why. A base with routed experts (`has_experts`) is whole on each: no
     backend spreads stacked experts. Raises UnsupportedFeatureError QH-R06 where the base cannot be spread."""

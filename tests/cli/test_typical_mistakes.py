@@ -94,7 +94,7 @@ MISTAKES = [
     flag("--load_in_4bit", "--load_in_4bit is not", "write --quantization.weight_format nf4", "weight_format nf4"),
     flag("--bf16 true", "--bf16 is not", "--quantization.compute_dtype bfloat16", "compute_dtype bfloat16"),
     flag("--wandb_project x", "--wandb_project is not", "--training.report_to wandb", "Write"),
-    flag("--scale 20", "--scale is not a flag", "lora.alpha takes it times lora.r", "Lora.alpha takes it"),
+    flag("--scale 20", "--scale is not a flag", "lora.alpha takes it times lora.r", "lora.alpha takes it"),
     flag("--resume_from_checkpoint out", "--resume_from_checkpoint is", "qlora-hal resume RUN_DIR", "Go on with"),
     flag("--neftune_noise_alpha 5", "--neftune_noise_alpha is not a flag", "NEFTune adds noise", "Leave it out."),
     flag("--train_on_eos all", "--train_on_eos is not", "Assistant turns are trained whole", "Leave it out."),

@@ -7,6 +7,7 @@ import json
 import pytest
 from other_tools.conftest import FILES
 
+from qlora_hal.cli.__main__ import main
 from qlora_hal.config.fields import known_by_name, settings
 from qlora_hal.config.other_tools.catalogue import TOOLS
 from qlora_hal.config.other_tools.hints import hint_for
@@ -78,3 +79,13 @@ def test_a_key_without_a_place_is_answered_where_settings_are_read() -> None:
 def test_a_number_in_an_epoch_is_not_taken_for_a_number_of_steps(key: str, setting: str) -> None:
     with pytest.raises(ConfigError, match=f"set {setting} to the steps of an epoch / the number"):
         resolve_settings({key: 4}, environ={})
+
+
+@pytest.mark.parametrize(
+    ("flag", "help_begins"), [("--scale", "lora.alpha takes it"), ("--max_memory", "Use --training.memory_limit")]
+)
+def test_help_begins_with_a_capital_or_with_the_name_of_a_setting(
+    flag: str, help_begins: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", flag, "20"]) == 2
+    assert f"help:  {help_begins}" in capsys.readouterr().err

@@ -81,7 +81,7 @@ def test_devices_that_hold_shares_of_the_base_need_less(tmp_path: Path) -> None:
 def plan_with(there: int | None, mode: str, needed: int, tmp_path: Path) -> str:
     spec = load_spec(find("cpu_torch", listed()))
     memory = MemoryEstimate(needed, 0, 0, 0, 0, 0, 0, 0)
-    return mode_of(config(tmp_path, **{"parallel.mode": mode}), 2, spec, memory, there)[0]
+    return mode_of(config(tmp_path, **{"parallel.mode": mode}), 2, spec, memory, there, has_experts=False)[0]
 
 
 @pytest.mark.parametrize(
