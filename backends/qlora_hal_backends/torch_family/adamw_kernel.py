@@ -13,22 +13,21 @@ import triton.language as tl
 from torch import Tensor
 
 from qlora_hal.contract.values import StepSettings
-from qlora_hal_backends.torch_family.flat_adapter import STATE_BLOCK, FlatAdapter
+from qlora_hal_backends.torch_family.flat_adapter import STATE_BLOCK, BlockOwners, FlatAdapter
 
 _BLOCKS = 8
 """Blocks of `STATE_BLOCK` numbers of one program."""
-NO_EXPERT = -1
 
 
 @triton.jit
 def mark_trained(gradients, owners, trained, count, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
-    """1 for each expert whose gradient is not zero in every number. All who write, write the same."""
+    """1 for each owner whose gradient is not zero in every number. All who write, write the same."""
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     element = block.to(tl.int64)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     gradient = tl.load(gradients + element, mask=element < count, other=0.0)
-    owner = tl.load(owners + block, mask=block.to(tl.int64) * BLOCK < count, other=-1)
     found = tl.sum((gradient != 0.0).to(tl.int32), 1) > 0  # NaN is not zero
-    tl.store(trained + owner, 1, mask=found & (owner >= 0))
+    owner = tl.load(owners + block, mask=found, other=0)
+    tl.store(trained + owner, 1, mask=found)
 
 
 @triton.jit
@@ -59,8 +58,8 @@ def adamw(
     element = block.to(tl.int64)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     changed = element < tl.where(tl.load(figures) > 0.0, count, 0)
     if STACKS:
-        owner = tl.load(owners + block, mask=block.to(tl.int64) * BLOCK < count, other=-1)
-        changed &= tl.load(trained + owner, mask=owner >= 0, other=1)[:, None] > 0
+        owner = tl.load(owners + block, mask=block.to(tl.int64) * BLOCK < count, other=0)
+        changed &= tl.load(trained + owner)[:, None] > 0
     gradient = tl.load(gradients + element, mask=changed, other=0.0) * tl.load(figures + 1)
     m = tl.load(first + element, mask=changed, other=0.0) * kept_first + gradient * new_first
     v = tl.load(second + element, mask=changed, other=0.0) * kept_second + gradient * gradient * new_second
@@ -81,14 +80,16 @@ class UpdateByKernel:
 
     def __init__(self, flat: FlatAdapter) -> None:
         self._flat = flat
-        self._owners, experts = owners_of(flat)
-        self._trained = torch.empty(experts, dtype=torch.int32, device=flat.parameters.device)
+        blocks = BlockOwners.of(flat.stacks, len(flat.parameters), flat.parameters.device)
+        self._owners = blocks.owners
+        self._trained = torch.empty(blocks.experts + 1, dtype=torch.int32, device=flat.parameters.device)
 
     def __call__(self, first: Tensor, second: Tensor, figures: Tensor, settings: StepSettings) -> None:
         flat, count = self._flat, len(self._flat.parameters)
         grid = (triton.cdiv(count, STATE_BLOCK * _BLOCKS),)
         if flat.stacks:
             self._trained.zero_()
+            self._trained[-1:].fill_(1)
             mark_trained[grid](
                 flat.gradients, self._owners, self._trained, count, BLOCK=STATE_BLOCK, BLOCKS=_BLOCKS, num_warps=8
             )
@@ -115,17 +116,3 @@ class UpdateByKernel:
             BLOCKS=_BLOCKS,
             num_warps=8,
         )
-
-
-def owners_of(flat: FlatAdapter) -> tuple[Tensor, int]:
-    """Whose each block of `STATE_BLOCK` numbers is, int32: an expert's, numbered through all stacks, or `NO_EXPERT`'s;
-    and how many experts there are."""
-    owners = torch.full((-(-len(flat.parameters) // STATE_BLOCK),), NO_EXPERT, dtype=torch.int32)
-    experts = 0
-    for stack in flat.stacks:
-        numbers = torch.arange(experts, experts + stack.experts, dtype=torch.int32)
-        for start, size in stack.parts:
-            begin, blocks = start // STATE_BLOCK, size // STATE_BLOCK
-            owners[begin : begin + stack.experts * blocks] = numbers.repeat_interleave(blocks)
-        experts += stack.experts
-    return owners.to(flat.parameters.device), experts

@@ -24,7 +24,13 @@ from torch import Tensor
 from qlora_hal.contract.toolkit import MOMENTS, check_moments
 from qlora_hal.contract.values import Adapter, AdapterConfig, OptimizerSnapshot, StepSettings
 from qlora_hal_backends.torch_family.device import has_queue
-from qlora_hal_backends.torch_family.flat_adapter import STATE_BLOCK, FlatAdapter, StackOfExperts
+from qlora_hal_backends.torch_family.flat_adapter import (
+    STATE_BLOCK,
+    BlockOwners,
+    FlatAdapter,
+    StackOfExperts,
+    whole_blocks,
+)
 from qlora_hal_backends.torch_family.fused.supported import device_refusal
 from qlora_hal_backends.torch_family.lora_linear import LoRASwitches
 
@@ -119,6 +125,7 @@ class UpdateInParts:
 
     def __init__(self, flat: FlatAdapter, reason: str = "") -> None:
         self._flat = flat
+        self._owners = BlockOwners.of(flat.stacks, len(flat.parameters), flat.parameters.device)
         self.words = reason and f"AdamW in many passes ({reason})"
 
     def __call__(self, first: Tensor, second: Tensor, figures: Tensor, settings: StepSettings) -> None:
@@ -138,21 +145,20 @@ class UpdateInParts:
         self._flat.refresh_compute()
 
     def _parts(self, first: Tensor, second: Tensor) -> Iterator[tuple[list[Tensor], Tensor | None]]:
-        """Parameters, gradients and both moments, some at a time: of linear layers flat, of a stack of experts
-        `[experts, numbers]` with 1 or 0 `[experts, 1]` for each that has a gradient or none."""
+        """Parameters, gradients and both moments, some at a time; where there are experts as blocks `[blocks, numbers]`
+        with 1 or 0 `[blocks, 1]` for each that is trained or not."""
         flat = self._flat
         buffers = (flat.parameters, flat.gradients, first, second)
-        for start, end in _between_stacks(flat):
-            yield from (
-                (list(part), None)
-                for part in zip(*(buffer[start:end].split(AT_A_TIME) for buffer in buffers), strict=True)
-            )
-        for stack in flat.stacks:
-            trained = stack.trained(flat.gradients).to(torch.float32)[:, None]
-            for half in zip(*(stack.each(buffer) for buffer in buffers), strict=True):
-                at_a_time = max(1, AT_A_TIME // half[0].shape[1])
-                split = (part.split(at_a_time) for part in (*half, trained))
-                yield from ((list(parts), chosen) for *parts, chosen in zip(*split, strict=True))
+        begin = 0
+        if flat.stacks:
+            trained = self._owners.trained(flat.gradients).to(torch.float32)[:, None]
+            blocks = [whole_blocks(buffer) for buffer in buffers]
+            begin = blocks[0].numel()
+            split = (part.split(AT_A_TIME // STATE_BLOCK or 1) for part in (*blocks, trained[: len(blocks[0])]))
+            yield from ((list(parts), chosen) for *parts, chosen in zip(*split, strict=True))
+        yield from (
+            (list(part), None) for part in zip(*(buffer[begin:].split(AT_A_TIME) for buffer in buffers), strict=True)
+        )
 
 
 @cache
@@ -204,9 +210,9 @@ def _after_steps(make_update: Callable[[FlatAdapter], Update], device: torch.dev
     settings = StepSettings(0.05, 1.0, weight_decay=0.1)
     for step in range(4):
         flat.gradients.copy_(torch.randn(size, generator=generator))
-        for part in stack.each(flat.gradients):
-            part[step % 2] = 0.0
-        stack.each(flat.gradients)[1][2, :-1] = 0.0  # one number is enough
+        owner = flat.gradients[start:-40].view(-1, STATE_BLOCK)
+        owner[[step % 2, 3 + 2 * (step % 2), 4 + 2 * (step % 2)]] = 0.0
+        owner[2] = owner[7, :-1] = owner[8] = 0.0  # one number is enough
         if step == 2:
             flat.gradients[-1] = float("inf")
         optimizer.update(settings, torch.linalg.vector_norm(flat.gradients))
@@ -225,6 +231,7 @@ class BitsandbytesAdamW:
         import bitsandbytes
 
         self._flat = flat
+        self._owners = BlockOwners.of(flat.stacks, len(flat.parameters), flat.parameters.device)
         self._parameter = torch.nn.Parameter(flat.parameters)
         self._kind = f"bitsandbytes.adamw{'8bit' if eight_bit else '32bit'}"
         self._eight_bit = eight_bit
@@ -242,7 +249,7 @@ class BitsandbytesAdamW:
             eps=settings.epsilon,
             weight_decay=settings.weight_decay,
         )
-        kept = [(part, idle, part[idle].clone()) for part, idle in self._idle()]
+        kept = [(part, idle, part[idle]) for part, idle in self._idle()]
         # In place: a copy would be as large as the adapter, and the next window begins with zeros.
         self._parameter.grad = self._flat.gradients.mul_(clip_factor(norm, settings.max_grad_norm))
         self._inner.step()
@@ -253,22 +260,19 @@ class BitsandbytesAdamW:
         return torch.ones_like(norm)
 
     def _idle(self) -> list[tuple[Tensor, Tensor]]:
-        """Parameters and state of each stack `[experts, numbers]`, with the numbers of the experts without a gradient.
-        The kernel has no other way to leave them as they are."""
+        """Parameters and state by blocks, with the numbers of those whose expert has no gradient. The kernel has no
+        other way to leave them as they are."""
         flat = self._flat
-        trained = [stack.trained(flat.gradients) for stack in flat.stacks]
-        if not trained or bool(torch.cat(trained).all()):
+        if not flat.stacks:
+            return []
+        idle = (~self._owners.trained(flat.gradients)).nonzero().flatten()
+        if not len(idle):
             return []
         state = self._inner.state.get(self._parameter) or {}
-        numbers = [flat.parameters, *(state[key] for key in ("state1", "state2") if key in state)]
-        scales = [state[key] for key in ("absmax1", "absmax2") if key in state]
-        found: list[tuple[Tensor, Tensor]] = []
-        for stack, is_trained in zip(flat.stacks, trained, strict=True):
-            idle = (~is_trained).nonzero().flatten()
-            parts = [part for buffer in numbers for part in stack.each(buffer)]
-            parts += [part for buffer in scales for part in stack.each(buffer, STATE_BLOCK)]
-            found += [(part, idle.to(part.device)) for part in parts if len(idle)]
-        return found
+        parts = [flat.parameters, *(state[key] for key in ("state1", "state2") if key in state)]
+        blocks = [whole_blocks(part) for part in parts]
+        blocks += [state[key] for key in ("absmax1", "absmax2") if key in state]
+        return [(part, idle.to(part.device)) for part in blocks]
 
     def snapshot(self) -> OptimizerSnapshot:
         device = self._flat.parameters.device
@@ -301,18 +305,6 @@ class BitsandbytesAdamW:
             for index, moment in enumerate(flat_moments(self._flat, snapshot), start=1):
                 _store_moment(state, index, moment)
         state["step"] = snapshot.step
-
-
-def _between_stacks(flat: FlatAdapter) -> Iterator[tuple[int, int]]:
-    """(start, end) of what belongs to no stack of experts."""
-    held = sorted((start, start + stack.experts * size) for stack in flat.stacks for start, size in stack.parts)
-    begin = 0
-    for start, end in held:
-        if start > begin:
-            yield begin, start
-        begin = end
-    if begin < len(flat.parameters):
-        yield begin, len(flat.parameters)
 
 
 _NATIVE_KEYS = ("state1", "state2", "absmax1", "absmax2")
