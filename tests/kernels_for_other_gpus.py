@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 
 from qlora_hal.contract.backend import Quantization
 from qlora_hal.contract.capabilities import WeightFormat
-from qlora_hal_backends.torch_family import adamw_kernel, dropout_kernel
+from qlora_hal_backends.torch_family import adamw_kernel, dropout_kernel, microscaling_kernel
 from qlora_hal_backends.torch_family.base_weights import quantize
 from qlora_hal_backends.torch_family.experts.stacked_weights import stacked
 from qlora_hal_backends.torch_family.fused import kernels
@@ -90,7 +90,7 @@ def launches() -> list[Launch]:
     noted: list[Launch] = []
     found = {
         (module, name): kernel
-        for module in (kernels, mixture_kernels, adamw_kernel)
+        for module in (kernels, mixture_kernels, adamw_kernel, microscaling_kernel)
         for name, kernel in vars(module).items()
         if isinstance(kernel, JITFunction) and not name.startswith("_") and name != "is_kept"  # parts of others
     }
@@ -100,6 +100,9 @@ def launches() -> list[Launch]:
     for activation in Activation:
         _launch_all(TritonOperations(activation), torch.bfloat16)
         _launch_all_of_mixtures(TritonMixture(activation), torch.bfloat16)
+    for dtype in (torch.bfloat16, torch.float32):
+        blank = torch.zeros(4, WIDTH // 2, dtype=torch.uint8)
+        microscaling_kernel.decoded(blank, blank[:, : WIDTH // 32], dtype)
     update_agrees(adamw_kernel.UpdateByKernel, torch.device("cpu"))
     assert {launch.name for launch in noted} == {name for _, name in found}, "a kernel is never launched"
     return list({repr(launch): launch for launch in noted}.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,43 @@ def test_codes_are_those_of_the_codec() -> None:
     np.testing.assert_array_equal(found.scales.numpy(), expected.scale_codes)
     np.testing.assert_array_equal(found.packed.numpy(), expected.packed.view(np.uint8))
     np.testing.assert_array_equal(found.dense().numpy(), dequantize_microscaling(expected))
+
+
+@pytest.mark.needs_triton
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning")
+def test_the_kernel_decodes_every_byte_at_every_scale_as_torch_does() -> None:
+    """On a GPU compiled; elsewhere in Triton's interpreter (`TRITON_INTERPRET=1 pytest -m needs_triton`)."""
+    from qlora_hal_backends.torch_family import microscaling_kernel
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    assert device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1", "without a GPU, set TRITON_INTERPRET=1"
+    assert microscaling.decoder_agrees(microscaling_kernel.decoded, device)
+
+
+@pytest.mark.needs_cuda
+def test_a_gpu_decodes_by_the_kernel(tmp_path: Path) -> None:
+    assert microscaling.proved_decoder(torch.device("cuda", 0)).words == "MXFP4 by one kernel"
+
+
+def test_the_trial_of_a_decoder_sees_halves_in_the_wrong_order_and_lost_small_numbers() -> None:
+    by_torch, cpu = microscaling.decoded_by_torch, torch.device("cpu")
+
+    def swapped(packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return by_torch(packed << 4 | packed >> 4, scales, dtype)
+
+    def flushed(packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        numbers = by_torch(packed, scales, dtype)
+        return torch.where(numbers.abs() < torch.finfo(dtype).tiny, 0.0, numbers)
+
+    assert microscaling.decoder_agrees(by_torch, cpu)
+    assert not microscaling.decoder_agrees(swapped, cpu)
+    assert not microscaling.decoder_agrees(flushed, cpu)
+
+
+def test_what_decodes_is_said(tmp_path: Path) -> None:
+    write_published_gpt_oss(tmp_path)
+    path = open_cpu_trainer(tmp_path, weight_format="mxfp4").trainer.device_facts().kernel_path
+    assert "MXFP4 by torch (no Triton kernels on cpu)" in path
 
 
 @pytest.mark.fault("M53")

@@ -6,12 +6,16 @@ import importlib.metadata
 import platform as python_platform
 import sys
 from contextlib import suppress
+from importlib.util import find_spec
 
 import torch
 
 from qlora_hal.contract.backend import DeviceFacts
 from qlora_hal.errors import BackendUnavailableError
 from qlora_hal_backends.torch_family.platform import TorchPlatform
+
+OLDEST_CAPABILITY = (8, 0)
+"""NVIDIA compute capability of the oldest devices that Triton 3 is made for (Ampere)."""
 
 _PACKAGES = ("torch", "bitsandbytes", "transformers", "accelerate", "safetensors", "numpy")
 
@@ -35,6 +39,17 @@ def has_queue(device: torch.device) -> bool:
     """Whether a device has a memory of its own and a queue that the host runs ahead of: CUDA, ROCm (which answers to
     "cuda"), XPU, and others whose module torch knows. A CPU has neither, and Apple's GPU shares the host's memory."""
     return device.type not in ("cpu", "mps")
+
+
+def device_refusal(device: torch.device) -> str | None:
+    """Why the kernels cannot run on this device, or None."""
+    if device.type != "cuda":
+        return f"no Triton kernels on {device.type}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
+        return "the device is older than Triton's kernels"
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    return None
 
 
 def describe_device(platform: TorchPlatform, device: torch.device, decoding: str) -> DeviceFacts:

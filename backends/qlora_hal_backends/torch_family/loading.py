@@ -34,6 +34,7 @@ from qlora_hal_backends.torch_family.base_weights import (
     quantize,
 )
 from qlora_hal_backends.torch_family.experts import ExpertStack, RoutedExperts, pack_experts
+from qlora_hal_backends.torch_family.experts.stacked_weights import Mxfp4Stack
 from qlora_hal_backends.torch_family.head_loss import Head
 from qlora_hal_backends.torch_family.host_tables import HostEmbedding, Tables
 from qlora_hal_backends.torch_family.layers_at_rest import AUTO, OPTION, idle_note
@@ -76,6 +77,10 @@ class BaseModel:
     streamed: StreamedBase | None = None
     host_embedding: HostEmbedding | None = None
     experts: tuple[RoutedExperts, ...] = ()
+
+    @property
+    def is_microscaled(self) -> bool:
+        return any(isinstance(linear.base, Mxfp4Weight | Mxfp4Stack) for linear in self.linears.values())
 
 
 LoadBase = Callable[[ModelSource, Quantization, Compute, torch.device], BaseModel]

@@ -6,6 +6,7 @@ four bits. `qlora_hal_oracle.microscaling` says what they mean; the same is comp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -13,6 +14,8 @@ from math import inf
 
 import torch
 from torch import Tensor
+
+from qlora_hal_backends.torch_family.device import device_refusal
 
 GROUP_SIZE = 32
 NO_NUMBER = 255
@@ -41,6 +44,46 @@ class Mxfp4Weight:
 
 def decoded(packed: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """The numbers `[..., in]` of codes `[..., in / 2]` and scales `[..., in / 32]`."""
+    return proved_decoder(packed.device).decode(packed, scales, dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """A way to compute `decoded`; `words` say which, for the run's `kernel_path`."""
+
+    decode: Callable[[Tensor, Tensor, torch.dtype], Tensor]
+    words: str
+
+
+@cache
+def proved_decoder(device: torch.device) -> Decoder:
+    """One kernel where the device has Triton and computes with it what torch does, bit for bit; elsewhere torch."""
+    reason = device_refusal(device)
+    if reason is None:
+        try:
+            from qlora_hal_backends.torch_family import microscaling_kernel
+
+            if decoder_agrees(microscaling_kernel.decoded, device):
+                return Decoder(microscaling_kernel.decoded, "MXFP4 by one kernel")
+            reason = "the kernel computed something else"
+        except Exception as error:  # Triton compiles here and now: a missing C compiler or driver shows in many classes
+            reason = f"the kernel does not run here: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return Decoder(decoded_by_torch, f"MXFP4 by torch ({reason})")
+
+
+def decoder_agrees(decode: Callable[[Tensor, Tensor, torch.dtype], Tensor], device: torch.device) -> bool:
+    """On every byte of codes, and scales from the smallest to those at which 16 bits still hold every number."""
+    packed = torch.arange(256, dtype=torch.uint8).repeat(126).view(3, 42, 256).to(device)
+    scales = torch.arange(2016, dtype=torch.int32).remainder(251).to(torch.uint8).view(3, 42, 16).to(device)
+    return all(
+        torch.equal(decode(packed, of_dtype, dtype), decoded_by_torch(packed, of_dtype, dtype))
+        # Triton's interpreter loses numbers below bfloat16's normal ones.
+        for dtype, of_dtype in ((torch.float32, scales), (torch.bfloat16, scales.clamp_min(2)))
+    )
+
+
+def decoded_by_torch(packed: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """See `decoded`: a table of the two numbers of each byte."""
     pairs = torch.nn.functional.embedding(packed.int(), _pairs(dtype, packed.device))
     numbers = pairs.view(*scales.shape, GROUP_SIZE)
     return numbers.mul_(_powers_of_two(scales)[..., None]).view(*packed.shape[:-1], 2 * packed.shape[-1])

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qlora_hal.contract.toolkit import MOMENTS, check_moments
 from qlora_hal.contract.values import Adapter, AdapterConfig, OptimizerSnapshot, StepSettings
-from qlora_hal_backends.torch_family.device import has_queue
+from qlora_hal_backends.torch_family.device import device_refusal, has_queue
 from qlora_hal_backends.torch_family.flat_adapter import (
     STATE_BLOCK,
     BlockOwners,
@@ -31,7 +31,6 @@ from qlora_hal_backends.torch_family.flat_adapter import (
     StackOfExperts,
     whole_blocks,
 )
-from qlora_hal_backends.torch_family.fused.supported import device_refusal
 from qlora_hal_backends.torch_family.lora_linear import LoRASwitches
 
 

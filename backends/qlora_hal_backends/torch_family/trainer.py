@@ -61,6 +61,7 @@ from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
 from qlora_hal_backends.torch_family.generation import greedy
 from qlora_hal_backends.torch_family.links import links_between
 from qlora_hal_backends.torch_family.lora_linear import LoRASwitches, words_on
+from qlora_hal_backends.torch_family.microscaling import proved_decoder
 from qlora_hal_backends.torch_family.optimizer import Optimizer, make_optimizer
 from qlora_hal_backends.torch_family.platform import TorchPlatform
 from qlora_hal_backends.torch_family.precision import proved_dtypes
@@ -169,8 +170,9 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         facts = describe_device(self._platform, self._device, base.decoding if base else loading.BITSANDBYTES)
         versions = {**facts.versions, **(base.versions if base else {})}
         experts = [block.products.words for block in base.experts[:1]] if base else []
+        formats = [proved_decoder(self._device).words] if base and base.is_microscaled else []
         update = [self._optimizer.words] if self._optimizer is not None and self._optimizer.words else []
-        path = "; ".join([facts.kernel_path, self._fused.words, *experts, *update])
+        path = "; ".join([facts.kernel_path, *formats, self._fused.words, *experts, *update])
         return replace(facts, versions=versions, kernel_path=path)
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qlora_hal.contract.backend import Compute
+from qlora_hal_backends.torch_family.device import device_refusal
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
 from qlora_hal_backends.torch_family.fused.attention import CausalAttention
 from qlora_hal_backends.torch_family.fused.body import FusedBody, RotaryTables
@@ -39,7 +40,6 @@ from qlora_hal_backends.torch_family.fused.operations import HeadCounts, Operati
 from qlora_hal_backends.torch_family.fused.stream import Stream
 from qlora_hal_backends.torch_family.fused.supported import (
     attention_of,
-    device_refusal,
     experts_refusal,
     model_refusal,
 )

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import Any
-
-import torch
 
 from qlora_hal.contract.backend import Compute
 from qlora_hal.contract.values import LinearShape
@@ -26,25 +23,11 @@ from qlora_hal_backends.torch_family.lora_linear import FrozenLinear
 STATIC_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})
 """Rotary kinds whose angles do not depend on the length of the batch."""
 
-OLDEST_CAPABILITY = (8, 0)
-"""NVIDIA compute capability of the oldest devices that Triton 3 is made for (Ampere)."""
-
 GROUPED_DTYPE = "bfloat16"
 """What torch's grouped products are fast in."""
 
 WIDTH_MULTIPLE = 16
 """Of every matrix dimension: rows must start at multiples of 16 bytes in each dtype."""
-
-
-def device_refusal(device: torch.device) -> str | None:
-    """Why the kernels cannot run on this device, or None."""
-    if device.type != "cuda":
-        return f"no Triton kernels on {device.type}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
-        return "the device is older than Triton's kernels"
-    if find_spec("triton") is None:
-        return "Triton is not installed"
-    return None
 
 
 def model_refusal(base: BaseModel, flat: FlatAdapter, compute: Compute) -> str | None:
