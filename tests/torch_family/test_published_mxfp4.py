@@ -20,6 +20,7 @@ from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.errors import ModelError
 from qlora_hal_backends.cpu_torch.trainer import open_trainer
 from qlora_hal_backends.torch_family import microscaling
+from qlora_hal_backends.torch_family.loading import Checkpoint
 from qlora_hal_backends.torch_family.outline import outline
 from qlora_hal_oracle.microscaling import MicroscalingFormat, dequantize_microscaling, quantize_microscaling
 from qlora_hal_oracle.random_models import SHAPES, draw_tensors, write_quantized
@@ -65,6 +66,20 @@ def test_kept_bytes_are_those_of_the_file(tmp_path: Path) -> None:
         assert torch.equal(held.packed, stored[f"{BLOCK}.{of}_blocks"][:, place::step].flatten(2))
         assert torch.equal(held.scales, stored[f"{BLOCK}.{of}_scales"][:, place::step])
         assert torch.equal(held.dense(), torch.stack([held.expert(number) for number in range(4)]))
+
+
+def test_gate_and_up_are_read_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_published_gpt_oss(tmp_path)
+    read: list[tuple[str, int]] = []
+    take = Checkpoint.take_bytes_of_part
+
+    def noted(self: Checkpoint, name: str, number: int, device: torch.device) -> torch.Tensor:
+        read.append((name, number))
+        return take(self, name, number, device)
+
+    monkeypatch.setattr(Checkpoint, "take_bytes_of_part", noted)
+    open_cpu_trainer(tmp_path, weight_format="mxfp4")
+    assert len(read) == len(set(read)) == 2 * 4 * 4  # layers, experts, bytes and scales of two tensors
 
 
 def test_codes_are_those_of_the_codec() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,58 +34,64 @@ def pack_experts(
     """Fill every stack. `read_layer` gives the packed weight of one layer of the files. A joined tensor of a checkpoint
     that is quantized already was left out of that, and stays as it is stored. Raises ModelError QH-M52 for numbers that
     are not finite."""
-    for (path, half), projection in names.projections.items():
-        block = names.blocks[path]
-        stack = getattr(block, half)
-        if projection.is_packed:
-            weights = [
-                _of_packed(checkpoint, block, projection.joined, half, number, dtype, device)
-                for number in range(block.experts)
-            ]
-        elif projection.joined:
-            wanted = quantization if not checkpoint.is_packed else Quantization(WeightFormat.NONE)
-            weights = [
-                _of_joined(checkpoint, block, projection, half, number, wanted, dtype, device)
-                for number in range(block.experts)
-            ]
-        else:
-            weights = [read_layer(projection.paths[number]) for number in range(block.experts)]
-        stack.base = stacked(weights)
-
-
-def _of_packed(
-    checkpoint: Checkpoint,
-    block: RoutedExperts,
-    joined: str,
-    half: str,
-    number: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> BaseWeight:
-    """The bytes as they are, a row of them for each output: in turns, as the 16-bit columns are."""
-    packed, scales = (checkpoint.take_bytes_of_part(joined + part, number, device) for part in (BLOCKS, SCALES))
-    if half in HALVES:
-        place = HALVES.index(half)
-        packed, scales = packed[place::2], scales[place::2]
-    weight = Mxfp4Weight(packed.flatten(1), scales.contiguous(), dtype)
-    return checkpoint.numbers_in(weight, joined)
+    for path, block in names.blocks.items():
+        for halves in (HALVES, ("down",)):
+            projections = [names.projections[path, half] for half in halves]
+            packed: Iterable[list[BaseWeight]]
+            if projections[0].joined:
+                wanted = quantization if not checkpoint.is_packed else Quantization(WeightFormat.NONE)
+                packed = _of_joined(checkpoint, block, projections[0], len(halves), wanted, dtype, device)
+            else:
+                packed = ([read_layer(each.paths[number]) for number in range(block.experts)] for each in projections)
+            for half, weights in zip(halves, packed, strict=True):
+                getattr(block, half).base = stacked(weights)
 
 
 def _of_joined(
     checkpoint: Checkpoint,
     block: RoutedExperts,
     projection: StoredProjection,
-    half: str,
-    number: int,
+    halves: int,
     quantization: Quantization,
     dtype: torch.dtype,
     device: torch.device,
-) -> BaseWeight:
-    name = projection.joined if checkpoint.has(projection.joined) else f"{projection.joined}.weight"
-    stored = checkpoint.take_part(name, number, device, dtype)
+) -> list[list[BaseWeight]]:
+    """All experts of each half of one tensor, which is read once: a half is a fraction of each page of it."""
+    packed: list[list[BaseWeight]] = [[] for _ in range(halves)]
+    for number in range(block.experts):
+        parts = (
+            _packed_parts(checkpoint, projection.joined, number, halves, dtype, device)
+            if projection.is_packed
+            else _parts(checkpoint, block, projection.joined, number, halves, quantization, dtype, device)
+        )
+        for weights, part in zip(packed, parts, strict=True):
+            weights.append(part)
+    return packed
+
+
+def _packed_parts(
+    checkpoint: Checkpoint, joined: str, number: int, halves: int, dtype: torch.dtype, device: torch.device
+) -> Iterator[BaseWeight]:
+    """The bytes as they are, a row of them for each output: in turns, as the 16-bit columns are."""
+    packed, scales = (checkpoint.take_bytes_of_part(joined + part, number, device) for part in (BLOCKS, SCALES))
+    for place in range(halves):
+        weight = Mxfp4Weight(packed[place::halves].flatten(1), scales[place::halves].contiguous(), dtype)
+        yield checkpoint.numbers_in(weight, joined)
+
+
+def _parts(
+    checkpoint: Checkpoint,
+    block: RoutedExperts,
+    joined: str,
+    number: int,
+    halves: int,
+    quantization: Quantization,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Iterator[BaseWeight]:
+    stored = checkpoint.take_part(joined if checkpoint.has(joined) else f"{joined}.weight", number, device, dtype)
     columns = stored if block.is_transposed else stored.t()  # [in, out]
-    if half in HALVES:
-        columns = block.halves(columns)[HALVES.index(half)]
     record = record_of(quantization.weight_format)
-    record.require_whole_blocks(projection.joined, columns.shape[0], quantization.block_size, checkpoint.where)
-    return quantize(columns.t().contiguous(), quantization, dtype)
+    record.require_whole_blocks(joined, columns.shape[0], quantization.block_size, checkpoint.where)
+    for part in block.halves(columns) if halves > 1 else (columns,):
+        yield quantize(part.t().contiguous(), quantization, dtype)
