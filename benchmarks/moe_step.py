@@ -263,7 +263,7 @@ class Bench:
         print(f"# {json.dumps(asdict(result))}", flush=True)
 
 
-def run_ours(bench: Bench, system: str) -> None:
+def run_ours(bench: Bench, system: str, *, profiled: bool = False) -> None:
     experts, *words = system.split(", ")
     optimizer = "adamw_8bit" if "adamw_8bit" in words else "adamw"
     dtype: Any = "bfloat16" if bench.device.type == "cuda" else "float32"
@@ -284,25 +284,33 @@ def run_ours(bench: Bench, system: str) -> None:
     blocks = bench.trainer._base.experts if bench.trainer._base is not None else ()
     products = type(blocks[0].products).__name__ if blocks else ""
     try:
-        bench.measure(f"ours, {system}", step, numbers, f"{bench.trainer.device_facts().kernel_path}; {products}")
-        if bench.options.profile:
+        if profiled:
             profile(bench, system, step)
+        else:
+            bench.measure(f"ours, {system}", step, numbers, f"{bench.trainer.device_facts().kernel_path}; {products}")
     except Exception as error:
         print(f"# ours, {system}: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
 
 
 def profile(bench: Bench, system: str, step: Callable[[int], float]) -> None:
-    """Kernel times of one step; after the timings, because a profiled process runs slower."""
+    """Kernel times of one step, and what the host called for it. Once a process was profiled, each launch takes it
+    longer: all timings come before."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
+    for index in range(WARM_UP_STEPS):
+        step(index % 2)
     kind = ProfilerActivity.CUDA if bench.device.type == "cuda" else ProfilerActivity.CPU
     with record(activities=[kind]) as found:
         step(0)
     rows = sorted(found.key_averages(), key=lambda row: -row.self_device_time_total)
-    total = sum(row.self_device_time_total for row in rows)
-    lines = [f"{system}: {total / 1e3:.1f} ms in {sum(row.count for row in rows)} launches"]
-    lines += [f"{row.self_device_time_total / 1e3:9.2f} ms {row.count:6d}  {row.key[:120]}" for row in rows[:40]]
+    kernels = [row for row in rows if row.self_device_time_total > 0]
+    total = sum(row.self_device_time_total for row in kernels)
+    lines = [f"{system}: {total / 1e3:.1f} ms in {sum(row.count for row in kernels)} launches"]
+    lines += [f"{row.self_device_time_total / 1e3:9.2f} ms {row.count:6d}  {row.key[:120]}" for row in kernels[:60]]
+    calls = sorted((row for row in rows if row.self_cpu_time_total > 0), key=lambda row: -row.self_cpu_time_total)
+    lines += ["on the host:"]
+    lines += [f"{row.self_cpu_time_total / 1e3:9.2f} ms {row.count:6d}  {row.key[:120]}" for row in calls[:12]]
     with open(bench.options.profile, "a", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n\n")
 
@@ -400,6 +408,9 @@ def main() -> None:
             run_peft(bench)
         elif system:
             run_ours(bench, system)
+    for system in bench.options.systems if bench.options.profile else ():
+        if system and system != "peft":
+            run_ours(bench, system, profiled=True)
     device = torch.cuda.get_device_name() if bench.device.type == "cuda" else "cpu"
     report = {"device": device, "torch": torch.__version__, "shape": bench.options.shape}
     report |= {"rows": bench.options.rows, "length": bench.options.length}
