@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qlora_hal.contract.values import StepSettings
-from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
+from qlora_hal_backends.torch_family.flat_adapter import STATE_BLOCK, BlockOwners, FlatAdapter, StackOfExperts
 from qlora_hal_backends.torch_family.optimizer import Update, UpdateInParts, proved_update, update_agrees
 
 pytestmark = pytest.mark.filterwarnings(
@@ -37,6 +37,17 @@ def make_update(request: pytest.FixtureRequest) -> MakeUpdate:
 
 def test_it_passes_the_trial_that_a_device_is_given(make_update: MakeUpdate) -> None:
     assert update_agrees(make_update, DEVICE)
+
+
+def test_blocks_of_no_expert_are_always_trained_and_those_of_idle_experts_never() -> None:
+    """A and B of two experts, a block and two each, behind a block and before some numbers of no expert."""
+    size = STATE_BLOCK
+    stack = StackOfExperts(2, ((size, size), (3 * size, 2 * size)))
+    gradients = torch.zeros(7 * size + 10, device=DEVICE)
+    blocks = BlockOwners.of([stack], len(gradients), DEVICE)
+    assert blocks.trained(gradients).tolist() == [True, *[False] * 6, True]
+    gradients[6 * size - 1] = float("nan")  # in B of the second
+    assert blocks.trained(gradients).tolist() == [True, False, True, False, False, True, True, True]
 
 
 class Wrong(UpdateInParts):
