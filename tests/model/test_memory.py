@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qlora_hal.adapter import resolve_targets
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.memory_constants import MemoryConstants, MemoryQuery
 from qlora_hal.contract.values import LinearShape
@@ -19,6 +21,7 @@ from qlora_hal.memory.estimate import (
     weight_bytes,
 )
 from qlora_hal.memory.gpus import GIB, KNOWN_GPUS, apple_working_set
+from qlora_hal.model.described_weights import described_header
 from qlora_hal.model.facts import ModelFacts, TensorFacts, read_facts
 from qlora_hal_backends.torch_family import platform
 from qlora_hal_backends.torch_family.platform import MEMORY, fused_memory, memory_of, plain_memory
@@ -230,6 +233,43 @@ def test_estimate_is_within_its_stated_error_of_a_measured_peak(run: str) -> Non
     needed = qlora(facts, constants=constants, **changes)
     allocated = (needed.total - needed.runtime) / 1e9
     assert allocated == pytest.approx(measured, rel=needed.relative_error)
+
+
+QWEN3_30B: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144,
+    "moe_intermediate_size": 768, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4,
+    "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "decoder_sparse_step": 1, "mlp_only_layers": [],
+    "norm_topk_prob": True, "vocab_size": 151936, "tie_word_embeddings": False, "dtype": "bfloat16",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("experts", "recompute", "optimizer", "measured"),
+    [
+        ("all", "none", "adamw", 58.34),
+        ("none", "none", "adamw", 43.04),
+        ("all", "full", "adamw", 35.62),
+        ("all", "full", "adamw_8bit", 30.58),
+        ("none", "full", "adamw_8bit", 20.54),
+    ],
+)
+def test_estimate_of_a_fused_mixture_is_that_near_a_measured_peak(
+    experts: str, recompute: str, optimizer: str, measured: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Qwen3-30B-A3B's shape, 4 x 2048 tokens, NF4, r = 16: `benchmarks/moe_step.py` on an NVIDIA H200."""
+    monkeypatch.setattr(platform, "find_spec", lambda name: object())
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B))
+    facts = read_facts(tmp_path, [described_header(QWEN3_30B, tmp_path)])
+    targets = resolve_targets("all-linear", facts.linear_modules, experts)
+    constants = memory_of(TORCH, fused=True)(MemoryQuery("qwen3_moe", "bfloat16", recompute=recompute))
+    needed = qlora(
+        facts,
+        targets={name: facts.linear_modules[name] for name in targets},
+        optimizer=optimizer,
+        gradient_checkpointing=recompute != "none",
+        constants=constants,
+    )
+    assert (needed.total - needed.runtime) / 1e9 == pytest.approx(measured, rel=0.05)
 
 
 @pytest.mark.parametrize(("facts", "measured"), [(LLAMA_7B, 3.90), (LLAMA_33B, 17.45), (LLAMA_65B, 34.49)])

@@ -42,6 +42,10 @@ TILE_ROWS = 4096
 """Rows of a tile of the fused feed-forward where it is computed again. A product of so many rows keeps a large GPU busy
 for a millisecond and more."""
 
+MIXTURE_TILE_ROWS = 8192
+"""The same of a mixture, whose products want many rows for each expert: the weights of all of them are read once a
+tile."""
+
 
 MEMORY = MemoryConstants(cross_entropy_rows=LOSS_CHUNK_ROWS)
 """Of transformers' layers. The head's loss is computed in chunks, so the logits of a batch never stand whole."""
@@ -96,13 +100,15 @@ def host_memory(query: MemoryQuery) -> MemoryConstants:
     )
 
 
-FUSED_ARCHITECTURES = frozenset(
-    {
-        "llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "seed_oss", "cwm", "granite", "phi3", "gemma",
-        "gemma3_text",
-    }
-)  # fmt: skip
-"""`model_type` of the dense layers that `fused.families` has and `fused.supported` takes."""
+FUSED_MIXTURES = frozenset({"mixtral", "qwen2_moe", "qwen3_moe"})
+FUSED_ARCHITECTURES = FUSED_MIXTURES | {
+    "llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "seed_oss", "cwm", "granite", "phi3", "gemma",
+    "gemma3_text",
+}  # fmt: skip
+"""`model_type` of the layers that `fused.families` has and `fused.supported` takes."""
+
+HEADS_NORMED = frozenset({"qwen3", "qwen3_moe", "gemma3_text"})
+"""Of these, those whose queries and keys are normed before their rotation, and kept for that norm's backward."""
 
 
 def fused_memory(memory: MemoryConstants, architecture: str = "llama") -> MemoryConstants:
@@ -118,6 +124,19 @@ def fused_memory(memory: MemoryConstants, architecture: str = "llama") -> Memory
         dequantized_copies=4.0,
         master_bytes=6,
         logit_bytes=2,
+    )
+
+
+def fused_mixture_memory(fused: MemoryConstants) -> MemoryConstants:
+    """What differs where the feed-forward is of experts (`fused.mixture`): they keep gate and up of their rows alone.
+    In backward the gradients of their outputs, of the product, and of gate and up are alive beside these. All experts
+    of a layer stand decoded, three stacks, with the little that attention is beside them."""
+    return replace(
+        fused,
+        routed_hidden_copies=0.0,
+        working_routed_copies=3.0,
+        working_routed_hidden_copies=1.0,
+        dequantized_copies=3.2,
     )
 
 
@@ -139,6 +158,13 @@ def recomputed_memory(memory: MemoryConstants, recompute: str, *, fused: bool) -
         feed_forward_tile=TILE_ROWS,
         dequantized_copies=3.0,  # gate and up, or the attention's, and down
     )
+    if memory.working_routed_copies:
+        tiled = replace(
+            tiled,
+            working_routed_copies=memory.working_routed_copies + memory.feed_forward_copies,
+            feed_forward_tile=MIXTURE_TILE_ROWS,
+            dequantized_copies=memory.dequantized_copies,
+        )
     if recompute == "selective":
         return tiled
     return replace(tiled, hidden_copies=9.0, working_layers=0.0, recomputed_inputs=inputs)
@@ -150,6 +176,11 @@ def memory_of(plain: MemoryConstants, *, fused: bool) -> Callable[[MemoryQuery],
     float16 stands for devices that are too old for the kernels: `auto` takes bfloat16 elsewhere.
     """
 
+    def faster(architecture: str) -> MemoryConstants:
+        fused = fused_memory(plain, architecture)
+        fused = replace(fused, rotated_copies=1.0 if architecture in HEADS_NORMED else 0.0)
+        return fused_mixture_memory(fused) if architecture in FUSED_MIXTURES else fused
+
     def answer(query: MemoryQuery) -> MemoryConstants:
         serves = (
             fused
@@ -160,7 +191,7 @@ def memory_of(plain: MemoryConstants, *, fused: bool) -> Callable[[MemoryQuery],
             and query.options.get("layers") != "plain"
             and query.options.get("attention") != "eager"
         )
-        layers = fused_memory(plain, query.architecture) if serves else plain_memory(plain, query)
+        layers = faster(query.architecture) if serves else plain_memory(plain, query)
         return recomputed_memory(layers, query.recompute, fused=serves)
 
     return answer
