@@ -62,7 +62,7 @@ def _results(operations: Fp8Operations, reference: Fp8Operations, device: torch.
     e, transposed = (torch.zeros(size, dtype=E4M3, device=device) for size in ((COLUMNS, INNER), (INNER, COLUMNS)))
     operations.decode(base, exact_scales, e)
     operations.decode(base, exact_scales, transposed.t())
-    results |= {"decode": e, "decode transposed": transposed}
+    results |= {"decode": e.clone(), "decode transposed": transposed.clone()}
 
     x, dy = drawn(ROWS, INNER + 24).bfloat16(), drawn(ROWS, COLUMNS + 24).bfloat16()
     x[3], dy[5] = 0.0, 0.0
