@@ -52,7 +52,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 REFERENCE = ReferenceFp8()
 SAME_FUNCTION = 1e-5
-"""As of `fused_models`. Where float32 rounding takes one element to its other neighbour of E4M3, a sixteenth of it away,
+"""As of `fused_models`. Where float32 rounding takes an element to its other neighbour of E4M3, a sixteenth of it away,
 all that is computed from it is rounded otherwise; then there is no telling two draws of that error apart. So several
 batches are compared: most meet no such element, and a fault is in all of them."""
 NF4 = Quantization(WeightFormat.NF4, 64, True)
