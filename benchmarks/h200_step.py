@@ -20,7 +20,9 @@ packed weights; the package is not among this project's. It changes transformers
 one of its own (`--systems "unsloth;unsloth, no checkpointing"`), with `UNSLOTH_DISABLE_STATISTICS=1`.
 
 `--check` compares all adapter gradients, at B != 0, with a float32 computation by transformers' layers on the same
-bfloat16 weights; and ten losses of the fused layers with ten of the plain layers, in bfloat16 and in float32.
+bfloat16 weights; the signs of the first step, at B = 0; and ten losses of the fused layers with ten of the plain
+layers, in bfloat16 and in float32. The systems in fp8 make products with the base in 8-bit floats, and need an NVIDIA
+GPU that has them (Ada, Hopper or later).
 """
 
 from __future__ import annotations
@@ -183,18 +185,26 @@ def write_tokenizer(folder: Path) -> None:
 
 @contextlib.contextmanager
 def our_trainer(
-    bench: Bench, *, checkpointing: bool = False, layers: str = "auto", dtype: Any = "bfloat16", random_b: float = 0.0
+    bench: Bench,
+    *,
+    checkpointing: bool = False,
+    layers: str = "auto",
+    dtype: Any = "bfloat16",
+    fp8: bool = False,
+    random_b: float = 0.0,
 ) -> Iterator[tuple[TorchLoRATrainer, str]]:
     with open_trainer() as trainer:
         source = ModelSource(bench.folder.name, bench.folder, read_facts(bench.folder))
-        trainer.load(source, QUANTIZATION, Compute(dtype, checkpointing, {"layers": layers}))
+        trainer.load(source, QUANTIZATION, Compute(dtype, checkpointing, {"layers": layers}, fp8_products=fp8))
         trainer.attach(first_adapter(bench.shape, random_b, bench.arguments.dropout), "adamw")
         yield trainer, trainer.device_facts().kernel_path
 
 
 @contextlib.contextmanager
-def our_step(bench: Bench, *, checkpointing: bool, layers: str = "auto") -> Iterator[tuple[Step, str]]:
-    with our_trainer(bench, checkpointing=checkpointing, layers=layers) as (trainer, kernel_path):
+def our_step(
+    bench: Bench, *, checkpointing: bool, layers: str = "auto", fp8: bool = False
+) -> Iterator[tuple[Step, str]]:
+    with our_trainer(bench, checkpointing=checkpointing, layers=layers, fp8=fp8) as (trainer, kernel_path):
 
         def step(tokens: np.ndarray[Any, Any]) -> float:
             batch = replace(as_batch(tokens), rows=np.arange(len(tokens), dtype=np.int32))
@@ -219,6 +229,8 @@ SYSTEMS: dict[str, Callable[[Bench], Any]] = {
     "ours, plain layers": lambda bench: our_step(bench, checkpointing=False, layers="plain"),
     "ours, checkpointing": lambda bench: our_step(bench, checkpointing=True),
     "ours": lambda bench: our_step(bench, checkpointing=False),
+    "ours, fp8": lambda bench: our_step(bench, checkpointing=False, fp8=True),
+    "ours, fp8, checkpointing": lambda bench: our_step(bench, checkpointing=True, fp8=True),
 }
 
 
@@ -289,6 +301,10 @@ def profile(bench: Bench, system: str, step: Step) -> None:
 
 
 # checking -------------------------------------------------------------------------------------------------------------
+EIGHT_BIT = {"fp8, fused layers": {"fp8": True}}
+"""Only where the device has E4M3."""
+
+
 @dataclass(slots=True)
 class Bfloat16Weight:
     """The weight that bfloat16 products see, in float32."""
@@ -307,10 +323,12 @@ class Bfloat16Weight:
         return self.packed.dense().bfloat16().float()
 
 
-def gradient_of(bench: Bench, *, reference: bool = False, **options: Any) -> tuple[torch.Tensor, float, str]:
-    """(all adapter gradients in one vector, evaluation loss, kernel path) at B != 0 on one row."""
+def gradient_of(
+    bench: Bench, *, reference: bool = False, random_b: float = 0.01, **options: Any
+) -> tuple[torch.Tensor, float, str]:
+    """(all adapter gradients in one vector, evaluation loss, kernel path) on one row, with B != 0 or as it begins."""
     batch = as_batch(token_batches(bench.shape, 1, bench.arguments.length)[0])
-    with our_trainer(bench, random_b=0.01, **options) as (trainer, kernel_path):
+    with our_trainer(bench, random_b=random_b, **options) as (trainer, kernel_path):
         if reference:
             assert trainer._base is not None
             for linear in trainer._base.linears.values():
@@ -330,6 +348,7 @@ def check(bench: Bench) -> None:
         "bfloat16, plain layers": {"checkpointing": True, "layers": "plain"},
         "bfloat16, fused layers": {},
         "bfloat16, fused layers, checkpointing": {"checkpointing": True},
+        **EIGHT_BIT,
     }.items():
         found, loss, kernel_path = gradient_of(bench, **options)
         bench.checks["gradients"][name] = {
@@ -339,15 +358,31 @@ def check(bench: Bench) -> None:
             "kernel_path": kernel_path,
         }
         print(f"# {name}: {json.dumps(bench.checks['gradients'][name])}", flush=True)
+    bench.checks["start signs"] = start_signs(bench)
+    print(
+        f"# first steps of B to the other side than in float32: {json.dumps(bench.checks['start signs'])}", flush=True
+    )
     curves = bench.checks["losses"] = {}
     for name, options in {
         "float32, plain layers": {"checkpointing": True, "layers": "plain", "dtype": "float32"},
         "bfloat16, plain layers": {"layers": "plain"},
         "bfloat16, fused layers": {},
         "bfloat16, fused layers, checkpointing": {"checkpointing": True},
+        **EIGHT_BIT,
     }.items():
         curves[name] = loss_curve(bench, **options)
         print(f"# {name}: {curves[name]}", flush=True)
+
+
+def start_signs(bench: Bench) -> dict[str, float]:
+    """The share of B's numbers whose first step, which is the sign of their gradient, goes elsewhere than in float32.
+    (A's gradient is zero as long as B is.)"""
+    exact = gradient_of(bench, reference=True, random_b=0.0, checkpointing=True, layers="plain", dtype="float32")[0]
+    moved = exact != 0.0
+    return {
+        name: float((gradient_of(bench, random_b=0.0, **options)[0].sign() != exact.sign())[moved].double().mean())
+        for name, options in {"bfloat16, fused layers": {}, **EIGHT_BIT}.items()
+    }
 
 
 def loss_curve(bench: Bench, **options: Any) -> list[float]:

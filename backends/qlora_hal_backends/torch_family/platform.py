@@ -262,7 +262,7 @@ CUDA = TorchPlatform(
     torch_device="cuda",
     priority=100,
     preferred_dtypes=_ACCELERATOR_DTYPES,
-    features=EVERYWHERE | _EIGHT_BIT | _PARALLEL | {Feature.PEAK_MEMORY},
+    features=EVERYWHERE | _EIGHT_BIT | _PARALLEL | {Feature.PEAK_MEMORY, Feature.FP8_PRODUCTS},
     optimizer_notes={},
     grouped_products=True,
 )
