@@ -15,8 +15,14 @@ The plain loop is what the packages' documentation shows: `AutoModelForCausalLM.
 `prepare_model_for_kbit_training`, `get_peft_model`, bfloat16 autocast. Two faster variants of it stand beside it:
 without the float32 upcast that `prepare_model_for_kbit_training` does, and also without gradient checkpointing.
 
+`unsloth` and `unsloth, no checkpointing` are Unsloth's `FastLanguageModel` as its documentation shows, on the same
+packed weights; the package is not among this project's. It changes transformers for the whole process, so it runs in
+one of its own (`--systems "unsloth;unsloth, no checkpointing"`), with `UNSLOTH_DISABLE_STATISTICS=1`.
+
 `--check` compares all adapter gradients, at B != 0, with a float32 computation by transformers' layers on the same
-bfloat16 weights; and ten losses of the fused layers with ten of the plain layers, in bfloat16 and in float32.
+bfloat16 weights; the signs of the first step, at B = 0; and ten losses of the fused layers with ten of the plain
+layers, in bfloat16 and in float32. The systems in fp8 make products with the base in 8-bit floats, and need an NVIDIA
+GPU that has them (Ada, Hopper or later).
 """
 
 from __future__ import annotations
@@ -112,6 +118,11 @@ def plain_loop(bench: Bench, *, upcast: bool, checkpointing: bool) -> Iterator[t
     )
     model.config.use_cache = False
     model.train()
+    yield trained_with_autocast(bench, model), "transformers + peft + bitsandbytes"
+
+
+def trained_with_autocast(bench: Bench, model: Any) -> Step:
+    """Steps of a PEFT model, its adapter in float32 with the first values that all systems have."""
     first = first_adapter(bench.shape)
     parameters = []
     with torch.no_grad():
@@ -132,23 +143,68 @@ def plain_loop(bench: Bench, *, upcast: bool, checkpointing: bool) -> Iterator[t
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    yield step, "transformers + peft + bitsandbytes"
+    return step
+
+
+@contextlib.contextmanager
+def unsloth_loop(bench: Bench, *, checkpointing: Any) -> Iterator[tuple[Step, str]]:
+    """Unsloth's model and kernels, stepped as the plain loop is."""
+    from unsloth import FastLanguageModel  # before transformers, or it says that it is slower
+
+    write_tokenizer(bench.folder)
+    model, _ = FastLanguageModel.from_pretrained(
+        str(bench.folder), max_seq_length=bench.arguments.length, dtype=torch.bfloat16, load_in_4bit=True
+    )
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=RANK,
+        lora_alpha=ALPHA,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=[module.rpartition(".")[2] for module in projections(bench.shape)],
+        use_gradient_checkpointing=checkpointing,
+    )
+    model.train()
+    yield trained_with_autocast(bench, model), "unsloth"
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Unsloth opens no folder without one; nothing is tokenized."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "a": 4}
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")),
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    ).save_pretrained(folder)
 
 
 @contextlib.contextmanager
 def our_trainer(
-    bench: Bench, *, checkpointing: bool = False, layers: str = "auto", dtype: Any = "bfloat16", random_b: float = 0.0
+    bench: Bench,
+    *,
+    checkpointing: bool = False,
+    layers: str = "auto",
+    dtype: Any = "bfloat16",
+    fp8: bool = False,
+    random_b: float = 0.0,
 ) -> Iterator[tuple[TorchLoRATrainer, str]]:
     with open_trainer() as trainer:
         source = ModelSource(bench.folder.name, bench.folder, read_facts(bench.folder))
-        trainer.load(source, QUANTIZATION, Compute(dtype, checkpointing, {"layers": layers}))
+        trainer.load(source, QUANTIZATION, Compute(dtype, checkpointing, {"layers": layers}, fp8_products=fp8))
         trainer.attach(first_adapter(bench.shape, random_b, bench.arguments.dropout), "adamw")
         yield trainer, trainer.device_facts().kernel_path
 
 
 @contextlib.contextmanager
-def our_step(bench: Bench, *, checkpointing: bool, layers: str = "auto") -> Iterator[tuple[Step, str]]:
-    with our_trainer(bench, checkpointing=checkpointing, layers=layers) as (trainer, kernel_path):
+def our_step(
+    bench: Bench, *, checkpointing: bool, layers: str = "auto", fp8: bool = False
+) -> Iterator[tuple[Step, str]]:
+    with our_trainer(bench, checkpointing=checkpointing, layers=layers, fp8=fp8) as (trainer, kernel_path):
 
         def step(tokens: np.ndarray[Any, Any]) -> float:
             batch = replace(as_batch(tokens), rows=np.arange(len(tokens), dtype=np.int32))
@@ -161,6 +217,11 @@ def our_step(bench: Bench, *, checkpointing: bool, layers: str = "auto") -> Iter
         yield step, kernel_path
 
 
+OTHERS: dict[str, Callable[[Bench], Any]] = {
+    "unsloth": lambda bench: unsloth_loop(bench, checkpointing="unsloth"),
+    "unsloth, no checkpointing": lambda bench: unsloth_loop(bench, checkpointing=False),
+}
+"""Run where they are named alone."""
 SYSTEMS: dict[str, Callable[[Bench], Any]] = {
     "plain": lambda bench: plain_loop(bench, upcast=True, checkpointing=True),
     "plain, no upcast": lambda bench: plain_loop(bench, upcast=False, checkpointing=True),
@@ -168,6 +229,8 @@ SYSTEMS: dict[str, Callable[[Bench], Any]] = {
     "ours, plain layers": lambda bench: our_step(bench, checkpointing=False, layers="plain"),
     "ours, checkpointing": lambda bench: our_step(bench, checkpointing=True),
     "ours": lambda bench: our_step(bench, checkpointing=False),
+    "ours, fp8": lambda bench: our_step(bench, checkpointing=False, fp8=True),
+    "ours, fp8, checkpointing": lambda bench: our_step(bench, checkpointing=True, fp8=True),
 }
 
 
@@ -203,7 +266,7 @@ def measure(bench: Bench, system: str, step: Step, micro_batch: int, kernel_path
 
 def run_system(bench: Bench, system: str) -> None:
     started = time.perf_counter()
-    with SYSTEMS[system](bench) as (step, kernel_path):
+    with (SYSTEMS | OTHERS)[system](bench) as (step, kernel_path):
         print(f"# {system}: loaded in {time.perf_counter() - started:.1f} s; {kernel_path}", flush=True)
         for micro_batch in bench.arguments.micro_batch:
             try:
@@ -238,6 +301,10 @@ def profile(bench: Bench, system: str, step: Step) -> None:
 
 
 # checking -------------------------------------------------------------------------------------------------------------
+EIGHT_BIT = {"fp8, fused layers": {"fp8": True}}
+"""Only where the device has E4M3."""
+
+
 @dataclass(slots=True)
 class Bfloat16Weight:
     """The weight that bfloat16 products see, in float32."""
@@ -256,10 +323,12 @@ class Bfloat16Weight:
         return self.packed.dense().bfloat16().float()
 
 
-def gradient_of(bench: Bench, *, reference: bool = False, **options: Any) -> tuple[torch.Tensor, float, str]:
-    """(all adapter gradients in one vector, evaluation loss, kernel path) at B != 0 on one row."""
+def gradient_of(
+    bench: Bench, *, reference: bool = False, random_b: float = 0.01, **options: Any
+) -> tuple[torch.Tensor, float, str]:
+    """(all adapter gradients in one vector, evaluation loss, kernel path) on one row, with B != 0 or as it begins."""
     batch = as_batch(token_batches(bench.shape, 1, bench.arguments.length)[0])
-    with our_trainer(bench, random_b=0.01, **options) as (trainer, kernel_path):
+    with our_trainer(bench, random_b=random_b, **options) as (trainer, kernel_path):
         if reference:
             assert trainer._base is not None
             for linear in trainer._base.linears.values():
@@ -279,6 +348,7 @@ def check(bench: Bench) -> None:
         "bfloat16, plain layers": {"checkpointing": True, "layers": "plain"},
         "bfloat16, fused layers": {},
         "bfloat16, fused layers, checkpointing": {"checkpointing": True},
+        **EIGHT_BIT,
     }.items():
         found, loss, kernel_path = gradient_of(bench, **options)
         bench.checks["gradients"][name] = {
@@ -288,15 +358,31 @@ def check(bench: Bench) -> None:
             "kernel_path": kernel_path,
         }
         print(f"# {name}: {json.dumps(bench.checks['gradients'][name])}", flush=True)
+    bench.checks["start signs"] = start_signs(bench)
+    print(
+        f"# first steps of B to the other side than in float32: {json.dumps(bench.checks['start signs'])}", flush=True
+    )
     curves = bench.checks["losses"] = {}
     for name, options in {
         "float32, plain layers": {"checkpointing": True, "layers": "plain", "dtype": "float32"},
         "bfloat16, plain layers": {"layers": "plain"},
         "bfloat16, fused layers": {},
         "bfloat16, fused layers, checkpointing": {"checkpointing": True},
+        **EIGHT_BIT,
     }.items():
         curves[name] = loss_curve(bench, **options)
         print(f"# {name}: {curves[name]}", flush=True)
+
+
+def start_signs(bench: Bench) -> dict[str, float]:
+    """The share of B's numbers whose first step, which is the sign of their gradient, goes elsewhere than in float32.
+    (A's gradient is zero as long as B is.)"""
+    exact = gradient_of(bench, reference=True, random_b=0.0, checkpointing=True, layers="plain", dtype="float32")[0]
+    moved = exact != 0.0
+    return {
+        name: float((gradient_of(bench, random_b=0.0, **options)[0].sign() != exact.sign())[moved].double().mean())
+        for name, options in {"bfloat16, fused layers": {}, **EIGHT_BIT}.items()
+    }
 
 
 def loss_curve(bench: Bench, **options: Any) -> list[float]:

@@ -28,6 +28,8 @@ class MemoryConstants:
     inputs are on the device at a time where whole layers are recomputed; None: all.
     `logit_bytes` are those of a logit from its product to its gradient; None: in the compute dtype, in float32 and as a
     float32 gradient. `dequantized_copies` counts weights of the largest linear layer's size that stand decoded at once.
+    `attention_scores_kept` counts what a layer keeps of the size of its attention scores, rows x heads x length^2,
+    in the compute dtype: 0 where attention never makes them whole.
     `master_bytes` are those of an adapter weight with its copy in the compute dtype.
     `cross_entropy_rows` is the chunk of a chunked cross-entropy, None when all logits exist at once. `heap_holes` is
     what the host's allocator keeps between blocks, as a share of the logits and of a few layers' activations, where the
@@ -50,7 +52,7 @@ class MemoryConstants:
     dequantized_copies: float = 1.0
     cross_entropy_rows: int | None = None
     logit_bytes: int | None = None
-    attention_scores_kept: bool = False
+    attention_scores_kept: float = 0.0
     master_bytes: int = 4
     gradient_bytes: int = 4
     relative_error: float = 0.15

@@ -202,8 +202,7 @@ def _activation_bytes(
         constants.routed_hidden_copies * shape.hidden + constants.feed_forward_copies * shape.routed_width
     )
     one_layer = tokens * (widths + 2 * shape.key_value) * compute_bytes
-    if constants.attention_scores_kept:
-        one_layer += batch_size * shape.heads * sequence_length**2 * compute_bytes
+    one_layer += constants.attention_scores_kept * batch_size * shape.heads * sequence_length**2 * compute_bytes
     one_layer += tokens * adapter_ranks * compute_bytes / max(shape.layers, 1)
     working = int(constants.working_layers * one_layer)
     tile = tokens if constants.feed_forward_tile is None else min(tokens, constants.feed_forward_tile)

@@ -24,7 +24,7 @@ from qlora_hal.memory.gpus import GIB, KNOWN_GPUS, apple_working_set
 from qlora_hal.model.described_weights import described_header
 from qlora_hal.model.facts import ModelFacts, TensorFacts, read_facts
 from qlora_hal_backends.torch_family import platform
-from qlora_hal_backends.torch_family.platform import MEMORY, fused_memory, memory_of
+from qlora_hal_backends.torch_family.platform import MEMORY, fused_memory, memory_of, plain_memory
 
 
 def llama_facts(layers: int, hidden: int, feed_forward: int, vocabulary: int, heads: int, kv_heads: int) -> ModelFacts:
@@ -147,7 +147,7 @@ def test_checkpointing_keeps_layer_inputs_and_one_layer() -> None:
 
 
 def test_scores_are_quadratic_in_length_only_where_they_are_kept() -> None:
-    kept = MemoryConstants(attention_scores_kept=True)
+    kept = MemoryConstants(attention_scores_kept=1.0)
     short, long = (qlora(LLAMA_7B, constants=kept, sequence_length=s).activations for s in (1024, 2048))
     linear_short, linear_long = (qlora(LLAMA_7B, sequence_length=s).activations for s in (1024, 2048))
     assert linear_long == pytest.approx(2 * linear_short)
@@ -281,11 +281,10 @@ def test_base_weights_agree_with_what_was_measured_on_a_device(facts: ModelFacts
     ("settings", "fast"),
     [
         ({}, True),
-        ({"architecture": "gemma"}, False),
+        ({"architecture": "olmo2"}, False),
         ({"compute_dtype": "float16"}, False),
-        ({"dropout": 0.1}, False),
+        ({"dropout": 0.1}, True),
         ({"options": {"layers": "plain"}}, False),
-        ({"options": {"attention": "eager"}}, False),
         ({"options": {"attention": "sdpa", "layers": "auto"}}, True),
         ({"device_kind": "cuda"}, True),
         ({"device_kind": "rocm"}, False),
@@ -300,7 +299,29 @@ def test_the_fast_path_counts_only_where_it_serves(
     constants = memory_of(TORCH, fused=True)(MemoryQuery(**asked))
     expected = fused_memory(TORCH) if fast else TORCH
     assert constants == expected != (TORCH if fast else fused_memory(TORCH))
-    assert memory_of(TORCH, fused=False)(MemoryQuery(**asked)) == TORCH
+    assert memory_of(TORCH, fused=False)(MemoryQuery(**asked)) == plain_memory(TORCH, MemoryQuery(**asked))
+
+
+def test_eager_attention_is_not_served_by_the_fast_path_and_keeps_its_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "find_spec", lambda name: object())
+    eager = {"options": {"attention": "eager"}}
+    for in_half, kept in (("bfloat16", 3.0), ("float32", 1.8)):
+        asked = MemoryQuery("llama", in_half, **eager)
+        assert memory_of(TORCH, fused=True)(asked) == replace(TORCH, attention_scores_kept=kept)
+    assert memory_of(TORCH, fused=True)(MemoryQuery("llama", "float32")).attention_scores_kept == 0.0
+
+
+def test_what_a_family_keeps_beyond_a_llama_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "find_spec", lambda name: None)
+    peaks = {
+        family: qlora(
+            LLAMA_8B,
+            gradient_checkpointing=False,
+            constants=memory_of(TORCH, fused=True)(MemoryQuery(family, "bfloat16")),
+        ).total
+        for family in ("llama", "gemma3_text", "gemma2")
+    }
+    assert peaks["llama"] < peaks["gemma3_text"] < peaks["gemma2"]
 
 
 def test_logits_and_a_layers_work_are_not_counted_at_once() -> None:

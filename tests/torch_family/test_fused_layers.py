@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +22,17 @@ from qlora_hal.contract import dropout
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.values import Batch
 from qlora_hal_backends.torch_family import fused, head_loss, step
+from qlora_hal_backends.torch_family.fused import families
 from qlora_hal_backends.torch_family.fused.attach import attach_with
 from qlora_hal_backends.torch_family.fused.families import activation_of
 from qlora_hal_backends.torch_family.fused.head_loss import loss_sum_with
-from qlora_hal_backends.torch_family.fused.layer_weights import GroupBuffer, GroupShape, Slot
+from qlora_hal_backends.torch_family.fused.layer_weights import GroupBuffer, GroupShape, JoinedProducts, Slot
 from qlora_hal_backends.torch_family.fused.operations import Operations
 from qlora_hal_backends.torch_family.fused.reference import ReferenceOperations
 from qlora_hal_backends.torch_family.fused.supported import model_refusal
 from qlora_hal_backends.torch_family.fused.tape import Keep
 from qlora_hal_backends.torch_family.lora_linear import words_on
+from qlora_hal_backends.torch_family.platform import FUSED_ARCHITECTURES, SCORES_CAPPED
 
 pytestmark = pytest.mark.filterwarnings(
     # Triton's interpreter on NumPy 2.
@@ -45,6 +48,19 @@ def operations(request: pytest.FixtureRequest) -> Operations:
     from qlora_hal_backends.torch_family.fused.triton_operations import TritonOperations
 
     return TritonOperations()
+
+
+def test_the_planner_counts_those_families_as_fused_that_are() -> None:
+    from transformers.models.auto.configuration_auto import model_type_to_module_name
+
+    def layer_of(model_type: str) -> str:
+        name = model_type_to_module_name(model_type)
+        names = vars(import_module(f"transformers.models.{name}.modeling_{name}"))
+        return next(each for each in names if each.endswith("DecoderLayer"))
+
+    found = {layer_of(each) for each in FUSED_ARCHITECTURES | SCORES_CAPPED}
+    # Capped scores are refused by `fused.supported`; the layers' schedule could be had.
+    assert found == set(families.FAMILIES)
 
 
 @pytest.mark.parametrize(
@@ -199,14 +215,16 @@ def test_adapter_is_added_before_the_sum_is_rounded() -> None:
     rows, columns, r = 64, 128, 8
     generator = torch.Generator().manual_seed(0)
     memory = torch.randn(rows + r, columns + r, generator=generator).bfloat16().to(DEVICE)
-    buffer = GroupBuffer(
-        GroupShape([Slot("only", slice(0, rows), slice(0, r))], columns, r), 2.0, memory, ReferenceOperations()
-    )
+    shape = GroupShape([Slot("only", slice(0, rows), slice(0, r))], columns, r)
+    buffer = GroupBuffer(shape, 2.0, JoinedProducts(shape, memory, ReferenceOperations()), ReferenceOperations())
     buffer.b.mul_(0.002)  # a young adapter: its product is below the spacing of bfloat16 at the base product
     extended = torch.randn(32, columns + r, generator=generator).bfloat16().to(DEVICE)
     low_rank = buffer.low_rank(extended[:, :columns], extended[:, columns:])
     assert low_rank is not None
-    exact = extended[:, :columns].double() @ buffer.w.double().t() + low_rank.double() @ buffer.b.double().t()
+    exact = (
+        extended[:, :columns].double() @ memory[:rows, :columns].double().t()
+        + low_rank.double() @ buffer.b.double().t()
+    )
     found = buffer.product(extended, None).double()
     # One rounding of the sum, 2^-8 of it at most, and float32 accumulation of 136 terms of size 1. Added to a rounded
     # product it would err by another 2^-8 of the whole.

@@ -6,6 +6,7 @@ in place on AVX512-BF16 CPUs and later passes wrong gradients (measured with 0.5
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -83,6 +84,15 @@ def _decoded_by_lookup(packed: Tensor, state: codec.QuantState) -> Tensor:
     scales = absmax.float().repeat_interleave(state.blocksize)[:count]
     weight: Tensor = (state.code[codes.int()] * scales).reshape(state.shape).to(state.dtype)
     return weight
+
+
+def exact(base: BaseWeight) -> Tensor:
+    """The weight `[out, in]` in float32, without the rounding of `dense` to the compute dtype where it is decoded."""
+    if not isinstance(base, Blockwise4BitWeight):
+        return base.dense().float()
+    state = copy(base.state)
+    state.dtype = torch.float32
+    return Blockwise4BitWeight(base.packed, state).dense()
 
 
 @dataclass(slots=True)

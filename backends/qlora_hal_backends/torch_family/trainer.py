@@ -138,6 +138,8 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
     def load(self, source: ModelSource, quantization: Quantization, compute: Compute) -> None:
         check_served(self.spec, quantization, compute, prequantized=source.facts.prequantized is not None)
         self._release()
+        if compute.fp8_products:
+            fused.check_fp8(source.facts, quantization, compute, self._device)
         self._compute = compute
         self._loss_scale = FIRST_LOSS_SCALE if compute.dtype == "float16" else 1.0
         forget_peak_memory(self._device)
@@ -164,6 +166,8 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
             self._flat = FlatAdapter.place(adapter, self._loaded.linears, dtype, self._device)
             self._optimizer = make_optimizer(optimizer, self._flat)
             self._fused = fused.try_attach(self._loaded, self._flat, self._compute, self._device)
+            if self._compute.fp8_products and isinstance(self._fused, fused.Refusal):
+                raise fused.fp8_refused(self._fused.reason)
 
     def device_facts(self) -> DeviceFacts:
         base = self._base

@@ -6,5 +6,6 @@ transformers' own layers compute. Both paths are one function: they differ by ro
 
 from qlora_hal_backends.torch_family.fused.attach import Refusal, try_attach
 from qlora_hal_backends.torch_family.fused.body import FusedBody
+from qlora_hal_backends.torch_family.fused.fp8.refusals import check_fp8, fp8_refused
 
-__all__ = ["FusedBody", "Refusal", "try_attach"]
+__all__ = ["FusedBody", "Refusal", "check_fp8", "fp8_refused", "try_attach"]

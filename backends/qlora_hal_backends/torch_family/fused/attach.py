@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,8 +29,12 @@ from qlora_hal_backends.torch_family.fused.families import (
     rotary_of,
 )
 from qlora_hal_backends.torch_family.fused.feed_forward import DenseFeedForward, FeedForward
+from qlora_hal_backends.torch_family.fused.fp8.kernel_trial import proved_fp8_kernels
+from qlora_hal_backends.torch_family.fused.fp8.operations import Fp8Operations
+from qlora_hal_backends.torch_family.fused.fp8.products import FP8_WORDS, fp8_rooms
 from qlora_hal_backends.torch_family.fused.kernel_trial import proved_kernels
 from qlora_hal_backends.torch_family.fused.layer_inputs import HostMemory
+from qlora_hal_backends.torch_family.fused.layer_weights import joined_rooms
 from qlora_hal_backends.torch_family.fused.mixture.collecting import make_stack_buffers, mixture_weights, router_of
 from qlora_hal_backends.torch_family.fused.mixture.feed_forward import HiddenRoom, MixtureFeedForward
 from qlora_hal_backends.torch_family.fused.mixture.kernel_trial import proved_mixture_kernels
@@ -41,6 +46,7 @@ from qlora_hal_backends.torch_family.fused.stream import Stream
 from qlora_hal_backends.torch_family.fused.supported import (
     attention_of,
     experts_refusal,
+    fp8_model_refusal,
     model_refusal,
 )
 from qlora_hal_backends.torch_family.fused.tape import Keep
@@ -65,17 +71,23 @@ class Refusal:
 
 def try_attach(base: BaseModel, flat: FlatAdapter, compute: Compute, device: torch.device) -> FusedBody | Refusal:
     """The fused body of a base whose adapter is placed, or why it has none."""
-    reason = device_refusal(device) or model_refusal(base, flat, compute) or experts_refusal(base, compute)
+    reason = (
+        device_refusal(device)
+        or model_refusal(base, flat, compute)
+        or experts_refusal(base, compute)
+        or (fp8_model_refusal(base) if compute.fp8_products else None)
+    )
     if reason is not None:
         return Refusal(reason)
     activation = activation_of(base) or Activation.SILU
     try:
         operations = proved_kernels(device, activation)
         mixture = proved_mixture_kernels(device, activation) if base.experts else None
+        fp8 = proved_fp8_kernels(device) if compute.fp8_products else None
     except Exception as error:  # Triton compiles here and now: a missing C compiler or driver shows in many classes
         return Refusal(f"the kernels do not run here ({type(error).__name__}: {str(error).partition(chr(10))[0]})")
     uneven = proved_varlen(device, _head_counts(base), getattr(torch, compute.dtype))
-    return attach_with(operations, base, flat, compute, mixture=mixture, uneven=uneven)
+    return attach_with(operations, base, flat, compute, mixture=mixture, uneven=uneven, fp8=fp8)
 
 
 def attach_with(
@@ -86,11 +98,13 @@ def attach_with(
     *,
     mixture: MixtureOperations | None = None,
     uneven: UnevenAttention = SAMPLE_BY_SAMPLE,
+    fp8: Fp8Operations | None = None,
     keep: Keep | None = None,
     residual_dtype: torch.dtype | None = None,
     tile_rows: int | None = None,
 ) -> FusedBody:
-    """Build the body for a model that `model_refusal` has no word against; `mixture` where it has experts.
+    """Build the body for a model that `model_refusal` has no word against; `mixture` where it has experts, `fp8` where
+    products with the base are in 8-bit floats.
 
     `keep` follows `compute.recompute`, `residual_dtype` is the compute dtype, and `tile_rows` what the family's
     feed-forward wants, unless given.
@@ -102,7 +116,8 @@ def attach_with(
     like = norm.weight.detach().to(getattr(torch, compute.dtype))
     # The attention of a mixture is little beside its experts: taking turns with them would save nothing.
     shares = recomputes and not family.mixtures
-    buffers = make_buffers(list(base.layers), family.groups, flat, like, operations, shared=shares)
+    make_rooms = partial(joined_rooms, operations) if fp8 is None else partial(fp8_rooms, fp8)
+    buffers = make_buffers(list(base.layers), family.groups, flat, like, operations, make_rooms, shared=shares)
     stream = Stream(epsilon_of(norm), operations)
     dense = DenseFeedForward(buffers, operations, stream)
     feed_forward: FeedForward = dense
@@ -134,6 +149,7 @@ def attach_with(
         rotary_tables=_rotary_tables(base),
         keep=keep or (KEPT[compute.recompute] if recomputes else Keep.PRODUCTS),
         residual_dtype=residual_dtype or like.dtype,
+        products_path="" if fp8 is None else FP8_WORDS,
         attention_path=uneven.words,
         embedding_scale=embedding_scale_of(base),
         host=HostMemory(like.device) if recomputes and compute.recompute == "offload" else None,

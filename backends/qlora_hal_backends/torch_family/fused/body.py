@@ -53,7 +53,8 @@ class FusedBody:
     """`hidden_states` and `batch_loss` of `step`, for a base whose layers the fused schedule computes.
 
     `keep` is what layers keep for backward, `host` where the inputs of recomputed layers wait for it, None on the
-    device. `attention_path` says in words how samples of unequal lengths are attended to. A batch with the adapter
+    device. `products_path` says in words how products with the base are made where that is not in the compute dtype,
+    `attention_path` how samples of unequal lengths are attended to. A batch with the adapter
     switched off takes the plain layers.
     """
 
@@ -65,6 +66,7 @@ class FusedBody:
     rotary_tables: RotaryTables
     keep: Keep
     residual_dtype: torch.dtype
+    products_path: str
     attention_path: str
     embedding_scale: float
     host: HostMemory | None = None
@@ -79,7 +81,7 @@ class FusedBody:
     @property
     def words(self) -> str:
         """For the run's `kernel_path`."""
-        return f"fused layers, {self.attention_path}"
+        return ", ".join(filter(None, ("fused layers", self.products_path, self.attention_path)))
 
     def laid_out(self, batch: Batch) -> Batch:
         """What `batch_loss` is best given in place of a batch: the same samples, without their padding."""

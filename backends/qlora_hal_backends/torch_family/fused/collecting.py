@@ -20,6 +20,7 @@ from qlora_hal_backends.torch_family.fused.layer_weights import (
     Join,
     LayerBuffers,
     LayerWeights,
+    MakeRooms,
     Slot,
 )
 from qlora_hal_backends.torch_family.fused.mixture.weights import MixtureWeights
@@ -36,18 +37,19 @@ def make_buffers(
     flat: FlatAdapter,
     like: Tensor,
     operations: Operations,
+    make_rooms: MakeRooms,
     *,
     shared: bool = False,
 ) -> LayerBuffers:
-    """Buffers for layers of one shape, in `shared` memory or apart. A projection that any layer adapts has its ranks in
-    every layer."""
+    """Buffers for layers of one shape, in rooms of `shared` memory or apart. A projection that any layer adapts has its
+    ranks in every layer."""
     adapted = flat.adapter.config.target_modules
     shapes = {}
     for name, modules in groups.items():
         linear_shapes = [linear_of(layers[0], module).shape for module in modules]
         anywhere = [any(path.endswith(f".{module}") for path in adapted) for module in modules]
         shapes[name] = group_shape(modules, linear_shapes, anywhere, flat.adapter.config.r)
-    return LayerBuffers(shapes, flat, like, operations, shared=shared)
+    return LayerBuffers(shapes, flat, like, operations, make_rooms, shared=shared)
 
 
 def group_shape(modules: Sequence[str], shapes: Sequence[LinearShape], adapted: Sequence[bool], r: int) -> GroupShape:
@@ -160,7 +162,7 @@ def _group_weights(layer: Any, path: str, buffer: GroupBuffer, flat: FlatAdapter
     return GroupWeights(
         rows=buffer.rows,
         bases=[_base_of(linear) for linear in linears],
-        bias=_group_bias(linears, buffer.w),
+        bias=_group_bias(linears, buffer.b),
         adapter=adapter,
         a_gradients=a_gradients,
         b_gradients=b_gradients,

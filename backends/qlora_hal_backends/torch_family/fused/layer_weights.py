@@ -10,10 +10,10 @@ It must ride inside: cuBLAS rounds a bfloat16 product before it adds `beta * C` 
 `addmm` of every kind), so a young adapter that is added to the product afterwards, or before as C, loses half of its
 effect and more to rounding.
 
-One buffer `[N + R, K + R]` holds W, B beside it and A below it, so both products read views of it. The sum runs in
-the product's float32 accumulator and is rounded once, at no measurable cost (R is 16 to 64 of thousands of columns).
-The four buffers hold one layer at a time. Where memory is dear they share it (`LayerBuffers`): a group is then brought
-when a product asks for it.
+One buffer `[N + R, K + R]` holds W, B beside it and A below it, so both products read views of it (`JoinedProducts`;
+`fused.fp8` has others). The sum runs in the product's float32 accumulator and is rounded once, at no measurable cost (R
+is 16 to 64 of thousands of columns). The four buffers hold one layer at a time. Where memory is dear they share it
+(`LayerBuffers`): a group is then brought when a product asks for it.
 
                  K columns    R columns
     N rows     [    W       |    B     ]        W: the group's weights, one below the other
@@ -27,6 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -110,18 +111,113 @@ class LayerWeights:
     experts: MixtureWeights | None = None  # in place of the feed-forward's groups
 
 
+class GroupProducts(Protocol):
+    """The products of one group, with the adapter's terms in their sums. One object serves all layers of a model."""
+
+    @property
+    def a(self) -> Tensor:
+        """Where the adapter's A is placed, `[R, K]` in the compute dtype."""
+        ...
+
+    @property
+    def b(self) -> Tensor:
+        """Where its B is placed, `[N, R]`, block-diagonal."""
+        ...
+
+    def take(self, group: GroupWeights) -> None:
+        """From here on the base is that of this layer's group."""
+        ...
+
+    def forward(self, extended: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+        """x W^T + t B^T + bias of `[x | t]` `[M, K + R]`, in `out` where given."""
+        ...
+
+    def backward(self, extended: Tensor) -> Tensor:
+        """dy W + v A of `[dy | v]` `[M, N + R]`."""
+        ...
+
+    def base_backward(self, gradient: Tensor) -> Tensor:
+        """dy W alone of a strided dy `[M, N]`, in float32."""
+        ...
+
+
+class JoinedProducts:
+    """In the compute dtype: the base is decoded into one buffer with its adapter, and both are one product."""
+
+    def __init__(self, shape: GroupShape, buffer: Tensor, operations: Operations) -> None:
+        rows, columns = shape.rows, shape.columns
+        self._slots, self._operations = shape.slots, operations
+        self._w = buffer[:rows, :columns]
+        self.a = buffer[rows:, :columns]
+        self.b = buffer[:rows, columns:]
+        self._forward = buffer[:rows].t()
+        self._backward = buffer[:, :columns]
+
+    def take(self, group: GroupWeights) -> None:
+        for slot, base in zip(self._slots, group.bases, strict=True):
+            self._operations.dequantize(base, self._w[slot.rows])
+
+    def forward(self, extended: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+        if bias is None:
+            return torch.mm(extended, self._forward, out=out)
+        return torch.addmm(bias, extended, self._forward, out=out)
+
+    def backward(self, extended: Tensor) -> Tensor:
+        return extended @ self._backward
+
+    def base_backward(self, gradient: Tensor) -> Tensor:
+        return product_in_float32(gradient, self._w)
+
+
+@dataclass(frozen=True, slots=True)
+class Rooms:
+    """The memory of all groups. `adapters` is the flat tensor in which their A and B lie, `rivals` the groups whose
+    base has the same memory."""
+
+    adapters: Tensor
+    products: Mapping[str, GroupProducts]
+    rivals: Mapping[str, Sequence[str]]
+
+
+MakeRooms = Callable[[Mapping[str, GroupShape], Tensor, bool], Rooms]
+"""For groups of these shapes, with a tensor of the compute dtype on the device, in shared memory or apart."""
+
+
+def joined_rooms(operations: Operations, shapes: Mapping[str, GroupShape], like: Tensor, shared: bool) -> Rooms:
+    # Zeros stay where no projection writes: off the diagonal of B, and in the padded ranks. Where memory is shared
+    # they do not, and are written with the adapter.
+    memory, parts, rivals = divided({name: math.prod(shape.size) for name, shape in shapes.items()}, like, shared)
+    products = {name: JoinedProducts(shape, parts[name].view(shape.size), operations) for name, shape in shapes.items()}
+    return Rooms(memory, products, rivals)
+
+
+def divided(
+    sizes: Mapping[str, int], like: Tensor, shared: bool
+) -> tuple[Tensor, Mapping[str, Tensor], Mapping[str, Sequence[str]]]:
+    """A flat tensor of zeros, each group's part of it, and the groups whose parts meet."""
+    aligned = {name: -(-size // ALIGNMENT) * ALIGNMENT for name, size in sizes.items()}
+    starts = _starts_in_turns(aligned) if shared else _starts_apart(aligned)
+    ends = {name: starts[name] + size for name, size in aligned.items()}
+    memory = torch.zeros(max(ends.values()), dtype=like.dtype, device=like.device)
+    rivals = {
+        name: [other for other in sizes if other != name and starts[other] < ends[name] and starts[name] < ends[other]]
+        for name in sizes
+    }
+    return memory, {name: memory[starts[name] : starts[name] + size] for name, size in sizes.items()}, rivals
+
+
 def _is_here() -> None:
-    """Of a buffer that is filled before its products are asked for."""
+    """Of products whose layer is there before they are asked for."""
 
 
 class GroupBuffer:
-    """The buffer of one group and the products that read it. `bring` fills it, where it is not filled yet."""
+    """One group: its products, and the thin ones of its adapter. `bring` has the layer's weights in their place."""
 
     def __init__(
         self,
         shape: GroupShape,
         scale: float,
-        buffer: Tensor,
+        products: GroupProducts,
         operations: Operations,
         bring: Callable[[], None] = _is_here,
     ) -> None:
@@ -131,20 +227,16 @@ class GroupBuffer:
         self.adapted = [slot.rank for slot in shape.slots if slot.rank is not None]
         self.rows, self.columns, self.ranks = shape.rows, shape.columns, shape.ranks
         self._scale = scale
-        self._buffer = buffer
-        self.w = buffer[: self.rows, : self.columns]
-        self.a = buffer[self.rows :, : self.columns]
-        self.b = buffer[: self.rows, self.columns :]
-        self._forward = buffer[: self.rows].t()
-        self._backward = buffer[:, : self.columns]
+        self._products = products
+        self.a, self.b = products.a, products.b
 
     def new_input(self, rows: int) -> Tensor:
         """Uninitialized `[rows, K + R]`: the caller fills the first K columns, `low_rank` the rest."""
-        return self._buffer.new_empty(rows, self.columns + self.ranks)
+        return self.a.new_empty(rows, self.columns + self.ranks)
 
     def new_gradient(self, rows: int) -> Tensor:
         """Uninitialized `[rows, N + R]`."""
-        return self._buffer.new_empty(rows, self.rows + self.ranks)
+        return self.a.new_empty(rows, self.rows + self.ranks)
 
     def low_rank(self, x: Tensor, tail: Tensor | None = None, masks: Masks | None = None) -> Tensor | None:
         """t = scale * x A^T `[rows, R]`, in `tail` where given; None where nothing of the group is adapted. With
@@ -169,17 +261,15 @@ class GroupBuffer:
     def product(self, extended: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
         """y of an input made by `new_input`, in `out` where given."""
         self._bring()
-        if bias is None:
-            return torch.mm(extended, self._forward, out=out)
-        return torch.addmm(bias, extended, self._forward, out=out)
+        return self._products.forward(extended, bias, out)
 
     def input_gradient(self, gradient: Tensor, masks: Masks | None = None) -> Tensor:
         """dx of a gradient whose last R columns hold v."""
         self._bring()
         if masks is None or not self.ranks:
-            return gradient @ self._backward
+            return self._products.backward(gradient)
         # What passes through the adapter is dropped where its input was, so it cannot ride in the product.
-        base = product_in_float32(gradient[:, : self.rows], self.w)
+        base = self._products.base_backward(gradient[:, : self.rows])
         out = torch.empty_like(base, dtype=gradient.dtype)
         self._operations.add_dropped(base, gradient[:, self.rows :], self.a, masks, out)
         return out
@@ -195,7 +285,7 @@ class GroupBuffer:
 
 
 class LayerBuffers:
-    """The four buffers in one flat tensor, and whose weights are in them.
+    """The four groups, and whose weights are in their rooms.
 
     Apart, each group has its own memory, and `hold` fills all four at once. `shared`, the attention's two groups and
     the first of the feed-forward take turns in one place, and the second of the feed-forward has its own, for these two
@@ -208,24 +298,12 @@ class LayerBuffers:
         flat: FlatAdapter,
         like: Tensor,
         operations: Operations,
+        make_rooms: MakeRooms,
         *,
         shared: bool = False,
     ) -> None:
-        sizes = {name: -(-math.prod(shape.size) // ALIGNMENT) * ALIGNMENT for name, shape in shapes.items()}
-        starts = _starts_in_turns(sizes) if shared else _starts_apart(sizes)
-        # Zeros stay where no projection writes: off the diagonal of B, and in the padded ranks. Where memory is shared
-        # they do not, and are written with the adapter.
-        self._memory = torch.zeros(
-            max(starts[name] + size for name, size in sizes.items()), dtype=like.dtype, device=like.device
-        )
+        self._rooms = make_rooms(shapes, like, shared)
         self._shared = shared
-        ends = {name: starts[name] + size for name, size in sizes.items()}
-        self._rivals = {
-            name: [
-                other for other in shapes if other != name and starts[other] < ends[name] and starts[name] < ends[other]
-            ]
-            for name in shapes
-        }
         self._adapter = flat.compute
         self._operations = operations
         self._layer: LayerWeights | None = None
@@ -236,7 +314,7 @@ class LayerBuffers:
             name: GroupBuffer(
                 shape,
                 scale,
-                self._memory[starts[name] : starts[name] + math.prod(shape.size)].view(shape.size),
+                self._rooms.products[name],
                 operations,
                 partial(self._bring, name) if shared else _is_here,
             )
@@ -249,9 +327,9 @@ class LayerBuffers:
         if self._shared:
             return
         for name in self.groups:
-            self._decode(name, layer)
+            self._take(name, layer)
         if any(self._adapter_of.get(name) is not layer for name in self.groups):
-            self._operations.place(self._adapter, self._memory, layer.adapter)
+            self._operations.place(self._adapter, self._rooms.adapters, layer.adapter)
             self._adapter_of = dict.fromkeys(self.groups, layer)
 
     def forget_adapter(self) -> None:
@@ -261,21 +339,19 @@ class LayerBuffers:
     def _bring(self, name: str) -> None:
         layer = self._layer
         assert layer is not None, "a layer is held before its products are asked for"
-        self._decode(name, layer)
+        self._take(name, layer)
         if self._adapter_of.get(name) is not layer:
-            self._operations.place(self._adapter, self._memory, layer.groups[name].adapter)
+            self._operations.place(self._adapter, self._rooms.adapters, layer.groups[name].adapter)
             self._adapter_of[name] = layer
 
-    def _decode(self, name: str, layer: LayerWeights) -> None:
-        """Dequantize a group of a layer, unless it is there already."""
+    def _take(self, name: str, layer: LayerWeights) -> None:
+        """Let a group's base be that of a layer, unless it is already."""
         if self._base_of.get(name) is layer:
             return
-        for gone in (name, *self._rivals[name]):
+        for gone in (name, *self._rooms.rivals[name]):
             self._base_of.pop(gone, None)
             self._adapter_of.pop(gone, None)
-        buffer = self.groups[name]
-        for slot, base in zip(buffer.slots, layer.groups[name].bases, strict=True):
-            self._operations.dequantize(base, buffer.w[slot.rows])
+        self._rooms.products[name].take(layer.groups[name])
         self._base_of[name] = layer
 
 

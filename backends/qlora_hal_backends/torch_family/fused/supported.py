@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from qlora_hal.contract.backend import Compute
 from qlora_hal.contract.values import LinearShape
+from qlora_hal_backends.torch_family.base_weights import BaseWeight, Blockwise4BitWeight
+from qlora_hal_backends.torch_family.device import device_refusal
 from qlora_hal_backends.torch_family.experts import GroupedProducts, RoutedExperts
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
 from qlora_hal_backends.torch_family.fused.families import (
@@ -17,17 +21,46 @@ from qlora_hal_backends.torch_family.fused.families import (
     rotary_kinds,
 )
 from qlora_hal_backends.torch_family.fused.mixture.collecting import router_of
+from qlora_hal_backends.torch_family.layer_slots import SlotWeight
 from qlora_hal_backends.torch_family.loading import BaseModel
 from qlora_hal_backends.torch_family.lora_linear import FrozenLinear
 
 STATIC_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})
 """Rotary kinds whose angles do not depend on the length of the batch."""
 
+FIRST_WITH_E4M3 = (8, 9)
+"""NVIDIA compute capability of the first devices whose tensor cores multiply E4M3 (Ada)."""
+
 GROUPED_DTYPE = "bfloat16"
 """What torch's grouped products are fast in."""
 
 WIDTH_MULTIPLE = 16
 """Of every matrix dimension: rows must start at multiples of 16 bytes in each dtype."""
+
+
+def fp8_device_refusal(device: torch.device) -> str | None:
+    """Why this device has no products in 8-bit floats, or None; what it computes with them is still to be proved."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"{'AMD GPUs' if device.type == 'cuda' else device.type} have none here"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FIRST_WITH_E4M3:
+        found, needed = (".".join(map(str, one)) for one in (capability, FIRST_WITH_E4M3))
+        return f"the device is of compute capability {found}, and E4M3 came with {needed} (Ada, Hopper)"
+    return device_refusal(device)
+
+
+def fp8_model_refusal(base: BaseModel) -> str | None:
+    """Why a model that the fused schedule serves has no products in 8-bit floats, or None."""
+    if base.experts:
+        return "products of routed experts are in bfloat16 alone"
+    others = {type(weight).__name__ for weight in _bases(base) if not isinstance(weight, Blockwise4BitWeight)}
+    return f"the base is of {', '.join(sorted(others))}, not of nf4 or fp4" if others else None
+
+
+def _bases(base: BaseModel) -> Iterator[BaseWeight | None]:
+    for linear in base.linears.values():
+        weight = linear.base if isinstance(linear, FrozenLinear) else None
+        yield weight.weight if isinstance(weight, SlotWeight) else weight
 
 
 def model_refusal(base: BaseModel, flat: FlatAdapter, compute: Compute) -> str | None:
