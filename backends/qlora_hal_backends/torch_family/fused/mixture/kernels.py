@@ -152,15 +152,15 @@ def send(tokens, token_stride, order, out, out_stride, D, EACH: tl.constexpr, WI
     tl.store(out + row * out_stride + column, x, mask=column < D)
 
 
-@triton.jit(do_not_specialize=["count"])  # each packed batch has another
-def scale(thin, copy, copy_stride, factor, count, RANKS: tl.constexpr, ELEMENTS: tl.constexpr):
-    element = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
-    inside = element < count
-    x = tl.load(thin + element, mask=inside, other=0.0).to(tl.float32) * factor
-    x = x.to(thin.dtype.element_ty)
-    tl.store(thin + element, x, mask=inside)
-    row = element // RANKS
-    tl.store(copy + row * copy_stride + (element - row * RANKS), x, mask=inside)
+@triton.jit(do_not_specialize=["rows"])  # each packed batch has another
+def scale(thin, copy, copy_stride, factor, rows, RANKS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = tl.arange(0, WIDTH)[None, :]
+    inside = (row < rows) & (column < RANKS)  # the same for neighbours, which are then read and written together
+    place = thin + row * RANKS + column
+    x = (tl.load(place, mask=inside, other=0.0).to(tl.float32) * factor).to(thin.dtype.element_ty)
+    tl.store(place, x, mask=inside)
+    tl.store(copy + row * copy_stride + column, x, mask=inside)
 
 
 @triton.jit

@@ -113,15 +113,11 @@ class TritonMixture:
         )
 
     def scale(self, thin: Tensor, factor: float, copy: Tensor) -> None:
-        kernels.scale[(cdiv(thin.numel(), SCALED_ELEMENTS),)](
-            thin,
-            copy,
-            copy.stride(0),
-            factor,
-            thin.numel(),
-            RANKS=thin.shape[1],
-            ELEMENTS=SCALED_ELEMENTS,
-            num_warps=4,
+        rows, ranks = thin.shape
+        width = next_power_of_2(ranks)
+        at_a_time = max(1, SCALED_ELEMENTS // width)
+        kernels.scale[(cdiv(rows, at_a_time),)](
+            thin, copy, copy.stride(0), factor, rows, RANKS=ranks, ROWS=at_a_time, WIDTH=width, num_warps=4
         )
 
     def collect(self, rows: Tensor, back: Tensor, addend: Tensor | None, out: Tensor) -> None:
