@@ -49,6 +49,9 @@ TYPES = {
     torch.int64: "*i64",
     E4M3: "*fp8e4nv",
 }
+SHARED_MEMORY = {89: 101_376, 90: 232_448, 100: 232_448}
+"""Bytes that a program can have (CUDA C++ Programming Guide, "Compute Capabilities"). The compiler does not mind."""
+
 FP8_TILES = {"cuda:89:32": ADA, "cuda:90:32": HOPPER, "cuda:100:32": BLACKWELL}
 ROWS, WIDTH, HEADS = 4, 4096, HeadCounts(32, 8, 128)
 
@@ -208,6 +211,8 @@ def compiled(target: GPUTarget, noted: list[Launch]) -> Iterator[tuple[str, str]
     for launch in noted:
         source = ASTSource(fn=launch.kernel, signature=dict(launch.signature), constexprs=dict(launch.constants))
         binary = triton.compile(source, target=target, options=dict(launch.options))
+        room = SHARED_MEMORY.get(target.arch, binary.metadata.shared)
+        assert binary.metadata.shared <= room, f"{launch}: {binary.metadata.shared} bytes of shared memory of {room}"
         yield launch.name, next(kind for kind in ("cubin", "hsaco") if kind in binary.asm)
 
 
