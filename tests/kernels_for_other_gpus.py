@@ -145,7 +145,7 @@ def _launch_all_of_fp8(operations: TritonFp8) -> None:
         forward, backward = (LowRank(t, of) if ranks else None for of in (b, b.t().contiguous().t()))
         operations.product(rows, right, scales, forward, scales.bfloat16(), x[:, :WIDTH])
         operations.product(rows, right, None, backward, None, x[:, :WIDTH])
-    operations.product(rows, right, None, None, None, torch.zeros(ROWS, WIDTH))
+        operations.product(rows, right, scales, forward, None, torch.zeros(ROWS, WIDTH))
 
 
 def _launch_all(operations: TritonOperations, dtype: torch.dtype) -> None:
