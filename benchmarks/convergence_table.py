@@ -2,7 +2,8 @@
 
     python benchmarks/convergence_table.py [--collect FILE ...]
 
-`--collect` puts records of single commands together into docs/runs/convergence.json first.
+`--collect` adds records of single commands to docs/runs/convergence.json first, each in place of an earlier one of the
+same command.
 """
 
 from __future__ import annotations
@@ -56,13 +57,19 @@ def _cells(task: Document | None) -> tuple[str, str]:
     return f"{mean['found'] / sigma:+.3f} ({low:+.3f} to {high:+.3f})", f"{spread['found']:.3f}"
 
 
+def _single(path: Path) -> Document:
+    """The record of one command, without the file that it was told to write."""
+    run: Document = json.loads(path.read_text(encoding="utf-8"))
+    return {**run, "command": run["command"].partition(" --out ")[0]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--collect", nargs="+", type=Path, metavar="FILE")
     given = parser.parse_args()
     if given.collect:
-        runs = [json.loads(path.read_text(encoding="utf-8")) for path in given.collect]
-        RECORD.write_text(json.dumps({"runs": runs}, indent=1) + "\n", encoding="utf-8")
+        runs = {run["command"]: run for run in (*documents(), *map(_single, given.collect))}
+        RECORD.write_text(json.dumps({"runs": list(runs.values())}, indent=1) + "\n", encoding="utf-8")
     print(table(documents(), defects=False), table(documents(), defects=True), sep="\n\n")
 
 

@@ -15,6 +15,10 @@ The plain loop is what the packages' documentation shows: `AutoModelForCausalLM.
 `prepare_model_for_kbit_training`, `get_peft_model`, bfloat16 autocast. Two faster variants of it stand beside it:
 without the float32 upcast that `prepare_model_for_kbit_training` does, and also without gradient checkpointing.
 
+`unsloth` and `unsloth, no checkpointing` are Unsloth's `FastLanguageModel` as its documentation shows, on the same
+packed weights; the package is not among this project's. It changes transformers for the whole process, so it runs in
+one of its own (`--systems "unsloth;unsloth, no checkpointing"`), with `UNSLOTH_DISABLE_STATISTICS=1`.
+
 `--check` compares all adapter gradients, at B != 0, with a float32 computation by transformers' layers on the same
 bfloat16 weights; the signs of the first step, at B = 0; and ten losses of the fused layers with ten of the plain
 layers, in bfloat16 and in float32. The systems in fp8 make products with the base in 8-bit floats, and need an NVIDIA
@@ -114,6 +118,11 @@ def plain_loop(bench: Bench, *, upcast: bool, checkpointing: bool) -> Iterator[t
     )
     model.config.use_cache = False
     model.train()
+    yield trained_with_autocast(bench, model), "transformers + peft + bitsandbytes"
+
+
+def trained_with_autocast(bench: Bench, model: Any) -> Step:
+    """Steps of a PEFT model, its adapter in float32 with the first values that all systems have."""
     first = first_adapter(bench.shape)
     parameters = []
     with torch.no_grad():
@@ -134,7 +143,44 @@ def plain_loop(bench: Bench, *, upcast: bool, checkpointing: bool) -> Iterator[t
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    yield step, "transformers + peft + bitsandbytes"
+    return step
+
+
+@contextlib.contextmanager
+def unsloth_loop(bench: Bench, *, checkpointing: Any) -> Iterator[tuple[Step, str]]:
+    """Unsloth's model and kernels, stepped as the plain loop is."""
+    from unsloth import FastLanguageModel  # before transformers, or it says that it is slower
+
+    write_tokenizer(bench.folder)
+    model, _ = FastLanguageModel.from_pretrained(
+        str(bench.folder), max_seq_length=bench.arguments.length, dtype=torch.bfloat16, load_in_4bit=True
+    )
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=RANK,
+        lora_alpha=ALPHA,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=[module.rpartition(".")[2] for module in projections(bench.shape)],
+        use_gradient_checkpointing=checkpointing,
+    )
+    model.train()
+    yield trained_with_autocast(bench, model), "unsloth"
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Unsloth opens no folder without one; nothing is tokenized."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "a": 4}
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")),
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    ).save_pretrained(folder)
 
 
 @contextlib.contextmanager
@@ -171,6 +217,11 @@ def our_step(
         yield step, kernel_path
 
 
+OTHERS: dict[str, Callable[[Bench], Any]] = {
+    "unsloth": lambda bench: unsloth_loop(bench, checkpointing="unsloth"),
+    "unsloth, no checkpointing": lambda bench: unsloth_loop(bench, checkpointing=False),
+}
+"""Run where they are named alone."""
 SYSTEMS: dict[str, Callable[[Bench], Any]] = {
     "plain": lambda bench: plain_loop(bench, upcast=True, checkpointing=True),
     "plain, no upcast": lambda bench: plain_loop(bench, upcast=False, checkpointing=True),
@@ -215,7 +266,7 @@ def measure(bench: Bench, system: str, step: Step, micro_batch: int, kernel_path
 
 def run_system(bench: Bench, system: str) -> None:
     started = time.perf_counter()
-    with SYSTEMS[system](bench) as (step, kernel_path):
+    with (SYSTEMS | OTHERS)[system](bench) as (step, kernel_path):
         print(f"# {system}: loaded in {time.perf_counter() - started:.1f} s; {kernel_path}", flush=True)
         for micro_batch in bench.arguments.micro_batch:
             try:

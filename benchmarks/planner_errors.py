@@ -2,10 +2,14 @@
 
     python benchmarks/planner_errors.py --out docs/runs/planner_errors_cpu.json
     python benchmarks/planner_errors.py --backend cuda_bnb --set gpu --out docs/runs/planner_errors_h200.json
+    python benchmarks/planner_errors.py --backend cuda_bnb --set gpu --part 1/4 --out one.json    # beside 2/4 to 4/4
+    python benchmarks/planner_errors.py --backend cuda_bnb --set gpu --again --earlier one.json --earlier two.json \
+        --out docs/runs/planner_errors_h200.json
 
 Each configuration is predicted from its config.json alone, then predicted with the probe, then trained whole for two
 steps by `run_new` in a process of its own, whose peak is what `run.json` of such a run would hold. The weights are
-drawn. The record is written after each configuration, and a run that was ended goes on with the next one.
+drawn. The record is written after each configuration, and a run that was ended goes on with the next one. Peaks of an
+allocator do not change with what runs beside them, so parts may be measured at once.
 """
 
 from __future__ import annotations
@@ -57,7 +61,7 @@ Line = dict[str, Any]
 
 
 def cpu_cases() -> Iterator[Case]:
-    """23 configurations: shapes, batches, recomputation, formats, ranks, optimizers and families."""
+    """30 configurations: shapes, batches, recomputation, formats, ranks, optimizers and families."""
     sizes = {"14M": ((2, 128), (4, 256), (1, 1024)), "34M": ((2, 128), (4, 256))}
     for shape, of_shape in sizes.items():
         for (batch, length), again in product(of_shape, (False, True)):
@@ -68,8 +72,13 @@ def cpu_cases() -> Iterator[Case]:
     yield "14M", _settings(4, 256, **{"lora.r": 64})
     yield "14M", _settings(4, 256, **{"lora.r": 64, "training.optim": "adamw_8bit"})
     yield "14M", _settings(4, 256, **{"lora.target_modules": ["q_proj", "v_proj"]})
-    for family in ("qwen3", "mistral", "gemma2"):
+    for family in ("qwen3", "mistral", "gemma2", "gemma3_text", "granite"):
         yield f"14M {family}", _settings(4, 256)
+    for again in (False, True):
+        yield "14M gemma2", _settings(1, 1024, **{"training.gradient_checkpointing": again})
+    yield "14M gemma2", _settings(4, 256, **{"quantization.compute_dtype": "bfloat16"})
+    for batch, length in ((4, 256), (1, 1024)):
+        yield "14M", _settings(batch, length, **{"backend.options": {"attention": "eager"}})
     yield "14M", _settings(4, 256, **{"lora.dropout": 0.1})
     yield "14M", _settings(4, 256, **{"data.packing": True})
     yield "60M", _settings(2, 256)
@@ -91,7 +100,7 @@ def gpu_cases() -> Iterator[Case]:
     for changes in ({"backend.options": {"layers": "plain"}}, {"lora.dropout": 0.1}, {"data.packing": True}):
         yield "1B", _settings(4, 1024, **changes)
         yield "8B", _settings(2, 1024, **changes)
-    for family in ("qwen3", "mistral", "gemma2"):
+    for family in ("qwen3", "mistral", "gemma2", "gemma3_text", "granite"):
         yield f"1B {family}", _settings(4, 1024)
     yield "1B", _settings(16, 512)
 
@@ -131,6 +140,18 @@ class Bench:
             return {**line, "measured": max(whole.peak, whole.loading or 0)}
 
 
+def _part(text: str) -> tuple[int, int]:
+    """ "2/6" as (2, 6). Raises ValueError."""
+    number, _, parts = text.partition("/")
+    if not 1 <= int(number) <= int(parts):
+        raise ValueError(text)
+    return int(number), int(parts)
+
+
+def _work(line: Line) -> tuple[str, dict[str, Any]]:
+    return line["shape"], line["settings"]
+
+
 def summary(lines: Sequence[Mapping[str, Any]], key: str) -> dict[str, object]:
     """Errors as shares of the measured peak."""
     errors = sorted(line[key] / line["measured"] - 1 for line in lines if key in line)
@@ -155,16 +176,23 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=None, help="only so many configurations")
     parser.add_argument("--without-probe", action="store_true")
     parser.add_argument("--again", action="store_true", help="predict again what was measured, and measure nothing")
+    parser.add_argument("--part", type=_part, default=(1, 1), metavar="K/N", help="every N-th configuration, from K on")
+    parser.add_argument("--earlier", type=Path, action="append", default=[], help="a record whose figures are taken")
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
-    cases = list(cpu_cases() if asked.set == "cpu" else gpu_cases())[: asked.first]
-    earlier = json.loads(asked.out.read_text())["configurations"] if asked.out.is_file() else []
+    number, parts = asked.part
+    cases = list(cpu_cases() if asked.set == "cpu" else gpu_cases())[: asked.first][number - 1 :: parts]
+    kept = [
+        json.loads(path.read_text()) for path in (asked.out, *asked.earlier) if path in asked.earlier or path.is_file()
+    ]
+    earlier: list[Line] = [line for record in kept for line in record["configurations"]]
     report = next(report for report in reports(listed()) if report.backend == asked.backend)
     bench = Bench(asked.backend, not has_accelerator(load_spec(find(asked.backend, listed())), [report]))
+    measured_on = kept[0] if asked.again else {"devices": list(report.devices), "versions": dict(report.versions)}
     lines: list[Line] = []
     record: dict[str, object] = {}
     for shape, settings in cases:
-        known = next((line for line in earlier if (line["shape"], line["settings"]) == (shape, settings)), None)
+        known = next((line for line in earlier if _work(line) == (shape, settings)), None)
         if known is None and asked.again:
             continue
         lines.append(bench.line(shape, settings, with_probe=not asked.without_probe, known=known))
@@ -172,17 +200,17 @@ def main() -> int:
             f"{key} {lines[-1][key] / 1e6:.0f}" for key in ("predicted", "probed", "measured") if key in lines[-1]
         )
         print(f"{shape} {settings}: {told} MB", flush=True)
-        later = earlier[len(lines) :] if known is not None else []
+        done = [_work(line) for line in lines]
         record = {
             "command": f"python benchmarks/planner_errors.py --backend {asked.backend} --set {asked.set}",
-            "devices": list(report.devices),
+            "devices": measured_on["devices"],
             "machine": platform.machine(),
-            "versions": dict(report.versions),
+            "versions": measured_on["versions"],
             "python": platform.python_version(),
             "steps": STEPS,
             "without_probe": summary(lines, "predicted"),
             "with_probe": summary(lines, "probed"),
-            "configurations": [*lines, *later],
+            "configurations": [*lines, *(line for line in earlier if _work(line) not in done)],
         }
         asked.out.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps({key: record.get(key) for key in ("without_probe", "with_probe")}, indent=1))

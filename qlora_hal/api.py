@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, Unpack
 
 from qlora_hal.config.keywords import SettingsByKeyword, is_settings_of_data, with_named_settings
-from qlora_hal.files.refused_paths import refused_paths_told
+from qlora_hal.files.refused_paths import refused_paths_told, require_paths_given
 
 if TYPE_CHECKING:
     from qlora_hal.config.resolve import ResolvedSettings
@@ -306,6 +306,7 @@ def merge(
     from qlora_hal.export import MergeRequest, carry_out
     from qlora_hal.report.notebook import console_here
 
+    require_paths_given({"target": target, "out": out}, {"model": model, "rows": rows})
     request = MergeRequest(
         target=Path(target),
         out=Path(out).expanduser(),
@@ -355,6 +356,7 @@ def push(
     from qlora_hal.report.notebook import console_here
     from qlora_hal_conformance import certificate as suite
 
+    require_paths_given({"run": run}, {"merged": merged, "certificate": certificate})
     request = PushRequest(
         run=Path(run),
         repository=repository,
@@ -394,6 +396,7 @@ def load(
     from qlora_hal.inference.generate import open_any
     from qlora_hal.report.console import RunConsole
 
+    require_paths_given({"target": target}, {"model": model})
     return open_any(
         target,
         model=None if model is None else str(model),

@@ -26,7 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qlora_hal.contract.backend import Quantization
 from qlora_hal.contract.capabilities import WeightFormat
-from qlora_hal_backends.torch_family import dropout_kernel
+from qlora_hal_backends.torch_family import adamw_kernel, dropout_kernel
 from qlora_hal_backends.torch_family.base_weights import quantize
 from qlora_hal_backends.torch_family.experts.stacked_weights import stacked
 from qlora_hal_backends.torch_family.fused import kernels
@@ -39,6 +39,7 @@ from qlora_hal_backends.torch_family.fused.mixture.operations import Router
 from qlora_hal_backends.torch_family.fused.mixture.triton_operations import TritonMixture
 from qlora_hal_backends.torch_family.fused.operations import Dropout, HeadCounts, HeadNorm, Masks, Placements, Rotary
 from qlora_hal_backends.torch_family.fused.triton_operations import TritonOperations
+from qlora_hal_backends.torch_family.optimizer import update_agrees
 
 TYPES = {
     torch.float32: "*fp32",
@@ -101,13 +102,18 @@ def _type_of(value: Any) -> str:
 def launches() -> list[Launch]:
     """Of every kernel, in bfloat16 and with each choice that changes its code; but of none of 8-bit floats."""
     noted: list[Launch] = []
-    found = {(module, name): kernel for module in (kernels, mixture_kernels) for name, kernel in _kernels_of(module)}
+    found = {
+        (module, name): kernel
+        for module in (kernels, mixture_kernels, adamw_kernel)
+        for name, kernel in _kernels_of(module)
+    }
     found[dropout_kernel, "_mask"] = dropout_kernel._mask
     for (module, name), kernel in found.items():
         setattr(module, name, Noted(name, kernel, noted))
     for activation in Activation:
         _launch_all(TritonOperations(activation), torch.bfloat16)
         _launch_all_of_mixtures(TritonMixture(activation), torch.bfloat16)
+    update_agrees(adamw_kernel.UpdateByKernel, torch.device("cpu"))
     assert {launch.name for launch in noted} == {name for _, name in found}, "a kernel is never launched"
     return list({repr(launch): launch for launch in noted}.values())
 
@@ -199,8 +205,9 @@ def _launch_all_of_mixtures(operations: TritonMixture, dtype: torch.dtype) -> No
         operations.route_backward(logits, experts, weight_gradient, router, logits)
         operations.weighted_swiglu(gate_up, weights, places, product)
         operations.weighted_swiglu_backward(gate_up, product, weights, places, gate_up, product, weight_gradient)
-    for back in (places, None):
-        operations.send(x, places, each, rows, back)
+    operations.sort(torch.zeros(tokens, each, dtype=torch.int16), 128)
+    operations.send(x, places, each, rows)
+    operations.scale(rows[:, :32].contiguous(), 2.0, rows[:, :32])
     for addend in (x, None):
         operations.collect(rows, places, addend, x)
     matrices = torch.zeros(128, 32, hidden)

@@ -17,12 +17,19 @@ class MemoryConstants:
     `hidden_copies` and `feed_forward_copies` count the tensors of those widths that one decoder layer keeps for its
     backward pass, per token, in the compute dtype. The defaults are those of unfused modules: two norm inputs kept in
     float32 (4), two norm outputs, the query and the attention output (4); gate, its SiLU, up and their product (4).
+    Two of the hidden copies, the query and the attention output, are of all heads' width where that is another.
+    `rotated_copies` are queries and keys kept beside what they were before their rotation.
+    Of a mixture each of a token's experts has `feed_forward_copies` of its own width, and `routed_hidden_copies` of the
+    hidden one: its rows before and after.
     `working_layers` is what is alive beyond that while one layer is differentiated, in units of what a layer keeps.
     `working_feed_forward_copies` are of that width and alive in the layer that is differentiated alone, for no more
-    than `feed_forward_tile` rows at a time where that is a number. `recomputed_inputs` is how many layers' inputs are
-    on the device at a time where whole layers are recomputed; None: all.
+    than `feed_forward_tile` rows at a time where that is a number; `working_routed_copies` and
+    `working_routed_hidden_copies` are the same of each of a token's experts. `recomputed_inputs` is how many layers'
+    inputs are on the device at a time where whole layers are recomputed; None: all.
     `logit_bytes` are those of a logit from its product to its gradient; None: in the compute dtype, in float32 and as a
     float32 gradient. `dequantized_copies` counts weights of the largest linear layer's size that stand decoded at once.
+    `attention_scores_kept` counts what a layer keeps of the size of its attention scores, rows x heads x length^2,
+    in the compute dtype: 0 where attention never makes them whole.
     `master_bytes` are those of an adapter weight with its copy in the compute dtype.
     `cross_entropy_rows` is the chunk of a chunked cross-entropy, None when all logits exist at once. `heap_holes` is
     what the host's allocator keeps between blocks, as a share of the logits and of a few layers' activations, where the
@@ -34,14 +41,18 @@ class MemoryConstants:
     workspace_bytes: int = 128 * 2**20
     hidden_copies: float = 8.0
     feed_forward_copies: float = 4.0
+    rotated_copies: float = 0.0
+    routed_hidden_copies: float = 2.0
     working_layers: float = 0.0
     working_feed_forward_copies: float = 0.0
+    working_routed_copies: float = 0.0
+    working_routed_hidden_copies: float = 0.0
     feed_forward_tile: int | None = None
     recomputed_inputs: int | None = None
     dequantized_copies: float = 1.0
     cross_entropy_rows: int | None = None
     logit_bytes: int | None = None
-    attention_scores_kept: bool = False
+    attention_scores_kept: float = 0.0
     master_bytes: int = 4
     gradient_bytes: int = 4
     relative_error: float = 0.15

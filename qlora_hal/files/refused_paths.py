@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -35,6 +35,20 @@ def refused_paths_told() -> Iterator[None]:
             else "The operating system does not let this user access it.",
             fix="Name another path." if problem.errno == errno.ENAMETOOLONG else "Name another, or get access to it.",
         ) from problem
+
+
+def require_paths_given(needed: Mapping[str, object], optional: Mapping[str, object] | None = None) -> None:
+    """Refuse an argument that is neither text nor a path, by its name; an optional one may be None. Raises ConfigError
+    QH-U01."""
+    given = {name: value for name, value in (optional or {}).items() if value is not None}
+    for name, value in (*needed.items(), *given.items()):
+        if not isinstance(value, str | Path):
+            raise ConfigError(
+                "QH-U01",
+                f"{name} is a value of type {type(value).__name__}; a path was expected.",
+                where=name,
+                fix="Give it as text or as a pathlib.Path.",
+            )
 
 
 def _refuse_lost_working_directory() -> None:

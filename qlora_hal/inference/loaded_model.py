@@ -52,10 +52,10 @@ class LoadedModel:
                 where="adapter",
                 fix="Leave it out, or open a run: qlora_hal.load(run_dir).",
             )
-        if max_new_tokens < 1:
+        if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
             raise ConfigError(
                 "QH-U42",
-                f"max_new_tokens is {max_new_tokens}; a number from 1 on is expected.",
+                f"max_new_tokens is {max_new_tokens!r}; a whole number from 1 on is expected.",
                 where="max_new_tokens",
                 fix="Give the largest number of tokens that an answer may have.",
             )

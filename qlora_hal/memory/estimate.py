@@ -195,15 +195,21 @@ def _activation_bytes(
     is all of the layer."""
     tokens = batch_size * sequence_length
     widths = constants.hidden_copies * shape.hidden + constants.feed_forward_copies * shape.feed_forward
-    # Each of a token's experts has a row of its own, before and after, and what is between the projections.
-    widths += shape.routed * (2 * shape.hidden + constants.feed_forward_copies * shape.routed_width)
+    widths += min(constants.hidden_copies, 2.0) * (shape.query - shape.hidden)
+    widths += constants.rotated_copies * (shape.query + shape.key_value)
+    # Each of a token's experts has a row of its own.
+    widths += shape.routed * (
+        constants.routed_hidden_copies * shape.hidden + constants.feed_forward_copies * shape.routed_width
+    )
     one_layer = tokens * (widths + 2 * shape.key_value) * compute_bytes
-    if constants.attention_scores_kept:
-        one_layer += batch_size * shape.heads * sequence_length**2 * compute_bytes
+    one_layer += constants.attention_scores_kept * batch_size * shape.heads * sequence_length**2 * compute_bytes
     one_layer += tokens * adapter_ranks * compute_bytes / max(shape.layers, 1)
     working = int(constants.working_layers * one_layer)
     tile = tokens if constants.feed_forward_tile is None else min(tokens, constants.feed_forward_tile)
-    working += int(tile * constants.working_feed_forward_copies * shape.feed_forward * compute_bytes)
+    in_a_tile = constants.working_feed_forward_copies * shape.feed_forward + shape.routed * (
+        constants.working_routed_hidden_copies * shape.hidden + constants.working_routed_copies * shape.routed_width
+    )
+    working += int(tile * in_a_tile * compute_bytes)
     if gradient_checkpointing:
         inputs = shape.layers if constants.recomputed_inputs is None else min(shape.layers, constants.recomputed_inputs)
         return inputs * tokens * shape.hidden * compute_bytes, int(one_layer) + working

@@ -15,13 +15,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DecoderShape:
-    """Widths in elements per token. `key_value` is the width of keys (and of values) together over all heads. Of a
-    mixture each token goes to `routed` experts of `routed_width`, and `feed_forward` is of what sees every token."""
+    """Widths in elements per token. `query` is that of queries over all heads, `key_value` that of keys (and of
+    values). Of a mixture each token goes to `routed` experts of `routed_width`, and `feed_forward` is of what sees
+    every token."""
 
     layers: int
     hidden: int
     feed_forward: int
     heads: int
+    query: int
     key_value: int
     routed: int = 0
     routed_width: int = 0
@@ -44,6 +46,7 @@ def decoder_shape(facts: ModelFacts) -> DecoderShape:
         hidden=hidden,
         feed_forward=_dense_width(facts, layers) if stacks else feed_forward or max([4 * hidden, *outputs]),
         heads=heads,
+        query=heads * head_size,
         key_value=key_value_heads * head_size,
         routed=_first(config, *PER_TOKEN_KEYS) or 1 if stacks else 0,
         routed_width=max((min(shape.inputs, shape.outputs) for shape in stacks), default=0),

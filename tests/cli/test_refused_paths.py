@@ -7,11 +7,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from qlora_hal import merge, resume, train
+from qlora_hal import load, merge, push, resume, train
 from qlora_hal.cli.__main__ import main
 from qlora_hal.demo import data_path, model_path
 from qlora_hal.errors import ConfigError, QloraHalError
@@ -207,3 +208,23 @@ def test_a_folder_for_a_merged_model_that_is_not_utf8_is_refused(tmp_path: Path)
     folder = staging(tmp_path / OTHER_BYTES, prefix=".merging-", what="the merged model")
     with pytest.raises(ConfigError, match="is not UTF-8"), folder:
         pytest.fail("nothing is computed for it")
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda: load(5), "target"),  # type: ignore[arg-type]
+        (lambda: load(None), "target"),  # type: ignore[arg-type]
+        (lambda: load("run", model=b"base"), "model"),  # type: ignore[arg-type]
+        (lambda: merge(["run"], "out"), "target"),  # type: ignore[arg-type]
+        (lambda: merge("run", 5), "out"),  # type: ignore[arg-type]
+        (lambda: merge("run", "out", rows={}), "rows"),  # type: ignore[arg-type]
+        (lambda: push(5, "owner/name"), "run"),  # type: ignore[arg-type]
+        (lambda: push("run", "owner/name", certificate=5), "certificate"),  # type: ignore[arg-type]
+        (lambda: resume(5), "run_dir"),  # type: ignore[arg-type]
+    ],
+    ids=str,
+)
+def test_what_is_no_path_is_refused_by_the_name_of_its_argument(call: Callable[[], object], name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"QH-U01. {name} is a value of type \w+; a path was expected"):
+        call()

@@ -135,6 +135,8 @@ def test_bases_and_merged_folders_open_as_their_files_have_them(run: TrainResult
             model.generate(ASKED, adapter=True)
         with pytest.raises(ConfigError, match=r"QH-U42.*max_new_tokens is 0"):
             model.generate(ASKED, max_new_tokens=0)
+        with pytest.raises(ConfigError, match=r"QH-U42.*max_new_tokens is '3'; a whole number"):
+            model.generate(ASKED, max_new_tokens="3")  # type: ignore[arg-type]
     with load(model_path(), weight_format="nf4") as base, load(run.run_dir) as tuned:
         assert base.generate(ASKED, max_new_tokens=8) == tuned.generate(ASKED, max_new_tokens=8, adapter=False)
 

@@ -39,7 +39,7 @@ def test_llama_facts_from_headers(write_model: WriteModel, llama_weights: Callab
     assert facts.linear_modules["model.layers.1.self_attn.k_proj"] == LinearShape(32, 16)
     assert not any("embed" in name or "head" in name or "norm" in name for name in facts.linear_modules)
     assert left_out_notes(facts) == ()
-    assert decoder_shape(facts) == DecoderShape(layers=2, hidden=32, feed_forward=48, heads=4, key_value=16)
+    assert decoder_shape(facts) == DecoderShape(layers=2, hidden=32, feed_forward=48, heads=4, query=32, key_value=16)
 
 
 def test_shards_give_the_same_facts_as_one_file(write_model: WriteModel) -> None:
@@ -295,7 +295,7 @@ def test_facts_of_sixteen_gigabytes_take_under_two_seconds(write_model: WriteMod
 def test_gpt2_shape_comes_from_its_own_names(write_model: WriteModel) -> None:
     config: Mapping[str, object] = {"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 64}
     facts = read_facts(write_model(tensors={"h.0.attn.c_attn.weight": half(8, 24)}, config=config))
-    assert decoder_shape(facts) == DecoderShape(layers=1, hidden=8, feed_forward=32, heads=2, key_value=8)
+    assert decoder_shape(facts) == DecoderShape(layers=1, hidden=8, feed_forward=32, heads=2, query=8, key_value=8)
     assert math.prod(facts.tensors["h.0.attn.c_attn.weight"].shape) == facts.parameter_count
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from qlora_hal.contract import dropout
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.values import Batch
 from qlora_hal_backends.torch_family import fused, head_loss, step
+from qlora_hal_backends.torch_family.fused import families
 from qlora_hal_backends.torch_family.fused.attach import attach_with
 from qlora_hal_backends.torch_family.fused.families import activation_of
 from qlora_hal_backends.torch_family.fused.head_loss import loss_sum_with
@@ -30,6 +32,7 @@ from qlora_hal_backends.torch_family.fused.reference import ReferenceOperations
 from qlora_hal_backends.torch_family.fused.supported import model_refusal
 from qlora_hal_backends.torch_family.fused.tape import Keep
 from qlora_hal_backends.torch_family.lora_linear import words_on
+from qlora_hal_backends.torch_family.platform import FUSED_ARCHITECTURES, SCORES_CAPPED
 
 pytestmark = pytest.mark.filterwarnings(
     # Triton's interpreter on NumPy 2.
@@ -45,6 +48,19 @@ def operations(request: pytest.FixtureRequest) -> Operations:
     from qlora_hal_backends.torch_family.fused.triton_operations import TritonOperations
 
     return TritonOperations()
+
+
+def test_the_planner_counts_those_families_as_fused_that_are() -> None:
+    from transformers.models.auto.configuration_auto import model_type_to_module_name
+
+    def layer_of(model_type: str) -> str:
+        name = model_type_to_module_name(model_type)
+        names = vars(import_module(f"transformers.models.{name}.modeling_{name}"))
+        return next(each for each in names if each.endswith("DecoderLayer"))
+
+    found = {layer_of(each) for each in FUSED_ARCHITECTURES | SCORES_CAPPED}
+    # Capped scores are refused by `fused.supported`; the layers' schedule could be had.
+    assert found == set(families.FAMILIES)
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ CAPABILITIES = Capabilities(
 )
 MEMORY = MemoryConstants(
     cross_entropy_rows=LOSS_CHUNK_ROWS,
-    attention_scores_kept=True,
+    attention_scores_kept=1.0,
     working_layers=2.25 if IS_CPU else 5.5,
     dequantized_copies=10,
 )

@@ -6,7 +6,7 @@ One norm, one optimizer update and one cast serve every layer; each layer sees v
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,16 +36,42 @@ class StackOfExperts:
     experts: int
     parts: tuple[tuple[int, int], tuple[int, int]]
 
-    def each(self, buffer: Tensor, block: int = 1) -> tuple[Tensor, Tensor]:
-        """A's and B's part `[experts, elements]` of a flat buffer that holds one number to `block` elements."""
-        sizes = [(start // block, size // block) for start, size in self.parts]
-        a, b = (buffer[start : start + self.experts * size].view(self.experts, size) for start, size in sizes)
-        return a, b
+
+@dataclass(frozen=True, slots=True)
+class BlockOwners:
+    """Which expert of which stack each block of `STATE_BLOCK` elements belongs to, int32 `[blocks]`: experts are
+    numbered through all stacks, and `experts` stands for what belongs to none, as does the rest behind the last whole
+    block."""
+
+    owners: Tensor
+    experts: int
+
+    @classmethod
+    def of(cls, stacks: Sequence[StackOfExperts], elements: int, device: torch.device) -> BlockOwners:
+        experts = sum(stack.experts for stack in stacks)
+        owners = torch.full((-(-elements // STATE_BLOCK),), experts, dtype=torch.int32)
+        first = 0
+        for stack in stacks:
+            numbers = torch.arange(first, first + stack.experts, dtype=torch.int32)
+            for start, size in stack.parts:
+                begin, blocks = start // STATE_BLOCK, size // STATE_BLOCK
+                owners[begin : begin + stack.experts * blocks] = numbers.repeat_interleave(blocks)
+            first += stack.experts
+        return cls(owners.to(device), experts)
 
     def trained(self, gradients: Tensor) -> Tensor:
-        """Bool `[experts]`: whose gradient is not zero in every number. NaN is not zero."""
-        a, b = self.each(gradients)
-        return a.any(dim=1) | b.any(dim=1)
+        """Bool `[blocks]`: which belong to no expert, or to one whose gradient is not zero in every number. NaN is not
+        zero."""
+        has_gradient = whole_blocks(gradients).any(dim=1)
+        found = torch.zeros(self.experts + 1, dtype=torch.int32, device=gradients.device)
+        found.index_add_(0, self.owners[: len(has_gradient)], has_gradient.to(torch.int32))
+        found[self.experts :].fill_(1)
+        return found[self.owners] > 0
+
+
+def whole_blocks(buffer: Tensor) -> Tensor:
+    """`[blocks, STATE_BLOCK]` of a flat buffer, without what is behind the last whole block."""
+    return buffer[: len(buffer) // STATE_BLOCK * STATE_BLOCK].view(-1, STATE_BLOCK)
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""AdamW over the flat adapter: float32 in plain torch, 8-bit and paged through bitsandbytes.
+"""AdamW over the flat adapter: float32 in plain torch or one kernel, 8-bit and paged through bitsandbytes.
 
 AdamW (Loshchilov & Hutter 2019), with bias correction and epsilon outside the root, as torch has it:
 
@@ -12,7 +12,8 @@ or none that reaches the loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,13 +22,25 @@ import torch
 from torch import Tensor
 
 from qlora_hal.contract.toolkit import MOMENTS, check_moments
-from qlora_hal.contract.values import OptimizerSnapshot, StepSettings
+from qlora_hal.contract.values import Adapter, AdapterConfig, OptimizerSnapshot, StepSettings
 from qlora_hal_backends.torch_family.device import has_queue
-from qlora_hal_backends.torch_family.flat_adapter import STATE_BLOCK, FlatAdapter
+from qlora_hal_backends.torch_family.flat_adapter import (
+    STATE_BLOCK,
+    BlockOwners,
+    FlatAdapter,
+    StackOfExperts,
+    whole_blocks,
+)
+from qlora_hal_backends.torch_family.fused.supported import device_refusal
+from qlora_hal_backends.torch_family.lora_linear import LoRASwitches
 
 
 class Optimizer(Protocol):
-    """One update of the flat parameters from the flat gradients."""
+    """One update of the flat parameters from the flat gradients. `words`, where there are any, are for the run's
+    `kernel_path`."""
+
+    @property
+    def words(self) -> str: ...
 
     def update(self, settings: StepSettings, norm: Tensor) -> Tensor:
         """Clip by `norm`, update, and return a scalar: 1 where applied, 0 where refused as not finite."""
@@ -44,7 +57,7 @@ def make_optimizer(name: str, flat: FlatAdapter) -> Optimizer:
     paged = name.startswith("paged") and flat.parameters.device.type != "cpu"
     eight_bit = name.endswith("8bit")
     if not (eight_bit or paged):
-        return FlatAdamW(flat)
+        return FlatAdamW(flat, proved_update(flat.parameters.device))
     return BitsandbytesAdamW(flat, eight_bit=eight_bit, paged=paged)
 
 
@@ -57,14 +70,32 @@ AT_A_TIME = 2**23
 """Numbers that one pass of the update takes: what it needs beside the adapter stays below 170 MB."""
 
 
+class Update(Protocol):
+    """The update itself, of parameters, their copy in the compute dtype, and both moments. `words` say why it takes
+    longer than it might, for the run's `kernel_path`.
+
+    `figures` float32 `[4]`: 1 where the step applies, else 0; the factor of the gradients; 1 - b1^t and 1 - b2^t.
+    """
+
+    @property
+    def words(self) -> str: ...
+
+    def __call__(self, first: Tensor, second: Tensor, figures: Tensor, settings: StepSettings) -> None: ...
+
+
 class FlatAdamW:
     """Float32 moments. A refused step is decided on the device: nothing waits for the host."""
 
-    def __init__(self, flat: FlatAdapter) -> None:
+    def __init__(self, flat: FlatAdapter, make_update: Callable[[FlatAdapter], Update]) -> None:
         self._flat = flat
+        self._update = make_update(flat)
         self._first = torch.zeros_like(flat.parameters)
         self._second = torch.zeros_like(flat.parameters)
         self._step = torch.zeros((), dtype=torch.float32, device=flat.parameters.device)
+
+    @property
+    def words(self) -> str:
+        return self._update.words
 
     @torch.no_grad()
     def update(self, settings: StepSettings, norm: Tensor) -> Tensor:
@@ -72,39 +103,12 @@ class FlatAdamW:
         factor = torch.where(applied > 0, clip_factor(norm, settings.max_grad_norm), torch.zeros_like(norm))
         self._step += applied
         # expm1 keeps the digits that 1 - b^t loses in float32 for small t.
-        first_correction = -torch.expm1(self._step * math.log(settings.beta1)) if settings.beta1 else 1.0
-        second_correction = -torch.expm1(self._step * math.log(settings.beta2)) if settings.beta2 else 1.0
-        for (parameters, gradients, first, second), trained in self._parts():
-            changed = applied if trained is None else applied * trained
-            rate = changed * settings.learning_rate
-            # nan_to_num first: 0 * inf would be NaN. It changes nothing in a finite gradient.
-            gradient = torch.nan_to_num(gradients, nan=0.0, posinf=0.0, neginf=0.0).mul_(factor)
-            first.lerp_(gradient, changed * (1.0 - settings.beta1))
-            second.lerp_(gradient.square_(), changed * (1.0 - settings.beta2))
-            denominator = (second / second_correction).sqrt_().add_(settings.epsilon)
-            update = (first / first_correction).div_(denominator).mul_(rate)
-            # Before the first applied step both corrections are 0 and the quotient is NaN; the rate 0 must win.
-            update = torch.where(changed > 0, update, 0.0)
-            parameters.mul_(1.0 - rate * settings.weight_decay).sub_(update)
-        self._flat.refresh_compute()
+        corrections = [
+            -torch.expm1(self._step * math.log(beta)) if beta else torch.ones_like(norm)
+            for beta in (settings.beta1, settings.beta2)
+        ]
+        self._update(self._first, self._second, torch.stack((applied, factor, *corrections)), settings)
         return applied
-
-    def _parts(self) -> Iterator[tuple[list[Tensor], Tensor | None]]:
-        """Parameters, gradients and both moments, some at a time: of linear layers flat, of a stack of experts
-        `[experts, numbers]` with 1 or 0 `[experts, 1]` for each that has a gradient or none."""
-        flat = self._flat
-        buffers = (flat.parameters, flat.gradients, self._first, self._second)
-        for start, end in _between_stacks(flat):
-            yield from (
-                (list(part), None)
-                for part in zip(*(buffer[start:end].split(AT_A_TIME) for buffer in buffers), strict=True)
-            )
-        for stack in flat.stacks:
-            trained = stack.trained(flat.gradients).to(torch.float32)[:, None]
-            for half in zip(*(stack.each(buffer) for buffer in buffers), strict=True):
-                at_a_time = max(1, AT_A_TIME // half[0].shape[1])
-                split = (part.split(at_a_time) for part in (*half, trained))
-                yield from ((list(parts), chosen) for *parts, chosen in zip(*split, strict=True))
 
     def snapshot(self) -> OptimizerSnapshot:
         return OptimizerSnapshot(int(self._step.item()), named_moments(self._flat, self._first, self._second))
@@ -116,16 +120,118 @@ class FlatAdamW:
         self._step.fill_(float(snapshot.step))
 
 
+class UpdateInParts:
+    """See `Update`: plain torch, some numbers at a time. `reason` is why, where a device might have a kernel."""
+
+    def __init__(self, flat: FlatAdapter, reason: str = "") -> None:
+        self._flat = flat
+        self._owners = BlockOwners.of(flat.stacks, len(flat.parameters), flat.parameters.device)
+        self.words = reason and f"AdamW in many passes ({reason})"
+
+    def __call__(self, first: Tensor, second: Tensor, figures: Tensor, settings: StepSettings) -> None:
+        applied, factor, first_correction, second_correction = figures.unbind()
+        for (parameters, gradients, m, v), trained in self._parts(first, second):
+            changed = applied if trained is None else applied * trained
+            rate = changed * settings.learning_rate
+            # nan_to_num first: 0 * inf would be NaN. It changes nothing in a finite gradient.
+            gradient = torch.nan_to_num(gradients, nan=0.0, posinf=0.0, neginf=0.0).mul_(factor)
+            m.lerp_(gradient, changed * (1.0 - settings.beta1))
+            v.lerp_(gradient.square_(), changed * (1.0 - settings.beta2))
+            denominator = (v / second_correction).sqrt_().add_(settings.epsilon)
+            update = (m / first_correction).div_(denominator).mul_(rate)
+            # Before the first applied step both corrections are 0 and the quotient is NaN; the rate 0 must win.
+            update = torch.where(changed > 0, update, 0.0)
+            parameters.mul_(1.0 - rate * settings.weight_decay).sub_(update)
+        self._flat.refresh_compute()
+
+    def _parts(self, first: Tensor, second: Tensor) -> Iterator[tuple[list[Tensor], Tensor | None]]:
+        """Parameters, gradients and both moments, some at a time; where there are experts as blocks `[blocks, numbers]`
+        with 1 or 0 `[blocks, 1]` for each that is trained or not."""
+        flat = self._flat
+        buffers = (flat.parameters, flat.gradients, first, second)
+        begin = 0
+        if flat.stacks:
+            trained = self._owners.trained(flat.gradients).to(torch.float32)[:, None]
+            blocks = [whole_blocks(buffer) for buffer in buffers]
+            begin = blocks[0].numel()
+            split = (part.split(AT_A_TIME // STATE_BLOCK or 1) for part in (*blocks, trained[: len(blocks[0])]))
+            yield from ((list(parts), chosen) for *parts, chosen in zip(*split, strict=True))
+        yield from (
+            (list(part), None) for part in zip(*(buffer[begin:].split(AT_A_TIME) for buffer in buffers), strict=True)
+        )
+
+
+@cache
+def proved_update(device: torch.device) -> Callable[[FlatAdapter], Update]:
+    """One kernel where the device has Triton and computes with it what torch does; plain torch elsewhere."""
+    if device_refusal(device) is not None:
+        return UpdateInParts
+    try:
+        from qlora_hal_backends.torch_family.adamw_kernel import UpdateByKernel
+
+        agrees = update_agrees(UpdateByKernel, device)
+    except Exception as error:  # Triton compiles here and now: a missing C compiler or driver shows in many classes
+        reason = f"its kernel does not run here: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return partial(UpdateInParts, reason=reason)
+    return UpdateByKernel if agrees else partial(UpdateInParts, reason="its kernel computed something else than torch")
+
+
+def update_agrees(make_update: Callable[[FlatAdapter], Update], device: torch.device) -> bool:
+    """Whether some steps on a small adapter give what plain torch makes of them: an expert without a gradient, and a
+    refused step among them."""
+    found, expected = (_after_steps(each, device) for each in (make_update, UpdateInParts))
+    is_close = torch.allclose(found[0], expected[0], rtol=UPDATES_DIFFER, atol=UPDATES_DIFFER)
+    # Masters that differ in their last bit may be rounded to neighbours.
+    return is_close and torch.allclose(found[1], expected[1], rtol=2.0**-7, atol=0.0)
+
+
+UPDATES_DIFFER = 1e-5
+"""Of numbers of size 1: roundings of float32 in another order, a device's own root and quotient."""
+
+
+def _after_steps(make_update: Callable[[FlatAdapter], Update], device: torch.device) -> tuple[Tensor, Tensor]:
+    """What updates change: master and moments `[3, numbers]`, and the copy. Some are of no expert, some of three,
+    whose A is one block and whose B two."""
+    generator = torch.Generator().manual_seed(0)
+    start = 2 * STATE_BLOCK
+    stack = StackOfExperts(3, ((start, STATE_BLOCK), (start + 3 * STATE_BLOCK, 2 * STATE_BLOCK)))
+    size = start + 9 * STATE_BLOCK + 40
+    parameters = torch.randn(size, generator=generator).to(device)
+    flat = FlatAdapter(
+        adapter=Adapter({}, AdapterConfig(1, 1.0)),
+        slices={},
+        parameters=parameters,
+        gradients=torch.zeros_like(parameters),
+        compute=parameters.to(torch.bfloat16),
+        switches=LoRASwitches(),
+        stacks=(stack,),
+    )
+    optimizer = FlatAdamW(flat, make_update)
+    settings = StepSettings(0.05, 1.0, weight_decay=0.1)
+    for step in range(4):
+        flat.gradients.copy_(torch.randn(size, generator=generator))
+        owner = flat.gradients[start:-40].view(-1, STATE_BLOCK)
+        owner[[step % 2, 3 + 2 * (step % 2), 4 + 2 * (step % 2)]] = 0.0
+        owner[2] = owner[7, :-1] = owner[8] = 0.0  # one number is enough
+        if step == 2:
+            flat.gradients[-1] = float("inf")
+        optimizer.update(settings, torch.linalg.vector_norm(flat.gradients))
+    return torch.stack((flat.parameters, optimizer._first, optimizer._second)), flat.compute
+
+
 class BitsandbytesAdamW:
     """bitsandbytes' AdamW; 8-bit state is blockwise (Dettmers et al. 2021), paged state lives in managed memory.
 
     Its kernel cannot refuse on the device, so the norm is read before each update: one wait a step.
     """
 
+    words = ""
+
     def __init__(self, flat: FlatAdapter, *, eight_bit: bool, paged: bool) -> None:
         import bitsandbytes
 
         self._flat = flat
+        self._owners = BlockOwners.of(flat.stacks, len(flat.parameters), flat.parameters.device)
         self._parameter = torch.nn.Parameter(flat.parameters)
         self._kind = f"bitsandbytes.adamw{'8bit' if eight_bit else '32bit'}"
         self._eight_bit = eight_bit
@@ -143,7 +249,7 @@ class BitsandbytesAdamW:
             eps=settings.epsilon,
             weight_decay=settings.weight_decay,
         )
-        kept = [(part, idle, part[idle].clone()) for part, idle in self._idle()]
+        kept = [(part, idle, part[idle]) for part, idle in self._idle()]
         # In place: a copy would be as large as the adapter, and the next window begins with zeros.
         self._parameter.grad = self._flat.gradients.mul_(clip_factor(norm, settings.max_grad_norm))
         self._inner.step()
@@ -154,22 +260,19 @@ class BitsandbytesAdamW:
         return torch.ones_like(norm)
 
     def _idle(self) -> list[tuple[Tensor, Tensor]]:
-        """Parameters and state of each stack `[experts, numbers]`, with the numbers of the experts without a gradient.
-        The kernel has no other way to leave them as they are."""
+        """Parameters and state by blocks, with the numbers of those whose expert has no gradient. The kernel has no
+        other way to leave them as they are."""
         flat = self._flat
-        trained = [stack.trained(flat.gradients) for stack in flat.stacks]
-        if not trained or bool(torch.cat(trained).all()):
+        if not flat.stacks:
+            return []
+        idle = (~self._owners.trained(flat.gradients)).nonzero().flatten()
+        if not len(idle):
             return []
         state = self._inner.state.get(self._parameter) or {}
-        numbers = [flat.parameters, *(state[key] for key in ("state1", "state2") if key in state)]
-        scales = [state[key] for key in ("absmax1", "absmax2") if key in state]
-        found: list[tuple[Tensor, Tensor]] = []
-        for stack, is_trained in zip(flat.stacks, trained, strict=True):
-            idle = (~is_trained).nonzero().flatten()
-            parts = [part for buffer in numbers for part in stack.each(buffer)]
-            parts += [part for buffer in scales for part in stack.each(buffer, STATE_BLOCK)]
-            found += [(part, idle.to(part.device)) for part in parts if len(idle)]
-        return found
+        parts = [flat.parameters, *(state[key] for key in ("state1", "state2") if key in state)]
+        blocks = [whole_blocks(part) for part in parts]
+        blocks += [state[key] for key in ("absmax1", "absmax2") if key in state]
+        return [(part, idle.to(part.device)) for part in blocks]
 
     def snapshot(self) -> OptimizerSnapshot:
         device = self._flat.parameters.device
@@ -202,18 +305,6 @@ class BitsandbytesAdamW:
             for index, moment in enumerate(flat_moments(self._flat, snapshot), start=1):
                 _store_moment(state, index, moment)
         state["step"] = snapshot.step
-
-
-def _between_stacks(flat: FlatAdapter) -> Iterator[tuple[int, int]]:
-    """(start, end) of what belongs to no stack of experts."""
-    held = sorted((start, start + stack.experts * size) for stack in flat.stacks for start, size in stack.parts)
-    begin = 0
-    for start, end in held:
-        if start > begin:
-            yield begin, start
-        begin = end
-    if begin < len(flat.parameters):
-        yield begin, len(flat.parameters)
 
 
 _NATIVE_KEYS = ("state1", "state2", "absmax1", "absmax2")

@@ -42,6 +42,10 @@ TILE_ROWS = 4096
 """Rows of a tile of the fused feed-forward where it is computed again. A product of so many rows keeps a large GPU busy
 for a millisecond and more."""
 
+MIXTURE_TILE_ROWS = 8192
+"""The same of a mixture, whose products want many rows for each expert: the weights of all of them are read once a
+tile."""
+
 
 MEMORY = MemoryConstants(cross_entropy_rows=LOSS_CHUNK_ROWS)
 """Of transformers' layers. The head's loss is computed in chunks, so the logits of a batch never stand whole."""
@@ -57,36 +61,82 @@ HOST_LOADING_HOLES = 6.0
 """A weight passes through the heap in float32 while it is packed; at its peak loading held that and half as much."""
 
 
+SCORES_CAPPED = frozenset({"gemma2"})
+"""`model_type` of those whose attention scores have a soft cap, which eager attention alone computes."""
+
+BRANCHES_NORMED = frozenset({"gemma2", "gemma3_text"})
+"""Those with a norm after each branch beside the one before it."""
+
+
+def plain_memory(memory: MemoryConstants, query: MemoryQuery) -> MemoryConstants:
+    """What transformers' layers of some architectures and options keep beyond those of a Llama.
+
+    Eager attention keeps its softmax, in float32, and what it becomes; a cap its tanh and more, of scores and of
+    logits. Counted from what a Gemma 2, a Gemma 3, and a Llama with eager attention or with dropout took beyond the
+    estimate of a Llama at 4 x 256 and 1 x 1024 tokens (docs/runs/planner_errors_cpu.json).
+    """
+    in_half = query.compute_dtype != "float32"
+    if query.dropout:
+        memory = replace(memory, hidden_copies=memory.hidden_copies + 3.5)
+    if query.architecture in BRANCHES_NORMED:
+        memory = replace(memory, hidden_copies=memory.hidden_copies + (10.0 if in_half else 6.0))
+    if query.architecture in SCORES_CAPPED:
+        return replace(memory, attention_scores_kept=5.0 if in_half else 3.6, logit_bytes=18)
+    if query.options.get("attention") == "eager":
+        return replace(memory, attention_scores_kept=3.0 if in_half else 1.8)
+    return memory
+
+
 def host_memory(query: MemoryQuery) -> MemoryConstants:
     """Of transformers' layers on the host, whose memory is counted in resident pages. In float32 the inputs of norms
     are kept as they are, without a copy in float32."""
+    on_host = replace(MEMORY, hidden_copies=6.0 if query.compute_dtype == "float32" else MEMORY.hidden_copies)
     return replace(
-        MEMORY,
+        plain_memory(on_host, query),
         runtime_bytes=HOST_RUNTIME_BYTES,
         workspace_bytes=24_000_000,
-        hidden_copies=6.0 if query.compute_dtype == "float32" else MEMORY.hidden_copies,
         heap_holes=HOST_HEAP_HOLES if sys.platform == "linux" else 0.0,
         loading_holes=HOST_LOADING_HOLES if sys.platform == "linux" else 0.0,
     )
 
 
-FUSED_ARCHITECTURES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-"""`model_type` of the layers that `fused.supported` names."""
+FUSED_MIXTURES = frozenset({"mixtral", "qwen2_moe", "qwen3_moe"})
+FUSED_ARCHITECTURES = FUSED_MIXTURES | {
+    "llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "seed_oss", "cwm", "granite", "phi3", "gemma",
+    "gemma3_text",
+}  # fmt: skip
+"""`model_type` of the layers that `fused.families` has and `fused.supported` takes."""
+
+HEADS_NORMED = frozenset({"qwen3", "qwen3_moe", "gemma3_text"})
+"""Of these, those whose queries and keys are normed before their rotation, and kept for that norm's backward."""
 
 
-def fused_memory(memory: MemoryConstants) -> MemoryConstants:
+def fused_memory(memory: MemoryConstants, architecture: str = "llama") -> MemoryConstants:
     """What the fused layers change: they keep their matrix products and nothing elementwise (`fused.decoder_layer`).
     Gate, up and their product, whose gradients take their places, are alive in one layer's backward. A whole layer
     stands decoded (3.7 times the largest weight of a Llama 3, 4.5 of a Llama 1), the adapter has a copy in 16 bits, and
-    the gradient of the logits takes their place."""
+    the gradient of the logits takes their place. Where branches are normed before they are added, both are kept."""
     return replace(
         memory,
-        hidden_copies=4.0,
+        hidden_copies=6.0 if architecture in BRANCHES_NORMED else 4.0,
         feed_forward_copies=2.0,
         working_layers=1.2,
         dequantized_copies=4.0,
         master_bytes=6,
         logit_bytes=2,
+    )
+
+
+def fused_mixture_memory(fused: MemoryConstants) -> MemoryConstants:
+    """What differs where the feed-forward is of experts (`fused.mixture`): they keep gate and up of their rows alone.
+    In backward the gradients of their outputs, of the product, and of gate and up are alive beside these. All experts
+    of a layer stand decoded, three stacks, with the little that attention is beside them."""
+    return replace(
+        fused,
+        routed_hidden_copies=0.0,
+        working_routed_copies=3.0,
+        working_routed_hidden_copies=1.0,
+        dequantized_copies=3.2,
     )
 
 
@@ -108,6 +158,13 @@ def recomputed_memory(memory: MemoryConstants, recompute: str, *, fused: bool) -
         feed_forward_tile=TILE_ROWS,
         dequantized_copies=3.0,  # gate and up, or the attention's, and down
     )
+    if memory.working_routed_copies:
+        tiled = replace(
+            tiled,
+            working_routed_copies=memory.working_routed_copies + memory.feed_forward_copies,
+            feed_forward_tile=MIXTURE_TILE_ROWS,
+            dequantized_copies=memory.dequantized_copies,
+        )
     if recompute == "selective":
         return tiled
     return replace(tiled, hidden_copies=9.0, working_layers=0.0, recomputed_inputs=inputs)
@@ -118,7 +175,11 @@ def memory_of(plain: MemoryConstants, *, fused: bool) -> Callable[[MemoryQuery],
 
     float16 stands for devices that are too old for the kernels: `auto` takes bfloat16 elsewhere.
     """
-    faster = fused_memory(plain)
+
+    def faster(architecture: str) -> MemoryConstants:
+        fused = fused_memory(plain, architecture)
+        fused = replace(fused, rotated_copies=1.0 if architecture in HEADS_NORMED else 0.0)
+        return fused_mixture_memory(fused) if architecture in FUSED_MIXTURES else fused
 
     def answer(query: MemoryQuery) -> MemoryConstants:
         serves = (
@@ -127,11 +188,11 @@ def memory_of(plain: MemoryConstants, *, fused: bool) -> Callable[[MemoryQuery],
             and query.device_kind in ("", "cuda")
             and query.architecture in FUSED_ARCHITECTURES
             and query.compute_dtype == "bfloat16"
-            and not query.dropout
             and query.options.get("layers") != "plain"
             and query.options.get("attention") != "eager"
         )
-        return recomputed_memory(faster if serves else plain, query.recompute, fused=serves)
+        layers = faster(query.architecture) if serves else plain_memory(plain, query)
+        return recomputed_memory(layers, query.recompute, fused=serves)
 
     return answer
 

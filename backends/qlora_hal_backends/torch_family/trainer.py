@@ -175,9 +175,9 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         facts = describe_device(self._platform, self._device, base.decoding if base else loading.BITSANDBYTES)
         versions = {**facts.versions, **(base.versions if base else {})}
         experts = [block.products.words for block in base.experts[:1]] if base else []
-        return replace(
-            facts, versions=versions, kernel_path="; ".join([facts.kernel_path, self._fused.words, *experts])
-        )
+        update = [self._optimizer.words] if self._optimizer is not None and self._optimizer.words else []
+        path = "; ".join([facts.kernel_path, self._fused.words, *experts, *update])
+        return replace(facts, versions=versions, kernel_path=path)
 
     def close(self) -> None:
         self._release()

@@ -52,7 +52,7 @@ from qlora_hal_backends.torch_family.fused.supported import (
 from qlora_hal_backends.torch_family.fused.tape import Keep
 from qlora_hal_backends.torch_family.fused.varlen import SAMPLE_BY_SAMPLE, UnevenAttention, proved_varlen
 from qlora_hal_backends.torch_family.loading import BaseModel
-from qlora_hal_backends.torch_family.platform import TILE_ROWS
+from qlora_hal_backends.torch_family.platform import MIXTURE_TILE_ROWS, TILE_ROWS
 
 KEPT: Mapping[str, Keep] = {"selective": Keep.ALL_BUT_GATE_UP, "full": Keep.RESIDUAL, "offload": Keep.RESIDUAL}
 """What layers keep under each `Compute.recompute`."""
@@ -101,12 +101,13 @@ def attach_with(
     fp8: Fp8Operations | None = None,
     keep: Keep | None = None,
     residual_dtype: torch.dtype | None = None,
-    tile_rows: int = TILE_ROWS,
+    tile_rows: int | None = None,
 ) -> FusedBody:
     """Build the body for a model that `model_refusal` has no word against; `mixture` where it has experts, `fp8` where
     products with the base are in 8-bit floats.
 
-    `keep` follows `compute.recompute`, and `residual_dtype` is the compute dtype, unless given.
+    `keep` follows `compute.recompute`, `residual_dtype` is the compute dtype, and `tile_rows` what the family's
+    feed-forward wants, unless given.
     """
     assert operations.activation is activation_of(base), "operations are made for a model's activation"
     recomputes = compute.gradient_checkpointing
@@ -134,7 +135,7 @@ def attach_with(
         operations=operations,
         stream=stream,
         feed_forward=feed_forward,
-        tile_rows=tile_rows,
+        tile_rows=tile_rows or (MIXTURE_TILE_ROWS if family.mixtures else TILE_ROWS),
     )
     return FusedBody(
         base=base,

@@ -50,9 +50,9 @@ def _decoded_blocks(
     pair = pair.to(tl.int32)
     high = tl.load(code + (pair >> 4)) * scale[:, None]
     low = tl.load(code + (pair & 15)) * scale[:, None]
-    element = block.to(tl.int64) * BLOCK
-    row = element // columns
-    start = row * out_stride + (element - row * columns)
+    in_a_row = columns // BLOCK
+    row = block // in_a_row  # of 32 bits: a division of 64 is a hundred instructions
+    start = row.to(tl.int64) * out_stride + (block - row * in_a_row) * BLOCK
     target = out + start[:, None] + tl.arange(0, BLOCK)[None, :]
     tl.store(target, tl.interleave(high, low).to(out.dtype.element_ty), mask=valid[:, None])
 
@@ -97,8 +97,8 @@ def place(source, target, table, ELEMENTS: tl.constexpr):
     entry = table + tl.program_id(0) * 5
     start = tl.load(entry)
     place = tl.load(entry + 1)
-    columns = tl.load(entry + 3)
-    count = tl.load(entry + 2) * columns
+    columns = tl.load(entry + 3).to(tl.int32)  # a division of 64 bits is a hundred instructions
+    count = tl.load(entry + 2).to(tl.int32) * columns
     stride = tl.load(entry + 4)
     element = tl.program_id(1) * ELEMENTS + tl.arange(0, ELEMENTS)
     row = element // columns

@@ -11,7 +11,7 @@ and each result is rounded once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -62,10 +62,12 @@ class Placements:
 
     entries: Sequence[tuple[int, int, int, int, int]]
     table: Tensor
+    largest: int = field(init=False)
+    """Elements of the largest matrix. Found once: a mixture has hundreds in a layer."""
 
-    @property
-    def largest(self) -> int:
-        return max((rows * columns for _, _, rows, columns, _ in self.entries), default=0)
+    def __post_init__(self) -> None:
+        largest = max((rows * columns for _, _, rows, columns, _ in self.entries), default=0)
+        object.__setattr__(self, "largest", largest)
 
 
 @dataclass(frozen=True, slots=True)

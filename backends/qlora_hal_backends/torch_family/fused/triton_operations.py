@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from qlora_hal.contract.dropout import drop_below
@@ -25,6 +24,15 @@ PLACED_ELEMENTS = 4096
 NORM_ELEMENTS_PER_WARP = 512
 
 
+def cdiv(elements: int, of_a_program: int) -> int:
+    """How many programs; Triton's own takes longer on the host than a torch operation."""
+    return -(-elements // of_a_program)
+
+
+def next_power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
 class TritonOperations:
     """See `operations.Operations`."""
 
@@ -40,7 +48,7 @@ class TritonOperations:
         nested = state.state2
         block_count = base.shape[0] * base.shape[1] // state.blocksize
         blocks = max(1, DEQUANTIZED_ELEMENTS // state.blocksize)
-        kernels.dequantize[(triton.cdiv(block_count, blocks),)](
+        kernels.dequantize[(cdiv(block_count, blocks),)](
             base.packed,
             state.absmax,
             nested.absmax if nested is not None else state.absmax,
@@ -62,13 +70,13 @@ class TritonOperations:
 
     def place(self, source: Tensor, target: Tensor, placements: Placements) -> None:
         if placements.entries:
-            grid = (len(placements.entries), triton.cdiv(placements.largest, PLACED_ELEMENTS))
+            grid = (len(placements.entries), cdiv(placements.largest, PLACED_ELEMENTS))
             kernels.place[grid](source, target, placements.table, ELEMENTS=PLACED_ELEMENTS, num_warps=4)
 
     def copy_rows(self, source: Tensor, out: Tensor) -> None:
         rows, width = out.shape
-        block = min(COPIED_COLUMNS, triton.next_power_of_2(width))
-        kernels.copy_rows[(rows, triton.cdiv(width, block))](
+        block = min(COPIED_COLUMNS, next_power_of_2(width))
+        kernels.copy_rows[(rows, cdiv(width, block))](
             source, source.stride(0), out, out.stride(0), width, WIDTH=block, num_warps=4
         )
 
@@ -133,8 +141,8 @@ class TritonOperations:
 
     def swiglu(self, gate_up: Tensor, out: Tensor) -> None:
         rows, width = out.shape
-        block = min(SWIGLU_COLUMNS, triton.next_power_of_2(width))
-        kernels.swiglu[(rows, triton.cdiv(width, block))](
+        block = min(SWIGLU_COLUMNS, next_power_of_2(width))
+        kernels.swiglu[(rows, cdiv(width, block))](
             gate_up,
             gate_up.stride(0),
             out,
@@ -147,8 +155,8 @@ class TritonOperations:
 
     def swiglu_backward(self, gate_up: Tensor, gradient: Tensor, out: Tensor, product: Tensor) -> None:
         rows, width = product.shape
-        block = min(SWIGLU_COLUMNS, triton.next_power_of_2(width))
-        kernels.swiglu_backward[(rows, triton.cdiv(width, block))](
+        block = min(SWIGLU_COLUMNS, next_power_of_2(width))
+        kernels.swiglu_backward[(rows, cdiv(width, block))](
             gate_up,
             gate_up.stride(0),
             gradient,
@@ -163,7 +171,7 @@ class TritonOperations:
 
     def rotate(self, source: Tensor, out: Tensor, heads: HeadCounts, rotary: Rotary, norm: HeadNorm | None) -> None:
         count = heads.query + heads.key_value
-        kernels.rotate[(source.shape[0], triton.cdiv(count, HEADS_PER_PROGRAM))](
+        kernels.rotate[(source.shape[0], cdiv(count, HEADS_PER_PROGRAM))](
             source,
             source.stride(0),
             out,
@@ -178,7 +186,7 @@ class TritonOperations:
             HALF=heads.size // 2,
             NORM=norm is not None,
             HEADS=HEADS_PER_PROGRAM,
-            WIDTH=triton.next_power_of_2(heads.size // 2),
+            WIDTH=next_power_of_2(heads.size // 2),
             num_warps=4,
         )
 
@@ -194,7 +202,7 @@ class TritonOperations:
         _, count, time, size = gradient.shape
         if gradient.stride(3) != 1:
             gradient = gradient.contiguous()
-        kernels.rotate_backward[(out.shape[0], triton.cdiv(count, HEADS_PER_PROGRAM))](
+        kernels.rotate_backward[(out.shape[0], cdiv(count, HEADS_PER_PROGRAM))](
             gradient,
             gradient.stride(0),
             gradient.stride(1),
@@ -213,14 +221,14 @@ class TritonOperations:
             HALF=size // 2,
             NORM=norm is not None,
             HEADS=HEADS_PER_PROGRAM,
-            WIDTH=triton.next_power_of_2(size // 2),
+            WIDTH=next_power_of_2(size // 2),
             num_warps=4,
         )
 
     def drop(self, x: Tensor, masks: Masks, number: int, out: Tensor) -> None:
         rows, width = x.shape
-        block = min(DROPPED_COLUMNS, triton.next_power_of_2(width))
-        kernels.drop[(rows, triton.cdiv(width, block))](
+        block = min(DROPPED_COLUMNS, next_power_of_2(width))
+        kernels.drop[(rows, cdiv(width, block))](
             x,
             x.stride(0),
             masks.dropout.tokens,
@@ -235,9 +243,9 @@ class TritonOperations:
 
     def add_dropped(self, product: Tensor, v: Tensor, a: Tensor, masks: Masks, out: Tensor) -> None:
         rows, width = product.shape
-        padded = max(SMALLEST_DOT, triton.next_power_of_2(masks.rank))
+        padded = max(SMALLEST_DOT, next_power_of_2(masks.rank))
         tile = {"ROWS": 64, "WIDTH": 128} if padded <= 64 else {"ROWS": 32, "WIDTH": 32}
-        kernels.add_dropped[(triton.cdiv(rows, tile["ROWS"]), triton.cdiv(width, tile["WIDTH"]))](
+        kernels.add_dropped[(cdiv(rows, tile["ROWS"]), cdiv(width, tile["WIDTH"]))](
             product,
             v,
             v.stride(0),
@@ -260,7 +268,7 @@ class TritonOperations:
     def cross_entropy(self, logits: Tensor, targets: Tensor, scale: float, with_gradient: bool) -> Tensor:
         rows, vocabulary = logits.shape
         losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
-        width = min(VOCABULARY_COLUMNS, triton.next_power_of_2(vocabulary))
+        width = min(VOCABULARY_COLUMNS, next_power_of_2(vocabulary))
         kernels.cross_entropy[(rows,)](
             logits, targets, losses, vocabulary, scale, GRADIENT=with_gradient, WIDTH=width, num_warps=16
         )
@@ -269,5 +277,5 @@ class TritonOperations:
 
 def _row_shape(width: int) -> dict[str, int]:
     """One program a row; a warp for each few hundred elements."""
-    padded = triton.next_power_of_2(width)
+    padded = next_power_of_2(width)
     return {"WIDTH": padded, "num_warps": min(16, max(1, padded // NORM_ELEMENTS_PER_WARP))}

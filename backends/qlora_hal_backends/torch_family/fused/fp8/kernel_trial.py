@@ -18,9 +18,9 @@ ROWS, COLUMNS, INNER = 150, 288, 384
 """More than one tile each way, and parts of one."""
 
 SUM_ERROR = 2.0**-5
-"""Of results, beside their root mean square: a tensor core may sum 8-bit products with 14 bits, and bfloat16 has 2^-9 of
-the largest, which are five times as large. A wrong row, scale or element is off by as much as the sum itself, a bias or
-an adapter that is lost by a quarter of it."""
+"""Of results, beside their root mean square: a tensor core may sum 8-bit products with 14 bits, and bfloat16 rounds by
+2^-9 of the largest, which are five times as large. A wrong row, scale or element is off by as much as the sum itself, a
+bias or an adapter that is lost by a quarter of it."""
 
 FEW = 1e-3
 """The share of rounded elements that may be neighbours in E4M3: where decoders differ in a weight's last bit."""

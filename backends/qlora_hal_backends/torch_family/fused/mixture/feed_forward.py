@@ -69,7 +69,7 @@ class MixtureFeedForward:
         routed = self._routed(experts, x)
         extended = group.new_input(routed.rows)
         rows = extended[:, : group.columns]
-        self.mixture.send(x, routed.order, routed.each, rows, routed.back)
+        self.mixture.send(x, routed.order, routed.each, rows)
         low_rank = group.low_rank(rows, routed.ends, extended[:, group.columns :])
         gate_up = group.product(extended, routed.ends)
         return h2, FeedForwardProducts(low_rank, gate_up, None, None, routed, shared)
@@ -132,7 +132,8 @@ class MixtureFeedForward:
         self.mixture.send(output_gradient[:, : out.rows], routed.order, routed.each, extended[:, : out.rows])
         v = out.low_rank_gradient(extended, routed.ends)
         product = out.input_gradient(extended, routed.ends)
-        gate_up = into.new_gradient(routed.rows)
+        # Without ranks there is no room to make beside it: the gradient takes the place of gate and up.
+        gate_up = into.new_gradient(routed.rows) if into.ranks else products.extended
         weight_gradient = torch.empty(routed.weights.shape, dtype=torch.float32, device=product.device)
         # The product takes the place of its gradient.
         self.mixture.weighted_swiglu_backward(
@@ -162,17 +163,7 @@ class MixtureFeedForward:
     def _routed(self, experts: MixtureWeights, x: Tensor) -> Routed:
         logits = x @ experts.router.t()
         weights, chosen = self.mixture.route(logits, self.router)
-        order, ends = sorted_by_expert(chosen, logits.shape[1])
-        return Routed(logits, chosen, weights, order, torch.empty_like(order), ends)
-
-
-def sorted_by_expert(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """`order` and `ends` of `Routed` from the choices `[M, k]`. Nothing waits for the device."""
-    # Stable: the rows of an expert are in the order of their tokens, whatever sorts them.
-    found, order = torch.sort(chosen.view(-1), stable=True)
-    numbers = torch.arange(experts, dtype=chosen.dtype, device=chosen.device)
-    # Not bincount, which does wait.
-    return order, torch.searchsorted(found, numbers, right=True, out_int32=True)
+        return Routed(logits, chosen, weights, *self.mixture.sort(chosen, logits.shape[1]))
 
 
 def _experts_of(layer: LayerWeights) -> MixtureWeights:

@@ -16,7 +16,6 @@ from qlora_hal_backends.torch_family.experts.stacked_weights import stacked
 from qlora_hal_backends.torch_family.fused.families import Activation
 from qlora_hal_backends.torch_family.fused.kernel_trial import differing_results
 from qlora_hal_backends.torch_family.fused.layer_weights import GroupShape, Slot
-from qlora_hal_backends.torch_family.fused.mixture.feed_forward import sorted_by_expert
 from qlora_hal_backends.torch_family.fused.mixture.operations import MixtureOperations, Router
 from qlora_hal_backends.torch_family.fused.mixture.reference import ReferenceMixture
 from qlora_hal_backends.torch_family.fused.mixture.weights import StackBuffer, grouped
@@ -42,8 +41,8 @@ def differing(operations: MixtureOperations, reference: MixtureOperations, devic
 
 
 def differing_products(device: torch.device) -> list[str]:
-    """What torch computes otherwise than a loop over experts would: the sort, and the grouped products of views as
-    `StackBuffer` has them, an expert without rows among them. Small integers and their sums are exact in bfloat16."""
+    """What torch computes otherwise than a loop over experts would, of grouped products of views as `StackBuffer` has
+    them, an expert without rows among them. Small integers and their sums are exact in bfloat16."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn(*size: int) -> Tensor:
@@ -51,11 +50,9 @@ def differing_products(device: torch.device) -> list[str]:
 
     shape = GroupShape([Slot("up", slice(0, 32), slice(0, 8))], columns=16, ranks=8)
     buffer = StackBuffer(shape, 2.0, drawn(3, *shape.size), ReferenceMixture())
-    chosen = torch.tensor([[2], [0]] * 11 + [[2], [2]], dtype=torch.int16, device=device)
-    order, ends = sorted_by_expert(chosen, 3)
+    ends = torch.tensor([11, 11, 24], dtype=torch.int32, device=device)
     x, dy = drawn(24, 24), drawn(24, 40)
     found = {
-        "sorted_by_expert": torch.cat((order, ends)),
         "product": buffer.product(x, ends),
         "input_gradient": buffer.input_gradient(dy, ends),
         "low_rank": _some(buffer.low_rank(x[:, :16], ends)),
@@ -67,9 +64,7 @@ def differing_products(device: torch.device) -> list[str]:
     def looped(rows: Tensor, matrices: Tensor) -> Tensor:
         return torch.cat([rows[part].float() @ matrices[expert].float() for expert, part in parts])
 
-    places = [*range(1, 22, 2), *range(0, 22, 2), 22, 23]
     expected = {
-        "sorted_by_expert": torch.tensor([*places, 11, 11, 24], device=device).float(),
         "product": looped(x, buffer.memory[:, :32].transpose(1, 2)),
         "input_gradient": looped(dy, buffer.memory[:, :, :16]),
         "low_rank": 2 * looped(x[:, :16], buffer.a.transpose(1, 2)),
@@ -108,11 +103,14 @@ def _results(operations: MixtureOperations, device: torch.device) -> Mapping[str
         results[f"route{name}"] = torch.cat((weights, experts.float()), dim=1)
         results[f"route_backward{name}"] = gradient
 
+    chosen = torch.randint(0, EXPERTS - 1, (700, 1), generator=generator).to(device, torch.int16)  # none to the last
+    results["sort"] = torch.cat([part.float() for part in operations.sort(chosen, EXPERTS)])
+
     places = torch.randperm(TOKENS * EACH, generator=generator).to(device)
-    tokens, back = drawn(TOKENS, WIDTH), torch.zeros_like(places)
+    back, tokens = torch.argsort(places), drawn(TOKENS, WIDTH)
     sent, collected = torch.zeros(TOKENS * EACH, WIDTH, device=device), torch.zeros(TOKENS, WIDTH, device=device)
-    operations.send(tokens, places, EACH, sent, back)
-    results["send"] = torch.cat((sent, back[:, None].float()), dim=1)
+    operations.send(tokens, places, EACH, sent)
+    results["send"] = sent
     operations.collect(drawn(TOKENS * EACH, WIDTH), back, tokens, collected)
     results["collect"] = collected
 
@@ -123,6 +121,10 @@ def _results(operations: MixtureOperations, device: torch.device) -> Mapping[str
     gradient, again, of_weights = torch.zeros_like(gate_up), torch.zeros_like(sent), torch.zeros_like(weights)
     operations.weighted_swiglu_backward(gate_up, upstream, weights, places, gradient, again, of_weights)
     results["weighted_swiglu_backward"] = torch.cat((gradient, again, of_weights.view(-1, 1)), dim=1)
+
+    thin, copy = drawn(TOKENS, EACH), torch.zeros(TOKENS, EACH + 2, device=device)
+    operations.scale(thin, 1.5, copy[:, 1:-1])
+    results["scale"] = torch.cat((thin, copy), dim=1)
 
     ends = torch.tensor([4, 4, 7], dtype=torch.int32, device=device)
     results["add_to_experts"] = drawn(3, 6, 20)

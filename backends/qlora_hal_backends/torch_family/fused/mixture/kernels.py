@@ -114,17 +114,53 @@ def route_backward(
     tl.store(out + row * E + expert, d.to(out.dtype.element_ty), mask=expert < E)
 
 
-@triton.jit
-def send(
-    tokens, token_stride, order, out, out_stride, back, D, EACH: tl.constexpr, BACK: tl.constexpr, WIDTH: tl.constexpr
+@triton.jit(do_not_specialize=["count", "blocks"])  # each packed batch has others
+def count_choices(chosen, counts, count, blocks, E, EXPERTS: tl.constexpr, PLACES: tl.constexpr):
+    """How many of a block's places go to each expert, `[E, blocks]`: their running sum, expert by expert, says where
+    the rows of a block's places for an expert end."""
+    place = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
+    expert = tl.arange(0, EXPERTS)
+    number = tl.load(chosen + place, mask=place < count, other=-1).to(tl.int32)
+    found = tl.sum((number[:, None] == expert[None, :]).to(tl.int32), 0)
+    tl.store(counts + expert * blocks + tl.program_id(0), found, mask=expert < E)
+
+
+@triton.jit(do_not_specialize=["count", "blocks"])  # each packed batch has others
+def place_choices(
+    chosen, counts, sums, order, back, ends, count, blocks, E, EXPERTS: tl.constexpr, PLACES: tl.constexpr
 ):
+    block = tl.program_id(0)
+    place = block * PLACES + tl.arange(0, PLACES)
+    expert = tl.arange(0, EXPERTS)
+    number = tl.load(chosen + place, mask=place < count, other=-1).to(tl.int32)
+    hit = (number[:, None] == expert[None, :]).to(tl.int32)
+    entry = expert * blocks + block
+    start = tl.load(sums + entry, mask=expert < E, other=0) - tl.load(counts + entry, mask=expert < E, other=0)
+    row = tl.sum(hit * (start[None, :] + tl.cumsum(hit, 0) - 1), 1)
+    tl.store(order + row, place.to(tl.int64), mask=place < count)
+    tl.store(back + place, row.to(tl.int64), mask=place < count)
+    last = tl.load(sums + (expert + 1) * blocks - 1, mask=expert < E, other=0)
+    tl.store(ends + expert, last, mask=(expert < E) & (block == 0))
+
+
+@triton.jit
+def send(tokens, token_stride, order, out, out_stride, D, EACH: tl.constexpr, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     place = tl.load(order + row)
     x = tl.load(tokens + (place // EACH) * token_stride + column, mask=column < D, other=0.0)
     tl.store(out + row * out_stride + column, x, mask=column < D)
-    if BACK:
-        tl.store(back + place, row, mask=tl.program_id(1) == 0)
+
+
+@triton.jit(do_not_specialize=["count"])  # each packed batch has another
+def scale(thin, copy, copy_stride, factor, count, RANKS: tl.constexpr, ELEMENTS: tl.constexpr):
+    element = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+    inside = element < count
+    x = tl.load(thin + element, mask=inside, other=0.0).to(tl.float32) * factor
+    x = x.to(thin.dtype.element_ty)
+    tl.store(thin + element, x, mask=inside)
+    row = element // RANKS
+    tl.store(copy + row * copy_stride + (element - row * RANKS), x, mask=inside)
 
 
 @triton.jit

@@ -64,8 +64,17 @@ class MixtureOperations(Protocol):
         """Gradient of the logits from that of the weights, float32 `[M, k]`, into `out` `[M, E]`."""
         ...
 
-    def send(self, tokens: Tensor, order: Tensor, each: int, out: Tensor, back: Tensor | None = None) -> None:
-        """Each row's token, from a strided `[M, D]` into a strided `[T, D]`; `back` receives the inverse of `order`."""
+    def sort(self, chosen: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`order`, `back` and `ends` of `Routed` from the choices int16 `[M, k]`. The rows of an expert are in the
+        order of their places. Nothing waits for the device."""
+        ...
+
+    def send(self, tokens: Tensor, order: Tensor, each: int, out: Tensor) -> None:
+        """Each row's token, from a strided `[M, D]` into a strided `[T, D]`."""
+        ...
+
+    def scale(self, thin: Tensor, factor: float, copy: Tensor) -> None:
+        """Multiply a contiguous `thin` `[T, R]` in place, and write it into a strided `copy` as well."""
         ...
 
     def collect(self, rows: Tensor, back: Tensor, addend: Tensor | None, out: Tensor) -> None:
@@ -88,7 +97,8 @@ class MixtureOperations(Protocol):
         weight_gradient: Tensor,
     ) -> None:
         """Gradients of `gate_up` into a strided `out` and of the weights into `weight_gradient` float32 `[M, k]`;
-        `product` receives the forward output again. `gradient` and `product` are strided `[T, F]` and may be one."""
+        `product` receives the forward output again. `gradient` and `product` are strided `[T, F]` and may be one, as
+        may `gate_up` and `out`."""
         ...
 
     def add_to_experts(self, gradient: Tensor, products: Tensor, ends: Tensor) -> None:

@@ -38,10 +38,19 @@ class ReferenceMixture:
         of_all = torch.zeros_like(probabilities).scatter_(1, chosen, gradient)
         out.copy_(probabilities * (of_all - (weights * gradient).sum(dim=-1, keepdim=True)))
 
-    def send(self, tokens: Tensor, order: Tensor, each: int, out: Tensor, back: Tensor | None = None) -> None:
+    def sort(self, chosen: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+        found, order = torch.sort(chosen.view(-1), stable=True)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order), device=order.device)
+        numbers = torch.arange(experts, dtype=chosen.dtype, device=chosen.device)
+        # Not bincount, which does wait.
+        return order, back, torch.searchsorted(found, numbers, right=True, out_int32=True)
+
+    def send(self, tokens: Tensor, order: Tensor, each: int, out: Tensor) -> None:
         out.copy_(tokens[order // each])
-        if back is not None:
-            back[order] = torch.arange(len(order), device=order.device)
+
+    def scale(self, thin: Tensor, factor: float, copy: Tensor) -> None:
+        copy.copy_(thin.mul_(factor))
 
     def collect(self, rows: Tensor, back: Tensor, addend: Tensor | None, out: Tensor) -> None:
         total = rows[back].float().unflatten(0, (out.shape[0], -1)).sum(dim=1)

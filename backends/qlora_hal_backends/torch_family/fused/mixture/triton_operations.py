@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from qlora_hal_backends.torch_family.experts.stacked_weights import Blockwise4BitStack, StackedWeight
 from qlora_hal_backends.torch_family.fused.families import Activation
 from qlora_hal_backends.torch_family.fused.mixture import kernels
 from qlora_hal_backends.torch_family.fused.mixture.operations import Router
-from qlora_hal_backends.torch_family.fused.triton_operations import DEQUANTIZE_WARPS, DEQUANTIZED_ELEMENTS
+from qlora_hal_backends.torch_family.fused.triton_operations import (
+    DEQUANTIZE_WARPS,
+    DEQUANTIZED_ELEMENTS,
+    cdiv,
+    next_power_of_2,
+)
 
 COLUMNS = 2048
 """Of one program, at most."""
 ADDED_ELEMENTS = 4096
+SCALED_ELEMENTS = 2048
+COUNTED_PAIRS = 8192
+"""Pairs of a place and an expert that one program compares."""
 
 
 class TritonMixture:
@@ -31,7 +38,7 @@ class TritonMixture:
         nested, offsets = base.nested, base.offsets
         size = base.like.blocksize
         blocks = max(1, DEQUANTIZED_ELEMENTS // size)
-        kernels.dequantize_stack[(triton.cdiv(rows * columns // size, blocks), experts)](
+        kernels.dequantize_stack[(cdiv(rows * columns // size, blocks), experts)](
             base.packed,
             base.absmax,
             base.absmax if nested is None else nested,
@@ -63,8 +70,8 @@ class TritonMixture:
             experts,
             EACH=router.each,
             NORMALIZES=router.normalizes,
-            EXPERTS=triton.next_power_of_2(experts),
-            PLACES=triton.next_power_of_2(router.each),
+            EXPERTS=next_power_of_2(experts),
+            PLACES=next_power_of_2(router.each),
             num_warps=1,
         )
         return weights, chosen
@@ -78,31 +85,49 @@ class TritonMixture:
             logits.shape[1],
             EACH=router.each,
             NORMALIZES=router.normalizes,
-            EXPERTS=triton.next_power_of_2(logits.shape[1]),
+            EXPERTS=next_power_of_2(logits.shape[1]),
             num_warps=1,
         )
 
-    def send(self, tokens: Tensor, order: Tensor, each: int, out: Tensor, back: Tensor | None = None) -> None:
+    def sort(self, chosen: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+        count, padded = chosen.numel(), next_power_of_2(experts)
+        places = max(16, COUNTED_PAIRS // padded)
+        blocks = cdiv(count, places)
+        counts = torch.empty(experts * blocks, dtype=torch.int32, device=chosen.device)
+        kernels.count_choices[(blocks,)](
+            chosen, counts, count, blocks, experts, EXPERTS=padded, PLACES=places, num_warps=4
+        )
+        sums = torch.cumsum(counts, 0, dtype=torch.int32)
+        order = torch.empty(count, dtype=torch.int64, device=chosen.device)
+        back, ends = torch.empty_like(order), counts.new_empty(experts)
+        kernels.place_choices[(blocks,)](
+            chosen, counts, sums, order, back, ends, count, blocks, experts, EXPERTS=padded, PLACES=places, num_warps=4
+        )
+        return order, back, ends
+
+    def send(self, tokens: Tensor, order: Tensor, each: int, out: Tensor) -> None:
         rows, width = out.shape
         block = _block(width)
-        kernels.send[(rows, triton.cdiv(width, block))](
-            tokens,
-            tokens.stride(0),
-            order,
-            out,
-            out.stride(0),
-            order if back is None else back,
-            width,
-            EACH=each,
-            BACK=back is not None,
-            WIDTH=block,
+        kernels.send[(rows, cdiv(width, block))](
+            tokens, tokens.stride(0), order, out, out.stride(0), width, EACH=each, WIDTH=block, num_warps=4
+        )
+
+    def scale(self, thin: Tensor, factor: float, copy: Tensor) -> None:
+        kernels.scale[(cdiv(thin.numel(), SCALED_ELEMENTS),)](
+            thin,
+            copy,
+            copy.stride(0),
+            factor,
+            thin.numel(),
+            RANKS=thin.shape[1],
+            ELEMENTS=SCALED_ELEMENTS,
             num_warps=4,
         )
 
     def collect(self, rows: Tensor, back: Tensor, addend: Tensor | None, out: Tensor) -> None:
         tokens, width = out.shape
         block = _block(width)
-        kernels.collect[(tokens, triton.cdiv(width, block))](
+        kernels.collect[(tokens, cdiv(width, block))](
             rows,
             rows.stride(0),
             back,
@@ -118,7 +143,7 @@ class TritonMixture:
     def weighted_swiglu(self, gate_up: Tensor, weights: Tensor, order: Tensor, out: Tensor) -> None:
         rows, width = out.shape
         block = _block(width)
-        kernels.weighted_swiglu[(rows, triton.cdiv(width, block))](
+        kernels.weighted_swiglu[(rows, cdiv(width, block))](
             gate_up,
             gate_up.stride(0),
             weights,
@@ -162,7 +187,7 @@ class TritonMixture:
 
     def add_to_experts(self, gradient: Tensor, products: Tensor, ends: Tensor) -> None:
         experts, rows, columns = gradient.shape
-        kernels.add_to_experts[(triton.cdiv(rows * columns, ADDED_ELEMENTS), experts)](
+        kernels.add_to_experts[(cdiv(rows * columns, ADDED_ELEMENTS), experts)](
             gradient,
             gradient.stride(0),
             products,
@@ -177,4 +202,4 @@ class TritonMixture:
 
 
 def _block(width: int) -> int:
-    return min(COLUMNS, int(triton.next_power_of_2(width)))
+    return min(COLUMNS, next_power_of_2(width))

@@ -113,9 +113,10 @@ class StackBuffer:
     def _thin(self, left: Tensor, right: Tensor, ends: Tensor, tail: Tensor | None) -> Tensor | None:
         if not self.ranks:
             return None
-        thin = grouped(left, right, ends).mul_(self._scale)
-        if tail is not None:
-            tail.copy_(thin)
+        thin = grouped(left, right, ends)
+        if tail is None:
+            return thin.mul_(self._scale)
+        self._operations.scale(thin, self._scale, tail)
         return thin
 
 
