@@ -15,7 +15,9 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -179,23 +181,33 @@ def measured(case: Case, operations: TritonFp8) -> dict[str, float]:
     }
     found: dict[str, float] = {}
     for name, work in works.items():
-        try:
-            found[name] = milliseconds(work)
-        except Exception as error:  # a torch or a device that lacks a product: the others are measured
-            print(f"# {case.name}, {name}: {type(error).__name__}: {str(error).splitlines()[0][:160]}", flush=True)
+        ms = attempted(lambda w=work: milliseconds(w))  # type: ignore[misc]
+        if isinstance(ms, str):
+            print(f"# {case.name}, {name}: {ms}", flush=True)
+        else:
+            found[name] = ms
     return found
+
+
+Found = TypeVar("Found")
+
+
+def attempted(work: Callable[[], Found]) -> Found | str:
+    """What it gives, or what it fails with: what a torch or a device lacks leaves the rest to be measured."""
+    try:
+        return work()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
 
 
 def line_of(case: Case, times: dict[str, float]) -> str:
     rates = {
         name: round(case.flops / ms / 1e9) for name, ms in times.items() if name not in ("rows", "decode") and ms > 0
     }
-    with_rows = round(case.flops / (times["product"] + times["rows"]) / 1e9)
-    rates_in_words = ", ".join(f"{name} {rate}" for name, rate in rates.items())
-    return (
-        f"{case.name:26} TFLOP/s: {rates_in_words}, product with rows {with_rows}; "
-        f"ms: rows {times['rows']:.3f}, decode {times['decode']:.3f}"
-    )
+    if "product" in times and "rows" in times:
+        rates["product with rows"] = round(case.flops / (times["product"] + times["rows"]) / 1e9)
+    parts = {name: round(times[name], 3) for name in ("rows", "decode") if name in times}
+    return f"{case.name:26} TFLOP/s: {rates}; ms: {parts}"
 
 
 def main() -> None:
@@ -208,9 +220,11 @@ def main() -> None:
     all_cases, operations = cases(options.rows, device), TritonFp8()
     about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": options.rows}
     report: dict[str, object] = {**about, "tiles": asdict(tiles_for(device))}
-    checks = report["checks"] = {case.name: check(case, operations) for case in all_cases}
-    for name, found in checks.items():
-        print(f"# {name}: {json.dumps(found)}", flush=True)
+    checks: dict[str, object] = {}
+    report["checks"] = checks
+    for case in all_cases:
+        checks[case.name] = attempted(lambda c=case: check(c, operations))  # type: ignore[misc]
+        print(f"# {case.name}: {json.dumps(checks[case.name])}", flush=True)
     times = report["milliseconds"] = {case.name: measured(case, operations) for case in all_cases}
     for case in all_cases:
         print(line_of(case, times[case.name]), flush=True)
@@ -220,7 +234,7 @@ def main() -> None:
             spent = sum(of_case[name] for of_case in times.values())
             print(f"a layer, {name}: {spent:.3f} ms, {flops / spent / 1e9:.0f} TFLOP/s", flush=True)
     for name in ("rows", "decode"):
-        print(f"a layer, {name}: {sum(of_case[name] for of_case in times.values()):.3f} ms", flush=True)
+        print(f"a layer, {name}: {sum(of_case.get(name, 0.0) for of_case in times.values()):.3f} ms", flush=True)
     if options.tiles:
         report["other tiles"] = other_tiles(all_cases)
     if options.json:
@@ -234,11 +248,9 @@ def other_tiles(all_cases: list[Case]) -> list[dict[str, object]]:
         times: dict[str, object] = {}
         for case in all_cases:
             rows = case.quantized(operations)
-            try:
-                ms = milliseconds(lambda c=case, r=rows, o=operations: c.multiply(o, r, c.out), 0.1)  # type: ignore[misc]
-                times[case.name] = round(case.flops / ms / 1e9)
-            except Exception as error:  # tiles that are too large for the device
-                times[case.name] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+            ms = attempted(lambda c=case, r=rows, o=operations: milliseconds(partial(c.multiply, o, r, c.out), 0.1))  # type: ignore[misc]
+            times[case.name] = ms if isinstance(ms, str) else round(case.flops / ms / 1e9)
+            if isinstance(ms, str):
                 break
         found.append({**asdict(tiles), "TFLOP/s": times})
         print(f"{tiles}: {times}", flush=True)

@@ -2,8 +2,9 @@
 
     python kernels_for_other_gpus.py cuda:90:32 hip:gfx942:64 ...
 
-Prints, for each target, what was made of each kernel as `{target: {kernel: kind of binary}}`. No kernel is started:
-each is replaced by one that notes its arguments, from which the types of its parameters are read.
+Prints, for each target, what was made of each kernel as `{target: {kernel: kind of binary}}`; of those of 8-bit floats
+where the target has none, the compiler's words. No kernel is started: each is replaced by one that notes its arguments,
+from which the types of its parameters are read.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.errors import CompilationError
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qlora_hal.contract.backend import Quantization
 from qlora_hal.contract.capabilities import WeightFormat
@@ -27,6 +31,9 @@ from qlora_hal_backends.torch_family.base_weights import quantize
 from qlora_hal_backends.torch_family.experts.stacked_weights import stacked
 from qlora_hal_backends.torch_family.fused import kernels
 from qlora_hal_backends.torch_family.fused.families import Activation
+from qlora_hal_backends.torch_family.fused.fp8 import kernels as fp8_kernels
+from qlora_hal_backends.torch_family.fused.fp8.operations import E4M3, LowRank
+from qlora_hal_backends.torch_family.fused.fp8.triton_operations import ADA, BLACKWELL, HOPPER, Tiles, TritonFp8
 from qlora_hal_backends.torch_family.fused.mixture import kernels as mixture_kernels
 from qlora_hal_backends.torch_family.fused.mixture.operations import Router
 from qlora_hal_backends.torch_family.fused.mixture.triton_operations import TritonMixture
@@ -41,7 +48,12 @@ TYPES = {
     torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    E4M3: "*fp8e4nv",
 }
+SHARED_MEMORY = {89: 101_376, 90: 232_448, 100: 232_448}
+"""Bytes that a program can have (CUDA C++ Programming Guide, "Compute Capabilities"). The compiler does not mind."""
+
+FP8_TILES = {"cuda:89:32": ADA, "cuda:90:32": HOPPER, "cuda:100:32": BLACKWELL}
 ROWS, WIDTH, HEADS = 4, 4096, HeadCounts(32, 8, 128)
 
 
@@ -82,17 +94,18 @@ class Noted:
 def _type_of(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return TYPES[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{TYPES[value.base.dtype][1:]}{list(value.block_shape)}>"
     return "fp32" if isinstance(value, float) else "i32"
 
 
 def launches() -> list[Launch]:
-    """Of every kernel, in bfloat16 and with each choice that changes its code."""
+    """Of every kernel, in bfloat16 and with each choice that changes its code; but of none of 8-bit floats."""
     noted: list[Launch] = []
     found = {
         (module, name): kernel
         for module in (kernels, mixture_kernels, adamw_kernel, microscaling_kernel)
-        for name, kernel in vars(module).items()
-        if isinstance(kernel, JITFunction) and not name.startswith("_") and name != "is_kept"  # parts of others
+        for name, kernel in _kernels_of(module)
     }
     found[dropout_kernel, "_mask"] = dropout_kernel._mask
     for (module, name), kernel in found.items():
@@ -106,6 +119,42 @@ def launches() -> list[Launch]:
     update_agrees(adamw_kernel.UpdateByKernel, torch.device("cpu"))
     assert {launch.name for launch in noted} == {name for _, name in found}, "a kernel is never launched"
     return list({repr(launch): launch for launch in noted}.values())
+
+
+def fp8_launches(tiles: Tiles, found: Mapping[str, JITFunction]) -> list[Launch]:
+    noted: list[Launch] = []
+    for name, kernel in found.items():
+        setattr(fp8_kernels, name, Noted(name, kernel, noted))
+    _launch_all_of_fp8(TritonFp8(tiles))
+    assert {launch.name for launch in noted} == found.keys(), "a kernel is never launched"
+    return list({repr(launch): launch for launch in noted}.values())
+
+
+def _kernels_of(module: ModuleType) -> list[tuple[str, JITFunction]]:
+    return [
+        (name, kernel)
+        for name, kernel in vars(module).items()
+        if isinstance(kernel, JITFunction) and not name.startswith("_") and name != "is_kept"  # parts of others
+    ]
+
+
+def _launch_all_of_fp8(operations: TritonFp8) -> None:
+    scales = torch.ones(WIDTH)
+    for nested in (True, False):
+        packed = quantize(torch.ones(16, WIDTH), Quantization(WeightFormat.NF4, 64, nested), torch.float32)
+        operations.row_scales(packed, scales[:16])
+        for out in (torch.zeros(16, WIDTH, dtype=E4M3), torch.zeros(WIDTH, 16, dtype=E4M3).t()):
+            operations.decode(packed, scales[:16], out)
+    x = torch.zeros(ROWS, WIDTH + 192, dtype=torch.bfloat16)
+    rows = operations.quantize_rows(x[:, :WIDTH], None)
+    operations.quantize_rows(x[:, :WIDTH], scales)
+    right = torch.zeros(WIDTH, WIDTH, dtype=E4M3)
+    for ranks in (0, 16, 64, 192):
+        t, b = x[:, WIDTH : WIDTH + ranks], torch.zeros(WIDTH, ranks, dtype=torch.bfloat16)
+        forward, backward = (LowRank(t, of) if ranks else None for of in (b, b.t().contiguous().t()))
+        operations.product(rows, right, scales, forward, scales.bfloat16(), x[:, :WIDTH])
+        operations.product(rows, right, None, backward, None, x[:, :WIDTH])
+        operations.product(rows, right, scales, forward, None, torch.zeros(ROWS, WIDTH))
 
 
 def _launch_all(operations: TritonOperations, dtype: torch.dtype) -> None:
@@ -172,16 +221,29 @@ def compiled(target: GPUTarget, noted: list[Launch]) -> Iterator[tuple[str, str]
     for launch in noted:
         source = ASTSource(fn=launch.kernel, signature=dict(launch.signature), constexprs=dict(launch.constants))
         binary = triton.compile(source, target=target, options=dict(launch.options))
+        room = SHARED_MEMORY.get(target.arch, binary.metadata.shared)
+        assert binary.metadata.shared <= room, f"{launch}: {binary.metadata.shared} bytes of shared memory of {room}"
         yield launch.name, next(kind for kind in ("cubin", "hsaco") if kind in binary.asm)
 
 
+def fp8_compiled(text: str, target: GPUTarget, found: Mapping[str, JITFunction]) -> dict[str, str]:
+    """On targets without E4M3 what the compiler says of the kernel that makes it."""
+    if text in FP8_TILES:
+        return {f"fp8 {name}": kind for name, kind in compiled(target, fp8_launches(FP8_TILES[text], found))}
+    rounding = [launch for launch in fp8_launches(ADA, found) if launch.name == "quantize_rows"]
+    try:
+        return {f"fp8 {name}": kind for name, kind in compiled(target, rounding)}
+    except CompilationError as error:
+        return {"fp8": f"{error} {error.__cause__}"}
+
+
 def main() -> None:
-    noted = launches()
+    noted, of_fp8 = launches(), dict(_kernels_of(fp8_kernels))
     made = {}
     for text in sys.argv[1:]:
         backend, arch, lanes = text.split(":")
         target = GPUTarget(backend, int(arch) if arch.isdecimal() else arch, int(lanes))
-        made[text] = dict(compiled(target, noted))
+        made[text] = dict(compiled(target, noted)) | (fp8_compiled(text, target, of_fp8) if backend == "cuda" else {})
     print(json.dumps(made))
 
 

@@ -44,4 +44,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Mapping[str, 
 def test_every_kernel_becomes_a_binary(target: str, made: Mapping[str, Mapping[str, str]]) -> None:
     kind = "cubin" if target.startswith("cuda") else "hsaco"
     assert len(made[target]) > 1
-    assert set(made[target].values()) == {kind}
+    assert {made_of for name, made_of in made[target].items() if not name.startswith("fp8")} == {kind}
+
+
+@pytest.mark.parametrize("target", ["cuda:89:32", "cuda:90:32", "cuda:100:32"])
+def test_kernels_of_8_bit_floats_become_binaries_where_tensor_cores_have_them(
+    target: str, made: Mapping[str, Mapping[str, str]]
+) -> None:
+    found = {name: kind for name, kind in made[target].items() if name.startswith("fp8")}
+    assert found.keys() == {"fp8 row_scales", "fp8 decode", "fp8 quantize_rows", "fp8 product"}
+    assert set(found.values()) == {"cubin"}
+
+
+@pytest.mark.parametrize("target", ["cuda:80:32", "cuda:86:32"])
+def test_older_gpus_have_no_8_bit_floats(target: str, made: Mapping[str, Mapping[str, str]]) -> None:
+    assert "fp8e4nv not supported in this architecture" in made[target]["fp8"]

@@ -167,7 +167,9 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
             self._optimizer = make_optimizer(optimizer, self._flat)
             self._fused = fused.try_attach(self._loaded, self._flat, self._compute, self._device)
             if self._compute.fp8_products and isinstance(self._fused, fused.Refusal):
-                raise fused.fp8_refused(self._fused.reason)
+                reason = self._fused.reason
+                self._loaded_without_adapter()
+                raise fused.fp8_refused(reason)
 
     def device_facts(self) -> DeviceFacts:
         base = self._base

@@ -329,7 +329,7 @@ AXOLOTL = Tool(
             hf.ADAMW,
         ),
         no_place("use_eaft eaft_alpha eaft_k ebft", hf.LOSS),
-        no_place("fp8 fp8_config fp8_enable_fsdp_float8_all_gather", "Products are bfloat16, float16 or float32 here."),
+        no_place("fp8 fp8_config fp8_enable_fsdp_float8_all_gather", hf.FP8),
         no_place(
             "qat quantization model_quantization_config model_quantization_config_kwargs use_onebitllms",
             "Formats of the base are those of quantization.weight_format.",

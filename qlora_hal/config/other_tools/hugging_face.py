@@ -34,6 +34,10 @@ OBJECTIVE = "Another objective than supervised fine-tuning."
 LOSS = "The loss here is the plain negative log-likelihood."
 PLAIN_LORA = "Here the adapter is plain LoRA: A and B begin and learn as in its paper."
 FROZEN = "Embeddings and heads stay frozen; adapters are on linear layers."
+FP8 = (
+    "It is another scheme there. quantization.compute_dtype: fp8 makes the products with a 4-bit base in 8-bit floats "
+    "(NVIDIA Ada, Hopper and later)."
+)
 ADAMW = "Here the optimizer is AdamW on an adapter."
 AS_FILES_SAY = "The model is taken as its files say."
 TEXT_MODELS = "Text models are trained here."

@@ -297,7 +297,7 @@ _OWN = table(
         "kt_weight_path kt_non_expert_weight_path",
         "The backend is chosen by backend.name, which --help lists.",
     ),
-    no_place("fp8 fp8_backend fp8_enable_fsdp_float8_all_gather", "Products are bfloat16, float16 or float32 here."),
+    no_place("fp8 fp8_backend fp8_enable_fsdp_float8_all_gather", hf.FP8),
     no_place("use_hyper_parallel hyper_parallel_args", hf.DEVICES),
     no_place(
         "tensor_model_parallel_size pipeline_model_parallel_size expert_model_parallel_size context_parallel_size "

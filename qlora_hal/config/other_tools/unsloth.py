@@ -128,7 +128,7 @@ _OWN = table(
     ),
     no_place(
         "from_pretrained.load_in_fp8 from_pretrained.float8_kv_cache from_pretrained.float32_mixed_precision",
-        "Formats are those of quantization.weight_format, and products bfloat16, float16 or float32.",
+        f"Formats are those of quantization.weight_format. {hf.FP8}",
     ),
     no_place(
         "get_peft_model.qat_scheme from_pretrained.qat_scheme embedding_learning_rate get_chat_template.mapping",

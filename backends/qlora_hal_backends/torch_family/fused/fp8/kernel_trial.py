@@ -17,9 +17,13 @@ from qlora_hal_backends.torch_family.fused.fp8.reference import ReferenceFp8
 ROWS, COLUMNS, INNER = 150, 288, 384
 """More than one tile each way, and parts of one."""
 
-SUM_ERROR = 2.0**-9
-"""Of sums, beside their root mean square: a tensor core may sum 8-bit products with 14 bits. A wrong row, scale or
-element is off by as much as the sum itself."""
+SUM_ERROR = 2.0**-5
+"""Of results, beside their root mean square: a tensor core may sum 8-bit products with 14 bits, and bfloat16 rounds by
+2^-9 of the largest, which are five times as large. A wrong row, scale or element is off by as much as the sum itself, a
+bias or an adapter that is lost by a quarter of it."""
+
+FEW = 1e-3
+"""The share of rounded elements that may be neighbours in E4M3: where decoders differ in a weight's last bit."""
 
 
 @cache
@@ -42,9 +46,16 @@ def differing(operations: Fp8Operations, reference: Fp8Operations, device: torch
 
 def _is_close(found: Tensor, expected: Tensor) -> bool:
     if found.dtype == E4M3:
-        return torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+        return are_neighbours(found.float(), expected.float())
     error = (found.float() - expected.float()).abs().max()
     return bool(error <= SUM_ERROR * expected.float().square().mean().sqrt())
+
+
+def are_neighbours(found: Tensor, expected: Tensor) -> bool:
+    """Whether values of E4M3, given in float32, are the same but for few that are one step away."""
+    differs = found != expected
+    step = (expected.abs() / 8).clamp_min(2.0**-9)
+    return bool(differs.float().mean() <= FEW and ((found - expected).abs() <= step).all())
 
 
 def _results(operations: Fp8Operations, reference: Fp8Operations, device: torch.device) -> Mapping[str, Tensor]:

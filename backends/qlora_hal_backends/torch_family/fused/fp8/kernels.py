@@ -190,7 +190,7 @@ def _finished(
         total *= tl.load(column_scales + column, mask=column < columns, other=0.0)[None, :]
     if RANK_BLOCKS == 1:  # a second loop inside would keep the compiler from joining that of tiles with that of sums
         total = _with_low_rank(total, low_left, low_right, first_row, first_column, 0, BY_RANK)
-    else:
+    elif RANK_BLOCKS > 1:
         for number in tl.range(0, RANK_BLOCKS, num_stages=1):
             rank = number * BLOCK_RANKS
             total = _with_low_rank(total, low_left, low_right, first_row, first_column, rank, BY_RANK)

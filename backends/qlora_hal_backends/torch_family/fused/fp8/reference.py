@@ -45,7 +45,8 @@ class ReferenceFp8:
 
 def _scales(rows: Tensor) -> Tensor:
     largest = rows.abs().amax(dim=1)
-    return torch.where(largest > 0.0, largest / LARGEST, torch.ones_like(largest))
+    # Of tensors: by a number CUDA's torch does not divide, but multiplies with its rounded inverse.
+    return torch.where(largest > 0.0, largest / torch.full_like(largest, LARGEST), torch.ones_like(largest))
 
 
 def _rounded(scaled: Tensor) -> Tensor:

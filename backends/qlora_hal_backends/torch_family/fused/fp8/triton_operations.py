@@ -178,7 +178,8 @@ class TritonFp8:
             BIAS=bias is not None,
             EXACT_SUM=tiles.exact,
             PARTS=tiles.parts,
-            JOINED=tiles.joined,
+            # A tile of float32 on its way out leaves no room for the next one's operands.
+            JOINED=tiles.joined and out.dtype != torch.float32,
             DTYPE=TYPES[out.dtype],
             num_warps=tiles.warps,
             num_stages=tiles.stages,
