@@ -13,6 +13,7 @@ from qlora_hal_oracle.loss import token_losses
 from .adamw import AdamWState, adamw_update, clip_factor, global_norm
 from .arithmetic import EXACT, Arithmetic, ErrorScale, MagnitudeRecorder
 from .arrays import AnyFloat, Float64, TokenBatch
+from .fp8 import Fp8Products
 from .llama import DropoutMasks, OracleLlama
 from .lora import LoraScale
 from .loss import count_tokens, token_loss_gradient, token_loss_sum
@@ -49,7 +50,7 @@ class OracleTrainer:
 
     A window is the list of micro-batches of one optimizer step. Its loss is (sum of token losses over the window) /
     (counted tokens of the window), never a mean of means. Give a `RandomRounding` as `arithmetic` to see what a
-    compute dtype would do to the same run.
+    compute dtype would do to the same run, and `fp8` where products with the frozen base are in 8-bit floats.
     """
 
     def __init__(
@@ -59,9 +60,12 @@ class OracleTrainer:
         adapter: Mapping[str, AnyFloat],
         scale: LoraScale,
         arithmetic: Arithmetic = EXACT,
+        fp8: Fp8Products | None = None,
     ) -> None:
         self._adapter = _as_float64(adapter)
         self.model = OracleLlama(shape, base, self._adapter, scale)
+        if fp8 is not None:
+            self.model.use_fp8(fp8)
         self._optimizer = AdamWState()
         self._arithmetic = arithmetic
 
