@@ -44,7 +44,7 @@ class CommonSettings(TypedDict, total=False):
 
     weight_format: str
     double_quant: bool | None
-    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"]
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32", "fp8"]
 
     max_seq_length: int
     packing: bool

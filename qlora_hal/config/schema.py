@@ -130,11 +130,22 @@ class QuantizationConfig(_Part):
         None, description="Rows that a 16-bit model is calibrated on for a GPTQ format; default: the training rows."
     )
     calibration_rows: PositiveInt = Field(256, description="Maximum number of calibration rows.")
-    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32", "fp8"] = Field(
         "auto",
         description="auto: bfloat16 where a test computation confirms it, else float16 with loss scaling; "
-        "float32 on CPU.",
+        "float32 on CPU. fp8: bfloat16, but products with a dense 4-bit base in 8-bit floats (NVIDIA Ada, Hopper and "
+        "later).",
     )
+
+    @property
+    def dtype(self) -> Literal["auto", "bfloat16", "float16", "float32"]:
+        """What everything but the products with the base computes in."""
+        return "bfloat16" if self.compute_dtype == "fp8" else self.compute_dtype
+
+    @property
+    def fp8_products(self) -> bool:
+        """Whether the products with the base are in 8-bit floats (`Compute.fp8_products`)."""
+        return self.compute_dtype == "fp8"
 
 
 class LoraConfig(_Part):

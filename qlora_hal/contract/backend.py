@@ -213,7 +213,12 @@ class Compute:
     With `gradient_checkpointing`, `recompute` says what of a layer is computed again: all of it from its input
     (`full`), all with the inputs waiting in the host's memory (`offload`), or its feed-forward's products alone
     (`selective`); the others than `full` need Feature.RECOMPUTATION_CHOICE. `base_offload` names the parts of the base
-    that live in the host's memory and reach the device when they are needed (Feature.BASE_OFFLOAD)."""
+    that live in the host's memory and reach the device when they are needed (Feature.BASE_OFFLOAD).
+
+    With `fp8_products`, `dtype` is bfloat16 and the products with the frozen base's linear layers, forward and
+    backward, are of 8-bit floats (E4M3: largest 448, Micikevicius et al. 2022), summed in float32 with the adapter's
+    and rounded once: each row of a weight, of an input and of a gradient has a float32 scale that takes its largest
+    magnitude to 448. The base is the rounded one in both directions (Feature.FP8_PRODUCTS)."""
 
     dtype: ComputeDtype = "float32"
     gradient_checkpointing: bool = False
@@ -222,6 +227,7 @@ class Compute:
     shard_base: bool = False
     recompute: Recompute = "full"
     base_offload: tuple[OffloadedPart, ...] = ()
+    fp8_products: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,6 +102,8 @@ class Feature(StrEnum):
     """A loss of weighted tokens (`Batch.weights`), and `token_losses` to make them from."""
     EXPERTS = "experts"
     """Models with routed experts: each stack of them is a module (`LinearShape.experts`) that can carry LoRA."""
+    FP8_PRODUCTS = "fp8_products"
+    """Products with the frozen base in 8-bit floats (E4M3), in `Compute.fp8_products`."""
 
 
 OPTIMIZER_FEATURE: Mapping[str, Feature | None] = {

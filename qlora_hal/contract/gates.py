@@ -35,6 +35,7 @@ GATES: Mapping[type, Mapping[str, Feature]] = {
         "shard_base": Feature.SHARDED_BASE,
         "recompute": Feature.RECOMPUTATION_CHOICE,
         "base_offload": Feature.BASE_OFFLOAD,
+        "fp8_products": Feature.FP8_PRODUCTS,
     },
     AdapterConfig: {"dropout": Feature.LORA_DROPOUT},
     StepSettings: {},

@@ -49,6 +49,7 @@ def check_served(
         Feature.SHARDED_BASE: compute.shard_base,
         Feature.RECOMPUTATION_CHOICE: compute.recompute != "full",
         Feature.BASE_OFFLOAD: bool(compute.base_offload),
+        Feature.FP8_PRODUCTS: compute.fp8_products,
         Feature.LOAD_PREQUANTIZED: prequantized,
         Feature.QUANTIZE_ON_LOAD: not prequantized and weight_format is not WeightFormat.NONE,
     }

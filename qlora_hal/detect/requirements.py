@@ -30,7 +30,7 @@ def requirements_of(config: RunConfig, facts: ModelFacts) -> Requirements:
         level=level,
         weight_format=weight_format,
         block_size=config.quantization.block_size if stored is None else stored.block_size,
-        compute_dtype=None if config.quantization.compute_dtype == "auto" else config.quantization.compute_dtype,
+        compute_dtype=None if config.quantization.dtype == "auto" else config.quantization.dtype,
         architecture=facts.model_type,
         may_calibrate=stored is None,
     )
@@ -94,6 +94,7 @@ def _features(config: RunConfig, *, quantizes: bool, loads: bool) -> frozenset[F
         (config.training.base_offload not in ((), AUTO), Feature.BASE_OFFLOAD),
         (config.lora.dropout > 0, Feature.LORA_DROPOUT),
         (config.data.packing, Feature.PACKING),
+        (config.quantization.fp8_products, Feature.FP8_PRODUCTS),
     ]
     features = {feature for is_wanted, feature in wanted if is_wanted}
     optimizer = OPTIMIZER_FEATURE[config.training.optim]

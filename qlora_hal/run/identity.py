@@ -200,6 +200,7 @@ def provenance_of(prepared: PreparedRun, resolved: Mapping[str, object]) -> dict
         "token_hashes": dict(prepared.data.hashes),
         "backend_options": dict(prepared.config.backend.options),
         **({"dropout_masks": MASKS} if prepared.config.lora.dropout else {}),
+        **({"fp8_products": True} if resolved["fp8_products"] else {}),
         **_layout_of_experts(base.facts),
         **({"quantized_fingerprint": base.facts.fingerprint} if base.made_from else {}),
         "sequences_per_step": prepared.sequences_per_step,

@@ -363,7 +363,7 @@ def device_kind_of(spec: BackendSpec, report: ProbeReport | None) -> str:
 
 def likely_dtype(config: RunConfig, spec: BackendSpec, report: ProbeReport | None = None) -> ComputeDtype:
     """What `auto` will most likely become; only computing on the device settles it."""
-    asked = config.quantization.compute_dtype
+    asked = config.quantization.dtype
     if asked != "auto":
         return asked
     if report is not None and report.compute_dtype is not None:
@@ -371,15 +371,18 @@ def likely_dtype(config: RunConfig, spec: BackendSpec, report: ProbeReport | Non
     return "bfloat16" if spec.uses_accelerator else "float32"
 
 
-def chosen_dtype(wanted: str, proved: Sequence[str], backend: str) -> str:
-    """The compute dtype: the best that computing proved, or the one asked for. Raises ConfigError QH-N10."""
+def chosen_dtype(wanted: str, proved: Sequence[str], backend: str, *, written: str = "") -> str:
+    """The compute dtype: the best that computing proved, or the one asked for. Raises ConfigError QH-N10, in which
+    `written` is how it was asked for where that is not its name."""
     if wanted == "auto":
         return proved[0]
     if wanted in proved:
         return wanted
+    of_which = f", which is {wanted} but for the products with the base" if written not in ("", wanted) else ""
     raise ConfigError(
         "QH-N10",
-        f"quantization.compute_dtype is {wanted}; on this device {backend} computes {' and '.join(proved)} only.",
+        f"quantization.compute_dtype is {written or wanted}{of_which}; "
+        f"on this device {backend} computes {' and '.join(proved)} only.",
         where="quantization.compute_dtype",
         cause="The hardware does not support it, or computing with it gave wrong numbers.",
         fix=f"Set it to {proved[0]}{' (with loss scaling)' if proved[0] == 'float16' else ''}, or to auto.",

@@ -175,9 +175,10 @@ class Session:
         placement = self._prepared.placement
         compute = Compute(
             dtype=chosen_dtype(  # type: ignore[arg-type]
-                config.quantization.compute_dtype,
+                config.quantization.dtype,
                 self._trainer.proved_compute_dtypes(),
                 resolved_backend.choice.spec.name,
+                written=config.quantization.compute_dtype,
             ),
             gradient_checkpointing=placement.recompute != NONE,
             options=config.backend.options,
@@ -185,6 +186,7 @@ class Session:
             shard_base=self._shards_base(),
             recompute=placement.recompute if placement.recompute != NONE else FULL,  # type: ignore[arg-type]
             base_offload=placement.base_offload,
+            fp8_products=config.quantization.fp8_products,
         )
         if note := pressure_note():
             self._context.console.note(note)
@@ -268,6 +270,7 @@ class Session:
             "block_size": quantization.block_size,
             "double_quant": quantization.double_quant,
             "compute_dtype": compute.dtype,
+            "fp8_products": compute.fp8_products,
             "kernel_path": facts.kernel_path,
             "base_dropout": "off",
             "driver": facts.driver,

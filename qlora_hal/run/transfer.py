@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from qlora_hal.contract.capabilities import OPTIMIZER_FEATURE, Capabilities, WeightFormat
+from qlora_hal.contract.capabilities import OPTIMIZER_FEATURE, Capabilities, Feature, WeightFormat
 from qlora_hal.contract.dropout import MASKS
 from qlora_hal.contract.values import Batch, Float32
 from qlora_hal.errors import CheckpointError
@@ -57,8 +57,11 @@ def transferred_config(
     changes: list[str] = []
     quantization, changed = _transferred_quantization(provenance, capabilities)
     changes += changed
-    dtype = config.quantization.compute_dtype
-    if dtype != "auto" and dtype not in capabilities.compute_dtypes:
+    dtype = config.quantization.dtype
+    if config.quantization.fp8_products and Feature.FP8_PRODUCTS not in capabilities.features:
+        changes.append("fp8 products with the base are made in the compute dtype, which is chosen again")
+        quantization["compute_dtype"] = "auto"
+    elif dtype != "auto" and dtype not in capabilities.compute_dtypes:
         changes.append(f"compute dtype {dtype} is chosen again")
         quantization["compute_dtype"] = "auto"
     optimizer = config.training.optim
@@ -95,10 +98,14 @@ def planned(
 ) -> Transfer | None:
     """What to say when a run goes on elsewhere; None where nothing moved."""
     dtype_before, dtype = provenance.get("compute_dtype"), now["compute_dtype"]
+    in_fp8 = bool(now.get("fp8_products"))
+    products_differ = bool(provenance.get("fp8_products")) != in_fp8
     moved = provenance.get("backend") != now["backend"]
-    if not moved and not changes and dtype_before == dtype:
+    if not moved and not changes and dtype_before == dtype and not products_differ:
         return None
     inexact = list(changes)
+    if products_differ:
+        inexact.append(f"products with the base are {'now' if in_fp8 else 'no longer'} in fp8")
     if dtype_before != dtype:
         inexact.append(f"compute dtype was {dtype_before}, is {dtype}")
     exact = ["adapter", "optimizer moments and step", "learning-rate schedule", "data order and position"]

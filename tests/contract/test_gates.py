@@ -23,6 +23,7 @@ ASKED = {
     Feature.SHARDED_BASE: Compute(shard_base=True),
     Feature.RECOMPUTATION_CHOICE: Compute(gradient_checkpointing=True, recompute="offload"),
     Feature.BASE_OFFLOAD: Compute(base_offload=("layers",)),
+    Feature.FP8_PRODUCTS: Compute("bfloat16", fp8_products=True),
     Feature.LORA_DROPOUT: AdapterConfig(2, 2.0, dropout=0.1),
     Feature.TOKEN_WEIGHTS: replace(BATCH, weights=np.zeros((1, 3), np.float32)),
 }

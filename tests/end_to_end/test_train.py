@@ -187,6 +187,13 @@ def test_dtype_that_computing_disproves_is_refused_and_auto_takes_the_next() -> 
     assert "loss scaling" in refusal.value.fix
 
 
+@pytest.mark.fault("N10")
+def test_fp8_products_are_refused_by_name_where_a_backend_has_none(trained: Trained) -> None:
+    with pytest.raises(UnsupportedFeatureError, match="feature fp8_products") as refusal:
+        trained(quantization__compute_dtype="fp8")
+    assert refusal.value.code == "QH-B01"
+
+
 @pytest.mark.fault("C07")
 def test_target_that_no_module_has_is_refused_with_the_close_names(trained: Trained) -> None:
     with pytest.raises(ModelError, match="q_prj") as refusal:
