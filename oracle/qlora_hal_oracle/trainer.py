@@ -69,6 +69,11 @@ class OracleTrainer:
         self._optimizer = AdamWState()
         self._arithmetic = arithmetic
 
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """How it computes."""
+        return self._arithmetic
+
     def logits(self, batch: TokenBatch) -> Float64:
         """`[batch, time, vocabulary]`, without dropout."""
         return self.model.forward(batch, self._arithmetic).logits
