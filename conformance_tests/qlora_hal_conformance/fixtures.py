@@ -14,7 +14,7 @@ from qlora_hal.contract.capabilities import Feature, WeightFormat
 from qlora_hal.contract.dropout import kept, rows_of
 from qlora_hal.contract.values import Adapter, Batch, Float32, OptimizerSnapshot, StepSettings, StepStats
 from qlora_hal.model.source import ModelSource
-from qlora_hal_conformance.random_inputs import stream, total_tokens
+from qlora_hal_conformance.random_inputs import draw_wide_rows, stream, total_tokens
 from qlora_hal_conformance.subject import Subject
 from qlora_hal_oracle import Arithmetic, Fp8Products, LlamaShape, LoraScale, OracleStep, OracleTrainer
 from qlora_hal_oracle.arithmetic import EXACT
@@ -142,12 +142,14 @@ class Models:
 
     def drawn(self, name: str) -> tuple[LlamaShape, dict[str, Float32]]:
         """Shape and weights. `deep` has `DEEP_SHAPE`; a name with `tied` has a tied head, one with `uneven` widths that
-        blocks do not divide."""
+        blocks do not divide, one with `one layer` no second, one with `wide` rows that differ widely in size."""
         if name not in self._drawn:
             random = stream(self.seed, f"model/{name}")
             shape = UNEVEN_SHAPE if "uneven" in name else SHAPES[int(random.integers(len(SHAPES)))]
             shape = DEEP_SHAPE if name == "deep" else tied(shape) if "tied" in name else shape
-            self._drawn[name] = shape, draw_tensors(shape, random)
+            shape = replace(shape, num_hidden_layers=1) if "one layer" in name else shape
+            wide = "wide" in name
+            self._drawn[name] = draw_wide_rows(random, shape) if wide else (shape, draw_tensors(shape, random))
         return self._drawn[name]
 
     def define(self, name: str, shape: LlamaShape, tensors: dict[str, Float32], config: Config | None = None) -> None:

@@ -188,11 +188,9 @@ ZERO_ROWS = 3
 """So many rows of each weight, from the second on in steps of seven, and the embedding of the first ordinary token."""
 
 
-def draw_wide_rows(
-    random: np.random.Generator, shape: LlamaShape, layers: int
-) -> tuple[LlamaShape, dict[str, Float32]]:
+def draw_wide_rows(random: np.random.Generator, shape: LlamaShape) -> tuple[LlamaShape, dict[str, Float32]]:
     """A model of which the rows of weights and of embeddings differ widely in size, and some are zeros."""
-    wide = replace(shape, num_hidden_layers=layers, rms_norm_eps=WIDE_EPSILON)
+    wide = replace(shape, rms_norm_eps=WIDE_EPSILON)
     tensors = draw_tensors(wide, random)
     linears = {f"{module}.weight" for module in linear_shapes(wide)}
     for name in (*sorted(linears), EMBEDDING):

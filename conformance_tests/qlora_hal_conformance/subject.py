@@ -7,7 +7,7 @@ import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
-from qlora_hal.contract.backend import BackendSpec, Compute, ProbeReport, QuantizedLoRATrainer
+from qlora_hal.contract.backend import BackendSpec, ProbeReport, QuantizedLoRATrainer
 from qlora_hal.contract.capabilities import Capabilities, Feature, WeightFormat
 from qlora_hal.errors import BackendContractError
 from qlora_hal.formats.catalogue import record_of
@@ -144,22 +144,12 @@ class Subject:
         return open_trainer(self.spec, self.combination.options if self.combination is not None else None)
 
     def with_proof(self) -> Subject:
-        """Ask the device which compute dtypes it has, and whether products in 8-bit floats; the first heavy import."""
+        """Ask the device which compute dtypes it has; the first heavy import."""
         trainer = self.open()
         try:
-            proved = replace(self, proved_dtypes=tuple(trainer.proved_compute_dtypes()))
+            return replace(self, proved_dtypes=tuple(trainer.proved_compute_dtypes()))
         finally:
             trainer.close()
-        lacks = self.declares(Feature.FP8_PRODUCTS) and not has_fp8_products(proved)
-        return replace(proved, lacking=frozenset({Feature.FP8_PRODUCTS} if lacks else ()))
-
-
-def has_fp8_products(subject: Subject) -> bool:
-    """Whether the device loads a model for products in 8-bit floats. One that cannot says so in an
-    UnsupportedFeatureError; what goes wrong otherwise is for the cases to show."""
-    from qlora_hal_conformance.smallest_model import loads
-
-    return loads(subject, Compute("bfloat16", fp8_products=True))
 
 
 def import_subject(reference: Reference) -> Subject:

@@ -43,7 +43,7 @@ def test_each_row_has_its_own_scale_and_zeros_have_one() -> None:
 def test_gradient_is_that_of_the_product_with_the_rounded_weight() -> None:
     """With inputs and gradients as they are, gradients are those of a model whose base is the rounded one."""
     random = np.random.default_rng(1)
-    shape, tensors = draw_wide_rows(random, SHAPES[0], 1)
+    shape, tensors = draw_wide_rows(random, SHAPES[0])
     adapter, batch = draw_adapter(random, shape, rank=4), draw_batch(random, shape)
     scale = LoraScale(adapter.config.alpha, adapter.config.r)
     weights = Fp8Products(inputs=False, gradients=False)
@@ -60,7 +60,7 @@ def test_gradient_is_that_of_the_product_with_the_rounded_weight() -> None:
 def test_a_product_is_the_sum_of_the_rounded_rows() -> None:
     """Forward and back, element by element as the contract writes them; the adapter's path sees no rounding."""
     random = np.random.default_rng(2)
-    shape, tensors = draw_wide_rows(random, SHAPES[0], 1)
+    shape, tensors = draw_wide_rows(random, SHAPES[0])
     adapter = draw_adapter(random, shape, rank=4)
     scale = LoraScale(adapter.config.alpha, adapter.config.r)
     model = OracleTrainer(shape, tensors, adapter.tensors, scale, fp8=Fp8Products()).model

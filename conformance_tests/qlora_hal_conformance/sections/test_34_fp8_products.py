@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -21,7 +21,6 @@ from qlora_hal_conformance.random_inputs import (
     draw_adapter,
     draw_batch,
     draw_packed,
-    draw_wide_rows,
     draw_window,
     rows_of,
     with_zero,
@@ -36,7 +35,7 @@ from qlora_hal_conformance.tolerances import (
     young_update,
 )
 from qlora_hal_oracle import UNIT_ROUNDOFF, DropoutMasks, Fp8Products, LlamaShape, OracleTrainer, RandomRounding
-from qlora_hal_oracle.random_models import SHAPES, draw_tensors, linear_shapes
+from qlora_hal_oracle.random_models import linear_shapes
 
 pytestmark = pytest.mark.needs(Feature.FP8_PRODUCTS, "bfloat16")
 
@@ -47,8 +46,10 @@ ROWS, LENGTH = 8, 48
 """So many tokens tell what a rounding does from what bfloat16 does."""
 RATE, STEPS = 2e-3, 8
 EVALUATED_ROWS, EVALUATED_LENGTH = 64, 12
-TINY_RATE, TINY_STEPS, HELD_OUT = 1.5e-5, 4, 12
+TINY_RATE, TINY_STEPS = 1.5e-5, 4
+HELD_OUT = 12
 K, M = 2, 2
+WIDE = {1: "wide, one layer", 2: "wide"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +136,10 @@ def test_a_young_adapter_is_not_lost(
     """Its product is far below the last digit of the output, and must show all the same: it is added before the one
     rounding. It stands on the last linear layer, where no E4M3 rounding comes after it that would drown it. Rows of
     one size: what is added to a small number is not small beside it."""
-    shape = replace(SHAPES[0], num_hidden_layers=1)
-    opened.models.define("young", shape, draw_tensors(shape, seeded))
+    shape, _ = opened.models.drawn("one layer")
     last = [module for module in linear_shapes(shape) if module.endswith("down_proj")]
     ready = opened(
-        "young",
+        "one layer",
         dtype=DTYPE,
         fp8_products=True,
         adapter=with_zero(draw_adapter(seeded, shape, rank=4, targets=last), "B"),
@@ -164,13 +164,12 @@ def test_first_steps_signs_beside_bfloat16(
 ) -> None:
     """At B = 0 AdamW's first step is a sign. How many entries of B start the other way than with products in bfloat16,
     and how far their gradients are apart, is what the 8-bit roundings explain."""
-    shape, tensors = draw_wide_rows(seeded, SHAPES[0], 2)
-    opened.models.define("wide", shape, tensors)
+    shape, _ = opened.models.drawn(WIDE[2])
     adapter = with_zero(draw_adapter(seeded, shape, rank=8), "B")
     window = [draw_batch(seeded, shape, lengths=(LENGTH,) * ROWS)]
     found, references = [], []
     for fp8_products in (True, False):
-        ready = opened("wide", dtype=DTYPE, fp8_products=fp8_products, adapter=adapter)
+        ready = opened(WIDE[2], dtype=DTYPE, fp8_products=fp8_products, adapter=adapter)
         found.append(_of_b(ready.trained_gradient(window)))
         references.append(oracle(ready))
     bounds = start_signs(references[0], references[1], window, DTYPE)
@@ -182,12 +181,11 @@ def test_first_steps_signs_beside_bfloat16(
 
 def test_loss_curve_lies_beside_that_of_bfloat16(opened: Opener, seeded: np.random.Generator, judging: Judge) -> None:
     """The same run with products in bfloat16 ends as low, up to what the roundings do to the oracle's."""
-    shape, tensors = draw_wide_rows(seeded, SHAPES[0], 1)
-    opened.models.define("wide", shape, tensors)
+    shape, _ = opened.models.drawn(WIDE[1])
     adapter, windows = with_zero(draw_adapter(seeded, shape, rank=4), "B"), [draw_window(seeded, shape) for _ in "ab"]
     curves = {}
-    for fp8_products in (True, False):
-        ready = opened("wide", dtype=DTYPE, fp8_products=fp8_products, adapter=adapter)
+    for fp8_products in (False, True):
+        ready = opened(WIDE[1], dtype=DTYPE, fp8_products=fp8_products, adapter=adapter)
         curves[fp8_products] = [ready.step(windows[n % 2], RATE).loss for n in range(STEPS)]
     base = ready.own_base()
 
@@ -203,13 +201,12 @@ def test_loss_curve_lies_beside_that_of_bfloat16(opened: Opener, seeded: np.rand
 
 def test_a_resumed_run_goes_on(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     """Bit for bit where that is declared: the base's 8-bit numbers are the same in every trainer."""
-    shape, tensors = draw_wide_rows(seeded, SHAPES[0], 2)
-    opened.models.define("wide", shape, tensors)
+    shape, _ = opened.models.drawn(WIDE[2])
     adapter, windows = draw_adapter(seeded, shape, rank=4), [draw_window(seeded, shape) for _ in range(K + M)]
-    through, stopped = (opened("wide", dtype=DTYPE, fp8_products=True, adapter=adapter) for _ in range(2))
+    through, stopped = (opened(WIDE[2], dtype=DTYPE, fp8_products=True, adapter=adapter) for _ in range(2))
     _train(through, windows)
     _train(stopped, windows[:K])
-    resumed = opened("wide", dtype=DTYPE, fp8_products=True, adapter=stopped.trainer.export_adapter())
+    resumed = opened(WIDE[2], dtype=DTYPE, fp8_products=True, adapter=stopped.trainer.export_adapter())
     resumed.trainer.import_optimizer(stopped.trainer.export_optimizer())
     _train(resumed, windows[K:])
     found, expected = (ready.trainer.export_adapter().tensors for ready in (resumed, through))
@@ -223,10 +220,11 @@ def test_a_resumed_run_goes_on(opened: Opener, oracle: OracleOf, seeded: np.rand
 
 # what the cases share -------------------------------------------------------------------------------------------------
 def _opened(opened: Opener, seeded: np.random.Generator, way: Way, *, layers: int) -> tuple[LlamaShape, Opened]:
-    shape, tensors = draw_wide_rows(seeded, SHAPES[int(seeded.integers(len(SHAPES)))], layers)
-    opened.models.define("wide", shape, tensors)
+    shape, _ = opened.models.drawn(WIDE[layers])
     adapter = draw_adapter(seeded, shape, rank=8, dropout=DROP if way.dropout else 0.0)
-    return shape, opened("wide", dtype=DTYPE, fp8_products=True, checkpointing=way.recomputing or None, adapter=adapter)
+    return shape, opened(
+        WIDE[layers], dtype=DTYPE, fp8_products=True, checkpointing=way.recomputing or None, adapter=adapter
+    )
 
 
 def _judge_logits(ready: Opened, reference: OracleTrainer, batch: Batch, judging: Judge) -> None:

@@ -1,4 +1,4 @@
-"""A drawn model of one layer, to ask a device whether it serves a way of computing."""
+"""Features that a backend declares and a device may lack: asked with a drawn model of one layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ from qlora_hal_conformance.subject import Subject
 from qlora_hal_oracle.random_models import SHAPES, draw_tensors, write_model, write_quantized
 
 
-def loads(subject: Subject, compute: Compute) -> bool:
+def with_device_features(subject: Subject) -> Subject:
+    """The subject, told which of its declared features this device lacks. One is: products in 8-bit floats."""
+    asked = {Feature.FP8_PRODUCTS: Compute("bfloat16", fp8_products=True)}
+    declared = [feature for feature in asked if subject.declares(feature)]
+    return replace(subject, lacking=frozenset(f for f in declared if not _loads(subject, asked[f])))
+
+
+def _loads(subject: Subject, compute: Compute) -> bool:
     """False where loading is refused by an UnsupportedFeatureError. Another error is no answer: it counts as served."""
     shape = replace(SHAPES[0], num_hidden_layers=1)
     tensors = draw_tensors(shape, np.random.default_rng(0))
