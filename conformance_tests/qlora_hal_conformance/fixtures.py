@@ -21,6 +21,7 @@ from qlora_hal_oracle.arithmetic import EXACT
 from qlora_hal_oracle.arrays import Float64
 from qlora_hal_oracle.random_models import (
     DEEP_SHAPE,
+    LONG_SHAPE,
     SHAPES,
     UNEVEN_SHAPE,
     Config,
@@ -142,10 +143,12 @@ class Models:
 
     def drawn(self, name: str) -> tuple[LlamaShape, dict[str, Float32]]:
         """Shape and weights. `deep` has `DEEP_SHAPE`; a name with `tied` has a tied head, one with `uneven` widths that
-        blocks do not divide, one with `one layer` no second, one with `wide` rows that differ widely in size."""
+        blocks do not divide, one with `one layer` no second, one with `wide` rows that differ widely in size;
+        `long` has `LONG_SHAPE`."""
         if name not in self._drawn:
             random = stream(self.seed, f"model/{name}")
             shape = UNEVEN_SHAPE if "uneven" in name else SHAPES[int(random.integers(len(SHAPES)))]
+            shape = LONG_SHAPE if name == "long" else shape
             shape = DEEP_SHAPE if name == "deep" else tied(shape) if "tied" in name else shape
             shape = replace(shape, num_hidden_layers=1) if "one layer" in name else shape
             wide = "wide" in name

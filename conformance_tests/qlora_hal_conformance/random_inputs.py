@@ -29,6 +29,7 @@ PACKINGS: Mapping[str, Sequence[Sequence[int]]] = {
 }
 """Lengths of the samples of each packed row. Attention takes other kernels for long rows, and masks are cut by the
 number of samples and of rows."""
+LONG_ROW = 512
 SHORT_PACKINGS = ("several_rows", "ten_samples")
 
 
@@ -201,6 +202,11 @@ def draw_wide_rows(random: np.random.Generator, shape: LlamaShape) -> tuple[Llam
         tensors[name][1 : 1 + 7 * ZERO_ROWS : 7] = 0.0
     tensors[EMBEDDING][FIRST_ORDINARY_TOKEN] = 0.0
     return wide, tensors
+
+
+def model_for(lengths: Sequence[int]) -> str:
+    """The model for rows of these lengths: one of few heads where a row is long."""
+    return "long" if max(lengths) > LONG_ROW else "main"
 
 
 def with_zero(adapter: Adapter, half: str) -> Adapter:

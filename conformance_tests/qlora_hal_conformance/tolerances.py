@@ -157,7 +157,7 @@ def is_coarse(dtype: str) -> bool:
 def logits_noise(oracle: OracleTrainer, batch: TokenBatch, dtype: str) -> Bound:
     """The 2-norm of what rounding does to all logits that are not padding: 3 times that of a randomly rounded run."""
     real = batch.segment_ids != 0
-    rounded = oracle.model.forward(batch, RandomRounding(UNIT_ROUNDOFF[dtype], seed=0)).logits
+    rounded = oracle.rounded_logits(batch, UNIT_ROUNDOFF[dtype])
     apart = (rounded - oracle.logits(batch))[real]
     return Bound(NOISE_WIDENING * float(np.linalg.norm(apart)), f"3 |error of a run rounded at random to {dtype}|")
 
@@ -172,10 +172,8 @@ def gradient_noise(
 ) -> dict[str, Bound]:
     """The same for each tensor's gradient: 3 times its own error in a randomly rounded run, or the part of its norm
     that rounding takes of all gradients together, where that is more: one tensor's may be small by luck."""
-    exact, rounded = (
-        oracle.window_gradients(window, masks=masks, denominator=denominator, arithmetic=arithmetic).gradients
-        for arithmetic in (None, RandomRounding(UNIT_ROUNDOFF[dtype], seed=0))
-    )
+    exact = oracle.window_gradients(window, masks=masks, denominator=denominator).gradients
+    rounded = oracle.rounded_gradients(window, UNIT_ROUNDOFF[dtype], masks=masks, denominator=denominator)
     apart = {name: float(np.linalg.norm(rounded[name] - exact[name])) for name in exact}
     part = math.hypot(*apart.values()) / max(global_norm(exact), float(np.finfo(np.float64).tiny))
     return {
@@ -222,7 +220,7 @@ def _token_noise(oracle: OracleTrainer, window: Sequence[TokenBatch], dtype: str
     """The 2-norm of the error of each counted token's loss in a randomly rounded run."""
     apart = []
     for batch in window:
-        rounded = oracle.model.forward(batch, RandomRounding(UNIT_ROUNDOFF[dtype], seed=0)).logits
+        rounded = oracle.rounded_logits(batch, UNIT_ROUNDOFF[dtype])
         apart.append(float(np.linalg.norm(token_losses(rounded, batch.labels) - oracle.token_losses(batch))))
     return math.hypot(*apart)
 

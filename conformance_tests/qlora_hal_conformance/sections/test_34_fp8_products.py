@@ -126,8 +126,9 @@ def test_rows_of_packed_samples(
 ) -> None:
     shape, ready = _opened(opened, seeded, Way(), layers=1)
     batch = draw_packed(seeded, shape, rows)
-    _judge_logits(ready, oracle(ready), batch, judging)
-    _judge_gradients(ready, oracle(ready), [batch], judging)
+    reference = oracle(ready)
+    _judge_logits(ready, reference, batch, judging)
+    _judge_gradients(ready, reference, [batch], judging)
 
 
 def test_a_young_adapter_is_not_lost(
