@@ -24,6 +24,9 @@ RUN_SECTIONS = ("30", "31", "35", "40", "41", "43", "50")
 """Where the cases about one run's combination are: those of the suite whose needs are the run's, and one section that
 judges everything together and belongs to no certificate."""
 
+FP8_SECTIONS = ("34",)
+"""Where they are for a run whose products are in 8-bit floats: the other sections' bounds know nothing of them."""
+
 EARLIER_REVISIONS = (
     ("1", "0c36b05f01bad756058822fca57db8616083e761ff1033b0c5e7194b2097ec0b"),
     ("2", "eaa24402a41d012badace814da284e2ba544d6bd17e3ac9d8d74d2a6774a380d"),
@@ -31,6 +34,7 @@ EARLIER_REVISIONS = (
     ("4", "ee1fbe335b8d1e5d2fe8b7d559300caa8ce950459fadc5df321f095f10dc4702"),
     ("5", "501ec27f3062df29c896afccf8d284c0e2cde131b8535716ff4b94108ffeee3b"),
     ("6", "d5b7b1c8e990bc09d21460941fa41fcb77e417833be2cbe0c14e43ee26b1538c"),
+    ("7", "1d7a41c8a6b24399c3a5d9302b8afcf7fdd3005111de3f5e72039ec4a69f39bc"),
 )
 """Each published revision before the present one, with the SHA-256 of its suite. A certificate of one is checked
 against that revision's list of cases."""
@@ -40,7 +44,7 @@ CONTRACT_OF_EARLIER = {"1": 1, "2": 1}
 
 LEVELS: dict[str, tuple[str, ...]] = {
     "L0": ("10", "11"),
-    "L1": ("20", "30", "31", "32", "33"),
+    "L1": ("20", "30", "31", "32", "33", "34"),
     "L2": ("40", "41", "42", "43", "44", "45", "46", "47", "48"),
     "L3": ("50", "51", "52"),
     "L4": ("60", "70", "80", "85", "90", "91", "95"),

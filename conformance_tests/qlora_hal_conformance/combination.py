@@ -56,6 +56,7 @@ class Combination:
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
+    fp8_products: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -88,6 +89,7 @@ class Combination:
             Feature.GRADIENT_CHECKPOINTING: self.gradient_checkpointing,
             Feature.LORA_DROPOUT: self.dropout > 0.0,
             Feature.PACKING: self.packing,
+            Feature.FP8_PRODUCTS: self.fp8_products,
         }
         optimizer = OPTIMIZER_FEATURE[self.optimizer]
         wanted = {feature for feature, is_asked in asked.items() if is_asked}
@@ -128,7 +130,8 @@ def judged_in_words(combination: Combination, dtype: str) -> list[str]:
     lines = [
         f"a drawn model of {c.family}" if c.family in JUDGED_FAMILIES else "a drawn Llama",
         f"base weights: {c.weight_format}{blocks}{doubled}, {came}",
-        f"computing in {dtype or 'a dtype that was not found out'}{chosen}",
+        f"computing in {dtype or 'a dtype that was not found out'}{chosen}"
+        + (", products with the base in 8-bit floats" if c.fp8_products else ""),
         f"adapter: rank {c.judged_rank}, {scale} = {_scale(c):g}, on {targets}",
         f"dropout: {c.dropout:g}" if c.dropout else "no dropout",
         "several samples packed into a row" if c.packing else "one sample in each row",
@@ -156,6 +159,8 @@ def not_judged_in_words(combination: Combination) -> list[str]:
         lines.append(f"windows of {c.accumulation} x {c.batch_size} rows: fewer were judged")
     if c.row_length > MOST_TOKENS:
         lines.append(f"rows of {MOST_TOKENS + 1} to {c.row_length} tokens")
+    if c.fp8_products:
+        lines.append("the run's own adapter and window: products in 8-bit floats are judged by section 34 alone")
     if not c.has_exact_moments:
         lines.append("every number of an 8-bit moment: whether it learns, and how far a resumed run drifts")
     return [*lines, "data, chat template and tokenizer", "memory, and how fast it is", "answers (generation)"]

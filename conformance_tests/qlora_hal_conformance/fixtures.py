@@ -14,12 +14,14 @@ from qlora_hal.contract.capabilities import Feature, WeightFormat
 from qlora_hal.contract.dropout import kept, rows_of
 from qlora_hal.contract.values import Adapter, Batch, Float32, OptimizerSnapshot, StepSettings, StepStats
 from qlora_hal.model.source import ModelSource
-from qlora_hal_conformance.random_inputs import stream, total_tokens
+from qlora_hal_conformance.random_inputs import draw_wide_rows, stream, total_tokens
 from qlora_hal_conformance.subject import Subject
-from qlora_hal_oracle import LlamaShape, LoraScale, OracleStep, OracleTrainer
+from qlora_hal_oracle import Arithmetic, Fp8Products, LlamaShape, LoraScale, OracleStep, OracleTrainer
+from qlora_hal_oracle.arithmetic import EXACT
 from qlora_hal_oracle.arrays import Float64
 from qlora_hal_oracle.random_models import (
     DEEP_SHAPE,
+    LONG_SHAPE,
     SHAPES,
     UNEVEN_SHAPE,
     Config,
@@ -91,7 +93,8 @@ class Opened:
         """The float64 reference on the backend's own weights, so that format error and arithmetic error stay apart."""
         given = adapter or self.adapter
         assert given is not None
-        return make_oracle(self.model.shape, self.own_base(), given)
+        fp8 = Fp8Products() if self.compute.fp8_products else None
+        return make_oracle(self.model.shape, self.own_base(), given, fp8=fp8)
 
 
 def placed(window: Sequence[Batch]) -> list[Batch]:
@@ -104,9 +107,16 @@ def placed(window: Sequence[Batch]) -> list[Batch]:
     return found
 
 
-def make_oracle(shape: LlamaShape, base: Mapping[str, Float32], adapter: Adapter) -> OracleTrainer:
-    config = adapter.config
-    return OracleTrainer(shape, base, adapter.tensors, LoraScale(config.alpha, config.r, config.use_rslora))
+def make_oracle(
+    shape: LlamaShape,
+    base: Mapping[str, Float32],
+    adapter: Adapter,
+    arithmetic: Arithmetic = EXACT,
+    *,
+    fp8: Fp8Products | None = None,
+) -> OracleTrainer:
+    scale = LoraScale(adapter.config.alpha, adapter.config.r, adapter.config.use_rslora)
+    return OracleTrainer(shape, base, adapter.tensors, scale, arithmetic, fp8)
 
 
 def oracle_step(oracle: OracleTrainer, window: Sequence[Batch], learning_rate: float, **settings: object) -> OracleStep:
@@ -133,12 +143,16 @@ class Models:
 
     def drawn(self, name: str) -> tuple[LlamaShape, dict[str, Float32]]:
         """Shape and weights. `deep` has `DEEP_SHAPE`; a name with `tied` has a tied head, one with `uneven` widths that
-        blocks do not divide."""
+        blocks do not divide, one with `one layer` no second, one with `wide` rows that differ widely in size;
+        `long` has `LONG_SHAPE`."""
         if name not in self._drawn:
             random = stream(self.seed, f"model/{name}")
             shape = UNEVEN_SHAPE if "uneven" in name else SHAPES[int(random.integers(len(SHAPES)))]
+            shape = LONG_SHAPE if name == "long" else shape
             shape = DEEP_SHAPE if name == "deep" else tied(shape) if "tied" in name else shape
-            self._drawn[name] = shape, draw_tensors(shape, random)
+            shape = replace(shape, num_hidden_layers=1) if "one layer" in name else shape
+            wide = "wide" in name
+            self._drawn[name] = draw_wide_rows(random, shape) if wide else (shape, draw_tensors(shape, random))
         return self._drawn[name]
 
     def define(self, name: str, shape: LlamaShape, tensors: dict[str, Float32], config: Config | None = None) -> None:
@@ -207,6 +221,7 @@ class Opener:
         double_quant: bool | None = None,
         dtype: str | None = None,
         checkpointing: bool | None = None,
+        fp8_products: bool | None = None,
         adapter: Adapter | None = None,
         optimizer: str = "adamw",
         prequantized: bool | None = None,
@@ -223,7 +238,10 @@ class Opener:
         dtype = dtype or self.main_dtype
         if checkpointing is None:
             checkpointing = run is not None and run.gradient_checkpointing
-        compute = Compute(dtype, checkpointing, run.options if run is not None else {})  # type: ignore[arg-type]
+        if fp8_products is None:
+            fp8_products = run is not None and run.fp8_products
+        options = run.options if run is not None else {}
+        compute = Compute(dtype, checkpointing, options, fp8_products=fp8_products)  # type: ignore[arg-type]
         if prequantized is None:
             on_load = self.subject.declares(Feature.QUANTIZE_ON_LOAD)
             prequantized = chosen is not WeightFormat.NONE and not on_load
@@ -233,7 +251,8 @@ class Opener:
         trainer.load(source, quantization, compute)
         block = f"/{quantization.block_size}" if quantization.block_size else ""
         family = "" if source.facts.model_type == PLAIN else f" of {source.facts.model_type}"
-        self.ran.add(f"{chosen.value}{block}{'+double_quant' if double_quant else ''} in {dtype}{family}")
+        named = "fp8" if fp8_products else dtype
+        self.ran.add(f"{chosen.value}{block}{'+double_quant' if double_quant else ''} in {named}{family}")
         opened = Opened(trainer, model, quantization, dtype, compute=compute)
         if adapter is not None:
             opened.attach(adapter, optimizer)

@@ -12,7 +12,7 @@ from pathlib import Path
 from qlora_hal.errors import ConfigError
 from qlora_hal.files import strict_json
 from qlora_hal.files.replacing import replace_file
-from qlora_hal_conformance.catalogue import RUN_SECTIONS, RUN_SECTIONS_FOLDER, SECTIONS_FOLDER
+from qlora_hal_conformance.catalogue import FP8_SECTIONS, RUN_SECTIONS, RUN_SECTIONS_FOLDER, SECTIONS_FOLDER
 from qlora_hal_conformance.certificate import HASH_FIELD, OF_A_RUN, SCHEMA, Document, content_hash
 from qlora_hal_conformance.combination import AUTO, Combination, judged_in_words, not_judged_in_words
 from qlora_hal_conformance.conformance_run import (
@@ -81,7 +81,7 @@ def judge_run(options: ForOptions) -> tuple[int, Document]:
             reference=run.reference,
             seed=seed,
             folder=folder,
-            sections=RUN_SECTIONS,
+            sections=FP8_SECTIONS if run.combination.fp8_products else RUN_SECTIONS,
             keyword=options.keyword,
             timeout_seconds=options.timeout_seconds,
             combination=run.combination,

@@ -64,7 +64,8 @@ def _of_folder(folder: Path, given: Reference | None) -> JudgedRun:
     config, recorded = read_run_config(folder), _part(read_run_file(folder), "resolved")
     if recorded:
         settings: dict[str, Any] = {"backend": {"name": recorded["backend"]}, "quantization": {}}
-        settings["quantization"]["compute_dtype"] = recorded["compute_dtype"]
+        in_fp8 = bool(recorded.get("fp8_products"))
+        settings["quantization"]["compute_dtype"] = "fp8" if in_fp8 else recorded["compute_dtype"]
         config = config.model_copy(
             update={group: getattr(config, group).model_copy(update=values) for group, values in settings.items()}
         )
@@ -129,7 +130,8 @@ def _combination(
     kinds = {name.rpartition(".")[2] for name in targets}
     made = Combination(
         weight_format=quantization.weight_format.value,
-        dtype=config.quantization.compute_dtype,
+        dtype=config.quantization.dtype,
+        fp8_products=config.quantization.fp8_products,
         family=facts.model_type,
         block_size=quantization.block_size,
         double_quant=quantization.double_quant,

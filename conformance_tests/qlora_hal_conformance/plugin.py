@@ -20,6 +20,7 @@ import pytest
 from qlora_hal.contract.backend import QuantizedLoRATrainer
 from qlora_hal_conformance.assertions import Judge
 from qlora_hal_conformance.catalogue import case_id
+from qlora_hal_conformance.device_features import with_device_features
 from qlora_hal_conformance.fixtures import Models, Opened, Opener
 from qlora_hal_conformance.journal import Journal, result_as_json
 from qlora_hal_conformance.random_inputs import stream
@@ -179,7 +180,7 @@ def _imported(request: Request) -> Subject:
 
 def _prove(config: pytest.Config) -> Subject:
     imported = config.stash.get(_SUBJECT, None) or _imported(config.stash[_REQUEST])
-    proved = imported.with_proof()
+    proved = with_device_features(imported.with_proof())
     config.stash[_SUBJECT] = proved
     config.stash[_JOURNAL].write("subject", spec=spec_record(proved))
     return proved

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key
 from qlora_hal.contract.values import IGNORE_LABEL, PADDING_SEGMENT, Adapter, AdapterConfig, Batch, Float32, Int32
 from qlora_hal_oracle import LlamaShape
-from qlora_hal_oracle.random_models import FIRST_ORDINARY_TOKEN, linear_shapes
+from qlora_hal_oracle.random_models import EMBEDDING, FIRST_ORDINARY_TOKEN, draw_tensors, linear_shapes
 
 RANKS = (2, 4, 8)
 SCALES = (0.75, 1.5, 3.0)
@@ -29,6 +29,7 @@ PACKINGS: Mapping[str, Sequence[Sequence[int]]] = {
 }
 """Lengths of the samples of each packed row. Attention takes other kernels for long rows, and masks are cut by the
 number of samples and of rows."""
+LONG_ROW = 512
 SHORT_PACKINGS = ("several_rows", "ten_samples")
 
 
@@ -179,6 +180,33 @@ def attentive(tensors: Mapping[str, Float32]) -> dict[str, Float32]:
         name: (tensor * np.float32(factors.get(name.split(".")[-2], 1.0))).astype(np.float32)
         for name, tensor in tensors.items()
     }
+
+
+WIDE_EPSILON = 1e-2
+"""Next to it the mean square of a small embedding is nothing: such rows stay small behind a norm."""
+WEIGHT_OCTAVES, EMBEDDING_OCTAVES = 6, 8
+ZERO_ROWS = 3
+"""So many rows of each weight, from the second on in steps of seven, and the embedding of the first ordinary token."""
+
+
+def draw_wide_rows(random: np.random.Generator, shape: LlamaShape) -> tuple[LlamaShape, dict[str, Float32]]:
+    """A model of which the rows of weights and of embeddings differ widely in size, and some are zeros."""
+    wide = replace(shape, rms_norm_eps=WIDE_EPSILON)
+    tensors = draw_tensors(wide, random)
+    linears = {f"{module}.weight" for module in linear_shapes(wide)}
+    for name in (*sorted(linears), EMBEDDING):
+        octaves = WEIGHT_OCTAVES if name in linears else EMBEDDING_OCTAVES
+        sizes = 2.0 ** -random.integers(0, octaves + 1, (len(tensors[name]), 1)).astype(np.float64)
+        tensors[name] = (tensors[name] * sizes).astype(np.float32)
+    for name in linears:
+        tensors[name][1 : 1 + 7 * ZERO_ROWS : 7] = 0.0
+    tensors[EMBEDDING][FIRST_ORDINARY_TOKEN] = 0.0
+    return wide, tensors
+
+
+def model_for(lengths: Sequence[int]) -> str:
+    """The model for rows of these lengths: one of few heads where a row is long."""
+    return "long" if max(lengths) > LONG_ROW else "main"
 
 
 def with_zero(adapter: Adapter, half: str) -> Adapter:

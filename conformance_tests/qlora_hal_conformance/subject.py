@@ -56,7 +56,7 @@ class Reference:
 class Subject:
     """An imported spec, and the compute dtypes its device proved. Where one run is judged, `combination` says how it
     opens trainers. `devices` is how many the probe found; 0 where ranks share one, as on a CPU, or where it cannot
-    tell."""
+    tell. `lacking` are declared features that this device does not have."""
 
     reference: Reference
     spec: BackendSpec
@@ -64,6 +64,7 @@ class Subject:
     proved_dtypes: tuple[str, ...] = ()
     combination: Combination | None = None
     devices: int = 0
+    lacking: frozenset[Feature] = frozenset()
 
     @property
     def capabilities(self) -> Capabilities:
@@ -123,6 +124,8 @@ class Subject:
             return Claim.OPEN
         if not all(self.declares(need) for need in needs):
             return Claim.UNDECLARED
+        if any(need in self.lacking for need in needs if isinstance(need, Feature)):
+            return Claim.NARROWED
         dtypes = [need for need in needs if type(need) is str]
         if self.proved_dtypes and any(dtype not in self.proved_dtypes for dtype in dtypes):
             return Claim.NARROWED

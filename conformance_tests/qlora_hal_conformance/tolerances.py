@@ -8,7 +8,7 @@ k = length of the longest reduction on the way, depth = number of products that 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -51,6 +51,14 @@ YOUNG_UPDATE_SHORTFALL = 0.5
 """The largest part of the exact change of the logits that the compute dtype may hide. Added onto an output that is
 already rounded, an update below half a unit in the last place loses most of its effect (74 to 98 % seen); added before,
 it loses none in the mean. The bound lies half-way: rounding's own noise was 5 to 7 % over the tokens of the case."""
+
+OPERAND_SHORTFALL = 0.5
+"""The largest part of an operand's rounding to E4M3 that may be missing, of what survives a randomly rounded run. An
+honest program has 0.8 to 1.3 of that, one that rounds elsewhere or not at all has 0, give or take 0.05 (seen over the
+case's tokens); the bound lies half-way."""
+FOREIGN_SHARE = 0.25
+"""The largest part of a rounding that nobody asked for: 0, give or take 0.05, where it is not made, 0.5 and more where
+it is."""
 
 SHARE_BY_CHANCE = 1.0 / 16.0
 MASTER_SHORTFALL = 0.25
@@ -149,7 +157,7 @@ def is_coarse(dtype: str) -> bool:
 def logits_noise(oracle: OracleTrainer, batch: TokenBatch, dtype: str) -> Bound:
     """The 2-norm of what rounding does to all logits that are not padding: 3 times that of a randomly rounded run."""
     real = batch.segment_ids != 0
-    rounded = oracle.model.forward(batch, RandomRounding(UNIT_ROUNDOFF[dtype], seed=0)).logits
+    rounded = oracle.rounded_logits(batch, UNIT_ROUNDOFF[dtype])
     apart = (rounded - oracle.logits(batch))[real]
     return Bound(NOISE_WIDENING * float(np.linalg.norm(apart)), f"3 |error of a run rounded at random to {dtype}|")
 
@@ -164,10 +172,8 @@ def gradient_noise(
 ) -> dict[str, Bound]:
     """The same for each tensor's gradient: 3 times its own error in a randomly rounded run, or the part of its norm
     that rounding takes of all gradients together, where that is more: one tensor's may be small by luck."""
-    exact, rounded = (
-        oracle.window_gradients(window, masks=masks, denominator=denominator, arithmetic=arithmetic).gradients
-        for arithmetic in (None, RandomRounding(UNIT_ROUNDOFF[dtype], seed=0))
-    )
+    exact = oracle.window_gradients(window, masks=masks, denominator=denominator).gradients
+    rounded = oracle.rounded_gradients(window, UNIT_ROUNDOFF[dtype], masks=masks, denominator=denominator)
     apart = {name: float(np.linalg.norm(rounded[name] - exact[name])) for name in exact}
     part = math.hypot(*apart.values()) / max(global_norm(exact), float(np.finfo(np.float64).tiny))
     return {
@@ -214,7 +220,7 @@ def _token_noise(oracle: OracleTrainer, window: Sequence[TokenBatch], dtype: str
     """The 2-norm of the error of each counted token's loss in a randomly rounded run."""
     apart = []
     for batch in window:
-        rounded = oracle.model.forward(batch, RandomRounding(UNIT_ROUNDOFF[dtype], seed=0)).logits
+        rounded = oracle.rounded_logits(batch, UNIT_ROUNDOFF[dtype])
         apart.append(float(np.linalg.norm(token_losses(rounded, batch.labels) - oracle.token_losses(batch))))
     return math.hypot(*apart)
 
@@ -550,6 +556,70 @@ def estimated_peak(estimated_bytes: int) -> Bound:
 
 def young_update() -> Bound:
     return Bound(YOUNG_UPDATE_SHORTFALL, "half of the exact change of the logits")
+
+
+def operand_part(survives: float) -> Bound:
+    """E4M3 takes v to v + e with |e| <= q / 2, half a step. An input that is off by d from the oracle's falls to the
+    neighbouring number with probability |d| / q; where it does, v lies next to a midpoint and e turns from about q / 2
+    to -q / 2. Of the effect <e, e> = q^2 / 12 a flip takes q^2 / 2, so 1 - 6 E|d| / q survives: 0.9 where d is one
+    rounding to bfloat16, less behind other products. A randomly rounded run of the oracle shows how much; half of that
+    may be missing."""
+    return Bound(1.0 - OPERAND_SHORTFALL * survives, f"1 - 0.5 * {survives:.2f} found in a run rounded at random")
+
+
+def foreign_part() -> Bound:
+    return Bound(FOREIGN_SHARE, "a quarter of that rounding's effect")
+
+
+def beside_bfloat16(in_fp8: Sequence[Sequence[float]], without: Sequence[Sequence[float]]) -> Bound:
+    """How far a loss curve with 8-bit products may lie from the one without: 3 times as far as the oracle's are apart,
+    up to each step, or as all of them are in the mean of squares: at one step a few may be close by luck. All of its
+    runs are rounded at random, and pairs share no roundings."""
+    apart = np.abs(np.asarray(in_fp8) - np.asarray(without))
+    widest = np.maximum(np.maximum.accumulate(apart.max(axis=0)), np.sqrt((apart**2).mean()))
+    return Bound(LOSS_CURVE_WIDENING * widest, "3 |oracle in fp8 - oracle without|, rounded at random")
+
+
+@dataclass(frozen=True, slots=True)
+class StartSigns:
+    """Bounds of the share of B's entries that start the other way, and of how far B's gradient is off."""
+
+    share: Bound
+    gradient: Bound
+
+
+def start_signs(in_fp8: OracleTrainer, without: OracleTrainer, window: Sequence[TokenBatch], dtype: str) -> StartSigns:
+    """3 times what it is between the oracle's two gradients, each of a run rounded at random."""
+    found = [
+        oracle.window_gradients(window, arithmetic=RandomRounding(UNIT_ROUNDOFF[dtype], seed)).gradients
+        for seed, oracle in enumerate((in_fp8, without))
+    ]
+    one, other = (
+        np.concatenate([gradients[name].ravel() for name in sorted(gradients) if "lora_B" in name])
+        for gradients in found
+    )
+    share = float(np.mean(np.sign(one) != np.sign(other)))
+    apart = float(np.linalg.norm(one - other) / np.linalg.norm(other))
+    formula = "3 |oracle in fp8 - oracle without|, both rounded at random"
+    return StartSigns(Bound(NOISE_WIDENING * share, formula), Bound(NOISE_WIDENING * apart, formula))
+
+
+def drift_of_steps(
+    exact: OracleTrainer, rounded: OracleTrainer, steps: Sequence[Callable[[OracleTrainer], object]]
+) -> dict[str, Bound]:
+    """How far two runs of the same steps may part where equal bits are not claimed: 3 times as far as the oracle's run
+    and one that rounds at random, as 2-norms of tensors. Both oracles are left at the end of the steps."""
+    for step in steps:
+        for oracle in (exact, rounded):
+            step(oracle)
+    found, expected = rounded.export_adapter(), exact.export_adapter()
+    return {
+        name: Bound(
+            NOISE_WIDENING * float(np.linalg.norm(found[name] - expected[name])),
+            "3 |steps of the oracle, rounded at random - steps of the oracle|",
+        )
+        for name in expected
+    }
 
 
 def learning_shortfall() -> Bound:

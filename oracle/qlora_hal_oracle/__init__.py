@@ -27,6 +27,7 @@ from .double_quantization import (
 )
 from .envelope import LossCurveEnvelope, Spread, loss_curve_envelope, spread
 from .four_bit import FourBitLayout, FourBitWeight, dequantize_four_bit, four_bit_error_bound, quantize_four_bit
+from .fp8 import Fp8Products
 from .gptq import (
     GptqGrid,
     GptqWeight,
@@ -69,6 +70,7 @@ __all__ = [
     "FourBitFormat",
     "FourBitLayout",
     "FourBitWeight",
+    "Fp8Products",
     "GptqCodec",
     "GptqGrid",
     "GptqWeight",

@@ -14,7 +14,17 @@ import numpy as np
 from . import blocks
 from .arithmetic import EXACT, Arithmetic
 from .arrays import AnyFloat, Bool, Float64, TokenBatch
-from .lora import AdaptedLinear, BackwardRun, LinearTrace, LoraScale, adapted_modules, lora_a_name, lora_b_name
+from .fp8 import Fp8Products
+from .lora import (
+    AdaptedLinear,
+    BackwardRun,
+    EightBit,
+    LinearTrace,
+    LoraScale,
+    adapted_modules,
+    lora_a_name,
+    lora_b_name,
+)
 from .mixture import Apply, Mixture, MixtureTrace
 from .shape import (
     EMBEDDING,
@@ -102,7 +112,22 @@ class OracleLlama:
         self.base = {name: np.asarray(weight, dtype=np.float64) for name, weight in base.items()}
         self.adapter = adapter
         self.scale = scale
+        self._eight_bit: dict[str, EightBit] = {}
         self._check_names()
+
+    def use_fp8(self, products: Fp8Products) -> None:
+        """From now on the products with the linear layers of all decoder layers are in 8-bit floats; not those with the
+        head. Raises ValueError for a model with experts."""
+        if self.shape.mixture is not None:
+            raise ValueError("products in 8-bit floats are of dense models")
+        paths = [
+            f"model.layers.{at}.{name}"
+            for at in range(self.shape.num_hidden_layers)
+            for name in self.shape.layer_linears(at)
+        ]
+        self._eight_bit = {
+            path: EightBit(products, products.of_weight(path, self.base[f"{path}.weight"])) for path in paths
+        }
 
     def _check_names(self) -> None:
         layers = range(self.shape.num_hidden_layers)
@@ -128,6 +153,7 @@ class OracleLlama:
             lora_a=self.adapter.get(lora_a_name(module)),
             lora_b=self.adapter.get(lora_b_name(module)),
             scale=self.scale.factor,
+            eight_bit=self._eight_bit.get(module),
         )
 
     def forward(

@@ -15,6 +15,7 @@ import numpy as np
 
 from .arithmetic import Arithmetic
 from .arrays import Float64
+from .fp8 import Fp8Products, RowScaled
 
 _PREFIX = "base_model.model."
 _SUFFIX_A = ".lora_A.weight"
@@ -92,8 +93,17 @@ class BackwardRun:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class EightBit:
+    """A frozen weight as products in 8-bit floats see it, and how these round the other operand."""
+
+    products: Fp8Products
+    weight: RowScaled
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class AdaptedLinear:
-    """One linear layer: frozen weight `[out, in]`, optional bias, optional adapter pair; or a stack of them."""
+    """One linear layer: frozen weight `[out, in]`, optional bias, optional adapter pair; or a stack of them. With
+    `eight_bit` the products with the frozen weight are in 8-bit floats, and the adapter's are not."""
 
     module: str
     weight: Float64
@@ -101,10 +111,11 @@ class AdaptedLinear:
     lora_a: Float64 | None
     lora_b: Float64 | None
     scale: float
+    eight_bit: EightBit | None = None
 
     def forward(self, x: Float64, arithmetic: Arithmetic, mask: Float64 | None = None) -> tuple[Float64, LinearTrace]:
         """(y, trace). `mask` is the dropout mask, its 1/(1-p) already in it; it acts on the adapter's input only."""
-        y = arithmetic.product(self.module, x, _turned(arithmetic.store(self.weight)))
+        y = self._of_base(x, arithmetic)
         if self.bias is not None:
             y = y + (self.bias if self.weight.ndim == 2 else self.bias[:, None])
         if self.lora_a is None or self.lora_b is None:
@@ -122,7 +133,7 @@ class AdaptedLinear:
         dx = g W + mask * (dh A).
         """
         arithmetic = run.arithmetic
-        grad_x = arithmetic.product(f"{self.module}.grad_input", grad, arithmetic.store(self.weight))
+        grad_x = self._through_base(grad, arithmetic)
         if run.with_base:
             run.add(f"{self.module}.weight", _turned(self._tokens(grad)) @ self._tokens(trace.x))
             if self.bias is not None:
@@ -139,6 +150,19 @@ class AdaptedLinear:
         run.add(name_a, arithmetic.store(grad_a))
         through_a = arithmetic.product(f"{self.module}.grad_dropped", grad_low_rank, arithmetic.store(self.lora_a))
         return arithmetic.store(grad_x + (through_a if trace.mask is None else through_a * trace.mask))
+
+    def _of_base(self, x: Float64, arithmetic: Arithmetic) -> Float64:
+        if self.eight_bit is None:
+            return arithmetic.product(self.module, x, _turned(arithmetic.store(self.weight)))
+        rounded = self.eight_bit.products.of_input(x)
+        return arithmetic.product(self.module, rounded, _turned(self.eight_bit.weight.values))
+
+    def _through_base(self, grad: Float64, arithmetic: Arithmetic) -> Float64:
+        name = f"{self.module}.grad_input"
+        if self.eight_bit is None:
+            return arithmetic.product(name, grad, arithmetic.store(self.weight))
+        weight = self.eight_bit.weight
+        return arithmetic.product(name, self.eight_bit.products.of_gradient(grad, weight.scales), weight.elements)
 
     def _tokens(self, x: Float64) -> Float64:
         """One row to a token; in a stack one to each place of an expert."""

@@ -75,6 +75,9 @@ norm epsilon differ, and are not all a library's defaults: one that ignores conf
 DEEP_SHAPE = replace(_shape(128, 2, 1, 128, 256, 40_000, rope_theta=5e5, rms_norm_eps=1e-5), num_hidden_layers=4)
 """Past the sizes at which short cuts end: four layers, heads of 128, and more tokens than 15 bits can name."""
 
+LONG_SHAPE = _shape(128, 2, 1, 64, 256, 320, rope_theta=500.0, rms_norm_eps=1e-5)
+"""For rows of many tokens: few heads, because float64 attention over a thousand tokens is what such a case costs."""
+
 UNEVEN_SHAPE = _shape(72, 4, 2, 18, 104, 300, rope_theta=2000.0, rms_norm_eps=1e-5)
 """No row holds a whole number of blocks, and some tensors end in half a block of 64."""
 

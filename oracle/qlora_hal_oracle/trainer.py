@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from qlora_hal_oracle.loss import token_losses
 
 from .adamw import AdamWState, adamw_update, clip_factor, global_norm
-from .arithmetic import EXACT, Arithmetic, ErrorScale, MagnitudeRecorder
+from .arithmetic import EXACT, Arithmetic, ErrorScale, MagnitudeRecorder, RandomRounding
 from .arrays import AnyFloat, Float64, TokenBatch
+from .fp8 import Fp8Products
 from .llama import DropoutMasks, OracleLlama
 from .lora import LoraScale
 from .loss import count_tokens, token_loss_gradient, token_loss_sum
+from .memo import Memo, Part
 from .shape import LlamaShape
+
+Result = TypeVar("Result")
 
 EXP_AVG = "exp_avg"
 EXP_AVG_SQ = "exp_avg_sq"
@@ -49,7 +54,7 @@ class OracleTrainer:
 
     A window is the list of micro-batches of one optimizer step. Its loss is (sum of token losses over the window) /
     (counted tokens of the window), never a mean of means. Give a `RandomRounding` as `arithmetic` to see what a
-    compute dtype would do to the same run.
+    compute dtype would do to the same run, and `fp8` where products with the frozen base are in 8-bit floats.
     """
 
     def __init__(
@@ -59,15 +64,37 @@ class OracleTrainer:
         adapter: Mapping[str, AnyFloat],
         scale: LoraScale,
         arithmetic: Arithmetic = EXACT,
+        fp8: Fp8Products | None = None,
     ) -> None:
         self._adapter = _as_float64(adapter)
         self.model = OracleLlama(shape, base, self._adapter, scale)
+        if fp8 is not None:
+            self.model.use_fp8(fp8)
         self._optimizer = AdamWState()
         self._arithmetic = arithmetic
+        self._memo = Memo()
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """How it computes."""
+        return self._arithmetic
 
     def logits(self, batch: TokenBatch) -> Float64:
         """`[batch, time, vocabulary]`, without dropout."""
-        return self.model.forward(batch, self._arithmetic).logits
+        if self._arithmetic is not EXACT:
+            return self.model.forward(batch, self._arithmetic).logits
+        return self._kept(["logits", batch], lambda: _fixed(self.model.forward(batch).logits))
+
+    def rounded_logits(self, batch: TokenBatch, unit_roundoff: float) -> Float64:
+        """The same of a run that is rounded at random to a dtype, always with the same roundings."""
+
+        def run() -> Float64:
+            return _fixed(self.model.forward(batch, RandomRounding(unit_roundoff, seed=0)).logits)
+
+        return self._kept(["rounded logits", unit_roundoff, batch], run)
+
+    def _kept(self, parts: list[Part], make: Callable[[], Result]) -> Result:
+        return self._memo.of([*parts, self._adapter], make)
 
     def evaluate(self, batches: Sequence[TokenBatch]) -> tuple[float, int]:
         """(loss sum, counted tokens) without dropout and without an update."""
@@ -97,6 +124,20 @@ class OracleTrainer:
         divisor = count_tokens(window) if denominator is None else denominator
         if divisor == 0:
             raise ValueError("no token of this window carries loss: its mean loss is undefined")
+        if used is not EXACT or with_base:
+            return self._window_gradients(window, masks, divisor, used, with_base=with_base)
+        parts: list[Part] = ["gradients", float(divisor), *window, *(masks or ())]
+        return self._kept(parts, lambda: self._window_gradients(window, masks, divisor, used, with_base=False))
+
+    def _window_gradients(
+        self,
+        window: Sequence[TokenBatch],
+        masks: Sequence[DropoutMasks] | None,
+        divisor: float,
+        used: Arithmetic,
+        *,
+        with_base: bool,
+    ) -> WindowGradients:
         losses: list[float] = []
         total: dict[str, Float64] = {}
         for batch, batch_masks in zip(window, masks or [{}] * len(window), strict=True):
@@ -105,11 +146,29 @@ class OracleTrainer:
             grad_logits = used.store(token_loss_gradient(forward.logits, batch.labels, divisor, batch.weights))
             for name, gradient in self.model.backward(forward, grad_logits, used, with_base=with_base).items():
                 total[name] = total[name] + gradient if name in total else gradient
-        return WindowGradients(math.fsum(losses), count_tokens(window), total)
+        fixed = {name: _fixed(gradient) for name, gradient in total.items()}
+        return WindowGradients(math.fsum(losses), count_tokens(window), fixed)
 
     def gradients(self, window: Sequence[TokenBatch]) -> dict[str, Float64]:
         """Gradient of the window's mean token loss by adapter tensor name, before clipping."""
         return self.window_gradients(window).gradients
+
+    def rounded_gradients(
+        self,
+        window: Sequence[TokenBatch],
+        unit_roundoff: float,
+        *,
+        masks: Sequence[DropoutMasks] | None = None,
+        denominator: float | None = None,
+    ) -> dict[str, Float64]:
+        """The gradients of a run that is rounded at random to a dtype, always with the same roundings."""
+
+        def run() -> dict[str, Float64]:
+            arithmetic = RandomRounding(unit_roundoff, seed=0)
+            found = self.window_gradients(window, masks=masks, denominator=denominator, arithmetic=arithmetic)
+            return found.gradients
+
+        return dict(self._kept(["rounded gradients", unit_roundoff, denominator, *window, *(masks or ())], run))
 
     def train_step(
         self,
@@ -146,11 +205,15 @@ class OracleTrainer:
 
         Keys: an adapter tensor's name for its gradient, `lm_head` for the logits, a module path for its base product.
         """
-        recorder = MagnitudeRecorder()
-        for batch in window:
-            recorder.start_pass()
-            self.window_gradients([batch], denominator=count_tokens(window), arithmetic=recorder)
-        return recorder.scales
+
+        def record() -> dict[str, ErrorScale]:
+            recorder = MagnitudeRecorder()
+            for batch in window:
+                recorder.start_pass()
+                self.window_gradients([batch], denominator=count_tokens(window), arithmetic=recorder)
+            return recorder.scales
+
+        return dict(self._kept(["error scales", *window], record))
 
     def export_adapter(self) -> dict[str, Float64]:
         """A copy of the adapter tensors by PEFT name."""
@@ -179,6 +242,12 @@ class OracleTrainer:
             exp_avg={name: moments[f"{name}.{EXP_AVG}"] for name in self._adapter},
             exp_avg_sq={name: moments[f"{name}.{EXP_AVG_SQ}"] for name in self._adapter},
         )
+
+
+def _fixed(values: Float64) -> Float64:
+    """A result that is handed out more than once: nobody writes into it."""
+    values.flags.writeable = False
+    return values
 
 
 def _as_float64(tensors: Mapping[str, AnyFloat]) -> dict[str, Float64]:

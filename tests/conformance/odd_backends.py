@@ -11,10 +11,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from qlora_hal.contract.backend import Availability, BackendSpec
+from qlora_hal.contract.backend import Availability, BackendSpec, Compute, Quantization
 from qlora_hal.contract.values import Adapter, Batch, Float32, LossSum
 from qlora_hal.contract.world import World
-from qlora_hal.errors import ConfigError
+from qlora_hal.errors import ConfigError, UnsupportedFeatureError
+from qlora_hal.model.source import ModelSource
 from qlora_hal_conformance.reference_backend import SPEC as HONEST
 from qlora_hal_conformance.reference_backend import probe
 from qlora_hal_oracle import DropoutMasks
@@ -229,3 +230,23 @@ TOGETHER, OTHER_STORAGE = _named("wrong_only_together"), _named("wrong_with_othe
 
 if __name__ == "__main__":
     sys.exit(launch(*sys.argv[1:]))
+
+
+def on_a_device_without_fp8() -> object:
+    return _with_load_in_fp8(UnsupportedFeatureError("QH-B01", "This device has no fp8.", fix="Use bfloat16."))
+
+
+def that_fails_in_fp8() -> object:
+    return _with_load_in_fp8(RuntimeError("a kernel did not compile"))
+
+
+def _with_load_in_fp8(error: Exception) -> object:
+    from qlora_hal_conformance.reference_backend.trainer import ReferenceTrainer
+
+    class Odd(ReferenceTrainer):
+        def load(self, source: ModelSource, quantization: Quantization, compute: Compute) -> None:
+            if compute.fp8_products:
+                raise error
+            super().load(source, quantization, compute)
+
+    return Odd()

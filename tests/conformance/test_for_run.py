@@ -161,6 +161,21 @@ def test_combination_is_what_the_settings_come_to(written: Written) -> None:
     assert Combination.from_json(json.loads(json.dumps(run.combination.as_json()))) == run.combination
 
 
+def test_run_with_fp8_products_is_judged_by_the_section_about_them(written: Written, judged: Judged) -> None:
+    """The bounds of the other sections know nothing of 8-bit roundings; what is not judged is said."""
+    path = written(dtype="fp8", packing="false", dropout=0.0, checkpointing="false")
+    combination = judged_run(path, REFERENCE).combination
+    assert (combination.dtype, combination.fp8_products) == ("bfloat16", True)
+    assert Combination.from_json(combination.as_json()) == combination
+    assert any("8-bit floats" in line for line in judged_in_words(combination, "bfloat16"))
+    assert any("section 34" in line for line in not_judged_in_words(combination))
+    _, document = judged(path, "", keyword="signs or logits")
+    found = verdicts(document)
+    assert {case.partition("/")[0] for case in found} == {"34_fp8_products"}
+    assert set(found.values()) == {"passed"}
+    assert len(found) > 1
+
+
 def test_run_that_the_backend_cannot_do_is_refused_as_train_refuses_it(written: Written) -> None:
     with pytest.raises(UnsupportedFeatureError, match="adamw_8bit"):
         judged_run(written(optimizer="adamw_8bit"), REFERENCE)

@@ -131,7 +131,8 @@ class ExpertsInSixteenBits(ReferenceTrainer):
         super().load(source, quantization, compute)
         if source.facts.prequantized is None:
             plain = Quantization(WeightFormat.NONE)
-            unquantized = load_base(source, plain, self.arithmetic.store, storage.pack, storage.unpack)
+            store = self.arithmetic.store
+            unquantized = load_base(source, plain, store, store, storage.pack, storage.unpack)
             stacks = [module for module, linear in self.base.linear_modules.items() if linear.experts > 1]
             self.base.weights.update({f"{m}.weight": unquantized.weights[f"{m}.weight"] for m in stacks})
 

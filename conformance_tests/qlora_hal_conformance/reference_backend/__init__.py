@@ -36,6 +36,7 @@ CAPABILITIES = Capabilities(
             Feature.DATA_PARALLEL,
             Feature.SHARDED_BASE,
             Feature.EXPERTS,
+            Feature.FP8_PRODUCTS,
         }
     ),
     block_sizes={WeightFormat.NF4: FOUR_BIT_BLOCK_SIZES, WeightFormat.FP4: FOUR_BIT_BLOCK_SIZES},

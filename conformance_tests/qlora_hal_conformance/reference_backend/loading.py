@@ -39,9 +39,10 @@ class LoadedBase:
 
 
 def load_base(
-    source: ModelSource, quantization: Quantization, rounded: Round, pack: Pack, unpack: Unpack
+    source: ModelSource, quantization: Quantization, rounded: Round, decoded: Round, pack: Pack, unpack: Unpack
 ) -> LoadedBase:
-    """Read every tensor, quantize the linear layers, experts one by one, keep the rest in the compute dtype.
+    """Read every tensor, quantize the linear layers, experts one by one. These are kept as `decoded` rounds them, the
+    rest as `rounded` does.
 
     Raises ModelError (QH-M50) with every tensor that is missing, left over or of another shape.
     """
@@ -62,7 +63,7 @@ def load_base(
             own = Quantization(WeightFormat.NONE) if packed is not None else quantization
             record_of(own.weight_format).require_whole_blocks(module, weight.shape[-1], own.block_size, source.name)
             stored = pack(weight, own)
-        return rounded(unpack(stored))
+        return decoded(unpack(stored))
 
     for module, linear in linear_modules.items():
         paths = [module] if linear.experts == 1 else [path_of(module, expert) for expert in range(linear.experts)]

@@ -22,6 +22,7 @@ def refuse_load(spec: BackendSpec, source: ModelSource, quantization: Quantizati
         Feature.GRADIENT_CHECKPOINTING: compute.gradient_checkpointing,
         Feature.DATA_PARALLEL: compute.world.size > 1,
         Feature.SHARDED_BASE: compute.shard_base,
+        Feature.FP8_PRODUCTS: compute.fp8_products,
         Feature.EXPERTS: any(linear.experts > 1 for linear in source.facts.linear_modules.values()),
     }
     require(
@@ -35,6 +36,19 @@ def refuse_load(spec: BackendSpec, source: ModelSource, quantization: Quantizati
             architecture=source.facts.model_type,
         ),
     )
+    if compute.fp8_products and compute.dtype != "bfloat16":
+        raise UnsupportedFeatureError(
+            "QH-B01",
+            f"Products in 8-bit floats belong to a run in bfloat16; this one computes in {compute.dtype}.",
+            fix="Set quantization.compute_dtype: fp8.",
+        )
+    if compute.fp8_products and wanted[Feature.EXPERTS]:
+        raise UnsupportedFeatureError(
+            "QH-B01",
+            f"Products in 8-bit floats are of dense models; {source.facts.model_type} has routed experts.",
+            where=source.name,
+            fix="Set quantization.compute_dtype: bfloat16.",
+        )
     if compute.options:
         raise UnsupportedFeatureError(
             "QH-B01",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qlora_hal.contract.values import AdapterConfig, Batch, Int32, LinearShape, StepSettings
-from qlora_hal_oracle import Arithmetic, LlamaShape, LoraScale, OracleLlama
+from qlora_hal_oracle import Arithmetic, Fp8Products, LlamaShape, LoraScale, OracleLlama
 from qlora_hal_oracle.adamw import AdamWState
 from qlora_hal_oracle.arrays import Float32, Float64
 
@@ -37,18 +37,23 @@ def float32_copy(tensor: Float64) -> Float32:
     return np.array(tensor, dtype=np.float32, order="C")
 
 
+ROUND_ALL = Fp8Products()
+
+
 @dataclass(frozen=True, slots=True)
 class Rooms:
     """What the trainer is put together from. The defaults are honest.
 
-    `read_batch` is what the model sees of a batch in training; `adapter_in` and `adapter_out` turn a tensor of the
-    core into the backend's and back. `over_ranks`, `votes` and `gather` (of a spread base) do nothing with one rank.
+    `read_batch` is what the model sees of a batch in training; `fp8` rounds the operands of products in 8-bit floats;
+    `adapter_in` and `adapter_out` turn a tensor of the core into the backend's and back. `over_ranks`, `votes` and
+    `gather` (of a spread base) do nothing with one rank.
     """
 
     pack: Pack = storage.pack
     unpack: Unpack = storage.unpack
     arithmetic: Callable[[str], Arithmetic] = rounding.arithmetic_of
     model: MakeModel = OracleLlama
+    fp8: Fp8Products = ROUND_ALL
     scale: Callable[[AdapterConfig], LoraScale] = scale_of
     read_batch: Callable[[Batch], Batch] = unchanged
     masks: DrawMasks = dropout.draw_masks

@@ -53,7 +53,7 @@ from .loading import LoadedBase, load_base
 from .ranks import Ranks, WholeWindow
 from .refusals import refuse_load, refuse_untargeted
 from .rooms import HONEST, Rooms
-from .rounding import ROUNDINGS
+from .rounding import ROUNDINGS, to_float32
 from .spreading import spread_and_gathered
 from .step import MasksOf, WindowResult, weighted_sum
 from .storage import Stored
@@ -105,7 +105,9 @@ class ReferenceTrainer(QuantizedLoRATrainer):
         self.arithmetic = self.rooms.arithmetic(compute.dtype)
         with _quiet():
             unpack = self._unpack_spread if compute.shard_base else self.rooms.unpack
-            self._base = load_base(source, quantization, self.arithmetic.store, self.rooms.pack, unpack)
+            # What is rounded to 8 bits is the weight itself, not its bfloat16.
+            decoded = to_float32 if compute.fp8_products else self.arithmetic.store
+            self._base = load_base(source, quantization, self.arithmetic.store, decoded, self.rooms.pack, unpack)
 
     def linear_modules(self) -> Mapping[str, LinearShape]:
         return dict(self.base.linear_modules)
@@ -118,12 +120,13 @@ class ReferenceTrainer(QuantizedLoRATrainer):
             targets = [self.base.linear_modules[module] for module in adapter.config.target_modules]
             require_no_dropout_on_experts(adapter.config.dropout, targets)
             parameters = {name: self.rooms.adapter_in(tensor) for name, tensor in sorted(adapter.tensors.items())}
-        model = self.rooms.model(self.base.shape, self.base.weights, parameters, self.rooms.scale(adapter.config))
-        self._attached = Attached(adapter, parameters, model, AdamWState())
+        self._attached = Attached(adapter, parameters, self._model(parameters, adapter.config), AdamWState())
 
     def device_facts(self) -> DeviceFacts:
         versions = {"numpy": np.__version__, "python": platform.python_version()}
-        return DeviceFacts(f"NumPy on {platform.machine()}", versions, kernel_path="NumPy float64, rounded when stored")
+        path = "NumPy float64, rounded when stored"
+        path += ", products with the base in fp8" if self.compute.fp8_products else ""
+        return DeviceFacts(f"NumPy on {platform.machine()}", versions, kernel_path=path)
 
     def close(self) -> None:
         self._base = self._attached = None
@@ -222,8 +225,7 @@ class ReferenceTrainer(QuantizedLoRATrainer):
         """`[batch, time, vocabulary]` without dropout; before `attach`, those of the base."""
         if adapter and self._attached is not None:
             return self._attached.model.forward(batch, self.arithmetic).logits
-        bare = self.rooms.model(self.base.shape, self.base.weights, {}, self.rooms.scale(_NO_ADAPTER))
-        return bare.forward(batch, self.arithmetic).logits
+        return self._model({}, _NO_ADAPTER).forward(batch, self.arithmetic).logits
 
     def token_losses(self, batch: Batch, *, adapter: bool = True) -> Float32:
         check_batches(self.spec, [batch])
@@ -255,6 +257,12 @@ class ReferenceTrainer(QuantizedLoRATrainer):
         return np.array(tokens[len(prompt) :], dtype=np.int32)
 
     # inside --------------------------------------------------------------------------------------------------------
+    def _model(self, parameters: dict[str, Float64], config: AdapterConfig) -> OracleLlama:
+        model = self.rooms.model(self.base.shape, self.base.weights, parameters, self.rooms.scale(config))
+        if self.compute.fp8_products:
+            model.use_fp8(self.rooms.fp8)
+        return model
+
     def _unpack_spread(self, stored: Stored) -> Float64:
         """The weight of a module of which each rank keeps every so many-th byte, gathered from all of them."""
         whole: Float64 = self.rooms.unpack(spread_and_gathered(stored, self.ranks, self.rooms.gather))

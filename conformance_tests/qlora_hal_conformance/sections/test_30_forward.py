@@ -27,6 +27,7 @@ from qlora_hal_conformance.random_inputs import (
     draw_many_rows,
     draw_packed,
     draw_window,
+    model_for,
     packed,
     with_field,
     with_special_tokens,
@@ -92,8 +93,8 @@ def test_tied_head(opened: Opener, oracle: OracleOf, seeded: np.random.Generator
 @in_each_dtype
 def test_long_rows(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     """Far positions turn far: a wrong rotary frequency shows here, and one that bfloat16 rounded, exact up to 256."""
-    shape, _ = opened.models.drawn("main")
-    ready = opened(adapter=draw_adapter(seeded, shape))
+    shape, _ = opened.models.drawn("long")
+    ready = opened("long", adapter=draw_adapter(seeded, shape))
     judge_logits(ready, oracle(ready), draw_batch(seeded, shape, lengths=(600, 257)), judging)
 
 
@@ -224,8 +225,9 @@ def test_rows_of_packed_samples(
 ) -> None:
     """Several rows with samples of their own, ten samples in one, rows beyond 512 and 1024 tokens; what `evaluate`
     sums is the loss of the same logits."""
-    shape, _ = opened.models.drawn("main")
-    ready, batch = opened(adapter=draw_adapter(seeded, shape)), draw_packed(seeded, shape, rows)
+    model = model_for([sum(lengths) for lengths in rows])
+    shape, _ = opened.models.drawn(model)
+    ready, batch = opened(model, adapter=draw_adapter(seeded, shape)), draw_packed(seeded, shape, rows)
     reference = oracle(ready)
     judge_logits(ready, reference, batch, judging)
     judge_evaluation(ready, reference, [batch], judging)
@@ -252,8 +254,9 @@ def test_recomputation_changes_no_view(
 def test_recomputation_evaluates_packed_rows(
     rows: Sequence[Sequence[int]], opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
-    shape, _ = opened.models.drawn("main")
-    ready = opened(checkpointing=True, adapter=draw_adapter(seeded, shape))
+    model = model_for([sum(lengths) for lengths in rows])
+    shape, _ = opened.models.drawn(model)
+    ready = opened(model, checkpointing=True, adapter=draw_adapter(seeded, shape))
     judge_evaluation(ready, oracle(ready), [draw_packed(seeded, shape, rows)], judging)
 
 

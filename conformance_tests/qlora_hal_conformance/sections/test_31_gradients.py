@@ -27,6 +27,7 @@ from qlora_hal_conformance.random_inputs import (
     draw_many_rows,
     draw_packed,
     draw_window,
+    model_for,
     packed,
     with_field,
     with_special_tokens,
@@ -85,8 +86,9 @@ def test_checkpointing_changes_no_gradient(
     """Recomputed activations give the same gradient, and every tensor gets one."""
     shape, _ = opened.models.drawn("main")
     ready, window = opened(checkpointing=True, adapter=draw_adapter(seeded, shape)), draw_window(seeded, shape)
-    judge_gradients(ready.trained_gradient(window), oracle(ready), window, ready, judging)
-    judge_gradients(ready.trainer.gradients(window), oracle(ready), window, ready, judging)
+    reference = oracle(ready)
+    judge_gradients(ready.trained_gradient(window), reference, window, ready, judging)
+    judge_gradients(ready.trainer.gradients(window), reference, window, ready, judging)
 
 
 @pytest.mark.needs(Feature.GRADIENT_CHECKPOINTING)
@@ -95,8 +97,8 @@ def test_checkpointing_of_long_rows(
     opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
     """What is worth recomputing: long rows, where another kernel may be taken the second time."""
-    shape, _ = opened.models.drawn("main")
-    ready = opened(checkpointing=True, adapter=draw_adapter(seeded, shape))
+    shape, _ = opened.models.drawn("long")
+    ready = opened("long", checkpointing=True, adapter=draw_adapter(seeded, shape))
     window = [draw_batch(seeded, shape, lengths=(540, 330))]
     judge_gradients(ready.trained_gradient(window), oracle(ready), window, ready, judging)
 
@@ -108,8 +110,9 @@ def test_checkpointing_of_packed_rows(
     rows: Sequence[Sequence[int]], opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
     """The mask of the samples is there in the second forward pass too."""
-    shape, _ = opened.models.drawn("main")
-    ready = opened(checkpointing=True, adapter=draw_adapter(seeded, shape))
+    model = model_for([sum(lengths) for lengths in rows])
+    shape, _ = opened.models.drawn(model)
+    ready = opened(model, checkpointing=True, adapter=draw_adapter(seeded, shape))
     window = [draw_packed(seeded, shape, rows)]
     judge_gradients(ready.trained_gradient(window), oracle(ready), window, ready, judging)
 
@@ -215,8 +218,8 @@ def test_many_rows_at_once(opened: Opener, oracle: OracleOf, seeded: np.random.G
 @in_each_dtype
 def test_long_rows(opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge) -> None:
     """Every label far from the start counts, and every token sees the first."""
-    shape, _ = opened.models.drawn("main")
-    ready, batch = opened(adapter=draw_adapter(seeded, shape)), draw_batch(seeded, shape, lengths=(600, 257))
+    shape, _ = opened.models.drawn("long")
+    ready, batch = opened("long", adapter=draw_adapter(seeded, shape)), draw_batch(seeded, shape, lengths=(600, 257))
     labels = np.where(batch.position_ids < 520, IGNORE_LABEL, batch.labels).astype(np.int32)
     for window in ([batch], [with_field(batch, labels=labels)]):
         judge_gradients(ready.trained_gradient(window), oracle(ready), window, ready, judging)
@@ -325,8 +328,9 @@ def test_packed_rows(
     rows: Sequence[Sequence[int]], opened: Opener, oracle: OracleOf, seeded: np.random.Generator, judging: Judge
 ) -> None:
     """Several rows with samples of their own, ten samples in one, rows beyond 512 and 1024 tokens."""
-    shape, _ = opened.models.drawn("main")
-    ready, window = opened(adapter=draw_adapter(seeded, shape)), [draw_packed(seeded, shape, rows)]
+    model = model_for([sum(lengths) for lengths in rows])
+    shape, _ = opened.models.drawn(model)
+    ready, window = opened(model, adapter=draw_adapter(seeded, shape)), [draw_packed(seeded, shape, rows)]
     judge_gradients(ready.trained_gradient(window), oracle(ready), window, ready, judging)
 
 
@@ -378,8 +382,9 @@ def test_gradients_twice_are_not_added_up(
     ready, window = opened(adapter=draw_adapter(seeded, shape)), draw_window(seeded, shape)
     for _ in range(2):
         found = ready.trainer.gradients(window)
-    judge_gradients(found, oracle(ready), window, ready, judging)
-    judge_gradients(ready.trained_gradient(window), oracle(ready), window, ready, judging)
+    reference = oracle(ready)
+    judge_gradients(found, reference, window, ready, judging)
+    judge_gradients(ready.trained_gradient(window), reference, window, ready, judging)
 
 
 @in_each_dtype
