@@ -3,31 +3,34 @@
 `adapters.safetensors` holds `<module>.lora_a` `[in, r]` and `.lora_b` `[r, out]`, the transposes of PEFT's A and B;
 `adapter_config.json` says where they go. mlx-lm multiplies the product by `scale` as it stands, so for it
 scale = alpha / r, or alpha / sqrt(r) with rsLoRA. Source: mlx-lm 0.32.2, `tuner/utils.py` and `tuner/lora.py`.
-`qlora_hal.json` keeps what mlx-lm has no place for, so that a way there and back changes nothing.
+`qlora_hal.json` keeps what mlx-lm has no place for, so that a way there and back changes nothing, and the hash of the
+tensors.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
+from qlora_hal.adapter.as_written import vouched
 from qlora_hal.adapter.mlx_experts import mlx_path
 from qlora_hal.adapter.mlx_targets import place_of
 from qlora_hal.adapter.naming import module_of
 from qlora_hal.adapter.peft_experts import INTERLEAVED, LAYOUT
-from qlora_hal.contract.values import Adapter, Float32
+from qlora_hal.contract.values import Adapter, AdapterConfig, Float32
 from qlora_hal.errors import AdapterError, StorageError
 from qlora_hal.files import durable, safetensors_file, strict_json
-from qlora_hal.files.durable import Chunk
 
 TENSORS_FILE = "adapters.safetensors"
 CONFIG_FILE = "adapter_config.json"
 PROVENANCE_FILE = "qlora_hal.json"
 CARD_FILE = "README.md"
+LORA = "lora"
+"""The key of `qlora_hal.json` for what mlx-lm's scale alone does not tell."""
 
 _EVERY_LAYER = -1
 
@@ -47,7 +50,7 @@ def write_mlx_adapter(
     exact; otherwise by their full paths, which mlx-lm takes as well. Raises AdapterError QH-C65 for modules that
     mlx-lm cannot place, StorageError QH-S14 (the folder is there already), QH-S09, QH-S11, QH-S12.
     """
-    files = _mlx_files(adapter, base_name, base_revision, provenance, linear_modules)
+    tensors, mlx_config = _tensors_and_config(adapter, base_name, provenance, linear_modules)
     if os.path.lexists(folder):
         raise StorageError(
             "QH-S14", f"{folder} already exists; a new folder is expected.", where=str(folder), fix="Name another."
@@ -56,8 +59,11 @@ def write_mlx_adapter(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
-        for name, chunks in files.items():
-            durable.write_new(staging / name, chunks)
+        written = durable.write_new(staging / TENSORS_FILE, safetensors_file.file_chunks(tensors, {"format": "mlx"}))
+        durable.write_new(staging / CONFIG_FILE, [strict_json.encode(mlx_config)])
+        facts = {**provenance, "base_name": base_name, "base_revision": base_revision, LORA: _lora(adapter.config)}
+        durable.write_new(staging / PROVENANCE_FILE, [strict_json.encode(vouched(facts, written, adapter.config))])
+        durable.write_new(staging / CARD_FILE, [_CARD.encode("utf-8")])
         durable.flush_folder(staging)
         staging.rename(folder)
         durable.flush_folder(folder.parent)
@@ -68,13 +74,9 @@ def write_mlx_adapter(
             durable.remove_tree(staging)
 
 
-def _mlx_files(
-    adapter: Adapter,
-    base_name: str,
-    base_revision: str | None,
-    provenance: Mapping[str, object],
-    linear_modules: Collection[str] | None,
-) -> dict[str, Iterable[Chunk]]:
+def _tensors_and_config(
+    adapter: Adapter, base_name: str, provenance: Mapping[str, object], linear_modules: Collection[str] | None
+) -> tuple[dict[str, Float32], dict[str, object]]:
     config = adapter.config
     require_placeable(config.target_modules, "target_modules")
     path = _unchanged if provenance.get(LAYOUT) == INTERLEAVED else mlx_path
@@ -85,20 +87,16 @@ def _mlx_files(
     targets = [path(module) for module in config.target_modules]
     num_layers, keys = _placing(targets, linear_modules and [path(module) for module in linear_modules])
     parameters = {"rank": config.r, "scale": config.scale, "dropout": config.dropout, "keys": keys}
-    mlx_config = {
+    return tensors, {
         "fine_tune_type": "lora",
         "lora_parameters": parameters,
         "model": base_name,
         "num_layers": num_layers,
     }
-    lora = {"alpha": config.alpha, "r": config.r, "use_rslora": config.use_rslora}
-    facts = {**provenance, "base_name": base_name, "base_revision": base_revision, "lora": lora}
-    return {
-        TENSORS_FILE: safetensors_file.file_chunks(tensors, {"format": "mlx"}),
-        CONFIG_FILE: [strict_json.encode(mlx_config)],
-        PROVENANCE_FILE: [strict_json.encode(facts)],
-        CARD_FILE: [_CARD.encode("utf-8")],
-    }
+
+
+def _lora(config: AdapterConfig) -> dict[str, object]:
+    return {"alpha": config.alpha, "r": config.r, "use_rslora": config.use_rslora}
 
 
 def _unchanged(module: str) -> str:

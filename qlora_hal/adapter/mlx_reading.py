@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
+from qlora_hal.adapter.as_written import provenance_in, require_as_written
 from qlora_hal.adapter.mlx_experts import hub_path, mlx_path
-from qlora_hal.adapter.mlx_files import CONFIG_FILE, PROVENANCE_FILE, TENSORS_FILE, require_placeable, transposed
+from qlora_hal.adapter.mlx_files import CONFIG_FILE, LORA, PROVENANCE_FILE, TENSORS_FILE, require_placeable, transposed
 from qlora_hal.adapter.mlx_targets import MlxTargets
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key
 from qlora_hal.contract.values import Adapter, AdapterConfig, Float32
@@ -32,7 +33,8 @@ def read_mlx_adapter(folder: Path, linear_modules: Collection[str] | None = None
     scale with two meanings),
     QH-C08 and QH-C09 (tensors that are not plain LoRA's, of another rank, or of modules that mlx-lm would give no
     adapter), QH-C11 (a dtype float32 cannot hold),
-    QH-C65 (modules whose names differ elsewhere), QH-C01; UnsafeInputError QH-C15, QH-C16.
+    QH-C65 (modules whose names differ elsewhere), QH-C22 (changed since qlora_hal wrote it), QH-C01;
+    UnsafeInputError QH-C15, QH-C16.
     """
     raw_config = read_mlx_config(folder)
     parameters = _plain_parameters(raw_config, folder)
@@ -43,6 +45,7 @@ def read_mlx_adapter(folder: Path, linear_modules: Collection[str] | None = None
     _require_rank(stored.arrays, config.r, folder)
     in_model = linear_modules and [mlx_path(module) for module in linear_modules]
     _refuse_left_out(raw_config, parameters, modules, in_model, folder)
+    require_as_written(folder, _document(folder), stored.sha256, config)
     tensors: dict[str, Float32] = {}
     for module in modules:
         tensors[lora_a_key(hub_path(module))] = transposed(stored.arrays[f"{module}.lora_a"])
@@ -61,9 +64,15 @@ def read_mlx_provenance(folder: Path) -> dict[str, object]:
 
     Raises AdapterError QH-C50 when a file is there but malformed.
     """
-    if os.path.lexists(folder / PROVENANCE_FILE):
-        return {name: value for name, value in _read_json(folder / PROVENANCE_FILE).items() if name != "lora"}
+    if document := _document(folder):
+        return {name: value for name, value in provenance_in(document).items() if name != LORA}
     return {"base_name": read_mlx_config(folder).get("model"), "base_revision": None}
+
+
+def _document(folder: Path) -> dict[str, object]:
+    """`qlora_hal.json` as it is; empty for an adapter of mlx-lm."""
+    path = folder / PROVENANCE_FILE
+    return _read_json(path) if os.path.lexists(path) else {}
 
 
 def _plain_parameters(config: Mapping[str, object], folder: Path) -> Mapping[str, object]:
@@ -129,8 +138,7 @@ def _require_one_meaning(parameters: Mapping[str, object], rank: int, scale: flo
 
 def _recorded(folder: Path, rank: int, scale: float) -> tuple[float, bool] | None:
     """alpha and rsLoRA as they were before the adapter came into this layout, if they still give its scale."""
-    path = folder / PROVENANCE_FILE
-    lora = _read_json(path).get("lora") if os.path.lexists(path) else None
+    lora = _document(folder).get(LORA)
     if not isinstance(lora, dict):
         return None
     alpha, use_rslora = lora.get("alpha"), lora.get("use_rslora")

@@ -42,8 +42,9 @@ def generate(
     """Answer one prompt: qlora-hal generate --run runs/first --prompt "..."."""
     from qlora_hal.cli.json_output import kept_for_json
     from qlora_hal.inference.generate import open_generation
-    from qlora_hal.run.samples import PLAIN_NOTE
+    from qlora_hal.run.samples import PLAIN_NOTE, refuse_no_text
 
+    refuse_no_text(prompt)
     asked = [{"role": "user", "content": prompt}]
     with kept_for_json(json):
         opened = open_generation(

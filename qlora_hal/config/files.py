@@ -115,6 +115,8 @@ def _near(path: Path) -> str:
         beside = {entry.stem: entry for entry in path.parent.iterdir() if entry.suffix.lower() in _ENDINGS}
     except OSError:
         beside = {}
+    if path in beside.values():  # it is there, and what is wrong is not its name
+        return "."
     near = get_close_matches(path.stem, beside, n=1)
     return f"; did you mean {beside[near[0]]}?" if near else "."
 

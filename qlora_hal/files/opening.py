@@ -52,6 +52,29 @@ def open_appending(path: Path) -> io.BufferedWriter:
         raise
 
 
+def kind_there(path: Path) -> str:
+    """What stands under a name, in words; nothing where nothing does."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:  # nothing there, or what is there leads nowhere
+        return "a link to nothing" if os.path.islink(path) else "what cannot be read" if os.path.lexists(path) else ""
+    kinds = ((stat.S_ISREG, "a regular file"), (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"))
+    return next((name for is_kind, name in kinds if is_kind(mode)), "a device or socket")
+
+
+def refuse_other_kind(path: Path, expected: str) -> None:
+    """`expected` is a word of `kind_there`; absent is as good. Raises UnsafeInputError QH-X06, for a link too."""
+    refuse_link(path)
+    if (found := kind_there(path)) not in ("", expected):
+        raise UnsafeInputError(
+            "QH-X06",
+            f"{path} is not {expected}, as a run has there, but {found}.",
+            where=str(path),
+            cause="No run put it there, and it cannot be read or replaced as its own.",
+            fix="Move it elsewhere.",
+        )
+
+
 def refuse_link(path: Path) -> None:
     """Nothing of ours is written or read through a link. Raises UnsafeInputError QH-X06 when `path` is one."""
     if not os.path.islink(path):

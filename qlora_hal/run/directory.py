@@ -57,6 +57,8 @@ _OUTPUTS = (
 """What an overwritten run leaves; other files in the folder are the user's and are never touched."""
 _OWN = (*(name for name in _OUTPUTS if name != LATEST_LINK), RUN_FILE, LOCK_FILE, OWNER_FILE, "tensorboard")
 """What a run writes or trusts there. A link under one of these names was planted; `latest` is never read."""
+_FOLDERS = frozenset({CHECKPOINTS_FOLDER, ADAPTER_FOLDER, BEST_ADAPTER_FOLDER, "tokens", "tensorboard"})
+"""Those of them that are folders."""
 _INPUTS = frozenset(
     {
         *("model.name_or_path", "data.path", "data.validation_path", "data.chat_template"),
@@ -100,7 +102,7 @@ class RunDirectory:
         OutputLockedError QH-S15 and QH-S17, ConfigError QH-S13 when an earlier run is there and `overwrite` is not set.
         """
         path = writable_folder(Path(output_dir))
-        _refuse_links(path)
+        _refuse_planted(path)
         lock = RunLock.take(path, force=force_unlock)
         try:
             created = datetime.now(UTC).isoformat(timespec="seconds")
@@ -126,14 +128,15 @@ class RunDirectory:
         """Lock and sweep the folder of a run that is to go on. A run.json that is lost or damaged is written again
         from a checkpoint, with a note.
 
-        Raises ConfigError QH-S50 when it is no run's folder, UnsafeInputError QH-X06 for a planted link,
-        CheckpointError QH-C20 (an edited configuration) and QH-C13, StorageError and OutputLockedError as `open_new`.
+        Raises ConfigError QH-S50 when it is no run's folder, UnsafeInputError QH-X06 for a planted link or another
+        kind of file, CheckpointError QH-C20 (an edited configuration) and QH-C13, StorageError and OutputLockedError
+        as `open_new`.
         """
         path = named_path(run_dir)
         if not os.path.lexists(path / RUN_FILE) and not os.path.lexists(path / CHECKPOINTS_FOLDER):
             _refuse_foreign(path, f"has no {RUN_FILE}")
         path = writable_folder(path)
-        _refuse_links(path)
+        _refuse_planted(path)
         lock = RunLock.take(path, force=force_unlock)
         try:
             content, note = read_or_recovered(path)
@@ -233,7 +236,7 @@ def rehearsed(output_dir: str | Path, *, config: Mapping[str, object], overwrite
     nothing is left there, nor taken away. Raises as that does, but for the lock."""
     refuse_no_path(Path(output_dir))
     given = Path(output_dir).expanduser()
-    _refuse_links(given)
+    _refuse_planted(given)
     absent = [folder for folder in (given, *given.parents) if not os.path.lexists(folder)]
     try:
         path = writable_folder(given)
@@ -262,9 +265,9 @@ def _restore_replaced_adapters(path: Path) -> None:
                     durable.flush_folder(path)
 
 
-def _refuse_links(path: Path) -> None:
+def _refuse_planted(path: Path) -> None:
     for name in _OWN:
-        opening.refuse_link(path / name)
+        opening.refuse_other_kind(path / name, "a folder" if name in _FOLDERS else "a regular file")
 
 
 def _readable(count: int) -> str:

@@ -50,7 +50,7 @@ def prompt_tokens(tokenizer: ChatTokenizer, prompt: str | Messages, *, plain: bo
     )
     texts = [str(joined(message.get("content", ""))) for message in messages]
     for text in texts:
-        _refuse_no_text(text)
+        refuse_no_text(text)
     if tokenizer.template is not None and not plain:
         return list(tokenizer.encode_chat(messages, add_generation_prompt=True))
     return [*tokenizer.opening_ids, *tokenizer.encode("\n".join(texts))]
@@ -64,7 +64,8 @@ def trained_on_plain_text(run: Mapping[str, object]) -> bool:
     return isinstance(train, Mapping) and train.get("plain") is True
 
 
-def _refuse_no_text(prompt: str) -> None:
+def refuse_no_text(prompt: str) -> None:
+    """Raises DataError QH-D08 for what no tokenizer takes."""
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.numpy import load_file
 from qlora_hal.adapter import read_adapter, read_mlx_adapter, write_mlx_adapter
 from qlora_hal.adapter.mlx_reading import _alpha
 from qlora_hal.contract.values import Adapter, AdapterConfig
+from qlora_hal.errors import AdapterError
 from qlora_hal.export.converting import convert_adapter
 from qlora_hal.model.facts import read_facts
 from tests.adapter_mlx.both_tools import random_adapter, save_for_peft, train_in_mlx
@@ -37,6 +39,40 @@ def test_from_peft_to_mlx_and_back_is_the_same_folder(
     assert after.config == before.config
     assert files(tmp_path / "back")["adapter_model.safetensors"] == files(peft)["adapter_model.safetensors"]
     assert json.loads(files(tmp_path / "back")["qlora_hal.json"]) == json.loads(files(peft)["qlora_hal.json"])
+
+
+def _flip_a_bit(folder: Path) -> None:
+    content = bytearray((folder / "adapters.safetensors").read_bytes())
+    content[-3] ^= 0x40
+    (folder / "adapters.safetensors").write_bytes(content)
+
+
+def _scale_otherwise(folder: Path) -> None:
+    config = json.loads((folder / "adapter_config.json").read_bytes())
+    config["lora_parameters"]["scale"] *= 2
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def _rename_the_run(folder: Path) -> None:
+    record = json.loads((folder / "qlora_hal.json").read_bytes())
+    (folder / "qlora_hal.json").write_text(json.dumps({**record, "run_id": "another"}))
+
+
+@pytest.mark.fault("C22")
+@pytest.mark.parametrize("change", [_flip_a_bit, _scale_otherwise, _rename_the_run])
+def test_what_was_changed_after_it_was_converted_is_not_converted_back(
+    tmp_path: Path, llama: Path, change: Callable[[Path], None]
+) -> None:
+    """It would get a new hash, and with it the name of the run that it no longer comes from."""
+    peft = save_for_peft(tmp_path / "peft", random_adapter(llama, "all-linear"), llama)
+    convert_adapter(peft, tmp_path / "mlx", to="mlx")
+    change(tmp_path / "mlx")
+    with pytest.raises(AdapterError, match="changed after it was written") as raised:
+        convert_adapter(tmp_path / "mlx", tmp_path / "back", to="peft")
+    assert raised.value.code == "QH-C22"
+    assert not (tmp_path / "back").exists()
+    (tmp_path / "mlx" / "qlora_hal.json").unlink()  # the change was intended
+    convert_adapter(tmp_path / "mlx", tmp_path / "back", to="peft")
 
 
 def test_from_mlx_to_peft_and_back_gives_mlx_lm_the_same_bits(tmp_path: Path, llama: Path) -> None:
@@ -86,7 +122,7 @@ def test_an_adapter_in_sixteen_bits_becomes_float32_exactly(tmp_path: Path, llam
         assert np.array_equal(found[key].T, np.array(tensor.astype(mx.float32)))
 
 
-def test_a_changed_scale_outweighs_what_was_recorded(tmp_path: Path, llama: Path) -> None:
+def test_a_changed_scale_counts_once_nothing_vouches_for_the_old_one(tmp_path: Path, llama: Path) -> None:
     adapter = random_adapter(llama, use_rslora=True)
     write_mlx_adapter(tmp_path / "mlx", adapter, base_name="b", base_revision=None, provenance={})
     assert read_mlx_adapter(tmp_path / "mlx").config == adapter.config
@@ -94,6 +130,9 @@ def test_a_changed_scale_outweighs_what_was_recorded(tmp_path: Path, llama: Path
     config = json.loads(path.read_bytes())
     config["lora_parameters"]["scale"] = 2.0
     path.write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match=r"(?s)QH-C22.*remove qlora_hal\.json"):
+        read_mlx_adapter(tmp_path / "mlx")
+    (tmp_path / "mlx" / "qlora_hal.json").unlink()
     assert read_mlx_adapter(tmp_path / "mlx").config.scale == 2.0
     assert not read_mlx_adapter(tmp_path / "mlx").config.use_rslora
 

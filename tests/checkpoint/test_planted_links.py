@@ -75,6 +75,26 @@ def test_a_link_under_a_name_that_a_run_uses_is_refused_and_not_followed(run_dir
 
 
 @pytest.mark.fault("X06")
+@pytest.mark.parametrize("kind", ["pipe", "file", "folder"])
+@pytest.mark.parametrize("name", [*FILES, *FOLDERS])
+def test_what_is_of_another_kind_than_a_run_has_is_refused_by_name(run_dir: Path, name: str, kind: str) -> None:
+    """A pipe would be waited for, and a folder in the place of a log was told as a defect of ours."""
+    if kind == ("file" if name in FILES else "folder"):
+        return
+    place = run_dir / name
+    if place.exists():
+        place.rename(run_dir.with_name("before"))
+    {"pipe": os.mkfifo, "file": Path.touch, "folder": Path.mkdir}[kind](place)
+    for opening in (
+        lambda: RunDirectory.open_existing(run_dir),
+        lambda: RunDirectory.open_new(run_dir, config=CONFIG, overwrite=True),
+    ):
+        with pytest.raises(UnsafeInputError, match=f"{name} is not a (regular file|folder)") as refused:
+            opening()
+        assert (refused.value.code, refused.value.exit_status) == ("QH-X06", 10)
+
+
+@pytest.mark.fault("X06")
 @pytest.mark.parametrize("target", ["nowhere", ".", "run.json"])
 def test_a_link_to_nothing_or_back_into_the_folder_is_refused_too(run_dir: Path, target: str) -> None:
     (run_dir / "metrics.jsonl").symlink_to(target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from pathlib import Path
@@ -407,6 +408,14 @@ def test_thousands_of_unknown_settings_are_counted_and_the_first_are_told() -> N
     assert caught.value.message.endswith("and 19952 more")
     assert len(str(caught.value)) < 20_000
     assert len(str(caught.value.as_json())) < 30_000
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+def test_a_settings_file_that_is_a_pipe_is_not_advised_as_itself(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "run.yaml")
+    with pytest.raises(ConfigError, match=r"QH-U02.*not a regular file") as refused:
+        resolve_settings(tmp_path / "run.yaml", environ={})
+    assert "did you mean" not in str(refused.value)
 
 
 @pytest.mark.fault("U02")

@@ -250,3 +250,12 @@ def test_no_word_from_habit_is_the_name_of_a_setting_here() -> None:
     own = {path.rpartition(".")[2] for path in settings()}
     assert not own & habits.SETTINGS.keys()
     assert not own & habits.REMARKS.keys()
+
+
+@pytest.mark.fault("D08")
+def test_a_prompt_that_is_no_text_is_refused_before_anything_is_opened(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model can take minutes to load."""
+    assert main(["generate", "--run", str(tmp_path / "none"), "--prompt", "a\udcff"]) == 4
+    assert "it holds the byte 0xff" in capsys.readouterr().err

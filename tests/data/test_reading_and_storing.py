@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from qlora_hal.config.schema import DataConfig
 from qlora_hal.data import ChatTokenizer, PreparedData, prepare, show_batch
-from qlora_hal.data.source.reading import open_source
+from qlora_hal.data.source.reading import open_source, refuse_absent
 from qlora_hal.data.tokens.batching import batch_of
 from qlora_hal.data.tokens.store import NotAStore, TokenWriter, open_store
 from qlora_hal.data.tokens.truncation import FittingCounts
@@ -176,6 +176,21 @@ def test_what_a_run_writes_below_its_data_is_no_data(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"QH-D50.*is the output folder of a run") as caught:
         open_source(str(out))
     assert "output_dir" in caught.value.fix
+
+
+@pytest.mark.parametrize("kind", ["dangling link", "pipe"])
+def test_a_data_file_that_is_there_and_cannot_be_read_is_told(tmp_path: Path, kind: str) -> None:
+    """Not left out of its folder, where half of the rows would be trained on, and not looked for on the hub."""
+    (tmp_path / "rows-1.jsonl").write_text('{"text": "a"}\n')
+    second = tmp_path / "rows-2.jsonl"
+    second.symlink_to(tmp_path / "gone") if kind == "dangling link" else os.mkfifo(second)
+    for named in (tmp_path, second):
+        with pytest.raises(DataError, match=r"QH-D50.*rows-2.jsonl") as caught:
+            open_source(str(named))
+        assert "dataset id" not in str(caught.value)
+        assert kind.split()[-1] in str(caught.value)
+    with pytest.raises(DataError, match="QH-D50"):
+        refuse_absent(str(second))
 
 
 def test_a_folder_that_cannot_be_searched_is_told_with_the_place(
@@ -381,7 +396,7 @@ def test_a_file_whose_statistics_end_the_process_of_the_library_is_refused(tmp_p
     """pyarrow 26 aborts where they are asked for: read in a process of its own, which must live to tell."""
     (tmp_path / "rows.parquet").write_bytes(DAMAGED_STATISTICS)
     code = (
-        "import sys\nfrom pathlib import Path\nfrom qlora_hal.data.source.reading import open_source\n"
+        "import sys\nfrom pathlib import Path\nfrom qlora_hal.data.source.reading import open_source, refuse_absent\n"
         "from qlora_hal.errors import DataError\n"
         "try:\n    list(open_source(sys.argv[1]).rows())\nexcept DataError as error:\n    print(error.code)\n"
     )

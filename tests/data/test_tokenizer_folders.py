@@ -4,6 +4,7 @@ read otherwise than transformers 5 would, that is said."""
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib.metadata import version
@@ -209,6 +210,30 @@ def test_a_named_token_that_two_files_name_otherwise_is_transformers_choice(tmp_
     assert any("special_tokens_map.json names the eos_token '<unk>', which is used" in note for note in ours.notes)
     folder = folder_of(tmp_path / "b", _bytes(), files, added_tokens_decoder={"2": _token("</s>")})
     assert ChatTokenizer.from_folder(folder).eos_id == of_transformers(folder).eos_token_id == 2
+
+
+@pytest.mark.parametrize("kind", ["dangling link", "pipe", "folder"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+        *("chat_template.jinja", "chat_template.json", "generation_config.json"),
+    ],
+)
+def test_a_file_that_is_there_and_cannot_be_read_is_not_taken_for_absent(tmp_path: Path, name: str, kind: str) -> None:
+    """In a cache that was cleaned, links to files that are gone stay: without its template, or its tokens, a model
+    would be trained on another text."""
+    folder = folder_of(tmp_path / "folder", _bytes())
+    (folder / name).unlink(missing_ok=True)
+    if kind == "dangling link":
+        (folder / name).symlink_to(tmp_path / "gone")
+    elif kind == "pipe":
+        os.mkfifo(folder / name)
+    else:
+        (folder / name).mkdir()
+    with pytest.raises(ModelError, match="QH-D52") as refused:
+        ChatTokenizer.from_folder(folder)
+    assert refused.value.where.endswith(name)
 
 
 def test_split_special_tokens_are_refused(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from qlora_hal.data.source.row_files import KINDS, rows_in, separator_note
 from qlora_hal.data.source.rows import Row, Source, digest_of_files
 from qlora_hal.data.source.split_files import files_of_split, listed, split_names
 from qlora_hal.errors import DataError, QloraHalError
+from qlora_hal.files.opening import kind_there
 from qlora_hal.files.refused_paths import named_path
 
 RUN_MARKS = ("run.json", "run.lock")
@@ -49,6 +50,7 @@ def refuse_absent(path: str) -> None:
     here = named_path(path)
     if here.is_file():
         _refuse_other_kinds([here])
+    _refuse_unreadable(here)
     if here.exists() or (hub_rows.could_be_id(path) and not _is_named_like_a_file(here)):
         return
     near = get_close_matches(here.name, _names_in(here.parent), n=1)
@@ -149,8 +151,23 @@ def _walked(folder: Path) -> Iterator[Path]:
         folders[:] = [name for name in folders if not name.startswith(".") and not _is_run(Path(place, name))]
         for name in names:
             file = Path(place, name)
-            if file.suffix.lower() in KINDS and not name.startswith(".") and file.is_file():
+            if file.suffix.lower() in KINDS and not name.startswith("."):
+                _refuse_unreadable(file)
                 yield file
+
+
+def _refuse_unreadable(path: Path) -> None:
+    """Not left out of its folder, where the other files' rows alone would be trained on; nor looked for on the hub."""
+    if (kind := kind_there(path)) not in ("", "a regular file", "a folder"):
+        raise DataError(
+            "QH-D50",
+            f"{str(path)!r} is {kind}; a file of rows is expected.",
+            where=str(path),
+            cause="Rows are read more than once, and the file is found again when the run is resumed.",
+            fix="Write the rows into a file, and name it in data.path."
+            if kind != "a link to nothing"
+            else "Restore the file that the link names, or remove the link.",
+        )
 
 
 def _is_run(folder: Path) -> bool:

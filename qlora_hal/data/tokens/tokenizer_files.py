@@ -14,7 +14,7 @@ from qlora_hal.data.tokens.rebuilt_tokenizers import rebuilding_notes
 from qlora_hal.data.tokens.tokenizer_checks import MAX_TOKENIZER_BYTES, MAX_VALUES, check_added, check_vocabulary
 from qlora_hal.errors import ModelError
 from qlora_hal.files import strict_json
-from qlora_hal.files.opening import read_stored
+from qlora_hal.files.opening import kind_there, read_stored
 from qlora_hal.files.strict_json import JsonProblem
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def read_folder(folder: Path) -> TokenizerFiles:
         check_added("the folder", {token.content for token in (*declared.named.values(), *declared.more)})
         check_added("the folder", {token.content for token in declared.listed.values()})
     named, notes = {name: token.content for name, token in declared.named.items()}, list(declared.notes)
-    if (folder / "tokenizer.json").is_file():
+    if _is_there(folder / "tokenizer.json"):
         tokenizer = read_tokenizer(folder / "tokenizer.json")
         notes += [*rebuilding_notes(folder, tokenizer, config), *_bos_notes(tokenizer, config, named)]
     else:
@@ -95,8 +95,17 @@ def _refuse_split_special_tokens(folder: Path, config: Mapping[str, object]) -> 
         )
 
 
+def _is_there(path: Path) -> bool:
+    """Whether the folder has this file. One that cannot be read is not taken for absent: in a cache that was cleaned,
+    links to files that are gone stay, and without its template a model would be trained on another text."""
+    kind = kind_there(path)
+    if kind not in ("", "a regular file"):
+        raise broken(path, f"{path.name} is {kind}")
+    return bool(kind)
+
+
 def _json_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not _is_there(path):
         return {}
     try:
         return strict_json.read_foreign_object(path)
@@ -159,7 +168,7 @@ def chat_templates(folder: Path) -> dict[str, str]:
 def _templates(folder: Path, config: Mapping[str, object]) -> dict[str, str]:
     """The chat templates by name, from where transformers looks for them: files come before the configuration."""
     files = {path.stem: path for path in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
-    if (folder / "chat_template.jinja").is_file():
+    if _is_there(folder / "chat_template.jinja"):
         files[_DEFAULT] = folder / "chat_template.jinja"
     if files:
         return {name: _text_of_template(path) for name, path in files.items()}
