@@ -95,7 +95,7 @@ def main() -> None:
     told("route", lambda: mixture.route(logits, router), logits.nbytes, copied)
     told("sort", lambda: mixture.sort(chosen, EXPERTS), 18 * rows, copied)
     told("sort by torch", lambda: ReferenceMixture().sort(chosen, EXPERTS), 18 * rows, copied)
-    told("send", lambda: mixture.send(x, order, EACH, wide[:, :HIDDEN]), x.nbytes + 2 * rows * HIDDEN, copied)
+    told("send", lambda: mixture.send(x, back, wide[:, :HIDDEN]), x.nbytes + 2 * rows * HIDDEN, copied)
     told("collect", lambda: mixture.collect(wide[:, :HIDDEN], back, x, x), 2 * x.nbytes + 2 * rows * HIDDEN, copied)
     told("gated product", lambda: mixture.weighted_swiglu(gate_up, weights, order, product), 3 * product.nbytes, copied)
     told(

@@ -209,7 +209,7 @@ def _launch_all_of_mixtures(operations: TritonMixture, dtype: torch.dtype) -> No
         operations.weighted_swiglu(gate_up, weights, places, product)
         operations.weighted_swiglu_backward(gate_up, product, weights, places, gate_up, product, weight_gradient)
     operations.sort(torch.zeros(tokens, each, dtype=torch.int16), 128)
-    operations.send(x, places, each, rows)
+    operations.send(x, places, rows)
     operations.scale(rows[:, :32].contiguous(), 2.0, rows[:, :32])
     for addend in (x, None):
         operations.collect(rows, places, addend, x)

@@ -138,7 +138,7 @@ def test_what_is_scaled_stands_in_two_places(dtype: torch.dtype, ranks: int, ope
 def test_rows_go_to_their_experts_and_come_back_as_a_sum(operations: MixtureOperations) -> None:
     order, tokens = shuffled(TOKENS * EACH), random(TOKENS, WIDTH + 8)[:, :WIDTH]
     rows, back = poisoned(TOKENS * EACH, WIDTH), torch.argsort(order)
-    operations.send(tokens, order, EACH, rows)
+    operations.send(tokens, back, rows)
     assert torch.equal(rows, tokens[order // EACH])
     rows.copy_(random(TOKENS * EACH, WIDTH, seed=2))
     expected = rows[back].double().unflatten(0, (TOKENS, EACH)).sum(dim=1)

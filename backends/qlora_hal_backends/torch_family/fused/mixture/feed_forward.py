@@ -69,7 +69,7 @@ class MixtureFeedForward:
         routed = self._routed(experts, x)
         extended = group.new_input(routed.rows)
         rows = extended[:, : group.columns]
-        self.mixture.send(x, routed.order, routed.each, rows)
+        self.mixture.send(x, routed.back, rows)
         low_rank = group.low_rank(rows, routed.ends, extended[:, group.columns :])
         gate_up = group.product(extended, routed.ends)
         return h2, FeedForwardProducts(low_rank, gate_up, None, None, routed, shared)
@@ -120,7 +120,7 @@ class MixtureFeedForward:
             group = layer.groups["feed_forward_in"]
             gradients.of_a(group, shared_v, x, group.masks(dropout))
         if v is not None:
-            self.mixture.send(x, routed.order, routed.each, rows)
+            self.mixture.send(x, routed.back, rows)
             self.buffers.into.add_gradients(experts.into, routed.ends, of_a=(v, rows))
 
     def _through_experts(
@@ -129,7 +129,7 @@ class MixtureFeedForward:
         """Gradients of gate and up, with room for v beside them, and of the routing weights, float32 `[M, k]`."""
         into, out = self.buffers.into, self.buffers.out
         extended = out.new_gradient(routed.rows)
-        self.mixture.send(output_gradient[:, : out.rows], routed.order, routed.each, extended[:, : out.rows])
+        self.mixture.send(output_gradient[:, : out.rows], routed.back, extended[:, : out.rows])
         v = out.low_rank_gradient(extended, routed.ends)
         product = out.input_gradient(extended, routed.ends)
         # Without ranks there is no room to make beside it: the gradient takes the place of gate and up.

@@ -109,7 +109,7 @@ def _results(operations: MixtureOperations, device: torch.device) -> Mapping[str
     places = torch.randperm(TOKENS * EACH, generator=generator).to(device)
     back, tokens = torch.argsort(places), drawn(TOKENS, WIDTH)
     sent, collected = torch.zeros(TOKENS * EACH, WIDTH, device=device), torch.zeros(TOKENS, WIDTH, device=device)
-    operations.send(tokens, places, EACH, sent)
+    operations.send(tokens, back, sent)
     results["send"] = sent
     operations.collect(drawn(TOKENS * EACH, WIDTH), back, tokens, collected)
     results["collect"] = collected

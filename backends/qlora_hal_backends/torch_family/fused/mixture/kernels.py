@@ -144,12 +144,14 @@ def place_choices(
 
 
 @triton.jit
-def send(tokens, token_stride, order, out, out_stride, D, EACH: tl.constexpr, WIDTH: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
+def send(tokens, token_stride, back, out, out_stride, D, EACH: tl.constexpr, WIDTH: tl.constexpr):
+    """By token, not by row: each is read once, however many go between its rows."""
+    token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    place = tl.load(order + row)
-    x = tl.load(tokens + (place // EACH) * token_stride + column, mask=column < D, other=0.0)
-    tl.store(out + row * out_stride + column, x, mask=column < D)
+    x = tl.load(tokens + token * token_stride + column, mask=column < D, other=0.0)
+    for j in range(EACH):
+        row = tl.load(back + token * EACH + j)
+        tl.store(out + row * out_stride + column, x, mask=column < D)
 
 
 @triton.jit(do_not_specialize=["rows"])  # each packed batch has another

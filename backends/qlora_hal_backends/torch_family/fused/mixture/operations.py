@@ -41,10 +41,6 @@ class Routed:
     ends: Tensor  # int32 [E]: rows ends[e - 1] to ends[e] are expert e's
 
     @property
-    def each(self) -> int:
-        return self.experts.shape[1]
-
-    @property
     def rows(self) -> int:
         return self.order.shape[0]
 
@@ -69,8 +65,8 @@ class MixtureOperations(Protocol):
         order of their places. Nothing waits for the device."""
         ...
 
-    def send(self, tokens: Tensor, order: Tensor, each: int, out: Tensor) -> None:
-        """Each row's token, from a strided `[M, D]` into a strided `[T, D]`."""
+    def send(self, tokens: Tensor, back: Tensor, out: Tensor) -> None:
+        """Each token, from a strided `[M, D]`, into its rows of a strided `[T, D]`."""
         ...
 
     def scale(self, thin: Tensor, factor: float, copy: Tensor) -> None:

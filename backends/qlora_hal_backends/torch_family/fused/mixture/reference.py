@@ -46,8 +46,8 @@ class ReferenceMixture:
         # Not bincount, which does wait.
         return order, back, torch.searchsorted(found, numbers, right=True, out_int32=True)
 
-    def send(self, tokens: Tensor, order: Tensor, each: int, out: Tensor) -> None:
-        out.copy_(tokens[order // each])
+    def send(self, tokens: Tensor, back: Tensor, out: Tensor) -> None:
+        out[back] = tokens.repeat_interleave(len(back) // len(tokens), dim=0)
 
     def scale(self, thin: Tensor, factor: float, copy: Tensor) -> None:
         copy.copy_(thin.mul_(factor))

@@ -18,6 +18,7 @@ from qlora_hal_backends.torch_family.fused.triton_operations import (
 
 COLUMNS = 2048
 """Of one program, at most."""
+SENT_COLUMNS = 1024
 ADDED_ELEMENTS = 4096
 SCALED_ELEMENTS = 2048
 COUNTED_PAIRS = 8192
@@ -105,11 +106,19 @@ class TritonMixture:
         )
         return order, back, ends
 
-    def send(self, tokens: Tensor, order: Tensor, each: int, out: Tensor) -> None:
-        rows, width = out.shape
-        block = _block(width)
-        kernels.send[(rows, cdiv(width, block))](
-            tokens, tokens.stride(0), order, out, out.stride(0), width, EACH=each, WIDTH=block, num_warps=4
+    def send(self, tokens: Tensor, back: Tensor, out: Tensor) -> None:
+        count, width = tokens.shape
+        block = min(SENT_COLUMNS, next_power_of_2(width))
+        kernels.send[(count, cdiv(width, block))](
+            tokens,
+            tokens.stride(0),
+            back,
+            out,
+            out.stride(0),
+            width,
+            EACH=len(back) // count,
+            WIDTH=block,
+            num_warps=4,
         )
 
     def scale(self, thin: Tensor, factor: float, copy: Tensor) -> None:
