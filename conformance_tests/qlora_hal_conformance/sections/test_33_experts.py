@@ -32,7 +32,7 @@ from qlora_hal_conformance.random_inputs import at_real_tokens, draw_adapter, dr
 from qlora_hal_conformance.routed_inputs import draw_routed, draw_routed_window, tokens_of_experts, without_choice
 from qlora_hal_conformance.stored_weights import each_matrix, judge_format_error, judge_stored, weight_to_store
 from qlora_hal_conformance.subject import Family, Subject
-from qlora_hal_conformance.tolerances import UpdateSettings, decoded_exactly
+from qlora_hal_conformance.tolerances import UpdateSettings, decoded_exactly, gradient_noise, is_coarse
 from qlora_hal_conformance.updating import drawn_moments, judge_step, oracle_at_state_of
 from qlora_hal_oracle import LlamaShape, OracleTrainer, read_shape
 from qlora_hal_oracle.families import MIXTURES, VARIATIONS_OF_MIXTURES, Config, draw_config, vary
@@ -352,9 +352,17 @@ def _opened_without_choice(opened: Opener, seeded: np.random.Generator, config: 
 
 
 def _judge_products(ready: Opened, reference: OracleTrainer, seeded: np.random.Generator, judging: Judge) -> None:
-    """Logits and every gradient of one batch."""
+    """Logits and every gradient of one batch. The slope of a gate falls to zero at its limit: a coarse dtype has some
+    gates on the other side of it, and no entry of theirs a bound. Their gradients are judged as a whole, beside a run
+    rounded at random, which has such gates too."""
     batch = draw_routed(seeded, reference, ready.dtype)
     judge_logits(ready, reference, batch, judging)
+    mixture = reference.model.shape.mixture
+    if mixture is not None and mixture.limit is not None and is_coarse(ready.dtype):
+        expected = reference.window_gradients([batch]).gradients
+        noise = gradient_noise(reference, [batch], ready.dtype)
+        judging.all_whole("gradients", ready.trained_gradient([batch]), expected, noise)
+        return
     judge_gradients(ready.trained_gradient([batch]), reference, [batch], ready, judging)
 
 
