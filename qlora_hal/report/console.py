@@ -148,6 +148,8 @@ class RunConsole:
             facts.append(f"about {figures.count(float(str(known['tokens_per_step'])))} tokens a step")
         facts.append(f"learning rate {figures.rate(training.learning_rate)} ({training.lr_scheduler_type})")
         facts += [str(known[key]) for key in ("weight_format", "compute_dtype") if known.get(key)]
+        if known.get("fp8_products"):
+            facts.append("products with the base in fp8")
         self._print(_styled("run: ", "bold", f"{', '.join(facts)}, into {run.run_dir}"))
 
     # while it runs -------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,14 @@ def test_square_brackets_of_data_are_not_read_as_markup() -> None:
         "sample before: b",
         "sample after: a b",
     ]
+
+
+@pytest.mark.parametrize("in_fp8", [True, False])
+def test_the_run_line_names_products_in_fp8(in_fp8: bool) -> None:
+    console, stream = shown()
+    run = view()
+    console.run_started(replace(run, resolved={**run.resolved, "fp8_products": in_fp8}))
+    assert ("float32, products with the base in fp8, into" in " ".join(stream.getvalue().split())) == in_fp8
 
 
 def test_quiet_keeps_notes_alone() -> None:
