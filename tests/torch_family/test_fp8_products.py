@@ -338,7 +338,9 @@ def test_a_trained_model_is_that_of_the_reference_on_this_gpu(
     expected_loss, expected = model.gradient(with_reference.batch_loss, batch)
     assert FP8_WORDS in body.words
     loss, found = model.gradient(body.batch_loss, batch)
-    assert loss == pytest.approx(expected_loss, rel=5e-3)
+    # Logits of size one are off by E4M3's unit roundoff and more, a tenth of a nat for a token: 0.1 sqrt(40) of the sum
+    # of 215 nats is 3e-3 of it, and three times that is allowed.
+    assert loss == pytest.approx(expected_loss, rel=1e-2)
     # Sums of 14 bits are now and then another bfloat16, and that another E4M3; a fault is as large as what fp8 costs.
     assert relative(found, expected) < 0.7 * relative(expected, in_bfloat16)
 
