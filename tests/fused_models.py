@@ -22,14 +22,15 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FAMILIES: Mapping[str, Mapping[str, object]] = {
     "llama": {},
     "llama with biases": {"attention_bias": True, "mlp_bias": True},
+    "llama with the window of others": {"sliding_window": 5, "use_sliding_window": True},
     "qwen2": {},
     "qwen3": {},
-    "mistral": {"sliding_window": 64},
+    "mistral": {"sliding_window": 8},
     "ministral": {"head_dim": 16, "sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]},
     "smollm3": {"no_rope_layers": [1, 0], "pad_token_id": 0},
     "seed_oss": {"head_dim": 16},
     "cwm": {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]},
-    "phi3": {"pad_token_id": 0},
+    "phi3": {"pad_token_id": 0, "sliding_window": 8},
     "granite": {
         "embedding_multiplier": 3.0,
         "attention_multiplier": 0.2,

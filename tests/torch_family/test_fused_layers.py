@@ -66,7 +66,12 @@ def test_the_planner_counts_those_families_as_fused_that_are() -> None:
 @pytest.mark.parametrize(
     "family",
     [
-        pytest.param(name, marks=() if name in ("qwen3", "llama with biases", "gemma3_text") else pytest.mark.long)
+        pytest.param(
+            name,
+            marks=()
+            if name in ("qwen3", "llama with the window of others", "mistral", "gemma3_text")
+            else pytest.mark.long,
+        )
         for name in FAMILIES
     ],
 )

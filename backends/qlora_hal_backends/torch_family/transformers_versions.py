@@ -102,9 +102,20 @@ def build_causal(config: Any, *, dtype: torch.dtype, attention: str | None, trus
 
     named = {"dtype" if _major() >= 5 else "torch_dtype": dtype}
     with _no_initialization():
-        return AutoModelForCausalLM.from_config(
+        causal = AutoModelForCausalLM.from_config(
             config, attn_implementation=attention, trust_remote_code=trust_remote_code, **named
         )
+    _limit_gates(causal, config.get_text_config())
+    return causal
+
+
+def _limit_gates(causal: Any, config: Any) -> None:
+    """gpt-oss's gates stop at `swiglu_limit`; transformers 5.17 has 7.0 in its code, whatever config.json says."""
+    if getattr(config, "swiglu_limit", None) is None:
+        return
+    for module in causal.modules():
+        if isinstance(getattr(module, "limit", None), float):
+            module.limit = float(config.swiglu_limit)
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,7 +82,7 @@ def layer_weights(
         input_norm=family.norm_weight(layer.input_layernorm),
         middle_norm=family.norm_weight(getattr(layer, family.middle_norm)),
         head_norm=head_norm,
-        window=_window_of(attention),
+        window=_window_of(attention, family),
         rotary=rotary_of(attention),
         attention_join=_join(layer, family, family.attention_norm),
         feed_forward_join=_join(layer, family, family.feed_forward_norm),
@@ -104,16 +104,10 @@ def _join(layer: Any, family: LayerFamily, norm: str | None) -> Join | None:
     return None if scale == 1.0 else Join(None, scale)
 
 
-def _window_of(attention: Any) -> int | None:
-    """The sliding window of one layer. Families with both kinds of layers keep it on the module, Qwen2-MoE on those
-    alone that have one, and Mistral and Phi 3, whose layers are all of one kind, in the configuration."""
-    config = attention.config
-    if hasattr(attention, "sliding_window"):
-        window = attention.sliding_window
-    elif getattr(config, "layer_types", None) and config.layer_types[attention.layer_idx] != "sliding_attention":
-        window = None
-    else:
-        window = getattr(config, "sliding_window", None)
+def _window_of(attention: Any, family: LayerFamily) -> int | None:
+    """The sliding window of one layer."""
+    holder = attention.config if family.window_in_config else attention
+    window = getattr(holder, "sliding_window", None)
     return None if window is None else int(window)
 
 

@@ -54,6 +54,8 @@ class LayerFamily:
 
     `attention_norm` and `feed_forward_norm` are applied to a branch before it is added. `counts_from_one`: a norm
     multiplies with 1 + its weight. `mixtures` are the classes of its feed-forward, `mlp`, where that is of experts.
+    `window_in_config`: all layers have the sliding window that config.json names. Elsewhere a layer's attention holds
+    its own, or there is none: a Llama with that key has no window.
     """
 
     groups: Groups
@@ -62,6 +64,7 @@ class LayerFamily:
     feed_forward_norm: str | None = None
     counts_from_one: bool = False
     mixtures: frozenset[str] = frozenset()
+    window_in_config: bool = False
 
     def norm_weight(self, norm: Any) -> Tensor:
         """What a norm's result is multiplied with, rounded nowhere."""
@@ -70,6 +73,7 @@ class LayerFamily:
 
 
 LLAMA = LayerFamily(SEPARATE)
+MISTRAL = LayerFamily(SEPARATE, window_in_config=True)
 GEMMA = LayerFamily(SEPARATE, counts_from_one=True)
 GEMMA_3 = LayerFamily(
     SEPARATE,
@@ -81,7 +85,7 @@ GEMMA_3 = LayerFamily(
 
 FAMILIES: Mapping[str, LayerFamily] = {
     "LlamaDecoderLayer": LLAMA,
-    "MistralDecoderLayer": LLAMA,
+    "MistralDecoderLayer": MISTRAL,
     "Qwen2DecoderLayer": LLAMA,
     "Qwen3DecoderLayer": LLAMA,
     "MinistralDecoderLayer": LLAMA,
@@ -89,10 +93,10 @@ FAMILIES: Mapping[str, LayerFamily] = {
     "SeedOssDecoderLayer": LLAMA,
     "CwmDecoderLayer": LLAMA,
     "GraniteDecoderLayer": LLAMA,  # its multipliers are read from the layer and from the body
-    "Phi3DecoderLayer": LayerFamily(JOINED),
+    "Phi3DecoderLayer": LayerFamily(JOINED, window_in_config=True),
     "Qwen3MoeDecoderLayer": LayerFamily(ATTENTION, mixtures=frozenset({"Qwen3MoeSparseMoeBlock"})),
     "Qwen2MoeDecoderLayer": LayerFamily(WITH_SHARED_EXPERT, mixtures=frozenset({"Qwen2MoeSparseMoeBlock"})),
-    "MixtralDecoderLayer": LayerFamily(ATTENTION, mixtures=frozenset({"MixtralSparseMoeBlock"})),
+    "MixtralDecoderLayer": LayerFamily(ATTENTION, mixtures=frozenset({"MixtralSparseMoeBlock"}), window_in_config=True),
     "GemmaDecoderLayer": GEMMA,
     "Gemma2DecoderLayer": GEMMA_3,
     "Gemma3DecoderLayer": GEMMA_3,
