@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +13,12 @@ import torch
 from drawn_models import write_drawn_model
 from safetensors.torch import load_file, save_file
 from tiny_models import edit_config, write_model
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from trainers import OpenTrainer, open_cpu_trainer, random_batch, source_of
 
 from qlora_hal.errors import ModelError
+from qlora_hal_backends.torch_family.loading import finite
 from qlora_hal_backends.torch_family.outline import outline
 
 Opened = Callable[..., OpenTrainer]
@@ -265,3 +269,25 @@ def test_a_quantized_head_is_called_what_it_is(how: dict[str, object], tmp_path:
     with pytest.raises(ModelError, match="lm_head is quantized in this checkpoint") as caught:
         outline(source_of(with_a_quantized_head(tmp_path, **how)), {})
     assert caught.value.code == "QH-C72"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_the_look_for_what_is_not_finite_takes_no_room_of_the_tensors_size(dtype: torch.dtype) -> None:
+    class Largest(TorchDispatchMode):
+        made = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = func(*args, **(kwargs or {}))
+            made = [each.numel() for each in pytree.tree_leaves(found) if isinstance(each, torch.Tensor)]
+            self.made = max(self.made, *made, 0)
+            return found
+
+    sound = torch.linspace(-2.0, 2.0, 4096).to(dtype)
+    with Largest() as room:
+        assert finite(sound, "name", "folder") is sound
+    assert 0 < room.made <= 2
+    for worse in (float("nan"), float("inf"), -float("inf")):
+        damaged = sound.clone()
+        damaged[1234] = worse
+        with pytest.raises(ModelError, match="QH-M52"):
+            finite(damaged, "name", "folder")
