@@ -223,7 +223,17 @@ def test_a_folder_for_a_merged_model_that_is_not_utf8_is_refused(tmp_path: Path)
         (lambda: push("run", "owner/name", certificate=5), "certificate"),  # type: ignore[arg-type]
         (lambda: resume(5), "run_dir"),  # type: ignore[arg-type]
     ],
-    ids=["load", "load None", "base of load", "merge", "merge into", "rows of merge", "push", "proof of push", "resume"],
+    ids=[
+        "load",
+        "load None",
+        "base of load",
+        "merge",
+        "merge into",
+        "rows of merge",
+        "push",
+        "proof of push",
+        "resume",
+    ],
 )
 def test_what_is_no_path_is_refused_by_the_name_of_its_argument(call: Callable[[], object], name: str) -> None:
     with pytest.raises(ConfigError, match=rf"QH-U01. {name} is a value of type \w+; a path was expected"):
