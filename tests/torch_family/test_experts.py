@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trainers import open_cpu_trainer, random_batch, source_of
 
 from qlora_hal.adapter.naming import lora_a_key, lora_b_key
-from qlora_hal.contract.backend import Quantization
-from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal.contract.backend import Compute, Quantization
+from qlora_hal.contract.capabilities import Feature, WeightFormat
 from qlora_hal.errors import ModelError, UnsupportedFeatureError
 from qlora_hal.model.expert_stacks import path_of
 from qlora_hal_backends.torch_family.base_weights import quantize
@@ -28,6 +28,8 @@ from qlora_hal_backends.torch_family.experts.products import GroupedProducts, Gr
 from qlora_hal_backends.torch_family.experts.stacked_weights import stacked
 from qlora_hal_backends.torch_family.lora_linear import LoRASwitches, LoRAWeights
 from qlora_hal_backends.torch_family.outline import outline
+from qlora_hal_backends.torch_family.platform import CPU
+from qlora_hal_backends.torch_family.trainer import TorchLoRATrainer
 
 MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss"]
 FURTHER = ["qwen3_next", "deepseek_v2", "glm4_moe", "olmoe", "dots1", "hunyuan_v1_moe", "exaone_moe", "flex_olmo"]
@@ -317,3 +319,21 @@ def test_a_checkpoint_whose_experts_are_packed_is_the_same_base(tmp_path: Path) 
     weights = [trainer.dequantized_weight(module) for trainer in opened]
     np.testing.assert_array_equal(*weights)
     np.testing.assert_array_equal(*(trainer.logits(random_batch(0)) for trainer in opened))
+
+
+def test_a_backend_without_experts_refuses_a_mixture_before_it_reads_a_weight(tmp_path: Path) -> None:
+    """transformers 4 keeps experts as single layers, of which one could take a mixture for a dense model."""
+    from qlora_hal_backends.cpu_torch import SPEC
+
+    def read(*_: object) -> Any:
+        raise AssertionError("a weight was read")
+
+    write_drawn_model(tmp_path, "mixtral")
+    without = replace(SPEC.capabilities, features=SPEC.capabilities.features - {Feature.EXPERTS})
+    trainer = TorchLoRATrainer(replace(SPEC, capabilities=without), CPU, read)
+    with pytest.raises(UnsupportedFeatureError, match="experts"):
+        trainer.load(source_of(tmp_path), Quantization(WeightFormat.NF4, 64, False), Compute("float32"))
+    with pytest.raises(AssertionError, match="a weight was read"):
+        TorchLoRATrainer(SPEC, CPU, read).load(
+            source_of(tmp_path), Quantization(WeightFormat.NF4, 64, False), Compute("float32")
+        )

@@ -137,6 +137,8 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
 
     def load(self, source: ModelSource, quantization: Quantization, compute: Compute) -> None:
         check_served(self.spec, quantization, compute, prequantized=source.facts.prequantized is not None)
+        if source.facts.has_routed_experts:
+            require(self.spec, Requirements(features=frozenset({Feature.EXPERTS})))
         self._release()
         if compute.fp8_products:
             fused.check_fp8(source.facts, quantization, compute, self._device)
@@ -145,8 +147,6 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         forget_peak_memory(self._device)
         with self._memory_named("loading the base"), torch.no_grad():
             self._base = self._load_base(source, quantization, compute, self._device)
-            if self._base.experts:
-                require(self.spec, Requirements(features=frozenset({Feature.EXPERTS})))
             for block in self._base.experts:
                 block.products = proved_products(self._device, grouped=self._platform.grouped_products)
         self.load_notes = self._base.notes
