@@ -29,6 +29,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from qlora_hal.errors import HubError, StorageError, figures
 from qlora_hal.files.durable import free_bytes
+from qlora_hal.files.refused_paths import expanded
 
 LOGIN = "hf auth login"
 _CHUNK = 64 * 1024
@@ -220,7 +221,7 @@ def _with_retries(call: Callable[[], _Result], retries: Retries) -> _Result:
 
 
 def _cache_of(name: str) -> Path:
-    return Path(constants.HF_HUB_CACHE).expanduser() / f"models--{name.replace('/', '--')}"
+    return expanded(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
 
 
 def _complete(repository: Repository, names: Collection[str], retries: Retries) -> None:
