@@ -57,7 +57,7 @@ _OUTPUTS = (
 """What an overwritten run leaves; other files in the folder are the user's and are never touched."""
 _OWN = (*(name for name in _OUTPUTS if name != LATEST_LINK), RUN_FILE, LOCK_FILE, OWNER_FILE, "tensorboard")
 """What a run writes or trusts there. A link under one of these names was planted; `latest` is never read."""
-_FOLDERS = frozenset({CHECKPOINTS_FOLDER, ADAPTER_FOLDER, BEST_ADAPTER_FOLDER, "tokens", "tensorboard"})
+RUN_FOLDERS = frozenset({CHECKPOINTS_FOLDER, ADAPTER_FOLDER, BEST_ADAPTER_FOLDER, "tokens", "tensorboard"})
 """Those of them that are folders."""
 _INPUTS = frozenset(
     {
@@ -267,7 +267,7 @@ def _restore_replaced_adapters(path: Path) -> None:
 
 def _refuse_planted(path: Path) -> None:
     for name in _OWN:
-        opening.refuse_other_kind(path / name, "a folder" if name in _FOLDERS else "a regular file")
+        opening.refuse_other_kind(path / name, "a folder" if name in RUN_FOLDERS else "a regular file")
 
 
 def _readable(count: int) -> str:
