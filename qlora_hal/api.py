@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, Unpack
 
 from qlora_hal.config.keywords import SettingsByKeyword, is_settings_of_data, with_named_settings
-from qlora_hal.files.refused_paths import refused_paths_told, require_paths_given
+from qlora_hal.files.refused_paths import expanded, refused_paths_told, require_paths_given
 
 if TYPE_CHECKING:
     from qlora_hal.config.resolve import ResolvedSettings
@@ -309,7 +309,7 @@ def merge(
     require_paths_given({"target": target, "out": out}, {"model": model, "rows": rows})
     request = MergeRequest(
         target=Path(target),
-        out=Path(out).expanduser(),
+        out=expanded(out),
         model=None if model is None else str(model),
         base=base,
         dtype=dtype,

@@ -33,11 +33,11 @@ def convert(
 ) -> int:
     """Write an adapter for mlx-lm or for PEFT: qlora-hal adapter convert runs/first first-mlx --to mlx."""
     from qlora_hal.export.converting import convert_adapter
-    from qlora_hal.files.refused_paths import named_path
+    from qlora_hal.files.refused_paths import expanded, named_path
     from qlora_hal.model.source import resolve_model
 
     base = resolve_model(model, revision=revision, trust_remote_code=False) if model else None
-    done = convert_adapter(named_path(source), out.expanduser(), to=to, model=base)
+    done = convert_adapter(named_path(source), expanded(out), to=to, model=base)
     for note in done.notes:
         show(f"note: {note}", stream=sys.stderr)
     if json:

@@ -45,11 +45,12 @@ def quantize(
 ) -> int:
     """Quantize a model with calibration: qlora-hal quantize MODEL OUT --data rows.jsonl."""
     from qlora_hal.cli.json_output import kept_for_json
-    from qlora_hal.files.refused_paths import refuse_other_encodings
+    from qlora_hal.files.refused_paths import expanded, refuse_other_encodings
     from qlora_hal.model.source import plan_model, with_weights
     from qlora_hal.quantize.calibration import Recipe, quantize_into
     from qlora_hal.report.console import RunConsole
 
+    out = expanded(out)
     for path in (model, str(out.absolute()), data):
         refuse_other_encodings(path)
     console = RunConsole(json=json)

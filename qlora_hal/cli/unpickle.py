@@ -21,12 +21,12 @@ def unpickle(
 ) -> int:
     """Turn pickled weights into safetensors: qlora-hal unpickle downloaded converted."""
     from qlora_hal.errors import figures
-    from qlora_hal.files.refused_paths import named_path
+    from qlora_hal.files.refused_paths import expanded, named_path
     from qlora_hal.model import pickled_weights
     from qlora_hal.report.console import RunConsole
 
     console = RunConsole(json=json)
-    done = pickled_weights.unpickle(named_path(folder), out.expanduser(), console.note)
+    done = pickled_weights.unpickle(named_path(folder), expanded(out), console.note)
     for note in done.notes:
         show(f"note: {note}", stream=sys.stderr)
     if json:

@@ -32,6 +32,7 @@ from qlora_hal.contract.world import RankFacts, World
 from qlora_hal.errors import BackendContractError, BackendError, QloraHalError
 from qlora_hal.errors.foreign import told
 from qlora_hal.errors.terminal_text import show
+from qlora_hal.processes.turns import alone_in_process
 
 if TYPE_CHECKING:
     from qlora_hal.model.source import ModelSource
@@ -81,7 +82,7 @@ class CheckedTrainer:
             return tuple(found)
 
     def load(self, source: ModelSource, quantization: Quantization, compute: Compute) -> None:
-        with self._checked("load"):
+        with alone_in_process(), self._checked("load"):
             check_gates(self._trainer.spec, compute)
             self._trainer.load(source, quantization, compute)
         for note in self._trainer.load_notes:
@@ -92,7 +93,7 @@ class CheckedTrainer:
             return dict(self._trainer.linear_modules())
 
     def attach(self, adapter: Adapter, optimizer: str) -> None:
-        with self._checked("attach"):
+        with alone_in_process(), self._checked("attach"):
             check_gates(self._trainer.spec, adapter.config)
             self._trainer.attach(adapter, optimizer)
         self._config = adapter.config

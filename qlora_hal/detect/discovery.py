@@ -42,6 +42,7 @@ from qlora_hal.errors.installation import is_from_index, pip
 from qlora_hal.formats.catalogue import wrong_claims
 from qlora_hal.model.linear_shapes import left_out_notes
 from qlora_hal.processes.subprocess_call import SubprocessCallError, answer_stream, ask, one_line
+from qlora_hal.processes.turns import alone_in_process
 
 if TYPE_CHECKING:
     from qlora_hal.model.source import ModelSource
@@ -102,7 +103,7 @@ def probe(entry: BackendEntry) -> ProbeReport:
     """Load one spec and ask it, in this process. Never raises."""
     printed = io.StringIO()
     try:
-        with contextlib.redirect_stdout(printed):  # stdout belongs to --json
+        with alone_in_process(), contextlib.redirect_stdout(printed):  # stdout belongs to --json
             report = load_spec(entry).probe()
     except (Exception, SystemExit) as error:
         if isinstance(error, QloraHalError):
@@ -240,9 +241,10 @@ def _called(spec: BackendSpec, path: str, options: Mapping[str, object], *argume
     """Import `package.module:Name` of a backend and call it, its exceptions made ours."""
     module_name, _, attribute = path.partition(":")
     try:
-        if spec.prepare_process is not None:
-            spec.prepare_process(options)
-        found: object = getattr(import_module(module_name), attribute)(*arguments)
+        with alone_in_process():
+            if spec.prepare_process is not None:
+                spec.prepare_process(options)
+            found: object = getattr(import_module(module_name), attribute)(*arguments)
     except QloraHalError:
         raise
     except (Exception, SystemExit) as error:

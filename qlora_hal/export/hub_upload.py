@@ -21,7 +21,7 @@ from huggingface_hub.utils import (
 )
 
 from qlora_hal.errors import ConfigError, HubError
-from qlora_hal.model.hub import LOGIN, http_error, is_offline
+from qlora_hal.model.hub import LOGIN, NOT_OF_A_HUB, http_error, is_offline
 
 _WRITE_LOGIN = f"Run: {LOGIN} (with a token that may write)"
 
@@ -121,7 +121,7 @@ def _told(repository: str, *, made: bool) -> Iterator[None]:
         _raise_refusal(repository, error, again)
     except (http_error(), ConnectionError, TimeoutError) as error:
         raise _not_uploaded(repository, _one_line(error), f"Check the network and the proxy, then {again}.") from error
-    except (ValueError, RuntimeError) as error:
+    except (*NOT_OF_A_HUB, RuntimeError) as error:
         # Of an answer that is not the hub's, and of the library that moves large files.
         raise _not_uploaded(repository, _one_line(error), f"Check that HF_ENDPOINT is a hub, then {again}.") from error
 

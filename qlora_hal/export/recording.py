@@ -5,11 +5,11 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import qlora_hal
 from qlora_hal.errors.redaction import redacted
+from qlora_hal.files.refused_paths import expanded
 
 if TYPE_CHECKING:
     from qlora_hal.contract.backend import DeviceFacts
@@ -134,7 +134,7 @@ def report_rows(record: Mapping[str, object]) -> list[tuple[str, str]]:
 
 def shown_name(name: str) -> str:
     """A base's name for a file that is made to be published: of a local folder only its last part."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     return path.name if path.is_absolute() or path.is_dir() else name
 
 

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from qlora_hal.errors import StorageError
 from qlora_hal.files import durable
-from qlora_hal.files.refused_paths import half_of_a_character
+from qlora_hal.files.refused_paths import expanded, half_of_a_character
 
 
 def refuse_no_path(path: Path) -> None:
@@ -28,7 +28,7 @@ def writable_folder(path: Path) -> Path:
     Raises StorageError: QH-S14 (a file, a loop, a link to nothing), QH-S12 (cannot be written), QH-S09 (no space).
     """
     refuse_no_path(path)
-    path = path.expanduser()
+    path = expanded(path)
     try:
         real = Path(os.path.realpath(path, strict=True))
         if not real.is_dir():

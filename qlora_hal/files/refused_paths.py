@@ -1,5 +1,5 @@
-"""Paths that the operating system refuses before it looks for a file: too long, or through a folder that may not be
-entered."""
+"""Paths that the operating system refuses before it looks for a file: too long, through a folder that may not be
+entered, or from the home of nobody."""
 
 from __future__ import annotations
 
@@ -64,10 +64,25 @@ def _refuse_lost_working_directory() -> None:
         ) from problem
 
 
+def expanded(name: str | os.PathLike[str]) -> Path:
+    """A path with `~` written out. Raises ConfigError QH-U30 where that is the home of nobody here."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as problem:
+        first = Path(name).parts[0]
+        raise ConfigError(
+            "QH-U30",
+            f"The path {shortened(str(name))} cannot be used: this system knows no home folder for {first}.",
+            where=shortened(str(name)),
+            cause="A leading ~ means the home folder of this user, ~name that of another one.",
+            fix=f"Write the folder out, or ./{first} for a folder of that name.",
+        ) from problem
+
+
 def named_path(name: str | os.PathLike[str]) -> Path:
     """The path that a user named, `~` expanded; whether something is there or not. Raises OSError where the operating
     system refuses to say: from Python 3.14 on, `Path.is_dir` and its like answer False there."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     # A name with a zero byte is a ValueError, and no path of anything.
     with suppress(FileNotFoundError, NotADirectoryError, ValueError):
         path.stat()

@@ -27,6 +27,7 @@ from qlora_hal.formats.mlx_affine import MLX_AFFINE
 from qlora_hal.formats.record import LEVELS, CheckpointLayout, FormatRecord
 from qlora_hal.formats.unquantized import UNQUANTIZED
 from qlora_hal.model.packed_facts import Prequantized
+from qlora_hal.processes.turns import alone_in_process
 
 ENTRY_POINT_GROUP = "qlora_hal.formats"
 
@@ -150,7 +151,7 @@ def _loaded(point: EntryPoint) -> FormatRecord | str:
     if point.name in _NO_FORMATS or point.name in _OURS:
         return "the name is one of qlora-hal's own; give the format another name"
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # stdout belongs to --json
+        with alone_in_process(), contextlib.redirect_stdout(io.StringIO()):  # stdout belongs to --json
             record = point.load()
             if not isinstance(record, FormatRecord):
                 return f"{point.value} is a {type(record).__name__}, not a FormatRecord"

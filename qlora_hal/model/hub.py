@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
     DisabledRepoError,
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -29,6 +30,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from qlora_hal.errors import HubError, StorageError, figures
 from qlora_hal.files.durable import free_bytes
+from qlora_hal.files.refused_paths import expanded
 
 LOGIN = "hf auth login"
 _CHUNK = 64 * 1024
@@ -71,6 +73,10 @@ class Repository:
     def _is_here(self, name: str) -> bool:
         file, expected = self.folder() / name, self.sizes.get(name)
         return file.is_file() and expected in (None, file.stat().st_size)
+
+
+NOT_OF_A_HUB = (ValueError, TypeError, KeyError, AttributeError)
+"""What huggingface_hub raises over an answer that is not in the hub's form: the page of a proxy or of a login."""
 
 
 class Unreachable(Exception):
@@ -220,7 +226,7 @@ def _with_retries(call: Callable[[], _Result], retries: Retries) -> _Result:
 
 
 def _cache_of(name: str) -> Path:
-    return Path(constants.HF_HUB_CACHE).expanduser() / f"models--{name.replace('/', '--')}"
+    return expanded(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
 
 
 def _complete(repository: Repository, names: Collection[str], retries: Retries) -> None:
@@ -285,6 +291,10 @@ def _hub_errors(repository: str, revision: str | None) -> Iterator[None]:
         if "Consistency check failed" not in str(error):
             raise
         raise Unreachable(_one_line(error), incomplete_file=_file_named_in(str(error))) from error
+    except HFValidationError:
+        raise
+    except NOT_OF_A_HUB as error:
+        raise Unreachable(f"What answered at {constants.ENDPOINT} is no hub ({_one_line(error)})") from error
 
 
 def _http_failure(repository: str, revision: str | None, error: Exception) -> Exception:

@@ -25,6 +25,7 @@ from qlora_hal.data import prepare
 from qlora_hal.data.source.reading import blamed_on
 from qlora_hal.detect.requirements import needs_calibration
 from qlora_hal.errors import BackendContractError, ConfigError, DataError, UnsupportedFeatureError
+from qlora_hal.files.refused_paths import expanded
 from qlora_hal.quantize.folder import quantized_for, read_quantized, set_aside, staged, unverified_note
 
 if TYPE_CHECKING:
@@ -299,7 +300,7 @@ def identity_of(
 def cache_folder() -> Path:
     """`QLORA_HAL_CACHE`, or the folder that the system keeps for caches."""
     if named := os.environ.get(CACHE_VARIABLE):
-        return Path(named).expanduser()
+        return expanded(named)
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "qlora_hal"
     if sys.platform == "win32":

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from qlora_hal.errors import ModelError, QloraHalError, StorageError
 from qlora_hal.files import durable, opening, sealed_json, strict_json
+from qlora_hal.files.refused_paths import expanded
 from qlora_hal.model.facts import read_facts
 from qlora_hal.model.weight_files import read_json
 from qlora_hal.report.run_file import RUN_FILE
@@ -127,7 +128,7 @@ def set_aside(folder: Path) -> Path | None:
 def quantized_for(source: ModelSource, run_dir: Path | None) -> ModelSource:
     """The folder that a run's record names, if it still holds what the run was trained on. Raises ModelError QH-E63."""
     recorded = _recorded(run_dir) if run_dir is not None else {}
-    folder = Path(str(recorded.get("folder") or "")).expanduser()
+    folder = expanded(str(recorded.get("folder") or ""))
     problem = "is gone"
     with suppress(OSError, QloraHalError):
         facts = read_facts(folder)

@@ -27,7 +27,7 @@ from qlora_hal.errors import ConfigError
 from qlora_hal.files import durable, opening, sealed_json
 from qlora_hal.files.durable import write_json_atomically
 from qlora_hal.files.output_path import refuse_no_path, writable_folder
-from qlora_hal.files.refused_paths import named_path
+from qlora_hal.files.refused_paths import expanded, named_path
 from qlora_hal.report.run_file import read_run_file
 from qlora_hal.run.identity import (
     PLACE_KEYS,
@@ -57,7 +57,7 @@ _OUTPUTS = (
 """What an overwritten run leaves; other files in the folder are the user's and are never touched."""
 _OWN = (*(name for name in _OUTPUTS if name != LATEST_LINK), RUN_FILE, LOCK_FILE, OWNER_FILE, "tensorboard")
 """What a run writes or trusts there. A link under one of these names was planted; `latest` is never read."""
-_FOLDERS = frozenset({CHECKPOINTS_FOLDER, ADAPTER_FOLDER, BEST_ADAPTER_FOLDER, "tokens", "tensorboard"})
+RUN_FOLDERS = frozenset({CHECKPOINTS_FOLDER, ADAPTER_FOLDER, BEST_ADAPTER_FOLDER, "tokens", "tensorboard"})
 """Those of them that are folders."""
 _INPUTS = frozenset(
     {
@@ -235,7 +235,7 @@ def rehearsed(output_dir: str | Path, *, config: Mapping[str, object], overwrite
     """A folder for a run that stops before it begins: `output_dir` is judged as `RunDirectory.open_new` would, and
     nothing is left there, nor taken away. Raises as that does, but for the lock."""
     refuse_no_path(Path(output_dir))
-    given = Path(output_dir).expanduser()
+    given = expanded(output_dir)
     _refuse_planted(given)
     absent = [folder for folder in (given, *given.parents) if not os.path.lexists(folder)]
     try:
@@ -267,7 +267,7 @@ def _restore_replaced_adapters(path: Path) -> None:
 
 def _refuse_planted(path: Path) -> None:
     for name in _OWN:
-        opening.refuse_other_kind(path / name, "a folder" if name in _FOLDERS else "a regular file")
+        opening.refuse_other_kind(path / name, "a folder" if name in RUN_FOLDERS else "a regular file")
 
 
 def _readable(count: int) -> str:
@@ -313,7 +313,7 @@ def _refuse_to_remove_inputs(path: Path, config: Mapping[str, object], outputs: 
             or not value
         ):
             continue
-        given = Path(os.path.realpath(Path(value).expanduser()))
+        given = Path(os.path.realpath(expanded(value)))
         is_run_itself = given == removed[0] and setting != "model.name_or_path"  # whose files are left where they are
         if is_run_itself or any(given.is_relative_to(place) for place in removed[1:]):
             raise ConfigError(

@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora_hal.checkpoint.state import CHECKPOINTS_FOLDER
 from qlora_hal.errors import ConfigError, QloraHalError
 from qlora_hal.files.refused_paths import named_path
 from qlora_hal.report.run_file import RUN_FILE, examined_run_file
 from qlora_hal.report.series import RunSeries, read_series
-from qlora_hal.run.lock import LOCK_FILE, is_held
+from qlora_hal.run.directory import METRICS_FILE, RUN_FOLDERS
+from qlora_hal.run.lock import LOCK_FILE, OWNER_FILE, is_held
 
 DEPTH = 4
 """Levels below the folder that are searched; runs lie in the folder itself, or sorted by project and date."""
@@ -98,17 +100,20 @@ def _state(folder: Path, run: Mapping[str, object]) -> str:
 
 
 def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
-    """Folders with the record or the lock of a run. Links are not followed: what lies behind one is not below."""
+    """Folders with the record of a run, or with its lock and more of it, and those below: a run may have been written
+    into the folder of others. Links are not followed: what lies behind one is not below."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError:
         return
     names = {entry.name for entry in entries}
-    if names & {RUN_FILE, LOCK_FILE}:
+    # A start that was refused leaves its lock in a folder that may be anyone's.
+    began = names == {LOCK_FILE} or names & {OWNER_FILE, METRICS_FILE, CHECKPOINTS_FOLDER}
+    if RUN_FILE in names or (LOCK_FILE in names and began):
         yield folder
-    elif depth:
+    if depth:
         for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
+            if entry.is_dir(follow_symlinks=False) and entry.name not in RUN_FOLDERS:
                 yield from _run_folders(Path(entry.path), depth - 1)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_hal.files.refused_paths import expanded
 from qlora_hal.report.curves import LOSS_PICTURE
 from qlora_hal.report.html import REPORT_FILE
 from qlora_hal.report.metrics_table import MetricsTable
@@ -64,7 +65,7 @@ class TrainResult:
     @classmethod
     def planned(cls, prepared: PreparedRun, plan: Mapping[str, object]) -> TrainResult:
         """Of a dry run: no step was taken."""
-        stored, run_dir = prepared.resolved_backend.quantization, Path(prepared.config.output_dir).expanduser()
+        stored, run_dir = prepared.resolved_backend.quantization, expanded(prepared.config.output_dir)
         return cls(
             backend=prepared.resolved_backend.choice.spec.name,
             device="",

@@ -203,6 +203,49 @@ def test_quantize_refuses_what_is_not_utf8(place: int, capsys: pytest.CaptureFix
     assert "QH-U30" in capsys.readouterr().err
 
 
+NOBODY = "~nobody-of-that-name/x"
+
+
+@pytest.mark.fault("U30")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--demo", "--dry-run", "--output_dir", NOBODY],
+        ["train", "--demo", "--dry-run", "--data", f"{NOBODY}.jsonl"],
+        ["train", "--demo", "--dry-run", "--data.validation_path", f"{NOBODY}.jsonl"],
+        ["train", "--demo", "--dry-run", "--data.chat_template", f"{NOBODY}.jinja"],
+        ["train", "--dry-run", "--model", NOBODY, "--data", str(data_path("train"))],
+        ["train", f"{NOBODY}.yaml"],
+        ["estimate", "--model", NOBODY],
+        ["resume", NOBODY],
+        ["runs", NOBODY],
+        ["compare", NOBODY, NOBODY],
+        ["generate", "--run", NOBODY, "--prompt", "x"],
+        ["merge", NOBODY, "out"],
+        ["merge", str(model_path()), NOBODY],
+        ["push", NOBODY, "owner/name", "--dry-run"],
+        ["quantize", NOBODY, "out", "--data", "rows.jsonl"],
+        ["quantize", str(model_path()), NOBODY, "--data", str(data_path("train"))],
+        ["unpickle", NOBODY, "out"],
+        ["unpickle", str(model_path()), NOBODY],
+        ["adapter", "convert", NOBODY, "out", "--to", "mlx"],
+        ["adapter", "convert", str(model_path()), NOBODY, "--to", "mlx"],
+        ["init", NOBODY],
+        ["init", "run.yaml", "--from", f"{NOBODY}.yaml"],
+    ],
+    ids=" ".join,
+)
+def test_the_home_of_nobody_is_no_defect(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(words)
+    told = capsys.readouterr().err
+    assert "QH-I01" not in told
+    assert "error[QH-" in told
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.fault("U30")
 def test_a_folder_for_a_merged_model_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     folder = staging(tmp_path / OTHER_BYTES, prefix=".merging-", what="the merged model")

@@ -162,6 +162,15 @@ def test_an_upload_that_does_not_go_through_says_so(run: TrainResult, client: Cl
     assert "left out qlora_hal.json" in ignored["message"]
 
 
+@pytest.mark.fault("E26")
+def test_what_answers_and_is_no_hub_is_no_defect(run: TrainResult, client: Client) -> None:
+    for page in (b"<html>Sign in</html>", b"[]", b"null", b"{}"):
+        with serving(WritableHub(name="me/first", exists=True, page=page)) as hub:
+            (answer,) = client.push(hub.address, (WRITE_TOKEN, run.run_dir, "me/first", {"exist_ok": True}))
+        assert answer["code"] == "QH-E26", page
+        assert "HF_ENDPOINT is a hub" in answer["help"]
+
+
 def test_a_repository_that_exists_is_added_to_with_consent_and_nothing_is_deleted(
     run: TrainResult, client: Client
 ) -> None:

@@ -37,7 +37,7 @@ class Sparse:
 @dataclass
 class FakeHub:
     """One repository. `answers` holds statuses to give first, `cut` how often the weights come short, `down` the one
-    file that no request gets whole; `served` counts
+    file that no request gets whole, `page` what something that is no hub answers to all of them; `served` counts
     the bytes of bodies by file, those of the API under `api`, and `sent` those that a client took; `ranges` False
     ignores that a part was asked for."""
 
@@ -47,6 +47,7 @@ class FakeHub:
     gated: bool = False
     cut: int = 0
     down: str = ""
+    page: bytes = b""
     ranges: bool = True
     private: bool = False
     requests: Counter[str] = field(default_factory=Counter)
@@ -57,6 +58,8 @@ class FakeHub:
     def answer(self, method: str, path: str, asked: str | None = None) -> tuple[int, Mapping[str, str], bytes]:
         """`asked` is the Range header. What a HEAD would have as its body is not made."""
         self.requests[f"{method} {path.split('?')[0]}"] += 1
+        if self.page:
+            return 200, {"Content-Type": "text/html"}, self.page
         if self.answers:
             status, headers = self.answers.pop(0)
             return status, headers, b"{}"

@@ -139,6 +139,19 @@ def test_an_unreachable_hub_is_retried_then_named(client: Client, address: str) 
     assert "proxy" in answer["help"]
 
 
+PAGES = [b"<html>Sign in to this network</html>", b"\x00\xff", b"{}", b"[]", b"null", b"7", b'{"id": 5, "siblings": 5}']
+
+
+@pytest.mark.fault("E11")
+@pytest.mark.parametrize("page", PAGES, ids=repr)
+def test_the_page_of_a_proxy_is_no_defect(client: Client, page: bytes) -> None:
+    with serving(FakeHub({}, page=page)) as hub:
+        answer = client.resolve(hub.address)
+    assert (answer["code"], answer["exit_status"]) == ("QH-E11", 11)
+    assert "is no hub" in answer["cause"]
+    assert "proxy" in answer["help"]
+
+
 @pytest.mark.fault("E11")
 def test_offline_without_a_copy_is_told_at_once(client: Client) -> None:
     answer = client.resolve(NOWHERE, offline=True)

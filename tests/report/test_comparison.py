@@ -158,6 +158,22 @@ def test_a_broken_run_is_listed_with_what_is_wrong(run_dir: Path, capsys: pytest
     assert "first-run is broken: it was changed after it was written" in told
 
 
+def test_a_start_that_was_refused_among_runs_hides_none_of_them(run_dir: Path) -> None:
+    above = run_dir.parent
+    (above / "report.html").write_text("of someone else")
+    with pytest.raises(ConfigError, match="no run of qlora_hal"):
+        train(merged(SMALL, {"output_dir": str(above)}))
+    assert (above / "run.lock").exists()
+    assert [run.folder for run in runs_below(above)] == [run_dir]
+
+
+def test_a_run_in_the_folder_of_others_hides_none_of_them(run_dir: Path) -> None:
+    write_run_file(run_dir.parent, replace(run_record(), status="failed"))
+    (run_dir / "checkpoints" / "step-00000001").mkdir(parents=True, exist_ok=True)
+    (run_dir / "checkpoints" / "step-00000001" / "run.json").write_text("{}")
+    assert {run.folder for run in runs_below(run_dir.parent)} == {run_dir, run_dir.parent}
+
+
 def test_a_link_is_not_followed_and_an_empty_folder_is_said(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
