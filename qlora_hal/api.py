@@ -222,11 +222,11 @@ def resume(
     """
     from qlora_hal.report.notebook import console_here
     from qlora_hal.run.measured import observers_with
-    from qlora_hal.run.paths import PathOverrides, require_path
+    from qlora_hal.run.paths import PathOverrides
     from qlora_hal.run.start import run_resumed
     from qlora_hal.run.supervisor import is_supervised, run_in_child
 
-    require_path("run_dir", run_dir)
+    require_paths_given({"run_dir": run_dir})
     observers = observers_with(metrics, observers)
     console = console_here(console, quiet=quiet)
     relocation = PathOverrides.of(model=model, data=data, validation_data=validation_data)

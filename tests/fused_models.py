@@ -28,6 +28,13 @@ FAMILIES: Mapping[str, Mapping[str, object]] = {
     "mistral": {"sliding_window": 8},
     "ministral": {"head_dim": 16, "sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]},
     "smollm3": {"no_rope_layers": [1, 0], "pad_token_id": 0},
+    "smollm3 of kinds alone": {  # transformers' mask heeds them, whatever `use_sliding_window` says
+        "no_rope_layers": [1, 0],
+        "pad_token_id": 0,
+        "sliding_window": 8,
+        "use_sliding_window": False,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
     "seed_oss": {"head_dim": 16},
     "cwm": {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]},
     "phi3": {"pad_token_id": 0, "sliding_window": 8},

@@ -316,6 +316,7 @@ def estimate_as_json(estimated: Estimated) -> dict[str, object]:
         "block_size": stored.block_size,
         "double_quant": stored.double_quant,
         "compute_dtype": planned.compute_dtype,
+        "fp8_products": planned.config.quantization.fp8_products,
         "bytes": {part: getattr(memory, part) for part in PARTS},
         "total": memory.total,
         "high": memory.high,

@@ -60,6 +60,9 @@ def _head(estimated: Estimated, config: RunConfig) -> Iterator[str]:
     planned = estimated.planned
     stored = planned.quantization
     block = f" in blocks of {stored.block_size}" if stored.block_size else ""
+    # Which cards have them only a device that is here can tell.
+    needs = "on NVIDIA Ada, Hopper or later only"
+    in_fp8 = f", products with the base in fp8 ({needs})" if config.quantization.fp8_products else ""
     if planned.device is not None and planned.device is not planned.here:
         here = f"an {planned.device.reason}"
     elif estimated.cards and len(estimated.cards) == 1:
@@ -71,7 +74,7 @@ def _head(estimated: Estimated, config: RunConfig) -> Iterator[str]:
     yield from _wrapped(f"  read from {planned.facts.read_from}", "  ")
     yield from _wrapped(f"  on {estimated.backend} ({here})", "  ")
     yield from _wrapped(
-        f"  base {stored.weight_format.value}{block}, computes in {planned.compute_dtype}, "
+        f"  base {stored.weight_format.value}{block}, computes in {planned.compute_dtype}{in_fp8}, "
         f"{batch} x {length} tokens, rank {config.lora.r}",
         "  ",
     )

@@ -146,12 +146,13 @@ def plan_as_text(result: TrainResult) -> str:
 
     plan: Mapping[str, Any] = result.plan
     block = f" in blocks of {result.block_size}" if result.block_size else ""
+    in_fp8 = ", products with the base in fp8" if plan["fp8_products"] else ""
     several = f" on {plan['devices']} devices ({plan['mode']}: {plan['why']})" if plan["devices"] > 1 else ""
     return "\n".join(
         [
             f"plan: {plan['steps']} step{'' if plan['steps'] == 1 else 's'} of {plan['sequences_per_step']} sequences, "
             f"from {plan['sequences']}, on {result.backend}{several}; nothing was written",
-            f"base: {result.weight_format}{block}, computes in {plan['compute_dtype']}; "
+            f"base: {result.weight_format}{block}, computes in {plan['compute_dtype']}{in_fp8}; "
             f"adapters on {plan['target_modules']} modules",
             "estimated memory of each device:" if several else "estimated memory:",
             *memory_lines(plan["memory"]),

@@ -83,10 +83,13 @@ def _of_something_else(document: Mapping[str, object], resolved: Mapping[str, ob
     if document.get("kind") != "run" or document.get("filtered") is True:
         return "it is no whole record of a run"
     judged = _part(document, "run")
+    combination = _part(judged, "combination")
     compared = {
         "backend": (_part(document, "backend").get("name"), resolved.get("backend")),
-        "weight format": (_part(judged, "combination").get("weight_format"), resolved.get("weight_format")),
+        "weight format": (combination.get("weight_format"), resolved.get("weight_format")),
         "dtype": (judged.get("dtype"), resolved.get("compute_dtype")),
+        # Records and runs of earlier releases have no such key.
+        "products in fp8": (bool(combination.get("fp8_products")), bool(resolved.get("fp8_products"))),
     }
     other = [f"{what} {there}, this run has {here}" for what, (there, here) in compared.items() if there != here]
     return f"it judges {'; '.join(other)}" if other else ""

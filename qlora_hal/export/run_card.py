@@ -40,7 +40,8 @@ def _training(run: Mapping[str, object], summary: RunSummary) -> Iterator[tuple[
         before, after = figures.loss(summary.eval_loss_before), figures.loss(summary.eval_loss_after)
         yield "loss on held-out rows, before and after", f"{before} -> {after}"
     resolved = _part(run, "resolved")
-    yield "backend", f"{resolved.get('backend')} on {resolved.get('device')}, {resolved.get('compute_dtype')}"
+    in_fp8 = ", products with the base in fp8" if resolved.get("fp8_products") else ""
+    yield "backend", f"{resolved.get('backend')} on {resolved.get('device')}, {resolved.get('compute_dtype')}{in_fp8}"
 
 
 def _settings(run: Mapping[str, object]) -> Iterator[tuple[str, object]]:

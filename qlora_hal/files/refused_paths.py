@@ -37,7 +37,9 @@ def refused_paths_told() -> Iterator[None]:
         ) from problem
 
 
-def require_paths_given(needed: Mapping[str, object], optional: Mapping[str, object] | None = None) -> None:
+def require_paths_given(
+    needed: Mapping[str, object], optional: Mapping[str, object] | None = None, *, cause: str = ""
+) -> None:
     """Refuse an argument that is neither text nor a path, by its name; an optional one may be None. Raises ConfigError
     QH-U01."""
     given = {name: value for name, value in (optional or {}).items() if value is not None}
@@ -47,7 +49,8 @@ def require_paths_given(needed: Mapping[str, object], optional: Mapping[str, obj
                 "QH-U01",
                 f"{name} is a value of type {type(value).__name__}; a path was expected.",
                 where=name,
-                fix="Give it as text or as a pathlib.Path.",
+                cause=cause,
+                fix=f"{'Omit it, or give' if name in given else 'Give'} it as text or as a pathlib.Path.",
             )
 
 

@@ -75,6 +75,8 @@ def _slides(config: Mapping[str, object], number: int) -> bool:
     family = str(config.get("model_type", ""))
     if family in _ALL_SLIDE:
         return True
+    if family == "qwen3_moe":  # its `max_window_layers` counts for nothing
+        return config.get("use_sliding_window") is True
     if family in _FROM_A_LAYER_ON:
         most = _number(config, "max_window_layers") or 28
         return config.get("use_sliding_window") is True and number >= most
@@ -83,7 +85,7 @@ def _slides(config: Mapping[str, object], number: int) -> bool:
 
 
 _ALL_SLIDE = frozenset({"mistral", "mixtral", "phi3", "starcoder2"})
-_FROM_A_LAYER_ON = frozenset({"qwen2", "qwen2_moe", "qwen3", "qwen3_moe"})
+_FROM_A_LAYER_ON = frozenset({"qwen2", "qwen2_moe", "qwen3"})
 _PATTERNS: Mapping[str, int] = {"gemma2": 2, "gemma3_text": 6, "gemma3": 6, "cohere2": 4, "gpt_oss": 2}
 """Each so many-th layer sees all; the defaults of transformers' configurations."""
 _WITHOUT_ATTENTION = frozenset({"linear_attention", "conv", "mamba", "recurrent", "moe"})

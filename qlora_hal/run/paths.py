@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from qlora_hal.data.source.row_files import KINDS
 from qlora_hal.data.template.chat_template import BUILT_IN
 from qlora_hal.errors import ConfigError
-from qlora_hal.files.refused_paths import named_path, refuse_other_encodings
+from qlora_hal.files.refused_paths import named_path, refuse_other_encodings, require_paths_given
 
 if TYPE_CHECKING:
     from qlora_hal.config.schema import RunConfig
@@ -38,8 +38,8 @@ class PathOverrides:
     @classmethod
     def of(cls, **places: object) -> PathOverrides:
         """The places as a caller of `resume` gave them. Raises ConfigError QH-U01 for what is no path."""
-        for name, place in places.items():
-            require_path(name, place or "")
+        in_memory = "A run resumes with the data it started with; rows given in memory were kept with it."
+        require_paths_given({}, places, cause=in_memory)
         return cls(**{name: None if place is None else str(place) for name, place in places.items()})
 
     def applied(self, config: RunConfig) -> RunConfig:
@@ -69,18 +69,6 @@ def _in_folder(config: RunConfig, folder: str) -> dict[str, str]:
             fix="Put the sources back where run.json says that they are, and leave --data out.",
         )
     return places
-
-
-def require_path(name: str, place: object) -> None:
-    """Refuse a value of another type under the name of an argument. Raises ConfigError QH-U01."""
-    if not isinstance(place, str | Path):
-        raise ConfigError(
-            "QH-U01",
-            f"{name} is a value of type {type(place).__name__}; a path was expected.",
-            where=name,
-            cause="A run resumes with the data it started with; rows given in memory were kept with it.",
-            fix=f"Omit {name}, or give its present path.",
-        )
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:

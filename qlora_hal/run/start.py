@@ -471,6 +471,7 @@ def _planned(prepared: PreparedRun) -> TrainResult:
         "sequences_per_step": prepared.sequences_per_step,
         "target_modules": len(resolved_backend.adapter.target_modules),
         "compute_dtype": dtype,
+        "fp8_products": prepared.config.quantization.fp8_products,
         "memory": {**asdict(memory), "total": memory.total, "high": memory.high},
         **devices.as_json(),
     }

@@ -151,10 +151,13 @@ def backend_of_training(
     note: Callable[[str], None],
 ) -> ResolvedBackend:
     """The backend named; else the one that trained, where it is ready; else any that serves the format, with a note.
+    Products in 8-bit floats are of the training alone, with a note too.
 
     Raises as `resolve_backend`.
     """
     trained_on, why = str(provenance.get("backend") or ""), ""
+    if provenance.get("fp8_products"):
+        note("the adapter was trained with products in fp8; here the base is not rounded to 8 bits")
     if facts.prequantized is not None:  # it is taken as it is
         config = config.model_copy(update={"quantization": type(config.quantization)()})
     if backend != "auto":

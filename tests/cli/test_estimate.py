@@ -53,6 +53,18 @@ def test_a_card_decides_backend_and_dtype(
     assert len(found["cards"]) == 1
 
 
+def test_products_in_fp8_are_named_with_what_the_card_must_be(
+    llama_8b: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("--model", llama_8b, "--gpu", "A100 80GB")
+    in_fp8 = told(capsys, *asked, "--quantization.compute_dtype", "fp8")
+    assert (in_fp8["compute_dtype"], in_fp8["fp8_products"]) == ("bfloat16", True)
+    assert told(capsys, *asked)["fp8_products"] is False
+    assert main(["estimate", *asked, "--quantization.compute_dtype", "fp8"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "computes in bfloat16, products with the base in fp8 (on NVIDIA Ada, Hopper or later only)" in said
+
+
 def test_a_named_backend_that_does_not_run_on_the_card_is_refused(llama_8b: str) -> None:
     config = resolve_settings(None, keywords={"model": llama_8b, "backend": "rocm_bnb"}, environ={}).config
     with pytest.raises(UnsupportedFeatureError, match="does not run on an NVIDIA RTX 4090"):

@@ -146,6 +146,18 @@ def test_run_that_moved_goes_on_and_is_opened_where_it_went(tmp_path: Path, open
     assert opened.options == opened.imported_with == [{"attention": "eager"}, {}, {}, {}]
 
 
+def test_products_in_fp8_are_of_the_training_alone_and_that_is_said(
+    opened: Opened, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = small_run(tmp_path / "run", SHORT)
+    provenance = run.adapter_dir / "qlora_hal.json"
+    provenance.write_text(json.dumps(sealed({**json.loads(provenance.read_text()), "fp8_products": True})))
+    open_generation(run_dir=run.run_dir).close()
+    told = " ".join(capsys.readouterr().err.split())
+    assert "note: the adapter was trained with products in fp8" in told
+    assert opened.storages[1] == opened.storages[0]
+
+
 def test_other_backend_in_the_place_of_the_absent_one_is_said(
     opened: Opened, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

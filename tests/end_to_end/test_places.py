@@ -166,6 +166,10 @@ def test_settings_that_others_overrule_are_noted_where_they_were_given() -> None
 def test_what_is_no_path_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"QH-U01.*data is a value of type list; a path was expected"):
         resume(tmp_path, data=[{"text": "a"}])  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"QH-U01.*data is a value of type list; a path was expected"):
+        resume(tmp_path, data=[])  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"QH-U01.*model is a value of type int; a path was expected"):
+        resume(tmp_path, model=0)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"QH-U01.*run_dir is a value of type int"):
         resume(5)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"QH-U01.*a settings file, a mapping or a RunConfig is expected, not .* int"):

@@ -48,6 +48,7 @@ FAMILIES: list[tuple[str, dict[str, object], bool]] = [
     ("mistral", {"sliding_window": 8}, True),
     ("phi3", {"sliding_window": 8, "pad_token_id": 0}, True),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, True),
+    ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, **EXPERTS}, True),
     ("gemma2", {"sliding_window": 8, "head_dim": 16}, True),
     ("gemma3_text", {"sliding_window": 8, "head_dim": 16, "num_hidden_layers": 7}, True),
     ("gemma3n_text", {"sliding_window": 8, **GEMMA, "num_kv_shared_layers": 2}, False),

@@ -207,6 +207,10 @@ def test_the_card_quotes_what_conformance_says_of_the_run(own_run: Path) -> None
     [
         ({"backend": {"name": "cuda_bnb"}}, "backend cuda_bnb, this run has cpu_torch"),
         ({"run": {"dtype": "bfloat16", "combination": {"weight_format": "nf4"}}}, "dtype bfloat16"),
+        (
+            {"run": {"dtype": "float32", "combination": {"weight_format": "nf4", "fp8_products": True}}},
+            "products in fp8 True, this run has False",
+        ),
         ({"filtered": True}, "it is no whole record of a run"),
     ],
 )

@@ -210,6 +210,15 @@ def test_what_mlx_lm_leaves_out_is_refused_by_name(
     assert named in error.cause
 
 
+def test_attention_to_what_comes_later_is_refused(tmp_path: Path) -> None:
+    """transformers' masks heed the key for every kind of model, its classes declare it for none."""
+    folder = write_model(tmp_path, "llama")
+    edit_config(folder, is_causal=False)
+    problem = refusal(folder)
+    assert (problem.code, problem.message) == ("QH-M51", "LlamaForCausalLM is not a causal language model.")
+    assert "is_causal = false" in problem.cause
+
+
 def test_a_config_that_transformers_refuses_is_refused(tmp_path: Path) -> None:
     folder = write_model(tmp_path, "llama")
     edit_config(folder, num_attention_heads="four")

@@ -69,7 +69,7 @@ def test_the_planner_counts_those_families_as_fused_that_are() -> None:
         pytest.param(
             name,
             marks=()
-            if name in ("qwen3", "llama with the window of others", "mistral", "gemma3_text")
+            if name in ("qwen3", "llama with the window of others", "smollm3 of kinds alone", "mistral", "gemma3_text")
             else pytest.mark.long,
         )
         for name in FAMILIES

@@ -41,6 +41,8 @@ def findings() -> Mapping[str, Finding]:
 def check_compared(source: ModelSource, read: Config) -> tuple[str, ...]:
     """Notes for the user. Raises ModelError QH-M51 where mlx-lm would compute something else than config.json, which
     transformers has `read`, asks for."""
+    if text_config(source.facts.config).get("is_causal") is False:
+        raise _not_causal(source)
     found = findings().get(source.facts.model_type)
     if found is None:
         return (f"{source.facts.architecture or source.facts.model_type}: its logits in mlx-lm were not compared with "
@@ -73,6 +75,17 @@ def _unknown_scaling(read: Config, found: Finding) -> list[str]:
     kinds = [rope, *(part for part in rope.values() if isinstance(part, Mapping))]
     asked = {str(part.get("rope_type", "default")) for part in kinds}
     return [f"rope_type = {kind}" for kind in found.rope_types if kind in asked]
+
+
+def _not_causal(source: ModelSource) -> ModelError:
+    """mlx-lm's masks are causal whatever config.json says; those of transformers heed a key that no class declares."""
+    return ModelError(
+        "QH-M51",
+        f"{source.facts.architecture or source.facts.model_type} is not a causal language model.",
+        where=source.name,
+        cause="config.json has is_causal = false: a token sees those that come after it, which it should predict.",
+        fix="Choose a decoder-only causal language model.",
+    )
 
 
 def _refused(source: ModelSource, cause: str) -> ModelError:

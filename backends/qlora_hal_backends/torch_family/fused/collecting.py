@@ -82,7 +82,7 @@ def layer_weights(
         input_norm=family.norm_weight(layer.input_layernorm),
         middle_norm=family.norm_weight(getattr(layer, family.middle_norm)),
         head_norm=head_norm,
-        window=_window_of(attention, family),
+        window=family.window_of(attention),
         rotary=rotary_of(attention),
         attention_join=_join(layer, family, family.attention_norm),
         feed_forward_join=_join(layer, family, family.feed_forward_norm),
@@ -102,13 +102,6 @@ def _join(layer: Any, family: LayerFamily, norm: str | None) -> Join | None:
         return Join(family.norm_weight(getattr(layer, norm)), 1.0)
     scale = float(getattr(layer, "residual_multiplier", 1.0))
     return None if scale == 1.0 else Join(None, scale)
-
-
-def _window_of(attention: Any, family: LayerFamily) -> int | None:
-    """The sliding window of one layer."""
-    holder = attention.config if family.window_in_config else attention
-    window = getattr(holder, "sliding_window", None)
-    return None if window is None else int(window)
 
 
 def on_device(entries: Sequence[Entry], device: torch.device) -> Placements:

@@ -48,14 +48,21 @@ class Activation(Enum):
     GELU_TANH = "gelu_tanh"
 
 
+class Window(Enum):
+    """Which layers have the sliding window that config.json names. As transformers' masks have it: modules beside them
+    may hold another one (SmolLM3's heed `use_sliding_window`, its mask does not)."""
+
+    NONE = "none"
+    EVERY_LAYER = "every layer"
+    BY_TYPE = "those that layer_types calls sliding_attention"
+
+
 @dataclass(frozen=True, slots=True)
 class LayerFamily:
     """norm, attention, add, norm, gated product, add. Names are of modules below a layer.
 
     `attention_norm` and `feed_forward_norm` are applied to a branch before it is added. `counts_from_one`: a norm
     multiplies with 1 + its weight. `mixtures` are the classes of its feed-forward, `mlp`, where that is of experts.
-    `window_in_config`: all layers have the sliding window that config.json names. Elsewhere a layer's attention holds
-    its own, or there is none: a Llama with that key has no window.
     """
 
     groups: Groups
@@ -64,7 +71,16 @@ class LayerFamily:
     feed_forward_norm: str | None = None
     counts_from_one: bool = False
     mixtures: frozenset[str] = frozenset()
-    window_in_config: bool = False
+    window: Window = Window.NONE
+
+    def window_of(self, attention: Any) -> int | None:
+        """The sliding window of one layer."""
+        config = attention.config
+        if self.window is Window.NONE:
+            return None
+        if self.window is Window.BY_TYPE and config.layer_types[attention.layer_idx] != "sliding_attention":
+            return None
+        return None if config.sliding_window is None else int(config.sliding_window)
 
     def norm_weight(self, norm: Any) -> Tensor:
         """What a norm's result is multiplied with, rounded nowhere."""
@@ -73,7 +89,8 @@ class LayerFamily:
 
 
 LLAMA = LayerFamily(SEPARATE)
-MISTRAL = LayerFamily(SEPARATE, window_in_config=True)
+MISTRAL = LayerFamily(SEPARATE, window=Window.EVERY_LAYER)
+QWEN_2 = LayerFamily(SEPARATE, window=Window.BY_TYPE)
 GEMMA = LayerFamily(SEPARATE, counts_from_one=True)
 GEMMA_3 = LayerFamily(
     SEPARATE,
@@ -81,22 +98,29 @@ GEMMA_3 = LayerFamily(
     attention_norm="post_attention_layernorm",
     feed_forward_norm="post_feedforward_layernorm",
     counts_from_one=True,
+    window=Window.BY_TYPE,
 )
 
 FAMILIES: Mapping[str, LayerFamily] = {
     "LlamaDecoderLayer": LLAMA,
     "MistralDecoderLayer": MISTRAL,
-    "Qwen2DecoderLayer": LLAMA,
-    "Qwen3DecoderLayer": LLAMA,
-    "MinistralDecoderLayer": LLAMA,
-    "SmolLM3DecoderLayer": LLAMA,
+    "Qwen2DecoderLayer": QWEN_2,
+    "Qwen3DecoderLayer": QWEN_2,
+    "MinistralDecoderLayer": QWEN_2,
+    "SmolLM3DecoderLayer": QWEN_2,
     "SeedOssDecoderLayer": LLAMA,
-    "CwmDecoderLayer": LLAMA,
+    "CwmDecoderLayer": QWEN_2,
     "GraniteDecoderLayer": LLAMA,  # its multipliers are read from the layer and from the body
-    "Phi3DecoderLayer": LayerFamily(JOINED, window_in_config=True),
-    "Qwen3MoeDecoderLayer": LayerFamily(ATTENTION, mixtures=frozenset({"Qwen3MoeSparseMoeBlock"})),
-    "Qwen2MoeDecoderLayer": LayerFamily(WITH_SHARED_EXPERT, mixtures=frozenset({"Qwen2MoeSparseMoeBlock"})),
-    "MixtralDecoderLayer": LayerFamily(ATTENTION, mixtures=frozenset({"MixtralSparseMoeBlock"}), window_in_config=True),
+    "Phi3DecoderLayer": LayerFamily(JOINED, window=Window.EVERY_LAYER),
+    "Qwen3MoeDecoderLayer": LayerFamily(
+        ATTENTION, mixtures=frozenset({"Qwen3MoeSparseMoeBlock"}), window=Window.EVERY_LAYER
+    ),
+    "Qwen2MoeDecoderLayer": LayerFamily(
+        WITH_SHARED_EXPERT, mixtures=frozenset({"Qwen2MoeSparseMoeBlock"}), window=Window.BY_TYPE
+    ),
+    "MixtralDecoderLayer": LayerFamily(
+        ATTENTION, mixtures=frozenset({"MixtralSparseMoeBlock"}), window=Window.EVERY_LAYER
+    ),
     "GemmaDecoderLayer": GEMMA,
     "Gemma2DecoderLayer": GEMMA_3,
     "Gemma3DecoderLayer": GEMMA_3,
