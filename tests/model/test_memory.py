@@ -311,6 +311,26 @@ def test_eager_attention_is_not_served_by_the_fast_path_and_keeps_its_scores(mon
     assert memory_of(TORCH, fused=True)(MemoryQuery("llama", "float32")).attention_scores_kept == 0.0
 
 
+def test_masks_of_dropout_are_counted_where_the_plain_layers_keep_them() -> None:
+    """Per token and layer, in hidden widths: what a Llama with dropout took beyond one without."""
+    plain = memory_of(TORCH, fused=False)
+    kept = [plain(MemoryQuery("llama", "bfloat16", dropout)).hidden_copies for dropout in (0.0, 0.1)]
+    assert kept == [TORCH.hidden_copies, TORCH.hidden_copies + 3.5]
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full", "offload"])
+def test_tiles_of_recomputed_layers_are_those_that_are_computed(
+    recompute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "find_spec", lambda name: object())
+    fused = memory_of(TORCH, fused=True)
+    tiles = [
+        fused(MemoryQuery(family, "bfloat16", recompute=recompute)).feed_forward_tile
+        for family in ("qwen3", "qwen3_moe")
+    ]
+    assert tiles == [platform.TILE_ROWS, platform.MIXTURE_TILE_ROWS]
+
+
 def test_what_a_family_keeps_beyond_a_llama_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "find_spec", lambda name: None)
     peaks = {
