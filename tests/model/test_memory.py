@@ -272,6 +272,17 @@ def test_estimate_of_a_fused_mixture_is_that_near_a_measured_peak(
     assert (needed.total - needed.runtime) / 1e9 == pytest.approx(measured, rel=0.05)
 
 
+def test_rows_of_experts_are_counted_for_each_of_a_tokens_experts(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B))
+    facts = read_facts(tmp_path, [described_header(QWEN3_30B, tmp_path)])
+    constants = MemoryConstants(cross_entropy_rows=1)
+    fewer, more = (
+        qlora(facts, constants=replace(constants, working_routed_hidden_copies=copies)).activations
+        for copies in (20.0, 21.0)
+    )
+    assert more - fewer == 4 * 2048 * 8 * 2048 * 2  # tokens, experts of each, hidden, bytes
+
+
 @pytest.mark.parametrize(("facts", "measured"), [(LLAMA_7B, 3.90), (LLAMA_33B, 17.45), (LLAMA_65B, 34.49)])
 def test_base_weights_agree_with_what_was_measured_on_a_device(facts: ModelFacts, measured: float) -> None:
     assert weight_bytes(facts, WeightFormat.NF4, 64, True, "bfloat16") / 1e9 == pytest.approx(measured, rel=0.01)
