@@ -9,12 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_runs import SMALL, merged
 from trainers import random_batch
 
 from qlora_hal import TrainResult, train
+from qlora_hal.contract.backend import BackendSpec
 from qlora_hal.contract.capabilities import OPTIMIZER_FEATURE
 from qlora_hal.demo import model_path
 from qlora_hal.errors import ConfigError, ModelError, UnsupportedFeatureError
+from qlora_hal.hooks import hookimpl
+from qlora_hal_conformance.reference_backend import SPEC as REFERENCE
 
 Trained = Callable[..., TrainResult]
 
@@ -192,6 +196,31 @@ def test_fp8_products_are_refused_by_name_where_a_backend_has_none(trained: Trai
     with pytest.raises(UnsupportedFeatureError, match="feature fp8_products") as refusal:
         trained(quantization__compute_dtype="fp8")
     assert refusal.value.code == "QH-B01"
+
+
+class Offering:
+    """Offers the suite's reference backend, which has products in 8-bit floats on any machine."""
+
+    @hookimpl
+    def qlora_hal_backends(self) -> list[BackendSpec]:
+        return [REFERENCE]
+
+
+def test_fp8_products_reach_the_backend_and_what_a_run_leaves(tmp_path: Path) -> None:
+    asked = {
+        "backend.name": REFERENCE.name,
+        "quantization.compute_dtype": "fp8",
+        "data.max_seq_length": 64,
+        "training.max_steps": 1,
+        "training.per_device_train_batch_size": 1,
+        "training.gradient_accumulation_steps": 1,
+        "output_dir": str(tmp_path / "run"),
+    }
+    result = train(merged(SMALL, asked), observers=[Offering()])
+    resolved = json.loads((tmp_path / "run" / "run.json").read_text())["resolved"]
+    assert (resolved["compute_dtype"], resolved["fp8_products"]) == ("bfloat16", True)
+    provenance = json.loads((result.adapter_dir / "qlora_hal.json").read_text())
+    assert (provenance["compute_dtype"], provenance["fp8_products"]) == ("bfloat16", True)
 
 
 @pytest.mark.fault("C07")

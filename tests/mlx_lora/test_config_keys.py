@@ -210,13 +210,17 @@ def test_what_mlx_lm_leaves_out_is_refused_by_name(
     assert named in error.cause
 
 
-def test_attention_to_what_comes_later_is_refused(tmp_path: Path) -> None:
-    """transformers' masks heed the key for every kind of model, its classes declare it for none."""
-    folder = write_model(tmp_path, "llama")
-    edit_config(folder, is_causal=False)
+@pytest.mark.parametrize(
+    ("family", "key", "value"), [("llama", "is_causal", False), ("gemma", "use_bidirectional_attention", True)]
+)
+def test_attention_to_what_comes_later_is_refused(family: str, key: str, value: bool, tmp_path: Path) -> None:
+    """transformers' masks heed the first for every kind of model, its classes declare it for none."""
+    folder = write_model(tmp_path, family)
+    edit_config(folder, **{key: value})
     problem = refusal(folder)
-    assert (problem.code, problem.message) == ("QH-M51", "LlamaForCausalLM is not a causal language model.")
-    assert "is_causal = false" in problem.cause
+    assert problem.code == "QH-M51"
+    assert problem.message.endswith("ForCausalLM is not a causal language model.")
+    assert f"{key} = {str(value).lower()}" in problem.cause
 
 
 def test_a_config_that_transformers_refuses_is_refused(tmp_path: Path) -> None:

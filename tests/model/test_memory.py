@@ -272,6 +272,17 @@ def test_estimate_of_a_fused_mixture_is_that_near_a_measured_peak(
     assert (needed.total - needed.runtime) / 1e9 == pytest.approx(measured, rel=0.05)
 
 
+def test_rows_of_experts_are_counted_for_each_of_a_tokens_experts(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B))
+    facts = read_facts(tmp_path, [described_header(QWEN3_30B, tmp_path)])
+    constants = MemoryConstants(cross_entropy_rows=1)
+    fewer, more = (
+        qlora(facts, constants=replace(constants, working_routed_hidden_copies=copies)).activations
+        for copies in (20.0, 21.0)
+    )
+    assert more - fewer == 4 * 2048 * 8 * 2048 * 2  # tokens, experts of each, hidden, bytes
+
+
 @pytest.mark.parametrize(("facts", "measured"), [(LLAMA_7B, 3.90), (LLAMA_33B, 17.45), (LLAMA_65B, 34.49)])
 def test_base_weights_agree_with_what_was_measured_on_a_device(facts: ModelFacts, measured: float) -> None:
     assert weight_bytes(facts, WeightFormat.NF4, 64, True, "bfloat16") / 1e9 == pytest.approx(measured, rel=0.01)
@@ -309,6 +320,26 @@ def test_eager_attention_is_not_served_by_the_fast_path_and_keeps_its_scores(mon
         asked = MemoryQuery("llama", in_half, **eager)
         assert memory_of(TORCH, fused=True)(asked) == replace(TORCH, attention_scores_kept=kept)
     assert memory_of(TORCH, fused=True)(MemoryQuery("llama", "float32")).attention_scores_kept == 0.0
+
+
+def test_masks_of_dropout_are_counted_where_the_plain_layers_keep_them() -> None:
+    """Per token and layer, in hidden widths: what a Llama with dropout took beyond one without."""
+    plain = memory_of(TORCH, fused=False)
+    kept = [plain(MemoryQuery("llama", "bfloat16", dropout)).hidden_copies for dropout in (0.0, 0.1)]
+    assert kept == [TORCH.hidden_copies, TORCH.hidden_copies + 3.5]
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full", "offload"])
+def test_tiles_of_recomputed_layers_are_those_that_are_computed(
+    recompute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "find_spec", lambda name: object())
+    fused = memory_of(TORCH, fused=True)
+    tiles = [
+        fused(MemoryQuery(family, "bfloat16", recompute=recompute)).feed_forward_tile
+        for family in ("qwen3", "qwen3_moe")
+    ]
+    assert tiles == [platform.TILE_ROWS, platform.MIXTURE_TILE_ROWS]
 
 
 def test_what_a_family_keeps_beyond_a_llama_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:

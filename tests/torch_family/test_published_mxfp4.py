@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from qlora_hal.contract.backend import Compute, Quantization
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.errors import ModelError
+from qlora_hal_backends import torch_family
 from qlora_hal_backends.cpu_torch.trainer import open_trainer
 from qlora_hal_backends.torch_family import microscaling
 from qlora_hal_backends.torch_family.loading import Checkpoint
@@ -124,6 +127,23 @@ def test_the_trial_of_a_decoder_sees_halves_in_the_wrong_order_and_lost_small_nu
     assert microscaling.decoder_agrees(by_torch, cpu)
     assert not microscaling.decoder_agrees(swapped, cpu)
     assert not microscaling.decoder_agrees(flushed, cpu)
+
+
+@pytest.mark.parametrize(("factor", "said"), [(1.0, "MXFP4 by one kernel"), (2.0, "MXFP4 by torch (the kernel comput")])
+def test_a_kernel_that_decodes_something_else_is_not_taken(
+    factor: float, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a device would have it on which Triton compiles it wrong."""
+
+    def decoded(packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return factor * microscaling.decoded_by_torch(packed, scales, dtype)
+
+    name = "qlora_hal_backends.torch_family.microscaling_kernel"
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(decoded=decoded))
+    monkeypatch.setattr(torch_family, "microscaling_kernel", sys.modules[name], raising=False)
+    monkeypatch.setattr(microscaling, "device_refusal", lambda device: None)
+    decoder = microscaling.proved_decoder.__wrapped__(torch.device("cpu"))
+    assert decoder.words.startswith(said)
 
 
 def test_what_decodes_is_said(tmp_path: Path) -> None:

@@ -41,8 +41,8 @@ def findings() -> Mapping[str, Finding]:
 def check_compared(source: ModelSource, read: Config) -> tuple[str, ...]:
     """Notes for the user. Raises ModelError QH-M51 where mlx-lm would compute something else than config.json, which
     transformers has `read`, asks for."""
-    if text_config(source.facts.config).get("is_causal") is False:
-        raise _not_causal(source)
+    if asked := _sees_what_follows(source.facts.config, read):
+        raise _not_causal(source, asked)
     found = findings().get(source.facts.model_type)
     if found is None:
         return (f"{source.facts.architecture or source.facts.model_type}: its logits in mlx-lm were not compared with "
@@ -77,13 +77,20 @@ def _unknown_scaling(read: Config, found: Finding) -> list[str]:
     return [f"rope_type = {kind}" for kind in found.rope_types if kind in asked]
 
 
-def _not_causal(source: ModelSource) -> ModelError:
-    """mlx-lm's masks are causal whatever config.json says; those of transformers heed a key that no class declares."""
+def _sees_what_follows(config: Config, read: Config) -> str:
+    """What config.json says where a token sees those that come after it; mlx-lm's masks are causal all the same. The
+    first key is heeded by transformers' masks, and declared by no class of theirs."""
+    if text_config(config).get("is_causal") is False:
+        return "is_causal = false"
+    return "use_bidirectional_attention = true" if text_config(read).get("use_bidirectional_attention") is True else ""
+
+
+def _not_causal(source: ModelSource, asked: str) -> ModelError:
     return ModelError(
         "QH-M51",
         f"{source.facts.architecture or source.facts.model_type} is not a causal language model.",
         where=source.name,
-        cause="config.json has is_causal = false: a token sees those that come after it, which it should predict.",
+        cause=f"config.json has {asked}: a token sees those that come after it, which it should predict.",
         fix="Choose a decoder-only causal language model.",
     )
 
