@@ -57,6 +57,7 @@ def test_a_measured_peak_was_foreseen(row: dict[str, Any], tmp_path: Path) -> No
     assert MOST_BELOW <= foreseen / row["peak_gb"] - 1 <= MOST_ABOVE
 
 
+ON_GPU = json.loads((RECORD.parent / "planner_errors_h200.json").read_text(encoding="utf-8"))["configurations"]
 ON_CPU = json.loads((RECORD.parent / "planner_errors_cpu.json").read_text(encoding="utf-8"))["configurations"]
 HOST_MOST_BELOW = -0.05
 """Two runs of one configuration differed by up to 1.8 %: glibc's heap keeps holes of its own making."""
@@ -64,6 +65,15 @@ HOST_MOST_BELOW = -0.05
 
 def name_of(line: dict[str, Any]) -> str:
     return " ".join((line["shape"], *(str(value) for value in line["settings"].values())))
+
+
+@pytest.mark.parametrize("line", ON_GPU, ids=name_of)
+def test_a_measured_peak_of_a_run_on_a_gpu_was_foreseen(line: dict[str, Any], tmp_path: Path) -> None:
+    size, _, family = line["shape"].partition(" ")
+    (tmp_path / "config.json").write_text(json.dumps(llama(size, family or "llama")))
+    keywords = {"model": str(tmp_path), **line["settings"]}
+    memory = PlannedModel.of(resolve_settings(None, keywords=keywords, environ={}).config, known_gpu("H200")).estimate()
+    assert MOST_BELOW <= (memory.total - memory.runtime) / line["measured"] - 1 <= MOST_ABOVE
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident pages of Linux")
