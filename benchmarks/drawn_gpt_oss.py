@@ -1,7 +1,7 @@
 """gpt-oss as it is published, drawn where it is trained: experts in MXFP4, all else in bfloat16. For `moe_step.py`.
 
-config.json is all that is written. Each tensor is drawn on the device when the loader asks for it by its name, so that a
-model that fills a GPU needs neither a disk nor the host's memory.
+config.json is all that is written. Each tensor is drawn on the device when the loader asks for it by its name, so that
+a model that fills a GPU needs neither a disk nor the host's memory.
 """
 
 from __future__ import annotations

@@ -3,20 +3,18 @@ and without recomputation, beside transformers + PEFT on the same weights.
 
     PYTHONPATH=.:backends python benchmarks/moe_step.py --shape qwen3-30b-a3b --json result.json
     PYTHONPATH=.:backends python benchmarks/moe_step.py --shape tiny --length 64 --steps 3
-    PYTHONPATH=.:backends python benchmarks/moe_step.py --shape gpt-oss-20b --batches 1x512,1x2048,4x2048 --json result.json
+    PYTHONPATH=.:backends python benchmarks/moe_step.py --shape gpt-oss-20b --batches 1x512,1x2048 --json result.json
 
-The weights are random, those of a Qwen3-MoE drawn and packed as NF4 with double quantization one layer at a time while the model is put
-together: no checkpoint is written but for embeddings, norms and routers. LoRA r = 16 on every target module, no
-dropout. A step is one micro-batch of `--rows` rows of `--length` random tokens, every position a label; the median of
-the steps after the second counts, the device synchronised on both sides. Peak memory is torch's allocator's.
+The weights of a Qwen3-MoE are random, drawn and packed as NF4 with double quantization one layer at a time while the
+model is put together: no checkpoint is written but for embeddings, norms and routers. Those of a gpt-oss are drawn as
+they are published, experts in MXFP4 and all else in bfloat16 (`drawn_gpt_oss.py`). LoRA r = 16 on every target module,
+no dropout. A step is one micro-batch of `--rows` rows of `--length` random tokens, every position a label; the median
+of the steps after the second counts, the device synchronised on both sides. Peak memory is torch's allocator's, that
+of loading apart from that of steps. `foreseen` is what `estimate` says of the same run, from config.json, without what
+no allocator hands out.
 
 Layers are fused where the device has the kernels; `plain layers` are those of transformers with our linear layers and
 experts, on the same device in the same run, and say what the schedule is worth. `kernel_path` says which ran.
-
-The shapes of gpt-oss are as published, experts in MXFP4 and all else in bfloat16 (`drawn_gpt_oss.py`).
-
-`foreseen` is what `estimate` says of the same run, from config.json and without the runtime, which torch's allocator does
-not hand out.
 
 The other side (`peft`) has the same decoded weights in bfloat16, which is how transformers 5 and bitsandbytes leave
 experts: its memory is that of a 16-bit model, and its losses stand beside ours.

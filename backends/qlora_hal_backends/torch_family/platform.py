@@ -64,6 +64,9 @@ HOST_LOADING_HOLES = 6.0
 SCORES_CAPPED = frozenset({"gemma2"})
 """`model_type` of those whose attention scores have a soft cap, which eager attention alone computes."""
 
+ATTENTION_WITH_SINKS = frozenset({"gpt_oss"})
+"""Those whose attention has a score of each head that is no token's, which `attention.sinks` computes."""
+
 BRANCHES_NORMED = frozenset({"gemma2", "gemma3_text"})
 """Those with a norm after each branch beside the one before it."""
 
