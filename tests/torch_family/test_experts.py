@@ -23,9 +23,10 @@ from qlora_hal.contract.capabilities import Feature, WeightFormat
 from qlora_hal.errors import ModelError, UnsupportedFeatureError
 from qlora_hal.model.expert_stacks import path_of
 from qlora_hal_backends.torch_family.base_weights import quantize
+from qlora_hal_backends.torch_family.experts import products as products_module
 from qlora_hal_backends.torch_family.experts import proved_products, stacked_weights
 from qlora_hal_backends.torch_family.experts.products import GroupedProducts, Groups, LoopOverExperts
-from qlora_hal_backends.torch_family.experts.stacked_weights import stacked
+from qlora_hal_backends.torch_family.experts.stacked_weights import StackedWeight, stacked
 from qlora_hal_backends.torch_family.lora_linear import LoRASwitches, LoRAWeights
 from qlora_hal_backends.torch_family.outline import outline
 from qlora_hal_backends.torch_family.platform import CPU
@@ -254,6 +255,53 @@ def test_grouped_products_are_those_of_the_loop(nested: bool) -> None:
         assert expected.shape == found.shape
         assert (found.float() - expected.float()).abs().max() <= 2.0**-7 * expected.float().abs().max()
     assert not pairs[-1][1][1].any(), "an expert without rows has no gradient"
+
+
+FORMATS = {
+    "nf4": Quantization(WeightFormat.NF4, 64, False),
+    "nf4, scales quantized": Quantization(WeightFormat.NF4, 64, True),
+    "int8": Quantization(WeightFormat.INT8),
+    "mxfp4": Quantization(WeightFormat.MXFP4, 32),
+    "none": Quantization(WeightFormat.NONE),
+}
+
+
+@pytest.mark.parametrize("ends", [(10, 10, 24, 24, 30), (0, 0, 30, 30, 30), (0, 0, 0, 7, 30)], ids=str)
+@pytest.mark.parametrize("quantization", FORMATS.values(), ids=FORMATS)
+def test_a_stack_too_large_to_stand_decoded_is_decoded_by_blocks_of_experts(
+    quantization: Quantization, ends: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two experts at a time, a block without rows among them: the same bits, and never more numbers decoded."""
+    generator = torch.Generator().manual_seed(0)
+    sides = (64, 256)
+    layers = [quantize(torch.randn(sides, generator=generator), quantization, torch.bfloat16) for _ in ends]
+    weight = stacked(layers)
+    a, b = (0.1 * torch.randn(s, generator=generator).bfloat16() for s in ((5, 8, 256), (5, 64, 8)))
+    kept = torch.nn.Parameter(torch.zeros(5, 1))
+    lora = LoRAWeights(kept, kept, a, b, 2.0, 0.0, None, LoRASwitches())
+    rows, dy = (torch.randn(30, side, generator=generator).bfloat16() for side in reversed(sides))
+    products = GroupedProducts()
+
+    def computed() -> list[torch.Tensor]:
+        groups = Groups(torch.tensor(ends, dtype=torch.int32))
+        y, low_rank = products.adapted(rows, weight, lora, groups)
+        backward = products.adapted_backward(dy, rows, low_rank, weight, lora, groups)
+        frozen = (products.frozen(rows, weight, groups), products.frozen_backward(dy, weight, groups))
+        return [y, low_rank, *backward, *frozen]
+
+    whole = computed()
+    decoded: list[int] = []
+    some = type(weight).some
+
+    def counted(self: StackedWeight, experts: slice) -> torch.Tensor:
+        decoded.append(experts.stop - experts.start)
+        return some(self, experts)
+
+    monkeypatch.setattr(type(weight), "some", counted)
+    monkeypatch.setattr(products_module, "DECODED_AT_ONCE", 2 * 64 * 256)
+    for expected, found in zip(whole, computed(), strict=True):
+        assert torch.equal(found, expected)
+    assert max(decoded) == 2
 
 
 def test_a_device_without_the_kernel_loops() -> None:
