@@ -219,5 +219,7 @@ def _activation_bytes(
 def _logits_bytes(vocabulary_size: int, tokens: int, compute_bytes: int, constants: MemoryConstants) -> int:
     """Logits in the compute dtype, a float32 copy when that is another dtype, and the float32 gradient."""
     rows = tokens if constants.cross_entropy_rows is None else min(tokens, constants.cross_entropy_rows)
+    if constants.cross_entropy_logits is not None:
+        rows = min(rows, max(constants.cross_entropy_logits // max(vocabulary_size, 1), 1))
     per_logit = constants.logit_bytes or compute_bytes + (4 if compute_bytes != 4 else 0) + 4
     return rows * vocabulary_size * per_logit

@@ -36,6 +36,8 @@ LAUNCHER = "qlora_hal_backends.torch_family.launching"
 """`BackendSpec.launcher` of those that have collectives."""
 
 LOSS_CHUNK_ROWS = 2048
+LOSS_CHUNK_LOGITS = 2**27
+"""Of a chunk of `head_loss`: half a gigabyte in float32, in which they stand there. gpt-oss has 201,088 to a row."""
 """Rows of hidden states whose logits are made at a time."""
 
 TILE_ROWS = 4096
@@ -47,7 +49,7 @@ MIXTURE_TILE_ROWS = 8192
 tile."""
 
 
-MEMORY = MemoryConstants(cross_entropy_rows=LOSS_CHUNK_ROWS)
+MEMORY = MemoryConstants(cross_entropy_rows=LOSS_CHUNK_ROWS, cross_entropy_logits=LOSS_CHUNK_LOGITS)
 """Of transformers' layers. The head's loss is computed in chunks, so the logits of a batch never stand whole."""
 
 HOST_RUNTIME_BYTES = 555_000_000
@@ -127,6 +129,7 @@ def fused_memory(memory: MemoryConstants, architecture: str = "llama") -> Memory
         dequantized_copies=4.0,
         master_bytes=6,
         logit_bytes=2,
+        cross_entropy_logits=None,
     )
 
 
