@@ -62,7 +62,8 @@ def estimate(
     largest = max((linear.parameters for linear in facts.linear_modules.values()), default=0)
     is_quantized = weight_format is not WeightFormat.NONE
     logits = _logits_bytes(facts.vocabulary_size, tokens, compute_bytes, constants)
-    dequantized = int(constants.dequantized_copies * largest * compute_bytes) if is_quantized else 0
+    decoded = max((_decoded_at_once(linear, constants) for linear in facts.linear_modules.values()), default=0)
+    dequantized = int(constants.dequantized_copies * decoded * compute_bytes) if is_quantized else 0
     kept, working = _activation_bytes(
         shape, batch_size, sequence_length, r * len(targets), compute_bytes, gradient_checkpointing, constants
     )
@@ -173,6 +174,14 @@ def _stored_bytes(facts: ModelFacts, compute_bytes: int) -> int:
 def _prefixes(name: str) -> list[str]:
     parts = name.split(".")
     return [".".join(parts[:end]) for end in range(1, len(parts))]
+
+
+def _decoded_at_once(linear: LinearShape, constants: MemoryConstants) -> int:
+    """Weights of a layer that stand decoded together; of one expert at least."""
+    most = constants.dequantized_of_a_stack
+    if linear.experts == 1 or most is None:
+        return linear.parameters
+    return min(linear.parameters, max(most, linear.parameters // linear.experts))
 
 
 def _tied_head_weights(facts: ModelFacts) -> int:

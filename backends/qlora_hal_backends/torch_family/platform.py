@@ -49,7 +49,15 @@ MIXTURE_TILE_ROWS = 8192
 tile."""
 
 
-MEMORY = MemoryConstants(cross_entropy_rows=LOSS_CHUNK_ROWS, cross_entropy_logits=LOSS_CHUNK_LOGITS)
+DECODED_AT_ONCE = 2**28
+"""Numbers of a stack of experts that stand decoded at a time for transformers' layers, half a gigabyte in bfloat16.
+Stacks of gpt-oss-20b and Qwen3-30B-A3B fit as a whole; those of gpt-oss-120b are four times as large."""
+
+MEMORY = MemoryConstants(
+    cross_entropy_rows=LOSS_CHUNK_ROWS,
+    cross_entropy_logits=LOSS_CHUNK_LOGITS,
+    dequantized_of_a_stack=DECODED_AT_ONCE,
+)
 """Of transformers' layers. The head's loss is computed in chunks, so the logits of a batch never stand whole."""
 
 HOST_RUNTIME_BYTES = 555_000_000
@@ -78,9 +86,14 @@ def plain_memory(memory: MemoryConstants, query: MemoryQuery) -> MemoryConstants
 
     Eager attention keeps its softmax, in float32, and what it becomes; a cap its tanh and more, of scores and of
     logits. Counted from what a Gemma 2, a Gemma 3, and a Llama with eager attention or with dropout took beyond the
-    estimate of a Llama at 4 x 256 and 1 x 1024 tokens (docs/runs/planner_errors_cpu.json).
+    estimate of a Llama at 4 x 256 and 1 x 1024 tokens (docs/runs/planner_errors_cpu.json). gpt-oss's gates keep their
+    halves in turns, cut off, and each of their factors; of its logits a chunk stands in both dtypes and nothing else.
+    Of an adapter there is a copy in 16 bits, which is much where experts have one each.
     """
     in_half = query.compute_dtype != "float32"
+    memory = replace(memory, master_bytes=6 if in_half else memory.master_bytes)
+    if query.architecture in ATTENTION_WITH_SINKS:
+        memory = replace(memory, feed_forward_copies=6.0, working_layers=0.3, logit_bytes=6 if in_half else 4)
     if query.dropout:
         memory = replace(memory, hidden_copies=memory.hidden_copies + 3.5)
     if query.architecture in BRANCHES_NORMED:
@@ -130,6 +143,7 @@ def fused_memory(memory: MemoryConstants, architecture: str = "llama") -> Memory
         master_bytes=6,
         logit_bytes=2,
         cross_entropy_logits=None,
+        dequantized_of_a_stack=None,
     )
 
 
@@ -156,7 +170,9 @@ def recomputed_memory(memory: MemoryConstants, recompute: str, *, fused: bool) -
     inputs = 3 if recompute == "offload" else None  # one that computes, one that comes, one that stayed
     if not fused:
         copies = memory.feed_forward_copies
-        selective = replace(memory, feed_forward_copies=0.0, working_feed_forward_copies=copies)
+        selective = replace(
+            memory, feed_forward_copies=0.0, working_feed_forward_copies=copies, working_routed_copies=copies
+        )
         return selective if recompute == "selective" else replace(memory, recomputed_inputs=inputs)
     tiled = replace(
         memory,

@@ -18,13 +18,10 @@ from torch import Tensor
 
 from qlora_hal_backends.torch_family.experts.stacked_weights import StackedWeight, decode_to
 from qlora_hal_backends.torch_family.lora_linear import LoRAWeights, product_in_float32, sum_of_products
+from qlora_hal_backends.torch_family.platform import DECODED_AT_ONCE
 
 _ALIGNMENT = 8
 """Sides of a grouped product: 16 bytes in bfloat16, what its kernel wants of each row."""
-
-DECODED_AT_ONCE = 2**28
-"""Numbers of a stack that stand decoded at a time for grouped products, half a gigabyte in bfloat16. Stacks of
-gpt-oss-20b and Qwen3-30B-A3B fit as a whole; those of gpt-oss-120b are four times as large."""
 
 
 @dataclass(slots=True)
