@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawn_models import model_types, write_drawn_model
 from flash_on_a_cpu import flash_in_plain_torch
 from published_mxfp4 import write_published_gpt_oss
 from torch import Tensor
-from trainers import OpenTrainer, largest_difference, moved_adapter, packed, random_batch, source_of
+from trainers import OpenTrainer, largest_difference, moved_adapter, open_cpu_trainer, packed, random_batch, source_of
 
 from qlora_hal.contract.backend import Compute, Quantization
 from qlora_hal.contract.capabilities import WeightFormat
@@ -21,6 +22,7 @@ from qlora_hal.errors import UnsupportedFeatureError
 from qlora_hal_backends.cpu_torch.trainer import open_trainer
 from qlora_hal_backends.torch_family.attention import causal, sinks
 from qlora_hal_backends.torch_family.attention.varlen import UnevenAttention
+from qlora_hal_backends.torch_family.platform import ATTENTION_WITH_SINKS
 
 FLOAT32 = 8 * 2048**0.5 * 2**-24
 """As in `test_forward_and_gradients.py`: sums of up to 2048 float32 products in another order, eight deep."""
@@ -143,6 +145,19 @@ def test_lengths_on_the_host_and_positions_on_the_device_mean_the_same(opened: O
         )
     assert torch.equal(by_positions, by_lengths)
     assert not torch.allclose(by_positions, neither, rtol=1e-2)
+
+
+@pytest.mark.parametrize("model_type", sorted(ATTENTION_WITH_SINKS))
+def test_every_architecture_with_sinks_keeps_samples_apart(model_type: str, tmp_path: Path) -> None:
+    if model_type not in model_types():
+        pytest.skip("this version of transformers has no such architecture")
+    write_drawn_model(tmp_path, model_type, {"sliding_window": WINDOW})
+    trainer = open_cpu_trainer(tmp_path).trainer
+    assert "sinks: " in trainer.device_facts().kernel_path
+    assert (
+        largest_difference(dict(trainer.gradients([packed(samples())])), dict(trainer.gradients(samples()))) <= FLOAT32
+    )
+    trainer.close()
 
 
 def test_a_mask_is_refused_and_not_forgotten() -> None:

@@ -11,6 +11,7 @@ from typing import Literal
 from qlora_hal.contract.capabilities import Capabilities, Feature, WeightFormat
 from qlora_hal.contract.memory_constants import MemoryConstants, MemoryQuery
 from qlora_hal.formats.microscaling import MXFP4
+from qlora_hal.model.expert_stacks import INTERLEAVED
 
 TorchDevice = Literal["cuda", "rocm", "mps", "cpu"]
 
@@ -74,7 +75,7 @@ HOST_LOADING_HOLES = 6.0
 SCORES_CAPPED = frozenset({"gemma2"})
 """`model_type` of those whose attention scores have a soft cap, which eager attention alone computes."""
 
-ATTENTION_WITH_SINKS = frozenset({"gpt_oss"})
+ATTENTION_WITH_SINKS = frozenset({"gpt_oss", "granite_swa", "granitemoe_swa", "flint"})
 """Those whose attention has a score of each head that is no token's, which `attention.sinks` computes."""
 
 BRANCHES_NORMED = frozenset({"gemma2", "gemma3_text"})
@@ -92,7 +93,7 @@ def plain_memory(memory: MemoryConstants, query: MemoryQuery) -> MemoryConstants
     """
     in_half = query.compute_dtype != "float32"
     memory = replace(memory, master_bytes=6 if in_half else memory.master_bytes)
-    if query.architecture in ATTENTION_WITH_SINKS:
+    if query.architecture in INTERLEAVED:
         memory = replace(memory, feed_forward_copies=6.0, working_layers=0.3, logit_bytes=6 if in_half else 4)
     if query.dropout:
         memory = replace(memory, hidden_copies=memory.hidden_copies + 3.5)

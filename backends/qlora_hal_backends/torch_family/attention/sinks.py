@@ -49,8 +49,9 @@ def words_of(causal: Any, device: torch.device, dtype: torch.dtype) -> str:
     """Which attention serves, for the run's `kernel_path`; empty where the model has no sinks or transformers' own."""
     if not is_used(causal):
         return ""
-    config = causal.config.get_text_config()
-    heads = HeadCounts(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    layer = next(module for module in causal.modules() if hasattr(module, "sinks"))
+    count = len(layer.sinks)
+    heads = HeadCounts(count, count // layer.num_key_value_groups, layer.head_dim)
     return f"sinks: {proved_varlen(device, heads, dtype, with_sinks=True).words}"
 
 
