@@ -11,6 +11,7 @@ import pytest
 import torch
 from drawn_models import model_types, write_drawn_model
 from flash_on_a_cpu import flash_in_plain_torch
+from live_tensors import peak_of
 from published_mxfp4 import write_published_gpt_oss
 from torch import Tensor
 from trainers import OpenTrainer, largest_difference, moved_adapter, open_cpu_trainer, packed, random_batch, source_of
@@ -158,6 +159,18 @@ def test_every_architecture_with_sinks_keeps_samples_apart(model_type: str, tmp_
         largest_difference(dict(trainer.gradients([packed(samples())])), dict(trainer.gradients(samples()))) <= FLOAT32
     )
     trainer.close()
+
+
+@pytest.mark.parametrize("window", [None, 32])
+def test_scores_of_all_pairs_of_tokens_are_never_held(window: int | None) -> None:
+    """Nor kept for backward; transformers' eager attention makes them some five times."""
+    heads, time, size = 16, 512, 8
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(1, heads, time, size, generator=generator, requires_grad=True) for _ in range(3)]
+    with peak_of() as peak:
+        found, _ = sinks.attend(None, *parts, None, scaling=0.3, s_aux=torch.zeros(heads), sliding_window=window)
+        found.sum().backward()
+    assert peak.bytes < heads * time * time * 4 / 2
 
 
 def test_a_mask_is_refused_and_not_forgotten() -> None:

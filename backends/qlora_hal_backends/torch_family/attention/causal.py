@@ -162,9 +162,9 @@ class SampleBySample:
         with_graph: bool,
         sinks: Tensor | None = None,
     ) -> Mixed:
-        leaves = [part.detach().requires_grad_() for part in (query, key, value)]
+        leaves = query, key, value = tuple(part.detach().requires_grad_() for part in (query, key, value))
         with torch.set_grad_enabled(with_graph):
-            mixed = sample_by_sample(*leaves, samples.lengths, scale=scale, window=window, sinks=sinks)
+            mixed = sample_by_sample(query, key, value, samples.lengths, scale=scale, window=window, sinks=sinks)
         return _Graph(leaves, mixed)
 
 

@@ -79,15 +79,15 @@ def attend(
     if key.shape[2] != time:
         return _after_cached_keys(query, key, value, scaling, sliding_window, s_aux), None
     lengths = tuple(sample_lengths or _lengths_in(position_ids, batch, time))
-    rows = [part.transpose(1, 2).flatten(0, 1) for part in (query, key, value)]
+    rows, keys, values = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))
     counts = HeadCounts(heads, key.shape[1], size)
     served = proved_varlen(query.device, counts, query.dtype, with_sinks=True).attention
     if isinstance(served, FlashVarlen):
         samples = _samples(lengths, query.device)
         window = sliding_window if sliding_window is not None and sliding_window < samples.longest else None
-        mixed = _Flash.apply(*rows, s_aux, samples.offsets, FlashCall(samples.longest, scaling, window))  # type: ignore[no-untyped-call]
+        mixed = _Flash.apply(rows, keys, values, s_aux, samples.offsets, FlashCall(samples.longest, scaling, window))  # type: ignore[no-untyped-call]
     else:
-        mixed = sample_by_sample(*rows, lengths, scale=scaling, window=sliding_window, sinks=s_aux)
+        mixed = sample_by_sample(rows, keys, values, lengths, scale=scaling, window=sliding_window, sinks=s_aux)
     return mixed.view(batch, time, heads, size), None
 
 
