@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,14 @@ from qlora_hal.contract.backend import Compute, Quantization
 from qlora_hal.contract.capabilities import Feature, WeightFormat
 from qlora_hal.errors import ModelError, UnsupportedFeatureError
 from qlora_hal.model.expert_stacks import path_of
+from qlora_hal_backends.torch_family import optimizer as optimizer_module
 from qlora_hal_backends.torch_family.base_weights import quantize
 from qlora_hal_backends.torch_family.experts import products as products_module
 from qlora_hal_backends.torch_family.experts import proved_products, stacked_weights
 from qlora_hal_backends.torch_family.experts.products import GroupedProducts, Groups, LoopOverExperts
 from qlora_hal_backends.torch_family.experts.stacked_weights import StackedWeight, stacked
 from qlora_hal_backends.torch_family.lora_linear import LoRASwitches, LoRAWeights
+from qlora_hal_backends.torch_family.optimizer import BitsandbytesAdamW
 from qlora_hal_backends.torch_family.outline import outline
 from qlora_hal_backends.torch_family.platform import CPU
 from qlora_hal_backends.torch_family.trainer import TorchLoRATrainer
@@ -159,6 +162,40 @@ def test_an_expert_without_tokens_keeps_its_adapter_and_moments(optimizer: str, 
             for name in names
         ]
         assert all(unchanged) if number in idle else not any(unchanged)
+
+
+@pytest.mark.parametrize("eight_bit", [True, False], ids=["8 bits", "32 bits"])
+def test_what_an_update_keeps_of_idle_experts_is_a_part_of_the_adapter(
+    eight_bit: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bitsandbytes' update by parts, of which the last is not whole: the same bits as of all at once."""
+    write_drawn_model(tmp_path, "qwen3_moe", {"num_experts": 16, "num_local_experts": 16})
+
+    def after_steps() -> tuple[dict[str, Any], dict[str, Any]]:
+        opened = open_cpu_trainer(tmp_path)
+        trainer = opened.trainer
+        trainer._optimizer = BitsandbytesAdamW(trainer._flat, eight_bit=eight_bit, paged=False)  # type: ignore[attr-defined]
+        few = random_batch(1, rows=1, time=4, prompt=1)
+        for batch in (few, random_batch(0, rows=8), few, few):
+            opened.step([batch], weight_decay=0.1)
+        snapshot = trainer.export_optimizer()
+        return dict(trainer.export_adapter().tensors), {**snapshot.moments, "step": np.array(snapshot.step)}
+
+    whole = after_steps()
+    kept: list[int] = []
+    leave = optimizer_module._left_as_they_are
+
+    def watched(blocks: Sequence[torch.Tensor], idle: torch.Tensor) -> Any:
+        kept.append(blocks[0].numel())
+        return leave(blocks, idle)
+
+    monkeypatch.setattr(optimizer_module, "_left_as_they_are", watched)
+    monkeypatch.setattr(optimizer_module, "AT_A_TIME", 40 * 256)
+    for expected, found in zip(whole, after_steps(), strict=True):
+        for name, tensor in expected.items():
+            np.testing.assert_array_equal(found[name], tensor)
+    assert len(kept) > 3
+    assert max(kept) == 40 * 256
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3"])
