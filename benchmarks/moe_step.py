@@ -3,11 +3,15 @@ and without recomputation, beside transformers + PEFT on the same weights.
 
     PYTHONPATH=.:backends python benchmarks/moe_step.py --shape qwen3-30b-a3b --json result.json
     PYTHONPATH=.:backends python benchmarks/moe_step.py --shape tiny --length 64 --steps 3
+    PYTHONPATH=.:backends python benchmarks/moe_step.py --shape gpt-oss-20b --batches 1x512,1x2048 --json result.json
 
-The weights are random, drawn and packed as NF4 with double quantization one layer at a time while the model is put
-together: no checkpoint is written but for embeddings, norms and routers. LoRA r = 16 on every target module, no
-dropout. A step is one micro-batch of `--rows` rows of `--length` random tokens, every position a label; the median of
-the steps after the second counts, the device synchronised on both sides. Peak memory is torch's allocator's.
+The weights of a Qwen3-MoE are random, drawn and packed as NF4 with double quantization one layer at a time while the
+model is put together: no checkpoint is written but for embeddings, norms and routers. Those of a gpt-oss are drawn as
+they are published, experts in MXFP4 and all else in bfloat16 (`drawn_gpt_oss.py`). LoRA r = 16 on every target module,
+no dropout. A step is one micro-batch of `--rows` rows of `--length` random tokens, every position a label; the median
+of the steps after the second counts, the device synchronised on both sides. Peak memory is torch's allocator's, that
+of loading apart from that of steps. `foreseen` is what `estimate` says of the same run, from config.json, without what
+no allocator hands out.
 
 Layers are fused where the device has the kernels; `plain layers` are those of transformers with our linear layers and
 experts, on the same device in the same run, and say what the schedule is worth. `kernel_path` says which ran.
@@ -26,13 +30,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from drawn_gpt_oss import GPT_OSS_SHAPES, load_drawn
+from drawn_gpt_oss import drawn_source as published_source
 
 from qlora_hal.adapter import initial_adapter, resolve_targets
+from qlora_hal.config.resolve import resolve_settings
 from qlora_hal.contract.backend import Compute, Quantization
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.values import Adapter, AdapterConfig, Batch, StepSettings
@@ -40,6 +48,7 @@ from qlora_hal.model import expert_stacks
 from qlora_hal.model.facts import ModelFacts, TensorFacts
 from qlora_hal.model.linear_shapes import linear_modules
 from qlora_hal.model.source import ModelSource
+from qlora_hal.run.planned_memory import PlannedModel
 from qlora_hal_backends.torch_family.base_weights import BaseWeight, quantize
 from qlora_hal_backends.torch_family.loading import BaseModel, load_with
 from qlora_hal_backends.torch_family.trainer import TorchLoRATrainer
@@ -53,10 +62,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         hidden_size=2048, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
         intermediate_size=6144, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, vocab_size=151936,
     ),
+    **GPT_OSS_SHAPES,
 }  # fmt: skip
 RANK, ALPHA = 16, 16.0
 WARM_UP_STEPS = 2
 QUANTIZATION = Quantization(WeightFormat.NF4, 64, True)
+PUBLISHED = Quantization(WeightFormat.MXFP4, 32)
 SYSTEMS = (
     "all",
     "none",
@@ -76,12 +87,16 @@ class Result:
     """One system."""
 
     system: str
+    rows: int
+    length: int
     tokens_per_second: float
     step_ms: float
     first_step_s: float
     loaded_gb: float
     peak_allocated_gb: float
     peak_reserved_gb: float
+    loading_peak_gb: float
+    foreseen_gb: float
     adapter_numbers: int
     losses: list[float]
     kernel_path: str = ""
@@ -188,33 +203,39 @@ def drawn_base(shape: Mapping[str, Any]) -> Callable[..., BaseModel]:
     return load
 
 
-def trainer_of(shape: Mapping[str, Any]) -> TorchLoRATrainer:
+def trainer_of(load: Callable[..., BaseModel]) -> TorchLoRATrainer:
     if torch.cuda.is_available():
         from qlora_hal_backends.cuda_bnb import SPEC
         from qlora_hal_backends.torch_family.platform import CUDA
 
-        return TorchLoRATrainer(SPEC, CUDA, drawn_base(shape))
+        return TorchLoRATrainer(SPEC, CUDA, load)
     from qlora_hal_backends.cpu_torch import SPEC
     from qlora_hal_backends.torch_family.platform import CPU
 
-    return TorchLoRATrainer(SPEC, CPU, drawn_base(shape))
+    return TorchLoRATrainer(SPEC, CPU, load)
 
 
 # measuring ------------------------------------------------------------------------------------------------------------
 class Bench:
-    """The model, its two batches, and what was measured."""
+    """The model, two batches of the size that is measured, and what was measured."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.shape = SHAPES[options.shape]
         self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        self.source = drawn_source(options.checkpoint or Path(f"/tmp/qlora-hal-moe-{options.shape}"), self.shape)
-        self.trainer = trainer_of(self.shape)
+        folder = options.checkpoint or Path(f"/tmp/qlora-hal-moe-{options.shape}")
+        self.is_published = options.shape in GPT_OSS_SHAPES
+        self.source = (published_source if self.is_published else drawn_source)(folder, self.shape)
+        self.trainer = trainer_of(load_drawn if self.is_published else drawn_base(self.shape))
         self.loaded_with: Compute | None = None
         self.results: list[Result] = []
+        self.take(*options.batches[0])
+
+    def take(self, rows: int, length: int) -> None:
+        """Measure steps of this size from now on."""
         random = np.random.default_rng(1234)
-        size = (options.rows, options.length)
-        self.tokens = [random.integers(10, self.shape["vocab_size"], size, dtype=np.int32) for _ in range(2)]
+        self.rows, self.length = rows, length
+        self.tokens = [random.integers(10, self.shape["vocab_size"], (rows, length), dtype=np.int32) for _ in range(2)]
 
     def adapter(self, experts: str) -> Adapter:
         modules = self.source.facts.linear_modules
@@ -224,7 +245,7 @@ class Bench:
     def load(self, compute: Compute) -> None:
         if self.loaded_with != compute:
             started = time.perf_counter()
-            self.trainer.load(self.source, QUANTIZATION, compute)
+            self.trainer.load(self.source, PUBLISHED if self.is_published else QUANTIZATION, compute)
             self.loaded_with = compute
             print(f"# loaded in {time.perf_counter() - started:.1f} s", flush=True)
 
@@ -237,7 +258,24 @@ class Bench:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
 
-    def measure(self, system: str, step: Callable[[int], float], numbers: int, kernel_path: str = "") -> None:
+    def foreseen(self, experts: str, recomputed: bool, optimizer: str, options: Mapping[str, str]) -> float:
+        """Gigabytes of the same run by `estimate`, which reads config.json alone."""
+        folder = self.source.path / "planned"
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_bytes((self.source.path / "config.json").read_bytes())
+        settings = {
+            "model": str(folder), "backend": self.trainer.spec.name, "backend.options": dict(options),
+            "lora.r": RANK, "lora.target_modules": "all-linear", "lora.experts": experts, "training.optim": optimizer,
+            "training.recompute": "full" if recomputed else "none", "data.max_seq_length": self.length,
+            "training.per_device_train_batch_size": self.rows,
+        }  # fmt: skip
+        memory = PlannedModel.of(resolve_settings(None, keywords=settings, environ={}).config).estimate()
+        return round((memory.total - memory.runtime) / 1e9, 2)
+
+    def measure(
+        self, system: str, step: Callable[[int], float], numbers: int, kernel_path: str = "", foreseen: float = 0.0
+    ) -> None:
+        loading = self.memory("max_memory_allocated")
         self.forget()
         loaded, seconds, losses = self.memory("memory_allocated"), [], []
         for index in range(self.options.steps):
@@ -249,12 +287,16 @@ class Bench:
         typical = statistics.median(seconds[WARM_UP_STEPS:] or seconds)
         result = Result(
             system=system,
-            tokens_per_second=round(self.options.rows * self.options.length / typical, 1),
+            rows=self.rows,
+            length=self.length,
+            tokens_per_second=round(self.rows * self.length / typical, 1),
             step_ms=round(typical * 1e3, 2),
             first_step_s=round(seconds[0], 2),
             loaded_gb=loaded,
             peak_allocated_gb=self.memory("max_memory_allocated"),
             peak_reserved_gb=self.memory("max_memory_reserved"),
+            loading_peak_gb=loading,
+            foreseen_gb=foreseen,
             adapter_numbers=numbers,
             losses=[round(loss, 4) for loss in losses],
             kernel_path=kernel_path,
@@ -287,7 +329,9 @@ def run_ours(bench: Bench, system: str, *, profiled: bool = False) -> None:
         if profiled:
             profile(bench, system, step)
         else:
-            bench.measure(f"ours, {system}", step, numbers, f"{bench.trainer.device_facts().kernel_path}; {products}")
+            path = f"{bench.trainer.device_facts().kernel_path}; {products}"
+            foreseen = bench.foreseen(experts, "recomputed" in words, optimizer, options)
+            bench.measure(f"ours, {system}", step, numbers, path, foreseen)
     except Exception as error:
         print(f"# ours, {system}: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
 
@@ -392,18 +436,28 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shape", choices=tuple(SHAPES), default="qwen3-30b-a3b")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=2048, help="tokens of a row")
+    parser.add_argument("--batches", type=_sizes, default=None, help="in place of both: 1x512,4x2048 and so on")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--systems", type=lambda text: text.split(";"), default=list(SYSTEMS), help="separated by ;")
     parser.add_argument("--checkpoint", type=Path, default=None, help="where the unpacked rest is written")
     parser.add_argument("--profile", default="", help="file that receives kernel times")
     parser.add_argument("--json", default="", help="file that receives the results")
-    return parser.parse_args()
+    asked = parser.parse_args()
+    asked.batches = asked.batches or [(asked.rows, asked.length)]
+    return asked
+
+
+def _sizes(text: str) -> list[tuple[int, int]]:
+    """Rows and tokens of a row of each batch. Raises ValueError."""
+    parts = (batch.partition("x") for batch in text.split(","))
+    return [(int(rows), int(length)) for rows, _, length in parts]
 
 
 def main() -> None:
     bench = Bench(arguments())
-    for system in bench.options.systems:
+    for system, batch in product(bench.options.systems, bench.options.batches):
+        bench.take(*batch)
         if system == "peft":
             run_peft(bench)
         elif system:
@@ -413,14 +467,14 @@ def main() -> None:
             run_ours(bench, system, profiled=True)
     device = torch.cuda.get_device_name() if bench.device.type == "cuda" else "cpu"
     report = {"device": device, "torch": torch.__version__, "shape": bench.options.shape}
-    report |= {"rows": bench.options.rows, "length": bench.options.length}
     report["results"] = [asdict(result) for result in bench.results]
     if bench.options.json:
         Path(bench.options.json).write_text(json.dumps(report, indent=1))
     for result in bench.results:
         print(
-            f"{result.system:34} {result.tokens_per_second:9.1f} tok/s {result.step_ms:9.2f} ms "
-            f"{result.peak_allocated_gb:7.2f} GB  " + " ".join(f"{loss:.4f}" for loss in result.losses)
+            f"{result.system:34} {result.rows} x {result.length} {result.tokens_per_second:9.1f} tok/s "
+            f"{result.step_ms:9.2f} ms {result.peak_allocated_gb:7.2f} GB, {result.foreseen_gb:.2f} foreseen  "
+            + " ".join(f"{loss:.4f}" for loss in result.losses)
         )
 
 

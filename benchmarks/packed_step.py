@@ -54,7 +54,7 @@ from qlora_hal.data.tokens.packing import pack
 from qlora_hal.model.facts import read_facts
 from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.torch_family import fused
-from qlora_hal_backends.torch_family.fused.attention import (
+from qlora_hal_backends.torch_family.attention.causal import (
     CausalAttention,
     FlashVarlen,
     Mixed,
@@ -124,7 +124,9 @@ class DenseMask:
         scale: float,
         window: int | None,
         with_graph: bool,
+        sinks: Tensor | None = None,
     ) -> Mixed:
+        assert sinks is None, "no model of this benchmark has sinks"
         shape = (self._rows, query.shape[0] // self._rows)
         leaves = [part.unflatten(0, shape).transpose(1, 2).detach().requires_grad_() for part in (query, key, value)]
         with torch.set_grad_enabled(with_graph):

@@ -27,6 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from qlora_hal.contract.backend import Quantization
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal_backends.torch_family import adamw_kernel, dropout_kernel, microscaling_kernel
+from qlora_hal_backends.torch_family.attention.causal import HeadCounts
 from qlora_hal_backends.torch_family.base_weights import quantize
 from qlora_hal_backends.torch_family.experts.stacked_weights import stacked
 from qlora_hal_backends.torch_family.fused import kernels
@@ -37,7 +38,7 @@ from qlora_hal_backends.torch_family.fused.fp8.triton_operations import ADA, BLA
 from qlora_hal_backends.torch_family.fused.mixture import kernels as mixture_kernels
 from qlora_hal_backends.torch_family.fused.mixture.operations import Router
 from qlora_hal_backends.torch_family.fused.mixture.triton_operations import TritonMixture
-from qlora_hal_backends.torch_family.fused.operations import Dropout, HeadCounts, HeadNorm, Masks, Placements, Rotary
+from qlora_hal_backends.torch_family.fused.operations import Dropout, HeadNorm, Masks, Placements, Rotary
 from qlora_hal_backends.torch_family.fused.triton_operations import TritonOperations
 from qlora_hal_backends.torch_family.optimizer import update_agrees
 

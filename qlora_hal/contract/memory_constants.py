@@ -28,10 +28,12 @@ class MemoryConstants:
     inputs are on the device at a time where whole layers are recomputed; None: all.
     `logit_bytes` are those of a logit from its product to its gradient; None: in the compute dtype, in float32 and as a
     float32 gradient. `dequantized_copies` counts weights of the largest linear layer's size that stand decoded at once.
+    `dequantized_of_a_stack` are the most weights of a stack of experts that stand decoded at once; None: all of them.
     `attention_scores_kept` counts what a layer keeps of the size of its attention scores, rows x heads x length^2,
     in the compute dtype: 0 where attention never makes them whole.
     `master_bytes` are those of an adapter weight with its copy in the compute dtype.
-    `cross_entropy_rows` is the chunk of a chunked cross-entropy, None when all logits exist at once. `heap_holes` is
+    `cross_entropy_rows` is the chunk of a chunked cross-entropy, None when all logits exist at once, and
+    `cross_entropy_logits` how many logits it has at most, None where any number of them. `heap_holes` is
     what the host's allocator keeps between blocks, as a share of the logits and of a few layers' activations, where the
     largest tensor is smaller than `HEAP_BLOCK_BYTES`. `loading_holes` is what it keeps of loading, in bytes for each
     weight of the linear layers, where their weights are that small; a step uses it again.
@@ -50,7 +52,9 @@ class MemoryConstants:
     feed_forward_tile: int | None = None
     recomputed_inputs: int | None = None
     dequantized_copies: float = 1.0
+    dequantized_of_a_stack: int | None = None
     cross_entropy_rows: int | None = None
+    cross_entropy_logits: int | None = None
     logit_bytes: int | None = None
     attention_scores_kept: float = 0.0
     master_bytes: int = 4

@@ -62,7 +62,8 @@ def estimate(
     largest = max((linear.parameters for linear in facts.linear_modules.values()), default=0)
     is_quantized = weight_format is not WeightFormat.NONE
     logits = _logits_bytes(facts.vocabulary_size, tokens, compute_bytes, constants)
-    dequantized = int(constants.dequantized_copies * largest * compute_bytes) if is_quantized else 0
+    decoded = max((_decoded_at_once(linear, constants) for linear in facts.linear_modules.values()), default=0)
+    dequantized = int(constants.dequantized_copies * decoded * compute_bytes) if is_quantized else 0
     kept, working = _activation_bytes(
         shape, batch_size, sequence_length, r * len(targets), compute_bytes, gradient_checkpointing, constants
     )
@@ -175,6 +176,14 @@ def _prefixes(name: str) -> list[str]:
     return [".".join(parts[:end]) for end in range(1, len(parts))]
 
 
+def _decoded_at_once(linear: LinearShape, constants: MemoryConstants) -> int:
+    """Weights of a layer that stand decoded together; of one expert at least."""
+    most = constants.dequantized_of_a_stack
+    if linear.experts == 1 or most is None:
+        return linear.parameters
+    return min(linear.parameters, max(most, linear.parameters // linear.experts))
+
+
 def _tied_head_weights(facts: ModelFacts) -> int:
     """Weights of a head that is stored although it is the embedding."""
     head = facts.tensors.get("lm_head.weight")
@@ -219,5 +228,7 @@ def _activation_bytes(
 def _logits_bytes(vocabulary_size: int, tokens: int, compute_bytes: int, constants: MemoryConstants) -> int:
     """Logits in the compute dtype, a float32 copy when that is another dtype, and the float32 gradient."""
     rows = tokens if constants.cross_entropy_rows is None else min(tokens, constants.cross_entropy_rows)
+    if constants.cross_entropy_logits is not None:
+        rows = min(rows, max(constants.cross_entropy_logits // max(vocabulary_size, 1), 1))
     per_logit = constants.logit_bytes or compute_bytes + (4 if compute_bytes != 4 else 0) + 4
     return rows * vocabulary_size * per_logit

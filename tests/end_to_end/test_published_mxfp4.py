@@ -78,8 +78,9 @@ def test_a_run_writes_an_adapter_that_peft_opens_and_a_merge_that_transformers_o
     assert not any(name.endswith(("_blocks", "_scales")) for name in after)
 
 
-def test_a_resumed_run_ends_with_the_same_bits(published: Path, tmp_path: Path) -> None:
-    whole = train(settings(published, tmp_path / "whole"))
+@pytest.mark.parametrize("packing", [False, True], ids=["row by row", "packed"])
+def test_a_resumed_run_ends_with_the_same_bits(packing: bool, published: Path, tmp_path: Path) -> None:
+    whole = train(settings(published, tmp_path / "whole", **{"data.packing": packing}))
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
     for newer in (tmp_path / "broken").glob("checkpoints/*4"):
         shutil.rmtree(newer)
@@ -87,6 +88,18 @@ def test_a_resumed_run_ends_with_the_same_bits(published: Path, tmp_path: Path) 
     resumed = resume(tmp_path / "broken")
     expected, found = (load_file(run.adapter_dir / "adapter_model.safetensors") for run in (whole, resumed))
     assert all(np.array_equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_packed_run_evaluates_to_what_its_rows_have_apart(published: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "validation.jsonl"
+    rows.write_text("".join(data_path("validation").read_text().splitlines(keepends=True)[:16]))
+    changes = {"quantization.compute_dtype": "float32", "data.validation_path": str(rows)}
+    packed, apart = (
+        train(settings(published, tmp_path / name, **{**changes, "data.packing": packing}))
+        for name, packing in (("packed", True), ("apart", False))
+    )
+    assert packed.eval_loss_before == pytest.approx(apart.eval_loss_before, rel=1e-5)
+    assert (packed.eval_loss_after or np.inf) < (packed.eval_loss_before or 0.0)
 
 
 @pytest.mark.parametrize("asked", ["auto", "4bit", "mxfp4"])

@@ -283,6 +283,25 @@ def test_rows_of_experts_are_counted_for_each_of_a_tokens_experts(tmp_path: Path
     assert more - fewer == 4 * 2048 * 8 * 2048 * 2  # tokens, experts of each, hidden, bytes
 
 
+@pytest.mark.parametrize(("experts", "decoded"), [(32, 32), (128, 32), (2, 2)])
+def test_no_more_experts_of_a_stack_stand_decoded_than_a_backend_decodes_at_once(
+    experts: int, decoded: int, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**QWEN3_30B, "num_experts": experts, "num_experts_per_tok": 2}))
+    facts = read_facts(tmp_path, [described_header(json.loads((tmp_path / "config.json").read_text()), tmp_path)])
+    one = 2048 * 768
+    bounded, whole = (
+        qlora(facts, constants=MemoryConstants(dequantized_of_a_stack=most)).workspace for most in (32 * one, None)
+    )
+    assert whole - bounded == 2 * one * (experts - decoded)
+
+
+def test_a_chunk_of_logits_is_bounded_whatever_the_vocabulary() -> None:
+    bounded = MemoryConstants(cross_entropy_rows=2048, cross_entropy_logits=2**20)
+    assert qlora(LLAMA_8B, constants=bounded).logits == 2**20 // 128256 * 128256 * (2 + 4 + 4)
+    assert qlora(LLAMA_8B, constants=replace(bounded, cross_entropy_logits=2**40)).logits == 2048 * 128256 * 10
+
+
 @pytest.mark.parametrize(("facts", "measured"), [(LLAMA_7B, 3.90), (LLAMA_33B, 17.45), (LLAMA_65B, 34.49)])
 def test_base_weights_agree_with_what_was_measured_on_a_device(facts: ModelFacts, measured: float) -> None:
     assert weight_bytes(facts, WeightFormat.NF4, 64, True, "bfloat16") / 1e9 == pytest.approx(measured, rel=0.01)
@@ -308,9 +327,10 @@ def test_the_fast_path_counts_only_where_it_serves(
     monkeypatch.setattr(platform, "find_spec", lambda name: object())
     asked = {"architecture": "llama", "compute_dtype": "bfloat16", **settings}
     constants = memory_of(TORCH, fused=True)(MemoryQuery(**asked))
-    expected = fused_memory(TORCH) if fast else TORCH
-    assert constants == expected != (TORCH if fast else fused_memory(TORCH))
-    assert memory_of(TORCH, fused=False)(MemoryQuery(**asked)) == plain_memory(TORCH, MemoryQuery(**asked))
+    plain = plain_memory(TORCH, MemoryQuery(**asked))
+    expected = fused_memory(TORCH) if fast else plain
+    assert constants == expected != (plain if fast else fused_memory(TORCH))
+    assert memory_of(TORCH, fused=False)(MemoryQuery(**asked)) == plain
 
 
 def test_eager_attention_is_not_served_by_the_fast_path_and_keeps_its_scores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,7 +338,8 @@ def test_eager_attention_is_not_served_by_the_fast_path_and_keeps_its_scores(mon
     eager = {"options": {"attention": "eager"}}
     for in_half, kept in (("bfloat16", 3.0), ("float32", 1.8)):
         asked = MemoryQuery("llama", in_half, **eager)
-        assert memory_of(TORCH, fused=True)(asked) == replace(TORCH, attention_scores_kept=kept)
+        with_scores = replace(TORCH, attention_scores_kept=kept, master_bytes=6 if in_half == "bfloat16" else 4)
+        assert memory_of(TORCH, fused=True)(asked) == with_scores
     assert memory_of(TORCH, fused=True)(MemoryQuery("llama", "float32")).attention_scores_kept == 0.0
 
 

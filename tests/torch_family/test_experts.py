@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,14 @@ from qlora_hal.contract.backend import Compute, Quantization
 from qlora_hal.contract.capabilities import Feature, WeightFormat
 from qlora_hal.errors import ModelError, UnsupportedFeatureError
 from qlora_hal.model.expert_stacks import path_of
+from qlora_hal_backends.torch_family import optimizer as optimizer_module
 from qlora_hal_backends.torch_family.base_weights import quantize
+from qlora_hal_backends.torch_family.experts import products as products_module
 from qlora_hal_backends.torch_family.experts import proved_products, stacked_weights
 from qlora_hal_backends.torch_family.experts.products import GroupedProducts, Groups, LoopOverExperts
-from qlora_hal_backends.torch_family.experts.stacked_weights import stacked
+from qlora_hal_backends.torch_family.experts.stacked_weights import StackedWeight, stacked
 from qlora_hal_backends.torch_family.lora_linear import LoRASwitches, LoRAWeights
+from qlora_hal_backends.torch_family.optimizer import BitsandbytesAdamW
 from qlora_hal_backends.torch_family.outline import outline
 from qlora_hal_backends.torch_family.platform import CPU
 from qlora_hal_backends.torch_family.trainer import TorchLoRATrainer
@@ -160,6 +164,40 @@ def test_an_expert_without_tokens_keeps_its_adapter_and_moments(optimizer: str, 
         assert all(unchanged) if number in idle else not any(unchanged)
 
 
+@pytest.mark.parametrize("eight_bit", [True, False], ids=["8 bits", "32 bits"])
+def test_what_an_update_keeps_of_idle_experts_is_a_part_of_the_adapter(
+    eight_bit: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bitsandbytes' update by parts, of which the last is not whole: the same bits as of all at once."""
+    write_drawn_model(tmp_path, "qwen3_moe", {"num_experts": 16, "num_local_experts": 16})
+
+    def after_steps() -> tuple[dict[str, Any], dict[str, Any]]:
+        opened = open_cpu_trainer(tmp_path)
+        trainer = opened.trainer
+        trainer._optimizer = BitsandbytesAdamW(trainer._flat, eight_bit=eight_bit, paged=False)  # type: ignore[attr-defined]
+        few = random_batch(1, rows=1, time=4, prompt=1)
+        for batch in (few, random_batch(0, rows=8), few, few):
+            opened.step([batch], weight_decay=0.1)
+        snapshot = trainer.export_optimizer()
+        return dict(trainer.export_adapter().tensors), {**snapshot.moments, "step": np.array(snapshot.step)}
+
+    whole = after_steps()
+    kept: list[int] = []
+    leave = optimizer_module._left_as_they_are
+
+    def watched(blocks: Sequence[torch.Tensor], idle: torch.Tensor) -> Any:
+        kept.append(blocks[0].numel())
+        return leave(blocks, idle)
+
+    monkeypatch.setattr(optimizer_module, "_left_as_they_are", watched)
+    monkeypatch.setattr(optimizer_module, "AT_A_TIME", 40 * 256)
+    for expected, found in zip(whole, after_steps(), strict=True):
+        for name, tensor in expected.items():
+            np.testing.assert_array_equal(found[name], tensor)
+    assert len(kept) > 3
+    assert max(kept) == 40 * 256
+
+
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3"])
 def test_of_equal_scores_the_lower_number_wins(model_type: str, tmp_path: Path) -> None:
     """A router whose rows are one row: transformers' choice is whatever torch.topk gives."""
@@ -254,6 +292,53 @@ def test_grouped_products_are_those_of_the_loop(nested: bool) -> None:
         assert expected.shape == found.shape
         assert (found.float() - expected.float()).abs().max() <= 2.0**-7 * expected.float().abs().max()
     assert not pairs[-1][1][1].any(), "an expert without rows has no gradient"
+
+
+FORMATS = {
+    "nf4": Quantization(WeightFormat.NF4, 64, False),
+    "nf4, scales quantized": Quantization(WeightFormat.NF4, 64, True),
+    "int8": Quantization(WeightFormat.INT8),
+    "mxfp4": Quantization(WeightFormat.MXFP4, 32),
+    "none": Quantization(WeightFormat.NONE),
+}
+
+
+@pytest.mark.parametrize("ends", [(10, 10, 24, 24, 30), (0, 0, 30, 30, 30), (0, 0, 0, 7, 30)], ids=str)
+@pytest.mark.parametrize("quantization", FORMATS.values(), ids=FORMATS)
+def test_a_stack_too_large_to_stand_decoded_is_decoded_by_blocks_of_experts(
+    quantization: Quantization, ends: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two experts at a time, a block without rows among them: the same bits, and never more numbers decoded."""
+    generator = torch.Generator().manual_seed(0)
+    sides = (64, 256)
+    layers = [quantize(torch.randn(sides, generator=generator), quantization, torch.bfloat16) for _ in ends]
+    weight = stacked(layers)
+    a, b = (0.1 * torch.randn(s, generator=generator).bfloat16() for s in ((5, 8, 256), (5, 64, 8)))
+    kept = torch.nn.Parameter(torch.zeros(5, 1))
+    lora = LoRAWeights(kept, kept, a, b, 2.0, 0.0, None, LoRASwitches())
+    rows, dy = (torch.randn(30, side, generator=generator).bfloat16() for side in reversed(sides))
+    products = GroupedProducts()
+
+    def computed() -> list[torch.Tensor]:
+        groups = Groups(torch.tensor(ends, dtype=torch.int32))
+        y, low_rank = products.adapted(rows, weight, lora, groups)
+        backward = products.adapted_backward(dy, rows, low_rank, weight, lora, groups)
+        frozen = (products.frozen(rows, weight, groups), products.frozen_backward(dy, weight, groups))
+        return [y, low_rank, *backward, *frozen]
+
+    whole = computed()
+    decoded: list[int] = []
+    some = type(weight).some
+
+    def counted(self: StackedWeight, experts: slice) -> torch.Tensor:
+        decoded.append(experts.stop - experts.start)
+        return some(self, experts)
+
+    monkeypatch.setattr(type(weight), "some", counted)
+    monkeypatch.setattr(products_module, "DECODED_AT_ONCE", 2 * 64 * 256)
+    for expected, found in zip(whole, computed(), strict=True):
+        assert torch.equal(found, expected)
+    assert max(decoded) == 2
 
 
 def test_a_device_without_the_kernel_loops() -> None:

@@ -1,8 +1,4 @@
-"""Attention over samples that lie end to end, against a dense mask in float64; and batches without their padding.
-
-The kernels of flash attention run on GPUs alone. Here their two operators get an implementation for the CPU in plain
-torch, under torch's own schemas: what is tested is what we hand them and how we read what they give.
-"""
+"""Attention over samples that lie end to end, against a dense mask in float64; and batches without their padding."""
 
 from __future__ import annotations
 
@@ -13,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from flash_on_a_cpu import dense, flash_in_plain_torch
 from fused_models import DEVICE, SAME_FUNCTION, Model, load, packed, relative
 from torch import Tensor
 from trainers import random_batch
@@ -20,25 +17,25 @@ from trainers import random_batch
 from qlora_hal.contract import dropout
 from qlora_hal.contract.values import Batch
 from qlora_hal_backends.torch_family import step
-from qlora_hal_backends.torch_family.fused.attach import attach_with
-from qlora_hal_backends.torch_family.fused.attention import (
+from qlora_hal_backends.torch_family.attention.causal import (
     Attention,
     CausalAttention,
     FlashVarlen,
+    HeadCounts,
     SampleBySample,
     Samples,
 )
-from qlora_hal_backends.torch_family.fused.body import FusedBody
-from qlora_hal_backends.torch_family.fused.end_to_end import without_padding
-from qlora_hal_backends.torch_family.fused.operations import HeadCounts
-from qlora_hal_backends.torch_family.fused.reference import ReferenceOperations
-from qlora_hal_backends.torch_family.fused.varlen import (
+from qlora_hal_backends.torch_family.attention.varlen import (
     LARGEST_ERROR,
     SAMPLE_BY_SAMPLE,
     UnevenAttention,
     largest_error,
     proved_varlen,
 )
+from qlora_hal_backends.torch_family.fused.attach import attach_with
+from qlora_hal_backends.torch_family.fused.body import FusedBody
+from qlora_hal_backends.torch_family.fused.end_to_end import without_padding
+from qlora_hal_backends.torch_family.fused.reference import ReferenceOperations
 from qlora_hal_backends.torch_family.lora_linear import words_on
 
 CPU = torch.device("cpu")
@@ -47,68 +44,10 @@ SCALE = 0.3
 LENGTHS = {"unequal": (3, 7, 1, 12), "equal": (6, 6, 6), "one": (9,), "single tokens": (1, 1)}
 
 
-def dense(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], window: int | None, scale: float
-) -> Tensor:
-    """Written from the definition: one whole matrix of scores, softmax over what may be seen."""
-    groups = query.shape[1] // key.shape[1]
-    weights = shares(query, key.repeat_interleave(groups, dim=1), lengths, window, scale)
-    return torch.einsum("hij,jhd->ihd", weights, value.repeat_interleave(groups, dim=1))
-
-
-def shares(query: Tensor, key: Tensor, lengths: Sequence[int], window: int | None, scale: float) -> Tensor:
-    """How much of each token's value each token takes `[h, M, M]`."""
-    sample = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    place = torch.arange(len(sample))
-    ago = place[:, None] - place[None, :]
-    seen = (sample[:, None] == sample[None, :]) & (ago >= 0)
-    if window is not None:
-        seen &= ago < window
-    scores = torch.einsum("ihd,jhd->hij", query, key) * scale
-    return scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
-
-
-def _bounds(cumulative: Tensor, window_left: int | None) -> tuple[list[int], int | None]:
-    assert cumulative.dtype == torch.int32, "flash attention reads int32"
-    window = None if window_left is None or window_left < 0 else window_left + 1
-    return cumulative.diff().tolist(), window
-
-
-def _flash_forward(query, key, value, cum_q, cum_k, max_q, max_k, dropout, causal, debug, **settings):  # type: ignore[no-untyped-def]
-    lengths, window = _bounds(cum_q, settings["window_size_left"])
-    assert max(lengths) <= max_q == max_k
-    assert settings["window_size_right"] == 0
-    assert causal == (window is None), "a window is local attention to the kernels"
-    mixed = dense(query, key, value, lengths, window, settings["scale"])
-    empty = query.new_empty(0)
-    return mixed, query.new_zeros(query.shape[1], query.shape[0]), empty, empty, empty
-
-
-def _flash_backward(  # type: ignore[no-untyped-def]
-    gradient, query, key, value, out, sums, cum_q, cum_k, max_q, max_k, dropout, causal, seed, offset, **settings
-):
-    assert gradient.is_contiguous()
-    assert out.shape == query.shape
-    lengths, window = _bounds(cum_q, settings["window_size_left"])
-    # By hand: torch calls this below autograd.
-    scale, groups = settings["scale"], query.shape[1] // key.shape[1]
-    keys, values = (part.repeat_interleave(groups, dim=1) for part in (key, value))
-    weights = shares(query, keys, lengths, window, scale)
-    of_weights = torch.einsum("ihd,jhd->hij", gradient, values)
-    of_scores = weights * (of_weights - (of_weights * weights).sum(dim=-1, keepdim=True)) * scale
-    of_keys = torch.einsum("hij,ihd->jhd", of_scores, query)
-    of_values = torch.einsum("hij,ihd->jhd", weights, gradient)
-    summed = [part.unflatten(1, (-1, groups)).sum(dim=2) for part in (of_keys, of_values)]
-    return torch.einsum("hij,jhd->ihd", of_scores, keys), *summed
-
-
 @pytest.fixture
 def flash_on_a_cpu() -> Iterator[None]:
-    library = torch.library.Library("aten", "IMPL")
-    library.impl("_flash_attention_forward", _flash_forward, "CPU")
-    library.impl("_flash_attention_backward", _flash_backward, "CPU")
-    yield
-    library._destroy()
+    with flash_in_plain_torch():
+        yield
 
 
 @pytest.fixture(params=[SampleBySample, FlashVarlen], ids=["sample by sample", "flash"])
@@ -130,18 +69,19 @@ def heads_of(buffer: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize("sinks", [None, torch.linspace(-2.0, 3.0, HEADS.query)], ids=["no sinks", "sinks"])
 def test_a_token_sees_its_own_sample_before_it_and_nothing_else(
-    uneven: Attention, lengths: tuple[int, ...], window: int | None
+    uneven: Attention, lengths: tuple[int, ...], window: int | None, sinks: Tensor | None
 ) -> None:
     rows = sum(lengths)
     buffer = projected(rows)
     mixed = CausalAttention(uneven)(
-        *heads_of(buffer), Samples.of(lengths, CPU), scale=SCALE, window=window, with_graph=True
+        *heads_of(buffer), Samples.of(lengths, CPU), scale=SCALE, window=window, with_graph=True, sinks=sinks
     )
     gradient = projected(rows, seed=1)[:, : HEADS.query_columns].contiguous()
     found = [part.transpose(1, 2).flatten(0, 1) for part in mixed.backward(gradient)]
     leaves = [part.detach().requires_grad_() for part in heads_of(buffer)]
-    expected = dense(*leaves, lengths, window, SCALE)
+    expected = dense(*leaves, lengths, window, SCALE, sinks)
     # Sums of some ten float64 terms in two orders.
     torch.testing.assert_close(mixed.output, expected.detach().flatten(1), rtol=1e-12, atol=1e-12)
     for one, other in zip(found, torch.autograd.grad(expected, leaves, gradient.view_as(expected)), strict=True):
@@ -188,14 +128,23 @@ class ForgetsItsWindow:
         return SampleBySample()(*parts, window=None, **settings)
 
 
-@pytest.mark.parametrize("wrong", [SeesItsNeighbour(), ForgetsItsWindow()], ids=["neighbour", "window"])
-def test_the_trial_tells_a_wrong_attention_from_a_rounded_one(wrong: Attention) -> None:
+class ForgetsItsSinks:
+    def __call__(self, *parts: Tensor, sinks: Tensor | None, **settings: object):  # type: ignore[no-untyped-def]
+        return SampleBySample()(*parts, sinks=None, **settings)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "with_sinks"),
+    [(SeesItsNeighbour(), False), (ForgetsItsWindow(), False), (ForgetsItsSinks(), True)],
+    ids=["neighbour", "window", "sinks"],
+)
+def test_the_trial_tells_a_wrong_attention_from_a_rounded_one(wrong: Attention, with_sinks: bool) -> None:
     class Rounded:
         def __call__(self, *parts, **settings):  # type: ignore[no-untyped-def]
             return SampleBySample()(*(p * (1 + 2**-7) if isinstance(p, Tensor) else p for p in parts), **settings)
 
-    assert largest_error(Rounded(), CPU, HEADS, torch.bfloat16) < LARGEST_ERROR
-    assert largest_error(wrong, CPU, HEADS, torch.bfloat16) > LARGEST_ERROR
+    assert largest_error(Rounded(), CPU, HEADS, torch.bfloat16, with_sinks=with_sinks) < LARGEST_ERROR
+    assert largest_error(wrong, CPU, HEADS, torch.bfloat16, with_sinks=with_sinks) > LARGEST_ERROR
 
 
 # batches without padding ----------------------------------------------------------------------------------------------
@@ -298,7 +247,9 @@ def test_dropout_of_a_batch_is_the_same_without_its_padding(lengths: tuple[int, 
 )
 def test_flash_attention_proves_itself_on_this_gpu(heads: HeadCounts) -> None:
     """On Ampere and later; its words would say why not."""
-    assert proved_varlen(torch.device("cuda"), heads, torch.bfloat16).words == "packed rows by flash attention"
+    for with_sinks in (False, True):
+        served = proved_varlen(torch.device("cuda"), heads, torch.bfloat16, with_sinks=with_sinks)
+        assert served.words == "packed rows by flash attention"
 
 
 @pytest.mark.needs_cuda

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from qlora_hal.contract.capabilities import Capabilities, Feature, WeightFormat
-from qlora_hal.contract.memory_constants import MemoryConstants
 from qlora_hal_backends.gptq_int4.engines import GPTQ_OPTIONS
-from qlora_hal_backends.torch_family.platform import LOSS_CHUNK_ROWS, TORCH_OPTIONS, TorchPlatform
+from qlora_hal_backends.torch_family.platform import MEMORY as PLAIN
+from qlora_hal_backends.torch_family.platform import TORCH_OPTIONS, TorchPlatform
 
 NAME = "gptq_int4"
 TITLE = "GPTQ INT4 checkpoints (GPTQModel, or auto-gptq in its own environment)"
@@ -47,7 +49,7 @@ CAPABILITIES = Capabilities(
 
 OPTIONS = {**TORCH_OPTIONS, **GPTQ_OPTIONS}
 
-MEMORY = MemoryConstants(cross_entropy_rows=LOSS_CHUNK_ROWS, dequantized_copies=3, working_layers=0.35)
+MEMORY = replace(PLAIN, dequantized_copies=3, working_layers=0.35)
 """Dequantizing in plain torch keeps the codes as int32 and the scales spread over the inputs beside the result. The
 layers of transformers 4.53, which auto-gptq needs, hold a third of a layer more than those of 5 while one is
 differentiated (section 60 of the suite, with recomputation: up to 39.5 MB where 31.7 were foreseen without it)."""

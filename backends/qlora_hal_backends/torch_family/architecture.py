@@ -25,8 +25,10 @@ from qlora_hal.model.expert_stacks import is_joined, place_of
 from qlora_hal.model.linear_shapes import natural_order, reason_left_out, state_space_mixers
 from qlora_hal.model.source import ModelSource
 from qlora_hal.model.stored_dtypes import FLOATING_DTYPES, not_a_weight, packed_elsewhere
+from qlora_hal_backends.torch_family.attention import sinks
 from qlora_hal_backends.torch_family.experts import ExpertNames, ExpertStack, place_experts
 from qlora_hal_backends.torch_family.lora_linear import FrozenLinear
+from qlora_hal_backends.torch_family.platform import ATTENTION_WITH_SINKS
 from qlora_hal_backends.torch_family.transformers_versions import (
     NameInModel,
     build_causal,
@@ -151,7 +153,8 @@ def _built(source: ModelSource, attention: object, dtype: torch.dtype) -> Any:
 def _attention(config: Any, asked: object, source: ModelSource) -> str | None:
     """Which attention transformers builds; None lets it choose, and it takes torch's fused one wherever it can.
 
-    That one cannot cap scores (Gemma 2); transformers 5.17 leaves the cap out there without a word, 5.23 does not.
+    That one cannot cap scores (Gemma 2); transformers 5.17 leaves the cap out there without a word, 5.23 does not. Nor
+    has it sinks: what has them gets ours, where transformers would take its eager one.
     """
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
     if asked == "sdpa" and capped:
@@ -161,6 +164,8 @@ def _attention(config: Any, asked: object, source: ModelSource) -> str | None:
             where="backend.options.attention",
             fix="Remove backend.options.attention: the model then gets eager attention, which caps them.",
         )
+    if asked == "auto" and config.get_text_config().model_type in ATTENTION_WITH_SINKS:
+        return sinks.register()
     if asked == "auto":
         return "eager" if capped else None
     return str(asked)

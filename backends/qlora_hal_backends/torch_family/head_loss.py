@@ -18,9 +18,11 @@ from torch import Tensor
 
 from qlora_hal_backends.torch_family.host_tables import StreamedMatrix
 from qlora_hal_backends.torch_family.lora_linear import product_in_float32
-from qlora_hal_backends.torch_family.platform import LOSS_CHUNK_ROWS
+from qlora_hal_backends.torch_family.platform import LOSS_CHUNK_LOGITS, LOSS_CHUNK_ROWS
 
 CHUNK_ROWS = LOSS_CHUNK_ROWS
+_FEW_ROWS = 128
+"""Chunks are multiples of it, of what is large in every direction of a product."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +77,9 @@ class _HeadLoss(torch.autograd.Function):
         wants_gradient = ctx.needs_input_grad[0]
         total = torch.zeros(() if weights is None else 2, dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if wants_gradient else None
-        for start in range(0, hidden.shape[0], LOSS_CHUNK_ROWS):
-            rows = slice(start, start + LOSS_CHUNK_ROWS)
+        for rows in _row_chunks(hidden, head.weight.shape[0]):
             logits = head.logits(hidden[rows])
-            log_normalizer = torch.logsumexp(logits, dim=-1, keepdim=True)
+            log_normalizer = _log_normalizer(logits)
             target = targets[rows, None]
             losses = log_normalizer - logits.gather(1, target)
             scale: float | Tensor = gradient_scale
@@ -90,6 +91,7 @@ class _HeadLoss(torch.autograd.Function):
                 scale = gradient_scale * weight
             if gradient is not None:
                 gradient[rows] = _hidden_gradient(logits, log_normalizer, target, head, scale)
+            del logits  # or two chunks of them stood at a time
         ctx.save_for_backward(gradient)
         return total
 
@@ -122,11 +124,11 @@ def _streamed_losses(hidden: Tensor, targets: Tensor, head: Head) -> tuple[Tenso
     log_normalizer = hidden.new_full((hidden.shape[0], 1), -torch.inf, dtype=torch.float32)
     at_target = torch.zeros_like(log_normalizer)
     for vocabulary, weight in head.pieces():
-        for rows in _row_chunks(hidden):
+        for rows in _row_chunks(hidden, len(weight)):
             logits = head.logits_of(hidden[rows], vocabulary, weight)
             inside, place = _within(targets[rows, None], vocabulary)
             at_target[rows] += logits.gather(1, place) * inside
-            log_normalizer[rows] = torch.logaddexp(log_normalizer[rows], torch.logsumexp(logits, dim=-1, keepdim=True))
+            log_normalizer[rows] = torch.logaddexp(log_normalizer[rows], _log_normalizer(logits))
     return log_normalizer, (log_normalizer - at_target)[:, 0]
 
 
@@ -136,7 +138,7 @@ def _streamed_gradient(
     """Summed over the pieces in float32, rounded once."""
     gradient = torch.zeros_like(hidden, dtype=torch.float32)
     for vocabulary, weight in head.pieces():
-        for rows in _row_chunks(hidden):
+        for rows in _row_chunks(hidden, len(weight)):
             logits = head.logits_of(hidden[rows], vocabulary, weight)
             inside, place = _within(targets[rows, None], vocabulary)
             of_rows = scale if not isinstance(scale, Tensor) else scale[rows]
@@ -145,8 +147,15 @@ def _streamed_gradient(
     return gradient.to(hidden.dtype)
 
 
-def _row_chunks(hidden: Tensor) -> Iterator[slice]:
-    return (slice(start, start + LOSS_CHUNK_ROWS) for start in range(0, hidden.shape[0], LOSS_CHUNK_ROWS))
+def _row_chunks(hidden: Tensor, vocabulary: int) -> Iterator[slice]:
+    few = LOSS_CHUNK_LOGITS // vocabulary // _FEW_ROWS * _FEW_ROWS
+    size = min(LOSS_CHUNK_ROWS, max(few, _FEW_ROWS))
+    return (slice(start, start + size) for start in range(0, hidden.shape[0], size))
+
+
+def _log_normalizer(logits: Tensor) -> Tensor:
+    """`[rows, 1]`, a few rows at a time: torch makes as many numbers again on the way as there are logits."""
+    return torch.cat([torch.logsumexp(few, dim=-1, keepdim=True) for few in logits.split(_FEW_ROWS)])
 
 
 def _within(target: Tensor, vocabulary: slice) -> tuple[Tensor, Tensor]:
@@ -190,7 +199,6 @@ def whole_loss_sum(
 def row_losses(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
     """The loss of each row `[rows]` in nats, float32."""
     found = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
-    for start in range(0, hidden.shape[0], LOSS_CHUNK_ROWS):
-        rows = slice(start, start + LOSS_CHUNK_ROWS)
+    for rows in _row_chunks(hidden, head.weight.shape[0]):
         found[rows] = torch.nn.functional.cross_entropy(head.logits(hidden[rows]), targets[rows], reduction="none")
     return found

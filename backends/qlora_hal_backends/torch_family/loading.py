@@ -28,6 +28,7 @@ from qlora_hal.errors import ModelError, UnsupportedFeatureError
 from qlora_hal.formats.catalogue import record_of
 from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.torch_family.architecture import Architecture, build, rotary_of, shape_mismatch
+from qlora_hal_backends.torch_family.attention import sinks
 from qlora_hal_backends.torch_family.base_weights import (
     BaseWeight,
     Blockwise4BitWeight,
@@ -57,7 +58,8 @@ BITSANDBYTES = "bitsandbytes dequantize"
 class BaseModel:
     """A loaded base. `body` gives hidden states, `head` turns them into logits; without a head only `causal` does.
 
-    `mixes_samples` says why several samples cannot share a row, or is empty; `rotary` where rotary positions change
+    `mixes_samples` says why several samples cannot share a row, or is empty; `takes_lengths`: its attention is told
+    where they end, beside positions that start again; `rotary` where rotary positions change
     with the length of a row. `notes` are for the user. `decoding` names what unpacks the weights, `versions` the
     packages that are needed for it beside the family's own. `sharded` holds the layers where each rank has a part,
     `streamed` where they are in the host's memory; `host_embedding` looks tokens up there.
@@ -70,6 +72,7 @@ class BaseModel:
     linears: Mapping[str, FrozenLinear | ExpertStack]
     layers: nn.ModuleList
     mixes_samples: str = ""
+    takes_lengths: bool = False
     rotary: RotaryLength | None = None
     notes: tuple[str, ...] = ()
     decoding: str = BITSANDBYTES
@@ -160,6 +163,7 @@ def load_with(
         experts=tuple(architecture.expert_names.blocks.values()),
         layers=_decoder_layers(causal, compute),
         mixes_samples=trial.mixes_samples,
+        takes_lengths=sinks.is_used(causal),
         rotary=rotary_of(causal),
         notes=tuple(notes) if not isinstance(store, StreamedBase) else (*notes, store.cost()),
         sharded=store if isinstance(store, ShardedBase) else None,

@@ -49,10 +49,12 @@ def decoded(packed: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """A way to compute `decoded`; `words` say which, for the run's `kernel_path`."""
+    """A way to compute `decoded`; `words` say which, for the run's `kernel_path`. `needs_room`: what stands between
+    takes more memory than the numbers."""
 
     decode: Callable[[Tensor, Tensor, torch.dtype], Tensor]
     words: str
+    needs_room: bool = True
 
 
 @cache
@@ -64,7 +66,7 @@ def proved_decoder(device: torch.device) -> Decoder:
             from qlora_hal_backends.torch_family import microscaling_kernel
 
             if decoder_agrees(microscaling_kernel.decoded, device):
-                return Decoder(microscaling_kernel.decoded, "MXFP4 by one kernel")
+                return Decoder(microscaling_kernel.decoded, "MXFP4 by one kernel", needs_room=False)
             reason = "the kernel computed something else"
         except Exception as error:  # Triton compiles here and now: a missing C compiler or driver shows in many classes
             reason = f"the kernel does not run here: {type(error).__name__}: {str(error).partition(chr(10))[0]}"

@@ -12,8 +12,10 @@ or none that reaches the loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -235,7 +237,7 @@ class BitsandbytesAdamW:
         self._owners = BlockOwners.of(flat.stacks, len(flat.parameters), flat.parameters.device)
         self._parameter = torch.nn.Parameter(flat.parameters)
         self._kind = f"bitsandbytes.adamw{'8bit' if eight_bit else '32bit'}"
-        self._eight_bit = eight_bit
+        self._eight_bit, self._is_paged = eight_bit, paged
         name = ("Paged" if paged else "") + ("AdamW8bit" if eight_bit else "AdamW32bit")
         self._inner: Any = getattr(bitsandbytes.optim, name)([self._parameter], lr=1.0)
 
@@ -250,30 +252,53 @@ class BitsandbytesAdamW:
             eps=settings.epsilon,
             weight_decay=settings.weight_decay,
         )
-        kept = [(part, idle, part[idle]) for part, idle in self._idle()]
+        idle = self._idle()
         # In place: a copy would be as large as the adapter, and the next window begins with zeros.
         self._parameter.grad = self._flat.gradients.mul_(clip_factor(norm, settings.max_grad_norm))
-        self._inner.step()
+        if idle is None:
+            self._inner.step()
+        else:
+            self._step_but_for(idle, group)
         self._parameter.grad = None
-        for part, idle, numbers in kept:
-            part[idle] = numbers
         self._flat.refresh_compute()
         return torch.ones_like(norm)
 
-    def _idle(self) -> list[tuple[Tensor, Tensor]]:
-        """Parameters and state by blocks, with the numbers of those whose expert has no gradient. The kernel has no
-        other way to leave them as they are."""
+    def _idle(self) -> Tensor | None:
+        """Numbers of the blocks whose expert has no gradient, in rising order; None where there are none."""
         flat = self._flat
         if not flat.stacks:
-            return []
+            return None
         idle = (~self._owners.trained(flat.gradients)).nonzero().flatten()
-        if not len(idle):
-            return []
-        state = self._inner.state.get(self._parameter) or {}
-        parts = [flat.parameters, *(state[key] for key in ("state1", "state2") if key in state)]
-        blocks = [whole_blocks(part) for part in parts]
-        blocks += [state[key] for key in ("absmax1", "absmax2") if key in state]
-        return [(part, idle.to(part.device)) for part in blocks]
+        return idle if len(idle) else None
+
+    def _step_but_for(self, idle: Tensor, group: Mapping[str, Any]) -> None:
+        """The kernel has no other way to leave numbers as they are than to keep them and put them back: some at a time,
+        or the copies were as large as the adapter. Paged state is stepped as a whole: the inner optimizer knows when it
+        has arrived."""
+        state, size = self._made_state(group), len(self._parameter)
+        at_a_time = size if self._is_paged else max(AT_A_TIME // STATE_BLOCK, 1) * STATE_BLOCK
+        if at_a_time >= size:
+            with _left_as_they_are(_by_blocks(self._parameter.data, state), idle):
+                self._inner.step()
+            return
+        begins = torch.arange(0, size, at_a_time)
+        bounds = [*torch.searchsorted(idle, (begins // STATE_BLOCK).to(idle.device)).tolist(), len(idle)]
+        for begin, (first, end) in zip(begins.tolist(), pairwise(bounds), strict=True):
+            numbers = slice(begin, min(begin + at_a_time, size))
+            part, parameter = _part_of_state(state, numbers), torch.nn.Parameter(self._flat.parameters[numbers])
+            parameter.grad = self._flat.gradients[numbers]
+            self._inner.state[parameter] = part
+            with _left_as_they_are(_by_blocks(parameter.data, part), idle[first:end] - begin // STATE_BLOCK):
+                self._inner.update_step(group, parameter, 0, 0)
+            del self._inner.state[parameter]
+        state["step"] += 1
+
+    def _made_state(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The inner optimizer's, which makes it at its first step."""
+        state: dict[str, Any] = self._inner.state[self._parameter]
+        if not state:
+            self._inner.init_state(group, self._parameter, 0, 0)
+        return state
 
     def snapshot(self) -> OptimizerSnapshot:
         device = self._flat.parameters.device
@@ -306,6 +331,28 @@ class BitsandbytesAdamW:
             for index, moment in enumerate(flat_moments(self._flat, snapshot), start=1):
                 _store_moment(state, index, moment)
         state["step"] = snapshot.step
+
+
+def _part_of_state(state: Mapping[str, Any], numbers: slice) -> dict[str, Any]:
+    """Views of the moments of some numbers, whole blocks of them, and of their blocks' scales."""
+    blocks = slice(numbers.start // STATE_BLOCK, -(-numbers.stop // STATE_BLOCK))
+    moments = {key: state[key][numbers] for key in ("state1", "state2")}
+    return {**state, **moments, **{key: state[key][blocks] for key in ("absmax1", "absmax2") if key in state}}
+
+
+@contextmanager
+def _left_as_they_are(blocks: Sequence[Tensor], idle: Tensor) -> Iterator[None]:
+    """The rows `idle` of each have afterwards what they had before."""
+    kept = [(part, at, part[at]) for part in blocks for at in [idle.to(part.device)]]
+    yield
+    for part, at, before in kept:
+        part[at] = before
+
+
+def _by_blocks(parameters: Tensor, state: Mapping[str, Any]) -> list[Tensor]:
+    """All that an update changes, a row or a number to each block."""
+    changed = [whole_blocks(part) for part in (parameters, state["state1"], state["state2"])]
+    return changed + [state[key] for key in ("absmax1", "absmax2") if key in state]
 
 
 _NATIVE_KEYS = ("state1", "state2", "absmax1", "absmax2")

@@ -11,6 +11,7 @@ from typing import Literal
 from qlora_hal.contract.capabilities import Capabilities, Feature, WeightFormat
 from qlora_hal.contract.memory_constants import MemoryConstants, MemoryQuery
 from qlora_hal.formats.microscaling import MXFP4
+from qlora_hal.model.expert_stacks import INTERLEAVED
 
 TorchDevice = Literal["cuda", "rocm", "mps", "cpu"]
 
@@ -36,6 +37,8 @@ LAUNCHER = "qlora_hal_backends.torch_family.launching"
 """`BackendSpec.launcher` of those that have collectives."""
 
 LOSS_CHUNK_ROWS = 2048
+LOSS_CHUNK_LOGITS = 2**27
+"""Of a chunk of `head_loss`: half a gigabyte in float32, in which they stand there. gpt-oss has 201,088 to a row."""
 """Rows of hidden states whose logits are made at a time."""
 
 TILE_ROWS = 4096
@@ -47,7 +50,15 @@ MIXTURE_TILE_ROWS = 8192
 tile."""
 
 
-MEMORY = MemoryConstants(cross_entropy_rows=LOSS_CHUNK_ROWS)
+DECODED_AT_ONCE = 2**28
+"""Numbers of a stack of experts that stand decoded at a time for transformers' layers, half a gigabyte in bfloat16.
+Stacks of gpt-oss-20b and Qwen3-30B-A3B fit as a whole; those of gpt-oss-120b are four times as large."""
+
+MEMORY = MemoryConstants(
+    cross_entropy_rows=LOSS_CHUNK_ROWS,
+    cross_entropy_logits=LOSS_CHUNK_LOGITS,
+    dequantized_of_a_stack=DECODED_AT_ONCE,
+)
 """Of transformers' layers. The head's loss is computed in chunks, so the logits of a batch never stand whole."""
 
 HOST_RUNTIME_BYTES = 555_000_000
@@ -64,6 +75,9 @@ HOST_LOADING_HOLES = 6.0
 SCORES_CAPPED = frozenset({"gemma2"})
 """`model_type` of those whose attention scores have a soft cap, which eager attention alone computes."""
 
+ATTENTION_WITH_SINKS = frozenset({"gpt_oss", "granite_swa", "granitemoe_swa", "flint"})
+"""Those whose attention has a score of each head that is no token's, which `attention.sinks` computes."""
+
 BRANCHES_NORMED = frozenset({"gemma2", "gemma3_text"})
 """Those with a norm after each branch beside the one before it."""
 
@@ -73,9 +87,14 @@ def plain_memory(memory: MemoryConstants, query: MemoryQuery) -> MemoryConstants
 
     Eager attention keeps its softmax, in float32, and what it becomes; a cap its tanh and more, of scores and of
     logits. Counted from what a Gemma 2, a Gemma 3, and a Llama with eager attention or with dropout took beyond the
-    estimate of a Llama at 4 x 256 and 1 x 1024 tokens (docs/runs/planner_errors_cpu.json).
+    estimate of a Llama at 4 x 256 and 1 x 1024 tokens (docs/runs/planner_errors_cpu.json). gpt-oss's gates keep their
+    halves in turns, cut off, and each of their factors; of its logits a chunk stands in both dtypes and nothing else.
+    Of an adapter there is a copy in 16 bits, which is much where experts have one each.
     """
     in_half = query.compute_dtype != "float32"
+    memory = replace(memory, master_bytes=6 if in_half else memory.master_bytes)
+    if query.architecture in INTERLEAVED:
+        memory = replace(memory, feed_forward_copies=6.0, working_layers=0.3, logit_bytes=6 if in_half else 4)
     if query.dropout:
         memory = replace(memory, hidden_copies=memory.hidden_copies + 3.5)
     if query.architecture in BRANCHES_NORMED:
@@ -124,6 +143,8 @@ def fused_memory(memory: MemoryConstants, architecture: str = "llama") -> Memory
         dequantized_copies=4.0,
         master_bytes=6,
         logit_bytes=2,
+        cross_entropy_logits=None,
+        dequantized_of_a_stack=None,
     )
 
 
@@ -150,7 +171,9 @@ def recomputed_memory(memory: MemoryConstants, recompute: str, *, fused: bool) -
     inputs = 3 if recompute == "offload" else None  # one that computes, one that comes, one that stayed
     if not fused:
         copies = memory.feed_forward_copies
-        selective = replace(memory, feed_forward_copies=0.0, working_feed_forward_copies=copies)
+        selective = replace(
+            memory, feed_forward_copies=0.0, working_feed_forward_copies=copies, working_routed_copies=copies
+        )
         return selective if recompute == "selective" else replace(memory, recomputed_inputs=inputs)
     tiled = replace(
         memory,

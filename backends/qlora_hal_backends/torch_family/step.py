@@ -18,6 +18,7 @@ from qlora_hal.contract.backend import Recompute
 from qlora_hal.contract.toolkit import next_labels, next_weights
 from qlora_hal.contract.values import IGNORE_LABEL, Batch
 from qlora_hal.errors import UnsupportedFeatureError
+from qlora_hal_backends.torch_family.attention.sinks import SAMPLE_LENGTHS
 from qlora_hal_backends.torch_family.device import has_queue
 from qlora_hal_backends.torch_family.head_loss import loss_sum, row_losses, whole_loss_sum
 from qlora_hal_backends.torch_family.loading import FEED_FORWARD, BaseModel
@@ -78,11 +79,14 @@ def _copy(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True)
 
 
-def _positions(base: BaseModel, batch: DeviceBatch) -> dict[str, Tensor]:
-    """Given only where they say something: architectures without positions (Mamba, ALiBi) take none. Raises
-    UnsupportedFeatureError QH-B60 for samples that share a row where the architecture cannot tell them apart."""
+def _samples(base: BaseModel, batch: DeviceBatch) -> dict[str, Any]:
+    """What tells samples apart. Positions are given only where they say something: architectures without positions
+    (Mamba, ALiBi) take none. Raises UnsupportedFeatureError QH-B60 for samples that share a row where the architecture
+    cannot tell them apart."""
+    rows, time = batch.input_ids.shape
+    lengths = {SAMPLE_LENGTHS: batch.lengths or (time,) * rows} if base.takes_lengths else {}
     if batch.position_ids is None:
-        return {}
+        return lengths
     if base.mixes_samples:
         raise UnsupportedFeatureError(
             "QH-B60",
@@ -91,19 +95,19 @@ def _positions(base: BaseModel, batch: DeviceBatch) -> dict[str, Tensor]:
             cause="Each sample would be trained on the samples before it in its row.",
             fix="Set data.packing: false.",
         )
-    return {"position_ids": batch.position_ids}
+    return {"position_ids": batch.position_ids, **lengths}
 
 
 def hidden_states(base: BaseModel, batch: DeviceBatch) -> Tensor:
     """The body's last hidden states `[batch, time, hidden]`."""
-    output = base.body(input_ids=batch.input_ids, use_cache=False, **_positions(base, batch))
+    output = base.body(input_ids=batch.input_ids, use_cache=False, **_samples(base, batch))
     states: Tensor = output.last_hidden_state
     return states
 
 
 def whole_logits(base: BaseModel, batch: DeviceBatch) -> Tensor:
     """Float32 logits `[batch, time, vocabulary]` of the architecture's own forward pass."""
-    output = base.causal(input_ids=batch.input_ids, use_cache=False, **_positions(base, batch))
+    output = base.causal(input_ids=batch.input_ids, use_cache=False, **_samples(base, batch))
     logits: Tensor = output.logits.float()
     return logits
 

@@ -48,6 +48,7 @@ from qlora_hal.contract.world import RankFacts, World
 from qlora_hal.errors import OutOfMemoryError
 from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.torch_family import fused, loading, step
+from qlora_hal_backends.torch_family.attention import sinks
 from qlora_hal_backends.torch_family.device import (
     describe_device,
     first_device,
@@ -178,7 +179,9 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         experts = [block.products.words for block in base.experts[:1]] if base else []
         formats = [proved_decoder(self._device).words] if base and base.is_microscaled else []
         update = [self._optimizer.words] if self._optimizer is not None and self._optimizer.words else []
-        path = "; ".join([facts.kernel_path, *formats, self._fused.words, *experts, *update])
+        of_sinks = sinks.words_of(base.causal, self._device, getattr(torch, self._compute.dtype)) if base else ""
+        attention = [of_sinks] if of_sinks else []
+        path = "; ".join([facts.kernel_path, *formats, self._fused.words, *attention, *experts, *update])
         return replace(facts, versions=versions, kernel_path=path)
 
     def close(self) -> None:

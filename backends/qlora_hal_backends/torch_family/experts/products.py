@@ -8,7 +8,7 @@ once, where the loop keeps float32: torch's fast kernel has no other output.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -16,26 +16,48 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qlora_hal_backends.torch_family.experts.stacked_weights import StackedWeight
+from qlora_hal_backends.torch_family.experts.stacked_weights import StackedWeight, decode_to
 from qlora_hal_backends.torch_family.lora_linear import LoRAWeights, product_in_float32, sum_of_products
+from qlora_hal_backends.torch_family.platform import DECODED_AT_ONCE
 
 _ALIGNMENT = 8
 """Sides of a grouped product: 16 bytes in bfloat16, what its kernel wants of each row."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Groups:
     """Rows `ends[e - 1]` to `ends[e]` are expert e's; int32 `[experts]`, on the device of the rows."""
 
     ends: Tensor
+    _on_host: list[int] | None = None
+
+    @property
+    def on_host(self) -> list[int]:
+        """`ends`. The first time it waits for the device."""
+        if self._on_host is None:
+            self._on_host = self.ends.tolist()
+        return self._on_host
 
     def parts(self) -> Iterator[tuple[int, slice]]:
         """The experts that have rows, with their rows. Waits for the device."""
         start = 0
-        for expert, end in enumerate(self.ends.tolist()):
+        for expert, end in enumerate(self.on_host):
             if end > start:
                 yield expert, slice(start, end)
             start = end
+
+    def blocks(self, at_once: int) -> Iterator[tuple[slice, slice, Tensor]]:
+        """So many experts at a time that have rows: which experts, their rows, and where each expert's end among these.
+        Waits for the device where not all are one block."""
+        experts = len(self.ends)
+        if at_once >= experts:
+            yield slice(0, experts), slice(None), self.ends
+            return
+        for first in range(0, experts, at_once):
+            last = min(first + at_once, experts)
+            start, end = self.on_host[first - 1] if first else 0, self.on_host[last - 1]
+            if end > start:
+                yield slice(first, last), slice(start, end), self.ends[first:last] - start
 
 
 class Products(Protocol):
@@ -106,7 +128,7 @@ class LoopOverExperts:
 
 class GroupedProducts:
     """torch's grouped product, for bfloat16 where all sides are multiples of 8 and there are rows enough; the loop for
-    anything else."""
+    anything else. Large stacks are decoded by blocks of experts."""
 
     words = "experts by grouped products"
 
@@ -116,12 +138,12 @@ class GroupedProducts:
     def frozen(self, rows: Tensor, weight: StackedWeight, groups: Groups) -> Tensor:
         if not _is_fit(rows, weight):
             return self._loop.frozen(rows, weight, groups)
-        return torch.nn.functional.grouped_mm(rows, weight.dense().transpose(1, 2), offs=groups.ends)
+        return _by_blocks(rows, weight, groups, lambda some: weight.some(some).transpose(1, 2))
 
     def frozen_backward(self, dy: Tensor, weight: StackedWeight, groups: Groups) -> Tensor:
         if not _is_fit(dy, weight):
             return self._loop.frozen_backward(dy, weight, groups)
-        return torch.nn.functional.grouped_mm(dy, weight.dense(), offs=groups.ends)
+        return _by_blocks(dy, weight, groups, weight.some)
 
     def adapted(self, rows: Tensor, weight: StackedWeight, lora: LoRAWeights, groups: Groups) -> tuple[Tensor, Tensor]:
         a, b = lora.a_compute, lora.b_compute
@@ -129,8 +151,8 @@ class GroupedProducts:
             return self._loop.adapted(rows, weight, lora, groups)
         multiply = torch.nn.functional.grouped_mm
         low_rank = multiply(rows, a.transpose(1, 2), offs=groups.ends)
-        joined = torch.cat((weight.dense(), b), dim=2)
-        y = multiply(torch.cat((rows, low_rank * lora.scale), dim=1), joined.transpose(1, 2), offs=groups.ends)
+        extended = torch.cat((rows, low_rank * lora.scale), dim=1)
+        y = _by_blocks(extended, weight, groups, lambda some: _joined(weight, some, b, dim=2).transpose(1, 2))
         return y, low_rank
 
     def adapted_backward(
@@ -145,8 +167,30 @@ class GroupedProducts:
         has_rows = (torch.diff(groups.ends, prepend=groups.ends.new_zeros(1)) > 0)[:, None, None]
         grad_a = torch.where(has_rows, multiply(v.t(), rows, offs=groups.ends).float(), 0.0)
         grad_b = torch.where(has_rows, multiply(dy.t(), low_rank, offs=groups.ends).float(), 0.0).mul_(lora.scale)
-        joined = torch.cat((weight.dense(), a), dim=1)
-        return multiply(torch.cat((dy, v), dim=1), joined, offs=groups.ends), grad_a, grad_b
+        dx = _by_blocks(torch.cat((dy, v), dim=1), weight, groups, lambda some: _joined(weight, some, a, dim=1))
+        return dx, grad_a, grad_b
+
+
+def _by_blocks(rows: Tensor, weight: StackedWeight, groups: Groups, matrices: Callable[[slice], Tensor]) -> Tensor:
+    """The product of all rows with their experts' matrices, which are made for as many experts at a time as may stand
+    decoded."""
+    _, outputs, inputs = weight.shape
+    at_once = max(1, DECODED_AT_ONCE // (outputs * inputs))
+    found = [
+        torch.nn.functional.grouped_mm(rows[part], matrices(experts), offs=ends)
+        for experts, part, ends in groups.blocks(at_once)
+    ]
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _joined(weight: StackedWeight, experts: slice, thin: Tensor, dim: int) -> Tensor:
+    """`[W_e | B_e]` or `[W_e ; A_e]` of some experts, decoded to where it stands."""
+    sides = list(thin[experts].shape)
+    sides[dim] += weight.shape[dim]
+    joined = thin.new_empty(sides)
+    decode_to(joined.narrow(dim, 0, weight.shape[dim]), weight, experts)
+    joined.narrow(dim, weight.shape[dim], thin.shape[dim]).copy_(thin[experts])
+    return joined
 
 
 def _is_fit(rows: Tensor, weight: StackedWeight, *rank: int) -> bool:

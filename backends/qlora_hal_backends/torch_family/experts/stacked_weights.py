@@ -3,7 +3,7 @@ layer; equal parts then lie behind one another, and one decoder call gives all o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from qlora_hal_backends.torch_family.base_weights import (
     DenseWeight,
     Int8Weight,
 )
-from qlora_hal_backends.torch_family.microscaling import Mxfp4Weight, decoded
+from qlora_hal_backends.torch_family.microscaling import Mxfp4Weight, decoded, proved_decoder
 
 _LARGEST_COUNT = 2**31 - 1
 """Numbers that bitsandbytes' decoder counts in one call."""
@@ -34,6 +34,10 @@ class StackedWeight(Protocol):
 
     def dense(self) -> Tensor:
         """All of them `[experts, out, in]` in the compute dtype. The caller must not write to it."""
+        ...
+
+    def some(self, experts: slice) -> Tensor:
+        """Neighbours of each other `[some, out, in]`, like `dense`."""
         ...
 
     def expert(self, number: int) -> Tensor:
@@ -55,6 +59,9 @@ class DenseStack:
     def dense(self) -> Tensor:
         return self.weight
 
+    def some(self, experts: slice) -> Tensor:
+        return self.weight[experts]
+
     def expert(self, number: int) -> Tensor:
         return self.weight[number]
 
@@ -73,7 +80,10 @@ class Int8Stack:
         return experts, outputs, inputs
 
     def dense(self) -> Tensor:
-        return _in_parts(self, self.integers.device, self._decoded)
+        return self.some(slice(0, len(self.integers)))
+
+    def some(self, experts: slice) -> Tensor:
+        return _in_parts(self, experts, self.integers.device, self._decoded)
 
     def _decoded(self, part: slice) -> Tensor:
         integers = self.integers[part]
@@ -101,14 +111,17 @@ class Blockwise4BitStack:
         return self.packed.shape[0], self.like.shape[0], self.like.shape[1]
 
     def dense(self) -> Tensor:
-        experts, outputs, inputs = self.shape
-        absmax = self._whole_absmax()
+        return self.some(slice(0, len(self.packed)))
+
+    def some(self, experts: slice) -> Tensor:
+        _, outputs, inputs = self.shape
+        absmax = self._plain_absmax(experts)
         if absmax is None:
-            return torch.stack([self.expert(number) for number in range(experts)])
+            return torch.stack([self.expert(number) for number in range(experts.start, experts.stop)])
         at_a_time = max(1, _LARGEST_COUNT // (outputs * inputs))
         parts = [
             self._decoded(packed, scales)
-            for packed, scales in zip(self.packed.split(at_a_time), absmax.split(at_a_time), strict=True)
+            for packed, scales in zip(self.packed[experts].split(at_a_time), absmax.split(at_a_time), strict=True)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -126,18 +139,18 @@ class Blockwise4BitStack:
             state.state2 = self._nested_state(self.nested[number])
         return Blockwise4BitWeight(self.packed[number].view(-1, 1), state).dense()
 
-    def _whole_absmax(self) -> Tensor | None:
-        """Float32 scales of all experts behind one another; None where an expert ends within a block."""
-        experts, outputs, inputs = self.shape
+    def _plain_absmax(self, experts: slice) -> Tensor | None:
+        """Float32 scales of some experts `[some, blocks]`; None where an expert ends within a block."""
+        _, outputs, inputs = self.shape
         if outputs * inputs % self.like.blocksize:
             return None
         if self.nested is None or self.offsets is None:
-            return self.absmax
+            return self.absmax[experts]
         if self.absmax.shape[1] % self.like.state2.blocksize:
             return None
-        codes = self.absmax.view(-1)
-        scales = codec.dequantize_blockwise(codes, self._nested_state(self.nested.view(-1)))
-        return scales.view(experts, -1) + self.offsets[:, None]
+        codes = self.absmax[experts]
+        scales = codec.dequantize_blockwise(codes.view(-1), self._nested_state(self.nested[experts].view(-1)))
+        return scales.view(codes.shape) + self.offsets[experts, None]
 
     def _state(self, absmax: Tensor, shape: torch.Size) -> codec.QuantState:
         like = self.like
@@ -170,7 +183,12 @@ class Mxfp4Stack:
         return experts, outputs, 2 * width
 
     def dense(self) -> Tensor:
-        return _in_parts(self, self.packed.device, self._decoded)
+        return self.some(slice(0, len(self.packed)))
+
+    def some(self, experts: slice) -> Tensor:
+        if proved_decoder(self.packed.device).needs_room:
+            return _in_parts(self, experts, self.packed.device, self._decoded)
+        return self._decoded(experts)
 
     def _decoded(self, part: slice) -> Tensor:
         return decoded(self.packed[part], self.scales[part], self.dtype)
@@ -190,23 +208,40 @@ class SeparateWeights:
         return len(self.weights), *self.weights[0].shape
 
     def dense(self) -> Tensor:
-        return torch.stack([weight.dense() for weight in self.weights])
+        return self.some(slice(0, len(self.weights)))
+
+    def some(self, experts: slice) -> Tensor:
+        return torch.stack([weight.dense() for weight in self.weights[experts]])
 
     def expert(self, number: int) -> Tensor:
         return self.weights[number].dense()
 
 
-def _in_parts(stack: Int8Stack | Mxfp4Stack, device: torch.device, decode: Callable[[slice], Tensor]) -> Tensor:
-    """All experts, some at a time."""
-    experts, outputs, inputs = stack.shape
-    at_a_time = max(1, _AT_ONCE // (outputs * inputs))
-    if at_a_time >= experts:
-        return decode(slice(None))
-    whole = torch.empty(stack.shape, dtype=stack.dtype, device=device)
-    for start in range(0, experts, at_a_time):
-        part = slice(start, start + at_a_time)
-        whole[part] = decode(part)
+def decode_to(out: Tensor, stack: StackedWeight, experts: slice) -> None:
+    """Some experts to `out`, which may be a part of wider rows: a few at a time, so that beside it stand only these."""
+    for part in _parts(stack, experts):
+        out[part.start - experts.start : part.stop - experts.start] = stack.some(part)
+
+
+def _in_parts(
+    stack: Int8Stack | Mxfp4Stack, experts: slice, device: torch.device, decode: Callable[[slice], Tensor]
+) -> Tensor:
+    """Some experts, a few at a time."""
+    parts = list(_parts(stack, experts))
+    if len(parts) == 1:
+        return decode(parts[0])
+    whole = torch.empty(experts.stop - experts.start, *stack.shape[1:], dtype=stack.dtype, device=device)
+    for part in parts:
+        whole[part.start - experts.start : part.stop - experts.start] = decode(part)
     return whole
+
+
+def _parts(stack: StackedWeight, experts: slice) -> Iterator[slice]:
+    """As many experts as are decoded together."""
+    _, outputs, inputs = stack.shape
+    at_a_time = max(1, _AT_ONCE // (outputs * inputs))
+    for start in range(experts.start, experts.stop, at_a_time):
+        yield slice(start, min(start + at_a_time, experts.stop))
 
 
 def stacked(weights: Sequence[BaseWeight]) -> StackedWeight:

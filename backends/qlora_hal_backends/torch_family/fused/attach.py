@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from qlora_hal.contract.backend import Compute
+from qlora_hal_backends.torch_family.attention.causal import CausalAttention, HeadCounts
+from qlora_hal_backends.torch_family.attention.varlen import SAMPLE_BY_SAMPLE, UnevenAttention, proved_varlen
 from qlora_hal_backends.torch_family.device import device_refusal
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
-from qlora_hal_backends.torch_family.fused.attention import CausalAttention
 from qlora_hal_backends.torch_family.fused.body import FusedBody, RotaryTables
 from qlora_hal_backends.torch_family.fused.collecting import layer_weights, make_buffers
 from qlora_hal_backends.torch_family.fused.decoder_layer import DecoderLayer
@@ -41,7 +42,7 @@ from qlora_hal_backends.torch_family.fused.mixture.kernel_trial import proved_mi
 from qlora_hal_backends.torch_family.fused.mixture.operations import MixtureOperations
 from qlora_hal_backends.torch_family.fused.mixture.shared import SharedExpert
 from qlora_hal_backends.torch_family.fused.mixture.weights import MixtureWeights, StackBuffers
-from qlora_hal_backends.torch_family.fused.operations import HeadCounts, Operations
+from qlora_hal_backends.torch_family.fused.operations import Operations
 from qlora_hal_backends.torch_family.fused.stream import Stream
 from qlora_hal_backends.torch_family.fused.supported import (
     attention_of,
@@ -50,7 +51,6 @@ from qlora_hal_backends.torch_family.fused.supported import (
     model_refusal,
 )
 from qlora_hal_backends.torch_family.fused.tape import Keep
-from qlora_hal_backends.torch_family.fused.varlen import SAMPLE_BY_SAMPLE, UnevenAttention, proved_varlen
 from qlora_hal_backends.torch_family.loading import BaseModel
 from qlora_hal_backends.torch_family.platform import MIXTURE_TILE_ROWS, TILE_ROWS
 

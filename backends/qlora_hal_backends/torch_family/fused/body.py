@@ -17,8 +17,8 @@ from torch import Tensor
 from qlora_hal.contract.dropout import UInt32
 from qlora_hal.contract.values import Batch
 from qlora_hal_backends.torch_family import step
+from qlora_hal_backends.torch_family.attention.causal import Samples
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
-from qlora_hal_backends.torch_family.fused.attention import Samples
 from qlora_hal_backends.torch_family.fused.decoder_layer import DecoderLayer
 from qlora_hal_backends.torch_family.fused.end_to_end import kept_places, without_padding
 from qlora_hal_backends.torch_family.fused.head_loss import loss_sum_with, select_rows

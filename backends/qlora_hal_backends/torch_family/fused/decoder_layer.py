@@ -23,10 +23,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qlora_hal_backends.torch_family.fused.attention import Attention
+from qlora_hal_backends.torch_family.attention.causal import Attention, HeadCounts
 from qlora_hal_backends.torch_family.fused.feed_forward import FeedForward, kept_apart
 from qlora_hal_backends.torch_family.fused.layer_weights import AdapterGradients, Join, LayerBuffers, LayerWeights
-from qlora_hal_backends.torch_family.fused.operations import Dropout, HeadCounts, Operations
+from qlora_hal_backends.torch_family.fused.operations import Dropout, Operations
 from qlora_hal_backends.torch_family.fused.stream import Stream
 from qlora_hal_backends.torch_family.fused.tape import (
     AttentionTape,

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from qlora_hal.contract.backend import Quantization
 from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal_backends.torch_family.attention.causal import HeadCounts
 from qlora_hal_backends.torch_family.base_weights import quantize
 from qlora_hal_backends.torch_family.fused.families import Activation
 from qlora_hal_backends.torch_family.fused.operations import (
     Dropout,
-    HeadCounts,
     HeadNorm,
     Masks,
     Operations,

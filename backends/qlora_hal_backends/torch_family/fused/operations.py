@@ -16,6 +16,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from qlora_hal_backends.torch_family.attention.causal import HeadCounts
 from qlora_hal_backends.torch_family.base_weights import BaseWeight
 from qlora_hal_backends.torch_family.fused.families import Activation
 
@@ -35,21 +36,6 @@ class HeadNorm:
 
     weights: Tensor
     epsilon: float
-
-
-@dataclass(frozen=True, slots=True)
-class HeadCounts:
-    query: int
-    key_value: int
-    size: int
-
-    @property
-    def query_columns(self) -> int:
-        return self.query * self.size
-
-    @property
-    def key_columns(self) -> int:
-        return self.key_value * self.size
 
 
 @dataclass(frozen=True, slots=True)

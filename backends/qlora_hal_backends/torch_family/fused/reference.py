@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from qlora_hal_backends.torch_family.attention.causal import HeadCounts
 from qlora_hal_backends.torch_family.base_weights import BaseWeight
 from qlora_hal_backends.torch_family.fused.families import Activation
-from qlora_hal_backends.torch_family.fused.operations import HeadCounts, HeadNorm, Masks, Placements, Rotary
+from qlora_hal_backends.torch_family.fused.operations import HeadNorm, Masks, Placements, Rotary
 from qlora_hal_backends.torch_family.lora_linear import kept_inputs
 
 GELU_SCALE, GELU_CUBE = math.sqrt(2.0 / math.pi), 0.044715

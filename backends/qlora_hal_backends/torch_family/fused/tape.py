@@ -8,7 +8,7 @@ from enum import Enum
 
 from torch import Tensor
 
-from qlora_hal_backends.torch_family.fused.attention import Mixed, Samples
+from qlora_hal_backends.torch_family.attention.causal import Mixed, Samples
 from qlora_hal_backends.torch_family.fused.layer_weights import LayerWeights
 from qlora_hal_backends.torch_family.fused.mixture.operations import Routed
 from qlora_hal_backends.torch_family.fused.operations import Dropout, Rotary

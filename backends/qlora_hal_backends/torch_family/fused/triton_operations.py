@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from qlora_hal.contract.dropout import drop_below
+from qlora_hal_backends.torch_family.attention.causal import HeadCounts
 from qlora_hal_backends.torch_family.base_weights import BaseWeight, Blockwise4BitWeight
 from qlora_hal_backends.torch_family.fused import kernels
 from qlora_hal_backends.torch_family.fused.families import Activation
-from qlora_hal_backends.torch_family.fused.operations import HeadCounts, HeadNorm, Masks, Placements, Rotary
+from qlora_hal_backends.torch_family.fused.operations import HeadNorm, Masks, Placements, Rotary
 from qlora_hal_backends.torch_family.layer_slots import at_hand
 
 HEADS_PER_PROGRAM = 8

@@ -8,8 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from qlora_hal_backends.torch_family.fused.attention import Attention, FlashVarlen, SampleBySample, Samples
-from qlora_hal_backends.torch_family.fused.operations import HeadCounts
+from qlora_hal_backends.torch_family.attention.causal import Attention, FlashVarlen, HeadCounts, SampleBySample, Samples
 
 LONGEST_HEAD = 256
 """Head size of FlashAttention-2's largest kernels."""
@@ -34,15 +33,18 @@ SAMPLE_BY_SAMPLE = UnevenAttention(SampleBySample(), "packed rows sample by samp
 
 
 @cache
-def proved_varlen(device: torch.device, heads: HeadCounts, dtype: torch.dtype) -> UnevenAttention:
-    """Flash attention over cumulative lengths, or one sample after another, with the reason."""
-    refusal = _refusal(device, heads, dtype)
+def proved_varlen(
+    device: torch.device, heads: HeadCounts, dtype: torch.dtype, *, with_sinks: bool = False
+) -> UnevenAttention:
+    """Flash attention over cumulative lengths, or one sample after another, with the reason. `with_sinks`: tried with
+    them."""
+    refusal = _refusal(device, heads, dtype, with_sinks)
     if refusal is not None:
         return UnevenAttention(SampleBySample(), f"{SAMPLE_BY_SAMPLE.words} ({refusal})")
     return UnevenAttention(FlashVarlen(), "packed rows by flash attention")
 
 
-def _refusal(device: torch.device, heads: HeadCounts, dtype: torch.dtype) -> str | None:
+def _refusal(device: torch.device, heads: HeadCounts, dtype: torch.dtype, with_sinks: bool) -> str | None:
     if dtype not in (torch.float16, torch.bfloat16):
         return f"flash attention does not compute in {str(dtype).removeprefix('torch.')}"
     if heads.size > LONGEST_HEAD:
@@ -50,25 +52,28 @@ def _refusal(device: torch.device, heads: HeadCounts, dtype: torch.dtype) -> str
     if not hasattr(torch.ops.aten, "_flash_attention_forward"):
         return f"torch {torch.__version__} has no flash attention over lengths"
     try:
-        error = largest_error(FlashVarlen(), device, heads, dtype)
+        error = largest_error(FlashVarlen(), device, heads, dtype, with_sinks=with_sinks)
     except Exception as problem:  # torch raises TypeError, RuntimeError and NotImplementedError where a build lacks it
         return f"flash attention does not run here: {type(problem).__name__}: {str(problem).partition(chr(10))[0]}"
     return None if error < LARGEST_ERROR else "flash attention computed something else than torch"
 
 
-def largest_error(attention: Attention, device: torch.device, heads: HeadCounts, dtype: torch.dtype) -> float:
+def largest_error(
+    attention: Attention, device: torch.device, heads: HeadCounts, dtype: torch.dtype, *, with_sinks: bool = False
+) -> float:
     """Of outputs and gradients of a small batch, with a window and without, relative to `SampleBySample`."""
     samples = Samples.of(TRIAL_LENGTHS, device)
     rows, columns = sum(TRIAL_LENGTHS), heads.query_columns + 2 * heads.key_columns
     generator = torch.Generator().manual_seed(0)
     projected = torch.randn(rows, columns, generator=generator).to(device, dtype)
     upstream = torch.randn(rows, heads.query_columns, generator=generator).to(device, dtype)
+    sinks = torch.randn(heads.query, generator=generator).to(device, dtype) if with_sinks else None
     errors = [
         (found.float() - expected.float()).norm() / expected.float().norm()
         for window in (None, TRIAL_WINDOW)
         for found, expected in zip(
-            _computed(attention, projected, upstream, heads, samples, window),
-            _computed(SampleBySample(), projected, upstream, heads, samples, window),
+            _computed(attention, projected, upstream, heads, samples, window, sinks),
+            _computed(SampleBySample(), projected, upstream, heads, samples, window, sinks),
             strict=True,
         )
     ]
@@ -76,9 +81,15 @@ def largest_error(attention: Attention, device: torch.device, heads: HeadCounts,
 
 
 def _computed(
-    attention: Attention, projected: Tensor, upstream: Tensor, heads: HeadCounts, samples: Samples, window: int | None
+    attention: Attention,
+    projected: Tensor,
+    upstream: Tensor,
+    heads: HeadCounts,
+    samples: Samples,
+    window: int | None,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, ...]:
     parts = projected.split((heads.query_columns, heads.key_columns, heads.key_columns), dim=1)
     query, key, value = (part.unflatten(1, (-1, heads.size)) for part in parts)
-    mixed = attention(query, key, value, samples, scale=heads.size**-0.5, window=window, with_graph=True)
+    mixed = attention(query, key, value, samples, scale=heads.size**-0.5, window=window, with_graph=True, sinks=sinks)
     return mixed.output, *mixed.backward(upstream)
