@@ -10,7 +10,8 @@ dropout. A step is one micro-batch of `--rows` rows of `--length` random tokens,
 the steps after the second counts, the device synchronised on both sides. Peak memory is torch's allocator's.
 
 Layers are fused where the device has the kernels; `plain layers` are those of transformers with our linear layers and
-experts, on the same device in the same run, and say what the schedule is worth. `kernel_path` says which ran.
+experts, on the same device in the same run, and say what the schedule is worth. `kernel_path` says which ran. Where a
+system is `streamed`, embeddings and packed layers are in the host's memory, and `notes` say how fast they cross.
 
 The other side (`peft`) has the same decoded weights in bfloat16, which is how transformers 5 and bitsandbytes leave
 experts: its memory is that of a 16-bit model, and its losses stand beside ours.
@@ -23,7 +24,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -67,6 +68,7 @@ SYSTEMS = (
     "none, recomputed, adamw_8bit",
     "all, recomputed, adamw_8bit, plain layers",
     "none, recomputed, adamw_8bit, plain layers",
+    "none, recomputed, adamw_8bit, streamed",
     "peft",
 )
 
@@ -85,6 +87,7 @@ class Result:
     adapter_numbers: int
     losses: list[float]
     kernel_path: str = ""
+    notes: tuple[str, ...] = ()
 
 
 # the model ------------------------------------------------------------------------------------------------------------
@@ -237,7 +240,14 @@ class Bench:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
 
-    def measure(self, system: str, step: Callable[[int], float], numbers: int, kernel_path: str = "") -> None:
+    def measure(
+        self,
+        system: str,
+        step: Callable[[int], float],
+        numbers: int,
+        kernel_path: str = "",
+        notes: Sequence[str] = (),
+    ) -> None:
         self.forget()
         loaded, seconds, losses = self.memory("memory_allocated"), [], []
         for index in range(self.options.steps):
@@ -258,6 +268,7 @@ class Bench:
             adapter_numbers=numbers,
             losses=[round(loss, 4) for loss in losses],
             kernel_path=kernel_path,
+            notes=tuple(notes),
         )
         self.results.append(result)
         print(f"# {json.dumps(asdict(result))}", flush=True)
@@ -268,7 +279,8 @@ def run_ours(bench: Bench, system: str, *, profiled: bool = False) -> None:
     optimizer = "adamw_8bit" if "adamw_8bit" in words else "adamw"
     dtype: Any = "bfloat16" if bench.device.type == "cuda" else "float32"
     options = {"layers": "plain"} if "plain layers" in words else {}
-    bench.load(Compute(dtype, "recomputed" in words, options))
+    offload: Any = ("embeddings", "layers") if "streamed" in words else ()
+    bench.load(Compute(dtype, "recomputed" in words, options, base_offload=offload))
     adapter = bench.adapter(experts)
     bench.trainer.attach(adapter, optimizer)
     numbers = sum(tensor.size for tensor in adapter.tensors.values())
@@ -287,7 +299,8 @@ def run_ours(bench: Bench, system: str, *, profiled: bool = False) -> None:
         if profiled:
             profile(bench, system, step)
         else:
-            bench.measure(f"ours, {system}", step, numbers, f"{bench.trainer.device_facts().kernel_path}; {products}")
+            path = f"{bench.trainer.device_facts().kernel_path}; {products}"
+            bench.measure(f"ours, {system}", step, numbers, path, bench.trainer.load_notes)
     except Exception as error:
         print(f"# ours, {system}: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
 
