@@ -107,7 +107,7 @@ def _situation(config: RunConfig, memory: int | None, given_length: int | None) 
         rows=_row_facts(config, source, given_length) if config.data.path or config.data.sources else None,
         positions=facts.max_position_embeddings,
         given_length=given_length,
-        spreads=can_spread(spec, has_experts=facts.has_routed_experts),
+        spreads=can_spread(spec),
         peak=peak,
         adapter_parameters=lambda rank: adapter_parameters(targets, rank),
     )

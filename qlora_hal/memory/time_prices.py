@@ -29,13 +29,14 @@ MEASURED_BITS = 4.0
 
 @dataclass(frozen=True, slots=True)
 class PassChoice:
-    """What decides about the time of a pass: its tokens, what is recomputed, the parts of the base on the host, and the
-    bits of one of its weights."""
+    """What decides about the time of a pass: its tokens, what is recomputed, the parts of the base on the host, the bits
+    of one of its weights, and how many of them cross `to_each` that a token meets: of a mixture all experts cross."""
 
     tokens: int
     recompute: str = NONE
     base_offload: Collection[str] = ()
     bits: float = MEASURED_BITS
+    to_each: float = 1.0
 
     @property
     def crosses_whole(self) -> bool:
@@ -49,6 +50,7 @@ class PassChoice:
         computing = self.tokens * (RECOMPUTED[self.recompute] + again) + PASS_TOKENS
         if not self.crosses_whole:
             return computing / self.tokens
-        crossing = LAYERS_TOKENS * self.bits / MEASURED_BITS if LAYERS in self.base_offload else 0.0
+        layers = LAYERS_TOKENS * self.to_each * self.bits / MEASURED_BITS
+        crossing = layers if LAYERS in self.base_offload else 0.0
         crossing += HEAD_TOKENS if HEAD in self.base_offload else 0.0
         return max(computing * STREAMED, crossing) / self.tokens

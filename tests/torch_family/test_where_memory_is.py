@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fused_models import with_fused_layers
 from published_mxfp4 import write_published_gpt_oss
 from tiny_models import HIDDEN, VOCABULARY, write_model
 from torch import Tensor, nn
@@ -24,10 +25,6 @@ from qlora_hal.errors import StorageError, UnsupportedFeatureError, figures
 from qlora_hal_backends import cpu_torch, cuda_bnb
 from qlora_hal_backends.torch_family import host_tables, layers_at_rest, loading, trial
 from qlora_hal_backends.torch_family.experts.stacked_weights import SeparateWeights
-from qlora_hal_backends.torch_family.fused.attach import attach_with
-from qlora_hal_backends.torch_family.fused.families import activation_of
-from qlora_hal_backends.torch_family.fused.mixture.reference import ReferenceMixture
-from qlora_hal_backends.torch_family.fused.reference import ReferenceOperations
 from qlora_hal_backends.torch_family.layer_slots import SlotStack
 from qlora_hal_backends.torch_family.layers_at_rest import SPARED, DiskLayers, HostLayers
 from qlora_hal_backends.torch_family.platform import CPU, CUDA
@@ -125,17 +122,6 @@ def mixture_of(folder: Path, kind: str) -> Path:
     return write_model(folder, kind, num_hidden_layers=5, **MIXTURES[kind])
 
 
-def fused(trainer: TorchLoRATrainer) -> TorchLoRATrainer:
-    """With the schedule of a GPU, its kernels in plain torch."""
-    base, flat, compute = trainer._loaded, trainer._flat, trainer._compute
-    assert flat is not None
-    activation = activation_of(base)
-    assert activation is not None
-    mixture = ReferenceMixture(activation) if base.experts else None
-    trainer._fused = attach_with(ReferenceOperations(activation), base, flat, compute, mixture=mixture, tile_rows=15)
-    return trainer
-
-
 def assert_same_bits(
     streamed: tuple[list[float], Mapping[str, Float32]], resident: tuple[list[float], Mapping[str, Float32]]
 ) -> None:
@@ -171,10 +157,12 @@ def test_the_fused_schedule_reads_streamed_layers_as_resident_ones(kind: str, re
     path = write_model(tmp_path, kind, num_hidden_layers=5, **MIXTURES.get(kind, {}))
     resident = Compute("float32", recompute is not None, recompute=recompute or "full")
     streamed = replace(resident, base_offload=("embeddings", "layers"))
-    assert_same_bits(*(losses_and_adapter(fused(trainer_of(path, compute))) for compute in (streamed, resident)))
+    assert_same_bits(
+        *(losses_and_adapter(with_fused_layers(trainer_of(path, compute))) for compute in (streamed, resident))
+    )
 
 
-@pytest.mark.parametrize("schedule", [lambda trainer: trainer, fused], ids=["plain layers", "fused"])
+@pytest.mark.parametrize("schedule", [lambda trainer: trainer, with_fused_layers], ids=["plain layers", "fused"])
 def test_experts_of_another_layer_in_the_slot_are_seen(
     schedule: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +182,18 @@ def test_experts_of_another_layer_in_the_slot_are_seen(
     monkeypatch.setattr(layers_of(trainer)._queue, "copy", lambda target, source: None)
     found = trainer.gradients([random_batch(0)])
     assert any(not np.array_equal(found[name], gradient) for name, gradient in expected.items())
+
+
+def test_an_expert_is_that_of_its_layer_whichever_was_read_before(tmp_path: Path) -> None:
+    """Backward reads a layer's experts before anything else of it."""
+    path = mixture_of(tmp_path, "mixtral")
+    resident, streamed = (trainer_of(path, Compute(base_offload=parts))._loaded for parts in ((), LAYERS))
+    for layer in (0, 4, 1, 3, 2, 0):
+        for theirs, ours in zip(resident.experts[layer].stacks, streamed.experts[layer].stacks, strict=True):
+            assert theirs.base is not None
+            assert ours.base is not None
+            assert torch.equal(ours.base.expert(1), theirs.base.expert(1))
+            assert torch.equal(ours.base.dense(), theirs.base.dense())
 
 
 def test_of_streamed_experts_two_layers_are_on_the_device(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.rotary_length import RotaryLength
 from qlora_hal.errors import ModelError, UnsupportedFeatureError
 from qlora_hal.formats.catalogue import record_of
+from qlora_hal.model.linear_shapes import layer_of
 from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.torch_family.architecture import Architecture, build, rotary_of, shape_mismatch
 from qlora_hal_backends.torch_family.base_weights import (
@@ -190,9 +191,9 @@ def _by_layer(architecture: Architecture) -> dict[str, _Part]:
     """Layers in the order of the model, with what is in no layer under an empty name."""
     layers: dict[str, _Part] = {}
     for name, linear in architecture.linears.items():
-        layers.setdefault(_layer_of(name), _Part()).linears[name] = linear
+        layers.setdefault(layer_of(name), _Part()).linears[name] = linear
     for path, block in architecture.expert_names.blocks.items():
-        layers.setdefault(_layer_of(path), _Part()).blocks[path] = block
+        layers.setdefault(layer_of(path), _Part()).blocks[path] = block
     return layers
 
 
@@ -222,13 +223,6 @@ def _read_layer(
     name: str,
 ) -> BaseWeight:
     return read_weight(checkpoint, name, quantization, dtype, device)
-
-
-def _layer_of(module: str) -> str:
-    """`model.layers.3` of `model.layers.3.mlp.up_proj`: up to the first number of the path; empty for what is in no
-    layer, as the head is."""
-    parts = module.split(".")
-    return next((".".join(parts[: place + 1]) for place, part in enumerate(parts) if part.isdecimal()), "")
 
 
 class Checkpoint:
