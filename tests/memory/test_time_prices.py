@@ -68,5 +68,6 @@ def test_copies_hide_behind_enough_tokens_and_no_fewer() -> None:
     assert PassChoice(8192, "none", layers).time == PassChoice(8192).time * STREAMED
     assert PassChoice(512, "none", layers).time == LAYERS_TOKENS / 512
     assert PassChoice(8192, "none", layers, bits=16).time == 4 * LAYERS_TOKENS / 8192
+    assert PassChoice(8192, "none", layers, to_each=4.0).time == 4 * LAYERS_TOKENS / 8192
     assert PassChoice(512, "none", ("embeddings",)).time == PassChoice(512).time
     assert PassChoice(512, "none", ("head",)).time > PassChoice(512).time
