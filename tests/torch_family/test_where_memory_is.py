@@ -322,6 +322,24 @@ def test_layers_go_to_the_disk_where_the_memory_left_is_too_little_and_that_is_s
         assert any(words in note for note in trainer.load_notes)
 
 
+def test_layers_share_blocks_of_page_locked_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's allocator takes powers of two: 512 MiB for each layer of Qwen3-30B-A3B, which has 307."""
+    for size in range(1, 4000):
+        block = layers_at_rest.block_for(size)
+        assert block == 1 << (block.bit_length() - 1)
+        assert block - block // size * size <= block / 8
+    assert layers_at_rest.block_for(307 * 2**20) == 2**30
+    path = write_model(tmp_path, "llama", num_hidden_layers=5)
+    expected = losses_and_adapter(trainer_of(path, Compute(base_offload=LAYERS)))
+    monkeypatch.setattr(layers_at_rest, "has_queue", lambda device: True)
+    trainer = trainer_of(path, Compute(base_offload=LAYERS))
+    size, _ = layers_of(trainer)._layers[0]
+    layers = [layers_of(trainer).at_rest.take(number) for number in range(5)]
+    blocks = {layer.untyped_storage().data_ptr() for layer in layers}
+    assert len(blocks) == -(-5 // (layers_at_rest.block_for(size) // size)) < 5
+    assert_same_bits(losses_and_adapter(trainer), expected)
+
+
 def test_memory_left_is_enough_for_all_ranks_of_the_host_or_layers_go_to_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
