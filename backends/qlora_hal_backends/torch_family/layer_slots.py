@@ -109,10 +109,13 @@ class SlotStack(_InSlot[StackedWeight]):
 
 def in_slots(weights: Sequence[Weight], layer: int, store: LayerStore) -> list[Weight]:
     """The weights of a layer as they are read from here on."""
-    return [
-        SlotStack(weight, layer, store) if isinstance(weight, _STACKS) else SlotWeight(weight, layer, store)
-        for weight in weights
-    ]
+    return [_in_slot(weight, layer, store) for weight in weights]
+
+
+def _in_slot(weight: Weight, layer: int, store: LayerStore) -> Weight:
+    if isinstance(weight, _STACKS):
+        return SlotStack(weight, layer, store)
+    return SlotWeight(weight, layer, store)  # type: ignore[arg-type]  # whatever is no stack
 
 
 @overload

@@ -184,7 +184,7 @@ class _Part:
         read = [(module, module.base) for module in self.modules if module.base is not None]
         moved = store.add([weight for _, weight in read]) if read else []
         for (module, _), weight in zip(read, moved, strict=True):
-            module.base = weight  # type: ignore[assignment]  # of the kind that it was
+            module.base = weight
 
 
 def _by_layer(architecture: Architecture) -> dict[str, _Part]:
