@@ -14,7 +14,8 @@ of loading apart from that of steps. `foreseen` is what `estimate` says of the s
 no allocator hands out.
 
 Layers are fused where the device has the kernels; `plain layers` are those of transformers with our linear layers and
-experts, on the same device in the same run, and say what the schedule is worth. `kernel_path` says which ran.
+experts, on the same device in the same run, and say what the schedule is worth. `kernel_path` says which ran. Where a
+system is `streamed`, embeddings and packed layers are in the host's memory, and `notes` say how fast they cross.
 
 The other side (`peft`) has the same decoded weights in bfloat16, which is how transformers 5 and bitsandbytes leave
 experts: its memory is that of a 16-bit model, and its losses stand beside ours.
@@ -27,7 +28,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -78,6 +79,7 @@ SYSTEMS = (
     "none, recomputed, adamw_8bit",
     "all, recomputed, adamw_8bit, plain layers",
     "none, recomputed, adamw_8bit, plain layers",
+    "none, recomputed, adamw_8bit, streamed",
     "peft",
 )
 
@@ -100,6 +102,7 @@ class Result:
     adapter_numbers: int
     losses: list[float]
     kernel_path: str = ""
+    notes: tuple[str, ...] = ()
 
 
 # the model ------------------------------------------------------------------------------------------------------------
@@ -258,22 +261,30 @@ class Bench:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
 
-    def foreseen(self, experts: str, recomputed: bool, optimizer: str, options: Mapping[str, str]) -> float:
+    def foreseen(self, experts: str, compute: Compute, optimizer: str) -> float:
         """Gigabytes of the same run by `estimate`, which reads config.json alone."""
         folder = self.source.path / "planned"
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_bytes((self.source.path / "config.json").read_bytes())
         settings = {
-            "model": str(folder), "backend": self.trainer.spec.name, "backend.options": dict(options),
+            "model": str(folder), "backend": self.trainer.spec.name, "backend.options": dict(compute.options),
             "lora.r": RANK, "lora.target_modules": "all-linear", "lora.experts": experts, "training.optim": optimizer,
-            "training.recompute": "full" if recomputed else "none", "data.max_seq_length": self.length,
+            "training.recompute": "full" if compute.gradient_checkpointing else "none",
+            "training.base_offload": list(compute.base_offload), "data.max_seq_length": self.length,
             "training.per_device_train_batch_size": self.rows,
         }  # fmt: skip
         memory = PlannedModel.of(resolve_settings(None, keywords=settings, environ={}).config).estimate()
         return round((memory.total - memory.runtime) / 1e9, 2)
 
     def measure(
-        self, system: str, step: Callable[[int], float], numbers: int, kernel_path: str = "", foreseen: float = 0.0
+        self,
+        system: str,
+        step: Callable[[int], float],
+        numbers: int,
+        *,
+        kernel_path: str = "",
+        notes: Sequence[str] = (),
+        foreseen: float = 0.0,
     ) -> None:
         loading = self.memory("max_memory_allocated")
         self.forget()
@@ -300,6 +311,7 @@ class Bench:
             adapter_numbers=numbers,
             losses=[round(loss, 4) for loss in losses],
             kernel_path=kernel_path,
+            notes=tuple(notes),
         )
         self.results.append(result)
         print(f"# {json.dumps(asdict(result))}", flush=True)
@@ -310,7 +322,9 @@ def run_ours(bench: Bench, system: str, *, profiled: bool = False) -> None:
     optimizer = "adamw_8bit" if "adamw_8bit" in words else "adamw"
     dtype: Any = "bfloat16" if bench.device.type == "cuda" else "float32"
     options = {"layers": "plain"} if "plain layers" in words else {}
-    bench.load(Compute(dtype, "recomputed" in words, options))
+    offload: Any = ("embeddings", "layers") if "streamed" in words else ()
+    compute = Compute(dtype, "recomputed" in words, options, base_offload=offload)
+    bench.load(compute)
     adapter = bench.adapter(experts)
     bench.trainer.attach(adapter, optimizer)
     numbers = sum(tensor.size for tensor in adapter.tensors.values())
@@ -330,8 +344,14 @@ def run_ours(bench: Bench, system: str, *, profiled: bool = False) -> None:
             profile(bench, system, step)
         else:
             path = f"{bench.trainer.device_facts().kernel_path}; {products}"
-            foreseen = bench.foreseen(experts, "recomputed" in words, optimizer, options)
-            bench.measure(f"ours, {system}", step, numbers, path, foreseen)
+            bench.measure(
+                f"ours, {system}",
+                step,
+                numbers,
+                kernel_path=path,
+                notes=bench.trainer.load_notes,
+                foreseen=bench.foreseen(experts, compute, optimizer),
+            )
     except Exception as error:
         print(f"# ours, {system}: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
 

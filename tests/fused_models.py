@@ -17,6 +17,11 @@ from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.values import AdapterConfig, Batch
 from qlora_hal_backends.torch_family import loading, step
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
+from qlora_hal_backends.torch_family.fused.attach import attach_with
+from qlora_hal_backends.torch_family.fused.families import activation_of
+from qlora_hal_backends.torch_family.fused.mixture.reference import ReferenceMixture
+from qlora_hal_backends.torch_family.fused.reference import ReferenceOperations
+from qlora_hal_backends.torch_family.trainer import TorchLoRATrainer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FAMILIES: Mapping[str, Mapping[str, object]] = {
@@ -100,6 +105,18 @@ def load(
     config = AdapterConfig(r, 2.0 * r, dropout, False, tuple(sorted(filter(targets, shapes))))
     flat = FlatAdapter.place(moved_adapter(config, shapes), base.linears, getattr(torch, dtype), DEVICE)
     return Model(base, flat, compute)
+
+
+def with_fused_layers(trainer: TorchLoRATrainer, tile_rows: int = 15) -> TorchLoRATrainer:
+    """A trainer whose layers are scheduled as on a GPU, with plain torch in place of the kernels."""
+    base, flat, compute = trainer._loaded, trainer._flat, trainer._compute
+    activation = activation_of(base)
+    assert flat is not None
+    assert activation is not None
+    mixture = ReferenceMixture(activation) if base.experts else None
+    operations = ReferenceOperations(activation)
+    trainer._fused = attach_with(operations, base, flat, compute, mixture=mixture, tile_rows=tile_rows)
+    return trainer
 
 
 def packed(batch: Batch) -> Batch:

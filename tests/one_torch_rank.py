@@ -1,5 +1,5 @@
-"""One of two ranks of the CPU backend, which tries what a base in parts must do: `python one_torch_rank.py TRIAL OUT`,
-with torchrun's variables. What it found is left as JSON. Tests only."""
+"""One of several ranks of the CPU backend, which tries what a base in parts must do: `python one_torch_rank.py TRIAL
+OPTIONS OUT`, with torchrun's variables. What it found is left as JSON. Tests only."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fused_models import with_fused_layers
 from trainers import moved_adapter, random_batch, source_of
 
 from qlora_hal.contract.backend import Compute, Quantization
@@ -42,23 +43,27 @@ def opened(
     optimizer: str = "adamw",
     recompute: str = "full",
     base_offload: Sequence[str] = (),
+    model: str = "",
+    dropout: float = 0.1,
+    fused: bool = False,
 ) -> Any:
+    """Of the demo's model, or of that in a folder; with the `fused` schedule of a GPU."""
     trainer = open_trainer()
     trainer.join_ranks(WORLD, TIMEOUT_SECONDS)
     four_bit = weight_format in ("nf4", "fp4")
     quantization = Quantization(WeightFormat(weight_format), 64 if four_bit else None, four_bit)
     compute = Compute(dtype, checkpointing, {}, WORLD, shard, recompute, tuple(base_offload))  # type: ignore[arg-type]
-    trainer.load(source_of(model_path()), quantization, compute)
+    trainer.load(source_of(Path(model) if model else model_path()), quantization, compute)
     modules = trainer.linear_modules()
     names = [name for name in sorted(modules) if targets is None or any(part in name for part in targets)]
-    trainer.attach(moved_adapter(AdapterConfig(4, 8.0, 0.1, False, tuple(names)), modules), optimizer)
-    return trainer
+    trainer.attach(moved_adapter(AdapterConfig(4, 8.0, dropout, False, tuple(names)), modules), optimizer)
+    return with_fused_layers(trainer) if fused else trainer
 
 
 def own_window(step: int, counts: Sequence[int] = (2, 2)) -> list[Batch]:
     return [
         placed(random_batch(100 * step + 10 * WORLD.rank + number, padding=2), 4 * number + 2 * WORLD.rank)
-        for number in range(counts[WORLD.rank])
+        for number in range(counts[WORLD.rank % 2])
     ]
 
 

@@ -20,6 +20,7 @@ from qlora_hal.errors.terminal_text import show, show_json
 if TYPE_CHECKING:
     from qlora_hal.config.schema import RunConfig
     from qlora_hal.contract.backend import BackendSpec, ProbeReport
+    from qlora_hal.contract.values import LinearShape
     from qlora_hal.detect.hardware import Machine
     from qlora_hal.memory.advice import Plan, RowFacts, Situation
     from qlora_hal.model.source import ModelSource
@@ -75,9 +76,10 @@ def _situation(config: RunConfig, memory: int | None, given_length: int | None) 
     from qlora_hal.detect.requirements import quantization_of
     from qlora_hal.memory.advice import Situation
     from qlora_hal.memory.estimate import adapter_parameters
+    from qlora_hal.memory.placement import LAYERS, base_offloads
     from qlora_hal.model.source import plan_model
     from qlora_hal.ranks.planning import can_spread
-    from qlora_hal.run.prepare import estimated_memory
+    from qlora_hal.run.prepare import estimated_memory, moves_of
 
     model = config.model
     source = plan_model(
@@ -92,13 +94,18 @@ def _situation(config: RunConfig, memory: int | None, given_length: int | None) 
     probed = reports(listed())
     spec = _backend(config, source, probed, on_this_machine=memory is None)
     report = next((report for report in probed if report.backend == spec.name and report.ready), None)
-    targets = {name: facts.linear_modules[name] for name in resolve_targets("all-linear", facts.linear_modules)}
+
+    def targets_with(experts: str) -> dict[str, LinearShape]:
+        names = resolve_targets("all-linear", facts.linear_modules, experts)
+        return {name: facts.linear_modules[name] for name in names}
 
     def peak(settings: Mapping[str, object]) -> int:
         asked = resolve_settings(config, keywords=settings, environ={}).config
         quantization = quantization_of(asked, facts, spec.capabilities)
-        return estimated_memory(asked, facts, spec, quantization, targets, report).high
+        adapted = targets_with(asked.lora.experts)
+        return estimated_memory(asked, facts, spec, quantization, adapted, report).high
 
+    features = spec.capabilities.features
     return Situation(
         backend=spec.name,
         memory_bytes=memory_of_device(spec, report, inventory()) if memory is None else memory,
@@ -107,9 +114,11 @@ def _situation(config: RunConfig, memory: int | None, given_length: int | None) 
         rows=_row_facts(config, source, given_length) if config.data.path or config.data.sources else None,
         positions=facts.max_position_embeddings,
         given_length=given_length,
-        spreads=can_spread(spec, has_experts=facts.has_routed_experts),
+        spreads=can_spread(spec),
+        offloads=any(LAYERS in parts for parts in base_offloads(features, moves_of(spec, report, spread=False))),
+        has_experts=facts.has_routed_experts,
         peak=peak,
-        adapter_parameters=lambda rank: adapter_parameters(targets, rank),
+        adapter_parameters=lambda rank: adapter_parameters(targets_with("all"), rank),
     )
 
 
@@ -189,8 +198,13 @@ def _as_yaml(settings: Mapping[str, object]) -> list[str]:
 
 def _as_command(plan: Plan, flags: Mapping[str, object]) -> str:
     given = {path: value for path, value in flags.items() if path not in plan.settings}
-    words = [f"--{path} {shlex.quote(_written(value))}" for path, value in {**given, **plan.settings}.items()]
+    words = [f"--{path} {shlex.quote(_typed(value))}" for path, value in {**given, **plan.settings}.items()]
     return " ".join(["qlora-hal train", *words, "--output_dir runs/first"])
+
+
+def _typed(value: object) -> str:
+    """As `_written`; flags take names with commas between them."""
+    return ",".join(map(str, value)) if isinstance(value, list) else _written(value)
 
 
 def _written(value: object) -> str:

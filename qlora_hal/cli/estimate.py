@@ -190,9 +190,7 @@ def estimate_run(config: RunConfig, devices: int | str | None = None, wanted: Wa
     known_bytes = [size for size in (named, machine // number if machine is not None else None) if size is not None]
     planned = replace(planned, memory_bytes=min(known_bytes, default=None), devices=number)
     sharing = replace(planned, share=number)
-    plan = plan_for(
-        config, number, spec, planned.estimate(), sharing.estimate, named, has_experts=planned.facts.has_routed_experts
-    )
+    plan = plan_for(config, number, spec, planned.estimate(), sharing.estimate, named)
     if plan.mode == SHARD:
         planned = sharing
     known = tuple(card for card in KNOWN_GPUS if accelerated and card.vendor in spec.card_vendors)

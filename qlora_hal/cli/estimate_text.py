@@ -37,8 +37,7 @@ def estimate_as_text(estimated: Estimated, config: RunConfig) -> str:
         lines += ["", *_probe_lines(estimated.probe, memory.total)]
     lines += ["", *_places(estimated)]
     if (has := estimated.smallest_memory) is not None and estimated.remedy is not None:
-        spreads = can_spread(estimated.planned.spec, has_experts=estimated.planned.facts.has_routed_experts)
-        lines += ["", *_remedy_lines(estimated.remedy, has, spreads=spreads)]
+        lines += ["", *_remedy_lines(estimated.remedy, has, spreads=can_spread(estimated.planned.spec))]
     if has is not None and estimated.fits_of is not None:
         lines += ["", *_fit_lines(estimated.fits_of, has)]
     if estimated.inference is not None:

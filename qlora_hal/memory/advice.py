@@ -43,7 +43,7 @@ class Situation:
     """What is advised on. `stored` is the weight format of a quantized checkpoint, or empty. `peak` is the estimate in
     bytes, with its margin, for settings by dotted path; `adapter_parameters` are trainable weights by rank. `positions`
     is how long rows may be, `given_length` what the user wants them to be; devices can share the base where it
-    `spreads`."""
+    `spreads`, and its layers can be in the host's memory where it `offloads` them."""
 
     backend: str
     memory_bytes: int
@@ -55,6 +55,8 @@ class Situation:
     adapter_parameters: Callable[[int], int]
     given_length: int | None = None
     spreads: bool = True
+    offloads: bool = False
+    has_experts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,17 +187,16 @@ def _storage(situation: Situation, settings: Mapping[str, object]) -> Advice:
 
 
 def _batch(situation: Situation, settings: Mapping[str, object]) -> Advice:
-    """The largest micro-batch that fits, first with activations kept, then with activations computed again."""
+    """The largest micro-batch that fits, with as little done for it as is needed."""
     why_so_many = f"{SEQUENCES_PER_STEP} sequences a step; larger batches cost LoRA more than full tuning"
-    for again in (False, True):
+    for how, done in _ways_to_fit(situation):
         for size in MICRO_BATCHES:
-            made = _batch_settings(size, again)
+            made = {**_batch_settings(size), **done}
             if situation.peak({**settings, **made}) <= situation.memory_bytes:
-                how = "activations computed again, about a third more work" if again else "activations kept"
                 choice = f"{size} x {SEQUENCES_PER_STEP // size} sequences, {how}"
                 why = f"the largest micro-batch that fits; {why_so_many}"
                 return Advice("batch", choice, why, f"{ARITHMETIC}; {QLORA}, table 9; {REGRET}", made)
-    least = _batch_settings(1, again=True)
+    least = {**_batch_settings(1), **_AGAIN}
     short = situation.peak({**settings, **least}) - situation.memory_bytes
     why = f"even so it is {figures.size(short)} too much: shorten data.max_seq_length or take a smaller model"
     if situation.spreads:
@@ -203,11 +204,31 @@ def _batch(situation: Situation, settings: Mapping[str, object]) -> Advice:
     return Advice("batch", f"1 x {SEQUENCES_PER_STEP} sequences, activations computed again", why, ARITHMETIC, least)
 
 
-def _batch_settings(size: int, again: bool) -> dict[str, object]:
+_KEPT: Mapping[str, object] = {"training.gradient_checkpointing": False}
+_AGAIN: Mapping[str, object] = {"training.gradient_checkpointing": True}
+_MOVED: Mapping[str, object] = {"training.base_offload": ["embeddings", "layers"]}
+_EXPERTS_AS_THEY_ARE: Mapping[str, object] = {"lora.experts": "none"}
+
+
+def _ways_to_fit(situation: Situation) -> Iterator[tuple[str, Mapping[str, object]]]:
+    """What is done for it, in words and settings. Layers on the host come last, as in `memory.fitting`: what it costs
+    that they cross in each pass is the machine's."""
+    again, as_they_are = "activations computed again", "no adapters on the experts"
+    moved = f"{again}, embeddings and layers in the host's memory, from where they cross in each pass"
+    yield "activations kept", _KEPT
+    yield f"{again}, about a third more work", _AGAIN
+    if situation.has_experts:
+        yield f"{again}, {as_they_are}", {**_AGAIN, **_EXPERTS_AS_THEY_ARE}
+    if situation.offloads:
+        yield moved, {**_AGAIN, **_MOVED}
+    if situation.offloads and situation.has_experts:
+        yield f"{moved}, {as_they_are}", {**_AGAIN, **_MOVED, **_EXPERTS_AS_THEY_ARE}
+
+
+def _batch_settings(size: int) -> dict[str, object]:
     return {
         "training.per_device_train_batch_size": size,
         "training.gradient_accumulation_steps": SEQUENCES_PER_STEP // size,
-        "training.gradient_checkpointing": again,
     }
 
 

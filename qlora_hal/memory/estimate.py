@@ -7,14 +7,16 @@ are added although not all of them are alive at one moment, so the total leans t
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.memory_constants import HEAP_BLOCK_BYTES, MemoryConstants
 from qlora_hal.contract.values import LinearShape, MemoryEstimate
 from qlora_hal.formats.catalogue import record_of
+from qlora_hal.model.linear_shapes import layer_of
 from qlora_hal.model.shape import DecoderShape, decoder_shape
 from qlora_hal.model.stored_dtypes import FLOATING_DTYPES
 
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 DTYPE_BYTES: Mapping[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 SMALLEST_8BIT_STATE = 4096
 """bitsandbytes keeps the moments of smaller tensors in float32 (`min_8bit_size`)."""
+
+SLOTS = 2
+"""Layers that are whole on a device whose base is spread or on the host: one computes, one is on its way."""
 
 HOLED_LAYERS = 8
 """Of so many layers' activations the heap's holes are counted at most, recomputed or not: backward runs in a thread
@@ -97,11 +102,28 @@ def estimate(
 def spread_over(memory: MemoryEstimate, facts: ModelFacts, compute_dtype: ComputeDtype, devices: int) -> MemoryEstimate:
     """The same on each of so many devices that hold the decoder layers' packed weights together: a share of them, and
     two layers whole, the one that computes and the one that is on its way. All else every device has."""
-    linear_weights = sum(linear.parameters for linear in facts.linear_modules.values())
-    rest = (facts.parameter_count - linear_weights - _tied_head_weights(facts)) * DTYPE_BYTES[compute_dtype]
-    in_layers = max(memory.weights - rest, 0)
-    held = in_layers // devices + 2 * in_layers // max(decoder_shape(facts).layers, 2)
-    return replace(memory, weights=memory.weights - in_layers + held)
+    layers = LayerBytes.of(memory, facts, compute_dtype)
+    return replace(memory, weights=memory.weights - layers.all + layers.all // devices + layers.in_slots)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerBytes:
+    """Packed weights of `all` decoder layers, and of the two that are whole on a device while the others are elsewhere:
+    `in_slots` of the largest layer, which in some mixtures is larger than the lowest ones."""
+
+    all: int
+    in_slots: int
+
+    @classmethod
+    def of(cls, memory: MemoryEstimate, facts: ModelFacts, compute_dtype: ComputeDtype) -> LayerBytes:
+        """Of an estimate in which all of the base is on the device."""
+        numbers: Counter[str] = Counter()
+        for module, linear in facts.linear_modules.items():
+            numbers[layer_of(module)] += linear.parameters
+        rest = (facts.parameter_count - numbers.total() - _tied_head_weights(facts)) * DTYPE_BYTES[compute_dtype]
+        of_all = max(memory.weights - rest, 0)
+        in_slots = min(SLOTS, len(numbers)) * max(numbers.values(), default=0)
+        return cls(of_all, of_all * in_slots // max(numbers.total(), 1))
 
 
 def adapter_parameters(targets: Targets, r: int) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from qlora_hal.contract.capabilities import Feature
 from qlora_hal.errors.figures import size
-from qlora_hal.memory.estimate import DTYPE_BYTES, _tied_head_weights
+from qlora_hal.memory.estimate import DTYPE_BYTES, LayerBytes
 from qlora_hal.model.shape import decoder_shape
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from qlora_hal.config.schema import TrainingConfig
     from qlora_hal.contract.backend import OffloadedPart
-    from qlora_hal.contract.values import MemoryEstimate
+    from qlora_hal.contract.values import ComputeDtype, MemoryEstimate
     from qlora_hal.model.facts import ModelFacts
 
 AUTO, NONE, SELECTIVE, FULL, OFFLOAD = "auto", "none", "selective", "full", "offload"
@@ -31,8 +31,8 @@ LAYERS: Final = "layers"
 HEAD: Final = "head"
 IN_HOST_MEMORY = frozenset({"cpu", "mps"})
 """Kinds of devices whose memory is the host's: what waits there saves nothing."""
-SLOTS = 2
-"""Layers, or pieces of the head, that are on the device while the rest is on the host."""
+PIECES = 2
+"""Of the head that are on the device while the rest is on the host."""
 HEAD_PIECE_BYTES = 2**26
 """As backends cut it."""
 
@@ -63,7 +63,7 @@ class Placement:
 @dataclass(frozen=True, slots=True)
 class Moves:
     """Whether anything can go `to_host` (a device may have no memory of its own) and whether `layers` of the base can:
-    those that are spread over devices are on them, and experts are read where they lie."""
+    those that are spread over devices are on them."""
 
     to_host: bool = True
     layers: bool = True
@@ -134,20 +134,18 @@ _HEADS = frozenset({"lm_head", "embed_out", "output"})
 
 
 def with_base_offloaded(
-    memory: MemoryEstimate, facts: ModelFacts, compute_dtype: str, parts: Collection[str]
+    memory: MemoryEstimate, facts: ModelFacts, compute_dtype: ComputeDtype, parts: Collection[str]
 ) -> MemoryEstimate:
     """The estimate of a device without these parts of the base, but for what of them is on it at a time."""
     width, hidden = DTYPE_BYTES[compute_dtype], decoder_shape(facts).hidden
     table = facts.vocabulary_size * hidden * width
     tied = facts.config.get("tie_word_embeddings") is True or not _has_head(facts)
-    linear_weights = sum(linear.parameters for linear in facts.linear_modules.values())
-    rest = (facts.parameter_count - linear_weights - _tied_head_weights(facts)) * width
-    in_layers = max(memory.weights - rest, 0)
     saved = 0
     if LAYERS in parts:
-        saved += in_layers - SLOTS * in_layers // max(decoder_shape(facts).layers, SLOTS)
+        layers = LayerBytes.of(memory, facts, compute_dtype)
+        saved += layers.all - layers.in_slots
     if HEAD in parts:
-        saved += max(table - SLOTS * HEAD_PIECE_BYTES, 0)
+        saved += max(table - PIECES * HEAD_PIECE_BYTES, 0)
     if EMBEDDINGS in parts and not tied:
         saved += table
     return replace(memory, weights=max(memory.weights - saved, 0))

@@ -25,17 +25,23 @@ HEAD_TOKENS = 690
 HEAD_AGAIN = 0.03
 """Of a token's time: that head has 1/15 of the weights, and a third product beside forward's and backward's."""
 MEASURED_BITS = 4.0
+MIXTURE_TOKEN = 1.8
+"""Time of a token of a mixture, in units of what the weights that it meets take in a dense model: the layers of
+Qwen3-30B-A3B's shape cross both ways while 13,800 to 14,700 tokens are computed, which meet an eleventh of the weights
+each (docs/runs/h200_moe.json, docs/runs/h200_moe_streamed.json)."""
 
 
 @dataclass(frozen=True, slots=True)
 class PassChoice:
-    """What decides about the time of a pass: its tokens, what is recomputed, the parts of the base on the host, and the
-    bits of one of its weights."""
+    """What decides about the time of a pass: its tokens, what is recomputed, the parts of the base on the host, the
+    bits of one of its weights, and how many weights there are `to_each` that a token meets: of a mixture all experts
+    cross."""
 
     tokens: int
     recompute: str = NONE
     base_offload: Collection[str] = ()
     bits: float = MEASURED_BITS
+    to_each: float = 1.0
 
     @property
     def crosses_whole(self) -> bool:
@@ -49,6 +55,7 @@ class PassChoice:
         computing = self.tokens * (RECOMPUTED[self.recompute] + again) + PASS_TOKENS
         if not self.crosses_whole:
             return computing / self.tokens
-        crossing = LAYERS_TOKENS * self.bits / MEASURED_BITS if LAYERS in self.base_offload else 0.0
+        layers = LAYERS_TOKENS * max(1.0, self.to_each / MIXTURE_TOKEN) * self.bits / MEASURED_BITS
+        crossing = layers if LAYERS in self.base_offload else 0.0
         crossing += HEAD_TOKENS if HEAD in self.base_offload else 0.0
         return max(computing * STREAMED, crossing) / self.tokens

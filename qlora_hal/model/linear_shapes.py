@@ -121,6 +121,13 @@ def sentences(left_out: Mapping[str, str]) -> tuple[str, ...]:
     )
 
 
+def layer_of(module: str) -> str:
+    """`model.layers.3` of `model.layers.3.mlp.up_proj`: up to the first number of the path; empty for what is in no
+    layer, as the head is."""
+    parts = module.split(".")
+    return next((".".join(parts[: place + 1]) for place, part in enumerate(parts) if part.isdecimal()), "")
+
+
 def natural_order(module: str) -> tuple[tuple[int, int, str], ...]:
     """Sort key under which layer 10 comes after layer 9."""
     return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in module.split("."))

@@ -53,6 +53,15 @@ def decoder_shape(facts: ModelFacts) -> DecoderShape:
     )
 
 
+def weights_to_each(facts: ModelFacts) -> float:
+    """How many weights of linear layers there are for each that a token is multiplied with: more than one of a mixture,
+    where it meets some experts alone."""
+    routed = decoder_shape(facts).routed
+    shapes = facts.linear_modules.values()
+    met = sum(shape.parameters * min(routed or 1, shape.experts) / shape.experts for shape in shapes)
+    return sum(shape.parameters for shape in shapes) / met if met else 1.0
+
+
 def _dense_width(facts: ModelFacts, layers: int) -> int:
     """Of a mixture's gated layers that see every token (shared experts, the first layers of some), an average."""
     gates = [

@@ -47,8 +47,6 @@ def plan_for(
     memory: MemoryEstimate,
     spread: Callable[[], MemoryEstimate],
     memory_there: int | None = None,
-    *,
-    has_experts: bool,
 ) -> DevicePlan:
     """The plan for so many devices, each with `memory_there` bytes where that is known; `memory` is that of one with
     the whole base, `spread` gives that of each with a share of it. Raises ConfigError QH-R05, UnsupportedFeatureError
@@ -56,30 +54,23 @@ def plan_for(
     if devices > 1 and Feature.DATA_PARALLEL not in spec.capabilities.features:
         raise not_on_several(spec.name, devices)
     sequences = config.training.per_device_train_batch_size * accumulation_of(config.training, World(0, devices))
-    mode, why = mode_of(config, devices, spec, memory, memory_there, has_experts=has_experts)
+    mode, why = mode_of(config, devices, spec, memory, memory_there)
     of_each = spread() if mode == SHARD else memory
     return DevicePlan(devices, mode, why, sequences * devices, of_each)
 
 
 def mode_of(
-    config: RunConfig,
-    devices: int,
-    spec: BackendSpec,
-    memory: MemoryEstimate,
-    memory_there: int | None,
-    *,
-    has_experts: bool,
+    config: RunConfig, devices: int, spec: BackendSpec, memory: MemoryEstimate, memory_there: int | None
 ) -> tuple[str, str]:
-    """How the devices share the base, and why. A base with routed experts (`has_experts`) is whole on each: no
-    backend spreads stacked experts. Raises UnsupportedFeatureError QH-R06 where the base cannot be spread."""
+    """How the devices share the base, and why. Raises UnsupportedFeatureError QH-R06 where the base cannot be
+    spread."""
     if devices == 1:
         return "", "one device"
-    spreads = can_spread(spec, has_experts=has_experts)
+    spreads = can_spread(spec)
     if config.parallel.mode == SHARD and not spreads:
         raise UnsupportedFeatureError(
             "QH-R06",
-            f"{'A base with routed experts' if has_experts else f'The base of backend {spec.name}'} cannot be spread "
-            "over devices (parallel.mode shard).",
+            f"The base of backend {spec.name} cannot be spread over devices (parallel.mode shard).",
             where="parallel.mode",
             fix="Set parallel.mode to data, or leave it out.",
         )
@@ -92,9 +83,9 @@ def mode_of(
     return DATA, "each device holds the whole packed base"
 
 
-def can_spread(spec: BackendSpec, *, has_experts: bool) -> bool:
+def can_spread(spec: BackendSpec) -> bool:
     """Whether devices can hold shares of the base."""
-    return Feature.SHARDED_BASE in spec.capabilities.features and not has_experts
+    return Feature.SHARDED_BASE in spec.capabilities.features
 
 
 def not_on_several(backend: str, devices: int) -> UnsupportedFeatureError:

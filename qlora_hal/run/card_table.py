@@ -37,6 +37,7 @@ from qlora_hal.memory.placement import AUTO, OFFLOAD, SELECTIVE, asked_recompute
 from qlora_hal.memory.placement import FULL as WHOLE_LAYERS
 from qlora_hal.memory.time_prices import PassChoice
 from qlora_hal.model.expert_stacks import is_shared
+from qlora_hal.model.shape import weights_to_each
 from qlora_hal.ranks.planning import SHARD
 
 if TYPE_CHECKING:
@@ -250,8 +251,9 @@ def price_of(planned: PlannedModel) -> PriceOf:
         placement = asked.placement()
         tokens = asked.config.full_batch_rows * asked.config.data.max_seq_length
         bits = record_of(asked.quantization.weight_format).bits
-        return PassChoice(tokens, placement.recompute, placement.base_offload, bits)
+        return PassChoice(tokens, placement.recompute, placement.base_offload, bits, to_each)
 
+    to_each = weights_to_each(planned.facts)
     return price
 
 

@@ -19,7 +19,7 @@ from qlora_hal.memory.fitting import BATCH, RECOMPUTE
 from qlora_hal.memory.placement import AUTO, Moves, Placement, asked_recompute, chosen_placement
 from qlora_hal.model.source import plan_model
 from qlora_hal.ranks.planning import SHARD
-from qlora_hal.run.prepare import estimated_memory, likely_dtype, moves_of, refuse_layers_of_experts
+from qlora_hal.run.prepare import estimated_memory, likely_dtype, moves_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,7 +53,7 @@ class PlannedModel:
         """On the named backend, else on the one that would be chosen on its own hardware, or on `card`; where a backend
         is ready here and no card is named, on this machine's device.
 
-        Raises as `plan_model`, `refuse_long_sequences`, `refuse_layers_of_experts` and `backend_for`.
+        Raises as `plan_model`, `refuse_long_sequences` and `backend_for`.
         """
         model = config.model
         source = plan_model(
@@ -64,7 +64,6 @@ class PlannedModel:
             config_is_enough=True,
         )
         refuse_long_sequences(config.data, source.facts.max_position_embeddings)
-        refuse_layers_of_experts(config, source.facts)
         spec = backend_for(config, source.facts, card)
         here = next(report for report in reports(listed()) if report.backend == spec.name)
         device = device_of(card, spec) if card is not None else here if here.ready else None
@@ -119,7 +118,7 @@ class PlannedModel:
 
     @property
     def moves(self) -> Moves:
-        return moves_of(self.facts, self.spec, self.device, spread=self.is_sharded)
+        return moves_of(self.spec, self.device, spread=self.is_sharded)
 
     @property
     def is_left_to_the_card(self) -> bool:

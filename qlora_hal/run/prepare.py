@@ -26,14 +26,13 @@ from qlora_hal.detect.discovery import reports
 from qlora_hal.detect.hardware import inventory, memory_here
 from qlora_hal.detect.requirements import quantization_of, requirements_of, unmet_description_note
 from qlora_hal.detect.selection import Choice, choose, has_accelerator, refuse_unready
-from qlora_hal.errors import ConfigError, UnsupportedFeatureError, figures
+from qlora_hal.errors import ConfigError, figures
 from qlora_hal.formats.catalogue import record_of
 from qlora_hal.memory.estimate import estimate, spread_over
 from qlora_hal.memory.fitting import halves
 from qlora_hal.memory.gpus import DEVICE_KINDS
 from qlora_hal.memory.placement import (
     IN_HOST_MEMORY,
-    LAYERS,
     NONE,
     OFFLOAD,
     SELECTIVE,
@@ -43,6 +42,7 @@ from qlora_hal.memory.placement import (
     with_base_offloaded,
 )
 from qlora_hal.memory.time_prices import PassChoice
+from qlora_hal.model.shape import weights_to_each
 from qlora_hal.model.source import is_on_hub, plan_model, with_weights
 from qlora_hal.ranks.window_share import accumulation_of
 
@@ -242,8 +242,7 @@ def _placed(config: RunConfig, resolved_backend: ResolvedBackend, world: World) 
     modules, quantization = resolved_backend.outline.linear_modules, resolved_backend.quantization
     targets = {name: modules[name] for name in resolved_backend.adapter.target_modules}
     spread = config.parallel.mode == "shard"
-    moves = moves_of(facts, spec, resolved_backend.report, spread=spread)
-    refuse_layers_of_experts(config, facts)
+    moves = moves_of(spec, resolved_backend.report, spread=spread)
     there = memory_of_a_device(resolved_backend, config) or None
 
     def memory_with(placement: Placement, asked: RunConfig) -> MemoryEstimate:
@@ -265,8 +264,9 @@ def _placed(config: RunConfig, resolved_backend: ResolvedBackend, world: World) 
     if placement.why and limit is not None and high_of_each(placement, config) > limit:
         cut = [(asked, chosen(asked)) for asked in map(config.with_rows, halves(config.full_batch_rows))]
         bits, length = record_of(quantization.weight_format).bits, config.data.max_seq_length
+        to_each = weights_to_each(facts)
         fitting = {
-            PassChoice(asked.full_batch_rows * length, one.recompute, one.base_offload, bits).time: one
+            PassChoice(asked.full_batch_rows * length, one.recompute, one.base_offload, bits, to_each).time: one
             for asked, one in reversed(cut)
             if high_of_each(one, asked) <= limit
         }
@@ -334,21 +334,10 @@ def estimated_memory(
     return with_base_offloaded(memory, facts, compute_dtype, placement.base_offload)
 
 
-def moves_of(facts: ModelFacts, spec: BackendSpec, report: ProbeReport | None, *, spread: bool) -> Moves:
+def moves_of(spec: BackendSpec, report: ProbeReport | None, *, spread: bool) -> Moves:
     """What can go to the host of the device that `report` tells of, without one of the hardware that the backend is
     made for. `spread` layers are on the devices."""
-    return Moves(device_kind_of(spec, report) not in IN_HOST_MEMORY, not spread and not facts.has_routed_experts)
-
-
-def refuse_layers_of_experts(config: RunConfig, facts: ModelFacts) -> None:
-    """Raises UnsupportedFeatureError QH-B01 where experts, which are read where they lie, should be on the host."""
-    if LAYERS in config.training.base_offload and facts.has_routed_experts:
-        raise UnsupportedFeatureError(
-            "QH-B01",
-            "The layers of a base with routed experts cannot be in the host's memory.",
-            where="training.base_offload",
-            fix="Take layers out of training.base_offload; embeddings and head can stay in it.",
-        )
+    return Moves(device_kind_of(spec, report) not in IN_HOST_MEMORY, not spread)
 
 
 def device_kind_of(spec: BackendSpec, report: ProbeReport | None) -> str:

@@ -198,15 +198,8 @@ class Session:
         says of its memory; where the base does not fit on one of them, all hold parts."""
         prepared, has = self._prepared, self._trainer.device_facts().memory_limit_bytes
         there = min(filter(None, (has, self._config.training.memory_limit_bytes)), default=None)
-        spec, facts = prepared.resolved_backend.choice.spec, prepared.resolved_backend.source.facts
-        mode, why = mode_of(
-            self._config,
-            prepared.world.size,
-            spec,
-            prepared.estimate,
-            there,
-            has_experts=facts.has_routed_experts,
-        )
+        spec = prepared.resolved_backend.choice.spec
+        mode, why = mode_of(self._config, prepared.world.size, spec, prepared.estimate, there)
         [short] = self._ranks.how_many(mode == SHARD)
         if short and self._config.parallel.mode != SHARD:
             reason = why if mode == SHARD else f"a whole base does not fit on {short} of the devices"

@@ -213,8 +213,7 @@ def _within_memory_limit(prepared: PreparedRun, console: RunConsole) -> Prepared
 def _share(prepared: PreparedRun, memory_there: int | None) -> int:
     """How many devices hold the packed layers together."""
     spec, devices = prepared.resolved_backend.choice.spec, prepared.world.size
-    has_experts = prepared.resolved_backend.source.facts.has_routed_experts
-    mode, _ = mode_of(prepared.settled_config, devices, spec, prepared.estimate, memory_there, has_experts=has_experts)
+    mode, _ = mode_of(prepared.settled_config, devices, spec, prepared.estimate, memory_there)
     return devices if mode == SHARD else 1
 
 
@@ -462,7 +461,6 @@ def _planned(prepared: PreparedRun) -> TrainResult:
         prepared.estimate,
         lambda: spread_over(prepared.estimate, resolved_backend.source.facts, dtype, prepared.world.size),
         memory_of_a_device(prepared.resolved_backend, prepared.config) or None,
-        has_experts=resolved_backend.source.facts.has_routed_experts,
     )
     memory = devices.memory
     plan = {

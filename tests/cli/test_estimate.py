@@ -177,8 +177,35 @@ def test_of_a_mixture_the_adapters_of_experts_are_what_is_given_up(
     typed = [word for path, value in advice["settings"].items() for word in _typed(path, value)]
     assert told(capsys, *card, *typed)["high"] == advice["high"]
     assert told(capsys, *card, "--lora.experts", "none")["high"] < found["high"] - 12 * 2**30
-    layers = told(capsys, *card, "--training.memory_limit", "6GB", "--training.base_offload", "auto")
-    assert not layers["advice"]["fits"], "layers with experts cannot leave the device"
+
+
+def test_a_mixture_fits_a_small_card_with_its_experts_on_the_host(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B))
+    card = ("--model", str(tmp_path), "--gpu", "RTX 3060 12GB", "--data.max_seq_length", "512")
+    advice = told(capsys, *card)["advice"]
+    assert advice["fits"]
+    assert advice["settings"] == {"training.base_offload": ["embeddings", "layers"], "lora.experts": "none"}
+    typed = [word for path, value in advice["settings"].items() for word in _typed(path, value)]
+    assert told(capsys, *card, *typed)["high"] == advice["high"]
+    whole, moved = (
+        told(capsys, *card, "--lora.experts", "none", "--training.base_offload", parts)["bytes"]["weights"]
+        for parts in ("embeddings", "embeddings,layers")
+    )
+    of_48 = 48 / 46 * (whole - moved)  # packed layers, of which two stay
+    assert of_48 == pytest.approx(29.9e9 * 0.516, rel=0.01)
+    left = told(capsys, *card, "--lora.experts", "none", "--training.base_offload", "auto")
+    assert left["advice"] is None
+
+
+def test_devices_share_a_mixture_that_none_can_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B))
+    card = ("--model", str(tmp_path), "--gpu", "RTX 4070 Ti SUPER", *SHORT, "--lora.experts", "none")
+    alone, two = told(capsys, *card), told(capsys, *card, "--devices", "2")
+    assert (alone["cards"][0]["class"], two["plan"]["mode"]) == ("too small", "shard")
+    packed = 29.9e9 * 0.516
+    assert alone["bytes"]["weights"] - two["bytes"]["weights"] == pytest.approx(packed * (1 / 2 - 2 / 48), rel=0.01)
 
 
 QWEN3_30B = {
@@ -408,23 +435,26 @@ def test_the_probe_stands_beside_the_arithmetic(tmp_path: Path) -> None:
     assert told["total"] == found.memory.total
 
 
-def test_no_advice_for_a_mixture_is_what_its_backends_refuse(
+def test_experts_in_mxfp4_are_planned_for_the_host_and_for_several_devices(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """gpt-oss-120b: experts stay on the device, whole (QH-B01)."""
+    """gpt-oss-120b, which no card of 24 GB holds."""
     config = {
         "model_type": "gpt_oss", "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 36,
         "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 128,
         "num_experts_per_tok": 4, "vocab_size": 201088, "quantization_config": {"quant_method": "mxfp4"},
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert main(["estimate", "--model", str(tmp_path), "--gpu", "RTX 4090"]) == 0
-    words = " ".join(capsys.readouterr().out.split())
-    assert "embeddings and head on the host" in words
-    assert "layers" not in words
-    assert "share the base" not in words
-    assert main(["estimate", "--model", str(tmp_path), "--training.base_offload", "layers"]) == 2
-    assert "routed experts cannot be in the host's memory" in capsys.readouterr().err
+    card = ("--model", str(tmp_path), "--gpu", "RTX 4090", "--data.max_seq_length", "512", "--lora.experts", "none")
+    advice = told(capsys, *card)["advice"]
+    assert advice["fits"]
+    assert "layers" in advice["settings"]["training.base_offload"]
+    alone, four = told(capsys, *card), told(capsys, *card, "--devices", "4")
+    assert four["plan"]["mode"] == "shard"
+    in_layers = (alone["bytes"]["weights"] - four["bytes"]["weights"]) / (1 - 1 / 4 - 2 / 36)
+    experts = 36 * 128 * 3 * 2880**2 * 4.25 / 8
+    attention = 36 * 2 * 2880 * 64 * (64 + 8) * 2
+    assert in_layers == pytest.approx(experts + attention, rel=0.01)
 
 
 @pytest.mark.parametrize(("card", "is_advised"), [("RTX 3060 8GB", True), ("Apple 8GB", False)])

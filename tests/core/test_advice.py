@@ -25,6 +25,8 @@ GIB = 2**30
 def peak(settings: Mapping[str, object]) -> int:
     """A model of 8B: 16 or 5 GiB, and a GiB for each sequence whose activations are kept."""
     base = 16 if settings.get("quantization.weight_format") == "none" else 5
+    base -= 4 if settings.get("training.base_offload") else 0
+    base -= 0.5 if settings.get("lora.experts") == "none" else 0
     kept = 0.25 if settings.get("training.gradient_checkpointing") else 1.0
     return int(GIB * (base + kept * int(str(settings["training.per_device_train_batch_size"]))))
 
@@ -164,3 +166,43 @@ def test_devices_that_share_the_base_are_advised_where_they_can(spreads: bool) -
     plan = advise(replace(SITUATION, memory_bytes=int(GIB), spreads=spreads))
     [batch] = [advice for advice in plan.advice if advice.subject == "batch"]
     assert ("--parallel.mode shard" in batch.why) is spreads
+
+
+@pytest.mark.parametrize(
+    ("memory", "done"),
+    [
+        (5.3, {}),
+        (5, {"lora.experts": "none"}),
+        (4.7, {"training.base_offload": ["embeddings", "layers"]}),
+        (1, {"training.base_offload": ["embeddings", "layers"], "lora.experts": "none"}),
+    ],
+)
+def test_layers_go_to_the_host_where_nothing_else_fits(memory: float, done: Mapping[str, object]) -> None:
+    """Of a mixture the adapters of experts are given up before, and with them where that is not enough."""
+    made = settings_for(memory, offloads=True, has_experts=True)
+    assert {name: made[name] for name in ("lora.experts", "training.base_offload") if name in made} == done
+    assert "training.base_offload" not in settings_for(memory, has_experts=True)
+    assert "lora.experts" not in settings_for(memory, offloads=True)
+
+
+def test_a_mixture_is_advised_for_a_small_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B))
+    words = ["advise", "--model", str(tmp_path), "--memory", "12GB", "--backend", "cuda_bnb"]
+    assert main([*words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["fits"]
+    assert told["settings"]["training.base_offload"] == ["embeddings", "layers"]
+    given = {"model.name_or_path": str(tmp_path), "backend.name": "cuda_bnb"}
+    config = resolve_settings(nest({**given, **told["settings"]}), environ={}).config
+    assert estimate_run(config).memory.high == told["peak_bytes"] <= 12 * GIB
+    assert main(words) == 0
+    typed = shlex.split(capsys.readouterr().out.rpartition("qlora-hal ")[2])
+    assert main([*typed, "--print-config"]) == 0
+
+
+QWEN3_30B = {
+    "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
+    "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
+    "num_experts_per_tok": 8, "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True,
+    "vocab_size": 151936, "max_position_embeddings": 40960, "tie_word_embeddings": False, "dtype": "bfloat16",
+}  # fmt: skip

@@ -16,7 +16,7 @@ from small_runs import SMALL, merged
 from tiny_models import write_model
 from trainers import random_batch, source_of
 
-from qlora_hal import merge, resume, train
+from qlora_hal import TrainResult, merge, resume, train
 from qlora_hal.adapter import read_adapter
 from qlora_hal.contract.backend import Compute, Quantization
 from qlora_hal.contract.capabilities import WeightFormat
@@ -119,9 +119,7 @@ def test_a_resumed_run_ends_with_the_same_bits(optimizer: str, mixture: Path, tm
     shutil.rmtree(tmp_path / "broken" / "adapter")
     resumed = resume(tmp_path / "broken")
     assert resumed.steps == whole.steps == 4
-    expected, found = (load_file(run.adapter_dir / "adapter_model.safetensors") for run in (whole, resumed))
-    assert expected.keys() == found.keys()
-    assert all(np.array_equal(found[name], tensor) for name, tensor in expected.items())
+    assert same_bits(resumed, whole)
 
 
 @pytest.mark.parametrize("base", ["none", "nf4"])
@@ -211,8 +209,53 @@ def test_a_mixture_of_one_expert_is_refused_before_it_loads(tmp_path: Path) -> N
     assert refusal.value.code == "QH-M51"
 
 
-@pytest.mark.fault("B01")
-def test_experts_that_are_to_lie_in_the_hosts_memory_are_refused_before_loading(mixture: Path, tmp_path: Path) -> None:
-    given = settings(mixture, tmp_path / "run", **{"training.base_offload": ["layers"]})
-    with pytest.raises(UnsupportedFeatureError, match="routed experts cannot be in the host's memory"):
-        train(given, dry_run=True)
+@pytest.mark.parametrize("rest", ["host", "disk"])
+def test_a_run_whose_layers_are_on_the_host_ends_with_the_same_bits_and_so_does_its_resume(
+    rest: str, mixture: Path, tmp_path: Path
+) -> None:
+    extra = {"training.recompute": "full", **evaluated(tmp_path)}
+    moved = {"training.base_offload": ["layers"], "backend.options": {"offloaded_layers": rest}}
+    whole = train(settings(mixture, tmp_path / "whole", **extra))
+    streamed = train(settings(mixture, tmp_path / "streamed", **extra, **moved))
+    for newer in (tmp_path / "streamed").glob("checkpoints/*4"):
+        shutil.rmtree(newer)
+    record = json.loads((tmp_path / "streamed" / "run.json").read_text())
+    assert record["resolved"]["base_offload"] == ["layers"]
+    assert same_bits(streamed, whole)
+    assert streamed.eval_loss_after == whole.eval_loss_after
+    shutil.rmtree(tmp_path / "streamed" / "adapter")
+    assert same_bits(resume(tmp_path / "streamed"), whole)
+
+
+def evaluated(folder: Path) -> dict[str, Any]:
+    """Settings of evaluations within a run, of eight rows."""
+    rows = folder / "validation.jsonl"
+    rows.write_text("".join(data_path("validation").read_text().splitlines(keepends=True)[:8]))
+    return {"data.validation_path": str(rows), "training.eval_steps": 2}
+
+
+def same_bits(run: TrainResult, other: TrainResult) -> bool:
+    found, expected = (load_file(one.adapter_dir / "adapter_model.safetensors") for one in (run, other))
+    return found.keys() == expected.keys() and all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("usual_signals")
+def test_devices_that_share_the_experts_end_with_the_bits_of_whole_ones_and_so_does_a_resume(
+    mixture: Path, tmp_path: Path
+) -> None:
+    """Six sequences a step, of four experts a layer; three devices go on with what two began."""
+    step = {"training.per_device_train_batch_size": 1, "training.gradient_accumulation_steps": 1}
+    step |= {"training.global_batch_size": 6, **evaluated(tmp_path)}
+    asked = {mode: settings(mixture, tmp_path / mode, **step, **{"parallel.mode": mode}) for mode in ("data", "shard")}
+    whole, shared = (train(one, devices=2) for one in asked.values())
+    assert json.loads((tmp_path / "shard" / "run.json").read_text())["resolved"]["parallel_mode"] == "shard"
+    assert same_bits(shared, whole)
+    assert shared.eval_loss_after == whole.eval_loss_after
+    for newer in (tmp_path / "shard").glob("checkpoints/*4"):
+        shutil.rmtree(newer)
+    shutil.rmtree(tmp_path / "shard" / "adapter")
+    shutil.copytree(tmp_path / "shard", tmp_path / "of three", symlinks=True)
+    assert same_bits(resume(tmp_path / "shard", devices=2), whole)
+    of_three = resume(tmp_path / "of three", devices=3)
+    assert of_three.eval_loss_after == pytest.approx(whole.eval_loss_after, rel=2e-5)

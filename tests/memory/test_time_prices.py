@@ -63,6 +63,24 @@ def test_layers_cost_what_they_were_measured_to_cost(
     assert pytest.approx(head / 8.03e9 / 2, abs=0.005) == HEAD_AGAIN
 
 
+def test_layers_of_a_mixture_cost_what_they_were_measured_to_cost() -> None:
+    """Of Qwen3-30B-A3B's shape, whose tokens meet an eleventh of its weights."""
+    [kept] = [one for one in _results("h200_moe.json") if one["system"] == "ours, none"]
+    streamed = [one for one in _results("h200_moe_streamed.json") if one["notes"]]
+    price = PassChoice(512, "none", ("layers",), to_each=11.0).time
+    for one, milliseconds in zip(streamed, (300, 281), strict=True):
+        assert f"14.4 GiB cross to the device in each direction of a pass, {milliseconds} ms" in one["notes"][0]
+        assert 2e-3 * milliseconds * kept["tokens_per_second"] / 512 == pytest.approx(price, rel=0.05)
+    assert streamed[1]["length"] == 512
+    assert kept["tokens_per_second"] / streamed[1]["tokens_per_second"] == pytest.approx(price, rel=0.1)
+    assert PassChoice(512, "none", ("layers",), to_each=1.2).time == PassChoice(512, "none", ("layers",)).time
+
+
+def _results(record: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((RUNS / record).read_text())["results"]
+    return found
+
+
 def test_copies_hide_behind_enough_tokens_and_no_fewer() -> None:
     layers = ("embeddings", "layers")
     assert PassChoice(8192, "none", layers).time == PassChoice(8192).time * STREAMED

@@ -12,17 +12,20 @@ import pytest
 from qlora_hal.adapter import resolve_targets
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.memory_constants import MemoryConstants, MemoryQuery
-from qlora_hal.contract.values import LinearShape
+from qlora_hal.contract.values import LinearShape, MemoryEstimate
 from qlora_hal.memory.estimate import (
     adapter_parameters,
     estimate,
     linear_bytes,
     optimizer_bytes,
+    spread_over,
     weight_bytes,
 )
 from qlora_hal.memory.gpus import GIB, KNOWN_GPUS, apple_working_set
+from qlora_hal.memory.placement import with_base_offloaded
 from qlora_hal.model.described_weights import described_header
 from qlora_hal.model.facts import ModelFacts, TensorFacts, read_facts
+from qlora_hal.model.shape import weights_to_each
 from qlora_hal_backends.torch_family import platform
 from qlora_hal_backends.torch_family.platform import MEMORY, fused_memory, memory_of, plain_memory
 
@@ -270,6 +273,55 @@ def test_estimate_of_a_fused_mixture_is_that_near_a_measured_peak(
         constants=constants,
     )
     assert (needed.total - needed.runtime) / 1e9 == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["resident", "streamed", "streamed, 512 tokens"])
+def test_estimate_of_a_streamed_mixture_is_that_near_a_measured_peak(
+    place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`benchmarks/moe_step.py` on an NVIDIA H200."""
+    record = Path(__file__).parents[2] / "docs" / "runs" / "h200_moe_streamed.json"
+    measured = json.loads(record.read_text())["results"][place]
+    monkeypatch.setattr(platform, "find_spec", lambda name: object())
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B))
+    facts = read_facts(tmp_path, [described_header(QWEN3_30B, tmp_path)])
+    targets = resolve_targets("all-linear", facts.linear_modules, "none")
+    needed = qlora(
+        facts,
+        targets={name: facts.linear_modules[name] for name in targets},
+        optimizer="adamw_8bit",
+        batch_size=measured["rows"],
+        sequence_length=measured["length"],
+        gradient_checkpointing=True,
+        constants=memory_of(TORCH, fused=True)(MemoryQuery("qwen3_moe", "bfloat16", recompute="full")),
+    )
+    if place:
+        needed = with_base_offloaded(needed, facts, "bfloat16", ("embeddings", "layers"))
+    # Parts are added that are not all there at one moment.
+    assert -0.05 < (needed.total - needed.runtime) / 1e9 / measured["peak_allocated_gb"] - 1 < 0.09
+
+
+def test_all_experts_cross_for_the_few_that_a_token_meets(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B))
+    facts = read_facts(tmp_path, [described_header(QWEN3_30B, tmp_path)])
+    attention, experts = 2 * 2048 * (4096 + 512), 3 * 128 * 2048 * 768
+    assert weights_to_each(facts) == pytest.approx((attention + experts) / (attention + experts / 16))
+    assert weights_to_each(LLAMA_7B) == 1.0
+
+
+def test_two_layers_on_a_device_are_of_the_largest_size_there_is() -> None:
+    """Of DeepSeek-V3's layers the first three have no experts."""
+    dense, sparse = LinearShape(100, 50), LinearShape(100, 50, 16)
+    modules = {f"model.layers.{layer}.mlp.up_proj": dense if layer < 3 else sparse for layer in range(61)}
+    numbers = 5000 * (3 + 58 * 16)
+    facts = replace(LLAMA_7B, linear_modules=modules, parameter_count=numbers + 1000)
+    weights = MemoryEstimate(numbers // 2 + 2000, 0, 0, 0, 0, 0, 0, 0)
+    slots = 2 * 16 * 5000 // 2
+    for found in (
+        with_base_offloaded(weights, facts, "bfloat16", ("layers",)),
+        spread_over(weights, facts, "bfloat16", 10**9),
+    ):
+        assert found.weights == 2000 + slots
 
 
 def test_rows_of_experts_are_counted_for_each_of_a_tokens_experts(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from qlora_hal.cli.estimate import estimate_as_json, estimate_as_text, estimate_
 from qlora_hal.config.schema import RunConfig
 from qlora_hal.contract.values import MemoryEstimate
 from qlora_hal.detect.discovery import find, listed, load_spec
-from qlora_hal.errors import ConfigError, QloraHalError, UnsupportedFeatureError
+from qlora_hal.errors import ConfigError, QloraHalError
 from qlora_hal.ranks.planning import mode_of
 from qlora_hal.report.console import RunConsole
 from qlora_hal.run.start import idle_settings
@@ -81,7 +81,7 @@ def test_devices_that_hold_shares_of_the_base_need_less(tmp_path: Path) -> None:
 def plan_with(there: int | None, mode: str, needed: int, tmp_path: Path) -> str:
     spec = load_spec(find("cpu_torch", listed()))
     memory = MemoryEstimate(needed, 0, 0, 0, 0, 0, 0, 0)
-    return mode_of(config(tmp_path, **{"parallel.mode": mode}), 2, spec, memory, there, has_experts=False)[0]
+    return mode_of(config(tmp_path, **{"parallel.mode": mode}), 2, spec, memory, there)[0]
 
 
 @pytest.mark.parametrize(
@@ -95,14 +95,6 @@ def test_auto_spreads_the_base_where_the_whole_does_not_fit(
     there: int | None, mode: str, expected: str, tmp_path: Path
 ) -> None:
     assert plan_with(there, mode, 100, tmp_path) == expected
-
-
-@pytest.mark.fault("R06")
-def test_a_base_with_experts_is_whole_on_each_device(tmp_path: Path) -> None:
-    spec, memory = load_spec(find("cpu_torch", listed())), MemoryEstimate(100, 0, 0, 0, 0, 0, 0, 0)
-    assert mode_of(config(tmp_path), 2, spec, memory, 99, has_experts=True)[0] == "data"
-    with pytest.raises(UnsupportedFeatureError, match="A base with routed experts cannot be spread"):
-        mode_of(config(tmp_path, **{"parallel.mode": "shard"}), 2, spec, memory, 99, has_experts=True)
 
 
 def test_estimate_takes_more_devices_than_there_are(tmp_path: Path) -> None:

@@ -33,22 +33,20 @@ class Others:
 
 
 @pytest.mark.parametrize(
-    ("memory", "short", "has_experts", "spread", "told"),
+    ("memory", "short", "spread", "told"),
     [
-        (NEEDED + 1, 0, False, False, []),
-        (NEEDED - 1, 0, True, False, []),
-        (NEEDED + 1, 2, False, True, ["parallel.mode is shard: a whole base does not fit on 2 of the devices"]),
+        (NEEDED + 1, 0, False, []),
+        (NEEDED + 1, 2, True, ["parallel.mode is shard: a whole base does not fit on 2 of the devices"]),
         (
             NEEDED - 1,
             0,
-            False,
             True,
             ["parallel.mode is shard: with a whole base each device would need 9.31 GiB of its 9.31 GiB"],
         ),
     ],
 )
 def test_where_the_base_does_not_fit_on_one_device_all_hold_parts(
-    memory: int, short: int, has_experts: bool, spread: bool, told: Sequence[str]
+    memory: int, short: int, spread: bool, told: Sequence[str]
 ) -> None:
     notes: list[str] = []
     trainer, world = Others(memory, short), World(0, 3)
@@ -60,10 +58,7 @@ def test_where_the_base_does_not_fit_on_one_device_all_hold_parts(
         _prepared=SimpleNamespace(
             world=world,
             estimate=SimpleNamespace(total=NEEDED),
-            resolved_backend=SimpleNamespace(
-                choice=SimpleNamespace(spec=load_spec(find("cpu_torch", listed()))),
-                source=SimpleNamespace(facts=SimpleNamespace(has_routed_experts=has_experts)),
-            ),
+            resolved_backend=SimpleNamespace(choice=SimpleNamespace(spec=load_spec(find("cpu_torch", listed())))),
         ),
     )
     assert Session._shards_base(session) is spread

@@ -290,6 +290,25 @@ def test_updated_adapter_is_used_at_the_next_forward(tmp_path: Path) -> None:
     assert_same(model, body, random_batch(1))
 
 
+def test_weights_that_did_not_all_arrive_are_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer's gate and up took the place of another's when memory ran out for its down: that other is not there."""
+    model = mixture(tmp_path)
+    body = fused_body(model)
+    stacks = body.schedule.feed_forward.buffers  # type: ignore[attr-defined]
+    body.schedule.hold(body.layers[0])
+    expected = stacks.into.memory.clone()
+
+    def no_memory(weights: object) -> None:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stacks.out, "decode", no_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            body.schedule.hold(body.layers[1])
+    body.schedule.hold(body.layers[0])
+    assert torch.equal(stacks.into.memory, expected)
+
+
 def test_evaluation_gives_the_same_loss_and_touches_no_gradient(tmp_path: Path) -> None:
     model = mixture(tmp_path)
     body = fused_body(model)

@@ -7,6 +7,7 @@ On a GPU the kernels run compiled; elsewhere in Triton's interpreter (`TRITON_IN
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +15,12 @@ import torch
 from qlora_hal.contract.backend import Quantization
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal_backends.torch_family.base_weights import quantize
-from qlora_hal_backends.torch_family.experts.stacked_weights import stacked
+from qlora_hal_backends.torch_family.experts.stacked_weights import Blockwise4BitStack, stacked
 from qlora_hal_backends.torch_family.fused.families import Activation
 from qlora_hal_backends.torch_family.fused.mixture.kernel_trial import differing, differing_products
 from qlora_hal_backends.torch_family.fused.mixture.operations import MixtureOperations, Router
 from qlora_hal_backends.torch_family.fused.mixture.reference import ReferenceMixture
+from qlora_hal_backends.torch_family.streamed_base import StreamedBase
 
 pytestmark = pytest.mark.filterwarnings(
     # Triton's interpreter on NumPy 2.
@@ -27,6 +29,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOKENS, EACH, WIDTH = 5, 3, 24
+NF4 = Quantization(WeightFormat.NF4, 64, True)
 CLOSE = {"rtol": 2e-5, "atol": 2e-6}
 """As in `test_fused_kernels`: float32 sums in another order, exponentials."""
 
@@ -67,6 +70,25 @@ def test_stacks_are_decoded_where_they_are_wanted(
     assert out[:, [0, -1]].isnan().all()
     for expert, layer in enumerate(layers):
         torch.testing.assert_close(out[expert, 1:-1], layer.dense(), rtol=2.0**-22, atol=1e-7)
+
+
+def test_a_stack_that_is_streamed_is_decoded_where_it_is_wanted(
+    operations: MixtureOperations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the kernel, where there is one, and not by bitsandbytes into a copy of all experts."""
+    layers = [
+        [quantize(random(8, 128, seed=seed + place), NF4, torch.float32) for seed in (0, 9)] for place in range(3)
+    ]
+    expected = [stacked(layer).dense() for layer in layers]
+    base = StreamedBase(DEVICE, 3 * 2 * 8 * 128)
+    in_slots: list[Any] = [base.add([stacked(layer)])[0] for layer in layers]
+    base.finish()
+    if not isinstance(operations, ReferenceMixture):
+        monkeypatch.setattr(Blockwise4BitStack, "dense", None)
+    for number in (2, 0, 1):
+        out = poisoned(2, 8, 128)
+        operations.dequantize_stack(in_slots[number], out)
+        torch.testing.assert_close(out, expected[number], rtol=2.0**-22, atol=1e-7)
 
 
 @pytest.mark.parametrize("normalizes", [True, False])

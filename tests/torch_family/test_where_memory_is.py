@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fused_models import with_fused_layers
+from published_mxfp4 import write_published_gpt_oss
 from tiny_models import HIDDEN, VOCABULARY, write_model
 from torch import Tensor, nn
 from trainers import moved_adapter, random_batch, source_of
@@ -22,6 +24,8 @@ from qlora_hal.contract.world import World
 from qlora_hal.errors import StorageError, UnsupportedFeatureError, figures
 from qlora_hal_backends import cpu_torch, cuda_bnb
 from qlora_hal_backends.torch_family import host_tables, layers_at_rest, loading, trial
+from qlora_hal_backends.torch_family.experts.stacked_weights import SeparateWeights
+from qlora_hal_backends.torch_family.layer_slots import SlotStack
 from qlora_hal_backends.torch_family.layers_at_rest import SPARED, DiskLayers, HostLayers
 from qlora_hal_backends.torch_family.platform import CPU, CUDA
 from qlora_hal_backends.torch_family.ranks import most_ranks_here
@@ -94,6 +98,139 @@ def test_streamed_base_gives_the_bits_of_a_resident_one(
     assert streamed[0] == resident[0]
     for name, tensor in resident[1].items():
         np.testing.assert_array_equal(streamed[1][name], tensor)
+
+
+MIXTURES: Mapping[str, Mapping[str, Any]] = {
+    # 40 tokens of two experts each leave some of 64 idle.
+    "qwen3_moe": {"num_experts": 64, "num_local_experts": 64},
+    "qwen2_moe": {},  # with a shared expert
+    "mixtral": {},
+    "deepseek_v3": {},  # the lowest layer is dense, and smaller than those above it
+}
+MXFP4 = Quantization(WeightFormat.MXFP4, None, False)
+OTHER_FORMATS: Mapping[str, Quantization] = {
+    "int8": Quantization(WeightFormat.INT8, None, False),
+    "none": Quantization(WeightFormat.NONE, None, False),
+    "fp4": Quantization(WeightFormat.FP4, 64, False),
+}
+
+
+def mixture_of(folder: Path, kind: str) -> Path:
+    if kind == "gpt_oss":  # experts with biases, in MXFP4 beside attention in 16 bits
+        write_published_gpt_oss(folder, num_hidden_layers=5, layer_types=["sliding_attention"] * 4 + ["full_attention"])
+        return folder
+    return write_model(folder, kind, num_hidden_layers=5, **MIXTURES[kind])
+
+
+def assert_same_bits(
+    streamed: tuple[list[float], Mapping[str, Float32]], resident: tuple[list[float], Mapping[str, Float32]]
+) -> None:
+    assert streamed[0] == resident[0]
+    for name, tensor in resident[1].items():
+        np.testing.assert_array_equal(streamed[1][name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("kind", "quantization"),
+    [
+        *((kind, NF4) for kind in MIXTURES),
+        ("gpt_oss", MXFP4),
+        *(("qwen3_moe", quantization) for quantization in OTHER_FORMATS.values()),
+    ],
+    ids=[*MIXTURES, "gpt_oss", *(f"qwen3_moe in {name}" for name in OTHER_FORMATS)],
+)
+@pytest.mark.parametrize(("checkpointing", "rest"), [(False, "host"), (True, "disk")])
+def test_streamed_experts_give_the_bits_of_resident_ones(
+    kind: str, quantization: Quantization, checkpointing: bool, rest: str, tmp_path: Path
+) -> None:
+    path = mixture_of(tmp_path, kind)
+    resident = losses_and_adapter(trainer_of(path, Compute("float32", checkpointing), quantization))
+    compute = Compute("float32", checkpointing, {"offloaded_layers": rest}, base_offload=("embeddings", "layers"))
+    trainer = trainer_of(path, compute, quantization)
+    assert all(isinstance(stack.base, SlotStack) for block in trainer._loaded.experts for stack in block.stacks)
+    assert_same_bits(losses_and_adapter(trainer), resident)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "qwen2_moe", "mixtral", "llama"])
+@pytest.mark.parametrize("recompute", [None, "selective", "full", "offload"])
+def test_the_fused_schedule_reads_streamed_layers_as_resident_ones(kind: str, recompute: Any, tmp_path: Path) -> None:
+    path = write_model(tmp_path, kind, num_hidden_layers=5, **MIXTURES.get(kind, {}))
+    resident = Compute("float32", recompute is not None, recompute=recompute or "full")
+    streamed = replace(resident, base_offload=("embeddings", "layers"))
+    assert_same_bits(
+        *(losses_and_adapter(with_fused_layers(trainer_of(path, compute))) for compute in (streamed, resident))
+    )
+
+
+@pytest.mark.parametrize("schedule", [lambda trainer: trainer, with_fused_layers], ids=["plain layers", "fused"])
+def test_experts_of_another_layer_in_the_slot_are_seen(
+    schedule: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the equalities above rest on. Attention is on the device: it is the stacks that are wrong."""
+    path = mixture_of(tmp_path, "qwen3_moe")
+    expected = schedule(trainer_of(path, Compute())).gradients([random_batch(0)])
+    add = StreamedBase.add
+
+    def stacks_alone(store: StreamedBase, weights: Any) -> Any:
+        stacks = iter(add(store, [weight for weight in weights if len(weight.shape) == 3]))
+        return [next(stacks) if len(weight.shape) == 3 else weight for weight in weights]
+
+    monkeypatch.setattr(StreamedBase, "add", stacks_alone)
+    trainer = schedule(trainer_of(path, Compute(base_offload=LAYERS)))
+    found = trainer.gradients([random_batch(0)])
+    assert all(np.array_equal(found[name], gradient) for name, gradient in expected.items())
+    monkeypatch.setattr(layers_of(trainer)._queue, "copy", lambda target, source: None)
+    found = trainer.gradients([random_batch(0)])
+    assert any(not np.array_equal(found[name], gradient) for name, gradient in expected.items())
+
+
+def test_an_expert_is_that_of_its_layer_whichever_was_read_before(tmp_path: Path) -> None:
+    """Backward reads a layer's experts before anything else of it."""
+    path = mixture_of(tmp_path, "mixtral")
+    resident, streamed = (trainer_of(path, Compute(base_offload=parts))._loaded for parts in ((), LAYERS))
+    for layer in (0, 4, 1, 3, 2, 0):
+        for theirs, ours in zip(resident.experts[layer].stacks, streamed.experts[layer].stacks, strict=True):
+            assert theirs.base is not None
+            assert ours.base is not None
+            assert torch.equal(ours.base.expert(1), theirs.base.expert(1))
+            assert torch.equal(ours.base.dense(), theirs.base.dense())
+
+
+def test_of_streamed_experts_two_layers_are_on_the_device(tmp_path: Path) -> None:
+    trainer = trainer_of(mixture_of(tmp_path, "qwen3_moe"), Compute(base_offload=EVERYWHERE))
+    base = layers_of(trainer)
+    largest = max(size for size, _ in base._layers)
+    slots = {slot.memory.untyped_storage().data_ptr() for slot in base._slots}
+    assert [slot.memory.numel() for slot in base._slots] == [largest] * 2
+    for block in trainer._loaded.experts:
+        for stack in block.stacks:
+            weight: Any = stack.base.weight  # type: ignore[union-attr]
+            held = {part.untyped_storage().data_ptr() for part in (weight.packed, weight.absmax, weight.nested)}
+            assert held <= slots
+
+
+def test_experts_in_formats_of_their_own_are_streamed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of one stack that a checkpoint packed in several ways."""
+    path = mixture_of(tmp_path, "mixtral")
+    monkeypatch.setattr("qlora_hal_backends.torch_family.experts.reading.stacked", SeparateWeights)
+    resident, streamed = (trainer_of(path, Compute(base_offload=parts)) for parts in ((), LAYERS))
+    assert_same_bits(losses_and_adapter(streamed), losses_and_adapter(resident))
+
+
+def test_memory_that_all_layers_need_is_not_told_from_a_small_first_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of DeepSeek the lowest layers have no experts."""
+    path = write_model(tmp_path, "deepseek_v3", num_hidden_layers=5, n_routed_experts=16)
+    sizes = [size for size, _ in layers_of(trainer_of(path, Compute(base_offload=LAYERS)))._layers]
+    assert 2 * sizes[0] < sizes[1]
+    monkeypatch.setattr(layers_at_rest, "memory_available_here", lambda: int(sum(sizes) * 0.9 / (1 - SPARED)))
+    assert isinstance(layers_of(trainer_of(path, Compute(base_offload=LAYERS))).at_rest, DiskLayers)
+
+
+def test_streamed_mxfp4_is_named_in_the_kernel_path(tmp_path: Path) -> None:
+    trainer = trainer_of(mixture_of(tmp_path, "gpt_oss"), Compute(base_offload=LAYERS), MXFP4)
+    assert "MXFP4 by torch" in trainer.device_facts().kernel_path
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -183,6 +320,24 @@ def test_layers_go_to_the_disk_where_the_memory_left_is_too_little_and_that_is_s
         trainer = trainer_of(path, Compute(base_offload=LAYERS))
         assert isinstance(layers_of(trainer).at_rest, kind)
         assert any(words in note for note in trainer.load_notes)
+
+
+def test_layers_share_blocks_of_page_locked_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's allocator takes powers of two: 512 MiB for each layer of Qwen3-30B-A3B, which has 307."""
+    for size in range(1, 4000):
+        block = layers_at_rest.block_for(size)
+        assert block == 1 << (block.bit_length() - 1)
+        assert block - block // size * size <= block / 8
+    assert layers_at_rest.block_for(307 * 2**20) == 2**30
+    path = write_model(tmp_path, "llama", num_hidden_layers=5)
+    expected = losses_and_adapter(trainer_of(path, Compute(base_offload=LAYERS)))
+    monkeypatch.setattr(layers_at_rest, "has_queue", lambda device: True)
+    trainer = trainer_of(path, Compute(base_offload=LAYERS))
+    size, _ = layers_of(trainer)._layers[0]
+    layers = [layers_of(trainer).at_rest.take(number) for number in range(5)]
+    blocks = {layer.untyped_storage().data_ptr() for layer in layers}
+    assert len(blocks) == -(-5 // (layers_at_rest.block_for(size) // size)) < 5
+    assert_same_bits(losses_and_adapter(trainer), expected)
 
 
 def test_memory_left_is_enough_for_all_ranks_of_the_host_or_layers_go_to_the_disk(

@@ -10,23 +10,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from qlora_hal_backends.torch_family.base_weights import BaseWeight, Blockwise4BitWeight, DenseWeight, Int8Weight
+from qlora_hal_backends.torch_family.experts.stacked_weights import (
+    Blockwise4BitStack,
+    DenseStack,
+    Int8Stack,
+    Mxfp4Stack,
+    SeparateWeights,
+    StackedWeight,
+)
 from qlora_hal_backends.torch_family.microscaling import Mxfp4Weight
 
 ALIGNMENT = 256
 """Each tensor starts at a multiple of so many bytes, what a kernel's widest loads want."""
 SLOTS = 2
 
+Weight = BaseWeight | StackedWeight
+"""What a layer is made of: linear layers' weights, and those of all experts of a projection."""
+Packed = TypeVar("Packed", bound=Weight)
+
 
 class LayerStore(Protocol):
     """Where the bytes of layers are kept. `add` each layer in turn, then `finish`."""
 
-    def add(self, weights: list[BaseWeight]) -> list[BaseWeight]:
+    def add(self, weights: Sequence[Weight]) -> list[Weight]:
         """Take a layer; the weights it gives read the slots."""
         ...
 
@@ -58,18 +70,12 @@ class Place:
 
 
 @dataclass(slots=True)
-class SlotWeight:
-    """A weight of a layer whose bytes come when it is read."""
-
-    weight: BaseWeight
+class _InSlot(Generic[Packed]):
+    weight: Packed
     layer: int
     store: LayerStore
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.weight.shape
-
-    def present(self) -> BaseWeight:
+    def present(self) -> Packed:
         """The weight itself, whole until the layer after the next is read."""
         self.store.present(self.layer)
         return self.weight
@@ -78,12 +84,59 @@ class SlotWeight:
         return self.present().dense()
 
 
-def at_hand(base: BaseWeight) -> BaseWeight:
+class SlotWeight(_InSlot[BaseWeight]):
+    """A weight of a layer whose bytes come when it is read."""
+
+    __slots__ = ()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape
+
+
+class SlotStack(_InSlot[StackedWeight]):
+    """The weights of all experts of a projection, alike."""
+
+    __slots__ = ()
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.weight.shape
+
+    def expert(self, number: int) -> Tensor:
+        return self.present().expert(number)
+
+
+def in_slots(weights: Sequence[Weight], layer: int, store: LayerStore) -> list[Weight]:
+    """The weights of a layer as they are read from here on."""
+    return [_in_slot(weight, layer, store) for weight in weights]
+
+
+def _in_slot(weight: Weight, layer: int, store: LayerStore) -> Weight:
+    if isinstance(weight, _STACKS):
+        return SlotStack(weight, layer, store)
+    return SlotWeight(weight, layer, store)  # type: ignore[arg-type]  # whatever is no stack
+
+
+@overload
+def at_hand(base: BaseWeight) -> BaseWeight: ...
+
+
+@overload
+def at_hand(base: StackedWeight) -> StackedWeight: ...
+
+
+def at_hand(base: Weight) -> Weight:
     """The weight itself, for code that reads its tensors."""
-    return base.present() if isinstance(base, SlotWeight) else base
+    return base.present() if isinstance(base, _InSlot) else base
 
 
-def places_of(weights: Sequence[BaseWeight]) -> tuple[list[Place], int]:
+def kind_of(base: object) -> type:
+    """The class of a weight, of which nothing is brought for that."""
+    return type(base.weight) if isinstance(base, _InSlot) else type(base)
+
+
+def places_of(weights: Sequence[Weight]) -> tuple[list[Place], int]:
     """Where each tensor of a layer lies in its bytes, and how many these are."""
     places, end = [], 0
     for owner, name in (found for weight in weights for found in _tensors_of(weight)):
@@ -107,18 +160,28 @@ def view_from(slot: Tensor, places: Sequence[Place]) -> None:
         place.put(slot[place.start : place.start + place.size].view(place.dtype).view(place.shape))
 
 
-def _tensors_of(weight: BaseWeight) -> Iterator[tuple[Any, str]]:
-    """The tensors of a weight that are worth moving; tables of codes are small, and stay on the device."""
+def _tensors_of(weight: Weight) -> Iterator[tuple[Any, str]]:
+    """The tensors of a weight that are worth moving; tables of codes and offsets are small, and stay on the device."""
     match weight:
-        case DenseWeight():
+        case DenseWeight() | DenseStack():
             yield weight, "weight"
-        case Int8Weight():
+        case Int8Weight() | Int8Stack():
             yield from ((weight, "integers"), (weight, "row_absmax"))
         case Blockwise4BitWeight(state=state):
             yield from ((weight, "packed"), (state, "absmax"))
             if state.nested:
                 yield state.state2, "absmax"
-        case Mxfp4Weight():
+        case Blockwise4BitStack(nested=nested):
+            yield from ((weight, "packed"), (weight, "absmax"))
+            if nested is not None:
+                yield weight, "nested"
+        case Mxfp4Weight() | Mxfp4Stack():
             yield from ((weight, "packed"), (weight, "scales"))
+        case SeparateWeights(weights=weights):
+            for of_expert in weights:
+                yield from _tensors_of(of_expert)
         case _:
             raise TypeError(f"{type(weight).__name__} has no tensors that are known here")
+
+
+_STACKS = (DenseStack, Int8Stack, Blockwise4BitStack, Mxfp4Stack, SeparateWeights)

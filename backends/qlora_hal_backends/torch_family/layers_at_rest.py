@@ -23,11 +23,14 @@ from qlora_hal.errors.figures import size as in_words
 from qlora_hal.files.durable import storage_error
 from qlora_hal.quantize.calibration import cache_folder
 from qlora_hal_backends.torch_family.copy_queue import Copy, host_memory
+from qlora_hal_backends.torch_family.device import has_queue
 
 OPTION = "offloaded_layers"
 AUTO, HOST, DISK = "auto", "host", "disk"
 CHOICES = (AUTO, HOST, DISK)
 BUFFERS = 2
+MOST_WASTED = 8
+"""The part of a block of page-locked memory that may stay empty is one in so many."""
 SPARED = 0.2
 """Of the host's available memory, for all else that a run takes: page-locked memory cannot be swapped out."""
 
@@ -57,17 +60,31 @@ class LayersAtRest(Protocol):
     def lent(self, number: int, copy: Copy) -> None: ...
 
 
+def block_for(size: int) -> int:
+    """Page-locked bytes to put layers of so many into. torch's allocator (2.13) takes the next power of two of what is
+    asked for: up to twice the size of a layer alone, of several together no more than an eighth for nothing."""
+    block = 1 << (size - 1).bit_length()
+    while block % size > block // MOST_WASTED:
+        block *= 2
+    return block
+
+
 class HostLayers:
-    """In page-locked memory, each layer for itself."""
+    """In page-locked memory, as many layers to a block as waste little of it."""
 
     where = "the host's memory"
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._block_for = block_for if has_queue(device) else int
+        self._left = torch.empty(0, dtype=torch.uint8)
         self._layers: list[Tensor] = []
 
     def room(self, size: int) -> Tensor:
-        return host_memory(size, self._device)
+        if self._left.numel() < size:
+            self._left = host_memory(self._block_for(size), self._device)
+        room, self._left = self._left[:size], self._left[size:]
+        return room
 
     def keep(self, whole: Tensor) -> None:
         self._layers.append(whole)
@@ -79,7 +96,7 @@ class HostLayers:
         return self._layers[number]
 
     def lent(self, number: int, copy: Copy) -> None:
-        """Each layer has its own bytes, which stay."""
+        """A layer's bytes stay."""
 
 
 @dataclass(slots=True)

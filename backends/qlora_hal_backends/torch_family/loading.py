@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import groupby, islice, takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.rotary_length import RotaryLength
 from qlora_hal.errors import ModelError, UnsupportedFeatureError
 from qlora_hal.formats.catalogue import record_of
+from qlora_hal.model.linear_shapes import layer_of
 from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.torch_family.architecture import Architecture, build, rotary_of, shape_mismatch
 from qlora_hal_backends.torch_family.attention import sinks
@@ -39,6 +40,7 @@ from qlora_hal_backends.torch_family.experts import ExpertStack, RoutedExperts, 
 from qlora_hal_backends.torch_family.experts.stacked_weights import Mxfp4Stack
 from qlora_hal_backends.torch_family.head_loss import Head
 from qlora_hal_backends.torch_family.host_tables import HostEmbedding, Tables
+from qlora_hal_backends.torch_family.layer_slots import LayerStore, kind_of
 from qlora_hal_backends.torch_family.layers_at_rest import AUTO, OPTION, idle_note
 from qlora_hal_backends.torch_family.lora_linear import FrozenLinear
 from qlora_hal_backends.torch_family.microscaling import LARGEST, Mxfp4Weight
@@ -84,7 +86,7 @@ class BaseModel:
 
     @property
     def is_microscaled(self) -> bool:
-        return any(isinstance(linear.base, Mxfp4Weight | Mxfp4Stack) for linear in self.linears.values())
+        return any(kind_of(linear.base) in (Mxfp4Weight, Mxfp4Stack) for linear in self.linears.values())
 
 
 LoadBase = Callable[[ModelSource, Quantization, Compute, torch.device], BaseModel]
@@ -113,32 +115,25 @@ def load_with(
     dtype = getattr(torch, compute.dtype)
     architecture = build(source, compute.options.get("attention", "auto"), dtype)
     causal, linears = architecture.causal, architecture.linears
-    store = _layer_store(compute, device, len({layer for name in linears if (layer := _layer_of(name))}))
-    if store is not None and architecture.experts:
-        raise UnsupportedFeatureError(
-            "QH-B01",
-            "A base with routed experts has to be whole on each device here.",
-            where="parallel.mode" if compute.shard_base else "training.base_offload",
-            fix="Set parallel.mode: data." if compute.shard_base else "Take layers out of training.base_offload.",
-        )
+    layers = _by_layer(architecture)
+    store = _layer_store(compute, device, sum(part.numbers for layer, part in layers.items() if layer))
     with Checkpoint(source.path, source.facts.tensors, architecture.stored) as checkpoint:
-        for layer, names in groupby(linears, key=_layer_of):
-            held = [name for name in names if checkpoint.has_module(name)]  # others are one with another layer
-            for name in held:
-                linear = linears[name]
-                linear.base = read_weight(checkpoint, name, quantization, dtype, device)
+        read = partial(_read_layer, read_weight, checkpoint, quantization, dtype, device)
+        for layer, part in layers.items():
+            for name, linear in part.linears.items():
+                if not checkpoint.has_module(name):
+                    continue  # one with another layer
+                linear.base = read(name)
                 if linear.base.shape != (linear.out_features, linear.in_features):
                     expected = (linear.out_features, linear.in_features)
                     raise shape_mismatch(source.name, name, linear.base.shape, expected)
                 linear.bias = _bias(checkpoint, name, linear, dtype, device)
-            if store is not None and layer and held:
-                moved = store.add([base for name in held if (base := linears[name].base) is not None])
-                for name, weight in zip(held, moved, strict=True):
-                    linears[name].base = weight
+            for path in part.blocks:
+                pack_experts(architecture.expert_names, path, checkpoint, read, quantization, dtype, device)
+            if store is not None and layer:
+                part.move_to(store)
         if store is not None:
             store.finish()
-        read_layer = partial(_read_layer, read_weight, checkpoint, quantization, dtype, device)
-        pack_experts(architecture.expert_names, checkpoint, read_layer, quantization, dtype, device)
         tables = Tables.of(causal, compute.base_offload)
         _fill_parameters(causal, checkpoint, lambda name: torch.device("cpu") if name in tables.names else device)
         _fill_buffers(causal, checkpoint)
@@ -172,8 +167,43 @@ def load_with(
     )
 
 
-def _layer_store(compute: Compute, device: torch.device, layers: int) -> ShardedBase | StreamedBase | None:
-    """Where packed layers are kept, if not on the device. Raises UnsupportedFeatureError QH-B01 for two at once."""
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The modules of one layer whose weights are packed, by their paths in the model."""
+
+    linears: dict[str, FrozenLinear] = field(default_factory=dict)
+    blocks: dict[str, RoutedExperts] = field(default_factory=dict)
+
+    @property
+    def modules(self) -> list[FrozenLinear | ExpertStack]:
+        return [*self.linears.values(), *(stack for block in self.blocks.values() for stack in block.stacks)]
+
+    @property
+    def numbers(self) -> int:
+        """Of their weights."""
+        return sum(module.shape.parameters for module in self.modules)
+
+    def move_to(self, store: LayerStore) -> None:
+        """Keep what was read there, as one layer."""
+        read = [(module, module.base) for module in self.modules if module.base is not None]
+        moved = store.add([weight for _, weight in read]) if read else []
+        for (module, _), weight in zip(read, moved, strict=True):
+            module.base = weight
+
+
+def _by_layer(architecture: Architecture) -> dict[str, _Part]:
+    """Layers in the order of the model, with what is in no layer under an empty name."""
+    layers: dict[str, _Part] = {}
+    for name, linear in architecture.linears.items():
+        layers.setdefault(layer_of(name), _Part()).linears[name] = linear
+    for path, block in architecture.expert_names.blocks.items():
+        layers.setdefault(layer_of(path), _Part()).blocks[path] = block
+    return layers
+
+
+def _layer_store(compute: Compute, device: torch.device, numbers: int) -> ShardedBase | StreamedBase | None:
+    """Where packed layers of so many numbers are kept, if not on the device. Raises UnsupportedFeatureError QH-B01 for
+    two at once."""
     on_host = "layers" in compute.base_offload
     if on_host and compute.shard_base:
         raise UnsupportedFeatureError(
@@ -184,7 +214,7 @@ def _layer_store(compute: Compute, device: torch.device, layers: int) -> Sharded
         )
     if on_host:
         choice = str(compute.options.get(OPTION, AUTO))
-        return StreamedBase(device, layers, choice, most_ranks_here(compute.world, device))
+        return StreamedBase(device, numbers, choice, most_ranks_here(compute.world, device))
     return ShardedBase(compute.world, device) if compute.shard_base else None
 
 
@@ -197,13 +227,6 @@ def _read_layer(
     name: str,
 ) -> BaseWeight:
     return read_weight(checkpoint, name, quantization, dtype, device)
-
-
-def _layer_of(module: str) -> str:
-    """`model.layers.3` of `model.layers.3.mlp.up_proj`: up to the first number of the path; empty for what is in no
-    layer, as the head is."""
-    parts = module.split(".")
-    return next((".".join(parts[: place + 1]) for place, part in enumerate(parts) if part.isdecimal()), "")
 
 
 class Checkpoint:

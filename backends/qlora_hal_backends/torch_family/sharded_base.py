@@ -12,7 +12,7 @@ torch.distributed's gather here, behind the seam that FSDP2 would stand behind a
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,12 +22,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qlora_hal.contract.world import World
-from qlora_hal_backends.torch_family.base_weights import BaseWeight
 from qlora_hal_backends.torch_family.layer_slots import (
     ALIGNMENT,
     SLOTS,
     Place,
-    SlotWeight,
+    Weight,
+    in_slots,
     move_into,
     places_of,
     view_from,
@@ -76,7 +76,7 @@ class ShardedBase:
     _replayed: tuple[int, int] | None = None
     """While a pass is gone through once more: the visits that are still to come again, and the last one."""
 
-    def add(self, weights: list[BaseWeight]) -> list[BaseWeight]:
+    def add(self, weights: Sequence[Weight]) -> list[Weight]:
         """Keep this rank's chunk of a layer; the weights it gives read the slots."""
         places, size = places_of(weights)
         share = -(-size // (ALIGNMENT * self.world.size)) * ALIGNMENT
@@ -85,7 +85,7 @@ class ShardedBase:
         chunk = whole[self.world.rank * share : (self.world.rank + 1) * share].clone()
         number = len(self._layers)
         self._layers.append(_Layer(chunk, places, share * self.world.size))
-        return [SlotWeight(weight, number, self) for weight in weights]
+        return in_slots(weights, number, self)
 
     def finish(self) -> None:
         """Make the slots, and let each tensor be a view of its own."""

@@ -7,16 +7,17 @@ is what a resident base would compute, of the same bytes.
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from qlora_hal.errors.figures import size as in_words
-from qlora_hal_backends.torch_family.base_weights import BaseWeight
 from qlora_hal_backends.torch_family.copy_queue import Copy, CopyQueue
-from qlora_hal_backends.torch_family.layer_slots import SLOTS, Place, SlotWeight, move_into, places_of, view_from
+from qlora_hal_backends.torch_family.layer_slots import SLOTS, Place, Weight, in_slots, move_into, places_of, view_from
 from qlora_hal_backends.torch_family.layers_at_rest import AUTO, LayersAtRest, resting_place
 
 
@@ -34,8 +35,8 @@ class StreamedBase:
     """The layers of a base `at_rest` in the host's memory or on its disk. `add` each layer in turn, then `finish`."""
 
     device: torch.device
-    layers: int
-    """How many there will be."""
+    numbers: int
+    """Of all weights of all layers: what the first layer takes tells what they will take."""
     choice: str = AUTO
     """Where they rest (`layers_at_rest.CHOICES`)."""
     ranks: int = 1
@@ -51,15 +52,16 @@ class StreamedBase:
     def __post_init__(self) -> None:
         self._queue = CopyQueue(self.device)
 
-    def add(self, weights: list[BaseWeight]) -> list[BaseWeight]:
+    def add(self, weights: Sequence[Weight]) -> list[Weight]:
         places, size = places_of(weights)
         if not self._layers:
-            self.at_rest = resting_place(self.choice, self.layers * size, self.device, self.ranks)
+            here = sum(math.prod(weight.shape) for weight in weights)
+            self.at_rest = resting_place(self.choice, self.numbers * size // here, self.device, self.ranks)
         whole = self.at_rest.room(size)
         move_into(whole, places, self.device)
         self.at_rest.keep(whole)
         self._layers.append((size, places))
-        return [SlotWeight(weight, len(self._layers) - 1, self) for weight in weights]
+        return in_slots(weights, len(self._layers) - 1, self)
 
     def finish(self) -> None:
         largest = max((size for size, _ in self._layers), default=0)

@@ -25,26 +25,27 @@ Read = Callable[[str], BaseWeight]
 
 def pack_experts(
     names: ExpertNames,
+    path: str,
     checkpoint: Checkpoint,
     read_layer: Read,
     quantization: Quantization,
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Fill every stack. `read_layer` gives the packed weight of one layer of the files. A joined tensor of a checkpoint
-    that is quantized already was left out of that, and stays as it is stored. Raises ModelError QH-M52 for numbers that
-    are not finite."""
-    for path, block in names.blocks.items():
-        for halves in (HALVES, ("down",)):
-            projections = [names.projections[path, half] for half in halves]
-            packed: Iterable[list[BaseWeight]]
-            if projections[0].joined:
-                wanted = quantization if not checkpoint.is_packed else Quantization(WeightFormat.NONE)
-                packed = _of_joined(checkpoint, block, projections[0], len(halves), wanted, dtype, device)
-            else:
-                packed = ([read_layer(each.paths[number]) for number in range(block.experts)] for each in projections)
-            for half, weights in zip(halves, packed, strict=True):
-                getattr(block, half).base = stacked(weights)
+    """Fill the stacks of one block. `read_layer` gives the packed weight of one layer of the files. A joined tensor of
+    a checkpoint that is quantized already was left out of that, and stays as it is stored. Raises ModelError QH-M52 for
+    numbers that are not finite."""
+    block = names.blocks[path]
+    for halves in (HALVES, ("down",)):
+        projections = [names.projections[path, half] for half in halves]
+        packed: Iterable[list[BaseWeight]]
+        if projections[0].joined:
+            wanted = quantization if not checkpoint.is_packed else Quantization(WeightFormat.NONE)
+            packed = _of_joined(checkpoint, block, projections[0], len(halves), wanted, dtype, device)
+        else:
+            packed = ([read_layer(each.paths[number]) for number in range(block.experts)] for each in projections)
+        for half, weights in zip(halves, packed, strict=True):
+            getattr(block, half).base = stacked(weights)
 
 
 def _of_joined(

@@ -9,7 +9,7 @@ import torch
 
 from qlora_hal.contract.backend import Compute
 from qlora_hal.contract.values import LinearShape
-from qlora_hal_backends.torch_family.base_weights import BaseWeight, Blockwise4BitWeight
+from qlora_hal_backends.torch_family.base_weights import Blockwise4BitWeight
 from qlora_hal_backends.torch_family.device import device_refusal
 from qlora_hal_backends.torch_family.experts import GroupedProducts, RoutedExperts
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
@@ -21,7 +21,7 @@ from qlora_hal_backends.torch_family.fused.families import (
     rotary_kinds,
 )
 from qlora_hal_backends.torch_family.fused.mixture.collecting import router_of
-from qlora_hal_backends.torch_family.layer_slots import SlotWeight
+from qlora_hal_backends.torch_family.layer_slots import kind_of
 from qlora_hal_backends.torch_family.loading import BaseModel
 from qlora_hal_backends.torch_family.lora_linear import FrozenLinear
 
@@ -53,14 +53,9 @@ def fp8_model_refusal(base: BaseModel) -> str | None:
     """Why a model that the fused schedule serves has no products in 8-bit floats, or None."""
     if base.experts:
         return "products of routed experts are in bfloat16 alone"
-    others = {type(weight).__name__ for weight in _bases(base) if not isinstance(weight, Blockwise4BitWeight)}
+    kinds = [kind_of(linear.base) for linear in base.linears.values() if isinstance(linear, FrozenLinear)]
+    others = {kind.__name__ for kind in kinds if kind is not Blockwise4BitWeight}
     return f"the base is of {', '.join(sorted(others))}, not of nf4 or fp4" if others else None
-
-
-def _bases(base: BaseModel) -> Iterator[BaseWeight | None]:
-    for linear in base.linears.values():
-        weight = linear.base if isinstance(linear, FrozenLinear) else None
-        yield weight.weight if isinstance(weight, SlotWeight) else weight
 
 
 def model_refusal(base: BaseModel, flat: FlatAdapter, compute: Compute) -> str | None:

@@ -15,6 +15,7 @@ from qlora_hal_backends.torch_family.fused.triton_operations import (
     cdiv,
     next_power_of_2,
 )
+from qlora_hal_backends.torch_family.layer_slots import at_hand
 
 COLUMNS = 2048
 """Of one program, at most."""
@@ -32,6 +33,7 @@ class TritonMixture:
         self.activation = activation
 
     def dequantize_stack(self, base: StackedWeight, out: Tensor) -> None:
+        base = at_hand(base)
         experts, rows, columns = base.shape
         if not isinstance(base, Blockwise4BitStack) or columns % base.like.blocksize:
             out.copy_(base.dense())

@@ -150,6 +150,7 @@ class StackBuffers:
     def hold(self, weights: MixtureWeights) -> None:
         """From here on the products are of these experts, with the adapter as it is now."""
         if self._held is not weights:
+            self._held = None  # until all of them are here
             self.into.decode(weights.into)
             self.out.decode(weights.out)
             self._held, self._is_adapter_here = weights, False
