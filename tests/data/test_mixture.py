@@ -268,6 +268,6 @@ def test_one_file_under_two_names_is_one_source(
     Path("hard.jsonl").hardlink_to("a.jsonl")
     Path("folder/rows.jsonl").symlink_to(tmp_path / "a.jsonl")
     prepared(None, sources=[{"path": "a.jsonl"}, {"path": "b.jsonl"}])
-    with pytest.raises(ConfigError, match="names the same rows twice: as 'a.jsonl' and as") as refused:
+    with pytest.raises(ConfigError, match=r"names the same rows twice: as 'a\.jsonl' and as") as refused:
         prepared(None, sources=[{"path": "a.jsonl"}, {"path": "b.jsonl"}, {"path": other}])
     assert (refused.value.code, refused.value.where) == ("QH-U01", "data.sources[2].path")
