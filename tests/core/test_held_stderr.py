@@ -50,7 +50,8 @@ def test_a_process_without_the_stream_has_none_to_hold() -> None:
 def test_without_room_for_a_file_the_stream_is_as_always(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
-    with held_stderr():
-        os.write(STDERR, b"at once\n")
-        assert capfd.readouterr().err == "at once\n"
+    with monkeypatch.context() as changed:
+        changed.setattr(tempfile, "tempdir", "/nowhere")
+        with held_stderr():
+            os.write(STDERR, b"at once\n")
+            assert capfd.readouterr().err == "at once\n"
