@@ -16,6 +16,7 @@ from qlora_hal.adapter.targets import (
     resolve_targets,
 )
 from qlora_hal.contract.backend import ModelOutline, ProbeReport, Quantization
+from qlora_hal.contract.capabilities import Feature
 from qlora_hal.contract.values import AdapterConfig, MemoryEstimate
 from qlora_hal.contract.world import World
 from qlora_hal.data import ChatTokenizer, prepare
@@ -32,6 +33,7 @@ from qlora_hal.model.source import is_on_hub, plan_model, with_weights
 from qlora_hal.ranks.planning import SHARD
 from qlora_hal.ranks.window_share import accumulation_of
 from qlora_hal.run.planned_memory import PlannedModel, refuse_layers_of_experts
+from qlora_hal.run.samples import room_for_an_answer
 
 if TYPE_CHECKING:
     from qlora_hal.config.schema import RunConfig
@@ -206,6 +208,10 @@ def prepare_run(
     )
     console.data_report(data.report.lines())
     _check_lengths(resolved_backend.outline, data)
+    if Feature.GENERATE in resolved_backend.choice.spec.capabilities.features:
+        for number, prompt in enumerate(config.training.sample_prompts):
+            place, plain = f"training.sample_prompts[{number}]", data.report.train.plain
+            room_for_an_answer(tokenizer, prompt, facts.max_position_embeddings, plain=plain, where=place)
     for alert in data.report.alerts:
         console.note(alert)
     placement, memory = _placed(config, resolved_backend, world)
