@@ -94,7 +94,7 @@ def test_an_architecture_that_mlx_lm_lacks_is_refused_by_name(model_type: str, l
 @pytest.mark.parametrize(
     "changes",
     [{"num_attention_heads": 0}, {"hidden_size": "64"}, {"rms_norm_eps": None}],
-    ids=lambda one: next(iter(one)),
+    ids=["no heads", "a width in text", "no epsilon"],
 )
 def test_of_a_family_that_is_known_config_json_is_to_be_corrected(
     changes: dict[str, object], llama: Path, tmp_path: Path

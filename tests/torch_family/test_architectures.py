@@ -142,7 +142,7 @@ def test_a_model_of_another_kind_is_refused_by_name(model_type: str, llama: Path
         ({"hidden_act": "no_such"}, "no_such"),
         ({"rms_norm_eps": None}, "Validation error for field 'rms_norm_eps': TypeError"),
     ],
-    ids=lambda one: next(iter(one)) if isinstance(one, dict) else "",
+    ids=["no heads", "a width in text", "another activation", "no epsilon"],
 )
 def test_of_a_family_that_is_known_config_json_is_to_be_corrected(
     changes: dict[str, object], words: str, llama: Path, tmp_path: Path
