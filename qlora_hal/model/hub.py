@@ -112,7 +112,7 @@ def look_up(name: str, revision: str | None, retries: Retries | None = None) -> 
     def asked() -> Repository:
         # As HfApi.model_info does it, which reads an answer of any size into memory.
         with _hub_errors(name, revision), _streamed(url, build_hf_headers()) as (_, chunks):
-            info = ModelInfo(**json.loads(whole(chunks, LARGEST_LISTING)))
+            info: Any = ModelInfo(**json.loads(whole(chunks, LARGEST_LISTING)))  # type: ignore[no-untyped-call]
         return Repository(name, revision, info.sha or "", {file.rfilename: file.size for file in info.siblings or ()})
 
     return _with_retries(asked, retries or Retries())

@@ -33,7 +33,7 @@ def refuse_same_rows(sources: Sequence[Source], places: Sequence[tuple[str, str]
     `places` are path and split of each."""
     first_of: dict[object, int] = {}
     for number, (source, (path, split)) in enumerate(zip(sources, places, strict=True)):
-        files = [(file.stat().st_dev, file.stat().st_ino) for file in source.files]
+        files: list[object] = [(file.stat().st_dev, file.stat().st_ino) for file in source.files]
         for rows in files or [(os.path.realpath(named_path(path)), split)]:
             if (first := first_of.setdefault(rows, number)) != number:
                 raise ConfigError(
