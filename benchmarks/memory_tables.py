@@ -67,8 +67,8 @@ def circulating() -> Iterator[str]:
 def cards(shape: str, batch: int, length: int) -> Iterator[str]:
     """Every known card that can hold the model in 4 bits, whatever the settings."""
     methods = (FULL, LORA, EIGHT_BIT, FOUR_BIT)
-    yield f"| card | memory | dtype | {' | '.join(methods)} | what makes 4-bit fit | source |"
-    yield f"|{'---|' * (5 + len(methods))}"
+    yield f"| card | memory | architecture | dtype | {' | '.join(methods)} | what makes 4-bit fit | source |"
+    yield f"|{'---|' * (6 + len(methods))}"
     for row in card_rows(planned(shape, batch, length)):
         if row.advice is not None and not row.advice.fits:
             continue
@@ -76,7 +76,8 @@ def cards(shape: str, batch: int, length: int) -> Iterator[str]:
         memory = f"{row.card.devices} x {size}" if row.card.devices > 1 else size
         classes = " | ".join(row.verdicts[method].value for method in methods)
         advice = advice_in_short(row, FOUR_BIT).removeprefix(f"{FOUR_BIT} ")
-        yield f"| {row.card.name} | {memory} | {row.compute_dtype} | {classes} | {advice} | {row.card.source} |"
+        what = f"{row.card.name} | {memory} | {row.card.architecture.rpartition(' ')[2]} | {row.compute_dtype}"
+        yield f"| {what} | {classes} | {advice} | {row.card.source} |"
 
 
 def answering() -> Iterator[str]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from qlora_hal.detect.gpu import Gpu
+from qlora_hal.detect.gpu_dtypes import Capability, lacking_dtype
 from qlora_hal.detect.hardware import Machine
 from qlora_hal_backends.probing_packages import TorchBuild, Version, version_numbers
 
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from qlora_hal.contract.values import ComputeDtype
 
 Device = Literal["cuda", "rocm", "mps", "cpu"]
-Capability = tuple[int, int]
 
 SMALLEST_DRIVER: Mapping[int, int] = {11: 450, 12: 525, 13: 580}
 """CUDA major version -> NVIDIA driver branch that runs it. Source: NVIDIA, CUDA Compatibility, table 1."""
@@ -29,10 +29,6 @@ NEWEST_ROCM: Version = (7, 2)
 
 _BITSANDBYTES_TARGETS = re.compile(r"gfx(908|90a|942|950|1250|101\w|103\w|110\w|115\w|120\w)")
 """Source: README of bitsandbytes 0.50."""
-
-_NVIDIA_BF16: Capability = (8, 0)
-_AMD_BF16 = re.compile(r"gfx(908|90a|94\w|950|11\w\w|12\w\w)")
-"""CDNA 1 and newer (bf16 matrix instructions), RDNA 3 and newer (bf16 WMMA). Source: AMD instruction set manuals."""
 
 _CPU_BF16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 SMALLEST_MACOS = (14, 0)
@@ -126,7 +122,7 @@ def _nvidia_bf16(gpus: tuple[Gpu, ...]) -> tuple[bool, str]:
         return False, "The compute capability of the NVIDIA GPU is not known; install nvidia-ml-py."
     weakest = min(known, key=lambda gpu: gpu.compute_capability or (0, 0))
     major, minor = weakest.compute_capability or (0, 0)
-    if (major, minor) >= _NVIDIA_BF16:
+    if not lacking_dtype("bfloat16", weakest.compute_capability):
         return True, f"{weakest.name} has compute capability {major}.{minor}; bf16 comes with 8.0."
     return False, (
         f"bf16 has no hardware support on {weakest.name}: compute capability {major}.{minor}, 8.0 is needed. "
@@ -136,7 +132,7 @@ def _nvidia_bf16(gpus: tuple[Gpu, ...]) -> tuple[bool, str]:
 
 def _amd_bf16(machine: Machine) -> tuple[bool, str]:
     cards = [gpu for gpu in machine.gpus_of("amd") if not gpu.integrated] or list(machine.gpus_of("amd"))
-    lacking = [gpu for gpu in cards if not _AMD_BF16.fullmatch(gpu.gfx)]
+    lacking = [gpu for gpu in cards if not gpu.gfx or lacking_dtype("bfloat16", None, gpu.gfx)]
     if cards and not lacking:
         return True, f"{cards[0].name} ({cards[0].gfx}) has bf16 matrix instructions."
     names = ", ".join(f"{gpu.name} ({gpu.gfx})" for gpu in lacking) or "this machine: no AMD GPU was found"

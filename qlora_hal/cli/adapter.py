@@ -26,7 +26,10 @@ def convert(
     *,
     to: Annotated[Literal["mlx", "peft"], Parameter(help="The layout to write.")],
     model: Annotated[
-        str | None, Parameter(help="The base: names and shapes are checked against it. A folder or a hub id.")
+        str | None,
+        Parameter(
+            help="The base: names and shapes are checked against it. A folder or a hub id; default: a run's own."
+        ),
     ] = None,
     revision: Annotated[str | None, Parameter(help="Revision of a base on the hub.")] = None,
     json: Annotated[bool, Switch, Parameter(help="Print the result as JSON.")] = False,

@@ -20,10 +20,9 @@ from qlora_hal.errors.terminal_text import show, show_json
 if TYPE_CHECKING:
     from qlora_hal.config.schema import RunConfig
     from qlora_hal.contract.backend import BackendSpec, ProbeReport
-    from qlora_hal.contract.values import LinearShape
-    from qlora_hal.detect.hardware import Machine
     from qlora_hal.memory.advice import Plan, RowFacts, Situation
     from qlora_hal.model.source import ModelSource
+    from qlora_hal.run.planned_memory import PlannedModel
 
 _LONGEST = 2**24
 """Tokens of a row that are counted where a model's headers name no limit."""
@@ -68,18 +67,13 @@ def memory_bytes(text: str) -> int:
 
 
 def _situation(config: RunConfig, memory: int | None, given_length: int | None) -> Situation:
-    from qlora_hal.adapter.targets import resolve_targets
-    from qlora_hal.config.resolve import resolve_settings
     from qlora_hal.data.prepare import refuse_long_sequences
-    from qlora_hal.detect.discovery import listed, reports
-    from qlora_hal.detect.hardware import inventory
-    from qlora_hal.detect.requirements import quantization_of
     from qlora_hal.memory.advice import Situation
     from qlora_hal.memory.estimate import adapter_parameters
-    from qlora_hal.memory.placement import LAYERS, base_offloads
+    from qlora_hal.memory.fitting import Room
     from qlora_hal.model.source import plan_model
     from qlora_hal.ranks.planning import can_spread
-    from qlora_hal.run.prepare import estimated_memory, moves_of
+    from qlora_hal.run.card_table import least_costly_step
 
     model = config.model
     source = plan_model(
@@ -91,35 +85,45 @@ def _situation(config: RunConfig, memory: int | None, given_length: int | None) 
     facts = source.facts
     if given_length is not None:
         refuse_long_sequences(config.data, facts.max_position_embeddings)
-    probed = reports(listed())
-    spec = _backend(config, source, probed, on_this_machine=memory is None)
-    report = next((report for report in probed if report.backend == spec.name and report.ready), None)
-
-    def targets_with(experts: str) -> dict[str, LinearShape]:
-        names = resolve_targets("all-linear", facts.linear_modules, experts)
-        return {name: facts.linear_modules[name] for name in names}
-
-    def peak(settings: Mapping[str, object]) -> int:
-        asked = resolve_settings(config, keywords=settings, environ={}).config
-        quantization = quantization_of(asked, facts, spec.capabilities)
-        adapted = targets_with(asked.lora.experts)
-        return estimated_memory(asked, facts, spec, quantization, adapted, report).high
-
-    features = spec.capabilities.features
+    planned = _planned(config, source, memory)
+    room = Room(_memory_of(planned), planned.host_room)
+    targets = planned.targets_of(facts)
     return Situation(
-        backend=spec.name,
-        memory_bytes=memory_of_device(spec, report, inventory()) if memory is None else memory,
+        backend=planned.spec.name,
+        memory_bytes=room.device,
         parameters=facts.parameter_count,
         stored=facts.prequantized.weight_format if facts.prequantized else "",
         rows=_row_facts(config, source, given_length) if config.data.path or config.data.sources else None,
         positions=facts.max_position_embeddings,
         given_length=given_length,
-        spreads=can_spread(spec),
-        offloads=any(LAYERS in parts for parts in base_offloads(features, moves_of(spec, report, spread=False))),
-        has_experts=facts.has_routed_experts,
-        peak=peak,
-        adapter_parameters=lambda rank: adapter_parameters(targets_with("all"), rank),
+        spreads=can_spread(planned.spec),
+        peak=lambda settings: planned.estimate(settings).high,
+        least_costly=lambda settings: least_costly_step(planned.with_settings(settings), room),
+        adapter_parameters=lambda rank: adapter_parameters(targets, rank),
     )
+
+
+def _planned(config: RunConfig, source: ModelSource, memory: int | None) -> PlannedModel:
+    """On the device that is here, or on one of so much memory."""
+    from qlora_hal.detect.discovery import listed, reports
+    from qlora_hal.run.planned_memory import PlannedModel
+
+    probed = reports(listed())
+    spec = _backend(config, source, probed, on_this_machine=memory is None)
+    here = next(report for report in probed if report.backend == spec.name)
+    planned = PlannedModel(config, source.facts, source.path, spec, here, here if here.ready else None, memory)
+    return planned.on_this_machine() if memory is None else planned
+
+
+def _memory_of(planned: PlannedModel) -> int:
+    if planned.memory_bytes is None:
+        raise ConfigError(
+            "QH-U82",
+            f"The device that {planned.spec.name} would train on does not tell how much memory it has.",
+            where="command line --memory",
+            fix="Give the memory of one device: --memory 24GB",
+        )
+    return planned.memory_bytes
 
 
 def _backend(
@@ -136,18 +140,6 @@ def _backend(
         needs = requirements_of(config, source.facts)
         return choose(config.backend.name, needs, listed(), probed, allow_cpu=True).spec
     return backend_for(config, source.facts)
-
-
-def memory_of_device(spec: BackendSpec, report: ProbeReport | None, machine: Machine) -> int:
-    """Bytes of the smallest card of this machine that the backend runs on, or of the machine's own memory."""
-    from qlora_hal.detect.selection import has_accelerator
-    from qlora_hal.memory.gpus import apple_working_set
-
-    cards = [(gpu, gpu.memory_total_bytes) for gpu in machine.gpus if gpu.vendor in spec.card_vendors]
-    told = [apple_working_set(size) if gpu.vendor == "apple" else size for gpu, size in cards if size]
-    if told and report is not None and has_accelerator(spec, (report,)):
-        return min(told)
-    return min(machine.memory_bytes, machine.memory_limit_bytes or machine.memory_bytes)
 
 
 def _row_facts(config: RunConfig, source: ModelSource, given_length: int | None) -> RowFacts:
@@ -203,8 +195,7 @@ def _as_command(plan: Plan, flags: Mapping[str, object]) -> str:
 
 
 def _typed(value: object) -> str:
-    """As `_written`; flags take names with commas between them."""
-    return ",".join(map(str, value)) if isinstance(value, list) else _written(value)
+    return ",".join(value) if isinstance(value, tuple) else _written(value)
 
 
 def _written(value: object) -> str:

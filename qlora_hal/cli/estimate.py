@@ -19,7 +19,7 @@ from qlora_hal.errors.terminal_text import show, show_json
 if TYPE_CHECKING:
     from qlora_hal.config.schema import RunConfig
     from qlora_hal.contract.values import MemoryEstimate
-    from qlora_hal.memory.fitting import Fit, Remedy, Verdict
+    from qlora_hal.memory.fitting import Fit, Remedy, Room, Verdict
     from qlora_hal.memory.gpus import KnownGpu
     from qlora_hal.memory.inference import InferenceMemory
     from qlora_hal.ranks.planning import DevicePlan
@@ -51,7 +51,8 @@ class Estimated:
     """An estimate and what it was made for.
 
     `memory` is of each of `plan`'s devices. `cards` are those that it is held against: the one that was named, or all
-    known ones of the backend. A backend that computes on the CPU here has none, but this machine's memory in bytes.
+    known ones of the backend. A backend that computes on the CPU here has none, but this machine's memory in bytes;
+    `gpu_bytes` are those of the card that is here, where none is named.
     `memory_limit` is the cap of the settings; `on_cards` are the estimates of cards, by name, that compute in another
     dtype. The last five are there where they were asked for.
     """
@@ -61,6 +62,7 @@ class Estimated:
     cards: tuple[KnownGpu, ...]
     machine_bytes: int | None
     plan: DevicePlan
+    gpu_bytes: int | None = None
     memory_limit: int | None = None
     on_cards: Mapping[str, MemoryEstimate] = field(default_factory=dict)
     remedy: Remedy | None = None
@@ -97,16 +99,21 @@ class Estimated:
         """Whether the peak of so many devices that share a memory fits."""
         from qlora_hal.memory.fitting import verdict
 
-        return verdict(self.total * devices, self.high * devices, memory_bytes)
+        return verdict(self.total * devices, self.high * devices, memory_bytes, self.planned.lacking_dtype)
+
+    def lacking_on(self, card: KnownGpu) -> str:
+        """Why a card does not compute in the dtype that is asked for, or ""."""
+        from qlora_hal.detect.gpu_dtypes import lacking_dtype_of
+
+        return lacking_dtype_of(self.planned.config.quantization.compute_dtype, card)
 
     def verdict_on(self, card: KnownGpu) -> Verdict:
         """Whether it fits a card, in the dtype that the card computes in."""
         from qlora_hal.memory.fitting import verdict
 
         there = self.on_cards.get(card.name)
-        if there is None:
-            return self.verdict(card.memory_bytes)
-        return verdict(there.total, there.high, card.memory_bytes)
+        total, high = (self.total, self.high) if there is None else (there.total, there.high)
+        return verdict(total, high, card.memory_bytes, self.lacking_on(card))
 
     @property
     def fits_here(self) -> bool:
@@ -115,12 +122,20 @@ class Estimated:
 
     @property
     def smallest_memory(self) -> int | None:
-        """What each device's part of the run has to fit into: the cap, the named card or its share of this machine's
-        memory, whichever is the least."""
+        """What each device's part of the run has to fit into: the cap, the named card, the one that is here, or its
+        share of this machine's memory, whichever is the least."""
         named = [card.memory_bytes for card in self.cards] if len(self.cards) == 1 else []
         of_machine = self.machine_bytes // self.plan.devices if self.machine_bytes is not None else None
-        known = [*named, *filter(None, (self.memory_limit, of_machine))]
+        known = [*named, *filter(None, (self.memory_limit, of_machine, self.gpu_bytes))]
         return min(known, default=None)
+
+    @property
+    def room(self) -> Room | None:
+        """The same with what the host of this machine has left."""
+        from qlora_hal.memory.fitting import Room
+
+        device = self.smallest_memory
+        return None if device is None else Room(device, self.planned.host_room)
 
 
 @with_settings()
@@ -170,6 +185,7 @@ def estimate_run(config: RunConfig, devices: int | str | None = None, wanted: Wa
     Raises ConfigError QH-U80 for an unknown card, QH-U82 where none of the memories is known that `wanted.fit` needs,
     ModelError QH-M60 and BackendError QH-M61 of the probe, and as `PlannedModel.of`.
     """
+    from qlora_hal.detect.device_memory import device_memory
     from qlora_hal.detect.hardware import memory_here
     from qlora_hal.detect.selection import has_accelerator
     from qlora_hal.memory.gpus import KNOWN_GPUS, known_gpu
@@ -183,14 +199,22 @@ def estimate_run(config: RunConfig, devices: int | str | None = None, wanted: Wa
     card = known_gpu(wanted.gpu) if wanted.gpu is not None else None
     planned = PlannedModel.of(config, card)
     spec = planned.spec
+    is_here = card is None and planned.here.ready
     accelerated = card is not None or has_accelerator(spec, (planned.here,))
     machine, named = None if accelerated else memory_here(), _memory_of_each(card, config)
     number = number_of(AUTO, spec, planned.here) if devices == AUTO else int(devices or 1)
-    # Ranks on this machine's processor share its memory.
-    known_bytes = [size for size in (named, machine // number if machine is not None else None) if size is not None]
-    planned = replace(planned, memory_bytes=min(known_bytes, default=None), devices=number)
+    planned = replace(planned, devices=number)
+    if is_here:
+        planned = planned.on_this_machine()
     sharing = replace(planned, share=number)
-    plan = plan_for(config, number, spec, planned.estimate(), sharing.estimate, named)
+    plan = plan_for(
+        config,
+        number,
+        spec,
+        planned.estimate(),
+        sharing.estimate,
+        planned.memory_bytes if accelerated else named,
+    )
     if plan.mode == SHARD:
         planned = sharing
     known = tuple(card for card in KNOWN_GPUS if accelerated and card.vendor in spec.card_vendors)
@@ -200,6 +224,7 @@ def estimate_run(config: RunConfig, devices: int | str | None = None, wanted: Wa
         plan=plan,
         cards=known if card is None else (card,),
         machine_bytes=machine,
+        gpu_bytes=device_memory(spec, planned.here) if is_here and accelerated else None,
         memory_limit=config.training.memory_limit_bytes,
         on_cards=_in_other_dtypes(planned, known) if card is None and plan.devices == 1 else {},
     )
@@ -233,24 +258,26 @@ def _with_wanted(estimated: Estimated, wanted: Wanted, config: RunConfig) -> Est
     from qlora_hal.run.card_table import card_rows, fits_of, remedy_of, remembered
 
     planned = estimated.planned
-    peak = None
+    needs = None
     if wanted.probe:
         _refuse_probe_elsewhere(planned, wanted)
         estimated = replace(estimated, probe=_probed(estimated, planned))
-        peak = remembered(planned, estimated.high_of)
-    has = estimated.smallest_memory
-    if has is not None and estimated.verdict(has) is not Verdict.FITS:
-        estimated = replace(estimated, remedy=remedy_of(planned, has, peak))
+        needs = remembered(planned, estimated.high_of)
+    room = estimated.room
+    if room is not None and (
+        estimated.verdict(room.device) is not Verdict.FITS or not room.host_holds(planned.needs())
+    ):
+        estimated = replace(estimated, remedy=remedy_of(planned, room, needs))
     if wanted.fit:
-        if has is None:
+        if room is None:
             raise ConfigError(
                 "QH-U82",
                 "--fit needs to know the memory that the run has to fit into.",
                 where="command line --fit",
                 fix="Name a card or a size: --gpu 'RTX 4090', or --training.memory_limit 24GB",
             )
-        fitting = fits_of(planned, has, wanted.given, peak)
-        estimated = replace(estimated, fits_of=_first_measured(estimated, fitting, has, wanted) if peak else fitting)
+        fitting = fits_of(planned, room, wanted.given, needs)
+        estimated = replace(estimated, fits_of=_first_measured(estimated, fitting, room, wanted) if needs else fitting)
     if wanted.cards:
         estimated = replace(estimated, table=card_rows(planned))
     if wanted.inference:
@@ -270,7 +297,7 @@ def _probed(estimated: Estimated, planned: PlannedModel) -> Calibration:
     return probed(planned.config, planned.facts, planned.estimate_of, model=planned.folder, on_host=on_host)
 
 
-def _first_measured(estimated: Estimated, found: tuple[Fit, ...], has: int, wanted: Wanted) -> tuple[Fit, ...]:
+def _first_measured(estimated: Estimated, found: tuple[Fit, ...], room: Room, wanted: Wanted) -> tuple[Fit, ...]:
     """What fits, the first of it trained with here: where that takes more than was foreseen, what it took is what the
     rest is foreseen by."""
     from qlora_hal.run.card_table import fits_of, remembered
@@ -281,10 +308,10 @@ def _first_measured(estimated: Estimated, found: tuple[Fit, ...], has: int, want
         first, *others = found
         there = estimated.planned.with_settings(first.settings)
         calibration = _probed(estimated, there)
-        if calibration.high <= has:
+        if calibration.high <= room.device:
             return replace(first, high=calibration.high, is_measured=True), *others
         corrected = replace(estimated, planned=there, memory=there.estimate(), probe=calibration)
-        found = fits_of(estimated.planned, has, wanted.given, remembered(estimated.planned, corrected.high_of))
+        found = fits_of(estimated.planned, room, wanted.given, remembered(estimated.planned, corrected.high_of))
     return found
 
 
@@ -319,12 +346,15 @@ def estimate_as_json(estimated: Estimated) -> dict[str, object]:
         "total": memory.total,
         "high": memory.high,
         "plan": estimated.plan.as_json(),
+        "host": {"bytes": planned.needs().host, "left_here": planned.host_room},
         "cards": [
             {
                 "name": card.name,
                 "memory_bytes": card.memory_bytes,
                 "fits": estimated.verdict_on(card).value == "fits",
                 "class": estimated.verdict_on(card).value,
+                "lacks": estimated.lacking_on(card),
+                "architecture": card.architecture,
                 "source": card.source,
             }
             for card in estimated.cards
@@ -332,6 +362,9 @@ def estimate_as_json(estimated: Estimated) -> dict[str, object]:
         "machine": None
         if (size := estimated.machine_bytes) is None
         else {"memory_bytes": size, "fits": estimated.fits_here},
+        "gpu": None
+        if (size := estimated.gpu_bytes) is None
+        else {"memory_bytes": size, "class": estimated.verdict(size).value},
         "memory_limit": None
         if (limit := estimated.memory_limit) is None
         else {"memory_bytes": limit, "class": estimated.verdict(limit).value},
@@ -340,6 +373,7 @@ def estimate_as_json(estimated: Estimated) -> dict[str, object]:
         else {
             "settings": advice.settings,
             "high": advice.high,
+            "host_bytes": advice.needs.host,
             "fits": advice.fits,
             "time": round(advice.time, 3),
             "gives_up": list(advice.gives_up),
@@ -352,6 +386,7 @@ def estimate_as_json(estimated: Estimated) -> dict[str, object]:
             {
                 "settings": one.settings,
                 "high": one.high,
+                "host_bytes": one.host,
                 "time": round(one.choice.time, 3),
                 "gives_up": list(one.taken.gives_up),
                 "measured": one.is_measured,

@@ -12,7 +12,7 @@ from qlora_hal.errors import figures
 if TYPE_CHECKING:
     from qlora_hal.cli.estimate import Estimated
     from qlora_hal.config.schema import RunConfig
-    from qlora_hal.memory.fitting import Fit, Remedy, Verdict
+    from qlora_hal.memory.fitting import Fit, Remedy, Room, Verdict
     from qlora_hal.memory.inference import InferenceMemory
     from qlora_hal.ranks.planning import DevicePlan
     from qlora_hal.run.card_table import CardRow
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "workspace", "runtime")
 _WIDTH = 79
-_MARK = {"fits": "fits", "tight": "tight", "too small": "-"}
+_MARK = {"fits": "fits", "tight": "tight", "too small": "-", "no dtype": "no"}
 
 
 def estimate_as_text(estimated: Estimated, config: RunConfig) -> str:
@@ -38,8 +38,8 @@ def estimate_as_text(estimated: Estimated, config: RunConfig) -> str:
     lines += ["", *_places(estimated)]
     if (has := estimated.smallest_memory) is not None and estimated.remedy is not None:
         lines += ["", *_remedy_lines(estimated.remedy, has, spreads=can_spread(estimated.planned.spec))]
-    if has is not None and estimated.fits_of is not None:
-        lines += ["", *_fit_lines(estimated.fits_of, has)]
+    if estimated.room is not None and estimated.fits_of is not None:
+        lines += ["", *_fit_lines(estimated.fits_of, estimated.room, estimated.planned.lacking_dtype)]
     if estimated.inference is not None:
         lines += ["", *_inference_lines(estimated.inference)]
     if estimated.table is not None:
@@ -59,9 +59,7 @@ def _head(estimated: Estimated, config: RunConfig) -> Iterator[str]:
     planned = estimated.planned
     stored = planned.quantization
     block = f" in blocks of {stored.block_size}" if stored.block_size else ""
-    # Which cards have them only a device that is here can tell.
-    needs = "on NVIDIA Ada, Hopper or later only"
-    in_fp8 = f", products with the base in fp8 ({needs})" if config.quantization.fp8_products else ""
+    in_fp8 = ", products with the base in fp8" if config.quantization.fp8_products else ""
     if planned.device is not None and planned.device is not planned.here:
         here = f"an {planned.device.reason}"
     elif estimated.cards and len(estimated.cards) == 1:
@@ -80,7 +78,15 @@ def _head(estimated: Estimated, config: RunConfig) -> Iterator[str]:
     placement = planned.placement()
     if placement.why:
         yield from _wrapped(f"  {placement.words()}: {placement.why}", "  ")
+    elif waits := planned.host_bytes(placement):
+        yield from _wrapped(f"  {placement.words()}: {_on_host(waits, planned.host_room)}", "  ")
     yield from _plan_lines(estimated.plan, config)
+
+
+def _on_host(waits: int, room: int | None) -> str:
+    """What waits in the host's memory, beside what this machine's has for it."""
+    left = f" of the {figures.size(room)} that this one has for it now" if room is not None else ""
+    return f"{figures.size(waits)} of the host's memory{left}"
 
 
 def _plan_lines(plan: DevicePlan, config: RunConfig) -> list[str]:
@@ -108,18 +114,29 @@ def _places(estimated: Estimated) -> Iterator[str]:
     """Cards, the cap and this machine by class, the cards of one class by their memory."""
     from qlora_hal.memory.fitting import Verdict
 
-    found: dict[Verdict, list[str]] = {one: [] for one in Verdict}
+    planned = estimated.planned
+    found: dict[tuple[Verdict, str], list[str]] = {(one, ""): [] for one in Verdict}
+
+    def put(size: int, name: str, devices: int = 1) -> None:
+        verdict = estimated.verdict(size, devices)
+        lacking = planned.lacking_dtype if verdict is Verdict.NO_DTYPE else ""
+        found.setdefault((verdict, lacking), []).append(f"{name} ({figures.size(size)})")
+
     if (limit := estimated.memory_limit) is not None:
-        found[estimated.verdict(limit)].append(f"training.memory_limit ({figures.size(limit)})")
+        put(limit, "training.memory_limit")
     if (machine := estimated.machine_bytes) is not None:
-        name = f"the memory of this machine ({figures.size(machine)})"
-        found[estimated.verdict(machine, estimated.plan.devices)].append(name)
+        put(machine, "the memory of this machine", estimated.plan.devices)
+    if (here := estimated.gpu_bytes) is not None:
+        put(here, f"the {planned.gpu.name if planned.gpu else 'device'} of this machine")
     for card in sorted(estimated.cards, key=lambda card: card.memory_bytes):
         name = card.name if len(estimated.cards) == 1 else card.name.partition(" ")[2]  # one backend, one vendor
-        found[estimated.verdict_on(card)].append(f"{name} ({figures.size(card.memory_bytes)})")
-    for one, names in found.items():
+        key = estimated.verdict_on(card), estimated.lacking_on(card)
+        found.setdefault(key, []).append(f"{name} ({figures.size(card.memory_bytes)})")
+    for (verdict, lacking), names in found.items():
         if names:
-            yield from _wrapped(f"{one.value + ':':<10} {', '.join(names)}", " " * 11)
+            label = f"no {planned.config.quantization.compute_dtype}" if verdict is Verdict.NO_DTYPE else verdict.value
+            why = f": {lacking}" if lacking else ""
+            yield from _wrapped(f"{label + ':':<10} {', '.join(names)}{why}", " " * 11)
 
 
 def _remedy_lines(remedy: Remedy, has: int, *, spreads: bool) -> Iterator[str]:
@@ -128,8 +145,9 @@ def _remedy_lines(remedy: Remedy, has: int, *, spreads: bool) -> Iterator[str]:
         yield from _wrapped(f"By arithmetic it fits {figures.size(has)}; what was measured does not.", "")
         return
     if remedy.fits:
+        on_host = f"; {figures.size(remedy.needs.host)} of the host's memory" if remedy.needs.host else ""
         yield from _wrapped(
-            f"It fits {figures.size(has)} with {remedy.words} (up to {figures.size(remedy.high)}"
+            f"It fits {figures.size(has)} with {remedy.words} (up to {figures.size(remedy.high)}{on_host}"
             f"{_at_what_speed(remedy.time)}):",
             "  ",
         )
@@ -154,8 +172,12 @@ def _at_what_speed(time: float) -> str:
     return f"; {1 / time:.2f} of the tokens/s, by an H200's figures" if time > 1.005 else ""
 
 
-def _fit_lines(fits: Sequence[Fit], has: int) -> Iterator[str]:
-    yield f"the most that fits {figures.size(has)}:"
+def _fit_lines(fits: Sequence[Fit], room: Room, lacking: str) -> Iterator[str]:
+    beside = f", and {figures.size(room.host)} of this host's memory" if room.host is not None else ""
+    yield f"the most that fits {figures.size(room.device)}{beside}:"
+    if not fits and lacking:
+        yield from _wrapped(f"  nothing: it is of {lacking}", "  ")
+        return
     if not fits:
         yield "  nothing, whatever is recomputed or on the host; what takes less stands above"
         return
@@ -165,7 +187,8 @@ def _fit_lines(fits: Sequence[Fit], has: int) -> Iterator[str]:
         measured = " (measured)" if one.is_measured else ""
         speed = f"{fits[0].choice.time / one.choice.time:.2f}"
         line = f"  {shape:<14} {one.tokens:>8} {figures.size(one.high):>10}  {speed:<8}  "
-        yield from _wrapped(f"{line}{one.taken.words or 'as they are'}{measured}", " " * 49)
+        on_host = f" (host: {figures.size(one.host)})" if one.host else ""
+        yield from _wrapped(f"{line}{one.taken.words or 'as they are'}{on_host}{measured}", " " * 49)
     yield "settings of the first (tokens/s beside it, by an H200's figures):"
     yield from _setting_lines(fits[0].settings)
 
@@ -190,7 +213,9 @@ def table_lines(rows: Sequence[CardRow], config: RunConfig) -> Iterator[str]:
     batch, length = config.full_batch_rows, config.data.max_seq_length
     methods = list(rows[0].verdicts) if rows else []
     yield from _wrapped(
-        f"known cards, {batch} x {length} tokens (fits: with a margin of 15 %; tight: without it; -: too small):", ""
+        f"known cards, {batch} x {length} tokens (fits: with a margin of 15 %; tight: without it; -: too small"
+        f"{'; no: it does not compute in the dtype' if _lacks_dtype(rows) else ''}):",
+        "",
     )
     yield f"  {'card':<25} {'memory':>11} {'dtype':<9}" + "".join(f" {name:<6}" for name in methods)
     for row in rows:
@@ -201,6 +226,10 @@ def table_lines(rows: Sequence[CardRow], config: RunConfig) -> Iterator[str]:
         yield line.rstrip()
         if row.advice is not None:
             yield from _wrapped(f"      {advice_in_short(row, methods[-1])}", "      ")
+
+
+def _lacks_dtype(rows: Sequence[CardRow]) -> bool:
+    return any(found.value == "no dtype" for row in rows for found in row.verdicts.values())
 
 
 def advice_in_short(row: CardRow, method: str) -> str:

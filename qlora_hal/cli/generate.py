@@ -54,6 +54,7 @@ def generate(
             backend=backend,
             allow_base_mismatch=allow_base_mismatch,
             trust_remote_code=trust_remote_code,
+            prompts=[asked],
         )
         with closing(opened) as pair:
             if pair.plain:

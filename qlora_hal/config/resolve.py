@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 from shlex import quote
 
@@ -196,10 +197,15 @@ def _put_configuration(layers: _Layers, config: RunConfig | Mapping[str, object]
     else:
         file = read_settings_file(Path(config))
         if tool := tool_of(file.values):
-            ours = "run.yaml" if Path(config).name != "run.yaml" else "ours.yaml"
-            command = f"qlora-hal init --from {quote(str(config))} {ours}"
+            command = f"qlora-hal init --from {quote(str(config))} {_new_name()}"
             layers.way_on = f"It is a configuration of {tool.title}; take it over by: {command}"
         _put_tree(layers, file.values.items(), file.origin)
+
+
+def _new_name() -> str:
+    """Of a settings file that is not there yet: `init` writes over none."""
+    names = chain(("run.yaml", "ours.yaml"), (f"ours-{number}.yaml" for number in count(2)))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def _put_tree(layers: _Layers, tree: Iterable[tuple[str, object]], origin: Callable[[str], str]) -> None:

@@ -321,7 +321,8 @@ class TrainingConfig(_Part):
     recompute: Literal["none", "selective", "full", "offload", "auto"] | None = Field(
         None,
         description="What backward computes again: nothing, the feed-forward's products, whole layers, or whole layers "
-        "with their inputs in the host's memory; auto: the fastest that fits. Unset: as gradient_checkpointing says.",
+        "with their inputs in the host's memory; auto: the least costly that fits. Unset: as gradient_checkpointing "
+        "says.",
     )
     base_offload: tuple[Literal["embeddings", "layers", "head"], ...] | Literal["auto"] = Field(
         (),

@@ -21,6 +21,7 @@ from qlora_hal.data.source.mixture import (
     Share,
     beginning,
     one_after_another,
+    refuse_same_rows,
     sequences_in_epoch,
     source_of_rows,
 )
@@ -159,6 +160,7 @@ def _training_source(config: DataConfig, rows: Sequence[Mapping[str, object]] | 
     for number, source in enumerate(config.sources):
         with blamed_on(f"data.sources[{number}].path", split=f"data.sources[{number}].split"):
             found.append(opened(open_source(source.path, source.split, config.max_rows), source.columns))
+    refuse_same_rows(found, [(source.path, source.split) for source in config.sources])
     return one_after_another(found)
 
 

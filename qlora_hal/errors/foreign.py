@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from itertools import dropwhile
 from pathlib import Path
 
+_LONGEST_WORDS = 300
+
 
 def told(error: BaseException) -> str:
     """A foreign exception in words. A library that leaves may have said why in what it caught before."""
@@ -61,3 +63,9 @@ def _is_installed(package: str) -> bool:
         return package in sys.modules or importlib.util.find_spec(package) is not None
     except (ImportError, ValueError):
         return False
+
+
+def first_words(text: str) -> str:
+    """Of what another library says the first line, and the next one where that only leads to it."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no reason was given"]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:_LONGEST_WORDS]

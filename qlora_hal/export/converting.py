@@ -14,8 +14,10 @@ from qlora_hal.adapter.mlx_reading import read_mlx_adapter, read_mlx_provenance
 from qlora_hal.adapter.mlx_targets import layers_of
 from qlora_hal.adapter.peft_files import read_adapter, read_provenance, write_adapter
 from qlora_hal.contract.values import Adapter
-from qlora_hal.errors import AdapterError, ConfigError, StorageError
+from qlora_hal.errors import AdapterError, ConfigError, QloraHalError, StorageError
 from qlora_hal.files import strict_json
+from qlora_hal.model.source import plan_model
+from qlora_hal.report.run_file import read_run_config
 from qlora_hal.run.directory import ADAPTER_FOLDER, RUN_FILE
 from qlora_hal.run.trained_base import finished_adapter
 
@@ -62,9 +64,10 @@ def convert_adapter(source: Path, out: Path, *, to: Layout, model: ModelSource |
     """Write the adapter in `source` (its folder, or a run's) as the new folder `out` in the other layout.
 
     With `model`, names and shapes are checked against it, and module names are written in their short form where that
-    is exact. Raises AdapterError as `read_adapter`, `read_mlx_adapter` and `check_fits` do, QH-C61 for a run without a
-    finished adapter, QH-C65 for modules that mlx-lm names differently; ConfigError QH-U53 when `source` is in that
-    layout already; StorageError QH-S14 when `out` is there, QH-S09, QH-S11, QH-S12.
+    is exact; of a run its own base is taken where that can be read. Raises AdapterError as `read_adapter`,
+    `read_mlx_adapter` and `check_fits` do, QH-C61 for a run without a finished adapter, QH-C65 for modules that mlx-lm
+    names differently; ConfigError QH-U53 when `source` is in that layout already; StorageError QH-S14 when `out` is
+    there, QH-S09, QH-S11, QH-S12.
     """
     folder = _adapter_folder(source)
     found = _layout_of(folder)
@@ -77,11 +80,14 @@ def convert_adapter(source: Path, out: Path, *, to: Layout, model: ModelSource |
             where=str(out),
             fix="Name another folder; nothing was written.",
         )
+    unread = ""
+    if model is None and os.path.lexists(source / RUN_FILE):
+        model, unread = _base_of_run(source)
     linear_modules = model.facts.linear_modules if model else None
     adapter = read_adapter(folder) if found == "peft" else read_mlx_adapter(folder, linear_modules)
     mlx_files.require_placeable(adapter.config.target_modules, "target_modules")
     provenance = dict(read_provenance(folder) if found == "peft" else read_mlx_provenance(folder))
-    notes = [*_fit_notes(adapter, provenance, model, folder), *_layer_notes(adapter, model)]
+    notes = [*_fit_notes(adapter, provenance, model, folder, unread), *_layer_notes(adapter, model)]
     base_name = model.name if model else str(provenance.get("base_name") or "")
     revision = model.revision if model else provenance.get("base_revision")
     if not base_name:
@@ -108,6 +114,17 @@ def _adapter_folder(source: Path) -> Path:
     return inside if os.path.lexists(inside / mlx_files.CONFIG_FILE) else source
 
 
+def _base_of_run(run: Path) -> tuple[ModelSource | None, str]:
+    """What a run was trained on, from headers alone; or why it cannot be read."""
+    named = read_run_config(run, trust_remote_code=True).model  # whose code is not run here
+    try:
+        return plan_model(
+            named.name_or_path, revision=named.revision, trust_remote_code=named.trust_remote_code, tokenizer=False
+        ), ""
+    except QloraHalError as problem:
+        return None, f"The base of the run, {named.name_or_path}, cannot be read here ({problem.code}). "
+
+
 def _layout_of(folder: Path) -> Layout:
     """Both tools call their file adapter_config.json; its keys tell them apart."""
     path = folder / mlx_files.CONFIG_FILE
@@ -125,10 +142,10 @@ def _layout_of(folder: Path) -> Layout:
 
 
 def _fit_notes(
-    adapter: Adapter, provenance: Mapping[str, object], model: ModelSource | None, folder: Path
+    adapter: Adapter, provenance: Mapping[str, object], model: ModelSource | None, folder: Path, unread: str = ""
 ) -> list[str]:
     if model is None:
-        return ["Names and shapes were not compared with a model; --model BASE does it."]
+        return [f"{unread}Names and shapes were not compared with a model; --model BASE does it."]
     check_fits(adapter, model.facts.linear_modules, where=str(folder))
     # Another copy of the base (MLX's 4-bit one, say) is no mistake here: nothing is computed with it.
     base_note = check_base(provenance, model.facts, allow_mismatch=True, name=model.name)

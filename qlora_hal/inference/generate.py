@@ -26,7 +26,7 @@ from qlora_hal.report.console import RunConsole
 from qlora_hal.report.run_file import read_run_config, read_run_file
 from qlora_hal.run.directory import RUN_FILE
 from qlora_hal.run.prepare import resolve_backend
-from qlora_hal.run.samples import PLAIN_NOTE, trained_on_plain_text
+from qlora_hal.run.samples import PLAIN_NOTE, Messages, room_for_an_answer, trained_on_plain_text
 from qlora_hal.run.trained_base import (
     adapter_folders,
     backend_of_training,
@@ -50,11 +50,13 @@ def open_generation(
     allow_base_mismatch: bool = False,
     trust_remote_code: bool = False,
     console: RunConsole | None = None,
+    prompts: Sequence[str | Messages] = (),
 ) -> LoadedModel:
     """Open a run's adapter, or any adapter beside a model, on the base as it was stored in training.
 
-    `backend` "auto" is the backend that trained, where it is here. Raises ConfigError, AdapterError QH-C61 (the run has
-    no finished adapter), QH-C22 (it was changed, or is another run's), QH-C05, QH-C08.
+    `backend` "auto" is the backend that trained, where it is here. `prompts` are those that are known already: one that
+    leaves no position for an answer is refused before the model is loaded. Raises ConfigError (QH-U19 among others),
+    AdapterError QH-C61 (the run has no finished adapter), QH-C22 (it was changed, or is another run's), QH-C05, QH-C08.
     """
     console = console or RunConsole(quiet=True)
     trained = _trained(run_dir, adapter_dir, model, trust_remote_code)
@@ -74,6 +76,9 @@ def open_generation(
         chat_template=config.data.chat_template,
         model_vocabulary_size=facts.vocabulary_size or None,
     )
+    is_plain = trained.run_dir is not None and trained_on_plain_text(read_run_file(trained.run_dir))
+    for prompt in prompts:
+        room_for_an_answer(tokenizer, prompt, facts.max_position_embeddings, plain=is_plain)
     source = base_of_run(resolved_backend, trained.run_dir)
     spec = resolved_backend.choice.spec
     options = options_on(config, spec.name, str(provenance.get("backend") or ""))
@@ -86,7 +91,6 @@ def open_generation(
     except BaseException:
         trainer.close()
         raise
-    is_plain = trained.run_dir is not None and trained_on_plain_text(read_run_file(trained.run_dir))
     if is_plain:
         console.note(PLAIN_NOTE)
     return LoadedModel(trainer, tokenizer, source.facts.max_position_embeddings, plain=is_plain)

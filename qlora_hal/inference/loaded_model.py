@@ -9,7 +9,7 @@ from types import TracebackType
 from qlora_hal.contract.checked_trainer import CheckedTrainer
 from qlora_hal.data import ChatTokenizer
 from qlora_hal.errors import ConfigError
-from qlora_hal.run.samples import Messages, answer, prompt_tokens
+from qlora_hal.run.samples import Messages, answer, room_for_an_answer
 
 ANSWER_TOKENS = 256
 
@@ -59,8 +59,8 @@ class LoadedModel:
                 where="max_new_tokens",
                 fix="Give the largest number of tokens that an answer may have.",
             )
-        if self.positions is not None:
-            max_new_tokens = min(max_new_tokens, self._room(prompt, self.positions))
+        room = room_for_an_answer(self.tokenizer, prompt, self.positions, plain=self.plain)
+        max_new_tokens = max_new_tokens if room is None else min(max_new_tokens, room)
         asked = self.has_adapter if adapter is None else adapter
         return answer(
             self.trainer, self.tokenizer, prompt, adapter=asked, max_new_tokens=max_new_tokens, plain=self.plain
@@ -88,20 +88,6 @@ class LoadedModel:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-    def _room(self, prompt: str | Messages, positions: int) -> int:
-        taken = len(prompt_tokens(self.tokenizer, prompt, plain=self.plain))
-        if taken >= positions:
-            raise ConfigError(
-                "QH-U19",
-                f"The conversation has {taken} tokens; this model has positions up to {positions}, and an answer needs "
-                "some of them.",
-                where="prompt",
-                cause="Past its positions a model's answers mean nothing.",
-                fix="Shorten the prompt; in a chat, /reset starts over.",
-                context={"tokens": taken, "positions": positions},
-            )
-        return positions - taken
 
 
 @dataclass(slots=True)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from qlora_hal.errors import figures
+from qlora_hal.memory.fitting import ACCUMULATION, BATCH, LENGTH, RECOMPUTE, Remedy
+from qlora_hal.memory.placement import NONE
 
 QLORA = "Dettmers et al. 2023, QLoRA (arXiv 2305.14314)"
 REGRET = "Schulman et al. 2025, LoRA Without Regret (thinkingmachines.ai/blog/lora)"
@@ -17,14 +19,14 @@ ARITHMETIC = "arithmetic over the model's headers, as qlora-hal estimate does it
 
 SEQUENCES_PER_STEP = 16
 """QLoRA's batch for 7B and 13B, and for its Guanaco models of every size (its table 9)."""
-MICRO_BATCHES = (16, 8, 4, 2, 1)
 ROOMY = 4
 """Sequences of a micro-batch that have to fit beside a base that is not quantized, or it is stored in 4 bits."""
 RANKS = (16, 32, 64, 128, 256)
 BITS_PER_PARAMETER, BITS_PER_TOKEN = 2.0, 1.0
 LARGE_PARAMETERS = 20_000_000_000
 """Between QLoRA's 13B, trained at 2e-4, and its 33B, at 1e-4."""
-_LENGTH = "data.max_seq_length"
+SLOWER = 1.005
+"""A price above it is told."""
 SHORTEST, STEP = 128, 128
 """Row lengths that are advised: multiples of STEP, which kernels like, from SHORTEST."""
 
@@ -41,9 +43,9 @@ class RowFacts:
 @dataclass(frozen=True, slots=True)
 class Situation:
     """What is advised on. `stored` is the weight format of a quantized checkpoint, or empty. `peak` is the estimate in
-    bytes, with its margin, for settings by dotted path; `adapter_parameters` are trainable weights by rank. `positions`
-    is how long rows may be, `given_length` what the user wants them to be; devices can share the base where it
-    `spreads`, and its layers can be in the host's memory where it `offloads` them."""
+    bytes, with its margin, for settings by dotted path; `least_costly` what makes these fit, in the order that `auto`
+    and `estimate` have; `adapter_parameters` are trainable weights by rank. `positions` is how long rows may be,
+    `given_length` what the user wants them to be; devices can share the base where it `spreads`."""
 
     backend: str
     memory_bytes: int
@@ -52,11 +54,10 @@ class Situation:
     rows: RowFacts | None
     positions: int | None
     peak: Callable[[Mapping[str, object]], int]
+    least_costly: Callable[[Mapping[str, object]], Remedy]
     adapter_parameters: Callable[[int], int]
     given_length: int | None = None
     spreads: bool = True
-    offloads: bool = False
-    has_experts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,7 @@ def _about_rows(situation: Situation) -> Iterator[Advice]:
             if rows
             else "without --data no row was counted"
         )
-        yield Advice("length", f"rows up to {given} tokens", f"it is given; {longest}", ARITHMETIC, {_LENGTH: given})
+        yield Advice("length", f"rows up to {given} tokens", f"it is given; {longest}", ARITHMETIC, {LENGTH: given})
         return
     if rows is None:
         return
@@ -113,7 +114,7 @@ def _about_rows(situation: Situation) -> Iterator[Advice]:
     why = f"the longest of {rows.rows} rows has {rows.longest} tokens"
     if positions and rows.longest > positions:
         why += f", and the model has positions up to {positions}: longer rows are cut"
-    yield Advice("length", f"rows up to {length} tokens", why, ARITHMETIC, {_LENGTH: length})
+    yield Advice("length", f"rows up to {length} tokens", why, ARITHMETIC, {LENGTH: length})
 
 
 def _about_the_adapter(situation: Situation) -> Iterator[Advice]:
@@ -187,49 +188,33 @@ def _storage(situation: Situation, settings: Mapping[str, object]) -> Advice:
 
 
 def _batch(situation: Situation, settings: Mapping[str, object]) -> Advice:
-    """The largest micro-batch that fits, with as little done for it as is needed."""
-    why_so_many = f"{SEQUENCES_PER_STEP} sequences a step; larger batches cost LoRA more than full tuning"
-    for how, done in _ways_to_fit(situation):
-        for size in MICRO_BATCHES:
-            made = {**_batch_settings(size), **done}
-            if situation.peak({**settings, **made}) <= situation.memory_bytes:
-                choice = f"{size} x {SEQUENCES_PER_STEP // size} sequences, {how}"
-                why = f"the largest micro-batch that fits; {why_so_many}"
-                return Advice("batch", choice, why, f"{ARITHMETIC}; {QLORA}, table 9; {REGRET}", made)
-    least = {**_batch_settings(1), **_AGAIN}
-    short = situation.peak({**settings, **least}) - situation.memory_bytes
-    why = f"even so it is {figures.size(short)} too much: shorten data.max_seq_length or take a smaller model"
+    """The least costly of what fits: micro-batches of a step, recomputation, what waits on the host, moments."""
+    whole: dict[str, object] = {BATCH: SEQUENCES_PER_STEP, ACCUMULATION: 1, RECOMPUTE: NONE}
+    found = situation.least_costly({**settings, **whole})
+    made = {**whole, **{path: value for path, value in found.settings.items() if path != LENGTH}}
+    others = [step.words for step in found.steps if not {BATCH, LENGTH} & step.settings.keys()]
+    if RECOMPUTE not in found.settings:
+        others.insert(0, "activations kept")
+    choice = f"{made[BATCH]} x {made[ACCUMULATION]} sequences, {', '.join(others)}"
+    if not found.fits or LENGTH in found.settings:
+        return Advice("batch", choice, _why_it_is_not_enough(situation, {**settings, **made}, found), ARITHMETIC, made)
+    slower = f", at {1 / found.time:.2f} of the tokens/s" if found.time > SLOWER else ""
+    on_host = f"; {figures.size(found.needs.host)} of the host's memory" if found.needs.host else ""
+    given_up = "".join(f"; gives up: {one}" for one in found.gives_up)
+    why = (
+        f"the least costly that fits{slower}{on_host}{given_up}; {SEQUENCES_PER_STEP} sequences a step; larger batches "
+        "cost LoRA more than full tuning"
+    )
+    return Advice("batch", choice, why, f"{ARITHMETIC}; {QLORA}, table 9; {REGRET}", made)
+
+
+def _why_it_is_not_enough(situation: Situation, settings: Mapping[str, object], least: Remedy) -> str:
+    short = situation.peak(settings) - situation.memory_bytes
+    rows = f"rows of up to {least.settings[LENGTH]} tokens fit (data.max_seq_length), or take"
+    why = f"even so it is {figures.size(short)} too much: {rows if least.fits else 'take'} a smaller model"
     if situation.spreads:
         why += ", or spread the base over several devices (--devices N --parallel.mode shard)"
-    return Advice("batch", f"1 x {SEQUENCES_PER_STEP} sequences, activations computed again", why, ARITHMETIC, least)
-
-
-_KEPT: Mapping[str, object] = {"training.gradient_checkpointing": False}
-_AGAIN: Mapping[str, object] = {"training.gradient_checkpointing": True}
-_MOVED: Mapping[str, object] = {"training.base_offload": ["embeddings", "layers"]}
-_EXPERTS_AS_THEY_ARE: Mapping[str, object] = {"lora.experts": "none"}
-
-
-def _ways_to_fit(situation: Situation) -> Iterator[tuple[str, Mapping[str, object]]]:
-    """What is done for it, in words and settings. Layers on the host come last, as in `memory.fitting`: what it costs
-    that they cross in each pass is the machine's."""
-    again, as_they_are = "activations computed again", "no adapters on the experts"
-    moved = f"{again}, embeddings and layers in the host's memory, from where they cross in each pass"
-    yield "activations kept", _KEPT
-    yield f"{again}, about a third more work", _AGAIN
-    if situation.has_experts:
-        yield f"{again}, {as_they_are}", {**_AGAIN, **_EXPERTS_AS_THEY_ARE}
-    if situation.offloads:
-        yield moved, {**_AGAIN, **_MOVED}
-    if situation.offloads and situation.has_experts:
-        yield f"{moved}, {as_they_are}", {**_AGAIN, **_MOVED, **_EXPERTS_AS_THEY_ARE}
-
-
-def _batch_settings(size: int) -> dict[str, object]:
-    return {
-        "training.per_device_train_batch_size": size,
-        "training.gradient_accumulation_steps": SEQUENCES_PER_STEP // size,
-    }
+    return why
 
 
 def _about_serving() -> Advice:

@@ -102,7 +102,7 @@ def estimate(
 def spread_over(memory: MemoryEstimate, facts: ModelFacts, compute_dtype: ComputeDtype, devices: int) -> MemoryEstimate:
     """The same on each of so many devices that hold the decoder layers' packed weights together: a share of them, and
     two layers whole, the one that computes and the one that is on its way. All else every device has."""
-    layers = LayerBytes.of(memory, facts, compute_dtype)
+    layers = LayerBytes.of(memory.weights, facts, compute_dtype)
     return replace(memory, weights=memory.weights - layers.all + layers.all // devices + layers.in_slots)
 
 
@@ -115,13 +115,13 @@ class LayerBytes:
     in_slots: int
 
     @classmethod
-    def of(cls, memory: MemoryEstimate, facts: ModelFacts, compute_dtype: ComputeDtype) -> LayerBytes:
-        """Of an estimate in which all of the base is on the device."""
+    def of(cls, weights: int, facts: ModelFacts, compute_dtype: ComputeDtype) -> LayerBytes:
+        """`weights` are the bytes of the whole base."""
         numbers: Counter[str] = Counter()
         for module, linear in facts.linear_modules.items():
             numbers[layer_of(module)] += linear.parameters
         rest = (facts.parameter_count - numbers.total() - _tied_head_weights(facts)) * DTYPE_BYTES[compute_dtype]
-        of_all = max(memory.weights - rest, 0)
+        of_all = max(weights - rest, 0)
         in_slots = min(SLOTS, len(numbers)) * max(numbers.values(), default=0)
         return cls(of_all, of_all * in_slots // max(numbers.total(), 1))
 

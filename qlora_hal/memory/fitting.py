@@ -1,16 +1,62 @@
-"""What fits into a memory: classes, the largest batch and row, and the settings that make a run fit."""
+"""What fits into a memory: classes, the largest batch and row, and the settings that make a run fit.
+
+One order is behind all of it, `by_cost`: of what fits the least costly is taken, by `auto`, by `--fit` and by advice.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import product
+from typing import TYPE_CHECKING
 
+from qlora_hal.errors.figures import size
+from qlora_hal.memory.placement import (
+    AUTO,
+    Moves,
+    Placement,
+    asked_recompute,
+    base_offloads,
+    recomputations,
+)
 from qlora_hal.memory.time_prices import PassChoice
 
-Peak = Callable[[Mapping[str, object]], int]
-"""Bytes at the peak, with its margin, with some settings, by dotted path, otherwise."""
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from qlora_hal.config.schema import TrainingConfig
+    from qlora_hal.contract.capabilities import Feature
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Bytes that a run takes of a device at its peak, with the margin, and of the host for what waits there."""
+
+    device: int
+    host: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Bytes that a run may take of a device, and of the host; None where that is not known."""
+
+    device: int
+    host: int | None = None
+
+    def holds(self, needs: Needs) -> bool:
+        return needs.device <= self.device and self.host_holds(needs)
+
+    def host_holds(self, needs: Needs) -> bool:
+        return self.host is None or needs.host <= self.host
+
+    def least(self, needs: Sequence[Needs]) -> int:
+        """Which of them takes the least of the device, of those that the host holds."""
+        return min(range(len(needs)), key=lambda one: (not self.host_holds(needs[one]), needs[one].device))
+
+
+NeedsOf = Callable[[Mapping[str, object]], Needs]
+"""What a run takes with some settings, by dotted path, otherwise."""
 
 BATCH, ACCUMULATION = "training.per_device_train_batch_size", "training.gradient_accumulation_steps"
 RECOMPUTE, LENGTH = "training.recompute", "data.max_seq_length"
@@ -22,15 +68,20 @@ LONGEST, LARGEST_BATCH = 2**20, 1024
 
 
 class Verdict(StrEnum):
-    """`fits` with the margin of the arithmetic; `tight` only without it."""
+    """`fits` with the margin of the arithmetic; `tight` only without it; `no dtype` where the device, whatever its
+    memory, does not compute in the dtype that is asked for."""
 
     FITS = "fits"
     TIGHT = "tight"
     TOO_SMALL = "too small"
+    NO_DTYPE = "no dtype"
 
 
-def verdict(total: int, high: int, memory_bytes: int) -> Verdict:
-    """Which class a peak of `total`, or up to `high`, is in."""
+def verdict(total: int, high: int, memory_bytes: int, lacking: str = "") -> Verdict:
+    """Which class a peak of `total`, or up to `high`, is in. `lacking` says why the device does not compute in the
+    dtype, "" where it does."""
+    if lacking:
+        return Verdict.NO_DTYPE
     if high <= memory_bytes:
         return Verdict.FITS
     return Verdict.TIGHT if total <= memory_bytes else Verdict.TOO_SMALL
@@ -88,10 +139,57 @@ def cost(choice: PassChoice, taken: Taken) -> tuple[bool, float]:
     return choice.crosses_whole, choice.time * RELUCTANCE ** len(taken.gives_up)
 
 
+def by_cost(choices: Choices, price: PriceOf) -> list[Taken]:
+    """Each combination, the least costly first; of equal ones the one that changes fewer settings."""
+    return sorted(all_of(choices), key=lambda taken: (*cost(price(taken.settings), taken), len(taken.settings)))
+
+
+def chosen_placement(
+    training: TrainingConfig,
+    features: Collection[Feature],
+    needs_of: Callable[[Placement], Needs],
+    price_of: Callable[[Placement], PassChoice],
+    room: Room | None,
+    *,
+    moves: Moves | None = None,
+) -> Placement:
+    """What was asked for, and where that is `auto` the least costly that the room holds. Where it holds none, the one
+    with the lowest peak; where it is not known, the least costly of all."""
+    recompute, parts = asked_recompute(training), training.base_offload
+    moves = moves or Moves()
+    again = recomputations(features, moves) if recompute == AUTO else [recompute]
+    on_host = base_offloads(features, moves) if parts == "auto" else [parts]
+    candidates = [Placement(kind, some) for kind in again for some in on_host]
+    if AUTO not in (recompute, parts):
+        return candidates[0]
+    as_it_is = candidates[0]
+
+    def order(one: Placement) -> tuple[bool, float, int]:
+        changes = (one.recompute != as_it_is.recompute) + (one.base_offload != as_it_is.base_offload)
+        return (*cost(price_of(one), Taken()), changes)
+
+    candidates.sort(key=order)
+    if room is None:
+        return replace(candidates[0], why="the device does not tell how much memory it has")
+    needs = [needs_of(candidate) for candidate in candidates]
+    fitting = next((number for number, takes in enumerate(needs) if room.holds(takes)), None)
+    number = room.least(needs) if fitting is None else fitting
+    return replace(candidates[number], why=_why(needs[number], room))
+
+
+def _why(needs: Needs, room: Room) -> str:
+    relation = "within" if needs.device <= room.device else "the least there is, but above"
+    peak = f"an estimated peak of {size(needs.device)}, {relation} {size(room.device)}"
+    if not needs.host:
+        return peak
+    left = "" if room.host is None or room.host_holds(needs) else f", which has {size(room.host)} left for it"
+    return f"{peak}, beside {size(needs.host)} of the host's memory{left}"
+
+
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """A batch that fits: `rows` x `length` tokens with what was chosen, its peak with the margin, and what a pass
-    takes. `is_measured` where a probe trained with it."""
+    """A batch that fits: `rows` x `length` tokens with what was chosen, its peak with the margin, what waits on the
+    host, and what a pass takes. `is_measured` where a probe trained with it."""
 
     rows: int
     length: int
@@ -99,6 +197,7 @@ class Fit:
     settings: Mapping[str, object]
     high: int
     choice: PassChoice
+    host: int = 0
     is_measured: bool = False
 
     @property
@@ -120,7 +219,7 @@ class Asked:
     settings_of: Callable[[int, int], Mapping[str, object]] = lambda rows, length: {BATCH: rows, LENGTH: length}
 
 
-def largest_fits(peak: Peak, price: PriceOf, memory_bytes: int, choices: Choices, asked: Asked) -> tuple[Fit, ...]:
+def largest_fits(needs: NeedsOf, price: PriceOf, room: Room, choices: Choices, asked: Asked) -> tuple[Fit, ...]:
     """The largest batches of rows of the length that is asked for, the fastest first and then those that hold more
     tokens and cost more time; then the longest rows alike. What does not fit is left out."""
     batches, long_rows = [], []
@@ -128,11 +227,11 @@ def largest_fits(peak: Peak, price: PriceOf, memory_bytes: int, choices: Choices
 
         def fit(rows: int, length: int, taken: Taken = taken) -> Fit:
             settings = {**asked.settings_of(rows, length), **taken.settings}
-            choice = price(settings)
-            return Fit(choice.tokens // length, length, taken, settings, peak(settings), choice)
+            choice, takes = price(settings), needs(settings)
+            return Fit(choice.tokens // length, length, taken, settings, takes.device, choice, takes.host)
 
-        def fits(rows: int, length: int, fit: Callable[[int, int], Fit] = fit) -> bool:
-            return fit(rows, length).high <= memory_bytes
+        def fits(rows: int, length: int, taken: Taken = taken) -> bool:
+            return room.holds(needs({**asked.settings_of(rows, length), **taken.settings}))
 
         if rows := _rows_that_fit(fits, asked):
             batches.append(fit(rows, asked.length))
@@ -159,7 +258,7 @@ def _longest_that_fits(fits: Callable[[int, int], bool], asked: Asked) -> int:
 def _worth_it(found: Sequence[Fit]) -> Iterator[Fit]:
     """The one that costs least, and each that holds more tokens than all that cost less."""
     most = 0
-    for one in sorted(found, key=lambda fit: (*cost(fit.choice, fit.taken), -fit.tokens)):
+    for one in sorted(found, key=lambda fit: (*cost(fit.choice, fit.taken), -fit.tokens, len(fit.settings))):
         if one.tokens > most:
             most = one.tokens
             yield one
@@ -167,12 +266,17 @@ def _worth_it(found: Sequence[Fit]) -> Iterator[Fit]:
 
 @dataclass(frozen=True, slots=True)
 class Remedy(Taken):
-    """What makes a run fit; `fits` False where it is the least that settings can do. `time` of a token is in units of
-    what it takes with nothing done."""
+    """What makes a run fit, and what it takes then; `fits` False where it is the least that settings can do. `time` of
+    a token is in units of what it takes with nothing done."""
 
-    high: int = 0
+    needs: Needs = Needs(0)
     fits: bool = True
     time: float = 1.0
+
+    @property
+    def high(self) -> int:
+        """Of the device, with the margin."""
+        return self.needs.device
 
 
 def flag(path: str, value: object) -> str:
@@ -184,29 +288,25 @@ def flag(path: str, value: object) -> str:
     return f"--{path} {value}"
 
 
-def remedy(peak: Peak, price: PriceOf, memory_bytes: int, choices: Choices, length: int) -> Remedy:
-    """The combination of choices that fits and has the least `cost`; of equal ones the one that changes fewer settings.
-    Shorter rows come last."""
+def remedy(needs: NeedsOf, price: PriceOf, room: Room, choices: Choices, length: int) -> Remedy:
+    """The least costly combination of choices that fits. Shorter rows come last."""
     before = price({}).time
 
-    def of(taken: Taken, high: int) -> Remedy:
-        return Remedy(taken.steps, high, high <= memory_bytes, price(taken.settings).time / before)
+    def of(taken: Taken) -> Remedy:
+        takes = needs(taken.settings)
+        return Remedy(taken.steps, takes, room.holds(takes), price(taken.settings).time / before)
 
-    def rank(taken: Taken) -> tuple[bool, float, int]:
-        return (*cost(price(taken.settings), taken), len(taken.settings))
-
-    ranked, highs = sorted(all_of(choices), key=rank), []
+    ranked = by_cost(choices, price)
     for taken in ranked:
-        highs.append(peak(taken.settings))
-        if highs[-1] <= memory_bytes:
-            return of(taken, highs[-1])
-    least = ranked[min(range(len(ranked)), key=highs.__getitem__)]
+        if room.holds(needs(taken.settings)):
+            return of(taken)
+    least = ranked[room.least([needs(taken.settings) for taken in ranked])]
     most = (length - 1) // LENGTH_STEP
-    steps = _largest(lambda steps: peak({**least.settings, LENGTH: steps * LENGTH_STEP}) <= memory_bytes, most)
+    steps = _largest(lambda steps: room.holds(needs({**least.settings, LENGTH: steps * LENGTH_STEP})), most)
     if (shorter := max(steps, 1) * LENGTH_STEP) < length:
         words = f"rows of up to {shorter} tokens"
         least = Taken((*least.steps, Step(words, {LENGTH: shorter}, "what of longer rows is beyond that is not seen")))
-    return of(least, peak(least.settings))
+    return of(least)
 
 
 def smaller_batches(

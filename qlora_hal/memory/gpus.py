@@ -1,4 +1,4 @@
-"""Well-known accelerators, for `estimate` on a machine that has none of them: memory, dtype, and whose word it is."""
+"""Well-known accelerators, for `estimate` where none of them is: memory, architecture, and whose word that is."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qlora_hal.detect.gpu_dtypes import lacking_dtype_of
 from qlora_hal.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,15 +22,29 @@ DEVICE_KINDS: Mapping[str, str] = {"nvidia": "cuda", "amd": "rocm", "apple": "mp
 
 @dataclass(frozen=True, slots=True)
 class KnownGpu:
-    """One accelerator, with the memory that its driver reports for one device of it. `compute_dtype` is the 16-bit
-    dtype that its matrix units have; `source` is the vendor's document of both. `devices` are on one card."""
+    """One accelerator, with the memory that its driver reports for one device of it, and its `source`. Its generation
+    is NVIDIA's `compute_capability`, AMD's target name `gfx`, or Apple's `metal_family`. `devices` are on one card."""
 
     name: str
     vendor: str
     memory_bytes: int
-    compute_dtype: ComputeDtype = "bfloat16"
-    source: str = ""
+    source: str
+    compute_capability: tuple[int, int] | None = None
+    gfx: str = ""
+    metal_family: int | None = None
     devices: int = 1
+
+    @property
+    def compute_dtype(self) -> ComputeDtype:
+        """The 16-bit dtype that its matrix units have."""
+        return "float16" if lacking_dtype_of("bfloat16", self) else "bfloat16"
+
+    @property
+    def architecture(self) -> str:
+        """As the vendor writes it."""
+        if self.compute_capability is not None:
+            return "compute capability " + ".".join(map(str, self.compute_capability))
+        return self.gfx or f"Apple{self.metal_family}"
 
     @property
     def device_kind(self) -> str:
@@ -44,39 +59,45 @@ def apple_working_set(unified_bytes: int) -> int:
     return unified_bytes * 2 // 3 if unified_bytes <= 32 * GIB else unified_bytes * 3 // 4
 
 
-def _nvidia(name: str, mib: int, source: str, compute_dtype: ComputeDtype = "bfloat16") -> KnownGpu:
-    return KnownGpu(f"NVIDIA {name}", "nvidia", mib * MIB, compute_dtype, f"NVIDIA, {source}")
+def _nvidia(name: str, mib: int, capability: tuple[int, int], source: str) -> KnownGpu:
+    return KnownGpu(f"NVIDIA {name}", "nvidia", mib * MIB, f"NVIDIA, {source}", compute_capability=capability)
 
 
-def _amd(name: str, gib: int, source: str, devices: int = 1) -> KnownGpu:
-    return KnownGpu(f"AMD {name}", "amd", gib * GIB, "bfloat16", f"AMD, {source}", devices)
+def _amd(name: str, gib: int, gfx: str, source: str, devices: int = 1) -> KnownGpu:
+    return KnownGpu(f"AMD {name}", "amd", gib * GIB, f"AMD, {source}", gfx=gfx, devices=devices)
 
 
 def _mac(gib: int) -> KnownGpu:
     source = "Apple, Metal: recommendedMaxWorkingSetSize"
-    return KnownGpu(f"Apple M-series, {gib} GB", "apple", apple_working_set(gib * GIB), "bfloat16", source)
+    return KnownGpu(f"Apple M-series, {gib} GB", "apple", apple_working_set(gib * GIB), source, metal_family=FIRST_M)
 
 
-def _geforce(source: str, memories: Mapping[str, int]) -> tuple[KnownGpu, ...]:
+def _geforce(capability: tuple[int, int], source: str, memories: Mapping[str, int]) -> tuple[KnownGpu, ...]:
     """Cards of a generation, by name, with their MiB."""
-    return tuple(_nvidia(name, mib, source) for name, mib in memories.items())
+    return tuple(_nvidia(name, mib, capability, source) for name, mib in memories.items())
 
 
+# NVIDIA, developer.nvidia.com/cuda-gpus: the compute capability of each card.
+VOLTA, TURING, AMPERE, RTX_AMPERE, ADA = (7, 0), (7, 5), (8, 0), (8, 6), (8, 9)
+HOPPER, BLACKWELL, RTX_BLACKWELL = (9, 0), (10, 0), (12, 0)
+FIRST_M = 7
+"""The Metal family of the M1; later ones have more. Source: Apple, Metal feature set tables."""
 _TURING, _VOLTA = "Turing architecture white paper", "Tesla V100 architecture white paper"
 _GA102, _ADA = "Ampere GA102 architecture white paper", "Ada GPU architecture white paper"
 _BLACKWELL = "RTX Blackwell GPU architecture white paper"
 _LAPTOPS = "nvidia.com/geforce/gaming-laptops/compare"
 
 KNOWN_GPUS: tuple[KnownGpu, ...] = (
-    _nvidia("T4", 15360, f"T4 data sheet; {_TURING}", "float16"),
-    _nvidia("V100 16 GB", 16384, f"V100 data sheet; {_VOLTA}", "float16"),
-    _nvidia("V100 32 GB", 32768, f"V100 data sheet; {_VOLTA}", "float16"),
-    _nvidia("L4", 23034, "L4 data sheet"),
-    _nvidia("A10G", 23028, "A10 data sheet"),
-    _nvidia("RTX A6000", 49140, f"RTX A6000 data sheet; {_GA102}"),
-    _nvidia("L40", 46068, "L40 data sheet"),
-    _nvidia("L40S", 46068, "L40S data sheet"),
+    _nvidia("T4", 15360, TURING, f"T4 data sheet; {_TURING}"),
+    _nvidia("V100 16 GB", 16384, VOLTA, f"V100 data sheet; {_VOLTA}"),
+    _nvidia("V100 32 GB", 32768, VOLTA, f"V100 data sheet; {_VOLTA}"),
+    _nvidia("L4", 23034, ADA, "L4 data sheet"),
+    _nvidia("A10G", 23028, RTX_AMPERE, "A10 data sheet"),
+    _nvidia("RTX A6000", 49140, RTX_AMPERE, f"RTX A6000 data sheet; {_GA102}"),
+    _nvidia("L40", 46068, ADA, "L40 data sheet"),
+    _nvidia("L40S", 46068, ADA, "L40S data sheet"),
     *_geforce(
+        RTX_AMPERE,
         _GA102,
         {
             "RTX 3050 6 GB": 6144,
@@ -94,6 +115,7 @@ KNOWN_GPUS: tuple[KnownGpu, ...] = (
         },
     ),
     *_geforce(
+        RTX_AMPERE,
         _LAPTOPS,
         {
             "RTX 3050 Laptop 4 GB": 4096,
@@ -108,6 +130,7 @@ KNOWN_GPUS: tuple[KnownGpu, ...] = (
         },
     ),
     *_geforce(
+        ADA,
         _ADA,
         {
             "RTX 4060": 8188,
@@ -123,6 +146,7 @@ KNOWN_GPUS: tuple[KnownGpu, ...] = (
         },
     ),
     *_geforce(
+        ADA,
         _LAPTOPS,
         {
             "RTX 4050 Laptop": 6141,
@@ -133,6 +157,7 @@ KNOWN_GPUS: tuple[KnownGpu, ...] = (
         },
     ),
     *_geforce(
+        RTX_BLACKWELL,
         _BLACKWELL,
         {
             "RTX 5050": 8151,
@@ -146,6 +171,7 @@ KNOWN_GPUS: tuple[KnownGpu, ...] = (
         },
     ),
     *_geforce(
+        RTX_BLACKWELL,
         _LAPTOPS,
         {
             "RTX 5050 Laptop": 8151,
@@ -156,29 +182,29 @@ KNOWN_GPUS: tuple[KnownGpu, ...] = (
             "RTX 5090 Laptop": 24463,
         },
     ),
-    _nvidia("A100 40 GB", 40960, "A100 data sheet"),
-    _nvidia("A100 80 GB", 81920, "A100 data sheet"),
-    _nvidia("H100 80 GB", 81559, "H100 data sheet"),
-    _nvidia("H200", 143771, "H200 data sheet"),
-    _nvidia("B200", 183359, "DGX B200 data sheet"),
-    _amd("Instinct MI100", 32, "Instinct MI100 data sheet"),
-    _amd("Instinct MI210", 64, "Instinct MI210 data sheet"),
-    _amd("Instinct MI250X", 64, "Instinct MI250X data sheet: two dies of 64 GB, each a device", devices=2),
-    _amd("Instinct MI300X", 192, "Instinct MI300X data sheet"),
-    _amd("Radeon RX 7900 GRE", 16, "Radeon RX 7900 GRE specifications"),
-    _amd("Radeon RX 7900 XT", 20, "Radeon RX 7900 XT specifications"),
-    _amd("Radeon RX 7900 XTX", 24, "Radeon RX 7900 XTX specifications"),
-    _amd("Radeon RX 9060 XT 8 GB", 8, "Radeon RX 9060 XT specifications"),
-    _amd("Radeon RX 9060 XT 16 GB", 16, "Radeon RX 9060 XT specifications"),
-    _amd("Radeon RX 9070", 16, "Radeon RX 9070 specifications"),
-    _amd("Radeon RX 9070 XT", 16, "Radeon RX 9070 XT specifications"),
-    _amd("Radeon AI PRO R9700", 32, "Radeon AI PRO R9700 specifications"),
+    _nvidia("A100 40 GB", 40960, AMPERE, "A100 data sheet"),
+    _nvidia("A100 80 GB", 81920, AMPERE, "A100 data sheet"),
+    _nvidia("H100 80 GB", 81559, HOPPER, "H100 data sheet"),
+    _nvidia("H200", 143771, HOPPER, "H200 data sheet"),
+    _nvidia("B200", 183359, BLACKWELL, "DGX B200 data sheet"),
+    _amd("Instinct MI100", 32, "gfx908", "Instinct MI100 data sheet"),
+    _amd("Instinct MI210", 64, "gfx90a", "Instinct MI210 data sheet"),
+    _amd("Instinct MI250X", 64, "gfx90a", "Instinct MI250X data sheet: two dies of 64 GB, each a device", devices=2),
+    _amd("Instinct MI300X", 192, "gfx942", "Instinct MI300X data sheet"),
+    _amd("Radeon RX 7900 GRE", 16, "gfx1100", "Radeon RX 7900 GRE specifications"),
+    _amd("Radeon RX 7900 XT", 20, "gfx1100", "Radeon RX 7900 XT specifications"),
+    _amd("Radeon RX 7900 XTX", 24, "gfx1100", "Radeon RX 7900 XTX specifications"),
+    _amd("Radeon RX 9060 XT 8 GB", 8, "gfx1200", "Radeon RX 9060 XT specifications"),
+    _amd("Radeon RX 9060 XT 16 GB", 16, "gfx1200", "Radeon RX 9060 XT specifications"),
+    _amd("Radeon RX 9070", 16, "gfx1201", "Radeon RX 9070 specifications"),
+    _amd("Radeon RX 9070 XT", 16, "gfx1201", "Radeon RX 9070 XT specifications"),
+    _amd("Radeon AI PRO R9700", 32, "gfx1201", "Radeon AI PRO R9700 specifications"),
     *(_mac(gib) for gib in (8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)),
 )
 """Totals as `nvidia-smi` and amdgpu report them, which is the data sheet's memory less what the driver keeps; Apple:
 the working set, of unified memory. A card of one name that was sold with two memories has a row for each; of a
-laptop's GPU the name tells the memory, which often differs from the card's. bfloat16 came with NVIDIA's Ampere and
-AMD's CDNA; Turing and Volta have float16 alone."""
+laptop's GPU the name tells the memory, which often differs from the card's. AMD's targets are those of the ROCm
+documentation (GPU hardware specifications)."""
 
 
 def known_gpu(name: str) -> KnownGpu:

@@ -1,19 +1,14 @@
-"""What is recomputed and what waits in the host's memory: as asked for, or the fastest that fits the device.
+"""What is recomputed and what waits in the host's memory: what there is to choose from, and the bytes of either place.
 
-The order of `auto` is that of the time it takes. Keeping all activations is fastest. Computing the feed-forward's
-widest products again costs less than whole layers; their inputs on the host cost no more as long as the copies hide
-behind the computation. Of the base, the token embeddings cost a copy of a row a token; head and layers cross whole in
-each pass, at a rate that the machine's link decides, so they come after all recomputation.
+Which of it is taken is `fitting`'s to say, by what it costs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from qlora_hal.contract.capabilities import Feature
-from qlora_hal.errors.figures import size
 from qlora_hal.memory.estimate import DTYPE_BYTES, LayerBytes
 from qlora_hal.model.shape import decoder_shape
 
@@ -31,6 +26,8 @@ LAYERS: Final = "layers"
 HEAD: Final = "head"
 IN_HOST_MEMORY = frozenset({"cpu", "mps"})
 """Kinds of devices whose memory is the host's: what waits there saves nothing."""
+HOST_SPARED = 0.2
+"""Of the host's available memory, for all else that a run takes: page-locked memory cannot be swapped out."""
 PIECES = 2
 """Of the head that are on the device while the rest is on the host."""
 HEAD_PIECE_BYTES = 2**26
@@ -93,38 +90,6 @@ def asked_recompute(training: TrainingConfig) -> str:
     return FULL if training.gradient_checkpointing else NONE
 
 
-def chosen_placement(
-    training: TrainingConfig,
-    features: Collection[Feature],
-    peak_of: Callable[[Placement], int],
-    memory_there: int | None,
-    *,
-    moves: Moves | None = None,
-) -> Placement:
-    """What was asked for, and where that is `auto` the fastest whose `peak_of` is within `memory_there`. Where nothing
-    is, the one with the lowest peak; where the memory is not known, the fastest."""
-    candidates = list(_candidates(training, features, moves or Moves()))
-    if AUTO not in (asked_recompute(training), training.base_offload):
-        return candidates[0]
-    if memory_there is None:
-        return replace(candidates[0], why="the device does not tell how much memory it has")
-    peaks = {candidate: peak_of(candidate) for candidate in candidates}
-    fitting = next((candidate for candidate in candidates if peaks[candidate] <= memory_there), None)
-    chosen = fitting or min(candidates, key=peaks.__getitem__)
-    relation = "within" if fitting else "the least there is, but above"
-    return replace(chosen, why=f"an estimated peak of {size(peaks[chosen])}, {relation} {size(memory_there)}")
-
-
-def _candidates(training: TrainingConfig, features: Collection[Feature], moves: Moves) -> Iterator[Placement]:
-    """All that is asked for or may be chosen, the fastest first."""
-    recompute, offload = asked_recompute(training), training.base_offload
-    again = recomputations(features, moves) if recompute == AUTO else [recompute]
-    parts_of_base = base_offloads(features, moves) if offload == "auto" else [offload]
-    for parts in parts_of_base:
-        for kind in again:
-            yield Placement(kind, parts)
-
-
 def _has_head(facts: ModelFacts) -> bool:
     """Whether a head is stored: families tie it by a default of theirs, without a word in config.json."""
     return any(name.rpartition(".")[0].rpartition(".")[2] in _HEADS for name in facts.tensors)
@@ -137,15 +102,58 @@ def with_base_offloaded(
     memory: MemoryEstimate, facts: ModelFacts, compute_dtype: ComputeDtype, parts: Collection[str]
 ) -> MemoryEstimate:
     """The estimate of a device without these parts of the base, but for what of them is on it at a time."""
-    width, hidden = DTYPE_BYTES[compute_dtype], decoder_shape(facts).hidden
-    table = facts.vocabulary_size * hidden * width
-    tied = facts.config.get("tie_word_embeddings") is True or not _has_head(facts)
+    base = _PartsOfBase.of(memory.weights, facts, compute_dtype)
     saved = 0
     if LAYERS in parts:
-        layers = LayerBytes.of(memory, facts, compute_dtype)
-        saved += layers.all - layers.in_slots
+        saved += base.layers.all - base.layers.in_slots
     if HEAD in parts:
-        saved += max(table - PIECES * HEAD_PIECE_BYTES, 0)
-    if EMBEDDINGS in parts and not tied:
-        saved += table
+        saved += max(base.table - PIECES * HEAD_PIECE_BYTES, 0)
+    if EMBEDDINGS in parts and not base.is_tied:
+        saved += base.table
     return replace(memory, weights=max(memory.weights - saved, 0))
+
+
+@dataclass(frozen=True, slots=True)
+class HostBytes:
+    """What waits in the host's memory: of the base its layers, and the rest; and the inputs of recomputed layers."""
+
+    layers: int = 0
+    tables: int = 0
+    inputs: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.layers + self.tables + self.inputs
+
+
+def host_bytes(
+    weights: int, facts: ModelFacts, compute_dtype: ComputeDtype, placement: Placement, tokens: int
+) -> HostBytes:
+    """Of one device that trains `tokens` in a pass. `weights` are the bytes of the whole base. Three layers' inputs are
+    on the device and have their place here all the same."""
+    base, shape = _PartsOfBase.of(weights, facts, compute_dtype), decoder_shape(facts)
+    parts = placement.base_offload
+    tables = (HEAD in parts) + (EMBEDDINGS in parts and not base.is_tied)
+    inputs = shape.layers * tokens * shape.hidden * DTYPE_BYTES[compute_dtype]
+    return HostBytes(
+        layers=base.layers.all if LAYERS in parts else 0,
+        tables=tables * base.table,
+        inputs=inputs if placement.recompute == OFFLOAD else 0,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _PartsOfBase:
+    """Bytes of the decoder layers' packed weights, and of the embeddings, which may be the head too."""
+
+    layers: LayerBytes
+    table: int
+    is_tied: bool
+
+    @classmethod
+    def of(cls, weights: int, facts: ModelFacts, compute_dtype: ComputeDtype) -> _PartsOfBase:
+        return cls(
+            layers=LayerBytes.of(weights, facts, compute_dtype),
+            table=facts.vocabulary_size * decoder_shape(facts).hidden * DTYPE_BYTES[compute_dtype],
+            is_tied=facts.config.get("tie_word_embeddings") is True or not _has_head(facts),
+        )

@@ -6,17 +6,19 @@ from __future__ import annotations
 
 import errno
 import glob
+import json
 import math
 import re
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
-from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, snapshot_download
+from huggingface_hub import ModelInfo, constants, hf_hub_download, hf_hub_url, snapshot_download
 from huggingface_hub.errors import (
     DisabledRepoError,
     GatedRepoError,
@@ -26,7 +28,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, tqdm
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, tqdm, validate_repo_id
 
 from qlora_hal.errors import HubError, StorageError, figures
 from qlora_hal.files.durable import free_bytes
@@ -34,6 +36,11 @@ from qlora_hal.files.refused_paths import expanded
 
 LOGIN = "hf auth login"
 _CHUNK = 64 * 1024
+LARGEST_LISTING = 2**26
+"""Bytes of the hub's answer on one repository: some 200 for each of its files."""
+LARGEST_REFUSAL = 2**20
+ANSWERED_WITHIN = 600.0
+"""Seconds for a listing, or for the headers of one weight file, which are megabytes."""
 _Result = TypeVar("_Result")
 
 
@@ -98,11 +105,14 @@ def look_up(name: str, revision: str | None, retries: Retries | None = None) -> 
     """What the hub has under this name, in one request. Raises Unreachable, and HubError QH-E12 when the model or the
     revision is missing, private or gated."""
 
+    validate_repo_id(name)
+    at = "" if revision is None else f"/revision/{quote(revision, safe='')}"
+    url = f"{constants.ENDPOINT}/api/models/{name}{at}?blobs=true"
+
     def asked() -> Repository:
-        with _hub_errors(name, revision):
-            # Its own default is to wait without end.
-            patience = constants.HF_HUB_DOWNLOAD_TIMEOUT
-            info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=patience)
+        # As HfApi.model_info does it, which reads an answer of any size into memory.
+        with _hub_errors(name, revision), _streamed(url, build_hf_headers()) as (_, chunks):
+            info: Any = ModelInfo(**json.loads(whole(chunks, LARGEST_LISTING)))  # type: ignore[no-untyped-call]
         return Repository(name, revision, info.sha or "", {file.rfilename: file.size for file in info.siblings or ()})
 
     return _with_retries(asked, retries or Retries())
@@ -150,7 +160,8 @@ def read_range(repository: Repository, name: str, begin: int, end: int, retries:
 
     def asked() -> bytes:
         part = bytearray()
-        with _hub_errors(repository.name, repository.commit), _streamed(url, headers) as (status, chunks):
+        with _hub_errors(repository.name, repository.commit), _streamed(url, headers) as (status, streamed):
+            chunks = in_time(streamed)
             # A server that knows no ranges answers 200 and sends the whole file: gigabytes, of which no more is read
             # than is wanted, and nothing else is kept.
             position = begin if status == 206 else 0
@@ -208,10 +219,41 @@ def _streamed(url: str, headers: Mapping[str, str]) -> Iterator[tuple[int, Itera
     wanted = {"headers": headers, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT}
     by_httpx = hasattr(session, "stream") and callable(session.stream)
     with session.stream("GET", url, **wanted) if by_httpx else session.get(url, stream=True, **wanted) as answer:
-        if answer.status_code >= 400 and by_httpx:
-            answer.read()  # what went wrong may stand in the body
-        hf_raise_for_status(answer)
+        hf_raise_for_status(_with_beginning(answer) if answer.status_code >= 400 and by_httpx else answer)
         yield answer.status_code, answer.iter_bytes() if by_httpx else answer.iter_content(_CHUNK)
+
+
+def _with_beginning(answer: Any) -> Any:
+    """A failed answer of httpx with as much of its body as what went wrong may stand in."""
+    body = bytearray()
+    for chunk in in_time(answer.iter_bytes()):
+        body += chunk
+        if len(body) >= LARGEST_REFUSAL:
+            break
+    encoded = {"content-encoding", "content-length", "transfer-encoding"}
+    headers = [(name, value) for name, value in answer.headers.multi_items() if name.lower() not in encoded]
+    content = bytes(body[:LARGEST_REFUSAL])
+    return type(answer)(answer.status_code, headers=headers, content=content, request=answer.request)
+
+
+def whole(chunks: Iterable[bytes], most: int) -> bytes:
+    """A body that ends, within `most` bytes and ANSWERED_WITHIN. Raises Unreachable."""
+    body = bytearray()
+    for chunk in in_time(chunks):
+        body += chunk
+        if len(body) > most:
+            raise Unreachable(f"the answer of {constants.ENDPOINT} is longer than {figures.size(most)}")
+    return bytes(body)
+
+
+def in_time(chunks: Iterable[bytes], clock: Callable[[], float] = time.monotonic) -> Iterator[bytes]:
+    """The chunks until the seconds of ANSWERED_WITHIN are over: the library's own patience is with each read alone.
+    Raises Unreachable."""
+    end = clock() + ANSWERED_WITHIN
+    for chunk in chunks:
+        if clock() > end:
+            raise Unreachable(f"the answer of {constants.ENDPOINT} did not end within {ANSWERED_WITHIN:.0f} s")
+        yield chunk
 
 
 def _with_retries(call: Callable[[], _Result], retries: Retries) -> _Result:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from qlora_hal.contract.capabilities import OPTIMIZER_FEATURE
 from qlora_hal.contract.values import MemoryEstimate
+from qlora_hal.detect.gpu_dtypes import lacking_dtype_of
 from qlora_hal.errors import QloraHalError
-from qlora_hal.formats.catalogue import record_of
 from qlora_hal.memory.fitting import (
     AS_IT_IS,
     BASE_OFFLOAD,
@@ -22,9 +22,11 @@ from qlora_hal.memory.fitting import (
     Asked,
     Choices,
     Fit,
-    Peak,
+    Needs,
+    NeedsOf,
     PriceOf,
     Remedy,
+    Room,
     Step,
     Verdict,
     largest_fits,
@@ -37,7 +39,6 @@ from qlora_hal.memory.placement import AUTO, OFFLOAD, SELECTIVE, asked_recompute
 from qlora_hal.memory.placement import FULL as WHOLE_LAYERS
 from qlora_hal.memory.time_prices import PassChoice
 from qlora_hal.model.expert_stacks import is_shared
-from qlora_hal.model.shape import weights_to_each
 from qlora_hal.ranks.planning import SHARD
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 FULL, LORA, EIGHT_BIT, FOUR_BIT = "full", "LoRA", "8-bit", "4-bit"
 LEVELS: Mapping[str, str] = {LORA: "none", EIGHT_BIT: "8bit", FOUR_BIT: "4bit"}
 OPTIMIZER, EXPERTS, CHECKPOINTING = "training.optim", "lora.experts", "training.gradient_checkpointing"
+DTYPE = "quantization.compute_dtype"
 MODE = "parallel.mode"
 RECOMPUTE_WORDS: Mapping[str, str] = {
     SELECTIVE: "the feed-forward recomputed",
@@ -60,7 +62,7 @@ master copy and two moments in float32. Not what is trained here: it stands besi
 Peaks = Mapping[str, MemoryEstimate]
 """By method."""
 AdviceOf = Callable[[int], Remedy]
-"""What makes a run fit into so many bytes."""
+"""What makes a run fit into so many bytes of a device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,7 @@ class CardRow:
             "memory_bytes": self.card.memory_bytes,
             "devices": self.card.devices,
             "source": self.card.source,
+            "architecture": self.card.architecture,
             "backend": self.backend,
             "compute_dtype": self.compute_dtype,
             "methods": {
@@ -91,6 +94,7 @@ class CardRow:
             else {
                 "settings": self.advice.settings,
                 "high": self.advice.high,
+                "host_bytes": self.advice.needs.host,
                 "fits": self.advice.fits,
                 "time": round(self.advice.time, 3),
                 "gives_up": list(self.advice.gives_up),
@@ -102,15 +106,18 @@ def card_rows(planned: PlannedModel, cards: Sequence[KnownGpu] = KNOWN_GPUS) -> 
     """Each card that a backend runs on which can store this model. A checkpoint that is quantized already has its own
     format alone."""
 
+    def kind_of(card: KnownGpu) -> tuple[str, str, bool]:
+        lacks = bool(lacking_dtype_of(planned.config.quantization.compute_dtype, card))
+        return card.vendor, card.compute_dtype, lacks
+
     @cache
-    def on_device(vendor: str, dtype: str, name: str) -> tuple[PlannedModel, Peaks, AdviceOf] | None:
-        alike = (card for card in cards if (card.vendor, card.compute_dtype) == (vendor, dtype))
-        card = next(card for card in alike if name in ("", card.name))
+    def on_device(kind: tuple[str, str, bool], name: str) -> tuple[PlannedModel, Peaks, AdviceOf] | None:
+        card = next(card for card in cards if kind_of(card) == kind and name in ("", card.name))
         try:
             there = planned.on(card)
             peaks = peaks_of(there)
             least = there.with_settings(_settings_of("4bit")) if FOUR_BIT in peaks else there
-            return there, peaks, partial(remedy_of, least, peak=remembered(least))
+            return there, peaks, partial(_remedy_on_a_card, least, remembered(least))
         except QloraHalError:  # no backend for the card stores this model
             return None
 
@@ -119,9 +126,13 @@ def card_rows(planned: PlannedModel, cards: Sequence[KnownGpu] = KNOWN_GPUS) -> 
 
     rows = []
     for card in cards:
-        if (found := on_device(card.vendor, card.compute_dtype, of_each(card))) is not None:
+        if (found := on_device(kind_of(card), of_each(card))) is not None:
             rows.append(_row(card, *found))
     return tuple(rows)
+
+
+def _remedy_on_a_card(planned: PlannedModel, needs: NeedsOf, memory_bytes: int) -> Remedy:
+    return remedy_of(planned, Room(memory_bytes), needs)
 
 
 def peaks_of(planned: PlannedModel) -> dict[str, MemoryEstimate]:
@@ -140,20 +151,32 @@ def full_tuning(lora: MemoryEstimate, parameters: int) -> MemoryEstimate:
 
 def choices_of(planned: PlannedModel) -> Choices:
     """What takes less memory, where the backend has it and the settings have it not yet."""
+    return (*_choices_of_the_step(planned), (AS_IT_IS, *_four_bits(planned)), (AS_IT_IS, *_fewer_experts(planned)))
+
+
+def _choices_of_the_step(planned: PlannedModel) -> Choices:
+    """What leaves the format of the base and the modules that are trained as they are."""
     training = planned.config.training
     accumulation = training.gradient_accumulation_steps if training.global_batch_size is None else None
     length = planned.config.data.max_seq_length
     of_rows = (lambda rows: {TOKENS: rows * length}) if training.tokens_per_batch is not None else None
     batches = smaller_batches(planned.config.full_batch_rows, accumulation, of_rows, planned.rows_of_step)
     return (
+        _dtype_there(planned),
         _spread(planned),
         tuple(batches),
         (AS_IT_IS, *_more_recomputed(planned)),
         (AS_IT_IS, *_more_offloaded(planned)),
         (AS_IT_IS, *_smaller_moments(planned)),
-        (AS_IT_IS, *_four_bits(planned)),
-        (AS_IT_IS, *_fewer_experts(planned)),
     )
+
+
+def _dtype_there(planned: PlannedModel) -> tuple[Step, ...]:
+    """A dtype that the device does not compute in has to be another one, whatever fits."""
+    if not planned.lacking_dtype:
+        return (AS_IT_IS,)
+    there = planned.with_settings({DTYPE: AUTO}).compute_dtype
+    return (Step(f"{there} in place of {planned.config.quantization.compute_dtype}", {DTYPE: AUTO}),)
 
 
 def _spread(planned: PlannedModel) -> tuple[Step, ...]:
@@ -217,11 +240,13 @@ def _fewer_experts(planned: PlannedModel) -> Iterator[Step]:
 
 
 def fits_of(
-    planned: PlannedModel, memory_bytes: int, given: Collection[str] = (), peak: Peak | None = None
+    planned: PlannedModel, room: Room, given: Collection[str] = (), needs: NeedsOf | None = None
 ) -> tuple[Fit, ...]:
-    """What fits into so much memory of one device, by the arithmetic or by another `peak`. Settings that are `given`,
-    by dotted path, stay as they are; of the others batch, length, what is recomputed, parts of the base on the host and
-    the optimizer are looked for."""
+    """What fits into so much memory of one device and of the host, by the arithmetic or by other `needs`; nothing where
+    the device lacks the dtype. Settings that are `given`, by dotted path, stay as they are; of the others batch,
+    length, what is recomputed, parts of the base on the host and the optimizer are looked for."""
+    if planned.lacking_dtype:
+        return ()
     training, length = planned.config.training, planned.config.data.max_seq_length
     features = planned.spec.capabilities.features
     again: list[Step] = [AS_IT_IS]
@@ -240,46 +265,52 @@ def fits_of(
         rows = training.per_device_train_batch_size if BATCH in given else None
         asked = Asked(length, rows, longest, rows_of_step=planned.rows_of_step)
     choices = (_spread(planned), again, parts, moments)
-    return largest_fits(peak or remembered(planned), price_of(planned), memory_bytes, choices, asked)
+    return largest_fits(needs or remembered(planned), price_of(planned), room, choices, asked)
 
 
 def price_of(planned: PlannedModel) -> PriceOf:
     """What a pass takes with some settings otherwise."""
 
     def price(changes: Mapping[str, object]) -> PassChoice:
-        asked = planned.with_settings(changes)
-        placement = asked.placement()
-        tokens = asked.config.full_batch_rows * asked.config.data.max_seq_length
-        bits = record_of(asked.quantization.weight_format).bits
-        return PassChoice(tokens, placement.recompute, placement.base_offload, bits, to_each)
+        return planned.with_settings(changes).price()
 
-    to_each = weights_to_each(planned.facts)
     return price
 
 
-def remedy_of(planned: PlannedModel, memory_bytes: int, peak: Peak | None = None) -> Remedy:
-    """What makes the run fit into so much memory of one device, by the arithmetic or by another `peak`."""
+def remedy_of(planned: PlannedModel, room: Room, needs: NeedsOf | None = None) -> Remedy:
+    """What makes the run fit into so much memory of one device and of the host, by the arithmetic or by other
+    `needs`."""
     length = planned.config.data.max_seq_length
-    return remedy(peak or remembered(planned), price_of(planned), memory_bytes, choices_of(planned), length)
+    return remedy(needs or remembered(planned), price_of(planned), room, choices_of(planned), length)
 
 
-def remembered(planned: PlannedModel, high_of: Callable[[MemoryEstimate], int] = lambda memory: memory.high) -> Peak:
-    """The peak of its estimate, with the margin, with some settings otherwise; each is computed once."""
-    known: dict[tuple[tuple[str, object], ...], int] = {}
+def least_costly_step(planned: PlannedModel, room: Room) -> Remedy:
+    """The same where the format is settled."""
+    length = planned.config.data.max_seq_length
+    choices = (*_choices_of_the_step(planned), (AS_IT_IS, *_fewer_experts(planned)))
+    return remedy(remembered(planned), price_of(planned), room, choices, length)
 
-    def peak(changes: Mapping[str, object]) -> int:
+
+def remembered(planned: PlannedModel, high_of: Callable[[MemoryEstimate], int] = lambda memory: memory.high) -> NeedsOf:
+    """What it takes, by the estimate with its margin, with some settings otherwise; each is computed once."""
+    known: dict[tuple[tuple[str, object], ...], Needs] = {}
+
+    def needs(changes: Mapping[str, object]) -> Needs:
         key = tuple(sorted(changes.items()))
         if key not in known:
-            known[key] = high_of(planned.estimate(changes))
+            asked = planned.with_settings(changes)
+            placement = asked.placement()
+            known[key] = Needs(high_of(asked.memory_with(placement)), asked.host_bytes(placement))
         return known[key]
 
-    return peak
+    return needs
 
 
 def _row(card: KnownGpu, there: PlannedModel, peaks: Peaks, advice_of: AdviceOf) -> CardRow:
     limit = there.config.training.memory_limit_bytes
     has = card.memory_bytes if limit is None else min(limit, card.memory_bytes)
-    verdicts = {name: verdict(peak.total, peak.high, has) for name, peak in peaks.items()}
+    lacking = lacking_dtype_of(there.config.quantization.compute_dtype, card)
+    verdicts = {name: verdict(peak.total, peak.high, has, lacking) for name, peak in peaks.items()}
     advice = None if verdicts[list(peaks)[-1]] is Verdict.FITS else advice_of(has)
     return CardRow(card, there.spec.name, there.compute_dtype, peaks, verdicts, advice)
 

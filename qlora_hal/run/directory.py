@@ -23,7 +23,7 @@ from typing import NoReturn
 from qlora_hal.checkpoint.reading import checkpoints, restore_replaced, unfinished_saves
 from qlora_hal.checkpoint.state import CHECKPOINTS_FOLDER, PRUNING, REPLACED, STAGING, checkpoints_folder, entries
 from qlora_hal.checkpoint.writing import LATEST_LINK, expected_checkpoint_bytes
-from qlora_hal.errors import ConfigError
+from qlora_hal.errors import ConfigError, StorageError
 from qlora_hal.files import durable, opening, sealed_json
 from qlora_hal.files.durable import write_json_atomically
 from qlora_hal.files.output_path import refuse_no_path, writable_folder
@@ -101,6 +101,7 @@ class RunDirectory:
         Raises StorageError QH-S14 (no usable kind of path), QH-S12 (cannot be written), QH-S09 (no space),
         OutputLockedError QH-S15 and QH-S17, ConfigError QH-S13 when an earlier run is there and `overwrite` is not set.
         """
+        _refuse_what_is_not_for_runs(Path(output_dir), config)
         path = writable_folder(Path(output_dir))
         _refuse_planted(path)
         lock = RunLock.take(path, force=force_unlock)
@@ -234,7 +235,7 @@ class RunDirectory:
 def rehearsed(output_dir: str | Path, *, config: Mapping[str, object], overwrite: bool = False) -> Iterator[Path]:
     """A folder for a run that stops before it begins: `output_dir` is judged as `RunDirectory.open_new` would, and
     nothing is left there, nor taken away. Raises as that does, but for the lock."""
-    refuse_no_path(Path(output_dir))
+    _refuse_what_is_not_for_runs(Path(output_dir), config)
     given = expanded(output_dir)
     _refuse_planted(given)
     absent = [folder for folder in (given, *given.parents) if not os.path.lexists(folder)]
@@ -263,6 +264,49 @@ def _restore_replaced_adapters(path: Path) -> None:
                 with suppress(OSError):
                     Path(entry.path).rename(path / name)
                     durable.flush_folder(path)
+
+
+def _refuse_what_is_not_for_runs(output_dir: Path, config: Mapping[str, object]) -> None:
+    """Raise StorageError QH-S14 for a folder in which a run's files would lie among others: the root of the file
+    system, the home folder, one that the run reads, and one with files of other users; and as `refuse_no_path`."""
+    refuse_no_path(output_dir)
+    path = Path(os.path.realpath(expanded(output_dir)))
+    what = {
+        path.anchor: "the root of the file system",
+        os.path.realpath(os.path.expanduser("~")): "the home folder",
+    }.get(str(path))
+    holds_a_run = os.path.lexists(path / RUN_FILE)
+    for setting, value in _inputs(config):
+        is_read = path.is_dir() and os.path.realpath(expanded(value)) == str(path)
+        if is_read and (setting == "model.name_or_path" or not holds_a_run):  # an earlier run is told as one
+            what = what or f"the folder of {setting}, which the run reads"
+    if what is None and not holds_a_run and (other := _of_another_user(path)):
+        what = f"a folder with files of other users ({other} among them)"
+    if what is not None:
+        raise StorageError(
+            "QH-S14",
+            f"output_dir is {output_dir}, {what}; a folder for this run alone is expected.",
+            where="output_dir",
+            fix=f"Name a new folder in it, or elsewhere: {quote(str(output_dir / 'run'))}",
+        )
+
+
+def _of_another_user(folder: Path) -> str:
+    """The name of something there that another user made; "" where there is nothing, where that cannot be told, and for
+    the superuser, whom containers run as and whose files are often another user's."""
+    me = getattr(os, "getuid", lambda: 0)()
+    if me == 0:
+        return ""
+    with suppress(OSError), os.scandir(folder) as there:
+        return next((entry.name for entry in there if entry.stat(follow_symlinks=False).st_uid != me), "")
+    return ""
+
+
+def _inputs(config: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    """Settings that name something to read, with what they name."""
+    for setting, value in flat_settings(config):
+        if (setting in _INPUTS or is_place(setting)) and setting != "output_dir" and isinstance(value, str) and value:
+            yield setting, value
 
 
 def _refuse_planted(path: Path) -> None:
@@ -305,14 +349,7 @@ def _refuse_to_remove_inputs(path: Path, config: Mapping[str, object], outputs: 
     """Raise ConfigError QH-S13 where the new run would read what it removes first, as the rows that an earlier run
     kept."""
     removed = [Path(os.path.realpath(path)), *(Path(os.path.realpath(path / name)) for name in outputs)]
-    for setting, value in flat_settings(config):
-        if (
-            not (setting in _INPUTS or is_place(setting))
-            or setting == "output_dir"
-            or not isinstance(value, str)
-            or not value
-        ):
-            continue
+    for setting, value in _inputs(config):
         given = Path(os.path.realpath(expanded(value)))
         is_run_itself = given == removed[0] and setting != "model.name_or_path"  # whose files are left where they are
         if is_run_itself or any(given.is_relative_to(place) for place in removed[1:]):

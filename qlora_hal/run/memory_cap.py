@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qlora_hal.errors import ConfigError, figures
-from qlora_hal.memory.fitting import BATCH, RECOMPUTE, flag
+from qlora_hal.memory.fitting import BATCH, RECOMPUTE, Room, flag
 from qlora_hal.memory.placement import asked_recompute
 from qlora_hal.run.card_table import remedy_of
 
@@ -47,7 +47,7 @@ def within_limit(prepared: PreparedRun, planned: PlannedModel) -> tuple[Prepared
 
 
 def _too_low(planned: PlannedModel, limit: int, needed: int) -> ConfigError:
-    least = remedy_of(planned, limit)
+    least = remedy_of(planned, Room(limit, planned.host_room))
     fix = (
         f"It fits with {least.words}: " + " ".join(flag(path, value) for path, value in _told(planned, least.settings))
         if least.fits

@@ -10,16 +10,32 @@ from qlora_hal.adapter.targets import require_rank, resolve_targets
 from qlora_hal.config.resolve import resolve_settings
 from qlora_hal.contract.backend import Availability, ProbeReport
 from qlora_hal.contract.capabilities import unmet_requirements
+from qlora_hal.contract.memory_constants import MemoryQuery
 from qlora_hal.data.prepare import refuse_long_sequences
+from qlora_hal.detect.device_memory import cards_of, device_memory, host_memory_left
 from qlora_hal.detect.discovery import find, listed, load_spec, reports
+from qlora_hal.detect.gpu_dtypes import lacking_dtype_of
 from qlora_hal.detect.requirements import quantization_of, requirements_of
+from qlora_hal.detect.selection import has_accelerator
 from qlora_hal.errors import UnsupportedFeatureError
-from qlora_hal.memory.estimate import spread_over
-from qlora_hal.memory.fitting import BATCH, RECOMPUTE
-from qlora_hal.memory.placement import AUTO, Moves, Placement, asked_recompute, chosen_placement
+from qlora_hal.formats.catalogue import record_of
+from qlora_hal.memory.estimate import estimate, spread_over, weight_bytes
+from qlora_hal.memory.fitting import BATCH, RECOMPUTE, Needs, Room, chosen_placement
+from qlora_hal.memory.gpus import DEVICE_KINDS
+from qlora_hal.memory.placement import (
+    AUTO,
+    IN_HOST_MEMORY,
+    OFFLOAD,
+    Moves,
+    Placement,
+    asked_recompute,
+    host_bytes,
+    with_base_offloaded,
+)
+from qlora_hal.memory.time_prices import PassChoice
+from qlora_hal.model.shape import weights_to_each
 from qlora_hal.model.source import plan_model
 from qlora_hal.ranks.planning import SHARD
-from qlora_hal.run.prepare import estimated_memory, likely_dtype, moves_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,8 +43,12 @@ if TYPE_CHECKING:
     from qlora_hal.config.schema import RunConfig
     from qlora_hal.contract.backend import BackendSpec, Quantization
     from qlora_hal.contract.values import ComputeDtype, LinearShape, MemoryEstimate
+    from qlora_hal.detect.gpu_dtypes import Architecture
     from qlora_hal.memory.gpus import KnownGpu
     from qlora_hal.model.facts import ModelFacts
+
+OFFLOADED_LAYERS, ON_DISK = "offloaded_layers", "disk"
+"""The option of backends that can have the layers of a base rest in a file, and its choice that says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +56,9 @@ class PlannedModel:
     """A model, its settings, and the backend that would train it. `here` is what its probe says of this machine;
     `device` tells of the device that is planned for, None where only the hardware is known that the backend is for;
     `memory_bytes` is what it has, as far as a card, the cap, or this machine says. `devices` train together, and
-    `share` of them hold the packed layers together."""
+    `share` of them hold the packed layers together. `modules` are the linear layers of the architecture's own outline,
+    where that was built. `gpu` tells the generation of the device, and `host_room` what may wait on its host where that
+    is this machine."""
 
     config: RunConfig
     facts: ModelFacts
@@ -47,6 +69,9 @@ class PlannedModel:
     memory_bytes: int | None = None
     devices: int = 1
     share: int = 1
+    modules: Mapping[str, LinearShape] | None = None
+    gpu: Architecture | None = None
+    host_room: int | None = None
 
     @classmethod
     def of(cls, config: RunConfig, card: KnownGpu | None = None) -> PlannedModel:
@@ -66,18 +91,37 @@ class PlannedModel:
         refuse_long_sequences(config.data, source.facts.max_position_embeddings)
         spec = backend_for(config, source.facts, card)
         here = next(report for report in reports(listed()) if report.backend == spec.name)
-        device = device_of(card, spec) if card is not None else here if here.ready else None
-        return cls(config, source.facts, source.path, spec, here, device)
+        planned = cls(config, source.facts, source.path, spec, here, None, config.training.memory_limit_bytes)
+        if card is not None:
+            return planned.with_device(card)
+        return planned.on_this_machine() if here.ready else planned
+
+    def on_this_machine(self) -> PlannedModel:
+        """On the device that is here, of which no more than `training.memory_limit` is taken; devices that are the
+        machine's processor share its memory."""
+        has = device_memory(self.spec, self.here)
+        if has is not None and not has_accelerator(self.spec, (self.here,)):
+            has //= self.devices
+        return replace(
+            self,
+            device=self.here,
+            memory_bytes=self._limited(has),
+            gpu=next(iter(cards_of(self.spec, self.here)), None),
+            host_room=host_memory_left(),
+        )
 
     def on(self, card: KnownGpu) -> PlannedModel:
         """The same model on a card. Raises as `backend_for`."""
         return replace(self, spec=backend_for(self.config, self.facts, card)).with_device(card)
 
     def with_device(self, card: KnownGpu) -> PlannedModel:
-        """The same backend on a card, of which no more than `training.memory_limit` is taken."""
-        limit = self.config.training.memory_limit_bytes
-        has = card.memory_bytes if limit is None else min(limit, card.memory_bytes)
-        return replace(self, device=device_of(card, self.spec), memory_bytes=has)
+        """The same backend on a card, of which no more than `training.memory_limit` is taken; its host is not known."""
+        has = self._limited(card.memory_bytes)
+        return replace(self, device=device_of(card, self.spec), memory_bytes=has, gpu=card, host_room=None)
+
+    def _limited(self, memory_bytes: int | None) -> int | None:
+        """No more than `training.memory_limit`."""
+        return min(filter(None, (memory_bytes, self.config.training.memory_limit_bytes)), default=None)
 
     def with_settings(self, changes: Mapping[str, object]) -> PlannedModel:
         """The same with some settings otherwise; a number of rows takes the place of `training.tokens_per_batch`, and a
@@ -96,6 +140,11 @@ class PlannedModel:
     def compute_dtype(self) -> ComputeDtype:
         return likely_dtype(self.config, self.spec, self.device)
 
+    @property
+    def lacking_dtype(self) -> str:
+        """Why the device does not compute in the dtype that is asked for, to complete `it is of`, or ""."""
+        return lacking_dtype_of(self.config.quantization.compute_dtype, self.gpu)
+
     def estimate(self, changes: Mapping[str, object] | None = None) -> MemoryEstimate:
         """The peak by arithmetic, with some settings otherwise."""
         asked = self.with_settings(changes) if changes else self
@@ -103,7 +152,7 @@ class PlannedModel:
 
     def estimate_of(self, facts: ModelFacts) -> MemoryEstimate:
         """The same settings with another model's facts."""
-        return self._with_placement(facts, self.placement(facts))
+        return self.memory_with(self.placement(facts), facts)
 
     def placement(self, facts: ModelFacts | None = None) -> Placement:
         """What is recomputed and what is on the host: as asked for, and where that is `auto` what fits."""
@@ -111,10 +160,58 @@ class PlannedModel:
         return chosen_placement(
             self.config.training,
             self.spec.capabilities.features,
-            lambda placement: self._with_placement(model, placement).high,
-            self.memory_bytes,
+            lambda placement: self.needs_with(placement, model),
+            self.price_with,
+            self.room,
             moves=self.moves,
         )
+
+    @property
+    def room(self) -> Room | None:
+        """What the run may take, None where the memory of the device is not known."""
+        return None if self.memory_bytes is None else Room(self.memory_bytes, self.host_room)
+
+    @property
+    def fits(self) -> bool:
+        """Whether it does with what is chosen; a memory that is not known holds all."""
+        return self.room is None or self.room.holds(self.needs())
+
+    def needs(self) -> Needs:
+        """Of each device, and of the host for all of them."""
+        return self.needs_with(self.placement())
+
+    def needs_with(self, placement: Placement, facts: ModelFacts | None = None) -> Needs:
+        """The same with this of it recomputed and on the host."""
+        return Needs(self.memory_with(placement, facts).high, self.host_bytes(placement, facts))
+
+    def host_bytes(self, placement: Placement, facts: ModelFacts | None = None) -> int:
+        """What waits in the host's memory, for all devices that are on it."""
+        stays = placement.recompute != OFFLOAD and not placement.base_offload
+        if stays or device_kind_of(self.spec, self.device) in IN_HOST_MEMORY:
+            return 0
+        model = facts or self.facts
+        stored = self.quantization
+        weights = weight_bytes(model, stored.weight_format, stored.block_size, stored.double_quant, self.compute_dtype)
+        tokens = self.config.full_batch_rows * self.config.data.max_seq_length
+        waits = host_bytes(weights, model, self.compute_dtype, placement, tokens)
+        return self.devices * (waits.total - (waits.layers if self._layers_are_on_disk(waits.layers) else 0))
+
+    def _layers_are_on_disk(self, layers: int) -> bool:
+        """As the backend has it: where it is told to, or, left to itself, where the host's memory is too small."""
+        if OFFLOADED_LAYERS not in self.spec.option_choices:
+            return False
+        asked = self.config.backend.options.get(OFFLOADED_LAYERS, AUTO)
+        too_large = self.host_room is not None and self.devices * layers > self.host_room
+        return asked == ON_DISK or (asked == AUTO and too_large)
+
+    def price(self) -> PassChoice:
+        """What a pass takes."""
+        return self.price_with(self.placement())
+
+    def price_with(self, placement: Placement) -> PassChoice:
+        tokens = self.config.full_batch_rows * self.config.data.max_seq_length
+        bits = record_of(self.quantization.weight_format).bits
+        return PassChoice(tokens, placement.recompute, placement.base_offload, bits, weights_to_each(self.facts))
 
     @property
     def moves(self) -> Moves:
@@ -136,16 +233,85 @@ class PlannedModel:
         """The layers cannot be on the host, then."""
         return self.share > 1 or self.config.parallel.mode == SHARD
 
-    def _with_placement(self, facts: ModelFacts, placement: Placement) -> MemoryEstimate:
-        targets = self.targets_of(facts)
-        whole = estimated_memory(self.config, facts, self.spec, self.quantization, targets, self.device, placement)
-        return spread_over(whole, facts, self.compute_dtype, self.share) if self.share > 1 else whole
+    def memory_with(self, placement: Placement, facts: ModelFacts | None = None) -> MemoryEstimate:
+        """The peak by arithmetic with this of it recomputed and on the host."""
+        model = facts or self.facts
+        targets = self.targets_of(model)
+        whole = estimated_memory(self.config, model, self.spec, self.quantization, targets, self.device, placement)
+        return spread_over(whole, model, self.compute_dtype, self.share) if self.share > 1 else whole
 
     def targets_of(self, facts: ModelFacts) -> dict[str, LinearShape]:
         """The modules that carry the adapter."""
-        names = resolve_targets(self.config.lora.target_modules, facts.linear_modules, self.config.lora.experts)
-        require_rank(self.config.lora.r, [facts.linear_modules[name] for name in names])
-        return {name: facts.linear_modules[name] for name in names}
+        modules = self.modules if self.modules is not None and facts is self.facts else facts.linear_modules
+        names = resolve_targets(self.config.lora.target_modules, modules, self.config.lora.experts)
+        require_rank(self.config.lora.r, [modules[name] for name in names])
+        return {name: modules[name] for name in names}
+
+
+def estimated_memory(
+    config: RunConfig,
+    facts: ModelFacts,
+    spec: BackendSpec,
+    quantization: Quantization,
+    targets: Mapping[str, LinearShape],
+    report: ProbeReport | None,
+    placement: Placement,
+) -> MemoryEstimate:
+    """The peak by arithmetic, for the longest batch this configuration allows, on the device that `report` tells of;
+    without one on the hardware that the backend is made for."""
+    compute_dtype = likely_dtype(config, spec, report)
+    if device_kind_of(spec, report) in IN_HOST_MEMORY:
+        placement = placement.in_one_memory()
+    memory = estimate(
+        facts,
+        weight_format=quantization.weight_format,
+        block_size=quantization.block_size,
+        double_quant=quantization.double_quant,
+        compute_dtype=compute_dtype,
+        r=config.lora.r,
+        targets=targets,
+        optimizer=config.training.optim,
+        batch_size=config.full_batch_rows,
+        sequence_length=config.data.max_seq_length,
+        gradient_checkpointing=placement.recomputes_layers,
+        constants=spec.memory(
+            MemoryQuery(
+                facts.model_type,
+                compute_dtype,
+                config.lora.dropout,
+                config.backend.options,
+                report.device_kind if report is not None else "",
+                placement.recompute,
+            )
+        ),
+    )
+    return with_base_offloaded(memory, facts, compute_dtype, placement.base_offload)
+
+
+def moves_of(spec: BackendSpec, report: ProbeReport | None, *, spread: bool) -> Moves:
+    """What can go to the host of the device that `report` tells of, without one of the hardware that the backend is
+    made for. `spread` layers are on the devices."""
+    return Moves(device_kind_of(spec, report) not in IN_HOST_MEMORY, not spread)
+
+
+def device_kind_of(spec: BackendSpec, report: ProbeReport | None) -> str:
+    """`cuda`, `rocm`, `mps`, `cpu`, or "" where nothing says it."""
+    if report is not None and report.device_kind:
+        return report.device_kind
+    if not spec.uses_accelerator:
+        return "cpu"
+    kinds = {DEVICE_KINDS.get(vendor, "") for vendor in spec.card_vendors}
+    return kinds.pop() if len(kinds) == 1 else ""
+
+
+def likely_dtype(config: RunConfig, spec: BackendSpec, report: ProbeReport | None = None) -> ComputeDtype:
+    """What `auto` will most likely become; only computing on the device settles it."""
+    asked = config.quantization.dtype
+    if asked != "auto":
+        return asked
+    if report is not None and report.compute_dtype is not None:
+        return report.compute_dtype
+    return "bfloat16" if spec.uses_accelerator else "float32"
 
 
 def device_of(card: KnownGpu, spec: BackendSpec) -> ProbeReport:

@@ -15,42 +15,30 @@ from qlora_hal.adapter.targets import (
     require_rank,
     resolve_targets,
 )
-from qlora_hal.contract.backend import BackendSpec, ModelOutline, ProbeReport, Quantization
-from qlora_hal.contract.memory_constants import MemoryQuery
-from qlora_hal.contract.values import AdapterConfig, ComputeDtype, LinearShape, MemoryEstimate
+from qlora_hal.contract.backend import ModelOutline, ProbeReport, Quantization
+from qlora_hal.contract.capabilities import Feature
+from qlora_hal.contract.values import AdapterConfig, MemoryEstimate
 from qlora_hal.contract.world import World
 from qlora_hal.data import ChatTokenizer, prepare
 from qlora_hal.data.source.sampling import WindowSampler
 from qlora_hal.detect import discovery
+from qlora_hal.detect.device_memory import cards_of, device_memory, host_memory_left, refuse_absent_dtype
 from qlora_hal.detect.discovery import reports
-from qlora_hal.detect.hardware import inventory, memory_here
 from qlora_hal.detect.requirements import quantization_of, requirements_of, unmet_description_note
-from qlora_hal.detect.selection import Choice, choose, has_accelerator, refuse_unready
+from qlora_hal.detect.selection import Choice, choose, refuse_unready
 from qlora_hal.errors import ConfigError, figures
-from qlora_hal.formats.catalogue import record_of
-from qlora_hal.memory.estimate import estimate, spread_over
-from qlora_hal.memory.fitting import halves
-from qlora_hal.memory.gpus import DEVICE_KINDS
-from qlora_hal.memory.placement import (
-    IN_HOST_MEMORY,
-    NONE,
-    OFFLOAD,
-    SELECTIVE,
-    Moves,
-    Placement,
-    chosen_placement,
-    with_base_offloaded,
-)
-from qlora_hal.memory.time_prices import PassChoice
-from qlora_hal.model.shape import weights_to_each
+from qlora_hal.memory.fitting import Taken, cost, halves
+from qlora_hal.memory.placement import NONE, OFFLOAD, SELECTIVE, Placement
 from qlora_hal.model.source import is_on_hub, plan_model, with_weights
+from qlora_hal.ranks.planning import SHARD
 from qlora_hal.ranks.window_share import accumulation_of
+from qlora_hal.run.planned_memory import PlannedModel
+from qlora_hal.run.samples import room_for_an_answer
 
 if TYPE_CHECKING:
     from qlora_hal.config.schema import RunConfig
     from qlora_hal.data import PreparedData
     from qlora_hal.hooks import Hooks
-    from qlora_hal.model.facts import ModelFacts
     from qlora_hal.model.source import ModelSource
     from qlora_hal.report.console import RunConsole
 
@@ -134,6 +122,11 @@ def resolve_backend(config: RunConfig, hooks: Hooks, console: RunConsole) -> Res
     )
     console.detection(choice.spec.name, choice.reason, probed, choice.rejections)
     check_options(config, choice)
+    refuse_absent_dtype(
+        config.quantization.compute_dtype,
+        choice.spec,
+        next(report for report in probed if report.backend == choice.spec.name),
+    )
     for note in filter(None, map(choice.spec.notes.get, (config.training.optim, config.quantization.compute_dtype))):
         console.note(f"{choice.spec.name}: {note}")
     quantization = quantization_of(config, source.facts, choice.spec.capabilities)
@@ -215,6 +208,10 @@ def prepare_run(
     )
     console.data_report(data.report.lines())
     _check_lengths(resolved_backend.outline, data)
+    if Feature.GENERATE in resolved_backend.choice.spec.capabilities.features:
+        for number, prompt in enumerate(config.training.sample_prompts):
+            place, plain = f"training.sample_prompts[{number}]", data.report.train.plain
+            room_for_an_answer(tokenizer, prompt, facts.max_position_embeddings, plain=plain, where=place)
     for alert in data.report.alerts:
         console.note(alert)
     placement, memory = _placed(config, resolved_backend, world)
@@ -235,52 +232,42 @@ def prepare_run(
     )
 
 
+def planned_model(config: RunConfig, resolved_backend: ResolvedBackend, devices: int, share: int) -> PlannedModel:
+    """The run's memory as it is planned for the device that is here. `share` of the `devices` hold the layers."""
+    spec, report = resolved_backend.choice.spec, resolved_backend.report
+    return PlannedModel(
+        config,
+        resolved_backend.source.facts,
+        resolved_backend.source.path,
+        spec,
+        report,
+        report,
+        memory_of_a_device(resolved_backend, config) or None,
+        devices=devices,
+        share=share,
+        modules=resolved_backend.outline.linear_modules,
+        gpu=next(iter(cards_of(spec, report)), None),
+        host_room=host_memory_left(),
+    )
+
+
 def _placed(config: RunConfig, resolved_backend: ResolvedBackend, world: World) -> tuple[Placement, MemoryEstimate]:
     """What is recomputed and what is on the host, and the peak with that. What is `auto` is chosen for the batch that
     is asked for, and for smaller ones where `training.memory_limit` cuts it."""
-    spec, facts = resolved_backend.choice.spec, resolved_backend.source.facts
-    modules, quantization = resolved_backend.outline.linear_modules, resolved_backend.quantization
-    targets = {name: modules[name] for name in resolved_backend.adapter.target_modules}
-    spread = config.parallel.mode == "shard"
-    moves = moves_of(spec, resolved_backend.report, spread=spread)
-    there = memory_of_a_device(resolved_backend, config) or None
-
-    def memory_with(placement: Placement, asked: RunConfig) -> MemoryEstimate:
-        return estimated_memory(asked, facts, spec, quantization, targets, resolved_backend.report, placement)
-
-    def high_of_each(placement: Placement, asked: RunConfig) -> int:
-        memory = memory_with(placement, asked)
-        if world.size > 1 and spread:
-            memory = spread_over(memory, facts, likely_dtype(config, spec, resolved_backend.report), world.size)
-        return memory.high
-
-    def chosen(asked: RunConfig) -> Placement:
-        return chosen_placement(
-            config.training, spec.capabilities.features, lambda one: high_of_each(one, asked), there, moves=moves
-        )
-
-    placement = chosen(config)
-    limit = config.training.memory_limit_bytes
-    if placement.why and limit is not None and high_of_each(placement, config) > limit:
-        cut = [(asked, chosen(asked)) for asked in map(config.with_rows, halves(config.full_batch_rows))]
-        bits, length = record_of(quantization.weight_format).bits, config.data.max_seq_length
-        to_each = weights_to_each(facts)
-        fitting = {
-            PassChoice(asked.full_batch_rows * length, one.recompute, one.base_offload, bits, to_each).time: one
-            for asked, one in reversed(cut)
-            if high_of_each(one, asked) <= limit
-        }
-        placement = fitting[min(fitting)] if fitting else placement
-    return placement, memory_with(placement, config)
+    share = world.size if config.parallel.mode == SHARD else 1
+    planned = planned_model(config, resolved_backend, world.size, share)
+    chosen = planned.placement()
+    if chosen.why and config.training.memory_limit_bytes is not None and not planned.fits:
+        smaller = (replace(planned, config=config.with_rows(rows)) for rows in halves(config.full_batch_rows))
+        fitting = [cut for cut in smaller if cut.fits]
+        chosen = min(fitting, key=lambda cut: cost(cut.price(), Taken())).placement() if fitting else chosen
+    return chosen, planned.memory_with(chosen)
 
 
 def memory_of_a_device(resolved_backend: ResolvedBackend, config: RunConfig) -> int:
     """Bytes of the device that trains, as far as the machine tells, and no more than `training.memory_limit`; 0 where
     neither says."""
-    if has_accelerator(resolved_backend.choice.spec, resolved_backend.reports):
-        has = max((gpu.memory_total_bytes or 0 for gpu in inventory().gpus), default=0)
-    else:
-        has = memory_here()
+    has = device_memory(resolved_backend.choice.spec, resolved_backend.report)
     return min(filter(None, (has, config.training.memory_limit_bytes)), default=0)
 
 
@@ -289,75 +276,6 @@ def _check_lengths(outline: ModelOutline, data: PreparedData) -> None:
     for store in filter(None, (data.train, data.validation)):
         if outline.rotary is not None and len(store):
             outline.rotary.check(int(store.lengths.min()), int(store.lengths.max()))
-
-
-def estimated_memory(
-    config: RunConfig,
-    facts: ModelFacts,
-    spec: BackendSpec,
-    quantization: Quantization,
-    targets: Mapping[str, LinearShape],
-    report: ProbeReport | None = None,
-    placement: Placement | None = None,
-) -> MemoryEstimate:
-    """The peak by arithmetic, for the longest batch this configuration allows, on the device that `report` tells of;
-    without one on the hardware that the backend is made for. Without a `placement`, the one that is asked for, and the
-    fastest where that is `auto`."""
-    compute_dtype = likely_dtype(config, spec, report)
-    if placement is None:
-        placement = chosen_placement(config.training, spec.capabilities.features, lambda _: 0, None)
-    if device_kind_of(spec, report) in IN_HOST_MEMORY:
-        placement = placement.in_one_memory()
-    memory = estimate(
-        facts,
-        weight_format=quantization.weight_format,
-        block_size=quantization.block_size,
-        double_quant=quantization.double_quant,
-        compute_dtype=compute_dtype,
-        r=config.lora.r,
-        targets=targets,
-        optimizer=config.training.optim,
-        batch_size=config.full_batch_rows,
-        sequence_length=config.data.max_seq_length,
-        gradient_checkpointing=placement.recomputes_layers,
-        constants=spec.memory(
-            MemoryQuery(
-                facts.model_type,
-                compute_dtype,
-                config.lora.dropout,
-                config.backend.options,
-                report.device_kind if report is not None else "",
-                placement.recompute,
-            )
-        ),
-    )
-    return with_base_offloaded(memory, facts, compute_dtype, placement.base_offload)
-
-
-def moves_of(spec: BackendSpec, report: ProbeReport | None, *, spread: bool) -> Moves:
-    """What can go to the host of the device that `report` tells of, without one of the hardware that the backend is
-    made for. `spread` layers are on the devices."""
-    return Moves(device_kind_of(spec, report) not in IN_HOST_MEMORY, not spread)
-
-
-def device_kind_of(spec: BackendSpec, report: ProbeReport | None) -> str:
-    """`cuda`, `rocm`, `mps`, `cpu`, or "" where nothing says it."""
-    if report is not None and report.device_kind:
-        return report.device_kind
-    if not spec.uses_accelerator:
-        return "cpu"
-    kinds = {DEVICE_KINDS.get(vendor, "") for vendor in spec.card_vendors}
-    return kinds.pop() if len(kinds) == 1 else ""
-
-
-def likely_dtype(config: RunConfig, spec: BackendSpec, report: ProbeReport | None = None) -> ComputeDtype:
-    """What `auto` will most likely become; only computing on the device settles it."""
-    asked = config.quantization.dtype
-    if asked != "auto":
-        return asked
-    if report is not None and report.compute_dtype is not None:
-        return report.compute_dtype
-    return "bfloat16" if spec.uses_accelerator else "float32"
 
 
 def chosen_dtype(wanted: str, proved: Sequence[str], backend: str, *, written: str = "") -> str:

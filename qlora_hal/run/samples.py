@@ -9,7 +9,7 @@ import numpy as np
 
 from qlora_hal.data.source.rows import Row
 from qlora_hal.data.template.turns import conversation_of, joined
-from qlora_hal.errors import DataError
+from qlora_hal.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from qlora_hal.contract.checked_trainer import CheckedTrainer
@@ -54,6 +54,32 @@ def prompt_tokens(tokenizer: ChatTokenizer, prompt: str | Messages, *, plain: bo
     if tokenizer.template is not None and not plain:
         return list(tokenizer.encode_chat(messages, add_generation_prompt=True))
     return [*tokenizer.opening_ids, *tokenizer.encode("\n".join(texts))]
+
+
+def room_for_an_answer(
+    tokenizer: ChatTokenizer,
+    prompt: str | Messages,
+    positions: int | None,
+    *,
+    plain: bool = False,
+    where: str = "prompt",
+) -> int | None:
+    """How many of a model's positions a prompt leaves; None where their number is not known. Raises ConfigError QH-U19
+    where it leaves none, and as `prompt_tokens`."""
+    if positions is None:
+        return None
+    taken = len(prompt_tokens(tokenizer, prompt, plain=plain))
+    if taken >= positions:
+        raise ConfigError(
+            "QH-U19",
+            f"The conversation has {taken} tokens; this model has positions up to {positions}, and an answer needs "
+            "some of them.",
+            where=where,
+            cause="Past its positions a model's answers mean nothing.",
+            fix="Shorten the prompt; in a chat, /reset starts over.",
+            context={"tokens": taken, "positions": positions},
+        )
+    return positions - taken
 
 
 def trained_on_plain_text(run: Mapping[str, object]) -> bool:

@@ -40,7 +40,7 @@ from qlora_hal.run.lr_schedule import Schedule, warmup_steps
 from qlora_hal.run.prepare import chosen_dtype, window_sampler
 from qlora_hal.run.record import RunRecordFile
 from qlora_hal.run.result import RunView, TrainResult, written
-from qlora_hal.run.samples import answer
+from qlora_hal.run.samples import SAMPLE_TOKENS, answer, room_for_an_answer
 from qlora_hal.run.transfer import ROWS, TOKENS, batch_of_tokens, check_divergence, measured_divergence, planned
 from qlora_hal.run.watchdog import Watchdog
 
@@ -474,11 +474,15 @@ class Session:
         """Each row with the answer of the model as it is now."""
         if Feature.GENERATE not in self._features:
             return tuple(rows)
+        return tuple({**row, when: self._answer(row["prompt"], adapter=when == "after")} for row in rows)
+
+    def _answer(self, prompt: str, *, adapter: bool) -> str:
+        """Of SAMPLE_TOKENS at most, and none past the model's positions."""
         tokenizer, plain = self._prepared.tokenizer, self._prepared.data.report.train.plain
-        return tuple(
-            {**row, when: answer(self._trainer, tokenizer, row["prompt"], adapter=when == "after", plain=plain)}
-            for row in rows
-        )
+        positions = self._prepared.resolved_backend.source.facts.max_position_embeddings
+        room = room_for_an_answer(tokenizer, prompt, positions, plain=plain)
+        most = SAMPLE_TOKENS if room is None else min(SAMPLE_TOKENS, room)
+        return answer(self._trainer, tokenizer, prompt, adapter=adapter, max_new_tokens=most, plain=plain)
 
     def _finish(self, run: RunView, result: TrainResult, progress: Progress) -> None:
         with self._context.requests.too_late():

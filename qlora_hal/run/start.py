@@ -36,11 +36,11 @@ from qlora_hal.run.identity import config_hash
 from qlora_hal.run.measured import check_observers
 from qlora_hal.run.memory_cap import within_limit
 from qlora_hal.run.paths import PathOverrides, require_paths, with_absolute_paths
-from qlora_hal.run.planned_memory import PlannedModel
+from qlora_hal.run.planned_memory import likely_dtype
 from qlora_hal.run.prepare import (
     drawn_seed,
-    likely_dtype,
     memory_of_a_device,
+    planned_model,
     prepare_run,
     resolve_backend,
     window_sampler,
@@ -192,18 +192,9 @@ def _prepared(
 
 def _within_memory_limit(prepared: PreparedRun, console: RunConsole) -> PreparedRun:
     """Raises ConfigError QH-U81 where the run cannot keep to `training.memory_limit`."""
-    resolved = prepared.resolved_backend
-    planned = PlannedModel(
-        prepared.settled_config,
-        resolved.source.facts,
-        resolved.source.path,
-        resolved.choice.spec,
-        resolved.report,
-        resolved.report,
-        there := memory_of_a_device(resolved, prepared.settled_config) or None,
-        devices=prepared.world.size,
-        share=_share(prepared, there),
-    )
+    config, resolved = prepared.settled_config, prepared.resolved_backend
+    share = _share(prepared, memory_of_a_device(resolved, config) or None)
+    planned = planned_model(config, resolved, prepared.world.size, share)
     prepared, note = within_limit(prepared, planned)
     if note:
         console.note(note)

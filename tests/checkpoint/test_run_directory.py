@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -401,3 +402,53 @@ def test_a_rehearsal_judges_the_folder_and_leaves_nothing(tmp_path: Path) -> Non
         assert (tmp_path / "run" / "checkpoints").is_dir()
     with pytest.raises(StorageError, match="QH-S14"), rehearsed(a_file(tmp_path / "file"), config=CONFIG):
         pass
+
+
+@pytest.mark.fault("S14")
+@pytest.mark.parametrize("reader", ["open_new", "rehearsed"])
+@pytest.mark.parametrize("place", ["root", "home", "model", "data", "validation", "link to the model", "of others"])
+def test_a_folder_that_is_not_for_runs_is_refused_and_left_as_it_is(
+    place: str, reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("home", "model", "data", "validation", "shared"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file.json").write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    config = {
+        "model": {"name_or_path": str(tmp_path / "model")},
+        "data": {"path": str(tmp_path / "data"), "validation_path": str(tmp_path / "validation")},
+    }
+    output_dir, words = {
+        "root": (Path("/"), "the root of the file system"),
+        "home": (Path("~"), "the home folder"),
+        "link to the model": (tmp_path / "link", "the folder of model.name_or_path"),
+        "of others": (tmp_path / "shared", "a folder with files of other users (file.json among them)"),
+    }.get(place, (tmp_path / place, f"the folder of {'model.name_or_path' if place == 'model' else 'data.'}"))
+    if place == "of others":
+        monkeypatch.setattr(os, "getuid", lambda: 12345)
+    before = sorted(tmp_path.rglob("*"))
+
+    def opened() -> None:
+        if reader == "rehearsed":
+            with rehearsed(output_dir, config=config):
+                pass
+        else:
+            RunDirectory.open_new(output_dir, config=config).close()
+
+    with pytest.raises(StorageError, match=re.escape(words)) as refused:
+        opened()
+    assert (refused.value.code, refused.value.where) == ("QH-S14", "output_dir")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_new_folder_in_such_a_place_is_taken(tmp_path: Path) -> None:
+    """And one that holds files of one's own, which are left alone."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    config = {"model": {"name_or_path": str(tmp_path / "model")}}
+    for output_dir in (tmp_path / "model" / "run", tmp_path):
+        with rehearsed(output_dir, config=config):
+            pass
+        RunDirectory.open_new(output_dir, config=config).close()
+    assert (tmp_path / "notes.txt").read_text() == "mine"

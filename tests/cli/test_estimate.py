@@ -53,16 +53,51 @@ def test_a_card_decides_backend_and_dtype(
     assert len(found["cards"]) == 1
 
 
-def test_products_in_fp8_are_named_with_what_the_card_must_be(
+@pytest.mark.parametrize(
+    ("dtype", "card", "lacks"),
+    [
+        ("fp8", "A100 80GB", "compute capability 8.0, and E4M3 came with 8.9 (Ada, Hopper)"),
+        ("fp8", "RTX 3090", "compute capability 8.6, and E4M3 came with 8.9 (Ada, Hopper)"),
+        ("bfloat16", "V100 32GB", "compute capability 7.0, and bfloat16 came with 8.0 (Ampere)"),
+        ("bfloat16", "T4", "compute capability 7.5, and bfloat16 came with 8.0 (Ampere)"),
+    ],
+)
+def test_a_card_that_does_not_compute_in_the_dtype_fits_nothing(
+    dtype: str, card: str, lacks: str, llama_8b: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it is told instead is a dtype that it has."""
+    asked = ("--model", llama_8b, "--gpu", card, "--quantization.compute_dtype", dtype)
+    found = told(capsys, *asked, "--fit")
+    [here] = found["cards"]
+    assert (here["fits"], here["class"], here["lacks"], found["fit"]) == (False, "no dtype", lacks, [])
+    assert found["advice"]["settings"]["quantization.compute_dtype"] == "auto"
+    typed = [word for path, value in found["advice"]["settings"].items() for word in _typed(path, value)]
+    again = told(capsys, "--model", llama_8b, "--gpu", card, *typed)
+    assert (again["cards"][0]["class"], again["high"]) == ("fits", found["advice"]["high"])
+    assert main(["estimate", *asked, "--fit"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"no {dtype}:" in said
+    assert f"nothing: it is of {lacks}" in said
+
+
+def test_cards_that_have_the_dtype_are_judged_by_their_memory(
     llama_8b: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = ("--model", llama_8b, "--gpu", "A100 80GB")
-    in_fp8 = told(capsys, *asked, "--quantization.compute_dtype", "fp8")
-    assert (in_fp8["compute_dtype"], in_fp8["fp8_products"]) == ("bfloat16", True)
-    assert told(capsys, *asked)["fp8_products"] is False
-    assert main(["estimate", *asked, "--quantization.compute_dtype", "fp8"]) == 0
+    """One judgement for the list, the table and the card that is named."""
+    in_fp8 = ("--model", llama_8b, *SHORT, "--quantization.compute_dtype", "fp8")
+    found = told(capsys, *in_fp8, "--cards")
+    classes = {card["name"]: card["class"] for card in found["cards"]}
+    assert {row["name"]: row["methods"]["4-bit"]["class"] for row in found["table"]} == classes
+    for name, expected in (("RTX 4090", "fits"), ("RTX 3090", "no dtype"), ("RTX 4060", "too small")):
+        assert told(capsys, *in_fp8, "--gpu", name)["cards"][0]["class"] == classes[f"NVIDIA {name}"] == expected
+    assert (found["fp8_products"], found["compute_dtype"]) == (True, "bfloat16")
+    assert told(capsys, "--model", llama_8b, *SHORT)["fp8_products"] is False
+    assert {card["class"] for card in told(capsys, "--model", llama_8b, *SHORT)["cards"]} == {"fits", "too small"}
+    assert main(["estimate", *in_fp8, "--cards"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "computes in bfloat16, products with the base in fp8 (on NVIDIA Ada, Hopper or later only)" in said
+    assert "products with the base in fp8" in said
+    assert "no: it does not compute in the dtype" in said
+    assert "4-bit fits with bfloat16 in place of fp8" in said
 
 
 def test_a_named_backend_that_does_not_run_on_the_card_is_refused(llama_8b: str) -> None:
@@ -146,7 +181,8 @@ def test_a_small_card_is_advised_the_least_that_makes_it_fit(llama_8b: str, caps
         typed = [word for path, value in rest.items() for word in _typed(path, value)]
         assert told(capsys, *card, *typed)["high"] > 8 * 2**30
     assert main(["estimate", *card]) == 0
-    assert "0.77 of the tokens/s, by an H200's" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "GiB of the host's memory; 0.77 of the tokens/s, by an H200's" in said
 
 
 def test_nothing_is_moved_to_the_host_where_the_device_has_no_other_memory(
@@ -315,6 +351,7 @@ def test_ranks_of_this_machine_share_its_memory(
     llama_8b: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("qlora_hal.detect.hardware.memory_here", lambda: 30 * 2**30)
+    monkeypatch.setattr("qlora_hal.run.planned_memory.device_memory", lambda *given: 30 * 2**30)
     settings = ("--model", llama_8b, "--backend", "cpu_torch", "--data.max_seq_length", "128")
     [alone, both] = (told(capsys, *settings, "--devices", number) for number in ("1", "2"))
     assert alone["high"] < 30 * 2**30 < 2 * both["high"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from qlora_hal_conformance.mutants.convergence import DEFECTS
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks import convergence_table
 from benchmarks.convergence_table import documents, table
 
 PAGE = (Path(__file__).parents[2] / "docs" / "convergence.md").read_text(encoding="utf-8")
@@ -30,3 +32,29 @@ def test_defects_are_caught_in_both_directions() -> None:
     means = [run["tasks"]["records"]["judgement"]["mean"] for run in documents() if run["defect"] in DEFECTS]
     assert {mean["verdict"] for mean in means} == {"different"}
     assert {mean["found"] > 0 for mean in means} == {True, False}
+
+
+def test_collected_records_stand_in_for_those_of_the_same_command_and_others_come_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever file a command was told to write its record to."""
+    before = documents()
+    kept = tmp_path / "convergence.json"
+    kept.write_text(json.dumps({"runs": before}))
+    again = {**before[1], "command": f"{before[1]['command']} --out /tmp/again.json", "backend": "measured_again"}
+    new = {**before[0], "command": f"{before[0]['command']} --seeds 3 --out new.json", "backend": "another"}
+    for name, run in (("again", again), ("new", new)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(run))
+    monkeypatch.setattr(convergence_table, "RECORD", kept)
+    files = [str(tmp_path / f"{name}.json") for name in ("again", "new")]
+    for _ in range(2):  # collecting twice is collecting once
+        monkeypatch.setattr(sys, "argv", ["convergence_table.py", "--collect", *files])
+        convergence_table.main()
+    after = json.loads(kept.read_text())["runs"]
+    assert after[0] == before[0]
+    assert after[1] == {**before[1], "backend": "measured_again"}
+    assert after[2:-1] == before[2:]
+    assert after[-1] == {**before[0], "command": f"{before[0]['command']} --seeds 3", "backend": "another"}
+    said = capsys.readouterr().out
+    assert "`measured_again`" in said
+    assert "`another`" in said

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,18 +18,51 @@ from qlora_hal.cli.estimate import estimate_run
 from qlora_hal.config.resolve import nest, resolve_settings
 from qlora_hal.demo import data_path, model_path
 from qlora_hal.errors import ConfigError
-from qlora_hal.memory.advice import RANKS, RowFacts, Situation, advise
+from qlora_hal.memory.advice import RANKS, Plan, RowFacts, Situation, advise
+from qlora_hal.memory.fitting import (
+    ACCUMULATION,
+    AS_IT_IS,
+    BATCH,
+    LENGTH,
+    RECOMPUTE,
+    Needs,
+    Remedy,
+    Room,
+    Step,
+    remedy,
+    smaller_batches,
+)
+from qlora_hal.memory.time_prices import PassChoice
 
 GIB = 2**30
 
 
 def peak(settings: Mapping[str, object]) -> int:
-    """A model of 8B: 16 or 5 GiB, and a GiB for each sequence whose activations are kept."""
+    """A model of 8B: 16 or 5 GiB, and a GiB for each sequence of 768 tokens whose activations are kept."""
     base = 16 if settings.get("quantization.weight_format") == "none" else 5
-    base -= 4 if settings.get("training.base_offload") else 0
-    base -= 0.5 if settings.get("lora.experts") == "none" else 0
-    kept = 0.25 if settings.get("training.gradient_checkpointing") else 1.0
-    return int(GIB * (base + kept * int(str(settings["training.per_device_train_batch_size"]))))
+    kept = {"selective": 0.4, "full": 0.25}.get(str(settings.get(RECOMPUTE)), 1.0)
+    moments = 0.5 if settings.get("training.optim") == "adamw_8bit" else 1.0
+    tokens = int(str(settings[BATCH])) * int(str(settings.get(LENGTH, 768)))
+    return int(GIB * (base - 1 + moments + kept * tokens / 768))
+
+
+def least_costly(memory: int) -> Callable[[Mapping[str, object]], Remedy]:
+    """With all that there is to recompute, and moments in 8 bits."""
+
+    def found(settings: Mapping[str, object]) -> Remedy:
+        def changed(changes: Mapping[str, object]) -> dict[str, Any]:
+            return {LENGTH: 768, **settings, **changes}
+
+        def price(changes: Mapping[str, object]) -> PassChoice:
+            made = changed(changes)
+            return PassChoice(made[BATCH] * made[LENGTH], made[RECOMPUTE])
+
+        again = [Step(f"recompute {kind}", {RECOMPUTE: kind}) for kind in ("selective", "full")]
+        moments = Step("moments in 8 bits", {"training.optim": "adamw_8bit"}, "moments are rounded")
+        choices = (tuple(smaller_batches(16, 1)), (AS_IT_IS, *again), (AS_IT_IS, moments))
+        return remedy(lambda changes: Needs(peak(changed(changes))), price, Room(memory), choices, 768)
+
+    return found
 
 
 SITUATION = Situation(
@@ -39,12 +73,18 @@ SITUATION = Situation(
     rows=RowFacts(1000, 200_000, 700),
     positions=4096,
     peak=peak,
+    least_costly=least_costly(80 * GIB),
     adapter_parameters=lambda rank: 2_600_000 * rank,
 )
 
 
 def settings_for(memory: float, **changes: object) -> dict[str, object]:
-    return advise(replace(SITUATION, memory_bytes=int(memory * GIB), **changes)).settings  # type: ignore[arg-type]
+    return plan_for(memory, **changes).settings
+
+
+def plan_for(memory: float, **changes: object) -> Plan:
+    size = int(memory * GIB)
+    return advise(replace(SITUATION, memory_bytes=size, least_costly=least_costly(size), **changes))  # type: ignore[arg-type]
 
 
 def test_a_large_card_trains_lora_and_a_small_one_qlora() -> None:
@@ -53,18 +93,41 @@ def test_a_large_card_trains_lora_and_a_small_one_qlora() -> None:
     assert settings_for(19.9)["quantization.weight_format"] == "4bit"
 
 
-def test_the_largest_micro_batch_that_fits_is_taken_and_sixteen_sequences_make_a_step() -> None:
-    for memory, size, again in ((80, 16, False), (13.5, 8, False), (6, 1, False), (5.6, 2, True), (5.3, 1, True)):
-        made = settings_for(memory)
-        assert made["training.per_device_train_batch_size"] == size, memory
-        assert made["training.gradient_checkpointing"] is again
-        assert size * int(str(made["training.gradient_accumulation_steps"])) == 16
+@pytest.mark.parametrize(
+    ("memory", "size", "recompute", "optimizer"),
+    [
+        (80, 16, "none", None),
+        (13.5, 8, "none", None),
+        (7, 2, "none", None),  # a pass of two rows takes less time than one of four, recomputed
+        (6, 1, "none", None),
+        (5.5, 2, "full", None),
+        (5.45, 1, "selective", None),
+        (5.25, 1, "full", None),
+        (4.75, 1, "full", "adamw_8bit"),
+    ],
+)
+def test_the_least_costly_that_fits_is_taken_and_sixteen_sequences_make_a_step(
+    memory: float, size: int, recompute: str, optimizer: str | None
+) -> None:
+    """Least costly by the prices of `time_prices`, which are those of `auto` and of the estimate."""
+    made = settings_for(memory)
+    assert (made[BATCH], made[RECOMPUTE], made.get("training.optim")) == (size, recompute, optimizer)
+    assert size * int(str(made[ACCUMULATION])) == 16
+
+
+def test_what_is_given_up_is_said() -> None:
+    [batch] = [line for line in plan_for(4.75).advice if line.subject == "batch"]
+    assert "gives up: moments are rounded" in batch.why
 
 
 def test_what_does_not_fit_is_said_with_how_much_is_missing() -> None:
-    plan = advise(replace(SITUATION, memory_bytes=4 * GIB))
+    plan = plan_for(4)
     assert not plan.fits
-    assert "1.25 GiB too much" in next(line.why for line in plan.advice if line.subject == "batch")
+    assert "768 MiB too much: take a smaller model" in next(line.why for line in plan.advice if line.subject == "batch")
+    shorter = plan_for(4.6)
+    assert not shorter.fits, "rows stay as long as they are"
+    [batch] = [line for line in shorter.advice if line.subject == "batch"]
+    assert "rows of up to 256 tokens fit (data.max_seq_length), or take a smaller model" in batch.why
 
 
 def test_a_quantized_checkpoint_is_used_as_it_is() -> None:
@@ -163,26 +226,9 @@ def test_a_length_that_is_given_is_kept(capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.parametrize("spreads", [True, False])
 def test_devices_that_share_the_base_are_advised_where_they_can(spreads: bool) -> None:
-    plan = advise(replace(SITUATION, memory_bytes=int(GIB), spreads=spreads))
+    plan = plan_for(1, spreads=spreads)
     [batch] = [advice for advice in plan.advice if advice.subject == "batch"]
     assert ("--parallel.mode shard" in batch.why) is spreads
-
-
-@pytest.mark.parametrize(
-    ("memory", "done"),
-    [
-        (5.3, {}),
-        (5, {"lora.experts": "none"}),
-        (4.7, {"training.base_offload": ["embeddings", "layers"]}),
-        (1, {"training.base_offload": ["embeddings", "layers"], "lora.experts": "none"}),
-    ],
-)
-def test_layers_go_to_the_host_where_nothing_else_fits(memory: float, done: Mapping[str, object]) -> None:
-    """Of a mixture the adapters of experts are given up before, and with them where that is not enough."""
-    made = settings_for(memory, offloads=True, has_experts=True)
-    assert {name: made[name] for name in ("lora.experts", "training.base_offload") if name in made} == done
-    assert "training.base_offload" not in settings_for(memory, has_experts=True)
-    assert "lora.experts" not in settings_for(memory, offloads=True)
 
 
 def test_a_mixture_is_advised_for_a_small_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,8 @@ from qlora_hal.detect.discovery import open_trainer
 from qlora_hal.detect.requirements import requirements_of
 from qlora_hal.errors import ConfigError, UnsupportedFeatureError
 from qlora_hal.model.source import resolve_model
-from qlora_hal.run.prepare import chosen_dtype, likely_dtype
+from qlora_hal.run.planned_memory import likely_dtype
+from qlora_hal.run.prepare import chosen_dtype
 from qlora_hal.run.transfer import planned, transferred_config
 from qlora_hal_backends.cpu_torch import SPEC
 from qlora_hal_backends.cuda_bnb import SPEC as CUDA

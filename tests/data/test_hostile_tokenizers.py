@@ -299,14 +299,18 @@ def test_the_expressions_of_published_tokenizers_are_taken(tmp_path: Path, patte
         lambda c: c.clear(),
     ],
 )
-def test_what_the_library_raises_or_panics_at_has_a_type(tmp_path: Path, change: Change) -> None:
+def test_what_the_library_raises_or_panics_at_has_a_type(
+    tmp_path: Path, change: Change, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And nothing of the library's own stands before it in the terminal."""
     path = written(tmp_path, change)
     with pytest.raises(ModelError, match="QH-D52") as caught:
         ChatTokenizer.from_folder(tmp_path)
     assert caught.value.where == str(path)
+    assert capfd.readouterr().err == ""
 
 
-def test_a_panic_while_rows_are_encoded_has_a_type(tmp_path: Path) -> None:
+def test_a_panic_while_rows_are_encoded_has_a_type(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     # It takes long on no text of its own signs, which are classes here.
     written(tmp_path, lambda content: content.update(pre_tokenizer=split("(?:[x-z][p-r]|[x-z][p-r])*[!-.]")))
     tokenizer = ChatTokenizer.from_folder(tmp_path)
@@ -319,6 +323,7 @@ def test_a_panic_while_rows_are_encoded_has_a_type(tmp_path: Path) -> None:
     ):
         with pytest.raises(ModelError, match="QH-D52"):
             call()
+    assert capfd.readouterr().err == ""
 
 
 def test_json_that_is_deep_large_or_wrong_is_no_tokenizer(tmp_path: Path) -> None:

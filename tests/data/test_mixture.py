@@ -252,3 +252,22 @@ def test_sources_that_can_mean_nothing_are_refused_as_settings(data: dict[str, o
     with pytest.raises(ConfigError) as caught:
         resolve_settings({"data": data}, environ={})
     assert said in caught.value.message
+
+
+@pytest.mark.fault("U01")
+@pytest.mark.parametrize("other", ["./a.jsonl", "sub/../a.jsonl", "link.jsonl", "hard.jsonl", "folder"])
+def test_one_file_under_two_names_is_one_source(
+    other: str, prepared: Prepare, sources: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows would be read twice, and held out for validation in one place and trained in the other."""
+    sources(4, 3)
+    monkeypatch.chdir(tmp_path)
+    Path("sub").mkdir()
+    Path("folder").mkdir()
+    Path("link.jsonl").symlink_to("a.jsonl")
+    Path("hard.jsonl").hardlink_to("a.jsonl")
+    Path("folder/rows.jsonl").symlink_to(tmp_path / "a.jsonl")
+    prepared(None, sources=[{"path": "a.jsonl"}, {"path": "b.jsonl"}])
+    with pytest.raises(ConfigError, match=r"names the same rows twice: as 'a\.jsonl' and as") as refused:
+        prepared(None, sources=[{"path": "a.jsonl"}, {"path": "b.jsonl"}, {"path": other}])
+    assert (refused.value.code, refused.value.where) == ("QH-U01", "data.sources[2].path")

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from small_runs import SMALL, merged, small_run
 
-from qlora_hal import resume, train
+from qlora_hal import TrainResult, resume, train
 from qlora_hal.adapter.as_written import provenance_in
 from qlora_hal.cli.__main__ import main
 from qlora_hal.contract.backend import Quantization
@@ -192,6 +192,18 @@ def test_run_that_has_not_ended_has_no_adapter_to_convert(stopped: Path, tmp_pat
     (checkpoint,) = stopped.glob("checkpoints/step-*")
     assert str(checkpoint) in caught.value.fix
     assert convert_adapter(checkpoint, tmp_path / "out", to="mlx").layout == "mlx"
+
+
+def test_an_adapter_of_a_run_is_compared_with_the_runs_base(demo_run: TrainResult, tmp_path: Path) -> None:
+    """Without being told which it is; where it is gone, that is said."""
+    done = convert_adapter(demo_run.run_dir, tmp_path / "out", to="mlx")
+    assert not any("were not compared with a model" in note for note in done.notes)
+    moved = Path(shutil.copytree(demo_run.run_dir, tmp_path / "moved"))
+    content = json.loads((moved / "run.json").read_text())
+    content["config"]["model"]["name_or_path"] = str(tmp_path / "gone")
+    (moved / "run.json").write_text(json.dumps(sealed(content)))
+    [note] = [note for note in convert_adapter(moved, tmp_path / "other", to="mlx").notes if "not compared" in note]
+    assert note.startswith(f"The base of the run, {tmp_path / 'gone'}, cannot be read here (QH-E70). Names and shapes")
 
 
 @pytest.mark.fault("C09")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,11 +82,27 @@ def test_rows_beyond_a_window_that_mlx_lm_leaves_out_are_refused(tmp_path: Path,
 )
 def test_an_architecture_that_mlx_lm_lacks_is_refused_by_name(model_type: str, llama: Path, tmp_path: Path) -> None:
     """The name comes from a file; nothing outside mlx_lm.models is imported for it."""
-    import shutil
-
     folder = Path(shutil.copytree(llama, tmp_path / "model"))
     edit_config(folder, model_type=model_type)
     with pytest.raises(ModelError, match="mlx-lm cannot build LlamaForCausalLM") as caught:
         MLXLoRATrainer().load(source_of(folder), Quantization(WeightFormat.NONE), Compute())
     assert caught.value.code == "QH-M51"
     assert "model_type" in str(caught.value.cause)
+    assert "update mlx-lm" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_attention_heads": 0}, {"hidden_size": "64"}, {"rms_norm_eps": None}],
+    ids=["no heads", "a width in text", "no epsilon"],
+)
+def test_of_a_family_that_is_known_config_json_is_to_be_corrected(
+    changes: dict[str, object], llama: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(llama, tmp_path / "model"))
+    edit_config(folder, **changes)
+    with pytest.raises(ModelError, match="mlx-lm cannot build LlamaForCausalLM") as caught:
+        MLXLoRATrainer().load(source_of(folder), Quantization(WeightFormat.NONE), Compute())
+    assert caught.value.code == "QH-M51"
+    assert caught.value.fix.startswith("Correct config.json")
+    assert not caught.value.cause.endswith(":"), "the line that says what is wrong with it follows"

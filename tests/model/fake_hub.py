@@ -37,9 +37,9 @@ class Sparse:
 @dataclass
 class FakeHub:
     """One repository. `answers` holds statuses to give first, `cut` how often the weights come short, `down` the one
-    file that no request gets whole, `page` what something that is no hub answers to all of them; `served` counts
-    the bytes of bodies by file, those of the API under `api`, and `sent` those that a client took; `ranges` False
-    ignores that a part was asked for."""
+    file that no request gets whole, `page` what something that is no hub answers to all of them, with `page_status`;
+    `served` counts the bytes of bodies by file, those of the API under `api`, and `sent` those that a client took;
+    `ranges` False ignores that a part was asked for."""
 
     files: Mapping[str, bytes | Sparse]
     name: str = "org/tiny"
@@ -47,7 +47,8 @@ class FakeHub:
     gated: bool = False
     cut: int = 0
     down: str = ""
-    page: bytes = b""
+    page: bytes | Sparse = b""
+    page_status: int = 200
     ranges: bool = True
     private: bool = False
     requests: Counter[str] = field(default_factory=Counter)
@@ -55,11 +56,11 @@ class FakeHub:
     sent: int = 0
     address: str = ""
 
-    def answer(self, method: str, path: str, asked: str | None = None) -> tuple[int, Mapping[str, str], bytes]:
+    def answer(self, method: str, path: str, asked: str | None = None) -> tuple[int, Mapping[str, str], bytes | Sparse]:
         """`asked` is the Range header. What a HEAD would have as its body is not made."""
         self.requests[f"{method} {path.split('?')[0]}"] += 1
         if self.page:
-            return 200, {"Content-Type": "text/html"}, self.page
+            return self.page_status, {"Content-Type": "text/html"}, self.page
         if self.answers:
             status, headers = self.answers.pop(0)
             return status, headers, b"{}"
@@ -294,7 +295,7 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
             if self.command != "HEAD":
                 self._send(body)
 
-        def _send(self, body: bytes) -> None:
+        def _send(self, body: bytes | Sparse) -> None:
             for begin in range(0, len(body), PIECE):
                 try:
                     self.wfile.write(body[begin : begin + PIECE])

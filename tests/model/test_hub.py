@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 from collections.abc import Callable
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.model.fake_hub import COMMIT, FakeHub, serving
+from qlora_hal.model import hub as hub_module
+from qlora_hal.model.hub import Unreachable, in_time
+from tests.model.fake_hub import COMMIT, FakeHub, Sparse, serving
 from tests.model.hub_client import Client
 
 WriteModel = Callable[..., Path]
@@ -150,6 +153,29 @@ def test_the_page_of_a_proxy_is_no_defect(client: Client, page: bytes) -> None:
     assert (answer["code"], answer["exit_status"]) == ("QH-E11", 11)
     assert "is no hub" in answer["cause"]
     assert "proxy" in answer["help"]
+
+
+@pytest.mark.fault("E11")
+@pytest.mark.parametrize(
+    ("status", "most"),
+    [(200, hub_module.LARGEST_LISTING), (503, hub_module.LARGEST_REFUSAL)],
+    ids=["answer", "refusal"],
+)
+def test_an_answer_without_end_is_left_where_no_listing_is_so_long(client: Client, status: int, most: int) -> None:
+    """What the sockets hold is sent beside it."""
+    with serving(FakeHub({}, page=Sparse(b"[", 2**40), page_status=status)) as hub:
+        answer = client.resolve(hub.address)
+    assert answer["code"] == "QH-E11"
+    attempts = 1 + len(answer["waits"])
+    assert hub.sent <= attempts * (most + 2**24)
+
+
+def test_an_answer_that_drips_is_left_when_its_time_is_over() -> None:
+    seconds = iter(range(0, 10**6, 100))
+    chunks, taken = itertools.repeat(b"."), []
+    with pytest.raises(Unreachable, match="did not end within 600 s"):
+        taken.extend(in_time(chunks, lambda: next(seconds)))
+    assert list(in_time([b"a", b"b"])) == [b"a", b"b"]
 
 
 @pytest.mark.fault("E11")

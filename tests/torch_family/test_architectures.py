@@ -133,6 +133,30 @@ def test_a_model_of_another_kind_is_refused_by_name(model_type: str, llama: Path
     assert refusal.value.code == "QH-M51"
 
 
+@pytest.mark.fault("M51")
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+        ({"hidden_size": "64"}, "Validation error for field 'hidden_size': TypeError"),
+        ({"hidden_act": "no_such"}, "no_such"),
+        ({"rms_norm_eps": None}, "Validation error for field 'rms_norm_eps': TypeError"),
+    ],
+    ids=["no heads", "a width in text", "another activation", "no epsilon"],
+)
+def test_of_a_family_that_is_known_config_json_is_to_be_corrected(
+    changes: dict[str, object], words: str, llama: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match="cannot build LlamaForCausalLM") as refusal:
+        outline(source_of(copied(llama, tmp_path, **changes)), {})
+    assert refusal.value.code == "QH-M51"
+    assert words in refusal.value.cause
+    assert refusal.value.fix.startswith("Correct config.json")
+    with pytest.raises(ModelError) as unknown:
+        outline(source_of(copied(llama, tmp_path / "other", model_type="no_such_type")), {})
+    assert unknown.value.fix == "Choose a decoder-only causal language model, or update transformers."
+
+
 @pytest.mark.fault("M50")
 def test_a_head_that_scores_is_named_in_the_place_of_one_that_predicts(tmp_path: Path) -> None:
     from drawn_models import small_config

@@ -22,11 +22,12 @@ from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.values import AdapterConfig, Float32, StepSettings
 from qlora_hal.contract.world import World
 from qlora_hal.errors import StorageError, UnsupportedFeatureError, figures
+from qlora_hal.memory.placement import HOST_SPARED
 from qlora_hal_backends import cpu_torch, cuda_bnb
 from qlora_hal_backends.torch_family import host_tables, layers_at_rest, loading, trial
 from qlora_hal_backends.torch_family.experts.stacked_weights import SeparateWeights
 from qlora_hal_backends.torch_family.layer_slots import SlotStack
-from qlora_hal_backends.torch_family.layers_at_rest import SPARED, DiskLayers, HostLayers
+from qlora_hal_backends.torch_family.layers_at_rest import DiskLayers, HostLayers
 from qlora_hal_backends.torch_family.platform import CPU, CUDA
 from qlora_hal_backends.torch_family.ranks import most_ranks_here
 from qlora_hal_backends.torch_family.streamed_base import StreamedBase
@@ -224,7 +225,7 @@ def test_memory_that_all_layers_need_is_not_told_from_a_small_first_one(
     path = write_model(tmp_path, "deepseek_v3", num_hidden_layers=5, n_routed_experts=16)
     sizes = [size for size, _ in layers_of(trainer_of(path, Compute(base_offload=LAYERS)))._layers]
     assert 2 * sizes[0] < sizes[1]
-    monkeypatch.setattr(layers_at_rest, "memory_available_here", lambda: int(sum(sizes) * 0.9 / (1 - SPARED)))
+    monkeypatch.setattr(layers_at_rest, "memory_available_here", lambda: int(sum(sizes) * 0.9 / (1 - HOST_SPARED)))
     assert isinstance(layers_of(trainer_of(path, Compute(base_offload=LAYERS))).at_rest, DiskLayers)
 
 
@@ -313,8 +314,8 @@ def test_layers_go_to_the_disk_where_the_memory_left_is_too_little_and_that_is_s
     path = write_model(tmp_path, "llama", num_hidden_layers=5)
     needed = sum(size for size, _ in layers_of(trainer_of(path, Compute(base_offload=LAYERS)))._layers)
     for left, kind, words in (
-        (int(needed / (1 - SPARED)) + 1, HostLayers, "are in the host's memory:"),
-        (int(needed / (1 - SPARED)) - 1, DiskLayers, f"they take {figures.size(needed)} and the host has"),
+        (int(needed / (1 - HOST_SPARED)) + 1, HostLayers, "are in the host's memory:"),
+        (int(needed / (1 - HOST_SPARED)) - 1, DiskLayers, f"they take {figures.size(needed)} and the host has"),
     ):
         monkeypatch.setattr(layers_at_rest, "memory_available_here", lambda left=left: left)
         trainer = trainer_of(path, Compute(base_offload=LAYERS))
@@ -348,7 +349,7 @@ def test_memory_left_is_enough_for_all_ranks_of_the_host_or_layers_go_to_the_dis
     needed = sum(size for size, _ in layers_of(trainer_of(path, Compute(base_offload=LAYERS)))._layers)
     monkeypatch.setattr(loading, "most_ranks_here", lambda world, device: world.size)
     for ranks, kind in ((1, HostLayers), (3, HostLayers), (4, DiskLayers)):
-        left = int(3 * needed / (1 - SPARED)) + 1
+        left = int(3 * needed / (1 - HOST_SPARED)) + 1
         monkeypatch.setattr(layers_at_rest, "memory_available_here", lambda left=left: left)
         trainer = trainer_of(path, Compute(base_offload=LAYERS, world=World(0, ranks)))
         assert isinstance(layers_of(trainer).at_rest, kind)

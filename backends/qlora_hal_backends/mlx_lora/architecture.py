@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_hal.errors import ModelError
-from qlora_hal.errors.foreign import missing_package
+from qlora_hal.errors.foreign import first_words, missing_package
 from qlora_hal.model.source import ModelSource
 from qlora_hal.processes.subprocess_call import one_line
 from qlora_hal_backends.mlx_lora.activations import put_activations_right
@@ -54,7 +54,7 @@ def build_model(source: ModelSource, read: Config, is_tied: bool) -> Built:
         causal.freeze()
         causal.eval()
     except Exception as error:  # whatever mlx-lm raises over a configuration
-        raise _cannot_build(source, f"{type(error).__name__}: {error}") from error
+        raise _cannot_build(source, f"{type(error).__name__}: {error}", _CORRECT) from error
     put_activations_right(causal, source, read)
     window = missing_window(source, read, arguments_class)
     return Built(causal, window, (*notes_on_keys_not_read(source.facts.config, arguments_class), *window.notes()))
@@ -97,14 +97,20 @@ def read_config(source: ModelSource) -> Config:
     try:
         return as_transformers_reads(source.facts.config)
     except ValueError as error:
-        raise _cannot_build(source, str(error)) from error
+        raise _cannot_build(source, str(error), _CORRECT) from error
 
 
-def _cannot_build(source: ModelSource, cause: str) -> ModelError:
+_CORRECT = (
+    "Correct config.json, or get it again from where the model is from: mlx-lm knows the family, so a value in that "
+    "file is at fault."
+)
+
+
+def _cannot_build(source: ModelSource, cause: str, fix: str = "Choose another model, or update mlx-lm.") -> ModelError:
     return ModelError(
         "QH-M51",
         f"mlx-lm cannot build {source.facts.architecture or source.facts.model_type or 'this model'}.",
         where=source.name,
-        cause=cause.splitlines()[0],
-        fix="Choose another model, or update mlx-lm.",
+        cause=first_words(cause),
+        fix=fix,
     )

@@ -19,7 +19,7 @@ from torch import nn
 from qlora_hal.contract.rotary_length import RotaryLength, rotary_length
 from qlora_hal.contract.values import LinearShape
 from qlora_hal.errors import ModelError
-from qlora_hal.errors.foreign import missing_package
+from qlora_hal.errors.foreign import first_words, missing_package
 from qlora_hal.formats.gpt_oss import BLOCKS, SCALES
 from qlora_hal.model.expert_stacks import is_joined, place_of
 from qlora_hal.model.linear_shapes import natural_order, reason_left_out, state_space_mixers
@@ -138,16 +138,31 @@ def _built(source: ModelSource, attention: object, dtype: torch.dtype) -> Any:
     except ModelError:
         raise
     except Exception as error:  # transformers raises what its many model files happen to raise
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason was given")
         raise ModelError(
             "QH-M51",
             f"transformers cannot build {_name(source)} as a causal language model.",
             where=source.name,
-            cause=f"{type(error).__name__}: {reason[:300]}",
-            fix=f"Install the package {package}, which it needs."
-            if (package := missing_package(error))
-            else "Choose a decoder-only causal language model, or update transformers.",
+            cause=f"{type(error).__name__}: {first_words(str(error))}",
+            fix=_way_to_build(source, error),
         ) from error
+
+
+def _way_to_build(source: ModelSource, error: Exception) -> str:
+    if package := missing_package(error):
+        return f"Install the package {package}, which it needs."
+    if _is_known(source.facts.model_type):
+        return (
+            f"Correct config.json, or get it again from where the model is from: transformers knows {_name(source)}, "
+            "so a value in that file is at fault."
+        )
+    return "Choose a decoder-only causal language model, or update transformers."
+
+
+def _is_known(model_type: str) -> bool:
+    """Whether this transformers has a causal language model of that name, whatever its values."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def _attention(config: Any, asked: object, source: ModelSource) -> str | None:

@@ -103,6 +103,9 @@ class SlotStack(_InSlot[StackedWeight]):
     def shape(self) -> tuple[int, int, int]:
         return self.weight.shape
 
+    def some(self, experts: slice) -> Tensor:
+        return self.present().some(experts)
+
     def expert(self, number: int) -> Tensor:
         return self.present().expert(number)
 

@@ -21,6 +21,7 @@ from qlora_hal.detect.hardware import memory_available_here
 from qlora_hal.errors import StorageError
 from qlora_hal.errors.figures import size as in_words
 from qlora_hal.files.durable import storage_error
+from qlora_hal.memory.placement import HOST_SPARED
 from qlora_hal.quantize.calibration import cache_folder
 from qlora_hal_backends.torch_family.copy_queue import Copy, host_memory
 from qlora_hal_backends.torch_family.device import has_queue
@@ -31,8 +32,6 @@ CHOICES = (AUTO, HOST, DISK)
 BUFFERS = 2
 MOST_WASTED = 8
 """The part of a block of page-locked memory that may stay empty is one in so many."""
-SPARED = 0.2
-"""Of the host's available memory, for all else that a run takes: page-locked memory cannot be swapped out."""
 
 
 class LayersAtRest(Protocol):
@@ -193,7 +192,7 @@ def resting_place(choice: str, needed: int, device: torch.device, ranks: int = 1
     if choice == DISK:
         return DiskLayers(device, cache_folder(), f"as backend.options.{OPTION} says")
     available = memory_available_here()
-    if ranks * needed <= available * (1 - SPARED):
+    if ranks * needed <= available * (1 - HOST_SPARED):
         return HostLayers(device)
     each = f" for each of {ranks} ranks" if ranks > 1 else ""
     why = f"because they take {in_words(needed)}{each} and the host has {in_words(available)} left"

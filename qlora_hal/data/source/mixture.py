@@ -9,6 +9,7 @@ another of its source.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count, islice
@@ -18,11 +19,30 @@ import numpy as np
 from qlora_hal.data.source.rows import Row, Source
 from qlora_hal.data.tokens.order import Purpose, permutation
 from qlora_hal.data.tokens.token_rows import Int64
+from qlora_hal.errors import ConfigError
+from qlora_hal.files.refused_paths import named_path
 
 Share = tuple[int, float]
 """The number of a source's first row, and its weight."""
 
 ALL_ONCE: tuple[Share, ...] = ((1, 1.0),)
+
+
+def refuse_same_rows(sources: Sequence[Source], places: Sequence[tuple[str, str]]) -> None:
+    """Raises ConfigError QH-U01 where a file is read for two sources, under whatever names, or a folder's split is.
+    `places` are path and split of each."""
+    first_of: dict[object, int] = {}
+    for number, (source, (path, split)) in enumerate(zip(sources, places, strict=True)):
+        files: list[object] = [(file.stat().st_dev, file.stat().st_ino) for file in source.files]
+        for rows in files or [(os.path.realpath(named_path(path)), split)]:
+            if (first := first_of.setdefault(rows, number)) != number:
+                raise ConfigError(
+                    "QH-U01",
+                    f"data.sources names the same rows twice: as {places[first][0]!r} and as {path!r}.",
+                    where=f"data.sources[{number}].path",
+                    cause="They would be read twice, held out apart, and counted as two sources.",
+                    fix="Leave one of them, and give it a weight.",
+                )
 
 
 def one_after_another(sources: Sequence[Source]) -> Source:

@@ -208,7 +208,8 @@ def _files_source(name: str, files: Sequence[Path]) -> Source:
 
     kinds = sorted({KINDS[file.suffix.lower()] for file in files})
     notes = tuple(filter(None, (separator_note(file) for file in files if KINDS[file.suffix.lower()] == "CSV")))
-    return Source(name, "+".join(kinds), read, lambda: digest_of_files(files), lambda: _stamp(files), notes)
+    kind = "+".join(kinds)
+    return Source(name, kind, read, lambda: digest_of_files(files), lambda: _stamp(files), notes, files=tuple(files))
 
 
 def _stamp(files: Sequence[Path]) -> object:

@@ -38,7 +38,8 @@ class Row(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Source:
     """Rows with a name and an identity. `digest` is a SHA-256 of the contents; `rows` may be called again;
-    `notes` are for the report, `alerts` also for the user at once; `parts` are the names of several sources in one."""
+    `notes` are for the report, `alerts` also for the user at once; `parts` are the names of several sources in one;
+    `files` are those on this disk that all rows of are read."""
 
     name: str
     kind: str
@@ -48,6 +49,7 @@ class Source:
     notes: tuple[str, ...] = ()
     alerts: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
 
 
 def memory_source(rows: Sequence[Mapping[str, object]]) -> Source:

@@ -18,8 +18,11 @@ from qlora_hal.data.tokens.tokenizer_checks import MAX_TOKENIZER_BYTES, HostileT
 from qlora_hal.errors import ModelError, UnsafeInputError
 from qlora_hal.files.opening import read_stored
 from qlora_hal.files.strict_json import JsonProblem
+from qlora_hal.processes.held_stderr import HeldStderr, held_stderr
 
 _LONGEST_REASON = 300
+_AT_WORK = ("encode", "decode")
+"""How the calls begin that read texts; others are lookups, too many and too short to hold a stream for."""
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
@@ -77,14 +80,24 @@ def guarded(tokenizer: Tokenizer, path: Path) -> Tokenizer:
 
 @contextmanager
 def panics_told(path: Path) -> Iterator[None]:
-    """A wall around calls of the library: its faults become ModelError (QH-D52)."""
+    """A wall around calls of the library: its faults become ModelError (QH-D52), and what it prints of a panic is not
+    shown."""
+    with held_stderr() as held, _faults_told(path, held):
+        yield
+
+
+@contextmanager
+def _faults_told(path: Path, held: HeldStderr | None = None) -> Iterator[None]:
     try:
         yield
     except HostileTokenizer:
         raise
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        is_panic = type(error).__name__ == "PanicException"
+        if not isinstance(error, Exception) and not is_panic:
             raise
+        if is_panic and held is not None:
+            held.drop()
         raise broken(path, str(error)[:_LONGEST_REASON] or type(error).__name__) from error
 
 
@@ -109,7 +122,7 @@ class _Guarded:
 
         @functools.wraps(found)
         def call(*args: Any, **kwargs: Any) -> Any:
-            with panics_told(self._path):
+            with (panics_told if name.startswith(_AT_WORK) else _faults_told)(self._path):
                 return found(*args, **kwargs)
 
         return call

@@ -9,6 +9,7 @@ import torch
 
 from qlora_hal.contract.backend import Compute
 from qlora_hal.contract.values import LinearShape
+from qlora_hal.detect.gpu_dtypes import lacking_dtype
 from qlora_hal_backends.torch_family.base_weights import Blockwise4BitWeight
 from qlora_hal_backends.torch_family.device import device_refusal
 from qlora_hal_backends.torch_family.experts import GroupedProducts, RoutedExperts
@@ -28,9 +29,6 @@ from qlora_hal_backends.torch_family.lora_linear import FrozenLinear
 STATIC_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})
 """Rotary kinds whose angles do not depend on the length of the batch."""
 
-FIRST_WITH_E4M3 = (8, 9)
-"""NVIDIA compute capability of the first devices whose tensor cores multiply E4M3 (Ada)."""
-
 GROUPED_DTYPE = "bfloat16"
 """What torch's grouped products are fast in."""
 
@@ -42,10 +40,8 @@ def fp8_device_refusal(device: torch.device) -> str | None:
     """Why this device has no products in 8-bit floats, or None; what it computes with them is still to be proved."""
     if device.type != "cuda" or torch.version.hip is not None:
         return f"{'AMD GPUs' if device.type == 'cuda' else device.type} have none here"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < FIRST_WITH_E4M3:
-        found, needed = (".".join(map(str, one)) for one in (capability, FIRST_WITH_E4M3))
-        return f"the device is of compute capability {found}, and E4M3 came with {needed} (Ada, Hopper)"
+    if lacking := lacking_dtype("fp8", torch.cuda.get_device_capability(device)):
+        return f"the device is of {lacking}"
     return device_refusal(device)
 
 

@@ -6,7 +6,8 @@ import torch
 
 from qlora_hal.contract.backend import Compute, Quantization
 from qlora_hal.contract.capabilities import WeightFormat
-from qlora_hal.errors import UnsupportedFeatureError
+from qlora_hal.detect.gpu_dtypes import dtype_refused
+from qlora_hal.errors import QloraHalError
 from qlora_hal.model.facts import ModelFacts
 from qlora_hal_backends.torch_family.fused.supported import fp8_device_refusal
 
@@ -20,13 +21,8 @@ def check_fp8(facts: ModelFacts, quantization: Quantization, compute: Compute, d
         raise fp8_refused(reason)
 
 
-def fp8_refused(reason: str) -> UnsupportedFeatureError:
-    return UnsupportedFeatureError(
-        "QH-B01",
-        f"Products with the base in 8-bit floats are not possible: {reason}.",
-        where="quantization.compute_dtype",
-        fix="Set quantization.compute_dtype: bfloat16, or auto.",
-    )
+def fp8_refused(reason: str) -> QloraHalError:
+    return dtype_refused("fp8", reason)
 
 
 def _settings_refusal(facts: ModelFacts, quantization: Quantization, compute: Compute) -> str | None:
