@@ -130,7 +130,7 @@ def _description(checkpoint: StoredCheckpoint) -> Mapping[str, object]:
 
 def _descriptions(checkpoint: StoredCheckpoint) -> Iterator[tuple[str, Mapping[str, object]]]:
     in_config = checkpoint.config.get("quantization_config")
-    found = {"config.json": in_config if isinstance(in_config, dict) else {}}
+    found: dict[str, Mapping[str, object]] = {"config.json": in_config if isinstance(in_config, dict) else {}}
     found |= {name: content for name in _FILES if (content := checkpoint.read_json(name)) is not None}
     yield from ((place, described) for place, described in found.items() if "bits" in described)
 
