@@ -38,6 +38,7 @@ from qlora_hal.checkpoint.state import (
     checkpoints_folder,
     entries,
     state_from,
+    step_name,
     step_of,
 )
 from qlora_hal.errors import CheckpointError, QloraHalError
@@ -50,9 +51,18 @@ _READ_WHOLE = frozenset({STATE_FILE, TENSORS_FILE, OPTIMIZER_FILE, ANSWERS_FILE,
 
 def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
     """Step and folder of everything named as a checkpoint, by rising step, unverified. Links are not among them."""
+    return _folders(run_dir, step_of)
+
+
+def checkpoints_set_aside(run_dir: Path) -> list[tuple[int, Path]]:
+    """The same of those that were renamed to `.corrupt-...`."""
+    return _folders(run_dir, _step_set_aside)
+
+
+def _folders(run_dir: Path, step_in: Callable[[str], int | None]) -> list[tuple[int, Path]]:
     found = []
     for entry in entries(checkpoints_folder(run_dir)):
-        step = step_of(entry.name)
+        step = step_in(entry.name)
         if step is not None and entry.is_dir(follow_symlinks=False):
             found.append((step, Path(entry.path)))
     return sorted(found)
@@ -64,11 +74,17 @@ def _linked(run_dir: Path) -> dict[str, int]:
     return {name: step for name, step in named if step is not None}
 
 
+def _step_set_aside(name: str) -> int | None:
+    match = re.fullmatch(re.escape(CORRUPT) + r"(step-[0-9]+)-[0-9a-f]+", name)
+    return step_of(match[1]) if match else None
+
+
 def latest_valid_checkpoint(run_dir: Path, *, set_aside_broken: bool = True) -> tuple[Path, list[str]]:
     """The newest checkpoint whose manifest and hashes verify, and notes on everything passed over.
 
     Broken ones are renamed to `.corrupt-...`, which only the holder of the run's lock may do; `set_aside_broken` False
-    is for readers beside a live run. Raises CheckpointError QH-C04 (exit status 9) when none verifies.
+    is for readers beside a live run. Where none verifies, those that an earlier start renamed are tried again: a file
+    that could not be read then may be whole. Raises CheckpointError QH-C04 (exit status 9) when none verifies.
     """
     _, path, notes = _newest(run_dir, check_hashes, set_aside_broken=set_aside_broken)
     return path, notes
@@ -89,7 +105,7 @@ def load_checkpoint(path: Path) -> TrainingState:
     """
     try:
         manifest = read_manifest(path)
-        _check_step(path, manifest)
+        _check_step(step_of(path.name), manifest)
         return _state_in(path, manifest)
     except ForeignSchema as problem:
         raise CheckpointError(
@@ -99,7 +115,7 @@ def load_checkpoint(path: Path) -> TrainingState:
             fix="Resume with the version that saved it.",
         ) from problem
     except BrokenCheckpoint as problem:
-        raise _unusable(path, str(problem)) from problem
+        raise unusable(path, str(problem)) from problem
 
 
 Taken = TypeVar("Taken")
@@ -114,21 +130,28 @@ def _newest(
     notes = restore_replaced(run_dir) if set_aside_broken else []
     links = _linked(run_dir)
     failures = dict.fromkeys(links, _IS_A_LINK)
-    for step, path in reversed(checkpoints(run_dir)):
+    last_resort = checkpoints_set_aside(run_dir) if set_aside_broken else []
+    for step, path in reversed([*last_resort, *checkpoints(run_dir)]):
+        is_aside = (step, path) in last_resort
         try:
             manifest = read_manifest(path)
-            _check_step(path, manifest)
+            _check_step(step, manifest)
             taken = take(path, manifest)
         except ForeignSchema as problem:
             failures[path.name] = str(problem)
             notes.append(f"Skipped {path.name}: {problem}; it was left unchanged.")
         except BrokenCheckpoint as problem:
             failures[path.name] = str(problem)
+            if is_aside:
+                continue
             kept = set_aside(path) if set_aside_broken else path
             left = "left unchanged" if kept == path else f"kept as {kept.name}"
             notes.append(f"Skipped {path.name}: {problem}; it is {left}.")
         else:
             notes += [f"Skipped {name}: {_IS_A_LINK}." for name, linked in sorted(links.items()) if linked > step]
+            if is_aside:
+                path = _taken_back(path, step)
+                notes.append(f"{step_name(step)}, which an earlier start set aside, verifies; it is used.")
             notes += unfinished_notes(step, unfinished_saves(run_dir))
             return taken, path, notes
     raise _no_checkpoint(run_dir, failures)
@@ -143,13 +166,14 @@ def _state_in(path: Path, manifest: Manifest) -> TrainingState:
         optimizer = _verified_arrays(path / OPTIMIZER_FILE, manifest)
         answers = _verified_arrays(path / ANSWERS_FILE, manifest).arrays if ANSWERS_FILE in manifest.files else {}
         state = state_from(document, _in_stacks(adapter.arrays, document), optimizer.arrays, answers)
+        _check_step(state.step, manifest)
         _check_same_origin(path, manifest, state, adapter.sha256)
     except (BrokenCheckpoint, OSError, QloraHalError, ValueError) as problem:
         check_hashes(path, manifest)
         if isinstance(problem, BrokenCheckpoint):
             raise
         reason = problem.message if isinstance(problem, QloraHalError) else f"{problem}"
-        raise _unusable(path, reason) from problem
+        raise unusable(path, reason) from problem
     return state
 
 
@@ -160,7 +184,8 @@ def _in_stacks(adapter: Mapping[str, Array], document: Mapping[str, object]) -> 
     return peft_experts.stacked(peft_experts.named(adapter, r, provenance if isinstance(provenance, dict) else {}))
 
 
-def _unusable(path: Path, reason: str) -> CheckpointError:
+def unusable(path: Path, reason: str) -> CheckpointError:
+    """The error QH-C04 for a checkpoint that nothing can go on from."""
     return CheckpointError(
         "QH-C04",
         f"{path.name} does not verify: {reason.rstrip('.')}.",
@@ -228,10 +253,21 @@ def set_aside(path: Path) -> Path:
     return target
 
 
-def _check_step(path: Path, manifest: Manifest) -> None:
-    named = step_of(path.name)
+def _taken_back(path: Path, step: int) -> Path:
+    """The checkpoint under its own name again; where that is impossible, where it is."""
+    final = path.with_name(step_name(step))
+    try:
+        path.rename(final)
+    except OSError:
+        return path
+    with suppress(OSError):  # after a power loss it may be aside, and is taken back again
+        durable.flush_folder(final.parent)
+    return final
+
+
+def _check_step(named: int | None, manifest: Manifest) -> None:
     if named is not None and named != manifest.step:
-        raise BrokenCheckpoint(f"its manifest is of step {manifest.step}")
+        raise BrokenCheckpoint(f"its manifest is of step {manifest.step}, not {named}")
 
 
 def _check_same_origin(path: Path, manifest: Manifest, state: TrainingState, adapter_sha256: str) -> None:
@@ -264,12 +300,13 @@ def _verified_arrays(path: Path, manifest: Manifest) -> TensorFile:
 
 def _no_checkpoint(run_dir: Path, failures: Mapping[str, str]) -> CheckpointError:
     listed = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
+    once_more = "Where files could not be read, resume again when they can. " if failures else ""
     return CheckpointError(
         "QH-C04",
         f"No checkpoint in {run_dir} verifies ({len(failures)} tried). {listed}".rstrip() + "." * bool(failures),
         where=str(checkpoints_folder(run_dir)),
         cause="" if failures else "The run stopped before its first save.",
-        fix="Start the run again with --overwrite, or in another folder.",
+        fix=f"{once_more}Start the run again with --overwrite, or in another folder.",
         context={"failures": dict(failures)},
     )
 

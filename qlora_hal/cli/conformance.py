@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +20,9 @@ CASE_SECONDS = 180.0
 
 
 def conformance(
-    backend: Annotated[str | None, Parameter(help="The backend to test.")] = None,
+    backend: Annotated[
+        str | None, Parameter(help="The backend to test; with --verify, the one that the certificate must be of.")
+    ] = None,
     *,
     run: Annotated[
         Path | None,
@@ -62,9 +65,25 @@ def conformance(
 ) -> int:
     """Run the conformance suite against one backend, or judge exactly what one run computes. Exit 0 only when it is
     conformant, 20 when not, 3 when it cannot run on this machine."""
+    narrowed = {
+        "--out": out,
+        "--seed": seed,
+        "--timeout": None if timeout == CASE_SECONDS else timeout,
+        "--trainer": trainer,
+        "--spec": spec,
+        "--keyword": keyword,
+        "--lanes": lanes,
+    }
+    of_a_whole_run = {"--section": section, "--level": level, "--waivers": waivers}
+    if verify is not None:
+        _refuse_beside("--verify", {"--for": run, "--certificate": certificate, **narrowed, **of_a_whole_run})
+    elif run is not None:
+        _refuse_beside("--for", of_a_whole_run)
+    elif certificate is not None:
+        raise _without_a_run()
     _require_pytest()
     from qlora_hal_conformance.__main__ import verify_and_print
-    from qlora_hal_conformance.conformance_run import Options
+    from qlora_hal_conformance.conformance_run import NOT_CONFORMANT, Options
     from qlora_hal_conformance.conformance_run import run as run_suite
     from qlora_hal_conformance.for_run import ForOptions, judge_run
     from qlora_hal_conformance.running import lanes_here
@@ -74,7 +93,11 @@ def conformance(
         _require_bounded(verify)
         with redirect_stdout(io.StringIO()) as said:
             status = verify_and_print(verify)
-        show(said.getvalue(), end="")  # a certificate is a stranger's file
+            if backend is not None and (of := _backend_of(verify)) != backend:
+                print(f"{verify}: is of the backend {of}, not of {backend}")
+                status = NOT_CONFORMANT
+        if not quiet:
+            show(said.getvalue(), end="")  # a certificate is a stranger's file
         return status
     reference = Reference(backend or "", trainer or "", spec or "")
     is_named = bool(backend or trainer or spec)
@@ -108,6 +131,32 @@ def _require_bounded(certificate: Path) -> None:
         raise _no_certificate(certificate, problem.strerror or str(problem)) from problem
     if size > MAX_JSON_BYTES:
         raise _no_certificate(certificate, f"it has more than {MAX_JSON_BYTES} bytes")
+
+
+def _backend_of(certificate: Path) -> str:
+    from qlora_hal_conformance.certificate import read_certificate
+
+    told = read_certificate(certificate).get("backend")
+    return str(told.get("name", "")) if isinstance(told, dict) else ""
+
+
+def _refuse_beside(chosen: str, others: Mapping[str, object]) -> None:
+    """Raises ConfigError QH-U54 for options that would be ignored."""
+    given = [name for name, value in others.items() if value not in (None, ())]
+    if given:
+        raise ConfigError(
+            "QH-U54",
+            f"{', '.join(given)} {'has' if len(given) == 1 else 'have'} no meaning beside {chosen}.",
+            fix=f"Leave {'it' if len(given) == 1 else 'them'} out, or run qlora-hal conformance without {chosen}.",
+        )
+
+
+def _without_a_run() -> ConfigError:
+    return ConfigError(
+        "QH-U54",
+        "--certificate has no meaning without --for.",
+        fix="Check a certificate with --verify FILE, or name the run that it is to be compared with: --for RUN.",
+    )
 
 
 def _no_certificate(path: Path, reason: str) -> ConfigError:

@@ -53,7 +53,10 @@ def _read(checkpoint: StoredCheckpoint) -> Packing:
     if len(kinds) > 1:
         raise checkpoint.contradiction(
             "its modules are quantized in different ways: "
-            + "; ".join(f"{module}: {kind}, block {block}" for (kind, block, _), module in kinds.items())
+            + "; ".join(
+                f"{module}: {kind}, block {block}{', its scales quantized too' if is_nested else ''}"
+                for (kind, block, is_nested), module in kinds.items()
+            )
         )
     ((quant_type, block_size, double_quant),) = kinds
     if quant_type not in {kind.value for kind in FourBitFormat}:

@@ -6,7 +6,7 @@ A module has `qweight` int32 [in * bits / 32, out], `scales` [groups, out], `qze
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from qlora_hal.contract.values import LinearShape
 from qlora_hal.formats.record import (
@@ -22,6 +22,9 @@ from qlora_hal_oracle.codecs import GptqCodec
 BITS = (4, 8)
 BLOCK_SIZES = (128, 64, 32, 16, 256, 512, 1024)
 _SETTINGS = ("bits", "group_size", "sym", "desc_act", "true_sequential")
+_OF_THE_NUMBERS = ("bits", "group_size", "sym", "desc_act", "pack_dtype", "checkpoint_format")
+"""What decides how the codes are read: no two descriptions of one checkpoint may differ in it."""
+_FILES = ("quantize_config.json", "quant_config.json")
 
 
 def _recognizes(checkpoint: StoredCheckpoint) -> bool:
@@ -45,36 +48,40 @@ def _read(checkpoint: StoredCheckpoint) -> Packing:
     if bits not in BITS:
         raise UnreadableFormatError(f"quantized with GPTQ in {bits} bits")
     convention = _convention(described)
-    group_size = described.get("group_size", -1)
-    shapes: dict[str, LinearShape] = {}
-    for module in checkpoint.modules_with(".qweight"):
-        absent = [part for part in ("qzeros", "scales", "g_idx") if f"{module}.{part}" not in checkpoint.tensors]
-        if absent:
-            raise checkpoint.contradiction(f"{module} has a qweight but no {', '.join(absent)}")
-        rows, columns = checkpoint.matrix(f"{module}.qweight")
-        inputs = rows * 32 // bits
-        groups = checkpoint.shape(f"{module}.scales")[0]
-        g_idx = checkpoint.tensors.get(f"{module}.g_idx")
-        if g_idx is not None and g_idx.shape != (inputs,):
-            raise checkpoint.contradiction(
-                f"{module}.g_idx has shape {list(g_idx.shape)}, {bits} bits give {inputs} inputs"
-            )
-        if isinstance(group_size, int) and group_size > 0 and groups != -(-inputs // group_size):
-            raise checkpoint.contradiction(
-                f"{module} has {groups} groups, group_size {group_size} gives another number"
-            )
-        shapes[module] = LinearShape(inputs, columns)
-    block_size = group_size if isinstance(group_size, int) and group_size > 0 else None
+    group_size = _group_size(checkpoint, described)
+    shapes = {module: _shape(checkpoint, module, bits, group_size) for module in checkpoint.modules_with(".qweight")}
     settings = {key: described[key] for key in _SETTINGS if key in described}
     settings["checkpoint_format"] = convention
     if writer := _written_by(described):
         settings["quantizer"] = writer
-    return Packing(Prequantized("gptq", f"int{bits}_gptq", block_size, False, settings), shapes)
+    return Packing(Prequantized("gptq", f"int{bits}_gptq", group_size, False, settings), shapes)
+
+
+def _shape(checkpoint: StoredCheckpoint, module: str, bits: int, group_size: int | None) -> LinearShape:
+    absent = [part for part in ("qzeros", "scales", "g_idx") if f"{module}.{part}" not in checkpoint.tensors]
+    if absent:
+        raise checkpoint.contradiction(f"{module} has a qweight but no {', '.join(absent)}")
+    rows, columns = checkpoint.matrix(f"{module}.qweight")
+    inputs = rows * 32 // bits
+    g_idx = checkpoint.shape(f"{module}.g_idx")
+    if g_idx != (inputs,):
+        raise checkpoint.contradiction(f"{module}.g_idx has shape {list(g_idx)}, {bits} bits give {inputs} inputs")
+    groups, _ = checkpoint.matrix(f"{module}.scales")
+    checkpoint.matrix(f"{module}.qzeros")
+    if group_size is not None and groups != -(-inputs // group_size):
+        raise checkpoint.contradiction(f"{module} has {groups} groups, group_size {group_size} gives another number")
+    return LinearShape(inputs, columns)
+
+
+def _group_size(checkpoint: StoredCheckpoint, described: Mapping[str, object]) -> int | None:
+    """None for one group over all inputs, which is -1 or absent."""
+    told = described.get("group_size", -1)
+    return None if type(told) is int and told == -1 else checkpoint.whole("group_size", told)
 
 
 def _convention(described: Mapping[str, object]) -> str:
     """`gptq` (v1, also where old files do not say) or `gptq_v2`."""
-    named = described.get("checkpoint_format") or described.get("format") or "gptq"
+    named = described.get("checkpoint_format", "gptq")
     if described.get("is_marlin_format") or named == "marlin":
         raise _only_for_marlin()
     if named not in ("gptq", "gptq_v2"):
@@ -102,13 +109,37 @@ def _written_by(described: Mapping[str, object]) -> str:
 
 
 def _description(checkpoint: StoredCheckpoint) -> Mapping[str, object]:
-    described = checkpoint.config.get("quantization_config")
-    if isinstance(described, dict) and "bits" in described:
-        return described
-    for name in ("quantize_config.json", "quant_config.json"):
-        if (content := checkpoint.read_json(name)) is not None:
-            return content
-    raise checkpoint.contradiction("it has GPTQ tensors, but neither quantization_config nor quantize_config.json")
+    """All that is said of the quantization. transformers reads config.json, the GPTQ libraries read their own file
+    where there is one; where the two differ, each library sees another model, and none of them is known to be right.
+
+    Raises ModelError QH-C73 for no description and for several that contradict each other.
+    """
+    whole: dict[str, object] = {}
+    told: dict[str, str] = {}
+    for place, described in _descriptions(checkpoint):
+        for key, word, value in _spoken(described):
+            says = f"{word} is {value!r:.60} in {place}"
+            if key in _OF_THE_NUMBERS and key in whole and whole[key] != value:
+                raise checkpoint.contradiction(f"{told[key]}, {says}")
+            whole.setdefault(key, value)
+            told.setdefault(key, says)
+    if not whole:
+        raise checkpoint.contradiction("it has GPTQ tensors, but neither quantization_config nor quantize_config.json")
+    return whole
+
+
+def _descriptions(checkpoint: StoredCheckpoint) -> Iterator[tuple[str, Mapping[str, object]]]:
+    in_config = checkpoint.config.get("quantization_config")
+    found: dict[str, Mapping[str, object]] = {"config.json": in_config if isinstance(in_config, dict) else {}}
+    found |= {name: content for name in _FILES if (content := checkpoint.read_json(name)) is not None}
+    yield from ((place, described) for place, described in found.items() if "bits" in described)
+
+
+def _spoken(described: Mapping[str, object]) -> Iterator[tuple[str, str, object]]:
+    """(meaning, field, value) of the fields that say something. `format` is gptqmodel's name of `checkpoint_format`."""
+    for field, value in described.items():
+        if value is not None and (field, value) != ("is_marlin_format", False):
+            yield "checkpoint_format" if field == "format" else field, field, value
 
 
 LAYOUT = CheckpointLayout("gptq", _recognizes, _read, (".scales", ".qzeros", ".g_idx"), weight=".qweight")

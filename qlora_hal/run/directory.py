@@ -20,7 +20,12 @@ from shlex import quote
 from types import TracebackType
 from typing import NoReturn
 
-from qlora_hal.checkpoint.reading import checkpoints, restore_replaced, unfinished_saves
+from qlora_hal.checkpoint.reading import (
+    checkpoints,
+    checkpoints_set_aside,
+    restore_replaced,
+    unfinished_saves,
+)
 from qlora_hal.checkpoint.state import CHECKPOINTS_FOLDER, PRUNING, REPLACED, STAGING, checkpoints_folder, entries
 from qlora_hal.checkpoint.writing import LATEST_LINK, expected_checkpoint_bytes
 from qlora_hal.errors import ConfigError, StorageError
@@ -337,9 +342,9 @@ def _refuse_unless_it_never_began(path: Path, config: Mapping[str, object], outp
     differing = differing_settings(
         earlier if isinstance(earlier, dict) else {}, config, apart_from=PLACE_KEYS.__contains__
     )
-    saved = len(checkpoints(path))
-    if saved or ADAPTER_FOLDER in outputs or (differing and _has_content(path / METRICS_FILE)):
-        _refuse_earlier_run(path, differing, saved)
+    saved, set_aside = len(checkpoints(path)), len(checkpoints_set_aside(path))
+    if saved or set_aside or ADAPTER_FOLDER in outputs or (differing and _has_content(path / METRICS_FILE)):
+        _refuse_earlier_run(path, differing, saved, set_aside)
     if not _has_content(path / METRICS_FILE):
         return ["An earlier attempt in this folder ended before its first step; starting again."]
     return ["An earlier run with this configuration stopped before its first save; starting again."]
@@ -369,18 +374,23 @@ def _has_content(file: Path) -> bool:
         return False
 
 
-def _refuse_earlier_run(path: Path, differing: Mapping[str, tuple[object, object]], saved: int) -> NoReturn:
+def _refuse_earlier_run(
+    path: Path, differing: Mapping[str, tuple[object, object]], saved: int, set_aside: int
+) -> NoReturn:
     pairs = list(differing.items())[:8]
     listed = ", ".join(f"{key} (there {shown_value(then)}, now {shown_value(now)})" for key, (then, now) in pairs)
     counted = f"{len(differing)} {'key differs' if len(differing) == 1 else 'keys differ'}"
     what = f"another configuration; {counted}: {listed}" if differing else "this same configuration"
     going_on = (
-        f"Resume the old run (qlora-hal resume {quote(str(path))}), replace it" if saved else "Replace the old run"
+        f"Resume the old run (qlora-hal resume {quote(str(path))}), replace it"
+        if saved or set_aside
+        else "Replace the old run"
     )
+    beside = f", and {set_aside} that did not verify when it was resumed" if set_aside else ""
     raise ConfigError(
         "QH-S13",
-        f"{path} holds a run with {what}; it has {saved} checkpoint{'' if saved == 1 else 's'}. An empty or new folder "
-        "is expected.",
+        f"{path} holds a run with {what}; it has {saved} checkpoint{'' if saved == 1 else 's'}{beside}. An empty or "
+        "new folder is expected.",
         where="output_dir",
         cause="A new run there would mix with the old one, or replace it.",
         fix=f"{going_on} (--overwrite), or choose another output_dir.",

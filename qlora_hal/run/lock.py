@@ -116,6 +116,8 @@ def is_held(folder: Path) -> bool | None:
     pid, since = owner.get("pid"), owner.get("since")
     if owner.get("boot_id") != boot_id() or not isinstance(pid, int) or not isinstance(since, str):
         return False
+    if isinstance(started := owner.get("started"), int) and (now := _started(pid)) is not None:
+        return started == now
     try:
         # A process that began later only has the number of the one that is meant; `since` is in whole seconds.
         return bool(psutil.Process(pid).create_time() < datetime.fromisoformat(since).timestamp() + 1)
@@ -129,6 +131,17 @@ def boot_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
     return str(int(psutil.boot_time()))
+
+
+def _started(pid: int) -> int | None:
+    """When a process began, in clock ticks since this machine started (`starttime`, man 5 proc), which no setting of
+    the clock moves; None where it is not told: other systems than Linux, a process that is gone."""
+    with suppress(OSError, ValueError, IndexError):
+        # The name of the program stands in brackets, and may hold anything.
+        return int(
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
+        )
+    return None
 
 
 def memory_kills() -> int | None:
@@ -168,6 +181,7 @@ def _refuse_foreign_file(path: Path) -> None:
 def _this_process() -> dict[str, object]:
     return {
         "pid": os.getpid(),
+        "started": _started(os.getpid()),
         "host": socket.gethostname(),
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
         "boot_id": boot_id(),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 from qlora_hal.config.schema import SMALLEST_FLOAT32
+from qlora_hal.contract.type_checks import wrong_fields
 from qlora_hal.contract.values import Adapter, Batch, LossSum, PendingStep, StepSettings, StepStats
 from qlora_hal.errors import NumericsError, OutOfMemoryError
 from qlora_hal.run.gradient_noise import epsilon_above
@@ -84,11 +85,15 @@ class Progress:
         return {**{name: getattr(self, name) for name in self.__slots__}, "steering": self.steering.as_json()}
 
     @classmethod
-    def from_json(cls, stored: dict[str, object]) -> Progress:
+    def from_json(cls, stored: Mapping[str, object]) -> Progress:
+        """Raises TypeError or ValueError for what `as_json` does not give."""
         known = {name: stored[name] for name in cls.__slots__ if name in stored}
         if isinstance(asked := known.get("steering"), dict):
             known["steering"] = Steering.from_json(asked)
-        return cls(**known)  # type: ignore[arg-type]
+        progress = cls(**known)  # type: ignore[arg-type]
+        if wrong := wrong_fields(progress):
+            raise ValueError("; ".join(wrong))
+        return progress
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_hal.adapter.fitting import check_same_settings
 from qlora_hal.adapter.targets import asks_for_all
 from qlora_hal.checkpoint import latest_state
-from qlora_hal.checkpoint.reading import kept_record, unfinished_notes
+from qlora_hal.checkpoint.reading import kept_record, unfinished_notes, unusable
 from qlora_hal.detect import discovery
 from qlora_hal.errors import CheckpointError
 from qlora_hal.errors.redaction import REMOVED
@@ -19,11 +19,14 @@ from qlora_hal.model.source import plan_model
 from qlora_hal.model.verifying import base_config_hash
 from qlora_hal.report.run_file import given_config
 from qlora_hal.run.identity import flat_settings, is_place, require_own
+from qlora_hal.run.loop import Progress
 from qlora_hal.run.paths import PathOverrides, with_absolute_paths
 from qlora_hal.run.recovery import require_config_unchanged
 from qlora_hal.run.transfer import check_allowed, transferred_config
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from qlora_hal.checkpoint import TrainingState
     from qlora_hal.config.schema import RunConfig
     from qlora_hal.hooks import Hooks
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
 
 def newest_state(directory: RunDirectory, console: RunConsole) -> TrainingState:
     """The newest state that verifies, with notes on what is not in it. Raises CheckpointError QH-C20 when it is another
-    run's, or the configuration is not that of the run."""
+    run's, or the configuration is not that of the run, QH-C04 when the loop cannot go on from it."""
     with _told_what_the_run_came_to(directory.content):
         state, path, notes = latest_state(directory.path)
     for note in (*directory.notes, *notes):
@@ -43,6 +46,7 @@ def newest_state(directory: RunDirectory, console: RunConsole) -> TrainingState:
     saved_with = kept_record(path)
     require_config_unchanged(directory.path, directory.content, saved_with)
     unverified = require_own(directory.content, state, saved_with, path)
+    _require_progress(state, path)
     for note in (*unverified, *unfinished_notes(state.step, directory.unfinished_saves)):
         console.note(note)
     console.note(f"resumed from step {state.step}")
@@ -61,6 +65,18 @@ def _told_what_the_run_came_to(content: Mapping[str, object]) -> Iterator[None]:
             if content.get("status") == "finished":
                 error.fix = "Nothing is left to resume: the run is finished, and its adapter can be used as it is."
         raise
+
+
+def _require_progress(state: TrainingState, path: Path) -> None:
+    """The hashes of a checkpoint say that nobody changed it after it was written, not that what is in it makes sense.
+    Raises CheckpointError QH-C04."""
+    try:
+        step = Progress.from_json(state.loop).step
+        problem = "" if step == state.step else f"its loop is at step {step}, its state at step {state.step}"
+    except (TypeError, ValueError) as error:
+        problem = f"its loop cannot be read: {error}"
+    if problem:
+        raise unusable(path, problem)
 
 
 def settings_without_secrets(config: Mapping[str, object]) -> list[str]:

@@ -336,7 +336,7 @@ class Session:
         """Where the loop begins; for a resumed run with its adapters as they were then."""
         if self._context.state is None:
             return Progress(micro_batch_splits=self._prepared.micro_batch_splits)
-        progress = Progress.from_json(dict(self._context.state.loop))
+        progress = Progress.from_json(self._context.state.loop)
         mend_adapters(self._context.directory, progress, callbacks)
         return progress
 

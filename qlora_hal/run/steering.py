@@ -49,7 +49,8 @@ class Steering:
 
     @classmethod
     def from_json(cls, stored: Mapping[str, object]) -> Steering:
+        """Raises TypeError or ValueError for what `as_json` does not give."""
         due, factors = stored.get("due", {}), stored.get("factors", [])
-        assert isinstance(due, dict)
-        assert isinstance(factors, list | tuple)
+        if not isinstance(due, dict) or not isinstance(factors, list | tuple):
+            raise ValueError("what observers asked for is no table with a list of factors")
         return cls(dict(due), [(int(begins), float(factor)) for begins, factor in factors])

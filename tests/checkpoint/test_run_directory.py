@@ -123,6 +123,18 @@ def test_the_same_run_with_checkpoints_is_refused_and_resume_is_offered(tmp_path
 
 
 @pytest.mark.fault("S13")
+def test_the_same_run_whose_checkpoints_were_set_aside_is_not_started_over(tmp_path: Path) -> None:
+    """They may be whole: a file that could not be read is set aside like one that is damaged."""
+    RunDirectory.open_new(tmp_path, config=CONFIG).close()
+    saved = save_checkpoint(tmp_path, small_state(5), keep=2)
+    aside = saved.rename(saved.with_name(".corrupt-step-00000005-0123abcd"))
+    with pytest.raises(ConfigError, match="it has 0 checkpoints, and 1 that did not verify") as refused:
+        RunDirectory.open_new(tmp_path, config=CONFIG)
+    assert "resume" in refused.value.fix
+    assert (aside / "MANIFEST.json").is_file()
+
+
+@pytest.mark.fault("S13")
 def test_a_run_that_never_saved_may_start_again_in_its_folder(tmp_path: Path) -> None:
     RunDirectory.open_new(tmp_path, config=CONFIG).close()
     (tmp_path / "metrics.jsonl").write_text("{}\n")

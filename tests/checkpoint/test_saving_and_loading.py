@@ -213,6 +213,72 @@ def test_a_run_without_any_checkpoint_says_so(run_dir: Path) -> None:
     with pytest.raises(CheckpointError, match="No checkpoint") as refused:
         latest_valid_checkpoint(run_dir)
     assert refused.value.exit_status == 9
+    assert refused.value.cause == "The run stopped before its first save."
+
+
+@pytest.fixture
+def unreadable_once(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run whose two checkpoints are whole, and could not be read when it was resumed, as when a server is away."""
+    for step in (1, 2):
+        save_checkpoint(run_dir, small_state(step), keep=2)
+
+    def away(path: Path) -> object:
+        raise OSError(5, "Input/output error", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("qlora_hal.checkpoint.manifest.open_regular", away)
+        with pytest.raises(CheckpointError, match="Input/output error") as refused:
+            latest_valid_checkpoint(run_dir)
+    assert "resume again when they can" in refused.value.fix
+    assert steps(run_dir) == []
+    return run_dir
+
+
+@pytest.mark.fault("C04")
+def test_a_whole_checkpoint_that_was_set_aside_is_taken_back_where_no_other_verifies(unreadable_once: Path) -> None:
+    path, notes = latest_valid_checkpoint(unreadable_once)
+    assert path.name == "step-00000002"
+    assert_same_state(load_checkpoint(path), small_state(2))
+    assert notes == ["step-00000002, which an earlier start set aside, verifies; it is used."]
+
+
+def test_a_checkpoint_that_was_set_aside_does_not_stand_before_one_that_was_not(unreadable_once: Path) -> None:
+    save_checkpoint(unreadable_once, small_state(1), keep=2)
+    assert latest_valid_checkpoint(unreadable_once) == (unreadable_once / "checkpoints" / "step-00000001", [])
+
+
+def test_what_was_set_aside_and_does_not_verify_is_named_at_each_start(run_dir: Path) -> None:
+    flip_bit(save_checkpoint(run_dir, small_state(1), keep=2) / "optimizer.safetensors")
+    for kept in ("step-00000001", r"\.corrupt-step-00000001-[0-9a-f]+"):
+        with pytest.raises(CheckpointError, match=rf"\(1 tried\)\. {kept}: optimizer.safetensors does not") as refused:
+            latest_valid_checkpoint(run_dir)
+        assert refused.value.cause == ""
+
+
+def test_one_that_was_set_aside_under_another_step_is_not_taken_back(run_dir: Path) -> None:
+    path = save_checkpoint(run_dir, small_state(4), keep=2)
+    path.rename(path.with_name("step-00000009"))
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="its manifest is of step 4, not 9"):
+            latest_valid_checkpoint(run_dir)
+
+
+def test_a_reader_beside_a_live_run_takes_nothing_back(unreadable_once: Path) -> None:
+    with pytest.raises(CheckpointError, match="0 tried"):
+        latest_valid_checkpoint(unreadable_once, set_aside_broken=False)
+    assert steps(unreadable_once) == []
+
+
+@pytest.mark.fault("C04")
+def test_a_state_of_another_step_than_its_manifest_is_refused(run_dir: Path) -> None:
+    path = save_checkpoint(run_dir, small_state(3), keep=2)
+    raw = strict_json.encode({**json.loads((path / "trainer_state.json").read_bytes()), "step": 1})
+    (path / "trainer_state.json").write_bytes(raw)
+    files = json.loads((path / "MANIFEST.json").read_bytes())["files"]
+    files["trainer_state.json"] = {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    rewrite_manifest(path, files=files)
+    with pytest.raises(CheckpointError, match="its manifest is of step 3, not 1"):
+        load_checkpoint(path)
 
 
 @pytest.mark.fault("S25")

@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from qlora_hal.checkpoint import save_checkpoint
 from qlora_hal.errors import ConfigError, OutputLockedError
 from qlora_hal.report.metrics import MetricsFile, read_metrics
 from qlora_hal.run.directory import RunDirectory
-from qlora_hal.run.lock import LOCK_FILE, OWNER_FILE, RunLock, memory_kills
+from qlora_hal.run.lock import LOCK_FILE, OWNER_FILE, RunLock, is_held, memory_kills
 from tests.checkpoint.small_states import small_state
 
 ROOT = Path(__file__).parents[2]
@@ -54,6 +55,22 @@ def holder(folder: Path, code: str = HOLDING, *arguments: str) -> subprocess.Pop
 def test_a_lock_that_is_where_it_was_is_nothing_to_speak_of(tmp_path: Path) -> None:
     lock = RunLock.take(tmp_path)
     assert lock.keep() == ""
+    lock.release()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells when a process began apart from the clock")
+@pytest.mark.parametrize("seconds", [-86400, 3600, 86400])
+def test_a_clock_that_was_set_does_not_make_a_live_run_look_gone(
+    seconds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux tells when a process began by the clock as it is set now; a machine without a battery sets it late."""
+    lock = RunLock.take(tmp_path)
+    created = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: created(process) + seconds)
+    assert is_held(tmp_path) is True
+    owner = json.loads((tmp_path / OWNER_FILE).read_text())
+    (tmp_path / OWNER_FILE).write_text(json.dumps({**owner, "started": owner["started"] - 1}))
+    assert is_held(tmp_path) is False  # another process by now has the number
     lock.release()
 
 

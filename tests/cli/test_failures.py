@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import pytest
 
+from qlora_hal.cli.__main__ import main
 from qlora_hal.cli.conformance import conformance
 from qlora_hal.cli.failures import report_interrupt, reported
 from qlora_hal.errors import ConfigError, ModelError
@@ -38,6 +39,50 @@ def test_a_certificate_is_read_to_its_limit_and_from_files_alone(tmp_path: Path)
     for path, reason in ((large, "it has more than"), (Path("/dev/zero"), "not a regular file"), (tmp_path, "")):
         with pytest.raises(ConfigError, match=f"QH-B51.*is no certificate: {reason}"):
             conformance(verify=path)
+
+
+CERTIFICATE = Path(__file__).resolve().parents[2] / "docs" / "certificates" / "cpu_torch.json"
+
+
+@pytest.mark.fault("U54")
+@pytest.mark.parametrize(
+    ("typed", "named"),
+    [
+        ("--verify c.json --for run.yaml", "--for has no meaning beside --verify"),
+        ("--verify c.json --certificate d.json", "--certificate has no meaning beside --verify"),
+        ("--verify c.json --out there", "--out has"),
+        ("--verify c.json --seed 0", "--seed has"),
+        ("--verify c.json --timeout 5", "--timeout has"),
+        ("--verify c.json --waivers w.toml", "--waivers has"),
+        ("--verify c.json --trainer a:B", "--trainer has"),
+        ("--verify c.json --spec a:B", "--spec has"),
+        ("--verify c.json --lanes 2", "--lanes has"),
+        ("--verify c.json --section 30 --level L1 --keyword x", "--keyword, --section, --level have no meaning"),
+        ("--for run.yaml --section 30", "--section has no meaning beside --for"),
+        ("--for run.yaml --level L1", "--level has no meaning beside --for"),
+        ("--for run.yaml --waivers w.toml", "--waivers has no meaning beside --for"),
+        ("--certificate c.json", "--certificate has no meaning without --for"),
+        ("cpu_torch --certificate c.json", "--certificate has no meaning without --for"),
+    ],
+)
+def test_no_option_of_conformance_is_ignored(typed: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["conformance", *typed.split()]) == 2
+    said = capsys.readouterr().err
+    assert "QH-U54" in said
+    assert named in said
+
+
+@pytest.mark.parametrize(("backend", "status"), [("cpu_torch", 0), ("mlx_lora", 20)])
+def test_a_certificate_is_of_the_backend_that_is_named_beside_it(
+    backend: str, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["conformance", backend, "--verify", str(CERTIFICATE)]) == status
+    assert ("is of the backend cpu_torch, not of mlx_lora" in capsys.readouterr().out) is (status == 20)
+
+
+def test_a_certificate_is_verified_quietly(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["conformance", "--verify", str(CERTIFICATE), "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.fault("S21")

@@ -25,9 +25,11 @@ from stopped_runs import (
 from qlora_hal import TrainResult, merge, resume
 from qlora_hal.adapter import read_adapter
 from qlora_hal.checkpoint import load_checkpoint, save_checkpoint
+from qlora_hal.checkpoint.manifest import encode_manifest, read_manifest
 from qlora_hal.checkpoint.reading import kept_record
 from qlora_hal.demo import model_path
 from qlora_hal.errors import AdapterError, CheckpointError
+from qlora_hal.files.durable import hashed
 from qlora_hal.files.sealed_json import sealed
 from qlora_hal.hooks import hookimpl
 from qlora_hal.inference.generate import open_generation
@@ -95,6 +97,40 @@ def test_other_tokens_of_the_same_rows_are_refused(run: Path) -> None:
     with pytest.raises(CheckpointError, match="token_hashes was") as refused:
         resume(run)
     assert (refused.value.code, refused.value.exit_status) == ("QH-D16", 9)
+
+
+def with_loop(checkpoint: Path, **changes: object) -> None:
+    """The state as a program that makes mistakes would have written it: with hashes that fit."""
+    path, manifest = checkpoint / "trainer_state.json", read_manifest(checkpoint)
+    document = json.loads(path.read_text())
+    document["loop"] |= changes
+    path.write_text(json.dumps(document))
+    files = {**manifest.files, path.name: hashed(path)}
+    (checkpoint / "MANIFEST.json").write_bytes(encode_manifest(manifest.step, files, manifest.summary))
+
+
+@pytest.mark.fault("C04")
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"best_loss": "x"}, r"best_loss is a str \('x'\), float \| None is expected"),
+        ({"micro_batch_splits": None}, "micro_batch_splits is a NoneType"),
+        ({"steering": 5}, "steering is a int"),
+        ({"steering": {"due": 5}}, "its loop cannot be read"),
+        ({"steering": {"factors": [1]}}, "its loop cannot be read"),
+        ({"tokens_seen": [1]}, "tokens_seen is a list"),
+        ({"step": -1}, "its loop is at step -1, its state at step 2"),
+        ({"step": 1e300}, "step is a float"),
+    ],
+    ids=["best_loss", "splits", "steering", "due", "factors", "tokens", "other_step", "no_step"],
+)
+def test_a_state_that_the_loop_cannot_go_on_from_is_refused_before_the_model_loads(
+    changes: dict[str, object], words: str, run: Path
+) -> None:
+    with_loop(newest(run), **changes)
+    with pytest.raises(CheckpointError, match=words) as refused:
+        resume(run)
+    assert (refused.value.code, refused.value.exit_status) == ("QH-C04", 9)
 
 
 # the adapters ---------------------------------------------------------------------------------------------------------

@@ -194,6 +194,8 @@ def g_idx(**entries: int) -> np.ndarray[Any, Any]:
         ({"scales": np.full((4, SHAPE.hidden_size), np.nan, np.float16)}, "NaN or infinity"),
         ({"scales": np.ones((4, SHAPE.hidden_size), np.int32)}, "floating point is expected"),
         ({"scales": np.ones((7, SHAPE.hidden_size), np.float16)}, "7 groups"),
+        ({"scales": np.ones(SHAPE.hidden_size, np.float16)}, f"scales has shape [{SHAPE.hidden_size}], two sides"),
+        ({"qzeros": np.zeros(16, np.int32)}, "qzeros has shape [16], two sides"),
         ({"qzeros": np.zeros((4, 3), np.int32)}, "qzeros have shape [4, 3]"),
         ({"qweight": np.zeros((SHAPE.intermediate_size // 8, SHAPE.hidden_size), np.float32)}, "int32 is expected"),
     ],
@@ -201,6 +203,71 @@ def g_idx(**entries: int) -> np.ndarray[Any, Any]:
 def test_tensors_that_contradict_each_other_are_refused(changed: dict[str, Any], words: str, tmp_path: Path) -> None:
     write_checkpoint(tmp_path, Kind(64), changed={f"{MODULE}.{part}": array for part, array in changed.items()})
     refused(tmp_path, "QH-C73", MODULE, words)
+
+
+def in_one_group() -> np.ndarray[Any, Any]:
+    return np.zeros(SHAPE.intermediate_size, np.int32)
+
+
+@pytest.mark.fault("C73")
+@pytest.mark.parametrize(
+    ("groups", "words"),
+    [(in_one_group(), "puts 256 inputs into one group"), (g_idx(_7=2), "puts 65 inputs into one group")],
+    ids=["zeros", "one_moved"],
+)
+def test_act_order_changes_the_order_of_groups_and_not_their_size(
+    groups: np.ndarray[Any, Any], words: str, tmp_path: Path
+) -> None:
+    """A g_idx that nobody filled would decode every weight with the first scale."""
+    write_checkpoint(tmp_path, Kind(64, act_order=True), changed={f"{MODULE}.g_idx": groups})
+    refused(tmp_path, "QH-C73", MODULE, words, "group_size is 64")
+
+
+ASYMMETRIC_V2 = Kind(symmetric=False, convention=V2)
+"""Nothing in its tensors tells v1 from v2; read as v1 every weight is one step off."""
+
+
+@pytest.mark.fault("C73")
+@pytest.mark.parametrize(
+    ("file", "field", "value"),
+    [
+        ("quantize_config.json", "checkpoint_format", "gptq"),
+        ("quant_config.json", "checkpoint_format", "gptq"),
+        ("quantize_config.json", "format", "gptq"),
+        ("quantize_config.json", "bits", 8),
+        ("quantize_config.json", "group_size", 128),
+        ("quantize_config.json", "sym", True),
+        ("quantize_config.json", "desc_act", True),
+    ],
+)
+def test_two_descriptions_that_contradict_each_other_are_refused(
+    file: str, field: str, value: object, tmp_path: Path
+) -> None:
+    """transformers reads config.json, gptqmodel and auto-gptq quantize_config.json."""
+    write_checkpoint(tmp_path, ASYMMETRIC_V2)
+    (tmp_path / file).write_text(json.dumps({"bits": 4, field: value}))
+    refused(tmp_path, "QH-C73", "in config.json", f"{field} is", f"in {file}")
+
+
+@pytest.mark.fault("C73")
+def test_two_names_of_the_layout_that_differ_are_refused(tmp_path: Path) -> None:
+    """transformers takes checkpoint_format, gptqmodel format."""
+    write_checkpoint(tmp_path, ASYMMETRIC_V2, described={**ASYMMETRIC_V2.described, "format": "gptq"})
+    refused(tmp_path, "QH-C73", "checkpoint_format is 'gptq_v2' in config.json", "format is 'gptq' in config.json")
+
+
+def test_what_one_description_leaves_out_the_other_says(tmp_path: Path) -> None:
+    silent = {key: value for key, value in ASYMMETRIC_V2.described.items() if key != "checkpoint_format"}
+    decoded = write_checkpoint(tmp_path, ASYMMETRIC_V2, described={**silent, "format": None})
+    (tmp_path / "quantize_config.json").write_text(json.dumps(ASYMMETRIC_V2.described))
+    with opened(tmp_path) as trainer:
+        assert np.array_equal(trainer.dequantized_weight(MODULE).astype(np.float64), decoded[MODULE])
+
+
+@pytest.mark.parametrize("size", ["64", 0, -5, 64.0, True])
+def test_a_group_size_that_is_no_number_of_inputs_is_refused(size: object, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, Kind(64), described={**Kind(64).described, "group_size": size})
+    refused(tmp_path, "QH-C73", f"group_size holds {size!r}")
 
 
 @pytest.mark.fault("C73")

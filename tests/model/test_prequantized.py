@@ -89,7 +89,7 @@ STATE = "model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"
         ({"blocksize": 128}, "quantized in different ways"),
         ({"quant_type": "fp4"}, "quant_type = fp4"),
         ({"dtype": "float99"}, "dtype = float99"),
-        ({"nested_blocksize": 256}, "quantized in different ways"),
+        ({"nested_blocksize": 256}, "up_proj: nf4, block 64, its scales quantized too"),
         ({"written_by": "someone"}, "written_by = someone"),
         (None, "not the JSON"),
     ],

@@ -71,8 +71,8 @@ def _wrong(tensors: Mapping[str, Tensor], settings: GptqSettings) -> Iterator[st
     lowest, highest = int(g_idx.min()), int(g_idx.max())
     if lowest < 0 or highest >= groups:
         yield f"g_idx holds groups {lowest} to {highest} of {groups}"
-    elif not settings.act_order and settings.group_size is not None and not _in_order(g_idx, settings.group_size):
-        yield "g_idx is not in order, but desc_act is false"
+    elif settings.group_size is not None:
+        yield from _other_groups(g_idx, settings.group_size, in_order=not settings.act_order)
 
 
 def _other_zeros(fields: Tensor, settings: GptqSettings) -> Iterator[str]:
@@ -97,9 +97,15 @@ def fields_of(qzeros: Tensor, settings: GptqSettings) -> Tensor:
     return ((qzeros[..., None] >> shifts) & settings.largest_code).flatten(1)
 
 
-def _in_order(g_idx: Tensor, group_size: int) -> bool:
-    inputs = torch.arange(g_idx.shape[0], device=g_idx.device)
-    return bool((g_idx == inputs // group_size).all())
+def _other_groups(g_idx: Tensor, group_size: int, *, in_order: bool) -> Iterator[str]:
+    """What speaks against groups of `group_size` inputs each; `desc_act` puts them in another order, and into no other
+    number. A `g_idx` of zeros, as a tool that did not fill it leaves it, decodes every weight with the first scale."""
+    expected = torch.arange(g_idx.shape[0], device=g_idx.device) // group_size
+    if in_order and not bool((g_idx == expected).all()):
+        yield "g_idx is not in order, but desc_act is false"
+    elif not torch.equal(g_idx.sort().values, expected.to(g_idx.dtype)):
+        sizes = torch.bincount(g_idx)
+        yield f"g_idx puts {int(sizes.max())} inputs into one group, group_size is {group_size}"
 
 
 def has_undefined_zeros(packed: PackedLinear, settings: GptqSettings) -> bool:
