@@ -281,6 +281,34 @@ def test_files_of_a_hub_data_set_are_no_files_of_this_disk(import_text: Importer
     assert here.settings["data.sources"] == [{"path": "a.jsonl"}, {"path": "b.jsonl"}]
 
 
+@pytest.mark.parametrize(
+    ("call", "settings"),
+    [
+        ('load_dataset("json", data_files="rows.jsonl", split="train")', {"data.path": "rows.jsonl"}),
+        (
+            'load_dataset("csv", data_files=["a.csv", "b.csv"])',
+            {"data.sources": [{"path": "a.csv"}, {"path": "b.csv"}]},
+        ),
+        ('load_dataset("json", data_files={"train": "a.jsonl", "test": "b.jsonl"})', {"data.path": "a.jsonl"}),
+        ('load_dataset("x/y", data_files="part.jsonl")', {"data.path": "x/y"}),
+        ('load_dataset("x/y")', {"data.path": "x/y"}),
+    ],
+    ids=["a file", "files", "files of splits", "files of a data set of the hub", "a data set of the hub"],
+)
+def test_the_rows_of_a_script_are_the_files_that_it_names(
+    import_text: Importer, call: str, settings: dict[str, object]
+) -> None:
+    made = import_text(f"{call}\nSFTConfig(seed=1)\nSFTTrainer()\n", "a.py", "trl")
+    assert {name: value for name, value in made.settings.items() if name in ("data.path", "data.sources")} == settings
+
+
+def test_a_kind_of_file_is_no_path_where_the_script_computes_its_files(import_text: Importer) -> None:
+    made = import_text('load_dataset("json", data_files=found())\nSFTConfig(seed=1)\nSFTTrainer()\n', "a.py", "trl")
+    assert "data.path" not in made.settings
+    assert "data.path" in made.missing
+    assert "is a kind of file" in note_of(made, "load_dataset.path")
+
+
 def test_a_data_set_that_is_listed_twice_is_taken_once_and_told(import_text: Importer) -> None:
     made = import_text("base_model: a/b\nadapter: lora\ndatasets: [{path: x/y}, {path: x/y}]\n")
     assert made.settings["data.path"] == "x/y"
