@@ -13,7 +13,7 @@ from qlora_hal.cli.arguments import DevicesOption, Switch, as_devices
 from qlora_hal.cli.estimate_text import PARTS, estimate_as_text, memory_lines
 from qlora_hal.cli.flags import with_settings
 from qlora_hal.cli.settings import resolved
-from qlora_hal.errors import ConfigError
+from qlora_hal.errors import ConfigError, UnsupportedFeatureError
 from qlora_hal.errors.terminal_text import show, show_json
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def estimate_run(config: RunConfig, devices: int | str | None = None, wanted: Wa
     """
     from qlora_hal.detect.hardware import memory_here
     from qlora_hal.detect.selection import has_accelerator
-    from qlora_hal.memory.gpus import KNOWN_GPUS, known_gpu
+    from qlora_hal.memory.gpus import cards_for, known_gpu
     from qlora_hal.ranks.launching import AUTO, number_of
     from qlora_hal.ranks.planning import SHARD, plan_for
     from qlora_hal.ranks.starting import require_number
@@ -182,6 +182,7 @@ def estimate_run(config: RunConfig, devices: int | str | None = None, wanted: Wa
     wanted = wanted or Wanted()
     card = known_gpu(wanted.gpu) if wanted.gpu is not None else None
     planned = PlannedModel.of(config, card)
+    _refuse_card_without_fp8(card, config)
     spec = planned.spec
     accelerated = card is not None or has_accelerator(spec, (planned.here,))
     machine, named = None if accelerated else memory_here(), _memory_of_each(card, config)
@@ -195,7 +196,8 @@ def estimate_run(config: RunConfig, devices: int | str | None = None, wanted: Wa
     )
     if plan.mode == SHARD:
         planned = sharing
-    known = tuple(card for card in KNOWN_GPUS if accelerated and card.vendor in spec.card_vendors)
+    cards = cards_for(fp8_products=config.quantization.fp8_products)
+    known = tuple(card for card in cards if accelerated and card.vendor in spec.card_vendors)
     estimated = Estimated(
         planned=planned,
         memory=plan.memory,
@@ -206,6 +208,17 @@ def estimate_run(config: RunConfig, devices: int | str | None = None, wanted: Wa
         on_cards=_in_other_dtypes(planned, known) if card is None and plan.devices == 1 else {},
     )
     return _with_wanted(estimated, wanted, config)
+
+
+def _refuse_card_without_fp8(card: KnownGpu | None, config: RunConfig) -> None:
+    """Raises UnsupportedFeatureError QH-B01, as a run there would."""
+    if card is not None and config.quantization.fp8_products and not card.has_fp8:
+        raise UnsupportedFeatureError(
+            "QH-B01",
+            f"An {card.name} has no products in 8-bit floats.",
+            where="quantization.compute_dtype",
+            fix="Set quantization.compute_dtype: bfloat16, or name a card of NVIDIA's Ada, Hopper or Blackwell.",
+        )
 
 
 def _memory_of_each(card: KnownGpu | None, config: RunConfig) -> int | None:
@@ -231,6 +244,7 @@ def _in_other_dtypes(planned: PlannedModel, cards: Sequence[KnownGpu]) -> dict[s
 def _with_wanted(estimated: Estimated, wanted: Wanted, config: RunConfig) -> Estimated:
     """The same with what was asked for beside it."""
     from qlora_hal.memory.fitting import Verdict
+    from qlora_hal.memory.gpus import cards_for
     from qlora_hal.memory.inference import inference_memory
     from qlora_hal.run.card_table import card_rows, fits_of, remedy_of, remembered
 
@@ -254,7 +268,8 @@ def _with_wanted(estimated: Estimated, wanted: Wanted, config: RunConfig) -> Est
         fitting = fits_of(planned, has, wanted.given, peak)
         estimated = replace(estimated, fits_of=_first_measured(estimated, fitting, has, wanted) if peak else fitting)
     if wanted.cards:
-        estimated = replace(estimated, table=card_rows(planned))
+        cards = cards_for(fp8_products=config.quantization.fp8_products)
+        estimated = replace(estimated, table=card_rows(planned, cards))
     if wanted.inference:
         batch, length = config.full_batch_rows, config.data.max_seq_length
         answering = inference_memory(

@@ -22,7 +22,8 @@ DEVICE_KINDS: Mapping[str, str] = {"nvidia": "cuda", "amd": "rocm", "apple": "mp
 @dataclass(frozen=True, slots=True)
 class KnownGpu:
     """One accelerator, with the memory that its driver reports for one device of it. `compute_dtype` is the 16-bit
-    dtype that its matrix units have; `source` is the vendor's document of both. `devices` are on one card."""
+    dtype that its matrix units have; `source` is the vendor's document of both. `devices` are on one card. `has_fp8`:
+    whether products in 8-bit floats are computed on it (`Feature.FP8_PRODUCTS`)."""
 
     name: str
     vendor: str
@@ -30,6 +31,7 @@ class KnownGpu:
     compute_dtype: ComputeDtype = "bfloat16"
     source: str = ""
     devices: int = 1
+    has_fp8: bool = False
 
     @property
     def device_kind(self) -> str:
@@ -44,8 +46,10 @@ def apple_working_set(unified_bytes: int) -> int:
     return unified_bytes * 2 // 3 if unified_bytes <= 32 * GIB else unified_bytes * 3 // 4
 
 
-def _nvidia(name: str, mib: int, source: str, compute_dtype: ComputeDtype = "bfloat16") -> KnownGpu:
-    return KnownGpu(f"NVIDIA {name}", "nvidia", mib * MIB, compute_dtype, f"NVIDIA, {source}")
+def _nvidia(
+    name: str, mib: int, source: str, compute_dtype: ComputeDtype = "bfloat16", *, fp8: bool = False
+) -> KnownGpu:
+    return KnownGpu(f"NVIDIA {name}", "nvidia", mib * MIB, compute_dtype, f"NVIDIA, {source}", has_fp8=fp8)
 
 
 def _amd(name: str, gib: int, source: str, devices: int = 1) -> KnownGpu:
@@ -57,9 +61,9 @@ def _mac(gib: int) -> KnownGpu:
     return KnownGpu(f"Apple M-series, {gib} GB", "apple", apple_working_set(gib * GIB), "bfloat16", source)
 
 
-def _geforce(source: str, memories: Mapping[str, int]) -> tuple[KnownGpu, ...]:
-    """Cards of a generation, by name, with their MiB."""
-    return tuple(_nvidia(name, mib, source) for name, mib in memories.items())
+def _geforce(source: str, memories: Mapping[str, int], *, fp8: bool = True) -> tuple[KnownGpu, ...]:
+    """Cards of a generation, by name, with their MiB. 8-bit floats came with Ada."""
+    return tuple(_nvidia(name, mib, source, fp8=fp8) for name, mib in memories.items())
 
 
 _TURING, _VOLTA = "Turing architecture white paper", "Tesla V100 architecture white paper"
@@ -71,11 +75,11 @@ KNOWN_GPUS: tuple[KnownGpu, ...] = (
     _nvidia("T4", 15360, f"T4 data sheet; {_TURING}", "float16"),
     _nvidia("V100 16 GB", 16384, f"V100 data sheet; {_VOLTA}", "float16"),
     _nvidia("V100 32 GB", 32768, f"V100 data sheet; {_VOLTA}", "float16"),
-    _nvidia("L4", 23034, "L4 data sheet"),
+    _nvidia("L4", 23034, "L4 data sheet", fp8=True),
     _nvidia("A10G", 23028, "A10 data sheet"),
     _nvidia("RTX A6000", 49140, f"RTX A6000 data sheet; {_GA102}"),
-    _nvidia("L40", 46068, "L40 data sheet"),
-    _nvidia("L40S", 46068, "L40S data sheet"),
+    _nvidia("L40", 46068, "L40 data sheet", fp8=True),
+    _nvidia("L40S", 46068, "L40S data sheet", fp8=True),
     *_geforce(
         _GA102,
         {
@@ -92,6 +96,7 @@ KNOWN_GPUS: tuple[KnownGpu, ...] = (
             "RTX 3090": 24576,
             "RTX 3090 Ti": 24564,
         },
+        fp8=False,
     ),
     *_geforce(
         _LAPTOPS,
@@ -106,6 +111,7 @@ KNOWN_GPUS: tuple[KnownGpu, ...] = (
             "RTX 3080 Laptop 16 GB": 16384,
             "RTX 3080 Ti Laptop": 16384,
         },
+        fp8=False,
     ),
     *_geforce(
         _ADA,
@@ -158,9 +164,9 @@ KNOWN_GPUS: tuple[KnownGpu, ...] = (
     ),
     _nvidia("A100 40 GB", 40960, "A100 data sheet"),
     _nvidia("A100 80 GB", 81920, "A100 data sheet"),
-    _nvidia("H100 80 GB", 81559, "H100 data sheet"),
-    _nvidia("H200", 143771, "H200 data sheet"),
-    _nvidia("B200", 183359, "DGX B200 data sheet"),
+    _nvidia("H100 80 GB", 81559, "H100 data sheet", fp8=True),
+    _nvidia("H200", 143771, "H200 data sheet", fp8=True),
+    _nvidia("B200", 183359, "DGX B200 data sheet", fp8=True),
     _amd("Instinct MI100", 32, "Instinct MI100 data sheet"),
     _amd("Instinct MI210", 64, "Instinct MI210 data sheet"),
     _amd("Instinct MI250X", 64, "Instinct MI250X data sheet: two dies of 64 GB, each a device", devices=2),
@@ -179,6 +185,11 @@ KNOWN_GPUS: tuple[KnownGpu, ...] = (
 the working set, of unified memory. A card of one name that was sold with two memories has a row for each; of a
 laptop's GPU the name tells the memory, which often differs from the card's. bfloat16 came with NVIDIA's Ampere and
 AMD's CDNA; Turing and Volta have float16 alone."""
+
+
+def cards_for(*, fp8_products: bool) -> tuple[KnownGpu, ...]:
+    """The known cards that can serve a run, by what its products are computed in."""
+    return tuple(card for card in KNOWN_GPUS if card.has_fp8 or not fp8_products)
 
 
 def known_gpu(name: str) -> KnownGpu:

@@ -56,13 +56,26 @@ def test_a_card_decides_backend_and_dtype(
 def test_products_in_fp8_are_named_with_what_the_card_must_be(
     llama_8b: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = ("--model", llama_8b, "--gpu", "A100 80GB")
+    asked = ("--model", llama_8b, "--gpu", "H100 80GB")
     in_fp8 = told(capsys, *asked, "--quantization.compute_dtype", "fp8")
     assert (in_fp8["compute_dtype"], in_fp8["fp8_products"]) == ("bfloat16", True)
     assert told(capsys, *asked)["fp8_products"] is False
     assert main(["estimate", *asked, "--quantization.compute_dtype", "fp8"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "computes in bfloat16, products with the base in fp8 (on NVIDIA Ada, Hopper or later only)" in said
+
+
+def test_fp8_fits_no_card_that_does_not_have_it(llama_8b: str, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("--model", llama_8b, *SHORT, "--quantization.compute_dtype")
+    names = {dtype: {card["name"] for card in told(capsys, *asked, dtype)["cards"]} for dtype in ("bfloat16", "fp8")}
+    gone = names["bfloat16"] - names["fp8"]
+    assert {"NVIDIA RTX 3090", "NVIDIA A100 80 GB", "NVIDIA RTX 3060 Laptop", "NVIDIA T4"} <= gone
+    assert {"NVIDIA RTX 4090", "NVIDIA L4", "NVIDIA H100 80 GB", "NVIDIA RTX 5090 Laptop"} <= names["fp8"]
+    table = told(capsys, *asked, "fp8", "--cards")["table"]
+    assert {row["name"] for row in table} == names["fp8"]
+    config = resolve_settings({"model": {"name_or_path": llama_8b}, "quantization": {"compute_dtype": "fp8"}}).config
+    with pytest.raises(UnsupportedFeatureError, match="RTX 3090 has no products in 8-bit floats"):
+        estimate_run(config, wanted=Wanted("RTX 3090"))
 
 
 def test_a_named_backend_that_does_not_run_on_the_card_is_refused(llama_8b: str) -> None:
