@@ -251,6 +251,8 @@ class Preparation:
             )
         if self._config.mask_reasoning and not counts.masked_thoughts:
             alerts.append("data.mask_reasoning leaves nothing out: no trained part of a row holds marks of reasoning")
+        if 0 < counts.plain_rows == sum(counts.shapes.values()):
+            alerts += self._idle_without_conversations()
         if counts.unmasked_rows:
             alerts.append(
                 f"data.mask_reasoning: the template writes reasoning between no marks that are known, and it carries "
@@ -260,6 +262,12 @@ class Preparation:
             met = ", ".join(f"{token} {count}" for token, count in counts.special_read.items())
             alerts.append(f"special tokens in messages that the template reads, encoded as tokens: {met}")
         return alerts
+
+    def _idle_without_conversations(self) -> Iterator[str]:
+        if self._config.chat_template is not None:
+            yield "data.chat_template is not used: no row is a conversation"
+        if self._config.train_on == "last":
+            yield "data.train_on last leaves nothing out: no row is a conversation"
 
     def _notes(self) -> list[str]:
         counts = self._renderer.counts
