@@ -58,6 +58,12 @@ def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+def _linked(run_dir: Path) -> dict[str, int]:
+    """Names of checkpoints that are links, with their steps."""
+    named = ((entry.name, step_of(entry.name)) for entry in entries(checkpoints_folder(run_dir)) if entry.is_symlink())
+    return {name: step for name, step in named if step is not None}
+
+
 def latest_valid_checkpoint(run_dir: Path, *, set_aside_broken: bool = True) -> tuple[Path, list[str]]:
     """The newest checkpoint whose manifest and hashes verify, and notes on everything passed over.
 
@@ -98,13 +104,16 @@ def load_checkpoint(path: Path) -> TrainingState:
 
 Taken = TypeVar("Taken")
 
+_IS_A_LINK = "it is a link, and links are not followed: put the folder itself there"
+
 
 def _newest(
     run_dir: Path, take: Callable[[Path, Manifest], Taken], *, set_aside_broken: bool
 ) -> tuple[Taken, Path, list[str]]:
     """What `take` makes of the newest checkpoint that it does not find broken, its folder, and notes."""
     notes = restore_replaced(run_dir) if set_aside_broken else []
-    failures: dict[str, str] = {}
+    links = _linked(run_dir)
+    failures = dict.fromkeys(links, _IS_A_LINK)
     for step, path in reversed(checkpoints(run_dir)):
         try:
             manifest = read_manifest(path)
@@ -119,6 +128,7 @@ def _newest(
             left = "left unchanged" if kept == path else f"kept as {kept.name}"
             notes.append(f"Skipped {path.name}: {problem}; it is {left}.")
         else:
+            notes += [f"Skipped {name}: {_IS_A_LINK}." for name, linked in sorted(links.items()) if linked > step]
             notes += unfinished_notes(step, unfinished_saves(run_dir))
             return taken, path, notes
     raise _no_checkpoint(run_dir, failures)

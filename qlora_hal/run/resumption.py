@@ -3,7 +3,8 @@ that it was made from is still the same."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 def newest_state(directory: RunDirectory, console: RunConsole) -> TrainingState:
     """The newest state that verifies, with notes on what is not in it. Raises CheckpointError QH-C20 when it is another
     run's, or the configuration is not that of the run."""
-    state, path, notes = latest_state(directory.path)
+    with _told_what_the_run_came_to(directory.content):
+        state, path, notes = latest_state(directory.path)
     for note in (*directory.notes, *notes):
         console.note(note)
     saved_with = kept_record(path)
@@ -45,6 +47,20 @@ def newest_state(directory: RunDirectory, console: RunConsole) -> TrainingState:
         console.note(note)
     console.note(f"resumed from step {state.step}")
     return state
+
+
+@contextmanager
+def _told_what_the_run_came_to(content: Mapping[str, object]) -> Iterator[None]:
+    """An error that no checkpoint is left does not call a run unsaved that was, and does not send one away that is
+    finished."""
+    try:
+        yield
+    except CheckpointError as error:
+        if content.get("steps") and not error.context.get("failures"):
+            error.cause = f"The run was saved at step {content['steps']}; its checkpoints were removed since."
+            if content.get("status") == "finished":
+                error.fix = "Nothing is left to resume: the run is finished, and its adapter can be used as it is."
+        raise
 
 
 def settings_without_secrets(config: Mapping[str, object]) -> list[str]:
