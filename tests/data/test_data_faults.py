@@ -191,6 +191,10 @@ def test_row_without_trained_token_is_dropped_counted_and_listed(prepared: Prepa
         prepared(rows[1:], max_seq_length=32)
     assert caught.value.exit_status == 4
     assert "prompts alone fill max_seq_length" in caught.value.cause
+    assert "data.max_seq_length" in caught.value.fix
+    with pytest.raises(DataError) as caught:
+        prepared(rows[2:], max_seq_length=32)
+    assert caught.value.fix == "Correct the rows."
 
 
 @pytest.mark.fault("D06")

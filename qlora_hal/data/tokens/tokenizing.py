@@ -172,9 +172,18 @@ class Preparation:
             f"0 of {self._read} rows usable: {counts}.",
             where=self._source.name,
             cause=self._why_nothing(untrained),
-            fix="Raise data.max_seq_length, or correct the rows." if self._read else "Use a source that holds rows.",
+            fix=self._way_on(),
             context={"rows_read": self._read, "bad_rows": self._bad.first},
         )
+
+    def _way_on(self) -> str:
+        if not self._read:
+            return "Use a source that holds rows."
+        if self._fitting.too_long:
+            return "Raise data.max_seq_length, or correct the rows."
+        if self._renderer.counts.omissions.lost_turns:
+            return "Name a template that writes them in data.chat_template, or correct the rows."
+        return "Correct the rows."
 
     def _why_nothing(self, untrained: bool) -> str:
         if not untrained:
