@@ -45,6 +45,12 @@ def _split(value: Value, given: Given) -> Outcome:
     return taken("data.split", value)
 
 
+def _model(value: Value, given: Given) -> Outcome:
+    if isinstance(value, str):
+        return taken("model.name_or_path", value)
+    return unneeded("an object of the script; what it is made of is read where it is made")
+
+
 def _data_set(value: Value, given: Given) -> Outcome:
     if files_named(value, given.get("load_dataset.data_files")):
         return unneeded("its rows are in load_dataset.data_files")
@@ -130,6 +136,11 @@ def is_script(given: Given) -> bool:
     return "script" in given.values
 
 
+def _has_adapter(given: Given) -> bool:
+    """Whether a script makes one: a trainer that is given none trains all weights."""
+    return any(name.startswith(("LoraConfig.", "get_peft_model.", "SFTTrainer.peft_config")) for name in given.values)
+
+
 def _defaults(given: Given) -> dict[str, Default]:
     own = hf.training_defaults(learning_rate=2e-5)
     own["gradient_checkpointing"] = Default(True)
@@ -141,6 +152,8 @@ def _defaults(given: Given) -> dict[str, Default]:
             own |= hf.training_defaults()
             del own["gradient_checkpointing"]
         adapter: dict[str, Value] = {"lora_r": 8, "lora_alpha": 8, "lora_target_modules": hf.TARGETS_OF_PEFT}
+        if not _has_adapter(given):
+            adapter["use_peft"] = False
         return {
             **own,
             **{name: Default(value) for name, value in adapter.items()},
@@ -181,11 +194,16 @@ SCRIPT = table(
         "It steers that tool's own program, or is read where it is made.",
     ),
     not_needed(
-        "SFTTrainer.model SFTTrainer.tokenizer SFTTrainer.processing_class SFTTrainer.train_dataset "
+        "SFTTrainer.tokenizer SFTTrainer.processing_class SFTTrainer.train_dataset "
         "SFTTrainer.eval_dataset "
         "SFTTrainer.args SFTTrainer.peft_config SFTTrainer.data_collator SFTTrainer.callbacks "
         "SFTTrainer.compute_metrics",
         "Objects of the script; what they are made of is read where it is made.",
+    ),
+    translated("SFTTrainer.model", "", "A name is `model.name_or_path`; an object is read where it is made.", _model),
+    no_place(
+        "** from_pretrained.** get_peft_model.** LoraConfig.** BitsAndBytesConfig.** load_dataset.**",
+        "The script computes what more is given there: check what stands above as not given.",
     ),
     no_place(
         "SFTTrainer.formatting_func SFTTrainer.optimizers",
