@@ -277,6 +277,8 @@ def run_resumed(
         ended = result_of_finished(directory, record_from(directory.content), state, console.note)
         if ended is not None and relocation == PathOverrides() and not verify:
             # Nothing that it was made from need be there still.
+            if backend is not None and backend != state.provenance["backend"]:
+                console.note(f"{backend} is not used: the run has ended on {state.provenance['backend']}")
             print_already_finished(ended, console)
             return ended
         given = relocation.applied(read_run_config(read_from.path, trust_remote_code=trust_remote_code))

@@ -352,3 +352,13 @@ def test_a_run_whose_checkpoints_were_removed_is_not_called_unsaved(
             resume(folder)
         assert refused.value.code == "QH-C04"
         assert fix in refused.value.fix
+
+
+def test_a_run_that_has_ended_says_that_it_goes_on_nowhere_else(
+    whole: TrainResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copied(whole.run_dir, tmp_path / "run")
+    resume(run, backend="mlx_lora")
+    assert "mlx_lora is not used: the run has ended on cpu_torch" in capsys.readouterr().err
+    resume(run, backend="cpu_torch")
+    assert "is not used" not in capsys.readouterr().err
