@@ -90,10 +90,11 @@ def proof_finding(backend: str, said: Mapping[str, object]) -> Finding:
 def accelerator_finding(reports: Sequence[ProbeReport]) -> Finding:
     """Whether anything but the CPU is there."""
     from qlora_hal.detect.discovery import find, listed, load_spec
+    from qlora_hal.detect.selection import has_accelerator
 
     entries = listed()
     ready = [report.backend for report in reports if report.ready]
-    fast = [name for name in ready if load_spec(find(name, entries)).uses_accelerator]
+    fast = [name for name in ready if has_accelerator(load_spec(find(name, entries)), reports)]
     if fast:
         return Finding("accelerator", Verdict.PASS, ", ".join(fast))
     if ready:

@@ -6,6 +6,8 @@ import json as json_format
 from collections.abc import Mapping
 from pathlib import Path
 
+from pydantic_core import to_jsonable_python
+
 from qlora_hal.config.resolve import ResolvedSettings, resolve_settings
 from qlora_hal.errors.terminal_text import json_line
 
@@ -40,5 +42,5 @@ def _shown(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (tuple, dict)):
-        return json_format.dumps(value, ensure_ascii=False)
+        return json_format.dumps(to_jsonable_python(value), ensure_ascii=False)
     return str(value) or '""'

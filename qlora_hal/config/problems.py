@@ -133,6 +133,8 @@ def _setting_path(location: Iterable[object]) -> str | None:
 
 def _near_choice(setting: Setting, value: object) -> str:
     word = value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
+    if setting.optional and isinstance(word, str) and word.lower() in ("none", "null"):
+        return "null leaves it unset"
     if not isinstance(word, str) or not setting.choices:
         return ""
     if word.lower() in ("none", "no", "off", "null") and setting.kind == "list":

@@ -114,6 +114,18 @@ OPTIMIZER_FEATURE: Mapping[str, Feature | None] = {
 }
 """The feature an optimizer needs; plain AdamW is part of the minimum contract."""
 
+_ASKED_FOR_BY: Mapping[Feature, str] = {
+    Feature.DOUBLE_QUANT: "quantization.double_quant",
+    Feature.GRADIENT_CHECKPOINTING: "training.gradient_checkpointing or training.recompute",
+    Feature.RECOMPUTATION_CHOICE: "training.recompute",
+    Feature.BASE_OFFLOAD: "training.base_offload",
+    Feature.LORA_DROPOUT: "lora.dropout",
+    Feature.PACKING: "data.packing",
+    Feature.FP8_PRODUCTS: "quantization.compute_dtype fp8",
+    **{feature: f"training.optim {name}" for name, feature in OPTIMIZER_FEATURE.items() if feature is not None},
+}
+"""The setting by which a run comes to need a feature; other features follow from its model."""
+
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
@@ -191,8 +203,13 @@ def unmet_requirements(needs: Requirements, capabilities: Capabilities) -> tuple
     absent = needs.features - capabilities.features
     if needs.may_calibrate and weight_format in capabilities.calibrated_formats:
         absent -= {Feature.QUANTIZE_ON_LOAD}
-    lacks.extend(f"feature {f.value}" for f in sorted(absent))
+    lacks.extend(_told(feature) for feature in sorted(absent))
     return tuple(lacks)
+
+
+def _told(feature: Feature) -> str:
+    setting = _ASKED_FOR_BY.get(feature)
+    return f"feature {feature.value}" + (f" (asked for by {setting})" if setting else "")
 
 
 def _listing(names: Iterable[str]) -> str:

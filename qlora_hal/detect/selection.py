@@ -173,10 +173,13 @@ def _nothing_fits(
 ) -> BackendUnavailableError:
     listing = "\n".join(f"    {name}: {reason}" for name, reason in sorted(rejections.items()))
     fixes = {report.backend: report.fix for report in reports if report.fix}
+    could_run = {report.backend for report in reports if report.ready} - {spec.name for spec in on_cpu}
     error = BackendUnavailableError(
         "QH-E01",
         f"No backend with an accelerator can be used for this run:\n{listing}",
-        fix="Run qlora-hal doctor: it prints one fix for each.",
+        fix="Change what the ready ones do not support; for the others qlora-hal doctor prints a fix each."
+        if could_run
+        else "Run qlora-hal doctor: it prints one fix for each.",
         context={"reports": [report.as_json() for report in reports], "fixes": fixes},
     )
     if on_cpu:

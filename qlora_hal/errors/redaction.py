@@ -17,7 +17,7 @@ def redacted(value: object, secrets: Sequence[str] | None = None) -> object:
     if isinstance(value, Mapping):
         return {
             _redacted_text(str(key), known): REMOVED
-            if _SECRET_KEY.search(str(key)) and isinstance(item, str)
+            if is_secret_name(str(key)) and isinstance(item, str)
             else redacted(item, known)
             for key, item in value.items()
         }
@@ -53,7 +53,7 @@ def environment_secrets(environ: Mapping[str, str]) -> tuple[str, ...]:
 
 def is_secret_name(name: str) -> bool:
     """Whether the name of a setting or of an environment variable says that its value is secret."""
-    return _SECRET_KEY.search(name) is not None
+    return _SECRET_KEY.search(name) is not None and _TOKEN_OF_A_VOCABULARY.search(name) is None
 
 
 def is_secret_variable(name: str) -> bool:
@@ -64,6 +64,9 @@ def is_secret_variable(name: str) -> bool:
 _PATH = re.compile(r"/|\\\\|~[/\\]|\.{1,2}[/\\]|[A-Za-z]:[/\\]|file:")
 _SECRET_KEY = re.compile(
     r"(?i)(^|_|-|\.)(token|api_?key|[a-z0-9]+[_-]key|secret|password|passwd|passphrase|credential|authorization)s?$"
+)
+_TOKEN_OF_A_VOCABULARY = re.compile(
+    r"(?i)(^|[_.-])(bos|eos|pad|unk|sep|cls|mask|stop|eot|image|special|added)[_-]tokens?$"
 )
 _SECRET_VARIABLE = re.compile(
     r"(?i)(password|passwd|passphrase|secret|credential|api_?key|token(?!izer))"

@@ -33,15 +33,22 @@ def _training(run: Mapping[str, object], summary: RunSummary) -> Iterator[tuple[
     yield "data", ", ".join(data_names(run)) or "rows in memory"
     train = _part(_part(run, "data_report"), "train")
     if "rows_used" in train:
-        yield "rows", f"{train['rows_used']} used, {train.get('trained_tokens')} tokens trained in one epoch"
+        yield "rows", f"{train['rows_used']} used, with {train.get('trained_tokens')} trained tokens{_held_out(run)}"
     yield "steps", run.get("steps")
-    yield "loss of a step, first and last", f"{figures.loss(summary.first_loss)} -> {figures.loss(summary.last_loss)}"
+    first, last = figures.loss(summary.first_loss), figures.loss(summary.last_loss)
+    yield "loss of the first step, average at the last", f"{first} -> {last}"
     if summary.eval_loss_after is not None:
         before, after = figures.loss(summary.eval_loss_before), figures.loss(summary.eval_loss_after)
         yield "loss on held-out rows, before and after", f"{before} -> {after}"
     resolved = _part(run, "resolved")
     in_fp8 = ", products with the base in fp8" if resolved.get("fp8_products") else ""
     yield "backend", f"{resolved.get('backend')} on {resolved.get('device')}, {resolved.get('compute_dtype')}{in_fp8}"
+
+
+def _held_out(run: Mapping[str, object]) -> str:
+    """What the count of tokens leaves out of the picture: rows that are held out of it train nothing."""
+    share = _part(_part(run, "config"), "data").get("validation_fraction")
+    return f"; a share of {share} of the rows was held out" if share else ""
 
 
 def _settings(run: Mapping[str, object]) -> Iterator[tuple[str, object]]:

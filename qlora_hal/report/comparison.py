@@ -81,12 +81,19 @@ def compared(first: ComparedRun, second: ComparedRun, differing: Mapping[str, tu
     return Comparison(
         runs=(first, second),
         settings=tuple(
-            Setting(path, values, (str(origins[0].get(path, "default")), str(origins[1].get(path, "default"))))
+            Setting(path, values, (_origin(path, origins[0]), _origin(path, origins[1])))
             for path, values in differing.items()
         ),
         resolved=tuple(row for part in _COMPARED for row in _differing_rows(part, first, second)),
         figures=tuple((name, text(value(first)), text(value(second))) for name, value, text in FIGURES),
     )
+
+
+def _origin(path: str, origins: Mapping[str, object]) -> str:
+    """Of a setting, or of the setting that holds it: what lies inside one (`data.sources.0.weight`) came with it."""
+    while path and path not in origins:
+        path = path.rpartition(".")[0]
+    return str(origins.get(path, "default"))
 
 
 def _differing_rows(part: str, first: ComparedRun, second: ComparedRun) -> list[tuple[str, str, str]]:

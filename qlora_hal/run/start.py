@@ -20,6 +20,7 @@ from qlora_hal.errors.redaction import REMOVED
 from qlora_hal.files.refused_paths import named_path
 from qlora_hal.hooks import Hooks
 from qlora_hal.memory.estimate import spread_over
+from qlora_hal.memory.placement import FULL, NONE, OFFLOAD
 from qlora_hal.model.hub import require_space
 from qlora_hal.model.verifying import verify_model
 from qlora_hal.processes.signals import ignored_note, requests_by_signal
@@ -174,6 +175,8 @@ def _prepared(
     resolved_backend = resolve_backend(config, hooks, console)
     if remote := resolved_backend.source.remote:
         require_space(remote.repository, remote.files)
+    if "lora.experts" in given and not resolved_backend.source.facts.has_routed_experts:
+        console.note("lora.experts is not used: the model has no routed experts")
     refuse_idle_calibration(config, resolved_backend)
     refuse_calibration_by_ranks(config, resolved_backend, world)
     rows.keep(run_dir)
@@ -264,6 +267,8 @@ def run_resumed(
         ended = result_of_finished(directory, record_from(directory.content), state, console.note)
         if ended is not None and relocation == PathOverrides() and not verify:
             # Nothing that it was made from need be there still.
+            if backend is not None and backend != state.provenance["backend"]:
+                console.note(f"{backend} is not used: the run has ended on {state.provenance['backend']}")
             print_already_finished(ended, console)
             return ended
         given = relocation.applied(read_run_config(read_from.path, trust_remote_code=trust_remote_code))
@@ -372,6 +377,9 @@ def idle_settings(
         yield "training.num_train_epochs is not used: training.max_steps says how long the run is"
     if training.warmup_steps is not None and "training.warmup_ratio" in given:
         yield "training.warmup_ratio is not used: training.warmup_steps says how long the warm-up is"
+    agreeing = (FULL, OFFLOAD) if training.gradient_checkpointing else (NONE,)
+    if "training.gradient_checkpointing" in given and training.recompute not in (None, *agreeing):
+        yield "training.gradient_checkpointing is not used: training.recompute says what is computed again"
     if not _evaluates(data, has_rows=has_validation_rows):
         for name in filter(given.__contains__, _OF_EVALUATION):
             yield f"{name} is not used: without data.validation_path or data.validation_fraction nothing is evaluated"

@@ -23,7 +23,8 @@ class _TrackerModule(Protocol):
 def observers_for(report_to: Sequence[str]) -> tuple[object, ...]:
     """One observer for each name in `training.report_to`, which is that of its package too. Raises ConfigError (U05)
     naming all absent ones."""
-    absent = [name for name in report_to if find_spec(name) is None]
+    named = tuple(dict.fromkeys(report_to))
+    absent = [name for name in named if find_spec(name) is None]
     if absent:
         raise ConfigError(
             "QH-U05",
@@ -31,5 +32,5 @@ def observers_for(report_to: Sequence[str]) -> tuple[object, ...]:
             where="training.report_to",
             fix=f"Run: {pip('install ' + ' '.join(absent))}",
         )
-    modules = [import_module(f"{__name__}.{name}") for name in report_to]
+    modules = [import_module(f"{__name__}.{name}") for name in named]
     return tuple(TrackerObserver(cast(_TrackerModule, module).make_tracker()) for module in modules)

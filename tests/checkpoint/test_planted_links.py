@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from qlora_hal.checkpoint import latest_valid_checkpoint, load_checkpoint, save_checkpoint
 from qlora_hal.data.source.in_memory import kept_rows
-from qlora_hal.errors import QloraHalError, StorageError, UnsafeInputError
+from qlora_hal.errors import CheckpointError, QloraHalError, StorageError, UnsafeInputError
 from qlora_hal.report.html import write_report
 from qlora_hal.report.metrics import MetricsFile
 from qlora_hal.run.directory import RunDirectory, rehearsed
@@ -190,3 +191,16 @@ def test_a_pipe_in_place_of_the_log_is_refused_and_does_not_hang(tmp_path: Path)
     os.mkfifo(tmp_path / "metrics.jsonl")
     with pytest.raises(StorageError, match="not a regular file"):
         MetricsFile(tmp_path / "metrics.jsonl")
+
+
+def test_a_checkpoint_that_is_a_link_is_passed_over_by_name(run_dir: Path) -> None:
+    save_checkpoint(run_dir, small_state(2), keep=2)
+    newest = run_dir / "checkpoints" / "step-00000002"
+    newest.rename(run_dir.with_name("moved"))
+    newest.symlink_to(run_dir.with_name("moved"))
+    path, notes = latest_valid_checkpoint(run_dir)
+    assert path.name == "step-00000001"
+    assert any("step-00000002: it is a link" in note for note in notes)
+    shutil.rmtree(path)
+    with pytest.raises(CheckpointError, match="step-00000002: it is a link"):
+        latest_valid_checkpoint(run_dir)

@@ -67,6 +67,16 @@ def test_print_config_shows_value_and_origin_of_every_setting(qlora_hal: Command
     assert rows["lora.alpha"][1] == "default"
 
 
+def test_print_config_shows_settings_that_hold_others(qlora_hal: CommandLine, tmp_path: Path) -> None:
+    given = {"data": {"sources": [{"path": "a.csv", "weight": 2}]}, "backend": {"options": {"layers": "plain"}}}
+    (tmp_path / "run.json").write_text(json.dumps(given), encoding="utf-8")
+    done = qlora_hal("train", "run.json", "--print-config")
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: line.split(maxsplit=1)[1].rsplit("  ", 1)[0].strip() for line in done.stdout.splitlines()}
+    assert json.loads(rows["data.sources"]) == [{"path": "a.csv", "split": "train", "weight": 2.0, "columns": {}}]
+    assert json.loads(rows["backend.options"]) == {"layers": "plain"}
+
+
 def test_print_config_as_json_is_a_configuration_again(qlora_hal: CommandLine, tmp_path: Path) -> None:
     printed = json.loads(qlora_hal("train", "--lora.r", "3", "--print-config", "--json").stdout)
     (tmp_path / "again.json").write_text(json.dumps(printed["config"]), encoding="utf-8")

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from qlora_hal.cli.doctor import exit_status, proof_finding
+from qlora_hal.cli.doctor import accelerator_finding, exit_status, proof_finding
 from qlora_hal.cli.findings import Finding, Verdict, disk_finding, memory_finding, storage_finding
+from qlora_hal.contract.backend import Availability, ProbeReport
 
 
 def test_a_folder_that_can_be_written_passes_and_stays_clean(tmp_path: Path) -> None:
@@ -46,3 +47,9 @@ def test_exit_is_3_when_a_ready_backend_fails_or_the_chosen_one_is_absent() -> N
     assert exit_status([good, absent], chosen="b") == 3
     assert exit_status([good, absent], chosen="a") == 0
     assert exit_status([good, bad], chosen=None) == 3
+
+
+@pytest.mark.parametrize(("found", "verdict"), [(False, Verdict.WARN), (True, Verdict.PASS)], ids=["CPU", "GPU"])
+def test_a_backend_of_several_devices_is_an_accelerator_where_it_found_one(found: bool, verdict: Verdict) -> None:
+    report = ProbeReport("gptq_int4", Availability.READY, "found", uses_accelerator=found)
+    assert accelerator_finding([report]).verdict is verdict

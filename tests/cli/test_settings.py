@@ -572,3 +572,14 @@ def test_a_configuration_that_code_has_made_is_held_against_the_schema() -> None
     assert caught.value.where == "a plugin"
     with pytest.raises(ConfigError, match="a RunConfig is expected, not a value of type dict"):
         revalidated({}, "a plugin")
+
+
+def test_none_in_a_file_is_told_to_be_null(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r'save_steps = "none": a whole number from 0 is expected; null leaves it unset'
+    ):
+        resolve_settings(written(tmp_path, "checkpoint: {save_steps: none}\n"), environ={})
+    assert (
+        resolve_settings(written(tmp_path, "checkpoint: {save_steps: null}\n"), environ={}).config.checkpoint.save_steps
+        is None
+    )

@@ -66,6 +66,17 @@ def test_auto_never_falls_to_the_cpu_silently() -> None:
     assert "--backend cpu" in error.fix
 
 
+def test_where_ready_backends_lack_something_the_help_is_to_change_that() -> None:
+    needs = replace(FOUR_BIT, features=frozenset({Feature.FP8_PRODUCTS}))
+    with pytest.raises(BackendUnavailableError) as refusal:
+        chosen("auto", needs, spec("gpu", 9, ready=False), spec("cpu", 0, accelerator=False), allow_cpu=True)
+    assert "quantization.compute_dtype fp8" in refusal.value.message
+    assert refusal.value.fix.startswith("Change what the ready ones do not support")
+    with pytest.raises(BackendUnavailableError) as refusal:
+        chosen("auto", needs, spec("gpu", 9, ready=False))
+    assert refusal.value.fix.startswith("Run qlora-hal doctor")
+
+
 def test_auto_takes_the_cpu_when_it_is_allowed() -> None:
     choice = chosen("auto", FOUR_BIT, spec("gpu", 9, ready=False), spec("cpu", 0, accelerator=False), allow_cpu=True)
     assert choice.spec.name == "cpu"
@@ -78,7 +89,7 @@ def test_able_is_asked_before_fast() -> None:
     packing = replace(packing, capabilities=replace(packing.capabilities, features=frozenset({Feature.PACKING})))
     choice = chosen("auto", needs, packing, spec("fast", 9))
     assert choice.spec.name == "able"
-    assert choice.rejections["fast"] == "does not support feature packing"
+    assert choice.rejections["fast"] == "does not support feature packing (asked for by data.packing)"
 
 
 @pytest.mark.parametrize(
@@ -88,7 +99,9 @@ def test_able_is_asked_before_fast() -> None:
         (Requirements(weight_format=WeightFormat.FP4), "weight format fp4"),
         (Requirements(weight_format=WeightFormat.NF4, block_size=96), "block size 96 for nf4 (has 64)"),
         (Requirements(level="4bit", compute_dtype="float16"), "compute dtype float16"),
-        (Requirements(level="4bit", features=frozenset({Feature.PAGED_ADAMW})), "feature paged_adamw"),
+        (Requirements(level="4bit", features=frozenset({Feature.PAGED_ADAMW})), "training.optim paged_adamw"),
+        (Requirements(level="4bit", features=frozenset({Feature.FP8_PRODUCTS})), "quantization.compute_dtype fp8"),
+        (Requirements(level="4bit", features=frozenset({Feature.EXPERTS})), "feature experts."),
     ],
 )
 def test_named_backend_is_refused_with_everything_it_lacks(needs: Requirements, said: str) -> None:

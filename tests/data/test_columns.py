@@ -219,3 +219,22 @@ def test_where_no_column_can_be_a_text_no_line_is_offered(prepared: Prepare) -> 
     with pytest.raises(DataError, match="QH-D03") as caught:
         prepared([{"id": 1, "label": 2}])
     assert "data.columns" not in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("row", "missing"),
+    [
+        ({"question": "a", "answer": None}, "Fill in the answer"),
+        ({"question": "a"}, "Fill in the answer"),
+        ({"question": None, "answer": "b"}, "Fill in the question"),
+    ],
+    ids=["no answer", "no column of answers", "no question"],
+)
+def test_an_empty_half_of_a_pair_is_to_be_filled_in_before_the_other_becomes_a_text(
+    prepared: Prepare, row: dict[str, object], missing: str
+) -> None:
+    with pytest.raises(DataError, match="QH-D03") as caught:
+        prepared([{"question": "x", "answer": "y"}, row])
+    assert caught.value.fix.startswith(missing)
+    assert "data.on_bad_row" in caught.value.fix
+    assert prepared([{"question": "x", "answer": "y"}, row], on_bad_row="skip").report.train.rows_used == 1

@@ -191,6 +191,10 @@ def test_row_without_trained_token_is_dropped_counted_and_listed(prepared: Prepa
         prepared(rows[1:], max_seq_length=32)
     assert caught.value.exit_status == 4
     assert "prompts alone fill max_seq_length" in caught.value.cause
+    assert "data.max_seq_length" in caught.value.fix
+    with pytest.raises(DataError) as caught:
+        prepared(rows[2:], max_seq_length=32)
+    assert caught.value.fix == "Correct the rows."
 
 
 @pytest.mark.fault("D06")
@@ -592,3 +596,11 @@ def test_markers_of_a_built_in_template_that_are_no_tokens_are_told(folders: Map
     assert any("<|im_start|>, <|im_end|> of the template chatml are not tokens here" in note for note in bare.notes)
     whole = ChatTokenizer.from_folder(folders["chatml"], chat_template="chatml")
     assert not any("not tokens" in note for note in whole.notes)
+
+
+def test_rows_below_the_name_of_a_split_are_told_to_be_put_at_the_top(prepared: Prepare) -> None:
+    with pytest.raises(DataError, match="QH-D03") as caught:
+        prepared([{"train": [{"instruction": "a", "output": "b"}]}])
+    assert caught.value.fix.startswith("Put the list under train at the top level")
+    with pytest.raises(DataError, match="the weight that every row has"):
+        prepared([{"instruction": "a", "output": "b", "train": [0, 1]}])

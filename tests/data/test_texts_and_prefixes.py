@@ -29,6 +29,16 @@ def test_a_text_file_is_one_text_with_its_end_token(
     assert text.endswith("paragraph.\n<|im_end|>")
 
 
+def test_settings_of_conversations_are_told_as_idle_where_there_are_none(prepared: Prepare) -> None:
+    asked = {"chat_template": "chatml", "train_on": "last"}
+    told = " ".join(prepared(PROSE, name="story.txt", **asked).report.alerts)
+    assert "data.chat_template is not used" in told
+    assert "data.train_on last leaves nothing out" in told
+    rows = '{"text": "a"}\n{"instruction": "a", "output": "b"}\n'
+    assert "no row is a conversation" not in " ".join(prepared(rows, name="rows.jsonl", **asked).report.alerts)
+    assert "no row is a conversation" not in " ".join(prepared(PROSE, name="story.txt").report.alerts)
+
+
 def test_a_folder_of_text_files_is_as_many_texts(prepared: Prepare, tmp_path: Path) -> None:
     for name in ("b.txt", "a.txt"):
         (tmp_path / "texts").mkdir(exist_ok=True)

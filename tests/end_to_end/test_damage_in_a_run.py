@@ -376,3 +376,25 @@ def test_a_config_json_that_says_something_else_is_refused_without_verify(run: P
     path.write_text(json.dumps({**content, "transformers_version": "9", "_name_or_path": "elsewhere"}, indent=4))
     assert load_checkpoint(newest(run)).step == 2
     assert resume(run, model=own_model).steps == 4
+
+
+def test_a_run_whose_checkpoints_were_removed_is_not_called_unsaved(
+    run: Path, whole: TrainResult, tmp_path: Path
+) -> None:
+    finished = copied(whole.run_dir, tmp_path / "finished")
+    for folder, fix in ((run, "Start the run again"), (finished, "its adapter can be used as it is")):
+        shutil.rmtree(folder / "checkpoints")
+        with pytest.raises(CheckpointError, match="its checkpoints were removed since") as refused:
+            resume(folder)
+        assert refused.value.code == "QH-C04"
+        assert fix in refused.value.fix
+
+
+def test_a_run_that_has_ended_says_that_it_goes_on_nowhere_else(
+    whole: TrainResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copied(whole.run_dir, tmp_path / "run")
+    resume(run, backend="mlx_lora")
+    assert "mlx_lora is not used: the run has ended on cpu_torch" in capsys.readouterr().err
+    resume(run, backend="cpu_torch")
+    assert "is not used" not in capsys.readouterr().err

@@ -162,6 +162,26 @@ def test_settings_that_others_overrule_are_noted_where_they_were_given() -> None
     assert len(list(idle_settings(held_out, named, has_rows=False))) == 2
 
 
+@pytest.mark.parametrize(
+    ("checkpointing", "recompute", "told"),
+    [(True, "auto", True), (False, "selective", True), (True, "full", False), (False, "none", False)],
+)
+def test_checkpointing_that_recompute_overrules_is_noted(checkpointing: bool, recompute: str, told: bool) -> None:
+    from qlora_hal.config.schema import RunConfig
+    from qlora_hal.run.start import idle_settings
+
+    changes = {"training.gradient_checkpointing": checkpointing, "training.recompute": recompute}
+    config = RunConfig.model_validate(merged(SMALL, changes))
+    notes = list(idle_settings(config, ["training.gradient_checkpointing"], has_rows=False))
+    assert [note.partition(" is not used")[0] for note in notes] == ["training.gradient_checkpointing"] * told
+    assert list(idle_settings(config, [], has_rows=False)) == []
+
+
+def test_a_choice_of_experts_is_noted_where_the_model_has_none(tmp_path: Path) -> None:
+    changes = {"lora.experts": "none", "training.max_steps": 1, "output_dir": str(tmp_path / "run")}
+    assert "lora.experts is not used: the model has no routed experts" in train(merged(SMALL, changes)).notes
+
+
 @pytest.mark.fault("U01")
 def test_what_is_no_path_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"QH-U01.*data is a value of type list; a path was expected"):

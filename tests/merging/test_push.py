@@ -19,6 +19,7 @@ from qlora_hal import TrainResult, merge, push
 from qlora_hal.adapter import read_adapter
 from qlora_hal.demo import data_path, model_path
 from qlora_hal.errors import AdapterError, ConfigError
+from qlora_hal.report.metrics import smoothed
 from qlora_hal_conformance.certificate import content_hash
 from tests.model.fake_hub import READ_TOKEN, WRITE_TOKEN, WritableHub, serving
 from tests.model.hub_client import Client
@@ -112,9 +113,18 @@ def test_the_card_tells_data_settings_losses_versions_and_how_to_open(run: Train
     assert "mlx_lm.generate --model org/base --adapter-path adapter-mlx" in card
     assert "| data | rows.jsonl |" in card
     assert "| training.max_steps | 2 |" in card
+    losses = [loss for _, loss in run.losses]
+    average = smoothed(losses)[-1]
+    assert f"| loss of the first step, average at the last | {losses[0]:.4f} -> {average:.4f} |" in card
     assert f"| {run.eval_loss_before:.4f} -> {run.eval_loss_after:.4f} |" in card
     assert f"| torch | {torch.__version__} |" in card
     assert "## Conformance" not in card
+
+
+def test_rows_that_were_held_out_are_not_told_as_trained(tmp_path: Path) -> None:
+    done = small_run(tmp_path / "run", {"data.validation_fraction": 0.25, "training.max_steps": 1})
+    card = push(done.run_dir, "me/a", dry_run=True, quiet=True).card
+    assert "; a share of 0.25 of the rows was held out |" in card
 
 
 def test_a_dry_run_shows_files_and_card_and_asks_nothing_of_the_hub(run: TrainResult, client: Client) -> None:

@@ -281,6 +281,67 @@ def test_files_of_a_hub_data_set_are_no_files_of_this_disk(import_text: Importer
     assert here.settings["data.sources"] == [{"path": "a.jsonl"}, {"path": "b.jsonl"}]
 
 
+@pytest.mark.parametrize(
+    ("call", "settings"),
+    [
+        ('load_dataset("json", data_files="rows.jsonl", split="train")', {"data.path": "rows.jsonl"}),
+        (
+            'load_dataset("csv", data_files=["a.csv", "b.csv"])',
+            {"data.sources": [{"path": "a.csv"}, {"path": "b.csv"}]},
+        ),
+        ('load_dataset("json", data_files={"train": "a.jsonl", "test": "b.jsonl"})', {"data.path": "a.jsonl"}),
+        ('load_dataset("x/y", data_files="part.jsonl")', {"data.path": "x/y"}),
+        ('load_dataset("x/y")', {"data.path": "x/y"}),
+    ],
+    ids=["a file", "files", "files of splits", "files of a data set of the hub", "a data set of the hub"],
+)
+def test_the_rows_of_a_script_are_the_files_that_it_names(
+    import_text: Importer, call: str, settings: dict[str, object]
+) -> None:
+    made = import_text(f"{call}\nSFTConfig(seed=1)\nSFTTrainer()\n", "a.py", "trl")
+    assert {name: value for name, value in made.settings.items() if name in ("data.path", "data.sources")} == settings
+
+
+def test_a_mapping_that_a_script_spreads_is_read_where_it_is_written_down(import_text: Importer) -> None:
+    text = 'more = dict(r=64)\nLoraConfig(**more, **{"lora_dropout": 0.1})\nSFTConfig(**{"learning_rate": 3e-5})\n'
+    made = import_text(f"{text}SFTTrainer()\n", "a.py", "trl")
+    assert (made.settings["lora.r"], made.settings["lora.dropout"]) == (64, 0.1)
+    assert made.settings["training.learning_rate"] == 3e-5
+    assert not made.unknown
+    computed = import_text("LoraConfig(**found())\nSFTConfig(seed=1)\nSFTTrainer()\n", "b.py", "trl")
+    assert "check what stands above as not given" in note_of(computed, "LoraConfig.**")
+
+
+@pytest.mark.parametrize("call", ['SFTTrainer("a/b")', 'SFTTrainer(model="a/b")'], ids=["first", "by name"])
+def test_a_trainer_that_is_given_a_name_has_its_model(import_text: Importer, call: str) -> None:
+    made = import_text(f"{call}\nSFTConfig(seed=1)\n", "a.py", "trl")
+    assert made.settings["model.name_or_path"] == "a/b"
+    assert "model.name_or_path" not in made.missing
+    of_object = import_text("SFTTrainer(model=model)\nSFTConfig(seed=1)\n", "b.py", "trl")
+    assert "read where it is made" in note_of(of_object, "SFTTrainer.model")
+
+
+def test_a_script_without_an_adapter_is_told_to_train_all_weights_there(import_text: Importer) -> None:
+    without = import_text('SFTTrainer("a/b")\nSFTConfig(seed=1)\n', "a.py", "trl")
+    assert "all weights are trained there" in note_of(without, "use_peft")
+    made = import_text('SFTTrainer("a/b", peft_config=LoraConfig(r=8))\nSFTConfig(seed=1)\n', "b.py", "trl")
+    assert "use_peft" not in [line.key for line in made.lines]
+
+
+def test_of_two_ways_to_say_the_warm_up_only_the_one_that_counts_is_written(import_text: Importer) -> None:
+    text = "model: a/b\ndata: d\niters: 10\nlr_schedule: {name: cosine_decay, warmup: 3, arguments: [1e-5, 10]}\n"
+    made = import_text(text, "a.yaml", "mlx-lm")
+    assert made.settings["training.warmup_steps"] == 3
+    assert "training.warmup_ratio" not in made.settings
+
+
+def test_a_kind_of_file_is_no_path_where_the_script_computes_its_files(import_text: Importer) -> None:
+    made = import_text('load_dataset("json", data_files=found())\nSFTConfig(seed=1)\nSFTTrainer()\n', "a.py", "trl")
+    assert "data.path" not in made.settings
+    assert "data.path" in made.missing
+    assert "is a kind of file" in note_of(made, "load_dataset.path")
+
+
 def test_a_data_set_that_is_listed_twice_is_taken_once_and_told(import_text: Importer) -> None:
     made = import_text("base_model: a/b\nadapter: lora\ndatasets: [{path: x/y}, {path: x/y}]\n")
     assert made.settings["data.path"] == "x/y"

@@ -52,6 +52,18 @@ def test_settings_that_differ_stand_with_their_origin_and_equal_ones_do_not(
     assert "lora.r  8  (config argument)  32  (config argument)" in text
 
 
+def test_what_lies_inside_a_setting_has_the_origin_of_the_setting(
+    run_dir: Path, other_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, weight in ((run_dir, 2), (other_run, 3)):
+        asked = {"data": {"sources": [{"path": "a.csv", "weight": weight}, {"path": "b.csv"}]}}
+        settings = resolve_settings(asked, environ={})
+        record = replace(run_record(), config=settings.config.model_dump(mode="json"), origins=settings.origins)
+        write_run_file(folder, record)
+    told = json.loads(compared(capsys, str(run_dir), str(other_run), "--json"))
+    assert told["settings"]["data.sources.0.weight"] == {"values": [2.0, 3.0], "origins": ["config argument"] * 2}
+
+
 def test_a_run_is_not_changed_by_looking_at_it(
     run_dir: Path, other_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

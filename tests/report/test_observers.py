@@ -36,7 +36,7 @@ def test_no_tracker_is_used_unless_named() -> None:
 def test_trackers_that_are_absent_are_all_named_with_one_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qlora_hal.trackers.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="names tensorboard, wandb, not installed here") as caught:
-        observers_for(("tensorboard", "wandb"))
+        observers_for(("tensorboard", "wandb", "wandb"))
     assert (caught.value.code, caught.value.exit_status) == ("QH-U05", 2)
     assert caught.value.fix == f"Run: {pip('install tensorboard wandb')}"
 

@@ -308,3 +308,12 @@ def test_a_damaged_record_of_a_transfer_does_not_keep_the_report_from_being_writ
 def test_a_number_of_hundreds_of_digits_in_the_metrics_is_left_out_of_the_curve(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": ' + "9" * 400 + '}\n{"step": 2, "loss": 2.5}\n')
     assert read_series(tmp_path).loss == [(2.0, 2.5)]
+
+
+def test_tokens_of_a_vocabulary_are_no_secrets() -> None:
+    kept = {"pad_token": "<|end|>", "special_tokens": "<a>"}
+    assert redacted({**kept, "hub_token": "x", "token": "y"}, secrets=()) == {
+        **kept,
+        "hub_token": "[removed]",
+        "token": "[removed]",
+    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from qlora_hal.config.other_tools import hugging_face as hf
-from qlora_hal.config.other_tools.data_sets import DataSet, lies_here, renamed, rows_from, whole_split
+from qlora_hal.config.other_tools.data_sets import DataSet, files_named, renamed, rows_from, whole_split
 from qlora_hal.config.other_tools.tables import (
     Default,
     Fate,
@@ -122,18 +122,12 @@ def _form(row: Mapping[str, Value], notes: list[str]) -> str:
     return form
 
 
-_BUILDERS = frozenset({"json", "csv", "parquet", "arrow", "text"})
-
-
 def _paths_of(dataset: Mapping[str, Value], notes: list[str]) -> list[str]:
     """The files that a data set names, or its path where they are files of a repository."""
     path, named = dataset.get("path"), dataset.get("data_files")
-    files = [file for file in (named if isinstance(named, list) else [named]) if isinstance(file, str) and file]
-    if not isinstance(path, str) or not path:
+    if (files := files_named(path, named)) or not isinstance(path, str) or not path:
         return files
-    if files and (path in _BUILDERS or lies_here(path)):
-        return files
-    if files:
+    if named:
         notes.append(f"data_files of {path} are a part of it, which is not taken: all its files are read")
     return [path]
 

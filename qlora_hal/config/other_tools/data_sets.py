@@ -48,6 +48,21 @@ def lies_here(path: str) -> bool:
         return False
 
 
+BUILDERS = frozenset({"json", "csv", "parquet", "arrow", "text"})
+"""Kinds of file, which `datasets` takes in the place of a name; `data_files` beside one names the rows."""
+
+
+def files_named(path: Value, data_files: Value) -> list[str]:
+    """The files of this disk among `data_files` (of splits: of `train`); none where they are a part of the data set
+    `path`."""
+    of_train = data_files.get("train") if isinstance(data_files, Mapping) else data_files
+    named = of_train if isinstance(of_train, list) else [of_train]
+    files = [file for file in named if isinstance(file, str) and file]
+    if not isinstance(path, str) or not path or path in BUILDERS or lies_here(path):
+        return files
+    return []
+
+
 def whole_split(split: Value, notes: list[str]) -> str | None:
     """The split, or None where the file names a part of one, which `notes` then tells."""
     if not isinstance(split, str):

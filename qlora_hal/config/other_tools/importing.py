@@ -245,9 +245,15 @@ def _add_what_is_done_unasked(
             if path not in values and (told or value != settings()[path].default):
                 values[path], origins[path] = value, f"{name} is not given; {tool.title} takes {shown(default.value)}"
     for path, (value, why) in tool.habits.items():
+        if _OVERRULED_BY.get(path) in values:
+            continue
         if path not in values and path not in computed and value != settings()[path].default:
             values[path], origins[path] = value, why
     return lines
+
+
+_OVERRULED_BY = {"training.warmup_ratio": "training.warmup_steps"}
+"""Settings that another one leaves without a meaning."""
 
 
 def _settled(lines: Sequence[Line], values: dict[str, Value], origins: dict[str, str]) -> list[Line]:

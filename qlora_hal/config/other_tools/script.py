@@ -48,6 +48,7 @@ _POSITIONAL = {
     "load_dataset": ("path", "name"),
     "TrainingArguments": ("output_dir",),
     "SFTConfig": ("output_dir",),
+    **dict.fromkeys(_TRAINERS, ("model",)),
 }
 _OTHER_NAMES = {"pretrained_model_name_or_path": "model_name", "model_id": "model_name"}
 _MOST_BYTES = 16 * 1024 * 1024
@@ -200,9 +201,19 @@ def _keywords(call: ast.Call, name: str, written: Mapping[str, Value]) -> Iterat
         yield argument, _value(node, written)
     for keyword in call.keywords:
         if keyword.arg is None:
-            yield "**", Computed(ast.unparse(keyword.value))
+            yield from _spread(keyword.value, written)
         else:
             yield _OTHER_NAMES.get(keyword.arg, keyword.arg), _value(keyword.value, written)
+
+
+def _spread(node: ast.expr, written: Mapping[str, Value]) -> Iterator[tuple[str, Value]]:
+    """The arguments that `**` gives, where the mapping is written down."""
+    value = _value(node, written)
+    if not isinstance(value, Mapping):
+        yield "**", Computed(ast.unparse(node))
+        return
+    for name, given in value.items():
+        yield _OTHER_NAMES.get(str(name), str(name)), given
 
 
 def _constants(tree: ast.Module) -> Mapping[str, Value]:
@@ -225,6 +236,8 @@ def _value(node: ast.expr, written: Mapping[str, Value]) -> Value:
         return written[node.id]
     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
         return f"torch.{node.attr}"
+    if isinstance(node, ast.Call) and _called(node) == ("", "dict") and not node.args:
+        return {word.arg: _value(word.value, written) for word in node.keywords if word.arg is not None}
     try:
         value = ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qlora_hal.config.other_tools import hugging_face as hf
-from qlora_hal.config.other_tools.data_sets import DataSet, rows_from, whole_split
+from qlora_hal.config.other_tools.data_sets import BUILDERS, DataSet, files_named, rows_from, whole_split
 from qlora_hal.config.other_tools.tables import (
     Default,
     Given,
@@ -43,6 +43,30 @@ def _split(value: Value, given: Given) -> Outcome:
     if isinstance(value, str) and "[" in value:
         return left(f"{value} is a part of a split, which is not offered; keep the rows in a file")
     return taken("data.split", value)
+
+
+def _model(value: Value, given: Given) -> Outcome:
+    if isinstance(value, str):
+        return taken("model.name_or_path", value)
+    return unneeded("an object of the script; what it is made of is read where it is made")
+
+
+def _data_set(value: Value, given: Given) -> Outcome:
+    if files_named(value, given.get("load_dataset.data_files")):
+        return unneeded("its rows are in load_dataset.data_files")
+    if isinstance(value, str) and value in BUILDERS:
+        return left(f"{value} is a kind of file, and the script does not spell its files out: set data.path to them")
+    return taken("data.path", value)
+
+
+def _data_files(value: Value, given: Given) -> Outcome:
+    notes = ["files of this disk"]
+    if isinstance(value, Mapping) and (others := [split for split in value if split != "train"]):
+        notes.append(f"of {', '.join(map(str, others))} nothing is taken: name such rows in data.validation_path")
+    files = files_named(given.get("load_dataset.path"), value)
+    if settings := rows_from([DataSet(file) for file in files], notes):
+        return becomes(settings, "; ".join(notes))
+    return left("Parts of a data set are not offered; keep the rows in a file")
 
 
 def _test_split(value: Value, given: Given) -> Outcome:
@@ -112,6 +136,11 @@ def is_script(given: Given) -> bool:
     return "script" in given.values
 
 
+def _has_adapter(given: Given) -> bool:
+    """Whether a script makes one: a trainer that is given none trains all weights."""
+    return any(name.startswith(("LoraConfig.", "get_peft_model.", "SFTTrainer.peft_config")) for name in given.values)
+
+
 def _defaults(given: Given) -> dict[str, Default]:
     own = hf.training_defaults(learning_rate=2e-5)
     own["gradient_checkpointing"] = Default(True)
@@ -123,6 +152,8 @@ def _defaults(given: Given) -> dict[str, Default]:
             own |= hf.training_defaults()
             del own["gradient_checkpointing"]
         adapter: dict[str, Value] = {"lora_r": 8, "lora_alpha": 8, "lora_target_modules": hf.TARGETS_OF_PEFT}
+        if not _has_adapter(given):
+            adapter["use_peft"] = False
         return {
             **own,
             **{name: Default(value) for name, value in adapter.items()},
@@ -136,10 +167,13 @@ def _defaults(given: Given) -> dict[str, Default]:
 SCRIPT = table(
     same("from_pretrained.model_name model_name_or_path base_model_name_or_path", "model.name_or_path"),
     translated("from_pretrained.revision model_revision", "model.revision", "Branch, tag or commit.", hf.revision),
-    same("load_dataset.path dataset_name", "data.path"),
+    translated(
+        "load_dataset.path dataset_name", "data.path", "A kind of file has its rows in `data_files`.", _data_set
+    ),
+    translated("load_dataset.data_files", "data.path", "Files of this disk.", _data_files),
     translated("load_dataset.split dataset_train_split", "data.split", "One split.", _split),
     no_place(
-        "load_dataset.name load_dataset.data_files dataset_config",
+        "load_dataset.name dataset_config",
         "Parts of a data set are not offered; keep the rows in a file.",
     ),
     translated("train_on_responses_only.called", "data.train_on", "Loss on answers.", _responses_only),
@@ -160,11 +194,16 @@ SCRIPT = table(
         "It steers that tool's own program, or is read where it is made.",
     ),
     not_needed(
-        "SFTTrainer.model SFTTrainer.tokenizer SFTTrainer.processing_class SFTTrainer.train_dataset "
+        "SFTTrainer.tokenizer SFTTrainer.processing_class SFTTrainer.train_dataset "
         "SFTTrainer.eval_dataset "
         "SFTTrainer.args SFTTrainer.peft_config SFTTrainer.data_collator SFTTrainer.callbacks "
         "SFTTrainer.compute_metrics",
         "Objects of the script; what they are made of is read where it is made.",
+    ),
+    translated("SFTTrainer.model", "", "A name is `model.name_or_path`; an object is read where it is made.", _model),
+    no_place(
+        "** from_pretrained.** get_peft_model.** LoraConfig.** BitsAndBytesConfig.** load_dataset.**",
+        "The script computes what more is given there: check what stands above as not given.",
     ),
     no_place(
         "SFTTrainer.formatting_func SFTTrainer.optimizers",

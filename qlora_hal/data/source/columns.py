@@ -136,12 +136,27 @@ def unrecognized(row: Row, value: Mapping[str, object]) -> DataError:
         fix = f"Put the list under {held} at the top level of the file: it holds the rows."
     elif lines and not row.columns:
         which = "this line" if len(lines) == 1 else "the line that is meant"
-        fix = "\n    ".join([f"Put {which} into the settings file, or its flag behind the command:", *lines])
+        lead = _half_of_a_pair(value)
+        put = f"{lead}, put" if lead else "Put"
+        fix = "\n    ".join([f"{put} {which} into the settings file, or its flag behind the command:", *lines])
     return DataError(
         "QH-D03",
         f"The row has the keys {keys}; one of these was expected: {'; '.join(EVIDENCE.values())}.",
         where=row.where,
         fix=fix,
+    )
+
+
+def _half_of_a_pair(value: Mapping[str, object]) -> str:
+    """What comes before a text, where a column is called like a question or an answer and the other one is empty."""
+    asking, answering, _ = _likely(value)
+    texts = [column for column, kept in value.items() if isinstance(kept, str)]
+    if len(texts) != 1 or bool(asking) == bool(answering):
+        return ""
+    missing = "the answer" if asking else "the question"
+    return (
+        f"Fill in {missing}, or set data.on_bad_row to skip, which skips such rows and counts them. To train on "
+        f"{texts[0]} as a text"
     )
 
 

@@ -70,12 +70,17 @@ def _refuse_weights(row: Row, held: Mapping[str, object]) -> None:
     fix = "Remove rows of weight 0, and repeat those of a higher one; or rename the column if it is not a weight."
     for name in sorted(held.keys() & _ROW_WEIGHTS):
         # A loss that is no flag was measured: a column like any other that is not read.
-        if held[name] not in _YES and (name != "loss" or held[name] in _NO):
+        if held[name] not in _YES and (name != "loss" or held[name] in _NO) and not _are_rows(held[name]):
             raise value_fault(row, name, held[name], "1, the weight that every row has,", fix)
     for name in sorted(held.keys() & {*UNTRAINED_IF, *UNCLEAR}):
         if held[name] not in _NO and (name in UNTRAINED_IF or held[name] in _YES):
             fix = "Remove rows that are not to be trained; or rename the column if it means something else."
             raise value_fault(row, name, held[name], "0, for every row is trained,", fix)
+
+
+def _are_rows(value: object) -> bool:
+    """Whether it is a list of rows, as of a split that is called `train`, and no flag."""
+    return isinstance(value, list) and bool(value) and all(isinstance(entry, Mapping) for entry in value)
 
 
 def refuse_compared_turn(row: Row, turn: Mapping[str, object], field: str) -> None:

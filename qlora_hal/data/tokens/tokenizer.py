@@ -342,7 +342,7 @@ def template_refused(
         f"The chat template {tokenizer.template_name} refuses {which}: {fault}.",
         where=where,
         cause=f"The roles of the row are: {roles}.",
-        fix="Correct the order of the roles, or set data.chat_template to a template that accepts them.",
+        fix="Correct the roles or the fields of the row, or set data.chat_template to a template that accepts them.",
         context={"row": row, "message": turn + 1, "roles": roles},
     )
 

@@ -172,9 +172,18 @@ class Preparation:
             f"0 of {self._read} rows usable: {counts}.",
             where=self._source.name,
             cause=self._why_nothing(untrained),
-            fix="Raise data.max_seq_length, or correct the rows." if self._read else "Use a source that holds rows.",
+            fix=self._way_on(),
             context={"rows_read": self._read, "bad_rows": self._bad.first},
         )
+
+    def _way_on(self) -> str:
+        if not self._read:
+            return "Use a source that holds rows."
+        if self._fitting.too_long:
+            return "Raise data.max_seq_length, or correct the rows."
+        if self._renderer.counts.omissions.lost_turns:
+            return "Name a template that writes them in data.chat_template, or correct the rows."
+        return "Correct the rows."
 
     def _why_nothing(self, untrained: bool) -> str:
         if not untrained:
@@ -251,6 +260,8 @@ class Preparation:
             )
         if self._config.mask_reasoning and not counts.masked_thoughts:
             alerts.append("data.mask_reasoning leaves nothing out: no trained part of a row holds marks of reasoning")
+        if 0 < counts.plain_rows == sum(counts.shapes.values()):
+            alerts += self._idle_without_conversations()
         if counts.unmasked_rows:
             alerts.append(
                 f"data.mask_reasoning: the template writes reasoning between no marks that are known, and it carries "
@@ -260,6 +271,12 @@ class Preparation:
             met = ", ".join(f"{token} {count}" for token, count in counts.special_read.items())
             alerts.append(f"special tokens in messages that the template reads, encoded as tokens: {met}")
         return alerts
+
+    def _idle_without_conversations(self) -> Iterator[str]:
+        if self._config.chat_template is not None:
+            yield "data.chat_template is not used: no row is a conversation"
+        if self._config.train_on == "last":
+            yield "data.train_on last leaves nothing out: no row is a conversation"
 
     def _notes(self) -> list[str]:
         counts = self._renderer.counts
