@@ -37,9 +37,9 @@ LAUNCHER = "qlora_hal_backends.torch_family.launching"
 """`BackendSpec.launcher` of those that have collectives."""
 
 LOSS_CHUNK_ROWS = 2048
-LOSS_CHUNK_LOGITS = 2**27
-"""Of a chunk of `head_loss`: half a gigabyte in float32, in which they stand there. gpt-oss has 201,088 to a row."""
 """Rows of hidden states whose logits are made at a time."""
+LOSS_CHUNK_LOGITS = 2**27
+"""The most logits that are made at a time: half a gigabyte in float32. gpt-oss has 201,088 to a row."""
 
 TILE_ROWS = 4096
 """Rows of a tile of the fused feed-forward where it is computed again. A product of so many rows keeps a large GPU busy
