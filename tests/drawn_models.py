@@ -75,7 +75,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_expand": 2},
     "codegen": {"rotary_dim": 8}, "gptj": {"rotary_dim": 8},
     "deepseek_v2": {"num_key_value_heads": 4, "topk_group": 1, "num_experts_per_tok": 2, "n_group": 1},
-    "deepseek_v3": {"num_key_value_heads": 4, "head_dim": 8, "first_k_dense_replace": 1},
+    "deepseek_v3": {"num_key_value_heads": 4, "head_dim": 8, "qk_head_dim": 16, "first_k_dense_replace": 1},
     "deepseek_v32": {"num_key_value_heads": 4, "head_dim": 8},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "glm_moe_dsa": {"num_key_value_heads": 4, "head_dim": 8},

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -101,10 +102,11 @@ def test_what_no_installer_took_from_an_index_is_known(tmp_path: Path, monkeypat
     assert not is_from_index("no such distribution")
 
 
+@pytest.mark.skipif(find_spec("pip") is None, reason="an environment without pip")
 def test_a_command_of_pip_works_in_this_environment_whatever_the_shell_would_find(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Carried out in a shell: with this environment first on PATH, with a foreign pip there, and without pip in it."""
+    """Carried out in a shell: with this environment first on PATH, and with a foreign pip there."""
     here = str(Path(sysconfig.get_path("scripts")))
     (tmp_path / "pip").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "pip").chmod(0o755)
@@ -112,11 +114,13 @@ def test_a_command_of_pip_works_in_this_environment_whatever_the_shell_would_fin
         monkeypatch.setenv("PATH", path + os.pathsep + os.environ["PATH"])
         assert pip("--version") == line
         subprocess.run(pip("--version"), shell=True, capture_output=True, check=True)
-    bare = tmp_path / "bare"
-    venv.create(bare)
+
+
+def test_an_environment_without_pip_is_told_to_use_uv(tmp_path: Path) -> None:
+    venv.create(tmp_path)
     asked = "from qlora_hal.errors.installation import install_line; print(install_line('cpu'))"
     root = str(Path(__file__).resolve().parents[2])
-    bare_python = bare / "bin" / "python"
+    bare_python = tmp_path / "bin" / "python"
     said = subprocess.run(
         [bare_python, "-c", asked], env={"PYTHONPATH": root}, capture_output=True, text=True, check=True
     ).stdout
