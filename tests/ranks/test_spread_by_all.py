@@ -13,6 +13,7 @@ from qlora_hal.config.schema import RunConfig
 from qlora_hal.contract.values import Float64
 from qlora_hal.contract.world import World
 from qlora_hal.detect.discovery import find, listed, load_spec
+from qlora_hal.memory.placement import Placement
 from qlora_hal.ranks.agreement import Agreement
 from qlora_hal.run.session import Session
 
@@ -58,6 +59,9 @@ def test_where_the_base_does_not_fit_on_one_device_all_hold_parts(
         _prepared=SimpleNamespace(
             world=world,
             estimate=SimpleNamespace(total=NEEDED),
+            mode="data",
+            why_mode="",
+            placement=Placement(),
             resolved_backend=SimpleNamespace(choice=SimpleNamespace(spec=load_spec(find("cpu_torch", listed())))),
         ),
     )
