@@ -51,9 +51,8 @@ def plan_for(
     base_offload: Collection[str],
 ) -> DevicePlan:
     """The plan for so many devices, each with `memory_there` bytes where that is known; `memory` is that of one with
-    the whole base and `base_offload` on the host, `spread` gives that of each with a share of it. Raises ConfigError
-    QH-R05, UnsupportedFeatureError
-    QH-R06 for a backend that does not train on several."""
+    the whole base but for `base_offload`, which is on the host, `spread` gives that of each with a share of it. Raises
+    ConfigError QH-R05, UnsupportedFeatureError QH-R06."""
     if devices > 1 and Feature.DATA_PARALLEL not in spec.capabilities.features:
         raise not_on_several(spec.name, devices)
     sequences = config.training.per_device_train_batch_size * accumulation_of(config.training, World(0, devices))
@@ -70,8 +69,8 @@ def mode_of(
     memory_there: int | None,
     base_offload: Collection[str],
 ) -> tuple[str, str]:
-    """How the devices share the base, of which `base_offload` is on the host, and why. Raises UnsupportedFeatureError QH-R06 where the base cannot be
-    spread."""
+    """How the devices share the base, of which `base_offload` is on the host, and why. Raises UnsupportedFeatureError
+    QH-R06 where the base cannot be spread."""
     if devices == 1:
         return "", "one device"
     spreads = can_spread(spec)
