@@ -201,7 +201,7 @@ def estimate_run(config: RunConfig, devices: int | str | None = None, wanted: Wa
     spec = planned.spec
     is_here = card is None and planned.here.ready
     accelerated = card is not None or has_accelerator(spec, (planned.here,))
-    machine, named = None if accelerated else memory_here(), _memory_of_each(card, config)
+    machine = None if accelerated else memory_here()
     number = number_of(AUTO, spec, planned.here) if devices == AUTO else int(devices or 1)
     planned = replace(planned, devices=number)
     if is_here:
@@ -213,7 +213,8 @@ def estimate_run(config: RunConfig, devices: int | str | None = None, wanted: Wa
         spec,
         planned.estimate(),
         sharing.estimate,
-        planned.memory_bytes if accelerated else named,
+        planned.memory_bytes,
+        planned.placement().base_offload,
     )
     if plan.mode == SHARD:
         planned = sharing
@@ -229,12 +230,6 @@ def estimate_run(config: RunConfig, devices: int | str | None = None, wanted: Wa
         on_cards=_in_other_dtypes(planned, known) if card is None and plan.devices == 1 else {},
     )
     return _with_wanted(estimated, wanted, config)
-
-
-def _memory_of_each(card: KnownGpu | None, config: RunConfig) -> int | None:
-    """Bytes of one device, as far as a card or a cap is named."""
-    named = (card.memory_bytes if card is not None else None, config.training.memory_limit_bytes)
-    return min((size for size in named if size is not None), default=None)
 
 
 def _in_other_dtypes(planned: PlannedModel, cards: Sequence[KnownGpu]) -> dict[str, MemoryEstimate]:

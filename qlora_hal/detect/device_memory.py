@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qlora_hal.detect.gpu_dtypes import dtype_refused, lacking_dtype_of
-from qlora_hal.detect.hardware import inventory, memory_available_here
+from qlora_hal.detect.hardware import inventory, memory_available_here, memory_here
 from qlora_hal.detect.selection import has_accelerator
 from qlora_hal.memory.gpus import DEVICE_KINDS, apple_working_set
 from qlora_hal.memory.placement import HOST_SPARED
@@ -33,9 +33,8 @@ def cards_of(spec: BackendSpec, report: ProbeReport, machine: Machine | None = N
 def device_memory(spec: BackendSpec, report: ProbeReport, machine: Machine | None = None) -> int | None:
     """Bytes of the device that the backend would train on here: of the first of its cards, or what a process of this
     machine can have. None where the machine does not tell."""
-    machine = machine or inventory()
     if not has_accelerator(spec, (report,)):
-        return min(machine.memory_bytes, machine.memory_limit_bytes or machine.memory_bytes)
+        return memory_here(machine)
     for gpu in cards_of(spec, report, machine)[:1]:
         size = gpu.memory_total_bytes
         return apple_working_set(size) if gpu.vendor == "apple" and size else size

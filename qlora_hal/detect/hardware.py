@@ -109,9 +109,9 @@ def inventory(facts: MachineFacts | None = None) -> Machine:
 
 
 # NVIDIA -------------------------------------------------------------------------------------------------------------
-def memory_here() -> int:
+def memory_here(machine: Machine | None = None) -> int:
     """Bytes of memory that a process of this machine can have: the machine's, or the container's."""
-    machine = inventory()
+    machine = machine or inventory()
     return min(machine.memory_bytes, machine.memory_limit_bytes or machine.memory_bytes)
 
 

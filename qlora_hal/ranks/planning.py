@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ from qlora_hal.contract.capabilities import Feature
 from qlora_hal.contract.world import World
 from qlora_hal.errors import UnsupportedFeatureError
 from qlora_hal.errors.figures import size
+from qlora_hal.memory.placement import LAYERS
 from qlora_hal.ranks.window_share import accumulation_of
 
 if TYPE_CHECKING:
@@ -46,24 +47,30 @@ def plan_for(
     spec: BackendSpec,
     memory: MemoryEstimate,
     spread: Callable[[], MemoryEstimate],
-    memory_there: int | None = None,
+    memory_there: int | None,
+    base_offload: Collection[str],
 ) -> DevicePlan:
     """The plan for so many devices, each with `memory_there` bytes where that is known; `memory` is that of one with
-    the whole base, `spread` gives that of each with a share of it. Raises ConfigError QH-R05, UnsupportedFeatureError
-    QH-R06 for a backend that does not train on several."""
+    the whole base but for `base_offload`, which is on the host, `spread` gives that of each with a share of it. Raises
+    ConfigError QH-R05, UnsupportedFeatureError QH-R06."""
     if devices > 1 and Feature.DATA_PARALLEL not in spec.capabilities.features:
         raise not_on_several(spec.name, devices)
     sequences = config.training.per_device_train_batch_size * accumulation_of(config.training, World(0, devices))
-    mode, why = mode_of(config, devices, spec, memory, memory_there)
+    mode, why = mode_of(config, devices, spec, memory, memory_there, base_offload)
     of_each = spread() if mode == SHARD else memory
     return DevicePlan(devices, mode, why, sequences * devices, of_each)
 
 
 def mode_of(
-    config: RunConfig, devices: int, spec: BackendSpec, memory: MemoryEstimate, memory_there: int | None
+    config: RunConfig,
+    devices: int,
+    spec: BackendSpec,
+    memory: MemoryEstimate,
+    memory_there: int | None,
+    base_offload: Collection[str],
 ) -> tuple[str, str]:
-    """How the devices share the base, and why. Raises UnsupportedFeatureError QH-R06 where the base cannot be
-    spread."""
+    """How the devices share the base, of which `base_offload` is on the host, and why. Raises UnsupportedFeatureError
+    QH-R06 where the base cannot be spread."""
     if devices == 1:
         return "", "one device"
     spreads = can_spread(spec)
@@ -76,7 +83,7 @@ def mode_of(
         )
     if config.parallel.mode == SHARD:
         return SHARD, "each device holds a share of the packed base, as asked for"
-    if "layers" in config.training.base_offload:
+    if LAYERS in base_offload:
         return DATA, "each device reads the layers from the host's memory"
     if config.parallel.mode == AUTO and spreads and memory_there is not None and memory.total > memory_there:
         return SHARD, f"with a whole base each device would need {size(memory.total)} of its {size(memory_there)}"

@@ -35,7 +35,7 @@ from qlora_hal.memory.placement import (
 from qlora_hal.memory.time_prices import PassChoice
 from qlora_hal.model.shape import weights_to_each
 from qlora_hal.model.source import plan_model
-from qlora_hal.ranks.planning import SHARD
+from qlora_hal.ranks.planning import SHARD, mode_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -216,6 +216,12 @@ class PlannedModel:
     @property
     def moves(self) -> Moves:
         return moves_of(self.spec, self.device, spread=self.is_sharded)
+
+    def how_spread(self) -> tuple[str, str]:
+        """How the devices share the base, and why, where they have not begun to. Raises as `mode_of`."""
+        placement = self.placement()
+        memory = self.memory_with(placement)
+        return mode_of(self.config, self.devices, self.spec, memory, self.memory_bytes, placement.base_offload)
 
     @property
     def is_left_to_the_card(self) -> bool:

@@ -22,7 +22,7 @@ from qlora_hal.contract.world import World
 from qlora_hal.data import ChatTokenizer, prepare
 from qlora_hal.data.source.sampling import WindowSampler
 from qlora_hal.detect import discovery
-from qlora_hal.detect.device_memory import cards_of, device_memory, host_memory_left, refuse_absent_dtype
+from qlora_hal.detect.device_memory import refuse_absent_dtype
 from qlora_hal.detect.discovery import reports
 from qlora_hal.detect.requirements import quantization_of, requirements_of, unmet_description_note
 from qlora_hal.detect.selection import Choice, choose, refuse_unready
@@ -66,7 +66,8 @@ class ResolvedBackend:
 class PreparedRun:
     """A run that is ready to load its model. `model_hashes` are those of its files, where they were verified;
     `accumulation` is how many micro-batches of a step each rank of `world` has, and `micro_batch_splits` how often each
-    is halved from the start, so that the plan keeps to `training.memory_limit`."""
+    is halved from the start, so that the plan keeps to `training.memory_limit`. The ranks share the base by `mode`, and
+    the `estimate` is of each of them."""
 
     config: RunConfig
     seed: int
@@ -75,6 +76,8 @@ class PreparedRun:
     data: PreparedData
     estimate: MemoryEstimate
     placement: Placement = field(default_factory=Placement)
+    mode: str = ""
+    why_mode: str = ""
     model_hashes: Mapping[str, str] = field(default_factory=dict)
     world: World = field(default_factory=World)
     accumulation: int = 1
@@ -214,7 +217,11 @@ def prepare_run(
             room_for_an_answer(tokenizer, prompt, facts.max_position_embeddings, plain=plain, where=place)
     for alert in data.report.alerts:
         console.note(alert)
-    placement, memory = _placed(config, resolved_backend, world)
+    planned = planned_model(config, resolved_backend, world.size)
+    mode, why = planned.how_spread()
+    if mode == SHARD:
+        planned = replace(planned, share=world.size)
+    placement = _placed(planned)
     if placement.why:
         console.note(f"{placement.words()}: {placement.why}")
     elif config.training.gradient_checkpointing and config.training.recompute is None:
@@ -225,50 +232,41 @@ def prepare_run(
         resolved_backend,
         tokenizer,
         data,
-        memory,
+        planned.memory_with(placement),
         placement,
+        mode=mode,
+        why_mode=why,
         world=world,
         accumulation=accumulation,
     )
 
 
-def planned_model(config: RunConfig, resolved_backend: ResolvedBackend, devices: int, share: int) -> PlannedModel:
+def planned_model(config: RunConfig, resolved_backend: ResolvedBackend, devices: int, share: int = 1) -> PlannedModel:
     """The run's memory as it is planned for the device that is here. `share` of the `devices` hold the layers."""
-    spec, report = resolved_backend.choice.spec, resolved_backend.report
-    return PlannedModel(
+    source, report = resolved_backend.source, resolved_backend.report
+    planned = PlannedModel(
         config,
-        resolved_backend.source.facts,
-        resolved_backend.source.path,
-        spec,
+        source.facts,
+        source.path,
+        resolved_backend.choice.spec,
         report,
         report,
-        memory_of_a_device(resolved_backend, config) or None,
         devices=devices,
         share=share,
         modules=resolved_backend.outline.linear_modules,
-        gpu=next(iter(cards_of(spec, report)), None),
-        host_room=host_memory_left(),
     )
+    return planned.on_this_machine()
 
 
-def _placed(config: RunConfig, resolved_backend: ResolvedBackend, world: World) -> tuple[Placement, MemoryEstimate]:
-    """What is recomputed and what is on the host, and the peak with that. What is `auto` is chosen for the batch that
-    is asked for, and for smaller ones where `training.memory_limit` cuts it."""
-    share = world.size if config.parallel.mode == SHARD else 1
-    planned = planned_model(config, resolved_backend, world.size, share)
-    chosen = planned.placement()
+def _placed(planned: PlannedModel) -> Placement:
+    """What is recomputed and what is on the host. What is `auto` is chosen for the batch that is asked for, and for
+    smaller ones where `training.memory_limit` cuts it."""
+    config, chosen = planned.config, planned.placement()
     if chosen.why and config.training.memory_limit_bytes is not None and not planned.fits:
         smaller = (replace(planned, config=config.with_rows(rows)) for rows in halves(config.full_batch_rows))
         fitting = [cut for cut in smaller if cut.fits]
         chosen = min(fitting, key=lambda cut: cost(cut.price(), Taken())).placement() if fitting else chosen
-    return chosen, planned.memory_with(chosen)
-
-
-def memory_of_a_device(resolved_backend: ResolvedBackend, config: RunConfig) -> int:
-    """Bytes of the device that trains, as far as the machine tells, and no more than `training.memory_limit`; 0 where
-    neither says."""
-    has = device_memory(resolved_backend.choice.spec, resolved_backend.report)
-    return min(filter(None, (has, config.training.memory_limit_bytes)), default=0)
+    return chosen
 
 
 def _check_lengths(outline: ModelOutline, data: PreparedData) -> None:

@@ -26,7 +26,7 @@ from qlora_hal.inference.loaded_model import LoadedModel
 from qlora_hal.memory.placement import FULL, NONE
 from qlora_hal.processes.signals import EndedAtOnce
 from qlora_hal.ranks.agreement import Agreement
-from qlora_hal.ranks.planning import SHARD, mode_of
+from qlora_hal.ranks.planning import DATA, SHARD, mode_of
 from qlora_hal.report.live_page import LivePage
 from qlora_hal.report.metrics import MetricsFile, loss_before, trained_seconds
 from qlora_hal.run import loop
@@ -199,7 +199,10 @@ class Session:
         prepared, has = self._prepared, self._trainer.device_facts().memory_limit_bytes
         there = min(filter(None, (has, self._config.training.memory_limit_bytes)), default=None)
         spec = prepared.resolved_backend.choice.spec
-        mode, why = mode_of(self._config, prepared.world.size, spec, prepared.estimate, there)
+        mode, why = prepared.mode, prepared.why_mode
+        if mode == DATA:
+            offloaded = prepared.placement.base_offload
+            mode, why = mode_of(self._config, prepared.world.size, spec, prepared.estimate, there, offloaded)
         [short] = self._ranks.how_many(mode == SHARD)
         if short and self._config.parallel.mode != SHARD:
             reason = why if mode == SHARD else f"a whole base does not fit on {short} of the devices"

@@ -19,7 +19,6 @@ from qlora_hal.errors import ConfigError, QloraHalError, figures
 from qlora_hal.errors.redaction import REMOVED
 from qlora_hal.files.refused_paths import named_path
 from qlora_hal.hooks import Hooks
-from qlora_hal.memory.estimate import spread_over
 from qlora_hal.memory.placement import FULL, NONE, OFFLOAD
 from qlora_hal.model.hub import require_space
 from qlora_hal.model.verifying import verify_model
@@ -27,7 +26,7 @@ from qlora_hal.processes.signals import ignored_note, requests_by_signal
 from qlora_hal.quantize.calibration import refuse_calibration_by_ranks, refuse_idle_calibration, with_quantized_base
 from qlora_hal.ranks.following import followed_existing, followed_new, silent_console
 from qlora_hal.ranks.identity import is_restart, launch_here, may_be_restart, seed_of_ranks, world_here
-from qlora_hal.ranks.planning import SHARD, mode_of, plan_for
+from qlora_hal.ranks.planning import SHARD, DevicePlan
 from qlora_hal.ranks.window_share import sequences_of_one_rank
 from qlora_hal.report.console import RunConsole
 from qlora_hal.report.run_file import given_config, read_run_config, read_run_file, record_from
@@ -40,7 +39,6 @@ from qlora_hal.run.paths import PathOverrides, require_paths, with_absolute_path
 from qlora_hal.run.planned_memory import likely_dtype
 from qlora_hal.run.prepare import (
     drawn_seed,
-    memory_of_a_device,
     planned_model,
     prepare_run,
     resolve_backend,
@@ -196,19 +194,12 @@ def _prepared(
 def _within_memory_limit(prepared: PreparedRun, console: RunConsole) -> PreparedRun:
     """Raises ConfigError QH-U81 where the run cannot keep to `training.memory_limit`."""
     config, resolved = prepared.settled_config, prepared.resolved_backend
-    share = _share(prepared, memory_of_a_device(resolved, config) or None)
+    share = prepared.world.size if prepared.mode == SHARD else 1
     planned = planned_model(config, resolved, prepared.world.size, share)
     prepared, note = within_limit(prepared, planned)
     if note:
         console.note(note)
     return prepared
-
-
-def _share(prepared: PreparedRun, memory_there: int | None) -> int:
-    """How many devices hold the packed layers together."""
-    spec, devices = prepared.resolved_backend.choice.spec, prepared.world.size
-    mode, _ = mode_of(prepared.settled_config, devices, spec, prepared.estimate, memory_there)
-    return devices if mode == SHARD else 1
 
 
 def _refuse_absent_rows(data: DataConfig, rows: GivenRows) -> None:
@@ -424,7 +415,8 @@ def _late_evaluations(prepared: PreparedRun, given: Collection[str]) -> Iterator
 
 def memory_notes(prepared: PreparedRun) -> Iterator[str]:
     """Whether the estimated peak is above what the device has; a run of shorter rows may fit all the same."""
-    has, peak = memory_of_a_device(prepared.resolved_backend, prepared.config), prepared.estimate.total
+    planned = planned_model(prepared.config, prepared.resolved_backend, prepared.world.size)
+    has, peak = planned.memory_bytes, prepared.estimate.total
     if has and peak > has:
         yield (
             f"the estimated peak of {figures.size(peak)} is above the {figures.size(has)} of memory here; it is "
@@ -453,15 +445,8 @@ def _planned(prepared: PreparedRun) -> TrainResult:
     """What a dry run found out, in the form of a result without a step."""
     resolved_backend, training = prepared.resolved_backend, prepared.config.training
     dtype = likely_dtype(prepared.config, resolved_backend.choice.spec, resolved_backend.report)
-    devices = plan_for(
-        prepared.config,
-        prepared.world.size,
-        resolved_backend.choice.spec,
-        prepared.estimate,
-        lambda: spread_over(prepared.estimate, resolved_backend.source.facts, dtype, prepared.world.size),
-        memory_of_a_device(prepared.resolved_backend, prepared.config) or None,
-    )
-    memory = devices.memory
+    memory, size = prepared.estimate, prepared.world.size
+    devices = DevicePlan(size, prepared.mode, prepared.why_mode, prepared.sequences_per_step, memory)
     plan = {
         "steps": window_sampler(prepared).total_steps(training.num_train_epochs, training.max_steps),
         "sequences": len(prepared.data.train),

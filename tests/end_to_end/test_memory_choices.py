@@ -11,7 +11,7 @@ from small_runs import SMALL, merged, small_run
 
 from qlora_hal import train
 from qlora_hal.errors import QloraHalError
-from qlora_hal.run import prepare, start
+from qlora_hal.run import planned_memory
 
 pytestmark = pytest.mark.slow
 
@@ -21,8 +21,7 @@ ONE_STEP = {"training.max_steps": 1}
 def test_run_says_what_it_chose_and_why_and_what_it_costs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for module in (prepare, start):
-        monkeypatch.setattr(module, "memory_of_a_device", lambda *given: 1)  # nothing fits: the least is taken
+    monkeypatch.setattr(planned_memory, "device_memory", lambda *given: 1)  # nothing fits: the least is taken
     choices = {"training.recompute": "auto", "training.base_offload": "auto"}
     result = small_run(tmp_path / "run", {**ONE_STEP, **choices})
     run = json.loads((result.run_dir / "run.json").read_text(encoding="utf-8"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,17 @@ def test_a_mac_counts_with_what_metal_recommends() -> None:
     spec = load_spec(find("mlx_lora", listed()))
     report = ProbeReport("mlx_lora", Availability.READY, "ready", uses_accelerator=True)
     assert device_memory(spec, report, machine) == apple_working_set(machine.memory_bytes)
+
+
+@pytest.mark.parametrize(("kind", "vendor"), [("cuda", "nvidia"), ("rocm", "amd"), ("", "amd")], ids=str)
+def test_of_cards_of_two_vendors_those_count_that_the_backends_library_opens(kind: str, vendor: str) -> None:
+    """An integrated or a larger card of the other one is nothing to it; where it does not tell, the largest is."""
+    t4, mi300x = (inventory(ReplayedFacts(load(recorded))) for recorded in ("nvidia_t4", "amd_mi300x"))
+    machine = replace(t4, gpus=(*t4.gpus, *mi300x.gpus))
+    spec = load_spec(find("gptq_int4", listed()))
+    report = ProbeReport(spec.name, Availability.READY, "ready", uses_accelerator=True, device_kind=kind)
+    expected = {"nvidia": t4, "amd": mi300x}[vendor].gpus[0].memory_total_bytes
+    assert device_memory(spec, report, machine) == expected
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,3 +115,20 @@ def test_layers_that_may_rest_on_the_disk_need_no_host_that_holds_them(
     assert (needs.host == embeddings) is not is_on_host
     layers = 0 if rest == "disk" else 3.35 * GIB  # as an H200's host had them: docs/runs/h200_memory_steps.json
     assert planned(llama_8b, 6, settings, host=64).needs().host == pytest.approx(embeddings + layers, rel=0.002)
+
+
+def test_layers_of_a_mixture_cross_whole_for_tokens_that_meet_a_part_of_them(tmp_path: Path, llama_8b: str) -> None:
+    """All 64 experts, of which a token meets eight: streamed, it is dearer than a dense model."""
+    experts = {"num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 1024, "head_dim": 128}
+    shape = write_config(tmp_path, hidden=2048, inner=6144, layers=24, heads=16, key_heads=4, vocabulary=32000)
+    (tmp_path / "config.json").write_text(json.dumps({**shape, **experts, "model_type": "qwen3_moe"}))
+    streamed = {BASE_OFFLOAD: ["layers"]}
+    mixture, dense = (planned(model, 24, streamed).price() for model in (str(tmp_path), llama_8b))
+    assert 5 < mixture.to_each < 8
+    assert dense.to_each == 1
+    assert mixture.time > 1.5 * dense.time
+
+
+def test_what_waits_on_the_host_is_counted_for_each_device_on_it(llama_8b: str) -> None:
+    there = planned(llama_8b, 24, {BASE_OFFLOAD: ["embeddings", "layers"]})
+    assert replace(there, devices=3).needs().host == 3 * there.needs().host > 0

@@ -19,6 +19,7 @@ from qlora_hal.detect.discovery import find, listed, load_spec
 from qlora_hal.errors import ConfigError, QloraHalError
 from qlora_hal.ranks.planning import mode_of
 from qlora_hal.report.console import RunConsole
+from qlora_hal.run import planned_memory
 from qlora_hal.run.start import idle_settings
 
 
@@ -78,10 +79,10 @@ def test_devices_that_hold_shares_of_the_base_need_less(tmp_path: Path) -> None:
     }
 
 
-def plan_with(there: int | None, mode: str, needed: int, tmp_path: Path) -> str:
+def plan_with(there: int | None, mode: str, needed: int, tmp_path: Path, on_host: tuple[str, ...] = ()) -> str:
     spec = load_spec(find("cpu_torch", listed()))
     memory = MemoryEstimate(needed, 0, 0, 0, 0, 0, 0, 0)
-    return mode_of(config(tmp_path, **{"parallel.mode": mode}), 2, spec, memory, there)[0]
+    return mode_of(config(tmp_path, **{"parallel.mode": mode}), 2, spec, memory, there, on_host)[0]
 
 
 @pytest.mark.parametrize(
@@ -95,6 +96,12 @@ def test_auto_spreads_the_base_where_the_whole_does_not_fit(
     there: int | None, mode: str, expected: str, tmp_path: Path
 ) -> None:
     assert plan_with(there, mode, 100, tmp_path) == expected
+
+
+def test_layers_that_auto_puts_on_the_host_are_not_spread_as_well(tmp_path: Path) -> None:
+    """However large the rest: a base that is both is refused when it is loaded."""
+    assert plan_with(99, "auto", 100, tmp_path, ("embeddings", "layers")) == "data"
+    assert plan_with(99, "auto", 100, tmp_path, ("embeddings",)) == "shard"
 
 
 def test_estimate_takes_more_devices_than_there_are(tmp_path: Path) -> None:
@@ -175,3 +182,27 @@ def test_a_rank_behind_the_first_leaves_what_all_found_to_that(
     assert said.out == ""
     assert said.err.startswith("rank 1 on ")
     assert "error[QH-U" in said.err
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"parallel.mode": "shard"}, id="as asked for"),
+        pytest.param({"quantization.weight_format": "none"}, id="where a whole base does not fit"),
+    ],
+)
+def test_a_dry_run_and_estimate_tell_the_same_memory_of_each_device(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ranks on the processor share its memory, and the layers are spread once."""
+    asked = quick(tmp_path / "run", **changes)
+    whole = estimate_run(RunConfig.model_validate(asked))
+    if "parallel.mode" not in changes:
+        monkeypatch.setattr(planned_memory, "device_memory", lambda *_: 2 * whole.memory.total - 2)
+    estimated = estimate_run(RunConfig.model_validate(asked), 2)
+    assert main(["train", str(settings_file(asked)), "--dry-run", "--devices", "2", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    assert (plan["mode"], plan["why"]) == (estimated.plan.mode, estimated.plan.why)
+    assert plan["mode"] == "shard"
+    assert plan["memory"]["weights"] == pytest.approx(estimated.memory.weights, rel=0.01)
+    assert plan["memory"]["weights"] < whole.memory.weights

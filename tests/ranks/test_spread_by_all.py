@@ -13,6 +13,7 @@ from qlora_hal.config.schema import RunConfig
 from qlora_hal.contract.values import Float64
 from qlora_hal.contract.world import World
 from qlora_hal.detect.discovery import find, listed, load_spec
+from qlora_hal.memory.placement import Placement
 from qlora_hal.ranks.agreement import Agreement
 from qlora_hal.run.session import Session
 
@@ -48,18 +49,35 @@ class Others:
 def test_where_the_base_does_not_fit_on_one_device_all_hold_parts(
     memory: int, short: int, spread: bool, told: Sequence[str]
 ) -> None:
+    session, notes = session_on(memory, short, mode="data", why="each device holds the whole packed base")
+    assert Session._shards_base(session) is spread
+    assert notes == told
+
+
+def test_what_was_planned_is_done_although_the_device_has_more() -> None:
+    """A dry run has told it, and the estimate is of a share."""
+    session, notes = session_on(2 * NEEDED, 0, mode="shard", why="as the dry run said")
+    assert Session._shards_base(session)
+    assert notes == ["parallel.mode is shard: as the dry run said"]
+
+
+def session_on(memory: int, short: int, *, mode: str, why: str) -> tuple[Any, list[str]]:
+    """One of three ranks, on a device of so much memory, with what it notes."""
     notes: list[str] = []
     trainer, world = Others(memory, short), World(0, 3)
-    session: Any = SimpleNamespace(
+    prepared = SimpleNamespace(
+        world=world,
+        estimate=SimpleNamespace(total=NEEDED),
+        mode=mode,
+        why_mode=why,
+        placement=Placement(),
+        resolved_backend=SimpleNamespace(choice=SimpleNamespace(spec=load_spec(find("cpu_torch", listed())))),
+    )
+    session = SimpleNamespace(
         _config=RunConfig(),
         _trainer=trainer,
         _ranks=Agreement(world, trainer),
         _context=SimpleNamespace(console=SimpleNamespace(note=notes.append)),
-        _prepared=SimpleNamespace(
-            world=world,
-            estimate=SimpleNamespace(total=NEEDED),
-            resolved_backend=SimpleNamespace(choice=SimpleNamespace(spec=load_spec(find("cpu_torch", listed())))),
-        ),
+        _prepared=prepared,
     )
-    assert Session._shards_base(session) is spread
-    assert notes == told
+    return session, notes

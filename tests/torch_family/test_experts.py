@@ -303,7 +303,9 @@ FORMATS = {
 }
 
 
-@pytest.mark.parametrize("ends", [(10, 10, 24, 24, 30), (0, 0, 30, 30, 30), (0, 0, 0, 7, 30)], ids=str)
+@pytest.mark.parametrize(
+    "ends", [(10, 12, 20, 24, 30), (10, 10, 24, 24, 30), (0, 0, 30, 30, 30), (0, 0, 0, 7, 30)], ids=str
+)
 @pytest.mark.parametrize("quantization", FORMATS.values(), ids=FORMATS)
 def test_a_stack_too_large_to_stand_decoded_is_decoded_by_blocks_of_experts(
     quantization: Quantization, ends: tuple[int, ...], monkeypatch: pytest.MonkeyPatch

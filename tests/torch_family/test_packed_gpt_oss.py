@@ -207,3 +207,15 @@ def test_transformers_own_attention_mixes_samples_and_refuses_them(opened: Opene
 def test_what_attends_is_said(opened: Opened) -> None:
     path = opened().trainer.device_facts().kernel_path
     assert "sinks: packed rows sample by sample (flash attention does not compute in float32)" in path
+
+
+@pytest.mark.parametrize("window", [None, WINDOW])
+def test_tokens_after_cached_keys_see_what_they_see_in_the_whole_row(window: int | None) -> None:
+    """Several at once, whose cache holds more than their windows."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 4, 11, 8, generator=generator)
+    key, value = (torch.randn(2, 2, 11, 8, generator=generator) for _ in range(2))
+    told: dict[str, Any] = {"scaling": 8**-0.5, "sliding_window": window, "s_aux": torch.randn(4, generator=generator)}
+    whole, _ = sinks.attend(None, query, key, value, None, **told)
+    last, _ = sinks.attend(None, query[:, :, -3:], key, value, None, **told)
+    torch.testing.assert_close(last, whole[:, -3:])
