@@ -94,7 +94,7 @@ def conformance(
         with redirect_stdout(io.StringIO()) as said:
             status = verify_and_print(verify)
             if backend is not None and (of := _backend_of(verify)) != backend:
-                print(f"{verify}: is of the backend {of}, not of {backend}")
+                show(f"{verify}: is of the backend {of}, not of {backend}")
                 status = NOT_CONFORMANT
         if not quiet:
             show(said.getvalue(), end="")  # a certificate is a stranger's file
