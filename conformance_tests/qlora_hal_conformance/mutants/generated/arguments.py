@@ -186,6 +186,93 @@ ARGUMENTS: Mapping[tuple[str, str, str], str] = {
             "** (-8)})"
         ),
     ): "A backend that rounds less than its dtype is closer to the oracle: no defect.",
+    (
+        "quantize_absmax",
+        (
+            "def quantize_absmax(absmax: Float32, *, offset: np.float32 | None=None, through_cpu_table: bool=False) "
+            "-> QuantizedAbsmax:"
+        ),
+        (
+            "def quantize_absmax(absmax: Float32, *, offset: np.float32 | None=None, through_cpu_table: bool=True) ->"
+            " QuantizedAbsmax:"
+        ),
+    ): "The two tables are two devices' rounding of the same code; either is within the bound of the format.",
+    (
+        "refuse_load",
+        (
+            "wanted = {Feature.DOUBLE_QUANT: quantization.double_quant, Feature.QUANTIZE_ON_LOAD: plain_source and "
+            "quantization.weight_format is not WeightFormat.NONE, Feature.LOAD_PREQUANTIZED: not plain_source, "
+            "Feature.GRADIENT_CHECKPOINTING: compute.gradient_checkpointing, Feature.DATA_PARALLEL: "
+            "compute.world.size > 1, Feature.SHARDED_BASE: compute.shard_base, Feature.FP8_PRODUCTS: "
+            "compute.fp8_products, Feature.EXPERTS: any((linear.experts > 1 for linear in "
+            "source.facts.linear_modules.values()))}"
+        ),
+        (
+            "wanted = {Feature.DOUBLE_QUANT: quantization.double_quant, Feature.QUANTIZE_ON_LOAD: plain_source and "
+            "quantization.weight_format is WeightFormat.NONE, Feature.LOAD_PREQUANTIZED: not plain_source, "
+            "Feature.GRADIENT_CHECKPOINTING: compute.gradient_checkpointing, Feature.DATA_PARALLEL: "
+            "compute.world.size > 1, Feature.SHARDED_BASE: compute.shard_base, Feature.FP8_PRODUCTS: "
+            "compute.fp8_products, Feature.EXPERTS: any((linear.experts > 1 for linear in "
+            "source.facts.linear_modules.values()))}"
+        ),
+    ): "The reference can quantize while it loads, so that no load asks for a feature it has not.",
+    (
+        "MixtureShape.__post_init__",
+        "if not 0 < self.experts_per_token <= self.experts * self.groups_chosen // self.groups:",
+        "if not 1 < self.experts_per_token <= self.experts * self.groups_chosen // self.groups:",
+    ): "The suite draws no mixture that sends a token to one expert; a backend that refuses one would not be seen.",
+    (
+        "ReferenceTrainer.proved_compute_dtypes",
+        "return tuple((dtype for dtype in ROUNDINGS if dtype in self.spec.capabilities.compute_dtypes))",
+        "return tuple((dtype for dtype in ROUNDINGS))",
+    ): "The reference declares every dtype that it rounds to.",
+    (
+        "MixtureShape.__post_init__",
+        "if not 0 < self.experts_per_token <= self.experts * self.groups_chosen // self.groups:",
+        "if not 0 < self.experts_per_token <= self.experts * self.groups_chosen * self.groups:",
+    ): "A check of the shape's maker: the suite draws shapes whose tokens find enough experts.",
+    (
+        "refuse_untargeted",
+        "used = {key(module) for module in adapter.config.target_modules for key in (lora_a_key, lora_b_key)}",
+        "used = {key(module) for module in adapter.config.target_modules for key in (lora_b_key, lora_a_key)}",
+    ): "A set of the same keys.",
+    (
+        "round_to_bfloat16",
+        "lowest_kept_bit = pattern >> np.uint32(16) & np.uint32(1)",
+        "lowest_kept_bit = pattern << np.uint32(16) & np.uint32(1)",
+    ): (
+        "Equal but for ties, one value in 2^16, which go to the other of two bfloat16 that are equally far: no "
+        "further than bfloat16's own roundoff."
+    ),
+    (
+        "idle_experts",
+        (
+            "still: dict[str, Bool] = {name: np.asarray(~gradient.any(axis=(-2, -1), keepdims=True)) for name, "
+            "gradient in gradients.items() if gradient.ndim == STACK_AXES}"
+        ),
+        (
+            "still: dict[str, Bool] = {name: np.asarray(~gradient.any(axis=(-1, -2), keepdims=True)) for name, "
+            "gradient in gradients.items() if gradient.ndim == STACK_AXES}"
+        ),
+    ): "The same two axes.",
+    (
+        "load_base",
+        "record = record_of(packed.weight_format) if packed is not None else None",
+        "record = None",
+    ): (
+        "The reference declares bitsandbytes' formats alone, whose packed tensors describe themselves; the layouts of"
+        " the others are judged on backends that declare them."
+    ),
+    (
+        "load_base.read",
+        "if not any((module + suffix in tensors for suffix in _weight_suffixes(record))):",
+        "if not all((module + suffix in tensors for suffix in _weight_suffixes(record))):",
+    ): "The formats that the reference declares have one suffix.",
+    (
+        "_log_softmax",
+        "shifted = logits - logits.max(axis=-1, keepdims=True)",
+        "shifted = logits",
+    ): "Any shift gives the same softmax as long as no exponential overflows, in float64 up to 700.",
 }
 """(function, what stood there, what stands there now) -> the argument."""
 
