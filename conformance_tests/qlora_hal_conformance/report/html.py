@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -216,8 +217,13 @@ def _row(name: str, cases: Sequence[CaseResult]) -> str:
     return f"<tr><td>{''.join(parts)}{figures}"
 
 
+_OF_A_REFUSAL = re.compile(r"^Backend \S+ does not support what was requested: ")
+"""What a refused row says by its mark, on a page of one backend."""
+
+
 def _why(cases: Sequence[CaseResult]) -> str:
-    first, *others = dict.fromkeys(case.message for case in cases if case.message) or [""]
+    said = (_OF_A_REFUSAL.sub("", case.message) for case in cases if case.message)
+    first, *others = dict.fromkeys(said) or [""]
     return f"{first} And {len(others)} like it." if others else first
 
 
