@@ -9,7 +9,6 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,8 @@ from installed_plugins import describe
 
 from qlora_hal.errors.installation import _packages, _requirement, install_line, is_from_index, pip, requirement
 
+HAS_PIP = Path(sysconfig.get_path("purelib"), "pip").is_dir()
+"""Asked of the folder: who asks the import system for pip gets the standard library's distutils from then on."""
 HERE = {"url": "file:///home/me/my%20work/qlora", "dir_info": {"editable": True}}
 BRANCH = {
     "url": "https://git.example/q.git",
@@ -102,7 +103,7 @@ def test_what_no_installer_took_from_an_index_is_known(tmp_path: Path, monkeypat
     assert not is_from_index("no such distribution")
 
 
-@pytest.mark.skipif(find_spec("pip") is None, reason="an environment without pip")
+@pytest.mark.skipif(not HAS_PIP, reason="an environment without pip")
 def test_a_command_of_pip_works_in_this_environment_whatever_the_shell_would_find(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
