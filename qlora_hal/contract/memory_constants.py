@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+OFFLOADED_LAYERS, ON_DISK = "offloaded_layers", "disk"
+"""The option of backends that can have the layers of a base rest in a file, and its choice that says so."""
 HEAP_BLOCK_BYTES = 32 * 2**20
 """glibc gives larger blocks pages of their own, and these back when they are freed (mallopt(3),
 DEFAULT_MMAP_THRESHOLD_MAX)."""

@@ -10,7 +10,7 @@ from qlora_hal.adapter.targets import require_rank, resolve_targets
 from qlora_hal.config.resolve import resolve_settings
 from qlora_hal.contract.backend import Availability, ProbeReport
 from qlora_hal.contract.capabilities import unmet_requirements
-from qlora_hal.contract.memory_constants import MemoryQuery
+from qlora_hal.contract.memory_constants import OFFLOADED_LAYERS, ON_DISK, MemoryQuery
 from qlora_hal.data.prepare import refuse_long_sequences
 from qlora_hal.detect.device_memory import cards_of, device_memory, host_memory_left
 from qlora_hal.detect.discovery import find, listed, load_spec, reports
@@ -46,9 +46,6 @@ if TYPE_CHECKING:
     from qlora_hal.detect.gpu_dtypes import Architecture
     from qlora_hal.memory.gpus import KnownGpu
     from qlora_hal.model.facts import ModelFacts
-
-OFFLOADED_LAYERS, ON_DISK = "offloaded_layers", "disk"
-"""The option of backends that can have the layers of a base rest in a file, and its choice that says so."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from tiny_models import HIDDEN, VOCABULARY, write_model
 
 from qlora_hal.config.schema import TrainingConfig
 from qlora_hal.contract.capabilities import Feature, WeightFormat
+from qlora_hal.contract.values import MemoryEstimate
 from qlora_hal.memory.estimate import estimate
 from qlora_hal.memory.fitting import Needs, Room, chosen_placement
 from qlora_hal.memory.placement import (
@@ -19,7 +20,7 @@ from qlora_hal.memory.placement import (
     with_base_offloaded,
 )
 from qlora_hal.memory.time_prices import PassChoice
-from qlora_hal.model.facts import read_facts
+from qlora_hal.model.facts import ModelFacts, read_facts
 
 ALL = frozenset(Feature)
 PEAKS = {"none": 100, "selective": 80, "full": 50, "offload": 40}
@@ -122,12 +123,16 @@ def test_what_is_asked_for_is_not_weighed(given: dict[str, object]) -> None:
     assert chosen(1, **given) == (expected, ())
 
 
-def test_parts_on_the_host_leave_what_is_read_of_them_at_a_time(tmp_path: Path) -> None:
-    facts = read_facts(write_model(tmp_path, "llama", num_hidden_layers=5))
-    whole = estimate(
+def whole_base(facts: ModelFacts) -> MemoryEstimate:
+    return estimate(
         facts, weight_format=WeightFormat.NF4, block_size=64, double_quant=True, compute_dtype="bfloat16", r=4,
         targets={}, optimizer="adamw", batch_size=1, sequence_length=8, gradient_checkpointing=False,
     )  # fmt: skip
+
+
+def test_parts_on_the_host_leave_what_is_read_of_them_at_a_time(tmp_path: Path) -> None:
+    facts = read_facts(write_model(tmp_path, "llama", num_hidden_layers=5))
+    whole = whole_base(facts)
     table = VOCABULARY * HIDDEN * 2
     without = {
         parts: with_base_offloaded(whole, facts, "bfloat16", parts).weights
@@ -143,10 +148,7 @@ def test_parts_on_the_host_leave_what_is_read_of_them_at_a_time(tmp_path: Path) 
 
 def test_the_host_has_what_the_device_is_spared(tmp_path: Path) -> None:
     facts = read_facts(write_model(tmp_path, "llama", num_hidden_layers=5))
-    whole = estimate(
-        facts, weight_format=WeightFormat.NF4, block_size=64, double_quant=True, compute_dtype="bfloat16", r=4,
-        targets={}, optimizer="adamw", batch_size=1, sequence_length=8, gradient_checkpointing=False,
-    )  # fmt: skip
+    whole = whole_base(facts)
     table = VOCABULARY * HIDDEN * 2
     on_host = host_bytes(
         whole.weights, facts, "bfloat16", Placement("offload", ("embeddings", "layers", "head")), tokens=8

@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from qlora_hal.contract.memory_constants import OFFLOADED_LAYERS, ON_DISK
 from qlora_hal.detect.hardware import memory_available_here
 from qlora_hal.errors import StorageError
 from qlora_hal.errors.figures import size as in_words
@@ -26,8 +27,7 @@ from qlora_hal.quantize.calibration import cache_folder
 from qlora_hal_backends.torch_family.copy_queue import Copy, host_memory
 from qlora_hal_backends.torch_family.device import has_queue
 
-OPTION = "offloaded_layers"
-AUTO, HOST, DISK = "auto", "host", "disk"
+AUTO, HOST, DISK = "auto", "host", ON_DISK
 CHOICES = (AUTO, HOST, DISK)
 BUFFERS = 2
 MOST_WASTED = 8
@@ -190,7 +190,7 @@ def resting_place(choice: str, needed: int, device: torch.device, ranks: int = 1
     if choice == HOST:
         return HostLayers(device)
     if choice == DISK:
-        return DiskLayers(device, cache_folder(), f"as backend.options.{OPTION} says")
+        return DiskLayers(device, cache_folder(), f"as backend.options.{OFFLOADED_LAYERS} says")
     available = memory_available_here()
     if ranks * needed <= available * (1 - HOST_SPARED):
         return HostLayers(device)
@@ -203,4 +203,4 @@ def idle_note(choice: str) -> str:
     """What is said of the option where no layer is offloaded, or ""."""
     if choice == AUTO:
         return ""
-    return f"backend.options.{OPTION} has no effect: training.base_offload leaves the layers on the device"
+    return f"backend.options.{OFFLOADED_LAYERS} has no effect: training.base_offload leaves the layers on the device"

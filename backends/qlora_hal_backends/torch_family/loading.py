@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from qlora_hal.contract.backend import Compute, Quantization
 from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal.contract.memory_constants import OFFLOADED_LAYERS
 from qlora_hal.contract.rotary_length import RotaryLength
 from qlora_hal.errors import ModelError, UnsupportedFeatureError
 from qlora_hal.formats.catalogue import record_of
@@ -41,7 +42,7 @@ from qlora_hal_backends.torch_family.experts.stacked_weights import Mxfp4Stack
 from qlora_hal_backends.torch_family.head_loss import Head
 from qlora_hal_backends.torch_family.host_tables import HostEmbedding, Tables
 from qlora_hal_backends.torch_family.layer_slots import LayerStore, kind_of
-from qlora_hal_backends.torch_family.layers_at_rest import AUTO, OPTION, idle_note
+from qlora_hal_backends.torch_family.layers_at_rest import AUTO, idle_note
 from qlora_hal_backends.torch_family.lora_linear import FrozenLinear
 from qlora_hal_backends.torch_family.microscaling import LARGEST, Mxfp4Weight
 from qlora_hal_backends.torch_family.ranks import most_ranks_here
@@ -138,7 +139,8 @@ def load_with(
         _fill_parameters(causal, checkpoint, lambda name: torch.device("cpu") if name in tables.names else device)
         _fill_buffers(causal, checkpoint)
         notes = [*_tie(architecture), *_unused_notes(architecture), *tables.notes]
-        if not isinstance(store, StreamedBase) and (idle := idle_note(str(compute.options.get(OPTION, AUTO)))):
+        resting = str(compute.options.get(OFFLOADED_LAYERS, AUTO))
+        if not isinstance(store, StreamedBase) and (idle := idle_note(resting)):
             notes.append(idle)
     host_embedding = tables.move_to_host(causal, device)
     causal.to(device)
@@ -213,7 +215,7 @@ def _layer_store(compute: Compute, device: torch.device, numbers: int) -> Sharde
             fix="Take layers out of training.base_offload, or set parallel.mode: data.",
         )
     if on_host:
-        choice = str(compute.options.get(OPTION, AUTO))
+        choice = str(compute.options.get(OFFLOADED_LAYERS, AUTO))
         return StreamedBase(device, numbers, choice, most_ranks_here(compute.world, device))
     return ShardedBase(compute.world, device) if compute.shard_base else None
 

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import Literal
 
 from qlora_hal.contract.capabilities import Capabilities, Feature, WeightFormat
-from qlora_hal.contract.memory_constants import MemoryConstants, MemoryQuery
+from qlora_hal.contract.memory_constants import OFFLOADED_LAYERS, ON_DISK, MemoryConstants, MemoryQuery
 from qlora_hal.formats.microscaling import MXFP4
 from qlora_hal.model.expert_stacks import INTERLEAVED
 
@@ -25,7 +25,7 @@ TORCH_OPTIONS: Mapping[str, tuple[object, ...]] = {
 """`backend.options` of this family. Eager attention is the cure where a device's fused attention gives NaN; `layers`
 plain keeps transformers' own layers where the fused ones would serve."""
 
-STREAMING_OPTIONS: Mapping[str, tuple[object, ...]] = {**TORCH_OPTIONS, "offloaded_layers": ("auto", "host", "disk")}
+STREAMING_OPTIONS: Mapping[str, tuple[object, ...]] = {**TORCH_OPTIONS, OFFLOADED_LAYERS: ("auto", "host", ON_DISK)}
 """Those of backends that can take a base's layers from the device: where these rest. `auto`: on the disk where the
 host's memory does not have them left."""
 
