@@ -273,6 +273,108 @@ ARGUMENTS: Mapping[tuple[str, str, str], str] = {
         "shifted = logits - logits.max(axis=-1, keepdims=True)",
         "shifted = logits",
     ): "Any shift gives the same softmax as long as no exponential overflows, in float64 up to 700.",
+    (
+        "refuse_load",
+        (
+            "wanted = {Feature.DOUBLE_QUANT: quantization.double_quant, Feature.QUANTIZE_ON_LOAD: plain_source and "
+            "quantization.weight_format is not WeightFormat.NONE, Feature.LOAD_PREQUANTIZED: not plain_source, "
+            "Feature.GRADIENT_CHECKPOINTING: compute.gradient_checkpointing, Feature.DATA_PARALLEL: "
+            "compute.world.size > 1, Feature.SHARDED_BASE: compute.shard_base, Feature.FP8_PRODUCTS: "
+            "compute.fp8_products, Feature.EXPERTS: any((linear.experts > 1 for linear in "
+            "source.facts.linear_modules.values()))}"
+        ),
+        (
+            "wanted = {Feature.DOUBLE_QUANT: quantization.double_quant, Feature.QUANTIZE_ON_LOAD: plain_source and "
+            "quantization.weight_format is not WeightFormat.NONE, Feature.LOAD_PREQUANTIZED: not plain_source, "
+            "Feature.GRADIENT_CHECKPOINTING: compute.gradient_checkpointing, Feature.DATA_PARALLEL: "
+            "compute.world.size > 1, Feature.SHARDED_BASE: compute.shard_base, Feature.FP8_PRODUCTS: "
+            "compute.fp8_products, Feature.EXPERTS: any((linear.experts < 1 for linear in "
+            "source.facts.linear_modules.values()))}"
+        ),
+    ): (
+        "The reference declares experts, so that no mixture is refused for want of them; backends that do not are "
+        "judged by their own certificates. No case asks for a mixture's products in 8-bit floats."
+    ),
+    (
+        "refuse_load",
+        (
+            "wanted = {Feature.DOUBLE_QUANT: quantization.double_quant, Feature.QUANTIZE_ON_LOAD: plain_source and "
+            "quantization.weight_format is not WeightFormat.NONE, Feature.LOAD_PREQUANTIZED: not plain_source, "
+            "Feature.GRADIENT_CHECKPOINTING: compute.gradient_checkpointing, Feature.DATA_PARALLEL: "
+            "compute.world.size > 1, Feature.SHARDED_BASE: compute.shard_base, Feature.FP8_PRODUCTS: "
+            "compute.fp8_products, Feature.EXPERTS: any((linear.experts > 1 for linear in "
+            "source.facts.linear_modules.values()))}"
+        ),
+        (
+            "wanted = {Feature.DOUBLE_QUANT: quantization.double_quant, Feature.QUANTIZE_ON_LOAD: plain_source and "
+            "quantization.weight_format is not WeightFormat.NONE, Feature.LOAD_PREQUANTIZED: not plain_source, "
+            "Feature.GRADIENT_CHECKPOINTING: compute.gradient_checkpointing, Feature.DATA_PARALLEL: "
+            "compute.world.size > 1, Feature.SHARDED_BASE: compute.shard_base, Feature.FP8_PRODUCTS: "
+            "compute.fp8_products, Feature.EXPERTS: all((linear.experts > 1 for linear in "
+            "source.facts.linear_modules.values()))}"
+        ),
+    ): "As if no mixture had experts, for each has dense layers too: the reference declares experts and refuses none.",
+    (
+        "ReferenceTrainer.gradient_of",
+        "if scale == 1.0 or math.isfinite(global_norm(found.gradients)):",
+        "if True:",
+    ): "Reached with a loss scale only, in float16, which the reference backend does not declare.",
+    (
+        "_float32_linspace",
+        "return np.where(rank < count // 2, rising, falling).astype(np.float32)",
+        "return np.where(rank < count, rising, falling).astype(np.float32)",
+    ): "Both halves of the table are the same numbers in float32: `rising` is exact there.",
+    (
+        "_float32_linspace",
+        "return np.where(rank < count // 2, rising, falling).astype(np.float32)",
+        "return np.where(rank > count // 2, rising, falling).astype(np.float32)",
+    ): "Both halves of the table are the same numbers in float32.",
+    (
+        "",
+        "CPU_TABLE_SIZE = 65536",
+        "CPU_TABLE_SIZE = 65535",
+    ): (
+        "The size of the table by which bitsandbytes rounds on a CPU, one in 65536 off: within the bound of the "
+        "format, which holds either device's rounding."
+    ),
+    (
+        "_normalize_blocks",
+        "blocks = flat[:whole].reshape(-1, block_size)",
+        "blocks = flat[:whole].reshape(-2, block_size)",
+    ): "NumPy takes any negative number for the side to be found.",
+    (
+        "_four_bit",
+        "return BlockwiseFourBit(FourBitWeight(packed.reshape(-1), np.zeros(0, np.float32), layout), nested)",
+        "return BlockwiseFourBit(FourBitWeight(packed.reshape(-2), np.zeros(0, np.float32), layout), nested)",
+    ): "NumPy takes any negative number for the side to be found.",
+    (
+        "refuse_load",
+        "if compute.fp8_products and wanted[Feature.EXPERTS]:",
+        "if compute.fp8_products:",
+    ): (
+        "A backend may refuse on this device what it declares for others: section 34 is then refused, 18 cases, and "
+        "the certificate says so; nothing is computed wrong."
+    ),
+    (
+        "LoraScale",
+        "rank_stabilized: bool = False",
+        "rank_stabilized: bool = True",
+    ): "A default that every caller overrides.",
+    (
+        "",
+        "UNIT_ROUNDOFF = MappingProxyType({'float32': 2.0 ** (-24), 'float16': 2.0 ** (-11), 'bfloat16': 2.0 ** (-8)})",
+        "UNIT_ROUNDOFF = MappingProxyType({'float32': 2.0 ** (-24), 'float16': 2.0 ** (-11), 'bfloat16': 2.0 ** (-9)})",
+    ): "A backend that rounds less than its dtype is closer to the oracle: no defect.",
+    (
+        "token_loss_sum",
+        "chosen = np.take_along_axis(log_probabilities, np.where(counts, targets, 0)[..., None], axis=-1)[..., 0]",
+        "chosen = np.take_along_axis(log_probabilities, np.where(counts, targets, 0)[..., None])[..., 0]",
+    ): "The last axis is NumPy's default (2.3 and later).",
+    (
+        "",
+        "_NO_ADAPTER = AdapterConfig(r=1, alpha=1.0)",
+        "_NO_ADAPTER = AdapterConfig(r=1, alpha=2.0)",
+    ): "Stands where no adapter is; nothing is multiplied by its alpha.",
 }
 """(function, what stood there, what stands there now) -> the argument."""
 
