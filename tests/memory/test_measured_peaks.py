@@ -67,8 +67,6 @@ OF_GPT_OSS = [(shape, row) for shape, rows in GPT_OSS.items() for row in rows]
     [
         pytest.param(shape, row, id=f"{shape}-{row['rows']}x{row['length']}-{row['system']}")
         for shape, row in OF_GPT_OSS
-        # An update held a copy of what idle experts had, which no longer stands in memory.
-        if not (shape == "gpt-oss-120b" and row["length"] == 512 and "all" in row["system"])
     ],
 )
 def test_a_measured_peak_of_a_published_gpt_oss_was_foreseen(shape: str, row: dict[str, Any], tmp_path: Path) -> None:
