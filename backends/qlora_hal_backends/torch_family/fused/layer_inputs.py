@@ -7,6 +7,7 @@ while the layer above it is differentiated (the schedule of Rajbhandari et al. 2
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from qlora_hal_backends.torch_family.copy_queue import Copy, CopyQueue, host_memory
 
 SLOTS = 2
+BLOCK_BYTES = 2**26
 
 
 class LayerInputs(Protocol):
@@ -44,30 +46,38 @@ class ResidentInputs:
 
 
 class HostMemory:
-    """Page-locked memory that goes from pass to pass: locking pages takes longer than a step."""
+    """Page-locked memory that goes from pass to pass: locking pages takes longer than a step.
 
-    def __init__(self, device: torch.device) -> None:
+    It is one range of bytes that grows, cut into blocks of `block` bytes, a power of two: torch's allocator (2.13)
+    takes the next power of two of what is asked for, up to twice a layer's input where each had memory of its own.
+    """
+
+    def __init__(self, device: torch.device, block: int = BLOCK_BYTES) -> None:
         self.queue = CopyQueue(device)
         self._device = device
-        self._free: list[Tensor] = []
+        self._block = block
+        self._blocks: list[Tensor] = []
 
-    def lend(self, size: int) -> Tensor:
-        """At least so many bytes. What was copied before on `queue` is through before what is copied next."""
-        found = self._free.pop() if self._free else None
-        return found if found is not None and found.numel() >= size else host_memory(size, self._device)
-
-    def give_back(self, memory: Tensor) -> None:
-        self._free.append(memory)
+    def pieces(self, begin: int, end: int) -> Iterator[Tensor]:
+        """The bytes from `begin` to `end`, each piece as far as its block goes. What was copied before on `queue` is
+        through before what is copied next."""
+        while begin < end:
+            number, offset = divmod(begin, self._block)
+            while number >= len(self._blocks):
+                self._blocks.append(host_memory(self._block, self._device))
+            piece = self._blocks[number][offset : offset + end - begin]
+            yield piece
+            begin += piece.numel()
 
 
 @dataclass(slots=True)
 class OffloadedInputs:
-    """In the host's memory, but for the highest layer's, which is wanted first."""
+    """In the host's memory, one behind the other, but for the highest layer's, which is wanted first."""
 
     memory: HostMemory
     layers: int
-    _host: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    """Of each layer its memory, and the input as it lies in it."""
+    _kept: int = 0
+    """How many are in the host's memory."""
     _leaving: tuple[Tensor, Copy] | None = None
     _highest: Tensor | None = None
     _slots: list[Tensor] = field(default_factory=list)
@@ -78,17 +88,17 @@ class OffloadedInputs:
             # Its memory is free for what is computed from here on, and not before.
             self.memory.queue.arrived(self._leaving[1])
             self._leaving = None
-        if len(self._host) == self.layers - 1:
+        if self._kept == self.layers - 1:
             self._highest = layer_input
             return
-        size = layer_input.numel() * layer_input.element_size()
-        lent = self.memory.lend(size)
-        host = lent[:size].view(layer_input.dtype).view(layer_input.shape)
-        self._host.append((lent, host))
-        self._leaving = (layer_input, self.memory.queue.copy(host, layer_input))
+        leaving: Copy = None
+        for host, device in self._parts(self._kept, layer_input):
+            leaving = self.memory.queue.copy(host, device)
+        self._leaving = (layer_input, leaving)
+        self._kept += 1
 
     def take(self) -> Tensor:
-        number = len(self._host)
+        number = self._kept
         if self._highest is not None:
             taken, self._highest = self._highest, None
             self._slots = [torch.empty_like(taken) for _ in range(min(SLOTS, number))]
@@ -96,8 +106,17 @@ class OffloadedInputs:
             self.memory.queue.arrived(self._coming)
             taken = self._slots[number % SLOTS]
         if number:
-            lent, host = self._host.pop()
+            self._kept -= 1
             # Into the slot of the layer above the one that is taken now: all that reads it was asked for before.
-            self._coming = self.memory.queue.copy(self._slots[(number - 1) % SLOTS], host)
-            self.memory.give_back(lent)
+            for host, device in self._parts(self._kept, self._slots[self._kept % SLOTS]):
+                self._coming = self.memory.queue.copy(device, host)
         return taken
+
+    def _parts(self, number: int, tensor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The bytes of a layer's input on the host, and beside them those of `tensor`. The last copy is done when all
+        are: a queue keeps its order."""
+        flat = tensor.view(-1).view(torch.uint8)
+        begin = 0
+        for host in self.memory.pieces(number * flat.numel(), (number + 1) * flat.numel()):
+            yield host, flat[begin : begin + host.numel()]
+            begin += host.numel()

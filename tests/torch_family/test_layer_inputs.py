@@ -1,0 +1,79 @@
+"""Inputs of recomputed layers that wait in the host's memory: each comes back as it left, and no memory lies idle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qlora_hal_backends.torch_family.fused import layer_inputs
+from qlora_hal_backends.torch_family.fused.layer_inputs import HostMemory, OffloadedInputs
+
+CPU = torch.device("cpu")
+LAYERS = 6
+
+
+def inputs_of(elements: int) -> list[torch.Tensor]:
+    return [
+        torch.full((elements,), float(layer), dtype=torch.bfloat16) + torch.arange(elements) for layer in range(LAYERS)
+    ]
+
+
+def through_the_host(memory: HostMemory, kept: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Of the lowest layer first."""
+    inputs = OffloadedInputs(memory, LAYERS)
+    for layer_input in kept:
+        inputs.keep(layer_input.clone())
+    return [inputs.take().clone() for _ in kept][::-1]
+
+
+@pytest.fixture
+def asked_for(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of the host that were asked for, in turn."""
+    sizes: list[int] = []
+
+    def counted(size: int, device: torch.device) -> torch.Tensor:
+        sizes.append(size)
+        return torch.empty(size, dtype=torch.uint8)
+
+    monkeypatch.setattr(layer_inputs, "host_memory", counted)
+    return sizes
+
+
+@pytest.mark.parametrize("elements", [1, 24, 32, 33, 100], ids="elements={}".format)
+def test_an_input_comes_back_bit_for_bit_wherever_blocks_end(elements: int) -> None:
+    memory = HostMemory(CPU, block=64)
+    kept = inputs_of(elements)
+    for back, left in zip(through_the_host(memory, kept), kept, strict=True):
+        assert torch.equal(back, left)
+
+
+def test_inputs_of_any_length_take_what_they_are_and_less_than_one_block_more(asked_for: list[int]) -> None:
+    memory = HostMemory(CPU, block=64)
+    kept = inputs_of(elements=33)
+    through_the_host(memory, kept)
+    in_host_memory = (LAYERS - 1) * 33 * 2
+    assert in_host_memory <= sum(asked_for) < in_host_memory + 64
+    # torch's allocator takes the next power of two of each.
+    assert set(asked_for) == {64}
+
+
+def test_memory_goes_from_pass_to_pass_and_grows_with_the_longest(asked_for: list[int]) -> None:
+    memory = HostMemory(CPU, block=64)
+    for elements in (33, 33, 20, 33):
+        kept = inputs_of(elements)
+        assert all(map(torch.equal, through_the_host(memory, kept), kept))
+    assert len(asked_for) == 6
+
+
+def test_a_pass_that_broke_off_leaves_nothing_to_the_next(asked_for: list[int]) -> None:
+    memory = HostMemory(CPU, block=64)
+    kept = inputs_of(elements=33)
+    broken = OffloadedInputs(memory, LAYERS)
+    for layer_input in kept[:3]:
+        broken.keep(layer_input)
+    assert all(map(torch.equal, through_the_host(memory, kept), kept))
+    assert len(asked_for) == 6
+
+
+def test_a_block_is_what_the_allocator_of_page_locked_memory_gives_whole() -> None:
+    assert layer_inputs.BLOCK_BYTES.bit_count() == 1
