@@ -20,7 +20,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from random_model import (
 )
 
 from qlora_hal.contract.backend import Compute
+from qlora_hal.contract.memory_constants import OFFLOADED_LAYERS, ON_DISK
 from qlora_hal.contract.values import StepSettings
 from qlora_hal.errors import OutOfMemoryError
 from qlora_hal.model.facts import read_facts
@@ -52,15 +53,24 @@ ALL_ON_HOST = ("embeddings", "layers", "head")
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """`recompute` is `training.recompute`, `offload` `training.base_offload`."""
+    """`recompute` is `training.recompute`, `offload` `training.base_offload`; `on_disk` says where layers rest."""
 
     recompute: str = "none"
     offload: tuple[str, ...] = ()
     optimizer: str = "adamw"
+    on_disk: bool = False
 
     def __str__(self) -> str:
         base = f", host: {'+'.join(self.offload)}" if self.offload else ""
-        return f"{self.recompute}{base}, {self.optimizer}"
+        return f"{self.recompute}{base}{', layers on the disk' if self.on_disk else ''}, {self.optimizer}"
+
+    def compute(self, device: torch.device) -> Compute:
+        recomputes = self.recompute != "none"
+        recompute: Any = self.recompute if recomputes else "full"
+        offload: Any = self.offload
+        options = {OFFLOADED_LAYERS: ON_DISK} if self.on_disk else {}
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+        return Compute(dtype, recomputes, options, recompute=recompute, base_offload=offload)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,15 +85,17 @@ class Row:
 KEPT, SELECTIVE, FULL, OFFLOAD = (Choice(kind) for kind in ("none", "selective", "full", "offload"))
 SMALLEST = Choice("offload", ALL_ON_HOST, "adamw_8bit")
 STREAMED = Choice("offload", ("embeddings", "layers"))
+FROM_DISK = replace(STREAMED, on_disk=True)
 FIT_IN_LESS = Choice("offload", ("embeddings",), "adamw_8bit")
 ROWS = {
-    "tiny": Row("tiny", ((2, 64), (1, 32)), (KEPT, SELECTIVE, FULL, OFFLOAD, STREAMED, SMALLEST)),
+    "tiny": Row("tiny", ((2, 64), (1, 32)), (KEPT, SELECTIVE, FULL, OFFLOAD, STREAMED, FROM_DISK, SMALLEST)),
     "8b-recomputed": Row("8b", ((4, 2048),), (KEPT, SELECTIVE, FULL, OFFLOAD)),
     "8b-long": Row("8b", ((1, 16384), (1, 65536)), (OFFLOAD,)),
     "8b-90k": Row("8b", ((1, 92160),), (OFFLOAD,)),
     "8b-350k": Row("8b", ((1, 350208),), (OFFLOAD,)),
     "8b-streamed-512": Row("8b", ((1, 512),), (OFFLOAD, STREAMED, SMALLEST)),
     "8b-streamed-8192": Row("8b", ((4, 2048),), (KEPT, Choice("none", ("embeddings", "layers")))),
+    "8b-disk": Row("8b", ((1, 512), (4, 2048)), (STREAMED, FROM_DISK)),
     "7b-512": Row("7b", ((1, 512),), (OFFLOAD, FULL, Choice("offload", (), "adamw_8bit"), FIT_IN_LESS)),
     "65b-512": Row("65b", ((1, 512),), (OFFLOAD, FIT_IN_LESS)),
     "65b-streamed": Row("65b", ((1, 512), (1, 2048), (4, 2048)), (Choice("offload", ALL_ON_HOST),)),
@@ -114,13 +126,9 @@ def measured(name: str, choice: Choice, folder: Path, steps: int) -> Iterator[Me
     row = ROWS[name]
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     empty_memory(device)
-    recomputes = choice.recompute != "none"
-    recompute: Any = choice.recompute if recomputes else "full"
-    offload: Any = choice.offload
-    dtype = "bfloat16" if device.type == "cuda" else "float32"
     with open_trainer() as trainer:
         source = ModelSource(folder.name, folder, read_facts(folder))
-        trainer.load(source, QUANTIZATION, Compute(dtype, recomputes, recompute=recompute, base_offload=offload))
+        trainer.load(source, QUANTIZATION, choice.compute(device))
         trainer.attach(first_adapter(SHAPES[row.shape]), choice.optimizer)
         for rows, length in row.sizes:
             yield _size(trainer, name, choice, (rows, length), device, steps)
