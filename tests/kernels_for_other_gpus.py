@@ -175,13 +175,14 @@ def _launch_all(operations: TritonOperations, dtype: torch.dtype) -> None:
     double = torch.zeros(ROWS, 2 * WIDTH, dtype=dtype)
     operations.swiglu(double, wide)
     operations.swiglu_backward(double, wide, double, wide)
-    table = torch.zeros(ROWS, HEADS.size // 2)
-    rotary = Rotary(table, table, torch.arange(ROWS))
     query = wide[:, : HEADS.query_columns]
     upstream = query.unflatten(1, (HEADS.query, HEADS.size)).transpose(0, 1)[None]
     for norm in (None, HeadNorm(torch.ones(2, HEADS.size, dtype=dtype), 1e-6)):
-        operations.rotate(double, double, HEADS, rotary, norm)
-        operations.rotate_backward(upstream, query, rotary, norm, query, False)
+        for pairs in (HEADS.size // 2, HEADS.size // 4):
+            table = torch.zeros(ROWS, pairs)
+            rotary = Rotary(table, table, torch.arange(ROWS))
+            operations.rotate(double, double, HEADS, rotary, norm)
+            operations.rotate_backward(upstream, query, rotary, norm, query, False)
     for with_gradient in (True, False):
         operations.cross_entropy(logits, torch.zeros(ROWS, dtype=torch.int64), 1.0, with_gradient)
     words = torch.zeros(ROWS, dtype=torch.int32)

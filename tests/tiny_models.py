@@ -62,6 +62,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
     "nemotron": {"head_dim": 16},
     "olmo": {},
+    "olmoe": {"intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2,
                   "shared_expert_intermediate_size": 48},
     "qwen3_moe": {"moe_intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},

@@ -56,6 +56,8 @@ MIXTURES: Mapping[str, Mapping[str, object]] = {
     },
     "qwen2_moe of windows": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
     "mixtral of windows": {"sliding_window": 4, "hidden_act": "gelu_pytorch_tanh"},
+    "olmoe": {"norm_topk_prob": False},
+    "olmoe with limits": {"norm_topk_prob": True, "clip_qkv": 0.5, "attention_bias": True},
 }
 
 
@@ -139,7 +141,7 @@ def test_kernels_give_loss_and_gradients_of_the_plain_layers(family: str, tmp_pa
     assert_same(model, fused_body(model, in_triton()), random_batch(3, rows=1, time=4, prompt=1))
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "qwen2_moe", "olmoe"])
 def test_fused_mixtures_are_those_of_transformers_and_peft(
     family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -340,7 +342,7 @@ def test_bfloat16_gradients_are_no_worse_than_those_of_the_plain_layers(tmp_path
 
 
 @pytest.mark.needs_cuda
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "mixtral"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "olmoe with limits"])
 def test_a_gpu_takes_the_fused_schedule(family: str, tmp_path: Path) -> None:
     """As the trainer asks for it, in bfloat16. All tokens go to all experts: no choice falls otherwise by rounding."""
     model = mixture(tmp_path, family, dtype="bfloat16", r=8, changes={**MIXTURES[family], "num_experts_per_tok": 4})

@@ -33,6 +33,7 @@ from qlora_hal_backends.torch_family.fused.feed_forward import DenseFeedForward,
 from qlora_hal_backends.torch_family.fused.fp8.kernel_trial import proved_fp8_kernels
 from qlora_hal_backends.torch_family.fused.fp8.operations import Fp8Operations
 from qlora_hal_backends.torch_family.fused.fp8.products import FP8_WORDS, fp8_rooms
+from qlora_hal_backends.torch_family.fused.heads import Heads
 from qlora_hal_backends.torch_family.fused.kernel_trial import proved_kernels
 from qlora_hal_backends.torch_family.fused.layer_inputs import HostMemory
 from qlora_hal_backends.torch_family.fused.layer_weights import joined_rooms
@@ -128,7 +129,7 @@ def attach_with(
         experts = [mixture_weights(layer, stacks, flat) for layer in base.layers]
         feed_forward = _mixture(base, stacks, dense, mixture, like)
     schedule = DecoderLayer(
-        heads=_head_counts(base),
+        heads=Heads(_head_counts(base), operations),
         attention_scale=float(attention.scaling),
         attention=CausalAttention(uneven.attention),
         buffers=buffers,

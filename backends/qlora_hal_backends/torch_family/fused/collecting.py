@@ -18,6 +18,7 @@ from qlora_hal_backends.torch_family.fused.layer_weights import (
     GroupShape,
     GroupWeights,
     Join,
+    JointNorm,
     LayerBuffers,
     LayerWeights,
     MakeRooms,
@@ -73,15 +74,12 @@ def layer_weights(
 ) -> LayerWeights:
     """Collect one layer. `path` is its module path, as the adapter names it."""
     attention = layer.self_attn
-    head_norm = None
-    if hasattr(attention, "q_norm"):
-        weights = torch.stack((family.norm_weight(attention.q_norm), family.norm_weight(attention.k_norm)))
-        head_norm = HeadNorm(weights, epsilon_of(attention.q_norm))
     entries = {name: _group_placements(buffer, path, flat) for name, buffer in buffers.groups.items()}
     return LayerWeights(
         input_norm=family.norm_weight(layer.input_layernorm),
         middle_norm=family.norm_weight(getattr(layer, family.middle_norm)),
-        head_norm=head_norm,
+        head_norm=_head_norm(attention, family),
+        joint_norm=_joint_norm(attention, family),
         window=family.window_of(attention),
         rotary=rotary_of(attention),
         attention_join=_join(layer, family, family.attention_norm),
@@ -95,6 +93,21 @@ def layer_weights(
         adapter=on_device([entry for part in entries.values() for entry in part], flat.compute.device),
         experts=experts,
     )
+
+
+def _head_norm(attention: Any, family: LayerFamily) -> HeadNorm | None:
+    if family.norms_heads_jointly or not hasattr(attention, "q_norm"):
+        return None
+    weights = torch.stack((family.norm_weight(attention.q_norm), family.norm_weight(attention.k_norm)))
+    return HeadNorm(weights, epsilon_of(attention.q_norm))
+
+
+def _joint_norm(attention: Any, family: LayerFamily) -> JointNorm | None:
+    if not family.norms_heads_jointly:
+        return None
+    query, key, limit = attention.q_norm, attention.k_norm, attention.config.clip_qkv
+    weights = family.norm_weight(query), family.norm_weight(key)
+    return JointNorm(*weights, epsilon_of(query), None if limit is None else float(limit))
 
 
 def _join(layer: Any, family: LayerFamily, norm: str | None) -> Join | None:

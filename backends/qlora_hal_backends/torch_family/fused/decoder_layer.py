@@ -23,8 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qlora_hal_backends.torch_family.attention.causal import Attention, HeadCounts
+from qlora_hal_backends.torch_family.attention.causal import Attention
 from qlora_hal_backends.torch_family.fused.feed_forward import FeedForward, kept_apart
+from qlora_hal_backends.torch_family.fused.heads import Heads
 from qlora_hal_backends.torch_family.fused.layer_weights import AdapterGradients, Join, LayerBuffers, LayerWeights
 from qlora_hal_backends.torch_family.fused.operations import Dropout, Operations
 from qlora_hal_backends.torch_family.fused.stream import Stream
@@ -44,7 +45,7 @@ from qlora_hal_backends.torch_family.platform import TILE_ROWS
 class DecoderLayer:
     """The schedule. One object serves all layers of a model; their weights come as an argument."""
 
-    heads: HeadCounts
+    heads: Heads
     attention_scale: float
     attention: Attention
     buffers: LayerBuffers
@@ -94,7 +95,7 @@ class DecoderLayer:
         low_rank = kept_apart(into.low_rank(x, extended[:, into.columns :], masks))
         projected = into.product(extended, layer.groups["attention_in"].bias)
         del extended, x
-        query, key, value = self._heads(layer, projected, sequences)
+        query, key, value = self.heads.split(layer, projected, sequences.rotary_of(layer))
         mixed = self.attention(
             query,
             key,
@@ -112,18 +113,6 @@ class DecoderLayer:
         join = layer.attention_join
         tape = AttentionTape(h1, low_rank, projected, mixed, _read_again(branch, join), output_low_rank)
         return self.stream.joined(branch, join), tape
-
-    def _heads(self, layer: LayerWeights, projected: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries and keys, and values: views `[M, heads, d]` of the products.
-
-        Rotation is linear and works in place; a norm before it is not, so its input is left standing for backward.
-        """
-        heads, keys_end = self.heads, self.heads.query_columns + self.heads.key_columns
-        rotated = projected if layer.head_norm is None else projected.new_empty(projected.shape[0], keys_end)
-        self.operations.rotate(projected, rotated, heads, sequences.rotary_of(layer), layer.head_norm)
-        parts = (rotated[:, : heads.query_columns], rotated[:, heads.query_columns : keys_end], projected[:, keys_end:])
-        query, key, value = (part.unflatten(1, (-1, heads.size)) for part in parts)
-        return query, key, value
 
     def _feed_forward(
         self, layer: LayerWeights, h1: Tensor, branch: Tensor, dropout: Dropout | None, *, keeps_products: bool
@@ -261,19 +250,9 @@ class DecoderLayer:
         self, layer: LayerWeights, tape: AttentionTape, mixed_gradient: Tensor, sequences: Sequences
     ) -> Tensor:
         """Through the attention and the rotation, into the group's gradient buffer."""
-        heads, rotary = self.heads, sequences.rotary_of(layer)
-        keys_start, keys_end = heads.query_columns, heads.query_columns + heads.key_columns
-        query, key, value = tape.mixed.backward(mixed_gradient)
+        gradients = tape.mixed.backward(mixed_gradient)
         extended = self.buffers.groups["attention_in"].new_gradient(sequences.rows)
-        for gradient, columns, is_key in (
-            (query, slice(0, keys_start), False),
-            (key, slice(keys_start, keys_end), True),
-        ):
-            self.operations.rotate_backward(
-                gradient, extended[:, columns], rotary, layer.head_norm, tape.projected[:, columns], is_key
-            )
-        values = extended[:, keys_end : keys_end + heads.key_columns]
-        self.operations.copy_rows(value.transpose(1, 2).flatten(0, 1).flatten(1), values)
+        self.heads.backward(layer, gradients, tape.projected, sequences.rotary_of(layer), extended)
         return extended
 
     def final_norm(

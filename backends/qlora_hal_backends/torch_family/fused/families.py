@@ -62,7 +62,8 @@ class LayerFamily:
     """norm, attention, add, norm, gated product, add. Names are of modules below a layer.
 
     `attention_norm` and `feed_forward_norm` are applied to a branch before it is added. `counts_from_one`: a norm
-    multiplies with 1 + its weight. `mixtures` are the classes of its feed-forward, `mlp`, where that is of experts.
+    multiplies with 1 + its weight. `norms_heads_jointly`: queries are normed over all heads at once, and so are keys.
+    `mixtures` are the classes of its feed-forward, `mlp`, where that is of experts.
     """
 
     groups: Groups
@@ -70,6 +71,7 @@ class LayerFamily:
     attention_norm: str | None = None
     feed_forward_norm: str | None = None
     counts_from_one: bool = False
+    norms_heads_jointly: bool = False
     mixtures: frozenset[str] = frozenset()
     window: Window = Window.NONE
 
@@ -121,6 +123,7 @@ FAMILIES: Mapping[str, LayerFamily] = {
     "MixtralDecoderLayer": LayerFamily(
         ATTENTION, mixtures=frozenset({"MixtralSparseMoeBlock"}), window=Window.EVERY_LAYER
     ),
+    "OlmoeDecoderLayer": LayerFamily(ATTENTION, norms_heads_jointly=True, mixtures=frozenset({"OlmoeSparseMoeBlock"})),
     "GemmaDecoderLayer": GEMMA,
     "Gemma2DecoderLayer": GEMMA_3,
     "Gemma3DecoderLayer": GEMMA_3,
@@ -175,10 +178,7 @@ def rotary_of(attention: Any) -> str:
     return getattr(attention, "layer_type", None) or ""
 
 
-def rotary_kinds(base: BaseModel) -> Mapping[str, tuple[str | None, int]]:
-    """(kind of rotary embedding, how many coordinates it turns) by type of layer; one entry "" where all are alike."""
-    rotary: Any = base.body.rotary_emb
-    kinds = getattr(rotary, "rope_type", None)
-    if not isinstance(kinds, Mapping):
-        return {"": (kinds, 2 * rotary.inv_freq.numel())}
-    return {name: (kind, 2 * getattr(rotary, f"{name}_inv_freq").numel()) for name, kind in kinds.items()}
+def rotary_kinds(base: BaseModel) -> Mapping[str, str | None]:
+    """The kind of rotary embedding by type of layer; one entry "" where all are alike."""
+    kinds = getattr(base.body.rotary_emb, "rope_type", None)
+    return kinds if isinstance(kinds, Mapping) else {"": kinds}

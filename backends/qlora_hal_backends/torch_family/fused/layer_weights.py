@@ -96,12 +96,24 @@ class Join:
 
 
 @dataclass(frozen=True, slots=True)
+class JointNorm:
+    """RMS norm over all heads of queries at once, and over all of keys. Where there is a `limit`, queries, keys and
+    values are cut off at plus and minus it then (OLMoE)."""
+
+    query: Tensor
+    key: Tensor
+    epsilon: float
+    limit: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class LayerWeights:
     """All that is constant in one decoder layer, and where its adapter comes from and its gradients go."""
 
     input_norm: Tensor
     middle_norm: Tensor
     head_norm: HeadNorm | None
+    joint_norm: JointNorm | None
     window: int | None  # how many tokens one sees, itself among them; None: all before it
     rotary: str  # which of the model's rotary tables
     attention_join: Join | None

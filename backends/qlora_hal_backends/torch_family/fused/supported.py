@@ -91,11 +91,9 @@ def _rotary_refusals(base: BaseModel) -> Iterator[str]:
     if hasattr(base.body, "rotary_emb_local"):
         yield "two rotary embeddings, as transformers 4 keeps them"
     size = head_width_of(base)
-    for kind, turned in rotary_kinds(base).values():
+    for kind in rotary_kinds(base).values():
         if kind not in STATIC_ROTARY:
             yield f"rotary embedding of kind {kind}"
-        if turned != size:
-            yield "rotary embedding over part of a head"
     if size % WIDTH_MULTIPLE:
         yield f"head size {size} is not a multiple of {WIDTH_MULTIPLE}"
 
