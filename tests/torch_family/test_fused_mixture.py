@@ -56,6 +56,14 @@ MIXTURES: Mapping[str, Mapping[str, object]] = {
     },
     "qwen2_moe of windows": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
     "mixtral of windows": {"sliding_window": 4, "hidden_act": "gelu_pytorch_tanh"},
+    "qwen3_moe among dense layers": {"decoder_sparse_step": 2, "num_hidden_layers": 4, "norm_topk_prob": True},
+    "qwen2_moe after a dense layer": {
+        "mlp_only_layers": [0],
+        "shared_expert_intermediate_size": 48,
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "max_window_layers": 1,
+    },
     "olmoe": {"norm_topk_prob": False},
     "olmoe with limits": {"norm_topk_prob": True, "clip_qkv": 0.5, "attention_bias": True},
 }
@@ -141,7 +149,9 @@ def test_kernels_give_loss_and_gradients_of_the_plain_layers(family: str, tmp_pa
     assert_same(model, fused_body(model, in_triton()), random_batch(3, rows=1, time=4, prompt=1))
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "qwen2_moe", "olmoe"])
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", "mixtral", "qwen2_moe", "olmoe", "qwen3_moe among dense layers", "olmoe with limits"]
+)
 def test_fused_mixtures_are_those_of_transformers_and_peft(
     family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -152,7 +162,7 @@ def test_fused_mixtures_are_those_of_transformers_and_peft(
         attached.append(fused_body(Model(base, flat, compute)))
         return attached[-1]
 
-    write_drawn_model(tmp_path, family)
+    write_drawn_model(tmp_path, family.partition(" ")[0], MIXTURES[family] if " " in family else None)
     monkeypatch.setattr(fused, "try_attach", attach)
     found = compare(tmp_path, reference_of(tmp_path))
     assert found["result"] == "equal", found
@@ -183,7 +193,15 @@ def test_several_steps_are_those_of_the_plain_layers(experts: str, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("family", "recompute"),
-    [("qwen3_moe", "selective"), ("qwen3_moe", "full"), ("qwen3_moe", "offload"), ("qwen2_moe", "full")],
+    [
+        ("qwen3_moe", "selective"),
+        ("qwen3_moe", "full"),
+        ("qwen3_moe", "offload"),
+        ("qwen2_moe", "full"),
+        ("qwen2_moe after a dense layer", "selective"),
+        ("qwen3_moe among dense layers", "offload"),
+        ("olmoe with limits", "full"),
+    ],
 )
 def test_recomputing_in_tiles_equals_keeping_everything(
     family: str, recompute: str, operations: Both, tmp_path: Path
@@ -213,6 +231,33 @@ def test_any_choice_of_projections_can_be_adapted(
 ) -> None:
     model = mixture(tmp_path, targets=targets, r=3)  # three ranks, of two projections: padded to eight
     assert_same(model, fused_body(model, operations), random_batch(3))
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        lambda module: "mlp.gate_proj" in module or "mlp.up_proj" in module,
+        lambda module: "experts" in module or "q_proj" in module,
+        lambda module: "layers.1." in module,
+        lambda module: "layers.0." in module,
+    ],
+    ids=["the dense layers' gate and up", "experts", "one layer of experts", "the lowest layer, which is dense"],
+)
+def test_layers_of_either_kind_can_be_adapted_alone(
+    targets: Callable[[str], bool], operations: Both, tmp_path: Path
+) -> None:
+    model = mixture(tmp_path, "qwen3_moe among dense layers", targets=targets, r=3)
+    body = fused_body(model, operations)
+    for _ in range(2):  # what one kind of layer holds is there still when another has been
+        assert_same(model, body, random_batch(3))
+
+
+def test_a_mixture_all_of_whose_layers_are_dense_needs_no_operations_of_one(tmp_path: Path) -> None:
+    model = mixture(tmp_path, changes={"mlp_only_layers": [0, 1]})
+    assert model_refusal(model.base, model.flat, model.compute) is None
+    operations = ReferenceOperations(activation_of(model.base))  # type: ignore[arg-type]
+    for compute in (model.compute, replace(model.compute, gradient_checkpointing=True)):
+        assert_same(model, attach_with(operations, model.base, model.flat, compute), random_batch(3))
 
 
 @pytest.mark.parametrize("weight_format", [WeightFormat.NONE, WeightFormat.INT8])
@@ -269,9 +314,9 @@ def test_of_equal_scores_the_lower_number_wins(operations: Both, tmp_path: Path)
     assert all(found.tolist() == [True] * 3 + [False] * 5 for found in trained)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "qwen2_moe after a dense layer"])
 def test_dropout_is_that_of_the_plain_layers(family: str, operations: Both, tmp_path: Path) -> None:
-    """Of the attention and of the shared expert; routed ones have none."""
+    """Of the attention, of the shared expert and of dense layers; routed experts have none."""
     model = mixture(tmp_path, family, targets=lambda module: ".experts." not in module, dropout=0.4)
     without_loss, without = model.gradient(model.plain, random_batch(3))
     words = dropout.token_words(2**40 + 3, np.arange(2, dtype=np.int32), 20)
@@ -296,7 +341,7 @@ def test_weights_that_did_not_all_arrive_are_decoded_again(tmp_path: Path, monke
     """A layer's gate and up took the place of another's when memory ran out for its down: that other is not there."""
     model = mixture(tmp_path)
     body = fused_body(model)
-    stacks = body.schedule.feed_forward.buffers  # type: ignore[attr-defined]
+    stacks = body.schedule.mixture.buffers  # type: ignore[attr-defined]
     body.schedule.hold(body.layers[0])
     expected = stacks.into.memory.clone()
 
@@ -342,7 +387,7 @@ def test_bfloat16_gradients_are_no_worse_than_those_of_the_plain_layers(tmp_path
 
 
 @pytest.mark.needs_cuda
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "olmoe with limits"])
+@pytest.mark.parametrize("family", [family for family in MIXTURES if "windows" not in family])
 def test_a_gpu_takes_the_fused_schedule(family: str, tmp_path: Path) -> None:
     """As the trainer asks for it, in bfloat16. All tokens go to all experts: no choice falls otherwise by rounding."""
     model = mixture(tmp_path, family, dtype="bfloat16", r=8, changes={**MIXTURES[family], "num_experts_per_tok": 4})
@@ -375,16 +420,22 @@ def test_routers_are_known_by_what_they_compute(tmp_path: Path) -> None:
 def test_refusals_name_their_reason(tmp_path: Path) -> None:
     write_drawn_model(tmp_path / "gpt_oss", "gpt_oss")
     write_drawn_model(tmp_path / "deepseek_v3", "deepseek_v3")
-    write_drawn_model(tmp_path / "dense", "qwen3_moe", {"decoder_sparse_step": 2})
     cases = {
         "gpt_oss": "layers of type GptOssDecoderLayer are not in the fused schedule",
         "deepseek_v3": "layers of type DeepseekV3DecoderLayer are not in the fused schedule",
-        "dense": "feed-forwards of type Qwen3MoeMLP among those of experts",
     }
     for name, words in cases.items():
         trainer = open_cpu_trainer(tmp_path / name).trainer
         refusal = model_refusal(trainer._base, trainer._flat, trainer._compute)  # type: ignore[attr-defined]
         assert words in str(refusal)
+
+
+def test_a_dense_layer_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    model = mixture(tmp_path, "qwen2_moe after a dense layer")
+    layer = model.base.layers[0]
+    layer.mlp.__class__ = type("OtherMLP", (type(layer.mlp),), {})
+    refusal = model_refusal(model.base, model.flat, model.compute)
+    assert refusal == "feed-forwards of type OtherMLP among those of experts"
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])

@@ -12,6 +12,7 @@ from qlora_hal.adapter.naming import lora_a_key, lora_b_key
 from qlora_hal_backends.torch_family.experts import ExpertStack, TiesByNumber
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
 from qlora_hal_backends.torch_family.fused.collecting import Entry, group_shape, on_device
+from qlora_hal_backends.torch_family.fused.families import LayerFamily
 from qlora_hal_backends.torch_family.fused.layer_weights import GroupShape
 from qlora_hal_backends.torch_family.fused.mixture.operations import MixtureOperations, Router
 from qlora_hal_backends.torch_family.fused.mixture.reference import ReferenceMixture
@@ -70,17 +71,18 @@ def _shape_of(blocks: Sequence[Any], halves: Sequence[str], flat: FlatAdapter) -
     return group_shape(halves, [of_half[0].shape for of_half in stacks], adapted, flat.adapter.config.r)
 
 
-def mixture_weights(layer: Any, buffers: StackBuffers, flat: FlatAdapter) -> MixtureWeights:
+def mixture_weights(layer: Any, family: LayerFamily, buffers: StackBuffers, flat: FlatAdapter) -> MixtureWeights:
     block = layer.mlp.experts
     groups = [
         (buffer, [getattr(block, slot.module) for slot in buffer.slots]) for buffer in (buffers.into, buffers.out)
     ]
     entries = [entry for buffer, stacks in groups for entry in _placements(buffer, stacks, flat)]
     into, out = (_stack_weights(buffer, stacks, flat) for buffer, stacks in groups)
-    shared_gate = getattr(layer.mlp, "shared_expert_gate", None)
+    assert family.experts is not None, "the layer has experts"
+    gate = family.experts.shared_gate
     return MixtureWeights(
         router=layer.mlp.gate.weight.detach(),
-        shared_gate=None if shared_gate is None else shared_gate.weight.detach(),
+        shared_gate=None if gate is None else layer.get_submodule(gate).weight.detach(),
         into=into,
         out=out,
         adapter=on_device(entries, flat.compute.device),

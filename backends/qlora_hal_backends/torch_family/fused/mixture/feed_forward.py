@@ -42,6 +42,7 @@ class MixtureFeedForward:
     operations: Operations
     mixture: MixtureOperations
     stream: Stream
+    tile_rows: int
     gradient_room: GradientRoom
     shared: SharedExpert | None
 
@@ -64,7 +65,7 @@ class MixtureFeedForward:
         x = x_extended[:, : group.columns]
         h2 = self.operations.add_norm(h1, branch, layer.middle_norm, self.stream.epsilon, x, into)
         shared = None
-        if self.shared is not None and experts.shared_gate is not None:
+        if self.shared is not None:
             shared = self.shared.inner(layer, x_extended, experts.shared_gate, dropout)
         routed = self._routed(experts, x)
         extended = group.new_input(routed.rows)
@@ -107,7 +108,7 @@ class MixtureFeedForward:
         of_b = (gate_up[:, : self.buffers.into.rows], products.input_low_rank)
         self.buffers.into.add_gradients(experts.into, routed.ends, of_b=of_b)
         shared_v, of_x = None, self._through_router(experts, routed, weight_gradient)
-        if self.shared is not None and products.shared is not None and experts.shared_gate is not None:
+        if self.shared is not None and products.shared is not None:
             shared_v, of_shared = self.shared.backward(
                 layer, products.shared, above.extended, experts.shared_gate, dropout, gradients
             )
@@ -117,7 +118,7 @@ class MixtureFeedForward:
         wants_x = v is not None or shared_v is not None
         x = self.stream.norm_backward_into(x_gradient, h2, layer.middle_norm, above, middle, wants_x=wants_x)
         if shared_v is not None:
-            group = layer.groups["feed_forward_in"]
+            group = layer.groups["shared_in"]
             gradients.of_a(group, shared_v, x, group.masks(dropout))
         if v is not None:
             self.mixture.send(x, routed.back, rows)
