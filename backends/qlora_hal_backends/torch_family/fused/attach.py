@@ -169,7 +169,7 @@ def _mixture(
     tile_rows: int,
 ) -> MixtureFeedForward:
     """`layer` is one of those with experts, `shared` of the expert that every token goes to, where there is one."""
-    router = router_of(layer.mlp)
+    router = router_of(layer)
     assert router is not None, "`supported` refuses other routers"
     has_shared = shared.into in shared.buffers.groups
     return MixtureFeedForward(

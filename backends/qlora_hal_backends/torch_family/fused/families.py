@@ -40,6 +40,11 @@ SHARED_EXPERT: Groups = {
     "shared_in": ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
     "shared_out": ("mlp.shared_expert.down_proj",),
 }
+SHARED_EXPERTS: Groups = {
+    "shared_in": ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+    "shared_out": ("mlp.shared_experts.down_proj",),
+}
+"""Several of them are one, as wide as they are together."""
 
 
 class Activation(Enum):
@@ -144,6 +149,7 @@ FAMILIES: Mapping[str, LayerFamily] = {
         window=Window.BY_TYPE,
     ),
     "MixtralDecoderLayer": LayerFamily(SEPARATE, experts=Experts("MixtralSparseMoeBlock"), window=Window.EVERY_LAYER),
+    "Glm4MoeDecoderLayer": LayerFamily(SEPARATE, experts=Experts("Glm4MoeMoE", "Glm4MoeMLP", SHARED_EXPERTS)),
     "OlmoeDecoderLayer": LayerFamily(SEPARATE, norms_heads_jointly=True, experts=Experts("OlmoeSparseMoeBlock")),
     "GemmaDecoderLayer": GEMMA,
     "Gemma2DecoderLayer": GEMMA_3,

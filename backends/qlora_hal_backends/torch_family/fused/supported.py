@@ -116,16 +116,18 @@ def _mixture_refusals(base: BaseModel, experts: Experts) -> Iterator[str]:
     others = {type(mlp).__name__ for mlp in found if mlp is not None} - {experts.block, experts.dense}
     if others:
         yield f"feed-forwards of type {', '.join(sorted(others))} among those of experts"
-    blocks = [mlp for mlp in found if type(mlp).__name__ != experts.dense]
+    routed = [layer for layer, mlp in zip(layers, found, strict=True) if type(mlp).__name__ != experts.dense]
+    blocks = [getattr(layer, "mlp", None) for layer in routed]
     if not all(isinstance(getattr(block, "experts", None), RoutedExperts) for block in blocks):
         yield "experts that are not stacked, as transformers 4 keeps them"
         return
     if any(block.experts.has_biases for block in blocks):
         yield "experts with biases"
-    if any(getattr(getattr(block, "shared_expert_gate", None), "bias", None) is not None for block in blocks):
+    gate = experts.shared_gate
+    if gate is not None and any(layer.get_submodule(gate).bias is not None for layer in routed):
         yield "a gate of the shared expert with a bias"
-    if blocks and router_of(blocks[0]) is None:
-        yield "a router other than softmax over the best"
+    if routed and router_of(routed[0]) is None:
+        yield "a router that is none of those described (`Router`)"
 
 
 def _linear_refusals(base: BaseModel, flat: FlatAdapter) -> Iterator[str]:

@@ -22,6 +22,7 @@ from qlora_hal_backends.torch_family.fused.mixture.weights import MixtureWeights
 from qlora_hal_backends.torch_family.fused.operations import Dropout, Operations
 from qlora_hal_backends.torch_family.fused.stream import GradientRoom, Stream
 from qlora_hal_backends.torch_family.fused.tape import FeedForwardProducts, StreamGradient
+from qlora_hal_backends.torch_family.lora_linear import product_in_float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +150,7 @@ class MixtureFeedForward:
 
     def _through_router(self, experts: MixtureWeights, routed: Routed, weight_gradient: Tensor) -> Tensor:
         """The gradient of x `[M, D]` by way of the routing weights; the choice itself has none."""
-        logits_gradient = torch.empty_like(routed.logits)
+        logits_gradient = torch.empty_like(routed.logits, dtype=experts.router.dtype)
         self.mixture.route_backward(routed.logits, routed.experts, weight_gradient, self.router, logits_gradient)
         return logits_gradient @ experts.router
 
@@ -162,8 +163,9 @@ class MixtureFeedForward:
         return self.buffers.into.memory.new_empty(rows, self.buffers.into.columns)
 
     def _routed(self, experts: MixtureWeights, x: Tensor) -> Routed:
-        logits = x @ experts.router.t()
-        weights, chosen = self.mixture.route(logits, self.router)
+        multiply = product_in_float32 if self.router.exact_logits else torch.matmul
+        logits = multiply(x, experts.router.t())
+        weights, chosen = self.mixture.route(logits, experts.correction, self.router)
         return Routed(logits, chosen, weights, *self.mixture.sort(chosen, logits.shape[1]))
 
 
