@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tiny_models import move_corrections
+
 VOCABULARY = 320
 
 _SIZES: dict[int, str] = {
@@ -161,6 +163,7 @@ def write_drawn_model(folder: Path, model_type: str, changes: Mapping[str, Any] 
                 parameter.add_(0.1 * torch.randn_like(parameter))
             elif parameter.dim() > 1:
                 parameter.mul_(2.0)  # attention that starts almost uniform hides what is done to it
+        move_corrections(model)
     model.save_pretrained(folder)
     return model
 

@@ -43,6 +43,7 @@ FAMILIES: Mapping[str, Mapping[str, object]] = {
     "seed_oss": {"head_dim": 16},
     "cwm": {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]},
     "phi3": {"pad_token_id": 0, "sliding_window": 8},
+    "phi3 of parts of heads": {"pad_token_id": 0, "partial_rotary_factor": 0.5},
     "granite": {
         "embedding_multiplier": 3.0,
         "attention_multiplier": 0.2,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -36,7 +36,7 @@ from qlora_hal_backends.torch_family.fused.fp8 import kernels as fp8_kernels
 from qlora_hal_backends.torch_family.fused.fp8.operations import E4M3, LowRank
 from qlora_hal_backends.torch_family.fused.fp8.triton_operations import ADA, BLACKWELL, HOPPER, Tiles, TritonFp8
 from qlora_hal_backends.torch_family.fused.mixture import kernels as mixture_kernels
-from qlora_hal_backends.torch_family.fused.mixture.operations import Router
+from qlora_hal_backends.torch_family.fused.mixture.operations import Router, Scores
 from qlora_hal_backends.torch_family.fused.mixture.triton_operations import TritonMixture
 from qlora_hal_backends.torch_family.fused.operations import Dropout, HeadNorm, Masks, Placements, Rotary
 from qlora_hal_backends.torch_family.fused.triton_operations import TritonOperations
@@ -175,13 +175,14 @@ def _launch_all(operations: TritonOperations, dtype: torch.dtype) -> None:
     double = torch.zeros(ROWS, 2 * WIDTH, dtype=dtype)
     operations.swiglu(double, wide)
     operations.swiglu_backward(double, wide, double, wide)
-    table = torch.zeros(ROWS, HEADS.size // 2)
-    rotary = Rotary(table, table, torch.arange(ROWS))
     query = wide[:, : HEADS.query_columns]
     upstream = query.unflatten(1, (HEADS.query, HEADS.size)).transpose(0, 1)[None]
     for norm in (None, HeadNorm(torch.ones(2, HEADS.size, dtype=dtype), 1e-6)):
-        operations.rotate(double, double, HEADS, rotary, norm)
-        operations.rotate_backward(upstream, query, rotary, norm, query, False)
+        for pairs in (HEADS.size // 2, HEADS.size // 4):
+            table = torch.zeros(ROWS, pairs)
+            rotary = Rotary(table, table, torch.arange(ROWS))
+            operations.rotate(double, double, HEADS, rotary, norm)
+            operations.rotate_backward(upstream, query, rotary, norm, query, False)
     for with_gradient in (True, False):
         operations.cross_entropy(logits, torch.zeros(ROWS, dtype=torch.int64), 1.0, with_gradient)
     words = torch.zeros(ROWS, dtype=torch.int32)
@@ -199,14 +200,20 @@ def _launch_all_of_mixtures(operations: TritonMixture, dtype: torch.dtype) -> No
     for nested in (True, False):
         layer = quantize(torch.ones(16, hidden, dtype=dtype), Quantization(WeightFormat.NF4, 64, nested), dtype)
         operations.dequantize_stack(stacked([layer] * 2), torch.zeros(2, 16, hidden, dtype=dtype))
-    logits = torch.zeros(tokens, 128, dtype=dtype)
     weight_gradient = torch.zeros(tokens, each)
     x = torch.zeros(tokens, hidden, dtype=dtype)
     rows = torch.zeros(tokens * each, hidden, dtype=dtype)
     gate_up, product = (torch.zeros(tokens * each, width, dtype=dtype) for width in (2 * inner, inner))
-    for router in (Router(each, True, dtype), Router(each, False, torch.float32)):
-        weights, experts = operations.route(logits, router)
-        operations.route_backward(logits, experts, weight_gradient, router, logits)
+    in_groups = Router(each, True, torch.float32, Scores.SIGMOID, 2.5, groups=8, groups_kept=4, exact_logits=True)
+    for router, correction in (
+        (Router(each, True, dtype), None),
+        (Router(each, False, torch.float32), None),
+        (replace(in_groups, groups=1, groups_kept=1, normalizes=False), None),
+        (in_groups, torch.zeros(128)),
+    ):
+        logits = torch.zeros(tokens, 128, dtype=torch.float32 if router.exact_logits else dtype)
+        weights, experts = operations.route(logits, correction, router)
+        operations.route_backward(logits, experts, weight_gradient, router, logits.to(dtype))
         operations.weighted_swiglu(gate_up, weights, places, product)
         operations.weighted_swiglu_backward(gate_up, product, weights, places, gate_up, product, weight_gradient)
     operations.sort(torch.zeros(tokens, each, dtype=torch.int16), 128)

@@ -52,6 +52,8 @@ OTHERS: dict[str, dict[str, Any]] = {
                "vision_config": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
                                  "num_attention_heads": 2, "image_size": 28, "patch_size": 14}},
     "glm": {"head_dim": 16},
+    "glm4_moe": {"head_dim": 16, "moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 2,
+                 "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
     "gpt_bigcode": {"n_embd": 64, "n_inner": 256, "n_layer": 2, "n_head": 4, "n_positions": 256},
     "gpt_neox": {"intermediate_size": 256},
     "granite": {},
@@ -62,6 +64,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
     "nemotron": {"head_dim": 16},
     "olmo": {},
+    "olmoe": {"intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2,
                   "shared_expert_intermediate_size": 48},
     "qwen3_moe": {"moe_intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
@@ -87,8 +90,18 @@ def write_model(folder: Path, family: str = "llama", seed: int = 0, dtype: str =
                 parameter.add_(0.1 * torch.randn_like(parameter))
             elif "embed" not in name:
                 parameter.mul_(1.0)
+        move_corrections(model)
     model.save_pretrained(folder)
     return folder
+
+
+def move_corrections(model: Any) -> None:
+    """Of routers, by which experts are chosen: they start at 0."""
+    import torch
+
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(0.1 * torch.randn_like(buffer))
 
 
 def edit_config(folder: Path, **changes: Any) -> None:

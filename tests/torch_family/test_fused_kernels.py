@@ -137,6 +137,20 @@ def test_norm_backward_is_the_gradient_of_the_norm_in_float64(
         torch.testing.assert_close(normed, y.detach().float(), **CLOSE)
 
 
+def test_norms_read_and_write_columns_of_wider_rows(kernels: Operations) -> None:
+    """As the norm of all query heads at once does; the gradient takes the place of what it is made from."""
+    rows, weight = random(ROWS, WIDTH + 24), random(WIDTH, seed=2)
+    x, expected = rows[:, 8:-16], torch.empty(ROWS, WIDTH, device=DEVICE)
+    out = poisoned(ROWS, WIDTH)
+    kernels.add_norm(x, None, weight, 1e-5, out)
+    REFERENCE.add_norm(x.contiguous(), None, weight, 1e-5, expected)
+    torch.testing.assert_close(out, expected, **CLOSE)
+    gradient = poisoned(ROWS, WIDTH).copy_(random(ROWS, WIDTH, seed=1))
+    REFERENCE.norm_backward(gradient.clone(), x.contiguous(), weight, 1e-5, None, expected, None, None)
+    kernels.norm_backward(gradient, x, weight, 1e-5, None, gradient, None, None)
+    torch.testing.assert_close(gradient, expected, **CLOSE)
+
+
 @pytest.mark.parametrize("activation", Activation)
 def test_gated_products_and_their_gradients_are_those_of_float64(kernels: Operations, activation: Activation) -> None:
     kernels = type(kernels)(activation)  # type: ignore[call-arg]
@@ -164,8 +178,8 @@ HEADS = HeadCounts(
 )  # 12 heads: more than one tile of eight, and not a whole number of them
 
 
-def rotary(rows: int, time: int) -> Rotary:
-    angles = torch.outer(torch.arange(time).float(), 0.3 ** torch.arange(HEADS.size // 2).float()).to(DEVICE)
+def rotary(rows: int, time: int, pairs: int = HEADS.size // 2) -> Rotary:
+    angles = torch.outer(torch.arange(time).float(), 0.3 ** torch.arange(pairs).float()).to(DEVICE)
     return Rotary(angles.cos(), angles.sin(), torch.arange(rows, device=DEVICE) * 7 % time)
 
 
@@ -173,23 +187,30 @@ def head_norm() -> HeadNorm:
     return HeadNorm(random(2, HEADS.size, seed=9), 1e-6)
 
 
+PAIRS = pytest.mark.parametrize("pairs", [HEADS.size // 2, 3], ids=["whole heads", "part of a head"])
+
+
+@PAIRS
 @pytest.mark.parametrize("normed", [True, False])
-def test_rotation_writes_query_and_key_columns_only(kernels: Operations, normed: bool) -> None:
+def test_rotation_writes_query_and_key_columns_only(kernels: Operations, normed: bool, pairs: int) -> None:
     columns = HEADS.query_columns + HEADS.key_columns
     source = random(ROWS, columns + HEADS.key_columns)
     expected, values = source[:, :columns].clone(), source[:, columns:].clone()
     norm = head_norm() if normed else None
-    REFERENCE.rotate(source, expected, HEADS, rotary(ROWS, 5), norm)
-    kernels.rotate(source, source, HEADS, rotary(ROWS, 5), norm)
+    REFERENCE.rotate(source, expected, HEADS, rotary(ROWS, 5, pairs), norm)
+    kernels.rotate(source, source, HEADS, rotary(ROWS, 5, pairs), norm)
     torch.testing.assert_close(source[:, :columns], expected, **CLOSE)
     assert torch.equal(source[:, columns:], values)
 
 
+@PAIRS
 @pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize("is_key", [True, False])
-def test_rotation_backward_is_the_gradient_of_rotation(kernels: Operations, normed: bool, is_key: bool) -> None:
+def test_rotation_backward_is_the_gradient_of_rotation(
+    kernels: Operations, normed: bool, is_key: bool, pairs: int
+) -> None:
     batch, time, count = 2, 5, HEADS.key_value if is_key else HEADS.query
-    angles, norm = rotary(batch * time, time), head_norm() if normed else None
+    angles, norm = rotary(batch * time, time, pairs), head_norm() if normed else None
     source = random(batch * time, count * HEADS.size)
     gradient = random(batch, time, count, HEADS.size, seed=1).transpose(1, 2)  # strided, as attention gives it
     out = poisoned(batch * time, count * HEADS.size)
@@ -198,9 +219,9 @@ def test_rotation_backward_is_the_gradient_of_rotation(kernels: Operations, norm
     split = x.unflatten(-1, (-1, HEADS.size))
     if norm is not None:
         split = split * torch.rsqrt(split.square().mean(-1, keepdim=True) + norm.epsilon) * norm.weights[int(is_key)]
-    first, second = split.chunk(2, dim=-1)
+    first, second, rest = split.split((pairs, pairs, HEADS.size - 2 * pairs), dim=-1)
     cos, sin = (table[angles.positions].double()[:, None] for table in (angles.cos, angles.sin))
-    y = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    y = torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
     (expected,) = torch.autograd.grad(y, x, gradient.transpose(1, 2).flatten(0, 1).double())
     torch.testing.assert_close(out, expected.float(), **CLOSE)
 

@@ -23,13 +23,13 @@ from qlora_hal.contract.backend import Compute
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.values import Batch
 from qlora_hal_backends.torch_family import fused, step
-from qlora_hal_backends.torch_family.experts import GroupedProducts, proved_products
+from qlora_hal_backends.torch_family.experts import GroupedProducts, TiesByNumber, proved_products
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter, StackOfExperts
 from qlora_hal_backends.torch_family.fused.attach import attach_with
 from qlora_hal_backends.torch_family.fused.body import FusedBody
 from qlora_hal_backends.torch_family.fused.families import activation_of
 from qlora_hal_backends.torch_family.fused.mixture.collecting import router_of
-from qlora_hal_backends.torch_family.fused.mixture.operations import MixtureOperations, Router
+from qlora_hal_backends.torch_family.fused.mixture.operations import MixtureOperations, Router, Scores
 from qlora_hal_backends.torch_family.fused.mixture.reference import ReferenceMixture
 from qlora_hal_backends.torch_family.fused.operations import Operations
 from qlora_hal_backends.torch_family.fused.reference import ReferenceOperations
@@ -56,6 +56,27 @@ MIXTURES: Mapping[str, Mapping[str, object]] = {
     },
     "qwen2_moe of windows": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
     "mixtral of windows": {"sliding_window": 4, "hidden_act": "gelu_pytorch_tanh"},
+    "qwen3_moe among dense layers": {"decoder_sparse_step": 2, "num_hidden_layers": 4, "norm_topk_prob": True},
+    "qwen2_moe after a dense layer": {
+        "mlp_only_layers": [0],
+        "shared_expert_intermediate_size": 48,
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "max_window_layers": 1,
+    },
+    "glm4_moe": {"routed_scaling_factor": 2.5},
+    "glm4_moe in groups": {
+        "num_hidden_layers": 3,
+        "n_routed_experts": 8,
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": False,
+        "n_shared_experts": 2,
+        "use_qk_norm": True,
+        "attention_bias": True,
+    },
+    "olmoe": {"norm_topk_prob": False},
+    "olmoe with limits": {"norm_topk_prob": True, "clip_qkv": 3.0, "attention_bias": True},
 }
 
 
@@ -133,13 +154,13 @@ def test_loss_and_gradients_equal_those_of_the_plain_layers(
 
 
 @pytest.mark.needs_triton
-@pytest.mark.parametrize("family", ["qwen3_moe as it is", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["qwen3_moe as it is", "qwen2_moe", "olmoe with limits", "glm4_moe in groups"])
 def test_kernels_give_loss_and_gradients_of_the_plain_layers(family: str, tmp_path: Path) -> None:
     model = mixture(tmp_path, family)
     assert_same(model, fused_body(model, in_triton()), random_batch(3, rows=1, time=4, prompt=1))
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("family", [family for family in MIXTURES if "windows" not in family])
 def test_fused_mixtures_are_those_of_transformers_and_peft(
     family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -150,7 +171,7 @@ def test_fused_mixtures_are_those_of_transformers_and_peft(
         attached.append(fused_body(Model(base, flat, compute)))
         return attached[-1]
 
-    write_drawn_model(tmp_path, family)
+    write_drawn_model(tmp_path, family.partition(" ")[0], MIXTURES[family] if " " in family else None)
     monkeypatch.setattr(fused, "try_attach", attach)
     found = compare(tmp_path, reference_of(tmp_path))
     assert found["result"] == "equal", found
@@ -181,7 +202,16 @@ def test_several_steps_are_those_of_the_plain_layers(experts: str, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("family", "recompute"),
-    [("qwen3_moe", "selective"), ("qwen3_moe", "full"), ("qwen3_moe", "offload"), ("qwen2_moe", "full")],
+    [
+        ("qwen3_moe", "selective"),
+        ("qwen3_moe", "full"),
+        ("qwen3_moe", "offload"),
+        ("qwen2_moe", "full"),
+        ("qwen2_moe after a dense layer", "selective"),
+        ("qwen3_moe among dense layers", "offload"),
+        ("olmoe with limits", "full"),
+        ("glm4_moe in groups", "full"),
+    ],
 )
 def test_recomputing_in_tiles_equals_keeping_everything(
     family: str, recompute: str, operations: Both, tmp_path: Path
@@ -211,6 +241,33 @@ def test_any_choice_of_projections_can_be_adapted(
 ) -> None:
     model = mixture(tmp_path, targets=targets, r=3)  # three ranks, of two projections: padded to eight
     assert_same(model, fused_body(model, operations), random_batch(3))
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        lambda module: "mlp.gate_proj" in module or "mlp.up_proj" in module,
+        lambda module: "experts" in module or "q_proj" in module,
+        lambda module: "layers.1." in module,
+        lambda module: "layers.0." in module,
+    ],
+    ids=["the dense layers' gate and up", "experts", "one layer of experts", "the lowest layer, which is dense"],
+)
+def test_layers_of_either_kind_can_be_adapted_alone(
+    targets: Callable[[str], bool], operations: Both, tmp_path: Path
+) -> None:
+    model = mixture(tmp_path, "qwen3_moe among dense layers", targets=targets, r=3)
+    body = fused_body(model, operations)
+    for _ in range(2):  # what one kind of layer holds is there still when another has been
+        assert_same(model, body, random_batch(3))
+
+
+def test_a_mixture_all_of_whose_layers_are_dense_needs_no_operations_of_one(tmp_path: Path) -> None:
+    model = mixture(tmp_path, changes={"mlp_only_layers": [0, 1]})
+    assert model_refusal(model.base, model.flat, model.compute) is None
+    operations = ReferenceOperations(activation_of(model.base))  # type: ignore[arg-type]
+    for compute in (model.compute, replace(model.compute, gradient_checkpointing=True)):
+        assert_same(model, attach_with(operations, model.base, model.flat, compute), random_batch(3))
 
 
 @pytest.mark.parametrize("weight_format", [WeightFormat.NONE, WeightFormat.INT8])
@@ -267,9 +324,9 @@ def test_of_equal_scores_the_lower_number_wins(operations: Both, tmp_path: Path)
     assert all(found.tolist() == [True] * 3 + [False] * 5 for found in trained)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "qwen2_moe after a dense layer", "glm4_moe"])
 def test_dropout_is_that_of_the_plain_layers(family: str, operations: Both, tmp_path: Path) -> None:
-    """Of the attention and of the shared expert; routed ones have none."""
+    """Of the attention, of the shared expert and of dense layers; routed experts have none."""
     model = mixture(tmp_path, family, targets=lambda module: ".experts." not in module, dropout=0.4)
     without_loss, without = model.gradient(model.plain, random_batch(3))
     words = dropout.token_words(2**40 + 3, np.arange(2, dtype=np.int32), 20)
@@ -294,7 +351,7 @@ def test_weights_that_did_not_all_arrive_are_decoded_again(tmp_path: Path, monke
     """A layer's gate and up took the place of another's when memory ran out for its down: that other is not there."""
     model = mixture(tmp_path)
     body = fused_body(model)
-    stacks = body.schedule.feed_forward.buffers  # type: ignore[attr-defined]
+    stacks = body.schedule.mixture.buffers  # type: ignore[attr-defined]
     body.schedule.hold(body.layers[0])
     expected = stacks.into.memory.clone()
 
@@ -340,10 +397,14 @@ def test_bfloat16_gradients_are_no_worse_than_those_of_the_plain_layers(tmp_path
 
 
 @pytest.mark.needs_cuda
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "mixtral"])
+@pytest.mark.parametrize("family", [family for family in MIXTURES if "windows" not in family])
 def test_a_gpu_takes_the_fused_schedule(family: str, tmp_path: Path) -> None:
     """As the trainer asks for it, in bfloat16. All tokens go to all experts: no choice falls otherwise by rounding."""
-    model = mixture(tmp_path, family, dtype="bfloat16", r=8, changes={**MIXTURES[family], "num_experts_per_tok": 4})
+    name = "n_routed_experts" if family.startswith("glm4") else "num_local_experts"
+    everywhere: dict[str, object] = {name: 4, "num_experts_per_tok": 4}
+    if "n_group" in MIXTURES[family]:
+        everywhere |= {"n_group": 2, "topk_group": 2}
+    model = mixture(tmp_path, family, dtype="bfloat16", r=8, changes={**MIXTURES[family], **everywhere})
     for block in model.base.experts:
         block.products = proved_products(DEVICE, grouped=True)
     body = fused.try_attach(model.base, model.flat, model.compute, DEVICE)
@@ -357,32 +418,86 @@ def test_a_gpu_takes_the_fused_schedule(family: str, tmp_path: Path) -> None:
 
 def test_routers_are_known_by_what_they_compute(tmp_path: Path) -> None:
     model = mixture(tmp_path / "1")
-    block = model.base.layers[0].mlp
-    assert router_of(block) == Router(2, True, torch.float32)
-    block.gate.norm_topk_prob = False
-    assert router_of(block) == Router(2, False, torch.float32)
-    for parameter in block.gate.parameters():
+    layer = model.base.layers[0]
+    gate = layer.mlp.gate
+    assert router_of(layer) == Router(2, True, torch.float32)
+    gate.norm_topk_prob = False
+    assert router_of(layer) == Router(2, False, torch.float32)
+    for parameter in gate.parameters():
         parameter.data = parameter.data.bfloat16()
-    assert router_of(block) == Router(2, False, torch.bfloat16)
-    scaled = block.gate.forward
-    block.gate.forward = lambda x: (scaled(x)[0], 1.01 * scaled(x)[1], scaled(x)[2])
-    assert router_of(block) is None
-    assert "a router other than softmax" in str(model_refusal(model.base, model.flat, model.compute))
+    assert router_of(layer) == Router(2, False, torch.bfloat16)
+    scaled = gate.forward
+    gate.forward = lambda x: (scaled(x)[0], 1.01 * scaled(x)[1], scaled(x)[2])
+    assert router_of(layer) is None
+    assert "a router that is none of those" in str(model_refusal(model.base, model.flat, model.compute))
+
+
+def test_routers_of_sigmoids_are_known_by_what_they_compute(tmp_path: Path) -> None:
+    """With logits in float32, whatever the dtype, and weights that stay in it."""
+    model = mixture(tmp_path, "glm4_moe in groups", changes={**MIXTURES["glm4_moe in groups"], **MIXTURES["glm4_moe"]})
+    layer = model.base.layers[1]
+    gate = layer.mlp.gate
+    expected = Router(2, False, torch.float32, Scores.SIGMOID, factor=2.5, groups=4, groups_kept=2)
+    assert router_of(layer) == expected
+    gate.norm_topk_prob = True
+    assert router_of(layer) == replace(expected, normalizes=True)
+    gate.weight.data = gate.weight.data.bfloat16()
+    assert router_of(layer) == replace(expected, normalizes=True, exact_logits=True)
+    gate.routed_scaling_factor = 2.6  # what config.json does not say
+    assert router_of(layer) is None
+
+
+def test_logits_are_as_exact_as_those_of_the_router(tmp_path: Path) -> None:
+    """In float32 from inputs and weights of 16 bits: of scores so near one another, rounding would choose others."""
+    model = mixture(tmp_path, "glm4_moe", dtype="bfloat16", weight_format=WeightFormat.NONE)
+    body = fused_body(model)
+    layer = model.base.layers[1]
+    h = torch.randn(20, 64, generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)
+    body.schedule.hold(body.layers[1])
+    _, products = body.schedule.feed_forward_of(body.layers[1]).inner(body.layers[1], h, None, None)
+    assert products.routed is not None
+    x, norm = torch.empty_like(h), layer.post_attention_layernorm
+    ReferenceOperations().add_norm(h, None, norm.weight.detach(), norm.variance_epsilon, x)
+    with torch.no_grad(), TiesByNumber():
+        expected, weights, experts = layer.mlp.gate(x)
+    assert products.routed.logits.dtype == torch.float32
+    torch.testing.assert_close(products.routed.logits, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(products.routed.experts.long(), experts)
+    torch.testing.assert_close(products.routed.weights, weights, rtol=1e-5, atol=0)
+
+
+def test_a_choice_that_the_block_makes_of_logits_is_known_as_well(tmp_path: Path) -> None:
+    """As transformers 5.10 has it."""
+    layer = mixture(tmp_path, "glm4_moe").base.layers[1]
+    block, expected = layer.mlp, router_of(layer)
+    assert expected is not None
+    whole = block.gate.forward
+    block.gate.forward = lambda x: whole(x)[0]
+    block.forward = lambda x: block.experts(x[0], *reversed(whole(x[0])[1:]))
+    assert router_of(layer) == expected
+    block.forward = lambda x: block.experts(x[0], whole(x[0])[2], 2.0 * whole(x[0])[1])
+    assert router_of(layer) is None
 
 
 def test_refusals_name_their_reason(tmp_path: Path) -> None:
     write_drawn_model(tmp_path / "gpt_oss", "gpt_oss")
     write_drawn_model(tmp_path / "deepseek_v3", "deepseek_v3")
-    write_drawn_model(tmp_path / "dense", "qwen3_moe", {"decoder_sparse_step": 2})
     cases = {
         "gpt_oss": "layers of type GptOssDecoderLayer are not in the fused schedule",
         "deepseek_v3": "layers of type DeepseekV3DecoderLayer are not in the fused schedule",
-        "dense": "feed-forwards of type Qwen3MoeMLP among those of experts",
     }
     for name, words in cases.items():
         trainer = open_cpu_trainer(tmp_path / name).trainer
         refusal = model_refusal(trainer._base, trainer._flat, trainer._compute)  # type: ignore[attr-defined]
         assert words in str(refusal)
+
+
+def test_a_dense_layer_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    model = mixture(tmp_path, "qwen2_moe after a dense layer")
+    layer = model.base.layers[0]
+    layer.mlp.__class__ = type("OtherMLP", (type(layer.mlp),), {})
+    refusal = model_refusal(model.base, model.flat, model.compute)
+    assert refusal == "feed-forwards of type OtherMLP among those of experts"
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])

@@ -15,10 +15,11 @@ import torch
 from qlora_hal.contract.backend import Quantization
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal_backends.torch_family.base_weights import quantize
+from qlora_hal_backends.torch_family.experts import TiesByNumber
 from qlora_hal_backends.torch_family.experts.stacked_weights import Blockwise4BitStack, stacked
 from qlora_hal_backends.torch_family.fused.families import Activation
 from qlora_hal_backends.torch_family.fused.mixture.kernel_trial import differing, differing_products
-from qlora_hal_backends.torch_family.fused.mixture.operations import MixtureOperations, Router
+from qlora_hal_backends.torch_family.fused.mixture.operations import MixtureOperations, Router, Scores
 from qlora_hal_backends.torch_family.fused.mixture.reference import ReferenceMixture
 from qlora_hal_backends.torch_family.streamed_base import StreamedBase
 
@@ -99,7 +100,7 @@ def test_the_best_experts_are_chosen_and_of_equals_the_lower(
     logits = random(TOKENS, experts) * 3
     logits[1] = 2.0  # all are equal
     logits[2, 1:3] = logits[2].max()
-    weights, chosen = operations.route(logits, Router(EACH, normalizes, torch.float32))
+    weights, chosen = operations.route(logits, None, Router(EACH, normalizes, torch.float32))
     order = torch.sort(logits, dim=1, descending=True, stable=True).indices[:, :EACH]
     assert torch.equal(chosen.long(), order)
     assert chosen[1].tolist() == [0, 1, 2]
@@ -107,24 +108,55 @@ def test_the_best_experts_are_chosen_and_of_equals_the_lower(
     if normalizes:
         expected = expected / expected.sum(dim=1, keepdim=True)
     torch.testing.assert_close(weights, expected.float(), **CLOSE)
-    rounded, _ = operations.route(logits, Router(EACH, normalizes, torch.bfloat16))
+    rounded, _ = operations.route(logits, None, Router(EACH, normalizes, torch.bfloat16))
     assert rounded.dtype == torch.bfloat16
     torch.testing.assert_close(rounded.float(), weights, rtol=2.0**-7, atol=0)
 
 
+@pytest.mark.parametrize("scores", Scores)
 @pytest.mark.parametrize("normalizes", [True, False])
-def test_the_gradient_of_a_router_is_that_of_float64(normalizes: bool, operations: MixtureOperations) -> None:
+def test_the_gradient_of_a_router_is_that_of_float64(
+    normalizes: bool, scores: Scores, operations: MixtureOperations
+) -> None:
     logits, gradient = random(TOKENS, 5) * 2, random(TOKENS, EACH, seed=1)
-    router = Router(EACH, normalizes, torch.float32)
-    _, chosen = operations.route(logits, router)
+    router = Router(EACH, normalizes, torch.float32, scores, factor=2.5)
+    _, chosen = operations.route(logits, None, router)
     out = torch.full_like(logits, float("nan"))
     operations.route_backward(logits, chosen, gradient, router, out)
     x = logits.double().requires_grad_()
-    weights = torch.softmax(x, dim=1).gather(1, chosen.long())
+    weights = (torch.softmax(x, dim=1) if scores is Scores.SOFTMAX else torch.sigmoid(x)).gather(1, chosen.long())
     if normalizes:
         weights = weights / weights.sum(dim=1, keepdim=True)
-    (expected,) = torch.autograd.grad(weights, x, gradient.double())
+    (expected,) = torch.autograd.grad(2.5 * weights, x, gradient.double())
     torch.testing.assert_close(out, expected.float(), **CLOSE)
+    rounded = torch.full_like(out, float("nan"), dtype=torch.bfloat16)
+    operations.route_backward(logits, chosen, gradient, router, rounded)
+    torch.testing.assert_close(rounded.float(), out, rtol=2.0**-7, atol=0)
+
+
+@pytest.mark.parametrize("normalizes", [True, False])
+@pytest.mark.parametrize(("groups", "kept"), [(1, 1), (4, 2), (3, 1), (4, 4)])
+def test_experts_are_chosen_by_corrected_scores_within_the_best_groups(
+    groups: int, kept: int, normalizes: bool, operations: MixtureOperations
+) -> None:
+    """As GLM-4 MoE and DeepSeek-V3 write it; the weights are of the scores themselves."""
+    tokens, experts = 24, 12
+    logits, correction = random(tokens, experts), random(experts, seed=1)
+    logits[1], logits[2, ::2] = 2.0, 1.0  # some are equal, but for their correction
+    correction[6:9] = correction[0:3]  # two groups, too
+    router = Router(EACH, normalizes, torch.float32, Scores.SIGMOID, 2.5, groups, kept)
+    weights, chosen = operations.route(logits, correction, router)
+    scores = torch.sigmoid(logits)
+    with TiesByNumber():
+        corrected = (scores + correction).view(tokens, groups, -1)
+        best = torch.topk(torch.topk(corrected, 2)[0].sum(dim=-1), kept)[1]
+        inside = torch.zeros(tokens, groups, dtype=torch.bool, device=DEVICE).scatter_(1, best, True)
+        expected = torch.topk(corrected.masked_fill(~inside[..., None], float("-inf")).flatten(1), EACH)[1]
+    assert torch.equal(chosen.long(), expected)
+    of_chosen = scores.double().gather(1, expected)
+    if normalizes:
+        of_chosen = of_chosen / of_chosen.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(weights, (2.5 * of_chosen).float(), **CLOSE)
 
 
 @pytest.mark.parametrize(("experts", "tokens"), [(3, 1), (5, 40), (128, 100), (300, 7)])
@@ -235,9 +267,11 @@ def test_the_trial_also_asks_what_torch_computes(monkeypatch: pytest.MonkeyPatch
 
 def test_the_trial_names_each_operation_that_computes_something_else() -> None:
     class Wrong(ReferenceMixture):
-        def route(self, logits: torch.Tensor, router: Router) -> tuple[torch.Tensor, torch.Tensor]:
+        def route(
+            self, logits: torch.Tensor, correction: torch.Tensor | None, router: Router
+        ) -> tuple[torch.Tensor, torch.Tensor]:
             """Of equals the higher wins."""
-            weights, chosen = super().route(logits.flip(1), router)
+            weights, chosen = super().route(logits.flip(1), correction, router)
             return weights, (logits.shape[1] - 1 - chosen).to(chosen.dtype)
 
         def add_to_experts(self, gradient: torch.Tensor, products: torch.Tensor, ends: torch.Tensor) -> None:

@@ -119,14 +119,14 @@ def host_memory(query: MemoryQuery) -> MemoryConstants:
     )
 
 
-FUSED_MIXTURES = frozenset({"mixtral", "qwen2_moe", "qwen3_moe"})
+FUSED_MIXTURES = frozenset({"glm4_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"})
 FUSED_ARCHITECTURES = FUSED_MIXTURES | {
     "llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "seed_oss", "cwm", "granite", "phi3", "gemma",
     "gemma3_text",
 }  # fmt: skip
 """`model_type` of the layers that `fused.families` has and `fused.supported` takes."""
 
-HEADS_NORMED = frozenset({"qwen3", "qwen3_moe", "gemma3_text"})
+HEADS_NORMED = frozenset({"qwen3", "qwen3_moe", "olmoe", "glm4_moe", "gemma3_text"})
 """Of these, those whose queries and keys are normed before their rotation, and kept for that norm's backward."""
 
 

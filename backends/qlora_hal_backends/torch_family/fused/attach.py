@@ -33,6 +33,7 @@ from qlora_hal_backends.torch_family.fused.feed_forward import DenseFeedForward,
 from qlora_hal_backends.torch_family.fused.fp8.kernel_trial import proved_fp8_kernels
 from qlora_hal_backends.torch_family.fused.fp8.operations import Fp8Operations
 from qlora_hal_backends.torch_family.fused.fp8.products import FP8_WORDS, fp8_rooms
+from qlora_hal_backends.torch_family.fused.heads import Heads
 from qlora_hal_backends.torch_family.fused.kernel_trial import proved_kernels
 from qlora_hal_backends.torch_family.fused.layer_inputs import HostMemory
 from qlora_hal_backends.torch_family.fused.layer_weights import joined_rooms
@@ -115,35 +116,38 @@ def attach_with(
     family, norm = family_of(base), base.body.norm
     like = norm.weight.detach().to(getattr(torch, compute.dtype))
     # The attention of a mixture is little beside its experts: taking turns with them would save nothing.
-    shares = recomputes and not family.mixtures
+    shares = recomputes and not base.experts
     make_rooms = partial(joined_rooms, operations) if fp8 is None else partial(fp8_rooms, fp8)
-    buffers = make_buffers(list(base.layers), family.groups, flat, like, operations, make_rooms, shared=shares)
+    buffers = make_buffers(list(base.layers), family, flat, like, operations, make_rooms, shared=shares)
     stream = Stream(epsilon_of(norm), operations)
-    dense = DenseFeedForward(buffers, operations, stream)
-    feed_forward: FeedForward = dense
+    of_experts: FeedForward | None = None
     experts: list[MixtureWeights | None] = [None for _ in base.layers]
-    if family.mixtures:
+    if base.experts:
         assert mixture is not None, "a mixture has operations of its own"
-        stacks = make_stack_buffers(list(base.layers), flat, like, mixture, operations)
-        experts = [mixture_weights(layer, stacks, flat) for layer in base.layers]
-        feed_forward = _mixture(base, stacks, dense, mixture, like)
+        shared = DenseFeedForward(buffers, operations, stream, TILE_ROWS, "shared_in", "shared_out")
+        routed = [layer for layer in base.layers if family.has_experts(layer)]
+        stacks = make_stack_buffers(routed, flat, like, mixture, operations)
+        experts = [
+            mixture_weights(layer, family, stacks, flat) if family.has_experts(layer) else None for layer in base.layers
+        ]
+        of_experts = _mixture(routed[0], stacks, shared, mixture, like, tile_rows or MIXTURE_TILE_ROWS)
     schedule = DecoderLayer(
-        heads=_head_counts(base),
+        heads=Heads(_head_counts(base), operations),
         attention_scale=float(attention.scaling),
         attention=CausalAttention(uneven.attention),
         buffers=buffers,
         operations=operations,
         stream=stream,
-        feed_forward=feed_forward,
-        tile_rows=tile_rows or (MIXTURE_TILE_ROWS if family.mixtures else TILE_ROWS),
+        dense=DenseFeedForward(buffers, operations, stream, tile_rows or TILE_ROWS),
+        mixture=of_experts,
     )
     return FusedBody(
         base=base,
         flat=flat,
         schedule=schedule,
         layers=[
-            layer_weights(layer, path, family, buffers, flat, of_experts)
-            for layer, path, of_experts in zip(base.layers, _paths(base), experts, strict=True)
+            layer_weights(layer, path, family, buffers, flat, of_layer)
+            for layer, path, of_layer in zip(base.layers, _paths(base), experts, strict=True)
         ],
         final_norm=family.norm_weight(norm),
         rotary_tables=_rotary_tables(base),
@@ -157,25 +161,26 @@ def attach_with(
 
 
 def _mixture(
-    base: BaseModel,
+    layer: Any,
     stacks: StackBuffers,
-    dense: DenseFeedForward,
+    shared: DenseFeedForward,
     mixture: MixtureOperations,
     like: Tensor,
+    tile_rows: int,
 ) -> MixtureFeedForward:
-    """`dense` is of the shared expert, where the family has one."""
-    layers: Any = base.layers
-    router = router_of(layers[0].mlp)
+    """`layer` is one of those with experts, `shared` of the expert that every token goes to, where there is one."""
+    router = router_of(layer)
     assert router is not None, "`supported` refuses other routers"
-    has_shared = "feed_forward_in" in dense.buffers.groups
+    has_shared = shared.into in shared.buffers.groups
     return MixtureFeedForward(
         router=router,
         buffers=stacks,
-        operations=dense.operations,
+        operations=shared.operations,
         mixture=mixture,
-        stream=dense.stream,
-        gradient_room=dense.gradient_room if has_shared else HiddenRoom(stacks.into.columns, like),
-        shared=SharedExpert(dense, mixture) if has_shared else None,
+        stream=shared.stream,
+        tile_rows=tile_rows,
+        gradient_room=shared.gradient_room if has_shared else HiddenRoom(stacks.into.columns, like),
+        shared=SharedExpert(shared, mixture) if has_shared else None,
     )
 
 

@@ -129,13 +129,14 @@ class FusedBody:
     def _backward(self, tape: _Tape, gradient: Tensor) -> None:
         assert tape.last_h is not None, "a tape is read once"
         rows = gradient.flatten(0, 1).contiguous()
-        stream = self.schedule.final_norm_backward(self.final_norm, tape.last_h, rows)
+        stream = self.schedule.final_norm_backward(self.final_norm, tape.last_h, rows, self.layers[-1])
         tape.last_h = None
         del rows, gradient
         for index in reversed(range(len(self.layers))):
             layer_tape = tape.layers.pop()
             layer_tape.h1 = tape.inputs.take()
-            below = self.schedule.backward(self.layers[index], layer_tape, stream, tape.sequences, is_lowest=index == 0)
+            lower = self.layers[index - 1] if index else None
+            below = self.schedule.backward(self.layers[index], layer_tape, stream, tape.sequences, lower)
             if below is not None:
                 stream = below
 

@@ -11,13 +11,14 @@ from torch import Tensor
 from qlora_hal.contract.values import LinearShape
 from qlora_hal_backends.torch_family.base_weights import BaseWeight
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
-from qlora_hal_backends.torch_family.fused.families import Groups, LayerFamily, epsilon_of, rotary_of
+from qlora_hal_backends.torch_family.fused.families import LayerFamily, epsilon_of, rotary_of
 from qlora_hal_backends.torch_family.fused.layer_weights import (
     RANK_MULTIPLE,
     GroupBuffer,
     GroupShape,
     GroupWeights,
     Join,
+    JointNorm,
     LayerBuffers,
     LayerWeights,
     MakeRooms,
@@ -32,8 +33,8 @@ Entry = tuple[int, int, int, int, int]
 
 
 def make_buffers(
-    layers: Sequence[object],
-    groups: Groups,
+    layers: Sequence[Any],
+    family: LayerFamily,
     flat: FlatAdapter,
     like: Tensor,
     operations: Operations,
@@ -41,12 +42,13 @@ def make_buffers(
     *,
     shared: bool = False,
 ) -> LayerBuffers:
-    """Buffers for layers of one shape, in rooms of `shared` memory or apart. A projection that any layer adapts has its
-    ranks in every layer."""
+    """Buffers for groups that are of one shape in all layers that have them, in rooms of `shared` memory or apart. A
+    projection that any layer adapts has its ranks in every layer."""
     adapted = flat.adapter.config.target_modules
+    found = {name: (layer, modules) for layer in layers for name, modules in family.groups_of(layer).items()}
     shapes = {}
-    for name, modules in groups.items():
-        linear_shapes = [linear_of(layers[0], module).shape for module in modules]
+    for name, (layer, modules) in found.items():
+        linear_shapes = [linear_of(layer, module).shape for module in modules]
         anywhere = [any(path.endswith(f".{module}") for path in adapted) for module in modules]
         shapes[name] = group_shape(modules, linear_shapes, anywhere, flat.adapter.config.r)
     return LayerBuffers(shapes, flat, like, operations, make_rooms, shared=shared)
@@ -73,15 +75,13 @@ def layer_weights(
 ) -> LayerWeights:
     """Collect one layer. `path` is its module path, as the adapter names it."""
     attention = layer.self_attn
-    head_norm = None
-    if hasattr(attention, "q_norm"):
-        weights = torch.stack((family.norm_weight(attention.q_norm), family.norm_weight(attention.k_norm)))
-        head_norm = HeadNorm(weights, epsilon_of(attention.q_norm))
-    entries = {name: _group_placements(buffer, path, flat) for name, buffer in buffers.groups.items()}
+    groups = {name: buffers.groups[name] for name in family.groups_of(layer)}
+    entries = {name: _group_placements(buffer, path, flat) for name, buffer in groups.items()}
     return LayerWeights(
         input_norm=family.norm_weight(layer.input_layernorm),
         middle_norm=family.norm_weight(getattr(layer, family.middle_norm)),
-        head_norm=head_norm,
+        head_norm=_head_norm(attention, family),
+        joint_norm=_joint_norm(attention, family),
         window=family.window_of(attention),
         rotary=rotary_of(attention),
         attention_join=_join(layer, family, family.attention_norm),
@@ -90,11 +90,26 @@ def layer_weights(
             name: _group_weights(
                 layer, path, buffer, flat, on_device([*_zeros_around(buffer), *entries[name]], flat.compute.device)
             )
-            for name, buffer in buffers.groups.items()
+            for name, buffer in groups.items()
         },
         adapter=on_device([entry for part in entries.values() for entry in part], flat.compute.device),
         experts=experts,
     )
+
+
+def _head_norm(attention: Any, family: LayerFamily) -> HeadNorm | None:
+    if family.norms_heads_jointly or not hasattr(attention, "q_norm"):
+        return None
+    weights = torch.stack((family.norm_weight(attention.q_norm), family.norm_weight(attention.k_norm)))
+    return HeadNorm(weights, epsilon_of(attention.q_norm))
+
+
+def _joint_norm(attention: Any, family: LayerFamily) -> JointNorm | None:
+    if not family.norms_heads_jointly:
+        return None
+    query, key, limit = attention.q_norm, attention.k_norm, attention.config.clip_qkv
+    weights = family.norm_weight(query), family.norm_weight(key)
+    return JointNorm(*weights, epsilon_of(query), None if limit is None else float(limit))
 
 
 def _join(layer: Any, family: LayerFamily, norm: str | None) -> Join | None:

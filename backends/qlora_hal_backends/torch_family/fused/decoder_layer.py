@@ -23,8 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qlora_hal_backends.torch_family.attention.causal import Attention, HeadCounts
+from qlora_hal_backends.torch_family.attention.causal import Attention
 from qlora_hal_backends.torch_family.fused.feed_forward import FeedForward, kept_apart
+from qlora_hal_backends.torch_family.fused.heads import Heads
 from qlora_hal_backends.torch_family.fused.layer_weights import AdapterGradients, Join, LayerBuffers, LayerWeights
 from qlora_hal_backends.torch_family.fused.operations import Dropout, Operations
 from qlora_hal_backends.torch_family.fused.stream import Stream
@@ -37,31 +38,39 @@ from qlora_hal_backends.torch_family.fused.tape import (
     Sequences,
     StreamGradient,
 )
-from qlora_hal_backends.torch_family.platform import TILE_ROWS
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """The schedule. One object serves all layers of a model; their weights come as an argument."""
+    """The schedule. One object serves all layers of a model; their weights come as an argument, and say which
+    feed-forward is theirs."""
 
-    heads: HeadCounts
+    heads: Heads
     attention_scale: float
     attention: Attention
     buffers: LayerBuffers
     operations: Operations
     stream: Stream
-    feed_forward: FeedForward
-    tile_rows: int = TILE_ROWS
+    dense: FeedForward
+    mixture: FeedForward | None = None
+
+    def feed_forward_of(self, layer: LayerWeights) -> FeedForward:
+        if layer.experts is None:
+            return self.dense
+        assert self.mixture is not None, "made where any layer has experts"
+        return self.mixture
 
     def hold(self, layer: LayerWeights) -> None:
         """From here on the products are of this layer, with the adapter as it is now."""
         self.buffers.hold(layer)
-        self.feed_forward.hold(layer)
+        self.feed_forward_of(layer).hold(layer)
 
     def forget_adapter(self) -> None:
         """The adapter was updated, or may have been."""
         self.buffers.forget_adapter()
-        self.feed_forward.forget_adapter()
+        self.dense.forget_adapter()
+        if self.mixture is not None:
+            self.mixture.forget_adapter()
 
     # forward -------------------------------------------------------------------------------------------------------
     def forward(
@@ -94,7 +103,7 @@ class DecoderLayer:
         low_rank = kept_apart(into.low_rank(x, extended[:, into.columns :], masks))
         projected = into.product(extended, layer.groups["attention_in"].bias)
         del extended, x
-        query, key, value = self._heads(layer, projected, sequences)
+        query, key, value = self.heads.split(layer, projected, sequences.rotary_of(layer))
         mixed = self.attention(
             query,
             key,
@@ -113,37 +122,23 @@ class DecoderLayer:
         tape = AttentionTape(h1, low_rank, projected, mixed, _read_again(branch, join), output_low_rank)
         return self.stream.joined(branch, join), tape
 
-    def _heads(self, layer: LayerWeights, projected: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries and keys, and values: views `[M, heads, d]` of the products.
-
-        Rotation is linear and works in place; a norm before it is not, so its input is left standing for backward.
-        """
-        heads, keys_end = self.heads, self.heads.query_columns + self.heads.key_columns
-        rotated = projected if layer.head_norm is None else projected.new_empty(projected.shape[0], keys_end)
-        self.operations.rotate(projected, rotated, heads, sequences.rotary_of(layer), layer.head_norm)
-        parts = (rotated[:, : heads.query_columns], rotated[:, heads.query_columns : keys_end], projected[:, keys_end:])
-        query, key, value = (part.unflatten(1, (-1, heads.size)) for part in parts)
-        return query, key, value
-
     def _feed_forward(
         self, layer: LayerWeights, h1: Tensor, branch: Tensor, dropout: Dropout | None, *, keeps_products: bool
     ) -> tuple[Tensor, Tensor, FeedForwardProducts | None]:
         """(h2, output still to be joined, products where they are kept): in one piece where they are, else in tiles."""
+        feed_forward = self.feed_forward_of(layer)
         if keeps_products:
-            h2, products = self.feed_forward.inner(layer, h1, branch, dropout)
-            output, products.output_low_rank = self.feed_forward.outer(layer, products, dropout)
+            h2, products = feed_forward.inner(layer, h1, branch, dropout)
+            output, products.output_low_rank = feed_forward.outer(layer, products, dropout)
             products.output = _read_again(output, layer.feed_forward_join)
             return h2, output, products
         h2, output = torch.empty_like(h1), torch.empty_like(branch)
-        for rows in self._tiles(h1.shape[0]):
+        for rows in _tiles(h1.shape[0], feed_forward.tile_rows):
             of_rows = _of(dropout, rows)
-            _, products = self.feed_forward.inner(layer, h1[rows], branch[rows], of_rows, into=h2[rows])
-            self.feed_forward.outer(layer, products, of_rows, into=output[rows])
+            _, products = feed_forward.inner(layer, h1[rows], branch[rows], of_rows, into=h2[rows])
+            feed_forward.outer(layer, products, of_rows, into=output[rows])
             del products
         return h2, output, None
-
-    def _tiles(self, rows: int) -> Iterator[slice]:
-        return (slice(start, min(start + self.tile_rows, rows)) for start in range(0, rows, self.tile_rows))
 
     # backward ------------------------------------------------------------------------------------------------------
     def backward(
@@ -152,9 +147,9 @@ class DecoderLayer:
         tape: LayerTape,
         above: StreamGradient,
         sequences: Sequences,
-        is_lowest: bool,
+        lower: LayerWeights | None,
     ) -> StreamGradient | None:
-        """Add this layer's adapter gradients and return the stream's gradient below it.
+        """Add this layer's adapter gradients and return the stream's gradient below it, for the `lower` layer.
 
         Nothing below the lowest layer is trained: its input's gradient is not computed, and None is returned.
         """
@@ -168,7 +163,7 @@ class DecoderLayer:
             middle = self.stream.before_join(
                 middle, layer.attention_join, attention.branch, self.buffers.groups["attention_out"]
             )
-        below = self._attention_backward(layer, attention, middle, sequences, gradients, is_lowest)
+        below = self._attention_backward(layer, attention, middle, sequences, gradients, lower)
         gradients.add()
         return below
 
@@ -197,19 +192,18 @@ class DecoderLayer:
         gradients: AdapterGradients,
     ) -> StreamGradient:
         """The stream's gradient between attention and feed-forward."""
+        feed_forward = self.feed_forward_of(layer)
         middle = self.stream.new_gradient(tape.h2, self.buffers.groups["attention_out"])
         products, tape.products = tape.products, None
         if products is not None:
             of_output = self._of_output(layer, above, products, dropout)
-            self.feed_forward.rows_backward(layer, tape.h2, products, of_output, middle, dropout, gradients)
+            feed_forward.rows_backward(layer, tape.h2, products, of_output, middle, dropout, gradients)
             return middle
-        for rows in self._tiles(tape.h2.shape[0]):
+        for rows in _tiles(tape.h2.shape[0], feed_forward.tile_rows):
             of_rows = _of(dropout, rows)
-            _, products = self.feed_forward.inner(layer, tape.h2[rows], None, of_rows)
+            _, products = feed_forward.inner(layer, tape.h2[rows], None, of_rows)
             of_output = self._of_output(layer, above.of(rows), products, of_rows)
-            self.feed_forward.rows_backward(
-                layer, tape.h2[rows], products, of_output, middle.of(rows), of_rows, gradients
-            )
+            feed_forward.rows_backward(layer, tape.h2[rows], products, of_output, middle.of(rows), of_rows, gradients)
             del products
             gradients.add()
         return middle
@@ -218,13 +212,13 @@ class DecoderLayer:
         self, layer: LayerWeights, above: StreamGradient, products: FeedForwardProducts, dropout: Dropout | None
     ) -> StreamGradient:
         """The gradient of the feed-forward's output, which a join changes."""
-        join, output = layer.feed_forward_join, products.output
+        join, output, feed_forward = layer.feed_forward_join, products.output, self.feed_forward_of(layer)
         if join is None:
             return above
         if join.norm is not None and output is None:
-            output, _ = self.feed_forward.outer(layer, products, dropout)
+            output, _ = feed_forward.outer(layer, products, dropout)
         products.output = None
-        return self.stream.before_join(above, join, output, self.feed_forward.gradient_room)
+        return self.stream.before_join(above, join, output, feed_forward.gradient_room)
 
     def _attention_backward(
         self,
@@ -233,7 +227,7 @@ class DecoderLayer:
         middle: StreamGradient,
         sequences: Sequences,
         gradients: AdapterGradients,
-        is_lowest: bool,
+        lower: LayerWeights | None,
     ) -> StreamGradient | None:
         into, out = self.buffers.groups["attention_in"], self.buffers.groups["attention_out"]
         of_in, of_out = layer.groups["attention_in"], layer.groups["attention_out"]
@@ -245,15 +239,14 @@ class DecoderLayer:
         extended = self._heads_backward(layer, tape, mixed_gradient, sequences)
         v = into.low_rank_gradient(extended, in_masks)
         gradients.of_b(of_in, extended, tape.input_low_rank)
-        if is_lowest:
+        if lower is None:
             x = middle.extended.new_empty(tape.h1.shape)
             self.operations.add_norm(tape.h1, None, layer.input_norm, self.stream.epsilon, x)
             gradients.of_a(of_in, v, x, in_masks)
             return None
         x_gradient = into.input_gradient(extended, in_masks)
-        below, x = self.stream.norm_backward(
-            x_gradient, tape.h1, layer.input_norm, middle, self.feed_forward.gradient_room, wants_x=v is not None
-        )
+        room = self.feed_forward_of(lower).gradient_room
+        below, x = self.stream.norm_backward(x_gradient, tape.h1, layer.input_norm, middle, room, wants_x=v is not None)
         gradients.of_a(of_in, v, x, in_masks)
         return below
 
@@ -261,19 +254,9 @@ class DecoderLayer:
         self, layer: LayerWeights, tape: AttentionTape, mixed_gradient: Tensor, sequences: Sequences
     ) -> Tensor:
         """Through the attention and the rotation, into the group's gradient buffer."""
-        heads, rotary = self.heads, sequences.rotary_of(layer)
-        keys_start, keys_end = heads.query_columns, heads.query_columns + heads.key_columns
-        query, key, value = tape.mixed.backward(mixed_gradient)
+        gradients = tape.mixed.backward(mixed_gradient)
         extended = self.buffers.groups["attention_in"].new_gradient(sequences.rows)
-        for gradient, columns, is_key in (
-            (query, slice(0, keys_start), False),
-            (key, slice(keys_start, keys_end), True),
-        ):
-            self.operations.rotate_backward(
-                gradient, extended[:, columns], rotary, layer.head_norm, tape.projected[:, columns], is_key
-            )
-        values = extended[:, keys_end : keys_end + heads.key_columns]
-        self.operations.copy_rows(value.transpose(1, 2).flatten(0, 1).flatten(1), values)
+        self.heads.backward(layer, gradients, tape.projected, sequences.rotary_of(layer), extended)
         return extended
 
     def final_norm(
@@ -284,10 +267,14 @@ class DecoderLayer:
         h = self.operations.add_norm(residual, pending, weight, self.stream.epsilon, states)
         return h, states
 
-    def final_norm_backward(self, weight: Tensor, h: Tensor, gradient: Tensor) -> StreamGradient:
-        """The stream's gradient at the top."""
-        room = self.feed_forward.gradient_room
+    def final_norm_backward(self, weight: Tensor, h: Tensor, gradient: Tensor, highest: LayerWeights) -> StreamGradient:
+        """The stream's gradient at the top, for the highest layer."""
+        room = self.feed_forward_of(highest).gradient_room
         return self.stream.norm_backward(gradient, h, weight, None, room, wants_x=False)[0]
+
+
+def _tiles(rows: int, of: int) -> Iterator[slice]:
+    return (slice(start, min(start + of, rows)) for start in range(0, rows, of))
 
 
 def _of(dropout: Dropout | None, rows: slice) -> Dropout | None:

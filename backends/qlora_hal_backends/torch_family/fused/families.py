@@ -6,7 +6,7 @@ Classes are named, not guessed: a layer that differs in one line would be comput
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -24,11 +24,6 @@ ATTENTION: Groups = {
     "attention_in": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "attention_out": ("self_attn.o_proj",),
 }
-WITH_SHARED_EXPERT: Groups = {
-    **ATTENTION,
-    "feed_forward_in": ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
-    "feed_forward_out": ("mlp.shared_expert.down_proj",),
-}
 SEPARATE: Groups = {
     **ATTENTION,
     "feed_forward_in": ("mlp.gate_proj", "mlp.up_proj"),
@@ -39,6 +34,17 @@ JOINED: Groups = {
     "attention_in": ("self_attn.qkv_proj",),
     "feed_forward_in": ("mlp.gate_up_proj",),
 }
+
+
+SHARED_EXPERT: Groups = {
+    "shared_in": ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+    "shared_out": ("mlp.shared_expert.down_proj",),
+}
+SHARED_EXPERTS: Groups = {
+    "shared_in": ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+    "shared_out": ("mlp.shared_experts.down_proj",),
+}
+"""Several of them are one, as wide as they are together."""
 
 
 class Activation(Enum):
@@ -58,11 +64,23 @@ class Window(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Experts:
+    """Of layers whose feed-forward is of experts: the class of their `mlp`, that of layers among them whose own is
+    dense, and the groups of the expert that every token goes to, with the linear layer that weighs it."""
+
+    block: str
+    dense: str | None = None
+    shared: Groups = field(default_factory=dict)
+    shared_gate: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class LayerFamily:
-    """norm, attention, add, norm, gated product, add. Names are of modules below a layer.
+    """norm, attention, add, norm, gated product, add. Names are of modules below a layer; `groups` are those of a dense
+    layer.
 
     `attention_norm` and `feed_forward_norm` are applied to a branch before it is added. `counts_from_one`: a norm
-    multiplies with 1 + its weight. `mixtures` are the classes of its feed-forward, `mlp`, where that is of experts.
+    multiplies with 1 + its weight. `norms_heads_jointly`: queries are normed over all heads at once, and so are keys.
     """
 
     groups: Groups
@@ -70,8 +88,18 @@ class LayerFamily:
     attention_norm: str | None = None
     feed_forward_norm: str | None = None
     counts_from_one: bool = False
-    mixtures: frozenset[str] = frozenset()
+    norms_heads_jointly: bool = False
+    experts: Experts | None = None
     window: Window = Window.NONE
+
+    def has_experts(self, layer: Any) -> bool:
+        return self.experts is not None and type(layer.mlp).__name__ == self.experts.block
+
+    def groups_of(self, layer: Any) -> Groups:
+        """The projections of one layer that read the same input, experts' stacks left out."""
+        if self.experts is None or not self.has_experts(layer):
+            return self.groups
+        return {**ATTENTION, **self.experts.shared}
 
     def window_of(self, attention: Any) -> int | None:
         """The sliding window of one layer."""
@@ -113,14 +141,16 @@ FAMILIES: Mapping[str, LayerFamily] = {
     "GraniteDecoderLayer": LLAMA,  # its multipliers are read from the layer and from the body
     "Phi3DecoderLayer": LayerFamily(JOINED, window=Window.EVERY_LAYER),
     "Qwen3MoeDecoderLayer": LayerFamily(
-        ATTENTION, mixtures=frozenset({"Qwen3MoeSparseMoeBlock"}), window=Window.EVERY_LAYER
+        SEPARATE, experts=Experts("Qwen3MoeSparseMoeBlock", dense="Qwen3MoeMLP"), window=Window.EVERY_LAYER
     ),
     "Qwen2MoeDecoderLayer": LayerFamily(
-        WITH_SHARED_EXPERT, mixtures=frozenset({"Qwen2MoeSparseMoeBlock"}), window=Window.BY_TYPE
+        SEPARATE,
+        experts=Experts("Qwen2MoeSparseMoeBlock", "Qwen2MoeMLP", SHARED_EXPERT, "mlp.shared_expert_gate"),
+        window=Window.BY_TYPE,
     ),
-    "MixtralDecoderLayer": LayerFamily(
-        ATTENTION, mixtures=frozenset({"MixtralSparseMoeBlock"}), window=Window.EVERY_LAYER
-    ),
+    "MixtralDecoderLayer": LayerFamily(SEPARATE, experts=Experts("MixtralSparseMoeBlock"), window=Window.EVERY_LAYER),
+    "Glm4MoeDecoderLayer": LayerFamily(SEPARATE, experts=Experts("Glm4MoeMoE", "Glm4MoeMLP", SHARED_EXPERTS)),
+    "OlmoeDecoderLayer": LayerFamily(SEPARATE, norms_heads_jointly=True, experts=Experts("OlmoeSparseMoeBlock")),
     "GemmaDecoderLayer": GEMMA,
     "Gemma2DecoderLayer": GEMMA_3,
     "Gemma3DecoderLayer": GEMMA_3,
@@ -137,11 +167,16 @@ def epsilon_of(norm: Any) -> float:
 
 
 def activation_of(base: BaseModel) -> Activation | None:
-    """By what it computes: its name differs between versions and families. None: neither of ours."""
+    """By what it computes: its name differs between versions and families. None: neither of ours, or several."""
     layers: Any = base.layers
-    mlp = layers[0].mlp
+    kinds = {family_of(base).has_experts(layer): layer.mlp for layer in layers}
+    found = {_activation_in(mlp, has_experts) for has_experts, mlp in kinds.items()}
+    return found.pop() if len(found) == 1 else None
+
+
+def _activation_in(mlp: Any, has_experts: bool) -> Activation | None:
     x = torch.linspace(-6, 6, 97)
-    if family_of(base).mixtures:
+    if has_experts:
         y = mlp.experts.gated(x, torch.ones_like(x))
     else:
         y = (mlp.activation_fn if hasattr(mlp, "activation_fn") else mlp.act_fn)(x)
@@ -175,10 +210,7 @@ def rotary_of(attention: Any) -> str:
     return getattr(attention, "layer_type", None) or ""
 
 
-def rotary_kinds(base: BaseModel) -> Mapping[str, tuple[str | None, int]]:
-    """(kind of rotary embedding, how many coordinates it turns) by type of layer; one entry "" where all are alike."""
-    rotary: Any = base.body.rotary_emb
-    kinds = getattr(rotary, "rope_type", None)
-    if not isinstance(kinds, Mapping):
-        return {"": (kinds, 2 * rotary.inv_freq.numel())}
-    return {name: (kind, 2 * getattr(rotary, f"{name}_inv_freq").numel()) for name, kind in kinds.items()}
+def rotary_kinds(base: BaseModel) -> Mapping[str, str | None]:
+    """The kind of rotary embedding by type of layer; one entry "" where all are alike."""
+    kinds = getattr(base.body.rotary_emb, "rope_type", None)
+    return kinds if isinstance(kinds, Mapping) else {"": kinds}

@@ -80,6 +80,10 @@ def _results(operations: Operations, device: torch.device) -> Mapping[str, Tenso
     gradient, exact, again = room(WIDTH), room(WIDTH), room(WIDTH)
     operations.norm_backward(x, y, weight, EPSILON, x, gradient, exact, again)
     results["norm_backward"] = torch.cat((gradient, exact, again))
+    results["norms of columns"] = x.clone()
+    inner = results["norms of columns"][:, 16:-32]
+    operations.norm_backward(inner, y[:, 16:-32], weight[16:-32], EPSILON, None, inner, None, None)
+    operations.add_norm(inner, None, weight[16:-32], EPSILON, inner)
 
     gate_up = drawn(ROWS, 2 * WIDTH)
     results["swiglu"] = room(WIDTH)
@@ -88,10 +92,14 @@ def _results(operations: Operations, device: torch.device) -> Mapping[str, Tenso
     operations.swiglu_backward(gate_up, x, gradient, product)
     results["swiglu_backward"] = torch.cat((gradient, product), dim=1)
 
-    angles = drawn(8, HEADS.size // 2)
-    rotary = Rotary(angles.cos(), angles.sin(), torch.arange(ROWS, device=device))
-    columns = HEADS.query_columns + HEADS.key_columns
-    for name, norm in (("", None), (" of normed heads", HeadNorm(drawn(2, HEADS.size), EPSILON))):
+    columns, head_norm = HEADS.query_columns + HEADS.key_columns, HeadNorm(drawn(2, HEADS.size), EPSILON)
+    for name, norm, pairs in (
+        ("", None, HEADS.size // 2),
+        (" of normed heads", head_norm, HEADS.size // 2),
+        (" of parts of heads", head_norm, HEADS.size // 4),
+    ):
+        angles = drawn(8, pairs)
+        rotary = Rotary(angles.cos(), angles.sin(), torch.arange(ROWS, device=device))
         results[f"rotate{name}"] = room(columns)
         operations.rotate(x, results[f"rotate{name}"], HEADS, rotary, norm)
         upstream = drawn(ROWS, HEADS.query_columns).unflatten(1, (HEADS.query, HEADS.size)).transpose(0, 1)[None]

@@ -116,12 +116,22 @@ def copy_rows(source, source_stride, out, out_stride, N, WIDTH: tl.constexpr):
 
 @triton.jit
 def add_norm(
-    residual, pending, h, weight, out, out_stride, epsilon, D: tl.constexpr, PENDING: tl.constexpr, WIDTH: tl.constexpr
+    residual,
+    residual_stride,
+    pending,
+    h,
+    weight,
+    out,
+    out_stride,
+    epsilon,
+    D: tl.constexpr,
+    PENDING: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     inside = column < D
-    x = tl.load(residual + row * D + column, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(residual + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
     if PENDING:
         x += tl.load(pending + row * D + column, mask=inside, other=0.0).to(tl.float32)
         rounded = x.to(h.dtype.element_ty)
@@ -137,6 +147,7 @@ def norm_backward(
     gradient,
     gradient_stride,
     h,
+    h_stride,
     weight,
     residual_gradient,
     residual_stride,
@@ -154,7 +165,7 @@ def norm_backward(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     inside = column < D
-    x = tl.load(h + row * D + column, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(h + row * h_stride + column, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(gradient + row * gradient_stride + column, mask=inside, other=0.0).to(tl.float32)
     w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     inverse_rms = 1.0 / tl.sqrt(tl.sum(x * x) / D + epsilon)
@@ -217,6 +228,24 @@ def swiglu_backward(
 
 
 @triton.jit
+def _turned_together(column, HALF: tl.constexpr, TURNED: tl.constexpr):
+    """The two coordinates of a head's pair: those that turn lie in the halves of its first 2 TURNED coordinates, the
+    pairs of the others behind them."""
+    if TURNED == HALF:
+        return column, column + HALF
+    else:
+        return column + tl.where(column < TURNED, 0, TURNED), column + tl.where(column < TURNED, TURNED, HALF)
+
+
+@triton.jit
+def _angles(cos, sin, position, column, TURNED: tl.constexpr):
+    """Of one row's pairs; none of those that do not turn."""
+    c = tl.load(cos + position * TURNED + column, mask=column < TURNED, other=1.0)
+    s = tl.load(sin + position * TURNED + column, mask=column < TURNED, other=0.0)
+    return c, s
+
+
+@triton.jit
 def rotate(
     source,
     source_stride,
@@ -230,29 +259,29 @@ def rotate(
     heads,
     query_heads,
     HALF: tl.constexpr,
+    TURNED: tl.constexpr,
     NORM: tl.constexpr,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """One row's tile of heads; the halves of a head are the two coordinates that rotate together."""
+    """One row's tile of heads, each as pairs of coordinates."""
     row = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     column = tl.arange(0, WIDTH)[None, :]
     inside = (head < heads) & (column < HALF)
-    place = head * (2 * HALF) + column
-    first = tl.load(source + row * source_stride + place, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(source + row * source_stride + place + HALF, mask=inside, other=0.0).to(tl.float32)
+    one, other = _turned_together(column, HALF, TURNED)
+    read = source + row * source_stride + head * (2 * HALF)
+    first = tl.load(read + one, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(read + other, mask=inside, other=0.0).to(tl.float32)
     if NORM:
         inverse_rms = 1.0 / tl.sqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF) + epsilon)
-        weight = weights + tl.where(head >= query_heads, 2 * HALF, 0) + column
-        first = first * inverse_rms[:, None] * tl.load(weight, mask=inside, other=0.0).to(tl.float32)
-        second = second * inverse_rms[:, None] * tl.load(weight + HALF, mask=inside, other=0.0).to(tl.float32)
-    angle = tl.load(positions + row) * HALF + column
-    c = tl.load(cos + angle, mask=column < HALF, other=0.0)
-    s = tl.load(sin + angle, mask=column < HALF, other=0.0)
-    target = out + row * out_stride + place
-    tl.store(target, (first * c - second * s).to(out.dtype.element_ty), mask=inside)
-    tl.store(target + HALF, (second * c + first * s).to(out.dtype.element_ty), mask=inside)
+        weight = weights + tl.where(head >= query_heads, 2 * HALF, 0)
+        first = first * inverse_rms[:, None] * tl.load(weight + one, mask=inside, other=0.0).to(tl.float32)
+        second = second * inverse_rms[:, None] * tl.load(weight + other, mask=inside, other=0.0).to(tl.float32)
+    c, s = _angles(cos, sin, tl.load(positions + row), column, TURNED)
+    target = out + row * out_stride + head * (2 * HALF)
+    tl.store(target + one, (first * c - second * s).to(out.dtype.element_ty), mask=inside)
+    tl.store(target + other, (second * c + first * s).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["time"])  # each packed batch has another
@@ -273,6 +302,7 @@ def rotate_backward(
     epsilon,
     heads,
     HALF: tl.constexpr,
+    TURNED: tl.constexpr,
     NORM: tl.constexpr,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -281,30 +311,29 @@ def rotate_backward(
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     column = tl.arange(0, WIDTH)[None, :]
     inside = (head < heads) & (column < HALF)
-    origin = gradient + (row // time) * batch_stride + (row % time) * time_stride + head * head_stride + column
-    first = tl.load(origin, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(origin + HALF, mask=inside, other=0.0).to(tl.float32)
-    angle = tl.load(positions + row) * HALF + column
-    c = tl.load(cos + angle, mask=column < HALF, other=0.0)
-    s = tl.load(sin + angle, mask=column < HALF, other=0.0)
+    one, other = _turned_together(column, HALF, TURNED)
+    origin = gradient + (row // time) * batch_stride + (row % time) * time_stride + head * head_stride
+    first = tl.load(origin + one, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(origin + other, mask=inside, other=0.0).to(tl.float32)
+    c, s = _angles(cos, sin, tl.load(positions + row), column, TURNED)
     rotated = first
     first = first * c + second * s
     second = second * c - rotated * s
-    place = head * (2 * HALF) + column
     if NORM:
-        x1 = tl.load(source + row * source_stride + place, mask=inside, other=0.0).to(tl.float32)
-        x2 = tl.load(source + row * source_stride + place + HALF, mask=inside, other=0.0).to(tl.float32)
-        first *= tl.load(weight + column, mask=column < HALF, other=0.0).to(tl.float32)
-        second *= tl.load(weight + HALF + column, mask=column < HALF, other=0.0).to(tl.float32)
+        read = source + row * source_stride + head * (2 * HALF)
+        x1 = tl.load(read + one, mask=inside, other=0.0).to(tl.float32)
+        x2 = tl.load(read + other, mask=inside, other=0.0).to(tl.float32)
+        first *= tl.load(weight + one, mask=column < HALF, other=0.0).to(tl.float32)
+        second *= tl.load(weight + other, mask=column < HALF, other=0.0).to(tl.float32)
         inverse_rms = 1.0 / tl.sqrt((tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)) / (2 * HALF) + epsilon)[:, None]
         x1 *= inverse_rms
         x2 *= inverse_rms
         along = ((tl.sum(first * x1, 1) + tl.sum(second * x2, 1)) / (2 * HALF))[:, None]
         first = inverse_rms * (first - x1 * along)
         second = inverse_rms * (second - x2 * along)
-    target = out + row * out_stride + place
-    tl.store(target, first.to(out.dtype.element_ty), mask=inside)
-    tl.store(target + HALF, second.to(out.dtype.element_ty), mask=inside)
+    target = out + row * out_stride + head * (2 * HALF)
+    tl.store(target + one, first.to(out.dtype.element_ty), mask=inside)
+    tl.store(target + other, second.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ effect and more to rounding.
 
 One buffer `[N + R, K + R]` holds W, B beside it and A below it, so both products read views of it (`JoinedProducts`;
 `fused.fp8` has others). The sum runs in the product's float32 accumulator and is rounded once, at no measurable cost (R
-is 16 to 64 of thousands of columns). The four buffers hold one layer at a time. Where memory is dear they share it
+is 16 to 64 of thousands of columns). The buffers hold one layer at a time. Where memory is dear they share it
 (`LayerBuffers`): a group is then brought when a product asks for it.
 
                  K columns    R columns
@@ -96,19 +96,31 @@ class Join:
 
 
 @dataclass(frozen=True, slots=True)
+class JointNorm:
+    """RMS norm over all heads of queries at once, and over all of keys. Where there is a `limit`, queries, keys and
+    values are cut off at plus and minus it then (OLMoE)."""
+
+    query: Tensor
+    key: Tensor
+    epsilon: float
+    limit: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class LayerWeights:
     """All that is constant in one decoder layer, and where its adapter comes from and its gradients go."""
 
     input_norm: Tensor
     middle_norm: Tensor
     head_norm: HeadNorm | None
+    joint_norm: JointNorm | None
     window: int | None  # how many tokens one sees, itself among them; None: all before it
     rotary: str  # which of the model's rotary tables
     attention_join: Join | None
     feed_forward_join: Join | None
     groups: Mapping[str, GroupWeights]
     adapter: Placements
-    experts: MixtureWeights | None = None  # in place of the feed-forward's groups
+    experts: MixtureWeights | None = None  # None: its feed-forward is dense
 
 
 class GroupProducts(Protocol):
@@ -285,10 +297,10 @@ class GroupBuffer:
 
 
 class LayerBuffers:
-    """The four groups, and whose weights are in their rooms.
+    """The groups of all layers, and whose weights are in their rooms.
 
-    Apart, each group has its own memory, and `hold` fills all four at once. `shared`, the attention's two groups and
-    the first of the feed-forward take turns in one place, and the second of the feed-forward has its own, for these two
+    Apart, each group has its own memory, and `hold` fills all of a layer's. `shared`, the attention's two groups and the
+    first of the feed-forward take turns in one place, and the second of the feed-forward has its own, for these two
     alternate tile by tile. Of a 65B layer that is two thirds; backward decodes the attention twice for it.
     """
 
@@ -326,11 +338,11 @@ class LayerBuffers:
         self._layer = layer
         if self._shared:
             return
-        for name in self.groups:
+        for name in layer.groups:
             self._take(name, layer)
-        if any(self._adapter_of.get(name) is not layer for name in self.groups):
+        if any(self._adapter_of.get(name) is not layer for name in layer.groups):
             self._operations.place(self._adapter, self._rooms.adapters, layer.adapter)
-            self._adapter_of = dict.fromkeys(self.groups, layer)
+            self._adapter_of.update(dict.fromkeys(layer.groups, layer))
 
     def forget_adapter(self) -> None:
         """The adapter was updated, or may have been."""

@@ -23,11 +23,16 @@ from qlora_hal_backends.torch_family.fused.families import Activation
 
 @dataclass(frozen=True, slots=True)
 class Rotary:
-    """Angles of the rotary embedding: float32 tables `[longest, d / 2]`, and each row's position `[M]` in them."""
+    """Angles of the rotary embedding: float32 tables `[longest, pairs]`, and each row's position `[M]` in them. Where
+    `pairs` are fewer than d / 2, they are of the first 2 * pairs coordinates of a head, and the others do not turn."""
 
     cos: Tensor
     sin: Tensor
     positions: Tensor
+
+    @property
+    def pairs(self) -> int:
+        return self.cos.shape[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +113,7 @@ class Operations(Protocol):
         into: Tensor | None = None,
     ) -> Tensor:
         """Return h = residual + pending `[M, D]`, in `into` where given, and write rms_norm(h) * weight into a strided
-        `out`. Without `pending`, h is `residual` itself."""
+        `out`. Without `pending`, h is `residual` itself, which may be strided."""
         ...
 
     def norm_backward(
@@ -122,10 +127,10 @@ class Operations(Protocol):
         out_exact: Tensor | None,
         normed: Tensor | None,
     ) -> None:
-        """Gradient of h: the norm's, plus `residual_gradient`. Both gradients may be strided.
+        """Gradient of h, which may be strided: the norm's, plus `residual_gradient`. Both gradients may be strided.
 
-        Written to the strided `out` in the compute dtype and, where given, to `out_exact` `[M, D]`. `normed` receives
-        the forward output again.
+        Written to the strided `out` in the compute dtype, which may be `gradient`, and, where given, to `out_exact`
+        `[M, D]`. `normed` receives the forward output again.
         """
         ...
 

@@ -152,8 +152,9 @@ def _norm_gradient(gradient: Tensor, x: Tensor, weight: Tensor, epsilon: float) 
 
 
 def _rotated(x: Tensor, rotary: Rotary, direction: float) -> Tensor:
-    """Rotate pairs (i, i + d/2) of `[M, heads, d]` by the row's angles; direction -1 is the transpose."""
+    """Rotate pairs (i, i + n) of `[M, heads, d]` by the row's n angles; direction -1 is the transpose. What lies behind
+    them does not turn."""
     cos = rotary.cos[rotary.positions][:, None]
     sin = rotary.sin[rotary.positions][:, None] * direction
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    first, second, rest = x.tensor_split((rotary.pairs, 2 * rotary.pairs), dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from qlora_hal_backends.torch_family.experts import GroupedProducts, RoutedExper
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
 from qlora_hal_backends.torch_family.fused.families import (
     FAMILIES,
+    Experts,
     activation_of,
     family_of,
     head_width_of,
@@ -70,8 +72,8 @@ def _refusals(base: BaseModel, flat: FlatAdapter, compute: Compute) -> Iterator[
         return
     if base.head is None:
         yield "logits that only the architecture itself can make"
-    if family_of(base).mixtures:
-        yield from _mixture_refusals(base)
+    if (experts := family_of(base).experts) is not None:
+        yield from _mixture_refusals(base, experts)
     config = base.causal.config.get_text_config()
     if activation_of(base) is None:
         yield "a feed-forward activation other than SiLU and GELU by tanh"
@@ -91,11 +93,9 @@ def _rotary_refusals(base: BaseModel) -> Iterator[str]:
     if hasattr(base.body, "rotary_emb_local"):
         yield "two rotary embeddings, as transformers 4 keeps them"
     size = head_width_of(base)
-    for kind, turned in rotary_kinds(base).values():
+    for kind in rotary_kinds(base).values():
         if kind not in STATIC_ROTARY:
             yield f"rotary embedding of kind {kind}"
-        if turned != size:
-            yield "rotary embedding over part of a head"
     if size % WIDTH_MULTIPLE:
         yield f"head size {size} is not a multiple of {WIDTH_MULTIPLE}"
 
@@ -110,43 +110,59 @@ def experts_refusal(base: BaseModel, compute: Compute) -> str | None:
     return None
 
 
-def _mixture_refusals(base: BaseModel) -> Iterator[str]:
+def _mixture_refusals(base: BaseModel, experts: Experts) -> Iterator[str]:
     layers: Any = base.layers
-    blocks: list[Any] = [getattr(layer, "mlp", None) for layer in layers]
-    others = {type(block).__name__ for block in blocks if block is not None} - family_of(base).mixtures
+    found: list[Any] = [getattr(layer, "mlp", None) for layer in layers]
+    others = {type(mlp).__name__ for mlp in found if mlp is not None} - {experts.block, experts.dense}
     if others:
         yield f"feed-forwards of type {', '.join(sorted(others))} among those of experts"
+    routed = [layer for layer, mlp in zip(layers, found, strict=True) if type(mlp).__name__ != experts.dense]
+    blocks = [getattr(layer, "mlp", None) for layer in routed]
     if not all(isinstance(getattr(block, "experts", None), RoutedExperts) for block in blocks):
         yield "experts that are not stacked, as transformers 4 keeps them"
         return
     if any(block.experts.has_biases for block in blocks):
         yield "experts with biases"
-    if any(getattr(getattr(block, "shared_expert_gate", None), "bias", None) is not None for block in blocks):
+    gate = experts.shared_gate
+    if gate is not None and any(layer.get_submodule(gate).bias is not None for layer in routed):
         yield "a gate of the shared expert with a bias"
-    if router_of(blocks[0]) is None:
-        yield "a router other than softmax over the best"
+    if routed and router_of(routed[0]) is None:
+        yield "a router that is none of those described (`Router`)"
 
 
 def _linear_refusals(base: BaseModel, flat: FlatAdapter) -> Iterator[str]:
-    modules = [module for group in family_of(base).groups.values() for module in group]
+    family = family_of(base)
     layers: Any = base.layers
-    shapes: set[tuple[LinearShape, ...]] = set()
+    shapes: dict[str, set[tuple[LinearShape, ...]]] = defaultdict(set)
     paths = {linear: path for path, linear in base.linears.items()}
     known: set[str] = set()
     for layer in layers:
-        linears = [layer.get_submodule(module) for module in modules]
-        if not all(isinstance(linear, FrozenLinear) and linear.base is not None for linear in linears):
+        groups = {
+            name: [layer.get_submodule(module) for module in modules]
+            for name, modules in family.groups_of(layer).items()
+        }
+        if not all(
+            isinstance(linear, FrozenLinear) and linear.base is not None
+            for linears in groups.values()
+            for linear in linears
+        ):
             yield "a projection that is not a frozen linear layer"
             return
-        if family_of(base).mixtures:
-            linears += layer.mlp.experts.stacks
-        shapes.add(tuple(linear.shape for linear in linears))
-        known.update(paths[linear] for linear in linears)
-    if len(shapes) != 1:
+        if family.has_experts(layer):
+            groups["experts"] = layer.mlp.experts.stacks
+        for name, linears in groups.items():
+            shapes[name].add(tuple(linear.shape for linear in linears))
+            known.update(paths[linear] for linear in linears)
+    if any(len(of_group) != 1 for of_group in shapes.values()):
         yield "layers of different shapes"
-    if any(
-        width % WIDTH_MULTIPLE for of_layer in shapes for shape in of_layer for width in (shape.inputs, shape.outputs)
-    ):
+    widths = {
+        width
+        for of_group in shapes.values()
+        for linears in of_group
+        for shape in linears
+        for width in (shape.inputs, shape.outputs)
+    }
+    if any(width % WIDTH_MULTIPLE for width in widths):
         yield f"a width that is not a multiple of {WIDTH_MULTIPLE}"
     outside = sorted(set(flat.adapter.config.target_modules) - known)
     if outside:

@@ -65,9 +65,16 @@ class FeedForwardProducts:
 
 @dataclass(slots=True)
 class SharedProducts:
-    """Of the expert that all tokens go to, with the weight of each in its gated product."""
+    """Of the expert that all tokens go to."""
 
     products: FeedForwardProducts
+    gate: GateWeights | None
+
+
+@dataclass(frozen=True, slots=True)
+class GateWeights:
+    """The weight of each token in the gated product, where a gate gives one."""
+
     weights: Tensor  # [M, 1]
     places: Tensor  # 0 to M
 

@@ -96,6 +96,7 @@ class TritonOperations:
         h = torch.empty_like(residual) if into is None else into
         kernels.add_norm[(rows,)](
             residual,
+            residual.stride(0),
             residual if pending is None else pending,
             h,
             weight,
@@ -125,6 +126,7 @@ class TritonOperations:
             gradient,
             gradient.stride(0),
             h,
+            h.stride(0),
             weight,
             upstream,
             upstream.stride(0),
@@ -185,6 +187,7 @@ class TritonOperations:
             count,
             heads.query,
             HALF=heads.size // 2,
+            TURNED=rotary.pairs,
             NORM=norm is not None,
             HEADS=HEADS_PER_PROGRAM,
             WIDTH=next_power_of_2(heads.size // 2),
@@ -220,6 +223,7 @@ class TritonOperations:
             0.0 if norm is None else norm.epsilon,
             count,
             HALF=size // 2,
+            TURNED=rotary.pairs,
             NORM=norm is not None,
             HEADS=HEADS_PER_PROGRAM,
             WIDTH=next_power_of_2(size // 2),

@@ -22,6 +22,7 @@ from qlora_hal_backends.torch_family.fused.mixture.weights import MixtureWeights
 from qlora_hal_backends.torch_family.fused.operations import Dropout, Operations
 from qlora_hal_backends.torch_family.fused.stream import GradientRoom, Stream
 from qlora_hal_backends.torch_family.fused.tape import FeedForwardProducts, StreamGradient
+from qlora_hal_backends.torch_family.lora_linear import product_in_float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class MixtureFeedForward:
     operations: Operations
     mixture: MixtureOperations
     stream: Stream
+    tile_rows: int
     gradient_room: GradientRoom
     shared: SharedExpert | None
 
@@ -64,7 +66,7 @@ class MixtureFeedForward:
         x = x_extended[:, : group.columns]
         h2 = self.operations.add_norm(h1, branch, layer.middle_norm, self.stream.epsilon, x, into)
         shared = None
-        if self.shared is not None and experts.shared_gate is not None:
+        if self.shared is not None:
             shared = self.shared.inner(layer, x_extended, experts.shared_gate, dropout)
         routed = self._routed(experts, x)
         extended = group.new_input(routed.rows)
@@ -107,7 +109,7 @@ class MixtureFeedForward:
         of_b = (gate_up[:, : self.buffers.into.rows], products.input_low_rank)
         self.buffers.into.add_gradients(experts.into, routed.ends, of_b=of_b)
         shared_v, of_x = None, self._through_router(experts, routed, weight_gradient)
-        if self.shared is not None and products.shared is not None and experts.shared_gate is not None:
+        if self.shared is not None and products.shared is not None:
             shared_v, of_shared = self.shared.backward(
                 layer, products.shared, above.extended, experts.shared_gate, dropout, gradients
             )
@@ -117,7 +119,7 @@ class MixtureFeedForward:
         wants_x = v is not None or shared_v is not None
         x = self.stream.norm_backward_into(x_gradient, h2, layer.middle_norm, above, middle, wants_x=wants_x)
         if shared_v is not None:
-            group = layer.groups["feed_forward_in"]
+            group = layer.groups["shared_in"]
             gradients.of_a(group, shared_v, x, group.masks(dropout))
         if v is not None:
             self.mixture.send(x, routed.back, rows)
@@ -148,7 +150,7 @@ class MixtureFeedForward:
 
     def _through_router(self, experts: MixtureWeights, routed: Routed, weight_gradient: Tensor) -> Tensor:
         """The gradient of x `[M, D]` by way of the routing weights; the choice itself has none."""
-        logits_gradient = torch.empty_like(routed.logits)
+        logits_gradient = torch.empty_like(routed.logits, dtype=experts.router.dtype)
         self.mixture.route_backward(routed.logits, routed.experts, weight_gradient, self.router, logits_gradient)
         return logits_gradient @ experts.router
 
@@ -161,8 +163,9 @@ class MixtureFeedForward:
         return self.buffers.into.memory.new_empty(rows, self.buffers.into.columns)
 
     def _routed(self, experts: MixtureWeights, x: Tensor) -> Routed:
-        logits = x @ experts.router.t()
-        weights, chosen = self.mixture.route(logits, self.router)
+        multiply = product_in_float32 if self.router.exact_logits else torch.matmul
+        logits = multiply(x, experts.router.t())
+        weights, chosen = self.mixture.route(logits, experts.correction, self.router)
         return Routed(logits, chosen, weights, *self.mixture.sort(chosen, logits.shape[1]))
 
 

@@ -16,7 +16,7 @@ from qlora_hal_backends.torch_family.experts.stacked_weights import stacked
 from qlora_hal_backends.torch_family.fused.families import Activation
 from qlora_hal_backends.torch_family.fused.kernel_trial import differing_results
 from qlora_hal_backends.torch_family.fused.layer_weights import GroupShape, Slot
-from qlora_hal_backends.torch_family.fused.mixture.operations import MixtureOperations, Router
+from qlora_hal_backends.torch_family.fused.mixture.operations import MixtureOperations, Router, Scores
 from qlora_hal_backends.torch_family.fused.mixture.reference import ReferenceMixture
 from qlora_hal_backends.torch_family.fused.mixture.weights import StackBuffer, grouped
 
@@ -94,12 +94,17 @@ def _results(operations: MixtureOperations, device: torch.device) -> Mapping[str
 
     logits = drawn(TOKENS, EXPERTS)
     logits[0, 1:3] = logits[0].max()  # two that are equal
-    for normalizes in (True, False):
-        router = Router(EACH, normalizes, torch.float32)
-        weights, experts = operations.route(logits, router)
-        gradient = torch.zeros_like(logits)
-        operations.route_backward(logits, experts, drawn(TOKENS, EACH), router, gradient)
-        name = " and normalize" if normalizes else ""
+    wider, correction = drawn(TOKENS, 3 * EXPERTS), drawn(3 * EXPERTS)
+    in_groups = Router(EACH, True, torch.float32, Scores.SIGMOID, factor=2.5, groups=3, groups_kept=2)
+    for name, of, router in (
+        (" and normalize", logits, Router(EACH, True, torch.float32)),
+        ("", logits, Router(EACH, False, torch.float32)),
+        (" by sigmoids", logits, Router(EACH, False, torch.float32, Scores.SIGMOID)),
+        (" in groups", wider, in_groups),
+    ):
+        weights, experts = operations.route(of, correction if router is in_groups else None, router)
+        gradient = torch.zeros_like(of)
+        operations.route_backward(of, experts, drawn(TOKENS, EACH), router, gradient)
         results[f"route{name}"] = torch.cat((weights, experts.float()), dim=1)
         results[f"route_backward{name}"] = gradient
 

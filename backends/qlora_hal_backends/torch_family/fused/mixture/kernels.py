@@ -56,62 +56,112 @@ def dequantize_stack(
 
 
 @triton.jit
-def _probabilities(logits, row, E, EXPERTS: tl.constexpr):
+def _scores(logits, row, E, SIGMOID: tl.constexpr, EXPERTS: tl.constexpr):
     """Of one row; 0 beyond the last expert."""
     expert = tl.arange(0, EXPERTS)
     x = tl.load(logits + row * E + expert, mask=expert < E, other=float("-inf")).to(tl.float32)
-    x = tl.exp(x - tl.max(x))
-    return x / tl.sum(x)
+    if SIGMOID:
+        return tl.sigmoid(x)
+    else:
+        x = tl.exp(x - tl.max(x))
+        return x / tl.sum(x)
+
+
+@triton.jit
+def _in_the_best_groups(left, expert, E, GROUPS: tl.constexpr, KEPT: tl.constexpr, PLACES: tl.constexpr):
+    """A group counts for its two best together; what is in none of the best counts less than everything."""
+    group, number = expert // (E // GROUPS), tl.arange(0, PLACES)
+    totals = tl.full((PLACES,), float("-inf"), tl.float32)
+    for j in range(GROUPS):
+        mine = tl.where(group == j, left, float("-inf"))
+        best = tl.argmax(mine, 0, tie_break_left=True)
+        second = tl.max(tl.where(expert == best, float("-inf"), mine), 0)
+        totals = tl.where(number == j, tl.max(mine, 0) + second, totals)
+    found = tl.full(left.shape, float("-inf"), tl.float32)
+    for _ in range(KEPT):
+        best = tl.argmax(totals, 0, tie_break_left=True)
+        found = tl.where(group == best, left, found)
+        totals = tl.where(number == best, float("-inf"), totals)
+    return found
 
 
 @triton.jit
 def route(
     logits,
+    correction,
     weights,
     experts,
     E,
+    factor,
     EACH: tl.constexpr,
     NORMALIZES: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    CORRECTED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUPS_KEPT: tl.constexpr,
+    GROUP_PLACES: tl.constexpr,
     EXPERTS: tl.constexpr,
     PLACES: tl.constexpr,
 ):
     """The best is taken `EACH` times; what was taken counts less than everything."""
     row = tl.program_id(0).to(tl.int64)
     expert, place = tl.arange(0, EXPERTS), tl.arange(0, PLACES)
-    left = tl.where(expert < E, _probabilities(logits, row, E, EXPERTS), -1.0)
+    scores = _scores(logits, row, E, SIGMOID, EXPERTS)
+    left = scores
+    if CORRECTED:
+        left += tl.load(correction + expert, mask=expert < E, other=0.0)
+    left = tl.where(expert < E, left, float("-inf"))
+    if GROUPS_KEPT < GROUPS:
+        left = _in_the_best_groups(left, expert, E, GROUPS, GROUPS_KEPT, GROUP_PLACES)
     picked = tl.zeros((PLACES,), tl.float32)
     numbers = tl.zeros((PLACES,), tl.int32)
     for j in range(EACH):
         # Where a score is no number, none is the best, and any expert does: the loss is none either.
         best = tl.minimum(tl.argmax(left, 0, tie_break_left=True), E - 1)
-        picked = tl.where(place == j, tl.max(left, 0), picked)
+        picked = tl.where(place == j, tl.sum(tl.where(expert == best, scores, 0.0)), picked)
         numbers = tl.where(place == j, best, numbers)
-        left = tl.where(expert == best, -1.0, left)
+        left = tl.where(expert == best, float("-inf"), left)
     if NORMALIZES:
         picked = picked / tl.sum(picked)
     target = row * EACH + place
-    tl.store(weights + target, picked.to(weights.dtype.element_ty), mask=place < EACH)
+    tl.store(weights + target, (picked * factor).to(weights.dtype.element_ty), mask=place < EACH)
     tl.store(experts + target, numbers.to(tl.int16), mask=place < EACH)
 
 
 @triton.jit
 def route_backward(
-    logits, experts, gradient, out, E, EACH: tl.constexpr, NORMALIZES: tl.constexpr, EXPERTS: tl.constexpr
+    logits,
+    experts,
+    gradient,
+    out,
+    E,
+    factor,
+    EACH: tl.constexpr,
+    NORMALIZES: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    EXPERTS: tl.constexpr,
 ):
+    """Of softmax the gradient is p (g - sum p g), of the best by their sum the same with their shares; of a sigmoid's
+    shares it is that times 1 - s."""
     row = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, EXPERTS)
-    p = _probabilities(logits, row, E, EXPERTS)
+    scores = _scores(logits, row, E, SIGMOID, EXPERTS)
     upstream = tl.zeros((EXPERTS,), tl.float32)
     share = tl.zeros((EXPERTS,), tl.float32)
     for j in range(EACH):
         chosen = expert == tl.load(experts + row * EACH + j).to(tl.int32)
         upstream = tl.where(chosen, tl.load(gradient + row * EACH + j), upstream)
-        share = tl.where(chosen, p, share)
+        share = tl.where(chosen, scores, share)
     if NORMALIZES:
         share = share / tl.sum(share)
-        p = share
-    d = p * (upstream - tl.sum(share * upstream))
-    tl.store(out + row * E + expert, d.to(out.dtype.element_ty), mask=expert < E)
+        d = share * (upstream - tl.sum(share * upstream))
+    elif SIGMOID:
+        d = share * upstream
+    else:
+        d = scores * (upstream - tl.sum(share * upstream))
+    if SIGMOID:
+        d *= 1.0 - scores
+    tl.store(out + row * E + expert, (d * factor).to(out.dtype.element_ty), mask=expert < E)
 
 
 @triton.jit(do_not_specialize=["count", "blocks"])  # each packed batch has others

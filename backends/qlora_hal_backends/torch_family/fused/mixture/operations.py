@@ -9,6 +9,7 @@ inside each operation, and each result is rounded once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 import torch
@@ -18,15 +19,31 @@ from qlora_hal_backends.torch_family.experts.stacked_weights import StackedWeigh
 from qlora_hal_backends.torch_family.fused.families import Activation
 
 
+class Scores(Enum):
+    """Of an expert, from its logit."""
+
+    SOFTMAX = "softmax over all experts"
+    SIGMOID = "sigmoid"
+
+
 @dataclass(frozen=True, slots=True)
 class Router:
-    """What a router makes of its scores: softmax over all experts, the best `each` of them by probability, the lower
-    number where equal. Their probabilities are the weights, divided by their sum where it `normalizes`, rounded to
-    `dtype`."""
+    """What a router makes of its logits: a score of each expert, and the best `each` of them, the lower number where
+    equal. Their scores are the weights, divided by their sum where it `normalizes`, times `factor`, rounded to `dtype`.
+
+    The best are found by scores with a correction added, where a layer has one, which is not in the weights (Wang et
+    al. 2024). Where experts are in `groups`, it is the best of the best `groups_kept` of them: a group counts for its
+    two best together (DeepSeek-V3). With `exact_logits` these are in float32, whatever they are computed from.
+    """
 
     each: int
     normalizes: bool
     dtype: torch.dtype
+    scores: Scores = Scores.SOFTMAX
+    factor: float = 1.0
+    groups: int = 1
+    groups_kept: int = 1
+    exact_logits: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +69,9 @@ class MixtureOperations(Protocol):
         """Write the weights `[E, rows, columns]` into an `out` of any strides but the last."""
         ...
 
-    def route(self, logits: Tensor, router: Router) -> tuple[Tensor, Tensor]:
-        """(weights `[M, k]` in the router's dtype, experts int16 `[M, k]`), the best first."""
+    def route(self, logits: Tensor, correction: Tensor | None, router: Router) -> tuple[Tensor, Tensor]:
+        """(weights `[M, k]` in the router's dtype, experts int16 `[M, k]`), the best first. `correction` is float32
+        `[E]`."""
         ...
 
     def route_backward(self, logits: Tensor, experts: Tensor, gradient: Tensor, router: Router, out: Tensor) -> None:

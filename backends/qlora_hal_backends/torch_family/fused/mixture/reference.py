@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qlora_hal_backends.torch_family.experts.stacked_weights import StackedWeight
 from qlora_hal_backends.torch_family.fused.families import Activation
-from qlora_hal_backends.torch_family.fused.mixture.operations import Router
+from qlora_hal_backends.torch_family.fused.mixture.operations import Router, Scores
 from qlora_hal_backends.torch_family.fused.reference import ReferenceOperations
 
 
@@ -21,22 +21,26 @@ class ReferenceMixture:
     def dequantize_stack(self, base: StackedWeight, out: Tensor) -> None:
         out.copy_(base.dense())
 
-    def route(self, logits: Tensor, router: Router) -> tuple[Tensor, Tensor]:
-        probabilities, experts = torch.sort(_softmax(logits), dim=-1, descending=True, stable=True)
-        weights = probabilities[:, : router.each]
+    def route(self, logits: Tensor, correction: Tensor | None, router: Router) -> tuple[Tensor, Tensor]:
+        scores = _scores(logits, router)
+        corrected = _in_the_best_groups(scores if correction is None else scores + correction, router)
+        chosen = _best(corrected, router.each)
+        weights = scores.gather(1, chosen)
         if router.normalizes:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        return weights.to(router.dtype), experts[:, : router.each].to(torch.int16)
+        return (weights * router.factor).to(router.dtype), chosen.to(torch.int16)
 
     def route_backward(self, logits: Tensor, experts: Tensor, gradient: Tensor, router: Router, out: Tensor) -> None:
-        probabilities, chosen = _softmax(logits), experts.long()
-        weights = probabilities.gather(1, chosen)
-        # Of softmax, the gradient is p (g - sum p g); of the best by their sum it is the same with their shares.
+        scores, chosen = _scores(logits, router), experts.long()
+        of_scores = torch.zeros_like(scores).scatter_(1, chosen, gradient * router.factor)
         if router.normalizes:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
-            probabilities = torch.zeros_like(probabilities).scatter_(1, chosen, weights)
-        of_all = torch.zeros_like(probabilities).scatter_(1, chosen, gradient)
-        out.copy_(probabilities * (of_all - (weights * gradient).sum(dim=-1, keepdim=True)))
+            total = scores.gather(1, chosen).sum(dim=-1, keepdim=True)
+            along = (scores * of_scores).sum(dim=-1, keepdim=True) / total
+            of_scores.scatter_add_(1, chosen, -along.expand(chosen.shape)).div_(total)
+        if router.scores is Scores.SIGMOID:
+            out.copy_(of_scores * scores * (1.0 - scores))
+        else:
+            out.copy_(scores * (of_scores - (scores * of_scores).sum(dim=-1, keepdim=True)))
 
     def sort(self, chosen: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
         found, order = torch.sort(chosen.view(-1), stable=True)
@@ -82,8 +86,24 @@ class ReferenceMixture:
         gradient += torch.where(has_rows[:, None, None], products.float(), 0.0)
 
 
-def _softmax(logits: Tensor) -> Tensor:
-    return torch.softmax(logits.float(), dim=-1)
+def _scores(logits: Tensor, router: Router) -> Tensor:
+    exact = logits.float()
+    return torch.sigmoid(exact) if router.scores is Scores.SIGMOID else torch.softmax(exact, dim=-1)
+
+
+def _best(scores: Tensor, each: int) -> Tensor:
+    """Their numbers, of equals the lower first."""
+    return torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :each]
+
+
+def _in_the_best_groups(scores: Tensor, router: Router) -> Tensor:
+    """No score outside them is ever among the best."""
+    if router.groups_kept == router.groups:
+        return scores
+    grouped = scores.unflatten(-1, (router.groups, -1))
+    two_best = grouped.gather(-1, _best(grouped, 2)).sum(dim=-1)
+    outside = torch.ones_like(two_best, dtype=torch.bool).scatter_(-1, _best(two_best, router.groups_kept), False)
+    return grouped.masked_fill(outside[..., None], float("-inf")).flatten(-2)
 
 
 def _of_rows(weights: Tensor, order: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from qlora_hal_backends.torch_family.experts.stacked_weights import Blockwise4BitStack, StackedWeight
 from qlora_hal_backends.torch_family.fused.families import Activation
 from qlora_hal_backends.torch_family.fused.mixture import kernels
-from qlora_hal_backends.torch_family.fused.mixture.operations import Router
+from qlora_hal_backends.torch_family.fused.mixture.operations import Router, Scores
 from qlora_hal_backends.torch_family.fused.triton_operations import (
     DEQUANTIZE_WARPS,
     DEQUANTIZED_ELEMENTS,
@@ -62,17 +62,24 @@ class TritonMixture:
             enable_fp_fusion=False,  # as in `fused.triton_operations`
         )
 
-    def route(self, logits: Tensor, router: Router) -> tuple[Tensor, Tensor]:
+    def route(self, logits: Tensor, correction: Tensor | None, router: Router) -> tuple[Tensor, Tensor]:
         tokens, experts = logits.shape
         weights = logits.new_empty(tokens, router.each, dtype=router.dtype)
         chosen = logits.new_empty(tokens, router.each, dtype=torch.int16)
         kernels.route[(tokens,)](
             logits,
+            logits if correction is None else correction,
             weights,
             chosen,
             experts,
+            router.factor,
             EACH=router.each,
             NORMALIZES=router.normalizes,
+            SIGMOID=router.scores is Scores.SIGMOID,
+            CORRECTED=correction is not None,
+            GROUPS=router.groups,
+            GROUPS_KEPT=router.groups_kept,
+            GROUP_PLACES=next_power_of_2(router.groups),
             EXPERTS=next_power_of_2(experts),
             PLACES=next_power_of_2(router.each),
             num_warps=1,
@@ -86,8 +93,10 @@ class TritonMixture:
             gradient,
             out,
             logits.shape[1],
+            router.factor,
             EACH=router.each,
             NORMALIZES=router.normalizes,
+            SIGMOID=router.scores is Scores.SIGMOID,
             EXPERTS=next_power_of_2(logits.shape[1]),
             num_warps=1,
         )

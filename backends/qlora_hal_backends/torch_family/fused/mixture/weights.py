@@ -43,6 +43,7 @@ class MixtureWeights:
     """All that is constant in the experts of one layer, and where their adapters come from and their gradients go."""
 
     router: Tensor  # [E, D]
+    correction: Tensor | None  # float32 [E]; of the scores that experts are chosen by
     shared_gate: Tensor | None  # [1, D]
     into: StackWeights  # gate and up
     out: StackWeights  # down
