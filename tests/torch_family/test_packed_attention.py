@@ -24,6 +24,7 @@ from qlora_hal_backends.torch_family.attention.causal import (
     HeadCounts,
     SampleBySample,
     Samples,
+    Softmax,
 )
 from qlora_hal_backends.torch_family.attention.varlen import (
     LARGEST_ERROR,
@@ -76,7 +77,7 @@ def test_a_token_sees_its_own_sample_before_it_and_nothing_else(
     rows = sum(lengths)
     buffer = projected(rows)
     mixed = CausalAttention(uneven)(
-        *heads_of(buffer), Samples.of(lengths, CPU), scale=SCALE, window=window, with_graph=True, sinks=sinks
+        *heads_of(buffer), Samples.of(lengths, CPU), Softmax(SCALE, window, sinks), with_graph=True
     )
     gradient = projected(rows, seed=1)[:, : HEADS.query_columns].contiguous()
     found = [part.transpose(1, 2).flatten(0, 1) for part in mixed.backward(gradient)]
@@ -90,7 +91,7 @@ def test_a_token_sees_its_own_sample_before_it_and_nothing_else(
 
 def test_evaluation_keeps_nothing(uneven: Attention) -> None:
     samples = Samples.of((3, 5), CPU)
-    mixed = CausalAttention(uneven)(*heads_of(projected(8)), samples, scale=SCALE, window=None, with_graph=False)
+    mixed = CausalAttention(uneven)(*heads_of(projected(8)), samples, Softmax(SCALE), with_graph=False)
     assert not mixed.output.requires_grad
     assert mixed.output.shape == (8, HEADS.query_columns)
 
@@ -269,8 +270,7 @@ def test_flash_attention_errs_no_more_than_torch_on_long_samples(window: int | N
         mixed = attention(
             *(part.unflatten(1, (-1, heads.size)) for part in parts),
             Samples.of(lengths, device),
-            scale=heads.size**-0.5,
-            window=window,
+            Softmax(heads.size**-0.5, window),
             with_graph=True,
         )
         found[name] = [mixed.output, *mixed.backward(upstream.bfloat16().to(dtype))]

@@ -23,7 +23,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+<<<<<<< ours
 from qlora_hal_backends.torch_family.attention.causal import Attention
+=======
+from qlora_hal_backends.torch_family.attention.causal import Attention, HeadCounts, Softmax
+>>>>>>> theirs
 from qlora_hal_backends.torch_family.fused.feed_forward import FeedForward, kept_apart
 from qlora_hal_backends.torch_family.fused.heads import Heads
 from qlora_hal_backends.torch_family.fused.layer_weights import AdapterGradients, Join, LayerBuffers, LayerWeights
@@ -103,6 +107,7 @@ class DecoderLayer:
         low_rank = kept_apart(into.low_rank(x, extended[:, into.columns :], masks))
         projected = into.product(extended, layer.groups["attention_in"].bias)
         del extended, x
+<<<<<<< ours
         query, key, value = self.heads.split(layer, projected, sequences.rotary_of(layer))
         mixed = self.attention(
             query,
@@ -113,6 +118,11 @@ class DecoderLayer:
             window=layer.window,
             with_graph=with_graph,
         )
+=======
+        query, key, value = self._heads(layer, projected, sequences)
+        softmax = Softmax(self.attention_scale, layer.window)
+        mixed = self.attention(query, key, value, sequences.samples, softmax, with_graph=with_graph)
+>>>>>>> theirs
         extended = out.new_input(sequences.rows)
         self.operations.copy_rows(mixed.output, extended[:, : out.columns])
         masks = layer.groups["attention_out"].masks(sequences.dropout)
