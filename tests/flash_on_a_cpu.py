@@ -1,4 +1,4 @@
-"""Causal attention over samples written from the definition, and the two operators of flash attention made of it.
+"""Causal attention over samples written from the definition, and the operators of flash and cuDNN attention made of it.
 
 The kernels run on GPUs alone. Here they get an implementation for the CPU in plain torch, under torch's own schemas:
 what is tested is what we hand them and how we read what they give.
@@ -18,6 +18,18 @@ def flash_in_plain_torch() -> Iterator[None]:
     library = torch.library.Library("aten", "IMPL")
     library.impl("_flash_attention_forward", _flash_forward, "CPU")
     library.impl("_flash_attention_backward", _flash_backward, "CPU")
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+@contextmanager
+def cudnn_in_plain_torch() -> Iterator[None]:
+    """Over rows of one length; torch's attention does not take it by itself here."""
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_scaled_dot_product_cudnn_attention", _cudnn_forward, "CPU")
+    library.impl("_scaled_dot_product_cudnn_attention_backward", _cudnn_backward, "CPU")
     try:
         yield
     finally:
@@ -88,3 +100,38 @@ def _flash_backward(  # type: ignore[no-untyped-def]
     of_values = torch.einsum("hij,ihd->jhd", weights, gradient)
     summed = [part.unflatten(1, (-1, groups)).sum(dim=2) for part in (of_keys, of_values)]
     return torch.einsum("hij,jhd->ihd", of_scores, keys), *summed
+
+
+def _end_to_end(part: Tensor) -> Tensor:
+    """`[batch, heads, time, d]` as `[M, heads, d]`."""
+    return part.transpose(1, 2).flatten(0, 1)
+
+
+def _cudnn_forward(query, key, value, bias, sums, dropout, causal, debug=False, *, scale):  # type: ignore[no-untyped-def]
+    assert bias is None
+    assert sums
+    assert causal
+    batch, heads, time, size = query.shape
+    lengths = [time] * batch
+    query, key, value = (_end_to_end(part) for part in (query, key, value))
+    mixed = dense(query, key, value, lengths, None, scale)
+    found = scores(query, key.repeat_interleave(heads // key.shape[1], dim=1), lengths, None, scale)
+    by_row = found.logsumexp(dim=-1).unflatten(1, (batch, time)).transpose(0, 1).contiguous()
+    empty = query.new_empty(0)
+    output = mixed.view(batch, time, heads, size).transpose(1, 2)
+    return output, by_row, empty, empty, time, time, empty, empty, empty
+
+
+def _cudnn_backward(  # type: ignore[no-untyped-def]
+    gradient, query, key, value, out, sums, seed, offset, bias, cum_q, cum_k, max_q, max_k, dropout, causal, *, scale
+):
+    assert bias is cum_q is cum_k is None
+    batch, _, time, _ = query.shape
+    assert max_q == max_k == time
+    offsets = torch.arange(0, batch * time + 1, time, dtype=torch.int32)
+    parts = [_end_to_end(part) for part in (gradient, query, key, value, out)]
+    found = _flash_backward(
+        parts[0].contiguous(), *parts[1:], sums.transpose(0, 1).flatten(1), offsets, offsets, time, time, 0.0, True,
+        seed, offset, scale=scale, window_size_left=-1, window_size_right=0,
+    )  # fmt: skip
+    return tuple(part.unflatten(0, (batch, time)).transpose(1, 2) for part in found)

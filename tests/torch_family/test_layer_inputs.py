@@ -22,8 +22,8 @@ def through_the_host(memory: HostMemory, kept: list[torch.Tensor]) -> list[torch
     """Of the lowest layer first."""
     inputs = OffloadedInputs(memory, LAYERS)
     for layer_input in kept:
-        inputs.keep(layer_input.clone())
-    return [inputs.take().clone() for _ in kept][::-1]
+        inputs.keep([layer_input.clone()])
+    return [inputs.take()[0].clone() for _ in kept][::-1]
 
 
 @pytest.fixture
@@ -45,6 +45,15 @@ def test_an_input_comes_back_bit_for_bit_wherever_blocks_end(elements: int) -> N
     kept = inputs_of(elements)
     for back, left in zip(through_the_host(memory, kept), kept, strict=True):
         assert torch.equal(back, left)
+
+
+def test_what_else_of_a_layer_waits_comes_back_beside_its_input() -> None:
+    inputs = OffloadedInputs(HostMemory(CPU, block=64), LAYERS)
+    kept = [(left, left.float().view(11, 3) * 3.0) for left in inputs_of(elements=33)]
+    for of_layer in kept:
+        inputs.keep([tensor.clone() for tensor in of_layer])
+    for of_layer in reversed(kept):
+        assert all(map(torch.equal, inputs.take(), of_layer))
 
 
 def test_inputs_of_any_length_take_what_they_are_and_less_than_one_block_more(asked_for: list[int]) -> None:
@@ -70,7 +79,7 @@ def test_a_pass_that_broke_off_leaves_nothing_to_the_next(asked_for: list[int]) 
     kept = inputs_of(elements=33)
     broken = OffloadedInputs(memory, LAYERS)
     for layer_input in kept[:3]:
-        broken.keep(layer_input)
+        broken.keep([layer_input])
     assert all(map(torch.equal, through_the_host(memory, kept), kept))
     assert len(asked_for) == 6
 

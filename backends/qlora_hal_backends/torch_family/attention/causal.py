@@ -3,7 +3,7 @@
 Queries, keys and values are read where the projections left them: views `[M, heads, d]` of their buffer. No mask of
 time x time is made, and keys and values are not repeated for grouped heads, where a kernel allows it:
 
-    samples of one length       a rectangle: scaled_dot_product_attention, causal
+    samples of one length       a rectangle: scaled_dot_product_attention, causal, or the kernels that it would take
     samples of other lengths,   `FlashVarlen`: FlashAttention-2 over cumulative lengths (Dao 2023), where the device has
     or a window                 it and has shown that it computes what torch does; `SampleBySample` elsewhere
 
@@ -80,6 +80,30 @@ class Softmax:
         return replace(self, window=None) if fits else self
 
 
+@dataclass(frozen=True, slots=True)
+class Attended:
+    """What was computed: with queries, keys and values all that backward reads. `output` is `[M, h * d]`, `log_sums`
+    the log of each softmax's sum, `[heads, M]` or as its kernel lays it out, and `generator` the state of one that
+    dropout would have used."""
+
+    output: Tensor
+    log_sums: Tensor
+    generator: tuple[Tensor, ...]
+
+    @property
+    def large(self) -> tuple[Tensor, Tensor]:
+        return self.output, self.log_sums
+
+    def without_large(self) -> Attended:
+        """A place for `with_large` to put them back."""
+        empty = self.output.new_empty(0)
+        return replace(self, output=empty, log_sums=empty)
+
+    def with_large(self, large: Sequence[Tensor]) -> Attended:
+        output, log_sums = large
+        return replace(self, output=output, log_sums=log_sums)
+
+
 class Mixed(Protocol):
     """What attention gives, and what it keeps for backward, which runs once."""
 
@@ -88,36 +112,102 @@ class Mixed(Protocol):
         """`[M, h * d]`, without a graph."""
         ...
 
+    @property
+    def attended(self) -> Attended | None:
+        """What the same attention can be given in place of computing it again; None where it has to."""
+        ...
+
     def backward(self, gradient: Tensor) -> Gradients:
         """From the gradient of `output`."""
         ...
 
 
 class Attention(Protocol):
-    """Causal within each sample. `with_graph` False is evaluation: nothing is kept."""
+    """Causal within each sample. `with_graph` False is evaluation: nothing is kept. `attended` is of an earlier call
+    with the same arguments, and nothing is computed again."""
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, samples: Samples, softmax: Softmax, *, with_graph: bool
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        samples: Samples,
+        softmax: Softmax,
+        *,
+        with_graph: bool,
+        attended: Attended | None = None,
     ) -> Mixed: ...
+
+
+class RectangleKernels(Protocol):
+    """Attention over rows of one length, called without autograd: queries, keys, values and outputs are
+    `[batch, heads, time, d]`."""
+
+    def serve(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> bool:
+        """Whether these are what torch itself would take."""
+        ...
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Attended: ...
+
+    def backward(
+        self, gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Attended, scale: float
+    ) -> Gradients: ...
 
 
 @dataclass(frozen=True, slots=True)
 class CausalAttention:
-    """`Attention`: rectangles by torch, everything else by `uneven`."""
+    """`Attention`: rectangles by torch, by `rectangles` where these are what torch takes, everything else by
+    `uneven`."""
 
     uneven: Attention
+    rectangles: RectangleKernels | None = None
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, samples: Samples, softmax: Softmax, *, with_graph: bool
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        samples: Samples,
+        softmax: Softmax,
+        *,
+        with_graph: bool,
+        attended: Attended | None = None,
     ) -> Mixed:
         softmax = softmax.over(samples.longest)
         if softmax.window is not None or softmax.sinks is not None or not samples.are_a_rectangle:
-            return self.uneven(query, key, value, samples, softmax, with_graph=with_graph)
+            return self.uneven(query, key, value, samples, softmax, with_graph=with_graph, attended=attended)
         shape = (len(samples.lengths), samples.longest)
-        leaves = [part.unflatten(0, shape).transpose(1, 2).detach().requires_grad_() for part in (query, key, value)]
+        parts = [part.unflatten(0, shape).transpose(1, 2).detach() for part in (query, key, value)]
+        if with_graph and self.rectangles is not None:
+            if attended is not None:
+                return _ByKernels(self.rectangles, parts, softmax.scale, attended)
+            if self.rectangles.serve(*parts, softmax.scale):
+                found = self.rectangles.forward(*parts, softmax.scale)
+                return _ByKernels(self.rectangles, parts, softmax.scale, found)
+        leaves = [part.requires_grad_() for part in parts]
         with torch.set_grad_enabled(with_graph):
             mixed = _torch_attention(*leaves, mask=None, scale=softmax.scale)
         return _Rectangle(leaves, mixed)
+
+
+@dataclass(frozen=True, slots=True)
+class _ByKernels:
+    """`parts` are queries, keys and values, `[batch, heads, time, d]`."""
+
+    kernels: RectangleKernels
+    parts: Sequence[Tensor]
+    scale: float
+    attended: Attended
+
+    @property
+    def output(self) -> Tensor:
+        return self.attended.output
+
+    def backward(self, gradient: Tensor) -> Gradients:
+        batch, heads, time, size = self.parts[0].shape
+        upstream = gradient.view(batch, time, heads, size).transpose(1, 2)
+        query, key, value = self.parts
+        return self.kernels.backward(upstream, query, key, value, self.attended, self.scale)
 
 
 @dataclass(slots=True)
@@ -126,6 +216,7 @@ class _Rectangle:
 
     leaves: Sequence[Tensor]
     mixed: Tensor
+    attended: None = None
 
     @property
     def output(self) -> Tensor:
@@ -144,7 +235,15 @@ class SampleBySample:
     Costs launches, not work."""
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, samples: Samples, softmax: Softmax, *, with_graph: bool
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        samples: Samples,
+        softmax: Softmax,
+        *,
+        with_graph: bool,
+        attended: Attended | None = None,
     ) -> Mixed:
         leaves = query, key, value = tuple(part.detach().requires_grad_() for part in (query, key, value))
         with torch.set_grad_enabled(with_graph):
@@ -165,6 +264,7 @@ class _Graph:
 
     leaves: Sequence[Tensor]
     mixed: Tensor
+    attended: None = None
 
     @property
     def output(self) -> Tensor:
@@ -180,20 +280,39 @@ class FlashVarlen:
     bfloat16, heads of up to 256 on NVIDIA and AMD. Grouped heads and windows are the kernels' own."""
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, samples: Samples, softmax: Softmax, *, with_graph: bool
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        samples: Samples,
+        softmax: Softmax,
+        *,
+        with_graph: bool,
+        attended: Attended | None = None,
     ) -> Mixed:
-        mixed = _Flash(query, key, value, samples, softmax)
+        mixed = _Flash(query, key, value, samples, softmax, attended)
         return mixed if with_graph else _Output(mixed.output)
 
 
 class _Flash:
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, samples: Samples, softmax: Softmax) -> None:
+    def __init__(
+        self, query: Tensor, key: Tensor, value: Tensor, samples: Samples, softmax: Softmax, attended: Attended | None
+    ) -> None:
         self._call = FlashCall(samples.longest, softmax.scale, softmax.window)
-        self._kept = self._call.forward(query, key, value, samples.offsets, softmax.sinks)
+        if attended is None:
+            self._kept = self._call.forward(query, key, value, samples.offsets, softmax.sinks)
+        else:
+            mixed = attended.output.view_as(query)
+            large = (query, key, value, mixed, attended.log_sums, samples.offsets)
+            self._kept = FlashKept(*large, *attended.generator)
 
     @property
     def output(self) -> Tensor:
         return self._kept.mixed.flatten(1)
+
+    @property
+    def attended(self) -> Attended:
+        return Attended(self.output, self._kept.log_sums, (self._kept.seed, self._kept.unused))
 
     def backward(self, gradient: Tensor) -> Gradients:
         query, key, value = self._call.backward(gradient.view_as(self._kept.mixed), self._kept)
@@ -265,6 +384,7 @@ class FlashCall:
 @dataclass(frozen=True, slots=True)
 class _Output:
     output: Tensor
+    attended: None = None
 
     def backward(self, gradient: Tensor) -> Gradients:
         raise AssertionError("evaluation keeps nothing for backward")

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from qlora_hal.contract.backend import Compute
-from qlora_hal_backends.torch_family.attention.causal import CausalAttention, HeadCounts
+from qlora_hal_backends.torch_family.attention.causal import CausalAttention, HeadCounts, RectangleKernels
+from qlora_hal_backends.torch_family.attention.rectangles import proved_rectangles
 from qlora_hal_backends.torch_family.attention.varlen import SAMPLE_BY_SAMPLE, UnevenAttention, proved_varlen
 from qlora_hal_backends.torch_family.device import device_refusal
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
-from qlora_hal_backends.torch_family.fused.body import FusedBody, RotaryTables
+from qlora_hal_backends.torch_family.fused.body import LONG_SAMPLE, FusedBody, RotaryTables
 from qlora_hal_backends.torch_family.fused.collecting import layer_weights, make_buffers
 from qlora_hal_backends.torch_family.fused.decoder_layer import DecoderLayer
 from qlora_hal_backends.torch_family.fused.families import (
@@ -58,6 +59,8 @@ from qlora_hal_backends.torch_family.platform import MIXTURE_TILE_ROWS, TILE_ROW
 KEPT: Mapping[str, Keep] = {"selective": Keep.ALL_BUT_GATE_UP, "full": Keep.RESIDUAL, "offload": Keep.RESIDUAL}
 """What layers keep under each `Compute.recompute`."""
 
+KEPT_WORDS = f"attention over {LONG_SAMPLE} tokens and more kept where the host has room"
+
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
@@ -87,8 +90,9 @@ def try_attach(base: BaseModel, flat: FlatAdapter, compute: Compute, device: tor
         fp8 = proved_fp8_kernels(device) if compute.fp8_products else None
     except Exception as error:  # Triton compiles here and now: a missing C compiler or driver shows in many classes
         return Refusal(f"the kernels do not run here ({type(error).__name__}: {str(error).partition(chr(10))[0]})")
-    uneven = proved_varlen(device, _head_counts(base), getattr(torch, compute.dtype))
-    return attach_with(operations, base, flat, compute, mixture=mixture, uneven=uneven, fp8=fp8)
+    heads, dtype = _head_counts(base), getattr(torch, compute.dtype)
+    uneven, rectangles = proved_varlen(device, heads, dtype), proved_rectangles(device, heads, dtype)
+    return attach_with(operations, base, flat, compute, mixture=mixture, uneven=uneven, rectangles=rectangles, fp8=fp8)
 
 
 def attach_with(
@@ -99,6 +103,7 @@ def attach_with(
     *,
     mixture: MixtureOperations | None = None,
     uneven: UnevenAttention = SAMPLE_BY_SAMPLE,
+    rectangles: RectangleKernels | None = None,
     fp8: Fp8Operations | None = None,
     keep: Keep | None = None,
     residual_dtype: torch.dtype | None = None,
@@ -112,6 +117,7 @@ def attach_with(
     """
     assert operations.activation is activation_of(base), "operations are made for a model's activation"
     recomputes = compute.gradient_checkpointing
+    offloads = recomputes and compute.recompute == "offload"
     attention = attention_of(base)
     family, norm = family_of(base), base.body.norm
     like = norm.weight.detach().to(getattr(torch, compute.dtype))
@@ -134,7 +140,7 @@ def attach_with(
     schedule = DecoderLayer(
         heads=Heads(_head_counts(base), operations),
         attention_scale=float(attention.scaling),
-        attention=CausalAttention(uneven.attention),
+        attention=CausalAttention(uneven.attention, rectangles),
         buffers=buffers,
         operations=operations,
         stream=stream,
@@ -154,9 +160,9 @@ def attach_with(
         keep=keep or (KEPT[compute.recompute] if recomputes else Keep.PRODUCTS),
         residual_dtype=residual_dtype or like.dtype,
         products_path="" if fp8 is None else FP8_WORDS,
-        attention_path=uneven.words,
+        attention_path=f"{uneven.words}, {KEPT_WORDS}" if offloads and rectangles is not None else uneven.words,
         embedding_scale=embedding_scale_of(base),
-        host=HostMemory(like.device) if recomputes and compute.recompute == "offload" else None,
+        host=HostMemory(like.device, ranks=compute.world.size) if offloads else None,
     )
 
 

@@ -34,6 +34,12 @@ from qlora_hal_backends.torch_family.fused.tape import Keep, LayerTape, Sequence
 from qlora_hal_backends.torch_family.loading import BaseModel
 from qlora_hal_backends.torch_family.step import DeviceBatch
 
+LONG_SAMPLE = 8192
+"""Tokens of a sample from which what attention gave is kept beside a layer's input. From some 9,700 tokens on it takes
+less long to the host (55 GB/s) than to compute it again (533 TFLOP/s, both measured on an NVIDIA H200), and it crosses
+beside what is computed."""
+LOG_SUM_BYTES = 4
+
 RotaryTables = Callable[[int], Mapping[str, tuple[Tensor, Tensor]]]
 """Of positions up to a bound: cos and sin by type of layer, "" where all are alike."""
 
@@ -112,6 +118,8 @@ class FusedBody:
 
     def _forward(self, batch: DeviceBatch, keep: Keep | None) -> tuple[Tensor, _Tape]:
         sequences = self._sequences(batch)
+        if keep is Keep.RESIDUAL and self._attended_can_wait(sequences):
+            keep = Keep.RESIDUAL_AND_ATTENDED
         tape = _Tape(sequences, self._inputs(keep))
         self.schedule.forget_adapter()
         embedded = self._embedded(batch)
@@ -120,7 +128,7 @@ class FusedBody:
         for layer in self.layers:
             residual, pending, layer_tape = self.schedule.forward(layer, residual, pending, sequences, keep)
             if layer_tape is not None:
-                tape.inputs.keep(layer_tape.give_input())
+                tape.inputs.keep(layer_tape.give())
                 tape.layers.append(layer_tape)
         assert pending is not None
         tape.last_h, states = self.schedule.final_norm(self.final_norm, residual, pending, embedded.dtype)
@@ -134,7 +142,7 @@ class FusedBody:
         del rows, gradient
         for index in reversed(range(len(self.layers))):
             layer_tape = tape.layers.pop()
-            layer_tape.h1 = tape.inputs.take()
+            layer_tape.take(tape.inputs.take())
             lower = self.layers[index - 1] if index else None
             below = self.schedule.backward(self.layers[index], layer_tape, stream, tape.sequences, lower)
             if below is not None:
@@ -145,9 +153,20 @@ class FusedBody:
         return embedded if self.embedding_scale == 1.0 else embedded * self.embedding_scale
 
     def _inputs(self, keep: Keep | None) -> LayerInputs:
-        if self.host is None or keep is not Keep.RESIDUAL:
+        if self.host is None or keep not in (Keep.RESIDUAL, Keep.RESIDUAL_AND_ATTENDED):
             return ResidentInputs()
         return OffloadedInputs(self.host, len(self.layers))
+
+    def _attended_can_wait(self, sequences: Sequences) -> bool:
+        """Whether what attention gives crosses to the host, too, in place of being computed again: the same bits, where
+        they are worth the way and the host has room for them."""
+        longest = sequences.samples.longest
+        if self.host is None or any(min(layer.window or longest, longest) < LONG_SAMPLE for layer in self.layers):
+            return False
+        heads = self.schedule.heads.counts
+        columns = self.final_norm.numel() + heads.query_columns
+        of_row = columns * self.residual_dtype.itemsize + heads.query * LOG_SUM_BYTES
+        return self.host.has_room((len(self.layers) - 1) * sequences.rows * of_row)
 
     @contextmanager
     def _copies_settled(self) -> Iterator[None]:

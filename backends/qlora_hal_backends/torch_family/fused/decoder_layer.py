@@ -23,11 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-<<<<<<< ours
-from qlora_hal_backends.torch_family.attention.causal import Attention
-=======
-from qlora_hal_backends.torch_family.attention.causal import Attention, HeadCounts, Softmax
->>>>>>> theirs
+from qlora_hal_backends.torch_family.attention.causal import Attended, Attention, Softmax
 from qlora_hal_backends.torch_family.fused.feed_forward import FeedForward, kept_apart
 from qlora_hal_backends.torch_family.fused.heads import Heads
 from qlora_hal_backends.torch_family.fused.layer_weights import AdapterGradients, Join, LayerBuffers, LayerWeights
@@ -84,7 +80,8 @@ class DecoderLayer:
         self.hold(layer)
         branch, attention = self._attend(layer, residual, pending, sequences, with_graph=keep is not None)
         h1 = attention.h1
-        if keep in (None, Keep.RESIDUAL):
+        attended = attention.mixed.attended if keep is Keep.RESIDUAL_AND_ATTENDED else None
+        if keep in (None, Keep.RESIDUAL, Keep.RESIDUAL_AND_ATTENDED):
             del attention
         h2, output, products = self._feed_forward(
             layer, h1, branch, sequences.dropout, keeps_products=keep is Keep.PRODUCTS
@@ -92,12 +89,19 @@ class DecoderLayer:
         output = self.stream.joined(output, layer.feed_forward_join)
         if keep is None:
             return h2, output, None
-        if keep is Keep.RESIDUAL:
-            return h2, output, LayerTape(h1, None, None)
+        if keep in (Keep.RESIDUAL, Keep.RESIDUAL_AND_ATTENDED):
+            return h2, output, LayerTape(h1, None, None, attended)
         return h2, output, LayerTape(h1, attention, FeedForwardTape(h2, products))
 
     def _attend(
-        self, layer: LayerWeights, residual: Tensor, pending: Tensor | None, sequences: Sequences, with_graph: bool
+        self,
+        layer: LayerWeights,
+        residual: Tensor,
+        pending: Tensor | None,
+        sequences: Sequences,
+        *,
+        with_graph: bool,
+        attended: Attended | None = None,
     ) -> tuple[Tensor, AttentionTape]:
         into, out = self.buffers.groups["attention_in"], self.buffers.groups["attention_out"]
         extended = into.new_input(sequences.rows)
@@ -107,22 +111,9 @@ class DecoderLayer:
         low_rank = kept_apart(into.low_rank(x, extended[:, into.columns :], masks))
         projected = into.product(extended, layer.groups["attention_in"].bias)
         del extended, x
-<<<<<<< ours
         query, key, value = self.heads.split(layer, projected, sequences.rotary_of(layer))
-        mixed = self.attention(
-            query,
-            key,
-            value,
-            sequences.samples,
-            scale=self.attention_scale,
-            window=layer.window,
-            with_graph=with_graph,
-        )
-=======
-        query, key, value = self._heads(layer, projected, sequences)
         softmax = Softmax(self.attention_scale, layer.window)
-        mixed = self.attention(query, key, value, sequences.samples, softmax, with_graph=with_graph)
->>>>>>> theirs
+        mixed = self.attention(query, key, value, sequences.samples, softmax, with_graph=with_graph, attended=attended)
         extended = out.new_input(sequences.rows)
         self.operations.copy_rows(mixed.output, extended[:, : out.columns])
         masks = layer.groups["attention_out"].masks(sequences.dropout)
@@ -185,8 +176,8 @@ class DecoderLayer:
         attention, feed_forward = tape.attention, tape.feed_forward
         tape.attention = tape.feed_forward = None
         if attention is None:
-            h1 = tape.give_input()
-            branch, attention = self._attend(layer, h1, None, sequences, with_graph=True)
+            h1, attended = tape.taken()
+            branch, attention = self._attend(layer, h1, None, sequences, with_graph=True, attended=attended)
             # As `add_norm` adds: in float32, rounded once to the residual's dtype.
             h2 = branch.add_(h1) if branch.dtype == h1.dtype else h1 + branch
             return attention, FeedForwardTape(h2, None)

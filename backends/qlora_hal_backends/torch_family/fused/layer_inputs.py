@@ -1,4 +1,5 @@
-"""Where the inputs of recomputed layers wait for backward: on the device, or in the host's memory.
+"""Where the inputs of recomputed layers wait for backward, and what else is kept of them: on the device, or in the
+host's memory.
 
 With gradient checkpointing of whole layers (Chen et al. 2016) one input a layer is kept, and for long rows or many
 layers these are most of what is kept at all. Each crosses to the host while the next layer computes, and comes back
@@ -7,13 +8,14 @@ while the layer above it is differentiated (the schedule of Rajbhandari et al. 2
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from qlora_hal.detect.device_memory import host_memory_left
 from qlora_hal_backends.torch_family.copy_queue import Copy, CopyQueue, host_memory
 
 SLOTS = 2
@@ -21,14 +23,15 @@ BLOCK_BYTES = 2**26
 
 
 class LayerInputs(Protocol):
-    """Of one pass: `keep` from the lowest layer to the highest, `take` in the opposite order."""
+    """Of one pass: `keep` from the lowest layer to the highest, `take` in the opposite order. What else of a layer
+    waits is beside its input, and of the same dtypes and dimensions in all layers."""
 
-    def keep(self, layer_input: Tensor) -> None:
-        """The next layer's. It must not be written to any more."""
+    def keep(self, of_layer: Sequence[Tensor]) -> None:
+        """The next layer's. They must not be written to any more."""
         ...
 
-    def take(self) -> Tensor:
-        """The input of the highest layer not yet taken; its numbers stay until the one after the next is taken."""
+    def take(self) -> Sequence[Tensor]:
+        """Those of the highest layer not yet taken; their numbers stay until the one after the next is taken."""
         ...
 
 
@@ -36,12 +39,12 @@ class LayerInputs(Protocol):
 class ResidentInputs:
     """On the device."""
 
-    _kept: list[Tensor] = field(default_factory=list)
+    _kept: list[Sequence[Tensor]] = field(default_factory=list)
 
-    def keep(self, layer_input: Tensor) -> None:
-        self._kept.append(layer_input)
+    def keep(self, of_layer: Sequence[Tensor]) -> None:
+        self._kept.append(of_layer)
 
-    def take(self) -> Tensor:
+    def take(self) -> Sequence[Tensor]:
         return self._kept.pop()
 
 
@@ -52,10 +55,10 @@ class HostMemory:
     takes the next power of two of what is asked for, up to twice a layer's input where each had memory of its own.
     """
 
-    def __init__(self, device: torch.device, block: int = BLOCK_BYTES) -> None:
+    def __init__(self, device: torch.device, *, block: int = BLOCK_BYTES, ranks: int = 1) -> None:
         self.queue = CopyQueue(device)
         self._device = device
-        self._block = block
+        self._block, self._ranks = block, ranks
         self._blocks: list[Tensor] = []
 
     def pieces(self, begin: int, end: int) -> Iterator[Tensor]:
@@ -69,39 +72,44 @@ class HostMemory:
             yield piece
             begin += piece.numel()
 
+    def has_room(self, size: int) -> bool:
+        """Whether so many bytes are here, or may be taken of what the host has left for each of its ranks."""
+        missing = size - self._block * len(self._blocks)
+        return missing <= 0 or missing * self._ranks <= host_memory_left()
+
 
 @dataclass(slots=True)
 class OffloadedInputs:
-    """In the host's memory, one behind the other, but for the highest layer's, which is wanted first."""
+    """In the host's memory, one layer behind the other, but for the highest layer's, which are wanted first."""
 
     memory: HostMemory
     layers: int
     _kept: int = 0
-    """How many are in the host's memory."""
-    _leaving: tuple[Tensor, Copy] | None = None
-    _highest: Tensor | None = None
-    _slots: list[Tensor] = field(default_factory=list)
+    """Of how many layers they are in the host's memory."""
+    _leaving: tuple[Sequence[Tensor], Copy] | None = None
+    _highest: Sequence[Tensor] | None = None
+    _slots: list[Sequence[Tensor]] = field(default_factory=list)
     _coming: Copy = None
 
-    def keep(self, layer_input: Tensor) -> None:
+    def keep(self, of_layer: Sequence[Tensor]) -> None:
         if self._leaving is not None:
-            # Its memory is free for what is computed from here on, and not before.
+            # Their memory is free for what is computed from here on, and not before.
             self.memory.queue.arrived(self._leaving[1])
             self._leaving = None
         if self._kept == self.layers - 1:
-            self._highest = layer_input
+            self._highest = of_layer
             return
         leaving: Copy = None
-        for host, device in self._parts(self._kept, layer_input):
+        for host, device in self._parts(self._kept, of_layer):
             leaving = self.memory.queue.copy(host, device)
-        self._leaving = (layer_input, leaving)
+        self._leaving = (of_layer, leaving)
         self._kept += 1
 
-    def take(self) -> Tensor:
+    def take(self) -> Sequence[Tensor]:
         number = self._kept
         if self._highest is not None:
             taken, self._highest = self._highest, None
-            self._slots = [torch.empty_like(taken) for _ in range(min(SLOTS, number))]
+            self._slots = [[torch.empty_like(tensor) for tensor in taken] for _ in range(min(SLOTS, number))]
         else:
             self.memory.queue.arrived(self._coming)
             taken = self._slots[number % SLOTS]
@@ -112,11 +120,18 @@ class OffloadedInputs:
                 self._coming = self.memory.queue.copy(device, host)
         return taken
 
-    def _parts(self, number: int, tensor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """The bytes of a layer's input on the host, and beside them those of `tensor`. The last copy is done when all
-        are: a queue keeps its order."""
-        flat = tensor.view(-1).view(torch.uint8)
-        begin = 0
-        for host in self.memory.pieces(number * flat.numel(), (number + 1) * flat.numel()):
-            yield host, flat[begin : begin + host.numel()]
-            begin += host.numel()
+    def _parts(self, number: int, of_layer: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The bytes of a layer on the host, and beside them those of `of_layer`. The last copy is done when all are: a
+        queue keeps its order."""
+        begin = number * bytes_of(of_layer)
+        for tensor in of_layer:
+            flat = tensor.view(-1).view(torch.uint8)
+            end, done = begin + flat.numel(), 0
+            for host in self.memory.pieces(begin, end):
+                yield host, flat[done : done + host.numel()]
+                done += host.numel()
+            begin = end
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

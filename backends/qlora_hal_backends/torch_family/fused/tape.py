@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 from torch import Tensor
 
-from qlora_hal_backends.torch_family.attention.causal import Mixed, Samples
+from qlora_hal_backends.torch_family.attention.causal import Attended, Mixed, Samples
 from qlora_hal_backends.torch_family.fused.layer_weights import LayerWeights
 from qlora_hal_backends.torch_family.fused.mixture.operations import Routed
 from qlora_hal_backends.torch_family.fused.operations import Dropout, Rotary
@@ -20,6 +20,7 @@ class Keep(Enum):
     PRODUCTS = "products"
     ALL_BUT_GATE_UP = "all_but_gate_up"  # the two largest products: 2F of 2F + 2D + 2 (h + kv) d columns
     RESIDUAL = "residual"  # gradient checkpointing of whole layers (Chen et al. 2016)
+    RESIDUAL_AND_ATTENDED = "residual_and_attended"  # what attention gave, too: over long rows it is most of the work
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,17 +82,36 @@ class GateWeights:
 
 @dataclass(slots=True)
 class LayerTape:
-    """What backward needs. Both parts None: computed again from `h1`, which may wait elsewhere until then."""
+    """What backward needs. Both parts None: computed again from `h1`, and from what attention gave where that is kept;
+    these may wait elsewhere until then."""
 
     h1: Tensor | None
     attention: AttentionTape | None
     feed_forward: FeedForwardTape | None
+    attended: Attended | None = None
 
-    def give_input(self) -> Tensor:
-        """`h1`, which this tape holds no longer."""
+    def give(self) -> tuple[Tensor, ...]:
+        """`h1` and what is large of `attended`, which this tape holds no longer."""
         assert self.h1 is not None, "a layer's input is given away once"
-        given, self.h1 = self.h1, None
+        given: tuple[Tensor, ...] = (self.h1,)
+        self.h1 = None
+        if self.attended is not None:
+            given = (*given, *self.attended.large)
+            self.attended = self.attended.without_large()
         return given
+
+    def take(self, given: Sequence[Tensor]) -> None:
+        """What was given, or a copy."""
+        self.h1, *large = given
+        if self.attended is not None:
+            self.attended = self.attended.with_large(large)
+
+    def taken(self) -> tuple[Tensor, Attended | None]:
+        """`h1` and `attended`, which this tape holds no longer."""
+        h1, attended = self.h1, self.attended
+        assert h1 is not None, "a layer's input was taken back"
+        self.h1 = self.attended = None
+        return h1, attended
 
 
 @dataclass(slots=True)
