@@ -15,7 +15,7 @@ from tests.adapter_mlx.both_tools import random_adapter, save_for_peft, train_in
 
 def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "qlora_hal.cli", "adapter", "convert", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
 def test_a_run_folder_becomes_an_adapter_for_mlx_lm(tmp_path: Path, llama: Path) -> None:

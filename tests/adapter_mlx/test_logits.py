@@ -126,7 +126,7 @@ def test_mlx_lm_generates_with_the_adapter_as_peft_does(tmp_path: Path, talking_
     command = [sys.executable, "-m", "mlx_lm", "generate", "--model", str(talking_llama), "--prompt", "the sea"]
     command += ["--ignore-chat-template", "--max-tokens", "6", "--temp", "0", "--verbose", "False"]
     command += ["--adapter-path", str(tmp_path / "mlx")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     assert done.stdout.strip() == greedy_in_peft(talking_llama, peft, "the sea", 6)
     assert done.stdout.strip() != greedy_in_peft(talking_llama, None, "the sea", 6)
 

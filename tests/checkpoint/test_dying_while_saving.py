@@ -64,7 +64,7 @@ def test_kill_at_every_point_leaves_a_whole_checkpoint(run_dir: Path, fault: str
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         check=False,
-        timeout=60,
+        timeout=600,
     )
     assert child.returncode == -9, child.stderr
     reported = [tuple(map(int, line.split()[1:])) for line in child.stdout.splitlines()]
@@ -172,7 +172,7 @@ def test_a_real_write_limit_in_the_middle_of_a_file_leaves_the_older_checkpoint_
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         check=True,
-        timeout=60,
+        timeout=600,
     )
     assert '"code": "QH-S09"' in child.stdout
     assert '"exit": 8' in child.stdout

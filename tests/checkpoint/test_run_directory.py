@@ -73,7 +73,7 @@ def test_a_folder_without_write_permission_is_refused_with_status_8(tmp_path: Pa
     as_root = os.geteuid() == 0
     for target in (closed, closed / "run"):
         child = python(OPEN_NEW, target, preexec_fn=drop_the_power_to_override_permissions if as_root else None)
-        error = json.loads(child.communicate(timeout=60)[0])
+        error = json.loads(child.communicate(timeout=600)[0])
         assert (error["code"], error["exit"]) == ("QH-S12", 8)
         assert str(target) in error["message"]
         assert "permission" in error["message"]
@@ -92,7 +92,7 @@ def test_a_place_where_nothing_can_be_created_is_refused_with_status_8() -> None
 @pytest.mark.fault("S09")
 def test_a_folder_that_takes_no_byte_is_found_out_at_the_start(tmp_path: Path) -> None:
     child = python(OPEN_NEW, tmp_path / "run", "limit")
-    error = json.loads(child.communicate(timeout=60)[0])
+    error = json.loads(child.communicate(timeout=600)[0])
     assert (error["code"], error["exit"]) == ("QH-S09", 8)
 
 
@@ -258,7 +258,7 @@ def test_a_held_folder_names_its_holder_and_a_dead_holder_is_taken_over(tmp_path
         RunDirectory.open_existing(tmp_path)
     assert (refused.value.code, refused.value.exit_status) == ("QH-S15", 12)
     holder.send_signal(signal.SIGKILL)
-    holder.communicate(timeout=60)
+    holder.communicate(timeout=600)
     with RunDirectory.open_existing(tmp_path) as run:
         assert any(f"from pid {holder.pid}" in note and "has ended" in note for note in run.notes)
     with RunDirectory.open_existing(tmp_path) as run:
@@ -375,7 +375,7 @@ def test_killing_a_process_that_rewrites_json_never_leaves_half_a_file(tmp_path:
         assert child.stdout.readline() == "going\n"
         threading.Event().wait(delay)
         child.kill()
-        child.communicate(timeout=60)
+        child.communicate(timeout=600)
         assert len(set(json.loads(path.read_bytes())["n"])) == 1
 
 

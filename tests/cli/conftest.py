@@ -26,7 +26,7 @@ def qlora_hal(tmp_path: Path) -> CommandLine:
             env=kept,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=600,
             check=False,
         )
 

@@ -122,7 +122,7 @@ def test_a_broken_library_is_named_with_its_distribution_and_is_no_defect_of_our
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert done.returncode == 1
     assert "Traceback" not in done.stderr

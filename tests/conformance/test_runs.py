@@ -285,6 +285,6 @@ def test_sections_of_a_plugin_run_and_do_not_count(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=600,
     )
     assert ended.stdout.splitlines() == ["toy_own/good passed", "toy_own/bad failed"]

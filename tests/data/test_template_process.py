@@ -164,7 +164,7 @@ def test_a_process_that_is_not_needed_ends(monkeypatch: pytest.MonkeyPatch) -> N
     sound = ChatTemplate(NOT_QUICK.format("?"), "test", {})
     process._child().end()
     assert sound.render(ASKED) == "?a"
-    child_of_templates().wait(timeout=60)
+    child_of_templates().wait(timeout=600)
     assert sound.render(ASKED) == "?a"
 
 

@@ -35,7 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
 
 def command(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     words = [sys.executable, "-m", "qlora_hal.cli", *map(str, arguments)]
-    return subprocess.run(words, capture_output=True, text=True, check=False, cwd=cwd, timeout=120)
+    return subprocess.run(words, capture_output=True, text=True, check=False, cwd=cwd, timeout=600)
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ def start(folder: Path, *how: str) -> subprocess.Popen[str]:
 
 def ended(process: subprocess.Popen[str]) -> tuple[Path, set[int], str]:
     """(TMPDIR at work, inodes of the libraries there, what was computed)."""
-    said, complained = process.communicate("go\n", timeout=120)
+    said, complained = process.communicate("go\n", timeout=600)
     assert process.returncode in (0, -9), complained
     used, *inodes, value = said.splitlines()[-1].split()
     return Path(used), set(map(int, inodes)), value
@@ -73,7 +73,7 @@ def test_a_library_that_another_process_has_half_written_is_not_loaded(tmp_path:
     (library,) = shared_libraries(tmp_path)
     library.write_bytes(library.read_bytes()[:100])
     assert run(tmp_path, "guarded")[2] == SINE_AND_COSINE
-    assert "Could not load C++ shared library" in start(tmp_path, "as it is").communicate(timeout=120)[1]
+    assert "Could not load C++ shared library" in start(tmp_path, "as it is").communicate(timeout=600)[1]
 
 
 def test_processes_at_once_have_folders_of_their_own_that_go_with_them(tmp_path: Path) -> None:
@@ -154,5 +154,5 @@ def test_code_that_others_can_write_is_not_used(planted: tuple[Path, Path], take
     assert run(folder, "guarded")[2] == SINE_AND_COSINE
     assert not canary.exists()
     # Without the guard the planted library is loaded: the test would see it act.
-    start(folder, "as it is").communicate(timeout=120)
+    start(folder, "as it is").communicate(timeout=600)
     assert canary.exists()

@@ -258,7 +258,7 @@ def test_a_request_to_stop_reaches_every_rank(tmp_path: Path, number: signal.Sig
     launcher = start(tmp_path, 2, name="waits")
     wait_until(lambda: len(list(tmp_path.glob("*.ready"))) == 2)
     launcher.send_signal(number)
-    launcher.communicate(timeout=60)
+    launcher.communicate(timeout=600)
     assert launcher.returncode == 0
     assert [told(tmp_path, rank) for rank in range(2)] == [number.name] * 2
     assert not (tmp_path / "failures.json").exists()
