@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qlora_hal.ranks.planning import DevicePlan
     from qlora_hal.run.card_table import CardRow
     from qlora_hal.run.memory_probe import Calibration
+    from qlora_hal.run.planned_memory import PlannedModel
 
 PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "workspace", "runtime")
 _WIDTH = 79
@@ -79,14 +80,16 @@ def _head(estimated: Estimated, config: RunConfig) -> Iterator[str]:
     if placement.why:
         yield from _wrapped(f"  {placement.words()}: {placement.why}", "  ")
     elif waits := planned.host_bytes(placement):
-        yield from _wrapped(f"  {placement.words()}: {_on_host(waits, planned.host_room)}", "  ")
+        yield from _wrapped(f"  {placement.words()}: {_on_host(waits, planned)}", "  ")
     yield from _plan_lines(estimated.plan, config)
 
 
-def _on_host(waits: int, room: int | None) -> str:
-    """What waits in the host's memory, beside what this machine's has for it."""
+def _on_host(waits: int, planned: PlannedModel) -> str:
+    """What waits in a host's memory for its devices, beside what this machine's has for it."""
+    room, devices = planned.host_room, planned.per_host
     left = f" of the {figures.size(room)} that this one has for it now" if room is not None else ""
-    return f"{figures.size(waits)} of the host's memory{left}"
+    each = f" for its {devices} devices" if devices > 1 else ""
+    return f"{figures.size(waits)} of the host's memory{left}{each}"
 
 
 def _plan_lines(plan: DevicePlan, config: RunConfig) -> list[str]:
@@ -94,9 +97,10 @@ def _plan_lines(plan: DevicePlan, config: RunConfig) -> list[str]:
         return []
     steps = config.training.max_steps
     length = f"{steps} steps" if steps else "steps by the rows (train --dry-run counts them)"
+    hosts = "one host" if plan.per_host == plan.devices else f"{plan.devices // plan.per_host} hosts"
     return _wrapped(
-        f"{plan.devices} devices ({plan.mode}: {plan.why}): {plan.sequences_per_step} sequences a step over all of "
-        f"them, {length}; memory of each:",
+        f"{plan.devices} devices of {hosts} ({plan.mode}: {plan.why}): {plan.sequences_per_step} sequences a step over "
+        f"all of them, {length}; memory of each:",
         "  ",
     )
 
@@ -125,7 +129,7 @@ def _places(estimated: Estimated) -> Iterator[str]:
     if (limit := estimated.memory_limit) is not None:
         put(limit, "training.memory_limit")
     if (machine := estimated.machine_bytes) is not None:
-        put(machine, "the memory of this machine", estimated.plan.devices)
+        put(machine, "the memory of this machine", estimated.plan.per_host)
     if (here := estimated.gpu_bytes) is not None:
         put(here, f"the {planned.gpu.name if planned.gpu else 'device'} of this machine")
     for card in sorted(estimated.cards, key=lambda card: card.memory_bytes):

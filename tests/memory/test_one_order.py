@@ -129,6 +129,7 @@ def test_layers_of_a_mixture_cross_whole_for_tokens_that_meet_a_part_of_them(tmp
     assert mixture.time > 1.5 * dense.time
 
 
-def test_what_waits_on_the_host_is_counted_for_each_device_on_it(llama_8b: str) -> None:
+def test_what_waits_on_a_host_is_counted_for_each_device_on_it_and_for_none_of_another_host(llama_8b: str) -> None:
     there = planned(llama_8b, 24, {BASE_OFFLOAD: ["embeddings", "layers"]})
-    assert replace(there, devices=3).needs().host == 3 * there.needs().host > 0
+    assert replace(there, devices=3, per_host=3).needs().host == 3 * there.needs().host > 0
+    assert replace(there, devices=6, per_host=3).needs().host == 3 * there.needs().host
