@@ -331,7 +331,7 @@ def _refuse_probe_elsewhere(planned: PlannedModel, wanted: Wanted) -> None:
 def estimate_as_json(estimated: Estimated) -> dict[str, object]:
     """All facts of the text, in bytes."""
     memory, planned = estimated.memory, estimated.planned
-    stored = planned.quantization
+    stored, needs = planned.quantization, planned.needs()
     told: dict[str, object] = {
         "backend": estimated.backend,
         "not_ready": estimated.not_ready,
@@ -346,7 +346,7 @@ def estimate_as_json(estimated: Estimated) -> dict[str, object]:
         "total": memory.total,
         "high": memory.high,
         "plan": estimated.plan.as_json(),
-        "host": {"bytes": planned.needs().host, "left_here": planned.host_room},
+        "host": {"bytes": needs.host, "left_here": planned.host_room, "disk_bytes": needs.disk},
         "cards": [
             {
                 "name": card.name,
@@ -374,6 +374,7 @@ def estimate_as_json(estimated: Estimated) -> dict[str, object]:
             "settings": advice.settings,
             "high": advice.high,
             "host_bytes": advice.needs.host,
+            "disk_bytes": advice.needs.disk,
             "fits": advice.fits,
             "time": round(advice.time, 3),
             "gives_up": list(advice.gives_up),
@@ -387,6 +388,7 @@ def estimate_as_json(estimated: Estimated) -> dict[str, object]:
                 "settings": one.settings,
                 "high": one.high,
                 "host_bytes": one.host,
+                "disk_bytes": one.disk,
                 "time": round(one.choice.time, 3),
                 "gives_up": list(one.taken.gives_up),
                 "measured": one.is_measured,

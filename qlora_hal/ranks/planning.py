@@ -87,7 +87,7 @@ def mode_of(
     if config.parallel.mode == SHARD:
         return SHARD, "each device holds a share of the packed base, as asked for"
     if LAYERS in base_offload:
-        return DATA, "each device reads the layers from the host's memory"
+        return DATA, "each device reads the layers from its host"
     if config.parallel.mode == AUTO and spreads and memory_there is not None and memory.total > memory_there:
         return SHARD, f"with a whole base each device would need {size(memory.total)} of its {size(memory_there)}"
     return DATA, "each device holds the whole packed base"

@@ -25,7 +25,9 @@ from qlora_hal.memory.gpus import DEVICE_KINDS
 from qlora_hal.memory.placement import (
     AUTO,
     IN_HOST_MEMORY,
+    LAYERS,
     OFFLOAD,
+    HostBytes,
     Moves,
     Placement,
     asked_recompute,
@@ -180,26 +182,28 @@ class PlannedModel:
 
     def needs_with(self, placement: Placement, facts: ModelFacts | None = None) -> Needs:
         """The same with this of it recomputed and on the host."""
-        return Needs(self.memory_with(placement, facts).high, self.host_bytes(placement, facts))
+        waits = self.host_bytes(placement, facts)
+        return Needs(self.memory_with(placement, facts).high, waits.memory, waits.disk)
 
-    def host_bytes(self, placement: Placement, facts: ModelFacts | None = None) -> int:
-        """What waits in the memory of a host, for all devices that are on it."""
+    def host_bytes(self, placement: Placement, facts: ModelFacts | None = None) -> HostBytes:
+        """What waits on a host, for all devices that are on it."""
         stays = placement.recompute != OFFLOAD and not placement.base_offload
         if stays or device_kind_of(self.spec, self.device) in IN_HOST_MEMORY:
-            return 0
+            return HostBytes()
         model = facts or self.facts
         stored = self.quantization
         weights = weight_bytes(model, stored.weight_format, stored.block_size, stored.double_quant, self.compute_dtype)
         tokens = self.config.full_batch_rows * self.config.data.max_seq_length
-        waits = host_bytes(weights, model, self.compute_dtype, placement, tokens)
-        return self.per_host * (waits.total - (waits.layers if self._layers_are_on_disk(waits.layers) else 0))
+        waits = host_bytes(weights, model, self.compute_dtype, placement, tokens).times(self.per_host)
+        return waits.with_layers_on_disk() if self._layers_are_on_disk(waits.layers) else waits
 
     def _layers_are_on_disk(self, layers: int) -> bool:
-        """As the backend has it: where it is told to, or, left to itself, where the host's memory is too small."""
+        """As the backend has it: where it is told to, or, left to itself, where the host's memory is too small for so
+        many bytes."""
         if OFFLOADED_LAYERS not in self.spec.option_choices:
             return False
         asked = self.config.backend.options.get(OFFLOADED_LAYERS, AUTO)
-        too_large = self.host_room is not None and self.per_host * layers > self.host_room
+        too_large = self.host_room is not None and layers > self.host_room
         return asked == ON_DISK or (asked == AUTO and too_large)
 
     def price(self) -> PassChoice:
@@ -209,7 +213,9 @@ class PlannedModel:
     def price_with(self, placement: Placement) -> PassChoice:
         tokens = self.config.full_batch_rows * self.config.data.max_seq_length
         bits = record_of(self.quantization.weight_format).bits
-        return PassChoice(tokens, placement.recompute, placement.base_offload, bits, weights_to_each(self.facts))
+        readers = self.per_host if LAYERS in placement.base_offload and self.host_bytes(placement).disk else 0
+        to_each = weights_to_each(self.facts)
+        return PassChoice(tokens, placement.recompute, placement.base_offload, bits, to_each, readers)
 
     @property
     def counts_on_host(self) -> bool:
