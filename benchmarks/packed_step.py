@@ -59,6 +59,7 @@ from qlora_hal_backends.torch_family.attention.causal import (
     Mixed,
     SampleBySample,
     Samples,
+    Softmax,
     _Rectangle,
     _torch_attention,
 )
@@ -74,22 +75,13 @@ class DenseMask:
         self._mask: tuple[Samples, Tensor] | None = None
 
     def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        samples: Samples,
-        *,
-        scale: float,
-        window: int | None,
-        with_graph: bool,
-        sinks: Tensor | None = None,
+        self, query: Tensor, key: Tensor, value: Tensor, samples: Samples, softmax: Softmax, *, with_graph: bool
     ) -> Mixed:
-        assert sinks is None, "no model of this benchmark has sinks"
+        assert softmax.sinks is None, "no model of this benchmark has sinks"
         shape = (self._rows, query.shape[0] // self._rows)
         leaves = [part.unflatten(0, shape).transpose(1, 2).detach().requires_grad_() for part in (query, key, value)]
         with torch.set_grad_enabled(with_graph):
-            mixed = _torch_attention(*leaves, mask=self._of(samples, *shape), scale=scale)
+            mixed = _torch_attention(*leaves, mask=self._of(samples, *shape), scale=softmax.scale)
         return _Rectangle(leaves, mixed)
 
     def _of(self, samples: Samples, rows: int, time: int) -> Tensor:
@@ -214,7 +206,7 @@ def attention_alone(options: argparse.Namespace, device: torch.device) -> dict[s
         views = [part.unflatten(1, (-1, size)) for part in parts]
 
         def forward(attention: Any = attention, views: Any = views, samples: Samples = samples) -> Mixed:
-            return attention(*views, samples, scale=size**-0.5, window=None, with_graph=True)
+            return attention(*views, samples, Softmax(size**-0.5), with_graph=True)
 
         def both(forward: Any = forward, count: int = count) -> None:
             forward().backward(upstream[:count])

@@ -24,6 +24,7 @@ from qlora_hal_backends.torch_family.attention.causal import (
     HeadCounts,
     SampleBySample,
     Samples,
+    Softmax,
 )
 from qlora_hal_backends.torch_family.attention.varlen import (
     LARGEST_ERROR,
@@ -76,7 +77,7 @@ def test_a_token_sees_its_own_sample_before_it_and_nothing_else(
     rows = sum(lengths)
     buffer = projected(rows)
     mixed = CausalAttention(uneven)(
-        *heads_of(buffer), Samples.of(lengths, CPU), scale=SCALE, window=window, with_graph=True, sinks=sinks
+        *heads_of(buffer), Samples.of(lengths, CPU), Softmax(SCALE, window, sinks), with_graph=True
     )
     gradient = projected(rows, seed=1)[:, : HEADS.query_columns].contiguous()
     found = [part.transpose(1, 2).flatten(0, 1) for part in mixed.backward(gradient)]
@@ -90,7 +91,7 @@ def test_a_token_sees_its_own_sample_before_it_and_nothing_else(
 
 def test_evaluation_keeps_nothing(uneven: Attention) -> None:
     samples = Samples.of((3, 5), CPU)
-    mixed = CausalAttention(uneven)(*heads_of(projected(8)), samples, scale=SCALE, window=None, with_graph=False)
+    mixed = CausalAttention(uneven)(*heads_of(projected(8)), samples, Softmax(SCALE), with_graph=False)
     assert not mixed.output.requires_grad
     assert mixed.output.shape == (8, HEADS.query_columns)
 
@@ -117,20 +118,21 @@ def test_what_flash_attention_cannot_do_goes_sample_by_sample_and_says_so(
 class SeesItsNeighbour:
     """`SampleBySample` with the first sample's end moved by one token."""
 
-    def __call__(self, *parts: Tensor, **settings: object):  # type: ignore[no-untyped-def]
-        *heads, samples = parts
+    def __call__(self, *parts, **settings):  # type: ignore[no-untyped-def]
+        *heads, samples, softmax = parts
         first, second, *rest = samples.lengths
-        return SampleBySample()(*heads, replace(samples, lengths=(first + 1, second - 1, *rest)), **settings)
+        moved = replace(samples, lengths=(first + 1, second - 1, *rest))
+        return SampleBySample()(*heads, moved, softmax, **settings)
 
 
 class ForgetsItsWindow:
-    def __call__(self, *parts: Tensor, window: int | None, **settings: object):  # type: ignore[no-untyped-def]
-        return SampleBySample()(*parts, window=None, **settings)
+    def __call__(self, *parts, **settings):  # type: ignore[no-untyped-def]
+        return SampleBySample()(*parts[:-1], replace(parts[-1], window=None), **settings)
 
 
 class ForgetsItsSinks:
-    def __call__(self, *parts: Tensor, sinks: Tensor | None, **settings: object):  # type: ignore[no-untyped-def]
-        return SampleBySample()(*parts, sinks=None, **settings)
+    def __call__(self, *parts, **settings):  # type: ignore[no-untyped-def]
+        return SampleBySample()(*parts[:-1], replace(parts[-1], sinks=None), **settings)
 
 
 @pytest.mark.parametrize(
@@ -269,8 +271,7 @@ def test_flash_attention_errs_no_more_than_torch_on_long_samples(window: int | N
         mixed = attention(
             *(part.unflatten(1, (-1, heads.size)) for part in parts),
             Samples.of(lengths, device),
-            scale=heads.size**-0.5,
-            window=window,
+            Softmax(heads.size**-0.5, window),
             with_graph=True,
         )
         found[name] = [mixed.output, *mixed.backward(upstream.bfloat16().to(dtype))]

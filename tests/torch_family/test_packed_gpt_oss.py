@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def test_a_window_bites_and_sinks_take_their_share(opened: Opened, monkeypatch: 
     attend = causal.one_sample
     for forgotten in ({"window": None}, {"sinks": None}):
         with monkeypatch.context() as patched:
-            patched.setattr(causal, "one_sample", lambda *parts, **asked: attend(*parts, **{**asked, **forgotten}))  # noqa: B023
+            patched.setattr(causal, "one_sample", lambda *parts: attend(*parts[:-1], replace(parts[-1], **forgotten)))  # noqa: B023
             assert largest_difference(dict(trainer.gradients([batch])), expected) > 1000 * FLOAT32
 
 
@@ -119,10 +120,10 @@ def test_samples_that_see_each_other_would_be_noticed(
     apart, together = samples(), [packed(samples())]
     attend = causal.sample_by_sample
 
-    def leaky(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], **asked: Any) -> Tensor:
+    def leaky(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], softmax: causal.Softmax) -> Tensor:
         first, second, *rest = lengths
         mixed = (sum(lengths),) if wrong == "one sample to a row" else (first + 1, second - 1, *rest)
-        return attend(query, key, value, mixed, **asked)
+        return attend(query, key, value, mixed, softmax)
 
     expected = dict(trainer.gradients(apart))
     monkeypatch.setattr(sinks, "sample_by_sample", leaky)

@@ -14,7 +14,7 @@ token, so every token sees it, within a window and in every sample. Sinks are fr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from typing import NamedTuple, Protocol
@@ -65,6 +65,21 @@ class Samples:
         return all(length == self.longest for length in self.lengths)
 
 
+@dataclass(frozen=True, slots=True)
+class Softmax:
+    """How a layer's scores become weights: times `scale`, over the tokens of the sample so far, or with `window` w over
+    a token itself and the w - 1 before it. `sinks` are one score to each query head."""
+
+    scale: float
+    window: int | None = None
+    sinks: Tensor | None = None
+
+    def over(self, longest: int) -> Softmax:
+        """The same for samples of at most so many tokens, without a window that all of them fit into."""
+        fits = self.window is not None and self.window >= longest
+        return replace(self, window=None) if fits else self
+
+
 class Mixed(Protocol):
     """What attention gives, and what it keeps for backward, which runs once."""
 
@@ -79,20 +94,10 @@ class Mixed(Protocol):
 
 
 class Attention(Protocol):
-    """Causal within each sample. With `window` w a token sees itself and the w - 1 before it. `with_graph` False is
-    evaluation: nothing is kept. `sinks` are one score to each query head."""
+    """Causal within each sample. `with_graph` False is evaluation: nothing is kept."""
 
     def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        samples: Samples,
-        *,
-        scale: float,
-        window: int | None,
-        with_graph: bool,
-        sinks: Tensor | None = None,
+        self, query: Tensor, key: Tensor, value: Tensor, samples: Samples, softmax: Softmax, *, with_graph: bool
     ) -> Mixed: ...
 
 
@@ -103,27 +108,15 @@ class CausalAttention:
     uneven: Attention
 
     def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        samples: Samples,
-        *,
-        scale: float,
-        window: int | None,
-        with_graph: bool,
-        sinks: Tensor | None = None,
+        self, query: Tensor, key: Tensor, value: Tensor, samples: Samples, softmax: Softmax, *, with_graph: bool
     ) -> Mixed:
-        if window is not None and window >= samples.longest:
-            window = None
-        if window is not None or sinks is not None or not samples.are_a_rectangle:
-            return self.uneven(
-                query, key, value, samples, scale=scale, window=window, with_graph=with_graph, sinks=sinks
-            )
+        softmax = softmax.over(samples.longest)
+        if softmax.window is not None or softmax.sinks is not None or not samples.are_a_rectangle:
+            return self.uneven(query, key, value, samples, softmax, with_graph=with_graph)
         shape = (len(samples.lengths), samples.longest)
         leaves = [part.unflatten(0, shape).transpose(1, 2).detach().requires_grad_() for part in (query, key, value)]
         with torch.set_grad_enabled(with_graph):
-            mixed = _torch_attention(*leaves, mask=None, scale=scale)
+            mixed = _torch_attention(*leaves, mask=None, scale=softmax.scale)
         return _Rectangle(leaves, mixed)
 
 
@@ -151,37 +144,19 @@ class SampleBySample:
     Costs launches, not work."""
 
     def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        samples: Samples,
-        *,
-        scale: float,
-        window: int | None,
-        with_graph: bool,
-        sinks: Tensor | None = None,
+        self, query: Tensor, key: Tensor, value: Tensor, samples: Samples, softmax: Softmax, *, with_graph: bool
     ) -> Mixed:
         leaves = query, key, value = tuple(part.detach().requires_grad_() for part in (query, key, value))
         with torch.set_grad_enabled(with_graph):
-            mixed = sample_by_sample(query, key, value, samples.lengths, scale=scale, window=window, sinks=sinks)
+            mixed = sample_by_sample(query, key, value, samples.lengths, softmax)
         return _Graph(leaves, mixed)
 
 
-def sample_by_sample(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: Sequence[int],
-    *,
-    scale: float,
-    window: int | None,
-    sinks: Tensor | None = None,
-) -> Tensor:
+def sample_by_sample(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], softmax: Softmax) -> Tensor:
     """`[M, heads, d]`, in autograd's graph."""
     # The gradient of a split is one concatenation; that of slices would be a whole buffer for each.
     parts = zip(*(part.split(list(lengths)) for part in (query, key, value)), strict=True)
-    return torch.cat([one_sample(*sample, scale=scale, window=window, sinks=sinks) for sample in parts])
+    return torch.cat([one_sample(*sample, softmax) for sample in parts])
 
 
 @dataclass(slots=True)
@@ -205,34 +180,16 @@ class FlashVarlen:
     bfloat16, heads of up to 256 on NVIDIA and AMD. Grouped heads and windows are the kernels' own."""
 
     def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        samples: Samples,
-        *,
-        scale: float,
-        window: int | None,
-        with_graph: bool,
-        sinks: Tensor | None = None,
+        self, query: Tensor, key: Tensor, value: Tensor, samples: Samples, softmax: Softmax, *, with_graph: bool
     ) -> Mixed:
-        mixed = _Flash(query, key, value, samples, scale, window, sinks)
+        mixed = _Flash(query, key, value, samples, softmax)
         return mixed if with_graph else _Output(mixed.output)
 
 
 class _Flash:
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        samples: Samples,
-        scale: float,
-        window: int | None,
-        sinks: Tensor | None,
-    ) -> None:
-        self._call = FlashCall(samples.longest, scale, window)
-        self._kept = self._call.forward(query, key, value, samples.offsets, sinks)
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, samples: Samples, softmax: Softmax) -> None:
+        self._call = FlashCall(samples.longest, softmax.scale, softmax.window)
+        self._kept = self._call.forward(query, key, value, samples.offsets, softmax.sinks)
 
     @property
     def output(self) -> Tensor:
@@ -313,41 +270,39 @@ class _Output:
         raise AssertionError("evaluation keeps nothing for backward")
 
 
-def one_sample(
-    query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None, sinks: Tensor | None = None
-) -> Tensor:
+def one_sample(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
     """`[time, heads, d]` of one sample, of which `query` may be the last tokens alone, as where keys were cached."""
-    if sinks is not None:
-        return _with_sink(query, key, value, sinks, scale=scale, window=window)
-    mask = _mask(query.shape[0], key.shape[0], window, query.device)
+    if softmax.sinks is not None:
+        return _with_sink(query, key, value, softmax.sinks, softmax)
+    mask = _mask(query.shape[0], key.shape[0], softmax.window, query.device)
     parts = (part.transpose(0, 1)[None] for part in (query, key, value))
-    return _torch_attention(*parts, mask=mask, scale=scale)[0].transpose(0, 1)
+    return _torch_attention(*parts, mask=mask, scale=softmax.scale)[0].transpose(0, 1)
 
 
 _SINK_COLUMNS = 8
 """Added to each head for a score that no token has: as many as kernels want in 16 bits."""
 
 
-def _with_sink(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, *, scale: float, window: int | None) -> Tensor:
+def _with_sink(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, softmax: Softmax) -> Tensor:
     """The sink as a first token that all others see. One more column, of ones in the queries, makes its score whatever
     a query is; its value is zero. So no mask is needed where none was, and any kernel of torch's computes it."""
     time, heads, size = query.shape
     repeats = heads // key.shape[1]
     key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     first = torch.zeros(1, heads, size + _SINK_COLUMNS, dtype=key.dtype, device=key.device)
-    first[0, :, size] = sinks.to(key.dtype) / scale
+    first[0, :, size] = sinks.to(key.dtype) / softmax.scale
     wider = partial(torch.nn.functional.pad, pad=(0, _SINK_COLUMNS))
     ones = torch.zeros(_SINK_COLUMNS, dtype=query.dtype, device=query.device)
     ones[0] = 1.0
     query = torch.cat((query, ones.expand(time, heads, -1)), dim=-1)
-    mask = _mask(time, key.shape[0], window, query.device)
+    mask = _mask(time, key.shape[0], softmax.window, query.device)
     if mask is None:
         query = torch.cat((torch.zeros_like(first), query))  # the sink's own, of which nothing is used
     else:
         mask = torch.nn.functional.pad(mask, (1, 0), value=True)
     key, value = torch.cat((first, wider(key))), torch.cat((torch.zeros_like(first), wider(value)))
     parts = (part.transpose(0, 1)[None] for part in (query, key, value))
-    mixed = _torch_attention(*parts, mask=mask, scale=scale)[0].transpose(0, 1)
+    mixed = _torch_attention(*parts, mask=mask, scale=softmax.scale)[0].transpose(0, 1)
     return mixed[-time:, :, :size]
 
 

@@ -22,6 +22,7 @@ from qlora_hal_backends.torch_family.attention.causal import (
     FlashVarlen,
     HeadCounts,
     Samples,
+    Softmax,
     one_sample,
     sample_by_sample,
 )
@@ -76,27 +77,26 @@ def attend(
     if attention_mask is not None:
         raise ValueError(f"{NAME} takes no mask: samples are told apart by their positions")
     batch, heads, time, size = query.shape
+    softmax = Softmax(scaling, sliding_window, s_aux)
     if key.shape[2] != time:
-        return _after_cached_keys(query, key, value, scaling, sliding_window, s_aux), None
+        return _after_cached_keys(query, key, value, softmax), None
     lengths = tuple(sample_lengths or _lengths_in(position_ids, batch, time))
     rows, keys, values = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))
     counts = HeadCounts(heads, key.shape[1], size)
     served = proved_varlen(query.device, counts, query.dtype, with_sinks=True).attention
     if isinstance(served, FlashVarlen):
         samples = _samples(lengths, query.device)
-        window = sliding_window if sliding_window is not None and sliding_window < samples.longest else None
-        mixed = _Flash.apply(rows, keys, values, s_aux, samples.offsets, FlashCall(samples.longest, scaling, window))  # type: ignore[no-untyped-call]
+        call = FlashCall(samples.longest, scaling, softmax.over(samples.longest).window)
+        mixed = _Flash.apply(rows, keys, values, s_aux, samples.offsets, call)  # type: ignore[no-untyped-call]
     else:
-        mixed = sample_by_sample(rows, keys, values, lengths, scale=scaling, window=sliding_window, sinks=s_aux)
+        mixed = sample_by_sample(rows, keys, values, lengths, softmax)
     return mixed.view(batch, time, heads, size), None
 
 
-def _after_cached_keys(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, sinks: Tensor
-) -> Tensor:
+def _after_cached_keys(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
     """The tokens of a continuation, each row one sample whose earlier keys were cached."""
     rows = zip(*(part.transpose(1, 2) for part in (query, key, value)), strict=True)
-    return torch.stack([one_sample(*row, scale=scaling, window=window, sinks=sinks) for row in rows])
+    return torch.stack([one_sample(*row, softmax) for row in rows])
 
 
 def _lengths_in(position_ids: Tensor | None, batch: int, time: int) -> tuple[int, ...]:

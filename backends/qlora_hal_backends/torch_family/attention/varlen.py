@@ -8,7 +8,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from qlora_hal_backends.torch_family.attention.causal import Attention, FlashVarlen, HeadCounts, SampleBySample, Samples
+from qlora_hal_backends.torch_family.attention.causal import (
+    Attention,
+    FlashVarlen,
+    HeadCounts,
+    SampleBySample,
+    Samples,
+    Softmax,
+)
 
 LONGEST_HEAD = 256
 """Head size of FlashAttention-2's largest kernels."""
@@ -70,10 +77,10 @@ def largest_error(
     sinks = torch.randn(heads.query, generator=generator).to(device, dtype) if with_sinks else None
     errors = [
         (found.float() - expected.float()).norm() / expected.float().norm()
-        for window in (None, TRIAL_WINDOW)
+        for softmax in (Softmax(heads.size**-0.5, window, sinks) for window in (None, TRIAL_WINDOW))
         for found, expected in zip(
-            _computed(attention, projected, upstream, heads, samples, window, sinks),
-            _computed(SampleBySample(), projected, upstream, heads, samples, window, sinks),
+            _computed(attention, projected, upstream, heads, samples, softmax),
+            _computed(SampleBySample(), projected, upstream, heads, samples, softmax),
             strict=True,
         )
     ]
@@ -86,10 +93,9 @@ def _computed(
     upstream: Tensor,
     heads: HeadCounts,
     samples: Samples,
-    window: int | None,
-    sinks: Tensor | None,
+    softmax: Softmax,
 ) -> tuple[Tensor, ...]:
     parts = projected.split((heads.query_columns, heads.key_columns, heads.key_columns), dim=1)
     query, key, value = (part.unflatten(1, (-1, heads.size)) for part in parts)
-    mixed = attention(query, key, value, samples, scale=heads.size**-0.5, window=window, with_graph=True, sinks=sinks)
+    mixed = attention(query, key, value, samples, softmax, with_graph=True)
     return mixed.output, *mixed.backward(upstream)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qlora_hal_backends.torch_family.attention.causal import Attention, HeadCounts
+from qlora_hal_backends.torch_family.attention.causal import Attention, HeadCounts, Softmax
 from qlora_hal_backends.torch_family.fused.feed_forward import FeedForward, kept_apart
 from qlora_hal_backends.torch_family.fused.layer_weights import AdapterGradients, Join, LayerBuffers, LayerWeights
 from qlora_hal_backends.torch_family.fused.operations import Dropout, Operations
@@ -95,15 +95,8 @@ class DecoderLayer:
         projected = into.product(extended, layer.groups["attention_in"].bias)
         del extended, x
         query, key, value = self._heads(layer, projected, sequences)
-        mixed = self.attention(
-            query,
-            key,
-            value,
-            sequences.samples,
-            scale=self.attention_scale,
-            window=layer.window,
-            with_graph=with_graph,
-        )
+        softmax = Softmax(self.attention_scale, layer.window)
+        mixed = self.attention(query, key, value, sequences.samples, softmax, with_graph=with_graph)
         extended = out.new_input(sequences.rows)
         self.operations.copy_rows(mixed.output, extended[:, : out.columns])
         masks = layer.groups["attention_out"].masks(sequences.dropout)
