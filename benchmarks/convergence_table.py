@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,13 @@ def _cells(task: Document | None) -> tuple[str, str]:
 def _single(path: Path) -> Document:
     """The record of one command, without the file that it was told to write."""
     run: Document = json.loads(path.read_text(encoding="utf-8"))
-    return {**run, "command": run["command"].partition(" --out ")[0]}
+    return {**run, "command": without_out(run["command"])}
+
+
+def without_out(command: str) -> str:
+    """The command without `--out FILE`, wherever that stands in it."""
+    words = iter(shlex.split(command))
+    return shlex.join(word for word in words if not (word == "--out" and next(words)) and not word.startswith("--out="))
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
     python benchmarks/mlx_step.py [--steps 6] [--rounds 3]
 
-Same generated Llama in float32, packed in 4 bits with groups of 64, the same adapter places and rank, the same tokens,
-AdamW with bias correction; turn by turn in one process. Prints one line of JSON: the ratio of the medians of tokens per
+Same generated Llama in float32, packed in 4 bits with groups of 64, the same first adapter, the same tokens, AdamW with
+bias correction; turn by turn in one process. Prints one line of JSON: the ratio of the medians of tokens per
 second, by the clock and (which a busy machine disturbs less) by this process's CPU time, and of the peaks of memory
 that MLX itself reports. mlx-lm counts one padding token of each row as a target, so its losses differ in the third
 digit; the positions computed are the same.
@@ -23,14 +23,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 import mlx.core as mx
 import numpy as np
+from real_lengths import batch_of
 
 from qlora_hal.adapter.initial import initial_adapter
+from qlora_hal.adapter.naming import lora_a_key
 from qlora_hal.contract.backend import Compute, Quantization
 from qlora_hal.contract.capabilities import WeightFormat
-from qlora_hal.contract.values import IGNORE_LABEL, AdapterConfig, Batch, StepSettings
+from qlora_hal.contract.values import Adapter, AdapterConfig, Batch, LinearShape, StepSettings
 from qlora_hal.files.safetensors_file import file_chunks
 from qlora_hal.model.facts import read_facts
 from qlora_hal.model.source import ModelSource
@@ -71,10 +74,11 @@ def main() -> None:
     with TemporaryDirectory() as scratch:
         folder = write_llama(Path(scratch) / "model", sizes)
         tokens = np.random.default_rng(1).integers(3, sizes.vocabulary, (sizes.rows, sizes.time)).astype(np.int32)
+        batch = batch_of([[row] for row in tokens])
         runs: dict[str, list[Measured]] = {"mlx-lm": [], "qlora_hal": []}
         for _ in range(rounds):
-            runs["mlx-lm"].append(mlx_lm_run(folder, Path(scratch), tokens, steps))
-            runs["qlora_hal"].append(our_run(folder, tokens, steps))
+            runs["mlx-lm"].append(mlx_lm_run(folder, Path(scratch), tokens, steps, batch_size=sizes.rows))
+            runs["qlora_hal"].append(our_run(folder, [batch], steps))
     print(json.dumps(summary(runs) | {"device": str(mx.default_device()), **asdict(sizes)}))
 
 
@@ -127,7 +131,7 @@ def write_llama(folder: Path, sizes: Sizes) -> Path:
         "num_attention_heads": sizes.heads,
         "num_key_value_heads": sizes.heads,
         "vocab_size": sizes.vocabulary,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": max(512, sizes.time),
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
@@ -137,9 +141,10 @@ def write_llama(folder: Path, sizes: Sizes) -> Path:
 
 
 class Clock:
-    """Ticks at the end of each step."""
+    """Ticks at the end of each pass over the batches; the first `warm` of them are not counted."""
 
-    def __init__(self) -> None:
+    def __init__(self, warm: int) -> None:
+        self._warm = warm
         self._wall, self._cpu = [time.perf_counter()], [time.process_time()]
 
     def tick(self) -> None:
@@ -147,41 +152,56 @@ class Clock:
         self._cpu.append(time.process_time())
 
     def measured(self, tokens: int, peak: int, losses: Sequence[float]) -> Measured:
-        wall, cpu = (statistics.median(np.diff(ticks)[WARM_STEPS:].tolist()) for ticks in (self._wall, self._cpu))
+        wall, cpu = (statistics.median(np.diff(ticks)[self._warm :].tolist()) for ticks in (self._wall, self._cpu))
         return Measured(tokens / wall, tokens / cpu, peak, tuple(losses))
 
 
-def our_run(folder: Path, tokens: np.ndarray[Any, np.dtype[np.int32]], steps: int) -> Measured:
+def our_run(
+    folder: Path, batches: Sequence[Batch], passes: int, *, warm: int = WARM_STEPS, recompute: bool = False
+) -> Measured:
+    """`passes` over the batches after `warm` ones, a step for each batch; a loss is the mean of a pass."""
     from qlora_hal_backends.mlx_lora.trainer import MLXLoRATrainer
 
-    labels = tokens.copy()
-    labels[:, 0] = IGNORE_LABEL
-    places = np.tile(np.arange(tokens.shape[1], dtype=np.int32), (len(tokens), 1))
-    batch = Batch(tokens, labels, places, np.ones_like(tokens))
-    settings = StepSettings(LEARNING_RATE, batch.counted_tokens, weight_decay=0.0)
     with MLXLoRATrainer() as trainer:
         source = ModelSource("generated", folder, read_facts(folder))
-        trainer.load(source, Quantization(WeightFormat.INT4_AFFINE, GROUP_SIZE), Compute("float32"))
-        modules = trainer.linear_modules()
-        config = AdapterConfig(RANK, ALPHA, 0.0, False, tuple(sorted(modules)))
-        trainer.attach(initial_adapter(config, modules, 0))
+        trainer.load(source, Quantization(WeightFormat.INT4_AFFINE, GROUP_SIZE), Compute("float32", recompute))
+        trainer.attach(first_adapter(trainer.linear_modules()))
         gc.collect()
         mx.reset_peak_memory()
-        losses, clock = [], Clock()
-        for _ in range(steps + WARM_STEPS):
-            losses.append(trainer.train_step([batch], settings).resolve().loss)
+        losses, clock = [], Clock(warm)
+        for _ in range(passes + warm):
+            steps = [StepSettings(LEARNING_RATE, batch.counted_tokens, weight_decay=0.0) for batch in batches]
+            found = [
+                trainer.train_step([batch], step).resolve().loss for batch, step in zip(batches, steps, strict=True)
+            ]
+            losses.append(statistics.mean(found))
             clock.tick()
-        return clock.measured(tokens.size, trainer.peak_memory_bytes(), losses)
+        tokens = sum(batch.real_tokens for batch in batches)
+        return clock.measured(tokens, trainer.peak_memory_bytes(), losses)
 
 
-def mlx_lm_run(folder: Path, scratch: Path, tokens: np.ndarray[Any, np.dtype[np.int32]], steps: int) -> Measured:
+def first_adapter(modules: Mapping[str, LinearShape]) -> Adapter:
+    return initial_adapter(AdapterConfig(RANK, ALPHA, 0.0, False, tuple(sorted(modules))), modules, 0)
+
+
+def mlx_lm_run(
+    folder: Path,
+    scratch: Path,
+    rows: Sequence[np.ndarray[Any, np.dtype[np.int32]]],
+    passes: int,
+    *,
+    batch_size: int,
+    warm: int = WARM_STEPS,
+    recompute: bool = False,
+) -> Measured:
+    """The same on rows of tokens, which mlx-lm sorts by length, puts `batch_size` together and pads."""
     from mlx.optimizers import AdamW
     from mlx_lm.tuner.callbacks import TrainingCallback
     from mlx_lm.tuner.trainer import TrainingArgs, train
     from mlx_lm.tuner.utils import linear_to_lora_layers
     from mlx_lm.utils import load_model, quantize_model
 
-    losses, clock = [], Clock()
+    losses, clock = [], Clock(warm)
 
     class Listener(TrainingCallback):  # type: ignore[misc]
         def on_train_loss_report(self, train_info: dict[str, float]) -> None:
@@ -194,26 +214,36 @@ def mlx_lm_run(folder: Path, scratch: Path, tokens: np.ndarray[Any, np.dtype[np.
     model.freeze()
     settings = {"rank": RANK, "scale": ALPHA / RANK, "dropout": 0.0, "keys": PLACES}
     linear_to_lora_layers(model, len(model.layers), settings)
+    first = first_adapter(read_facts(folder).linear_modules)
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_a"):
+            module.lora_a = mx.array(first.tensors[lora_a_key(name)].T)
     mx.eval(model.parameters())
     gc.collect()
     mx.clear_cache()
     mx.reset_peak_memory()
+    steps = len(rows) // batch_size
     arguments = TrainingArgs(
-        batch_size=len(tokens),
-        iters=steps + WARM_STEPS,
-        steps_per_report=1,
+        batch_size=batch_size,
+        iters=steps * (passes + warm),
+        steps_per_report=steps,
         steps_per_save=10**9,
-        max_seq_length=tokens.shape[1] + 1,
+        max_seq_length=max(map(len, rows)) + 1,
         adapter_file=str(scratch / "adapters.safetensors"),
+        grad_checkpoint=recompute,
     )
     optimizer = AdamW(learning_rate=LEARNING_RATE, weight_decay=0.0, bias_correction=True)
-    with contextlib.redirect_stdout(io.StringIO()):
-        train(model, optimizer, [(row.tolist(), 0) for row in tokens], args=arguments, training_callback=Listener())
+    layer = type(model.layers[0])
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        mock.patch.object(layer, "__call__", layer.__call__),  # with recomputation mlx-lm leaves another one there
+    ):
+        train(model, optimizer, [(row.tolist(), 0) for row in rows], args=arguments, training_callback=Listener())
     peak = mx.get_peak_memory()
     del model, optimizer
     gc.collect()
     mx.clear_cache()
-    return clock.measured(tokens.size, peak, losses)
+    return clock.measured(sum(map(len, rows)), peak, losses)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 from random_model import (
     CLIP,
@@ -46,11 +45,11 @@ from random_model import (
     token_batches,
     write_checkpoint,
 )
+from real_lengths import batch_of, drawn_samples, packed_rows, padded_rows, sample_lengths
 from torch import Tensor
 
 from qlora_hal.contract.backend import Compute
-from qlora_hal.contract.values import IGNORE_LABEL, Batch, StepSettings
-from qlora_hal.data.tokens.packing import pack
+from qlora_hal.contract.values import Batch, StepSettings
 from qlora_hal.model.facts import read_facts
 from qlora_hal.model.source import ModelSource
 from qlora_hal_backends.torch_family import fused
@@ -65,46 +64,6 @@ from qlora_hal_backends.torch_family.attention.causal import (
     _torch_attention,
 )
 from qlora_hal_backends.torch_family.trainer import TorchLoRATrainer
-
-MEDIAN, MEAN = 270, 385
-PAD_MULTIPLE = 8
-
-
-# the work -------------------------------------------------------------------------------------------------------------
-def sample_lengths(count: int, longest: int) -> np.ndarray[Any, Any]:
-    spread = np.sqrt(2 * np.log(MEAN / MEDIAN))
-    drawn = np.random.default_rng(99).lognormal(np.log(MEDIAN), spread, count)
-    return np.clip(drawn.round(), 8, longest).astype(np.int64)
-
-
-def batch_of(rows: Sequence[Sequence[int]], vocabulary: int, seed: int) -> Batch:
-    """`rows` holds the lengths of the samples of each row. Every token but the first of a sample is a label."""
-    random = np.random.default_rng(seed)
-    width = -(-max(map(sum, rows)) // PAD_MULTIPLE) * PAD_MULTIPLE
-    ids, positions, segments = (np.zeros((len(rows), width), np.int32) for _ in range(3))
-    labels = np.full((len(rows), width), IGNORE_LABEL, np.int32)
-    for row, lengths in enumerate(rows):
-        at = 0
-        for number, length in enumerate(lengths, 1):
-            part = slice(at, at + length)
-            ids[row, part] = random.integers(10, vocabulary, length)
-            labels[row, at + 1 : at + length] = ids[row, at + 1 : at + length]
-            positions[row, part] = np.arange(length)
-            segments[row, part] = number
-            at += length
-    return Batch(ids, labels, positions, segments)
-
-
-def packed_rows(lengths: np.ndarray[Any, Any], capacity: int, per_batch: int) -> list[list[list[int]]]:
-    random = np.random.default_rng(7)
-    packs = pack(lengths, capacity, random.permutation(len(lengths)))
-    rows = [[int(lengths[sample]) for sample in packs[place]] for place in random.permutation(len(packs))]
-    return [rows[start : start + per_batch] for start in range(0, len(rows) - per_batch + 1, per_batch)]
-
-
-def padded_rows(lengths: np.ndarray[Any, Any], per_batch: int) -> list[list[list[int]]]:
-    rows = [[int(length)] for length in lengths]
-    return [rows[start : start + per_batch] for start in range(0, len(rows) - per_batch + 1, per_batch)]
 
 
 # how it was before ----------------------------------------------------------------------------------------------------
@@ -193,8 +152,10 @@ def run(options: argparse.Namespace, folder: Path, device: torch.device) -> tupl
     shape = SHAPES[options.shape]
     vocabulary, steps = shape["vocab_size"], options.steps
     lengths = sample_lengths(steps * options.rows * options.length // 300, options.longest)
-    packed = [batch_of(r, vocabulary, i) for i, r in enumerate(packed_rows(lengths, options.length, options.rows))]
-    padded = [batch_of(r, vocabulary, i) for i, r in enumerate(padded_rows(lengths, 2 * options.rows))]
+    packed, padded = (
+        [batch_of(drawn_samples(rows, vocabulary, seed)) for seed, rows in enumerate(batches)]
+        for batches in (packed_rows(lengths, options.length, options.rows), padded_rows(lengths, 2 * options.rows))
+    )
     full = [as_batch(tokens) for tokens in token_batches(shape, options.rows, options.length)] * steps
     work: dict[str, tuple[Sequence[Batch], Callable[[], Any] | None]] = {
         "full rows": (full, None),

@@ -118,14 +118,14 @@ class Estimated:
     @property
     def fits_here(self) -> bool:
         """Whether the memory of this machine is enough: the ranks of a CPU share it."""
-        return self.machine_bytes is not None and self.high * self.plan.devices <= self.machine_bytes
+        return self.machine_bytes is not None and self.high * self.plan.per_host <= self.machine_bytes
 
     @property
     def smallest_memory(self) -> int | None:
         """What each device's part of the run has to fit into: the cap, the named card, the one that is here, or its
         share of this machine's memory, whichever is the least."""
         named = [card.memory_bytes for card in self.cards] if len(self.cards) == 1 else []
-        of_machine = self.machine_bytes // self.plan.devices if self.machine_bytes is not None else None
+        of_machine = self.machine_bytes // self.plan.per_host if self.machine_bytes is not None else None
         known = [*named, *filter(None, (self.memory_limit, of_machine, self.gpu_bytes))]
         return min(known, default=None)
 
@@ -145,6 +145,7 @@ def estimate(
     *,
     demo: Annotated[bool, Switch, Parameter(help="Estimate for the small model that comes with the package.")] = False,
     devices: DevicesOption = None,
+    nnodes: Annotated[int, Parameter(help="Hosts that the devices are on, as many on each.")] = 1,
     gpu: Annotated[str | None, Parameter(help="Estimate for a card that is not here: RTX 4090, A100 80GB.")] = None,
     fit: Annotated[
         bool, Switch, Parameter(help="Find the largest batch and the longest row that fit, and their settings.")
@@ -169,7 +170,7 @@ def estimate(
     settings = resolved(config, flags, demo=demo)
     require_settings(settings.config, "model.name_or_path")
     wanted = Wanted(gpu, fit, cards, inference, probe, settings.given)
-    estimated = estimate_run(settings.config, as_devices(devices), wanted)
+    estimated = estimate_run(settings.config, as_devices(devices), wanted, hosts=nnodes)
     if json:
         show_json(estimate_as_json(estimated))
     else:
@@ -177,20 +178,23 @@ def estimate(
     return 0
 
 
-def estimate_run(config: RunConfig, devices: int | str | None = None, wanted: Wanted | None = None) -> Estimated:
+def estimate_run(
+    config: RunConfig, devices: int | str | None = None, wanted: Wanted | None = None, *, hosts: int = 1
+) -> Estimated:
     """The peak on the backend that is named, else on the one that would be chosen on its own hardware, or on the card
-    that is named; where a backend is ready here, on this machine's. `devices` may be more than there are here: it is
-    arithmetic, but for `wanted.probe`.
+    that is named; where a backend is ready here, on this machine's. `devices` are those of all `hosts`, and may be more
+    than there are here: it is arithmetic, but for `wanted.probe`.
 
-    Raises ConfigError QH-U80 for an unknown card, QH-U82 where none of the memories is known that `wanted.fit` needs,
-    ModelError QH-M60 and BackendError QH-M61 of the probe, and as `PlannedModel.of`.
+    Raises ConfigError QH-R01 for devices that cannot be dealt out to the hosts, QH-U80 for an unknown card, QH-U82
+    where none of the memories is known that `wanted.fit` needs, ModelError QH-M60 and BackendError QH-M61 of the probe,
+    and as `PlannedModel.of`.
     """
     from qlora_hal.detect.device_memory import device_memory
     from qlora_hal.detect.hardware import memory_here
     from qlora_hal.detect.selection import has_accelerator
     from qlora_hal.memory.gpus import KNOWN_GPUS, known_gpu
     from qlora_hal.ranks.launching import AUTO, number_of
-    from qlora_hal.ranks.planning import SHARD, plan_for
+    from qlora_hal.ranks.planning import SHARD, on_each_of, plan_for
     from qlora_hal.ranks.starting import require_number
     from qlora_hal.run.planned_memory import PlannedModel
 
@@ -202,14 +206,15 @@ def estimate_run(config: RunConfig, devices: int | str | None = None, wanted: Wa
     is_here = card is None and planned.here.ready
     accelerated = card is not None or has_accelerator(spec, (planned.here,))
     machine = None if accelerated else memory_here()
-    number = number_of(AUTO, spec, planned.here) if devices == AUTO else int(devices or 1)
-    planned = replace(planned, devices=number)
+    number = hosts * number_of(AUTO, spec, planned.here) if devices == AUTO else int(devices or 1)
+    planned = replace(planned, devices=number, per_host=on_each_of(hosts, number))
     if is_here:
         planned = planned.on_this_machine()
     sharing = replace(planned, share=number)
     plan = plan_for(
         config,
         number,
+        planned.per_host,
         spec,
         planned.estimate(),
         sharing.estimate,
@@ -326,7 +331,7 @@ def _refuse_probe_elsewhere(planned: PlannedModel, wanted: Wanted) -> None:
 def estimate_as_json(estimated: Estimated) -> dict[str, object]:
     """All facts of the text, in bytes."""
     memory, planned = estimated.memory, estimated.planned
-    stored = planned.quantization
+    stored, needs = planned.quantization, planned.needs()
     told: dict[str, object] = {
         "backend": estimated.backend,
         "not_ready": estimated.not_ready,
@@ -341,7 +346,7 @@ def estimate_as_json(estimated: Estimated) -> dict[str, object]:
         "total": memory.total,
         "high": memory.high,
         "plan": estimated.plan.as_json(),
-        "host": {"bytes": planned.needs().host, "left_here": planned.host_room},
+        "host": {"bytes": needs.host, "left_here": planned.host_room, "disk_bytes": needs.disk},
         "cards": [
             {
                 "name": card.name,
@@ -369,6 +374,7 @@ def estimate_as_json(estimated: Estimated) -> dict[str, object]:
             "settings": advice.settings,
             "high": advice.high,
             "host_bytes": advice.needs.host,
+            "disk_bytes": advice.needs.disk,
             "fits": advice.fits,
             "time": round(advice.time, 3),
             "gives_up": list(advice.gives_up),
@@ -382,6 +388,7 @@ def estimate_as_json(estimated: Estimated) -> dict[str, object]:
                 "settings": one.settings,
                 "high": one.high,
                 "host_bytes": one.host,
+                "disk_bytes": one.disk,
                 "time": round(one.choice.time, 3),
                 "gives_up": list(one.taken.gives_up),
                 "measured": one.is_measured,

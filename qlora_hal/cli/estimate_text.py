@@ -12,11 +12,12 @@ from qlora_hal.errors import figures
 if TYPE_CHECKING:
     from qlora_hal.cli.estimate import Estimated
     from qlora_hal.config.schema import RunConfig
-    from qlora_hal.memory.fitting import Fit, Remedy, Room, Verdict
+    from qlora_hal.memory.fitting import Fit, Needs, Remedy, Room, Verdict
     from qlora_hal.memory.inference import InferenceMemory
     from qlora_hal.ranks.planning import DevicePlan
     from qlora_hal.run.card_table import CardRow
     from qlora_hal.run.memory_probe import Calibration
+    from qlora_hal.run.planned_memory import PlannedModel
 
 PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "workspace", "runtime")
 _WIDTH = 79
@@ -78,15 +79,17 @@ def _head(estimated: Estimated, config: RunConfig) -> Iterator[str]:
     placement = planned.placement()
     if placement.why:
         yield from _wrapped(f"  {placement.words()}: {placement.why}", "  ")
-    elif waits := planned.host_bytes(placement):
-        yield from _wrapped(f"  {placement.words()}: {_on_host(waits, planned.host_room)}", "  ")
+    elif (needs := planned.needs_with(placement)).on_host:
+        yield from _wrapped(f"  {placement.words()}: {_on_host(needs, planned)}", "  ")
     yield from _plan_lines(estimated.plan, config)
 
 
-def _on_host(waits: int, room: int | None) -> str:
-    """What waits in the host's memory, beside what this machine's has for it."""
-    left = f" of the {figures.size(room)} that this one has for it now" if room is not None else ""
-    return f"{figures.size(waits)} of the host's memory{left}"
+def _on_host(needs: Needs, planned: PlannedModel) -> str:
+    """What waits on a host for its devices, beside what this machine's memory has for it."""
+    room, devices = planned.host_room, planned.per_host
+    each = f", for its {devices} devices" if devices > 1 else ""
+    left = f"; its memory has {figures.size(room)} for it now" if room is not None and needs.host else ""
+    return f"{needs.on_host}{each}{left}"
 
 
 def _plan_lines(plan: DevicePlan, config: RunConfig) -> list[str]:
@@ -94,9 +97,10 @@ def _plan_lines(plan: DevicePlan, config: RunConfig) -> list[str]:
         return []
     steps = config.training.max_steps
     length = f"{steps} steps" if steps else "steps by the rows (train --dry-run counts them)"
+    hosts = "one host" if plan.per_host == plan.devices else f"{plan.devices // plan.per_host} hosts"
     return _wrapped(
-        f"{plan.devices} devices ({plan.mode}: {plan.why}): {plan.sequences_per_step} sequences a step over all of "
-        f"them, {length}; memory of each:",
+        f"{plan.devices} devices of {hosts} ({plan.mode}: {plan.why}): {plan.sequences_per_step} sequences a step over "
+        f"all of them, {length}; memory of each:",
         "  ",
     )
 
@@ -125,7 +129,7 @@ def _places(estimated: Estimated) -> Iterator[str]:
     if (limit := estimated.memory_limit) is not None:
         put(limit, "training.memory_limit")
     if (machine := estimated.machine_bytes) is not None:
-        put(machine, "the memory of this machine", estimated.plan.devices)
+        put(machine, "the memory of this machine", estimated.plan.per_host)
     if (here := estimated.gpu_bytes) is not None:
         put(here, f"the {planned.gpu.name if planned.gpu else 'device'} of this machine")
     for card in sorted(estimated.cards, key=lambda card: card.memory_bytes):
@@ -145,7 +149,7 @@ def _remedy_lines(remedy: Remedy, has: int, *, spreads: bool) -> Iterator[str]:
         yield from _wrapped(f"By arithmetic it fits {figures.size(has)}; what was measured does not.", "")
         return
     if remedy.fits:
-        on_host = f"; {figures.size(remedy.needs.host)} of the host's memory" if remedy.needs.host else ""
+        on_host = f"; {remedy.needs.on_host}" if remedy.needs.on_host else ""
         yield from _wrapped(
             f"It fits {figures.size(has)} with {remedy.words} (up to {figures.size(remedy.high)}{on_host}"
             f"{_at_what_speed(remedy.time)}):",
@@ -173,6 +177,8 @@ def _at_what_speed(time: float) -> str:
 
 
 def _fit_lines(fits: Sequence[Fit], room: Room, lacking: str) -> Iterator[str]:
+    from qlora_hal.memory.time_prices import DISK_RATE
+
     beside = f", and {figures.size(room.host)} of this host's memory" if room.host is not None else ""
     yield f"the most that fits {figures.size(room.device)}{beside}:"
     if not fits and lacking:
@@ -187,9 +193,12 @@ def _fit_lines(fits: Sequence[Fit], room: Room, lacking: str) -> Iterator[str]:
         measured = " (measured)" if one.is_measured else ""
         speed = f"{fits[0].choice.time / one.choice.time:.2f}"
         line = f"  {shape:<14} {one.tokens:>8} {figures.size(one.high):>10}  {speed:<8}  "
-        on_host = f" (host: {figures.size(one.host)})" if one.host else ""
+        waits = {"host": one.host, "disk": one.disk}
+        places = ", ".join(f"{place}: {figures.size(part)}" for place, part in waits.items() if part)
+        on_host = f" ({places})" if places else ""
         yield from _wrapped(f"{line}{one.taken.words or 'as they are'}{on_host}{measured}", " " * 49)
-    yield "settings of the first (tokens/s beside it, by an H200's figures):"
+    disk = f" and a disk of {figures.size(DISK_RATE)}/s" if any(one.disk for one in fits) else ""
+    yield f"settings of the first (tokens/s beside it, by an H200's figures{disk}):"
     yield from _setting_lines(fits[0].settings)
 
 

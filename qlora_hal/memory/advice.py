@@ -199,7 +199,7 @@ def _batch(situation: Situation, settings: Mapping[str, object]) -> Advice:
     if not found.fits or LENGTH in found.settings:
         return Advice("batch", choice, _why_it_is_not_enough(situation, {**settings, **made}, found), ARITHMETIC, made)
     slower = f", at {1 / found.time:.2f} of the tokens/s" if found.time > SLOWER else ""
-    on_host = f"; {figures.size(found.needs.host)} of the host's memory" if found.needs.host else ""
+    on_host = f"; {found.needs.on_host}" if found.needs.on_host else ""
     given_up = "".join(f"; gives up: {one}" for one in found.gives_up)
     why = (
         f"the least costly that fits{slower}{on_host}{given_up}; {SEQUENCES_PER_STEP} sequences a step; larger batches "

@@ -116,14 +116,16 @@ class LayerBytes:
 
     @classmethod
     def of(cls, weights: int, facts: ModelFacts, compute_dtype: ComputeDtype) -> LayerBytes:
-        """`weights` are the bytes of the whole base."""
+        """`weights` are the bytes of the whole base. Linear layers that are in no decoder layer stay on the device."""
         numbers: Counter[str] = Counter()
         for module, linear in facts.linear_modules.items():
             numbers[layer_of(module)] += linear.parameters
-        rest = (facts.parameter_count - numbers.total() - _tied_head_weights(facts)) * DTYPE_BYTES[compute_dtype]
-        of_all = max(weights - rest, 0)
+        linear_weights = numbers.total()
+        rest = (facts.parameter_count - linear_weights - _tied_head_weights(facts)) * DTYPE_BYTES[compute_dtype]
+        packed = max(weights - rest, 0)
+        del numbers[""]
         in_slots = min(SLOTS, len(numbers)) * max(numbers.values(), default=0)
-        return cls(of_all, of_all * in_slots // max(numbers.total(), 1))
+        return cls(*(packed * part // max(linear_weights, 1) for part in (numbers.total(), in_slots)))
 
 
 def adapter_parameters(targets: Targets, r: int) -> int:

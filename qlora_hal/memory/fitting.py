@@ -20,7 +20,7 @@ from qlora_hal.memory.placement import (
     base_offloads,
     recomputations,
 )
-from qlora_hal.memory.time_prices import PassChoice
+from qlora_hal.memory.time_prices import DISK_RATE, PassChoice
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -31,10 +31,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """Bytes that a run takes of a device at its peak, with the margin, and of the host for what waits there."""
+    """Bytes that a run takes of a device at its peak, with the margin, and of the host for what waits there, in its
+    memory and on its disk."""
 
     device: int
     host: int = 0
+    disk: int = 0
+
+    @property
+    def on_host(self) -> str:
+        """What waits on the host, to stand behind another phrase; "" where nothing does."""
+        whose = "its" if self.host else "the host's"
+        disk = f"{size(self.disk)} of {whose} disk, priced at {size(DISK_RATE)}/s" if self.disk else ""
+        memory = f"{size(self.host)} of the host's memory" if self.host else ""
+        return " and ".join(filter(None, (memory, disk)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,16 +190,16 @@ def chosen_placement(
 def _why(needs: Needs, room: Room) -> str:
     relation = "within" if needs.device <= room.device else "the least there is, but above"
     peak = f"an estimated peak of {size(needs.device)}, {relation} {size(room.device)}"
-    if not needs.host:
+    if not needs.on_host:
         return peak
-    left = "" if room.host is None or room.host_holds(needs) else f", which has {size(room.host)} left for it"
-    return f"{peak}, beside {size(needs.host)} of the host's memory{left}"
+    left = "" if room.host is None or room.host_holds(needs) else f", whose memory has {size(room.host)} left for it"
+    return f"{peak}, beside {needs.on_host}{left}"
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
     """A batch that fits: `rows` x `length` tokens with what was chosen, its peak with the margin, what waits on the
-    host, and what a pass takes. `is_measured` where a probe trained with it."""
+    host and on its disk, and what a pass takes. `is_measured` where a probe trained with it."""
 
     rows: int
     length: int
@@ -198,6 +208,7 @@ class Fit:
     high: int
     choice: PassChoice
     host: int = 0
+    disk: int = 0
     is_measured: bool = False
 
     @property
@@ -228,7 +239,7 @@ def largest_fits(needs: NeedsOf, price: PriceOf, room: Room, choices: Choices, a
         def fit(rows: int, length: int, taken: Taken = taken) -> Fit:
             settings = {**asked.settings_of(rows, length), **taken.settings}
             choice, takes = price(settings), needs(settings)
-            return Fit(choice.tokens // length, length, taken, settings, takes.device, choice, takes.host)
+            return Fit(choice.tokens // length, length, taken, settings, takes.device, choice, takes.host, takes.disk)
 
         def fits(rows: int, length: int, taken: Taken = taken) -> bool:
             return room.holds(needs({**asked.settings_of(rows, length), **taken.settings}))

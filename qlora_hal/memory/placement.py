@@ -1,11 +1,11 @@
-"""What is recomputed and what waits in the host's memory: what there is to choose from, and the bytes of either place.
+"""What is recomputed and what waits on the host: what there is to choose from, and the bytes of either place.
 
 Which of it is taken is `fitting`'s to say, by what it costs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from qlora_hal.contract.capabilities import Feature
@@ -53,7 +53,7 @@ class Placement:
         return replace(self, recompute=FULL if self.recompute == OFFLOAD else self.recompute, base_offload=())
 
     def words(self) -> str:
-        base = f", {' and '.join(self.base_offload)} of the base in the host's memory" if self.base_offload else ""
+        base = f", {' and '.join(self.base_offload)} of the base on the host" if self.base_offload else ""
         return f"recompute {self.recompute}{base}"
 
 
@@ -115,15 +115,24 @@ def with_base_offloaded(
 
 @dataclass(frozen=True, slots=True)
 class HostBytes:
-    """What waits in the host's memory: of the base its layers, and the rest; and the inputs of recomputed layers."""
+    """What waits on the host: in its memory the base's layers, the rest of the base, and the inputs of recomputed
+    layers; or the layers on its `disk`."""
 
     layers: int = 0
     tables: int = 0
     inputs: int = 0
+    disk: int = 0
 
     @property
-    def total(self) -> int:
+    def memory(self) -> int:
         return self.layers + self.tables + self.inputs
+
+    def times(self, devices: int) -> HostBytes:
+        """The same for so many devices."""
+        return HostBytes(*(devices * part for part in astuple(self)))
+
+    def with_layers_on_disk(self) -> HostBytes:
+        return replace(self, layers=0, disk=self.layers)
 
 
 def host_bytes(

@@ -20,6 +20,11 @@ STREAMED = 1.09
 """Time of a token whose layers' copies hide behind the computation (docs/runs/h200_memory_steps.json)."""
 LAYERS_TOKENS = 2360
 """Layers in 4 bits cross in both directions in the time in which so many tokens are computed: 67 ms each way."""
+LINK_RATE = 3.35 * 2**30 / 0.067
+"""Bytes per second of those copies."""
+DISK_RATE = 3 * 2**30
+"""Bytes per second of layers that rest on the disk: stated, not measured. Data sheets of NVMe drives on four lanes of
+PCIe 3.0 say 3.5 GB/s, and the file is read through the host's memory. What of it stays there is read faster."""
 HEAD_TOKENS = 690
 """The same of a 16-bit head of 128,256 x 4096, which crosses twice; its logits are computed twice, too."""
 HEAD_AGAIN = 0.03
@@ -35,13 +40,15 @@ each (docs/runs/h200_moe.json, docs/runs/h200_moe_streamed.json)."""
 class PassChoice:
     """What decides about the time of a pass: its tokens, what is recomputed, the parts of the base on the host, the
     bits of one of its weights, and how many weights there are `to_each` that a token meets: of a mixture all experts
-    cross."""
+    cross. `readers` are the ranks that read the layers from their host's disk at a time; none where its memory has
+    them."""
 
     tokens: int
     recompute: str = NONE
     base_offload: Collection[str] = ()
     bits: float = MEASURED_BITS
     to_each: float = 1.0
+    readers: int = 0
 
     @property
     def crosses_whole(self) -> bool:
@@ -56,6 +63,7 @@ class PassChoice:
         if not self.crosses_whole:
             return computing / self.tokens
         layers = LAYERS_TOKENS * max(1.0, self.to_each / MIXTURE_TOKEN) * self.bits / MEASURED_BITS
+        layers *= max(1.0, self.readers * LINK_RATE / DISK_RATE)
         crossing = layers if LAYERS in self.base_offload else 0.0
         crossing += HEAD_TOKENS if HEAD in self.base_offload else 0.0
         return max(computing * STREAMED, crossing) / self.tokens

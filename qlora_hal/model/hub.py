@@ -126,6 +126,7 @@ def fetch(
 
     Raises Unreachable, HubError (QH-E12, QH-E13 for a file that stays incomplete), StorageError QH-E22.
     """
+    require_space(repository, names)
     retries = retries or Retries()
     # By the name that was asked for: the cache then finds the commit under that name without the hub.
     patterns = [glob.escape(name) for name in names]
@@ -300,7 +301,7 @@ def _no_space(repository: Repository, needed: int, free: int) -> StorageError:
     place = constants.HF_HUB_CACHE
     return StorageError(
         "QH-E22",
-        f"The weights of {repository.name} need {figures.size(needed)} more; {figures.size(free)} are free at {place}.",
+        f"The files of {repository.name} need {figures.size(needed)} more; {figures.size(free)} are free at {place}.",
         where=place,
         cause="The hub tells the sizes of the files before they are fetched.",
         fix="Free space there, or set HF_HOME to a folder on a larger disk.",

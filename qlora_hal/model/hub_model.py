@@ -89,7 +89,6 @@ def planned(
 def fetch_weights(weights: RemoteWeights, *, progress: bool) -> None:
     """Bring the weights into the cache, those files that it has not yet. Raises HubError (QH-E11, QH-E12, QH-E13) and
     StorageError QH-E22."""
-    hub.require_space(weights.repository, weights.files)
     try:
         hub.fetch(weights.repository, weights.files, progress=progress)
     except Unreachable as failure:

@@ -12,7 +12,7 @@ from pathlib import Path
 from qlora_hal.contract.world import World
 from qlora_hal.errors import BackendError
 
-RANK, WORLD_SIZE, LOCAL_RANK = "RANK", "WORLD_SIZE", "LOCAL_RANK"
+RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 MLX_RANK, MLX_HOSTS, MLX_RDMA_DEVICES, MLX_SIZE = "MLX_RANK", "MLX_HOSTFILE", "MLX_IBV_DEVICES", "MLX_WORLD_SIZE"
 """What `mlx.launch` sets: the rank, and of all ranks the addresses in a file (`ring`), the Thunderbolt devices in a
@@ -26,9 +26,10 @@ def world_here(environment: Mapping[str, str] | None = None) -> World:
     if RANK in given and WORLD_SIZE in given:
         rank, size = _number(given, RANK), _number(given, WORLD_SIZE)
         local = _number(given, LOCAL_RANK) if LOCAL_RANK in given else rank
+        here = _number(given, LOCAL_SIZE) if LOCAL_SIZE in given else None
     elif MLX_RANK in given:
         rank = _number(given, MLX_RANK)
-        size, local = _of_mlx(given, rank)
+        size, local, here = _of_mlx(given, rank)
     else:
         for name, alone in ((RANK, 0), (WORLD_SIZE, 1)):
             if name in given and _number(given, name) != alone:
@@ -36,7 +37,9 @@ def world_here(environment: Mapping[str, str] | None = None) -> World:
         return World()
     if not 0 <= rank < size or local < 0:
         raise _contradiction(f"rank {rank} of {size}")
-    return World(rank, size, local)
+    if here is not None and not 1 <= here <= size:
+        raise _contradiction(f"{here} of {size} ranks on this host")
+    return World(rank, size, local, here)
 
 
 def is_following(environment: Mapping[str, str] | None = None) -> bool:
@@ -94,14 +97,15 @@ def named(world: World) -> str:
     return f"rank {world.rank} on {socket.gethostname()}"
 
 
-def _of_mlx(given: Mapping[str, str], rank: int) -> tuple[int, int]:
-    """(how many ranks, which one of its host)."""
+def _of_mlx(given: Mapping[str, str], rank: int) -> tuple[int, int, int | None]:
+    """(how many ranks, which one of its host, how many that has, None where nothing tells)."""
     if MLX_SIZE in given:
-        return _number(given, MLX_SIZE), 0  # each rank is shown its own GPU alone
+        return _number(given, MLX_SIZE), 0, None  # each rank is shown its own GPU alone
     if ring := _told_by_mlx(given, MLX_HOSTS):
         hosts = [str(addresses[0]).rpartition(":")[0] for addresses in ring]
-        return len(hosts), hosts[:rank].count(hosts[min(rank, len(hosts) - 1)])
-    return len(_told_by_mlx(given, MLX_RDMA_DEVICES)) or 1, 0
+        mine = hosts[min(rank, len(hosts) - 1)]
+        return len(hosts), hosts[:rank].count(mine), hosts.count(mine)
+    return len(_told_by_mlx(given, MLX_RDMA_DEVICES)) or 1, 0, None
 
 
 def _told_by_mlx(given: Mapping[str, str], name: str) -> list[list[object]]:

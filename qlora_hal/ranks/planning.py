@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from qlora_hal.contract.capabilities import Feature
 from qlora_hal.contract.world import World
-from qlora_hal.errors import UnsupportedFeatureError
+from qlora_hal.errors import ConfigError, UnsupportedFeatureError
 from qlora_hal.errors.figures import size
 from qlora_hal.memory.placement import LAYERS
 from qlora_hal.ranks.window_share import accumulation_of
@@ -23,10 +23,11 @@ AUTO, DATA, SHARD = "auto", "data", "shard"
 
 @dataclass(frozen=True, slots=True)
 class DevicePlan:
-    """`mode` is how the devices share the base and `why` it is that one; `memory` is of each device,
-    `sequences_per_step` of all together."""
+    """`per_host` of the `devices` are on one host and share its memory. `mode` is how all share the base and `why` it
+    is that one; `memory` is of each device, `sequences_per_step` of all together."""
 
     devices: int
+    per_host: int
     mode: str
     why: str
     sequences_per_step: int
@@ -35,6 +36,7 @@ class DevicePlan:
     def as_json(self) -> dict[str, object]:
         return {
             "devices": self.devices,
+            "per_host": self.per_host,
             "mode": self.mode,
             "why": self.why,
             "sequences_per_step": self.sequences_per_step,
@@ -44,21 +46,22 @@ class DevicePlan:
 def plan_for(
     config: RunConfig,
     devices: int,
+    per_host: int,
     spec: BackendSpec,
     memory: MemoryEstimate,
     spread: Callable[[], MemoryEstimate],
     memory_there: int | None,
     base_offload: Collection[str],
 ) -> DevicePlan:
-    """The plan for so many devices, each with `memory_there` bytes where that is known; `memory` is that of one with
-    the whole base but for `base_offload`, which is on the host, `spread` gives that of each with a share of it. Raises
-    ConfigError QH-R05, UnsupportedFeatureError QH-R06."""
+    """The plan for so many devices, `per_host` of them on one host, each with `memory_there` bytes where that is known;
+    `memory` is that of one with the whole base but for `base_offload`, which is on the host, `spread` gives that of
+    each with a share of it. Raises ConfigError QH-R05, UnsupportedFeatureError QH-R06."""
     if devices > 1 and Feature.DATA_PARALLEL not in spec.capabilities.features:
         raise not_on_several(spec.name, devices)
     sequences = config.training.per_device_train_batch_size * accumulation_of(config.training, World(0, devices))
     mode, why = mode_of(config, devices, spec, memory, memory_there, base_offload)
     of_each = spread() if mode == SHARD else memory
-    return DevicePlan(devices, mode, why, sequences * devices, of_each)
+    return DevicePlan(devices, per_host, mode, why, sequences * devices, of_each)
 
 
 def mode_of(
@@ -84,10 +87,24 @@ def mode_of(
     if config.parallel.mode == SHARD:
         return SHARD, "each device holds a share of the packed base, as asked for"
     if LAYERS in base_offload:
-        return DATA, "each device reads the layers from the host's memory"
+        return DATA, "each device reads the layers from its host"
     if config.parallel.mode == AUTO and spreads and memory_there is not None and memory.total > memory_there:
         return SHARD, f"with a whole base each device would need {size(memory.total)} of its {size(memory_there)}"
     return DATA, "each device holds the whole packed base"
+
+
+def on_each_of(hosts: int, devices: int) -> int:
+    """How many of the devices each of so many hosts has, all as many, as torchrun starts them. Raises ConfigError
+    QH-R01."""
+    if hosts < 1 or devices % hosts:
+        raise ConfigError(
+            "QH-R01",
+            f"{devices} device{'' if devices == 1 else 's'} cannot be dealt out to {hosts} hosts.",
+            where="--nnodes",
+            cause="--devices counts those of all hosts together, and each host has as many.",
+            fix="Give --nnodes a number that divides --devices.",
+        )
+    return devices // hosts
 
 
 def can_spread(spec: BackendSpec) -> bool:

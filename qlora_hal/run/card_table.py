@@ -95,6 +95,7 @@ class CardRow:
                 "settings": self.advice.settings,
                 "high": self.advice.high,
                 "host_bytes": self.advice.needs.host,
+                "disk_bytes": self.advice.needs.disk,
                 "fits": self.advice.fits,
                 "time": round(self.advice.time, 3),
                 "gives_up": list(self.advice.gives_up),
@@ -300,7 +301,8 @@ def remembered(planned: PlannedModel, high_of: Callable[[MemoryEstimate], int] =
         if key not in known:
             asked = planned.with_settings(changes)
             placement = asked.placement()
-            known[key] = Needs(high_of(asked.memory_with(placement)), asked.host_bytes(placement))
+            waits = asked.host_bytes(placement)
+            known[key] = Needs(high_of(asked.memory_with(placement)), waits.memory, waits.disk)
         return known[key]
 
     return needs

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from qlora_hal.adapter.targets import require_rank, resolve_targets
 from qlora_hal.config.resolve import resolve_settings
 from qlora_hal.contract.backend import Availability, ProbeReport
-from qlora_hal.contract.capabilities import unmet_requirements
+from qlora_hal.contract.capabilities import Feature, unmet_requirements
 from qlora_hal.contract.memory_constants import OFFLOADED_LAYERS, ON_DISK, MemoryQuery
 from qlora_hal.data.prepare import refuse_long_sequences
 from qlora_hal.detect.device_memory import cards_of, device_memory, host_memory_left
@@ -25,7 +25,9 @@ from qlora_hal.memory.gpus import DEVICE_KINDS
 from qlora_hal.memory.placement import (
     AUTO,
     IN_HOST_MEMORY,
+    LAYERS,
     OFFLOAD,
+    HostBytes,
     Moves,
     Placement,
     asked_recompute,
@@ -52,10 +54,10 @@ if TYPE_CHECKING:
 class PlannedModel:
     """A model, its settings, and the backend that would train it. `here` is what its probe says of this machine;
     `device` tells of the device that is planned for, None where only the hardware is known that the backend is for;
-    `memory_bytes` is what it has, as far as a card, the cap, or this machine says. `devices` train together, and
-    `share` of them hold the packed layers together. `modules` are the linear layers of the architecture's own outline,
-    where that was built. `gpu` tells the generation of the device, and `host_room` what may wait on its host where that
-    is this machine."""
+    `memory_bytes` is what it has, as far as a card, the cap, or this machine says. `devices` train together, at most
+    `per_host` of them on one host, and `share` of them hold the packed layers together. `modules` are the linear layers
+    of the architecture's own outline, where that was built. `gpu` tells the generation of the device, and `host_room`
+    what may wait on its host where that is this machine."""
 
     config: RunConfig
     facts: ModelFacts
@@ -65,6 +67,7 @@ class PlannedModel:
     device: ProbeReport | None
     memory_bytes: int | None = None
     devices: int = 1
+    per_host: int = 1
     share: int = 1
     modules: Mapping[str, LinearShape] | None = None
     gpu: Architecture | None = None
@@ -98,7 +101,7 @@ class PlannedModel:
         machine's processor share its memory."""
         has = device_memory(self.spec, self.here)
         if has is not None and not has_accelerator(self.spec, (self.here,)):
-            has //= self.devices
+            has //= self.per_host
         return replace(
             self,
             device=self.here,
@@ -174,31 +177,33 @@ class PlannedModel:
         return self.room is None or self.room.holds(self.needs())
 
     def needs(self) -> Needs:
-        """Of each device, and of the host for all of them."""
+        """Of each device, and of a host for all of its devices."""
         return self.needs_with(self.placement())
 
     def needs_with(self, placement: Placement, facts: ModelFacts | None = None) -> Needs:
         """The same with this of it recomputed and on the host."""
-        return Needs(self.memory_with(placement, facts).high, self.host_bytes(placement, facts))
+        waits = self.host_bytes(placement, facts)
+        return Needs(self.memory_with(placement, facts).high, waits.memory, waits.disk)
 
-    def host_bytes(self, placement: Placement, facts: ModelFacts | None = None) -> int:
-        """What waits in the host's memory, for all devices that are on it."""
+    def host_bytes(self, placement: Placement, facts: ModelFacts | None = None) -> HostBytes:
+        """What waits on a host, for all devices that are on it."""
         stays = placement.recompute != OFFLOAD and not placement.base_offload
         if stays or device_kind_of(self.spec, self.device) in IN_HOST_MEMORY:
-            return 0
+            return HostBytes()
         model = facts or self.facts
         stored = self.quantization
         weights = weight_bytes(model, stored.weight_format, stored.block_size, stored.double_quant, self.compute_dtype)
         tokens = self.config.full_batch_rows * self.config.data.max_seq_length
-        waits = host_bytes(weights, model, self.compute_dtype, placement, tokens)
-        return self.devices * (waits.total - (waits.layers if self._layers_are_on_disk(waits.layers) else 0))
+        waits = host_bytes(weights, model, self.compute_dtype, placement, tokens).times(self.per_host)
+        return waits.with_layers_on_disk() if self._layers_are_on_disk(waits.layers) else waits
 
     def _layers_are_on_disk(self, layers: int) -> bool:
-        """As the backend has it: where it is told to, or, left to itself, where the host's memory is too small."""
+        """As the backend has it: where it is told to, or, left to itself, where the host's memory is too small for so
+        many bytes."""
         if OFFLOADED_LAYERS not in self.spec.option_choices:
             return False
         asked = self.config.backend.options.get(OFFLOADED_LAYERS, AUTO)
-        too_large = self.host_room is not None and self.devices * layers > self.host_room
+        too_large = self.host_room is not None and layers > self.host_room
         return asked == ON_DISK or (asked == AUTO and too_large)
 
     def price(self) -> PassChoice:
@@ -208,7 +213,16 @@ class PlannedModel:
     def price_with(self, placement: Placement) -> PassChoice:
         tokens = self.config.full_batch_rows * self.config.data.max_seq_length
         bits = record_of(self.quantization.weight_format).bits
-        return PassChoice(tokens, placement.recompute, placement.base_offload, bits, weights_to_each(self.facts))
+        readers = self.per_host if LAYERS in placement.base_offload and self.host_bytes(placement).disk else 0
+        to_each = weights_to_each(self.facts)
+        return PassChoice(tokens, placement.recompute, placement.base_offload, bits, to_each, readers)
+
+    @property
+    def counts_on_host(self) -> bool:
+        """Whether a host's memory decides about what is planned: it is the devices', or something can wait there."""
+        features = self.spec.capabilities.features
+        can_wait = Feature.BASE_OFFLOAD in features or Feature.RECOMPUTATION_CHOICE in features
+        return device_kind_of(self.spec, self.device) == "cpu" or (self.moves.to_host and can_wait)
 
     @property
     def moves(self) -> Moves:

@@ -217,7 +217,12 @@ def prepare_run(
             room_for_an_answer(tokenizer, prompt, facts.max_position_embeddings, plain=plain, where=place)
     for alert in data.report.alerts:
         console.note(alert)
-    planned = planned_model(config, resolved_backend, world.size)
+    planned = planned_model(config, resolved_backend, world)
+    if world.size > 1 and world.local_size is None and planned.counts_on_host:
+        console.note(
+            f"nothing says how many of the {world.size} ranks are on this host (LOCAL_WORLD_SIZE): its memory is "
+            "planned as if all were"
+        )
     mode, why = planned.how_spread()
     if mode == SHARD:
         planned = replace(planned, share=world.size)
@@ -241,8 +246,8 @@ def prepare_run(
     )
 
 
-def planned_model(config: RunConfig, resolved_backend: ResolvedBackend, devices: int, share: int = 1) -> PlannedModel:
-    """The run's memory as it is planned for the device that is here. `share` of the `devices` hold the layers."""
+def planned_model(config: RunConfig, resolved_backend: ResolvedBackend, world: World, share: int = 1) -> PlannedModel:
+    """The run's memory as it is planned for the device that is here. `share` of the ranks hold the layers."""
     source, report = resolved_backend.source, resolved_backend.report
     planned = PlannedModel(
         config,
@@ -251,7 +256,8 @@ def planned_model(config: RunConfig, resolved_backend: ResolvedBackend, devices:
         resolved_backend.choice.spec,
         report,
         report,
-        devices=devices,
+        devices=world.size,
+        per_host=world.most_on_host,
         share=share,
         modules=resolved_backend.outline.linear_modules,
     )

@@ -82,7 +82,7 @@ def run_new(
     given_rows = GivenRows(rows, validation_rows)
     config, note_on_validation = _with_validation_of_folder(settings.config, given_rows)
     settings = replace(settings, config=config)
-    world = World(0, planned_ranks) if dry_run and planned_ranks > 1 else world_here()
+    world = World(0, planned_ranks, local_size=planned_ranks) if dry_run and planned_ranks > 1 else world_here()
     output_dir = named_path(settings.config.output_dir)
     if _began_here(output_dir, settings.config, overwrite=overwrite):
         if checkpoints(output_dir):
@@ -195,7 +195,7 @@ def _within_memory_limit(prepared: PreparedRun, console: RunConsole) -> Prepared
     """Raises ConfigError QH-U81 where the run cannot keep to `training.memory_limit`."""
     config, resolved = prepared.settled_config, prepared.resolved_backend
     share = prepared.world.size if prepared.mode == SHARD else 1
-    planned = planned_model(config, resolved, prepared.world.size, share)
+    planned = planned_model(config, resolved, prepared.world, share)
     prepared, note = within_limit(prepared, planned)
     if note:
         console.note(note)
@@ -415,7 +415,7 @@ def _late_evaluations(prepared: PreparedRun, given: Collection[str]) -> Iterator
 
 def memory_notes(prepared: PreparedRun) -> Iterator[str]:
     """Whether the estimated peak is above what the device has; a run of shorter rows may fit all the same."""
-    planned = planned_model(prepared.config, prepared.resolved_backend, prepared.world.size)
+    planned = planned_model(prepared.config, prepared.resolved_backend, prepared.world)
     has, peak = planned.memory_bytes, prepared.estimate.total
     if has and peak > has:
         yield (
@@ -446,7 +446,8 @@ def _planned(prepared: PreparedRun) -> TrainResult:
     resolved_backend, training = prepared.resolved_backend, prepared.config.training
     dtype = likely_dtype(prepared.config, resolved_backend.choice.spec, resolved_backend.report)
     memory, size = prepared.estimate, prepared.world.size
-    devices = DevicePlan(size, prepared.mode, prepared.why_mode, prepared.sequences_per_step, memory)
+    per_host = prepared.world.most_on_host
+    devices = DevicePlan(size, per_host, prepared.mode, prepared.why_mode, prepared.sequences_per_step, memory)
     plan = {
         "steps": window_sampler(prepared).total_steps(training.num_train_epochs, training.max_steps),
         "sequences": len(prepared.data.train),

@@ -185,6 +185,24 @@ def test_a_small_card_is_advised_the_least_that_makes_it_fit(llama_8b: str, caps
     assert "GiB of the host's memory; 0.77 of the tokens/s, by an H200's" in said
 
 
+def test_layers_on_the_disk_are_told_beside_what_they_cost(llama_8b: str, capsys: pytest.CaptureFixture[str]) -> None:
+    card = ("--model", llama_8b, "--gpu", "RTX 3070", "--backend.options.offloaded_layers", "disk", *SHORT)
+    on_disk = ("--training.base_offload", "embeddings,layers")
+    host = told(capsys, *card, *on_disk)["host"]
+    assert host["disk_bytes"] > 3 * 2**30 > host["bytes"]
+    assert main(["estimate", *card, *on_disk]) == 0
+    assert "of the host's memory and 3.35 GiB of its disk, priced at 3 GiB/s" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    small = ("--model", llama_8b, "--gpu", "RTX 3050 6GB", "--backend.options.offloaded_layers", "disk", *SHORT)
+    fits = told(capsys, *small, "--fit")["fit"]
+    assert all(one["disk_bytes"] > 3 * 2**30 for one in fits)
+    assert main(["estimate", *small, "--fit"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "disk: 3.35 GiB)" in said
+    assert "by an H200's figures and a disk of 3 GiB/s" in said
+
+
 def test_nothing_is_moved_to_the_host_where_the_device_has_no_other_memory(
     llama_8b: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -310,7 +328,7 @@ def test_devices_that_share_the_base_are_advised_for_their_share(
     again = told(capsys, *settings, *typed)
     assert again["high"] == advice["high"] <= 24 * 2**30
     assert main(["estimate", *settings[:3], "RTX 3060 12GB", *settings[4:], *AUTO]) == 0
-    assert "embeddings and head of the base in the host's memory" in capsys.readouterr().out
+    assert "embeddings and head of the base on the host" in capsys.readouterr().out
 
 
 def test_a_table_that_config_json_does_not_call_tied_is_one_table_where_no_head_is_stored(

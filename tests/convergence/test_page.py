@@ -12,7 +12,7 @@ from qlora_hal_conformance.mutants.convergence import DEFECTS
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks import convergence_table
-from benchmarks.convergence_table import documents, table
+from benchmarks.convergence_table import documents, table, without_out
 
 PAGE = (Path(__file__).parents[2] / "docs" / "convergence.md").read_text(encoding="utf-8")
 
@@ -32,6 +32,17 @@ def test_defects_are_caught_in_both_directions() -> None:
     means = [run["tasks"]["records"]["judgement"]["mean"] for run in documents() if run["defect"] in DEFECTS]
     assert {mean["verdict"] for mean in means} == {"different"}
     assert {mean["found"] > 0 for mean in means} == {True, False}
+
+
+@pytest.mark.parametrize(
+    "out", ["--out a.json", "--out=a.json", "--out '/tmp/a folder/a.json'"], ids=["two words", "one word", "quoted"]
+)
+@pytest.mark.parametrize("place", range(4))
+def test_a_record_is_of_its_command_but_for_the_file_wherever_that_is_named(out: str, place: int) -> None:
+    """Options behind the file tell runs apart, too."""
+    words = ["python -m qlora_hal_conformance.convergence", "smollm2", "--seeds 3", "--defect 'a b'"]
+    told = " ".join([*words[: place + 1], out, *words[place + 1 :]])
+    assert without_out(told) == " ".join(words)
 
 
 def test_collected_records_stand_in_for_those_of_the_same_command_and_others_come_behind(

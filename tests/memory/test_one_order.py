@@ -117,6 +117,24 @@ def test_layers_that_may_rest_on_the_disk_need_no_host_that_holds_them(
     assert planned(llama_8b, 6, settings, host=64).needs().host == pytest.approx(embeddings + layers, rel=0.002)
 
 
+@pytest.mark.parametrize("rest", ["auto", "disk"])
+def test_layers_that_rest_on_the_disk_are_told_and_priced_as_such(rest: str, llama_8b: str) -> None:
+    settings = {BASE_OFFLOAD: ("embeddings", "layers"), "backend.options": {"offloaded_layers": rest}}
+    small = planned(llama_8b, 6, settings, host=2.0)
+    in_memory = planned(llama_8b, 6, {**settings, "backend.options": {"offloaded_layers": "host"}}, host=64.0)
+    assert small.needs().disk == pytest.approx(3.35 * GIB, rel=0.002)
+    assert in_memory.needs().disk == 0
+    assert small.price().time > 5 * in_memory.price().time
+    assert replace(small, devices=4, per_host=2).price().time == pytest.approx(2 * small.price().time)
+    assert "GiB of its disk, priced at 3 GiB/s" in small.needs().on_host
+
+
+def test_what_auto_leaves_on_the_disk_is_said_with_its_price(llama_8b: str) -> None:
+    chosen = planned(llama_8b, 5, {**AUTO, LENGTH: 256}, host=2.0)
+    assert "layers" in chosen.placement().base_offload
+    assert "of the host's memory and 3.35 GiB of its disk, priced at 3 GiB/s" in chosen.placement().why
+
+
 def test_layers_of_a_mixture_cross_whole_for_tokens_that_meet_a_part_of_them(tmp_path: Path, llama_8b: str) -> None:
     """All 64 experts, of which a token meets eight: streamed, it is dearer than a dense model."""
     experts = {"num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 1024, "head_dim": 128}
@@ -129,6 +147,7 @@ def test_layers_of_a_mixture_cross_whole_for_tokens_that_meet_a_part_of_them(tmp
     assert mixture.time > 1.5 * dense.time
 
 
-def test_what_waits_on_the_host_is_counted_for_each_device_on_it(llama_8b: str) -> None:
+def test_what_waits_on_a_host_is_counted_for_each_device_on_it_and_for_none_of_another_host(llama_8b: str) -> None:
     there = planned(llama_8b, 24, {BASE_OFFLOAD: ["embeddings", "layers"]})
-    assert replace(there, devices=3).needs().host == 3 * there.needs().host > 0
+    assert replace(there, devices=3, per_host=3).needs().host == 3 * there.needs().host > 0
+    assert replace(there, devices=6, per_host=3).needs().host == 3 * there.needs().host

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from qlora_hal.memory.time_prices import (
+    DISK_RATE,
     HEAD_AGAIN,
     HEAD_TOKENS,
     LAYERS_TOKENS,
@@ -79,6 +80,17 @@ def test_layers_of_a_mixture_cost_what_they_were_measured_to_cost() -> None:
 def _results(record: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = json.loads((RUNS / record).read_text())["results"]
     return found
+
+
+def test_layers_on_a_disk_take_as_long_as_it_takes_to_read_them(passes: tuple[float, float]) -> None:
+    """A stated rate of the disk, which all ranks of its host share."""
+    streamed = ("embeddings", "layers")
+    in_memory, alone, both = (PassChoice(512, "none", streamed, readers=readers) for readers in (0, 1, 2))
+    seconds = alone.time * 512 * passes[1] / 1e3
+    assert seconds == pytest.approx(2 * 3.35 * 2**30 / DISK_RATE, rel=0.01)
+    assert both.time == pytest.approx(2 * alone.time)
+    assert alone.time > 10 * in_memory.time
+    assert PassChoice(512, "none", ("embeddings",), readers=1).time == PassChoice(512, "none", ("embeddings",)).time
 
 
 def test_copies_hide_behind_enough_tokens_and_no_fewer() -> None:

@@ -60,7 +60,7 @@ def environment(rank: int, hosts: Path, content: str) -> dict[str, str]:
 def test_a_rank_is_counted_among_those_of_its_own_address(tmp_path: Path) -> None:
     hosts = '[["10.0.0.1:5000","10.0.0.1:5001"],["10.0.0.2:5002"],["10.0.0.1:5003"]]'
     worlds = [world_here(environment(rank, tmp_path / "hosts", hosts)) for rank in range(3)]
-    assert worlds == [World(0, 3, 0), World(1, 3, 0), World(2, 3, 1)]
+    assert worlds == [World(0, 3, 0, 2), World(1, 3, 0, 1), World(2, 3, 1, 2)]
 
 
 def test_one_host_has_no_ring_and_is_one_rank(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_what_mlx_launch_starts_knows_its_rank() -> None:
         stdin=subprocess.PIPE,
     )
     lines = sorted(done.stdout.splitlines())
-    assert [line.rpartition(" ")[0] for line in lines] == [str(World(0, 2, 0)), str(World(1, 2, 1))]
+    assert [line.rpartition(" ")[0] for line in lines] == [str(World(0, 2, 0, 2)), str(World(1, 2, 1, 2))]
     assert len({line.rpartition(" ")[2] for line in lines}) == 1
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from qlora_hal.errors import StorageError
 from qlora_hal.model import hub as hub_module
-from qlora_hal.model.hub import Unreachable, in_time
+from qlora_hal.model.hub import Repository, Unreachable, in_time
 from tests.model.fake_hub import COMMIT, FakeHub, Sparse, serving
 from tests.model.hub_client import Client
 
@@ -243,3 +244,13 @@ def test_a_partial_file_in_the_cache_is_never_loaded_offline(client: Client, fil
     blob.write_bytes(blob.read_bytes()[:-1])
     answer = client.resolve(NOWHERE, offline=True)
     assert (answer["code"], answer["exit_status"]) == ("QH-C01", 5)
+
+
+@pytest.mark.fault("E22")
+def test_a_tokenizer_that_the_disk_cannot_hold_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the weights alone: nothing is asked of the hub."""
+    monkeypatch.setattr(hub_module.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub_module, "snapshot_download", lambda *names, **given: pytest.fail("it was begun"))
+    with pytest.raises(StorageError, match="4096 TiB more") as refused:
+        hub_module.fetch(Repository("org/tiny", None, COMMIT, {"tokenizer.json": 2**52}), ["tokenizer.json"])
+    assert refused.value.code == "QH-E22"

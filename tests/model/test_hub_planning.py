@@ -111,7 +111,7 @@ def test_disk_that_cannot_hold_the_weights_is_told_before_any_is_fetched(client:
     with serving(FakeHub(files)) as hub:
         done = train(client, hub, "org/tiny", rows(client.folder))
     assert done.returncode == 8, done.stderr
-    assert "The weights of org/tiny need 4096 TiB more; " in done.stderr
+    assert "The files of org/tiny need 4096 TiB more; " in done.stderr
     assert " are free at " in done.stderr
     assert weights_served(hub) == 16 * 1024
     assert "tokenizer.json" in hub.served

@@ -324,6 +324,19 @@ def test_two_layers_on_a_device_are_of_the_largest_size_there_is() -> None:
         assert found.weights == 2000 + slots
 
 
+def test_a_linear_layer_in_no_decoder_layer_stays_on_the_device() -> None:
+    """A projection behind the embeddings is no layer, however large it is."""
+    modules = {f"model.layers.{layer}.mlp.up_proj": LinearShape(100, 50) for layer in range(4)}
+    modules["model.project_in"] = LinearShape(400, 100)
+    facts = replace(LLAMA_7B, linear_modules=modules, parameter_count=60_000 + 1000)
+    weights = MemoryEstimate(60_000 // 2 + 2000, 0, 0, 0, 0, 0, 0, 0)
+    for found in (
+        with_base_offloaded(weights, facts, "bfloat16", ("layers",)),
+        spread_over(weights, facts, "bfloat16", 10**9),
+    ):
+        assert found.weights == 2000 + 40_000 // 2 + 2 * 5000 // 2
+
+
 def test_rows_of_experts_are_counted_for_each_of_a_tokens_experts(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B))
     facts = read_facts(tmp_path, [described_header(QWEN3_30B, tmp_path)])

@@ -156,4 +156,4 @@ def test_the_host_has_what_the_device_is_spared(tmp_path: Path) -> None:
     assert (on_host.tables, on_host.inputs) == (2 * table, 5 * 8 * HIDDEN * 2)
     norms = sum(t.shape[0] * 2 for name, t in facts.tensors.items() if "norm" in name)
     assert on_host.layers == whole.weights - 2 * table - norms
-    assert host_bytes(whole.weights, facts, "bfloat16", Placement("full", ()), tokens=8).total == 0
+    assert host_bytes(whole.weights, facts, "bfloat16", Placement("full", ()), tokens=8).memory == 0

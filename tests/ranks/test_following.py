@@ -62,6 +62,22 @@ def test_its_console_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize(
+    ("world", "is_said"),
+    [(World(0, 8), True), (World(0, 8, local_size=2), False), (World(), False)],
+    ids=["not counted", "counted", "one process"],
+)
+def test_ranks_that_nothing_counts_on_this_host_are_said_to_share_its_memory(
+    world: World, is_said: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = RunConfig.model_validate(quick(tmp_path / "run", **{"training.global_batch_size": None}))
+    console = RunConsole()
+    (tmp_path / "run").mkdir()
+    prepare_run(config, 1, resolve_backend(config, Hooks(), console), tmp_path / "run", None, console, world=world)
+    said = " ".join(capsys.readouterr().err.split())
+    assert ("how many of the 8 ranks are on this host (LOCAL_WORLD_SIZE)" in said) is is_said
+
+
 def test_all_ranks_of_a_release_compare_the_same_facts_and_none_is_a_path(tmp_path: Path) -> None:
     facts = []
     for name, options in (("a", {}), ("b", {"backend.options": {"linear": "fused"}, "data.packing": True})):

@@ -29,8 +29,15 @@ def test_nothing_in_the_environment_is_one_process() -> None:
 def test_torchrun_tells_rank_size_and_place_on_the_host() -> None:
     assert world_here(TORCHRUN) == World(3, 8, 1)
     assert world_here({"RANK": "1", "WORLD_SIZE": "2"}) == World(1, 2, 1)
+    assert world_here({**TORCHRUN, "LOCAL_WORLD_SIZE": "4"}) == World(3, 8, 1, 4)
     assert is_following(TORCHRUN)
     assert not is_following({**TORCHRUN, "RANK": "0"})
+
+
+def test_a_host_shares_its_memory_among_its_own_ranks_or_among_all_where_none_are_counted() -> None:
+    assert world_here({**TORCHRUN, "LOCAL_WORLD_SIZE": "4"}).most_on_host == 4
+    assert world_here(TORCHRUN).most_on_host == 8
+    assert World().most_on_host == 1
 
 
 @pytest.mark.parametrize("left_over", [{"RANK": "0"}, {"WORLD_SIZE": "1"}, {"LOCAL_RANK": "4"}])
@@ -49,6 +56,8 @@ def test_a_variable_alone_that_says_one_process_is_one_process(left_over: dict[s
         {"RANK": "0", "WORLD_SIZE": "0"},
         {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "-1"},
         {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "x"},
+        {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "3"},
+        {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "0"},
         {"RANK": "1"},
         {"WORLD_SIZE": "2"},
         {"MLX_RANK": "0", "MLX_HOSTFILE": "/nowhere/hosts.json"},
@@ -74,7 +83,7 @@ def test_a_file_of_hosts_that_is_none_is_told(content: str, tmp_path: Path) -> N
 def test_mlx_tells_its_rank_and_a_file_of_hosts(tmp_path: Path) -> None:
     file = tmp_path / "hosts.json"
     file.write_text('[["10.0.0.1:5000"], ["10.0.0.2:5000"]]')
-    assert world_here({"MLX_RANK": "1", "MLX_HOSTFILE": str(file)}) == World(1, 2, 0), "the first of its own host"
+    assert world_here({"MLX_RANK": "1", "MLX_HOSTFILE": str(file)}) == World(1, 2, 0, 1), "the first of its own host"
     file.write_text("")
     assert world_here({"MLX_RANK": "0", "MLX_HOSTFILE": str(file)}) == World(), "as mlx.launch leaves it for one host"
 

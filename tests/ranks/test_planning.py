@@ -33,13 +33,13 @@ def test_estimate_tells_batch_and_memory_of_each_device(tmp_path: Path) -> None:
     assert three.memory == one.memory, "each device holds the whole base"
     assert estimate_as_json(three)["plan"] == {
         "devices": 3,
+        "per_host": 3,
         "mode": "data",
         "why": "each device holds the whole packed base",
         "sequences_per_step": 12,
     }
-    assert "3 devices (data: each device holds the whole packed base): 12 sequences a step" in estimate_as_text(
-        three, asked
-    )
+    said = " ".join(estimate_as_text(three, asked).split())
+    assert "3 devices of one host (data: each device holds the whole packed base): 12 sequences a step" in said
     assert "devices" not in estimate_as_text(one, asked)
 
 
@@ -47,6 +47,26 @@ def test_the_ranks_of_a_cpu_share_its_memory(tmp_path: Path) -> None:
     asked = config(tmp_path, **{"training.global_batch_size": None})
     assert estimate_run(asked).fits_here
     assert not estimate_run(asked, 4096).fits_here
+
+
+def test_the_ranks_of_several_hosts_share_the_memory_of_their_own(tmp_path: Path) -> None:
+    asked = config(tmp_path, **{"training.global_batch_size": None})
+    alone, eight, of_four_hosts = estimate_run(asked), estimate_run(asked, 8), estimate_run(asked, 8, hosts=4)
+    assert alone.smallest_memory is not None
+    assert eight.smallest_memory == alone.smallest_memory // 8
+    assert of_four_hosts.smallest_memory == alone.smallest_memory // 2
+    assert of_four_hosts.plan.as_json().items() >= {"devices": 8, "per_host": 2, "sequences_per_step": 8}.items()
+    assert "8 devices of 4 hosts (data:" in estimate_as_text(of_four_hosts, asked)
+
+
+@pytest.mark.fault("R01")
+@pytest.mark.parametrize(("devices", "hosts"), [(8, 3), (1, 2), (4, 0), (4, -1), (None, 2)])
+def test_devices_that_hosts_cannot_have_as_many_of_each_are_refused(
+    devices: int | None, hosts: int, tmp_path: Path
+) -> None:
+    with pytest.raises(QloraHalError, match="cannot be dealt out") as caught:
+        estimate_run(config(tmp_path), devices, hosts=hosts)
+    assert caught.value.code == "QH-R01"
 
 
 @pytest.mark.fault("R01", "R05", "R06")

@@ -164,9 +164,11 @@ def test_an_expert_without_tokens_keeps_its_adapter_and_moments(optimizer: str, 
         assert all(unchanged) if number in idle else not any(unchanged)
 
 
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("paged", [True, False], ids=["paged", "resident"])
 @pytest.mark.parametrize("eight_bit", [True, False], ids=["8 bits", "32 bits"])
 def test_what_an_update_keeps_of_idle_experts_is_a_part_of_the_adapter(
-    eight_bit: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    eight_bit: bool, paged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """bitsandbytes' update by parts, of which the last is not whole: the same bits as of all at once."""
     write_drawn_model(tmp_path, "qwen3_moe", {"num_experts": 16, "num_local_experts": 16})
@@ -174,7 +176,7 @@ def test_what_an_update_keeps_of_idle_experts_is_a_part_of_the_adapter(
     def after_steps() -> tuple[dict[str, Any], dict[str, Any]]:
         opened = open_cpu_trainer(tmp_path)
         trainer = opened.trainer
-        trainer._optimizer = BitsandbytesAdamW(trainer._flat, eight_bit=eight_bit, paged=False)  # type: ignore[attr-defined]
+        trainer._optimizer = BitsandbytesAdamW(trainer._flat, eight_bit=eight_bit, paged=paged)  # type: ignore[attr-defined]
         few = random_batch(1, rows=1, time=4, prompt=1)
         for batch in (few, random_batch(0, rows=8), few, few):
             opened.step([batch], weight_decay=0.1)
@@ -196,6 +198,30 @@ def test_what_an_update_keeps_of_idle_experts_is_a_part_of_the_adapter(
             np.testing.assert_array_equal(found[name], tensor)
     assert len(kept) > 3
     assert max(kept) == 40 * 256
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_parts_of_paged_moments_are_fetched_as_paged_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU has none: two attributes are all that bitsandbytes tells them by."""
+    write_drawn_model(tmp_path, "qwen3_moe", {"num_experts": 16, "num_local_experts": 16})
+    opened = open_cpu_trainer(tmp_path)
+    flat = opened.trainer._flat  # type: ignore[attr-defined]
+    optimizer = opened.trainer._optimizer = BitsandbytesAdamW(flat, eight_bit=True, paged=True)  # type: ignore[attr-defined]
+    batch = random_batch(1, rows=1, time=4, prompt=1)
+    opened.step([batch])
+    moments = [optimizer._inner.state[optimizer._parameter][key] for key in ("state1", "state2")]
+    for moment in moments:
+        moment.is_paged, moment.page_deviceid = True, 3
+    fetched: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        "bitsandbytes.functional.prefetch_tensor", lambda part: fetched.append((part.page_deviceid, part.numel()))
+    )
+    monkeypatch.setattr(optimizer_module, "AT_A_TIME", 40 * 256)
+    opened.step([batch])
+    assert len(fetched) > 2
+    assert {device for device, _ in fetched} == {3}
+    assert max(numbers for _, numbers in fetched) == 40 * 256
+    assert sum(numbers for _, numbers in fetched) == sum(moment.numel() for moment in moments)
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3"])

@@ -118,20 +118,21 @@ def test_what_flash_attention_cannot_do_goes_sample_by_sample_and_says_so(
 class SeesItsNeighbour:
     """`SampleBySample` with the first sample's end moved by one token."""
 
-    def __call__(self, *parts: Tensor, **settings: object):  # type: ignore[no-untyped-def]
-        *heads, samples = parts
+    def __call__(self, *parts, **settings):  # type: ignore[no-untyped-def]
+        *heads, samples, softmax = parts
         first, second, *rest = samples.lengths
-        return SampleBySample()(*heads, replace(samples, lengths=(first + 1, second - 1, *rest)), **settings)
+        moved = replace(samples, lengths=(first + 1, second - 1, *rest))
+        return SampleBySample()(*heads, moved, softmax, **settings)
 
 
 class ForgetsItsWindow:
-    def __call__(self, *parts: Tensor, window: int | None, **settings: object):  # type: ignore[no-untyped-def]
-        return SampleBySample()(*parts, window=None, **settings)
+    def __call__(self, *parts, **settings):  # type: ignore[no-untyped-def]
+        return SampleBySample()(*parts[:-1], replace(parts[-1], window=None), **settings)
 
 
 class ForgetsItsSinks:
-    def __call__(self, *parts: Tensor, sinks: Tensor | None, **settings: object):  # type: ignore[no-untyped-def]
-        return SampleBySample()(*parts, sinks=None, **settings)
+    def __call__(self, *parts, **settings):  # type: ignore[no-untyped-def]
+        return SampleBySample()(*parts[:-1], replace(parts[-1], sinks=None), **settings)
 
 
 @pytest.mark.parametrize(

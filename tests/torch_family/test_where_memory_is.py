@@ -358,9 +358,11 @@ def test_memory_left_is_enough_for_all_ranks_of_the_host_or_layers_go_to_the_dis
 
 def test_a_host_has_no_more_ranks_than_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert most_ranks_here(World(3, 8), torch.device("cpu")) == 8
+    assert most_ranks_here(World(3, 8, local_size=2), torch.device("cpu")) == 2
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert most_ranks_here(World(3, 8), torch.device("cuda")) == 4
     assert most_ranks_here(World(0, 2), torch.device("cuda")) == 2
+    assert most_ranks_here(World(3, 8, local_size=2), torch.device("cuda")) == 2
 
 
 def test_layers_on_the_disk_leave_two_buffers_in_memory_and_no_file_by_name(

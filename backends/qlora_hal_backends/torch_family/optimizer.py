@@ -273,10 +273,10 @@ class BitsandbytesAdamW:
 
     def _step_but_for(self, idle: Tensor, group: Mapping[str, Any]) -> None:
         """The kernel has no other way to leave numbers as they are than to keep them and put them back: some at a time,
-        or the copies were as large as the adapter. Paged state is stepped as a whole: the inner optimizer knows when it
-        has arrived."""
+        or the copies were as large as the adapter. The host puts back those of paged state, which the device must have
+        let go of."""
         state, size = self._made_state(group), len(self._parameter)
-        at_a_time = size if self._is_paged else max(AT_A_TIME // STATE_BLOCK, 1) * STATE_BLOCK
+        at_a_time = max(AT_A_TIME // STATE_BLOCK, 1) * STATE_BLOCK
         if at_a_time >= size:
             with _left_as_they_are(_by_blocks(self._parameter.data, state), idle):
                 self._inner.step()
@@ -289,7 +289,10 @@ class BitsandbytesAdamW:
             parameter.grad = self._flat.gradients[numbers]
             self._inner.state[parameter] = part
             with _left_as_they_are(_by_blocks(parameter.data, part), idle[first:end] - begin // STATE_BLOCK):
+                self._inner.prefetch_state(parameter)
                 self._inner.update_step(group, parameter, 0, 0)
+                if self._is_paged:
+                    self._wait_for_device()
             del self._inner.state[parameter]
         state["step"] += 1
 
@@ -300,10 +303,14 @@ class BitsandbytesAdamW:
             self._inner.init_state(group, self._parameter, 0, 0)
         return state
 
-    def snapshot(self) -> OptimizerSnapshot:
+    def _wait_for_device(self) -> None:
+        """Paged state lies in managed memory, which the host reads and writes directly."""
         device = self._flat.parameters.device
-        if has_queue(device):  # paged state lies in managed memory, which the host reads directly
+        if has_queue(device):
             torch.get_device_module(device).synchronize()
+
+    def snapshot(self) -> OptimizerSnapshot:
+        self._wait_for_device()
         state = self._inner.state.get(self._parameter)
         if not state:
             zeros = torch.zeros_like(self._flat.parameters)
@@ -334,9 +341,14 @@ class BitsandbytesAdamW:
 
 
 def _part_of_state(state: Mapping[str, Any], numbers: slice) -> dict[str, Any]:
-    """Views of the moments of some numbers, whole blocks of them, and of their blocks' scales."""
+    """Views of the moments of some numbers, whole blocks of them, and of their blocks' scales. Of paged moments a view
+    has what bitsandbytes notes on them, or it were taken for the host's."""
     blocks = slice(numbers.start // STATE_BLOCK, -(-numbers.stop // STATE_BLOCK))
     moments = {key: state[key][numbers] for key in ("state1", "state2")}
+    for key, part in moments.items():
+        for name in ("is_paged", "page_deviceid"):
+            if hasattr(state[key], name):
+                setattr(part, name, getattr(state[key], name))
     return {**state, **moments, **{key: state[key][blocks] for key in ("absmax1", "absmax2") if key in state}}
 
 

@@ -213,8 +213,9 @@ def device_of_rank(device: torch.device, world: World) -> torch.device:
 
 def most_ranks_here(world: World, device: torch.device) -> int:
     """How many ranks this host may have: no more than devices, where each has one to itself."""
-    there = torch.get_device_module(device).device_count() if has_queue(device) else world.size
-    return min(world.size, there)
+    if not has_queue(device):
+        return world.most_on_host
+    return min(world.most_on_host, torch.get_device_module(device).device_count())
 
 
 _LIBRARY = ("nccl", "rccl")
