@@ -18,9 +18,11 @@ from qlora_hal.contract.values import AdapterConfig, Batch
 from qlora_hal_backends.torch_family import loading, step
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
 from qlora_hal_backends.torch_family.fused.attach import attach_with
+from qlora_hal_backends.torch_family.fused.body import FusedBody
 from qlora_hal_backends.torch_family.fused.families import activation_of
 from qlora_hal_backends.torch_family.fused.mixture.reference import ReferenceMixture
 from qlora_hal_backends.torch_family.fused.reference import ReferenceOperations
+from qlora_hal_backends.torch_family.fused.supported import model_refusal
 from qlora_hal_backends.torch_family.trainer import TorchLoRATrainer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -110,14 +112,25 @@ def load(
 
 def with_fused_layers(trainer: TorchLoRATrainer, tile_rows: int = 15) -> TorchLoRATrainer:
     """A trainer whose layers are scheduled as on a GPU, with plain torch in place of the kernels."""
-    base, flat, compute = trainer._loaded, trainer._flat, trainer._compute
-    activation = activation_of(base)
-    assert flat is not None
+    assert trainer._flat is not None
+    trainer._fused = attach_in_torch(trainer._loaded, trainer._flat, trainer._compute, tile_rows=tile_rows)
+    return trainer
+
+
+def attach_in_torch(
+    base: loading.BaseModel,
+    flat: FlatAdapter,
+    compute: Compute,
+    device: torch.device = DEVICE,
+    *,
+    tile_rows: int | None = None,
+) -> FusedBody:
+    """`fused.try_attach` with plain torch in place of the kernels, whatever the device and the dtype."""
+    refusal, activation = model_refusal(base, flat, compute), activation_of(base)
+    assert refusal is None, refusal
     assert activation is not None
     mixture = ReferenceMixture(activation) if base.experts else None
-    operations = ReferenceOperations(activation)
-    trainer._fused = attach_with(operations, base, flat, compute, mixture=mixture, tile_rows=tile_rows)
-    return trainer
+    return attach_with(ReferenceOperations(activation), base, flat, compute, mixture=mixture, tile_rows=tile_rows)
 
 
 def packed(batch: Batch) -> Batch:

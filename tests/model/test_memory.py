@@ -247,6 +247,35 @@ QWEN3_30B: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
+    ("family", "hidden", "query", "key_value", "experts", "inner", "beside"),
+    [
+        ("qwen3_moe", 2048, 4096, 512, 128, 768, 0),  # Qwen3-30B-A3B
+        ("olmoe", 2048, 2048, 2048, 64, 1024, 0),  # OLMoE-1B-7B
+        ("qwen2_moe", 2048, 2048, 2048, 60, 1408, 5632),  # Qwen1.5-MoE-A2.7B
+        ("qwen2_moe", 3584, 3584, 512, 64, 2560, 20480),  # Qwen2-57B-A14B
+        ("glm4_moe", 4096, 12288, 1024, 128, 1408, 1408 + 10944),  # GLM-4.5-Air, a dense layer among the others
+        ("glm4_moe", 5120, 12288, 1024, 160, 1536, 1536 + 12288),  # GLM-4.5
+    ],
+)
+def test_what_stands_decoded_of_a_fused_mixture_is_counted(
+    family: str,
+    hidden: int,
+    query: int,
+    key_value: int,
+    experts: int,
+    inner: int,
+    beside: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A room for each group of projections that any layer has, beside that of a layer's experts."""
+    monkeypatch.setattr(platform, "find_spec", lambda name: object())
+    stack = experts * hidden * inner
+    decoded = 3 * stack + 2 * hidden * (query + key_value) + 3 * hidden * beside
+    counted = memory_of(TORCH, fused=True)(MemoryQuery(family, "bfloat16")).dequantized_copies * stack
+    assert decoded <= counted <= 1.1 * decoded
+
+
+@pytest.mark.parametrize(
     ("experts", "recompute", "optimizer", "measured"),
     [
         ("all", "none", "adamw", 58.35),

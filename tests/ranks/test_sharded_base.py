@@ -75,7 +75,7 @@ def test_a_base_in_parts_gives_the_bits_of_a_whole_one_where_ranks_have_unequal_
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_experts_in_parts_give_the_bits_of_whole_ones(ranks: int, tmp_path: Path) -> None:
     """Stacks that three ranks cannot divide evenly among them, experts without tokens, layers without experts."""
-    many, shared, dense_first = (tmp_path / name for name in ("many", "shared", "dense first"))
+    many, shared, dense_first, both = (tmp_path / name for name in ("many", "shared", "dense first", "both"))
     write_model(many, "qwen3_moe", num_hidden_layers=4, num_experts=50, num_local_experts=50)
     write_published_gpt_oss(tmp_path / "mxfp4")
     asked: list[dict[str, Any]] = [
@@ -85,10 +85,12 @@ def test_experts_in_parts_give_the_bits_of_whole_ones(ranks: int, tmp_path: Path
     if ranks == 2:
         write_model(shared, "qwen2_moe", num_hidden_layers=3)
         write_model(dense_first, "deepseek_v3", num_hidden_layers=3)
+        write_model(both, "glm4_moe", num_hidden_layers=4)
         asked += [
             {"model": str(many), "checkpointing": True, "recompute": "selective", "weight_format": "int8"},
             {"model": str(shared), "fused": True, "targets": ["self_attn", "shared_expert."], "dropout": 0.1},
             {"model": str(dense_first), "weight_format": "none", "optimizer": "adamw_8bit"},
+            {"model": str(both), "fused": True, "checkpointing": True},
         ]
     asked = [{"dropout": 0.0, **options} for options in asked]
     for rank in each_rank("alike", asked, tmp_path, ranks):

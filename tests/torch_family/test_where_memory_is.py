@@ -107,6 +107,8 @@ MIXTURES: Mapping[str, Mapping[str, Any]] = {
     "qwen2_moe": {},  # with a shared expert
     "mixtral": {},
     "deepseek_v3": {},  # the lowest layer is dense, and smaller than those above it
+    "glm4_moe": {},  # the same
+    "olmoe": {},
 }
 MXFP4 = Quantization(WeightFormat.MXFP4, None, False)
 OTHER_FORMATS: Mapping[str, Quantization] = {
@@ -152,7 +154,7 @@ def test_streamed_experts_give_the_bits_of_resident_ones(
     assert_same_bits(losses_and_adapter(trainer), resident)
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "qwen2_moe", "mixtral", "llama"])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "qwen2_moe", "mixtral", "glm4_moe", "olmoe", "llama"])
 @pytest.mark.parametrize("recompute", [None, "selective", "full", "offload"])
 def test_the_fused_schedule_reads_streamed_layers_as_resident_ones(kind: str, recompute: Any, tmp_path: Path) -> None:
     path = write_model(tmp_path, kind, num_hidden_layers=5, **MIXTURES.get(kind, {}))

@@ -127,7 +127,11 @@ FUSED_ARCHITECTURES = FUSED_MIXTURES | {
 """`model_type` of the layers that `fused.families` has and `fused.supported` takes."""
 
 HEADS_NORMED = frozenset({"qwen3", "qwen3_moe", "olmoe", "glm4_moe", "gemma3_text"})
-"""Of these, those whose queries and keys are normed before their rotation, and kept for that norm's backward."""
+"""Of these, those whose queries and keys are normed before their rotation, and kept for that norm's backward; of
+`glm4_moe` not all are."""
+
+WIDE_BESIDE_EXPERTS = frozenset({"glm4_moe", "qwen2_moe"})
+"""Those with wide feed-forwards that every token goes to, of shared experts or of dense layers."""
 
 
 def fused_memory(memory: MemoryConstants, architecture: str = "llama") -> MemoryConstants:
@@ -148,16 +152,17 @@ def fused_memory(memory: MemoryConstants, architecture: str = "llama") -> Memory
     )
 
 
-def fused_mixture_memory(fused: MemoryConstants) -> MemoryConstants:
+def fused_mixture_memory(fused: MemoryConstants, architecture: str) -> MemoryConstants:
     """What differs where the feed-forward is of experts (`fused.mixture`): they keep gate and up of their rows alone.
     In backward the gradients of their outputs, of the product, and of gate and up are alive beside these. All experts
-    of a layer stand decoded, three stacks, with the little that attention is beside them."""
+    of a layer stand decoded, three stacks, with the little that attention is beside them, and with what every token
+    goes to, of a dense layer too: a quarter of a stack more."""
     return replace(
         fused,
         routed_hidden_copies=0.0,
         working_routed_copies=3.0,
         working_routed_hidden_copies=1.0,
-        dequantized_copies=3.2,
+        dequantized_copies=3.45 if architecture in WIDE_BESIDE_EXPERTS else 3.2,
     )
 
 
@@ -203,7 +208,7 @@ def memory_of(plain: MemoryConstants, *, fused: bool) -> Callable[[MemoryQuery],
     def faster(architecture: str) -> MemoryConstants:
         fused = fused_memory(plain, architecture)
         fused = replace(fused, rotated_copies=1.0 if architecture in HEADS_NORMED else 0.0)
-        return fused_mixture_memory(fused) if architecture in FUSED_MIXTURES else fused
+        return fused_mixture_memory(fused, architecture) if architecture in FUSED_MIXTURES else fused
 
     def answer(query: MemoryQuery) -> MemoryConstants:
         serves = (
