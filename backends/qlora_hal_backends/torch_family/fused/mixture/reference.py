@@ -93,7 +93,8 @@ def _scores(logits: Tensor, router: Router) -> Tensor:
 
 def _best(scores: Tensor, each: int) -> Tensor:
     """Their numbers, of equals the lower first."""
-    return torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :each]
+    numbers: Tensor = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    return numbers[..., :each]
 
 
 def _in_the_best_groups(scores: Tensor, router: Router) -> Tensor:
