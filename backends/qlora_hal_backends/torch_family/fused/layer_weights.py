@@ -299,8 +299,8 @@ class GroupBuffer:
 class LayerBuffers:
     """The groups of all layers, and whose weights are in their rooms.
 
-    Apart, each group has its own memory, and `hold` fills all of a layer's. `shared`, the attention's two groups and the
-    first of the feed-forward take turns in one place, and the second of the feed-forward has its own, for these two
+    Apart, each group has its own memory, and `hold` fills all of a layer's. `shared`, the attention's two groups and
+    the first of the feed-forward take turns in one place, and the second of the feed-forward has its own, for these two
     alternate tile by tile. Of a 65B layer that is two thirds; backward decodes the attention twice for it.
     """
 

@@ -117,7 +117,7 @@ def _mixture_refusals(base: BaseModel, experts: Experts) -> Iterator[str]:
     if others:
         yield f"feed-forwards of type {', '.join(sorted(others))} among those of experts"
     routed = [layer for layer, mlp in zip(layers, found, strict=True) if type(mlp).__name__ != experts.dense]
-    blocks = [getattr(layer, "mlp", None) for layer in routed]
+    blocks: list[Any] = [getattr(layer, "mlp", None) for layer in routed]
     if not all(isinstance(getattr(block, "experts", None), RoutedExperts) for block in blocks):
         yield "experts that are not stacked, as transformers 4 keeps them"
         return

@@ -93,14 +93,15 @@ def _scores(logits: Tensor, router: Router) -> Tensor:
 
 def _best(scores: Tensor, each: int) -> Tensor:
     """Their numbers, of equals the lower first."""
-    return torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :each]
+    numbers: Tensor = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    return numbers[..., :each]
 
 
 def _in_the_best_groups(scores: Tensor, router: Router) -> Tensor:
     """No score outside them is ever among the best."""
     if router.groups_kept == router.groups:
         return scores
-    grouped = scores.unflatten(-1, (router.groups, -1))
+    grouped: Tensor = scores.unflatten(-1, (router.groups, -1))
     two_best = grouped.gather(-1, _best(grouped, 2)).sum(dim=-1)
     outside = torch.ones_like(two_best, dtype=torch.bool).scatter_(-1, _best(two_best, router.groups_kept), False)
     return grouped.masked_fill(outside[..., None], float("-inf")).flatten(-2)
