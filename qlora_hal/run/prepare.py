@@ -270,10 +270,14 @@ def _placed(planned: PlannedModel) -> Placement:
 
 
 def _check_lengths(outline: ModelOutline, data: PreparedData) -> None:
-    """Raises UnsupportedFeatureError QH-B62 for rows whose rotary positions would depend on the rows beside them."""
+    """Raises UnsupportedFeatureError QH-B61 for rows that are longer than what the backend computes right, QH-B62 for
+    those whose rotary positions would depend on the rows beside them."""
     for store in filter(None, (data.train, data.validation)):
+        shortest, longest = int(store.lengths.min(initial=0)), int(store.lengths.max(initial=0))
         if outline.rotary is not None and len(store):
-            outline.rotary.check(int(store.lengths.min()), int(store.lengths.max()))
+            outline.rotary.check(shortest, longest)
+        if outline.longest_sample is not None:
+            outline.longest_sample.check(longest)
 
 
 def chosen_dtype(wanted: str, proved: Sequence[str], backend: str, *, written: str = "") -> str:

@@ -315,7 +315,8 @@ def calling(thought: str) -> str:
         "{% if m.reasoning_content and m.tool_calls %}{{ '"
         + thought.replace("{R}", "' + m.reasoning_content + '")
         + "' }}{% endif %}"
-        "{% for one in m.tool_calls or [] %}{{ '<|tool_call>call:' + one.function.name + '{}<tool_call|>' }}{% endfor %}"
+        "{% for one in m.tool_calls or [] %}"
+        "{{ '<|tool_call>call:' + one.function.name + '{}<tool_call|>' }}{% endfor %}"
         "{{ m.content or '' }}{{ '<turn|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|turn>assistant\n' }}{% endif %}"
     )
