@@ -64,6 +64,25 @@ def test_rows_beyond_a_window_that_mlx_lm_ignores_are_refused_before_the_model_i
         assert caught.value.where == "data.max_seq_length"
 
 
+@pytest.mark.parametrize(
+    ("weight_format", "way"),
+    [("int4_affine", "block_size to 32, or"), ("mxfp4", "Set quantization.weight_format to another format")],
+)
+def test_rows_that_groups_do_not_divide_are_refused_before_data_are_read(
+    weight_format: str, way: str, tmp_path: Path
+) -> None:
+    """A size is named that divides them, where the format has one."""
+    width = 96 if weight_format == "int4_affine" else 48
+    model = write_model(tmp_path / "model", "llama", hidden_size=width, head_dim=16)
+    rows = tmp_path / "unreadable.jsonl"
+    rows.write_text("nothing that could be read")
+    changes = {"model__name_or_path": str(model), "quantization__weight_format": weight_format}
+    with pytest.raises(ModelError, match=f"has rows of {width} weights") as caught:
+        run(tmp_path / "run", "mlx_lora", dry_run=True, data__path=str(rows), **changes)
+    assert caught.value.code == "QH-M53"
+    assert way in caught.value.fix
+
+
 def test_a_model_that_mlx_lm_computes_otherwise_is_refused_before_data_are_read(tmp_path: Path) -> None:
     model, rows = write_model(tmp_path / "model", "jamba"), tmp_path / "rows.jsonl"
     rows.write_text("nothing that could be read")
