@@ -12,6 +12,7 @@ from data.chat_templates.conversations import (
     END,
     LEAVING_OUT,
     RAIN,
+    RESULT,
     TIME,
     TOOLS,
     Render,
@@ -136,6 +137,18 @@ def test_parts_become_a_text_where_the_template_takes_texts(write: str, render: 
     found = render(source, [said("user", "a"), said("assistant", parts("b ", "c"))])
     assert found.trained == [f"b c{END}"]
     assert found.alerts == []
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}], ids=["absent", "null"])
+def test_a_call_without_content_has_an_empty_one_where_the_template_fails_without(
+    content: dict[str, None], render: Render
+) -> None:
+    """As OpenAI writes calls, and as DeepSeek's templates do not read them."""
+    calls = {"role": "assistant", "tool_calls": [call(town="Oslo")], **content}
+    found = render(CALLING.replace("m.content or ''", "m['content'] + ''"), [ASKED, calls, RESULT, DRY], TOOLS)
+    assert found.trained == [RAIN + END, f"No, it is dry.{END}"]
+    asked = CALLING.replace("m.content or ''", "m.content if m.content is defined else 'none'")
+    assert render(asked, [ASKED, calls, RESULT, DRY], TOOLS).trained[0].startswith("none")
 
 
 def test_tools_that_a_template_refuses_are_blamed_and_no_message(render: Render) -> None:
