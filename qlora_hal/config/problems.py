@@ -115,8 +115,7 @@ def problems_of_validation(error: ValidationError, origins: Mapping[str, str]) -
         within = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in item["loc"])[1:]
         place = within if settings()[path].kind == "groups" else path
         if place != path:
-            expected = str(item["msg"]).removeprefix("Value error, ")
-            expected = expected[:1].lower() + expected[1:]
+            expected = _expected_within(settings()[path], str(item["type"]), str(item["msg"]))
         found.setdefault(place, Problem(place, origins.get(path, "default"), item["input"], expected, hint))
     return list(found.values())
 
@@ -140,7 +139,16 @@ def _near_choice(setting: Setting, value: object) -> str:
     if word.lower() in ("none", "no", "off", "null") and setting.kind == "list":
         return "leave it out for none"
     close = get_close_matches(_OTHER_CHOICES.get(word.lower(), word.lower()), setting.choices, n=1)
-    return f"did you mean {close[0]}?" if close else ""
+    meant = f"[{close[0]}]" if close and setting.kind == "list" and isinstance(value, str) else "".join(close)
+    return f"did you mean {meant}?" if meant else ""
+
+
+def _expected_within(setting: Setting, kind: str, message: str) -> str:
+    """What is expected of an entry of a list of mappings, or of one of its values."""
+    if kind == "model_type":
+        return f"{setting.expected.replace('a list of mappings', 'a mapping')} is expected"
+    told = message.removeprefix("Value error, ")
+    return told[:1].lower() + told[1:]
 
 
 def _expected(setting: Setting, kind: str, message: str) -> str:

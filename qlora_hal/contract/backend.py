@@ -23,6 +23,7 @@ from qlora_hal.contract.world import RankFacts, World
 from qlora_hal.errors import UnsupportedFeatureError
 
 if TYPE_CHECKING:
+    from qlora_hal.contract.longest_sample import LongestSample
     from qlora_hal.contract.rotary_length import RotaryLength
     from qlora_hal.contract.values import (
         Adapter,
@@ -140,12 +141,14 @@ class ModelOutline:
 
     `linear_modules` are those that the trainer will have after `load`; `notes` are sentences for the user, on what of
     the model is left out, left as it is, or taken for something else. `rotary` tells where rotary positions change
-    with the length of a row; the core then refuses rows that would change one another.
+    with the length of a row; the core then refuses rows that would change one another. `longest_sample` is that of
+    samples that are computed as config.json asks; the core refuses longer ones before any weight is read.
     """
 
     linear_modules: Mapping[str, LinearShape]
     notes: tuple[str, ...] = ()
     rotary: RotaryLength | None = None
+    longest_sample: LongestSample | None = None
 
 
 class Outline(Protocol):

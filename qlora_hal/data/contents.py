@@ -31,11 +31,15 @@ class Contents:
     def __init__(self, trials: Trials) -> None:
         self._trials = trials
         self._as_parts: dict[Form, bool] = {}
+        self._asking: dict[Form, bool] = {}
         self._quoting: dict[Form, bool] = {}
 
     def fitted(self, messages: Sequence[Message], tools: Sequence[object] | None) -> Sequence[Message]:
         """The messages as they are where the template writes them so; with texts instead of parts, or the other way
-        round, where it writes more of them in that form."""
+        round, where it writes more of them in that form. One without a content, a call most often, gets an empty one
+        where the template fails without."""
+        if self._asks_for_contents(messages, tools):
+            messages = [*map(_with_content, messages)]
         if not self._takes_parts(messages, tools):
             return [_with_text(message) for message in messages] if any(map(_has_parts, messages)) else messages
         return messages if any(map(_has_parts, messages)) else [_with_parts(message) for message in messages]
@@ -62,6 +66,18 @@ class Contents:
             self._quoting[form] = found
         return self._quoting[form]
 
+    def _asks_for_contents(self, messages: Sequence[Message], tools: Sequence[object] | None) -> bool:
+        if all(CONTENT in message for message in messages):
+            return False
+        form = form_of(messages, tools)
+        if form not in self._asking:
+            filled = [*map(_with_content, messages)]
+            found = self._trials.of(messages, tools) is None and self._trials.of(filled, tools) is not None
+            if len(self._asking) >= _FORMS_KEPT:
+                return found
+            self._asking[form] = found
+        return self._asking[form]
+
     def _takes_parts(self, messages: Sequence[Message], tools: Sequence[object] | None) -> bool:
         form = form_of(messages, tools)
         if form not in self._as_parts:
@@ -82,6 +98,10 @@ class Contents:
         if given_parts:
             return parts.contents_unwritten <= texts.contents_unwritten
         return parts.contents_unwritten < texts.contents_unwritten
+
+
+def _with_content(message: Message) -> Message:
+    return message if CONTENT in message else {**message, CONTENT: ""}
 
 
 def _has_parts(message: Message) -> bool:

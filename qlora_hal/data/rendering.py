@@ -176,7 +176,7 @@ class RowRenderer:
         try:
             found = renderer.render(example)
         except TemplateFault as fault:
-            raise template_refused(tokenizer, example.messages, fault, row.where, row.number) from fault
+            raise template_refused(tokenizer, example.messages, fault, row.where, row.number, example.tools) from fault
         except TurnNotFound as fault:
             raise _turn_not_found(row, fault) from fault
         except DataError as error:

@@ -40,9 +40,17 @@ def _is_marlins(checkpoint: StoredCheckpoint) -> bool:
     return any(name.endswith(".B") and f"{name[:-1]}s" in checkpoint.tensors for name in checkpoint.tensors)
 
 
+def _is_awqs(checkpoint: StoredCheckpoint) -> bool:
+    """AutoAWQ's first checkpoints have GPTQ's names of tensors, other codes in them, and a description of their own."""
+    described = checkpoint.read_json("quant_config.json")
+    return described is not None and "w_bit" in described and "bits" not in described
+
+
 def _read(checkpoint: StoredCheckpoint) -> Packing:
     if not _has_qweights(checkpoint):
         raise _only_for_marlin()
+    if _is_awqs(checkpoint):
+        raise UnreadableFormatError("quantized with AWQ (quant_config.json has w_bit)")
     described = _description(checkpoint)
     bits = checkpoint.whole("bits", described.get("bits"))
     if bits not in BITS:

@@ -208,8 +208,12 @@ class FormatRecord:
                 "QH-M53",
                 f"{module} has rows of {inputs} weights, which groups of {block_size} do not divide.",
                 where=where,
-                fix="Set quantization.block_size to a smaller size, or quantization.weight_format to none.",
+                fix=f"Set {self._way_to_whole_blocks(inputs)}quantization.weight_format to another format, or to none.",
             )
+
+    def _way_to_whole_blocks(self, inputs: int) -> str:
+        fitting = [size for size in self.block_sizes if inputs % size == 0]
+        return f"quantization.block_size to {max(fitting)}, or " if fitting else ""
 
     def bytes_of(
         self, shape: LinearShape, block_size: int | None = None, double_quant: bool = False, compute_bytes: int = 2

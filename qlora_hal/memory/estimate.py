@@ -16,6 +16,7 @@ from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.memory_constants import HEAP_BLOCK_BYTES, MemoryConstants
 from qlora_hal.contract.values import LinearShape, MemoryEstimate
 from qlora_hal.formats.catalogue import record_of
+from qlora_hal.formats.packed_modules import PackedModules
 from qlora_hal.model.linear_shapes import layer_of
 from qlora_hal.model.shape import DecoderShape, decoder_shape
 from qlora_hal.model.stored_dtypes import FLOATING_DTYPES
@@ -183,11 +184,8 @@ def linear_bytes(
 
 
 def _stored_bytes(facts: ModelFacts, compute_bytes: int) -> int:
-    packed = {
-        name.rpartition(".")[0]
-        for name, tensor in facts.tensors.items()
-        if tensor.dtype not in FLOATING_DTYPES and name.endswith((".weight", ".qweight"))
-    }
+    # Not by their dtypes alone: sharded trainers have codes stored under the name of a float.
+    packed = PackedModules.of(facts).modules
     total = 0
     for name, tensor in facts.tensors.items():
         belongs = tensor.dtype not in FLOATING_DTYPES or any(prefix in packed for prefix in _prefixes(name))

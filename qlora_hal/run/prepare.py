@@ -27,6 +27,7 @@ from qlora_hal.detect.discovery import reports
 from qlora_hal.detect.requirements import quantization_of, requirements_of, unmet_description_note
 from qlora_hal.detect.selection import Choice, choose, refuse_unready
 from qlora_hal.errors import ConfigError, figures
+from qlora_hal.formats.catalogue import record_of
 from qlora_hal.memory.fitting import Taken, cost, halves
 from qlora_hal.memory.placement import NONE, OFFLOAD, SELECTIVE, Placement
 from qlora_hal.model.source import is_on_hub, plan_model, with_weights
@@ -135,12 +136,22 @@ def resolve_backend(config: RunConfig, hooks: Hooks, console: RunConsole) -> Res
     quantization = quantization_of(config, source.facts, choice.spec.capabilities)
     outline = discovery.outline_of(choice.spec, source, config.backend.options)
     require_experts_served(config.lora.experts, source.facts.linear_modules, outline.linear_modules, choice.spec.name)
+    _require_whole_blocks(source, quantization, outline)
     targets = resolve_targets(config.lora.target_modules, outline.linear_modules, config.lora.experts)
     require_rank(config.lora.r, [outline.linear_modules[name] for name in targets])
     require_no_dropout_on_experts(config.lora.dropout, [outline.linear_modules[name] for name in targets])
     lora = config.lora
     adapter = AdapterConfig(lora.r, lora.alpha, lora.dropout, lora.use_rslora, targets)
     return ResolvedBackend(source, choice, probed, quantization, adapter, outline)
+
+
+def _require_whole_blocks(source: ModelSource, quantization: Quantization, outline: ModelOutline) -> None:
+    """Raises ModelError QH-M53 for a layer that the format cannot hold, which the backend would find while it packs."""
+    record = record_of(quantization.weight_format)
+    if source.facts.prequantized is not None or record.calibrated:
+        return
+    for name, shape in outline.linear_modules.items():
+        record.require_whole_blocks(name, shape.inputs, quantization.block_size, source.name)
 
 
 def with_fetched_weights(prepared: PreparedRun, console: RunConsole) -> PreparedRun:
@@ -276,10 +287,14 @@ def _placed(planned: PlannedModel) -> Placement:
 
 
 def _check_lengths(outline: ModelOutline, data: PreparedData) -> None:
-    """Raises UnsupportedFeatureError QH-B62 for rows whose rotary positions would depend on the rows beside them."""
+    """Raises UnsupportedFeatureError QH-B61 for rows that are longer than what the backend computes right, QH-B62 for
+    those whose rotary positions would depend on the rows beside them."""
     for store in filter(None, (data.train, data.validation)):
+        shortest, longest = int(store.lengths.min(initial=0)), int(store.lengths.max(initial=0))
         if outline.rotary is not None and len(store):
-            outline.rotary.check(int(store.lengths.min()), int(store.lengths.max()))
+            outline.rotary.check(shortest, longest)
+        if outline.longest_sample is not None:
+            outline.longest_sample.check(longest)
 
 
 def chosen_dtype(wanted: str, proved: Sequence[str], backend: str, *, written: str = "") -> str:

@@ -583,3 +583,8 @@ def test_none_in_a_file_is_told_to_be_null(tmp_path: Path) -> None:
         resolve_settings(written(tmp_path, "checkpoint: {save_steps: null}\n"), environ={}).config.checkpoint.save_steps
         is None
     )
+
+
+def test_the_one_entry_of_a_list_is_answered_with_the_list() -> None:
+    with pytest.raises(ConfigError, match=r"did you mean \[wandb\]\?"):
+        resolve_settings({"training": {"report_to": "wandb"}}, environ={})

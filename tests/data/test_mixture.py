@@ -245,6 +245,7 @@ def test_a_source_that_is_not_there_is_told_by_its_place(prepared: Prepare, sour
         ({"sources": [{"path": "a"}, {"path": "a"}]}, "give them a weight instead"),
         ({"sources": [{"path": "a", "weight": 0}]}, "data.sources[0].weight = 0: input should be greater than 0"),
         ({"sources": [{"pth": "a", "path": "b"}]}, "data.sources[0].pth"),
+        ({"sources": ["a.jsonl"]}, 'a.jsonl": a mapping with path, split, weight, columns is expected'),
         ({"sources": "a.jsonl"}, "a list of mappings with path, split, weight, columns is expected"),
     ],
 )

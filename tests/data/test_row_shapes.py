@@ -456,6 +456,12 @@ def test_a_history_of_another_form_is_told_by_value(history: object) -> None:
     assert "history" in refused({"instruction": "x", "output": "y", "history": history}).message
 
 
+@pytest.mark.parametrize("instruction", ["", " \n"])
+def test_an_alpaca_row_whose_question_is_its_input_begins_with_it(instruction: str) -> None:
+    row = {"instruction": instruction, "input": "Which river?", "output": "The Danube."}
+    assert [message["content"] for message in read(row).messages] == ["Which river?", "The Danube."]
+
+
 # what is trained -----------------------------------------------------------------------------------------------------
 
 

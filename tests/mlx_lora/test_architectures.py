@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from mlx_models import FLOAT32, check_base_logits, transformers_logits
 from tiny_models import FAMILIES, edit_config, write_model
-from trainers import OpenTrainer, random_batch, source_of
+from trainers import OpenTrainer, packed, random_batch, source_of
 
 from qlora_hal.contract.backend import Compute, Quantization
 from qlora_hal.contract.capabilities import WeightFormat
+from qlora_hal.contract.values import IGNORE_LABEL
 from qlora_hal.errors import ModelError, UnsupportedFeatureError
 from qlora_hal_backends.mlx_lora.trainer import MLXLoRATrainer
 
@@ -75,6 +77,21 @@ def test_rows_beyond_a_window_that_mlx_lm_leaves_out_are_refused(tmp_path: Path,
         trainer.logits(random_batch(0, time=20))
     assert caught.value.code == "QH-B61"
     assert trainer.logits(random_batch(0, time=8)).shape == (2, 8, 320)
+
+
+def test_samples_count_and_neither_padding_nor_rows_where_mlx_lm_leaves_out_a_window(
+    tmp_path: Path, opened: Opened
+) -> None:
+    trainer = opened(write_model(tmp_path, "gemma2", sliding_window=12)).trainer
+    batch = random_batch(0, time=10)
+    expected = trainer.logits(batch)
+    longer = {
+        name: np.pad(getattr(batch, name), ((0, 0), (0, 6)), constant_values=IGNORE_LABEL if name == "labels" else 0)
+        for name in ("input_ids", "labels", "position_ids", "segment_ids")
+    }
+    largest = FLOAT32 * np.abs(expected).max()
+    assert np.abs(trainer.logits(replace(batch, **longer))[:, :10] - expected).max() <= largest
+    assert np.abs(trainer.logits(packed([batch])) - expected.reshape(1, 20, -1)).max() <= largest
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from small_runs import SMALL, merged
 from tiny_models import write_model
 
 from qlora_hal import TrainResult, resume, train
-from qlora_hal.demo import data_path
+from qlora_hal.demo import data_path, model_path
 from qlora_hal.detect.discovery import open_trainer
-from qlora_hal.errors import ModelError
+from qlora_hal.errors import ModelError, UnsupportedFeatureError
 from qlora_hal.report.console import RunConsole
 from qlora_hal_backends.mlx_lora import SPEC, device
 from qlora_hal_backends.mlx_lora.capabilities import MLX_ENVIRONMENT, set_environment
@@ -49,6 +50,37 @@ def test_the_same_call_gives_the_losses_of_torch(tmp_path: Path) -> None:
     # A loss is a mean of some 60 differences of logits, each off by at most 2.2e-5 of the largest, which is about 10
     # (test_architectures); their errors are of either sign.
     assert np.allclose([loss for _, loss in ours.losses], [loss for _, loss in theirs.losses], rtol=0, atol=1e-4)
+
+
+def test_rows_beyond_a_window_that_mlx_lm_ignores_are_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    """Else the run would end at the step in which the first of them comes."""
+    model = write_model(tmp_path / "model", "gemma2", vocab_size=4096, sliding_window=16)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(model_path() / name, model / name)
+    for dry_run in (True, False):
+        with pytest.raises(UnsupportedFeatureError, match="longer than the sliding window of 16 tokens") as caught:
+            run(tmp_path / "run", "mlx_lora", dry_run=dry_run, model__name_or_path=str(model))
+        assert caught.value.code == "QH-B61"
+        assert caught.value.where == "data.max_seq_length"
+
+
+@pytest.mark.parametrize(
+    ("weight_format", "way"),
+    [("int4_affine", "block_size to 32, or"), ("mxfp4", "Set quantization.weight_format to another format")],
+)
+def test_rows_that_groups_do_not_divide_are_refused_before_data_are_read(
+    weight_format: str, way: str, tmp_path: Path
+) -> None:
+    """A size is named that divides them, where the format has one."""
+    width = 96 if weight_format == "int4_affine" else 48
+    model = write_model(tmp_path / "model", "llama", hidden_size=width, head_dim=16)
+    rows = tmp_path / "unreadable.jsonl"
+    rows.write_text("nothing that could be read")
+    changes = {"model__name_or_path": str(model), "quantization__weight_format": weight_format}
+    with pytest.raises(ModelError, match=f"has rows of {width} weights") as caught:
+        run(tmp_path / "run", "mlx_lora", dry_run=True, data__path=str(rows), **changes)
+    assert caught.value.code == "QH-M53"
+    assert way in caught.value.fix
 
 
 def test_a_model_that_mlx_lm_computes_otherwise_is_refused_before_data_are_read(tmp_path: Path) -> None:

@@ -163,6 +163,7 @@ def test_scores_are_quadratic_in_length_only_where_they_are_kept() -> None:
     [
         ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}, "nf4", True),
         ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "nf4", False),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "float32"}, "nf4", False),
         ({"load_in_8bit": True}, "int8", False),
     ],
 )
@@ -170,7 +171,7 @@ def test_weights_agree_with_bitsandbytes_within_one_percent(
     tmp_path: Path, settings: dict[str, Any], weight_format: str, double_quant: bool
 ) -> None:
     """One percent leaves room for the two codebooks (64 and 1024 bytes) of each of the 14 layers, which the formula
-    leaves out: 14 x 1088 = 15 kB of 2.6 MB."""
+    leaves out: 14 x 1088 = 15 kB of 2.6 MB. Codes may lie under the name of a float, of whatever size."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 

@@ -414,6 +414,19 @@ def test_a_method_or_width_that_no_backend_has_is_refused_with_the_readable_ones
     assert "bitsandbytes" in caught.value.message
 
 
+def test_the_first_checkpoints_of_awq_are_known_by_their_description(
+    write_model: WriteModel, llama_weights: Callable[..., Tensors]
+) -> None:
+    tensors = {name: array for name, array in gptq_tensors(llama_weights(), 16).items() if not name.endswith("g_idx")}
+    folder = write_model(tensors=tensors, config={"vocab_size": 96})
+    described = {"zero_point": True, "q_group_size": 16, "w_bit": 4, "version": "GEMM"}
+    (folder / "quant_config.json").write_text(json.dumps(described))
+    with pytest.raises(ModelError, match="quantized with AWQ") as caught:
+        read_facts(folder)
+    assert caught.value.code == "QH-C72"
+    assert "unquantized version" in caught.value.fix
+
+
 def test_plain_weights_under_another_method_are_refused(write_model: WriteModel) -> None:
     config = {"vocab_size": 96, "quantization_config": {"quant_method": "fp8"}}
     with pytest.raises(ModelError, match="quantized with fp8"):

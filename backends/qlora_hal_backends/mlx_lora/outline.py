@@ -18,7 +18,7 @@ def outline(source: ModelSource, options: Mapping[str, object]) -> ModelOutline:
     here = assembled.paths()
     shapes = {name: shape for name, shape in source.facts.linear_modules.items() if name in here}
     notes = (*left_out_notes(source.facts), *_not_here(source, shapes), *assembled.notes)
-    return ModelOutline(shapes, notes, assembled.rotary)
+    return ModelOutline(shapes, notes, assembled.rotary, assembled.window.longest_sample)
 
 
 def _not_here(source: ModelSource, shapes: Mapping[str, LinearShape]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+from qlora_hal.contract.longest_sample import LongestSample
 from qlora_hal.errors import UnsupportedFeatureError
 from qlora_hal.model.facts import text_config
 from qlora_hal.model.source import ModelSource
@@ -33,13 +34,16 @@ class MissingWindow:
             "have: longer rows are refused (QH-B61)",
         )
 
-    def applied_to(self, time: int) -> int | None:
-        """The window to put into the mask of rows of `time` tokens. Raises UnsupportedFeatureError QH-B61."""
-        if self.tokens is None or time <= self.tokens:
+    @property
+    def longest_sample(self) -> LongestSample | None:
+        """None where samples of every length are computed right."""
+        if self.tokens is None or self.on_every_layer:
             return None
-        if self.on_every_layer:
-            return self.tokens
-        raise self.too_long(time)
+        return LongestSample(self.tokens, self._bound)
+
+    def applied_to(self, time: int) -> int | None:
+        """The window to put into the mask of rows of `time` tokens, where all layers have it."""
+        return self.tokens if self.on_every_layer and self.tokens is not None and time > self.tokens else None
 
     def check_generation(self, time: int) -> None:
         """Raises UnsupportedFeatureError QH-B61: a key-value cache of mlx-lm keeps every token in sight."""
@@ -50,10 +54,13 @@ class MissingWindow:
         """For rows that the window cannot be put into."""
         return UnsupportedFeatureError(
             "QH-B61",
-            f"{time} tokens are longer than the sliding window of {self.tokens} tokens of {self.architecture}, which "
-            "mlx-lm ignores.",
+            f"{time} tokens are longer than {self._bound}.",
             fix=f"Keep to {self.tokens} tokens (data.max_seq_length), or choose another backend.",
         )
+
+    @property
+    def _bound(self) -> str:
+        return f"the sliding window of {self.tokens} tokens of {self.architecture}, which mlx-lm ignores"
 
 
 def missing_window(source: ModelSource, read: Config, arguments_class: type[Any]) -> MissingWindow:

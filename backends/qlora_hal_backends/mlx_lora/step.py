@@ -47,8 +47,10 @@ class DeviceBatch:
 
 def to_device(base: BaseModel, batch: Batch) -> DeviceBatch:
     """Which positions count is decided here, on the host, and whether the rows can be computed at all: raises
-    UnsupportedFeatureError QH-B60 for packed samples that would see one another, QH-B62 for samples that would get
-    other rotary factors than alone."""
+    UnsupportedFeatureError QH-B60 for packed samples that would see one another, QH-B61 for samples beyond a window
+    that mlx-lm ignores, QH-B62 for samples that would get other rotary factors than alone."""
+    if (limit := base.window.longest_sample) is not None:
+        limit.check_batch(batch)
     if base.rotary is not None:
         base.rotary.check_batch(batch, batch.input_ids.shape[1])
     if batch.is_packed:

@@ -180,7 +180,8 @@ def _with_parameters(row: Row, tool: Mapping[str, object], field: str) -> Mappin
 def _alpaca(row: Row, value: Mapping[str, object], input_heading: str) -> Conversation:
     instruction, output = _string(row, value, "instruction"), _string(row, value, "output")
     extra = _string(row, value, "input", may_be_absent=True)
-    question = f"{instruction}\n\n{input_heading}{extra}" if extra.strip() else instruction
+    asking = [instruction, f"{input_heading}{extra}"] if instruction.strip() else [extra]
+    question = "\n\n".join(asking) if extra.strip() else instruction
     asked = Conversation([{"role": "user", "content": question}, {"role": "assistant", "content": output}])
     earlier = _history(row, value["history"]) if value.get("history") else None
     if earlier is not None:

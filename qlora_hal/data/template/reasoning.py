@@ -14,11 +14,12 @@ from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from qlora_hal.data.template.chat_template import REASONING_FIELDS, TemplateFault
-from qlora_hal.data.template.message_fields import CONTENT
+from qlora_hal.data.template.message_fields import CALLS, CONTENT
 from qlora_hal.errors import UnsafeInputError
 
 if TYPE_CHECKING:
     from qlora_hal.data.template.chat_template import ChatTemplate
+    from qlora_hal.data.template.message_fields import Message
     from qlora_hal.data.template.turn_marks import Span
 
     Piece = tuple[str, bool]
@@ -28,7 +29,7 @@ Marks = tuple[str, str]
 
 USUAL_MARKS: Marks = ("<think>", "</think>")
 _UNKNOWN: Marks = ("", "")
-_THOUGHT, _ANSWER = "hesitantly", "decidedly"
+_THOUGHT, _SIGN = "hesitantly", "decidedly"
 _TAG = r"(?:<[^<>\s]*>|\[[^\[\]\s]*\]|◁[^◁▷\s]*▷)"
 _OPENING = re.compile(rf"{_TAG}\w*\s*$")
 _CLOSING = re.compile(_TAG)
@@ -36,33 +37,59 @@ _CLOSING = re.compile(_TAG)
 
 def reasoning_marks(template: ChatTemplate | None) -> ReasoningMarks:
     """The marks that count in turns of this template."""
-    found = None if template is None else _marks_of(template)
-    own = () if found in (None, USUAL_MARKS, _UNKNOWN) else (found,)
-    return ReasoningMarks((*own, USUAL_MARKS), unknown=found == _UNKNOWN)
+    found = [] if template is None else [_marks_of(template, _ANSWERS), _marks_of(template, _CALLS)]
+    own = dict.fromkeys(marks for marks in found if marks not in (None, USUAL_MARKS, _UNKNOWN))
+    return ReasoningMarks((*filter(None, own), USUAL_MARKS), unknown=_UNKNOWN in found)
 
 
-def _marks_of(template: ChatTemplate) -> Marks | None:
-    """None where the template writes no thought, `_UNKNOWN` where it writes one between no marks that are told apart
-    from text."""
+def _turns_that_answer() -> Iterator[Message]:
+    for content in (_SIGN, [{"type": "text", "text": _SIGN}]):
+        yield {"role": "assistant", CONTENT: content}
+
+
+def _turns_that_call() -> Iterator[Message]:
+    for arguments in ({"key": "text"}, '{"key": "text"}'):
+        call = {"id": "call00001", "type": "function", "function": {"name": _SIGN, "arguments": arguments}}
+        yield {"role": "assistant", CONTENT: "", CALLS: [call]}
+
+
+_ANSWERS, _CALLS = tuple(_turns_that_answer()), tuple(_turns_that_call())
+"""Turns to try. Some templates write a thought before calls alone, as Gemma 4's first one does."""
+
+
+def _marks_of(template: ChatTemplate, turns: Sequence[Message]) -> Marks | None:
+    """None where the template writes no thought in these turns, `_UNKNOWN` where it writes one between no marks that
+    are told apart from text."""
     writes = False
     asked = {"role": "user", CONTENT: "text"}
-    for content in (_ANSWER, [{"type": "text", "text": _ANSWER}]):
-        answered = {"role": "assistant", **dict.fromkeys(REASONING_FIELDS, _THOUGHT), CONTENT: content}
+    for turn in turns:
+        thinking = {**turn, **dict.fromkeys(REASONING_FIELDS, _THOUGHT)}
         try:
-            text = template.trace([asked, answered]).text
+            text = template.trace([asked, thinking]).text
+            silent = template.trace([asked, turn]).text
             prompt = template.trace([asked], add_generation_prompt=True).text
         except (TemplateFault, UnsafeInputError):
             continue
         before, thought, behind = text.partition(_THOUGHT)
-        between, answer, _ = behind.partition(_ANSWER)
+        between, sign, _ = behind.partition(_SIGN)
+        if not thought or not sign:
+            writes = writes or bool(thought)
+            continue
+        if before.rstrip().endswith(USUAL_MARKS[0]) and USUAL_MARKS[1] in between:
+            return USUAL_MARKS
         # What follows the prompt is for the model to write: all of gpt-oss's <|channel|>analysis<|message|>, say.
         own = before.removeprefix(prompt).strip() if before.startswith(prompt) else ""
         last_tag, closing = _OPENING.search(before), _CLOSING.search(between)
         opening = own or (last_tag.group().strip() if last_tag else "")
-        if thought and answer and opening and closing:
+        if opening and closing and not (CALLS in turn and _leads_to_a_call(closing, silent.partition(_SIGN)[0])):
             return opening, closing.group()
-        writes = writes or bool(thought)
+        writes = True
     return _UNKNOWN if writes else None
+
+
+def _leads_to_a_call(tag: re.Match[str], before: str) -> bool:
+    """Whether the tag stands before the call of a turn without a thought, too, in all that follows the thought."""
+    return before.endswith(tag.string[tag.start() :])
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -331,10 +332,27 @@ def _unreadable_template(path: Path, reason: str, fix: str) -> DataError:
 
 
 def template_refused(
-    tokenizer: ChatTokenizer, messages: Sequence[Message], fault: Exception, where: str, row: int | None = None
+    tokenizer: ChatTokenizer,
+    messages: Sequence[Message],
+    fault: Exception,
+    where: str,
+    row: int | None = None,
+    tools: Sequence[object] | None = None,
 ) -> DataError:
-    """The error when a template fails on a conversation (QH-D12): which row, and at which message it began to fail."""
-    turn = _first_refused(tokenizer, messages)
+    """The error when a template fails on a conversation (QH-D12): which row, and at which message it began to fail, or
+    that its tools are at fault."""
+    forms = _forms(tokenizer, messages, tools)
+    if tools and _takes(tokenizer, forms, None):
+        return DataError(
+            "QH-D12",
+            f"The chat template {tokenizer.template_name} refuses the tools of the row: {fault}.",
+            where=where,
+            cause="It takes the messages without them.",
+            fix='Describe each tool as {"type": "function", "function": {"name": ..., "description": ..., '
+            '"parameters": {...}}}, or set data.chat_template to a template that accepts them.',
+            context={"row": row},
+        )
+    turn = _first_refused(tokenizer, forms, tools)
     roles = _roles_around(messages, turn)
     which = f"message {turn + 1} (role {messages[turn].get('role')})" if messages else "a conversation without messages"
     return DataError(
@@ -347,21 +365,36 @@ def template_refused(
     )
 
 
-def _first_refused(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> int:
+def _forms(
+    tokenizer: ChatTokenizer, messages: Sequence[Message], tools: Sequence[object] | None
+) -> list[Sequence[Message]]:
+    """The messages in each form in which a template is given a row."""
+    assert tokenizer.writer is not None
+    contents = tokenizer.writer.contents
+    return [contents.fitted(given, tools) for _, given in contents.forms_of_arguments(messages, tools)]
+
+
+def _takes(tokenizer: ChatTokenizer, forms: Sequence[Sequence[Message]], tools: Sequence[object] | None) -> bool:
+    """Whether the template renders the messages in one of their forms."""
+    assert tokenizer.template is not None
+    for messages in forms:
+        with suppress(TemplateFault):
+            tokenizer.template.render(messages, tools=tools)
+            return True
+    return False
+
+
+def _first_refused(tokenizer: ChatTokenizer, forms: Sequence[Sequence[Message]], tools: Sequence[object] | None) -> int:
     """The message at which the template begins to refuse the conversation.
 
     What a template refuses in a beginning it refuses in what goes on from there, as it reads one message after the
     other; a template that looks at the end first may have the message told that ends the longest beginning it takes.
     """
-    assert tokenizer.template is not None
-    taken, refused = 0, len(messages)
+    taken, refused = 0, len(forms[0])
     while refused - taken > 1:
         count = (taken + refused) // 2
-        try:
-            tokenizer.template.render(messages[:count])
-            taken = count
-        except TemplateFault:
-            refused = count
+        is_taken = _takes(tokenizer, [messages[:count] for messages in forms], tools)
+        taken, refused = (count, refused) if is_taken else (taken, count)
     return max(0, refused - 1)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
-from data.chat_templates.conversations import Prepare, Render, said
+from data.chat_templates.conversations import ASKED, DRY, RESULT, Prepare, Render, call, said
 
 from qlora_hal.data import ChatTokenizer
 from qlora_hal.data.template.reasoning import ReasoningMarks
@@ -306,6 +306,40 @@ def test_reasoning_between_unknown_marks_is_told_and_other_marks_do_not_hide_it(
     assert found.trained == [f"Thought: r1 Answer: a1{IM}", "<think>", f"</think>a2{IM}"]
     assert any("reasoning between no marks that are known, and it carries loss in 1 rows" in a for a in found.alerts)
     assert not any("no marks that are known" in a for a in render(written, ROWS, mask_reasoning=True).alerts)
+
+
+def calling(thought: str) -> str:
+    """A template that writes thoughts before calls alone, as Gemma 4's first one does."""
+    return (
+        "{% for m in messages %}{{ '<|turn>' + m.role + '\n' }}"
+        "{% if m.reasoning_content and m.tool_calls %}{{ '"
+        + thought.replace("{R}", "' + m.reasoning_content + '")
+        + "' }}{% endif %}"
+        "{% for one in m.tool_calls or [] %}"
+        "{{ '<|tool_call>call:' + one.function.name + '{}<tool_call|>' }}{% endfor %}"
+        "{{ m.content or '' }}{{ '<turn|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|turn>assistant\n' }}{% endif %}"
+    )
+
+
+CALLED = [ASKED, said("assistant", "", reasoning_content="r1", tool_calls=[call()]), RESULT, DRY]
+
+
+def test_a_thought_that_is_written_before_calls_alone_is_masked(render: Render) -> None:
+    written = calling("<|channel>thought\\n{R}<channel|>")
+    kept = ["<|channel>thought", "<channel|><|tool_call>call:rain{}<tool_call|><turn|>", "No, it is dry.<turn|>"]
+    found = render(written, CALLED, eos="<turn|>", mask_reasoning=True)
+    assert found.trained == kept
+    assert not any("mask_reasoning" in alert for alert in found.alerts)
+
+
+def test_what_begins_a_call_is_no_mark_of_the_thought_before_it(render: Render) -> None:
+    found = render(calling("Thought: {R} "), CALLED, eos="<turn|>", mask_reasoning=True)
+    assert found.trained == [
+        "Thought: r1 <|tool_call>call:rain{}<tool_call|><turn|>",
+        "No, it is dry.<turn|>",
+    ]
+    assert any("reasoning between no marks that are known" in alert for alert in found.alerts)
 
 
 def test_marks_of_triangles_are_marks(render: Render) -> None:

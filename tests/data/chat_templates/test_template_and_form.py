@@ -12,6 +12,7 @@ from data.chat_templates.conversations import (
     END,
     LEAVING_OUT,
     RAIN,
+    RESULT,
     TIME,
     TOOLS,
     Render,
@@ -136,3 +137,32 @@ def test_parts_become_a_text_where_the_template_takes_texts(write: str, render: 
     found = render(source, [said("user", "a"), said("assistant", parts("b ", "c"))])
     assert found.trained == [f"b c{END}"]
     assert found.alerts == []
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}], ids=["absent", "null"])
+def test_a_call_without_content_has_an_empty_one_where_the_template_fails_without(
+    content: dict[str, None], render: Render
+) -> None:
+    """As OpenAI writes calls, and as DeepSeek's templates do not read them."""
+    calls = {"role": "assistant", "tool_calls": [call(town="Oslo")], **content}
+    found = render(CALLING.replace("m.content or ''", "m['content'] + ''"), [ASKED, calls, RESULT, DRY], TOOLS)
+    assert found.trained == [RAIN + END, f"No, it is dry.{END}"]
+    asked = CALLING.replace("m.content or ''", "m.content if m.content is defined else 'none'")
+    assert render(asked, [ASKED, calls, RESULT, DRY], TOOLS).trained[0].startswith("none")
+
+
+def test_tools_that_a_template_refuses_are_blamed_and_no_message(render: Render) -> None:
+    """Tools without the object around them, as some data sets have them."""
+    written = CALLING.replace("tool | tojson", "tool.function.name | tojson")
+    with pytest.raises(DataError, match=r"QH-D12.*refuses the tools of the row: 'dict object' has no attr") as caught:
+        render(written, [ASKED, DRY], [TOOLS[0]["function"]])
+    assert '"type": "function"' in caught.value.fix
+
+
+def test_a_message_is_blamed_in_the_form_in_which_the_template_is_given_it(render: Render) -> None:
+    """A content in parts is not at fault where it was joined to a text."""
+    written = "{% for m in messages %}{{ m.role + m.content + m.name[0:] + '<|im_end|>' }}{% endfor %}"
+    cached = [{"type": "text", "text": "one", "cache_control": {"type": "ephemeral"}}]
+    rows = [said("user", cached, name="a"), said("assistant", "two", name="b"), said("user", "three")]
+    with pytest.raises(DataError, match=r"QH-D12.*refuses message 3 \(role user\)"):
+        render(written, [*rows, said("assistant", "four", name="c")])
