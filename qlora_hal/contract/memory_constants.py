@@ -27,7 +27,8 @@ class MemoryConstants:
     `working_feed_forward_copies` are of that width and alive in the layer that is differentiated alone, for no more
     than `feed_forward_tile` rows at a time where that is a number; `working_routed_copies` and
     `working_routed_hidden_copies` are the same of each of a token's experts. `recomputed_inputs` is how many layers'
-    inputs are on the device at a time where whole layers are recomputed; None: all.
+    inputs are on the device at a time where whole layers are recomputed; None: all. `attended_copies`, of all heads'
+    width, are there beside them where what attention gave is kept of rows of `attended_from` tokens and more.
     `logit_bytes` are those of a logit from its product to its gradient; None: in the compute dtype, in float32 and as a
     float32 gradient. `dequantized_copies` counts weights of the largest linear layer's size that stand decoded at once.
     `dequantized_of_a_stack` are the most weights of a stack of experts that stand decoded at once; None: all of them.
@@ -53,6 +54,8 @@ class MemoryConstants:
     working_routed_hidden_copies: float = 0.0
     feed_forward_tile: int | None = None
     recomputed_inputs: int | None = None
+    attended_copies: float = 0.0
+    attended_from: int = 0
     dequantized_copies: float = 1.0
     dequantized_of_a_stack: int | None = None
     cross_entropy_rows: int | None = None

@@ -243,7 +243,10 @@ def _activation_bytes(
     working += int(tile * in_a_tile * compute_bytes)
     if gradient_checkpointing:
         inputs = shape.layers if constants.recomputed_inputs is None else min(shape.layers, constants.recomputed_inputs)
-        return inputs * tokens * shape.hidden * compute_bytes, int(one_layer) + working
+        of_a_token = inputs * shape.hidden
+        if sequence_length >= constants.attended_from:
+            of_a_token += int(constants.attended_copies * shape.query)
+        return tokens * of_a_token * compute_bytes, int(one_layer) + working
     return int(shape.layers * one_layer), working
 
 

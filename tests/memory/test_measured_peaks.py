@@ -19,7 +19,8 @@ from tests.memory.configs import write_config
 
 RECORD = Path(__file__).parents[2] / "docs" / "runs" / "h200_memory_steps.json"
 _KEPT = json.loads(RECORD.read_text(encoding="utf-8"))
-MEASURED = [*_KEPT["found"], *_KEPT["long_rows"]["found"], *_KEPT["deterministic"]["found"]]
+PARTS = (_KEPT, *(_KEPT[name] for name in ("long_rows", "deterministic", "attention_kept")))
+MEASURED = [each for part in PARTS for each in part["found"]]
 SHAPES: dict[str, dict[str, int]] = {
     "7b": dict(hidden=4096, inner=11008, layers=32, heads=32, key_heads=32, vocabulary=32000),
     "8b": dict(hidden=4096, inner=14336, layers=32, heads=32, key_heads=8, vocabulary=128256),
@@ -36,7 +37,9 @@ def asked(row: dict[str, Any]) -> tuple[str, list[str], str]:
     return recompute, on_host[0] if on_host else [], others[-1]
 
 
-@pytest.mark.parametrize("row", MEASURED, ids=[f"{row['row']}-{row['length']}-{row['choice']}" for row in MEASURED])
+@pytest.mark.parametrize(
+    "row", MEASURED, ids=[f"{row['row']}-{row['length']}-{row['choice']}-{row['peak_gb']}" for row in MEASURED]
+)
 def test_a_measured_peak_was_foreseen(row: dict[str, Any], tmp_path: Path) -> None:
     shape = row["row"].partition("-")[0]
     write_config(tmp_path / shape, **SHAPES[shape], positions=2**17)

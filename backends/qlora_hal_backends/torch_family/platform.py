@@ -49,6 +49,10 @@ MIXTURE_TILE_ROWS = 8192
 """The same of a mixture, whose products want many rows for each expert: the weights of all of them are read once a
 tile."""
 
+LONG_SAMPLE = 8192
+"""Tokens of a sample from which what attention gave waits on the host beside a layer's input. From some 9,700 tokens on
+it takes less long to get there (55 GB/s) than to compute it again (533 TFLOP/s, both measured on an NVIDIA H200), and
+it crosses beside what is computed."""
 
 DECODED_AT_ONCE = 2**28
 """Numbers of a stack of experts that stand decoded at a time for transformers' layers, half a gigabyte in bfloat16.
@@ -170,7 +174,8 @@ def recomputed_memory(memory: MemoryConstants, recompute: str, *, fused: bool) -
     """The same with a choice of recomputation. The fused feed-forward is made again in tiles: gate, up and their
     product, whose gradients take their places, three of its widths a row. Beside them stand a recomputed layer's
     attention and the streams above and below it, some ten hidden widths and a half: from 16,384 to 65,536 tokens of
-    an 8B shape a peak grew by 14.1 widths a token, of which three are layers' inputs and a half keys and values."""
+    an 8B shape a peak grew by 14.1 widths a token, of which three are layers' inputs and a half keys and values. Where
+    inputs wait on the host, so does what attention gave over long rows: two more widths (0.27 GB of 16,384 tokens)."""
     if recompute == "none":
         return memory
     inputs = 3 if recompute == "offload" else None  # one that computes, one that comes, one that stayed
@@ -196,7 +201,8 @@ def recomputed_memory(memory: MemoryConstants, recompute: str, *, fused: bool) -
         )
     if recompute == "selective":
         return tiled
-    return replace(tiled, hidden_copies=10.6, working_layers=0.0, recomputed_inputs=inputs)
+    whole = replace(tiled, hidden_copies=10.6, working_layers=0.0, recomputed_inputs=inputs)
+    return replace(whole, attended_copies=2.0, attended_from=LONG_SAMPLE) if recompute == "offload" else whole
 
 
 def memory_of(plain: MemoryConstants, *, fused: bool) -> Callable[[MemoryQuery], MemoryConstants]:

@@ -16,7 +16,7 @@ from qlora_hal_backends.torch_family.attention.rectangles import proved_rectangl
 from qlora_hal_backends.torch_family.attention.varlen import SAMPLE_BY_SAMPLE, UnevenAttention, proved_varlen
 from qlora_hal_backends.torch_family.device import device_refusal
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
-from qlora_hal_backends.torch_family.fused.body import LONG_SAMPLE, FusedBody, RotaryTables
+from qlora_hal_backends.torch_family.fused.body import FusedBody, RotaryTables
 from qlora_hal_backends.torch_family.fused.collecting import layer_weights, make_buffers
 from qlora_hal_backends.torch_family.fused.decoder_layer import DecoderLayer
 from qlora_hal_backends.torch_family.fused.families import (
@@ -54,7 +54,7 @@ from qlora_hal_backends.torch_family.fused.supported import (
 )
 from qlora_hal_backends.torch_family.fused.tape import Keep
 from qlora_hal_backends.torch_family.loading import BaseModel
-from qlora_hal_backends.torch_family.platform import MIXTURE_TILE_ROWS, TILE_ROWS
+from qlora_hal_backends.torch_family.platform import LONG_SAMPLE, MIXTURE_TILE_ROWS, TILE_ROWS
 
 KEPT: Mapping[str, Keep] = {"selective": Keep.ALL_BUT_GATE_UP, "full": Keep.RESIDUAL, "offload": Keep.RESIDUAL}
 """What layers keep under each `Compute.recompute`."""

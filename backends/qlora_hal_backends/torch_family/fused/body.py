@@ -32,12 +32,9 @@ from qlora_hal_backends.torch_family.fused.layer_weights import LayerWeights
 from qlora_hal_backends.torch_family.fused.operations import Dropout, Rotary
 from qlora_hal_backends.torch_family.fused.tape import Keep, LayerTape, Sequences
 from qlora_hal_backends.torch_family.loading import BaseModel
+from qlora_hal_backends.torch_family.platform import LONG_SAMPLE
 from qlora_hal_backends.torch_family.step import DeviceBatch
 
-LONG_SAMPLE = 8192
-"""Tokens of a sample from which what attention gave is kept beside a layer's input. From some 9,700 tokens on it takes
-less long to the host (55 GB/s) than to compute it again (533 TFLOP/s, both measured on an NVIDIA H200), and it crosses
-beside what is computed."""
 LOG_SUM_BYTES = 4
 
 RotaryTables = Callable[[int], Mapping[str, tuple[Tensor, Tensor]]]
