@@ -255,7 +255,7 @@ def sample_by_sample(query: Tensor, key: Tensor, value: Tensor, lengths: Sequenc
     """`[M, heads, d]`, in autograd's graph."""
     # The gradient of a split is one concatenation; that of slices would be a whole buffer for each.
     parts = zip(*(part.split(list(lengths)) for part in (query, key, value)), strict=True)
-    return torch.cat([one_sample(*sample, softmax) for sample in parts])
+    return torch.cat([one_sample(query, key, value, softmax) for query, key, value in parts])
 
 
 @dataclass(slots=True)
