@@ -162,7 +162,7 @@ def attach_with(
         products_path="" if fp8 is None else FP8_WORDS,
         attention_path=f"{uneven.words}, {KEPT_WORDS}" if offloads and rectangles is not None else uneven.words,
         embedding_scale=embedding_scale_of(base),
-        host=HostMemory(like.device, ranks=compute.world.size) if offloads else None,
+        host=HostMemory(like.device, ranks=compute.world.most_on_host) if offloads else None,
     )
 
 
