@@ -1,8 +1,8 @@
 """What a program has set for all of torch does not reach what a trainer computes.
 
-A notebook that begins with `torch.set_grad_enabled(False)`, a call inside `torch.autocast`, products that may be rounded
-(`torch.set_float32_matmul_precision("medium")`), a default device: a run would end, or compute something else than the
-same run in a program of its own, and than a resume of it in another.
+A notebook that begins with `torch.set_grad_enabled(False)`, a call inside `torch.autocast`, products that may be
+rounded (`torch.set_float32_matmul_precision("medium")`), a default device: a run would end, or compute something else
+than the same run in a program of its own, and than a resume of it in another.
 """
 
 from __future__ import annotations
