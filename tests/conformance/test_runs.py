@@ -296,5 +296,5 @@ def test_no_process_of_the_suite_takes_what_lies_in_the_working_folder_for_a_mod
     arguments = ("cpu_torch", "--keyword", "evaluation_gives", "--lanes", "1", "--out", "out")
     command = [sys.executable, "-P", "-m", "qlora_hal", "conformance", *arguments]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
-    assert "passed" in ended.stdout, ended.stderr
-    assert ended.returncode == 0
+    assert "1 passed" in ended.stderr
+    assert "code of the working folder" not in ended.stderr

@@ -32,7 +32,7 @@ def in_own_state(
     """A method of a trainer that computes as in a fresh process."""
 
     @wraps(method)
-    def computed(self: _Trainer, *arguments: _Arguments.args, **named: _Arguments.kwargs) -> _Result:
+    def computed(self: _Trainer, /, *arguments: _Arguments.args, **named: _Arguments.kwargs) -> _Result:
         with own_state(self._device):
             return method(self, *arguments, **named)
 
@@ -91,7 +91,8 @@ def _made_full() -> Callable[[], object]:
 
 
 def _made_full_by_device() -> Callable[[], object]:
-    products: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends: Any = torch.backends  # whose stubs lag behind
+    products = (backends.cuda.matmul, backends.mkldnn.matmul)
     found = [each.fp32_precision for each in products]
 
     def put(precisions: list[str]) -> None:
