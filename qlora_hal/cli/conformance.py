@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -103,8 +102,6 @@ def conformance(
     reference = Reference(backend or "", trainer or "", spec or "")
     is_named = bool(backend or trainer or spec)
     side_by_side = lanes_here() if lanes is None else lanes
-    if not (trainer or spec):  # what lies in the working folder is a module for those alone who name one there
-        os.environ["PYTHONSAFEPATH"] = "1"
     if run is not None:
         given = reference if is_named else None
         return judge_run(ForOptions(run, given, out, certificate, keyword or "", seed, timeout, quiet, side_by_side))[0]

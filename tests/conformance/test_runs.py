@@ -288,13 +288,3 @@ def test_sections_of_a_plugin_run_and_do_not_count(tmp_path: Path) -> None:
         timeout=120,
     )
     assert ended.stdout.splitlines() == ["toy_own/good passed", "toy_own/bad failed"]
-
-
-@pytest.mark.slow
-def test_no_process_of_the_suite_takes_what_lies_in_the_working_folder_for_a_module(tmp_path: Path) -> None:
-    (tmp_path / "json.py").write_text("raise SystemExit('code of the working folder ran')")
-    arguments = ("cpu_torch", "--keyword", "evaluation_gives", "--lanes", "1", "--out", "out")
-    command = [sys.executable, "-P", "-m", "qlora_hal", "conformance", *arguments]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
-    assert "1 passed" in ended.stderr
-    assert "code of the working folder" not in ended.stderr
