@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import NoReturn
 
 from qlora_hal.adapter import peft_experts
@@ -45,6 +46,9 @@ TENSORS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 PROVENANCE_FILE = "qlora_hal.json"
 CARD_FILE = "README.md"
+
+_MLX_PARAMETERS = "lora_parameters"
+"""What mlx-lm's adapter_config.json has in the place of PEFT's fields."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HARMLESS = frozenset(
@@ -342,6 +346,13 @@ def _read_json(path: Path) -> dict[str, object]:
 def _read_config(folder: Path) -> dict[str, object]:
     config = _read_json(folder / CONFIG_FILE)
     kind = config.get("peft_type")
+    if kind is None and _MLX_PARAMETERS in config:
+        raise AdapterError(
+            "QH-C50",
+            f"{folder} is an adapter in mlx-lm's layout; PEFT's is expected.",
+            where=str(folder / CONFIG_FILE),
+            fix=f"Convert it: qlora-hal adapter convert {quote(str(folder))} {quote(f'{folder}-peft')} --to peft",
+        )
     if kind != "LORA":
         _refuse_file(folder / CONFIG_FILE, f"has peft_type {kind!r}, LORA is expected")
     return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -43,7 +44,10 @@ def _to_stderr(note: str) -> None:
 
 
 class CheckedTrainer:
-    """A trainer whose answers are checked. Every failure names the backend and the method; `note` gets what is none."""
+    """A trainer whose answers are checked. Every failure names the backend and the method; `note` gets what is none.
+
+    It is asked one thing at a time, whatever threads ask: whether the adapter counts is a switch of the whole model, so
+    of two answers at once one would be that of the other model."""
 
     def __init__(self, trainer: QuantizedLoRATrainer, note: Callable[[str], None] = _to_stderr) -> None:
         self._trainer = trainer
@@ -53,6 +57,7 @@ class CheckedTrainer:
         self._expected: Mapping[str, tuple[int, ...]] = {}
         self._steps_applied = 0
         self._ranks = 1
+        self._turn = threading.RLock()
 
     def join_ranks(self, world: World, timeout_seconds: float) -> None:
         with self._checked("join_ranks"):
@@ -203,7 +208,8 @@ class CheckedTrainer:
     @contextmanager
     def _checked(self, method: str) -> Iterator[None]:
         try:
-            yield
+            with self._turn:
+                yield
         except QloraHalError:
             raise
         except (Exception, SystemExit) as error:  # a backend that leaves has not done what it was asked for

@@ -41,6 +41,7 @@ from qlora_hal.errors.foreign import place_in_plugin, told, traceback_in_plugin
 from qlora_hal.errors.installation import is_from_index, pip
 from qlora_hal.formats.catalogue import wrong_claims
 from qlora_hal.model.linear_shapes import left_out_notes
+from qlora_hal.processes.copies import computes, refuse_in_copy
 from qlora_hal.processes.subprocess_call import SubprocessCallError, answer_stream, ask, one_line
 from qlora_hal.processes.turns import alone_in_process
 
@@ -211,8 +212,10 @@ def find(name: str, entries: Sequence[BackendEntry]) -> BackendEntry:
 
 def open_trainer(spec: BackendSpec, options: Mapping[str, object] | None = None) -> QuantizedLoRATrainer:
     """Import the trainer: the first heavy import of a run. Foreign exceptions come out as BackendError. `options` are
-    `backend.options`, which the backend prepares the process for first."""
+    `backend.options`, which the backend prepares the process for first. Raises BackendError QH-E67 where it could not
+    compute."""
     trainer = _called(spec, spec.trainer, options or {})
+    computes()
     if not isinstance(trainer, QuantizedLoRATrainer):
         raise BackendContractError(
             "QH-B02",
@@ -239,6 +242,7 @@ def outline_of(spec: BackendSpec, source: ModelSource, options: Mapping[str, obj
 
 def _called(spec: BackendSpec, path: str, options: Mapping[str, object], *arguments: object) -> object:
     """Import `package.module:Name` of a backend and call it, its exceptions made ours."""
+    refuse_in_copy()
     module_name, _, attribute = path.partition(":")
     try:
         with alone_in_process():

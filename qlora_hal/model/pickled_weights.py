@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -196,8 +195,7 @@ def _written_by_child(folder: Path, pickled: PickledWeights, staging: Path, tell
         with (
             errors.open("wb") as stderr,
             child_process.start(
-                # -P: what lies in the working folder is no module.
-                [sys.executable, "-P", "-m", CHILD],
+                child_process.module_command(CHILD),
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 text=True,

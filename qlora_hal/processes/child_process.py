@@ -19,6 +19,12 @@ from typing import IO, Any
 from qlora_hal.processes.signals import held_back
 
 
+def module_command(module: str, *arguments: str) -> list[str]:
+    """The command that runs a module by this interpreter. -P: what lies in the working folder is no module; that may
+    be the folder of a stranger's model."""
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
 def start(command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
     """`subprocess.Popen` with a standard input that stays open as long as the parent lives, and without requests to
     save (SIGUSR1), which a scheduler sends to every process of a job."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from typing import Any, TextIO
@@ -27,10 +26,9 @@ class SubprocessCallError(Exception):
 
 def ask(module: str, *arguments: str, seconds: float) -> Mapping[str, Any]:
     """The JSON object that `python -m module` writes on its `answer_stream`. Raises SubprocessCallError."""
-    command = [sys.executable, "-m", module, *arguments]
     # Files, not pipes: a process that the child leaves behind would keep a pipe open.
     with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as complained:
-        child = child_process.start(command, stdout=said, stderr=complained)
+        child = child_process.start(child_process.module_command(module, *arguments), stdout=said, stderr=complained)
         try:
             child.wait(timeout=seconds)
         except subprocess.TimeoutExpired:

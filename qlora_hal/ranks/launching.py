@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -88,7 +87,7 @@ def run_by_ranks(
         folder = Path(scratch)
         text = json.dumps({"verb": verb, "request": request, "console": shown})
         (folder / REQUEST_FILE).write_text(text, encoding="utf-8")
-        command = [sys.executable, "-m", spec.launcher, str(ranks), str(max_restarts), CHILD, str(folder)]
+        command = child_process.module_command(spec.launcher, str(ranks), str(max_restarts), CHILD, str(folder))
         child = child_process.start(command, start_new_session=True)
         try:
             with handing_on(lambda number: _hand_on(number, child, folder)) as handed:

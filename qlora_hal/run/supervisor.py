@@ -70,7 +70,7 @@ def run_in_child(verb: str, request: Mapping[str, object], run_dir: Path, consol
         answer = Path(scratch) / "answer.json"
         text = json.dumps({"verb": verb, "request": request, "console": shown, "answer": str(answer)})
         environment = {**os.environ, SUPERVISED_VARIABLE: "1"}
-        command = [sys.executable, "-m", "qlora_hal.run.supervisor"]
+        command = child_process.module_command("qlora_hal.run.supervisor")
         child = child_process.start(command, text=True, start_new_session=True, env=environment)
         try:
             with handing_on(child.send_signal) as handed:

@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import qlora_hal
 from qlora_hal.errors import AdapterError, ConfigError, QloraHalError, StorageError, UnsafeInputError
 from qlora_hal.export.converting import convert_adapter
 from qlora_hal.model.source import resolve_model
@@ -204,3 +205,17 @@ def test_a_base_of_another_kind_is_noted(tmp_path: Path, llama: Path) -> None:
     done = convert_adapter(trained, tmp_path / "out", to="peft", model=unknown)
     assert any("Module names of newer were not compared" in note for note in done.notes)
     assert mx.load(str(trained / "adapters.safetensors"))
+
+
+def merge(folder: Path, **more: Any) -> object:
+    return qlora_hal.merge(folder, folder.with_name("merged"), **more)
+
+
+@pytest.mark.parametrize("opened", [qlora_hal.load, merge], ids=["load", "merge"])
+def test_an_adapter_of_mlx_lm_is_opened_after_a_conversion_that_is_named(
+    opened: Callable[..., object], tmp_path: Path, llama: Path
+) -> None:
+    trained = train_in_mlx(llama, tmp_path / "mlx", num_layers=1)
+    with pytest.raises(AdapterError, match="is an adapter in mlx-lm's layout") as refusal:
+        opened(trained, model=llama)
+    assert refusal.value.fix.endswith(f"qlora-hal adapter convert {trained} {trained}-peft --to peft")

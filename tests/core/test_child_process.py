@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from qlora_hal.processes import child_process
+from qlora_hal.processes.subprocess_call import ask
 
 pytestmark = pytest.mark.usefixtures("usual_signals")
 
@@ -133,3 +136,22 @@ def test_a_module_that_is_started_by_hand_does_not_end_for_want_of_a_parent() ->
     )
     done = subprocess.run([sys.executable, "-c", code], stdin=subprocess.DEVNULL, capture_output=True, check=True)
     assert done.stdout == b"done\n"
+
+
+def test_no_child_takes_what_lies_in_the_working_folder_for_a_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be the folder of a stranger's model, with a json.py in it."""
+    (tmp_path / "json.py").write_text("raise SystemExit('code of the working folder ran')")
+    monkeypatch.chdir(tmp_path)
+    answer = ask("qlora_hal.detect.discovery", "cpu_torch", seconds=600)
+    assert answer["availability"] == "ready"
+    started = [*_starts_in("qlora_hal"), *_starts_in("qlora_hal_backends")]
+    assert started == ["qlora_hal/processes/child_process.py"], "every module is started by module_command"
+
+
+def _starts_in(package: str) -> list[str]:
+    """The files that name this interpreter beside -m."""
+    root = Path(str(import_module(package).__file__)).parent
+    pattern = re.compile(r'sys\.executable[^\n]*"-m"')
+    return [str(file.relative_to(root.parent)) for file in root.rglob("*.py") if pattern.search(file.read_text())]

@@ -8,13 +8,14 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from trainers import source_of
 
 from qlora_hal.contract.backend import Compute, Quantization
 from qlora_hal.contract.capabilities import WeightFormat
 from qlora_hal.contract.checked_trainer import CheckedTrainer
-from qlora_hal.contract.values import Adapter, AdapterConfig
+from qlora_hal.contract.values import Adapter, AdapterConfig, Int32, LossSum
 from qlora_hal.demo import model_path
 from qlora_hal.detect import discovery
 from qlora_hal.processes.turns import alone_in_process
@@ -81,6 +82,32 @@ def test_models_are_built_one_after_the_other(meeting: Meeting, method: str) -> 
             checked.attach(Adapter(config=AdapterConfig(1, 1.0), tensors={}), "adamw")
 
     in_two_threads(call)
+    assert not meeting.met
+
+
+@pytest.mark.parametrize("beside", ["generate", "evaluate"])
+def test_a_model_is_asked_one_thing_at_a_time(meeting: Meeting, beside: str) -> None:
+    """As a server asks one that is open, or a metric that goes on in a thread while the run takes steps."""
+    prompt = np.zeros(2, np.int32)
+
+    class Trainer(ReferenceTrainer):
+        def generate(self, *given: object, **named: object) -> Int32:
+            meeting.wait()
+            return prompt
+
+        def evaluate(self, batches: object) -> LossSum:
+            meeting.wait()
+            return LossSum(0.0, 0)
+
+    checked, asked = CheckedTrainer(Trainer()), iter(["generate", beside])
+
+    def ask() -> None:
+        if next(asked) == "generate":
+            checked.generate(prompt, max_new_tokens=1)
+        else:
+            checked.evaluate([])
+
+    in_two_threads(ask)
     assert not meeting.met
 
 

@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -122,7 +121,7 @@ def _run_child(engine: Engine, job: Path, folder: Path, tell: Callable[[str], No
     with (
         open(errors, "w", encoding="utf-8") as stderr,
         child_process.start(
-            [sys.executable, "-m", CHILD, str(job)],
+            child_process.module_command(CHILD, str(job)),
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
                 for environment in _environments(folder / HOSTS_FILE, ports, attempt):
                     if not _stops(asked):
                         processes.append(
-                            child_process.start([sys.executable, "-m", module, str(folder)], env=environment)
+                            child_process.start(child_process.module_command(module, str(folder)), env=environment)
                         )
                         ended.callback(child_process.ended, processes[-1])
                 failures = _watched(processes, asked)

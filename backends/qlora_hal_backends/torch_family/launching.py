@@ -32,7 +32,8 @@ def main(arguments: Sequence[str]) -> int:
     child_process.end_with_parent(child_process.ask_to_stop)
     logging.disable(logging.CRITICAL)  # torch gives each of its loggers a level of its own
     try:
-        elastic_launch(_settings(ranks, restarts, folder), sys.executable)("-m", module, str(folder))
+        interpreter, *rest = child_process.module_command(module, str(folder))
+        elastic_launch(_settings(ranks, restarts, folder), interpreter)(*rest)
     except ChildFailedError as failed:
         first_to_last = sorted(failed.failures.items(), key=lambda item: item[1].timestamp)
         told = [

@@ -64,6 +64,7 @@ from qlora_hal_backends.torch_family.links import links_between
 from qlora_hal_backends.torch_family.lora_linear import LoRASwitches, words_on
 from qlora_hal_backends.torch_family.microscaling import proved_decoder
 from qlora_hal_backends.torch_family.optimizer import Optimizer, make_optimizer
+from qlora_hal_backends.torch_family.own_state import in_own_state
 from qlora_hal_backends.torch_family.platform import TorchPlatform
 from qlora_hal_backends.torch_family.precision import proved_dtypes
 from qlora_hal_backends.torch_family.ranks import Ranks, device_of_rank
@@ -133,9 +134,11 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         gathering = self._base.sharded.seconds if self._base is not None and self._base.sharded is not None else 0.0
         return RankFacts(self._ranks.collectives, links_between(self._device), self._ranks.seconds + gathering)
 
+    @in_own_state
     def proved_compute_dtypes(self) -> tuple[str, ...]:
         return proved_dtypes(self._platform, self._device)
 
+    @in_own_state
     def load(self, source: ModelSource, quantization: Quantization, compute: Compute) -> None:
         check_served(self.spec, quantization, compute, prequantized=source.facts.prequantized is not None)
         if source.facts.has_routed_experts:
@@ -155,6 +158,7 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
     def linear_modules(self) -> Mapping[str, LinearShape]:
         return {name: linear.shape for name, linear in self._loaded.linears.items()}
 
+    @in_own_state
     def attach(self, adapter: Adapter, optimizer: str = "adamw") -> None:
         check_optimizer(optimizer, self.spec)
         with self._memory_named("attaching the adapter"):
@@ -172,6 +176,7 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
                 self._loaded_without_adapter()
                 raise fused.fp8_refused(reason)
 
+    @in_own_state
     def device_facts(self) -> DeviceFacts:
         base = self._base
         facts = describe_device(self._platform, self._device, base.decoding if base else loading.BITSANDBYTES)
@@ -195,12 +200,14 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         free_unused(self._device)
 
     # training ------------------------------------------------------------------------------------------------------
+    @in_own_state
     def train_step(self, window: Sequence[Batch], settings: StepSettings) -> PendingStep:
         total, norm, counted = self._window_gradient(window, settings.denominator, settings.dropout_key)
         with self._memory_named("a training step"):
             applied = self._attached_optimizer.update(settings, norm)
             return self._queue(torch.cat((total, torch.stack((norm, applied)))), counted)
 
+    @in_own_state
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> LossSum:
         total = torch.zeros(2, dtype=torch.float64 if self._device.type != "mps" else torch.float32)
@@ -344,17 +351,21 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         return _QueuedStep(host, counted, arrived)
 
     # state ---------------------------------------------------------------------------------------------------------
+    @in_own_state
     def export_adapter(self) -> Adapter:
         flat = self._attached
         return Adapter(flat.to_host(flat.parameters), flat.adapter.config)
 
+    @in_own_state
     def export_optimizer(self) -> OptimizerSnapshot:
         return self._attached_optimizer.snapshot()
 
+    @in_own_state
     def import_optimizer(self, snapshot: OptimizerSnapshot) -> None:
         self._attached_optimizer.restore(snapshot)
 
     # views ---------------------------------------------------------------------------------------------------------
+    @in_own_state
     @torch.no_grad()
     def logits(self, batch: Batch) -> Float32:
         with self._memory_named("a forward pass"):
@@ -364,6 +375,7 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
                 return head.logits(self._fused.hidden_states(on_device)).cpu().numpy()
             return step.logits(self._loaded, on_device).cpu().numpy()
 
+    @in_own_state
     def gradients(self, window: Sequence[Batch]) -> Mapping[str, Float32]:
         with self._memory_named("a backward pass"):
             own = counted_tokens(window)
@@ -374,11 +386,13 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         flat.gradients.zero_()
         return named
 
+    @in_own_state
     @torch.no_grad()
     def token_losses(self, batch: Batch, *, adapter: bool = True) -> Float32:
         with self._memory_named("a forward pass"), self._adapter_switched(on=adapter):
             return at_labels(batch, step.token_losses(self._loaded, self._placed(batch)).cpu().numpy())
 
+    @in_own_state
     @torch.no_grad()
     def dequantized_weight(self, module: str) -> Float32:
         linears = self._loaded.linears
@@ -389,6 +403,7 @@ class TorchLoRATrainer(QuantizedLoRATrainer):
         return base.dense().float().cpu().numpy()
 
     # optional ------------------------------------------------------------------------------------------------------
+    @in_own_state
     @torch.no_grad()
     def generate(
         self, prompt: Int32, *, max_new_tokens: int, stop_tokens: Sequence[int] = (), adapter: bool = True

@@ -36,6 +36,7 @@ from qlora_hal.data.template.sandbox import (
 from qlora_hal.data.template.turn_marks import Rendering
 from qlora_hal.errors import BackendError
 from qlora_hal.errors.redaction import is_secret_variable
+from qlora_hal.processes.child_process import module_command
 
 UNREAD = "\ufdd2"
 """The key that encloses a stand-in in a request; also the sign that stand-ins show to whoever reads them."""
@@ -307,11 +308,13 @@ def _started() -> subprocess.Popen[bytes]:
     root = str(Path(__file__).resolve().parents[3])
     environment = {name: value for name, value in os.environ.items() if not is_secret_variable(name)}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
-    # -P: what lies in the working folder is no module.
-    command: Sequence[str] = [sys.executable, "-P", "-m", _CHILD]
     try:
         return subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+            module_command(_CHILD),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
         )
     except OSError as error:
         raise _not_started(error.strerror or str(error)) from error
