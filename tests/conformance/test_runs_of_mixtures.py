@@ -1,0 +1,239 @@
+"""`--for` of a run on a mixture of experts, and of settings that the suite's own reading of a run leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conformance.conftest import HERE
+
+from qlora_hal.config.resolve import resolve_settings
+from qlora_hal.errors import UnsupportedFeatureError
+from qlora_hal.files import strict_json
+from qlora_hal.report.run_file import RunRecord, given_config, write_run_file
+from qlora_hal_conformance.certificate import Document, content_hash
+from qlora_hal_conformance.for_run import ForOptions
+from qlora_hal_conformance.judged_run import judged_run
+from qlora_hal_conformance.subject import Reference
+from qlora_hal_conformance_runs.asked_run import asked_run
+from qlora_hal_conformance_runs.judging import judge_run, sections_about, sources_hash
+from qlora_hal_conformance_runs.mixture import Mixture
+from qlora_hal_oracle import read_shape
+from qlora_hal_oracle.families import MIXTURES, draw_config
+from qlora_hal_oracle.random_models import draw_tensors, write_model
+
+REFERENCE = Reference(spec="qlora_hal_conformance.reference_backend:SPEC")
+MUTANT = "qlora_hal_conformance.mutants.specs:{}".format
+SETTINGS = """
+output_dir: {folder}/run
+model:
+  name_or_path: {folder}/model
+quantization:
+  compute_dtype: {dtype}
+lora:
+  r: 4
+  alpha: 8
+  dropout: {dropout}
+  experts: {experts}
+data:
+  path: {folder}/rows.jsonl
+  packing: {packing}
+  max_seq_length: 32
+training:
+  {recomputation}
+  per_device_train_batch_size: 2
+  gradient_accumulation_steps: 2
+  learning_rate: 0.001
+  weight_decay: {decay}
+"""
+Written = Callable[..., Path]
+Judged = Callable[..., tuple[int, Document]]
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Written:
+    """A settings file, with a drawn model of a family whose weights are stored in bfloat16."""
+
+    def write(family: str = "qwen3_moe", keys: dict[str, object] | None = None, **changes: object) -> Path:
+        random = np.random.default_rng(3)
+        config = {**draw_config(family, random), **(keys or {})}
+        shape = read_shape(config)
+        write_model(tmp_path / "model", shape, draw_tensors(shape, random), stored_dtype="bfloat16", config=config)
+        given = {"dtype": "float32", "dropout": 0, "experts": "all", "packing": "true", "decay": 0, **changes}
+        given.setdefault("recomputation", "gradient_checkpointing: true")
+        path = tmp_path / "run.yaml"
+        path.write_text(SETTINGS.format(folder=tmp_path, **given))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def judged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Judged:
+    """Judge a settings file on a backend under development, by some cases of section 36."""
+    monkeypatch.setenv("PYTHONPATH", HERE)
+    monkeypatch.syspath_prepend(HERE)
+    monkeypatch.chdir(tmp_path)
+
+    def judge(path: Path, spec: str, *, keyword: str) -> tuple[int, Document]:
+        chosen = f"test_36_mixture and ({keyword})"
+        return judge_run(ForOptions(path, Reference(spec=spec), keyword=chosen, seed=2, quiet=True))
+
+    return judge
+
+
+def verdicts(document: Document) -> set[str]:
+    cases = document["cases"]
+    assert isinstance(cases, list)
+    assert cases, "no case was chosen"
+    return {str(case["verdict"]) for case in cases}
+
+
+# how a run is read ----------------------------------------------------------------------------------------------------
+def test_mixture_is_judged_by_the_section_about_mixtures(written: Written) -> None:
+    asked = asked_run(written(), REFERENCE)
+    assert asked.mixture is not None
+    assert asked.mixture.family == asked.run.combination.family == "qwen3_moe"
+    assert "36" in sections_about(asked)
+    assert "35" not in sections_about(asked)
+    assert asked.judged_in_words("float32")[0].startswith("a drawn mixture of qwen3_moe, routing and experts, their")
+    said = asked.not_judged_in_words()
+    assert said[0].startswith("8 experts in a layer, 3 of them for each token")
+    assert not any("layers of qwen3_moe" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("experts", "kinds"),
+    [
+        ("all", {"mlp.experts.down_proj", "mlp.shared_expert.down_proj", "self_attn.q_proj"}),
+        ("shared", {"mlp.shared_expert.down_proj", "self_attn.q_proj"}),
+        ("none", {"self_attn.q_proj"}),
+    ],
+)
+def test_target_modules_are_those_that_the_setting_of_experts_leaves(
+    experts: str, kinds: set[str], written: Written
+) -> None:
+    asked = asked_run(written("qwen2_moe", experts=experts), REFERENCE)
+    named = {"mlp.experts.down_proj", "mlp.shared_expert.down_proj", "self_attn.q_proj"}
+    assert named & set(asked.run.combination.target_kinds) == kinds
+
+
+def test_drawn_model_routes_as_the_config_of_the_run_says(written: Written) -> None:
+    """A key that config.json leaves out is left to the architecture, there as here."""
+    normalised = asked_run(written(keys={"norm_topk_prob": False}), REFERENCE).mixture
+    assert normalised is not None
+    assert normalised.draw(np.random.default_rng(5))["norm_topk_prob"] is False
+    silent = Mixture("qwen3_moe", {}, 128, 8)
+    assert "norm_topk_prob" not in silent.draw(np.random.default_rng(5))
+    assert "128 experts in a layer, 8 of them" in silent.not_judged_in_words()
+
+
+def test_dropout_on_experts_is_refused_as_train_refuses_it(written: Written) -> None:
+    with pytest.raises(UnsupportedFeatureError, match="stacks of experts, which have no dropout"):
+        asked_run(written(dropout=0.1), REFERENCE)
+    assert asked_run(written(dropout=0.1, experts="none"), REFERENCE).run.combination.dropout == 0.1
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective", "offload", "auto", "none"])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_recomputation_is_judged_however_it_is_asked_for(recompute: str, family: str, written: Written) -> None:
+    """Of dense models too. What a case cannot ask for is told."""
+    path = written(family, recomputation=f"recompute: {recompute}")
+    try:
+        asked = asked_run(path, Reference(backend="cpu_torch"))
+    except UnsupportedFeatureError:
+        pytest.fail(f"cpu_torch does not serve recompute {recompute}")
+    assert asked.run.combination.gradient_checkpointing is (recompute in ("full", "selective", "offload"))
+    told = [line for line in asked.not_judged_in_words() if line.startswith(f"training.recompute {recompute}:")]
+    assert bool(told) is (recompute in ("selective", "offload", "auto"))
+
+
+def test_run_that_began_is_read_with_what_auto_became(written: Written) -> None:
+    config = resolve_settings(written("llama", recomputation="recompute: auto")).config
+    folder = Path(config.output_dir)
+    folder.mkdir()
+    resolved = {"backend": "cpu_torch", "compute_dtype": "float32", "recompute": "full", "base_offload": ["embeddings"]}
+    write_run_file(folder, RunRecord(given_config(config), {}, resolved=resolved))
+    asked = asked_run(folder)
+    assert asked.run.combination.gradient_checkpointing is True
+    assert judged_run(folder).combination.gradient_checkpointing is False, "the suite's own reading has the file's word"
+    assert [line for line in asked.beside if "base_offload" in line] == [
+        "training.base_offload embeddings: the base was on the device"
+    ]
+
+
+def test_mixture_that_is_not_drawn_is_told_as_not_judged(written: Written) -> None:
+    path = written()
+    config = path.parent / "model" / "config.json"
+    content = strict_json.decode_object(config.read_bytes())
+    config.write_bytes(strict_json.encode({**content, "model_type": "olmoe", "architectures": ["OlmoeForCausalLM"]}))
+    asked = asked_run(path, Reference(backend="cpu_torch"))
+    assert asked.mixture is None
+    assert "35" in sections_about(asked)
+    assert "adapters of experts: the drawn mixtures are of mixtral" in asked.not_judged_in_words()[0]
+
+
+# what is judged -------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mutant", "keyword", "changes"),
+    [
+        ("experts_frozen", "low_key", {}),
+        ("routing_weights_detached", "low_key", {}),
+        ("ties_to_the_higher_index", "long_rows", {}),
+        ("idle_expert_decays", "with_tokens_and_nothing_else", {}),
+        ("experts_in_16_bits", "weights_of_every_expert", {"dtype": "bfloat16"}),
+        ("routing_weights_always_normalised", "logits", {"keys": {"norm_topk_prob": False}}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_mixture_is_found_by_the_run_that_uses_it(
+    mutant: str, keyword: str, changes: dict[str, object], written: Written, judged: Judged
+) -> None:
+    path = written(**changes)
+    assert verdicts(judged(path, MUTANT(mutant), keyword=keyword)[1]) == {"failed"}
+    assert verdicts(judged(path, REFERENCE.spec, keyword=keyword)[1]) == {"passed"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [({}, "failed"), ({"packing": "false"}, "passed"), ({"recomputation": "recompute: none"}, "passed")],
+    ids=["all_together", "without_packing", "without_recomputation"],
+)
+def test_what_is_wrong_only_together_is_found_in_a_mixture_too(
+    changes: dict[str, object], verdict: str, written: Written, judged: Judged
+) -> None:
+    path = written(dropout=0.2, experts="none", **changes)
+    assert verdicts(judged(path, "odd_backends:TOGETHER", keyword="low_key")[1]) == {verdict}
+
+
+@pytest.mark.slow
+def test_result_names_the_sources_that_judged_it_beside_those_of_the_suite(
+    written: Written, judged: Judged, tmp_path: Path
+) -> None:
+    judged(written(), REFERENCE.spec, keyword="weights_of_every_expert")
+    kept = strict_json.decode_object((tmp_path / "run" / "conformance.json").read_bytes())
+    assert kept["sha256"] == content_hash(kept)
+    assert kept["sources_for_a_run"] == sources_hash()
+    run = kept["run"]
+    assert isinstance(run, dict)
+    assert run["mixture"]["family"] == "qwen3_moe"
+    assert "drawn mixture of qwen3_moe" in (tmp_path / "run" / "conformance.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_honest_backend_is_right_for_a_run_on_each_mixture(
+    family: str, dtype: str, written: Written, judged: Judged
+) -> None:
+    _, document = judged(written(family, dtype=dtype), REFERENCE.spec, keyword="test")
+    assert verdicts(document) == {"passed"}
+    cases = document["cases"]
+    assert isinstance(cases, list)
+    assert {name for case in cases for name in case["ran"]} == {
+        f"nf4/64+double_quant in {dtype} of {family}",
+    }
