@@ -89,7 +89,7 @@ def _kinds(targets: Collection[str], *, in_layer: bool) -> tuple[str, ...]:
 
 def _of_model(facts: ModelFacts, combination: Combination, mixture: Mixture | None) -> list[str]:
     if mixture is not None:
-        return [mixture.not_judged_in_words()]
+        return mixture.not_judged_in_words()
     if not facts.has_routed_experts:
         return []
     experts = f"{number_of_experts(facts)} experts in a layer, where tokens go, and the adapters of experts"

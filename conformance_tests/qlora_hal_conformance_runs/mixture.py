@@ -18,6 +18,8 @@ from qlora_hal_oracle.families import MIXTURES, Config, draw_config
 FILE = "mixture.json"
 KEPT_KEYS = ("norm_topk_prob", "routed_scaling_factor", "use_qk_norm", "attention_bias")
 """What config.json says of routing and attention whatever the sizes are: the drawn model has the run's."""
+MOST_EXPERTS, MOST_CHOSEN = 8, 3
+"""Of a layer, and for each token, in drawn models."""
 CHOSEN_KEY = "num_experts_per_tok"
 
 
@@ -49,9 +51,13 @@ class Mixture:
         drawn = {key: value for key, value in draw_config(self.family, random).items() if key not in KEPT_KEYS}
         return {**drawn, **self.keys}
 
-    def not_judged_in_words(self) -> str:
+    def not_judged_in_words(self) -> list[str]:
+        """Nothing where the drawn models are as large."""
+        if self.experts <= MOST_EXPERTS and self.chosen <= MOST_CHOSEN:
+            return []
         each = f", {self.chosen} of them for each token" if self.chosen else ""
-        return f"{self.experts} experts in a layer{each}: the drawn models have at most 8, and up to 3 for each token"
+        drawn = f"the drawn models have at most {MOST_EXPERTS}, and up to {MOST_CHOSEN} for each token"
+        return [f"{self.experts} experts in a layer{each}: {drawn}"]
 
     def as_json(self) -> dict[str, object]:
         return asdict(self)

@@ -6,7 +6,7 @@ rows, idle experts and what 8-bit moments learn are judged where all experts tie
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -255,7 +255,7 @@ def _judge_trained_gradient(ready: Opened, window: Sequence[Batch], key: int, ju
 
 
 def _judge(
-    found: dict[str, Float32], reference: OracleTrainer, window: Sequence[Batch], ready: Opened, judging: Judge
+    found: Mapping[str, Float32], reference: OracleTrainer, window: Sequence[Batch], ready: Opened, judging: Judge
 ) -> None:
     """As section 33: a coarse dtype has some gates on the other side of their limit, where a slope is zero, and no
     entry of theirs a bound. Their gradients are judged as a whole, beside a run rounded at random."""
