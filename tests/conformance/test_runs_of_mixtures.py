@@ -196,6 +196,8 @@ def test_mixture_that_is_not_drawn_is_told_as_not_judged(written: Written) -> No
         ("routing_weights_detached", "low_key", {}),
         ("ties_to_the_higher_index", "long_rows", {}),
         ("idle_expert_decays", "with_tokens_and_nothing_else", {}),
+        ("moments_of_idle_experts_decay", "with_tokens_and_nothing_else", {}),
+        ("adapter_of_the_wrong_expert", "logits", {}),
         ("experts_in_16_bits", "weights_of_every_expert", {"dtype": "bfloat16"}),
         ("routing_weights_always_normalised", "logits", {"keys": {"norm_topk_prob": False}}),
     ],

@@ -41,7 +41,7 @@ from qlora_hal_conformance.tolerances import (
     learning_shortfall,
     resumed_bounds,
 )
-from qlora_hal_conformance.updating import judge_step
+from qlora_hal_conformance.updating import drawn_moments, judge_step
 from qlora_hal_conformance_runs.drawn_runs import draw_routed_window, draw_window
 from qlora_hal_conformance_runs.mixture import Mixture, tied_experts
 from qlora_hal_oracle import LlamaShape, OracleTrainer, read_shape
@@ -193,17 +193,20 @@ def test_steps_with_the_settings_of_the_run(one_run: OneRun, judging: Judge) -> 
 
 
 def test_steps_move_experts_with_tokens_and_nothing_else(one_run: OneRun) -> None:
-    """The base keeps every bit, and so does the adapter of an expert without tokens, whatever decays."""
+    """The base keeps every bit, and so do adapter and moments of an expert without tokens, whatever decays and however
+    far its moments would go on moving it. Moments of 8 bits begin as zeros."""
     ready = one_run.opened(TIED)
     window = draw_window(one_run.seeded, ready.model.shape, one_run.run)
-    before = {module: ready.trainer.dequantized_weight(module) for module in ready.trainer.linear_modules()}
-    adapter, busy = ready.trainer.export_adapter().tensors, tokens_of_experts(ready.oracle(), window)
+    if one_run.run.has_exact_moments:
+        ready.trainer.import_optimizer(drawn_moments(ready, window, 1, one_run.seeded))
+    base = {module: ready.trainer.dequantized_weight(module) for module in ready.trainer.linear_modules()}
+    busy, before = tokens_of_experts(ready.oracle(), window), _held(ready)
     for key in range(STEPS):
         ready.step(window, LEARNING_RATE, dropout_key=key, weight_decay=DECAY)
-    for module, weight in before.items():
+    for module, weight in base.items():
         assert np.array_equal(ready.trainer.dequantized_weight(module), weight), f"{module} changed"
-    after = ready.trainer.export_adapter().tensors
-    for name, tensor in adapter.items():
+    after = _held(ready)
+    for name, tensor in before.items():
         if tensor.ndim == 2:
             assert not np.array_equal(tensor, after[name]), f"{name} never changed"
             continue
@@ -298,6 +301,11 @@ def _take(ready: Opened, window: Sequence[Batch], given: UpdateSettings, key: in
         beta2=given.beta2,
         epsilon=given.epsilon,
     )
+
+
+def _held(ready: Opened) -> dict[str, Float32]:
+    """Adapter and moments as they are."""
+    return {**ready.trainer.export_adapter().tensors, **ready.trainer.export_optimizer().moments}
 
 
 def _place_of_layer(shape: LlamaShape, name: str) -> int:
