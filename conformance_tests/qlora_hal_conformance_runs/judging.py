@@ -52,6 +52,7 @@ from qlora_hal_conformance_runs.asked_run import AskedRun, asked_run
 
 HERE = Path(__file__).parent
 OWN_FOLDER, OWN_SECTION = HERE / "sections", "36"
+EIGHT_BIT_FOLDER = HERE / "sections_of_eight_bits"
 OF_DENSE_MODELS = "35"
 """The suite's section that judges a dense run's combination, which section 36 does for a mixture."""
 
@@ -135,7 +136,9 @@ def sources_hash() -> str:
 
 
 def _folders(asked: AskedRun) -> tuple[Path, ...]:
-    return (SECTIONS_FOLDER, RUN_SECTIONS_FOLDER) if asked.mixture is None else (SECTIONS_FOLDER, OWN_FOLDER)
+    if asked.mixture is not None:
+        return SECTIONS_FOLDER, OWN_FOLDER
+    return SECTIONS_FOLDER, RUN_SECTIONS_FOLDER if asked.run.combination.has_exact_moments else EIGHT_BIT_FOLDER
 
 
 def _in_words(document: Document, asked: AskedRun) -> Document:

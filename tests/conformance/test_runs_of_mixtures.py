@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,12 +14,13 @@ from qlora_hal.config.resolve import resolve_settings
 from qlora_hal.errors import UnsupportedFeatureError
 from qlora_hal.files import strict_json
 from qlora_hal.report.run_file import RunRecord, given_config, write_run_file
+from qlora_hal_conformance.catalogue import RUN_SECTIONS_FOLDER
 from qlora_hal_conformance.certificate import Document, content_hash
 from qlora_hal_conformance.for_run import ForOptions
 from qlora_hal_conformance.judged_run import judged_run
 from qlora_hal_conformance.subject import Reference
 from qlora_hal_conformance_runs.asked_run import asked_run
-from qlora_hal_conformance_runs.judging import judge_run, sections_about, sources_hash
+from qlora_hal_conformance_runs.judging import EIGHT_BIT_FOLDER, judge_run, sections_about, sources_hash
 from qlora_hal_conformance_runs.mixture import MOST_CHOSEN, MOST_EXPERTS, Mixture
 from qlora_hal_oracle import read_shape
 from qlora_hal_oracle.families import MIXTURES, draw_config
@@ -33,7 +35,7 @@ model:
 quantization:
   compute_dtype: {dtype}
 lora:
-  r: 4
+  r: {rank}
   alpha: 8
   dropout: {dropout}
   experts: {experts}
@@ -47,6 +49,7 @@ training:
   gradient_accumulation_steps: 2
   learning_rate: 0.001
   weight_decay: {decay}
+  optim: {optimizer}
 """
 Written = Callable[..., Path]
 Judged = Callable[..., tuple[int, Document]]
@@ -62,6 +65,7 @@ def written(tmp_path: Path) -> Written:
         shape = read_shape(config)
         write_model(tmp_path / "model", shape, draw_tensors(shape, random), stored_dtype="bfloat16", config=config)
         given = {"dtype": "float32", "dropout": 0, "experts": "all", "packing": "true", "decay": 0, **changes}
+        given = {"rank": 4, "optimizer": "adamw", **given}
         given.setdefault("recomputation", "gradient_checkpointing: true")
         path = tmp_path / "run.yaml"
         path.write_text(SETTINGS.format(folder=tmp_path, **given))
@@ -72,14 +76,15 @@ def written(tmp_path: Path) -> Written:
 
 @pytest.fixture
 def judged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Judged:
-    """Judge a settings file on a backend under development, by some cases of section 36."""
+    """Judge a settings file on a backend, by some cases of the sections about a run as a whole."""
     monkeypatch.setenv("PYTHONPATH", HERE)
     monkeypatch.syspath_prepend(HERE)
     monkeypatch.chdir(tmp_path)
 
     def judge(path: Path, spec: str, *, keyword: str) -> tuple[int, Document]:
-        chosen = f"test_36_mixture and ({keyword})"
-        return judge_run(ForOptions(path, Reference(spec=spec), keyword=chosen, seed=2, quiet=True))
+        chosen = f"(test_36_mixture or test_35_combination) and ({keyword})"
+        given = Reference(spec=spec) if ":" in spec else Reference(backend=spec)
+        return judge_run(ForOptions(path, given, keyword=chosen, seed=2, quiet=True))
 
     return judge
 
@@ -89,6 +94,14 @@ def verdicts(document: Document) -> set[str]:
     assert isinstance(cases, list)
     assert cases, "no case was chosen"
     return {str(case["verdict"]) for case in cases}
+
+
+def names_of_cases(file: Path) -> set[str]:
+    """What pytest finds in it: functions that are defined there or imported by name."""
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    defined = [node.name for node in body if isinstance(node, ast.FunctionDef)]
+    imported = [alias.asname or alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    return {name for name in (*defined, *imported) if name.startswith("test_")}
 
 
 # how a run is read ----------------------------------------------------------------------------------------------------
@@ -176,6 +189,14 @@ def test_run_that_began_is_read_with_what_auto_became(written: Written) -> None:
     ]
 
 
+def test_run_with_8_bit_moments_is_put_to_all_cases_of_its_section() -> None:
+    exact, eight_bits = (
+        names_of_cases(folder / "test_35_combination.py") for folder in (RUN_SECTIONS_FOLDER, EIGHT_BIT_FOLDER)
+    )
+    assert exact == eight_bits
+    assert len(exact) > 5
+
+
 def test_mixture_that_is_not_drawn_is_told_as_not_judged(written: Written) -> None:
     path = written()
     config = path.parent / "model" / "config.json"
@@ -222,6 +243,16 @@ def test_what_is_wrong_only_together_is_found_in_a_mixture_too(
 ) -> None:
     path = written(dropout=0.2, experts="none", **changes)
     assert verdicts(judged(path, "odd_backends:TOGETHER", keyword="low_key")[1]) == {verdict}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_gradients_of_a_run_with_8_bit_moments_are_not_read_from_rounded_ones(
+    family: str, written: Written, judged: Judged
+) -> None:
+    """A rank whose tensors have more than 4096 numbers, of which bitsandbytes keeps moments in 8 bits."""
+    path = written(family, rank=64, optimizer="adamw_8bit")
+    assert verdicts(judged(path, "cpu_torch", keyword="low_key or base_is_the_same or nothing_else")[1]) == {"passed"}
 
 
 @pytest.mark.slow

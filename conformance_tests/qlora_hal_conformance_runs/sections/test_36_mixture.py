@@ -51,6 +51,9 @@ from qlora_hal_oracle.random_models import TinyModel, draw_tensors, linear_shape
 KEYS = (7, 2**45 + 7)
 STEPS = 2
 LEARNING_RATE, DECAY, LEARNING_STEPS = 1e-2, 0.5, 8
+SHOWS_GRADIENTS = "adamw"
+"""The gradient that a step trains with is read from the first moments: experts' are so many numbers that an optimizer
+with 8 bits rounds them."""
 DRAWN, TIED = "mixture", "mixture whose experts tie"
 
 
@@ -63,12 +66,12 @@ class OneRun:
     mixture: Mixture
     seeded: np.random.Generator
 
-    def opened(self, name: str = DRAWN) -> Opened:
-        """On the run's storage, with the run's adapter in mid-training."""
-        return self.opened_with(self.adapter(name), name)
+    def opened(self, name: str = DRAWN, *, optimizer: str = "") -> Opened:
+        """On the run's storage, with the run's adapter in mid-training, and its optimizer where none is given."""
+        return self.opened_with(self.adapter(name), name, optimizer=optimizer)
 
-    def opened_with(self, adapter: Adapter, name: str = DRAWN) -> Opened:
-        return self.opener(self._model(name), adapter=adapter, optimizer=self.run.optimizer)
+    def opened_with(self, adapter: Adapter, name: str = DRAWN, *, optimizer: str = "") -> Opened:
+        return self.opener(self._model(name), adapter=adapter, optimizer=optimizer or self.run.optimizer)
 
     def adapter(self, name: str = DRAWN) -> Adapter:
         """The run's own alpha; B shrinks or grows with it, so that the adapter's part stays a quarter of the base's."""
@@ -152,7 +155,7 @@ def test_logits_and_losses(one_run: OneRun, judging: Judge) -> None:
 @pytest.mark.parametrize("key", KEYS, ids=["low_key", "high_key"])
 def test_gradient_that_a_step_trains_with(key: int, one_run: OneRun, judging: Judge) -> None:
     """Every adapter tensor's, experts' included, with the masks of the step's key; looking first changes nothing."""
-    ready = one_run.opened()
+    ready = one_run.opened(optimizer=SHOWS_GRADIENTS)
     window = draw_routed_window(one_run.seeded, ready, one_run.run, key=key)
     ready.trainer.evaluate(window)
     ready.trainer.logits(window[0])
@@ -167,7 +170,7 @@ def test_gradient_without_dropout(one_run: OneRun, judging: Judge) -> None:
 
 def test_long_rows_that_all_go_to_the_same_experts(one_run: OneRun, judging: Judge) -> None:
     """As long as the run's, where other kernels may be taken; of experts that tie those with the lower index."""
-    ready, run = one_run.opened(TIED), one_run.run
+    ready, run = one_run.opened(TIED, optimizer=SHOWS_GRADIENTS), one_run.run
     long = min(run.row_length, MOST_TOKENS)
     window = draw_window(one_run.seeded, ready.model.shape, run, tokens=long, micro_batches=1, rows=1)
     _judge_trained_gradient(ready, window, 5, judging)
