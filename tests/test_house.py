@@ -87,7 +87,13 @@ def test_core_has_no_import_circle_even_inside_functions() -> None:
 
 
 @pytest.mark.parametrize(
-    "package", ["backends/qlora_hal_backends", "conformance_tests/qlora_hal_conformance", "oracle/qlora_hal_oracle"]
+    "package",
+    [
+        "backends/qlora_hal_backends",
+        "conformance_tests/qlora_hal_conformance",
+        "conformance_tests/qlora_hal_conformance_runs",
+        "oracle/qlora_hal_oracle",
+    ],
 )
 def test_packages_beside_the_core_have_none_either(package: str) -> None:
     assert circle(modules(ROOT / package)) == []

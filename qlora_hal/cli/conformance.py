@@ -85,9 +85,10 @@ def conformance(
     from qlora_hal_conformance.__main__ import verify_and_print
     from qlora_hal_conformance.conformance_run import NOT_CONFORMANT, Options
     from qlora_hal_conformance.conformance_run import run as run_suite
-    from qlora_hal_conformance.for_run import ForOptions, judge_run
+    from qlora_hal_conformance.for_run import ForOptions
     from qlora_hal_conformance.running import lanes_here
     from qlora_hal_conformance.subject import Reference
+    from qlora_hal_conformance_runs.judging import judge_run
 
     if verify is not None:
         _require_bounded(verify)

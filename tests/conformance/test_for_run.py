@@ -18,11 +18,12 @@ from qlora_hal.files import strict_json
 from qlora_hal.report.run_file import RunRecord, given_config, write_run_file
 from qlora_hal_conformance.certificate import Document, content_hash, problems, write_certificate
 from qlora_hal_conformance.combination import Combination, judged_in_words, not_judged_in_words
-from qlora_hal_conformance.for_run import ForOptions, judge_run
+from qlora_hal_conformance.for_run import ForOptions
 from qlora_hal_conformance.judged_run import judged_run
 from qlora_hal_conformance.software import Here, about_this_run, other_versions
 from qlora_hal_conformance.subject import Reference
 from qlora_hal_conformance.verdicts import CaseResult
+from qlora_hal_conformance_runs.judging import judge_run
 from qlora_hal_oracle.random_models import SHAPES, draw_tensors, write_model
 
 REFERENCE = Reference(spec="qlora_hal_conformance.reference_backend:SPEC")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conformance.conftest import suite
 
+from qlora_hal_conformance import SUITE_VERSION
 from qlora_hal_conformance.facts import Fact, measured
 from qlora_hal_conformance.localisation import (
     Localisation,
@@ -17,6 +18,8 @@ from qlora_hal_conformance.localisation import (
     most_telling_first,
     plain_name,
 )
+from qlora_hal_conformance.mutants.__main__ import main as mutants
+from qlora_hal_conformance.mutants.fingerprints import missing, with_entry
 from qlora_hal_conformance.mutants.population import BY_NAME
 from qlora_hal_conformance.verdicts import CaseResult, Verdict
 
@@ -125,6 +128,34 @@ def test_book_is_of_mutants_that_there_are() -> None:
     assert {name: entry["defect"] for name, entry in entries.items()} == {
         name: BY_NAME[name].defect for name in entries
     }
+
+
+def test_book_takes_a_mutant_and_keeps_the_others() -> None:
+    taken, other = BY_NAME["decay_ignored"], BY_NAME["clip_per_tensor"]
+    book = with_entry(BOOK, taken, {"40_step/first_step[decayed]"}, {"40_step/first_step[decayed]", "40_step/new"})
+    assert book["mutants"] == {
+        **BOOK["mutants"],  # type: ignore[dict-item]
+        taken.name: {"defect": taken.defect, "suite": SUITE_VERSION, "red": ["40_step/first_step[decayed]"]},
+    }
+    assert book["judged"] == sorted([*BOOK["judged"], "40_step/new"])
+    assert missing([taken, other], book) == [other]
+    without = with_entry(book, taken, set(), set())
+    assert without["mutants"] == BOOK["mutants"], "what turns nothing red looks like nothing"
+    assert missing([taken, other], without) == [other], "it was tried all the same"
+
+
+def test_entry_of_an_earlier_revision_is_missing() -> None:
+    """Its cases are others. Those that the book's own sections must catch come first."""
+    storage, decay = BY_NAME["nibble_order_swapped"], BY_NAME["decay_ignored"]
+    book = with_entry(with_entry({}, storage, set(), set()), decay, {"40_step/first_step[decayed]"}, set())
+    book["mutants"][decay.name]["suite"] = book["nothing_red"][storage.name] = "4"  # type: ignore[index]
+    assert missing([storage, decay], book) == [decay, storage]
+
+
+def test_missing_without_fingerprints_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        mutants(["--missing"])
+    assert "--missing is about --fingerprints" in capsys.readouterr().err
 
 
 def test_what_is_wrong_comes_before_what_is_right() -> None:

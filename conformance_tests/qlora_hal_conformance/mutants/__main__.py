@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from .fingerprints import write_fingerprints
+from .fingerprints import missing, write_fingerprints
 from .population import BY_NAME, MUTANTS
 from .run_mutants import Hunt, failures_of_the_honest, hunt_all
 from .table import write_table
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     mutants = [BY_NAME[name] for name in given.only] or list(MUTANTS)
     seed = secrets.randbelow(2**31 - 1) + 1 if given.seed is None else given.seed
     if given.fingerprints:
-        write_fingerprints(mutants, seed=seed)
+        write_fingerprints(missing(mutants) if given.missing else mutants, seed=seed)
         return CAUGHT_ALL
     started = time.monotonic()
     print(f"{len(mutants)} mutants, seed {seed}", flush=True)
@@ -53,8 +53,16 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--fingerprints", action="store_true", help="write down which cases each turns red, for localisation"
     )
+    parser.add_argument(
+        "--missing",
+        action="store_true",
+        help="with --fingerprints: only those of which none was written down at this revision of the suite",
+    )
     parser.add_argument("--out", metavar="FILE", help="write the table as Markdown; with --only, these rows of it")
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    if given.missing and not given.fingerprints:
+        parser.error("--missing is about --fingerprints: name both")
+    return given
 
 
 def _tell(found: Hunt) -> None:

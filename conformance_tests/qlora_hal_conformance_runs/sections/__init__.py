@@ -1,0 +1,1 @@
+"""Cases about one run that are no part of the suite."""
