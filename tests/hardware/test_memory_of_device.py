@@ -127,7 +127,7 @@ def test_an_estimate_of_a_card_that_is_here_counts_with_its_memory_and_its_hosts
     told = estimate_as_json(found)
     total = machine.gpus[0].memory_total_bytes
     assert (told["gpu"], told["compute_dtype"]) == ({"memory_bytes": total, "class": "fits"}, "float16")
-    assert told["host"] == {"bytes": 0, "left_here": 4 * 2**30}
+    assert told["host"] == {"bytes": 0, "disk_bytes": 0, "left_here": 4 * 2**30}
     assert found.planned.placement().why.endswith("within 15 GiB")
     assert found.fits_of
     assert all(one.high <= (total or 0) and one.host <= 4 * 2**30 for one in found.fits_of)
