@@ -179,11 +179,11 @@ class CausalAttention:
         shape = (len(samples.lengths), samples.longest)
         parts = [part.unflatten(0, shape).transpose(1, 2).detach() for part in (query, key, value)]
         if with_graph and self.rectangles is not None:
+            query, key, value = parts
+            if attended is None and self.rectangles.serve(query, key, value, softmax.scale):
+                attended = self.rectangles.forward(query, key, value, softmax.scale)
             if attended is not None:
                 return _ByKernels(self.rectangles, parts, softmax.scale, attended)
-            if self.rectangles.serve(*parts, softmax.scale):
-                found = self.rectangles.forward(*parts, softmax.scale)
-                return _ByKernels(self.rectangles, parts, softmax.scale, found)
         leaves = [part.requires_grad_() for part in parts]
         with torch.set_grad_enabled(with_graph):
             mixed = _torch_attention(*leaves, mask=None, scale=softmax.scale)
@@ -255,7 +255,7 @@ def sample_by_sample(query: Tensor, key: Tensor, value: Tensor, lengths: Sequenc
     """`[M, heads, d]`, in autograd's graph."""
     # The gradient of a split is one concatenation; that of slices would be a whole buffer for each.
     parts = zip(*(part.split(list(lengths)) for part in (query, key, value)), strict=True)
-    return torch.cat([one_sample(*sample, softmax) for sample in parts])
+    return torch.cat([one_sample(query, key, value, softmax) for query, key, value in parts])
 
 
 @dataclass(slots=True)

@@ -96,7 +96,7 @@ def attend(
 def _after_cached_keys(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
     """The tokens of a continuation, each row one sample whose earlier keys were cached."""
     rows = zip(*(part.transpose(1, 2) for part in (query, key, value)), strict=True)
-    return torch.stack([one_sample(*row, softmax) for row in rows])
+    return torch.stack([one_sample(query, key, value, softmax) for query, key, value in rows])
 
 
 def _lengths_in(position_ids: Tensor | None, batch: int, time: int) -> tuple[int, ...]:
