@@ -40,6 +40,7 @@ from qlora_hal_backends.torch_family.fused.body import FusedBody
 from qlora_hal_backends.torch_family.fused.decoder_layer import DecoderLayer
 from qlora_hal_backends.torch_family.fused.end_to_end import without_padding
 from qlora_hal_backends.torch_family.fused.layer_inputs import HostMemory, OffloadedInputs
+from qlora_hal_backends.torch_family.fused.mixture.reference import ReferenceMixture
 from qlora_hal_backends.torch_family.fused.reference import ReferenceOperations
 
 CPU = torch.device("cpu")
@@ -202,13 +203,13 @@ class Bodies:
     """One tiny model whose layers are recomputed, their inputs on the host."""
 
     def __init__(self, folder: Path, family: str = "llama", **changes: object) -> None:
-        self.model = load(folder, family, changes={**FAMILIES[family], **changes})
+        self.model = load(folder, family, changes={**FAMILIES.get(family, {}), **changes})
         self.compute = replace(self.model.compute, gradient_checkpointing=True, recompute="offload")
 
     def body(self, *, uneven: UnevenAttention = FLASH, rectangles: RectangleKernels | None = CUDNN) -> FusedBody:
         return attach_with(
             ReferenceOperations(), self.model.base, self.model.flat, self.compute, tile_rows=15,
-            uneven=uneven, rectangles=rectangles,
+            uneven=uneven, rectangles=rectangles, mixture=ReferenceMixture() if self.model.base.experts else None,
         )  # fmt: skip
 
 
@@ -247,11 +248,12 @@ def longest_of(batch: Batch) -> int:
     return max(step.to_device(batch, CPU).lengths or (batch.input_ids.shape[1],))
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "olmoe", "glm4_moe"])
 def test_passes_of_every_kind_follow_one_another_in_the_same_memory(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """With attention kept, with attention computed again, and evaluation between them."""
-    bodies = Bodies(tmp_path, num_hidden_layers=4)
+    bodies = Bodies(tmp_path, family, num_hidden_layers=4)
     batches = [of_many_lengths(3), random_batch(4, time=10), two_samples_a_row(5), one_sample_a_row(6)]
     by_itself = [bodies.model.gradient(bodies.body().batch_loss, batch) for batch in batches]
     monkeypatch.setattr(fused_body, "LONG_SAMPLE", 15)
