@@ -289,9 +289,9 @@ def _placed(planned: PlannedModel) -> Placement:
 def _check_lengths(outline: ModelOutline, data: PreparedData) -> None:
     """Raises UnsupportedFeatureError QH-B61 for rows that are longer than what the backend computes right, QH-B62 for
     those whose rotary positions would depend on the rows beside them."""
-    for store in filter(None, (data.train, data.validation)):
-        shortest, longest = int(store.lengths.min(initial=0)), int(store.lengths.max(initial=0))
-        if outline.rotary is not None and len(store):
+    for store in filter(len, filter(None, (data.train, data.validation))):
+        shortest, longest = int(store.lengths.min()), int(store.lengths.max())
+        if outline.rotary is not None:
             outline.rotary.check(shortest, longest)
         if outline.longest_sample is not None:
             outline.longest_sample.check(longest)

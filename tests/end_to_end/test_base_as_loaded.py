@@ -62,12 +62,21 @@ def test_layers_that_the_loaded_model_has_otherwise_are_settled_and_said(
     assert "model.layers.0.self_attn.q_norm" not in targets
 
 
-def test_rows_on_both_sides_of_a_rotary_length_are_refused_before_weights_are_read(tmp_path: Path) -> None:
-    """LongRoPE's factors for a batch are those of its longest row."""
+def long_rope_settings(tmp_path: Path, original_length: int) -> dict[str, Any]:
     factors = [1.0] * 32
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, "short_factor": factors, "long_factor": factors}
-    changes = {"rope_parameters": {**rope, "original_max_position_embeddings": 24}, "rope_scaling": None}
-    settings = {"model.name_or_path": demo_model(tmp_path / "model", **changes), "output_dir": str(tmp_path / "run")}
+    changes = {"rope_parameters": {**rope, "original_max_position_embeddings": original_length}, "rope_scaling": None}
+    return {"model.name_or_path": demo_model(tmp_path / "model", **changes), "output_dir": str(tmp_path / "run")}
+
+
+def test_rows_on_both_sides_of_a_rotary_length_are_refused_before_weights_are_read(tmp_path: Path) -> None:
+    """LongRoPE's factors for a batch are those of its longest row."""
     with pytest.raises(UnsupportedFeatureError, match="one set of factors up to 24 tokens") as caught:
-        train(merged(SMALL, settings))
+        train(merged(SMALL, long_rope_settings(tmp_path, 24)))
     assert caught.value.code == "QH-B62"
+
+
+@pytest.mark.parametrize("original_length", [4, 2048], ids=["beyond it", "up to it"])
+def test_rows_on_one_side_of_a_rotary_length_are_trained_on(original_length: int, tmp_path: Path) -> None:
+    """All of them have the factors that each has alone."""
+    assert train(merged(SMALL, long_rope_settings(tmp_path, original_length)), dry_run=True).plan

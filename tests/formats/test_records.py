@@ -12,7 +12,7 @@ import pytest
 
 from qlora_hal.contract.capabilities import Capabilities, WeightFormat
 from qlora_hal.contract.values import LinearShape
-from qlora_hal.errors import BackendNotFoundError
+from qlora_hal.errors import BackendNotFoundError, ModelError
 from qlora_hal.formats.catalogue import BUILT_IN, formats_of_level, record_of, wrong_claims
 from qlora_hal.formats.checking import contradictions
 from qlora_hal.formats.record import FormatRecord
@@ -26,6 +26,16 @@ def test_a_record_is_what_its_codec_does(record: FormatRecord) -> None:
     assert contradictions(record) == []
     assert record_of(record.name) is record
     assert getattr(WeightFormat, record.name.upper()) is record.weight_format
+
+
+def test_the_largest_block_that_divides_the_rows_is_named() -> None:
+    """The fewest scales; none is named where none divides them."""
+    record = record_of("int4_affine")
+    for inputs, way in ((192, "Set quantization.block_size to 64, or"), (48, "Set quantization.weight_format")):
+        with pytest.raises(ModelError, match="QH-M53") as caught:
+            record.require_whole_blocks("down_proj", inputs, 128, "here")
+        assert caught.value.fix.startswith(way)
+    record.require_whole_blocks("down_proj", 256, 128, "here")
 
 
 def test_a_format_of_a_name_is_one_object() -> None:

@@ -427,6 +427,16 @@ def test_the_first_checkpoints_of_awq_are_known_by_their_description(
     assert "unquantized version" in caught.value.fix
 
 
+def test_a_description_that_has_gptqs_words_beside_those_of_awq_is_gptqs(
+    write_model: WriteModel, llama_weights: Callable[..., Tensors]
+) -> None:
+    described = {"bits": 4, "group_size": 16, "desc_act": False, "sym": True, "quant_method": "gptq"}
+    config = {"vocab_size": 96, "quantization_config": described}
+    folder = write_model(tensors=gptq_tensors(llama_weights(), 16), config=config)
+    (folder / "quant_config.json").write_text(json.dumps({**described, "w_bit": 4}))
+    assert read_facts(folder).prequantized is not None
+
+
 def test_plain_weights_under_another_method_are_refused(write_model: WriteModel) -> None:
     config = {"vocab_size": 96, "quantization_config": {"quant_method": "fp8"}}
     with pytest.raises(ModelError, match="quantized with fp8"):

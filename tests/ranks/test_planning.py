@@ -55,6 +55,9 @@ def test_the_ranks_of_several_hosts_share_the_memory_of_their_own(tmp_path: Path
     assert alone.smallest_memory is not None
     assert eight.smallest_memory == alone.smallest_memory // 8
     assert of_four_hosts.smallest_memory == alone.smallest_memory // 2
+    each_alone, each_of_eight, each_of_two = (one.planned.memory_bytes for one in (alone, eight, of_four_hosts))
+    assert each_alone is not None
+    assert (each_of_eight, each_of_two) == (each_alone // 8, each_alone // 2)
     assert of_four_hosts.plan.as_json().items() >= {"devices": 8, "per_host": 2, "sequences_per_step": 8}.items()
     assert "8 devices of 4 hosts (data:" in estimate_as_text(of_four_hosts, asked)
 

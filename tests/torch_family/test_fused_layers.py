@@ -6,7 +6,7 @@ With plain torch in place of the kernels these run anywhere; with the kernels, o
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -291,6 +291,27 @@ def test_refusals_name_their_reason(tmp_path: Path) -> None:
     ]
     for words, model in cases:
         assert words in str(model_refusal(model.base, model.flat, model.compute))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"intermediate_size": 104}, "a width that is not a multiple of 16"),
+        ({"head_dim": 24}, "head size 24 is not a multiple of 16"),
+    ],
+    ids=["feed-forward", "heads"],
+)
+def test_widths_whose_rows_start_anywhere_are_refused(
+    changes: Mapping[str, object], reason: str, tmp_path: Path
+) -> None:
+    model = load(tmp_path, changes=changes, weight_format=WeightFormat.NONE)
+    assert model_refusal(model.base, model.flat, model.compute) == reason
+
+
+def test_layers_of_different_shapes_are_refused(tmp_path: Path) -> None:
+    model = load(tmp_path)
+    model.base.layers[1].mlp.gate_proj = model.base.layers[1].self_attn.q_proj
+    assert model_refusal(model.base, model.flat, model.compute) == "layers of different shapes"
 
 
 def test_a_cpu_keeps_the_plain_layers(tmp_path: Path) -> None:

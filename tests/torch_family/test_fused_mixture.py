@@ -479,6 +479,72 @@ def test_a_choice_that_the_block_makes_of_logits_is_known_as_well(tmp_path: Path
     assert router_of(layer) is None
 
 
+def test_a_router_is_known_though_its_scores_are_rounded_to_the_neighbour(tmp_path: Path) -> None:
+    """As another kernel may: in 16 bits, where a neighbour is not near."""
+    layer = mixture(tmp_path).base.layers[0]
+    gate = layer.mlp.gate
+    gate.weight.data = gate.weight.data.bfloat16()
+    whole = gate.forward
+
+    def upwards(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits, weights, experts = whole(x)
+        return logits, torch.nextafter(weights, torch.ones_like(weights) * 2), experts
+
+    gate.forward = upwards
+    assert router_of(layer) == Router(2, True, torch.bfloat16)
+
+
+def test_a_router_that_has_to_choose_outside_the_best_groups_is_not_known(tmp_path: Path) -> None:
+    """Which of those it takes, all of which count for nothing, torch does not promise."""
+    groups = {"n_routed_experts": 8, "n_group": 4, "topk_group": 1}
+    layers = [
+        mixture(tmp_path / str(each), "glm4_moe", changes={**groups, "num_experts_per_tok": each}).base.layers[1]
+        for each in (2, 3)
+    ]
+    within, beyond = map(router_of, layers)
+    assert within is not None
+    assert beyond is None
+
+
+def test_a_block_that_gives_its_experts_something_else_is_not_known(tmp_path: Path) -> None:
+    layer = mixture(tmp_path, "glm4_moe").base.layers[1]
+    block = layer.mlp
+    whole = block.gate.forward
+    block.gate.forward = lambda x: whole(x)[0]
+    block.forward = lambda x: block.experts(x[0])
+    assert router_of(layer) is None
+    block.forward = lambda x: block.experts(x[0], whole(x[0])[2], whole(x[0])[1][:, :1])
+    assert router_of(layer) is None
+
+
+def test_a_block_that_was_asked_for_its_choice_computes_as_before(tmp_path: Path) -> None:
+    layer = mixture(tmp_path, "glm4_moe").base.layers[1]
+    block = layer.mlp
+    whole = block.gate.forward
+    block.gate.forward = lambda x: whole(x)[0]
+    block.forward = lambda x: block.experts(x[0], *reversed(whole(x[0])[1:]))
+    x = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(DEVICE)
+    with torch.no_grad():
+        expected = block(x)
+        assert router_of(layer) is not None
+        assert torch.equal(block(x), expected)
+
+
+def test_biases_that_the_schedule_does_not_add_are_refused(tmp_path: Path) -> None:
+    gate = mixture(tmp_path / "gate", "qwen2_moe")
+    gate.base.layers[1].mlp.shared_expert_gate.bias = torch.nn.Parameter(torch.ones(1))
+    assert model_refusal(gate.base, gate.flat, gate.compute) == "a gate of the shared expert with a bias"
+    experts = mixture(tmp_path / "experts")
+    experts.base.experts[1].gate_up_proj_bias = torch.nn.Parameter(torch.ones(4, 1))
+    assert model_refusal(experts.base, experts.flat, experts.compute) == "experts with biases"
+
+
+def test_layers_of_two_activations_are_refused(tmp_path: Path) -> None:
+    model = mixture(tmp_path, "qwen2_moe after a dense layer")
+    model.base.layers[0].mlp.act_fn = torch.nn.GELU(approximate="tanh")
+    assert "activation" in str(model_refusal(model.base, model.flat, model.compute))
+
+
 def test_refusals_name_their_reason(tmp_path: Path) -> None:
     write_drawn_model(tmp_path / "gpt_oss", "gpt_oss")
     write_drawn_model(tmp_path / "deepseek_v3", "deepseek_v3")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qlora_hal_backends.torch_family.copy_queue import CopyQueue
 from qlora_hal_backends.torch_family.fused import layer_inputs
 from qlora_hal_backends.torch_family.fused.layer_inputs import HostMemory, OffloadedInputs
 
@@ -82,6 +83,42 @@ def test_a_pass_that_broke_off_leaves_nothing_to_the_next(asked_for: list[int]) 
         broken.keep([layer_input])
     assert all(map(torch.equal, through_the_host(memory, kept), kept))
     assert len(asked_for) == 6
+
+
+class LateCopies(CopyQueue):
+    """Each copy is done when it is waited for and not before, as a device's queue may."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU)
+        self.asked: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.done = 0
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> int:
+        self.asked.append((target, source))
+        return len(self.asked)
+
+    def arrived(self, copy: int | None) -> None:
+        for target, source in self.asked[self.done : copy or 0]:
+            target.copy_(source)
+        self.done = max(self.done, copy or 0)
+
+
+def test_a_layer_leaves_while_the_next_computes_and_no_longer() -> None:
+    """What it lay in is free from then on."""
+    memory = HostMemory(CPU, block=64)
+    memory.queue = queue = LateCopies()
+    inputs = OffloadedInputs(memory, LAYERS)
+    for layer_input in inputs_of(elements=33):
+        before = len(queue.asked)
+        inputs.keep([layer_input])
+        assert queue.done == before
+
+
+def test_an_input_is_taken_when_it_has_arrived_and_its_place_when_it_was_read() -> None:
+    memory = HostMemory(CPU, block=64)
+    memory.queue = LateCopies()
+    kept = inputs_of(elements=33)
+    assert all(map(torch.equal, through_the_host(memory, kept), kept))
 
 
 def test_a_block_is_what_the_allocator_of_page_locked_memory_gives_whole() -> None:

@@ -215,8 +215,7 @@ def most_ranks_here(world: World, device: torch.device) -> int:
     """How many ranks this host may have: no more than devices, where each has one to itself."""
     if not has_queue(device):
         return world.most_on_host
-    there: int = torch.get_device_module(device).device_count()
-    return min(world.most_on_host, there)
+    return min(world.most_on_host, int(torch.get_device_module(device).device_count()))
 
 
 _LIBRARY = ("nccl", "rccl")

@@ -342,6 +342,15 @@ def test_what_begins_a_call_is_no_mark_of_the_thought_before_it(render: Render) 
     assert any("reasoning between no marks that are known" in alert for alert in found.alerts)
 
 
+def test_usual_marks_that_stand_empty_before_a_call_without_a_thought_are_known(render: Render) -> None:
+    """They are there whether there is a thought or not, and are marks all the same."""
+    written = calling("{R}").replace("m.reasoning_content and m.tool_calls", "m.tool_calls")
+    written = written.replace("m.reasoning_content +", "('<think>' ~ (m.reasoning_content or '') ~ '</think>') +")
+    found = render(written, CALLED, eos="<turn|>", mask_reasoning=True)
+    assert found.trained == ["<think>", "</think><|tool_call>call:rain{}<tool_call|><turn|>", "No, it is dry.<turn|>"]
+    assert not any("no marks that are known" in alert for alert in found.alerts)
+
+
 def test_marks_of_triangles_are_marks(render: Render) -> None:
     written = chatml(
         "{{ '<|im_start|>assistant\\n' }}{% if r %}{{ '◁think▷{R}◁/think▷' }}{% endif %}{{ '{A}<|im_end|>' }}"

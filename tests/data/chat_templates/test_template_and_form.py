@@ -159,6 +159,13 @@ def test_tools_that_a_template_refuses_are_blamed_and_no_message(render: Render)
     assert '"type": "function"' in caught.value.fix
 
 
+def test_a_message_that_a_template_refuses_is_blamed_though_the_row_has_tools(render: Render) -> None:
+    written = CALLING.replace("m.content or ''", "m.content + m.name[0:]")
+    rows = [said("user", "one", name="a"), said("assistant", "two", name="b"), said("user", "three")]
+    with pytest.raises(DataError, match=r"QH-D12.*refuses message 3 \(role user\)"):
+        render(written, [*rows, said("assistant", "four", name="d")], TOOLS)
+
+
 def test_a_message_is_blamed_in_the_form_in_which_the_template_is_given_it(render: Render) -> None:
     """A content in parts is not at fault where it was joined to a text."""
     written = "{% for m in messages %}{{ m.role + m.content + m.name[0:] + '<|im_end|>' }}{% endfor %}"

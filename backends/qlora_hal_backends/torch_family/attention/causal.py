@@ -179,11 +179,11 @@ class CausalAttention:
         shape = (len(samples.lengths), samples.longest)
         parts = [part.unflatten(0, shape).transpose(1, 2).detach() for part in (query, key, value)]
         if with_graph and self.rectangles is not None:
+            query, key, value = parts
+            if attended is None and self.rectangles.serve(query, key, value, softmax.scale):
+                attended = self.rectangles.forward(query, key, value, softmax.scale)
             if attended is not None:
                 return _ByKernels(self.rectangles, parts, softmax.scale, attended)
-            if self.rectangles.serve(*parts, softmax.scale):
-                found = self.rectangles.forward(*parts, softmax.scale)
-                return _ByKernels(self.rectangles, parts, softmax.scale, found)
         leaves = [part.requires_grad_() for part in parts]
         with torch.set_grad_enabled(with_graph):
             mixed = _torch_attention(*leaves, mask=None, scale=softmax.scale)

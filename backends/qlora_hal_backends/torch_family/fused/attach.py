@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,12 +11,17 @@ import torch
 from torch import Tensor
 
 from qlora_hal.contract.backend import Compute
-from qlora_hal_backends.torch_family.attention.causal import CausalAttention, HeadCounts, RectangleKernels
+from qlora_hal_backends.torch_family.attention.causal import (
+    CausalAttention,
+    FlashVarlen,
+    HeadCounts,
+    RectangleKernels,
+)
 from qlora_hal_backends.torch_family.attention.rectangles import proved_rectangles
 from qlora_hal_backends.torch_family.attention.varlen import SAMPLE_BY_SAMPLE, UnevenAttention, proved_varlen
 from qlora_hal_backends.torch_family.device import device_refusal
 from qlora_hal_backends.torch_family.flat_adapter import FlatAdapter
-from qlora_hal_backends.torch_family.fused.body import FusedBody, RotaryTables
+from qlora_hal_backends.torch_family.fused.body import FusedBody, RotaryTables, least_attended
 from qlora_hal_backends.torch_family.fused.collecting import layer_weights, make_buffers
 from qlora_hal_backends.torch_family.fused.decoder_layer import DecoderLayer
 from qlora_hal_backends.torch_family.fused.families import (
@@ -37,7 +42,7 @@ from qlora_hal_backends.torch_family.fused.fp8.products import FP8_WORDS, fp8_ro
 from qlora_hal_backends.torch_family.fused.heads import Heads
 from qlora_hal_backends.torch_family.fused.kernel_trial import proved_kernels
 from qlora_hal_backends.torch_family.fused.layer_inputs import HostMemory
-from qlora_hal_backends.torch_family.fused.layer_weights import joined_rooms
+from qlora_hal_backends.torch_family.fused.layer_weights import LayerWeights, joined_rooms
 from qlora_hal_backends.torch_family.fused.mixture.collecting import make_stack_buffers, mixture_weights, router_of
 from qlora_hal_backends.torch_family.fused.mixture.feed_forward import HiddenRoom, MixtureFeedForward
 from qlora_hal_backends.torch_family.fused.mixture.kernel_trial import proved_mixture_kernels
@@ -55,6 +60,7 @@ from qlora_hal_backends.torch_family.fused.supported import (
 from qlora_hal_backends.torch_family.fused.tape import Keep
 from qlora_hal_backends.torch_family.loading import BaseModel
 from qlora_hal_backends.torch_family.platform import LONG_SAMPLE, MIXTURE_TILE_ROWS, TILE_ROWS
+from qlora_hal_backends.torch_family.ranks import most_ranks_here
 
 KEPT: Mapping[str, Keep] = {"selective": Keep.ALL_BUT_GATE_UP, "full": Keep.RESIDUAL, "offload": Keep.RESIDUAL}
 """What layers keep under each `Compute.recompute`."""
@@ -147,23 +153,33 @@ def attach_with(
         dense=DenseFeedForward(buffers, operations, stream, tile_rows or TILE_ROWS),
         mixture=of_experts,
     )
+    layers = [
+        layer_weights(layer, path, family, buffers, flat, of_layer)
+        for layer, path, of_layer in zip(base.layers, _paths(base), experts, strict=True)
+    ]
+    keeps_attended = offloads and _can_keep_attended(uneven, rectangles, layers)
     return FusedBody(
         base=base,
         flat=flat,
         schedule=schedule,
-        layers=[
-            layer_weights(layer, path, family, buffers, flat, of_layer)
-            for layer, path, of_layer in zip(base.layers, _paths(base), experts, strict=True)
-        ],
+        layers=layers,
         final_norm=family.norm_weight(norm),
         rotary_tables=_rotary_tables(base),
         keep=keep or (KEPT[compute.recompute] if recomputes else Keep.PRODUCTS),
         residual_dtype=residual_dtype or like.dtype,
         products_path="" if fp8 is None else FP8_WORDS,
-        attention_path=f"{uneven.words}, {KEPT_WORDS}" if offloads and rectangles is not None else uneven.words,
+        attention_path=f"{uneven.words}, {KEPT_WORDS}" if keeps_attended else uneven.words,
         embedding_scale=embedding_scale_of(base),
-        host=HostMemory(like.device, ranks=compute.world.most_on_host) if offloads else None,
+        host=HostMemory(like.device, ranks=most_ranks_here(compute.world, like.device)) if offloads else None,
     )
+
+
+def _can_keep_attended(
+    uneven: UnevenAttention, rectangles: RectangleKernels | None, layers: Sequence[LayerWeights]
+) -> bool:
+    """Whether some attention here gives what can wait, over so many tokens that it is ever worth it."""
+    gives = rectangles is not None or isinstance(uneven.attention, FlashVarlen)
+    return gives and least_attended(layers, LONG_SAMPLE) == LONG_SAMPLE
 
 
 def _mixture(

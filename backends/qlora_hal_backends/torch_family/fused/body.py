@@ -157,8 +157,7 @@ class FusedBody:
     def _attended_can_wait(self, sequences: Sequences) -> bool:
         """Whether what attention gives crosses to the host, too, in place of being computed again: the same bits, where
         they are worth the way and the host has room for them."""
-        longest = sequences.samples.longest
-        if self.host is None or any(min(layer.window or longest, longest) < LONG_SAMPLE for layer in self.layers):
+        if self.host is None or least_attended(self.layers, sequences.samples.longest) < LONG_SAMPLE:
             return False
         heads = self.schedule.heads.counts
         columns = self.final_norm.numel() + heads.query_columns
@@ -193,6 +192,11 @@ class FusedBody:
             return None
         assert tokens.shape[0] == rows, "dropout's words are those of the batch as it is laid out"
         return Dropout(tokens, self.flat.adapter.config.dropout)
+
+
+def least_attended(layers: Sequence[LayerWeights], longest: int) -> int:
+    """Over how many tokens the layer attends that attends over the fewest, in samples of up to `longest`."""
+    return min(longest, *(layer.window or longest for layer in layers))
 
 
 class _BodyFunction(torch.autograd.Function):
