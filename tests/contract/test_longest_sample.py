@@ -14,7 +14,11 @@ LIMIT = LongestSample(12, "the sliding window of 12 tokens of this model")
 
 @pytest.mark.parametrize(
     "batch",
-    [random_batch(3, rows=1, time=12), random_batch(3, rows=1, time=30, padding=18), packed([random_batch(3, time=12)])],
+    [
+        random_batch(3, rows=1, time=12),
+        random_batch(3, rows=1, time=30, padding=18),
+        packed([random_batch(3, time=12)]),
+    ],
     ids=["a row", "padding", "two samples in a row"],
 )
 def test_samples_up_to_the_limit_pass_in_rows_of_any_length(batch: Batch) -> None:
