@@ -302,3 +302,13 @@ def test_a_key_that_the_code_of_a_model_asks_for_is_read_though_its_configuratio
 def test_a_window_that_mlx_lm_leaves_out_is_told_before_a_row_is_read(tmp_path: Path) -> None:
     notes = outline(source_of(write_model(tmp_path, "gemma2")), {}).notes
     assert any("sliding window of 8 tokens" in note for note in notes)
+
+
+@pytest.mark.parametrize(("family", "tokens"), [("gemma2", 8), ("mixtral", None)], ids=["some layers", "every layer"])
+def test_samples_beyond_a_window_that_is_put_into_the_mask_need_no_limit(
+    family: str, tokens: int | None, tmp_path: Path
+) -> None:
+    """Where all layers have it; else the limit is the window."""
+    found = outline(source_of(write_model(tmp_path, family)), {})
+    assert (found.longest_sample and found.longest_sample.tokens) == tokens
+    assert any("ignores the sliding window" in note for note in found.notes) == (tokens is not None)
