@@ -21,7 +21,7 @@ def inputs_of(elements: int) -> list[torch.Tensor]:
 
 def through_the_host(memory: HostMemory, kept: list[torch.Tensor]) -> list[torch.Tensor]:
     """Of the lowest layer first."""
-    inputs = OffloadedInputs(memory, LAYERS)
+    inputs = memory.of_a_pass(LAYERS)
     for layer_input in kept:
         inputs.keep([layer_input.clone()])
     return [inputs.take()[0].clone() for _ in kept][::-1]
@@ -78,9 +78,10 @@ def test_memory_goes_from_pass_to_pass_and_grows_with_the_longest(asked_for: lis
 def test_a_pass_that_broke_off_leaves_nothing_to_the_next(asked_for: list[int]) -> None:
     memory = HostMemory(CPU, block=64)
     kept = inputs_of(elements=33)
-    broken = OffloadedInputs(memory, LAYERS)
+    broken = memory.of_a_pass(LAYERS)
     for layer_input in kept[:3]:
         broken.keep([layer_input])
+    del broken
     assert all(map(torch.equal, through_the_host(memory, kept), kept))
     assert len(asked_for) == 6
 
@@ -119,6 +120,17 @@ def test_an_input_is_taken_when_it_has_arrived_and_its_place_when_it_was_read() 
     memory.queue = LateCopies()
     kept = inputs_of(elements=33)
     assert all(map(torch.equal, through_the_host(memory, kept), kept))
+
+
+def test_two_passes_that_both_wait_for_backward_do_not_write_over_each_other() -> None:
+    memory = HostMemory(CPU, block=64)
+    first, second = memory.of_a_pass(LAYERS), memory.of_a_pass(LAYERS)
+    of_first, of_second = inputs_of(elements=33), [-1.0 * each for each in inputs_of(elements=33)]
+    for one, other in zip(of_first, of_second, strict=True):
+        first.keep([one.clone()])
+        second.keep([other.clone()])
+    for inputs, kept in ((first, of_first), (second, of_second)):
+        assert all(torch.equal(inputs.take()[0], left) for left in reversed(kept))
 
 
 def test_a_block_is_what_the_allocator_of_page_locked_memory_gives_whole() -> None:

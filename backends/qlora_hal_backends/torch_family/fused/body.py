@@ -25,7 +25,6 @@ from qlora_hal_backends.torch_family.fused.head_loss import loss_sum_with, selec
 from qlora_hal_backends.torch_family.fused.layer_inputs import (
     HostMemory,
     LayerInputs,
-    OffloadedInputs,
     ResidentInputs,
 )
 from qlora_hal_backends.torch_family.fused.layer_weights import LayerWeights
@@ -152,7 +151,7 @@ class FusedBody:
     def _inputs(self, keep: Keep | None) -> LayerInputs:
         if self.host is None or keep not in (Keep.RESIDUAL, Keep.RESIDUAL_AND_ATTENDED):
             return ResidentInputs()
-        return OffloadedInputs(self.host, len(self.layers))
+        return self.host.of_a_pass(len(self.layers))
 
     def _attended_can_wait(self, sequences: Sequences) -> bool:
         """Whether what attention gives crosses to the host, too, in place of being computed again: the same bits, where

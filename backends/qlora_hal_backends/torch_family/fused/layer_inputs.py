@@ -8,7 +8,8 @@ while the layer above it is differentiated (the schedule of Rajbhandari et al. 2
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -55,11 +56,24 @@ class HostMemory:
     takes the next power of two of what is asked for, up to twice a layer's input where each had memory of its own.
     """
 
-    def __init__(self, device: torch.device, *, block: int = BLOCK_BYTES, ranks: int = 1) -> None:
-        self.queue = CopyQueue(device)
+    def __init__(
+        self, device: torch.device, *, block: int = BLOCK_BYTES, ranks: int = 1, queue: CopyQueue | None = None
+    ) -> None:
+        self.queue = queue or CopyQueue(device)
         self._device = device
         self._block, self._ranks = block, ranks
         self._blocks: list[Tensor] = []
+        self._last: Callable[[], OffloadedInputs | None] = _nobody
+
+    def of_a_pass(self, layers: int) -> OffloadedInputs:
+        """The inputs of a pass. While an earlier one still waits for its backward this has a memory of its own."""
+        last = self._last()
+        if last is not None and not last.are_taken:
+            apart = HostMemory(self._device, block=self._block, ranks=self._ranks, queue=self.queue)
+            return OffloadedInputs(apart, layers)
+        inputs = OffloadedInputs(self, layers)
+        self._last = weakref.ref(inputs)
+        return inputs
 
     def pieces(self, begin: int, end: int) -> Iterator[Tensor]:
         """The bytes from `begin` to `end`, each piece as far as its block goes. What was copied before on `queue` is
@@ -78,7 +92,11 @@ class HostMemory:
         return missing <= 0 or missing * self._ranks <= host_memory_left()
 
 
-@dataclass(slots=True)
+def _nobody() -> None:
+    """No pass has begun."""
+
+
+@dataclass(slots=True, weakref_slot=True)
 class OffloadedInputs:
     """In the host's memory, one layer behind the other, but for the highest layer's, which are wanted first."""
 
@@ -86,10 +104,15 @@ class OffloadedInputs:
     layers: int
     _kept: int = 0
     """Of how many layers they are in the host's memory."""
+    _taken: int = 0
     _leaving: tuple[Sequence[Tensor], Copy] | None = None
     _highest: Sequence[Tensor] | None = None
     _slots: list[Sequence[Tensor]] = field(default_factory=list)
     _coming: Copy = None
+
+    @property
+    def are_taken(self) -> bool:
+        return self._taken == self.layers
 
     def keep(self, of_layer: Sequence[Tensor]) -> None:
         if self._leaving is not None:
@@ -107,6 +130,7 @@ class OffloadedInputs:
 
     def take(self) -> Sequence[Tensor]:
         number = self._kept
+        self._taken += 1
         if self._highest is not None:
             taken, self._highest = self._highest, None
             self._slots = [[torch.empty_like(tensor) for tensor in taken] for _ in range(min(SLOTS, number))]
