@@ -22,7 +22,7 @@ def resolve_targets(
 
     `all-linear` is every one; names match a whole path or its end (`q_proj`, `self_attn.q_proj`); any other string is
     a regular expression that must match the whole path. `experts` is `lora.experts`. Raises ConfigError QH-N13 for an
-    empty request or a model without linear layers, QH-S53 for a broken expression or one that takes too long, QH-U22 for
+    empty request or a model without linear layers, QH-S53 for a broken or a slow expression, QH-U22 for
     experts' gate or up projection without the others, QH-U23 for shared experts that the model lacks; ModelError QH-C07
     for a name or expression without a match.
     """
