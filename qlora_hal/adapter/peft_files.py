@@ -410,7 +410,7 @@ def _refuse_settings(config: Mapping[str, object], found: list[str], folder: Pat
     settings = ", ".join(f"{name}={_short(config[name])}" for name in found)
     raise AdapterError(
         "QH-C51",
-        f"The adapter uses {len(found)} settings beyond plain LoRA: {settings}.",
+        f"The adapter uses {len(found)} {'setting' if len(found) == 1 else 'settings'} beyond plain LoRA: {settings}.",
         where=str(folder / CONFIG_FILE),
         cause="They change what the tensors mean, so they are not dropped silently.",
         fix="Merge the adapter with PEFT, or train one without these settings.",

@@ -110,7 +110,7 @@ UNSUPPORTED: dict[str, object] = {
 def test_a_setting_beyond_plain_lora_is_refused_by_name(tmp_path: Path, name: str) -> None:
     folder = write(tmp_path / "a", an_adapter())
     edit_config(folder, **{name: UNSUPPORTED[name]})
-    with pytest.raises(AdapterError, match=f"1 settings beyond plain LoRA: {name}=") as refused:
+    with pytest.raises(AdapterError, match=f"1 setting beyond plain LoRA: {name}=") as refused:
         read_adapter(folder)
     assert (refused.value.code, refused.value.exit_status) == ("QH-C51", 5)
 

@@ -74,7 +74,7 @@ def test_fewer_rows_than_a_batch_run_with_a_note(
         ({"conversations": [{"from": "robot", "value": "x"}]}, "conversations[0].from", "'robot'", "one of system"),
         ({"conversations": [{"from": "gpt", "value": None}]}, "conversations[0].value", "null", "a string"),
         ({"instruction": "x", "output": 1.5}, "output", "a number", "a string"),
-        ({"prompt": "x", "completion": []}, "completion", "an empty list", "a string, as prompt is"),
+        ({"prompt": "x", "completion": []}, "completion", "an empty list", "a string, as prompt is,"),
         ({"prompt": [], "completion": []}, "prompt", "an empty list", "a list of at least one message"),
         ({"text": True}, "text", "a boolean", "a string"),
     ],
