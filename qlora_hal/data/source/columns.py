@@ -24,10 +24,10 @@ _ASKING = ("instruction", "question", "query", "prompt", "problem", "user", "hum
 _ANSWERING = ("output", "answer", "response", "completion", "assistant", "solution", "reply")
 _GIVEN_WITH_A_QUESTION = ("context", "passage", "document")
 """Columns that a question may need to be answered, or that may be a mere source of it: only the user knows."""
-_ABOUT_A_ROW = frozenset(
-    ("id", "idx", "index", "uuid", "guid", "hash", "url", "source", "split", "category")
-    + ("lang", "language", "date", "timestamp")
-)
+_ABOUT_A_ROW = frozenset({
+    "id", "idx", "index", "uuid", "guid", "hash", "url", "source", "split", "category", "lang", "language", "date",
+    "timestamp",
+})  # fmt: skip
 """Columns that say which row it is or where it is from: nothing to train on."""
 _MAY_BE_ABSENT = frozenset({"system", "system_prompt", "tools", "functions", "history", "input"})
 _MOST_LINES = 2
