@@ -19,7 +19,7 @@ from typing import NoReturn
 from qlora_hal.adapter import peft_experts
 from qlora_hal.adapter.as_written import is_vouched, provenance_in, require_as_written, vouched
 from qlora_hal.adapter.fitting import check_base, check_fits
-from qlora_hal.adapter.naming import module_of
+from qlora_hal.adapter.naming import PREFIX, module_of
 from qlora_hal.adapter.peft_targets import PeftTargets
 from qlora_hal.adapter.targets import shortest_names
 from qlora_hal.contract.values import Adapter, AdapterConfig
@@ -421,7 +421,7 @@ def _refuse_settings(config: Mapping[str, object], found: list[str], folder: Pat
     settings = ", ".join(f"{name}={_short(config[name])}" for name in found)
     raise AdapterError(
         "QH-C51",
-        f"The adapter uses {len(found)} settings beyond plain LoRA: {settings}.",
+        f"The adapter uses {len(found)} {'setting' if len(found) == 1 else 'settings'} beyond plain LoRA: {settings}.",
         where=str(folder / CONFIG_FILE),
         cause="They change what the tensors mean, so they are not dropped silently.",
         fix="Merge the adapter with PEFT, or train one without these settings.",
@@ -449,12 +449,18 @@ def _modules_of(tensors: Collection[str], folder: Path) -> tuple[str, ...]:
         problem = f"{len(foreign)} unexpected tensors, {len(single)} missing; first: {', '.join(listed[:5])}"
     else:
         return tuple(sorted(halves))
+    of_peft = bool(halves) and not single and all(key.startswith(PREFIX) for key in foreign)
     raise AdapterError(
         code,
         f"The adapter's tensors are not those of plain LoRA: {problem}.",
         where=str(folder / TENSORS_FILE),
-        cause="Names such as base_model.model.<module>.lora_A.weight are expected.",
-        fix="Save the adapter with PEFT, or with qlora_hal.",
+        cause="PEFT writes such tensors of embeddings and heads that have an adapter or another size, and of LoRA's "
+        "variants; here the linear layers before the head carry plain LoRA."
+        if of_peft
+        else "Names such as base_model.model.<module>.lora_A.weight are expected.",
+        fix="Merge the adapter with PEFT, or train one without them."
+        if of_peft
+        else "Save the adapter with PEFT, or with qlora_hal.",
         context={"unexpected": sorted(foreign), "incomplete_modules": single},
     )
 

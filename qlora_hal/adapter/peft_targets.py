@@ -7,11 +7,10 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from qlora_hal.adapter.expressions import ExpressionError, matching
 from qlora_hal.adapter.peft_experts import left_out
 from qlora_hal.adapter.targets import asks_for_all, names_module
 
-_REPEATED_GROUP = re.compile(r"\)[*+{]")
-"""Matching may then take longer than anyone waits; adapters are strangers' files."""
 _LAYER = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
 
 
@@ -38,20 +37,23 @@ class PeftTargets:
 
     def left_out(self, modules: Collection[str], stacks: Collection[str] = ()) -> list[str]:
         """Those of `modules` that PEFT would give no adapter; none where it chooses by the kind of model. Experts of
-        `stacks` have paths of their own."""
+        `stacks` have paths of their own. Raises ValueError as `read` does, for an expression without an end."""
         if self.modules is None and not self.parameters:
             return []
-        unnamed = [module for module in modules if not self._chooses(module)]
+        chosen = self._chosen(modules)
+        unnamed = [module for module in modules if module not in chosen]
         return left_out(unnamed, stacks, self.parameters) if self.parameters else unnamed
 
-    def _chooses(self, module: str) -> bool:
-        if _is_meant(self.excluded, module) or self.modules is None:
-            return False
-        if isinstance(self.modules, str):
-            return asks_for_all(self.modules) or _is_meant(self.modules, module)
-        if module in self.modules:
-            return True
-        return _is_meant(self.modules, module) and (self.layers is None or self._layer_of(module) in self.layers)
+    def _chosen(self, modules: Collection[str]) -> Collection[str]:
+        if self.modules is None:
+            return frozenset()
+        excluded = _meant("exclude_modules", self.excluded, modules)
+        if isinstance(self.modules, str) and asks_for_all(self.modules):
+            return frozenset(modules) - excluded
+        meant = _meant("target_modules", self.modules, modules) - excluded
+        if isinstance(self.modules, str) or self.layers is None:
+            return meant
+        return {module for module in meant if module in self.modules or self._layer_of(module) in self.layers}
 
     def _layer_of(self, module: str) -> int | None:
         named = (re.compile(rf"(?:^|.*?\.){word}\.(?P<index>\d+)\.") for word in self.layers_pattern)
@@ -60,10 +62,13 @@ class PeftTargets:
         return None if layer is None else int(layer["index"])
 
 
-def _is_meant(names: str | tuple[str, ...], module: str) -> bool:
-    if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
-    return any(names_module(name, module) for name in names)
+def _meant(field: str, names: str | tuple[str, ...], modules: Collection[str]) -> frozenset[str]:
+    if not isinstance(names, str):
+        return frozenset(module for module in modules if any(names_module(name, module) for name in names))
+    try:
+        return matching(names, modules)
+    except ExpressionError as problem:
+        raise ValueError(f"has {field} = {names!r:.60}, an expression that {problem}") from problem
 
 
 def _names(config: Mapping[str, object], field: str) -> str | tuple[str, ...] | None:
@@ -74,12 +79,6 @@ def _names(config: Mapping[str, object], field: str) -> str | tuple[str, ...] | 
         return tuple(value)
     if not isinstance(value, str):
         raise ValueError(f"has {field} = {value!r:.60}, names or an expression are expected")
-    if _REPEATED_GROUP.search(value):
-        raise ValueError(f"has {field} = {value!r:.60}, an expression that repeats a group, which is not evaluated")
-    try:
-        re.compile(value)
-    except re.error as problem:
-        raise ValueError(f"has {field} = {value!r:.60}, which is no regular expression ({problem})") from problem
     return value
 
 

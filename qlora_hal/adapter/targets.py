@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import NoReturn
 
+from qlora_hal.adapter.expressions import ExpressionError, matching
 from qlora_hal.contract.values import LinearShape
 from qlora_hal.errors import ConfigError, ModelError, UnsupportedFeatureError
 from qlora_hal.model.expert_stacks import is_shared, missing_parts
@@ -22,9 +22,9 @@ def resolve_targets(
 
     `all-linear` is every one; names match a whole path or its end (`q_proj`, `self_attn.q_proj`); any other string is
     a regular expression that must match the whole path. `experts` is `lora.experts`. Raises ConfigError QH-N13 for an
-    empty request or a model without linear layers, QH-S53 for a broken expression, QH-U22 for experts' gate or up
-    projection without the others, QH-U23 for shared experts that the model lacks; ModelError QH-C07 for a name or
-    expression without a match.
+    empty request or a model without linear layers, QH-S53 for a broken or a slow expression, QH-U22 for
+    experts' gate or up projection without the others, QH-U23 for shared experts that the model lacks; ModelError QH-C07
+    for a name or expression without a match.
     """
     found = _matching(requested, linear_modules)
     targets = tuple(path for path in found if _is_wanted(path, linear_modules[path], experts))
@@ -152,15 +152,14 @@ def shortest_names(targets: Collection[str], linear_modules: Collection[str] | N
 
 def _matching_expression(expression: str, linear_modules: Mapping[str, LinearShape]) -> tuple[str, ...]:
     try:
-        pattern = re.compile(expression)
-    except re.error as problem:
+        paths = tuple(sorted(matching(expression, linear_modules)))
+    except ExpressionError as problem:
         raise ConfigError(
             "QH-S53",
-            f"lora.target_modules is {expression!r}, which is not a regular expression: {problem}.",
+            f"lora.target_modules is {expression!r}, an expression that {problem}.",
             where="lora.target_modules",
             fix="Correct the expression, or write a list of names such as [q_proj, v_proj].",
         ) from problem
-    paths = tuple(sorted(path for path in linear_modules if pattern.fullmatch(path)))
     if not paths:
         _refuse_unmatched([expression], linear_modules)
     return paths

@@ -44,6 +44,7 @@ class RenderingCounts:
     rows_with_special: int = 0
     empty_rows: int = 0
     empty_turns: int = 0
+    excluded_by: Counter[str] = field(default_factory=Counter)
     unused_fields: Counter[str] = field(default_factory=Counter)
     omissions: OmissionCounts = field(default_factory=OmissionCounts)
     special_read: Counter[str] = field(default_factory=Counter)
@@ -129,6 +130,7 @@ class RowRenderer:
             raise tokenizer.no_template("rows of messages", row.where)
         if not example.plain:
             self.counts.rows_with_tool_template += tokenizer is not self._tokenizer and bool(example.tools)
+            self.counts.excluded_by.update(example.flags)
             example = _in_form(example, tokenizer)
         if self._last_turn_alone:
             example = _last_turn_alone(example)

@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_hal.adapter import check_fits, initial_adapter, module_of, read_adapter, resolve_targets, write_adapter
 from qlora_hal.contract.values import Adapter, AdapterConfig
+from qlora_hal.errors import AdapterError
 
 # PEFT 0.21 asks transformers 5 for this property under its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -122,6 +123,21 @@ def test_we_open_what_peft_saves(tmp_path: Path, targets: str | list[str], use_r
     assert found.config.scale == lora.scaling["default"]
     assert (found.config.r, found.config.dropout, found.config.use_rslora) == (4, 0.1, use_rslora)
     check_fits(found, modules, where="a PEFT folder")
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [["q_proj", "lm_head"], ["q_proj", "embed_tokens"], ["q_proj"]],
+    ids=["adapter-on-the-head", "adapter-on-embeddings", "embeddings-kept-with-it"],
+)
+def test_what_peft_keeps_of_embeddings_and_heads_is_told_as_its_own(tmp_path: Path, targets: list[str]) -> None:
+    wrapped = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=targets, task_type="CAUSAL_LM"))
+    wrapped.save_pretrained(str(tmp_path), save_embedding_layers=True)
+    with pytest.raises(AdapterError, match="unexpected tensors") as refused:
+        read_adapter(tmp_path)
+    assert refused.value.code == "QH-C09"
+    assert "embeddings and heads" in refused.value.cause
+    assert refused.value.fix.startswith("Merge the adapter with PEFT")
 
 
 def test_our_tensors_file_is_the_one_peft_writes(tmp_path: Path) -> None:

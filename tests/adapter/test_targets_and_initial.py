@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 
 import numpy as np
 import pytest
@@ -79,10 +80,32 @@ def test_training_nothing_is_refused_with_status_2(
         initial_adapter(AdapterConfig(4, 8.0), MODULES, seed=0)
 
 
-def test_a_broken_expression_is_named() -> None:
-    with pytest.raises(ConfigError, match="not a regular expression") as refused:
-        resolve_targets("(q_proj", MODULES)
+@pytest.mark.parametrize(
+    ("expression", "words"),
+    [
+        ("(q_proj", "is no regular expression"),
+        ("x{99999999999}", "is no regular expression"),
+        (r"(([a-z.0-9_]+)+)+X", "takes more than 2 s"),
+        (".*" * 14 + "X", "takes more than 2 s"),
+    ],
+)
+def test_a_broken_expression_and_one_without_an_end_are_named(expression: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as refused:
+        resolve_targets(expression, MODULES)
     assert refused.value.code == "QH-S53"
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        r".*_proj",
+        r"(?:.*?(?:language|layers).*?(?:self_attn|attn|mlp|ffn).*?(?:q_proj|v_proj|up_proj).*?)|(?:x\.[\d]{1,}\.y)",
+        r"model\.(?!layers\.1)(\w+\.)+(q|v)_proj",
+    ],
+)
+def test_an_expression_chooses_what_pythons_own_chooses(expression: str) -> None:
+    expected = tuple(sorted(path for path in MODULES if re.fullmatch(expression, path)))
+    assert resolve_targets(expression, MODULES) == expected
 
 
 def test_leaf_names_are_written_only_where_they_mean_exactly_the_targets() -> None:

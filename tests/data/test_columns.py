@@ -215,9 +215,19 @@ def test_the_error_prints_lines_to_paste_that_train_the_row(
         assert len(prepared([row], columns=lines[0]).train) == 1
 
 
-def test_where_no_column_can_be_a_text_no_line_is_offered(prepared: Prepare) -> None:
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"id": 1, "label": 2},
+        {"id": "a", "data": ["Hi", "Hello."]},  # UltraChat
+        {"id": "a", "title": "t", "context": "c", "question": "q", "answers": {"text": ["b"]}},  # SQuAD
+        {"doc_id": "a", "url": "u"},
+    ],
+    ids=["numbers", "ultrachat", "squad", "a link"],
+)
+def test_where_no_column_can_be_a_text_no_line_is_offered(row: Mapping[str, object], prepared: Prepare) -> None:
     with pytest.raises(DataError, match="QH-D03") as caught:
-        prepared([{"id": 1, "label": 2}])
+        prepared([row])
     assert "data.columns" not in caught.value.fix
 
 
@@ -226,9 +236,10 @@ def test_where_no_column_can_be_a_text_no_line_is_offered(prepared: Prepare) -> 
     [
         ({"question": "a", "answer": None}, "Fill in the answer"),
         ({"question": "a"}, "Fill in the answer"),
+        ({"id": "7", "question": "a", "answer": None}, "Fill in the answer"),
         ({"question": None, "answer": "b"}, "Fill in the question"),
     ],
-    ids=["no answer", "no column of answers", "no question"],
+    ids=["no answer", "no column of answers", "no answer beside an id", "no question"],
 )
 def test_an_empty_half_of_a_pair_is_to_be_filled_in_before_the_other_becomes_a_text(
     prepared: Prepare, row: dict[str, object], missing: str

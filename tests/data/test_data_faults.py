@@ -74,7 +74,7 @@ def test_fewer_rows_than_a_batch_run_with_a_note(
         ({"conversations": [{"from": "robot", "value": "x"}]}, "conversations[0].from", "'robot'", "one of system"),
         ({"conversations": [{"from": "gpt", "value": None}]}, "conversations[0].value", "null", "a string"),
         ({"instruction": "x", "output": 1.5}, "output", "a number", "a string"),
-        ({"prompt": "x", "completion": []}, "completion", "an empty list", "a string, as prompt is"),
+        ({"prompt": "x", "completion": []}, "completion", "an empty list", "a string, as prompt is,"),
         ({"prompt": [], "completion": []}, "prompt", "an empty list", "a list of at least one message"),
         ({"text": True}, "text", "a boolean", "a string"),
     ],
@@ -564,6 +564,32 @@ def test_a_byte_of_a_csv_that_is_not_utf8_is_named_with_its_line(prepared: Prepa
         prepared(b"prompt,completion\n" + lines_before + b"a,caf\xe9\n" + lines_before, name="rows.csv")
     assert caught.value.where == "rows.csv:5:6"
     assert caught.value.fix == "Save the file as UTF-8."
+
+
+@pytest.mark.fault("D05")
+def test_rows_that_exclude_all_their_answers_are_told_by_the_fields_that_say_so(prepared: Prepare) -> None:
+    asked = {"role": "user", "content": "a"}
+    answer = {"role": "assistant", "content": "b"}
+    weighed = {"messages": [asked, {**answer, "weight": 0}]}
+    last = {"messages": [asked, answer, asked, {**answer, "train": False}]}
+    with pytest.raises(DataError, match="QH-D05") as caught:
+        prepared([weighed, weighed])
+    assert caught.value.cause == "The rows exclude answers from the loss by weight (2 rows)."
+    with pytest.raises(DataError, match="QH-D05") as caught:
+        prepared([weighed, last], train_on="last")
+    assert "by train (1 rows), weight (1 rows); data.train_on is last" in caught.value.cause
+
+
+@pytest.mark.fault("D05")
+def test_a_template_whose_marks_leave_all_answers_out_is_told(
+    prepared: Prepare, folders: Mapping[str, Path], conversation: Conversation, tmp_path: Path
+) -> None:
+    template = tmp_path / "marks.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{% generation %}{% endgeneration %}{% endfor %}")
+    marked = ChatTokenizer.from_folder(folders["chatml"], chat_template=str(template))
+    with pytest.raises(DataError, match="QH-D05") as caught:
+        prepared([conversation("a", "b")], tokenizer=marked)
+    assert "marks no part of 1 turns of the assistant" in caught.value.cause
 
 
 @pytest.mark.fault("D05")

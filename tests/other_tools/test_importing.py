@@ -373,6 +373,8 @@ def test_mlx_lms_hub_data_sets_keep_their_columns_and_default_splits_are_told(im
         ("stage: pt\n", "data.packing", True),
         ("stage: pt\npacking: false\n", "data.packing", False),
         ("stage: sft\nmask_history: true\n", "data.train_on", "last"),
+        ("stage: sft\ntrain_on_prompt: false\nmask_history: true\n", "data.train_on", "last"),
+        ("stage: sft\ntrain_on_prompt: false\nmask_history: false\n", "data.train_on", "assistant"),
         ("stage: sft\nmax_samples: 50\n", "data.max_rows", 50),
         ("stage: sft\ndisable_shuffling: true\n", "data.shuffle", False),
     ],
@@ -381,6 +383,22 @@ def test_llama_factorys_keys_of_rows_have_their_settings(
     import_text: Importer, keys: str, path: str, value: object
 ) -> None:
     assert import_text(f"model_name_or_path: a/b\nfinetuning_type: lora\n{keys}").settings[path] == value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "then"),
+    [
+        ("completion_only_loss=False, assistant_only_loss=True", ""),
+        ("assistant_only_loss=False, completion_only_loss=True", ""),
+        ("completion_only_loss=False", "trainer = train_on_responses_only(trainer)"),
+        ("assistant_only_loss=False", "trainer = train_on_responses_only(trainer)"),
+    ],
+)
+def test_what_leaves_prompts_out_of_the_loss_counts_whatever_another_key_says(
+    import_text: Importer, arguments: str, then: str
+) -> None:
+    script = f"from trl import SFTTrainer, SFTConfig\ntrainer = SFTTrainer('a/b', args=SFTConfig({arguments}))\n{then}"
+    assert import_text(script, "script.py").settings["data.train_on"] == "assistant"
 
 
 def test_llama_factorys_columns_are_taken(import_text: Importer, tmp_path: Path) -> None:

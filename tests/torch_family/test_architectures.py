@@ -4,6 +4,8 @@ in float32 and not quantized. `benchmarks/architectures.py` does this for every 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 import torch
 from against_transformers import compare, reference_of
 from drawn_models import write_drawn_model
+from tiny_models import write_model
 from trainers import OpenTrainer, open_cpu_trainer, packed, random_batch, source_of
 
 from qlora_hal.adapter.initial import initial_adapter
@@ -276,3 +279,22 @@ def copied(folder: Path, to: Path, **changes: Any) -> Path:
     path = to / "model" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     return to / "model"
+
+
+@pytest.mark.fault("M51")
+def test_python_without_docstrings_is_told_as_what_it_is(tmp_path: Path) -> None:
+    """Where transformers fails without them, config.json is not at fault."""
+    folder = write_model(tmp_path / "model")
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from qlora_hal.errors import QloraHalError\n"
+        "from qlora_hal.model.facts import read_facts\n"
+        "from qlora_hal.model.source import ModelSource\n"
+        "from qlora_hal_backends.torch_family.outline import outline\n"
+        "folder = Path(sys.argv[1])\n"
+        "try: outline(ModelSource('model', folder, read_facts(folder)), {})\n"
+        "except QloraHalError as error: print(error.fix)\n"
+    )
+    said = subprocess.run([sys.executable, "-OO", "-c", program, folder], capture_output=True, text=True, check=True)
+    # Versions of transformers that need no docstrings say nothing.
+    assert "Run Python without -OO" in said.stdout or not said.stdout

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -150,6 +151,8 @@ def _built(source: ModelSource, attention: object, dtype: torch.dtype) -> Any:
 def _way_to_build(source: ModelSource, error: Exception) -> str:
     if package := missing_package(error):
         return f"Install the package {package}, which it needs."
+    if sys.flags.optimize > 1:
+        return "Run Python without -OO and PYTHONOPTIMIZE=2: transformers reads docstrings, which they strip."
     if _is_known(source.facts.model_type):
         return (
             f"Correct config.json, or get it again from where the model is from: transformers knows {_name(source)}, "

@@ -162,6 +162,8 @@ def _packing(value: Value, given: Given) -> Outcome:
 
 
 def _train_on_prompt(value: Value, given: Given) -> Outcome:
+    if is_off(value) and is_on(given.get("mask_history")):
+        return unneeded("no loss on prompts, as here; mask_history says which answers count")
     return (
         becomes({"data.train_on": "all"}, "loss on prompts, too")
         if is_on(value)

@@ -28,6 +28,8 @@ from qlora_hal.config.other_tools.tables import (
     unneeded,
 )
 
+_RESPONSES_ONLY = "train_on_responses_only.called"
+
 
 def _use_peft(value: Value, given: Given) -> Outcome:
     if is_on(value):
@@ -76,11 +78,17 @@ def _test_split(value: Value, given: Given) -> Outcome:
     return becomes({"data.validation_path": path, "data.validation_split": value}, "rows for evaluation")
 
 
+def _narrower(given: Given, *keys: str) -> Outcome | None:
+    """That one of the other keys leaves prompts out of the loss, which a key that is off does not undo there."""
+    setting = next((key for key in keys if is_on(given.get(key))), None)
+    return unneeded(f"{setting} is set") if setting else None
+
+
 def _assistant_only(value: Value, given: Given) -> Outcome:
     if is_on(value):
         return taken("data.train_on", "assistant")
-    if is_on(given.get("completion_only_loss")):
-        return unneeded("completion_only_loss is set")
+    if other := _narrower(given, "completion_only_loss", _RESPONSES_ONLY):
+        return other
     note = "all tokens of a conversation or a text are trained there unless it is set"
     if given.values.get("completion_only_loss") is None:
         note += "; of rows of prompt and completion the completion alone: set data.train_on: assistant for such rows"
@@ -90,6 +98,8 @@ def _assistant_only(value: Value, given: Given) -> Outcome:
 def _completion_only(value: Value, given: Given) -> Outcome:
     if is_on(value):
         return becomes({"data.train_on": "assistant"}, "loss on completions")
+    if other := _narrower(given, "assistant_only_loss", _RESPONSES_ONLY):
+        return other
     return becomes({"data.train_on": "all"}, "loss on all tokens")
 
 

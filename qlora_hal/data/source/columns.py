@@ -24,6 +24,11 @@ _ASKING = ("instruction", "question", "query", "prompt", "problem", "user", "hum
 _ANSWERING = ("output", "answer", "response", "completion", "assistant", "solution", "reply")
 _GIVEN_WITH_A_QUESTION = ("context", "passage", "document")
 """Columns that a question may need to be answered, or that may be a mere source of it: only the user knows."""
+_ABOUT_A_ROW = frozenset({
+    "id", "idx", "index", "uuid", "guid", "hash", "url", "source", "split", "category", "lang", "language", "date",
+    "timestamp",
+})  # fmt: skip
+"""Columns that say which row it is or where it is from: nothing to train on."""
 _MAY_BE_ABSENT = frozenset({"system", "system_prompt", "tools", "functions", "history", "input"})
 _MOST_LINES = 2
 
@@ -150,7 +155,7 @@ def unrecognized(row: Row, value: Mapping[str, object]) -> DataError:
 def _half_of_a_pair(value: Mapping[str, object]) -> str:
     """What comes before a text, where a column is called like a question or an answer and the other one is empty."""
     asking, answering, _ = _likely(value)
-    texts = [column for column, kept in value.items() if isinstance(kept, str)]
+    texts = _texts(value)
     if len(texts) != 1 or bool(asking) == bool(answering):
         return ""
     missing = "the answer" if asking else "the question"
@@ -178,14 +183,15 @@ def _possible(value: Mapping[str, object]) -> Sequence[Columns]:
     if lists:
         return [{"messages": column} for column in lists]
     asking, answering, given = _likely(value)
-    texts = [str(column) for column, kept in value.items() if isinstance(kept, str)]
+    texts = _texts(value)
     if not asking or not answering:
-        named = [column for column in texts if column in (*asking, *answering)]
-        others = [column for column in texts if column not in named]
+        others = [column for column in texts if column not in (*asking, *answering, *given)]
         first = (asking or others)[:1]
-        last = (answering or [column for column in others if column not in first])[:1]
+        last = (answering or [column for column in others if column not in first and column.lower() != "title"])[:1]
         if first and last:
             return [{"instruction": first[0], "output": last[0]}]
+        if len(texts) > 1 and (asking or answering):
+            return []  # the other half is no text, as SQuAD's answers: no column stands for it
         return [{"text": column} for column in texts]
     if given:
         pair = {"instruction": asking[0], "output": answering[0]}
@@ -195,6 +201,12 @@ def _possible(value: Mapping[str, object]) -> Sequence[Columns]:
         question = next(column for column in asking if column not in extra)
         return [{"instruction": question, "input": extra[0], "output": column} for column in answering]
     return [{"instruction": question, "output": answer} for question, answer in product(asking, answering)]
+
+
+def _texts(value: Mapping[str, object]) -> list[str]:
+    """The columns of text that may be trained on."""
+    texts = [str(column) for column, kept in value.items() if isinstance(kept, str)]
+    return [column for column in texts if column.lower() not in _ABOUT_A_ROW and not column.lower().endswith("_id")]
 
 
 def _is_turns(value: object) -> bool:

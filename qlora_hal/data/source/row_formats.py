@@ -219,9 +219,9 @@ def _prompt_completion(row: Row, value: Mapping[str, object]) -> Example:
         both = after.after(before.messages, first_target=len(before.messages))
         return _with_columns(row, value, replace(both, plain=before.plain and after.plain))
     if isinstance(prompt, str):
-        raise field_fault(row, "completion", completion, "a string, as prompt is")
+        raise field_fault(row, "completion", completion, "a string, as prompt is,")
     if isinstance(prompt, list | tuple):
-        raise field_fault(row, "completion", completion, "a list of messages, as prompt is")
+        raise field_fault(row, "completion", completion, "a list of messages, as prompt is,")
     raise field_fault(row, "prompt", prompt, "a string or a list of messages")
 
 

@@ -192,6 +192,14 @@ class Preparation:
             return "The prompts alone fill max_seq_length, or no row has an assistant turn."
         if self._renderer.counts.omissions.lost_turns:
             return "; ".join(self._renderer.counts.omissions.lines())
+        if excluded := self._renderer.counts.excluded_by:
+            fields = ", ".join(f"{name} ({count} rows)" for name, count in sorted(excluded.items()))
+            last = "; data.train_on is last, so that a row's other answers do not count" * (
+                self._config.train_on == "last"
+            )
+            return f"The rows exclude answers from the loss by {fields}{last}."
+        if turns := self._renderer.counts.unmarked_turns:
+            return f"The chat template marks no part of {turns} turns of the assistant as trained ({{% generation %}})."
         return "No row has an assistant turn with content."
 
     def _report(self, sequences: int) -> SourceReport:
