@@ -106,6 +106,6 @@ def _of_memory(config: RunConfig, resolved: dict[str, object], recompute: str) -
         lines.append(f"training.recompute {recompute}: {judged} was judged")
     offloaded = resolved.get("base_offload", config.training.base_offload)
     if offloaded:
-        named = offloaded if isinstance(offloaded, str) else ", ".join(map(str, offloaded))  # type: ignore[call-overload]
+        named = ", ".join(map(str, offloaded)) if isinstance(offloaded, (list, tuple)) else offloaded
         lines.append(f"training.base_offload {named}: the base was on the device")
     return lines

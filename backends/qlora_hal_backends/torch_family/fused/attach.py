@@ -157,7 +157,7 @@ def attach_with(
         layer_weights(layer, path, family, buffers, flat, of_layer)
         for layer, path, of_layer in zip(base.layers, _paths(base), experts, strict=True)
     ]
-    keeps_attended = offloads and _can_keep_attended(uneven, rectangles, layers)
+    kept = _kept_words(uneven, rectangles, layers) if offloads else ""
     return FusedBody(
         base=base,
         flat=flat,
@@ -168,18 +168,20 @@ def attach_with(
         keep=keep or (KEPT[compute.recompute] if recomputes else Keep.PRODUCTS),
         residual_dtype=residual_dtype or like.dtype,
         products_path="" if fp8 is None else FP8_WORDS,
-        attention_path=f"{uneven.words}, {KEPT_WORDS}" if keeps_attended else uneven.words,
+        attention_path=", ".join(filter(None, (uneven.words, kept))),
         embedding_scale=embedding_scale_of(base),
         host=HostMemory(like.device, ranks=most_ranks_here(compute.world, like.device)) if offloads else None,
     )
 
 
-def _can_keep_attended(
-    uneven: UnevenAttention, rectangles: RectangleKernels | None, layers: Sequence[LayerWeights]
-) -> bool:
-    """Whether some attention here gives what can wait, over so many tokens that it is ever worth it."""
-    gives = rectangles is not None or isinstance(uneven.attention, FlashVarlen)
-    return gives and least_attended(layers, LONG_SAMPLE) == LONG_SAMPLE
+def _kept_words(uneven: UnevenAttention, rectangles: RectangleKernels | None, layers: Sequence[LayerWeights]) -> str:
+    """Which attention gives what can wait, where that is over so many tokens that it is ever worth it."""
+    of_packed, of_others = isinstance(uneven.attention, FlashVarlen), rectangles is not None
+    if least_attended(layers, LONG_SAMPLE) < LONG_SAMPLE or not (of_packed or of_others):
+        return ""
+    if of_packed and of_others:
+        return KEPT_WORDS
+    return f"of {'packed rows' if of_packed else 'rows that are not packed'} {KEPT_WORDS}"
 
 
 def _mixture(
