@@ -458,6 +458,25 @@ def test_tiles_of_recomputed_layers_are_those_that_are_computed(
     assert tiles == [platform.TILE_ROWS, platform.MIXTURE_TILE_ROWS]
 
 
+@pytest.mark.parametrize(("recompute", "copies"), [("offload", 2), ("full", 0)])
+def test_what_attention_gave_over_long_rows_is_counted_where_it_comes_back_from_the_host(
+    recompute: str, copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two layers at a time, 32 heads of 128 to a token in bfloat16."""
+    monkeypatch.setattr(platform, "find_spec", lambda name: object())
+    constants = memory_of(TORCH, fused=True)(MemoryQuery("llama", "bfloat16", recompute=recompute))
+
+    def more_than_without(tokens: int) -> int:
+        sized = {"batch_size": 1, "sequence_length": tokens}
+        with_it, without = (
+            qlora(LLAMA_8B, constants=each, **sized) for each in (constants, replace(constants, attended_copies=0.0))
+        )
+        return with_it.total - without.total
+
+    assert more_than_without(platform.LONG_SAMPLE) == copies * platform.LONG_SAMPLE * 32 * 128 * 2
+    assert more_than_without(platform.LONG_SAMPLE - 1) == 0
+
+
 def test_what_a_family_keeps_beyond_a_llama_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "find_spec", lambda name: None)
     peaks = {
